@@ -1,0 +1,1 @@
+"""Callbacks of the stages: export, progress, samples, predictions, invariants."""

@@ -1,0 +1,1 @@
+"""The command line: `main` starts fast and imports a command's own file when it is called."""

@@ -1,0 +1,55 @@
+"""The entry point of `rlhf`. Nothing heavy is imported before it is known what is wanted."""
+
+import sys
+from importlib import import_module
+
+from rlhf_lightning import __version__
+from rlhf_lightning.errors import UserError
+
+COMMANDS = {
+    "sft": ("rlhf_lightning.cli.stage", "supervised fine-tuning: fit, validate, test, predict"),
+    "preference": ("rlhf_lightning.cli.stage", "preference or reward model: fit, validate, test, predict"),
+    "policy": ("rlhf_lightning.cli.stage", "policy RL: fit, validate, test, predict"),
+    "pipeline": ("rlhf_lightning.cli.pipeline", "run the stages of a pipeline file, one after the other"),
+    "quickstart": ("rlhf_lightning.cli.quickstart", "the whole of it on a small model made on the spot, or on yours"),
+}
+EXAMPLES = """examples:
+  rlhf quickstart
+  rlhf sft fit -c configs/sft.yaml --data.train chats.jsonl
+  rlhf policy fit -c configs/policy.yaml --trainer.max_steps 100
+  rlhf pipeline configs/pipeline.yaml
+
+`rlhf COMMAND --help` tells more of each.
+Exit codes: 0 done, 1 a fault of the program, 2 something to mend in files or flags, 130 interrupted."""
+
+
+def usage() -> str:
+    """The text of `rlhf --help`."""
+    lines = [f"  {name:<12}{what}" for name, (_, what) in COMMANDS.items()]
+    return "\n".join(["usage: rlhf COMMAND …", "", "RLHF as plain PyTorch Lightning.", "", *lines, "", EXAMPLES])
+
+
+def main(args: list[str] | None = None) -> None:
+    """Run a command; exits with its code."""
+    args = sys.argv[1:] if args is None else args
+    if not args or args[0] in ("-h", "--help", "help"):
+        print(usage())
+        sys.exit(0 if args else 2)
+    if args[0] in ("-V", "--version"):
+        print(f"rlhf-lightning {__version__}")
+        sys.exit(0)
+    if args[0] not in COMMANDS:
+        sys.exit(_fail(f"no command {args[0]!r}; one of {', '.join(COMMANDS)}"))
+    try:
+        code = import_module(COMMANDS[args[0]][0]).run(args)
+    except UserError as error:
+        code = _fail(str(error))
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        code = 130
+    sys.exit(code)
+
+
+def _fail(message: str) -> int:
+    print(f"error: {message}", file=sys.stderr)
+    return 2

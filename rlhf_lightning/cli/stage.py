@@ -1,0 +1,176 @@
+"""`rlhf sft|preference|policy fit|validate|test|predict`: LightningCLI commands with every Trainer flag."""
+
+import logging
+import shutil
+import sys
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import yaml
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+from rlhf_lightning.cli.logs import LEVELS, setup_logging
+from rlhf_lightning.errors import ConfigError, UserError
+
+log = logging.getLogger(__name__)
+CLASSES = {
+    "sft": ("rlhf_lightning.modules.sft.SFTModule", "rlhf_lightning.data.sft.SFTDataModule"),
+    "preference": (
+        "rlhf_lightning.modules.preference.PreferenceModule",
+        "rlhf_lightning.data.preference.PreferenceDataModule",
+    ),
+    "policy": ("rlhf_lightning.modules.policy_rl.PolicyRLModule", "rlhf_lightning.data.prompts.PromptDataModule"),
+}
+# A run may go on for longer than was first asked for; with anything else changed it would be another run.
+MAY_CHANGE = (
+    "ckpt_path",
+    "log_level",
+    "log_file",
+    "fresh",
+    "trainer.max_epochs",
+    "trainer.max_steps",
+    "trainer.max_time",
+)
+
+
+class StageCLI(LightningCLI):
+    """A stage in its folder (`trainer.default_root_dir`): resumed where it was interrupted, left alone where done."""
+
+    def __init__(self, kind: str, args: list[str]) -> None:
+        self.kind = kind
+        module, data = (_import(name) for name in CLASSES[kind])
+        super().__init__(
+            module,
+            data,
+            args=args,
+            seed_everything_default=0,
+            save_config_callback=SaveConfigCallback,
+            save_config_kwargs={"overwrite": True},
+            load_from_checkpoint_support=False,
+            trainer_defaults={"enable_progress_bar": sys.stdout.isatty(), "log_every_n_steps": 1},
+            parser_kwargs={"prog": f"rlhf {kind}"},
+        )
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_argument("--log_level", default="info", choices=LEVELS, help="how much to log")
+        parser.add_argument("--log_file", type=str | None, default=None, help="default: logs/run.log in the folder")
+        parser.add_argument("--checkpoint_every", type=int, default=50, help="optimizer steps between checkpoints")
+        parser.add_argument("--export", default="last", choices=("last", "best"), help="which weights fit saves")
+        parser.add_argument("--fresh", action="store_true", help="discard what the folder holds of an earlier run")
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse what was given. Lightning's own warns of `args=`, and sys.argv must stay as it is for DDP."""
+        self.config = parser.parse_args(args)
+
+    @property
+    def root(self) -> Path:
+        """The stage's folder."""
+        return Path(self.config[self.subcommand].trainer.default_root_dir)
+
+    def before_instantiate_classes(self) -> None:
+        config = self.config[self.subcommand]
+        config.trainer.default_root_dir = str(config.trainer.default_root_dir or Path("runs") / self.kind)
+        if self.subcommand == "fit":
+            self._continue_or_stop(config)
+        setup_logging(config.log_level, Path(config.log_file or self.root / "logs" / "run.log"))
+        if self.subcommand != "fit":
+            # Its metrics belong to no curve, and the file of the fit in the same folder must not be overwritten.
+            self.save_config_callback = None
+            config.trainer.logger = config.trainer.logger or False
+        elif config.trainer.logger in (None, True):
+            from rlhf_lightning.callbacks.metrics_csv import MetricsCSV
+
+            config.trainer.logger = MetricsCSV(self.root, resume=bool(config.ckpt_path))
+        self.trainer_defaults["callbacks"] = self._callbacks(config)
+
+    def _callbacks(self, config: Any) -> list[Any]:
+        from lightning.pytorch.callbacks import ModelCheckpoint
+
+        from rlhf_lightning.callbacks.console import ConsoleLines
+        from rlhf_lightning.callbacks.export import ExportModel
+        from rlhf_lightning.callbacks.invariants import FirstStepInvariants
+        from rlhf_lightning.callbacks.predictions import PredictionsFile
+        from rlhf_lightning.callbacks.samples import SamplesLog
+
+        callbacks: list[Any] = [ExportModel(config.export), PredictionsFile()]
+        if self.kind == "policy":
+            callbacks += [SamplesLog(), FirstStepInvariants()]
+        if not config.trainer.enable_progress_bar:
+            callbacks.append(ConsoleLines())
+        own = str(config.trainer.callbacks or "")
+        if "ModelCheckpoint" not in own and config.trainer.enable_checkpointing is not False:
+            folder = self.root / "checkpoints"
+            every = config.checkpoint_every
+            callbacks.append(
+                ModelCheckpoint(
+                    folder, save_last=True, save_top_k=0, every_n_train_steps=every, enable_version_counter=False
+                )
+            )
+        return callbacks
+
+    # -- the folder -----------------------------------------------------------------------------------------------
+
+    def _continue_or_stop(self, config: Any) -> None:
+        """Resume an interrupted run of the same settings; refuse one of others; leave a finished one alone."""
+        if config.fresh:
+            for name in ("checkpoints", "model", "stage.json", "samples.jsonl", "metrics.csv", "config.yaml", "merged"):
+                path = self.root / name
+                shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+            return
+        last, done = self.root / "checkpoints" / "last.ckpt", (self.root / "stage.json").exists()
+        if config.ckpt_path or config.trainer.fast_dev_run or not (done or last.exists()):
+            return
+        changed = self._changed(config)
+        if changed:
+            state = "finished" if done else "interrupted"
+            raise ConfigError(
+                f"{self.root} holds an {state} run with other settings ({', '.join(changed[:5])}). "
+                "Name another --trainer.default_root_dir, or start over with --fresh."
+            )
+        if done:
+            raise Finished(self.root)
+        config.ckpt_path = str(last)
+        print(f"resuming {self.root} from {last}", file=sys.stderr)
+
+    def _changed(self, config: Any) -> list[str]:
+        path = self.root / "config.yaml"
+        if not path.exists():
+            return []
+        before = _flat(yaml.safe_load(path.read_text()) or {})
+        dump = yaml.safe_load(self.parser.dump(self.config, skip_none=False))
+        now = _flat(dump[self.subcommand])
+        return sorted(k for k in before.keys() | now.keys() if before.get(k) != now.get(k) and k not in MAY_CHANGE)
+
+    def instantiate_classes(self) -> None:
+        try:
+            super().instantiate_classes()
+        except (TypeError, ValueError) as error:
+            raise ConfigError(f"a setting does not fit: {error}") from error
+
+
+class Finished(Exception):
+    """The folder holds the finished run of these very settings."""
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(value, dict) or not value:
+        return {prefix: value}
+    return {k: v for key, item in value.items() for k, v in _flat(item, f"{prefix}.{key}" if prefix else key).items()}
+
+
+def _import(name: str) -> Any:
+    module, _, attribute = name.rpartition(".")
+    return getattr(import_module(module), attribute)
+
+
+def run(args: list[str]) -> int:
+    """Run a stage command: `args` is `[kind, subcommand, …]`."""
+    try:
+        StageCLI(args[0], args[1:])
+    except Finished as done:
+        print(f"{done} is finished already; --fresh runs it again", file=sys.stderr)
+    except MisconfigurationException as error:
+        raise UserError(str(error)) from error
+    return 0

@@ -1,0 +1,247 @@
+"""What the three data modules share: reading, checking, summarising, loading."""
+
+import logging
+import os
+from abc import abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.utilities import rank_zero_only
+
+from rlhf_lightning.data.batching import Layout, RowLoader
+from rlhf_lightning.data.records import (
+    Reading,
+    RowError,
+    SkippedRow,
+    Source,
+    convert_rows,
+    fingerprint,
+    read_rows,
+)
+from rlhf_lightning.data.rendering import Renderer
+from rlhf_lightning.errors import ConfigError
+
+log = logging.getLogger(__name__)
+OVERLONG = ("error", "truncate", "skip")
+
+
+@dataclass
+class Prepared:
+    """Rows ready for batches and what became of the file they came from."""
+
+    rows: list[Any]
+    reading: Reading
+    lengths: list[int] = field(default_factory=list)
+    trained: int = 0
+    truncated: int = 0
+
+
+class RowDataModule(pl.LightningDataModule):
+    """Base of the data modules. A subclass says how a row becomes examples and how examples become a batch.
+
+    Args:
+        train, validation, test, predict: a file (`.jsonl`, `.json`, `.parquet`), a Hub id (`owner/name:split`), a list
+            of these, or a list of dicts. Only what a command needs is read.
+        batch_size: rows of one training step on one device. eval_batch_size: the same outside training.
+        validation_split: rows (or a fraction, below 1) of `train` held out where no `validation` is given.
+        max_length: tokens of a row. overlong: `error`, `truncate` or `skip` (counted) longer rows.
+        on_bad_row: `error` stops at the first bad row with file and line, `skip` leaves out and counts.
+        columns: `{our name: your name}`. format: `chat` or `raw` text. template_kwargs: for the chat template.
+        tokenizer: folder or Hub id where it is not the model's. seed: order of rows; the run's seed by default.
+        show_example: log one rendered row with its mask.
+    """
+
+    def __init__(
+        self,
+        train: Source | None = None,
+        validation: Source | None = None,
+        test: Source | None = None,
+        predict: Source | None = None,
+        batch_size: int = 8,
+        eval_batch_size: int | None = None,
+        validation_split: float = 0.0,
+        max_length: int = 2048,
+        overlong: str = "error",
+        on_bad_row: str = "error",
+        columns: dict[str, str] | None = None,
+        format: str = "chat",
+        template_kwargs: dict[str, Any] | None = None,
+        tokenizer: Any = None,
+        seed: int | None = None,
+        show_example: bool = True,
+    ) -> None:
+        super().__init__()
+        if overlong not in OVERLONG:
+            raise ConfigError(f"data.overlong is {overlong!r}; one of {', '.join(OVERLONG)}")
+        if batch_size < 1:
+            raise ConfigError(f"data.batch_size is {batch_size}; it must be at least 1")
+        self.sources = {"train": train, "validation": validation, "test": test, "predict": predict}
+        self.batch_size, self.eval_batch_size = batch_size, eval_batch_size or batch_size
+        self.validation_split, self.max_length, self.overlong = validation_split, max_length, overlong
+        self.on_bad_row, self.columns, self.format = on_bad_row, columns, format
+        self.template_kwargs, self.tokenizer = template_kwargs, tokenizer
+        self.seed = int(os.environ.get("PL_GLOBAL_SEED", 0)) if seed is None else seed
+        self.show_example = show_example
+        self.prepared: dict[str, Prepared] = {}
+        self._renderer: Renderer | None = None
+
+    # -- for subclasses -------------------------------------------------------------------------------------------
+
+    text_key: str | None = None
+    """Where set, a line of a file that is no JSON object is a row `{text_key: line}`."""
+
+    @abstractmethod
+    def examples(self, name: str) -> Callable[[dict[str, Any]], list[Any]]:
+        """For a source name: the function that makes examples of one row, raising `RowError`."""
+
+    @abstractmethod
+    def collate(self, rows: list[Any], weights: list[float]) -> dict[str, Any]:
+        """A batch; a weight is 0 for a row that only fills a rank's place."""
+
+    # -- Lightning ------------------------------------------------------------------------------------------------
+
+    def setup(self, stage: str) -> None:
+        """Read and render what the command needs; raises `DataError` or `ConfigError`."""
+        wanted = {"fit": ("train", "validation"), "validate": ("validation",)}.get(stage, (stage,))
+        for name in wanted:
+            if name not in self.prepared:
+                self._prepare(name, required=stage != "fit" or name == "train")
+        self._hold_out(stage)
+
+    def _prepare(self, name: str, required: bool) -> None:
+        source = self.sources[name]
+        if source is None:
+            if required and not (name == "validation" and self.validation_split):
+                raise ConfigError(f"data.{name} is not set: name the file to {_VERBS[name]} with data.{name}: FILE")
+            if required:
+                self._prepare("train", required=True)
+            return
+        reading = Reading()
+        rows = read_rows(source, self.text_key, reading)
+        self._truncated = 0
+        converted = convert_rows(rows, self.examples(name), reading, self.on_bad_row, self.columns)
+        self.prepared[name] = Prepared(converted, reading, truncated=self._truncated)
+        self._summarise(name, source)
+
+    def _hold_out(self, stage: str) -> None:
+        if stage not in ("fit", "validate") or "validation" in self.prepared or not self.validation_split:
+            return
+        import torch
+
+        train = self.prepared["train"]
+        size = len(train.rows)
+        held = int(self.validation_split if self.validation_split >= 1 else max(1, self.validation_split * size))
+        if held >= size:
+            raise ConfigError(f"data.validation_split {self.validation_split} leaves nothing to train on ({size} rows)")
+        order = torch.randperm(size, generator=torch.Generator().manual_seed(self.seed)).tolist()
+        self.prepared["validation"] = Prepared([train.rows[i] for i in order[:held]], Reading(held))
+        train.rows = [train.rows[i] for i in sorted(order[held:])]
+        log.info("validation: %d rows held out of the training data", held)
+
+    def train_dataloader(self) -> Any:
+        return self._loader("train", self.batch_size, shuffle=not getattr(self.trainer, "overfit_batches", 0))
+
+    def val_dataloader(self) -> Any:
+        return self._loader("validation", self.eval_batch_size) if "validation" in self.prepared else []
+
+    def test_dataloader(self) -> Any:
+        return self._loader("test", self.eval_batch_size)
+
+    def predict_dataloader(self) -> Any:
+        return self._loader("predict", self.eval_batch_size)
+
+    def _loader(self, name: str, batch_size: int, shuffle: bool = False) -> RowLoader:
+        return RowLoader(
+            self.prepared[name].rows,
+            self.collate,
+            batch_size,
+            shuffle=shuffle,
+            seed=self.seed,
+            layout=layout_of(self.trainer, training=name == "train"),
+        )
+
+    # -- shared pieces --------------------------------------------------------------------------------------------
+
+    @property
+    def renderer(self) -> Renderer:
+        """Renders with `tokenizer`, or with that of the module the trainer runs."""
+        if self._renderer is None:
+            tokenizer = self.tokenizer
+            if tokenizer is None:
+                if self.trainer is None:
+                    raise ConfigError("no tokenizer: give the data module one, or run it by a Trainer with a module")
+                tokenizer = self.trainer.lightning_module.tokenizer
+            elif isinstance(tokenizer, str):
+                from transformers import AutoTokenizer
+
+                tokenizer = AutoTokenizer.from_pretrained(tokenizer)
+            self._renderer = Renderer(tokenizer, self.format, self.template_kwargs)
+        return self._renderer
+
+    @property
+    def pad_id(self) -> int:
+        """The id that fills a row. Masks never derive from it, so any id does."""
+        pad = self.renderer.tokenizer.pad_token_id
+        return self.renderer.stop_token_ids[0] if pad is None else pad
+
+    def too_long(self, length: int, name: str = "data.max_length", can_truncate: bool = True) -> bool:
+        """Whether a row of `length` tokens must be truncated (counted); raises `RowError` where that is refused."""
+        if length <= self.max_length:
+            return False
+        if self.overlong == "truncate" and can_truncate:
+            self._truncated += 1
+            return True
+        ways = "truncate or skip" if can_truncate else "skip"
+        kind = SkippedRow if self.overlong == "skip" else RowError
+        raise kind(f"{length} tokens, over {name} {self.max_length}; raise it, or set data.overlong: {ways}")
+
+    def fingerprints(self) -> dict[str, str]:
+        """SHA-256 of each source, for `stage.json`."""
+        return {name: digest for name, source in self.sources.items() if (digest := fingerprint(source))}
+
+    @rank_zero_only
+    def _summarise(self, name: str, source: Source) -> None:
+        prepared = self.prepared[name]
+        examples = prepared.rows
+        log.info(
+            "%s (%s): %d rows read, %d examples, %d tokens, %d trained, longest %d, "
+            "truncated %d, skipped %d, blank lines %d",
+            name,
+            source if isinstance(source, str) else f"{type(source).__name__}",
+            prepared.reading.rows,
+            len(examples),
+            sum(example.tokens for example in examples),
+            sum(example.trained for example in examples),
+            max(example.tokens for example in examples),
+            prepared.truncated,
+            len(prepared.reading.skipped),
+            prepared.reading.blank,
+        )
+        for message in prepared.reading.skipped[:3]:
+            log.warning("skipped %s", message)
+        if self.show_example and name in ("train", "predict"):
+            log.info("one example, trained tokens between ⟦ and ⟧:\n%s", examples[0].show(self.renderer.tokenizer))
+
+
+_VERBS = {"train": "train on", "validation": "validate on", "test": "test on", "predict": "predict for"}
+
+
+def layout_of(trainer: Any, training: bool) -> Callable[[], Layout]:
+    """The layout a trainer has when an epoch begins; a single process without one."""
+
+    def layout() -> Layout:
+        if trainer is None:
+            return Layout()
+        limit = trainer.num_training_batches if training else None
+        return Layout(
+            rank=trainer.global_rank,
+            world=trainer.world_size,
+            accumulate=trainer.accumulate_grad_batches if training else 1,
+            # What Lightning hands to samplers; `current_epoch` lags behind it after some resumes.
+            epoch=trainer.fit_loop.epoch_progress.current.processed if training else 0,
+            limit=int(limit) if limit and limit != float("inf") else None,
+        )
+
+    return layout

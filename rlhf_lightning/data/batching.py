@@ -1,0 +1,151 @@
+"""Rows to batches: padding, the order of an epoch, and the counts a loss is divided by."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+Counts = dict[str, float]
+
+
+class Example(Protocol):
+    """What a data module makes of a row of data."""
+
+    @property
+    def tokens(self) -> int: ...
+
+    @property
+    def trained(self) -> int: ...
+
+    def counts(self) -> Counts:
+        """What it adds to the denominators of its optimizer step."""
+
+    def show(self, tokenizer: Any) -> str:
+        """Its text, with what is trained made visible."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Who asks for batches: this rank of `world`, `accumulate` micro-batches an optimizer step, which epoch."""
+
+    rank: int = 0
+    world: int = 1
+    accumulate: int = 1
+    epoch: int = 0
+    limit: int | None = None
+    """Batches of an epoch that will be taken, where fewer than there are (`limit_train_batches`)."""
+
+
+class RowLoader:
+    """A sized, stateful loader over rows in memory. Sized, so that Lightning does not prefetch; stateful, so that a
+    run interrupted in the middle of an epoch goes on at the next batch.
+
+    One optimizer step takes a window of `batch_size × accumulate × world` rows. Within it rows are dealt by length,
+    so that a micro-batch holds rows of like length and all ranks have like work; the step's gradient does not depend
+    on that. Each batch carries `denominators`, the counts of its whole window. A rank without a row gets one with
+    weight 0, so that all ranks take the same number of steps and no row is repeated or lost.
+
+    Args:
+        rows: examples. collate: `(rows, weights) -> batch`. batch_size: rows per rank and micro-batch.
+        shuffle: a new order every epoch, drawn from (seed, epoch).
+        layout: asked for at the start of every epoch.
+    """
+
+    def __init__(
+        self,
+        rows: Sequence[Example],
+        collate: Callable[[list[Any], list[float]], dict[str, Any]],
+        batch_size: int,
+        shuffle: bool = False,
+        seed: int = 0,
+        layout: Callable[[], Layout] = Layout,
+    ) -> None:
+        self.rows, self.collate, self.batch_size = rows, collate, batch_size
+        self.shuffle, self.seed, self.layout = shuffle, seed, layout
+        self._position = 0
+
+    def __len__(self) -> int:
+        return -(-len(self.rows) // (self.batch_size * self.layout().world))
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        start, self._position = self._position, 0
+        layout = self.layout()
+        batches = min(len(self), layout.limit or len(self))
+        order = self._order(layout.epoch)
+        for first in range(0, batches, layout.accumulate):
+            micro = min(layout.accumulate, batches - first)
+            if first + micro <= start:
+                continue
+            yield from self._window(order, first, micro, layout, start)
+
+    def _order(self, epoch: int) -> list[int]:
+        if not self.shuffle:
+            return list(range(len(self.rows)))
+        generator = torch.Generator().manual_seed(mix_seeds(self.seed, epoch))
+        return torch.randperm(len(self.rows), generator=generator).tolist()
+
+    def _window(self, order: list[int], first: int, micro: int, layout: Layout, start: int) -> Iterator[dict[str, Any]]:
+        per_micro = self.batch_size * layout.world
+        window = [self.rows[i] for i in order[first * per_micro : (first + micro) * per_micro]]
+        denominators = total_counts(row.counts() for row in window)
+        if self.shuffle:
+            window.sort(key=lambda row: row.tokens)
+        parts = split_evenly(window, micro * layout.world)
+        for k in range(micro):
+            if first + k < start:
+                continue
+            self._position = (first + k + 1) % len(self)
+            rows = parts[k * layout.world + layout.rank]
+            batch = self.collate(rows, [1.0] * len(rows)) if rows else self.collate(window[:1], [0.0])
+            yield {**batch, "denominators": denominators}
+
+    def state_dict(self) -> dict[str, int]:
+        """Batches taken of this epoch."""
+        return {"position": self._position}
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        self._position = int(state["position"])
+
+
+def split_evenly(rows: Sequence[Any], parts: int) -> list[list[Any]]:
+    """Consecutive parts whose sizes differ by at most one."""
+    edges = [round(i * len(rows) / parts) for i in range(parts + 1)]
+    return [list(rows[a:b]) for a, b in pairwise(edges)]
+
+
+def total_counts(counts: Iterator[Counts]) -> Counts:
+    """The sum of each count."""
+    total: Counts = {}
+    for count in counts:
+        for name, value in count.items():
+            total[name] = total.get(name, 0.0) + value
+    return total
+
+
+def mix_seeds(*parts: int) -> int:
+    """One seed from several numbers (a splitmix64 step each), so that (1, 0) and (0, 1) differ."""
+    state = 0
+    for part in parts:
+        state = (state ^ (part & 0xFFFFFFFFFFFFFFFF)) + 0x9E3779B97F4A7C15 & 0xFFFFFFFFFFFFFFFF
+        state = (state ^ state >> 30) * 0xBF58476D1CE4E5B9 & 0xFFFFFFFFFFFFFFFF
+        state = (state ^ state >> 27) * 0x94D049BB133111EB & 0xFFFFFFFFFFFFFFFF
+        state ^= state >> 31
+    return state & 0x7FFFFFFFFFFFFFFF
+
+
+def pad_right(rows: Sequence[Sequence[float]], fill: float, dtype: torch.dtype) -> Tensor:
+    """`[B, T]` with T the longest. On the right a causal model never sees the padding, so no mask is needed."""
+    width = max(len(row) for row in rows)
+    return torch.tensor([[*row, *[fill] * (width - len(row))] for row in rows], dtype=dtype)
+
+
+def pad_tokens(ids: Sequence[Sequence[int]], masks: Sequence[Sequence[int]], pad_id: int) -> dict[str, Tensor]:
+    """`input_ids` and `mask`, `[B, T]`, and the true `lengths`, `[B]`."""
+    return {
+        "input_ids": pad_right(ids, pad_id, torch.long),
+        "mask": pad_right(masks, 0, torch.float32),
+        "lengths": torch.tensor([len(row) for row in ids]),
+    }

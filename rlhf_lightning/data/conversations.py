@@ -1,0 +1,108 @@
+"""The shapes in which people store conversations, brought to one: a list of `{role, content, …}` messages."""
+
+import json
+from typing import Any
+
+from rlhf_lightning.data.records import RowError
+
+Message = dict[str, Any]
+SPEAKERS = {
+    "human": "user",
+    "gpt": "assistant",
+    "bing": "assistant",
+    "chatgpt": "assistant",
+    "bard": "assistant",
+    "function_call": "assistant",
+    "observation": "tool",
+}
+SHAPES = "messages | conversations | prompt + completion | instruction + output | text"
+
+
+def to_messages(value: Any, first_role: str = "user") -> list[Message]:
+    """Messages from a string, a list of strings (roles alternate) or a list of dicts (`role` or `from` completed).
+
+    Raises:
+        RowError: an empty list, or a message that has neither content nor tool calls.
+    """
+    if isinstance(value, str):
+        return [{"role": first_role, "content": value}]
+    if not isinstance(value, list) or not value:
+        raise RowError(f"a conversation must be a non-empty list of messages, this is {_short(value)}")
+    messages: list[Message] = []
+    for index, item in enumerate(value):
+        messages.append(_message(item, index, messages[-1]["role"] if messages else None, first_role))
+    return messages
+
+
+def _message(item: Any, index: int, previous: str | None, first_role: str) -> Message:
+    if isinstance(item, str):
+        item = {"content": item}
+    if not isinstance(item, dict):
+        raise RowError(f"message {index} is {_short(item)}; it must be an object with role and content")
+    # Parquet and Arrow fill the keys that a message lacks with None.
+    message = {key: value for key, value in item.items() if value is not None and key not in ("from", "value")}
+    if "content" not in message:
+        message["content"] = item.get("value")
+    role = item.get("role") or item.get("from")
+    if role is None:
+        role = first_role if previous in (None, "system") else {"user": "assistant"}.get(previous, "user")
+    if not isinstance(role, str):
+        raise RowError(f"message {index}: role is {_short(role)}; it must be a string")
+    message["role"] = SPEAKERS.get(role, role)
+    content = message["content"]
+    if content is None and not message.get("tool_calls"):
+        raise RowError(f"message {index} ({message['role']}) has no content")
+    if content is not None and not isinstance(content, str | list):
+        raise RowError(f"message {index} ({message['role']}): content is {_short(content)}; it must be text")
+    return message
+
+
+def conversation(data: dict[str, Any]) -> list[Message]:
+    """The messages of a supervised row, whatever its shape: messages, conversations, prompt/completion, instruction.
+
+    Raises:
+        RowError: none of the shapes fits.
+    """
+    if data.get("messages") is not None:
+        return to_messages(data["messages"])
+    if data.get("conversations") is not None:
+        system = [{"role": "system", "content": data["system"]}] if isinstance(data.get("system"), str) else []
+        return [message for message in system if message["content"]] + to_messages(data["conversations"])
+    if data.get("prompt") is not None and data.get("completion") is not None:
+        return to_messages(data["prompt"]) + to_messages(data["completion"], "assistant")
+    if data.get("instruction") is not None and data.get("output") is not None:
+        return _instruction(data)
+    found = ", ".join(repr(key) for key in data) or "nothing"
+    raise RowError(f"no conversation in the row: it has {found}; wanted {SHAPES}. Map other names with `columns:`")
+
+
+def _instruction(data: dict[str, Any]) -> list[Message]:
+    for key in ("instruction", "input", "output", "system"):
+        if data.get(key) is not None and not isinstance(data[key], str):
+            raise RowError(f"{key!r} is {_short(data[key])}; it must be text")
+    question = "\n\n".join(part for part in (data["instruction"], data.get("input")) if part)
+    messages = [{"role": "system", "content": data["system"]}] if data.get("system") else []
+    for turn in data.get("history") or []:
+        messages += to_messages(list(turn))
+    answer = {"role": "assistant", "content": data["output"]}
+    return [*messages, {"role": "user", "content": question}, answer]
+
+
+def tool_schemas(data: dict[str, Any]) -> list[Any] | None:
+    """The `tools` of a row: a list, or JSON text of one; a bare function is wrapped as templates expect it."""
+    tools = data.get("tools")
+    if isinstance(tools, str):
+        try:
+            tools = json.loads(tools) if tools.strip() else None
+        except json.JSONDecodeError as error:
+            raise RowError(f"'tools' is text that is not JSON ({error})") from None
+    if not tools:
+        return None
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        raise RowError(f"'tools' must be a list of objects, this is {_short(tools)}")
+    return [tool if "function" in tool or "type" in tool else {"type": "function", "function": tool} for tool in tools]
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return f"{type(value).__name__} {text[:60]}{'…' if len(text) > 60 else ''}"

@@ -1,0 +1,139 @@
+"""Data of policy RL: prompts to answer, or recorded episodes to learn from."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from rlhf_lightning.data.base import RowDataModule
+from rlhf_lightning.data.conversations import Message, conversation, tool_schemas
+from rlhf_lightning.data.records import RowError, Source, require
+from rlhf_lightning.data.rendering import Renderer, as_prompt
+from rlhf_lightning.errors import ConfigError
+
+
+@dataclass
+class Prompt:
+    """A prompt: its messages, its token ids with the generation prompt, and the whole row it came from."""
+
+    messages: list[Message]
+    ids: list[int]
+    row: dict[str, Any]
+    tools: list[Any] | None = None
+    index: int = 0
+    """Its place in the data set: random numbers are drawn by it, whatever rank or batch it falls into."""
+
+    @property
+    def tokens(self) -> int:
+        """Length of the prompt."""
+        return len(self.ids)
+
+    @property
+    def trained(self) -> int:
+        """Nothing of a prompt is trained."""
+        return 0
+
+    def counts(self) -> dict[str, float]:
+        """One prompt."""
+        return {"prompts": 1.0}
+
+    def show(self, tokenizer: Any) -> str:
+        """Its text, up to where the response begins."""
+        return f"{tokenizer.decode(self.ids, skip_special_tokens=False)}⟦"
+
+
+def prompt_example(renderer: Renderer, data: dict[str, Any]) -> Prompt:
+    """A prompt of a row: `prompt`, or a conversation up to its last assistant turn; raises `RowError`."""
+    if data.get("prompt") is not None:
+        messages = as_prompt(data["prompt"])
+    elif data.get("messages") is not None or data.get("conversations") is not None:
+        messages = conversation(data)
+        while messages and messages[-1]["role"] == "assistant":
+            messages = messages[:-1]
+        if not messages:
+            raise RowError("the conversation has nothing before its assistant turn to use as a prompt")
+    else:
+        require(data, "prompt")
+    tools = tool_schemas(data)
+    return Prompt(messages, renderer.prompt(messages, tools), data, tools)
+
+
+def collate_prompts(rows: list[Prompt], weights: list[float]) -> dict[str, Any]:
+    """A batch of prompts stays a list: only the sampler knows how to put them side by side."""
+    return {"prompts": rows, "weights": weights}
+
+
+class PromptDataModule(RowDataModule):
+    """Prompts for policy RL: JSON rows with `prompt` (string or messages) and any further columns, or plain lines.
+
+    In `fit` they are wrapped in the module's rollout loader, which asks the module for episodes round by round.
+
+    Args:
+        train, validation: see `RowDataModule`, which takes the further arguments. Blank lines are skipped and counted.
+        episodes: recorded episodes (JSONL) to learn from in place of sampling; see `rollout.recorded`.
+        prompts_per_round: prompts answered with one state of the policy, over all devices.
+        group_size: responses to each prompt.
+        update_epochs: passes over the episodes of a round.
+        minibatches: training steps that each pass is split into; a multiple of `accumulate_grad_batches`.
+        max_prompt_tokens: longer prompts are refused, or skipped (`overlong: skip`).
+    """
+
+    text_key = "prompt"
+
+    def __init__(
+        self,
+        train: Source | None = None,
+        validation: Source | None = None,
+        episodes: Source | None = None,
+        prompts_per_round: int = 16,
+        group_size: int = 8,
+        update_epochs: int = 1,
+        minibatches: int = 1,
+        max_prompt_tokens: int = 1024,
+        **kwargs: Any,
+    ) -> None:
+        if train is not None and episodes is not None:
+            raise ConfigError("data.train and data.episodes are both set: sample from prompts or learn from a record")
+        super().__init__(train if episodes is None else episodes, validation, **kwargs)
+        self.recorded = episodes is not None
+        self.max_length = max_prompt_tokens
+        for name, value in (
+            ("prompts_per_round", prompts_per_round),
+            ("group_size", group_size),
+            ("update_epochs", update_epochs),
+            ("minibatches", minibatches),
+        ):
+            if value < 1:
+                raise ConfigError(f"data.{name} is {value}; it must be at least 1")
+        self.prompts_per_round, self.group_size = prompts_per_round, group_size
+        self.update_epochs, self.minibatches = update_epochs, minibatches
+
+    def examples(self, name: str) -> Callable[[dict[str, Any]], list[Any]]:
+        if name == "train" and self.recorded:
+            return self.module.recorded_episode
+        return self._prompt
+
+    @property
+    def module(self) -> Any:
+        """The policy module that the trainer runs; it makes the episodes."""
+        module = self.trainer.lightning_module if self.trainer else None
+        if not hasattr(module, "rollout_loader"):
+            raise ConfigError("PromptDataModule trains a PolicyRLModule: run both by one Trainer")
+        return module
+
+    def setup(self, stage: str) -> None:
+        super().setup(stage)
+        for prepared in self.prepared.values():
+            for index, example in enumerate(prepared.rows):
+                example.index = index
+
+    def _prompt(self, data: dict[str, Any]) -> list[Prompt]:
+        prompt = prompt_example(self.renderer, data)
+        self.too_long(prompt.tokens, name="data.max_prompt_tokens", can_truncate=False)
+        return [prompt]
+
+    def collate(self, rows: list[Prompt], weights: list[float]) -> dict[str, Any]:
+        return collate_prompts(rows, weights)
+
+    def train_dataloader(self) -> Any:
+        """The module's rollout loader around the prompts."""
+        return self.module.rollout_loader(self)

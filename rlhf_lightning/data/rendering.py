@@ -1,0 +1,382 @@
+"""Conversations to tokens and a mask of what is trained, for any chat template.
+
+Nothing is assumed of a template but that it renders. Where an assistant turn begins is found by rendering the
+conversation before it with the generation prompt: what the turn adds to that is what a model has to produce. Where
+it ends is found by rendering the same turn with a sentinel as content: what follows the sentinel closes a turn.
+"""
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rlhf_lightning.data.conversations import Message, to_messages
+from rlhf_lightning.data.records import RowError
+from rlhf_lightning.errors import ConfigError
+
+TRAIN_ON = ("last_assistant", "all_assistant", "all_messages", "everything", "trainable")
+TEMPLATE_DATE = "2025-01-01"
+_SENTINEL = "\ue000sentinel\ue001"
+
+
+@dataclass
+class Rendered:
+    """A row of tokens. `mask[t]` is 1 where token t is trained (predicted from the tokens before it)."""
+
+    ids: list[int]
+    mask: list[int]
+    text_bytes: int = 0
+    """UTF-8 bytes of the trained text, markers left out: the denominator of bits per byte."""
+
+    @property
+    def tokens(self) -> int:
+        """Length of the row."""
+        return len(self.ids)
+
+    @property
+    def trained(self) -> int:
+        """How many of its tokens are trained."""
+        return sum(self.mask)
+
+    def counts(self) -> dict[str, float]:
+        """What the row adds to the denominators of its optimizer step."""
+        return {"tokens": float(self.trained)}
+
+    def show(self, tokenizer: Any) -> str:
+        """The row's text, trained stretches between ⟦ and ⟧."""
+        return show_masked(tokenizer, self.ids, self.mask)
+
+    def trimmed(self) -> "Rendered":
+        """Without what follows the last trained token: nothing is learnt from computing it."""
+        end = len(self.mask) - self.mask[::-1].index(1) if 1 in self.mask else 0
+        return Rendered(self.ids[:end], self.mask[:end], self.text_bytes)
+
+
+class Renderer:
+    """Renders with one tokenizer: the only place where text becomes tokens.
+
+    Args:
+        tokenizer: a Hugging Face tokenizer.
+        format: `chat` renders by the chat template (a string is one user message); `raw` concatenates text.
+        template_kwargs: passed to the template (for example `{"enable_thinking": False}`).
+
+    Raises:
+        ConfigError: no chat template (for `chat`), or no token or text that ends a turn.
+    """
+
+    def __init__(self, tokenizer: Any, format: str = "chat", template_kwargs: dict[str, Any] | None = None) -> None:
+        if format not in ("chat", "raw"):
+            raise ConfigError(f"format is {format!r}; it must be 'chat' or 'raw'")
+        self.tokenizer = tokenizer
+        self.format = format
+        # A template that prints today's date would render one thing in training and another tomorrow.
+        self.template_kwargs = {"strftime_now": _fixed_date, **(template_kwargs or {})}
+        if format == "chat" and not tokenizer.chat_template:
+            raise ConfigError(
+                f"the tokenizer {tokenizer.name_or_path or ''} has no chat template. "
+                "Name one with model.chat_template: FILE.jinja, or set data.format: raw for plain text."
+            )
+        self._markers = sorted(_special_tokens(tokenizer), key=len, reverse=True)
+        self.stop_token_ids, self.stop_strings = self._stops()
+
+    def _stops(self) -> tuple[list[int], list[str]]:
+        eos = self.tokenizer.eos_token_id
+        ids = [] if eos is None else [eos]
+        closing = self._probe_closing() if self.format == "chat" else None
+        marker = self._first_marker(closing or "")
+        if marker:
+            ids.append(self.tokenizer.convert_tokens_to_ids(marker))
+        if not ids:
+            raise ConfigError(
+                f"the tokenizer {self.tokenizer.name_or_path or ''} has no stop token (eos_token), and its template "
+                "ends a turn with none: a model trained so would never stop. Set eos_token in tokenizer_config.json."
+            )
+        if closing is not None and not closing.strip():
+            raise ConfigError(
+                "the chat template never ends an assistant turn: nothing follows the content. "
+                "Add the tokenizer's eos_token after the content, or name another model.chat_template."
+            )
+        return sorted(set(ids)), [closing.strip()] if closing and not marker else []
+
+    def _probe_closing(self) -> str | None:
+        try:
+            return self._closing([{"role": "user", "content": "Hello"}], {"role": "assistant"}, None)
+        except RowError:
+            return None
+
+    # -- what the data modules call -------------------------------------------------------------------------------
+
+    def conversation(
+        self, messages: list[Message], tools: list[Any] | None = None, train_on: str = "all_assistant"
+    ) -> list[Rendered]:
+        """Rows of a conversation: one, or one per assistant turn where the template re-renders earlier turns.
+
+        Raises:
+            RowError: the template refuses the messages, or no token is trained.
+        """
+        if self.format == "raw":
+            return [self._raw(messages)]
+        if train_on == "everything":
+            text = self._render(messages, tools)
+            return [_checked(self._tokenize(text, [(0, len(text))]))]
+        selected = _selected(messages, train_on)
+        _refuse_blank(messages, selected)
+        return [_checked(row).trimmed() for row in self._rows(messages, tools, selected)]
+
+    def text(self, text: str) -> Rendered:
+        """Plain text, every token trained, ended by the stop token."""
+        ids = [*self._ids(text), self._eos()]
+        return _checked(Rendered(ids, [1] * len(ids), len(text.encode())))
+
+    def prompt(self, messages: list[Message], tools: list[Any] | None = None) -> list[int]:
+        """Token ids of a prompt, with the generation prompt: what the sampler starts from."""
+        if self.format == "raw":
+            return self._ids(_plain(messages))
+        return self._ids(self.prompt_text(messages, tools))
+
+    def prompt_text(self, messages: list[Message], tools: list[Any] | None = None) -> str:
+        """The text of `prompt`."""
+        if self.format == "raw":
+            return _plain(messages)
+        return self._render(messages, tools, add_generation_prompt=True)
+
+    def exchange(self, prompt: list[Message], response: list[Message], tools: list[Any] | None = None) -> Rendered:
+        """Prompt and response as one row, the response masked; its last token is the response's last.
+
+        Raises:
+            RowError: no assistant message in the response, or the template re-renders the response's own turns.
+        """
+        messages = prompt + response
+        if self.format == "raw":
+            return self._raw(messages, len(prompt))
+        selected = [i >= len(prompt) and m["role"] == "assistant" for i, m in enumerate(messages)]
+        if not any(selected):
+            raise RowError(f"the response has no assistant message, its roles are {[m['role'] for m in response]}")
+        _refuse_blank(messages, selected)
+        rows = self._rows(messages, tools, selected)
+        if len(rows) > 1:
+            raise RowError("the response has several turns, and this chat template renders earlier turns anew")
+        return _checked(rows[0]).trimmed()
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of a response up to its stop token or stop text, special tokens left out."""
+        ids = list(ids)
+        while ids and ids[-1] in self.stop_token_ids:
+            ids.pop()
+        text = self.tokenizer.decode(ids, skip_special_tokens=True)
+        for stop in self.stop_strings:
+            text = text.partition(stop)[0]
+        return text.strip()
+
+    # -- spans ----------------------------------------------------------------------------------------------------
+
+    def _rows(self, messages: list[Message], tools: list[Any] | None, selected: list[bool]) -> list[Rendered]:
+        last = max((i for i, chosen in enumerate(selected) if chosen), default=-1)
+        text = self._render(messages[: last + 1], tools)
+        spans = []
+        for i in range(last + 1):
+            if selected[i]:
+                upto = text if i == last else self._render(messages[: i + 1], tools)
+                start, end = self._span(messages, i, upto, tools)
+                if not text.startswith(upto[:end]):
+                    return self._split_rows(messages, tools, selected)
+                spans.append((start, end))
+        return [self._tokenize(text, spans)]
+
+    def _split_rows(self, messages: list[Message], tools: list[Any] | None, selected: list[bool]) -> list[Rendered]:
+        """One row per trained turn, each rendered as the model would see it when that turn is its to write."""
+        rows = []
+        for i, chosen in enumerate(selected):
+            if chosen:
+                text = self._render(messages[: i + 1], tools)
+                rows.append(self._tokenize(text, [self._span(messages, i, text, tools)]))
+        return rows
+
+    def _span(self, messages: list[Message], i: int, upto: str, tools: list[Any] | None) -> tuple[int, int]:
+        """Where message i, the last in the text `upto`, begins and ends; its closing marker is part of it."""
+        before, message = messages[:i], messages[i]
+        try:
+            closing = self._closing(before, message, tools)
+        except RowError:
+            closing = ""
+        tail = closing.rstrip()
+        end = len(upto.rstrip())
+        if tail and upto.rstrip().endswith(tail):
+            marker = self._first_marker(tail)
+            end -= len(tail) - (tail.index(marker) + len(marker) if marker else len(tail))
+        return min(self._start(before, message, upto, tools), end), end
+
+    def _start(self, before: list[Message], message: Message, upto: str, tools: list[Any] | None) -> int:
+        if message["role"] == "assistant":
+            try:
+                prompt = self._render(before, tools, add_generation_prompt=True)
+            except RowError:
+                prompt = ""  # a conversation that opens with the assistant: many templates need a message before it
+            shared = _common_prefix(prompt, upto)
+            if prompt and shared == len(prompt):
+                return shared
+            # The generation prompt holds what the turn does not (an opened <think>): their common prefix might eat
+            # into the content by accident, which the rendering with another content cannot.
+            return min(shared or len(upto), _common_prefix(self._with_sentinel(before, message, tools), upto))
+        return _common_prefix(self._with_sentinel(before, message, tools), upto)
+
+    def _with_sentinel(self, before: list[Message], message: Message, tools: list[Any] | None) -> str:
+        return self._render([*before, {"role": message["role"], "content": _SENTINEL}], tools)
+
+    def _closing(self, before: list[Message], message: Message, tools: list[Any] | None) -> str:
+        """What the template puts after the content of a message with this role in this place."""
+        _, found, closing = self._with_sentinel(before, message, tools).rpartition(_SENTINEL)
+        if not found:
+            raise RowError(f"the chat template does not render the content of role {message['role']!r}")
+        return closing
+
+    def _first_marker(self, closing: str) -> str | None:
+        found = [(closing.index(marker), -len(marker), marker) for marker in self._markers if marker in closing]
+        return min(found)[2] if found else None
+
+    # -- text and tokens ------------------------------------------------------------------------------------------
+
+    def _render(self, messages: list[Message], tools: list[Any] | None, add_generation_prompt: bool = False) -> str:
+        from jinja2 import TemplateError
+
+        try:
+            return self.tokenizer.apply_chat_template(
+                # Templates may change the messages they are given (some pop keys).
+                copy.deepcopy(messages),
+                tools=tools,
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
+                **self.template_kwargs,
+            )
+        except (TemplateError, TypeError, ValueError, KeyError, IndexError, AttributeError) as error:
+            roles = " ".join(str(message.get("role")) for message in messages) or "none"
+            raise RowError(f"the chat template refuses the conversation (roles: {roles}): {error}") from None
+
+    def _tokenize(self, text: str, spans: list[tuple[int, int]]) -> Rendered:
+        spans = [(start, end) for start, end in spans if start < end]
+        text_bytes = sum(self._content_bytes(text[start:end]) for start, end in spans)
+        return self._whole(text, spans, text_bytes) or self._pieces(text, spans, text_bytes)
+
+    def _whole(self, text: str, spans: list[tuple[int, int]], text_bytes: int) -> Rendered | None:
+        """The text tokenised at once, or None where a token crosses the edge of a span (or offsets are unknown)."""
+        if not self.tokenizer.is_fast:
+            return None
+        encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        edges = {edge for span in spans for edge in span}
+        mask = []
+        for start, end in encoded["offset_mapping"]:
+            if any(start < edge < end for edge in edges):
+                return None
+            mask.append(int(any(a <= start and end <= b and start < end for a, b in spans)))
+        return Rendered(list(encoded["input_ids"]), mask, text_bytes)
+
+    def _pieces(self, text: str, spans: list[tuple[int, int]], text_bytes: int) -> Rendered:
+        """Each span tokenised by itself: the prompt then has the ids that it has at inference."""
+        row = Rendered([], [], text_bytes)
+        position = 0
+        for start, end in [*spans, (len(text), len(text))]:
+            for piece, trained in ((text[position:start], 0), (text[start:end], 1)):
+                ids = self._ids(piece)
+                row.ids += ids
+                row.mask += [trained] * len(ids)
+            position = end
+        return row
+
+    def _raw(self, messages: list[Message], response_from: int | None = None) -> Rendered:
+        split = len(messages) - 1 if response_from is None else response_from
+        completion = _plain(messages[split:])
+        context, target = self._ids(_plain(messages[:split])), [*self._ids(completion), self._eos()]
+        return _checked(
+            Rendered(context + target, [0] * len(context) + [1] * len(target), len(completion.encode()))
+        ).trimmed()
+
+    def _ids(self, text: str) -> list[int]:
+        return list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]) if text else []
+
+    def _eos(self) -> int:
+        if self.tokenizer.eos_token_id is None:
+            raise ConfigError("the tokenizer has no eos_token; text rows need one to end with")
+        return self.tokenizer.eos_token_id
+
+    def _content_bytes(self, text: str) -> int:
+        for marker in self._markers:
+            if marker in text:
+                text = text.replace(marker, "")
+        return len(text.encode())
+
+
+def _fixed_date(format: str) -> str:
+    from datetime import datetime
+
+    return datetime.fromisoformat(TEMPLATE_DATE).strftime(format)
+
+
+def _special_tokens(tokenizer: Any) -> set[str]:
+    added = getattr(tokenizer, "added_tokens_decoder", {}).values()
+    return {str(token) for token in added if token.special} | set(tokenizer.all_special_tokens)
+
+
+def _selected(messages: list[Message], train_on: str) -> list[bool]:
+    assistant = [message["role"] == "assistant" for message in messages]
+    if train_on == "all_messages":
+        return [True] * len(messages)
+    if train_on == "trainable":
+        chosen = [message.get("trainable", False) for message in messages]
+        if not all(isinstance(flag, bool) for flag in chosen):
+            raise RowError("'trainable' must be true or false")
+        if not any(chosen):
+            raise RowError("no message has trainable: true (train_on is 'trainable')")
+        return chosen
+    if not any(assistant):
+        raise RowError(f"no assistant turn to learn from (roles: {' '.join(m['role'] for m in messages)})")
+    if train_on == "all_assistant":
+        return assistant
+    if train_on == "last_assistant":
+        last = max(i for i, chosen in enumerate(assistant) if chosen)
+        return [i == last for i in range(len(messages))]
+    raise ConfigError(f"train_on is {train_on!r}; one of {', '.join(TRAIN_ON)}")
+
+
+def _refuse_blank(messages: list[Message], selected: list[bool]) -> None:
+    """Without content a turn would still train its end marker: a model that learns to say nothing."""
+    chosen = [message for message, flag in zip(messages, selected, strict=True) if flag]
+    if not any(str(m.get("content") or "").strip() or m.get("tool_calls") for m in chosen):
+        raise RowError("no token is trained: every turn to learn from is empty")
+
+
+def _checked(row: Rendered) -> Rendered:
+    if row.mask:
+        row.mask[0] = 0  # nothing stands before the first token to predict it from
+    if 1 not in row.mask:
+        raise RowError("no token is trained: the part to learn from is empty")
+    return row
+
+
+def _plain(messages: list[Message]) -> str:
+    return "".join(message["content"] or "" for message in messages)
+
+
+def _common_prefix(a: str, b: str) -> int:
+    for i, (x, y) in enumerate(zip(a, b, strict=False)):
+        if x != y:
+            return i
+    return min(len(a), len(b))
+
+
+def as_prompt(value: Any) -> list[Message]:
+    """A prompt column (string or messages) as messages; a final assistant turn would leave nothing to answer."""
+    messages = to_messages(value)
+    if messages[-1]["role"] == "assistant":
+        raise RowError("the prompt ends with an assistant message: there is nothing left to answer")
+    return messages
+
+
+def show_masked(tokenizer: Any, ids: list[int], mask: list[int]) -> str:
+    """The text of a row with trained stretches between ⟦ and ⟧."""
+    pieces, start = [], 0
+    for i in range(1, len(ids) + 1):
+        if i == len(ids) or mask[i] != mask[start]:
+            text = tokenizer.decode(ids[start:i], skip_special_tokens=False)
+            pieces.append(f"⟦{text}⟧" if mask[start] else text)
+            start = i
+    return "".join(pieces)

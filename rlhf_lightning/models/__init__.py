@@ -1,0 +1,1 @@
+"""Hugging Face models: loading, LoRA, token scoring, scorers, references, saving."""

@@ -1,0 +1,208 @@
+"""Where models and tokenizers come from: a folder, a Hub id, or an object in hand; with or without LoRA."""
+
+import json
+import logging
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from rlhf_lightning.errors import ConfigError
+from rlhf_lightning.models.lora import LoRA
+
+log = logging.getLogger(__name__)
+AUTO_CLASSES = {
+    "CAUSAL_LM": "AutoModelForCausalLM",
+    "SEQ_CLS": "AutoModelForSequenceClassification",
+}
+
+
+@dataclass
+class Start:
+    """What a stage starts from.
+
+    Args:
+        source: folder, Hub id or `PreTrainedModel`. task: `CAUSAL_LM` or `SEQ_CLS`.
+        dtype: of the weights; the checkpoint's own would otherwise be kept, and bfloat16 weights train badly.
+        options: further arguments of `from_pretrained` (`attn_implementation`, `trust_remote_code`, …).
+    """
+
+    source: Any
+    task: str = "CAUSAL_LM"
+    lora: LoRA | None = None
+    dtype: str = "float32"
+    options: dict[str, Any] = field(default_factory=dict)
+    fresh_adapter: bool = field(default=False, init=False)
+    """After loading: whether the model's adapter was made now, and so is the identity."""
+
+    def load(self, workdir: Path | None = None) -> nn.Module:
+        """The model, ready to train.
+
+        An adapter of equal rank and targets is continued. Any other adapter is merged first; `workdir` is where the
+        merged model is written, which a new adapter needs as its base.
+
+        Raises:
+            ConfigError: nothing there, or not loadable.
+        """
+        if isinstance(self.source, nn.Module):
+            return self._with_lora(self.source)
+        folder = check_source(self.source)
+        if not is_adapter(folder):
+            return self._with_lora(self._pretrained(folder))
+        return self._from_adapter(Path(folder), workdir)
+
+    def _from_adapter(self, folder: Path, workdir: Path | None) -> nn.Module:
+        from peft import PeftConfig, PeftModel
+
+        config = PeftConfig.from_pretrained(folder)
+        base_path = adapter_base(folder)
+        if self.lora and config.task_type == self.task:
+            base = self._pretrained(base_path)
+            if self.lora.continues(config, base):
+                log.info("continuing the adapter of %s", folder)
+                return PeftModel.from_pretrained(base, folder, is_trainable=True)
+        # Merged in float32: in a lower precision the sum of base and update would be rounded twice.
+        task = str(config.task_type)
+        base = Start(base_path, task, dtype="float32", options=self.options)._pretrained(base_path)
+        merged = merge(PeftModel.from_pretrained(base, folder)).to(getattr(torch, self.dtype))
+        if workdir is None and task == self.task:
+            return self._with_lora(merged)
+        if workdir is None:
+            raise ConfigError(f"{folder} is an adapter; merge it first to use it as {self.task}")
+        log.info("merging the adapter %s into %s", folder, workdir / "merged")
+        merged.save_pretrained(workdir / "merged")
+        return self._with_lora(self._pretrained(str(workdir / "merged")))
+
+    def _pretrained(self, source: str) -> Any:
+        import transformers
+
+        auto = getattr(transformers, AUTO_CLASSES[self.task])
+        options = dict(self.options)
+        if self.task == "SEQ_CLS":
+            options["num_labels"] = 1
+        try:
+            return auto.from_pretrained(source, dtype=getattr(torch, self.dtype), **options)
+        except (OSError, ValueError, KeyError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise ConfigError(f"the model {source!r} cannot be loaded: {reason}") from error
+
+    def _with_lora(self, model: Any) -> nn.Module:
+        if self.lora is None:
+            return model
+        from peft import get_peft_model
+
+        self.fresh_adapter = True
+        return get_peft_model(model, self.lora.config(model, self.task))
+
+
+def check_source(source: Any) -> str:
+    """A model source as text, with the mistakes that are common refused; raises `ConfigError`."""
+    text = str(source)
+    if text.endswith(".ckpt"):
+        raise ConfigError(
+            f"{text} is a Lightning checkpoint, which only resumes its own stage (--ckpt_path). "
+            "Start from the stage's model folder, for example runs/NAME/sft/model."
+        )
+    path = Path(text)
+    looks_local = path.is_absolute() or text.startswith((".", "~")) or text.count("/") > 1
+    if looks_local and not path.exists():
+        raise ConfigError(f"model {text!r}: no such folder (seen from {Path.cwd()})")
+    if path.is_dir() and not any((path / name).exists() for name in ("config.json", "adapter_config.json")):
+        raise ConfigError(f"model {text!r}: the folder has neither config.json nor adapter_config.json")
+    return text
+
+
+def is_adapter(source: str) -> bool:
+    """Whether a folder holds a peft adapter."""
+    return (Path(source) / "adapter_config.json").exists()
+
+
+def adapter_base(folder: Path) -> str:
+    """The base of an adapter; where a run was moved, the place that `stage.json` gives relative to the folder."""
+    base = json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
+    relative = read_stage(folder).get("base")
+    if relative and not Path(base).exists() and (folder / relative).exists():
+        base = str((folder / relative).resolve())
+    return check_source(base)
+
+
+def read_stage(folder: Any) -> dict[str, Any]:
+    """The `stage.json` of a model folder (beside it or in it), or nothing."""
+    for path in (Path(str(folder)) / "stage.json", Path(str(folder)).parent / "stage.json"):
+        if path.is_file():
+            return json.loads(path.read_text())
+    return {}
+
+
+def merge(model: Any) -> Any:
+    """An adapter merged into its base. A tied head that was adapted is untied first, and the config says so."""
+    base = model.get_base_model()
+    head, embedding = base.get_output_embeddings(), base.get_input_embeddings()
+    adapted = head is not None and hasattr(head, "base_layer")
+    if adapted and head.base_layer.weight is embedding.weight:
+        # Merging into the tied weight would change the input embedding as well.
+        head.base_layer.weight = nn.Parameter(embedding.weight.detach().clone())
+        base.config.tie_word_embeddings = False
+        base.config.get_text_config().tie_word_embeddings = False
+    return model.merge_and_unload()
+
+
+def load_tokenizer(source: Any, tokenizer: Any = None, chat_template: str | None = None, **options: Any) -> Any:
+    """A tokenizer: the one given (object, folder or Hub id) or the model's, with another chat template if named.
+
+    Raises:
+        ConfigError: none there, or the template file is missing.
+    """
+    if tokenizer is None or isinstance(tokenizer, str | Path):
+        from transformers import AutoTokenizer
+
+        name = tokenizer or getattr(source, "name_or_path", None) or source
+        if not isinstance(name, str | Path) or not str(name):
+            raise ConfigError("a model given as an object needs its tokenizer: pass tokenizer=")
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(check_source_of_tokenizer(name), **options)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise ConfigError(f"no tokenizer can be loaded from {name}: {reason}. Set model.tokenizer.") from error
+    if chat_template is not None:
+        tokenizer.chat_template = _template(chat_template)
+    return tokenizer
+
+
+def check_source_of_tokenizer(name: Any) -> str:
+    """A tokenizer source as text; raises `ConfigError` for a path that is not there."""
+    path = Path(str(name))
+    if (path.is_absolute() or str(name).startswith((".", "~"))) and not path.exists():
+        raise ConfigError(f"tokenizer {str(name)!r}: no such folder (seen from {Path.cwd()})")
+    return str(name)
+
+
+def _template(value: str) -> str:
+    if "{" in value:
+        return value
+    path = Path(value)
+    if not path.is_file():
+        raise ConfigError(f"model.chat_template {value!r}: no such file, and not a template itself (no braces)")
+    return path.read_text()
+
+
+def check_vocabulary(model: Any, tokenizer: Any, name: str = "the model") -> None:
+    """Raise `ConfigError` where the tokenizer has ids that the model has no embedding for."""
+    rows = model.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) > rows:
+        raise ConfigError(
+            f"the tokenizer has {len(tokenizer)} tokens, {name} embeds {rows}: they do not belong together. "
+            "Use the model's own tokenizer, or a model of this vocabulary."
+        )
+
+
+def disable_dropout(model: nn.Module) -> None:
+    """Set every dropout to 0: sampler, trainer, reference and reward model must compute the same function."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name in ("attention_dropout", "dropout_p", "resid_dropout"):
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, 0.0)

@@ -1,0 +1,91 @@
+"""LoRA by the field's settings: rank, alpha, dropout, and which layers, found in any architecture by structure."""
+
+import re
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from rlhf_lightning.errors import ConfigError
+
+GROUPS = ("attention", "mlp", "unembedding", "all")
+_ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
+
+
+@dataclass
+class LoRA:
+    """Low-rank adapters (arXiv 2106.09685) in place of full training.
+
+    Args:
+        rank, alpha, dropout: as in the paper; the update is scaled by alpha / rank.
+        target: any of `attention`, `mlp`, `unembedding`, `all` (the three), or names of layers.
+    """
+
+    rank: int = 16
+    alpha: float = 32.0
+    dropout: float = 0.0
+    target: list[str] = field(default_factory=lambda: ["attention", "mlp"])
+
+    def __post_init__(self) -> None:
+        if isinstance(self.target, str):
+            self.target = [self.target]
+        if self.rank < 1:
+            raise ConfigError(f"lora.rank is {self.rank}; it must be at least 1")
+
+    def config(self, model: nn.Module, task_type: str) -> Any:
+        """peft's `LoraConfig` for this model; raises `ConfigError` where a target is not found."""
+        from peft import LoraConfig
+
+        return LoraConfig(
+            r=self.rank,
+            lora_alpha=self.alpha,
+            lora_dropout=self.dropout,
+            target_modules=self.layer_names(model),
+            task_type=task_type,
+        )
+
+    def layer_names(self, model: nn.Module) -> list[str]:
+        """Full names of the layers that get an adapter."""
+        head = _unembedding(model)
+        layers = {name: _group(name) for name, module in model.named_modules() if _is_linear(module) and name != head}
+        wanted = set(GROUPS[:3]) if "all" in self.target else set(self.target)
+        names = [name for name, group in layers.items() if group in wanted]
+        if "unembedding" in wanted and head:
+            names.append(head)
+        for target in wanted - set(GROUPS):
+            found = [name for name in layers if name == target or name.endswith(f".{target}")]
+            if not found:
+                endings = sorted({name.rpartition(".")[2] for name in layers})
+                raise ConfigError(
+                    f"lora.target {target!r} names no layer; one of {', '.join(GROUPS)} or {', '.join(endings)}"
+                )
+            names += found
+        if not names:
+            raise ConfigError(f"lora.target {self.target} finds no layer in {type(model).__name__}")
+        return sorted(set(names))
+
+    def continues(self, adapter: Any, model: nn.Module) -> bool:
+        """Whether an adapter with this `LoraConfig` can simply be trained on: equal rank and targets."""
+        names = set(self.layer_names(model))
+        targets = adapter.target_modules
+        if isinstance(targets, str):
+            return False
+        matched = {n for n, _ in model.named_modules() if n in targets or any(n.endswith(f".{t}") for t in targets)}
+        return adapter.r == self.rank and adapter.lora_alpha == self.alpha and matched == names
+
+
+def _is_linear(module: nn.Module) -> bool:
+    # GPT-2 writes its linear layers as Conv1D; mixture-of-experts blocks with fused weights are not linear layers.
+    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+
+
+def _group(name: str) -> str | None:
+    parts = name.split(".")
+    if not any(part.isdigit() for part in parts):
+        return None  # outside the stack of layers: a projection of embeddings, a score head
+    return "attention" if any(_ATTENTION.search(part) for part in parts) else "mlp"
+
+
+def _unembedding(model: Any) -> str | None:
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    return next((name for name, module in model.named_modules() if module is head), None) if head else None

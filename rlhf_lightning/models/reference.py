@@ -1,0 +1,74 @@
+"""The frozen policy that KL is measured against: the one the stage started from."""
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rlhf_lightning.models.scoring import TokenScorer
+
+
+class Reference(nn.Module):
+    """Log-probabilities of the start policy.
+
+    With a fresh adapter it is the model with the adapter disabled; with an adapter that is trained on, a frozen second
+    copy of it; with full training, a frozen copy of the model.
+
+    Args:
+        model: the policy as the stage starts it. fresh_adapter: whether its LoRA adapter was made by this stage.
+    """
+
+    def __init__(self, model: Any, fresh_adapter: bool) -> None:
+        super().__init__()
+        self.mode = "copy" if not hasattr(model, "peft_config") else "disabled" if fresh_adapter else "adapter"
+        self.copy: nn.Module | None = None
+        if self.mode == "copy":
+            self.copy = copy.deepcopy(model).requires_grad_(False).eval()
+        elif self.mode == "adapter":
+            _copy_adapter(model)
+        # Not registered: the policy belongs to the module that trains it.
+        self._policy = [model]
+        self._scorer = TokenScorer(self.copy if self.copy is not None else model)
+
+    @torch.no_grad()
+    def logprobs(self, input_ids: Tensor, mask: Tensor, temperature: float = 1.0) -> Tensor:
+        """`[B, T]`, nats, 0 where the mask is 0."""
+        with self._active():
+            return self._scorer(input_ids, mask, temperature).logprobs
+
+    @contextmanager
+    def _active(self) -> Iterator[None]:
+        model = self._policy[0]
+        if self.mode == "disabled":
+            with model.disable_adapter():
+                yield
+        elif self.mode == "adapter":
+            trained = [p for p in model.parameters() if p.requires_grad]
+            model.set_adapter("reference")
+            try:
+                yield
+            finally:
+                model.set_adapter("default")
+                model.requires_grad_(False)
+                for parameter in trained:
+                    parameter.requires_grad_(True)
+        else:
+            yield
+
+
+def _copy_adapter(model: Any) -> None:
+    from peft import get_peft_model_state_dict, set_peft_model_state_dict
+
+    trained = [p for p in model.parameters() if p.requires_grad]
+    weights = {
+        name: value.clone() for name, value in get_peft_model_state_dict(model, save_embedding_layers=False).items()
+    }
+    model.add_adapter("reference", copy.deepcopy(model.peft_config["default"]))
+    set_peft_model_state_dict(model, weights, adapter_name="reference")
+    model.set_adapter("default")
+    model.requires_grad_(False)
+    for parameter in trained:
+        parameter.requires_grad_(True)

@@ -1,0 +1,109 @@
+"""Scoring text or tokens with a scorer: in the preference module, by hand, and as a reward."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rlhf_lightning.data.batching import pad_tokens
+from rlhf_lightning.data.conversations import Message, to_messages
+from rlhf_lightning.data.rendering import Renderer
+from rlhf_lightning.errors import ConfigError
+from rlhf_lightning.models.loading import Start, check_vocabulary, disable_dropout, is_adapter, load_tokenizer
+from rlhf_lightning.models.scorers import Scorer, scorer_of
+
+Text = str | list[Message]
+
+
+@torch.no_grad()
+def score_rows(
+    scorer: Scorer, ids: Sequence[list[int]], masks: Sequence[list[int]], device: Any, batch_size: int = 16
+) -> Tensor:
+    """Scores `[N]` of rows of tokens, a mask being 1 on the response. Rows of like length are scored together."""
+    order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
+    scores = torch.zeros(len(ids), device=device)
+    for start in range(0, len(order), batch_size):
+        part = order[start : start + batch_size]
+        batch = pad_tokens([ids[i] for i in part], [masks[i] for i in part], pad_id=0)
+        scores[part] = scorer({name: value.to(device) for name, value in batch.items()}).to(scores.dtype)
+    return scores
+
+
+def score_texts(
+    scorer: Scorer,
+    renderer: Renderer,
+    prompts: Sequence[Text],
+    responses: Sequence[Text],
+    tools: Sequence[list[Any] | None] | None,
+    device: Any,
+    batch_size: int = 16,
+) -> Tensor:
+    """Scores `[N]` of responses to prompts, text or messages each.
+
+    Raises:
+        ConfigError: not one response to each prompt. DataError: an exchange that is empty or cannot be rendered.
+    """
+    if len(prompts) != len(responses):
+        raise ConfigError(f"{len(prompts)} prompts and {len(responses)} responses: one response to each prompt")
+    rows = [
+        renderer.exchange(to_messages(prompt), to_messages(response, "assistant"), tools[i] if tools else None)
+        for i, (prompt, response) in enumerate(zip(prompts, responses, strict=True))
+    ]
+    return score_rows(scorer, [row.ids for row in rows], [row.mask for row in rows], device, batch_size)
+
+
+class RewardModel(nn.Module):
+    """A trained preference model, frozen, with its own tokenizer and template.
+
+    Args:
+        folder: of a preference stage, or any reward model that `AutoModelForSequenceClassification` opens.
+    """
+
+    def __init__(self, folder: str, dtype: str = "float32") -> None:
+        super().__init__()
+        self.scorer = scorer_of(folder)
+        lora = None
+        self.model: Any = Start(folder, self.scorer.task, lora, dtype).load() if not is_adapter(folder) else None
+        if self.model is None:
+            self.model = _adapted(folder, self.scorer.task, dtype)
+        self.tokenizer = load_tokenizer(folder)
+        check_vocabulary(self.model, self.tokenizer, f"the reward model {folder}")
+        self.renderer = Renderer(self.tokenizer, "chat" if self.tokenizer.chat_template else "raw")
+        disable_dropout(self.model)
+        self.scorer.bind(self.model, self.tokenizer, self.renderer.stop_token_ids)
+        self.model.requires_grad_(False).eval()
+
+    @property
+    def device(self) -> torch.device:
+        """Where it scores."""
+        return next(self.model.parameters()).device
+
+    def same_tokens(self, renderer: Renderer) -> bool:
+        """Whether the policy's token ids mean the same here, so that they can be scored as they were drawn."""
+        theirs = renderer.tokenizer
+        return (
+            self.tokenizer.get_vocab() == theirs.get_vocab()
+            and self.tokenizer.chat_template == theirs.chat_template
+            and self.renderer.format == renderer.format
+        )
+
+    def score(self, prompts: Sequence[Text], responses: Sequence[Text], tools: Any = None) -> Tensor:
+        """Scores `[N]`; see `score_texts`."""
+        return score_texts(self.scorer, self.renderer, prompts, responses, tools, self.device)
+
+    def score_tokens(self, ids: Sequence[list[int]], masks: Sequence[list[int]]) -> Tensor:
+        """Scores `[N]`; see `score_rows`."""
+        return score_rows(self.scorer, ids, masks, self.device)
+
+
+def _adapted(folder: str, task: str, dtype: str) -> Any:
+    """An adapter on its base, unmerged: the numbers are those it had in training, to the last bit."""
+    from pathlib import Path
+
+    from peft import PeftModel
+
+    from rlhf_lightning.models.loading import adapter_base
+
+    base = Start(adapter_base(Path(folder)), task, dtype=dtype).load()
+    return PeftModel.from_pretrained(base, folder)

@@ -1,0 +1,72 @@
+"""Model folders: what a stage leaves behind, in the form that stock transformers and peft open."""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rlhf_lightning.models.loading import is_adapter
+
+
+def save_model(
+    model: Any, tokenizer: Any, folder: Path, stop_token_ids: Sequence[int], state: dict[str, Any] | None = None
+) -> None:
+    """Write weights (safetensors), config, tokenizer with chat template, and generation config.
+
+    The folder appears at once, complete: it is written beside its place and renamed.
+
+    Args:
+        state: full weights gathered by a sharded strategy; the model's own by default.
+    """
+    scratch = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir(parents=True)
+    options = {"state_dict": state} if state is not None else {}
+    if hasattr(model, "peft_config"):
+        # Only the adapter that was trained, and no copy of the embeddings beside it.
+        model.save_pretrained(scratch, selected_adapters=["default"], save_embedding_layers=False, **options)
+    else:
+        _set_generation(model, tokenizer, stop_token_ids)
+        model.save_pretrained(scratch, **options)
+    tokenizer.save_pretrained(scratch)
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(scratch, folder)
+
+
+def _set_generation(model: Any, tokenizer: Any, stop_token_ids: Sequence[int]) -> None:
+    generation = getattr(model, "generation_config", None)
+    if generation is not None:
+        generation.eos_token_id = list(stop_token_ids)
+        generation.pad_token_id = tokenizer.pad_token_id
+        # Settings that only apply with sampling make transformers refuse to save where sampling is off.
+        generation.do_sample = True
+
+
+def relative_base(folder: Path) -> str | None:
+    """The base of an adapter folder relative to it, where that is a folder on this machine."""
+    if not is_adapter(str(folder)):
+        return None
+    base = Path(json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"])
+    return os.path.relpath(base, folder) if base.is_dir() else None
+
+
+def hash_folder(folder: Path) -> str:
+    """SHA-256 over the names and bytes of a model folder's files, `stage.json` left out."""
+    digest = hashlib.sha256()
+    for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.name != "stage.json"):
+        digest.update(path.relative_to(folder).as_posix().encode())
+        with open(path, "rb") as stream:
+            while block := stream.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON under a temporary name and rename, so that no half file is ever read."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_name(f".{path.name}.partial")
+    scratch.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    os.replace(scratch, path)

@@ -1,0 +1,1 @@
+"""The three LightningModules: they wire parts and log."""

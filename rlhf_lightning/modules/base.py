@@ -1,0 +1,175 @@
+"""What the three modules share: building the model, optimizer, normalising a loss, checkpoints, saving."""
+
+import logging
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor, nn
+from torch.optim import AdamW, Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from rlhf_lightning.data.rendering import Renderer
+from rlhf_lightning.errors import ConfigError
+from rlhf_lightning.models.loading import Start, check_vocabulary, load_tokenizer
+from rlhf_lightning.models.lora import LoRA
+from rlhf_lightning.models.saving import save_model
+from rlhf_lightning.modules.schedules import Warmup
+
+log = logging.getLogger(__name__)
+
+OptimizerFactory = Callable[[Iterable[Any]], Optimizer]
+SchedulerFactory = Callable[[Optimizer], LRScheduler]
+
+
+class RLHFModule(pl.LightningModule):
+    """Base of the modules.
+
+    Args:
+        model: folder, Hub id or `PreTrainedModel` to start from.
+        lora: train adapters of these settings; all weights by default.
+        optimizer: called with the trainable parameters.
+        lr_scheduler: called with the optimizer, stepped every optimizer step; `modules.schedules.Warmup` learns the
+            number of steps from the Trainer.
+        tokenizer: object, folder or Hub id where it is not the model's. chat_template: file or template text.
+        dtype: of the weights as loaded. model_options: further arguments of `from_pretrained`.
+    """
+
+    task = "CAUSAL_LM"
+    stage_kind = ""
+
+    def __init__(
+        self,
+        model: Any,
+        lora: LoRA | None = None,
+        optimizer: OptimizerFactory | None = None,
+        lr_scheduler: SchedulerFactory | None = None,
+        tokenizer: Any = None,
+        chat_template: str | None = None,
+        dtype: str = "float32",
+        model_options: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        if not isinstance(getattr(torch, dtype, None), torch.dtype):
+            raise ConfigError(f"model.dtype is {dtype!r}; for example float32 or bfloat16")
+        # In a tuple, so that a model given as an object is not registered a second time beside `self.model`.
+        self._start = (model,)
+        self.lora, self.dtype_name, self.model_options = lora, dtype, model_options or {}
+        self.optimizer_factory, self.scheduler_factory = optimizer or AdamW, lr_scheduler
+        self._tokenizer_source, self._chat_template = tokenizer, chat_template
+        self._tokenizer: Any = None
+        self._renderer: Renderer | None = None
+        self.model: Any = None
+        # Frozen weights are not in the checkpoint; what is missing is checked in on_load_checkpoint.
+        self.strict_loading = False
+
+    # -- parts ----------------------------------------------------------------------------------------------------
+
+    @property
+    def start_source(self) -> Any:
+        """The folder, Hub id or model that the stage starts from."""
+        return self._start[0]
+
+    @property
+    def tokenizer(self) -> Any:
+        """The tokenizer of the model, with its chat template."""
+        if self._tokenizer is None:
+            trust = {k: v for k, v in self.model_options.items() if k == "trust_remote_code"}
+            self._tokenizer = load_tokenizer(self.start_source, self._tokenizer_source, self._chat_template, **trust)
+        return self._tokenizer
+
+    @property
+    def renderer(self) -> Renderer:
+        """How this module turns messages into tokens: that of its data module, where it has one."""
+        if self._renderer is None:
+            data = getattr(self._trainer, "datamodule", None)
+            shared = getattr(data, "renderer", None)
+            self._renderer = shared or Renderer(self.tokenizer, "chat" if self.tokenizer.chat_template else "raw")
+        return self._renderer
+
+    def configure_model(self) -> None:
+        """Load the model, once: Lightning calls this before every command and when loading a checkpoint."""
+        if self.model is not None:
+            return
+        workdir = Path(self._trainer.default_root_dir) if self._trainer is not None else None
+        start = self.start()
+        self.model = start.load(workdir)
+        self.fresh_adapter = start.fresh_adapter
+        check_vocabulary(self.model, self.tokenizer)
+        self.build()
+        self.train(self.training)
+
+    def start(self) -> Start:
+        """What to load."""
+        return Start(self.start_source, self.task, self.lora, self.dtype_name, self.model_options)
+
+    def build(self) -> None:
+        """Make what stands on the model; called once after it is loaded."""
+        raise NotImplementedError
+
+    # -- optimizer ------------------------------------------------------------------------------------------------
+
+    def configure_optimizers(self) -> Any:
+        optimizer = self.optimizer_factory([p for p in self.parameters() if p.requires_grad])
+        if self.scheduler_factory is None:
+            return optimizer
+        scheduler = self.scheduler_factory(optimizer)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def on_train_start(self) -> None:
+        # Not in configure_optimizers: asking for the number of steps there would set up the loaders before their
+        # state is restored, and a resumed run would start its epoch anew.
+        for config in self.trainer.lr_scheduler_configs:
+            if isinstance(config.scheduler, Warmup) and config.scheduler.total_steps is None:
+                config.scheduler.set_total_steps(int(self.trainer.estimated_stepping_batches))
+
+    # -- loss -----------------------------------------------------------------------------------------------------
+
+    def normalised(self, total: Tensor, batch: dict[str, Any], count: str | None, local: Tensor | float) -> Tensor:
+        """`total` divided by the count of its whole optimizer step, over all ranks and accumulated micro-batches.
+
+        Lightning divides by the number of micro-batches and DDP by the number of ranks; both are multiplied back, so
+        that the gradient is that of one large batch. A batch of another loader has no counts: then `local` is used.
+        Without a `count`, the step's sum is the loss.
+        """
+        denominators = batch.get("denominators")
+        if denominators is None or self._trainer is None:
+            return total / max(float(local), 1.0)
+        factor = self.trainer.world_size * self.trainer.accumulate_grad_batches
+        return total * (factor / (max(denominators[count], 1.0) if count else 1.0))
+
+    # -- checkpoints ----------------------------------------------------------------------------------------------
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
+        """What is trained; what is frozen comes from the start of the stage."""
+        state = super().state_dict(*args, **kwargs)
+        frozen = {
+            name for name, parameter in self.named_parameters(remove_duplicate=False) if not parameter.requires_grad
+        }
+        return {name: value for name, value in state.items() if name not in frozen}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if self.model is None:
+            self.configure_model()
+        wanted, found = set(self.state_dict()), set(checkpoint["state_dict"])
+        if wanted != found:
+            odd = sorted(wanted ^ found)[0]
+            raise ConfigError(
+                f"the checkpoint is not of this stage and settings: {len(wanted - found)} weights are missing, "
+                f"{len(found - wanted)} are unknown (for example {odd}). Start a new stage from a model folder instead."
+            )
+
+    # -- saving ---------------------------------------------------------------------------------------------------
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write the model folder; see `models.saving`."""
+        self.configure_model()
+        save_model(self.model, self.tokenizer, Path(folder), self.renderer.stop_token_ids)
+
+    def stage_facts(self) -> dict[str, Any]:
+        """What `stage.json` says of the module."""
+        source = self.start_source
+        name = getattr(source, "name_or_path", None) if isinstance(source, nn.Module) else str(source)
+        return {"kind": self.stage_kind, "start": name, "stop_token_ids": self.renderer.stop_token_ids}

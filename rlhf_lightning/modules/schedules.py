@@ -1,0 +1,58 @@
+"""Learning-rate schedules with warm-up. Any other scheduler of torch can be named in their place."""
+
+import math
+from typing import Any
+
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+SHAPES = ("constant", "linear", "cosine")
+
+
+class Warmup(LRScheduler):
+    """Linear warm-up, then constant, linear or cosine decay to `floor` times the rate; stepped every optimizer step.
+
+    Args:
+        optimizer: whose rates are scheduled.
+        shape: of the decay. warmup_steps: steps from 0 to the full rate; below 1 a fraction of all steps.
+        floor: the final rate as a part of the full one. total_steps: the module fills it in from the Trainer.
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        shape: str = "cosine",
+        warmup_steps: float = 0,
+        floor: float = 0.0,
+        total_steps: int | None = None,
+    ) -> None:
+        if shape not in SHAPES:
+            raise ValueError(f"unknown shape {shape!r}; one of {', '.join(SHAPES)}")
+        self.shape, self.warmup_steps, self.floor, self.total_steps = shape, warmup_steps, floor, total_steps
+        super().__init__(optimizer)
+
+    def set_total_steps(self, total_steps: int) -> None:
+        """Set the length of the run and apply the rate that the current step then has."""
+        self.total_steps = total_steps
+        rates = self.get_lr()
+        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
+        self._last_lr = rates
+
+    def get_lr(self) -> list[Any]:
+        """The rate of every parameter group at the current step."""
+        factor = self._factor(self.last_epoch)
+        return [rate * factor for rate in self.base_lrs]
+
+    def _factor(self, step: int) -> float:
+        total = self.total_steps
+        warmup = self.warmup_steps
+        if 0 < warmup < 1:
+            warmup = math.ceil(warmup * total) if total else 1
+        if step < warmup:
+            return (step + 1) / (warmup + 1)
+        if self.shape == "constant" or not total:
+            return 1.0
+        progress = min(1.0, (step - warmup) / max(1, total - warmup))
+        decay = 1 - progress if self.shape == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
+        return self.floor + (1 - self.floor) * decay

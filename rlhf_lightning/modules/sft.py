@@ -1,0 +1,82 @@
+"""Supervised fine-tuning."""
+
+from typing import Any
+
+from torch import Tensor, nn
+from torchmetrics import MeanMetric, SumMetric
+
+from rlhf_lightning.models.scoring import TokenScorer
+from rlhf_lightning.modules.base import RLHFModule
+from rlhf_lightning.modules.metrics import BitsPerByte, Perplexity
+from rlhf_lightning.objectives.supervised import nll
+from rlhf_lightning.rollout.collect import answers
+from rlhf_lightning.rollout.sampler import Sampler
+
+
+class SFTModule(RLHFModule):
+    """Next-token prediction on the trained tokens of each row.
+
+    Args:
+        model: see `RLHFModule`, which takes the further arguments.
+        sampler: how `predict` answers prompts; 128 tokens, the likeliest each, by default.
+
+    A batch is a dict with `input_ids` and `mask` (1 where a token is trained), both `[B, T]`, padded on the right.
+    Logs `train/nll`, `val/nll` (nats a token), `val/perplexity`, `val/bits_per_byte`, `train/tokens` (so far).
+    """
+
+    stage_kind = "sft"
+
+    def __init__(self, model: Any, sampler: Sampler | None = None, **kwargs: Any) -> None:
+        super().__init__(model, **kwargs)
+        self.sampler = sampler or Sampler(temperature=0.0)
+        self.train_nll, self.train_tokens = MeanMetric(), SumMetric()
+        self.heldout = nn.ModuleDict({name: _heldout_metrics() for name in ("val", "test")})
+
+    def build(self) -> None:
+        self.tokens = TokenScorer(self.model)
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+        mask = batch["mask"]
+        total = nll(self.tokens(batch["input_ids"], mask).logprobs, mask).sum()
+        count = mask.sum()
+        self.train_nll(total.detach() / count.clamp(min=1), weight=count)
+        self.train_tokens.update(count)
+        self.log("train/nll", self.train_nll, on_step=True, on_epoch=False, prog_bar=True)
+        self.log("train/tokens", self.train_tokens, on_step=False, on_epoch=True)
+        return self.normalised(total, batch, "tokens", count)
+
+    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        self._evaluate(batch, "val")
+
+    def test_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        self._evaluate(batch, "test")
+
+    def on_predict_start(self) -> None:
+        self.sampler.bind(self.model, self.renderer)
+
+    def predict_step(self, batch: dict[str, Any], batch_idx: int) -> list[dict[str, Any]]:
+        """A response to each prompt."""
+        prompts = [p for p, weight in zip(batch["prompts"], batch["weights"], strict=True) if weight]
+        return answers(self.sampler, self.renderer, prompts, seed=0)
+
+    def _evaluate(self, batch: dict[str, Any], name: str) -> None:
+        mask = batch["mask"]
+        total = nll(self.tokens(batch["input_ids"], mask).logprobs, mask).sum()
+        count = mask.sum()
+        metrics: Any = self.heldout[name]
+        mean = total / count.clamp(min=1)
+        metrics["nll"].update(mean, weight=count)
+        metrics["perplexity"].update(mean, weight=count)
+        metrics["tokens"].update(count)
+        if "text_bytes" in batch:
+            metrics["bits_per_byte"].update(total, batch["text_bytes"].sum())
+            self.log(f"{name}/bits_per_byte", metrics["bits_per_byte"])
+        self.log(f"{name}/nll", metrics["nll"], prog_bar=True)
+        self.log(f"{name}/perplexity", metrics["perplexity"])
+        self.log(f"{name}/tokens", metrics["tokens"])
+
+
+def _heldout_metrics() -> nn.ModuleDict:
+    return nn.ModuleDict(
+        {"nll": MeanMetric(), "perplexity": Perplexity(), "bits_per_byte": BitsPerByte(), "tokens": SumMetric()}
+    )

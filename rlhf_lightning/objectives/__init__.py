@@ -1,0 +1,1 @@
+"""Pure tensor functions. They import nothing else of the project and can be called alone."""

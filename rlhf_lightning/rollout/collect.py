@@ -1,0 +1,143 @@
+"""One round: from prompts to rows with advantages, and the numbers that describe it."""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rlhf_lightning.data.batching import pad_right, pad_tokens
+from rlhf_lightning.data.prompts import Prompt
+from rlhf_lightning.data.rendering import Renderer
+from rlhf_lightning.models.reference import Reference
+from rlhf_lightning.objectives.kl import k1
+from rlhf_lightning.rollout.advantages import Advantage
+from rlhf_lightning.rollout.environments import EnvironmentFactory, run_episodes
+from rlhf_lightning.rollout.episodes import Episode, Segment
+from rlhf_lightning.rollout.kl import KLPenalty
+from rlhf_lightning.rollout.rewards import Reward, total_rewards
+from rlhf_lightning.rollout.sampler import Sampler
+
+
+class Collector:
+    """Plays episodes, rewards them, and turns them into rows.
+
+    Args:
+        sampler, renderer, rewards, advantage, kl, reference, environment: the parts, as `PolicyRLModule` names them.
+        seed: of every draw. max_turns, truncated_reward: see `PolicyRLModule`.
+    """
+
+    def __init__(
+        self,
+        sampler: Sampler,
+        renderer: Renderer,
+        rewards: Sequence[Reward],
+        advantage: Advantage,
+        seed: int,
+        kl: KLPenalty | None = None,
+        reference: Reference | None = None,
+        environment: EnvironmentFactory | None = None,
+        max_turns: int = 8,
+        truncated_reward: float | None = None,
+    ) -> None:
+        self.sampler, self.renderer, self.rewards, self.advantage = sampler, renderer, rewards, advantage
+        self.kl, self.reference, self.environment = kl, reference, environment
+        self.seed, self.max_turns, self.truncated_reward = seed, max_turns, truncated_reward
+
+    def play(
+        self, prompts: Sequence[Prompt], group_size: int, seed: Sequence[int], temperature: float | None = None
+    ) -> list[Episode]:
+        """Rewarded episodes, `group_size` for each prompt, in order."""
+        tasks = [(prompt, sample) for prompt in prompts for sample in range(group_size)]
+        episodes = run_episodes(
+            tasks, self.sampler, self.renderer, (self.seed, *seed), self.environment, self.max_turns, temperature
+        )
+        total_rewards(episodes, self.rewards, self.truncated_reward)
+        return episodes
+
+    def rows(self, episodes: Sequence[Episode]) -> list[Segment]:
+        """The rows of episodes, with reference log-probabilities and per-token advantages."""
+        self._advantages(episodes)
+        segments = [segment for episode in episodes for segment in episode.segments if segment.actions]
+        if self.reference is not None:
+            self._reference_logprobs(segments)
+        if self.kl is not None and self.kl.place == "reward" and segments:
+            self._fold_kl(segments)
+        return segments
+
+    def _advantages(self, episodes: Sequence[Episode]) -> None:
+        scored = [episode for episode in episodes if episode.advantage is None]
+        if scored:
+            rewards = torch.tensor([episode.reward for episode in scored], dtype=torch.float64)
+            groups = torch.tensor([episode.group for episode in scored])
+            for episode, value in zip(scored, self.advantage(rewards, groups).tolist(), strict=True):
+                episode.advantage = value
+        for episode in episodes:
+            for segment in episode.segments:
+                segment.advantages = [(episode.advantage or 0.0) * flag for flag in segment.mask]
+
+    def _reference_logprobs(self, segments: list[Segment], batch_size: int = 32) -> None:
+        assert self.reference is not None
+        device = next(self.sampler.model.parameters()).device
+        ordered = sorted(segments, key=lambda segment: len(segment.ids))
+        for start in range(0, len(ordered), batch_size):
+            part = ordered[start : start + batch_size]
+            batch = pad_tokens([row.ids for row in part], [row.mask for row in part], pad_id=0)
+            logprobs = self.reference.logprobs(
+                batch["input_ids"].to(device), batch["mask"].to(device), self.sampler.temperature
+            )
+            for row, values in zip(part, logprobs.float().tolist(), strict=True):
+                row.reference_logprobs = values[: len(row.ids)]
+
+    def _fold_kl(self, segments: list[Segment]) -> None:
+        assert self.kl is not None
+        mask = pad_right([row.mask for row in segments], 0, torch.float64)
+        added = self.kl.fold(
+            pad_right([row.logprobs for row in segments], 0, torch.float64),
+            pad_right([row.reference_logprobs for row in segments], 0, torch.float64),
+            mask,
+        )
+        for row, values in zip(segments, added.tolist(), strict=True):
+            row.advantages = [a + b for a, b in zip(row.advantages, values, strict=False)]
+
+    def statistics(self, episodes: Sequence[Episode]) -> dict[str, float]:
+        """Means over the episodes of a round: reward and its parts, length, truncation, KL (nats a response), …"""
+        if not episodes:
+            return {}
+        columns: dict[str, list[float]] = defaultdict(list)
+        for episode in episodes:
+            columns["reward"].append(episode.reward)
+            columns["response_tokens"].append(episode.response_tokens)
+            columns["truncated"].append(episode.truncated)
+            columns["turns"].append(sum(message["role"] == "assistant" for message in episode.responses))
+            for name, value in {**episode.parts, **episode.metrics}.items():
+                if value is not None:
+                    columns[f"reward_{name}" if name in episode.parts else name].append(value)
+            if self.reference is not None:
+                columns["kl"].append(sum(_sequence_kl(segment) for segment in episode.segments))
+        means = {name: sum(values) / len(values) for name, values in columns.items()}
+        return {**means, "zero_signal_groups": _zero_signal(episodes)}
+
+
+def _sequence_kl(segment: Segment) -> float:
+    if not segment.reference_logprobs:
+        return 0.0
+    drawn: Tensor = torch.tensor(segment.mask, dtype=torch.float64)
+    difference = k1(torch.tensor(segment.logprobs), torch.tensor(segment.reference_logprobs))
+    return float((difference * drawn).sum())
+
+
+def _zero_signal(episodes: Sequence[Episode]) -> float:
+    """The part of groups in which all rewards are equal: they teach nothing."""
+    groups: dict[int, set[float]] = defaultdict(set)
+    for episode in episodes:
+        groups[episode.group].add(episode.reward)
+    return sum(len(rewards) == 1 for rewards in groups.values()) / len(groups)
+
+
+def answers(sampler: Sampler, renderer: Renderer, prompts: Sequence[Prompt], seed: int) -> list[dict[str, Any]]:
+    """A response to each prompt, for `predict`: prompt, response, stop reason, tokens."""
+    episodes = run_episodes([(prompt, 0) for prompt in prompts], sampler, renderer, (seed, 0))
+    keys = ("prompt", "response", "stop_reason", "response_tokens")
+    return [{"index": episode.group, **{key: episode.record()[key] for key in keys}} for episode in episodes]

@@ -1,0 +1,83 @@
+"""Episodes and the rows of tokens they leave to train on."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from rlhf_lightning.data.conversations import Message
+
+
+@dataclass
+class Segment:
+    """One row of tokens of an episode. A conversation whose template re-renders earlier turns leaves several.
+
+    All lists have the length of `ids`; numbers are 0 where `mask` is 0.
+    """
+
+    ids: list[int]
+    mask: list[int]
+    """1 on the tokens that the policy drew."""
+    logprobs: list[float]
+    """The sampler's, in nats, at its temperature, recorded when the token was drawn."""
+    advantages: list[float] = field(default_factory=list)
+    reference_logprobs: list[float] = field(default_factory=list)
+
+    @property
+    def actions(self) -> int:
+        """How many tokens the policy drew."""
+        return sum(self.mask)
+
+    def counts(self) -> dict[str, float]:
+        """What the row adds to the denominators of its optimizer step."""
+        return {"tokens": float(self.actions), "sequences": float(self.actions > 0)}
+
+
+@dataclass
+class Episode:
+    """One conversation of the policy with an environment, and what it earned."""
+
+    prompt: list[Message]
+    row: dict[str, Any]
+    group: int
+    """The prompt's index in its data: episodes of one group answer one prompt."""
+    sample: int = 0
+    """Which of the group's responses this is."""
+    tools: list[Any] | None = None
+    responses: list[Message] = field(default_factory=list)
+    """What was said after the prompt: the policy's messages and the environment's."""
+    segments: list[Segment] = field(default_factory=list)
+    stop_reason: str = ""
+    """`stop`, `length` (out of tokens: truncated), `turns` (out of turns) or `context` (no room for another turn)."""
+    environment_reward: float = 0.0
+    parts: dict[str, float | None] = field(default_factory=dict)
+    reward: float = 0.0
+    advantage: float | None = None
+    metrics: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def response(self) -> str:
+        """The policy's last message."""
+        spoken = [message["content"] for message in self.responses if message["role"] == "assistant"]
+        return spoken[-1] if spoken else ""
+
+    @property
+    def truncated(self) -> bool:
+        """Whether a response ran out of tokens."""
+        return self.stop_reason == "length"
+
+    @property
+    def response_tokens(self) -> int:
+        """Tokens that the policy drew."""
+        return sum(segment.actions for segment in self.segments)
+
+    def record(self) -> dict[str, Any]:
+        """A row of `samples.jsonl`."""
+        return {
+            "prompt": self.prompt,
+            "response": self.response,
+            "responses": self.responses,
+            "reward": self.reward,
+            "parts": self.parts,
+            "advantage": self.advantage,
+            "stop_reason": self.stop_reason,
+            "response_tokens": self.response_tokens,
+        }

@@ -1,0 +1,143 @@
+"""The rollout loader: what makes on-policy RL an ordinary `Trainer.fit` with automatic optimization."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rlhf_lightning.data.batching import Layout, mix_seeds, pad_right, pad_tokens, split_evenly, total_counts
+from rlhf_lightning.errors import ConfigError
+from rlhf_lightning.rollout.episodes import Segment
+
+Collect = Callable[[list[Any], int], tuple[list[Segment], dict[str, float]]]
+
+
+class RolloutLoader:
+    """Rounds of episodes as mini-batches: sized, so that nothing is fetched ahead of the policy, and stateful.
+
+    An epoch is one pass over the prompts. For each round it asks `collect(prompts, round)` for rows, then yields
+    `update_epochs × minibatches` mini-batches of them, each pass in a fresh order. Their number never depends on how
+    many rows there are: a mini-batch without rows is one row of weight 0. A batch is a dict of `[B, T]` tensors
+    (`input_ids`, `mask`, `old_logprobs`, `advantages`, and `reference_logprobs` where there is a reference) with the
+    `denominators` of its optimizer step, `first` (the policy has not been updated since it drew these rows) and, on
+    the first of a round, its `statistics`.
+
+    Args:
+        items: prompts or recorded groups, over all ranks. collect: makes the rows of this rank's part of a round.
+        items_per_round, update_epochs, minibatches: see `PromptDataModule`. pad_id: fills rows.
+        seed: of the order. layout: who asks. reduce: sums a tensor over ranks. gather: objects of all ranks.
+    """
+
+    def __init__(
+        self,
+        items: Sequence[Any],
+        collect: Collect,
+        items_per_round: int,
+        update_epochs: int,
+        minibatches: int,
+        pad_id: int,
+        seed: int = 0,
+        layout: Callable[[], Layout] = Layout,
+        reduce: Callable[[Tensor], Tensor] = lambda tensor: tensor,
+        gather: Callable[[Any], list[Any]] = lambda value: [value],
+    ) -> None:
+        self.items, self.collect, self.pad_id, self.seed = items, collect, pad_id, seed
+        self.items_per_round = min(items_per_round, len(items))
+        self.update_epochs, self.minibatches = update_epochs, minibatches
+        self.layout, self.reduce, self.gather = layout, reduce, gather
+        self._position = 0
+        self._rows: list[Segment] = []
+        self._restored: list[Segment] | None = None
+
+    @property
+    def rounds(self) -> int:
+        """Rounds of an epoch."""
+        return -(-len(self.items) // self.items_per_round)
+
+    @property
+    def per_round(self) -> int:
+        """Mini-batches of a round."""
+        return self.update_epochs * self.minibatches
+
+    def __len__(self) -> int:
+        return self.rounds * self.per_round
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        layout = self.layout()
+        if self.minibatches % layout.accumulate:
+            raise ConfigError(
+                f"data.minibatches ({self.minibatches}) must be a multiple of trainer.accumulate_grad_batches "
+                f"({layout.accumulate}): an optimizer step must not span two rounds"
+            )
+        start, self._position = self._position, 0
+        generator = torch.Generator().manual_seed(mix_seeds(self.seed, layout.epoch))
+        order = torch.randperm(len(self.items), generator=generator).tolist()
+        for number in range(start // self.per_round, self.rounds):
+            mine = order[number * self.items_per_round : (number + 1) * self.items_per_round]
+            done = max(0, start - number * self.per_round)
+            yield from self._round([self.items[i] for i in mine], number, done, layout)
+
+    def _round(self, items: list[Any], number: int, done: int, layout: Layout) -> Iterator[dict[str, Any]]:
+        round_seed = layout.epoch * self.rounds + number
+        statistics: dict[str, float] | None = None
+        if done and self._restored is not None:
+            self._rows = self._restored
+        else:
+            self._rows, statistics = self.collect(items[layout.rank :: layout.world], round_seed)
+        self._restored = None
+        parts = self._parts(round_seed)
+        counts = self._counts(parts, layout)
+        for k in range(done, self.per_round):
+            self._position = (number * self.per_round + k + 1) % len(self)
+            yield {
+                **self._collate(parts[k]),
+                "denominators": counts[k // layout.accumulate],
+                "first": k < layout.accumulate,
+                "statistics": statistics if k == 0 else None,
+            }
+        self._rows = []
+
+    def _parts(self, round_seed: int) -> list[list[Segment]]:
+        """The rows of each mini-batch, a fresh permutation every pass."""
+        parts = []
+        for epoch in range(self.update_epochs):
+            generator = torch.Generator().manual_seed(mix_seeds(self.seed, round_seed, epoch, 1))
+            order = torch.randperm(len(self._rows), generator=generator).tolist()
+            parts += split_evenly([self._rows[i] for i in order], self.minibatches)
+        return parts
+
+    def _counts(self, parts: list[list[Segment]], layout: Layout) -> list[dict[str, float]]:
+        """The denominators of each optimizer step, over all ranks."""
+        names = ("tokens", "sequences")
+        steps = [parts[k : k + layout.accumulate] for k in range(0, len(parts), layout.accumulate)]
+        local = [total_counts(row.counts() for rows in step for row in rows) for step in steps]
+        table = torch.tensor([[count.get(name, 0.0) for name in names] for count in local], dtype=torch.float64)
+        return [dict(zip(names, row, strict=True)) for row in self.reduce(table).tolist()]
+
+    def _collate(self, rows: list[Segment]) -> dict[str, Any]:
+        # A row that weighs nothing keeps a rank in step that has none of its own.
+        rows = rows or [Segment([self.pad_id, self.pad_id], [0, 0], [0.0, 0.0], [0.0, 0.0], [0.0, 0.0])]
+        batch: dict[str, Any] = pad_tokens([row.ids for row in rows], [row.mask for row in rows], self.pad_id)
+        batch["old_logprobs"] = pad_right([row.logprobs for row in rows], 0.0, torch.float32)
+        batch["advantages"] = pad_right([row.advantages for row in rows], 0.0, torch.float32)
+        if any(row.reference_logprobs for row in rows):
+            batch["reference_logprobs"] = pad_right([row.reference_logprobs for row in rows], 0.0, torch.float32)
+        return batch
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position, and within a round the rows in hand of every rank. Called on all ranks together."""
+        inside = bool(self._position % self.per_round)
+        rows = [asdict(row) for row in self._rows] if inside else []
+        return {"position": self._position, "rows": self.gather(rows)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._position = int(state["position"])
+        layout = self.layout()
+        inside = bool(self._position % self.per_round)
+        if inside and len(state["rows"]) != layout.world:
+            raise ConfigError(
+                f"the checkpoint was written by {len(state['rows'])} ranks within a round; resume it with as many"
+            )
+        self._restored = [Segment(**row) for row in state["rows"][layout.rank]] if inside else None

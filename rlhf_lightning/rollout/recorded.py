@@ -1,0 +1,94 @@
+"""Recorded episodes as a source: what another sampler drew, with its log-probabilities and rewards or advantages."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from rlhf_lightning.data.records import RowError, require
+from rlhf_lightning.data.rendering import show_masked
+from rlhf_lightning.rollout.episodes import Episode, Segment
+
+
+@dataclass
+class Recorded:
+    """A recorded episode as an example of the data module; `group` joins episodes that answer one prompt."""
+
+    segment: Segment
+    group: str
+    reward: float | None
+    advantage: float | None
+    row: dict[str, Any]
+    index: int = 0
+
+    @property
+    def tokens(self) -> int:
+        """Length of the row."""
+        return len(self.segment.ids)
+
+    @property
+    def trained(self) -> int:
+        """Tokens that were drawn."""
+        return self.segment.actions
+
+    def counts(self) -> dict[str, float]:
+        """See `Segment.counts`."""
+        return self.segment.counts()
+
+    def show(self, tokenizer: Any) -> str:
+        """The text, what was drawn between ⟦ and ⟧."""
+        return show_masked(tokenizer, self.segment.ids, self.segment.mask)
+
+    def episode(self, group: int) -> Episode:
+        """The episode, a fresh one each time."""
+        segment = Segment(list(self.segment.ids), list(self.segment.mask), list(self.segment.logprobs))
+        episode = Episode([], self.row, group, segments=[segment], stop_reason="stop")
+        episode.reward = self.reward or 0.0
+        episode.advantage = self.advantage
+        return episode
+
+
+def read_recorded(data: dict[str, Any], vocabulary: int) -> Recorded:
+    """Check a row of recorded episodes.
+
+    Wanted: `tokens`, `mask` (1 on drawn tokens), `logprobs` (one for each token, or for each drawn token); or
+    `prompt_tokens`, `response_tokens`, `logprobs` (one for each response token). And `reward` with `group` (any
+    name that episodes of one prompt share), or `advantage`.
+
+    Raises:
+        RowError: a field is missing, lengths differ, or a token is not of the vocabulary.
+    """
+    if data.get("tokens") is not None:
+        require(data, "tokens", "mask", "logprobs")
+        ids, mask = list(data["tokens"]), [int(bool(flag)) for flag in data["mask"]]
+    else:
+        require(data, "prompt_tokens", "response_tokens", "logprobs")
+        prompt, response = list(data["prompt_tokens"]), list(data["response_tokens"])
+        ids, mask = prompt + response, [0] * len(prompt) + [1] * len(response)
+    if len(ids) != len(mask):
+        raise RowError(f"{len(ids)} tokens but {len(mask)} mask entries")
+    if not any(mask) or mask[0]:
+        raise RowError("no token was drawn (mask), or the first token was, which nothing precedes")
+    bad = [token for token in ids if not isinstance(token, int) or not 0 <= token < vocabulary]
+    if bad:
+        raise RowError(f"token {bad[0]!r} is not in the vocabulary of {vocabulary}")
+    if data.get("advantage") is None:
+        require(data, "reward", "group")
+    segment = Segment(ids, mask, _spread(data["logprobs"], mask))
+    return Recorded(segment, str(data.get("group")), _float(data, "reward"), _float(data, "advantage"), data)
+
+
+def _spread(logprobs: Any, mask: list[int]) -> list[float]:
+    if not all(isinstance(value, int | float) and value <= 1e-3 for value in logprobs):
+        raise RowError("'logprobs' must be numbers in nats, none above 0")
+    if len(logprobs) == len(mask):
+        return [float(value) * flag for value, flag in zip(logprobs, mask, strict=True)]
+    if len(logprobs) != sum(mask):
+        raise RowError(f"{len(logprobs)} logprobs for {sum(mask)} drawn of {len(mask)} tokens")
+    drawn = iter(logprobs)
+    return [float(next(drawn)) if flag else 0.0 for flag in mask]
+
+
+def _float(data: dict[str, Any], name: str) -> float | None:
+    value = data.get(name)
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int | float) or value != value):
+        raise RowError(f"{name!r} is {value!r}; it must be a number")
+    return None if value is None else float(value)
