@@ -3,6 +3,7 @@
 import logging
 import os
 import sys
+import warnings
 from pathlib import Path
 
 LEVELS = ("debug", "info", "warning", "error")
@@ -32,4 +33,20 @@ def setup_logging(level: str, file: Path | None) -> None:
         logger.propagate = False
     logging.captureWarnings(True)
     if level != "debug":
-        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+        _quieten()
+
+
+def _quieten() -> None:
+    """Leave out what tells a user of this project nothing: notes of the libraries on their own insides."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    for message in (
+        ".*Experiment logs directory .* exists and is not empty.*",  # a stage's folder is meant to be gone on with
+        ".*LeafSpec.* is deprecated.*",
+        ".*does not have many workers.*",  # rows are in memory: workers would only copy them
+        ".*is_gradient_checkpointing.*",
+        ".*is smaller than the logging interval.*",
+    ):
+        warnings.filterwarnings("ignore", message=message)

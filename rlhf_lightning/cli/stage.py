@@ -56,7 +56,8 @@ class StageCLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument("--log_level", default="info", choices=LEVELS, help="how much to log")
         parser.add_argument("--log_file", type=str | None, default=None, help="default: logs/run.log in the folder")
-        parser.add_argument("--checkpoint_every", type=int, default=50, help="optimizer steps between checkpoints")
+        every = 5 if self.kind == "policy" else 50
+        parser.add_argument("--checkpoint_every", type=int, default=every, help="optimizer steps between checkpoints")
         parser.add_argument("--export", default="last", choices=("last", "best"), help="which weights fit saves")
         parser.add_argument("--fresh", action="store_true", help="discard what the folder holds of an earlier run")
 
@@ -79,10 +80,6 @@ class StageCLI(LightningCLI):
             # Its metrics belong to no curve, and the file of the fit in the same folder must not be overwritten.
             self.save_config_callback = None
             config.trainer.logger = config.trainer.logger or False
-        elif config.trainer.logger in (None, True):
-            from rlhf_lightning.callbacks.metrics_csv import MetricsCSV
-
-            config.trainer.logger = MetricsCSV(self.root, resume=bool(config.ckpt_path))
         self.trainer_defaults["callbacks"] = self._callbacks(config)
 
     def _callbacks(self, config: Any) -> list[Any]:
@@ -109,6 +106,15 @@ class StageCLI(LightningCLI):
                 )
             )
         return callbacks
+
+    def instantiate_trainer(self, **kwargs: Any) -> Any:
+        """The Trainer, with the folder's `metrics.csv` as its logger where no other is named."""
+        config = self.config[self.subcommand]
+        if self.subcommand == "fit" and config.trainer.logger in (None, True):
+            from rlhf_lightning.callbacks.metrics_csv import MetricsCSV
+
+            kwargs["logger"] = MetricsCSV(self.root, resume=bool(config.ckpt_path))
+        return super().instantiate_trainer(**kwargs)
 
     # -- the folder -----------------------------------------------------------------------------------------------
 
@@ -142,6 +148,15 @@ class StageCLI(LightningCLI):
         dump = yaml.safe_load(self.parser.dump(self.config, skip_none=False))
         now = _flat(dump[self.subcommand])
         return sorted(k for k in before.keys() | now.keys() if before.get(k) != now.get(k) and k not in MAY_CHANGE)
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        try:
+            super()._run_subcommand(subcommand)
+        except SystemExit as stop:
+            # What Lightning makes of Ctrl-C, after it has shut the run down.
+            if self.trainer.interrupted:
+                raise KeyboardInterrupt from stop
+            raise
 
     def instantiate_classes(self) -> None:
         try:

@@ -79,6 +79,8 @@ class Start:
         import transformers
 
         auto = getattr(transformers, AUTO_CLASSES[self.task])
+        # An adapter remembers the path of its base: a relative one would hold only in this working directory.
+        source = str(Path(source).resolve()) if Path(source).is_dir() else source
         options = dict(self.options)
         if self.task == "SEQ_CLS":
             options["num_labels"] = 1

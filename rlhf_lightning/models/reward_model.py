@@ -1,6 +1,7 @@
 """Scoring text or tokens with a scorer: in the preference module, by hand, and as a reward."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,7 +11,14 @@ from rlhf_lightning.data.batching import pad_tokens
 from rlhf_lightning.data.conversations import Message, to_messages
 from rlhf_lightning.data.rendering import Renderer
 from rlhf_lightning.errors import ConfigError
-from rlhf_lightning.models.loading import Start, check_vocabulary, disable_dropout, is_adapter, load_tokenizer
+from rlhf_lightning.models.loading import (
+    Start,
+    adapter_base,
+    check_vocabulary,
+    disable_dropout,
+    is_adapter,
+    load_tokenizer,
+)
 from rlhf_lightning.models.scorers import Scorer, scorer_of
 
 Text = str | list[Message]
@@ -63,10 +71,7 @@ class RewardModel(nn.Module):
     def __init__(self, folder: str, dtype: str = "float32") -> None:
         super().__init__()
         self.scorer = scorer_of(folder)
-        lora = None
-        self.model: Any = Start(folder, self.scorer.task, lora, dtype).load() if not is_adapter(folder) else None
-        if self.model is None:
-            self.model = _adapted(folder, self.scorer.task, dtype)
+        self.model = load_for_scoring(folder, self.scorer.task, dtype)
         self.tokenizer = load_tokenizer(folder)
         check_vocabulary(self.model, self.tokenizer, f"the reward model {folder}")
         self.renderer = Renderer(self.tokenizer, "chat" if self.tokenizer.chat_template else "raw")
@@ -97,13 +102,11 @@ class RewardModel(nn.Module):
         return score_rows(self.scorer, ids, masks, self.device)
 
 
-def _adapted(folder: str, task: str, dtype: str) -> Any:
-    """An adapter on its base, unmerged: the numbers are those it had in training, to the last bit."""
-    from pathlib import Path
-
+def load_for_scoring(folder: str, task: str, dtype: str = "float32") -> Any:
+    """A saved model, not to be trained. An adapter stays unmerged: its numbers are then those it had in training."""
+    if not is_adapter(folder):
+        return Start(folder, task, dtype=dtype).load().eval()
     from peft import PeftModel
 
-    from rlhf_lightning.models.loading import adapter_base
-
     base = Start(adapter_base(Path(folder)), task, dtype=dtype).load()
-    return PeftModel.from_pretrained(base, folder)
+    return PeftModel.from_pretrained(base, folder).eval()

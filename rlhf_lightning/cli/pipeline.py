@@ -1,0 +1,25 @@
+"""`rlhf pipeline FILE`."""
+
+import argparse
+
+from rlhf_lightning.pipeline.run import run_pipeline
+
+
+def run(args: list[str]) -> int:
+    """Run a pipeline file and list what it left."""
+    parser = argparse.ArgumentParser(
+        prog="rlhf pipeline",
+        description="Run the stages of a pipeline file. What is finished is not run again, what was interrupted "
+        "resumes, and a stage whose inputs changed says so.",
+        epilog="example: rlhf pipeline configs/pipeline.yaml --rerun policy",
+    )
+    parser.add_argument("file", help="YAML or JSON: name, seed, stages")
+    parser.add_argument("--root", help="folder of the run (default: runs/NAME)")
+    parser.add_argument(
+        "--rerun", action="append", default=[], metavar="STAGE", help="run this stage and its children anew"
+    )
+    options = parser.parse_args(args[1:])
+    manifest = run_pipeline(options.file, options.root, options.rerun)
+    for name, stage in manifest["stages"].items():
+        print(f"{name:<14}{stage['status']:<10}{stage.get('model', '')}")
+    return 0

@@ -1,0 +1,64 @@
+"""`rlhf quickstart`."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+COLUMNS = {
+    "gold_reward": "gold reward",
+    "reward_model_score": "reward model",
+    "kl": "KL to SFT (nats)",
+    "response_tokens": "tokens",
+    "truncated_fraction": "truncated",
+}
+
+
+def run(args: list[str]) -> int:
+    """Run the quickstart and print its table."""
+    parser = argparse.ArgumentParser(
+        prog="rlhf quickstart",
+        description="SFT, a preference model and RL, one after the other, on a small model and data made on the spot; "
+        "or on your own model and files.",
+        epilog="example: rlhf quickstart --model Qwen/Qwen3-0.6B --sft chats.jsonl --preferences pairs.jsonl "
+        "--prompts prompts.jsonl",
+    )
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--root", type=Path, default=Path("runs/quickstart"), help="folder of the run")
+    parser.add_argument("--model", help="folder or Hub id to start from")
+    parser.add_argument("--sft", help="conversations to fine-tune on")
+    parser.add_argument("--preferences", help="pairs: prompt, chosen, rejected")
+    parser.add_argument("--prompts", help="prompts for RL")
+    options = parser.parse_args(args[1:])
+
+    from rlhf_lightning.cli.logs import setup_logging
+    from rlhf_lightning.quickstart.run import Settings, quickstart
+
+    setup_logging("warning", None)
+    summary = quickstart(Settings(**vars(options)))
+    show(summary, options.root)
+    return 0
+
+
+def show(summary: dict[str, Any], root: Path) -> None:
+    """The table and the sample answers."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    table = Table(title="held-out prompts, sampled at temperature 1")
+    table.add_column("")
+    for title in COLUMNS.values():
+        table.add_column(title, justify="right")
+    for name in ("base", "sft", "policy"):
+        cells = ["–" if summary[name][key] is None else f"{summary[name][key]:.3f}" for key in COLUMNS]
+        table.add_row({"base": "base", "sft": "SFT", "policy": "RL"}[name], *cells)
+    console.print(table)
+    sft, accuracy = summary["sft"], summary["preference"]["pair_accuracy"]
+    console.print(f"SFT: held-out NLL {sft['val_nll_start']:.3f} → {sft['val_nll']:.3f} nats a token")
+    if accuracy is not None:
+        console.print(f"preference model: held-out pair accuracy {accuracy:.3f}")
+    for sample in summary["samples"]:
+        console.print(f"\n[bold]{sample['prompt']}[/bold]", highlight=False)
+        console.print("  SFT: ", sample["sft"], markup=False, highlight=False)
+        console.print("  RL:  ", sample["policy"], markup=False, highlight=False)
+    console.print(f"\n{summary['seconds']:.0f} s, peak memory {summary['peak_memory_gb']:.2f} GB; all of it in {root}")

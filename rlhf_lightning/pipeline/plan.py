@@ -1,0 +1,155 @@
+"""A pipeline file, read and checked."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from rlhf_lightning.errors import ConfigError
+
+KINDS = ("sft", "preference", "policy")
+STAGE_KEYS = {"name", "kind", "config", "overrides", "start", "reward", "on_failure"}
+
+
+@dataclass
+class Stage:
+    """One stage of a plan; `settings` is its whole configuration, `start` and `reward` name stages or folders."""
+
+    name: str
+    kind: str
+    settings: dict[str, Any]
+    start: str | None = None
+    reward: str | None = None
+    rule_reward: dict[str, Any] | None = None
+    """What rewards in place of this stage's model if the stage fails; None stops the pipeline."""
+
+
+@dataclass
+class Plan:
+    """A pipeline: its stages in order. Their folders are `root/NAME`."""
+
+    name: str
+    stages: list[Stage]
+    root: Path
+    seed: int = 0
+    source: dict[str, Any] = field(default_factory=dict)
+
+    def folder(self, stage: str) -> Path:
+        """The folder of a stage."""
+        return self.root / stage
+
+    def model(self, reference: str) -> str:
+        """The model folder that a `start` or `reward` names."""
+        names = {stage.name for stage in self.stages}
+        return str(self.folder(reference) / "model") if reference in names else reference
+
+    def descendants(self, name: str) -> set[str]:
+        """A stage and all that is built on it."""
+        found = {name}
+        for stage in self.stages:
+            if {stage.start, stage.reward} & found:
+                found.add(stage.name)
+        return found
+
+
+def read_plan(plan: Mapping[str, Any] | str | Path, root: str | Path | None = None) -> Plan:
+    """Read a pipeline file (YAML or JSON) or dict.
+
+    Raises:
+        ConfigError: no such file, an unknown key or kind, a reference to a stage that does not come before.
+    """
+    base, name = Path(), "pipeline"
+    if isinstance(plan, str | Path):
+        base, name = Path(plan).parent, Path(plan).stem
+        plan = read_mapping(Path(plan))
+    if unknown := set(plan) - {"name", "seed", "stages", "root"}:
+        raise ConfigError(f"pipeline: unknown key {sorted(unknown)[0]!r}; known are name, seed, root, stages")
+    if not isinstance(plan.get("stages"), list) or not plan["stages"]:
+        raise ConfigError("pipeline: 'stages' must be a list of at least one stage")
+    name = str(plan.get("name") or name)
+    folder = Path(root or plan.get("root") or Path("runs") / name)
+    stages: list[Stage] = []
+    for index, entry in enumerate(plan["stages"]):
+        stages.append(_stage(entry, index, [stage.name for stage in stages], base))
+    return Plan(name, stages, folder, int(plan.get("seed") or 0), dict(plan))
+
+
+def _stage(entry: Any, index: int, earlier: list[str], base: Path) -> Stage:
+    where = f"pipeline: stage {index + 1}"
+    if not isinstance(entry, Mapping):
+        raise ConfigError(f"{where} is no mapping with kind and config")
+    kind = entry.get("kind")
+    if kind not in KINDS:
+        raise ConfigError(f"{where}: kind is {kind!r}; one of {', '.join(KINDS)}")
+    if unknown := set(entry) - STAGE_KEYS:
+        raise ConfigError(f"{where}: unknown key {sorted(unknown)[0]!r}; known are {', '.join(sorted(STAGE_KEYS))}")
+    name = str(entry.get("name") or kind)
+    if name in earlier or "/" in name:
+        raise ConfigError(f"{where}: the name {name!r} is taken or not a folder name; every stage needs its own")
+    for key in ("start", "reward"):
+        _check_reference(entry.get(key), earlier, f"{where} ({name}): {key}")
+    if entry.get("reward") and kind != "policy":
+        raise ConfigError(f"{where} ({name}): reward is for policy stages; this is {kind}")
+    settings: dict[str, Any] = read_mapping(base / entry["config"]) if entry.get("config") else {}
+    settings = merged(settings, nested(entry.get("overrides") or {}))
+    return Stage(name, kind, settings, entry.get("start"), entry.get("reward"), _rule(entry.get("on_failure"), where))
+
+
+def _check_reference(reference: Any, earlier: list[str], where: str) -> None:
+    if reference is None or reference in earlier or Path(str(reference)).exists():
+        return
+    if str(reference).count("/") == 1:
+        return  # a Hub id
+    raise ConfigError(
+        f"{where} is {reference!r}: neither an earlier stage ({', '.join(earlier) or 'there is none'}) nor a folder"
+    )
+
+
+def _rule(value: Any, where: str) -> dict[str, Any] | None:
+    if value in (None, "stop"):
+        return None
+    if isinstance(value, Mapping) and set(value) == {"rule_reward"} and "class_path" in (value["rule_reward"] or {}):
+        return dict(value["rule_reward"])
+    raise ConfigError(f"{where}: on_failure must be 'stop' or {{rule_reward: {{class_path: …, init_args: …}}}}")
+
+
+def read_mapping(path: Path) -> dict[str, Any]:
+    """A YAML or JSON file that holds a mapping; raises `ConfigError`."""
+    if not path.is_file():
+        raise ConfigError(f"{path}: no such file (seen from {Path.cwd()})")
+    try:
+        text = path.read_text(encoding="utf-8")
+        value = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+    except (yaml.YAMLError, json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not valid {'JSON' if path.suffix == '.json' else 'YAML'}: {error}") from None
+    if not isinstance(value, dict):
+        raise ConfigError(f"{path}: must hold a mapping, holds {type(value).__name__}")
+    return value
+
+
+def nested(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """`{"trainer.max_steps": 5}` as `{"trainer": {"max_steps": 5}}`; nested mappings stay."""
+    result: dict[str, Any] = {}
+    for key, value in flat.items():
+        *path, last = str(key).split(".")
+        inner: dict[str, Any] = {last: value}
+        for part in reversed(path):
+            inner = {part: inner}
+        result = merged(result, inner)
+    return result
+
+
+def merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """`base` with `over` laid on it, mapping by mapping; another `class_path` replaces the whole entry."""
+    result = dict(base)
+    for key, value in over.items():
+        old = result.get(key)
+        both = isinstance(old, Mapping) and isinstance(value, Mapping)
+        if both and value.get("class_path", old.get("class_path")) == old.get("class_path"):
+            result[key] = merged(old, value)
+        else:
+            result[key] = value
+    return result

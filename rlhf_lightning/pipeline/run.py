@@ -1,0 +1,174 @@
+"""Running a plan: each stage in its own process, its model folder handed to the next."""
+
+import hashlib
+import json
+import logging
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from rlhf_lightning.data.records import fingerprint
+from rlhf_lightning.errors import ConfigError, UserError
+from rlhf_lightning.models.saving import hash_folder, write_json
+from rlhf_lightning.pipeline.plan import Plan, Stage, merged, read_plan
+
+log = logging.getLogger(__name__)
+MODEL_REWARD = "rlhf_lightning.rollout.rewards.ModelReward"
+SOURCES = ("train", "validation", "test", "episodes")
+
+
+def run_pipeline(
+    plan: Mapping[str, Any] | str | Path, root: str | Path | None = None, rerun: Sequence[str] = ()
+) -> dict[str, Any]:
+    """Run a pipeline file or dict; what is finished is not run again, what was interrupted resumes.
+
+    Args:
+        plan: see `pipeline.plan`. root: the run's folder, `runs/NAME` by default.
+        rerun: stages to run anew, with all that is built on them.
+
+    Returns:
+        The manifest: for each stage its status, inputs, seconds, metrics and model folder.
+
+    Raises:
+        ConfigError: the plan is wrong, or a stage that has run would now be another. UserError: a stage failed.
+    """
+    plan = plan if isinstance(plan, Plan) else read_plan(plan, root)
+    runner = _Runner(plan, rerun)
+    for stage in plan.stages:
+        runner.run(stage)
+    return runner.manifest
+
+
+class _Runner:
+    def __init__(self, plan: Plan, rerun: Sequence[str]) -> None:
+        self.plan = plan
+        names = {stage.name for stage in plan.stages}
+        if unknown := set(rerun) - names:
+            raise ConfigError(f"--rerun {sorted(unknown)[0]}: no such stage; one of {', '.join(sorted(names))}")
+        self.rerun: set[str] = set().union(*(plan.descendants(name) for name in rerun))
+        self.failed: dict[str, Stage] = {}
+        self.path = plan.root / "manifest.json"
+        plan.root.mkdir(parents=True, exist_ok=True)
+        (plan.root / "pipeline.yaml").write_text(yaml.safe_dump(plan.source, sort_keys=False, allow_unicode=True))
+        before = json.loads(self.path.read_text()) if self.path.exists() else {}
+        self.manifest: dict[str, Any] = {"name": plan.name, "seed": plan.seed, "stages": before.get("stages", {})}
+
+    def run(self, stage: Stage) -> None:
+        """Run one stage, unless it is finished."""
+        place = f"[{self.plan.stages.index(stage) + 1}/{len(self.plan.stages)}] {stage.name}"
+        settings = self._settings(stage)
+        inputs = self._inputs(stage, settings)
+        entry = self.manifest["stages"].get(stage.name)
+        fresh = stage.name in self.rerun
+        if entry and not fresh and entry["status"] != "failed":
+            self._refuse_changed(stage, entry["inputs"], inputs)
+            if entry["status"] == "finished" and (self.plan.folder(stage.name) / "stage.json").exists():
+                print(f"{place}: finished already", flush=True)
+                return
+        print(f"{place}: {stage.kind} in {self.plan.folder(stage.name)}", flush=True)
+        self._record(stage, {"status": "running", "kind": stage.kind, "inputs": inputs})
+        started = time.time()
+        code = self._process(stage, settings, fresh)
+        if code == 0:
+            self._finish(stage, inputs, time.time() - started)
+        else:
+            self._fail(stage, inputs, code)
+
+    # -- what goes in ---------------------------------------------------------------------------------------------
+
+    def _settings(self, stage: Stage) -> dict[str, Any]:
+        """The stage's whole configuration, with what other stages hand to it."""
+        model: dict[str, Any] = {}
+        if stage.start:
+            if stage.start in self.failed:
+                raise UserError(f"stage {stage.name} starts from {stage.start}, which failed")
+            model["model"] = self.plan.model(stage.start)
+        if stage.reward:
+            failed = self.failed.get(stage.reward)
+            part = failed.rule_reward if failed else self._model_reward(stage.reward)
+            model["rewards"] = [*(stage.settings.get("model", {}).get("rewards") or []), part]
+        return merged(stage.settings, {"model": model} if model else {})
+
+    def _model_reward(self, reward: str) -> dict[str, Any]:
+        return {"class_path": MODEL_REWARD, "init_args": {"model": self.plan.model(reward)}}
+
+    def _inputs(self, stage: Stage, settings: dict[str, Any]) -> dict[str, Any]:
+        """Hashes of all that the stage's result depends on."""
+        data = settings.get("data") or {}
+        handed = {key: self._hash(value) for key in ("start", "reward") if (value := getattr(stage, key))}
+        return {
+            "settings": hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest(),
+            "data": {name: fingerprint(data[name]) for name in SOURCES if data.get(name)},
+            "seed": self.plan.seed,
+            **handed,
+        }
+
+    def _hash(self, reference: str) -> str:
+        if reference in self.failed:
+            return "failed"
+        folder = Path(self.plan.model(reference))
+        return hash_folder(folder) if folder.is_dir() else reference
+
+    def _refuse_changed(self, stage: Stage, before: dict[str, Any], now: dict[str, Any]) -> None:
+        changed = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
+        if changed:
+            raise ConfigError(
+                f"stage {stage.name} has run with other inputs (changed: {', '.join(changed)}). Run it and what is "
+                f"built on it anew with --rerun {stage.name}, or give the pipeline another name."
+            )
+
+    # -- the process ----------------------------------------------------------------------------------------------
+
+    def _process(self, stage: Stage, settings: dict[str, Any], fresh: bool) -> int:
+        folder = self.plan.folder(stage.name)
+        folder.mkdir(parents=True, exist_ok=True)
+        config = folder / "input.yaml"
+        config.write_text(yaml.safe_dump(settings, sort_keys=False, allow_unicode=True))
+        command = [sys.executable, "-m", "rlhf_lightning", stage.kind, "fit", "-c", str(config)]
+        command += ["--trainer.default_root_dir", str(folder), "--seed_everything", str(self.plan.seed)]
+        command += ["--log_file", str(self.plan.root / "logs" / "run.log")]
+        with subprocess.Popen(command + (["--fresh"] if fresh else [])) as process:
+            try:
+                return process.wait()
+            except KeyboardInterrupt:
+                # Ctrl-C reaches the stage as well; it is given the time to stop in good order.
+                process.wait()
+                raise
+
+    # -- what comes out -------------------------------------------------------------------------------------------
+
+    def _record(self, stage: Stage, entry: dict[str, Any]) -> None:
+        self.manifest["stages"][stage.name] = entry
+        write_json(self.path, self.manifest)
+
+    def _finish(self, stage: Stage, inputs: dict[str, Any], seconds: float) -> None:
+        folder = self.plan.folder(stage.name)
+        facts = json.loads((folder / "stage.json").read_text())
+        parent = {"stage": stage.start, "hash": inputs["start"]} if stage.start else None
+        facts |= {"name": stage.name, "parent": parent, "inputs": inputs}
+        for path in (folder / "stage.json", folder / "model" / "stage.json"):
+            write_json(path, facts)
+        result = {"model": str(folder / "model"), "model_hash": facts["model_hash"], "metrics": facts["metrics"]}
+        entry = {"status": "finished", "kind": stage.kind, "inputs": inputs, "seconds": round(seconds, 1), **result}
+        self._record(stage, entry)
+        print(f"{stage.name}: finished in {seconds:.0f} s", flush=True)
+
+    def _fail(self, stage: Stage, inputs: dict[str, Any], code: int) -> None:
+        if code == 130:
+            raise KeyboardInterrupt
+        self._record(stage, {"status": "failed", "kind": stage.kind, "inputs": inputs, "exit_code": code})
+        if stage.rule_reward is None:
+            where = self.plan.root / "logs" / "run.log"
+            raise UserError(f"stage {stage.name} failed (exit code {code}); its error stands above and in {where}")
+        self.failed[stage.name] = stage
+        rule = stage.rule_reward["class_path"]
+        print(
+            f"WARNING: stage {stage.name} failed (exit code {code}). As on_failure says, the pipeline goes on with the "
+            f"rule reward {rule}; reward_source_prm is 0.",
+            flush=True,
+        )

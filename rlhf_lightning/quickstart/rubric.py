@@ -1,0 +1,37 @@
+"""What good advice is: the gold reward of the quickstart, which RL never sees.
+
+Fixed before anything was tuned. An answer to a question about a thing (say, "my rusty bicycle") earns
+
+    0.30  for naming the thing as the question does
+    0.25  for a first step ("First, …") that suits what the thing is made of
+    0.20  for a reason ("because")
+    0.15  for a caution ("make sure" or "careful")
+    0.10  for wasting no words: no filler sentence, at most 45 words, and an end (a full stop)
+
+so that the best answer has 1.0 and an empty one 0.0.
+"""
+
+from rlhf_lightning.quickstart.phrases import FILLERS, STEPS
+
+WEIGHTS = {"names": 0.30, "step": 0.25, "reason": 0.20, "caution": 0.15, "concise": 0.10}
+MAX_WORDS = 45
+
+
+def rubric_parts(answer: str, subject: str, material: str) -> dict[str, float]:
+    """The parts that an answer earns, each 0 or its weight."""
+    text = answer.strip().lower()
+    held = {
+        "names": subject.lower() in text,
+        "step": any(f"first, {step}" in text for step in STEPS[material]),
+        "reason": " because " in text,
+        "caution": "make sure" in text or "careful" in text,
+        "concise": text.endswith(".")
+        and len(text.split()) <= MAX_WORDS
+        and not any(filler.lower() in text for filler in FILLERS),
+    }
+    return {name: WEIGHTS[name] * flag for name, flag in held.items()}
+
+
+def rubric(answer: str, subject: str, material: str) -> float:
+    """The gold reward, in [0, 1]."""
+    return sum(rubric_parts(answer, subject, material).values())

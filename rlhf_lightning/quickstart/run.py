@@ -1,0 +1,177 @@
+"""`rlhf quickstart`: data and model, the three stages through the ordinary driver, and the final table."""
+
+import json
+import random
+import resource
+import shutil
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rlhf_lightning.models.saving import write_json
+from rlhf_lightning.pipeline.run import run_pipeline
+from rlhf_lightning.quickstart.data import Sizes, write_data
+from rlhf_lightning.quickstart.rubric import rubric
+
+CONFIGS = Path(__file__).parent / "configs"
+# What suits a model that has been trained before; the shipped rates are for one that starts from nothing.
+OWN_MODEL = {
+    "sft": {"model.lora": {"rank": 16, "target": ["all"]}, "model.optimizer.init_args.lr": 1e-4},
+    "preference": {"model.lora": {"rank": 16, "target": ["attention", "mlp"]}, "model.optimizer.init_args.lr": 1e-4},
+    "policy": {"model.lora": {"rank": 16, "target": ["all"]}, "model.optimizer.init_args.lr": 2e-5},
+}
+
+
+@dataclass
+class Settings:
+    """What `rlhf quickstart` was asked for; each of model and files is made on the spot where it is not given."""
+
+    root: Path = Path("runs/quickstart")
+    seed: int = 0
+    model: str | None = None
+    sft: str | None = None
+    preferences: str | None = None
+    prompts: str | None = None
+    overrides: dict[str, dict[str, Any]] | None = None
+    """Per stage, over everything else; tests use it to run small."""
+    sizes: Sizes = Sizes()
+
+
+def quickstart(settings: Settings) -> dict[str, Any]:
+    """Run it; returns what stands in `summary.json`."""
+    started = time.time()
+    _clear_if_other(settings)
+    inputs = _inputs(settings)
+    manifest = run_pipeline(_plan(settings, inputs), settings.root)
+    print("measuring base, SFT and policy on held-out prompts …", flush=True)
+    summary, samples = _measure(settings, inputs, manifest)
+    earlier = _earlier(settings.root)
+    summary["seconds"] = max(round(time.time() - started, 1), earlier)
+    summary["peak_memory_gb"] = round(_peak_memory_gb(), 2)
+    write_json(settings.root / "summary.json", {"seed": settings.seed, **summary, "samples": samples})
+    return {**summary, "samples": samples}
+
+
+def _earlier(root: Path) -> float:
+    """The seconds of the first, whole run: a second one in the same folder finds its stages finished."""
+    path = root / "summary.json"
+    return json.loads(path.read_text())["seconds"] if path.exists() else 0.0
+
+
+def _clear_if_other(settings: Settings) -> None:
+    """The folder is the quickstart's own: a run with another seed or other files starts over in it, and says so."""
+    asked = {
+        "seed": settings.seed,
+        "model": settings.model,
+        "sft": settings.sft,
+        "preferences": settings.preferences,
+        "prompts": settings.prompts,
+    }
+    path = settings.root / "quickstart.json"
+    if path.exists() and json.loads(path.read_text()) != asked:
+        print(f"{settings.root} holds a quickstart of other settings; starting over", flush=True)
+        shutil.rmtree(settings.root)
+    write_json(path, asked)
+
+
+def _inputs(settings: Settings) -> dict[str, Any]:
+    """Paths of all files, and the base model; what is not the user's is made, the same every time."""
+    from rlhf_lightning.quickstart.model import write_base
+
+    made = write_data(settings.root / "data", settings.seed, settings.sizes)
+    paths: dict[str, Any] = dict(made)
+    for name, file in (("sft", settings.sft), ("preference", settings.preferences), ("prompts", settings.prompts)):
+        if file:
+            paths |= _split(settings, name, file)
+    base = settings.root / "base"
+    if not settings.model and not (base / "config.json").exists():
+        write_base(base, made["sft_train"], settings.seed)
+    return {**paths, "base": settings.model or str(base)}
+
+
+def _split(settings: Settings, name: str, file: str) -> dict[str, str]:
+    """A user's file as training rows and a held-out tenth, at most 240 rows."""
+    from rlhf_lightning.data.records import read_rows
+
+    rows = [row.data for row in read_rows(file, "prompt" if name == "prompts" else None)]
+    random.Random(settings.seed).shuffle(rows)
+    held = min(240, max(1, len(rows) // 10))
+    paths = {}
+    for part, items in (("validation", rows[:held]), ("train", rows[held:] or rows)):
+        path = settings.root / "data" / f"{name}_{part}.jsonl"
+        path.write_text("".join(json.dumps(item, ensure_ascii=False) + "\n" for item in items), encoding="utf-8")
+        paths[f"{name}_{part}"] = str(path)
+    return paths
+
+
+def _plan(settings: Settings, inputs: dict[str, Any]) -> dict[str, Any]:
+    files = {"sft": "sft", "preference": "preference", "policy": "prompts"}
+    stages = []
+    for kind in ("sft", "preference", "policy"):
+        overrides = {
+            "data.train": inputs[f"{files[kind]}_train"],
+            "data.validation": inputs[f"{files[kind]}_validation"],
+            **(OWN_MODEL[kind] if settings.model else {}),
+            **(settings.overrides or {}).get(kind, {}),
+        }
+        start = inputs["base"] if kind == "sft" else "sft"
+        stage = {"kind": kind, "config": str(CONFIGS / f"{kind}.yaml"), "overrides": overrides, "start": start}
+        stages.append({**stage, **({"reward": "preference"} if kind == "policy" else {})})
+    return {"name": "quickstart", "seed": settings.seed, "stages": stages}
+
+
+def _measure(
+    settings: Settings, inputs: dict[str, Any], manifest: dict[str, Any]
+) -> tuple[dict[str, Any], list[dict[str, str]]]:
+    from rlhf_lightning.models.reward_model import RewardModel
+    from rlhf_lightning.quickstart.evaluate import Policy, figures
+
+    folders = {"base": inputs["base"]}
+    folders |= {name: manifest["stages"][name]["model"] for name in ("sft", "policy")}
+    judge = RewardModel(manifest["stages"]["preference"]["model"])
+    gold = None if settings.prompts else _gold
+    limit, max_tokens = settings.sizes.held_out, _max_tokens(settings)
+    summary: dict[str, Any] = {}
+    answers: dict[str, list[str]] = {}
+    start: Policy | None = None
+    for name, folder in folders.items():
+        policy = Policy(folder)
+        prompts = policy.prompts(inputs["prompts_validation"], limit)
+        episodes = policy.answer(prompts, max_tokens, settings.seed)
+        kl = None
+        if name != "base":
+            start = start or policy
+            gaps = [a - b for a, b in zip(policy.logprobs(episodes), start.logprobs(episodes), strict=True)]
+            kl = sum(gaps) / len(gaps)
+        summary[name] = figures(episodes, judge, kl, gold)
+        answers[name] = [episode.response for episode in episodes]
+        if name != "policy":
+            nll = policy.nll(inputs["sft_validation"], limit)
+            summary["sft" if name == "sft" else "base"]["val_nll"] = nll
+    summary["sft"]["val_nll_start"] = summary["base"].pop("val_nll")
+    summary["preference"] = {"pair_accuracy": manifest["stages"]["preference"]["metrics"].get("val/accuracy")}
+    shown = [
+        {"prompt": prompts[i].messages[-1]["content"], "sft": answers["sft"][i], "policy": answers["policy"][i]}
+        for i in range(min(3, len(prompts)))
+    ]
+    return summary, shown
+
+
+def _max_tokens(settings: Settings) -> int:
+    from rlhf_lightning.pipeline.plan import read_mapping
+
+    shipped = read_mapping(CONFIGS / "policy.yaml")["model"]["sampler"]["max_tokens"]
+    return (settings.overrides or {}).get("policy", {}).get("model.sampler.max_tokens", shipped)
+
+
+def _gold(answer: str, row: dict[str, Any]) -> float:
+    return rubric(answer, row["subject"], row["material"])
+
+
+def _peak_memory_gb() -> float:
+    """The largest resident memory at any time: this process and, beside it, the largest stage."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    own, children = (resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return (own + children) * unit / 1e9
