@@ -12,7 +12,8 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from rlhf_lightning.data.rendering import TEMPLATE_DATE
 from rlhf_lightning.errors import ConfigError
-from rlhf_lightning.models.saving import hash_folder, relative_base, write_json
+from rlhf_lightning.files import hash_folder, write_json
+from rlhf_lightning.models.saving import relative_base
 
 log = logging.getLogger(__name__)
 

@@ -147,9 +147,12 @@ def merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     result = dict(base)
     for key, value in over.items():
         old = result.get(key)
-        both = isinstance(old, Mapping) and isinstance(value, Mapping)
-        if both and value.get("class_path", old.get("class_path")) == old.get("class_path"):
+        if isinstance(old, Mapping) and isinstance(value, Mapping) and _same_class(old, value):
             result[key] = merged(old, value)
         else:
             result[key] = value
     return result
+
+
+def _same_class(old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
+    return "class_path" not in new or new["class_path"] == old.get("class_path")

@@ -14,7 +14,7 @@ import yaml
 
 from rlhf_lightning.data.records import fingerprint
 from rlhf_lightning.errors import ConfigError, UserError
-from rlhf_lightning.models.saving import hash_folder, write_json
+from rlhf_lightning.files import hash_folder, write_json
 from rlhf_lightning.pipeline.plan import Plan, Stage, merged, read_plan
 
 log = logging.getLogger(__name__)
@@ -37,9 +37,9 @@ def run_pipeline(
     Raises:
         ConfigError: the plan is wrong, or a stage that has run would now be another. UserError: a stage failed.
     """
-    plan = plan if isinstance(plan, Plan) else read_plan(plan, root)
-    runner = _Runner(plan, rerun)
-    for stage in plan.stages:
+    checked = read_plan(plan, root)
+    runner = _Runner(checked, rerun)
+    for stage in checked.stages:
         runner.run(stage)
     return runner.manifest
 

@@ -1,6 +1,11 @@
 """The words that the quickstart's conversations are made of."""
 
-ADJECTIVES = ["old", "small", "noisy", "rusty", "heavy", "broken", "dusty", "cheap", "wet", "loose", "bent", "cold", "dirty", "cracked", "sticky", "slow", "stiff", "faded"]
+# fmt: off
+ADJECTIVES = [
+    "old", "small", "noisy", "rusty", "heavy", "broken", "dusty", "cheap", "wet",
+    "loose", "bent", "cold", "dirty", "cracked", "sticky", "slow", "stiff", "faded",
+]
+# fmt: on
 
 THINGS = {
     "metal": ["bicycle", "fence", "ladder", "gate", "mower", "shovel", "anchor", "kettle"],

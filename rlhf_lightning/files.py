@@ -1,0 +1,26 @@
+"""Files and folders: hashing them, and writing so that no half file is ever read. Imports nothing heavy."""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+
+def hash_folder(folder: Path) -> str:
+    """SHA-256 over the names and bytes of a model folder's files, `stage.json` left out."""
+    digest = hashlib.sha256()
+    for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.name != "stage.json"):
+        digest.update(path.relative_to(folder).as_posix().encode())
+        with open(path, "rb") as stream:
+            while block := stream.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON under a temporary name and rename, so that no half file is ever read."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_name(f".{path.name}.partial")
+    scratch.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    os.replace(scratch, path)
