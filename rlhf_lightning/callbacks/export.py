@@ -10,7 +10,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities import rank_zero_only
 
-from rlhf_lightning.data.rendering import TEMPLATE_DATE
+from rlhf_lightning.data.templates import TEMPLATE_DATE
 from rlhf_lightning.errors import ConfigError
 from rlhf_lightning.files import hash_folder, write_json
 from rlhf_lightning.models.saving import relative_base

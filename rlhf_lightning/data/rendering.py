@@ -1,22 +1,17 @@
-"""Conversations to tokens and a mask of what is trained, for any chat template.
+"""Conversations to tokens and a mask of what is trained: the only place where text becomes tokens."""
 
-Nothing is assumed of a template but that it renders. Where an assistant turn begins is found by rendering the
-conversation before it with the generation prompt: what the turn adds to that is what a model has to produce. Where
-it ends is found by rendering the same turn with a sentinel as content: what follows the sentinel closes a turn.
-"""
-
-import copy
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from rlhf_lightning.data.conversations import Message, to_messages
 from rlhf_lightning.data.records import RowError
+from rlhf_lightning.data.templates import ChatTemplate
 from rlhf_lightning.errors import ConfigError
 
+log = logging.getLogger(__name__)
 TRAIN_ON = ("last_assistant", "all_assistant", "all_messages", "everything", "trainable")
-TEMPLATE_DATE = "2025-01-01"
-_SENTINEL = "\ue000sentinel\ue001"
 
 
 @dataclass
@@ -53,7 +48,7 @@ class Rendered:
 
 
 class Renderer:
-    """Renders with one tokenizer: the only place where text becomes tokens.
+    """Renders with one tokenizer.
 
     Args:
         tokenizer: a Hugging Face tokenizer.
@@ -61,7 +56,8 @@ class Renderer:
         template_kwargs: passed to the template (for example `{"enable_thinking": False}`).
 
     Raises:
-        ConfigError: no chat template (for `chat`), or no token or text that ends a turn.
+        ConfigError: no chat template (for `chat`), or no token that ends a turn. Where a template does not end an
+            assistant turn, the tokenizer's eos_token is put there.
     """
 
     def __init__(self, tokenizer: Any, format: str = "chat", template_kwargs: dict[str, Any] | None = None) -> None:
@@ -69,40 +65,29 @@ class Renderer:
             raise ConfigError(f"format is {format!r}; it must be 'chat' or 'raw'")
         self.tokenizer = tokenizer
         self.format = format
-        # A template that prints today's date would render one thing in training and another tomorrow.
-        self.template_kwargs = {"strftime_now": _fixed_date, **(template_kwargs or {})}
+        self.template = ChatTemplate(tokenizer, template_kwargs)
         if format == "chat" and not tokenizer.chat_template:
             raise ConfigError(
                 f"the tokenizer {tokenizer.name_or_path or ''} has no chat template. "
                 "Name one with model.chat_template: FILE.jinja, or set data.format: raw for plain text."
             )
-        self._markers = sorted(_special_tokens(tokenizer), key=len, reverse=True)
         self.stop_token_ids, self.stop_strings = self._stops()
 
     def _stops(self) -> tuple[list[int], list[str]]:
         eos = self.tokenizer.eos_token_id
-        ids = [] if eos is None else [eos]
-        closing = self._probe_closing() if self.format == "chat" else None
-        marker = self._first_marker(closing or "")
+        ids = set() if eos is None else {eos}
+        turn_end = self.template.turn_end if self.format == "chat" else None
+        marker = self.template.first_marker(turn_end or "")
         if marker:
-            ids.append(self.tokenizer.convert_tokens_to_ids(marker))
+            ids.add(self.tokenizer.convert_tokens_to_ids(marker))
         if not ids:
             raise ConfigError(
                 f"the tokenizer {self.tokenizer.name_or_path or ''} has no stop token (eos_token), and its template "
                 "ends a turn with none: a model trained so would never stop. Set eos_token in tokenizer_config.json."
             )
-        if closing is not None and not closing.strip():
-            raise ConfigError(
-                "the chat template never ends an assistant turn: nothing follows the content. "
-                "Add the tokenizer's eos_token after the content, or name another model.chat_template."
-            )
-        return sorted(set(ids)), [closing.strip()] if closing and not marker else []
-
-    def _probe_closing(self) -> str | None:
-        try:
-            return self._closing([{"role": "user", "content": "Hello"}], {"role": "assistant"}, None)
-        except RowError:
-            return None
+        if self.format == "chat" and not self.template.ends_turns:
+            log.info("the chat template does not end an assistant turn; %s is put there", self.tokenizer.eos_token)
+        return sorted(ids), [turn_end] if turn_end and not marker else []
 
     # -- what the data modules call -------------------------------------------------------------------------------
 
@@ -117,7 +102,7 @@ class Renderer:
         if self.format == "raw":
             return [self._raw(messages)]
         if train_on == "everything":
-            text = self._render(messages, tools)
+            text = self.template.render(messages, tools)
             return [_checked(self._tokenize(text, [(0, len(text))]))]
         selected = _selected(messages, train_on)
         _refuse_blank(messages, selected)
@@ -138,7 +123,7 @@ class Renderer:
         """The text of `prompt`."""
         if self.format == "raw":
             return _plain(messages)
-        return self._render(messages, tools, add_generation_prompt=True)
+        return self.template.render(messages, tools, add_generation_prompt=True)
 
     def exchange(self, prompt: list[Message], response: list[Message], tools: list[Any] | None = None) -> Rendered:
         """Prompt and response as one row, the response masked; its last token is the response's last.
@@ -168,93 +153,19 @@ class Renderer:
             text = text.partition(stop)[0]
         return text.strip()
 
-    # -- spans ----------------------------------------------------------------------------------------------------
+    # -- tokens ---------------------------------------------------------------------------------------------------
 
     def _rows(self, messages: list[Message], tools: list[Any] | None, selected: list[bool]) -> list[Rendered]:
-        last = max((i for i, chosen in enumerate(selected) if chosen), default=-1)
-        text = self._render(messages[: last + 1], tools)
-        spans = []
-        for i in range(last + 1):
-            if selected[i]:
-                upto = text if i == last else self._render(messages[: i + 1], tools)
-                start, end = self._span(messages, i, upto, tools)
-                if not text.startswith(upto[:end]):
-                    return self._split_rows(messages, tools, selected)
-                spans.append((start, end))
-        return [self._tokenize(text, spans)]
-
-    def _split_rows(self, messages: list[Message], tools: list[Any] | None, selected: list[bool]) -> list[Rendered]:
-        """One row per trained turn, each rendered as the model would see it when that turn is its to write."""
-        rows = []
-        for i, chosen in enumerate(selected):
-            if chosen:
-                text = self._render(messages[: i + 1], tools)
-                rows.append(self._tokenize(text, [self._span(messages, i, text, tools)]))
+        rows = [self._tokenize(text, spans) for text, spans in self.template.spans(messages, tools, selected)]
+        if not self.template.ends_turns:
+            for row in rows:
+                row.ids.append(self._eos())
+                row.mask.append(1)
         return rows
-
-    def _span(self, messages: list[Message], i: int, upto: str, tools: list[Any] | None) -> tuple[int, int]:
-        """Where message i, the last in the text `upto`, begins and ends; its closing marker is part of it."""
-        before, message = messages[:i], messages[i]
-        try:
-            closing = self._closing(before, message, tools)
-        except RowError:
-            closing = ""
-        tail = closing.rstrip()
-        end = len(upto.rstrip())
-        if tail and upto.rstrip().endswith(tail):
-            marker = self._first_marker(tail)
-            end -= len(tail) - (tail.index(marker) + len(marker) if marker else len(tail))
-        return min(self._start(before, message, upto, tools), end), end
-
-    def _start(self, before: list[Message], message: Message, upto: str, tools: list[Any] | None) -> int:
-        if message["role"] == "assistant":
-            try:
-                prompt = self._render(before, tools, add_generation_prompt=True)
-            except RowError:
-                prompt = ""  # a conversation that opens with the assistant: many templates need a message before it
-            shared = _common_prefix(prompt, upto)
-            if prompt and shared == len(prompt):
-                return shared
-            # The generation prompt holds what the turn does not (an opened <think>): their common prefix might eat
-            # into the content by accident, which the rendering with another content cannot.
-            return min(shared or len(upto), _common_prefix(self._with_sentinel(before, message, tools), upto))
-        return _common_prefix(self._with_sentinel(before, message, tools), upto)
-
-    def _with_sentinel(self, before: list[Message], message: Message, tools: list[Any] | None) -> str:
-        return self._render([*before, {"role": message["role"], "content": _SENTINEL}], tools)
-
-    def _closing(self, before: list[Message], message: Message, tools: list[Any] | None) -> str:
-        """What the template puts after the content of a message with this role in this place."""
-        _, found, closing = self._with_sentinel(before, message, tools).rpartition(_SENTINEL)
-        if not found:
-            raise RowError(f"the chat template does not render the content of role {message['role']!r}")
-        return closing
-
-    def _first_marker(self, closing: str) -> str | None:
-        found = [(closing.index(marker), -len(marker), marker) for marker in self._markers if marker in closing]
-        return min(found)[2] if found else None
-
-    # -- text and tokens ------------------------------------------------------------------------------------------
-
-    def _render(self, messages: list[Message], tools: list[Any] | None, add_generation_prompt: bool = False) -> str:
-        from jinja2 import TemplateError
-
-        try:
-            return self.tokenizer.apply_chat_template(
-                # Templates may change the messages they are given (some pop keys).
-                copy.deepcopy(messages),
-                tools=tools,
-                tokenize=False,
-                add_generation_prompt=add_generation_prompt,
-                **self.template_kwargs,
-            )
-        except (TemplateError, TypeError, ValueError, KeyError, IndexError, AttributeError) as error:
-            roles = " ".join(str(message.get("role")) for message in messages) or "none"
-            raise RowError(f"the chat template refuses the conversation (roles: {roles}): {error}") from None
 
     def _tokenize(self, text: str, spans: list[tuple[int, int]]) -> Rendered:
         spans = [(start, end) for start, end in spans if start < end]
-        text_bytes = sum(self._content_bytes(text[start:end]) for start, end in spans)
+        text_bytes = sum(self.template.content_bytes(text[start:end]) for start, end in spans)
         return self._whole(text, spans, text_bytes) or self._pieces(text, spans, text_bytes)
 
     def _whole(self, text: str, spans: list[tuple[int, int]], text_bytes: int) -> Rendered | None:
@@ -298,23 +209,6 @@ class Renderer:
             raise ConfigError("the tokenizer has no eos_token; text rows need one to end with")
         return self.tokenizer.eos_token_id
 
-    def _content_bytes(self, text: str) -> int:
-        for marker in self._markers:
-            if marker in text:
-                text = text.replace(marker, "")
-        return len(text.encode())
-
-
-def _fixed_date(format: str) -> str:
-    from datetime import datetime
-
-    return datetime.fromisoformat(TEMPLATE_DATE).strftime(format)
-
-
-def _special_tokens(tokenizer: Any) -> set[str]:
-    added = getattr(tokenizer, "added_tokens_decoder", {}).values()
-    return {str(token) for token in added if token.special} | set(tokenizer.all_special_tokens)
-
 
 def _selected(messages: list[Message], train_on: str) -> list[bool]:
     assistant = [message["role"] == "assistant" for message in messages]
@@ -354,13 +248,6 @@ def _checked(row: Rendered) -> Rendered:
 
 def _plain(messages: list[Message]) -> str:
     return "".join(message["content"] or "" for message in messages)
-
-
-def _common_prefix(a: str, b: str) -> int:
-    for i, (x, y) in enumerate(zip(a, b, strict=False)):
-        if x != y:
-            return i
-    return min(len(a), len(b))
 
 
 def as_prompt(value: Any) -> list[Message]:

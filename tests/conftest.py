@@ -1,0 +1,150 @@
+"""Models and tokenizers that the tests build on the spot, and the real data where it is there."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+# Before torch is imported: two test processes on two cores would else slow each other down.
+os.environ.setdefault("OMP_NUM_THREADS", "2")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import lightning.pytorch as pl
+import pytest
+import torch
+
+from rlhf_lightning.quickstart.model import make_tokenizer
+
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+TEXTS = [
+    "Hello there, how are you today? I am fine, thank you.",
+    "user\nassistant\nsystem\n",
+    "one two three four five",
+]
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder of real data and tokenizers; users do not have it."""
+    if not SHARED.is_dir():
+        pytest.skip("the folder shared/ with real data and tokenizers is not here")
+    return SHARED
+
+
+@pytest.fixture(scope="session")
+def session_tokenizer() -> Any:
+    return make_tokenizer(TEXTS * 5)
+
+
+@pytest.fixture
+def tokenizer(session_tokenizer: Any) -> Any:
+    import copy
+
+    return copy.deepcopy(session_tokenizer)
+
+
+def build_model(
+    tokenizer: Any, seed: int = 0, architecture: str = "qwen3", task: str = "CAUSAL_LM", **options: Any
+) -> Any:
+    """A tiny model of an architecture, random weights large enough that outputs differ."""
+    import transformers
+
+    names = {
+        "qwen3": "Qwen3",
+        "llama": "Llama",
+        "gemma2": "Gemma2",
+        "gpt2": "GPT2",
+        "cohere": "Cohere",
+        "neox": "GPTNeoX",
+    }
+    config_class = getattr(transformers, f"{names[architecture]}Config")
+    common: dict[str, Any] = {
+        "vocab_size": len(tokenizer),
+        "pad_token_id": tokenizer.pad_token_id,
+        "bos_token_id": None,
+    }
+    common |= {"eos_token_id": tokenizer.eos_token_id, "max_position_embeddings": 256}
+    if architecture == "gpt2":
+        sizes: dict[str, Any] = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256, "initializer_range": 0.2}
+        common.pop("max_position_embeddings")
+    else:
+        sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+        if architecture != "neox":
+            sizes["num_key_value_heads"] = 2
+        if architecture in ("qwen3", "gemma2"):
+            sizes["head_dim"] = 8
+        sizes["initializer_range"] = 0.2
+    config = config_class(**{**common, **sizes, **options})
+    suffix = "ForCausalLM" if task == "CAUSAL_LM" else "ForSequenceClassification"
+    if architecture == "gpt2":
+        suffix = "LMHeadModel" if task == "CAUSAL_LM" else suffix
+    if task == "SEQ_CLS":
+        config.num_labels = 1
+    torch.manual_seed(seed)
+    return getattr(transformers, f"{names[architecture]}{suffix}")(config).eval()
+
+
+@pytest.fixture
+def model(tokenizer: Any) -> Any:
+    return build_model(tokenizer)
+
+
+@pytest.fixture
+def base(tmp_path: Path, model: Any, tokenizer: Any) -> str:
+    """A model folder."""
+    folder = tmp_path / "base"
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def trainer(root: Path, **options: Any) -> pl.Trainer:
+    """A quiet CPU Trainer."""
+    defaults: dict[str, Any] = {
+        "accelerator": "cpu",
+        "devices": 1,
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "default_root_dir": root,
+        "max_epochs": 1,
+    }
+    return pl.Trainer(**{**defaults, **options})
+
+
+def write_rows(path: Path, rows: list[Any]) -> str:
+    """Rows as JSON lines."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+WORDS = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
+
+
+def chats(count: int) -> list[dict[str, Any]]:
+    """Conversations of unlike length."""
+    rows = []
+    for i in range(count):
+        answer = " ".join(WORDS[: 1 + i % 7])
+        rows.append({"messages": [{"role": "user", "content": f"Count {i}"}, {"role": "assistant", "content": answer}]})
+    return rows
+
+
+def pairs(count: int) -> list[dict[str, Any]]:
+    """Pairs whose chosen side is the longer count."""
+    return [
+        {"prompt": f"Count {i}", "chosen": " ".join(WORDS[: 3 + i % 6]), "rejected": " ".join(WORDS[: 1 + i % 3])}
+        for i in range(count)
+    ]
+
+
+def prompts(count: int) -> list[dict[str, Any]]:
+    """Prompts with a further column."""
+    return [{"prompt": f"Count {i}", "wanted": i % 5} for i in range(count)]
+
+
+def sgd(rate: float) -> Any:
+    """Plain gradient descent: unlike Adam it does not hide a wrong loss scale."""
+    return lambda parameters: torch.optim.SGD(parameters, lr=rate)
