@@ -13,8 +13,11 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import lightning.pytorch as pl
 import pytest
 import torch
+from transformers.utils import logging as transformers_logging
 
 from rlhf_lightning.quickstart.model import make_tokenizer
+
+transformers_logging.disable_progress_bar()
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 TEXTS = [
@@ -75,6 +78,7 @@ def build_model(
         if architecture in ("qwen3", "gemma2"):
             sizes["head_dim"] = 8
         sizes["initializer_range"] = 0.2
+        sizes["tie_word_embeddings"] = architecture != "neox"
     config = config_class(**{**common, **sizes, **options})
     suffix = "ForCausalLM" if task == "CAUSAL_LM" else "ForSequenceClassification"
     if architecture == "gpt2":

@@ -1,0 +1,308 @@
+"""Scoring, LoRA, sampling and model folders against what stock transformers and peft compute."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from rlhf_lightning.data.batching import pad_tokens
+from rlhf_lightning.data.rendering import Renderer
+from rlhf_lightning.errors import ConfigError
+from rlhf_lightning.models.loading import Start, check_vocabulary, load_tokenizer
+from rlhf_lightning.models.lora import LoRA
+from rlhf_lightning.models.reference import Reference
+from rlhf_lightning.models.saving import save_model
+from rlhf_lightning.models.scorers import RewardHead, SequenceLogprob, init_head, pad_token
+from rlhf_lightning.models.scoring import TokenScorer
+from rlhf_lightning.rollout.sampler import Sampler
+from tests.conftest import build_model
+
+ARCHITECTURES = ["qwen3", "llama", "gemma2", "gpt2", "cohere", "neox"]
+
+
+def random_rows(tokenizer: Any, lengths: list[int]) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    rows = [torch.randint(3, len(tokenizer), (n,), generator=generator).tolist() for n in lengths]
+    return pad_tokens(rows, [[0, 0] + [1] * (n - 2) for n in lengths], tokenizer.pad_token_id)
+
+
+def plain_logprobs(model: Any, batch: dict[str, torch.Tensor], temperature: float = 1.0) -> torch.Tensor:
+    """Each row by itself, with the whole logits: slow and plain."""
+    result = torch.zeros(batch["mask"].shape, dtype=torch.float64)
+    for i, length in enumerate(batch["lengths"].tolist()):
+        ids = batch["input_ids"][i : i + 1, :length]
+        logp = (model(ids).logits.double() / temperature).log_softmax(-1)[0, :-1].gather(-1, ids[0, 1:, None])[:, 0]
+        result[i, 1:length] = logp * batch["mask"][i, 1:length]
+    return result
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_token_scores_equal_the_plain_path(tokenizer: Any, architecture: str, temperature: float) -> None:
+    options = {"gemma2": {"final_logit_softcapping": 3.0}, "cohere": {"logit_scale": 0.25}}.get(architecture, {})
+    model = build_model(tokenizer, architecture=architecture, **options).double()
+    batch = random_rows(tokenizer, [9, 5, 3])
+    batch["mask"] = batch["mask"].double()
+    scorer = TokenScorer(model)
+    assert scorer.apart, "the head should run on kept positions only"
+    plain = plain_logprobs(model, batch, temperature)
+    scores = scorer(batch["input_ids"], batch["mask"], temperature, details=True)
+    torch.testing.assert_close(scores.logprobs, plain, rtol=1e-9, atol=1e-9)
+    assert scores.entropy is not None
+    assert (scores.entropy[batch["mask"] == 0] == 0).all()
+
+    (plain.sum() * 0.3).backward()
+    wanted = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    chunked = TokenScorer(model, logit_bytes=4 * len(tokenizer) * 2)  # two rows at a time, recomputed in backward
+    (chunked(batch["input_ids"], batch["mask"], temperature).logprobs.sum() * 0.3).backward()
+    for name, parameter in model.named_parameters():
+        if name in wanted:
+            # HF norms compute in float32 even in a float64 model.
+            assert (parameter.grad - wanted[name]).norm() <= 1e-6 * wanted[name].norm(), name
+
+
+def test_a_model_with_logits_of_its_own_is_run_whole(tokenizer: Any) -> None:
+    model = build_model(tokenizer)
+    plain = model.forward
+    model.forward = lambda *args, **kwargs: _shifted(plain(*args, **kwargs))
+    scorer = TokenScorer(model)
+    assert not scorer.apart
+    batch = random_rows(tokenizer, [6])
+    logp = model(batch["input_ids"]).logits.log_softmax(-1)[0, :-1].gather(-1, batch["input_ids"][0, 1:, None])[:, 0]
+    torch.testing.assert_close(scorer(batch["input_ids"], batch["mask"]).logprobs[0, 2:], logp[1:])
+
+
+def _shifted(out: Any) -> Any:
+    out.logits = out.logits * 1.5
+    return out
+
+
+def exact(model: Any) -> Any:
+    """In float64, so that rounding decides no draw; but eager attention there makes NaN of rows that are all masked."""
+    return model if model.config._attn_implementation == "eager" else model.double()
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_greedy_equals_generate(tokenizer: Any, architecture: str) -> None:
+    model = exact(build_model(tokenizer, architecture=architecture))
+    tokenizer.chat_template = None
+    sampler = Sampler(max_tokens=12, temperature=0.0)
+    sampler.bind(model, Renderer(tokenizer, format="raw"))
+    prompts = [[5, 6, 7], [9, 10, 11, 12, 13], [5, 6, 7], [40]]
+    samples = sampler.generate(prompts, [0] * 4)
+    for prompt, sample in zip(prompts, samples, strict=True):
+        ids = torch.tensor([prompt])
+        out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False)
+        assert sample.ids == out[0, len(prompt) :].tolist()
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_draws_depend_on_their_seed_alone_and_their_logprobs_are_the_trainers(
+    tokenizer: Any, architecture: str
+) -> None:
+    model = exact(build_model(tokenizer, architecture=architecture))
+    renderer = Renderer(tokenizer)
+    sampler = Sampler(max_tokens=10, temperature=0.8)
+    sampler.bind(model, renderer)
+    prompts = [renderer.prompt([{"role": "user", "content": text}]) for text in ("one", "one two three", "one")]
+    together = sampler.generate(prompts, [1, 2, 3])
+    alone = [sampler.generate([prompt], [seed])[0] for prompt, seed in zip(prompts, [1, 2, 3], strict=True)]
+    assert [sample.ids for sample in together] == [sample.ids for sample in alone]
+    assert together[0].ids != together[2].ids
+    rows = [prompt + sample.ids for prompt, sample in zip(prompts, together, strict=True)]
+    masks = [[0] * len(p) + [1] * len(s.ids) for p, s in zip(prompts, together, strict=True)]
+    batch = pad_tokens(rows, masks, 0)
+    scores = TokenScorer(model)(batch["input_ids"], batch["mask"], 0.8).logprobs
+    for row, prompt, sample in zip(scores, prompts, together, strict=True):
+        drawn = row[len(prompt) : len(prompt) + len(sample.ids)]
+        # The sampler's softmax is float32, as it is for every precision.
+        torch.testing.assert_close(drawn.double(), torch.tensor(sample.logprobs).double(), rtol=0, atol=1e-5)
+
+
+def test_draws_follow_the_distribution(tokenizer: Any) -> None:
+    model = build_model(tokenizer)
+    sampler = Sampler(max_tokens=1, temperature=1.5, batch_rows=4096)
+    sampler.bind(model, Renderer(tokenizer))
+    drawn = torch.tensor([s.ids[0] for s in sampler.generate([[5, 6]] * 4000, list(range(4000)))])
+    wanted = (model(torch.tensor([[5, 6]])).logits[0, -1] / 1.5).softmax(-1).detach()
+    found = torch.bincount(drawn, minlength=len(tokenizer)) / 4000
+    # The expected total variation of 4000 draws is about Σ sqrt(p(1-p)/(2π·4000)); three times that is far off.
+    bound = 3 * float((wanted * (1 - wanted) / (2 * torch.pi * 4000)).sqrt().sum())
+    assert float((found - wanted).abs().sum() / 2) < bound
+
+
+def test_top_k_and_top_p_cut_the_draw(tokenizer: Any) -> None:
+    model = build_model(tokenizer)
+    top = model(torch.tensor([[5, 6]])).logits[0, -1].softmax(-1).sort(descending=True)
+    for options, allowed in (({"top_k": 3}, 3), ({"top_p": float(top.values[:2].sum()) - 1e-4}, 2)):
+        sampler = Sampler(max_tokens=1, **options)
+        sampler.bind(model, Renderer(tokenizer))
+        drawn = {s.ids[0] for s in sampler.generate([[5, 6]] * 200, list(range(200)))}
+        assert drawn <= set(top.indices[:allowed].tolist())
+
+
+def test_stop_texts_end_a_response(tokenizer: Any) -> None:
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}[end]{% endfor %}"
+    renderer = Renderer(tokenizer)
+    sampler = Sampler(max_tokens=40)
+    sampler.bind(build_model(tokenizer), renderer)
+    assert not sampler._ends(tokenizer("one two")["input_ids"])
+    assert sampler._ends(tokenizer("one two[end]")["input_ids"])
+
+
+# -- LoRA -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_lora_targets_are_found_by_structure(tokenizer: Any, architecture: str) -> None:
+    model = build_model(tokenizer, architecture=architecture)
+    groups = {target: set(LoRA(target=[target]).layer_names(model)) for target in ("attention", "mlp", "unembedding")}
+    assert all(groups.values())
+    assert not groups["attention"] & groups["mlp"]
+    assert len(groups["unembedding"]) == 1
+    assert set(LoRA(target=["all"]).layer_names(model)) == set.union(*groups.values())
+    assert len(Start(model, lora=LoRA(target=["all"], rank=2)).load().peft_config["default"].target_modules) > 2
+    with pytest.raises(ConfigError, match="names no layer; one of attention"):
+        LoRA(target=["atention"]).layer_names(model)
+
+
+def perturb(model: Any, scale: float = 0.3) -> None:
+    """Give trainable weights values, so that an adapter is not the identity."""
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter += scale * torch.randn(parameter.shape, generator=generator)
+
+
+def logits(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        return model.eval()(torch.tensor([[5, 6, 7, 8]])).logits
+
+
+@pytest.mark.parametrize("target", [["attention"], ["all"]])
+def test_adapters_are_continued_or_merged(base: str, tokenizer: Any, tmp_path: Path, target: list[str]) -> None:
+    from peft import AutoPeftModelForCausalLM
+
+    model = Start(base, lora=LoRA(rank=2, target=target)).load()
+    perturb(model)
+    wanted = logits(model)
+    folder = tmp_path / "adapter"
+    save_model(model, tokenizer, folder, [2])
+    torch.testing.assert_close(logits(AutoPeftModelForCausalLM.from_pretrained(folder)), wanted)
+
+    continued = Start(str(folder), lora=LoRA(rank=2, target=target))
+    torch.testing.assert_close(logits(continued.load()), wanted)
+    assert not continued.fresh_adapter
+    for start in (Start(str(folder)), Start(str(folder), lora=LoRA(rank=4, target=["mlp"]))):
+        torch.testing.assert_close(logits(start.load(tmp_path / "stage")), wanted, rtol=1e-4, atol=1e-4)
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "stage" / "merged")
+    torch.testing.assert_close(logits(merged), wanted, rtol=1e-4, atol=1e-4)
+    assert (merged.get_output_embeddings().weight is merged.get_input_embeddings().weight) == (target != ["all"])
+
+
+def test_the_reference_is_the_start_whatever_is_trained(base: str, tokenizer: Any, tmp_path: Path) -> None:
+    batch = random_rows(tokenizer, [8, 6])
+    adapter = Start(base, lora=LoRA(rank=2)).load()
+    perturb(adapter)
+    save_model(adapter, tokenizer, tmp_path / "adapter", [2])
+    cases = [
+        (Start(base), "copy"),
+        (Start(base, lora=LoRA(rank=2)), "disabled"),
+        (Start(str(tmp_path / "adapter"), lora=LoRA(rank=2)), "adapter"),
+    ]
+    for start, mode in cases:
+        model = start.load()
+        before = TokenScorer(model)(batch["input_ids"], batch["mask"]).logprobs.detach()
+        trainable = {name for name, p in model.named_parameters() if p.requires_grad}
+        reference = Reference(model, start.fresh_adapter)
+        assert reference.mode == mode
+        perturb(model)
+        torch.testing.assert_close(reference.logprobs(batch["input_ids"], batch["mask"]), before)
+        after = TokenScorer(model)(batch["input_ids"], batch["mask"]).logprobs.detach()
+        assert not torch.allclose(after, before)
+        assert {name for name, p in model.named_parameters() if p.requires_grad} == trainable
+        torch.testing.assert_close(TokenScorer(model)(batch["input_ids"], batch["mask"]).logprobs.detach(), after)
+
+
+# -- scorers ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("architecture", ["qwen3", "llama", "gemma2", "gpt2"])
+def test_reward_head_equals_stock_pooling(tokenizer: Any, architecture: str) -> None:
+    model = build_model(tokenizer, architecture=architecture, task="SEQ_CLS")
+    scorer = RewardHead()
+    init_head(model)
+    scorer.bind(model, tokenizer, [tokenizer.eos_token_id])
+    batch = random_rows(tokenizer, [9, 4, 7])
+    attention = (torch.arange(9)[None] < batch["lengths"][:, None]).long()
+    stock = model(batch["input_ids"], attention_mask=attention).logits[:, 0]
+    torch.testing.assert_close(scorer(batch), stock, rtol=1e-5, atol=1e-5)
+    for i, length in enumerate(batch["lengths"].tolist()):
+        torch.testing.assert_close(
+            model(batch["input_ids"][i : i + 1, :length]).logits[0, 0], stock[i], rtol=1e-5, atol=1e-5
+        )
+
+
+def test_head_starts_as_in_the_literature(tokenizer: Any) -> None:
+    model = build_model(tokenizer, task="SEQ_CLS", hidden_size=256)
+    init_head(model)
+    assert 0.8 < float(model.score.weight.std() * 257**0.5) < 1.2
+
+
+def test_sequence_logprob(tokenizer: Any) -> None:
+    model = build_model(tokenizer)
+    batch = random_rows(tokenizer, [9, 4])
+    plain = plain_logprobs(model, batch)
+    for normalised in (False, True):
+        scorer = SequenceLogprob(length_normalised=normalised, beta=2.0)
+        scorer.bind(model, tokenizer, [2])
+        wanted = 2 * plain.sum(-1) / (batch["mask"].sum(-1) if normalised else 1)
+        torch.testing.assert_close(scorer(batch).double(), wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_padding_is_never_a_stop_token(tokenizer: Any) -> None:
+    assert pad_token(tokenizer, [tokenizer.eos_token_id]) == "<|pad|>"
+    size = len(tokenizer)
+    tokenizer.pad_token = tokenizer.eos_token
+    assert tokenizer.convert_tokens_to_ids(pad_token(tokenizer, [tokenizer.eos_token_id])) != tokenizer.eos_token_id
+    assert len(tokenizer) == size
+
+
+# -- wrong models -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("./nowhere", "no such folder"),
+        ("a/b/c.ckpt", "Lightning checkpoint"),
+        ("EMPTY", "neither config.json nor"),
+        ("no/such-model", "cannot be loaded"),
+    ],
+)
+def test_models_that_are_not_there(tmp_path: Path, source: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        Start(str(tmp_path) if source == "EMPTY" else source).load()
+
+
+def test_tokenizers_that_do_not_belong(tokenizer: Any, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="do not belong together"):
+        check_vocabulary(build_model(tokenizer, vocab_size=len(tokenizer) - 1), tokenizer)
+    with pytest.raises(ConfigError, match="no tokenizer can be loaded"):
+        load_tokenizer(str(tmp_path))
+    with pytest.raises(ConfigError, match="needs its tokenizer"):
+        load_tokenizer(build_model(tokenizer))
+    with pytest.raises(ConfigError, match="no such file, and not a template"):
+        load_tokenizer(None, tokenizer, chat_template="missing.jinja")
+
+
+def test_reward_model_folders_open_in_stock_transformers(tokenizer: Any, tmp_path: Path) -> None:
+    model = build_model(tokenizer, task="SEQ_CLS")
+    save_model(model, tokenizer, tmp_path / "rm", [2])
+    loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path / "rm")
+    ids = torch.tensor([[5, 6, 7]])
+    torch.testing.assert_close(loaded(ids).logits, model(ids).logits)

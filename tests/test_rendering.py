@@ -1,0 +1,204 @@
+"""Tokens and masks: what is trained is what a model has to write, for any template and tokenizer."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rlhf_lightning.data.conversations import conversation, tool_schemas
+from rlhf_lightning.data.records import RowError
+from rlhf_lightning.data.rendering import Rendered, Renderer
+from rlhf_lightning.errors import ConfigError
+
+CONVERSATIONS = {
+    "single": [("user", "Hi <there"), ("assistant", "<thanks> Hello é😀")],
+    "system": [("system", "Be nice."), ("user", "Hi"), ("assistant", "Hello")],
+    "multi": [("user", "a b"), ("assistant", "First answer."), ("user", "c d"), ("assistant", "Second one")],
+}
+TEMPLATES = {
+    "chatml": "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
+    # The generation prompt ends with a space, which the answer's first word would swallow.
+    "space": "{% for m in messages %}{{ m.role }}: {{ m.content }}<|im_end|>{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}",
+    # Reasoning of earlier turns is dropped, and the generation prompt opens a block that history does not have.
+    "thinking": "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' and loop.last %}<think>\n"
+    "</think>\n{% endif %}{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}",
+    # A marker that moves with the end of the conversation.
+    "moving": "{% for m in messages %}{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant\n{% else %}<|pad|>{% endif %}",
+    "text end": "{% for m in messages %}[{{ m.role }}]{{ m.content }}[end]\n{% endfor %}"
+    "{% if add_generation_prompt %}[assistant]{% endif %}",
+    "endless": "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
+    "{% if add_generation_prompt %}[assistant]{% endif %}",
+}
+
+
+def messages(name: str) -> list[dict[str, Any]]:
+    return [{"role": role, "content": content} for role, content in CONVERSATIONS[name]]
+
+
+def trained(tokenizer: Any, row: Rendered) -> list[str]:
+    """The texts of the trained stretches of a row."""
+    texts, run = [], []
+    for token, flag in [*zip(row.ids, row.mask, strict=True), (0, 0)]:
+        if flag:
+            run.append(token)
+        elif run:
+            texts.append(tokenizer.decode(run))
+            run = []
+    return texts
+
+
+def check_masks(tokenizer: Any, name: str) -> None:
+    """Every assistant turn is trained once, its stop with it, and no other turn's words are."""
+    renderer = Renderer(tokenizer)
+    wanted = [content for role, content in CONVERSATIONS[name] if role == "assistant"]
+    rows = renderer.conversation(messages(name))
+    texts = [text for row in rows for text in trained(tokenizer, row)]
+    assert len(texts) == len(wanted)
+    for text, content in zip(texts, wanted, strict=True):
+        stops = [*tokenizer.convert_ids_to_tokens(renderer.stop_token_ids), *renderer.stop_strings]
+        assert content in text
+        assert any(text.endswith(stop) for stop in stops), text
+        assert not any(other in text for _, other in CONVERSATIONS[name] if other != content and len(other) > 3)
+    for row in rows:
+        assert len(row.ids) == len(row.mask)
+        assert row.mask[-1] == 1, "what follows the last trained token is not computed"
+
+
+@pytest.mark.parametrize("name", CONVERSATIONS)
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_masks_of_unlike_templates(tokenizer: Any, template: str, name: str) -> None:
+    tokenizer.chat_template = TEMPLATES[template]
+    check_masks(tokenizer, name)
+
+
+def shared_cases() -> list[tuple[str, str]]:
+    root = Path(__file__).resolve().parents[2] / "shared"
+    tokenizers = sorted(path.name for path in (root / "tokenizers").glob("*")) or ["none"]
+    templates = ["own", *sorted(path.name for path in (root / "chat_templates").glob("*.jinja"))]
+    return [(tokenizer, template) for tokenizer in tokenizers for template in templates]
+
+
+_LOADED: dict[str, Any] = {}
+
+
+@pytest.mark.parametrize(("name", "template"), shared_cases())
+def test_masks_of_real_templates_and_tokenizers(shared: Path, name: str, template: str) -> None:
+    from transformers import AutoTokenizer
+
+    if name not in _LOADED:
+        tokenizer = AutoTokenizer.from_pretrained(shared / "tokenizers" / name)
+        _LOADED[name] = (tokenizer, tokenizer.chat_template)
+    tokenizer, own = _LOADED[name]
+    tokenizer.chat_template = own if template == "own" else (shared / "chat_templates" / template).read_text()
+    for case in CONVERSATIONS:
+        if case == "system" and template == "gemma.jinja":
+            with pytest.raises(RowError, match="System role not supported"):
+                Renderer(tokenizer).conversation(messages(case))
+        else:
+            check_masks(tokenizer, case)
+
+
+def test_tool_turns(shared: Path) -> None:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(shared / "tokenizers" / "qwen3")
+    renderer = Renderer(tokenizer)
+    lines = (shared / "data" / "toolcall_en_300.jsonl").read_text().splitlines()[:20]
+    for line in lines:
+        data = json.loads(line)
+        said = conversation(data)
+        rows = renderer.conversation(said, tool_schemas(data))
+        texts = [text for row in rows for text in trained(tokenizer, row)]
+        for text, message in zip(texts, [m for m in said if m["role"] == "assistant"], strict=True):
+            assert message["content"].strip() in text
+            assert "<tool_response>" not in text
+        assert (
+            "search_recipes" not in lines[0] or '"search_recipes"' in tokenizer.decode(rows[0].ids) or line != lines[0]
+        )
+
+
+def test_the_prompt_has_the_ids_it_has_at_inference(tokenizer: Any) -> None:
+    for template in TEMPLATES.values():
+        tokenizer.chat_template = template
+        renderer = Renderer(tokenizer)
+        said = messages("single")
+        row = renderer.exchange(said[:1], said[1:])
+        if template != TEMPLATES["thinking"]:  # there the generation prompt is more than what the turn shares with it
+            assert row.ids[: row.mask.index(1)] == renderer.prompt(said[:1])
+
+
+@pytest.mark.parametrize(
+    ("train_on", "texts"),
+    [
+        ("last_assistant", ["Second one<|im_end|>"]),
+        ("all_assistant", ["First answer.<|im_end|>", "Second one<|im_end|>"]),
+        ("all_messages", ["a b<|im_end|>", "First answer.<|im_end|>", "c d<|im_end|>", "Second one<|im_end|>"]),
+        ("trainable", ["c d<|im_end|>"]),
+    ],
+)
+def test_what_is_trained(tokenizer: Any, train_on: str, texts: list[str]) -> None:
+    said = messages("multi")
+    said[2]["trainable"] = True
+    (row,) = Renderer(tokenizer).conversation(said, train_on=train_on)
+    assert trained(tokenizer, row) == texts
+
+
+def test_everything_is_trained_but_the_first_token(tokenizer: Any) -> None:
+    (row,) = Renderer(tokenizer).conversation(messages("multi"), train_on="everything")
+    assert row.mask == [0] + [1] * (len(row.ids) - 1)
+    assert tokenizer.decode(row.ids) == Renderer(tokenizer).template.render(messages("multi"))
+
+
+def test_a_date_is_fixed(tokenizer: Any) -> None:
+    tokenizer.chat_template = "{{ strftime_now('%d %b %Y') }}|" + TEMPLATES["chatml"]
+    assert Renderer(tokenizer).prompt_text(messages("single")[:1]).startswith("01 Jan 2025|")
+
+
+def test_text_bytes_leave_markers_out(tokenizer: Any) -> None:
+    (row,) = Renderer(tokenizer).conversation(messages("single"))
+    assert row.text_bytes == len(CONVERSATIONS["single"][1][1].encode())
+
+
+def test_decode_stops_at_the_stop(tokenizer: Any) -> None:
+    renderer = Renderer(tokenizer)
+    assert renderer.decode(tokenizer("Hello there<|im_end|>")["input_ids"]) == "Hello there"
+    tokenizer.chat_template = TEMPLATES["text end"]
+    renderer = Renderer(tokenizer)
+    assert renderer.stop_strings == ["[end]"]
+    assert renderer.decode(tokenizer("Hello there[end] more")["input_ids"]) == "Hello there"
+
+
+@pytest.mark.parametrize(
+    ("said", "message"),
+    [
+        ([("user", "Hi")], "no assistant turn"),
+        ([("user", "Hi"), ("assistant", "  ")], "every turn to learn from is empty"),
+        ([("user", "Hi"), ("assistant", "")], "every turn to learn from is empty"),
+    ],
+)
+def test_conversations_without_anything_to_learn(tokenizer: Any, said: list[tuple[str, str]], message: str) -> None:
+    with pytest.raises(RowError, match=message):
+        Renderer(tokenizer).conversation([{"role": role, "content": content} for role, content in said])
+
+
+def test_tokenizers_that_cannot_be_used(tokenizer: Any) -> None:
+    tokenizer.chat_template = None
+    with pytest.raises(ConfigError, match="no chat template"):
+        Renderer(tokenizer)
+    assert Renderer(tokenizer, format="raw").stop_token_ids == [tokenizer.eos_token_id]
+    tokenizer.chat_template = TEMPLATES["text end"]
+    tokenizer.eos_token = None
+    with pytest.raises(ConfigError, match="no stop token"):
+        Renderer(tokenizer)
+
+
+def test_raw_text(tokenizer: Any) -> None:
+    renderer = Renderer(tokenizer, format="raw")
+    row = renderer.exchange([{"role": "user", "content": "one two"}], [{"role": "assistant", "content": " three"}])
+    assert trained(tokenizer, row) == [" three<|im_end|>"]
+    assert row.ids[: row.mask.index(1)] == renderer.prompt([{"role": "user", "content": "one two"}])
