@@ -5,8 +5,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-# Before torch is imported: two test processes on two cores would else slow each other down.
-os.environ.setdefault("OMP_NUM_THREADS", "2")
+# Before torch is imported: forked ranks hang if their parent ran several OpenMP threads, and the models are tiny.
+os.environ["OMP_NUM_THREADS"] = "1"
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
@@ -18,6 +18,7 @@ from transformers.utils import logging as transformers_logging
 from rlhf_lightning.quickstart.model import make_tokenizer
 
 transformers_logging.disable_progress_bar()
+torch.set_num_threads(1)
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 TEXTS = [

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
+from torchmetrics import Metric
 
 from rlhf_lightning.data.rendering import Renderer
 from rlhf_lightning.errors import ConfigError
@@ -117,6 +118,12 @@ class RLHFModule(pl.LightningModule):
             return optimizer
         scheduler = self.scheduler_factory(optimizer)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def on_fit_start(self) -> None:
+        # A `validate` before this left states behind that were made in inference mode, which training cannot update.
+        for metric in self.modules():
+            if isinstance(metric, Metric):
+                metric.reset()
 
     def on_train_start(self) -> None:
         # Not in configure_optimizers: asking for the number of steps there would set up the loaders before their
