@@ -5,6 +5,7 @@ import os
 import sys
 import warnings
 from pathlib import Path
+from typing import TextIO
 
 LEVELS = ("debug", "info", "warning", "error")
 
@@ -14,9 +15,20 @@ class _NoAdvertising(logging.Filter):
         return "litlogger" not in record.getMessage()
 
 
+class _Console(logging.StreamHandler):
+    """Writes to what is stderr when it writes, not to what it was when logging was set up."""
+
+    def __init__(self) -> None:
+        logging.Handler.__init__(self)
+
+    @property
+    def stream(self) -> TextIO:
+        return sys.stderr
+
+
 def setup_logging(level: str, file: Path | None) -> None:
     """Log the project and Lightning to the console and, on the first rank, to a file that is appended to."""
-    handlers: list[logging.Handler] = [logging.StreamHandler(sys.stderr)]
+    handlers: list[logging.Handler] = [_Console()]
     handlers[0].setFormatter(logging.Formatter("%(message)s"))
     if file is not None and os.environ.get("LOCAL_RANK", "0") == "0":
         file.parent.mkdir(parents=True, exist_ok=True)

@@ -1,5 +1,6 @@
 """The entry point of `rlhf`. Nothing heavy is imported before it is known what is wanted."""
 
+import logging
 import sys
 from importlib import import_module
 
@@ -51,5 +52,9 @@ def main(args: list[str] | None = None) -> None:
 
 
 def _fail(message: str) -> int:
-    print(f"error: {message}", file=sys.stderr)
+    log = logging.getLogger("rlhf_lightning")
+    if log.handlers:
+        log.error("error: %s", message)  # to the console, and to the log file of the run
+    else:
+        print(f"error: {message}", file=sys.stderr)
     return 2

@@ -75,6 +75,7 @@ class StageCLI(LightningCLI):
         config.trainer.default_root_dir = str(config.trainer.default_root_dir or Path("runs") / self.kind)
         if self.subcommand == "fit":
             self._continue_or_stop(config)
+        _check_checkpoint(config.ckpt_path)
         setup_logging(config.log_level, Path(config.log_file or self.root / "logs" / "run.log"))
         if self.subcommand != "fit":
             # Its metrics belong to no curve, and the file of the fit in the same folder must not be overwritten.
@@ -163,6 +164,12 @@ class StageCLI(LightningCLI):
             super().instantiate_classes()
         except (TypeError, ValueError) as error:
             raise ConfigError(f"a setting does not fit: {error}") from error
+
+
+def _check_checkpoint(path: str | None) -> None:
+    keyword = path in (None, "last", "best", "hpc") or str(path).startswith(("registry", "http"))
+    if not keyword and not Path(str(path)).exists():
+        raise ConfigError(f"--ckpt_path {path}: no such checkpoint (seen from {Path.cwd()})")
 
 
 class Finished(Exception):

@@ -122,6 +122,9 @@ class RowDataModule(pl.LightningDataModule):
         rows = read_rows(source, self.text_key, reading)
         self._truncated = 0
         converted = convert_rows(rows, self.examples(name), reading, self.on_bad_row, self.columns)
+        for index, example in enumerate(converted):
+            if hasattr(example, "index"):  # random numbers are drawn by it, whatever batch or rank the row falls into
+                example.index = index
         self.prepared[name] = Prepared(converted, reading, truncated=self._truncated)
         self._summarise(name, source)
 

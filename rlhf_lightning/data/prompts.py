@@ -20,7 +20,7 @@ class Prompt:
     row: dict[str, Any]
     tools: list[Any] | None = None
     index: int = 0
-    """Its place in the data set: random numbers are drawn by it, whatever rank or batch it falls into."""
+    """Its place in the data set."""
 
     @property
     def tokens(self) -> int:
@@ -119,12 +119,6 @@ class PromptDataModule(RowDataModule):
         if not hasattr(module, "rollout_loader"):
             raise ConfigError("PromptDataModule trains a PolicyRLModule: run both by one Trainer")
         return module
-
-    def setup(self, stage: str) -> None:
-        super().setup(stage)
-        for prepared in self.prepared.values():
-            for index, example in enumerate(prepared.rows):
-                example.index = index
 
     def _prompt(self, data: dict[str, Any]) -> list[Prompt]:
         prompt = prompt_example(self.renderer, data)

@@ -11,6 +11,8 @@ Fixed before anything was tuned. An answer to a question about a thing (say, "my
 so that the best answer has 1.0 and an empty one 0.0.
 """
 
+import re
+
 from rlhf_lightning.quickstart.phrases import FILLERS, STEPS
 
 WEIGHTS = {"names": 0.30, "step": 0.25, "reason": 0.20, "caution": 0.15, "concise": 0.10}
@@ -21,7 +23,8 @@ def rubric_parts(answer: str, subject: str, material: str) -> dict[str, float]:
     """The parts that an answer earns, each 0 or its weight."""
     text = answer.strip().lower()
     held = {
-        "names": subject.lower() in text,
+        # Whole words: "old tent" is not named by "cold tent".
+        "names": re.search(rf"\b{re.escape(subject.lower())}\b", text) is not None,
         "step": any(f"first, {step}" in text for step in STEPS[material]),
         "reason": " because " in text,
         "caution": "make sure" in text or "careful" in text,
