@@ -10,12 +10,13 @@ import argparse
 import json
 import os
 import platform
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
 from rlhf_lightning.callbacks.export import versions
-from rlhf_lightning.quickstart.run import Settings, quickstart
 
 RESULTS = Path(__file__).parent / "results" / "quickstart.json"
 
@@ -66,7 +67,19 @@ def main() -> None:
     ]
     for seed in parser.parse_args().seeds:
         with tempfile.TemporaryDirectory() as folder:
-            summary = quickstart(Settings(Path(folder) / "run", seed))
+            # A process of its own, as a user starts it: its memory is then its own as well.
+            command = [
+                sys.executable,
+                "-m",
+                "rlhf_lightning",
+                "quickstart",
+                "--seed",
+                str(seed),
+                "--root",
+                f"{folder}/run",
+            ]
+            subprocess.run(command, check=True)
+            summary = json.loads(Path(folder, "run", "summary.json").read_text())
         runs[seed] = {**summary, "checks": checks(summary)}
         lines.append(row(seed, summary))
     RESULTS.write_text(json.dumps({"machine": machine(), "runs": runs}, indent=2, ensure_ascii=False) + "\n")

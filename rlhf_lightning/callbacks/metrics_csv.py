@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.utilities import rank_zero_only
 
 
 class MetricsCSV(CSVLogger):
@@ -18,8 +19,9 @@ class MetricsCSV(CSVLogger):
         super().__init__(save_dir=str(folder), name="", version="", flush_logs_every_n_steps=20)
         path = Path(folder) / "metrics.csv"
         self._earlier = _read(path) if resume and path.exists() else []
-        # Lightning warns of, and deletes, what is there.
-        path.unlink(missing_ok=True)
+        if not rank_zero_only.rank:
+            # Lightning warns of, and deletes, what is there.
+            path.unlink(missing_ok=True)
 
     def log_metrics(self, metrics: dict[str, Any], step: int | None = None) -> None:
         """Log; the first call tells from which step on a resumed run repeats itself."""

@@ -59,6 +59,8 @@ def _quieten() -> None:
         ".*LeafSpec.* is deprecated.*",
         ".*does not have many workers.*",  # rows are in memory: workers would only copy them
         ".*is_gradient_checkpointing.*",
+        ".*a tied layer is part of the adapter.*",  # models.loading.merge unties it
+        ".*fan_in_fan_out is set to.*",
         ".*is smaller than the logging interval.*",
     ):
         warnings.filterwarnings("ignore", message=message)

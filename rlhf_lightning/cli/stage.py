@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from rlhf_lightning.cli.logs import LEVELS, setup_logging
@@ -122,6 +123,8 @@ class StageCLI(LightningCLI):
     def _continue_or_stop(self, config: Any) -> None:
         """Resume an interrupted run of the same settings; refuse one of others; leave a finished one alone."""
         if config.fresh:
+            if rank_zero_only.rank:
+                return  # the first rank clears the folder, once
             for name in ("checkpoints", "model", "stage.json", "samples.jsonl", "metrics.csv", "config.yaml", "merged"):
                 path = self.root / name
                 shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)

@@ -2,6 +2,8 @@
 
 import json
 import logging
+import os
+import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -72,7 +74,7 @@ class Start:
         if workdir is None:
             raise ConfigError(f"{folder} is an adapter; merge it first to use it as {self.task}")
         log.info("merging the adapter %s into %s", folder, workdir / "merged")
-        merged.save_pretrained(workdir / "merged")
+        _write_once(merged, workdir / "merged")
         return self._with_lora(self._pretrained(str(workdir / "merged")))
 
     def _pretrained(self, source: str) -> Any:
@@ -97,6 +99,18 @@ class Start:
 
         self.fresh_adapter = True
         return get_peft_model(model, self.lora.config(model, self.task))
+
+
+def _write_once(model: Any, folder: Path) -> None:
+    """Save a model under a name of its own and rename: of several ranks that write the same, one wins."""
+    scratch = folder.with_name(f".{folder.name}.{os.getpid()}")
+    model.save_pretrained(scratch)
+    try:
+        os.rename(scratch, folder)
+    except OSError:
+        if not folder.is_dir():
+            raise
+        shutil.rmtree(scratch)
 
 
 def check_source(source: Any) -> str:

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ class RLHFModule(pl.LightningModule):
     Args:
         model: folder, Hub id or `PreTrainedModel` to start from.
         lora: train adapters of these settings; all weights by default.
-        optimizer: called with the trainable parameters.
+        optimizer: called with the trainable parameters; AdamW at 1e-4 for adapters, 1e-5 for all weights, by default.
         lr_scheduler: called with the optimizer, stepped every optimizer step; `modules.schedules.Warmup` learns the
             number of steps from the Trainer.
         tokenizer: object, folder or Hub id where it is not the model's. chat_template: file or template text.
@@ -58,7 +59,8 @@ class RLHFModule(pl.LightningModule):
         # In a tuple, so that a model given as an object is not registered a second time beside `self.model`.
         self._start = (model,)
         self.lora, self.dtype_name, self.model_options = lora, dtype, model_options or {}
-        self.optimizer_factory, self.scheduler_factory = optimizer or AdamW, lr_scheduler
+        default = partial(AdamW, lr=1e-4 if lora else 1e-5, weight_decay=0.0)
+        self.optimizer_factory, self.scheduler_factory = optimizer or default, lr_scheduler
         self._tokenizer_source, self._chat_template = tokenizer, chat_template
         self._tokenizer: Any = None
         self._renderer: Renderer | None = None

@@ -106,7 +106,6 @@ class PolicyRLModule(RLHFModule):
         items: list[Any] = _by_group(examples) if data.recorded else examples
         if not data.recorded:
             self._check_rollouts(examples, data.group_size)
-        strategy = self.trainer.strategy
         self.group_size = data.group_size
         self.drew_itself = not data.recorded
         self.rollouts = RolloutLoader(
@@ -118,10 +117,15 @@ class PolicyRLModule(RLHFModule):
             data.pad_id,
             data.seed,
             layout_of(self.trainer, training=True),
-            reduce=lambda table: strategy.reduce(table.to(self.device), reduce_op="sum").cpu(),
+            reduce=self._sum_over_ranks,
             gather=_gather,
         )
         return self.rollouts
+
+    def _sum_over_ranks(self, table: Tensor) -> Tensor:
+        if self.trainer.world_size == 1:
+            return table  # and MPS, always alone, has no float64
+        return self.trainer.strategy.reduce(table.to(self.device), reduce_op="sum").cpu()
 
     def _check_rollouts(self, prompts: list[Prompt], group_size: int) -> None:
         if group_size == 1 and self.advantage.needs_group:
