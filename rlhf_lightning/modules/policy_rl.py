@@ -190,14 +190,11 @@ class PolicyRLModule(RLHFModule):
         return self.normalised(total, batch, COUNTS[mode], local)
 
     def _log_step(self, loss: Tensor, ratio: Tensor, entropy: Tensor, statistics: dict[str, float] | None) -> None:
-        values = {"loss": loss, "log_ratio_max": ratio, "entropy": entropy}
-        for name, value in values.items():
-            self.log(f"train/{name}", value, on_step=True, on_epoch=False, prog_bar=name == "entropy")
-        if statistics is None:
-            return
-        for name, number in statistics.items():
+        for name, number in (statistics or {}).items():
             bar = name in ("reward", "kl", "truncated")
             self.log(f"train/{name}", number, on_step=True, on_epoch=False, prog_bar=bar, sync_dist=True)
+        for name, value in (("entropy", entropy), ("loss", loss), ("log_ratio_max", ratio)):
+            self.log(f"train/{name}", value, on_step=True, on_epoch=False, prog_bar=name == "entropy")
         source = float(any(isinstance(part, ModelReward) for part in self.rewards))
         self.log("reward_source_prm", source, on_step=True, on_epoch=False)
 
