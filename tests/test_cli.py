@@ -325,6 +325,9 @@ def mistake(args: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: py
         ("sft", ["--model.chat_template", "missing.jinja"], "no such file, and not a template"),
         ("sft", ["--data.columns", "{messages: dialog}"], "no column 'dialog'"),
         ("sft", ["--ckpt_path", "missing.ckpt"], "missing.ckpt"),
+        ("sft", ["--data.tokenizer", "./nowhere"], "tokenizer './nowhere': no such folder"),
+        ("sft", ["--trainer.default_root_dir", "/proc/nothing"], "cannot be made"),
+        ("policy", ["--model.environment", "nowhere.Env"], "No module named 'nowhere'"),
         ("sft", ["--export", "best"], "needs a ModelCheckpoint"),
         ("preference", ["--model.freeze_backbone", "true", "--model.lora.rank", "2"], "freeze_backbone"),
         (

@@ -9,8 +9,9 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from rlhf_lightning.data.batching import pad_tokens
 from rlhf_lightning.data.rendering import Renderer
+from rlhf_lightning.data.tokenizers import load_tokenizer
 from rlhf_lightning.errors import ConfigError
-from rlhf_lightning.models.loading import Start, check_vocabulary, load_tokenizer
+from rlhf_lightning.models.loading import Start, check_vocabulary
 from rlhf_lightning.models.lora import LoRA
 from rlhf_lightning.models.reference import Reference
 from rlhf_lightning.models.saving import save_model

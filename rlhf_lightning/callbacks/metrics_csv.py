@@ -19,7 +19,7 @@ class MetricsCSV(CSVLogger):
         super().__init__(save_dir=str(folder), name="", version="", flush_logs_every_n_steps=20)
         path = Path(folder) / "metrics.csv"
         self._earlier = _read(path) if resume and path.exists() else []
-        if not rank_zero_only.rank:
+        if not rank_zero_only.rank:  # type: ignore[attr-defined]
             # Lightning warns of, and deletes, what is there.
             path.unlink(missing_ok=True)
 

@@ -36,6 +36,13 @@ MAY_CHANGE = (
 )
 
 
+class StageParser(LightningArgumentParser):
+    """Says what is wrong, without two screens of usage before it; `--help` has them."""
+
+    def print_usage(self, file: Any = None) -> None:
+        """Nothing: an error is to be found at once."""
+
+
 class StageCLI(LightningCLI):
     """A stage in its folder (`trainer.default_root_dir`): resumed where it was interrupted, left alone where done."""
 
@@ -51,6 +58,7 @@ class StageCLI(LightningCLI):
             save_config_kwargs={"overwrite": True},
             load_from_checkpoint_support=False,
             trainer_defaults={"enable_progress_bar": sys.stdout.isatty(), "log_every_n_steps": 1},
+            parser_class=StageParser,
             parser_kwargs={"prog": f"rlhf {kind}"},
         )
 
@@ -74,6 +82,10 @@ class StageCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         config = self.config[self.subcommand]
         config.trainer.default_root_dir = str(config.trainer.default_root_dir or Path("runs") / self.kind)
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"trainer.default_root_dir {self.root}: cannot be made ({error.strerror})") from None
         if self.subcommand == "fit":
             self._continue_or_stop(config)
         _check_checkpoint(config.ckpt_path)
@@ -123,7 +135,7 @@ class StageCLI(LightningCLI):
     def _continue_or_stop(self, config: Any) -> None:
         """Resume an interrupted run of the same settings; refuse one of others; leave a finished one alone."""
         if config.fresh:
-            if rank_zero_only.rank:
+            if rank_zero_only.rank:  # type: ignore[attr-defined]
                 return  # the first rank clears the folder, once
             for name in ("checkpoints", "model", "stage.json", "samples.jsonl", "metrics.csv", "config.yaml", "merged"):
                 path = self.root / name
@@ -192,6 +204,8 @@ def _import(name: str) -> Any:
 
 def run(args: list[str]) -> int:
     """Run a stage command: `args` is `[kind, subcommand, …]`."""
+    # As with `python -m`: a reward or environment in the user's folder can be named by its module.
+    sys.path.insert(0, str(Path.cwd()))
     try:
         StageCLI(args[0], args[1:])
     except Finished as done:

@@ -21,6 +21,7 @@ from rlhf_lightning.data.records import (
     read_rows,
 )
 from rlhf_lightning.data.rendering import Renderer
+from rlhf_lightning.data.tokenizers import load_tokenizer
 from rlhf_lightning.errors import ConfigError
 
 log = logging.getLogger(__name__)
@@ -42,14 +43,22 @@ class RowDataModule(pl.LightningDataModule):
     """Base of the data modules. A subclass says how a row becomes examples and how examples become a batch.
 
     Args:
-        train, validation, test, predict: a file (`.jsonl`, `.json`, `.parquet`), a Hub id (`owner/name:split`), a list
-            of these, or a list of dicts. Only what a command needs is read.
-        batch_size: rows of one training step on one device. eval_batch_size: the same outside training.
+        train: rows to train on: a file (`.jsonl`, `.json`, `.parquet`), a Hub id (`owner/name:split`), a list of
+            these, or a list of dicts. Only what a command needs is read.
+        validation: rows to validate on, likewise.
+        test: rows of the `test` command.
+        predict: rows of the `predict` command.
+        batch_size: rows of one training step on one device.
+        eval_batch_size: the same outside training; `batch_size` by default.
         validation_split: rows (or a fraction, below 1) of `train` held out where no `validation` is given.
-        max_length: tokens of a row. overlong: `error`, `truncate` or `skip` (counted) longer rows.
+        max_length: tokens of a row.
+        overlong: `error`, `truncate` or `skip` (counted) longer rows.
         on_bad_row: `error` stops at the first bad row with file and line, `skip` leaves out and counts.
-        columns: `{our name: your name}`. format: `chat` or `raw` text. template_kwargs: for the chat template.
-        tokenizer: folder or Hub id where it is not the model's. seed: order of rows; the run's seed by default.
+        columns: `{our name: your name}`.
+        format: `chat` renders by the chat template, `raw` takes text as it is.
+        template_kwargs: passed to the chat template, for example `{enable_thinking: false}`.
+        tokenizer: folder or Hub id where it is not the model's.
+        seed: of the order of rows; the run's by default.
         show_example: log one rendered row with its mask.
     """
 
@@ -177,9 +186,7 @@ class RowDataModule(pl.LightningDataModule):
                     raise ConfigError("no tokenizer: give the data module one, or run it by a Trainer with a module")
                 tokenizer = self.trainer.lightning_module.tokenizer
             elif isinstance(tokenizer, str):
-                from transformers import AutoTokenizer
-
-                tokenizer = AutoTokenizer.from_pretrained(tokenizer)
+                tokenizer = load_tokenizer(tokenizer)
             self._renderer = Renderer(tokenizer, self.format, self.template_kwargs)
         return self._renderer
 

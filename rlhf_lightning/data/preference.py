@@ -48,7 +48,8 @@ class PreferenceDataModule(RowDataModule):
     `[2B, T]`, `lengths` `[2B]`, and `margin`, `weights` `[B]`.
 
     Args:
-        train, validation: see `RowDataModule`, which takes the further arguments.
+        train: rows to train on; see `RowDataModule` for the further arguments.
+        validation: rows to validate on.
         overlong: a pair that is too long is an error by default; `truncate` cuts its prompt on the left.
     """
 

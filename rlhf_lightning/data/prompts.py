@@ -68,7 +68,8 @@ class PromptDataModule(RowDataModule):
     In `fit` they are wrapped in the module's rollout loader, which asks the module for episodes round by round.
 
     Args:
-        train, validation: see `RowDataModule`, which takes the further arguments. Blank lines are skipped and counted.
+        train: rows to train on; blank lines are skipped and counted. See `RowDataModule` for the further arguments.
+        validation: rows to validate on.
         episodes: recorded episodes (JSONL) to learn from in place of sampling; see `rollout.recorded`.
         prompts_per_round: prompts answered with one state of the policy, over all devices.
         group_size: responses to each prompt.

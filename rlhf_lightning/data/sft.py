@@ -23,7 +23,8 @@ class SFTDataModule(RowDataModule):
     to answer: `prompt`, or a conversation, answered in place of its last assistant turn.
 
     Args:
-        train, validation: see `RowDataModule`, which takes the further arguments.
+        train: rows to train on; see `RowDataModule` for the further arguments.
+        validation: rows to validate on.
         train_on: `all_assistant` turns, `last_assistant`, `all_messages`, `everything` (the template's own tokens
             too), or `trainable` (messages that carry `trainable: true`).
         overlong: long rows are cut on the right by default, and counted.

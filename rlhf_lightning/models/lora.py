@@ -17,7 +17,9 @@ class LoRA:
     """Low-rank adapters (arXiv 2106.09685) in place of full training.
 
     Args:
-        rank, alpha, dropout: as in the paper; the update is scaled by alpha / rank.
+        rank: of the update.
+        alpha: the update is scaled by alpha / rank.
+        dropout: on the input of the adapters, in SFT; the other stages compute without dropout.
         target: any of `attention`, `mlp`, `unembedding`, `all` (the three), or names of layers.
     """
 

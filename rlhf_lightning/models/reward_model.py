@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from rlhf_lightning.data.batching import pad_tokens
 from rlhf_lightning.data.conversations import Message, to_messages
 from rlhf_lightning.data.rendering import Renderer
+from rlhf_lightning.data.tokenizers import load_tokenizer
 from rlhf_lightning.errors import ConfigError
 from rlhf_lightning.models.loading import (
     Start,
@@ -17,7 +18,6 @@ from rlhf_lightning.models.loading import (
     check_vocabulary,
     disable_dropout,
     is_adapter,
-    load_tokenizer,
 )
 from rlhf_lightning.models.scorers import Scorer, scorer_of
 

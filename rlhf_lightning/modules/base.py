@@ -14,8 +14,9 @@ from torch.optim.lr_scheduler import LRScheduler
 from torchmetrics import Metric
 
 from rlhf_lightning.data.rendering import Renderer
+from rlhf_lightning.data.tokenizers import load_tokenizer
 from rlhf_lightning.errors import ConfigError
-from rlhf_lightning.models.loading import Start, check_vocabulary, load_tokenizer
+from rlhf_lightning.models.loading import Start, check_vocabulary
 from rlhf_lightning.models.lora import LoRA
 from rlhf_lightning.models.saving import save_model
 from rlhf_lightning.modules.schedules import Warmup
@@ -35,8 +36,10 @@ class RLHFModule(pl.LightningModule):
         optimizer: called with the trainable parameters; AdamW at 1e-4 for adapters, 1e-5 for all weights, by default.
         lr_scheduler: called with the optimizer, stepped every optimizer step; `modules.schedules.Warmup` learns the
             number of steps from the Trainer.
-        tokenizer: object, folder or Hub id where it is not the model's. chat_template: file or template text.
-        dtype: of the weights as loaded. model_options: further arguments of `from_pretrained`.
+        tokenizer: object, folder or Hub id where it is not the model's.
+        chat_template: file or text of a template to use in place of the tokenizer's.
+        dtype: of the weights as loaded.
+        model_options: further arguments of `from_pretrained`.
     """
 
     task = "CAUSAL_LM"

@@ -41,7 +41,8 @@ class PolicyRLModule(RLHFModule):
         kl: penalty on the distance from the start; none by default. A coefficient of 0 only measures it.
         sampler: budget and temperature of responses.
         environment: makes a `MessageEnv` from a row of data; by default a response ends its episode.
-        max_turns: turns of an episode. truncated_reward: replaces the reward of a response that ran out of tokens.
+        max_turns: turns of an episode.
+        truncated_reward: replaces the reward of a response that ran out of tokens.
 
     Logs under `train/`: `reward` and its parts, `kl` (nats a response), `entropy`, `response_tokens`, `truncated`,
     `zero_signal_groups`, `log_ratio_max`, `loss`; and `reward_source_prm` (1 where a preference model rewards).

@@ -14,8 +14,10 @@ class Warmup(LRScheduler):
 
     Args:
         optimizer: whose rates are scheduled.
-        shape: of the decay. warmup_steps: steps from 0 to the full rate; below 1 a fraction of all steps.
-        floor: the final rate as a part of the full one. total_steps: the module fills it in from the Trainer.
+        shape: of the decay: `constant`, `linear` or `cosine`.
+        warmup_steps: steps from 0 to the full rate; below 1 a fraction of all steps.
+        floor: the final rate as a part of the full one.
+        total_steps: the module fills it in from the Trainer.
     """
 
     def __init__(

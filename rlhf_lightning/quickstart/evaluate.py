@@ -9,7 +9,8 @@ from rlhf_lightning.data.batching import pad_tokens
 from rlhf_lightning.data.prompts import Prompt, prompt_example
 from rlhf_lightning.data.records import read_rows
 from rlhf_lightning.data.rendering import Renderer
-from rlhf_lightning.models.loading import disable_dropout, load_tokenizer
+from rlhf_lightning.data.tokenizers import load_tokenizer
+from rlhf_lightning.models.loading import disable_dropout
 from rlhf_lightning.models.reward_model import RewardModel, load_for_scoring
 from rlhf_lightning.models.scoring import TokenScorer
 from rlhf_lightning.rollout.environments import run_episodes

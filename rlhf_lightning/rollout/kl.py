@@ -19,7 +19,9 @@ class KLPenalty:
     its expected on-policy gradient is zero.
 
     Args:
-        coefficient: beta, in reward units a nat. place: `reward` or `loss`. estimator: of the loss.
+        coefficient: beta, in reward units a nat; 0 only measures.
+        place: `reward` or `loss`.
+        estimator: of the loss: `weighted_k3`, `k2` or `k3`.
         discount: of a later token's penalty, in the reward; 1 is the gradient of the sequence's KL, 0 is Tinker's.
     """
 

@@ -19,7 +19,8 @@ class Reward(nn.Module):
     """A part of the reward. A subclass scores episodes; the parts are weighted and added.
 
     Args:
-        weight: of this part. name: under which it is logged; the class's by default.
+        weight: of this part.
+        name: under which it is logged; the class's by default.
     """
 
     def __init__(self, weight: float = 1.0, name: str | None = None) -> None:
@@ -43,7 +44,9 @@ class FunctionReward(Reward):
     many numbers; None where it does not apply.
 
     Args:
-        function: the function. weight, name: see `Reward`.
+        function: the function, or its dotted path in YAML.
+        weight: of this part.
+        name: under which it is logged; the function's by default.
     """
 
     def __init__(self, function: Callable, weight: float = 1.0, name: str | None = None) -> None:
@@ -77,7 +80,10 @@ class ModelReward(Reward):
     are, through its own.
 
     Args:
-        model: the model folder. weight, name: see `Reward`.
+        model: the model folder.
+        weight: of this part.
+        name: under which it is logged.
+        dtype: of its weights.
     """
 
     def __init__(self, model: str, weight: float = 1.0, name: str = "reward_model", dtype: str = "float32") -> None:

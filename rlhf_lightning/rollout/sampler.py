@@ -28,9 +28,11 @@ class Sampler:
     A row's random numbers come from its own seed: they do not depend on its neighbours, batch or rank.
 
     Args:
-        max_tokens: budget of a response. temperature: 0 takes the likeliest token.
-        top_p, top_k: cut the distribution that is drawn from; the recorded log-probabilities are not cut, so ratios
-            are biased where they are set.
+        max_tokens: budget of a response.
+        temperature: of the softmax; 0 takes the likeliest token.
+        top_p: draw from the likeliest tokens of this mass; the recorded log-probabilities are not cut, so importance
+            ratios are biased where it is set.
+        top_k: draw from so many of the likeliest tokens, 0 for all; biased likewise.
         batch_rows: rows decoded side by side.
     """
 

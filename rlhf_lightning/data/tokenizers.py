@@ -1,0 +1,45 @@
+"""Where tokenizers come from."""
+
+from pathlib import Path
+from typing import Any
+
+from rlhf_lightning.errors import ConfigError
+
+
+def load_tokenizer(source: Any, tokenizer: Any = None, chat_template: str | None = None, **options: Any) -> Any:
+    """A tokenizer: the one given (object, folder or Hub id) or the model's, with another chat template if named.
+
+    Raises:
+        ConfigError: none there, or the template file is missing.
+    """
+    if tokenizer is None or isinstance(tokenizer, str | Path):
+        from transformers import AutoTokenizer
+
+        name = tokenizer or getattr(source, "name_or_path", None) or source
+        if not isinstance(name, str | Path) or not str(name):
+            raise ConfigError("a model given as an object needs its tokenizer: pass tokenizer=")
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(_checked(name), **options)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise ConfigError(f"no tokenizer can be loaded from {name}: {reason}. Set model.tokenizer.") from error
+    if chat_template is not None:
+        tokenizer.chat_template = _template(chat_template)
+    return tokenizer
+
+
+def _checked(name: Any) -> str:
+    """A tokenizer source as text; raises `ConfigError` for a path that is not there."""
+    path = Path(str(name))
+    if (path.is_absolute() or str(name).startswith((".", "~"))) and not path.exists():
+        raise ConfigError(f"tokenizer {str(name)!r}: no such folder (seen from {Path.cwd()})")
+    return str(name)
+
+
+def _template(value: str) -> str:
+    if "{" in value:
+        return value
+    path = Path(value)
+    if not path.is_file():
+        raise ConfigError(f"model.chat_template {value!r}: no such file, and not a template itself (no braces)")
+    return path.read_text()
