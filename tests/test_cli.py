@@ -141,6 +141,42 @@ def test_a_stage_in_its_folder(base: str, tmp_path: Path) -> None:
     assert (run / "metrics.csv").exists()
 
 
+def test_a_finished_stage_goes_on_when_asked_for_more(base: str, tmp_path: Path) -> None:
+    config = write_yaml(tmp_path / "sft.yaml", stage_config("sft", base, tmp_path))
+    args = ["sft", "fit", "-c", config, "--trainer.default_root_dir", str(tmp_path / "run"), "--checkpoint_every", "1"]
+    rlhf(*args)
+    assert "step 6/6" in rlhf(*args, "--trainer.max_epochs", "2")
+    assert json.loads((tmp_path / "run" / "stage.json").read_text())["steps"] == 6
+
+
+ENVIRONMENT = """
+from rlhf_lightning.rollout.environments import StepResult
+
+
+class Twice:
+    def __init__(self, row, reward):
+        self.row, self.reward, self.turn = row, reward, 0
+
+    def reset(self):
+        return [{"role": "user", "content": self.row["prompt"]}]
+
+    def step(self, message):
+        self.turn += 1
+        return StepResult(self.reward, self.turn == 2, [{"role": "user", "content": "Again"}])
+"""
+
+
+def test_an_environment_named_in_yaml(base: str, tmp_path: Path) -> None:
+    settings = stage_config("policy", base, tmp_path)
+    settings["model"]["environment"] = {"class_path": "my_environment.Twice", "init_args": {"reward": 0.5}}
+    settings["trainer"]["max_steps"] = 1
+    (tmp_path / "my_environment.py").write_text(ENVIRONMENT)
+    config = write_yaml(tmp_path / "c.yaml", settings)
+    rlhf("policy", "fit", "-c", config, "--trainer.default_root_dir", str(tmp_path / "run"), cwd=tmp_path)
+    rows = [json.loads(line) for line in (tmp_path / "run" / "samples.jsonl").read_text().splitlines()]
+    assert {row["reward"] for row in rows} <= {0.5, 1.0}
+
+
 def test_an_interrupted_stage_resumes_by_the_same_command(base: str, tmp_path: Path) -> None:
     config = write_yaml(tmp_path / "c.yaml", stage_config("policy", base, tmp_path))
     rule = {"class_path": "rlhf_lightning.rollout.rewards.KeywordReward"}
@@ -327,7 +363,7 @@ def mistake(args: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: py
         ("sft", ["--ckpt_path", "missing.ckpt"], "missing.ckpt"),
         ("sft", ["--data.tokenizer", "./nowhere"], "tokenizer './nowhere': no such folder"),
         ("sft", ["--trainer.default_root_dir", "/proc/nothing"], "cannot be made"),
-        ("policy", ["--model.environment", "nowhere.Env"], "No module named 'nowhere'"),
+        ("policy", ["--model.environment", "nowhere.Env"], "cannot be imported: No module named 'nowhere'"),
         ("sft", ["--export", "best"], "needs a ModelCheckpoint"),
         ("preference", ["--model.freeze_backbone", "true", "--model.lora.rank", "2"], "freeze_backbone"),
         (

@@ -92,6 +92,9 @@ def test_plain_prompt_lines_and_blank_ones(tmp_path: Path) -> None:
     assert [row.data for row in rows] == [{"prompt": "First"}, {"prompt": "Second", "answer": 2}]
     assert rows[1].where.endswith(":4")
     assert reading.blank == 2
+    assert len(read_rows([str(path), str(path)], "prompt")) == 4
+    with pytest.raises(DataError, match="no such file"):
+        read_rows(["missing.jsonl"], "prompt")
 
 
 def test_line_separators_within_json_are_no_line_ends(tmp_path: Path) -> None:
@@ -174,6 +177,12 @@ def test_long_rows_are_counted(tokenizer: Any) -> None:
         ready(SFTDataModule(rows, tokenizer=tokenizer, max_length=20, overlong="error"))
     with pytest.raises(DataError, match="no trained token within"):
         ready(SFTDataModule([{"prompt": "word " * 50, "completion": "x"}], tokenizer=tokenizer, max_length=20))
+
+
+def test_a_text_column_beside_a_conversation_is_a_copy(tokenizer: Any) -> None:
+    rows = [{"instruction": "Hi", "output": "Hello", "text": "### Hi ### Hello"}]
+    (row,) = ready(SFTDataModule(rows, tokenizer=tokenizer)).prepared["train"].rows
+    assert tokenizer.decode(row.ids).endswith("assistant\nHello<|im_end|>")
 
 
 def test_text_rows_end_with_the_stop_token(tokenizer: Any) -> None:

@@ -11,11 +11,12 @@ from rlhf_lightning.data.batching import pad_tokens
 from rlhf_lightning.data.rendering import Renderer
 from rlhf_lightning.data.tokenizers import load_tokenizer
 from rlhf_lightning.errors import ConfigError
+from rlhf_lightning.files import write_json
 from rlhf_lightning.models.loading import Start, check_vocabulary
 from rlhf_lightning.models.lora import LoRA
 from rlhf_lightning.models.reference import Reference
 from rlhf_lightning.models.saving import save_model
-from rlhf_lightning.models.scorers import RewardHead, SequenceLogprob, init_head, pad_token
+from rlhf_lightning.models.scorers import RewardHead, SequenceLogprob, init_head, pad_token, scorer_of
 from rlhf_lightning.models.scoring import TokenScorer
 from rlhf_lightning.rollout.sampler import Sampler
 from tests.conftest import build_model
@@ -203,6 +204,28 @@ def test_adapters_are_continued_or_merged(base: str, tokenizer: Any, tmp_path: P
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "stage" / "merged")
     torch.testing.assert_close(logits(merged), wanted, rtol=1e-4, atol=1e-4)
     assert (merged.get_output_embeddings().weight is merged.get_input_embeddings().weight) == (target != ["all"])
+
+
+def test_a_merged_model_of_another_adapter_is_not_taken(base: str, tokenizer: Any, tmp_path: Path) -> None:
+    found = []
+    for name, scale in (("a", 0.3), ("b", 0.6), ("a", 0.3)):
+        torch.manual_seed(0)  # of the adapter's first weights
+        model = Start(base, lora=LoRA(rank=2)).load()
+        perturb(model, scale)
+        save_model(model, tokenizer, tmp_path / name, [2])
+        merged = Start(str(tmp_path / name)).load(tmp_path / "stage")
+        torch.testing.assert_close(logits(merged), logits(model), rtol=1e-4, atol=1e-4)
+        found.append(logits(merged))
+    assert not torch.allclose(found[0], found[1])
+    torch.testing.assert_close(found[0], found[2], rtol=1e-4, atol=1e-4)
+
+
+def test_a_model_folder_calls_nothing_but_a_scorer(tmp_path: Path) -> None:
+    settings = {"class_path": "os.system", "init_args": {"command": f"touch {tmp_path / 'called'}"}}
+    write_json(tmp_path / "stage.json", {"scorer": settings})
+    with pytest.raises(ConfigError, match="as its scorer, which is none"):
+        scorer_of(tmp_path)
+    assert not (tmp_path / "called").exists()
 
 
 def test_the_reference_is_the_start_whatever_is_trained(base: str, tokenizer: Any, tmp_path: Path) -> None:

@@ -145,6 +145,47 @@ def test_two_ranks_are_one(kind: str, base: str, tmp_path: Path) -> None:
     same(results[0], results[1], rtol=1e-6, atol=1e-7)
 
 
+def sometimes(completions: list[str], wanted: list[int]) -> list[float | None]:
+    return [None if value % 2 else 1.0 for value in wanted]
+
+
+def test_a_rank_without_episodes_or_without_a_part_does_not_hang(base: str, tmp_path: Path) -> None:
+    module = make("policy", base, rewards=[FunctionReward(vowels), FunctionReward(sometimes)])
+    run = trainer(tmp_path, devices=2, strategy="ddp_fork", callbacks=[ExportModel()])
+    run.fit(module, data("policy", 5, prompts_per_round=4))
+    assert json.loads((tmp_path / "stage.json").read_text())["steps"] == 2
+
+
+@pytest.mark.parametrize("scorer", [RewardHead(), SequenceLogprob()])
+def test_a_reward_model_with_another_tokenizer_scores_the_text(scorer: Any, tmp_path: Path, base: str) -> None:
+    from rlhf_lightning.quickstart.model import make_tokenizer
+
+    other = make_tokenizer(["quite another text for quite another tokenizer"] * 3)
+    judge = PreferenceModule(build_model(other, seed=3, task=scorer.task), scorer=scorer, tokenizer=other)
+    judge.save_pretrained(tmp_path / "rm")
+    (tmp_path / "rm" / "stage.json").write_text(json.dumps(judge.stage_facts()))
+    reward = ModelReward(str(tmp_path / "rm"))
+    module = make("policy", base, rewards=[reward], sampler=Sampler(max_tokens=3))
+    trainer(tmp_path).fit(module, data("policy", 4))
+    assert not reward._by_tokens
+    for episode in module.last_episodes:
+        if episode.response:
+            wanted = judge.score([episode.prompt], [episode.response])[0]
+            assert episode.parts["reward_model"] == pytest.approx(float(wanted), abs=1e-4)
+        else:
+            assert episode.parts["reward_model"] is not None
+
+
+def test_what_is_scored_is_the_last_response() -> None:
+    from rlhf_lightning.rollout.episodes import Episode, Segment
+    from rlhf_lightning.rollout.rewards import _last_turn
+
+    row = Segment([1, 2, 3, 4, 5, 6], [0, 1, 0, 1, 1, 0], [0.0] * 6)
+    assert _last_turn(Episode([], {}, 0, segments=[row])) == ([1, 2, 3, 4, 5], [0, 0, 0, 1, 1])
+    unanswered = Segment([7, 8], [0, 0], [0.0] * 2)
+    assert _last_turn(Episode([], {}, 0, segments=[row, unanswered]))[0] == [1, 2, 3, 4, 5]
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_an_interrupted_run_equals_a_whole_one_bit_for_bit(

@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_only
 
 from rlhf_lightning.data.templates import TEMPLATE_DATE
-from rlhf_lightning.errors import ConfigError
+from rlhf_lightning.errors import ConfigError, UserError
 from rlhf_lightning.files import hash_folder, write_json
 from rlhf_lightning.models.saving import relative_base
 
@@ -32,6 +32,12 @@ class ExportModel(pl.Callback):
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         self._started = time.time()
+        monitored = any(getattr(saver, "monitor", None) for saver in trainer.checkpoint_callbacks)
+        if stage == "fit" and self.which == "best" and not monitored:
+            raise ConfigError(
+                "--export best needs a ModelCheckpoint that monitors a metric: add one to trainer.callbacks, "
+                "for example with monitor: val/nll"
+            )
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """Write the folder, unless the run was stopped before its end or is a trial run."""
@@ -44,9 +50,10 @@ class ExportModel(pl.Callback):
         trainer.strategy.barrier("exported")
 
     def _load_best(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        path = getattr(trainer.checkpoint_callback, "best_model_path", "")
-        if not path or getattr(trainer.checkpoint_callback, "monitor", None) is None:
-            raise ConfigError("ExportModel(which: best) needs a ModelCheckpoint that monitors a metric, e.g. val/nll")
+        saver: Any = next(saver for saver in trainer.checkpoint_callbacks if getattr(saver, "monitor", None))
+        path = saver.best_model_path
+        if not path:
+            raise UserError(f"--export best: no checkpoint was saved by {saver.monitor}; validate at least once")
         state = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
         pl_module.load_state_dict(state, strict=False)
         log.info("exporting the best checkpoint, %s", path)

@@ -4,6 +4,7 @@ import logging
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 
 from rlhf_lightning.errors import UserError
 
@@ -28,7 +29,8 @@ class FirstStepInvariants(pl.Callback):
         if self._warned or not fresh or not isinstance(outputs, dict) or "log_ratio_max" not in outputs:
             return
         largest, mean = float(outputs["log_ratio_max"]), float(outputs["log_ratio_mean"])
-        full = str(trainer.precision).startswith(("32", "64"))
+        dtype = next(pl_module.parameters()).dtype
+        full = dtype in (torch.float32, torch.float64) and "16" not in str(trainer.precision)
         if (largest <= 1e-4) if full else (mean <= 0.02):
             return
         self._warned = True

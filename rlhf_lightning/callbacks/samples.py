@@ -18,7 +18,6 @@ class SamplesLog(pl.Callback):
         self.every = max(1, every)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        self._round = trainer.global_step
         path = self._path(trainer)
         if trainer.is_global_zero and path.exists():
             kept = [line for line in path.read_text().splitlines() if json.loads(line)["step"] < trainer.global_step]

@@ -25,14 +25,15 @@ CLASSES = {
     "policy": ("rlhf_lightning.modules.policy_rl.PolicyRLModule", "rlhf_lightning.data.prompts.PromptDataModule"),
 }
 # A run may go on for longer than was first asked for; with anything else changed it would be another run.
+LENGTH = ("trainer.max_epochs", "trainer.max_steps", "trainer.max_time")
 MAY_CHANGE = (
+    *LENGTH,
+    "trainer.enable_progress_bar",
+    "trainer.enable_model_summary",
     "ckpt_path",
     "log_level",
     "log_file",
     "fresh",
-    "trainer.max_epochs",
-    "trainer.max_steps",
-    "trainer.max_time",
 )
 
 
@@ -41,6 +42,15 @@ class StageParser(LightningArgumentParser):
 
     def print_usage(self, file: Any = None) -> None:
         """Nothing: an error is to be found at once."""
+
+
+class SaveConfig(SaveConfigCallback):
+    """`config.yaml` in the stage's folder, whatever logger there is: it says what the folder was made with."""
+
+    def save_config(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Write it; Lightning calls this on the first rank only."""
+        path = Path(trainer.default_root_dir) / "config.yaml"
+        self.parser.save(self.config, str(path), skip_none=False, overwrite=True, multifile=False)
 
 
 class StageCLI(LightningCLI):
@@ -54,8 +64,8 @@ class StageCLI(LightningCLI):
             data,
             args=args,
             seed_everything_default=0,
-            save_config_callback=SaveConfigCallback,
-            save_config_kwargs={"overwrite": True},
+            save_config_callback=SaveConfig,
+            save_config_kwargs={"overwrite": True, "save_to_log_dir": False},
             load_from_checkpoint_support=False,
             trainer_defaults={"enable_progress_bar": sys.stdout.isatty(), "log_every_n_steps": 1},
             parser_class=StageParser,
@@ -144,26 +154,26 @@ class StageCLI(LightningCLI):
         last, done = self.root / "checkpoints" / "last.ckpt", (self.root / "stage.json").exists()
         if config.ckpt_path or config.trainer.fast_dev_run or not (done or last.exists()):
             return
-        changed = self._changed(config)
-        if changed:
+        different = self._different(config)
+        if changed := [key for key in different if key not in MAY_CHANGE]:
             state = "finished" if done else "interrupted"
             raise ConfigError(
                 f"{self.root} holds an {state} run with other settings ({', '.join(changed[:5])}). "
                 "Name another --trainer.default_root_dir, or start over with --fresh."
             )
-        if done:
+        if done and not (last.exists() and set(different) & set(LENGTH)):
             raise Finished(self.root)
         config.ckpt_path = str(last)
         print(f"resuming {self.root} from {last}", file=sys.stderr)
 
-    def _changed(self, config: Any) -> list[str]:
+    def _different(self, config: Any) -> list[str]:
         path = self.root / "config.yaml"
         if not path.exists():
             return []
         before = _flat(yaml.safe_load(path.read_text()) or {})
         dump = yaml.safe_load(self.parser.dump(self.config, skip_none=False))
         now = _flat(dump[self.subcommand])
-        return sorted(k for k in before.keys() | now.keys() if before.get(k) != now.get(k) and k not in MAY_CHANGE)
+        return sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
 
     def _run_subcommand(self, subcommand: str) -> None:
         try:

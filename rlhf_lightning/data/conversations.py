@@ -57,6 +57,12 @@ def _message(item: Any, index: int, previous: str | None, first_role: str) -> Me
     return message
 
 
+def has_conversation(data: dict[str, Any]) -> bool:
+    """Whether a row has one of the shapes of `conversation`; beside them a `text` column is a copy."""
+    shapes = (("messages",), ("conversations",), ("prompt", "completion"), ("instruction", "output"))
+    return any(all(data.get(key) is not None for key in shape) for shape in shapes)
+
+
 def conversation(data: dict[str, Any]) -> list[Message]:
     """The messages of a supervised row, whatever its shape: messages, conversations, prompt/completion, instruction.
 

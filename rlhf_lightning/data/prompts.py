@@ -96,6 +96,10 @@ class PromptDataModule(RowDataModule):
             raise ConfigError("data.train and data.episodes are both set: sample from prompts or learn from a record")
         super().__init__(train if episodes is None else episodes, validation, **kwargs)
         self.recorded = episodes is not None
+        if self.recorded and self.validation_split:
+            raise ConfigError(
+                "data.validation_split holds prompts out, and data.episodes has none; name data.validation"
+            )
         self.max_length = max_prompt_tokens
         for name, value in (
             ("prompts_per_round", prompts_per_round),

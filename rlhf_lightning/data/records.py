@@ -67,12 +67,17 @@ def _rows(source: Source, text_key: str | None, reading: Reading) -> Iterator[Ro
     for index, item in enumerate(source):
         if isinstance(item, Mapping):
             yield Row(dict(item), f"list[{index}]")
-        elif isinstance(item, str | Path) and text_key is None:
+        elif isinstance(item, Path) or (isinstance(item, str) and (text_key is None or _is_file_name(item))):
             yield from _file_rows(item, text_key, reading)
         elif isinstance(item, str) and text_key:
             yield from _line_row(item, f"list[{index}]", text_key, reading)
         else:
             raise DataError(f"list[{index}]: a row is a dict, this is {type(item).__name__}")
+
+
+def _is_file_name(text: str) -> bool:
+    """Whether an item of a list of prompts is a file: it ends like one, and is a single word or there."""
+    return text.endswith(SUFFIXES) and (len(text.split()) == 1 or Path(text).is_file())
 
 
 def _file_rows(source: str | Path, text_key: str | None, reading: Reading) -> Iterator[Row]:

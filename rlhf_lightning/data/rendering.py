@@ -125,7 +125,13 @@ class Renderer:
             return _plain(messages)
         return self.template.render(messages, tools, add_generation_prompt=True)
 
-    def exchange(self, prompt: list[Message], response: list[Message], tools: list[Any] | None = None) -> Rendered:
+    def exchange(
+        self,
+        prompt: list[Message],
+        response: list[Message],
+        tools: list[Any] | None = None,
+        allow_blank: bool = False,
+    ) -> Rendered:
         """Prompt and response as one row, the response masked; its last token is the response's last.
 
         Raises:
@@ -137,7 +143,8 @@ class Renderer:
         selected = [i >= len(prompt) and m["role"] == "assistant" for i, m in enumerate(messages)]
         if not any(selected):
             raise RowError(f"the response has no assistant message, its roles are {[m['role'] for m in response]}")
-        _refuse_blank(messages, selected)
+        if not allow_blank:
+            _refuse_blank(messages, selected)
         rows = self._rows(messages, tools, selected)
         if len(rows) > 1:
             raise RowError("the response has several turns, and this chat template renders earlier turns anew")

@@ -7,7 +7,7 @@ import torch
 
 from rlhf_lightning.data.base import RowDataModule
 from rlhf_lightning.data.batching import pad_tokens
-from rlhf_lightning.data.conversations import conversation, tool_schemas
+from rlhf_lightning.data.conversations import conversation, has_conversation, tool_schemas
 from rlhf_lightning.data.prompts import Prompt, collate_prompts, prompt_example
 from rlhf_lightning.data.records import RowError, Source
 from rlhf_lightning.data.rendering import TRAIN_ON, Rendered
@@ -52,7 +52,7 @@ class SFTDataModule(RowDataModule):
         return [prompt]
 
     def _rows(self, data: dict[str, Any]) -> list[Rendered]:
-        if data.get("text") is not None and not any(data.get(key) for key in ("messages", "conversations")):
+        if data.get("text") is not None and not has_conversation(data):
             if not isinstance(data["text"], str) or not data["text"].strip():
                 raise RowError("'text' must be text, and not blank")
             rows = [self.renderer.text(data["text"])]

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from rlhf_lightning.errors import ConfigError
+from rlhf_lightning.files import hash_folder, write_json
 from rlhf_lightning.models.lora import LoRA
 
 log = logging.getLogger(__name__)
@@ -74,7 +75,7 @@ class Start:
         if workdir is None:
             raise ConfigError(f"{folder} is an adapter; merge it first to use it as {self.task}")
         log.info("merging the adapter %s into %s", folder, workdir / "merged")
-        _write_once(merged, workdir / "merged")
+        _write_once(merged, workdir / "merged", hash_folder(folder))
         return self._with_lora(self._pretrained(str(workdir / "merged")))
 
     def _pretrained(self, source: str) -> Any:
@@ -101,21 +102,30 @@ class Start:
         return get_peft_model(model, self.lora.config(model, self.task))
 
 
-def _write_once(model: Any, folder: Path) -> None:
-    """Save a model under a name of its own and rename: of several ranks that write the same, one wins."""
+def _write_once(model: Any, folder: Path, source: str) -> None:
+    """Save a merged model, unless it is there already: from this very adapter (by hash), written by another rank."""
+    if _merged_from(folder) == source:
+        return
     scratch = folder.with_name(f".{folder.name}.{os.getpid()}")
     model.save_pretrained(scratch)
+    write_json(scratch / "merged_from.json", {"adapter": source})
+    shutil.rmtree(folder, ignore_errors=True)
     try:
         os.rename(scratch, folder)
     except OSError:
-        if not folder.is_dir():
+        if _merged_from(folder) != source:
             raise
         shutil.rmtree(scratch)
 
 
+def _merged_from(folder: Path) -> str | None:
+    path = folder / "merged_from.json"
+    return json.loads(path.read_text())["adapter"] if path.is_file() else None
+
+
 def check_source(source: Any) -> str:
     """A model source as text, with the mistakes that are common refused; raises `ConfigError`."""
-    text = str(source)
+    text = os.path.expanduser(str(source))
     if text.endswith(".ckpt"):
         raise ConfigError(
             f"{text} is a Lightning checkpoint, which only resumes its own stage (--ckpt_path). "

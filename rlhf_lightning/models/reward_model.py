@@ -46,8 +46,9 @@ def score_texts(
     tools: Sequence[list[Any] | None] | None,
     device: Any,
     batch_size: int = 16,
+    allow_blank: bool = False,
 ) -> Tensor:
-    """Scores `[N]` of responses to prompts, text or messages each.
+    """Scores `[N]` of responses to prompts, text or messages each; `allow_blank` scores an empty response by its end.
 
     Raises:
         ConfigError: not one response to each prompt. DataError: an exchange that is empty or cannot be rendered.
@@ -55,7 +56,9 @@ def score_texts(
     if len(prompts) != len(responses):
         raise ConfigError(f"{len(prompts)} prompts and {len(responses)} responses: one response to each prompt")
     rows = [
-        renderer.exchange(to_messages(prompt), to_messages(response, "assistant"), tools[i] if tools else None)
+        renderer.exchange(
+            to_messages(prompt), to_messages(response, "assistant"), tools[i] if tools else None, allow_blank
+        )
         for i, (prompt, response) in enumerate(zip(prompts, responses, strict=True))
     ]
     return score_rows(scorer, [row.ids for row in rows], [row.mask for row in rows], device, batch_size)
@@ -73,10 +76,11 @@ class RewardModel(nn.Module):
         self.scorer = scorer_of(folder)
         self.model = load_for_scoring(folder, self.scorer.task, dtype)
         self.tokenizer = load_tokenizer(folder)
-        check_vocabulary(self.model, self.tokenizer, f"the reward model {folder}")
         self.renderer = Renderer(self.tokenizer, "chat" if self.tokenizer.chat_template else "raw")
         disable_dropout(self.model)
+        # First: a head adds the padding token that its tokenizer was saved with.
         self.scorer.bind(self.model, self.tokenizer, self.renderer.stop_token_ids)
+        check_vocabulary(self.model, self.tokenizer, f"the reward model {folder}")
         self.model.requires_grad_(False).eval()
 
     @property
@@ -93,9 +97,11 @@ class RewardModel(nn.Module):
             and self.renderer.format == renderer.format
         )
 
-    def score(self, prompts: Sequence[Text], responses: Sequence[Text], tools: Any = None) -> Tensor:
+    def score(
+        self, prompts: Sequence[Text], responses: Sequence[Text], tools: Any = None, allow_blank: bool = False
+    ) -> Tensor:
         """Scores `[N]`; see `score_texts`."""
-        return score_texts(self.scorer, self.renderer, prompts, responses, tools, self.device)
+        return score_texts(self.scorer, self.renderer, prompts, responses, tools, self.device, allow_blank=allow_blank)
 
     def score_tokens(self, ids: Sequence[list[int]], masks: Sequence[list[int]]) -> Tensor:
         """Scores `[N]`; see `score_rows`."""

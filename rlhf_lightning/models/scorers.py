@@ -134,4 +134,8 @@ def scorer_of(folder: Any) -> Scorer:
     if settings is None:
         return RewardHead()
     module, _, name = settings["class_path"].rpartition(".")
-    return getattr(import_module(module), name)(**settings["init_args"])
+    found = getattr(import_module(module), name, None)
+    # A model folder may come from anyone: nothing but a scorer is called.
+    if not (isinstance(found, type) and issubclass(found, Scorer)):
+        raise ConfigError(f"stage.json of {folder} names {settings['class_path']!r} as its scorer, which is none")
+    return found(**settings["init_args"])

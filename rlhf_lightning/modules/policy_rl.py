@@ -17,8 +17,8 @@ from rlhf_lightning.modules.base import RLHFModule
 from rlhf_lightning.objectives.aggregate import aggregate
 from rlhf_lightning.objectives.policy import ImportanceSampling, PolicyObjective
 from rlhf_lightning.rollout.advantages import Advantage, GroupCentered
-from rlhf_lightning.rollout.collect import Collector, answers
-from rlhf_lightning.rollout.environments import EnvironmentFactory
+from rlhf_lightning.rollout.collect import Collector, Sums, answers
+from rlhf_lightning.rollout.environments import environment_factory
 from rlhf_lightning.rollout.episodes import Episode, Segment
 from rlhf_lightning.rollout.kl import KLPenalty
 from rlhf_lightning.rollout.loader import RolloutLoader
@@ -40,7 +40,8 @@ class PolicyRLModule(RLHFModule):
         advantage: from rewards to advantages; group-centred by default.
         kl: penalty on the distance from the start; none by default. A coefficient of 0 only measures it.
         sampler: budget and temperature of responses.
-        environment: makes a `MessageEnv` from a row of data; by default a response ends its episode.
+        environment: makes a `MessageEnv` from a row of data: a class or function, or its dotted path; by default a
+            response ends its episode.
         max_turns: turns of an episode.
         truncated_reward: replaces the reward of a response that ran out of tokens.
 
@@ -58,7 +59,7 @@ class PolicyRLModule(RLHFModule):
         advantage: Advantage | None = None,
         kl: KLPenalty | None = None,
         sampler: Sampler | None = None,
-        environment: EnvironmentFactory | None = None,
+        environment: Any = None,
         max_turns: int = 8,
         truncated_reward: float | None = None,
         **kwargs: Any,
@@ -69,7 +70,7 @@ class PolicyRLModule(RLHFModule):
         names = [part.name for part in rewards or []]
         if len(set(names)) < len(names):
             raise ConfigError(f"model.rewards: two parts have the same name ({', '.join(names)}); set name")
-        self.kl, self.sampler, self.environment = kl, sampler or Sampler(), environment
+        self.kl, self.sampler, self.environment = kl, sampler or Sampler(), environment_factory(environment)
         self.max_turns, self.truncated_reward = max_turns, truncated_reward
         self.seed = int(os.environ.get("PL_GLOBAL_SEED", 0))
         self.reference: Reference | None = None
@@ -149,7 +150,7 @@ class PolicyRLModule(RLHFModule):
             raise ConfigError("nothing rewards the policy: set model.rewards, or model.environment")
 
     @torch.no_grad()
-    def _collect(self, items: list[Any], round_number: int) -> tuple[list[Segment], dict[str, float]]:
+    def _collect(self, items: list[Any], round_number: int) -> tuple[list[Segment], Sums]:
         with self.sampling_context():
             if items and isinstance(items[0], Prompt):
                 episodes = self.collector.play(items, self.group_size, (round_number,))
@@ -193,7 +194,7 @@ class PolicyRLModule(RLHFModule):
     def _log_step(self, loss: Tensor, ratio: Tensor, entropy: Tensor, statistics: dict[str, float] | None) -> None:
         for name, number in (statistics or {}).items():
             bar = name in ("reward", "kl", "truncated")
-            self.log(f"train/{name}", number, on_step=True, on_epoch=False, prog_bar=bar, sync_dist=True)
+            self.log(f"train/{name}", number, on_step=True, on_epoch=False, prog_bar=bar)
         for name, value in (("entropy", entropy), ("loss", loss), ("log_ratio_max", ratio)):
             self.log(f"train/{name}", value, on_step=True, on_epoch=False, prog_bar=name == "entropy")
         source = float(any(isinstance(part, ModelReward) for part in self.rewards))

@@ -21,7 +21,7 @@ class SFTModule(RLHFModule):
         sampler: how `predict` answers prompts; 128 tokens, the likeliest each, by default.
 
     A batch is a dict with `input_ids` and `mask` (1 where a token is trained), both `[B, T]`, padded on the right.
-    Logs `train/nll`, `val/nll` (nats a token), `val/perplexity`, `val/bits_per_byte`, `train/tokens` (so far).
+    Logs `train/nll`, `val/nll` (nats a token), `val/perplexity`, `val/bits_per_byte`, `train/tokens` (of the epoch).
     """
 
     stage_kind = "sft"

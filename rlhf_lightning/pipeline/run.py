@@ -91,7 +91,7 @@ class _Runner:
         if stage.reward:
             failed = self.failed.get(stage.reward)
             part = failed.rule_reward if failed else self._model_reward(stage.reward)
-            model["rewards"] = [*(stage.settings.get("model", {}).get("rewards") or []), part]
+            model["rewards"] = [*((stage.settings.get("model") or {}).get("rewards") or []), part]
         return merged(stage.settings, {"model": model} if model else {})
 
     def _model_reward(self, reward: str) -> dict[str, Any]:

@@ -1,7 +1,5 @@
 """The quickstart's model: a Qwen3 of half a million parameters with a tokenizer trained on the spot."""
 
-import json
-from pathlib import Path
 from typing import Any
 
 VOCABULARY = 768
@@ -57,8 +55,13 @@ def make_model(tokenizer: Any, seed: int) -> Any:
 
 def write_base(folder: str, conversations: str, seed: int) -> None:
     """Make tokenizer and model from the texts of a conversations file and save them."""
-    lines = Path(conversations).read_text().splitlines()
-    texts = [message["content"] for line in lines for message in json.loads(line)["messages"]]
+    from rlhf_lightning.data.conversations import conversation, has_conversation
+    from rlhf_lightning.data.records import read_rows
+
+    texts = []
+    for row in read_rows(conversations):
+        messages = conversation(row.data) if has_conversation(row.data) else [{"content": row.data.get("text")}]
+        texts += [message["content"] for message in messages if isinstance(message["content"], str)]
     tokenizer = make_tokenizer([*texts, "user\n", "assistant\n"])
     make_model(tokenizer, seed).save_pretrained(folder)
     tokenizer.save_pretrained(folder)

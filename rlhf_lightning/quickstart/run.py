@@ -1,9 +1,9 @@
 """`rlhf quickstart`: data and model, the three stages through the ordinary driver, and the final table."""
 
+import itertools
 import json
 import random
 import resource
-import shutil
 import subprocess
 import sys
 import time
@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from rlhf_lightning.data.records import fingerprint
 from rlhf_lightning.files import write_json
 from rlhf_lightning.pipeline.run import run_pipeline
 from rlhf_lightning.quickstart.data import Sizes, write_data
@@ -43,7 +44,7 @@ class Settings:
 def quickstart(settings: Settings) -> dict[str, Any]:
     """Run it; returns what stands in `summary.json`."""
     started = time.time()
-    _clear_if_other(settings)
+    _move_other_aside(settings)
     inputs = _inputs(settings)
     manifest = run_pipeline(_plan(settings, inputs), settings.root)
     # The stages are over before this process loads a model: the two peaks do not coincide.
@@ -63,19 +64,22 @@ def _earlier(root: Path) -> float:
     return json.loads(path.read_text())["seconds"] if path.exists() else 0.0
 
 
-def _clear_if_other(settings: Settings) -> None:
-    """The folder is the quickstart's own: a run with another seed or other files starts over in it, and says so."""
+def _move_other_aside(settings: Settings) -> None:
+    """A run with another seed, model or files starts anew; the earlier one is moved aside, never deleted."""
+    files = {name: getattr(settings, name) for name in ("sft", "preferences", "prompts")}
     asked = {
         "seed": settings.seed,
         "model": settings.model,
-        "sft": settings.sft,
-        "preferences": settings.preferences,
-        "prompts": settings.prompts,
+        "overrides": settings.overrides,
+        **{name: fingerprint(file) for name, file in files.items()},
+        **{path.name: fingerprint(path) for path in sorted(CONFIGS.glob("*.yaml"))},
     }
     path = settings.root / "quickstart.json"
     if path.exists() and json.loads(path.read_text()) != asked:
-        print(f"{settings.root} holds a quickstart of other settings; starting over", flush=True)
-        shutil.rmtree(settings.root)
+        free = next(n for n in itertools.count(1) if not settings.root.with_name(f"{settings.root.name}.{n}").exists())
+        aside = settings.root.with_name(f"{settings.root.name}.{free}")
+        settings.root.rename(aside)
+        print(f"{settings.root} held a quickstart of other settings; it is now {aside}", flush=True)
     write_json(path, asked)
 
 
@@ -89,7 +93,7 @@ def _inputs(settings: Settings) -> dict[str, Any]:
     base = settings.root / "base"
     if not settings.model and not (base / "config.json").exists():
         maker = [sys.executable, "-m", "rlhf_lightning.quickstart.model"]
-        subprocess.run([*maker, str(base), made["sft_train"], str(settings.seed)], check=True)
+        subprocess.run([*maker, str(base), paths["sft_train"], str(settings.seed)], check=True)
     return {**paths, "base": settings.model or str(base)}
 
 

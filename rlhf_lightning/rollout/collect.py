@@ -19,6 +19,9 @@ from rlhf_lightning.rollout.kl import KLPenalty
 from rlhf_lightning.rollout.rewards import Reward, total_rewards
 from rlhf_lightning.rollout.sampler import Sampler
 
+Sums = dict[str, tuple[float, int]]
+"""For each number of a round: its sum over episodes, and over how many."""
+
 
 class Collector:
     """Plays episodes, rewards them, and turns them into rows.
@@ -101,23 +104,23 @@ class Collector:
         for row, values in zip(segments, added.tolist(), strict=True):
             row.advantages = [a + b for a, b in zip(row.advantages, values, strict=False)]
 
-    def statistics(self, episodes: Sequence[Episode]) -> dict[str, float]:
-        """Means over the episodes of a round: reward and its parts, length, truncation, KL (nats a response), …"""
-        if not episodes:
-            return {}
+    def statistics(self, episodes: Sequence[Episode]) -> Sums:
+        """Sums and counts over episodes: reward and its parts, length, truncation, KL (nats a response), …"""
         columns: dict[str, list[float]] = defaultdict(list)
         for episode in episodes:
             columns["reward"].append(episode.reward)
             columns["response_tokens"].append(episode.response_tokens)
             columns["truncated"].append(episode.truncated)
             columns["turns"].append(sum(message["role"] == "assistant" for message in episode.responses))
-            for name, value in {**episode.parts, **episode.metrics}.items():
+            for name, value in episode.parts.items():
                 if value is not None:
-                    columns[f"reward_{name}" if name in episode.parts else name].append(value)
+                    columns[f"reward_{name}"].append(value)
+            for name, value in episode.metrics.items():
+                columns[f"env_{name}"].append(value)
             if self.reference is not None:
                 columns["kl"].append(sum(_sequence_kl(segment) for segment in episode.segments))
-        means = {name: sum(values) / len(values) for name, values in columns.items()}
-        return {**means, "zero_signal_groups": _zero_signal(episodes)}
+        columns["zero_signal_groups"] = _zero_signal(episodes)
+        return {name: (float(sum(values)), len(values)) for name, values in columns.items()}
 
 
 def _sequence_kl(segment: Segment) -> float:
@@ -128,12 +131,20 @@ def _sequence_kl(segment: Segment) -> float:
     return float((difference * drawn).sum())
 
 
-def _zero_signal(episodes: Sequence[Episode]) -> float:
-    """The part of groups in which all rewards are equal: they teach nothing."""
+def _zero_signal(episodes: Sequence[Episode]) -> list[float]:
+    """For each group whether all its rewards are equal: then it teaches nothing."""
     groups: dict[int, set[float]] = defaultdict(set)
     for episode in episodes:
         groups[episode.group].add(episode.reward)
-    return sum(len(rewards) == 1 for rewards in groups.values()) / len(groups)
+    return [float(len(rewards) == 1) for rewards in groups.values()]
+
+
+def means(parts: Sequence[Sums]) -> dict[str, float]:
+    """The means over the episodes of all ranks."""
+    names = sorted({name for part in parts for name in part})
+    found = {name: [part[name] for part in parts if name in part] for name in names}
+    totals = {name: (sum(total for total, _ in sums), sum(n for _, n in sums)) for name, sums in found.items()}
+    return {name: total / count for name, (total, count) in totals.items() if count}
 
 
 def answers(sampler: Sampler, renderer: Renderer, prompts: Sequence[Prompt], seed: int) -> list[dict[str, Any]]:

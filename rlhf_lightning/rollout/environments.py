@@ -4,12 +4,15 @@ import asyncio
 import inspect
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from importlib import import_module
 from typing import Any, Protocol
 
 from rlhf_lightning.data.batching import mix_seeds
 from rlhf_lightning.data.conversations import Message
 from rlhf_lightning.data.prompts import Prompt
 from rlhf_lightning.data.rendering import Renderer
+from rlhf_lightning.errors import ConfigError
 from rlhf_lightning.rollout.episodes import Episode, Segment
 from rlhf_lightning.rollout.sampler import Sample, Sampler
 
@@ -39,6 +42,25 @@ class MessageEnv(Protocol):
 
 EnvironmentFactory = Callable[[dict[str, Any]], MessageEnv]
 """Makes the environment of one episode from its row of data."""
+
+
+def environment_factory(value: Any) -> EnvironmentFactory | None:
+    """A factory from what a config can say: the dotted path of a class or function, or `{class_path, init_args}`.
+
+    Raises:
+        ConfigError: it cannot be imported, or is not callable.
+    """
+    if value is None or callable(value):
+        return value
+    settings: dict[str, Any] = {"class_path": value} if isinstance(value, str) else dict(value)
+    module, _, name = str(settings.get("class_path")).rpartition(".")
+    try:
+        found = getattr(import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ConfigError(f"model.environment {settings.get('class_path')!r} cannot be imported: {error}") from error
+    if not callable(found):
+        raise ConfigError(f"model.environment {settings['class_path']!r} is no class or function")
+    return partial(found, **(settings.get("init_args") or {}))
 
 
 class _Running:

@@ -9,9 +9,10 @@ from torch import Tensor
 
 from rlhf_lightning.data.batching import Layout, mix_seeds, pad_right, pad_tokens, split_evenly, total_counts
 from rlhf_lightning.errors import ConfigError
+from rlhf_lightning.rollout.collect import Sums, means
 from rlhf_lightning.rollout.episodes import Segment
 
-Collect = Callable[[list[Any], int], tuple[list[Segment], dict[str, float]]]
+Collect = Callable[[list[Any], int], tuple[list[Segment], Sums]]
 
 
 class RolloutLoader:
@@ -85,7 +86,9 @@ class RolloutLoader:
         if done and self._restored is not None:
             self._rows = self._restored
         else:
-            self._rows, statistics = self.collect(items[layout.rank :: layout.world], round_seed)
+            self._rows, sums = self.collect(items[layout.rank :: layout.world], round_seed)
+            # Merged here, where all ranks meet: one of them may have had no episodes, or other metrics.
+            statistics = means(self.gather(sums))
         self._restored = None
         parts = self._parts(round_seed)
         counts = self._counts(parts, layout)

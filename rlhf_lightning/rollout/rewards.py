@@ -97,23 +97,31 @@ class ModelReward(Reward):
 
     def score(self, episodes: Sequence[Episode]) -> Sequence[float | None]:
         assert self.judge is not None, "bind() comes first"
+        answered = [episode for episode in episodes if episode.response_tokens]
+        scores = iter(self._score(answered) if answered else [])
+        # An episode that had no room for a response has nothing to be scored.
+        return [next(scores) if episode.response_tokens else None for episode in episodes]
+
+    def _score(self, episodes: Sequence[Episode]) -> list[float]:
+        assert self.judge is not None
         if self._by_tokens:
-            # The last row holds the whole conversation as far as the template shows it.
-            segments = [episode.segments[-1] for episode in episodes]
-            masks = [_last_turn(segment.mask) for segment in segments]
-            return self.judge.score_tokens([segment.ids for segment in segments], masks).tolist()
-        answers = [[{"role": "assistant", "content": episode.response}] for episode in episodes]
-        prompts = [episode.prompt + episode.responses[:-1] for episode in episodes]
-        return self.judge.score(prompts, answers, [episode.tools for episode in episodes]).tolist()
+            rows = [_last_turn(episode) for episode in episodes]
+            return self.judge.score_tokens([ids for ids, _ in rows], [mask for _, mask in rows]).tolist()
+        last = [max(i for i, m in enumerate(e.responses) if m["role"] == "assistant") for e in episodes]
+        prompts = [episode.prompt + episode.responses[:i] for episode, i in zip(episodes, last, strict=True)]
+        answers = [[episode.responses[i]] for episode, i in zip(episodes, last, strict=True)]
+        tools = [episode.tools for episode in episodes]
+        return self.judge.score(prompts, answers, tools, allow_blank=True).tolist()
 
 
-def _last_turn(mask: list[int]) -> list[int]:
-    """A mask cut down to its last stretch of ones: the last response."""
-    end = len(mask) - mask[::-1].index(1)
+def _last_turn(episode: Episode) -> tuple[list[int], list[int]]:
+    """The row that holds the last response, cut after it, and the mask of that response alone."""
+    segment = next(segment for segment in reversed(episode.segments) if segment.actions)
+    end = len(segment.mask) - segment.mask[::-1].index(1)
     start = end
-    while start and mask[start - 1]:
+    while start and segment.mask[start - 1]:
         start -= 1
-    return [int(start <= i < end) for i in range(len(mask))]
+    return segment.ids[:end], [0] * start + [1] * (end - start)
 
 
 class KeywordReward(Reward):
