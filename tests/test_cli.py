@@ -168,7 +168,7 @@ class Twice:
 
 def test_an_environment_named_in_yaml(base: str, tmp_path: Path) -> None:
     settings = stage_config("policy", base, tmp_path)
-    settings["model"]["environment"] = {"class_path": "my_environment.Twice", "init_args": {"reward": 0.5}}
+    settings["model"] |= {"environment": "my_environment.Twice", "environment_args": {"reward": 0.5}}
     settings["trainer"]["max_steps"] = 1
     (tmp_path / "my_environment.py").write_text(ENVIRONMENT)
     config = write_yaml(tmp_path / "c.yaml", settings)

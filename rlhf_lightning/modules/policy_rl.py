@@ -1,6 +1,7 @@
 """Policy RL: rollouts, rewards, advantages, and a policy loss on what was drawn."""
 
 import os
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -42,6 +43,7 @@ class PolicyRLModule(RLHFModule):
         sampler: budget and temperature of responses.
         environment: makes a `MessageEnv` from a row of data: a class or function, or its dotted path; by default a
             response ends its episode.
+        environment_args: given to it after the row, by name.
         max_turns: turns of an episode.
         truncated_reward: replaces the reward of a response that ran out of tokens.
 
@@ -59,7 +61,8 @@ class PolicyRLModule(RLHFModule):
         advantage: Advantage | None = None,
         kl: KLPenalty | None = None,
         sampler: Sampler | None = None,
-        environment: Any = None,
+        environment: str | Callable | None = None,
+        environment_args: dict[str, Any] | None = None,
         max_turns: int = 8,
         truncated_reward: float | None = None,
         **kwargs: Any,
@@ -70,7 +73,8 @@ class PolicyRLModule(RLHFModule):
         names = [part.name for part in rewards or []]
         if len(set(names)) < len(names):
             raise ConfigError(f"model.rewards: two parts have the same name ({', '.join(names)}); set name")
-        self.kl, self.sampler, self.environment = kl, sampler or Sampler(), environment_factory(environment)
+        self.kl, self.sampler = kl, sampler or Sampler()
+        self.environment = environment_factory(environment, environment_args)
         self.max_turns, self.truncated_reward = max_turns, truncated_reward
         self.seed = int(os.environ.get("PL_GLOBAL_SEED", 0))
         self.reference: Reference | None = None

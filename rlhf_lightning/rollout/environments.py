@@ -44,23 +44,26 @@ EnvironmentFactory = Callable[[dict[str, Any]], MessageEnv]
 """Makes the environment of one episode from its row of data."""
 
 
-def environment_factory(value: Any) -> EnvironmentFactory | None:
-    """A factory from what a config can say: the dotted path of a class or function, or `{class_path, init_args}`.
+def environment_factory(
+    environment: str | Callable[..., MessageEnv] | None, arguments: dict[str, Any] | None = None
+) -> EnvironmentFactory | None:
+    """A factory from a class or function, or its dotted path; `arguments` are given to it after the row, by name.
 
     Raises:
         ConfigError: it cannot be imported, or is not callable.
     """
-    if value is None or callable(value):
-        return value
-    settings: dict[str, Any] = {"class_path": value} if isinstance(value, str) else dict(value)
-    module, _, name = str(settings.get("class_path")).rpartition(".")
-    try:
-        found = getattr(import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ConfigError(f"model.environment {settings.get('class_path')!r} cannot be imported: {error}") from error
+    if environment is None:
+        return None
+    found: Any = environment
+    if isinstance(environment, str):
+        module, _, name = environment.rpartition(".")
+        try:
+            found = getattr(import_module(module), name)
+        except (ImportError, AttributeError, ValueError) as error:
+            raise ConfigError(f"model.environment {environment!r} cannot be imported: {error}") from error
     if not callable(found):
-        raise ConfigError(f"model.environment {settings['class_path']!r} is no class or function")
-    return partial(found, **(settings.get("init_args") or {}))
+        raise ConfigError(f"model.environment {environment!r} is no class or function")
+    return partial(found, **(arguments or {}))
 
 
 class _Running:
