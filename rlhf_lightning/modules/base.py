@@ -1,6 +1,7 @@
 """What the three modules share: building the model, optimizer, normalising a loss, checkpoints, saving."""
 
 import logging
+from abc import abstractmethod
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
@@ -111,9 +112,9 @@ class RLHFModule(pl.LightningModule):
         """What to load."""
         return Start(self.start_source, self.task, self.lora, self.dtype_name, self.model_options)
 
+    @abstractmethod
     def build(self) -> None:
         """Make what stands on the model; called once after it is loaded."""
-        raise NotImplementedError
 
     # -- optimizer ------------------------------------------------------------------------------------------------
 
