@@ -108,34 +108,12 @@ def test_a_stage_in_its_folder(base: str, tmp_path: Path) -> None:
     rlhf(*args, "--model.optimizer.init_args.lr", "0.5", "--fresh")
     assert (run / "model" / "model.safetensors").stat().st_mtime_ns != before
 
-    rlhf(
-        "sft",
-        "predict",
-        "-c",
-        config,
-        "--model.model",
-        str(run / "model"),
-        "--data.predict",
-        str(tmp_path / "policy.jsonl"),
-        "--trainer.default_root_dir",
-        str(run),
-        code=2,
-    )
-    write_rows(tmp_path / "policy.jsonl", prompts(3))
-    rlhf(
-        "sft",
-        "predict",
-        "-c",
-        config,
-        "--model.model",
-        str(run / "model"),
-        "--data.predict",
-        str(tmp_path / "policy.jsonl"),
-        "--model.sampler.max_tokens",
-        "4",
-        "--trainer.default_root_dir",
-        str(run),
-    )
+    asked = tmp_path / "policy.jsonl"
+    predict = ["sft", "predict", "-c", config, "--model.model", str(run / "model"), "--data.predict", str(asked)]
+    predict += ["--model.sampler.max_tokens", "4", "--trainer.default_root_dir", str(run)]
+    rlhf(*predict, code=2)
+    write_rows(asked, prompts(3))
+    rlhf(*predict)
     rows = [json.loads(line) for line in (run / "predictions.jsonl").read_text().splitlines()]
     assert [row["index"] for row in rows] == [0, 1, 2]
     assert (run / "metrics.csv").exists()
@@ -336,7 +314,7 @@ def test_settings_are_laid_over() -> None:
 # -- mistakes ---------------------------------------------------------------------------------------------------------
 
 
-def mistake(args: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> str:
+def mistake(args: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     """What a command prints that is refused: exit code 2, no traceback."""
     with pytest.raises(SystemExit) as stop:
         entry.main(args)
@@ -391,7 +369,7 @@ def test_mistakes(
     if kind == "policy" and args:
         settings["model"]["rewards"] = [{"class_path": "rlhf_lightning.rollout.rewards.KeywordReward"}]
     config = write_yaml(tmp_path / "c.yaml", settings)
-    assert message in mistake([kind, "fit", "-c", config, *args], capsys, monkeypatch)
+    assert message in mistake([kind, "fit", "-c", config, *args], capsys)
 
 
 @pytest.mark.parametrize(
@@ -403,10 +381,8 @@ def test_mistakes(
         (["sft"], "expected"),
     ],
 )
-def test_wrong_commands(
-    args: list[str], message: str | None, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    err = mistake(args, capsys, monkeypatch)
+def test_wrong_commands(args: list[str], message: str | None, capsys: pytest.CaptureFixture[str]) -> None:
+    err = mistake(args, capsys)
     assert message is None or message in err
 
 

@@ -1,7 +1,6 @@
 """What the three data modules share: reading, checking, summarising, loading."""
 
 import logging
-import os
 from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -10,7 +9,7 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_only
 
-from rlhf_lightning.data.batching import Layout, RowLoader
+from rlhf_lightning.data.batching import Layout, RowLoader, run_seed
 from rlhf_lightning.data.records import (
     Reading,
     RowError,
@@ -91,7 +90,7 @@ class RowDataModule(pl.LightningDataModule):
         self.validation_split, self.max_length, self.overlong = validation_split, max_length, overlong
         self.on_bad_row, self.columns, self.format = on_bad_row, columns, format
         self.template_kwargs, self.tokenizer = template_kwargs, tokenizer
-        self.seed = int(os.environ.get("PL_GLOBAL_SEED", 0)) if seed is None else seed
+        self.seed = run_seed() if seed is None else seed
         self.show_example = show_example
         self.prepared: dict[str, Prepared] = {}
         self._renderer: Renderer | None = None

@@ -1,5 +1,6 @@
 """Rows to batches: padding, the order of an epoch, and the counts a loss is divided by."""
 
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -123,6 +124,11 @@ def total_counts(counts: Iterator[Counts]) -> Counts:
         for name, value in count.items():
             total[name] = total.get(name, 0.0) + value
     return total
+
+
+def run_seed() -> int:
+    """The seed that `seed_everything` was given; 0 where it was not called."""
+    return int(os.environ.get("PL_GLOBAL_SEED", 0))
 
 
 def mix_seeds(*parts: int) -> int:

@@ -41,7 +41,7 @@ class Prompt:
         return f"{tokenizer.decode(self.ids, skip_special_tokens=False)}⟦"
 
 
-def prompt_example(renderer: Renderer, data: dict[str, Any]) -> Prompt:
+def prompt_example(renderer: Renderer, data: dict[str, Any], index: int = 0) -> Prompt:
     """A prompt of a row: `prompt`, or a conversation up to its last assistant turn; raises `RowError`."""
     if data.get("prompt") is not None:
         messages = as_prompt(data["prompt"])
@@ -54,12 +54,17 @@ def prompt_example(renderer: Renderer, data: dict[str, Any]) -> Prompt:
     else:
         require(data, "prompt")
     tools = tool_schemas(data)
-    return Prompt(messages, renderer.prompt(messages, tools), data, tools)
+    return Prompt(messages, renderer.prompt(messages, tools), data, tools, index)
 
 
 def collate_prompts(rows: list[Prompt], weights: list[float]) -> dict[str, Any]:
     """A batch of prompts stays a list: only the sampler knows how to put them side by side."""
     return {"prompts": rows, "weights": weights}
+
+
+def kept_prompts(batch: dict[str, Any]) -> list[Prompt]:
+    """The prompts of a batch, without those that only fill a rank's place."""
+    return [prompt for prompt, weight in zip(batch["prompts"], batch["weights"], strict=True) if weight]
 
 
 class PromptDataModule(RowDataModule):

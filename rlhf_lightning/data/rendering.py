@@ -73,6 +73,11 @@ class Renderer:
             )
         self.stop_token_ids, self.stop_strings = self._stops()
 
+    @classmethod
+    def suited(cls, tokenizer: Any) -> "Renderer":
+        """By the chat template where the tokenizer has one, else plain text."""
+        return cls(tokenizer, "chat" if tokenizer.chat_template else "raw")
+
     def _stops(self) -> tuple[list[int], list[str]]:
         eos = self.tokenizer.eos_token_id
         ids = set() if eos is None else {eos}

@@ -30,10 +30,10 @@ def load_tokenizer(source: Any, tokenizer: Any = None, chat_template: str | None
 
 def _checked(name: Any) -> str:
     """A tokenizer source as text; raises `ConfigError` for a path that is not there."""
-    path = Path(str(name))
-    if (path.is_absolute() or str(name).startswith((".", "~"))) and not path.exists():
+    path = Path(name).expanduser()
+    if (path.is_absolute() or str(name).startswith(".")) and not path.exists():
         raise ConfigError(f"tokenizer {str(name)!r}: no such folder (seen from {Path.cwd()})")
-    return str(name)
+    return str(path) if path.exists() else str(name)
 
 
 def _template(value: str) -> str:

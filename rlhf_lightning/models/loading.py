@@ -60,16 +60,14 @@ class Start:
         from peft import PeftConfig, PeftModel
 
         config = PeftConfig.from_pretrained(folder)
-        base_path = adapter_base(folder)
-        if self.lora and config.task_type == self.task:
-            base = self._pretrained(base_path)
-            if self.lora.continues(config, base):
-                log.info("continuing the adapter of %s", folder)
-                return PeftModel.from_pretrained(base, folder, is_trainable=True)
+        base_path, task = adapter_base(folder), str(config.task_type)
         # Merged in float32: in a lower precision the sum of base and update would be rounded twice.
-        task = str(config.task_type)
         base = Start(base_path, task, dtype="float32", options=self.options)._pretrained(base_path)
-        merged = merge(PeftModel.from_pretrained(base, folder)).to(getattr(torch, self.dtype))
+        dtype = getattr(torch, self.dtype)
+        if self.lora and task == self.task and self.lora.continues(config, base):
+            log.info("continuing the adapter of %s", folder)
+            return PeftModel.from_pretrained(base.to(dtype), folder, is_trainable=True)
+        merged = merge(PeftModel.from_pretrained(base, folder)).to(dtype)
         if workdir is None and task == self.task:
             return self._with_lora(merged)
         if workdir is None:

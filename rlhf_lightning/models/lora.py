@@ -76,6 +76,11 @@ class LoRA:
         return adapter.r == self.rank and adapter.lora_alpha == self.alpha and matched == names
 
 
+def base_of(model: Any) -> Any:
+    """The Hugging Face model, whether peft is around it or not; adapters are in its layers."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
 def _is_linear(module: nn.Module) -> bool:
     # GPT-2 writes its linear layers as Conv1D; mixture-of-experts blocks with fused weights are not linear layers.
     return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"

@@ -51,10 +51,7 @@ class Reference(nn.Module):
             try:
                 yield
             finally:
-                model.set_adapter("default")
-                model.requires_grad_(False)
-                for parameter in trained:
-                    parameter.requires_grad_(True)
+                _train_default(model, trained)
         else:
             yield
 
@@ -68,6 +65,11 @@ def _copy_adapter(model: Any) -> None:
     }
     model.add_adapter("reference", copy.deepcopy(model.peft_config["default"]))
     set_peft_model_state_dict(model, weights, adapter_name="reference")
+    _train_default(model, trained)
+
+
+def _train_default(model: Any, trained: list[nn.Parameter]) -> None:
+    """Back to the adapter that is trained: peft, in switching, changes what requires a gradient."""
     model.set_adapter("default")
     model.requires_grad_(False)
     for parameter in trained:

@@ -76,7 +76,7 @@ class RewardModel(nn.Module):
         self.scorer = scorer_of(folder)
         self.model = load_for_scoring(folder, self.scorer.task, dtype)
         self.tokenizer = load_tokenizer(folder)
-        self.renderer = Renderer(self.tokenizer, "chat" if self.tokenizer.chat_template else "raw")
+        self.renderer = Renderer.suited(self.tokenizer)
         disable_dropout(self.model)
         # First: a head adds the padding token that its tokenizer was saved with.
         self.scorer.bind(self.model, self.tokenizer, self.renderer.stop_token_ids)

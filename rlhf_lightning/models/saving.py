@@ -10,26 +10,20 @@ from typing import Any
 from rlhf_lightning.models.loading import is_adapter
 
 
-def save_model(
-    model: Any, tokenizer: Any, folder: Path, stop_token_ids: Sequence[int], state: dict[str, Any] | None = None
-) -> None:
+def save_model(model: Any, tokenizer: Any, folder: Path, stop_token_ids: Sequence[int]) -> None:
     """Write weights (safetensors), config, tokenizer with chat template, and generation config.
 
     The folder appears at once, complete: it is written beside its place and renamed.
-
-    Args:
-        state: full weights gathered by a sharded strategy; the model's own by default.
     """
     scratch = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(parents=True)
-    options = {"state_dict": state} if state is not None else {}
     if hasattr(model, "peft_config"):
         # Only the adapter that was trained, and no copy of the embeddings beside it.
-        model.save_pretrained(scratch, selected_adapters=["default"], save_embedding_layers=False, **options)
+        model.save_pretrained(scratch, selected_adapters=["default"], save_embedding_layers=False)
     else:
         _set_generation(model, tokenizer, stop_token_ids)
-        model.save_pretrained(scratch, **options)
+        model.save_pretrained(scratch)
     tokenizer.save_pretrained(scratch)
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(scratch, folder)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from rlhf_lightning.errors import ConfigError
 from rlhf_lightning.models.loading import read_stage
+from rlhf_lightning.models.lora import base_of
 from rlhf_lightning.models.scoring import TokenScorer
 
 log = logging.getLogger(__name__)
@@ -73,7 +74,7 @@ class RewardHead(Scorer):
     task = "SEQ_CLS"
 
     def bind(self, model: Any, tokenizer: Any, stop_token_ids: Sequence[int]) -> None:
-        base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        base = base_of(model)
         self.backbone = base.base_model
         self.head = _head(base)
         # Stock pooling looks for the last token that is not padding: that must not be one that ends a response.
@@ -102,7 +103,7 @@ def _head(model: Any) -> nn.Module:
 
 def init_head(model: Any) -> None:
     """A new score head: weights of std 1/sqrt(hidden + 1), no bias."""
-    head = _head(model.get_base_model() if hasattr(model, "get_base_model") else model)
+    head = _head(base_of(model))
     # Under peft the head is there twice, as loaded and as trained: both get the same weights.
     layers = [module for module in head.modules() if isinstance(module, nn.Linear)]
     nn.init.normal_(layers[0].weight, std=(layers[0].in_features + 1) ** -0.5)

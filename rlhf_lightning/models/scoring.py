@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from rlhf_lightning.models.lora import base_of
+
 log = logging.getLogger(__name__)
 LOGIT_BYTES = 256 * 2**20
 
@@ -34,7 +36,7 @@ class TokenScorer:
     """
 
     def __init__(self, model: Any, logit_bytes: int = LOGIT_BYTES) -> None:
-        base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        base = base_of(model)
         self.model, self.base, self.logit_bytes = model, base, logit_bytes
         self.decoder = base.get_decoder() if hasattr(base, "get_decoder") else base.base_model
         self.head = base.get_output_embeddings()

@@ -93,7 +93,7 @@ class RLHFModule(pl.LightningModule):
         if self._renderer is None:
             data = getattr(self._trainer, "datamodule", None)
             shared = getattr(data, "renderer", None)
-            self._renderer = shared or Renderer(self.tokenizer, "chat" if self.tokenizer.chat_template else "raw")
+            self._renderer = shared or Renderer.suited(self.tokenizer)
         return self._renderer
 
     def configure_model(self) -> None:

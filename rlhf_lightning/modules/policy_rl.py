@@ -1,6 +1,5 @@
 """Policy RL: rollouts, rewards, advantages, and a policy loss on what was drawn."""
 
-import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -9,7 +8,8 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
-from rlhf_lightning.data.prompts import Prompt, PromptDataModule
+from rlhf_lightning.data.batching import run_seed
+from rlhf_lightning.data.prompts import Prompt, PromptDataModule, kept_prompts
 from rlhf_lightning.errors import ConfigError
 from rlhf_lightning.models.loading import disable_dropout
 from rlhf_lightning.models.reference import Reference
@@ -76,7 +76,7 @@ class PolicyRLModule(RLHFModule):
         self.kl, self.sampler = kl, sampler or Sampler()
         self.environment = environment_factory(environment, environment_args)
         self.max_turns, self.truncated_reward = max_turns, truncated_reward
-        self.seed = int(os.environ.get("PL_GLOBAL_SEED", 0))
+        self.seed = run_seed()
         self.reference: Reference | None = None
         self.heldout = nn.ModuleDict({f"{name}_": _heldout_metrics() for name in ("val", "test")})
 
@@ -212,7 +212,7 @@ class PolicyRLModule(RLHFModule):
 
     def _evaluate(self, batch: dict[str, Any], name: str) -> None:
         self._check_rewarded()
-        prompts = [p for p, weight in zip(batch["prompts"], batch["weights"], strict=True) if weight]
+        prompts = kept_prompts(batch)
         metrics: Any = self.heldout[f"{name}_"]
         if prompts:
             with self.sampling_context():
@@ -227,9 +227,8 @@ class PolicyRLModule(RLHFModule):
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> list[dict[str, Any]]:
         """A response to each prompt."""
-        prompts = [p for p, weight in zip(batch["prompts"], batch["weights"], strict=True) if weight]
         with self.sampling_context():
-            return answers(self.sampler, self.renderer, prompts, self.seed)
+            return answers(self.sampler, self.renderer, kept_prompts(batch), self.seed)
 
 
 def _heldout_metrics() -> nn.ModuleDict:

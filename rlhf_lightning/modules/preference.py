@@ -62,20 +62,16 @@ class PreferenceModule(RLHFModule):
 
     def _has_head(self) -> bool:
         source = self.start_source
-        if isinstance(source, nn.Module) or is_adapter(str(source)):
-            return self._start_is_classifier()
+        if isinstance(source, nn.Module):
+            return True  # a classification model in hand: its head is the user's
+        if is_adapter(str(source)):
+            from peft import PeftConfig
+
+            return PeftConfig.from_pretrained(source).task_type == "SEQ_CLS"
         from transformers import AutoConfig
 
         names = AutoConfig.from_pretrained(str(source)).architectures or []
         return any(name.endswith("ForSequenceClassification") for name in names)
-
-    def _start_is_classifier(self) -> bool:
-        source = self.start_source
-        if isinstance(source, nn.Module):
-            return True  # a classification model in hand: its head is the user's
-        from peft import PeftConfig
-
-        return PeftConfig.from_pretrained(source).task_type == "SEQ_CLS"
 
     # -- steps ----------------------------------------------------------------------------------------------------
 

@@ -5,6 +5,7 @@ from typing import Any
 from torch import Tensor, nn
 from torchmetrics import MeanMetric, SumMetric
 
+from rlhf_lightning.data.prompts import kept_prompts
 from rlhf_lightning.models.scoring import TokenScorer
 from rlhf_lightning.modules.base import RLHFModule
 from rlhf_lightning.modules.metrics import BitsPerByte, Perplexity
@@ -56,8 +57,7 @@ class SFTModule(RLHFModule):
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> list[dict[str, Any]]:
         """A response to each prompt."""
-        prompts = [p for p, weight in zip(batch["prompts"], batch["weights"], strict=True) if weight]
-        return answers(self.sampler, self.renderer, prompts, seed=0)
+        return answers(self.sampler, self.renderer, kept_prompts(batch), seed=0)
 
     def _evaluate(self, batch: dict[str, Any], name: str) -> None:
         mask = batch["mask"]

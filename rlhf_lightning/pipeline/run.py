@@ -23,9 +23,9 @@ SOURCES = ("train", "validation", "test", "episodes")
 
 
 def run_pipeline(
-    plan: Mapping[str, Any] | str | Path, root: str | Path | None = None, rerun: Sequence[str] = ()
+    plan: Plan | Mapping[str, Any] | str | Path, root: str | Path | None = None, rerun: Sequence[str] = ()
 ) -> dict[str, Any]:
-    """Run a pipeline file or dict; what is finished is not run again, what was interrupted resumes.
+    """Run a pipeline file, dict or plan; what is finished is not run again, what was interrupted resumes.
 
     Args:
         plan: see `pipeline.plan`. root: the run's folder, `runs/NAME` by default.
@@ -37,7 +37,7 @@ def run_pipeline(
     Raises:
         ConfigError: the plan is wrong, or a stage that has run would now be another. UserError: a stage failed.
     """
-    checked = read_plan(plan, root)
+    checked = plan if isinstance(plan, Plan) else read_plan(plan, root)
     runner = _Runner(checked, rerun)
     for stage in checked.stages:
         runner.run(stage)

@@ -25,17 +25,15 @@ class Policy:
 
     def __init__(self, folder: str) -> None:
         self.tokenizer = load_tokenizer(folder)
-        self.renderer = Renderer(self.tokenizer, "chat" if self.tokenizer.chat_template else "raw")
+        self.renderer = Renderer.suited(self.tokenizer)
         self.model = load_for_scoring(folder, "CAUSAL_LM")
         disable_dropout(self.model)
         self.tokens = TokenScorer(self.model)
 
     def prompts(self, file: str, limit: int) -> list[Prompt]:
         """The first prompts of a file, numbered."""
-        prompts = [prompt_example(self.renderer, row.data) for row in read_rows(file, "prompt")[:limit]]
-        for index, prompt in enumerate(prompts):
-            prompt.index = index
-        return prompts
+        rows = read_rows(file, "prompt")[:limit]
+        return [prompt_example(self.renderer, row.data, index) for index, row in enumerate(rows)]
 
     def answer(self, prompts: Sequence[Prompt], max_tokens: int, seed: int) -> list[Episode]:
         """A response to each prompt at temperature 1."""

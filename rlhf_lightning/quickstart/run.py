@@ -13,6 +13,7 @@ from typing import Any
 
 from rlhf_lightning.data.records import fingerprint
 from rlhf_lightning.files import write_json
+from rlhf_lightning.pipeline.plan import Plan, read_plan
 from rlhf_lightning.pipeline.run import run_pipeline
 from rlhf_lightning.quickstart.data import Sizes, write_data
 from rlhf_lightning.quickstart.rubric import rubric
@@ -46,11 +47,12 @@ def quickstart(settings: Settings) -> dict[str, Any]:
     started = time.time()
     _move_other_aside(settings)
     inputs = _inputs(settings)
-    manifest = run_pipeline(_plan(settings, inputs), settings.root)
+    plan = read_plan(_plan(settings, inputs), settings.root)
+    manifest = run_pipeline(plan)
     # The stages are over before this process loads a model: the two peaks do not coincide.
     stages = _kibibytes(resource.RUSAGE_SELF) + _kibibytes(resource.RUSAGE_CHILDREN)
     print("measuring base, SFT and policy on held-out prompts …", flush=True)
-    summary, samples = _measure(settings, inputs, manifest)
+    summary, samples = _measure(settings, inputs, plan, manifest)
     earlier = _earlier(settings.root)
     summary["seconds"] = max(round(time.time() - started, 1), earlier)
     summary["peak_memory_gb"] = round(max(stages, _kibibytes(resource.RUSAGE_SELF)) * 1024 / 1e9, 2)
@@ -129,7 +131,7 @@ def _plan(settings: Settings, inputs: dict[str, Any]) -> dict[str, Any]:
 
 
 def _measure(
-    settings: Settings, inputs: dict[str, Any], manifest: dict[str, Any]
+    settings: Settings, inputs: dict[str, Any], plan: Plan, manifest: dict[str, Any]
 ) -> tuple[dict[str, Any], list[dict[str, str]]]:
     from rlhf_lightning.models.reward_model import RewardModel
     from rlhf_lightning.quickstart.evaluate import Policy, figures
@@ -138,7 +140,7 @@ def _measure(
     folders |= {name: manifest["stages"][name]["model"] for name in ("sft", "policy")}
     judge = RewardModel(manifest["stages"]["preference"]["model"])
     gold = None if settings.prompts else _gold
-    limit, max_tokens = settings.sizes.held_out, _max_tokens(settings)
+    limit, max_tokens = settings.sizes.held_out, plan.stages[-1].settings["model"]["sampler"]["max_tokens"]
     summary: dict[str, Any] = {}
     answers: dict[str, list[str]] = {}
     start: Policy | None = None
@@ -163,13 +165,6 @@ def _measure(
         for i in range(min(3, len(prompts)))
     ]
     return summary, shown
-
-
-def _max_tokens(settings: Settings) -> int:
-    from rlhf_lightning.pipeline.plan import read_mapping
-
-    shipped = read_mapping(CONFIGS / "policy.yaml")["model"]["sampler"]["max_tokens"]
-    return (settings.overrides or {}).get("policy", {}).get("model.sampler.max_tokens", shipped)
 
 
 def _gold(answer: str, row: dict[str, Any]) -> float:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from rlhf_lightning.data.rendering import Renderer
 from rlhf_lightning.errors import ConfigError
+from rlhf_lightning.models.lora import base_of
 
 
 @dataclass
@@ -57,7 +58,7 @@ class Sampler:
         """Take the model, and the renderer that knows what ends a turn."""
         self.model, self.renderer = model, renderer
         self.stop_token_ids = set(renderer.stop_token_ids)
-        base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        base = base_of(model)
         keeps = "logits_to_keep" in inspect.signature(base.forward).parameters
         self.forward_options = {"use_cache": True, **({"logits_to_keep": 1} if keeps else {})}
         self.context = getattr(base.config.get_text_config(), "max_position_embeddings", None)
