@@ -18,6 +18,7 @@ from rlhf_lightning.models.reference import Reference
 from rlhf_lightning.models.saving import save_model
 from rlhf_lightning.models.scorers import RewardHead, SequenceLogprob, init_head, pad_token, scorer_of
 from rlhf_lightning.models.scoring import TokenScorer
+from rlhf_lightning.rollout.engine import ends
 from rlhf_lightning.rollout.sampler import Sampler
 from tests.conftest import build_model
 
@@ -48,7 +49,7 @@ def test_token_scores_equal_the_plain_path(tokenizer: Any, architecture: str, te
     batch = random_rows(tokenizer, [9, 5, 3])
     batch["mask"] = batch["mask"].double()
     scorer = TokenScorer(model)
-    assert scorer.apart, "the head should run on kept positions only"
+    assert scorer.parts.apart, "the head should run on kept positions only"
     plain = plain_logprobs(model, batch, temperature)
     scores = scorer(batch["input_ids"], batch["mask"], temperature, details=True)
     torch.testing.assert_close(scores.logprobs, plain, rtol=1e-9, atol=1e-9)
@@ -71,7 +72,7 @@ def test_a_model_with_logits_of_its_own_is_run_whole(tokenizer: Any) -> None:
     plain = model.forward
     model.forward = lambda *args, **kwargs: _shifted(plain(*args, **kwargs))
     scorer = TokenScorer(model)
-    assert not scorer.apart
+    assert not scorer.parts.apart
     batch = random_rows(tokenizer, [6])
     logp = model(batch["input_ids"]).logits.log_softmax(-1)[0, :-1].gather(-1, batch["input_ids"][0, 1:, None])[:, 0]
     torch.testing.assert_close(scorer(batch["input_ids"], batch["mask"]).logprobs[0, 2:], logp[1:])
@@ -151,8 +152,9 @@ def test_stop_texts_end_a_response(tokenizer: Any) -> None:
     renderer = Renderer(tokenizer)
     sampler = Sampler(max_tokens=40)
     sampler.bind(build_model(tokenizer), renderer)
-    assert not sampler._ends(tokenizer("one two")["input_ids"])
-    assert sampler._ends(tokenizer("one two[end]")["input_ids"])
+    assert sampler.params.stop_strings == ("[end]",)
+    assert not ends(tokenizer("one two")["input_ids"], sampler.params, tokenizer.decode)
+    assert ends(tokenizer("one two[end]")["input_ids"], sampler.params, tokenizer.decode)
 
 
 # -- LoRA -------------------------------------------------------------------------------------------------------------

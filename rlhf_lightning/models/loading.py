@@ -13,7 +13,7 @@ from torch import nn
 
 from rlhf_lightning.errors import ConfigError
 from rlhf_lightning.files import hash_folder, write_json
-from rlhf_lightning.models.lora import LoRA
+from rlhf_lightning.models.lora import LoRA, base_of
 
 log = logging.getLogger(__name__)
 AUTO_CLASSES = {
@@ -173,6 +173,16 @@ def merge(model: Any) -> Any:
     return model.merge_and_unload()
 
 
+def load_for_scoring(folder: str, task: str, dtype: str = "float32") -> Any:
+    """A saved model, not to be trained. An adapter stays unmerged: its numbers are then those it had in training."""
+    if not is_adapter(folder):
+        return Start(folder, task, dtype=dtype).load().eval()
+    from peft import PeftModel
+
+    base = Start(adapter_base(Path(folder)), task, dtype=dtype).load()
+    return PeftModel.from_pretrained(base, folder).eval()
+
+
 def check_vocabulary(model: Any, tokenizer: Any, name: str = "the model") -> None:
     """Raise `ConfigError` where the tokenizer has ids that the model has no embedding for."""
     rows = model.get_input_embeddings().weight.shape[0]
@@ -191,3 +201,14 @@ def disable_dropout(model: nn.Module) -> None:
         for name in ("attention_dropout", "dropout_p", "resid_dropout"):
             if isinstance(getattr(module, name, None), float):
                 setattr(module, name, 0.0)
+
+
+def compile_layers(model: Any) -> None:
+    """Compile each layer by itself: one graph serves all of them, and weights keep their names."""
+    decoder = base_of(model).base_model
+    count = base_of(model).config.get_text_config().num_hidden_layers
+    stacks = [m for m in decoder.modules() if isinstance(m, nn.ModuleList) and len(m) == count]
+    if not stacks:
+        raise ConfigError(f"model.compile: no stack of {count} layers was found in {type(base_of(model)).__name__}")
+    for layer in stacks[0]:
+        layer.compile(dynamic=True)

@@ -1,10 +1,11 @@
 """LoRA by the field's settings: rank, alpha, dropout, and which layers, found in any architecture by structure."""
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from rlhf_lightning.errors import ConfigError
 
@@ -79,6 +80,23 @@ class LoRA:
 def base_of(model: Any) -> Any:
     """The Hugging Face model, whether peft is around it or not; adapters are in its layers."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def named_weights(model: Any) -> Iterator[tuple[str, Tensor]]:
+    """The weights under the names that the Hugging Face model gives them, one at a time, adapters added in."""
+    base = base_of(model)
+    updates = {
+        f"{name}.base_layer.weight": module
+        for name, module in base.named_modules()
+        if hasattr(module, "get_delta_weight")
+    }
+    for name, parameter in base.named_parameters():
+        if any(part in name for part in (".lora_A.", ".lora_B.", ".lora_embedding_", ".lora_magnitude_")):
+            continue
+        value = parameter.detach()
+        if name in updates:
+            value = value + updates[name].get_delta_weight("default").detach().to(value.dtype)
+        yield name.replace(".base_layer.", "."), value
 
 
 def _is_linear(module: nn.Module) -> bool:

@@ -19,9 +19,10 @@ class Reference(nn.Module):
 
     Args:
         model: the policy as the stage starts it. fresh_adapter: whether its LoRA adapter was made by this stage.
+        max_tokens: computed at once, see `Forward`.
     """
 
-    def __init__(self, model: Any, fresh_adapter: bool) -> None:
+    def __init__(self, model: Any, fresh_adapter: bool, max_tokens: int | None = None) -> None:
         super().__init__()
         self.mode = "copy" if not hasattr(model, "peft_config") else "disabled" if fresh_adapter else "adapter"
         self.copy: nn.Module | None = None
@@ -31,7 +32,16 @@ class Reference(nn.Module):
             _copy_adapter(model)
         # Not registered: the policy belongs to the module that trains it.
         self._policy = [model]
-        self._scorer = TokenScorer(self.copy if self.copy is not None else model)
+        self._scorer = TokenScorer(self.copy if self.copy is not None else model, max_tokens)
+
+    @classmethod
+    def of(cls, model: Any, max_tokens: int | None = None) -> "Reference":
+        """A model that nobody trains, as the reference."""
+        reference = cls.__new__(cls)
+        nn.Module.__init__(reference)
+        reference.mode, reference.copy = "copy", model.requires_grad_(False).eval()
+        reference._policy, reference._scorer = [model], TokenScorer(model, max_tokens)
+        return reference
 
     @torch.no_grad()
     def logprobs(self, input_ids: Tensor, mask: Tensor, temperature: float = 1.0) -> Tensor:

@@ -1,7 +1,6 @@
 """Scoring text or tokens with a scorer: in the preference module, by hand, and as a reward."""
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,13 +11,7 @@ from rlhf_lightning.data.conversations import Message, to_messages
 from rlhf_lightning.data.rendering import Renderer
 from rlhf_lightning.data.tokenizers import load_tokenizer
 from rlhf_lightning.errors import ConfigError
-from rlhf_lightning.models.loading import (
-    Start,
-    adapter_base,
-    check_vocabulary,
-    disable_dropout,
-    is_adapter,
-)
+from rlhf_lightning.models.loading import check_vocabulary, disable_dropout, load_for_scoring
 from rlhf_lightning.models.scorers import Scorer, scorer_of
 
 Text = str | list[Message]
@@ -45,7 +38,7 @@ def score_texts(
     responses: Sequence[Text],
     tools: Sequence[list[Any] | None] | None,
     device: Any,
-    batch_size: int = 16,
+    batch_size: int = 256,
     allow_blank: bool = False,
 ) -> Tensor:
     """Scores `[N]` of responses to prompts, text or messages each; `allow_blank` scores an empty response by its end.
@@ -80,6 +73,7 @@ class RewardModel(nn.Module):
         disable_dropout(self.model)
         # First: a head adds the padding token that its tokenizer was saved with.
         self.scorer.bind(self.model, self.tokenizer, self.renderer.stop_token_ids)
+        self.frozen = self.scorer.frozen
         check_vocabulary(self.model, self.tokenizer, f"the reward model {folder}")
         self.model.requires_grad_(False).eval()
 
@@ -106,13 +100,3 @@ class RewardModel(nn.Module):
     def score_tokens(self, ids: Sequence[list[int]], masks: Sequence[list[int]]) -> Tensor:
         """Scores `[N]`; see `score_rows`."""
         return score_rows(self.scorer, ids, masks, self.device)
-
-
-def load_for_scoring(folder: str, task: str, dtype: str = "float32") -> Any:
-    """A saved model, not to be trained. An adapter stays unmerged: its numbers are then those it had in training."""
-    if not is_adapter(folder):
-        return Start(folder, task, dtype=dtype).load().eval()
-    from peft import PeftModel
-
-    base = Start(adapter_base(Path(folder)), task, dtype=dtype).load()
-    return PeftModel.from_pretrained(base, folder).eval()

@@ -9,8 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from rlhf_lightning.errors import ConfigError
-from rlhf_lightning.models.loading import read_stage
+from rlhf_lightning.models.forward import Forward
+from rlhf_lightning.models.loading import load_for_scoring, read_stage
 from rlhf_lightning.models.lora import base_of
+from rlhf_lightning.models.reference import Reference
 from rlhf_lightning.models.scoring import TokenScorer
 
 log = logging.getLogger(__name__)
@@ -21,10 +23,16 @@ class Scorer(ABC):
 
     task: str
     """`CAUSAL_LM` or `SEQ_CLS`: which Hugging Face class the model is."""
+    max_tokens: int | None = None
+    """Computed at once by the model, see `Forward`; set before `bind`."""
+    forward: Forward
+    """What runs the model; there after `bind`."""
+    frozen: nn.Module | None = None
+    """A model that it needs beside; whoever binds it registers that, so that it goes to the same device."""
 
     @abstractmethod
-    def bind(self, model: Any, tokenizer: Any, stop_token_ids: Sequence[int]) -> None:
-        """Take the model that is to score; called once, after loading."""
+    def bind(self, model: Any, tokenizer: Any, stop_token_ids: Sequence[int], fresh_adapter: bool = False) -> None:
+        """Take the model that is to score; called once, after loading. A fresh adapter is still the identity."""
 
     @abstractmethod
     def __call__(self, batch: dict[str, Any]) -> Tensor:
@@ -54,14 +62,49 @@ class SequenceLogprob(Scorer):
     def arguments(self) -> dict[str, Any]:
         return {"length_normalised": self.length_normalised, "beta": self.beta}
 
-    def bind(self, model: Any, tokenizer: Any, stop_token_ids: Sequence[int]) -> None:
-        self.tokens = TokenScorer(model)
+    def bind(self, model: Any, tokenizer: Any, stop_token_ids: Sequence[int], fresh_adapter: bool = False) -> None:
+        self.tokens = TokenScorer(model, self.max_tokens)
+        self.forward = self.tokens.forward
 
     def __call__(self, batch: dict[str, Any]) -> Tensor:
         total = self.tokens(batch["input_ids"], batch["mask"]).logprobs.sum(-1)
         if self.length_normalised:
             total = total / batch["mask"].sum(-1).clamp(min=1)
         return self.beta * total
+
+
+class ImplicitReward(Scorer):
+    """beta · Σ (log π − log π_reference) of the response tokens: with the Bradley-Terry loss this is DPO.
+
+    The reward that a policy implies (arXiv 2305.18290, eq. 5, without the term that both sides of a pair share).
+
+    Args:
+        beta: weight of the distance from the reference. reference: model folder to measure from; by default the model
+            that the stage starts from.
+    """
+
+    task = "CAUSAL_LM"
+
+    def __init__(self, beta: float = 0.1, reference: str | None = None) -> None:
+        self.beta, self.reference = beta, reference
+
+    def arguments(self) -> dict[str, Any]:
+        return {"beta": self.beta, "reference": self.reference}
+
+    def bind(self, model: Any, tokenizer: Any, stop_token_ids: Sequence[int], fresh_adapter: bool = False) -> None:
+        self.tokens = TokenScorer(model, self.max_tokens)
+        self.forward = self.tokens.forward
+        if self.reference is None:
+            self.frozen = Reference(model, fresh_adapter, self.max_tokens)
+        else:
+            dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
+            self.frozen = Reference.of(load_for_scoring(self.reference, self.task, dtype), self.max_tokens)
+
+    def __call__(self, batch: dict[str, Any]) -> Tensor:
+        assert isinstance(self.frozen, Reference)
+        reference = self.frozen.logprobs(batch["input_ids"], batch["mask"])
+        logprobs = self.tokens(batch["input_ids"], batch["mask"]).logprobs
+        return self.beta * (logprobs - reference).sum(-1)
 
 
 class RewardHead(Scorer):
@@ -73,10 +116,11 @@ class RewardHead(Scorer):
 
     task = "SEQ_CLS"
 
-    def bind(self, model: Any, tokenizer: Any, stop_token_ids: Sequence[int]) -> None:
+    def bind(self, model: Any, tokenizer: Any, stop_token_ids: Sequence[int], fresh_adapter: bool = False) -> None:
         base = base_of(model)
         self.backbone = base.base_model
         self.head = _head(base)
+        self.forward = Forward(model, self.backbone, self.max_tokens)
         # Stock pooling looks for the last token that is not padding: that must not be one that ends a response.
         pad = pad_token(tokenizer, stop_token_ids)
         tokenizer.pad_token = pad
@@ -86,9 +130,11 @@ class RewardHead(Scorer):
             base.resize_token_embeddings(tokenizer.pad_token_id + 1, mean_resizing=False)
 
     def __call__(self, batch: dict[str, Any]) -> Tensor:
-        # No attention mask: with padding on the right a causal model never sees it.
-        hidden = self.backbone(input_ids=batch["input_ids"], use_cache=False)[0]
-        last = hidden[torch.arange(len(hidden), device=hidden.device), batch["lengths"] - 1]
+        ids, mask = batch["input_ids"], batch["mask"]
+        places = torch.arange(ids.shape[1], device=ids.device)
+        last_token = places == batch["lengths"][:, None] - 1
+        hidden = self.forward(ids, last_token, mask.ne(0).int().argmax(1))
+        last = hidden.states[hidden.rows.argsort()]
         with torch.autocast(last.device.type, enabled=False):
             parameter = next(self.head.parameters())
             return self.head(last.to(parameter.dtype)).squeeze(-1).to(torch.promote_types(last.dtype, torch.float32))

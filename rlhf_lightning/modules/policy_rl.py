@@ -11,6 +11,7 @@ from torchmetrics import MeanMetric
 from rlhf_lightning.data.batching import run_seed
 from rlhf_lightning.data.prompts import Prompt, PromptDataModule, kept_prompts
 from rlhf_lightning.errors import ConfigError
+from rlhf_lightning.models.forward import Forward
 from rlhf_lightning.models.loading import disable_dropout
 from rlhf_lightning.models.reference import Reference
 from rlhf_lightning.models.scoring import TokenScorer
@@ -82,9 +83,9 @@ class PolicyRLModule(RLHFModule):
 
     def build(self) -> None:
         disable_dropout(self.model)
-        self.tokens = TokenScorer(self.model)
+        self.tokens = TokenScorer(self.model, self.max_tokens_per_batch)
         if self.kl is not None:
-            self.reference = Reference(self.model, self.fresh_adapter)
+            self.reference = Reference(self.model, self.fresh_adapter, self.max_tokens_per_batch)
         self.sampler.bind(self.model, self.renderer)
         parts: list[Any] = list(self.rewards)
         for part in parts:
@@ -101,6 +102,14 @@ class PolicyRLModule(RLHFModule):
             self.max_turns,
             self.truncated_reward,
         )
+
+    @property
+    def forward_pass(self) -> Forward:
+        return self.tokens.forward
+
+    def longest_row(self) -> int:
+        prompt = super().longest_row()
+        return prompt + self.sampler.max_tokens if prompt else 0
 
     # -- rollouts -------------------------------------------------------------------------------------------------
 
@@ -139,6 +148,7 @@ class PolicyRLModule(RLHFModule):
                 f"data.group_size is 1, but {type(self.advantage).__name__} compares the responses of a group: "
                 "every advantage would be 0. Set data.group_size to 2 or more."
             )
+        self.sampler.warn_of_bias()
         if self.sampler.temperature == 0:
             raise ConfigError("sampler.temperature is 0: every response of a group would be the same")
         self._check_rewarded()
@@ -156,6 +166,7 @@ class PolicyRLModule(RLHFModule):
     @torch.no_grad()
     def _collect(self, items: list[Any], round_number: int) -> tuple[list[Segment], Sums]:
         with self.sampling_context():
+            self.sampler.sync(round_number)
             if items and isinstance(items[0], Prompt):
                 episodes = self.collector.play(items, self.group_size, (round_number,))
             else:

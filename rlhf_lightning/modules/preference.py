@@ -8,9 +8,10 @@ from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
 from rlhf_lightning.errors import ConfigError
+from rlhf_lightning.models.forward import Forward
 from rlhf_lightning.models.loading import disable_dropout, is_adapter
 from rlhf_lightning.models.reward_model import Text, score_rows, score_texts
-from rlhf_lightning.models.scorers import RewardHead, Scorer, init_head
+from rlhf_lightning.models.scorers import ImplicitReward, RewardHead, Scorer, init_head
 from rlhf_lightning.modules.base import RLHFModule
 from rlhf_lightning.modules.metrics import PairAccuracy
 from rlhf_lightning.objectives.preference import BradleyTerry, PairLoss
@@ -21,7 +22,7 @@ class PreferenceModule(RLHFModule):
 
     Args:
         model: see `RLHFModule`, which takes the further arguments.
-        scorer: what number a response gets: `RewardHead` (default) or `SequenceLogprob`.
+        scorer: what number a response gets: `RewardHead` (default), `SequenceLogprob`, or `ImplicitReward` (DPO).
         loss: what to do with two numbers: a pair loss, Bradley-Terry by default.
         freeze_backbone: train the reward head only; the remedy where it over-fits.
 
@@ -56,9 +57,15 @@ class PreferenceModule(RLHFModule):
         if isinstance(self.scorer, RewardHead) and not self._has_head():
             init_head(self.model)
         disable_dropout(self.model)
-        self.scorer.bind(self.model, self.tokenizer, self.renderer.stop_token_ids)
+        self.scorer.max_tokens = self.max_tokens_per_batch
+        self.scorer.bind(self.model, self.tokenizer, self.renderer.stop_token_ids, self.fresh_adapter)
+        self.frozen = self.scorer.frozen
         if self.freeze_backbone:
             self.model.base_model.requires_grad_(False)
+
+    @property
+    def forward_pass(self) -> Forward:
+        return self.scorer.forward
 
     def _has_head(self) -> bool:
         source = self.start_source
@@ -125,19 +132,23 @@ class PreferenceModule(RLHFModule):
         prompts: Sequence[Text],
         responses: Sequence[Text],
         tools: Sequence[list[Any] | None] | None = None,
-        batch_size: int = 16,
+        batch_size: int = 256,
     ) -> Tensor:
         """Score responses, `[N]`, on the module's device; see `models.reward_model.score_texts`."""
         self.configure_model()
         return score_texts(self.scorer, self.renderer, prompts, responses, tools, self.device, batch_size)
 
-    def score_tokens(self, ids: list[list[int]], masks: list[list[int]], batch_size: int = 16) -> Tensor:
+    def score_tokens(self, ids: list[list[int]], masks: list[list[int]], batch_size: int = 256) -> Tensor:
         """Score rows of tokens, `[N]`; a mask is 1 on the response."""
         self.configure_model()
         return score_rows(self.scorer, ids, masks, self.device, batch_size)
 
     def stage_facts(self) -> dict[str, Any]:
-        return {**super().stage_facts(), "scorer": self.scorer.settings()}
+        facts = super().stage_facts()
+        scorer = self.scorer.settings()
+        if isinstance(self.scorer, ImplicitReward) and self.scorer.reference is None:
+            scorer["init_args"]["reference"] = facts["start"]
+        return {**facts, "scorer": scorer}
 
 
 def _pair_metrics() -> nn.ModuleDict:

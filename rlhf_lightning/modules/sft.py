@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from torchmetrics import MeanMetric, SumMetric
 
 from rlhf_lightning.data.prompts import kept_prompts
+from rlhf_lightning.models.forward import Forward
 from rlhf_lightning.models.scoring import TokenScorer
 from rlhf_lightning.modules.base import RLHFModule
 from rlhf_lightning.modules.metrics import BitsPerByte, Perplexity
@@ -34,7 +35,11 @@ class SFTModule(RLHFModule):
         self.heldout = nn.ModuleDict({name: _heldout_metrics() for name in ("val", "test")})
 
     def build(self) -> None:
-        self.tokens = TokenScorer(self.model)
+        self.tokens = TokenScorer(self.model, self.max_tokens_per_batch)
+
+    @property
+    def forward_pass(self) -> Forward:
+        return self.tokens.forward
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         mask = batch["mask"]

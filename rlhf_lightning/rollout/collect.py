@@ -78,14 +78,14 @@ class Collector:
                 episode.advantage = value
         for episode in episodes:
             for segment in episode.segments:
+                segment.group = episode.group
                 segment.advantages = [(episode.advantage or 0.0) * flag for flag in segment.mask]
 
-    def _reference_logprobs(self, segments: list[Segment], batch_size: int = 32) -> None:
+    def _reference_logprobs(self, segments: list[Segment], batch_size: int = 256) -> None:
         assert self.reference is not None
         device = next(self.sampler.model.parameters()).device
-        ordered = sorted(segments, key=lambda segment: len(segment.ids))
-        for start in range(0, len(ordered), batch_size):
-            part = ordered[start : start + batch_size]
+        for start in range(0, len(segments), batch_size):
+            part = segments[start : start + batch_size]
             batch = pad_tokens([row.ids for row in part], [row.mask for row in part], pad_id=0)
             logprobs = self.reference.logprobs(
                 batch["input_ids"].to(device), batch["mask"].to(device), self.sampler.temperature

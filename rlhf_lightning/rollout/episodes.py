@@ -20,6 +20,8 @@ class Segment:
     """The sampler's, in nats, at its temperature, recorded when the token was drawn."""
     advantages: list[float] = field(default_factory=list)
     reference_logprobs: list[float] = field(default_factory=list)
+    group: int = 0
+    """Of its episode: rows of one group stay together, since what they share is computed once."""
 
     @property
     def actions(self) -> int:

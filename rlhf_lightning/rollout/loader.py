@@ -103,12 +103,15 @@ class RolloutLoader:
         self._rows = []
 
     def _parts(self, round_seed: int) -> list[list[Segment]]:
-        """The rows of each mini-batch, a fresh permutation every pass."""
+        """The rows of each mini-batch: every pass a fresh permutation of the groups, and of the rows in each."""
         parts = []
         for epoch in range(self.update_epochs):
             generator = torch.Generator().manual_seed(mix_seeds(self.seed, round_seed, epoch, 1))
-            order = torch.randperm(len(self._rows), generator=generator).tolist()
-            parts += split_evenly([self._rows[i] for i in order], self.minibatches)
+            rows = [self._rows[i] for i in torch.randperm(len(self._rows), generator=generator).tolist()]
+            place: dict[int, int] = {}
+            for row in rows:
+                place.setdefault(row.group, len(place))
+            parts += split_evenly(sorted(rows, key=lambda row: place[row.group]), self.minibatches)
         return parts
 
     def _counts(self, parts: list[list[Segment]], layout: Layout) -> list[dict[str, float]]:

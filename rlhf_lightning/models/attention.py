@@ -1,0 +1,225 @@
+"""Attention over packed rows, registered with transformers beside its own.
+
+Everything but attention treats each token by itself, so rows without padding and prefixes that are computed once need
+nothing from a model but this function. It goes by the layout it is given; without one it is the model's own.
+"""
+
+import sys
+from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import islice
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from rlhf_lightning.models.packing import Layout
+
+PREFIX = "packed_over_"
+
+
+def install(config: Any) -> bool:
+    """Let a model's attention take layouts; False where its attention is of a kind that has no such counterpart."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+
+    own = str(config._attn_implementation)
+    if own.startswith(PREFIX):
+        return True
+    if own not in ("sdpa", "eager"):
+        return False
+    AttentionInterface.register(PREFIX + own, partial(_attention, own))
+    AttentionMaskInterface.register(PREFIX + own, ALL_MASK_ATTENTION_FUNCTIONS[own])
+    config._attn_implementation = PREFIX + own
+    return True
+
+
+def _attention(
+    own: str,
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    layout: "Layout | Decoding | None" = None,
+    **options: Any,
+) -> tuple[Tensor, Tensor | None]:
+    if layout is None:
+        return _own(own, module)(module, query, key, value, attention_mask, **options)
+    if isinstance(layout, Decoding):
+        return decoding_attention(query, key, value, layout, **options), None
+    return packed_attention(query, key, value, layout, **options), None
+
+
+class Decoding:
+    """One new token for each of several rows: `positions` `[B]` of the tokens, `width` keys, the row's own first."""
+
+    def __init__(self, positions: Tensor, width: int) -> None:
+        self.positions, self.width = positions, width
+        self._masks: dict[int | None, Tensor] = {}
+
+    def mask(self, window: int | None) -> Tensor:
+        """`[B, 1, 1, width]`, keys up to the row's position, and within the window."""
+        if window not in self._masks:
+            distance = self.positions[:, None] - torch.arange(self.width, device=self.positions.device)
+            near = distance >= 0 if window is None else (distance >= 0) & (distance < window)
+            self._masks[window] = near[:, None, None]
+        return self._masks[window]
+
+
+def decoding_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    decoding: Decoding,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    **_: Any,
+) -> Tensor:
+    """Attention of one token of each row to the row's keys: `[B, 1, heads, size]`.
+
+    Args:
+        query: `[B, heads, 1, size]`. key, value: `[B, key heads, width, size]`. The rest as in the model.
+
+    Heads that share keys are put where several queries would be, so that the keys are not copied for each.
+    """
+    rows, heads, _one, size = query.shape
+    query = query.reshape(rows, key.shape[1], heads // key.shape[1], size).to(key.dtype)
+    out = _attend(query, key, value, decoding.mask(sliding_window), scaling, 0.0, softcap)
+    return out.reshape(rows, 1, heads, out.shape[-1])
+
+
+def _own(name: str, module: Any) -> Callable[..., tuple[Tensor, Tensor | None]]:
+    if name == "eager":  # written anew in each model's file
+        return sys.modules[type(module).__module__].eager_attention_forward
+    from transformers import AttentionInterface
+
+    return AttentionInterface()[name]
+
+
+@torch.compiler.disable
+def packed_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layout: Layout,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    **_: Any,
+) -> Tensor:
+    """Attention within each tree of a layout.
+
+    Args:
+        query: `[1, heads, n, size]`. key, value: `[1, key heads, n, size]`. scaling: of the scores, 1/√size by default.
+        dropout, sliding_window, softcap: as in the model.
+
+    Returns:
+        `[1, n, heads, size]`.
+    """
+    if query.is_cuda and not dropout:
+        return _flex(query, key, value, layout, scaling, sliding_window, softcap).transpose(1, 2).contiguous()
+    if key.shape[1] != query.shape[1]:
+        repeats = query.shape[1] // key.shape[1]
+        key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
+    attend = partial(_attend, scaling=scaling, dropout=dropout, softcap=softcap)
+    sizes = [size for tree in layout.trees for size in ([tree.tokens] if tree.dense else [tree.prefix, *tree.branches])]
+    # Split once: a slice of its own for each piece would add up gradients of the whole length, piece by piece.
+    pieces = zip(query.split(sizes, 2), key.split(sizes, 2), value.split(sizes, 2), strict=True)
+    out: list[Tensor] = []
+    for number, tree in enumerate(layout.trees):
+        if tree.dense:
+            q, k, v = next(pieces)
+            plain = len(tree.rows) == 1 and (sliding_window is None or tree.tokens <= sliding_window)
+            out.append(attend(q, k, v, None if plain else layout.dense_mask(number, sliding_window)))
+        else:
+            taken = list(islice(pieces, len(tree.rows) + 1))
+            out += _branch_by_branch(taken, layout, number, sliding_window, attend)
+    return torch.cat(out, 2).transpose(1, 2).contiguous()
+
+
+def _branch_by_branch(
+    pieces: Sequence[tuple[Tensor, ...]], layout: Layout, number: int, window: int | None, attend: Callable[..., Tensor]
+) -> list[Tensor]:
+    """The prefix, then all branches side by side against the prefix's keys and their own."""
+    prefix, branches = pieces[0], pieces[1:]
+    tree = layout.trees[number]
+    longest = max(tree.branches)
+    plain = window is None or tree.prefix <= window
+    places = torch.arange(tree.prefix, device=layout.device)
+    causal = None if plain else layout.allowed(places[:, None], places[None], window)
+    q, k, v = (
+        torch.cat([F.pad(branch[i], (0, 0, 0, longest - branch[i].shape[2])) for branch in branches]) for i in range(3)
+    )
+    k, v = (torch.cat([prefix[i].expand(len(branches), -1, -1, -1), own], 2) for i, own in ((1, k), (2, v)))
+    out = attend(q, k, v, layout.branch_mask(number, window))
+    return [attend(*prefix, causal), *(out[i : i + 1, :, :length] for i, length in enumerate(tree.branches))]
+
+
+def _attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    scaling: float | None,
+    dropout: float,
+    softcap: float | None,
+) -> Tensor:
+    if not softcap:
+        return F.scaled_dot_product_attention(
+            query, key, value, attn_mask=mask, is_causal=mask is None, scale=scaling, dropout_p=dropout
+        )
+    if mask is None:
+        mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device).tril()
+    scores = query @ key.transpose(2, 3) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+    scores = (torch.tanh(scores / softcap) * softcap).masked_fill(~mask, -torch.inf)
+    # In float32 whatever the model's type, as transformers' eager attention, the only one with a cap, has it.
+    weights = scores.softmax(-1, dtype=torch.float32).to(query.dtype)
+    return F.dropout(weights, dropout) @ value
+
+
+def _flex(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layout: Layout,
+    scaling: float | None,
+    window: int | None,
+    softcap: float | None,
+) -> Tensor:
+    """One kernel for all trees, on CUDA: blocks of the mask that are empty are skipped."""
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    if window not in layout.blocks:
+        layout.blocks[window] = create_block_mask(
+            lambda b, h, q, k: layout.allowed(q, k, window), None, None, query.shape[2], query.shape[2], query.device
+        )
+
+    def capped(score: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        assert softcap is not None
+        return torch.tanh(score / softcap) * softcap
+
+    return _compiled_flex()(
+        query,
+        key,
+        value,
+        score_mod=capped if softcap else None,
+        block_mask=layout.blocks[window],
+        scale=scaling,
+        enable_gqa=True,
+    )
+
+
+_FLEX: list[Callable[..., Tensor]] = []
+
+
+def _compiled_flex() -> Callable[..., Tensor]:
+    """flex_attention compiled, once: uncompiled it holds all scores."""
+    from torch.nn.attention.flex_attention import flex_attention
+
+    if not _FLEX:
+        _FLEX.append(torch.compile(flex_attention, dynamic=True))
+    return _FLEX[0]

@@ -1,0 +1,154 @@
+"""The forward: hidden states of the positions that are asked for, and nothing computed that they do not need."""
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from rlhf_lightning.models.attention import install
+from rlhf_lightning.models.lora import base_of
+from rlhf_lightning.models.packing import Layout, Tree, group_trees, make_trees
+from rlhf_lightning.models.parts import evaluating
+
+log = logging.getLogger(__name__)
+CPU_TOKENS, GPU_TOKENS = 1024, 16384
+"""Tokens of a group by default: on a CPU what stays in its caches (benchmarks/sharing.py)."""
+
+
+class Hidden(NamedTuple):
+    """Last hidden states `[n, H]` of wanted positions, in any order, and the `rows` and `columns` `[n]` they are of."""
+
+    states: Tensor
+    rows: Tensor
+    columns: Tensor
+
+
+class Forward:
+    """Runs the decoder of a model on packed rows, shared prefixes once.
+
+    A model whose packed rows differ from plain ones by numbers (recurrent layers, biases by index, an attention that
+    is not transformers' own) runs right-padded rows of like length instead; a log line says so.
+
+    Args:
+        model: a Hugging Face model, or peft around one. decoder: the part of it that gives hidden states.
+        max_tokens: of a group that is computed at once; by default 1,024 on a CPU, 16,384 elsewhere.
+    """
+
+    def __init__(self, model: Any, decoder: Any, max_tokens: int | None = None) -> None:
+        self.model, self.decoder, self.max_tokens = model, decoder, max_tokens
+        self.packs = install(base_of(model).config.get_text_config())
+        self._checked = 0
+
+    def __call__(self, input_ids: Tensor, wanted: Tensor, prefixes: Tensor) -> Hidden:
+        """Hidden states where `wanted`.
+
+        Args:
+            input_ids: right-padded, `[N, T]`. wanted: `[N, T]`, bool. prefixes: `[N]`, tokens at the beginning of each
+                row that are computed once where several rows have the same.
+        """
+        wanted = wanted.cpu()
+        columns = torch.arange(1, wanted.shape[1] + 1)
+        ends = (wanted * columns).amax(1)
+        self.check(int(ends.max()))
+        trees = make_trees(input_ids, prefixes.tolist(), ends.tolist(), share=self.packs)
+        budget = self.budget(input_ids.device)
+        run = self._packed if self.packs else self._padded
+        parts = [run(input_ids, wanted, group) for group in group_trees(trees, budget)]
+        return Hidden(*(torch.cat(part) for part in zip(*parts, strict=True)))
+
+    def budget(self, device: torch.device) -> int:
+        """Tokens of a group."""
+        return self.max_tokens or (CPU_TOKENS if device.type == "cpu" else GPU_TOKENS)
+
+    def _packed(self, input_ids: Tensor, wanted: Tensor, trees: list[Tree]) -> Hidden:
+        layout = Layout(trees, input_ids.device)
+        states = self.decoder(
+            input_ids=input_ids[layout.rows, layout.columns][None],
+            position_ids=layout.columns[None],
+            # Four dimensions: a mask that is taken as it is. The layout says what attends to what.
+            attention_mask=torch.ones(1, 1, 1, 1, dtype=torch.bool, device=input_ids.device),
+            use_cache=False,
+            layout=layout,
+        )[0][0]
+        places, rows, columns = layout.places(wanted)
+        return Hidden(states[places], rows, columns)
+
+    def _padded(self, input_ids: Tensor, wanted: Tensor, trees: list[Tree]) -> Hidden:
+        numbers = torch.tensor([tree.rows[0] for tree in trees])
+        width = max(tree.tokens for tree in trees)
+        # No mask: with padding on the right, a causal model never sees it.
+        states = self.decoder(input_ids=input_ids[numbers.to(input_ids.device), :width], use_cache=False)[0]
+        places, columns = (part.to(states.device) for part in wanted[numbers, :width].nonzero(as_tuple=True))
+        return Hidden(states[places, columns], numbers.to(states.device)[places], columns)
+
+    # -- can this model do it? ------------------------------------------------------------------------------------
+
+    def check(self, length: int) -> None:
+        """Compare packed with plain rows as long as `length`, values and gradients, once; fall back where they differ.
+
+        The rows are longer than asked for (the next power of two), so that it is done a few times at most.
+        """
+        if not self.packs or length <= self._checked:
+            return
+        config = base_of(self.model).config.get_text_config()
+        limit = max(length, getattr(config, "max_position_embeddings", None) or length)
+        self._checked = min(limit, max(16, 1 << (length - 1).bit_length()))
+        difference, tolerance = self._difference(self._checked)
+        if not difference <= tolerance:
+            self.packs = False
+            log.warning(
+                "%s computes packed rows otherwise than plain ones (relative difference %.1e at %d tokens); "
+                "it runs padded rows, without sharing prompts",
+                type(base_of(self.model)).__name__,
+                difference,
+                self._checked,
+            )
+
+    def _difference(self, length: int) -> tuple[float, float]:
+        """The largest relative difference of hidden states and gradients, and what rounding explains."""
+        weight = next(iter(self.model.parameters()))
+        generator = torch.Generator().manual_seed(length)
+        vocabulary = base_of(self.model).get_input_embeddings().weight.shape[0]
+        # A prefix with a long, a short and an empty branch, and a stranger before it.
+        ids = torch.randint(0, vocabulary, (4, length), generator=generator)
+        prefix = max(1, length // 2)
+        ids[2:, :prefix] = ids[1, :prefix]
+        ends = [length // 3 + 1, length, min(length, prefix + length // 8 + 1), prefix]
+        ids, wanted = ids.to(weight.device), torch.arange(length) < torch.tensor(ends)[:, None]
+        plain = [Tree((row,), end, (0,)) for row, end in enumerate(ends)]
+        shared = [plain[0], Tree((1, 2, 3), prefix, tuple(end - prefix for end in ends[1:]))]
+        with _quiet(self.model, weight.device):
+            packed = self._effects([self._packed(ids, wanted, shared)], length)
+            apart = self._effects([self._padded(ids, wanted, [tree]) for tree in plain], length)
+        scale = 1e-3 * torch.stack([tensor.norm() for tensor in apart[1:]]).norm() if len(apart) > 1 else 0.0
+        differences = [(a - b).norm() / (b.norm() + scale) for a, b in zip(packed, apart, strict=True)]
+        coarse = weight.dtype in (torch.bfloat16, torch.float16)
+        return float(torch.stack(differences).nan_to_num(torch.inf).max()), 0.1 if coarse else 1e-3
+
+    def _effects(self, parts: list[Hidden], length: int) -> list[Tensor]:
+        """Hidden states in the order of the batch, and the gradients of a random direction of theirs."""
+        hidden = Hidden(*(torch.cat(part) for part in zip(*parts, strict=True)))
+        states = hidden.states.float()[(hidden.rows * length + hidden.columns).argsort()]
+        parameters = [p for p in self.model.parameters() if p.requires_grad and type(p) is nn.Parameter]
+        if not (parameters and states.requires_grad):
+            return [states.detach()]
+        generator = torch.Generator().manual_seed(length)
+        direction = torch.randn(states.shape, generator=generator).to(states.device)
+        gradients = torch.autograd.grad((states * direction).sum(), parameters, allow_unused=True)
+        return [states.detach(), *(gradient.float() for gradient in gradients if gradient is not None)]
+
+
+@contextmanager
+def _quiet(model: nn.Module, device: torch.device) -> Iterator[None]:
+    """Full precision, no dropout, nothing compiled, gradients on; then everything as before."""
+    with (
+        evaluating(model),
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        torch.autocast(device.type, enabled=False),
+        torch.compiler.set_stance("force_eager"),
+    ):
+        yield

@@ -1,0 +1,227 @@
+"""The built-in sampling engine: a prompt is computed once, keys are written in place, waiting rows take free slots."""
+
+import logging
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache
+
+from rlhf_lightning.models.attention import Decoding
+from rlhf_lightning.models.forward import Forward
+from rlhf_lightning.models.lora import base_of
+from rlhf_lightning.models.packing import Layout, Tree, group_trees
+from rlhf_lightning.models.parts import Parts, evaluating
+from rlhf_lightning.rollout.draw import SamplingParams, draw
+from rlhf_lightning.rollout.slots import Captured, Slots
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Sample:
+    """A response: its token ids (stop token included), the log-probability of each when drawn, and why it ended."""
+
+    ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    stop_reason: str = "length"
+    """`stop` (a stop token or text) or `length` (the budget)."""
+
+
+class LocalEngine:
+    """Samples from a model in this process.
+
+    A model whose cache is not that of plain attention (recurrent layers, shared keys) is found out by numbers, and
+    sampled by its own `generate`.
+
+    Args:
+        model: a causal model, or peft around one. decode: from token ids to text, for stop strings.
+        rows: decoded side by side.
+    """
+
+    def __init__(self, model: Any, decode: Callable[[list[int]], str], rows: int = 256) -> None:
+        self.model, self.decode, self.rows = model, decode, rows
+        self.parts = Parts(model)
+        self.forward = Forward(model, self.parts.decoder)
+        self.layers = base_of(model).config.get_text_config().num_hidden_layers
+        self._plain: bool | None = None
+
+    def sync(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
+        """Nothing to do: the weights are those that are trained."""
+
+    def generate(self, prompts: Sequence[Sequence[int]], params: SamplingParams, seeds: Sequence[int]) -> list[Sample]:
+        """A response to each prompt (token ids), each drawn with its own seed."""
+        if not prompts:
+            return []
+        with evaluating(self.model), torch.inference_mode(), torch.compiler.set_stance("force_eager"):
+            if self._plain is None:
+                self._plain = self._decodes_plainly()
+            if not self._plain:
+                from rlhf_lightning.rollout.fallback import generate
+
+                return generate(self.model, prompts, params, seeds, self.decode)
+            return _Batch(self, prompts, params, seeds).run()
+
+    # -- steps of the model ---------------------------------------------------------------------------------------
+
+    def prefill(self, prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[list[Captured], Tensor, Tensor]:
+        """Keys and values of distinct prompts side by side, the place where each begins, and the logits after each."""
+        cache = [Captured() for _ in range(self.layers)]
+        layout = Layout([Tree((i,), len(prompt), (0,)) for i, prompt in enumerate(prompts)], device)
+        ids = torch.tensor([token for prompt in prompts for token in prompt], device=device)
+        states = self._decoder(ids[None], layout.columns[None], Cache(layers=cache), layout)[0]
+        ends = torch.tensor([len(prompt) for prompt in prompts], device=device).cumsum(0)
+        starts = ends - torch.tensor([len(prompt) for prompt in prompts], device=device)
+        return cache, starts, self.parts.logits(states[ends - 1])
+
+    def step(self, slots: Slots, tokens: Tensor) -> Tensor:
+        """Feed the last token of every slot; the logits after it, `[slots, V]`."""
+        layout = Decoding(slots.positions, slots.width)
+        states = self._decoder(tokens[:, None], slots.positions[:, None], slots.cache, layout)[:, -1]
+        return self.parts.logits(states)
+
+    def _decoder(self, ids: Tensor, positions: Tensor, cache: Cache, layout: Any) -> Tensor:
+        mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=ids.device)
+        return self.parts.decoder(
+            input_ids=ids,
+            position_ids=positions,
+            attention_mask=mask,
+            past_key_values=cache,
+            use_cache=True,
+            layout=layout,
+        )[0]
+
+    def _decodes_plainly(self) -> bool:
+        """Whether two steps in slots, after prompts of unlike length, give the logits of a plain forward."""
+        if not self.parts.apart:
+            return False
+        self.forward.check(16)
+        if not self.forward.packs:
+            return False
+        device = next(self.model.parameters()).device
+        rows = [[(7919 * (i + j)) % self.parts.vocabulary for j in range(4 + 3 * i)] for i in range(3)]
+        with torch.autocast(device.type, enabled=False):
+            slots = Slots(self.layers, 3, device)
+            slots.reserve(16, 16)
+            cache, starts, _ = self.prefill([row[:-2] for row in rows], device)
+            for i, row in enumerate(rows):
+                place = torch.arange(len(row) - 2, device=device)
+                slots.fill(cache, torch.full_like(place, i), place, starts[i] + place)
+            slots.positions = torch.tensor([len(row) - 2 for row in rows], device=device)
+            for k in (-2, -1):
+                slots.width = int(slots.positions.max()) + 1
+                ours = self.step(slots, torch.tensor([row[k] for row in rows], device=device))
+                slots.positions = slots.positions + 1
+            theirs = [self.model(input_ids=torch.tensor([row], device=device), use_cache=False) for row in rows]
+        wanted = torch.stack([out.logits[0, -1] for out in theirs])
+        error = float((ours - wanted).float().norm() / wanted.float().norm().clamp(min=1e-6))
+        if not error < (0.1 if wanted.dtype in (torch.bfloat16, torch.float16) else 1e-3):
+            name = type(base_of(self.model)).__name__
+            log.warning("%s: its cache is not that of plain attention; it is sampled by its own generate", name)
+            return False
+        return True
+
+
+class _Batch:
+    """Prompts on their way through the slots."""
+
+    def __init__(
+        self, engine: LocalEngine, prompts: Sequence[Sequence[int]], params: SamplingParams, seeds: Sequence[int]
+    ) -> None:
+        self.engine, self.params = engine, params
+        self.prompts = [tuple(prompt) for prompt in prompts]
+        self.samples = [Sample() for _ in prompts]
+        self.device = next(engine.model.parameters()).device
+        self.uniforms = torch.stack(
+            [torch.rand(params.max_tokens, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+        ).to(self.device)
+        # Taken from the end: equal prompts side by side, the longest first, so that buffers are grown once.
+        self.waiting = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), self.prompts[i], -i))
+        self.limit = max(len(prompt) for prompt in prompts) + params.max_tokens
+        self.rows: list[int | None] = [None] * min(engine.rows, len(prompts))
+        """The row in each slot."""
+        self.slots = Slots(engine.layers, len(self.rows), self.device)
+        self.tokens = torch.zeros(len(self.rows), dtype=torch.long, device=self.device)
+
+    def run(self) -> list[Sample]:
+        while True:
+            free = [slot for slot, row in enumerate(self.rows) if row is None]
+            if self.waiting and len(free) * 4 >= len(self.rows):
+                self._admit(free)
+            elif len(free) == len(self.rows):
+                return self.samples
+            else:
+                if len(free) * 4 >= len(self.rows):
+                    self._shrink()
+                self._advance()
+
+    def _admit(self, free: list[int]) -> None:
+        """Waiting prompts into free slots: the prompt is computed once for all rows that have it."""
+        taken = [self.waiting.pop() for _ in range(min(len(free), len(self.waiting)))]
+        distinct = list(dict.fromkeys(self.prompts[row] for row in taken))
+        trees = [Tree((i,), len(prompt), (0,)) for i, prompt in enumerate(distinct)]
+        for group in group_trees(trees, self.engine.forward.budget(self.device)):
+            prompts = {distinct[tree.rows[0]]: i for i, tree in enumerate(group)}
+            rows = [row for row in taken if self.prompts[row] in prompts]
+            self._prefill(prompts, rows, [free.pop() for _ in rows])
+
+    def _prefill(self, prompts: dict[tuple[int, ...], int], rows: list[int], slots: list[int]) -> None:
+        cache, starts, logits = self.engine.prefill(list(prompts), self.device)
+        which = [prompts[self.prompts[row]] for row in rows]
+        lengths = [len(self.prompts[row]) for row in rows]
+        self.slots.reserve(max(lengths) + 1, self.limit)
+        columns = torch.cat([torch.arange(length) for length in lengths]).to(self.device)
+        repeats = torch.tensor(lengths, device=self.device)
+        slot, source = torch.tensor(slots, device=self.device), torch.tensor(which, device=self.device)
+        self.slots.fill(
+            cache, slot.repeat_interleave(repeats), columns, starts[source].repeat_interleave(repeats) + columns
+        )
+        self.slots.positions[slot] = repeats
+        for row, place in zip(rows, slots, strict=True):
+            self.rows[place] = row
+        self._take(slots, logits[source])
+
+    def _advance(self) -> None:
+        width = max(len(self.prompts[row]) + len(self.samples[row].ids) for row in self.rows if row is not None)
+        self.slots.width = width
+        self.slots.reserve(width, self.limit)
+        # An empty slot's position may be anywhere: it is fed too, and what comes out is dropped.
+        self.slots.positions.clamp_(max=width - 1)
+        logits = self.engine.step(self.slots, self.tokens)
+        self.slots.positions += 1
+        self._take(list(range(len(self.rows))), logits)
+
+    def _take(self, slots: list[int], logits: Tensor) -> None:
+        """Draw a token for the row in each of these slots."""
+        drawn = [len(self.samples[row].ids) if row is not None else 0 for row in (self.rows[slot] for slot in slots)]
+        rows = torch.tensor([self.rows[slot] or 0 for slot in slots], device=self.device)
+        lengths = torch.tensor(drawn, device=self.device)
+        tokens, logprobs = draw(logits, self.uniforms[rows, lengths], self.params, lengths)
+        self.tokens[torch.tensor(slots, device=self.device)] = tokens
+        for slot, token, logprob in zip(slots, tokens.tolist(), logprobs.tolist(), strict=True):
+            row = self.rows[slot]
+            if row is None:
+                continue
+            sample = self.samples[row]
+            sample.ids.append(token)
+            sample.logprobs.append(logprob)
+            if ends(sample.ids, self.params, self.engine.decode):
+                sample.stop_reason = "stop"
+            if sample.stop_reason == "stop" or len(sample.ids) == self.params.max_tokens:
+                self.rows[slot] = None
+
+    def _shrink(self) -> None:
+        kept = torch.tensor([slot for slot, row in enumerate(self.rows) if row is not None], device=self.device)
+        self.rows = [row for row in self.rows if row is not None]
+        self.tokens = self.tokens[kept]
+        self.slots.select(kept)
+
+
+def ends(ids: list[int], params: SamplingParams, decode: Callable[[list[int]], str]) -> bool:
+    """Whether a response is over."""
+    if ids[-1] in params.stop_token_ids:
+        return True
+    # A stop text is a few tokens long; the tail is enough to see it end.
+    return bool(params.stop_strings) and any(stop in decode(ids[-32:]) for stop in params.stop_strings)

@@ -1,0 +1,72 @@
+"""Sampling by a model's own `generate`, for models whose cache the built-in engine cannot hold."""
+
+from collections.abc import Callable, Sequence
+from itertools import groupby
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rlhf_lightning.rollout.draw import SamplingParams, draw
+from rlhf_lightning.rollout.engine import Sample, ends
+
+
+def generate(
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    params: SamplingParams,
+    seeds: Sequence[int],
+    decode: Callable[[list[int]], str],
+) -> list[Sample]:
+    """A response to each prompt. `generate` picks the likeliest token; what is likeliest is decided by `draw`.
+
+    Prompts of one length go together: recurrent layers have no way to leave out padding.
+    """
+    samples = [Sample() for _ in prompts]
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    for _, members in groupby(order, key=lambda i: len(prompts[i])):
+        rows = list(members)
+        chooser = _Chooser([samples[row] for row in rows], params, [seeds[row] for row in rows], decode)
+        ids = torch.tensor([prompts[row] for row in rows], device=next(model.parameters()).device)
+        model.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=params.max_tokens,
+            do_sample=False,
+            num_beams=1,
+            logits_processor=[chooser],
+            stopping_criteria=[chooser.finished],
+            eos_token_id=None,
+            pad_token_id=0,
+        )
+    return samples
+
+
+class _Chooser:
+    """A logits processor that draws, records what it drew, and leaves only that possible."""
+
+    def __init__(
+        self, samples: list[Sample], params: SamplingParams, seeds: list[int], decode: Callable[[list[int]], str]
+    ) -> None:
+        self.samples, self.params, self.decode = samples, params, decode
+        self.uniforms = torch.stack(
+            [torch.rand(params.max_tokens, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+        )
+        self.open = [True] * len(samples)
+        self.step = 0
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        lengths = torch.full((len(scores),), self.step, device=scores.device)
+        tokens, logprobs = draw(scores, self.uniforms[:, self.step].to(scores.device), self.params, lengths)
+        for i, (token, logprob) in enumerate(zip(tokens.tolist(), logprobs.tolist(), strict=True)):
+            if self.open[i]:
+                self.samples[i].ids.append(token)
+                self.samples[i].logprobs.append(logprob)
+                if ends(self.samples[i].ids, self.params, self.decode):
+                    self.samples[i].stop_reason, self.open[i] = "stop", False
+        self.step += 1
+        return torch.full_like(scores, -torch.inf).scatter(-1, tokens[:, None], 0.0)
+
+    def finished(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
+        """A stopping criterion: which rows are over."""
+        return ~torch.tensor(self.open, device=input_ids.device)
