@@ -56,13 +56,21 @@ def build_model(
 
     names = {
         "qwen3": "Qwen3",
+        "qwen2": "Qwen2",
+        "mistral": "Mistral",
+        "gemma3": "Gemma3",
+        "phi": "Phi",
+        "phi3": "Phi3",
+        "bloom": "Bloom",
+        "mamba": "Mamba",
         "llama": "Llama",
         "gemma2": "Gemma2",
         "gpt2": "GPT2",
         "cohere": "Cohere",
         "neox": "GPTNeoX",
     }
-    config_class = getattr(transformers, f"{names[architecture]}Config")
+    config_name = "Gemma3TextConfig" if architecture == "gemma3" else f"{names[architecture]}Config"
+    config_class = getattr(transformers, config_name)
     common: dict[str, Any] = {
         "vocab_size": len(tokenizer),
         "pad_token_id": tokenizer.pad_token_id,
@@ -72,11 +80,16 @@ def build_model(
     if architecture == "gpt2":
         sizes: dict[str, Any] = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256, "initializer_range": 0.2}
         common.pop("max_position_embeddings")
+    elif architecture in ("bloom", "mamba"):
+        sizes = {"hidden_size": 32, "num_hidden_layers": 2, "initializer_range": 0.2}
+        sizes |= {"n_head": 4} if architecture == "bloom" else {"state_size": 4, "time_step_rank": 4}
     else:
         sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
-        if architecture != "neox":
+        if architecture not in ("neox", "phi"):
             sizes["num_key_value_heads"] = 2
-        if architecture in ("qwen3", "gemma2"):
+        if architecture in ("mistral", "gemma2", "gemma3", "phi3"):
+            sizes["sliding_window"] = 5
+        if architecture in ("qwen3", "gemma2", "gemma3"):
             sizes["head_dim"] = 8
         sizes["initializer_range"] = 0.2
         sizes["tie_word_embeddings"] = architecture != "neox"

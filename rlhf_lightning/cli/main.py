@@ -1,6 +1,7 @@
 """The entry point of `rlhf`. Nothing heavy is imported before it is known what is wanted."""
 
 import logging
+import os
 import sys
 from importlib import import_module
 
@@ -30,6 +31,14 @@ def usage() -> str:
     return "\n".join(["usage: rlhf COMMAND …", "", "RLHF as plain PyTorch Lightning.", "", *lines, "", EXAMPLES])
 
 
+def prepare_environment() -> None:
+    """Settings that PyTorch reads when it is imported.
+
+    Large pages for large tensors on a CPU: without them a step spends up to a third of its time on page faults.
+    """
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+
+
 def main(args: list[str] | None = None) -> None:
     """Run a command; exits with its code."""
     args = sys.argv[1:] if args is None else args
@@ -41,6 +50,7 @@ def main(args: list[str] | None = None) -> None:
         sys.exit(0)
     if args[0] not in COMMANDS:
         sys.exit(_fail(f"no command {args[0]!r}; one of {', '.join(COMMANDS)}"))
+    prepare_environment()
     try:
         code = import_module(COMMANDS[args[0]][0]).run(args)
     except UserError as error:

@@ -96,16 +96,16 @@ class Forward:
         config = base_of(self.model).config.get_text_config()
         limit = max(length, getattr(config, "max_position_embeddings", None) or length)
         self._checked = min(limit, max(16, 1 << (length - 1).bit_length()))
-        difference, tolerance = self._difference(self._checked)
-        if not difference <= tolerance:
+        try:
+            difference, tolerance = self._difference(self._checked)
+        except (TypeError, ValueError, RuntimeError, AttributeError) as error:
+            difference, tolerance, reason = torch.inf, 0.0, str(error).strip().splitlines()[0]
+        else:
+            reason = f"relative difference {difference:.1e} at {self._checked} tokens"
+        if difference > tolerance:
             self.packs = False
-            log.warning(
-                "%s computes packed rows otherwise than plain ones (relative difference %.1e at %d tokens); "
-                "it runs padded rows, without sharing prompts",
-                type(base_of(self.model)).__name__,
-                difference,
-                self._checked,
-            )
+            name = type(base_of(self.model)).__name__
+            log.info("%s cannot pack rows (%s); it runs padded rows, without sharing prompts", name, reason)
 
     def _difference(self, length: int) -> tuple[float, float]:
         """The largest relative difference of hidden states and gradients, and what rounding explains."""

@@ -203,7 +203,7 @@ def disable_dropout(model: nn.Module) -> None:
                 setattr(module, name, 0.0)
 
 
-def compile_layers(model: Any) -> None:
+def compile_layers(model: Any, backend: str = "inductor") -> None:
     """Compile each layer by itself: one graph serves all of them, and weights keep their names."""
     decoder = base_of(model).base_model
     count = base_of(model).config.get_text_config().num_hidden_layers
@@ -211,4 +211,4 @@ def compile_layers(model: Any) -> None:
     if not stacks:
         raise ConfigError(f"model.compile: no stack of {count} layers was found in {type(base_of(model)).__name__}")
     for layer in stacks[0]:
-        layer.compile(dynamic=True)
+        layer.compile(dynamic=True, backend=backend)

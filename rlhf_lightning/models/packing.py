@@ -77,11 +77,11 @@ def _parted(tree: Tree, budget: int) -> list[Tree]:
     if tree.tokens <= budget or len(tree.rows) == 1:
         return [tree]
     parts: list[list[int]] = []
-    room = 0
+    room = -1
     for i in sorted(range(len(tree.rows)), key=lambda i: tree.branches[i]):
         if tree.branches[i] > room:
             parts.append([])
-            room = budget - tree.prefix
+            room = max(budget - tree.prefix, tree.branches[i])
         parts[-1].append(i)
         room -= tree.branches[i]
     return [
@@ -109,7 +109,8 @@ class Layout:
             tree_ids.append(torch.full((tree.tokens,), number))
         self.rows, self.columns = torch.cat(rows).to(device), torch.cat(columns).to(device)
         self._tree, self._branch = torch.cat(tree_ids).to(device), torch.cat(branch_ids).to(device)
-        self._masks: dict[tuple[int, int | None], Tensor] = {}
+        self._dense: dict[tuple[int, int | None], Tensor] = {}
+        self._single: dict[tuple[int, int | None], Tensor] = {}
         self.blocks: dict[int | None, object] = {}
 
     def places(self, wanted: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -131,24 +132,25 @@ class Layout:
         same = (self._tree[query] == self._tree[key]) & (
             (self._branch[key] == 0) | (self._branch[key] == self._branch[query])
         )
-        distance = self.columns[query] - self.columns[key]
-        near = distance >= 0 if window is None else (distance >= 0) & (distance < window)
-        return same & near
+        return same & near(self.columns[query] - self.columns[key], window)
 
     def dense_mask(self, number: int, window: int | None) -> Tensor:
         """`[n, n]` for the tokens of a tree."""
-        if (number, window) not in self._masks:
+        if (number, window) not in self._dense:
             start = sum(tree.tokens for tree in self.trees[:number])
             places = torch.arange(start, start + self.trees[number].tokens, device=self.device)
-            self._masks[number, window] = self.allowed(places[:, None], places[None], window)
-        return self._masks[number, window]
+            self._dense[number, window] = self.allowed(places[:, None], places[None], window)
+        return self._dense[number, window]
 
-    def branch_mask(self, number: int, window: int | None) -> Tensor:
-        """`[longest, prefix + longest]` for one branch of a tree after its prefix, whatever its length."""
-        if (number, window) not in self._masks:
+    def row_mask(self, number: int, window: int | None) -> Tensor:
+        """`[prefix + longest, prefix + longest]` for the prefix of a tree with any one branch after it."""
+        if (number, window) not in self._single:
             tree = self.trees[number]
             places = torch.arange(tree.prefix + max(tree.branches), device=self.device)
-            distance = places[tree.prefix :, None] - places[None]
-            near = distance >= 0 if window is None else (distance >= 0) & (distance < window)
-            self._masks[number, window] = near
-        return self._masks[number, window]
+            self._single[number, window] = near(places[:, None] - places[None], window)
+        return self._single[number, window]
+
+
+def near(distance: Tensor, window: int | None) -> Tensor:
+    """Whether a token so many places before another is seen by it."""
+    return distance >= 0 if window is None else (distance >= 0) & (distance < window)

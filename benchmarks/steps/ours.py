@@ -1,0 +1,182 @@
+"""Steps of this project: whole `Trainer.fit` runs, each step from the end of the last to its own end."""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+
+from benchmarks.steps.workload import Workload, count_vowels
+from rlhf_lightning import (
+    PolicyRLModule,
+    PreferenceDataModule,
+    PreferenceModule,
+    PromptDataModule,
+    SFTDataModule,
+    SFTModule,
+)
+from rlhf_lightning.models.scorers import ImplicitReward, RewardHead
+from rlhf_lightning.rollout.draw import SamplingParams
+from rlhf_lightning.rollout.engine import LocalEngine
+from rlhf_lightning.rollout.kl import KLPenalty
+from rlhf_lightning.rollout.rewards import FunctionReward
+from rlhf_lightning.rollout.sampler import Sampler
+
+
+class StepTimes(pl.Callback):
+    """Seconds from the end of one step to the end of the next."""
+
+    def __init__(self) -> None:
+        self.marks: list[float] = []
+
+    def on_train_start(self, trainer: Any, module: Any) -> None:
+        self.marks.append(time.perf_counter())
+
+    def on_train_batch_end(self, trainer: Any, module: Any, *args: Any) -> None:
+        self.marks.append(time.perf_counter())
+
+    @property
+    def seconds(self) -> list[float]:
+        """Of each step."""
+        return [b - a for a, b in zip(self.marks, self.marks[1:], strict=False)]
+
+
+def vowels(completions: list[str]) -> list[float]:
+    """The reward."""
+    return count_vowels(completions)
+
+
+def parts(task: str, folder: str, work: Workload) -> tuple[Any, Any]:
+    """Module and data of a task."""
+    shared: dict[str, Any] = {"show_example": False}
+    if task == "sft":
+        return SFTModule(folder), SFTDataModule(work.conversations(), batch_size=work.batch, **shared)
+    if task == "rl":
+        module = PolicyRLModule(
+            folder,
+            rewards=[FunctionReward(vowels)],
+            kl=KLPenalty(0.04, place="loss"),
+            sampler=Sampler(max_tokens=work.new_tokens),
+        )
+        data = PromptDataModule(
+            work.prompts(), prompts_per_round=work.groups, group_size=work.group_size, minibatches=1, **shared
+        )
+        return module, data
+    scorer = RewardHead() if task == "reward" else ImplicitReward(beta=0.1)
+    module = PreferenceModule(folder, scorer=scorer)
+    return module, PreferenceDataModule(work.pairs(), batch_size=work.batch, **shared)
+
+
+def trainer(steps: int, root: Path, bf16: bool, callbacks: list[Any]) -> pl.Trainer:
+    """A Trainer that runs as many epochs of one batch and writes nothing."""
+    return pl.Trainer(
+        accelerator="cpu",
+        max_epochs=steps,
+        precision="bf16-mixed" if bf16 else "32-true",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=root,
+        num_sanity_val_steps=0,
+        callbacks=callbacks,
+    )
+
+
+def runner(task: str, folder: Path, work: Workload) -> Callable[[int], list[float]]:
+    """A function that runs so many steps, and gives the seconds of each."""
+    if task == "generate":
+        return _generation(folder, work)
+    module, data = parts(task, str(folder), work)
+
+    def run(steps: int) -> list[float]:
+        times = StepTimes()
+        trainer(steps, folder.parent, work.bf16, [times]).fit(module, data)
+        return times.seconds
+
+    return run
+
+
+def _generation(folder: Path, work: Workload) -> Callable[[int], list[float]]:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    tokenizer = work.load_tokenizer()
+    engine = LocalEngine(model, tokenizer.decode, rows=work.generate_batch)
+    prompts = generation_prompts(work, tokenizer)
+
+    def run(steps: int) -> list[float]:
+        seconds = []
+        for step in range(steps):
+            start = time.perf_counter()
+            seeds = [step * len(prompts) + i for i in range(len(prompts))]
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=work.bf16):
+                samples = engine.generate(prompts, SamplingParams(max_tokens=work.new_tokens), seeds)
+            seconds.append(time.perf_counter() - start)
+            assert all(len(sample.ids) == work.new_tokens for sample in samples)
+        return seconds
+
+    return run
+
+
+def generation_prompts(work: Workload, tokenizer: Any) -> list[list[int]]:
+    """Distinct prompts, as token ids."""
+    pairs = Workload(**{**vars(work), "batch": work.generate_batch}).pairs()
+    return [
+        tokenizer.apply_chat_template(pair["prompt"], add_generation_prompt=True, return_dict=False) for pair in pairs
+    ]
+
+
+def lightning_cost(steps: int, root: Path) -> float:
+    """Median seconds that Lightning itself takes for a step: a module with one weight, the same Trainer."""
+
+    class Empty(pl.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.zeros(()))
+
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            return self.weight * 0.0
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    times = StepTimes()
+    trainer(steps, root, False, [times]).fit(Empty(), torch.utils.data.DataLoader([0]))
+    return sorted(times.seconds)[len(times.seconds) // 2]
+
+
+def operations(task: str, folder: Path, work: Workload) -> float:
+    """Operations that a step needs, see `flops.needed`."""
+    from benchmarks.steps.flops import needed
+
+    if task == "generate":
+        return needed(task, work, generation_prompts(work, work.load_tokenizer()))
+    module, data = parts(task, str(folder), work)
+    data.tokenizer = module.tokenizer
+    data.setup("fit")
+    return needed(task, work, data.prepared["train"].rows)
+
+
+KINDS = {
+    "products": ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm"),
+    "attention": ("aten::_scaled_dot_product",),
+    "optimizer": ("aten::_fused_adamw_",),
+}
+
+
+def profile(task: str, folder: Path, work: Workload) -> dict[str, float]:
+    """Shares of a step's time by what it is spent on; `rest` is Python, Lightning and small operations' overhead."""
+    run = runner(task, folder, work)
+    run(1)
+    with torch.profiler.profile() as recorded:
+        (seconds,) = run(1)
+    times: dict[str, float] = dict.fromkeys([*KINDS, "elementwise"], 0.0)
+    for event in recorded.key_averages():
+        if event.key.startswith("aten::"):
+            kind = next((k for k, names in KINDS.items() if event.key.startswith(names)), "elementwise")
+            times[kind] += event.self_cpu_time_total / 1e6
+    times["rest"] = max(0.0, seconds - sum(times.values()))
+    return {kind: value / seconds for kind, value in times.items()}

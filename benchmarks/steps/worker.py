@@ -1,0 +1,86 @@
+"""One side of the comparison in a process of its own, which waits while the other side works.
+
+Reads commands as JSON lines: `{"task": …, "steps": …}` and so on; answers each with a JSON line.
+"""
+
+import json
+import logging
+import os
+import resource
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+
+def main() -> None:
+    """Serve commands until the input ends."""
+    side, folder, settings = sys.argv[1], Path(sys.argv[2]), json.loads(sys.argv[3])
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what libraries print must not come between the answers
+    if side == "ours":
+        from rlhf_lightning.cli.main import prepare_environment
+
+        prepare_environment()  # what the `rlhf` command does before it imports torch
+    import torch
+    from transformers.utils import logging as transformers_logging
+
+    from benchmarks.steps.workload import Workload
+
+    warnings.filterwarnings("ignore")
+    transformers_logging.disable_progress_bar()
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    torch.set_num_threads(settings.pop("threads"))
+    state: dict[Any, Any] = {}
+    work = Workload(**settings)
+    for line in sys.stdin:
+        print(json.dumps(_answer(json.loads(line), side, folder, work, state)), file=answers, flush=True)
+
+
+def _answer(command: dict[str, Any], side: str, folder: Path, work: Any, state: dict[Any, Any]) -> Any:
+    task, micro = command["task"], command.get("micro")
+    if task == "memory":
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    if task == "matmul":
+        return _matmul_rate()
+    if task == "lightning":
+        from benchmarks.steps import ours
+
+        return ours.lightning_cost(20, folder.parent)
+    if task == "rows":
+        from benchmarks.steps import ours
+
+        return ours.operations(command["of"], folder, work)
+    if task == "profile":
+        from benchmarks.steps import ours
+
+        return ours.profile(command["of"], folder, work)
+    if (task, micro) not in state:
+        if side == "ours":
+            from benchmarks.steps import ours
+
+            state[task, micro] = ours.runner(task, folder, work)
+        else:
+            from benchmarks.steps import trl_side
+
+            state[task, micro] = trl_side.runner(task, folder, work, micro)
+    return state[task, micro](command["steps"])
+
+
+def _matmul_rate() -> float:
+    """Floating point operations a second of a float32 product that fits the caches, the median of many."""
+    import time
+
+    import torch
+
+    a, b = torch.randn(1024, 1024), torch.randn(1024, 1024)
+    seconds = []
+    for _ in range(60):
+        start = time.perf_counter()
+        a @ b
+        seconds.append(time.perf_counter() - start)
+    return 2 * 1024**3 / sorted(seconds)[30]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,200 @@
+"""The model, the rows and the sizes that both sides get."""
+
+import json
+import random
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+WORDS = [
+    "time",
+    "year",
+    "people",
+    "way",
+    "day",
+    "man",
+    "thing",
+    "woman",
+    "life",
+    "child",
+    "world",
+    "school",
+    "state",
+    "family",
+    "student",
+    "group",
+    "country",
+    "problem",
+    "hand",
+    "part",
+    "place",
+    "case",
+    "week",
+    "company",
+    "system",
+    "program",
+    "question",
+    "work",
+    "government",
+    "number",
+    "night",
+    "point",
+    "home",
+    "water",
+    "room",
+    "mother",
+    "area",
+    "money",
+    "story",
+    "fact",
+    "month",
+    "lot",
+    "right",
+    "study",
+    "book",
+    "eye",
+    "job",
+    "word",
+    "business",
+    "issue",
+    "side",
+    "kind",
+    "head",
+    "house",
+    "service",
+    "friend",
+    "father",
+    "power",
+    "hour",
+    "game",
+    "line",
+    "end",
+    "member",
+    "law",
+    "car",
+    "city",
+    "community",
+    "name",
+    "president",
+    "team",
+    "minute",
+    "idea",
+    "body",
+    "information",
+    "back",
+    "parent",
+    "face",
+    "others",
+    "level",
+    "office",
+    "door",
+    "health",
+    "person",
+    "art",
+    "war",
+    "history",
+    "party",
+    "result",
+    "change",
+    "morning",
+    "reason",
+    "research",
+    "girl",
+    "guy",
+    "moment",
+    "air",
+    "teacher",
+    "force",
+    "education",
+]
+
+
+@dataclass
+class Workload:
+    """Sizes of one run; every field is an argument of the command line."""
+
+    vocab: int = 8192
+    layers: int = 4
+    hidden: int = 256
+    intermediate: int = 768
+    heads: int = 4
+    kv_heads: int = 2
+    batch: int = 16
+    prompt_tokens: int = 125
+    response_tokens: int = 45
+    groups: int = 4
+    group_size: int = 8
+    new_tokens: int = 128
+    generate_batch: int = 32
+    bf16: bool = False
+    tokenizer: str = ""
+    data: str = ""
+    seed: int = 0
+
+    def build(self, folder: Path) -> None:
+        """Write the model, random weights, and its tokenizer."""
+        import torch
+        from transformers import AutoModelForCausalLM, Qwen3Config
+
+        torch.manual_seed(self.seed)
+        tokenizer = self.load_tokenizer()
+        config = Qwen3Config(
+            vocab_size=self.vocab,
+            hidden_size=self.hidden,
+            intermediate_size=self.intermediate,
+            num_hidden_layers=self.layers,
+            num_attention_heads=self.heads,
+            num_key_value_heads=self.kv_heads,
+            head_dim=self.hidden // self.heads,
+            tie_word_embeddings=True,
+            max_position_embeddings=8192,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+        AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+
+    def load_tokenizer(self) -> Any:
+        """The one named, or one made from the generator's words."""
+        from transformers import AutoTokenizer
+
+        if self.tokenizer:
+            return AutoTokenizer.from_pretrained(self.tokenizer)
+        from rlhf_lightning.quickstart.model import make_tokenizer
+
+        return make_tokenizer([" ".join(WORDS)] * 3)
+
+    def conversations(self) -> list[dict[str, Any]]:
+        """SFT rows: the first of `data`, else generated."""
+        if self.data:
+            lines = Path(self.data).read_text().splitlines()[: self.batch]
+            return [{"messages": json.loads(line)["messages"]} for line in lines]
+        return [{"messages": pair["prompt"] + pair["chosen"]} for pair in self.pairs()]
+
+    def pairs(self) -> list[dict[str, Any]]:
+        """Prompts and two responses of about the given numbers of tokens, lengths within a quarter of them."""
+        tokenizer, rng = self.load_tokenizer(), random.Random(self.seed)
+
+        def text(tokens: int) -> str:
+            wanted, words = round(tokens * rng.uniform(0.75, 1.25)), [rng.choice(WORDS)]
+            while len(tokenizer(" ".join(words))["input_ids"]) < wanted:
+                words.append(rng.choice(WORDS))
+            return " ".join(words)
+
+        return [
+            {
+                "prompt": [{"role": "user", "content": text(self.prompt_tokens)}],
+                "chosen": [{"role": "assistant", "content": text(self.response_tokens)}],
+                "rejected": [{"role": "assistant", "content": text(self.response_tokens)}],
+            }
+            for _ in range(self.batch)
+        ]
+
+    def prompts(self) -> list[dict[str, Any]]:
+        """RL prompts."""
+        return [{"prompt": pair["prompt"]} for pair in self.pairs()[: self.groups]]
+
+
+def count_vowels(texts: list[str]) -> list[float]:
+    """A reward that differs between random texts."""
+    return [sum(letter in "aeiou" for letter in text) / max(1, len(text)) for text in texts]

@@ -1,0 +1,424 @@
+"""The forward that computes only what is asked for, against the plain one: each row by itself, all of it."""
+
+import logging
+import multiprocessing
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+
+from rlhf_lightning import PolicyRLModule, PreferenceModule, SFTModule
+from rlhf_lightning.data.batching import pad_tokens
+from rlhf_lightning.models import packing
+from rlhf_lightning.models.forward import Forward
+from rlhf_lightning.models.loading import compile_layers
+from rlhf_lightning.models.logits import TokenLogprobs
+from rlhf_lightning.models.lora import LoRA
+from rlhf_lightning.models.packing import Layout, Tree, group_trees, make_trees
+from rlhf_lightning.models.scorers import ImplicitReward, RewardHead
+from rlhf_lightning.models.scoring import TokenScorer
+from rlhf_lightning.rollout.rewards import FunctionReward
+from rlhf_lightning.rollout.sampler import Sampler
+from tests.conftest import build_model, chats, pairs, prompts, sgd, trainer
+
+PACKING = ["qwen3", "qwen2", "llama", "mistral", "gemma2", "gemma3", "phi", "phi3", "gpt2", "cohere", "neox"]
+VOCABULARY = 60
+
+
+def model_of(architecture: str, tokenizer: Any, **options: Any) -> Any:
+    return build_model(tokenizer, architecture=architecture, vocab_size=VOCABULARY, pad_token_id=0, **options)
+
+
+def rows_of(*trees: tuple[int, tuple[int, ...]], seed: int = 3) -> dict[str, torch.Tensor]:
+    """Rows by (prompt length, response lengths), mixed up; mask 1 on responses."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(count: int) -> list[int]:
+        return torch.randint(3, VOCABULARY, (count,), generator=generator).tolist()
+
+    rows = []
+    for prompt_length, lengths in trees:
+        prompt = draw(prompt_length)
+        rows += [(prompt, draw(length)) for length in lengths]
+    order = torch.randperm(len(rows), generator=generator).tolist()
+    chosen = [rows[i] for i in order]
+    return pad_tokens([p + r for p, r in chosen], [[0] * len(p) + [1] * len(r) for p, r in chosen], 0)
+
+
+def plain(model: Any, batch: dict[str, torch.Tensor], temperature: float = 1.0) -> torch.Tensor:
+    """Each row by itself, with the whole logits: slow and plain."""
+    result = []
+    for ids, mask, length in zip(batch["input_ids"], batch["mask"], batch["lengths"].tolist(), strict=True):
+        logits = model(ids[None, :length]).logits[0, :-1].double() / temperature
+        logp = logits.log_softmax(-1).gather(-1, ids[1:length, None])[:, 0] * mask[1:length]
+        result.append(torch.nn.functional.pad(logp, (1, ids.shape[0] - length)))
+    return torch.stack(result)
+
+
+def gradients(model: Any, loss: torch.Tensor) -> dict[str, torch.Tensor]:
+    model.zero_grad()
+    loss.backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def close(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor], relative: float) -> None:
+    assert found.keys() == wanted.keys()
+    scale = torch.stack([value.norm() for value in wanted.values()]).norm()
+    for name, value in wanted.items():
+        # Some gradients are 0 but for rounding (a bias on keys): those are measured against all.
+        assert (found[name] - value).norm() <= relative * (value.norm() + 1e-3 * scale), name
+
+
+CASES = {
+    "pairs": [(6, (4, 7)), (9, (3, 3)), (2, (8, 1))],
+    "a group": [(7, (5, 9, 2, 9, 1, 4))],
+    "long prompts": [(30, (2, 3)), (21, (4, 1, 2))],
+    "alone": [(4, (6,)), (9, (2,)), (1, (1,)), (3, (12,))],
+    "one-token responses": [(6, (1, 1, 1)), (3, (1, 5))],
+    "mixed": [(5, (3, 3, 8)), (11, (2,)), (1, (4, 2)), (8, (7, 1))],
+}
+
+
+@pytest.mark.parametrize("architecture", PACKING)
+@pytest.mark.parametrize("way", ["measured", "dense", "branches", "parted"])
+def test_shared_rows_equal_plain_ones(
+    architecture: str, way: str, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(packing, "DENSE_ADVANTAGE", {"dense": torch.inf, "branches": 0.0}.get(way, 1.5))
+    options = {"gemma2": {"final_logit_softcapping": 3.0}, "cohere": {"logit_scale": 0.25}}.get(architecture, {})
+    model = model_of(architecture, tokenizer, **options).double()
+    scorer = TokenScorer(model, max_tokens=12 if way == "parted" else None)
+    for trees in CASES.values():
+        batch = rows_of(*trees)
+        scores = scorer(batch["input_ids"], batch["mask"], 0.7)
+        assert scorer.forward.packs, architecture
+        wanted = plain(model, batch, 0.7)
+        # Attention with a cap is eager in transformers, with a softmax in float32 whatever the dtype of the model.
+        exact = 1e-6 if architecture == "gemma2" else 1e-9
+        torch.testing.assert_close(scores.logprobs, wanted, rtol=exact, atol=exact)
+        weights = torch.randn(wanted.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        # HF norms compute in float32 even in a float64 model.
+        found = gradients(model, (scores.logprobs * weights).sum())
+        close(found, gradients(model, (wanted * weights).sum()), 1e-6)
+
+
+@pytest.mark.parametrize("architecture", ["bloom", "mamba"])
+def test_a_model_that_cannot_pack_runs_padded_rows(
+    architecture: str, tokenizer: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = model_of(architecture, tokenizer)
+    batch = rows_of(*CASES["mixed"])
+    with caplog.at_level(logging.INFO, "rlhf_lightning"):
+        scorer = TokenScorer(model, max_tokens=20)
+        scores = scorer(batch["input_ids"], batch["mask"])
+        scorer(batch["input_ids"], batch["mask"])
+    assert not scorer.forward.packs
+    assert sum("cannot pack rows" in message or "runs padded" in message for message in caplog.messages) <= 1
+    torch.testing.assert_close(scores.logprobs.double(), plain(model, batch), rtol=1e-4, atol=1e-4)
+
+
+def test_an_attention_that_lies_is_found_out(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from rlhf_lightning.models import attention
+
+    honest = attention.packed_attention
+    monkeypatch.setattr(attention, "packed_attention", lambda *args, **kwargs: honest(*args, **kwargs) * 1.01)
+    forward = Forward(model := model_of("qwen3", tokenizer), model.model)
+    forward.check(16)
+    assert not forward.packs
+
+
+def test_neighbours_do_not_leak(tokenizer: Any) -> None:
+    """A row beside others whose values are extreme has, to the last bit, the numbers it has beside tame ones."""
+    model = model_of("qwen3", tokenizer)
+    scorer = TokenScorer(model)
+    batch = rows_of((6, (4, 7)), (9, (3, 3)))
+    kept = {0, 3}
+    before = scorer(batch["input_ids"], batch["mask"]).logprobs
+    with torch.no_grad():
+        model.model.embed_tokens.weight[1] = 1e15
+        model.model.embed_tokens.weight[2] = float("nan")
+    for poison in (1, 2):
+        ids = batch["input_ids"].clone()
+        for row in range(len(ids)):
+            if row not in kept and not any(torch.equal(ids[row, :4], ids[other, :4]) for other in kept):
+                ids[row] = poison
+        # The unembedding is tied: poisoned rows are looked at by their hidden states, not by their logits.
+        wanted = batch["mask"] != 0
+        hidden = scorer.forward(ids, wanted, batch["mask"].int().argmax(1))
+        again = scorer.forward(batch["input_ids"], wanted, batch["mask"].int().argmax(1))
+        for row in kept:
+            assert torch.equal(hidden.states[hidden.rows == row], again.states[again.rows == row])
+    assert before.isfinite().all()
+
+
+def test_each_prompt_is_computed_once(tokenizer: Any) -> None:
+    model = model_of("qwen3", tokenizer)
+    scorer = TokenScorer(model, max_tokens=50)
+    scorer.forward.check(64)
+    sizes: list[int] = []
+    plain_forward = model.model.forward
+    model.model.forward = lambda *a, **kw: sizes.append(kw["input_ids"].numel()) or plain_forward(*a, **kw)
+    batch = rows_of((20, (5, 5, 5, 5)), (10, (4, 6)), (7, (9,)))
+    scorer(batch["input_ids"], batch["mask"])
+    # A response's last token is predicted, not fed.
+    assert sum(sizes) == (20 + 4 * 4) + (10 + 3 + 5) + (7 + 8)
+    assert max(sizes) <= 50
+
+
+def test_groups_keep_to_the_budget() -> None:
+    trees = [Tree((i,), n, (0,)) for i, n in enumerate((70, 3, 9, 40, 12))] + [Tree((5, 6, 7), 10, (20, 5, 15))]
+    groups = group_trees(trees, 32)
+    assert sorted(row for group in groups for tree in group for row in tree.rows) == list(range(8))
+    for group in groups:
+        assert sum(tree.tokens for tree in group) <= 32 or [tree.rows for tree in group] in ([(0,)], [(3,)])
+
+
+def test_trees_are_rows_that_begin_alike() -> None:
+    ids = torch.tensor([[1, 2, 3, 4], [1, 2, 5, 0], [1, 9, 3, 4], [1, 2, 3, 4]])
+    trees = make_trees(ids, [2, 2, 2, 0], [4, 3, 4, 4])
+    assert trees == [Tree((0, 1), 2, (2, 1)), Tree((2,), 4, (0,)), Tree((3,), 4, (0,))]
+    assert all(len(tree.rows) == 1 for tree in make_trees(ids, [2] * 4, [4] * 4, share=False))
+    assert make_trees(ids, [2] * 4, [0, 0, 4, 0]) == [Tree((2,), 4, (0,))]
+
+
+@pytest.mark.parametrize("window", [None, 3])
+def test_what_may_attend_to_what(window: int | None) -> None:
+    trees = [Tree((0, 1), 3, (2, 1)), Tree((2,), 4, (0,))]
+    layout = Layout(trees, torch.device("cpu"))
+    tokens = [(t, b, p) for t, b, p in zip(layout._tree, layout._branch, layout.columns, strict=True)]
+    n = len(tokens)
+    places = torch.arange(n)
+    found = layout.allowed(places[:, None], places[None], window)
+    for i, (tree, branch, position) in enumerate(tokens):
+        for j, (other, its, where) in enumerate(tokens):
+            allowed = tree == other and its in (0, branch) and 0 <= position - where < (window or n)
+            assert bool(found[i, j]) == bool(allowed)
+    assert torch.equal(layout.dense_mask(0, window), found[:6, :6])
+    assert torch.equal(layout.row_mask(0, window), found[:5, :5])
+
+
+# -- logits to log-probabilities --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_logprobs_and_entropy_equal_autograds(temperature: float, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits = (8 * torch.randn(7, 50, generator=generator, dtype=torch.float64)).to(dtype)
+    targets = torch.randint(50, (7,), generator=generator)
+    targets[0] = logits[0].argmax()
+    weights = torch.randn(2, 7, generator=generator, dtype=torch.float64)
+
+    reference = logits.double().clone().requires_grad_()
+    logp = (reference / temperature).log_softmax(-1)
+    entropy = -(logp.exp() * logp).sum(-1)
+    chosen = logp.gather(-1, targets[:, None])[:, 0]
+    (weights[0] @ chosen + weights[1] @ entropy).backward()
+
+    leaf = logits.clone().requires_grad_()
+    found, found_entropy, correct = TokenLogprobs.apply(leaf * 1.0, targets, temperature, True)
+    tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2}[dtype]
+    torch.testing.assert_close(found.double(), chosen.detach(), rtol=1e-5, atol=max(tolerance, 1e-12))
+    torch.testing.assert_close(found_entropy.double(), entropy.detach(), rtol=1e-5, atol=max(tolerance, 1e-12))
+    assert torch.equal(correct, (logits.argmax(-1) == targets).to(correct.dtype))
+    (weights[0].to(found.dtype) @ found + weights[1].to(found.dtype) @ found_entropy).backward()
+    torch.testing.assert_close(leaf.grad.double(), reference.grad, rtol=0, atol=tolerance)
+
+
+def test_extreme_logits_stay_finite() -> None:
+    logits = torch.tensor([[0.0, 300.0, -300.0]]).expand(3, 3).clone().requires_grad_()
+    found, _, _ = TokenLogprobs.apply(logits * 1.0, torch.tensor([0, 1, 2]), 1.0, False)
+    assert found.tolist() == [-300.0, 0.0, -600.0]
+    found.sum().backward()
+    assert logits.grad.isfinite().all()
+
+
+def test_what_is_kept_for_backward_does_not_grow_with_the_vocabulary(tokenizer: Any) -> None:
+    def kept(vocabulary: int) -> int:
+        model = build_model(tokenizer, vocab_size=vocabulary)
+        scorer = TokenScorer(model, logit_bytes=4 * vocabulary)
+        batch = rows_of((4, (60, 60)))
+        scorer.forward.check(64)
+        sizes: dict[int, int] = {}
+
+        def pack(tensor: torch.Tensor) -> torch.Tensor:
+            if not isinstance(tensor, torch.nn.Parameter):
+                sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            scores = scorer(batch["input_ids"], batch["mask"])
+        scores.logprobs.sum().backward()
+        # The tied weight's own storage is the model's, not an activation.
+        weight = model.get_input_embeddings().weight
+        return sum(size for pointer, size in sizes.items() if pointer != weight.untyped_storage().data_ptr())
+
+    assert kept(8000) <= kept(1000) * 1.05
+
+
+# -- options that must not change results -----------------------------------------------------------------------------
+
+
+def module_of(kind: str, base: str, **options: Any) -> tuple[Any, Any]:
+    from rlhf_lightning import PreferenceDataModule, PromptDataModule, SFTDataModule
+
+    options.setdefault("optimizer", sgd(0.1))
+    if kind == "sft":
+        return SFTModule(base, **options), SFTDataModule(chats(8), batch_size=4, seed=1)
+    if kind == "policy":
+        module = PolicyRLModule(base, rewards=[FunctionReward(vowels)], sampler=Sampler(max_tokens=6), **options)
+        return module, PromptDataModule(prompts(4), prompts_per_round=2, group_size=3, seed=1)
+    scorer = ImplicitReward(beta=0.5) if kind == "dpo" else RewardHead()
+    return PreferenceModule(base, scorer=scorer, **options), PreferenceDataModule(pairs(8), batch_size=4, seed=1)
+
+
+def vowels(completions: list[str]) -> list[float]:
+    return [sum(letter in "aeiou" for letter in text) / 10 for text in completions]
+
+
+def trained(kind: str, base: str, root: Any, **options: Any) -> dict[str, torch.Tensor]:
+    torch.manual_seed(0)
+    flags = {"precision": options.pop("precision")} if "precision" in options else {}
+    module, data = module_of(kind, base, **options)
+    trainer(root, **flags).fit(module, data)
+    return {name: value.detach().clone() for name, value in module.state_dict().items() if "metric" not in name}
+
+
+@pytest.mark.parametrize("kind", ["sft", "reward", "dpo", "policy"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"gradient_checkpointing": True},
+        {"max_tokens_per_batch": 16},
+        {"gradient_checkpointing": True, "lora": LoRA(rank=2)},
+    ],
+)
+def test_how_it_is_computed_does_not_change_what_is_learned(
+    kind: str, options: dict[str, Any], base: str, tmp_path: Any
+) -> None:
+    same = {"lora": options["lora"]} if "lora" in options else {}
+    wanted = trained(kind, base, tmp_path, **same)
+    found = trained(kind, base, tmp_path, **options)
+    for name, value in wanted.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("kind", "backend"),
+    [
+        ("sft", "aot_eager"),
+        ("policy", "aot_eager"),
+        pytest.param("sft", "inductor", marks=pytest.mark.slow),
+        pytest.param("policy", "inductor", marks=pytest.mark.slow),
+    ],
+)
+def test_compiled_layers_learn_the_same(
+    kind: str, backend: str, base: str, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Writing and building C++ takes most of a minute: the quick cases stop before it.
+    monkeypatch.setattr("rlhf_lightning.modules.base.compile_layers", partial(compile_layers, backend=backend))
+    torch.compiler.reset()
+    wanted, found = trained(kind, base, tmp_path), trained(kind, base, tmp_path, compile=True)
+    assert wanted.keys() == found.keys(), "compiling must not rename weights"
+    for name, value in wanted.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["sft", "reward", "dpo"])
+def test_bf16_is_near_fp32(kind: str, base: str, tmp_path: Any) -> None:
+    wanted, found = trained(kind, base, tmp_path), trained(kind, base, tmp_path, precision="bf16-mixed")
+    start = module_of(kind, base)[0]
+    torch.manual_seed(0)
+    start.configure_model()
+    before = start.state_dict()
+    moved = torch.stack([(wanted[name] - before[name]).norm() for name in wanted if name in before]).norm()
+    apart = torch.stack([(wanted[name] - found[name]).norm() for name in wanted if name in before]).norm()
+    assert 0 < apart < 0.1 * moved
+
+
+def test_dpo_starts_at_the_reference_and_learns(base: str, tmp_path: Any) -> None:
+    from rlhf_lightning import PreferenceDataModule
+    from rlhf_lightning.callbacks.export import ExportModel
+    from rlhf_lightning.models.reward_model import RewardModel
+
+    module = PreferenceModule(base, scorer=ImplicitReward(beta=0.5), optimizer=lambda p: torch.optim.AdamW(p, lr=3e-3))
+    module.configure_model()
+    texts = [row["prompt"] for row in pairs(6)], [row["chosen"] for row in pairs(6)]
+    assert module.score(*texts).abs().max() == 0
+    run = trainer(tmp_path, max_epochs=6, callbacks=[ExportModel()])
+    run.fit(module, PreferenceDataModule(pairs(24), pairs(6), batch_size=4, seed=1))
+    found = run.validate(module, PreferenceDataModule(pairs(24), pairs(6), batch_size=4), verbose=False)[0]
+    assert found["val/accuracy"] == 1.0
+    # What was saved is an ordinary causal model; with the start beside it, it is the same reward.
+    saved = RewardModel(str(tmp_path / "model"))
+    torch.testing.assert_close(saved.score(*texts), module.score(*texts).detach(), rtol=1e-4, atol=1e-4)
+
+
+# -- the sampler's protocol -------------------------------------------------------------------------------------------
+
+
+def _serve(connection: Any) -> None:
+    """An engine in another process: it knows the weights by what it was sent."""
+    torch.set_num_threads(1)
+    from transformers import AutoModelForCausalLM
+
+    from rlhf_lightning.rollout.engine import LocalEngine
+
+    model = AutoModelForCausalLM.from_pretrained(connection.recv())
+    decode = {}.get
+    while (request := connection.recv()) is not None:
+        if request[0] == "sync":
+            missing, unexpected = model.load_state_dict(request[1], strict=False)
+            connection.send((list(missing), list(unexpected)))
+        else:
+            connection.send(LocalEngine(model, decode).generate(*request[1:]))
+
+
+class Elsewhere:
+    """Asks an engine in another process."""
+
+    def __init__(self, folder: str) -> None:
+        self.connection, there = multiprocessing.get_context("spawn").Pipe()
+        self.process = multiprocessing.get_context("spawn").Process(target=_serve, args=(there,), daemon=True)
+        self.process.start()
+        self.connection.send(folder)
+        self.versions: list[int] = []
+
+    def _ask(self, *request: Any) -> Any:
+        self.connection.send(request)
+        assert self.connection.poll(120)
+        return self.connection.recv()
+
+    def sync(self, named_tensors: Any, version: int) -> None:
+        missing, unexpected = self._ask("sync", dict(named_tensors))
+        assert not unexpected
+        assert all("lm_head" in name for name in missing)  # tied
+        self.versions.append(version)
+
+    def generate(self, prompt_ids: Any, params: Any, seeds: Any) -> Any:
+        return self._ask("generate", prompt_ids, params, seeds)
+
+
+@pytest.mark.parametrize("lora", [None, LoRA(rank=2, target=["attention", "mlp"])])
+def test_another_engine_can_take_its_place(lora: Any, base: str, tmp_path: Any) -> None:
+    from rlhf_lightning import PromptDataModule
+
+    results = []
+    engine = Elsewhere(base)
+    for there in (None, engine):
+        torch.manual_seed(0)
+        module = PolicyRLModule(
+            base,
+            lora=lora,
+            rewards=[FunctionReward(vowels)],
+            sampler=Sampler(max_tokens=6, engine=there),
+            optimizer=sgd(0.1),
+        )
+        trainer(tmp_path).fit(module, PromptDataModule(prompts(6), prompts_per_round=2, group_size=3, seed=1))
+        results.append(module.last_episodes)
+    engine.connection.send(None)
+    assert engine.versions == [0, 1, 2]
+    for ours, theirs in zip(*results, strict=True):
+        assert ours.segments[0].ids == theirs.segments[0].ids
+        assert ours.segments[0].logprobs == pytest.approx(theirs.segments[0].logprobs, abs=1e-4)
