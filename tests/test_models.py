@@ -8,7 +8,6 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from rlhf_lightning.data.batching import pad_tokens
-from rlhf_lightning.data.rendering import Renderer
 from rlhf_lightning.data.tokenizers import load_tokenizer
 from rlhf_lightning.errors import ConfigError
 from rlhf_lightning.files import write_json
@@ -18,8 +17,6 @@ from rlhf_lightning.models.reference import Reference
 from rlhf_lightning.models.saving import save_model
 from rlhf_lightning.models.scorers import RewardHead, SequenceLogprob, init_head, pad_token, scorer_of
 from rlhf_lightning.models.scoring import TokenScorer
-from rlhf_lightning.rollout.engine import ends
-from rlhf_lightning.rollout.sampler import Sampler
 from tests.conftest import build_model
 
 ARCHITECTURES = ["qwen3", "llama", "gemma2", "gpt2", "cohere", "neox"]
@@ -81,80 +78,6 @@ def test_a_model_with_logits_of_its_own_is_run_whole(tokenizer: Any) -> None:
 def _shifted(out: Any) -> Any:
     out.logits = out.logits * 1.5
     return out
-
-
-def exact(model: Any) -> Any:
-    """In float64, so that rounding decides no draw; but eager attention there makes NaN of rows that are all masked."""
-    return model if model.config._attn_implementation == "eager" else model.double()
-
-
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_greedy_equals_generate(tokenizer: Any, architecture: str) -> None:
-    model = exact(build_model(tokenizer, architecture=architecture))
-    tokenizer.chat_template = None
-    sampler = Sampler(max_tokens=12, temperature=0.0)
-    sampler.bind(model, Renderer(tokenizer, format="raw"))
-    prompts = [[5, 6, 7], [9, 10, 11, 12, 13], [5, 6, 7], [40]]
-    samples = sampler.generate(prompts, [0] * 4)
-    for prompt, sample in zip(prompts, samples, strict=True):
-        ids = torch.tensor([prompt])
-        out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False)
-        assert sample.ids == out[0, len(prompt) :].tolist()
-
-
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_draws_depend_on_their_seed_alone_and_their_logprobs_are_the_trainers(
-    tokenizer: Any, architecture: str
-) -> None:
-    model = exact(build_model(tokenizer, architecture=architecture))
-    renderer = Renderer(tokenizer)
-    sampler = Sampler(max_tokens=10, temperature=0.8)
-    sampler.bind(model, renderer)
-    prompts = [renderer.prompt([{"role": "user", "content": text}]) for text in ("one", "one two three", "one")]
-    together = sampler.generate(prompts, [1, 2, 3])
-    alone = [sampler.generate([prompt], [seed])[0] for prompt, seed in zip(prompts, [1, 2, 3], strict=True)]
-    assert [sample.ids for sample in together] == [sample.ids for sample in alone]
-    assert together[0].ids != together[2].ids
-    rows = [prompt + sample.ids for prompt, sample in zip(prompts, together, strict=True)]
-    masks = [[0] * len(p) + [1] * len(s.ids) for p, s in zip(prompts, together, strict=True)]
-    batch = pad_tokens(rows, masks, 0)
-    scores = TokenScorer(model)(batch["input_ids"], batch["mask"], 0.8).logprobs
-    for row, prompt, sample in zip(scores, prompts, together, strict=True):
-        drawn = row[len(prompt) : len(prompt) + len(sample.ids)]
-        # The sampler's softmax is float32, as it is for every precision.
-        torch.testing.assert_close(drawn.double(), torch.tensor(sample.logprobs).double(), rtol=0, atol=1e-5)
-
-
-def test_draws_follow_the_distribution(tokenizer: Any) -> None:
-    model = build_model(tokenizer)
-    sampler = Sampler(max_tokens=1, temperature=1.5, batch_rows=4096)
-    sampler.bind(model, Renderer(tokenizer))
-    drawn = torch.tensor([s.ids[0] for s in sampler.generate([[5, 6]] * 4000, list(range(4000)))])
-    wanted = (model(torch.tensor([[5, 6]])).logits[0, -1] / 1.5).softmax(-1).detach()
-    found = torch.bincount(drawn, minlength=len(tokenizer)) / 4000
-    # The expected total variation of 4000 draws is about Σ sqrt(p(1-p)/(2π·4000)); three times that is far off.
-    bound = 3 * float((wanted * (1 - wanted) / (2 * torch.pi * 4000)).sqrt().sum())
-    assert float((found - wanted).abs().sum() / 2) < bound
-
-
-def test_top_k_and_top_p_cut_the_draw(tokenizer: Any) -> None:
-    model = build_model(tokenizer)
-    top = model(torch.tensor([[5, 6]])).logits[0, -1].softmax(-1).sort(descending=True)
-    for options, allowed in (({"top_k": 3}, 3), ({"top_p": float(top.values[:2].sum()) - 1e-4}, 2)):
-        sampler = Sampler(max_tokens=1, **options)
-        sampler.bind(model, Renderer(tokenizer))
-        drawn = {s.ids[0] for s in sampler.generate([[5, 6]] * 200, list(range(200)))}
-        assert drawn <= set(top.indices[:allowed].tolist())
-
-
-def test_stop_texts_end_a_response(tokenizer: Any) -> None:
-    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}[end]{% endfor %}"
-    renderer = Renderer(tokenizer)
-    sampler = Sampler(max_tokens=40)
-    sampler.bind(build_model(tokenizer), renderer)
-    assert sampler.params.stop_strings == ("[end]",)
-    assert not ends(tokenizer("one two")["input_ids"], sampler.params, tokenizer.decode)
-    assert ends(tokenizer("one two[end]")["input_ids"], sampler.params, tokenizer.decode)
 
 
 # -- LoRA -------------------------------------------------------------------------------------------------------------

@@ -49,7 +49,8 @@ class PolicyRLModule(RLHFModule):
         truncated_reward: replaces the reward of a response that ran out of tokens.
 
     Logs under `train/`: `reward` and its parts, `kl` (nats a response), `entropy`, `response_tokens`, `truncated`,
-    `zero_signal_groups`, `log_ratio_max`, `loss`; and `reward_source_prm` (1 where a preference model rewards).
+    `zero_signal_groups`, `log_ratio_max`, `logprob_gap` (mean difference of sampler and trainer before the first update
+    of a round), `loss`; and `reward_source_prm` (1 where a preference model rewards).
     """
 
     stage_kind = "policy"
@@ -195,7 +196,9 @@ class PolicyRLModule(RLHFModule):
         entropy = scores.entropy
         assert entropy is not None
         count = mask.sum().clamp(min=1)
-        self._log_step(loss.detach(), log_ratio.max(), entropy.sum() / count, batch.get("statistics"))
+        if batch.get("first"):
+            self.log("train/logprob_gap", log_ratio.sum() / count, on_step=True, on_epoch=False)
+        self._log_step(loss.detach(), log_ratio.max(), entropy.detach().sum() / count, batch.get("statistics"))
         return {"loss": loss, "log_ratio_max": log_ratio.max(), "log_ratio_mean": log_ratio.sum() / count}
 
     def _aggregated(self, per_token: Tensor, batch: dict[str, Any]) -> Tensor:

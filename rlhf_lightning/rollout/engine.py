@@ -57,7 +57,10 @@ class LocalEngine:
             return []
         with evaluating(self.model), torch.inference_mode(), torch.compiler.set_stance("force_eager"):
             if self._plain is None:
-                self._plain = self._decodes_plainly()
+                self._plain = self.parts.apart and self._decodes_plainly()
+                if not self._plain:
+                    name = type(base_of(self.model)).__name__
+                    log.warning("%s: its cache is not that of plain attention; it is sampled by its own generate", name)
             if not self._plain:
                 from rlhf_lightning.rollout.fallback import generate
 
@@ -95,8 +98,6 @@ class LocalEngine:
 
     def _decodes_plainly(self) -> bool:
         """Whether two steps in slots, after prompts of unlike length, give the logits of a plain forward."""
-        if not self.parts.apart:
-            return False
         self.forward.check(16)
         if not self.forward.packs:
             return False
@@ -117,11 +118,7 @@ class LocalEngine:
             theirs = [self.model(input_ids=torch.tensor([row], device=device), use_cache=False) for row in rows]
         wanted = torch.stack([out.logits[0, -1] for out in theirs])
         error = float((ours - wanted).float().norm() / wanted.float().norm().clamp(min=1e-6))
-        if not error < (0.1 if wanted.dtype in (torch.bfloat16, torch.float16) else 1e-3):
-            name = type(base_of(self.model)).__name__
-            log.warning("%s: its cache is not that of plain attention; it is sampled by its own generate", name)
-            return False
-        return True
+        return error < (0.1 if wanted.dtype in (torch.bfloat16, torch.float16) else 1e-3)
 
 
 class _Batch:

@@ -1,0 +1,204 @@
+"""The sampler: what it draws, how it ends, and that neighbours, batches and engines do not matter."""
+
+import logging
+from typing import Any
+
+import pytest
+import torch
+
+from rlhf_lightning.data.batching import pad_tokens
+from rlhf_lightning.data.rendering import Renderer
+from rlhf_lightning.errors import ConfigError
+from rlhf_lightning.models.scoring import TokenScorer
+from rlhf_lightning.rollout.draw import SamplingParams, draw
+from rlhf_lightning.rollout.engine import LocalEngine, ends
+from rlhf_lightning.rollout.sampler import Sampler
+from tests.conftest import build_model
+
+PLAIN = ["qwen3", "qwen2", "llama", "mistral", "gemma2", "gemma3", "phi", "phi3", "gpt2", "cohere", "neox"]
+FALLBACK = ["bloom", "mamba"]
+
+
+def bound(model: Any, tokenizer: Any, **options: Any) -> Sampler:
+    sampler = Sampler(**options)
+    sampler.bind(model, Renderer(tokenizer))
+    return sampler
+
+
+@pytest.mark.parametrize("architecture", PLAIN + FALLBACK)
+def test_greedy_equals_generate(tokenizer: Any, architecture: str, caplog: pytest.LogCaptureFixture) -> None:
+    # In float64, so that rounding does not decide which token is the likeliest.
+    model, untouched = (build_model(tokenizer, architecture=architecture).double() for _ in range(2))
+    tokenizer.chat_template = None
+    sampler = Sampler(max_tokens=12, temperature=0.0, batch_rows=3)
+    sampler.bind(model, Renderer(tokenizer, format="raw"))
+    prompts = [[5, 6, 7], [9, 10, 11, 12, 13, 14, 15, 16], [5, 6, 7], [40], [9, 9]]
+    with caplog.at_level(logging.WARNING, "rlhf_lightning"):
+        samples = sampler.generate(prompts, [0] * 5)
+    assert any("by its own generate" in message for message in caplog.messages) == (architecture in FALLBACK)
+    for prompt, sample in zip(prompts, samples, strict=True):
+        ids = torch.tensor([prompt])
+        out = untouched.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False, pad_token_id=0
+        )
+        assert sample.ids == out[0, len(prompt) :].tolist()
+        assert sample.stop_reason == ("stop" if sample.ids[-1] == tokenizer.eos_token_id else "length")
+
+
+@pytest.mark.parametrize("architecture", PLAIN + FALLBACK)
+def test_draws_depend_on_their_seed_alone_and_their_logprobs_are_the_trainers(
+    tokenizer: Any, architecture: str
+) -> None:
+    model = build_model(tokenizer, architecture=architecture).double()
+    renderer = Renderer(tokenizer)
+    texts = ("one", "one two three", "one", "two", "four five one", "one", "three")
+    prompts = [renderer.prompt([{"role": "user", "content": text}]) for text in texts]
+    seeds = list(range(1, 8))
+    together, few, alone = (
+        bound(model, tokenizer, max_tokens=10, temperature=0.8, batch_rows=rows).generate(prompts, seeds)
+        for rows in (256, 3, 1)  # rows wait for a slot, and take those of others
+    )
+    assert [sample.ids for sample in together] == [sample.ids for sample in alone] == [sample.ids for sample in few]
+    assert together[0].ids != together[2].ids
+    rows = [prompt + sample.ids for prompt, sample in zip(prompts, together, strict=True)]
+    masks = [[0] * len(p) + [1] * len(s.ids) for p, s in zip(prompts, together, strict=True)]
+    batch = pad_tokens(rows, masks, 0)
+    scores = TokenScorer(model)(batch["input_ids"], batch["mask"], 0.8).logprobs
+    for row, prompt, sample in zip(scores, prompts, together, strict=True):
+        drawn = row[len(prompt) : len(prompt) + len(sample.ids)]
+        # transformers hands a logits processor float32, and gives a capped attention a float32 softmax.
+        exact = 1e-5 if architecture in (*FALLBACK, "gemma2") else 1e-9
+        torch.testing.assert_close(drawn, torch.tensor(sample.logprobs, dtype=torch.float64), rtol=0, atol=exact)
+
+
+def test_finished_rows_leave_and_waiting_ones_enter(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build_model(tokenizer)
+    engine = LocalEngine(model, tokenizer.decode, rows=4)
+    engine.generate([[5]], SamplingParams(max_tokens=1), [0])
+    fed: list[int] = []
+    step = LocalEngine.step
+    monkeypatch.setattr(
+        LocalEngine, "step", lambda self, slots, tokens: fed.append(len(tokens)) or step(self, slots, tokens)
+    )
+    stops = tuple(range(0, len(tokenizer), 3))  # a third of all tokens: responses of unlike length
+    samples = engine.generate(
+        [[5, 6 + i % 3] for i in range(12)], SamplingParams(30, stop_token_ids=stops), list(range(12))
+    )
+    lengths = sorted(len(sample.ids) for sample in samples)
+    assert lengths[0] < lengths[-1]
+    assert max(fed) == 4
+    assert fed[-1] < 4, "slots that are empty for good are given up"
+    # Without slots that are taken over, each four would wait for their slowest.
+    assert len(fed) < sum(sorted(lengths)[3::4])
+
+
+def test_a_short_buffer_grows(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from rlhf_lightning.rollout import slots
+
+    model = build_model(tokenizer).double()
+    wanted = bound(model, tokenizer, max_tokens=20).generate([[5, 6], [7]], [1, 2])
+    monkeypatch.setattr(slots, "STEP", 2)
+    found = bound(model, tokenizer, max_tokens=20).generate([[5, 6], [7]], [1, 2])
+    assert [s.ids for s in found] == [s.ids for s in wanted]
+
+
+def test_the_model_is_left_as_it_was(tokenizer: Any) -> None:
+    model = build_model(tokenizer).train()
+    model.model.layers[0].eval()
+    bound(model, tokenizer, max_tokens=3).generate([[5]], [0])
+    assert model.training
+    assert not model.model.layers[0].training
+    ids = torch.tensor([[5, 6, 7]])
+    model(ids).logits.sum().backward()  # nothing of inference mode is left behind
+
+
+def test_bf16_draws_are_those_of_the_trainers_precision(tokenizer: Any) -> None:
+    model = build_model(tokenizer)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        (sample,) = bound(model, tokenizer, max_tokens=12).generate([[5, 6, 7]], [3])
+        batch = pad_tokens([[5, 6, 7, *sample.ids]], [[0, 0, 0] + [1] * len(sample.ids)], 0)
+        scores = TokenScorer(model)(batch["input_ids"], batch["mask"]).logprobs[0, 3:]
+    gap = (scores.detach() - torch.tensor(sample.logprobs)).abs()
+    assert gap.mean() <= 0.02
+
+
+def test_draws_follow_the_distribution(tokenizer: Any) -> None:
+    model = build_model(tokenizer)
+    sampler = Sampler(max_tokens=1, temperature=1.5, batch_rows=4096)
+    sampler.bind(model, Renderer(tokenizer))
+    drawn = torch.tensor([s.ids[0] for s in sampler.generate([[5, 6]] * 4000, list(range(4000)))])
+    wanted = (model(torch.tensor([[5, 6]])).logits[0, -1] / 1.5).softmax(-1).detach()
+    found = torch.bincount(drawn, minlength=len(tokenizer)) / 4000
+    # The expected total variation of 4000 draws is about Σ sqrt(p(1-p)/(2π·4000)); three times that is far off.
+    bound = 3 * float((wanted * (1 - wanted) / (2 * torch.pi * 4000)).sqrt().sum())
+    assert float((found - wanted).abs().sum() / 2) < bound
+
+
+def test_what_is_cut_is_never_drawn(tokenizer: Any) -> None:
+    model = build_model(tokenizer)
+    top = model(torch.tensor([[5, 6]])).logits[0, -1].detach().softmax(-1).sort(descending=True)
+    third = float(top.values[2] / top.values[0]) - 1e-4
+    for options, allowed in (
+        ({"top_k": 3}, 3),
+        ({"top_p": float(top.values[:2].sum()) - 1e-4}, 2),
+        ({"min_p": third}, 3),
+        ({"top_k": 5, "min_p": third}, 3),
+    ):
+        sampler = bound(model, tokenizer, max_tokens=1, **options)
+        samples = sampler.generate([[5, 6]] * 200, list(range(200)))
+        assert {s.ids[0] for s in samples} == set(top.indices[:allowed].tolist())
+        # What is recorded is of the full softmax.
+        for sample in samples[:5]:
+            place = top.indices.tolist().index(sample.ids[0])
+            assert sample.logprobs[0] == pytest.approx(float(top.values[place].log()), abs=1e-4)
+
+
+def test_no_response_ends_before_its_least_length(tokenizer: Any) -> None:
+    engine = LocalEngine(build_model(tokenizer), tokenizer.decode)
+    stops = tuple(range(0, len(tokenizer), 2))
+    params = SamplingParams(max_tokens=9, min_tokens=4, stop_token_ids=stops)
+    samples = engine.generate([[5, 6]] * 40, params, list(range(40)))
+    assert min(len(sample.ids) for sample in samples) == 5  # four, then one that ends it
+    assert any(sample.stop_reason == "stop" for sample in samples)
+
+
+def test_a_draw_at_the_edge_takes_a_token_that_is_possible() -> None:
+    logits = torch.full((3, 130), -torch.inf)
+    logits[:, [3, 70, 100]] = 0.0
+    tokens, logprobs = draw(logits, torch.tensor([0.0, 0.5, 1.0 - 2**-24]), SamplingParams())
+    assert tokens.tolist() == [3, 70, 100]
+    assert logprobs.exp().tolist() == pytest.approx([1 / 3] * 3)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"max_tokens": 0},
+        {"temperature": -1.0},
+        {"top_p": 0.0},
+        {"top_k": -1},
+        {"min_p": 2.0},
+        {"min_tokens": 200},
+    ],
+)
+def test_settings_that_make_no_sense(options: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=f"sampler.{next(iter(options))} is"):
+        Sampler(**options)
+
+
+def test_a_biased_draw_is_warned_of(tokenizer: Any, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING, "rlhf_lightning"):
+        bound(build_model(tokenizer), tokenizer).warn_of_bias()
+        assert not caplog.messages
+        bound(build_model(tokenizer), tokenizer, top_p=0.9, min_p=0.1).warn_of_bias()
+    assert "sampler.top_p and sampler.min_p" in caplog.messages[0]
+
+
+def test_stop_texts_end_a_response(tokenizer: Any) -> None:
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}[end]{% endfor %}"
+    renderer = Renderer(tokenizer)
+    sampler = Sampler(max_tokens=40)
+    sampler.bind(build_model(tokenizer), renderer)
+    assert sampler.params.stop_strings == ("[end]",)
+    assert not ends(tokenizer("one two")["input_ids"], sampler.params, tokenizer.decode)
+    assert ends(tokenizer("one two[end]")["input_ids"], sampler.params, tokenizer.decode)
