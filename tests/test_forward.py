@@ -10,7 +10,6 @@ import torch
 
 from rlhf_lightning import PolicyRLModule, PreferenceModule, SFTModule
 from rlhf_lightning.data.batching import pad_tokens
-from rlhf_lightning.models import packing
 from rlhf_lightning.models.forward import Forward
 from rlhf_lightning.models.loading import compile_layers
 from rlhf_lightning.models.logits import TokenLogprobs
@@ -81,14 +80,11 @@ CASES = {
 
 
 @pytest.mark.parametrize("architecture", PACKING)
-@pytest.mark.parametrize("way", ["measured", "dense", "branches", "parted"])
-def test_shared_rows_equal_plain_ones(
-    architecture: str, way: str, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(packing, "DENSE_ADVANTAGE", {"dense": torch.inf, "branches": 0.0}.get(way, 1.5))
+@pytest.mark.parametrize("budget", [None, 12])
+def test_shared_rows_equal_plain_ones(architecture: str, budget: int | None, tokenizer: Any) -> None:
     options = {"gemma2": {"final_logit_softcapping": 3.0}, "cohere": {"logit_scale": 0.25}}.get(architecture, {})
     model = model_of(architecture, tokenizer, **options).double()
-    scorer = TokenScorer(model, max_tokens=12 if way == "parted" else None)
+    scorer = TokenScorer(model, max_tokens=budget)
     for trees in CASES.values():
         batch = rows_of(*trees)
         scores = scorer(batch["input_ids"], batch["mask"], 0.7)
@@ -194,7 +190,6 @@ def test_what_may_attend_to_what(window: int | None) -> None:
         for j, (other, its, where) in enumerate(tokens):
             allowed = tree == other and its in (0, branch) and 0 <= position - where < (window or n)
             assert bool(found[i, j]) == bool(allowed)
-    assert torch.equal(layout.dense_mask(0, window), found[:6, :6])
     assert torch.equal(layout.row_mask(0, window), found[:5, :5])
 
 

@@ -25,6 +25,12 @@ from rlhf_lightning.rollout.rewards import FunctionReward
 from rlhf_lightning.rollout.sampler import Sampler
 
 
+def synchronise() -> None:
+    """Wait for the GPU, where there is one."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
 class StepTimes(pl.Callback):
     """Seconds from the end of one step to the end of the next."""
 
@@ -35,6 +41,7 @@ class StepTimes(pl.Callback):
         self.marks.append(time.perf_counter())
 
     def on_train_batch_end(self, trainer: Any, module: Any, *args: Any) -> None:
+        synchronise()
         self.marks.append(time.perf_counter())
 
     @property
@@ -58,7 +65,7 @@ def parts(task: str, folder: str, work: Workload) -> tuple[Any, Any]:
             folder,
             rewards=[FunctionReward(vowels)],
             kl=KLPenalty(0.04, place="loss"),
-            sampler=Sampler(max_tokens=work.new_tokens),
+            sampler=Sampler(max_tokens=work.new_tokens, cuda_graphs=work.cuda_graphs),
         )
         data = PromptDataModule(
             work.prompts(), prompts_per_round=work.groups, group_size=work.group_size, minibatches=1, **shared
@@ -69,12 +76,13 @@ def parts(task: str, folder: str, work: Workload) -> tuple[Any, Any]:
     return module, PreferenceDataModule(work.pairs(), batch_size=work.batch, **shared)
 
 
-def trainer(steps: int, root: Path, bf16: bool, callbacks: list[Any]) -> pl.Trainer:
+def trainer(steps: int, root: Path, work: Workload, callbacks: list[Any]) -> pl.Trainer:
     """A Trainer that runs as many epochs of one batch and writes nothing."""
     return pl.Trainer(
-        accelerator="cpu",
+        accelerator="gpu" if work.device == "cuda" else work.device,
+        devices=1,
         max_epochs=steps,
-        precision="bf16-mixed" if bf16 else "32-true",
+        precision="bf16-mixed" if work.bf16 else "32-true",
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
@@ -93,7 +101,7 @@ def runner(task: str, folder: Path, work: Workload) -> Callable[[int], list[floa
 
     def run(steps: int) -> list[float]:
         times = StepTimes()
-        trainer(steps, folder.parent, work.bf16, [times]).fit(module, data)
+        trainer(steps, folder.parent, work, [times]).fit(module, data)
         return times.seconds
 
     return run
@@ -102,9 +110,9 @@ def runner(task: str, folder: Path, work: Workload) -> Callable[[int], list[floa
 def _generation(folder: Path, work: Workload) -> Callable[[int], list[float]]:
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    model = AutoModelForCausalLM.from_pretrained(folder).eval().to(work.device)
     tokenizer = work.load_tokenizer()
-    engine = LocalEngine(model, tokenizer.decode, rows=work.generate_batch)
+    engine = LocalEngine(model, tokenizer.decode, rows=work.generate_batch, cuda_graphs=work.cuda_graphs)
     prompts = generation_prompts(work, tokenizer)
 
     def run(steps: int) -> list[float]:
@@ -112,8 +120,9 @@ def _generation(folder: Path, work: Workload) -> Callable[[int], list[float]]:
         for step in range(steps):
             start = time.perf_counter()
             seeds = [step * len(prompts) + i for i in range(len(prompts))]
-            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=work.bf16):
+            with torch.autocast(work.device, dtype=torch.bfloat16, enabled=work.bf16):
                 samples = engine.generate(prompts, SamplingParams(max_tokens=work.new_tokens), seeds)
+            synchronise()
             seconds.append(time.perf_counter() - start)
             assert all(len(sample.ids) == work.new_tokens for sample in samples)
         return seconds
@@ -129,7 +138,7 @@ def generation_prompts(work: Workload, tokenizer: Any) -> list[list[int]]:
     ]
 
 
-def lightning_cost(steps: int, root: Path) -> float:
+def lightning_cost(steps: int, root: Path, work: Workload) -> float:
     """Median seconds that Lightning itself takes for a step: a module with one weight, the same Trainer."""
 
     class Empty(pl.LightningModule):
@@ -144,7 +153,7 @@ def lightning_cost(steps: int, root: Path) -> float:
             return torch.optim.SGD(self.parameters(), lr=0.1)
 
     times = StepTimes()
-    trainer(steps, root, False, [times]).fit(Empty(), torch.utils.data.DataLoader([0]))
+    trainer(steps, root, work, [times]).fit(Empty(), torch.utils.data.DataLoader([0]))
     return sorted(times.seconds)[len(times.seconds) // 2]
 
 

@@ -9,7 +9,7 @@ import torch
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, TrainerCallback
 
-from benchmarks.steps.ours import generation_prompts
+from benchmarks.steps.ours import generation_prompts, synchronise
 from benchmarks.steps.workload import Workload, count_vowels
 
 
@@ -23,6 +23,7 @@ class StepTimes(TrainerCallback):
         self.marks = [time.perf_counter()]
 
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        synchronise()
         self.marks.append(time.perf_counter())
 
     @property
@@ -49,7 +50,7 @@ def _trainer(task: str, folder: str, work: Workload, steps: int, micro: int, tim
 
     common: dict[str, Any] = {
         "output_dir": str(Path(folder).parent / "trl"),
-        "use_cpu": True,
+        "use_cpu": work.device == "cpu",
         "bf16": work.bf16,
         "gradient_checkpointing": False,  # TRL's default, slower
         "num_train_epochs": steps,
@@ -103,20 +104,21 @@ def _reward(completions: list[Any], **_: Any) -> list[float]:
 
 def _generation(folder: Path, work: Workload) -> Callable[[int], list[float]]:
     """Transformers' `generate`, which TRL samples with."""
-    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    model = AutoModelForCausalLM.from_pretrained(folder).eval().to(work.device)
     model.generation_config.eos_token_id = None
     prompts = generation_prompts(work, work.load_tokenizer())
     width = max(len(prompt) for prompt in prompts)
-    ids = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts])
-    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+    ids = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts], device=work.device)
+    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=work.device)
     options = {"max_new_tokens": work.new_tokens, "do_sample": True, "top_k": 0, "pad_token_id": 0}
 
     def run(steps: int) -> list[float]:
         seconds = []
         for _ in range(steps):
             start = time.perf_counter()
-            with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16, enabled=work.bf16):
+            with torch.no_grad(), torch.autocast(work.device, dtype=torch.bfloat16, enabled=work.bf16):
                 out = model.generate(ids, attention_mask=mask, **options)
+            synchronise()
             seconds.append(time.perf_counter() - start)
             assert out.shape[1] == width + work.new_tokens
         return seconds

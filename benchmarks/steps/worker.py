@@ -40,13 +40,17 @@ def main() -> None:
 def _answer(command: dict[str, Any], side: str, folder: Path, work: Any, state: dict[Any, Any]) -> Any:
     task, micro = command["task"], command.get("micro")
     if task == "memory":
+        import torch
+
+        if torch.cuda.is_available():
+            return torch.cuda.max_memory_allocated() / 2**30
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     if task == "matmul":
-        return _matmul_rate()
+        return _matmul_rate(work)
     if task == "lightning":
         from benchmarks.steps import ours
 
-        return ours.lightning_cost(20, folder.parent)
+        return ours.lightning_cost(20, folder.parent, work)
     if task == "rows":
         from benchmarks.steps import ours
 
@@ -67,19 +71,24 @@ def _answer(command: dict[str, Any], side: str, folder: Path, work: Any, state: 
     return state[task, micro](command["steps"])
 
 
-def _matmul_rate() -> float:
-    """Floating point operations a second of a float32 product that fits the caches, the median of many."""
+def _matmul_rate(work: Any) -> float:
+    """Floating point operations a second of a large product at the run's precision, the median of many."""
     import time
 
     import torch
 
-    a, b = torch.randn(1024, 1024), torch.randn(1024, 1024)
+    from benchmarks.steps.ours import synchronise
+
+    size = 1024 if work.device == "cpu" else 8192
+    dtype = torch.bfloat16 if work.bf16 else torch.float32
+    a, b = (torch.randn(size, size, device=work.device, dtype=dtype) for _ in range(2))
     seconds = []
     for _ in range(60):
         start = time.perf_counter()
         a @ b
+        synchronise()
         seconds.append(time.perf_counter() - start)
-    return 2 * 1024**3 / sorted(seconds)[30]
+    return 2 * size**3 / sorted(seconds)[30]
 
 
 if __name__ == "__main__":

@@ -127,6 +127,8 @@ class Workload:
     new_tokens: int = 128
     generate_batch: int = 32
     bf16: bool = False
+    device: str = "cpu"
+    cuda_graphs: bool = False
     tokenizer: str = ""
     data: str = ""
     seed: int = 0

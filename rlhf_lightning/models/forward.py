@@ -14,7 +14,7 @@ from rlhf_lightning.models.packing import Layout, Tree, group_trees, make_trees
 from rlhf_lightning.models.parts import evaluating
 
 log = logging.getLogger(__name__)
-CPU_TOKENS, GPU_TOKENS = 1024, 16384
+CPU_TOKENS, GPU_TOKENS = 2048, 16384
 """Tokens of a group by default: on a CPU what stays in its caches (benchmarks/sharing.py)."""
 
 
@@ -34,7 +34,7 @@ class Forward:
 
     Args:
         model: a Hugging Face model, or peft around one. decoder: the part of it that gives hidden states.
-        max_tokens: of a group that is computed at once; by default 1,024 on a CPU, 16,384 elsewhere.
+        max_tokens: of a group that is computed at once; by default 2,048 on a CPU, 16,384 elsewhere.
     """
 
     def __init__(self, model: Any, decoder: Any, max_tokens: int | None = None) -> None:

@@ -6,11 +6,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# Attention of a whole tree under one mask costs (prefix + branches)² scores; of each branch on its own, with the
-# prefix's keys repeated, prefix² / 2 + Σ longest · (prefix + longest). The second also copies keys and makes more
-# calls, which is what the factor stands for (benchmarks/sharing.py).
-DENSE_ADVANTAGE = 1.5
-
 
 @dataclass(frozen=True)
 class Tree:
@@ -24,15 +19,6 @@ class Tree:
     def tokens(self) -> int:
         """Tokens to compute."""
         return self.prefix + sum(self.branches)
-
-    @property
-    def dense(self) -> bool:
-        """Whether attention over the whole tree under one mask is estimated to cost less than branch by branch."""
-        if not any(self.branches):
-            return True
-        longest = max(self.branches)
-        apart = self.prefix**2 / 2 + len(self.branches) * longest * (self.prefix + longest)
-        return self.tokens**2 <= DENSE_ADVANTAGE * apart
 
 
 def make_trees(input_ids: Tensor, prefixes: Sequence[int], ends: Sequence[int], share: bool = True) -> list[Tree]:
@@ -109,8 +95,7 @@ class Layout:
             tree_ids.append(torch.full((tree.tokens,), number))
         self.rows, self.columns = torch.cat(rows).to(device), torch.cat(columns).to(device)
         self._tree, self._branch = torch.cat(tree_ids).to(device), torch.cat(branch_ids).to(device)
-        self._dense: dict[tuple[int, int | None], Tensor] = {}
-        self._single: dict[tuple[int, int | None], Tensor] = {}
+        self._masks: dict[tuple[int, int | None], Tensor] = {}
         self.blocks: dict[int | None, object] = {}
 
     def places(self, wanted: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -134,21 +119,13 @@ class Layout:
         )
         return same & near(self.columns[query] - self.columns[key], window)
 
-    def dense_mask(self, number: int, window: int | None) -> Tensor:
-        """`[n, n]` for the tokens of a tree."""
-        if (number, window) not in self._dense:
-            start = sum(tree.tokens for tree in self.trees[:number])
-            places = torch.arange(start, start + self.trees[number].tokens, device=self.device)
-            self._dense[number, window] = self.allowed(places[:, None], places[None], window)
-        return self._dense[number, window]
-
     def row_mask(self, number: int, window: int | None) -> Tensor:
         """`[prefix + longest, prefix + longest]` for the prefix of a tree with any one branch after it."""
-        if (number, window) not in self._single:
+        if (number, window) not in self._masks:
             tree = self.trees[number]
             places = torch.arange(tree.prefix + max(tree.branches), device=self.device)
-            self._single[number, window] = near(places[:, None] - places[None], window)
-        return self._single[number, window]
+            self._masks[number, window] = near(places[:, None] - places[None], window)
+        return self._masks[number, window]
 
 
 def near(distance: Tensor, window: int | None) -> Tensor:

@@ -15,6 +15,7 @@ from rlhf_lightning.models.lora import base_of
 from rlhf_lightning.models.packing import Layout, Tree, group_trees
 from rlhf_lightning.models.parts import Parts, evaluating
 from rlhf_lightning.rollout.draw import SamplingParams, draw
+from rlhf_lightning.rollout.graphs import GraphedStep
 from rlhf_lightning.rollout.slots import Captured, Slots
 
 log = logging.getLogger(__name__)
@@ -38,10 +39,13 @@ class LocalEngine:
 
     Args:
         model: a causal model, or peft around one. decode: from token ids to text, for stop strings.
-        rows: decoded side by side.
+        rows: decoded side by side. cuda_graphs: replay steps on a GPU, see `graphs`.
     """
 
-    def __init__(self, model: Any, decode: Callable[[list[int]], str], rows: int = 256) -> None:
+    def __init__(
+        self, model: Any, decode: Callable[[list[int]], str], rows: int = 256, cuda_graphs: bool = False
+    ) -> None:
+        self.cuda_graphs = cuda_graphs
         self.model, self.decode, self.rows = model, decode, rows
         self.parts = Parts(model)
         self.forward = Forward(model, self.parts.decoder)
@@ -141,6 +145,7 @@ class _Batch:
         """The row in each slot."""
         self.slots = Slots(engine.layers, len(self.rows), self.device)
         self.tokens = torch.zeros(len(self.rows), dtype=torch.long, device=self.device)
+        self.step = GraphedStep(engine.step) if engine.cuda_graphs and self.device.type == "cuda" else engine.step
 
     def run(self) -> list[Sample]:
         while True:
@@ -186,7 +191,7 @@ class _Batch:
         self.slots.reserve(width, self.limit)
         # An empty slot's position may be anywhere: it is fed too, and what comes out is dropped.
         self.slots.positions.clamp_(max=width - 1)
-        logits = self.engine.step(self.slots, self.tokens)
+        logits = self.step(self.slots, self.tokens)
         self.slots.positions += 1
         self._take(list(range(len(self.rows))), logits)
 

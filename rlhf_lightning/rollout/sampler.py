@@ -46,6 +46,7 @@ class Sampler:
         min_tokens: no response ends before; biased likewise.
         batch_rows: rows decoded side by side.
         engine: an `Engine` that samples in place of the built-in one.
+        cuda_graphs: on a GPU, replay the steps of decoding as graphs.
     """
 
     def __init__(
@@ -58,9 +59,10 @@ class Sampler:
         min_tokens: int = 0,
         batch_rows: int = 256,
         engine: Any = None,
+        cuda_graphs: bool = False,
     ) -> None:
         self.params = SamplingParams(max_tokens, min_tokens, temperature, top_p, top_k, min_p)
-        self.batch_rows, self.engine = batch_rows, engine
+        self.batch_rows, self.engine, self.cuda_graphs = batch_rows, engine, cuda_graphs
         self._local = engine is None
 
     @property
@@ -82,7 +84,7 @@ class Sampler:
             stop_strings=tuple(renderer.stop_strings),
         )
         if self._local:
-            self.engine = LocalEngine(model, renderer.tokenizer.decode, self.batch_rows)
+            self.engine = LocalEngine(model, renderer.tokenizer.decode, self.batch_rows, self.cuda_graphs)
         self.context = getattr(base_of(model).config.get_text_config(), "max_position_embeddings", None)
 
     def warn_of_bias(self) -> None:
