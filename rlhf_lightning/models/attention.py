@@ -153,8 +153,8 @@ def _branches(
 ) -> list[Tensor]:
     """All branches side by side, each against the prefix's keys and its own.
 
-    One row with a mask over the whole tree would compute every branch against every other: it was never faster, and
-    three times slower for 32 branches (benchmarks/sharing.py).
+    One row with a mask over the whole tree would compute every branch against every other: it gains milliseconds on
+    trees of a hundred tokens, and takes three times as long for 32 branches (benchmarks/sharing.py).
     """
     longest = max(lengths)
     q, k, v = (
