@@ -106,6 +106,21 @@ def compare(task: str, ours: Side, theirs: Side, repeats: int, steps: int, batch
     }
 
 
+def growth(ours: Side, work: Workload, repeats: int) -> dict[str, float]:
+    """How often the time of our RL step fits into that of one with twice as much, medians taken in turns."""
+    doubled = {
+        "prompts": {"groups": 2 * work.groups},
+        "group size": {"group_size": 2 * work.group_size},
+        "response length": {"new_tokens": 2 * work.new_tokens},
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in ("base", *doubled)}
+    for _ in range(repeats):
+        for name, values in seconds.items():
+            values += ours.ask(task="rl", steps=2, changes=doubled.get(name, {}))[1:]
+    base = statistics.median(seconds["base"])
+    return {name: statistics.median(seconds[name]) / base for name in doubled}
+
+
 def memory(work: Workload, threads: int, root: Path) -> dict[str, float]:
     """GiB at the peak of SFT steps on one row of about 2,000 tokens and a vocabulary of 151,669, of each process."""
     big = Workload(**{**asdict(work), **MEMORY})
@@ -140,6 +155,9 @@ def table(report: dict[str, Any]) -> str:
     cost = report["lightning_seconds_per_step"]
     lines += ["", f"Measured matmul rate: {rate:.0f} GFLOP/s. Where our time goes:", "", *roofline, ""]
     lines.append(f"Lightning itself takes {cost * 1e3:.1f} ms a step (an empty module).")
+    if "growth" in report:
+        doubled = ", ".join(f"{name} {ratio:.2f}" for name, ratio in report["growth"].items())
+        lines.append(f"Our RL step takes this many times as long with twice the: {doubled}.")
     if "memory_gib" in report:
         ours, trl = report["memory_gib"]["ours"], report["memory_gib"]["trl"]
         lines.append(
@@ -191,6 +209,8 @@ def main() -> None:
             "lightning_seconds_per_step": ours.ask(task="lightning"),
             "tasks": tasks,
         }
+        if "rl" in given.tasks:
+            report["growth"] = growth(ours, work, given.repeats)
         ours.close()
         theirs.close()
         if not given.no_memory:

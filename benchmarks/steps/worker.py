@@ -38,7 +38,8 @@ def main() -> None:
 
 
 def _answer(command: dict[str, Any], side: str, folder: Path, work: Any, state: dict[Any, Any]) -> Any:
-    task, micro = command["task"], command.get("micro")
+    task, micro, changes = command["task"], command.get("micro"), command.get("changes", {})
+    work = type(work)(**{**vars(work), **changes})
     if task == "memory":
         import torch
 
@@ -59,16 +60,17 @@ def _answer(command: dict[str, Any], side: str, folder: Path, work: Any, state: 
         from benchmarks.steps import ours
 
         return ours.profile(command["of"], folder, work)
-    if (task, micro) not in state:
+    key = (task, micro, *changes.items())
+    if key not in state:
         if side == "ours":
             from benchmarks.steps import ours
 
-            state[task, micro] = ours.runner(task, folder, work)
+            state[key] = ours.runner(task, folder, work)
         else:
             from benchmarks.steps import trl_side
 
-            state[task, micro] = trl_side.runner(task, folder, work, micro)
-    return state[task, micro](command["steps"])
+            state[key] = trl_side.runner(task, folder, work, micro)
+    return state[key](command["steps"])
 
 
 def _matmul_rate(work: Any) -> float:

@@ -16,6 +16,7 @@ from rlhf_lightning.models.parts import evaluating
 log = logging.getLogger(__name__)
 CPU_TOKENS, GPU_TOKENS = 2048, 16384
 """Tokens of a group by default: on a CPU what stays in its caches (benchmarks/sharing.py)."""
+GRADIENT_TOKENS = 1024
 
 
 class Hidden(NamedTuple):
@@ -87,9 +88,10 @@ class Forward:
     # -- can this model do it? ------------------------------------------------------------------------------------
 
     def check(self, length: int) -> None:
-        """Compare packed with plain rows as long as `length`, values and gradients, once; fall back where they differ.
+        """Compare packed with plain rows as long as `length`, once; fall back where they differ.
 
-        The rows are longer than asked for (the next power of two), so that it is done a few times at most.
+        Values are compared at that length (rather at the next power of two, so that it is done a few times at most),
+        gradients at no more than `GRADIENT_TOKENS`, since they need the memory of a training step.
         """
         if not self.packs or length <= self._checked:
             return
@@ -97,18 +99,22 @@ class Forward:
         limit = max(length, getattr(config, "max_position_embeddings", None) or length)
         self._checked = min(limit, max(16, 1 << (length - 1).bit_length()))
         try:
-            difference, tolerance = self._difference(self._checked)
+            difference = self._difference(self._checked, gradients=False)
+            difference = max(difference, self._difference(min(self._checked, GRADIENT_TOKENS), gradients=True))
+        except torch.OutOfMemoryError:
+            raise
         except (TypeError, ValueError, RuntimeError, AttributeError) as error:
-            difference, tolerance, reason = torch.inf, 0.0, str(error).strip().splitlines()[0]
+            difference, reason = torch.inf, str(error).strip().splitlines()[0]
         else:
             reason = f"relative difference {difference:.1e} at {self._checked} tokens"
-        if difference > tolerance:
+        coarse = next(iter(self.model.parameters())).dtype in (torch.bfloat16, torch.float16)
+        if difference > (0.1 if coarse else 1e-3):
             self.packs = False
             name = type(base_of(self.model)).__name__
             log.info("%s cannot pack rows (%s); it runs padded rows, without sharing prompts", name, reason)
 
-    def _difference(self, length: int) -> tuple[float, float]:
-        """The largest relative difference of hidden states and gradients, and what rounding explains."""
+    def _difference(self, length: int, gradients: bool) -> float:
+        """The largest relative difference of hidden states, or of these and gradients."""
         weight = next(iter(self.model.parameters()))
         generator = torch.Generator().manual_seed(length)
         vocabulary = base_of(self.model).get_input_embeddings().weight.shape[0]
@@ -120,13 +126,12 @@ class Forward:
         ids, wanted = ids.to(weight.device), torch.arange(length) < torch.tensor(ends)[:, None]
         plain = [Tree((row,), end, (0,)) for row, end in enumerate(ends)]
         shared = [plain[0], Tree((1, 2, 3), prefix, tuple(end - prefix for end in ends[1:]))]
-        with _quiet(self.model, weight.device):
+        with _quiet(self.model, weight.device, gradients):
             packed = self._effects([self._packed(ids, wanted, shared)], length)
             apart = self._effects([self._padded(ids, wanted, [tree]) for tree in plain], length)
         scale = 1e-3 * torch.stack([tensor.norm() for tensor in apart[1:]]).norm() if len(apart) > 1 else 0.0
         differences = [(a - b).norm() / (b.norm() + scale) for a, b in zip(packed, apart, strict=True)]
-        coarse = weight.dtype in (torch.bfloat16, torch.float16)
-        return float(torch.stack(differences).nan_to_num(torch.inf).max()), 0.1 if coarse else 1e-3
+        return float(torch.stack(differences).nan_to_num(torch.inf).max())
 
     def _effects(self, parts: list[Hidden], length: int) -> list[Tensor]:
         """Hidden states in the order of the batch, and the gradients of a random direction of theirs."""
@@ -142,12 +147,12 @@ class Forward:
 
 
 @contextmanager
-def _quiet(model: nn.Module, device: torch.device) -> Iterator[None]:
-    """Full precision, no dropout, nothing compiled, gradients on; then everything as before."""
+def _quiet(model: nn.Module, device: torch.device, gradients: bool) -> Iterator[None]:
+    """Full precision, no dropout, nothing compiled, gradients on or off; then everything as before."""
     with (
         evaluating(model),
         torch.inference_mode(False),
-        torch.enable_grad(),
+        torch.set_grad_enabled(gradients),
         torch.autocast(device.type, enabled=False),
         torch.compiler.set_stance("force_eager"),
     ):
