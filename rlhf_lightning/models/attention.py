@@ -58,6 +58,16 @@ class Decoding:
     def __init__(self, positions: Tensor, width: int) -> None:
         self.positions, self.width = positions, width
         self._masks: dict[int | None, Tensor] = {}
+        self._biases: dict[tuple[int | None, int, int], Tensor] = {}
+
+    def bias(self, window: int | None, heads: int, queries: int, dtype: torch.dtype) -> Tensor:
+        """The mask as what is added to scores, `[B · heads, queries, width]`."""
+        key = (window, heads, queries)
+        if key not in self._biases:
+            mask = self.mask(window)
+            zeros = torch.zeros(len(mask), heads, queries, self.width, dtype=dtype, device=mask.device)
+            self._biases[key] = zeros.masked_fill_(~mask, -torch.inf).flatten(0, 1)
+        return self._biases[key]
 
     def mask(self, window: int | None) -> Tensor:
         """`[B, 1, 1, width]`, keys up to the row's position, and within the window."""
@@ -86,10 +96,17 @@ def decoding_attention(
     """
     rows, heads, _one, size = query.shape
     query = query.reshape(rows, key.shape[1], heads // key.shape[1], size).to(key.dtype)
-    mask = decoding.mask(sliding_window)
-    # For a query or two the fused kernel takes 1.5 times as long on a CPU as two products.
-    attend = _by_scores if query.device.type == "cpu" or softcap else _fused
-    return attend(query, key, value, mask, scaling, softcap).reshape(rows, 1, heads, value.shape[-1])
+    if softcap:
+        out = _by_scores(query, key, value, decoding.mask(sliding_window), scaling, softcap)
+    elif query.device.type == "cpu" and key.dtype in (torch.float32, torch.float64):
+        # For a query or two the fused kernel takes longer on a CPU than two products.
+        bias = decoding.bias(sliding_window, key.shape[1], query.shape[2], key.dtype)
+        scale = size**-0.5 if scaling is None else scaling
+        scores = torch.baddbmm(bias, query.flatten(0, 1), key.flatten(0, 1).transpose(1, 2), alpha=scale)
+        out = torch.bmm(scores.softmax(-1), value.flatten(0, 1))
+    else:
+        out = _fused(query, key, value, decoding.mask(sliding_window), scaling)
+    return out.reshape(rows, 1, heads, value.shape[-1])
 
 
 def _own(name: str, module: Any) -> Callable[..., tuple[Tensor, Tensor | None]]:
@@ -178,7 +195,7 @@ def _attend(
     softcap: float | None,
 ) -> Tensor:
     if not softcap:
-        return _fused(query, key, value, mask, scaling, dropout=dropout)
+        return _fused(query, key, value, mask, scaling, dropout)
     if mask is None:
         mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device).tril()
     return _by_scores(query, key, value, mask, scaling, softcap, dropout)
@@ -190,7 +207,6 @@ def _fused(
     value: Tensor,
     mask: Tensor | None,
     scaling: float | None,
-    softcap: float | None = None,
     dropout: float = 0.0,
 ) -> Tensor:
     return F.scaled_dot_product_attention(
@@ -204,15 +220,13 @@ def _by_scores(
     value: Tensor,
     mask: Tensor,
     scaling: float | None,
-    softcap: float | None,
+    softcap: float,
     dropout: float = 0.0,
 ) -> Tensor:
     scores = query @ key.transpose(2, 3) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
-    if softcap:
-        scores = torch.tanh(scores / softcap) * softcap
-    # With a cap in float32 whatever the model's type, as transformers' eager attention, the only one that has it.
-    dtype = torch.float32 if softcap else torch.promote_types(scores.dtype, torch.float32)
-    weights = scores.masked_fill(~mask, -torch.inf).softmax(-1, dtype=dtype).to(value.dtype)
+    scores = (torch.tanh(scores / softcap) * softcap).masked_fill(~mask, -torch.inf)
+    # In float32 whatever the model's type, as transformers' eager attention, the only one with a cap, has it.
+    weights = scores.softmax(-1, dtype=torch.float32).to(value.dtype)
     return F.dropout(weights, dropout, training=bool(dropout)) @ value
 
 
