@@ -153,9 +153,10 @@ def table(report: dict[str, Any]) -> str:
             f"| {row['ratio_fastest']:.1f} | {row['of_matmul_rate']:.0%} |"
         )
         shares = ", ".join(f"{name} {share:.0%}" for name, share in row["profile"].items())
+        rate = row["matmul_gflop_per_second"]
         roofline.append(
-            f"- {task}: {row['needed_gflop']:.0f} GFLOP needed, {row['matmul_gflop_per_second']:.0f} GFLOP/s measured beside it: "
-            f"no less than {row['needed_gflop'] / row['matmul_gflop_per_second']:.2f} s; time goes to {shares}"
+            f"- {task}: {row['needed_gflop']:.0f} GFLOP needed, {rate:.0f} GFLOP/s measured beside it: no less than "
+            f"{row['needed_gflop'] / rate:.2f} s; time goes to {shares}"
         )
     cost = report["lightning_seconds_per_step"]
     lines += [

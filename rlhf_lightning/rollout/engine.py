@@ -61,10 +61,7 @@ class LocalEngine:
             return []
         with evaluating(self.model), torch.inference_mode(), torch.compiler.set_stance("force_eager"):
             if self._plain is None:
-                self._plain = self.parts.apart and self._decodes_plainly()
-                if not self._plain:
-                    name = type(base_of(self.model)).__name__
-                    log.warning("%s: its cache is not that of plain attention; it is sampled by its own generate", name)
+                self._plain = self._check()
             if not self._plain:
                 from rlhf_lightning.rollout.fallback import generate
 
@@ -100,11 +97,28 @@ class LocalEngine:
             layout=layout,
         )[0]
 
-    def _decodes_plainly(self) -> bool:
-        """Whether two steps in slots, after prompts of unlike length, give the logits of a plain forward."""
-        self.forward.check(16)
-        if not self.forward.packs:
-            return False
+    # -- can this model do it? ------------------------------------------------------------------------------------
+
+    def _check(self) -> bool:
+        reason = "its forward cannot be packed"
+        if self.parts.apart:
+            self.forward.check(16)
+        if self.parts.apart and self.forward.packs:
+            coarse = next(self.model.parameters()).dtype in (torch.bfloat16, torch.float16)
+            try:
+                difference = self._difference()
+            except (TypeError, ValueError, RuntimeError, AttributeError, IndexError) as error:
+                reason = str(error).strip().splitlines()[0]
+            else:
+                if difference < (0.1 if coarse else 1e-3):
+                    return True
+                reason = f"its logits differ by {difference:.1e}"
+        name = type(base_of(self.model)).__name__
+        log.warning("%s is sampled by its own generate: its cache is not that of plain attention (%s)", name, reason)
+        return False
+
+    def _difference(self) -> float:
+        """Of logits after two steps in slots, with prompts of unlike length, from those of a plain forward."""
         device = next(self.model.parameters()).device
         rows = [[(7919 * (i + j)) % self.parts.vocabulary for j in range(4 + 3 * i)] for i in range(3)]
         with torch.autocast(device.type, enabled=False):
@@ -121,8 +135,7 @@ class LocalEngine:
                 slots.positions = slots.positions + 1
             theirs = [self.model(input_ids=torch.tensor([row], device=device), use_cache=False) for row in rows]
         wanted = torch.stack([out.logits[0, -1] for out in theirs])
-        error = float((ours - wanted).float().norm() / wanted.float().norm().clamp(min=1e-6))
-        return error < (0.1 if wanted.dtype in (torch.bfloat16, torch.float16) else 1e-3)
+        return float((ours - wanted).float().norm() / wanted.float().norm().clamp(min=1e-6))
 
 
 class _Batch:
