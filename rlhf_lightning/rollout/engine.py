@@ -13,7 +13,7 @@ from rlhf_lightning.models.attention import Decoding
 from rlhf_lightning.models.forward import Forward
 from rlhf_lightning.models.lora import base_of
 from rlhf_lightning.models.packing import Layout, Tree, group_trees
-from rlhf_lightning.models.parts import Parts, evaluating
+from rlhf_lightning.models.parts import Parts, evaluating, few_rows
 from rlhf_lightning.rollout.draw import SamplingParams, draw
 from rlhf_lightning.rollout.graphs import GraphedStep
 from rlhf_lightning.rollout.slots import Captured, Slots
@@ -66,7 +66,8 @@ class LocalEngine:
                 from rlhf_lightning.rollout.fallback import generate
 
                 return generate(self.model, prompts, params, seeds, self.decode)
-            return _Batch(self, prompts, params, seeds).run()
+            with few_rows(self.model):
+                return _Batch(self, prompts, params, seeds).run()
 
     # -- steps of the model ---------------------------------------------------------------------------------------
 
