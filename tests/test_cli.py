@@ -25,6 +25,7 @@ KINDS = {
     "preference": "preference",
     "prm": "preference",
     "reward": "preference",
+    "dpo": "preference",
     "policy": "policy",
     "rl": "policy",
 }
@@ -202,6 +203,7 @@ def pipeline_of(base: str, tmp_path: Path, **preference: Any) -> dict[str, Any]:
             "config": str(tmp_path / "policy.yaml"),
             "start": "sft",
             "reward": "preference",
+    "dpo": "preference",
             "overrides": {"model.kl": {"coefficient": 0.1}},
         },
     ]
