@@ -57,7 +57,7 @@ def seconds(ways: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float
 
 def step(scorer: TokenScorer, batch: dict[str, Any], shares: bool = True) -> None:
     """Forward and backward."""
-    scorer.forward.packs = shares
+    (attention.install if shares else attention.uninstall)(scorer.forward.config)
     scorer(batch["input_ids"], batch["mask"]).logprobs.sum().backward()
     scorer.parts.model.zero_grad()
 

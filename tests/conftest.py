@@ -63,6 +63,7 @@ def build_model(
         "phi3": "Phi3",
         "bloom": "Bloom",
         "mamba": "Mamba",
+        "falcon": "Falcon",
         "llama": "Llama",
         "gemma2": "Gemma2",
         "gpt2": "GPT2",
@@ -80,9 +81,13 @@ def build_model(
     if architecture == "gpt2":
         sizes: dict[str, Any] = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256, "initializer_range": 0.2}
         common.pop("max_position_embeddings")
-    elif architecture in ("bloom", "mamba"):
+    elif architecture in ("bloom", "mamba", "falcon"):
         sizes = {"hidden_size": 32, "num_hidden_layers": 2, "initializer_range": 0.2}
-        sizes |= {"n_head": 4} if architecture == "bloom" else {"state_size": 4, "time_step_rank": 4}
+        sizes |= {
+            "bloom": {"n_head": 4},
+            "mamba": {"state_size": 4, "time_step_rank": 4},
+            "falcon": {"num_attention_heads": 4, "alibi": False},
+        }[architecture]
     else:
         sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
         if architecture not in ("neox", "phi"):

@@ -99,7 +99,7 @@ def test_shared_rows_equal_plain_ones(architecture: str, budget: int | None, tok
         close(found, gradients(model, (wanted * weights).sum()), 1e-6)
 
 
-@pytest.mark.parametrize("architecture", ["bloom", "mamba"])
+@pytest.mark.parametrize("architecture", ["bloom", "mamba", "falcon"])
 def test_a_model_that_cannot_pack_runs_padded_rows(
     architecture: str, tokenizer: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -348,6 +348,41 @@ def test_dpo_starts_at_the_reference_and_learns(base: str, tmp_path: Any) -> Non
     # What was saved is an ordinary causal model; with the start beside it, it is the same reward.
     saved = RewardModel(str(tmp_path / "model"))
     torch.testing.assert_close(saved.score(*texts), module.score(*texts).detach(), rtol=1e-4, atol=1e-4)
+
+
+def test_the_reference_from_a_folder_has_no_dropout(base: str, tokenizer: Any, tmp_path: Any) -> None:
+    build_model(tokenizer, attention_dropout=0.5).save_pretrained(tmp_path / "start")
+    module = PreferenceModule(base, scorer=ImplicitReward(reference=str(tmp_path / "start")))
+    module.configure_model()
+    module.train()
+    batch = rows_of(*CASES["pairs"])
+    batch["input_ids"] %= len(tokenizer)
+    with torch.no_grad():
+        assert torch.equal(module.scorer(batch), module.scorer(batch))
+
+
+def test_a_row_of_one_token_has_nothing_to_score(tokenizer: Any) -> None:
+    scorer = TokenScorer(model_of("qwen3", tokenizer))
+    scores = scorer(torch.tensor([[5], [6]]), torch.ones(2, 1), details=True)
+    assert scores.logprobs.tolist() == [[0.0], [0.0]]
+
+
+def test_weights_for_another_engine_are_the_merged_ones(tokenizer: Any) -> None:
+    """A tied head with an adapter of its own comes after the embeddings, with its update."""
+    from rlhf_lightning.models.loading import Start
+    from rlhf_lightning.models.lora import named_weights
+
+    model = Start(model_of("qwen3", tokenizer), lora=LoRA(rank=2, target=["all"])).load()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(0, 0.1)
+    ids = torch.tensor([[5, 6, 7, 8]])
+    other = model_of("qwen3", tokenizer, tie_word_embeddings=False).eval()
+    missing, unexpected = other.load_state_dict(dict(named_weights(model)), strict=False)
+    assert not missing
+    assert not unexpected
+    torch.testing.assert_close(other(ids).logits, model.eval()(ids).logits, rtol=1e-4, atol=1e-4)
 
 
 # -- the sampler's protocol -------------------------------------------------------------------------------------------

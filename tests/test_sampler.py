@@ -16,7 +16,7 @@ from rlhf_lightning.rollout.sampler import Sampler
 from tests.conftest import build_model
 
 PLAIN = ["qwen3", "qwen2", "llama", "mistral", "gemma2", "gemma3", "phi", "phi3", "gpt2", "cohere", "neox"]
-FALLBACK = ["bloom", "mamba"]
+FALLBACK = ["bloom", "mamba", "falcon"]
 
 
 def bound(model: Any, tokenizer: Any, **options: Any) -> Sampler:

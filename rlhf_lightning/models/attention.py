@@ -25,7 +25,7 @@ def install(config: Any) -> bool:
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
     own = str(config._attn_implementation)
-    if own.startswith(PREFIX):
+    if installed(config):
         return True
     if own not in ("sdpa", "eager"):
         return False
@@ -33,6 +33,16 @@ def install(config: Any) -> bool:
     AttentionMaskInterface.register(PREFIX + own, ALL_MASK_ATTENTION_FUNCTIONS[own])
     config._attn_implementation = PREFIX + own
     return True
+
+
+def uninstall(config: Any) -> None:
+    """The model's own attention again."""
+    config._attn_implementation = str(config._attn_implementation).removeprefix(PREFIX)
+
+
+def installed(config: Any) -> bool:
+    """Whether the model's attention takes layouts."""
+    return str(config._attn_implementation).startswith(PREFIX)
 
 
 def _attention(
@@ -251,22 +261,24 @@ def _flex(
         assert softcap is not None
         return torch.tanh(score / softcap) * softcap
 
-    return _compiled_flex()(
-        query,
-        key,
-        value,
-        score_mod=capped if softcap else None,
-        block_mask=layout.blocks[window],
-        scale=scaling,
-        enable_gqa=True,
-    )
+    # Sampling and checks run layers uncompiled; this must not be: uncompiled it holds all scores.
+    with torch.compiler.set_stance("default"):
+        return _compiled_flex()(
+            query,
+            key,
+            value,
+            score_mod=capped if softcap else None,
+            block_mask=layout.blocks[window],
+            scale=scaling,
+            enable_gqa=True,
+        )
 
 
 _FLEX: list[Callable[..., Tensor]] = []
 
 
 def _compiled_flex() -> Callable[..., Tensor]:
-    """flex_attention compiled, once: uncompiled it holds all scores."""
+    """flex_attention compiled, once."""
     from torch.nn.attention.flex_attention import flex_attention
 
     if not _FLEX:

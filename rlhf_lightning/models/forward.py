@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from rlhf_lightning.models.attention import install
+from rlhf_lightning.models.attention import install, installed, uninstall
 from rlhf_lightning.models.lora import base_of
 from rlhf_lightning.models.packing import Layout, Tree, group_trees, make_trees
 from rlhf_lightning.models.parts import evaluating
@@ -17,6 +17,8 @@ log = logging.getLogger(__name__)
 CPU_TOKENS, GPU_TOKENS = 2048, 16384
 """Tokens of a group by default: on a CPU what stays in its caches (benchmarks/sharing.py)."""
 GRADIENT_TOKENS = 1024
+FAILURES = (TypeError, ValueError, RuntimeError, AttributeError, IndexError)
+"""How a model fails that is run in a way it was not written for."""
 
 
 class Hidden(NamedTuple):
@@ -40,8 +42,16 @@ class Forward:
 
     def __init__(self, model: Any, decoder: Any, max_tokens: int | None = None) -> None:
         self.model, self.decoder, self.max_tokens = model, decoder, max_tokens
-        self.packs = install(base_of(model).config.get_text_config())
+        self.config = base_of(model).config.get_text_config()
         self._checked = 0
+        # At once, if only for a few tokens: an attention that cannot be replaced must not stay replaced.
+        if install(self.config):
+            self._compare(16, gradients=False)
+
+    @property
+    def packs(self) -> bool:
+        """Whether rows are packed and prompts shared."""
+        return installed(self.config)
 
     def __call__(self, input_ids: Tensor, wanted: Tensor, prefixes: Tensor) -> Hidden:
         """Hidden states where `wanted`.
@@ -95,21 +105,25 @@ class Forward:
         """
         if not self.packs or length <= self._checked:
             return
-        config = base_of(self.model).config.get_text_config()
-        limit = max(length, getattr(config, "max_position_embeddings", None) or length)
-        self._checked = min(limit, max(16, 1 << (length - 1).bit_length()))
+        size = max(16, 1 << (length - 1).bit_length())
+        # A model with a table of positions has none beyond it.
+        size = min(size, getattr(self.config, "max_position_embeddings", None) or size)
+        self._checked = max(length, size)
+        self._compare(size, gradients=False)
+        if self.packs:
+            self._compare(min(size, GRADIENT_TOKENS), gradients=True)
+
+    def _compare(self, length: int, gradients: bool) -> None:
         try:
-            difference = self._difference(self._checked, gradients=False)
-            difference = max(difference, self._difference(min(self._checked, GRADIENT_TOKENS), gradients=True))
+            difference = self._difference(length, gradients)
         except torch.OutOfMemoryError:
             raise
-        except (TypeError, ValueError, RuntimeError, AttributeError) as error:
+        except FAILURES as error:
             difference, reason = torch.inf, str(error).strip().splitlines()[0]
         else:
-            reason = f"relative difference {difference:.1e} at {self._checked} tokens"
-        coarse = next(iter(self.model.parameters())).dtype in (torch.bfloat16, torch.float16)
-        if difference > (0.1 if coarse else 1e-3):
-            self.packs = False
+            reason = f"relative difference {difference:.1e} at {length} tokens"
+        if difference > tolerance(self.model):
+            uninstall(self.config)
             name = type(base_of(self.model)).__name__
             log.info("%s cannot pack rows (%s); it runs padded rows, without sharing prompts", name, reason)
 
@@ -144,6 +158,12 @@ class Forward:
         direction = torch.randn(states.shape, generator=generator).to(states.device)
         gradients = torch.autograd.grad((states * direction).sum(), parameters, allow_unused=True)
         return [states.detach(), *(gradient.float() for gradient in gradients if gradient is not None)]
+
+
+def tolerance(model: Any) -> float:
+    """A relative difference that rounding explains."""
+    coarse = next(iter(model.parameters())).dtype in (torch.bfloat16, torch.float16)
+    return 0.1 if coarse else 1e-3
 
 
 @contextmanager

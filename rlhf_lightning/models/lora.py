@@ -90,8 +90,12 @@ def named_weights(model: Any) -> Iterator[tuple[str, Tensor]]:
         for name, module in base.named_modules()
         if hasattr(module, "get_delta_weight")
     }
-    for name, parameter in base.named_parameters():
-        if any(part in name for part in (".lora_A.", ".lora_B.", ".lora_embedding_", ".lora_magnitude_")):
+    seen: set[int] = set()
+    for name, parameter in base.named_parameters(remove_duplicate=False):
+        # A tied head comes once with the embeddings, and again only with an adapter of its own.
+        tied = id(parameter) in seen and name not in updates
+        seen.add(id(parameter))
+        if tied or any(part in name for part in (".lora_A.", ".lora_B.", ".lora_embedding_", ".lora_magnitude_")):
             continue
         value = parameter.detach()
         if name in updates:

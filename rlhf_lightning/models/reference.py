@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rlhf_lightning.models.loading import disable_dropout
 from rlhf_lightning.models.scoring import TokenScorer
 
 
@@ -39,6 +40,7 @@ class Reference(nn.Module):
         """A model that nobody trains, as the reference."""
         reference = cls.__new__(cls)
         nn.Module.__init__(reference)
+        disable_dropout(model)
         reference.mode, reference.copy = "copy", model.requires_grad_(False).eval()
         reference._policy, reference._scorer = [model], TokenScorer(model, max_tokens)
         return reference

@@ -12,7 +12,7 @@ from rlhf_lightning.data.rendering import Renderer
 from rlhf_lightning.data.tokenizers import load_tokenizer
 from rlhf_lightning.errors import ConfigError
 from rlhf_lightning.models.loading import check_vocabulary, disable_dropout, load_for_scoring
-from rlhf_lightning.models.scorers import Scorer, scorer_of
+from rlhf_lightning.models.scorers import ImplicitReward, Scorer, scorer_of
 
 Text = str | list[Message]
 
@@ -67,6 +67,8 @@ class RewardModel(nn.Module):
     def __init__(self, folder: str, dtype: str = "float32") -> None:
         super().__init__()
         self.scorer = scorer_of(folder)
+        if isinstance(self.scorer, ImplicitReward) and not self.scorer.reference:
+            raise ConfigError(f"{folder} scores against the model it started from, and stage.json does not name that")
         self.model = load_for_scoring(folder, self.scorer.task, dtype)
         self.tokenizer = load_tokenizer(folder)
         self.renderer = Renderer.suited(self.tokenizer)

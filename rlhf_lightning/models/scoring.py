@@ -45,6 +45,9 @@ class TokenScorer:
             input_ids: right-padded, `[B, T]`. mask: `[B, T]`; position 0 cannot be scored.
             temperature: of the softmax. details: entropy (nats), and whether the token is the likeliest.
         """
+        if input_ids.shape[1] == 1:
+            wide = self(nn.functional.pad(input_ids, (0, 1)), nn.functional.pad(mask, (0, 1)), temperature, details)
+            return TokenScores(*[None if part is None else part[:, :1] for part in wide])  # type: ignore[arg-type]
         kept = mask[:, 1:] != 0
         if nothing := not kept.any():
             # One token, times 0: all ranks must go through the model, and every weight must get a gradient.

@@ -87,7 +87,7 @@ class PolicyRLModule(RLHFModule):
         self.tokens = TokenScorer(self.model, self.max_tokens_per_batch)
         if self.kl is not None:
             self.reference = Reference(self.model, self.fresh_adapter, self.max_tokens_per_batch)
-        self.sampler.bind(self.model, self.renderer)
+        self.sampler.bind(self.model, self.renderer, self.max_tokens_per_batch)
         parts: list[Any] = list(self.rewards)
         for part in parts:
             part.bind(self.renderer)
@@ -109,8 +109,9 @@ class PolicyRLModule(RLHFModule):
         return self.tokens.forward
 
     def longest_row(self) -> int:
-        prompt = super().longest_row()
-        return prompt + self.sampler.max_tokens if prompt else 0
+        longest = super().longest_row()
+        recorded = getattr(getattr(self.trainer, "datamodule", None), "recorded", False)
+        return longest + self.sampler.max_tokens if longest and not recorded else longest
 
     # -- rollouts -------------------------------------------------------------------------------------------------
 

@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
@@ -147,7 +148,8 @@ class PreferenceModule(RLHFModule):
         facts = super().stage_facts()
         scorer = self.scorer.settings()
         if isinstance(self.scorer, ImplicitReward) and self.scorer.reference is None:
-            scorer["init_args"]["reference"] = facts["start"]
+            start = str(facts["start"] or "")
+            scorer["init_args"]["reference"] = str(Path(start).resolve()) if Path(start).is_dir() else start
         return {**facts, "scorer": scorer}
 
 

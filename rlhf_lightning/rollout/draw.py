@@ -101,7 +101,7 @@ def _inverse_cdf(weights: Tensor, uniforms: Tensor) -> Tensor:
     running = sums.cumsum(-1)
     share = uniforms.to(weights.dtype)[:, None] * running[:, -1:]
     block = _first_above(running, share)
-    rest = share - (running.gather(-1, block) - sums.gather(-1, block))
+    rest = (share - (running.gather(-1, block) - sums.gather(-1, block))).clamp(min=0)
     inner = blocks.gather(1, block[..., None].expand(-1, 1, BLOCK)).squeeze(1).cumsum(-1)
     return (block * BLOCK + _first_above(inner, rest)).squeeze(-1)
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from rlhf_lightning.models.attention import Decoding
-from rlhf_lightning.models.forward import Forward
+from rlhf_lightning.models.forward import FAILURES, Forward, tolerance
 from rlhf_lightning.models.lora import base_of
 from rlhf_lightning.models.packing import Layout, Tree, group_trees
 from rlhf_lightning.models.parts import Parts, evaluating, few_rows
@@ -40,15 +40,21 @@ class LocalEngine:
     Args:
         model: a causal model, or peft around one. decode: from token ids to text, for stop strings.
         rows: decoded side by side. cuda_graphs: replay steps on a GPU, see `graphs`.
+        max_tokens: of prompts computed at once, see `Forward`.
     """
 
     def __init__(
-        self, model: Any, decode: Callable[[list[int]], str], rows: int = 256, cuda_graphs: bool = False
+        self,
+        model: Any,
+        decode: Callable[[list[int]], str],
+        rows: int = 256,
+        cuda_graphs: bool = False,
+        max_tokens: int | None = None,
     ) -> None:
         self.cuda_graphs = cuda_graphs
         self.model, self.decode, self.rows = model, decode, rows
         self.parts = Parts(model)
-        self.forward = Forward(model, self.parts.decoder)
+        self.forward = Forward(model, self.parts.decoder, max_tokens)
         self.layers = base_of(model).config.get_text_config().num_hidden_layers
         self._plain: bool | None = None
 
@@ -62,7 +68,9 @@ class LocalEngine:
         with evaluating(self.model), torch.inference_mode(), torch.compiler.set_stance("force_eager"):
             if self._plain is None:
                 self._plain = self._check()
-            if not self._plain:
+            # Windows and positions that depend on the length show at that length only.
+            self.forward.check(max(len(prompt) for prompt in prompts) + params.max_tokens)
+            if not (self._plain and self.forward.packs):
                 from rlhf_lightning.rollout.fallback import generate
 
                 return generate(self.model, prompts, params, seeds, self.decode)
@@ -105,13 +113,12 @@ class LocalEngine:
         if self.parts.apart:
             self.forward.check(16)
         if self.parts.apart and self.forward.packs:
-            coarse = next(self.model.parameters()).dtype in (torch.bfloat16, torch.float16)
             try:
                 difference = self._difference()
-            except (TypeError, ValueError, RuntimeError, AttributeError, IndexError) as error:
+            except FAILURES as error:
                 reason = str(error).strip().splitlines()[0]
             else:
-                if difference < (0.1 if coarse else 1e-3):
+                if difference < tolerance(self.model):
                     return True
                 reason = f"its logits differ by {difference:.1e}"
         name = type(base_of(self.model)).__name__
@@ -152,7 +159,7 @@ class _Batch:
         self.uniforms = torch.stack(
             [torch.rand(params.max_tokens, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
         ).to(self.device)
-        # Taken from the end: equal prompts side by side, the longest first, so that buffers are grown once.
+        # Taken from the end: equal prompts side by side, the longest first, so that buffers seldom grow.
         self.waiting = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), self.prompts[i], -i))
         self.limit = max(len(prompt) for prompt in prompts) + params.max_tokens
         self.rows: list[int | None] = [None] * min(engine.rows, len(prompts))
@@ -178,6 +185,7 @@ class _Batch:
         taken = [self.waiting.pop() for _ in range(min(len(free), len(self.waiting)))]
         distinct = list(dict.fromkeys(self.prompts[row] for row in taken))
         trees = [Tree((i,), len(prompt), (0,)) for i, prompt in enumerate(distinct)]
+        self.slots.reserve(max(len(prompt) for prompt in distinct) + 1, self.limit)
         for group in group_trees(trees, self.engine.forward.budget(self.device)):
             prompts = {distinct[tree.rows[0]]: i for i, tree in enumerate(group)}
             rows = [row for row in taken if self.prompts[row] in prompts]
@@ -187,7 +195,6 @@ class _Batch:
         cache, starts, logits = self.engine.prefill(list(prompts), self.device)
         which = [prompts[self.prompts[row]] for row in rows]
         lengths = [len(self.prompts[row]) for row in rows]
-        self.slots.reserve(max(lengths) + 1, self.limit)
         columns = torch.cat([torch.arange(length) for length in lengths]).to(self.device)
         repeats = torch.tensor(lengths, device=self.device)
         slot, source = torch.tensor(slots, device=self.device), torch.tensor(which, device=self.device)

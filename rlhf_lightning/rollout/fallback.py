@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import GenerationConfig
 
 from rlhf_lightning.rollout.draw import SamplingParams, draw
 from rlhf_lightning.rollout.engine import Sample, ends
@@ -23,6 +24,23 @@ def generate(
     Prompts of one length go together: recurrent layers have no way to leave out padding.
     """
     samples = [Sample() for _ in prompts]
+    # What the model came with (a repetition penalty, a least length) would change the distribution drawn from.
+    own, model.generation_config = model.generation_config, GenerationConfig()
+    try:
+        _generate(model, prompts, params, seeds, decode, samples)
+    finally:
+        model.generation_config = own
+    return samples
+
+
+def _generate(
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    params: SamplingParams,
+    seeds: Sequence[int],
+    decode: Callable[[list[int]], str],
+    samples: list[Sample],
+) -> None:
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     for _, members in groupby(order, key=lambda i: len(prompts[i])):
         rows = list(members)
@@ -39,7 +57,6 @@ def generate(
             eos_token_id=None,
             pad_token_id=0,
         )
-    return samples
 
 
 class _Chooser:

@@ -75,8 +75,8 @@ class Sampler:
         """Of the softmax."""
         return self.params.temperature
 
-    def bind(self, model: Any, renderer: Renderer) -> None:
-        """Take the model, and the renderer that knows what ends a turn."""
+    def bind(self, model: Any, renderer: Renderer, max_tokens: int | None = None) -> None:
+        """Take the model, and the renderer that knows what ends a turn; `max_tokens` of prompts computed at once."""
         self.model = model
         self.params = replace(
             self.params,
@@ -84,7 +84,7 @@ class Sampler:
             stop_strings=tuple(renderer.stop_strings),
         )
         if self._local:
-            self.engine = LocalEngine(model, renderer.tokenizer.decode, self.batch_rows, self.cuda_graphs)
+            self.engine = LocalEngine(model, renderer.tokenizer.decode, self.batch_rows, self.cuda_graphs, max_tokens)
         self.context = getattr(base_of(model).config.get_text_config(), "max_position_embeddings", None)
 
     def warn_of_bias(self) -> None:
