@@ -10,8 +10,8 @@ from rlhf_lightning.data.batching import pad_tokens
 from rlhf_lightning.data.rendering import Renderer
 from rlhf_lightning.errors import ConfigError
 from rlhf_lightning.models.scoring import TokenScorer
-from rlhf_lightning.rollout.draw import SamplingParams, draw
-from rlhf_lightning.rollout.engine import LocalEngine, ends
+from rlhf_lightning.rollout.draw import SamplingParams, draw, ends
+from rlhf_lightning.rollout.engine import LocalEngine
 from rlhf_lightning.rollout.sampler import Sampler
 from tests.conftest import build_model
 

@@ -1,6 +1,7 @@
 """Drawing a token: one uniform number for each row, so that a row's draw is its own affair."""
 
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -49,6 +50,29 @@ class SamplingParams:
         """The settings that leave tokens out of the draw."""
         given = (self.top_p < 1, self.top_k > 0, self.min_p > 0, self.min_tokens > 0)
         return [name for name, set_ in zip(("top_p", "top_k", "min_p", "min_tokens"), given, strict=True) if set_]
+
+
+@dataclass
+class Sample:
+    """A response: its token ids (stop token included), the log-probability of each when drawn, and why it ended."""
+
+    ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    stop_reason: str = "length"
+    """`stop` (a stop token or text) or `length` (the budget)."""
+
+
+def ends(ids: list[int], params: SamplingParams, decode: Callable[[list[int]], str]) -> bool:
+    """Whether a response is over."""
+    if ids[-1] in params.stop_token_ids:
+        return True
+    # A stop text is a few tokens long; the tail is enough to see it end.
+    return bool(params.stop_strings) and any(stop in decode(ids[-32:]) for stop in params.stop_strings)
+
+
+def uniforms(seeds: Sequence[int], tokens: int) -> Tensor:
+    """`[rows, tokens]` in [0, 1): those of a row come from its own seed."""
+    return torch.stack([torch.rand(tokens, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
 
 
 def draw(

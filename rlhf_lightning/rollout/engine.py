@@ -2,7 +2,6 @@
 
 import logging
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -14,21 +13,12 @@ from rlhf_lightning.models.forward import FAILURES, Forward, tolerance
 from rlhf_lightning.models.lora import base_of
 from rlhf_lightning.models.packing import Layout, Tree, group_trees
 from rlhf_lightning.models.parts import Parts, evaluating, few_rows
-from rlhf_lightning.rollout.draw import SamplingParams, draw
+from rlhf_lightning.rollout.draw import Sample, SamplingParams, draw, ends, uniforms
+from rlhf_lightning.rollout.fallback import generate
 from rlhf_lightning.rollout.graphs import GraphedStep
 from rlhf_lightning.rollout.slots import Captured, Slots
 
 log = logging.getLogger(__name__)
-
-
-@dataclass
-class Sample:
-    """A response: its token ids (stop token included), the log-probability of each when drawn, and why it ended."""
-
-    ids: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
-    stop_reason: str = "length"
-    """`stop` (a stop token or text) or `length` (the budget)."""
 
 
 class LocalEngine:
@@ -71,8 +61,6 @@ class LocalEngine:
             # Windows and positions that depend on the length show at that length only.
             self.forward.check(max(len(prompt) for prompt in prompts) + params.max_tokens)
             if not (self._plain and self.forward.packs):
-                from rlhf_lightning.rollout.fallback import generate
-
                 return generate(self.model, prompts, params, seeds, self.decode)
             with few_rows(self.model):
                 return _Batch(self, prompts, params, seeds).run()
@@ -156,9 +144,7 @@ class _Batch:
         self.prompts = [tuple(prompt) for prompt in prompts]
         self.samples = [Sample() for _ in prompts]
         self.device = next(engine.model.parameters()).device
-        self.uniforms = torch.stack(
-            [torch.rand(params.max_tokens, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
-        ).to(self.device)
+        self.uniforms = uniforms(seeds, params.max_tokens).to(self.device)
         # Taken from the end: equal prompts side by side, the longest first, so that buffers seldom grow.
         self.waiting = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), self.prompts[i], -i))
         self.limit = max(len(prompt) for prompt in prompts) + params.max_tokens
@@ -240,11 +226,3 @@ class _Batch:
         self.rows = [row for row in self.rows if row is not None]
         self.tokens = self.tokens[kept]
         self.slots.select(kept)
-
-
-def ends(ids: list[int], params: SamplingParams, decode: Callable[[list[int]], str]) -> bool:
-    """Whether a response is over."""
-    if ids[-1] in params.stop_token_ids:
-        return True
-    # A stop text is a few tokens long; the tail is enough to see it end.
-    return bool(params.stop_strings) and any(stop in decode(ids[-32:]) for stop in params.stop_strings)

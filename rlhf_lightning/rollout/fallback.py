@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig
 
-from rlhf_lightning.rollout.draw import SamplingParams, draw
-from rlhf_lightning.rollout.engine import Sample, ends
+from rlhf_lightning.rollout.draw import Sample, SamplingParams, draw, ends, uniforms
 
 
 def generate(
@@ -66,9 +65,7 @@ class _Chooser:
         self, samples: list[Sample], params: SamplingParams, seeds: list[int], decode: Callable[[list[int]], str]
     ) -> None:
         self.samples, self.params, self.decode = samples, params, decode
-        self.uniforms = torch.stack(
-            [torch.rand(params.max_tokens, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
-        )
+        self.uniforms = uniforms(seeds, params.max_tokens)
         self.open = [True] * len(samples)
         self.step = 0
 

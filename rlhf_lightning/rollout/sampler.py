@@ -9,8 +9,8 @@ from torch import Tensor
 
 from rlhf_lightning.data.rendering import Renderer
 from rlhf_lightning.models.lora import base_of, named_weights
-from rlhf_lightning.rollout.draw import SamplingParams
-from rlhf_lightning.rollout.engine import LocalEngine, Sample
+from rlhf_lightning.rollout.draw import Sample, SamplingParams
+from rlhf_lightning.rollout.engine import LocalEngine
 
 log = logging.getLogger(__name__)
 

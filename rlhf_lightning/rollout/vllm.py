@@ -13,8 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from rlhf_lightning.errors import ConfigError
-from rlhf_lightning.rollout.draw import SamplingParams
-from rlhf_lightning.rollout.engine import Sample
+from rlhf_lightning.rollout.draw import Sample, SamplingParams
 
 
 class VLLMEngine:
