@@ -203,7 +203,6 @@ def pipeline_of(base: str, tmp_path: Path, **preference: Any) -> dict[str, Any]:
             "config": str(tmp_path / "policy.yaml"),
             "start": "sft",
             "reward": "preference",
-            "dpo": "preference",
             "overrides": {"model.kl": {"coefficient": 0.1}},
         },
     ]
