@@ -31,6 +31,7 @@ from benchmarks.steps.workload import Workload  # noqa: E402
 TASKS = ["sft", "reward", "dpo", "rl", "generate"]
 SIZES: dict[str, dict[str, int]] = {
     "5m": {},
+    "600m": {"vocab": 151_936, "hidden": 1024, "intermediate": 3072, "layers": 28, "heads": 16, "kv_heads": 8},
     "17m": {"vocab": 16384, "hidden": 384, "intermediate": 1152, "layers": 6, "heads": 6, "kv_heads": 3},
 }
 MEMORY = {"vocab": 151_669, "batch": 1, "prompt_tokens": 100, "response_tokens": 1900, "data": ""}

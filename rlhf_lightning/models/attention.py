@@ -148,7 +148,7 @@ def packed_attention(
     Returns:
         `[1, n, heads, size]`.
     """
-    if query.is_cuda and not dropout:
+    if query.is_cuda and not dropout and query.dtype != torch.float64:
         return _flex(query, key, value, layout, scaling, sliding_window, softcap).transpose(1, 2).contiguous()
     if key.shape[1] != query.shape[1]:
         repeats = query.shape[1] // key.shape[1]

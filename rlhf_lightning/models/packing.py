@@ -21,6 +21,11 @@ class Tree:
         return self.prefix + sum(self.branches)
 
 
+def prefix_lengths(mask: Tensor) -> Tensor:
+    """`[N]`, the tokens before the first that is not masked out: what rows may share. `mask` is `[N, T]`."""
+    return mask.ne(0).int().argmax(1)
+
+
 def make_trees(input_ids: Tensor, prefixes: Sequence[int], ends: Sequence[int], share: bool = True) -> list[Tree]:
     """Trees of the rows of `input_ids` `[N, T]`, in the order of their first row.
 

@@ -12,6 +12,7 @@ from rlhf_lightning.errors import ConfigError
 from rlhf_lightning.models.forward import Forward
 from rlhf_lightning.models.loading import load_for_scoring, read_stage
 from rlhf_lightning.models.lora import base_of
+from rlhf_lightning.models.packing import prefix_lengths
 from rlhf_lightning.models.reference import Reference
 from rlhf_lightning.models.scoring import TokenScorer
 
@@ -133,7 +134,7 @@ class RewardHead(Scorer):
         ids, mask = batch["input_ids"], batch["mask"]
         places = torch.arange(ids.shape[1], device=ids.device)
         last_token = places == batch["lengths"][:, None] - 1
-        hidden = self.forward(ids, last_token, mask.ne(0).int().argmax(1))
+        hidden = self.forward(ids, last_token, prefix_lengths(mask))
         last = hidden.states[hidden.rows.argsort()]
         with torch.autocast(last.device.type, enabled=False):
             parameter = next(self.head.parameters())

@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from rlhf_lightning.models.forward import Forward
 from rlhf_lightning.models.logits import TokenLogprobs
+from rlhf_lightning.models.packing import prefix_lengths
 from rlhf_lightning.models.parts import Parts
 
 LOGIT_BYTES = 256 * 2**20
@@ -53,7 +54,7 @@ class TokenScorer:
             # One token, times 0: all ranks must go through the model, and every weight must get a gradient.
             kept[0, 0] = True
         if self.parts.apart:
-            hidden = self.forward(input_ids, nn.functional.pad(kept, (0, 1)), mask.ne(0).int().argmax(1))
+            hidden = self.forward(input_ids, nn.functional.pad(kept, (0, 1)), prefix_lengths(mask))
             rows, columns = hidden.rows, hidden.columns + 1
             parts = self._from_hidden(hidden.states, input_ids[rows, columns], temperature, details)
         else:

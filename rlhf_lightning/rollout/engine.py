@@ -56,10 +56,10 @@ class LocalEngine:
         if not prompts:
             return []
         with evaluating(self.model), torch.inference_mode(), torch.compiler.set_stance("force_eager"):
-            if self._plain is None:
-                self._plain = self._check()
             # Windows and positions that depend on the length show at that length only.
             self.forward.check(max(len(prompt) for prompt in prompts) + params.max_tokens)
+            if self._plain is None:
+                self._plain = self._check()
             if not (self._plain and self.forward.packs):
                 return generate(self.model, prompts, params, seeds, self.decode)
             with few_rows(self.model):
@@ -98,8 +98,6 @@ class LocalEngine:
 
     def _check(self) -> bool:
         reason = "its forward cannot be packed"
-        if self.parts.apart:
-            self.forward.check(16)
         if self.parts.apart and self.forward.packs:
             try:
                 difference = self._difference()

@@ -1,6 +1,7 @@
 """Sampling by a model's own `generate`, for models whose cache the built-in engine cannot hold."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import groupby
 from typing import Any
 
@@ -23,39 +24,34 @@ def generate(
     Prompts of one length go together: recurrent layers have no way to leave out padding.
     """
     samples = [Sample() for _ in prompts]
-    # What the model came with (a repetition penalty, a least length) would change the distribution drawn from.
-    own, model.generation_config = model.generation_config, GenerationConfig()
-    try:
-        _generate(model, prompts, params, seeds, decode, samples)
-    finally:
-        model.generation_config = own
-    return samples
-
-
-def _generate(
-    model: Any,
-    prompts: Sequence[Sequence[int]],
-    params: SamplingParams,
-    seeds: Sequence[int],
-    decode: Callable[[list[int]], str],
-    samples: list[Sample],
-) -> None:
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     for _, members in groupby(order, key=lambda i: len(prompts[i])):
         rows = list(members)
         chooser = _Chooser([samples[row] for row in rows], params, [seeds[row] for row in rows], decode)
         ids = torch.tensor([prompts[row] for row in rows], device=next(model.parameters()).device)
-        model.generate(
-            input_ids=ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=params.max_tokens,
-            do_sample=False,
-            num_beams=1,
-            logits_processor=[chooser],
-            stopping_criteria=[chooser.finished],
-            eos_token_id=None,
-            pad_token_id=0,
-        )
+        with _plain_settings(model):
+            model.generate(
+                input_ids=ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=params.max_tokens,
+                do_sample=False,
+                num_beams=1,
+                logits_processor=[chooser],
+                stopping_criteria=[chooser.finished],
+                eos_token_id=None,
+                pad_token_id=0,
+            )
+    return samples
+
+
+@contextmanager
+def _plain_settings(model: Any) -> Iterator[None]:
+    """Without what the model came with: a repetition penalty, a least length would change what is drawn from."""
+    own, model.generation_config = model.generation_config, GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = own
 
 
 class _Chooser:
