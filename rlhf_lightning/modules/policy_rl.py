@@ -24,6 +24,7 @@ from rlhf_lightning.rollout.environments import environment_factory
 from rlhf_lightning.rollout.episodes import Episode, Segment
 from rlhf_lightning.rollout.kl import KLPenalty
 from rlhf_lightning.rollout.loader import RolloutLoader
+from rlhf_lightning.rollout.ranks import gather
 from rlhf_lightning.rollout.recorded import Recorded, read_recorded
 from rlhf_lightning.rollout.rewards import ModelReward, Reward
 from rlhf_lightning.rollout.sampler import Sampler
@@ -135,7 +136,7 @@ class PolicyRLModule(RLHFModule):
             data.seed,
             layout_of(self.trainer, training=True),
             reduce=self._sum_over_ranks,
-            gather=_gather,
+            gather=gather,
         )
         return self.rollouts
 
@@ -263,13 +264,3 @@ def _by_group(examples: list[Recorded]) -> list[list[Recorded]]:
         key = example.group if example.advantage is None else f"alone {i}"
         groups.setdefault(key, []).append(example)
     return list(groups.values())
-
-
-def _gather(value: Any) -> list[Any]:
-    """The value of every rank, on every rank."""
-    distributed = torch.distributed
-    if not (distributed.is_available() and distributed.is_initialized()):
-        return [value]
-    values: list[Any] = [None] * distributed.get_world_size()
-    distributed.all_gather_object(values, value)
-    return values
