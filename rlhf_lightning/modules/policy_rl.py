@@ -19,7 +19,7 @@ from rlhf_lightning.modules.base import RLHFModule
 from rlhf_lightning.objectives.aggregate import aggregate
 from rlhf_lightning.objectives.policy import ImportanceSampling, PolicyObjective
 from rlhf_lightning.rollout.advantages import Advantage, GroupCentered
-from rlhf_lightning.rollout.collect import Collector, Sums, answers
+from rlhf_lightning.rollout.collect import Collector, answers
 from rlhf_lightning.rollout.environments import environment_factory
 from rlhf_lightning.rollout.episodes import Episode, Segment
 from rlhf_lightning.rollout.kl import KLPenalty
@@ -28,6 +28,7 @@ from rlhf_lightning.rollout.ranks import gather
 from rlhf_lightning.rollout.recorded import Recorded, read_recorded
 from rlhf_lightning.rollout.rewards import ModelReward, Reward
 from rlhf_lightning.rollout.sampler import Sampler
+from rlhf_lightning.rollout.statistics import Sums
 
 COUNTS = {"token_sum": None, "token_mean": "tokens", "sequence_mean": "sequences", "constant": "sequences"}
 VALIDATION = 1_000_003  # keeps the draws of validation apart from those of rounds

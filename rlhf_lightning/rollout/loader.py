@@ -9,8 +9,8 @@ from torch import Tensor
 
 from rlhf_lightning.data.batching import Layout, mix_seeds, pad_right, pad_tokens, split_evenly, total_counts
 from rlhf_lightning.errors import ConfigError
-from rlhf_lightning.rollout.collect import Sums, means
 from rlhf_lightning.rollout.episodes import Segment
+from rlhf_lightning.rollout.statistics import Sums, means
 
 Collect = Callable[[list[Any], int], tuple[list[Segment], Sums]]
 
