@@ -4,8 +4,6 @@
 penalties of single tokens. `credit.assign` calls both and writes the result into the rows.
 """
 
-from abc import ABC
-
 import torch
 from torch import Tensor
 
@@ -13,7 +11,7 @@ from rlhf_lightning.errors import ConfigError
 from rlhf_lightning.objectives.advantage import discounted_future_sum, gae, group_centered, leave_one_out
 
 
-class Advantage(ABC):
+class Advantage:
     """From rewards to the advantage of every token that was drawn."""
 
     needs_group = False
