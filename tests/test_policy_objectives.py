@@ -16,7 +16,7 @@ from rlhf_lightning.rollout.credit import assign, critic_quality
 from rlhf_lightning.rollout.episodes import Episode, Segment
 from rlhf_lightning.rollout.kl import KLPenalty
 
-from .test_objectives import LOGP, MASK, OLD, RATIOS, close, t
+from .test_objectives import LOGP, MASK, OLD, close, t
 
 OBJECTIVES: dict[str, Any] = {
     "reinforce": policy.Reinforce(),
