@@ -10,6 +10,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities import rank_zero_only
 
+from rlhf_lightning.callbacks.collapse import StopOnCollapse
 from rlhf_lightning.data.templates import TEMPLATE_DATE
 from rlhf_lightning.errors import ConfigError, UserError
 from rlhf_lightning.files import hash_folder, write_json
@@ -76,6 +77,8 @@ class ExportModel(pl.Callback):
             "versions": versions(),
             "model_hash": hash_folder(folder),
         }
+        if stopped := [callback.stopped for callback in _stoppers(trainer) if callback.stopped]:
+            facts["stopped"] = stopped[0]
         write_json(folder / "stage.json", facts)
         write_json(root / "stage.json", facts)
         log.info("model folder: %s", folder)
@@ -87,6 +90,10 @@ def versions() -> dict[str, str]:
 
     names = ("rlhf-lightning", "torch", "lightning", "transformers", "peft", "torchmetrics")
     return {"python": platform.python_version(), **{name: version(name) for name in names}}
+
+
+def _stoppers(trainer: pl.Trainer) -> list[StopOnCollapse]:
+    return [callback for callback in trainer.callbacks if isinstance(callback, StopOnCollapse)]  # type: ignore[attr-defined]
 
 
 def _seed() -> int | None:
