@@ -10,6 +10,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities import rank_zero_only
 
+from rlhf_lightning.callbacks.best import BestUnderKL
 from rlhf_lightning.callbacks.collapse import StopOnCollapse
 from rlhf_lightning.data.templates import TEMPLATE_DATE
 from rlhf_lightning.errors import ConfigError, UserError
@@ -54,7 +55,11 @@ class ExportModel(pl.Callback):
         saver: Any = next(saver for saver in trainer.checkpoint_callbacks if getattr(saver, "monitor", None))
         path = saver.best_model_path
         if not path:
-            raise UserError(f"--export best: no checkpoint was saved by {saver.monitor}; validate at least once")
+            limit = f" with {saver.kl} at most {saver.kl_limit:g}" if isinstance(saver, BestUnderKL) else ""
+            raise UserError(
+                f"--export best: no checkpoint was saved by {saver.monitor}{limit}; validate at least once{limit}. "
+                "The run is there: the same command with --export last exports its last weights."
+            )
         state = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
         pl_module.load_state_dict(state, strict=False)
         log.info("exporting the best checkpoint, %s", path)

@@ -8,11 +8,14 @@ WIDTH = 100
 
 
 def choose(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """The best, the median and the worst row by reward, as many of them as there are; the first of equal ones."""
+    """The best, the median and the worst row by reward, as many of them as there are."""
     ordered = sorted(rows, key=lambda row: -row["reward"])
-    places = {"best": 0, "median": len(ordered) // 2, "worst": len(ordered) - 1}
-    taken = {place: name for name, place in reversed(places.items())}
-    return {name: ordered[place] for place, name in sorted(taken.items())}
+    chosen = {"best": ordered[0]}
+    if len(ordered) > 2:
+        chosen["median"] = ordered[len(ordered) // 2]
+    if len(ordered) > 1:
+        chosen["worst"] = ordered[-1]
+    return chosen
 
 
 def plain(title: str, rows: dict[str, dict[str, Any]]) -> str:

@@ -159,7 +159,9 @@ class StageCLI(LightningCLI):
         if config.ckpt_path or config.trainer.fast_dev_run or not (done or last.exists()):
             return
         different = self._different(config)
-        if changed := [key for key in different if key not in MAY_CHANGE]:
+        # What is exported may be decided anew until it is.
+        free = MAY_CHANGE if done else (*MAY_CHANGE, "export")
+        if changed := [key for key in different if key not in free]:
             state = "finished" if done else "interrupted"
             raise ConfigError(
                 f"{self.root} holds an {state} run with other settings ({', '.join(changed[:5])}). "
