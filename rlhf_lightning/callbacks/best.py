@@ -47,9 +47,8 @@ class BestUnderKL(ModelCheckpoint):
 
     def setup(self, trainer: pl.Trainer, pl_module: Any, stage: str) -> None:
         if stage == "fit" and getattr(pl_module, "kl", None) is None:
-            raise ConfigError(
-                "BestUnderKL limits a KL that nothing measures: set model.kl (coefficient 0 only measures)"
-            )
+            raise ConfigError("BestUnderKL needs model.kl, which measures what it limits (coefficient 0 only measures)")
+        self.dirpath = self.dirpath or str(Path(trainer.default_root_dir) / "checkpoints")
         super().setup(trainer, pl_module, stage)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
