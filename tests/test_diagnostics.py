@@ -52,6 +52,7 @@ from rlhf_lightning.rollout.rewards import FunctionReward
 from rlhf_lightning.rollout.sampler import Sampler
 from rlhf_lightning.rollout.statistics import means, repeated_ngrams, statistics
 from tests.conftest import trainer
+from tests.test_cli import rlhf, stage_config, write_yaml
 from tests.test_modules import data, make, vowels
 
 # -- statistics of a round --------------------------------------------------------------------------------------------
@@ -258,6 +259,7 @@ class Rounds:
 
     def __init__(self, folder: Path) -> None:
         self.default_root_dir, self.is_global_zero, self.global_step = str(folder), True, 0
+        self.fast_dev_run = False
 
     def play(self, callback: Diagnostics, values: dict[str, list[float]], first: int = 0) -> list[tuple[int, str]]:
         module: Any = type("Module", (), {"drew_itself": True})()
@@ -446,6 +448,8 @@ def test_a_new_run_begins_the_files_anew(base: str, tmp_path: Path) -> None:
     for _ in range(2):
         fit(base, tmp_path, [SamplesLog()], max_epochs=1)
         assert len((tmp_path / "samples.jsonl").read_text().splitlines()) == 24
+    fit(base, tmp_path, [SamplesLog()], fast_dev_run=True)  # a trial leaves what is there
+    assert len((tmp_path / "samples.jsonl").read_text().splitlines()) == 24
 
 
 def test_two_ranks_say_what_one_says(base: str, tmp_path: Path) -> None:
@@ -730,6 +734,7 @@ def test_the_table_in_a_terminal() -> None:
     assert "\x1b[2J" not in text
     shown = re.sub(r"\x1b\[[0-9;]*m", "", text)
     assert all(len(line) <= 90 for line in shown.splitlines())
+    assert table.rich("round 2", table.choose(ROWS), width=60) == table.plain("round 2", table.choose(ROWS))
     assert all(word in shown for word in ("round 2", "best", "median", "worst", "Question 2?", "no [b]way", "1.25"))
 
 
@@ -751,3 +756,53 @@ def test_a_table_every_so_many_rounds(base: str, tmp_path: Path, capsys: Any) ->
     assert len((tmp_path / "samples.jsonl").read_text().splitlines()) == 8
     with pytest.raises(ConfigError, match=r"SamplesLog\.every is 0"):
         SamplesLog(every=0)
+
+
+# -- the command ------------------------------------------------------------------------------------------------------
+
+
+def named(module: str, name: str, **arguments: Any) -> dict[str, Any]:
+    return {"class_path": f"rlhf_lightning.callbacks.{module}.{name}", "init_args": arguments}
+
+
+def policy_config(base: str, tmp_path: Path, **options: Any) -> list[str]:
+    settings = stage_config("policy", base, tmp_path)
+    rule = {"class_path": "rlhf_lightning.rollout.rewards.KeywordReward"}
+    words: dict[str, Any] = {"keywords": ["a", "e"], "min_words": 1}
+    rewards = [{**rule, "init_args": words}, {**rule, "init_args": {**words, "weight": 0.0, "name": "gold"}}]
+    settings["model"] |= {"rewards": rewards, "kl": {"coefficient": 0.0}}
+    settings["trainer"] |= options
+    config = write_yaml(tmp_path / "c.yaml", settings)
+    return ["policy", "fit", "-c", config, "--trainer.default_root_dir", str(tmp_path / "run")]
+
+
+def test_callbacks_named_in_yaml_take_the_place_of_the_defaults(base: str, tmp_path: Path) -> None:
+    checks = [named("checks", "Truncation", limit=0.01, rounds=1)]
+    callbacks = [
+        named("samples", "SamplesLog", every=2, table_every=0),
+        named("diagnostics", "Diagnostics", checks=checks, off=["no_signal"]),
+        named("collapse", "StopOnCollapse", reward_lost=None, entropy_fraction=1.5, kl_limit=None, patience=1),
+    ]
+    args = policy_config(base, tmp_path, callbacks=callbacks, max_epochs=9)
+    for out in (rlhf(*args), rlhf(*args, "--fresh")):
+        assert "truncation (truncated 1, limit 0.01)" in out
+        assert "episodes" not in out  # no table
+        assert "step 5: training stops, entropy_collapse" in out
+    run = tmp_path / "run"
+    rows = [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()]
+    assert [row["round"] for row in rows] == [0] * 8 + [2] * 8 + [4] * 8
+    assert len((run / "warnings.jsonl").read_text().splitlines()) == 1
+    header = (run / "metrics.csv").read_text().splitlines()[0].split(",")
+    assert {"train/reward_gold", "train/repeated_ngrams", "train/kl", "stopped_on_collapse"} <= set(header)
+    assert json.loads((run / "stage.json").read_text())["stopped"]["step"] == 5
+
+
+def test_without_a_best_checkpoint_the_last_weights_can_be_had(base: str, tmp_path: Path) -> None:
+    args = policy_config(base, tmp_path, callbacks=[named("best", "BestUnderKL")])
+    out = rlhf(*args, "--export", "best", code=2)
+    assert "no checkpoint was saved by val/reward_sampled with val/kl at most 20" in out
+    assert re.search(r"^round 0 \(step 0\): 8 episodes$", out, flags=re.MULTILINE)  # the default table
+    assert not (tmp_path / "run" / "stage.json").exists()
+    rlhf(*args, "--export", "last")
+    assert json.loads((tmp_path / "run" / "stage.json").read_text())["steps"] == 3
+    assert "other settings (export)" in rlhf(*args, "--export", "best", code=2)

@@ -35,7 +35,7 @@ class JsonLines:
     def start(self, trainer: pl.Trainer) -> None:
         """Cut the file to what the checkpoint knew of; begin it anew where there is none."""
         self._path = Path(trainer.default_root_dir) / self.name
-        if trainer.is_global_zero and self._path.exists():
+        if self._writes(trainer) and self._path.exists():
             if self._resumed:
                 os.truncate(self._path, min(self.written, self._path.stat().st_size))
             elif not trainer.global_step:
@@ -43,11 +43,15 @@ class JsonLines:
         self._resumed = False
 
     def append(self, trainer: pl.Trainer, rows: Iterable[Mapping[str, Any]]) -> None:
-        """Append rows in one write; nothing on other ranks than the first."""
-        if not trainer.is_global_zero:
+        """Append rows in one write; nothing on other ranks than the first, nor in a trial run."""
+        if not self._writes(trainer):
             return
         self._path.parent.mkdir(parents=True, exist_ok=True)
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         with open(self._path, "ab", buffering=0) as stream:
             stream.write(text.encode())
             self.written = stream.tell()
+
+    @staticmethod
+    def _writes(trainer: pl.Trainer) -> bool:
+        return trainer.is_global_zero and not trainer.fast_dev_run  # type: ignore[attr-defined]

@@ -4,7 +4,7 @@ import io
 from collections.abc import Sequence
 from typing import Any
 
-WIDTH = 100
+WIDTH, NARROW = 100, 80
 
 
 def choose(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
@@ -29,20 +29,22 @@ def plain(title: str, rows: dict[str, dict[str, Any]]) -> str:
 
 
 def rich(title: str, rows: dict[str, dict[str, Any]], width: int | None = None) -> str:
-    """A table of the width of the terminal."""
+    """A table of the width of the terminal; plain lines where that is too narrow for columns."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
     width = width or Console().width
-    table = Table(title=title, title_justify="left", expand=True)
+    if width < NARROW:
+        return plain(title, rows)
+    table = Table(title=title, title_justify="left", title_style="bold", expand=True)
     for column in ("", "prompt", "response"):
         table.add_column(column, ratio={"prompt": 2, "response": 3}.get(column), overflow="fold")
     for column in ("reward", "adv.", "KL"):
         table.add_column(column, justify="right", no_wrap=True)
     table.add_column("stop", no_wrap=True)
     for name, row in rows.items():
-        texts = [Text(shorten(text, 3 * width)) for text in (asked(row), row["response"])]
+        texts = [Text(shorten(text, 2 * width)) for text in (asked(row), row["response"])]
         table.add_row(name, *texts, *(_number(row[key]) for key in ("reward", "advantage", "kl")), row["stop_reason"])
     out = io.StringIO()
     Console(file=out, width=width, force_terminal=True).print(table)

@@ -138,7 +138,7 @@ class LengthHacking(_SinceStart):
     meaning = "Longer responses are rewarded more, and responses have grown: length may be all that is learned."
     remedy = (
         "Usual remedy: read samples.jsonl; a length term in the reward, pairs of equal length for the reward model, or "
-        "an aggregation that does not favour long responses (constant, token_mean)."
+        "an aggregation without length bias (constant)."
     )
 
     def __init__(self, correlation: float = 0.5, growth: float = 1.5, rounds: int = 5) -> None:
