@@ -46,12 +46,14 @@ from rlhf_lightning.callbacks.trends import (
     UselessCritic,
 )
 from rlhf_lightning.errors import ConfigError, UserError
+from rlhf_lightning.models.critic import Critic
+from rlhf_lightning.rollout.advantages import GAE
 from rlhf_lightning.rollout.episodes import Episode, Segment
 from rlhf_lightning.rollout.kl import KLPenalty
 from rlhf_lightning.rollout.rewards import FunctionReward
 from rlhf_lightning.rollout.sampler import Sampler
 from rlhf_lightning.rollout.statistics import means, repeated_ngrams, statistics
-from tests.conftest import trainer
+from tests.conftest import build_model, trainer
 from tests.test_cli import rlhf, stage_config, write_yaml
 from tests.test_modules import data, make, vowels
 
@@ -518,6 +520,31 @@ def test_a_round_is_the_mean_of_its_tokens(base: str, tmp_path: Path) -> None:
         assert seen["log_ratio_max"] == max(r for _, _, r in rows) > 0
 
 
+def test_a_critics_advantages_and_explained_variance_are_there(base: str, tmp_path: Path) -> None:
+    watch = Watch()
+    module = make("policy", base, critic=Critic(), advantage=GAE(), kl=KLPenalty(0.1, place="reward"))
+    trainer(tmp_path, callbacks=[watch, SamplesLog()]).fit(module, data("policy", 8, minibatches=2))
+    assert all(round["explained_variance"] <= 1 for round in watch.seen)
+    rows = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
+    last = {(one.group, one.sample): one for one in module.last_episodes}
+    for row in rows[-8:]:
+        (segment,) = last[row["group"], row["sample"]].segments
+        drawn = [a for a, flag in zip(segment.advantages, segment.mask, strict=True) if flag]
+        assert row["advantage"] == pytest.approx(sum(drawn) / len(drawn))
+    assert any(row["advantage"] for row in rows)
+
+
+def test_stale_rollouts_are_meant_to_differ(base: str, tmp_path: Path) -> None:
+    for staleness, names in ((0, ["logprob_gap"]), (1, [])):
+        watch = Watch([LogprobGap(limit=1e-12, rounds=2)], off=["truncation"])
+        folder = tmp_path / str(staleness)
+        module = make("policy", base, staleness=staleness)
+        trainer(folder, callbacks=[watch, FirstStepInvariants(strict=True)]).fit(module, data("policy"))
+        path = folder / "warnings.jsonl"
+        rows = path.read_text().splitlines() if path.exists() else []
+        assert [json.loads(row)["name"] for row in rows] == names
+
+
 class Falling:
     """A reward that is random about 1, and about 0 from some round on."""
 
@@ -643,6 +670,21 @@ def test_the_best_checkpoint_under_a_kl_limit(limit: float, best: int, base: str
     assert all(torch.equal(value, wanted[f"model.{name}"]) for name, value in exported.items())
 
 
+def test_the_best_checkpoint_over_two_ranks(base: str, tmp_path: Path) -> None:
+    module = make("policy", base, kl=KLPenalty(0.1), optimizer=lambda p: torch.optim.AdamW(p, lr=1e-5))
+    flags: dict[str, Any] = {
+        "devices": 2,
+        "strategy": "ddp_fork",
+        "enable_checkpointing": True,
+        "val_check_interval": 1,
+    }
+    run = trainer(tmp_path, callbacks=[BestUnderKL(kl_limit=0.1), ExportModel("best")], **flags)
+    run.fit(module, data("policy", 12))
+    assert len(list((tmp_path / "checkpoints").iterdir())) == 1
+    metrics = json.loads((tmp_path / "stage.json").read_text())["metrics"]
+    assert abs(metrics["val/kl"]) < 0.1
+
+
 def test_no_checkpoint_under_the_limit(base: str, tmp_path: Path) -> None:
     flags: dict[str, Any] = {"enable_checkpointing": True, "val_check_interval": 1}
     run = trainer(tmp_path, callbacks=[BestUnderKL(kl_limit=0.5), ExportModel("best")], **flags)
@@ -659,19 +701,22 @@ def test_no_checkpoint_under_the_limit(base: str, tmp_path: Path) -> None:
 
 
 def test_invariants_see_a_reference_that_is_not_the_start(base: str, tmp_path: Path) -> None:
-    def broken(**attributes: Any) -> Any:
-        module = make("policy", base, kl=KLPenalty(0.1))
-        module.configure_model()
-        with torch.no_grad():
-            next(module.reference.copy.parameters()).mul_(1.5)
-        for name, value in attributes.items():
-            setattr(module.reference, name, value)
-        return module
-
+    module = make("policy", base, kl=KLPenalty(0.1))
+    module.configure_model()
+    with torch.no_grad():
+        next(module.reference.copy.parameters()).mul_(1.5)
     with pytest.raises(UserError, match="before any update the policy is not its reference"):
-        trainer(tmp_path, callbacks=[FirstStepInvariants(strict=True)]).fit(broken(), data("policy"))
-    # A reference that the user named need not be the start.
-    trainer(tmp_path, callbacks=[FirstStepInvariants(strict=True)]).fit(broken(is_start=False), data("policy"))
+        trainer(tmp_path, callbacks=[FirstStepInvariants(strict=True)]).fit(module, data("policy"))
+
+
+def test_a_reference_of_its_own_need_not_be_the_start(base: str, tokenizer: Any, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    build_model(tokenizer, seed=5).save_pretrained(other)
+    tokenizer.save_pretrained(other)
+    watch = Watch()
+    module = make("policy", base, kl=KLPenalty(0.1, reference=str(other)))
+    trainer(tmp_path, callbacks=[FirstStepInvariants(strict=True), watch]).fit(module, data("policy"))
+    assert watch.seen[0]["kl"] > 0.1
 
 
 def test_invariants_see_what_is_clipped_at_once(base: str, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import math
 from abc import ABC, abstractmethod
+from typing import Any
 
 from rlhf_lightning.callbacks.curves import RECENT, Curves
 from rlhf_lightning.errors import ConfigError
@@ -19,8 +20,6 @@ class Check(ABC):
     name = ""
     watched: tuple[str, ...] = ()
     """The numbers whose curves it reads; without one of them it says nothing."""
-    own_draws = False
-    """Whether it only makes sense of episodes that this policy drew, and not of recorded ones."""
     meaning = ""
     remedy = ""
 
@@ -28,6 +27,10 @@ class Check(ABC):
         if not 1 <= rounds <= RECENT:
             raise ConfigError(f"{type(self).__name__}.rounds is {rounds}; between 1 and {RECENT}")
         self.rounds = rounds
+
+    def applies(self, module: Any) -> bool:
+        """Whether it makes sense of a module's episodes."""
+        return True
 
     @abstractmethod
     def severity(self, curves: Curves) -> float | None:
@@ -128,16 +131,20 @@ class LogprobGap(_Above):
         limit: mean |log ratio| before the first update of a round. rounds: of which the median is taken.
     """
 
-    name, watched, own_draws = "logprob_gap", ("logprob_gap",), True
+    name, watched = "logprob_gap", ("logprob_gap",)
     meaning = "Before any update of a round, trainer and sampler already give the drawn tokens other probabilities."
     remedy = (
-        "Usual remedy: the same precision and weights in both, no dropout; where rollouts are stale or come from "
-        "another engine by choice, truncated or masked importance weights."
+        "Usual remedy: the same precision and weights in both, no dropout; where another engine draws by choice, "
+        "truncated or masked importance weights."
     )
 
     def __init__(self, limit: float = 0.02, rounds: int = 5) -> None:
         super().__init__(rounds)
         self.limit = positive(self, "limit", limit)
+
+    def applies(self, module: Any) -> bool:
+        # What was recorded, or drawn with the weights of a round ago, is meant to differ.
+        return getattr(module, "drew_itself", True) and not getattr(module, "staleness", 0)
 
 
 class WildRatios(_Above):

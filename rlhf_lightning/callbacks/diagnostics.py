@@ -87,9 +87,7 @@ class Diagnostics(RoundCallback):
     def round_ended(self, trainer: pl.Trainer, pl_module: Any) -> None:
         rows = []
         for check in self.checks:
-            if check.own_draws and not getattr(pl_module, "drew_itself", True):
-                continue
-            severity = check.severity(self.curves)
+            severity = check.severity(self.curves) if check.applies(pl_module) else None
             if severity is None:
                 continue
             if check.name in self._warned:

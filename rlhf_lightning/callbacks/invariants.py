@@ -37,7 +37,7 @@ class FirstStepInvariants(pl.Callback):
         self._ratio(trainer, full, float(outputs["log_ratio_max"]), float(outputs["log_ratio_mean"]))
         if "clip_fraction" in outputs:
             self._clipped(trainer, full, float(outputs["clip_fraction"]))
-        if _is_start(trainer, batch_idx) and "reference_logprobs" in batch and _starts_as_reference(pl_module):
+        if _is_start(trainer, batch_idx) and _starts_as_reference(pl_module):
             self._kl(trainer, full, batch)
 
     def _ratio(self, trainer: pl.Trainer, full: bool, largest: float, mean: float) -> None:
@@ -92,4 +92,5 @@ def _is_start(trainer: pl.Trainer, batch_idx: int) -> bool:
 
 
 def _starts_as_reference(pl_module: Any) -> bool:
-    return getattr(getattr(pl_module, "reference", None), "is_start", True)
+    """Whether there is a reference, and it is the start of the stage and no model of its own."""
+    return getattr(pl_module, "reference", None) is not None and pl_module.kl.reference is None

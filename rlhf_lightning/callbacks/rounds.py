@@ -9,7 +9,7 @@ import lightning.pytorch as pl
 from rlhf_lightning.callbacks.curves import Curves
 from rlhf_lightning.rollout.ranks import gather
 
-MEANS = ("loss", "entropy", "logprob_gap", "clip_fraction", "explained_variance", "kl_coefficient")
+MEANS = ("loss", "value_loss", "entropy", "logprob_gap", "clip_fraction")
 LARGEST = ("log_ratio_max",)
 
 

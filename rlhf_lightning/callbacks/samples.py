@@ -62,13 +62,16 @@ class SamplesLog(pl.Callback):
 
 
 def _record(episode: Episode) -> dict[str, Any]:
-    """The row of an episode."""
-    record = {"group": episode.group, "sample": episode.sample, **episode.record(), "kl": episode_kl(episode)}
-    if record["advantage"] is None:  # a critic's advantages are of tokens
-        drawn = [(row.advantages, row.mask) for row in episode.segments if row.actions and row.advantages]
-        values = [a for advantages, mask in drawn for a, flag in zip(advantages, mask, strict=True) if flag]
-        record["advantage"] = fmean(values) if values else None
-    return record
+    """The row of an episode; its advantage is the mean over drawn tokens of what is trained on."""
+    rows = [row for row in episode.segments if row.actions]
+    advantages = [a for row in rows for a, flag in zip(row.advantages, row.mask, strict=True) if flag]
+    return {
+        "group": episode.group,
+        "sample": episode.sample,
+        **episode.record(),
+        "advantage": fmean(advantages) if advantages else None,
+        "kl": episode_kl(episode) if any(row.reference_logprobs for row in rows) else None,
+    }
 
 
 def _show(trainer: pl.Trainer, rows: list[dict[str, Any]]) -> None:

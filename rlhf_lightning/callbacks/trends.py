@@ -1,6 +1,7 @@
 """Failures that show in how the curves of policy RL move."""
 
 from statistics import fmean, median, stdev
+from typing import Any
 
 from rlhf_lightning.callbacks.checks import Check, Numbers, positive
 from rlhf_lightning.callbacks.curves import FIRST, RECENT, SMOOTH, Curves, correlation, together, trend
@@ -56,7 +57,7 @@ class NegativeKL(Check):
         limit: nats a response that it must be below 0, in every round. rounds: in a row.
     """
 
-    name, watched, own_draws = "negative_kl", ("kl",), True
+    name, watched = "negative_kl", ("kl",)
     meaning = (
         "The measured KL stays negative, which the KL of a policy over its own draws cannot be: sampler and trainer "
         "disagree, or the policy is sampled at another temperature or with tokens cut off."
@@ -66,6 +67,9 @@ class NegativeKL(Check):
     def __init__(self, limit: float = 0.05, rounds: int = 5) -> None:
         super().__init__(rounds)
         self.limit = positive(self, "limit", limit)
+
+    def applies(self, module: Any) -> bool:
+        return getattr(module, "drew_itself", True)
 
     def severity(self, curves: Curves) -> float | None:
         values = curves.last("kl", self.rounds)

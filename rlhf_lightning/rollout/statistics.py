@@ -32,10 +32,11 @@ def statistics(episodes: Sequence[Episode], kl: bool = False) -> Sums:
         for name, value in episode.metrics.items():
             columns[f"env_{name}"].append(value)
         if kl:
-            columns["kl"].append(episode_kl(episode) or 0.0)
+            columns["kl"].append(episode_kl(episode))
         for name, value in _moments(float(episode.response_tokens), episode.reward).items():
             columns[name].append(value)
-    columns["zero_signal_groups"] = _zero_signal(episodes)
+    dull = groups_without_signal(episodes)
+    columns["zero_signal_groups"] = [float(group in dull) for group in {episode.group for episode in episodes}]
     repeats = [repeated_ngrams(episode) for episode in episodes]
     return {
         **{name: (float(sum(values)), len(values)) for name, values in columns.items()},
@@ -43,13 +44,14 @@ def statistics(episodes: Sequence[Episode], kl: bool = False) -> Sums:
     }
 
 
-def episode_kl(episode: Episode) -> float | None:
-    """Σ k1 over the tokens that the policy drew, nats; None where there is no reference."""
-    measured = [segment for segment in episode.segments if segment.reference_logprobs]
-    return sum(_sequence_kl(segment) for segment in measured) if measured else None
+def episode_kl(episode: Episode) -> float:
+    """k1 of all that the policy drew, in nats; 0 where no reference has scored it."""
+    return sum(_sequence_kl(segment) for segment in episode.segments)
 
 
 def _sequence_kl(segment: Segment) -> float:
+    if not segment.reference_logprobs:
+        return 0.0
     drawn: Tensor = torch.tensor(segment.mask, dtype=torch.float64)
     difference = k1(torch.tensor(segment.logprobs), torch.tensor(segment.reference_logprobs))
     return float((difference * drawn).sum())
@@ -58,7 +60,7 @@ def _sequence_kl(segment: Segment) -> float:
 def repeated_ngrams(episode: Episode, n: int = NGRAM) -> tuple[int, int]:
     """How many of the n-grams of drawn tokens stood in the episode before, and how many n-grams there are.
 
-    1 − distinct / all is seq-rep-n of Welleck et al. 2019 (Neural Text Generation with Unlikelihood Training, eq. 9).
+    1 − distinct / all is seq-rep-n of Welleck et al. 2019 (Neural Text Generation with Unlikelihood Training).
     """
     seen: set[tuple[int, ...]] = set()
     count = 0
@@ -83,12 +85,12 @@ def _moments(length: float, reward: float) -> dict[str, float]:
     }
 
 
-def _zero_signal(episodes: Sequence[Episode]) -> list[float]:
-    """For each group whether all its rewards are equal: then it teaches nothing."""
-    groups: dict[int, set[float]] = defaultdict(set)
+def groups_without_signal(episodes: Sequence[Episode]) -> set[int]:
+    """The groups whose rewards are all equal: they teach nothing."""
+    rewards: dict[int, set[float]] = defaultdict(set)
     for episode in episodes:
-        groups[episode.group].add(episode.reward)
-    return [float(len(rewards) == 1) for rewards in groups.values()]
+        rewards[episode.group].add(episode.reward)
+    return {group for group, values in rewards.items() if len(values) == 1}
 
 
 def means(parts: Sequence[Sums]) -> dict[str, float]:
