@@ -293,13 +293,15 @@ def test_a_run_that_over_optimises_is_warned_of_in_time(tmp_path: Path) -> None:
 TRUNCATED = [0.0] * 6 + [0.5] * 10 + [0.28] * 10 + [0.5] * 10 + [0.1] * 10 + [0.5] * 10
 
 
-def test_a_warning_comes_once_until_it_is_over(tmp_path: Path, caplog: Any) -> None:
-    logging.getLogger("rlhf_lightning").propagate = True
-    with caplog.at_level(logging.WARNING):
-        # 0.28 is below the limit of 0.3, but not far enough to be over.
-        raised = Rounds(tmp_path).play(Diagnostics(), {"truncated": TRUNCATED})
+def test_a_warning_comes_once_until_it_is_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(
+        logging.getLogger(Diagnostics.__module__), "warning", lambda text, *args: said.append(text % args)
+    )
+    # 0.28 is below the limit of 0.3, but not far enough to be over.
+    raised = Rounds(tmp_path).play(Diagnostics(), {"truncated": TRUNCATED})
     assert raised == [(8, "truncation"), (48, "truncation")]
-    assert caplog.text.count("truncation") == 2
+    assert [text[:29] for text in said] == ["step 8: truncation (truncated", "step 48: truncation (truncate"]
     (row, _) = [json.loads(line) for line in (tmp_path / "warnings.jsonl").read_text().splitlines()]
     assert row["numbers"] == {"truncated": 0.5, "limit": 0.3}
     assert "larger sampler.max_tokens" in row["message"]
