@@ -20,13 +20,13 @@ from rlhf_lightning.objectives.aggregate import aggregate
 from rlhf_lightning.objectives.policy import ImportanceSampling, PolicyObjective
 from rlhf_lightning.rollout.advantages import Advantage, GroupCentered
 from rlhf_lightning.rollout.collect import Collector, answers
-from rlhf_lightning.rollout.environments import environment_factory
+from rlhf_lightning.rollout.environments import Limits, environment_factory
 from rlhf_lightning.rollout.episodes import Episode, Segment
 from rlhf_lightning.rollout.kl import KLPenalty
 from rlhf_lightning.rollout.loader import RolloutLoader
 from rlhf_lightning.rollout.ranks import gather
 from rlhf_lightning.rollout.recorded import Recorded, read_recorded
-from rlhf_lightning.rollout.rewards import ModelReward, Reward
+from rlhf_lightning.rollout.rewards import EnsembleReward, ModelReward, Reward, check_finite
 from rlhf_lightning.rollout.sampler import Sampler
 from rlhf_lightning.rollout.statistics import Sums
 
@@ -47,8 +47,9 @@ class PolicyRLModule(RLHFModule):
         environment: makes a `MessageEnv` from a row of data: a class or function, or its dotted path; by default a
             response ends its episode.
         environment_args: given to it after the row, by name.
-        max_turns: turns of an episode.
+        limits: turns, tokens and time of an episode, and what follows when its environment fails.
         truncated_reward: replaces the reward of a response that ran out of tokens.
+        mask_truncated: do not train on a response that ran out of tokens; its reward still counts in its group's mean.
 
     Logs under `train/`: `reward` and its parts, `kl` (nats a response), `entropy`, `response_tokens`, `truncated`,
     `zero_signal_groups`, `log_ratio_max`, `logprob_gap` (mean difference of sampler and trainer before the first update
@@ -67,8 +68,9 @@ class PolicyRLModule(RLHFModule):
         sampler: Sampler | None = None,
         environment: str | Callable | None = None,
         environment_args: dict[str, Any] | None = None,
-        max_turns: int = 8,
+        limits: Limits | None = None,
         truncated_reward: float | None = None,
+        mask_truncated: bool = False,
         **kwargs: Any,
     ) -> None:
         super().__init__(model, **kwargs)
@@ -79,7 +81,9 @@ class PolicyRLModule(RLHFModule):
             raise ConfigError(f"model.rewards: two parts have the same name ({', '.join(names)}); set name")
         self.kl, self.sampler = kl, sampler or Sampler()
         self.environment = environment_factory(environment, environment_args)
-        self.max_turns, self.truncated_reward = max_turns, truncated_reward
+        self.limits, self.mask_truncated = limits or Limits(), mask_truncated
+        self.truncated_reward = truncated_reward
+        check_finite("model.truncated_reward", truncated_reward)
         self.seed = run_seed()
         self.reference: Reference | None = None
         self.heldout = nn.ModuleDict({f"{name}_": _heldout_metrics() for name in ("val", "test")})
@@ -102,8 +106,9 @@ class PolicyRLModule(RLHFModule):
             self.kl,
             self.reference,
             self.environment,
-            self.max_turns,
+            self.limits,
             self.truncated_reward,
+            self.mask_truncated,
         )
 
     @property
@@ -156,6 +161,9 @@ class PolicyRLModule(RLHFModule):
         if self.sampler.temperature == 0:
             raise ConfigError("sampler.temperature is 0: every response of a group would be the same")
         self._check_rewarded()
+        parts: list[Any] = list(self.rewards)
+        for part in parts:
+            part.check(prompts)
         longest = max(prompt.tokens for prompt in prompts)
         if self.sampler.context and longest + self.sampler.max_tokens > self.sampler.context:
             raise ConfigError(
@@ -171,8 +179,8 @@ class PolicyRLModule(RLHFModule):
     def _collect(self, items: list[Any], round_number: int) -> tuple[list[Segment], Sums]:
         with self.sampling_context():
             self.sampler.sync(round_number)
-            if items and isinstance(items[0], Prompt):
-                episodes = self.collector.play(items, self.group_size, (round_number,))
+            if self.drew_itself:
+                episodes = self.collector.play(items, self.group_size, (round_number,), running="update")
             else:
                 episodes = [one.episode(group[0].index) for group in items for one in group]
             rows = self.collector.rows(episodes)
@@ -218,7 +226,7 @@ class PolicyRLModule(RLHFModule):
             self.log(f"train/{name}", number, on_step=True, on_epoch=False, prog_bar=bar)
         for name, value in (("entropy", entropy), ("loss", loss), ("log_ratio_max", ratio)):
             self.log(f"train/{name}", value, on_step=True, on_epoch=False, prog_bar=name == "entropy")
-        source = float(any(isinstance(part, ModelReward) for part in self.rewards))
+        source = float(any(isinstance(part, ModelReward | EnsembleReward) for part in self.rewards))
         self.log("reward_source_prm", source, on_step=True, on_epoch=False)
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:

@@ -10,10 +10,11 @@ from rlhf_lightning.data.prompts import Prompt
 from rlhf_lightning.data.rendering import Renderer
 from rlhf_lightning.models.reference import Reference
 from rlhf_lightning.rollout.advantages import Advantage
-from rlhf_lightning.rollout.environments import EnvironmentFactory, run_episodes
+from rlhf_lightning.rollout.environments import EnvironmentFactory, Limits
 from rlhf_lightning.rollout.episodes import Episode, Segment
 from rlhf_lightning.rollout.kl import KLPenalty
 from rlhf_lightning.rollout.rewards import Reward, total_rewards
+from rlhf_lightning.rollout.runner import run_episodes
 from rlhf_lightning.rollout.sampler import Sampler
 from rlhf_lightning.rollout.statistics import Sums, statistics
 
@@ -23,7 +24,7 @@ class Collector:
 
     Args:
         sampler, renderer, rewards, advantage, kl, reference, environment: the parts, as `PolicyRLModule` names them.
-        seed: of every draw. max_turns, truncated_reward: see `PolicyRLModule`.
+        seed: of every draw. limits, truncated_reward, mask_truncated: see `PolicyRLModule`.
     """
 
     def __init__(
@@ -36,28 +37,43 @@ class Collector:
         kl: KLPenalty | None = None,
         reference: Reference | None = None,
         environment: EnvironmentFactory | None = None,
-        max_turns: int = 8,
+        limits: Limits | None = None,
         truncated_reward: float | None = None,
+        mask_truncated: bool = False,
     ) -> None:
         self.sampler, self.renderer, self.rewards, self.advantage = sampler, renderer, rewards, advantage
         self.kl, self.reference, self.environment = kl, reference, environment
-        self.seed, self.max_turns, self.truncated_reward = seed, max_turns, truncated_reward
+        self.seed, self.limits = seed, limits or Limits()
+        self.truncated_reward, self.mask_truncated = truncated_reward, mask_truncated
 
     def play(
-        self, prompts: Sequence[Prompt], group_size: int, seed: Sequence[int], temperature: float | None = None
+        self,
+        prompts: Sequence[Prompt],
+        group_size: int,
+        seed: Sequence[int],
+        temperature: float | None = None,
+        running: str = "off",
     ) -> list[Episode]:
-        """Rewarded episodes, `group_size` for each prompt, in order."""
+        """Rewarded episodes, `group_size` for each prompt, in order.
+
+        Args:
+            running: what rewards with running statistics do, see `total_rewards`. With `update` all ranks must call
+                this together, whether they have prompts or not.
+        """
         tasks = [(prompt, sample) for prompt in prompts for sample in range(group_size)]
         episodes = run_episodes(
-            tasks, self.sampler, self.renderer, (self.seed, *seed), self.environment, self.max_turns, temperature
+            tasks, self.sampler, self.renderer, (self.seed, *seed), self.environment, self.limits, temperature
         )
-        total_rewards(episodes, self.rewards, self.truncated_reward)
+        total_rewards(episodes, self.rewards, self.truncated_reward, running)
+        for episode in episodes:
+            episode.masked = episode.failed or (self.mask_truncated and episode.truncated)
         return episodes
 
     def rows(self, episodes: Sequence[Episode]) -> list[Segment]:
         """The rows of episodes, with reference log-probabilities and per-token advantages."""
         self._advantages(episodes)
-        segments = [segment for episode in episodes for segment in episode.segments if segment.actions]
+        trained = [episode for episode in episodes if not episode.masked]
+        segments = [segment for episode in trained for segment in episode.segments if segment.actions]
         if self.reference is not None:
             self._reference_logprobs(segments)
         if self.kl is not None and self.kl.place == "reward" and segments:
@@ -65,7 +81,7 @@ class Collector:
         return segments
 
     def _advantages(self, episodes: Sequence[Episode]) -> None:
-        scored = [episode for episode in episodes if episode.advantage is None]
+        scored = [episode for episode in episodes if episode.advantage is None and not episode.failed]
         if scored:
             rewards = torch.tensor([episode.reward for episode in scored], dtype=torch.float64)
             groups = torch.tensor([episode.group for episode in scored])

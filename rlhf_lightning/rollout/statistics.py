@@ -17,6 +17,10 @@ def statistics(episodes: Sequence[Episode], kl: bool = False) -> Sums:
     """Sums and counts over episodes: reward and its parts, length, truncation, KL (nats a response), …"""
     columns: dict[str, list[float]] = defaultdict(list)
     for episode in episodes:
+        for name, flag in episode.counted().items():
+            columns[name].append(flag)
+        if episode.failed:
+            continue
         columns["reward"].append(episode.reward)
         columns["response_tokens"].append(episode.response_tokens)
         columns["truncated"].append(episode.truncated)
@@ -24,6 +28,8 @@ def statistics(episodes: Sequence[Episode], kl: bool = False) -> Sums:
         for name, value in episode.parts.items():
             if value is not None:
                 columns[f"reward_{name}"].append(value)
+        for name, value in episode.details.items():
+            columns[f"reward_{name}"].append(value)
         for name, value in episode.metrics.items():
             columns[f"env_{name}"].append(value)
         if kl:
@@ -44,7 +50,8 @@ def _zero_signal(episodes: Sequence[Episode]) -> list[float]:
     """For each group whether all its rewards are equal: then it teaches nothing."""
     groups: dict[int, set[float]] = defaultdict(set)
     for episode in episodes:
-        groups[episode.group].add(episode.reward)
+        if not episode.failed:
+            groups[episode.group].add(episode.reward)
     return [float(len(rewards) == 1) for rewards in groups.values()]
 
 
