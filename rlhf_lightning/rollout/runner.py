@@ -11,6 +11,7 @@ from rlhf_lightning.data.conversations import Message
 from rlhf_lightning.data.prompts import Prompt
 from rlhf_lightning.data.records import RowError
 from rlhf_lightning.data.rendering import Renderer
+from rlhf_lightning.errors import UserError
 from rlhf_lightning.rollout.calls import run_calls
 from rlhf_lightning.rollout.draw import Sample
 from rlhf_lightning.rollout.environments import (
@@ -55,6 +56,10 @@ def run_episodes(
         active = play.turn(active)
     play.report(everyone)
     return [running.episode for running in everyone]
+
+
+class NoRoomError(UserError):
+    """An environment's first messages leave no room for a response."""
 
 
 class _Running:
@@ -174,7 +179,7 @@ class _Play:
         for running in active:
             try:
                 ids = self._prompt(running)
-            except RowError as error:
+            except (RowError, NoRoomError) as error:
                 again += self._failed(running, error)
                 continue
             if ids is not None:
@@ -213,6 +218,11 @@ class _Play:
         ids, goes_on = running.next_prompt(self.renderer)
         length = len(ids) + (len(episode.segments[-1].ids) if goes_on else 0)
         if self.sampler.context is not None and length + self.sampler.max_tokens > self.sampler.context:
+            if running.env is not None and not running.turn:
+                raise NoRoomError(
+                    f"no room for a response: the prompt has {length} tokens, sampler.max_tokens is "
+                    f"{self.sampler.max_tokens}, and the model has {self.sampler.context} positions"
+                )
             episode.stop_reason = "context"
             return None
         return running.feed(ids, goes_on)
