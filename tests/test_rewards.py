@@ -520,7 +520,7 @@ def test_masked_truncated_rows_count_in_their_group_and_are_not_trained(base: st
             base, rewards=[FunctionReward(short_is_good)], sampler=sampler, mask_truncated=mask, optimizer=sgd(0.1)
         )
         trainer(tmp_path / str(mask), max_steps=1).fit(module, source(8, prompts_per_round=8, group_size=8))
-        rows[mask] = module.collector.rows(module.last_episodes)
+        rows[mask] = module.rounds.collector.rows(module.last_episodes)
         episodes = module.last_episodes
         truncated = [episode for episode in episodes if episode.truncated]
         assert 0 < len(truncated) < len(episodes)

@@ -1,30 +1,35 @@
 """One round: from prompts to rows with advantages, and the numbers that describe it."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-import torch
+from torch import Tensor
 
-from rlhf_lightning.data.batching import pad_right, pad_tokens
+from rlhf_lightning.data.batching import pad_tokens
 from rlhf_lightning.data.prompts import Prompt
 from rlhf_lightning.data.rendering import Renderer
-from rlhf_lightning.models.reference import Reference
 from rlhf_lightning.rollout.advantages import Advantage
+from rlhf_lightning.rollout.credit import assign
 from rlhf_lightning.rollout.environments import EnvironmentFactory, Limits
 from rlhf_lightning.rollout.episodes import Episode, Segment
 from rlhf_lightning.rollout.kl import KLPenalty
+from rlhf_lightning.rollout.ranks import gather
 from rlhf_lightning.rollout.rewards import Reward, total_rewards
 from rlhf_lightning.rollout.runner import run_episodes
 from rlhf_lightning.rollout.sampler import Sampler
-from rlhf_lightning.rollout.statistics import Sums, statistics
+from rlhf_lightning.rollout.statistics import Sums, groups_without_signal, statistics
+
+RowScorer = Callable[[Tensor, Tensor], Tensor]
+"""From `input_ids` and `mask`, `[B, T]`, to a number for each token, `[B, T]`."""
 
 
 class Collector:
     """Plays episodes, rewards them, and turns them into rows.
 
     Args:
-        sampler, renderer, rewards, advantage, kl, reference, environment: the parts, as `PolicyRLModule` names them.
-        seed: of every draw. limits, truncated_reward, mask_truncated: see `PolicyRLModule`.
+        sampler, renderer, rewards, advantage, kl, environment: the parts, as `PolicyRLModule` names them.
+        row_scorers: what else is computed for the rows of a round, by the name of its column in `Segment`.
+        seed: of every draw. limits, truncated_reward, mask_truncated, resample: see `PolicyRLModule`.
     """
 
     def __init__(
@@ -35,16 +40,38 @@ class Collector:
         advantage: Advantage,
         seed: int,
         kl: KLPenalty | None = None,
-        reference: Reference | None = None,
+        row_scorers: Mapping[str, RowScorer] | None = None,
         environment: EnvironmentFactory | None = None,
         limits: Limits | None = None,
         truncated_reward: float | None = None,
         mask_truncated: bool = False,
+        resample: int = 0,
     ) -> None:
         self.sampler, self.renderer, self.rewards, self.advantage = sampler, renderer, rewards, advantage
-        self.kl, self.reference, self.environment = kl, reference, environment
-        self.seed, self.limits = seed, limits or Limits()
+        self.kl, self.row_scorers, self.environment = kl, dict(row_scorers or {}), environment
+        self.seed, self.limits, self.resample = seed, limits or Limits(), resample
         self.truncated_reward, self.mask_truncated = truncated_reward, mask_truncated
+
+    def round(self, prompts: Sequence[Prompt], group_size: int, number: int) -> list[Episode]:
+        """The episodes of a round, `group_size` for each prompt, in order.
+
+        A group whose rewards are all equal teaches nothing: it is drawn again, `resample` times at most (DAPO's dynamic
+        sampling, arXiv 2503.14476 sec. 3.2, with the same prompts). All ranks call it together.
+        """
+        episodes = self.play(prompts, group_size, (number,), running="update")
+        self.redrawn = 0
+        for attempt in range(1, self.resample + 1):
+            dull = groups_without_signal(episodes)
+            # Asked of all: what a reward keeps over ranks must be told of every attempt by all of them.
+            if not any(gather(bool(dull))):
+                break
+            self.redrawn += len(dull)
+            dull_prompts = [prompt for prompt in prompts if prompt.index in dull]
+            # Running statistics take a round in once: else they would lean to what is drawn again.
+            again = self.play(dull_prompts, group_size, (number, attempt), running="use")
+            fresh = iter(again)
+            episodes = [next(fresh) if episode.group in dull else episode for episode in episodes]
+        return episodes
 
     def play(
         self,
@@ -70,54 +97,38 @@ class Collector:
         return episodes
 
     def rows(self, episodes: Sequence[Episode]) -> list[Segment]:
-        """The rows of episodes, with reference log-probabilities and per-token advantages."""
-        self._advantages(episodes)
-        trained = [episode for episode in episodes if not episode.masked]
-        segments = [segment for episode in trained for segment in episode.segments if segment.actions]
-        if self.reference is not None:
-            self._reference_logprobs(segments)
-        if self.kl is not None and self.kl.place == "reward" and segments:
-            self._fold_kl(segments)
-        return segments
-
-    def _advantages(self, episodes: Sequence[Episode]) -> None:
-        scored = [episode for episode in episodes if episode.advantage is None and not episode.failed]
-        if scored:
-            rewards = torch.tensor([episode.reward for episode in scored], dtype=torch.float64)
-            groups = torch.tensor([episode.group for episode in scored])
-            for episode, value in zip(scored, self.advantage(rewards, groups).tolist(), strict=True):
-                episode.advantage = value
+        """The rows of episodes, with what is scored of them and per-token advantages. All ranks call it together."""
+        self.score(episodes, self.row_scorers)
+        assign([episode for episode in episodes if not episode.failed], self.advantage, self.kl)
         for episode in episodes:
             for segment in episode.segments:
                 segment.group = episode.group
-                segment.advantages = [(episode.advantage or 0.0) * flag for flag in segment.mask]
+        trained = [episode for episode in episodes if not episode.masked]
+        return [segment for episode in trained for segment in episode.segments if segment.actions]
 
-    def _reference_logprobs(self, segments: list[Segment], batch_size: int = 256) -> None:
-        assert self.reference is not None
+    def score(self, episodes: Sequence[Episode], names: Iterable[str]) -> list[Segment]:
+        """The rows of episodes in which something was drawn, with these columns filled in."""
+        segments = [segment for episode in episodes for segment in episode.segments if segment.actions]
+        for name in names:
+            self._fill(segments, name)
+        return segments
+
+    def _fill(self, segments: list[Segment], name: str, batch_size: int = 256) -> None:
+        scorer = self.row_scorers[name]
         device = next(self.sampler.model.parameters()).device
         for start in range(0, len(segments), batch_size):
             part = segments[start : start + batch_size]
             batch = pad_tokens([row.ids for row in part], [row.mask for row in part], pad_id=0)
-            logprobs = self.reference.logprobs(
-                batch["input_ids"].to(device), batch["mask"].to(device), self.sampler.temperature
-            )
-            for row, values in zip(part, logprobs.float().tolist(), strict=True):
-                row.reference_logprobs = values[: len(row.ids)]
-
-    def _fold_kl(self, segments: list[Segment]) -> None:
-        assert self.kl is not None
-        mask = pad_right([row.mask for row in segments], 0, torch.float64)
-        added = self.kl.fold(
-            pad_right([row.logprobs for row in segments], 0, torch.float64),
-            pad_right([row.reference_logprobs for row in segments], 0, torch.float64),
-            mask,
-        )
-        for row, values in zip(segments, added.tolist(), strict=True):
-            row.advantages = [a + b for a, b in zip(row.advantages, values, strict=False)]
+            numbers = scorer(batch["input_ids"].to(device), batch["mask"].to(device)).float().tolist()
+            for row, values in zip(part, numbers, strict=True):
+                setattr(row, name, values[: len(row.ids)])
 
     def statistics(self, episodes: Sequence[Episode]) -> Sums:
         """See `rollout.statistics`."""
-        return statistics(episodes, kl=self.reference is not None)
+        sums = statistics(episodes, kl="reference_logprobs" in self.row_scorers)
+        if self.resample:
+            sums["redrawn_groups"] = (float(self.redrawn), sums["zero_signal_groups"][1])
+        return sums
 
 
 def answers(sampler: Sampler, renderer: Renderer, prompts: Sequence[Prompt], seed: int) -> list[dict[str, Any]]:

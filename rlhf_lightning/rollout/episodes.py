@@ -22,6 +22,12 @@ class Segment:
     """The sampler's, in nats, at its temperature, recorded when the token was drawn."""
     advantages: list[float] = field(default_factory=list)
     reference_logprobs: list[float] = field(default_factory=list)
+    old_logprobs: list[float] = field(default_factory=list)
+    """The trainer's own before its first update of the round, where the sampler's are not the ones to compare with."""
+    values: list[float] = field(default_factory=list)
+    """What the critic expected before each drawn token."""
+    returns: list[float] = field(default_factory=list)
+    """What the critic is to learn."""
     group: int = 0
     """Of its episode: rows of one group stay together, since what they share is computed once."""
 

@@ -33,9 +33,15 @@ def statistics(episodes: Sequence[Episode], kl: bool = False) -> Sums:
         for name, value in episode.metrics.items():
             columns[f"env_{name}"].append(value)
         if kl:
-            columns["kl"].append(sum(_sequence_kl(segment) for segment in episode.segments))
-    columns["zero_signal_groups"] = _zero_signal(episodes)
+            columns["kl"].append(episode_kl(episode))
+    dull = groups_without_signal(episodes)
+    columns["zero_signal_groups"] = [float(group in dull) for group in {episode.group for episode in episodes}]
     return {name: (float(sum(values)), len(values)) for name, values in columns.items()}
+
+
+def episode_kl(episode: Episode) -> float:
+    """k1 of all that the policy drew, in nats; 0 where no reference has scored it."""
+    return sum(_sequence_kl(segment) for segment in episode.segments)
 
 
 def _sequence_kl(segment: Segment) -> float:
@@ -46,13 +52,12 @@ def _sequence_kl(segment: Segment) -> float:
     return float((difference * drawn).sum())
 
 
-def _zero_signal(episodes: Sequence[Episode]) -> list[float]:
-    """For each group whether all its rewards are equal: then it teaches nothing."""
-    groups: dict[int, set[float]] = defaultdict(set)
-    for episode in episodes:
-        if not episode.failed:
-            groups[episode.group].add(episode.reward)
-    return [float(len(rewards) == 1) for rewards in groups.values()]
+def groups_without_signal(episodes: Sequence[Episode]) -> set[int]:
+    """The groups whose rewards are all equal: they teach nothing."""
+    rewards: dict[int, set[float]] = defaultdict(set)
+    for episode in (episode for episode in episodes if not episode.failed):
+        rewards[episode.group].add(episode.reward)
+    return {group for group, values in rewards.items() if len(values) == 1}
 
 
 def means(parts: Sequence[Sums]) -> dict[str, float]:
