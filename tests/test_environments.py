@@ -680,6 +680,7 @@ def test_calls_of_another_form() -> None:
         ({"tools": [untyped]}, "cannot be shown to the policy"),
         ({"tools": [add, add]}, "two tools have the same name"),
         ({"tools": [add], "pattern": "call"}, "has no group"),
+        ({"tools": [add], "pattern": None}, "ToolEnv.pattern is None; it must be text"),
         ({"tools": [add], "pattern": "("}, "no regular expression"),
         ({"tools": [add], "timeout": 0}, "ToolEnv.timeout is 0"),
         ({"tools": [add], "max_calls": 0}, "max_calls is 0"),
@@ -761,6 +762,7 @@ def test_a_response_ends_where_a_stop_text_is_complete(tokenizer: Any, model: An
     assert stopped > 5
     (episode,) = run_episodes([(Prompt([], [5, 6], {}), 0)], Words("one two thr", tokenizer), renderer, (0,))
     assert episode.response == "one tw", "rewards see the text before the stop"
+    assert episode.stopped_by_text
     assert episode.response_tokens == len(tokenizer("one two thr")["input_ids"])
 
 

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import math
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import numpy
 import pytest
 import torch
+import yaml
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 
@@ -122,12 +124,13 @@ def test_what_is_no_score_is_refused_with_its_row(scores: Any, message: str) -> 
         (lambda: KeywordReward(name=""), "empty name"),
         (lambda: FunctionReward(len, clip=0.0), "clip of the reward len is 0.0; it must be above 0"),
         (lambda: FunctionReward(len, timeout=0), "timeout of the reward len is 0"),
-        (lambda: ExactAnswer(pattern=""), "pattern is empty; it would match everything"),
+        (lambda: ExactAnswer(pattern="()"), r"pattern '\(\)' is empty; it would match everything"),
+        (lambda: RegexReward(""), "needs a pattern"),
         (lambda: ExactAnswer(pattern="(a"), "pattern '\\(a' is no regular expression"),
         (lambda: ExactAnswer(hit=1.0, miss=1.0), "hit and miss are both 1.0"),
         (lambda: ExactAnswer(hit=math.nan), "hit of the reward ExactAnswer is nan"),
-        (lambda: RegexReward(), "needs a pattern or a column"),
-        (lambda: RegexReward("a", "b"), "needs a pattern or a column"),
+        (lambda: RegexReward(), "needs a pattern"),
+        (lambda: RegexReward("a", "b"), "not both"),
         (lambda: RegexReward("[a"), "is no regular expression"),
         (lambda: BlockedTerms(), "needs terms"),
         (lambda: BlockedTerms([" "]), "needs terms"),
@@ -180,6 +183,8 @@ def test_every_class_is_named_by_one_path() -> None:
         ({"numbers": True}, 0.5, "1/2", 1.0),
         ({"numbers": True}, "$1,000", "1000", 1.0),
         ({"numbers": True}, "50%", "50", 1.0),
+        ({"numbers": True, "pattern": r"\d[\d.,]*"}, "42", "It is 42, then.", 1.0),
+        ({"numbers": True}, "1e999999999", "1e999999999", 1.0),  # as text: its value would never be worked out
         ({"numbers": True}, "1,00", "100", 0.0),
         ({"numbers": True}, "-3", "3", 0.0),
         ({"numbers": True}, "one", "one", 1.0),
@@ -371,6 +376,19 @@ def test_a_model_on_a_device_of_its_own_is_no_part_of_the_module(judges: list[st
     assert here.score(episodes) == apart.score(episodes)
 
 
+def test_a_response_ended_by_a_stop_text_is_scored_as_a_message(judges: list[str], tokenizer: Any) -> None:
+    renderer = Renderer(tokenizer)
+    reward = ModelReward(judges[0])
+    reward.bind(renderer)
+    whole, cut, last = answered(renderer, ["one", "one", "two"])
+    cut.stopped_by_text = True
+    cut.segments[0].ids[-1] = tokenizer("#")["input_ids"][0]
+    scores = reward.score([whole, cut, last])
+    assert scores[1] == pytest.approx(scores[0], abs=1e-5)
+    assert scores[2] == pytest.approx(reward.score([last])[0], abs=1e-5)
+    assert abs(scores[2] - scores[0]) > 1e-3  # type: ignore[operator]
+
+
 def test_demonstrations_set_the_scale(judges: list[str], tokenizer: Any) -> None:
     renderer = Renderer(tokenizer)
     texts = ["one", "two three", "four five six"]
@@ -548,3 +566,50 @@ def test_what_is_logged(base: str, tmp_path: Path) -> None:
     assert sum(fractions) == pytest.approx(1.0)
     assert float(logged["train/stop_length"]) == float(logged["train/truncated"])
     assert float(logged["train/failed_episodes"]) == 0.0
+
+
+def test_groups_drawn_again_do_not_count_twice_in_running_statistics(base: str, tmp_path: Path) -> None:
+    reward = FunctionReward(lambda completions: [2.5] * len(completions), name="flat", normalise=RunningNorm())
+    module = PolicyRLModule(base, rewards=[reward], sampler=Sampler(max_tokens=3), resample_groups=2)
+    trainer(tmp_path).fit(module, source(4))
+    assert module.rounds.collector.redrawn == 8
+    assert reward.normalise is not None
+    assert reward.normalise.moments[:2] == (8, 2.5)
+
+
+def blocks(language: str) -> list[str]:
+    """The examples of docs/rewards.md in a language."""
+    text = (Path(__file__).parents[1] / "docs" / "rewards.md").read_text()
+    return re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)
+
+
+def test_documented_settings_build_the_parts_they_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from jsonargparse import ArgumentParser
+
+    (tmp_path / "blocked.txt").write_text("bomb\n")
+    (tmp_path / "mytools.py").write_text(next(block for block in blocks("python") if "mytools.py" in block))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    built = []
+    for block in blocks("yaml"):
+        parser = ArgumentParser(exit_on_error=False)
+        parser.add_class_arguments(PolicyRLModule, "model")
+        given = yaml.safe_load(block)
+        given["model"]["model"] = "x"
+        built.append(parser.instantiate_classes(parser.parse_object(given)).model)
+    first, second = built
+    assert [type(part) for part in first.rewards] == [ModelReward, ExactAnswer, OverlongPenalty, BlockedTerms]
+    assert isinstance(first.rewards[0].normalise, RunningNorm)
+    assert first.rewards[1].score([said("so 1,234.0", {"answer": "x #### 1234"})]) == [1.0]
+    assert second.limits.max_turns == 4
+    assert list(second.environment({"prompt": "Hi"}).available) == ["add"]
+
+
+def test_the_documented_example_runs(base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    code = next(block for block in blocks("python") if "class TwoTries" in block).replace("runs/sft/model", base)
+    names: dict[str, Any] = {}
+    exec(code, names)
+    episodes = names["module"].last_episodes
+    assert len(episodes) == 16
+    assert not any(episode.failed for episode in episodes)

@@ -58,6 +58,8 @@ class Episode:
     stop_reason: str = ""
     """`stop`, `length` (a response ran out of tokens: truncated), `tokens` (none left for another turn), `turns` (out
     of turns), `context` (no room for another turn) or `failed` (its environment did, and it was dropped)."""
+    stopped_by_text: bool = False
+    """One of the sampler's stop texts ended the last response, which so lacks the end that its template gives it."""
     environment_reward: float = 0.0
     parts: dict[str, float | None] = field(default_factory=dict)
     reward: float = 0.0

@@ -79,6 +79,8 @@ class _Running:
         """What the template rendered for the last turn, its generation prompt included."""
         self.body, self.ending = "", ""
         """The text of the last response, and what ended it."""
+        self.last = -1
+        """The last token drawn."""
 
     def seed(self, parts: Sequence[int]) -> int:
         """Of the next draw."""
@@ -97,7 +99,7 @@ class _Running:
         added = _added(text, previous, self.body, self.ending) if self.turn else None
         if added is None:
             return list(renderer.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]), False
-        return _tokens_after(renderer.tokenizer, self.ending, added), True
+        return _tokens_after(renderer, self.ending, self.last, added), True
 
     def feed(self, ids: list[int], goes_on: bool) -> list[int]:
         """Put what comes next into the rows; the whole prompt of the next draw."""
@@ -110,12 +112,14 @@ class _Running:
         _extend(self.episode.segments[-1], sample.ids, sample.logprobs, drawn=1)
         if self.env is not None:
             self.body, self.ending = _split_ending(sample, renderer, stops)
+            self.last = sample.ids[-1]
         content = renderer.decode(sample.ids)
         for stop in stops:
             content = content.partition(stop)[0].strip()
         message = {"role": "assistant", "content": content}
         self.episode.responses.append(message)
         self.episode.stop_reason = sample.stop_reason
+        self.episode.stopped_by_text = bool(stops) and _by_own_text(sample, renderer)
         self.turn += 1
         return message
 
@@ -314,12 +318,22 @@ def _added(text: str, previous: str, body: str, ending: str) -> str | None:
     return None
 
 
-def _tokens_after(tokenizer: Any, ending: str, added: str) -> list[int]:
-    """Ids of a text as they are after what ended the response.
+def _by_own_text(sample: Sample, renderer: Renderer) -> bool:
+    """Whether one of the sampler's stop texts ended a response, not the end that its template gives a turn."""
+    if sample.stop_reason != "stop" or sample.ids[-1] in renderer.stop_token_ids:
+        return False
+    text = renderer.tokenizer.decode(sample.ids)
+    return not any(stop in text for stop in renderer.stop_strings)
+
+
+def _tokens_after(renderer: Renderer, ending: str, last: int, added: str) -> list[int]:
+    """Ids of a text as they are after what ended the response: a stop token, `last`, or a text.
 
     By itself its first token might differ: some tokenizers put a space before a text, some end tokens swallow one.
     """
-    lead = tokenizer(ending, add_special_tokens=False)["input_ids"]
+    tokenizer = renderer.tokenizer
+    stopped = last in renderer.stop_token_ids
+    lead = [last] if stopped else tokenizer(ending, add_special_tokens=False)["input_ids"]
     whole = tokenizer(ending + added, add_special_tokens=False, verbose=False)["input_ids"]
     if whole[: len(lead)] == lead:
         return list(whole[len(lead) :])

@@ -75,6 +75,8 @@ class ToolEnv:
         check_limit("ToolEnv.timeout", timeout)
         if max_calls < 1:
             raise ConfigError(f"ToolEnv.max_calls is {max_calls}; it must be at least 1")
+        if not isinstance(pattern, str):  # jsonargparse reads a text that begins with # as a comment
+            raise ConfigError(f"ToolEnv.pattern is {pattern!r}; it must be text (begin it by \\# for a #)")
         try:
             groups = re.compile(pattern).groups
         except re.error as error:

@@ -18,7 +18,7 @@ class ModelReward(Reward):
     """A trained preference model, of any scorer.
 
     Where its tokenizer and template are the policy's, the very tokens that were drawn are scored; else the messages
-    are, through its own.
+    are, through its own (and so is a response that one of the sampler's stop texts ended).
 
     Args:
         model: the model folder.
@@ -63,16 +63,26 @@ class ModelReward(Reward):
 
     def score(self, episodes: Sequence[Episode]) -> Sequence[float | None]:
         assert self.judge is not None, "bind() comes first"
-        answered = [episode for episode in episodes if episode.response_tokens]
-        scores = iter(self._score(answered) if answered else [])
         # An episode that had no room for a response has nothing to be scored.
-        return [next(scores) if episode.response_tokens else None for episode in episodes]
+        answered = [i for i, episode in enumerate(episodes) if episode.response_tokens]
+        drawn = [i for i in answered if self._by_tokens and not episodes[i].stopped_by_text]
+        shown = sorted(set(answered) - set(drawn))
+        found: list[float | None] = [None] * len(episodes)
+        for places, scorer in ((drawn, self._score_drawn), (shown, self._score_shown)):
+            if places:
+                for i, score in zip(places, scorer([episodes[i] for i in places]), strict=True):
+                    found[i] = score
+        return found
 
-    def _score(self, episodes: Sequence[Episode]) -> list[float]:
+    def _score_drawn(self, episodes: Sequence[Episode]) -> list[float]:
+        """By the tokens that were drawn."""
         assert self.judge is not None
-        if self._by_tokens:
-            rows = [last_turn(episode) for episode in episodes]
-            return self.judge.score_tokens([ids for ids, _ in rows], [mask for _, mask in rows]).tolist()
+        rows = [last_turn(episode) for episode in episodes]
+        return self.judge.score_tokens([ids for ids, _ in rows], [mask for _, mask in rows]).tolist()
+
+    def _score_shown(self, episodes: Sequence[Episode]) -> list[float]:
+        """By messages, through the model's own template."""
+        assert self.judge is not None
         last = [max(i for i, m in enumerate(e.responses) if m["role"] == "assistant") for e in episodes]
         prompts = [episode.prompt + episode.responses[:i] for episode, i in zip(episodes, last, strict=True)]
         answers = [[episode.responses[i]] for episode, i in zip(episodes, last, strict=True)]

@@ -32,8 +32,8 @@ class ExactAnswer(Reward):
     def __init__(
         self,
         column: str = "answer",
-        pattern: str | None = None,
-        answer_pattern: str | None = None,
+        pattern: str = "",  # not None: jsonargparse reads '#### (.*)' for `str | None` as a comment, which is None
+        answer_pattern: str = "",
         ignore_case: bool = False,
         ignore_space: bool = True,
         numbers: bool = False,
@@ -45,9 +45,9 @@ class ExactAnswer(Reward):
         super().__init__(weight, name)
         _check_scores(self.name, hit, miss)
         self.column, self.hit, self.miss = column, hit, miss
-        self.pattern = None if pattern is None else compiled(pattern, f"the reward {self.name}: pattern")
+        self.pattern = compiled(pattern, f"the reward {self.name}: pattern") if pattern else None
         self.answer_pattern = (
-            None if answer_pattern is None else compiled(answer_pattern, f"the reward {self.name}: answer_pattern")
+            compiled(answer_pattern, f"the reward {self.name}: answer_pattern") if answer_pattern else None
         )
         self.ignore_case, self.ignore_space, self.numbers = ignore_case, ignore_space, numbers
 
@@ -102,8 +102,8 @@ class RegexReward(Reward):
 
     def __init__(
         self,
-        pattern: str | None = None,
-        column: str | None = None,
+        pattern: str = "",
+        column: str = "",
         whole: bool = False,
         ignore_case: bool = False,
         hit: float = 1.0,
@@ -113,15 +113,17 @@ class RegexReward(Reward):
     ) -> None:
         super().__init__(weight, name)
         _check_scores(self.name, hit, miss)
-        if (pattern is None) == (column is None):
-            raise ConfigError(f"the reward {self.name} needs a pattern or a column that holds one, not both")
+        if bool(pattern) == bool(column):
+            raise ConfigError(
+                f"the reward {self.name} needs a pattern (not empty) or a column that holds one, not both"
+            )
         # A dot matches line ends: responses have several lines.
         self.flags = re.DOTALL | (re.IGNORECASE if ignore_case else 0)
-        self.pattern = None if pattern is None else compiled(pattern, f"the reward {self.name}: pattern", self.flags)
+        self.pattern = compiled(pattern, f"the reward {self.name}: pattern", self.flags) if pattern else None
         self.column, self.whole, self.hit, self.miss = column, whole, hit, miss
 
     def check(self, prompts: Sequence[Prompt]) -> None:
-        if self.column is not None:
+        if self.column:
             _check_column(self.name, self.column, prompts)
             for prompt in prompts:
                 self._of(prompt.row, prompt.where)
@@ -137,7 +139,7 @@ class RegexReward(Reward):
         return self.hit if found else self.miss
 
     def _of(self, row: dict[str, Any], where: str) -> re.Pattern[str] | None:
-        if self.column is None:
+        if not self.column:
             return self.pattern
         value = row.get(self.column)
         if _absent(value):
@@ -150,24 +152,31 @@ class RegexReward(Reward):
             raise DataError(f"{where}: {error}") from None
 
 
+# An exponent of few digits: one that the policy writes must not take for ever to be worked out.
+_WHOLE = r"(\d{1,3}(,\d{3})+|\d+)"
+_NUMBER = re.compile(rf"([+-]?\$?|\$[+-])({_WHOLE}(\.\d*)?|\.\d+)([eE][+-]?\d{{1,3}})?|[+-]?\d+/\d+", re.ASCII)
+
+
 def compiled(pattern: str, setting: str, flags: int = 0) -> re.Pattern[str]:
-    """A regular expression; raises `ConfigError` where it is none, or empty, and so matches everything."""
-    if not pattern:
-        raise ConfigError(f"{setting} is empty; it would match everything")
+    """A regular expression; raises `ConfigError` where it is none, or matches everything, being empty."""
     try:
-        return re.compile(pattern, flags)
+        found = re.compile(pattern, flags)
     except re.error as error:
         raise ConfigError(f"{setting} {pattern!r} is no regular expression: {error}") from None
+    if found.fullmatch("") and found.pattern.strip("^$()") == "":
+        raise ConfigError(f"{setting} {pattern!r} is empty; it would match everything")
+    return found
 
 
 def as_number(text: str) -> Fraction | None:
     """The value of a number as people write it, or None."""
-    text = text.strip().removeprefix("$").removesuffix("%").strip().rstrip(".")
-    if re.fullmatch(r"[+-]?\$?\d{1,3}(,\d{3})+(\.\d*)?", text):
-        text = text.replace(",", "")
+    text = text.strip().removesuffix("%").rstrip(" .,").replace(" ", "")
+    match = _NUMBER.fullmatch(text)
+    if match is None or len(text) > 100:
+        return None
     try:
-        return Fraction(text.replace("$", "").replace(" ", ""))
-    except (ValueError, ZeroDivisionError):
+        return Fraction(text.replace("$", "").replace(",", ""))
+    except ZeroDivisionError:
         return None
 
 
