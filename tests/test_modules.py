@@ -178,12 +178,12 @@ def test_a_reward_model_with_another_tokenizer_scores_the_text(scorer: Any, tmp_
 
 def test_what_is_scored_is_the_last_response() -> None:
     from rlhf_lightning.rollout.episodes import Episode, Segment
-    from rlhf_lightning.rollout.rewards import _last_turn
+    from rlhf_lightning.rollout.rewards.model import last_turn
 
     row = Segment([1, 2, 3, 4, 5, 6], [0, 1, 0, 1, 1, 0], [0.0] * 6)
-    assert _last_turn(Episode([], {}, 0, segments=[row])) == ([1, 2, 3, 4, 5], [0, 0, 0, 1, 1])
+    assert last_turn(Episode([], {}, 0, segments=[row])) == ([1, 2, 3, 4, 5], [0, 0, 0, 1, 1])
     unanswered = Segment([7, 8], [0, 0], [0.0] * 2)
-    assert _last_turn(Episode([], {}, 0, segments=[row, unanswered]))[0] == [1, 2, 3, 4, 5]
+    assert last_turn(Episode([], {}, 0, segments=[row, unanswered]))[0] == [1, 2, 3, 4, 5]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -473,7 +473,7 @@ def test_several_turns_train_on_what_was_drawn(base: str, tokenizer: Any, tmp_pa
 def test_a_turn_goes_on_from_the_very_tokens_that_were_drawn(base: str, tokenizer: Any) -> None:
     from rlhf_lightning.data.prompts import Prompt
     from rlhf_lightning.data.rendering import Renderer
-    from rlhf_lightning.rollout.environments import run_episodes
+    from rlhf_lightning.rollout.runner import run_episodes
     from rlhf_lightning.rollout.sampler import Sample
 
     renderer = Renderer(tokenizer)

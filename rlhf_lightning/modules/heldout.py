@@ -19,9 +19,9 @@ class HeldOut(nn.Module):
 
     def add(self, greedy: Sequence[Episode], sampled: Sequence[Episode]) -> None:
         """Take the episodes of a batch of prompts."""
-        for episode in greedy:
+        for episode in (episode for episode in greedy if not episode.failed):
             self.reward_greedy.update(episode.reward)
-        for episode in sampled:
+        for episode in (episode for episode in sampled if not episode.failed):
             self.reward_sampled.update(episode.reward)
             self.response_tokens.update(float(episode.response_tokens))
             self.truncated.update(float(episode.truncated))

@@ -4,6 +4,7 @@ from typing import Any
 
 from rlhf_lightning.data.prompts import Prompt, PromptDataModule
 from rlhf_lightning.errors import ConfigError
+from rlhf_lightning.rollout.rewards import check_finite
 
 
 def check_settings(module: Any) -> None:
@@ -18,6 +19,7 @@ def check_settings(module: Any) -> None:
         raise ConfigError(f"model.critic is set, but {advantage} uses no values: set model.advantage to GAE")
     if critic is not None and critic.shared and critic.warmup_rounds:
         raise ConfigError("critic.warmup_rounds: on a shared backbone the critic's learning would move the policy")
+    check_finite("model.truncated_reward", module.truncated_reward)
     if module.staleness not in (0, 1):
         raise ConfigError(f"model.staleness is {module.staleness}; 0, or 1 round")
     if module.resample_groups < 0:
@@ -60,6 +62,8 @@ def _check_prompts(module: Any, prompts: list[Prompt], group_size: int) -> None:
     if sampler.temperature == 0:
         raise ConfigError("sampler.temperature is 0: every response of a group would be the same")
     check_rewarded(module)
+    for part in module.rewards:
+        part.check(prompts)
     longest = max(prompt.tokens for prompt in prompts)
     if sampler.context and longest + sampler.max_tokens > sampler.context:
         raise ConfigError(

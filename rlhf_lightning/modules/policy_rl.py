@@ -21,13 +21,13 @@ from rlhf_lightning.objectives.policy import ImportanceSampling, ImportanceWeigh
 from rlhf_lightning.objectives.value import value_loss
 from rlhf_lightning.rollout.advantages import Advantage, GroupCentered
 from rlhf_lightning.rollout.collect import Collector, RowScorer, answers
-from rlhf_lightning.rollout.environments import environment_factory
+from rlhf_lightning.rollout.environments import Limits, environment_factory
 from rlhf_lightning.rollout.episodes import Episode
 from rlhf_lightning.rollout.kl import KLPenalty
 from rlhf_lightning.rollout.loader import RolloutLoader
 from rlhf_lightning.rollout.ranks import gather
 from rlhf_lightning.rollout.recorded import Recorded, by_group, read_recorded
-from rlhf_lightning.rollout.rewards import ModelReward, Reward
+from rlhf_lightning.rollout.rewards import EnsembleReward, ModelReward, Reward
 from rlhf_lightning.rollout.rounds import Rounds
 from rlhf_lightning.rollout.sampler import Sampler
 from rlhf_lightning.rollout.snapshot import Snapshot
@@ -50,8 +50,9 @@ class PolicyRLModule(RLHFModule):
         environment: makes a `MessageEnv` from a row of data: a class or function, or its dotted path; by default a
             response ends its episode.
         environment_args: given to it after the row, by name.
-        max_turns: turns of an episode.
+        limits: turns, tokens and time of an episode, and what follows when its environment fails.
         truncated_reward: replaces the reward of a response that ran out of tokens.
+        mask_truncated: do not train on a response that ran out of tokens; its reward still counts in its group's mean.
         entropy_coefficient: weight of the mean entropy (nats a token), which is added to what is maximised.
         importance_weights: for rows that the sampler's distribution, not the trainer's, has drawn: the trainer's
             log-probabilities are computed again at the start of a round, and the difference weighs the loss.
@@ -77,8 +78,9 @@ class PolicyRLModule(RLHFModule):
         sampler: Sampler | None = None,
         environment: str | Callable | None = None,
         environment_args: dict[str, Any] | None = None,
-        max_turns: int = 8,
+        limits: Limits | None = None,
         truncated_reward: float | None = None,
+        mask_truncated: bool = False,
         critic: Critic | None = None,
         entropy_coefficient: float = 0.0,
         importance_weights: ImportanceWeights | None = None,
@@ -91,7 +93,8 @@ class PolicyRLModule(RLHFModule):
         self.rewards = nn.ModuleList(rewards or [])
         self.kl, self.critic, self.sampler = kl, critic, sampler or Sampler()
         self.environment = environment_factory(environment, environment_args)
-        self.max_turns, self.truncated_reward = max_turns, truncated_reward
+        self.limits = limits or Limits()
+        self.truncated_reward, self.mask_truncated = truncated_reward, mask_truncated
         self.entropy_coefficient, self.resample_groups = entropy_coefficient, resample_groups
         self.staleness = staleness
         self.importance_weights = importance_weights or (ImportanceWeights() if staleness else None)
@@ -121,8 +124,9 @@ class PolicyRLModule(RLHFModule):
             self.kl,
             self._row_scorers(),
             self.environment,
-            self.max_turns,
+            self.limits,
             self.truncated_reward,
+            self.mask_truncated,
             self.resample_groups,
         )
         snapshot = Snapshot(self.model) if self.staleness else None
@@ -276,7 +280,7 @@ class PolicyRLModule(RLHFModule):
         for name, number in numbers.items():
             bar = name in ("reward", "kl", "truncated", "entropy")
             self.log(f"train/{name}", number, on_step=True, on_epoch=False, prog_bar=bar)
-        source = float(any(isinstance(part, ModelReward) for part in self.rewards))
+        source = float(any(isinstance(part, ModelReward | EnsembleReward) for part in self.rewards))
         self.log("reward_source_prm", source, on_step=True, on_epoch=False)
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:

@@ -10,11 +10,12 @@ from rlhf_lightning.data.prompts import Prompt
 from rlhf_lightning.data.rendering import Renderer
 from rlhf_lightning.rollout.advantages import Advantage
 from rlhf_lightning.rollout.credit import assign
-from rlhf_lightning.rollout.environments import EnvironmentFactory, run_episodes
+from rlhf_lightning.rollout.environments import EnvironmentFactory, Limits
 from rlhf_lightning.rollout.episodes import Episode, Segment
 from rlhf_lightning.rollout.kl import KLPenalty
 from rlhf_lightning.rollout.ranks import gather
 from rlhf_lightning.rollout.rewards import Reward, total_rewards
+from rlhf_lightning.rollout.runner import run_episodes
 from rlhf_lightning.rollout.sampler import Sampler
 from rlhf_lightning.rollout.statistics import Sums, groups_without_signal, statistics
 
@@ -28,7 +29,7 @@ class Collector:
     Args:
         sampler, renderer, rewards, advantage, kl, environment: the parts, as `PolicyRLModule` names them.
         row_scorers: what else is computed for the rows of a round, by the name of its column in `Segment`.
-        seed: of every draw. max_turns, truncated_reward, resample: see `PolicyRLModule`.
+        seed: of every draw. limits, truncated_reward, mask_truncated, resample: see `PolicyRLModule`.
     """
 
     def __init__(
@@ -41,13 +42,15 @@ class Collector:
         kl: KLPenalty | None = None,
         row_scorers: Mapping[str, RowScorer] | None = None,
         environment: EnvironmentFactory | None = None,
-        max_turns: int = 8,
+        limits: Limits | None = None,
         truncated_reward: float | None = None,
+        mask_truncated: bool = False,
         resample: int = 0,
     ) -> None:
         self.sampler, self.renderer, self.rewards, self.advantage = sampler, renderer, rewards, advantage
         self.kl, self.row_scorers, self.environment = kl, dict(row_scorers or {}), environment
-        self.seed, self.max_turns, self.truncated_reward, self.resample = seed, max_turns, truncated_reward, resample
+        self.seed, self.limits, self.resample = seed, limits or Limits(), resample
+        self.truncated_reward, self.mask_truncated = truncated_reward, mask_truncated
 
     def round(self, prompts: Sequence[Prompt], group_size: int, number: int) -> list[Episode]:
         """The episodes of a round, `group_size` for each prompt, in order.
@@ -55,7 +58,7 @@ class Collector:
         A group whose rewards are all equal teaches nothing: it is drawn again, `resample` times at most (DAPO's dynamic
         sampling, arXiv 2503.14476 sec. 3.2, with the same prompts). All ranks call it together.
         """
-        episodes = self.play(prompts, group_size, (number,))
+        episodes = self.play(prompts, group_size, (number,), running="update")
         self.redrawn = 0
         for attempt in range(1, self.resample + 1):
             dull = groups_without_signal(episodes)
@@ -63,30 +66,45 @@ class Collector:
             if not any(gather(bool(dull))):
                 break
             self.redrawn += len(dull)
-            again = self.play([prompt for prompt in prompts if prompt.index in dull], group_size, (number, attempt))
+            dull_prompts = [prompt for prompt in prompts if prompt.index in dull]
+            # Running statistics take a round in once: else they would lean to what is drawn again.
+            again = self.play(dull_prompts, group_size, (number, attempt), running="use")
             fresh = iter(again)
             episodes = [next(fresh) if episode.group in dull else episode for episode in episodes]
         return episodes
 
     def play(
-        self, prompts: Sequence[Prompt], group_size: int, seed: Sequence[int], temperature: float | None = None
+        self,
+        prompts: Sequence[Prompt],
+        group_size: int,
+        seed: Sequence[int],
+        temperature: float | None = None,
+        running: str = "off",
     ) -> list[Episode]:
-        """Rewarded episodes, `group_size` for each prompt, in order."""
+        """Rewarded episodes, `group_size` for each prompt, in order.
+
+        Args:
+            running: what rewards with running statistics do, see `total_rewards`. With `update` all ranks must call
+                this together, whether they have prompts or not.
+        """
         tasks = [(prompt, sample) for prompt in prompts for sample in range(group_size)]
         episodes = run_episodes(
-            tasks, self.sampler, self.renderer, (self.seed, *seed), self.environment, self.max_turns, temperature
+            tasks, self.sampler, self.renderer, (self.seed, *seed), self.environment, self.limits, temperature
         )
-        total_rewards(episodes, self.rewards, self.truncated_reward)
+        total_rewards(episodes, self.rewards, self.truncated_reward, running)
+        for episode in episodes:
+            episode.masked = episode.failed or (self.mask_truncated and episode.truncated)
         return episodes
 
     def rows(self, episodes: Sequence[Episode]) -> list[Segment]:
         """The rows of episodes, with what is scored of them and per-token advantages. All ranks call it together."""
-        segments = self.score(episodes, self.row_scorers)
-        assign(episodes, self.advantage, self.kl)
+        self.score(episodes, self.row_scorers)
+        assign([episode for episode in episodes if not episode.failed], self.advantage, self.kl)
         for episode in episodes:
             for segment in episode.segments:
                 segment.group = episode.group
-        return segments
+        trained = [episode for episode in episodes if not episode.masked]
+        return [segment for episode in trained for segment in episode.segments if segment.actions]
 
     def score(self, episodes: Sequence[Episode], names: Iterable[str]) -> list[Segment]:
         """The rows of episodes in which something was drawn, with these columns filled in."""

@@ -22,6 +22,10 @@ def statistics(episodes: Sequence[Episode], kl: bool = False) -> Sums:
     """Sums and counts over episodes: reward and its parts, length, truncation, KL (nats a response), …"""
     columns: dict[str, list[float]] = defaultdict(list)
     for episode in episodes:
+        for name, flag in episode.counted().items():
+            columns[name].append(flag)
+        if episode.failed:
+            continue
         columns["reward"].append(episode.reward)
         columns["response_tokens"].append(episode.response_tokens)
         columns["truncated"].append(episode.truncated)
@@ -29,6 +33,8 @@ def statistics(episodes: Sequence[Episode], kl: bool = False) -> Sums:
         for name, value in episode.parts.items():
             if value is not None:
                 columns[f"reward_{name}"].append(value)
+        for name, value in episode.details.items():
+            columns[f"reward_{name}"].append(value)
         for name, value in episode.metrics.items():
             columns[f"env_{name}"].append(value)
         if kl:
@@ -88,7 +94,7 @@ def _moments(length: float, reward: float) -> dict[str, float]:
 def groups_without_signal(episodes: Sequence[Episode]) -> set[int]:
     """The groups whose rewards are all equal: they teach nothing."""
     rewards: dict[int, set[float]] = defaultdict(set)
-    for episode in episodes:
+    for episode in (episode for episode in episodes if not episode.failed):
         rewards[episode.group].add(episode.reward)
     return {group for group, values in rewards.items() if len(values) == 1}
 
