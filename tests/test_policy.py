@@ -376,6 +376,7 @@ def test_a_critic_needs_settings_that_fit_together() -> None:
 def test_critic_and_whitened_advantages_need_no_groups(base: str, tmp_path: Path) -> None:
     for options in ({"critic": Critic(), "advantage": GAE()}, {"advantage": GlobalWhitened()}):
         watch = watched(make("policy", base, **options), data("policy", 4, group_size=1), tmp_path)
+        assert "train/zero_signal_groups" not in watch.logged[0]
         assert torch.isfinite(watch.policy[-1]).all()
 
 
