@@ -28,6 +28,8 @@ KINDS = {
     "dpo": "preference",
     "policy": "policy",
     "rl": "policy",
+    "ppo": "policy",
+    "grpo": "policy",
 }
 
 
