@@ -44,3 +44,10 @@ def relative_base(folder: Path) -> str | None:
         return None
     base = Path(json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"])
     return os.path.relpath(base, folder) if base.is_dir() else None
+
+
+def relative_to_run(path: Any, folder: Path) -> str | None:
+    """`path` relative to the model folder `RUN/STAGE/model`, where it is inside RUN: so it holds if RUN is moved."""
+    run = folder.resolve().parent.parent
+    inside = Path(str(path)).is_dir() and Path(str(path)).resolve().is_relative_to(run)
+    return os.path.relpath(Path(str(path)).resolve(), folder.resolve()) if inside else None
