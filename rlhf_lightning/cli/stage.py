@@ -113,11 +113,14 @@ class StageCLI(LightningCLI):
         from rlhf_lightning.callbacks.export import ExportModel
         from rlhf_lightning.callbacks.invariants import FirstStepInvariants
         from rlhf_lightning.callbacks.predictions import PredictionsFile
+        from rlhf_lightning.callbacks.preference_watch import PreferenceWatch
         from rlhf_lightning.callbacks.samples import SamplesLog
 
         callbacks: list[Any] = [ExportModel(config.export), PredictionsFile()]
         if self.kind == "policy":
             callbacks += [SamplesLog(), FirstStepInvariants()]
+        if self.kind == "preference":
+            callbacks.append(PreferenceWatch())
         if not config.trainer.enable_progress_bar:
             callbacks.append(ConsoleLines())
         own = str(config.trainer.callbacks or "")

@@ -121,14 +121,21 @@ def split_pair(data: dict[str, Any]) -> tuple[list[Message], list[Message], list
     return prompt, sides[0], sides[1]
 
 
-def split_labelled(data: dict[str, Any]) -> tuple[list[Message], list[Message], int]:
-    """Prompt and response messages and the label of a row; raises `RowError`."""
-    require(data, "prompt", "label")
+def split_response(data: dict[str, Any]) -> tuple[list[Message], list[Message]]:
+    """Prompt and `response` (or `completion`) messages of a row; raises `RowError`."""
+    require(data, "prompt")
     name = "response" if data.get("response") is not None else "completion"
     require(data, name)
     prompt = to_messages(data["prompt"])
     response = without_prompt(to_messages(data[name], "assistant"), prompt)
     check_response(response, name)
+    return prompt, response
+
+
+def split_labelled(data: dict[str, Any]) -> tuple[list[Message], list[Message], int]:
+    """Prompt and response messages and the label of a row; raises `RowError`."""
+    require(data, "label")
+    prompt, response = split_response(data)
     label = data["label"]
     if not (isinstance(label, bool) or (isinstance(label, int | float) and label in (0, 1))):
         raise RowError(f"'label' is {label!r}; it must be 1 (or true) for a desirable response, else 0 (or false)")
