@@ -87,7 +87,8 @@ class PreferenceWatch(pl.Callback):
         log.warning(
             "step %d: it over-fits. Accuracy is %.3f in training and %.3f in validation (%d pairs, standard error "
             "%.3f), loss %.3f and %.3f, and validation loss is above its best of %.3f. Remedies: "
-            "model.freeze_backbone: true (RewardHead without lora), a lower rate, fewer epochs, or --export best with a ModelCheckpoint.",
+            "model.freeze_backbone: true (RewardHead without lora), a lower rate, "
+            "fewer epochs, or --export best with a ModelCheckpoint.",
             trainer.global_step,
             accuracy,
             held,

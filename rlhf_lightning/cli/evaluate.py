@@ -61,9 +61,9 @@ def _parse(args: list[str]) -> argparse.Namespace:
         if best
         else "Compare a policy with a baseline (the one it was trained from, say) on prompts: win rate with its 95% "
         "interval, mean reward, KL and length.",
-        epilog="example: rlhf best-of runs/sft/model prompts.jsonl --reward runs/reward_model/model -n 8"
+        epilog="example: rlhf best-of runs/sft/model prompts.jsonl --reward runs/preference/model -n 8"
         if best
-        else "example: rlhf evaluate runs/policy/model runs/sft/model prompts.jsonl --reward runs/reward_model/model",
+        else "example: rlhf evaluate runs/policy/model runs/sft/model prompts.jsonl --reward runs/preference/model",
     )
     parser.add_argument("policy", help="folder or Hub id of a causal language model")
     if not best:
@@ -79,9 +79,7 @@ def _parse(args: list[str]) -> argparse.Namespace:
         parser.add_argument("-n", type=int, default=8, help="responses to each prompt")
     else:
         parser.add_argument("--samples", type=int, default=1, help="responses of each policy to each prompt")
-        parser.add_argument(
-            "--best_of", type=int, default=0, metavar="N", help="show best-of-N of the baseline as well"
-        )
+        parser.add_argument("--best_of", type=int, default=0, metavar="N", help="show the baseline's best of N too")
     parser.add_argument("--max_tokens", type=int, default=128, help="budget of a response")
     parser.add_argument("--temperature", type=float, default=1.0, help="0 takes the likeliest token")
     parser.add_argument("--limit", type=int, help="use the first so many prompts")

@@ -23,8 +23,8 @@ EXAMPLES = """examples:
   rlhf sft fit -c configs/sft.yaml --data.train chats.jsonl
   rlhf policy fit -c configs/policy.yaml --trainer.max_steps 100
   rlhf pipeline configs/pipeline.yaml
-  rlhf score runs/reward_model/model pairs.jsonl
-  rlhf evaluate runs/policy/model runs/sft/model prompts.jsonl --reward runs/reward_model/model
+  rlhf score runs/preference/model pairs.jsonl
+  rlhf evaluate runs/policy/model runs/sft/model prompts.jsonl --reward runs/preference/model
 
 `rlhf COMMAND --help` tells more of each.
 Exit codes: 0 done, 1 a fault of the program, 2 something to mend in files or flags, 130 interrupted."""

@@ -14,7 +14,7 @@ def run(args: list[str]) -> int:
         description="Score responses with a trained preference model, of any scorer. Rows with chosen and rejected get "
         "chosen_score and rejected_score, and accuracy is printed; rows with responses get scores; rows with prompt "
         "and response (or messages, whose last assistant turn is scored) get score.",
-        epilog="example: rlhf score runs/reward_model/model pairs.jsonl --output scored.jsonl",
+        epilog="example: rlhf score runs/preference/model pairs.jsonl --output scored.jsonl",
     )
     parser.add_argument("model", help="model folder of a preference stage, or any sequence classifier with one label")
     parser.add_argument("file", help="rows: .jsonl, .json, .parquet or a Hub id")
