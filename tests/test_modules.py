@@ -179,12 +179,12 @@ def test_a_reward_model_with_another_tokenizer_scores_the_text(scorer: Any, tmp_
 
 def test_what_is_scored_is_the_last_response() -> None:
     from rlhf_lightning.rollout.episodes import Episode, Segment
-    from rlhf_lightning.rollout.rewards import _last_turn
+    from rlhf_lightning.rollout.rewards.model import last_turn
 
     row = Segment([1, 2, 3, 4, 5, 6], [0, 1, 0, 1, 1, 0], [0.0] * 6)
-    assert _last_turn(Episode([], {}, 0, segments=[row])) == ([1, 2, 3, 4, 5], [0, 0, 0, 1, 1])
+    assert last_turn(Episode([], {}, 0, segments=[row])) == ([1, 2, 3, 4, 5], [0, 0, 0, 1, 1])
     unanswered = Segment([7, 8], [0, 0], [0.0] * 2)
-    assert _last_turn(Episode([], {}, 0, segments=[row, unanswered]))[0] == [1, 2, 3, 4, 5]
+    assert last_turn(Episode([], {}, 0, segments=[row, unanswered]))[0] == [1, 2, 3, 4, 5]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -396,8 +396,8 @@ def test_first_step_invariants(place: str, base: str, tmp_path: Path) -> None:
 def test_invariants_see_a_sampler_that_disagrees(base: str, tmp_path: Path) -> None:
     module = make("policy", base)
     module.configure_model()
-    plain = module.collector.rows
-    module.collector.rows = lambda episodes: [_shift(row) for row in plain(episodes)]
+    plain = module.rounds.collector.rows
+    module.rounds.collector.rows = lambda episodes: [_shift(row) for row in plain(episodes)]
     with pytest.raises(UserError, match="sampler and trainer disagree"):
         trainer(tmp_path, callbacks=[FirstStepInvariants(strict=True)]).fit(module, data("policy"))
 
@@ -474,7 +474,7 @@ def test_several_turns_train_on_what_was_drawn(base: str, tokenizer: Any, tmp_pa
 def test_a_turn_goes_on_from_the_very_tokens_that_were_drawn(base: str, tokenizer: Any) -> None:
     from rlhf_lightning.data.prompts import Prompt
     from rlhf_lightning.data.rendering import Renderer
-    from rlhf_lightning.rollout.environments import run_episodes
+    from rlhf_lightning.rollout.runner import run_episodes
     from rlhf_lightning.rollout.sampler import Sample
 
     renderer = Renderer(tokenizer)

@@ -10,6 +10,8 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities import rank_zero_only
 
+from rlhf_lightning.callbacks.best import BestUnderKL
+from rlhf_lightning.callbacks.collapse import StopOnCollapse
 from rlhf_lightning.data.templates import TEMPLATE_DATE
 from rlhf_lightning.errors import ConfigError, UserError
 from rlhf_lightning.files import hash_folder, write_json
@@ -53,7 +55,11 @@ class ExportModel(pl.Callback):
         saver: Any = next(saver for saver in trainer.checkpoint_callbacks if getattr(saver, "monitor", None))
         path = saver.best_model_path
         if not path:
-            raise UserError(f"--export best: no checkpoint was saved by {saver.monitor}; validate at least once")
+            limit = f" with {saver.kl} at most {saver.kl_limit:g}" if isinstance(saver, BestUnderKL) else ""
+            raise UserError(
+                f"--export best: no checkpoint was saved by {saver.monitor}{limit}; validate at least once{limit}. "
+                "The run is there: the same command with --export last exports its last weights."
+            )
         state = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
         pl_module.load_state_dict(state, strict=False)
         log.info("exporting the best checkpoint, %s", path)
@@ -76,6 +82,8 @@ class ExportModel(pl.Callback):
             "versions": versions(),
             "model_hash": hash_folder(folder),
         }
+        if stopped := [callback.stopped for callback in _stoppers(trainer) if callback.stopped]:
+            facts["stopped"] = stopped[0]
         write_json(folder / "stage.json", facts)
         write_json(root / "stage.json", facts)
         log.info("model folder: %s", folder)
@@ -87,6 +95,10 @@ def versions() -> dict[str, str]:
 
     names = ("rlhf-lightning", "torch", "lightning", "transformers", "peft", "torchmetrics")
     return {"python": platform.python_version(), **{name: version(name) for name in names}}
+
+
+def _stoppers(trainer: pl.Trainer) -> list[StopOnCollapse]:
+    return [callback for callback in trainer.callbacks if isinstance(callback, StopOnCollapse)]  # type: ignore[attr-defined]
 
 
 def _seed() -> int | None:

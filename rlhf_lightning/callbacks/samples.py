@@ -1,43 +1,84 @@
-"""What the policy says as it learns: a row for each episode in `samples.jsonl`."""
+"""What the policy says as it learns: a row for each episode in `samples.jsonl`, and a table in the console."""
 
-import json
-from pathlib import Path
+import sys
+from statistics import fmean
 from typing import Any
 
 import lightning.pytorch as pl
-from lightning.pytorch.utilities import rank_zero_only
+
+from rlhf_lightning.callbacks.jsonl import JsonLines
+from rlhf_lightning.callbacks.table import choose, plain, rich
+from rlhf_lightning.errors import ConfigError
+from rlhf_lightning.rollout.episodes import Episode
+from rlhf_lightning.rollout.ranks import gather
+from rlhf_lightning.rollout.statistics import episode_kl
 
 
 class SamplesLog(pl.Callback):
-    """Appends the episodes of every `every`-th round to `samples.jsonl` in the stage's folder.
+    """Appends the episodes of rounds, of all ranks, to `samples.jsonl` in the stage's folder, and shows some of them.
 
-    A resumed run first drops what was written after its checkpoint, so that no round stands there twice.
+    Rows stand in the order of prompt and sample within a round, whatever the number of ranks. A resumed run goes on
+    where its checkpoint was written, so that no round is missing or stands there twice.
+
+    Args:
+        every: rounds from one that is written to the next.
+        table_every: rounds from one whose best, median and worst episode are printed to the next; 0 prints none.
     """
 
-    def __init__(self, every: int = 1) -> None:
-        self.every = max(1, every)
+    def __init__(self, every: int = 1, table_every: int = 10) -> None:
+        if every < 1 or table_every < 0:
+            raise ConfigError(
+                f"SamplesLog.every is {every}, table_every {table_every}; at least 1, and at least 0 for no table"
+            )
+        self.every, self.table_every = every, table_every
+        self._file = JsonLines("samples.jsonl")
+
+    def state_dict(self) -> dict[str, Any]:
+        return self._file.state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._file.load(state_dict)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        path = self._path(trainer)
-        if trainer.is_global_zero and path.exists():
-            kept = [line for line in path.read_text().splitlines() if json.loads(line)["step"] < trainer.global_step]
-            path.write_text("".join(f"{line}\n" for line in kept) if trainer.global_step else "")
+        self._file.start(trainer)
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
         if not isinstance(batch, dict) or batch.get("statistics") is None:
             return
-        if batch_idx // pl_module.rollouts.per_round % self.every == 0:
-            self._append(trainer, pl_module)
+        rollouts = pl_module.rollouts
+        number = trainer.current_epoch * rollouts.rounds + batch_idx // rollouts.per_round
+        written = number % self.every == 0
+        shown = bool(self.table_every) and number % self.table_every == 0
+        if not written and not shown:
+            return
+        head = {"step": trainer.global_step, "round": number}
+        found = gather([{**head, **_record(episode)} for episode in pl_module.last_episodes])
+        # Ranks take prompts in turn: their order must not depend on how many there are.
+        rows = sorted((row for part in found for row in part), key=lambda row: (row["group"], row["sample"]))
+        if written:
+            self._file.append(trainer, rows)
+        if shown and rows and trainer.is_global_zero:
+            _show(trainer, rows)
 
-    @rank_zero_only
-    def _append(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        with open(self._path(trainer), "a", encoding="utf-8") as stream:
-            for episode in pl_module.last_episodes:
-                record = {"step": trainer.global_step, **episode.record()}
-                stream.write(json.dumps(record, ensure_ascii=False) + "\n")
 
-    @staticmethod
-    def _path(trainer: pl.Trainer) -> Path:
-        root = Path(trainer.default_root_dir)
-        root.mkdir(parents=True, exist_ok=True)
-        return root / "samples.jsonl"
+def _record(episode: Episode) -> dict[str, Any]:
+    """The row of an episode; its advantage is the mean over drawn tokens of what is trained on."""
+    rows = [row for row in episode.segments if row.actions]
+    advantages = [a for row in rows for a, flag in zip(row.advantages, row.mask, strict=True) if flag]
+    return {
+        "group": episode.group,
+        "sample": episode.sample,
+        **episode.record(),
+        "advantage": fmean(advantages) if advantages else None,
+        "kl": episode_kl(episode) if any(row.reference_logprobs for row in rows) else None,
+    }
+
+
+def _show(trainer: pl.Trainer, rows: list[dict[str, Any]]) -> None:
+    title = f"round {rows[0]['round']} (step {rows[0]['step']}): {len(rows)} episodes"
+    text = (rich if sys.stdout.isatty() else plain)(title, choose(rows))
+    bar = trainer.progress_bar_callback
+    if bar is None:
+        print(text, flush=True)
+    else:
+        bar.print(text)  # above the bar, not through it

@@ -110,6 +110,7 @@ class StageCLI(LightningCLI):
         from lightning.pytorch.callbacks import ModelCheckpoint
 
         from rlhf_lightning.callbacks.console import ConsoleLines
+        from rlhf_lightning.callbacks.diagnostics import Diagnostics
         from rlhf_lightning.callbacks.export import ExportModel
         from rlhf_lightning.callbacks.invariants import FirstStepInvariants
         from rlhf_lightning.callbacks.predictions import PredictionsFile
@@ -117,13 +118,15 @@ class StageCLI(LightningCLI):
         from rlhf_lightning.callbacks.samples import SamplesLog
 
         callbacks: list[Any] = [ExportModel(config.export), PredictionsFile()]
+        own = str(config.trainer.callbacks or "")
         if self.kind == "policy":
-            callbacks += [SamplesLog(), FirstStepInvariants()]
-        if self.kind == "preference":
+            # What the user names, with other settings, takes the place of the default.
+            kinds = (SamplesLog, FirstStepInvariants, Diagnostics)
+            callbacks += [kind() for kind in kinds if f".{kind.__name__}" not in own]
+        if self.kind == "preference" and ".PreferenceWatch" not in own:
             callbacks.append(PreferenceWatch())
         if not config.trainer.enable_progress_bar:
             callbacks.append(ConsoleLines())
-        own = str(config.trainer.callbacks or "")
         if "ModelCheckpoint" not in own and config.trainer.enable_checkpointing is not False:
             folder = self.root / "checkpoints"
             every = config.checkpoint_every
@@ -150,7 +153,8 @@ class StageCLI(LightningCLI):
         if config.fresh:
             if rank_zero_only.rank:  # type: ignore[attr-defined]
                 return  # the first rank clears the folder, once
-            for name in ("checkpoints", "model", "stage.json", "samples.jsonl", "metrics.csv", "config.yaml", "merged"):
+            files = ("stage.json", "samples.jsonl", "warnings.jsonl", "metrics.csv", "config.yaml")
+            for name in ("checkpoints", "model", "merged", *files):
                 path = self.root / name
                 shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
             return
@@ -158,7 +162,9 @@ class StageCLI(LightningCLI):
         if config.ckpt_path or config.trainer.fast_dev_run or not (done or last.exists()):
             return
         different = self._different(config)
-        if changed := [key for key in different if key not in MAY_CHANGE]:
+        # What is exported may be decided anew until it is.
+        free = MAY_CHANGE if done else (*MAY_CHANGE, "export")
+        if changed := [key for key in different if key not in free]:
             state = "finished" if done else "interrupted"
             raise ConfigError(
                 f"{self.root} holds an {state} run with other settings ({', '.join(changed[:5])}). "

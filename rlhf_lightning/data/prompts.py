@@ -21,6 +21,8 @@ class Prompt:
     tools: list[Any] | None = None
     index: int = 0
     """Its place in the data set."""
+    where: str = ""
+    """File and line that it was read from."""
 
     @property
     def tokens(self) -> int:
@@ -41,19 +43,23 @@ class Prompt:
         return f"{tokenizer.decode(self.ids, skip_special_tokens=False)}⟦"
 
 
-def prompt_example(renderer: Renderer, data: dict[str, Any], index: int = 0) -> Prompt:
-    """A prompt of a row: `prompt`, or a conversation up to its last assistant turn; raises `RowError`."""
+def prompt_messages(data: dict[str, Any]) -> list[Message]:
+    """The messages of a row to answer: `prompt`, or a conversation up to its last assistant turn; raises `RowError`."""
     if data.get("prompt") is not None:
-        messages = as_prompt(data["prompt"])
-    elif data.get("messages") is not None or data.get("conversations") is not None:
-        messages = conversation(data)
-        while messages and messages[-1]["role"] == "assistant":
-            messages = messages[:-1]
-        if not messages:
-            raise RowError("the conversation has nothing before its assistant turn to use as a prompt")
-    else:
+        return as_prompt(data["prompt"])
+    if data.get("messages") is None and data.get("conversations") is None:
         require(data, "prompt")
-    tools = tool_schemas(data)
+    messages = conversation(data)
+    while messages and messages[-1]["role"] == "assistant":
+        messages = messages[:-1]
+    if not messages:
+        raise RowError("the conversation has nothing before its assistant turn to use as a prompt")
+    return messages
+
+
+def prompt_example(renderer: Renderer, data: dict[str, Any], index: int = 0) -> Prompt:
+    """A prompt of a row, see `prompt_messages`; raises `RowError`."""
+    messages, tools = prompt_messages(data), tool_schemas(data)
     return Prompt(messages, renderer.prompt(messages, tools), data, tools, index)
 
 

@@ -216,7 +216,10 @@ def convert_rows(
     for row in rows:
         reading.rows += 1
         try:
-            result.extend(convert(rename_columns(row, columns).data))
+            for example in convert(rename_columns(row, columns).data):
+                if hasattr(example, "where"):
+                    example.where = row.where
+                result.append(example)
         except RowError as error:
             message = f"{row.where}: {error}"
             if on_bad_row == "error" and not isinstance(error, SkippedRow):

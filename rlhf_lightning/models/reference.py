@@ -20,12 +20,14 @@ class Reference(nn.Module):
 
     Args:
         model: the policy as the stage starts it. fresh_adapter: whether its LoRA adapter was made by this stage.
-        max_tokens: computed at once, see `Forward`.
+        max_tokens: computed at once, see `Forward`. moves: whether `refresh` will be called.
     """
 
-    def __init__(self, model: Any, fresh_adapter: bool, max_tokens: int | None = None) -> None:
+    def __init__(self, model: Any, fresh_adapter: bool, max_tokens: int | None = None, moves: bool = False) -> None:
         super().__init__()
-        self.mode = "copy" if not hasattr(model, "peft_config") else "disabled" if fresh_adapter else "adapter"
+        # A disabled adapter is the start, and nothing later.
+        disabled = fresh_adapter and not moves
+        self.mode = "copy" if not hasattr(model, "peft_config") else "disabled" if disabled else "adapter"
         self.copy: nn.Module | None = None
         if self.mode == "copy":
             self.copy = copy.deepcopy(model).requires_grad_(False).eval()
@@ -51,12 +53,30 @@ class Reference(nn.Module):
         with self._active():
             return self._scorer(input_ids, mask, temperature).logprobs
 
-    def weights(self) -> Iterator[tuple[str, Tensor]]:
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Names and tensors that it computes with: without those of an adapter that is trained."""
         for name, value in (self.copy or self._policy[0]).named_parameters():
             adapter = any(part in name for part in (".lora_", ".modules_to_save."))
             if self.mode == "copy" or not adapter or (self.mode == "adapter" and ".reference" in name):
                 yield name, value
+
+    def refresh(self) -> None:
+        """The policy as it now is becomes the reference."""
+        policy = self._policy[0]
+        self.load_weights(policy.state_dict() if self.copy is not None else _adapter_weights(policy, "default"))
+
+    def weights(self) -> dict[str, Tensor]:
+        """What `refresh` changes, for a checkpoint."""
+        return self.copy.state_dict() if self.copy is not None else _adapter_weights(self._policy[0], "reference")
+
+    def load_weights(self, weights: dict[str, Tensor]) -> None:
+        """Put back what `weights` gave."""
+        if self.copy is not None:
+            self.copy.load_state_dict(weights)
+            return
+        from peft import set_peft_model_state_dict
+
+        set_peft_model_state_dict(self._policy[0], weights, adapter_name="reference")
 
     @contextmanager
     def _active(self) -> Iterator[None]:
@@ -76,15 +96,20 @@ class Reference(nn.Module):
 
 
 def _copy_adapter(model: Any) -> None:
-    from peft import get_peft_model_state_dict, set_peft_model_state_dict
+    from peft import set_peft_model_state_dict
 
     trained = [p for p in model.parameters() if p.requires_grad]
-    weights = {
-        name: value.clone() for name, value in get_peft_model_state_dict(model, save_embedding_layers=False).items()
-    }
+    weights = _adapter_weights(model, "default")
     model.add_adapter("reference", copy.deepcopy(model.peft_config["default"]))
     set_peft_model_state_dict(model, weights, adapter_name="reference")
     _train_default(model, trained)
+
+
+def _adapter_weights(model: Any, name: str) -> dict[str, Tensor]:
+    from peft import get_peft_model_state_dict
+
+    weights = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+    return {key: value.clone() for key, value in weights.items()}
 
 
 def _train_default(model: Any, trained: list[nn.Parameter]) -> None:

@@ -19,11 +19,15 @@ LOGIT_BYTES = 256 * 2**20
 
 
 class TokenScores(NamedTuple):
-    """Per token, `[B, T]`, 0 where nothing was asked for: `logprobs` in nats, and on request `entropy`, `correct`."""
+    """Per token, `[B, T]`, 0 where nothing was asked for: `logprobs` in nats, and on request `entropy`, `correct`.
+
+    `values` come with the details where a value head is set: what it says before the token is drawn.
+    """
 
     logprobs: Tensor
     entropy: Tensor | None = None
     correct: Tensor | None = None
+    values: Tensor | None = None
 
 
 class TokenScorer:
@@ -38,6 +42,7 @@ class TokenScorer:
     def __init__(self, model: Any, max_tokens: int | None = None, logit_bytes: int = LOGIT_BYTES) -> None:
         self.parts, self.logit_bytes = Parts(model), logit_bytes
         self.forward = Forward(model, self.parts.decoder, max_tokens)
+        self.value_head: nn.Linear | None = None
 
     def __call__(self, input_ids: Tensor, mask: Tensor, temperature: float = 1.0, details: bool = False) -> TokenScores:
         """Score the tokens whose mask is not 0. What rows have in common before it is computed once.
@@ -57,6 +62,8 @@ class TokenScorer:
             hidden = self.forward(input_ids, nn.functional.pad(kept, (0, 1)), prefix_lengths(mask))
             rows, columns = hidden.rows, hidden.columns + 1
             parts = self._from_hidden(hidden.states, input_ids[rows, columns], temperature, details)
+            if details and self.value_head is not None:
+                parts = (*parts, state_values(self.value_head, hidden.states))
         else:
             rows, columns = nn.functional.pad(kept, (1, 0)).nonzero(as_tuple=True)
             logits = self.parts.model(input_ids=input_ids, use_cache=False).logits[rows, columns - 1]
@@ -81,3 +88,10 @@ class TokenScorer:
             for states, ids in zip(hidden.split(chunk), targets.split(chunk), strict=True)
         ]
         return tuple(None if part[0] is None else torch.cat(part) for part in zip(*pieces, strict=True))
+
+
+def state_values(head: nn.Linear, states: Tensor) -> Tensor:
+    """Values `[n]` of hidden states `[n, H]` by a head of one output; float32 or wider, whatever the backbone's."""
+    with torch.autocast(states.device.type, enabled=False):
+        dtype = torch.promote_types(head.weight.dtype, torch.float32)
+        return nn.functional.linear(states.to(dtype), head.weight.to(dtype), head.bias.to(dtype)).squeeze(-1)

@@ -144,8 +144,12 @@ class RLHFModule(pl.LightningModule):
         fused = not mixed and self.device.type in ("cpu", "cuda")
         return AdamW(parameters, lr=1e-4 if self.lora else 1e-5, weight_decay=0.0, fused=fused)
 
+    def parameter_groups(self) -> list[Any]:
+        """What the optimizer is called with: parameters, or groups of them with rates of their own."""
+        return [p for p in self.parameters() if p.requires_grad]
+
     def configure_optimizers(self) -> Any:
-        optimizer = self.optimizer_factory([p for p in self.parameters() if p.requires_grad])
+        optimizer = self.optimizer_factory(self.parameter_groups())
         if self.scheduler_factory is None:
             return optimizer
         scheduler = self.scheduler_factory(optimizer)

@@ -4,30 +4,33 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from torchmetrics import MeanMetric
 
 from rlhf_lightning.data.batching import run_seed
-from rlhf_lightning.data.prompts import Prompt, PromptDataModule, kept_prompts
-from rlhf_lightning.errors import ConfigError
+from rlhf_lightning.data.prompts import PromptDataModule, kept_prompts
+from rlhf_lightning.models.critic import Critic
 from rlhf_lightning.models.forward import Forward
-from rlhf_lightning.models.loading import disable_dropout
+from rlhf_lightning.models.loading import check_vocabulary, disable_dropout, load_for_scoring
 from rlhf_lightning.models.reference import Reference
-from rlhf_lightning.models.scoring import TokenScorer
+from rlhf_lightning.models.scoring import TokenScorer, TokenScores
 from rlhf_lightning.modules.base import RLHFModule
+from rlhf_lightning.modules.heldout import HeldOut
+from rlhf_lightning.modules.policy_checks import check_data, check_rewarded, check_settings
 from rlhf_lightning.objectives.aggregate import aggregate
-from rlhf_lightning.objectives.policy import ImportanceSampling, PolicyObjective
+from rlhf_lightning.objectives.policy import ImportanceSampling, ImportanceWeights, PolicyObjective
+from rlhf_lightning.objectives.value import value_loss
 from rlhf_lightning.rollout.advantages import Advantage, GroupCentered
-from rlhf_lightning.rollout.collect import Collector, Sums, answers
-from rlhf_lightning.rollout.environments import environment_factory
-from rlhf_lightning.rollout.episodes import Episode, Segment
+from rlhf_lightning.rollout.collect import Collector, RowScorer, answers
+from rlhf_lightning.rollout.environments import Limits, environment_factory
+from rlhf_lightning.rollout.episodes import Episode
 from rlhf_lightning.rollout.kl import KLPenalty
 from rlhf_lightning.rollout.loader import RolloutLoader
 from rlhf_lightning.rollout.ranks import gather
-from rlhf_lightning.rollout.recorded import Recorded, read_recorded
-from rlhf_lightning.rollout.rewards import ModelReward, Reward
+from rlhf_lightning.rollout.recorded import Recorded, by_group, read_recorded
+from rlhf_lightning.rollout.rewards import EnsembleReward, ModelReward, Reward
+from rlhf_lightning.rollout.rounds import Rounds
 from rlhf_lightning.rollout.sampler import Sampler
+from rlhf_lightning.rollout.snapshot import Snapshot
 
 COUNTS = {"token_sum": None, "token_mean": "tokens", "sequence_mean": "sequences", "constant": "sequences"}
 VALIDATION = 1_000_003  # keeps the draws of validation apart from those of rounds
@@ -42,16 +45,25 @@ class PolicyRLModule(RLHFModule):
         rewards: parts of the reward, weighted and added.
         advantage: from rewards to advantages; group-centred by default.
         kl: penalty on the distance from the start; none by default. A coefficient of 0 only measures it.
+        critic: value model, which GAE needs; none by default.
         sampler: budget and temperature of responses.
         environment: makes a `MessageEnv` from a row of data: a class or function, or its dotted path; by default a
             response ends its episode.
         environment_args: given to it after the row, by name.
-        max_turns: turns of an episode.
+        limits: turns, tokens and time of an episode, and what follows when its environment fails.
         truncated_reward: replaces the reward of a response that ran out of tokens.
+        mask_truncated: do not train on a response that ran out of tokens; its reward still counts in its group's mean.
+        entropy_coefficient: weight of the mean entropy (nats a token), which is added to what is maximised.
+        importance_weights: for rows that the sampler's distribution, not the trainer's, has drawn: the trainer's
+            log-probabilities are computed again at the start of a round, and the difference weighs the loss.
+        staleness: 1 samples each round with the weights that the round before was sampled for; then
+            `importance_weights` are used, token by token up to 2 unless others are given.
+        resample_groups: times that a group whose rewards are all equal is drawn again.
 
     Logs under `train/`: `reward` and its parts, `kl` (nats a response), `entropy`, `response_tokens`, `truncated`,
-    `zero_signal_groups`, `log_ratio_max`, `logprob_gap` (mean difference of sampler and trainer before the first update
-    of a round), `loss`; and `reward_source_prm` (1 where a preference model rewards).
+    `zero_signal_groups`, `log_ratio_max`, `clip_fraction`, `logprob_gap` (mean difference of sampler and trainer before
+    the first update of a round), `loss`; `kl_coefficient`; with a critic `value_loss` and `explained_variance`; and
+    `reward_source_prm` (1 where a preference model rewards).
     """
 
     stage_kind = "policy"
@@ -66,44 +78,87 @@ class PolicyRLModule(RLHFModule):
         sampler: Sampler | None = None,
         environment: str | Callable | None = None,
         environment_args: dict[str, Any] | None = None,
-        max_turns: int = 8,
+        limits: Limits | None = None,
         truncated_reward: float | None = None,
+        mask_truncated: bool = False,
+        critic: Critic | None = None,
+        entropy_coefficient: float = 0.0,
+        importance_weights: ImportanceWeights | None = None,
+        staleness: int = 0,
+        resample_groups: int = 0,
         **kwargs: Any,
     ) -> None:
         super().__init__(model, **kwargs)
         self.objective, self.advantage = objective or ImportanceSampling(), advantage or GroupCentered()
         self.rewards = nn.ModuleList(rewards or [])
-        names = [part.name for part in rewards or []]
-        if len(set(names)) < len(names):
-            raise ConfigError(f"model.rewards: two parts have the same name ({', '.join(names)}); set name")
-        self.kl, self.sampler = kl, sampler or Sampler()
+        self.kl, self.critic, self.sampler = kl, critic, sampler or Sampler()
         self.environment = environment_factory(environment, environment_args)
-        self.max_turns, self.truncated_reward = max_turns, truncated_reward
+        self.limits = limits or Limits()
+        self.truncated_reward, self.mask_truncated = truncated_reward, mask_truncated
+        self.entropy_coefficient, self.resample_groups = entropy_coefficient, resample_groups
+        self.staleness = staleness
+        self.importance_weights = importance_weights or (ImportanceWeights() if staleness else None)
+        check_settings(self)
         self.seed = run_seed()
         self.reference: Reference | None = None
-        self.heldout = nn.ModuleDict({f"{name}_": _heldout_metrics() for name in ("val", "test")})
+        self.heldout = nn.ModuleDict({f"{name}_": HeldOut() for name in ("val", "test")})
 
     def build(self) -> None:
         disable_dropout(self.model)
         self.tokens = TokenScorer(self.model, self.max_tokens_per_batch)
+        if self.critic is not None:
+            # Before the reference, which adds an adapter to the model.
+            self.critic.bind(self.model, self.tokenizer, self.tokens, self.max_tokens_per_batch, self.dtype_name)
         if self.kl is not None:
-            self.reference = Reference(self.model, self.fresh_adapter, self.max_tokens_per_batch)
+            self.reference = self._reference(self.kl)
         self.sampler.bind(self.model, self.renderer, self.max_tokens_per_batch)
         parts: list[Any] = list(self.rewards)
         for part in parts:
             part.bind(self.renderer)
-        self.collector = Collector(
+        collector = Collector(
             self.sampler,
             self.renderer,
             parts,
             self.advantage,
             self.seed,
             self.kl,
-            self.reference,
+            self._row_scorers(),
             self.environment,
-            self.max_turns,
+            self.limits,
             self.truncated_reward,
+            self.mask_truncated,
+            self.resample_groups,
         )
+        snapshot = Snapshot(self.model) if self.staleness else None
+        self.rounds = Rounds(collector, self.sampling_context, self.kl, self.reference, snapshot)
+
+    def _reference(self, kl: KLPenalty) -> Reference:
+        if kl.reference is None:
+            return Reference(self.model, self.fresh_adapter, self.max_tokens_per_batch, moves=bool(kl.refresh_every))
+        model = load_for_scoring(kl.reference, self.task, self.dtype_name)
+        check_vocabulary(model, self.tokenizer, "the reference")
+        return Reference.of(model, self.max_tokens_per_batch)
+
+    def _row_scorers(self) -> dict[str, RowScorer]:
+        """What is computed for the rows of a round, with the weights that the round starts with."""
+        temperature, scorers = self.sampler.temperature, {}
+        if self.reference is not None:
+            reference = self.reference
+            scorers["reference_logprobs"] = lambda ids, mask: reference.logprobs(ids, mask, temperature)
+        if self.importance_weights is not None:
+            scorers["old_logprobs"] = lambda ids, mask: self.tokens(ids, mask, temperature).logprobs
+        if self.critic is not None:
+            scorers["values"] = lambda ids, mask: self._values(ids, mask, None)
+        return scorers
+
+    def _values(self, ids: Tensor, mask: Tensor, scores: TokenScores | None) -> Tensor:
+        """The critic's, from what the policy's forward gave where they share a backbone."""
+        assert self.critic is not None
+        if not self.critic.shared:
+            return self.critic(ids, mask)
+        values = (scores or self.tokens(ids, mask, self.sampler.temperature, details=True)).values
+        assert values is not None
+        return values
 
     @property
     def forward_pass(self) -> Forward:
@@ -121,14 +176,13 @@ class PolicyRLModule(RLHFModule):
         from rlhf_lightning.data.base import layout_of
 
         examples = data.prepared["train"].rows
-        items: list[Any] = _by_group(examples) if data.recorded else examples
-        if not data.recorded:
-            self._check_rollouts(examples, data.group_size)
-        self.group_size = data.group_size
+        items: list[Any] = by_group(examples) if data.recorded else examples
+        check_data(self, data)
+        self.rounds.group_size, self.rounds.recorded = data.group_size, data.recorded
         self.drew_itself = not data.recorded
         self.rollouts = RolloutLoader(
             items,
-            self._collect,
+            self.rounds.collect,
             data.prompts_per_round,
             data.update_epochs,
             data.minibatches,
@@ -145,38 +199,14 @@ class PolicyRLModule(RLHFModule):
             return table  # and MPS, always alone, has no float64
         return self.trainer.strategy.reduce(table.to(self.device), reduce_op="sum").cpu()
 
-    def _check_rollouts(self, prompts: list[Prompt], group_size: int) -> None:
-        if group_size == 1 and self.advantage.needs_group:
-            raise ConfigError(
-                f"data.group_size is 1, but {type(self.advantage).__name__} compares the responses of a group: "
-                "every advantage would be 0. Set data.group_size to 2 or more."
-            )
-        self.sampler.warn_of_bias()
-        if self.sampler.temperature == 0:
-            raise ConfigError("sampler.temperature is 0: every response of a group would be the same")
-        self._check_rewarded()
-        longest = max(prompt.tokens for prompt in prompts)
-        if self.sampler.context and longest + self.sampler.max_tokens > self.sampler.context:
-            raise ConfigError(
-                f"the longest prompt ({longest} tokens) and sampler.max_tokens ({self.sampler.max_tokens}) are over "
-                f"the model's {self.sampler.context} positions; lower max_tokens or data.max_prompt_tokens"
-            )
+    def on_train_batch_start(self, batch: dict[str, Any], batch_idx: int) -> None:
+        """Tell the rounds how the one that begins has gone, over all ranks."""
+        self.rounds.observe(batch.get("statistics") or {}, self.rollouts.items_per_round)
 
-    def _check_rewarded(self) -> None:
-        if not len(self.rewards) and self.environment is None:
-            raise ConfigError("nothing rewards the policy: set model.rewards, or model.environment")
-
-    @torch.no_grad()
-    def _collect(self, items: list[Any], round_number: int) -> tuple[list[Segment], Sums]:
-        with self.sampling_context():
-            self.sampler.sync(round_number)
-            if items and isinstance(items[0], Prompt):
-                episodes = self.collector.play(items, self.group_size, (round_number,))
-            else:
-                episodes = [one.episode(group[0].index) for group in items for one in group]
-            rows = self.collector.rows(episodes)
-        self.last_episodes = episodes
-        return rows, self.collector.statistics(episodes)
+    @property
+    def last_episodes(self) -> list[Episode]:
+        """Of the last round, on this rank."""
+        return self.rounds.episodes
 
     def sampling_context(self) -> AbstractContextManager[Any]:
         """The precision of training: without it sampler and trainer would disagree on log-probabilities."""
@@ -189,19 +219,41 @@ class PolicyRLModule(RLHFModule):
     # -- steps ----------------------------------------------------------------------------------------------------
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Tensor]:
+        ids, mask, old = batch["input_ids"], batch["mask"], batch["old_logprobs"]
+        scores = self.tokens(ids, mask, self.sampler.temperature, details=True)
+        loss = self._policy_loss(scores, batch)
+        if self.critic is not None:
+            value = self._value_loss(self._values(ids, mask, scores), batch)
+            loss = loss * float(batch["round"] >= self.critic.warmup_rounds) + self.critic.coefficient * value
+            self.log("train/value_loss", value.detach(), on_step=True, on_epoch=False)
+        logprobs, count = scores.logprobs.detach(), mask.sum().clamp(min=1)
+        log_ratio = ((logprobs - old) * mask).abs()
+        outputs = {
+            "log_ratio_max": log_ratio.max(),
+            "log_ratio_mean": log_ratio.sum() / count,
+            "clip_fraction": self.objective.clipped(logprobs, old, batch["advantages"], mask).sum() / count,
+        }
+        self._log_step(batch, scores, loss.detach(), outputs)
+        return {"loss": loss, **outputs}
+
+    def _policy_loss(self, scores: TokenScores, batch: dict[str, Any]) -> Tensor:
         mask, old = batch["mask"], batch["old_logprobs"]
-        scores = self.tokens(batch["input_ids"], mask, self.sampler.temperature, details=True)
-        loss = self._aggregated(self.objective(scores.logprobs, old, batch["advantages"], mask), batch)
+        per_token = self.objective(scores.logprobs, old, batch["advantages"], mask)
         if self.kl is not None and self.kl.place == "loss":
-            loss = loss + self._aggregated(self.kl.loss(scores.logprobs, old, batch["reference_logprobs"], mask), batch)
-        log_ratio = ((scores.logprobs - old) * mask).detach().abs()
-        entropy = scores.entropy
-        assert entropy is not None
-        count = mask.sum().clamp(min=1)
-        if batch.get("first"):
-            self.log("train/logprob_gap", log_ratio.sum() / count, on_step=True, on_epoch=False)
-        self._log_step(loss.detach(), log_ratio.max(), entropy.detach().sum() / count, batch.get("statistics"))
-        return {"loss": loss, "log_ratio_max": log_ratio.max(), "log_ratio_mean": log_ratio.sum() / count}
+            per_token = per_token + self.kl.loss(scores.logprobs, old, batch["reference_logprobs"], mask)
+        if self.importance_weights is not None:
+            per_token = per_token * self.importance_weights(old, batch["sampler_logprobs"], mask)
+        loss = self._aggregated(per_token, batch)
+        if self.entropy_coefficient:
+            assert scores.entropy is not None
+            bonus = self.normalised(scores.entropy.sum(), batch, "tokens", mask.sum())
+            loss = loss - self.entropy_coefficient * bonus
+        return loss
+
+    def _value_loss(self, values: Tensor, batch: dict[str, Any]) -> Tensor:
+        assert self.critic is not None
+        losses = value_loss(values, batch["values"], batch["returns"], batch["mask"], self.critic.clip)
+        return self.normalised(losses.sum(), batch, "tokens", batch["mask"].sum())
 
     def _aggregated(self, per_token: Tensor, batch: dict[str, Any]) -> Tensor:
         mode, length = self.objective.aggregation, self.objective.length
@@ -211,13 +263,24 @@ class PolicyRLModule(RLHFModule):
             total, local = total / length, local / length
         return self.normalised(total, batch, COUNTS[mode], local)
 
-    def _log_step(self, loss: Tensor, ratio: Tensor, entropy: Tensor, statistics: dict[str, float] | None) -> None:
-        for name, number in (statistics or {}).items():
-            bar = name in ("reward", "kl", "truncated")
+    def _log_step(self, batch: dict[str, Any], scores: TokenScores, loss: Tensor, outputs: dict[str, Tensor]) -> None:
+        assert scores.entropy is not None
+        mask = batch["mask"]
+        count = mask.sum().clamp(min=1)
+        numbers = {
+            **(batch.get("statistics") or {}),
+            "entropy": scores.entropy.detach().sum() / count,
+            "loss": loss,
+            "log_ratio_max": outputs["log_ratio_max"],
+            "clip_fraction": outputs["clip_fraction"],
+        }
+        if batch.get("first"):
+            gap = (scores.logprobs.detach() - batch.get("sampler_logprobs", batch["old_logprobs"])) * mask
+            numbers["logprob_gap"] = gap.abs().sum() / count
+        for name, number in numbers.items():
+            bar = name in ("reward", "kl", "truncated", "entropy")
             self.log(f"train/{name}", number, on_step=True, on_epoch=False, prog_bar=bar)
-        for name, value in (("entropy", entropy), ("loss", loss), ("log_ratio_max", ratio)):
-            self.log(f"train/{name}", value, on_step=True, on_epoch=False, prog_bar=name == "entropy")
-        source = float(any(isinstance(part, ModelReward) for part in self.rewards))
+        source = float(any(isinstance(part, ModelReward | EnsembleReward) for part in self.rewards))
         self.log("reward_source_prm", source, on_step=True, on_epoch=False)
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
@@ -227,40 +290,39 @@ class PolicyRLModule(RLHFModule):
         self._evaluate(batch, "test")
 
     def _evaluate(self, batch: dict[str, Any], name: str) -> None:
-        self._check_rewarded()
-        prompts = kept_prompts(batch)
+        check_rewarded(self)
+        prompts, collector = kept_prompts(batch), self.rounds.collector
         metrics: Any = self.heldout[f"{name}_"]
-        if prompts:
-            with self.sampling_context():
-                greedy = self.collector.play(prompts, 1, (VALIDATION,), temperature=0.0)
-                sampled = self.collector.play(prompts, 1, (VALIDATION,))
-            _update(metrics["reward_greedy"], greedy, lambda episode: episode.reward)
-            _update(metrics["reward_sampled"], sampled, lambda episode: episode.reward)
-            _update(metrics["response_tokens"], sampled, lambda episode: float(episode.response_tokens))
-            _update(metrics["truncated"], sampled, lambda episode: float(episode.truncated))
-        for key, metric in metrics.items():
+        with self.sampling_context():
+            greedy = collector.play(prompts, 1, (VALIDATION,), temperature=0.0)
+            sampled = collector.play(prompts, 1, (VALIDATION,))
+            if self.reference is not None:
+                collector.score(sampled, ("reference_logprobs",))
+        metrics.add(greedy, sampled)
+        for key, metric in metrics.logged(kl=self.reference is not None):
             self.log(f"{name}/{key}", metric, prog_bar=key == "reward_sampled", batch_size=max(1, len(prompts)))
+
+    # -- checkpoints ----------------------------------------------------------------------------------------------
+
+    def parameter_groups(self) -> list[Any]:
+        policy = super().parameter_groups()
+        if self.critic is None or self.critic.learning_rate is None:
+            return policy
+        own = {id(p) for p in self.critic.parameters()}
+        return [
+            {"params": [p for p in policy if id(p) not in own]},
+            {"params": [p for p in policy if id(p) in own], "lr": self.critic.learning_rate},
+        ]
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Beside the weights that are trained, what the rounds have come to."""
+        checkpoint["rounds"] = self.rounds.state_dict()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_load_checkpoint(checkpoint)
+        self.rounds.load_state_dict(checkpoint["rounds"])
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> list[dict[str, Any]]:
         """A response to each prompt."""
         with self.sampling_context():
             return answers(self.sampler, self.renderer, kept_prompts(batch), self.seed)
-
-
-def _heldout_metrics() -> nn.ModuleDict:
-    keys = ("reward_greedy", "reward_sampled", "response_tokens", "truncated")
-    return nn.ModuleDict({key: MeanMetric() for key in keys})
-
-
-def _update(metric: MeanMetric, episodes: list[Episode], value: Any) -> None:
-    for episode in episodes:
-        metric.update(value(episode))
-
-
-def _by_group(examples: list[Recorded]) -> list[list[Recorded]]:
-    """Recorded episodes of one group side by side, in the order of their first."""
-    groups: dict[str, list[Recorded]] = {}
-    for i, example in enumerate(examples):
-        key = example.group if example.advantage is None else f"alone {i}"
-        groups.setdefault(key, []).append(example)
-    return list(groups.values())

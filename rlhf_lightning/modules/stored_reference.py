@@ -51,7 +51,7 @@ def store_reference(scorer: ImplicitReward, trainer: Any, device: torch.device, 
 def weights_hash(reference: Reference) -> str:
     """SHA-256 of the weights that the reference computes with."""
     digest = hashlib.sha256()
-    for name, value in reference.weights():
+    for name, value in reference.tensors():
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
         digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

@@ -25,3 +25,14 @@ def k3(logprobs: Tensor, reference_logprobs: Tensor) -> Tensor:
     """
     difference = logprobs - reference_logprobs
     return (-difference).exp() + difference - 1
+
+
+def adapted_coefficient(coefficient: float, kl: float, target: float, samples: int, horizon: float) -> float:
+    """coefficient · (1 + clip(kl / target - 1, -0.2, 0.2) · samples / horizon). Source: arXiv 1909.08593 sec. 2.2.
+
+    Args:
+        kl, target: nats a response. samples: responses since the last change. horizon: responses over which the
+            coefficient may change by a factor of about e^±0.2.
+    """
+    error = min(max(kl / target - 1, -0.2), 0.2)
+    return coefficient * (1 + error * samples / horizon)

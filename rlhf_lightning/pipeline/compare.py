@@ -1,7 +1,7 @@
 """Comparing policies on prompts by a reward, and best-of-N: what a reward alone buys, without any training."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from rlhf_lightning.data.prompts import Prompt
@@ -37,6 +37,8 @@ class Drawing:
         samples = samples or self.samples
         for reward in self.rewards:
             reward.bind(policy.renderer)
+            reward.to(next(policy.model.parameters()).device)
+            reward.check(prompts)
         episodes = policy.answer(prompts, self.max_tokens, self.seed, samples, self.temperature)
         total_rewards(episodes, self.rewards, self.truncated_reward)
         return [episodes[start : start + samples] for start in range(0, len(episodes), samples)]
@@ -133,8 +135,7 @@ def best_of_n(
 
 def _own(policy: Policy, prompt: Prompt) -> Prompt:
     """The same prompt in another policy's tokens."""
-    ids = policy.renderer.prompt(prompt.messages, prompt.tools)
-    return Prompt(prompt.messages, ids, prompt.row, prompt.tools, prompt.index)
+    return replace(prompt, ids=policy.renderer.prompt(prompt.messages, prompt.tools))
 
 
 def _kl(policy: Policy, baseline: Policy, groups: Sequence[Sequence[Episode]], temperature: float) -> float | None:

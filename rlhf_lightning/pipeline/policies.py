@@ -12,8 +12,8 @@ from rlhf_lightning.data.tokenizers import load_tokenizer
 from rlhf_lightning.errors import ConfigError
 from rlhf_lightning.models.loading import disable_dropout, load_for_scoring
 from rlhf_lightning.models.scoring import TokenScorer
-from rlhf_lightning.rollout.environments import run_episodes
 from rlhf_lightning.rollout.episodes import Episode
+from rlhf_lightning.rollout.runner import run_episodes
 from rlhf_lightning.rollout.sampler import Sampler
 
 

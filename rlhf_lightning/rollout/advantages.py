@@ -1,22 +1,42 @@
-"""Advantages bound to episodes: choices with a name over the functions of `objectives.advantage`."""
+"""Advantages bound to episodes: choices with a name over the functions of `objectives.advantage`.
 
-from abc import ABC, abstractmethod
+`__call__` sets a baseline: one number for each episode. `tokens` spreads it over what was drawn, together with the
+penalties of single tokens. `credit.assign` calls both and writes the result into the rows.
+"""
 
+import torch
 from torch import Tensor
 
 from rlhf_lightning.errors import ConfigError
-from rlhf_lightning.objectives.advantage import group_centered, leave_one_out
+from rlhf_lightning.objectives.advantage import discounted_future_sum, gae, group_centered, leave_one_out
 
 
-class Advantage(ABC):
-    """Rewards `[N]` and group numbers `[N]` to advantages `[N]`."""
+class Advantage:
+    """From rewards to the advantage of every token that was drawn."""
 
     needs_group = False
     """Whether a group of one has no advantage."""
+    needs_values = False
+    """Whether a critic is needed."""
+    centres_penalty = True
+    """Whether the KL penalty's mean may be taken off: something else here has to know how large the reward is."""
+    whiten = False
+    """Whether the advantages of a round's tokens get mean 0 and variance 1, over all ranks."""
 
-    @abstractmethod
     def __call__(self, rewards: Tensor, group_ids: Tensor) -> Tensor:
-        """Advantages `[N]`, one for each episode."""
+        """Rewards `[N]` of episodes, less a baseline; `group_ids` `[N]`."""
+        return rewards
+
+    def tokens(
+        self, scores: Tensor, penalties: Tensor, values: Tensor, mask: Tensor, discount: float
+    ) -> tuple[Tensor, Tensor]:
+        """Advantages and returns, `[N, T]` each, 0 where the mask is 0.
+
+        Args:
+            scores: what `__call__` gave, `[N]`. penalties: rewards of single tokens, `[N, T]`. values: the critic's,
+                `[N, T]`, zeros without one. discount: of a later token's penalty.
+        """
+        return scores[:, None] * mask + discounted_future_sum(penalties, mask, discount), torch.zeros_like(mask)
 
 
 class GroupCentered(Advantage):
@@ -42,3 +62,51 @@ class LeaveOneOut(Advantage):
     def __call__(self, rewards: Tensor, group_ids: Tensor) -> Tensor:
         """`[N]`."""
         return leave_one_out(rewards, group_ids)
+
+
+class GlobalWhitened(Advantage):
+    """The reward and the KL penalties to come, whitened over all tokens of the round (REINFORCE++, arXiv 2501.03262).
+
+    Args:
+        baseline: `none`, or `group`: the group's mean is taken off first (REINFORCE++-baseline), which needs groups.
+    """
+
+    whiten = True
+    centres_penalty = False
+
+    def __init__(self, baseline: str = "none") -> None:
+        if baseline not in ("none", "group"):
+            raise ConfigError(f"advantage.baseline is {baseline!r}; 'none' or 'group'")
+        self.needs_group = baseline == "group"
+
+    def __call__(self, rewards: Tensor, group_ids: Tensor) -> Tensor:
+        """`[N]`."""
+        return group_centered(rewards, group_ids) if self.needs_group else rewards
+
+
+class GAE(Advantage):
+    """Generalised advantage estimation with a critic (arXiv 1506.02438): PPO as it was first used on language models.
+
+    The reward comes at the last token that was drawn, KL penalties at their own; the value after the end is 0.
+
+    Args:
+        gamma: discount of rewards; 1 for answers of a few hundred tokens.
+        lam: weight of later value estimates; 1 leaves the critic as a baseline alone.
+        whiten: mean 0 and variance 1 over the tokens of a round.
+    """
+
+    needs_values = True
+    centres_penalty = False
+
+    def __init__(self, gamma: float = 1.0, lam: float = 0.95, whiten: bool = True) -> None:
+        if not (0 <= gamma <= 1 and 0 <= lam <= 1):
+            raise ConfigError(f"advantage: gamma ({gamma}) and lam ({lam}) must be in [0, 1]")
+        self.gamma, self.lam, self.whiten = gamma, lam, whiten
+
+    def tokens(
+        self, scores: Tensor, penalties: Tensor, values: Tensor, mask: Tensor, discount: float
+    ) -> tuple[Tensor, Tensor]:
+        """See `Advantage.tokens`; gamma discounts, not `discount`."""
+        places = torch.arange(1, mask.shape[1] + 1)
+        last = (mask * places).argmax(-1, keepdim=True)
+        return gae(penalties.scatter_add(1, last, scores[:, None]), values, mask, self.gamma, self.lam)

@@ -1,34 +1,35 @@
 """One round: from prompts to rows with advantages, and the numbers that describe it."""
 
-from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from rlhf_lightning.data.batching import pad_right, pad_tokens
+from rlhf_lightning.data.batching import pad_tokens
 from rlhf_lightning.data.prompts import Prompt
 from rlhf_lightning.data.rendering import Renderer
-from rlhf_lightning.models.reference import Reference
-from rlhf_lightning.objectives.kl import k1
 from rlhf_lightning.rollout.advantages import Advantage
-from rlhf_lightning.rollout.environments import EnvironmentFactory, run_episodes
+from rlhf_lightning.rollout.credit import assign
+from rlhf_lightning.rollout.environments import EnvironmentFactory, Limits
 from rlhf_lightning.rollout.episodes import Episode, Segment
 from rlhf_lightning.rollout.kl import KLPenalty
+from rlhf_lightning.rollout.ranks import gather
 from rlhf_lightning.rollout.rewards import Reward, total_rewards
+from rlhf_lightning.rollout.runner import run_episodes
 from rlhf_lightning.rollout.sampler import Sampler
+from rlhf_lightning.rollout.statistics import Sums, groups_without_signal, statistics
 
-Sums = dict[str, tuple[float, int]]
-"""For each number of a round: its sum over episodes, and over how many."""
+RowScorer = Callable[[Tensor, Tensor], Tensor]
+"""From `input_ids` and `mask`, `[B, T]`, to a number for each token, `[B, T]`."""
 
 
 class Collector:
     """Plays episodes, rewards them, and turns them into rows.
 
     Args:
-        sampler, renderer, rewards, advantage, kl, reference, environment: the parts, as `PolicyRLModule` names them.
-        seed: of every draw. max_turns, truncated_reward: see `PolicyRLModule`.
+        sampler, renderer, rewards, advantage, kl, environment: the parts, as `PolicyRLModule` names them.
+        row_scorers: what else is computed for the rows of a round, by the name of its column in `Segment`.
+        seed: of every draw. limits, truncated_reward, mask_truncated, resample: see `PolicyRLModule`.
     """
 
     def __init__(
@@ -39,112 +40,95 @@ class Collector:
         advantage: Advantage,
         seed: int,
         kl: KLPenalty | None = None,
-        reference: Reference | None = None,
+        row_scorers: Mapping[str, RowScorer] | None = None,
         environment: EnvironmentFactory | None = None,
-        max_turns: int = 8,
+        limits: Limits | None = None,
         truncated_reward: float | None = None,
+        mask_truncated: bool = False,
+        resample: int = 0,
     ) -> None:
         self.sampler, self.renderer, self.rewards, self.advantage = sampler, renderer, rewards, advantage
-        self.kl, self.reference, self.environment = kl, reference, environment
-        self.seed, self.max_turns, self.truncated_reward = seed, max_turns, truncated_reward
+        self.kl, self.row_scorers, self.environment = kl, dict(row_scorers or {}), environment
+        self.seed, self.limits, self.resample = seed, limits or Limits(), resample
+        self.truncated_reward, self.mask_truncated = truncated_reward, mask_truncated
+
+    def round(self, prompts: Sequence[Prompt], group_size: int, number: int) -> list[Episode]:
+        """The episodes of a round, `group_size` for each prompt, in order.
+
+        A group whose rewards are all equal teaches nothing: it is drawn again, `resample` times at most (DAPO's dynamic
+        sampling, arXiv 2503.14476 sec. 3.2, with the same prompts). All ranks call it together.
+        """
+        episodes = self.play(prompts, group_size, (number,), running="update")
+        self.redrawn = 0
+        for attempt in range(1, self.resample + 1):
+            dull = groups_without_signal(episodes)
+            # Asked of all: what a reward keeps over ranks must be told of every attempt by all of them.
+            if not any(gather(bool(dull))):
+                break
+            self.redrawn += len(dull)
+            dull_prompts = [prompt for prompt in prompts if prompt.index in dull]
+            # Running statistics take a round in once: else they would lean to what is drawn again.
+            again = self.play(dull_prompts, group_size, (number, attempt), running="use")
+            fresh = iter(again)
+            episodes = [next(fresh) if episode.group in dull else episode for episode in episodes]
+        return episodes
 
     def play(
-        self, prompts: Sequence[Prompt], group_size: int, seed: Sequence[int], temperature: float | None = None
+        self,
+        prompts: Sequence[Prompt],
+        group_size: int,
+        seed: Sequence[int],
+        temperature: float | None = None,
+        running: str = "off",
     ) -> list[Episode]:
-        """Rewarded episodes, `group_size` for each prompt, in order."""
+        """Rewarded episodes, `group_size` for each prompt, in order.
+
+        Args:
+            running: what rewards with running statistics do, see `total_rewards`. With `update` all ranks must call
+                this together, whether they have prompts or not.
+        """
         tasks = [(prompt, sample) for prompt in prompts for sample in range(group_size)]
         episodes = run_episodes(
-            tasks, self.sampler, self.renderer, (self.seed, *seed), self.environment, self.max_turns, temperature
+            tasks, self.sampler, self.renderer, (self.seed, *seed), self.environment, self.limits, temperature
         )
-        total_rewards(episodes, self.rewards, self.truncated_reward)
+        total_rewards(episodes, self.rewards, self.truncated_reward, running)
+        for episode in episodes:
+            episode.masked = episode.failed or (self.mask_truncated and episode.truncated)
         return episodes
 
     def rows(self, episodes: Sequence[Episode]) -> list[Segment]:
-        """The rows of episodes, with reference log-probabilities and per-token advantages."""
-        self._advantages(episodes)
-        segments = [segment for episode in episodes for segment in episode.segments if segment.actions]
-        if self.reference is not None:
-            self._reference_logprobs(segments)
-        if self.kl is not None and self.kl.place == "reward" and segments:
-            self._fold_kl(segments)
-        return segments
-
-    def _advantages(self, episodes: Sequence[Episode]) -> None:
-        scored = [episode for episode in episodes if episode.advantage is None]
-        if scored:
-            rewards = torch.tensor([episode.reward for episode in scored], dtype=torch.float64)
-            groups = torch.tensor([episode.group for episode in scored])
-            for episode, value in zip(scored, self.advantage(rewards, groups).tolist(), strict=True):
-                episode.advantage = value
+        """The rows of episodes, with what is scored of them and per-token advantages. All ranks call it together."""
+        self.score(episodes, self.row_scorers)
+        assign([episode for episode in episodes if not episode.failed], self.advantage, self.kl)
         for episode in episodes:
             for segment in episode.segments:
                 segment.group = episode.group
-                segment.advantages = [(episode.advantage or 0.0) * flag for flag in segment.mask]
+        trained = [episode for episode in episodes if not episode.masked]
+        return [segment for episode in trained for segment in episode.segments if segment.actions]
 
-    def _reference_logprobs(self, segments: list[Segment], batch_size: int = 256) -> None:
-        assert self.reference is not None
+    def score(self, episodes: Sequence[Episode], names: Iterable[str]) -> list[Segment]:
+        """The rows of episodes in which something was drawn, with these columns filled in."""
+        segments = [segment for episode in episodes for segment in episode.segments if segment.actions]
+        for name in names:
+            self._fill(segments, name)
+        return segments
+
+    def _fill(self, segments: list[Segment], name: str, batch_size: int = 256) -> None:
+        scorer = self.row_scorers[name]
         device = next(self.sampler.model.parameters()).device
         for start in range(0, len(segments), batch_size):
             part = segments[start : start + batch_size]
             batch = pad_tokens([row.ids for row in part], [row.mask for row in part], pad_id=0)
-            logprobs = self.reference.logprobs(
-                batch["input_ids"].to(device), batch["mask"].to(device), self.sampler.temperature
-            )
-            for row, values in zip(part, logprobs.float().tolist(), strict=True):
-                row.reference_logprobs = values[: len(row.ids)]
-
-    def _fold_kl(self, segments: list[Segment]) -> None:
-        assert self.kl is not None
-        mask = pad_right([row.mask for row in segments], 0, torch.float64)
-        added = self.kl.fold(
-            pad_right([row.logprobs for row in segments], 0, torch.float64),
-            pad_right([row.reference_logprobs for row in segments], 0, torch.float64),
-            mask,
-        )
-        for row, values in zip(segments, added.tolist(), strict=True):
-            row.advantages = [a + b for a, b in zip(row.advantages, values, strict=False)]
+            numbers = scorer(batch["input_ids"].to(device), batch["mask"].to(device)).float().tolist()
+            for row, values in zip(part, numbers, strict=True):
+                setattr(row, name, values[: len(row.ids)])
 
     def statistics(self, episodes: Sequence[Episode]) -> Sums:
-        """Sums and counts over episodes: reward and its parts, length, truncation, KL (nats a response), …"""
-        columns: dict[str, list[float]] = defaultdict(list)
-        for episode in episodes:
-            columns["reward"].append(episode.reward)
-            columns["response_tokens"].append(episode.response_tokens)
-            columns["truncated"].append(episode.truncated)
-            columns["turns"].append(sum(message["role"] == "assistant" for message in episode.responses))
-            for name, value in episode.parts.items():
-                if value is not None:
-                    columns[f"reward_{name}"].append(value)
-            for name, value in episode.metrics.items():
-                columns[f"env_{name}"].append(value)
-            if self.reference is not None:
-                columns["kl"].append(sum(_sequence_kl(segment) for segment in episode.segments))
-        columns["zero_signal_groups"] = _zero_signal(episodes)
-        return {name: (float(sum(values)), len(values)) for name, values in columns.items()}
-
-
-def _sequence_kl(segment: Segment) -> float:
-    if not segment.reference_logprobs:
-        return 0.0
-    drawn: Tensor = torch.tensor(segment.mask, dtype=torch.float64)
-    difference = k1(torch.tensor(segment.logprobs), torch.tensor(segment.reference_logprobs))
-    return float((difference * drawn).sum())
-
-
-def _zero_signal(episodes: Sequence[Episode]) -> list[float]:
-    """For each group whether all its rewards are equal: then it teaches nothing."""
-    groups: dict[int, set[float]] = defaultdict(set)
-    for episode in episodes:
-        groups[episode.group].add(episode.reward)
-    return [float(len(rewards) == 1) for rewards in groups.values()]
-
-
-def means(parts: Sequence[Sums]) -> dict[str, float]:
-    """The means over the episodes of all ranks."""
-    names = sorted({name for part in parts for name in part})
-    found = {name: [part[name] for part in parts if name in part] for name in names}
-    totals = {name: (sum(total for total, _ in sums), sum(n for _, n in sums)) for name, sums in found.items()}
-    return {name: total / count for name, (total, count) in totals.items() if count}
+        """See `rollout.statistics`."""
+        sums = statistics(episodes, kl="reference_logprobs" in self.row_scorers)
+        if self.resample:
+            sums["redrawn_groups"] = (float(self.redrawn), sums["zero_signal_groups"][1])
+        return sums
 
 
 def answers(sampler: Sampler, renderer: Renderer, prompts: Sequence[Prompt], seed: int) -> list[dict[str, Any]]:

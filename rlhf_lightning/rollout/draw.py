@@ -66,8 +66,11 @@ def ends(ids: list[int], params: SamplingParams, decode: Callable[[list[int]], s
     """Whether a response is over."""
     if ids[-1] in params.stop_token_ids:
         return True
-    # A stop text is a few tokens long; the tail is enough to see it end.
-    return bool(params.stop_strings) and any(stop in decode(ids[-32:]) for stop in params.stop_strings)
+    if not params.stop_strings:
+        return False
+    # The tail is enough to see a stop text end: a token is at least a byte of it.
+    tail = decode(ids[-max(32, *(len(stop.encode()) + 1 for stop in params.stop_strings)) :])
+    return any(stop in tail for stop in params.stop_strings)
 
 
 def uniforms(seeds: Sequence[int], tokens: int) -> Tensor:

@@ -1,20 +1,21 @@
 """Environments: who answers the policy. One object per episode, one or many turns, sync or async."""
 
-import asyncio
-import inspect
-from collections.abc import Awaitable, Callable, Sequence
+import math
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from functools import partial
 from importlib import import_module
 from typing import Any, Protocol
 
-from rlhf_lightning.data.batching import mix_seeds
 from rlhf_lightning.data.conversations import Message
-from rlhf_lightning.data.prompts import Prompt
-from rlhf_lightning.data.rendering import Renderer
-from rlhf_lightning.errors import ConfigError
-from rlhf_lightning.rollout.episodes import Episode, Segment
-from rlhf_lightning.rollout.sampler import Sample, Sampler
+from rlhf_lightning.errors import ConfigError, UserError
+from rlhf_lightning.rollout.calls import check_limit
+
+ON_ERROR = ("fail", "retry", "drop")
+
+
+class EpisodeError(UserError):
+    """An episode could not be played; the message names its prompt, sample and turn."""
 
 
 @dataclass
@@ -31,7 +32,10 @@ class StepResult:
 
 
 class MessageEnv(Protocol):
-    """An environment made of messages. Both methods may be async; then all episodes' steps run concurrently."""
+    """An environment made of messages. Both methods may be async; then all episodes' steps run concurrently.
+
+    It may have `tools`, a list of JSON schemas, which the chat template then shows to the policy.
+    """
 
     def reset(self) -> list[Message] | Awaitable[list[Message]]:
         """The messages that the policy first sees."""
@@ -44,137 +48,90 @@ EnvironmentFactory = Callable[[dict[str, Any]], MessageEnv]
 """Makes the environment of one episode from its row of data."""
 
 
+@dataclass(frozen=True)
+class Limits:
+    """What an episode may take, and what happens to one whose environment fails.
+
+    Args:
+        max_turns: the policy's turns of an episode.
+        max_tokens: tokens that the policy may draw in all turns of an episode; a response over it is cut there.
+        step_timeout: seconds that one `reset` or `step` of an environment may take. Plain functions then run in
+            threads, several at once.
+        on_error: what follows an exception (or a time limit passed): `fail` ends the run and names the episode;
+            `retry` plays the episode again from `reset`, with seeds of its own, `retries` times, and then fails; `drop`
+            leaves the episode out of everything but `train/failed_episodes`.
+        retries: with `on_error: retry`.
+    """
+
+    max_turns: int = 8
+    max_tokens: int | None = None
+    step_timeout: float | None = None
+    on_error: str = "fail"
+    retries: int = 1
+
+    def __post_init__(self) -> None:
+        if self.max_turns < 1:
+            raise ConfigError(f"limits.max_turns is {self.max_turns}; it must be at least 1")
+        if self.max_tokens is not None and self.max_tokens < 1:
+            raise ConfigError(f"limits.max_tokens is {self.max_tokens}; it must be at least 1, or null for no limit")
+        check_limit("limits.step_timeout", self.step_timeout)
+        if self.on_error not in ON_ERROR:
+            raise ConfigError(f"limits.on_error is {self.on_error!r}; one of {', '.join(ON_ERROR)}")
+        if self.retries < 1:
+            raise ConfigError(f"limits.retries is {self.retries}; it must be at least 1 (on_error: fail tries once)")
+
+
 def environment_factory(
     environment: str | Callable[..., MessageEnv] | None, arguments: dict[str, Any] | None = None
 ) -> EnvironmentFactory | None:
     """A factory from a class or function, or its dotted path; `arguments` are given to it after the row, by name.
 
+    A class may have a class method `check(**arguments)`, called here: it refuses arguments before training.
+
     Raises:
         ConfigError: it cannot be imported, or is not callable.
     """
     if environment is None:
+        if arguments:
+            raise ConfigError("model.environment_args is set, and model.environment is not")
         return None
-    found: Any = environment
-    if isinstance(environment, str):
-        module, _, name = environment.rpartition(".")
-        try:
-            found = getattr(import_module(module), name)
-        except (ImportError, AttributeError, ValueError) as error:
-            raise ConfigError(f"model.environment {environment!r} cannot be imported: {error}") from error
+    found = imported(environment, "model.environment") if isinstance(environment, str) else environment
     if not callable(found):
         raise ConfigError(f"model.environment {environment!r} is no class or function")
+    if check := getattr(found, "check", None):
+        check(**(arguments or {}))
     return partial(found, **(arguments or {}))
 
 
-class _Running:
-    """An episode under way."""
-
-    def __init__(self, prompt: Prompt, sample: int, env: MessageEnv | None) -> None:
-        self.prompt, self.env = prompt, env
-        self.episode = Episode(prompt.messages, prompt.row, prompt.index, sample, prompt.tools)
-        self.text = ""
-
-    def next_prompt(self, renderer: Renderer, turn: int) -> list[int]:
-        """Token ids to go on from. What was drawn stays as it was drawn: only what is new is tokenised."""
-        if self.env is None:
-            return self._open(self.prompt.ids)
-        text = renderer.prompt_text(self.episode.prompt + self.episode.responses, self.prompt.tools)
-        previous, self.text = self.text, text
-        if turn and text.startswith(previous):
-            segment = self.episode.segments[-1]
-            added = renderer.tokenizer(text[len(previous) :], add_special_tokens=False)["input_ids"]
-            return self._extend(segment, added, [0.0] * len(added), drawn=0).ids
-        return self._open(renderer.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
-
-    def _open(self, ids: list[int]) -> list[int]:
-        self.episode.segments.append(Segment(list(ids), [0] * len(ids), [0.0] * len(ids)))
-        return list(ids)
-
-    @staticmethod
-    def _extend(segment: Segment, ids: list[int], logprobs: list[float], drawn: int) -> Segment:
-        segment.ids += ids
-        segment.mask += [drawn] * len(ids)
-        segment.logprobs += logprobs
-        return segment
-
-    def act(self, sample: Sample, renderer: Renderer) -> Message:
-        """Take a response; its text as a message."""
-        self._extend(self.episode.segments[-1], sample.ids, sample.logprobs, drawn=1)
-        self.text += renderer.tokenizer.decode(sample.ids, skip_special_tokens=False)
-        message = {"role": "assistant", "content": renderer.decode(sample.ids)}
-        self.episode.responses.append(message)
-        self.episode.stop_reason = sample.stop_reason
-        return message
+def imported(path: str, setting: str) -> Any:
+    """What a dotted path names; raises `ConfigError` with the setting it stands in."""
+    module, _, name = path.rpartition(".")
+    try:
+        return getattr(import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ConfigError(f"{setting} {path!r} cannot be imported: {error}") from error
 
 
-def run_episodes(
-    prompts: Sequence[tuple[Prompt, int]],
-    sampler: Sampler,
-    renderer: Renderer,
-    seed: Sequence[int],
-    environment: EnvironmentFactory | None = None,
-    max_turns: int = 8,
-    temperature: float | None = None,
-) -> list[Episode]:
-    """Play one episode for each (prompt, sample number), in order.
-
-    A draw is seeded by (seed, the prompt's index, sample number, turn): never by its place in a batch.
-
-    Args:
-        environment: none for a single turn, where the response ends the episode.
-    """
-    everyone = [
-        _Running(prompt, sample, environment(prompt.row) if environment else None) for prompt, sample in prompts
-    ]
-    if environment:
-        for running, messages in zip(everyone, _all([r.env.reset() for r in everyone if r.env]), strict=True):
-            running.episode.prompt = list(messages)
-    active = everyone
-    for turn in range(max_turns if environment else 1):
-        ids = [running.next_prompt(renderer, turn) for running in active]
-        room = [sampler.context is None or len(row) + sampler.max_tokens <= sampler.context for row in ids]
-        for running, fits in zip(active, room, strict=True):
-            if not fits:
-                running.episode.stop_reason = "context"
-        active, ids = (
-            [r for r, fits in zip(active, room, strict=True) if fits],
-            [i for i, f in zip(ids, room, strict=True) if f],
-        )
-        seeds = [mix_seeds(*seed, r.prompt.index, r.episode.sample, turn) for r in active]
-        samples = sampler.generate(ids, seeds, temperature)
-        messages = [running.act(sample, renderer) for running, sample in zip(active, samples, strict=True)]
-        active = _step(active, messages)
-        if not active:
-            break
-    for running in active if environment else []:
-        running.episode.stop_reason = "turns"
-    return [running.episode for running in everyone]
+def checked_messages(value: Any) -> list[Message]:
+    """What `reset` returned, if it is a list of messages."""
+    fine = isinstance(value, list | tuple) and value and all(isinstance(m, dict) and m.get("role") for m in value)
+    if not fine:
+        raise TypeError(f"reset() returned {_short(value)}; it must be a list of messages, {{role, content}} each")
+    return [dict(message) for message in value]
 
 
-def _step(active: list[_Running], messages: list[Message]) -> list[_Running]:
-    """Hand each message to its environment; who goes on."""
-    results = _all([r.env.step(message) for r, message in zip(active, messages, strict=True) if r.env])
-    going = []
-    for running, result in zip(active, results, strict=False):
-        episode = running.episode
-        episode.environment_reward += result.reward
-        episode.metrics.update(result.metrics)
-        # Out of tokens, the turn is unfinished: another message after it would be one the model never ended.
-        if not result.done and not episode.truncated:
-            episode.responses += result.next_messages
-            going.append(running)
-    return going
+def checked_result(value: Any) -> StepResult:
+    """What `step` returned, if it is a `StepResult` of finite numbers and messages."""
+    if not isinstance(value, StepResult):
+        raise TypeError(f"step() returned {_short(value)}; it must be a StepResult")
+    for name, number in (("reward", value.reward), *((f"metrics[{key!r}]", n) for key, n in value.metrics.items())):
+        if not hasattr(number, "__float__") or not math.isfinite(number):
+            raise ValueError(f"step() returned {name} {number!r}; it must be a finite number")
+    if not all(isinstance(message, dict) and message.get("role") for message in value.next_messages):
+        raise TypeError(f"step() returned next_messages {_short(value.next_messages)}; wanted {{role, content}} each")
+    return value
 
 
-def _all(values: list[Any]) -> list[Any]:
-    """Results of calls, the awaitable ones awaited together."""
-    if not any(inspect.isawaitable(value) for value in values):
-        return values
-
-    async def gather() -> list[Any]:
-        async def settle(value: Any) -> Any:
-            return await value if inspect.isawaitable(value) else value
-
-        return list(await asyncio.gather(*(settle(value) for value in values)))
-
-    return asyncio.run(gather())
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:80]}…"

@@ -5,6 +5,8 @@ from typing import Any
 
 from rlhf_lightning.data.conversations import Message
 
+STOP_REASONS = ("stop", "length", "tokens", "turns", "context", "failed")
+
 
 @dataclass
 class Segment:
@@ -20,6 +22,12 @@ class Segment:
     """The sampler's, in nats, at its temperature, recorded when the token was drawn."""
     advantages: list[float] = field(default_factory=list)
     reference_logprobs: list[float] = field(default_factory=list)
+    old_logprobs: list[float] = field(default_factory=list)
+    """The trainer's own before its first update of the round, where the sampler's are not the ones to compare with."""
+    values: list[float] = field(default_factory=list)
+    """What the critic expected before each drawn token."""
+    returns: list[float] = field(default_factory=list)
+    """What the critic is to learn."""
     group: int = 0
     """Of its episode: rows of one group stay together, since what they share is computed once."""
 
@@ -48,12 +56,33 @@ class Episode:
     """What was said after the prompt: the policy's messages and the environment's."""
     segments: list[Segment] = field(default_factory=list)
     stop_reason: str = ""
-    """`stop`, `length` (out of tokens: truncated), `turns` (out of turns) or `context` (no room for another turn)."""
+    """`stop`, `length` (a response ran out of tokens: truncated), `tokens` (none left for another turn), `turns` (out
+    of turns), `context` (no room for another turn) or `failed` (its environment did, and it was dropped)."""
+    stopped_by_text: bool = False
+    """One of the sampler's stop texts ended the last response, which so lacks the end that its template gives it."""
     environment_reward: float = 0.0
     parts: dict[str, float | None] = field(default_factory=dict)
     reward: float = 0.0
     advantage: float | None = None
     metrics: dict[str, float] = field(default_factory=dict)
+    details: dict[str, float] = field(default_factory=dict)
+    """What rewards measured beside their scores, by name; logged as `reward_NAME`."""
+    where: str = ""
+    """File and line of the prompt, where they are known."""
+    masked: bool = False
+    """Not trained on; its reward still counts in its group."""
+    error: str | None = None
+    """Why it failed."""
+
+    @property
+    def failed(self) -> bool:
+        """Whether its environment failed: then it has no rows and no reward, and counts for nothing."""
+        return self.error is not None
+
+    @property
+    def label(self) -> str:
+        """The episode as error messages name it."""
+        return f"{self.where or f'prompt {self.group}'}, sample {self.sample}"
 
     @property
     def response(self) -> str:
@@ -82,4 +111,10 @@ class Episode:
             "advantage": self.advantage,
             "stop_reason": self.stop_reason,
             "response_tokens": self.response_tokens,
+            **({"error": self.error} if self.failed else {}),
         }
+
+    def counted(self) -> dict[str, float]:
+        """How it ended, as 0 or 1 for each way: their means over episodes are fractions."""
+        ended = {f"stop_{reason}": float(self.stop_reason == reason) for reason in STOP_REASONS if reason != "failed"}
+        return {**ended, "failed_episodes": float(self.failed)}

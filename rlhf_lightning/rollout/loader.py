@@ -9,9 +9,14 @@ from torch import Tensor
 
 from rlhf_lightning.data.batching import Layout, mix_seeds, pad_right, pad_tokens, split_evenly, total_counts
 from rlhf_lightning.errors import ConfigError
-from rlhf_lightning.rollout.collect import Sums, means
 from rlhf_lightning.rollout.episodes import Segment
+from rlhf_lightning.rollout.statistics import Sums, means
 
+COLUMNS = {
+    "sampler_logprobs": "logprobs",
+    **{name: name for name in ("old_logprobs", "advantages", "reference_logprobs", "values", "returns")},
+}
+"""What a batch has of its rows, and the column of `Segment` it is taken from."""
 Collect = Callable[[list[Any], int], tuple[list[Segment], Sums]]
 
 
@@ -97,6 +102,7 @@ class RolloutLoader:
             yield {
                 **self._collate(parts[k]),
                 "denominators": counts[k // layout.accumulate],
+                "round": round_seed,
                 "first": k < layout.accumulate,
                 "statistics": statistics if k == 0 else None,
             }
@@ -124,12 +130,13 @@ class RolloutLoader:
 
     def _collate(self, rows: list[Segment]) -> dict[str, Any]:
         # A row that weighs nothing keeps a rank in step that has none of its own.
-        rows = rows or [Segment([self.pad_id, self.pad_id], [0, 0], [0.0, 0.0], [0.0, 0.0], [0.0, 0.0])]
+        rows = rows or [Segment([self.pad_id, self.pad_id], [0, 0], [0.0, 0.0])]
         batch: dict[str, Any] = pad_tokens([row.ids for row in rows], [row.mask for row in rows], self.pad_id)
-        batch["old_logprobs"] = pad_right([row.logprobs for row in rows], 0.0, torch.float32)
-        batch["advantages"] = pad_right([row.advantages for row in rows], 0.0, torch.float32)
-        if any(row.reference_logprobs for row in rows):
-            batch["reference_logprobs"] = pad_right([row.reference_logprobs for row in rows], 0.0, torch.float32)
+        for name, column in COLUMNS.items():
+            numbers = [getattr(row, column) or [0.0] * len(row.ids) for row in rows]
+            batch[name] = pad_right(numbers, 0.0, torch.float32)
+        if not any(row.old_logprobs for row in rows):
+            batch["old_logprobs"] = batch["sampler_logprobs"]
         return batch
 
     def state_dict(self) -> dict[str, Any]:

@@ -92,3 +92,12 @@ def _float(data: dict[str, Any], name: str) -> float | None:
     if value is not None and (isinstance(value, bool) or not isinstance(value, int | float) or value != value):
         raise RowError(f"{name!r} is {value!r}; it must be a number")
     return None if value is None else float(value)
+
+
+def by_group(examples: list[Recorded]) -> list[list[Recorded]]:
+    """Recorded episodes of one group side by side, in the order of their first."""
+    groups: dict[str, list[Recorded]] = {}
+    for i, example in enumerate(examples):
+        key = example.group if example.advantage is None else f"alone {i}"
+        groups.setdefault(key, []).append(example)
+    return list(groups.values())

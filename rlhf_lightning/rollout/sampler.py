@@ -8,6 +8,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from rlhf_lightning.data.rendering import Renderer
+from rlhf_lightning.errors import ConfigError
 from rlhf_lightning.models.lora import base_of, named_weights
 from rlhf_lightning.rollout.draw import Sample, SamplingParams
 from rlhf_lightning.rollout.engine import LocalEngine
@@ -44,6 +45,8 @@ class Sampler:
         top_k: draw from so many of the likeliest tokens, 0 for all; biased likewise.
         min_p: draw from tokens at least this fraction as likely as the likeliest; biased likewise.
         min_tokens: no response ends before; biased likewise.
+        stop: texts that end a response where they are complete. Their tokens are trained; rewards and environments see
+            the text before.
         batch_rows: rows decoded side by side.
         engine: an `Engine` that samples in place of the built-in one.
         cuda_graphs: on a GPU, replay the steps of decoding as graphs.
@@ -60,10 +63,14 @@ class Sampler:
         batch_rows: int = 256,
         engine: Any = None,
         cuda_graphs: bool = False,
+        stop: Sequence[str] = (),
     ) -> None:
         self.params = SamplingParams(max_tokens, min_tokens, temperature, top_p, top_k, min_p)
         self.batch_rows, self.engine, self.cuda_graphs = batch_rows, engine, cuda_graphs
         self._local = engine is None
+        if isinstance(stop, str) or not all(isinstance(text, str) and text for text in stop):
+            raise ConfigError(f"sampler.stop is {stop!r}; it must be a list of texts, none of them empty")
+        self.stop = tuple(stop)
 
     @property
     def max_tokens(self) -> int:
@@ -81,8 +88,10 @@ class Sampler:
         self.params = replace(
             self.params,
             stop_token_ids=tuple(renderer.stop_token_ids),
-            stop_strings=tuple(renderer.stop_strings),
+            stop_strings=(*renderer.stop_strings, *self.stop),
         )
+        for text in self.stop:
+            _check_stop(text, renderer.tokenizer)
         if self._local:
             self.engine = LocalEngine(model, renderer.tokenizer.decode, self.batch_rows, self.cuda_graphs, max_tokens)
         self.context = getattr(base_of(model).config.get_text_config(), "max_position_embeddings", None)
@@ -106,3 +115,13 @@ class Sampler:
         """A response to each prompt (token ids)."""
         params = self.params if temperature is None else replace(self.params, temperature=temperature)
         return self.engine.generate(prompts, params, seeds)
+
+
+def _check_stop(stop: str, tokenizer: Any) -> None:
+    """Refuse a stop text that the tokenizer can never write: no response would end by it."""
+    written = [tokenizer.decode(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in (stop, f"a{stop}a")]
+    if not any(stop in text for text in written):
+        raise ConfigError(
+            f"sampler.stop: the tokenizer never writes {stop!r} (of that text it makes {written[0]!r}), "
+            "so no response would end there"
+        )

@@ -1,0 +1,227 @@
+"""Shortest paths in a random graph: SFT on random walks, then RL, against the optimum that is known.
+
+    python -m benchmarks.learning.graph_walk [--seeds 0 1 2 3 4]
+
+A graph of 21 nodes, each edge there with probability 0.1; a prompt is a node, an answer the nodes of a walk to node 0
+in at most 10 steps. A walk of n steps from a node at distance d scores (10 - n) / (10 - d): 1 is the optimum; one that
+leaves the graph, does not arrive or goes on scores 0. SFT learns random walks that happen to arrive, as many from each
+node; RL has 20 rounds of 128 rollouts. Writes `benchmarks/results/graph_walk.json`.
+
+The task is that of the random walks of Decision Transformer and trlx.
+"""
+
+import argparse
+import json
+import random
+import statistics
+import tempfile
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+
+from benchmarks.quickstart import machine
+from rlhf_lightning import PolicyRLModule, PromptDataModule, SFTDataModule, SFTModule
+from rlhf_lightning.models.critic import Critic
+from rlhf_lightning.modules.schedules import Warmup
+from rlhf_lightning.objectives.policy import PPO
+from rlhf_lightning.rollout.advantages import GAE, GroupCentered
+from rlhf_lightning.rollout.rewards import FunctionReward
+from rlhf_lightning.rollout.sampler import Sampler
+
+RESULTS = Path(__file__).parents[1] / "results" / "graph_walk.json"
+NODES, EDGE, STEPS, WALKS, ROUNDS, ROLLOUTS = 21, 0.1, 10, 1000, 20, 128
+
+
+class Graph:
+    """A random graph in which node 0 can be reached from everywhere, and how far it is."""
+
+    def __init__(self, seed: int) -> None:
+        self.draw = random.Random(seed)
+        self.distance: dict[int, int] = {}
+        while len(self.distance) < NODES or max(self.distance.values()) > STEPS:
+            self.edges = {a: [b for b in range(NODES) if b != a and self.draw.random() < EDGE] for a in range(NODES)}
+            self.distance = self._distances()
+
+    def _distances(self) -> dict[int, int]:
+        found, steps, new = {0: 0}, 0, {0}
+        while new:
+            steps += 1
+            new = {a for a in range(NODES) if a not in found and any(b in found for b in self.edges[a])}
+            found |= dict.fromkeys(new, steps)
+        return found
+
+    def walk(self, start: int) -> list[int]:
+        """A random walk that arrives in time."""
+        while True:
+            nodes = [start]
+            while nodes[-1] and len(nodes) <= STEPS and self.edges[nodes[-1]]:
+                nodes.append(self.draw.choice(self.edges[nodes[-1]]))
+            if not nodes[-1]:
+                return nodes
+
+    def score(self, start: int, answer: str) -> float:
+        """The part of the optimum that an answer reaches."""
+        nodes = [start, *(int(word[1:]) for word in answer.split())]
+        valid = all(b in self.edges[a] for a, b in pairwise(nodes))
+        if not valid or nodes[-1] or 0 in nodes[:-1] or len(nodes) - 1 > STEPS:
+            return 0.0
+        return (STEPS - (len(nodes) - 1)) / (STEPS - self.distance[start])
+
+
+def make_tokenizer() -> Any:
+    """A token for each node."""
+    words = ["<pad>", "<end>", *(f"n{i}" for i in range(NODES))]
+    tokens = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<pad>"))
+    tokens.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokens, pad_token="<pad>", eos_token="<end>")
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m['content'] + ' ' }}{% if m['role'] == 'assistant' %}{{ '<end>' }}{% endif %}"
+        "{% endfor %}"
+    )
+    return tokenizer
+
+
+def make_model(size: int) -> Any:
+    """Random weights; 2 layers of width 64."""
+    config = Qwen3Config(
+        vocab_size=size,
+        hidden_size=64,
+        intermediate_size=256,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        head_dim=16,
+        tie_word_embeddings=False,
+    )
+    return Qwen3ForCausalLM(config)
+
+
+def adam(rate: float) -> Any:
+    """An optimizer for the modules."""
+    return lambda parameters: torch.optim.Adam(parameters, lr=rate)
+
+
+def trainer(folder: str, **options: Any) -> pl.Trainer:
+    """A quiet one."""
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    return pl.Trainer(accelerator="cpu", default_root_dir=folder, enable_model_summary=False, **quiet, **options)
+
+
+def supervised(graph: Graph, tokenizer: Any, seed: int, folder: str) -> str:
+    """A model that imitates the walks."""
+    walks = [graph.walk(1 + i % (NODES - 1)) for i in range(WALKS)]
+    rows = [{"prompt": f"n{w[0]}", "completion": " ".join(f"n{a}" for a in w[1:])} for w in walks]
+    pl.seed_everything(seed, verbose=False)
+    module = SFTModule(
+        make_model(len(tokenizer)),
+        tokenizer=tokenizer,
+        optimizer=adam(3e-3),
+        lr_scheduler=lambda optimizer: Warmup(optimizer, shape="cosine"),
+    )
+    trainer(folder, max_epochs=12, gradient_clip_val=1.0).fit(module, SFTDataModule(rows, batch_size=50, seed=seed))
+    module.save_pretrained(f"{folder}/sft")
+    return f"{folder}/sft"
+
+
+METHODS: dict[str, dict[str, Any]] = {
+    "group advantages": {"group_size": 8},
+    "PPO and critic": {"group_size": 1},
+}
+
+
+def reinforced(name: str, graph: Graph, model: str, seed: int, folder: str) -> tuple[PolicyRLModule, list[float]]:
+    """The policy after the rounds, and the mean score of each."""
+    pl.seed_everything(seed, verbose=False)
+    options: dict[str, Any] = {"advantage": GroupCentered()}
+    if name == "PPO and critic":
+        options = {"advantage": GAE(), "critic": Critic(learning_rate=2e-3, coefficient=1.0)}
+    group = METHODS[name]["group_size"]
+    per_round = ROLLOUTS // group
+
+    def score(completions: list[str], start: list[int]) -> list[float]:
+        return [graph.score(*row) for row in zip(start, completions, strict=True)]
+
+    module = PolicyRLModule(
+        model,
+        objective=PPO(),
+        rewards=[FunctionReward(score, name="score")],
+        sampler=Sampler(max_tokens=STEPS + 2),
+        optimizer=adam(1e-3),
+        lr_scheduler=lambda optimizer: Warmup(optimizer, shape="linear"),
+        **options,
+    )
+    draw = random.Random(seed)
+    starts = [draw.randrange(1, NODES) for _ in range(ROUNDS * per_round)]
+    rows = [{"prompt": f"n{start}", "start": start} for start in starts]
+    data = PromptDataModule(
+        rows, prompts_per_round=per_round, group_size=group, update_epochs=4, minibatches=4, seed=seed
+    )
+    curve = Curve()
+    trainer(folder, max_epochs=1, gradient_clip_val=1.0, callbacks=[curve]).fit(module, data)
+    return module, curve.rewards
+
+
+class Curve(pl.Callback):
+    """The mean reward of each round."""
+
+    def __init__(self) -> None:
+        self.rewards: list[float] = []
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        """Take it where a round begins."""
+        if batch["statistics"]:
+            self.rewards.append(round(batch["statistics"]["reward"], 4))
+
+
+def measured(module: Any, graph: Graph, samples: int = 64) -> dict[str, float]:
+    """The mean score from every node, of drawn and of greedy answers."""
+    from rlhf_lightning.data.prompts import prompt_example
+    from rlhf_lightning.rollout.environments import run_episodes
+
+    found = {}
+    for name, temperature, count in (("drawn", 1.0, samples), ("greedy", 0.0, 1)):
+        tasks = [
+            (prompt_example(module.renderer, {"prompt": f"n{start}"}, start), sample)
+            for start in range(1, NODES)
+            for sample in range(count)
+        ]
+        with torch.no_grad():
+            episodes = run_episodes(tasks, module.sampler, module.renderer, (12345,), temperature=temperature)
+        found[name] = round(statistics.mean(graph.score(episode.group, episode.response) for episode in episodes), 4)
+    return found
+
+
+def run(seed: int) -> dict[str, Any]:
+    """SFT, and each method from it."""
+    graph, tokenizer = Graph(seed), make_tokenizer()
+    with tempfile.TemporaryDirectory() as folder:
+        model = supervised(graph, tokenizer, seed, folder)
+        start = PolicyRLModule(model, sampler=Sampler(max_tokens=STEPS + 2))
+        start.configure_model()
+        result: dict[str, Any] = {"sft": measured(start, graph)}
+        for name in METHODS:
+            module, curve = reinforced(name, graph, model, seed, folder)
+            result[name] = {**measured(module, graph), "curve": curve}
+    return result
+
+
+def main() -> None:
+    """Run the seeds one after the other."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
+    runs = {seed: run(seed) for seed in parser.parse_args().seeds}
+    RESULTS.write_text(json.dumps({"machine": machine(), "runs": runs}, indent=1) + "\n")
+    print("| seed | SFT, drawn (greedy) | " + " | ".join(f"{name}, drawn (greedy)" for name in METHODS) + " |")
+    print("|---" * (2 + len(METHODS)) + "|")
+    for seed, result in runs.items():
+        cells = [f"{result[name]['drawn']:.3f} ({result[name]['greedy']:.3f})" for name in ("sft", *METHODS)]
+        print(f"| {seed} | " + " | ".join(cells) + " |")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,74 @@
+"""Episodes of a round as a table: Rich where the output is a terminal, plain lines elsewhere."""
+
+import io
+from collections.abc import Sequence
+from typing import Any
+
+WIDTH, NARROW = 100, 80
+
+
+def choose(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The best, the median and the worst row by reward, as many of them as there are."""
+    ordered = sorted(rows, key=lambda row: -row["reward"])
+    chosen = {"best": ordered[0]}
+    if len(ordered) > 2:
+        chosen["median"] = ordered[len(ordered) // 2]
+    if len(ordered) > 1:
+        chosen["worst"] = ordered[-1]
+    return chosen
+
+
+def plain(title: str, rows: dict[str, dict[str, Any]]) -> str:
+    """Four lines an episode."""
+    lines = [title]
+    for name, row in rows.items():
+        lines.append(f"  {name:<7}{_numbers(row)}")
+        lines.append(f"    prompt    {shorten(asked(row), WIDTH)}")
+        lines.append(f"    response  {shorten(row['response'], WIDTH)}")
+    return "\n".join(lines)
+
+
+def rich(title: str, rows: dict[str, dict[str, Any]], width: int | None = None) -> str:
+    """A table of the width of the terminal; plain lines where that is too narrow for columns."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    width = width or Console().width
+    if width < NARROW:
+        return plain(title, rows)
+    table = Table(title=title, title_justify="left", title_style="bold", expand=True)
+    for column in ("", "prompt", "response"):
+        table.add_column(column, ratio={"prompt": 2, "response": 3}.get(column), overflow="fold")
+    for column in ("reward", "adv.", "KL"):
+        table.add_column(column, justify="right", no_wrap=True)
+    table.add_column("stop", no_wrap=True)
+    for name, row in rows.items():
+        texts = [Text(shorten(text, 2 * width)) for text in (asked(row), row["response"])]
+        table.add_row(name, *texts, *(_number(row[key]) for key in ("reward", "advantage", "kl")), row["stop_reason"])
+    out = io.StringIO()
+    Console(file=out, width=width, force_terminal=True).print(table)
+    return out.getvalue().rstrip("\n")
+
+
+def asked(row: dict[str, Any]) -> str:
+    """The last message of the prompt."""
+    content = row["prompt"][-1]["content"] if row["prompt"] else ""
+    return content if isinstance(content, str) else str(content)
+
+
+def shorten(text: str, width: int) -> str:
+    """On one line, without what a terminal would obey, and no longer than `width`."""
+    text = " ".join("".join(letter if letter.isprintable() else " " for letter in text).split())
+    return text if len(text) <= width else text[: width - 1] + "…"
+
+
+def _numbers(row: dict[str, Any]) -> str:
+    parts = {name: value for name, value in row["parts"].items() if value is not None}
+    shown = f" ({', '.join(f'{name} {value:.4g}' for name, value in parts.items())})" if len(parts) > 1 else ""
+    rest = f"advantage {_number(row['advantage'])}  KL {_number(row['kl'])}  {row['stop_reason']}"
+    return f"reward {_number(row['reward'])}{shown}  {rest}"
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3g}"

@@ -1,0 +1,78 @@
+"""Settings of policy RL that make no sense together: refused before anything is loaded, or before the first round."""
+
+from typing import Any
+
+from rlhf_lightning.data.prompts import Prompt, PromptDataModule
+from rlhf_lightning.errors import ConfigError
+from rlhf_lightning.rollout.rewards import check_finite
+
+
+def check_settings(module: Any) -> None:
+    """What can be said of a `PolicyRLModule` alone; raises `ConfigError`."""
+    names = [part.name for part in module.rewards]
+    if len(set(names)) < len(names):
+        raise ConfigError(f"model.rewards: two parts have the same name ({', '.join(names)}); set name")
+    advantage, critic = type(module.advantage).__name__, module.critic
+    if module.advantage.needs_values and critic is None:
+        raise ConfigError(f"model.advantage {advantage} needs the values of a critic: set model.critic")
+    if critic is not None and not module.advantage.needs_values:
+        raise ConfigError(f"model.critic is set, but {advantage} uses no values: set model.advantage to GAE")
+    if critic is not None and critic.shared and critic.warmup_rounds:
+        raise ConfigError("critic.warmup_rounds: on a shared backbone the critic's learning would move the policy")
+    check_finite("model.truncated_reward", module.truncated_reward)
+    if module.staleness not in (0, 1):
+        raise ConfigError(f"model.staleness is {module.staleness}; 0, or 1 round")
+    if module.resample_groups < 0:
+        raise ConfigError(f"model.resample_groups is {module.resample_groups}; it must not be negative")
+
+
+def check_data(module: Any, data: PromptDataModule) -> None:
+    """What can be said of the module and its data, before the first round; raises `ConfigError`."""
+    loss = type(module.objective).__name__
+    if data.update_epochs > 1 and not module.objective.corrects:
+        raise ConfigError(
+            f"data.update_epochs is {data.update_epochs}, but {loss} has neither clip nor importance ratio: after the "
+            "first pass the policy is no longer the one that drew. Use PPO or ImportanceSampling, or one epoch."
+        )
+    if data.recorded and not module.objective.corrects and module.importance_weights is None:
+        raise ConfigError(f"data.episodes were drawn by another sampler, which {loss} cannot correct for")
+    if data.recorded and module.critic is not None and any(row.advantage is not None for row in _rows(data)):
+        raise ConfigError("data.episodes has rows with an advantage of their own, of which a critic learns nothing")
+    episodes = len(_rows(data)) if data.recorded else data.prompts_per_round * data.group_size
+    if data.minibatches > episodes:
+        raise ConfigError(f"data.minibatches is {data.minibatches}, more than the {episodes} episodes of a round")
+    if not data.recorded:
+        _check_prompts(module, _rows(data), data.group_size)
+
+
+def _rows(data: PromptDataModule) -> Any:
+    return data.prepared["train"].rows
+
+
+def _check_prompts(module: Any, prompts: list[Prompt], group_size: int) -> None:
+    sampler = module.sampler
+    if group_size == 1 and module.advantage.needs_group:
+        raise ConfigError(
+            f"data.group_size is 1, but {type(module.advantage).__name__} compares the responses of a group: "
+            "every advantage would be 0. Set data.group_size to 2 or more."
+        )
+    if group_size == 1 and module.resample_groups:
+        raise ConfigError("model.resample_groups: a group of one never has two rewards; set data.group_size above 1")
+    sampler.warn_of_bias()
+    if sampler.temperature == 0:
+        raise ConfigError("sampler.temperature is 0: every response of a group would be the same")
+    check_rewarded(module)
+    for part in module.rewards:
+        part.check(prompts)
+    longest = max(prompt.tokens for prompt in prompts)
+    if sampler.context and longest + sampler.max_tokens > sampler.context:
+        raise ConfigError(
+            f"the longest prompt ({longest} tokens) and sampler.max_tokens ({sampler.max_tokens}) are over "
+            f"the model's {sampler.context} positions; lower max_tokens or data.max_prompt_tokens"
+        )
+
+
+def check_rewarded(module: Any) -> None:
+    """Raise `ConfigError` where nothing rewards the policy."""
+    if not len(module.rewards) and module.environment is None:
+        raise ConfigError("nothing rewards the policy: set model.rewards, or model.environment")

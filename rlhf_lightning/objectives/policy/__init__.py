@@ -1,0 +1,57 @@
+"""Policy-gradient losses: pure functions (`losses`, `importance`) and the classes that YAML names (`classes`)."""
+
+from rlhf_lightning.objectives.policy.classes import (
+    BNPO,
+    CISPO,
+    DAPO,
+    DRO,
+    GRPO,
+    GSPO,
+    PPO,
+    RLOO,
+    SAPO,
+    DrGRPO,
+    ImportanceSampling,
+    ImportanceWeights,
+    PolicyObjective,
+    Reinforce,
+    ReinforcePlusPlus,
+)
+from rlhf_lightning.objectives.policy.importance import importance_weights
+from rlhf_lightning.objectives.policy.losses import (
+    cispo,
+    dro,
+    gspo,
+    importance_sampling,
+    ppo,
+    reinforce,
+    rloo,
+    sapo,
+)
+
+__all__ = [
+    "BNPO",
+    "CISPO",
+    "DAPO",
+    "DRO",
+    "GRPO",
+    "GSPO",
+    "PPO",
+    "RLOO",
+    "SAPO",
+    "DrGRPO",
+    "ImportanceSampling",
+    "ImportanceWeights",
+    "PolicyObjective",
+    "Reinforce",
+    "ReinforcePlusPlus",
+    "cispo",
+    "dro",
+    "gspo",
+    "importance_sampling",
+    "importance_weights",
+    "ppo",
+    "reinforce",
+    "rloo",
+    "sapo",
+]

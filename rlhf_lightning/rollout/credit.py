@@ -1,0 +1,86 @@
+"""Credit: from the rewards of a round's episodes to the advantage of every token that was drawn."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from rlhf_lightning.data.batching import pad_right
+from rlhf_lightning.objectives.value import explained_variance
+from rlhf_lightning.rollout.advantages import Advantage
+from rlhf_lightning.rollout.episodes import Episode, Segment
+from rlhf_lightning.rollout.kl import KLPenalty
+from rlhf_lightning.rollout.ranks import gather
+
+
+def assign(episodes: Sequence[Episode], advantage: Advantage, kl: KLPenalty | None) -> None:
+    """Write `advantages` (and `returns`, with a critic) into the rows. All ranks call it together.
+
+    The rows of an episode are one sequence of actions here, whatever stands between them: what a token earns may come
+    from a later row. A penalty in the reward comes after the group's baseline and before whitening.
+    """
+    unscored = [episode for episode in episodes if episode.advantage is None]
+    if unscored:
+        rewards = torch.tensor([episode.reward for episode in unscored], dtype=torch.float64)
+        groups = torch.tensor([episode.group for episode in unscored])
+        for episode, value in zip(unscored, advantage(rewards, groups).tolist(), strict=True):
+            episode.advantage = value
+    mask = _joined(episodes, "mask")
+    scores = torch.tensor([episode.advantage for episode in episodes], dtype=torch.float64)
+    in_reward = kl is not None and kl.place == "reward"
+    penalties, discount = torch.zeros_like(mask), 1.0
+    if kl is not None and in_reward:
+        penalties = kl.penalties(_joined(episodes, "logprobs"), _joined(episodes, "reference_logprobs"), mask)
+        discount = kl.discount
+    values = _joined(episodes, "values") if advantage.needs_values else torch.zeros_like(mask)
+    advantages, returns = advantage.tokens(scores, penalties, values, mask, discount)
+    if kl is not None and in_reward and kl.centred and advantage.centres_penalty:
+        # The mean over the round's tokens is a baseline: it depends on no action. Taken off before the sum over later
+        # tokens, it would pay for each further token.
+        added, _ = advantage.tokens(torch.zeros_like(scores), penalties, values, mask, discount)
+        advantages = advantages - _moments(added, mask)[0] * mask
+    if advantage.whiten:
+        mean, variance = _moments(advantages, mask)
+        advantages = (advantages - mean) * (variance + 1e-8) ** -0.5 * mask
+    _split(episodes, "advantages", advantages)
+    if advantage.needs_values:
+        _split(episodes, "returns", returns)
+
+
+def _joined(episodes: Sequence[Episode], name: str) -> Tensor:
+    """A column of all rows of each episode, end to end, `[N, T]`; 0 where a row has none."""
+    rows = [
+        [number for row in episode.segments for number in getattr(row, name) or [0.0] * len(row.ids)]
+        for episode in episodes
+    ]
+    return pad_right(rows or [[0.0]], 0.0, torch.float64)[: len(rows)]
+
+
+def _split(episodes: Sequence[Episode], name: str, table: Tensor) -> None:
+    for episode, numbers in zip(episodes, table.tolist(), strict=True):
+        start = 0
+        for row in episode.segments:
+            setattr(row, name, numbers[start : start + len(row.ids)])
+            start += len(row.ids)
+
+
+def _moments(x: Tensor, mask: Tensor) -> tuple[float, float]:
+    """Mean and variance (over n) at mask 1, over all ranks."""
+    count = sum(gather(float(mask.sum()))) or 1.0
+    mean = sum(gather(float((x * mask).sum()))) / count
+    return mean, sum(gather(float(((x - mean).square() * mask).sum()))) / count
+
+
+def critic_quality(rows: Sequence[Segment]) -> float:
+    """The explained variance of the critic's values over the tokens of a round, of all ranks."""
+    drawn = [
+        (value, target)
+        for row in rows
+        for value, target, flag in zip(row.values, row.returns, row.mask, strict=True)
+        if flag
+    ]
+    local = torch.tensor(drawn, dtype=torch.float64).reshape(-1, 2)
+    target, residual = local[:, 1], local[:, 1] - local[:, 0]
+    sums = [float(s.sum()) for s in (residual, residual.square(), target, target.square())]
+    totals = [sum(column) for column in zip(*gather([*sums, float(len(drawn))]), strict=True)]
+    return explained_variance((totals[0], totals[1]), (totals[2], totals[3]), totals[4])

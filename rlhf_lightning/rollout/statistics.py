@@ -1,0 +1,118 @@
+"""The numbers that describe a round of episodes, exact over ranks."""
+
+import math
+from collections import defaultdict
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from rlhf_lightning.objectives.kl import k1
+from rlhf_lightning.rollout.episodes import Episode, Segment
+
+Sums = dict[str, tuple[float, int]]
+"""For each number of a round: its sum over episodes, and over how many."""
+
+NGRAM = 4
+# Moments of length and reward, which `means` turns into their correlation; "~" keeps them apart from what is logged.
+LENGTH, REWARD, LENGTH2, REWARD2, PRODUCT = "~length", "~reward", "~length²", "~reward²", "~length·reward"
+
+
+def statistics(episodes: Sequence[Episode], kl: bool = False) -> Sums:
+    """Sums and counts over episodes: reward and its parts, length, truncation, KL (nats a response), …"""
+    columns: dict[str, list[float]] = defaultdict(list)
+    for episode in episodes:
+        for name, flag in episode.counted().items():
+            columns[name].append(flag)
+        if episode.failed:
+            continue
+        columns["reward"].append(episode.reward)
+        columns["response_tokens"].append(episode.response_tokens)
+        columns["truncated"].append(episode.truncated)
+        columns["turns"].append(sum(message["role"] == "assistant" for message in episode.responses))
+        for name, value in episode.parts.items():
+            if value is not None:
+                columns[f"reward_{name}"].append(value)
+        for name, value in episode.details.items():
+            columns[f"reward_{name}"].append(value)
+        for name, value in episode.metrics.items():
+            columns[f"env_{name}"].append(value)
+        if kl:
+            columns["kl"].append(episode_kl(episode))
+        for name, value in _moments(float(episode.response_tokens), episode.reward).items():
+            columns[name].append(value)
+    dull = groups_without_signal(episodes)
+    columns["zero_signal_groups"] = [float(group in dull) for group in {episode.group for episode in episodes}]
+    repeats = [repeated_ngrams(episode) for episode in episodes]
+    return {
+        **{name: (float(sum(values)), len(values)) for name, values in columns.items()},
+        "repeated_ngrams": (float(sum(repeated for repeated, _ in repeats)), sum(count for _, count in repeats)),
+    }
+
+
+def episode_kl(episode: Episode) -> float:
+    """k1 of all that the policy drew, in nats; 0 where no reference has scored it."""
+    return sum(_sequence_kl(segment) for segment in episode.segments)
+
+
+def _sequence_kl(segment: Segment) -> float:
+    if not segment.reference_logprobs:
+        return 0.0
+    drawn: Tensor = torch.tensor(segment.mask, dtype=torch.float64)
+    difference = k1(torch.tensor(segment.logprobs), torch.tensor(segment.reference_logprobs))
+    return float((difference * drawn).sum())
+
+
+def repeated_ngrams(episode: Episode, n: int = NGRAM) -> tuple[int, int]:
+    """How many of the n-grams of drawn tokens stood in the episode before, and how many n-grams there are.
+
+    1 − distinct / all is seq-rep-n of Welleck et al. 2019 (Neural Text Generation with Unlikelihood Training).
+    """
+    seen: set[tuple[int, ...]] = set()
+    count = 0
+    for segment in episode.segments:
+        drawn: list[int] = []
+        for token, flag in zip(segment.ids, segment.mask, strict=True):
+            # What the environment said stands between two turns: no n-gram spans it.
+            drawn = [*drawn[1 - n :], token] if flag else []
+            if len(drawn) == n:
+                count += 1
+                seen.add(tuple(drawn))
+    return count - len(seen), count
+
+
+def _moments(length: float, reward: float) -> dict[str, float]:
+    return {
+        LENGTH: length,
+        REWARD: reward,
+        LENGTH2: length * length,
+        REWARD2: reward * reward,
+        PRODUCT: length * reward,
+    }
+
+
+def groups_without_signal(episodes: Sequence[Episode]) -> set[int]:
+    """The groups whose rewards are all equal: they teach nothing."""
+    rewards: dict[int, set[float]] = defaultdict(set)
+    for episode in (episode for episode in episodes if not episode.failed):
+        rewards[episode.group].add(episode.reward)
+    return {group for group, values in rewards.items() if len(values) == 1}
+
+
+def means(parts: Sequence[Sums]) -> dict[str, float]:
+    """The means over the episodes of all ranks, and the correlation of length and reward where both vary."""
+    names = sorted({name for part in parts for name in part})
+    found = {name: [part[name] for part in parts if name in part] for name in names}
+    totals = {name: (sum(total for total, _ in sums), sum(n for _, n in sums)) for name, sums in found.items()}
+    averages = {name: total / count for name, (total, count) in totals.items() if count}
+    result = {name: value for name, value in averages.items() if not name.startswith("~")}
+    correlation = _correlation(averages) if LENGTH in averages else None
+    return result if correlation is None else {**result, "length_reward_correlation": correlation}
+
+
+def _correlation(mean: dict[str, float]) -> float | None:
+    """Pearson's r of length and reward from their moments; None where one of them is constant within rounding."""
+    length, reward = (mean[two] - mean[one] ** 2 for one, two in ((LENGTH, LENGTH2), (REWARD, REWARD2)))
+    if length <= 1e-12 * mean[LENGTH2] or reward <= 1e-12 * mean[REWARD2]:
+        return None
+    return max(-1.0, min(1.0, (mean[PRODUCT] - mean[LENGTH] * mean[REWARD]) / math.sqrt(length * reward)))

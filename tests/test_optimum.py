@@ -1,0 +1,152 @@
+"""A task whose best policy is known: one token is drawn and rewarded, and the distance from the start is paid for.
+
+Under reward - beta·KL(policy ‖ start) it is start·exp(reward / beta), normalised; under plain k3 in the loss, whose
+gradient is that of KL(start ‖ policy), it is beta·start / (λ - reward), with the λ that normalises it.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+
+from rlhf_lightning import PolicyRLModule, PromptDataModule
+from rlhf_lightning.models.critic import Critic
+from rlhf_lightning.modules.schedules import Warmup
+from rlhf_lightning.objectives import policy
+from rlhf_lightning.rollout.advantages import GAE, GroupCentered, LeaveOneOut
+from rlhf_lightning.rollout.kl import KLPenalty
+from rlhf_lightning.rollout.rewards import FunctionReward
+from rlhf_lightning.rollout.sampler import Sampler
+from tests.conftest import trainer
+
+WORDS = ["<pad>", "<end>", *"abcdefgh"]
+REWARDS = torch.tensor([0.0, 0.2, 1.0, 0.9, 0.0, 0.5, -0.5, 0.3, 0.8, -1.0], dtype=torch.float64)
+BETA, ROUNDS, DRAWS = 0.5, 120, 256
+
+
+def bandit_tokenizer() -> Any:
+    """Ten tokens; a prompt is a word, and every turn ends with <end>."""
+    words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<pad>"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="<end>")
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m['content'] + ' ' }}{% if m['role'] == 'assistant' %}{{ '<end>' }}{% endif %}"
+        "{% endfor %}"
+    )
+    return tokenizer
+
+
+def bandit_model() -> Any:
+    torch.manual_seed(0)
+    return Qwen3ForCausalLM(
+        Qwen3Config(
+            vocab_size=len(WORDS),
+            hidden_size=32,
+            intermediate_size=32,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            num_key_value_heads=2,
+            head_dim=16,
+            tie_word_embeddings=False,
+            initializer_range=0.2,
+        )
+    )
+
+
+def earned(episodes: list[Any]) -> list[float]:
+    return [float(REWARDS[episode.segments[-1].ids[-1]]) for episode in episodes]
+
+
+def distribution(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        return model(input_ids=torch.tensor([[2]])).logits[0, -1].double().softmax(-1)
+
+
+def best(start: torch.Tensor, forward: bool) -> torch.Tensor:
+    """The optimum; `forward` for the penalty KL(start ‖ policy)."""
+    if not forward:
+        return (start.log() + REWARDS / BETA).softmax(-1)
+    low, high = float(REWARDS.max()), float(REWARDS.max()) + 10 * BETA
+    for _ in range(100):
+        middle = (low + high) / 2
+        low, high = (middle, high) if (BETA * start / (middle - REWARDS)).sum() > 1 else (low, middle)
+    return BETA * start / (high - REWARDS)
+
+
+def variation(a: torch.Tensor, b: torch.Tensor) -> float:
+    return float((a - b).abs().sum() / 2)
+
+
+def learned(root: Path, updates: int = 4, **options: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """What the policy was, and what it has become."""
+    model = bandit_model()
+    start = distribution(model)
+    options.setdefault("kl", KLPenalty(BETA))
+    module = PolicyRLModule(
+        model,
+        tokenizer=bandit_tokenizer(),
+        rewards=[FunctionReward(earned)],
+        sampler=Sampler(max_tokens=1),
+        optimizer=lambda parameters: torch.optim.Adam(parameters, lr=1e-2),
+        lr_scheduler=lambda optimizer: Warmup(optimizer, shape="linear"),
+        **options,
+    )
+    source = PromptDataModule([{"prompt": "a"}], group_size=DRAWS, minibatches=updates)
+    trainer(root, max_epochs=ROUNDS).fit(module, source)
+    return start, distribution(module.model)
+
+
+QUICK: dict[str, dict[str, Any]] = {
+    "importance sampling": {"objective": policy.ImportanceSampling()},
+    "ppo with a critic": {
+        "objective": policy.PPO(),
+        "critic": Critic(learning_rate=1e-2, coefficient=0.5),
+        "advantage": GAE(whiten=False),
+        "kl": KLPenalty(BETA, "reward"),
+    },
+}
+CASES: dict[str, dict[str, Any]] = {
+    **QUICK,
+    "ppo": {"objective": policy.PPO()},
+    "ppo with a shared backbone": {
+        "objective": policy.PPO(),
+        "critic": Critic(shared=True, coefficient=0.5),
+        "advantage": GAE(whiten=False),
+        "kl": KLPenalty(BETA, "reward"),
+    },
+    "grpo": {"objective": policy.GRPO()},
+    "dr_grpo": {"objective": policy.DrGRPO(length=1)},
+    "dapo": {"objective": policy.DAPO()},
+    "bnpo": {"objective": policy.BNPO()},
+    "reinforce++": {"objective": policy.ReinforcePlusPlus(), "advantage": GroupCentered()},
+    "rloo": {"objective": policy.RLOO(), "advantage": LeaveOneOut()},
+    "gspo": {"objective": policy.GSPO(clip_low=0.2, clip_high=0.2)},
+    "cispo": {"objective": policy.CISPO()},
+    "sapo": {"objective": policy.SAPO()},
+    "dro": {"objective": policy.DRO(beta=0.01)},
+    "reinforce": {"objective": policy.Reinforce(), "updates": 1},
+    "kl as k2": {"kl": KLPenalty(BETA, estimator="k2"), "updates": 1},
+    "kl in the reward": {"kl": KLPenalty(BETA, "reward")},
+    "kl in the reward, as Tinker": {"kl": KLPenalty(BETA, "reward", discount=0.0)},
+    "kl in the reward, plain": {"kl": KLPenalty(BETA, "reward", centred=False)},
+    "a stale round": {"staleness": 1, "objective": policy.PPO()},
+}
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in CASES]
+)
+def test_the_policy_approaches_the_optimum(name: str, tmp_path: Path) -> None:
+    start, end = learned(tmp_path, **CASES[name])
+    assert variation(start, best(start, forward=False)) > 0.2
+    assert variation(end, best(start, forward=False)) < 0.05
+
+
+@pytest.mark.slow
+def test_plain_k3_approaches_its_own(tmp_path: Path) -> None:
+    start, end = learned(tmp_path, updates=1, kl=KLPenalty(BETA, estimator="k3"))
+    assert variation(best(start, forward=True), best(start, forward=False)) > 0.1
+    assert variation(end, best(start, forward=True)) < 0.05
