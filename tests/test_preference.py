@@ -508,3 +508,20 @@ def test_dpo_starts_at_log_two_and_logs_what_it_is_made_of(base: str, tmp_path: 
         assert logged[f"val/{key}"] == pytest.approx(0.0, abs=1e-5)
     assert logged["val/chosen_logps"] < 0
     assert logged["train/rejected_logps"] < 0
+
+
+def test_a_loss_of_the_users_own_is_handed_what_it_names(base: str, tmp_path: Path) -> None:
+    """From the batches of any loader: a column of its own, and what the scorer knows."""
+
+    class Weighted(preference.PairLoss):
+        def __call__(self, chosen: Any, rejected: Any, *, trust: Any, chosen_lengths: Any, **_: Any) -> Any:
+            seen.append((trust.tolist(), chosen_lengths.tolist()))
+            return trust * preference.bradley_terry(chosen, rejected)
+
+    seen: list[Any] = []
+    ids, mask = torch.arange(3, 27).view(4, 6), torch.tensor([[0, 0, 0, 1, 1, 1]] * 4)
+    batch = {"input_ids": ids, "mask": mask.float(), "lengths": torch.full((4,), 6), "weights": torch.ones(2)}
+    module = PreferenceModule(base, loss=Weighted(), optimizer=sgd(0.1))
+    batches = [{**batch, "trust": torch.tensor([0.5, 1.0])}]
+    trainer(tmp_path).fit(module, torch.utils.data.DataLoader(batches, batch_size=None))
+    assert seen == [([0.5, 1.0], [3.0, 3.0])]

@@ -190,3 +190,23 @@ def test_a_policy_from_dpo_is_an_ordinary_causal_model(base: str, tmp_path: Path
     assert (folder / "generation_config.json").exists()
     with torch.no_grad():
         torch.testing.assert_close(model(ids).logits, module.model(ids).logits)
+
+
+@pytest.mark.parametrize("options", [{"format": "raw"}, {"template_kwargs": {"calm": True}}])
+def test_the_way_rows_were_rendered_is_saved(options: dict[str, Any], base: str, tmp_path: Path) -> None:
+    """A model trained on plain text, or with settings of its template, is scored on the same."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer.chat_template = "{% if calm %}Calmly.\n{% endif %}" + tokenizer.chat_template
+    tokenizer.save_pretrained(base)
+    torch.manual_seed(0)
+    module = PreferenceModule(base, RewardHead(), optimizer=sgd(0.3))
+    data = PreferenceDataModule(ROWS, batch_size=4, show_example=False, **options)
+    trainer(tmp_path / "run", callbacks=[ExportModel()]).fit(module, data)
+    pairs = data.prepared["train"].rows
+    wanted = module.score_tokens([p.chosen.ids for p in pairs], [p.chosen.mask for p in pairs])
+    close(module.score(*TEXTS), wanted)
+    judge = RewardModel(str(tmp_path / "run" / "model"))
+    close(judge.score(*TEXTS), wanted)
+    assert judge.same_tokens(module.renderer)

@@ -68,8 +68,9 @@ class RewardModel(nn.Module):
 
     def __init__(self, folder: str, dtype: str = "float32", shifted: bool = False) -> None:
         super().__init__()
-        self.shift = float(read_stage(folder).get("reward_shift") or 0.0) if shifted else 0.0
-        if shifted and "reward_shift" not in read_stage(folder):
+        stage = read_stage(folder)
+        self.shift = float(stage.get("reward_shift") or 0.0) if shifted else 0.0
+        if shifted and "reward_shift" not in stage:
             raise ConfigError(
                 f"{folder}: stage.json has no reward_shift; `rlhf score {folder} FILE --set_shift` adds it"
             )
@@ -78,7 +79,8 @@ class RewardModel(nn.Module):
             raise ConfigError(f"{folder} scores against the model it started from, and stage.json does not name that")
         self.model = load_for_scoring(folder, self.scorer.task, dtype)
         self.tokenizer = load_tokenizer(folder)
-        self.renderer = Renderer.suited(self.tokenizer)
+        rendering = stage.get("rendering")
+        self.renderer = Renderer(self.tokenizer, **rendering) if rendering else Renderer.suited(self.tokenizer)
         disable_dropout(self.model)
         # First: a head adds the padding token that its tokenizer was saved with.
         self.scorer.bind(self.model, self.tokenizer, self.renderer.stop_token_ids)
@@ -97,7 +99,7 @@ class RewardModel(nn.Module):
         return (
             self.tokenizer.get_vocab() == theirs.get_vocab()
             and self.tokenizer.chat_template == theirs.chat_template
-            and self.renderer.format == renderer.format
+            and self.renderer.settings() == renderer.settings()
         )
 
     def score(

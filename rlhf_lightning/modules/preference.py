@@ -149,7 +149,8 @@ class PreferenceModule(RLHFModule):
         if "mismatched" in batch and "mismatched" in self._wanted:
             with torch.no_grad():
                 named["mismatched"] = self.scorer(batch["mismatched"])
-        return named
+        own = self._wanted.keys() & batch.keys() - named.keys()  # columns of a loader of the user's
+        return named | {name: batch[name].to(batch["mask"].dtype) for name in own if isinstance(batch[name], Tensor)}
 
     def _losses(self, rows: Named) -> Tensor:
         """The loss of each row, `[B]`."""
@@ -230,15 +231,15 @@ class PreferenceModule(RLHFModule):
             scorer["init_args"]["reference"] = str(Path(start).resolve()) if Path(start).is_dir() else start
             if self._trainer is not None:
                 facts["reference"] = relative_to_run(start, Path(self._trainer.default_root_dir) / "model")
-        return {**facts, "scorer": scorer}
+        return {**facts, "scorer": scorer, "rendering": self.renderer.settings()}
 
 
 def check_fit(scorer: Scorer, loss: PreferenceLoss) -> None:
     """Raise `ConfigError` where a loss is not defined for a scorer's numbers, or needs what it does not compute."""
     names = f"model.loss {type(loss).__name__} and model.scorer {type(scorer).__name__}"
-    given = {"margin", "ties", "mismatched", "beta"} - ({"beta"} - set(scorer.gives))
-    given |= {f"{side}_{name}" for side in SIDES for name in scorer.gives} | set(scorer.gives)
-    if missing := [name for name, required in loss.keywords().items() if required and name not in given]:
+    lacking = {"lengths", "logps", "reference_scores", "kl", "beta"} - set(scorer.gives)
+    lacking |= {f"{side}_{name}" for side in SIDES for name in lacking}
+    if missing := [name for name, required in loss.keywords().items() if required and name in lacking]:
         raise ConfigError(f"{names} do not go together: the loss needs {missing[0]!r}, which this scorer does not give")
     if loss.scores == "log_ratio" and "reference_scores" not in scorer.gives:
         raise ConfigError(f"{names} do not go together: the loss is of log-ratios to a reference, use ImplicitReward")
