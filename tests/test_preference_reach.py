@@ -56,7 +56,7 @@ def test_real_pairs_are_over_fitted_and_scored_alike(shared: Path, tmp_path: Pat
     judge = RewardModel(str(tmp_path / "rm" / "model"))
     found = judge.score_tokens([side.ids for side in sides], [side.mask for side in sides])
     torch.testing.assert_close(found, together, rtol=1e-5, atol=1e-5)
-    stock = AutoPeftModelForSequenceClassification.from_pretrained(tmp_path / "rm" / "model", num_labels=1)
+    stock = AutoPeftModelForSequenceClassification.from_pretrained(tmp_path / "rm" / "model")
     for model in (stock.eval(), stock.merge_and_unload().eval()):
         with torch.no_grad():
             found = torch.cat([model(torch.tensor([side.ids])).logits[:, 0] for side in sides])

@@ -42,22 +42,29 @@ def close(found: torch.Tensor, wanted: torch.Tensor) -> None:
 
 
 @pytest.mark.parametrize("architecture", ["qwen3", "llama", "gpt2"])
+@pytest.mark.parametrize("stop_as_pad", [False, True])
 @pytest.mark.parametrize("lora", [None, LoRA(rank=2, target=["attention"])])
-def test_stock_libraries_give_the_score(architecture: str, lora: Any, tokenizer: Any, tmp_path: Path) -> None:
+def test_stock_libraries_give_the_score(
+    architecture: str, lora: Any, stop_as_pad: bool, tokenizer: Any, tmp_path: Path
+) -> None:
     """Alone, batched with padding on the right and on the left, and with LoRA merged."""
     from peft import AutoPeftModelForSequenceClassification
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-    module = train(tmp_path / "run", folder_of(architecture, tokenizer, tmp_path), RewardHead(), lora)
+    base = folder_of(architecture, tokenizer, tmp_path)
+    if stop_as_pad:  # as many tokenizers come: stock pooling would skip the token that the score is read at
+        config = json.loads((Path(base) / "config.json").read_text())
+        (Path(base) / "config.json").write_text(json.dumps({**config, "pad_token_id": tokenizer.eos_token_id}))
+        tokenizer.pad_token = tokenizer.eos_token
+        tokenizer.save_pretrained(base)
+    module = train(tmp_path / "run", base, RewardHead(), lora)
     folder = tmp_path / "run" / "model"
     wanted = module.score(*TEXTS)
     assert float(wanted.std()) > 0.01
     saved = AutoTokenizer.from_pretrained(folder)
     rows = [module.renderer.exchange(*_messages(p, r)).ids for p, r in zip(*TEXTS, strict=True)]
     if lora:
-        model = AutoPeftModelForSequenceClassification.from_pretrained(
-            folder, num_labels=1, pad_token_id=saved.pad_token_id
-        )
+        model = AutoPeftModelForSequenceClassification.from_pretrained(folder)
     else:
         model = AutoModelForSequenceClassification.from_pretrained(folder)
         assert model.config.num_labels == 1

@@ -110,12 +110,12 @@ class Tables(Metric):
         numbers = {
             name: float((values * of).sum() / of.sum().clamp(min=1))
             for name, (values, of) in columns(kind, rows, ones).items()
+            if of.any()
         }
-        if kind == "labels":
-            auc = area_under_curve(rows["scores"], rows["labels"])
-            margin = numbers["desirable_score"] - numbers["undesirable_score"]
-            return {"numbers": {**numbers, "auc": float(auc), "margin": margin}}
-        if kind == "rankings":
+        if kind == "labels" and {"desirable_score", "undesirable_score"} <= numbers.keys():
+            numbers["auc"] = float(area_under_curve(rows["scores"], rows["labels"]))
+            numbers["margin"] = numbers["desirable_score"] - numbers["undesirable_score"]
+        if kind != "pairs":
             return {"numbers": numbers}
         parts, curve = pair_report(rows, self.categories)
         return {"numbers": numbers | parts, "reliability": curve}
