@@ -30,6 +30,8 @@ KINDS = {
     "model": "preference",
     "policy": "policy",
     "rl": "policy",
+    "ppo": "policy",
+    "grpo": "policy",
 }
 
 

@@ -13,6 +13,7 @@ from rlhf_lightning.errors import ConfigError
 from rlhf_lightning.models.critic import Critic
 from rlhf_lightning.models.lora import LoRA
 from rlhf_lightning.models.scorers import RewardHead
+from rlhf_lightning.modules.policy_parts import critic_values
 from rlhf_lightning.objectives.policy import PPO, ImportanceWeights, Reinforce
 from rlhf_lightning.rollout.advantages import GAE, GlobalWhitened
 from rlhf_lightning.rollout.kl import KLPenalty
@@ -218,7 +219,7 @@ def test_values_are_those_of_the_state_before_a_token(base: str) -> None:
         torch.nn.init.normal_(critic.head.weight)
         ids = torch.tensor([[5, 6, 7, 8, 9], [5, 6, 7, 3, 0], [4, 4, 2, 1, 0]])
         mask = torch.tensor([[0.0, 0, 0, 1, 1], [0, 0, 0, 1, 0], [0, 1, 0, 1, 0]])
-        values = module._values(ids, mask, None)
+        values = critic_values(module, ids, mask)
         backbone = module.model.base_model if critic.shared else critic.backbone
         for row in range(3):
             length = int((ids[row] > 0).sum())
@@ -375,6 +376,7 @@ def test_a_critic_needs_settings_that_fit_together() -> None:
 def test_critic_and_whitened_advantages_need_no_groups(base: str, tmp_path: Path) -> None:
     for options in ({"critic": Critic(), "advantage": GAE()}, {"advantage": GlobalWhitened()}):
         watch = watched(make("policy", base, **options), data("policy", 4, group_size=1), tmp_path)
+        assert "train/zero_signal_groups" not in watch.logged[0]
         assert torch.isfinite(watch.policy[-1]).all()
 
 

@@ -137,7 +137,7 @@ METHODS: dict[str, dict[str, Any]] = {
 def reinforced(name: str, graph: Graph, model: str, seed: int, folder: str) -> tuple[PolicyRLModule, list[float]]:
     """The policy after the rounds, and the mean score of each."""
     pl.seed_everything(seed, verbose=False)
-    options: dict[str, Any] = {"advantage": GroupCentered()}
+    options: dict[str, Any] = {"advantage": GroupCentered("std")}
     if name == "PPO and critic":
         options = {"advantage": GAE(), "critic": Critic(learning_rate=2e-3, coefficient=1.0)}
     group = METHODS[name]["group_size"]
@@ -151,15 +151,16 @@ def reinforced(name: str, graph: Graph, model: str, seed: int, folder: str) -> t
         objective=PPO(),
         rewards=[FunctionReward(score, name="score")],
         sampler=Sampler(max_tokens=STEPS + 2),
-        optimizer=adam(1e-3),
-        lr_scheduler=lambda optimizer: Warmup(optimizer, shape="linear"),
+        # Settings were chosen on seeds 10 to 12: at twice the rate, or without warm-up, a run in five unlearns a node.
+        optimizer=adam(5e-4),
+        lr_scheduler=lambda optimizer: Warmup(optimizer, shape="constant", warmup_steps=0.1),
         **options,
     )
     draw = random.Random(seed)
     starts = [draw.randrange(1, NODES) for _ in range(ROUNDS * per_round)]
     rows = [{"prompt": f"n{start}", "start": start} for start in starts]
     data = PromptDataModule(
-        rows, prompts_per_round=per_round, group_size=group, update_epochs=4, minibatches=4, seed=seed
+        rows, prompts_per_round=per_round, group_size=group, update_epochs=2, minibatches=4, seed=seed
     )
     curve = Curve()
     trainer(folder, max_epochs=1, gradient_clip_val=1.0, callbacks=[curve]).fit(module, data)

@@ -1,5 +1,7 @@
 """A reward model of 64 noisy pairs, pressed for five times the quickstart's rounds: what becomes of the gold reward?
 
+The quickstart's task and models; a round is 8 prompts with 4 answers each, a quarter of the quickstart's.
+
     python -m benchmarks.learning.over_optimisation [--seeds 0 1 2 3 4]
 
 Each seed has its own data, tokenizer, weights and draws. One SFT model and one reward model a seed; then RL from the
@@ -24,11 +26,11 @@ from rlhf_lightning.quickstart.rubric import rubric
 from rlhf_lightning.quickstart.run import CONFIGS
 
 RESULTS = Path(__file__).parents[1] / "results" / "over_optimisation.json"
-PAIRS, ROUNDS = 64, 200
+PAIRS, ROUNDS, PROMPTS, GROUP = 64, 200, 8, 4
 KL = {
     "no KL": {"coefficient": 0.0},
     "fixed 0.1": {"coefficient": 0.1, "place": "reward"},
-    "adaptive to 4 nats": {"coefficient": 0.1, "place": "reward", "target": 4.0, "horizon": 2000},
+    "adaptive to 4 nats": {"coefficient": 0.1, "place": "reward", "target": 4.0, "horizon": 500},
 }
 COLUMNS = {"score": "train/reward_reward_model", "gold": "train/reward_gold", "kl": "train/kl"}
 SHOWN = (1, 20, 40, 80, 120, 160, 200)
@@ -52,6 +54,7 @@ def plan(root: Path, seed: int, rounds: int, sizes: Sizes) -> dict[str, Any]:
     judge = {"class_path": "rlhf_lightning.rollout.rewards.FunctionReward"}
     judge |= {"init_args": {"function": "benchmarks.learning.over_optimisation.gold", "weight": 0.0, "name": "gold"}}
     policy = {**data("prompts"), "trainer.max_steps": rounds, "trainer.max_epochs": -1, "model.rewards": [judge]}
+    policy |= {"data.prompts_per_round": PROMPTS, "data.group_size": GROUP}
     stages: list[dict[str, Any]] = [
         {"kind": "sft", "config": str(CONFIGS / "sft.yaml"), "overrides": data("sft"), "start": str(base)},
         {
@@ -85,14 +88,14 @@ def _curves(path: Path) -> dict[str, list[float]]:
 
 
 def table(runs: dict[str, Any]) -> str:
-    """Means over seeds, with the deviation between them, of five rounds up to the one named."""
+    """Means over seeds, with the deviation between them, of ten rounds up to the one named."""
     lines = ["| round | KL control | reward model's score | gold reward | KL (nats) |", "|---" * 5 + "|"]
     for name in KL:
         for last in SHOWN:
             cells = []
             for column in COLUMNS:
                 values = [
-                    statistics.mean(run["curves"][name][column][max(0, last - 5) : last])
+                    statistics.mean(run["curves"][name][column][max(0, last - 10) : last])
                     for run in runs.values()
                     if len(run["curves"][name][column]) >= last
                 ]
@@ -110,7 +113,14 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=RESULTS)
     arguments = parser.parse_args()
     sizes = Sizes(pairs=PAIRS)
-    settings = {"pairs": PAIRS, "label_noise": LABEL_NOISE, "rounds": arguments.rounds, "kl": KL}
+    settings = {
+        "pairs": PAIRS,
+        "label_noise": LABEL_NOISE,
+        "rounds": arguments.rounds,
+        "prompts": PROMPTS,
+        "group": GROUP,
+        "kl": KL,
+    }
     results = {"machine": machine(), "settings": settings, "runs": {}}
     if arguments.results.exists():
         earlier = json.loads(arguments.results.read_text())

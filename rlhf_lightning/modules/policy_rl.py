@@ -10,17 +10,18 @@ from rlhf_lightning.data.batching import run_seed
 from rlhf_lightning.data.prompts import PromptDataModule, kept_prompts
 from rlhf_lightning.models.critic import Critic
 from rlhf_lightning.models.forward import Forward
-from rlhf_lightning.models.loading import check_vocabulary, disable_dropout, load_for_scoring
+from rlhf_lightning.models.loading import disable_dropout
 from rlhf_lightning.models.reference import Reference
 from rlhf_lightning.models.scoring import TokenScorer, TokenScores
 from rlhf_lightning.modules.base import RLHFModule
 from rlhf_lightning.modules.heldout import HeldOut
 from rlhf_lightning.modules.policy_checks import check_data, check_rewarded, check_settings
+from rlhf_lightning.modules.policy_parts import critic_values, make_reference, row_scorers
 from rlhf_lightning.objectives.aggregate import aggregate
 from rlhf_lightning.objectives.policy import ImportanceSampling, ImportanceWeights, PolicyObjective
 from rlhf_lightning.objectives.value import value_loss
 from rlhf_lightning.rollout.advantages import Advantage, GroupCentered
-from rlhf_lightning.rollout.collect import Collector, RowScorer, answers
+from rlhf_lightning.rollout.collect import Collector, answers
 from rlhf_lightning.rollout.environments import Limits, environment_factory
 from rlhf_lightning.rollout.episodes import Episode
 from rlhf_lightning.rollout.kl import KLPenalty
@@ -110,7 +111,7 @@ class PolicyRLModule(RLHFModule):
             # Before the reference, which adds an adapter to the model.
             self.critic.bind(self.model, self.tokenizer, self.tokens, self.max_tokens_per_batch, self.dtype_name)
         if self.kl is not None:
-            self.reference = self._reference(self.kl)
+            self.reference = make_reference(self, self.kl)
         self.sampler.bind(self.model, self.renderer, self.max_tokens_per_batch)
         parts: list[Any] = list(self.rewards)
         for part in parts:
@@ -122,7 +123,7 @@ class PolicyRLModule(RLHFModule):
             self.advantage,
             self.seed,
             self.kl,
-            self._row_scorers(),
+            row_scorers(self),
             self.environment,
             self.limits,
             self.truncated_reward,
@@ -131,34 +132,6 @@ class PolicyRLModule(RLHFModule):
         )
         snapshot = Snapshot(self.model) if self.staleness else None
         self.rounds = Rounds(collector, self.sampling_context, self.kl, self.reference, snapshot)
-
-    def _reference(self, kl: KLPenalty) -> Reference:
-        if kl.reference is None:
-            return Reference(self.model, self.fresh_adapter, self.max_tokens_per_batch, moves=bool(kl.refresh_every))
-        model = load_for_scoring(kl.reference, self.task, self.dtype_name)
-        check_vocabulary(model, self.tokenizer, "the reference")
-        return Reference.of(model, self.max_tokens_per_batch)
-
-    def _row_scorers(self) -> dict[str, RowScorer]:
-        """What is computed for the rows of a round, with the weights that the round starts with."""
-        temperature, scorers = self.sampler.temperature, {}
-        if self.reference is not None:
-            reference = self.reference
-            scorers["reference_logprobs"] = lambda ids, mask: reference.logprobs(ids, mask, temperature)
-        if self.importance_weights is not None:
-            scorers["old_logprobs"] = lambda ids, mask: self.tokens(ids, mask, temperature).logprobs
-        if self.critic is not None:
-            scorers["values"] = lambda ids, mask: self._values(ids, mask, None)
-        return scorers
-
-    def _values(self, ids: Tensor, mask: Tensor, scores: TokenScores | None) -> Tensor:
-        """The critic's, from what the policy's forward gave where they share a backbone."""
-        assert self.critic is not None
-        if not self.critic.shared:
-            return self.critic(ids, mask)
-        values = (scores or self.tokens(ids, mask, self.sampler.temperature, details=True)).values
-        assert values is not None
-        return values
 
     @property
     def forward_pass(self) -> Forward:
@@ -223,7 +196,7 @@ class PolicyRLModule(RLHFModule):
         scores = self.tokens(ids, mask, self.sampler.temperature, details=True)
         loss = self._policy_loss(scores, batch)
         if self.critic is not None:
-            value = self._value_loss(self._values(ids, mask, scores), batch)
+            value = self._value_loss(critic_values(self, ids, mask, scores), batch)
             loss = loss * float(batch["round"] >= self.critic.warmup_rounds) + self.critic.coefficient * value
             self.log("train/value_loss", value.detach(), on_step=True, on_epoch=False)
         logprobs, count = scores.logprobs.detach(), mask.sum().clamp(min=1)

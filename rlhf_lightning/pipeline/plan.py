@@ -11,18 +11,19 @@ import yaml
 from rlhf_lightning.errors import ConfigError
 
 KINDS = ("sft", "preference", "policy")
-STAGE_KEYS = {"name", "kind", "config", "overrides", "start", "reward", "on_failure"}
+STAGE_KEYS = {"name", "kind", "config", "overrides", "start", "reward", "critic", "on_failure"}
 
 
 @dataclass
 class Stage:
-    """One stage of a plan; `settings` is its whole configuration, `start` and `reward` name stages or folders."""
+    """One stage of a plan: its whole configuration; `start`, `reward` and `critic` name stages or folders."""
 
     name: str
     kind: str
     settings: dict[str, Any]
     start: str | None = None
     reward: str | None = None
+    critic: str | None = None
     rule_reward: dict[str, Any] | None = None
     """What rewards in place of this stage's model if the stage fails; None stops the pipeline."""
 
@@ -42,7 +43,7 @@ class Plan:
         return self.root / stage
 
     def model(self, reference: str) -> str:
-        """The model folder that a `start` or `reward` names."""
+        """The model folder that a `start`, `reward` or `critic` names."""
         names = {stage.name for stage in self.stages}
         return str(self.folder(reference) / "model") if reference in names else reference
 
@@ -50,7 +51,7 @@ class Plan:
         """A stage and all that is built on it."""
         found = {name}
         for stage in self.stages:
-            if {stage.start, stage.reward} & found:
+            if {stage.start, stage.reward, stage.critic} & found:
                 found.add(stage.name)
         return found
 
@@ -89,13 +90,15 @@ def _stage(entry: Any, index: int, earlier: list[str], base: Path) -> Stage:
     name = str(entry.get("name") or kind)
     if name in earlier or "/" in name:
         raise ConfigError(f"{where}: the name {name!r} is taken or not a folder name; every stage needs its own")
-    for key in ("start", "reward"):
+    for key in ("start", "reward", "critic"):
         _check_reference(entry.get(key), earlier, f"{where} ({name}): {key}")
-    if entry.get("reward") and kind != "policy":
-        raise ConfigError(f"{where} ({name}): reward is for policy stages; this is {kind}")
+    for key in ("reward", "critic"):
+        if entry.get(key) and kind != "policy":
+            raise ConfigError(f"{where} ({name}): {key} is for policy stages; this is {kind}")
     settings: dict[str, Any] = read_mapping(base / entry["config"]) if entry.get("config") else {}
     settings = merged(settings, nested(entry.get("overrides") or {}))
-    return Stage(name, kind, settings, entry.get("start"), entry.get("reward"), _rule(entry.get("on_failure"), where))
+    handed = (entry.get("start"), entry.get("reward"), entry.get("critic"))
+    return Stage(name, kind, settings, *handed, _rule(entry.get("on_failure"), where))
 
 
 def _check_reference(reference: Any, earlier: list[str], where: str) -> None:

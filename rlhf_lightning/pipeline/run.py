@@ -92,6 +92,10 @@ class _Runner:
             failed = self.failed.get(stage.reward)
             part = failed.rule_reward if failed else self._model_reward(stage.reward)
             model["rewards"] = [*((stage.settings.get("model") or {}).get("rewards") or []), part]
+        if stage.critic:
+            if stage.critic in self.failed:
+                raise UserError(f"the critic of stage {stage.name} starts from {stage.critic}, which failed")
+            model["critic"] = {"model": self.plan.model(stage.critic)}
         return merged(stage.settings, {"model": model} if model else {})
 
     def _model_reward(self, reward: str) -> dict[str, Any]:
@@ -100,7 +104,7 @@ class _Runner:
     def _inputs(self, stage: Stage, settings: dict[str, Any]) -> dict[str, Any]:
         """Hashes of all that the stage's result depends on."""
         data = settings.get("data") or {}
-        handed = {key: self._hash(value) for key in ("start", "reward") if (value := getattr(stage, key))}
+        handed = {key: self._hash(value) for key in ("start", "reward", "critic") if (value := getattr(stage, key))}
         return {
             "settings": hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest(),
             "data": {name: fingerprint(data[name]) for name in SOURCES if data.get(name)},

@@ -1,7 +1,7 @@
 """The numbers that describe a round of episodes, exact over ranks."""
 
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 
 import torch
@@ -42,7 +42,9 @@ def statistics(episodes: Sequence[Episode], kl: bool = False) -> Sums:
         for name, value in _moments(float(episode.response_tokens), episode.reward).items():
             columns[name].append(value)
     dull = groups_without_signal(episodes)
-    columns["zero_signal_groups"] = [float(group in dull) for group in {episode.group for episode in episodes}]
+    # A group that was meant to be one alone is not compared with anything: it lacks no signal.
+    sizes = Counter(episode.group for episode in episodes)
+    columns["zero_signal_groups"] = [float(group in dull) for group, size in sizes.items() if size > 1]
     repeats = [repeated_ngrams(episode) for episode in episodes]
     return {
         **{name: (float(sum(values)), len(values)) for name, values in columns.items()},

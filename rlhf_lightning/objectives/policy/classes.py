@@ -70,23 +70,36 @@ class ImportanceSampling(PolicyObjective):
         return losses.importance_sampling(logprobs, old_logprobs, advantages, mask)
 
 
-class PPO(PolicyObjective):
-    """The `ppo` loss.
+class Clipped(PolicyObjective):
+    """A loss whose ratio is clipped.
 
     Args:
         clip_low: the ratio is cut off below 1 - clip_low where the advantage is negative.
         clip_high: and above 1 + clip_high where it is positive.
+    """
+
+    def __init__(self, clip_low: float = 0.2, clip_high: float = 0.2, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.bounds = _bounds(1 - clip_low, 1 + clip_high)
+        self.clip_low, self.clip_high = clip_low, clip_high
+
+
+class PPO(Clipped):
+    """The `ppo` loss.
+
+    Args:
+        clip_low: see `Clipped`.
+        clip_high: see `Clipped`.
         dual_clip: the ratio is also cut off here where the advantage is negative; none by default, 3 in the paper.
     """
 
     def __init__(
         self, clip_low: float = 0.2, clip_high: float = 0.2, dual_clip: float | None = None, **kwargs: Any
     ) -> None:
-        super().__init__(**kwargs)
-        self.bounds = _bounds(1 - clip_low, 1 + clip_high)
-        if dual_clip is not None and dual_clip <= 1 + clip_high:
-            raise ValueError(f"dual_clip is {dual_clip}; it must be above 1 + clip_high ({1 + clip_high})")
-        self.clip_low, self.clip_high, self.dual_clip = clip_low, clip_high, dual_clip
+        super().__init__(clip_low, clip_high, **kwargs)
+        if dual_clip is not None and dual_clip <= 1 + self.clip_high:
+            raise ValueError(f"dual_clip is {dual_clip}; it must be above 1 + clip_high ({1 + self.clip_high})")
+        self.dual_clip = dual_clip
 
     def __call__(self, logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor) -> Tensor:
         """Per-token loss `[B, T]`."""
@@ -122,7 +135,7 @@ class ReinforcePlusPlus(PPO):
     """PPO's loss over all tokens, with `GlobalWhitened` advantages (REINFORCE++, arXiv 2501.03262)."""
 
 
-class RLOO(PPO):
+class RLOO(Clipped):
     """The `rloo` loss: the response is one action; with `LeaveOneOut`."""
 
     def __init__(self, aggregation: str = "sequence_mean", **kwargs: Any) -> None:
@@ -137,18 +150,18 @@ class RLOO(PPO):
         return losses.rloo(logprobs, old_logprobs, advantages, mask, self.clip_low, self.clip_high)
 
 
-class GSPO(PPO):
+class GSPO(Clipped):
     """The `gspo` loss.
 
     Args:
-        clip_low: see `PPO`; the ratio is the geometric mean over the sequence, so that bounds are far narrower.
-        clip_high: see `PPO`.
+        clip_low: see `Clipped`; the ratio is the geometric mean over the sequence, so that bounds are far narrower.
+        clip_high: see `Clipped`.
     """
 
     def __init__(
         self, clip_low: float = 3e-4, clip_high: float = 4e-4, aggregation: str = "sequence_mean", **kwargs: Any
     ) -> None:
-        super().__init__(clip_low, clip_high, aggregation=aggregation, **kwargs)
+        super().__init__(clip_low=clip_low, clip_high=clip_high, aggregation=aggregation, **kwargs)
 
     def ratio(self, logprobs: Tensor, old_logprobs: Tensor, mask: Tensor) -> Tensor:
         """The mean of the response's, `[B, T]`."""

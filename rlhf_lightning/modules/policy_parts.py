@@ -1,0 +1,42 @@
+"""What stands on the policy: its reference, its critic's values, and what is computed for the rows of a round."""
+
+from typing import Any
+
+from torch import Tensor
+
+from rlhf_lightning.models.loading import check_vocabulary, load_for_scoring
+from rlhf_lightning.models.reference import Reference
+from rlhf_lightning.models.scoring import TokenScores
+from rlhf_lightning.rollout.collect import RowScorer
+from rlhf_lightning.rollout.kl import KLPenalty
+
+
+def make_reference(module: Any, kl: KLPenalty) -> Reference:
+    """The policy as the stage starts it, or the model that is named; raises `ConfigError`."""
+    budget = module.max_tokens_per_batch
+    if kl.reference is None:
+        return Reference(module.model, module.fresh_adapter, budget, moves=bool(kl.refresh_every))
+    model = load_for_scoring(kl.reference, module.task, module.dtype_name)
+    check_vocabulary(model, module.tokenizer, "the reference")
+    return Reference.of(model, budget)
+
+
+def critic_values(module: Any, ids: Tensor, mask: Tensor, scores: TokenScores | None = None) -> Tensor:
+    """The critic's values `[B, T]`; where it shares the policy's backbone, from the policy's own forward, `scores`."""
+    if not module.critic.shared:
+        return module.critic(ids, mask)
+    values = (scores or module.tokens(ids, mask, module.sampler.temperature, details=True)).values
+    assert values is not None, "bind() has put the value head on the policy"
+    return values
+
+
+def row_scorers(module: Any) -> dict[str, RowScorer]:
+    """What is computed for the rows of a round, with the weights that the round starts with, by column."""
+    temperature, scorers = module.sampler.temperature, {}
+    if module.reference is not None:
+        scorers["reference_logprobs"] = lambda ids, mask: module.reference.logprobs(ids, mask, temperature)
+    if module.importance_weights is not None:
+        scorers["old_logprobs"] = lambda ids, mask: module.tokens(ids, mask, temperature).logprobs
+    if module.critic is not None:
+        scorers["values"] = lambda ids, mask: critic_values(module, ids, mask)
+    return scorers
