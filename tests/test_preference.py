@@ -525,3 +525,19 @@ def test_a_loss_of_the_users_own_is_handed_what_it_names(base: str, tmp_path: Pa
     batches = [{**batch, "trust": torch.tensor([0.5, 1.0])}]
     trainer(tmp_path).fit(module, torch.utils.data.DataLoader(batches, batch_size=None))
     assert seen == [([0.5, 1.0], [3.0, 3.0])]
+
+
+@pytest.mark.parametrize("name", ["kto", "plackett_luce_implicit"])
+def test_stored_references_of_other_kinds(name: str, base: str, tmp_path: Path) -> None:
+    """Mismatched responses and all answers of a ranking have theirs as well."""
+    results = []
+    for store in (False, True):
+        loss = preference.KTO() if name == "kto" else preference.PlackettLuce()
+        module = PreferenceModule(base, ImplicitReward(BETA, store=store), loss, optimizer=sgd(0.1))
+        data = PreferenceDataModule(rows_of(loss, 9), batch_size=4, seed=1, show_example=False)
+        trainer(tmp_path / str(store), max_epochs=2).fit(module, data)
+        assert (module.frozen is None) == store  # the reference is gone, and was not asked
+        results.append(weights(module))
+    for key, value in results[0].items():
+        torch.testing.assert_close(results[1][key], value, rtol=1e-4, atol=1e-6)
+    assert (tmp_path / "True" / "reference").is_dir()  # rows of no file

@@ -171,6 +171,20 @@ def test_a_reference_that_is_the_model_itself_is_refused(base: str, tmp_path: Pa
         RewardModel(str(folder))
 
 
+def test_a_model_without_a_head_is_no_reward_model(base: str, tmp_path: Path) -> None:
+    """Scored all the same, it would give random numbers."""
+    for folder in (base, _sft_adapter(base, tmp_path)):
+        with pytest.raises(ConfigError, match="is no preference model"):
+            RewardModel(folder)
+
+
+def _sft_adapter(base: str, root: Path) -> str:
+    from rlhf_lightning import SFTModule
+
+    SFTModule(base, lora=LoRA(rank=2)).save_pretrained(root / "adapter")
+    return str(root / "adapter")
+
+
 def test_the_shift_is_applied_on_request_only(base: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     module = train(tmp_path / "rm", base, RewardHead())
     folder = str(tmp_path / "rm" / "model")

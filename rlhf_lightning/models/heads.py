@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from rlhf_lightning.errors import ConfigError
+from rlhf_lightning.models.loading import is_adapter
 from rlhf_lightning.models.lora import base_of
 
 log = logging.getLogger(__name__)
@@ -18,6 +19,18 @@ def find_head(model: Any) -> nn.Module:
         if isinstance(getattr(model, name, None), nn.Module):
             return getattr(model, name)
     raise ConfigError(f"{type(model).__name__} has no score head that is known; use SequenceLogprob as the scorer")
+
+
+def has_head(source: str) -> bool:
+    """Whether a model folder or Hub id holds a trained score head."""
+    if is_adapter(source):
+        from peft import PeftConfig
+
+        return PeftConfig.from_pretrained(source).task_type == "SEQ_CLS"
+    from transformers import AutoConfig
+
+    names = AutoConfig.from_pretrained(source).architectures or []
+    return any(name.endswith("ForSequenceClassification") for name in names)
 
 
 def init_head(model: Any) -> None:

@@ -11,8 +11,9 @@ from rlhf_lightning.data.conversations import Message, to_messages
 from rlhf_lightning.data.rendering import Renderer
 from rlhf_lightning.data.tokenizers import load_tokenizer
 from rlhf_lightning.errors import ConfigError
-from rlhf_lightning.models.loading import check_vocabulary, disable_dropout, load_for_scoring, read_stage
-from rlhf_lightning.models.scorers import ImplicitReward, Scorer, scorer_of
+from rlhf_lightning.models.heads import has_head
+from rlhf_lightning.models.loading import check_source, check_vocabulary, disable_dropout, load_for_scoring, read_stage
+from rlhf_lightning.models.scorers import ImplicitReward, RewardHead, Scorer, scorer_of
 
 Text = str | list[Message]
 
@@ -77,6 +78,12 @@ class RewardModel(nn.Module):
         self.scorer = scorer_of(folder)
         if isinstance(self.scorer, ImplicitReward) and not self.scorer.reference:
             raise ConfigError(f"{folder} scores against the model it started from, and stage.json does not name that")
+        check_source(folder)
+        if isinstance(self.scorer, RewardHead) and not has_head(folder):
+            raise ConfigError(
+                f"{folder} is no preference model: it has no score head, and no stage.json that names another scorer. "
+                "A head made now would give random numbers."
+            )
         self.model = load_for_scoring(folder, self.scorer.task, dtype)
         self.tokenizer = load_tokenizer(folder)
         rendering = stage.get("rendering")

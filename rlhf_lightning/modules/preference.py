@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from rlhf_lightning.errors import ConfigError
 from rlhf_lightning.models.forward import Forward
-from rlhf_lightning.models.heads import init_head
-from rlhf_lightning.models.loading import disable_dropout, is_adapter
+from rlhf_lightning.models.heads import has_head, init_head
+from rlhf_lightning.models.loading import disable_dropout
 from rlhf_lightning.models.reward_model import Text, score_rows, score_texts
 from rlhf_lightning.models.saving import relative_to_run
 from rlhf_lightning.models.scorers import ImplicitReward, RewardHead, Scorer
@@ -73,7 +73,9 @@ class PreferenceModule(RLHFModule):
             )
 
     def build(self) -> None:
-        if isinstance(self.scorer, RewardHead) and not self._has_head():
+        source = self.start_source
+        # A model in hand is a classifier already: its head is the user's.
+        if isinstance(self.scorer, RewardHead) and not (isinstance(source, nn.Module) or has_head(str(source))):
             init_head(self.model)
         disable_dropout(self.model)
         self._check_reference()
@@ -97,19 +99,6 @@ class PreferenceModule(RLHFModule):
                 f"{reference} is the reference, and the folder that this run would write its model to: name another "
                 "trainer.default_root_dir"
             )
-
-    def _has_head(self) -> bool:
-        source = self.start_source
-        if isinstance(source, nn.Module):
-            return True  # a classification model in hand: its head is the user's
-        if is_adapter(str(source)):
-            from peft import PeftConfig
-
-            return PeftConfig.from_pretrained(source).task_type == "SEQ_CLS"
-        from transformers import AutoConfig
-
-        names = AutoConfig.from_pretrained(str(source)).architectures or []
-        return any(name.endswith("ForSequenceClassification") for name in names)
 
     # -- steps ----------------------------------------------------------------------------------------------------
 
