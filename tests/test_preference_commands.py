@@ -66,7 +66,9 @@ def test_score_takes_every_kind_of_row(judge: str, tmp_path: Path, capsys: pytes
         assert one["score"] == pytest.approx(other["chosen_score"], abs=1e-5)
     talks = scored([{"messages": [*row["messages"], {"role": "user", "content": "Thanks"}]} for row in chats(4)])
     assert all(math.isfinite(row["score"]) for row in talks)
-    assert [len(row["scores"]) for row in scored(rankings(3))] == [2, 3, 4]
+    found = scored(rankings(3))
+    assert [len(row["response_scores"]) for row in found] == [2, 3, 4]
+    assert found[0]["scores"] == rankings(3)[0]["scores"]  # the data's own
     assert len(scored(labelled(3))) == 3
 
 

@@ -12,8 +12,8 @@ def run(args: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="rlhf score",
         description="Score responses with a trained preference model, of any scorer. Rows with chosen and rejected get "
-        "chosen_score and rejected_score, and accuracy is printed; rows with responses get scores; rows with prompt "
-        "and response (or messages, whose last assistant turn is scored) get score.",
+        "chosen_score and rejected_score, and accuracy is printed; rows with responses get response_scores; rows with "
+        "prompt and response (or messages, whose last assistant turn is scored) get score.",
         epilog="example: rlhf score runs/preference/model pairs.jsonl --output scored.jsonl",
     )
     parser.add_argument("model", help="model folder of a preference stage, or any sequence classifier with one label")
@@ -68,7 +68,7 @@ def score_file(options: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[
         elif "response" in found:
             row = {"score": found["response"]}
         else:
-            row = {"scores": list(found.values())}
+            row = {"response_scores": list(found.values())}  # `scores` may be a column of the data
         # The better responses are what a person would demonstrate.
         singles += [found[name] for name in ("chosen", "response") if name in found]
         rows.append({**data, **row})

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from rlhf_lightning.errors import ConfigError
 from rlhf_lightning.models.forward import Forward
 from rlhf_lightning.models.heads import has_head, init_head
-from rlhf_lightning.models.loading import disable_dropout
+from rlhf_lightning.models.loading import disable_dropout, read_stage
 from rlhf_lightning.models.reward_model import Text, score_rows, score_texts
 from rlhf_lightning.models.saving import relative_to_run
 from rlhf_lightning.models.scorers import ImplicitReward, RewardHead, Scorer
@@ -90,11 +90,24 @@ class PreferenceModule(RLHFModule):
         return self.scorer.forward
 
     def _check_reference(self) -> None:
-        """The folder that `fit` writes must not be the one that its scores are measured from."""
+        """The folder that `fit` writes must not be the one that scores are measured from; a trained one says what was.
+
+        Raises:
+            ConfigError: the run would overwrite its reference.
+        """
         reference = getattr(self.scorer, "reference", None) or self.start_source
         if self._trainer is None or not isinstance(self.scorer, ImplicitReward) or isinstance(reference, nn.Module):
             return
-        if Path(reference).resolve() == (Path(self._trainer.default_root_dir) / "model").resolve():
+        if self._trainer.state.fn != "fit":
+            before = (read_stage(reference).get("scorer") or {}).get("init_args", {}).get("reference")
+            if before and self.scorer.reference is None:
+                log.warning(
+                    "%s is measured from itself, so every score is 0; it was trained against %s: set "
+                    "model.scorer.init_args.reference to that",
+                    reference,
+                    before,
+                )
+        elif Path(reference).resolve() == (Path(self._trainer.default_root_dir) / "model").resolve():
             raise ConfigError(
                 f"{reference} is the reference, and the folder that this run would write its model to: name another "
                 "trainer.default_root_dir"
