@@ -346,6 +346,16 @@ def test_a_mismatched_response_is_that_of_another_prompt(base: str, tmp_path: Pa
         assert WORDS[i] not in text.replace(f"Count {i // 2}", "")
 
 
+@pytest.mark.parametrize(("weight", "warns"), [(1.0, True), (0.5, False)])
+def test_labels_out_of_balance_are_noticed(weight: float, warns: bool, base: str, tmp_path: Path, caplog: Any) -> None:
+    caplog.set_level("WARNING", "rlhf_lightning")
+    rows = labelled(9)  # 6 desirable, 3 undesirable
+    module = PreferenceModule(base, implicit(), preference.KTO(desirable_weight=weight), optimizer=sgd(0.0))
+    trainer(tmp_path).fit(module, PreferenceDataModule(rows, batch_size=9, show_example=False))
+    assert ("6 desirable and 3 undesirable rows weigh 2.00 to 1" in caplog.text) == warns
+    assert ("desirable_weight to 0.50, or undesirable_weight to 2.00" in caplog.text) == warns
+
+
 def test_a_pair_becomes_two_labels_or_a_ranking(tokenizer: Any) -> None:
     for kind, count in (("labels", 6), ("rankings", 3)):
         data = PreferenceDataModule(pairs(3), kind=kind, tokenizer=tokenizer, show_example=False)

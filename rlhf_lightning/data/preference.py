@@ -84,6 +84,8 @@ class PreferenceDataModule(RowDataModule):
             return
         if getattr(self.loss, "mismatched", False):
             self._mismatch(name)
+            if name == "train":
+                self._check_balance()
         graded = any(getattr(row, "margin", 0.0) for row in self.prepared[name].rows)
         if graded and "margin" not in self.loss.keywords():
             log.warning("data.%s has margins, which %s does not use", name, type(self.loss).__name__)
@@ -173,6 +175,22 @@ class PreferenceDataModule(RowDataModule):
             side = self.renderer.exchange(prompt, rows[other].messages[1], tools)
             cut = max(0, side.tokens - self.max_length)
             row.sides = [row.sides[0], Rendered(side.ids[cut:], [0, *side.mask[cut:][1:]], side.text_bytes)]
+
+    def _check_balance(self) -> None:
+        """Warn where the two labels weigh otherwise than KTO's paper found to work (arXiv 2402.01306)."""
+        labels = [row.label for row in self.prepared["train"].rows]
+        good, bad = sum(labels), len(labels) - sum(labels)
+        ratio = self.loss.desirable_weight * good / max(self.loss.undesirable_weight * bad, 1e-9)
+        if good and bad and not 1 <= ratio <= 4 / 3:
+            log.warning(
+                "%d desirable and %d undesirable rows weigh %.2f to 1; between 1 and 1.33 to 1 works best: set "
+                "model.loss.init_args.desirable_weight to %.2f, or undesirable_weight to %.2f",
+                good,
+                bad,
+                ratio,
+                self.loss.undesirable_weight * bad / good,
+                self.loss.desirable_weight * good / bad,
+            )
 
     # -- batches --------------------------------------------------------------------------------------------------
 
