@@ -380,6 +380,49 @@ def test_critic_and_whitened_advantages_need_no_groups(base: str, tmp_path: Path
         assert torch.isfinite(watch.policy[-1]).all()
 
 
+def recorded(advantage: float | None = None) -> PromptDataModule:
+    row = {"prompt_tokens": [5, 6], "response_tokens": [7, 8, 9], "logprobs": [-1.0] * 3}
+    rows = [{**row, "reward": float(i % 2), "group": i // 2, "advantage": advantage} for i in range(8)]
+    return PromptDataModule(episodes=rows, prompts_per_round=4, seed=1)
+
+
+def test_a_critic_learns_from_recorded_episodes(base: str, tmp_path: Path) -> None:
+    module = make("policy", base, rewards=[], critic=Critic(learning_rate=0.1), advantage=GAE(), objective=PPO())
+    watch = watched(module, recorded(), tmp_path, max_epochs=2)
+    assert watch.logged[-1]["train/value_loss"] > 0
+    assert not torch.equal(watch.critic[0], watch.critic[-1])
+
+
+@pytest.mark.parametrize(
+    ("options", "advantage", "message"),
+    [
+        ({"resample_groups": 1}, None, "as they are"),
+        ({"staleness": 1}, None, "as they are"),
+        ({"objective": Reinforce()}, None, "cannot correct for"),
+        ({"critic": Critic(), "advantage": GAE()}, 1.0, "a critic learns nothing"),
+    ],
+)
+def test_recorded_episodes_are_as_they_are(
+    options: Options, advantage: float | None, message: str, base: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        trainer(tmp_path).fit(make("policy", base, rewards=[], **options), recorded(advantage))
+
+
+def test_a_batch_of_the_users_own(base: str, tmp_path: Path) -> None:
+    """The keys that the objective needs are enough: no loader of ours, no rounds."""
+    batch = {
+        "input_ids": torch.tensor([[5, 6, 7, 8]]),
+        "mask": torch.tensor([[0.0, 0.0, 1.0, 1.0]]),
+        "old_logprobs": torch.tensor([[0.0, 0.0, -6.0, -6.0]]),
+        "advantages": torch.tensor([[0.0, 0.0, 1.0, 1.0]]),
+    }
+    module = make("policy", base, objective=PPO())
+    run = trainer(tmp_path, max_steps=2)
+    run.fit(module, torch.utils.data.DataLoader([batch] * 2, batch_size=None))
+    assert run.global_step == 2
+
+
 def test_heldout_distance_is_logged(base: str, tmp_path: Path) -> None:
     module = make("policy", base, kl=KLPenalty(0.0), optimizer=sgd(2.0))
     run = trainer(tmp_path, max_epochs=2)

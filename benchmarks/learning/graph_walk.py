@@ -182,7 +182,7 @@ class Curve(pl.Callback):
 def measured(module: Any, graph: Graph, samples: int = 64) -> dict[str, float]:
     """The mean score from every node, of drawn and of greedy answers."""
     from rlhf_lightning.data.prompts import prompt_example
-    from rlhf_lightning.rollout.environments import run_episodes
+    from rlhf_lightning.rollout.runner import run_episodes
 
     found = {}
     for name, temperature, count in (("drawn", 1.0, samples), ("greedy", 0.0, 1)):

@@ -36,6 +36,8 @@ def check_data(module: Any, data: PromptDataModule) -> None:
         )
     if data.recorded and not module.objective.corrects and module.importance_weights is None:
         raise ConfigError(f"data.episodes were drawn by another sampler, which {loss} cannot correct for")
+    if data.recorded and (module.resample_groups or module.staleness):
+        raise ConfigError("data.episodes are as they are: leave out model.resample_groups and model.staleness")
     if data.recorded and module.critic is not None and any(row.advantage is not None for row in _rows(data)):
         raise ConfigError("data.episodes has rows with an advantage of their own, of which a critic learns nothing")
     episodes = len(_rows(data)) if data.recorded else data.prompts_per_round * data.group_size

@@ -174,7 +174,8 @@ class PolicyRLModule(RLHFModule):
 
     def on_train_batch_start(self, batch: dict[str, Any], batch_idx: int) -> None:
         """Tell the rounds how the one that begins has gone, over all ranks."""
-        self.rounds.observe(batch.get("statistics") or {}, self.rollouts.items_per_round)
+        if batch.get("statistics"):
+            self.rounds.observe(batch["statistics"], self.rollouts.items_per_round)
 
     @property
     def last_episodes(self) -> list[Episode]:
@@ -197,7 +198,10 @@ class PolicyRLModule(RLHFModule):
         loss = self._policy_loss(scores, batch)
         if self.critic is not None:
             value = self._value_loss(critic_values(self, ids, mask, scores), batch)
-            loss = loss * float(batch["round"] >= self.critic.warmup_rounds) + self.critic.coefficient * value
+            loss = (
+                loss * float(batch.get("round", self.critic.warmup_rounds) >= self.critic.warmup_rounds)
+                + self.critic.coefficient * value
+            )
             self.log("train/value_loss", value.detach(), on_step=True, on_epoch=False)
         logprobs, count = scores.logprobs.detach(), mask.sum().clamp(min=1)
         log_ratio = ((logprobs - old) * mask).abs()

@@ -51,6 +51,7 @@ class Collector:
         self.kl, self.row_scorers, self.environment = kl, dict(row_scorers or {}), environment
         self.seed, self.limits, self.resample = seed, limits or Limits(), resample
         self.truncated_reward, self.mask_truncated = truncated_reward, mask_truncated
+        self.redrawn = 0
 
     def round(self, prompts: Sequence[Prompt], group_size: int, number: int) -> list[Episode]:
         """The episodes of a round, `group_size` for each prompt, in order.
