@@ -143,18 +143,6 @@ def is_adapter(source: str) -> bool:
     return (Path(source) / "adapter_config.json").exists()
 
 
-def task_of(source: str) -> str:
-    """`SEQ_CLS` for a saved reward model, `CAUSAL_LM` for any other; an adapter or a whole model."""
-    if is_adapter(source):
-        from peft import PeftConfig
-
-        return str(PeftConfig.from_pretrained(source).task_type)
-    from transformers import AutoConfig
-
-    names = AutoConfig.from_pretrained(source).architectures or []
-    return "SEQ_CLS" if any(name.endswith("ForSequenceClassification") for name in names) else "CAUSAL_LM"
-
-
 def adapter_base(folder: Path) -> str:
     """The base of an adapter; where a run was moved, the place that `stage.json` gives relative to the folder."""
     base = json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]

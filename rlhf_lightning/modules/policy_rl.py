@@ -162,15 +162,9 @@ class PolicyRLModule(RLHFModule):
             data.pad_id,
             data.seed,
             layout_of(self.trainer, training=True),
-            reduce=self._sum_over_ranks,
             gather=gather,
         )
         return self.rollouts
-
-    def _sum_over_ranks(self, table: Tensor) -> Tensor:
-        if self.trainer.world_size == 1:
-            return table  # and MPS, always alone, has no float64
-        return self.trainer.strategy.reduce(table.to(self.device), reduce_op="sum").cpu()
 
     def on_train_batch_start(self, batch: dict[str, Any], batch_idx: int) -> None:
         """Tell the rounds how the one that begins has gone, over all ranks."""

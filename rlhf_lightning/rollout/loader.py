@@ -5,7 +5,6 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from rlhf_lightning.data.batching import Layout, mix_seeds, pad_right, pad_tokens, split_evenly, total_counts
 from rlhf_lightning.errors import ConfigError
@@ -33,7 +32,7 @@ class RolloutLoader:
     Args:
         items: prompts or recorded groups, over all ranks. collect: makes the rows of this rank's part of a round.
         items_per_round, update_epochs, minibatches: see `PromptDataModule`. pad_id: fills rows.
-        seed: of the order. layout: who asks. reduce: sums a tensor over ranks. gather: objects of all ranks.
+        seed: of the order. layout: who asks. gather: objects of all ranks.
     """
 
     def __init__(
@@ -46,13 +45,12 @@ class RolloutLoader:
         pad_id: int,
         seed: int = 0,
         layout: Callable[[], Layout] = Layout,
-        reduce: Callable[[Tensor], Tensor] = lambda tensor: tensor,
         gather: Callable[[Any], list[Any]] = lambda value: [value],
     ) -> None:
         self.items, self.collect, self.pad_id, self.seed = items, collect, pad_id, seed
         self.items_per_round = min(items_per_round, len(items))
         self.update_epochs, self.minibatches = update_epochs, minibatches
-        self.layout, self.reduce, self.gather = layout, reduce, gather
+        self.layout, self.gather = layout, gather
         self._position = 0
         self._rows: list[Segment] = []
         self._restored: list[Segment] | None = None
@@ -126,7 +124,8 @@ class RolloutLoader:
         steps = [parts[k : k + layout.accumulate] for k in range(0, len(parts), layout.accumulate)]
         local = [total_counts(row.counts() for rows in step for row in rows) for step in steps]
         table = torch.tensor([[count.get(name, 0.0) for name in names] for count in local], dtype=torch.float64)
-        return [dict(zip(names, row, strict=True)) for row in self.reduce(table).tolist()]
+        total = torch.stack(self.gather(table)).sum(0)
+        return [dict(zip(names, row, strict=True)) for row in total.tolist()]
 
     def _collate(self, rows: list[Segment]) -> dict[str, Any]:
         # A row that weighs nothing keeps a rank in step that has none of its own.
