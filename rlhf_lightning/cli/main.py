@@ -16,6 +16,7 @@ COMMANDS = {
     "score": ("rlhf_lightning.cli.score", "score responses, or the two sides of pairs, with a preference model"),
     "evaluate": ("rlhf_lightning.cli.evaluate", "compare two policies on prompts: win rate, reward, KL, length"),
     "best-of": ("rlhf_lightning.cli.evaluate", "the best of N responses to each prompt, by any reward"),
+    "data": ("rlhf_lightning.cli.data", "check a file of rows: lengths, duplicates, bad rows, what is trained on"),
     "quickstart": ("rlhf_lightning.cli.quickstart", "the whole of it on a small model made on the spot, or on yours"),
 }
 EXAMPLES = """examples:
@@ -27,7 +28,8 @@ EXAMPLES = """examples:
   rlhf evaluate runs/policy/model runs/sft/model prompts.jsonl --reward runs/preference/model
 
 `rlhf COMMAND --help` tells more of each.
-Exit codes: 0 done, 1 a fault of the program, 2 something to mend in files or flags, 130 interrupted."""
+Exit codes: 0 done, 1 a fault of the program (of `data check`: bad rows),
+2 something to mend in files or flags, 130 interrupted."""
 
 
 def usage() -> str:

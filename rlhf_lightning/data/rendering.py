@@ -274,12 +274,16 @@ def as_prompt(value: Any) -> list[Message]:
     return messages
 
 
-def show_masked(tokenizer: Any, ids: list[int], mask: list[int]) -> str:
-    """The text of a row with trained stretches between ⟦ and ⟧."""
+def masked_pieces(tokenizer: Any, ids: list[int], mask: list[int]) -> list[tuple[str, bool]]:
+    """The text of a row in stretches, each with whether it is trained."""
     pieces, start = [], 0
     for i in range(1, len(ids) + 1):
         if i == len(ids) or mask[i] != mask[start]:
-            text = tokenizer.decode(ids[start:i], skip_special_tokens=False)
-            pieces.append(f"⟦{text}⟧" if mask[start] else text)
+            pieces.append((tokenizer.decode(ids[start:i], skip_special_tokens=False), bool(mask[start])))
             start = i
-    return "".join(pieces)
+    return pieces
+
+
+def show_masked(tokenizer: Any, ids: list[int], mask: list[int]) -> str:
+    """The text of a row with trained stretches between ⟦ and ⟧."""
+    return "".join(f"⟦{text}⟧" if trained else text for text, trained in masked_pieces(tokenizer, ids, mask))
