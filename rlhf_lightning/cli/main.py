@@ -17,6 +17,7 @@ COMMANDS = {
     "evaluate": ("rlhf_lightning.cli.evaluate", "compare two policies on prompts: win rate, reward, KL, length"),
     "best-of": ("rlhf_lightning.cli.evaluate", "the best of N responses to each prompt, by any reward"),
     "data": ("rlhf_lightning.cli.data", "check a file of rows: lengths, duplicates, bad rows, what is trained on"),
+    "report": ("rlhf_lightning.cli.report", "write report.html about a run: curves, samples, warnings, lineage"),
     "quickstart": ("rlhf_lightning.cli.quickstart", "the whole of it on a small model made on the spot, or on yours"),
 }
 EXAMPLES = """examples:

@@ -13,6 +13,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from rlhf_lightning.cli.logs import LEVELS, setup_logging
+from rlhf_lightning.cli.report import after_stage
 from rlhf_lightning.errors import ConfigError, UserError
 
 log = logging.getLogger(__name__)
@@ -226,7 +227,7 @@ def run(args: list[str]) -> int:
     # As with `python -m`: a reward or environment in the user's folder can be named by its module.
     sys.path.insert(0, str(Path.cwd()))
     try:
-        StageCLI(args[0], args[1:])
+        after_stage(StageCLI(args[0], args[1:]))
     except Finished as done:
         print(f"{done} is finished already; --fresh runs it again", file=sys.stderr)
     except MisconfigurationException as error:

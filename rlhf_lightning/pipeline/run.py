@@ -16,6 +16,7 @@ from rlhf_lightning.data.records import fingerprint
 from rlhf_lightning.errors import ConfigError, UserError
 from rlhf_lightning.files import hash_folder, write_json
 from rlhf_lightning.pipeline.plan import Plan, Stage, merged, read_plan
+from rlhf_lightning.pipeline.report import report_after_stage
 
 log = logging.getLogger(__name__)
 MODEL_REWARD = "rlhf_lightning.rollout.rewards.ModelReward"
@@ -149,6 +150,8 @@ class _Runner:
     def _record(self, stage: Stage, entry: dict[str, Any]) -> None:
         self.manifest["stages"][stage.name] = entry
         write_json(self.path, self.manifest)
+        if entry["status"] != "running":
+            report_after_stage(self.plan.root)
 
     def _finish(self, stage: Stage, inputs: dict[str, Any], seconds: float) -> None:
         folder = self.plan.folder(stage.name)
