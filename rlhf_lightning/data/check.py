@@ -10,7 +10,7 @@ from rlhf_lightning.data.preference import PreferenceDataModule
 from rlhf_lightning.data.preference_rows import Pair, row_kind
 from rlhf_lightning.data.prompts import Prompt, PromptDataModule
 from rlhf_lightning.data.records import Reading, Row, RowError, SkippedRow, Source, read_rows, rename_columns
-from rlhf_lightning.data.rendering import Rendered, masked_pieces
+from rlhf_lightning.data.rendering import Rendered, masked_pieces, visible
 from rlhf_lightning.data.sft import SFTDataModule
 from rlhf_lightning.data.tokenizers import load_tokenizer
 from rlhf_lightning.errors import ConfigError
@@ -223,10 +223,6 @@ def show(sides: list[tuple[str, list[tuple[str, bool]]]], marks: tuple[str, str]
     """An example as text, its trained stretches between the marks; control characters are made visible."""
     lines = []
     for name, stretches in sides:
-        text = "".join(f"{marks[0]}{_visible(t)}{marks[1]}" if trained else _visible(t) for t, trained in stretches)
+        text = "".join(f"{marks[0]}{visible(t)}{marks[1]}" if trained else visible(t) for t, trained in stretches)
         lines.append(f"{name}: {text}" if name else text)
     return "\n".join(lines)
-
-
-def _visible(text: str) -> str:
-    return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)

@@ -6,7 +6,7 @@ import torch
 
 from rlhf_lightning.data.batching import pad_tokens
 from rlhf_lightning.data.prompts import Prompt, prompt_example
-from rlhf_lightning.data.records import Reading, convert_rows, read_rows
+from rlhf_lightning.data.records import Reading, Source, convert_rows, read_rows
 from rlhf_lightning.data.rendering import Renderer
 from rlhf_lightning.data.tokenizers import load_tokenizer
 from rlhf_lightning.errors import ConfigError
@@ -33,8 +33,8 @@ class Policy:
         disable_dropout(self.model)
         self.tokens = TokenScorer(self.model)
 
-    def prompts(self, file: str, limit: int | None = None) -> list[Prompt]:
-        """The first prompts of a file, numbered; raises `DataError` with file and line."""
+    def prompts(self, file: Source, limit: int | None = None) -> list[Prompt]:
+        """The first prompts of a file or list, numbered; raises `DataError` with file and line."""
         rows = read_rows(file, "prompt")[:limit]
         prompts = convert_rows(rows, lambda data: [prompt_example(self.renderer, data)], Reading())
         for index, prompt in enumerate(prompts):

@@ -47,6 +47,8 @@ class LocalEngine:
         self.forward = Forward(model, self.parts.decoder, max_tokens)
         self.layers = base_of(model).config.get_text_config().num_hidden_layers
         self._plain: bool | None = None
+        self.watch: Callable[[int, int, bool], None] | None = None
+        """Called with each drawn token: its row, its id, and whether the row ends with it."""
 
     def sync(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
         """Nothing to do: the weights are those that are trained."""
@@ -216,8 +218,11 @@ class _Batch:
             sample.logprobs.append(logprob)
             if ends(sample.ids, self.params, self.engine.decode):
                 sample.stop_reason = "stop"
-            if sample.stop_reason == "stop" or len(sample.ids) == self.params.max_tokens:
+            ended = sample.stop_reason == "stop" or len(sample.ids) == self.params.max_tokens
+            if ended:
                 self.rows[slot] = None
+            if self.engine.watch is not None:
+                self.engine.watch(row, token, ended)
 
     def _shrink(self) -> None:
         kept = torch.tensor([slot for slot, row in enumerate(self.rows) if row is not None], device=self.device)

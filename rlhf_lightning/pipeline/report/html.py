@@ -3,6 +3,8 @@
 import html
 from typing import Any
 
+from rlhf_lightning.data.rendering import visible
+
 
 class Html(str):
     """Text that is markup already."""
@@ -14,14 +16,7 @@ def text(value: Any) -> Html:
     """A value as text of the page: escaped, and what no page can hold made visible."""
     if isinstance(value, Html):
         return value
-    plain = "".join(c if c.isprintable() or c in "\n\t" else _visible(c) for c in str(value))
-    return Html(html.escape(plain))
-
-
-def _visible(letter: str) -> str:
-    # Spaces of other widths and the like are no printable characters to Python, and harmless.
-    control = ord(letter) < 32 or 127 <= ord(letter) < 160 or 0xD800 <= ord(letter) < 0xE000
-    return ascii(letter)[1:-1] if control else letter
+    return Html(html.escape(visible(str(value))))
 
 
 def el(tag: str, *children: Any, **attributes: Any) -> Html:

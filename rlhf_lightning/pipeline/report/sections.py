@@ -87,7 +87,7 @@ def _warnings(run: Run, stage: StageRun) -> list[list[str]]:
 def _broken(run: Run, stage: StageRun) -> str:
     """Where a stage was made from another model than the one that now stands in its parent's folder."""
     parent = stage.facts.get("parent") or {}
-    now = {other.name: other.facts.get("model_hash") for other in run.stages}.get(parent.get("stage"))
+    now = {other.name: other.facts.get("model_hash") for other in run.stages}.get(str(parent.get("stage")))
     if now and now != parent.get("hash"):
         return f"{parent['stage']} has been run anew since this stage was made from it"
     return ""
