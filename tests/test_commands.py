@@ -1,12 +1,15 @@
 """`rlhf data check`: what it finds in a file, and what a script gets of it."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from rlhf_lightning.cli import main as entry
+from rlhf_lightning.cli.main import COMMANDS
 from rlhf_lightning.data.check import histogram, statistics
 from tests.conftest import chats, pairs, prompts, write_rows
 from tests.test_cli import mistake
@@ -134,3 +137,24 @@ def test_mistakes_of_data_check(
     for name, value in (("--kind", "sft"), ("--model", base)):
         given += [] if name in given else [name, value]
     assert message in mistake(["data", "check", *given], capsys)
+
+
+@pytest.mark.parametrize("command", [name for name in COMMANDS if name not in ("sft", "preference", "policy")])
+def test_help_has_an_example_and_is_fast(command: str) -> None:
+    args = [command, *(["check"] if command == "data" else []), "--help"]
+    out = subprocess.run(
+        [sys.executable, "-X", "importtime", "-m", "rlhf_lightning", *args], capture_output=True, text=True, timeout=60
+    )
+    assert out.returncode == 0, out.stderr[-2000:]
+    assert f"example: rlhf {command} " in " ".join(out.stdout.split())
+    heavy = {line.split("|")[-1].strip() for line in out.stderr.splitlines()} & {"torch", "lightning", "transformers"}
+    assert heavy == set()
+
+
+def test_the_page_of_commands_knows_them_all() -> None:
+    page = (Path(__file__).parents[1] / "docs" / "commands.md").read_text()
+    for command in COMMANDS:
+        assert f"`{command}`" in page or f"`rlhf {command}" in page, command
+    shown = [line.split() for line in page.splitlines() if line.startswith("rlhf ")]
+    assert len(shown) >= 6
+    assert {line[1] for line in shown} <= set(COMMANDS)

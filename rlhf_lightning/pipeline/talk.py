@@ -6,7 +6,7 @@ from typing import Any
 from rlhf_lightning.data.conversations import Message
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.pipeline.policies import Policy
-from rlhf_lightning.rollout.engine import LocalEngine
+from rlhf_lightning.rollout.engine import LocalEngine, Watch
 from rlhf_lightning.rollout.sampler import Sampler
 
 
@@ -48,15 +48,15 @@ class Conversation:
             )
         stream = Stream(self.policy.renderer, self.sampler.params.stop_strings, show)
         if isinstance(self.sampler.engine, LocalEngine):
-            self.sampler.engine.watch = lambda row, token, ended: stream.push(token)
+            self.sampler.engine.watch = stream
         [sample] = self.sampler.generate([ids], [1_000_003 * self.seed + self.turn])
-        answer = stream.end(sample.ids)
+        answer = stream.rest(sample.ids)
         self.turn += 1
         self.messages = [*messages, {"role": "assistant", "content": answer}]
         return answer
 
 
-class Stream:
+class Stream(Watch):
     """Tokens as text, as soon as it is certain.
 
     Held back are a character of which a part is still to come, blanks that may be the last, and what may be the
@@ -68,7 +68,7 @@ class Stream:
         self.ids: list[int] = []
         self.shown = ""
 
-    def push(self, token: int) -> None:
+    def drawn(self, row: int, token: int, ended: bool) -> None:
         """Take a token."""
         self.ids.append(token)
         text = self.renderer.decode(self.ids)
@@ -77,7 +77,7 @@ class Stream:
         held = max((n for stop in self.stops for n in range(1, len(stop)) if text.endswith(stop[:n])), default=0)
         self._extend(text[: len(text) - held].rstrip())
 
-    def end(self, ids: Sequence[int]) -> str:
+    def rest(self, ids: Sequence[int]) -> str:
         """Show what is left of an answer; the whole of it."""
         text = str(self.renderer.decode(ids))
         self._extend(text)

@@ -4,6 +4,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
+from rlhf_lightning.files import duration
 from rlhf_lightning.pipeline.report import charts
 from rlhf_lightning.pipeline.report.html import Html, details, el, join, number, table
 from rlhf_lightning.pipeline.report.read import Points, Run, StageRun
@@ -248,12 +249,3 @@ def grid(items: Sequence[Html | None]) -> Html:
 def anchor(stage: StageRun) -> str:
     """Where on the page a stage stands."""
     return "stage-" + "".join(c if c.isalnum() else "-" for c in stage.name)
-
-
-def duration(seconds: Any) -> str:
-    """Seconds as a person says them."""
-    if not isinstance(seconds, int | float):
-        return "–"
-    hours, rest = divmod(round(seconds), 3600)
-    minutes, left = divmod(rest, 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min {left} s" if minutes else f"{left} s"
