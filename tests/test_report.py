@@ -16,7 +16,7 @@ from rlhf_lightning.errors import UserError
 from rlhf_lightning.pipeline.report import charts, report_after_stage, write_report
 from rlhf_lightning.pipeline.report.html import el
 from rlhf_lightning.pipeline.report.read import read_metrics, read_run, read_samples
-from tests.test_cli import mistake
+from tests.test_cli import mistake, rlhf, stage_config, write_yaml
 
 EVIL = "<script>alert('x')</script> & \"quoted\" \x1b[2J \ud800 </td>"
 VOID = {"meta", "link", "br"}
@@ -154,6 +154,17 @@ def test_a_stage_alone_and_under_way(tmp_path: Path) -> None:
     assert "not finished" in page.text
     assert "1 values are not finite." in page.text
     assert page.charts() == ["negative log-likelihood, nats a token: train/nll 2 → 1"]
+
+
+def test_a_stage_command_writes_its_report(base: str, tmp_path: Path) -> None:
+    config = write_yaml(tmp_path / "sft.yaml", stage_config("sft", base, tmp_path))
+    folder = tmp_path / "runs" / "first"
+    out = rlhf("sft", "fit", "-c", config, "--trainer.default_root_dir", str(folder))
+    assert f"report: {folder / 'report.html'}" in out
+    page = Page((folder / "report.html").read_text())
+    assert next(label.partition(":")[0] for label in page.charts()) == "negative log-likelihood, nats a token"
+    for text in ("finished", "transformers", "sft.jsonl", "class_path: torch.optim.AdamW"):
+        assert text in page.text
 
 
 def test_a_folder_without_a_run_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

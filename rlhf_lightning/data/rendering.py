@@ -189,12 +189,15 @@ class Renderer:
         if not self.tokenizer.is_fast:
             return None
         encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-        edges = {edge for span in spans for edge in span}
         mask = []
         for start, end in encoded["offset_mapping"]:
-            if any(start < edge < end for edge in edges):
-                return None
-            mask.append(int(any(a <= start and end <= b and start < end for a, b in spans)))
+            trained = 0
+            for a, b in spans:
+                if start < a < end or start < b < end:
+                    return None
+                if a <= start < end <= b:
+                    trained = 1
+            mask.append(trained)
         return Rendered(list(encoded["input_ids"]), mask, text_bytes)
 
     def _pieces(self, text: str, spans: list[tuple[int, int]], text_bytes: int) -> Rendered:
