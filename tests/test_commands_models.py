@@ -14,6 +14,7 @@ from rlhf_lightning.callbacks.export import ExportModel
 from rlhf_lightning.cli import main as entry
 from rlhf_lightning.cli.stage import StageCLI
 from rlhf_lightning.data.rendering import visible
+from rlhf_lightning.errors import ConfigError
 from rlhf_lightning.models.lora import LoRA
 from rlhf_lightning.models.reward_model import RewardModel
 from rlhf_lightning.models.scorers import ImplicitReward, RewardHead
@@ -195,6 +196,9 @@ def test_an_exported_reward_model_scores_the_same(scorer: Any, base: str, tmp_pa
     found = RewardModel(str(out)).score(*rows)
     torch.testing.assert_close(found, RewardModel(source).score(*rows), atol=1e-4, rtol=1e-4)
     assert found[0] != found[1]
+    if isinstance(scorer, RewardHead):
+        with pytest.raises(ConfigError, match="is a reward model"):
+            Policy(str(out))
 
 
 def test_push_happens_only_when_asked(

@@ -10,7 +10,7 @@ from rlhf_lightning.data.records import Reading, Source, convert_rows, read_rows
 from rlhf_lightning.data.rendering import Renderer
 from rlhf_lightning.data.tokenizers import load_tokenizer
 from rlhf_lightning.errors import ConfigError
-from rlhf_lightning.models.loading import disable_dropout, load_for_scoring
+from rlhf_lightning.models.loading import check_source, disable_dropout, load_for_scoring, task_of
 from rlhf_lightning.models.scoring import TokenScorer
 from rlhf_lightning.rollout.episodes import Episode
 from rlhf_lightning.rollout.runner import run_episodes
@@ -27,6 +27,8 @@ class Policy:
     """
 
     def __init__(self, folder: str, dtype: str = "float32", device: str = "cpu") -> None:
+        if task_of(check_source(folder)) == "SEQ_CLS":
+            raise ConfigError(f"{folder} is a reward model, which scores and cannot answer; name a causal model")
         self.tokenizer = load_tokenizer(folder)
         self.renderer = Renderer.suited(self.tokenizer)
         self.model = load_for_scoring(folder, "CAUSAL_LM", dtype).to(device)
