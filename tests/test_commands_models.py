@@ -13,8 +13,8 @@ from rlhf_lightning import PreferenceDataModule, PreferenceModule, SFTDataModule
 from rlhf_lightning.callbacks.export import ExportModel
 from rlhf_lightning.cli import main as entry
 from rlhf_lightning.cli.stage import StageCLI
-from rlhf_lightning.data.rendering import visible
 from rlhf_lightning.errors import ConfigError
+from rlhf_lightning.files import visible
 from rlhf_lightning.models.lora import LoRA
 from rlhf_lightning.models.reward_model import RewardModel
 from rlhf_lightning.models.scorers import ImplicitReward, RewardHead

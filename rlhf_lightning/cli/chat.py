@@ -13,8 +13,8 @@ def run(args: list[str]) -> int:
 
     from rlhf_lightning.cli.logs import setup_logging
     from rlhf_lightning.cli.score import default_device
-    from rlhf_lightning.data.rendering import visible
     from rlhf_lightning.errors import ConfigError, UserError
+    from rlhf_lightning.files import visible
     from rlhf_lightning.pipeline.policies import Policy
     from rlhf_lightning.pipeline.talk import Conversation
 

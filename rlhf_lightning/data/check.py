@@ -10,10 +10,11 @@ from rlhf_lightning.data.preference import PreferenceDataModule
 from rlhf_lightning.data.preference_rows import Pair, row_kind
 from rlhf_lightning.data.prompts import Prompt, PromptDataModule
 from rlhf_lightning.data.records import Reading, Row, RowError, SkippedRow, Source, read_rows, rename_columns
-from rlhf_lightning.data.rendering import Rendered, masked_pieces, visible
+from rlhf_lightning.data.rendering import Rendered, masked_pieces
 from rlhf_lightning.data.sft import SFTDataModule
 from rlhf_lightning.data.tokenizers import load_tokenizer
 from rlhf_lightning.errors import ConfigError
+from rlhf_lightning.files import visible
 
 MODULES: dict[str, type[RowDataModule]] = {
     "sft": SFTDataModule,

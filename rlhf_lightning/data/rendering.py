@@ -277,16 +277,6 @@ def as_prompt(value: Any) -> list[Message]:
     return messages
 
 
-def visible(text: str) -> str:
-    """Text without control characters: what a terminal would obey, or no page can hold, is shown as an escape."""
-    return "".join(ascii(c)[1:-1] if _is_control(c) else c for c in text)
-
-
-def _is_control(letter: str) -> bool:
-    code = ord(letter)
-    return (code < 32 and letter not in "\n\t") or 127 <= code < 160 or 0xD800 <= code < 0xE000
-
-
 def masked_pieces(tokenizer: Any, ids: list[int], mask: list[int]) -> list[tuple[str, bool]]:
     """The text of a row in stretches, each with whether it is trained."""
     pieces, start = [], 0

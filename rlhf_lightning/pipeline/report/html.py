@@ -3,7 +3,7 @@
 import html
 from typing import Any
 
-from rlhf_lightning.data.rendering import visible
+from rlhf_lightning.files import visible
 
 
 class Html(str):
