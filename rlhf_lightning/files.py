@@ -1,4 +1,4 @@
-"""Files and folders: hashing them, and writing so that no half file is ever read. Imports nothing heavy."""
+"""Files: hashing them, and writing so that no half file is ever read; times and text to show. Imports nothing heavy."""
 
 import hashlib
 import json
@@ -24,3 +24,22 @@ def write_json(path: Path, value: Any) -> None:
     scratch = path.with_name(f".{path.name}.partial")
     scratch.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
     os.replace(scratch, path)
+
+
+def duration(seconds: Any) -> str:
+    """Seconds as a person says them; a dash for what is no number."""
+    if not isinstance(seconds, int | float):
+        return "–"
+    hours, rest = divmod(round(seconds), 3600)
+    minutes, left = divmod(rest, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {left} s" if minutes else f"{left} s"
+
+
+def visible(text: str) -> str:
+    """Text without control characters: what a terminal would obey, or no page can hold, is shown as an escape."""
+    return "".join(ascii(c)[1:-1] if _is_control(c) else c for c in text)
+
+
+def _is_control(letter: str) -> bool:
+    code = ord(letter)
+    return (code < 32 and letter not in "\n\t") or 127 <= code < 160 or 0xD800 <= code < 0xE000

@@ -16,6 +16,12 @@ COMMANDS = {
     "score": ("rlhf_lightning.cli.score", "score responses, or the two sides of pairs, with a preference model"),
     "evaluate": ("rlhf_lightning.cli.evaluate", "compare two policies on prompts: win rate, reward, KL, length"),
     "best-of": ("rlhf_lightning.cli.evaluate", "the best of N responses to each prompt, by any reward"),
+    "generate": ("rlhf_lightning.cli.generate", "answers of a model to prompts, as text or JSON lines"),
+    "chat": ("rlhf_lightning.cli.chat", "talk with a model, or with two side by side"),
+    "export": ("rlhf_lightning.cli.export", "a model folder with its adapter merged, in another dtype, or on a hub"),
+    "init": ("rlhf_lightning.cli.init", "a folder with configs and example files to start a project from"),
+    "data": ("rlhf_lightning.cli.data", "check a file of rows: lengths, duplicates, bad rows, what is trained on"),
+    "report": ("rlhf_lightning.cli.report", "write report.html about a run: curves, samples, warnings, lineage"),
     "quickstart": ("rlhf_lightning.cli.quickstart", "the whole of it on a small model made on the spot, or on yours"),
 }
 EXAMPLES = """examples:
@@ -23,11 +29,13 @@ EXAMPLES = """examples:
   rlhf sft fit -c configs/sft.yaml --data.train chats.jsonl
   rlhf policy fit -c configs/policy.yaml --trainer.max_steps 100
   rlhf pipeline configs/pipeline.yaml
+  rlhf chat runs/policy/model --and runs/sft/model
   rlhf score runs/preference/model pairs.jsonl
   rlhf evaluate runs/policy/model runs/sft/model prompts.jsonl --reward runs/preference/model
 
 `rlhf COMMAND --help` tells more of each.
-Exit codes: 0 done, 1 a fault of the program, 2 something to mend in files or flags, 130 interrupted."""
+Exit codes: 0 done, 1 a fault of the program (of `data check`: bad rows),
+2 something to mend in files or flags, 130 interrupted."""
 
 
 def usage() -> str:

@@ -62,3 +62,4 @@ def show(summary: dict[str, Any], root: Path) -> None:
         console.print("  SFT: ", sample["sft"], markup=False, highlight=False)
         console.print("  RL:  ", sample["policy"], markup=False, highlight=False)
     console.print(f"\n{summary['seconds']:.0f} s, peak memory {summary['peak_memory_gb']:.2f} GB; all of it in {root}")
+    console.print(f"report: {root / 'report.html'}", highlight=False)

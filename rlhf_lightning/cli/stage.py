@@ -13,6 +13,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from rlhf_lightning.cli.logs import LEVELS, setup_logging
+from rlhf_lightning.cli.report import after_stage
 from rlhf_lightning.errors import ConfigError, UserError
 
 log = logging.getLogger(__name__)
@@ -109,12 +110,12 @@ class StageCLI(LightningCLI):
     def _callbacks(self, config: Any) -> list[Any]:
         from lightning.pytorch.callbacks import ModelCheckpoint
 
-        from rlhf_lightning.callbacks.console import ConsoleLines
         from rlhf_lightning.callbacks.diagnostics import Diagnostics
         from rlhf_lightning.callbacks.export import ExportModel
         from rlhf_lightning.callbacks.invariants import FirstStepInvariants
         from rlhf_lightning.callbacks.predictions import PredictionsFile
         from rlhf_lightning.callbacks.preference_watch import PreferenceWatch
+        from rlhf_lightning.callbacks.progress import progress_callbacks
         from rlhf_lightning.callbacks.samples import SamplesLog
 
         callbacks: list[Any] = [ExportModel(config.export), PredictionsFile()]
@@ -125,8 +126,7 @@ class StageCLI(LightningCLI):
             callbacks += [kind() for kind in kinds if f".{kind.__name__}" not in own]
         if self.kind == "preference" and ".PreferenceWatch" not in own:
             callbacks.append(PreferenceWatch())
-        if not config.trainer.enable_progress_bar:
-            callbacks.append(ConsoleLines())
+        callbacks += progress_callbacks(config.trainer.enable_progress_bar, own)
         if "ModelCheckpoint" not in own and config.trainer.enable_checkpointing is not False:
             folder = self.root / "checkpoints"
             every = config.checkpoint_every
@@ -226,7 +226,7 @@ def run(args: list[str]) -> int:
     # As with `python -m`: a reward or environment in the user's folder can be named by its module.
     sys.path.insert(0, str(Path.cwd()))
     try:
-        StageCLI(args[0], args[1:])
+        after_stage(StageCLI(args[0], args[1:]))
     except Finished as done:
         print(f"{done} is finished already; --fresh runs it again", file=sys.stderr)
     except MisconfigurationException as error:

@@ -39,6 +39,8 @@ class Reading:
     rows: int = 0
     blank: int = 0
     skipped: list[str] = field(default_factory=list)
+    unreadable: list[tuple[str, str]] | None = None
+    """Where it is a list, a line that is no row is put there, with the reason, and reading goes on."""
 
 
 def read_rows(source: Source, text_key: str | None = None, reading: Reading | None = None) -> list[Row]:
@@ -53,8 +55,9 @@ def read_rows(source: Source, text_key: str | None = None, reading: Reading | No
     Raises:
         DataError: no such file, unknown kind, unreadable line (with file and line), or no row at all.
     """
-    rows = list(_rows(source, text_key, reading or Reading()))
-    if not rows:
+    reading = reading or Reading()
+    rows = list(_rows(source, text_key, reading))
+    if not rows and not reading.unreadable:
         name = "the list" if not isinstance(source, str | Path) else str(source)
         raise DataError(f"{name}: no rows. The data set is empty; give a file with at least one row.")
     return rows
@@ -108,7 +111,13 @@ def _line_rows(path: Path, text_key: str | None, reading: Reading) -> Iterator[R
     # Not splitlines(): JSON strings may hold U+2028 and its like, which splitlines() takes for line ends.
     lines = _read_text(path).removesuffix("\n").split("\n")
     for number, line in enumerate(lines, 1):
-        yield from _line_row(line, f"{path}:{number}", text_key, reading)
+        where = f"{path}:{number}"
+        try:
+            yield from _line_row(line, where, text_key, reading)
+        except DataError as error:
+            if reading.unreadable is None:
+                raise
+            reading.unreadable.append((where, str(error).removeprefix(f"{where}: ")))
 
 
 def _line_row(line: str, where: str, text_key: str | None, reading: Reading) -> Iterator[Row]:

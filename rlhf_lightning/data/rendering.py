@@ -189,12 +189,15 @@ class Renderer:
         if not self.tokenizer.is_fast:
             return None
         encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-        edges = {edge for span in spans for edge in span}
         mask = []
         for start, end in encoded["offset_mapping"]:
-            if any(start < edge < end for edge in edges):
-                return None
-            mask.append(int(any(a <= start and end <= b and start < end for a, b in spans)))
+            trained = 0
+            for a, b in spans:
+                if start < a < end or start < b < end:
+                    return None
+                if a <= start < end <= b:
+                    trained = 1
+            mask.append(trained)
         return Rendered(list(encoded["input_ids"]), mask, text_bytes)
 
     def _pieces(self, text: str, spans: list[tuple[int, int]], text_bytes: int) -> Rendered:
@@ -274,12 +277,16 @@ def as_prompt(value: Any) -> list[Message]:
     return messages
 
 
-def show_masked(tokenizer: Any, ids: list[int], mask: list[int]) -> str:
-    """The text of a row with trained stretches between ⟦ and ⟧."""
+def masked_pieces(tokenizer: Any, ids: list[int], mask: list[int]) -> list[tuple[str, bool]]:
+    """The text of a row in stretches, each with whether it is trained."""
     pieces, start = [], 0
     for i in range(1, len(ids) + 1):
         if i == len(ids) or mask[i] != mask[start]:
-            text = tokenizer.decode(ids[start:i], skip_special_tokens=False)
-            pieces.append(f"⟦{text}⟧" if mask[start] else text)
+            pieces.append((tokenizer.decode(ids[start:i], skip_special_tokens=False), bool(mask[start])))
             start = i
-    return "".join(pieces)
+    return pieces
+
+
+def show_masked(tokenizer: Any, ids: list[int], mask: list[int]) -> str:
+    """The text of a row with trained stretches between ⟦ and ⟧."""
+    return "".join(f"⟦{text}⟧" if trained else text for text, trained in masked_pieces(tokenizer, ids, mask))

@@ -6,11 +6,11 @@ import torch
 
 from rlhf_lightning.data.batching import pad_tokens
 from rlhf_lightning.data.prompts import Prompt, prompt_example
-from rlhf_lightning.data.records import Reading, convert_rows, read_rows
+from rlhf_lightning.data.records import Reading, Source, convert_rows, read_rows
 from rlhf_lightning.data.rendering import Renderer
 from rlhf_lightning.data.tokenizers import load_tokenizer
 from rlhf_lightning.errors import ConfigError
-from rlhf_lightning.models.loading import disable_dropout, load_for_scoring
+from rlhf_lightning.models.loading import check_source, disable_dropout, load_for_scoring, task_of
 from rlhf_lightning.models.scoring import TokenScorer
 from rlhf_lightning.rollout.episodes import Episode
 from rlhf_lightning.rollout.runner import run_episodes
@@ -27,14 +27,16 @@ class Policy:
     """
 
     def __init__(self, folder: str, dtype: str = "float32", device: str = "cpu") -> None:
+        if task_of(check_source(folder)) == "SEQ_CLS":
+            raise ConfigError(f"{folder} is a reward model, which scores and cannot answer; name a causal model")
         self.tokenizer = load_tokenizer(folder)
         self.renderer = Renderer.suited(self.tokenizer)
         self.model = load_for_scoring(folder, "CAUSAL_LM", dtype).to(device)
         disable_dropout(self.model)
         self.tokens = TokenScorer(self.model)
 
-    def prompts(self, file: str, limit: int | None = None) -> list[Prompt]:
-        """The first prompts of a file, numbered; raises `DataError` with file and line."""
+    def prompts(self, file: Source, limit: int | None = None) -> list[Prompt]:
+        """The first prompts of a file or list, numbered; raises `DataError` with file and line."""
         rows = read_rows(file, "prompt")[:limit]
         prompts = convert_rows(rows, lambda data: [prompt_example(self.renderer, data)], Reading())
         for index, prompt in enumerate(prompts):

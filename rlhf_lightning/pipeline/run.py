@@ -14,8 +14,10 @@ import yaml
 
 from rlhf_lightning.data.records import fingerprint
 from rlhf_lightning.errors import ConfigError, UserError
-from rlhf_lightning.files import hash_folder, write_json
+from rlhf_lightning.files import duration, hash_folder, write_json
+from rlhf_lightning.pipeline.clock import Clock
 from rlhf_lightning.pipeline.plan import Plan, Stage, merged, read_plan
+from rlhf_lightning.pipeline.report import report_after_stage
 
 log = logging.getLogger(__name__)
 MODEL_REWARD = "rlhf_lightning.rollout.rewards.ModelReward"
@@ -57,6 +59,7 @@ class _Runner:
         (plan.root / "pipeline.yaml").write_text(yaml.safe_dump(plan.source, sort_keys=False, allow_unicode=True))
         before = json.loads(self.path.read_text()) if self.path.exists() else {}
         self.manifest: dict[str, Any] = {"name": plan.name, "seed": plan.seed, "stages": before.get("stages", {})}
+        self.clock = Clock(plan, self.manifest["stages"])
 
     def run(self, stage: Stage) -> None:
         """Run one stage, unless it is finished."""
@@ -70,7 +73,7 @@ class _Runner:
             if entry["status"] == "finished" and (self.plan.folder(stage.name) / "stage.json").exists():
                 print(f"{place}: finished already", flush=True)
                 return
-        print(f"{place}: {stage.kind} in {self.plan.folder(stage.name)}", flush=True)
+        print(f"{place}: {stage.kind} in {self.plan.folder(stage.name)} ({self.clock.before(stage)})", flush=True)
         self._record(stage, {"status": "running", "kind": stage.kind, "inputs": inputs})
         started = time.time()
         code = self._process(stage, settings, fresh)
@@ -149,6 +152,8 @@ class _Runner:
     def _record(self, stage: Stage, entry: dict[str, Any]) -> None:
         self.manifest["stages"][stage.name] = entry
         write_json(self.path, self.manifest)
+        if entry["status"] != "running":
+            report_after_stage(self.plan.root)
 
     def _finish(self, stage: Stage, inputs: dict[str, Any], seconds: float) -> None:
         folder = self.plan.folder(stage.name)
@@ -160,7 +165,7 @@ class _Runner:
         result = {"model": str(folder / "model"), "model_hash": facts["model_hash"], "metrics": facts["metrics"]}
         entry = {"status": "finished", "kind": stage.kind, "inputs": inputs, "seconds": round(seconds, 1), **result}
         self._record(stage, entry)
-        print(f"{stage.name}: finished in {seconds:.0f} s", flush=True)
+        print(f"{stage.name}: finished in {duration(seconds)}", flush=True)
 
     def _fail(self, stage: Stage, inputs: dict[str, Any], code: int) -> None:
         if code == 130:

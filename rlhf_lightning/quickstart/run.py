@@ -14,6 +14,7 @@ from typing import Any
 from rlhf_lightning.data.records import fingerprint
 from rlhf_lightning.files import write_json
 from rlhf_lightning.pipeline.plan import Plan, read_plan
+from rlhf_lightning.pipeline.report import write_report
 from rlhf_lightning.pipeline.run import run_pipeline
 from rlhf_lightning.quickstart.data import Sizes, write_data
 from rlhf_lightning.quickstart.rubric import rubric
@@ -57,6 +58,7 @@ def quickstart(settings: Settings) -> dict[str, Any]:
     summary["seconds"] = max(round(time.time() - started, 1), earlier)
     summary["peak_memory_gb"] = round(max(stages, _kibibytes(resource.RUSAGE_SELF)) * 1024 / 1e9, 2)
     write_json(settings.root / "summary.json", {"seed": settings.seed, **summary, "samples": samples})
+    write_report(settings.root)
     return {**summary, "samples": samples}
 
 

@@ -21,6 +21,22 @@ from rlhf_lightning.rollout.slots import Captured, Slots
 log = logging.getLogger(__name__)
 
 
+class Watch:
+    """Is told what an engine draws while it draws; this one does nothing with it.
+
+    A model that is sampled by its own `generate` is told of only at the beginning and the end.
+    """
+
+    def begin(self, rows: int) -> None:
+        """So many responses are asked for."""
+
+    def drawn(self, row: int, token: int, ended: bool) -> None:
+        """A token of a row; whether the row ends with it."""
+
+    def end(self) -> None:
+        """All are drawn, or the drawing failed."""
+
+
 class LocalEngine:
     """Samples from a model in this process.
 
@@ -47,6 +63,7 @@ class LocalEngine:
         self.forward = Forward(model, self.parts.decoder, max_tokens)
         self.layers = base_of(model).config.get_text_config().num_hidden_layers
         self._plain: bool | None = None
+        self.watch = Watch()
 
     def sync(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
         """Nothing to do: the weights are those that are trained."""
@@ -55,6 +72,13 @@ class LocalEngine:
         """A response to each prompt (token ids), each drawn with its own seed."""
         if not prompts:
             return []
+        self.watch.begin(len(prompts))
+        try:
+            return self._generate(prompts, params, seeds)
+        finally:
+            self.watch.end()
+
+    def _generate(self, prompts: Sequence[Sequence[int]], params: SamplingParams, seeds: Sequence[int]) -> list[Sample]:
         with evaluating(self.model), torch.inference_mode(), torch.compiler.set_stance("force_eager"):
             # Windows and positions that depend on the length show at that length only.
             self.forward.check(max(len(prompt) for prompt in prompts) + params.max_tokens)
@@ -216,8 +240,10 @@ class _Batch:
             sample.logprobs.append(logprob)
             if ends(sample.ids, self.params, self.engine.decode):
                 sample.stop_reason = "stop"
-            if sample.stop_reason == "stop" or len(sample.ids) == self.params.max_tokens:
+            ended = sample.stop_reason == "stop" or len(sample.ids) == self.params.max_tokens
+            if ended:
                 self.rows[slot] = None
+            self.engine.watch.drawn(row, token, ended)
 
     def _shrink(self) -> None:
         kept = torch.tensor([slot for slot, row in enumerate(self.rows) if row is not None], device=self.device)

@@ -1,0 +1,85 @@
+"""Progress on a terminal: Lightning's bar with the numbers that matter first, and one for rollouts under it."""
+
+import sys
+import time
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import RichProgressBar
+from lightning.pytorch.callbacks.progress.rich_progress import RichProgressBarTheme
+
+from rlhf_lightning.callbacks.console import ConsoleLines, headline
+from rlhf_lightning.rollout.engine import LocalEngine, Watch
+
+
+class StageProgress(RichProgressBar):
+    """Lightning's Rich bar. While responses are drawn, a second bar counts them and their tokens."""
+
+    def __init__(self) -> None:
+        super().__init__(refresh_rate=10, theme=RichProgressBarTheme(metrics_format=".4g", metrics_text_delimiter="  "))
+
+    def get_metrics(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Any]:
+        """Named shortly, the most telling ones first."""
+        return headline(super().get_metrics(trainer, pl_module))
+
+    def _init_progress(self, trainer: pl.Trainer) -> None:
+        """Lightning calls it where any command begins; the module has its engine by then."""
+        super()._init_progress(trainer)
+        engine = getattr(getattr(trainer.lightning_module, "sampler", None), "engine", None)
+        if isinstance(engine, LocalEngine) and self.is_enabled:
+            engine.watch = RolloutProgress(self)
+
+    def _reset_progress_bar_ids(self) -> None:
+        super()._reset_progress_bar_ids()
+        self.rollout_id: Any = None
+
+
+class RolloutProgress(Watch):
+    """The second bar: one engine call at a time, a turn of all episodes of a rank.
+
+    Args:
+        bar: that it is drawn in. seconds: the least time between two updates.
+    """
+
+    def __init__(self, bar: StageProgress, seconds: float = 0.2) -> None:
+        self.bar, self.seconds = bar, seconds
+        self.rows = self.ended = self.tokens = 0
+        self._shown = 0.0
+
+    def begin(self, rows: int) -> None:
+        self.rows, self.ended, self.tokens, self._shown = rows, 0, 0, time.monotonic()
+        progress = self.bar.progress
+        if progress is None or self.bar.is_disabled:
+            return
+        if self.bar.rollout_id is None:
+            self.bar.rollout_id = progress.add_task(self._text(), total=rows)
+        else:
+            progress.reset(self.bar.rollout_id, total=rows, visible=True, description=self._text())
+
+    def drawn(self, row: int, token: int, ended: bool) -> None:
+        self.tokens += 1
+        self.ended += ended
+        if time.monotonic() - self._shown >= self.seconds:
+            self._shown = time.monotonic()
+            self._update(visible=True)
+
+    def end(self) -> None:
+        self._update(visible=False)
+
+    def _text(self) -> str:
+        return f"Rollout, {self.tokens} tokens"
+
+    def _update(self, visible: bool) -> None:
+        progress, task = self.bar.progress, self.bar.rollout_id
+        if progress is not None and task is not None:
+            progress.update(task, completed=self.ended, description=self._text(), visible=visible)
+            self.bar.refresh()
+
+
+def progress_callbacks(bar: bool, own: str) -> list[pl.Callback]:
+    """What shows the progress of a stage: plain lines without a bar; none where the user's callbacks name one."""
+    if not bar:
+        return [ConsoleLines()]
+    named = "ProgressBar" in own or "StageProgress" in own
+    # Rich draws nothing into a file; Lightning adds its plain bar where there is no other.
+    return [] if named or not sys.stdout.isatty() else [StageProgress()]

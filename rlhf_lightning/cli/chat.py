@@ -1,0 +1,92 @@
+"""`rlhf chat MODEL`."""
+
+import argparse
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+
+def run(args: list[str]) -> int:
+    """Read messages until there are no more, and answer each."""
+    options = _parse(args[1:])
+
+    from rlhf_lightning.cli.logs import setup_logging
+    from rlhf_lightning.cli.score import default_device
+    from rlhf_lightning.errors import ConfigError, UserError
+    from rlhf_lightning.files import visible
+    from rlhf_lightning.pipeline.policies import Policy
+    from rlhf_lightning.pipeline.talk import Conversation
+
+    setup_logging("warning", None)
+    if options.max_tokens < 1:
+        raise ConfigError(f"--max_tokens is {options.max_tokens}; it must be at least 1")
+    device = options.device or default_device()
+    settings = (options.system, options.max_tokens, options.temperature, options.seed)
+    models = [options.model, *(options.and_ or [])]
+    talks = {name: Conversation(Policy(name, options.dtype, device), *settings) for name in dict.fromkeys(models)}
+    labels = dict(zip(talks, _labels(list(talks)), strict=True))
+
+    def show(text: str) -> None:
+        print(visible(text), end="", flush=True)
+
+    for message in _messages():
+        if message == "/new":
+            for talk in talks.values():
+                talk.begin()
+            continue
+        for name, talk in talks.items():
+            print(f"{labels[name]}: " if len(talks) > 1 else "", end="", flush=True)
+            try:
+                talk.reply(message, show)
+            except UserError as error:
+                if not sys.stdin.isatty():
+                    raise  # a script is not to take the next answer for the one to this message
+                print(f"({error})", end="")
+            print(flush=True)
+    return 0
+
+
+def _messages() -> Iterator[str]:
+    """What is typed or piped in, a line each, up to the end of it or `/quit`."""
+    terminal = sys.stdin.isatty()
+    if terminal:
+        import readline  # noqa: F401 - gives input() a history and editing
+
+        print("/new begins anew, /quit or Ctrl-D ends", file=sys.stderr)
+    while True:
+        try:
+            line = input("> " if terminal else "")
+        except EOFError:
+            return
+        if line.strip() == "/quit":
+            return
+        if line.strip():
+            yield line.strip()
+
+
+def _labels(models: list[str]) -> list[str]:
+    """Short names that tell the models apart: `sft` of `runs/sft/model`."""
+    names = [Path(model).parent.name if Path(model).name == "model" else Path(model).name for model in models]
+    return names if len(set(names)) == len(names) and all(names) else models
+
+
+def _parse(args: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="rlhf chat",
+        description="Talk with a model, or with several, which answer one after the other and remember each its own "
+        "answers. Answers appear as they are drawn. Messages can be piped in, a line each.",
+        epilog="example: rlhf chat runs/policy/model --and runs/sft/model\n"
+        '         echo "How do I mend a chair?" | rlhf chat runs/policy/model --temperature 0',
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("model", help="folder or Hub id of a causal language model or an adapter of one")
+    parser.add_argument("--and", dest="and_", action="append", metavar="MODEL", help="another that answers as well")
+    parser.add_argument("--system", metavar="TEXT", help="a system message before all others")
+    parser.add_argument("--max_tokens", "--max-tokens", type=int, default=256, help="budget of an answer (256)")
+    parser.add_argument("--temperature", type=float, default=1.0, help="0 takes the likeliest token (1.0)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--dtype", default="float32", help="of the weights")
+    parser.add_argument("--device", help="cpu, cuda, mps (default: a GPU where there is one)")
+    options: Any = parser.parse_args(args)
+    return options

@@ -1,0 +1,138 @@
+"""`rlhf data check FILE`."""
+
+import argparse
+import json
+import sys
+from typing import Any
+
+KINDS = ("sft", "preference", "prompts")
+TRAINED, PLAIN = "\x1b[32m", "\x1b[0m"
+
+
+def run(args: list[str]) -> int:
+    """Check a file; 1 where rows are bad."""
+    options = _parse(args[1:])
+
+    from rlhf_lightning.cli.logs import setup_logging
+    from rlhf_lightning.data import check
+    from rlhf_lightning.errors import ConfigError
+
+    setup_logging("warning", None)
+    if options.samples < 0 or (options.max_length is not None and options.max_length < 1):
+        raise ConfigError("--samples must be at least 0, --max_length at least 1")
+    module = check.data_module(options.kind, options.model, options.chat_template, **_settings(options))
+    train = check.check(module, options.file)
+    tokenizer = module.renderer.tokenizer
+    figures: dict[str, Any] = {"kind": options.kind, "model": options.model}
+    figures |= check.report(train, tokenizer, options.samples)
+    files = [train]
+    if options.validation:
+        files.append(check.check(module, options.validation))
+        figures["validation"] = check.report(files[1], tokenizer, 0)
+        figures["overlap"] = check.overlap(train, files[1])
+    bad = sum(len(file.bad) for file in files)
+    if options.json:
+        print(json.dumps({**figures, "ok": not bad}, ensure_ascii=False, indent=2))
+        return int(bool(bad))
+    _summary(figures)
+    for where, example in train.examples[: options.samples]:
+        marks = (TRAINED, PLAIN) if sys.stdout.isatty() else ("⟦", "⟧")
+        print(f"\n{where}, trained tokens {'in green' if sys.stdout.isatty() else 'between ⟦ and ⟧'}:")
+        print(check.show(check.pieces(example, tokenizer), marks))
+    if options.validation:
+        print()
+        _summary(figures["validation"])
+        rows, prompts = figures["overlap"]["rows"], figures["overlap"]["prompts"]
+        print(f"overlap: {len(rows)} rows of validation are trained on, {prompts} have a prompt that is trained on")
+        _listing("  ", [f"{row['where']} is {row['same_as']}" for row in rows])
+    for file in files:
+        if file.bad:
+            print(f"\nbad rows of {file.source} ({len(file.bad)} of {file.rows}):")
+            print("\n".join(f"{where}: {reason}" for where, reason in file.bad))
+    print(f"\nbad rows: {bad}")
+    return int(bool(bad))
+
+
+def _parse(args: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="rlhf data",
+        description="Look at a file of rows as a stage would read it.",
+        epilog="example: rlhf data check chats.jsonl --kind sft --model Qwen/Qwen3-0.6B --validation held_out.jsonl",
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="check")
+    check = commands.add_parser(
+        "check",
+        help="columns, lengths, duplicates, bad rows, rendered samples",
+        description="Columns, lengths in tokens, duplicates, overlap of training and validation data, samples as they "
+        "are trained on, and every bad row with its line and the reason. Rows are read and rendered by the code that "
+        "training uses.",
+        epilog="example: rlhf data check chats.jsonl --kind sft --model Qwen/Qwen3-0.6B --validation held_out.jsonl\n"
+        "Exit codes: 0 all rows are good, 1 some are bad, 2 the check could not be made.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    check.add_argument("file", help="rows: .jsonl, .json, .parquet, plain lines (prompts) or a Hub id")
+    check.add_argument("--kind", required=True, choices=KINDS, help="what the rows are for")
+    check.add_argument("--model", required=True, help="folder or Hub id whose tokenizer and chat template are used")
+    check.add_argument("--validation", metavar="FILE", help="rows held out, checked too and compared with FILE")
+    check.add_argument("--json", action="store_true", help="print everything as one JSON object")
+    check.add_argument("--samples", type=int, default=2, help="rows shown as they are trained on (default: 2)")
+    check.add_argument("--columns", nargs="+", metavar="OURS=YOURS", help="as data.columns of a stage")
+    check.add_argument("--format", choices=("chat", "raw"), help="as data.format of a stage")
+    check.add_argument("--chat_template", help="as model.chat_template of a stage")
+    check.add_argument("--max_length", type=int, help="as data.max_length (prompts: max_prompt_tokens) of a stage")
+    check.add_argument("--overlong", choices=("error", "truncate", "skip"), help="as data.overlong of a stage")
+    check.add_argument("--train_on", help="as data.train_on of an SFT stage")
+    return parser.parse_args(args)
+
+
+def _settings(options: argparse.Namespace) -> dict[str, Any]:
+    """The data module's settings that were given."""
+    from rlhf_lightning.errors import ConfigError
+
+    length = "max_prompt_tokens" if options.kind == "prompts" else "max_length"
+    settings = {"format": options.format, "overlong": options.overlong, "train_on": options.train_on}
+    settings[length] = options.max_length
+    for pair in options.columns or []:
+        ours, separator, theirs = pair.partition("=")
+        if not (ours and separator and theirs):
+            raise ConfigError(f"--columns {pair}: write OURS=YOURS, for example prompt=question")
+        settings.setdefault("columns", {})[ours] = theirs
+    return {name: value for name, value in settings.items() if value is not None}
+
+
+def _summary(figures: dict[str, Any]) -> None:
+    bad, skipped = len(figures["bad"]), len(figures["skipped"])
+    print(
+        f"{figures['file']}: {figures['rows']} rows, {figures['examples']} examples, {bad} bad, {skipped} skipped, "
+        f"{figures['truncated']} truncated, {figures['blank_lines']} blank lines"
+    )
+    for name, types in figures["columns"].items():
+        print(f"  column {name}: {', '.join(f'{kind} in {count}' for kind, count in types.items())}")
+    if not figures["examples"]:
+        return
+    print(f"\n{'tokens of a row':<18}{'total':>10}{'mean':>9}{'min':>7}{'median':>8}{'95%':>7}{'max':>7}")
+    for name, row in figures["lengths"].items():
+        title = {"tokens": "all", "trained": "trained"}.get(name, f"{name} response")
+        print(
+            f"{title:<18}{row['total']:>10}{row['mean']:>9.1f}{row['min']:>7}{row['median']:>8}"
+            f"{row['p95']:>7}{row['max']:>7}"
+        )
+    if "chosen_longer" in figures:
+        print(f"chosen is the longer response in {figures['chosen_longer']:.0%} of pairs")
+    print()
+    most = max(part["count"] for part in figures["histogram"])
+    for part in figures["histogram"]:
+        bar = "█" * round(40 * part["count"] / most) or ("▏" if part["count"] else "")
+        print(f"{part['from']:>7} – {part['to']:<7} {bar} {part['count']}")
+    print(f"\nduplicates: {len(figures['duplicates'])}; prompts that repeat: {figures['repeated_prompts']}")
+    _listing("  ", [f"{row['where']} is {row['same_as']}" for row in figures["duplicates"]])
+    if figures.get("reversed"):
+        print(f"pairs that an earlier pair turns round: {len(figures['reversed'])}")
+        _listing("  ", [f"{row['where']} reverses {row['reverses']}" for row in figures["reversed"]])
+
+
+def _listing(indent: str, lines: list[str], most: int = 5) -> None:
+    for line in lines[:most]:
+        print(f"{indent}{line}")
+    if len(lines) > most:
+        print(f"{indent}and {len(lines) - most} more (--json has all)")

@@ -1,0 +1,40 @@
+"""`rlhf export MODEL DIR`."""
+
+import argparse
+import json
+from pathlib import Path
+
+
+def run(args: list[str]) -> int:
+    """Export a model, and push it where that is asked for."""
+    parser = argparse.ArgumentParser(
+        prog="rlhf export",
+        description="Write a model folder that needs nothing else: an adapter is merged into its base (in float32), "
+        "weights are cast and saved as safetensors, with config, tokenizer, chat template and stage.json. Nothing "
+        "leaves this machine without --push.",
+        epilog="example: rlhf export runs/policy/model exported --dtype bfloat16",
+    )
+    parser.add_argument("model", help="folder or Hub id of a model, a reward model or an adapter")
+    parser.add_argument("dir", type=Path, help="folder to write; it must be empty or not there")
+    parser.add_argument("--dtype", help="float32, bfloat16, float16 (default: as saved; of an adapter, its base's)")
+    parser.add_argument("--push", metavar="ID", help="upload it to this repository of the Hugging Face Hub (private)")
+    parser.add_argument("--public", action="store_true", help="with --push: a new repository is public")
+    parser.add_argument("--json", action="store_true", help="print what was written as a JSON object")
+    options = parser.parse_args(args[1:])
+
+    from rlhf_lightning.cli.logs import setup_logging
+    from rlhf_lightning.errors import ConfigError
+    from rlhf_lightning.pipeline.exporting import export_model, push
+
+    setup_logging("warning", None)
+    if options.public and not options.push:
+        raise ConfigError("--public goes with --push ID")
+    facts = export_model(options.model, options.dir, options.dtype)
+    found = {"folder": str(options.dir), "dtype": facts["dtype"], "model_hash": facts["model_hash"]}
+    if options.push:
+        found["address"] = push(options.dir, options.push, options.public)
+    if options.json:
+        print(json.dumps(found))
+    else:
+        print(f"{found['folder']} ({found['dtype']})" + (f", {found['address']}" if options.push else ""))
+    return 0

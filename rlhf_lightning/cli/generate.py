@@ -1,0 +1,65 @@
+"""`rlhf generate MODEL`."""
+
+import argparse
+import json
+from typing import Any
+
+
+def run(args: list[str]) -> int:
+    """Answer prompts and print the answers."""
+    options = _parse(args[1:])
+
+    from rlhf_lightning.cli.logs import setup_logging
+    from rlhf_lightning.cli.score import default_device
+    from rlhf_lightning.errors import ConfigError
+    from rlhf_lightning.files import visible
+    from rlhf_lightning.pipeline.policies import Policy
+
+    setup_logging("warning", None)
+    if bool(options.file) == bool(options.prompt):
+        raise ConfigError("name either a file of prompts or --prompt TEXT")
+    for name in ("samples", "max_tokens", "limit"):
+        if (value := getattr(options, name)) is not None and value < 1:
+            raise ConfigError(f"--{name} is {value}; it must be at least 1")
+    policy = Policy(options.model, options.dtype, options.device or default_device())
+    source = options.file or [{"prompt": text} for text in options.prompt]
+    prompts = policy.prompts(source, options.limit)
+    episodes = policy.answer(prompts, options.max_tokens, options.seed, options.samples, options.temperature)
+    for episode in episodes:
+        record = episode.record()
+        if options.json:
+            keys = ("prompt", "response", "stop_reason", "response_tokens")
+            row = {"index": episode.group, "sample": episode.sample, **{key: record[key] for key in keys}}
+            print(json.dumps(row, ensure_ascii=False))
+            continue
+        if len(episodes) > 1:
+            print(f"--- {_last(record['prompt'])}")
+        print(visible(record["response"]))
+    return 0
+
+
+def _last(messages: list[dict[str, Any]]) -> str:
+    """The last message of a prompt on one line."""
+    content = str(messages[-1]["content"]) if messages else ""
+    return " ".join("".join(c if c.isprintable() else " " for c in content).split())[:100]
+
+
+def _parse(args: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="rlhf generate",
+        description="Answers of a model to prompts: as text, or as JSON lines with index, sample, prompt, response, "
+        "stop_reason and response_tokens.",
+        epilog='example: rlhf generate runs/policy/model --prompt "How do I mend a chair?" --max_tokens 64',
+    )
+    parser.add_argument("model", help="folder or Hub id of a causal language model or an adapter of one")
+    parser.add_argument("file", nargs="?", help="rows with prompt or messages, or plain lines")
+    parser.add_argument("--prompt", action="append", metavar="TEXT", help="a prompt; may be given several times")
+    parser.add_argument("--json", action="store_true", help="print a JSON object for each answer")
+    parser.add_argument("--max_tokens", "--max-tokens", type=int, default=256, help="budget of an answer (256)")
+    parser.add_argument("--temperature", type=float, default=1.0, help="0 takes the likeliest token (1.0)")
+    parser.add_argument("--samples", type=int, default=1, help="answers to each prompt (1)")
+    parser.add_argument("--limit", type=int, help="answer the first so many prompts")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--dtype", default="float32", help="of the weights")
+    parser.add_argument("--device", help="cpu, cuda, mps (default: a GPU where there is one)")
+    return parser.parse_args(args)

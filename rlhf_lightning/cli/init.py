@@ -1,0 +1,60 @@
+"""`rlhf init DIR`."""
+
+import argparse
+import json
+import shlex
+from pathlib import Path
+
+FILES = Path(__file__).parent / "project"
+
+
+def run(args: list[str]) -> int:
+    """Write the files of a project and say what to do with them."""
+    parser = argparse.ArgumentParser(
+        prog="rlhf init",
+        description="Write a folder to start from: a commented config of each stage, the pipeline that runs them, and "
+        "a few example rows of each kind to put your own in the place of.",
+        epilog="example: rlhf init my_project --model Qwen/Qwen3-0.6B",
+    )
+    parser.add_argument("dir", type=Path, help="folder to write; files that are there are never overwritten")
+    parser.add_argument(
+        "--model", default="Qwen/Qwen3-0.6B", help="folder or Hub id to start from (default: Qwen/Qwen3-0.6B)"
+    )
+    options = parser.parse_args(args[1:])
+    folder: Path = options.dir
+    model = str(Path(options.model).resolve()) if Path(options.model).exists() else options.model
+    write_project(folder, model)
+    name = shlex.quote(model)
+    print(f"""{folder} is ready. Put your own rows in data/, then:
+
+  cd {shlex.quote(str(folder))}
+  rlhf data check data/chats.jsonl --kind sft --model {name}
+  rlhf data check data/pairs.jsonl --kind preference --model {name}
+  rlhf data check data/prompts.jsonl --kind prompts --model {name}
+  rlhf pipeline pipeline.yaml""")
+    return 0
+
+
+def write_project(folder: Path, model: str) -> None:
+    """Write the files of a project that starts from a model.
+
+    Raises:
+        ConfigError: one of the files is there already, or the model is no model folder.
+    """
+    from rlhf_lightning.errors import ConfigError
+
+    if Path(model).is_dir() and not any(
+        (Path(model) / name).exists() for name in ("config.json", "adapter_config.json")
+    ):
+        raise ConfigError(f"--model {model}: the folder has neither config.json nor adapter_config.json")
+    files = sorted(path.relative_to(FILES) for path in FILES.rglob("*.*") if path.suffix in (".yaml", ".jsonl"))
+    if there := [str(folder / file) for file in files if (folder / file).exists()]:
+        raise ConfigError(f"{there[0]} is there already, and is not overwritten; name another folder")
+    name = "".join(c if c.isalnum() or c in "-_" else "_" for c in folder.resolve().name) or "project"
+    for file in files:
+        text = (FILES / file).read_text(encoding="utf-8")
+        if file.suffix == ".yaml":
+            # A JSON string is a YAML string, whatever the path holds.
+            text = text.replace("@MODEL@", json.dumps(model, ensure_ascii=False)).replace("@NAME@", name)
+        (folder / file).parent.mkdir(parents=True, exist_ok=True)
+        (folder / file).write_text(text, encoding="utf-8")

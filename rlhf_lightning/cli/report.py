@@ -1,0 +1,30 @@
+"""`rlhf report RUN`, and the report that is written at the end of a stage."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from rlhf_lightning.pipeline.report import report_after_stage, write_report
+
+
+def run(args: list[str]) -> int:
+    """Write the report and say where it is."""
+    parser = argparse.ArgumentParser(
+        prog="rlhf report",
+        description="Write report.html: one page, without scripts or network, about a pipeline's or a stage's folder: "
+        "curves, reward against KL, calibration, answers before and after, warnings, lineage, configs. "
+        "It is also written at the end of each stage; of a run under way it shows what there is.",
+        epilog="example: rlhf report runs/quickstart",
+    )
+    parser.add_argument("run", type=Path, help="folder of a pipeline or of a stage")
+    parser.add_argument("--output", type=Path, help="file to write (default: report.html in the folder)")
+    options = parser.parse_args(args[1:])
+    print(write_report(options.run, options.output))
+    return 0
+
+
+def after_stage(driver: Any) -> None:
+    """Write the report of a stage that was just trained, on the first rank."""
+    if driver.subcommand != "fit" or driver.trainer.fast_dev_run or not driver.trainer.is_global_zero:
+        return
+    report_after_stage(driver.root)

@@ -1,0 +1,229 @@
+"""A file of rows looked at as a stage would: what it holds, what is wrong with it, what stands in it twice."""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from rlhf_lightning.data.base import RowDataModule
+from rlhf_lightning.data.preference import PreferenceDataModule
+from rlhf_lightning.data.preference_rows import Pair, row_kind
+from rlhf_lightning.data.prompts import Prompt, PromptDataModule
+from rlhf_lightning.data.records import Reading, Row, RowError, SkippedRow, Source, read_rows, rename_columns
+from rlhf_lightning.data.rendering import Rendered, masked_pieces
+from rlhf_lightning.data.sft import SFTDataModule
+from rlhf_lightning.data.tokenizers import load_tokenizer
+from rlhf_lightning.errors import ConfigError
+from rlhf_lightning.files import visible
+
+MODULES: dict[str, type[RowDataModule]] = {
+    "sft": SFTDataModule,
+    "preference": PreferenceDataModule,
+    "prompts": PromptDataModule,
+}
+Key = tuple[tuple[int, ...], ...]
+
+
+@dataclass
+class Checked:
+    """One file, row by row: `examples` with where each was read, `bad` rows with where and why."""
+
+    source: str
+    examples: list[tuple[str, Any]] = field(default_factory=list)
+    bad: list[tuple[str, str]] = field(default_factory=list)
+    skipped: list[tuple[str, str]] = field(default_factory=list)
+    """Left out because the user asked for it (`overlong: skip`)."""
+    columns: dict[str, Counter[str]] = field(default_factory=dict)
+    """For each column the types of its values, with their counts."""
+    rows: int = 0
+    blank: int = 0
+    truncated: int = 0
+
+
+def data_module(kind: str, model: str, chat_template: str | None = None, **settings: Any) -> RowDataModule:
+    """The data module of a stage, as `rlhf KIND fit` builds it from `data.…`, with a model's tokenizer.
+
+    Raises:
+        ConfigError: no tokenizer there, or a setting that this kind of data does not have.
+    """
+    tokenizer = load_tokenizer(model, chat_template=chat_template)
+    try:
+        return MODULES[kind](tokenizer=tokenizer, show_example=False, **settings)
+    except TypeError as error:
+        raise ConfigError(f"--kind {kind}: {str(error).rpartition('__init__() ')[2]}") from None
+
+
+def check(module: RowDataModule, source: Source) -> Checked:
+    """Read and render every row; a bad one is listed, and never ends the check.
+
+    Raises:
+        DataError: the file is not there, or cannot be read at all.
+    """
+    reading = Reading(unreadable=[])
+    found = Checked(str(source))
+    rows = read_rows(source, module.text_key, reading)
+    _choose_kind(module, rows)
+    module._truncated = 0
+    convert = module.examples("train")
+    for row in rows:
+        for name, value in row.data.items():
+            found.columns.setdefault(name, Counter())[_type(value)] += 1
+        try:
+            found.examples += [(row.where, example) for example in convert(rename_columns(row, module.columns).data)]
+        except SkippedRow as error:
+            found.skipped.append((row.where, str(error)))
+        except RowError as error:
+            found.bad.append((row.where, str(error)))
+    found.bad = sorted([*(reading.unreadable or []), *found.bad], key=lambda item: _line(item[0]))
+    found.rows, found.blank = len(rows) + len(reading.unreadable or []), reading.blank
+    found.truncated = module._truncated
+    return found
+
+
+def _choose_kind(module: RowDataModule, rows: Sequence[Row]) -> None:
+    """Without a loss to say what is wanted, most rows do."""
+    if isinstance(module, PreferenceDataModule) and module._kind is None and rows:
+        module._kind = Counter(row_kind(row.data) for row in rows).most_common(1)[0][0]
+
+
+def _line(where: str) -> int:
+    digits = where.rstrip("]").replace("[", ":").rpartition(":")[2]
+    return int(digits) if digits.isdigit() else 0
+
+
+def _type(value: Any) -> str:
+    names = {str: "text", bool: "bool", int: "number", float: "number", list: "list", dict: "object"}
+    return "null" if value is None else names.get(type(value), type(value).__name__)
+
+
+# -- what it says -----------------------------------------------------------------------------------------------------
+
+
+def report(found: Checked, tokenizer: Any, samples: int = 2) -> dict[str, Any]:
+    """Figures of a file, ready for JSON: rows, columns, tokens, duplicates, bad rows, rendered samples."""
+    examples = [example for _, example in found.examples]
+    figures: dict[str, Any] = {
+        "file": found.source,
+        "rows": found.rows,
+        "examples": len(examples),
+        "blank_lines": found.blank,
+        "truncated": found.truncated,
+        "skipped": [{"where": where, "reason": reason} for where, reason in found.skipped],
+        "bad": [{"where": where, "reason": reason} for where, reason in found.bad],
+        "columns": {name: dict(types) for name, types in found.columns.items()},
+    }
+    if not examples:
+        return figures
+    lengths = {"tokens": [example.tokens for example in examples]}
+    if not isinstance(examples[0], Prompt):
+        lengths["trained"] = [example.trained for example in examples]
+    if isinstance(examples[0], Pair):
+        lengths["chosen"] = [example.chosen.trained for example in examples]
+        lengths["rejected"] = [example.rejected.trained for example in examples]
+        longer = sum(c > r for c, r in zip(lengths["chosen"], lengths["rejected"], strict=True))
+        figures["chosen_longer"] = longer / len(examples)
+    figures["lengths"] = {name: statistics(values) for name, values in lengths.items()}
+    figures["histogram"] = histogram(lengths["tokens"])
+    figures |= duplicates(found)
+    figures["samples"] = [
+        {"where": where, "text": show(pieces(example, tokenizer))} for where, example in found.examples[:samples]
+    ]
+    return figures
+
+
+def statistics(values: Sequence[int]) -> dict[str, float]:
+    """Total, mean and quantiles (nearest rank) of lengths."""
+    ordered = sorted(values)
+
+    def quantile(part: float) -> int:
+        return ordered[min(len(ordered) - 1, int(part * len(ordered)))]
+
+    return {
+        "total": sum(ordered),
+        "mean": sum(ordered) / len(ordered),
+        "min": ordered[0],
+        "median": quantile(0.5),
+        "p95": quantile(0.95),
+        "max": ordered[-1],
+    }
+
+
+def histogram(values: Sequence[int], bins: int = 10) -> list[dict[str, int]]:
+    """Counts of lengths in bins of equal width; `from` and `to` are both inside."""
+    low, high = min(values), max(values)
+    width = max(1, -(-(high - low + 1) // bins))
+    counts = Counter((value - low) // width for value in values)
+    return [
+        {"from": low + i * width, "to": low + (i + 1) * width - 1, "count": counts[i]}
+        for i in range((high - low) // width + 1)
+    ]
+
+
+def duplicates(found: Checked) -> dict[str, Any]:
+    """Rows that are the same tokens as an earlier one; pairs that an earlier one turns round; prompts that repeat."""
+    first: dict[Key, str] = {}
+    same, reversed_pairs = [], []
+    for where, example in found.examples:
+        key = _key(example)
+        if key in first:
+            same.append({"where": where, "same_as": first[key]})
+            continue
+        if isinstance(example, Pair) and not example.tie and (key[1], key[0]) in first:
+            reversed_pairs.append({"where": where, "reverses": first[key[1], key[0]]})
+        first[key] = where
+    prompts = Counter(_prompt(example) for _, example in found.examples)
+    return {
+        "duplicates": same,
+        **({"reversed": reversed_pairs} if isinstance(found.examples[0][1], Pair) else {}),
+        "repeated_prompts": sum(count - 1 for prompt, count in prompts.items() if prompt),
+    }
+
+
+def overlap(train: Checked, validation: Checked) -> dict[str, Any]:
+    """Rows of validation that are trained on: the same tokens, or only the same prompt."""
+    keys = {_key(example): where for where, example in train.examples}
+    prompts = {_prompt(example) for _, example in train.examples} - {()}
+    rows = [
+        {"where": where, "same_as": keys[_key(example)]}
+        for where, example in validation.examples
+        if _key(example) in keys
+    ]
+    return {"rows": rows, "prompts": sum(_prompt(example) in prompts for _, example in validation.examples)}
+
+
+def _key(example: Any) -> Key:
+    if isinstance(example, Prompt):
+        return (tuple(example.ids),)
+    sides = [example] if isinstance(example, Rendered) else example.sides
+    return tuple((*side.ids, -1 - side.mask.index(1)) for side in sides)
+
+
+def _prompt(example: Any) -> tuple[int, ...]:
+    """The ids before the first trained token; empty for plain text."""
+    if isinstance(example, Prompt):
+        return tuple(example.ids)
+    side = example if isinstance(example, Rendered) else example.sides[0]
+    return tuple(side.ids[: side.mask.index(1)]) if side.mask.index(1) > 1 else ()
+
+
+def pieces(example: Any, tokenizer: Any) -> list[tuple[str, list[tuple[str, bool]]]]:
+    """What there is to show of an example: a name for each of its sides, and its text in stretches, trained or not."""
+    if isinstance(example, Prompt):
+        return [("", [(tokenizer.decode(example.ids, skip_special_tokens=False), False)])]
+    if isinstance(example, Rendered):
+        return [("", masked_pieces(tokenizer, example.ids, example.mask))]
+    names = (
+        ["chosen", "rejected"] if isinstance(example, Pair) else [f"response {i}" for i in range(len(example.sides))]
+    )
+    return [
+        (name, masked_pieces(tokenizer, side.ids, side.mask)) for name, side in zip(names, example.sides, strict=True)
+    ]
+
+
+def show(sides: list[tuple[str, list[tuple[str, bool]]]], marks: tuple[str, str] = ("⟦", "⟧")) -> str:
+    """An example as text, its trained stretches between the marks; control characters are made visible."""
+    lines = []
+    for name, stretches in sides:
+        text = "".join(f"{marks[0]}{visible(t)}{marks[1]}" if trained else visible(t) for t, trained in stretches)
+        lines.append(f"{name}: {text}" if name else text)
+    return "\n".join(lines)
