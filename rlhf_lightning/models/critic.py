@@ -8,7 +8,7 @@ from torch.nn.functional import pad
 
 from rlhf_lightning.errors import ConfigError
 from rlhf_lightning.models.forward import Forward
-from rlhf_lightning.models.heads import has_head
+from rlhf_lightning.models.heads import task_of
 from rlhf_lightning.models.loading import (
     check_source,
     check_vocabulary,
@@ -86,7 +86,7 @@ class Critic(nn.Module):
             model = copy.deepcopy(policy)
         else:
             folder = check_source(self.source)
-            model = load_for_scoring(folder, "SEQ_CLS" if has_head(folder) else "CAUSAL_LM", dtype)
+            model = load_for_scoring(folder, task_of(folder), dtype)
         if hasattr(model, "peft_config"):
             model = merge(model)
         backbone = model.base_model.requires_grad_(self.lora is None)

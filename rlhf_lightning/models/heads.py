@@ -33,6 +33,11 @@ def has_head(source: str) -> bool:
     return any(name.endswith("ForSequenceClassification") for name in names)
 
 
+def task_of(source: str) -> str:
+    """`SEQ_CLS` for a saved reward model with a head, `CAUSAL_LM` for any other; an adapter or a whole model."""
+    return "SEQ_CLS" if has_head(source) else "CAUSAL_LM"
+
+
 def init_head(model: Any) -> None:
     """A new score head: weights of std 1/sqrt(hidden + 1), no bias."""
     head = find_head(base_of(model))

@@ -7,7 +7,8 @@ from rlhf_lightning.data.rendering import Renderer
 from rlhf_lightning.data.tokenizers import load_tokenizer
 from rlhf_lightning.errors import ConfigError, UserError
 from rlhf_lightning.files import hash_folder, write_json
-from rlhf_lightning.models.loading import Start, adapter_base, check_source, is_adapter, merge, read_stage, task_of
+from rlhf_lightning.models.heads import task_of
+from rlhf_lightning.models.loading import Start, adapter_base, check_source, is_adapter, merge, read_stage
 from rlhf_lightning.models.reward_model import RewardModel
 from rlhf_lightning.models.saving import save_model
 from rlhf_lightning.models.scorers import scorer_of

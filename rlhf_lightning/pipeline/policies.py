@@ -10,7 +10,8 @@ from rlhf_lightning.data.records import Reading, Source, convert_rows, read_rows
 from rlhf_lightning.data.rendering import Renderer
 from rlhf_lightning.data.tokenizers import load_tokenizer
 from rlhf_lightning.errors import ConfigError
-from rlhf_lightning.models.loading import check_source, disable_dropout, load_for_scoring, task_of
+from rlhf_lightning.models.heads import task_of
+from rlhf_lightning.models.loading import check_source, disable_dropout, load_for_scoring
 from rlhf_lightning.models.scoring import TokenScorer
 from rlhf_lightning.rollout.episodes import Episode
 from rlhf_lightning.rollout.runner import run_episodes
