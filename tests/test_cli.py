@@ -26,6 +26,8 @@ KINDS = {
     "prm": "preference",
     "reward": "preference",
     "dpo": "preference",
+    "kto": "preference",
+    "model": "preference",
     "policy": "policy",
     "rl": "policy",
     "ppo": "policy",
@@ -38,7 +40,7 @@ def test_every_config_is_parsed_and_built(path: Path, capsys: pytest.CaptureFixt
     kind = KINDS.get(path.stem.rpartition("_")[2])
     if kind is None:
         plan = read_plan(path)
-        assert [stage.kind for stage in plan.stages] == ["sft", "preference", "policy"]
+        assert [stage.kind for stage in plan.stages][-2:] == ["preference", "policy"]
         return
     with pytest.raises(SystemExit) as stop:
         StageCLI(kind, ["fit", "-c", str(path), "--print_config"])

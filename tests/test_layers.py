@@ -29,7 +29,7 @@ def imported(path: Path) -> set[str]:
 @pytest.mark.parametrize("floor", ORDER)
 def test_imports_run_one_way(floor: str) -> None:
     allowed = ANYONE | ({"objectives"} if floor == "objectives" else set(ORDER[: ORDER.index(floor) + 1]))
-    for path in (PACKAGE / floor).glob("*.py"):
+    for path in (PACKAGE / floor).rglob("*.py"):
         assert imported(path) <= allowed, f"{path.name} imports {imported(path) - allowed}"
 
 

@@ -11,11 +11,12 @@ from rlhf_lightning.data.batching import pad_tokens
 from rlhf_lightning.data.tokenizers import load_tokenizer
 from rlhf_lightning.errors import ConfigError
 from rlhf_lightning.files import write_json
+from rlhf_lightning.models.heads import init_head, pad_token
 from rlhf_lightning.models.loading import Start, check_vocabulary
 from rlhf_lightning.models.lora import LoRA
 from rlhf_lightning.models.reference import Reference
 from rlhf_lightning.models.saving import save_model
-from rlhf_lightning.models.scorers import RewardHead, SequenceLogprob, init_head, pad_token, scorer_of
+from rlhf_lightning.models.scorers import RewardHead, SequenceLogprob, scorer_of
 from rlhf_lightning.models.scoring import TokenScorer
 from tests.conftest import build_model
 

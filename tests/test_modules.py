@@ -86,8 +86,9 @@ def test_fit_validate_test_predict(kind: str, base: str, tmp_path: Path) -> None
         "preference": {"val/accuracy", "val/loss", "val/margin", "val/chosen_score", "val/rejected_score"},
         "policy": {"val/reward_greedy", "val/reward_sampled", "val/response_tokens", "val/truncated"},
     }[kind]
-    assert set(found) == wanted
-    assert {name.replace("test/", "val/") for name in run.test(module, source, verbose=False)[0]} == wanted
+    tested = {name.replace("test/", "val/") for name in run.test(module, source, verbose=False)[0]}
+    for names in (set(found), tested):  # preference reports by parts of the data as well
+        assert names >= wanted if kind == "preference" else names == wanted
     (batches,) = [run.predict(module, source)]
     assert batches is not None
     rows = [row for batch in batches for row in batch]  # type: ignore[union-attr]

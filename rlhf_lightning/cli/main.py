@@ -13,6 +13,9 @@ COMMANDS = {
     "preference": ("rlhf_lightning.cli.stage", "preference or reward model: fit, validate, test, predict"),
     "policy": ("rlhf_lightning.cli.stage", "policy RL: fit, validate, test, predict"),
     "pipeline": ("rlhf_lightning.cli.pipeline", "run the stages of a pipeline file, one after the other"),
+    "score": ("rlhf_lightning.cli.score", "score responses, or the two sides of pairs, with a preference model"),
+    "evaluate": ("rlhf_lightning.cli.evaluate", "compare two policies on prompts: win rate, reward, KL, length"),
+    "best-of": ("rlhf_lightning.cli.evaluate", "the best of N responses to each prompt, by any reward"),
     "quickstart": ("rlhf_lightning.cli.quickstart", "the whole of it on a small model made on the spot, or on yours"),
 }
 EXAMPLES = """examples:
@@ -20,6 +23,8 @@ EXAMPLES = """examples:
   rlhf sft fit -c configs/sft.yaml --data.train chats.jsonl
   rlhf policy fit -c configs/policy.yaml --trainer.max_steps 100
   rlhf pipeline configs/pipeline.yaml
+  rlhf score runs/preference/model pairs.jsonl
+  rlhf evaluate runs/policy/model runs/sft/model prompts.jsonl --reward runs/preference/model
 
 `rlhf COMMAND --help` tells more of each.
 Exit codes: 0 done, 1 a fault of the program, 2 something to mend in files or flags, 130 interrupted."""

@@ -114,6 +114,7 @@ class StageCLI(LightningCLI):
         from rlhf_lightning.callbacks.export import ExportModel
         from rlhf_lightning.callbacks.invariants import FirstStepInvariants
         from rlhf_lightning.callbacks.predictions import PredictionsFile
+        from rlhf_lightning.callbacks.preference_watch import PreferenceWatch
         from rlhf_lightning.callbacks.samples import SamplesLog
 
         callbacks: list[Any] = [ExportModel(config.export), PredictionsFile()]
@@ -122,6 +123,8 @@ class StageCLI(LightningCLI):
             # What the user names, with other settings, takes the place of the default.
             kinds = (SamplesLog, FirstStepInvariants, Diagnostics)
             callbacks += [kind() for kind in kinds if f".{kind.__name__}" not in own]
+        if self.kind == "preference" and ".PreferenceWatch" not in own:
+            callbacks.append(PreferenceWatch())
         if not config.trainer.enable_progress_bar:
             callbacks.append(ConsoleLines())
         if "ModelCheckpoint" not in own and config.trainer.enable_checkpointing is not False:

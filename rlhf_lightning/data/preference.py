@@ -1,56 +1,49 @@
-"""Data of preference learning: pairs."""
+"""Data of preference learning: pairs, labelled responses, rankings."""
 
+import logging
+import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from rlhf_lightning.data.base import RowDataModule
-from rlhf_lightning.data.batching import pad_tokens
-from rlhf_lightning.data.conversations import Message, to_messages, tool_schemas
-from rlhf_lightning.data.records import RowError, Source, require
+from rlhf_lightning.data.batching import pad_right, pad_tokens
+from rlhf_lightning.data.conversations import Message, tool_schemas
+from rlhf_lightning.data.preference_rows import (
+    Labelled,
+    Pair,
+    Ranking,
+    row_kind,
+    split_labelled,
+    split_pair,
+    split_ranking,
+)
+from rlhf_lightning.data.records import RowError, Source
 from rlhf_lightning.data.rendering import Rendered
+from rlhf_lightning.errors import ConfigError, DataError
 
-
-@dataclass
-class Pair:
-    """A chosen and a rejected response to one prompt, as rows whose mask is 1 on the response."""
-
-    chosen: Rendered
-    rejected: Rendered
-    margin: float = 0.0
-
-    @property
-    def tokens(self) -> int:
-        """Length of the longer side."""
-        return max(self.chosen.tokens, self.rejected.tokens)
-
-    @property
-    def trained(self) -> int:
-        """Response tokens of both sides."""
-        return self.chosen.trained + self.rejected.trained
-
-    def counts(self) -> dict[str, float]:
-        """One pair."""
-        return {"pairs": 1.0}
-
-    def show(self, tokenizer: Any) -> str:
-        """Both sides, the responses between ⟦ and ⟧."""
-        return f"chosen: {self.chosen.show(tokenizer)}\nrejected: {self.rejected.show(tokenizer)}"
+log = logging.getLogger(__name__)
+KINDS = ("pairs", "labels", "rankings")
 
 
 class PreferenceDataModule(RowDataModule):
-    """Pairs: rows with `prompt`, `chosen`, `rejected`, each a string or messages, and optionally `margin`, `tools`.
+    """Pairs, labelled responses or rankings.
 
-    Without `prompt`, `chosen` and `rejected` are whole conversations, and what they share is the prompt. A batch is
-    a dict whose tensors hold the chosen rows first and the rejected rows after them: `input_ids` and `mask`
-    `[2B, T]`, `lengths` `[2B]`, and `margin`, `weights` `[B]`.
+    - pairs: `prompt`, `chosen`, `rejected`, each a string or messages, and optionally `margin`, `tie`. Without
+      `prompt`, `chosen` and `rejected` are whole conversations, and what they share is the prompt.
+    - labels: `prompt`, `response` (or `completion`), `label` (1 or 0). A pair becomes two labelled responses.
+    - rankings: `prompt`, `responses`, and `scores` or `ranks` (or best first). A pair is a ranking of two.
+
+    Any row may have `tools`, and a `category` that accuracy is reported by. A batch is a dict: `input_ids` and `mask`
+    `[N, T]`, `lengths` `[N]`, `weights` `[B]`; of pairs the chosen rows first and the rejected rows after them.
 
     Args:
         train: rows to train on; see `RowDataModule` for the further arguments.
         validation: rows to validate on.
-        overlong: a pair that is too long is an error by default; `truncate` cuts its prompt on the left.
+        overlong: a row that is too long is an error by default; `truncate` cuts its prompt on the left, `skip` leaves
+            it out and counts it.
+        kind: `pairs`, `labels` or `rankings`; by default what the module's loss learns from.
     """
 
     def __init__(
@@ -58,69 +51,187 @@ class PreferenceDataModule(RowDataModule):
         train: Source | None = None,
         validation: Source | None = None,
         overlong: str = "error",
+        kind: str | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(train, validation, overlong=overlong, **kwargs)
+        if kind not in (None, *KINDS):
+            raise ConfigError(f"data.kind is {kind!r}; one of {', '.join(KINDS)}")
+        self._kind = kind
+        self.category_names: list[str] = []
+
+    @property
+    def loss(self) -> Any:
+        """The loss of the module that the trainer runs, if there is one."""
+        return getattr(self.trainer.lightning_module, "loss", None) if self.trainer is not None else None
+
+    @property
+    def kind(self) -> str:
+        """What rows are made into."""
+        wanted = getattr(self.loss, "kind", None)
+        if self._kind and wanted and self._kind != wanted:
+            raise ConfigError(f"data.kind is {self._kind}, and the loss {type(self.loss).__name__} takes {wanted}")
+        return self._kind or wanted or "pairs"
 
     def examples(self, name: str) -> Callable[[dict[str, Any]], list[Any]]:
-        return self._pair
+        return {"pairs": self._pair, "labels": self._labelled, "rankings": self._ranking}[self.kind]
 
-    def _pair(self, data: dict[str, Any]) -> list[Pair]:
+    def _prepare(self, name: str, required: bool) -> None:
+        super()._prepare(name, required)
+        found = {row.category for prepared in self.prepared.values() for row in prepared.rows}
+        self.category_names = sorted(category for category in found if category is not None)
+        if name not in self.prepared or self.loss is None:
+            return
+        if getattr(self.loss, "mismatched", False):
+            self._mismatch(name)
+        graded = any(getattr(row, "margin", 0.0) for row in self.prepared[name].rows)
+        if graded and "margin" not in self.loss.keywords():
+            log.warning("data.%s has margins, which %s does not use", name, type(self.loss).__name__)
+
+    # -- rows -----------------------------------------------------------------------------------------------------
+
+    def _pair(self, data: dict[str, Any]) -> list[Any]:
+        if (found := row_kind(data)) != "pairs":
+            raise RowError(f"the row is one of {found}, and pairs are wanted: set model.loss to a loss of {found}")
         prompt, chosen, rejected = split_pair(data)
         if chosen == rejected:
             raise RowError("chosen equals rejected: there is nothing to prefer")
-        tools = tool_schemas(data)
-        sides = [self._side(name, prompt, side, tools) for name, side in (("chosen", chosen), ("rejected", rejected))]
-        margin = data.get("margin")
-        if margin is not None and (isinstance(margin, bool) or not isinstance(margin, int | float)):
+        sides = self._sides(data, prompt, {"chosen": chosen, "rejected": rejected})
+        if sides[0].ids == sides[1].ids:
+            raise RowError("chosen and rejected are the same tokens: there is nothing to prefer")
+        margin, tie = data.get("margin"), data.get("tie")
+        if margin is not None and not _is_number(margin):
             raise RowError(f"'margin' is {margin!r}; it must be a number")
-        left, right = self._fit(sides)
-        return [Pair(left, right, float(margin or 0.0))]
+        if tie is not None and not (isinstance(tie, bool) or tie in (0, 1)):
+            raise RowError(f"'tie' is {tie!r}; it must be true or false")
+        if tie and self.loss is not None and "ties" not in self.loss.keywords():
+            name = type(self.loss).__name__
+            raise RowError(f"the pair is a tie, which {name} cannot learn from; use BradleyTerry, Davidson, RaoKupper")
+        return [Pair(sides, _category(data), float(margin or 0.0), bool(tie))]
 
-    def _side(self, name: str, prompt: list[Message], response: list[Message], tools: list[Any] | None) -> Rendered:
-        try:
-            return self.renderer.exchange(prompt, response, tools)
-        except RowError as error:
-            raise RowError(f"{name}: {error}") from None
+    def _labelled(self, data: dict[str, Any]) -> list[Any]:
+        if row_kind(data) == "pairs":
+            prompt, chosen, rejected = split_pair(data)
+            if chosen == rejected:
+                raise RowError("chosen equals rejected: there is nothing to prefer")
+            parts = [(chosen, 1), (rejected, 0)]
+        else:
+            prompt, response, label = split_labelled(data)
+            parts = [(response, label)]
+        tools = tool_schemas(data)
+        return [
+            Labelled(
+                self._sides(data, prompt, {"response": response}), _category(data), label, (prompt, response, tools)
+            )
+            for response, label in parts
+        ]
 
-    def _fit(self, sides: list[Rendered]) -> list[Rendered]:
-        """Both sides cut by as many prompt tokens on the left as the longer one is over the budget."""
+    def _ranking(self, data: dict[str, Any]) -> list[Any]:
+        if row_kind(data) == "pairs":
+            pair = self._pair(data)[0]
+            return [Ranking(pair.sides, pair.category, [0, int(not pair.tie)])]
+        prompt, responses, ranks = split_ranking(data)
+        sides = self._sides(data, prompt, {f"response {i}": response for i, response in enumerate(responses)})
+        return [Ranking(sides, _category(data), ranks)]
+
+    def _sides(
+        self, data: dict[str, Any], prompt: list[Message], responses: dict[str, list[Message]]
+    ) -> list[Rendered]:
+        """All responses rendered; too long, each loses as many prompt tokens on the left as the longest is over."""
+        tools, sides = tool_schemas(data), []
+        for name, response in responses.items():
+            try:
+                sides.append(self.renderer.exchange(prompt, response, tools))
+            except RowError as error:
+                raise RowError(f"{name}: {error}") from None
         excess = max(side.tokens for side in sides) - self.max_length
         if not self.too_long(excess + self.max_length):
             return sides
         if excess >= min(side.mask.index(1) for side in sides):
+            self._truncated -= 1
             raise RowError(f"a response alone is over data.max_length {self.max_length}; raise it")
         return [Rendered(side.ids[excess:], side.mask[excess:], side.text_bytes) for side in sides]
 
-    def collate(self, rows: list[Pair], weights: list[float]) -> dict[str, Any]:
-        sides = [pair.chosen for pair in rows] + [pair.rejected for pair in rows]
-        return {
-            **pad_tokens([side.ids for side in sides], [side.mask for side in sides], self.pad_id),
-            "margin": torch.tensor([pair.margin for pair in rows]),
-            "weights": torch.tensor(weights),
-        }
+    def _mismatch(self, name: str) -> None:
+        """Give each row a second side: its prompt with the response to the next prompt that is another one.
+
+        The partner follows from the file, not from the batch, so that neither batch size nor ranks change the loss.
+        """
+        rows: list[Labelled] = self.prepared[name].rows
+        prompts = [row.messages[0] for row in rows]
+        if all(prompt == prompts[0] for prompt in prompts):
+            loss = type(self.loss).__name__
+            raise DataError(f"data.{name}: all rows have the same prompt; {loss} needs responses to other prompts")
+        following = [0] * len(rows)
+        partner = next(i for i in range(len(rows)) if prompts[i] != prompts[-1])
+        for i in reversed(range(len(rows))):
+            following[i] = partner
+            if prompts[i - 1] != prompts[i]:
+                partner = i
+        for row, other in zip(rows, following, strict=True):
+            prompt, _, tools = row.messages
+            side = self.renderer.exchange(prompt, rows[other].messages[1], tools)
+            cut = max(0, side.tokens - self.max_length)
+            row.sides = [row.sides[0], Rendered(side.ids[cut:], [0, *side.mask[cut:][1:]], side.text_bytes)]
+
+    # -- batches --------------------------------------------------------------------------------------------------
+
+    def collate(self, rows: list[Any], weights: list[float]) -> dict[str, Any]:
+        collate: Any = {"pairs": _collate_pairs, "labels": _collate_labels, "rankings": _collate_rankings}[self.kind]
+        batch: dict[str, Any] = collate(rows, self.pad_id)
+        if names := self.category_names:
+            batch["category"] = torch.tensor([names.index(row.category) if row.category else -1 for row in rows])
+            batch["category_names"] = names
+        return {**batch, "weights": torch.tensor(weights)}
 
 
-def split_pair(data: dict[str, Any]) -> tuple[list[Message], list[Message], list[Message]]:
-    """Prompt, chosen and rejected messages of a row; raises `RowError`."""
-    require(data, "chosen", "rejected")
-    sides = [to_messages(data[name], "assistant" if data.get("prompt") else "user") for name in ("chosen", "rejected")]
-    if data.get("prompt") is not None:
-        prompt = to_messages(data["prompt"])
-        # Some data sets repeat the prompt in both sides.
-        sides = [side[len(prompt) :] if side[: len(prompt)] == prompt else side for side in sides]
-    else:
-        if not all(isinstance(data[name], list) for name in ("chosen", "rejected")):
-            require(data, "prompt")
-        shared = _shared(*sides)
-        prompt, sides = sides[0][:shared], [side[shared:] for side in sides]
-    if not prompt:
-        raise RowError("no 'prompt', and chosen and rejected share no first messages that could be one")
-    return prompt, sides[0], sides[1]
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _shared(a: list[Message], b: list[Message]) -> int:
-    same = [x == y for x, y in zip(a, b, strict=False)]
-    count = same.index(False) if False in same else min(len(a), len(b)) - 1
-    # An answer that both sides share belongs to the responses where nothing else is left of one of them.
-    return max(0, min(count, len(a) - 1, len(b) - 1))
+def _category(data: dict[str, Any]) -> str | None:
+    value = data.get("category")
+    if value is not None and not isinstance(value, str | int | bool):
+        raise RowError(f"'category' is {value!r}; it must be text")
+    return None if value is None else str(value)
+
+
+def _tokens(sides: list[Rendered], references: list[list[float]] | None, pad_id: int) -> dict[str, Any]:
+    batch: dict[str, Any] = pad_tokens([side.ids for side in sides], [side.mask for side in sides], pad_id)
+    if references is not None:
+        batch["reference_logprobs"] = pad_right(references, 0.0, torch.float32)
+    return batch
+
+
+def _side(rows: list[Any], number: int) -> tuple[list[Rendered], list[list[float]] | None]:
+    """That side of each row, and its stored log-probabilities."""
+    stored = all(row.reference is not None for row in rows)
+    return [row.sides[number] for row in rows], [row.reference[number] for row in rows] if stored else None
+
+
+def _collate_pairs(rows: list[Pair], pad_id: int) -> dict[str, Any]:
+    (chosen, one), (rejected, other) = _side(rows, 0), _side(rows, 1)
+    references = one + other if one is not None and other is not None else None
+    return {
+        **_tokens(chosen + rejected, references, pad_id),
+        "margin": torch.tensor([row.margin for row in rows]),
+        "ties": torch.tensor([float(row.tie) for row in rows]),
+    }
+
+
+def _collate_labels(rows: list[Labelled], pad_id: int) -> dict[str, Any]:
+    batch = {**_tokens(*_side(rows, 0), pad_id), "labels": torch.tensor([float(row.label) for row in rows])}
+    if all(len(row.sides) > 1 for row in rows):
+        batch["mismatched"] = _tokens(*_side(rows, 1), pad_id)
+    return batch
+
+
+def _collate_rankings(rows: list[Ranking], pad_id: int) -> dict[str, Any]:
+    sides = [side for row in rows for side in row.sides]
+    stored = all(row.reference is not None for row in rows)
+    references = [values for row in rows for values in row.reference or []] if stored else None
+    return {
+        **_tokens(sides, references, pad_id),
+        "ranking": torch.tensor([i for i, row in enumerate(rows) for _ in row.sides]),
+        "ranks": torch.tensor([rank for row in rows for rank in row.ranks]),
+    }

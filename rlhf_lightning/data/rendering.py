@@ -64,7 +64,7 @@ class Renderer:
         if format not in ("chat", "raw"):
             raise ConfigError(f"format is {format!r}; it must be 'chat' or 'raw'")
         self.tokenizer = tokenizer
-        self.format = format
+        self.format, self.template_kwargs = format, template_kwargs or {}
         self.template = ChatTemplate(tokenizer, template_kwargs)
         if format == "chat" and not tokenizer.chat_template:
             raise ConfigError(
@@ -77,6 +77,10 @@ class Renderer:
     def suited(cls, tokenizer: Any) -> "Renderer":
         """By the chat template where the tokenizer has one, else plain text."""
         return cls(tokenizer, "chat" if tokenizer.chat_template else "raw")
+
+    def settings(self) -> dict[str, Any]:
+        """What `stage.json` keeps, to render the same way again with the same tokenizer."""
+        return {"format": self.format, "template_kwargs": self.template_kwargs}
 
     def _stops(self) -> tuple[list[int], list[str]]:
         eos = self.tokenizer.eos_token_id

@@ -53,6 +53,13 @@ class Reference(nn.Module):
         with self._active():
             return self._scorer(input_ids, mask, temperature).logprobs
 
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Names and tensors that it computes with: without those of an adapter that is trained."""
+        for name, value in (self.copy or self._policy[0]).named_parameters():
+            adapter = any(part in name for part in (".lora_", ".modules_to_save."))
+            if self.mode == "copy" or not adapter or (self.mode == "adapter" and ".reference" in name):
+                yield name, value
+
     def refresh(self) -> None:
         """The policy as it now is becomes the reference."""
         policy = self._policy[0]

@@ -11,7 +11,7 @@ from rlhf_lightning.data.conversations import Message, to_messages
 from rlhf_lightning.data.rendering import Renderer
 from rlhf_lightning.data.tokenizers import load_tokenizer
 from rlhf_lightning.errors import ConfigError
-from rlhf_lightning.models.loading import check_vocabulary, disable_dropout, load_for_scoring
+from rlhf_lightning.models.loading import check_vocabulary, disable_dropout, load_for_scoring, read_stage
 from rlhf_lightning.models.scorers import ImplicitReward, Scorer, scorer_of
 
 Text = str | list[Message]
@@ -62,16 +62,25 @@ class RewardModel(nn.Module):
 
     Args:
         folder: of a preference stage, or any reward model that `AutoModelForSequenceClassification` opens.
+        dtype: of its weights.
+        shifted: add the `reward_shift` of `stage.json`, so that the mean score of its demonstrations is 0.
     """
 
-    def __init__(self, folder: str, dtype: str = "float32") -> None:
+    def __init__(self, folder: str, dtype: str = "float32", shifted: bool = False) -> None:
         super().__init__()
+        stage = read_stage(folder)
+        self.shift = float(stage.get("reward_shift") or 0.0) if shifted else 0.0
+        if shifted and "reward_shift" not in stage:
+            raise ConfigError(
+                f"{folder}: stage.json has no reward_shift; `rlhf score {folder} FILE --set_shift` adds it"
+            )
         self.scorer = scorer_of(folder)
         if isinstance(self.scorer, ImplicitReward) and not self.scorer.reference:
             raise ConfigError(f"{folder} scores against the model it started from, and stage.json does not name that")
         self.model = load_for_scoring(folder, self.scorer.task, dtype)
         self.tokenizer = load_tokenizer(folder)
-        self.renderer = Renderer.suited(self.tokenizer)
+        rendering = stage.get("rendering")
+        self.renderer = Renderer(self.tokenizer, **rendering) if rendering else Renderer.suited(self.tokenizer)
         disable_dropout(self.model)
         # First: a head adds the padding token that its tokenizer was saved with.
         self.scorer.bind(self.model, self.tokenizer, self.renderer.stop_token_ids)
@@ -90,15 +99,16 @@ class RewardModel(nn.Module):
         return (
             self.tokenizer.get_vocab() == theirs.get_vocab()
             and self.tokenizer.chat_template == theirs.chat_template
-            and self.renderer.format == renderer.format
+            and self.renderer.settings() == renderer.settings()
         )
 
     def score(
         self, prompts: Sequence[Text], responses: Sequence[Text], tools: Any = None, allow_blank: bool = False
     ) -> Tensor:
         """Scores `[N]`; see `score_texts`."""
-        return score_texts(self.scorer, self.renderer, prompts, responses, tools, self.device, allow_blank=allow_blank)
+        found = score_texts(self.scorer, self.renderer, prompts, responses, tools, self.device, allow_blank=allow_blank)
+        return found + self.shift
 
-    def score_tokens(self, ids: Sequence[list[int]], masks: Sequence[list[int]]) -> Tensor:
+    def score_tokens(self, ids: Sequence[list[int]], masks: Sequence[list[int]], batch_size: int = 16) -> Tensor:
         """Scores `[N]`; see `score_rows`."""
-        return score_rows(self.scorer, ids, masks, self.device)
+        return score_rows(self.scorer, ids, masks, self.device, batch_size) + self.shift

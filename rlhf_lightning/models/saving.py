@@ -21,12 +21,37 @@ def save_model(model: Any, tokenizer: Any, folder: Path, stop_token_ids: Sequenc
     if hasattr(model, "peft_config"):
         # Only the adapter that was trained, and no copy of the embeddings beside it.
         model.save_pretrained(scratch, selected_adapters=["default"], save_embedding_layers=False)
+        if str(model.peft_config["default"].task_type) == "SEQ_CLS":
+            _save_scoring_base(model, scratch, folder)
     else:
         _set_generation(model, tokenizer, stop_token_ids)
         model.save_pretrained(scratch)
     tokenizer.save_pretrained(scratch)
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(scratch, folder)
+
+
+def _save_scoring_base(model: Any, scratch: Path, folder: Path) -> None:
+    """`base/` in the folder of a reward adapter: the base's weights, linked, with the config that stock libraries need.
+
+    They take the number of labels and the padding token from the base's config, which an SFT model has otherwise: with
+    a padding token that also ends responses, stock pooling would read the token before the last.
+    """
+    base = Path(model.peft_config["default"].base_model_name_or_path or "")
+    config = model.get_base_model().config
+    stored = json.loads((base / "config.json").read_text()) if (base / "config.json").is_file() else {}
+    if not stored or getattr(config, "vocab_size", None) != stored.get("vocab_size"):
+        return  # a Hub id, or a padding token that the base's weights have no row for: see docs/preference.md
+    config.save_pretrained(scratch / "base")
+    for path in base.iterdir():
+        if path.is_file() and path.name not in ("config.json", "stage.json", "merged_from.json"):
+            try:
+                os.link(path.resolve(), scratch / "base" / path.name)
+            except OSError:  # another file system
+                shutil.copy2(path, scratch / "base" / path.name)
+    settings = json.loads((scratch / "adapter_config.json").read_text())
+    settings["base_model_name_or_path"] = str(folder.resolve() / "base")
+    (scratch / "adapter_config.json").write_text(json.dumps(settings, indent=2) + "\n")
 
 
 def _set_generation(model: Any, tokenizer: Any, stop_token_ids: Sequence[int]) -> None:
@@ -44,3 +69,10 @@ def relative_base(folder: Path) -> str | None:
         return None
     base = Path(json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"])
     return os.path.relpath(base, folder) if base.is_dir() else None
+
+
+def relative_to_run(path: Any, folder: Path) -> str | None:
+    """`path` relative to the model folder `RUN/STAGE/model`, where it is inside RUN: so it holds if RUN is moved."""
+    run = folder.resolve().parent.parent
+    inside = Path(str(path)).is_dir() and Path(str(path)).resolve().is_relative_to(run)
+    return os.path.relpath(Path(str(path)).resolve(), folder.resolve()) if inside else None

@@ -1,22 +1,33 @@
 """Scorers: what number a (prompt, response) gets. The same object scores in training, by hand and as an RL reward."""
 
-import logging
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from rlhf_lightning.errors import ConfigError
 from rlhf_lightning.models.forward import Forward
+from rlhf_lightning.models.heads import find_head, pad_token
 from rlhf_lightning.models.loading import load_for_scoring, read_stage
 from rlhf_lightning.models.lora import base_of
 from rlhf_lightning.models.packing import prefix_lengths
 from rlhf_lightning.models.reference import Reference
 from rlhf_lightning.models.scoring import TokenScorer
 
-log = logging.getLogger(__name__)
+
+class Scored(NamedTuple):
+    """What a scorer knows of rows: `scores` `[N]`, and where it computes them the log-probabilities behind them."""
+
+    scores: Tensor
+    logprobs: Tensor | None = None
+    """Of each token of the response, `[N, T]`, nats."""
+    reference_logprobs: Tensor | None = None
+    """Likewise, by the reference."""
+    reference_scores: Tensor | None = None
+    """What the reference takes from each score, `[N]`."""
 
 
 class Scorer(ABC):
@@ -30,6 +41,8 @@ class Scorer(ABC):
     """What runs the model; there after `bind`."""
     frozen: nn.Module | None = None
     """A model that it needs beside; whoever binds it registers that, so that it goes to the same device."""
+    gives: tuple[str, ...] = ("lengths",)
+    """Of the tensors that a loss may ask for by name, those that this scorer's `detailed` allows."""
 
     @abstractmethod
     def bind(self, model: Any, tokenizer: Any, stop_token_ids: Sequence[int], fresh_adapter: bool = False) -> None:
@@ -38,6 +51,10 @@ class Scorer(ABC):
     @abstractmethod
     def __call__(self, batch: dict[str, Any]) -> Tensor:
         """Scores `[N]`, float32 or wider."""
+
+    def detailed(self, batch: dict[str, Any]) -> Scored:
+        """Scores, and what they were made of."""
+        return Scored(self(batch))
 
     def settings(self) -> dict[str, Any]:
         """What `stage.json` keeps to build the scorer again."""
@@ -48,64 +65,122 @@ class Scorer(ABC):
         return {}
 
 
-class SequenceLogprob(Scorer):
-    """beta · Σ log π of the response tokens, stop token included; the mean instead of the sum if length_normalised.
-
-    With the Bradley-Terry loss: the preference model of the MinT recipe; normalised, with beta 2 and a margin, SimPO
-    (arXiv 2405.14734). Summed log-probabilities favour short answers.
-    """
+class _LogprobScorer(Scorer):
+    """What scorers by log-probabilities share: from those of tokens to a number for the response."""
 
     task = "CAUSAL_LM"
 
-    def __init__(self, length_normalised: bool = False, beta: float = 1.0) -> None:
-        self.length_normalised, self.beta = length_normalised, beta
+    def __init__(self, beta: float, length_normalised: bool, tail_weight: float) -> None:
+        if not beta > 0:
+            raise ValueError(f"beta is {beta}; it must be above 0")
+        if not 0 <= tail_weight <= 1:
+            raise ValueError(f"tail_weight is {tail_weight}; it must be in [0, 1]")
+        self.beta, self.length_normalised, self.tail_weight = beta, length_normalised, tail_weight
 
     def arguments(self) -> dict[str, Any]:
-        return {"length_normalised": self.length_normalised, "beta": self.beta}
+        names = ("beta", "length_normalised", "tail_weight")
+        return {name: getattr(self, name) for name in names}
 
     def bind(self, model: Any, tokenizer: Any, stop_token_ids: Sequence[int], fresh_adapter: bool = False) -> None:
         self.tokens = TokenScorer(model, self.max_tokens)
         self.forward = self.tokens.forward
 
     def __call__(self, batch: dict[str, Any]) -> Tensor:
-        total = self.tokens(batch["input_ids"], batch["mask"]).logprobs.sum(-1)
-        if self.length_normalised:
-            total = total / batch["mask"].sum(-1).clamp(min=1)
-        return self.beta * total
+        return self.detailed(batch).scores
+
+    def number(self, logprobs: Tensor, batch: dict[str, Any]) -> Tensor:
+        """beta times the sum (or mean) of `[N, T]`; tokens past `shared_lengths` `[N]`, if given, by `tail_weight`."""
+        mask = batch["mask"]
+        if self.tail_weight != 1 and "shared_lengths" in batch:
+            tail = mask.cumsum(-1) > batch["shared_lengths"][:, None]
+            logprobs = torch.where(tail, self.tail_weight * logprobs, logprobs)
+        total = logprobs.sum(-1)
+        return self.beta * (total / mask.sum(-1).clamp(min=1) if self.length_normalised else total)
 
 
-class ImplicitReward(Scorer):
+class SequenceLogprob(_LogprobScorer):
+    """beta · Σ log π of the response tokens, stop token included; the mean instead of the sum if length_normalised.
+
+    With the Bradley-Terry loss: the preference model of the MinT recipe; normalised, with beta 2 and the SimPO loss,
+    SimPO (arXiv 2405.14734). Summed log-probabilities favour short answers.
+
+    Args:
+        length_normalised: the mean over tokens in place of the sum.
+        beta: factor of the score.
+        tail_weight: of the tokens of a pair's longer response that are past the length of the shorter one.
+    """
+
+    gives = ("lengths", "logps", "beta")
+
+    def __init__(self, length_normalised: bool = False, beta: float = 1.0, tail_weight: float = 1.0) -> None:
+        super().__init__(beta, length_normalised, tail_weight)
+
+    def detailed(self, batch: dict[str, Any]) -> Scored:
+        logprobs = self.tokens(batch["input_ids"], batch["mask"]).logprobs
+        return Scored(self.number(logprobs, batch), logprobs)
+
+
+class ImplicitReward(_LogprobScorer):
     """beta · Σ (log π − log π_reference) of the response tokens: with the Bradley-Terry loss this is DPO.
 
     The reward that a policy implies (arXiv 2305.18290, eq. 5, without the term that both sides of a pair share).
 
     Args:
-        beta: weight of the distance from the reference. reference: model folder to measure from; by default the model
-            that the stage starts from.
+        beta: weight of the distance from the reference.
+        reference: model folder to measure from; by default the model that the stage starts from.
+        length_normalised: the mean over tokens in place of the sum; beta is then larger, 1 to 10.
+        tail_weight: of the tokens of a pair's longer response that are past the length of the shorter one; below 1 it
+            is length-desensitised DPO (arXiv 2409.06411).
+        store: compute the reference's log-probabilities once, before training, and keep them in a file beside the data
+            for this and later runs; the reference then needs no memory in training.
     """
 
-    task = "CAUSAL_LM"
+    gives = ("lengths", "logps", "reference_scores", "kl", "beta")
 
-    def __init__(self, beta: float = 0.1, reference: str | None = None) -> None:
-        self.beta, self.reference = beta, reference
+    def __init__(
+        self,
+        beta: float = 0.1,
+        reference: str | None = None,
+        length_normalised: bool = False,
+        tail_weight: float = 1.0,
+        store: bool = False,
+    ) -> None:
+        super().__init__(beta, length_normalised, tail_weight)
+        self.reference, self.store = reference, store
 
     def arguments(self) -> dict[str, Any]:
-        return {"beta": self.beta, "reference": self.reference}
+        return {**super().arguments(), "reference": self.reference}
 
     def bind(self, model: Any, tokenizer: Any, stop_token_ids: Sequence[int], fresh_adapter: bool = False) -> None:
-        self.tokens = TokenScorer(model, self.max_tokens)
-        self.forward = self.tokens.forward
+        super().bind(model, tokenizer, stop_token_ids, fresh_adapter)
         if self.reference is None:
             self.frozen = Reference(model, fresh_adapter, self.max_tokens)
         else:
             dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
             self.frozen = Reference.of(load_for_scoring(self.reference, self.task, dtype), self.max_tokens)
 
-    def __call__(self, batch: dict[str, Any]) -> Tensor:
-        assert isinstance(self.frozen, Reference)
-        reference = self.frozen.logprobs(batch["input_ids"], batch["mask"])
+    def detailed(self, batch: dict[str, Any]) -> Scored:
+        reference = batch.get("reference_logprobs")
+        if reference is None:
+            reference = self.reference_logprobs(batch)
         logprobs = self.tokens(batch["input_ids"], batch["mask"]).logprobs
-        return self.beta * (logprobs - reference).sum(-1)
+        reference = reference.to(logprobs.dtype)
+        scores = self.number(logprobs - reference, batch)
+        return Scored(scores, logprobs, reference, self.number(reference, batch))
+
+    def reference_logprobs(self, batch: dict[str, Any]) -> Tensor:
+        """Log-probabilities of response tokens by the reference, `[N, T]`, nats."""
+        if not isinstance(self.frozen, Reference):
+            raise ConfigError(
+                "the reference was let go when its log-probabilities had been stored (scorer.store), and these rows "
+                "are others: score them with the saved model folder"
+            )
+        return self.frozen.logprobs(batch["input_ids"], batch["mask"])
+
+    def release(self) -> None:
+        """Let a reference go that has a copy of the weights; its stored log-probabilities are used from now on."""
+        if isinstance(self.frozen, Reference) and self.frozen.copy is not None:
+            self.frozen = None
 
 
 class RewardHead(Scorer):
@@ -113,14 +188,26 @@ class RewardHead(Scorer):
 
     The head has no bias and starts at std 1/sqrt(hidden + 1) (Stiennon et al., arXiv 2009.01325). What is saved opens
     with `AutoModelForSequenceClassification` and gives the same number.
+
+    Args:
+        last_k: the mean of the score over so many last tokens of the response. Stock libraries read the last one only:
+            with more than 1 the folder gives its number through `rlhf score` and as a reward, not through them.
     """
 
     task = "SEQ_CLS"
 
+    def __init__(self, last_k: int = 1) -> None:
+        if last_k < 1:
+            raise ValueError(f"last_k is {last_k}; it must be at least 1")
+        self.last_k = last_k
+
+    def arguments(self) -> dict[str, Any]:
+        return {"last_k": self.last_k}
+
     def bind(self, model: Any, tokenizer: Any, stop_token_ids: Sequence[int], fresh_adapter: bool = False) -> None:
         base = base_of(model)
         self.backbone = base.base_model
-        self.head = _head(base)
+        self.head = find_head(base)
         self.forward = Forward(model, self.backbone, self.max_tokens)
         # Stock pooling looks for the last token that is not padding: that must not be one that ends a response.
         pad = pad_token(tokenizer, stop_token_ids)
@@ -131,54 +218,28 @@ class RewardHead(Scorer):
             base.resize_token_embeddings(tokenizer.pad_token_id + 1, mean_resizing=False)
 
     def __call__(self, batch: dict[str, Any]) -> Tensor:
-        ids, mask = batch["input_ids"], batch["mask"]
+        ids, mask, ends = batch["input_ids"], batch["mask"], batch["lengths"][:, None]
         places = torch.arange(ids.shape[1], device=ids.device)
-        last_token = places == batch["lengths"][:, None] - 1
-        hidden = self.forward(ids, last_token, prefix_lengths(mask))
-        last = hidden.states[hidden.rows.argsort()]
-        with torch.autocast(last.device.type, enabled=False):
+        read = places == ends - 1
+        if self.last_k > 1:
+            read |= (places < ends) & (places >= ends - self.last_k) & (mask != 0)
+        hidden = self.forward(ids, read, prefix_lengths(mask))
+        with torch.autocast(hidden.states.device.type, enabled=False):
             parameter = next(self.head.parameters())
-            return self.head(last.to(parameter.dtype)).squeeze(-1).to(torch.promote_types(last.dtype, torch.float32))
-
-
-def _head(model: Any) -> nn.Module:
-    for name in ("score", "classifier", "classification_head"):
-        if isinstance(getattr(model, name, None), nn.Module):
-            return getattr(model, name)
-    raise ConfigError(f"{type(model).__name__} has no score head that is known; use SequenceLogprob as the scorer")
-
-
-def init_head(model: Any) -> None:
-    """A new score head: weights of std 1/sqrt(hidden + 1), no bias."""
-    head = _head(base_of(model))
-    # Under peft the head is there twice, as loaded and as trained: both get the same weights.
-    layers = [module for module in head.modules() if isinstance(module, nn.Linear)]
-    nn.init.normal_(layers[0].weight, std=(layers[0].in_features + 1) ** -0.5)
-    for layer in layers:
-        layer.load_state_dict({"weight": layers[0].weight}, strict=False)
-        if layer.bias is not None:
-            nn.init.zeros_(layer.bias)
-
-
-def pad_token(tokenizer: Any, stop_token_ids: Sequence[int]) -> str:
-    """A token to pad with that never ends a response; added to the tokenizer where it has none."""
-    candidates = [tokenizer.pad_token, tokenizer.unk_token]
-    special = sorted(tokenizer.added_tokens_decoder.items())
-    candidates += [str(token) for _, token in special if token.special and "pad" in str(token).lower()]
-    candidates += [str(token) for _, token in special if str(token) == "<|endoftext|>"]
-    for token in candidates:
-        if token and tokenizer.convert_tokens_to_ids(token) not in stop_token_ids:
-            return token
-    tokenizer.add_special_tokens({"pad_token": "<|pad|>"})
-    log.info("the tokenizer has no padding token apart from its stop tokens; <|pad|> was added")
-    return "<|pad|>"
+            found = self.head(hidden.states.to(parameter.dtype)).squeeze(-1)
+            found = found.to(torch.promote_types(hidden.states.dtype, torch.float32))
+        if self.last_k == 1:
+            return found[hidden.rows.argsort()]
+        grid = found.new_zeros(read.shape).index_put((hidden.rows, hidden.columns), found)
+        return grid.sum(-1) / read.sum(-1)
 
 
 def scorer_of(folder: Any) -> Scorer:
     """The scorer that a saved preference model was trained with; `RewardHead` for any other reward model folder."""
     from importlib import import_module
 
-    settings = read_stage(folder).get("scorer")
+    stage = read_stage(folder)
+    settings = stage.get("scorer")
     if settings is None:
         return RewardHead()
     module, _, name = settings["class_path"].rpartition(".")
@@ -186,4 +247,16 @@ def scorer_of(folder: Any) -> Scorer:
     # A model folder may come from anyone: nothing but a scorer is called.
     if not (isinstance(found, type) and issubclass(found, Scorer)):
         raise ConfigError(f"stage.json of {folder} names {settings['class_path']!r} as its scorer, which is none")
-    return found(**settings["init_args"])
+    arguments = dict(settings["init_args"])
+    if arguments.get("reference"):
+        arguments["reference"] = _reference_of(Path(folder), arguments["reference"], stage.get("reference"))
+    return found(**arguments)
+
+
+def _reference_of(folder: Path, named: str, relative: str | None) -> str:
+    """Where the reference of a model folder is: beside it, if the run was moved or copied, else where it was."""
+    beside = (folder / relative).resolve() if relative else None
+    found = str(beside) if beside is not None and beside.is_dir() else named
+    if Path(found).is_dir() and Path(found).resolve() == folder.resolve():
+        raise ConfigError(f"{folder} names itself as its reference: every score would be 0. Name the model before it.")
+    return found

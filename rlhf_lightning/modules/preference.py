@@ -1,35 +1,43 @@
-"""Preference models: a scorer and a pair loss."""
+"""Preference models: a scorer and a loss of pairs, labels or rankings."""
 
-import inspect
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from torch import Tensor, nn
-from torchmetrics import MeanMetric
 
 from rlhf_lightning.errors import ConfigError
 from rlhf_lightning.models.forward import Forward
+from rlhf_lightning.models.heads import init_head
 from rlhf_lightning.models.loading import disable_dropout, is_adapter
 from rlhf_lightning.models.reward_model import Text, score_rows, score_texts
-from rlhf_lightning.models.scorers import ImplicitReward, RewardHead, Scorer, init_head
+from rlhf_lightning.models.saving import relative_to_run
+from rlhf_lightning.models.scorers import ImplicitReward, RewardHead, Scorer
 from rlhf_lightning.modules.base import RLHFModule
-from rlhf_lightning.modules.metrics import PairAccuracy
-from rlhf_lightning.objectives.preference import BradleyTerry, PairLoss
+from rlhf_lightning.modules.preference_metrics import StepMetrics, Tables
+from rlhf_lightning.modules.preference_rows import SIDES, Named, name_rows, whole_step
+from rlhf_lightning.modules.stored_reference import store_reference
+from rlhf_lightning.objectives.preference import BradleyTerry, PreferenceLoss
+
+log = logging.getLogger(__name__)
 
 
 class PreferenceModule(RLHFModule):
-    """Learns to score chosen responses above rejected ones.
+    """Learns to score better responses above worse ones.
 
     Args:
         model: see `RLHFModule`, which takes the further arguments.
         scorer: what number a response gets: `RewardHead` (default), `SequenceLogprob`, or `ImplicitReward` (DPO).
-        loss: what to do with two numbers: a pair loss, Bradley-Terry by default.
+        loss: what to do with the numbers: a loss of pairs (Bradley-Terry by default), labels or rankings.
         freeze_backbone: train the reward head only; the remedy where it over-fits.
 
-    A batch is a dict: `input_ids`, `mask` `[2B, T]` and `lengths` `[2B]`, chosen rows first; `weights` `[B]`, and any
-    tensor that the loss names as a keyword (`margin`). Logs `loss`, `accuracy`, `margin`, `chosen_score`,
-    `rejected_score` under `train/`, `val/` and `test/`.
+    A batch is a dict: `input_ids`, `mask` `[N, T]` and `lengths` `[N]`; `weights` `[B]`. Of pairs N is 2B, chosen rows
+    first, and `margin` and `ties` are `[B]`; of labels N is B and `labels` `[B]`; of rankings `ranking` and `ranks`
+    are `[N]`. Logs `loss`, `accuracy`, `margin`, `chosen_score`, `rejected_score` and more (docs/preference.md) under
+    `train/`, `val/` and `test/`.
     """
 
     stage_kind = "preference"
@@ -38,7 +46,7 @@ class PreferenceModule(RLHFModule):
         self,
         model: Any,
         scorer: Scorer | None = None,
-        loss: PairLoss | None = None,
+        loss: PreferenceLoss | None = None,
         freeze_backbone: bool = False,
         **kwargs: Any,
     ) -> None:
@@ -49,15 +57,26 @@ class PreferenceModule(RLHFModule):
         if freeze_backbone and (self.lora or not isinstance(self.scorer, RewardHead)):
             raise ConfigError("model.freeze_backbone trains the reward head alone: it needs RewardHead and no lora")
         self.task = self.scorer.task
-        self._loss_keywords = [
-            name for name, p in inspect.signature(self.loss.__call__).parameters.items() if p.kind is p.KEYWORD_ONLY
-        ]
-        self.logged = nn.ModuleDict({f"{name}_": _pair_metrics() for name in ("train", "val", "test")})
+        check_fit(self.scorer, self.loss)
+        self._wanted = self.loss.keywords()
+        self.logged = StepMetrics(self.loss.kind)
+        self.tables = nn.ModuleDict({f"{name}_": Tables() for name in ("val", "test")})
+
+    def setup(self, stage: str) -> None:
+        """Refuse, before anything is loaded, what the loss cannot be trained with."""
+        schedules = any(isinstance(c, GradientAccumulationScheduler) for c in self.trainer.callbacks)  # type: ignore[attr-defined]
+        if stage == "fit" and self.loss.couples and (self.trainer.accumulate_grad_batches != 1 or schedules):
+            raise ConfigError(
+                f"{type(self.loss).__name__} compares the rows of a whole optimizer step with each other, so they must "
+                "be in one batch: set trainer.accumulate_grad_batches to 1 and raise data.batch_size (memory is "
+                "bounded by model.max_tokens_per_batch, not by the batch)"
+            )
 
     def build(self) -> None:
         if isinstance(self.scorer, RewardHead) and not self._has_head():
             init_head(self.model)
         disable_dropout(self.model)
+        self._check_reference()
         self.scorer.max_tokens = self.max_tokens_per_batch
         self.scorer.bind(self.model, self.tokenizer, self.renderer.stop_token_ids, self.fresh_adapter)
         self.frozen = self.scorer.frozen
@@ -67,6 +86,17 @@ class PreferenceModule(RLHFModule):
     @property
     def forward_pass(self) -> Forward:
         return self.scorer.forward
+
+    def _check_reference(self) -> None:
+        """The folder that `fit` writes must not be the one that its scores are measured from."""
+        reference = getattr(self.scorer, "reference", None) or self.start_source
+        if self._trainer is None or not isinstance(self.scorer, ImplicitReward) or isinstance(reference, nn.Module):
+            return
+        if Path(reference).resolve() == (Path(self._trainer.default_root_dir) / "model").resolve():
+            raise ConfigError(
+                f"{reference} is the reference, and the folder that this run would write its model to: name another "
+                "trainer.default_root_dir"
+            )
 
     def _has_head(self) -> bool:
         source = self.start_source
@@ -83,48 +113,97 @@ class PreferenceModule(RLHFModule):
 
     # -- steps ----------------------------------------------------------------------------------------------------
 
+    def on_fit_start(self) -> None:
+        super().on_fit_start()
+        if isinstance(self.scorer, ImplicitReward) and self.scorer.store:
+            store_reference(self.scorer, self.trainer, self.device)
+            if not isinstance(self.start_source, nn.Module):
+                self.scorer.release()
+                self.frozen = self.scorer.frozen
+
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
-        total, pairs = self._pairs(batch, "train")
-        return self.normalised(total, batch, "pairs", pairs)
+        named, weights = self._named(batch), batch["weights"]
+        if self.loss.couples:
+            kept = weights > 0
+            there = {name: value[kept] for name, value in named.items()}
+            rows = whole_step(there)
+            total = self._losses(rows).sum()
+            losses = (total.detach() / len(next(iter(rows.values())))).expand(len(weights))
+            # A rank whose row only fills its place must have a gradient for every weight as well.
+            total = total + 0.0 * sum(named[name].sum() for name in self.loss.inputs[:2] if named[name].requires_grad)
+        else:
+            losses = self._losses(named)
+            total = (losses * weights.to(losses.dtype)).sum()
+        for name, metric in self.logged.updated({**named, "loss": losses}, weights):
+            bar = name in ("accuracy", "margin", "loss")
+            self.log(f"train/{name}", metric, on_step=True, on_epoch=False, prog_bar=bar)
+        return self.normalised(total, batch, self.loss.kind, float(weights.sum()))
+
+    def _named(self, batch: dict[str, Any]) -> Named:
+        """What is known of each row."""
+        if self.loss.kind == "pairs" and getattr(self.scorer, "tail_weight", 1.0) != 1:
+            shared = torch.stack(batch["mask"].sum(-1).chunk(2)).amin(0)
+            batch = {**batch, "shared_lengths": torch.cat([shared, shared])}
+        # One forward for all sides, so that they are computed alike.
+        named = name_rows(self.loss.kind, self.scorer.detailed(batch), batch)
+        if "mismatched" in batch and "mismatched" in self._wanted:
+            with torch.no_grad():
+                named["mismatched"] = self.scorer(batch["mismatched"])
+        own = self._wanted.keys() & batch.keys() - named.keys()  # columns of a loader of the user's
+        return named | {name: batch[name].to(batch["mask"].dtype) for name in own if isinstance(batch[name], Tensor)}
+
+    def _losses(self, rows: Named) -> Tensor:
+        """The loss of each row, `[B]`."""
+        known = {**rows, "beta": getattr(self.scorer, "beta", None)}
+        if missing := [name for name, required in self._wanted.items() if required and name not in known]:
+            raise ConfigError(f"{type(self.loss).__name__} needs {missing[0]!r}, which the batch does not have")
+        named = {name: known[name] for name in self._wanted if name in known}
+        return self.loss(*(rows[name] for name in self.loss.inputs), **named)
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        self._pairs(batch, "val")
+        self._evaluate(batch, "val")
 
     def test_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        self._pairs(batch, "test")
+        self._evaluate(batch, "test")
 
-    def predict_step(self, batch: dict[str, Any], batch_idx: int) -> list[dict[str, float]]:
-        """The scores of each pair."""
-        chosen, rejected = self.scorer(batch).chunk(2)
-        kept = batch["weights"] > 0
-        return [
-            {"chosen_score": float(c), "rejected_score": float(r)}
-            for c, r in zip(chosen[kept], rejected[kept], strict=True)
-        ]
+    def _evaluate(self, batch: dict[str, Any], name: str) -> None:
+        named = self._named(batch)
+        table: Any = self.tables[f"{name}_"]
+        if self.loss.kind == "rankings":
+            named = {**named, "loss": self._losses(named)}
+        table.update(named, batch["weights"], batch.get("category"), batch.get("category_names"))
 
-    def _pairs(self, batch: dict[str, Any], name: str) -> tuple[Tensor, float]:
-        # One forward for both sides, so that they are computed alike.
-        chosen, rejected = self.scorer(batch).chunk(2)
-        weights = batch["weights"].to(chosen.dtype)
-        extra = {key: batch[key].to(chosen.dtype) for key in self._loss_keywords if key in batch}
-        losses = self.loss(chosen, rejected, **extra) * weights
-        self._log(name, chosen.detach(), rejected.detach(), losses.detach(), weights)
-        return losses.sum(), float(weights.sum())
+    def on_validation_epoch_end(self) -> None:
+        self._report("val")
 
-    def _log(self, name: str, chosen: Tensor, rejected: Tensor, losses: Tensor, weights: Tensor) -> None:
-        metrics: Any = self.logged[f"{name}_"]
-        metrics["accuracy"](chosen, rejected, weights)
-        for key, value in (
-            ("loss", losses),
-            ("margin", chosen - rejected),
-            ("chosen_score", chosen),
-            ("rejected_score", rejected),
-        ):
-            metrics[key](value, weight=weights)
-        training = name == "train"
-        for key, metric in metrics.items():
+    def on_test_epoch_end(self) -> None:
+        self._report("test")
+
+    def _report(self, name: str) -> None:
+        """Numbers of all rows at once: exact over uneven batches and ranks, of losses that couple rows too."""
+        table: Any = self.tables[f"{name}_"]
+        rows = table.compute()
+        table.reset()
+        if not rows:
+            return
+        if "loss" not in rows:
+            rows["loss"] = self._losses({key: value for key, value in rows.items() if key != "category"})
+        self.last_report = table.report(self.loss.kind, rows)
+        for key, value in self.last_report["numbers"].items():
             bar = key in ("accuracy", "margin", "loss")
-            self.log(f"{name}/{key}", metric, on_step=training, on_epoch=not training, prog_bar=bar)
+            self.log(f"{name}/{key}", value, prog_bar=bar, sync_dist=self.trainer.world_size > 1)
+
+    def predict_step(self, batch: dict[str, Any], batch_idx: int) -> list[dict[str, Any]]:
+        """The scores of each row."""
+        named, kept = name_rows(self.loss.kind, self.scorer.detailed(batch), batch), batch["weights"] > 0
+        if self.loss.kind == "pairs":
+            sides = [named[side][kept].tolist() for side in SIDES]
+            return [{"chosen_score": c, "rejected_score": r} for c, r in zip(*sides, strict=True)]
+        if self.loss.kind == "labels":
+            numbers = zip(named["scores"][kept].tolist(), named["labels"][kept].tolist(), strict=True)
+            return [{"score": score, "label": int(label)} for score, label in numbers]
+        there = named["mask"].bool()
+        return [{"scores": named["scores"][i][there[i]].tolist()} for i in kept.nonzero()[:, 0].tolist()]
 
     # -- scoring without a Trainer --------------------------------------------------------------------------------
 
@@ -147,12 +226,28 @@ class PreferenceModule(RLHFModule):
     def stage_facts(self) -> dict[str, Any]:
         facts = super().stage_facts()
         scorer = self.scorer.settings()
-        if isinstance(self.scorer, ImplicitReward) and self.scorer.reference is None:
-            start = str(facts["start"] or "")
+        if isinstance(self.scorer, ImplicitReward):
+            start = str(self.scorer.reference or facts["start"] or "")
             scorer["init_args"]["reference"] = str(Path(start).resolve()) if Path(start).is_dir() else start
-        return {**facts, "scorer": scorer}
+            if self._trainer is not None:
+                facts["reference"] = relative_to_run(start, Path(self._trainer.default_root_dir) / "model")
+        return {**facts, "scorer": scorer, "rendering": self.renderer.settings()}
 
 
-def _pair_metrics() -> nn.ModuleDict:
-    means = {key: MeanMetric() for key in ("loss", "margin", "chosen_score", "rejected_score")}
-    return nn.ModuleDict({"accuracy": PairAccuracy(), **means})
+def check_fit(scorer: Scorer, loss: PreferenceLoss) -> None:
+    """Raise `ConfigError` where a loss is not defined for a scorer's numbers, or needs what it does not compute."""
+    names = f"model.loss {type(loss).__name__} and model.scorer {type(scorer).__name__}"
+    lacking = {"lengths", "logps", "reference_scores", "kl", "beta"} - set(scorer.gives)
+    lacking |= {f"{side}_{name}" for side in SIDES for name in lacking}
+    if missing := [name for name, required in loss.keywords().items() if required and name in lacking]:
+        raise ConfigError(f"{names} do not go together: the loss needs {missing[0]!r}, which this scorer does not give")
+    if loss.scores == "log_ratio" and "reference_scores" not in scorer.gives:
+        raise ConfigError(f"{names} do not go together: the loss is of log-ratios to a reference, use ImplicitReward")
+    mean = getattr(scorer, "length_normalised", False) and getattr(scorer, "beta", None) == 1
+    if loss.scores == "mean_logprob" and not (mean and "reference_scores" not in scorer.gives):
+        raise ConfigError(
+            f"{names} do not go together: the loss is of mean log-probabilities, use SequenceLogprob with "
+            "length_normalised: true and beta: 1"
+        )
+    if getattr(scorer, "tail_weight", 1.0) != 1 and loss.kind != "pairs":
+        raise ConfigError(f"scorer.tail_weight compares the two responses of a pair, and the loss is of {loss.kind}")

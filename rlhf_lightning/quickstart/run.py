@@ -134,7 +134,8 @@ def _measure(
     settings: Settings, inputs: dict[str, Any], plan: Plan, manifest: dict[str, Any]
 ) -> tuple[dict[str, Any], list[dict[str, str]]]:
     from rlhf_lightning.models.reward_model import RewardModel
-    from rlhf_lightning.quickstart.evaluate import Policy, figures
+    from rlhf_lightning.pipeline.policies import Policy
+    from rlhf_lightning.quickstart.evaluate import figures
 
     folders = {"base": inputs["base"]}
     folders |= {name: manifest["stages"][name]["model"] for name in ("sft", "policy")}

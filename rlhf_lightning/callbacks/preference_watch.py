@@ -1,0 +1,115 @@
+"""Watches preference learning for its two usual failures, and keeps the reliability curve of validation as a file."""
+
+import logging
+import math
+from collections import deque
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+
+from rlhf_lightning.files import write_json
+
+log = logging.getLogger(__name__)
+
+
+class PreferenceWatch(pl.Callback):
+    """Warns, once each, where chosen responses grow less likely, and where train and validation part.
+
+    Args:
+        window: optimizer steps whose mean log-probability of chosen responses is one point.
+        falls: points in a row that each are below the one before, before it warns.
+    """
+
+    def __init__(self, window: int = 10, falls: int = 4) -> None:
+        self.window, self.falls = window, falls
+        self._recent: list[float] = []
+        self._points: deque[float] = deque(maxlen=falls + 1)
+        self._train: list[tuple[float, float]] = []
+        self._best = math.inf
+        self._warned: set[str] = set()
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        metrics = trainer.callback_metrics
+        if "train/accuracy" in metrics and "train/loss" in metrics:
+            self._train.append((float(metrics["train/accuracy"]), float(metrics["train/loss"])))
+        # What the policy itself makes of the responses: against the reference where there is one, since the rows of one
+        # step are longer than those of another.
+        change = metrics.get("train/chosen_score") if "train/kl" in metrics else metrics.get("train/chosen_logps")
+        if change is not None:
+            self._recent.append(float(change))
+        if len(self._recent) == self.window:
+            self._points.append(sum(self._recent) / self.window)
+            self._recent.clear()
+            self._check_chosen(trainer)
+
+    def _check_chosen(self, trainer: pl.Trainer) -> None:
+        points = list(self._points)
+        falling = len(points) > self.falls and all(b < a for a, b in pairwise(points))
+        if not falling or "chosen" in self._warned:
+            return
+        self._warned.add("chosen")
+        log.warning(
+            "step %d: chosen responses have grown less likely over %d steps (%.4g to %.4g): the loss is won by pushing "
+            "rejected ones down further. Remedies: a lower rate, a larger beta, an SFT term (WeightedSum with SFT), or "
+            "NCA or APOZero as the loss.",
+            trainer.global_step,
+            self.window * self.falls,
+            points[0],
+            points[-1],
+        )
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        if trainer.sanity_checking:
+            return
+        report = getattr(pl_module, "last_report", None)
+        if report and trainer.is_global_zero:
+            write_json(
+                Path(trainer.default_root_dir) / "preference_report.json", {"step": trainer.global_step, **report}
+            )
+        self._check_gap(trainer, pl_module)
+
+    def _check_gap(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        metrics, train = trainer.callback_metrics, self._train
+        if not train or "val/accuracy" not in metrics:
+            return
+        accuracy, loss = (sum(values) / len(train) for values in zip(*train, strict=True))
+        held, held_loss = float(metrics["val/accuracy"]), float(metrics["val/loss"])
+        best, self._best = self._best, min(self._best, held_loss)
+        self._train = []
+        pairs = sum(part["pairs"] for part in pl_module.last_report.get("reliability", [])) or 1.0
+        error = math.sqrt(held * (1 - held) / pairs)
+        # Beyond what chance does to so many pairs, and past the best: otherwise it is still learning.
+        if accuracy - held <= 2 * error or held_loss <= best or "gap" in self._warned:
+            return
+        self._warned.add("gap")
+        log.warning(
+            "step %d: it over-fits. Accuracy is %.3f in training and %.3f in validation (%d pairs, standard error "
+            "%.3f), loss %.3f and %.3f, and validation loss is above its best of %.3f. Remedies: "
+            "model.freeze_backbone: true (RewardHead without lora), a lower rate, "
+            "fewer epochs, or --export best with a ModelCheckpoint.",
+            trainer.global_step,
+            accuracy,
+            held,
+            int(pairs),
+            error,
+            loss,
+            held_loss,
+            best,
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "recent": list(self._recent),
+            "points": list(self._points),
+            "train": [list(pair) for pair in self._train],
+            "best": self._best,
+            "warned": sorted(self._warned),
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._recent, self._best = list(state_dict["recent"]), state_dict["best"]
+        self._points = deque(state_dict["points"], maxlen=self.falls + 1)
+        self._train = [(a, b) for a, b in state_dict["train"]]
+        self._warned = set(state_dict["warned"])

@@ -1,0 +1,140 @@
+"""`rlhf score MODEL FILE`."""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+
+def run(args: list[str]) -> int:
+    """Score a file of rows and write them with their scores."""
+    parser = argparse.ArgumentParser(
+        prog="rlhf score",
+        description="Score responses with a trained preference model, of any scorer. Rows with chosen and rejected get "
+        "chosen_score and rejected_score, and accuracy is printed; rows with responses get scores; rows with prompt "
+        "and response (or messages, whose last assistant turn is scored) get score.",
+        epilog="example: rlhf score runs/preference/model pairs.jsonl --output scored.jsonl",
+    )
+    parser.add_argument("model", help="model folder of a preference stage, or any sequence classifier with one label")
+    parser.add_argument("file", help="rows: .jsonl, .json, .parquet or a Hub id")
+    parser.add_argument("--output", type=Path, help="JSONL file to write (default: standard output)")
+    parser.add_argument("--shifted", action="store_true", help="add the reward_shift of the model's stage.json")
+    parser.add_argument(
+        "--set_shift",
+        action="store_true",
+        help="take the file's responses as reference demonstrations, and write the shift that makes their mean score 0 "
+        "into stage.json as reward_shift",
+    )
+    parser.add_argument("--on_bad_row", choices=("error", "skip"), default="error", help="skip: leave out, and count")
+    parser.add_argument("--batch_size", type=int, default=64, help="rows scored at once")
+    parser.add_argument("--dtype", default="float32", help="of the weights")
+    parser.add_argument("--device", help="cpu, cuda, mps (default: a GPU where there is one)")
+    options = parser.parse_args(args[1:])
+
+    from rlhf_lightning.cli.logs import setup_logging
+
+    setup_logging("warning", None)
+    rows, summary = score_file(options)
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    if options.output:
+        options.output.parent.mkdir(parents=True, exist_ok=True)
+        options.output.write_text(text, encoding="utf-8")
+    else:
+        print(text, end="")
+    # Not among the rows: standard output is theirs.
+    print("  ".join(f"{name} {value:.4g}" for name, value in summary.items()), file=sys.stderr)
+    return 0
+
+
+def score_file(options: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, float]]:
+    """The rows with their scores, and what there is to say of all."""
+    from rlhf_lightning.data.records import Reading, Row, convert_rows, read_rows
+    from rlhf_lightning.models.reward_model import RewardModel
+
+    judge = RewardModel(options.model, options.dtype, options.shifted).to(options.device or default_device())
+    reading = Reading()
+    # Each example keeps its row: a bad one may have been left out.
+    given: list[Row] = read_rows(options.file, reading=reading)
+    examples = convert_rows(given, lambda data: [(data, responses(judge.renderer, data))], reading, options.on_bad_row)
+    sides = [side for _, rendered in examples for side in rendered.values()]
+    scores = iter(judge.score_tokens([s.ids for s in sides], [s.mask for s in sides], options.batch_size).tolist())
+    rows, pairs, singles = [], [], []
+    for data, rendered in examples:
+        found = {name: next(scores) for name in rendered}
+        if "chosen" in found:
+            pairs.append((found, rendered, str(data.get("category") or "")))
+            row = {"chosen_score": found["chosen"], "rejected_score": found["rejected"]}
+        elif "response" in found:
+            row = {"score": found["response"]}
+        else:
+            row = {"scores": list(found.values())}
+        # The better responses are what a person would demonstrate.
+        singles += [found[name] for name in ("chosen", "response") if name in found]
+        rows.append({**data, **row})
+    summary: dict[str, float] = {"rows": len(rows), "skipped": len(reading.skipped)}
+    if singles:
+        summary["mean_score"] = sum(singles) / len(singles)
+    if pairs:
+        summary |= _pairs(pairs)
+    if options.set_shift:
+        _set_shift(options.model, singles, judge.shift)
+    return rows, summary
+
+
+def responses(renderer: Any, data: dict[str, Any]) -> dict[str, Any]:
+    """The responses of a row by name, rendered; raises `RowError`."""
+    from rlhf_lightning.data.conversations import conversation, tool_schemas
+    from rlhf_lightning.data.preference_rows import row_kind, split_pair, split_ranking, split_response
+    from rlhf_lightning.data.records import RowError
+
+    tools = tool_schemas(data)
+    if data.get("chosen") is not None:
+        prompt, chosen, rejected = split_pair(data)
+        named = {"chosen": chosen, "rejected": rejected}
+    elif row_kind(data) == "rankings":
+        prompt, answers, _ = split_ranking({k: v for k, v in data.items() if k not in ("scores", "ranks")})
+        named = {f"response {number}": answer for number, answer in enumerate(answers)}
+    elif data.get("messages") is not None or data.get("conversations") is not None:
+        messages = conversation(data)
+        last = max((i for i, m in enumerate(messages) if m["role"] == "assistant"), default=0)
+        if not last:
+            raise RowError("the conversation has no assistant turn after its first message to score")
+        prompt, named = messages[:last], {"response": messages[last : last + 1]}
+    else:
+        prompt, response = split_response(data)
+        named = {"response": response}
+    return {name: renderer.exchange(prompt, response, tools) for name, response in named.items()}
+
+
+def _pairs(pairs: list[tuple[dict[str, float], dict[str, Any], str]]) -> dict[str, float]:
+    import torch
+
+    from rlhf_lightning.modules.preference_metrics import pair_report
+
+    categories = sorted({category for *_, category in pairs} - {""})
+    columns = {side: torch.tensor([found[side] for found, _, _ in pairs]) for side in ("chosen", "rejected")}
+    columns |= {
+        f"{side}_lengths": torch.tensor([float(rendered[side].trained) for _, rendered, _ in pairs])
+        for side in ("chosen", "rejected")
+    }
+    columns["category"] = torch.tensor([categories.index(c) if c else -1 for *_, c in pairs])
+    return pair_report(columns, categories)[0]
+
+
+def _set_shift(folder: str, scores: list[float], applied: float) -> None:
+    from rlhf_lightning.errors import ConfigError
+    from rlhf_lightning.files import write_json
+    from rlhf_lightning.models.loading import read_stage
+
+    if not scores or not Path(folder).is_dir():
+        raise ConfigError("--set_shift needs a model folder on this machine, and rows with chosen or response")
+    shift = applied - sum(scores) / len(scores)
+    write_json(Path(folder) / "stage.json", {**read_stage(folder), "reward_shift": shift})
+
+
+def default_device() -> str:
+    """A GPU where there is one."""
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"

@@ -1,0 +1,194 @@
+"""Rows of preference data: pairs, labelled responses and rankings, read from what a file holds."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from rlhf_lightning.data.conversations import Message, to_messages
+from rlhf_lightning.data.records import RowError, require
+from rlhf_lightning.data.rendering import Rendered
+
+
+@dataclass
+class PreferenceExample:
+    """Responses to one prompt, as rows whose mask is 1 on the response."""
+
+    sides: list[Rendered]
+    category: str | None = None
+    reference: list[list[float]] | None = field(default=None, init=False, repr=False)
+    """Stored log-probabilities of the reference, one list for each side, as long as its ids."""
+
+    @property
+    def tokens(self) -> int:
+        """Length of the longest side."""
+        return max(side.tokens for side in self.sides)
+
+    @property
+    def trained(self) -> int:
+        """Response tokens of all sides."""
+        return sum(side.trained for side in self.sides)
+
+
+@dataclass
+class Pair(PreferenceExample):
+    """A chosen and a rejected response."""
+
+    margin: float = 0.0
+    tie: bool = False
+
+    @property
+    def chosen(self) -> Rendered:
+        """The better one."""
+        return self.sides[0]
+
+    @property
+    def rejected(self) -> Rendered:
+        """The other."""
+        return self.sides[1]
+
+    def counts(self) -> dict[str, float]:
+        """One pair."""
+        return {"pairs": 1.0}
+
+    def show(self, tokenizer: Any) -> str:
+        """Both sides, the responses between ⟦ and ⟧."""
+        return f"chosen: {self.chosen.show(tokenizer)}\nrejected: {self.rejected.show(tokenizer)}"
+
+
+@dataclass
+class Labelled(PreferenceExample):
+    """A response with a label; its second side, if any, is the prompt with another prompt's response."""
+
+    label: int = 0
+    messages: tuple[list[Message], list[Message], list[Any] | None] = field(default=([], [], None), repr=False)
+    """Prompt, response and tools, from which mismatched sides are made."""
+
+    def counts(self) -> dict[str, float]:
+        """One labelled response."""
+        return {"labels": 1.0}
+
+    def show(self, tokenizer: Any) -> str:
+        """The response between ⟦ and ⟧."""
+        return f"label {self.label}: {self.sides[0].show(tokenizer)}"
+
+
+@dataclass
+class Ranking(PreferenceExample):
+    """K responses; `ranks` is 0 for the best."""
+
+    ranks: list[int] = field(default_factory=list)
+
+    def counts(self) -> dict[str, float]:
+        """One ranking."""
+        return {"rankings": 1.0}
+
+    def show(self, tokenizer: Any) -> str:
+        """All responses between ⟦ and ⟧."""
+        shown = zip(self.ranks, self.sides, strict=True)
+        return "\n".join(f"rank {rank}: {side.show(tokenizer)}" for rank, side in shown)
+
+
+def row_kind(data: dict[str, Any]) -> str:
+    """`pairs`, `labels` or `rankings`, by the columns of a row."""
+    if data.get("label") is not None:
+        return "labels"
+    return "rankings" if data.get("responses") is not None else "pairs"
+
+
+def split_pair(data: dict[str, Any]) -> tuple[list[Message], list[Message], list[Message]]:
+    """Prompt, chosen and rejected messages of a row; raises `RowError`."""
+    require(data, "chosen", "rejected")
+    sides = [to_messages(data[name], "assistant" if data.get("prompt") else "user") for name in ("chosen", "rejected")]
+    if data.get("prompt") is not None:
+        prompt = to_messages(data["prompt"])
+        # Some data sets repeat the prompt in both sides.
+        sides = [without_prompt(side, prompt) for side in sides]
+    else:
+        if not all(isinstance(data[name], list) for name in ("chosen", "rejected")):
+            require(data, "prompt")
+        shared = _shared(*sides)
+        prompt, sides = sides[0][:shared], [side[shared:] for side in sides]
+    if not prompt:
+        raise RowError("no 'prompt', and chosen and rejected share no first messages that could be one")
+    asked = [[m["content"] for m in side if m["role"] in ("user", "system")] for side in sides]
+    if asked[0] != asked[1]:
+        raise RowError(
+            "chosen and rejected answer different prompts: their user messages are not the same. A pair needs two "
+            "responses to one prompt."
+        )
+    for name, side in zip(("chosen", "rejected"), sides, strict=True):
+        check_response(side, name)
+    return prompt, sides[0], sides[1]
+
+
+def split_response(data: dict[str, Any]) -> tuple[list[Message], list[Message]]:
+    """Prompt and `response` (or `completion`) messages of a row; raises `RowError`."""
+    require(data, "prompt")
+    name = "response" if data.get("response") is not None else "completion"
+    require(data, name)
+    prompt = to_messages(data["prompt"])
+    response = without_prompt(to_messages(data[name], "assistant"), prompt)
+    check_response(response, name)
+    return prompt, response
+
+
+def split_labelled(data: dict[str, Any]) -> tuple[list[Message], list[Message], int]:
+    """Prompt and response messages and the label of a row; raises `RowError`."""
+    require(data, "label")
+    prompt, response = split_response(data)
+    label = data["label"]
+    if not (isinstance(label, bool) or (isinstance(label, int | float) and label in (0, 1))):
+        raise RowError(f"'label' is {label!r}; it must be 1 (or true) for a desirable response, else 0 (or false)")
+    return prompt, response, int(label)
+
+
+def split_ranking(data: dict[str, Any]) -> tuple[list[Message], list[list[Message]], list[int]]:
+    """Prompt, responses and ranks (0 the best) of a row: by `ranks` or `scores`, else best first; raises `RowError`."""
+    require(data, "prompt", "responses")
+    prompt, values = to_messages(data["prompt"]), data["responses"]
+    if not isinstance(values, list) or len(values) < 2:
+        raise RowError("'responses' must be a list of at least two responses")
+    responses = [without_prompt(to_messages(value, "assistant"), prompt) for value in values]
+    for number, response in enumerate(responses):
+        check_response(response, f"response {number}")
+    if any(one == other for i, one in enumerate(responses) for other in responses[:i]):
+        raise RowError("two of the responses are equal: there is nothing to prefer")
+    grades = _grades(data, len(responses))
+    if len(set(grades)) == 1:
+        raise RowError("all responses have the same rank: there is nothing to prefer")
+    order = sorted(set(grades), reverse=True)
+    return prompt, responses, [order.index(grade) for grade in grades]
+
+
+def _grades(data: dict[str, Any], count: int) -> list[float]:
+    """A number for each response, higher for a better one."""
+    for name, sign in (("scores", 1), ("ranks", -1)):
+        if (values := data.get(name)) is not None:
+            numbers = isinstance(values, list) and all(
+                isinstance(v, int | float) and not isinstance(v, bool) and v == v for v in values
+            )
+            if not numbers or len(values) != count:
+                raise RowError(f"{name!r} must be a list of {count} numbers, one for each response")
+            return [sign * float(value) for value in values]
+    return [float(-i) for i in range(count)]
+
+
+def without_prompt(response: list[Message], prompt: Sequence[Message]) -> list[Message]:
+    """A response without the prompt, where the data repeats it in front."""
+    return response[len(prompt) :] if response[: len(prompt)] == list(prompt) else response
+
+
+def check_response(response: list[Message], name: str) -> None:
+    """Raise `RowError` for a response that does not begin with the assistant's message."""
+    if response and response[0]["role"] in ("user", "system"):
+        raise RowError(
+            f"{name} begins with a {response[0]['role']} message that is not the prompt's: a response begins with the "
+            "assistant's"
+        )
+
+
+def _shared(a: list[Message], b: list[Message]) -> int:
+    same = [x == y for x, y in zip(a, b, strict=False)]
+    count = same.index(False) if False in same else min(len(a), len(b)) - 1
+    # An answer that both sides share belongs to the responses where nothing else is left of one of them.
+    return max(0, min(count, len(a) - 1, len(b) - 1))

@@ -1,0 +1,46 @@
+"""Score heads: finding and making them, and the token that stock pooling must skip."""
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+from rlhf_lightning.errors import ConfigError
+from rlhf_lightning.models.lora import base_of
+
+log = logging.getLogger(__name__)
+
+
+def find_head(model: Any) -> nn.Module:
+    """The score head of a sequence classifier; raises `ConfigError`."""
+    for name in ("score", "classifier", "classification_head"):
+        if isinstance(getattr(model, name, None), nn.Module):
+            return getattr(model, name)
+    raise ConfigError(f"{type(model).__name__} has no score head that is known; use SequenceLogprob as the scorer")
+
+
+def init_head(model: Any) -> None:
+    """A new score head: weights of std 1/sqrt(hidden + 1), no bias."""
+    head = find_head(base_of(model))
+    # Under peft the head is there twice, as loaded and as trained: both get the same weights.
+    layers = [module for module in head.modules() if isinstance(module, nn.Linear)]
+    nn.init.normal_(layers[0].weight, std=(layers[0].in_features + 1) ** -0.5)
+    for layer in layers:
+        layer.load_state_dict({"weight": layers[0].weight}, strict=False)
+        if layer.bias is not None:
+            nn.init.zeros_(layer.bias)
+
+
+def pad_token(tokenizer: Any, stop_token_ids: Sequence[int]) -> str:
+    """A token to pad with that never ends a response; added to the tokenizer where it has none."""
+    candidates = [tokenizer.pad_token, tokenizer.unk_token]
+    special = sorted(tokenizer.added_tokens_decoder.items())
+    candidates += [str(token) for _, token in special if token.special and "pad" in str(token).lower()]
+    candidates += [str(token) for _, token in special if str(token) == "<|endoftext|>"]
+    for token in candidates:
+        if token and tokenizer.convert_tokens_to_ids(token) not in stop_token_ids:
+            return token
+    tokenizer.add_special_tokens({"pad_token": "<|pad|>"})
+    log.info("the tokenizer has no padding token apart from its stop tokens; <|pad|> was added")
+    return "<|pad|>"

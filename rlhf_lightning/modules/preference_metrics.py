@@ -1,0 +1,156 @@
+"""What preference learning logs: running means of a training step, and a report over all rows that were evaluated."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torchmetrics import MeanMetric, Metric
+from torchmetrics.utilities.data import dim_zero_cat
+
+from rlhf_lightning.modules.metrics import PairAccuracy
+from rlhf_lightning.objectives.calibration import area_under_curve, brier, expected_calibration_error, reliability
+
+Rows = dict[str, Tensor]
+MEANS = {
+    "pairs": ("loss", "margin", "chosen_score", "rejected_score", "chosen_logps", "rejected_logps", "kl"),
+    "labels": ("loss", "desirable_score", "undesirable_score", "mismatched_score", "logps", "kl"),
+    "rankings": ("loss", "accuracy", "top1"),
+}
+
+
+class StepMetrics(nn.ModuleDict):
+    """Metrics of a training step, exact over the ranks."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__({name: MeanMetric() for name in MEANS[kind]})
+        self.kind = kind
+        if kind == "pairs":
+            self["accuracy"] = PairAccuracy()
+
+    def updated(self, rows: Rows, weights: Tensor) -> Iterator[tuple[str, Metric]]:
+        """Take the rows of a step; the metrics that they have something for."""
+        rows = {name: value.detach() for name, value in rows.items()}
+        if self.kind == "pairs":
+            metric: Any = self["accuracy"]
+            metric(rows["chosen"], rows["rejected"], weights * (1 - rows.get("ties", torch.zeros_like(weights))))
+            yield "accuracy", metric
+        for name, (values, of) in columns(self.kind, rows, weights).items():
+            mean: Any = self[name]
+            mean(values, weight=of)
+            yield name, mean
+
+
+def columns(kind: str, rows: Rows, weights: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+    """What is averaged: values and their weights, `[B]` each."""
+    found: dict[str, tuple[Tensor, Tensor]] = {}
+    if kind == "pairs":
+        chosen, rejected = rows["chosen"], rows["rejected"]
+        values = {"margin": chosen - rejected, "chosen_score": chosen, "rejected_score": rejected}
+        values |= {name: rows[name] for name in ("chosen_logps", "rejected_logps") if name in rows}
+        if "chosen_kl" in rows:
+            values["kl"] = (rows["chosen_kl"] + rows["rejected_kl"]) / 2
+        found = {name: (value, weights) for name, value in values.items()}
+    elif kind == "labels":
+        scores, labels = rows["scores"], rows["labels"]
+        found = {"desirable_score": (scores, weights * labels), "undesirable_score": (scores, weights * (1 - labels))}
+        found |= {name: (rows[name], weights) for name in ("logps", "kl") if name in rows}
+        if "mismatched" in rows:
+            found["mismatched_score"] = (rows["mismatched"], weights)
+    else:
+        found = {name: (value, weights) for name, value in ranked(rows).items()}
+    return {"loss": (rows["loss"], weights), **found} if "loss" in rows else found
+
+
+def ranked(rows: Rows) -> Rows:
+    """Of each ranking `[B]`: the part of its pairs that are in order (ties wrong), and whether a best one is first."""
+    if "accuracy" in rows:
+        return {name: rows[name] for name in ("accuracy", "top1")}
+    scores, ranks, mask = rows["scores"], rows["ranks"], rows["mask"].bool()
+    better = (ranks[:, :, None] < ranks[:, None, :]) & mask[:, :, None] & mask[:, None, :]
+    right = (scores[:, :, None] > scores[:, None, :]) & better
+    first = scores.masked_fill(~mask, -torch.inf).argmax(-1, keepdim=True)
+    top = ranks.gather(-1, first).squeeze(-1) == 0
+    return {"accuracy": right.sum((1, 2)) / better.sum((1, 2)).clamp(min=1), "top1": top.to(scores.dtype)}
+
+
+class Tables(Metric):
+    """All rows of an evaluation, of all ranks. `update(rows, weights, categories)`, `report(kind, compute())`."""
+
+    rows: Any
+    full_state_update = False
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.names: list[str] = []
+        self.categories: list[str] = []
+        self.add_state("rows", [], dist_reduce_fx="cat")
+
+    def update(self, rows: Rows, weights: Tensor, category: Tensor | None = None, categories: Any = None) -> None:
+        """Add rows: `[B]` tensors by name (of rankings what `ranked` makes of them); a weight of 0 leaves a row out."""
+        if "ranks" in rows:
+            rows = {"loss": rows["loss"], **ranked(rows)}
+        self.categories = list(categories or [])
+        rows = {**rows, "weight": weights}
+        if category is not None:
+            rows["category"] = category
+        self.names = list(rows)
+        dtype = next(iter(rows.values())).dtype
+        self.rows.append(torch.stack([value.detach().to(dtype) for value in rows.values()], -1))
+
+    def compute(self) -> Rows:
+        """Every row, `[n]` by name."""
+        table = dim_zero_cat(self.rows)
+        rows = dict(zip(self.names, table[table[:, self.names.index("weight")] > 0].unbind(-1), strict=True))
+        return {name: value for name, value in rows.items() if name != "weight"}
+
+    def report(self, kind: str, rows: Rows) -> dict[str, Any]:
+        """`numbers` to log, and for pairs the `reliability` curve."""
+        ones = torch.ones_like(rows["loss"])
+        numbers = {
+            name: float((values * of).sum() / of.sum().clamp(min=1))
+            for name, (values, of) in columns(kind, rows, ones).items()
+            if of.any()
+        }
+        if kind == "labels" and {"desirable_score", "undesirable_score"} <= numbers.keys():
+            numbers["auc"] = float(area_under_curve(rows["scores"], rows["labels"]))
+            numbers["margin"] = numbers["desirable_score"] - numbers["undesirable_score"]
+        if kind != "pairs":
+            return {"numbers": numbers}
+        parts, curve = pair_report(rows, self.categories)
+        return {"numbers": numbers | parts, "reliability": curve}
+
+
+def pair_report(rows: Rows, categories: list[str]) -> tuple[dict[str, float], list[dict[str, float]]]:
+    """Accuracy of pairs (ties of scores wrong, pairs labelled a tie left out) by parts, calibration, and its curve."""
+    decided = rows.get("ties", torch.zeros_like(rows["chosen"])) == 0
+    if not decided.any():
+        return {}, []
+    rows = {name: value[decided] for name, value in rows.items()}
+    difference = rows["chosen"] - rows["rejected"]
+    correct, longer = (difference > 0).to(difference.dtype), rows["chosen_lengths"] - rows["rejected_lengths"]
+    confidence = difference.abs().sigmoid()
+    numbers = {
+        "accuracy": correct.mean(),
+        "accuracy_longer_wins": (longer > 0).to(correct.dtype).mean(),
+        "ece": expected_calibration_error(confidence, correct),
+        "brier": brier(difference.sigmoid()),
+    }
+    parts = {"chosen_longer": longer > 0, "chosen_shorter": longer < 0, "same_length": longer == 0}
+    parts |= _quarters(difference.abs())
+    for number, name in enumerate(categories):
+        parts[f"category_{name}"] = rows["category"] == number
+    numbers |= {f"accuracy_{name}": correct[part].mean() for name, part in parts.items() if part.any()}
+    curve = zip(*(value.tolist() for value in reliability(confidence, correct)), strict=True)
+    names = ("confidence", "accuracy", "pairs")
+    return {name: float(value) for name, value in numbers.items()}, [
+        dict(zip(names, row, strict=True)) for row in curve
+    ]
+
+
+def _quarters(margin: Tensor) -> dict[str, Tensor]:
+    """The pairs in quarters by how far their scores are apart, q1 the nearest."""
+    if len(margin) < 4:
+        return {}
+    quarter = margin.argsort().argsort() * 4 // len(margin)
+    return {f"margin_q{number + 1}": quarter == number for number in range(4)}

@@ -1,0 +1,66 @@
+"""From scored rows to what a loss takes by name, and from the rows of a rank to those of the whole optimizer step."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rlhf_lightning.models.scorers import Scored
+from rlhf_lightning.objectives.kl import k2
+from rlhf_lightning.rollout.ranks import gather
+
+Named = dict[str, Tensor]
+SIDES = ("chosen", "rejected")
+
+
+def name_rows(kind: str, scored: Scored, batch: dict[str, Any]) -> Named:
+    """What is known of each row: one entry for each of B rows in each tensor, `[B]`, or `[B, K]` of rankings."""
+    facts = _facts(scored, batch)
+    if kind == "pairs":
+        named = {}
+        for name, value in facts.items():
+            for side, part in zip(SIDES, value.chunk(2), strict=True):
+                named[side if name == "scores" else f"{side}_{name}"] = part
+        return named | {name: batch[name].to(scored.scores.dtype) for name in ("margin", "ties") if name in batch}
+    if kind == "labels":
+        return facts | {"labels": batch["labels"].to(scored.scores.dtype)}
+    return _rankings(scored.scores, batch)
+
+
+def _facts(scored: Scored, batch: dict[str, Any]) -> Named:
+    """Of each response, `[N]`."""
+    dtype = scored.scores.dtype
+    facts = {"scores": scored.scores, "lengths": batch["mask"].sum(-1).to(dtype).clamp(min=1)}
+    if scored.logprobs is not None:
+        facts["logps"] = scored.logprobs.sum(-1).to(dtype)
+    if scored.reference_scores is not None:
+        facts["reference_scores"] = scored.reference_scores.to(dtype)
+    if scored.logprobs is not None and scored.reference_logprobs is not None:
+        facts["kl"] = k2(scored.logprobs, scored.reference_logprobs).sum(-1).to(dtype)
+    return facts
+
+
+def _rankings(scores: Tensor, batch: dict[str, Any]) -> Named:
+    """Answers side by side: `scores`, `ranks` and `mask` (1 where there is an answer), `[B, K]`."""
+    ranking, ranks = batch["ranking"], batch["ranks"]
+    count = int(ranking[-1]) + 1
+    sizes = torch.bincount(ranking, minlength=count)
+    starts = sizes.cumsum(0) - sizes
+    column = torch.arange(len(ranking), device=ranking.device) - starts[ranking]
+    shape = (count, int(sizes.max()))
+    named = {"scores": scores, "ranks": ranks.to(scores.dtype), "mask": torch.ones_like(scores)}
+    return {name: value.new_zeros(shape).index_put((ranking, column), value) for name, value in named.items()}
+
+
+def whole_step(rows: Named) -> Named:
+    """The rows of all ranks in place of this one's, `[B]` each; a gradient flows to this rank's own.
+
+    All ranks must call it; a rank may have no row.
+    """
+    own = torch.stack(list(rows.values()), -1)
+    parts = gather(own.detach().cpu())
+    if len(parts) > 1:
+        rank = torch.distributed.get_rank()
+        parts = [own if number == rank else part.to(own.device) for number, part in enumerate(parts)]
+        own = torch.cat(parts)
+    return dict(zip(rows, own.unbind(-1), strict=True))

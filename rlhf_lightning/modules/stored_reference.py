@@ -1,0 +1,106 @@
+"""The reference's log-probabilities, computed once and kept in a file beside the data for this and later runs."""
+
+import hashlib
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from rlhf_lightning.data.batching import pad_tokens
+from rlhf_lightning.data.rendering import Rendered
+from rlhf_lightning.models.reference import Reference
+from rlhf_lightning.models.scorers import ImplicitReward
+from rlhf_lightning.rollout.ranks import gather
+
+log = logging.getLogger(__name__)
+
+
+def store_reference(scorer: ImplicitReward, trainer: Any, device: torch.device, batch_size: int = 64) -> None:
+    """Give every prepared row its reference log-probabilities: from the file of these rows and this reference, or anew.
+
+    The file is named by a hash of the reference's weights, the rows' tokens and the precision, so another model, other
+    rows or another template never find it. All ranks must call it.
+    """
+    assert isinstance(scorer.frozen, Reference)
+    data, model = trainer.datamodule, None
+    for name, prepared in getattr(data, "prepared", {}).items():
+        sides = [side for row in prepared.rows for side in row.sides]
+        model = model or weights_hash(scorer.frozen)
+        key = rows_hash(sides, f"{model} {trainer.precision}")
+        path = _folder(data.sources.get(name) or data.sources["train"], trainer) / f"{key[:24]}.safetensors"
+        values = _read(path, sides)
+        # All ranks or none: they would wait for each other's share.
+        if not all(gather(values is not None)):
+            values = _computed(scorer, sides, trainer, device, batch_size)
+            if trainer.is_global_zero:
+                _write(path, values)
+                log.info("%s: log-probabilities of the reference are stored in %s", name, path)
+        else:
+            log.info("%s: stored log-probabilities of the reference, %s", name, path)
+        assert values is not None
+        start = 0
+        for row in prepared.rows:
+            row.reference = values[start : start + len(row.sides)]
+            start += len(row.sides)
+
+
+def weights_hash(reference: Reference) -> str:
+    """SHA-256 of the weights that the reference computes with."""
+    digest = hashlib.sha256()
+    for name, value in reference.tensors():
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def rows_hash(sides: list[Rendered], prefix: str) -> str:
+    """SHA-256 of a text and the tokens and masks of rows."""
+    digest = hashlib.sha256(prefix.encode())
+    for side in sides:
+        digest.update(torch.tensor([len(side.ids), *side.ids, *side.mask], dtype=torch.int64).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _folder(source: Any, trainer: Any) -> Path:
+    """Beside the file that the rows come from, if there is one that can be written beside; else the run's folder."""
+    if isinstance(source, str | Path) and Path(source).is_file() and os.access(Path(source).parent, os.W_OK):
+        return Path(f"{source}.reference")
+    return Path(trainer.default_root_dir) / "reference"
+
+
+@torch.no_grad()
+def _computed(
+    scorer: ImplicitReward, sides: list[Rendered], trainer: Any, device: torch.device, batch_size: int
+) -> list[list[float]]:
+    """Each rank computes its share, rows of like length together."""
+    order = sorted(range(len(sides)), key=lambda i: len(sides[i].ids))[trainer.global_rank :: trainer.world_size]
+    own: dict[int, list[float]] = {}
+    for start in range(0, len(order), batch_size):
+        part = order[start : start + batch_size]
+        batch = pad_tokens([sides[i].ids for i in part], [sides[i].mask for i in part], pad_id=0)
+        with trainer.precision_plugin.forward_context():
+            found = scorer.reference_logprobs({name: value.to(device) for name, value in batch.items()})
+        for i, values in zip(part, found.float().tolist(), strict=True):
+            own[i] = values[: len(sides[i].ids)]
+    everyone = {i: values for share in gather(own) for i, values in share.items()}
+    return [everyone[i] for i in range(len(sides))]
+
+
+def _write(path: Path, values: list[list[float]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_name(f".{path.name}.{os.getpid()}")
+    save_file({"logprobs": torch.tensor([value for row in values for value in row], dtype=torch.float32)}, scratch)
+    os.replace(scratch, path)
+
+
+def _read(path: Path, sides: list[Rendered]) -> list[list[float]] | None:
+    if not path.is_file():
+        return None
+    flat: Tensor = load_file(path)["logprobs"]
+    if len(flat) != sum(len(side.ids) for side in sides):
+        return None
+    return [part.tolist() for part in flat.split([len(side.ids) for side in sides])]

@@ -1,0 +1,136 @@
+"""Losses of preference learning: functions of scores, and the classes that YAML names.
+
+A class names the tensors that it needs beside the scores as keyword-only arguments of `__call__`, and the module hands
+them over by name, each `[B]`:
+
+- `margin`, `ties`: columns of the data;
+- `chosen_lengths`, `rejected_lengths`: tokens of the responses;
+- `chosen_logps`, …: Σ log π of the responses, from scorers that compute it;
+- `chosen_reference_scores`, …: what the reference takes from a score, beta·Σ log π_ref, from `ImplicitReward`;
+- `chosen_kl`, …: Σ_t ½·(log π − log π_ref)² of the responses, from `ImplicitReward`;
+- `beta`: of the scorer, a number.
+
+For labels and rankings the names have no prefix (`lengths`, `logps`, …).
+"""
+
+from rlhf_lightning.objectives.preference.base import (
+    LabelLoss,
+    PairLoss,
+    PreferenceLoss,
+    RankingLoss,
+)
+from rlhf_lightning.objectives.preference.combined import (
+    BCO,
+    KTO,
+    SFT,
+    APOUnpaired,
+    BCOUnpaired,
+    Centering,
+    KLToStart,
+    PlackettLuce,
+    WeightedSum,
+)
+from rlhf_lightning.objectives.preference.label_losses import (
+    apo_zero_unpaired,
+    bco_unpaired,
+    kto,
+    plackett_luce,
+)
+from rlhf_lightning.objectives.preference.pair_losses import (
+    aot,
+    aot_unpaired,
+    apo_down,
+    apo_zero,
+    bco,
+    bradley_terry,
+    centering,
+    davidson,
+    discopop,
+    exo,
+    hinge,
+    ipo,
+    log_odds,
+    nca,
+    odds_ratio,
+    orpo,
+    rao_kupper,
+    robust,
+    sft,
+    simpo,
+    sppo,
+)
+from rlhf_lightning.objectives.preference.pairs import (
+    AOT,
+    EXO,
+    IPO,
+    NCA,
+    ORPO,
+    SPPO,
+    AOTUnpaired,
+    APODown,
+    APOZero,
+    BradleyTerry,
+    Davidson,
+    DiscoPOP,
+    Hinge,
+    RaoKupper,
+    Robust,
+    SimPO,
+)
+
+__all__ = [
+    "AOT",
+    "BCO",
+    "EXO",
+    "IPO",
+    "KTO",
+    "NCA",
+    "ORPO",
+    "SFT",
+    "SPPO",
+    "AOTUnpaired",
+    "APODown",
+    "APOUnpaired",
+    "APOZero",
+    "BCOUnpaired",
+    "BradleyTerry",
+    "Centering",
+    "Davidson",
+    "DiscoPOP",
+    "Hinge",
+    "KLToStart",
+    "LabelLoss",
+    "PairLoss",
+    "PlackettLuce",
+    "PreferenceLoss",
+    "RankingLoss",
+    "RaoKupper",
+    "Robust",
+    "SimPO",
+    "WeightedSum",
+    "aot",
+    "aot_unpaired",
+    "apo_down",
+    "apo_zero",
+    "apo_zero_unpaired",
+    "bco",
+    "bco_unpaired",
+    "bradley_terry",
+    "centering",
+    "davidson",
+    "discopop",
+    "exo",
+    "hinge",
+    "ipo",
+    "kto",
+    "log_odds",
+    "nca",
+    "odds_ratio",
+    "orpo",
+    "plackett_luce",
+    "rao_kupper",
+    "robust",
+    "sft",
+    "simpo",
+    "sppo",
+]

@@ -1,0 +1,75 @@
+"""Losses of unpaired labels and of rankings, functions of scores as the scorer returns them (any beta included)."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def kto(
+    scores: Tensor,
+    labels: Tensor,
+    kl: float | Tensor = 0.0,
+    desirable_weight: float = 1.0,
+    undesirable_weight: float = 1.0,
+) -> Tensor:
+    """w·(1 - σ(s - kl)) where the label is 1, w·(1 - σ(kl - s)) where it is 0. Source: KTO, arXiv 2402.01306 eq. 8.
+
+    Args:
+        scores: beta·(log π - log π_ref) of each response, `[B]`.
+        labels: 1 for desirable, 0 for undesirable, `[B]`.
+        kl: beta times the reference point, not negative, no gradient.
+    """
+    return _weights(scores, labels, desirable_weight, undesirable_weight) * (-_signed(scores - kl, labels)).sigmoid()
+
+
+def apo_zero_unpaired(scores: Tensor, labels: Tensor) -> Tensor:
+    """1 - σ(s) where the label is 1, σ(s) where it is 0: KTO with 0 as its reference point.
+
+    Source: APO-zero, arXiv 2408.06266 eq. 7, a term for each response.
+    """
+    return kto(scores, labels)
+
+
+def bco_unpaired(
+    scores: Tensor,
+    labels: Tensor,
+    shift: float | Tensor = 0.0,
+    desirable_weight: float = 1.0,
+    undesirable_weight: float = 1.0,
+) -> Tensor:
+    """-w·log σ(s - δ) where the label is 1, -w·log σ(δ - s) where it is 0, δ = shift.
+
+    Source: BCO, arXiv 2404.04656.
+    """
+    weights = _weights(scores, labels, desirable_weight, undesirable_weight)
+    return -weights * F.logsigmoid(_signed(scores - shift, labels))
+
+
+def plackett_luce(scores: Tensor, ranks: Tensor, mask: Tensor) -> Tensor:
+    """-Σ_i (s_i - log Σ_{j: rank_j ≥ rank_i} e^(s_j)): each answer is chosen among itself and what is ranked below it.
+
+    With two answers it is Bradley-Terry. Answers of equal rank stand in each other's sum (Breslow's approximation).
+    Sources: Plackett 1975; Luce 1959; for DPO arXiv 2305.18290, appendix A.3.
+
+    Args:
+        scores: of K answers to each of B prompts, `[B, K]`. ranks: 0 for the best, `[B, K]`.
+        mask: 1 where there is an answer, `[B, K]`.
+
+    Returns:
+        `[B]`.
+    """
+    there = mask.bool()
+    allowed = (ranks[:, None, :] >= ranks[:, :, None]) & there[:, None, :]
+    # An answer that is not there is allowed itself alone: finite, and left out of the sum.
+    allowed |= torch.eye(scores.shape[1], dtype=torch.bool, device=scores.device)
+    rivals = scores[:, None, :].expand(allowed.shape).masked_fill(~allowed, -torch.inf).logsumexp(-1)
+    return ((rivals - scores) * there).sum(-1)
+
+
+def _signed(scores: Tensor, labels: Tensor) -> Tensor:
+    return (labels.to(scores.dtype) * 2 - 1) * scores
+
+
+def _weights(scores: Tensor, labels: Tensor, desirable: float, undesirable: float) -> Tensor:
+    labels = labels.to(scores.dtype)
+    return labels * desirable + (1 - labels) * undesirable

@@ -1,0 +1,166 @@
+"""Losses of preference learning: functions of the scores of a chosen and a rejected response, `[B]` each.
+
+Scores are as the scorer returns them, any beta included: c = beta·(log π − log π_ref) for DPO's implicit reward.
+Every function returns `[B]`, to be minimised; below d = c − r, and σ is the logistic function.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def bradley_terry(
+    chosen: Tensor, rejected: Tensor, margin: float | Tensor = 0.0, label_smoothing: float | Tensor = 0.0
+) -> Tensor:
+    """-(1 - ε)·log σ(d - margin) - ε·log σ(-(d - margin)), ε = label_smoothing; ε = ½ is a tie.
+
+    Sources: Bradley & Terry 1952; as a reward-model loss Ziegler et al., arXiv 1909.08593; DPO, arXiv 2305.18290
+    eq. 7; margin Llama 2, arXiv 2307.09288 eq. 2; smoothing E. Mitchell's conservative DPO (2023).
+    """
+    logit = chosen - rejected - margin
+    return -(1 - label_smoothing) * F.logsigmoid(logit) - label_smoothing * F.logsigmoid(-logit)
+
+
+def robust(chosen: Tensor, rejected: Tensor, label_smoothing: float = 0.1) -> Tensor:
+    """(-(1 - ε)·log σ(d) + ε·log σ(-d)) / (1 - 2ε): unbiased where a part ε of the labels is flipped.
+
+    Source: robust DPO, Chowdhury et al., arXiv 2403.00409.
+    """
+    clean, flipped = F.logsigmoid(chosen - rejected), F.logsigmoid(rejected - chosen)
+    return (label_smoothing * flipped - (1 - label_smoothing) * clean) / (1 - 2 * label_smoothing)
+
+
+def hinge(chosen: Tensor, rejected: Tensor) -> Tensor:
+    """max(0, 1 - d). Source: SLiC, arXiv 2305.10425, normalised as in RSO, arXiv 2309.06657."""
+    return F.relu(1 - (chosen - rejected))
+
+
+def ipo(chosen: Tensor, rejected: Tensor, beta: float) -> Tensor:
+    """(d - ½)² / beta², for scores that contain beta. Source: IPO, arXiv 2310.12036 eq. 17, scores times beta."""
+    return ((chosen - rejected) - 0.5).square() / beta**2
+
+
+def simpo(chosen: Tensor, rejected: Tensor, gamma: float = 1.0) -> Tensor:
+    """-log σ(d - γ), for scores that are beta times the mean log-probability. Source: arXiv 2405.14734 eq. 6."""
+    return bradley_terry(chosen, rejected, gamma)
+
+
+def log_odds(logprob: Tensor) -> Tensor:
+    """log(p / (1 - p)) of p = exp(logprob); a p of 1 counts as the largest below it."""
+    logprob = logprob.clamp(max=-torch.finfo(logprob.dtype).eps)
+    # log(1 - e^x): the one form loses digits near 0, the other far from it.
+    near = torch.log(-torch.expm1(logprob))
+    return logprob - torch.where(logprob > -math.log(2), near, torch.log1p(-torch.exp(logprob)))
+
+
+def odds_ratio(chosen: Tensor, rejected: Tensor) -> Tensor:
+    """-log σ(log odds(c) - log odds(r)), c and r mean log-probabilities of a token. Source: arXiv 2403.07691 eq. 7."""
+    return -F.logsigmoid(log_odds(chosen) - log_odds(rejected))
+
+
+def orpo(chosen: Tensor, rejected: Tensor, weight: float = 0.1) -> Tensor:
+    """-c + weight·odds_ratio(c, r), c and r mean log-probabilities of a token. Source: ORPO, arXiv 2403.07691 eq. 6."""
+    return -chosen + weight * odds_ratio(chosen, rejected)
+
+
+def exo(chosen: Tensor, rejected: Tensor, label_smoothing: float = 1e-3) -> Tensor:
+    """KL of (σ(d), σ(-d)) from (1 - ε, ε), ε > 0: the reverse of what Bradley-Terry minimises.
+
+    Source: EXO, arXiv 2402.00856 eq. 16 with two responses.
+    """
+    d = chosen - rejected
+    win = d.sigmoid() * (F.logsigmoid(d) - math.log1p(-label_smoothing))
+    return win + (-d).sigmoid() * (F.logsigmoid(-d) - math.log(label_smoothing))
+
+
+def nca(chosen: Tensor, rejected: Tensor) -> Tensor:
+    """-log σ(c) - ½·log σ(-c) - ½·log σ(-r): keeps the chosen response likely. Source: NCA, arXiv 2402.05369."""
+    return -F.logsigmoid(chosen) - 0.5 * F.logsigmoid(-chosen) - 0.5 * F.logsigmoid(-rejected)
+
+
+def sppo(chosen: Tensor, rejected: Tensor, beta: float) -> Tensor:
+    """((c - ½)² + (r + ½)²) / beta², for scores that contain beta.
+
+    Source: SPPO, arXiv 2405.00675 eq. 4.7 times beta, with a probability of 1 that the chosen response wins.
+    """
+    return ((chosen - 0.5).square() + (rejected + 0.5).square()) / beta**2
+
+
+def apo_zero(chosen: Tensor, rejected: Tensor) -> Tensor:
+    """1 - σ(c) + σ(r): where chosen responses are better than the policy's own. Source: arXiv 2408.06266 eq. 7."""
+    return (-chosen).sigmoid() + rejected.sigmoid()
+
+
+def apo_down(chosen: Tensor, rejected: Tensor) -> Tensor:
+    """σ(c) + 1 - σ(d): where chosen responses are worse than the policy's own. Source: arXiv 2408.06266 eq. 8."""
+    return chosen.sigmoid() + (rejected - chosen).sigmoid()
+
+
+def discopop(chosen: Tensor, rejected: Tensor, temperature: float = 0.05) -> Tensor:
+    """-(1 - σ(d/τ))·log σ(d) + σ(d/τ)·exp(-d), τ = temperature. Source: DiscoPOP, arXiv 2406.08414 eq. 5."""
+    d = chosen - rejected
+    # One exponential: apart, σ(d/τ) is 0 where exp(-d) is infinite.
+    exponential = torch.exp(F.logsigmoid(d / temperature) - d)
+    return exponential - (-d / temperature).sigmoid() * F.logsigmoid(d)
+
+
+def bco(chosen: Tensor, rejected: Tensor, shift: float | Tensor = 0.0) -> Tensor:
+    """-log σ(c - δ) - log σ(-(r - δ)), δ = shift, the mean of rewards so far. Source: BCO, arXiv 2404.04656."""
+    return -F.logsigmoid(chosen - shift) - F.logsigmoid(shift - rejected)
+
+
+def aot(chosen: Tensor, rejected: Tensor, reference_margin: Tensor, label_smoothing: float = 0.0) -> Tensor:
+    """bradley_terry of the k-th smallest c - r + m against the k-th smallest m, m = reference_margin `[B]`.
+
+    m is beta·(log π_ref(chosen) - log π_ref(rejected)), so that c - r + m is the policy's own margin: the margins of
+    the policy as a distribution dominate those of the reference. The rows are coupled.
+    Source: AOT, paired, arXiv 2406.05882.
+    """
+    policy = (chosen - rejected + reference_margin).sort().values
+    return bradley_terry(policy, reference_margin.sort().values, label_smoothing=label_smoothing)
+
+
+def aot_unpaired(chosen: Tensor, rejected: Tensor, label_smoothing: float = 0.0) -> Tensor:
+    """bradley_terry of the k-th smallest c against the k-th smallest r. The rows are coupled.
+
+    Source: AOT, unpaired, arXiv 2406.05882.
+    """
+    return bradley_terry(chosen.sort().values, rejected.sort().values, label_smoothing=label_smoothing)
+
+
+def davidson(chosen: Tensor, rejected: Tensor, ties: Tensor | float = 0.0, nu: float = 1.0) -> Tensor:
+    """-log P of what was seen, P(win) : P(loss) : P(tie) = e^(d/2) : e^(-d/2) : 2ν; `ties` is 1 where neither won.
+
+    Sources: Davidson 1970; DPO with ties, arXiv 2409.17431.
+    """
+    d = chosen - rejected
+    outcomes = torch.stack([d / 2, -d / 2, torch.full_like(d, math.log(2 * nu))])
+    win, _, tie = outcomes.log_softmax(0)
+    return -torch.lerp(win, tie, torch.as_tensor(ties, dtype=d.dtype, device=d.device).expand_as(d))
+
+
+def rao_kupper(chosen: Tensor, rejected: Tensor, ties: Tensor | float = 0.0, nu: float = 3.0) -> Tensor:
+    """-log P, P(win) = σ(d - log ν), P(tie) = (ν² - 1)·σ(d - log ν)·σ(-d - log ν), ν > 1; `ties` as in `davidson`.
+
+    Sources: Rao & Kupper 1967; DPO with ties, arXiv 2409.17431.
+    """
+    d, threshold = chosen - rejected, math.log(nu)
+    win = F.logsigmoid(d - threshold)
+    tie = win + F.logsigmoid(-d - threshold) + math.log(nu**2 - 1)
+    return -torch.lerp(win, tie, torch.as_tensor(ties, dtype=d.dtype, device=d.device).expand_as(d))
+
+
+def centering(chosen: Tensor, rejected: Tensor) -> Tensor:
+    """(c + r)²: keeps the mean score of a pair near 0. Source: arXiv 2312.09244."""
+    return (chosen + rejected).square()
+
+
+def sft(logps: Tensor, lengths: Tensor) -> Tensor:
+    """-log π(y) / |y|: the mean negative log-likelihood a token of each response. Source: RPO, arXiv 2404.19733.
+
+    Args:
+        logps: Σ log π of each response, `[B]`. lengths: its tokens, `[B]`.
+    """
+    return -logps / lengths

@@ -1,0 +1,89 @@
+"""A trained policy at work outside training: it answers prompts, and tells how likely answers are."""
+
+from collections.abc import Sequence
+
+import torch
+
+from rlhf_lightning.data.batching import pad_tokens
+from rlhf_lightning.data.prompts import Prompt, prompt_example
+from rlhf_lightning.data.records import Reading, convert_rows, read_rows
+from rlhf_lightning.data.rendering import Renderer
+from rlhf_lightning.data.tokenizers import load_tokenizer
+from rlhf_lightning.errors import ConfigError
+from rlhf_lightning.models.loading import disable_dropout, load_for_scoring
+from rlhf_lightning.models.scoring import TokenScorer
+from rlhf_lightning.rollout.episodes import Episode
+from rlhf_lightning.rollout.runner import run_episodes
+from rlhf_lightning.rollout.sampler import Sampler
+
+
+class Policy:
+    """A causal LM folder, loaded to answer and to be scored.
+
+    Args:
+        folder: a model folder or Hub id.
+        dtype: of its weights.
+        device: where it computes; the CPU by default.
+    """
+
+    def __init__(self, folder: str, dtype: str = "float32", device: str = "cpu") -> None:
+        self.tokenizer = load_tokenizer(folder)
+        self.renderer = Renderer.suited(self.tokenizer)
+        self.model = load_for_scoring(folder, "CAUSAL_LM", dtype).to(device)
+        disable_dropout(self.model)
+        self.tokens = TokenScorer(self.model)
+
+    def prompts(self, file: str, limit: int | None = None) -> list[Prompt]:
+        """The first prompts of a file, numbered; raises `DataError` with file and line."""
+        rows = read_rows(file, "prompt")[:limit]
+        prompts = convert_rows(rows, lambda data: [prompt_example(self.renderer, data)], Reading())
+        for index, prompt in enumerate(prompts):
+            prompt.index = index
+        return prompts
+
+    def answer(
+        self, prompts: Sequence[Prompt], max_tokens: int, seed: int, samples: int = 1, temperature: float = 1.0
+    ) -> list[Episode]:
+        """`samples` responses to each prompt, in order; a draw depends on the seed, the prompt's number, the sample."""
+        sampler = Sampler(max_tokens, temperature)
+        sampler.bind(self.model, self.renderer)
+        longest = max(prompt.tokens for prompt in prompts)
+        if sampler.context and longest + max_tokens > sampler.context:
+            raise ConfigError(
+                f"the longest prompt ({longest} tokens) and max_tokens {max_tokens} are over the model's "
+                f"{sampler.context} positions; lower max_tokens or leave long prompts out"
+            )
+        tasks = [(prompt, sample) for prompt in prompts for sample in range(samples)]
+        return run_episodes(tasks, sampler, self.renderer, (seed, 7))
+
+    @torch.no_grad()
+    def logprobs(self, episodes: Sequence[Episode], temperature: float = 1.0, batch_size: int = 64) -> list[float]:
+        """Σ log π of each episode's response, nats."""
+        rows = [episode.segments[0] for episode in episodes]
+        order = sorted(range(len(rows)), key=lambda i: len(rows[i].ids))
+        sums = [0.0] * len(rows)
+        device = next(self.model.parameters()).device
+        for start in range(0, len(rows), batch_size):
+            part = order[start : start + batch_size]
+            batch = pad_tokens([rows[i].ids for i in part], [rows[i].mask for i in part], pad_id=0)
+            found = self.tokens(batch["input_ids"].to(device), batch["mask"].to(device), temperature).logprobs.sum(-1)
+            for i, value in zip(part, found.tolist(), strict=True):
+                sums[i] = value
+        return sums
+
+    @torch.no_grad()
+    def nll(self, conversations: str, limit: int) -> float:
+        """Mean negative log-likelihood a trained token of held-out conversations, nats."""
+        from rlhf_lightning.data.conversations import conversation, tool_schemas
+
+        total = count = 0.0
+        for row in read_rows(conversations)[:limit]:
+            for rendered in self.renderer.conversation(conversation(row.data), tool_schemas(row.data)):
+                batch = pad_tokens([rendered.ids], [rendered.mask], pad_id=0)
+                total -= float(self.tokens(batch["input_ids"], batch["mask"]).logprobs.sum())
+                count += rendered.trained
+        return total / count
+
+    def speaks_as(self, other: "Policy") -> bool:
+        """Whether token ids mean the same to both."""
+        return self.tokenizer.get_vocab() == other.tokenizer.get_vocab()

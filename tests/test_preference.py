@@ -1,0 +1,527 @@
+"""Preference learning as a whole: every loss over batches and ranks, kinds of data, stored references, metrics."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import GradientAccumulationScheduler, ModelCheckpoint
+
+from rlhf_lightning import PreferenceDataModule, PreferenceModule
+from rlhf_lightning.callbacks.export import ExportModel
+from rlhf_lightning.errors import ConfigError, DataError
+from rlhf_lightning.models.lora import LoRA
+from rlhf_lightning.models.scorers import ImplicitReward, RewardHead, Scorer, SequenceLogprob
+from rlhf_lightning.objectives import preference
+from rlhf_lightning.objectives.preference import PreferenceLoss
+from tests.conftest import WORDS, pairs, sgd, trainer, write_rows
+
+BETA = 0.5
+
+
+def implicit() -> ImplicitReward:
+    return ImplicitReward(BETA)
+
+
+def mean_logprob() -> SequenceLogprob:
+    return SequenceLogprob(length_normalised=True)
+
+
+EVERY_LOSS: dict[str, tuple[Any, Any]] = {
+    "bradley_terry": (RewardHead, preference.BradleyTerry),
+    "centred": (RewardHead, lambda: preference.BradleyTerry(0.1, 0.05)),
+    "last_k": (lambda: RewardHead(last_k=3), preference.BradleyTerry),
+    "dpo": (implicit, preference.BradleyTerry),
+    "length_desensitised": (lambda: ImplicitReward(BETA, tail_weight=0.4), preference.BradleyTerry),
+    "length_normalised": (lambda: ImplicitReward(2.0, length_normalised=True), preference.BradleyTerry),
+    "robust": (implicit, preference.Robust),
+    "hinge": (implicit, preference.Hinge),
+    "ipo": (implicit, preference.IPO),
+    "simpo": (lambda: SequenceLogprob(True, 2.0), preference.SimPO),
+    "orpo": (mean_logprob, preference.ORPO),
+    "exo": (implicit, preference.EXO),
+    "nca": (implicit, preference.NCA),
+    "sppo": (implicit, preference.SPPO),
+    "apo_zero": (implicit, preference.APOZero),
+    "apo_down": (implicit, preference.APODown),
+    "discopop": (implicit, preference.DiscoPOP),
+    "aot": (implicit, preference.AOT),
+    "aot_unpaired": (SequenceLogprob, preference.AOTUnpaired),
+    "bco": (implicit, preference.BCO),
+    "davidson": (RewardHead, preference.Davidson),
+    "rao_kupper": (implicit, preference.RaoKupper),
+    "sum_with_sft": (
+        implicit,
+        lambda: preference.WeightedSum(
+            [preference.BradleyTerry(), preference.SFT(), preference.KLToStart()], [1, 0.2, 1]
+        ),
+    ),
+    "coupled_sum": (implicit, lambda: preference.WeightedSum([preference.BCO(), preference.Centering()], [1, 0.1])),
+    "kto": (implicit, lambda: preference.KTO(1.0, 0.8)),
+    "apo_unpaired": (implicit, preference.APOUnpaired),
+    "bco_unpaired": (implicit, preference.BCOUnpaired),
+    "plackett_luce": (SequenceLogprob, preference.PlackettLuce),
+}
+COUPLED = {"aot", "aot_unpaired", "bco", "coupled_sum", "kto", "bco_unpaired"}
+
+
+def labelled(count: int) -> list[dict[str, Any]]:
+    """Responses with a label, unlike in length."""
+    return [
+        {"prompt": f"Count {i}", "response": " ".join(WORDS[: 1 + (3 * i) % 7]), "label": int(i % 3 > 0)}
+        for i in range(count)
+    ]
+
+
+def rankings(count: int) -> list[dict[str, Any]]:
+    """Two to four answers to each prompt, with scores, two of them sometimes equal."""
+    return [
+        {
+            "prompt": f"Count {i}",
+            "responses": [" ".join(WORDS[k : k + 1 + i % 4]) for k in range(2 + i % 3)],
+            "scores": [k % 3 + (i % 2) * k for k in range(2 + i % 3)],
+        }
+        for i in range(count)
+    ]
+
+
+def rows_of(loss: PreferenceLoss, count: int) -> list[dict[str, Any]]:
+    if loss.kind == "pairs":
+        found = [{**row, "margin": 0.1 * (i % 3)} for i, row in enumerate(pairs(count))]
+        if "ties" in loss.keywords():
+            found = [{**row, "tie": i % 4 == 0} for i, row in enumerate(found)]
+        return found
+    return labelled(count) if loss.kind == "labels" else rankings(count)
+
+
+def fit(name: str, base: str, root: Path, batch: int, size: int = 13, **options: Any) -> tuple[Any, Any]:
+    """Two epochs in float64; the module and its trainer."""
+    scorer, loss = (make() for make in EVERY_LOSS[name])
+    torch.manual_seed(0)  # the reward head's first weights
+    rate = 1e-3 if name in ("ipo", "sppo") else 0.05  # squares of scores over beta: steep
+    module = PreferenceModule(base, scorer, loss, optimizer=sgd(rate), dtype="float64")
+    data = PreferenceDataModule(rows_of(loss, size), rows_of(loss, 5), batch_size=batch, seed=1, show_example=False)
+    run = trainer(root, precision="64-true", max_epochs=2, **options)
+    run.fit(module, data)
+    return module, run
+
+
+def weights(module: Any) -> dict[str, torch.Tensor]:
+    return {name: value.detach().clone() for name, value in module.model.named_parameters() if value.requires_grad}
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
+    assert a.keys() == b.keys()
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", sorted(EVERY_LOSS.keys() - COUPLED))
+def test_accumulated_small_batches_are_one_large_batch(name: str, base: str, tmp_path: Path) -> None:
+    """Past the first step, and with a last step of fewer rows."""
+    results = []
+    for batch, accumulate in ((8, 1), (1, 8), (4, 2)):
+        module, run = fit(name, base, tmp_path, batch, accumulate_grad_batches=accumulate)
+        assert run.global_step == 4
+        results.append((weights(module), float(run.callback_metrics["val/loss"])))
+    for other, loss in results[1:]:
+        same(results[0][0], other)
+        assert loss == pytest.approx(results[0][1], rel=1e-5)
+
+
+@pytest.mark.parametrize("name", sorted(EVERY_LOSS))
+def test_two_ranks_are_one(name: str, base: str, tmp_path: Path) -> None:
+    """A last step of one row leaves a rank without any."""
+    results = []
+    for devices in (1, 2):
+        root = tmp_path / str(devices)
+        strategy = "ddp_fork" if devices == 2 else "auto"
+        fit(name, base, root, 4 // devices, devices=devices, strategy=strategy, callbacks=[ExportModel()])
+        from safetensors.torch import load_file
+
+        found = load_file(root / "model" / "model.safetensors")
+        facts = json.loads((root / "stage.json").read_text())
+        results.append((found, {k: v for k, v in facts["metrics"].items() if k.startswith("val/")}))
+    for key, value in results[0][0].items():
+        torch.testing.assert_close(results[1][0][key], value, rtol=1e-6, atol=1e-7)
+    assert results[0][1].keys() == results[1][1].keys()
+    for key, value in results[0][1].items():
+        assert results[1][1][key] == pytest.approx(value, rel=1e-4, abs=1e-6), key
+    start = load_file(Path(base) / "model.safetensors")
+    assert any(not torch.equal(start[k].double(), results[0][0][k].double()) for k in start if k in results[0][0])
+
+
+@pytest.mark.parametrize("name", sorted(COUPLED))
+def test_losses_that_couple_rows_refuse_accumulation(name: str, base: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"compares the rows of a whole optimizer step.*accumulate_grad_batches to 1"):
+        fit(name, base, tmp_path, 2, accumulate_grad_batches=2)
+    with pytest.raises(ConfigError, match="compares the rows of a whole optimizer step"):
+        fit(name, base, tmp_path, 2, callbacks=[GradientAccumulationScheduler({1: 2})])
+
+
+@pytest.mark.parametrize("name", ["bco", "kto", "plackett_luce"])
+def test_an_interrupted_run_equals_a_whole_one_bit_for_bit(name: str, base: str, tmp_path: Path) -> None:
+    def once(folder: str, resume: Path | None = None) -> Any:
+        scorer, loss = (make() for make in EVERY_LOSS[name])
+        module = PreferenceModule(base, scorer, loss, optimizer=lambda p: torch.optim.AdamW(p, lr=1e-2))
+        data = PreferenceDataModule(rows_of(loss, 9), batch_size=4, seed=1, show_example=False)
+        saver = ModelCheckpoint(tmp_path / folder, every_n_train_steps=1, save_top_k=-1, filename="{step}")
+        run = trainer(tmp_path / folder, max_epochs=2, callbacks=[saver], enable_checkpointing=True)
+        run.fit(module, data, ckpt_path=resume, weights_only=True)
+        return module
+
+    whole = once("whole")
+    for stop in (1, 2, 4):
+        resumed = once(f"resumed{stop}", tmp_path / "whole" / f"step={stop}.ckpt")
+        for key, value in weights(whole).items():
+            assert torch.equal(value, weights(resumed)[key])
+        if name == "bco":
+            assert resumed.loss.means.totals == whole.loss.means.totals
+
+
+# -- what goes together -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("scorer", "loss", "message"),
+    [
+        (RewardHead(), preference.SFT(), "needs 'chosen_logps', which this scorer does not give"),
+        (RewardHead(), preference.IPO(), "needs 'beta'"),
+        (SequenceLogprob(), preference.NCA(), "use ImplicitReward"),
+        (RewardHead(), preference.KTO(), "use ImplicitReward"),
+        (SequenceLogprob(), preference.ORPO(), "length_normalised: true and beta: 1"),
+        (SequenceLogprob(True, 2.0), preference.ORPO(), "length_normalised: true and beta: 1"),
+        (ImplicitReward(tail_weight=0.5), preference.PlackettLuce(), "scorer.tail_weight"),
+        (RewardHead(), preference.WeightedSum([preference.BradleyTerry(), preference.SFT()]), "'chosen_logps'"),
+    ],
+)
+def test_scorers_and_losses_that_do_not_go_together(scorer: Scorer, loss: Any, message: str, base: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        PreferenceModule(base, scorer, loss)
+
+
+@pytest.mark.parametrize("make", [lambda: RewardHead(0), lambda: ImplicitReward(0), lambda: SequenceLogprob(beta=-1)])
+def test_scorer_options_that_make_no_sense(make: Any) -> None:
+    with pytest.raises(ValueError, match="must be"):
+        make()
+
+
+def test_a_run_may_not_overwrite_its_reference(base: str, tmp_path: Path) -> None:
+    import shutil
+
+    shutil.copytree(base, tmp_path / "run" / "model")
+    for options in (
+        {"model": str(tmp_path / "run" / "model")},
+        {"model": base, "reference": tmp_path / "run" / "model"},
+    ):
+        reference = options.pop("reference", None)
+        module = PreferenceModule(options["model"], ImplicitReward(reference=reference and str(reference)))
+        with pytest.raises(ConfigError, match="is the reference, and the folder that this run would write"):
+            trainer(tmp_path / "run").fit(module, PreferenceDataModule(pairs(4), show_example=False))
+
+
+# -- rows -------------------------------------------------------------------------------------------------------------
+
+USER = [{"role": "user", "content": "Count"}]
+
+
+def answer(text: str) -> list[dict[str, str]]:
+    return [{"role": "assistant", "content": text}]
+
+
+@pytest.mark.parametrize(
+    ("kind", "row", "message"),
+    [
+        ("pairs", {"prompt": "a", "chosen": "b", "rejected": "b"}, "chosen equals rejected"),
+        ("pairs", {"prompt": "a", "chosen": "", "rejected": "b"}, "chosen: no token is trained"),
+        ("pairs", {"prompt": "a", "chosen": "b", "rejected": " \n"}, "rejected: no token is trained"),
+        ("pairs", {"prompt": "a", "chosen": "b"}, "no 'rejected'"),
+        (
+            "pairs",
+            {"chosen": USER + answer("x"), "rejected": [{"role": "user", "content": "Add"}, *answer("y")]},
+            "share no first messages",
+        ),
+        (
+            "pairs",
+            {
+                "chosen": USER + answer("x") + [{"role": "user", "content": "And?"}, *answer("y")],
+                "rejected": USER + answer("z") + [{"role": "user", "content": "Or?"}, *answer("y")],
+            },
+            "answer different prompts",
+        ),
+        (
+            "pairs",
+            {"prompt": "a", "chosen": USER + answer("x"), "rejected": USER + answer("y")},
+            "chosen begins with a user message that is not the prompt's",
+        ),
+        ("pairs", {"prompt": "a", "chosen": "b", "rejected": "c", "margin": "much"}, "'margin' is 'much'"),
+        ("pairs", {"prompt": "a", "chosen": "b", "rejected": "c", "margin": float("nan")}, "'margin' is nan"),
+        ("pairs", {"prompt": "a", "chosen": "b", "rejected": "c", "tie": "no"}, "'tie' is 'no'"),
+        ("pairs", {"prompt": "a", "response": "b", "label": 1}, "the row is one of labels, and pairs are wanted"),
+        ("pairs", {"prompt": "a", "chosen": "b", "rejected": "one " * 400}, "tokens, over data.max_length 128"),
+        ("labels", {"prompt": "a", "response": "b", "label": 2}, "'label' is 2; it must be 1"),
+        ("labels", {"prompt": "a", "response": "b", "label": "good"}, "'label' is 'good'"),
+        ("labels", {"prompt": "a", "response": "b", "label": 0.5}, "'label' is 0.5"),
+        ("labels", {"prompt": "a", "response": "", "label": 1}, "no token is trained"),
+        ("labels", {"prompt": "a", "label": 1}, "no 'completion'"),
+        ("labels", {"prompt": "a", "chosen": "b", "rejected": "b"}, "chosen equals rejected"),
+        ("rankings", {"prompt": "a", "responses": ["b"]}, "at least two"),
+        ("rankings", {"prompt": "a", "responses": ["b", "b"]}, "two of the responses are equal"),
+        ("rankings", {"prompt": "a", "responses": ["b", "c"], "scores": [1]}, "'scores' must be a list of 2 numbers"),
+        ("rankings", {"prompt": "a", "responses": ["b", "c"], "ranks": [1, 1]}, "all responses have the same rank"),
+        ("rankings", {"prompt": "a", "responses": ["b", ""]}, "response 1: no token is trained"),
+    ],
+)
+def test_rows_that_do_not_fit(kind: str, row: dict[str, Any], message: str, tokenizer: Any, tmp_path: Path) -> None:
+    """An error with file and line, or counted skips, by choice."""
+    good = {"pairs": pairs, "labels": labelled, "rankings": rankings}[kind](2)
+    file = write_rows(tmp_path / "rows.jsonl", [*good, row])
+    options: dict[str, Any] = {"kind": kind, "tokenizer": tokenizer, "max_length": 128, "show_example": False}
+    data = PreferenceDataModule(file, **options)
+    with pytest.raises(DataError, match=r"rows\.jsonl:3: ") as error:
+        data.setup("fit")
+    assert message in str(error.value)
+    lenient = PreferenceDataModule(file, on_bad_row="skip", **options)
+    lenient.setup("fit")
+    assert len(lenient.prepared["train"].rows) == 2
+    (skipped,) = lenient.prepared["train"].reading.skipped
+    assert "rows.jsonl:3" in skipped
+
+
+def test_rows_over_the_budget_are_counted(tokenizer: Any) -> None:
+    long = {"prompt": "one two three four five six " * 20, "chosen": "one two", "rejected": "three"}
+    options: dict[str, Any] = {"tokenizer": tokenizer, "max_length": 64, "show_example": False}
+    cut = PreferenceDataModule([*pairs(2), long], overlong="truncate", **options)
+    cut.setup("fit")
+    assert cut.prepared["train"].truncated == 1
+    pair = cut.prepared["train"].rows[2]
+    assert pair.tokens == 64
+    whole = cut.renderer.exchange(
+        [{"role": "user", "content": long["prompt"]}], [{"role": "assistant", "content": "one two"}]
+    )
+    removed = len(whole.ids) - len(pair.chosen.ids)
+    assert pair.chosen.ids == whole.ids[removed:]  # from the prompt's left: the response is whole
+    assert pair.chosen.trained == whole.trained
+    skipped = PreferenceDataModule([*pairs(2), long], overlong="skip", **options)
+    skipped.setup("fit")
+    assert len(skipped.prepared["train"].reading.skipped) == 1
+    with pytest.raises(DataError, match="a response alone is over"):
+        PreferenceDataModule([{**long, "chosen": long["prompt"]}], overlong="truncate", **options).setup("fit")
+
+
+def test_a_tie_needs_a_loss_that_knows_ties(base: str, tmp_path: Path) -> None:
+    rows = [{**row, "tie": i == 1} for i, row in enumerate(pairs(4))]
+    module = PreferenceModule(base, loss=preference.Hinge())
+    with pytest.raises(DataError, match=r"list\[1\]: the pair is a tie, which Hinge cannot learn from"):
+        trainer(tmp_path).fit(module, PreferenceDataModule(rows, show_example=False))
+
+
+def test_all_rows_with_one_prompt_have_no_mismatched_responses(base: str, tmp_path: Path) -> None:
+    rows = [{**row, "prompt": "the same"} for row in labelled(4)]
+    module = PreferenceModule(base, implicit(), preference.KTO())
+    with pytest.raises(DataError, match="all rows have the same prompt"):
+        trainer(tmp_path).fit(module, PreferenceDataModule(rows, show_example=False))
+
+
+def test_the_kind_of_rows_must_be_the_loss_own(base: str, tmp_path: Path) -> None:
+    module = PreferenceModule(base, implicit(), preference.KTO())
+    with pytest.raises(ConfigError, match=r"data\.kind is rankings, and the loss KTO takes labels"):
+        trainer(tmp_path).fit(module, PreferenceDataModule(pairs(4), kind="rankings", show_example=False))
+    with pytest.raises(ConfigError, match=r"data\.kind is 'lists'"):
+        PreferenceDataModule(pairs(4), kind="lists")
+
+
+def test_a_mismatched_response_is_that_of_another_prompt(base: str, tmp_path: Path) -> None:
+    rows = [{"prompt": f"Count {i // 2}", "response": WORDS[i], "label": i % 2} for i in range(6)]
+    module = PreferenceModule(base, implicit(), preference.KTO(), optimizer=sgd(0.0))
+    data = PreferenceDataModule(rows, batch_size=2, show_example=False)
+    trainer(tmp_path).fit(module, data)
+    decode = data.renderer.tokenizer.decode
+    shown = [decode(row.sides[1].ids) for row in data.prepared["train"].rows]
+    partner = [2, 2, 4, 4, 0, 0]  # the next row of another prompt, around the end
+    for i, text in enumerate(shown):
+        assert f"Count {i // 2}" in text
+        assert WORDS[partner[i]] in text
+        assert WORDS[i] not in text.replace(f"Count {i // 2}", "")
+
+
+def test_a_pair_becomes_two_labels_or_a_ranking(tokenizer: Any) -> None:
+    for kind, count in (("labels", 6), ("rankings", 3)):
+        data = PreferenceDataModule(pairs(3), kind=kind, tokenizer=tokenizer, show_example=False)
+        data.setup("fit")
+        assert len(data.prepared["train"].rows) == count
+    labels = PreferenceDataModule(pairs(3), kind="labels", tokenizer=tokenizer, show_example=False)
+    labels.setup("fit")
+    assert [row.label for row in labels.prepared["train"].rows] == [1, 0, 1, 0, 1, 0]
+
+
+@pytest.mark.parametrize("name", ["kto", "plackett_luce", "davidson"])
+def test_other_kinds_validate_test_and_predict(name: str, base: str, tmp_path: Path) -> None:
+    module, run = fit(name, base, tmp_path, 4)
+    data = PreferenceDataModule(predict=rows_of(module.loss, 5), test=rows_of(module.loss, 5), batch_size=2)
+    wanted = {"labels": "test/auc", "rankings": "test/top1", "pairs": "test/ece"}[module.loss.kind]
+    assert wanted in run.test(module, data, verbose=False)[0]
+    found = [row for batch in run.predict(module, data) for row in batch]
+    assert len(found) == 5
+    if name == "plackett_luce":
+        assert [len(row["scores"]) for row in found] == [2, 3, 4, 2, 3]
+
+
+@pytest.mark.parametrize("name", ["kto", "plackett_luce", "simpo", "orpo", "aot", "bco_unpaired", "last_k"])
+def test_every_kind_of_loss_learns(name: str, base: str, tmp_path: Path) -> None:
+    scorer, loss = (make() for make in EVERY_LOSS[name])
+    torch.manual_seed(0)
+    module = PreferenceModule(base, scorer, loss, optimizer=lambda p: torch.optim.AdamW(p, lr=3e-3))
+    rows = rows_of(loss, 16)
+    data = PreferenceDataModule(rows, rows, batch_size=8, show_example=False)
+    run = trainer(tmp_path, max_epochs=40)
+    before = run.validate(module, data, verbose=False)[0]
+    run.fit(module, data)
+    after = run.validate(module, data, verbose=False)[0]
+    assert after["val/loss"] < before["val/loss"]
+    key = "val/auc" if loss.kind == "labels" else "val/accuracy"
+    assert after[key] > 0.9
+
+
+# -- stored references ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("lora", [None, LoRA(rank=2)])
+def test_stored_references_are_the_references(lora: LoRA | None, base: str, tmp_path: Path, caplog: Any) -> None:
+    file = write_rows(tmp_path / "pairs.jsonl", pairs(9))
+
+    def once(root: str, store: bool, epochs: int = 2, file: str = file, model: str = base) -> Any:
+        torch.manual_seed(0)
+        scorer = ImplicitReward(BETA, store=store)
+        module = PreferenceModule(model, scorer, lora=lora, optimizer=sgd(0.1))
+        data = PreferenceDataModule(file, pairs(3), batch_size=4, seed=1, show_example=False)
+        run = trainer(tmp_path / root, max_epochs=epochs)
+        run.fit(module, data)
+        return module, run
+
+    caplog.set_level("INFO", "rlhf_lightning")
+    plain, run = once("plain", store=False)
+    stored, again = once("stored", store=True)
+    folder = tmp_path / "pairs.jsonl.reference"
+    (first,) = folder.iterdir()
+    stamp = first.stat().st_mtime_ns
+    assert "train: log-probabilities of the reference are stored in" in caplog.text
+    for key, value in weights(plain).items():
+        torch.testing.assert_close(weights(stored)[key], value, rtol=1e-4, atol=1e-6)
+    for key in ("val/loss", "val/accuracy", "val/kl"):
+        assert float(run.callback_metrics[key]) == pytest.approx(float(again.callback_metrics[key]), rel=1e-4)
+    assert (stored.frozen is None) == (lora is None)  # a copy of the weights is let go, a disabled adapter costs none
+
+    caplog.clear()
+    reused, _ = once("reused", store=True)
+    assert "train: stored log-probabilities of the reference" in caplog.text
+    assert first.stat().st_mtime_ns == stamp
+    for key, value in weights(stored).items():
+        assert torch.equal(weights(reused)[key], value)
+
+    other = write_rows(tmp_path / "pairs.jsonl", pairs(8))  # other rows in the same file
+    once("rows", store=True, epochs=1, file=other)
+    assert len(list(folder.iterdir())) == 2
+    moved = tmp_path / "moved"
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(base)
+    with torch.no_grad():
+        model.model.norm.weight.mul_(1.1)
+    model.save_pretrained(moved)
+    AutoTokenizer.from_pretrained(base).save_pretrained(moved)
+    once("model", store=True, epochs=1, model=str(moved))
+    assert len(list(folder.iterdir())) == 3
+
+
+def test_stored_references_over_two_ranks(base: str, tmp_path: Path) -> None:
+    results = []
+    for devices in (1, 2):
+        root = tmp_path / str(devices)
+        root.mkdir()
+        file = write_rows(root / "pairs.jsonl", pairs(5))
+        module = PreferenceModule(base, ImplicitReward(BETA, store=True), optimizer=sgd(0.1), dtype="float64")
+        data = PreferenceDataModule(file, batch_size=4 // devices, seed=1, show_example=False)
+        strategy = "ddp_fork" if devices == 2 else "auto"
+        options = {"devices": devices, "strategy": strategy, "precision": "64-true", "callbacks": [ExportModel()]}
+        trainer(root, **options).fit(module, data)
+        from safetensors.torch import load_file
+
+        (stored,) = (root / "pairs.jsonl.reference").iterdir()
+        results.append({**load_file(root / "model" / "model.safetensors"), **load_file(stored)})
+    for key, value in results[0].items():
+        torch.testing.assert_close(results[1][key], value, rtol=1e-5, atol=1e-6)
+
+
+# -- metrics ----------------------------------------------------------------------------------------------------------
+
+
+def test_metrics_of_uneven_batches_are_those_of_all_rows(base: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    module = PreferenceModule(base)
+    rows = [{**row, "category": ["easy", "hard"][i % 2]} for i, row in enumerate(pairs(11))]
+    data = PreferenceDataModule(validation=rows, batch_size=4, show_example=False)
+    found = trainer(tmp_path).validate(module, data, verbose=False)[0]
+    prompts = [row["prompt"] for row in rows]
+    chosen, rejected = (module.score(prompts, [row[side] for row in rows]) for side in ("chosen", "rejected"))
+    right = (chosen > rejected).float()
+    assert found["val/accuracy"] == pytest.approx(float(right.mean()))
+    for number, name in enumerate(("easy", "hard")):
+        assert found[f"val/accuracy_category_{name}"] == pytest.approx(float(right[number::2].mean()))
+    sizes = [(r.chosen.trained, r.rejected.trained) for r in data.prepared["validation"].rows]
+    longer = torch.tensor([float(c > r) for c, r in sizes])
+    assert found["val/accuracy_longer_wins"] == pytest.approx(float(longer.mean()))
+    assert found["val/accuracy_chosen_longer"] == pytest.approx(float(right[longer > 0].mean()))
+    probability = (chosen - rejected).sigmoid()
+    assert found["val/brier"] == pytest.approx(float((1 - probability).square().mean()), rel=1e-4)
+    assert found["val/loss"] == pytest.approx(float(-probability.log().mean()), rel=1e-4)
+    quarters = [found[f"val/accuracy_margin_q{q}"] for q in (1, 2, 3, 4)]
+    assert all(0 <= value <= 1 for value in quarters)
+    curve = module.last_report["reliability"]
+    assert sum(bin["pairs"] for bin in curve) == 11
+
+
+def test_ties_of_scores_are_wrong_and_labelled_ties_are_left_out() -> None:
+    from rlhf_lightning.modules.preference_metrics import pair_report
+
+    rows = {
+        "chosen": torch.tensor([1.0, 1.0, 0.0, 2.0]),
+        "rejected": torch.tensor([0.0, 1.0, 1.0, 0.0]),
+        "ties": torch.tensor([0.0, 0.0, 0.0, 1.0]),
+        "chosen_lengths": torch.tensor([3.0, 2.0, 1.0, 9.0]),
+        "rejected_lengths": torch.tensor([1.0, 2.0, 2.0, 1.0]),
+    }
+    numbers, _ = pair_report(rows, [])
+    assert numbers["accuracy"] == pytest.approx(1 / 3)
+    assert numbers["accuracy_longer_wins"] == pytest.approx(1 / 3)
+
+
+def test_dpo_starts_at_log_two_and_logs_what_it_is_made_of(base: str, tmp_path: Path) -> None:
+    module = PreferenceModule(base, implicit(), optimizer=sgd(0.0))
+    data = PreferenceDataModule(pairs(4), pairs(4), batch_size=4, show_example=False)
+    run = trainer(tmp_path)
+    run.fit(module, data)
+    logged = {key: float(value) for key, value in run.callback_metrics.items()}
+    assert logged["train/loss"] == pytest.approx(0.693147, abs=1e-5)
+    for key in ("margin", "chosen_score", "rejected_score", "kl"):
+        assert logged[f"val/{key}"] == pytest.approx(0.0, abs=1e-5)
+    assert logged["val/chosen_logps"] < 0
+    assert logged["train/rejected_logps"] < 0
+
+
+def test_a_loss_of_the_users_own_is_handed_what_it_names(base: str, tmp_path: Path) -> None:
+    """From the batches of any loader: a column of its own, and what the scorer knows."""
+
+    class Weighted(preference.PairLoss):
+        def __call__(self, chosen: Any, rejected: Any, *, trust: Any, chosen_lengths: Any, **_: Any) -> Any:
+            seen.append((trust.tolist(), chosen_lengths.tolist()))
+            return trust * preference.bradley_terry(chosen, rejected)
+
+    seen: list[Any] = []
+    ids, mask = torch.arange(3, 27).view(4, 6), torch.tensor([[0, 0, 0, 1, 1, 1]] * 4)
+    batch = {"input_ids": ids, "mask": mask.float(), "lengths": torch.full((4,), 6), "weights": torch.ones(2)}
+    module = PreferenceModule(base, loss=Weighted(), optimizer=sgd(0.1))
+    batches = [{**batch, "trust": torch.tensor([0.5, 1.0])}]
+    trainer(tmp_path).fit(module, torch.utils.data.DataLoader(batches, batch_size=None))
+    assert seen == [([0.5, 1.0], [3.0, 3.0])]

@@ -1,0 +1,219 @@
+"""What a preference stage leaves behind: every reader gives the score that training gave."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from rlhf_lightning import PreferenceDataModule, PreferenceModule
+from rlhf_lightning.callbacks.export import ExportModel
+from rlhf_lightning.cli import main as entry
+from rlhf_lightning.errors import ConfigError
+from rlhf_lightning.models.lora import LoRA
+from rlhf_lightning.models.reward_model import RewardModel
+from rlhf_lightning.models.scorers import ImplicitReward, RewardHead, SequenceLogprob
+from rlhf_lightning.rollout.rewards import ModelReward
+from tests.conftest import build_model, pairs, sgd, trainer, write_rows
+
+ROWS = pairs(7)
+TEXTS = [row["prompt"] for row in ROWS], [row["chosen"] for row in ROWS]
+
+
+def train(root: Path, model: Any, scorer: Any, lora: LoRA | None = None, **options: Any) -> PreferenceModule:
+    """A stage as the driver runs it, weights far enough from the start."""
+    torch.manual_seed(0)
+    module = PreferenceModule(model, scorer, lora=lora, optimizer=sgd(0.3), **options)
+    data = PreferenceDataModule(ROWS, batch_size=4, show_example=False)
+    trainer(root, callbacks=[ExportModel()], max_epochs=2).fit(module, data)
+    return module
+
+
+def folder_of(architecture: str, tokenizer: Any, root: Path) -> str:
+    build_model(tokenizer, architecture=architecture).save_pretrained(root / architecture)
+    tokenizer.save_pretrained(root / architecture)
+    return str(root / architecture)
+
+
+def close(found: torch.Tensor, wanted: torch.Tensor) -> None:
+    torch.testing.assert_close(found.float(), wanted, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("architecture", ["qwen3", "llama", "gpt2"])
+@pytest.mark.parametrize("stop_as_pad", [False, True])
+@pytest.mark.parametrize("lora", [None, LoRA(rank=2, target=["attention"])])
+def test_stock_libraries_give_the_score(
+    architecture: str, lora: Any, stop_as_pad: bool, tokenizer: Any, tmp_path: Path
+) -> None:
+    """Alone, batched with padding on the right and on the left, and with LoRA merged."""
+    from peft import AutoPeftModelForSequenceClassification
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    base = folder_of(architecture, tokenizer, tmp_path)
+    if stop_as_pad:  # as many tokenizers come: stock pooling would skip the token that the score is read at
+        config = json.loads((Path(base) / "config.json").read_text())
+        (Path(base) / "config.json").write_text(json.dumps({**config, "pad_token_id": tokenizer.eos_token_id}))
+        tokenizer.pad_token = tokenizer.eos_token
+        tokenizer.save_pretrained(base)
+    module = train(tmp_path / "run", base, RewardHead(), lora)
+    folder = tmp_path / "run" / "model"
+    wanted = module.score(*TEXTS)
+    assert float(wanted.std()) > 0.01
+    saved = AutoTokenizer.from_pretrained(folder)
+    rows = [module.renderer.exchange(*_messages(p, r)).ids for p, r in zip(*TEXTS, strict=True)]
+    if lora:
+        model = AutoPeftModelForSequenceClassification.from_pretrained(folder)
+    else:
+        model = AutoModelForSequenceClassification.from_pretrained(folder)
+        assert model.config.num_labels == 1
+        assert model.config.pad_token_id == saved.pad_token_id
+    model.eval()
+    everyone = [model, model.merge_and_unload()] if lora else [model]
+    for one in everyone:
+        with torch.no_grad():
+            close(torch.cat([one(torch.tensor([ids])).logits[:, 0] for ids in rows]), wanted)
+            for side in ("right", "left"):
+                saved.padding_side = side
+                batch = saved.pad({"input_ids": rows}, return_tensors="pt")
+                extra = {}
+                if side == "left" and architecture == "gpt2":  # absolute positions: they follow the mask
+                    extra = {"position_ids": (batch["attention_mask"].cumsum(-1) - 1).clamp(min=0)}
+                close(one(**batch, **extra).logits[:, 0], wanted)
+
+
+def _messages(prompt: str, response: str) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
+    return [{"role": "user", "content": prompt}], [{"role": "assistant", "content": response}]
+
+
+SCORERS = {
+    "head": lambda: RewardHead(),
+    "last_k": lambda: RewardHead(last_k=3),
+    "logprob": lambda: SequenceLogprob(),
+    "mean": lambda: SequenceLogprob(length_normalised=True, beta=2.0),
+    "implicit": lambda: ImplicitReward(0.5),
+    "implicit_mean": lambda: ImplicitReward(5.0, length_normalised=True),
+}
+
+
+@pytest.mark.parametrize("lora", [None, LoRA(rank=2, target=["all"])])
+@pytest.mark.parametrize("name", SCORERS)
+def test_every_reader_of_a_folder_gives_the_score(
+    name: str, lora: Any, base: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The module, a row that shares its prompt, a fresh load, `rlhf score`, the reward of RL, merged, moved."""
+    module = train(tmp_path / "run" / "rm", base, SCORERS[name](), lora)
+    folder = tmp_path / "run" / "rm" / "model"
+    wanted = module.score(*TEXTS)
+    assert float(wanted.std()) > 1e-3
+    close(torch.cat([module.score([p], [r]) for p, r in zip(*TEXTS, strict=True)]), wanted)
+    shared = module.score(
+        [p for p in TEXTS[0] for _ in (0, 1)], [r for row in ROWS for r in (row["chosen"], row["rejected"])]
+    )
+    close(shared[::2], wanted)
+    judge = RewardModel(str(folder))
+    close(judge.score(*TEXTS), wanted)
+    # A second stage could start from it and score alike.
+    reference = {"reference": base} if isinstance(module.scorer, ImplicitReward) else {}
+    again = PreferenceModule(str(folder), type(module.scorer)(**{**module.scorer.arguments(), **reference}))
+    if not lora:
+        close(again.score(*TEXTS), wanted)
+    file = responses_file(tmp_path)
+    with pytest.raises(SystemExit) as stop:
+        entry.main(["score", str(folder), file])
+    assert stop.value.code == 0
+    printed = capsys.readouterr()
+    close(torch.tensor([json.loads(line)["score"] for line in printed.out.splitlines()]), wanted)
+    assert "rows 7" in printed.err
+    reward = ModelReward(str(folder))
+    reward.bind(module.renderer)
+    assert reward._by_tokens
+    shutil.move(tmp_path / "run", tmp_path / "moved")
+    close(RewardModel(str(tmp_path / "moved" / "rm" / "model")).score(*TEXTS), wanted)
+
+
+def responses_file(root: Path) -> str:
+    return write_rows(root / "rows.jsonl", [{"prompt": p, "response": r} for p, r in zip(*TEXTS, strict=True)])
+
+
+def test_a_moved_run_finds_its_reference(base: str, tmp_path: Path) -> None:
+    """A reference inside the run is found beside the model, also where the old place holds another model now."""
+    shutil.copytree(base, tmp_path / "run" / "sft" / "model")
+    start = str(tmp_path / "run" / "sft" / "model")
+    module = train(tmp_path / "run" / "dpo", start, ImplicitReward(0.5))
+    wanted = module.score(*TEXTS)
+    facts = json.loads((tmp_path / "run" / "dpo" / "model" / "stage.json").read_text())
+    assert facts["reference"] == "../../sft/model"
+    shutil.copytree(tmp_path / "run", tmp_path / "copy")
+    shutil.rmtree(start)
+    shutil.copytree(tmp_path / "copy" / "dpo" / "model", start)  # another model now
+    close(RewardModel(str(tmp_path / "copy" / "dpo" / "model")).score(*TEXTS), wanted)
+    shutil.rmtree(tmp_path / "run")
+    close(RewardModel(str(tmp_path / "copy" / "dpo" / "model")).score(*TEXTS), wanted)
+
+
+def test_a_reference_outside_the_run_is_kept_as_it_is(base: str, tmp_path: Path) -> None:
+    module = train(tmp_path / "runs" / "one" / "dpo", base, ImplicitReward(0.5))
+    folder = tmp_path / "runs" / "one" / "dpo" / "model"
+    assert json.loads((folder / "stage.json").read_text())["reference"] is None
+    shutil.move(tmp_path / "runs" / "one", tmp_path / "elsewhere")
+    close(RewardModel(str(tmp_path / "elsewhere" / "dpo" / "model")).score(*TEXTS), module.score(*TEXTS))
+
+
+def test_a_reference_that_is_the_model_itself_is_refused(base: str, tmp_path: Path) -> None:
+    train(tmp_path / "dpo", base, ImplicitReward(0.5))
+    folder = tmp_path / "dpo" / "model"
+    facts = json.loads((folder / "stage.json").read_text())
+    facts["scorer"]["init_args"]["reference"], facts["reference"] = str(folder), None
+    (folder / "stage.json").write_text(json.dumps(facts))
+    with pytest.raises(ConfigError, match="names itself as its reference"):
+        RewardModel(str(folder))
+
+
+def test_the_shift_is_applied_on_request_only(base: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    module = train(tmp_path / "rm", base, RewardHead())
+    folder = str(tmp_path / "rm" / "model")
+    with pytest.raises(ConfigError, match="has no reward_shift"):
+        RewardModel(folder, shifted=True)
+    file = responses_file(tmp_path)
+    for args in (["--set_shift"], ["--set_shift"], ["--set_shift", "--shifted"]):  # a second time changes nothing
+        with pytest.raises(SystemExit) as stop:
+            entry.main(["score", folder, file, *args])
+        assert stop.value.code == 0
+    wanted = module.score(*TEXTS)
+    close(RewardModel(folder).score(*TEXTS), wanted)
+    close(RewardModel(folder, shifted=True).score(*TEXTS), wanted - wanted.mean())
+    capsys.readouterr()
+
+
+def test_a_policy_from_dpo_is_an_ordinary_causal_model(base: str, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    module = train(tmp_path / "dpo", base, ImplicitReward(0.5))
+    folder = tmp_path / "dpo" / "model"
+    model, ids = AutoModelForCausalLM.from_pretrained(folder), torch.arange(3, 20)[None]
+    assert AutoTokenizer.from_pretrained(folder).chat_template
+    assert (folder / "generation_config.json").exists()
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids).logits, module.model(ids).logits)
+
+
+@pytest.mark.parametrize("options", [{"format": "raw"}, {"template_kwargs": {"calm": True}}])
+def test_the_way_rows_were_rendered_is_saved(options: dict[str, Any], base: str, tmp_path: Path) -> None:
+    """A model trained on plain text, or with settings of its template, is scored on the same."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer.chat_template = "{% if calm %}Calmly.\n{% endif %}" + tokenizer.chat_template
+    tokenizer.save_pretrained(base)
+    torch.manual_seed(0)
+    module = PreferenceModule(base, RewardHead(), optimizer=sgd(0.3))
+    data = PreferenceDataModule(ROWS, batch_size=4, show_example=False, **options)
+    trainer(tmp_path / "run", callbacks=[ExportModel()]).fit(module, data)
+    pairs = data.prepared["train"].rows
+    wanted = module.score_tokens([p.chosen.ids for p in pairs], [p.chosen.mask for p in pairs])
+    close(module.score(*TEXTS), wanted)
+    judge = RewardModel(str(tmp_path / "run" / "model"))
+    close(judge.score(*TEXTS), wanted)
+    assert judge.same_tokens(module.renderer)
