@@ -42,7 +42,7 @@ class Run:
             main(args)
         except SystemExit as stop:
             code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
-        except BaseException:
+        except BaseException:  # noqa: BLE001 - as the interpreter does
             traceback.print_exc()
         finally:
             sys.stdout.flush()

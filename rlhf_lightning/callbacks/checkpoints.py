@@ -7,16 +7,14 @@ from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Checkpoint
-from torch import Tensor
-from torchmetrics import Metric
 
 from rlhf_lightning.callbacks.checkpoint_io import saved_steps
 from rlhf_lightning.callbacks.environment import differences, environment
 from rlhf_lightning.callbacks.faults import require_finite
+from rlhf_lightning.callbacks.logged import logged_state, restore_last_values, restore_logged
 from rlhf_lightning.callbacks.metrics_csv import MetricsCSV
 from rlhf_lightning.callbacks.signals import StopSignals
 from rlhf_lightning.errors import ConfigError
-from rlhf_lightning.rollout.ranks import gather
 
 log = logging.getLogger(__name__)
 
@@ -56,6 +54,8 @@ class RunCheckpoints(Checkpoint):
         """What each resume that was not bit for bit had differently."""
         self._step = self._saved = 0
         self._due = self._boundary = self._stopping = False
+        self._first: bool | None = None
+        self._logged: dict[str, Any] | None = None
 
     # -- state ----------------------------------------------------------------------------------------------------
 
@@ -67,20 +67,26 @@ class RunCheckpoints(Checkpoint):
 
     def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         checkpoint["environment"] = environment(trainer)
-        checkpoint["metrics_under_way"] = gather(_states(trainer, pl_module))
+        checkpoint["logged"] = logged_state(trainer, pl_module, self._first)
 
     def on_load_checkpoint(self, trainer: pl.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         changed = differences(checkpoint.get("environment") or {}, environment(trainer))
         if changed and trainer.state.fn == "fit":
             self.inexact = [*self.inexact, f"step {checkpoint['global_step']}: {', '.join(changed)}"]
             log.warning("this resume is not bit for bit the run it goes on with: %s", ", ".join(changed))
-        states = checkpoint.get("metrics_under_way") or []
-        if len(states) == trainer.world_size:
-            _restore(pl_module, states[trainer.global_rank])
+        self._logged = checkpoint.get("logged")
 
     # -- hooks ----------------------------------------------------------------------------------------------------
 
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        if self._logged:
+            restore_last_values(trainer, self._logged)
+
     def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        if self._logged:
+            restore_logged(trainer, pl_module, self._logged)
+        self._first = self._logged and self._logged["first"]
+        self._logged = None
         self._step = self._saved = trainer.global_step
         self._due = self._boundary = self._stopping = False
         self._time = time.monotonic()
@@ -96,6 +102,7 @@ class RunCheckpoints(Checkpoint):
             self.signals.on()
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self._first = trainer._logger_connector._first_loop_iter
         self._boundary = trainer.global_step != self._step
         if not self._boundary:
             return  # between the micro-batches of an optimizer step: gradients are not in a checkpoint
@@ -161,26 +168,3 @@ class RunCheckpoints(Checkpoint):
         if self._stopping:
             log.warning("stopped after step %d; the same command goes on from there", trainer.global_step)
             raise KeyboardInterrupt
-
-
-def _states(trainer: pl.Trainer, pl_module: Any) -> dict[str, dict[str, Tensor]]:
-    """Training metrics that are summed up over the epoch, as far as this rank has come."""
-    progress: Any = trainer.fit_loop.epoch_progress.current
-    results = trainer.fit_loop.epoch_loop._results
-    if progress.processed != progress.completed:
-        return {}  # the epoch is over: the next begins anew
-    logged = {id(item.value) for item in results.values() if not item.is_tensor and item.meta.on_epoch}
-    return {
-        name: {key: value.cpu() for key in metric._defaults if isinstance(value := getattr(metric, key), Tensor)}
-        for name, metric in pl_module.named_modules()
-        if isinstance(metric, Metric) and id(metric) in logged
-    }
-
-
-def _restore(pl_module: Any, states: dict[str, dict[str, Tensor]]) -> None:
-    for name, metric in pl_module.named_modules():
-        if name in states and isinstance(metric, Metric):
-            for key, value in states[name].items():
-                setattr(metric, key, value.to(metric.device))
-            metric._update_count = 1
-            metric._computed = None
