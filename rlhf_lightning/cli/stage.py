@@ -12,6 +12,7 @@ import yaml
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch.multiprocessing import ProcessExitedException
 
 from rlhf_lightning.callbacks.checkpoint_io import candidates, newest_whole
 from rlhf_lightning.cli.logs import LEVELS, setup_logging
@@ -280,6 +281,11 @@ def run(args: list[str]) -> int:
         print(f"{done} is finished already; --fresh runs it again", file=sys.stderr)
     except MisconfigurationException as error:
         raise UserError(str(error)) from error
+    except ProcessExitedException as error:
+        raise UserError(
+            f"a process of the run died ({error}), and the others were ended. If it was killed, memory may have run "
+            "out (see the system's log); the same command resumes the run."
+        ) from error
     except OSError as error:
         if error.errno not in REMEDIES:
             raise

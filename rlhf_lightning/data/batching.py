@@ -9,6 +9,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from rlhf_lightning.errors import ConfigError
+
 Counts = dict[str, float]
 
 
@@ -101,14 +103,21 @@ class RowLoader:
             self._position = (first + k + 1) % len(self)
             rows = parts[k * layout.world + layout.rank]
             batch = self.collate(rows, [1.0] * len(rows)) if rows else self.collate(window[:1], [0.0])
-            yield {**batch, "denominators": denominators}
+            where = [getattr(row, "where", "") for row in rows]
+            yield {**batch, "denominators": denominators, "where": where}
 
     def state_dict(self) -> dict[str, int]:
-        """Batches taken of this epoch."""
-        return {"position": self._position}
+        """Batches taken of this epoch, by each of how many ranks."""
+        return {"position": self._position, "world": self.layout().world}
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
-        self._position = int(state["position"])
+        self._position, world = int(state["position"]), self.layout().world
+        if self._position and state.get("world", world) != world:
+            raise ConfigError(
+                f"the checkpoint was written by {state['world']} ranks in the middle of an epoch, and this run has "
+                f"{world}: rows would be trained on twice or left out. Resume it with as many devices, or from a "
+                "checkpoint at the end of an epoch (--ckpt_path)."
+            )
 
 
 def split_evenly(rows: Sequence[Any], parts: int) -> list[list[Any]]:
