@@ -56,7 +56,7 @@ def test_damage_is_found(tmp_path: Path) -> None:
     ):
         path.write_bytes(bad)
         assert damage(path), len(bad)
-        with pytest.raises(DamagedCheckpoint, match="step=1.ckpt: the checkpoint is damaged"):
+        with pytest.raises(DamagedCheckpoint, match=r"step=1\.ckpt: the checkpoint is damaged"):
             io.load_checkpoint(path)
 
 
@@ -114,7 +114,7 @@ def test_a_resume_elsewhere_says_that_it_is_not_exact(base: str, tmp_path: Path,
         engine.fit(SFTModule(base), data, ckpt_path=resume, weights_only=True)
         facts = json.loads((tmp_path / "stage.json").read_text())
         assert facts["environment"] == environment(engine)
-        assert ("inexact_resumes" in facts) == ("not bit for bit" in caplog.text)
+        assert len(facts.get("inexact_resumes", [])) == caplog.text.count("not bit for bit")
 
     caplog.set_level(logging.WARNING, "rlhf_lightning")
     run(1)
@@ -249,7 +249,7 @@ def test_such_steps_are_left_out_where_asked(accumulate: int, base: str, tmp_pat
 
 
 def test_too_many_in_a_row_stop_it_all_the_same(base: str, tmp_path: Path) -> None:
-    with pytest.raises(NonFiniteError, match="step 4: .*3 steps in a row"):
+    with pytest.raises(NonFiniteError, match=r"step 4: .*3 steps in a row"):
         spoilt(base, tmp_path, NonFiniteGuard("skip", limit=3), tuple(range(8)))
     with pytest.raises(ConfigError, match="'ignore'"):
         NonFiniteGuard("ignore")
@@ -273,9 +273,10 @@ def test_weights_that_are_no_numbers_are_neither_saved_nor_exported(base: str, t
             if batch_idx == 2:
                 next(self.parameters()).data[0, 0] = math.inf
 
-    def run(*callbacks: Any) -> None:
+    def run(callback: Any) -> None:
         data = SFTDataModule(chats(8), batch_size=2, show_example=False)
-        trainer(tmp_path, callbacks=list(callbacks), enable_checkpointing=True, limit_train_batches=3).fit(
+        saves = isinstance(callback, RunCheckpoints)
+        trainer(tmp_path, callbacks=[callback], enable_checkpointing=saves, limit_train_batches=3).fit(
             Overflow(base), data
         )
 
@@ -283,7 +284,7 @@ def test_weights_that_are_no_numbers_are_neither_saved_nor_exported(base: str, t
         run(ExportModel())
     assert not (tmp_path / "model").exists()
     assert not (tmp_path / "stage.json").exists()
-    with pytest.raises(NonFiniteError, match="after step 3, 1 weights .*no checkpoint"):
+    with pytest.raises(NonFiniteError, match=r"after step 3, 1 weights .*no checkpoint"):
         run(RunCheckpoints(every=1))
     assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"step=1.ckpt", "step=2.ckpt"}
 

@@ -55,6 +55,7 @@ class RunCheckpoints(Checkpoint):
         self._step = self._saved = 0
         self._due = self._boundary = self._stopping = False
         self._first: bool | None = None
+        self._changed = ""
         self._logged: dict[str, Any] | None = None
 
     # -- state ----------------------------------------------------------------------------------------------------
@@ -72,17 +73,22 @@ class RunCheckpoints(Checkpoint):
     def on_load_checkpoint(self, trainer: pl.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         changed = differences(checkpoint.get("environment") or {}, environment(trainer))
         if changed and trainer.state.fn == "fit":
-            self.inexact = [*self.inexact, f"step {checkpoint['global_step']}: {', '.join(changed)}"]
+            self._changed = f"step {checkpoint['global_step']}: {', '.join(changed)}"
             log.warning("this resume is not bit for bit the run it goes on with: %s", ", ".join(changed))
         self._logged = checkpoint.get("logged")
 
     # -- hooks ----------------------------------------------------------------------------------------------------
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        # Not while it is loaded: Lightning puts back the state of callbacks, and resets what was logged, after that.
+        if self._changed:
+            self.inexact.append(self._changed)
+            self._changed = ""
         if self._logged:
             restore_last_values(trainer, self._logged)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        self.on_fit_start(trainer, pl_module)  # some strategies load only after that
         if self._logged:
             restore_logged(trainer, pl_module, self._logged)
         self._first = self._logged and self._logged["first"]

@@ -41,8 +41,8 @@ class ExportModel(pl.Callback):
         monitored = any(getattr(saver, "monitor", None) for saver in trainer.checkpoint_callbacks)
         if stage == "fit" and self.which == "best" and not monitored:
             raise ConfigError(
-                "--export best needs a ModelCheckpoint that monitors a metric: add one to trainer.callbacks, "
-                "for example with monitor: val/nll"
+                "--export best needs a metric to go by: --monitor val/nll, or a ModelCheckpoint with a monitor in "
+                "trainer.callbacks"
             )
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
