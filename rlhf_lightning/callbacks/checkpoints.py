@@ -91,7 +91,7 @@ class RunCheckpoints(Checkpoint):
         self.on_fit_start(trainer, pl_module)  # some strategies load only after that
         if self._logged:
             restore_logged(trainer, pl_module, self._logged)
-        self._first = self._logged and self._logged["first"]
+        self._first = self._logged["first"] if self._logged else None
         self._logged = None
         self._step = self._saved = trainer.global_step
         self._due = self._boundary = self._stopping = False

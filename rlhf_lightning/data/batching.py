@@ -113,8 +113,9 @@ class RowLoader:
             yield first + k, {**batch, "denominators": denominators, "where": where}
 
     def state_dict(self) -> dict[str, int]:
-        """Batches taken of this epoch, by each of how many ranks."""
-        return {"position": self._position, "world": self.layout().world}
+        """Batches taken of this epoch and, within it, by each of how many ranks."""
+        inside = {"world": self.layout().world} if self._position else {}
+        return {"position": self._position, **inside}
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
         self._position = self._start = int(state["position"])

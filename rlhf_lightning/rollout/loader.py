@@ -155,7 +155,7 @@ class RolloutLoader:
         if inside and len(state["rows"]) != layout.world:
             raise ConfigError(
                 f"the checkpoint was written by {len(state['rows'])} ranks within a round and holds "
-                f"their episodes; this run has {layout.world}. Resume it with as many devices, or from a checkpoint at the end of a "
-                "round (--ckpt_path); one is written there if --checkpoint_every is a multiple of a round's steps."
+                f"their episodes; this run has {layout.world}. Resume it with as many devices, or from a checkpoint at "
+                "the end of a round (--ckpt_path): one is there if --checkpoint_every is a multiple of its steps."
             )
         self._restored = [Segment(**row) for row in state["rows"][layout.rank]] if inside else None
