@@ -86,6 +86,7 @@ class RunCheckpoints(Checkpoint):
             self._changed = ""
         if self._logged:
             restore_last_values(trainer, self._logged)
+            trainer.num_sanity_val_steps = 0  # it was passed by the run that is resumed, and would reset those values
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         self.on_fit_start(trainer, pl_module)  # some strategies load only after that
