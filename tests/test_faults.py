@@ -7,6 +7,8 @@ import os
 import resource
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -26,7 +28,7 @@ from rlhf_lightning.errors import ConfigError
 from rlhf_lightning.modules.sft import SFTModule
 from tests.conftest import chats, sgd, trainer, write_rows
 from tests.runs import Run, complete
-from tests.test_resume import at, killed, result
+from tests.test_resume import at, config, killed, result
 from tests.test_resume import whole as whole_runs
 
 whole = whole_runs  # the same fixture, made once for this file
@@ -365,3 +367,22 @@ def test_the_others_end_when_a_process_dies(whole: Any, tmp_path: Path) -> None:
     assert "a process of the run died" in text
     assert "SIGKILL" in text
     assert time.monotonic() - begun < 60
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "all_of_them"), [(signal.SIGINT, True), (signal.SIGTERM, False)])
+def test_real_processes_stop_together(number: int, all_of_them: bool, base: str, tmp_path: Path) -> None:
+    """The launcher of the command line, Ctrl-C for all processes as a terminal sends it, SIGTERM for the first."""
+    command = [sys.executable, "-m", "rlhf_lightning", *config("sft", base, tmp_path), "--trainer.devices", "2"]
+    command += ["--trainer.strategy", "ddp", "--trainer.max_epochs", "1000", "--checkpoint_every", "100000"]
+    command += ["--trainer.default_root_dir", str(tmp_path / "run")]
+    logged = tmp_path / "run" / "metrics.csv"
+    with open(tmp_path / "out.txt", "wb") as out:
+        process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, start_new_session=True)
+    begun = time.monotonic()
+    while not logged.exists() and time.monotonic() - begun < 150:
+        time.sleep(0.1)
+    (os.killpg if all_of_them else os.kill)(process.pid, number)
+    assert process.wait(60) == 130, (tmp_path / "out.txt").read_text()
+    (saved,) = (tmp_path / "run" / "checkpoints").iterdir()
+    assert f"stopped after {saved.stem.replace('=', ' ')}" in (tmp_path / "out.txt").read_text()
