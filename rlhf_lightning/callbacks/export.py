@@ -1,7 +1,7 @@
 """The end of a stage: its model folder and `stage.json`."""
 
 import logging
-import platform
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -9,9 +9,13 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities import rank_zero_only
+from safetensors import SafetensorError
 
 from rlhf_lightning.callbacks.best import BestUnderKL
+from rlhf_lightning.callbacks.checkpoints import RunCheckpoints
 from rlhf_lightning.callbacks.collapse import StopOnCollapse
+from rlhf_lightning.callbacks.environment import environment, versions
+from rlhf_lightning.callbacks.faults import NonFiniteGuard, require_finite
 from rlhf_lightning.data.templates import TEMPLATE_DATE
 from rlhf_lightning.errors import ConfigError, UserError
 from rlhf_lightning.files import hash_folder, write_json
@@ -37,8 +41,8 @@ class ExportModel(pl.Callback):
         monitored = any(getattr(saver, "monitor", None) for saver in trainer.checkpoint_callbacks)
         if stage == "fit" and self.which == "best" and not monitored:
             raise ConfigError(
-                "--export best needs a ModelCheckpoint that monitors a metric: add one to trainer.callbacks, "
-                "for example with monitor: val/nll"
+                "--export best needs a metric to go by: --monitor val/nll, or a ModelCheckpoint with a monitor in "
+                "trainer.callbacks"
             )
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
@@ -47,6 +51,7 @@ class ExportModel(pl.Callback):
             return
         if self.which == "best":
             self._load_best(trainer, pl_module)
+        require_finite(pl_module, "at the end", "they are not saved as a model")
         trainer.strategy.barrier("export")
         self._write(trainer, pl_module)
         trainer.strategy.barrier("exported")
@@ -68,7 +73,14 @@ class ExportModel(pl.Callback):
     def _write(self, trainer: pl.Trainer, pl_module: Any) -> None:
         root = Path(trainer.default_root_dir)
         folder = root / "model"
-        pl_module.save_pretrained(folder)
+        try:
+            pl_module.save_pretrained(folder)
+        except (OSError, SafetensorError) as error:
+            shutil.rmtree(folder.with_name(f".{folder.name}.partial"), ignore_errors=True)
+            raise UserError(
+                f"{folder}: the model cannot be written ({error}). Make room or mend the folder's rights; the same "
+                "command then writes it, without training again."
+            ) from error
         data = trainer.datamodule  # type: ignore[attr-defined]
         facts = {
             **pl_module.stage_facts(),
@@ -80,21 +92,26 @@ class ExportModel(pl.Callback):
             "seed": _seed(),
             "seconds": round(time.time() - self._started, 2),
             "versions": versions(),
+            "environment": environment(trainer),
             "model_hash": hash_folder(folder),
         }
         if stopped := [callback.stopped for callback in _stoppers(trainer) if callback.stopped]:
             facts["stopped"] = stopped[0]
+        facts |= _history(trainer)
         write_json(folder / "stage.json", facts)
         write_json(root / "stage.json", facts)
         log.info("model folder: %s", folder)
 
 
-def versions() -> dict[str, str]:
-    """Versions of what a result depends on."""
-    from importlib.metadata import version
-
-    names = ("rlhf-lightning", "torch", "lightning", "transformers", "peft", "torchmetrics")
-    return {"python": platform.python_version(), **{name: version(name) for name in names}}
+def _history(trainer: pl.Trainer) -> dict[str, Any]:
+    """What befell the run, where something did."""
+    facts: dict[str, Any] = {}
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, NonFiniteGuard) and callback.skipped:
+            facts["skipped_steps"] = callback.skipped
+        if isinstance(callback, RunCheckpoints) and callback.inexact:
+            facts["inexact_resumes"] = callback.inexact
+    return facts
 
 
 def _stoppers(trainer: pl.Trainer) -> list[StopOnCollapse]:

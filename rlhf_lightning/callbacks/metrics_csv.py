@@ -1,38 +1,115 @@
 """`metrics.csv` in the stage's folder, going on where an interrupted run stopped."""
 
 import csv
+import io
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
+NAME = "metrics.csv"
 
-class MetricsCSV(CSVLogger):
-    """Lightning's CSV logger, writing straight into the folder; Lightning's own starts the file anew on resume.
+
+class MetricsCSV(Logger):
+    """Rows of what is logged, in `metrics.csv` straight in the folder; on the disk when the call returns.
+
+    A run may be killed at any moment: a row is appended in one write, and where a new column changes the header, the
+    file is written anew beside its place and renamed.
 
     Args:
         folder: of the stage. resume: keep the rows that are there; those of steps that are run again are replaced.
     """
 
     def __init__(self, folder: str | Path, resume: bool = False) -> None:
-        super().__init__(save_dir=str(folder), name="", version="", flush_logs_every_n_steps=20)
-        path = Path(folder) / "metrics.csv"
-        self._earlier = _read(path) if resume and path.exists() else []
-        if not rank_zero_only.rank:  # type: ignore[attr-defined]
-            # Lightning warns of, and deletes, what is there.
-            path.unlink(missing_ok=True)
+        super().__init__()
+        self.path = Path(folder) / NAME
+        self._resuming = resume
+        self._columns: list[str] | None = None
+        self._is_early, self._early = False, ""
 
-    def log_metrics(self, metrics: dict[str, Any], step: int | None = None) -> None:
-        """Log; the first call tells from which step on a resumed run repeats itself."""
-        if self._earlier and step is not None:
-            experiment = self.experiment
-            experiment.metrics += [row for row in self._earlier if int(row["step"]) < step]
-            self._earlier = []
-        super().log_metrics(metrics, step)
+    @property
+    def name(self) -> str:
+        """Part of where Lightning keeps what belongs to a logger: straight in the folder."""
+        return ""
+
+    @property
+    def version(self) -> str:
+        """Likewise."""
+        return ""
+
+    @property
+    def save_dir(self) -> str:
+        """The folder."""
+        return str(self.path.parent)
+
+    @rank_zero_only
+    def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
+        """Nothing: `config.yaml` has them."""
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
+        """Append a row; the first call tells from which step on a resumed run repeats itself."""
+        if self._columns is None:
+            self._start(step or 0)
+        assert self._columns is not None
+        row = {**metrics, "step": step or 0}
+        if new := row.keys() - set(self._columns):
+            self._rewrite(sorted({*self._columns, *new}), [item for item in _read(self.path) if item])
+        text = _text(self._columns, [row])
+        repeated, self._early = text == self._early, text if self._is_early else ""
+        if not repeated:
+            with open(self.path, "ab", buffering=0) as stream:
+                stream.write(text.encode())
+
+    @staticmethod
+    @contextmanager
+    def early(trainer: Any) -> Iterator[None]:
+        """What is logged within stands in the file already when Lightning logs it, a second time, a moment later."""
+        others, ours = trainer.loggers, [logger for logger in trainer.loggers if isinstance(logger, MetricsCSV)]
+        trainer.loggers = ours
+        for logger in ours:
+            logger._is_early = True
+        try:
+            yield
+        finally:
+            trainer.loggers = others
+            for logger in ours:
+                logger._is_early = False
+
+    def _start(self, step: int) -> None:
+        rows = _read(self.path) if self._resuming else []
+        rows = [row for row in rows if row["step"].isdigit() and int(row["step"]) < step]
+        self._resuming = False
+        if rows or self.path.exists():
+            self._rewrite(sorted(set().union(*rows)) if rows else [], rows)
+        else:
+            self._columns = []
+
+    def _rewrite(self, columns: list[str], rows: Sequence[Mapping[str, Any]]) -> None:
+        self._columns = columns
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        scratch = self.path.with_name(f".{NAME}.partial")
+        scratch.write_bytes(_text(columns, rows, header=True).encode())
+        os.replace(scratch, self.path)
 
 
-def _read(path: Path) -> list[dict[str, Any]]:
-    with open(path, newline="", encoding="utf-8") as stream:
-        rows = [{key: value for key, value in row.items() if value} for row in csv.DictReader(stream)]
-    return [row for row in rows if row.get("step", "").isdigit()]
+def _text(columns: Sequence[str], rows: Sequence[Mapping[str, Any]], header: bool = False) -> str:
+    stream = io.StringIO()
+    writer = csv.DictWriter(stream, columns)
+    if header:
+        writer.writeheader()
+    writer.writerows(rows)
+    return stream.getvalue()
+
+
+def _read(path: Path) -> list[dict[str, str]]:
+    """The rows; one that was cut off is left out."""
+    if not path.exists():
+        return []
+    whole = path.read_bytes().rpartition(b"\n")[0].decode() + "\n"
+    rows = csv.DictReader(io.StringIO(whole, newline=""))
+    return [{key: value for key, value in row.items() if value} for row in rows if row.get("step")]

@@ -1,5 +1,6 @@
 """`rlhf sft|preference|policy fit|validate|test|predict`: LightningCLI commands with every Trainer flag."""
 
+import errno
 import logging
 import shutil
 import sys
@@ -11,7 +12,9 @@ import yaml
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch.multiprocessing import ProcessExitedException
 
+from rlhf_lightning.callbacks.checkpoint_io import candidates, newest_whole
 from rlhf_lightning.cli.logs import LEVELS, setup_logging
 from rlhf_lightning.cli.report import after_stage
 from rlhf_lightning.errors import ConfigError, UserError
@@ -35,7 +38,20 @@ MAY_CHANGE = (
     "log_level",
     "log_file",
     "fresh",
+    "checkpoint_every",
+    "checkpoint_minutes",
+    "keep",
+    "on_nonfinite",
 )
+
+
+FULL = "make room, or write elsewhere (--trainer.default_root_dir); the same command resumes the run"
+DENIED = "change its rights, or name another place"
+REMEDIES = {
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), FULL),
+    **dict.fromkeys((errno.EROFS, errno.EACCES, errno.EPERM), DENIED),
+    errno.EIO: "the disk or the network share fails",
+}
 
 
 class StageParser(LightningArgumentParser):
@@ -78,7 +94,14 @@ class StageCLI(LightningCLI):
         parser.add_argument("--log_file", type=str | None, default=None, help="default: logs/run.log in the folder")
         every = 5 if self.kind == "policy" else 50
         parser.add_argument("--checkpoint_every", type=int, default=every, help="optimizer steps between checkpoints")
+        parser.add_argument("--checkpoint_minutes", type=float | None, default=None, help="minutes likewise, beside it")
+        parser.add_argument("--keep", type=int, default=2, help="checkpoints to resume from that are kept")
+        parser.add_argument("--monitor", type=str | None, default=None, help="metric whose best checkpoint is kept too")
+        parser.add_argument("--monitor_mode", default="min", choices=("min", "max"), help="which value of it is best")
         parser.add_argument("--export", default="last", choices=("last", "best"), help="which weights fit saves")
+        parser.add_argument(
+            "--on_nonfinite", default="stop", choices=("stop", "skip"), help="at a loss or gradient that is NaN or inf"
+        )
         parser.add_argument("--fresh", action="store_true", help="discard what the folder holds of an earlier run")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
@@ -110,8 +133,10 @@ class StageCLI(LightningCLI):
     def _callbacks(self, config: Any) -> list[Any]:
         from lightning.pytorch.callbacks import ModelCheckpoint
 
+        from rlhf_lightning.callbacks.checkpoints import RunCheckpoints
         from rlhf_lightning.callbacks.diagnostics import Diagnostics
         from rlhf_lightning.callbacks.export import ExportModel
+        from rlhf_lightning.callbacks.faults import NonFiniteGuard
         from rlhf_lightning.callbacks.invariants import FirstStepInvariants
         from rlhf_lightning.callbacks.predictions import PredictionsFile
         from rlhf_lightning.callbacks.preference_watch import PreferenceWatch
@@ -127,14 +152,17 @@ class StageCLI(LightningCLI):
         if self.kind == "preference" and ".PreferenceWatch" not in own:
             callbacks.append(PreferenceWatch())
         callbacks += progress_callbacks(config.trainer.enable_progress_bar, own)
-        if "ModelCheckpoint" not in own and config.trainer.enable_checkpointing is not False:
-            folder = self.root / "checkpoints"
-            every = config.checkpoint_every
-            callbacks.append(
-                ModelCheckpoint(
-                    folder, save_last=True, save_top_k=0, every_n_train_steps=every, enable_version_counter=False
-                )
-            )
+        if ".NonFiniteGuard" not in own:
+            callbacks.append(NonFiniteGuard(config.on_nonfinite))
+        if config.trainer.enable_checkpointing is False:
+            return callbacks
+        folder = self.root / "checkpoints"
+        if config.monitor:
+            best = {"monitor": config.monitor, "mode": config.monitor_mode, "filename": "best-{step}"}
+            callbacks.append(ModelCheckpoint(folder, enable_version_counter=False, **best))
+        if ".RunCheckpoints" not in own:
+            every, minutes = config.checkpoint_every, config.checkpoint_minutes
+            callbacks.append(RunCheckpoints(folder, every, minutes, config.keep))
         return callbacks
 
     def instantiate_trainer(self, **kwargs: Any) -> Any:
@@ -144,7 +172,9 @@ class StageCLI(LightningCLI):
             from rlhf_lightning.callbacks.metrics_csv import MetricsCSV
 
             kwargs["logger"] = MetricsCSV(self.root, resume=bool(config.ckpt_path))
-        return super().instantiate_trainer(**kwargs)
+        trainer = super().instantiate_trainer(**kwargs)
+        _guard_checkpoints(trainer)
+        return trainer
 
     # -- the folder -----------------------------------------------------------------------------------------------
 
@@ -154,12 +184,14 @@ class StageCLI(LightningCLI):
             if rank_zero_only.rank:  # type: ignore[attr-defined]
                 return  # the first rank clears the folder, once
             files = ("stage.json", "samples.jsonl", "warnings.jsonl", "metrics.csv", "config.yaml")
+            files += ("report.html", "preference_report.json")
             for name in ("checkpoints", "model", "merged", *files):
                 path = self.root / name
                 shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
             return
-        last, done = self.root / "checkpoints" / "last.ckpt", (self.root / "stage.json").exists()
-        if config.ckpt_path or config.trainer.fast_dev_run or not (done or last.exists()):
+        done = (self.root / "stage.json").exists()
+        saved = candidates(self.root / "checkpoints")
+        if config.ckpt_path or config.trainer.fast_dev_run or not (done or saved):
             return
         different = self._different(config)
         # What is exported may be decided anew until it is.
@@ -170,8 +202,14 @@ class StageCLI(LightningCLI):
                 f"{self.root} holds an {state} run with other settings ({', '.join(changed[:5])}). "
                 "Name another --trainer.default_root_dir, or start over with --fresh."
             )
-        if done and not (last.exists() and set(different) & set(LENGTH)):
+        if done and not (saved and set(different) & set(LENGTH)):
             raise Finished(self.root)
+        last, damaged = newest_whole(self.root / "checkpoints")
+        for message in damaged:
+            print(f"WARNING: {message}; the one before it is used", file=sys.stderr)
+        if last is None:
+            print(f"WARNING: no checkpoint of {self.root} is whole; starting over", file=sys.stderr)
+            return
         config.ckpt_path = str(last)
         print(f"resuming {self.root} from {last}", file=sys.stderr)
 
@@ -188,7 +226,7 @@ class StageCLI(LightningCLI):
         try:
             super()._run_subcommand(subcommand)
         except SystemExit as stop:
-            # What Lightning makes of Ctrl-C, after it has shut the run down.
+            # What Lightning makes of Ctrl-C (and of SIGTERM), after it has shut the run down.
             if self.trainer.interrupted:
                 raise KeyboardInterrupt from stop
             raise
@@ -198,6 +236,19 @@ class StageCLI(LightningCLI):
             super().instantiate_classes()
         except (TypeError, ValueError) as error:
             raise ConfigError(f"a setting does not fit: {error}") from error
+
+
+def _guard_checkpoints(trainer: Any) -> None:
+    """Have all checkpoints written whole, and ours last, since it holds the state of the others."""
+    from lightning.fabric.plugins.io import TorchCheckpointIO
+
+    from rlhf_lightning.callbacks.checkpoint_io import AtomicCheckpointIO
+    from rlhf_lightning.callbacks.checkpoints import RunCheckpoints
+
+    trainer.callbacks.sort(key=lambda callback: isinstance(callback, RunCheckpoints))
+    # Not by `trainer.plugins`, which would take the place of the user's, and which some strategies refuse.
+    if type(trainer.strategy._checkpoint_io) in (type(None), TorchCheckpointIO):
+        trainer.strategy._checkpoint_io = AtomicCheckpointIO()
 
 
 def _check_checkpoint(path: str | None) -> None:
@@ -231,4 +282,15 @@ def run(args: list[str]) -> int:
         print(f"{done} is finished already; --fresh runs it again", file=sys.stderr)
     except MisconfigurationException as error:
         raise UserError(str(error)) from error
+    except ProcessExitedException as error:
+        raise UserError(
+            f"a process of the run died ({error}), and the others were ended. If it was killed, memory may have run "
+            "out (see the system's log); the same command resumes the run."
+        ) from error
+    except OSError as error:
+        if error.errno not in REMEDIES:
+            raise
+        raise UserError(
+            f"{error.filename or 'a file of the run'}: {error.strerror}; {REMEDIES[error.errno]}"
+        ) from error
     return 0

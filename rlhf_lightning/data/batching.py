@@ -9,6 +9,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from rlhf_lightning.errors import ConfigError
+
 Counts = dict[str, float]
 
 
@@ -66,13 +68,16 @@ class RowLoader:
     ) -> None:
         self.rows, self.collate, self.batch_size = rows, collate, batch_size
         self.shuffle, self.seed, self.layout = shuffle, seed, layout
-        self._position = 0
+        self._position = self._start = 0
 
     def __len__(self) -> int:
         return -(-len(self.rows) // (self.batch_size * self.layout().world))
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        start, self._position = self._position, 0
+        # Only a state that was loaded says where to begin: a pass that was left early (the sanity check, a limit of
+        # batches) is no place to go on from.
+        start, self._start = self._start, 0
+        self._position = start
         layout = self.layout()
         batches = min(len(self), layout.limit or len(self))
         order = self._order(layout.epoch)
@@ -80,7 +85,9 @@ class RowLoader:
             micro = min(layout.accumulate, batches - first)
             if first + micro <= start:
                 continue
-            yield from self._window(order, first, micro, layout, start)
+            for k, batch in self._window(order, first, micro, layout, start):
+                self._position = (k + 1) % batches
+                yield batch
 
     def _order(self, epoch: int) -> list[int]:
         if not self.shuffle:
@@ -88,7 +95,9 @@ class RowLoader:
         generator = torch.Generator().manual_seed(mix_seeds(self.seed, epoch))
         return torch.randperm(len(self.rows), generator=generator).tolist()
 
-    def _window(self, order: list[int], first: int, micro: int, layout: Layout, start: int) -> Iterator[dict[str, Any]]:
+    def _window(
+        self, order: list[int], first: int, micro: int, layout: Layout, start: int
+    ) -> Iterator[tuple[int, dict[str, Any]]]:
         per_micro = self.batch_size * layout.world
         window = [self.rows[i] for i in order[first * per_micro : (first + micro) * per_micro]]
         denominators = total_counts(row.counts() for row in window)
@@ -98,17 +107,25 @@ class RowLoader:
         for k in range(micro):
             if first + k < start:
                 continue
-            self._position = (first + k + 1) % len(self)
             rows = parts[k * layout.world + layout.rank]
             batch = self.collate(rows, [1.0] * len(rows)) if rows else self.collate(window[:1], [0.0])
-            yield {**batch, "denominators": denominators}
+            where = [getattr(row, "where", "") for row in rows]
+            yield first + k, {**batch, "denominators": denominators, "where": where}
 
     def state_dict(self) -> dict[str, int]:
-        """Batches taken of this epoch."""
-        return {"position": self._position}
+        """Batches taken of this epoch and, within it, by each of how many ranks."""
+        inside = {"world": self.layout().world} if self._position else {}
+        return {"position": self._position, **inside}
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
-        self._position = int(state["position"])
+        self._position = self._start = int(state["position"])
+        world = self.layout().world
+        if self._position and state.get("world", world) != world:
+            raise ConfigError(
+                f"the checkpoint was written by {state['world']} ranks in the middle of an epoch, and this run has "
+                f"{world}: rows would be trained on twice or left out. Resume it with as many devices, or from a "
+                "checkpoint at the end of an epoch (--ckpt_path)."
+            )
 
 
 def split_evenly(rows: Sequence[Any], parts: int) -> list[list[Any]]:

@@ -17,6 +17,8 @@ class PreferenceExample:
     category: str | None = None
     reference: list[list[float]] | None = field(default=None, init=False, repr=False)
     """Stored log-probabilities of the reference, one list for each side, as long as its ids."""
+    where: str = field(default="", init=False, compare=False, repr=False)
+    """File and line of the row, where they are known."""
 
     @property
     def tokens(self) -> int:

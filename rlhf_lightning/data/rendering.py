@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from rlhf_lightning.data.conversations import Message, to_messages
@@ -22,6 +22,8 @@ class Rendered:
     mask: list[int]
     text_bytes: int = 0
     """UTF-8 bytes of the trained text, markers left out: the denominator of bits per byte."""
+    where: str = field(default="", compare=False, repr=False)
+    """File and line of the row, where they are known."""
 
     @property
     def tokens(self) -> int:

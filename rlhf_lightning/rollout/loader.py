@@ -51,6 +51,8 @@ class RolloutLoader:
         self.items_per_round = min(items_per_round, len(items))
         self.update_epochs, self.minibatches = update_epochs, minibatches
         self.layout, self.gather = layout, gather
+        groups = [item if isinstance(item, list) else [item] for item in items]
+        self._where = {one.index: one.where for group in groups for one in group if getattr(one, "where", "")}
         self._position = 0
         self._rows: list[Segment] = []
         self._restored: list[Segment] | None = None
@@ -101,6 +103,7 @@ class RolloutLoader:
                 **self._collate(parts[k]),
                 "denominators": counts[k // layout.accumulate],
                 "round": round_seed,
+                "where": [self._where.get(row.group, f"prompt {row.group}") for row in parts[k]],
                 "first": k < layout.accumulate,
                 "statistics": statistics if k == 0 else None,
             }
@@ -150,6 +153,8 @@ class RolloutLoader:
         inside = bool(self._position % self.per_round)
         if inside and len(state["rows"]) != layout.world:
             raise ConfigError(
-                f"the checkpoint was written by {len(state['rows'])} ranks within a round; resume it with as many"
+                f"the checkpoint was written by {len(state['rows'])} ranks within a round and holds "
+                f"their episodes; this run has {layout.world}. Resume it with as many devices, or from a checkpoint at "
+                "the end of a round (--ckpt_path): one is there if --checkpoint_every is a multiple of its steps."
             )
         self._restored = [Segment(**row) for row in state["rows"][layout.rank]] if inside else None

@@ -1,6 +1,7 @@
 """What a reward is, and how parts are added up."""
 
 import math
+import traceback
 from abc import abstractmethod
 from collections.abc import Sequence
 from contextlib import suppress
@@ -10,9 +11,13 @@ from torch import nn
 
 from rlhf_lightning.data.prompts import Prompt
 from rlhf_lightning.data.rendering import Renderer
-from rlhf_lightning.errors import ConfigError
+from rlhf_lightning.errors import ConfigError, UserError
 from rlhf_lightning.rollout.episodes import Episode
 from rlhf_lightning.rollout.rewards.normalise import RUNNING, Normaliser
+
+
+class RewardError(UserError):
+    """A reward raised an exception."""
 
 
 class Reward(nn.Module):
@@ -101,7 +106,12 @@ def total_rewards(
 def _scores(part: Reward, episodes: Sequence[Episode]) -> list[float | None]:
     if not episodes:
         return []
-    returned: Any = part.score(episodes)
+    try:
+        returned: Any = part.score(episodes)
+    except UserError:
+        raise
+    except Exception as error:
+        raise RewardError(_failure(part, episodes, error)) from error
     if isinstance(returned, str) or not hasattr(returned, "__iter__"):
         raise ConfigError(
             f"the reward {part.name} returned {_short(returned)}; it must return a list of one number for each episode"
@@ -113,6 +123,23 @@ def _scores(part: Reward, episodes: Sequence[Episode]) -> list[float | None]:
     if len(scores) != len(episodes):
         raise ConfigError(f"the reward {part.name} returned {len(scores)} numbers for {len(episodes)} episodes")
     return [_number(score, part.name, episode) for score, episode in zip(scores, episodes, strict=True)]
+
+
+def _failure(part: Reward, episodes: Sequence[Episode], error: Exception) -> str:
+    """What a reward raised, where in its code, and for which episode, found by scoring them one by one."""
+    label = f"{len(episodes)} episodes together (each alone can be scored), the first {episodes[0].label}"
+    for episode in episodes:
+        try:
+            part.score([episode])
+        except Exception as alone:  # noqa: BLE001 - it is reported
+            error, label = alone, episode.label
+            break
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    text = f"{type(error).__name__}: {error}".rstrip(": ")
+    return (
+        f"the reward {part.name} failed with {text} ({frame.filename}:{frame.lineno} in {frame.name}) for {label}. "
+        "Mend it, or return None where it does not apply; the same command then resumes the run."
+    )
 
 
 def _number(score: Any, name: str, episode: Episode) -> float | None:

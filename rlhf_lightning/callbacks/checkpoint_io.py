@@ -1,0 +1,117 @@
+"""Checkpoint files: written whole or not at all, and known to be whole before they are read."""
+
+import logging
+import os
+import re
+import zipfile
+import zlib
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric.plugins.io import TorchCheckpointIO
+
+from rlhf_lightning.errors import UserError
+
+log = logging.getLogger(__name__)
+STEP = re.compile(r"step=(\d+)\.ckpt")
+
+
+class DamagedCheckpoint(UserError):
+    """A checkpoint that was cut off or altered after it was written."""
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Writes `.NAME.partial` in the same folder, syncs it to the disk and renames it; checks a file before it loads it.
+
+    Lightning's own writes to the system's temporary folder, and copies from there where that is another disk: a run
+    that is killed meanwhile leaves half a file. The checksums are those of the zip format, which `torch.save` writes
+    and `torch.load` does not compare, so that any checkpoint can be checked, and one of ours opened without us.
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
+        """Write; raises `UserError` where the disk is full or the folder cannot be written to."""
+        if "://" in str(path) or storage_options is not None:
+            super().save_checkpoint(checkpoint, path, storage_options)
+            return
+        target = Path(path)
+        scratch = target.with_name(f".{target.name}.partial")
+        stream: Any = None
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with open(scratch, "wb") as file:
+                stream = _Stream(file)
+                torch.save(checkpoint, stream)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(scratch, target)
+        except (OSError, RuntimeError) as error:
+            # What torch raises on a failed write does not say why it failed.
+            reason = error if isinstance(error, OSError) else stream and stream.error
+            if not reason:
+                raise
+            scratch.unlink(missing_ok=True)
+            raise UserError(
+                f"{target}: the checkpoint cannot be written ({reason.strerror}). Make room or write to another "
+                "--trainer.default_root_dir; the same command resumes from the checkpoint before."
+            ) from error
+
+    def load_checkpoint(self, path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Read; raises `DamagedCheckpoint`."""
+        if "://" not in str(path) and Path(path).is_file() and (found := damage(Path(path))):
+            raise DamagedCheckpoint(f"{path}: the checkpoint is damaged ({found}); use the one before, or start over")
+        return super().load_checkpoint(path, *args, **kwargs)
+
+
+class _Stream:
+    """A file that remembers why a write failed."""
+
+    def __init__(self, file: Any) -> None:
+        self.file = file
+        self.error: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        try:
+            return self.file.write(data)
+        except OSError as error:
+            self.error = error
+            raise
+
+    def flush(self) -> None:
+        self.file.flush()
+
+
+def damage(path: Path) -> str | None:
+    """What is wrong with a checkpoint file; None for one that is whole, and for a folder (sharded checkpoints)."""
+    if path.is_dir():
+        return None
+    try:
+        with zipfile.ZipFile(path) as archive:
+            broken = archive.testzip()
+    except (zipfile.BadZipFile, OSError, EOFError, zlib.error, NotImplementedError, ValueError) as error:
+        return f"{error}".rstrip(".").lower() or type(error).__name__
+    return f"the checksum of {broken} differs" if broken else None
+
+
+def saved_steps(folder: Path) -> list[tuple[int, Path]]:
+    """The checkpoints `step=N.ckpt` of a folder, the newest first."""
+    found = [(int(match[1]), path) for path in folder.glob("step=*.ckpt") if (match := STEP.fullmatch(path.name))]
+    return sorted(found, reverse=True)
+
+
+def candidates(folder: Path) -> list[Path]:
+    """What a run may be resumed from, the best first: `step=N.ckpt` by step, then others by their time."""
+    ours = [path for _, path in saved_steps(folder)]
+    others = [path for path in folder.glob("*.ckpt") if path not in ours]
+    return ours + sorted(others, key=lambda path: path.stat().st_mtime, reverse=True)
+
+
+def newest_whole(folder: Path) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint that is whole, and what was wrong with each that is newer."""
+    wrong: list[str] = []
+    for path in candidates(folder):
+        found = damage(path)
+        if found is None:
+            return path, wrong
+        wrong.append(f"{path} is damaged ({found})")
+    return None, wrong

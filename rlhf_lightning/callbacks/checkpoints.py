@@ -1,0 +1,177 @@
+"""The checkpoints that a run is resumed from, and stopping so that it can be."""
+
+import logging
+import time
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import Checkpoint
+
+from rlhf_lightning.callbacks.checkpoint_io import saved_steps
+from rlhf_lightning.callbacks.environment import differences, environment
+from rlhf_lightning.callbacks.faults import require_finite
+from rlhf_lightning.callbacks.logged import logged_state, restore_last_values, restore_logged
+from rlhf_lightning.callbacks.metrics_csv import MetricsCSV
+from rlhf_lightning.callbacks.signals import StopSignals
+from rlhf_lightning.errors import ConfigError
+
+log = logging.getLogger(__name__)
+
+
+class RunCheckpoints(Checkpoint):
+    """Writes `step=N.ckpt`, from which the run goes on bit for bit as if it had not been interrupted.
+
+    A checkpoint is written at the end of an optimizer step; if a validation or the end of the epoch follows, after
+    that, since Lightning does not repeat them on resume. Ctrl-C and SIGTERM write one at the next such moment and then
+    raise `KeyboardInterrupt`, on all ranks together; a second Ctrl-C is raised at once.
+
+    It must stand behind other checkpoint callbacks, whose state it saves; `rlhf` sees to that.
+
+    Args:
+        dirpath: where they are written; `checkpoints` in `trainer.default_root_dir` by default.
+        every: optimizer steps from one to the next; 0 writes none by steps.
+        minutes: minutes from one to the next, beside `every`.
+        keep: how many are kept. With one, nothing is left to resume from where it is found damaged.
+        signals: heed Ctrl-C and SIGTERM.
+    """
+
+    def __init__(
+        self,
+        dirpath: str | Path | None = None,
+        every: int = 50,
+        minutes: float | None = None,
+        keep: int = 2,
+        signals: bool = True,
+    ) -> None:
+        if every < 0 or keep < 1 or (minutes is not None and not minutes > 0):
+            raise ConfigError(
+                f"checkpoints: every is {every} (at least 0), minutes {minutes} (above 0), keep {keep} (at least 1)"
+            )
+        self.dirpath, self.every, self.minutes, self.keep = dirpath, every, minutes, keep
+        self.signals = StopSignals() if signals else None
+        self.inexact: list[str] = []
+        """What each resume that was not bit for bit had differently."""
+        self._step = self._saved = 0
+        self._due = self._boundary = self._stopping = False
+        self._first: bool | None = None
+        self._changed = ""
+        self._logged: dict[str, Any] | None = None
+
+    # -- state ----------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"inexact": self.inexact}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.inexact = list(state_dict["inexact"])
+
+    def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        checkpoint["environment"] = environment(trainer)
+        checkpoint["logged"] = logged_state(trainer, pl_module, self._first)
+
+    def on_load_checkpoint(self, trainer: pl.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        changed = differences(checkpoint.get("environment") or {}, environment(trainer))
+        if changed and trainer.state.fn == "fit":
+            self._changed = f"step {checkpoint['global_step']}: {', '.join(changed)}"
+            log.warning("this resume is not bit for bit the run it goes on with: %s", ", ".join(changed))
+        self._logged = checkpoint.get("logged")
+
+    # -- hooks ----------------------------------------------------------------------------------------------------
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        # Not while it is loaded: Lightning puts back the state of callbacks, and resets what was logged, after that.
+        if self._changed:
+            self.inexact.append(self._changed)
+            self._changed = ""
+        if self._logged:
+            restore_last_values(trainer, self._logged)
+            trainer.num_sanity_val_steps = 0  # it was passed by the run that is resumed, and would reset those values
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        self.on_fit_start(trainer, pl_module)  # some strategies load only after that
+        if self._logged:
+            restore_logged(trainer, pl_module, self._logged)
+        self._first = self._logged["first"] if self._logged else None
+        self._logged = None
+        self._step = self._saved = trainer.global_step
+        self._due = self._boundary = self._stopping = False
+        self._time = time.monotonic()
+        self.folder = Path(self.dirpath or Path(trainer.default_root_dir) / "checkpoints")
+        if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            # Those of later steps are of a run that is now done again: damaged, or left over.
+            for step, path in saved_steps(self.folder):
+                if step > trainer.global_step:
+                    path.unlink(missing_ok=True)
+            for path in self.folder.glob(".*.partial"):
+                path.unlink(missing_ok=True)
+        if self.signals:
+            self.signals.on()
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self._first = trainer._logger_connector._first_loop_iter
+        self._boundary = trainer.global_step != self._step
+        if not self._boundary:
+            return  # between the micro-batches of an optimizer step: gradients are not in a checkpoint
+        self._step = trainer.global_step
+        self._due = self._due or self._wanted(trainer)
+        loop = trainer.fit_loop.epoch_loop
+        fetcher: Any = trainer.fit_loop._data_fetcher
+        if self._due and not loop._num_ready_batches_reached() and not loop._should_check_val_fx(fetcher):
+            # Lightning logs the step after this hook; a run killed in between would lack the row.
+            with MetricsCSV.early(trainer):
+                trainer._logger_connector.update_train_step_metrics()
+            self._save(trainer, pl_module)
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        fitting = trainer.state.fn == "fit" and not trainer.sanity_checking
+        if fitting and self._due and self._boundary and not trainer.fit_loop.epoch_loop._num_ready_batches_reached():
+            self._save(trainer, pl_module)
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        loop, connector = trainer.fit_loop, trainer._logger_connector
+        progress: Any = loop.epoch_progress.current
+        if loop.max_epochs not in (None, -1) and progress.processed >= loop.max_epochs:
+            self._due = self._due or self._saved != trainer.global_step
+        if self._due and self._boundary:
+            with MetricsCSV.early(trainer):
+                # As Lightning does after this hook.
+                loop.epoch_loop._batches_that_stepped -= 1
+                connector.log_metrics(connector.metrics["log"])
+                loop.epoch_loop._batches_that_stepped += 1
+            self._save(trainer, pl_module)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        if self.signals:
+            self.signals.off()
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: Any, exception: BaseException) -> None:
+        if self.signals:
+            self.signals.off()
+
+    # -- saving ---------------------------------------------------------------------------------------------------
+
+    def _wanted(self, trainer: pl.Trainer) -> bool:
+        step, agree = trainer.global_step, trainer.strategy.reduce_boolean_decision
+        late = self.minutes is not None and time.monotonic() - self._time >= 60 * self.minutes
+        # Asked of all ranks: clocks differ, and a signal may reach but one of them.
+        self._stopping = bool(self.signals) and agree(bool(self.signals and self.signals.asked), all=False)
+        if self.minutes is not None:
+            late = agree(late, all=False)
+        last = trainer.should_stop or 0 < trainer.max_steps <= step
+        return bool(self._stopping or late or last or (self.every and step % self.every == 0))
+
+    def _save(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        self._due = False
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        if self._saved != trainer.global_step:
+            require_finite(pl_module, f"after step {trainer.global_step}", "no checkpoint of them is written")
+            trainer.save_checkpoint(self.folder / f"step={trainer.global_step}.ckpt", weights_only=False)
+            self._saved, self._time = trainer.global_step, time.monotonic()
+            if trainer.is_global_zero:
+                for _, path in saved_steps(self.folder)[self.keep :]:
+                    path.unlink(missing_ok=True)
+        if self._stopping:
+            log.warning("stopped after step %d; the same command goes on from there", trainer.global_step)
+            raise KeyboardInterrupt

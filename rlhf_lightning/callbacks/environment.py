@@ -1,0 +1,37 @@
+"""What a run's numbers depend on beside its settings: versions, threads, ranks, device."""
+
+import platform
+from collections.abc import Mapping
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+
+DECIDES = ("torch", "lightning", "transformers", "peft", "rlhf-lightning")
+"""Versions whose change makes a resumed run another than the uninterrupted one."""
+
+
+def versions() -> dict[str, str]:
+    """Versions of what a result depends on."""
+    from importlib.metadata import version
+
+    names = ("rlhf-lightning", "torch", "lightning", "transformers", "peft", "torchmetrics")
+    return {"python": platform.python_version(), **{name: version(name) for name in names}}
+
+
+def environment(trainer: pl.Trainer) -> dict[str, Any]:
+    """For checkpoints and `stage.json`: plain values."""
+    device = trainer.strategy.root_device
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    return {
+        **{name: value for name, value in versions().items() if name in DECIDES},
+        "threads": torch.get_num_threads(),
+        "ranks": trainer.world_size,
+        "device": f"{device.type} ({name})",
+        "precision": str(trainer.precision),
+    }
+
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """What differs, as `name before → now`."""
+    return [f"{name} {before[name]} → {now[name]}" for name in now if name in before and before[name] != now[name]]

@@ -1,0 +1,82 @@
+"""Runs of the command in forked processes: `rlhf` as a user starts it, without the seconds that imports take."""
+
+import os
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+class Run:
+    """A command under way in a process of its own, at the head of a group of its own."""
+
+    def __init__(self, args: list[str], output: Path, before: Callable[[], Any] | None = None) -> None:
+        self.output, self.started = output, time.monotonic()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        self.pid = os.fork()
+        if not self.pid:
+            self._child(args, before)
+
+    def _child(self, args: list[str], before: Callable[[], Any] | None) -> None:
+        code = 1
+        try:
+            os.setsid()
+            file = os.open(self.output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+            os.dup2(file, 1)
+            os.dup2(file, 2)
+            sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
+            # What pytest does to signals and logs is not what a user has.
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            torch.set_num_threads(1)
+            if before:
+                before()
+            from rlhf_lightning.cli.main import main
+
+            main(args)
+        except SystemExit as stop:
+            code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+        except BaseException:  # noqa: BLE001 - as the interpreter does
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+
+    def send(self, number: int) -> None:
+        """A signal to the process and what it started."""
+        try:
+            os.killpg(self.pid, number)
+        except ProcessLookupError:
+            if number != signal.SIGKILL:
+                os.kill(self.pid, number)
+
+    def wait(self, limit: float = 120) -> int:
+        """Its exit code (negative: by a signal); killed where it takes longer than `limit` seconds."""
+        while time.monotonic() - self.started < limit:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            if pid:
+                return os.waitstatus_to_exitcode(status)
+            time.sleep(0.005)
+        self.send(signal.SIGKILL)
+        os.waitpid(self.pid, 0)
+        raise AssertionError(f"no end after {limit} s: {self.text}")
+
+    @property
+    def text(self) -> str:
+        """What it wrote."""
+        return self.output.read_text() if self.output.exists() else ""
+
+
+def complete(args: list[str], output: Path, code: int = 0, before: Callable[[], Any] | None = None) -> str:
+    """Run a command to its end; what it wrote."""
+    run = Run(args, output, before)
+    found = run.wait()
+    assert found == code, run.text
+    return run.text
