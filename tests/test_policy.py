@@ -130,6 +130,7 @@ class Watch(Callback):
         self.critic: list[torch.Tensor] = []
         self.episodes: list[list[Any]] = []
         self.outputs: list[dict[str, float]] = []
+        self.rounds: list[int] = []
 
     def on_train_batch_end(self, run: Any, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Take them."""
@@ -138,6 +139,7 @@ class Watch(Callback):
         if module.critic is not None:
             self.critic.append(torch.cat([p.detach().flatten().clone() for p in module.critic.parameters()]))
         self.episodes.append(module.last_episodes)
+        self.rounds.append(batch.get("round", 0))
         self.outputs.append({key: float(value) for key, value in outputs.items()})
 
 
@@ -421,6 +423,11 @@ def test_a_batch_of_the_users_own(base: str, tmp_path: Path) -> None:
     run = trainer(tmp_path, max_steps=2)
     run.fit(module, torch.utils.data.DataLoader([batch] * 2, batch_size=None))
     assert run.global_step == 2
+
+
+def test_an_epoch_that_is_cut_short_is_over(base: str, tmp_path: Path) -> None:
+    watch = watched(make("policy", base), data("policy", 12), tmp_path, limit_train_batches=2, max_epochs=2)
+    assert watch.rounds == [0, 1, 3, 4]
 
 
 def test_heldout_distance_is_logged(base: str, tmp_path: Path) -> None:

@@ -53,7 +53,7 @@ class RolloutLoader:
         self.layout, self.gather = layout, gather
         groups = [item if isinstance(item, list) else [item] for item in items]
         self._where = {one.index: one.where for group in groups for one in group if getattr(one, "where", "")}
-        self._position = 0
+        self._position = self._start = 0
         self._rows: list[Segment] = []
         self._restored: list[Segment] | None = None
 
@@ -77,7 +77,9 @@ class RolloutLoader:
                 f"data.minibatches ({self.minibatches}) must be a multiple of trainer.accumulate_grad_batches "
                 f"({layout.accumulate}): an optimizer step must not span two rounds"
             )
-        start, self._position = self._position, 0
+        # Only a state that was loaded says where to begin: a pass that was left early (a limit of batches) is over.
+        start, self._start = self._start, 0
+        self._position = start
         generator = torch.Generator().manual_seed(mix_seeds(self.seed, layout.epoch))
         order = torch.randperm(len(self.items), generator=generator).tolist()
         for number in range(start // self.per_round, self.rounds):
@@ -98,7 +100,8 @@ class RolloutLoader:
         parts = self._parts(round_seed)
         counts = self._counts(parts, layout)
         for k in range(done, self.per_round):
-            self._position = (number * self.per_round + k + 1) % len(self)
+            taken = min(len(self), layout.limit or len(self))
+            self._position = (number * self.per_round + k + 1) % taken
             yield {
                 **self._collate(parts[k]),
                 "denominators": counts[k // layout.accumulate],
@@ -148,7 +151,7 @@ class RolloutLoader:
         return {"position": self._position, "rows": self.gather(rows)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self._position = int(state["position"])
+        self._position = self._start = int(state["position"])
         layout = self.layout()
         inside = bool(self._position % self.per_round)
         if inside and len(state["rows"]) != layout.world:
