@@ -10,7 +10,8 @@ quickstart: $(STAMP)
 	$(BIN)/rlhf quickstart $(ARGS)
 
 test: $(STAMP)
-	$(BIN)/pytest -m "not slow" $(ARGS)
+	# Two processes of one thread each (tests/conftest.py).
+	$(BIN)/pytest -n 2 -m "not slow" $(ARGS)
 
 test-slow: $(STAMP)
 	$(BIN)/pytest $(ARGS)

@@ -1,7 +1,9 @@
 """Models and tokenizers that the tests build on the spot, and the real data where it is there."""
 
 import json
+import logging
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,17 @@ TEXTS = [
     "user\nassistant\nsystem\n",
     "one two three four five",
 ]
+
+
+@pytest.fixture(autouse=True)
+def loggers_as_they_were() -> Iterator[None]:
+    """A command sets logging up for its process; here the next test has the same one."""
+    loggers = [logging.getLogger(name) for name in ("rlhf_lightning", "lightning.pytorch", "py.warnings")]
+    before = [(list(one.handlers), one.level, one.propagate) for one in loggers]
+    yield
+    for one, (handlers, level, propagate) in zip(loggers, before, strict=True):
+        one.handlers[:], one.propagate = handlers, propagate
+        one.setLevel(level)
 
 
 @pytest.fixture(scope="session")

@@ -347,7 +347,7 @@ def mistake(args: list[str], capsys: pytest.CaptureFixture[str]) -> str:
         ("sft", ["--data.tokenizer", "./nowhere"], "tokenizer './nowhere': no such folder"),
         ("sft", ["--trainer.default_root_dir", "/proc/nothing"], "cannot be made"),
         ("policy", ["--model.environment", "nowhere.Env"], "cannot be imported: No module named 'nowhere'"),
-        ("sft", ["--export", "best"], "needs a ModelCheckpoint"),
+        ("sft", ["--export", "best"], "needs a metric to go by"),
         ("preference", ["--model.freeze_backbone", "true", "--model.lora.rank", "2"], "freeze_backbone"),
         (
             "preference",
