@@ -122,7 +122,7 @@ CASES: dict[str, dict[str, Any]] = {
     "dapo": {"objective": policy.DAPO()},
     "bnpo": {"objective": policy.BNPO()},
     "reinforce++": {"objective": policy.ReinforcePlusPlus(), "advantage": GroupCentered()},
-    "rloo": {"objective": policy.RLOO(), "advantage": LeaveOneOut()},
+    "rloo": {"objective": policy.RLOO(), "advantage": LeaveOneOut(), "kl": KLPenalty(BETA, "reward")},
     "gspo": {"objective": policy.GSPO(clip_low=0.2, clip_high=0.2)},
     "cispo": {"objective": policy.CISPO()},
     "sapo": {"objective": policy.SAPO()},

@@ -14,7 +14,7 @@ from rlhf_lightning.models.critic import Critic
 from rlhf_lightning.models.lora import LoRA
 from rlhf_lightning.models.scorers import RewardHead
 from rlhf_lightning.modules.policy_parts import critic_values
-from rlhf_lightning.objectives.policy import PPO, ImportanceWeights, Reinforce
+from rlhf_lightning.objectives.policy import GSPO, PPO, RLOO, ImportanceWeights, Reinforce
 from rlhf_lightning.rollout.advantages import GAE, GlobalWhitened
 from rlhf_lightning.rollout.kl import KLPenalty
 from rlhf_lightning.rollout.rewards import FunctionReward
@@ -357,6 +357,9 @@ def test_entropy_bonus_keeps_the_policy_random(base: str, tmp_path: Path) -> Non
         ({"staleness": 2}, {}, "0, or 1 round"),
         ({"resample_groups": -1}, {}, "must not be negative"),
         ({"objective": Reinforce()}, {"update_epochs": 2}, "neither clip nor importance ratio"),
+        ({"objective": Reinforce()}, {"minibatches": 2}, "2 optimizer steps"),
+        ({"objective": RLOO(), "kl": KLPenalty(0.1)}, {}, "set kl.place to reward"),
+        ({"objective": GSPO(), "critic": Critic(), "advantage": GAE()}, {}, "one action"),
         ({}, {"minibatches": 9}, "more than the 8 episodes"),
         ({"advantage": GlobalWhitened(), "resample_groups": 1}, {"group_size": 1}, "never has two rewards"),
         ({"advantage": GlobalWhitened("group")}, {"group_size": 1}, "every advantage would be 0"),
@@ -402,6 +405,8 @@ def test_a_critic_learns_from_recorded_episodes(base: str, tmp_path: Path) -> No
         ({"staleness": 1}, None, "as they are"),
         ({"objective": Reinforce()}, None, "cannot correct for"),
         ({"critic": Critic(), "advantage": GAE()}, 1.0, "a critic learns nothing"),
+        ({"advantage": GlobalWhitened()}, 1.0, "whitening would change"),
+        ({"kl": KLPenalty(0.1, "reward")}, None, "of another policy"),
     ],
 )
 def test_recorded_episodes_are_as_they_are(
@@ -409,6 +414,43 @@ def test_recorded_episodes_are_as_they_are(
 ) -> None:
     with pytest.raises(ConfigError, match=message):
         trainer(tmp_path).fit(make("policy", base, rewards=[], **options), recorded(advantage))
+
+
+def test_recorded_rows_without_a_group_to_compare_with(base: str, tmp_path: Path) -> None:
+    row = {"prompt_tokens": [5, 6], "response_tokens": [7, 8, 9], "logprobs": [-1.0] * 3}
+    rows = [{**row, "reward": float(i), "group": i} for i in range(4)]
+    with pytest.raises(ConfigError, match="no two rows of"):
+        trainer(tmp_path).fit(make("policy", base, rewards=[]), PromptDataModule(episodes=rows))
+
+
+@pytest.mark.parametrize("refresh", [None, 1])
+def test_a_reference_has_no_dropout(refresh: int | None, base: str, tmp_path: Path) -> None:
+    """A second adapter comes with the dropout of its config: KL would be measured against noise."""
+    kl = KLPenalty(0.1, refresh_every=refresh)
+    module = make("policy", base, kl=kl, lora=LoRA(rank=2, dropout=0.5), optimizer=sgd(0.0))
+    watch = watched(module, data("policy", 12), tmp_path)
+    assert all(abs(numbers["train/kl"]) < 1e-4 for numbers in watch.logged)
+
+
+def test_held_out_answers_are_those_of_the_newest_weights(base: str, tmp_path: Path) -> None:
+    module = make("policy", base)
+    called: list[str] = []
+    sync, generate = module.sampler.sync, module.sampler.generate
+    module.sampler.sync = lambda version: (called.append("sync"), sync(version))[1]
+    module.sampler.generate = lambda *a, **k: (called.append("generate"), generate(*a, **k))[1]
+    run = trainer(tmp_path, num_sanity_val_steps=0)
+    run.fit(module, data("policy", 4))
+    assert called == ["sync", "generate", "sync", "generate", "generate"]
+    run.validate(module, data("policy", 4))
+    assert called[5:] == ["sync", "generate", "generate"]
+
+
+def test_rounds_are_counted_where_epochs_are_cut_short(base: str, tmp_path: Path) -> None:
+    """Their numbers, which seeds are made of, leave rounds out; a reference still moves every second round."""
+    module = make("policy", base, kl=KLPenalty(0.01, refresh_every=2), optimizer=sgd(3.0))
+    watch = watched(module, data("policy", 40), tmp_path, limit_train_batches=2, max_epochs=3)
+    distance = [abs(numbers["train/kl"]) for numbers in watch.logged]
+    assert [value < 1e-4 for value in distance] == [True, False] * 3
 
 
 def test_a_batch_of_the_users_own(base: str, tmp_path: Path) -> None:

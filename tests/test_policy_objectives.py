@@ -83,6 +83,12 @@ def test_clipped_tokens_are_counted_on_the_side_that_is_cut() -> None:
     close(policy.ImportanceSampling().clipped(LOGP, OLD, t([-1.0]), MASK), [0.0, 0.0, 0.0])
 
 
+def test_the_dual_clip_counts_as_a_clip() -> None:
+    logp, old, mask = t([0.0, -1.0]), t([-2.0, -1.0]), t([1.0, 1.0])
+    close(policy.PPO(dual_clip=3.0).clipped(logp, old, t([-1.0]), mask), [1.0, 0.0])
+    close(policy.PPO().clipped(logp, old, t([-1.0]), mask), [0.0, 0.0])
+
+
 def test_importance_weights() -> None:
     sampler, mask = t([-3.0, -1.6, -900.0]), MASK
     ratios = [math.exp(1.8), math.exp(0.1), math.exp(1.9)]
@@ -116,6 +122,8 @@ def test_importance_weights() -> None:
         (lambda: KLPenalty(coefficient=float("nan")), "negative"),
         (lambda: KLPenalty(discount=2.0), "in \\[0, 1\\]"),
         (lambda: KLPenalty(refresh_every=0), "at least 1"),
+        (lambda: KLPenalty(place="reward", estimator="k2"), "leave it out"),
+        (lambda: KLPenalty(horizon=100), "set kl.target"),
         (lambda: KLPenalty(reference="base", refresh_every=2), "set one"),
     ],
 )
@@ -216,6 +224,22 @@ def test_a_centred_penalty_pays_for_no_further_token() -> None:
     assign(episodes, GroupCentered(), KLPenalty(1.0, "reward", discount=1.0))
     # Future sums are -1; -2, -1: their mean is -4/3.
     assert advantages(episodes) == [[0.0, round(1 / 3, 9)], [0.0, round(-2 / 3, 9), round(1 / 3, 9)]]
+
+
+def test_a_response_that_is_one_action_has_one_advantage() -> None:
+    # k1 is 0.5 and -1: -0.1 and +0.2 at the two drawn tokens, 0.1 in all.
+    row = ([0, 1, 0, 1], [0.0, -1.0, 0.0, -2.0], [0.0, -1.5, 0.0, -1.0], [])
+    episodes = [episode(0, 4.0, row), episode(0, 2.0, row)]
+    assign(episodes, LeaveOneOut(), KLPenalty(0.2, "reward", centred=False), whole_response=True)
+    assert advantages(episodes) == [[0.0, 2.1, 0.0, 2.1], [0.0, -1.9, 0.0, -1.9]]
+
+
+def test_the_penalty_is_that_of_the_trainers_own_numbers() -> None:
+    row = ([0, 1], [0.0, -1.0], [0.0, -1.0], [])
+    episodes = [episode(0, 1.0, row), episode(0, 1.0, row)]
+    episodes[0].segments[0].old_logprobs = [0.0, -0.5]
+    assign(episodes, GroupCentered(), KLPenalty(0.2, "reward", centred=False))
+    assert advantages(episodes) == [[0.0, -0.1], [0.0, 0.0]]
 
 
 def test_gae_gives_the_reward_to_the_last_drawn_token_of_all_rows() -> None:

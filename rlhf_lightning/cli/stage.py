@@ -184,8 +184,8 @@ class StageCLI(LightningCLI):
             if rank_zero_only.rank:  # type: ignore[attr-defined]
                 return  # the first rank clears the folder, once
             files = ("stage.json", "samples.jsonl", "warnings.jsonl", "metrics.csv", "config.yaml")
-            files += ("report.html", "preference_report.json")
-            for name in ("checkpoints", "model", "merged", *files):
+            reports = ("report.html", "preference_report.json")
+            for name in ("checkpoints", "model", "merged", *files, *reports):
                 path = self.root / name
                 shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
             return

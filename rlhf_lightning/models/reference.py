@@ -102,6 +102,8 @@ def _copy_adapter(model: Any) -> None:
     weights = _adapter_weights(model, "default")
     model.add_adapter("reference", copy.deepcopy(model.peft_config["default"]))
     set_peft_model_state_dict(model, weights, adapter_name="reference")
+    # The second adapter comes with the dropout of its config, whatever the first one's was set to.
+    disable_dropout(model)
     _train_default(model, trained)
 
 

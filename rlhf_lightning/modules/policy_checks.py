@@ -1,5 +1,6 @@
 """Settings of policy RL that make no sense together: refused before anything is loaded, or before the first round."""
 
+from collections import Counter
 from typing import Any
 
 from rlhf_lightning.data.prompts import Prompt, PromptDataModule
@@ -20,6 +21,11 @@ def check_settings(module: Any) -> None:
     if critic is not None and critic.shared and critic.warmup_rounds:
         raise ConfigError("critic.warmup_rounds: on a shared backbone the critic's learning would move the policy")
     check_finite("model.truncated_reward", module.truncated_reward)
+    objective = type(module.objective).__name__
+    if module.objective.whole_response and module.advantage.needs_values:
+        raise ConfigError(f"{objective} takes the response as one action, and GAE rewards its tokens apart: use PPO")
+    if objective == "RLOO" and module.kl is not None and module.kl.place == "loss" and module.kl.coefficient:
+        raise ConfigError("RLOO takes the response as one action: set kl.place to reward")
     if module.staleness not in (0, 1):
         raise ConfigError(f"model.staleness is {module.staleness}; 0, or 1 round")
     if module.resample_groups < 0:
@@ -29,22 +35,44 @@ def check_settings(module: Any) -> None:
 def check_data(module: Any, data: PromptDataModule) -> None:
     """What can be said of the module and its data, before the first round; raises `ConfigError`."""
     loss = type(module.objective).__name__
-    if data.update_epochs > 1 and not module.objective.corrects:
+    steps = data.update_epochs * data.minibatches // module.trainer.accumulate_grad_batches
+    if steps > 1 and not module.objective.corrects:
         raise ConfigError(
-            f"data.update_epochs is {data.update_epochs}, but {loss} has neither clip nor importance ratio: after the "
-            "first pass the policy is no longer the one that drew. Use PPO or ImportanceSampling, or one epoch."
+            f"a round has {steps} optimizer steps (data.update_epochs, data.minibatches), but {loss} has neither clip "
+            "nor importance ratio: after the first the policy is no longer the one that drew. Use PPO or "
+            "ImportanceSampling, or one step (trainer.accumulate_grad_batches)."
         )
     if data.recorded and not module.objective.corrects and module.importance_weights is None:
         raise ConfigError(f"data.episodes were drawn by another sampler, which {loss} cannot correct for")
     if data.recorded and (module.resample_groups or module.staleness):
         raise ConfigError("data.episodes are as they are: leave out model.resample_groups and model.staleness")
-    if data.recorded and module.critic is not None and any(row.advantage is not None for row in _rows(data)):
-        raise ConfigError("data.episodes has rows with an advantage of their own, of which a critic learns nothing")
+    if data.recorded:
+        _check_recorded(module, _rows(data))
     episodes = len(_rows(data)) if data.recorded else data.prompts_per_round * data.group_size
     if data.minibatches > episodes:
         raise ConfigError(f"data.minibatches is {data.minibatches}, more than the {episodes} episodes of a round")
     if not data.recorded:
         _check_prompts(module, _rows(data), data.group_size)
+
+
+def _check_recorded(module: Any, rows: list[Any]) -> None:
+    if any(row.advantage is not None for row in rows) and (module.critic is not None or module.advantage.whiten):
+        raise ConfigError(
+            "data.episodes has rows with an advantage of their own: a critic learns nothing of them, and whitening "
+            "would change them"
+        )
+    groups = Counter(row.group for row in rows if row.advantage is None)
+    if module.advantage.needs_group and groups and max(groups.values()) == 1:
+        raise ConfigError(
+            f"no two rows of data.episodes share a group, but {type(module.advantage).__name__} compares the responses "
+            "of a group: every advantage would be 0. Give rows of one prompt the same group, or use GlobalWhitened."
+        )
+    kl = module.kl
+    if kl is not None and module.importance_weights is None and (kl.place == "reward" or kl.target is not None):
+        raise ConfigError(
+            "data.episodes hold the log-probabilities of another policy: a KL penalty in the reward, or an adaptive "
+            "one, would measure that. Set kl.place to loss without kl.target, or model.importance_weights."
+        )
 
 
 def _rows(data: PromptDataModule) -> Any:

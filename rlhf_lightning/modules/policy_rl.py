@@ -129,6 +129,7 @@ class PolicyRLModule(RLHFModule):
             self.truncated_reward,
             self.mask_truncated,
             self.resample_groups,
+            self.objective.whole_response,
         )
         snapshot = Snapshot(self.model) if self.staleness else None
         self.rounds = Rounds(collector, self.sampling_context, self.kl, self.reference, snapshot)
@@ -169,7 +170,7 @@ class PolicyRLModule(RLHFModule):
     def on_train_batch_start(self, batch: dict[str, Any], batch_idx: int) -> None:
         """Tell the rounds how the one that begins has gone, over all ranks."""
         if batch.get("statistics"):
-            self.rounds.observe(batch["statistics"], self.rollouts.items_per_round)
+            self.rounds.observe(batch["statistics"])
 
     @property
     def last_episodes(self) -> list[Episode]:
@@ -192,10 +193,7 @@ class PolicyRLModule(RLHFModule):
         loss = self._policy_loss(scores, batch)
         if self.critic is not None:
             value = self._value_loss(critic_values(self, ids, mask, scores), batch)
-            loss = (
-                loss * float(batch.get("round", self.critic.warmup_rounds) >= self.critic.warmup_rounds)
-                + self.critic.coefficient * value
-            )
+            loss = loss * (not self._warming_up) + self.critic.coefficient * value
             self.log("train/value_loss", value.detach(), on_step=True, on_epoch=False)
         logprobs, count = scores.logprobs.detach(), mask.sum().clamp(min=1)
         log_ratio = ((logprobs - old) * mask).abs()
@@ -206,6 +204,17 @@ class PolicyRLModule(RLHFModule):
         }
         self._log_step(batch, scores, loss.detach(), outputs)
         return {"loss": loss, **outputs}
+
+    @property
+    def _warming_up(self) -> bool:
+        """Whether the critic learns alone."""
+        return self.critic is not None and 0 < self.rounds.played <= self.critic.warmup_rounds
+
+    def on_before_optimizer_step(self, optimizer: Any) -> None:
+        """No step on what is not trained: gradients of zero would age Adam's moments, and decay the weights."""
+        if self._warming_up:
+            for parameter in self.model.parameters():
+                parameter.grad = None
 
     def _policy_loss(self, scores: TokenScores, batch: dict[str, Any]) -> Tensor:
         mask, old = batch["mask"], batch["old_logprobs"]
@@ -253,6 +262,12 @@ class PolicyRLModule(RLHFModule):
             self.log(f"train/{name}", number, on_step=True, on_epoch=False, prog_bar=bar)
         source = float(any(isinstance(part, ModelReward | EnsembleReward) for part in self.rewards))
         self.log("reward_source_prm", source, on_step=True, on_epoch=False)
+
+    def _sync_engine(self) -> None:
+        # One that has weights of its own would answer with those of the last round's start.
+        self.sampler.sync(self.global_step)
+
+    on_validation_start = on_test_start = on_predict_start = _sync_engine
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         self._evaluate(batch, "val")

@@ -30,6 +30,7 @@ class Collector:
         sampler, renderer, rewards, advantage, kl, environment: the parts, as `PolicyRLModule` names them.
         row_scorers: what else is computed for the rows of a round, by the name of its column in `Segment`.
         seed: of every draw. limits, truncated_reward, mask_truncated, resample: see `PolicyRLModule`.
+        whole_response: of the objective, see `PolicyObjective`.
     """
 
     def __init__(
@@ -46,12 +47,13 @@ class Collector:
         truncated_reward: float | None = None,
         mask_truncated: bool = False,
         resample: int = 0,
+        whole_response: bool = False,
     ) -> None:
         self.sampler, self.renderer, self.rewards, self.advantage = sampler, renderer, rewards, advantage
         self.kl, self.row_scorers, self.environment = kl, dict(row_scorers or {}), environment
         self.seed, self.limits, self.resample = seed, limits or Limits(), resample
         self.truncated_reward, self.mask_truncated = truncated_reward, mask_truncated
-        self.redrawn = 0
+        self.redrawn, self.whole_response = 0, whole_response
 
     def round(self, prompts: Sequence[Prompt], group_size: int, number: int) -> list[Episode]:
         """The episodes of a round, `group_size` for each prompt, in order.
@@ -100,7 +102,7 @@ class Collector:
     def rows(self, episodes: Sequence[Episode]) -> list[Segment]:
         """The rows of episodes, with what is scored of them and per-token advantages. All ranks call it together."""
         self.score(episodes, self.row_scorers)
-        assign([episode for episode in episodes if not episode.failed], self.advantage, self.kl)
+        assign([episode for episode in episodes if not episode.failed], self.advantage, self.kl, self.whole_response)
         for episode in episodes:
             for segment in episode.segments:
                 segment.group = episode.group

@@ -13,11 +13,14 @@ from rlhf_lightning.rollout.kl import KLPenalty
 from rlhf_lightning.rollout.ranks import gather
 
 
-def assign(episodes: Sequence[Episode], advantage: Advantage, kl: KLPenalty | None) -> None:
+def assign(
+    episodes: Sequence[Episode], advantage: Advantage, kl: KLPenalty | None, whole_response: bool = False
+) -> None:
     """Write `advantages` (and `returns`, with a critic) into the rows. All ranks call it together.
 
     The rows of an episode are one sequence of actions here, whatever stands between them: what a token earns may come
-    from a later row. A penalty in the reward comes after the group's baseline and before whitening.
+    from a later row. A penalty in the reward comes after the group's baseline and before whitening. Where the objective
+    takes the `whole_response` as one action, that has one advantage, with the penalties of all its tokens.
     """
     unscored = [episode for episode in episodes if episode.advantage is None]
     if unscored:
@@ -30,14 +33,17 @@ def assign(episodes: Sequence[Episode], advantage: Advantage, kl: KLPenalty | No
     in_reward = kl is not None and kl.place == "reward"
     penalties, discount = torch.zeros_like(mask), 1.0
     if kl is not None and in_reward:
-        penalties = kl.penalties(_joined(episodes, "logprobs"), _joined(episodes, "reference_logprobs"), mask)
+        penalties = kl.penalties(_policy_logprobs(episodes), _joined(episodes, "reference_logprobs"), mask)
         discount = kl.discount
+    extra = torch.zeros_like(scores)
+    if whole_response:
+        extra, penalties = penalties.sum(-1), torch.zeros_like(mask)
     values = _joined(episodes, "values") if advantage.needs_values else torch.zeros_like(mask)
-    advantages, returns = advantage.tokens(scores, penalties, values, mask, discount)
+    advantages, returns = advantage.tokens(scores + extra, penalties, values, mask, discount)
     if kl is not None and in_reward and kl.centred and advantage.centres_penalty:
         # The mean over the round's tokens is a baseline: it depends on no action. Taken off before the sum over later
         # tokens, it would pay for each further token.
-        added, _ = advantage.tokens(torch.zeros_like(scores), penalties, values, mask, discount)
+        added, _ = advantage.tokens(extra, penalties, values, mask, discount)
         advantages = advantages - _moments(added, mask)[0] * mask
     if advantage.whiten:
         mean, variance = _moments(advantages, mask)
@@ -45,6 +51,12 @@ def assign(episodes: Sequence[Episode], advantage: Advantage, kl: KLPenalty | No
     _split(episodes, "advantages", advantages)
     if advantage.needs_values:
         _split(episodes, "returns", returns)
+
+
+def _policy_logprobs(episodes: Sequence[Episode]) -> Tensor:
+    """The trainer's own log-probabilities where they were computed, else the sampler's, `[N, T]`."""
+    rows = [[number for row in one.segments for number in row.old_logprobs or row.logprobs] for one in episodes]
+    return pad_right(rows or [[0.0]], 0.0, torch.float64)[: len(rows)]
 
 
 def _joined(episodes: Sequence[Episode], name: str) -> Tensor:

@@ -52,6 +52,10 @@ class KLPenalty:
             raise ConfigError(f"kl.estimator is {estimator!r}{reason}; one of {', '.join(LOSS_ESTIMATORS)}")
         if not coefficient >= 0:
             raise ConfigError(f"kl.coefficient is {coefficient}; it must not be negative")
+        if place == "reward" and estimator != "weighted_k3":
+            raise ConfigError(f"kl.estimator ({estimator}) is of the loss; in the reward it is k1: leave it out")
+        if target is None and horizon != 10_000:
+            raise ConfigError("kl.horizon is of an adaptive coefficient: set kl.target, or leave it out")
         if not 0 <= discount <= 1:
             raise ConfigError(f"kl.discount is {discount}; it must be in [0, 1]")
         if target is not None and not (target > 0 and horizon > 0 and coefficient > 0):
@@ -100,4 +104,5 @@ class KLPenalty:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from there."""
-        self.coefficient, self._observed = state["coefficient"], state["observed"]
+        if self.target is not None:
+            self.coefficient, self._observed = state["coefficient"], state["observed"]

@@ -38,13 +38,16 @@ class Rounds:
         self.collector, self.context = collector, context
         self.kl, self.reference, self.snapshot = kl, reference, snapshot
         self.group_size, self.recorded = 1, False
+        self.played = 0
+        """How many rounds have begun; their numbers, which seeds are made of, may leave some out."""
         self.episodes: list[Episode] = []
         """Of the last round, on this rank."""
 
     @torch.no_grad()
     def collect(self, items: Sequence[Prompt] | Sequence[list[Recorded]], number: int) -> tuple[list[Segment], Sums]:
         """The rows of round `number`, and its statistics. All ranks call it together."""
-        self._move_reference(number)
+        self._move_reference()
+        self.played += 1
         with self.context():
             self.episodes = self._episodes(items, number)
             rows = self.collector.rows(self.episodes)
@@ -62,22 +65,23 @@ class Rounds:
             self.collector.sampler.sync(number)
             return self.collector.round(items, self.group_size, number)
 
-    def _move_reference(self, number: int) -> None:
+    def _move_reference(self) -> None:
         if self.kl is None or self.reference is None:
             return
         self.kl.adapt()
-        if self.kl.refresh_every and number and number % self.kl.refresh_every == 0:
+        if self.kl.refresh_every and self.played and self.played % self.kl.refresh_every == 0:
             self.reference.refresh()
 
-    def observe(self, statistics: Mapping[str, float], prompts: int) -> None:
+    def observe(self, statistics: Mapping[str, float]) -> None:
         """Take the numbers of a round, over all ranks: an adaptive KL coefficient goes by them."""
         if self.kl is not None and "kl" in statistics:
-            self.kl.observe(statistics["kl"], prompts * self.group_size)
+            self.kl.observe(statistics["kl"], round(statistics["episodes"]))
 
     def state_dict(self) -> dict[str, Any]:
         """The KL coefficient, a reference that moves, the weights to sample with."""
         moves = self.kl is not None and self.kl.refresh_every and self.reference is not None
         return {
+            "played": self.played,
             "kl": self.kl.state_dict() if self.kl else None,
             "reference": self.reference.weights() if moves and self.reference else None,
             "snapshot": self.snapshot.state_dict() if self.snapshot else None,
@@ -85,6 +89,7 @@ class Rounds:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from there."""
+        self.played = state["played"]
         if self.kl is not None and state["kl"]:
             self.kl.load_state_dict(state["kl"])
         if self.reference is not None and state["reference"]:

@@ -61,7 +61,7 @@ def _sequence_kl(segment: Segment) -> float:
     if not segment.reference_logprobs:
         return 0.0
     drawn: Tensor = torch.tensor(segment.mask, dtype=torch.float64)
-    difference = k1(torch.tensor(segment.logprobs), torch.tensor(segment.reference_logprobs))
+    difference = k1(torch.tensor(segment.old_logprobs or segment.logprobs), torch.tensor(segment.reference_logprobs))
     return float((difference * drawn).sum())
 
 
@@ -102,12 +102,14 @@ def groups_without_signal(episodes: Sequence[Episode]) -> set[int]:
 
 
 def means(parts: Sequence[Sums]) -> dict[str, float]:
-    """The means over the episodes of all ranks, and the correlation of length and reward where both vary."""
+    """Means over the episodes of all ranks, their number, and the correlation of length and reward if both vary."""
     names = sorted({name for part in parts for name in part})
     found = {name: [part[name] for part in parts if name in part] for name in names}
     totals = {name: (sum(total for total, _ in sums), sum(n for _, n in sums)) for name, sums in found.items()}
     averages = {name: total / count for name, (total, count) in totals.items() if count}
     result = {name: value for name, value in averages.items() if not name.startswith("~")}
+    if "reward" in totals:
+        result["episodes"] = totals["reward"][1]
     correlation = _correlation(averages) if LENGTH in averages else None
     return result if correlation is None else {**result, "length_reward_correlation": correlation}
 

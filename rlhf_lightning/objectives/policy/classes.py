@@ -23,6 +23,8 @@ class PolicyObjective(ABC):
     """Whether a ratio or an anchor keeps the loss right once the policy has moved: several epochs need that."""
     bounds: tuple[float, float] = (0.0, inf)
     """Of the ratio; outside of them a token is clipped."""
+    whole_response = False
+    """Whether the response is one action: then all its tokens have one advantage."""
 
     def __init__(self, aggregation: str = "token_mean", length: int | None = None) -> None:
         if aggregation not in MODES:
@@ -105,6 +107,13 @@ class PPO(Clipped):
         """Per-token loss `[B, T]`."""
         return losses.ppo(logprobs, old_logprobs, advantages, mask, self.clip_low, self.clip_high, self.dual_clip)
 
+    def clipped(self, logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor) -> Tensor:
+        """The dual clip's too, `[B, T]`."""
+        cut = super().clipped(logprobs, old_logprobs, advantages, mask)
+        if self.dual_clip is None:
+            return cut
+        return cut + (self.ratio(logprobs, old_logprobs, mask) > self.dual_clip) * (advantages < 0) * mask
+
 
 class GRPO(PPO):
     """PPO's loss, averaged over each sequence first (arXiv 2402.03300 eq. 3); with `GroupCentered(scale: std)`."""
@@ -138,6 +147,8 @@ class ReinforcePlusPlus(PPO):
 class RLOO(Clipped):
     """The `rloo` loss: the response is one action; with `LeaveOneOut`."""
 
+    whole_response = True
+
     def __init__(self, aggregation: str = "sequence_mean", **kwargs: Any) -> None:
         super().__init__(aggregation=aggregation, **kwargs)
 
@@ -157,6 +168,8 @@ class GSPO(Clipped):
         clip_low: see `Clipped`; the ratio is the geometric mean over the sequence, so that bounds are far narrower.
         clip_high: see `Clipped`.
     """
+
+    whole_response = True
 
     def __init__(
         self, clip_low: float = 3e-4, clip_high: float = 4e-4, aggregation: str = "sequence_mean", **kwargs: Any
