@@ -112,6 +112,7 @@ class RowDataModule(pl.LightningDataModule):
 
     def setup(self, stage: str) -> None:
         """Read and render what the command needs; raises `DataError` or `ConfigError`."""
+        stage = getattr(stage, "value", stage)  # Lightning's is an enumeration, which prints as TrainerFn.…
         wanted = {"fit": ("train", "validation"), "validate": ("validation",)}.get(stage, (stage,))
         for name in wanted:
             if name not in self.prepared:
