@@ -89,6 +89,7 @@ def damage(path: Path) -> str | None:
         with zipfile.ZipFile(path) as archive:
             broken = archive.testzip()
     except (zipfile.BadZipFile, OSError, EOFError, zlib.error, NotImplementedError, ValueError) as error:
+        # Whatever a damaged archive makes of the reader is the answer here, not a failure of this function.
         return f"{error}".rstrip(".").lower() or type(error).__name__
     return f"the checksum of {broken} differs" if broken else None
 

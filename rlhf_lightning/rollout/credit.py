@@ -33,7 +33,7 @@ def assign(
     in_reward = kl is not None and kl.place == "reward"
     penalties, discount = torch.zeros_like(mask), 1.0
     if kl is not None and in_reward:
-        penalties = kl.penalties(_policy_logprobs(episodes), _joined(episodes, "reference_logprobs"), mask)
+        penalties = kl.penalties(_joined(episodes, "policy_logprobs"), _joined(episodes, "reference_logprobs"), mask)
         discount = kl.discount
     extra = torch.zeros_like(scores)
     if whole_response:
@@ -51,12 +51,6 @@ def assign(
     _split(episodes, "advantages", advantages)
     if advantage.needs_values:
         _split(episodes, "returns", returns)
-
-
-def _policy_logprobs(episodes: Sequence[Episode]) -> Tensor:
-    """The trainer's own log-probabilities where they were computed, else the sampler's, `[N, T]`."""
-    rows = [[number for row in one.segments for number in row.old_logprobs or row.logprobs] for one in episodes]
-    return pad_right(rows or [[0.0]], 0.0, torch.float64)[: len(rows)]
 
 
 def _joined(episodes: Sequence[Episode], name: str) -> Tensor:

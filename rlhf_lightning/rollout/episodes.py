@@ -32,6 +32,11 @@ class Segment:
     """Of its episode: rows of one group stay together, since what they share is computed once."""
 
     @property
+    def policy_logprobs(self) -> list[float]:
+        """Of the policy at the start of the round: the trainer's own where they were computed, else the sampler's."""
+        return self.old_logprobs or self.logprobs
+
+    @property
     def actions(self) -> int:
         """How many tokens the policy drew."""
         return sum(self.mask)

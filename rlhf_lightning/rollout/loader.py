@@ -13,7 +13,8 @@ from rlhf_lightning.rollout.statistics import Sums, means
 
 COLUMNS = {
     "sampler_logprobs": "logprobs",
-    **{name: name for name in ("old_logprobs", "advantages", "reference_logprobs", "values", "returns")},
+    "old_logprobs": "policy_logprobs",
+    **{name: name for name in ("advantages", "reference_logprobs", "values", "returns")},
 }
 """What a batch has of its rows, and the column of `Segment` it is taken from."""
 Collect = Callable[[list[Any], int], tuple[list[Segment], Sums]]
@@ -140,8 +141,6 @@ class RolloutLoader:
         for name, column in COLUMNS.items():
             numbers = [getattr(row, column) or [0.0] * len(row.ids) for row in rows]
             batch[name] = pad_right(numbers, 0.0, torch.float32)
-        if not any(row.old_logprobs for row in rows):
-            batch["old_logprobs"] = batch["sampler_logprobs"]
         return batch
 
     def state_dict(self) -> dict[str, Any]:

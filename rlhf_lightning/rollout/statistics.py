@@ -61,7 +61,7 @@ def _sequence_kl(segment: Segment) -> float:
     if not segment.reference_logprobs:
         return 0.0
     drawn: Tensor = torch.tensor(segment.mask, dtype=torch.float64)
-    difference = k1(torch.tensor(segment.old_logprobs or segment.logprobs), torch.tensor(segment.reference_logprobs))
+    difference = k1(torch.tensor(segment.policy_logprobs), torch.tensor(segment.reference_logprobs))
     return float((difference * drawn).sum())
 
 
