@@ -1,0 +1,150 @@
+"""Weights split over ranks (FSDP2): what is trained, resumed and saved is what one process trains, resumes and saves."""
+
+import json
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import Callback
+from safetensors.torch import load_file
+
+from rlhf_lightning.callbacks.export import ExportModel
+from rlhf_lightning.models.lora import LoRA
+from rlhf_lightning.models.scorers import ImplicitReward
+from rlhf_lightning.models.sharding import whole
+from rlhf_lightning.rollout.kl import KLPenalty
+from rlhf_lightning.rollout.rewards import FunctionReward
+from rlhf_lightning.rollout.sampler import Sampler
+from rlhf_lightning.strategies import FSDP2
+from tests.conftest import trainer
+from tests.runs import in_ranks
+from tests.test_modules import data, make, same, vowels
+from tests.test_policy import few_vowels
+from tests.test_policy import settings as policy_settings
+from tests.test_resume import at, config, result
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+# Model options, and what the trainer is told beside.
+PLAIN: dict[str, tuple[str, Callable[[], dict[str, Any]]]] = {
+    "sft": ("sft", lambda: {"max_tokens_per_batch": 40}),
+    "sft-lora": ("sft", lambda: {"lora": LoRA(rank=2), "gradient_checkpointing": True}),
+    "preference": ("preference", lambda: {"max_tokens_per_batch": 40}),
+    "preference-lora": ("preference", lambda: {"lora": LoRA(rank=2)}),
+    "dpo": ("preference", lambda: {"scorer": ImplicitReward()}),
+    "dpo-stored": ("preference", lambda: {"scorer": ImplicitReward(store=True), "lora": LoRA(rank=2)}),
+    "policy": ("policy", lambda: {"kl": KLPenalty(0.1), "max_tokens_per_batch": 40}),
+    "policy-lora": ("policy", lambda: {"kl": KLPenalty(0.1), "lora": LoRA(rank=2, target=["all"])}),
+    "in step": ("policy", lambda: {"kl": KLPenalty(0.1), "sampler": Sampler(max_tokens=6, gather=False)}),
+    **{
+        name: ("policy", lambda name=name: policy_settings(name))
+        for name in ("critic", "shared", "lora", "refresh", "stale", "redrawn")
+    },
+}
+
+
+class Keep(Callback):
+    """All trained weights at the end, written by the first rank."""
+
+    def on_fit_end(self, run: Any, module: Any) -> None:
+        state = {name: whole(value.detach()) for name, value in module.state_dict().items()}
+        if run.is_global_zero:
+            torch.save(state, Path(run.default_root_dir) / "weights.pt")
+
+
+def train(name: str, base: str, root: Path, world: int = 1, accumulate: int = 1) -> None:
+    kind, options = PLAIN[name]
+    torch.manual_seed(0)  # the first weights of adapters and of a reward head
+    extra = options()
+    if kind == "policy":
+        extra.setdefault("rewards", [FunctionReward(few_vowels if name in ("redrawn", "stale") else vowels)])
+    module = make(kind, base, dtype="float64", **extra)
+    root.mkdir(parents=True, exist_ok=True)
+    run = trainer(
+        root,
+        devices=world,
+        strategy=FSDP2() if world > 1 else "auto",
+        accumulate_grad_batches=accumulate,
+        gradient_clip_val=0.5,
+        max_epochs=2,
+        callbacks=[Keep(), ExportModel()],
+    )
+    minibatches = {"minibatches": accumulate} if kind == "policy" else {}
+    run.fit(module, data(kind, 7 if kind == "policy" else 11, 8 // world // accumulate, **minibatches))
+
+
+@pytest.mark.parametrize("name", list(PLAIN))
+def test_split_weights_train_as_one_process(name: str, base: str, tmp_path: Path) -> None:
+    train(name, base, tmp_path / "one")
+    in_ranks(2, lambda: train(name, base, tmp_path / "two", 2, 2), tmp_path / "two")
+    one, two = (torch.load(tmp_path / folder / "weights.pt") for folder in ("one", "two"))
+    same(one, two, rtol=1e-6, atol=1e-8)
+    files = [next((tmp_path / folder / "model").glob("*model.safetensors")) for folder in ("one", "two")]
+    same(load_file(files[0]), load_file(files[1]), rtol=1e-6, atol=1e-8)
+    assert {path.name for path in files[0].parent.iterdir()} == {path.name for path in files[1].parent.iterdir()}
+
+
+# -- commands ---------------------------------------------------------------------------------------------------------
+
+
+def command(kind: str, base: str, folder: Path, root: str, **trainer_options: Any) -> list[str]:
+    flags = {"devices": 2, "strategy": "fsdp2", "default_root_dir": folder / root, **trainer_options}
+    return [*config(kind, base, folder), *(f"--trainer.{name}={value}" for name, value in flags.items())]
+
+
+def test_shares_and_files_resume_and_export_alike(base: str, tmp_path: Path) -> None:
+    args = command("policy", base, tmp_path, "whole")
+    run_command(args, tmp_path / "out")
+    shares = tmp_path / "shares.yaml"
+    strategy = {"class_path": "rlhf_lightning.strategies.FSDP2", "init_args": {"save_distributed_checkpoint": True}}
+    shares.write_text(json.dumps({"trainer": {"strategy": strategy}}))
+    folder = tmp_path / "shares"
+    args = [*command("policy", base, tmp_path, "shares")[:-2], "-c", str(shares)]
+    args = [arg for arg in args if "strategy=" not in arg] + [f"--trainer.default_root_dir={folder}"]
+    dies = at("policy", "training", 9, True, lambda: os.kill(os.getpid(), signal.SIGKILL))
+    run_command(args, tmp_path / "out", dies, code=-signal.SIGKILL)
+    saved = sorted((folder / "checkpoints").iterdir())
+    assert all(path.is_dir() and (path / "checksums.json").is_file() for path in saved) and len(saved) == 2
+    share = next(saved[-1].glob("*.distcp"))
+    share.write_bytes(share.read_bytes()[:-100])
+    run_command(args, tmp_path / "out")
+    assert "is damaged" in (tmp_path / "out" / "rank0.txt").read_text()
+    assert result(folder) == result(tmp_path / "whole")
+
+
+def killed_once(kind: str, place: str, number: int, after: bool) -> Callable[[], None]:
+    return at(kind, place, number, after, lambda: os.kill(os.getpid(), signal.SIGKILL))
+
+
+def run_command(args: list[str], folder: Path, before: Callable[[], Any] | None = None, code: int = 0) -> None:
+    def both() -> None:
+        from rlhf_lightning.cli.main import main
+
+        if before:
+            before()
+        main(args)
+
+    in_ranks(2, both, folder, code=code)
+
+
+@pytest.mark.parametrize(
+    ("kind", "place", "number", "after"),
+    [
+        ("sft", "training", 7, False),
+        ("preference", "validation", 4, True),
+        ("policy", "sampling", 3, False),
+        ("policy", "a checkpoint's end", 2, True),
+    ],
+)
+def test_a_killed_run_ends_as_a_whole_one(
+    kind: str, place: str, number: int, after: bool, base: str, tmp_path: Path
+) -> None:
+    run_command(command(kind, base, tmp_path, "whole"), tmp_path / "out")
+    args = command(kind, base, tmp_path, "killed")
+    run_command(args, tmp_path / "out", killed_once(kind, place, number, after), code=-signal.SIGKILL)
+    run_command(args, tmp_path / "out")
+    assert result(tmp_path / "killed") == result(tmp_path / "whole")
