@@ -7,7 +7,7 @@ import torch
 from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
 
 from rlhf_lightning.callbacks.checkpoint_io import Unfinished, damage
-from rlhf_lightning.errors import UserError
+from rlhf_lightning.errors import ConfigError, UserError
 
 
 class FSDP2(ModelParallelStrategy):
@@ -31,6 +31,11 @@ class FSDP2(ModelParallelStrategy):
         save_distributed_checkpoint: bool = False,
         **kwargs: Any,
     ) -> None:
+        if tensor_parallel_size != 1:
+            raise ConfigError(
+                f"strategy: tensor_parallel_size is {tensor_parallel_size}. Tensor parallel is not supported: weights "
+                "are split by data_parallel_size, and long rows are bounded by model.max_tokens_per_batch"
+            )
         super().__init__(data_parallel_size, tensor_parallel_size, save_distributed_checkpoint, **kwargs)
 
     def setup_environment(self) -> None:

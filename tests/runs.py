@@ -84,7 +84,7 @@ def complete(args: list[str], output: Path, code: int = 0, before: Callable[[], 
 
 
 def in_ranks(world: int, function: Callable[[], Any], folder: Path, limit: float = 100, code: int = 0) -> None:
-    """Run a function in forked processes that find what `torchrun` gives; all must end with `code`, within `limit` seconds.
+    """Run a function in forked processes that find what `torchrun` gives; all must end with `code`, within `limit` s.
 
     Where one has ended otherwise than well, the others are ended as well.
     """

@@ -1,14 +1,18 @@
-"""Weights split over ranks (FSDP2): what is trained, resumed and saved is what one process trains, resumes and saves."""
+"""Weights split over ranks (FSDP2): trained, resumed and saved as by one process."""
 
 import json
 import os
 import signal
+import socket
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 from lightning.pytorch.callbacks import Callback
 from safetensors.torch import load_file
 
@@ -21,7 +25,7 @@ from rlhf_lightning.rollout.rewards import FunctionReward
 from rlhf_lightning.rollout.sampler import Sampler
 from rlhf_lightning.strategies import FSDP2
 from tests.conftest import trainer
-from tests.runs import in_ranks
+from tests.runs import complete, in_ranks
 from tests.test_modules import data, make, same, vowels
 from tests.test_policy import few_vowels
 from tests.test_policy import settings as policy_settings
@@ -108,7 +112,7 @@ def test_shares_and_files_resume_and_export_alike(base: str, tmp_path: Path) -> 
     dies = at("policy", "training", 9, True, lambda: os.kill(os.getpid(), signal.SIGKILL))
     run_command(args, tmp_path / "out", dies, code=-signal.SIGKILL)
     saved = sorted((folder / "checkpoints").iterdir())
-    assert all(path.is_dir() and (path / "checksums.json").is_file() for path in saved) and len(saved) == 2
+    assert [(path / "checksums.json").is_file() for path in saved] == [True, True]
     share = next(saved[-1].glob("*.distcp"))
     share.write_bytes(share.read_bytes()[:-100])
     run_command(args, tmp_path / "out")
@@ -148,3 +152,40 @@ def test_a_killed_run_ends_as_a_whole_one(
     run_command(args, tmp_path / "out", killed_once(kind, place, number, after), code=-signal.SIGKILL)
     run_command(args, tmp_path / "out")
     assert result(tmp_path / "killed") == result(tmp_path / "whole")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_two_nodes_of_torchrun(strategy: str, base: str, tmp_path: Path) -> None:
+    """As docs/many-gpus.md has it: the same command on each node, which here are two process groups of one machine."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    one = [*config("sft", base, tmp_path), "--trainer.default_root_dir", str(tmp_path / "one")]
+    complete(one, tmp_path / "one.txt")
+    root = ["--trainer.default_root_dir", str(tmp_path / "two"), "--data.batch_size", "1"]
+    trainer_flags = ["--trainer.num_nodes", "2", "--trainer.devices", "1", "--trainer.strategy", strategy]
+    nodes = []
+    for node in range(2):
+        launch = ["--nnodes", "2", "--nproc_per_node", "1", "--node_rank", str(node), "--master_port", str(port)]
+        command = [sys.executable, "-m", "torch.distributed.run", *launch, "-m", "rlhf_lightning"]
+        with open(tmp_path / f"node{node}.txt", "w") as output:
+            nodes.append(subprocess.Popen([*command, *one[:-2], *root, *trainer_flags], stdout=output, stderr=output))
+    codes = [node.wait(200) for node in nodes]
+    assert codes == [0, 0], (tmp_path / "node0.txt").read_text() + (tmp_path / "node1.txt").read_text()
+    weights = [load_file(tmp_path / run / "model" / "model.safetensors") for run in ("one", "two")]
+    same(*weights, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("path", sorted((Path(__file__).parents[1] / "configs" / "strategy").glob("*.yaml")), ids=str)
+def test_strategy_files_are_layered_on_a_recipe(path: Path, base: str, tmp_path: Path, capsys: Any) -> None:
+    from rlhf_lightning.cli.main import main
+
+    recipe = config("sft", base, tmp_path)
+    with pytest.raises(SystemExit) as end:
+        main([*recipe, "-c", str(path), "--print_config"])
+    assert not end.value.code
+    printed = yaml.safe_load(capsys.readouterr().out)
+    wanted = yaml.safe_load(path.read_text())["trainer"]["strategy"]
+    found = printed["trainer"]["strategy"]
+    assert found == wanted or found["class_path"] == wanted["class_path"]

@@ -50,7 +50,7 @@ def is_split(model: Any) -> bool:
 def through(model: Any, function: Callable[..., Any], *args: Any) -> Any:
     """`function(*args)`, which uses parts of `model` by themselves: its decoder, its head.
 
-    A model that is split gathers what it holds outside its layers when it is called as a whole, and this is such a call.
+    A model that is split gathers what it holds outside its layers when it is called as a whole; this is such a call.
     """
     if not is_split(model) or model.inside:
         return function(*args)
@@ -128,6 +128,20 @@ class LockStep:
             self.idle()
 
 
+@contextmanager
+def together(model: Any, gather: bool | None, idle: Callable[[], Any]) -> Iterator[LockStep | None]:
+    """Ranks run `model` as often as each likes: gathered where that fits (see `fits`), else by what is yielded."""
+    if not is_split(model):
+        yield None
+    elif fits(model, gather):
+        with gathered(model):
+            yield None
+    else:
+        lock = LockStep(model, idle)
+        yield lock
+        lock.finish()
+
+
 # -- weights ------------------------------------------------------------------------------------------------------
 
 
@@ -141,7 +155,8 @@ def assign(weight: Tensor, value: Tensor) -> None:
     if hasattr(weight, "device_mesh") and not hasattr(value, "device_mesh"):
         from torch.distributed.tensor import distribute_tensor
 
-        value = distribute_tensor(value.to(weight.device), weight.device_mesh, weight.placements)
+        split_weight: Any = weight
+        value = distribute_tensor(value.to(weight.device), split_weight.device_mesh, split_weight.placements)
     weight.copy_(value)
 
 
@@ -151,7 +166,7 @@ def whole_weights(model: Any) -> dict[str, Tensor] | None:
         return None
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
-    found = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    found: Any = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     first: dict[int, str] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if found and first.setdefault(id(parameter), name) != name:

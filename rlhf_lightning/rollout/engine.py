@@ -15,7 +15,7 @@ from rlhf_lightning.models.forward import FAILURES, Forward, tolerance
 from rlhf_lightning.models.lora import base_of
 from rlhf_lightning.models.packing import Layout, Tree, group_trees
 from rlhf_lightning.models.parts import Parts, evaluating, few_rows
-from rlhf_lightning.models.sharding import LockStep, fits, gathered, is_split, through
+from rlhf_lightning.models.sharding import LockStep, is_split, through, together
 from rlhf_lightning.rollout.draw import Sample, SamplingParams, draw, ends, uniforms
 from rlhf_lightning.rollout.fallback import generate
 from rlhf_lightning.rollout.graphs import GraphedStep
@@ -111,30 +111,27 @@ class LocalEngine:
         Raises:
             ConfigError: there is no room, and the model is sampled by its own `generate`.
         """
-        if not is_split(self.model):
-            yield
-        elif fits(self.model, self.gather):
-            with gathered(self.model):
-                yield
-        else:
-            with self._sampling():
-                self._plain = self._check() if self._plain is None else self._plain
-            if not self._plain:
-                raise ConfigError(
-                    "this model is sampled by its own generate, which cannot go in step over ranks, and there is no "
-                    "room to gather its weights: set sampler.gather: true, or split it over fewer ranks"
-                )
-            self._lock = LockStep(self.model, self._idle)
+        with together(self.model, self.gather, self._idle) as self._lock:
+            if self._lock:
+                self._check_in_step()
             try:
                 yield
-                with self._sampling():
-                    self._lock.finish()
             finally:
                 self._lock = None
 
+    def _check_in_step(self) -> None:
+        with self._sampling():
+            self._plain = self._check() if self._plain is None else self._plain
+        if not self._plain:
+            raise ConfigError(
+                "this model is sampled by its own generate, which cannot go in step over ranks, and there is no room "
+                "to gather its weights: set sampler.gather: true, or split it over fewer ranks"
+            )
+
     def _idle(self) -> None:
         ids = torch.zeros(1, 1, dtype=torch.long, device=next(self.model.parameters()).device)
-        through(self.model, lambda: self.parts.decoder(input_ids=ids, use_cache=False))
+        with self._sampling():
+            through(self.model, lambda: self.parts.decoder(input_ids=ids, use_cache=False))
 
     # -- steps of the model ---------------------------------------------------------------------------------------
 
