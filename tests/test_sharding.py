@@ -17,14 +17,18 @@ from lightning.pytorch.callbacks import Callback
 from safetensors.torch import load_file
 
 from rlhf_lightning.callbacks.export import ExportModel
+from rlhf_lightning.callbacks.invariants import FirstStepInvariants
+from rlhf_lightning.data.prompts import PromptDataModule
+from rlhf_lightning.errors import ConfigError
 from rlhf_lightning.models.lora import LoRA
 from rlhf_lightning.models.scorers import ImplicitReward
 from rlhf_lightning.models.sharding import whole
+from rlhf_lightning.rollout.environments import StepResult
 from rlhf_lightning.rollout.kl import KLPenalty
 from rlhf_lightning.rollout.rewards import FunctionReward
 from rlhf_lightning.rollout.sampler import Sampler
 from rlhf_lightning.strategies import FSDP2
-from tests.conftest import trainer
+from tests.conftest import chats, pairs, prompts, trainer
 from tests.runs import complete, in_ranks
 from tests.test_modules import data, make, same, vowels
 from tests.test_policy import few_vowels
@@ -81,7 +85,12 @@ def train(name: str, base: str, root: Path, world: int = 1, accumulate: int = 1)
     run.fit(module, data(kind, 7 if kind == "policy" else 11, 8 // world // accumulate, **minibatches))
 
 
-@pytest.mark.parametrize("name", list(PLAIN))
+FAST = ("sft", "preference-lora", "in step")
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in PLAIN]
+)
 def test_split_weights_train_as_one_process(name: str, base: str, tmp_path: Path) -> None:
     train(name, base, tmp_path / "one")
     in_ranks(2, lambda: train(name, base, tmp_path / "two", 2, 2), tmp_path / "two")
@@ -92,6 +101,58 @@ def test_split_weights_train_as_one_process(name: str, base: str, tmp_path: Path
     assert {path.name for path in files[0].parent.iterdir()} == {path.name for path in files[1].parent.iterdir()}
 
 
+class Questions:
+    """As many turns as the row says, so that ranks draw unequally often."""
+
+    def __init__(self, row: dict[str, Any]) -> None:
+        self.row, self.turns = row, 0
+
+    def reset(self) -> list[dict[str, str]]:
+        return [{"role": "user", "content": self.row["prompt"]}]
+
+    def step(self, message: dict[str, Any]) -> StepResult:
+        self.turns += 1
+        words = [{"role": "user", "content": "and one"}]
+        return StepResult(len(message["content"]) / 9, self.turns >= self.row["turns"], words)
+
+
+@pytest.mark.parametrize("gather", [True, False])
+def test_ranks_that_draw_unequally_do_not_wait_for_ever(gather: bool, base: str, tmp_path: Path) -> None:
+    rows = [{"prompt": row["prompt"], "turns": 1 + 2 * (i % 2) + i // 4} for i, row in enumerate(prompts(5))]
+
+    def run() -> None:
+        module = make("policy", base, rewards=[], environment=Questions, sampler=Sampler(max_tokens=4, gather=gather))
+        source = PromptDataModule(rows, rows[:3], prompts_per_round=4, group_size=2, minibatches=2, seed=1)
+        one = trainer(tmp_path, devices=2, strategy=FSDP2(), callbacks=[ExportModel()])
+        one.fit(module, source)
+        assert one.global_step == 4
+
+    in_ranks(2, run, tmp_path / "out")
+    assert (tmp_path / "model" / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize(
+    "kind", [pytest.param("sft", marks=pytest.mark.slow), pytest.param("preference", marks=pytest.mark.slow), "policy"]
+)
+def test_every_command_in_lower_precision(kind: str, base: str, tmp_path: Path) -> None:
+    rows = {"sft": chats, "preference": pairs, "policy": prompts}[kind](5)
+
+    def run() -> None:
+        module, source = make(kind, base), data(kind)
+        source.sources |= {"test": rows, "predict": rows}
+        one = trainer(tmp_path, devices=2, strategy=FSDP2(), precision="bf16-mixed", callbacks=[FirstStepInvariants()])
+        before = one.validate(module, source, verbose=False)
+        one.fit(module, source)
+        assert one.global_step == (3 if kind == "policy" else 2)
+        after = one.validate(module, source, verbose=False)
+        assert before[0].keys() == after[0].keys() != set()
+        assert before != after
+        assert one.test(module, source, verbose=False)
+        assert one.predict(module, source)
+
+    in_ranks(2, run, tmp_path / "out")
+
+
 # -- commands ---------------------------------------------------------------------------------------------------------
 
 
@@ -100,6 +161,7 @@ def command(kind: str, base: str, folder: Path, root: str, **trainer_options: An
     return [*config(kind, base, folder), *(f"--trainer.{name}={value}" for name, value in flags.items())]
 
 
+@pytest.mark.slow
 def test_shares_and_files_resume_and_export_alike(base: str, tmp_path: Path) -> None:
     args = command("policy", base, tmp_path, "whole")
     run_command(args, tmp_path / "out")
@@ -138,10 +200,10 @@ def run_command(args: list[str], folder: Path, before: Callable[[], Any] | None 
 @pytest.mark.parametrize(
     ("kind", "place", "number", "after"),
     [
-        ("sft", "training", 7, False),
         ("preference", "validation", 4, True),
-        ("policy", "sampling", 3, False),
-        ("policy", "a checkpoint's end", 2, True),
+        pytest.param("sft", "training", 7, False, marks=pytest.mark.slow),
+        pytest.param("policy", "sampling", 3, False, marks=pytest.mark.slow),
+        pytest.param("policy", "a checkpoint's end", 2, True, marks=pytest.mark.slow),
     ],
 )
 def test_a_killed_run_ends_as_a_whole_one(
@@ -189,3 +251,19 @@ def test_strategy_files_are_layered_on_a_recipe(path: Path, base: str, tmp_path:
     wanted = yaml.safe_load(path.read_text())["trainer"]["strategy"]
     found = printed["trainer"]["strategy"]
     assert found == wanted or found["class_path"] == wanted["class_path"]
+
+
+def test_resumes_on_another_number_of_devices(base: str, tmp_path: Path) -> None:
+    """From FSDP2 to one process, at the end of a round."""
+    args = [*config("policy", base, tmp_path), "--trainer.default_root_dir", str(tmp_path / "run")]
+    two = ["--trainer.devices", "2", "--trainer.strategy", "fsdp2"]
+    run_command([*args, *two, "--trainer.max_epochs", "1"], tmp_path / "out")
+    text = complete([*args, "--trainer.max_epochs", "2"], tmp_path / "one.txt")
+    assert "not bit for bit" in text
+    assert "ranks 2 → 1" in text
+    assert json.loads((tmp_path / "run" / "stage.json").read_text())["inexact_resumes"]
+
+
+def test_tensor_parallel_is_refused() -> None:
+    with pytest.raises(ConfigError, match="Tensor parallel is not supported"):
+        FSDP2(tensor_parallel_size=2)
