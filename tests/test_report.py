@@ -117,7 +117,7 @@ def test_a_run_from_end_to_end(run: Path, capsys: pytest.CaptureFixture[str]) ->
     page = Page((run / "report.html").read_text())
     found = page.charts()
     assert "negative log-likelihood, nats a token: train/nll 3 → 0.55" in found
-    assert "pair accuracy: train/accuracy 0.5 → 0.75; val/accuracy 0.875 → 0.875" in found
+    assert "pair accuracy: train/accuracy 0.5 → 0.75; val/accuracy 0.875" in found
     assert "calibration on held-out pairs: accuracy of pairs 81 pairs" in found
     for title in ("reward against KL", "gold reward against KL", "entropy, nats a token", "response tokens"):
         assert any(label.startswith(f"{title}: ") for label in found)

@@ -133,10 +133,10 @@ def axes(frame: Frame, x: str) -> list[Html]:
     return marks
 
 
-def change(values: Sequence[float]) -> str:
+def change(values: Sequence[float], digits: int = 4) -> str:
     """The first and the last value; what is only rounding beside the largest of them is 0."""
     least = 1e-6 * max(map(abs, values))
-    first, last = (number(value if abs(value) > least else 0) for value in (values[0], values[-1]))
+    first, last = (number(value if abs(value) > least else 0, digits) for value in (values[0], values[-1]))
     return f"{first} → {last}" if len(values) > 1 else first
 
 

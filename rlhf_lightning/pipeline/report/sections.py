@@ -78,7 +78,7 @@ def tiles(run: Run) -> Html | None:
     for stage in run.stages:
         for name, title in TILES.get(stage.kind, {}).items():
             if points := charts.finite(stage.metrics.get(name, [])):
-                found.append(_tile(charts.change([value for _, value in points]), title, stage.name))
+                found.append(_tile(charts.change([value for _, value in points], 3), title, stage.name))
     gold = [run.summary[name].get("gold_reward") for name in ("base", "sft", "policy") if name in run.summary]
     if len(gold) == 3 and None not in gold:
         found.append(_tile(" → ".join(f"{value:.2f}" for value in gold), "gold reward, held out", "base, sft, policy"))
