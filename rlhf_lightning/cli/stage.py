@@ -50,6 +50,7 @@ MAY_CHANGE = (
 )
 
 
+EXTRAS = ("tensorboard", "wandb", "bitsandbytes", "vllm")
 FULL = "make room, or write elsewhere (--trainer.default_root_dir); the same command resumes the run"
 DENIED = "change its rights, or name another place"
 REMEDIES = {
@@ -239,8 +240,18 @@ class StageCLI(LightningCLI):
     def instantiate_classes(self) -> None:
         try:
             super().instantiate_classes()
-        except (TypeError, ValueError) as error:
-            raise ConfigError(f"a setting does not fit: {error}") from error
+        except (ModuleNotFoundError, TypeError, ValueError) as error:
+            cause: BaseException | None = error  # jsonargparse raises its own in the place of what a class raised
+            while cause is not None and not isinstance(cause, ModuleNotFoundError):
+                cause = cause.__cause__ or cause.__context__
+            raise ConfigError(_missing(cause) if cause else f"a setting does not fit: {error}") from error
+
+
+def _missing(error: ModuleNotFoundError) -> str:
+    """What to install for a class that a setting names. Lightning's loggers say it in a sentence, without `name`."""
+    text = " ".join(str(error).split())
+    extra = next((name for name in EXTRAS if name in (error.name or text).lower()), None)
+    return f"{text}: " + (f'pip install "rlhf-lightning[{extra}]"' if extra else "install it, or name another class")
 
 
 def _guard_checkpoints(trainer: Any) -> None:
