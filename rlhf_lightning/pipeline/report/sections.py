@@ -79,9 +79,9 @@ def tiles(run: Run) -> Html | None:
         for name, title in TILES.get(stage.kind, {}).items():
             if points := charts.finite(stage.metrics.get(name, [])):
                 found.append(_tile(charts.change([value for _, value in points], 3), title, stage.name))
-    gold = [run.summary[name].get("gold_reward") for name in ("base", "sft", "policy") if name in run.summary]
-    if len(gold) == 3 and None not in gold:
-        found.append(_tile(" → ".join(f"{value:.2f}" for value in gold), "gold reward, held out", "base, sft, policy"))
+    gold = [run.summary.get(name, {}).get("gold_reward") for name in ("sft", "policy")]
+    if None not in gold:
+        found.append(_tile(charts.change(gold, 2), "gold reward, held out", "sft, policy"))
     return el("div", *found, class_="tiles") if found else None
 
 
