@@ -90,9 +90,8 @@ def _parse(args: list[str]) -> argparse.Namespace:
         "ROUGE-1/2/L of what the policy answers.",
         epilog="example: rlhf best-of runs/sft/model prompts.jsonl --reward runs/preference/model -n 8"
         if best
-        else "examples:\n"
-        "  rlhf evaluate runs/policy/model runs/sft/model prompts.jsonl --reward runs/preference/model\n"
-        "  rlhf evaluate runs/sft/model chats_validation.jsonl --temperature 0 --json",
+        else "example: rlhf evaluate runs/policy/model runs/sft/model prompts.jsonl --reward runs/preference/model\n"
+        "         rlhf evaluate runs/sft/model chats_validation.jsonl --temperature 0 --json",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("policy", help="folder or Hub id of a causal language model")

@@ -12,8 +12,8 @@ def run(args: list[str]) -> int:
         prog="rlhf pipeline",
         description="Run the stages of a pipeline file. What is finished is not run again, what was interrupted "
         "resumes, and a stage whose inputs changed says so.",
-        epilog="examples: rlhf pipeline configs/pipeline.yaml --rerun policy\n"
-        "          rlhf pipeline configs/pipeline.yaml -c configs/overlays/cpu.yaml",
+        epilog="example: rlhf pipeline configs/pipeline.yaml --rerun policy\n"
+        "         rlhf pipeline configs/pipeline.yaml -c configs/overlays/cpu.yaml",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("file", help="YAML or JSON: name, seed, stages")

@@ -50,6 +50,20 @@ MAY_CHANGE = (
 )
 
 
+HELP = {
+    "sft": {
+        "description": "Supervised fine-tuning of a chat model.",
+        "epilog": "example: rlhf sft fit -c configs/sft.yaml --data.train chats.jsonl",
+    },
+    "preference": {
+        "description": "A preference model from pairs, labels or rankings: a reward model, DPO, KTO, …",
+        "epilog": "example: rlhf preference fit -c configs/reward_model.yaml --data.train pairs.jsonl",
+    },
+    "policy": {
+        "description": "RL of a policy: importance sampling, GRPO, PPO, …",
+        "epilog": "example: rlhf policy fit -c configs/policy.yaml --data.train prompts.jsonl",
+    },
+}
 EXTRAS = ("tensorboard", "wandb", "bitsandbytes", "vllm")
 FULL = "make room, or write elsewhere (--trainer.default_root_dir); the same command resumes the run"
 DENIED = "change its rights, or name another place"
@@ -92,7 +106,7 @@ class StageCLI(LightningCLI):
             load_from_checkpoint_support=False,
             trainer_defaults={"enable_progress_bar": sys.stdout.isatty(), "log_every_n_steps": 1},
             parser_class=StageParser,
-            parser_kwargs={"prog": f"rlhf {kind}"},
+            parser_kwargs={"prog": f"rlhf {kind}", **HELP[kind], "fit": {"epilog": HELP[kind]["epilog"]}},
         )
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
