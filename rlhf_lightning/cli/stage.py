@@ -64,7 +64,7 @@ HELP = {
         "epilog": "example: rlhf policy fit -c configs/policy.yaml --data.train prompts.jsonl",
     },
 }
-EXTRAS = ("tensorboard", "wandb", "bitsandbytes", "vllm")
+EXTRAS = ("tensorboard", "wandb")
 FULL = "make room, or write elsewhere (--trainer.default_root_dir); the same command resumes the run"
 DENIED = "change its rights, or name another place"
 REMEDIES = {
