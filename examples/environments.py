@@ -18,7 +18,6 @@ from rlhf_lightning.rollout.tools import ToolEnv
 Message = dict[str, Any]
 
 
-# [game]
 class Guess:
     """Guess a number; after each wrong guess the environment says higher or lower.
 
@@ -47,10 +46,6 @@ class Guess:
         return StepResult(done=False, next_messages=[{"role": "user", "content": hint}])
 
 
-# [/game]
-
-
-# [tool]
 def multiply(a: float, b: float) -> float:
     """Multiply two numbers.
 
@@ -59,9 +54,6 @@ def multiply(a: float, b: float) -> float:
         b: the second.
     """
     return a * b
-
-
-# [/tool]
 
 
 def main(model: str, folder: str = "runs/examples") -> tuple[PolicyRLModule, PolicyRLModule]:

@@ -19,7 +19,6 @@ from rlhf_lightning.rollout.rewards import LengthReward
 from rlhf_lightning.rollout.sampler import Sampler
 
 
-# [policy]
 def topr(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor, ratio_max: float = 1.0) -> Tensor:
     """-A·log p where A > 0, -clamp(r, 0, ratio_max)·A·log p elsewhere, no gradient through r; `[B, T]`.
 
@@ -47,10 +46,6 @@ class TOPR(PolicyObjective):
         return topr(logprobs, old_logprobs, advantages, mask, self.ratio_max)
 
 
-# [/policy]
-
-
-# [pairs]
 class RDPO(PairLoss):
     """DPO whose reward has length taken off: -log σ(c - r + α·(|c| - |r|)), lengths in tokens (arXiv 2403.19159).
 
@@ -66,9 +61,6 @@ class RDPO(PairLoss):
     def __call__(self, chosen: Tensor, rejected: Tensor, *, chosen_lengths: Tensor, rejected_lengths: Tensor) -> Tensor:
         """Loss of each pair `[B]`; the lengths are handed over because they are named here."""
         return bradley_terry(chosen + self.alpha * chosen_lengths, rejected + self.alpha * rejected_lengths)
-
-
-# [/pairs]
 
 
 def main(model: str, folder: str = "runs/examples") -> tuple[pl.Trainer, pl.Trainer]:

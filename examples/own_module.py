@@ -31,7 +31,6 @@ ROWS: Any = [
 ]
 
 
-# [module]
 class PolicyWithDemonstrations(pl.LightningModule):
     """Answers each prompt several times, rewards the answers, and learns from them and from the demonstration.
 
@@ -93,9 +92,6 @@ class PolicyWithDemonstrations(pl.LightningModule):
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Any of torch's."""
         return torch.optim.AdamW(self.parameters(), lr=1e-4)
-
-
-# [/module]
 
 
 def exchange(prompt: str, answer: str) -> tuple[list[Any], list[Any]]:

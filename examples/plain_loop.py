@@ -16,7 +16,6 @@ REWARDS = torch.tensor([0.0, 0.5, 1.0, 0.2])
 BETA = 0.5
 
 
-# [loop]
 def train(rounds: int = 300, answers: int = 256, seed: int = 0) -> Tensor:
     """The probabilities `[4]` that the policy ends with."""
     generator = torch.Generator().manual_seed(seed)
@@ -37,9 +36,6 @@ def train(rounds: int = 300, answers: int = 256, seed: int = 0) -> Tensor:
             (total / count).backward()
             optimizer.step()
     return logits.detach().softmax(-1)
-
-
-# [/loop]
 
 
 def optimum() -> Tensor:

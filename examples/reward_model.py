@@ -21,7 +21,6 @@ ROWS: Any = [
 ]
 
 
-# [collate]
 class Pairs:
     """Rows to a batch of `PreferenceModule`: `input_ids`, `mask` (1 on the response), `lengths`, chosen rows first."""
 
@@ -35,9 +34,6 @@ class Pairs:
             for row in rows
         ]
         return pad_tokens([side.ids for side in sides], [side.mask for side in sides], pad_id=0)
-
-
-# [/collate]
 
 
 def main(model: str, folder: str = "runs/examples/reward_model") -> tuple[pl.Trainer, PreferenceModule]:

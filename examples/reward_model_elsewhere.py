@@ -9,7 +9,6 @@ import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 
-# [score]
 def score(folder: str, prompt: str, responses: list[str]) -> torch.Tensor:
     """Scores `[N]` of responses to a prompt."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -22,9 +21,6 @@ def score(folder: str, prompt: str, responses: list[str]) -> torch.Tensor:
     tokens = tokenizer(texts, add_special_tokens=False, return_tensors="pt", padding=True, padding_side="right")
     with torch.no_grad():
         return model(**tokens).logits[:, 0]
-
-
-# [/score]
 
 
 if __name__ == "__main__":

@@ -17,7 +17,6 @@ from rlhf_lightning.rollout.rewards import FunctionReward, Reward
 from rlhf_lightning.rollout.sampler import Sampler
 
 
-# [function]
 def polite(completions: list[str], tone: list[str]) -> list[float | None]:
     """1 for an answer that says please or thank you; rows whose `tone` is not polite are left alone."""
     words = ("please", "thank you")
@@ -27,10 +26,6 @@ def polite(completions: list[str], tone: list[str]) -> list[float | None]:
     ]
 
 
-# [/function]
-
-
-# [class]
 class Covers(Reward):
     """The part of the row's key points that the answer names.
 
@@ -56,9 +51,6 @@ class Covers(Reward):
             sum(point in episode.response.lower() for point in wanted) / len(wanted)
             for episode, wanted in zip(episodes, points, strict=True)
         ]
-
-
-# [/class]
 
 
 def main(model: str, folder: str = "runs/examples") -> pl.Trainer:

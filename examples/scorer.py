@@ -20,7 +20,6 @@ from rlhf_lightning.models.scorers import Scorer
 from rlhf_lightning.models.scoring import TokenScorer
 
 
-# [scorer]
 class YesNo(Scorer):
     """log P(yes) - log P(no) as the next token after the response: a generative reward model, without a new head.
 
@@ -55,9 +54,6 @@ class YesNo(Scorer):
         # What the two rows of a response share is computed once.
         yes, no = self.tokens(rows, mask).logprobs.sum(-1).chunk(2)
         return yes - no
-
-
-# [/scorer]
 
 
 def main(model: str, folder: str = "runs/examples/yes_no") -> Tensor:

@@ -13,7 +13,6 @@ from rlhf_lightning.data.batching import pad_tokens
 from rlhf_lightning.data.rendering import Renderer
 
 
-# [data]
 class QuestionFile(pl.LightningDataModule):
     """Batches of `input_ids` and `mask` (1 where a token is trained), all that `SFTModule` asks for.
 
@@ -47,9 +46,6 @@ class QuestionFile(pl.LightningDataModule):
     def collate(self, rows: list[Any]) -> dict[str, Any]:
         """`[B, T]`, padded on the right; the mask keeps padding out, so any id will do."""
         return pad_tokens([row.ids for row in rows], [row.mask for row in rows], pad_id=0)
-
-
-# [/data]
 
 
 def main(model: str, folder: str = "runs/examples/sft") -> pl.Trainer:

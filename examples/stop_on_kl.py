@@ -13,7 +13,6 @@ from rlhf_lightning.rollout.rewards import FunctionReward
 from rlhf_lightning.rollout.sampler import Sampler
 
 
-# [module]
 class Brief(PolicyRLModule):
     """Policy RL that also logs the longest answer of each round."""
 
@@ -25,10 +24,6 @@ class Brief(PolicyRLModule):
         return outputs
 
 
-# [/module]
-
-
-# [callback]
 class StopOnKL(pl.Callback):
     """Ends training once the policy is so far from its start.
 
@@ -44,9 +39,6 @@ class StopOnKL(pl.Callback):
         kl = trainer.callback_metrics.get("train/kl")
         if kl is not None and kl > self.limit:
             trainer.should_stop = True
-
-
-# [/callback]
 
 
 def short(completions: list[str]) -> list[float]:
