@@ -105,12 +105,7 @@ def earlier(request: pytest.FixtureRequest, place: Path, tiny: str, tmp_path: Pa
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("block", parts_of("bash"))
 def test_commands_run(block: Block, earlier: list[str], place: Path, tiny: str, tmp_path: Path) -> None:
-    # A later block may use what an earlier one of its page has made: those before it, in short.
-    lines = commands(block)
-    if block.mark == "slow":
-        before = [one for one in blocks(block.page) if one.language == "bash" and one.line < block.line]
-        lines = earlier + [line for one in before if one.mark == "slow" for line in commands(one)] + lines
-    run_commands(lines, place, tiny, tmp_path / "output")
+    run_commands([*earlier, *commands(block)], place, tiny, tmp_path / "output")
 
 
 @pytest.mark.parametrize("block", parts_of("python"))
