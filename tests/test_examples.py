@@ -145,14 +145,16 @@ def test_plain_loop_comes_to_the_best_policy() -> None:
 @pytest.mark.parametrize("make", [SFTModule, PreferenceModule, PolicyRLModule])
 def test_batches_of_another_kind_are_refused_by_name(make: Any, base: str, tmp_path: Path) -> None:
     loader = DataLoader([{"input_ids": torch.ones(2, 4, dtype=torch.long), "labels": torch.ones(2)}], batch_size=None)
-    with pytest.raises(ConfigError, match="takes batches that are dicts with input_ids, mask.*mask is missing in this"):
+    with pytest.raises(
+        ConfigError, match=r"takes batches that are dicts with input_ids, mask.*mask is missing in this"
+    ):
         quiet(tmp_path).fit(make(base), loader)
     with pytest.raises(ConfigError, match="input_ids is missing in this one, which is a list of no names"):
         quiet(tmp_path).fit(make(base), DataLoader(["How are you?"], batch_size=1))
 
 
 def test_a_row_ends_with_its_response_where_the_batch_does_not_say(base: str, tmp_path: Path) -> None:
-    trainer, module = reward_model.main(base, str(tmp_path))
+    module = reward_model.main(base, str(tmp_path))[1]
     batch = reward_model.Pairs(module)(reward_model.ROWS)
     told = module.predict_step(batch, 0)
     assert module.predict_step({name: batch[name] for name in ("input_ids", "mask")}, 0) == told
