@@ -261,7 +261,7 @@ def test_every_class_and_word_exists(page: Path) -> None:
 
 
 # Pages that are being written on other branches; this goes when they are here.
-AWAITED = {"many-gpus.md", "memory.md", "metrics.md"}
+AWAITED = {"memory.md", "metrics.md"}
 
 
 def test_awaited_pages_are_not_here_yet() -> None:
