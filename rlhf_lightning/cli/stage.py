@@ -217,9 +217,9 @@ class StageCLI(LightningCLI):
         # What is exported may be decided anew until it is.
         free = MAY_CHANGE if done else (*MAY_CHANGE, "export")
         if changed := [key for key in different if key not in free]:
-            state = "finished" if done else "interrupted"
+            state = "a finished" if done else "an interrupted"
             raise ConfigError(
-                f"{self.root} holds an {state} run with other settings ({', '.join(changed[:5])}). "
+                f"{self.root} holds {state} run with other settings ({', '.join(changed[:5])}). "
                 "Name another --trainer.default_root_dir, or start over with --fresh."
             )
         if done and not (saved and set(different) & set(LENGTH)):

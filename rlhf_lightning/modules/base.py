@@ -51,6 +51,8 @@ class RLHFModule(pl.LightningModule):
 
     task = "CAUSAL_LM"
     stage_kind = ""
+    takes: tuple[str, ...] = ("input_ids", "mask")
+    """What a batch of training must have."""
 
     def __init__(
         self,
@@ -182,6 +184,17 @@ class RLHFModule(pl.LightningModule):
         for config in self.trainer.lr_scheduler_configs:
             if isinstance(config.scheduler, Warmup) and config.scheduler.total_steps is None:
                 config.scheduler.set_total_steps(int(self.trainer.estimated_stepping_batches))
+
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Refuse what another loader's batches lack, by name."""
+        has = list(batch) if isinstance(batch, dict) else []
+        if self.trainer.training and (missing := [name for name in self.takes if name not in has]):
+            raise ConfigError(
+                f"{type(self).__name__} takes batches that are dicts with {', '.join(self.takes)}; {missing[0]} is "
+                f"missing in this one, which is a {type(batch).__name__} of {', '.join(map(str, has)) or 'no names'}. "
+                "docs/reuse.md says how to make them"
+            )
+        return batch
 
     # -- loss -----------------------------------------------------------------------------------------------------
 

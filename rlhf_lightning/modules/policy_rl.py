@@ -68,6 +68,7 @@ class PolicyRLModule(RLHFModule):
     """
 
     stage_kind = "policy"
+    takes = ("input_ids", "mask", "old_logprobs", "advantages")
 
     def __init__(
         self,
