@@ -14,6 +14,7 @@ from rlhf_lightning.models.heads import find_head, pad_token
 from rlhf_lightning.models.loading import load_for_scoring, read_stage
 from rlhf_lightning.models.lora import base_of
 from rlhf_lightning.models.packing import prefix_lengths
+from rlhf_lightning.models.precision import NARROW
 from rlhf_lightning.models.reference import Reference
 from rlhf_lightning.models.scoring import TokenScorer
 
@@ -208,6 +209,8 @@ class RewardHead(Scorer):
         base = base_of(model)
         self.backbone = base.base_model
         self.head = find_head(base)
+        if next(self.head.parameters()).dtype in NARROW:
+            self.head.float()
         self.forward = Forward(model, self.backbone, self.max_tokens)
         # Stock pooling looks for the last token that is not padding: that must not be one that ends a response.
         pad = pad_token(tokenizer, stop_token_ids)

@@ -20,6 +20,7 @@ from rlhf_lightning.errors import ConfigError
 from rlhf_lightning.models.forward import Forward
 from rlhf_lightning.models.loading import Start, check_vocabulary, compile_layers
 from rlhf_lightning.models.lora import LoRA
+from rlhf_lightning.models.precision import cast_weights_only, weights_alone
 from rlhf_lightning.models.saving import save_model
 from rlhf_lightning.modules.schedules import Warmup
 
@@ -106,6 +107,16 @@ class RLHFModule(pl.LightningModule):
             shared = getattr(data, "renderer", None)
             self._renderer = shared or Renderer.suited(self.tokenizer)
         return self._renderer
+
+    def setup(self, stage: str) -> None:
+        weights_alone(self.trainer.precision_plugin)
+
+    def heads(self) -> list[nn.Module]:
+        """Score and value heads, which stay in float32 under any precision."""
+        return []
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "RLHFModule":
+        return super()._apply(cast_weights_only(fn, self, self.heads()), recurse)
 
     def configure_model(self) -> None:
         """Load the model, once: Lightning calls this before every command and when loading a checkpoint."""

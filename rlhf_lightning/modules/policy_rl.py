@@ -138,6 +138,9 @@ class PolicyRLModule(RLHFModule):
     def forward_pass(self) -> Forward:
         return self.tokens.forward
 
+    def heads(self) -> list[nn.Module]:
+        return [] if self.critic is None or self.model is None else [self.critic.head]
+
     def longest_row(self) -> int:
         longest = super().longest_row()
         recorded = getattr(getattr(self.trainer, "datamodule", None), "recorded", False)

@@ -64,6 +64,7 @@ class PreferenceModule(RLHFModule):
 
     def setup(self, stage: str) -> None:
         """Refuse, before anything is loaded, what the loss cannot be trained with."""
+        super().setup(stage)
         schedules = any(isinstance(c, GradientAccumulationScheduler) for c in self.trainer.callbacks)  # type: ignore[attr-defined]
         if stage == "fit" and self.loss.couples and (self.trainer.accumulate_grad_batches != 1 or schedules):
             raise ConfigError(
@@ -88,6 +89,9 @@ class PreferenceModule(RLHFModule):
     @property
     def forward_pass(self) -> Forward:
         return self.scorer.forward
+
+    def heads(self) -> list[nn.Module]:
+        return [self.scorer.head] if isinstance(self.scorer, RewardHead) and self.model is not None else []
 
     def _check_reference(self) -> None:
         """The folder that `fit` writes must not be the one that scores are measured from; a trained one says what was.
