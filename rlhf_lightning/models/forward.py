@@ -1,17 +1,18 @@
 """The forward: hidden states of the positions that are asked for, and nothing computed that they do not need."""
 
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from rlhf_lightning.models.attention import install, installed, uninstall
-from rlhf_lightning.models.lora import base_of
+from rlhf_lightning.models.lora import base_of, is_quantised
 from rlhf_lightning.models.packing import Layout, Tree, group_trees, make_trees
 from rlhf_lightning.models.parts import evaluating
+from rlhf_lightning.models.precision import NARROW
 
 log = logging.getLogger(__name__)
 CPU_TOKENS, GPU_TOKENS = 2048, 16384
@@ -43,6 +44,8 @@ class Forward:
     def __init__(self, model: Any, decoder: Any, max_tokens: int | None = None) -> None:
         self.model, self.decoder, self.max_tokens = model, decoder, max_tokens
         self.config = base_of(model).config.get_text_config()
+        self.saving: Callable[[], AbstractContextManager[Any]] = nullcontext
+        """In which the model runs: decides what becomes of the activations that backward needs."""
         self._checked = 0
         # At once, if only for a few tokens: an attention that cannot be replaced must not stay replaced.
         if install(self.config):
@@ -67,7 +70,8 @@ class Forward:
         trees = make_trees(input_ids, prefixes.tolist(), ends.tolist(), share=self.packs)
         budget = self.budget(input_ids.device)
         run = self._packed if self.packs else self._padded
-        parts = [run(input_ids, wanted, group) for group in group_trees(trees, budget)]
+        with self.saving():
+            parts = [run(input_ids, wanted, group) for group in group_trees(trees, budget)]
         return Hidden(*(torch.cat(part) for part in zip(*parts, strict=True)))
 
     def budget(self, device: torch.device) -> int:
@@ -162,7 +166,7 @@ class Forward:
 
 def tolerance(model: Any) -> float:
     """A relative difference that rounding explains."""
-    coarse = next(iter(model.parameters())).dtype in (torch.bfloat16, torch.float16)
+    coarse = next(iter(model.parameters())).dtype in NARROW or is_quantised(model)
     return 0.1 if coarse else 1e-3
 
 

@@ -138,6 +138,10 @@ class PolicyRLModule(RLHFModule):
     def forward_pass(self) -> Forward:
         return self.tokens.forward
 
+    def forward_passes(self) -> list[Forward]:
+        own = self.critic is not None and not self.critic.shared
+        return [self.forward_pass, *([self.critic.forward_pass] if self.critic is not None and own else [])]
+
     def heads(self) -> list[nn.Module]:
         return [] if self.critic is None or self.model is None else [self.critic.head]
 
