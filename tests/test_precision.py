@@ -121,7 +121,7 @@ def test_the_policy_starts_as_its_reference(precision: Any, lora: Any, base: str
     trainer(tmp_path, precision=precision, max_steps=1).fit(module, data)
     batch = seen.batches[0]
     distance = ((batch["old_logprobs"] - batch["reference_logprobs"]) * batch["mask"]).abs()
-    assert 0 < float(batch["mask"].sum())
+    assert float(batch["mask"].sum()) > 0
     assert float(distance.sum() / batch["mask"].sum()) < 0.02
 
 

@@ -58,6 +58,10 @@ class ActivationOffload(saved_tensors_hooks):
         copy, device = packed
         return copy.to(device, non_blocking=True)
 
+    def __enter__(self) -> "ActivationOffload":  # type: ignore[override]
+        super().__enter__()
+        return self
+
     def __exit__(self, *args: Any) -> None:
         self._copies.clear()
         super().__exit__(*args)

@@ -56,7 +56,9 @@ class Reference(nn.Module):
         if device is None and not offload:
             return
         if self.copy is None:
-            log.info("kl.device, kl.offload: the reference is the policy with another adapter, and has no weights to move")
+            log.info(
+                "kl.device, kl.offload: the reference is the policy with another adapter, and has no weights to move"
+            )
             return
         self._place = Place(self.copy, device, offload)
 

@@ -133,7 +133,9 @@ class EnsembleReward(Reward):
         if coefficient < 0:
             raise ConfigError(f"the coefficient of the reward {name} is {coefficient}; below 0 it rewards disagreement")
         self.coefficient = coefficient
-        self.members = nn.ModuleList(ModelReward(model, dtype=dtype, device=device, offload=offload) for model in models)
+        self.members = nn.ModuleList(
+            ModelReward(model, dtype=dtype, device=device, offload=offload) for model in models
+        )
 
     def bind(self, renderer: Renderer) -> None:
         members: list[Any] = list(self.members)
@@ -164,4 +166,3 @@ def last_turn(episode: Episode) -> tuple[list[int], list[int]]:
     while start and segment.mask[start - 1]:
         start -= 1
     return segment.ids[:end], [0] * start + [1] * (end - start)
-
