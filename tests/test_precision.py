@@ -45,8 +45,8 @@ def parts(kind: str, base: str, **options: Any) -> tuple[Any, Any]:
         return SFTModule(base, **options), SFTDataModule(chats(8), batch_size=4, show_example=False)
     if kind == "preference":
         return PreferenceModule(base, **options), PreferenceDataModule(pairs(8), batch_size=4, show_example=False)
-    options = {"rewards": [FunctionReward(thirds)], "kl": KLPenalty(0.1), **options}
-    options |= {"sampler": Sampler(max_tokens=8), "critic": Critic(), "advantage": GAE()}
+    common = {"rewards": [FunctionReward(thirds)], "kl": KLPenalty(0.1), "sampler": Sampler(max_tokens=8)}
+    options = {**common, "critic": Critic(), "advantage": GAE(), **options}
     return PolicyRLModule(base, **options), PromptDataModule(prompts(4), prompts_per_round=2, group_size=3)
 
 

@@ -162,7 +162,7 @@ class MemoryEstimate(pl.Callback):
 
 
 def step_sizes(trainer: pl.Trainer, module: Any) -> tuple[int, int, int, int] | None:
-    """The arguments of `estimate_memory` for the largest micro-batch that the data can make; None where that is unknown.
+    """The arguments of `estimate_memory` for the largest micro-batch of the data; None where that is not known.
 
     What rows share is counted once: the prompt of a pair or a group.
     """

@@ -1,4 +1,4 @@
-"""What is kept in the memory of the CPU: activations between forward and backward, models between the times they run."""
+"""What is kept in the memory of the CPU: activations until backward needs them, models until they run."""
 
 import logging
 from collections.abc import Callable, Iterator

@@ -143,7 +143,9 @@ class PolicyRLModule(RLHFModule):
         return [self.forward_pass, *([self.critic.forward_pass] if self.critic is not None and own else [])]
 
     def heads(self) -> list[nn.Module]:
-        return [] if self.critic is None or self.model is None else [self.critic.head]
+        # Also asked for after a failure half-way through `build`.
+        head = getattr(self.critic, "head", None)
+        return [] if head is None else [head]
 
     def longest_row(self) -> int:
         longest = super().longest_row()

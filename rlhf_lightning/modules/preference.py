@@ -91,7 +91,8 @@ class PreferenceModule(RLHFModule):
         return self.scorer.forward
 
     def heads(self) -> list[nn.Module]:
-        return [self.scorer.head] if isinstance(self.scorer, RewardHead) and self.model is not None else []
+        head = getattr(self.scorer, "head", None)
+        return [] if head is None else [head]
 
     def _check_reference(self) -> None:
         """The folder that `fit` writes must not be the one that scores are measured from; a trained one says what was.
