@@ -131,7 +131,7 @@ def _advice(module: Any, estimate: Estimate) -> list[str]:
         size = _size(estimate.frozen)
         found.append(f"offload: true of model.kl and of reward models, or their device: cpu ({size} less)")
     if policy and estimate.cache > estimate.activations + estimate.logits:
-        found.append("lower model.sampler.batch_rows or max_tokens (the cache in proportion)")
+        found.append("lower model.sampler.batch_rows (the cache in proportion)")
     # From here on the numbers are others.
     if next(iter(module.model.parameters())).element_size() > 2:
         found.append("trainer.precision: bf16-mixed (activations), or bf16-true (weights and optimizer as well)")

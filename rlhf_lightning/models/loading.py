@@ -94,13 +94,16 @@ class Start:
         auto = getattr(transformers, AUTO_CLASSES[self.task])
         # An adapter remembers the path of its base: a relative one would hold only in this working directory.
         source = str(Path(source).resolve()) if Path(source).is_dir() else source
-        options = {**self.options, **(self.lora.quantization() if self.lora else {})}
+        # Said, since transformers would otherwise ask at the terminal.
+        options = {"trust_remote_code": False, **self.options, **(self.lora.quantization() if self.lora else {})}
         if self.task == "SEQ_CLS":
             options["num_labels"] = 1
         try:
             return auto.from_pretrained(source, dtype=getattr(torch, self.dtype), **options)
         except (OSError, ValueError, KeyError) as error:
             reason = str(error).strip().splitlines()[0]
+            if "trust_remote_code" in str(error):
+                reason = "it brings code; to run that, set model.model_options: {trust_remote_code: true}"
             raise ConfigError(f"the model {source!r} cannot be loaded: {reason}") from error
 
     def _with_lora(self, model: Any) -> nn.Module:

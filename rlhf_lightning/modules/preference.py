@@ -76,7 +76,7 @@ class PreferenceModule(RLHFModule):
     def build(self) -> None:
         source = self.start_source
         # A model in hand is a classifier already: its head is the user's.
-        if isinstance(self.scorer, RewardHead) and not (isinstance(source, nn.Module) or has_head(str(source))):
+        if isinstance(self.scorer, RewardHead) and not (isinstance(source, nn.Module) or self._has_head()):
             init_head(self.model)
         disable_dropout(self.model)
         self._check_reference()
@@ -85,6 +85,9 @@ class PreferenceModule(RLHFModule):
         self.frozen = self.scorer.frozen
         if self.freeze_backbone:
             self.model.base_model.requires_grad_(False)
+
+    def _has_head(self) -> bool:
+        return has_head(str(self.start_source), bool(self.model_options.get("trust_remote_code")))
 
     @property
     def forward_pass(self) -> Forward:
