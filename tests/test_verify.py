@@ -231,6 +231,7 @@ def test_a_second_ctrl_c_stops_at_once(base: str, tmp_path: Path, started: Any) 
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_same_seed_same_weights(base: str, tmp_path: Path) -> None:
     for kind in ("sft", "preference", "policy"):
         config = write_yaml(tmp_path / f"{kind}.yaml", stage_config(kind, base, tmp_path))

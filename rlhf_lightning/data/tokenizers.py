@@ -23,6 +23,8 @@ def load_tokenizer(source: Any, tokenizer: Any = None, chat_template: str | None
             tokenizer = AutoTokenizer.from_pretrained(_checked(name), **{"trust_remote_code": False, **options})
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             reason = str(error).strip().splitlines()[0]
+            if "trust_remote_code" in str(error):
+                reason = "it brings code; to run that, set model.model_options: {trust_remote_code: true}"
             raise ConfigError(f"no tokenizer can be loaded from {name}: {reason}. Set model.tokenizer.") from error
     if chat_template is not None:
         tokenizer.chat_template = _template(chat_template)

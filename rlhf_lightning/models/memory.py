@@ -115,7 +115,7 @@ def _all_kept(model: nn.Module) -> Iterator[None]:
     modes = [(part, part.training) for part in model.modules()]
     model.train()
     for part, _ in flags:
-        part.gradient_checkpointing = False
+        part.gradient_checkpointing = False  # type: ignore[assignment]
     try:
         yield
     finally:
