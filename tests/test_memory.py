@@ -396,6 +396,10 @@ def test_it_is_one_line_where_it_fits_and_advice_where_not(base: str, tmp_path: 
     assert "\n" not in line
     assert "cache" in line
     few = estimate_memory(module, 100, 50)
+    parted = estimate_memory(module, 100, 50, shards=4)
+    assert parted.weights == -(-few.weights // 4)
+    assert parted.optimizer == -(-few.optimizer // 4)
+    assert parted.activations == few.activations
     many = estimate_memory(module, 10_000, 5000, rows=10_000, row_tokens=1000)
     assert many.cache > many.activations > 50 * few.activations
     many.available = 10**6

@@ -68,12 +68,15 @@ class Estimate:
         return "\n".join([f"{line}; it may not fit. In this order:", *(f"  - {one}" for one in self.advice)])
 
 
-def estimate_memory(module: Any, tokens: int, scored: int, rows: int = 0, row_tokens: int = 0) -> Estimate:
+def estimate_memory(
+    module: Any, tokens: int, scored: int, rows: int = 0, row_tokens: int = 0, shards: int = 1
+) -> Estimate:
     """What training takes on this device. The module's model must be there (`configure_model`).
 
     Args:
         tokens: that a micro-batch computes. scored: of them, those whose logits are needed; 0 with a reward head.
         rows, row_tokens: that the sampler decodes side by side, and the length that they may come to.
+        shards: devices that will share weights, gradients and optimizer state; 1 where they are parted already.
     """
     plugin = getattr(module._trainer, "precision_plugin", None)
     context = plugin.forward_context if plugin else nullcontext
@@ -84,9 +87,9 @@ def estimate_memory(module: Any, tokens: int, scored: int, rows: int = 0, row_to
     away = {id(p) for place in places for p in place.model.parameters()}
     there = [p for p in module.parameters() if id(p) in ours]
     estimate = Estimate(
-        weights=tensor_bytes(there),
-        gradients=tensor_bytes(parameters),
-        optimizer=optimizer_bytes(module.optimizer_factory, parameters),
+        weights=-(-tensor_bytes(there) // shards),
+        gradients=-(-tensor_bytes(parameters) // shards),
+        optimizer=-(-optimizer_bytes(module.optimizer_factory, parameters) // shards),
         frozen=tensor_bytes(p for p in module.parameters() if id(p) not in ours | away),
         activations=_activations(module, tokens, size, context, device),
         logits=logit_bytes(scorer.parts, scored, size, scorer.logit_bytes) if scorer and scored else 0,

@@ -69,8 +69,8 @@ class PreferenceModule(RLHFModule):
         if stage == "fit" and self.loss.couples and (self.trainer.accumulate_grad_batches != 1 or schedules):
             raise ConfigError(
                 f"{type(self.loss).__name__} compares the rows of a whole optimizer step with each other, so they must "
-                "be in one batch: set trainer.accumulate_grad_batches to 1 and raise data.batch_size (memory is "
-                "bounded by model.max_tokens_per_batch, not by the batch)"
+                "be in one batch: set trainer.accumulate_grad_batches to 1 and raise data.batch_size "
+                "(model.gradient_checkpointing keeps its memory small)"
             )
 
     def build(self) -> None:
