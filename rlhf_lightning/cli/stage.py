@@ -2,7 +2,6 @@
 
 import errno
 import logging
-import shutil
 import sys
 from importlib import import_module
 from pathlib import Path
@@ -14,7 +13,8 @@ from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.multiprocessing import ProcessExitedException
 
-from rlhf_lightning.callbacks.checkpoint_io import candidates, newest_whole
+import rlhf_lightning.strategies  # noqa: F401 - gives `--trainer.strategy fsdp2` its meaning
+from rlhf_lightning.callbacks.checkpoint_io import candidates, newest_whole, remove
 from rlhf_lightning.cli.logs import LEVELS, setup_logging
 from rlhf_lightning.cli.report import after_stage
 from rlhf_lightning.errors import ConfigError, UserError
@@ -28,10 +28,15 @@ CLASSES = {
     ),
     "policy": ("rlhf_lightning.modules.policy_rl.PolicyRLModule", "rlhf_lightning.data.prompts.PromptDataModule"),
 }
-# A run may go on for longer than was first asked for; with anything else changed it would be another run.
+# A run may go on for longer than was first asked for, and on other devices; with anything else changed it would be
+# another run.
 LENGTH = ("trainer.max_epochs", "trainer.max_steps", "trainer.max_time")
 MAY_CHANGE = (
     *LENGTH,
+    "trainer.accelerator",
+    "trainer.devices",
+    "trainer.num_nodes",
+    "trainer.strategy",
     "trainer.enable_progress_bar",
     "trainer.enable_model_summary",
     "ckpt_path",
@@ -188,7 +193,7 @@ class StageCLI(LightningCLI):
             reports = ("report.html", "preference_report.json")
             for name in ("checkpoints", "model", "merged", *files, *reports):
                 path = self.root / name
-                shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+                remove(path)
             return
         done = (self.root / "stage.json").exists()
         saved = candidates(self.root / "checkpoints")

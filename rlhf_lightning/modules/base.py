@@ -23,6 +23,7 @@ from rlhf_lightning.models.lora import LoRA
 from rlhf_lightning.models.offload import ActivationOffload
 from rlhf_lightning.models.precision import cast_weights_only, weights_alone
 from rlhf_lightning.models.saving import save_model
+from rlhf_lightning.models.sharding import split, whole_weights
 from rlhf_lightning.modules.schedules import Warmup
 
 log = logging.getLogger(__name__)
@@ -139,7 +140,14 @@ class RLHFModule(pl.LightningModule):
                 part.saving = ActivationOffload
         if self.compiles_layers:
             compile_layers(self.model)
+        if self._device_mesh is not None:
+            for part in self.parts_to_split():
+                split(part, self._device_mesh["data_parallel"])
         self.train(self.training)
+
+    def parts_to_split(self) -> list[nn.Module]:
+        """What is split over ranks under `ModelParallelStrategy`: whatever is trained, and what is as large."""
+        return [self.model]
 
     def start(self) -> Start:
         """What to load."""
@@ -225,7 +233,13 @@ class RLHFModule(pl.LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         if self.model is None:
             self.configure_model()
-        wanted, found = set(self.state_dict()), set(checkpoint["state_dict"])
+        # Where weights are split, the strategy loads them, and has asked before.
+        if "state_dict" in checkpoint:
+            self.check_names(set(checkpoint["state_dict"]))
+
+    def check_names(self, found: set[str]) -> None:
+        """Raise `ConfigError` where a checkpoint does not hold the weights that are trained."""
+        wanted = set(self.state_dict())
         if wanted != found:
             odd = sorted(wanted ^ found)[0]
             raise ConfigError(
@@ -236,9 +250,11 @@ class RLHFModule(pl.LightningModule):
     # -- saving ---------------------------------------------------------------------------------------------------
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write the model folder; see `models.saving`."""
+        """Write the model folder; see `models.saving`. Where weights are split over ranks, all of them must call it."""
         self.configure_model()
-        save_model(self.model, self.tokenizer, Path(folder), self.renderer.stop_token_ids)
+        weights = whole_weights(self.model)
+        if weights is None or self.global_rank == 0:
+            save_model(self.model, self.tokenizer, Path(folder), self.renderer.stop_token_ids, weights)
 
     def stage_facts(self) -> dict[str, Any]:
         """What `stage.json` says of the module."""

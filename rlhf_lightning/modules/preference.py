@@ -89,6 +89,10 @@ class PreferenceModule(RLHFModule):
     def _has_head(self) -> bool:
         return has_head(str(self.start_source), bool(self.model_options.get("trust_remote_code")))
 
+    def parts_to_split(self) -> list[Any]:
+        copied = getattr(self.frozen, "copy", None)
+        return [self.model, *([] if copied is None else [copied])]
+
     @property
     def forward_pass(self) -> Forward:
         return self.scorer.forward
