@@ -18,6 +18,12 @@ def hash_folder(folder: Path) -> str:
     return digest.hexdigest()
 
 
+def hash_file(path: str | Path) -> str:
+    """SHA-256 of the bytes of a file."""
+    with open(path, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write JSON under a temporary name and rename, so that no half file is ever read."""
     path.parent.mkdir(parents=True, exist_ok=True)

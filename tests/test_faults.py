@@ -124,10 +124,10 @@ def test_a_resume_elsewhere_says_that_it_is_not_exact(base: str, tmp_path: Path,
     run(2, path)
     assert "not bit for bit" not in caplog.text
     state = torch.load(path, weights_only=True)
-    state["environment"] |= {"torch": "1.13.0", "threads": 64, "ranks": 2}
+    state["environment"] |= {"torch": "1.13.0", "threads": 64, "ranks": 2, "machine": "abacus"}
     torch.save(state, path)
     run(2, path)
-    assert f"torch 1.13.0 → {torch.__version__}, threads 64 → 1, ranks 2 → 1" in caplog.text
+    assert f"torch 1.13.0 → {torch.__version__}, threads 64 → 1, ranks 2 → 1, machine abacus → " in caplog.text
 
 
 def test_another_number_of_ranks_within_an_epoch_is_refused(tmp_path: Path) -> None:

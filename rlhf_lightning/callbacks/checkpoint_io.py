@@ -60,11 +60,14 @@ class AtomicCheckpointIO(TorchCheckpointIO):
                 "--trainer.default_root_dir; the same command resumes from the checkpoint before."
             ) from error
 
-    def load_checkpoint(self, path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Read; raises `DamagedCheckpoint`."""
+    def load_checkpoint(
+        self, path: Any, map_location: Any = lambda storage, loc: storage, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        """Read: tensors and plain values, unless `weights_only` is false; raises `DamagedCheckpoint`."""
         if "://" not in str(path) and Path(path).is_file() and (found := damage(Path(path))):
             raise DamagedCheckpoint(f"{path}: the checkpoint is damaged ({found}); use the one before, or start over")
-        return super().load_checkpoint(path, *args, **kwargs)
+        # Lightning's own default lets a checkpoint that is named by URL run code.
+        return super().load_checkpoint(path, map_location, True if weights_only is None else weights_only)
 
 
 class _Stream:

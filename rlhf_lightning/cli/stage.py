@@ -158,12 +158,13 @@ class StageCLI(LightningCLI):
         from rlhf_lightning.callbacks.export import ExportModel
         from rlhf_lightning.callbacks.faults import NonFiniteGuard
         from rlhf_lightning.callbacks.invariants import FirstStepInvariants
+        from rlhf_lightning.callbacks.memory import MemoryEstimate
         from rlhf_lightning.callbacks.predictions import PredictionsFile
         from rlhf_lightning.callbacks.preference_watch import PreferenceWatch
         from rlhf_lightning.callbacks.progress import progress_callbacks
         from rlhf_lightning.callbacks.samples import SamplesLog
 
-        callbacks: list[Any] = [ExportModel(config.export), PredictionsFile()]
+        callbacks: list[Any] = [ExportModel(config.export), PredictionsFile(), MemoryEstimate()]
         own = str(config.trainer.callbacks or "")
         if self.kind == "policy":
             # What the user names, with other settings, takes the place of the default.

@@ -21,7 +21,7 @@ def find_head(model: Any) -> nn.Module:
     raise ConfigError(f"{type(model).__name__} has no score head that is known; use SequenceLogprob as the scorer")
 
 
-def has_head(source: str) -> bool:
+def has_head(source: str, trust_remote_code: bool = False) -> bool:
     """Whether a model folder or Hub id holds a trained score head."""
     if is_adapter(source):
         from peft import PeftConfig
@@ -29,7 +29,8 @@ def has_head(source: str) -> bool:
         return PeftConfig.from_pretrained(source).task_type == "SEQ_CLS"
     from transformers import AutoConfig
 
-    names = AutoConfig.from_pretrained(source).architectures or []
+    config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
+    names = config.architectures or []
     return any(name.endswith("ForSequenceClassification") for name in names)
 
 

@@ -13,7 +13,7 @@ from torch import nn
 
 from rlhf_lightning.errors import ConfigError
 from rlhf_lightning.files import hash_folder, write_json
-from rlhf_lightning.models.lora import LoRA, base_of
+from rlhf_lightning.models.lora import LoRA, base_of, is_quantised
 from rlhf_lightning.models.sharding import layers_of
 
 log = logging.getLogger(__name__)
@@ -51,28 +51,40 @@ class Start:
             ConfigError: nothing there, or not loadable.
         """
         if isinstance(self.source, nn.Module):
+            if self._quantised and not is_quantised(self.source):
+                raise ConfigError("lora.quantize: the model is an object; load it quantised, or give its folder")
             return self._with_lora(self.source)
         folder = check_source(self.source)
         if not is_adapter(folder):
             return self._with_lora(self._pretrained(folder))
         return self._from_adapter(Path(folder), workdir)
 
+    @property
+    def _quantised(self) -> bool:
+        return self.lora is not None and self.lora.quantize is not None
+
     def _from_adapter(self, folder: Path, workdir: Path | None) -> nn.Module:
         from peft import PeftConfig, PeftModel
 
         config = PeftConfig.from_pretrained(folder)
         base_path, task = adapter_base(folder), str(config.task_type)
+        if self._quantised and task == self.task:
+            quantised = self._pretrained(base_path)
+            if self.lora and self.lora.continues(config, quantised):
+                log.info("continuing the adapter of %s", folder)
+                return PeftModel.from_pretrained(quantised, folder, is_trainable=True)
+            del quantised
         # Merged in float32: in a lower precision the sum of base and update would be rounded twice.
         base = Start(base_path, task, dtype="float32", options=self.options)._pretrained(base_path)
         dtype = getattr(torch, self.dtype)
-        if self.lora and task == self.task and self.lora.continues(config, base):
+        if self.lora and not self._quantised and task == self.task and self.lora.continues(config, base):
             log.info("continuing the adapter of %s", folder)
             return PeftModel.from_pretrained(base.to(dtype), folder, is_trainable=True)
         merged = merge(PeftModel.from_pretrained(base, folder)).to(dtype)
-        if workdir is None and task == self.task:
+        if workdir is None and task == self.task and not self._quantised:
             return self._with_lora(merged)
         if workdir is None:
-            raise ConfigError(f"{folder} is an adapter; merge it first to use it as {self.task}")
+            raise ConfigError(f"{folder} is an adapter; merge it first (rlhf export) to use it as {self.task}")
         log.info("merging the adapter %s into %s", folder, workdir / "merged")
         _write_once(merged, workdir / "merged", hash_folder(folder))
         return self._with_lora(self._pretrained(str(workdir / "merged")))
@@ -83,13 +95,16 @@ class Start:
         auto = getattr(transformers, AUTO_CLASSES[self.task])
         # An adapter remembers the path of its base: a relative one would hold only in this working directory.
         source = str(Path(source).resolve()) if Path(source).is_dir() else source
-        options = dict(self.options)
+        # Said, since transformers would otherwise ask at the terminal.
+        options = {"trust_remote_code": False, **self.options, **(self.lora.quantization() if self.lora else {})}
         if self.task == "SEQ_CLS":
             options["num_labels"] = 1
         try:
             return auto.from_pretrained(source, dtype=getattr(torch, self.dtype), **options)
         except (OSError, ValueError, KeyError) as error:
             reason = str(error).strip().splitlines()[0]
+            if "trust_remote_code" in str(error):
+                reason = "it brings code; to run that, set model.model_options: {trust_remote_code: true}"
             raise ConfigError(f"the model {source!r} cannot be loaded: {reason}") from error
 
     def _with_lora(self, model: Any) -> nn.Module:

@@ -1,5 +1,6 @@
 """Model folders: what a stage leaves behind, in the form that stock transformers and peft open."""
 
+import copy
 import json
 import os
 import shutil
@@ -46,7 +47,9 @@ def _save_scoring_base(model: Any, scratch: Path, folder: Path) -> None:
     a padding token that also ends responses, stock pooling would read the token before the last.
     """
     base = Path(model.peft_config["default"].base_model_name_or_path or "")
-    config = model.get_base_model().config
+    config = copy.deepcopy(model.get_base_model().config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config  # the weights beside it are those before quantising
     stored = json.loads((base / "config.json").read_text()) if (base / "config.json").is_file() else {}
     if not stored or getattr(config, "vocab_size", None) != stored.get("vocab_size"):
         return  # a Hub id, or a padding token that the base's weights have no row for: see docs/preference.md

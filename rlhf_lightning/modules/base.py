@@ -20,6 +20,8 @@ from rlhf_lightning.errors import ConfigError
 from rlhf_lightning.models.forward import Forward
 from rlhf_lightning.models.loading import Start, check_vocabulary, compile_layers
 from rlhf_lightning.models.lora import LoRA
+from rlhf_lightning.models.offload import ActivationOffload
+from rlhf_lightning.models.precision import cast_weights_only, weights_alone
 from rlhf_lightning.models.saving import save_model
 from rlhf_lightning.models.sharding import split, whole_weights
 from rlhf_lightning.modules.schedules import Warmup
@@ -46,6 +48,8 @@ class RLHFModule(pl.LightningModule):
         max_tokens_per_batch: tokens that the model computes at once. A step's rows run in groups under this budget
             inside one graph; by default what was measured to be fast, 2,048 on a CPU and 16,384 elsewhere.
         gradient_checkpointing: compute each layer's activations again in backward instead of keeping them.
+        activation_offload: keep what backward needs in the memory of the CPU, where the model is on a GPU; with
+            gradient_checkpointing that is only the input of each layer.
         compile: compile the layers of the model with `torch.compile`.
     """
 
@@ -66,6 +70,7 @@ class RLHFModule(pl.LightningModule):
         model_options: dict[str, Any] | None = None,
         max_tokens_per_batch: int | None = None,
         gradient_checkpointing: bool = False,
+        activation_offload: bool = False,
         compile: bool = False,
     ) -> None:
         super().__init__()
@@ -77,7 +82,7 @@ class RLHFModule(pl.LightningModule):
         if max_tokens_per_batch is not None and max_tokens_per_batch < 1:
             raise ConfigError(f"model.max_tokens_per_batch is {max_tokens_per_batch}; it must be at least 1")
         self.max_tokens_per_batch, self.gradient_checkpointing = max_tokens_per_batch, gradient_checkpointing
-        self.compiles_layers = compile
+        self.activation_offload, self.compiles_layers = activation_offload, compile
         self.optimizer_factory, self.scheduler_factory = optimizer or self._default_optimizer, lr_scheduler
         self._tokenizer_source, self._chat_template = tokenizer, chat_template
         self._tokenizer: Any = None
@@ -110,6 +115,16 @@ class RLHFModule(pl.LightningModule):
             self._renderer = shared or Renderer.suited(self.tokenizer)
         return self._renderer
 
+    def setup(self, stage: str) -> None:
+        weights_alone(self.trainer.precision_plugin)
+
+    def heads(self) -> list[nn.Module]:
+        """Score and value heads, which stay in float32 under any precision."""
+        return []
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "RLHFModule":
+        return super()._apply(cast_weights_only(fn, self, self.heads()), recurse)
+
     def configure_model(self) -> None:
         """Load the model, once: Lightning calls this before every command and when loading a checkpoint."""
         if self.model is not None:
@@ -119,9 +134,12 @@ class RLHFModule(pl.LightningModule):
         self.model = start.load(workdir)
         self.fresh_adapter = start.fresh_adapter
         check_vocabulary(self.model, self.tokenizer)
-        if self.gradient_checkpointing:
-            self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         self.build()
+        for part in self.forward_passes():
+            if self.gradient_checkpointing:
+                part.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            if self.activation_offload:
+                part.saving = ActivationOffload
         if self.compiles_layers:
             compile_layers(self.model)
         if self._device_mesh is not None:
@@ -145,6 +163,10 @@ class RLHFModule(pl.LightningModule):
     @abstractmethod
     def forward_pass(self) -> Forward:
         """What runs the trained model."""
+
+    def forward_passes(self) -> list[Forward]:
+        """What runs each model that is trained."""
+        return [self.forward_pass]
 
     # -- optimizer ------------------------------------------------------------------------------------------------
 

@@ -145,6 +145,15 @@ class PolicyRLModule(RLHFModule):
     def forward_pass(self) -> Forward:
         return self.tokens.forward
 
+    def forward_passes(self) -> list[Forward]:
+        own = self.critic is not None and not self.critic.shared
+        return [self.forward_pass, *([self.critic.forward_pass] if self.critic is not None and own else [])]
+
+    def heads(self) -> list[nn.Module]:
+        # Also asked for after a failure half-way through `build`.
+        head = getattr(self.critic, "head", None)
+        return [] if head is None else [head]
+
     def longest_row(self) -> int:
         longest = super().longest_row()
         recorded = getattr(getattr(self.trainer, "datamodule", None), "recorded", False)

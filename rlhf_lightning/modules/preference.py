@@ -65,18 +65,19 @@ class PreferenceModule(RLHFModule):
 
     def setup(self, stage: str) -> None:
         """Refuse, before anything is loaded, what the loss cannot be trained with."""
+        super().setup(stage)
         schedules = any(isinstance(c, GradientAccumulationScheduler) for c in self.trainer.callbacks)  # type: ignore[attr-defined]
         if stage == "fit" and self.loss.couples and (self.trainer.accumulate_grad_batches != 1 or schedules):
             raise ConfigError(
                 f"{type(self.loss).__name__} compares the rows of a whole optimizer step with each other, so they must "
-                "be in one batch: set trainer.accumulate_grad_batches to 1 and raise data.batch_size (memory is "
-                "bounded by model.max_tokens_per_batch, not by the batch)"
+                "be in one batch: set trainer.accumulate_grad_batches to 1 and raise data.batch_size "
+                "(model.gradient_checkpointing keeps its memory small)"
             )
 
     def build(self) -> None:
         source = self.start_source
         # A model in hand is a classifier already: its head is the user's.
-        if isinstance(self.scorer, RewardHead) and not (isinstance(source, nn.Module) or has_head(str(source))):
+        if isinstance(self.scorer, RewardHead) and not (isinstance(source, nn.Module) or self._has_head()):
             init_head(self.model)
         disable_dropout(self.model)
         self._check_reference()
@@ -86,6 +87,9 @@ class PreferenceModule(RLHFModule):
         if self.freeze_backbone:
             self.model.base_model.requires_grad_(False)
 
+    def _has_head(self) -> bool:
+        return has_head(str(self.start_source), bool(self.model_options.get("trust_remote_code")))
+
     def parts_to_split(self) -> list[Any]:
         copied = getattr(self.frozen, "copy", None)
         return [self.model, *([] if copied is None else [copied])]
@@ -93,6 +97,10 @@ class PreferenceModule(RLHFModule):
     @property
     def forward_pass(self) -> Forward:
         return self.scorer.forward
+
+    def heads(self) -> list[nn.Module]:
+        head = getattr(self.scorer, "head", None)
+        return [] if head is None else [head]
 
     def _check_reference(self) -> None:
         """The folder that `fit` writes must not be the one that scores are measured from; a trained one says what was.

@@ -57,7 +57,8 @@ def stored_dtype(source: str) -> str:
     """The dtype a model is saved in; of an adapter, that of its base."""
     from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(adapter_base(Path(source)) if is_adapter(source) else source)
+    source = adapter_base(Path(source)) if is_adapter(source) else source
+    config = AutoConfig.from_pretrained(source, trust_remote_code=False)
     return str(getattr(config, "dtype", None) or "float32").removeprefix("torch.")
 
 

@@ -24,6 +24,8 @@ class Stage:
     start: str | None = None
     reward: str | None = None
     critic: str | None = None
+    config: Path | None = None
+    """The file that the settings come from."""
     rule_reward: dict[str, Any] | None = None
     """What rewards in place of this stage's model if the stage fails; None stops the pipeline."""
 
@@ -111,7 +113,8 @@ def _stage(entry: Any, index: int, earlier: list[str], base: Path) -> Stage:
         settings = merged(settings, read_mapping(base / str(file)))
     settings = merged(settings, nested(entry.get("overrides") or {}))
     handed = (entry.get("start"), entry.get("reward"), entry.get("critic"))
-    return Stage(name, kind, settings, *handed, _rule(entry.get("on_failure"), where))
+    config = base / entry["config"] if entry.get("config") else None
+    return Stage(name, kind, settings, *handed, config, _rule(entry.get("on_failure"), where))
 
 
 def _check_reference(reference: Any, earlier: list[str], where: str) -> None:
