@@ -18,6 +18,7 @@ from rlhf_lightning.callbacks.checkpoint_io import candidates, newest_whole
 from rlhf_lightning.cli.logs import LEVELS, setup_logging
 from rlhf_lightning.cli.report import after_stage
 from rlhf_lightning.errors import ConfigError, UserError
+from rlhf_lightning.pipeline.plan import read_mapping
 
 log = logging.getLogger(__name__)
 CLASSES = {
@@ -106,6 +107,9 @@ class StageCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse what was given. Lightning's own warns of `args=`, and sys.argv must stay as it is for DDP."""
+        for name, value in zip(args, [*args[1:], ""], strict=True):
+            if name in ("-c", "--config") and Path(value).is_file():
+                read_mapping(Path(value))  # names the file where it is no YAML, which jsonargparse does not
         self.config = parser.parse_args(args)
 
     @property
@@ -115,6 +119,9 @@ class StageCLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         config = self.config[self.subcommand]
+        for name in ("model", "data"):
+            if not hasattr(config[name], "as_dict"):
+                raise ConfigError(f"{name}: {config[name]!r} is no mapping of settings; see the files in configs/")
         config.trainer.default_root_dir = str(config.trainer.default_root_dir or Path("runs") / self.kind)
         try:
             self.root.mkdir(parents=True, exist_ok=True)
