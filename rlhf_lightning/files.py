@@ -26,11 +26,9 @@ def read_object(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
-        raise ConfigError(
-            f"{path}: cannot be read as JSON ({reason}); the file is damaged, restore its folder"
-        ) from None
+        raise ConfigError(f"{path}: cannot be read as JSON ({reason}); restore the file") from None
     if not isinstance(value, dict):
-        raise ConfigError(f"{path}: holds a {type(value).__name__}, not an object; restore its folder")
+        raise ConfigError(f"{path}: holds a {type(value).__name__}, not an object; restore the file")
     return value
 
 

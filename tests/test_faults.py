@@ -40,13 +40,15 @@ whole = whole_runs  # the same fixture, made once for this file
 def test_damage_is_found(tmp_path: Path) -> None:
     path = tmp_path / "step=1.ckpt"
     io = AtomicCheckpointIO()
-    state = {"weights": torch.arange(3000.0), "step": 1}
+    state = {"state_dict": {"weights": torch.arange(3000.0)}, "pytorch-lightning_version": "2.6.6"}
     io.save_checkpoint(state, path)
     assert damage(path) is None
-    assert torch.equal(io.load_checkpoint(path, weights_only=True)["weights"], state["weights"])
+    assert torch.equal(
+        io.load_checkpoint(path, weights_only=True)["state_dict"]["weights"], state["state_dict"]["weights"]
+    )
     assert list(tmp_path.iterdir()) == [path]
     good = path.read_bytes()
-    middle = good.index(state["weights"].numpy().tobytes()) + 5000
+    middle = good.index(state["state_dict"]["weights"].numpy().tobytes()) + 5000
     for bad in (
         b"",
         good[:10],

@@ -471,7 +471,9 @@ def spoilt_folders(draw: st.DrawFn) -> tuple[str, str, str, Any]:
     """Model, file, what is done to it, and with what."""
     model = draw(st.sampled_from(sorted(FILES)))
     file = draw(st.sampled_from(FILES[model]))
-    ways = ["gone", "empty", "cut", "binary"]
+    ways = ["empty", "cut", "binary"]
+    if (model, file) != ("base", "chat_template.jinja"):  # a base model without a template completes plain text
+        ways.append("gone")
     ways += ["json", "json"] if file.endswith(".json") else []
     ways += ["key"] * 5 if file in KEYS else []
     ways += ["tensors"] * 6 if file.endswith(".safetensors") else []
@@ -632,7 +634,7 @@ def test_checkpoints(count: int, place: Place, saved: tuple[list[Any], Path, Pat
                 assert repr(AtomicCheckpointIO().load_checkpoint(path, weights_only=True)) == state, "other content"
                 return
             assert "step=1.ckpt is damaged" in wrong[0]
-            with pytest.raises(DamagedCheckpoint, match="step=1.ckpt: the checkpoint is damaged"):
+            with pytest.raises(DamagedCheckpoint, match=r"step=1\.ckpt: the checkpoint is damaged"):
                 AtomicCheckpointIO().load_checkpoint(path, weights_only=True)
             TALLY.add("checkpoint", "damage found", case)
             return

@@ -6,6 +6,7 @@ import re
 import zipfile
 import zlib
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from lightning.fabric.plugins.io import TorchCheckpointIO
 from rlhf_lightning.errors import UserError
 
 log = logging.getLogger(__name__)
+VERSION = "pytorch-lightning_version"  # what Lightning looks at first
 STEP = re.compile(r"step=(\d+)\.ckpt")
 
 
@@ -57,10 +59,16 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             ) from error
 
     def load_checkpoint(self, path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Read; raises `DamagedCheckpoint`."""
+        """Read; raises `DamagedCheckpoint`, and `UserError` for a file that is no Lightning checkpoint."""
         if "://" not in str(path) and Path(path).is_file() and (found := damage(Path(path))):
             raise DamagedCheckpoint(f"{path}: the checkpoint is damaged ({found}); use the one before, or start over")
-        return super().load_checkpoint(path, *args, **kwargs)
+        try:
+            state = super().load_checkpoint(path, *args, **kwargs)
+        except UnpicklingError as error:
+            raise UserError(f"{path}: not a checkpoint of plain values, and other ones are not opened") from error
+        if not (isinstance(state, dict) and isinstance(state.get("state_dict"), dict) and VERSION in state):
+            raise UserError(f"{path}: not a checkpoint of a Lightning run; name one of runs/NAME/checkpoints")
+        return state
 
 
 class _Stream:

@@ -142,14 +142,10 @@ def loading(what: str) -> Iterator[None]:
     except UserError:
         raise
     except LOAD_ERRORS as error:
-        lines = [line for line in str(error).strip().splitlines() if line.strip()]
-        # transformers writes the shapes that differ to its log only.
-        reason = (
-            "weights of other shapes than config.json says" if "ignore_mismatched" in str(error) else lines and lines[0]
-        )
-        raise ConfigError(
-            f"{what} cannot be loaded: {reason or type(error).__name__}. If its files are damaged, restore the folder."
-        ) from error
+        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        if "ignore_mismatched_sizes" in reason:  # transformers writes which ones to its log only
+            reason = "weights of other shapes than config.json says"
+        raise ConfigError(f"{what} cannot be loaded: {reason}. Restore its files, or name another.") from error
 
 
 def adapter_config(folder: Path | str) -> Any:

@@ -210,6 +210,18 @@ class RLHFModule(pl.LightningModule):
                 f"the checkpoint is not of this stage and settings: {len(wanted - found)} weights are missing, "
                 f"{len(found - wanted)} are unknown (for example {odd}). Start a new stage from a model folder instead."
             )
+        for name, parameter in self.named_parameters(remove_duplicate=False):
+            if name in found and checkpoint["state_dict"][name].shape != parameter.shape:
+                raise ConfigError(
+                    f"the checkpoint is not of this stage and settings: {name} is "
+                    f"{list(checkpoint['state_dict'][name].shape)} there and {list(parameter.shape)} here"
+                )
+        lacking = [key for key in ("loops", "optimizer_states", "lr_schedulers") if key not in checkpoint]
+        if lacking and self._trainer is not None and self._trainer.state.fn == "fit":
+            raise ConfigError(
+                f"the checkpoint has no {lacking[0]}: it holds weights only, and fit cannot go on from it. "
+                "Start a new stage from a model folder instead."
+            )
 
     # -- saving ---------------------------------------------------------------------------------------------------
 
