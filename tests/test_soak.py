@@ -1,9 +1,14 @@
 """An hour of policy RL: 500 rounds of real rollouts, after which the process holds no more memory than before.
 
 `python -m tests.test_soak FOLDER [ROUNDS]` plays them and writes `FOLDER/soak.json`; the test starts it and reads that.
-With RLHF_SOAK_REPORT set to a path the report is copied there.
+With RLHF_SOAK_REPORT set to a path the report is copied there; RLHF_SOAK_PROMPTS sets the prompts of a round (16, with
+12 answers to each, take about an hour on one core).
+
+How much a process holds at a moment depends on the lengths of the last answers and on what the allocator keeps for
+later. So what is free is handed back first (`malloc_trim`), and the trend of the rest is looked at.
 """
 
+import ctypes
 import gc
 import json
 import os
@@ -23,7 +28,7 @@ ROUNDS, EVERY, WARM = 500, 10, 100
 """Rounds in all, from one measurement to the next, and until caches and the allocator's arenas are filled."""
 GROWTH = 20.0
 """MB that the process may grow in 500 rounds by the trend: 40 kB a round, a fraction of what one round's episodes take
-(several MB), so that keeping a tenth of one is found."""
+(several MB at 16 prompts), so that keeping a part of them is found."""
 
 
 # -- the run ----------------------------------------------------------------------------------------------------------
@@ -66,7 +71,7 @@ def rows(count: int) -> list[dict[str, Any]]:
 
 
 def resident() -> float:
-    """MB of memory that the process holds."""
+    """MB of memory that the process holds, shared libraries among it."""
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE") / 1e6
 
@@ -98,7 +103,8 @@ def play(folder: Path, rounds: int) -> None:
     pl.seed_everything(0, verbose=False)
     tokenizer = make_tokenizer([row["prompt"] for row in rows(128)] * 3 + ["Again, 12 letters", "user\nassistant\n"])
     model = make_model(tokenizer, 0)
-    report: dict[str, Any] = {"cores": os.cpu_count(), "versions": versions(), "rows": []}
+    width = int(os.environ.get("RLHF_SOAK_PROMPTS", "16"))
+    report: dict[str, Any] = {"cores": os.cpu_count(), "versions": versions(), "prompts_per_round": width, "rows": []}
     begun = time.monotonic()
 
     class Memory(pl.Callback):
@@ -109,10 +115,13 @@ def play(folder: Path, rounds: int) -> None:
             tokens = [episode.response_tokens for episode in module.last_episodes]
             if self.rounds % EVERY and self.rounds != 1:
                 return
+            held = resident()
             gc.collect()
+            ctypes.CDLL(None).malloc_trim(0)
             report["rows"].append(
                 {
                     "round": self.rounds,
+                    "before_trim_mb": round(held, 2),
                     "rss_mb": round(resident(), 2),
                     "objects": len(gc.get_objects()),
                     "threads": threading.active_count(),
@@ -151,7 +160,7 @@ def play(folder: Path, rounds: int) -> None:
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    source = PromptDataModule(rows(128), rows(8), prompts_per_round=16, group_size=12, seed=0, show_example=False)
+    source = PromptDataModule(rows(128), rows(8), prompts_per_round=width, group_size=12, seed=0, show_example=False)
     trainer.fit(module, source)
     trend = summary(report["rows"]) if rounds > 2 * WARM else {}
     (folder / "soak.json").write_text(json.dumps({**report, **trend}, indent=1))
@@ -170,6 +179,7 @@ def summary(measured: list[dict[str, Any]]) -> dict[str, Any]:
         "growth_mb_in_500_rounds": round(500 * median(slopes), 2),
         "mean_mb_rounds_100_to_200": round(fmean(first), 1),
         "mean_mb_last_100_rounds": round(fmean(last), 1),
+        "minutes": measured[-1].get("minutes"),
     }
 
 

@@ -66,6 +66,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             state = super().load_checkpoint(path, *args, **kwargs)
         except UnpicklingError as error:
             raise UserError(f"{path}: not a checkpoint of plain values, and other ones are not opened") from error
+        if Path(path).name.startswith("."):
+            return state  # bare weights, in which Lightning's forking launcher hands over what its processes trained
         if not (isinstance(state, dict) and isinstance(state.get("state_dict"), dict) and VERSION in state):
             raise UserError(f"{path}: not a checkpoint of a Lightning run; name one of runs/NAME/checkpoints")
         return state

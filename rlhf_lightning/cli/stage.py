@@ -6,7 +6,7 @@ import shutil
 import sys
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import yaml
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
@@ -16,6 +16,7 @@ from torch.multiprocessing import ProcessExitedException
 
 from rlhf_lightning.callbacks.checkpoint_io import candidates, newest_whole
 from rlhf_lightning.cli.logs import LEVELS, setup_logging
+from rlhf_lightning.cli.messages import check_checkpoint, check_files, check_sections, tidy
 from rlhf_lightning.cli.report import after_stage
 from rlhf_lightning.errors import ConfigError, UserError
 from rlhf_lightning.pipeline.plan import read_mapping
@@ -60,6 +61,10 @@ class StageParser(LightningArgumentParser):
 
     def print_usage(self, file: Any = None) -> None:
         """Nothing: an error is to be found at once."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """The message in few lines."""
+        super().error(tidy(message), ex)
 
 
 class SaveConfig(SaveConfigCallback):
@@ -107,10 +112,9 @@ class StageCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse what was given. Lightning's own warns of `args=`, and sys.argv must stay as it is for DDP."""
-        for name, value in zip(args, [*args[1:], ""], strict=True):
-            if name in ("-c", "--config") and Path(value).is_file():
-                read_mapping(Path(value))  # names the file where it is no YAML, which jsonargparse does not
+        check_files(args)
         self.config = parser.parse_args(args)
+        check_checkpoint(self.config[self.config["subcommand"]].ckpt_path)  # before Lightning opens it
 
     @property
     def root(self) -> Path:
@@ -119,9 +123,7 @@ class StageCLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         config = self.config[self.subcommand]
-        for name in ("model", "data"):
-            if not hasattr(config[name], "as_dict"):
-                raise ConfigError(f"{name}: {config[name]!r} is no mapping of settings; see the files in configs/")
+        check_sections(config)
         config.trainer.default_root_dir = str(config.trainer.default_root_dir or Path("runs") / self.kind)
         try:
             self.root.mkdir(parents=True, exist_ok=True)
@@ -129,7 +131,6 @@ class StageCLI(LightningCLI):
             raise ConfigError(f"trainer.default_root_dir {self.root}: cannot be made ({error.strerror})") from None
         if self.subcommand == "fit":
             self._continue_or_stop(config)
-        _check_checkpoint(config.ckpt_path)
         setup_logging(config.log_level, Path(config.log_file or self.root / "logs" / "run.log"))
         if self.subcommand != "fit":
             # Its metrics belong to no curve, and the file of the fit in the same folder must not be overwritten.
@@ -224,7 +225,7 @@ class StageCLI(LightningCLI):
         path = self.root / "config.yaml"
         if not path.exists():
             return []
-        before = _flat(yaml.safe_load(path.read_text()) or {})
+        before = _flat(read_mapping(path))
         dump = yaml.safe_load(self.parser.dump(self.config, skip_none=False))
         now = _flat(dump[self.subcommand])
         return sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
@@ -242,7 +243,7 @@ class StageCLI(LightningCLI):
         try:
             super().instantiate_classes()
         except (TypeError, ValueError) as error:
-            raise ConfigError(f"a setting does not fit: {error}") from error
+            raise ConfigError(f"a setting does not fit: {tidy(str(error))}") from error
 
 
 def _guard_checkpoints(trainer: Any) -> None:
@@ -256,12 +257,6 @@ def _guard_checkpoints(trainer: Any) -> None:
     # Not by `trainer.plugins`, which would take the place of the user's, and which some strategies refuse.
     if type(trainer.strategy._checkpoint_io) in (type(None), TorchCheckpointIO):
         trainer.strategy._checkpoint_io = AtomicCheckpointIO()
-
-
-def _check_checkpoint(path: str | None) -> None:
-    keyword = path in (None, "last", "best", "hpc") or str(path).startswith(("registry", "http"))
-    if not keyword and not Path(str(path)).exists():
-        raise ConfigError(f"--ckpt_path {path}: no such checkpoint (seen from {Path.cwd()})")
 
 
 class Finished(Exception):

@@ -195,7 +195,8 @@ def check_source(source: Any) -> str:
     if looks_local and not path.exists():
         raise ConfigError(f"model {text!r}: no such folder (seen from {Path.cwd()})")
     if path.is_dir() and not any((path / name).exists() for name in ("config.json", "adapter_config.json")):
-        raise ConfigError(f"model {text!r}: the folder has neither config.json nor adapter_config.json")
+        inside = f"; did you mean {path / 'model'}?" if (path / "model").is_dir() else ""
+        raise ConfigError(f"model {text!r}: the folder has neither config.json nor adapter_config.json{inside}")
     return text
 
 
@@ -212,7 +213,10 @@ def adapter_base(folder: Path) -> str:
     relative = read_stage(folder).get("base")
     if relative and not Path(base).exists() and (folder / relative).exists():
         base = str((folder / relative).resolve())
-    return check_source(base)
+    try:
+        return check_source(base)
+    except ConfigError as error:
+        raise ConfigError(f"{folder} is an adapter, and its base is not there: {error}") from None
 
 
 def read_stage(folder: Any) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from rlhf_lightning.data.rendering import Renderer
 from rlhf_lightning.data.tokenizers import load_tokenizer
 from rlhf_lightning.errors import ConfigError
 from rlhf_lightning.models.forward import Forward
-from rlhf_lightning.models.loading import Start, check_vocabulary, compile_layers
+from rlhf_lightning.models.loading import Start, check_source, check_vocabulary, compile_layers
 from rlhf_lightning.models.lora import LoRA
 from rlhf_lightning.models.saving import save_model
 from rlhf_lightning.modules.schedules import Warmup
@@ -94,6 +94,8 @@ class RLHFModule(pl.LightningModule):
     def tokenizer(self) -> Any:
         """The tokenizer of the model, with its chat template."""
         if self._tokenizer is None:
+            if isinstance(self.start_source, str):
+                check_source(self.start_source)
             trust = {k: v for k, v in self.model_options.items() if k == "trust_remote_code"}
             self._tokenizer = load_tokenizer(self.start_source, self._tokenizer_source, self._chat_template, **trust)
         return self._tokenizer
@@ -149,10 +151,13 @@ class RLHFModule(pl.LightningModule):
         return [p for p in self.parameters() if p.requires_grad]
 
     def configure_optimizers(self) -> Any:
-        optimizer = self.optimizer_factory(self.parameter_groups())
-        if self.scheduler_factory is None:
+        try:
+            optimizer = self.optimizer_factory(self.parameter_groups())
+            scheduler = self.scheduler_factory(optimizer) if self.scheduler_factory else None
+        except (TypeError, ValueError) as error:
+            raise ConfigError(f"model.optimizer or model.lr_scheduler cannot be made: {error}") from error
+        if scheduler is None:
             return optimizer
-        scheduler = self.scheduler_factory(optimizer)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def on_fit_start(self) -> None:
@@ -160,6 +165,8 @@ class RLHFModule(pl.LightningModule):
         for metric in self.modules():
             if isinstance(metric, Metric):
                 metric.reset()
+        if (clip := self.trainer.gradient_clip_val) is not None and clip < 0:
+            raise ConfigError(f"trainer.gradient_clip_val is {clip}: gradients would be turned round; 0 or above")
         if longest := self.longest_row():
             self.forward_pass.check(longest)
 
