@@ -68,9 +68,9 @@ MISTAKES: list[tuple[str, list[str], list[str]]] = [
     ("sft", ["--data.train", "rows.csv"], ["rows.csv:1: not valid JSON", "each line must be one JSON object"]),
     ("sft", ["--data.train", "list.jsonl"], ["list.jsonl:1: not valid JSON", "each line must be one JSON object"]),
     ("sft", ["--data.train", "pairs.jsonl"], ["pairs.jsonl:1: no conversation", "'chosen'", "wanted messages"]),
-    ("sft", ["--data.train", "texts.jsonl"], ["texts.jsonl:1", "no token is trained"]),
+    ("sft", ["--data.train", "texts.jsonl"], ["texts.jsonl:1: no assistant turn to learn from"]),
     ("sft", ["--data.columns", "{messages: dialog}"], ["no column 'dialog'", "the row has 'messages'"]),
-    ("sft", ["--data.train_on", "nothing"], ["data.train_on is 'nothing'; one of all_assistant"]),
+    ("sft", ["--data.train_on", "nothing"], ["data.train_on is 'nothing'; one of last_assistant"]),
     ("sft", ["--data.max_length", "3"], ["sft.jsonl:1", "data.max_length 3: the prompt alone is as long"]),
     ("sft", ["--data.batch_size", "0"], ["data.batch_size is 0; it must be at least 1"]),
     ("sft", ["--data.validation_split", "50"], ["data.validation_split 50.0 leaves nothing to train on (12 rows)"]),
@@ -80,7 +80,7 @@ MISTAKES: list[tuple[str, list[str], list[str]]] = [
     (
         "policy",
         ["--data.max_prompt_tokens", "2"],
-        ["policy.jsonl:1: 14 tokens, over data.max_prompt_tokens 2; raise it"],
+        ["policy.jsonl:1", "over data.max_prompt_tokens 2; raise it"],
     ),
     # keys, types, classes
     ("sft", ["--data.trian", "x"], ["--data.trian"]),
@@ -114,7 +114,11 @@ MISTAKES: list[tuple[str, list[str], list[str]]] = [
     ("sft", ["--model.model", "no-template"], ["no-template has no chat template", "model.chat_template: FILE.jinja"]),
     ("sft", ["--model.chat_template", "missing.jinja"], ["missing.jinja", "no such file, and not a template"]),
     ("sft", ["--model.chat_template", "broken.jinja"], ["the chat template is no valid Jinja", "model.chat_template"]),
-    ("sft", ["--model.tokenizer", "./other-tokenizer"], ["1159 tokens", "do not belong together", "own tokenizer"]),
+    (
+        "sft",
+        ["--model.tokenizer", "./other-tokenizer"],
+        ["tokens, the model embeds 312", "do not belong together", "own tokenizer"],
+    ),
     ("sft", ["--data.tokenizer", "./nowhere"], ["tokenizer './nowhere': no such folder"]),
     ("sft", ["--model.dtype", "float99"], ["model.dtype is 'float99'; for example float32"]),
     ("sft", ["--model.lora.target", "[wings]"], ["lora.target 'wings' names no layer; one of attention, mlp"]),
@@ -140,7 +144,7 @@ MISTAKES: list[tuple[str, list[str], list[str]]] = [
     (
         "policy",
         reward("FunctionReward", function="newcomers_rewards.needs"),
-        ["wants 'answer'; it can have completions"],
+        ["wants 'answer'; it can have"],
     ),
     ("policy", reward("FunctionReward", function="newcomers_rewards.text"), ["returned 'good' for", "a finite number"]),
     ("policy", ["--model.rewards", "newcomers_rewards.one"], ['"model.rewards"', "Expected a <class 'list'>"]),
@@ -153,7 +157,7 @@ MISTAKES: list[tuple[str, list[str], list[str]]] = [
     (
         "policy",
         ["--trainer.accumulate_grad_batches", "3"],
-        ["must be a multiple of trainer.accumulate_grad_batches (3)"],
+        ["a multiple of trainer.accumulate_grad_batches (3)"],
     ),
     ("policy", ["--model.sampler.temperature", "-1"], ["temperature is -1"]),
     ("policy", ["--model.sampler.max_tokens", "999"], ["over the model's 256 positions"]),
@@ -161,7 +165,9 @@ MISTAKES: list[tuple[str, list[str], list[str]]] = [
 ]
 
 
-@pytest.mark.parametrize(("kind", "args", "parts"), MISTAKES, ids=lambda value: " ".join(value)[:60] if value else "")
+@pytest.mark.parametrize(
+    ("kind", "args", "parts"), MISTAKES, ids=[" ".join([kind, *args])[:60] for kind, args, _ in MISTAKES]
+)
 def test_mistakes(
     kind: str, args: list[str], parts: list[str], workplace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -173,7 +179,7 @@ def test_mistakes(
     config = write_yaml(tmp_path / "c.yaml", settings)
     message = refused(rlhf(kind, "fit", "-c", config, *args))
     assert all(part in message for part in parts), message
-    assert len(message.splitlines()) <= 4, message
+    assert len(message.splitlines()) <= 8, message
 
 
 @pytest.mark.parametrize(

@@ -47,6 +47,8 @@ MAY_CHANGE = (
 )
 
 
+# What gloo and NCCL say where the other end of a connection is gone; they raise plain RuntimeErrors.
+LOST = ("Connection reset by peer", "Connection closed by peer", "remote process exited", "Broken pipe")
 FULL = "make room, or write elsewhere (--trainer.default_root_dir); the same command resumes the run"
 DENIED = "change its rights, or name another place"
 REMEDIES = {
@@ -288,6 +290,13 @@ def run(args: list[str]) -> int:
         raise UserError(
             f"a process of the run died ({error}), and the others were ended. If it was killed, memory may have run "
             "out (see the system's log); the same command resumes the run."
+        ) from error
+    except RuntimeError as error:
+        if not any(sign in str(error) for sign in LOST):
+            raise
+        raise UserError(
+            f"another process of the run died, or cannot be reached ({str(error).splitlines()[0][:200]}). If it was "
+            "killed, memory may have run out (see the system's log); the same command resumes the run."
         ) from error
     except OSError as error:
         if error.errno not in REMEDIES:
