@@ -197,7 +197,7 @@ def parquet(rows: list[dict[str, Any]]) -> bytes:
     return stream.getvalue()
 
 
-@counts(90, 900)
+@counts(80, 1100)
 def test_data_files(count: int, place: Place) -> None:
     configs = {kind: place.root / f"{kind}.yaml" for kind in ROWS}
     for kind, path in configs.items():
@@ -384,7 +384,7 @@ def spoilt_configs(draw: st.DrawFn) -> tuple[str, str, Any]:
     return draw(st.sampled_from([*SETTINGS, "pipeline"])), "text", (draw(st.sampled_from(BROKEN)), draw(st.booleans()))
 
 
-@counts(120, 1100)
+@counts(45, 900)
 def test_configs(count: int, place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(place.root)
     configs = {kind: place.config(kind) for kind in SETTINGS}
@@ -613,7 +613,7 @@ def _content(state: dict[str, Any], detail: Any) -> Any:
     return state
 
 
-@counts(60, 500)
+@counts(45, 500)
 def test_checkpoints(count: int, place: Place, saved: tuple[list[Any], Path, Path]) -> None:
     """Bits and cuts are found by the checksums and the run starts over, saying so; other content is refused."""
     command, run, copy = saved

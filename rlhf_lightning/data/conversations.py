@@ -106,12 +106,14 @@ def _instruction(data: dict[str, Any]) -> list[Message]:
 
 
 def _history(value: Any) -> list[list[str]]:
-    turns = (
-        [list(turn) if isinstance(turn, list | tuple) else None for turn in value] if isinstance(value, list) else None
+    turns = value or []
+    fits = isinstance(turns, list) and all(
+        isinstance(turn, list | tuple) and len(turn) == 2 and all(isinstance(text, str) for text in turn)
+        for turn in turns
     )
-    if value and (turns is None or not all(t and len(t) == 2 and all(isinstance(x, str) for x in t) for t in turns)):
+    if not fits:
         raise RowError(f"'history' is {_short(value)}; it must be a list of [question, answer]")
-    return turns or []
+    return [list(turn) for turn in turns]
 
 
 def tool_schemas(data: dict[str, Any]) -> list[Any] | None:
