@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import sys
 import time
 import traceback
@@ -80,3 +81,58 @@ def complete(args: list[str], output: Path, code: int = 0, before: Callable[[], 
     found = run.wait()
     assert found == code, run.text
     return run.text
+
+
+def in_ranks(world: int, function: Callable[[], Any], folder: Path, limit: float = 100, code: int = 0) -> None:
+    """Run a function in forked processes that find what `torchrun` gives; all must end with `code`, within `limit` s.
+
+    Where one has ended otherwise than well, the others are ended as well.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    common = {"WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world, "GROUP_RANK": 0, "MASTER_PORT": port}
+    outputs = [folder / f"rank{rank}.txt" for rank in range(world)]
+    sys.stdout.flush()
+    sys.stderr.flush()
+    running = {}
+    for rank, output in enumerate(outputs):
+        own = {"RANK": rank, "LOCAL_RANK": rank, "MASTER_ADDR": "127.0.0.1", "TORCHELASTIC_RUN_ID": "tests"}
+        pid = os.fork()
+        if not pid:
+            _rank(function, output, {key: str(value) for key, value in {**common, **own}.items()})
+        running[pid] = rank
+    started, codes = time.monotonic(), {}
+    while running and time.monotonic() - started < limit and not any(codes.values()):
+        pid, status = os.waitpid(-1, os.WNOHANG)
+        if pid in running:
+            codes[running.pop(pid)] = os.waitstatus_to_exitcode(status)
+        time.sleep(0.01)
+    for pid in running:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+    texts = "\n".join(f"--- {output.name}\n{output.read_text()[-4000:]}" for output in outputs)
+    fine = set(codes.values()) == {code} and (code or len(codes) == world)
+    assert fine, f"{codes}, the others were ended\n{texts}"
+
+
+def _rank(function: Callable[[], Any], output: Path, variables: dict[str, str]) -> None:
+    code = 1
+    try:
+        file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(file, 1)
+        os.dup2(file, 2)
+        sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
+        os.environ.update(variables)
+        torch.set_num_threads(1)
+        function()
+        code = 0
+    except SystemExit as stop:
+        code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+    except BaseException:  # noqa: BLE001 - as the interpreter does
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)

@@ -32,6 +32,7 @@ KINDS = {
     "rl": "policy",
     "ppo": "policy",
     "grpo": "policy",
+    "gsm8k": "policy",
 }
 
 

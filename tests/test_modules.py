@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 
 from rlhf_lightning import (
     PolicyRLModule,
@@ -124,26 +124,52 @@ def test_accumulated_mini_batches_are_one_large_batch_in_policy_rl(base: str, tm
         same(results[0], results[2], rtol=1e-6, atol=1e-9)
 
 
+class Losses(Callback):
+    """The loss of each optimizer step on this rank, in a file of its own: a forked run leaves nothing in memory."""
+
+    def __init__(self) -> None:
+        self.curve: dict[int, float] = {}
+
+    def on_train_batch_end(self, run: Any, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        # Lightning has divided by the number of micro-batches.
+        step = batch_idx // run.accumulate_grad_batches + run.current_epoch * 1000
+        self.curve[step] = self.curve.get(step, 0.0) + float(outputs["loss"])
+
+    def on_train_end(self, run: Any, module: Any) -> None:
+        Path(run.default_root_dir).mkdir(exist_ok=True)
+        torch.save(list(self.curve.values()), Path(run.default_root_dir) / f"losses{run.global_rank}.pt")
+
+
 @pytest.mark.parametrize("kind", KINDS)
-def test_two_ranks_are_one(kind: str, base: str, tmp_path: Path) -> None:
-    results = []
-    for devices in (1, 2):
+def test_ranks_and_micro_batches_are_one_large_batch(kind: str, base: str, tmp_path: Path) -> None:
+    """1 rank × 8, 2 × 4, 2 × 2 × 2 micro-batches: equal losses and weights, with rows of unlike length."""
+    from safetensors.torch import load_file
+
+    models, curves = [], []
+    for devices, batch, accumulate in ((1, 8, 1), (2, 4, 1), (2, 2, 2)):
         torch.manual_seed(0)
         module = make(kind, base, dtype="float64", **({"kl": KLPenalty(0.1)} if kind == "policy" else {}))
-        strategy = "ddp_fork" if devices == 2 else "auto"
+        root = tmp_path / f"{devices}x{batch}x{accumulate}"
         run = trainer(
-            tmp_path / str(devices), devices=devices, strategy=strategy, precision="64-true", callbacks=[ExportModel()]
+            root,
+            devices=devices,
+            strategy="ddp_fork" if devices == 2 else "auto",
+            accumulate_grad_batches=accumulate,
+            precision="64-true",
+            max_epochs=2,
+            callbacks=[Losses(), ExportModel()],
         )
-        source = data(kind, 11, 4 // devices) if kind != "policy" else data(kind, 7)
+        source = data("policy", 7, minibatches=accumulate) if kind == "policy" else data(kind, 19, batch)
         run.fit(module, source)
-        folder = tmp_path / str(devices) / "model"
-        from safetensors.torch import load_file
-
-        results.append(load_file(folder / "model.safetensors"))
-        facts = json.loads((folder / "stage.json").read_text())
+        models.append(load_file(root / "model" / "model.safetensors"))
         if kind == "sft":
-            results[-1]["metric"] = torch.tensor(facts["metrics"]["val/nll"])
-    same(results[0], results[1], rtol=1e-6, atol=1e-7)
+            facts = json.loads((root / "stage.json").read_text())
+            models[-1]["metric"] = torch.tensor(facts["metrics"]["val/nll"])
+        ranks = [torch.tensor(torch.load(root / f"losses{rank}.pt")) for rank in range(devices)]
+        curves.append(torch.stack(ranks).mean(0))
+    for model, curve in zip(models[1:], curves[1:], strict=True):
+        same(models[0], model, rtol=1e-6, atol=1e-7)
+        torch.testing.assert_close(curves[0], curve, rtol=1e-6, atol=1e-6)
 
 
 def sometimes(completions: list[str], wanted: list[int]) -> list[float | None]:

@@ -1,8 +1,10 @@
 """Checkpoint files: written whole or not at all, and known to be whole before they are read."""
 
+import json
 import logging
 import os
 import re
+import shutil
 import zipfile
 import zlib
 from pathlib import Path
@@ -13,9 +15,11 @@ import torch
 from lightning.fabric.plugins.io import TorchCheckpointIO
 
 from rlhf_lightning.errors import UserError
+from rlhf_lightning.files import write_json
 
 log = logging.getLogger(__name__)
 VERSION = "pytorch-lightning_version"  # what Lightning looks at first
+CHECKSUMS = "checksums.json"
 STEP = re.compile(r"step=(\d+)\.ckpt")
 
 
@@ -92,16 +96,69 @@ class _Stream:
 
 
 def damage(path: Path) -> str | None:
-    """What is wrong with a checkpoint file; None for one that is whole, and for a folder (sharded checkpoints)."""
+    """What is wrong with a checkpoint, file or folder; None for one that is whole, or a folder without checksums."""
     if path.is_dir():
-        return None
+        return _folder_damage(path)
     try:
         with zipfile.ZipFile(path) as archive:
             broken = archive.testzip()
-    except (zipfile.BadZipFile, OSError, EOFError, zlib.error, NotImplementedError, ValueError) as error:
+        torch._C.PyTorchFileReader(str(path))  # it refuses headers that Python's reader does not look at
+    except (zipfile.BadZipFile, RuntimeError, OSError, EOFError, zlib.error, NotImplementedError, ValueError) as error:
         # Whatever a damaged archive makes of the reader is the answer here, not a failure of this function.
-        return f"{error}".rstrip(".").lower() or type(error).__name__
+        return f"{error}".partition(". ")[0].rstrip(".").lower() or type(error).__name__
     return f"the checksum of {broken} differs" if broken else None
+
+
+def _folder_damage(folder: Path) -> str | None:
+    if not (folder / CHECKSUMS).is_file():
+        return None
+    for name, wanted in json.loads((folder / CHECKSUMS).read_text()).items():
+        if not (folder / name).is_file():
+            return f"{name} is missing"
+        if _checksum(folder / name) != wanted:
+            return f"the checksum of {name} differs"
+    return None
+
+
+def _checksum(path: Path) -> int:
+    value = 0
+    with open(path, "rb") as file:
+        while block := file.read(2**20):
+            value = zlib.crc32(block, value)
+    return value
+
+
+class Unfinished:
+    """A checkpoint that is a folder, until all ranks have written their share of it.
+
+    Args:
+        target: where it will be. It is written to `scratch`, beside it.
+    """
+
+    def __init__(self, target: Path) -> None:
+        self.target, self.scratch = target, target.with_name(f".{target.name}.partial")
+
+    def clear(self) -> None:
+        """Take away what an interrupted run has left."""
+        remove(self.scratch)
+
+    def finish(self) -> None:
+        """Write the checksums of all files, sync them to the disk, and give the folder its name."""
+        files = [path for path in sorted(self.scratch.iterdir()) if path.is_file()]
+        write_json(self.scratch / CHECKSUMS, {path.name: _checksum(path) for path in files})
+        for path in files:
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
+        remove(self.target)
+        os.replace(self.scratch, self.target)
+
+
+def remove(path: Path) -> None:
+    """A checkpoint, file or folder, if it is there."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def saved_steps(folder: Path) -> list[tuple[int, Path]]:

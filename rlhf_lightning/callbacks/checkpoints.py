@@ -8,7 +8,7 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Checkpoint
 
-from rlhf_lightning.callbacks.checkpoint_io import saved_steps
+from rlhf_lightning.callbacks.checkpoint_io import remove, saved_steps
 from rlhf_lightning.callbacks.environment import differences, environment
 from rlhf_lightning.callbacks.faults import require_finite
 from rlhf_lightning.callbacks.logged import logged_state, restore_last_values, restore_logged
@@ -102,9 +102,9 @@ class RunCheckpoints(Checkpoint):
             # Those of later steps are of a run that is now done again: damaged, or left over.
             for step, path in saved_steps(self.folder):
                 if step > trainer.global_step:
-                    path.unlink(missing_ok=True)
+                    remove(path)
             for path in self.folder.glob(".*.partial"):
-                path.unlink(missing_ok=True)
+                remove(path)
         if self.signals:
             self.signals.on()
 
@@ -171,7 +171,7 @@ class RunCheckpoints(Checkpoint):
             self._saved, self._time = trainer.global_step, time.monotonic()
             if trainer.is_global_zero:
                 for _, path in saved_steps(self.folder)[self.keep :]:
-                    path.unlink(missing_ok=True)
+                    remove(path)
         if self._stopping:
             log.warning("stopped after step %d; the same command goes on from there", trainer.global_step)
             raise KeyboardInterrupt

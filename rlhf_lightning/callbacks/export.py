@@ -20,6 +20,7 @@ from rlhf_lightning.data.templates import TEMPLATE_DATE
 from rlhf_lightning.errors import ConfigError, UserError
 from rlhf_lightning.files import hash_folder, write_json
 from rlhf_lightning.models.saving import relative_base
+from rlhf_lightning.models.sharding import is_split
 
 log = logging.getLogger(__name__)
 
@@ -53,7 +54,10 @@ class ExportModel(pl.Callback):
             self._load_best(trainer, pl_module)
         require_finite(pl_module, "at the end", "they are not saved as a model")
         trainer.strategy.barrier("export")
-        self._write(trainer, pl_module)
+        folder = Path(trainer.default_root_dir) / "model"
+        if trainer.is_global_zero or is_split(pl_module.model):
+            _save(pl_module, folder)
+        self._describe(trainer, pl_module, folder)
         trainer.strategy.barrier("exported")
 
     def _load_best(self, trainer: pl.Trainer, pl_module: Any) -> None:
@@ -65,22 +69,15 @@ class ExportModel(pl.Callback):
                 f"--export best: no checkpoint was saved by {saver.monitor}{limit}; validate at least once{limit}. "
                 "The run is there: the same command with --export last exports its last weights."
             )
-        state = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
-        pl_module.load_state_dict(state, strict=False)
+        if is_split(pl_module.model):
+            trainer.strategy.load_checkpoint(path, weights_only=True)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
+            pl_module.load_state_dict(state, strict=False)
         log.info("exporting the best checkpoint, %s", path)
 
     @rank_zero_only
-    def _write(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        root = Path(trainer.default_root_dir)
-        folder = root / "model"
-        try:
-            pl_module.save_pretrained(folder)
-        except (OSError, SafetensorError) as error:
-            shutil.rmtree(folder.with_name(f".{folder.name}.partial"), ignore_errors=True)
-            raise UserError(
-                f"{folder}: the model cannot be written ({error}). Make room or mend the folder's rights; the same "
-                "command then writes it, without training again."
-            ) from error
+    def _describe(self, trainer: pl.Trainer, pl_module: Any, folder: Path) -> None:
         data = trainer.datamodule  # type: ignore[attr-defined]
         facts = {
             **pl_module.stage_facts(),
@@ -99,8 +96,19 @@ class ExportModel(pl.Callback):
             facts["stopped"] = stopped[0]
         facts |= _history(trainer)
         write_json(folder / "stage.json", facts)
-        write_json(root / "stage.json", facts)
+        write_json(folder.parent / "stage.json", facts)
         log.info("model folder: %s", folder)
+
+
+def _save(pl_module: Any, folder: Path) -> None:
+    try:
+        pl_module.save_pretrained(folder)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(folder.with_name(f".{folder.name}.partial"), ignore_errors=True)
+        raise UserError(
+            f"{folder}: the model cannot be written ({error}). Make room or mend the folder's rights; the same "
+            "command then writes it, without training again."
+        ) from error
 
 
 def _history(trainer: pl.Trainer) -> dict[str, Any]:

@@ -59,20 +59,22 @@ class NonFiniteGuard(pl.Callback):
 
     def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: Any, optimizer: Any) -> None:
         scaled = getattr(trainer.precision_plugin, "scaler", None) is not None
-        gradients = [] if scaled else [p.grad for p in pl_module.parameters() if p.grad is not None]
+        # Of weights that are split over ranks, each looks at its share, which may be empty.
+        found = [getattr(p.grad, "_local_tensor", p.grad) for p in pl_module.parameters() if p.grad is not None]
+        gradients = [] if scaled else [gradient for gradient in found if gradient.numel()]
         losses = torch.stack([loss.float() for _, loss in self._window])
         largest = _largest(gradients).to(losses.device)
         fine = bool(torch.isfinite(losses).all() & torch.isfinite(largest))
         if trainer.strategy.reduce_boolean_decision(fine, all=True):
             self._in_a_row = 0
             return
-        found = self._describe(losses, largest)
+        what = self._describe(losses, largest)
         self._in_a_row += 1
         if self.action == "stop" or self._in_a_row > self.limit:
-            raise NonFiniteError(self._message(trainer, pl_module, found))
+            raise NonFiniteError(self._message(trainer, pl_module, what))
         self.skipped += 1
         optimizer.zero_grad(set_to_none=True)  # without gradients, no optimizer moves a weight
-        log.warning("optimizer step %d left out (%d so far): %s", trainer.global_step + 1, self.skipped, found[0])
+        log.warning("optimizer step %d left out (%d so far): %s", trainer.global_step + 1, self.skipped, what[0])
 
     def _describe(self, losses: Tensor, largest: Tensor) -> tuple[str, bool, list[str]]:
         """What is wrong, whether it is a loss, and the rows: over all ranks."""
@@ -117,8 +119,7 @@ def _largest(gradients: list[Tensor]) -> Tensor:
     """The largest absolute value; NaN where there is one. No sum, which could overflow where all are finite."""
     if not gradients:
         return torch.zeros(())
-    norm = torch.nn.utils.get_total_norm(gradients, norm_type=float("inf"))
-    return (norm.full_tensor() if hasattr(norm, "full_tensor") else norm).float()  # of sharded weights
+    return torch.nn.utils.get_total_norm(gradients, norm_type=float("inf")).float()
 
 
 def _rows(batch: Any) -> list[str]:

@@ -23,7 +23,7 @@ NOISE = (
     "a dict with class_path entry",
     "a dict without class_path but",
 )
-SHARDED = ("meta.pt", ".metadata", "latest", "checkpoint")
+SHARDED = ("checksums.json", "meta.pt", ".metadata", "latest", "checkpoint")
 """What stands in the folder of a sharded checkpoint, of Lightning or of DeepSpeed."""
 
 

@@ -2,7 +2,6 @@
 
 import errno
 import logging
-import shutil
 import sys
 from importlib import import_module
 from pathlib import Path
@@ -14,7 +13,8 @@ from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.multiprocessing import ProcessExitedException
 
-from rlhf_lightning.callbacks.checkpoint_io import candidates, newest_whole
+import rlhf_lightning.strategies  # noqa: F401 - gives `--trainer.strategy fsdp2` its meaning
+from rlhf_lightning.callbacks.checkpoint_io import candidates, newest_whole, remove
 from rlhf_lightning.cli.logs import LEVELS, setup_logging
 from rlhf_lightning.cli.messages import check_checkpoint, check_files, check_sections, tidy
 from rlhf_lightning.cli.report import after_stage
@@ -30,10 +30,15 @@ CLASSES = {
     ),
     "policy": ("rlhf_lightning.modules.policy_rl.PolicyRLModule", "rlhf_lightning.data.prompts.PromptDataModule"),
 }
-# A run may go on for longer than was first asked for; with anything else changed it would be another run.
+# A run may go on for longer than was first asked for, and on other devices; with anything else changed it would be
+# another run.
 LENGTH = ("trainer.max_epochs", "trainer.max_steps", "trainer.max_time")
 MAY_CHANGE = (
     *LENGTH,
+    "trainer.accelerator",
+    "trainer.devices",
+    "trainer.num_nodes",
+    "trainer.strategy",
     "trainer.enable_progress_bar",
     "trainer.enable_model_summary",
     "ckpt_path",
@@ -49,6 +54,21 @@ MAY_CHANGE = (
 
 # What gloo and NCCL say where the other end of a connection is gone; they raise plain RuntimeErrors.
 LOST = ("Connection reset by peer", "Connection closed by peer", "remote process exited", "Broken pipe")
+HELP = {
+    "sft": {
+        "description": "Supervised fine-tuning of a chat model.",
+        "epilog": "example: rlhf sft fit -c configs/sft.yaml --data.train chats.jsonl",
+    },
+    "preference": {
+        "description": "A preference model from pairs, labels or rankings: a reward model, DPO, KTO, …",
+        "epilog": "example: rlhf preference fit -c configs/reward_model.yaml --data.train pairs.jsonl",
+    },
+    "policy": {
+        "description": "RL of a policy: importance sampling, GRPO, PPO, …",
+        "epilog": "example: rlhf policy fit -c configs/policy.yaml --data.train prompts.jsonl",
+    },
+}
+EXTRAS = ("tensorboard", "wandb")
 FULL = "make room, or write elsewhere (--trainer.default_root_dir); the same command resumes the run"
 DENIED = "change its rights, or name another place"
 REMEDIES = {
@@ -94,7 +114,7 @@ class StageCLI(LightningCLI):
             load_from_checkpoint_support=False,
             trainer_defaults={"enable_progress_bar": sys.stdout.isatty(), "log_every_n_steps": 1},
             parser_class=StageParser,
-            parser_kwargs={"prog": f"rlhf {kind}"},
+            parser_kwargs={"prog": f"rlhf {kind}", **HELP[kind], "fit": {"epilog": HELP[kind]["epilog"]}},
         )
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -197,7 +217,7 @@ class StageCLI(LightningCLI):
             reports = ("report.html", "preference_report.json")
             for name in ("checkpoints", "model", "merged", *files, *reports):
                 path = self.root / name
-                shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+                remove(path)
             return
         done = (self.root / "stage.json").exists()
         saved = candidates(self.root / "checkpoints")
@@ -244,8 +264,18 @@ class StageCLI(LightningCLI):
     def instantiate_classes(self) -> None:
         try:
             super().instantiate_classes()
-        except (TypeError, ValueError) as error:
-            raise ConfigError(f"a setting does not fit: {tidy(str(error))}") from error
+        except (ModuleNotFoundError, TypeError, ValueError) as error:
+            cause: BaseException | None = error  # jsonargparse raises its own in the place of what a class raised
+            while cause is not None and not isinstance(cause, ModuleNotFoundError):
+                cause = cause.__cause__ or cause.__context__
+            raise ConfigError(_missing(cause) if cause else f"a setting does not fit: {tidy(str(error))}") from error
+
+
+def _missing(error: ModuleNotFoundError) -> str:
+    """What to install for a class that a setting names. Lightning's loggers say it in a sentence, without `name`."""
+    text = " ".join(str(error).split())
+    extra = next((name for name in EXTRAS if name in (error.name or text).lower()), None)
+    return f"{text}: " + (f'pip install "rlhf-lightning[{extra}]"' if extra else "install it, or name another class")
 
 
 def _guard_checkpoints(trainer: Any) -> None:

@@ -47,8 +47,9 @@ def read_rows(source: Source, text_key: str | None = None, reading: Reading | No
     """Read every row of a file, several files, a Hub data set or a Python list.
 
     Args:
-        source: a path (`.jsonl`, `.json`, `.parquet`; `.txt` with `text_key`), a Hub id (`owner/name` or
-            `owner/name:split`), a list of these, or a list of dicts (or strings, with `text_key`).
+        source: a path (`.jsonl`, `.json`, `.parquet`; `.txt` with `text_key`), a Hub id (`owner/name`,
+            `owner/name:split` or `owner/name:configuration/split`), a list of these, or a list of dicts (or strings,
+            with `text_key`).
         text_key: where given, a line that is no JSON object becomes `{text_key: line}`.
         reading: counts blank lines.
 
@@ -170,16 +171,21 @@ def _parquet_rows(path: Path) -> Iterator[Row]:
 
 
 def _hub_rows(source: str) -> Iterator[Row]:
-    name, _, split = source.partition(":")
+    name, _, part = source.partition(":")
+    configuration, _, split = part.rpartition("/")
     if name.count("/") != 1 or Path(name).suffix in SUFFIXES or name.startswith((".", "/", "~")):
         raise DataError(f"{source}: no such file (seen from {Path.cwd()}); give a path or a Hub id like owner/name")
     from datasets import load_dataset
 
     try:
-        dataset = load_dataset(name, split=split or "train")
+        dataset = load_dataset(name, configuration or None, split=split or "train")
     except Exception as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise DataError(f"{source}: neither a file here nor a Hub data set that could be loaded ({reason})") from error
+        # What it lists of configurations or splits stands on further lines.
+        reason = " ".join((str(error).strip() or type(error).__name__).split())[:300]
+        raise DataError(
+            f"{source}: neither a file here nor a Hub data set that could be loaded ({reason}); "
+            "a configuration and a split are named by owner/name:configuration/split"
+        ) from error
     for index, item in enumerate(dataset):
         yield Row(dict(item), f"{source}[{index}]")
 

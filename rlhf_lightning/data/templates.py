@@ -14,6 +14,7 @@ from rlhf_lightning.data.records import RowError
 from rlhf_lightning.errors import ConfigError
 
 TEMPLATE_DATE = "2025-01-01"
+RECENT = 4  # renderings that are kept: a turn, what comes before it with and without a prompt to go on, the sentinel
 _SENTINEL = "\ue000sentinel\ue001"
 # transformers hands plain data to templates, no functions: the date is fixed by a macro that shadows its own.
 _FIXED_DATE = (
@@ -43,6 +44,7 @@ class ChatTemplate:
             "eos_token": tokenizer.eos_token or "",
             **(options or {}),
         }
+        self._recent: dict[str, str] = {}
         added = getattr(tokenizer, "added_tokens_decoder", {}).values()
         special = {str(token) for token in added if token.special} | set(tokenizer.all_special_tokens)
         self.markers = sorted(special, key=len, reverse=True)
@@ -67,6 +69,15 @@ class ChatTemplate:
 
     def render(self, messages: list[Message], tools: Tools = None, add_generation_prompt: bool = False) -> str:
         """The text of a conversation; raises `RowError` where the template refuses it."""
+        # The two sides of a pair ask for the same surroundings, and so do the steps of `span`. By what the messages
+        # hold, not by which they are: a caller may change one in place.
+        key = repr((messages, tools, add_generation_prompt))
+        if key not in self._recent:
+            text = self._rendered(messages, tools, add_generation_prompt)
+            self._recent = dict([*self._recent.items()][-RECENT + 1 :]) | {key: text}
+        return self._recent[key]
+
+    def _rendered(self, messages: list[Message], tools: Tools, add_generation_prompt: bool) -> str:
         from jinja2 import TemplateError, TemplateSyntaxError
 
         try:
@@ -162,7 +173,11 @@ class ChatTemplate:
 
 
 def _common_prefix(a: str, b: str) -> int:
-    for i, (x, y) in enumerate(zip(a, b, strict=False)):
-        if x != y:
-            return i
-    return min(len(a), len(b))
+    low, high = 0, min(len(a), len(b))
+    while low < high:  # by halves: comparing slices is many times faster than comparing characters
+        middle = (low + high + 1) // 2
+        if a[low:middle] == b[low:middle]:
+            low = middle
+        else:
+            high = middle - 1
+    return low

@@ -19,6 +19,7 @@ from rlhf_lightning.models.loading import (
 from rlhf_lightning.models.lora import LoRA, base_of
 from rlhf_lightning.models.packing import prefix_lengths
 from rlhf_lightning.models.scoring import TokenScorer, state_values
+from rlhf_lightning.models.sharding import through
 
 
 class Critic(nn.Module):
@@ -102,6 +103,6 @@ class Critic(nn.Module):
         if nothing := not kept.any():
             # One token, times 0: all ranks must go through the model, and every weight must get a gradient.
             kept[0, 0] = True
-        hidden = self._forward(input_ids, pad(kept, (0, 1)), prefix_lengths(mask))
+        hidden = through(self.backbone, self._forward, input_ids, pad(kept, (0, 1)), prefix_lengths(mask))
         values = state_values(self.head, hidden.states) * (not nothing)
         return values.new_zeros(mask.shape).index_put((hidden.rows, hidden.columns + 1), values)

@@ -12,6 +12,7 @@ from rlhf_lightning.models.attention import install, installed, uninstall
 from rlhf_lightning.models.lora import base_of
 from rlhf_lightning.models.packing import Layout, Tree, group_trees, make_trees
 from rlhf_lightning.models.parts import evaluating
+from rlhf_lightning.models.sharding import agreed, is_inside, is_split, through, whole
 
 log = logging.getLogger(__name__)
 CPU_TOKENS, GPU_TOKENS = 2048, 16384
@@ -43,7 +44,8 @@ class Forward:
     def __init__(self, model: Any, decoder: Any, max_tokens: int | None = None) -> None:
         self.model, self.decoder, self.max_tokens = model, decoder, max_tokens
         self.config = base_of(model).config.get_text_config()
-        self._checked = 0
+        self._checked = {False: 0, True: 0}
+        """Tokens up to which values have been compared, and gradients."""
         # At once, if only for a few tokens: an attention that cannot be replaced must not stay replaced.
         if install(self.config):
             self._compare(16, gradients=False)
@@ -63,12 +65,18 @@ class Forward:
         wanted = wanted.cpu()
         columns = torch.arange(1, wanted.shape[1] + 1)
         ends = (wanted * columns).amax(1)
-        self.check(int(ends.max()))
+        self.check(agreed(int(ends.max()), self.model))
         trees = make_trees(input_ids, prefixes.tolist(), ends.tolist(), share=self.packs)
         budget = self.budget(input_ids.device)
         run = self._packed if self.packs else self._padded
-        parts = [run(input_ids, wanted, group) for group in group_trees(trees, budget)]
-        return Hidden(*(torch.cat(part) for part in zip(*parts, strict=True)))
+        groups = group_trees(trees, budget)
+        spare = agreed(len(groups), self.model) - len(groups)
+        parts = [run(input_ids, wanted, group) for group in groups]
+        states, rows, numbers = (torch.cat(part) for part in zip(*parts, strict=True))
+        for _ in range(spare):
+            # Where ranks go through the model together: its value is 0, but its backward goes along as well.
+            states = states + 0.0 * self.decoder(input_ids=input_ids[:1, :1], use_cache=False)[0].sum()
+        return Hidden(states, rows, numbers)
 
     def budget(self, device: torch.device) -> int:
         """Tokens of a group."""
@@ -100,17 +108,21 @@ class Forward:
     def check(self, length: int) -> None:
         """Compare packed with plain rows as long as `length`, once; fall back where they differ.
 
-        Values are compared at that length (rather at the next power of two, so that it is done a few times at most),
-        gradients at no more than `GRADIENT_TOKENS`, since they need the memory of a training step.
+        Values are compared at that length (rather at the next power of two, so that it is done a few times at most);
+        where gradients are on, these too, at no more than `GRADIENT_TOKENS`, since they need the memory of a training
+        step.
         """
-        if not self.packs or length <= self._checked:
+        # Not in the middle of a forward of what is split: a backward there would give back the weights it runs with.
+        gradients = torch.is_grad_enabled() and not is_inside(self.model)
+        if not self.packs or length <= self._checked[gradients]:
             return
         size = max(16, 1 << (length - 1).bit_length())
         # A model with a table of positions has none beyond it.
         size = min(size, getattr(self.config, "max_position_embeddings", None) or size)
-        self._checked = max(length, size)
-        self._compare(size, gradients=False)
-        if self.packs:
+        if length > self._checked[False]:
+            self._compare(size, gradients=False)
+        self._checked[False] = self._checked[gradients] = max(length, size)
+        if self.packs and gradients:
             self._compare(min(size, GRADIENT_TOKENS), gradients=True)
 
     def _compare(self, length: int, gradients: bool) -> None:
@@ -141,8 +153,8 @@ class Forward:
         plain = [Tree((row,), end, (0,)) for row, end in enumerate(ends)]
         shared = [plain[0], Tree((1, 2, 3), prefix, tuple(end - prefix for end in ends[1:]))]
         with _quiet(self.model, weight.device, gradients):
-            packed = self._effects([self._packed(ids, wanted, shared)], length)
-            apart = self._effects([self._padded(ids, wanted, [tree]) for tree in plain], length)
+            packed = self._effects([through(self.model, self._packed, ids, wanted, shared)], length)
+            apart = self._effects([through(self.model, self._padded, ids, wanted, [tree]) for tree in plain], length)
         scale = 1e-3 * torch.stack([tensor.norm() for tensor in apart[1:]]).norm() if len(apart) > 1 else 0.0
         differences = [(a - b).norm() / (b.norm() + scale) for a, b in zip(packed, apart, strict=True)]
         return float(torch.stack(differences).nan_to_num(torch.inf).max())
@@ -151,13 +163,28 @@ class Forward:
         """Hidden states in the order of the batch, and the gradients of a random direction of theirs."""
         hidden = Hidden(*(torch.cat(part) for part in zip(*parts, strict=True)))
         states = hidden.states.float()[(hidden.rows * length + hidden.columns).argsort()]
-        parameters = [p for p in self.model.parameters() if p.requires_grad and type(p) is nn.Parameter]
-        if not (parameters and states.requires_grad):
-            return [states.detach()]
+        if not states.requires_grad:
+            return [states]
         generator = torch.Generator().manual_seed(length)
         direction = torch.randn(states.shape, generator=generator).to(states.device)
-        gradients = torch.autograd.grad((states * direction).sum(), parameters, allow_unused=True)
-        return [states.detach(), *(gradient.float() for gradient in gradients if gradient is not None)]
+        return [states.detach(), *_gradients(self.model, (states * direction).sum())]
+
+
+def _gradients(model: Any, total: Tensor) -> list[Tensor]:
+    """Of `total`, by the weights that are trained and that it depends on; nothing is left in their `grad`."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    if not is_split(model):
+        found = torch.autograd.grad(total, trained, allow_unused=True)
+        return [gradient.float() for gradient in found if gradient is not None]
+    # What is split has its gradients handed over to `grad`, in backward only.
+    before = [p.grad for p in trained]
+    for parameter in trained:
+        parameter.grad = None
+    total.backward()
+    split_ones = [p.grad for p in trained if p.grad is not None]
+    for parameter, gradient in zip(trained, before, strict=True):
+        parameter.grad = gradient
+    return [whole(gradient).float() for gradient in split_ones]
 
 
 def tolerance(model: Any) -> float:

@@ -17,6 +17,7 @@ from torch import nn
 from rlhf_lightning.errors import ConfigError, UserError
 from rlhf_lightning.files import hash_folder, read_object, write_json
 from rlhf_lightning.models.lora import LoRA, base_of
+from rlhf_lightning.models.sharding import layers_of
 
 log = logging.getLogger(__name__)
 AUTO_CLASSES = {
@@ -270,10 +271,8 @@ def disable_dropout(model: nn.Module) -> None:
 
 def compile_layers(model: Any, backend: str = "inductor") -> None:
     """Compile each layer by itself: one graph serves all of them, and weights keep their names."""
-    decoder = base_of(model).base_model
-    count = base_of(model).config.get_text_config().num_hidden_layers
-    stacks = [m for m in decoder.modules() if isinstance(m, nn.ModuleList) and len(m) == count]
-    if not stacks:
-        raise ConfigError(f"model.compile: no stack of {count} layers was found in {type(base_of(model)).__name__}")
-    for layer in stacks[0]:
+    layers = layers_of(model)
+    if not layers:
+        raise ConfigError(f"model.compile: no stack of layers was found in {type(base_of(model)).__name__}")
+    for layer in layers:
         layer.compile(dynamic=True, backend=backend)

@@ -100,7 +100,8 @@ def named_weights(model: Any) -> Iterator[tuple[str, Tensor]]:
         value = parameter.detach()
         if name in updates:
             value = value + updates[name].get_delta_weight("default").detach().to(value.dtype)
-        yield name.replace(".base_layer.", "."), value
+        # Of weights that are split over ranks, one at a time is gathered.
+        yield name.replace(".base_layer.", "."), value.full_tensor() if hasattr(value, "full_tensor") else value
 
 
 def _is_linear(module: nn.Module) -> bool:

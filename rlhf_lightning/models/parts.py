@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rlhf_lightning.models.lora import base_of
+from rlhf_lightning.models.sharding import through
 
 log = logging.getLogger(__name__)
 FEW = 64
@@ -42,7 +43,7 @@ class Parts:
     def _agree(self) -> bool:
         ids = torch.arange(6, device=self.head.weight.device)[None] * 7919 % self.vocabulary
         with evaluating(self.model):
-            ours = self.logits(self.decoder(input_ids=ids, use_cache=False)[0])
+            ours = through(self.model, lambda: self.logits(self.decoder(input_ids=ids, use_cache=False)[0]))
             theirs = self.model(input_ids=ids, use_cache=False).logits
         return ours.shape == theirs.shape and torch.allclose(ours.float(), theirs.float(), rtol=1e-3, atol=1e-3)
 

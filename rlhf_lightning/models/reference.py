@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from rlhf_lightning.models.loading import disable_dropout
 from rlhf_lightning.models.scoring import TokenScorer
+from rlhf_lightning.models.sharding import assign, whole
 
 
 class Reference(nn.Module):
@@ -63,20 +64,19 @@ class Reference(nn.Module):
     def refresh(self) -> None:
         """The policy as it now is becomes the reference."""
         policy = self._policy[0]
-        self.load_weights(policy.state_dict() if self.copy is not None else _adapter_weights(policy, "default"))
+        self.load_weights(dict(policy.state_dict() if self.copy is not None else _adapter(policy, "default")))
 
     def weights(self) -> dict[str, Tensor]:
-        """What `refresh` changes, for a checkpoint."""
-        return self.copy.state_dict() if self.copy is not None else _adapter_weights(self._policy[0], "reference")
+        """What `refresh` changes, for a checkpoint; all ranks must call it."""
+        return {name: whole(value.detach()).clone() for name, value in self._moved().items()}
 
     def load_weights(self, weights: dict[str, Tensor]) -> None:
         """Put back what `weights` gave."""
-        if self.copy is not None:
-            self.copy.load_state_dict(weights)
-            return
-        from peft import set_peft_model_state_dict
+        for name, value in self._moved().items():
+            assign(value, weights[name])
 
-        set_peft_model_state_dict(self._policy[0], weights, adapter_name="reference")
+    def _moved(self) -> dict[str, Tensor]:
+        return self.copy.state_dict() if self.copy is not None else _adapter(self._policy[0], "reference")
 
     @contextmanager
     def _active(self) -> Iterator[None]:
@@ -96,22 +96,20 @@ class Reference(nn.Module):
 
 
 def _copy_adapter(model: Any) -> None:
-    from peft import set_peft_model_state_dict
-
     trained = [p for p in model.parameters() if p.requires_grad]
-    weights = _adapter_weights(model, "default")
     model.add_adapter("reference", copy.deepcopy(model.peft_config["default"]))
-    set_peft_model_state_dict(model, weights, adapter_name="reference")
+    weights = _adapter(model, "default")
+    for name, value in _adapter(model, "reference").items():
+        assign(value, weights[name])
     # The second adapter comes with the dropout of its config, whatever the first one's was set to.
     disable_dropout(model)
     _train_default(model, trained)
 
 
-def _adapter_weights(model: Any, name: str) -> dict[str, Tensor]:
-    from peft import get_peft_model_state_dict
-
-    weights = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
-    return {key: value.clone() for key, value in weights.items()}
+def _adapter(model: Any, adapter: str) -> dict[str, Tensor]:
+    """The weights of an adapter, by their names without its own."""
+    named = {tuple(name.split(".")): p.detach() for name, p in model.named_parameters()}
+    return {".".join(part for part in name if part != adapter): p for name, p in named.items() if adapter in name}
 
 
 def _train_default(model: Any, trained: list[nn.Parameter]) -> None:

@@ -11,22 +11,30 @@ from rlhf_lightning.files import read_object
 from rlhf_lightning.models.loading import is_adapter
 
 
-def save_model(model: Any, tokenizer: Any, folder: Path, stop_token_ids: Sequence[int]) -> None:
+def save_model(
+    model: Any,
+    tokenizer: Any,
+    folder: Path,
+    stop_token_ids: Sequence[int],
+    weights: dict[str, Any] | None = None,
+) -> None:
     """Write weights (safetensors), config, tokenizer with chat template, and generation config.
 
-    The folder appears at once, complete: it is written beside its place and renamed.
+    The folder appears at once, complete: it is written beside its place and renamed. `weights` are given where those
+    of the model are split over ranks.
     """
     scratch = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(parents=True)
+    given = {} if weights is None else {"state_dict": weights}
     if hasattr(model, "peft_config"):
         # Only the adapter that was trained, and no copy of the embeddings beside it.
-        model.save_pretrained(scratch, selected_adapters=["default"], save_embedding_layers=False)
+        model.save_pretrained(scratch, selected_adapters=["default"], save_embedding_layers=False, **given)
         if str(model.peft_config["default"].task_type) == "SEQ_CLS":
             _save_scoring_base(model, scratch, folder)
     else:
         _set_generation(model, tokenizer, stop_token_ids)
-        model.save_pretrained(scratch)
+        model.save_pretrained(scratch, **given)
     tokenizer.save_pretrained(scratch)
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(scratch, folder)

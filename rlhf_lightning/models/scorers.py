@@ -16,6 +16,7 @@ from rlhf_lightning.models.lora import base_of
 from rlhf_lightning.models.packing import prefix_lengths
 from rlhf_lightning.models.reference import Reference
 from rlhf_lightning.models.scoring import TokenScorer
+from rlhf_lightning.models.sharding import through
 
 
 class Scored(NamedTuple):
@@ -218,6 +219,9 @@ class RewardHead(Scorer):
             base.resize_token_embeddings(tokenizer.pad_token_id + 1, mean_resizing=False)
 
     def __call__(self, batch: dict[str, Any]) -> Tensor:
+        return through(self.forward.model, self._scores, batch)
+
+    def _scores(self, batch: dict[str, Any]) -> Tensor:
         ids, mask, ends = batch["input_ids"], batch["mask"], batch["lengths"][:, None]
         places = torch.arange(ids.shape[1], device=ids.device)
         read = places == ends - 1

@@ -14,6 +14,7 @@ from rlhf_lightning.models.forward import Forward
 from rlhf_lightning.models.logits import TokenLogprobs
 from rlhf_lightning.models.packing import prefix_lengths
 from rlhf_lightning.models.parts import Parts
+from rlhf_lightning.models.sharding import through
 
 LOGIT_BYTES = 256 * 2**20
 
@@ -59,11 +60,7 @@ class TokenScorer:
             # One token, times 0: all ranks must go through the model, and every weight must get a gradient.
             kept[0, 0] = True
         if self.parts.apart:
-            hidden = self.forward(input_ids, nn.functional.pad(kept, (0, 1)), prefix_lengths(mask))
-            rows, columns = hidden.rows, hidden.columns + 1
-            parts = self._from_hidden(hidden.states, input_ids[rows, columns], temperature, details)
-            if details and self.value_head is not None:
-                parts = (*parts, state_values(self.value_head, hidden.states))
+            rows, columns, parts = through(self.parts.model, self._apart, input_ids, mask, kept, temperature, details)
         else:
             rows, columns = nn.functional.pad(kept, (1, 0)).nonzero(as_tuple=True)
             logits = self.parts.model(input_ids=input_ids, use_cache=False).logits[rows, columns - 1]
@@ -73,6 +70,16 @@ class TokenScorer:
             for part in parts
         ]
         return TokenScores(*full)  # type: ignore[arg-type]
+
+    def _apart(
+        self, input_ids: Tensor, mask: Tensor, kept: Tensor, temperature: float, details: bool
+    ) -> tuple[Tensor, Tensor, tuple[Tensor | None, ...]]:
+        hidden = self.forward(input_ids, nn.functional.pad(kept, (0, 1)), prefix_lengths(mask))
+        rows, columns = hidden.rows, hidden.columns + 1
+        parts = self._from_hidden(hidden.states, input_ids[rows, columns], temperature, details)
+        if details and self.value_head is not None:
+            parts = (*parts, state_values(self.value_head, hidden.states))
+        return rows, columns, parts
 
     def _from_hidden(
         self, hidden: Tensor, targets: Tensor, temperature: float, details: bool
@@ -92,6 +99,10 @@ class TokenScorer:
 
 def state_values(head: nn.Linear, states: Tensor) -> Tensor:
     """Values `[n]` of hidden states `[n, H]` by a head of one output; float32 or wider, whatever the backbone's."""
+    return through(head, _values, head, states)
+
+
+def _values(head: nn.Linear, states: Tensor) -> Tensor:
     with torch.autocast(states.device.type, enabled=False):
         dtype = torch.promote_types(head.weight.dtype, torch.float32)
         return nn.functional.linear(states.to(dtype), head.weight.to(dtype), head.bias.to(dtype)).squeeze(-1)

@@ -21,6 +21,7 @@ from rlhf_lightning.models.forward import Forward
 from rlhf_lightning.models.loading import Start, check_source, check_vocabulary, compile_layers
 from rlhf_lightning.models.lora import LoRA
 from rlhf_lightning.models.saving import save_model
+from rlhf_lightning.models.sharding import split, whole_weights
 from rlhf_lightning.modules.schedules import Warmup
 
 log = logging.getLogger(__name__)
@@ -123,7 +124,14 @@ class RLHFModule(pl.LightningModule):
         self.build()
         if self.compiles_layers:
             compile_layers(self.model)
+        if self._device_mesh is not None:
+            for part in self.parts_to_split():
+                split(part, self._device_mesh["data_parallel"])
         self.train(self.training)
+
+    def parts_to_split(self) -> list[nn.Module]:
+        """What is split over ranks under `ModelParallelStrategy`: whatever is trained, and what is as large."""
+        return [self.model]
 
     def start(self) -> Start:
         """What to load."""
@@ -210,18 +218,18 @@ class RLHFModule(pl.LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         if self.model is None:
             self.configure_model()
-        wanted, found = set(self.state_dict()), set(checkpoint["state_dict"])
-        if wanted != found:
-            odd = sorted(wanted ^ found)[0]
-            raise ConfigError(
-                f"the checkpoint is not of this stage and settings: {len(wanted - found)} weights are missing, "
-                f"{len(found - wanted)} are unknown (for example {odd}). Start a new stage from a model folder instead."
-            )
+        # Where weights are split, the strategy loads them, and has asked before.
+        if "state_dict" in checkpoint:
+            self.check_names(set(checkpoint["state_dict"]))
+            self._check_content(checkpoint)
+
+    def _check_content(self, checkpoint: dict[str, Any]) -> None:
+        weights = checkpoint["state_dict"]
         for name, parameter in self.named_parameters(remove_duplicate=False):
-            if name in found and checkpoint["state_dict"][name].shape != parameter.shape:
+            if name in weights and weights[name].shape != parameter.shape:
                 raise ConfigError(
                     f"the checkpoint is not of this stage and settings: {name} is "
-                    f"{list(checkpoint['state_dict'][name].shape)} there and {list(parameter.shape)} here"
+                    f"{list(weights[name].shape)} there and {list(parameter.shape)} here"
                 )
         lacking = [key for key in ("loops", "optimizer_states", "lr_schedulers") if key not in checkpoint]
         if lacking and self._trainer is not None and self._trainer.state.fn == "fit":
@@ -230,12 +238,24 @@ class RLHFModule(pl.LightningModule):
                 "Start a new stage from a model folder instead."
             )
 
+    def check_names(self, found: set[str]) -> None:
+        """Raise `ConfigError` where a checkpoint does not hold the weights that are trained."""
+        wanted = set(self.state_dict())
+        if wanted != found:
+            odd = sorted(wanted ^ found)[0]
+            raise ConfigError(
+                f"the checkpoint is not of this stage and settings: {len(wanted - found)} weights are missing, "
+                f"{len(found - wanted)} are unknown (for example {odd}). Start a new stage from a model folder instead."
+            )
+
     # -- saving ---------------------------------------------------------------------------------------------------
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write the model folder; see `models.saving`."""
+        """Write the model folder; see `models.saving`. Where weights are split over ranks, all of them must call it."""
         self.configure_model()
-        save_model(self.model, self.tokenizer, Path(folder), self.renderer.stop_token_ids)
+        weights = whole_weights(self.model)
+        if weights is None or self.global_rank == 0:
+            save_model(self.model, self.tokenizer, Path(folder), self.renderer.stop_token_ids, weights)
 
     def stage_facts(self) -> dict[str, Any]:
         """What `stage.json` says of the module."""

@@ -134,6 +134,12 @@ class PolicyRLModule(RLHFModule):
         snapshot = Snapshot(self.model) if self.staleness else None
         self.rounds = Rounds(collector, self.sampling_context, self.kl, self.reference, snapshot)
 
+    def parts_to_split(self) -> list[Any]:
+        own = [] if self.critic is None or self.critic.shared else [self.critic.backbone]
+        head = [] if self.critic is None else [self.critic.head]
+        copied = [] if self.reference is None or self.reference.copy is None else [self.reference.copy]
+        return [self.model, *own, *head, *copied]
+
     @property
     def forward_pass(self) -> Forward:
         return self.tokens.forward

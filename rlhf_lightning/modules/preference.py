@@ -85,6 +85,10 @@ class PreferenceModule(RLHFModule):
         if self.freeze_backbone:
             self.model.base_model.requires_grad_(False)
 
+    def parts_to_split(self) -> list[Any]:
+        copied = getattr(self.frozen, "copy", None)
+        return [self.model, *([] if copied is None else [copied])]
+
     @property
     def forward_pass(self) -> Forward:
         return self.scorer.forward

@@ -14,7 +14,8 @@ from rlhf_lightning.data.batching import pad_tokens
 from rlhf_lightning.data.rendering import Rendered
 from rlhf_lightning.models.reference import Reference
 from rlhf_lightning.models.scorers import ImplicitReward
-from rlhf_lightning.rollout.ranks import gather
+from rlhf_lightning.models.sharding import whole
+from rlhf_lightning.rollout.ranks import gather, parts
 
 log = logging.getLogger(__name__)
 
@@ -52,6 +53,7 @@ def weights_hash(reference: Reference) -> str:
     """SHA-256 of the weights that the reference computes with."""
     digest = hashlib.sha256()
     for name, value in reference.tensors():
+        value = whole(value)
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
         digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
@@ -79,12 +81,12 @@ def _computed(
     """Each rank computes its share, rows of like length together."""
     order = sorted(range(len(sides)), key=lambda i: len(sides[i].ids))[trainer.global_rank :: trainer.world_size]
     own: dict[int, list[float]] = {}
-    for start in range(0, len(order), batch_size):
-        part = order[start : start + batch_size]
-        batch = pad_tokens([sides[i].ids for i in part], [sides[i].mask for i in part], pad_id=0)
+    for part in parts(order, batch_size):
+        ids, masks = zip(*((sides[i].ids, sides[i].mask) for i in part), strict=True) if part else ([[0, 0]], [[0, 0]])
+        batch = pad_tokens(ids, masks, pad_id=0)
         with trainer.precision_plugin.forward_context():
             found = scorer.reference_logprobs({name: value.to(device) for name, value in batch.items()})
-        for i, values in zip(part, found.float().tolist(), strict=True):
+        for i, values in zip(part, found.float().tolist(), strict=bool(part)):
             own[i] = values[: len(sides[i].ids)]
     everyone = {i: values for share in gather(own) for i, values in share.items()}
     return [everyone[i] for i in range(len(sides))]

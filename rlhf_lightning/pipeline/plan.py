@@ -1,7 +1,7 @@
 """A pipeline file, read and checked."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -56,8 +56,14 @@ class Plan:
         return found
 
 
-def read_plan(plan: Mapping[str, Any] | str | Path, root: str | Path | None = None) -> Plan:
+def read_plan(
+    plan: Mapping[str, Any] | str | Path, root: str | Path | None = None, overlays: Sequence[str | Path] = ()
+) -> Plan:
     """Read a pipeline file (YAML or JSON) or dict.
+
+    Args:
+        plan: the file or dict. root: folder of the run, `runs/NAME` by default.
+        overlays: config files laid over the settings of every stage.
 
     Raises:
         ConfigError: no such file, an unknown key or kind, a reference to a stage that does not come before.
@@ -77,6 +83,10 @@ def read_plan(plan: Mapping[str, Any] | str | Path, root: str | Path | None = No
     stages: list[Stage] = []
     for index, entry in enumerate(plan["stages"]):
         stages.append(_stage(entry, index, [stage.name for stage in stages], base))
+    for file in overlays:
+        laid_over = read_mapping(Path(file))
+        for stage in stages:
+            stage.settings = merged(stage.settings, laid_over)
     return Plan(name, stages, folder, plan.get("seed") or 0, dict(plan))
 
 
@@ -102,7 +112,10 @@ def _stage(entry: Any, index: int, earlier: list[str], base: Path) -> Stage:
     for key in ("reward", "critic"):
         if entry.get(key) and kind != "policy":
             raise ConfigError(f"{where} ({name}): {key} is for policy stages; this is {kind}")
-    settings: dict[str, Any] = read_mapping(base / entry["config"]) if entry.get("config") else {}
+    settings: dict[str, Any] = {}
+    files = entry.get("config") or []
+    for file in files if isinstance(files, list) else [files]:
+        settings = merged(settings, read_mapping(base / str(file)))
     settings = merged(settings, nested(entry.get("overrides") or {}))
     handed = (entry.get("start"), entry.get("reward"), entry.get("critic"))
     return Stage(name, kind, settings, *handed, _rule(entry.get("on_failure"), where))

@@ -13,7 +13,7 @@ from rlhf_lightning.rollout.credit import assign
 from rlhf_lightning.rollout.environments import EnvironmentFactory, Limits
 from rlhf_lightning.rollout.episodes import Episode, Segment
 from rlhf_lightning.rollout.kl import KLPenalty
-from rlhf_lightning.rollout.ranks import gather
+from rlhf_lightning.rollout.ranks import gather, parts
 from rlhf_lightning.rollout.rewards import Reward, total_rewards
 from rlhf_lightning.rollout.runner import run_episodes
 from rlhf_lightning.rollout.sampler import Sampler
@@ -119,11 +119,11 @@ class Collector:
     def _fill(self, segments: list[Segment], name: str, batch_size: int = 256) -> None:
         scorer = self.row_scorers[name]
         device = next(self.sampler.model.parameters()).device
-        for start in range(0, len(segments), batch_size):
-            part = segments[start : start + batch_size]
-            batch = pad_tokens([row.ids for row in part], [row.mask for row in part], pad_id=0)
+        for part in parts(segments, batch_size):
+            ids, masks = ([row.ids for row in part], [row.mask for row in part]) if part else ([[0, 0]], [[0, 0]])
+            batch = pad_tokens(ids, masks, pad_id=0)
             numbers = scorer(batch["input_ids"].to(device), batch["mask"].to(device)).float().tolist()
-            for row, values in zip(part, numbers, strict=True):
+            for row, values in zip(part, numbers, strict=bool(part)):
                 setattr(row, name, values[: len(row.ids)])
 
     def statistics(self, episodes: Sequence[Episode]) -> Sums:

@@ -1,18 +1,21 @@
 """The built-in sampling engine: a prompt is computed once, keys are written in place, waiting rows take free slots."""
 
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
+from rlhf_lightning.errors import ConfigError
 from rlhf_lightning.models.attention import Decoding
 from rlhf_lightning.models.forward import FAILURES, Forward, tolerance
 from rlhf_lightning.models.lora import base_of
 from rlhf_lightning.models.packing import Layout, Tree, group_trees
 from rlhf_lightning.models.parts import Parts, evaluating, few_rows
+from rlhf_lightning.models.sharding import LockStep, is_split, through, together
 from rlhf_lightning.rollout.draw import Sample, SamplingParams, draw, ends, uniforms
 from rlhf_lightning.rollout.fallback import generate
 from rlhf_lightning.rollout.graphs import GraphedStep
@@ -47,6 +50,7 @@ class LocalEngine:
         model: a causal model, or peft around one. decode: from token ids to text, for stop strings.
         rows: decoded side by side. cuda_graphs: replay steps on a GPU, see `graphs`.
         max_tokens: of prompts computed at once, see `Forward`.
+        gather: the weights of a split model for a round, see `Sampler`.
     """
 
     def __init__(
@@ -56,8 +60,10 @@ class LocalEngine:
         rows: int = 256,
         cuda_graphs: bool = False,
         max_tokens: int | None = None,
+        gather: bool | None = None,
     ) -> None:
-        self.cuda_graphs = cuda_graphs
+        self.cuda_graphs, self.gather = cuda_graphs, gather
+        self._lock: LockStep | None = None
         self.model, self.decode, self.rows = model, decode, rows
         self.parts = Parts(model)
         self.forward = Forward(model, self.parts.decoder, max_tokens)
@@ -79,9 +85,11 @@ class LocalEngine:
             self.watch.end()
 
     def _generate(self, prompts: Sequence[Sequence[int]], params: SamplingParams, seeds: Sequence[int]) -> list[Sample]:
-        with evaluating(self.model), torch.inference_mode(), torch.compiler.set_stance("force_eager"):
-            # Windows and positions that depend on the length show at that length only.
-            self.forward.check(max(len(prompt) for prompt in prompts) + params.max_tokens)
+        with self._sampling():
+            if not is_split(self.model):
+                # Windows and positions that depend on the length show at that length only. What is split is checked
+                # where all ranks are: in training, by the trainer's own forward.
+                self.forward.check(max(len(prompt) for prompt in prompts) + params.max_tokens)
             if self._plain is None:
                 self._plain = self._check()
             if not (self._plain and self.forward.packs):
@@ -89,10 +97,49 @@ class LocalEngine:
             with few_rows(self.model):
                 return _Batch(self, prompts, params, seeds).run()
 
+    @contextmanager
+    def _sampling(self) -> Iterator[None]:
+        # Weights that are gathered in inference mode could not be trained on.
+        gradients = torch.no_grad() if is_split(self.model) else torch.inference_mode()
+        with evaluating(self.model), gradients, torch.compiler.set_stance("force_eager"):
+            yield
+
+    @contextmanager
+    def session(self) -> Iterator[None]:
+        """See `Sampler.session`. A split model is gathered on every rank where that leaves room, else all go in step.
+
+        Raises:
+            ConfigError: there is no room, and the model is sampled by its own `generate`.
+        """
+        with together(self.model, self.gather, self._idle) as self._lock:
+            if self._lock:
+                self._check_in_step()
+            try:
+                yield
+            finally:
+                self._lock = None
+
+    def _check_in_step(self) -> None:
+        with self._sampling():
+            self._plain = self._check() if self._plain is None else self._plain
+        if not self._plain:
+            raise ConfigError(
+                "this model is sampled by its own generate, which cannot go in step over ranks, and there is no room "
+                "to gather its weights: set sampler.gather: true, or split it over fewer ranks"
+            )
+
+    def _idle(self) -> None:
+        ids = torch.zeros(1, 1, dtype=torch.long, device=next(self.model.parameters()).device)
+        with self._sampling():
+            through(self.model, lambda: self.parts.decoder(input_ids=ids, use_cache=False))
+
     # -- steps of the model ---------------------------------------------------------------------------------------
 
     def prefill(self, prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[list[Captured], Tensor, Tensor]:
         """Keys and values of distinct prompts side by side, the place where each begins, and the logits after each."""
+        return self._together(self._prefill, prompts, device)
+
+    def _prefill(self, prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[list[Captured], Tensor, Tensor]:
         cache = [Captured() for _ in range(self.layers)]
         layout = Layout([Tree((i,), len(prompt), (0,)) for i, prompt in enumerate(prompts)], device)
         ids = torch.tensor([token for prompt in prompts for token in prompt], device=device)
@@ -103,9 +150,17 @@ class LocalEngine:
 
     def step(self, slots: Slots, tokens: Tensor) -> Tensor:
         """Feed the last token of every slot; the logits after it, `[slots, V]`."""
+        return self._together(self._step, slots, tokens)
+
+    def _step(self, slots: Slots, tokens: Tensor) -> Tensor:
         layout = Decoding(slots.positions, slots.width)
         states = self._decoder(tokens[:, None], slots.positions[:, None], slots.cache, layout)[:, -1]
         return self.parts.logits(states)
+
+    def _together(self, function: Callable[..., Any], *args: Any) -> Any:
+        if self._lock:
+            self._lock.call()
+        return through(self.model, function, *args)
 
     def _decoder(self, ids: Tensor, positions: Tensor, cache: Cache, layout: Any) -> Tensor:
         mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=ids.device)
@@ -174,7 +229,9 @@ class _Batch:
         """The row in each slot."""
         self.slots = Slots(engine.layers, len(self.rows), self.device)
         self.tokens = torch.zeros(len(self.rows), dtype=torch.long, device=self.device)
-        self.step = GraphedStep(engine.step) if engine.cuda_graphs and self.device.type == "cuda" else engine.step
+        # Steps in which ranks tell each other of them cannot be recorded.
+        graphed = engine.cuda_graphs and self.device.type == "cuda" and not engine._lock
+        self.step = GraphedStep(engine.step) if graphed else engine.step
 
     def run(self) -> list[Sample]:
         while True:

@@ -50,8 +50,9 @@ def run_episodes(
     everyone = [Running(prompt, sample) for prompt, sample in prompts]
     play = _Play(sampler, renderer, seed, environment, limits or Limits(), temperature)
     active = play.reset(everyone) if environment else everyone
-    while active:
-        active = play.turn(active)
+    with sampler.session():
+        while active:
+            active = play.turn(active)
     play.report(everyone)
     return [running.episode for running in everyone]
 

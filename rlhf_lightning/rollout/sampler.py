@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any, Protocol
 
@@ -50,6 +51,9 @@ class Sampler:
         batch_rows: rows decoded side by side.
         engine: an `Engine` that samples in place of the built-in one.
         cuda_graphs: on a GPU, replay the steps of decoding as graphs.
+        gather: where weights are split over ranks (FSDP2), have all of them on every rank while a round is drawn; if
+            not, ranks decode in step, each layer gathered for each token. By default gathered where that takes at most
+            half of the free memory.
     """
 
     def __init__(
@@ -64,10 +68,11 @@ class Sampler:
         engine: Any = None,
         cuda_graphs: bool = False,
         stop: Sequence[str] = (),
+        gather: bool | None = None,
     ) -> None:
         self.params = SamplingParams(max_tokens, min_tokens, temperature, top_p, top_k, min_p)
         self.batch_rows, self.engine, self.cuda_graphs = batch_rows, engine, cuda_graphs
-        self._local = engine is None
+        self._local, self.gather = engine is None, gather
         if isinstance(stop, str) or not all(isinstance(text, str) and text for text in stop):
             raise ConfigError(f"sampler.stop is {stop!r}; it must be a list of texts, none of them empty")
         self.stop = tuple(stop)
@@ -93,7 +98,8 @@ class Sampler:
         for text in self.stop:
             _check_stop(text, renderer.tokenizer)
         if self._local:
-            self.engine = LocalEngine(model, renderer.tokenizer.decode, self.batch_rows, self.cuda_graphs, max_tokens)
+            decode = renderer.tokenizer.decode
+            self.engine = LocalEngine(model, decode, self.batch_rows, self.cuda_graphs, max_tokens, self.gather)
         self.context = getattr(base_of(model).config.get_text_config(), "max_position_embeddings", None)
 
     def warn_of_bias(self) -> None:
@@ -108,6 +114,10 @@ class Sampler:
     def sync(self, version: int) -> None:
         """Hand the weights to an engine that has its own."""
         self.engine.sync(() if self._local else named_weights(self.model), version)
+
+    def session(self) -> AbstractContextManager[None]:
+        """Around the draws of a round. All ranks enter and leave together; inside, each draws as often as it likes."""
+        return self.engine.session() if self._local else nullcontext()
 
     def generate(
         self, prompts: Sequence[list[int]], seeds: Sequence[int], temperature: float | None = None

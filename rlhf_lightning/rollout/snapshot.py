@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rlhf_lightning.models.sharding import assign, whole
+
 
 class Snapshot:
     """The trained weights of a model as they were when the last round was drawn; at first, as they are.
@@ -29,7 +31,7 @@ class Snapshot:
         trained = self._trained()
         current = {name: weight.detach().clone() for name, weight in trained.items()}
         for name, weight in (self._weights or {}).items():
-            trained[name].copy_(weight)
+            assign(trained[name], weight)
         try:
             yield
         finally:
@@ -38,8 +40,8 @@ class Snapshot:
         self._weights = current
 
     def state_dict(self) -> dict[str, Tensor] | None:
-        """The weights that the next round is drawn with."""
-        return self._weights
+        """The weights that the next round is drawn with; all ranks must call it."""
+        return None if self._weights is None else {name: whole(weight) for name, weight in self._weights.items()}
 
     def load_state_dict(self, state: dict[str, Tensor] | None) -> None:
         """Go on from there."""

@@ -1,0 +1,174 @@
+"""Models whose weights are split over ranks (FSDP2).
+
+Such a model gathers the weights of a layer from all ranks to run it, so all ranks must run it equally often: they
+agree on a number before (`agreed`), or have it gathered for a while (`gathered`), or go in step (`LockStep`).
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rlhf_lightning.models.lora import base_of
+
+
+def layers_of(model: Any) -> list[nn.Module]:
+    """The decoder's layers, found by their number; none where no stack has it."""
+    base = base_of(model)
+    config = getattr(base, "config", None)
+    count = config.get_text_config().num_hidden_layers if config else None
+    stacks = [m for m in base.base_model.modules() if isinstance(m, nn.ModuleList) and len(m) == count] if count else []
+    return list(stacks[0]) if stacks else []
+
+
+def split(model: nn.Module, mesh: Any) -> None:
+    """Split the weights over the ranks of a one-dimensional mesh: layer by layer, and what is outside the layers."""
+    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+
+    for layer in layers_of(model):
+        fully_shard(layer, mesh=mesh)
+    # Given back after a forward as well: what stays gathered in an evaluation would be the weights of an older step.
+    fully_shard(model, mesh=mesh, reshard_after_forward=True)
+    model.run_inside = MethodType(_call, model)  # type: ignore[assignment]
+    register_fsdp_forward_method(model, "run_inside")
+    model.inside = False  # type: ignore[assignment]
+
+
+def _call(model: nn.Module, function: Callable[[], Any]) -> Any:
+    return function()
+
+
+def is_split(model: Any) -> bool:
+    """Whether `split` was called for it."""
+    return hasattr(model, "run_inside")
+
+
+def through(model: Any, function: Callable[..., Any], *args: Any) -> Any:
+    """`function(*args)`, which uses parts of `model` by themselves: its decoder, its head.
+
+    A model that is split gathers what it holds outside its layers when it is called as a whole; this is such a call.
+    """
+    if not is_split(model) or model.inside:
+        return function(*args)
+    model.inside = True
+    try:
+        return model.run_inside(partial(function, *args))
+    finally:
+        model.inside = False
+
+
+def is_inside(model: Any) -> bool:
+    """Whether this is within `through`, with the weights outside the layers of a split model gathered."""
+    return is_split(model) and model.inside
+
+
+# -- together -----------------------------------------------------------------------------------------------------
+
+
+def agreed(number: int, model: Any) -> int:
+    """The largest `number` of all ranks, where they must run `model` equally often; elsewhere the number itself."""
+    if not is_split(model) or torch.distributed.get_world_size() == 1:
+        return number
+    value = torch.tensor(number, device=next(model.parameters()).device)
+    torch.distributed.all_reduce(value, op=torch.distributed.ReduceOp.MAX)
+    return int(value)
+
+
+def fits(model: Any, wanted: bool | None) -> bool:
+    """Whether to gather a split model: as `wanted`, or where no rank would need more than half of its free memory."""
+    if wanted is not None:
+        return wanted
+    weight = next(model.parameters())
+    if weight.device.type != "cuda":
+        return True
+    free = torch.cuda.mem_get_info(weight.device)[0]
+    needed = sum(p.numel() * p.element_size() for p in model.parameters())
+    return not agreed(int(needed > free / 2), model)
+
+
+@contextmanager
+def gathered(model: Any) -> Iterator[None]:
+    """All weights on every rank, so that each may run the model as often as it likes; all ranks must enter together.
+
+    Without gradients, and without changing weights.
+    """
+    parts = [module for module in model.modules() if hasattr(module, "set_reshard_after_forward")]
+    for part in parts:
+        part.set_reshard_after_forward(False, recurse=False)
+        part.unshard()
+    try:
+        yield
+    finally:
+        for part in parts:
+            part.set_reshard_after_forward(True, recurse=False)
+            part.reshard()
+
+
+class LockStep:
+    """Runs a model on all ranks as often as on the one that needs it most, one call at a time.
+
+    Args:
+        model: split over ranks. idle: one call of it, for ranks that have nothing left to compute.
+    """
+
+    def __init__(self, model: Any, idle: Callable[[], Any]) -> None:
+        self.model, self.idle = model, idle
+
+    def call(self) -> None:
+        """Said before each call."""
+        agreed(1, self.model)
+
+    def finish(self) -> None:
+        """Go along until all ranks have come here."""
+        while agreed(0, self.model):
+            self.idle()
+
+
+@contextmanager
+def together(model: Any, gather: bool | None, idle: Callable[[], Any]) -> Iterator[LockStep | None]:
+    """Ranks run `model` as often as each likes: gathered where that fits (see `fits`), else by what is yielded."""
+    if not is_split(model):
+        yield None
+    elif fits(model, gather):
+        with gathered(model):
+            yield None
+    else:
+        lock = LockStep(model, idle)
+        yield lock
+        lock.finish()
+
+
+# -- weights ------------------------------------------------------------------------------------------------------
+
+
+def whole(value: Tensor) -> Tensor:
+    """A tensor gathered from all ranks, where it is split; all ranks must call it."""
+    return value.full_tensor() if hasattr(value, "full_tensor") else value
+
+
+def assign(weight: Tensor, value: Tensor) -> None:
+    """Copy a whole tensor into a weight that may be split."""
+    if hasattr(weight, "device_mesh") and not hasattr(value, "device_mesh"):
+        from torch.distributed.tensor import distribute_tensor
+
+        split_weight: Any = weight
+        value = distribute_tensor(value.to(weight.device), split_weight.device_mesh, split_weight.placements)
+    weight.copy_(value)
+
+
+def whole_weights(model: Any) -> dict[str, Tensor] | None:
+    """The state dict of a split model, gathered, on the CPU of rank 0 (others get an empty one); None for others."""
+    if not is_split(model):
+        return None
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+    found: Any = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    first: dict[int, str] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if found and first.setdefault(id(parameter), name) != name:
+            found[name] = found[first[id(parameter)]]  # tied, and to be seen as such by what saves it
+    return found
