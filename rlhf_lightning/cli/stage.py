@@ -5,7 +5,7 @@ import logging
 import sys
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import yaml
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
@@ -16,8 +16,10 @@ from torch.multiprocessing import ProcessExitedException
 import rlhf_lightning.strategies  # noqa: F401 - gives `--trainer.strategy fsdp2` its meaning
 from rlhf_lightning.callbacks.checkpoint_io import candidates, newest_whole, remove
 from rlhf_lightning.cli.logs import LEVELS, setup_logging
+from rlhf_lightning.cli.messages import check_checkpoint, check_files, check_sections, tidy
 from rlhf_lightning.cli.report import after_stage
 from rlhf_lightning.errors import ConfigError, UserError
+from rlhf_lightning.pipeline.plan import read_mapping
 
 log = logging.getLogger(__name__)
 CLASSES = {
@@ -50,6 +52,8 @@ MAY_CHANGE = (
 )
 
 
+# What gloo and NCCL say where the other end of a connection is gone; they raise plain RuntimeErrors.
+LOST = ("Connection reset by peer", "Connection closed by peer", "remote process exited", "Broken pipe")
 HELP = {
     "sft": {
         "description": "Supervised fine-tuning of a chat model.",
@@ -79,6 +83,10 @@ class StageParser(LightningArgumentParser):
 
     def print_usage(self, file: Any = None) -> None:
         """Nothing: an error is to be found at once."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """The message in few lines."""
+        super().error(tidy(message), ex)
 
 
 class SaveConfig(SaveConfigCallback):
@@ -126,7 +134,9 @@ class StageCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse what was given. Lightning's own warns of `args=`, and sys.argv must stay as it is for DDP."""
+        check_files(args)
         self.config = parser.parse_args(args)
+        check_checkpoint(self.config[self.config["subcommand"]].ckpt_path)  # before Lightning opens it
 
     @property
     def root(self) -> Path:
@@ -135,6 +145,7 @@ class StageCLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         config = self.config[self.subcommand]
+        check_sections(config)
         config.trainer.default_root_dir = str(config.trainer.default_root_dir or Path("runs") / self.kind)
         try:
             self.root.mkdir(parents=True, exist_ok=True)
@@ -142,7 +153,6 @@ class StageCLI(LightningCLI):
             raise ConfigError(f"trainer.default_root_dir {self.root}: cannot be made ({error.strerror})") from None
         if self.subcommand == "fit":
             self._continue_or_stop(config)
-        _check_checkpoint(config.ckpt_path)
         setup_logging(config.log_level, Path(config.log_file or self.root / "logs" / "run.log"))
         if self.subcommand != "fit":
             # Its metrics belong to no curve, and the file of the fit in the same folder must not be overwritten.
@@ -238,7 +248,7 @@ class StageCLI(LightningCLI):
         path = self.root / "config.yaml"
         if not path.exists():
             return []
-        before = _flat(yaml.safe_load(path.read_text()) or {})
+        before = _flat(read_mapping(path))
         dump = yaml.safe_load(self.parser.dump(self.config, skip_none=False))
         now = _flat(dump[self.subcommand])
         return sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
@@ -259,7 +269,7 @@ class StageCLI(LightningCLI):
             cause: BaseException | None = error  # jsonargparse raises its own in the place of what a class raised
             while cause is not None and not isinstance(cause, ModuleNotFoundError):
                 cause = cause.__cause__ or cause.__context__
-            raise ConfigError(_missing(cause) if cause else f"a setting does not fit: {error}") from error
+            raise ConfigError(_missing(cause) if cause else f"a setting does not fit: {tidy(str(error))}") from error
 
 
 def _missing(error: ModuleNotFoundError) -> str:
@@ -280,12 +290,6 @@ def _guard_checkpoints(trainer: Any) -> None:
     # Not by `trainer.plugins`, which would take the place of the user's, and which some strategies refuse.
     if type(trainer.strategy._checkpoint_io) in (type(None), TorchCheckpointIO):
         trainer.strategy._checkpoint_io = AtomicCheckpointIO()
-
-
-def _check_checkpoint(path: str | None) -> None:
-    keyword = path in (None, "last", "best", "hpc") or str(path).startswith(("registry", "http"))
-    if not keyword and not Path(str(path)).exists():
-        raise ConfigError(f"--ckpt_path {path}: no such checkpoint (seen from {Path.cwd()})")
 
 
 class Finished(Exception):
@@ -317,6 +321,13 @@ def run(args: list[str]) -> int:
         raise UserError(
             f"a process of the run died ({error}), and the others were ended. If it was killed, memory may have run "
             "out (see the system's log); the same command resumes the run."
+        ) from error
+    except RuntimeError as error:
+        if not any(sign in str(error) for sign in LOST):
+            raise
+        raise UserError(
+            f"another process of the run died, or cannot be reached ({str(error).splitlines()[0][:200]}). If it was "
+            "killed, memory may have run out (see the system's log); the same command resumes the run."
         ) from error
     except OSError as error:
         if error.errno not in REMEDIES:

@@ -134,7 +134,7 @@ def _line_row(line: str, where: str, text_key: str | None, reading: Reading) -> 
 def _object(text: str, where: str) -> dict[str, Any]:
     try:
         value = json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits is a plain ValueError
         raise DataError(f"{where}: not valid JSON ({error}); each line must be one JSON object") from None
     if not isinstance(value, dict):
         raise DataError(f"{where}: a JSON {type(value).__name__}; each line must be one JSON object")
@@ -145,7 +145,7 @@ def _json_rows(path: Path) -> Iterator[Row]:
     text = _read_text(path)
     try:
         value = json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         hint = "; the file looks like JSON lines, name it .jsonl" if "Extra data" in str(error) else ""
         raise DataError(f"{path}: not valid JSON ({error}){hint}") from None
     if isinstance(value, dict):
@@ -191,13 +191,31 @@ def _hub_rows(source: str) -> Iterator[Row]:
 
 
 def rename_columns(row: Row, columns: Mapping[str, str] | None) -> Row:
-    """Apply a `columns:` mapping, `{our name: their name}`; their columns stay available under their own names."""
+    """Apply a `columns:` mapping, `{our name: their name}`; their columns stay available under their own names.
+
+    Raises:
+        RowError: no such column, or half a character, as JSON can write one (`\\ud83d`), anywhere in the row.
+    """
+    if (broken := _half_character(row.data)) is not None:
+        raise RowError(f"{broken[:60]!a} holds half a character (an unpaired surrogate), which is no text")
     if not columns:
         return row
     missing = [theirs for theirs in columns.values() if theirs not in row.data]
     if missing:
         raise RowError(f"no column {missing[0]!r} (named in columns:); the row has {_names(row.data)}")
     return Row({**row.data, **{ours: row.data[theirs] for ours, theirs in columns.items()}}, row.where)
+
+
+def _half_character(value: Any) -> str | None:
+    """The first text in a row that UTF-8 cannot hold."""
+    if isinstance(value, str):
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            return value
+        return None
+    items = value.values() if isinstance(value, Mapping) else value if isinstance(value, list) else ()
+    return next((found for item in items if (found := _half_character(item)) is not None), None)
 
 
 def _names(data: Mapping[str, Any]) -> str:

@@ -16,6 +16,7 @@ from rlhf_lightning.models.logits import CPU_CHUNK, GPU_CHUNK
 from rlhf_lightning.models.lora import base_of
 from rlhf_lightning.models.parts import Parts
 from rlhf_lightning.models.precision import NARROW
+from rlhf_lightning.models.sharding import through
 
 PROBES = (32, 96)
 """Tokens of the two forwards that activations are measured by."""
@@ -102,7 +103,7 @@ def _saved(forward: Forward, tokens: int, context: Callable[[], Any]) -> int:
     devices = [device] if device.type == "cuda" else []
     try:
         with torch.random.fork_rng(devices), _all_kept(forward.model), torch.enable_grad(), context():
-            forward(ids, wanted, prefixes)
+            through(forward.model, forward, ids, wanted, prefixes)
     finally:
         forward.saving = saving
     return sum(sizes.values())

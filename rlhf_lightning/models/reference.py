@@ -83,6 +83,11 @@ class Reference(nn.Module):
         with self._active(), self._place.there() if self._place else nullcontext(here) as device:
             return self._scorer(input_ids.to(device), mask.to(device), temperature).logprobs.to(here)
 
+    @property
+    def parts_to_split(self) -> list[nn.Module]:
+        """A copy that stays where it is: one that is moved to and fro is whole on every rank."""
+        return [] if self.copy is None or self._place else [self.copy]
+
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Names and tensors that it computes with: without those of an adapter that is trained."""
         for name, value in (self.copy or self._policy[0]).named_parameters():

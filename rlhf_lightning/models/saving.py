@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from rlhf_lightning.files import read_object
 from rlhf_lightning.models.loading import is_adapter
 
 
@@ -78,7 +79,7 @@ def relative_base(folder: Path) -> str | None:
     """The base of an adapter folder relative to it, where that is a folder on this machine."""
     if not is_adapter(str(folder)):
         return None
-    base = Path(json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"])
+    base = Path(str(read_object(folder / "adapter_config.json").get("base_model_name_or_path")))
     return os.path.relpath(base, folder) if base.is_dir() else None
 
 

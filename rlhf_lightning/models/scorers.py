@@ -251,13 +251,17 @@ def scorer_of(folder: Any) -> Scorer:
     settings = stage.get("scorer")
     if settings is None:
         return RewardHead()
-    module, _, name = settings["class_path"].rpartition(".")
-    _refuse_own_code(Path(folder), module)
-    found = getattr(import_module(module), name, None)
+    try:
+        module, _, name = settings["class_path"].rpartition(".")
+        _refuse_own_code(Path(folder), module)
+        found, arguments = getattr(import_module(module), name, None), dict(settings["init_args"])
+    except (TypeError, KeyError, AttributeError, ValueError, ImportError) as error:
+        raise ConfigError(
+            f"stage.json of {folder}: its scorer is {settings!r}, which names no class ({error})"
+        ) from None
     # A model folder may come from anyone: nothing but a scorer is called.
     if not (isinstance(found, type) and issubclass(found, Scorer)):
         raise ConfigError(f"stage.json of {folder} names {settings['class_path']!r} as its scorer, which is none")
-    arguments = dict(settings["init_args"])
     if arguments.get("reference"):
         arguments["reference"] = _reference_of(Path(folder), arguments["reference"], stage.get("reference"))
     return found(**arguments)

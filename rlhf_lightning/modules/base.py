@@ -18,7 +18,7 @@ from rlhf_lightning.data.rendering import Renderer
 from rlhf_lightning.data.tokenizers import load_tokenizer
 from rlhf_lightning.errors import ConfigError
 from rlhf_lightning.models.forward import Forward
-from rlhf_lightning.models.loading import Start, check_vocabulary, compile_layers
+from rlhf_lightning.models.loading import Start, check_source, check_vocabulary, compile_layers
 from rlhf_lightning.models.lora import LoRA
 from rlhf_lightning.models.offload import ActivationOffload
 from rlhf_lightning.models.precision import cast_weights_only, weights_alone
@@ -102,6 +102,8 @@ class RLHFModule(pl.LightningModule):
     def tokenizer(self) -> Any:
         """The tokenizer of the model, with its chat template."""
         if self._tokenizer is None:
+            if isinstance(self.start_source, str):
+                check_source(self.start_source)
             trust = {k: v for k, v in self.model_options.items() if k == "trust_remote_code"}
             self._tokenizer = load_tokenizer(self.start_source, self._tokenizer_source, self._chat_template, **trust)
         return self._tokenizer
@@ -143,8 +145,8 @@ class RLHFModule(pl.LightningModule):
         if self.compiles_layers:
             compile_layers(self.model)
         if self._device_mesh is not None:
-            for part in self.parts_to_split():
-                split(part, self._device_mesh["data_parallel"])
+            for model in self.parts_to_split():
+                split(model, self._device_mesh["data_parallel"])
         self.train(self.training)
 
     def parts_to_split(self) -> list[nn.Module]:
@@ -181,10 +183,13 @@ class RLHFModule(pl.LightningModule):
         return [p for p in self.parameters() if p.requires_grad]
 
     def configure_optimizers(self) -> Any:
-        optimizer = self.optimizer_factory(self.parameter_groups())
-        if self.scheduler_factory is None:
+        try:
+            optimizer = self.optimizer_factory(self.parameter_groups())
+            scheduler = self.scheduler_factory(optimizer) if self.scheduler_factory else None
+        except (TypeError, ValueError) as error:
+            raise ConfigError(f"model.optimizer or model.lr_scheduler cannot be made: {error}") from error
+        if scheduler is None:
             return optimizer
-        scheduler = self.scheduler_factory(optimizer)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def on_fit_start(self) -> None:
@@ -192,6 +197,8 @@ class RLHFModule(pl.LightningModule):
         for metric in self.modules():
             if isinstance(metric, Metric):
                 metric.reset()
+        if (clip := self.trainer.gradient_clip_val) is not None and clip < 0:
+            raise ConfigError(f"trainer.gradient_clip_val is {clip}: gradients would be turned round; 0 or above")
         if longest := self.longest_row():
             self.forward_pass.check(longest)
 
@@ -249,6 +256,22 @@ class RLHFModule(pl.LightningModule):
         # Where weights are split, the strategy loads them, and has asked before.
         if "state_dict" in checkpoint:
             self.check_names(set(checkpoint["state_dict"]))
+            self._check_content(checkpoint)
+
+    def _check_content(self, checkpoint: dict[str, Any]) -> None:
+        weights = checkpoint["state_dict"]
+        for name, parameter in self.named_parameters(remove_duplicate=False):
+            if name in weights and weights[name].shape != parameter.shape:
+                raise ConfigError(
+                    f"the checkpoint is not of this stage and settings: {name} is "
+                    f"{list(weights[name].shape)} there and {list(parameter.shape)} here"
+                )
+        lacking = [key for key in ("loops", "optimizer_states", "lr_schedulers") if key not in checkpoint]
+        if lacking and self._trainer is not None and self._trainer.state.fn == "fit":
+            raise ConfigError(
+                f"the checkpoint has no {lacking[0]}: it holds weights only, and fit cannot go on from it. "
+                "Start a new stage from a model folder instead."
+            )
 
     def check_names(self, found: set[str]) -> None:
         """Raise `ConfigError` where a checkpoint does not hold the weights that are trained."""

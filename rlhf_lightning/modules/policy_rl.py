@@ -138,8 +138,7 @@ class PolicyRLModule(RLHFModule):
     def parts_to_split(self) -> list[Any]:
         own = [] if self.critic is None or self.critic.shared else [self.critic.backbone]
         head = [] if self.critic is None else [self.critic.head]
-        copied = [] if self.reference is None or self.reference.copy is None else [self.reference.copy]
-        return [self.model, *own, *head, *copied]
+        return [self.model, *own, *head, *(self.reference.parts_to_split if self.reference else [])]
 
     @property
     def forward_pass(self) -> Forward:

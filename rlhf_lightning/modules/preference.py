@@ -91,8 +91,7 @@ class PreferenceModule(RLHFModule):
         return has_head(str(self.start_source), bool(self.model_options.get("trust_remote_code")))
 
     def parts_to_split(self) -> list[Any]:
-        copied = getattr(self.frozen, "copy", None)
-        return [self.model, *([] if copied is None else [copied])]
+        return [self.model, *getattr(self.frozen, "parts_to_split", [])]
 
     @property
     def forward_pass(self) -> Forward:

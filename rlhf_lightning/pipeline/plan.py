@@ -78,6 +78,8 @@ def read_plan(
         raise ConfigError(f"pipeline: unknown key {sorted(unknown)[0]!r}; known are name, seed, root, stages")
     if not isinstance(plan.get("stages"), list) or not plan["stages"]:
         raise ConfigError("pipeline: 'stages' must be a list of at least one stage")
+    if not isinstance(plan.get("seed") or 0, int):
+        raise ConfigError(f"pipeline: seed is {plan['seed']!r}; it must be a whole number")
     name = str(plan.get("name") or name)
     folder = Path(root or plan.get("root") or Path("runs") / name)
     stages: list[Stage] = []
@@ -87,7 +89,7 @@ def read_plan(
         laid_over = read_mapping(Path(file))
         for stage in stages:
             stage.settings = merged(stage.settings, laid_over)
-    return Plan(name, stages, folder, int(plan.get("seed") or 0), dict(plan))
+    return Plan(name, stages, folder, plan.get("seed") or 0, dict(plan))
 
 
 def _stage(entry: Any, index: int, earlier: list[str], base: Path) -> Stage:
@@ -99,8 +101,13 @@ def _stage(entry: Any, index: int, earlier: list[str], base: Path) -> Stage:
         raise ConfigError(f"{where}: kind is {kind!r}; one of {', '.join(KINDS)}")
     if unknown := set(entry) - STAGE_KEYS:
         raise ConfigError(f"{where}: unknown key {sorted(unknown)[0]!r}; known are {', '.join(sorted(STAGE_KEYS))}")
+    for key in ("name", "config", "start", "reward", "critic"):
+        if not isinstance(entry.get(key) or "", str):
+            raise ConfigError(f"{where}: {key} is {entry[key]!r}; it must be text")
+    if not isinstance(entry.get("overrides") or {}, Mapping):
+        raise ConfigError(f"{where}: overrides is {entry['overrides']!r}; it must be a mapping, trainer.max_steps: 5")
     name = str(entry.get("name") or kind)
-    if name in earlier or "/" in name:
+    if name in (*earlier, ".", "..") or "/" in name:
         raise ConfigError(f"{where}: the name {name!r} is taken or not a folder name; every stage needs its own")
     for key in ("start", "reward", "critic"):
         _check_reference(entry.get(key), earlier, f"{where} ({name}): {key}")

@@ -1,6 +1,5 @@
 """Running a plan: each stage in its own process, its model folder handed to the next."""
 
-import json
 import logging
 import sys
 import time
@@ -12,7 +11,7 @@ import yaml
 
 from rlhf_lightning.data.records import fingerprint
 from rlhf_lightning.errors import ConfigError, UserError
-from rlhf_lightning.files import duration, hash_file, hash_folder, write_json
+from rlhf_lightning.files import duration, hash_file, hash_folder, read_object, write_json
 from rlhf_lightning.pipeline.clock import Clock
 from rlhf_lightning.pipeline.passing import Passing
 from rlhf_lightning.pipeline.plan import Plan, Stage, merged, read_plan
@@ -58,7 +57,7 @@ class _Runner:
         self.path = plan.root / "manifest.json"
         plan.root.mkdir(parents=True, exist_ok=True)
         (plan.root / "pipeline.yaml").write_text(yaml.safe_dump(plan.source, sort_keys=False, allow_unicode=True))
-        before = json.loads(self.path.read_text()) if self.path.exists() else {}
+        before = read_object(self.path) if self.path.exists() else {}
         self.manifest: dict[str, Any] = {"name": plan.name, "seed": plan.seed, "stages": before.get("stages", {})}
         self.clock = Clock(plan, self.manifest["stages"])
 
@@ -153,7 +152,7 @@ class _Runner:
 
     def _finish(self, stage: Stage, inputs: dict[str, Any], seconds: float) -> None:
         folder = self.plan.folder(stage.name)
-        facts = json.loads((folder / "stage.json").read_text())
+        facts = read_object(folder / "stage.json")
         parent = {"stage": stage.start, "hash": inputs["start"]} if stage.start else None
         facts |= {"name": stage.name, "parent": parent, "inputs": inputs}
         for path in (folder / "stage.json", folder / "model" / "stage.json"):
