@@ -260,14 +260,6 @@ def test_every_class_and_word_exists(page: Path) -> None:
             assert word in known or foreign(word, page), f"{page.name}: {word} stands nowhere in the sources"
 
 
-# Pages that are being written on other branches; this goes when they are here.
-AWAITED = {"memory.md", "metrics.md"}
-
-
-def test_awaited_pages_are_not_here_yet() -> None:
-    assert {name for name in AWAITED if (DOCS / name).exists()} == set(), "take them out of AWAITED"
-
-
 @pytest.mark.parametrize(
     "page", [*PAGES, ROOT / "CHANGELOG.md", ROOT / "benchmarks" / "README.md"], ids=lambda p: p.name
 )
@@ -277,8 +269,6 @@ def test_every_link_leads_somewhere(page: Path) -> None:
         if path.startswith(("http://", "https://", "mailto:")):
             continue
         target = (page.parent / path).resolve() if path else page
-        if target.name in AWAITED:
-            continue
         assert target.exists(), f"{page.name}: {link}"
         if anchor:
             headings = re.findall(r"^#+ (.*)$", prose(target), re.MULTILINE)
