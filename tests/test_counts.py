@@ -257,7 +257,7 @@ BUILD = {
 }
 
 
-@pytest.mark.parametrize(("kind", "most"), [("sft", (3, 1)), ("preference", (6, 2)), ("prompts", (1, 1))])
+@pytest.mark.parametrize(("kind", "most"), [("sft", (3, 1)), ("preference", (4, 2)), ("prompts", (1, 1))])
 def test_renders_a_row(kind: str, most: tuple[int, int], tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of further rows: with and without the turn, and its end; one text is tokenised for each row that is trained."""
     few, many = (renders(lambda n: BUILD[kind](tokenizer, n), count, monkeypatch) for count in (4, 10))
