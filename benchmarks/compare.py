@@ -83,7 +83,9 @@ def main(args: list[str] | None = None) -> int:
     if old.get("machine") != new.get("machine") or old.get("workload") != new.get("workload"):
         print("\nThe two were not measured on the same machine, versions and workload.")
     fallen = [row.name for row in rows if row.fell]
-    print(f"\n{len(fallen)} of {len(rows)} fell by more than {LIMIT:.0%}" + (f": {', '.join(fallen)}" if fallen else ""))
+    print(
+        f"\n{len(fallen)} of {len(rows)} fell by more than {LIMIT:.0%}" + (f": {', '.join(fallen)}" if fallen else "")
+    )
     return int(bool(fallen))
 
 
