@@ -11,7 +11,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 BASE = {"layers": 2, "hidden": 128, "heads": 4, "kv_heads": 2, "intermediate": 384, "vocab": 4096, "batch": 8}
-"""The middle of every axis; `--small` takes a sixteenth of it."""
+"""What an axis does not change; `--small` takes far less."""
 
 
 def _point(x: float, task: str = "sft", ranks: int = 1, **work: Any) -> dict[str, Any]:
@@ -32,7 +32,7 @@ AXES: dict[str, list[dict[str, Any]]] = {
 
 
 def run(axis: str, small: bool = False, steps: int = 5) -> list[dict[str, Any]]:
-    """Measure an axis: median seconds of the steps after the first, and peak memory."""
+    """Measure an axis: median seconds of the steps after the first, and what memory rises by at the peak."""
     return [_measure(axis, point, small, steps) for point in AXES[axis]]
 
 
@@ -69,10 +69,13 @@ def exponent(rows: list[dict[str, Any]], name: str) -> float:
 
 def table(found: dict[str, list[dict[str, Any]]]) -> str:
     """All points, and how time and memory grow."""
-    lines = ["| axis | | seconds a step | peak memory | time grows as | memory grows as |", "|---|---|---|---|---|---|"]
+    lines = [
+        "| axis | | seconds a step | memory, peak above the start | time grows as | memory grows as |",
+        "|---|---|---|---|---|---|",
+    ]
     for axis, rows in found.items():
         for i, row in enumerate(rows):
             powers = [f"x^{exponent(rows, name):.2f}" for name in ("seconds", "peak_gib")] if not i else ["", ""]
-            size = f"{row['x']:g} | {row['seconds']:.4f} s | {row['peak_gib']:.2f} GiB"
+            size = f"{row['x']:g} | {row['seconds']:.4f} s | {row['peak_gib']:.3f} GiB"
             lines.append(f"| {axis if not i else ''} | {size} | {powers[0]} | {powers[1]} |")
     return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""One measurement in a process of its own (or one for each rank): seconds of each step, and the process's peak memory.
+"""One measurement in a process of its own (or one for each rank): seconds of each step, and memory. Linux only.
 
     python -m benchmarks.scale.worker '{"task": "sft", "steps": 3, "ranks": 1, "work": {…}}'
 
@@ -8,7 +8,6 @@ Prints a line of JSON; of several ranks the first does.
 import json
 import logging
 import os
-import resource
 import sys
 import tempfile
 import warnings
@@ -16,8 +15,17 @@ from pathlib import Path
 from typing import Any
 
 
+def _status(name: str) -> int:
+    """Bytes of a line of /proc/self/status."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:"))
+
+
 def measure(point: dict[str, Any], root: Path) -> dict[str, Any]:
-    """Steps of a task on the model and rows of a `Workload`."""
+    """Steps of a task on the model and rows of a `Workload`: their seconds, and what memory rose by at the peak.
+
+    The peak is of this program alone: that of `getrusage` begins with what the parent had.
+    """
     import lightning.pytorch as pl
 
     from benchmarks.steps.ours import StepTimes, parts
@@ -28,6 +36,8 @@ def measure(point: dict[str, Any], root: Path) -> dict[str, Any]:
     work.build(folder)
     module, data = parts(point["task"], str(folder), work)
     times = StepTimes()
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    before = _status("VmRSS")
     pl.Trainer(
         accelerator="cpu",
         devices=ranks,
@@ -41,7 +51,7 @@ def measure(point: dict[str, Any], root: Path) -> dict[str, Any]:
         num_sanity_val_steps=0,
         callbacks=[times],
     ).fit(module, data)
-    return {"seconds": times.seconds, "peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}
+    return {"seconds": times.seconds, "peak_gib": (_status("VmHWM") - before) / 2**30}
 
 
 def main() -> None:
