@@ -1,48 +1,21 @@
-"""Values and gradients against TRL 1.16.0: its list of DPO losses and KTO, as functions and through a model.
+"""Values and gradients against TRL 1.16.0 as functions, in float64: its list of DPO losses and KTO.
 
-Where the two differ on purpose:
-
-- `sft`: TRL divides by the tokens of the micro-batch, so a long response weighs more and the loss changes with
-  accumulation; RPO (arXiv 2404.19733) and ours take the mean of each response. Equal where lengths are equal.
-- `ipo` is length-normalised in TRL; ours is with `ImplicitReward(length_normalised=True)`, and the paper's sum without.
-- KTO's reference point: TRL shifts responses within the preprocessing batch and takes the mean of a micro-batch; ours
-  shifts in the whole file and takes the mean of the optimizer step. The same rows give the same loss.
+Whole steps of both through a model, and where the two differ: `benchmarks/parity`, tests/test_parity.py.
 """
 
 from collections import defaultdict
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from rlhf_lightning import PreferenceModule
+from benchmarks.parity import losses
 from rlhf_lightning.models.scorers import ImplicitReward
 from rlhf_lightning.objectives import preference
-from tests.conftest import build_model, pairs
 
 trl = pytest.importorskip("trl")
-BETA, SMOOTHING, TEMPERATURE = 0.3, 0.1, 0.05
-# For each of TRL's: our class, whether scores are means over tokens, and the share of a tail token.
-LOSSES: dict[str, tuple[Any, dict[str, Any]]] = {
-    "sigmoid": (preference.BradleyTerry(), {}),
-    "hinge": (preference.Hinge(), {}),
-    "ipo": (preference.IPO(), {"length_normalised": True}),
-    "exo_pair": (preference.EXO(SMOOTHING), {}),
-    "nca_pair": (preference.NCA(), {}),
-    "robust": (preference.Robust(SMOOTHING), {}),
-    "bco_pair": (preference.BCO().eval(), {}),
-    "sppo_hard": (preference.SPPO(), {}),
-    "aot": (preference.AOT(SMOOTHING), {}),
-    "aot_unpaired": (preference.AOTUnpaired(SMOOTHING), {}),
-    "apo_zero": (preference.APOZero(), {}),
-    "apo_down": (preference.APODown(), {}),
-    "discopop": (preference.DiscoPOP(TEMPERATURE), {}),
-    "sft": (preference.SFT(), {}),
-    "sigmoid_norm": (preference.BradleyTerry(), {"length_normalised": True}),
-    "length_desensitised": (preference.BradleyTerry(), {"tail_weight": 0.4}),
-}
+LOSSES, BETA, SMOOTHING, TEMPERATURE = losses.DPO, losses.BETA, losses.SMOOTHING, losses.TEMPERATURE
 
 
 def fake_trainer(kind: str, loss_type: str, ld_alpha: float | None = None) -> Any:
@@ -166,120 +139,3 @@ def test_kto_equals_trl_in_value_and_gradient(name: str) -> None:
     assert theirs.grad is not None
     inside = mask[:, 1:]  # a scorer gives 0 outside, and nothing flows there
     torch.testing.assert_close(own.grad[:, 1:] * inside, theirs.grad * inside, rtol=1e-6, atol=1e-12)
-
-
-@pytest.fixture
-def policy_and_reference(tmp_path: Path, tokenizer: Any) -> tuple[str, str]:
-    """Two model folders: a reference, and a policy some way from it."""
-    for name, seed in (("reference", 0), ("policy", 1)):
-        build_model(tokenizer, seed=seed).save_pretrained(tmp_path / name)
-        tokenizer.save_pretrained(tmp_path / name)
-    reference, policy = (tmp_path / name for name in ("reference", "policy"))
-    from transformers import AutoModelForCausalLM
-
-    near, start = (AutoModelForCausalLM.from_pretrained(folder) for folder in (policy, reference))
-    with torch.no_grad():
-        for a, b in zip(near.parameters(), start.parameters(), strict=True):
-            a.copy_(b + 0.02 * (a - b))
-    near.save_pretrained(policy)
-    return str(policy), str(reference)
-
-
-def trl_batch(kind: str, loss_type: str, folders: tuple[str, str], tmp_path: Path) -> tuple[Any, Any, Any]:
-    """TRL's trainer, its model's loss on its first batch (gradients filled in), and that batch."""
-    from datasets import Dataset
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    policy, reference = folders
-    model = AutoModelForCausalLM.from_pretrained(policy)
-    rows = [
-        {"prompt": r["prompt"] + "?", "chosen": " " + r["chosen"], "rejected": " " + r["rejected"]} for r in pairs(6)
-    ]
-    if kind == "kto":
-        rows = [
-            {"prompt": r["prompt"], "completion": r["chosen"] if i % 2 else r["rejected"], "label": bool(i % 2)}
-            for i, r in enumerate(rows)
-        ]
-    config = trl.KTOConfig if kind == "kto" else trl.DPOConfig
-    arguments = config(
-        output_dir=str(tmp_path / "trl"),
-        use_cpu=True,
-        bf16=False,
-        gradient_checkpointing=False,
-        per_device_train_batch_size=6,
-        beta=BETA,
-        loss_type=[loss_type] if kind == "dpo" else loss_type,
-        report_to="none",
-        max_length=None,
-        disable_dropout=True,
-        **({"label_smoothing": SMOOTHING} if kind == "dpo" else {}),
-    )
-    make = trl.KTOTrainer if kind == "kto" else trl.DPOTrainer
-    trainer = make(
-        model,
-        AutoModelForCausalLM.from_pretrained(reference),
-        args=arguments,
-        train_dataset=Dataset.from_list(rows),
-        processing_class=AutoTokenizer.from_pretrained(policy),
-    )
-    batch = next(iter(trainer.get_train_dataloader()))
-    trainer.model.train()
-    loss = trainer.compute_loss(trainer.model, batch)
-    loss.backward()
-    return trainer, loss.detach(), batch
-
-
-def same_gradients(module: Any, theirs: Any) -> None:
-    """As one vector over all weights, in float32."""
-    others = dict(theirs.named_parameters())
-    pairs = [(parameter.grad, others[name].grad) for name, parameter in module.model.named_parameters()]
-    ours, wanted = (torch.cat([gradient.flatten() for gradient in side]) for side in zip(*pairs, strict=True))
-    assert float(wanted.norm()) > 0
-    assert float((ours - wanted).norm() / wanted.norm()) < 1e-5
-
-
-@pytest.mark.parametrize("name", [name for name in LOSSES if name not in ("sft", "length_desensitised")])
-def test_a_step_through_a_model_equals_trl(name: str, policy_and_reference: tuple[str, str], tmp_path: Path) -> None:
-    trainer, value, batch = trl_batch("dpo", name, policy_and_reference, tmp_path)
-    loss, options = LOSSES[name]
-    policy, reference = policy_and_reference
-    module = PreferenceModule(policy, ImplicitReward(BETA, reference, **options), loss)
-    module.configure_model()
-    rows = {
-        "input_ids": batch["input_ids"],
-        "mask": batch["completion_mask"].float(),
-        "lengths": batch["attention_mask"].sum(-1),
-        "weights": torch.ones(len(batch["input_ids"]) // 2),
-    }
-    if name == "bco_pair":
-        module.loss.eval()  # TRL's has no running mean
-    found = module._losses(module._named(rows)).mean()
-    found.backward()
-    torch.testing.assert_close(found.detach(), value, rtol=1e-5, atol=1e-5)
-    same_gradients(module, trainer.model)
-
-
-@pytest.mark.parametrize("name", ["kto", "apo_zero_unpaired"])
-def test_a_kto_step_through_a_model_equals_trl(
-    name: str, policy_and_reference: tuple[str, str], tmp_path: Path
-) -> None:
-    trainer, value, batch = trl_batch("kto", name, policy_and_reference, tmp_path)
-    policy, reference = policy_and_reference
-    loss = preference.KTO() if name == "kto" else preference.APOUnpaired()
-    module = PreferenceModule(policy, ImplicitReward(BETA, reference), loss)
-    module.configure_model()
-
-    def rows(prefix: str) -> dict[str, Any]:
-        return {
-            "input_ids": batch[f"{prefix}input_ids"],
-            "mask": batch[f"{prefix}completion_mask"].float(),
-            "lengths": batch[f"{prefix}attention_mask"].sum(-1),
-        }
-
-    whole = {**rows(""), "labels": batch["label"].float(), "weights": torch.ones(6)}
-    if name == "kto":
-        whole["mismatched"] = rows("KL_")
-    found = module._losses(module._named(whole)).mean()
-    found.backward()
-    torch.testing.assert_close(found.detach(), value, rtol=1e-5, atol=1e-5)
-    same_gradients(module, trainer.model)

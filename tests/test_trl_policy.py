@@ -1,40 +1,25 @@
-"""The GRPO family and RLOO against TRL 1.16.0, whose own loss methods are called. Needs the `benchmark` extra."""
+"""The GRPO family and RLOO against TRL 1.16.0 as functions, in float64, whose own loss methods are called.
 
-import copy
+Whole steps of both through a model: `benchmarks/parity`, tests/test_parity.py. Needs the `benchmark` extra.
+"""
+
 from collections import defaultdict
-from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from rlhf_lightning.models.scoring import TokenScorer
+from benchmarks.parity import losses
 from rlhf_lightning.objectives import policy
 from rlhf_lightning.objectives.advantage import group_centered, leave_one_out
 from rlhf_lightning.objectives.aggregate import aggregate
 from rlhf_lightning.objectives.kl import k3
 
-from .conftest import build_model
-
 pytest.importorskip("trl")
 
 ROWS, PROMPT, LENGTH = 6, 4, 7
-CASES: dict[str, tuple[policy.PolicyObjective, dict[str, Any]]] = {
-    "grpo": (policy.GRPO(), {}),
-    "grpo, dual clip": (policy.GRPO(dual_clip=1.5), {"delta": 1.5}),
-    "grpo, two bounds": (policy.GRPO(clip_low=0.1, clip_high=0.3), {"epsilon_low": 0.1, "epsilon_high": 0.3}),
-    "grpo, kl": (policy.GRPO(), {"beta": 0.3}),
-    "grpo, weighted kl": (policy.GRPO(), {"beta": 0.3, "use_bias_correction_kl": True}),
-    "gspo": (policy.GSPO(), {"epsilon_low": 3e-4, "epsilon_high": 4e-4, "importance_sampling_level": "sequence"}),
-    "dr_grpo": (policy.DrGRPO(length=LENGTH), {"loss_type": "dr_grpo"}),
-    "dapo": (policy.DAPO(), {"loss_type": "dapo", "epsilon_high": 0.28}),
-    "bnpo": (policy.BNPO(), {"loss_type": "bnpo"}),
-    "cispo": (policy.CISPO(ratio_max=1.3), {"loss_type": "cispo", "epsilon_high": 1.3}),
-    # TRL keeps the temperatures in float32, where 1.05 is not 1.05.
-    "sapo": (policy.SAPO(temperature_negative=1.0625), {"loss_type": "sapo", "sapo_temperature_neg": 1.0625}),
-    "rloo": (policy.RLOO(), {}),
-}
+CASES = losses.rl(LENGTH)
 
 
 def inputs(dtype: torch.dtype) -> dict[str, Any]:
@@ -76,8 +61,8 @@ def theirs(name: str, batch: dict[str, Any], options: dict[str, Any], logprobs: 
         _entropy_bonus_enabled=False,
         _metrics={"train": defaultdict(list)},
         _get_per_token_logps_and_entropies=lambda *_, **__: (logprobs, torch.zeros_like(logprobs), None),
-        **{"loss_type": "grpo", "epsilon_low": 0.2, "epsilon_high": 0.2, "beta": 0.0}
-        | {"importance_sampling_level": "token"}
+        epsilon_low=options.get("epsilon", 0.2),
+        **{"loss_type": "grpo", "epsilon_high": 0.2, "beta": 0.0, "importance_sampling_level": "token"}
         | {key: value for key, value in options.items() if key not in arguments},
     )
     return (RLOOTrainer if name == "rloo" else GRPOTrainer)._compute_loss(trainer, model, batch)
@@ -113,36 +98,6 @@ def _add_old(batch: dict[str, Any], logprobs: torch.Tensor) -> None:
     batch["old_per_token_logps"] = logprobs + batch["noise"]
     batch["ref_per_token_logps"] = logprobs + batch["reference_noise"]
     batch["old_logps"] = (batch["old_per_token_logps"] * batch["completion_mask"]).sum(1)
-
-
-@pytest.mark.parametrize("name", CASES)
-def test_through_a_model_in_float32(name: str, tokenizer: Any) -> None:
-    """Both sides compute log-probabilities of one model in their own way; the gradients of its weights are compared."""
-    from trl.trainer import add_fused_lm_head
-    from trl.trainer.grpo_trainer import GRPOTrainer
-
-    case, options = CASES[name]
-    model = build_model(tokenizer).eval()
-    patched = copy.deepcopy(model)
-    add_fused_lm_head(patched, temperature=1.0)
-    batch = inputs(torch.float32)
-    ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], 1)
-    attention = torch.cat([batch["prompt_mask"], batch["completion_mask"].long()], 1)
-    trainer = SimpleNamespace(accelerator=SimpleNamespace(autocast=nullcontext, is_main_process=False))
-    logprobs = GRPOTrainer._get_per_token_logps_and_entropies(trainer, patched, ids, attention, LENGTH)[0]
-    _add_old(batch, logprobs.detach())
-    their_loss = theirs(name, batch, options, logprobs, patched)
-    mask = torch.cat([torch.zeros(ROWS, PROMPT), batch["completion_mask"]], 1)
-    our_loss = ours(case, batch, options, TokenScorer(model)(ids, mask).logprobs[:, PROMPT:])
-    torch.testing.assert_close(our_loss, their_loss, rtol=1e-5, atol=1e-6)
-    wanted, found = _gradient(their_loss, patched), _gradient(our_loss, model)
-    assert wanted.norm() > 0
-    assert (found - wanted).norm() <= 1e-5 * wanted.norm()
-
-
-def _gradient(loss: torch.Tensor, model: Any) -> torch.Tensor:
-    loss.backward()
-    return torch.cat([p.grad.flatten() for p in model.parameters()])
 
 
 def test_advantages_are_theirs() -> None:

@@ -1,8 +1,48 @@
 """The operations that a step needs, counted on paper: what the trained positions depend on, each token once."""
 
+from dataclasses import dataclass
 from typing import Any
 
 from benchmarks.steps.workload import Workload
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What the operations of a decoder with gated MLPs depend on."""
+
+    hidden: int
+    intermediate: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocab: int
+
+    @classmethod
+    def of(cls, config: Any) -> "Shape":
+        """From a transformers config."""
+        return cls(
+            config.hidden_size,
+            config.intermediate_size,
+            config.num_hidden_layers,
+            config.num_attention_heads,
+            config.num_key_value_heads,
+            getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
+            config.vocab_size,
+        )
+
+    @property
+    def layer_weights(self) -> int:
+        """Of the products of a layer."""
+        attention = 2 * self.hidden * (self.heads + self.kv_heads) * self.head_dim
+        return attention + 3 * self.hidden * self.intermediate
+
+
+def forward(shape: Shape, tokens: int, pairs: float, scored: int) -> float:
+    """Operations of a forward over `tokens`, `pairs` of them attending to each other, `scored` through the head."""
+    products = 2 * tokens * shape.layers * shape.layer_weights
+    attention = 4 * pairs * shape.layers * shape.heads * shape.head_dim
+    return products + attention + 2 * scored * shape.vocab * shape.hidden
 
 
 def needed(task: str, work: Workload, rows: list[Any]) -> float:
@@ -24,10 +64,6 @@ def needed(task: str, work: Workload, rows: list[Any]) -> float:
 
 
 def _forward(work: Workload, prefix: int, branches: list[int], scored: int) -> float:
-    size = work.hidden // work.heads
-    attention = work.hidden * work.heads * size * 2 + work.hidden * work.kv_heads * size * 2
-    layer = attention + 3 * work.hidden * work.intermediate
-    tokens = prefix + sum(branches)
+    sizes = work.hidden, work.intermediate, work.layers, work.heads, work.kv_heads, work.hidden // work.heads
     pairs = prefix**2 / 2 + sum(branch * (prefix + branch / 2) for branch in branches)
-    per_pair = 4 * work.heads * size
-    return 2 * tokens * work.layers * layer + pairs * per_pair * work.layers + 2 * scored * work.vocab * work.hidden
+    return forward(Shape(*sizes, work.vocab), prefix + sum(branches), pairs, scored)

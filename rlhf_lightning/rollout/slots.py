@@ -88,7 +88,7 @@ class Slots:
         """Room for rows of `tokens`; grows by half, since growing copies everything, up to `limit`."""
         if tokens <= self.capacity:
             return
-        self.capacity = max(tokens, min(limit, max(self.capacity * 3 // 2, self.capacity + STEP)))
+        self.capacity = max(tokens, min(limit, max(self.capacity * 3 // 2, tokens + STEP)))
         for layer in self.layers:
             if layer.is_initialized:
                 old = layer.keys, layer.values

@@ -1,0 +1,1 @@
+"""The same tiny model, rows and settings through this project and through TRL, step by step."""

@@ -1,0 +1,1 @@
+"""How cost grows: a model on paper, and measurements."""

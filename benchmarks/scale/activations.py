@@ -1,0 +1,107 @@
+"""Activation bytes of any shape of a decoder, by a law that is measured on small models.
+
+What autograd saves is, for each layer and token, linear in the hidden size, the width of all query heads, that of all
+key heads, the intermediate size and the number of heads, and a constant; outside of layers, in the hidden size and the
+size of a head. The bytes are found by least squares from small models, whose saved bytes
+`models.memory.activation_bytes` counts.
+"""
+
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from functools import cache
+from typing import Any
+
+import torch
+
+from benchmarks.steps.flops import Shape
+from rlhf_lightning.models.forward import Forward
+from rlhf_lightning.models.memory import activation_bytes
+from rlhf_lightning.models.parts import Parts
+
+TOKENS = (1024, 2048)
+FITTED = [
+    Shape(32, 48, 1, 4, 2, 8, 64),
+    Shape(64, 48, 1, 4, 2, 8, 64),
+    Shape(32, 96, 1, 4, 2, 8, 64),
+    Shape(32, 48, 1, 8, 2, 8, 64),
+    Shape(32, 48, 1, 4, 4, 8, 64),
+    Shape(32, 48, 1, 4, 2, 16, 64),
+    Shape(32, 48, 2, 4, 2, 8, 64),
+    Shape(64, 48, 2, 4, 2, 8, 64),
+    Shape(32, 48, 2, 4, 2, 16, 64),
+    Shape(32, 48, 1, 8, 2, 16, 64),
+    Shape(64, 96, 3, 8, 4, 16, 64),
+]
+HELD_OUT = [Shape(48, 80, 2, 6, 3, 8, 96), Shape(96, 160, 4, 8, 2, 16, 128), Shape(128, 256, 3, 16, 8, 8, 512)]
+"""Shapes that the law is not fitted to, and is checked on."""
+
+
+def small_model(shape: Shape, family: str) -> Any:
+    """A model of a shape with random weights; `family` is `Qwen3` or `Llama`."""
+    import transformers
+
+    config = getattr(transformers, f"{family}Config")(**config_of(shape))
+    with torch.random.fork_rng():
+        return getattr(transformers, f"{family}ForCausalLM")(config)
+
+
+def config_of(shape: Shape) -> dict[str, Any]:
+    """Arguments of a transformers config."""
+    return {
+        "vocab_size": shape.vocab,
+        "hidden_size": shape.hidden,
+        "intermediate_size": shape.intermediate,
+        "num_hidden_layers": shape.layers,
+        "num_attention_heads": shape.heads,
+        "num_key_value_heads": shape.kv_heads,
+        "head_dim": shape.head_dim,
+    }
+
+
+def measured(shape: Shape, family: str, precision: str) -> float:
+    """Saved bytes of a further token of a small model; `precision` is `32-true`, `bf16-mixed` or `bf16-true`.
+
+    What does not grow with tokens is not in it: under autocast, copies of the weights in bfloat16.
+    """
+    model = small_model(shape, family)
+    model = model.bfloat16() if precision == "bf16-true" else model
+    forward, context = Forward(model, Parts(model).decoder), _context(precision)
+    few, more = (activation_bytes(forward, count, context) for count in TOKENS)
+    return (more - few) / (TOKENS[1] - TOKENS[0])
+
+
+def _context(precision: str) -> Callable[[], Any]:
+    if precision != "bf16-mixed":
+        return nullcontext
+    return lambda: torch.autocast("cpu", dtype=torch.bfloat16)
+
+
+def terms(shape: Shape) -> list[float]:
+    """What the law is linear in."""
+    wide = [
+        shape.hidden,
+        shape.heads * shape.head_dim,
+        shape.kv_heads * shape.head_dim,
+        shape.intermediate,
+        shape.heads,
+        1,
+    ]
+    return [*(shape.layers * size for size in wide), shape.hidden, shape.head_dim]
+
+
+@cache
+def law(family: str, precision: str) -> tuple[float, ...]:
+    """Bytes a token for each of `terms`."""
+    table = torch.tensor([terms(shape) for shape in FITTED], dtype=torch.float64)
+    found = torch.tensor([measured(shape, family, precision) for shape in FITTED], dtype=torch.float64)
+    return tuple(torch.linalg.lstsq(table, found[:, None], driver="gelsd").solution[:, 0].tolist())
+
+
+def predicted(shape: Shape, family: str, precision: str, tokens: int) -> float:
+    """Bytes by the law."""
+    return tokens * sum(a * b for a, b in zip(law(family, precision), terms(shape), strict=True))
+
+
+def errors(family: str, precision: str, shapes: Sequence[Shape] = tuple(HELD_OUT)) -> list[float]:
+    """Relative error of the law on shapes that it was not fitted to."""
+    return [predicted(shape, family, precision, 1) / measured(shape, family, precision) - 1 for shape in shapes]

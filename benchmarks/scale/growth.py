@@ -1,0 +1,81 @@
+"""How the cost of a step grows: one axis at a time, each point in a process of its own."""
+
+import json
+import math
+import os
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+BASE = {"layers": 2, "hidden": 128, "heads": 4, "kv_heads": 2, "intermediate": 384, "vocab": 4096, "batch": 8}
+"""What an axis does not change; `--small` takes far less."""
+
+
+def _point(x: float, task: str = "sft", ranks: int = 1, **work: Any) -> dict[str, Any]:
+    return {"x": x, "task": task, "ranks": ranks, "work": work}
+
+
+AXES: dict[str, list[dict[str, Any]]] = {
+    # Rows of a batch: tokens, each row as long.
+    "tokens": [_point(n, batch=n) for n in (4, 8, 16, 32)],
+    "length": [_point(n, batch=4, prompt_tokens=n // 2, response_tokens=n // 2) for n in (128, 256, 512, 1024)],
+    "parameters (layers)": [_point(n, layers=n) for n in (2, 4, 8)],
+    "vocabulary": [_point(n, vocab=n, prompt_tokens=16, response_tokens=112) for n in (4096, 16384, 65536)],
+    # The same rows in all; each rank has one thread.
+    "ranks": [_point(n, ranks=n, batch=16 // n) for n in (1, 2)],
+    # Rounds of policy RL: the cost of one must not grow with those before; x is the number of the round.
+    "rounds": [_point(n, task="rl", groups=2, group_size=4, new_tokens=32) for n in (4, 16)],
+}
+
+
+def run(axis: str, small: bool = False, steps: int = 5) -> list[dict[str, Any]]:
+    """Measure an axis: median seconds of the steps after the first, and what memory rises by at the peak."""
+    return [_measure(axis, point, small, steps) for point in AXES[axis]]
+
+
+def _measure(axis: str, point: dict[str, Any], small: bool, steps: int) -> dict[str, Any]:
+    work = {**BASE, "prompt_tokens": 64, "response_tokens": 64, **point["work"]}
+    if small:
+        work |= {"hidden": 16, "intermediate": 32, "heads": 2, "kv_heads": 1}
+        for name, least in (("prompt_tokens", 4), ("response_tokens", 4), ("vocab", 600), ("new_tokens", 4)):
+            if name in work:
+                work[name] = max(least, work[name] // 16)
+    steps = int(point["x"]) + 1 if axis == "rounds" else 2 if small else steps
+    asked = {**point, "work": work, "steps": steps}
+    command = [sys.executable, "-m"]
+    if point["ranks"] > 1:
+        command += ["torch.distributed.run", f"--nproc_per_node={point['ranks']}", "--standalone", "-m"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    command += ["benchmarks.scale.worker", json.dumps(asked)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
+    if done.returncode:
+        raise SystemExit(f"{axis}, {point}: the worker failed:\n{done.stderr[-3000:]}")
+    found = json.loads(done.stdout.splitlines()[-1])
+    seconds = found["seconds"][1:]
+    value = statistics.median(seconds[-3:] if axis == "rounds" else seconds)
+    return {"x": point["x"], "seconds": value, "peak_gib": found["peak_gib"]}
+
+
+def exponent(rows: list[dict[str, Any]], name: str) -> float:
+    """Slope of a least-squares line through logarithms: 1 where the cost grows in proportion."""
+    xs, ys = ([math.log(row[key]) for row in rows] for key in ("x", name))
+    mean_x, mean_y = statistics.mean(xs), statistics.mean(ys)
+    spread = sum((x - mean_x) ** 2 for x in xs)
+    return sum((x - mean_x) * (y - mean_y) for x, y in zip(xs, ys, strict=True)) / spread
+
+
+def table(found: dict[str, list[dict[str, Any]]]) -> str:
+    """All points, and how time and memory grow."""
+    lines = [
+        "| axis | | seconds a step | memory, peak above the start | time grows as | memory grows as |",
+        "|---|---|---|---|---|---|",
+    ]
+    for axis, rows in found.items():
+        for i, row in enumerate(rows):
+            powers = [f"x^{exponent(rows, name):.2f}" for name in ("seconds", "peak_gib")] if not i else ["", ""]
+            size = f"{row['x']:g} | {row['seconds']:.4f} s | {row['peak_gib']:.3f} GiB"
+            lines.append(f"| {axis if not i else ''} | {size} | {powers[0]} | {powers[1]} |")
+    return "\n".join(lines)

@@ -1,0 +1,75 @@
+"""One measurement in a process of its own (or one for each rank): seconds of each step, and memory. Linux only.
+
+    python -m benchmarks.scale.worker '{"task": "sft", "steps": 3, "ranks": 1, "work": {…}}'
+
+Prints a line of JSON; of several ranks the first does.
+"""
+
+import json
+import logging
+import os
+import sys
+import tempfile
+import warnings
+from pathlib import Path
+from typing import Any
+
+
+def _status(name: str) -> int:
+    """Bytes of a line of /proc/self/status."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:"))
+
+
+def measure(point: dict[str, Any], root: Path) -> dict[str, Any]:
+    """Steps of a task on the model and rows of a `Workload`: their seconds, and what memory rose by at the peak.
+
+    The peak is of this program alone: that of `getrusage` begins with what the parent had.
+    """
+    import lightning.pytorch as pl
+
+    from benchmarks.steps.ours import StepTimes, parts
+    from benchmarks.steps.workload import Workload
+
+    work, ranks = Workload(**point["work"]), point["ranks"]
+    folder = root / f"model-{os.environ.get('RANK', '0')}"
+    work.build(folder)
+    module, data = parts(point["task"], str(folder), work)
+    times = StepTimes()
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    before = _status("VmRSS")
+    pl.Trainer(
+        accelerator="cpu",
+        devices=ranks,
+        strategy="ddp" if ranks > 1 else "auto",
+        max_epochs=point["steps"],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=root,
+        num_sanity_val_steps=0,
+        callbacks=[times],
+    ).fit(module, data)
+    return {"seconds": times.seconds, "peak_gib": (_status("VmHWM") - before) / 2**30}
+
+
+def main() -> None:
+    """Measure the point that is named."""
+    from rlhf_lightning.cli.main import prepare_environment
+
+    prepare_environment()
+    import torch
+
+    point = json.loads(sys.argv[1])
+    warnings.filterwarnings("ignore")
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    torch.set_num_threads(point.get("threads", 1))
+    with tempfile.TemporaryDirectory() as scratch:
+        found = measure(point, Path(scratch))
+    if os.environ.get("RANK", "0") == "0":
+        print(json.dumps(found), flush=True)
+
+
+if __name__ == "__main__":
+    main()
