@@ -46,7 +46,8 @@ class FSDP2(ModelParallelStrategy):
 
     def setup(self, trainer: Any) -> None:
         # Weights that are gathered in inference mode, by a validation before training, could not be trained on.
-        for loop in (trainer.fit_loop.epoch_loop.val_loop, trainer.validate_loop, trainer.test_loop):
+        loops = (trainer.fit_loop.epoch_loop.val_loop, trainer.validate_loop, trainer.test_loop, trainer.predict_loop)
+        for loop in loops:
             loop.inference_mode = False
         super().setup(trainer)
 
@@ -70,6 +71,14 @@ class FSDP2(ModelParallelStrategy):
             raise UserError(f"{path}: the checkpoint is damaged ({found}); use the one before, or start over")
         self.lightning_module.check_names(_names(path))  # type: ignore[union-attr, operator]
         return super().load_checkpoint(path, weights_only)
+
+    def load_weights(self, path: Any) -> None:
+        """Load the weights of a checkpoint, and nothing of the optimizer: one of weights only has no more."""
+        optimizers, self.optimizers = self.optimizers, []
+        try:
+            self.load_checkpoint(path, weights_only=True)
+        finally:
+            self.optimizers = optimizers
 
 
 def _names(path: Path) -> set[str]:

@@ -52,6 +52,16 @@ def test_every_config_is_parsed_and_built(path: Path, capsys: pytest.CaptureFixt
             assert key in printed[section], f"{section}.{key} is not known"
 
 
+def mistake(args: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """What a command prints that is refused: exit code 2, no traceback."""
+    with pytest.raises(SystemExit) as stop:
+        entry.main(args)
+    out = capsys.readouterr()
+    assert stop.value.code == 2, out.err
+    assert "Traceback" not in out.err
+    return out.err
+
+
 def rlhf(*args: str, cwd: Path | None = None, code: int = 0) -> str:
     """Run a command as a user would; its output."""
     out = subprocess.run(

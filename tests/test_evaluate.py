@@ -139,7 +139,6 @@ def test_only_rows_with_references_are_compared(base: str, tmp_path: Path, capsy
     [
         (["--references", "gold"], "rows.jsonl:1: no 'gold' to take as reference; the row has 'prompt', 'blank'"),
         (["--references", "blank"], "rows.jsonl:1: 'blank' is no reference answer"),
-        (["--references", "long"], "over the model's 256"),
         (["--best_of", "4"], "nothing to judge by"),
         (["--best_of", "4", "--gold", VOWELS], "--best_of is of the baseline"),
     ],
@@ -147,5 +146,28 @@ def test_only_rows_with_references_are_compared(base: str, tmp_path: Path, capsy
 def test_what_cannot_be_evaluated(
     args: list[str], message: str, base: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    file = write_rows(tmp_path / "rows.jsonl", [{"prompt": "a", "blank": " ", "long": "word " * 300}])
+    file = write_rows(tmp_path / "rows.jsonl", [{"prompt": "a", "blank": " "}])
     assert message in mistake(["evaluate", base, file, "--max_tokens", "4", *args], capsys)
+
+
+def test_references_that_are_too_long_are_left_out(
+    base: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And what nobody called a reference is none: an empty answer, one that was not liked."""
+    rows = [{"prompt": "a", "completion": "word " * 300}, {"prompt": "b", "completion": "a b"}]
+    both = figures(capsys, base, write_rows(tmp_path / "both.jsonl", rows))
+    short = figures(capsys, base, write_rows(tmp_path / "short.jsonl", rows[1:]))
+    assert both["references"] == 2
+    assert both["policy"]["perplexity"] == pytest.approx(short["policy"]["perplexity"])
+    assert figures(capsys, base, write_rows(tmp_path / "long.jsonl", rows[:1]))["policy"]["perplexity"] is None
+    others = [{"prompt": "c", "response": ""}, {"prompt": "d", "response": "no", "label": 0}]
+    others += [{"prompt": "e", "response": "yes", "label": 1}]
+    assert figures(capsys, base, write_rows(tmp_path / "others.jsonl", others))["references"] == 1
+
+
+def test_rouge_takes_the_best_reference_for_each_figure_and_any_script() -> None:
+    said = lambda *texts: [[{"role": "assistant", "content": text}] for text in texts]  # noqa: E731
+    found = nearness(["a b c d e f"], [said("f e d c b a", "a b c x y z")])
+    assert (found["rouge1"], found["rougeL"]) == (1.0, 0.5)
+    assert found["rouge2"] == pytest.approx(0.4)
+    assert nearness(["की का के"], [said("कि को कु")])["rouge1"] == 0.0

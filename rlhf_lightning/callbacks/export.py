@@ -71,7 +71,8 @@ class ExportModel(pl.Callback):
                 "The run is there: the same command with --export last exports its last weights."
             )
         if is_split(pl_module.model):
-            trainer.strategy.load_checkpoint(path, weights_only=True)
+            strategy: Any = trainer.strategy
+            strategy.load_weights(path)
         else:
             state = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
             pl_module.load_state_dict(state, strict=False)

@@ -2,6 +2,7 @@
 
 import logging
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import lightning.pytorch as pl
@@ -123,7 +124,7 @@ def _largest(gradients: list[Tensor]) -> Tensor:
 
 
 def _rows(batch: Any) -> list[str]:
-    where = batch.get("where") if isinstance(batch, dict) else None
+    where = batch.get("where") if isinstance(batch, Mapping) else None
     return list(dict.fromkeys(name for name in where if name)) if where else []
 
 

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -51,7 +52,7 @@ def run(args: list[str]) -> int:
         summary, rows = best_of_n(policy, prompts, drawing, options.n)
     else:
         summary, rows, facts["references"] = _evaluate(options, policy, prompts, drawing)
-    text = json.dumps({**facts, **summary}, indent=2) + "\n"
+    text = json.dumps(_finite({**facts, **summary}), indent=2, allow_nan=False) + "\n"
     if options.json:
         print(text, end="")
     else:
@@ -76,6 +77,13 @@ def _evaluate(options: argparse.Namespace, policy: Any, prompts: Any, drawing: A
     baseline = Policy(options.baseline, options.dtype, options.device) if options.baseline else None
     summary, rows = compare(policy, baseline, prompts, drawing, options.best_of, references)
     return summary, rows, sum(map(bool, references))
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no infinity, which the interval of one prompt is, and no NaN."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _parse(args: list[str]) -> argparse.Namespace:

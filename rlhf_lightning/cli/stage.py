@@ -2,6 +2,7 @@
 
 import errno
 import logging
+import os
 import sys
 from importlib import import_module
 from pathlib import Path
@@ -323,7 +324,7 @@ def run(args: list[str]) -> int:
             "out (see the system's log); the same command resumes the run."
         ) from error
     except RuntimeError as error:
-        if not any(sign in str(error) for sign in LOST):
+        if "WORLD_SIZE" not in os.environ or not any(sign in str(error) for sign in LOST):
             raise
         raise UserError(
             f"another process of the run died, or cannot be reached ({str(error).splitlines()[0][:200]}). If it was "

@@ -196,8 +196,11 @@ def rename_columns(row: Row, columns: Mapping[str, str] | None) -> Row:
     Raises:
         RowError: no such column, or half a character, as JSON can write one (`\\ud83d`), anywhere in the row.
     """
-    if (broken := _half_character(row.data)) is not None:
-        raise RowError(f"{broken[:60]!a} holds half a character (an unpaired surrogate), which is no text")
+    for column, value in row.data.items():
+        if (broken := _half_character({column: value})) is not None:
+            raise RowError(
+                f"{column}: {broken[:60]!a} holds half a character (an unpaired surrogate), which is no text"
+            )
     if not columns:
         return row
     missing = [theirs for theirs in columns.values() if theirs not in row.data]

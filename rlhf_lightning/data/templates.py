@@ -45,6 +45,8 @@ class ChatTemplate:
             **(options or {}),
         }
         self._recent: dict[str, str] = {}
+        self._in_parts = False
+        """Whether the template prints contents only where they come as lists of parts."""
         added = getattr(tokenizer, "added_tokens_decoder", {}).values()
         special = {str(token) for token in added if token.special} | set(tokenizer.all_special_tokens)
         self.markers = sorted(special, key=len, reverse=True)
@@ -57,15 +59,25 @@ class ChatTemplate:
 
     def _check_prints(self) -> None:
         """Refuse a template that prints nothing of what is said: prompts and answers would all be the same."""
-        try:
-            text = self.render([{"role": "user", "content": _SENTINEL}], add_generation_prompt=True)
-        except RowError:
-            return  # a template that wants other roles than this; its rows will show
-        if _SENTINEL not in text:
+        if self._prints():
+            return
+        self._in_parts = True
+        if not self._prints():
             raise ConfigError(
                 "the chat template prints nothing of a user's message. Mend chat_template.jinja in the model "
                 "folder, or name another with model.chat_template."
             )
+
+    def _prints(self) -> bool:
+        """Whether two messages of a user are rendered unlike, alone or after a system message that some require."""
+        for before in ([], [{"role": "system", "content": "Be kind."}]):
+            said = [[*before, {"role": "user", "content": text}] for text in ("Hello", "Goodbye")]
+            try:
+                if self.render(said[0]) != self.render(said[1]):
+                    return True
+            except RowError:
+                return True  # a template that wants other roles than these; its rows will show
+        return False
 
     def render(self, messages: list[Message], tools: Tools = None, add_generation_prompt: bool = False) -> str:
         """The text of a conversation; raises `RowError` where the template refuses it."""
@@ -83,7 +95,7 @@ class ChatTemplate:
         try:
             return self.tokenizer.apply_chat_template(
                 # Templates may change the messages they are given (some pop keys).
-                copy.deepcopy(messages),
+                [_in_parts(message) for message in messages] if self._in_parts else copy.deepcopy(messages),
                 tools=tools,
                 chat_template=self._source(tools),
                 tokenize=False,
@@ -181,3 +193,9 @@ def _common_prefix(a: str, b: str) -> int:
         else:
             high = middle - 1
     return low
+
+
+def _in_parts(message: Message) -> Message:
+    content = message.get("content")
+    parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
+    return {**copy.deepcopy(message), **({} if content is None else {"content": parts})}

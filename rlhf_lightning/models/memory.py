@@ -4,6 +4,7 @@ Sizes are bytes on one device. docs/memory.md has the formulas.
 """
 
 import contextlib
+import logging
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -18,6 +19,7 @@ from rlhf_lightning.models.parts import Parts
 from rlhf_lightning.models.precision import NARROW
 from rlhf_lightning.models.sharding import through
 
+log = logging.getLogger(__name__)
 PROBES = (32, 96)
 """Tokens of the two forwards that activations are measured by."""
 
@@ -60,8 +62,12 @@ def _state_of_one(factory: Callable[[Iterable[Any]], Any], dtype: torch.dtype, m
     """Bytes of state for each value of a parameter, and for each parameter beside."""
     probe = nn.Parameter(torch.zeros((5, 7) if matrix else (35,), dtype=dtype))
     probe.grad = torch.zeros_like(probe)
-    optimizer = factory([probe])
-    optimizer.step()
+    try:
+        optimizer = factory([probe])
+        optimizer.step()
+    except Exception as error:  # noqa: BLE001 - an optimizer may refuse anything of a lone probe: an estimate stops no run
+        log.info("memory: the optimizer cannot be tried (%s); two numbers of state for each weight are assumed", error)
+        return 2.0 * probe.element_size(), 0.0
     state = [value for value in optimizer.state[probe].values() if isinstance(value, Tensor)]
     for_value = sum(value.element_size() for value in state if value.shape == probe.shape)
     return for_value, sum(value.numel() * value.element_size() for value in state if value.shape != probe.shape)

@@ -26,15 +26,17 @@ def sparing(fn: Callable[[Tensor], Tensor], spared: Callable[[Tensor], bool]) ->
 def cast_weights_only(
     fn: Callable[[Tensor], Tensor], module: nn.Module, heads: Iterable[nn.Module]
 ) -> Callable[[Tensor], Tensor]:
-    """`fn` such that a cast to a narrower type reaches the weights of a module, and neither heads nor buffers.
+    """`fn` such that a cast to a narrower type reaches the weights of a module, and neither heads nor frequencies.
 
-    Buffers are frequencies of rotary embeddings, which rounded to 8 bits are wrong by whole turns at a few thousand
-    tokens (transformers keeps them in float32 whatever it loads), and sums of metrics. The heads are linear layers of
-    one output whose updates a narrow type would round away. A head that is sharded goes with its shards' group.
+    Frequencies of rotary embeddings, rounded to 8 bits, are wrong by whole turns at a few thousand tokens (transformers
+    keeps them in float32 whatever it loads); other buffers take part in the arithmetic of the weights. Sums of metrics
+    are no buffers, and stay as they are too. The heads are linear layers of one output whose updates a narrow type
+    would round away.
     """
-    exact = {id(p) for head in heads for p in head.parameters() if not hasattr(p, "placements")}
-    weights = {id(t) for p in module.parameters() for t in (p, p.grad) if t is not None and id(p) not in exact}
-    return sparing(fn, lambda tensor: id(tensor) not in weights)
+    exact = {id(p) for head in heads for p in head.parameters()}
+    cast = {id(t) for p in module.parameters() for t in (p, p.grad) if t is not None and id(p) not in exact}
+    cast |= {id(buffer) for name, buffer in module.named_buffers() if "inv_freq" not in name}
+    return sparing(fn, lambda tensor: id(tensor) not in cast)
 
 
 def weights_alone(plugin: Any) -> None:

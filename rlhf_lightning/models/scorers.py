@@ -234,13 +234,15 @@ class RewardHead(Scorer):
             read |= (places < ends) & (places >= ends - self.last_k) & (mask != 0)
         hidden = self.forward(ids, read, prefix_lengths(mask))
         with torch.autocast(hidden.states.device.type, enabled=False):
-            parameter = next(self.head.parameters())
-            found = self.head(hidden.states.to(parameter.dtype)).squeeze(-1)
+            found = through(self.head, self._read, hidden.states)
             found = found.to(torch.promote_types(hidden.states.dtype, torch.float32))
         if self.last_k == 1:
             return found[hidden.rows.argsort()]
         grid = found.new_zeros(read.shape).index_put((hidden.rows, hidden.columns), found)
         return grid.sum(-1) / read.sum(-1)
+
+    def _read(self, states: Tensor) -> Tensor:
+        return self.head(states.to(next(self.head.parameters()).dtype)).squeeze(-1)
 
 
 def scorer_of(folder: Any) -> Scorer:
@@ -272,7 +274,10 @@ def _refuse_own_code(folder: Path, module: str) -> None:
 
     The current folder can be imported from, and a model may have been downloaded into it.
     """
-    own = [place.resolve() for place in (folder, folder.parent) if place.resolve() != Path.cwd()]
+    if module.split(".")[0] in sys.modules:
+        return  # of this package, or of what its user has imported
+    run = folder.parent if (folder.parent / "stage.json").is_file() else folder
+    own = [place.resolve() for place in (folder, run) if place.resolve() != Path.cwd()]
     names = module.split(".")
     for root, end in itertools.product(sys.path, range(1, len(names) + 1)):
         place = Path(root or ".", *names[:end])

@@ -19,10 +19,16 @@ from rlhf_lightning.models.lora import base_of
 def layers_of(model: Any) -> list[nn.Module]:
     """The decoder's layers, found by their number; none where no stack has it."""
     base = base_of(model)
-    config = getattr(base, "config", None)
-    count = config.get_text_config().num_hidden_layers if config else None
-    stacks = [m for m in base.base_model.modules() if isinstance(m, nn.ModuleList) and len(m) == count] if count else []
-    return list(stacks[0]) if stacks else []
+    if not hasattr(base, "config"):
+        return []
+    count = base.config.get_text_config().num_hidden_layers
+    # The decoder first: a vision tower may have as many layers.
+    places = [base.get_decoder()] if hasattr(base, "get_decoder") else []
+    for place in [*places, base.base_model]:
+        for stack in place.modules():
+            if isinstance(stack, nn.ModuleList) and len(stack) == count:
+                return list(stack)
+    return []
 
 
 def split(model: nn.Module, mesh: Any) -> None:
@@ -82,10 +88,12 @@ def fits(model: Any, wanted: bool | None) -> bool:
     """Whether to gather a split model: as `wanted`, or where no rank would need more than half of its free memory."""
     if wanted is not None:
         return wanted
-    weight = next(model.parameters())
-    if weight.device.type != "cuda":
+    device = next(model.parameters()).device
+    if device.type != "cuda":
         return True
-    free = torch.cuda.mem_get_info(weight.device)[0]
+    # What torch holds and does not use is free as well.
+    held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    free = torch.cuda.mem_get_info(device)[0] + held
     needed = sum(p.numel() * p.element_size() for p in model.parameters())
     return not agreed(int(needed > free / 2), model)
 
@@ -151,12 +159,14 @@ def whole(value: Tensor) -> Tensor:
 
 
 def assign(weight: Tensor, value: Tensor) -> None:
-    """Copy a whole tensor into a weight that may be split."""
+    """Copy a tensor into a weight, either of which may be split; all ranks must call it."""
     if hasattr(weight, "device_mesh") and not hasattr(value, "device_mesh"):
         from torch.distributed.tensor import distribute_tensor
 
         split_weight: Any = weight
         value = distribute_tensor(value.to(weight.device), split_weight.device_mesh, split_weight.placements)
+    elif hasattr(value, "device_mesh") and not hasattr(weight, "device_mesh"):
+        value = whole(value)
     weight.copy_(value)
 
 

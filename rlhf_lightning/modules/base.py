@@ -2,7 +2,7 @@
 
 import logging
 from abc import abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -145,12 +145,13 @@ class RLHFModule(pl.LightningModule):
         if self.compiles_layers:
             compile_layers(self.model)
         if self._device_mesh is not None:
-            for model in self.parts_to_split():
+            # Heads first: each is a group of its own, since the weights of a group have one type.
+            for model in (*self.heads(), *self.parts_to_split()):
                 split(model, self._device_mesh["data_parallel"])
         self.train(self.training)
 
     def parts_to_split(self) -> list[nn.Module]:
-        """What is split over ranks under `ModelParallelStrategy`: whatever is trained, and what is as large."""
+        """Beside `heads`, what is split over ranks under `ModelParallelStrategy`: what is trained or as large."""
         return [self.model]
 
     def start(self) -> Start:
@@ -214,16 +215,15 @@ class RLHFModule(pl.LightningModule):
             if isinstance(config.scheduler, Warmup) and config.scheduler.total_steps is None:
                 config.scheduler.set_total_steps(int(self.trainer.estimated_stepping_batches))
 
-    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Refuse what another loader's batches lack, by name."""
-        has = list(batch) if isinstance(batch, dict) else []
-        if self.trainer.training and (missing := [name for name in self.takes if name not in has]):
+        has = list(batch) if isinstance(batch, Mapping) else []
+        if missing := [name for name in self.takes if name not in has]:
             raise ConfigError(
                 f"{type(self).__name__} takes batches that are dicts with {', '.join(self.takes)}; {missing[0]} is "
                 f"missing in this one, which is a {type(batch).__name__} of {', '.join(map(str, has)) or 'no names'}. "
                 "docs/reuse.md says how to make them"
             )
-        return batch
 
     # -- loss -----------------------------------------------------------------------------------------------------
 

@@ -137,8 +137,7 @@ class PolicyRLModule(RLHFModule):
 
     def parts_to_split(self) -> list[Any]:
         own = [] if self.critic is None or self.critic.shared else [self.critic.backbone]
-        head = [] if self.critic is None else [self.critic.head]
-        return [self.model, *own, *head, *(self.reference.parts_to_split if self.reference else [])]
+        return [self.model, *own, *(self.reference.parts_to_split if self.reference else [])]
 
     @property
     def forward_pass(self) -> Forward:
@@ -184,6 +183,7 @@ class PolicyRLModule(RLHFModule):
 
     def on_train_batch_start(self, batch: dict[str, Any], batch_idx: int) -> None:
         """Tell the rounds how the one that begins has gone, over all ranks."""
+        super().on_train_batch_start(batch, batch_idx)
         if batch.get("statistics"):
             self.rounds.observe(batch["statistics"])
 

@@ -12,7 +12,7 @@ PATIENCE = 10.0
 
 
 class Passing:
-    """While it is entered, Ctrl-C and SIGTERM go to the process that is waited for, if there is one.
+    """While it is entered, Ctrl-C, SIGTERM and the end of the terminal go to the process that is waited for, if any.
 
     A stage has a process group of its own, so that Ctrl-C in a terminal reaches it once, through here. The first asks
     it to stop after its step, with a checkpoint; a second Ctrl-C stops it at once, or kills it after 10 seconds.
@@ -26,7 +26,10 @@ class Passing:
 
     def __enter__(self) -> "Passing":
         if threading.current_thread() is threading.main_thread():
-            self._before = {n: signal.signal(n, self._handle) for n in (signal.SIGINT, signal.SIGTERM)}
+            heeded = [signal.SIGINT, signal.SIGTERM]
+            if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as under nohup
+                heeded.append(signal.SIGHUP)
+            self._before = {number: signal.signal(number, self._handle) for number in heeded}
         return self
 
     def __exit__(self, *_: Any) -> None:
@@ -54,7 +57,7 @@ class Passing:
             if number == signal.SIGINT:  # as a terminal does it: the ranks that the stage started as well
                 os.killpg(process.pid, number)
             else:
-                process.send_signal(number)
+                process.send_signal(signal.SIGTERM)
         if self._interrupts == 2:
             timer = threading.Timer(PATIENCE, self._kill)
             timer.daemon = True

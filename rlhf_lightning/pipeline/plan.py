@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 
 from rlhf_lightning.errors import ConfigError
+from rlhf_lightning.files import hash_file
 
 KINDS = ("sft", "preference", "policy")
 STAGE_KEYS = {"name", "kind", "config", "overrides", "start", "reward", "critic", "on_failure"}
@@ -24,8 +25,8 @@ class Stage:
     start: str | None = None
     reward: str | None = None
     critic: str | None = None
-    config: Path | None = None
-    """The file that the settings come from."""
+    configs: list[dict[str, str]] = field(default_factory=list)
+    """The files that the settings come from, `path` and `hash` each as they were read."""
     rule_reward: dict[str, Any] | None = None
     """What rewards in place of this stage's model if the stage fails; None stops the pipeline."""
 
@@ -86,9 +87,10 @@ def read_plan(
     for index, entry in enumerate(plan["stages"]):
         stages.append(_stage(entry, index, [stage.name for stage in stages], base))
     for file in overlays:
-        laid_over = read_mapping(Path(file))
+        laid_over, record = read_mapping(Path(file)), _read_record(Path(file))
         for stage in stages:
             stage.settings = merged(stage.settings, laid_over)
+            stage.configs.append(record)
     return Plan(name, stages, folder, plan.get("seed") or 0, dict(plan))
 
 
@@ -101,9 +103,13 @@ def _stage(entry: Any, index: int, earlier: list[str], base: Path) -> Stage:
         raise ConfigError(f"{where}: kind is {kind!r}; one of {', '.join(KINDS)}")
     if unknown := set(entry) - STAGE_KEYS:
         raise ConfigError(f"{where}: unknown key {sorted(unknown)[0]!r}; known are {', '.join(sorted(STAGE_KEYS))}")
-    for key in ("name", "config", "start", "reward", "critic"):
+    for key in ("name", "start", "reward", "critic"):
         if not isinstance(entry.get(key) or "", str):
             raise ConfigError(f"{where}: {key} is {entry[key]!r}; it must be text")
+    files = entry.get("config") or []
+    files = files if isinstance(files, list) else [files]
+    if not all(isinstance(file, str) for file in files):
+        raise ConfigError(f"{where}: config is {entry['config']!r}; it must be a file, or a list of files")
     if not isinstance(entry.get("overrides") or {}, Mapping):
         raise ConfigError(f"{where}: overrides is {entry['overrides']!r}; it must be a mapping, trainer.max_steps: 5")
     name = str(entry.get("name") or kind)
@@ -115,13 +121,16 @@ def _stage(entry: Any, index: int, earlier: list[str], base: Path) -> Stage:
         if entry.get(key) and kind != "policy":
             raise ConfigError(f"{where} ({name}): {key} is for policy stages; this is {kind}")
     settings: dict[str, Any] = {}
-    files = entry.get("config") or []
-    for file in files if isinstance(files, list) else [files]:
-        settings = merged(settings, read_mapping(base / str(file)))
+    for file in files:
+        settings = merged(settings, read_mapping(base / file))
     settings = merged(settings, nested(entry.get("overrides") or {}))
     handed = (entry.get("start"), entry.get("reward"), entry.get("critic"))
-    config = base / entry["config"] if entry.get("config") else None
-    return Stage(name, kind, settings, *handed, config, _rule(entry.get("on_failure"), where))
+    configs = [_read_record(base / file) for file in files]
+    return Stage(name, kind, settings, *handed, configs, _rule(entry.get("on_failure"), where))
+
+
+def _read_record(path: Path) -> dict[str, str]:
+    return {"path": str(path.resolve()), "hash": hash_file(path)}
 
 
 def _check_reference(reference: Any, earlier: list[str], where: str) -> None:

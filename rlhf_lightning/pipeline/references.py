@@ -1,7 +1,8 @@
 """Reference answers: how likely they are to a policy, and how near its own answers come to them."""
 
+import logging
 import math
-import re
+import unicodedata
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,6 +12,7 @@ from rlhf_lightning.data.records import RowError
 from rlhf_lightning.errors import DataError
 from rlhf_lightning.pipeline.policies import Policy
 
+log = logging.getLogger(__name__)
 COLUMNS = ("completion", "response", "chosen")
 ROUGE = ("rouge1", "rouge2", "rougeL")  # not rougeLsum, whose sentence splitter is downloaded
 Reference = list[Message]
@@ -49,11 +51,17 @@ def _named(row: dict[str, Any], column: str) -> list[Reference]:
 
 def _own(prompt: Prompt) -> list[Reference]:
     row = prompt.row
+    if row.get("label") is not None and not row["label"]:
+        return []  # a row for KTO, of an answer that was not liked
     if row.get("prompt") is not None:
-        name = next((name for name in COLUMNS if row.get(name) is not None), None)
-        return [_answer(row[name], name, prompt.messages)] if name else []
-    said = conversation(row)[len(prompt.messages) :]
-    return [_answer(said, "the last assistant turn")] if said else []
+        name = next((name for name in COLUMNS if row.get(name) is not None), "")
+        said = row.get(name)
+    else:
+        name, said = "the last assistant turn", conversation(row)[len(prompt.messages) :]
+    try:
+        return [_answer(said, name, prompt.messages)] if said else []
+    except RowError:
+        return []  # nobody said that it is one
 
 
 def _answer(value: Any, name: str, prompt: Sequence[Message] = ()) -> Reference:
@@ -75,28 +83,33 @@ def _text(reference: Reference) -> str:
 def perplexity(policy: Policy, prompts: Sequence[Prompt], references: Sequence[Sequence[Reference]]) -> float:
     """exp of the mean negative log-likelihood, over tokens, of reference answers after their prompts.
 
+    Those over the model's positions are left out, with a warning; NaN where none is left.
+
     Raises:
-        DataError: the chat template refuses one, or it is over the model's positions; with file and line.
+        DataError: the chat template refuses one; with file and line.
     """
-    rows = []
+    rows, long = [], 0
     for prompt, answers in zip(prompts, references, strict=True):
         for answer in answers:
             try:
                 row = policy.renderer.exchange(prompt.messages, answer, prompt.tools)
-                if policy.context and row.tokens > policy.context:
-                    raise RowError(f"{row.tokens} tokens with its reference, over the model's {policy.context}")
             except RowError as error:
                 raise DataError(f"{prompt.where or f'prompt {prompt.index}'}: {error}") from None
-            rows.append(row)
-    return math.exp(policy.nll(rows))
+            if policy.context and row.tokens > policy.context:
+                long += 1
+            else:
+                rows.append(row)
+    if long:
+        log.warning("perplexity leaves out %d references over the model's %d positions", long, policy.context)
+    return math.exp(policy.nll(rows)) if rows else math.nan
 
 
 def nearness(answers: Sequence[str], references: Sequence[Sequence[Reference]]) -> dict[str, float]:
     """BLEU of the corpus and mean ROUGE F1 of answers, both in [0, 1], by torchmetrics.
 
     BLEU is that of sacreBLEU: up to 4-grams, tokenised as `13a`, with case. ROUGE compares words in lower case; a word
-    is a run of letters and digits of any script, as in rouge-score for English. Of several references BLEU takes the
-    n-grams of all, ROUGE the best one.
+    is a run of letters, marks and digits, as in rouge-score for English; scripts without spaces are not split. Of
+    several references BLEU takes the n-grams of all, ROUGE for each figure the best one.
 
     Args:
         answers: one for each list of references. references: none of the lists may be empty.
@@ -104,16 +117,17 @@ def nearness(answers: Sequence[str], references: Sequence[Sequence[Reference]]) 
     from torchmetrics.text import ROUGEScore, SacreBLEUScore
 
     texts = [[_text(reference) for reference in given] for given in references]
-    # torchmetrics would leave nothing of a text that is not English.
-    rouge = ROUGEScore(
-        rouge_keys=ROUGE, accumulate="best", normalizer=lambda text: re.sub(r"[\W_]+", " ", text.lower())
-    )
     bleu = SacreBLEUScore(tokenize="13a")
-    rouge.update(list(answers), texts)
     bleu.update(list(answers), texts)
-    found = rouge.compute()
-    return {"bleu": float(bleu.compute()), **{key: float(found[f"{key}_fmeasure"]) for key in ROUGE}}
+    found = {"bleu": float(bleu.compute())}
+    for key in ROUGE:
+        # One by one: of several it would take for all the reference that is best by the first. And without a normaliser
+        # of ours it would leave nothing of a text that is not English.
+        rouge = ROUGEScore(rouge_keys=key, accumulate="best", normalizer=_words)
+        rouge.update(list(answers), texts)
+        found[key] = float(rouge.compute()[f"{key}_fmeasure"])
+    return found
 
 
 def _words(text: str) -> str:
-    return re.sub(r"[\W_]+", " ", text.lower())
+    return " ".join("".join(c if unicodedata.category(c)[0] in "LMN" else " " for c in text.lower()).split())

@@ -11,7 +11,7 @@ import yaml
 
 from rlhf_lightning.data.records import fingerprint
 from rlhf_lightning.errors import ConfigError, UserError
-from rlhf_lightning.files import duration, hash_file, hash_folder, read_object, write_json
+from rlhf_lightning.files import duration, hash_folder, read_object, write_json
 from rlhf_lightning.pipeline.clock import Clock
 from rlhf_lightning.pipeline.passing import Passing
 from rlhf_lightning.pipeline.plan import Plan, Stage, merged, read_plan
@@ -144,8 +144,9 @@ class _Runner:
     # -- what comes out -------------------------------------------------------------------------------------------
 
     def _record(self, stage: Stage, entry: dict[str, Any]) -> None:
-        config = {"path": str(stage.config.resolve()), "hash": hash_file(stage.config)} if stage.config else None
-        self.manifest["stages"][stage.name] = {"kind": stage.kind, "config": config, **entry}
+        handed = {key: value for key in ("start", "reward", "critic") if (value := getattr(stage, key))}
+        facts = {"kind": stage.kind, "configs": stage.configs, "handed": handed}
+        self.manifest["stages"][stage.name] = {**facts, **entry}
         write_json(self.path, self.manifest)
         if entry["status"] != "running":
             report_after_stage(self.plan.root)
@@ -165,8 +166,8 @@ class _Runner:
             raise KeyboardInterrupt
 
     def _fail(self, stage: Stage, inputs: dict[str, Any], code: int) -> None:
-        # Ended by a signal before it could heed one, where it was ours, is not its failure.
-        if code == 130 or (code < 0 and self.signals.asked):
+        # A stage that was asked to stop has not failed, however it ended: nothing goes on in its place.
+        if code == 130 or self.signals.asked:
             raise KeyboardInterrupt
         self._record(stage, {"status": "failed", "inputs": inputs, "exit_code": code})
         if stage.rule_reward is None:

@@ -39,17 +39,18 @@ def verify_run(root: str | Path) -> list[Check]:
     root = Path(root)
     if (root / "manifest.json").is_file():
         stages = _read(root / "manifest.json").get("stages") or {}
-        return [check for name, entry in stages.items() for check in _stage(root, name, entry)]
+        return [check for name in stages for check in _stage(root, name, stages)]
     if (root / "stage.json").is_file():
         return _alone(root)
     raise ConfigError(f"--verify {root}: neither manifest.json of a pipeline nor stage.json of a stage is there")
 
 
-def _stage(root: Path, name: str, entry: dict[str, Any]) -> list[Check]:
+def _stage(root: Path, name: str, stages: dict[str, Any]) -> list[Check]:
+    entry = stages[name]
     folder, inputs = root / name, entry["inputs"]
     settings = _settings(folder / "input.yaml")
     found = []
-    if config := entry.get("config"):
+    for config in entry["configs"]:
         status = _compare(hash_file(config["path"]), config["hash"]) if Path(config["path"]).is_file() else MISSING
         found.append(Check(name, "config", config["path"], status))
     now = None if settings is None else settings_hash(settings)
@@ -57,7 +58,9 @@ def _stage(root: Path, name: str, entry: dict[str, Any]) -> list[Check]:
     found += _data(name, (settings or {}).get("data") or {}, inputs["data"])
     for key in ("start", "reward", "critic"):
         if key in inputs:
-            found.append(_handed(root, name, key, settings or {}, inputs[key]))
+            own = entry["handed"][key] in stages
+            path = root / entry["handed"][key] / "model" if own else Path(entry["handed"][key])
+            found.append(Check(name, key, str(path), _handed(path, inputs[key])))
     if entry["status"] != "finished":
         return [*found, Check(name, "model", str(folder / "model"), UNFINISHED)]
     return [*found, *_outputs(name, folder, entry["model_hash"])]
@@ -92,28 +95,18 @@ def _data(name: str, settings: dict[str, Any], recorded: dict[str, str]) -> list
 def _source(source: Any, recorded: str) -> str:
     if source is None:
         return MISSING
-    if fingerprint(source) == recorded:
-        return SAME
     files = [source] if isinstance(source, str) else source
     gone = any(isinstance(item, str) and not Path(item).exists() for item in files)
+    if fingerprint(source) == recorded:
+        return HUB if gone else SAME  # what is on the Hub is known by its name alone
     return MISSING if gone else DIFFERS
 
 
-def _handed(root: Path, name: str, key: str, settings: dict[str, Any], recorded: str) -> Check:
-    """A model that the stage was given."""
-    model = settings.get("model") or {}
-    if key == "start":
-        path = model.get("model")
-    elif key == "critic":
-        path = (model.get("critic") or {}).get("model")
-    else:
-        path = ((model.get("rewards") or [{}])[-1].get("init_args") or {}).get("model")
-    if recorded in (path, "failed"):
-        return Check(name, key, str(path), HUB)  # no hash: an id, or a stage that failed and was replaced by a rule
-    # A model of the run itself, wherever the run is now.
-    inside = root / Path(str(path)).parent.name / "model"
-    folder = inside if inside.is_dir() and not Path(str(path)).is_dir() else Path(str(path))
-    return Check(name, key, str(folder), _compare(hash_folder(folder) if folder.is_dir() else None, recorded))
+def _handed(folder: Path, recorded: str) -> str:
+    """How a model that the stage was given compares; one of the run itself is looked for where the run is now."""
+    if recorded in (str(folder), "failed"):
+        return HUB  # no hash: an id, or a stage that failed and was replaced by a rule
+    return _compare(hash_folder(folder) if folder.is_dir() else None, recorded)
 
 
 def settings_hash(settings: dict[str, Any]) -> str:

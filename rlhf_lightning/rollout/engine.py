@@ -15,7 +15,7 @@ from rlhf_lightning.models.forward import FAILURES, Forward, tolerance
 from rlhf_lightning.models.lora import base_of
 from rlhf_lightning.models.packing import Layout, Tree, group_trees
 from rlhf_lightning.models.parts import Parts, evaluating, few_rows
-from rlhf_lightning.models.sharding import LockStep, is_split, through, together
+from rlhf_lightning.models.sharding import LockStep, agreed, is_split, through, together
 from rlhf_lightning.rollout.draw import Sample, SamplingParams, draw, ends, uniforms
 from rlhf_lightning.rollout.fallback import generate
 from rlhf_lightning.rollout.graphs import GraphedStep
@@ -121,7 +121,9 @@ class LocalEngine:
 
     def _check_in_step(self) -> None:
         with self._sampling():
-            self._plain = self._check() if self._plain is None else self._plain
+            # All or none: a rank that has drawn nothing so far has not looked yet.
+            if agreed(int(self._plain is None), self.model):
+                self._plain = self._check()
         if not self._plain:
             raise ConfigError(
                 "this model is sampled by its own generate, which cannot go in step over ranks, and there is no room "

@@ -29,7 +29,8 @@ class Engine(Protocol):
     def sync(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
         """Take the policy's weights, under the names of the Hugging Face model, adapters merged in.
 
-        Called before every round with the round's number; the tensors must not be kept, they are trained on.
+        Called before every round with the round's number; the tensors must not be kept, they are trained on. Called on
+        every rank; under FSDP2 each tensor is gathered as it is asked for, so all ranks must go through all of them.
         """
 
 
