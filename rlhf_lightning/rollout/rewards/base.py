@@ -5,6 +5,7 @@ import traceback
 from abc import abstractmethod
 from collections.abc import Sequence
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -13,6 +14,7 @@ from rlhf_lightning.data.prompts import Prompt
 from rlhf_lightning.data.rendering import Renderer
 from rlhf_lightning.errors import ConfigError, UserError
 from rlhf_lightning.rollout.episodes import Episode
+from rlhf_lightning.rollout.ranks import once
 from rlhf_lightning.rollout.rewards.normalise import RUNNING, Normaliser
 
 
@@ -95,7 +97,7 @@ def total_rewards(
     played = [episode for episode in episodes if not episode.failed]
     totals = [episode.environment_reward for episode in played]
     for part in rewards:
-        scores = _scores(part, played)
+        scores = once(partial(_scores, part, played))
         for i, amount in enumerate(part.amounts(scores, running)):
             played[i].parts[part.name] = scores[i]
             totals[i] += 0.0 if amount is None else amount
