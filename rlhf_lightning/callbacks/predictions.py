@@ -14,7 +14,10 @@ log = logging.getLogger(__name__)
 
 
 class PredictionsFile(pl.Callback):
-    """Writes `predictions.jsonl` into the folder of the command, a row for each row of data (one file for each rank that has rows of its own)."""
+    """Writes `predictions.jsonl` into the folder of the command, a row for each row of data.
+
+    Ranks with rows of their own have a file of their own.
+    """
 
     def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         root = Path(trainer.default_root_dir)

@@ -28,14 +28,14 @@ STYLES = {*ADAPTERS, "embedding_rowwise", WHOLE, SUMMED}
 
 
 def parallelise(model: Any, mesh: Any) -> None:
-    """Split a model over a one-dimensional mesh. All ranks must hold the same weights, and call it together.
+    """Split a model over a one-dimensional mesh. All ranks must have loaded the same weights, and call it together.
 
     Raises:
         ConfigError: transformers has no plan for this model, or one that cannot be followed.
     """
     from transformers.distributed.tensor_parallel import ALL_PARALLEL_STYLES
 
-    styles = _layer_styles(model, mesh.size())
+    styles = layer_styles(model, mesh.size())
     owners: dict[int, list[tuple[nn.Module, str]]] = {}
     for module in list(model.modules()):
         for name, parameter in module._parameters.items():
@@ -51,7 +51,7 @@ def parallelise(model: Any, mesh: Any) -> None:
             ALL_PARALLEL_STYLES[style].install_forward(module, mesh)
 
 
-def _layer_styles(model: Any, size: int) -> dict[nn.Module, str]:
+def layer_styles(model: Any, size: int) -> dict[nn.Module, str]:
     """How each layer is split, those of adapters included; those that are not here are whole."""
     base = base_of(model)
     if not hasattr(base, "tp_plan"):
@@ -100,8 +100,8 @@ def _split_weight(places: list[tuple[nn.Module, str]], styles: list[str], mesh: 
     for (module, name), style in zip(places, styles, strict=True):
         before: Any = module._parameters[name]
         if style in (WHOLE, SUMMED):
-            whole = distribute_tensor(before.detach(), mesh, [Replicate()], src_data_rank=None)
-            module._parameters[name] = nn.Parameter(whole)
+            # As the first rank has it: a new adapter or head is drawn at random.
+            module._parameters[name] = nn.Parameter(distribute_tensor(before.detach(), mesh, [Replicate()]))
         else:
             ALL_PARALLEL_STYLES[style].shard_param(module, name, mesh)
         after: Any = module._parameters[name]

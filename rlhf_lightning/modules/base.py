@@ -122,6 +122,8 @@ class RLHFModule(pl.LightningModule):
             self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         self.build()
         if self.compiles_layers:
+            if self._device_mesh is not None and self._device_mesh["tensor_parallel"].size() > 1:
+                raise ConfigError("model.compile was never tried with tensor parallel: set one of them off")
             compile_layers(self.model)
         if self._device_mesh is not None:
             for part in self.parts_to_split():
