@@ -15,8 +15,10 @@ from rlhf_lightning.callbacks.invariants import FirstStepInvariants
 from rlhf_lightning.callbacks.predictions import PredictionsFile
 from rlhf_lightning.data.prompts import PromptDataModule
 from rlhf_lightning.errors import ConfigError
-from rlhf_lightning.models.lora import LoRA
+from rlhf_lightning.models.loading import load_for_scoring
+from rlhf_lightning.models.lora import LoRA, named_weights
 from rlhf_lightning.models.tensor_parallel import layer_styles
+from rlhf_lightning.rollout.draw import Sample
 from rlhf_lightning.rollout.environments import Limits, StepResult
 from rlhf_lightning.rollout.rewards import FunctionReward
 from rlhf_lightning.rollout.sampler import Sampler
@@ -168,6 +170,44 @@ def test_outside_answers_are_those_of_one_rank(world: int, base: str, tmp_path: 
     for first in range(0, world, 2):
         for name, value in ours[first].items():
             assert torch.equal(value, ours[first + 1][name]), name
+
+
+class Recorded:
+    """An engine that runs elsewhere: keeps the weights it is given, and answers as no other process does."""
+
+    def __init__(self) -> None:
+        self.weights: dict[str, torch.Tensor] = {}
+
+    def sync(self, named_tensors: Any, version: int) -> None:
+        self.weights = {name: value.detach().clone() for name, value in named_tensors}
+
+    def generate(self, asked: Any, params: Any, seeds: Any) -> list[Sample]:
+        return [
+            Sample([random.randrange(5, 50) for _ in range(1 + i % 3)], [-1.0] * (1 + i % 3)) for i in range(len(asked))
+        ]
+
+
+@pytest.mark.slow
+def test_engine_elsewhere_gets_whole_weights(base: str, tmp_path: Path) -> None:
+    def run(world: int, folder: Path) -> None:
+        torch.manual_seed(0)
+        engine = Recorded()
+        lora = LoRA(rank=2, target=["all"])
+        module = make("policy", base, lora=lora, sampler=Sampler(max_tokens=6, engine=engine), dtype="float64")
+        random.seed(os.getpid() if world > 1 else 0)
+        strategy: Any = FSDP2(tensor_parallel_size=2) if world > 1 else "auto"
+        one = trainer(folder, devices=world, strategy=strategy)
+        one.fit(module, PromptDataModule(prompts(4), prompts_per_round=4, group_size=2, minibatches=1, seed=1))
+        module.sampler.sync(9)
+        if world > 1:
+            module.save_pretrained(folder / "model")
+        torch.save(engine.weights, folder / f"weights{one.global_rank}.pt")
+
+    in_ranks(2, lambda: run(2, tmp_path / "two"), tmp_path / "two")
+    zero, one = (torch.load(tmp_path / "two" / f"weights{rank}.pt") for rank in range(2))
+    same(zero, one)
+    merged = load_for_scoring(str(tmp_path / "two" / "model"), "CAUSAL_LM", "float64")
+    same(zero, dict(named_weights(merged)), rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize(
