@@ -6,6 +6,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from rlhf_lightning.errors import ConfigError
+
 
 def hash_folder(folder: Path) -> str:
     """SHA-256 over the names and bytes of a model folder's files, `stage.json` left out."""
@@ -16,6 +18,24 @@ def hash_folder(folder: Path) -> str:
             while block := stream.read(1 << 20):
                 digest.update(block)
     return digest.hexdigest()
+
+
+def hash_file(path: str | Path) -> str:
+    """SHA-256 of the bytes of a file."""
+    with open(path, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """A JSON file that holds an object; raises `ConfigError` where it cannot be read or holds something else."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise ConfigError(f"{path}: cannot be read as JSON ({reason}); restore the file") from None
+    if not isinstance(value, dict):
+        raise ConfigError(f"{path}: holds a {type(value).__name__}, not an object; restore the file")
+    return value
 
 
 def write_json(path: Path, value: Any) -> None:

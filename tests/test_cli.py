@@ -32,6 +32,7 @@ KINDS = {
     "rl": "policy",
     "ppo": "policy",
     "grpo": "policy",
+    "gsm8k": "policy",
 }
 
 
@@ -314,81 +315,6 @@ def test_settings_are_laid_over() -> None:
     base = {"optimizer": {"class_path": "A", "init_args": {"lr": 1, "eps": 2}}, "x": [1]}
     assert merged(base, nested({"optimizer.init_args.lr": 3}))["optimizer"]["init_args"] == {"lr": 3, "eps": 2}
     assert merged(base, {"optimizer": {"class_path": "B"}})["optimizer"] == {"class_path": "B"}
-
-
-# -- mistakes ---------------------------------------------------------------------------------------------------------
-
-
-def mistake(args: list[str], capsys: pytest.CaptureFixture[str]) -> str:
-    """What a command prints that is refused: exit code 2, no traceback."""
-    with pytest.raises(SystemExit) as stop:
-        entry.main(args)
-    out = capsys.readouterr()
-    assert stop.value.code == 2, out.err
-    assert "Traceback" not in out.err
-    return out.err
-
-
-@pytest.mark.parametrize(
-    ("kind", "args", "message"),
-    [
-        ("sft", ["--data.train", "missing.jsonl"], "missing.jsonl: no such file"),
-        ("sft", ["--data.trian", "x"], "trian"),
-        ("sft", ["--trainer.max_epochs", "many"], "max_epochs"),
-        ("sft", ["--trainer.accelerator", "cuda"], "CUDA"),
-        ("sft", ["--model.model", "./nowhere"], "no such folder"),
-        ("sft", ["--model.dtype", "float99"], "model.dtype is 'float99'"),
-        ("sft", ["--model.lora.target", "[wings]"], "lora.target 'wings' names no layer"),
-        ("sft", ["--model.optimizer", "torch.optim.Adamm"], "Adamm"),
-        ("sft", ["--data.train_on", "nothing"], "data.train_on is 'nothing'"),
-        ("sft", ["--model.chat_template", "missing.jinja"], "no such file, and not a template"),
-        ("sft", ["--data.columns", "{messages: dialog}"], "no column 'dialog'"),
-        ("sft", ["--ckpt_path", "missing.ckpt"], "missing.ckpt"),
-        ("sft", ["--data.tokenizer", "./nowhere"], "tokenizer './nowhere': no such folder"),
-        ("sft", ["--trainer.default_root_dir", "/proc/nothing"], "cannot be made"),
-        ("policy", ["--model.environment", "nowhere.Env"], "cannot be imported: No module named 'nowhere'"),
-        ("sft", ["--export", "best"], "needs a metric to go by"),
-        ("preference", ["--model.freeze_backbone", "true", "--model.lora.rank", "2"], "freeze_backbone"),
-        (
-            "preference",
-            ["--model.loss", "BradleyTerry", "--model.loss.label_smoothing", "0.7"],
-            "label_smoothing is 0.7",
-        ),
-        ("policy", [], "nothing rewards the policy"),
-        ("policy", ["--data.group_size", "1"], "group_size is 1"),
-        ("policy", ["--model.sampler.temperature", "-1"], "temperature is -1"),
-        ("policy", ["--model.sampler.max_tokens", "999"], "over the model's 256 positions"),
-    ],
-)
-def test_mistakes(
-    kind: str,
-    args: list[str],
-    message: str,
-    base: str,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    settings = stage_config(kind, base, tmp_path)
-    if kind == "policy" and args:
-        settings["model"]["rewards"] = [{"class_path": "rlhf_lightning.rollout.rewards.KeywordReward"}]
-    config = write_yaml(tmp_path / "c.yaml", settings)
-    assert message in mistake([kind, "fit", "-c", config, *args], capsys)
-
-
-@pytest.mark.parametrize(
-    ("args", "message"),
-    [
-        ([], None),
-        (["sfft"], "no command 'sfft'"),
-        (["pipeline", "missing.yaml"], "missing.yaml: no such file"),
-        (["sft"], "expected"),
-    ],
-)
-def test_wrong_commands(args: list[str], message: str | None, capsys: pytest.CaptureFixture[str]) -> None:
-    err = mistake(args, capsys)
-    assert message is None or message in err
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 
 from rlhf_lightning.cli import main as entry
 from rlhf_lightning.cli.main import COMMANDS
+from rlhf_lightning.data import check
 from rlhf_lightning.data.check import histogram, statistics
 from tests.conftest import chats, pairs, prompts, write_rows
 from tests.test_cli import mistake
@@ -137,6 +139,33 @@ def test_mistakes_of_data_check(
     for name, value in (("--kind", "sft"), ("--model", base)):
         given += [] if name in given else [name, value]
     assert message in mistake(["data", "check", *given], capsys)
+
+
+@pytest.mark.parametrize(
+    ("kind", "rows", "renderings", "tokenised"), [("sft", chats(40), 3, 1), ("preference", pairs(40), 4, 2)]
+)
+def test_a_row_is_rendered_and_tokenised_once(
+    kind: str, rows: list[Any], renderings: int, tokenised: int, base: str, tmp_path: Path, monkeypatch: Any
+) -> None:
+    """What a check of many rows spends its time on: the row, what stands around its response, and its tokens."""
+    calls: Counter[str] = Counter()
+    module = check.data_module(kind, base)
+    template, tokenizer = module.renderer.template, type(module.renderer.tokenizer)
+    rendered, encode = template._rendered, tokenizer._encode_plus
+    monkeypatch.setattr(template, "_rendered", lambda *a: calls.update(["rendered"]) or rendered(*a))
+    monkeypatch.setattr(tokenizer, "_encode_plus", lambda *a, **k: calls.update(["tokenised"]) or encode(*a, **k))
+    found = check.check(module, write_rows(tmp_path / "rows.jsonl", rows))
+    assert len(found.examples) == 40
+    assert calls == {"rendered": 40 * renderings, "tokenised": 40 * tokenised}
+
+
+@pytest.mark.parametrize("kind", ["sft", "preference", "policy"])
+@pytest.mark.parametrize("further", [[], ["fit"]])
+def test_help_of_a_stage_has_an_example(kind: str, further: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        entry.main([kind, *further, "--help"])
+    assert stop.value.code == 0
+    assert f"example: rlhf {kind} fit -c configs/" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("command", [name for name in COMMANDS if name not in ("sft", "preference", "policy")])

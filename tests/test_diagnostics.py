@@ -328,11 +328,11 @@ def test_a_resumed_run_warns_as_a_whole_one(stop: int, tmp_path: Path) -> None:
 def test_checks_can_be_replaced_left_out_and_added(tmp_path: Path) -> None:
     values = {"truncated": [0.2] * 8, "kl": [60.0] * 8}
     assert {name for _, name in Rounds(tmp_path / "a").play(Diagnostics(), values)} == {"high_kl"}
-    stricter = Diagnostics(checks=[Truncation(limit=0.1)], off=["high_kl"])
+    stricter = Diagnostics(checks=[Truncation(limit=0.1)], disabled=["high_kl"])
     assert {name for _, name in Rounds(tmp_path / "b").play(stricter, values)} == {"truncation"}
     assert len(stricter.checks) == len(DEFAULT) - 1
     with pytest.raises(ConfigError, match="'kl_high'; the checks are not_finite, high_kl"):
-        Diagnostics(off=["kl_high"])
+        Diagnostics(disabled=["kl_high"])
     for wrong in (lambda: HighKL(limit=0), lambda: GrowingKL(rounds=100), lambda: NoSignal(rounds=0)):
         with pytest.raises(ConfigError):
             wrong()
@@ -538,7 +538,7 @@ def test_a_critics_advantages_and_explained_variance_are_there(base: str, tmp_pa
 
 def test_stale_rollouts_are_meant_to_differ(base: str, tmp_path: Path) -> None:
     for staleness, names in ((0, ["logprob_gap"]), (1, [])):
-        watch = Watch([LogprobGap(limit=1e-12, rounds=2)], off=["truncation"])
+        watch = Watch([LogprobGap(limit=1e-12, rounds=2)], disabled=["truncation"])
         folder = tmp_path / str(staleness)
         module = make("policy", base, staleness=staleness)
         trainer(folder, callbacks=[watch, FirstStepInvariants(strict=True)]).fit(module, data("policy"))
@@ -827,7 +827,7 @@ def test_callbacks_named_in_yaml_take_the_place_of_the_defaults(base: str, tmp_p
     checks = [named("checks", "Truncation", limit=0.01, rounds=1)]
     callbacks = [
         named("samples", "SamplesLog", every=2, table_every=0),
-        named("diagnostics", "Diagnostics", checks=checks, off=["no_signal"]),
+        named("diagnostics", "Diagnostics", checks=checks, disabled=["no_signal"]),
         named("collapse", "StopOnCollapse", reward_lost=None, entropy_fraction=1.5, kl_limit=None, patience=1),
     ]
     args = policy_config(base, tmp_path, callbacks=callbacks, max_epochs=9)

@@ -6,6 +6,7 @@ import random
 import threading
 import time
 from collections import Counter
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,7 @@ class Fake:
     """A sampler without a model: what it draws follows from the seed alone."""
 
     context, max_tokens, temperature, stop = None, 8, 1.0, ()
+    session = staticmethod(nullcontext)
 
     def __init__(self, stop_token: int, truncated: float = 0.1) -> None:
         self.stop_token, self.truncated, self.drawn = stop_token, truncated, 0
@@ -466,6 +468,7 @@ class Scripted:
     """Says given texts, letter by letter: in other tokens than their text would be cut into."""
 
     context, max_tokens, temperature, stop = None, 400, 1.0, ()
+    session = staticmethod(nullcontext)
 
     def __init__(self, texts: list[str], renderer: Renderer, stop: str | None = None) -> None:
         self.texts, self.renderer, self.turn = texts, renderer, 0
@@ -770,6 +773,7 @@ class Words:
     """Says a text; a stop text is in it."""
 
     context, max_tokens, temperature, stop = None, 24, 1.0, ("o thr",)
+    session = staticmethod(nullcontext)
 
     def __init__(self, text: str, tokenizer: Any) -> None:
         self.ids = tokenizer(text)["input_ids"]

@@ -40,13 +40,15 @@ whole = whole_runs  # the same fixture, made once for this file
 def test_damage_is_found(tmp_path: Path) -> None:
     path = tmp_path / "step=1.ckpt"
     io = AtomicCheckpointIO()
-    state = {"weights": torch.arange(3000.0), "step": 1}
+    state = {"state_dict": {"weights": torch.arange(3000.0)}, "pytorch-lightning_version": "2.6.6"}
     io.save_checkpoint(state, path)
     assert damage(path) is None
-    assert torch.equal(io.load_checkpoint(path, weights_only=True)["weights"], state["weights"])
+    assert torch.equal(
+        io.load_checkpoint(path, weights_only=True)["state_dict"]["weights"], state["state_dict"]["weights"]
+    )
     assert list(tmp_path.iterdir()) == [path]
     good = path.read_bytes()
-    middle = good.index(state["weights"].numpy().tobytes()) + 5000
+    middle = good.index(state["state_dict"]["weights"].numpy().tobytes()) + 5000
     for bad in (
         b"",
         good[:10],
@@ -124,10 +126,10 @@ def test_a_resume_elsewhere_says_that_it_is_not_exact(base: str, tmp_path: Path,
     run(2, path)
     assert "not bit for bit" not in caplog.text
     state = torch.load(path, weights_only=True)
-    state["environment"] |= {"torch": "1.13.0", "threads": 64, "ranks": 2}
+    state["environment"] |= {"torch": "1.13.0", "threads": 64, "ranks": 2, "machine": "abacus"}
     torch.save(state, path)
     run(2, path)
-    assert f"torch 1.13.0 → {torch.__version__}, threads 64 → 1, ranks 2 → 1" in caplog.text
+    assert f"torch 1.13.0 → {torch.__version__}, threads 64 → 1, ranks 2 → 1, machine abacus → " in caplog.text
 
 
 def test_another_number_of_ranks_within_an_epoch_is_refused(tmp_path: Path) -> None:
@@ -367,6 +369,38 @@ def test_the_others_end_when_a_process_dies(whole: Any, tmp_path: Path) -> None:
     assert "a process of the run died" in text
     assert "SIGKILL" in text
     assert time.monotonic() - begun < 60
+
+
+@pytest.mark.parametrize("rank", [1, 0])
+def test_the_others_end_when_a_real_process_dies(rank: int, base: str, tmp_path: Path) -> None:
+    """The launcher of the command line (`strategy: ddp`): the others end within a bounded time, with the reason."""
+    command = [sys.executable, "-m", "rlhf_lightning", *config("sft", base, tmp_path), "--trainer.devices", "2"]
+    command += ["--trainer.strategy", "ddp", "--trainer.max_epochs", "1000", "--checkpoint_every", "100000"]
+    command += ["--trainer.default_root_dir", str(tmp_path / "run")]
+    logged, text = tmp_path / "run" / "metrics.csv", tmp_path / "out.txt"
+    with open(text, "wb") as out:
+        process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, start_new_session=True)
+    begun = time.monotonic()
+    while not logged.exists() and time.monotonic() - begun < 150:
+        time.sleep(0.1)
+    others = [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+    worker = next(pid for pid in others if b"rlhf_lightning" in Path(f"/proc/{pid}/cmdline").read_bytes())
+    os.kill(worker if rank else process.pid, signal.SIGKILL)
+    died = time.monotonic()
+    code = process.wait(60)
+    while Path(f"/proc/{worker}").exists() and time.monotonic() - died < 60:
+        time.sleep(0.1)
+    took = time.monotonic() - died
+    left = [pid for pid in [worker] if Path(f"/proc/{pid}").exists()]
+    for pid in left:
+        os.kill(pid, signal.SIGKILL)
+    assert not left, text.read_text()
+    assert took < 60
+    # Whichever sees it first: the connection that is lost, or the launcher, which ends the first process at once.
+    reasons = ("another process of the run died", "Child process with PID")
+    assert any(reason in text.read_text() for reason in reasons), text.read_text()
+    assert "Traceback" not in text.read_text(), text.read_text()
+    assert code in ((2, -signal.SIGKILL) if rank else (-signal.SIGKILL,))
 
 
 @pytest.mark.slow

@@ -1,6 +1,7 @@
 """The three modules by themselves and under the Trainer: invariances, resume, hand-over."""
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -508,7 +509,7 @@ def test_a_turn_goes_on_from_the_very_tokens_that_were_drawn(base: str, tokenize
     class Scripted:
         """Says the same thing, in tokens that its text would not be cut into."""
 
-        context, max_tokens = None, 8
+        context, max_tokens, session = None, 8, staticmethod(nullcontext)
 
         def generate(self, prompts: list[list[int]], seeds: list[int], temperature: float | None) -> list[Sample]:
             self.prompts = prompts

@@ -159,7 +159,6 @@ def test_best_of_takes_the_best(by: str, base: str, judge: str, tmp_path: Path) 
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["evaluate", "BASE", "BASE", "FILE"], "nothing to judge by"),
         (
             ["evaluate", "BASE", "BASE", "FILE", "--gold", "nowhere.function"],
             "--gold 'nowhere.function' cannot be imported",

@@ -13,7 +13,7 @@ import pytest
 
 from rlhf_lightning.cli import main as entry
 from rlhf_lightning.errors import UserError
-from rlhf_lightning.pipeline.report import charts, report_after_stage, write_report
+from rlhf_lightning.pipeline.report import charts, render, report_after_stage, write_report
 from rlhf_lightning.pipeline.report.html import el
 from rlhf_lightning.pipeline.report.read import read_metrics, read_run, read_samples
 from tests.test_cli import mistake, rlhf, stage_config, write_yaml
@@ -117,7 +117,7 @@ def test_a_run_from_end_to_end(run: Path, capsys: pytest.CaptureFixture[str]) ->
     page = Page((run / "report.html").read_text())
     found = page.charts()
     assert "negative log-likelihood, nats a token: train/nll 3 → 0.55" in found
-    assert "pair accuracy: train/accuracy 0.5 → 0.75; val/accuracy 0.875 → 0.875" in found
+    assert "pair accuracy: train/accuracy 0.5 → 0.75; val/accuracy 0.875" in found
     assert "calibration on held-out pairs: accuracy of pairs 81 pairs" in found
     for title in ("reward against KL", "gold reward against KL", "entropy, nats a token", "response tokens"):
         assert any(label.startswith(f"{title}: ") for label in found)
@@ -129,6 +129,37 @@ def test_a_run_from_end_to_end(run: Path, capsys: pytest.CaptureFixture[str]) ->
     before, after = page.text.index("answer 0 "), page.text.index("answer 9 ")
     assert before < after
     assert "answer 5 " not in page.text
+
+
+def test_the_main_figures_come_first(run: Path) -> None:
+    """Large, and a curve that never moves is a sentence, not a chart."""
+    write_report(run)
+    page = (run / "report.html").read_text()
+    shown = re.findall(r'class="tile"><b>([^<]*)</b><span>([^<]*)</span><small>([^<]*)</small>', page)
+    assert ("held-out pair accuracy", "preference") in [(title, stage) for _, title, stage in shown]
+    assert page.index('class="tiles"') < page.index("<table")
+
+
+@pytest.mark.parametrize(
+    ("values", "digits", "wanted"),
+    [
+        ([2.6e-8, 6.07], 4, "0 → 6.07"),
+        ([0.33621, 0.2505], 3, "0.336 → 0.251"),
+        ([0.875], 4, "0.875"),
+        ([0, 0], 4, "0 → 0"),
+    ],
+)
+def test_a_change_in_a_few_digits(values: list[float], digits: int, wanted: str) -> None:
+    assert charts.change(values, digits) == wanted
+
+
+def test_a_curve_that_never_moves(tmp_path: Path) -> None:
+    (tmp_path / "metrics.csv").write_text(
+        "step,train/reward,train/clip_fraction\n" + "".join(f"{i},{i},0.0\n" for i in range(4))
+    )
+    page = Page(render(read_run(tmp_path)))
+    assert "The same at every step: clip fraction 0." in page.text
+    assert [label for label in page.charts() if "reward" in label or "clip" in label] == ["reward: train/reward 0 → 3"]
 
 
 def test_nothing_that_a_model_writes_is_more_than_text(run: Path) -> None:

@@ -15,6 +15,8 @@ from typing import Any
 import pytest
 
 import rlhf_lightning.cli.stage  # before forking: a run then starts at once
+from rlhf_lightning.callbacks.environment import versions
+from rlhf_lightning.files import write_json
 from rlhf_lightning.modules.policy_rl import PolicyRLModule
 from rlhf_lightning.modules.preference import PreferenceModule
 from rlhf_lightning.modules.sft import SFTModule
@@ -173,6 +175,21 @@ def whole(tmp_path_factory: pytest.TempPathFactory, session_tokenizer: Any) -> C
     return make
 
 
+def record(kind: str, devices: int, seed: int, moments: list[str], equal: bool) -> None:
+    """With RLHF_KILLS_REPORT set to a path: note a point there, and count the points of each module."""
+    if not (path := os.environ.get("RLHF_KILLS_REPORT")):
+        return
+    file = Path(path)
+    report = json.loads(file.read_text()) if file.exists() else {"cores": os.cpu_count(), "versions": versions()}
+    entry = report.setdefault(f"{kind}, {'single device' if devices == 1 else f'DDP, {devices} processes'}", {})
+    points = {**entry.get("where", {}), str(seed): {"killed": moments, "equal": equal}}
+    points = dict(sorted(points.items(), key=lambda item: int(item[0])))
+    equals = sum(point["equal"] for point in points.values())
+    killed = sum(any(moment.endswith(": killed") for moment in point["killed"]) for point in points.values())
+    entry |= {"points": len(points), "killed": killed, "equal": equals, "where": points}
+    write_json(file, report)
+
+
 def interrupted_as_whole(kind: str, seed: int, whole: Any, folder: Path, devices: int = 1) -> None:
     args, expected, seen = whole(kind, devices)
     root = folder / f"run{seed}"
@@ -185,6 +202,7 @@ def interrupted_as_whole(kind: str, seed: int, whole: Any, folder: Path, devices
         names.append(f"{name}: {'killed' if code else 'had ended'}")
     complete(command, folder / f"{seed}.txt")
     found = result(root)
+    record(kind, devices, seed, names, found == expected)
     assert found == expected, f"{kind} {seed} ({names}): {[key for key in found if found[key] != expected[key]]}"
     shutil.rmtree(root)
 
@@ -193,6 +211,11 @@ def interrupted_as_whole(kind: str, seed: int, whole: Any, folder: Path, devices
 @pytest.mark.parametrize("seed", [0, 4])
 def test_a_killed_run_ends_as_a_whole_one(kind: str, seed: int, whole: Any, tmp_path: Path) -> None:
     interrupted_as_whole(kind, seed, whole, tmp_path)
+
+
+@pytest.mark.parametrize(("kind", "seed"), [("sft", 203), ("policy", 205)])
+def test_two_killed_processes_end_as_whole_ones(kind: str, seed: int, whole: Any, tmp_path: Path) -> None:
+    interrupted_as_whole(kind, seed, whole, tmp_path, devices=2)
 
 
 @pytest.mark.slow

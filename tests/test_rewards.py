@@ -603,13 +603,3 @@ def test_documented_settings_build_the_parts_they_name(tmp_path: Path, monkeypat
     assert first.rewards[1].score([said("so 1,234.0", {"answer": "x #### 1234"})]) == [1.0]
     assert second.limits.max_turns == 4
     assert list(second.environment({"prompt": "Hi"}).available) == ["add"]
-
-
-def test_the_documented_example_runs(base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    code = next(block for block in blocks("python") if "class TwoTries" in block).replace("runs/sft/model", base)
-    names: dict[str, Any] = {}
-    exec(code, names)
-    episodes = names["module"].last_episodes
-    assert len(episodes) == 16
-    assert not any(episode.failed for episode in episodes)

@@ -63,7 +63,9 @@ class Keep(Callback):
             torch.save(state, Path(run.default_root_dir) / "weights.pt")
 
 
-def train(name: str, base: str, root: Path, world: int = 1, accumulate: int = 1, tensor: int = 1) -> None:
+def train(
+    name: str, base: str, root: Path, world: int = 1, accumulate: int = 1, tensor: int = 1, clip: float = 0.5
+) -> None:
     kind, options = PLAIN[name]
     torch.manual_seed(0)  # the first weights of adapters and of a reward head
     extra = options()
@@ -76,7 +78,7 @@ def train(name: str, base: str, root: Path, world: int = 1, accumulate: int = 1,
         devices=world,
         strategy=FSDP2(tensor_parallel_size=tensor) if world > 1 else "auto",
         accumulate_grad_batches=accumulate,
-        gradient_clip_val=0.5,
+        gradient_clip_val=clip or None,
         max_epochs=2,
         callbacks=[Keep(), ExportModel()],
     )

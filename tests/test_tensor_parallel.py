@@ -50,6 +50,15 @@ def test_four_ranks_in_two_groups_train_as_one_process(name: str, base: str, tmp
     assert_same_runs(tmp_path)
 
 
+@pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ["sft", *(pytest.param(n, marks=pytest.mark.slow) for n in ("preference", "policy"))])
+def test_gradients_are_not_scaled(name: str, world: int, base: str, tmp_path: Path) -> None:
+    """Clipping hides a factor that all gradients have."""
+    train(name, base, tmp_path / "one", clip=0)
+    in_ranks(world, lambda: train(name, base, tmp_path / "two", world, 2, 2, clip=0), tmp_path / "two", limit=200)
+    assert_same_runs(tmp_path)
+
+
 def assert_same_runs(tmp_path: Path) -> None:
     one, two = (torch.load(tmp_path / folder / "weights.pt") for folder in ("one", "two"))
     same(one, two, rtol=1e-6, atol=1e-8)

@@ -8,6 +8,7 @@ import shutil
 import zipfile
 import zlib
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from rlhf_lightning.errors import UserError
 from rlhf_lightning.files import write_json
 
 log = logging.getLogger(__name__)
+VERSION = "pytorch-lightning_version"  # what Lightning looks at first
 CHECKSUMS = "checksums.json"
 STEP = re.compile(r"step=(\d+)\.ckpt")
 
@@ -60,11 +62,27 @@ class AtomicCheckpointIO(TorchCheckpointIO):
                 "--trainer.default_root_dir; the same command resumes from the checkpoint before."
             ) from error
 
-    def load_checkpoint(self, path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Read; raises `DamagedCheckpoint`."""
+    def load_checkpoint(
+        self, path: Any, map_location: Any = lambda storage, loc: storage, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        """Read: tensors and plain values, unless `weights_only` is false.
+
+        Raises:
+            DamagedCheckpoint: cut off or altered. UserError: no checkpoint of a Lightning run.
+        """
         if "://" not in str(path) and Path(path).is_file() and (found := damage(Path(path))):
             raise DamagedCheckpoint(f"{path}: the checkpoint is damaged ({found}); use the one before, or start over")
-        return super().load_checkpoint(path, *args, **kwargs)
+        # Lightning's own default lets a checkpoint that is named by URL run code.
+        plain = True if weights_only is None else weights_only
+        try:
+            state = super().load_checkpoint(path, map_location, plain)
+        except UnpicklingError as error:
+            raise UserError(f"{path}: not a checkpoint of plain values, and other ones are not opened") from error
+        if Path(path).name.startswith("."):
+            return state  # bare weights, in which Lightning's forking launcher hands over what its processes trained
+        if not (isinstance(state, dict) and isinstance(state.get("state_dict"), dict) and VERSION in state):
+            raise UserError(f"{path}: not a checkpoint of a Lightning run; name one of runs/NAME/checkpoints")
+        return state
 
 
 class _Stream:
@@ -92,9 +110,10 @@ def damage(path: Path) -> str | None:
     try:
         with zipfile.ZipFile(path) as archive:
             broken = archive.testzip()
-    except (zipfile.BadZipFile, OSError, EOFError, zlib.error, NotImplementedError, ValueError) as error:
+        torch._C.PyTorchFileReader(str(path))  # it refuses headers that Python's reader does not look at
+    except (zipfile.BadZipFile, RuntimeError, OSError, EOFError, zlib.error, NotImplementedError, ValueError) as error:
         # Whatever a damaged archive makes of the reader is the answer here, not a failure of this function.
-        return f"{error}".rstrip(".").lower() or type(error).__name__
+        return f"{error}".partition(". ")[0].rstrip(".").lower() or type(error).__name__
     return f"the checksum of {broken} differs" if broken else None
 
 

@@ -60,15 +60,15 @@ class Diagnostics(RoundCallback):
 
     Args:
         checks: further checks; one with the name of a default check replaces it, so that its thresholds can be set.
-        off: names of checks to leave out.
+        disabled: names of checks to leave out.
     """
 
-    def __init__(self, checks: list[Check] | None = None, off: list[str] | None = None) -> None:
+    def __init__(self, checks: list[Check] | None = None, disabled: list[str] | None = None) -> None:
         super().__init__()
         found = {check.name: check for check in [*(make() for make in DEFAULT), *(checks or [])]}
-        if unknown := sorted(set(off or []) - set(found)):
-            raise ConfigError(f"Diagnostics.off names {unknown[0]!r}; the checks are {', '.join(found)}")
-        self.checks = [check for name, check in found.items() if name not in (off or [])]
+        if unknown := sorted(set(disabled or []) - set(found)):
+            raise ConfigError(f"Diagnostics.disabled names {unknown[0]!r}; the checks are {', '.join(found)}")
+        self.checks = [check for name, check in found.items() if name not in (disabled or [])]
         self._warned: list[str] = []
         self._file = JsonLines("warnings.jsonl")
 

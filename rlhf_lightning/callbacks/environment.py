@@ -1,7 +1,9 @@
 """What a run's numbers depend on beside its settings: versions, threads, ranks, device."""
 
 import platform
+import subprocess
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -31,8 +33,32 @@ def environment(trainer: pl.Trainer) -> dict[str, Any]:
         "ranks": trainer.world_size,
         "data_ranks": data_ranks(trainer)[1],
         "device": f"{device.type} ({name})",
+        "machine": f"{platform.system()} {platform.machine()}, {_processor()}",
         "precision": str(trainer.precision),
     }
+
+
+def _processor() -> str:
+    """The processor's name: kernels are chosen by what it can do, and sums are then added in another order."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
+
+
+def commit() -> dict[str, Any] | None:
+    """The git commit of the current folder, and whether files differ from it; None outside of a repository."""
+
+    def git(*args: str) -> subprocess.CompletedProcess:
+        return subprocess.run(["git", *args], capture_output=True, text=True, timeout=10, check=False)
+
+    try:
+        found = git("rev-parse", "HEAD")
+        changed = found.returncode == 0 and git("diff", "--quiet", "HEAD").returncode != 0
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return {"commit": found.stdout.strip(), "changed": changed} if found.returncode == 0 else None
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

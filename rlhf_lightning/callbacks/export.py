@@ -2,6 +2,7 @@
 
 import logging
 import shutil
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,11 @@ from safetensors import SafetensorError
 from rlhf_lightning.callbacks.best import BestUnderKL
 from rlhf_lightning.callbacks.checkpoints import RunCheckpoints
 from rlhf_lightning.callbacks.collapse import StopOnCollapse
-from rlhf_lightning.callbacks.environment import environment, versions
+from rlhf_lightning.callbacks.environment import commit, environment, versions
 from rlhf_lightning.callbacks.faults import NonFiniteGuard, require_finite
 from rlhf_lightning.data.templates import TEMPLATE_DATE
 from rlhf_lightning.errors import ConfigError, UserError
-from rlhf_lightning.files import hash_folder, write_json
+from rlhf_lightning.files import hash_file, hash_folder, write_json
 from rlhf_lightning.models.saving import relative_base
 from rlhf_lightning.models.sharding import is_split
 
@@ -90,6 +91,9 @@ class ExportModel(pl.Callback):
             "seconds": round(time.time() - self._started, 2),
             "versions": versions(),
             "environment": environment(trainer),
+            "command": sys.argv,
+            "config_hash": hash_file(config) if (config := folder.parent / "config.yaml").is_file() else None,
+            "git": commit(),
             "model_hash": hash_folder(folder),
         }
         if stopped := [callback.stopped for callback in _stoppers(trainer) if callback.stopped]:

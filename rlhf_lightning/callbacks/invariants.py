@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from rlhf_lightning.errors import UserError
+from rlhf_lightning.models.lora import is_quantised
 
 log = logging.getLogger(__name__)
 LARGEST, MEAN = 1e-4, 0.02
@@ -34,6 +35,7 @@ class FirstStepInvariants(pl.Callback):
             return
         dtype = next(pl_module.parameters()).dtype
         full = dtype in (torch.float32, torch.float64) and "16" not in str(trainer.precision)
+        full = full and not is_quantised(pl_module.model)
         self._ratio(trainer, full, float(outputs["log_ratio_max"]), float(outputs["log_ratio_mean"]))
         if "clip_fraction" in outputs:
             self._clipped(trainer, full, float(outputs["clip_fraction"]))

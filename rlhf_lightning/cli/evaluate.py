@@ -1,4 +1,4 @@
-"""`rlhf evaluate POLICY BASELINE PROMPTS` and `rlhf best-of POLICY PROMPTS`."""
+"""`rlhf evaluate POLICY [BASELINE] PROMPTS` and `rlhf best-of POLICY PROMPTS`."""
 
 import argparse
 import json
@@ -10,13 +10,18 @@ COLUMNS = {
     "reward": "reward",
     "win_rate": "win rate",
     "kl": "KL (nats)",
+    "perplexity": "perplexity",
+    "bleu": "BLEU",
+    "rouge1": "ROUGE-1",
+    "rouge2": "ROUGE-2",
+    "rougeL": "ROUGE-L",
     "response_tokens": "tokens",
     "truncated": "truncated",
 }
 
 
 def run(args: list[str]) -> int:
-    """Compare two policies, or draw the best of N."""
+    """Measure a policy (against another), or draw the best of N."""
     options = _parse(args)
     # As with `python -m`: a function in the user's folder can be named by its module.
     sys.path.insert(0, str(Path.cwd()))
@@ -24,7 +29,7 @@ def run(args: list[str]) -> int:
     from rlhf_lightning.cli.logs import setup_logging
     from rlhf_lightning.cli.score import default_device
     from rlhf_lightning.errors import ConfigError
-    from rlhf_lightning.pipeline.compare import Drawing, best_of_n, compare, make_rewards
+    from rlhf_lightning.pipeline.compare import Drawing, best_of_n, make_rewards
     from rlhf_lightning.pipeline.policies import Policy
 
     setup_logging("warning", None)
@@ -32,24 +37,45 @@ def run(args: list[str]) -> int:
         if (value := getattr(options, name, None)) is not None and value < 1:
             raise ConfigError(f"--{name} is {value}; it must be at least 1")
     rewards = make_rewards(options.reward, options.gold)
-    samples = getattr(options, "samples", 1)
-    drawing = Drawing(rewards, options.max_tokens, options.temperature, samples, options.seed)
-    device = options.device or default_device()
-    policy = Policy(options.policy, options.dtype, device)
+    best = args[0] == "best-of"
+    if not rewards and (best or options.best_of > 1):
+        raise ConfigError("nothing to judge by: name a reward model with --reward, or a function with --gold")
+    if best and options.temperature == 0:
+        raise ConfigError("--temperature is 0: all responses to a prompt would be the same")
+    drawing = Drawing(rewards, options.max_tokens, options.temperature, getattr(options, "samples", 1), options.seed)
+    options.device = options.device or default_device()
+    policy = Policy(options.policy, options.dtype, options.device)
     prompts = policy.prompts(options.prompts, options.limit)
-    if args[0] == "best-of":
-        if options.temperature == 0:
-            raise ConfigError("--temperature is 0: all responses to a prompt would be the same")
+    facts: dict[str, Any] = {"prompts": len(prompts)}
+    if best:
         summary, rows = best_of_n(policy, prompts, drawing, options.n)
     else:
-        baseline = Policy(options.baseline, options.dtype, device)
-        summary, rows = compare(policy, baseline, prompts, drawing, options.best_of)
-    _show(summary, len(prompts))
+        summary, rows, facts["references"] = _evaluate(options, policy, prompts, drawing)
+    text = json.dumps({**facts, **summary}, indent=2) + "\n"
+    if options.json:
+        print(text, end="")
+    else:
+        _show(summary, facts)
     if options.summary:
-        _write(options.summary, json.dumps({"prompts": len(prompts), **summary}, indent=2) + "\n")
+        _write(options.summary, text)
     if options.output:
         _write(options.output, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     return 0
+
+
+def _evaluate(options: argparse.Namespace, policy: Any, prompts: Any, drawing: Any) -> tuple[Any, Any, int]:
+    """Figures, rows, and the number of prompts that have references."""
+    from rlhf_lightning.errors import ConfigError
+    from rlhf_lightning.pipeline.compare import compare
+    from rlhf_lightning.pipeline.policies import Policy
+    from rlhf_lightning.pipeline.references import references_of
+
+    if options.best_of > 1 and not options.baseline:
+        raise ConfigError("--best_of is of the baseline: name one, rlhf evaluate POLICY BASELINE PROMPTS")
+    references = references_of(prompts, options.references)
+    baseline = Policy(options.baseline, options.dtype, options.device) if options.baseline else None
+    summary, rows = compare(policy, baseline, prompts, drawing, options.best_of, references)
+    return summary, rows, sum(map(bool, references))
 
 
 def _parse(args: list[str]) -> argparse.Namespace:
@@ -59,16 +85,19 @@ def _parse(args: list[str]) -> argparse.Namespace:
         description="Draw N responses to each prompt and keep the best by a reward: what the reward buys without any "
         "training."
         if best
-        else "Compare a policy with a baseline (the one it was trained from, say) on prompts: win rate with its 95% "
-        "interval, mean reward, KL and length.",
+        else "Measure a policy, and a baseline (the one it was trained from, say), on prompts: reward, win rate with "
+        "its 95% interval, KL, and length; where rows hold reference answers also perplexity of these, and BLEU and "
+        "ROUGE-1/2/L of what the policy answers.",
         epilog="example: rlhf best-of runs/sft/model prompts.jsonl --reward runs/preference/model -n 8"
         if best
-        else "example: rlhf evaluate runs/policy/model runs/sft/model prompts.jsonl --reward runs/preference/model",
+        else "example: rlhf evaluate runs/policy/model runs/sft/model prompts.jsonl --reward runs/preference/model\n"
+        "         rlhf evaluate runs/sft/model chats_validation.jsonl --temperature 0 --json",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("policy", help="folder or Hub id of a causal language model")
     if not best:
-        parser.add_argument("baseline", help="the policy to compare with")
-    parser.add_argument("prompts", help="rows with prompt, or plain lines")
+        parser.add_argument("baseline", nargs="?", help="the policy to compare with")
+    parser.add_argument("prompts", help="rows with prompt or messages, or plain lines")
     parser.add_argument(
         "--reward", action="append", default=[], metavar="MODEL", help="a preference model; several are added"
     )
@@ -78,29 +107,42 @@ def _parse(args: list[str]) -> argparse.Namespace:
     if best:
         parser.add_argument("-n", type=int, default=8, help="responses to each prompt")
     else:
+        parser.add_argument(
+            "--references",
+            metavar="COLUMN",
+            help="where reference answers stand (default: completion, response or chosen of a row with a prompt, the "
+            "last assistant turn of a conversation)",
+        )
         parser.add_argument("--samples", type=int, default=1, help="responses of each policy to each prompt")
         parser.add_argument("--best_of", type=int, default=0, metavar="N", help="show the baseline's best of N too")
     parser.add_argument("--max_tokens", type=int, default=128, help="budget of a response")
     parser.add_argument("--temperature", type=float, default=1.0, help="0 takes the likeliest token")
     parser.add_argument("--limit", type=int, help="use the first so many prompts")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", action="store_true", help="print the figures as a JSON object in place of the table")
     parser.add_argument("--output", type=Path, help="JSONL file: the responses and their rewards")
     parser.add_argument("--summary", type=Path, help="JSON file: the figures")
     parser.add_argument("--dtype", default="float32", help="of the weights")
     parser.add_argument("--device", help="cpu, cuda, mps (default: a GPU where there is one)")
-    return parser.parse_args(args[1:])
+    # Not parse_args: it would take `MODEL --json FILE` for a baseline that is missing and a file too many.
+    return parser.parse_intermixed_args(args[1:])
 
 
-def _show(summary: dict[str, dict[str, Any]], prompts: int) -> None:
+def _show(summary: dict[str, dict[str, Any]], facts: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title=f"{prompts} prompts; intervals hold in 95 of 100 cases")
+    keys = [key for key in COLUMNS if any(found.get(key) is not None for found in summary.values())]
+    title = f"{facts['prompts']} prompts"
+    if facts.get("references"):
+        title += f", {facts['references']} with references"
+    # A figure a row: ten columns fit no terminal.
+    table = Table(title=title, caption="intervals hold in 95 of 100 cases" if "reward" in keys else None)
     table.add_column("")
-    for title in COLUMNS.values():
-        table.add_column(title, justify="right")
-    for name, found in summary.items():
-        table.add_row(name.replace("_", " "), *(_cell(found, key) for key in COLUMNS))
+    for name in summary:
+        table.add_column(name.replace("_", " "), justify="right")
+    for key in keys:
+        table.add_row(COLUMNS[key], *(_cell(found, key) for found in summary.values()))
     Console().print(table)
 
 

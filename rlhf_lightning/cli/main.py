@@ -34,7 +34,7 @@ EXAMPLES = """examples:
   rlhf evaluate runs/policy/model runs/sft/model prompts.jsonl --reward runs/preference/model
 
 `rlhf COMMAND --help` tells more of each.
-Exit codes: 0 done, 1 a fault of the program (of `data check`: bad rows),
+Exit codes: 0 done, 1 a fault of the program (of `data check`: bad rows, of `pipeline --verify`: a difference),
 2 something to mend in files or flags, 130 interrupted."""
 
 

@@ -1,7 +1,10 @@
 """`rlhf pipeline FILE`."""
 
 import argparse
+import json
+from dataclasses import asdict
 
+from rlhf_lightning.pipeline.plan import read_plan
 from rlhf_lightning.pipeline.run import run_pipeline
 
 
@@ -11,15 +14,45 @@ def run(args: list[str]) -> int:
         prog="rlhf pipeline",
         description="Run the stages of a pipeline file. What is finished is not run again, what was interrupted "
         "resumes, and a stage whose inputs changed says so.",
-        epilog="example: rlhf pipeline configs/pipeline.yaml --rerun policy",
+        epilog="example: rlhf pipeline configs/pipeline.yaml --rerun policy\n"
+        "         rlhf pipeline configs/pipeline.yaml -c configs/overlays/cpu.yaml",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("file", help="YAML or JSON: name, seed, stages")
+    parser.add_argument("file", nargs="?", help="YAML or JSON: name, seed, stages")
     parser.add_argument("--root", help="folder of the run (default: runs/NAME)")
     parser.add_argument(
         "--rerun", action="append", default=[], metavar="STAGE", help="run this stage and its children anew"
     )
+    parser.add_argument(
+        "-c", "--config", action="append", default=[], metavar="FILE", help="laid over the settings of every stage"
+    )
+    parser.add_argument("--verify", metavar="RUN", help="hash inputs and outputs of a run again; 1 where one differs")
+    parser.add_argument("--json", action="store_true", help="with --verify: as JSON")
     options = parser.parse_args(args[1:])
-    manifest = run_pipeline(options.file, options.root, options.rerun)
+    if options.verify:
+        if options.file or options.root or options.rerun or options.config:
+            parser.error("--verify takes a folder and, of the other arguments, only --json")
+        return verify(options.verify, options.json)
+    if not options.file:
+        parser.error("a pipeline file is needed, or --verify RUN")
+    if options.json:
+        parser.error("--json belongs to --verify")
+    manifest = run_pipeline(read_plan(options.file, options.root, options.config), rerun=options.rerun)
     for name, stage in manifest["stages"].items():
         print(f"{name:<14}{stage['status']:<10}{stage.get('model', '')}")
     return 0
+
+
+def verify(run_folder: str, as_json: bool) -> int:
+    """Print what of a run is as it was; 0 where all is, 1 where something differs, is missing or unfinished."""
+    from rlhf_lightning.pipeline.verify import HUB, SAME, verify_run
+
+    checks = verify_run(run_folder)
+    bad = sum(check.status not in (SAME, HUB) for check in checks)
+    if as_json:
+        print(json.dumps({"run": run_folder, "ok": not bad, "checks": [asdict(check) for check in checks]}, indent=2))
+        return int(bool(bad))
+    for check in checks:
+        print(f"{check.status:<13}{check.stage:<14}{check.what:<17}{check.path}")
+    print(f"{len(checks)} checked, {bad} not as recorded" if bad else f"{len(checks)} checked, all as recorded")
+    return int(bool(bad))

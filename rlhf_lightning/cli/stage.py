@@ -5,7 +5,7 @@ import logging
 import sys
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import yaml
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
@@ -16,8 +16,10 @@ from torch.multiprocessing import ProcessExitedException
 import rlhf_lightning.strategies  # noqa: F401 - gives `--trainer.strategy fsdp2` its meaning
 from rlhf_lightning.callbacks.checkpoint_io import candidates, newest_whole, remove
 from rlhf_lightning.cli.logs import LEVELS, setup_logging
+from rlhf_lightning.cli.messages import check_checkpoint, check_files, check_sections, tidy
 from rlhf_lightning.cli.report import after_stage
 from rlhf_lightning.errors import ConfigError, UserError
+from rlhf_lightning.pipeline.plan import read_mapping
 
 log = logging.getLogger(__name__)
 CLASSES = {
@@ -50,6 +52,23 @@ MAY_CHANGE = (
 )
 
 
+# What gloo and NCCL say where the other end of a connection is gone; they raise plain RuntimeErrors.
+LOST = ("Connection reset by peer", "Connection closed by peer", "remote process exited", "Broken pipe")
+HELP = {
+    "sft": {
+        "description": "Supervised fine-tuning of a chat model.",
+        "epilog": "example: rlhf sft fit -c configs/sft.yaml --data.train chats.jsonl",
+    },
+    "preference": {
+        "description": "A preference model from pairs, labels or rankings: a reward model, DPO, KTO, …",
+        "epilog": "example: rlhf preference fit -c configs/reward_model.yaml --data.train pairs.jsonl",
+    },
+    "policy": {
+        "description": "RL of a policy: importance sampling, GRPO, PPO, …",
+        "epilog": "example: rlhf policy fit -c configs/policy.yaml --data.train prompts.jsonl",
+    },
+}
+EXTRAS = ("tensorboard", "wandb")
 FULL = "make room, or write elsewhere (--trainer.default_root_dir); the same command resumes the run"
 DENIED = "change its rights, or name another place"
 REMEDIES = {
@@ -64,6 +83,10 @@ class StageParser(LightningArgumentParser):
 
     def print_usage(self, file: Any = None) -> None:
         """Nothing: an error is to be found at once."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """The message in few lines."""
+        super().error(tidy(message), ex)
 
 
 class SaveConfig(SaveConfigCallback):
@@ -91,7 +114,7 @@ class StageCLI(LightningCLI):
             load_from_checkpoint_support=False,
             trainer_defaults={"enable_progress_bar": sys.stdout.isatty(), "log_every_n_steps": 1},
             parser_class=StageParser,
-            parser_kwargs={"prog": f"rlhf {kind}"},
+            parser_kwargs={"prog": f"rlhf {kind}", **HELP[kind], "fit": {"epilog": HELP[kind]["epilog"]}},
         )
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -111,7 +134,9 @@ class StageCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse what was given. Lightning's own warns of `args=`, and sys.argv must stay as it is for DDP."""
+        check_files(args)
         self.config = parser.parse_args(args)
+        check_checkpoint(self.config[self.config["subcommand"]].ckpt_path)  # before Lightning opens it
 
     @property
     def root(self) -> Path:
@@ -120,6 +145,7 @@ class StageCLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         config = self.config[self.subcommand]
+        check_sections(config)
         config.trainer.default_root_dir = str(config.trainer.default_root_dir or Path("runs") / self.kind)
         try:
             self.root.mkdir(parents=True, exist_ok=True)
@@ -127,7 +153,6 @@ class StageCLI(LightningCLI):
             raise ConfigError(f"trainer.default_root_dir {self.root}: cannot be made ({error.strerror})") from None
         if self.subcommand == "fit":
             self._continue_or_stop(config)
-        _check_checkpoint(config.ckpt_path)
         setup_logging(config.log_level, Path(config.log_file or self.root / "logs" / "run.log"))
         if self.subcommand != "fit":
             # Its metrics belong to no curve, and the file of the fit in the same folder must not be overwritten.
@@ -143,12 +168,13 @@ class StageCLI(LightningCLI):
         from rlhf_lightning.callbacks.export import ExportModel
         from rlhf_lightning.callbacks.faults import NonFiniteGuard
         from rlhf_lightning.callbacks.invariants import FirstStepInvariants
+        from rlhf_lightning.callbacks.memory import MemoryEstimate
         from rlhf_lightning.callbacks.predictions import PredictionsFile
         from rlhf_lightning.callbacks.preference_watch import PreferenceWatch
         from rlhf_lightning.callbacks.progress import progress_callbacks
         from rlhf_lightning.callbacks.samples import SamplesLog
 
-        callbacks: list[Any] = [ExportModel(config.export), PredictionsFile()]
+        callbacks: list[Any] = [ExportModel(config.export), PredictionsFile(), MemoryEstimate()]
         own = str(config.trainer.callbacks or "")
         if self.kind == "policy":
             # What the user names, with other settings, takes the place of the default.
@@ -202,9 +228,9 @@ class StageCLI(LightningCLI):
         # What is exported may be decided anew until it is.
         free = MAY_CHANGE if done else (*MAY_CHANGE, "export")
         if changed := [key for key in different if key not in free]:
-            state = "finished" if done else "interrupted"
+            state = "a finished" if done else "an interrupted"
             raise ConfigError(
-                f"{self.root} holds an {state} run with other settings ({', '.join(changed[:5])}). "
+                f"{self.root} holds {state} run with other settings ({', '.join(changed[:5])}). "
                 "Name another --trainer.default_root_dir, or start over with --fresh."
             )
         if done and not (saved and set(different) & set(LENGTH)):
@@ -222,7 +248,7 @@ class StageCLI(LightningCLI):
         path = self.root / "config.yaml"
         if not path.exists():
             return []
-        before = _flat(yaml.safe_load(path.read_text()) or {})
+        before = _flat(read_mapping(path))
         dump = yaml.safe_load(self.parser.dump(self.config, skip_none=False))
         now = _flat(dump[self.subcommand])
         return sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
@@ -239,8 +265,18 @@ class StageCLI(LightningCLI):
     def instantiate_classes(self) -> None:
         try:
             super().instantiate_classes()
-        except (TypeError, ValueError) as error:
-            raise ConfigError(f"a setting does not fit: {error}") from error
+        except (ModuleNotFoundError, TypeError, ValueError) as error:
+            cause: BaseException | None = error  # jsonargparse raises its own in the place of what a class raised
+            while cause is not None and not isinstance(cause, ModuleNotFoundError):
+                cause = cause.__cause__ or cause.__context__
+            raise ConfigError(_missing(cause) if cause else f"a setting does not fit: {tidy(str(error))}") from error
+
+
+def _missing(error: ModuleNotFoundError) -> str:
+    """What to install for a class that a setting names. Lightning's loggers say it in a sentence, without `name`."""
+    text = " ".join(str(error).split())
+    extra = next((name for name in EXTRAS if name in (error.name or text).lower()), None)
+    return f"{text}: " + (f'pip install "rlhf-lightning[{extra}]"' if extra else "install it, or name another class")
 
 
 def _guard_checkpoints(trainer: Any) -> None:
@@ -254,12 +290,6 @@ def _guard_checkpoints(trainer: Any) -> None:
     # Not by `trainer.plugins`, which would take the place of the user's, and which some strategies refuse.
     if type(trainer.strategy._checkpoint_io) in (type(None), TorchCheckpointIO):
         trainer.strategy._checkpoint_io = AtomicCheckpointIO()
-
-
-def _check_checkpoint(path: str | None) -> None:
-    keyword = path in (None, "last", "best", "hpc") or str(path).startswith(("registry", "http"))
-    if not keyword and not Path(str(path)).exists():
-        raise ConfigError(f"--ckpt_path {path}: no such checkpoint (seen from {Path.cwd()})")
 
 
 class Finished(Exception):
@@ -291,6 +321,13 @@ def run(args: list[str]) -> int:
         raise UserError(
             f"a process of the run died ({error}), and the others were ended. If it was killed, memory may have run "
             "out (see the system's log); the same command resumes the run."
+        ) from error
+    except RuntimeError as error:
+        if not any(sign in str(error) for sign in LOST):
+            raise
+        raise UserError(
+            f"another process of the run died, or cannot be reached ({str(error).splitlines()[0][:200]}). If it was "
+            "killed, memory may have run out (see the system's log); the same command resumes the run."
         ) from error
     except OSError as error:
         if error.errno not in REMEDIES:

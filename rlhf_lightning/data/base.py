@@ -42,7 +42,8 @@ class RowDataModule(pl.LightningDataModule):
     """Base of the data modules. A subclass says how a row becomes examples and how examples become a batch.
 
     Args:
-        train: rows to train on: a file (`.jsonl`, `.json`, `.parquet`), a Hub id (`owner/name:split`), a list of
+        train: rows to train on: a file (`.jsonl`, `.json`, `.parquet`), a Hub id (`owner/name:split`,
+            `owner/name:configuration/split`), a list of
             these, or a list of dicts. Only what a command needs is read.
         validation: rows to validate on, likewise.
         test: rows of the `test` command.

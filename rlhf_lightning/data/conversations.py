@@ -52,9 +52,20 @@ def _message(item: Any, index: int, previous: str | None, first_role: str) -> Me
     content = message["content"]
     if content is None and not message.get("tool_calls"):
         raise RowError(f"message {index} ({message['role']}) has no content")
-    if content is not None and not isinstance(content, str | list):
+    if isinstance(content, list):
+        message["content"] = _joined(content, f"message {index} ({message['role']})")
+    elif content is not None and not isinstance(content, str):
         raise RowError(f"message {index} ({message['role']}): content is {_short(content)}; it must be text")
     return message
+
+
+def _joined(parts: list[Any], where: str) -> str:
+    """The text of a content in parts, `[{"type": "text", "text": …}]`: most templates would print the list itself."""
+    for part in parts:
+        text = part.get("text") if isinstance(part, dict) and part.get("type", "text") == "text" else None
+        if not isinstance(text, str):
+            raise RowError(f"{where}: content has the part {_short(part)}; parts must be {{type: text, text: …}}")
+    return "".join(part["text"] for part in parts)
 
 
 def has_conversation(data: dict[str, Any]) -> bool:
@@ -88,10 +99,21 @@ def _instruction(data: dict[str, Any]) -> list[Message]:
             raise RowError(f"{key!r} is {_short(data[key])}; it must be text")
     question = "\n\n".join(part for part in (data["instruction"], data.get("input")) if part)
     messages = [{"role": "system", "content": data["system"]}] if data.get("system") else []
-    for turn in data.get("history") or []:
-        messages += to_messages(list(turn))
+    for turn in _history(data.get("history")):
+        messages += to_messages(turn)
     answer = {"role": "assistant", "content": data["output"]}
     return [*messages, {"role": "user", "content": question}, answer]
+
+
+def _history(value: Any) -> list[list[str]]:
+    turns = value or []
+    fits = isinstance(turns, list) and all(
+        isinstance(turn, list | tuple) and len(turn) == 2 and all(isinstance(text, str) for text in turn)
+        for turn in turns
+    )
+    if not fits:
+        raise RowError(f"'history' is {_short(value)}; it must be a list of [question, answer]")
+    return [list(turn) for turn in turns]
 
 
 def tool_schemas(data: dict[str, Any]) -> list[Any] | None:

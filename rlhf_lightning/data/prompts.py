@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rlhf_lightning.data.base import RowDataModule
-from rlhf_lightning.data.conversations import Message, conversation, tool_schemas
+from rlhf_lightning.data.conversations import Message, conversation, has_conversation, tool_schemas
 from rlhf_lightning.data.records import RowError, Source, require
 from rlhf_lightning.data.rendering import Renderer, as_prompt
 from rlhf_lightning.errors import ConfigError
@@ -47,7 +47,7 @@ def prompt_messages(data: dict[str, Any]) -> list[Message]:
     """The messages of a row to answer: `prompt`, or a conversation up to its last assistant turn; raises `RowError`."""
     if data.get("prompt") is not None:
         return as_prompt(data["prompt"])
-    if data.get("messages") is None and data.get("conversations") is None:
+    if not has_conversation(data):
         require(data, "prompt")
     messages = conversation(data)
     while messages and messages[-1]["role"] == "assistant":

@@ -47,8 +47,9 @@ def read_rows(source: Source, text_key: str | None = None, reading: Reading | No
     """Read every row of a file, several files, a Hub data set or a Python list.
 
     Args:
-        source: a path (`.jsonl`, `.json`, `.parquet`; `.txt` with `text_key`), a Hub id (`owner/name` or
-            `owner/name:split`), a list of these, or a list of dicts (or strings, with `text_key`).
+        source: a path (`.jsonl`, `.json`, `.parquet`; `.txt` with `text_key`), a Hub id (`owner/name`,
+            `owner/name:split` or `owner/name:configuration/split`), a list of these, or a list of dicts (or strings,
+            with `text_key`).
         text_key: where given, a line that is no JSON object becomes `{text_key: line}`.
         reading: counts blank lines.
 
@@ -133,7 +134,7 @@ def _line_row(line: str, where: str, text_key: str | None, reading: Reading) -> 
 def _object(text: str, where: str) -> dict[str, Any]:
     try:
         value = json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits is a plain ValueError
         raise DataError(f"{where}: not valid JSON ({error}); each line must be one JSON object") from None
     if not isinstance(value, dict):
         raise DataError(f"{where}: a JSON {type(value).__name__}; each line must be one JSON object")
@@ -144,7 +145,7 @@ def _json_rows(path: Path) -> Iterator[Row]:
     text = _read_text(path)
     try:
         value = json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         hint = "; the file looks like JSON lines, name it .jsonl" if "Extra data" in str(error) else ""
         raise DataError(f"{path}: not valid JSON ({error}){hint}") from None
     if isinstance(value, dict):
@@ -170,28 +171,51 @@ def _parquet_rows(path: Path) -> Iterator[Row]:
 
 
 def _hub_rows(source: str) -> Iterator[Row]:
-    name, _, split = source.partition(":")
+    name, _, part = source.partition(":")
+    configuration, _, split = part.rpartition("/")
     if name.count("/") != 1 or Path(name).suffix in SUFFIXES or name.startswith((".", "/", "~")):
         raise DataError(f"{source}: no such file (seen from {Path.cwd()}); give a path or a Hub id like owner/name")
     from datasets import load_dataset
 
     try:
-        dataset = load_dataset(name, split=split or "train")
+        dataset = load_dataset(name, configuration or None, split=split or "train")
     except Exception as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise DataError(f"{source}: neither a file here nor a Hub data set that could be loaded ({reason})") from error
+        # What it lists of configurations or splits stands on further lines.
+        reason = " ".join((str(error).strip() or type(error).__name__).split())[:300]
+        raise DataError(
+            f"{source}: neither a file here nor a Hub data set that could be loaded ({reason}); "
+            "a configuration and a split are named by owner/name:configuration/split"
+        ) from error
     for index, item in enumerate(dataset):
         yield Row(dict(item), f"{source}[{index}]")
 
 
 def rename_columns(row: Row, columns: Mapping[str, str] | None) -> Row:
-    """Apply a `columns:` mapping, `{our name: their name}`; their columns stay available under their own names."""
+    """Apply a `columns:` mapping, `{our name: their name}`; their columns stay available under their own names.
+
+    Raises:
+        RowError: no such column, or half a character, as JSON can write one (`\\ud83d`), anywhere in the row.
+    """
+    if (broken := _half_character(row.data)) is not None:
+        raise RowError(f"{broken[:60]!a} holds half a character (an unpaired surrogate), which is no text")
     if not columns:
         return row
     missing = [theirs for theirs in columns.values() if theirs not in row.data]
     if missing:
         raise RowError(f"no column {missing[0]!r} (named in columns:); the row has {_names(row.data)}")
     return Row({**row.data, **{ours: row.data[theirs] for ours, theirs in columns.items()}}, row.where)
+
+
+def _half_character(value: Any) -> str | None:
+    """The first text in a row that UTF-8 cannot hold."""
+    if isinstance(value, str):
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            return value
+        return None
+    items = value.values() if isinstance(value, Mapping) else value if isinstance(value, list) else ()
+    return next((found for item in items if (found := _half_character(item)) is not None), None)
 
 
 def _names(data: Mapping[str, Any]) -> str:

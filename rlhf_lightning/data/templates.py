@@ -11,8 +11,10 @@ from typing import Any
 
 from rlhf_lightning.data.conversations import Message
 from rlhf_lightning.data.records import RowError
+from rlhf_lightning.errors import ConfigError
 
 TEMPLATE_DATE = "2025-01-01"
+RECENT = 4  # renderings that are kept: a turn, what comes before it with and without a prompt to go on, the sentinel
 _SENTINEL = "\ue000sentinel\ue001"
 # transformers hands plain data to templates, no functions: the date is fixed by a macro that shadows its own.
 _FIXED_DATE = (
@@ -42,18 +44,41 @@ class ChatTemplate:
             "eos_token": tokenizer.eos_token or "",
             **(options or {}),
         }
+        self._recent: dict[str, str] = {}
         added = getattr(tokenizer, "added_tokens_decoder", {}).values()
         special = {str(token) for token in added if token.special} | set(tokenizer.all_special_tokens)
         self.markers = sorted(special, key=len, reverse=True)
+        self._check_prints()
         try:
             self.turn_end: str | None = self.closing([{"role": "user", "content": "Hello"}], "assistant").strip()
         except RowError:
             self.turn_end = None  # a template that wants other roles than these; its rows will show how turns end
         self.ends_turns = self.turn_end != ""
 
+    def _check_prints(self) -> None:
+        """Refuse a template that prints nothing of what is said: prompts and answers would all be the same."""
+        try:
+            text = self.render([{"role": "user", "content": _SENTINEL}], add_generation_prompt=True)
+        except RowError:
+            return  # a template that wants other roles than this; its rows will show
+        if _SENTINEL not in text:
+            raise ConfigError(
+                "the chat template prints nothing of a user's message. Mend chat_template.jinja in the model "
+                "folder, or name another with model.chat_template."
+            )
+
     def render(self, messages: list[Message], tools: Tools = None, add_generation_prompt: bool = False) -> str:
         """The text of a conversation; raises `RowError` where the template refuses it."""
-        from jinja2 import TemplateError
+        # The two sides of a pair ask for the same surroundings, and so do the steps of `span`. By what the messages
+        # hold, not by which they are: a caller may change one in place.
+        key = repr((messages, tools, add_generation_prompt))
+        if key not in self._recent:
+            text = self._rendered(messages, tools, add_generation_prompt)
+            self._recent = dict([*self._recent.items()][-RECENT + 1 :]) | {key: text}
+        return self._recent[key]
+
+    def _rendered(self, messages: list[Message], tools: Tools, add_generation_prompt: bool) -> str:
+        from jinja2 import TemplateError, TemplateSyntaxError
 
         try:
             return self.tokenizer.apply_chat_template(
@@ -65,6 +90,11 @@ class ChatTemplate:
                 add_generation_prompt=add_generation_prompt,
                 **self.options,
             )
+        except TemplateSyntaxError as error:
+            raise ConfigError(
+                f"the chat template is no valid Jinja: {error} (line {error.lineno}). Mend chat_template.jinja in the "
+                "model folder, or name another with model.chat_template."
+            ) from None
         except (TemplateError, TypeError, ValueError, KeyError, IndexError, AttributeError) as error:
             roles = " ".join(str(message.get("role")) for message in messages) or "none"
             raise RowError(f"the chat template refuses the conversation (roles: {roles}): {error}") from None
@@ -143,7 +173,11 @@ class ChatTemplate:
 
 
 def _common_prefix(a: str, b: str) -> int:
-    for i, (x, y) in enumerate(zip(a, b, strict=False)):
-        if x != y:
-            return i
-    return min(len(a), len(b))
+    low, high = 0, min(len(a), len(b))
+    while low < high:  # by halves: comparing slices is many times faster than comparing characters
+        middle = (low + high + 1) // 2
+        if a[low:middle] == b[low:middle]:
+            low = middle
+        else:
+            high = middle - 1
+    return low

@@ -19,9 +19,12 @@ def load_tokenizer(source: Any, tokenizer: Any = None, chat_template: str | None
         if not isinstance(name, str | Path) or not str(name):
             raise ConfigError("a model given as an object needs its tokenizer: pass tokenizer=")
         try:
-            tokenizer = AutoTokenizer.from_pretrained(_checked(name), **options)
+            # Said, since transformers would otherwise ask at the terminal.
+            tokenizer = AutoTokenizer.from_pretrained(_checked(name), **{"trust_remote_code": False, **options})
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             reason = str(error).strip().splitlines()[0]
+            if "trust_remote_code" in str(error):
+                reason = "it brings code; to run that, set model.model_options: {trust_remote_code: true}"
             raise ConfigError(f"no tokenizer can be loaded from {name}: {reason}. Set model.tokenizer.") from error
     if chat_template is not None:
         tokenizer.chat_template = _template(chat_template)

@@ -16,7 +16,7 @@ from rlhf_lightning.models.loading import (
     load_for_scoring,
     merge,
 )
-from rlhf_lightning.models.lora import LoRA, base_of
+from rlhf_lightning.models.lora import LoRA, base_of, is_quantised
 from rlhf_lightning.models.packing import prefix_lengths
 from rlhf_lightning.models.scoring import TokenScorer, state_values
 from rlhf_lightning.models.sharding import through
@@ -74,7 +74,7 @@ class Critic(nn.Module):
         base = base_of(self.backbone)
         disable_dropout(base)
         self._head(base.config.get_text_config().hidden_size, policy)
-        self._forward = Forward(self.backbone, base, max_tokens)
+        self.forward_pass = Forward(self.backbone, base, max_tokens)
 
     def _head(self, width: int, policy: Any) -> nn.Linear:
         self.head = nn.Linear(width, 1, device=next(policy.parameters()).device)
@@ -84,6 +84,11 @@ class Critic(nn.Module):
 
     def _backbone(self, policy: Any, dtype: str) -> Any:
         if self.source is None:
+            if is_quantised(policy):
+                raise ConfigError(
+                    "the critic starts from the policy, whose weights are in 4 bits (lora.quantize) and cannot be "
+                    "trained: name critic.model, or set critic.shared"
+                )
             model = copy.deepcopy(policy)
         else:
             folder = check_source(self.source)
@@ -103,6 +108,6 @@ class Critic(nn.Module):
         if nothing := not kept.any():
             # One token, times 0: all ranks must go through the model, and every weight must get a gradient.
             kept[0, 0] = True
-        hidden = through(self.backbone, self._forward, input_ids, pad(kept, (0, 1)), prefix_lengths(mask))
+        hidden = through(self.backbone, self.forward_pass, input_ids, pad(kept, (0, 1)), prefix_lengths(mask))
         values = state_values(self.head, hidden.states) * (not nothing)
         return values.new_zeros(mask.shape).index_put((hidden.rows, hidden.columns + 1), values)

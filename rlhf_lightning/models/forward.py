@@ -1,17 +1,18 @@
 """The forward: hidden states of the positions that are asked for, and nothing computed that they do not need."""
 
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from rlhf_lightning.models.attention import install, installed, uninstall
-from rlhf_lightning.models.lora import base_of
+from rlhf_lightning.models.lora import base_of, is_quantised
 from rlhf_lightning.models.packing import Layout, Tree, group_trees, make_trees
 from rlhf_lightning.models.parts import evaluating
+from rlhf_lightning.models.precision import NARROW
 from rlhf_lightning.models.sharding import agreed, is_inside, is_split, through, whole
 
 log = logging.getLogger(__name__)
@@ -44,6 +45,8 @@ class Forward:
     def __init__(self, model: Any, decoder: Any, max_tokens: int | None = None) -> None:
         self.model, self.decoder, self.max_tokens = model, decoder, max_tokens
         self.config = base_of(model).config.get_text_config()
+        self.saving: Callable[[], AbstractContextManager[Any]] = nullcontext
+        """In which the model runs: decides what becomes of the activations that backward needs."""
         self._checked = {False: 0, True: 0}
         """Tokens up to which values have been compared, and gradients."""
         # At once, if only for a few tokens: an attention that cannot be replaced must not stay replaced.
@@ -71,7 +74,8 @@ class Forward:
         run = self._packed if self.packs else self._padded
         groups = group_trees(trees, budget)
         spare = agreed(len(groups), self.model) - len(groups)
-        parts = [run(input_ids, wanted, group) for group in groups]
+        with self.saving():
+            parts = [run(input_ids, wanted, group) for group in groups]
         states, rows, numbers = (torch.cat(part) for part in zip(*parts, strict=True))
         for _ in range(spare):
             # Where ranks go through the model together: its value is 0, but its backward goes along as well.
@@ -189,7 +193,7 @@ def _gradients(model: Any, total: Tensor) -> list[Tensor]:
 
 def tolerance(model: Any) -> float:
     """A relative difference that rounding explains."""
-    coarse = next(iter(model.parameters())).dtype in (torch.bfloat16, torch.float16)
+    coarse = next(iter(model.parameters())).dtype in NARROW or is_quantised(model)
     return 0.1 if coarse else 1e-3
 
 

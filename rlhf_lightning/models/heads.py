@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from rlhf_lightning.errors import ConfigError
-from rlhf_lightning.models.loading import is_adapter
+from rlhf_lightning.models.loading import HEADS, adapter_config, is_adapter, loading
 from rlhf_lightning.models.lora import base_of
 
 log = logging.getLogger(__name__)
@@ -15,21 +15,20 @@ log = logging.getLogger(__name__)
 
 def find_head(model: Any) -> nn.Module:
     """The score head of a sequence classifier; raises `ConfigError`."""
-    for name in ("score", "classifier", "classification_head"):
+    for name in HEADS:
         if isinstance(getattr(model, name, None), nn.Module):
             return getattr(model, name)
     raise ConfigError(f"{type(model).__name__} has no score head that is known; use SequenceLogprob as the scorer")
 
 
-def has_head(source: str) -> bool:
+def has_head(source: str, trust_remote_code: bool = False) -> bool:
     """Whether a model folder or Hub id holds a trained score head."""
     if is_adapter(source):
-        from peft import PeftConfig
-
-        return PeftConfig.from_pretrained(source).task_type == "SEQ_CLS"
+        return adapter_config(source).task_type == "SEQ_CLS"
     from transformers import AutoConfig
 
-    names = AutoConfig.from_pretrained(source).architectures or []
+    with loading(f"the model {source!r}"):
+        names = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code).architectures or []
     return any(name.endswith("ForSequenceClassification") for name in names)
 
 

@@ -1,19 +1,22 @@
 """Where models and tokenizers come from: a folder, a Hub id, or an object in hand; with or without LoRA."""
 
-import json
 import logging
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 from torch import nn
 
-from rlhf_lightning.errors import ConfigError
-from rlhf_lightning.files import hash_folder, write_json
-from rlhf_lightning.models.lora import LoRA, base_of
+from rlhf_lightning.errors import ConfigError, UserError
+from rlhf_lightning.files import hash_folder, read_object, write_json
+from rlhf_lightning.models.lora import LoRA, base_of, is_quantised
 from rlhf_lightning.models.sharding import layers_of
 
 log = logging.getLogger(__name__)
@@ -21,6 +24,17 @@ AUTO_CLASSES = {
     "CAUSAL_LM": "AutoModelForCausalLM",
     "SEQ_CLS": "AutoModelForSequenceClassification",
 }
+HEADS = ("score", "classifier", "classification_head")
+LOAD_ERRORS = (
+    OSError,
+    ValueError,
+    KeyError,
+    TypeError,
+    AttributeError,
+    RuntimeError,
+    SafetensorError,
+    StrictDataclassError,
+)
 
 
 @dataclass
@@ -51,28 +65,38 @@ class Start:
             ConfigError: nothing there, or not loadable.
         """
         if isinstance(self.source, nn.Module):
+            if self._quantised and not is_quantised(self.source):
+                raise ConfigError("lora.quantize: the model is an object; load it quantised, or give its folder")
             return self._with_lora(self.source)
         folder = check_source(self.source)
         if not is_adapter(folder):
             return self._with_lora(self._pretrained(folder))
         return self._from_adapter(Path(folder), workdir)
 
-    def _from_adapter(self, folder: Path, workdir: Path | None) -> nn.Module:
-        from peft import PeftConfig, PeftModel
+    @property
+    def _quantised(self) -> bool:
+        return self.lora is not None and self.lora.quantize is not None
 
-        config = PeftConfig.from_pretrained(folder)
+    def _from_adapter(self, folder: Path, workdir: Path | None) -> nn.Module:
+        config = adapter_config(folder)
         base_path, task = adapter_base(folder), str(config.task_type)
+        if self._quantised and task == self.task:
+            quantised = self._pretrained(base_path)
+            if self.lora and self.lora.continues(config, quantised):
+                log.info("continuing the adapter of %s", folder)
+                return with_adapter(quantised, folder, is_trainable=True)
+            del quantised
         # Merged in float32: in a lower precision the sum of base and update would be rounded twice.
         base = Start(base_path, task, dtype="float32", options=self.options)._pretrained(base_path)
         dtype = getattr(torch, self.dtype)
-        if self.lora and task == self.task and self.lora.continues(config, base):
+        if self.lora and not self._quantised and task == self.task and self.lora.continues(config, base):
             log.info("continuing the adapter of %s", folder)
-            return PeftModel.from_pretrained(base.to(dtype), folder, is_trainable=True)
-        merged = merge(PeftModel.from_pretrained(base, folder)).to(dtype)
-        if workdir is None and task == self.task:
+            return with_adapter(base.to(dtype), folder, is_trainable=True)
+        merged = merge(with_adapter(base, folder)).to(dtype)
+        if workdir is None and task == self.task and not self._quantised:
             return self._with_lora(merged)
         if workdir is None:
-            raise ConfigError(f"{folder} is an adapter; merge it first to use it as {self.task}")
+            raise ConfigError(f"{folder} is an adapter; merge it first (rlhf export) to use it as {self.task}")
         log.info("merging the adapter %s into %s", folder, workdir / "merged")
         _write_once(merged, workdir / "merged", hash_folder(folder))
         return self._with_lora(self._pretrained(str(workdir / "merged")))
@@ -83,14 +107,21 @@ class Start:
         auto = getattr(transformers, AUTO_CLASSES[self.task])
         # An adapter remembers the path of its base: a relative one would hold only in this working directory.
         source = str(Path(source).resolve()) if Path(source).is_dir() else source
-        options = dict(self.options)
+        # Said, since transformers would otherwise ask at the terminal.
+        options = {"trust_remote_code": False, **self.options, **(self.lora.quantization() if self.lora else {})}
         if self.task == "SEQ_CLS":
             options["num_labels"] = 1
-        try:
-            return auto.from_pretrained(source, dtype=getattr(torch, self.dtype), **options)
-        except (OSError, ValueError, KeyError) as error:
-            reason = str(error).strip().splitlines()[0]
-            raise ConfigError(f"the model {source!r} cannot be loaded: {reason}") from error
+        with loading(f"the model {source!r}"):
+            model, info = auto.from_pretrained(
+                source, dtype=getattr(torch, self.dtype), output_loading_info=True, **options
+            )
+        # A head of scores may be new. Anything else that is missing was given random weights, with but a warning.
+        if missing := [n for n in info["missing_keys"] if self.task != "SEQ_CLS" or n.split(".")[0] not in HEADS]:
+            raise ConfigError(
+                f"the model {source!r} lacks {len(missing)} of its weights (for example {sorted(missing)[0]}): its "
+                "files are incomplete, or config.json is that of another model"
+            )
+        return model
 
     def _with_lora(self, model: Any) -> nn.Module:
         if self.lora is None:
@@ -117,9 +148,54 @@ def _write_once(model: Any, folder: Path, source: str) -> None:
         shutil.rmtree(scratch)
 
 
+@contextmanager
+def loading(what: str) -> Iterator[None]:
+    """Say of a failed load what could not be loaded: the libraries raise almost anything for a damaged folder."""
+    try:
+        yield
+    except UserError:
+        raise
+    except LOAD_ERRORS as error:
+        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        if "ignore_mismatched_sizes" in reason:  # transformers writes which ones to its log only
+            reason = "weights of other shapes than config.json says"
+        if "trust_remote_code" in str(error):
+            reason = "it brings code; to run that, set model.model_options: {trust_remote_code: true}"
+        raise ConfigError(f"{what} cannot be loaded: {reason}. Restore its files, or name another.") from error
+
+
+def adapter_config(folder: Path | str) -> Any:
+    """peft's config of an adapter; raises `ConfigError`."""
+    from peft import PeftConfig
+
+    if Path(folder).is_dir():
+        read_object(Path(folder) / "adapter_config.json")
+    with loading(f"the adapter {str(folder)!r}"):
+        return PeftConfig.from_pretrained(folder)
+
+
+def with_adapter(base: Any, folder: Path | str, **options: Any) -> Any:
+    """A base with an adapter; raises `ConfigError` where it does not fit, or weights of it are missing."""
+    from peft import PeftModel, get_peft_model_state_dict
+    from safetensors import safe_open
+
+    weights = Path(folder) / "adapter_model.safetensors"
+    with loading(f"the adapter {str(folder)!r}"):
+        model = PeftModel.from_pretrained(base, folder, **options)
+        if not weights.exists():
+            return model
+        with safe_open(weights, "pt") as stored:
+            missing = set(get_peft_model_state_dict(model, save_embedding_layers=False)) - set(stored.keys())
+    if missing:
+        raise ConfigError(
+            f"the adapter {str(folder)!r} lacks {len(missing)} weights (for example {sorted(missing)[0]})"
+        )
+    return model
+
+
 def _merged_from(folder: Path) -> str | None:
     path = folder / "merged_from.json"
-    return json.loads(path.read_text())["adapter"] if path.is_file() else None
+    return read_object(path).get("adapter") if path.is_file() else None
 
 
 def check_source(source: Any) -> str:
@@ -135,7 +211,8 @@ def check_source(source: Any) -> str:
     if looks_local and not path.exists():
         raise ConfigError(f"model {text!r}: no such folder (seen from {Path.cwd()})")
     if path.is_dir() and not any((path / name).exists() for name in ("config.json", "adapter_config.json")):
-        raise ConfigError(f"model {text!r}: the folder has neither config.json nor adapter_config.json")
+        inside = f"; did you mean {path / 'model'}?" if (path / "model").is_dir() else ""
+        raise ConfigError(f"model {text!r}: the folder has neither config.json nor adapter_config.json{inside}")
     return text
 
 
@@ -146,18 +223,23 @@ def is_adapter(source: str) -> bool:
 
 def adapter_base(folder: Path) -> str:
     """The base of an adapter; where a run was moved, the place that `stage.json` gives relative to the folder."""
-    base = json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
+    base = read_object(folder / "adapter_config.json").get("base_model_name_or_path")
+    if not isinstance(base, str) or not base:
+        raise ConfigError(f"{folder}: adapter_config.json names no base (base_model_name_or_path is {base!r})")
     relative = read_stage(folder).get("base")
     if relative and not Path(base).exists() and (folder / relative).exists():
         base = str((folder / relative).resolve())
-    return check_source(base)
+    try:
+        return check_source(base)
+    except ConfigError as error:
+        raise ConfigError(f"{folder} is an adapter, and its base is not there: {error}") from None
 
 
 def read_stage(folder: Any) -> dict[str, Any]:
     """The `stage.json` of a model folder (beside it or in it), or nothing."""
     for path in (Path(str(folder)) / "stage.json", Path(str(folder)).parent / "stage.json"):
         if path.is_file():
-            return json.loads(path.read_text())
+            return read_object(path)
     return {}
 
 
@@ -178,10 +260,8 @@ def load_for_scoring(folder: str, task: str, dtype: str = "float32") -> Any:
     """A saved model, not to be trained. An adapter stays unmerged: its numbers are then those it had in training."""
     if not is_adapter(folder):
         return Start(folder, task, dtype=dtype).load().eval()
-    from peft import PeftModel
-
     base = Start(adapter_base(Path(folder)), task, dtype=dtype).load()
-    return PeftModel.from_pretrained(base, folder).eval()
+    return with_adapter(base, folder).eval()
 
 
 def check_vocabulary(model: Any, tokenizer: Any, name: str = "the model") -> None:

@@ -3,8 +3,10 @@
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from rlhf_lightning.errors import ConfigError
@@ -22,18 +24,44 @@ class LoRA:
         alpha: the update is scaled by alpha / rank.
         dropout: on the input of the adapters, in SFT; the other stages compute without dropout.
         target: any of `attention`, `mlp`, `unembedding`, `all` (the three), or names of layers.
+        quantize: `nf4` or `fp4` keeps the linear layers that are not trained in 4 bits (QLoRA, arXiv 2305.14314), with
+            their scales in 8 bits, and computes in bfloat16. On CUDA, with bitsandbytes.
     """
 
     rank: int = 16
     alpha: float = 32.0
     dropout: float = 0.0
     target: list[str] = field(default_factory=lambda: ["attention", "mlp"])
+    quantize: str | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.target, str):
             self.target = [self.target]
         if self.rank < 1:
             raise ConfigError(f"lora.rank is {self.rank}; it must be at least 1")
+        if self.quantize not in (None, "nf4", "fp4"):
+            raise ConfigError(f"lora.quantize is {self.quantize!r}; nf4, fp4, or nothing")
+
+    def quantization(self) -> dict[str, Any]:
+        """What `from_pretrained` needs to load the base quantised; raises `ConfigError` where that cannot be done."""
+        if self.quantize is None:
+            return {}
+        if not torch.cuda.is_available():
+            raise ConfigError(
+                f"lora.quantize: {self.quantize} runs on CUDA, and there is no CUDA device here; leave it out to train "
+                "the adapter on weights that are not quantised"
+            )
+        if find_spec("bitsandbytes") is None:
+            raise ConfigError("lora.quantize needs bitsandbytes: pip install 'rlhf-lightning[cuda]'")
+        from transformers import BitsAndBytesConfig
+
+        config = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type=self.quantize,
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch.bfloat16,
+        )
+        return {"quantization_config": config}
 
     def config(self, model: nn.Module, task_type: str) -> Any:
         """peft's `LoraConfig` for this model; raises `ConfigError` where a target is not found."""
@@ -82,6 +110,19 @@ def base_of(model: Any) -> Any:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
+def is_quantised(model: Any) -> bool:
+    """Whether linear layers of a model are in 4 bits."""
+    return bool(getattr(base_of(model), "is_loaded_in_4bit", False))
+
+
+def _dequantised(parameter: nn.Parameter) -> Tensor:
+    if not hasattr(parameter, "quant_state"):
+        return parameter.detach()
+    from peft.utils.integrations import dequantize_bnb_weight
+
+    return dequantize_bnb_weight(parameter).detach()
+
+
 def named_weights(model: Any) -> Iterator[tuple[str, Tensor]]:
     """The weights under the names that the Hugging Face model gives them, one at a time, adapters added in."""
     base = base_of(model)
@@ -97,7 +138,7 @@ def named_weights(model: Any) -> Iterator[tuple[str, Tensor]]:
         seen.add(id(parameter))
         if tied or any(part in name for part in (".lora_A.", ".lora_B.", ".lora_embedding_", ".lora_magnitude_")):
             continue
-        value = parameter.detach()
+        value = _dequantised(parameter)
         if name in updates:
             value = value + updates[name].get_delta_weight("default").detach().to(value.dtype)
         # Of weights that are split over ranks, one at a time is gathered.

@@ -1,16 +1,20 @@
 """The frozen policy that KL is measured against: the one the stage started from."""
 
 import copy
+import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from rlhf_lightning.models.loading import disable_dropout
+from rlhf_lightning.models.offload import Place
 from rlhf_lightning.models.scoring import TokenScorer
 from rlhf_lightning.models.sharding import assign, whole
+
+log = logging.getLogger(__name__)
 
 
 class Reference(nn.Module):
@@ -22,9 +26,18 @@ class Reference(nn.Module):
     Args:
         model: the policy as the stage starts it. fresh_adapter: whether its LoRA adapter was made by this stage.
         max_tokens: computed at once, see `Forward`. moves: whether `refresh` will be called.
+        device, offload: where a copy of the whole model is, see `Place`.
     """
 
-    def __init__(self, model: Any, fresh_adapter: bool, max_tokens: int | None = None, moves: bool = False) -> None:
+    def __init__(
+        self,
+        model: Any,
+        fresh_adapter: bool,
+        max_tokens: int | None = None,
+        moves: bool = False,
+        device: str | None = None,
+        offload: bool = False,
+    ) -> None:
         super().__init__()
         # A disabled adapter is the start, and nothing later.
         disabled = fresh_adapter and not moves
@@ -36,23 +49,44 @@ class Reference(nn.Module):
             _copy_adapter(model)
         # Not registered: the policy belongs to the module that trains it.
         self._policy = [model]
+        self._put(device, offload)
         self._scorer = TokenScorer(self.copy if self.copy is not None else model, max_tokens)
 
+    def _put(self, device: str | None, offload: bool) -> None:
+        self._place: Place | None = None
+        if device is None and not offload:
+            return
+        if self.copy is None:
+            log.info(
+                "kl.device, kl.offload: the reference is the policy with another adapter, and has no weights to move"
+            )
+            return
+        self._place = Place(self.copy, device, offload)
+
     @classmethod
-    def of(cls, model: Any, max_tokens: int | None = None) -> "Reference":
+    def of(
+        cls, model: Any, max_tokens: int | None = None, device: str | None = None, offload: bool = False
+    ) -> "Reference":
         """A model that nobody trains, as the reference."""
         reference = cls.__new__(cls)
         nn.Module.__init__(reference)
         disable_dropout(model)
         reference.mode, reference.copy = "copy", model.requires_grad_(False).eval()
+        reference._put(device, offload)
         reference._policy, reference._scorer = [model], TokenScorer(model, max_tokens)
         return reference
 
     @torch.no_grad()
     def logprobs(self, input_ids: Tensor, mask: Tensor, temperature: float = 1.0) -> Tensor:
         """`[B, T]`, nats, 0 where the mask is 0."""
-        with self._active():
-            return self._scorer(input_ids, mask, temperature).logprobs
+        here = input_ids.device
+        with self._active(), self._place.there() if self._place else nullcontext(here) as device:
+            return self._scorer(input_ids.to(device), mask.to(device), temperature).logprobs.to(here)
+
+    @property
+    def parts_to_split(self) -> list[nn.Module]:
+        """A copy that stays where it is: one that is moved to and fro is whole on every rank."""
+        return [] if self.copy is None or self._place else [self.copy]
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Names and tensors that it computes with: without those of an adapter that is trained."""

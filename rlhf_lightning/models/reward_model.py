@@ -1,6 +1,6 @@
 """Scoring text or tokens with a scorer: in the preference module, by hand, and as a reward."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from rlhf_lightning.data.tokenizers import load_tokenizer
 from rlhf_lightning.errors import ConfigError
 from rlhf_lightning.models.heads import has_head
 from rlhf_lightning.models.loading import check_source, check_vocabulary, disable_dropout, load_for_scoring, read_stage
+from rlhf_lightning.models.precision import sparing
 from rlhf_lightning.models.scorers import ImplicitReward, RewardHead, Scorer, scorer_of
 
 Text = str | list[Message]
@@ -94,6 +95,10 @@ class RewardModel(nn.Module):
         self.frozen = self.scorer.frozen
         check_vocabulary(self.model, self.tokenizer, f"the reward model {folder}")
         self.model.requires_grad_(False).eval()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "RewardModel":
+        # Of the type that was asked for, whatever the policy beside it is cast to.
+        return super()._apply(sparing(fn, lambda tensor: True), recurse)
 
     @property
     def device(self) -> torch.device:

@@ -1,5 +1,6 @@
 """Model folders: what a stage leaves behind, in the form that stock transformers and peft open."""
 
+import copy
 import json
 import os
 import shutil
@@ -7,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from rlhf_lightning.files import read_object
 from rlhf_lightning.models.loading import is_adapter
 
 
@@ -46,7 +48,9 @@ def _save_scoring_base(model: Any, scratch: Path, folder: Path) -> None:
     a padding token that also ends responses, stock pooling would read the token before the last.
     """
     base = Path(model.peft_config["default"].base_model_name_or_path or "")
-    config = model.get_base_model().config
+    config = copy.deepcopy(model.get_base_model().config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config  # the weights beside it are those before quantising
     stored = json.loads((base / "config.json").read_text()) if (base / "config.json").is_file() else {}
     if not stored or getattr(config, "vocab_size", None) != stored.get("vocab_size"):
         return  # a Hub id, or a padding token that the base's weights have no row for: see docs/preference.md
@@ -75,7 +79,7 @@ def relative_base(folder: Path) -> str | None:
     """The base of an adapter folder relative to it, where that is a folder on this machine."""
     if not is_adapter(str(folder)):
         return None
-    base = Path(json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"])
+    base = Path(str(read_object(folder / "adapter_config.json").get("base_model_name_or_path")))
     return os.path.relpath(base, folder) if base.is_dir() else None
 
 

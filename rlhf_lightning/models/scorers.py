@@ -1,5 +1,7 @@
 """Scorers: what number a (prompt, response) gets. The same object scores in training, by hand and as an RL reward."""
 
+import itertools
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +16,7 @@ from rlhf_lightning.models.heads import find_head, pad_token
 from rlhf_lightning.models.loading import load_for_scoring, read_stage
 from rlhf_lightning.models.lora import base_of
 from rlhf_lightning.models.packing import prefix_lengths
+from rlhf_lightning.models.precision import NARROW
 from rlhf_lightning.models.reference import Reference
 from rlhf_lightning.models.scoring import TokenScorer
 from rlhf_lightning.models.sharding import through
@@ -209,6 +212,8 @@ class RewardHead(Scorer):
         base = base_of(model)
         self.backbone = base.base_model
         self.head = find_head(base)
+        if next(self.head.parameters()).dtype in NARROW:
+            self.head.float()
         self.forward = Forward(model, self.backbone, self.max_tokens)
         # Stock pooling looks for the last token that is not padding: that must not be one that ends a response.
         pad = pad_token(tokenizer, stop_token_ids)
@@ -246,15 +251,37 @@ def scorer_of(folder: Any) -> Scorer:
     settings = stage.get("scorer")
     if settings is None:
         return RewardHead()
-    module, _, name = settings["class_path"].rpartition(".")
-    found = getattr(import_module(module), name, None)
+    try:
+        module, _, name = settings["class_path"].rpartition(".")
+        _refuse_own_code(Path(folder), module)
+        found, arguments = getattr(import_module(module), name, None), dict(settings["init_args"])
+    except (TypeError, KeyError, AttributeError, ValueError, ImportError) as error:
+        raise ConfigError(
+            f"stage.json of {folder}: its scorer is {settings!r}, which names no class ({error})"
+        ) from None
     # A model folder may come from anyone: nothing but a scorer is called.
     if not (isinstance(found, type) and issubclass(found, Scorer)):
         raise ConfigError(f"stage.json of {folder} names {settings['class_path']!r} as its scorer, which is none")
-    arguments = dict(settings["init_args"])
     if arguments.get("reference"):
         arguments["reference"] = _reference_of(Path(folder), arguments["reference"], stage.get("reference"))
     return found(**arguments)
+
+
+def _refuse_own_code(folder: Path, module: str) -> None:
+    """Raise `ConfigError` where importing a module would run code of the model folder itself, or of its run.
+
+    The current folder can be imported from, and a model may have been downloaded into it.
+    """
+    own = [place.resolve() for place in (folder, folder.parent) if place.resolve() != Path.cwd()]
+    names = module.split(".")
+    for root, end in itertools.product(sys.path, range(1, len(names) + 1)):
+        place = Path(root or ".", *names[:end])
+        for file in (place / "__init__.py", place.with_name(f"{place.name}.py")):
+            if file.is_file() and any(file.resolve().is_relative_to(one) for one in own):
+                raise ConfigError(
+                    f"stage.json of {folder} names a scorer in {file}, which came with the model; put the code where "
+                    "your own is, once you have read it"
+                )
 
 
 def _reference_of(folder: Path, named: str, relative: str | None) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from rlhf_lightning.errors import ConfigError
-from rlhf_lightning.models.lora import base_of
+from rlhf_lightning.models.lora import base_of, is_quantised
 
 WHOLE, SUMMED = "replicate", "replicated_with_grad_allreduce"
 """Weights that every rank has. Of the second kind each rank sees its own heads only, so that gradients are to be added
@@ -61,6 +61,8 @@ def layer_styles(model: Any, size: int) -> dict[nn.Module, str]:
         raise ConfigError(f"tensor parallel: transformers has no plan for {name}; set tensor_parallel_size: 1")
     if odd := sorted(set(plan.values()) - STYLES):
         raise ConfigError(f"tensor parallel: the plan of {name} has {', '.join(odd)}, which is not supported here")
+    if is_quantised(model):
+        raise ConfigError("tensor parallel: lora.quantize was never tried with it; leave one of them out")
     _check(model, base.config.get_text_config(), size)
     found: dict[nn.Module, str] = {}
     for path, module in base.named_modules():

@@ -19,8 +19,10 @@ from rlhf_lightning.data.rendering import Renderer
 from rlhf_lightning.data.tokenizers import load_tokenizer
 from rlhf_lightning.errors import ConfigError
 from rlhf_lightning.models.forward import Forward
-from rlhf_lightning.models.loading import Start, check_vocabulary, compile_layers
+from rlhf_lightning.models.loading import Start, check_source, check_vocabulary, compile_layers
 from rlhf_lightning.models.lora import LoRA
+from rlhf_lightning.models.offload import ActivationOffload
+from rlhf_lightning.models.precision import cast_weights_only, weights_alone
 from rlhf_lightning.models.saving import save_model
 from rlhf_lightning.models.sharding import split, whole_weights
 from rlhf_lightning.modules.schedules import Warmup
@@ -47,11 +49,15 @@ class RLHFModule(pl.LightningModule):
         max_tokens_per_batch: tokens that the model computes at once. A step's rows run in groups under this budget
             inside one graph; by default what was measured to be fast, 2,048 on a CPU and 16,384 elsewhere.
         gradient_checkpointing: compute each layer's activations again in backward instead of keeping them.
+        activation_offload: keep what backward needs in the memory of the CPU, where the model is on a GPU; with
+            gradient_checkpointing that is only the input of each layer.
         compile: compile the layers of the model with `torch.compile`.
     """
 
     task = "CAUSAL_LM"
     stage_kind = ""
+    takes: tuple[str, ...] = ("input_ids", "mask")
+    """What a batch of training must have."""
 
     def __init__(
         self,
@@ -65,6 +71,7 @@ class RLHFModule(pl.LightningModule):
         model_options: dict[str, Any] | None = None,
         max_tokens_per_batch: int | None = None,
         gradient_checkpointing: bool = False,
+        activation_offload: bool = False,
         compile: bool = False,
     ) -> None:
         super().__init__()
@@ -76,7 +83,7 @@ class RLHFModule(pl.LightningModule):
         if max_tokens_per_batch is not None and max_tokens_per_batch < 1:
             raise ConfigError(f"model.max_tokens_per_batch is {max_tokens_per_batch}; it must be at least 1")
         self.max_tokens_per_batch, self.gradient_checkpointing = max_tokens_per_batch, gradient_checkpointing
-        self.compiles_layers = compile
+        self.activation_offload, self.compiles_layers = activation_offload, compile
         self.optimizer_factory, self.scheduler_factory = optimizer or self._default_optimizer, lr_scheduler
         self._tokenizer_source, self._chat_template = tokenizer, chat_template
         self._tokenizer: Any = None
@@ -96,6 +103,8 @@ class RLHFModule(pl.LightningModule):
     def tokenizer(self) -> Any:
         """The tokenizer of the model, with its chat template."""
         if self._tokenizer is None:
+            if isinstance(self.start_source, str):
+                check_source(self.start_source)
             trust = {k: v for k, v in self.model_options.items() if k == "trust_remote_code"}
             self._tokenizer = load_tokenizer(self.start_source, self._tokenizer_source, self._chat_template, **trust)
         return self._tokenizer
@@ -109,6 +118,16 @@ class RLHFModule(pl.LightningModule):
             self._renderer = shared or Renderer.suited(self.tokenizer)
         return self._renderer
 
+    def setup(self, stage: str) -> None:
+        weights_alone(self.trainer.precision_plugin)
+
+    def heads(self) -> list[nn.Module]:
+        """Score and value heads, which stay in float32 under any precision."""
+        return []
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "RLHFModule":
+        return super()._apply(cast_weights_only(fn, self, self.heads()), recurse)
+
     def configure_model(self) -> None:
         """Load the model, once: Lightning calls this before every command and when loading a checkpoint."""
         if self.model is not None:
@@ -118,16 +137,19 @@ class RLHFModule(pl.LightningModule):
         self.model = start.load(workdir)
         self.fresh_adapter = start.fresh_adapter
         check_vocabulary(self.model, self.tokenizer)
-        if self.gradient_checkpointing:
-            self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         self.build()
+        for part in self.forward_passes():
+            if self.gradient_checkpointing:
+                part.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            if self.activation_offload:
+                part.saving = ActivationOffload
         if self.compiles_layers:
             if self._device_mesh is not None and self._device_mesh["tensor_parallel"].size() > 1:
                 raise ConfigError("model.compile was never tried with tensor parallel: set one of them off")
             compile_layers(self.model)
         if self._device_mesh is not None:
-            for part in self.parts_to_split():
-                split(part, self._device_mesh)
+            for model in self.parts_to_split():
+                split(model, self._device_mesh)
             for metric in self.modules():
                 if isinstance(metric, Metric):  # which counts each row once
                     metric.process_group = self._device_mesh["data_parallel"].get_group()
@@ -150,6 +172,10 @@ class RLHFModule(pl.LightningModule):
     def forward_pass(self) -> Forward:
         """What runs the trained model."""
 
+    def forward_passes(self) -> list[Forward]:
+        """What runs each model that is trained."""
+        return [self.forward_pass]
+
     # -- optimizer ------------------------------------------------------------------------------------------------
 
     def _default_optimizer(self, parameters: Iterable[Any]) -> Optimizer:
@@ -163,10 +189,13 @@ class RLHFModule(pl.LightningModule):
         return [p for p in self.parameters() if p.requires_grad]
 
     def configure_optimizers(self) -> Any:
-        optimizer = self.optimizer_factory(self.parameter_groups())
-        if self.scheduler_factory is None:
+        try:
+            optimizer = self.optimizer_factory(self.parameter_groups())
+            scheduler = self.scheduler_factory(optimizer) if self.scheduler_factory else None
+        except (TypeError, ValueError) as error:
+            raise ConfigError(f"model.optimizer or model.lr_scheduler cannot be made: {error}") from error
+        if scheduler is None:
             return optimizer
-        scheduler = self.scheduler_factory(optimizer)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def on_fit_start(self) -> None:
@@ -174,6 +203,8 @@ class RLHFModule(pl.LightningModule):
         for metric in self.modules():
             if isinstance(metric, Metric):
                 metric.reset()
+        if (clip := self.trainer.gradient_clip_val) is not None and clip < 0:
+            raise ConfigError(f"trainer.gradient_clip_val is {clip}: gradients would be turned round; 0 or above")
         if longest := self.longest_row():
             self.forward_pass.check(longest)
 
@@ -188,6 +219,17 @@ class RLHFModule(pl.LightningModule):
         for config in self.trainer.lr_scheduler_configs:
             if isinstance(config.scheduler, Warmup) and config.scheduler.total_steps is None:
                 config.scheduler.set_total_steps(int(self.trainer.estimated_stepping_batches))
+
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Refuse what another loader's batches lack, by name."""
+        has = list(batch) if isinstance(batch, dict) else []
+        if self.trainer.training and (missing := [name for name in self.takes if name not in has]):
+            raise ConfigError(
+                f"{type(self).__name__} takes batches that are dicts with {', '.join(self.takes)}; {missing[0]} is "
+                f"missing in this one, which is a {type(batch).__name__} of {', '.join(map(str, has)) or 'no names'}. "
+                "docs/reuse.md says how to make them"
+            )
+        return batch
 
     # -- loss -----------------------------------------------------------------------------------------------------
 
@@ -220,6 +262,22 @@ class RLHFModule(pl.LightningModule):
         # Where weights are split, the strategy loads them, and has asked before.
         if "state_dict" in checkpoint:
             self.check_names(set(checkpoint["state_dict"]))
+            self._check_content(checkpoint)
+
+    def _check_content(self, checkpoint: dict[str, Any]) -> None:
+        weights = checkpoint["state_dict"]
+        for name, parameter in self.named_parameters(remove_duplicate=False):
+            if name in weights and weights[name].shape != parameter.shape:
+                raise ConfigError(
+                    f"the checkpoint is not of this stage and settings: {name} is "
+                    f"{list(weights[name].shape)} there and {list(parameter.shape)} here"
+                )
+        lacking = [key for key in ("loops", "optimizer_states", "lr_schedulers") if key not in checkpoint]
+        if lacking and self._trainer is not None and self._trainer.state.fn == "fit":
+            raise ConfigError(
+                f"the checkpoint has no {lacking[0]}: it holds weights only, and fit cannot go on from it. "
+                "Start a new stage from a model folder instead."
+            )
 
     def check_names(self, found: set[str]) -> None:
         """Raise `ConfigError` where a checkpoint does not hold the weights that are trained."""

@@ -15,10 +15,11 @@ def make_reference(module: Any, kl: KLPenalty) -> Reference:
     """The policy as the stage starts it, or the model that is named; raises `ConfigError`."""
     budget = module.max_tokens_per_batch
     if kl.reference is None:
-        return Reference(module.model, module.fresh_adapter, budget, moves=bool(kl.refresh_every))
+        moves = bool(kl.refresh_every)
+        return Reference(module.model, module.fresh_adapter, budget, moves, kl.device, kl.offload)
     model = load_for_scoring(kl.reference, module.task, module.dtype_name)
     check_vocabulary(model, module.tokenizer, "the reference")
-    return Reference.of(model, budget)
+    return Reference.of(model, budget, kl.device, kl.offload)
 
 
 def critic_values(module: Any, ids: Tensor, mask: Tensor, scores: TokenScores | None = None) -> Tensor:

@@ -68,6 +68,7 @@ class PolicyRLModule(RLHFModule):
     """
 
     stage_kind = "policy"
+    takes = ("input_ids", "mask", "old_logprobs", "advantages")
 
     def __init__(
         self,
@@ -137,12 +138,20 @@ class PolicyRLModule(RLHFModule):
     def parts_to_split(self) -> list[Any]:
         own = [] if self.critic is None or self.critic.shared else [self.critic.backbone]
         head = [] if self.critic is None else [self.critic.head]
-        copied = [] if self.reference is None or self.reference.copy is None else [self.reference.copy]
-        return [self.model, *own, *head, *copied]
+        return [self.model, *own, *head, *(self.reference.parts_to_split if self.reference else [])]
 
     @property
     def forward_pass(self) -> Forward:
         return self.tokens.forward
+
+    def forward_passes(self) -> list[Forward]:
+        own = self.critic is not None and not self.critic.shared
+        return [self.forward_pass, *([self.critic.forward_pass] if self.critic is not None and own else [])]
+
+    def heads(self) -> list[nn.Module]:
+        # Also asked for after a failure half-way through `build`.
+        head = getattr(self.critic, "head", None)
+        return [] if head is None else [head]
 
     def longest_row(self) -> int:
         longest = super().longest_row()

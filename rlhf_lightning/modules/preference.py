@@ -34,10 +34,11 @@ class PreferenceModule(RLHFModule):
         loss: what to do with the numbers: a loss of pairs (Bradley-Terry by default), labels or rankings.
         freeze_backbone: train the reward head only; the remedy where it over-fits.
 
-    A batch is a dict: `input_ids`, `mask` `[N, T]` and `lengths` `[N]`; `weights` `[B]`. Of pairs N is 2B, chosen rows
-    first, and `margin` and `ties` are `[B]`; of labels N is B and `labels` `[B]`; of rankings `ranking` and `ranks`
-    are `[N]`. Logs `loss`, `accuracy`, `margin`, `chosen_score`, `rejected_score` and more (docs/preference.md) under
-    `train/`, `val/` and `test/`.
+    A batch is a dict: `input_ids` and `mask` `[N, T]`, 1 on the response; and, where the loader knows them, `lengths`
+    `[N]` and `weights` `[B]`, 0 for a row that only fills a rank's place. Of pairs N is 2B, chosen rows first, and
+    `margin` and `ties`, which may be left out, are `[B]`; of labels N is B and `labels` `[B]`; of rankings `ranking`
+    and `ranks` are `[N]`. Logs `loss`, `accuracy`, `margin`, `chosen_score`, `rejected_score` and more
+    (docs/preference.md) under `train/`, `val/` and `test/`.
     """
 
     stage_kind = "preference"
@@ -64,18 +65,19 @@ class PreferenceModule(RLHFModule):
 
     def setup(self, stage: str) -> None:
         """Refuse, before anything is loaded, what the loss cannot be trained with."""
+        super().setup(stage)
         schedules = any(isinstance(c, GradientAccumulationScheduler) for c in self.trainer.callbacks)  # type: ignore[attr-defined]
         if stage == "fit" and self.loss.couples and (self.trainer.accumulate_grad_batches != 1 or schedules):
             raise ConfigError(
                 f"{type(self.loss).__name__} compares the rows of a whole optimizer step with each other, so they must "
-                "be in one batch: set trainer.accumulate_grad_batches to 1 and raise data.batch_size (memory is "
-                "bounded by model.max_tokens_per_batch, not by the batch)"
+                "be in one batch: set trainer.accumulate_grad_batches to 1 and raise data.batch_size "
+                "(model.gradient_checkpointing keeps its memory small)"
             )
 
     def build(self) -> None:
         source = self.start_source
         # A model in hand is a classifier already: its head is the user's.
-        if isinstance(self.scorer, RewardHead) and not (isinstance(source, nn.Module) or has_head(str(source))):
+        if isinstance(self.scorer, RewardHead) and not (isinstance(source, nn.Module) or self._has_head()):
             init_head(self.model)
         disable_dropout(self.model)
         self._check_reference()
@@ -85,13 +87,19 @@ class PreferenceModule(RLHFModule):
         if self.freeze_backbone:
             self.model.base_model.requires_grad_(False)
 
+    def _has_head(self) -> bool:
+        return has_head(str(self.start_source), bool(self.model_options.get("trust_remote_code")))
+
     def parts_to_split(self) -> list[Any]:
-        copied = getattr(self.frozen, "copy", None)
-        return [self.model, *([] if copied is None else [copied])]
+        return [self.model, *getattr(self.frozen, "parts_to_split", [])]
 
     @property
     def forward_pass(self) -> Forward:
         return self.scorer.forward
+
+    def heads(self) -> list[nn.Module]:
+        head = getattr(self.scorer, "head", None)
+        return [] if head is None else [head]
 
     def _check_reference(self) -> None:
         """The folder that `fit` writes must not be the one that scores are measured from; a trained one says what was.
@@ -128,7 +136,8 @@ class PreferenceModule(RLHFModule):
                 self.frozen = self.scorer.frozen
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
-        named, weights = self._named(batch), batch["weights"]
+        named = self._named(batch)
+        weights = self._weights(batch, named)
         if self.loss.couples:
             kept = weights > 0
             there = {name: value[kept] for name, value in named.items()}
@@ -151,12 +160,24 @@ class PreferenceModule(RLHFModule):
             shared = torch.stack(batch["mask"].sum(-1).chunk(2)).amin(0)
             batch = {**batch, "shared_lengths": torch.cat([shared, shared])}
         # One forward for all sides, so that they are computed alike.
-        named = name_rows(self.loss.kind, self.scorer.detailed(batch), batch)
+        named = self._scored(batch)
         if "mismatched" in batch and "mismatched" in self._wanted:
             with torch.no_grad():
                 named["mismatched"] = self.scorer(batch["mismatched"])
         own = self._wanted.keys() & batch.keys() - named.keys()  # columns of a loader of the user's
         return named | {name: batch[name].to(batch["mask"].dtype) for name in own if isinstance(batch[name], Tensor)}
+
+    def _scored(self, batch: dict[str, Any]) -> Named:
+        """Scores of each row; it is as long as its response reaches, where the batch does not say it."""
+        if "lengths" not in batch:
+            places = torch.arange(1, batch["mask"].shape[1] + 1, device=batch["mask"].device)
+            batch = {**batch, "lengths": (places * (batch["mask"] != 0)).amax(-1)}
+        return name_rows(self.loss.kind, self.scorer.detailed(batch), batch)
+
+    def _weights(self, batch: dict[str, Any], rows: Named) -> Tensor:
+        """1 for each row `[B]` that is one; a loader of the user's has no rows that only fill a rank's place."""
+        first = rows[self.loss.inputs[0]]
+        return batch["weights"] if "weights" in batch else first.new_ones(len(first))
 
     def _losses(self, rows: Named) -> Tensor:
         """The loss of each row, `[B]`."""
@@ -177,7 +198,7 @@ class PreferenceModule(RLHFModule):
         table: Any = self.tables[f"{name}_"]
         if self.loss.kind == "rankings":
             named = {**named, "loss": self._losses(named)}
-        table.update(named, batch["weights"], batch.get("category"), batch.get("category_names"))
+        table.update(named, self._weights(batch, named), batch.get("category"), batch.get("category_names"))
 
     def on_validation_epoch_end(self) -> None:
         self._report("val")
@@ -201,7 +222,8 @@ class PreferenceModule(RLHFModule):
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> list[dict[str, Any]]:
         """The scores of each row."""
-        named, kept = name_rows(self.loss.kind, self.scorer.detailed(batch), batch), batch["weights"] > 0
+        named = self._scored(batch)
+        kept = self._weights(batch, named) > 0
         if self.loss.kind == "pairs":
             sides = [named[side][kept].tolist() for side in SIDES]
             return [{"chosen_score": c, "rejected_score": r} for c, r in zip(*sides, strict=True)]

@@ -8,6 +8,7 @@ from rlhf_lightning.data.prompts import Prompt
 from rlhf_lightning.errors import ConfigError
 from rlhf_lightning.objectives.intervals import best_of_kl, mean_interval, wilson, win_rate
 from rlhf_lightning.pipeline.policies import Policy
+from rlhf_lightning.pipeline.references import Reference, nearness, perplexity
 from rlhf_lightning.rollout.episodes import Episode
 from rlhf_lightning.rollout.rewards import FunctionReward, ModelReward, Reward, total_rewards
 
@@ -58,18 +59,15 @@ def make_rewards(models: Sequence[str], functions: Sequence[str]) -> list[Reward
             rewards.append(FunctionReward(getattr(import_module(module), name)))
         except (ImportError, AttributeError, ValueError) as error:
             raise ConfigError(f"--gold {path!r} cannot be imported: {error}") from error
-    if not rewards:
-        raise ConfigError("nothing to judge by: name a reward model with --reward, or a function with --gold")
     return rewards
 
 
-def figures(groups: Sequence[Sequence[Episode]]) -> dict[str, float]:
+def figures(groups: Sequence[Sequence[Episode]], rewarded: bool = True) -> dict[str, float]:
     """Mean reward with its interval, response length and truncated part; prompts are the independent rows."""
     reward, half = mean_interval([sum(e.reward for e in group) / len(group) for group in groups])
     episodes = [episode for group in groups for episode in group]
     return {
-        "reward": reward,
-        "reward_half_interval": half,
+        **({"reward": reward, "reward_half_interval": half} if rewarded else {}),
         "response_tokens": sum(episode.response_tokens for episode in episodes) / len(episodes),
         "truncated": sum(episode.truncated for episode in episodes) / len(episodes),
     }
@@ -84,34 +82,68 @@ def wins(ours: Sequence[Sequence[Episode]], theirs: Sequence[Sequence[Episode]])
 
 
 def compare(
-    policy: Policy, baseline: Policy, prompts: Sequence[Prompt], drawing: Drawing, best_of: int = 0
+    policy: Policy,
+    baseline: Policy | None,
+    prompts: Sequence[Prompt],
+    drawing: Drawing,
+    best_of: int = 0,
+    references: Sequence[Sequence[Reference]] = (),
 ) -> tuple[dict[str, dict[str, Any]], list[dict[str, Any]]]:
-    """A policy against a baseline on the same prompts.
+    """A policy, and a baseline that it is compared with, on the same prompts.
 
     Args:
         best_of: where above 1, best-of-N of the baseline stands beside them.
+        references: good answers to each prompt; those of a prompt may be empty.
 
     Returns:
         Figures of `policy`, `baseline` and `best_of_N`, and a row for each prompt. `kl` is the mean over the policy's
-        responses of log π − log π_baseline, nats, at the temperature of the draw; None where token ids differ.
+        responses of log π − log π_baseline, nats, at the temperature of the draw; None where token ids differ. Without
+        rewards there is neither reward nor win rate; without references no perplexity, BLEU and ROUGE.
     """
-    ours = drawing.draw(policy, prompts)
-    theirs = drawing.draw(baseline, [_own(baseline, prompt) for prompt in prompts])
-    found: dict[str, dict[str, Any]] = {"policy": {**figures(ours), **wins(ours, theirs)}, "baseline": figures(theirs)}
-    found["policy"]["kl"] = _kl(policy, baseline, ours, drawing.temperature)
-    if best_of > 1:
-        many = drawing.draw(baseline, [_own(baseline, prompt) for prompt in prompts], best_of)
-        best = [[max(group, key=lambda episode: episode.reward)] for group in many]
-        found[f"best_of_{best_of}"] = {**figures(best), **wins(best, theirs), "kl": best_of_kl(best_of)}
+    rewarded = bool(drawing.rewards)
+    answers = {"policy": drawing.draw(policy, prompts)}
+    found: dict[str, dict[str, Any]] = {"policy": _measured(policy, prompts, answers["policy"], references, rewarded)}
+    if baseline is not None:
+        asked = [_own(baseline, prompt) for prompt in prompts]
+        theirs = answers["baseline"] = drawing.draw(baseline, asked)
+        found["baseline"] = _measured(baseline, asked, theirs, references, rewarded)
+        found["policy"]["kl"] = _kl(policy, baseline, answers["policy"], drawing.temperature)
+        if rewarded:
+            found["policy"] |= wins(answers["policy"], theirs)
+        if best_of > 1:
+            best = [[max(group, key=_reward)] for group in drawing.draw(baseline, asked, best_of)]
+            found[f"best_of_{best_of}"] = {**figures(best), **wins(best, theirs), "kl": best_of_kl(best_of)}
     rows = [
         {
             "prompt": prompt.messages,
-            "policy": [{"response": e.response, "reward": e.reward} for e in a],
-            "baseline": [{"response": e.response, "reward": e.reward} for e in b],
+            **{
+                name: [{"response": e.response, **({"reward": e.reward} if rewarded else {})} for e in groups[i]]
+                for name, groups in answers.items()
+            },
         }
-        for prompt, a, b in zip(prompts, ours, theirs, strict=True)
+        for i, prompt in enumerate(prompts)
     ]
     return found, rows
+
+
+def _measured(
+    policy: Policy,
+    prompts: Sequence[Prompt],
+    groups: Sequence[Sequence[Episode]],
+    references: Sequence[Sequence[Reference]],
+    rewarded: bool,
+) -> dict[str, Any]:
+    """What one policy's answers come to, and its perplexity of the references, of prompts that have some."""
+    found: dict[str, Any] = figures(groups, rewarded)
+    if not any(references):
+        return found
+    pairs = [(e.response, given) for group, given in zip(groups, references, strict=True) for e in group if given]
+    nearest = nearness([answer for answer, _ in pairs], [given for _, given in pairs])
+    return {**found, "perplexity": perplexity(policy, prompts, references), **nearest}
+
+
+def _reward(episode: Episode) -> float:
+    return episode.reward
 
 
 def best_of_n(
@@ -119,7 +151,7 @@ def best_of_n(
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """The best of `count` responses to each prompt; the figures compare it with a single draw."""
     groups = drawing.draw(policy, prompts, count)
-    best = [[max(group, key=lambda episode: episode.reward)] for group in groups]
+    best = [[max(group, key=_reward)] for group in groups]
     rows = [
         {
             "prompt": prompt.messages,

@@ -8,7 +8,7 @@ from rlhf_lightning.data.tokenizers import load_tokenizer
 from rlhf_lightning.errors import ConfigError, UserError
 from rlhf_lightning.files import hash_folder, write_json
 from rlhf_lightning.models.heads import task_of
-from rlhf_lightning.models.loading import Start, adapter_base, check_source, is_adapter, merge, read_stage
+from rlhf_lightning.models.loading import Start, adapter_base, check_source, is_adapter, loading, merge, read_stage
 from rlhf_lightning.models.reward_model import RewardModel
 from rlhf_lightning.models.saving import save_model
 from rlhf_lightning.models.scorers import scorer_of
@@ -57,7 +57,9 @@ def stored_dtype(source: str) -> str:
     """The dtype a model is saved in; of an adapter, that of its base."""
     from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(adapter_base(Path(source)) if is_adapter(source) else source)
+    with loading(f"the model {source!r}"):
+        source = adapter_base(Path(source)) if is_adapter(source) else source
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
     return str(getattr(config, "dtype", None) or "float32").removeprefix("torch.")
 
 

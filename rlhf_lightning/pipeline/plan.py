@@ -1,7 +1,7 @@
 """A pipeline file, read and checked."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,8 @@ class Stage:
     start: str | None = None
     reward: str | None = None
     critic: str | None = None
+    config: Path | None = None
+    """The file that the settings come from."""
     rule_reward: dict[str, Any] | None = None
     """What rewards in place of this stage's model if the stage fails; None stops the pipeline."""
 
@@ -56,8 +58,14 @@ class Plan:
         return found
 
 
-def read_plan(plan: Mapping[str, Any] | str | Path, root: str | Path | None = None) -> Plan:
+def read_plan(
+    plan: Mapping[str, Any] | str | Path, root: str | Path | None = None, overlays: Sequence[str | Path] = ()
+) -> Plan:
     """Read a pipeline file (YAML or JSON) or dict.
+
+    Args:
+        plan: the file or dict. root: folder of the run, `runs/NAME` by default.
+        overlays: config files laid over the settings of every stage.
 
     Raises:
         ConfigError: no such file, an unknown key or kind, a reference to a stage that does not come before.
@@ -70,12 +78,18 @@ def read_plan(plan: Mapping[str, Any] | str | Path, root: str | Path | None = No
         raise ConfigError(f"pipeline: unknown key {sorted(unknown)[0]!r}; known are name, seed, root, stages")
     if not isinstance(plan.get("stages"), list) or not plan["stages"]:
         raise ConfigError("pipeline: 'stages' must be a list of at least one stage")
+    if not isinstance(plan.get("seed") or 0, int):
+        raise ConfigError(f"pipeline: seed is {plan['seed']!r}; it must be a whole number")
     name = str(plan.get("name") or name)
     folder = Path(root or plan.get("root") or Path("runs") / name)
     stages: list[Stage] = []
     for index, entry in enumerate(plan["stages"]):
         stages.append(_stage(entry, index, [stage.name for stage in stages], base))
-    return Plan(name, stages, folder, int(plan.get("seed") or 0), dict(plan))
+    for file in overlays:
+        laid_over = read_mapping(Path(file))
+        for stage in stages:
+            stage.settings = merged(stage.settings, laid_over)
+    return Plan(name, stages, folder, plan.get("seed") or 0, dict(plan))
 
 
 def _stage(entry: Any, index: int, earlier: list[str], base: Path) -> Stage:
@@ -87,18 +101,27 @@ def _stage(entry: Any, index: int, earlier: list[str], base: Path) -> Stage:
         raise ConfigError(f"{where}: kind is {kind!r}; one of {', '.join(KINDS)}")
     if unknown := set(entry) - STAGE_KEYS:
         raise ConfigError(f"{where}: unknown key {sorted(unknown)[0]!r}; known are {', '.join(sorted(STAGE_KEYS))}")
+    for key in ("name", "config", "start", "reward", "critic"):
+        if not isinstance(entry.get(key) or "", str):
+            raise ConfigError(f"{where}: {key} is {entry[key]!r}; it must be text")
+    if not isinstance(entry.get("overrides") or {}, Mapping):
+        raise ConfigError(f"{where}: overrides is {entry['overrides']!r}; it must be a mapping, trainer.max_steps: 5")
     name = str(entry.get("name") or kind)
-    if name in earlier or "/" in name:
+    if name in (*earlier, ".", "..") or "/" in name:
         raise ConfigError(f"{where}: the name {name!r} is taken or not a folder name; every stage needs its own")
     for key in ("start", "reward", "critic"):
         _check_reference(entry.get(key), earlier, f"{where} ({name}): {key}")
     for key in ("reward", "critic"):
         if entry.get(key) and kind != "policy":
             raise ConfigError(f"{where} ({name}): {key} is for policy stages; this is {kind}")
-    settings: dict[str, Any] = read_mapping(base / entry["config"]) if entry.get("config") else {}
+    settings: dict[str, Any] = {}
+    files = entry.get("config") or []
+    for file in files if isinstance(files, list) else [files]:
+        settings = merged(settings, read_mapping(base / str(file)))
     settings = merged(settings, nested(entry.get("overrides") or {}))
     handed = (entry.get("start"), entry.get("reward"), entry.get("critic"))
-    return Stage(name, kind, settings, *handed, _rule(entry.get("on_failure"), where))
+    config = base / entry["config"] if entry.get("config") else None
+    return Stage(name, kind, settings, *handed, config, _rule(entry.get("on_failure"), where))
 
 
 def _check_reference(reference: Any, earlier: list[str], where: str) -> None:

@@ -1,13 +1,15 @@
 """A trained policy at work outside training: it answers prompts, and tells how likely answers are."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
 from rlhf_lightning.data.batching import pad_tokens
+from rlhf_lightning.data.conversations import conversation, tool_schemas
 from rlhf_lightning.data.prompts import Prompt, prompt_example
 from rlhf_lightning.data.records import Reading, Source, convert_rows, read_rows
-from rlhf_lightning.data.rendering import Renderer
+from rlhf_lightning.data.rendering import Rendered, Renderer
 from rlhf_lightning.data.tokenizers import load_tokenizer
 from rlhf_lightning.errors import ConfigError
 from rlhf_lightning.models.heads import task_of
@@ -35,6 +37,7 @@ class Policy:
         self.model = load_for_scoring(folder, "CAUSAL_LM", dtype).to(device)
         disable_dropout(self.model)
         self.tokens = TokenScorer(self.model)
+        self.context: int | None = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
 
     def prompts(self, file: Source, limit: int | None = None) -> list[Prompt]:
         """The first prompts of a file or list, numbered; raises `DataError` with file and line."""
@@ -59,10 +62,17 @@ class Policy:
         tasks = [(prompt, sample) for prompt in prompts for sample in range(samples)]
         return run_episodes(tasks, sampler, self.renderer, (seed, 7))
 
-    @torch.no_grad()
     def logprobs(self, episodes: Sequence[Episode], temperature: float = 1.0, batch_size: int = 64) -> list[float]:
         """Σ log π of each episode's response, nats."""
-        rows = [episode.segments[0] for episode in episodes]
+        return self._sums([episode.segments[0] for episode in episodes], temperature, batch_size)
+
+    def nll(self, rows: Sequence[Rendered], batch_size: int = 16) -> float:
+        """Mean negative log-likelihood of a trained token, nats."""
+        return -sum(self._sums(rows, 1.0, batch_size)) / sum(row.trained for row in rows)
+
+    @torch.no_grad()
+    def _sums(self, rows: Sequence[Any], temperature: float, batch_size: int) -> list[float]:
+        """Σ log π of the masked tokens of each row, nats."""
         order = sorted(range(len(rows)), key=lambda i: len(rows[i].ids))
         sums = [0.0] * len(rows)
         device = next(self.model.parameters()).device
@@ -74,18 +84,12 @@ class Policy:
                 sums[i] = value
         return sums
 
-    @torch.no_grad()
-    def nll(self, conversations: str, limit: int) -> float:
-        """Mean negative log-likelihood a trained token of held-out conversations, nats."""
-        from rlhf_lightning.data.conversations import conversation, tool_schemas
-
-        total = count = 0.0
-        for row in read_rows(conversations)[:limit]:
-            for rendered in self.renderer.conversation(conversation(row.data), tool_schemas(row.data)):
-                batch = pad_tokens([rendered.ids], [rendered.mask], pad_id=0)
-                total -= float(self.tokens(batch["input_ids"], batch["mask"]).logprobs.sum())
-                count += rendered.trained
-        return total / count
+    def conversations(self, file: Source, limit: int | None = None) -> list[Rendered]:
+        """The first conversations of a file, every assistant turn to be scored; raises `DataError`."""
+        rows = read_rows(file)[:limit]
+        return convert_rows(
+            rows, lambda data: self.renderer.conversation(conversation(data), tool_schemas(data)), Reading()
+        )
 
     def speaks_as(self, other: "Policy") -> bool:
         """Whether token ids mean the same to both."""

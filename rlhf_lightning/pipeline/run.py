@@ -1,9 +1,6 @@
 """Running a plan: each stage in its own process, its model folder handed to the next."""
 
-import hashlib
-import json
 import logging
-import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -14,10 +11,12 @@ import yaml
 
 from rlhf_lightning.data.records import fingerprint
 from rlhf_lightning.errors import ConfigError, UserError
-from rlhf_lightning.files import duration, hash_folder, write_json
+from rlhf_lightning.files import duration, hash_file, hash_folder, read_object, write_json
 from rlhf_lightning.pipeline.clock import Clock
+from rlhf_lightning.pipeline.passing import Passing
 from rlhf_lightning.pipeline.plan import Plan, Stage, merged, read_plan
 from rlhf_lightning.pipeline.report import report_after_stage
+from rlhf_lightning.pipeline.verify import settings_hash
 
 log = logging.getLogger(__name__)
 MODEL_REWARD = "rlhf_lightning.rollout.rewards.ModelReward"
@@ -40,15 +39,16 @@ def run_pipeline(
         ConfigError: the plan is wrong, or a stage that has run would now be another. UserError: a stage failed.
     """
     checked = plan if isinstance(plan, Plan) else read_plan(plan, root)
-    runner = _Runner(checked, rerun)
-    for stage in checked.stages:
-        runner.run(stage)
+    with Passing() as signals:
+        runner = _Runner(checked, rerun, signals)
+        for stage in checked.stages:
+            runner.run(stage)
     return runner.manifest
 
 
 class _Runner:
-    def __init__(self, plan: Plan, rerun: Sequence[str]) -> None:
-        self.plan = plan
+    def __init__(self, plan: Plan, rerun: Sequence[str], signals: Passing) -> None:
+        self.plan, self.signals = plan, signals
         names = {stage.name for stage in plan.stages}
         if unknown := set(rerun) - names:
             raise ConfigError(f"--rerun {sorted(unknown)[0]}: no such stage; one of {', '.join(sorted(names))}")
@@ -57,7 +57,7 @@ class _Runner:
         self.path = plan.root / "manifest.json"
         plan.root.mkdir(parents=True, exist_ok=True)
         (plan.root / "pipeline.yaml").write_text(yaml.safe_dump(plan.source, sort_keys=False, allow_unicode=True))
-        before = json.loads(self.path.read_text()) if self.path.exists() else {}
+        before = read_object(self.path) if self.path.exists() else {}
         self.manifest: dict[str, Any] = {"name": plan.name, "seed": plan.seed, "stages": before.get("stages", {})}
         self.clock = Clock(plan, self.manifest["stages"])
 
@@ -74,7 +74,7 @@ class _Runner:
                 print(f"{place}: finished already", flush=True)
                 return
         print(f"{place}: {stage.kind} in {self.plan.folder(stage.name)} ({self.clock.before(stage)})", flush=True)
-        self._record(stage, {"status": "running", "kind": stage.kind, "inputs": inputs})
+        self._record(stage, {"status": "running", "inputs": inputs})
         started = time.time()
         code = self._process(stage, settings, fresh)
         if code == 0:
@@ -109,7 +109,7 @@ class _Runner:
         data = settings.get("data") or {}
         handed = {key: self._hash(value) for key in ("start", "reward", "critic") if (value := getattr(stage, key))}
         return {
-            "settings": hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest(),
+            "settings": settings_hash(settings),
             "data": {name: fingerprint(data[name]) for name in SOURCES if data.get(name)},
             "seed": self.plan.seed,
             **handed,
@@ -139,38 +139,36 @@ class _Runner:
         command = [sys.executable, "-m", "rlhf_lightning", stage.kind, "fit", "-c", str(config)]
         command += ["--trainer.default_root_dir", str(folder), "--seed_everything", str(self.plan.seed)]
         command += ["--log_file", str(self.plan.root / "logs" / "run.log")]
-        with subprocess.Popen(command + (["--fresh"] if fresh else [])) as process:
-            try:
-                return process.wait()
-            except KeyboardInterrupt:
-                # Ctrl-C reaches the stage as well; it is given the time to stop in good order.
-                process.wait()
-                raise
+        return self.signals.run(command + (["--fresh"] if fresh else []))
 
     # -- what comes out -------------------------------------------------------------------------------------------
 
     def _record(self, stage: Stage, entry: dict[str, Any]) -> None:
-        self.manifest["stages"][stage.name] = entry
+        config = {"path": str(stage.config.resolve()), "hash": hash_file(stage.config)} if stage.config else None
+        self.manifest["stages"][stage.name] = {"kind": stage.kind, "config": config, **entry}
         write_json(self.path, self.manifest)
         if entry["status"] != "running":
             report_after_stage(self.plan.root)
 
     def _finish(self, stage: Stage, inputs: dict[str, Any], seconds: float) -> None:
         folder = self.plan.folder(stage.name)
-        facts = json.loads((folder / "stage.json").read_text())
+        facts = read_object(folder / "stage.json")
         parent = {"stage": stage.start, "hash": inputs["start"]} if stage.start else None
         facts |= {"name": stage.name, "parent": parent, "inputs": inputs}
         for path in (folder / "stage.json", folder / "model" / "stage.json"):
             write_json(path, facts)
         result = {"model": str(folder / "model"), "model_hash": facts["model_hash"], "metrics": facts["metrics"]}
-        entry = {"status": "finished", "kind": stage.kind, "inputs": inputs, "seconds": round(seconds, 1), **result}
+        entry = {"status": "finished", "inputs": inputs, "seconds": round(seconds, 1), **result}
         self._record(stage, entry)
         print(f"{stage.name}: finished in {duration(seconds)}", flush=True)
+        if self.signals.asked:  # too late for it to stop before
+            raise KeyboardInterrupt
 
     def _fail(self, stage: Stage, inputs: dict[str, Any], code: int) -> None:
-        if code == 130:
+        # Ended by a signal before it could heed one, where it was ours, is not its failure.
+        if code == 130 or (code < 0 and self.signals.asked):
             raise KeyboardInterrupt
-        self._record(stage, {"status": "failed", "kind": stage.kind, "inputs": inputs, "exit_code": code})
+        self._record(stage, {"status": "failed", "inputs": inputs, "exit_code": code})
         if stage.rule_reward is None:
             where = self.plan.root / "logs" / "run.log"
             raise UserError(f"stage {stage.name} failed (exit code {code}); its error stands above and in {where}")

@@ -159,7 +159,7 @@ def _measure(
         summary[name] = figures(episodes, judge, kl, gold)
         answers[name] = [episode.response for episode in episodes]
         if name != "policy":
-            nll = policy.nll(inputs["sft_validation"], limit)
+            nll = policy.nll(policy.conversations(inputs["sft_validation"], limit))
             summary["sft" if name == "sft" else "base"]["val_nll"] = nll
     summary["sft"]["val_nll_start"] = summary["base"].pop("val_nll")
     summary["preference"] = {"pair_accuracy": manifest["stages"]["preference"]["metrics"].get("val/accuracy")}

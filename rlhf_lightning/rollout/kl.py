@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from rlhf_lightning.errors import ConfigError
+from rlhf_lightning.models.offload import check_place
 from rlhf_lightning.objectives import kl
 
 LOSS_ESTIMATORS = ("weighted_k3", "k2", "k3")
@@ -31,6 +32,8 @@ class KLPenalty:
         horizon: responses over which an adaptive coefficient may change by a factor of about e^±0.2.
         reference: model folder or Hub id to measure from; by default the policy that the stage starts from.
         refresh_every: rounds after which the policy becomes the reference; never by default.
+        device: where a reference with weights of its own stays and runs (`cpu`, `cuda:1`); the policy's by default.
+        offload: such a reference is in the memory of the CPU, except while it scores a round.
     """
 
     def __init__(
@@ -44,7 +47,11 @@ class KLPenalty:
         horizon: float = 10_000,
         reference: str | None = None,
         refresh_every: int | None = None,
+        device: str | None = None,
+        offload: bool = False,
     ) -> None:
+        check_place("kl", device, offload)
+        self.device, self.offload = device, offload
         if place not in ("reward", "loss"):
             raise ConfigError(f"kl.place is {place!r}; 'reward' or 'loss'")
         if estimator not in LOSS_ESTIMATORS:

@@ -41,7 +41,7 @@ def curves(title: str, series: Mapping[str, Points], x: str = "step", note: str 
             marks += [_line(frame, thin, place, "raw"), _line(frame, smoothed(thin), place)]
         else:
             marks.append(_line(frame, thin, place))
-    legend = {name: f"{number(points[0][1])} → {number(points[-1][1])}" for name, points in drawn.items()}
+    legend = {name: change([y for _, y in points]) for name, points in drawn.items()}
     lost = sum(len(points) - len(finite(points)) for points in series.values())
     note = " ".join(filter(None, [note, f"{lost} values are not finite." if lost else ""]))
     return figure(title, [*axes(frame, x), *marks], legend, note)
@@ -58,7 +58,7 @@ def path_chart(title: str, points: Points, x: str, y: str, note: str = "") -> Ht
     mean_x = [mean for _, mean in smoothed([(i, x) for i, (x, _) in enumerate(drawn)])]
     mean_y = [mean for _, mean in smoothed([(i, y) for i, (_, y) in enumerate(drawn)])]
     marks = [_line(frame, list(zip(mean_x, mean_y, strict=True)), 1)] if len(drawn) > 10 else []
-    legend = {y: f"{number(drawn[0][1])} → {number(drawn[-1][1])}"}
+    legend = {y: change([value for _, value in drawn])}
     return figure(title, [*axes(frame, x), *dots, *marks], legend, note)
 
 
@@ -131,6 +131,18 @@ def axes(frame: Frame, x: str) -> list[Html]:
         marks.append(el("text", short(value), x=across, y=floor + 15, text_anchor="middle"))
     marks.append(el("text", x, x=(WIDTH + LEFT) / 2, y=HEIGHT - 4, text_anchor="middle", class_="name"))
     return marks
+
+
+def change(values: Sequence[float], digits: int = 4) -> str:
+    """The first and the last value; what is only rounding beside the largest of them is 0."""
+    least = 1e-6 * max(map(abs, values))
+    first, last = (number(value if abs(value) > least else 0, digits) for value in (values[0], values[-1]))
+    return f"{first} → {last}" if len(values) > 1 else first
+
+
+def constant(points: Points) -> bool:
+    """Whether a curve has several points and never leaves its first value."""
+    return len(points) > 1 and all(value == points[0][1] for _, value in points)
 
 
 def ticks(low: float, high: float, most: int = 4) -> list[float]:

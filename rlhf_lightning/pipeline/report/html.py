@@ -45,9 +45,9 @@ def details(title: str, *children: Any) -> Html:
     return el("details", el("summary", title), *children)
 
 
-def number(value: Any) -> str:
-    """A figure in four digits; a dash where there is none."""
+def number(value: Any, digits: int = 4) -> str:
+    """A figure in so many digits; a dash where there is none."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return "–" if value is None else str(value)
     whole = isinstance(value, int) or (abs(value) < 1e15 and value.is_integer())
-    return f"{int(value)}" if whole else f"{value:.4g}"
+    return f"{int(value)}" if whole else f"{value:.{digits}g}"

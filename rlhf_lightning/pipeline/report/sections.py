@@ -39,6 +39,11 @@ HEADLINES = {
     "preference": {"val/accuracy": "held-out pair accuracy", "train/accuracy": "pair accuracy of the last step"},
     "policy": {"train/reward": "reward of the last round", "train/kl": "KL", "train/truncated": "cut off"},
 }
+TILES = {
+    "sft": {"val/nll": "held-out NLL, nats a token"},
+    "preference": {"val/accuracy": "held-out pair accuracy"},
+    "policy": {"train/reward": "reward", "train/kl": "KL, nats a response", "train/response_tokens": "response tokens"},
+}
 QUICKSTART = {
     "gold_reward": "gold reward",
     "reward_model_score": "reward model",
@@ -64,7 +69,24 @@ def overview(run: Run) -> Html:
     if models:
         body = [[name, *(number(figures.get(key)) for key in QUICKSTART)] for name, figures in models.items()]
         parts += [el("h3", "Held-out prompts, sampled at temperature 1"), table(["", *QUICKSTART.values()], body)]
-    return el("section", el("h2", "Overview"), *parts)
+    return el("section", el("h2", "Overview"), tiles(run), *parts)
+
+
+def tiles(run: Run) -> Html | None:
+    """The few figures to look at first, large."""
+    found: list[Html] = []
+    for stage in run.stages:
+        for name, title in TILES.get(stage.kind, {}).items():
+            if points := charts.finite(stage.metrics.get(name, [])):
+                found.append(_tile(charts.change([value for _, value in points], 3), title, stage.name))
+    gold = [run.summary.get(name, {}).get("gold_reward") for name in ("sft", "policy")]
+    if None not in gold:
+        found.append(_tile(charts.change(gold, 2), "gold reward, held out", "sft, policy"))
+    return el("div", *found, class_="tiles") if found else None
+
+
+def _tile(value: str, title: str, stage: str) -> Html:
+    return el("div", el("b", value), el("span", title), el("small", stage), class_="tile")
 
 
 def warnings(run: Run) -> Html:
@@ -97,13 +119,19 @@ def _broken(run: Run, stage: StageRun) -> str:
 def stage_section(stage: StageRun) -> Html:
     """Curves, calibration, distributions and samples of a stage."""
     known = CURVES.get(stage.kind, [])
-    main = [charts.curves(title, _picked(stage, names)) for title, names in known]
+    picked = {title: _picked(stage, names) for title, names in known}
+    # A line that never moves says no more than its number.
+    still = {title: given for title, given in picked.items() if given and all(map(charts.constant, given.values()))}
+    main = [charts.curves(title, given) for title, given in picked.items() if title not in still]
     special = _policy(stage) if stage.kind == "policy" else _preference(stage)
     shown = {name for _, names in known for name in names}
     rest = [charts.curves(name, {name: points}) for name, points in sorted(stage.metrics.items()) if name not in shown]
     body: list[Html] = [grid([*special, *main])]
     if not stage.metrics:
         body = [el("p", "No metrics.csv: the stage has not logged yet, or logs elsewhere (trainer.logger).")]
+    if still:
+        told = [f"{title} {number(next(iter(given.values()))[0][1])}" for title, given in still.items()]
+        body.append(el("p", f"The same at every step: {', '.join(told)}."))
     if others := [chart for chart in rest if chart is not None]:
         body.append(details(f"{len(others)} further curves", grid(others)))
     title = stage.name if stage.name == stage.kind else f"{stage.name} ({stage.kind})"

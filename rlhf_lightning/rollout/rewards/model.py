@@ -1,6 +1,7 @@
 """Rewards that were trained: preference models, alone or several that must agree."""
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -8,6 +9,7 @@ from torch import nn
 
 from rlhf_lightning.data.rendering import Renderer
 from rlhf_lightning.errors import ConfigError
+from rlhf_lightning.models.offload import Place, check_place
 from rlhf_lightning.models.reward_model import RewardModel
 from rlhf_lightning.rollout.episodes import Episode
 from rlhf_lightning.rollout.rewards.base import Reward, check_finite
@@ -25,9 +27,10 @@ class ModelReward(Reward):
         weight: of this part; 0 only measures it.
         name: under which it is logged.
         dtype: of its weights.
-        device: where it stays (`cpu`, `cuda:1`); the policy's by default.
+        device: where it stays and runs (`cpu`, `cuda:1`); the policy's by default.
         normalise: brings scores to a common scale before they are clipped and weighted.
         clip: the largest absolute value, after normalising.
+        offload: the weights are in the memory of the CPU, except while a round is scored.
     """
 
     def __init__(
@@ -39,11 +42,12 @@ class ModelReward(Reward):
         device: str | None = None,
         normalise: Normaliser | None = None,
         clip: float | None = None,
+        offload: bool = False,
     ) -> None:
         super().__init__(weight, name, normalise, clip)
-        self.source, self.dtype_name, self.device_name = model, dtype, device
-        if device is not None:
-            _check_device(device, name)
+        self.source, self.dtype_name, self.device_name, self.offload = model, dtype, device, offload
+        check_place(f"the reward {name}", device, offload)
+        self._place: Place | None = None
         self._judge: RewardModel | None = None
         self._apart: tuple[RewardModel, ...] = ()
 
@@ -56,6 +60,7 @@ class ModelReward(Reward):
         judge = RewardModel(self.source, self.dtype_name)
         if self.device_name is None:
             self._judge = judge
+            self._place = Place(judge, offload=True) if self.offload else None
         else:  # in a tuple, so that it is no part of the module and does not move with it
             self._apart = (judge.to(self.device_name),)
         self._by_tokens = judge.same_tokens(renderer)
@@ -68,10 +73,11 @@ class ModelReward(Reward):
         drawn = [i for i in answered if self._by_tokens and not episodes[i].stopped_by_text]
         shown = sorted(set(answered) - set(drawn))
         found: list[float | None] = [None] * len(episodes)
-        for places, scorer in ((drawn, self._score_drawn), (shown, self._score_shown)):
-            if places:
-                for i, score in zip(places, scorer([episodes[i] for i in places]), strict=True):
-                    found[i] = score
+        with self._place.there() if self._place else nullcontext():
+            for places, scorer in ((drawn, self._score_drawn), (shown, self._score_shown)):
+                if places:
+                    for i, score in zip(places, scorer([episodes[i] for i in places]), strict=True):
+                        found[i] = score
         return found
 
     def _score_drawn(self, episodes: Sequence[Episode]) -> list[float]:
@@ -102,9 +108,10 @@ class EnsembleReward(Reward):
         weight: of this part; 0 only measures it.
         name: under which it is logged.
         dtype: of their weights.
-        device: where they stay (`cpu`, `cuda:1`); the policy's by default.
+        device: where they stay and run (`cpu`, `cuda:1`); the policy's by default.
         normalise: brings scores to a common scale before they are clipped and weighted.
         clip: the largest absolute value, after normalising.
+        offload: the weights are in the memory of the CPU, except while a round is scored.
     """
 
     def __init__(
@@ -117,6 +124,7 @@ class EnsembleReward(Reward):
         device: str | None = None,
         normalise: Normaliser | None = None,
         clip: float | None = None,
+        offload: bool = False,
     ) -> None:
         super().__init__(weight, name, normalise, clip)
         if isinstance(models, str) or len(set(models)) < 2 or len(set(models)) < len(models):
@@ -125,7 +133,9 @@ class EnsembleReward(Reward):
         if coefficient < 0:
             raise ConfigError(f"the coefficient of the reward {name} is {coefficient}; below 0 it rewards disagreement")
         self.coefficient = coefficient
-        self.members = nn.ModuleList(ModelReward(model, dtype=dtype, device=device) for model in models)
+        self.members = nn.ModuleList(
+            ModelReward(model, dtype=dtype, device=device, offload=offload) for model in models
+        )
 
     def bind(self, renderer: Renderer) -> None:
         members: list[Any] = list(self.members)
@@ -156,11 +166,3 @@ def last_turn(episode: Episode) -> tuple[list[int], list[int]]:
     while start and segment.mask[start - 1]:
         start -= 1
     return segment.ids[:end], [0] * start + [1] * (end - start)
-
-
-def _check_device(device: str, name: str) -> None:
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ConfigError(f"the reward {name}: there is no device {device!r} here ({reason})") from error

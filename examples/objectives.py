@@ -1,0 +1,82 @@
+"""Losses of your own: one of policy RL, one of pairs. Each is a function of tensors and a class that YAML can name.
+
+In YAML `objective: {class_path: examples.objectives.TOPR}` and `loss: {class_path: examples.objectives.RDPO}`.
+"""
+
+import sys
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor
+
+from rlhf_lightning import PolicyRLModule, PreferenceDataModule, PreferenceModule, PromptDataModule
+from rlhf_lightning.models.scorers import ImplicitReward
+from rlhf_lightning.objectives.policy import PolicyObjective
+from rlhf_lightning.objectives.policy.importance import masked, token_ratio
+from rlhf_lightning.objectives.preference import PairLoss, bradley_terry
+from rlhf_lightning.rollout.rewards import LengthReward
+from rlhf_lightning.rollout.sampler import Sampler
+
+
+def topr(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor, ratio_max: float = 1.0) -> Tensor:
+    """-A·log p where A > 0, -clamp(r, 0, ratio_max)·A·log p elsewhere, no gradient through r; `[B, T]`.
+
+    Tapered off-policy REINFORCE (arXiv 2503.14286), with the ratio of each token: what was good is learned however
+    unlikely it has become, what was bad is unlearned only as far as the policy would still do it.
+    """
+    ratio = token_ratio(logprobs, old_logprobs, mask).detach().clamp(max=ratio_max)
+    weight = torch.where(advantages > 0, 1.0, ratio)
+    return masked(-weight * advantages * logprobs, mask)
+
+
+class TOPR(PolicyObjective):
+    """The `topr` loss.
+
+    Args:
+        ratio_max: the weight of a token with a negative advantage is no more.
+    """
+
+    def __init__(self, ratio_max: float = 1.0, aggregation: str = "token_mean", length: int | None = None) -> None:
+        super().__init__(aggregation, length)
+        self.ratio_max = ratio_max
+
+    def __call__(self, logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor) -> Tensor:
+        """Per-token loss `[B, T]`."""
+        return topr(logprobs, old_logprobs, advantages, mask, self.ratio_max)
+
+
+class RDPO(PairLoss):
+    """DPO whose reward has length taken off: -log σ(c - r + α·(|c| - |r|)), lengths in tokens (arXiv 2403.19159).
+
+    The policy that is best for reward - α·length implies the reward β·log(π / π_ref) + α·length.
+
+    Args:
+        alpha: what a token costs, in reward units.
+    """
+
+    def __init__(self, alpha: float = 0.01) -> None:
+        self.alpha = alpha
+
+    def __call__(self, chosen: Tensor, rejected: Tensor, *, chosen_lengths: Tensor, rejected_lengths: Tensor) -> Tensor:
+        """Loss of each pair `[B]`; the lengths are handed over because they are named here."""
+        return bradley_terry(chosen + self.alpha * chosen_lengths, rejected + self.alpha * rejected_lengths)
+
+
+def main(model: str, folder: str = "runs/examples") -> tuple[pl.Trainer, pl.Trainer]:
+    """A pass of each."""
+    flags: dict[str, Any] = {"default_root_dir": folder, "logger": False, "enable_checkpointing": False}
+    policy = pl.Trainer(max_epochs=1, **flags)
+    policy.fit(
+        PolicyRLModule(model, TOPR(), rewards=[LengthReward(target=8)], sampler=Sampler(max_tokens=16)),
+        # Two passes over each round's answers: in the second the ratio is no longer 1.
+        PromptDataModule(["Count to three.", "Say hello."], prompts_per_round=2, group_size=4, update_epochs=2),
+    )
+    pairs = [{"prompt": "Is it raining?", "chosen": "Yes, take a coat.", "rejected": "Weather is a wide field."}]
+    dpo = pl.Trainer(max_epochs=1, **flags)
+    dpo.fit(PreferenceModule(model, ImplicitReward(beta=0.1), RDPO()), PreferenceDataModule(pairs))
+    return policy, dpo
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,27 @@
+"""A trained reward model in a program that knows nothing of this project: transformers alone.
+
+The folder is that of `rlhf preference fit` (`runs/preference/model`) or of `module.save_pretrained`.
+"""
+
+import sys
+
+import torch
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+
+def score(folder: str, prompt: str, responses: list[str]) -> torch.Tensor:
+    """Scores `[N]` of responses to a prompt."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
+    user = {"role": "user", "content": prompt}
+    texts = [
+        tokenizer.apply_chat_template([user, {"role": "assistant", "content": response}], tokenize=False).rstrip("\n")
+        for response in responses
+    ]
+    tokens = tokenizer(texts, add_special_tokens=False, return_tensors="pt", padding=True, padding_side="right")
+    with torch.no_grad():
+        return model(**tokens).logits[:, 0]
+
+
+if __name__ == "__main__":
+    print(score(sys.argv[1], "How are you?", ["Fine, thank you.", "No."]))

@@ -1,0 +1,71 @@
+"""Rewards of your own: a function, and a class with settings.
+
+In YAML `class_path: rlhf_lightning.rollout.rewards.FunctionReward` with `function: examples.rewards.polite` among its
+`init_args`, and `class_path: examples.rewards.Covers`.
+"""
+
+import sys
+from collections.abc import Sequence
+
+import lightning.pytorch as pl
+
+from rlhf_lightning import PolicyRLModule, PromptDataModule
+from rlhf_lightning.data.prompts import Prompt
+from rlhf_lightning.errors import DataError
+from rlhf_lightning.rollout.episodes import Episode
+from rlhf_lightning.rollout.rewards import FunctionReward, Reward
+from rlhf_lightning.rollout.sampler import Sampler
+
+
+def polite(completions: list[str], tone: list[str]) -> list[float | None]:
+    """1 for an answer that says please or thank you; rows whose `tone` is not polite are left alone."""
+    words = ("please", "thank you")
+    return [
+        float(any(word in text.lower() for word in words)) if wanted == "polite" else None
+        for text, wanted in zip(completions, tone, strict=True)
+    ]
+
+
+class Covers(Reward):
+    """The part of the row's key points that the answer names.
+
+    Args:
+        column: of the data, a list of texts.
+        weight: of this part.
+    """
+
+    def __init__(self, column: str = "points", weight: float = 1.0) -> None:
+        super().__init__(weight, name="covers")
+        self.column = column
+
+    def check(self, prompts: Sequence[Prompt]) -> None:
+        """Before training: every row has points."""
+        for prompt in prompts:
+            if not prompt.row.get(self.column):
+                raise DataError(f"{prompt.where}: no {self.column!r} for the reward to look for")
+
+    def score(self, episodes: Sequence[Episode]) -> list[float]:
+        """A number in [0, 1] for each episode."""
+        points = [episode.row[self.column] for episode in episodes]
+        return [
+            sum(point in episode.response.lower() for point in wanted) / len(wanted)
+            for episode, wanted in zip(episodes, points, strict=True)
+        ]
+
+
+def main(model: str, folder: str = "runs/examples") -> pl.Trainer:
+    """Two rounds of policy RL, rewarded by both."""
+    rows = [
+        {"prompt": "How do I make tea?", "tone": "polite", "points": ["water", "leaves"]},
+        {"prompt": "How do I boil an egg?", "tone": "brief", "points": ["water", "minutes"]},
+    ]
+    module = PolicyRLModule(
+        model, rewards=[FunctionReward(polite, weight=0.5), Covers()], sampler=Sampler(max_tokens=48)
+    )
+    trainer = pl.Trainer(max_epochs=2, default_root_dir=folder, logger=False, enable_checkpointing=False)
+    trainer.fit(module, PromptDataModule(rows, prompts_per_round=2, group_size=4))
+    return trainer
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,70 @@
+"""A scorer of your own: a language model that says how good a response is by the odds of Yes after it.
+
+In YAML `scorer: {class_path: examples.scorer.YesNo}`. What it trains is an ordinary causal model; `stage.json` names
+the scorer, so that `rlhf score`, `rlhf evaluate` and the reward of RL score with it, where it can be imported.
+"""
+
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor, nn
+
+from rlhf_lightning import PreferenceDataModule, PreferenceModule
+from rlhf_lightning.callbacks.export import ExportModel
+from rlhf_lightning.errors import ConfigError
+from rlhf_lightning.models.reward_model import RewardModel
+from rlhf_lightning.models.scorers import Scorer
+from rlhf_lightning.models.scoring import TokenScorer
+
+
+class YesNo(Scorer):
+    """log P(yes) - log P(no) as the next token after the response: a generative reward model, without a new head.
+
+    Args:
+        yes: a word; its first token counts.
+        no: likewise.
+    """
+
+    task = "CAUSAL_LM"
+
+    def __init__(self, yes: str = "Yes", no: str = "No") -> None:
+        self.words = yes, no
+
+    def arguments(self) -> dict[str, Any]:
+        """For `stage.json`."""
+        return dict(zip(("yes", "no"), self.words, strict=True))
+
+    def bind(self, model: Any, tokenizer: Any, stop_token_ids: Sequence[int], fresh_adapter: bool = False) -> None:
+        """Take the model; called once, after it is loaded."""
+        self.tokens = TokenScorer(model, self.max_tokens)
+        self.forward = self.tokens.forward
+        self.ids = [tokenizer(word, add_special_tokens=False)["input_ids"][0] for word in self.words]
+        if self.ids[0] == self.ids[1]:
+            raise ConfigError(f"YesNo: {self.words[0]!r} and {self.words[1]!r} begin with the same token; name others")
+
+    def __call__(self, batch: dict[str, Any]) -> Tensor:
+        """Scores `[N]` of `input_ids` `[N, T]`, whose last tokens end the responses at `lengths` `[N]`."""
+        ids, ends = batch["input_ids"], batch["lengths"].repeat(2)[:, None]
+        words = torch.tensor(self.ids, device=ids.device).repeat_interleave(len(ids))[:, None]
+        rows = nn.functional.pad(ids, (0, 1)).repeat(2, 1).scatter(1, ends, words)
+        mask = torch.zeros(rows.shape, device=ids.device).scatter(1, ends, 1.0)
+        # What the two rows of a response share is computed once.
+        yes, no = self.tokens(rows, mask).logprobs.sum(-1).chunk(2)
+        return yes - no
+
+
+def main(model: str, folder: str = "runs/examples/yes_no") -> Tensor:
+    """Train it on a pair, and score with what was saved."""
+    pairs = [{"prompt": "Is it raining?", "chosen": "Yes, take a coat.", "rejected": "Weather is a wide field."}]
+    trainer = pl.Trainer(
+        max_epochs=1, default_root_dir=folder, logger=False, enable_checkpointing=False, callbacks=[ExportModel()]
+    )
+    trainer.fit(PreferenceModule(model, YesNo()), PreferenceDataModule(pairs))
+    return RewardModel(f"{folder}/model").score([pairs[0]["prompt"]] * 2, [pairs[0]["chosen"], pairs[0]["rejected"]])
+
+
+if __name__ == "__main__":
+    print(main(*sys.argv[1:]))

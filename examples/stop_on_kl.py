@@ -1,0 +1,70 @@
+"""`PolicyRLModule` as a base class, and a callback of your own beside it: the run ends where the KL is spent."""
+
+import sys
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor
+
+from rlhf_lightning import PolicyRLModule, PromptDataModule
+from rlhf_lightning.rollout.kl import KLPenalty
+from rlhf_lightning.rollout.rewards import FunctionReward
+from rlhf_lightning.rollout.sampler import Sampler
+
+
+class Brief(PolicyRLModule):
+    """Policy RL that also logs the longest answer of each round."""
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Tensor]:
+        """The step as it is, and one number more."""
+        outputs = super().training_step(batch, batch_idx)
+        longest = max(episode.response_tokens for episode in self.last_episodes)
+        self.log("train/longest_response", float(longest))
+        return outputs
+
+
+class StopOnKL(pl.Callback):
+    """Ends training once the policy is so far from its start.
+
+    Args:
+        limit: nats a response.
+    """
+
+    def __init__(self, limit: float) -> None:
+        self.limit = limit
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
+        """Look at the KL of the round, which the module has logged."""
+        kl = trainer.callback_metrics.get("train/kl")
+        if kl is not None and kl > self.limit:
+            trainer.should_stop = True
+
+
+def short(completions: list[str]) -> list[float]:
+    """A reward that is easily overdone."""
+    return [-float(len(text)) for text in completions]
+
+
+def main(model: str, folder: str = "runs/examples", *, limit: float = 5.0, rate: float = 1e-5) -> pl.Trainer:
+    """Train until the limit, or for 20 rounds."""
+    module = Brief(
+        model,
+        optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=rate),
+        rewards=[FunctionReward(short)],
+        kl=KLPenalty(coefficient=0.0),  # measured, not penalised
+        sampler=Sampler(max_tokens=24),
+    )
+    trainer = pl.Trainer(
+        max_epochs=20,
+        callbacks=[StopOnKL(limit)],
+        default_root_dir=folder,
+        logger=False,
+        enable_checkpointing=False,
+    )
+    trainer.fit(module, PromptDataModule(["Say hello.", "Count to three."], prompts_per_round=2, group_size=4))
+    return trainer
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

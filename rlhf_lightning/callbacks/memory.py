@@ -1,0 +1,203 @@
+"""Before training: how much memory it will take, and what to change where that is more than there is."""
+
+import logging
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+
+from rlhf_lightning.data.base import data_ranks
+from rlhf_lightning.models.lora import is_quantised
+from rlhf_lightning.models.memory import (
+    activation_bytes,
+    cache_bytes,
+    checkpointed_bytes,
+    compute_size,
+    device_bytes,
+    logit_bytes,
+    optimizer_bytes,
+    tensor_bytes,
+    trained,
+)
+from rlhf_lightning.models.scoring import TokenScorer
+from rlhf_lightning.modules.policy_rl import PolicyRLModule
+
+log = logging.getLogger(__name__)
+FITS = 0.8
+"""Of the memory that is there: an estimate below is said in one line, one above with advice."""
+
+
+@dataclass
+class Estimate:
+    """Bytes on one device. `total` is the larger of a training step and a round of rollouts, which alternate."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    frozen: int
+    """Reference and reward models that stay on the device."""
+    activations: int
+    logits: int
+    cache: int = 0
+    """The sampler's keys and values."""
+    visiting: int = 0
+    """The largest model that is on the device for a while, see `Place`."""
+    available: int | None = None
+    advice: list[str] = field(default_factory=list)
+    """What to change where it does not fit: first what changes no result."""
+
+    @property
+    def total(self) -> int:
+        step, round_of_rollouts = self.activations + self.logits, max(self.cache, self.visiting)
+        return self.weights + self.gradients + self.optimizer + self.frozen + max(step, round_of_rollouts)
+
+    @property
+    def fits(self) -> bool:
+        """Whether there is room, with a margin for what is not counted."""
+        return self.available is None or self.total <= FITS * self.available
+
+    def text(self) -> str:
+        """For people: one line where it fits, with advice where it does not."""
+        names = ("weights", "gradients", "optimizer", "frozen", "activations", "logits", "cache", "visiting")
+        parts = ", ".join(f"{name} {_size(getattr(self, name))}" for name in names if getattr(self, name))
+        there = f" of {_size(self.available)}" if self.available else ""
+        line = f"memory, estimated: {_size(self.total)}{there} ({parts})"
+        if self.fits:
+            return line
+        return "\n".join([f"{line}; it may not fit. In this order:", *(f"  - {one}" for one in self.advice)])
+
+
+def estimate_memory(
+    module: Any, tokens: int, scored: int, rows: int = 0, row_tokens: int = 0, shards: int = 1
+) -> Estimate:
+    """What training takes on this device. The module's model must be there (`configure_model`).
+
+    Args:
+        tokens: that a micro-batch computes. scored: of them, those whose logits are needed; 0 with a reward head.
+        rows, row_tokens: that the sampler decodes side by side, and the length that they may come to.
+        shards: devices that will share weights, gradients and optimizer state; 1 where they are parted already.
+    """
+    plugin = getattr(module._trainer, "precision_plugin", None)
+    context = plugin.forward_context if plugin else nullcontext
+    size, device = compute_size(module.model, context), next(module.model.parameters()).device
+    parameters, scorer = trained(module), _token_scorer(module)
+    ours = {id(p) for part in module.forward_passes() for p in part.model.parameters()} | {id(p) for p in parameters}
+    places = _places(module)
+    away = {id(p) for place in places for p in place.model.parameters()}
+    there = [p for p in module.parameters() if id(p) in ours]
+    estimate = Estimate(
+        weights=-(-tensor_bytes(there) // shards),
+        gradients=-(-tensor_bytes(parameters) // shards),
+        optimizer=-(-optimizer_bytes(module.optimizer_factory, parameters) // shards),
+        frozen=tensor_bytes(p for p in module.parameters() if id(p) not in ours | away),
+        activations=_activations(module, tokens, size, context, device),
+        logits=logit_bytes(scorer.parts, scored, size, scorer.logit_bytes) if scorer and scored else 0,
+        cache=cache_bytes(module.model, rows, row_tokens, size) if rows else 0,
+        visiting=max((tensor_bytes(place.model.parameters()) for place in places if place.offload), default=0),
+        available=device_bytes(device),
+    )
+    estimate.advice = _advice(module, estimate)
+    return estimate
+
+
+def _activations(module: Any, tokens: int, size: int, context: Any, device: torch.device) -> int:
+    total = 0
+    for part in module.forward_passes():
+        needed = kept = activation_bytes(part, tokens, context)
+        if module.gradient_checkpointing:
+            needed = checkpointed_bytes(part.model, kept, tokens, size)
+        if module.activation_offload and device.type == "cuda":
+            # What is on the device is what one layer works with.
+            needed = kept // part.config.num_hidden_layers
+        total += needed
+    return total
+
+
+def _places(module: Any) -> list[Any]:
+    holders = [getattr(module, "reference", None), *getattr(module, "rewards", [])]
+    holders += [member for holder in holders for member in getattr(holder, "members", [])]
+    return [holder._place for holder in holders if getattr(holder, "_place", None) is not None]
+
+
+def _advice(module: Any, estimate: Estimate) -> list[str]:
+    """Settings that are not yet made, those that change no result first."""
+    policy, found = isinstance(module, PolicyRLModule), []
+    on_gpu = next(module.model.parameters()).device.type == "cuda"
+    if not module.gradient_checkpointing:
+        found.append("model.gradient_checkpointing: true (activations become a fraction; a third more time)")
+    smaller = "raise data.minibatches and" if policy else "halve data.batch_size, double"
+    found.append(f"{smaller} trainer.accumulate_grad_batches (activations and logits in proportion, the same gradient)")
+    if not module.activation_offload and on_gpu:
+        found.append("model.activation_offload: true (activations in the memory of the CPU)")
+    if policy and estimate.frozen:
+        size = _size(estimate.frozen)
+        found.append(f"offload: true of model.kl and of reward models, or their device: cpu ({size} less)")
+    if policy and estimate.cache > estimate.activations + estimate.logits:
+        found.append("lower model.sampler.batch_rows (the cache in proportion)")
+    # From here on the numbers are others.
+    if next(iter(module.model.parameters())).element_size() > 2:
+        found.append("trainer.precision: bf16-mixed (activations), or bf16-true (weights and optimizer as well)")
+    if module.lora is None:
+        found.append(f"model.lora: {{}} (gradients and optimizer, {_size(estimate.gradients + estimate.optimizer)})")
+    elif not is_quantised(module.model) and on_gpu:
+        found.append(f"model.lora.quantize: nf4 (of the weights, {_size(estimate.weights)}, less than a fifth is left)")
+    found.append("more devices that share the weights: trainer.strategy, see docs/memory.md")
+    return found
+
+
+def _size(count: int) -> str:
+    unit, scale = next(((u, s) for u, s in (("GB", 1e9), ("MB", 1e6)) if count >= s), ("kB", 1e3))
+    return f"{count / scale:.3g} {unit}" if count < 1e12 else f"{count / 1e9:.0f} GB"
+
+
+class MemoryEstimate(pl.Callback):
+    """Says before training how much memory it will take: one line, or advice where it may not fit."""
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        sizes = step_sizes(trainer, pl_module)
+        if sizes is None:
+            return
+        self.estimate = estimate_memory(pl_module, *sizes)
+        if trainer.is_global_zero:
+            tell = log.info if self.estimate.fits else log.warning
+            tell(self.estimate.text())
+
+
+def step_sizes(trainer: pl.Trainer, module: Any) -> tuple[int, int, int, int] | None:
+    """The arguments of `estimate_memory` for the largest micro-batch of the data; None where that is not known.
+
+    What rows share is counted once: the prompt of a pair or a group.
+    """
+    data: Any = trainer.datamodule  # type: ignore[attr-defined]
+    prepared = getattr(data, "prepared", {}).get("train")
+    if not prepared or not prepared.rows:
+        return None
+    if isinstance(module, PolicyRLModule):
+        return None if data.recorded else _round_sizes(trainer, module, data, prepared.rows)
+    sizes = sorted((_tokens(row) for row in prepared.rows), reverse=True)[: data.batch_size]
+    scored = sum(sorted((row.trained for row in prepared.rows), reverse=True)[: data.batch_size])
+    return sum(sizes), scored if _token_scorer(module) else 0, 0, 0
+
+
+def _token_scorer(module: Any) -> TokenScorer | None:
+    """What computes logits; None with a reward head."""
+    return getattr(module, "tokens", None) or getattr(getattr(module, "scorer", None), "tokens", None)
+
+
+def _tokens(row: Any) -> int:
+    sides = getattr(row, "sides", None)
+    if sides is None:
+        return row.tokens
+    shared = min(side.mask.index(1) if 1 in side.mask else 0 for side in sides)
+    return shared + sum(side.tokens - shared for side in sides)
+
+
+def _round_sizes(trainer: pl.Trainer, module: Any, data: Any, rows: list[Any]) -> tuple[int, int, int, int]:
+    prompt, drawn = max(row.tokens for row in rows), module.sampler.max_tokens
+    prompts = -(-min(data.prompts_per_round, len(rows)) // data_ranks(trainer)[1])
+    batch = -(-prompts * data.group_size // data.minibatches)
+    tokens = min(prompts, batch) * prompt + batch * drawn
+    decoded = min(prompts * data.group_size, module.sampler.batch_rows) if module.sampler._local else 0
+    return tokens, batch * drawn, decoded, prompt + drawn

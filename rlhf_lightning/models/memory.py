@@ -1,0 +1,186 @@
+"""How much memory training takes: weights, gradients and optimizer state exactly, activations by a small measurement.
+
+Sizes are bytes on one device. docs/memory.md has the formulas.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+
+from rlhf_lightning.models.forward import Forward
+from rlhf_lightning.models.logits import CPU_CHUNK, GPU_CHUNK
+from rlhf_lightning.models.lora import base_of
+from rlhf_lightning.models.parts import Parts
+from rlhf_lightning.models.precision import NARROW
+from rlhf_lightning.models.sharding import through
+
+PROBES = (32, 96)
+"""Tokens of the two forwards that activations are measured by."""
+
+
+def tensor_bytes(tensors: Iterable[Tensor]) -> int:
+    """Bytes of tensors, each storage once, of sharded ones what is on this rank."""
+    found: dict[int, int] = {}
+    for tensor in tensors:
+        local: Any = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+        found[local.untyped_storage().data_ptr() or id(tensor)] = local.numel() * local.element_size()
+    return sum(found.values())
+
+
+def trained(module: nn.Module) -> list[nn.Parameter]:
+    """The parameters that require a gradient."""
+    return [parameter for parameter in module.parameters() if parameter.requires_grad]
+
+
+def optimizer_bytes(factory: Callable[[Iterable[Any]], Any], parameters: Iterable[nn.Parameter]) -> int:
+    """Bytes of an optimizer's state after its first step.
+
+    Args:
+        factory: as the modules take it. It is tried on a small matrix and a small vector of each type: a state that has
+            the shape of its parameter is counted for every value, any other (a count of steps) once for each parameter.
+    """
+    rates: dict[Any, tuple[float, float]] = {}
+    total = 0.0
+    for parameter in parameters:
+        local: Any = parameter.to_local() if hasattr(parameter, "to_local") else parameter
+        matrix = local.ndim > 1
+        if (local.dtype, matrix) not in rates:
+            rates[local.dtype, matrix] = _state_of_one(factory, local.dtype, matrix)
+        for_value, for_parameter = rates[local.dtype, matrix]
+        total += for_value * local.numel() + for_parameter
+    return round(total)
+
+
+@torch.enable_grad()
+def _state_of_one(factory: Callable[[Iterable[Any]], Any], dtype: torch.dtype, matrix: bool) -> tuple[float, float]:
+    """Bytes of state for each value of a parameter, and for each parameter beside."""
+    probe = nn.Parameter(torch.zeros((5, 7) if matrix else (35,), dtype=dtype))
+    probe.grad = torch.zeros_like(probe)
+    optimizer = factory([probe])
+    optimizer.step()
+    state = [value for value in optimizer.state[probe].values() if isinstance(value, Tensor)]
+    for_value = sum(value.element_size() for value in state if value.shape == probe.shape)
+    return for_value, sum(value.numel() * value.element_size() for value in state if value.shape != probe.shape)
+
+
+def activation_bytes(forward: Forward, tokens: int, context: Callable[[], Any] = contextlib.nullcontext) -> int:
+    """Bytes of the activations that backward needs of `tokens` tokens, without gradient checkpointing.
+
+    The model is run on few tokens, twice; what autograd saves is counted, each storage once and no weights, and
+    continued in a straight line. That is what attention without a table of scores needs; `eager` attention needs more
+    the longer the rows are.
+
+    Args:
+        context: the precision of training.
+    """
+    few, more = (_saved(forward, count, context) for count in PROBES)
+    slope = (more - few) / (PROBES[1] - PROBES[0])
+    return round(max(0.0, few + slope * (tokens - PROBES[0])))
+
+
+def _saved(forward: Forward, tokens: int, context: Callable[[], Any]) -> int:
+    sizes: dict[int, int] = {}
+    kept: list[Tensor] = []  # so that no storage is used again while they are counted
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if not any(isinstance(one, nn.Parameter) for one in (tensor, tensor._base)):
+            kept.append(tensor)
+            sizes[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    device = next(forward.model.parameters()).device
+    vocabulary = base_of(forward.model).get_input_embeddings().weight.shape[0]
+    # Rows that share nothing, as long as a table of positions allows.
+    ids = (torch.arange(tokens, device=device) * 7919 % vocabulary).view(-1, 16)
+    wanted, prefixes = torch.ones_like(ids, dtype=torch.bool), torch.zeros(len(ids), dtype=torch.long)
+    saving, forward.saving = forward.saving, lambda: saved_tensors_hooks(keep, lambda tensor: tensor)
+    # The caller's random numbers are left alone: dropout saves masks, and so must be as it is in training.
+    devices = [device] if device.type == "cuda" else []
+    try:
+        with torch.random.fork_rng(devices), _all_kept(forward.model), torch.enable_grad(), context():
+            through(forward.model, forward, ids, wanted, prefixes)
+    finally:
+        forward.saving = saving
+    return sum(sizes.values())
+
+
+@contextlib.contextmanager
+def _all_kept(model: nn.Module) -> Iterator[None]:
+    """A model in training, without gradient checkpointing."""
+    flags = [(part, part.gradient_checkpointing) for part in model.modules() if hasattr(part, "gradient_checkpointing")]
+    modes = [(part, part.training) for part in model.modules()]
+    model.train()
+    for part, _ in flags:
+        part.gradient_checkpointing = False  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        for part, flag in flags:
+            part.gradient_checkpointing = flag
+        for part, mode in modes:
+            part.training = mode
+
+
+def checkpointed_bytes(model: Any, activations: int, tokens: int, size: int) -> int:
+    """With gradient checkpointing: the input of each layer, and the activations of the one that is computed again."""
+    config = base_of(model).config.get_text_config()
+    return config.num_hidden_layers * tokens * config.hidden_size * size + activations // config.num_hidden_layers
+
+
+def logit_bytes(parts: Parts, rows: int, size: int, limit: int) -> int:
+    """The logits of `rows` positions, of `size` bytes a number: one buffer, `limit` bytes at most, and working copies.
+
+    The copies are of one chunk: in float32, and its softmax. A soft cap keeps two buffers more, for its gradient. The
+    gradient of a head that is trained is made apart before it is added.
+    """
+    vocabulary = parts.vocabulary
+    capped = getattr(base_of(parts.model).config.get_text_config(), "final_logit_softcapping", None)
+    chunk = CPU_CHUNK if next(parts.model.parameters()).device.type == "cpu" else GPU_CHUNK
+    buffer = min(rows * vocabulary * size, max(limit, vocabulary * size))
+    head = tensor_bytes(trained(parts.head)) if parts.head is not None else 0
+    return buffer * (3 if capped else 1) + 2 * 4 * min(rows * vocabulary, max(vocabulary, chunk)) + head
+
+
+def cache_bytes(model: Any, rows: int, tokens: int, size: int) -> int:
+    """Keys and values of the sampler: `rows` slots of `tokens` each."""
+    config = base_of(model).config.get_text_config()
+    if not hasattr(config, "num_attention_heads"):
+        return 0  # a recurrent model keeps a state of fixed size
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return 2 * config.num_hidden_layers * rows * heads * width * tokens * size
+
+
+def compute_size(model: Any, context: Callable[[], Any]) -> int:
+    """Bytes of a number that layers compute with, in a precision."""
+    weight = next(p for p in model.parameters() if p.is_floating_point())
+    with context():
+        mixed = torch.is_autocast_enabled(weight.device.type)
+        dtype = torch.get_autocast_dtype(weight.device.type) if mixed else weight.dtype
+    return 2 if dtype in NARROW else weight.element_size()
+
+
+def device_bytes(device: torch.device) -> int | None:
+    """Memory that a run may use on a device: what is free, and what this process has of it already."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
+    if device.type == "mps":
+        return torch.mps.recommended_max_memory()
+    return _system_bytes() if device.type == "cpu" else None
+
+
+def _system_bytes() -> int | None:
+    """Of Linux; what this process has is not counted as free, and is added."""
+    try:
+        with open("/proc/meminfo") as stream:
+            free = next(int(line.split()[1]) * 1024 for line in stream if line.startswith("MemAvailable:"))
+        with open("/proc/self/statm") as stream:
+            own = int(stream.read().split()[1]) * 4096
+    except (OSError, StopIteration):
+        return None
+    return free + own

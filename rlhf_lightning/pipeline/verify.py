@@ -1,0 +1,149 @@
+"""Whether inputs and outputs of a run are still what they were: hashed again, compared with what was recorded."""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from rlhf_lightning.data.records import fingerprint
+from rlhf_lightning.errors import ConfigError
+from rlhf_lightning.files import hash_file, hash_folder
+
+SAME, DIFFERS, MISSING, UNFINISHED, HUB = "same", "differs", "missing", "unfinished", "not checked"
+"""What is on the Hub is not downloaded to be compared, and fails nothing."""
+
+
+@dataclass
+class Check:
+    """One input or output of a stage, and how it compares."""
+
+    stage: str
+    what: str
+    path: str
+    status: str
+
+
+def verify_run(root: str | Path) -> list[Check]:
+    """The checks of a run: of each stage its configuration, data and models handed to it, and what it wrote.
+
+    Args:
+        root: folder of a pipeline's run, or of one stage. Data files are looked for where the run found them, relative
+            to the current folder; models of the run's own stages in `root`, wherever it was moved to.
+
+    Raises:
+        ConfigError: the folder holds no run, or its records cannot be read.
+    """
+    root = Path(root)
+    if (root / "manifest.json").is_file():
+        stages = _read(root / "manifest.json").get("stages") or {}
+        return [check for name, entry in stages.items() for check in _stage(root, name, entry)]
+    if (root / "stage.json").is_file():
+        return _alone(root)
+    raise ConfigError(f"--verify {root}: neither manifest.json of a pipeline nor stage.json of a stage is there")
+
+
+def _stage(root: Path, name: str, entry: dict[str, Any]) -> list[Check]:
+    folder, inputs = root / name, entry["inputs"]
+    settings = _settings(folder / "input.yaml")
+    found = []
+    if config := entry.get("config"):
+        status = _compare(hash_file(config["path"]), config["hash"]) if Path(config["path"]).is_file() else MISSING
+        found.append(Check(name, "config", config["path"], status))
+    now = None if settings is None else settings_hash(settings)
+    found.append(Check(name, "settings", str(folder / "input.yaml"), _compare(now, inputs["settings"])))
+    found += _data(name, (settings or {}).get("data") or {}, inputs["data"])
+    for key in ("start", "reward", "critic"):
+        if key in inputs:
+            found.append(_handed(root, name, key, settings or {}, inputs[key]))
+    if entry["status"] != "finished":
+        return [*found, Check(name, "model", str(folder / "model"), UNFINISHED)]
+    return [*found, *_outputs(name, folder, entry["model_hash"])]
+
+
+def _alone(folder: Path) -> list[Check]:
+    """A stage that was no part of a pipeline."""
+    facts, settings = _read(folder / "stage.json"), _settings(folder / "config.yaml")
+    found = _data(folder.name, (settings or {}).get("data") or {}, facts.get("data") or {})
+    if config := facts.get("config_hash"):
+        path = folder / "config.yaml"
+        found.append(Check(folder.name, "config", str(path), _compare(hash_file(path) if settings else None, config)))
+    return [*found, *_outputs(folder.name, folder, facts["model_hash"])]
+
+
+def _outputs(name: str, folder: Path, recorded: str) -> list[Check]:
+    model, facts = folder / "model", folder / "stage.json"
+    said = _read(facts).get("model_hash") if facts.is_file() else None
+    return [
+        Check(name, "model", str(model), _compare(hash_folder(model) if model.is_dir() else None, recorded)),
+        Check(name, "stage.json", str(facts), _compare(said, recorded)),
+    ]
+
+
+def _data(name: str, settings: dict[str, Any], recorded: dict[str, str]) -> list[Check]:
+    return [
+        Check(name, f"data.{key}", _short(settings.get(key)), _source(settings.get(key), recorded[key]))
+        for key in recorded
+    ]
+
+
+def _source(source: Any, recorded: str) -> str:
+    if source is None:
+        return MISSING
+    if fingerprint(source) == recorded:
+        return SAME
+    files = [source] if isinstance(source, str) else source
+    gone = any(isinstance(item, str) and not Path(item).exists() for item in files)
+    return MISSING if gone else DIFFERS
+
+
+def _handed(root: Path, name: str, key: str, settings: dict[str, Any], recorded: str) -> Check:
+    """A model that the stage was given."""
+    model = settings.get("model") or {}
+    if key == "start":
+        path = model.get("model")
+    elif key == "critic":
+        path = (model.get("critic") or {}).get("model")
+    else:
+        path = ((model.get("rewards") or [{}])[-1].get("init_args") or {}).get("model")
+    if recorded in (path, "failed"):
+        return Check(name, key, str(path), HUB)  # no hash: an id, or a stage that failed and was replaced by a rule
+    # A model of the run itself, wherever the run is now.
+    inside = root / Path(str(path)).parent.name / "model"
+    folder = inside if inside.is_dir() and not Path(str(path)).is_dir() else Path(str(path))
+    return Check(name, key, str(folder), _compare(hash_folder(folder) if folder.is_dir() else None, recorded))
+
+
+def settings_hash(settings: dict[str, Any]) -> str:
+    """SHA-256 of a stage's settings, in whatever order they are written."""
+    return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _compare(now: str | None, recorded: str) -> str:
+    return MISSING if now is None else SAME if now == recorded else DIFFERS
+
+
+def _settings(path: Path) -> dict[str, Any] | None:
+    if not path.is_file():
+        return None
+    try:
+        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError):
+        return {"unreadable": str(path)}  # another hash than any that was recorded
+    return found if isinstance(found, dict) else {}
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError, OSError) as error:
+        raise ConfigError(f"{path}: cannot be read ({error})") from None
+    if not isinstance(found, dict):
+        raise ConfigError(f"{path}: holds no record of a run")
+    return found
+
+
+def _short(source: Any) -> str:
+    return source if isinstance(source, str) else json.dumps(source, default=str)[:80]

@@ -1,0 +1,113 @@
+"""Commands run in this process on malformed input: what counts as a clear error, counted by kind and outcome."""
+
+import io
+import json
+import os
+import signal
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from dataclasses import dataclass, field
+from typing import Any
+
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis.strategies import SearchStrategy
+
+from rlhf_lightning.cli.main import main
+
+LIMIT = 30
+"""Seconds that a case may take; none is near it."""
+FINDING = bool(os.environ.get("RLHF_FUZZ_SHRINK"))
+"""Shrink a case that fails to a small one: for looking for faults by hand."""
+
+
+class Hang(Exception):
+    """A case that did not end."""
+
+
+@dataclass
+class Result:
+    """What a command did."""
+
+    code: int
+    out: str
+    err: str
+
+
+@dataclass
+class Tally:
+    """Cases by kind and outcome; a case that was seen before is not counted again."""
+
+    counts: dict[str, Counter[str]] = field(default_factory=dict)
+    seen: set[str] = field(default_factory=set)
+
+    def add(self, kind: str, outcome: str, case: Any) -> None:
+        """Count one case."""
+        if (text := f"{kind}:{case!r}") not in self.seen:
+            self.seen.add(text)
+            self.counts.setdefault(kind, Counter())[outcome] += 1
+
+
+@contextmanager
+def time_limit(seconds: int) -> Iterator[None]:
+    """Raise `Hang` where the block takes longer."""
+
+    def ring(*_: Any) -> None:
+        raise Hang(f"no end after {seconds} s")
+
+    before = signal.signal(signal.SIGALRM, ring)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def rlhf(*args: Any) -> Result:
+    """A command, in this process: its exit code and what it wrote. An exception that is not the project's comes out."""
+    out, err = io.StringIO(), io.StringIO()
+    with time_limit(LIMIT), redirect_stdout(out), redirect_stderr(err), warnings.catch_warnings():
+        try:
+            main([str(arg) for arg in args])
+        except SystemExit as stop:
+            return Result(stop.code if isinstance(stop.code, int) else 1, out.getvalue(), err.getvalue())
+    raise AssertionError("the command did not exit")
+
+
+def refused(result: Result, *names: str) -> str:
+    """The message of a command that was refused: exit code 2, no traceback, and one of `names` in the message."""
+    assert result.code == 2, f"exit code {result.code}\n{result.out[-2000:]}\n{result.err[-2000:]}"
+    assert "Traceback" not in result.err + result.out, result.err
+    message = result.err.rpartition("error: ")[2].strip()
+    assert "error: " in result.err, result.err
+    assert len(message) > 15, result.err
+    assert not names or any(name in message for name in names), f"none of {names} in: {message}"
+    return message
+
+
+def bad_rows(result: Result) -> list[dict[str, str]]:
+    """The rows that `data check --json` lists as bad; empty where it refuses the file as a whole."""
+    if result.code == 2:
+        return []
+    return json.loads(result.out)["bad"]
+
+
+def fuzz(cases: SearchStrategy, check: Callable[[Any], None], count: int) -> None:
+    """Check so many cases, the same ones every time."""
+
+    @settings(
+        max_examples=count,
+        derandomize=True,
+        database=None,
+        deadline=None,
+        phases=(Phase.explicit, Phase.generate, *((Phase.shrink,) if FINDING else ())),
+        suppress_health_check=list(HealthCheck),
+        print_blob=False,
+    )
+    @given(cases)
+    def run(case: Any) -> None:
+        check(case)
+
+    run()

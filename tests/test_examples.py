@@ -1,0 +1,160 @@
+"""Every program of examples/ runs, and does what it says."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+from examples import (
+    environments,
+    objectives,
+    own_module,
+    plain_loop,
+    reward_model,
+    reward_model_elsewhere,
+    rewards,
+    scorer,
+    sft_own_data,
+    stop_on_kl,
+)
+from rlhf_lightning import PolicyRLModule, PreferenceModule, SFTModule
+from rlhf_lightning.errors import ConfigError, DataError
+from rlhf_lightning.objectives.policy import importance_sampling
+from tests.conftest import trainer as quiet
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_each_example_is_run_here_and_listed() -> None:
+    names = {path.stem for path in (ROOT / "examples").glob("*.py")} - {"__init__"}
+    listed = (ROOT / "examples" / "README.md").read_text()
+    assert {name for name in names if f"{name}.py" not in listed} == set()
+    assert names <= set(globals())
+
+
+def test_rewards(base: str, tmp_path: Path) -> None:
+    trainer = rewards.main(base, str(tmp_path))
+    logged = trainer.callback_metrics
+    assert {"train/reward_polite", "train/reward_covers"} <= logged.keys()
+    assert trainer.global_step == 2
+    assert rewards.polite(["Thank you!", "No.", "No."], ["polite", "polite", "brief"]) == [1.0, 0.0, None]
+    with pytest.raises(DataError, match="no 'points'"):
+        rewards.Covers().check([rewards.Prompt([1], [{"role": "user", "content": "Hi"}], {"prompt": "Hi"})])
+
+
+def test_environments(base: str, tmp_path: Path) -> None:
+    game, tools = environments.main(base, str(tmp_path))
+    assert len(game.last_episodes) == len(tools.last_episodes) == 8
+    assert not any(episode.failed for episode in [*game.last_episodes, *tools.last_episodes])
+    assert list(tools.environment({"prompt": "Hi"}).available) == ["multiply"]  # type: ignore[misc, attr-defined]
+    played = environments.Guess({"secret": 7}, highest=9)
+    assert "1 to 9" in played.reset()[0]["content"]
+    assert played.step({"content": "I say 3"}).next_messages == [{"role": "user", "content": "Higher."}]
+    last = played.step({"content": "7"})
+    assert (last.reward, last.done) == (0.5, True)
+
+
+def test_objectives(base: str, tmp_path: Path) -> None:
+    policy, dpo = objectives.main(base, str(tmp_path))
+    assert policy.global_step == 2
+    # Before the first update policy and reference are equal: the loss is that of the lengths alone.
+    chosen, rejected = dpo.datamodule.prepared["train"].rows[0].sides  # type: ignore[attr-defined]
+    wanted = torch.nn.functional.softplus(torch.tensor(-0.01 * (chosen.trained - rejected.trained)))
+    torch.testing.assert_close(dpo.callback_metrics["train/loss"], wanted, rtol=1e-4, atol=1e-4)
+    # With ratios up to 1 and at 1, TOPR's gradient is that of importance sampling.
+    old = torch.tensor([[-1.0, -2.0, -0.5]])
+    advantages, mask = torch.tensor([[1.0, -1.0, 2.0]]), torch.tensor([[1.0, 1.0, 0.0]])
+    gradients = []
+    for loss in (objectives.topr, importance_sampling):
+        new = old.clone().requires_grad_()
+        loss(new, old, advantages, mask).sum().backward()
+        gradients.append(new.grad)
+    torch.testing.assert_close(*gradients)
+    # What was bad and has become unlikely is left alone; what was good is not.
+    far = (old - 5).requires_grad_()
+    objectives.topr(far, old, advantages, mask).sum().backward()
+    assert far.grad is not None
+    assert far.grad[0, 0] == -1
+    assert 0 < far.grad[0, 1] < 0.01
+    c, r, lengths = torch.tensor([1.0]), torch.tensor([0.5]), torch.tensor([30.0])
+    found = objectives.RDPO(alpha=0.1)(c, r, chosen_lengths=lengths, rejected_lengths=lengths - 10)
+    torch.testing.assert_close(found, torch.nn.functional.softplus(torch.tensor([-1.5])))
+
+
+def test_scorer(base: str, tmp_path: Path, tokenizer: object) -> None:
+    scores = scorer.main(base, str(tmp_path / "run"))
+    assert scores.shape == (2,)
+    # What was saved is an ordinary causal model: its own log-probabilities after the response give the score.
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from rlhf_lightning.data.conversations import to_messages
+    from rlhf_lightning.data.rendering import Renderer
+
+    folder = tmp_path / "run" / "model"
+    words, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder)
+    row = Renderer(words).exchange(to_messages("Is it raining?"), to_messages("Yes, take a coat.", "assistant"))
+    logprobs = model(torch.tensor([row.ids])).logits[0, -1].log_softmax(-1)
+    yes, no = (words(word, add_special_tokens=False)["input_ids"][0] for word in ("Yes", "No"))
+    torch.testing.assert_close(scores[0], logprobs[yes] - logprobs[no], rtol=1e-4, atol=1e-4)
+    with pytest.raises(ConfigError, match="same token"):
+        scorer.YesNo("Yes", "Yes").bind(model, words, [])
+
+
+def test_sft_with_data_of_ones_own(base: str, tmp_path: Path) -> None:
+    trainer = sft_own_data.main(base, str(tmp_path))
+    assert trainer.global_step == 3
+    assert trainer.callback_metrics["val/tokens"] > 6
+    assert (tmp_path / "model" / "model.safetensors").exists()
+
+
+def test_reward_model_in_a_script_and_elsewhere(base: str, tmp_path: Path) -> None:
+    trainer, module = reward_model.main(base, str(tmp_path))
+    assert trainer.callback_metrics["val/accuracy"] == 1  # four pairs, learned by heart
+    assert len(list(tmp_path.rglob("metrics.csv"))) == 1
+    responses = ["Fine, thank you.", "No."]
+    elsewhere = reward_model_elsewhere.score(str(tmp_path / "model"), "How are you?", responses)
+    torch.testing.assert_close(elsewhere, module.score(["How are you?"] * 2, responses), rtol=1e-5, atol=1e-5)
+
+
+def test_stop_on_kl(base: str, tmp_path: Path) -> None:
+    trainer = stop_on_kl.main(base, str(tmp_path), limit=2.0, rate=3e-3)
+    assert 1 < trainer.global_step < 20
+    assert trainer.callback_metrics["train/kl"] > 2
+    assert trainer.callback_metrics["train/longest_response"] <= 24
+
+
+def test_own_module(base: str, tmp_path: Path) -> None:
+    trainer = own_module.main(base, str(tmp_path))
+    assert trainer.global_step == 3
+    assert {"reward", "policy_loss", "nll"} <= trainer.callback_metrics.keys()
+    module = trainer.lightning_module
+    rows = own_module.ROWS
+    drawn, rewards, advantages = module.play(rows)  # type: ignore[operator]
+    # What the trainer computes is what the sampler recorded: the ratio is 1 before the first update.
+    logprobs = module.tokens(drawn["input_ids"], drawn["mask"]).logprobs  # type: ignore[operator]
+    torch.testing.assert_close(logprobs * drawn["mask"], drawn["old_logprobs"], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(advantages, rewards - rewards.view(2, 4).mean(1).repeat_interleave(4))
+
+
+def test_plain_loop_comes_to_the_best_policy() -> None:
+    assert 0.5 * (plain_loop.train() - plain_loop.optimum()).abs().sum() < 0.02
+
+
+@pytest.mark.parametrize("make", [SFTModule, PreferenceModule, PolicyRLModule])
+def test_batches_of_another_kind_are_refused_by_name(make: Any, base: str, tmp_path: Path) -> None:
+    loader = DataLoader([{"input_ids": torch.ones(2, 4, dtype=torch.long), "labels": torch.ones(2)}], batch_size=None)
+    with pytest.raises(
+        ConfigError, match=r"takes batches that are dicts with input_ids, mask.*mask is missing in this"
+    ):
+        quiet(tmp_path).fit(make(base), loader)
+    with pytest.raises(ConfigError, match="input_ids is missing in this one, which is a list of no names"):
+        quiet(tmp_path).fit(make(base), DataLoader(["How are you?"], batch_size=1))
+
+
+def test_a_row_ends_with_its_response_where_the_batch_does_not_say(base: str, tmp_path: Path) -> None:
+    module = reward_model.main(base, str(tmp_path))[1]
+    batch = reward_model.Pairs(module)(reward_model.ROWS)
+    told = module.predict_step(batch, 0)
+    assert module.predict_step({name: batch[name] for name in ("input_ids", "mask")}, 0) == told

@@ -1,0 +1,214 @@
+"""docs/metrics.md against what runs really log: every name is on the page, and every name of the page is logged."""
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from lightning.pytorch.loggers.logger import Logger
+from lightning_utilities.core.imports import RequirementCache
+
+from rlhf_lightning import (
+    PolicyRLModule,
+    PreferenceDataModule,
+    PreferenceModule,
+    PromptDataModule,
+    SFTDataModule,
+    SFTModule,
+)
+from rlhf_lightning.callbacks.collapse import StopOnCollapse
+from rlhf_lightning.callbacks.diagnostics import Diagnostics
+from rlhf_lightning.models.critic import Critic
+from rlhf_lightning.models.scorers import ImplicitReward
+from rlhf_lightning.objectives.policy import PPO
+from rlhf_lightning.objectives.preference import KTO, BradleyTerry, PlackettLuce
+from rlhf_lightning.rollout.advantages import GAE
+from rlhf_lightning.rollout.environments import StepResult
+from rlhf_lightning.rollout.kl import KLPenalty
+from rlhf_lightning.rollout.rewards import FunctionReward
+from rlhf_lightning.rollout.runner import Limits
+from rlhf_lightning.rollout.sampler import Sampler
+from tests.conftest import chats, pairs, prompts, sgd, trainer
+from tests.runs import complete
+from tests.test_cli import mistake, rlhf, stage_config, write_yaml
+from tests.test_preference import labelled, rankings
+
+PAGE = (Path(__file__).parents[1] / "docs" / "metrics.md").read_text()
+SECTIONS = {"sft": "SFT", "preference": "Preference", "policy": "Policy RL"}
+
+
+def listed(kind: str) -> set[str]:
+    """The names in the first column of a section's table."""
+    section = PAGE.split(f"\n## {SECTIONS[kind]}\n")[1].split("\n## ")[0]
+    rows = [line for line in section.splitlines() if line.startswith("| `")]
+    assert all(len(line.replace("\\|", "").split("|")) == 4 for line in rows)
+    assert all(line.replace("\\|", "").split("|")[2].strip() for line in rows), "each has a meaning"
+    return {name for line in rows for name in re.findall(r"`([^`]+)`", line.split("|")[1])}
+
+
+class Names(Logger):
+    """Keeps what is logged."""
+
+    name, version = "names", ""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.logged: set[str] = set()
+
+    def log_hyperparams(self, *_: Any, **__: Any) -> None: ...
+
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        self.logged |= metrics.keys()
+
+
+def logged(module: Any, data: Any, root: Path, **options: Any) -> set[str]:
+    """The names that fit and test log, those of the test under `val/`."""
+    names = Names()
+    run = trainer(root, logger=names, log_every_n_steps=1, **options)
+    run.fit(module, data)
+    fitted = set(names.logged)
+    names.logged.clear()
+    run.test(module, data, verbose=False)
+    tested = {name.replace("test/", "val/") for name in names.logged} - {"epoch"}
+    assert tested <= fitted
+    return fitted - {"epoch"}
+
+
+def both(make: Callable[..., Any], rows: list[Any], **options: Any) -> Any:
+    return make(rows, rows, test=rows, batch_size=4, show_example=False, **options)
+
+
+def sft(base: str, root: Path) -> set[str]:
+    return logged(SFTModule(base, optimizer=sgd(0.1)), both(SFTDataModule, chats(8)), root)
+
+
+def preference(base: str, root: Path) -> set[str]:
+    categories = [{**row, "category": f"c{i % 2}"} for i, row in enumerate(pairs(12))]
+    categories += [{"prompt": "a", "chosen": "x", "rejected": "z", "category": "c0"}] * 2
+    categories += [{"prompt": "a", "chosen": "one", "rejected": "two three four", "category": "c0"}] * 2
+    runs = [(BradleyTerry(), categories), (KTO(), labelled(12)), (PlackettLuce(), rankings(8))]
+    found: set[str] = set()
+    for number, (loss, rows) in enumerate(runs):
+        module = PreferenceModule(base, ImplicitReward(0.1), loss, optimizer=sgd(0.1))
+        found |= logged(module, both(PreferenceDataModule, rows), root / str(number))
+    return found
+
+
+class Counting:
+    """Two turns, a metric of its own; the row of 3 fails."""
+
+    def __init__(self, row: dict[str, Any]) -> None:
+        if row["wanted"] == 3:
+            raise RuntimeError("no room")
+        self.row, self.turn = row, 0
+
+    def reset(self) -> list[dict[str, Any]]:
+        return [{"role": "user", "content": self.row["prompt"]}]
+
+    def step(self, message: dict[str, Any]) -> StepResult:
+        self.turn += 1
+        return StepResult(0.0, self.turn == 2, [{"role": "user", "content": "and"}], metrics={"asked": 1.0})
+
+
+def length(completions: list[str]) -> list[float]:
+    return [float(len(text)) for text in completions]
+
+
+def policy(base: str, root: Path) -> set[str]:
+    def module(**options: Any) -> PolicyRLModule:
+        rewards = [FunctionReward(length, name="length")]
+        return PolicyRLModule(
+            base, rewards=rewards, sampler=Sampler(max_tokens=8, stop=["a", "e", "o"]), optimizer=sgd(0.1), **options
+        )
+
+    def data(group_size: int) -> PromptDataModule:
+        rows = prompts(5)
+        return PromptDataModule(rows, rows[:2], test=rows[:2], prompts_per_round=5, group_size=group_size)
+
+    groups = module(
+        kl=KLPenalty(0.1), resample_groups=1, environment=Counting, limits=Limits(max_turns=2, on_error="drop")
+    )
+    critic = module(critic=Critic(learning_rate=0.1), advantage=GAE(), objective=PPO(), kl=KLPenalty(0.1, "reward"))
+    stop = StopOnCollapse(reward_lost=None, entropy_fraction=None, kl_limit=1e-12, patience=1)
+    stop.checks[0].severity = lambda curves: 1.0  # type: ignore[method-assign]
+    return logged(groups, data(2), root / "groups", callbacks=[Diagnostics()]) | logged(
+        critic, data(1), root / "critic", callbacks=[stop]
+    )
+
+
+RUNS = {"sft": sft, "preference": preference, "policy": policy}
+
+
+@pytest.mark.parametrize("kind", RUNS)
+def test_the_page_lists_what_is_logged_and_nothing_else(kind: str, base: str, tmp_path: Path) -> None:
+    found, names = RUNS[kind](base, tmp_path), listed(kind)
+    patterns = {name: re.compile(re.escape(name).replace("NAME", r"\w+") + "$") for name in names}
+    # A pattern stands for what no other line names.
+    exact = {name for name in names if "NAME" not in name}
+    unknown = {name for name in found - exact if not any(p.match(name) for n, p in patterns.items() if "NAME" in n)}
+    assert unknown == set(), "logged, and not on the page"
+    unused = {name for name, pattern in patterns.items() if not any(pattern.match(each) for each in found)}
+    assert unused == set(), "on the page, and never logged"
+
+
+# -- Lightning's own loggers ------------------------------------------------------------------------------------------
+
+
+def fit(base: str, tmp_path: Path, *args: str) -> list[str]:
+    config = write_yaml(tmp_path / "c.yaml", stage_config("sft", base, tmp_path))
+    return ["sft", "fit", "-c", config, "--trainer.default_root_dir", str(tmp_path / "run"), *args]
+
+
+def lightning_logger(name: str, **options: str) -> list[str]:
+    given = [f"--trainer.logger.{key}={value}" for key, value in options.items()]
+    return [f"--trainer.logger=lightning.pytorch.loggers.{name}", *given]
+
+
+def test_tensorboard(base: str, tmp_path: Path) -> None:
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator", reason="no tensorboard")
+    asked = lightning_logger("TensorBoardLogger", save_dir=str(tmp_path / "tb"))
+    complete(fit(base, tmp_path, *asked), tmp_path / "out.txt")
+    [file] = (tmp_path / "tb").rglob("events.out.*")
+    read = events.EventAccumulator(str(file))
+    read.Reload()
+    assert "train/nll" in read.Tags()["scalars"]
+    assert len(read.Scalars("train/nll")) == 3
+
+
+def test_wandb_without_network(base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("wandb", reason="no wandb")
+    asked = lightning_logger("WandbLogger", save_dir=str(tmp_path / "wb"), offline="true")
+    (tmp_path / "wb").mkdir()
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    rlhf(*fit(base, tmp_path, *asked))  # in a process that ends as a user's does: wandb writes its last rows then
+    [file] = (tmp_path / "wb").rglob("run-*.wandb")
+    assert b"train/nll" in file.read_bytes()
+
+
+@pytest.mark.parametrize(("name", "extra"), [("TensorBoardLogger", "tensorboard"), ("WandbLogger", "wandb")])
+def test_a_logger_that_is_not_installed(
+    name: str,
+    extra: str,
+    base: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for where in ("fabric.loggers.tensorboard._TENSORBOARD", "fabric.loggers.tensorboard._TENSORBOARDX"):
+        monkeypatch.setattr(f"lightning.{where}_AVAILABLE", RequirementCache("tensorboard>=999"))
+    monkeypatch.setattr("lightning.pytorch.loggers.wandb._WANDB_AVAILABLE", RequirementCache("wandb>=999"))
+    message = mistake(fit(base, tmp_path, *lightning_logger(name, save_dir=str(tmp_path))), capsys)
+    assert f'pip install "rlhf-lightning[{extra}]"' in message
+
+
+def test_the_file_is_kept_beside_another_logger(base: str, tmp_path: Path) -> None:
+    given = [
+        {"class_path": "rlhf_lightning.callbacks.metrics_csv.MetricsCSV", "init_args": {"folder": str(tmp_path / "m")}},
+        {"class_path": "lightning.pytorch.loggers.CSVLogger", "init_args": {"save_dir": str(tmp_path / "csv")}},
+    ]
+    over = write_yaml(tmp_path / "logger.yaml", {"trainer": {"logger": given}})
+    complete(fit(base, tmp_path, "-c", over), tmp_path / "out.txt")
+    [other] = (tmp_path / "csv").rglob("metrics.csv")
+    assert "train/nll" in other.read_text()
+    assert len((tmp_path / "m" / "metrics.csv").read_text().splitlines()) == 5

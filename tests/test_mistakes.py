@@ -1,0 +1,221 @@
+"""Mistakes that a newcomer makes: each gives one message that names the thing and says what to do."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.conftest import TEXTS, build_model, chats, pairs, write_rows
+from tests.fuzzing import refused, rlhf
+from tests.test_cli import stage_config, write_yaml
+
+REWARDS = "rlhf_lightning.rollout.rewards"
+KEYWORDS = {"class_path": f"{REWARDS}.KeywordReward", "init_args": {"keywords": ["a"]}}
+MY_REWARDS = """
+CONSTANT = 3
+one = lambda completions: [1.0]
+needs = lambda completions, answer: [1.0 for _ in completions]
+text = lambda completions: ["good" for _ in completions]
+"""
+
+
+def reward(name: str, **arguments: Any) -> list[str]:
+    return ["--model.rewards", json.dumps([{"class_path": f"{REWARDS}.{name}", "init_args": arguments}])]
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory: pytest.TempPathFactory, session_tokenizer: Any) -> Path:
+    """A folder with what is mistaken for something else."""
+    from rlhf_lightning.quickstart.model import make_tokenizer
+
+    place = tmp_path_factory.mktemp("mistakes")
+    build_model(session_tokenizer).save_pretrained(place / "base")
+    session_tokenizer.save_pretrained(place / "base")
+    shutil.copytree(place / "base", place / "no-template")
+    (place / "no-template" / "chat_template.jinja").unlink()
+    shutil.copytree(place / "base", place / "run" / "model")
+    other = make_tokenizer(TEXTS)
+    other.add_tokens([f"<extra{i}>" for i in range(900)])
+    other.save_pretrained(place / "other-tokenizer")
+    session_tokenizer.save_pretrained(place / "adapter")
+    adapter = {"peft_type": "LORA", "base_model_name_or_path": "/nowhere/base", "r": 2, "target_modules": ["q_proj"]}
+    (place / "adapter" / "adapter_config.json").write_text(json.dumps({**adapter, "task_type": "CAUSAL_LM"}))
+    write_rows(place / "pairs.jsonl", pairs(4))
+    write_rows(place / "chats.jsonl", chats(4))
+    write_rows(place / "labels.jsonl", [{"prompt": "a", "response": "b", "label": 1}] * 2)
+    write_rows(place / "same.jsonl", [{"prompt": "a", "chosen": "b", "rejected": "b"}])
+    write_rows(place / "texts.jsonl", [{"messages": "Hello"}])
+    (place / "empty.jsonl").write_text("")
+    (place / "rows.csv").write_text("prompt,completion\na,b\n")
+    (place / "list.jsonl").write_text(json.dumps(chats(2), indent=1))
+    (place / "broken.jinja").write_text("{% for message in messages %}")
+    (place / "half.ckpt").write_bytes(b"half")
+    torch.save({"weight": torch.ones(2)}, place / "weights.ckpt")
+    (place / "broken.yaml").write_text("model: [\n")
+    (place / "newcomers_rewards.py").write_text(MY_REWARDS)
+    return place
+
+
+MISTAKES: list[tuple[str, list[str], list[str]]] = [
+    # data
+    ("sft", ["--data.train", "missing.jsonl"], ["missing.jsonl: no such file", "give a path"]),
+    ("sft", ["--data.train", "empty.jsonl"], ["empty.jsonl: no rows", "at least one row"]),
+    ("sft", ["--data.train", "."], [": a folder; name the file"]),
+    ("sft", ["--data.train", "rows.csv"], ["rows.csv:1: not valid JSON", "each line must be one JSON object"]),
+    ("sft", ["--data.train", "list.jsonl"], ["list.jsonl:1: not valid JSON", "each line must be one JSON object"]),
+    ("sft", ["--data.train", "pairs.jsonl"], ["pairs.jsonl:1: no conversation", "'chosen'", "wanted messages"]),
+    ("sft", ["--data.train", "texts.jsonl"], ["texts.jsonl:1: no assistant turn to learn from"]),
+    ("sft", ["--data.columns", "{messages: dialog}"], ["no column 'dialog'", "the row has 'messages'"]),
+    ("sft", ["--data.train_on", "nothing"], ["data.train_on is 'nothing'; one of last_assistant"]),
+    ("sft", ["--data.max_length", "3"], ["sft.jsonl:1", "data.max_length 3: the prompt alone is as long"]),
+    ("sft", ["--data.batch_size", "0"], ["data.batch_size is 0; it must be at least 1"]),
+    ("sft", ["--data.validation_split", "50"], ["data.validation_split 50.0 leaves nothing to train on (12 rows)"]),
+    ("preference", ["--data.train", "chats.jsonl"], ["chats.jsonl:1: no 'chosen'", "columns: {chosen: your_name}"]),
+    ("preference", ["--data.train", "labels.jsonl"], ["labels.jsonl:1", "set model.loss to a loss of labels"]),
+    ("preference", ["--data.train", "same.jsonl"], ["same.jsonl:1: chosen equals rejected"]),
+    (
+        "policy",
+        ["--data.max_prompt_tokens", "2"],
+        ["policy.jsonl:1", "over data.max_prompt_tokens 2; raise it"],
+    ),
+    # keys, types, classes
+    ("sft", ["--data.trian", "x"], ["--data.trian"]),
+    ("sft", ["--model.learning_rate", "1"], ["--model.learning_rate"]),
+    ("sft", ["--trainer.max_epochs", "many"], ['"trainer.max_epochs"', "Expected a <class 'int'>", "many"]),
+    ("sft", ["--model.optimizer.init_args.lr", "1e-5x"], ["\"lr\": Expected a <class 'float'>", "1e-5x"]),
+    ("sft", ["--model.optimizer.init_args.lr", "-1"], ["model.optimizer", "Invalid learning rate: -1.0"]),
+    ("sft", ["--model.optimizer", "torch.optim.Adamm"], ['"model.optimizer"', "Adamm"]),
+    ("sft", ["--trainer.precision", "fp16"], ['"trainer.precision"', "'16-mixed'", "fp16"]),
+    ("sft", ["--trainer.gradient_clip_val", "-1"], ["trainer.gradient_clip_val is -1", "0 or above"]),
+    ("sft", ["-c", "broken.yaml"], ["broken.yaml: not valid YAML"]),
+    ("sft", ["-c", "nowhere.yaml"], ["nowhere.yaml", "does not exist"]),
+    ("preference", ["--model.loss", "DPO"], ['"model.loss"', "DPO", "Write a class or function with its module"]),
+    (
+        "preference",
+        ["--model.loss", "BradleyTerry", "--model.loss.label_smoothing", "0.7"],
+        ["label_smoothing is 0.7"],
+    ),
+    ("preference", ["--model.loss", "KTO"], ["KTO", "RewardHead", "use ImplicitReward"]),
+    (
+        "preference",
+        ["--model.scorer", "ImplicitReward", "--model.scorer.beta", "-1"],
+        ["beta is -1"],
+    ),
+    ("preference", ["--model.freeze_backbone", "true", "--model.lora.rank", "2"], ["freeze_backbone"]),
+    # models, tokenizers, templates
+    ("sft", ["--model.model", "./nowhere"], ["model './nowhere': no such folder (seen from"]),
+    ("sft", ["--model.model", "./run"], ["neither config.json nor adapter_config.json; did you mean run/model?"]),
+    ("sft", ["--model.model", "weights.ckpt"], ["weights.ckpt is a Lightning checkpoint", "model folder"]),
+    ("sft", ["--model.model", "./adapter"], ["adapter is an adapter", "'/nowhere/base': no such folder"]),
+    ("sft", ["--model.model", "no-template"], ["no-template has no chat template", "model.chat_template: FILE.jinja"]),
+    ("sft", ["--model.chat_template", "missing.jinja"], ["missing.jinja", "no such file, and not a template"]),
+    ("sft", ["--model.chat_template", "broken.jinja"], ["the chat template is no valid Jinja", "model.chat_template"]),
+    (
+        "sft",
+        ["--model.tokenizer", "./other-tokenizer"],
+        ["tokens, the model embeds 312", "do not belong together", "own tokenizer"],
+    ),
+    ("sft", ["--data.tokenizer", "./nowhere"], ["tokenizer './nowhere': no such folder"]),
+    ("sft", ["--model.dtype", "float99"], ["model.dtype is 'float99'; for example float32"]),
+    ("sft", ["--model.lora.target", "[wings]"], ["lora.target 'wings' names no layer; one of attention, mlp"]),
+    # the machine, the run
+    ("sft", ["--trainer.accelerator", "cuda"], ["CUDA", "accelerator"]),
+    ("sft", ["--trainer.devices", "0"], ["devices='0'", "cpu accelerator"]),
+    ("sft", ["--trainer.strategy", "fsdpp"], ["strategy='fsdpp'", "Example choices: auto, ddp"]),
+    ("sft", ["--trainer.default_root_dir", "/proc/nothing"], ["/proc/nothing: cannot be made"]),
+    ("sft", ["--trainer.max_time", "soon"], ["'soon'", "DD:HH:MM:SS"]),
+    ("sft", ["--ckpt_path", "missing.ckpt"], ["--ckpt_path missing.ckpt: no such checkpoint (seen from"]),
+    ("sft", ["--ckpt_path", "half.ckpt"], ["--ckpt_path half.ckpt: damaged, or no checkpoint"]),
+    ("sft", ["--ckpt_path", "weights.ckpt"], ["weights.ckpt: not a checkpoint", "runs/NAME/checkpoints"]),
+    ("sft", ["--ckpt_path", "base"], ["--ckpt_path base: a folder", "set model.model"]),
+    ("sft", ["--export", "best"], ["needs a metric to go by"]),
+    ("sft", ["--monitor", "val/nll"], ["--monitor val/nll", "set data.validation"]),
+    # policy RL
+    ("policy", ["--model.rewards", "null"], ["nothing rewards the policy"]),
+    ("policy", reward("ModelReward", model="./base"), ["./base is no preference model", "random numbers"]),
+    ("policy", reward("ModelReward", model="runs/preference/model"), ["'runs/preference/model': no such folder"]),
+    ("policy", reward("FunctionReward", function="newcomers_rewards"), ["newcomers_rewards", "with its module"]),
+    ("policy", reward("FunctionReward", function="newcomers_rewards.two"), ["newcomers_rewards", "no attribute 'two'"]),
+    ("policy", reward("FunctionReward", function="newcomers_rewards.one"), ["returned 1 numbers for 8 episodes"]),
+    (
+        "policy",
+        reward("FunctionReward", function="newcomers_rewards.needs"),
+        ["wants 'answer'; it can have"],
+    ),
+    ("policy", reward("FunctionReward", function="newcomers_rewards.text"), ["returned 'good' for", "a finite number"]),
+    ("policy", ["--model.rewards", "newcomers_rewards.one"], ['"model.rewards"', "Expected a <class 'list'>"]),
+    ("policy", ["--model.environment", "nowhere.Env"], ["cannot be imported: No module named 'nowhere'"]),
+    ("policy", ["--model.advantage", "GAE"], ["GAE needs the values of a critic: set model.critic"]),
+    ("policy", ["--model.critic.learning_rate", "1"], ["GroupCentered uses no values: set model.advantage to GAE"]),
+    ("policy", ["--model.kl.coefficient", "-1"], ["kl.coefficient is -1.0; it must not be negative"]),
+    ("policy", ["--data.group_size", "1"], ["group_size is 1"]),
+    ("policy", ["--data.minibatches", "99"], ["data.minibatches is 99, more than the 8 episodes of a round"]),
+    (
+        "policy",
+        ["--trainer.accumulate_grad_batches", "3"],
+        ["a multiple of trainer.accumulate_grad_batches (3)"],
+    ),
+    ("policy", ["--model.sampler.temperature", "-1"], ["temperature is -1"]),
+    ("policy", ["--model.sampler.max_tokens", "999"], ["over the model's 256 positions"]),
+    ("policy", ["--model.sampler.max_length", "99"], ['"model.sampler"', "'max_length' is not accepted"]),
+]
+
+
+@pytest.mark.parametrize(
+    ("kind", "args", "parts"), MISTAKES, ids=[" ".join([kind, *args])[:60] for kind, args, _ in MISTAKES]
+)
+def test_mistakes(
+    kind: str, args: list[str], parts: list[str], workplace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(workplace)
+    settings = stage_config(kind, str(workplace / "base"), workplace)
+    if kind == "policy":
+        settings["model"]["rewards"] = [KEYWORDS]
+    settings["trainer"] |= {"max_steps": 1, "enable_progress_bar": False, "default_root_dir": str(tmp_path / "run")}
+    config = write_yaml(tmp_path / "c.yaml", settings)
+    message = refused(rlhf(kind, "fit", "-c", config, *args))
+    assert all(part in message for part in parts), message
+    assert len(message.splitlines()) <= 8, message
+
+
+@pytest.mark.parametrize(
+    ("args", "part"),
+    [
+        ([], "usage: rlhf COMMAND"),
+        (["sfft"], "no command 'sfft'; one of sft, preference"),
+        (["sft"], 'expected "subcommand" to be one of {fit,validate,test,predict}'),
+        (["sft", "train"], "choose from 'fit', 'validate'"),
+        (["pipeline", "missing.yaml"], "missing.yaml: no such file"),
+        (["pipeline", "chats.yaml"], "pipeline: unknown key 'model'; known are name"),
+        (["score", "base", "pairs.jsonl"], "base is no preference model"),
+        (["generate", "base"], "name either a file of prompts or --prompt TEXT"),
+        (["generate", "./nowhere", "--prompt", "a"], "model './nowhere': no such folder"),
+        (["export", "base", "run"], "run holds something already; name a folder that is empty"),
+        (["report", "base"], "base: holds no run"),
+        (["data", "check", "chats.jsonl"], "required: --kind, --model"),
+    ],
+)
+def test_wrong_commands(args: list[str], part: str, workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(workplace)
+    write_yaml(workplace / "chats.yaml", {"model": {}})
+    result = rlhf(*args)
+    assert result.code == 2
+    assert part in result.err + result.out
+    assert "Traceback" not in result.err
+
+
+def test_a_checkpoint_of_another_stage(workplace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(workplace)
+    run: Callable[..., Any] = lambda kind, *args: rlhf(  # noqa: E731
+        kind, "fit", "-c", write_yaml(tmp_path / f"{kind}.yaml", stage_config(kind, "base", workplace)), *args
+    )
+    one = run("sft", "--trainer.max_steps", "1", "--trainer.default_root_dir", str(tmp_path / "sft"))
+    assert one.code == 0, one.err
+    saved = tmp_path / "sft" / "checkpoints" / "step=1.ckpt"
+    result = run("preference", "--ckpt_path", str(saved), "--trainer.default_root_dir", str(tmp_path / "other"))
+    message = refused(result, "the checkpoint is not of this stage and settings")
+    assert "Start a new stage from a model folder" in message

@@ -1,0 +1,167 @@
+"""Lower precision: what is rounded, and what never is."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import Tensor
+
+from rlhf_lightning import (
+    PolicyRLModule,
+    PreferenceDataModule,
+    PreferenceModule,
+    PromptDataModule,
+    SFTDataModule,
+    SFTModule,
+)
+from rlhf_lightning.callbacks.checkpoints import RunCheckpoints
+from rlhf_lightning.callbacks.export import ExportModel
+from rlhf_lightning.callbacks.invariants import FirstStepInvariants
+from rlhf_lightning.models.critic import Critic
+from rlhf_lightning.models.loading import load_for_scoring
+from rlhf_lightning.models.lora import LoRA
+from rlhf_lightning.rollout.advantages import GAE
+from rlhf_lightning.rollout.kl import KLPenalty
+from rlhf_lightning.rollout.rewards import FunctionReward, ModelReward
+from rlhf_lightning.rollout.sampler import Sampler
+from tests.conftest import chats, pairs, prompts, trainer
+
+KINDS = ("sft", "preference", "policy")
+PRECISIONS = ("bf16-mixed", "bf16-true")
+LOW = (torch.bfloat16, torch.float16)
+
+
+def thirds(completions: list[str]) -> list[float]:
+    """Rewards that bfloat16 has no numbers for."""
+    return [len(text) / 3 + 0.001 for text in completions]
+
+
+def parts(kind: str, base: str, **options: Any) -> tuple[Any, Any]:
+    options = {"optimizer": lambda p: torch.optim.AdamW(p, lr=1e-3), **options}
+    if kind == "sft":
+        return SFTModule(base, **options), SFTDataModule(chats(8), batch_size=4, show_example=False)
+    if kind == "preference":
+        return PreferenceModule(base, **options), PreferenceDataModule(pairs(8), batch_size=4, show_example=False)
+    common = {"rewards": [FunctionReward(thirds)], "kl": KLPenalty(0.1), "sampler": Sampler(max_tokens=8)}
+    options = {**common, "critic": Critic(), "advantage": GAE(), **options}
+    return PolicyRLModule(base, **options), PromptDataModule(prompts(4), prompts_per_round=2, group_size=3)
+
+
+class Seen:
+    """The types of what goes into and comes out of a module's steps."""
+
+    def __init__(self, module: Any) -> None:
+        self.batches: list[Any] = []
+        self.types: set[torch.dtype] = set()
+        step = module.training_step
+
+        def watched(batch: dict[str, Any], batch_idx: int) -> Any:
+            out = step(batch, batch_idx)
+            self.batches.append(batch)
+            for value in (*batch.values(), *(out.values() if isinstance(out, dict) else [out])):
+                if isinstance(value, Tensor) and value.is_floating_point():
+                    self.types.add(value.dtype)
+            return out
+
+        module.training_step = watched
+
+
+@pytest.mark.parametrize("lora", [None, LoRA(rank=2)], ids=["full", "lora"])
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_only_weights_and_activations_are_narrow(
+    kind: str, precision: Any, lora: Any, base: str, tmp_path: Any
+) -> None:
+    module, data = parts(kind, base, lora=lora)
+    seen, checks = Seen(module), [FirstStepInvariants(strict=True)]
+    run = trainer(tmp_path, precision=precision, callbacks=[*checks, ExportModel()], max_epochs=2)
+    torch.manual_seed(0)
+    run.fit(module, data)
+    assert run.global_step == 4
+    assert seen.types == {torch.float32}  # losses, advantages, log-probabilities, margins
+    heads = {id(p) for head in module.heads() for p in head.parameters()}
+    wanted = torch.bfloat16 if precision == "bf16-true" else torch.float32
+    assert {p.dtype for p in module.parameters() if id(p) not in heads} == {wanted}
+    assert {p.dtype for head in module.heads() for p in head.parameters()} <= {torch.float32}
+    assert not {b.dtype for b in module.buffers()} & set(LOW)
+    if kind == "preference":
+        assert module.score(["How?"], ["So."]).dtype == torch.float32
+    folder = tmp_path / "model"
+    if lora is None:
+        assert json.loads((folder / "config.json").read_text())["dtype"] == str(wanted).removeprefix("torch.")
+        auto = "SequenceClassification" if kind == "preference" else "CausalLM"
+        stock = getattr(transformers, f"AutoModelFor{auto}").from_pretrained(folder)
+        assert torch.isfinite(stock(input_ids=torch.arange(5)[None]).logits).all()
+    else:
+        assert load_for_scoring(str(folder), module.task)
+
+
+@pytest.mark.parametrize("precision", ["bf16-true", "32-true"])
+def test_what_was_drawn_reaches_the_loss_unrounded(precision: Any, base: str, tmp_path: Path) -> None:
+    module, data = parts("policy", base)
+    seen, run = Seen(module), trainer(tmp_path, precision=precision)
+    run.fit(module, data)
+    for name in ("old_logprobs", "advantages"):
+        column = seen.batches[0][name]
+        assert not torch.equal(column.bfloat16().float(), column), name
+    episodes = module.last_episodes
+    mean = sum(episode.reward for episode in episodes) / len(episodes)
+    assert float(run.callback_metrics["train/reward"]) == pytest.approx(mean, rel=1e-6)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("lora", [None, LoRA(rank=2)], ids=["full", "lora"])
+def test_the_policy_starts_as_its_reference(precision: Any, lora: Any, base: str, tmp_path: Path) -> None:
+    module, data = parts("policy", base, lora=lora)
+    seen = Seen(module)
+    torch.manual_seed(0)
+    trainer(tmp_path, precision=precision, max_steps=1).fit(module, data)
+    batch = seen.batches[0]
+    distance = ((batch["old_logprobs"] - batch["reference_logprobs"]) * batch["mask"]).abs()
+    assert float(batch["mask"].sum()) > 0
+    assert float(distance.sum() / batch["mask"].sum()) < 0.02
+
+
+def test_a_saved_model_computes_what_was_trained_at_any_position(base: str, tmp_path: Path) -> None:
+    """Rotary frequencies rounded to bfloat16 turn far positions by whole radians."""
+    module, data = parts("sft", base)
+    trainer(tmp_path, precision="bf16-true", callbacks=[ExportModel()]).fit(module, data)
+    stock = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.bfloat16).eval()
+    ids = torch.randint(0, len(module.tokenizer), (1, 250), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        ours, theirs = (model.eval()(input_ids=ids).logits.float() for model in (module.model, stock))
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_run_in_bf16_resumes_exactly(kind: str, base: str, tmp_path: Path) -> None:
+    def fit(name: str, epochs: int, resume: Any = None) -> tuple[dict[str, Tensor], Any]:
+        torch.manual_seed(0)
+        module, data = parts(kind, base)
+        saver = RunCheckpoints(every=1, keep=9)
+        options = {"enable_checkpointing": True, "callbacks": [saver], "max_epochs": epochs}
+        trainer(tmp_path / name, precision="bf16-true", **options).fit(
+            module, data, ckpt_path=resume, weights_only=True
+        )
+        return {key: value.clone() for key, value in module.state_dict().items()}, saver.folder
+
+    whole, folder = fit("whole", 2)
+    for step in (1, 2, 3):
+        resumed, _ = fit(f"from{step}", 2, folder / f"step={step}.ckpt")
+        assert whole.keys() == resumed.keys()
+        assert all(torch.equal(whole[key], resumed[key]) for key in whole)
+
+
+def test_a_reward_model_keeps_its_own_type(base: str, tmp_path: Path) -> None:
+    judge, data = parts("preference", base)
+    trainer(tmp_path / "judge", callbacks=[ExportModel()]).fit(judge, data)
+    for dtype in (torch.float32, torch.bfloat16):
+        reward = ModelReward(str(tmp_path / "judge" / "model"), dtype=str(dtype).removeprefix("torch."))
+        module, data = parts("policy", base, rewards=[reward])
+        trainer(tmp_path, precision="bf16-true", max_steps=1).fit(module, data)
+        assert reward.judge is not None
+        assert reward.judge.model.model.embed_tokens.weight.dtype == dtype
+        assert reward.judge.scorer.head.weight.dtype == torch.float32

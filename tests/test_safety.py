@@ -1,0 +1,233 @@
+"""What a run must not do: run code of others, reach the network, open what data names, write secrets down."""
+
+import json
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from rlhf_lightning import SFTDataModule, SFTModule
+from rlhf_lightning.callbacks.checkpoint_io import AtomicCheckpointIO
+from rlhf_lightning.callbacks.export import ExportModel
+from rlhf_lightning.data.tokenizers import load_tokenizer
+from rlhf_lightning.errors import ConfigError
+from rlhf_lightning.models.heads import has_head
+from rlhf_lightning.models.loading import Start, load_for_scoring
+from rlhf_lightning.models.lora import LoRA
+from rlhf_lightning.models.scorers import RewardHead, scorer_of
+from tests.conftest import TEXTS, chats, trainer, write_rows
+from tests.test_verify import three
+
+WATCH = """
+import os, sys
+
+LOG = os.environ["WATCHED"]
+CANARY = os.environ["CANARY"]
+
+
+def told(line):
+    with os.fdopen(os.open(LOG, os.O_WRONLY | os.O_APPEND | os.O_CREAT), "w") as stream:
+        stream.write(line + "\\n")
+
+
+def hook(event, args):
+    if event == "open" and CANARY in str(args[0]):
+        told(f"opened {args[0]}")
+    if event in ("socket.connect", "socket.sendto", "socket.sendmsg") and isinstance(args[1], tuple):
+        if args[1][0] not in ("127.0.0.1", "::1", "localhost"):
+            told(f"{event} {args[1]}")
+            raise OSError("no network here")
+    if event == "socket.getaddrinfo" and args[0] not in (None, "localhost", "127.0.0.1", "::1", b"localhost"):
+        told(f"{event} {args[0]}")
+        raise OSError("no network here")
+
+
+sys.addaudithook(hook)
+"""
+SECRETS = {
+    "HF_TOKEN": "hf_QxZ7notARealTokenButLong42",
+    "WANDB_API_KEY": "f00dfeedQxZ7notARealKeyButLong43",
+    "OPENAI_API_KEY": "sk-QxZ7notARealKeyEither44",
+    "AWS_SECRET_ACCESS_KEY": "QxZ7notARealSecret45",
+}
+
+
+@pytest.mark.parametrize("stages", [1, pytest.param(3, marks=[pytest.mark.slow, pytest.mark.timeout(600)])])
+def test_stages_reach_no_network_open_nothing_and_keep_secrets(stages: int, base: str, tmp_path: Path) -> None:
+    """The hub is not forbidden, but nothing is named by a Hub id; paths in the rows lead to a file that is watched."""
+    (tmp_path / "watch").mkdir()
+    (tmp_path / "watch" / "sitecustomize.py").write_text(WATCH)
+    canary = tmp_path / "canary.txt"
+    canary.write_text("a file that only data names")
+    plan = three(base, tmp_path)
+    settings = yaml.safe_load(Path(plan).read_text())
+    Path(plan).write_text(yaml.safe_dump({**settings, "stages": settings["stages"][:stages]}))
+    named = {"file": str(canary), "image": f"file://{canary}", "path": str(canary), "chat_template": str(canary)}
+    for kind in ("sft", "preference", "policy"):
+        rows = [json.loads(line) for line in (tmp_path / f"{kind}.jsonl").read_text().splitlines()]
+        rows[0] |= named
+        if "prompt" in rows[0]:
+            rows[0]["prompt"] = str(canary)
+        else:
+            rows[0]["messages"][0]["content"] = str(canary)
+        write_rows(tmp_path / f"{kind}.jsonl", rows)
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("HF_HUB_OFFLINE")}
+    paths = [str(tmp_path / "watch"), *([os.environ["PYTHONPATH"]] if "PYTHONPATH" in os.environ else [])]
+    environment |= {
+        **SECRETS,
+        "PYTHONPATH": os.pathsep.join(paths),
+        "WATCHED": str(tmp_path / "watched.txt"),
+        "CANARY": str(canary),
+        "HF_HOME": str(tmp_path / "hub"),
+    }
+    command = [sys.executable, "-m", "rlhf_lightning", "pipeline", plan]
+    out = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=580, check=False)
+    assert out.returncode == 0, out.stdout + out.stderr
+    assert not (tmp_path / "watched.txt").exists(), (tmp_path / "watched.txt").read_text()
+    written = [path for path in tmp_path.rglob("*") if path.is_file() and "run" in path.relative_to(tmp_path).parts]
+    assert len(written) > 10 * stages
+    for secret in SECRETS.values():
+        assert secret not in out.stdout + out.stderr
+        for path in written:
+            assert secret.encode() not in path.read_bytes(), path
+
+
+def test_the_watch_sees(tmp_path: Path) -> None:
+    (tmp_path / "sitecustomize.py").write_text(WATCH)
+    code = "import socket, os; open(os.environ['CANARY']).close()\nsocket.create_connection(('192.0.2.1', 80), 1)"
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path), "WATCHED": str(tmp_path / "log"), "CANARY": __file__}
+    out = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert out.returncode == 1
+    assert (tmp_path / "log").read_text().startswith(f"opened {__file__}\nsocket.")
+
+
+# -- code of others ---------------------------------------------------------------------------------------------------
+
+
+class Payload:
+    """Unpickled, it writes a file."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def __reduce__(self) -> Any:
+        return Path.write_text, (self.file, "code has run")
+
+
+@pytest.mark.parametrize("what", ["model", "adapter", "checkpoint"])
+def test_a_pickle_runs_no_code(what: str, base: str, tmp_path: Path) -> None:
+    mark = tmp_path / "ran"
+    folder = tmp_path / "hostile"
+    if what == "checkpoint":
+        path = tmp_path / "step=1.ckpt"
+        torch.save({"state_dict": {}, "payload": Payload(mark)}, path)
+        with pytest.raises(pickle.UnpicklingError):
+            AtomicCheckpointIO().load_checkpoint(path)
+    else:
+        if what == "model":
+            shutil.copytree(base, folder)
+            name = "pytorch_model.bin"
+        else:
+            module, data = SFTModule(base, lora=LoRA(rank=2)), SFTDataModule(chats(4), batch_size=4)
+            trainer(tmp_path / "run", callbacks=[ExportModel()]).fit(module, data)
+            shutil.copytree(tmp_path / "run" / "model", folder)
+            name = "adapter_model.bin"
+        for path in folder.glob("*.safetensors"):
+            path.unlink()
+        torch.save({"weight": Payload(mark)}, folder / name)
+        with pytest.raises((ConfigError, pickle.UnpicklingError)):
+            load_for_scoring(str(folder), "CAUSAL_LM")
+    assert not mark.exists()
+    with open(tmp_path / "plain", "wb") as stream:
+        pickle.dump(Payload(mark), stream)
+    pickle.loads((tmp_path / "plain").read_bytes())
+    assert mark.exists()  # it is one that would have run
+
+
+@pytest.fixture
+def custom(base: str, tmp_path: Path) -> Path:
+    """A model that brings its own code, which says so when it runs."""
+    folder = tmp_path / "custom"
+    shutil.copytree(base, folder)
+    mark = tmp_path / "ran"
+    (folder / "mine.py").write_text(
+        f"import pathlib\npathlib.Path({str(mark)!r}).write_text('x')\n"
+        "from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM\n"
+        "class MyConfig(Qwen3Config):\n    model_type = 'mine'\n"
+        "class MyModel(Qwen3ForCausalLM):\n    config_class = MyConfig\n"
+        "class MyTokenizer(PreTrainedTokenizerFast):\n    pass\n"
+    )
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"model_type": "mine", "architectures": ["MyModel"]}
+    config["auto_map"] = {"AutoConfig": "mine.MyConfig", "AutoModelForCausalLM": "mine.MyModel"}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def test_code_of_a_model_runs_only_where_it_is_asked_for(
+    custom: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mark = tmp_path / "ran"
+    monkeypatch.setattr("builtins.input", lambda *_: "y")  # nobody may be asked in passing
+    with pytest.raises(ConfigError, match=r"model_options: \{trust_remote_code: true\}"):
+        Start(str(custom)).load()
+    with pytest.raises(ValueError, match="trust_remote_code"):
+        has_head(str(custom))
+    settings = json.loads((custom / "tokenizer_config.json").read_text())
+    settings["auto_map"] = {"AutoTokenizer": [None, "mine.MyTokenizer"]}
+    settings["tokenizer_class"] = "MyTokenizer"
+    (custom / "tokenizer_config.json").write_text(json.dumps(settings))
+    with pytest.raises(ConfigError, match="trust_remote_code"):
+        load_tokenizer(str(custom))
+    assert not mark.exists()
+    module = SFTModule(str(custom), model_options={"trust_remote_code": True})
+    module.configure_model()
+    assert type(module.model).__name__ == "MyModel"
+    assert mark.exists()
+
+
+def test_a_scorer_that_comes_with_the_model_is_not_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "downloads" / "model"
+    folder.mkdir(parents=True)
+    mark = tmp_path / "ran"
+    (folder / "payload.py").write_text(f"import pathlib\npathlib.Path({str(mark)!r}).write_text('x')\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    for path in ("downloads.model.payload.Scorer", "downloads.payload.Scorer"):
+        if path == "downloads.payload.Scorer":
+            shutil.move(folder / "payload.py", folder.parent / "payload.py")
+        (folder / "stage.json").write_text(json.dumps({"scorer": {"class_path": path, "init_args": {}}}))
+        with pytest.raises(ConfigError, match="came with the model"):
+            scorer_of(folder)
+    assert not mark.exists()
+    own = {"class_path": "rlhf_lightning.models.scorers.RewardHead", "init_args": {}}
+    (folder / "stage.json").write_text(json.dumps({"scorer": own}))
+    assert isinstance(scorer_of(folder), RewardHead)
+    for path in ("os.system", "pathlib.Path"):
+        (folder / "stage.json").write_text(json.dumps({"scorer": {"class_path": path, "init_args": {}}}))
+        with pytest.raises(ConfigError, match="which is none"):
+            scorer_of(folder)
+
+
+def test_a_chat_template_cannot_leave_its_sandbox(tokenizer: Any) -> None:
+    from jinja2.exceptions import SecurityError
+
+    tokenizer.chat_template = "{{ ''.__class__.__mro__[1].__subclasses__() }}"
+    with pytest.raises(SecurityError):
+        tokenizer.apply_chat_template([{"role": "user", "content": TEXTS[0]}], tokenize=False)
+
+
+def test_what_is_written_is_safetensors(base: str, tmp_path: Path) -> None:
+    for name, lora in (("full", None), ("lora", LoRA(rank=2))):
+        module = SFTModule(base, lora=lora)
+        trainer(tmp_path / name, callbacks=[ExportModel()]).fit(module, SFTDataModule(chats(4), batch_size=4))
+        names = {path.suffix for path in (tmp_path / name / "model").rglob("*") if path.is_file()}
+        assert ".safetensors" in names
+        assert not names & {".bin", ".pt", ".pth", ".pkl", ".ckpt"}
