@@ -8,6 +8,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
 
 from rlhf_lightning.callbacks.checkpoint_io import Unfinished, damage
 from rlhf_lightning.errors import ConfigError, UserError
+from rlhf_lightning.rollout.ranks import use_mesh
 
 
 class FSDP2(ModelParallelStrategy):
@@ -31,18 +32,26 @@ class FSDP2(ModelParallelStrategy):
         save_distributed_checkpoint: bool = False,
         **kwargs: Any,
     ) -> None:
-        if tensor_parallel_size != 1:
-            raise ConfigError(
-                f"strategy: tensor_parallel_size is {tensor_parallel_size}. Tensor parallel is not supported: weights "
-                "are split by data_parallel_size, and long rows are bounded by model.max_tokens_per_batch"
-            )
+        if tensor_parallel_size < 1:
+            raise ConfigError(f"strategy: tensor_parallel_size is {tensor_parallel_size}; it must be at least 1")
         super().__init__(data_parallel_size, tensor_parallel_size, save_distributed_checkpoint, **kwargs)
 
     def setup_environment(self) -> None:
+        devices, tensor = self.num_nodes * self.num_processes, int(self._tensor_parallel_size)
         if self._data_parallel_size == "auto":
             # Lightning's own choice is the number of machines, and tensor parallel within each.
-            self._data_parallel_size = self.num_nodes * self.num_processes // int(self._tensor_parallel_size)
+            self._data_parallel_size = devices // tensor
+        if int(self._data_parallel_size) * tensor != devices:
+            raise ConfigError(
+                f"strategy: data_parallel_size {self._data_parallel_size} × tensor_parallel_size {tensor} are not the "
+                f"{devices} devices of the run"
+            )
         super().setup_environment()
+        use_mesh(self.device_mesh)
+
+    def teardown(self) -> None:
+        use_mesh(None)
+        super().teardown()
 
     def setup(self, trainer: Any) -> None:
         # Weights that are gathered in inference mode, by a validation before training, could not be trained on.

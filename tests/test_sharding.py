@@ -19,7 +19,6 @@ from safetensors.torch import load_file
 from rlhf_lightning.callbacks.export import ExportModel
 from rlhf_lightning.callbacks.invariants import FirstStepInvariants
 from rlhf_lightning.data.prompts import PromptDataModule
-from rlhf_lightning.errors import ConfigError
 from rlhf_lightning.models.lora import LoRA
 from rlhf_lightning.models.scorers import ImplicitReward
 from rlhf_lightning.models.sharding import whole
@@ -64,7 +63,9 @@ class Keep(Callback):
             torch.save(state, Path(run.default_root_dir) / "weights.pt")
 
 
-def train(name: str, base: str, root: Path, world: int = 1, accumulate: int = 1) -> None:
+def train(
+    name: str, base: str, root: Path, world: int = 1, accumulate: int = 1, tensor: int = 1, clip: float = 0.5
+) -> None:
     kind, options = PLAIN[name]
     torch.manual_seed(0)  # the first weights of adapters and of a reward head
     extra = options()
@@ -75,14 +76,14 @@ def train(name: str, base: str, root: Path, world: int = 1, accumulate: int = 1)
     run = trainer(
         root,
         devices=world,
-        strategy=FSDP2() if world > 1 else "auto",
+        strategy=FSDP2(tensor_parallel_size=tensor) if world > 1 else "auto",
         accumulate_grad_batches=accumulate,
-        gradient_clip_val=0.5,
+        gradient_clip_val=clip or None,
         max_epochs=2,
         callbacks=[Keep(), ExportModel()],
     )
     minibatches = {"minibatches": accumulate} if kind == "policy" else {}
-    run.fit(module, data(kind, 7 if kind == "policy" else 11, 8 // world // accumulate, **minibatches))
+    run.fit(module, data(kind, 7 if kind == "policy" else 11, 8 * tensor // world // accumulate, **minibatches))
 
 
 FAST = ("sft", "preference-lora", "in step")
@@ -262,8 +263,3 @@ def test_resumes_on_another_number_of_devices(base: str, tmp_path: Path) -> None
     assert "not bit for bit" in text
     assert "ranks 2 → 1" in text
     assert json.loads((tmp_path / "run" / "stage.json").read_text())["inexact_resumes"]
-
-
-def test_tensor_parallel_is_refused() -> None:
-    with pytest.raises(ConfigError, match="Tensor parallel is not supported"):
-        FSDP2(tensor_parallel_size=2)

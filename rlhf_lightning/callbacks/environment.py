@@ -9,6 +9,8 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 
+from rlhf_lightning.data.base import data_ranks
+
 DECIDES = ("torch", "lightning", "transformers", "peft", "rlhf-lightning")
 """Versions whose change makes a resumed run another than the uninterrupted one."""
 
@@ -29,6 +31,7 @@ def environment(trainer: pl.Trainer) -> dict[str, Any]:
         **{name: value for name, value in versions().items() if name in DECIDES},
         "threads": torch.get_num_threads(),
         "ranks": trainer.world_size,
+        "data_ranks": data_ranks(trainer)[1],
         "device": f"{device.type} ({name})",
         "machine": f"{platform.system()} {platform.machine()}, {_processor()}",
         "precision": str(trainer.precision),

@@ -7,6 +7,7 @@ import lightning.pytorch as pl
 from torch import Tensor
 from torchmetrics import Metric
 
+from rlhf_lightning.data.base import data_ranks
 from rlhf_lightning.rollout.ranks import gather
 
 
@@ -53,9 +54,10 @@ def restore_logged(trainer: pl.Trainer, pl_module: Any, state: Mapping[str, Any]
     for fx, name, bar, logger, value in state["sticky"].values():
         results.log(fx, name, value.to(device), prog_bar=bar, logger=logger, **same)
     trainer._logger_connector._first_loop_iter = state["first"]
-    if len(state["metrics"]) != trainer.world_size:
+    rank, world = data_ranks(trainer)
+    if len(state["metrics"]) != world:
         return
-    mine = state["metrics"][trainer.global_rank]
+    mine = state["metrics"][rank]
     for name, metric in pl_module.named_modules():
         if name in mine and isinstance(metric, Metric):
             for key, value in mine[name].items():

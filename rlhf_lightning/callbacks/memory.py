@@ -8,6 +8,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 
+from rlhf_lightning.data.base import data_ranks
 from rlhf_lightning.models.lora import is_quantised
 from rlhf_lightning.models.memory import (
     activation_bytes,
@@ -195,7 +196,7 @@ def _tokens(row: Any) -> int:
 
 def _round_sizes(trainer: pl.Trainer, module: Any, data: Any, rows: list[Any]) -> tuple[int, int, int, int]:
     prompt, drawn = max(row.tokens for row in rows), module.sampler.max_tokens
-    prompts = -(-min(data.prompts_per_round, len(rows)) // trainer.world_size)
+    prompts = -(-min(data.prompts_per_round, len(rows)) // data_ranks(trainer)[1])
     batch = -(-prompts * data.group_size // data.minibatches)
     tokens = min(prompts, batch) * prompt + batch * drawn
     decoded = min(prompts * data.group_size, module.sampler.batch_rows) if module.sampler._local else 0

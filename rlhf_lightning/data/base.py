@@ -239,6 +239,12 @@ class RowDataModule(pl.LightningDataModule):
 _VERBS = {"train": "train on", "validation": "validate on", "test": "test on", "predict": "predict for"}
 
 
+def data_ranks(trainer: Any) -> tuple[int, int]:
+    """The rank of a trainer among those that have rows of their own, and their number."""
+    known = trainer.distributed_sampler_kwargs
+    return (known["rank"], known["num_replicas"]) if known else (trainer.global_rank, trainer.world_size)
+
+
 def layout_of(trainer: Any, training: bool) -> Callable[[], Layout]:
     """The layout a trainer has when an epoch begins; a single process without one."""
 
@@ -246,9 +252,10 @@ def layout_of(trainer: Any, training: bool) -> Callable[[], Layout]:
         if trainer is None:
             return Layout()
         limit = trainer.num_training_batches if training else None
+        rank, world = data_ranks(trainer)
         return Layout(
-            rank=trainer.global_rank,
-            world=trainer.world_size,
+            rank=rank,
+            world=world,
             accumulate=trainer.accumulate_grad_batches if training else 1,
             # What Lightning hands to samplers; `current_epoch` lags behind it after some resumes.
             epoch=trainer.fit_loop.epoch_progress.current.processed if training else 0,

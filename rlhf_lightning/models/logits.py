@@ -25,6 +25,8 @@ class TokenLogprobs(torch.autograd.Function):
     def forward(
         ctx: Any, logits: Tensor, targets: Tensor, temperature: float, details: bool
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        # Without its place in the graph: what a function of autograd's returned as a view may not be overwritten.
+        logits = logits.detach()
         dtype = torch.promote_types(logits.dtype, torch.float32)
         logprobs = logits.new_empty(len(logits), dtype=dtype)
         entropy, correct = (torch.empty_like(logprobs) if details else None for _ in range(2))

@@ -15,6 +15,7 @@ from rlhf_lightning.models.logits import TokenLogprobs
 from rlhf_lightning.models.packing import prefix_lengths
 from rlhf_lightning.models.parts import Parts
 from rlhf_lightning.models.sharding import through
+from rlhf_lightning.models.tensor_parallel import local
 
 LOGIT_BYTES = 256 * 2**20
 
@@ -105,4 +106,5 @@ def state_values(head: nn.Linear, states: Tensor) -> Tensor:
 def _values(head: nn.Linear, states: Tensor) -> Tensor:
     with torch.autocast(states.device.type, enabled=False):
         dtype = torch.promote_types(head.weight.dtype, torch.float32)
-        return nn.functional.linear(states.to(dtype), head.weight.to(dtype), head.bias.to(dtype)).squeeze(-1)
+        weight, bias = local(head.weight).to(dtype), local(head.bias).to(dtype)
+        return nn.functional.linear(states.to(dtype), weight, bias).squeeze(-1)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from rlhf_lightning.models.lora import base_of
+from rlhf_lightning.models.tensor_parallel import parallelise
 
 
 def layers_of(model: Any) -> list[nn.Module]:
@@ -32,9 +33,16 @@ def layers_of(model: Any) -> list[nn.Module]:
 
 
 def split(model: nn.Module, mesh: Any) -> None:
-    """Split the weights over the ranks of a one-dimensional mesh: layer by layer, and what is outside the layers."""
+    """Split the weights over the ranks of a mesh: layer by layer, and what is outside the layers.
+
+    Args:
+        mesh: `data_parallel` × `tensor_parallel`; what layers compute is split by the second.
+    """
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
+    if mesh["tensor_parallel"].size() > 1:
+        parallelise(model, mesh["tensor_parallel"])
+    mesh = mesh["data_parallel"]
     for layer in layers_of(model):
         fully_shard(layer, mesh=mesh)
     # Given back after a forward as well: what stays gathered in an evaluation would be the weights of an older step.

@@ -14,6 +14,7 @@ from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torchmetrics import Metric
 
+from rlhf_lightning.data.base import data_ranks
 from rlhf_lightning.data.rendering import Renderer
 from rlhf_lightning.data.tokenizers import load_tokenizer
 from rlhf_lightning.errors import ConfigError
@@ -143,11 +144,16 @@ class RLHFModule(pl.LightningModule):
             if self.activation_offload:
                 part.saving = ActivationOffload
         if self.compiles_layers:
+            if self._device_mesh is not None and self._device_mesh["tensor_parallel"].size() > 1:
+                raise ConfigError("model.compile was never tried with tensor parallel: set one of them off")
             compile_layers(self.model)
         if self._device_mesh is not None:
             # Heads first: each is a group of its own, since the weights of a group have one type.
             for model in (*self.heads(), *self.parts_to_split()):
-                split(model, self._device_mesh["data_parallel"])
+                split(model, self._device_mesh)
+            for metric in self.modules():
+                if isinstance(metric, Metric):  # which counts each row once
+                    metric.process_group = self._device_mesh["data_parallel"].get_group()
         self.train(self.training)
 
     def parts_to_split(self) -> list[nn.Module]:
@@ -237,7 +243,7 @@ class RLHFModule(pl.LightningModule):
         denominators = batch.get("denominators")
         if denominators is None or self._trainer is None:
             return total / max(float(local), 1.0)
-        factor = self.trainer.world_size * self.trainer.accumulate_grad_batches
+        factor = data_ranks(self.trainer)[1] * self.trainer.accumulate_grad_batches
         return total * (factor / (max(denominators[count], 1.0) if count else 1.0))
 
     # -- checkpoints ----------------------------------------------------------------------------------------------

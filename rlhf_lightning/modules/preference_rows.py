@@ -7,7 +7,7 @@ from torch import Tensor
 
 from rlhf_lightning.models.scorers import Scored
 from rlhf_lightning.objectives.kl import k2
-from rlhf_lightning.rollout.ranks import gather
+from rlhf_lightning.rollout.ranks import data_rank, gather
 
 Named = dict[str, Tensor]
 SIDES = ("chosen", "rejected")
@@ -60,7 +60,7 @@ def whole_step(rows: Named) -> Named:
     own = torch.stack(list(rows.values()), -1)
     parts = gather(own.detach().cpu())
     if len(parts) > 1:
-        rank = torch.distributed.get_rank()
+        rank = data_rank()
         parts = [own if number == rank else part.to(own.device) for number, part in enumerate(parts)]
         own = torch.cat(parts)
     return dict(zip(rows, own.unbind(-1), strict=True))

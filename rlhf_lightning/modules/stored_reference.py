@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from rlhf_lightning.data.base import data_ranks
 from rlhf_lightning.data.batching import pad_tokens
 from rlhf_lightning.data.rendering import Rendered
 from rlhf_lightning.models.reference import Reference
@@ -79,7 +80,8 @@ def _computed(
     scorer: ImplicitReward, sides: list[Rendered], trainer: Any, device: torch.device, batch_size: int
 ) -> list[list[float]]:
     """Each rank computes its share, rows of like length together."""
-    order = sorted(range(len(sides)), key=lambda i: len(sides[i].ids))[trainer.global_rank :: trainer.world_size]
+    rank, world = data_ranks(trainer)
+    order = sorted(range(len(sides)), key=lambda i: len(sides[i].ids))[rank::world]
     own: dict[int, list[float]] = {}
     for part in parts(order, batch_size):
         ids, masks = zip(*((sides[i].ids, sides[i].mask) for i in part), strict=True) if part else ([[0, 0]], [[0, 0]])

@@ -33,6 +33,10 @@ class Outcome:
     value: Any = None
     error: Exception | None = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        # Told to other ranks: many exceptions cannot be made again from what they hold.
+        return {"value": self.value, "error": self.error and UserError(f"{type(self.error).__name__}: {self.error}")}
+
 
 def check_limit(name: str, limit: float | None) -> None:
     """Raise `ConfigError` unless a time limit is None or above 0."""

@@ -19,6 +19,7 @@ from rlhf_lightning.models.sharding import LockStep, agreed, is_split, through, 
 from rlhf_lightning.rollout.draw import Sample, SamplingParams, draw, ends, uniforms
 from rlhf_lightning.rollout.fallback import generate
 from rlhf_lightning.rollout.graphs import GraphedStep
+from rlhf_lightning.rollout.ranks import alike
 from rlhf_lightning.rollout.slots import Captured, Slots
 
 log = logging.getLogger(__name__)
@@ -289,6 +290,7 @@ class _Batch:
         rows = torch.tensor([self.rows[slot] or 0 for slot in slots], device=self.device)
         lengths = torch.tensor(drawn, device=self.device)
         tokens, logprobs = draw(logits, self.uniforms[rows, lengths], self.params, lengths)
+        tokens, logprobs = alike(tokens), alike(logprobs)
         self.tokens[torch.tensor(slots, device=self.device)] = tokens
         for slot, token, logprob in zip(slots, tokens.tolist(), logprobs.tolist(), strict=True):
             row = self.rows[slot]

@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from rlhf_lightning.rollout.draw import Sample, SamplingParams, draw, ends, uniforms
+from rlhf_lightning.rollout.ranks import alike
 
 
 def generate(
@@ -68,6 +69,7 @@ class _Chooser:
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         lengths = torch.full((len(scores),), self.step, device=scores.device)
         tokens, logprobs = draw(scores, self.uniforms[:, self.step].to(scores.device), self.params, lengths)
+        tokens, logprobs = alike(tokens), alike(logprobs)
         for i, (token, logprob) in enumerate(zip(tokens.tolist(), logprobs.tolist(), strict=True)):
             if self.open[i]:
                 self.samples[i].ids.append(token)

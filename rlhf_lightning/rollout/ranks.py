@@ -1,19 +1,79 @@
-"""What the ranks of a run tell each other between rounds."""
+"""What the ranks of a run tell each other.
 
-from collections.abc import Iterator, Sequence
+Ranks of one tensor-parallel group compute the same rows: together they are one data rank, and what comes from outside
+(a reward, an environment, an engine that runs elsewhere) is asked of by the first of them.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
+
+from rlhf_lightning.errors import UserError
+
+_MESH: list[Any] = []
 
 
-def gather(value: Any) -> list[Any]:
-    """The value of every rank, on every rank, in their order. All ranks must call it."""
-    distributed = torch.distributed
-    if not (distributed.is_available() and distributed.is_initialized()):
+def use_mesh(mesh: Any) -> None:
+    """The `data_parallel` × `tensor_parallel` mesh of the run under way; None where it is over, or there is none."""
+    _MESH[:] = [] if mesh is None or mesh["tensor_parallel"].size() == 1 else [mesh]
+
+
+def data_rank() -> int:
+    """The place of this rank's value in what `gather` returns."""
+    if _MESH:
+        return int(_MESH[0]["data_parallel"].get_local_rank())
+    return torch.distributed.get_rank() if _is_distributed() else 0
+
+
+def leads() -> bool:
+    """Whether this is the first rank of those that compute the same rows."""
+    return not _MESH or _MESH[0]["tensor_parallel"].get_local_rank() == 0
+
+
+def gather(value: Any, weights: bool = False) -> list[Any]:
+    """The value of every data rank, on every rank, in their order. All ranks must call it.
+
+    Args:
+        weights: of all ranks without exception, as for what each finds in its part of the weights.
+    """
+    if not _is_distributed():
         return [value]
-    values: list[Any] = [None] * distributed.get_world_size()
-    distributed.all_gather_object(values, value)
+    group = _MESH[0]["data_parallel"].get_group() if _MESH and not weights else None
+    values: list[Any] = [None] * torch.distributed.get_world_size(group)
+    torch.distributed.all_gather_object(values, value, group=group)
     return values
+
+
+def once(function: Callable[[], Any]) -> Any:
+    """`function()` by the first of the ranks that compute the same rows; what it returns or raises, on all of them."""
+    if not _MESH:
+        return function()
+    group = _MESH[0]["tensor_parallel"].get_group()
+    found: list[Any] = [None, None]
+    error: Exception | None = None
+    if leads():
+        try:
+            found[0] = function()
+        except Exception as raised:  # noqa: BLE001 - raised below, after the others were told
+            error, found[1] = raised, f"{type(raised).__name__}: {raised}"
+    torch.distributed.broadcast_object_list(found, group=group, group_src=0)
+    if found[1] is not None:
+        raise error or UserError(found[1])
+    return found[0]
+
+
+def alike(value: Tensor) -> Tensor:
+    """A tensor as the first of the ranks that compute the same rows has it."""
+    if _MESH:
+        value = value.contiguous()
+        torch.distributed.broadcast(value, group=_MESH[0]["tensor_parallel"].get_group(), group_src=0)
+    return value
+
+
+def _is_distributed() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
 def parts(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:

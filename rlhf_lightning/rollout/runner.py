@@ -3,6 +3,7 @@
 import inspect
 import logging
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -10,7 +11,7 @@ from rlhf_lightning.data.prompts import Prompt
 from rlhf_lightning.data.records import RowError
 from rlhf_lightning.data.rendering import Renderer
 from rlhf_lightning.errors import UserError
-from rlhf_lightning.rollout.calls import run_calls
+from rlhf_lightning.rollout.calls import Call, Outcome, run_calls
 from rlhf_lightning.rollout.draw import Sample
 from rlhf_lightning.rollout.environments import (
     EnvironmentFactory,
@@ -21,6 +22,7 @@ from rlhf_lightning.rollout.environments import (
     checked_result,
 )
 from rlhf_lightning.rollout.episodes import Episode
+from rlhf_lightning.rollout.ranks import once
 from rlhf_lightning.rollout.sampler import Sampler
 from rlhf_lightning.rollout.turns import Running, reason
 
@@ -61,6 +63,27 @@ class NoRoomError(UserError):
     """An environment's first messages leave no room for a response."""
 
 
+@dataclass
+class _Elsewhere:
+    """In place of an environment that another rank holds; see `rollout.ranks.once`."""
+
+    tools: Any
+
+    def step(self, message: Any) -> StepResult:
+        raise RuntimeError("an environment is stepped by the rank that holds it")
+
+
+@dataclass
+class _Made:
+    """An environment and its first messages. What other ranks are told leaves out the environment."""
+
+    env: Any
+    messages: Any
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"env": _Elsewhere(getattr(self.env, "tools", None)), "messages": self.messages}
+
+
 class _Play:
     """What the episodes of one call have in common."""
 
@@ -81,14 +104,14 @@ class _Play:
         """Make and reset their environments; who is ready for a turn."""
         ready: list[Running] = []
         while starting:
-            made = run_calls([partial(self._made, running) for running in starting], self.limits.step_timeout)
+            made = self._called([partial(self._made, running) for running in starting])
             again = []
             for running, outcome in zip(starting, made, strict=True):
                 try:
                     if outcome.error is not None:
                         raise outcome.error
-                    running.env, messages = outcome.value
-                    running.episode.prompt = checked_messages(messages)
+                    running.env = outcome.value.env
+                    running.episode.prompt = checked_messages(outcome.value.messages)
                     running.episode.tools = getattr(running.env, "tools", None) or running.prompt.tools
                     ready.append(running)
                 except Exception as error:  # noqa: BLE001 - the policy of the limits decides
@@ -101,12 +124,16 @@ class _Play:
         env = self.environment(running.prompt.row)
         messages: Any = env.reset()
         if not inspect.isawaitable(messages):
-            return env, messages
+            return _Made(env, messages)
 
-        async def settled() -> Any:
-            return env, await messages
+        async def settled() -> _Made:
+            return _Made(env, await messages)
 
         return settled()
+
+    def _called(self, calls: Sequence[Call]) -> list[Outcome]:
+        outcomes: list[Outcome] = once(partial(run_calls, calls, self.limits.step_timeout))
+        return outcomes
 
     def turn(self, active: list[Running]) -> list[Running]:
         """A response of each, and what their environments answer; who goes on."""
@@ -134,7 +161,7 @@ class _Play:
             return []
         calls: list[Any] = [partial(r.env.step, message) for r, message in zip(ready, messages, strict=True) if r.env]
         going = []
-        for running, outcome in zip(ready, run_calls(calls, self.limits.step_timeout), strict=True):
+        for running, outcome in zip(ready, self._called(calls), strict=True):
             try:
                 if outcome.error is not None:
                     raise outcome.error

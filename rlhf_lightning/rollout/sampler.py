@@ -4,6 +4,7 @@ import logging
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from functools import partial
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -13,6 +14,7 @@ from rlhf_lightning.errors import ConfigError
 from rlhf_lightning.models.lora import base_of, named_weights
 from rlhf_lightning.rollout.draw import Sample, SamplingParams
 from rlhf_lightning.rollout.engine import LocalEngine
+from rlhf_lightning.rollout.ranks import once
 
 log = logging.getLogger(__name__)
 
@@ -125,7 +127,8 @@ class Sampler:
     ) -> list[Sample]:
         """A response to each prompt (token ids)."""
         params = self.params if temperature is None else replace(self.params, temperature=temperature)
-        return self.engine.generate(prompts, params, seeds)
+        draw = partial(self.engine.generate, prompts, params, seeds)
+        return draw() if self._local else once(draw)
 
 
 def _check_stop(stop: str, tokenizer: Any) -> None:

@@ -5,6 +5,7 @@ import traceback
 from abc import abstractmethod
 from collections.abc import Sequence
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -13,6 +14,7 @@ from rlhf_lightning.data.prompts import Prompt
 from rlhf_lightning.data.rendering import Renderer
 from rlhf_lightning.errors import ConfigError, UserError
 from rlhf_lightning.rollout.episodes import Episode
+from rlhf_lightning.rollout.ranks import once
 from rlhf_lightning.rollout.rewards.normalise import RUNNING, Normaliser
 
 
@@ -95,12 +97,17 @@ def total_rewards(
     played = [episode for episode in episodes if not episode.failed]
     totals = [episode.environment_reward for episode in played]
     for part in rewards:
-        scores = _scores(part, played)
+        scores, details = once(partial(_asked, part, played))
         for i, amount in enumerate(part.amounts(scores, running)):
-            played[i].parts[part.name] = scores[i]
+            played[i].parts[part.name], played[i].details = scores[i], details[i]
             totals[i] += 0.0 if amount is None else amount
     for episode, total in zip(played, totals, strict=True):
         episode.reward = truncated_reward if episode.truncated and truncated_reward is not None else total
+
+
+def _asked(part: Reward, episodes: Sequence[Episode]) -> tuple[list[float | None], list[dict[str, Any]]]:
+    """The scores of a part, and what it noted of the episodes."""
+    return _scores(part, episodes), [episode.details for episode in episodes]
 
 
 def _scores(part: Reward, episodes: Sequence[Episode]) -> list[float | None]:

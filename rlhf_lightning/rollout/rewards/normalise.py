@@ -3,6 +3,7 @@
 import math
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from rlhf_lightning.data.records import Reading, RowError, Source, convert_rows,
 from rlhf_lightning.data.rendering import Renderer
 from rlhf_lightning.errors import ConfigError
 from rlhf_lightning.rollout.episodes import Episode, Segment
-from rlhf_lightning.rollout.ranks import gather
+from rlhf_lightning.rollout.ranks import gather, once
 
 RUNNING = ("off", "use", "update")
 Score = Callable[[Sequence[Episode]], Sequence[float | None]]
@@ -115,7 +116,8 @@ class ReferenceNorm(Normaliser):
 
     def normalised(self, values: Sequence[float], running: str) -> list[float]:
         if not self.moments[0]:
-            scores = [float(score) for score in self._score(self._episodes) if score is not None]
+            found = once(partial(self._score, self._episodes))
+            scores = [float(score) for score in found if score is not None]
             if len(scores) < 2:
                 raise ConfigError(f"ReferenceNorm: the reward applies to {len(scores)} demonstrations; it needs 2")
             self.merge(scores)

@@ -1,0 +1,139 @@
+"""Layers split over the ranks that compute each row together, by the plan that transformers has for the model.
+
+The layers that the plan names hold a part of their weight and run as transformers runs them; everything else is whole
+on each rank. All weights become DTensors of one mesh, as clipping and optimizers need them to be.
+"""
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+
+from rlhf_lightning.errors import ConfigError
+from rlhf_lightning.models.lora import base_of, is_quantised
+
+WHOLE, SUMMED = "replicate", "replicated_with_grad_allreduce"
+"""Weights that every rank has. Of the second kind each rank sees its own heads only, so that gradients are to be added
+up. transformers does so by a hook, which adds up anew what earlier micro-batches left (5.23); here a DTensor does."""
+ADAPTERS = {
+    "colwise": (WHOLE, "colwise"),
+    "colwise_gather_output": (WHOLE, "colwise_gather_output"),
+    "rowwise": ("rowwise", WHOLE),
+    "rowwise_split_input": ("rowwise_split_input", WHOLE),
+}
+"""How the matrices A and B of an adapter are split, by how the layer is that it belongs to."""
+STYLES = {*ADAPTERS, "embedding_rowwise", WHOLE, SUMMED}
+"""What a plan may say; of experts, latent attention and packed weights, which plans also split, none was tested."""
+
+
+def parallelise(model: Any, mesh: Any) -> None:
+    """Split a model over a one-dimensional mesh. All ranks must have loaded the same weights, and call it together.
+
+    Raises:
+        ConfigError: transformers has no plan for this model, or one that cannot be followed.
+    """
+    from transformers.distributed.tensor_parallel import ALL_PARALLEL_STYLES
+
+    styles = layer_styles(model, mesh.size())
+    owners: dict[int, list[tuple[nn.Module, str]]] = {}
+    for module in list(model.modules()):
+        for name, parameter in module._parameters.items():
+            if parameter is not None and not hasattr(parameter, "device_mesh"):  # a head has been split before
+                owners.setdefault(id(parameter), []).append((module, name))
+    for places in owners.values():
+        _split_weight(places, [styles.get(module, WHOLE) for module, _ in places], mesh)
+    for module in {module for places in owners.values() for module, _ in places}:
+        style = styles.get(module, WHOLE)
+        if style in (WHOLE, SUMMED):
+            _run_local(module, summed=style == SUMMED)
+        else:
+            ALL_PARALLEL_STYLES[style].install_forward(module, mesh)
+
+
+def layer_styles(model: Any, size: int) -> dict[nn.Module, str]:
+    """How each layer is split, those of adapters included; those that are not here are whole."""
+    base = base_of(model)
+    if not hasattr(base, "tp_plan"):
+        return {}  # a head of our own
+    name, plan = type(base).__name__, base.tp_plan
+    if not plan:
+        raise ConfigError(f"tensor parallel: transformers has no plan for {name}; set tensor_parallel_size: 1")
+    if odd := sorted(set(plan.values()) - STYLES):
+        raise ConfigError(f"tensor parallel: the plan of {name} has {', '.join(odd)}, which is not supported here")
+    if is_quantised(model):
+        raise ConfigError("tensor parallel: lora.quantize was never tried with it; leave one of them out")
+    _check(model, base.config.get_text_config(), size)
+    found: dict[nn.Module, str] = {}
+    for path, module in base.named_modules():
+        style = plan.get(re.sub(r"\.\d+(?=\.|$)", ".*", path))
+        if style is None:
+            continue
+        if not hasattr(module, "base_layer"):
+            found[module] = style
+        elif style not in ADAPTERS or not hasattr(module, "lora_A"):
+            raise ConfigError(f"tensor parallel: {path} ({style}) cannot have an adapter; leave it out of lora.target")
+        else:
+            found[module.base_layer] = style
+            for part, of_adapter in zip((module.lora_A, module.lora_B), ADAPTERS[style], strict=True):
+                found |= dict.fromkeys(part.values(), of_adapter)
+    return found
+
+
+def _check(model: Any, config: Any, size: int) -> None:
+    for name in ("num_attention_heads", "num_key_value_heads"):
+        heads = getattr(config, name, None) or size
+        if heads % size:
+            raise ConfigError(f"tensor_parallel_size is {size}, and the model has {heads} heads ({name}): not a part")
+    # Ranks would have to leave out the same of what is whole on each, and other numbers of what is split.
+    for module in model.modules():
+        dropped = [getattr(module, name, 0.0) for name in ("attention_dropout", "dropout_p", "resid_dropout")]
+        dropped.append(module.p if isinstance(module, nn.Dropout) else 0.0)
+        if any(isinstance(rate, float) and rate > 0 for rate in dropped):
+            raise ConfigError("tensor parallel: dropout is not supported; set lora.dropout and the model's own to 0")
+
+
+def _split_weight(places: list[tuple[nn.Module, str]], styles: list[str], mesh: Any) -> None:
+    """One weight as a DTensor, at all places that it is tied to."""
+    from torch.distributed.tensor import Replicate, distribute_tensor
+    from transformers.distributed.tensor_parallel import ALL_PARALLEL_STYLES
+
+    made = []
+    for (module, name), style in zip(places, styles, strict=True):
+        before: Any = module._parameters[name]
+        if style in (WHOLE, SUMMED):
+            # As the first rank has it: a new adapter or head is drawn at random.
+            module._parameters[name] = nn.Parameter(distribute_tensor(before.detach(), mesh, [Replicate()]))
+        else:
+            ALL_PARALLEL_STYLES[style].shard_param(module, name, mesh)
+        after: Any = module._parameters[name]
+        made.append(after.requires_grad_(before.requires_grad))
+    if any(one.placements != made[0].placements for one in made):
+        raise ConfigError(f"tensor parallel: the plan splits tied weights in unlike ways ({', '.join(styles)})")
+    for module, name in places:
+        module._parameters[name] = made[0]
+
+
+def _run_local(module: Any, summed: bool) -> None:
+    """Let a module run with its weights as plain tensors, whole on each rank as its inputs and outputs are."""
+    forward: Callable[..., Any] = module.forward
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        own = dict(module._parameters)
+        module._parameters.update({name: local(weight, summed) for name, weight in own.items()})
+        try:
+            return forward(*args, **kwargs)
+        finally:
+            module._parameters.update(own)
+
+    module.forward = run
+
+
+def local(weight: Any, summed: bool = False) -> Any:
+    """A weight that is whole on each rank, as a plain tensor; whether gradients are to be added up over ranks."""
+    from torch.distributed.tensor import DTensor, Partial, Replicate
+
+    if not isinstance(weight, DTensor):
+        return weight
+    plain: Tensor = weight.to_local(grad_placements=[Partial() if summed else Replicate()])
+    return plain
