@@ -25,30 +25,18 @@ class Run:
             self._child(args, before)
 
     def _child(self, args: list[str], before: Callable[[], Any] | None) -> None:
-        code = 1
-        try:
-            os.setsid()
-            file = os.open(self.output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-            os.dup2(file, 1)
-            os.dup2(file, 2)
-            sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
+        def command() -> None:
             # What pytest does to signals and logs is not what a user has.
             signal.signal(signal.SIGINT, signal.default_int_handler)
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            torch.set_num_threads(1)
             if before:
                 before()
             from rlhf_lightning.cli.main import main
 
             main(args)
-        except SystemExit as stop:
-            code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
-        except BaseException:  # noqa: BLE001 - as the interpreter does
-            traceback.print_exc()
-        finally:
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(code)
+
+        os.setsid()
+        _run(command, self.output)
 
     def send(self, number: int) -> None:
         """A signal to the process and what it started."""
@@ -101,7 +89,8 @@ def in_ranks(world: int, function: Callable[[], Any], folder: Path, limit: float
         own = {"RANK": rank, "LOCAL_RANK": rank, "MASTER_ADDR": "127.0.0.1", "TORCHELASTIC_RUN_ID": "tests"}
         pid = os.fork()
         if not pid:
-            _rank(function, output, {key: str(value) for key, value in {**common, **own}.items()})
+            os.environ.update({key: str(value) for key, value in {**common, **own}.items()})
+            _run(function, output)
         running[pid] = rank
     started, codes = time.monotonic(), {}
     while running and time.monotonic() - started < limit and not any(codes.values()):
@@ -117,14 +106,14 @@ def in_ranks(world: int, function: Callable[[], Any], folder: Path, limit: float
     assert fine, f"{codes}, the others were ended\n{texts}"
 
 
-def _rank(function: Callable[[], Any], output: Path, variables: dict[str, str]) -> None:
+def _run(function: Callable[[], Any], output: Path) -> None:
+    """In a forked process: run to its end as the interpreter does, with what is printed in a file."""
     code = 1
     try:
         file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(file, 1)
         os.dup2(file, 2)
         sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
-        os.environ.update(variables)
         torch.set_num_threads(1)
         function()
         code = 0
