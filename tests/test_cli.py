@@ -224,7 +224,7 @@ def pipeline_of(base: str, tmp_path: Path, **preference: Any) -> dict[str, Any]:
     return {"name": "test", "seed": 3, "root": str(tmp_path / "run"), "stages": stages}
 
 
-@pytest.mark.parametrize("lora", [None, {"rank": 2, "target": ["all"]}])
+@pytest.mark.parametrize("lora", [None, pytest.param({"rank": 2, "target": ["all"]}, marks=pytest.mark.slow)])
 def test_a_pipeline_hands_models_over(base: str, tmp_path: Path, lora: Any, capfd: pytest.CaptureFixture[str]) -> None:
     plan = pipeline_of(base, tmp_path)
     for stage in plan["stages"] if lora else []:

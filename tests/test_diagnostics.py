@@ -405,7 +405,7 @@ def fit(
     return module, run
 
 
-@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("accumulate", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_a_run_resumed_anywhere_leaves_the_same_files(accumulate: int, base: str, tmp_path: Path) -> None:
     def callbacks() -> list[pl.Callback]:
         return [SamplesLog(every=2, table_every=0), Diagnostics(strict_checks()), checkpoints(tmp_path / "ckpt")]
@@ -844,6 +844,7 @@ def test_callbacks_named_in_yaml_take_the_place_of_the_defaults(base: str, tmp_p
     assert json.loads((run / "stage.json").read_text())["stopped"]["step"] == 5
 
 
+@pytest.mark.slow
 def test_without_a_best_checkpoint_the_last_weights_can_be_had(base: str, tmp_path: Path) -> None:
     args = policy_config(base, tmp_path, callbacks=[named("best", "BestUnderKL")])
     out = rlhf(*args, "--export", "best", code=2)

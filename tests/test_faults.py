@@ -371,7 +371,7 @@ def test_the_others_end_when_a_process_dies(whole: Any, tmp_path: Path) -> None:
     assert time.monotonic() - begun < 60
 
 
-@pytest.mark.parametrize("rank", [1, 0])
+@pytest.mark.parametrize("rank", [1, pytest.param(0, marks=pytest.mark.slow)])
 def test_the_others_end_when_a_real_process_dies(rank: int, base: str, tmp_path: Path) -> None:
     """The launcher of the command line (`strategy: ddp`): the others end within a bounded time, with the reason."""
     command = [sys.executable, "-m", "rlhf_lightning", *config("sft", base, tmp_path), "--trainer.devices", "2"]

@@ -192,7 +192,7 @@ def test_4_bits_without_cuda_says_what_to_do(base: str) -> None:
 def test_4_bits_without_bitsandbytes_says_what_to_do(base: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("rlhf_lightning.models.lora.find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match=r"pip install 'rlhf-lightning\[qlora\]'"):
+    with pytest.raises(ConfigError, match=r"pip install 'rlhf-lightning\[cuda\]'"):
         LoRA(quantize="nf4").quantization()
 
 

@@ -83,6 +83,7 @@ def test_a_small_run_still_learns(tmp_path: Path, capfd: pytest.CaptureFixture[s
     assert capfd.readouterr().out.count("finished already") == 3
 
 
+@pytest.mark.slow
 def test_own_model_and_files(base: str, tmp_path: Path) -> None:
     from tests.conftest import chats, pairs, prompts, write_rows
 

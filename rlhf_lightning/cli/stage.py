@@ -8,6 +8,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, NoReturn
 
+import torch
 import yaml
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities import rank_zero_only
@@ -324,7 +325,8 @@ def run(args: list[str]) -> int:
             "out (see the system's log); the same command resumes the run."
         ) from error
     except RuntimeError as error:
-        if "WORLD_SIZE" not in os.environ or not any(sign in str(error) for sign in LOST):
+        alone = "WORLD_SIZE" not in os.environ and not torch.distributed.is_initialized()
+        if alone or not any(sign in str(error) for sign in LOST):
             raise
         raise UserError(
             f"another process of the run died, or cannot be reached ({str(error).splitlines()[0][:200]}). If it was "

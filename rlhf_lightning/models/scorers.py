@@ -276,8 +276,9 @@ def _refuse_own_code(folder: Path, module: str) -> None:
     """
     if module.split(".")[0] in sys.modules:
         return  # of this package, or of what its user has imported
-    run = folder.parent if (folder.parent / "stage.json").is_file() else folder
-    own = [place.resolve() for place in (folder, run) if place.resolve() != Path.cwd()]
+    # A folder that the user works in, or keeps Python in, did not come with a model in it.
+    users = (Path.cwd(), Path(sys.prefix).resolve(), Path(__file__).resolve())
+    own = [one for one in (folder.resolve(), folder.resolve().parent) if not any(u.is_relative_to(one) for u in users)]
     names = module.split(".")
     for root, end in itertools.product(sys.path, range(1, len(names) + 1)):
         place = Path(root or ".", *names[:end])
