@@ -154,6 +154,19 @@ def test_every_command_in_lower_precision(kind: str, base: str, tmp_path: Path) 
     in_ranks(2, run, tmp_path / "out")
 
 
+def test_a_head_keeps_its_type_among_narrow_weights(base: str, tmp_path: Path) -> None:
+    def run() -> None:
+        module = make("preference", base, dtype="bfloat16")
+        one = trainer(tmp_path, devices=2, strategy=FSDP2(), precision="bf16-true", callbacks=[ExportModel()])
+        one.fit(module, data("preference"))
+        assert one.global_step == 2
+
+    in_ranks(2, run, tmp_path / "out")
+    weights = load_file(tmp_path / "model" / "model.safetensors")
+    assert weights.pop("score.weight").dtype == torch.float32
+    assert {weight.dtype for weight in weights.values()} == {torch.bfloat16}
+
+
 # -- commands ---------------------------------------------------------------------------------------------------------
 
 
