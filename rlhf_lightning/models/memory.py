@@ -93,7 +93,8 @@ def _saved(forward: Forward, tokens: int, context: Callable[[], Any]) -> int:
     kept: list[Tensor] = []  # so that no storage is used again while they are counted
 
     def keep(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
+        local: Any = tensor
+        storage = (local.to_local() if hasattr(local, "to_local") else local).untyped_storage()
         if not any(isinstance(one, nn.Parameter) for one in (tensor, tensor._base)):
             kept.append(tensor)
             sizes[storage.data_ptr()] = storage.nbytes()
