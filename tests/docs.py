@@ -19,6 +19,7 @@ import typing
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from tests.runs import complete
@@ -160,7 +161,10 @@ def _hints(kind: Any, name: str) -> Iterator[Any]:
     """The annotations of an argument in the constructors of a class and its bases."""
     for base in inspect.getmro(kind):
         if "__init__" in vars(base) and name in inspect.signature(base.__init__).parameters:
-            yield typing.get_type_hints(base.__init__).get(name, Any)
+            made = inspect.unwrap(base.__init__)
+            # Of this argument alone: others may name what only type checkers import.
+            one = SimpleNamespace(__annotations__={name: made.__annotations__.get(name, Any)})
+            yield typing.get_type_hints(one, globalns=made.__globals__)[name]
 
 
 def _classes(hint: Any) -> Iterator[Any]:
