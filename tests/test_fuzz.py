@@ -44,7 +44,7 @@ def report() -> Iterator[None]:
     total = sum(sum(found.values()) for found in table.values())
     print(f"\n{total} malformed inputs: {json.dumps(table)}")
     if path := os.environ.get("RLHF_FUZZ_REPORT"):
-        write_json(Path(path), {"malformed_inputs": total, "outcomes": table, "tracebacks_hangs_silent": 0})
+        write_json(Path(path), {"malformed_inputs": total, "outcomes": table})
 
 
 class Place:
