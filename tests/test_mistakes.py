@@ -91,6 +91,7 @@ MISTAKES: list[tuple[str, list[str], list[str]]] = [
     ("sft", ["--model.optimizer", "torch.optim.Adamm"], ['"model.optimizer"', "Adamm"]),
     ("sft", ["--trainer.precision", "fp16"], ['"trainer.precision"', "'16-mixed'", "fp16"]),
     ("sft", ["--trainer.gradient_clip_val", "-1"], ["trainer.gradient_clip_val is -1", "0 or above"]),
+    ("preference", ["--trainer.accumulate_grad_batches", "-2"], ["accumulate_grad_batches is -2", "at least 1"]),
     ("sft", ["-c", "broken.yaml"], ["broken.yaml: not valid YAML"]),
     ("sft", ["-c", "nowhere.yaml"], ["nowhere.yaml", "does not exist"]),
     ("preference", ["--model.loss", "DPO"], ['"model.loss"', "DPO", "Write a class or function with its module"]),

@@ -206,6 +206,8 @@ class RLHFModule(pl.LightningModule):
                 metric.reset()
         if (clip := self.trainer.gradient_clip_val) is not None and clip < 0:
             raise ConfigError(f"trainer.gradient_clip_val is {clip}: gradients would be turned round; 0 or above")
+        if (windows := self.trainer.accumulate_grad_batches) < 1:
+            raise ConfigError(f"trainer.accumulate_grad_batches is {windows}: nothing would be trained; at least 1")
         if longest := self.longest_row():
             self.forward_pass.check(longest)
 
