@@ -88,6 +88,8 @@ class RowDataModule(pl.LightningDataModule):
             raise ConfigError(f"data.batch_size is {batch_size}; it must be at least 1")
         self.sources = {"train": train, "validation": validation, "test": test, "predict": predict}
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size or batch_size
+        if not validation_split >= 0:
+            raise ConfigError(f"data.validation_split is {validation_split}; a number of rows, or a fraction below 1")
         self.validation_split, self.max_length, self.overlong = validation_split, max_length, overlong
         self.on_bad_row, self.columns, self.format = on_bad_row, columns, format
         self.template_kwargs, self.tokenizer = template_kwargs, tokenizer
