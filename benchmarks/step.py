@@ -13,7 +13,6 @@ import argparse
 import json
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
 from dataclasses import asdict, fields
@@ -26,6 +25,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 
 from quickstart import machine  # noqa: E402
 
+from benchmarks.steps.sides import Side, compare  # noqa: E402
 from benchmarks.steps.workload import Workload  # noqa: E402
 
 TASKS = ["sft", "reward", "dpo", "rl", "generate"]
@@ -35,79 +35,6 @@ SIZES: dict[str, dict[str, int]] = {
     "17m": {"vocab": 16384, "hidden": 384, "intermediate": 1152, "layers": 6, "heads": 6, "kv_heads": 3},
 }
 MEMORY = {"vocab": 151_669, "batch": 1, "prompt_tokens": 100, "response_tokens": 1900, "data": ""}
-
-
-class Side:
-    """A worker process."""
-
-    def __init__(self, name: str, folder: Path, work: Workload, threads: int, huge_pages: bool = False) -> None:
-        settings = json.dumps({**asdict(work), "threads": threads})
-        environment: dict[str, str] = {
-            **os.environ,
-            "HF_HUB_OFFLINE": "1",
-            "TOKENIZERS_PARALLELISM": "false",
-            "PYTHONPATH": str(ROOT),
-        }
-        if huge_pages:
-            environment["THP_MEM_ALLOC_ENABLE"] = "1"
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "benchmarks.steps.worker", name, str(folder), settings],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=open(folder.parent / f"{name}.log", "w"),  # noqa: SIM115
-            text=True,
-            cwd=ROOT,
-            env=environment,
-        )
-        self.log = folder.parent / f"{name}.log"
-
-    def ask(self, **command: Any) -> Any:
-        """Send a command and wait for its answer."""
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
-        self.process.stdin.write(json.dumps(command) + "\n")
-        self.process.stdin.flush()
-        line = self.process.stdout.readline()
-        if not line:
-            raise SystemExit(f"{command}: the worker died:\n{self.log.read_text()[-3000:]}")
-        return json.loads(line)
-
-    def close(self) -> None:
-        """End the process."""
-        assert self.process.stdin is not None
-        self.process.stdin.close()
-        self.process.wait()
-
-
-def compare(task: str, ours: Side, theirs: Side, repeats: int, steps: int, batch: int) -> dict[str, Any]:
-    """Medians of a task on both sides, taking turns; the first step of every turn warms up."""
-    micros: list[int | None] = [None]
-    if task in ("sft", "reward", "dpo"):
-        trials = {m: min(theirs.ask(task=task, steps=3, micro=m)[1:]) for m in (batch // 4, batch // 16) if m}
-        micros = [batch, min(trials, key=lambda m: trials[m])]
-    seconds: dict[str, list[float]] = {"ours": [], **{f"trl {m or 'whole'}": [] for m in micros}}
-    rates = []
-    for _ in range(repeats):
-        rates.append(ours.ask(task="matmul"))
-        seconds["ours"] += ours.ask(task=task, steps=steps + 1)[1:]
-        for m in micros:
-            seconds[f"trl {m or 'whole'}"] += theirs.ask(task=task, steps=steps + 1, micro=m)[1:]
-    medians = {name: statistics.median(values) for name, values in seconds.items()}
-    whole, fastest = (medians[f"trl {m or 'whole'}"] for m in (micros[0], micros[-1]))
-    needed = ours.ask(task="rows", of=task)
-    return {
-        "ours": medians["ours"],
-        "trl_whole_batch": whole,
-        "trl_fastest": min(whole, fastest),
-        "trl_fastest_micro_batch": micros[-1] if fastest < whole else micros[0],
-        "ratio": whole / medians["ours"],
-        "ratio_fastest": min(whole, fastest) / medians["ours"],
-        "needed_gflop": needed / 1e9,
-        "of_matmul_rate": needed / medians["ours"] / statistics.median(rates),
-        "matmul_gflop_per_second": statistics.median(rates) / 1e9,
-        "profile": ours.ask(task="profile", of=task),
-        "seconds": seconds,
-    }
 
 
 def growth(ours: Side, work: Workload, repeats: int) -> dict[str, float]:
@@ -211,6 +138,7 @@ def main() -> None:
         tasks = {}
         for task in given.tasks:
             tasks[task] = compare(task, ours, theirs, given.repeats, given.steps, work.batch)
+            tasks[task]["profile"] = ours.ask(task="profile", of=task)
             print(task, {k: v for k, v in tasks[task].items() if k != "seconds"}, file=sys.stderr, flush=True)
         settings = {**asdict(work), "tokenizer": Path(work.tokenizer).name, "data": Path(work.data).name}
         report: dict[str, Any] = {

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import jinja2
 import pytest
 import torch
 import yaml
@@ -510,6 +511,15 @@ def spoil(path: Path, way: str, detail: Any) -> None:
         _spoil_tensors(path, *detail)
 
 
+def parses(path: Path) -> bool:
+    """Whether what is left of a chat template is a template."""
+    try:
+        jinja2.Environment().parse(path.read_text())
+    except jinja2.TemplateSyntaxError:
+        return False
+    return True
+
+
 def _spoil_tensors(path: Path, how: str, number: int) -> None:
     tensors = load_file(path)
     name = sorted(tensors)[number % len(tensors)]
@@ -537,8 +547,9 @@ def test_model_folders(count: int, place: Place, models: dict[str, Any]) -> None
         shutil.copytree(folder, copy)
         spoil(copy / file, way, detail)
         result = use(name, copy)
-        if result.code == 0 and result.out == whole[name].out:
-            return  # it was of no consequence: not malformed
+        harmless = result.out == whole[name].out or (file.endswith(".jinja") and way == "cut" and parses(copy / file))
+        if result.code == 0 and harmless:
+            return  # of no consequence, or another template that nobody can tell from a wanted one: not malformed
         refused(result, str(copy), file, str(detail))
         TALLY.add("model", f"{name} refused", case)
 

@@ -3,12 +3,16 @@
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from rlhf_lightning.errors import DataError
+from rlhf_lightning.pipeline.plan import Plan, Stage
+from rlhf_lightning.pipeline.run import check_data
 from tests.conftest import TEXTS, build_model, chats, pairs, write_rows
 from tests.fuzzing import refused, rlhf
 from tests.test_cli import stage_config, write_yaml
@@ -207,6 +211,37 @@ def test_wrong_commands(args: list[str], part: str, workplace: Path, monkeypatch
     assert result.code == 2
     assert part in result.err + result.out
     assert "Traceback" not in result.err
+
+
+@pytest.mark.parametrize(
+    ("override", "part"),
+    [
+        ({"model.sampler.max_tokenz": 8}, "pipeline: stage policy: Parser key"),
+        ({"nothing": None}, "pipeline: stage policy: Subcommand 'fit' does not accept option 'nothing'"),
+        ({"data.train": "nowhere.jsonl"}, "pipeline: stage policy: nowhere.jsonl: no such file"),
+        ({"monitor": "val/loss"}, "pipeline: stage policy: --monitor val/loss is measured on validation rows"),
+    ],
+)
+def test_a_mistake_in_the_last_stage_is_told_before_the_first(
+    override: dict[str, Any], part: str, workplace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(workplace)
+    for kind in ("sft", "policy"):
+        write_yaml(tmp_path / f"{kind}.yaml", stage_config(kind, "base", workplace))
+    stages = [{"kind": "sft", "config": "sft.yaml"}, {"kind": "policy", "config": "policy.yaml", "start": "sft"}]
+    stages[1] |= {"overrides": {"model.rewards": [KEYWORDS], **override}}
+    plan = write_yaml(tmp_path / "plan.yaml", {"stages": stages})
+    message = refused(rlhf("pipeline", plan, "--root", str(tmp_path / "run")))
+    assert part in message, message
+    assert not (tmp_path / "run").exists()
+
+
+def test_data_that_an_earlier_stage_makes_need_not_be_there(workplace: Path, tmp_path: Path) -> None:
+    settings = {"data": {"train": str(tmp_path / "run" / "sft" / "samples.jsonl")}}
+    plan = Plan("test", [Stage("policy", "policy", settings)], tmp_path / "run")
+    check_data(plan, plan.stages[0])
+    with pytest.raises(DataError, match="no such file"):
+        check_data(replace(plan, root=tmp_path / "other"), plan.stages[0])
 
 
 def test_a_checkpoint_of_another_stage(workplace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

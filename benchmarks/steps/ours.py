@@ -101,7 +101,7 @@ def runner(task: str, folder: Path, work: Workload) -> Callable[[int], list[floa
 
     def run(steps: int) -> list[float]:
         times = StepTimes()
-        trainer(steps, folder.parent, work, [times]).fit(module, data)
+        trainer(steps, folder.parent / "ours", work, [times]).fit(module, data)
         return times.seconds
 
     return run
@@ -132,9 +132,9 @@ def _generation(folder: Path, work: Workload) -> Callable[[int], list[float]]:
 
 def generation_prompts(work: Workload, tokenizer: Any) -> list[list[int]]:
     """Distinct prompts, as token ids."""
-    pairs = Workload(**{**vars(work), "batch": work.generate_batch}).pairs()
     return [
-        tokenizer.apply_chat_template(pair["prompt"], add_generation_prompt=True, return_dict=False) for pair in pairs
+        tokenizer.apply_chat_template(pair["prompt"], add_generation_prompt=True, return_dict=False)
+        for pair in work.pairs(work.generate_batch)
     ]
 
 

@@ -25,16 +25,27 @@ def main() -> None:
     import torch
     from transformers.utils import logging as transformers_logging
 
+    from benchmarks.steps.sides import OUT_OF_MEMORY
     from benchmarks.steps.workload import Workload
 
     warnings.filterwarnings("ignore")
     transformers_logging.disable_progress_bar()
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     torch.set_num_threads(settings.pop("threads"))
+    if gib := settings.pop("gib"):
+        resource.setrlimit(resource.RLIMIT_DATA, (int(gib * 2**30),) * 2)
     state: dict[Any, Any] = {}
     work = Workload(**settings)
     for line in sys.stdin:
-        print(json.dumps(_answer(json.loads(line), side, folder, work, state)), file=answers, flush=True)
+        try:
+            answer = _answer(json.loads(line), side, folder, work, state)
+        except (MemoryError, RuntimeError) as error:
+            # What torch raises on a CPU has no class of its own.
+            if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "t allocate memory" not in str(error):
+                raise
+            state.clear()
+            answer = OUT_OF_MEMORY
+        print(json.dumps(answer), file=answers, flush=True)
 
 
 def _answer(command: dict[str, Any], side: str, folder: Path, work: Any, state: dict[Any, Any]) -> Any:

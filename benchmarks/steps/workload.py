@@ -173,7 +173,7 @@ class Workload:
             return [{"messages": json.loads(line)["messages"]} for line in lines]
         return [{"messages": pair["prompt"] + pair["chosen"]} for pair in self.pairs()]
 
-    def pairs(self) -> list[dict[str, Any]]:
+    def pairs(self, count: int | None = None) -> list[dict[str, Any]]:
         """Prompts and two responses of about the given numbers of tokens, lengths within a quarter of them."""
         tokenizer, rng = self.load_tokenizer(), random.Random(self.seed)
 
@@ -189,12 +189,12 @@ class Workload:
                 "chosen": [{"role": "assistant", "content": text(self.response_tokens)}],
                 "rejected": [{"role": "assistant", "content": text(self.response_tokens)}],
             }
-            for _ in range(self.batch)
+            for _ in range(count or self.batch)
         ]
 
     def prompts(self) -> list[dict[str, Any]]:
         """RL prompts."""
-        return [{"prompt": pair["prompt"]} for pair in self.pairs()[: self.groups]]
+        return [{"prompt": pair["prompt"]} for pair in self.pairs(self.groups)]
 
 
 def count_vowels(texts: list[str]) -> list[float]:

@@ -37,7 +37,11 @@ def run(args: list[str]) -> int:
         parser.error("a pipeline file is needed, or --verify RUN")
     if options.json:
         parser.error("--json belongs to --verify")
-    manifest = run_pipeline(read_plan(options.file, options.root, options.config), rerun=options.rerun)
+    plan = read_plan(options.file, options.root, options.config)
+    from rlhf_lightning.cli.check import check_plan  # imports what --help does not need
+
+    check_plan(plan)
+    manifest = run_pipeline(plan, rerun=options.rerun)
     for name, stage in manifest["stages"].items():
         print(f"{name:<14}{stage['status']:<10}{stage.get('model', '')}")
     return 0

@@ -103,7 +103,7 @@ class SaveConfig(SaveConfigCallback):
 class StageCLI(LightningCLI):
     """A stage in its folder (`trainer.default_root_dir`): resumed where it was interrupted, left alone where done."""
 
-    def __init__(self, kind: str, args: list[str]) -> None:
+    def __init__(self, kind: str, args: list[str], parser: type[StageParser] = StageParser) -> None:
         self.kind = kind
         module, data = (_import(name) for name in CLASSES[kind])
         super().__init__(
@@ -115,7 +115,7 @@ class StageCLI(LightningCLI):
             save_config_kwargs={"overwrite": True, "save_to_log_dir": False},
             load_from_checkpoint_support=False,
             trainer_defaults={"enable_progress_bar": sys.stdout.isatty(), "log_every_n_steps": 1},
-            parser_class=StageParser,
+            parser_class=parser,
             parser_kwargs={"prog": f"rlhf {kind}", **HELP[kind], "fit": {"epilog": HELP[kind]["epilog"]}},
         )
 

@@ -122,7 +122,7 @@ def _stage(entry: Any, index: int, earlier: list[str], base: Path) -> Stage:
             raise ConfigError(f"{where} ({name}): {key} is for policy stages; this is {kind}")
     settings: dict[str, Any] = {}
     for file in files:
-        settings = merged(settings, read_mapping(base / file))
+        settings = merged(settings, read_mapping(base / file, f"{where}: config: "))
     settings = merged(settings, nested(entry.get("overrides") or {}))
     handed = (entry.get("start"), entry.get("reward"), entry.get("critic"))
     configs = [_read_record(base / file) for file in files]
@@ -151,10 +151,10 @@ def _rule(value: Any, where: str) -> dict[str, Any] | None:
     raise ConfigError(f"{where}: on_failure must be 'stop' or {{rule_reward: {{class_path: …, init_args: …}}}}")
 
 
-def read_mapping(path: Path) -> dict[str, Any]:
-    """A YAML or JSON file that holds a mapping; raises `ConfigError`."""
+def read_mapping(path: Path, where: str = "") -> dict[str, Any]:
+    """A YAML or JSON file that holds a mapping; raises `ConfigError`, which begins with `where` it was named."""
     if not path.is_file():
-        raise ConfigError(f"{path}: no such file (seen from {Path.cwd()})")
+        raise ConfigError(f"{where}{path}: no such file (seen from {Path.cwd()})")
     try:
         text = path.read_text(encoding="utf-8")
         value = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)

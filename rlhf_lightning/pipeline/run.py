@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from rlhf_lightning.data.records import fingerprint
+from rlhf_lightning.data.records import check_there, fingerprint
 from rlhf_lightning.errors import ConfigError, UserError
 from rlhf_lightning.files import duration, hash_folder, read_object, write_json
 from rlhf_lightning.pipeline.clock import Clock
@@ -46,6 +46,38 @@ def run_pipeline(
     return runner.manifest
 
 
+def stage_settings(plan: Plan, stage: Stage, failed: Mapping[str, Stage] | None = None) -> dict[str, Any]:
+    """The stage's whole configuration, with what other stages hand to it; `failed` are those that cannot.
+
+    Raises:
+        UserError: a stage that it starts from failed.
+    """
+    failed = failed or {}
+    model: dict[str, Any] = {}
+    if stage.start:
+        if stage.start in failed:
+            raise UserError(f"stage {stage.name} starts from {stage.start}, which failed")
+        model["model"] = plan.model(stage.start)
+    if stage.reward:
+        given = {"class_path": MODEL_REWARD, "init_args": {"model": plan.model(stage.reward)}}
+        part = failed[stage.reward].rule_reward if stage.reward in failed else given
+        model["rewards"] = [*((stage.settings.get("model") or {}).get("rewards") or []), part]
+    if stage.critic:
+        if stage.critic in failed:
+            raise UserError(f"the critic of stage {stage.name} starts from {stage.critic}, which failed")
+        model["critic"] = {"model": plan.model(stage.critic)}
+    return merged(stage.settings, {"model": model} if model else {})
+
+
+def check_data(plan: Plan, stage: Stage) -> None:
+    """Whether the stage's data files are there, but for those that the run itself will make; raises `DataError`."""
+    data, root = stage.settings.get("data") or {}, plan.root.resolve()
+    for name in SOURCES:
+        given = data.get(name)
+        if isinstance(given, str) and not Path(given).resolve().is_relative_to(root):
+            check_there(given)
+
+
 class _Runner:
     def __init__(self, plan: Plan, rerun: Sequence[str], signals: Passing) -> None:
         self.plan, self.signals = plan, signals
@@ -64,7 +96,7 @@ class _Runner:
     def run(self, stage: Stage) -> None:
         """Run one stage, unless it is finished."""
         place = f"[{self.plan.stages.index(stage) + 1}/{len(self.plan.stages)}] {stage.name}"
-        settings = self._settings(stage)
+        settings = stage_settings(self.plan, stage, self.failed)
         inputs = self._inputs(stage, settings)
         entry = self.manifest["stages"].get(stage.name)
         fresh = stage.name in self.rerun
@@ -83,26 +115,6 @@ class _Runner:
             self._fail(stage, inputs, code)
 
     # -- what goes in ---------------------------------------------------------------------------------------------
-
-    def _settings(self, stage: Stage) -> dict[str, Any]:
-        """The stage's whole configuration, with what other stages hand to it."""
-        model: dict[str, Any] = {}
-        if stage.start:
-            if stage.start in self.failed:
-                raise UserError(f"stage {stage.name} starts from {stage.start}, which failed")
-            model["model"] = self.plan.model(stage.start)
-        if stage.reward:
-            failed = self.failed.get(stage.reward)
-            part = failed.rule_reward if failed else self._model_reward(stage.reward)
-            model["rewards"] = [*((stage.settings.get("model") or {}).get("rewards") or []), part]
-        if stage.critic:
-            if stage.critic in self.failed:
-                raise UserError(f"the critic of stage {stage.name} starts from {stage.critic}, which failed")
-            model["critic"] = {"model": self.plan.model(stage.critic)}
-        return merged(stage.settings, {"model": model} if model else {})
-
-    def _model_reward(self, reward: str) -> dict[str, Any]:
-        return {"class_path": MODEL_REWARD, "init_args": {"model": self.plan.model(reward)}}
 
     def _inputs(self, stage: Stage, settings: dict[str, Any]) -> dict[str, Any]:
         """Hashes of all that the stage's result depends on."""

@@ -1,0 +1,54 @@
+"""What can be known to be wrong with a pipeline before its first stage runs."""
+
+import tempfile
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, NoReturn
+
+import yaml
+from lightning.pytorch.cli import LightningArgumentParser
+
+from rlhf_lightning.cli.messages import check_sections, tidy
+from rlhf_lightning.cli.stage import Finished, StageCLI, StageParser
+from rlhf_lightning.errors import ConfigError, UserError
+from rlhf_lightning.pipeline.plan import Plan
+from rlhf_lightning.pipeline.run import check_data, stage_settings
+
+
+class Parser(StageParser):
+    """Raises what is wrong: there is more to say of it than the message."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """As an error of the package's."""
+        raise ConfigError(tidy(message)) from ex
+
+
+class ParsedStage(StageCLI):
+    """Parses the settings of a stage, and does no more."""
+
+    def __init__(self, kind: str, args: list[str]) -> None:
+        with suppress(Finished):
+            super().__init__(kind, args, Parser)
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """The end of it."""
+        super().parse_arguments(parser, args)
+        check_sections(self.config[self.config["subcommand"]])
+        raise Finished
+
+
+def check_plan(plan: Plan) -> None:
+    """Parse the settings of every stage, and look for their data.
+
+    Raises:
+        ConfigError: names the stage, which might have come only after hours.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        for stage in plan.stages:
+            file = Path(folder) / f"{stage.name}.yaml"
+            file.write_text(yaml.safe_dump(stage_settings(plan, stage), allow_unicode=True))
+            try:
+                ParsedStage(stage.kind, ["fit", "-c", str(file)])
+                check_data(plan, stage)
+            except UserError as error:
+                raise ConfigError(f"pipeline: stage {stage.name}: {error}") from error
