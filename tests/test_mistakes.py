@@ -218,6 +218,8 @@ def test_wrong_commands(args: list[str], part: str, workplace: Path, monkeypatch
     [
         ({"model.sampler.max_tokenz": 8}, "pipeline: stage policy: Parser key"),
         ({"nothing": None}, "pipeline: stage policy: Subcommand 'fit' does not accept option 'nothing'"),
+        ({"modle": {}}, "policy.yaml: modle is no setting"),
+        ({"model.smapler": {}}, "policy.yaml: model.smapler is no setting"),
         ({"data.train": "nowhere.jsonl"}, "pipeline: stage policy: nowhere.jsonl: no such file"),
         ({"monitor": "val/loss"}, "pipeline: stage policy: --monitor val/loss is measured on validation rows"),
     ],

@@ -61,6 +61,19 @@ def check_sections(config: Any) -> None:
         )
 
 
+def check_empty(args: list[str], config: Any) -> None:
+    """Refuse unknown settings of config files that hold an empty mapping; the parser takes them in silence."""
+    for name, value in pairwise(args):
+        if name not in ("-c", "--config") or not Path(value).is_file():
+            continue
+        for section, inner in read_mapping(Path(value)).items():
+            unknown = [section] if inner == {} and section not in config else []
+            if isinstance(inner, dict) and hasattr(config.get(section), "as_dict"):
+                unknown += [f"{section}.{key}" for key in inner if inner[key] == {} and key not in config[section]]
+            if unknown:
+                raise ConfigError(f"{value}: {unknown[0]} is no setting; the ones there are: --help, or configs/")
+
+
 def check_checkpoint(path: str | None) -> None:
     """Refuse what `--ckpt_path` cannot name: nothing there, a model folder, a file that is damaged or no checkpoint."""
     if path in (None, "last", "best", "hpc") or str(path).startswith(("registry", "http")):

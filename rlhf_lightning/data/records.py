@@ -170,14 +170,12 @@ def _parquet_rows(path: Path) -> Iterator[Row]:
         yield Row(item, f"{path}[{index}]")
 
 
-def check_there(source: Any) -> None:
-    """Whether a path that a source names is there, or the name may be a Hub id's; raises `DataError`."""
-    for item in [source] if isinstance(source, str | Path) else source:
-        name = str(item).partition(":")[0]
-        if not isinstance(item, str | Path) or Path(item).exists():
-            continue
-        if name.count("/") != 1 or Path(name).suffix in SUFFIXES or name.startswith((".", "/", "~")):
-            raise DataError(f"{item}: no such file (seen from {Path.cwd()}); give a path or a Hub id like owner/name")
+def check_there(source: str) -> None:
+    """Whether the path is there, or may be a Hub id instead; raises `DataError`."""
+    name = source.partition(":")[0]
+    local = name.count("/") != 1 or Path(name).suffix in SUFFIXES or name.startswith((".", "/", "~"))
+    if local and not Path(source).exists():
+        raise DataError(f"{source}: no such file (seen from {Path.cwd()}); give a path or a Hub id like owner/name")
 
 
 def _hub_rows(source: str) -> Iterator[Row]:

@@ -73,9 +73,9 @@ def check_data(plan: Plan, stage: Stage) -> None:
     """Whether the stage's data files are there, but for those that the run itself will make; raises `DataError`."""
     data, root = stage.settings.get("data") or {}, plan.root.resolve()
     for name in SOURCES:
-        given = data.get(name)
-        if isinstance(given, str) and not Path(given).resolve().is_relative_to(root):
-            check_there(given)
+        for file in given if isinstance(given := data.get(name), list) else [given]:
+            if isinstance(file, str) and not Path(file).resolve().is_relative_to(root):
+                check_there(file)
 
 
 class _Runner:
