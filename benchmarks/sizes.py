@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 from dataclasses import asdict
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -139,7 +140,14 @@ def arguments(args: list[str] | None) -> argparse.Namespace:
 def main(args: list[str] | None = None) -> None:
     """Measure what is missing, and print."""
     given = arguments(args)
-    report: dict[str, Any] = {"machine": machine(), "threads": given.threads, "gib": given.gib, "cells": {}}
+    today = date.today().isoformat()
+    report: dict[str, Any] = {
+        "machine": machine(),
+        "date": today,
+        "threads": given.threads,
+        "gib": given.gib,
+        "cells": {},
+    }
     if given.out.exists():
         report = json.loads(given.out.read_text())
     end = time.monotonic() + 3600 * given.hours

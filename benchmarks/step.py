@@ -16,6 +16,7 @@ import statistics
 import sys
 import tempfile
 from dataclasses import asdict, fields
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -143,6 +144,7 @@ def main() -> None:
         settings = {**asdict(work), "tokenizer": Path(work.tokenizer).name, "data": Path(work.data).name}
         report: dict[str, Any] = {
             "machine": machine(),
+            "date": date.today().isoformat(),
             "threads": given.threads,
             "trl_huge_pages": given.trl_huge_pages,
             "workload": settings,
