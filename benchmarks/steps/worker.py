@@ -47,7 +47,7 @@ def _answer(command: dict[str, Any], side: str, folder: Path, work: Any, state: 
             return torch.cuda.max_memory_allocated() / 2**30
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     if task == "matmul":
-        return _matmul_rate(work)
+        return matmul_rate(work)
     if task == "lightning":
         from benchmarks.steps import ours
 
@@ -73,7 +73,7 @@ def _answer(command: dict[str, Any], side: str, folder: Path, work: Any, state: 
     return state[key](command["steps"])
 
 
-def _matmul_rate(work: Any) -> float:
+def matmul_rate(work: Any) -> float:
     """Floating point operations a second of a large product at the run's precision, the median of many."""
     import time
 
