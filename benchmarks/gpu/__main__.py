@@ -127,7 +127,10 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory() as scratch:
         clock = Clock(given.seconds)
-        run(report, plan.cells(tuple(given.pieces), given.small), clock, Path(scratch), save)
+        try:
+            run(report, plan.cells(tuple(given.pieces), given.small), clock, Path(scratch), save)
+        except Failed as error:  # of a cell it is a result; this is the question what the device is
+            sys.exit(f"nothing can be measured here: {error}")
     print(table.render(report))
     if report["left"]:
         print(f"\nLeft for another run: {', '.join(report['left'])}")

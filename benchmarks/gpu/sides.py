@@ -99,7 +99,7 @@ class Side:
     def _end(self) -> str:
         code = self.process.wait()
         lines = [line for line in self.log.read_text(errors="replace").splitlines() if line.strip()]
-        return f"the process ended with {code}: {lines[-1][:300] if lines else 'no message'}"
+        return f"the process ended with {code}: {' / '.join(lines[-3:])[-500:] or 'no message'}"
 
     def close(self) -> None:
         """End the process and what it started."""

@@ -144,13 +144,7 @@ class Workload:
         torch.manual_seed(self.seed)
         tokenizer = self.load_tokenizer()
         config = Qwen3Config(
-            vocab_size=self.vocab,
-            hidden_size=self.hidden,
-            intermediate_size=self.intermediate,
-            num_hidden_layers=self.layers,
-            num_attention_heads=self.heads,
-            num_key_value_heads=self.kv_heads,
-            head_dim=self.head_size,
+            **self.sizes,
             tie_word_embeddings=True,
             max_position_embeddings=8192,
             eos_token_id=tokenizer.eos_token_id,
@@ -159,6 +153,19 @@ class Workload:
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
         model.to(getattr(torch, self.dtype)).save_pretrained(folder)
         tokenizer.save_pretrained(folder)
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Those of the model, as its config names them."""
+        return {
+            "vocab_size": self.vocab,
+            "hidden_size": self.hidden,
+            "intermediate_size": self.intermediate,
+            "num_hidden_layers": self.layers,
+            "num_attention_heads": self.heads,
+            "num_key_value_heads": self.kv_heads,
+            "head_dim": self.head_size,
+        }
 
     @property
     def head_size(self) -> int:
