@@ -30,6 +30,15 @@ TEXTS = [
 ]
 
 
+DEVICES = [torch.device("cpu"), *([torch.device("cuda")] if torch.cuda.is_available() else [])]
+
+
+@pytest.fixture(params=[pytest.param(d, marks=[pytest.mark.cuda] * (d.type == "cuda"), id=d.type) for d in DEVICES])
+def device(request: pytest.FixtureRequest) -> torch.device:
+    """A CPU, and a GPU where there is one."""
+    return request.param
+
+
 @pytest.fixture(autouse=True)
 def loggers_as_they_were() -> Iterator[None]:
     """A command sets logging up for its process; here the next test has the same one."""
@@ -136,7 +145,7 @@ def base(tmp_path: Path, model: Any, tokenizer: Any) -> str:
 
 
 def trainer(root: Path, **options: Any) -> pl.Trainer:
-    """A quiet CPU Trainer."""
+    """A quiet Trainer, on a CPU unless `accelerator` says otherwise."""
     defaults: dict[str, Any] = {
         "accelerator": "cpu",
         "devices": 1,

@@ -55,6 +55,10 @@ def plain(model: Any, batch: dict[str, torch.Tensor], temperature: float = 1.0) 
     return torch.stack(result)
 
 
+def on(device: torch.device, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: value.to(device) for name, value in batch.items()}
+
+
 def gradients(model: Any, loss: torch.Tensor) -> dict[str, torch.Tensor]:
     model.zero_grad()
     loss.backward()
@@ -81,22 +85,70 @@ CASES = {
 
 @pytest.mark.parametrize("architecture", PACKING)
 @pytest.mark.parametrize("budget", [None, 12])
-def test_shared_rows_equal_plain_ones(architecture: str, budget: int | None, tokenizer: Any) -> None:
+def test_shared_rows_equal_plain_ones(
+    architecture: str, budget: int | None, device: torch.device, tokenizer: Any
+) -> None:
     options = {"gemma2": {"final_logit_softcapping": 3.0}, "cohere": {"logit_scale": 0.25}}.get(architecture, {})
-    model = model_of(architecture, tokenizer, **options).double()
+    model = model_of(architecture, tokenizer, **options).double().to(device)
     scorer = TokenScorer(model, max_tokens=budget)
     for trees in CASES.values():
-        batch = rows_of(*trees)
+        batch = on(device, rows_of(*trees))
         scores = scorer(batch["input_ids"], batch["mask"], 0.7)
         assert scorer.forward.packs, architecture
         wanted = plain(model, batch, 0.7)
         # Attention with a cap is eager in transformers, with a softmax in float32 whatever the dtype of the model.
         exact = 1e-6 if architecture == "gemma2" else 1e-9
         torch.testing.assert_close(scores.logprobs, wanted, rtol=exact, atol=exact)
-        weights = torch.randn(wanted.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        weights = torch.randn(wanted.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(device)
         # HF norms compute in float32 even in a float64 model.
         found = gradients(model, (scores.logprobs * weights).sum())
         close(found, gradients(model, (wanted * weights).sum()), 1e-6)
+
+
+@pytest.mark.parametrize("architecture", ["qwen3", "mistral", "gemma2"])
+def test_shared_rows_in_float32(architecture: str, device: torch.device, tokenizer: Any) -> None:
+    """By flex attention on CUDA, which has no float64, and no heads below 16."""
+    model = model_of(architecture, tokenizer, hidden_size=64, head_dim=16).to(device)
+    scorer = TokenScorer(model)
+    batch = on(device, rows_of(*CASES["mixed"], *CASES["long prompts"]))
+    found, wanted = scorer(batch["input_ids"], batch["mask"]).logprobs, plain(model, batch)
+    assert scorer.forward.packs
+    torch.testing.assert_close(found.double(), wanted, rtol=1e-4, atol=1e-4)
+    close(gradients(model, found.sum()), gradients(model, wanted.sum()), 1e-3)
+
+
+@pytest.mark.slow
+def test_the_kernel_of_cuda_is_one_graph(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Traced as for CUDA and run operation by operation: windows, a cap, gradients, inference, autocast."""
+    from torch._dynamo.testing import CompileCounter
+    from torch.nn.attention import flex_attention as flex
+
+    from rlhf_lightning.models import attention
+    from rlhf_lightning.rollout.draw import SamplingParams
+    from rlhf_lightning.rollout.engine import LocalEngine
+
+    monkeypatch.setattr(attention, "_by_flex", lambda query: True)
+    monkeypatch.setattr(attention, "_FLEX", [])
+    monkeypatch.setattr(flex, "_validate_device", lambda *tensors: None)  # refuses gradients on a CPU
+    counter = CompileCounter()
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=counter))
+    torch._dynamo.reset()
+    model = model_of("gemma2", tokenizer)
+    scorer = TokenScorer(model)
+    batch = rows_of(*CASES["mixed"], (90, (40, 60)), (150, (20,)))
+    found, wanted = scorer(batch["input_ids"], batch["mask"]).logprobs, plain(model, batch)
+    assert scorer.forward.packs
+    torch.testing.assert_close(found.double(), wanted, rtol=1e-4, atol=1e-4)
+    close(gradients(model, found.sum()), gradients(model, wanted.sum()), 1e-3)
+    engine = LocalEngine(model, tokenizer.decode)
+    engine.generate([[5, 6, 7], [8] * 150], SamplingParams(max_tokens=2), [0, 1])
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        half = scorer(batch["input_ids"], batch["mask"]).logprobs
+        engine.generate([[5, 6, 7], [8] * 150], SamplingParams(max_tokens=2), [0, 1])
+    assert engine.forward.packs
+    assert float((half - found).abs().mean()) < 0.05
+    # It is 9.
+    assert 8 < counter.frame_count < attention.GRAPHS / 2, "PyTorch's own limit is 8; past a limit it is an error"
 
 
 @pytest.mark.parametrize("architecture", ["bloom", "mamba", "falcon"])
@@ -198,12 +250,12 @@ def test_what_may_attend_to_what(window: int | None) -> None:
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_logprobs_and_entropy_equal_autograds(temperature: float, dtype: torch.dtype) -> None:
+def test_logprobs_and_entropy_equal_autograds(temperature: float, dtype: torch.dtype, device: torch.device) -> None:
     generator = torch.Generator().manual_seed(0)
-    logits = (8 * torch.randn(7, 50, generator=generator, dtype=torch.float64)).to(dtype)
-    targets = torch.randint(50, (7,), generator=generator)
+    logits = (8 * torch.randn(7, 50, generator=generator, dtype=torch.float64)).to(device, dtype)
+    targets = torch.randint(50, (7,), generator=generator).to(device)
     targets[0] = logits[0].argmax()
-    weights = torch.randn(2, 7, generator=generator, dtype=torch.float64)
+    weights = torch.randn(2, 7, generator=generator, dtype=torch.float64).to(device)
 
     reference = logits.double().clone().requires_grad_()
     logp = (reference / temperature).log_softmax(-1)

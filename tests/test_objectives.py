@@ -71,9 +71,10 @@ def test_sapo_equals_the_plain_gradient_at_ratio_one() -> None:
 
 
 @pytest.mark.parametrize("name", ["importance_sampling", "ppo", "cispo", "gspo", "sapo"])
-def test_masked_positions_carry_neither_loss_nor_gradient(name: str) -> None:
-    logp = t([-1.0, -2.0, 900.0]).requires_grad_()
-    loss = getattr(policy, name)(logp, t([-1.2, -1.5, -900.0]), t([1.0]), MASK)
+def test_masked_positions_carry_neither_loss_nor_gradient(name: str, device: torch.device) -> None:
+    logp = t([-1.0, -2.0, 900.0]).to(device).requires_grad_()
+    old, advantages, mask = (tensor.to(device) for tensor in (t([-1.2, -1.5, -900.0]), t([1.0]), MASK))
+    loss = getattr(policy, name)(logp, old, advantages, mask)
     loss.sum().backward()
     assert loss[0, 2] == 0
     assert torch.isfinite(loss).all()

@@ -36,17 +36,17 @@ OBJECTIVES: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
-def test_on_policy_every_objective_has_the_gradient_of_reinforce(name: str) -> None:
-    logp = LOGP.clone().requires_grad_()
+def test_on_policy_every_objective_has_the_gradient_of_reinforce(name: str, device: torch.device) -> None:
+    logp, old, mask = LOGP.to(device, copy=True).requires_grad_(), LOGP.to(device), MASK.to(device)
     for advantage in (2.0, -3.0):
-        OBJECTIVES[name](logp, LOGP, t([advantage]), MASK).sum().backward()
+        OBJECTIVES[name](logp, old, t([advantage]).to(device), mask).sum().backward()
         assert logp.grad is not None
         # The response's ratio moves with all its tokens: at each of 2 tokens the sum has the gradient twice (RLOO), and
         # the mean once.
         factor = 2 if name == "rloo" else 1
-        close(logp.grad, [-advantage * factor, -advantage * factor, 0.0])
+        close(logp.grad.cpu(), [-advantage * factor, -advantage * factor, 0.0])
         logp.grad = None
-    assert not OBJECTIVES[name].clipped(LOGP, LOGP, t([2.0]), MASK).any()
+    assert not OBJECTIVES[name].clipped(old, old, t([2.0]).to(device), mask).any()
 
 
 def test_reinforce() -> None:

@@ -73,11 +73,12 @@ class Seen:
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_only_weights_and_activations_are_narrow(
-    kind: str, precision: Any, lora: Any, base: str, tmp_path: Any
+    kind: str, precision: Any, lora: Any, device: torch.device, base: str, tmp_path: Any
 ) -> None:
     module, data = parts(kind, base, lora=lora)
     seen, checks = Seen(module), [FirstStepInvariants(strict=True)]
-    run = trainer(tmp_path, precision=precision, callbacks=[*checks, ExportModel()], max_epochs=2)
+    options = {"precision": precision, "accelerator": device.type, "max_epochs": 2}
+    run = trainer(tmp_path, callbacks=[*checks, ExportModel()], **options)
     torch.manual_seed(0)
     run.fit(module, data)
     assert run.global_step == 4
@@ -114,11 +115,13 @@ def test_what_was_drawn_reaches_the_loss_unrounded(precision: Any, base: str, tm
 
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("lora", [None, LoRA(rank=2)], ids=["full", "lora"])
-def test_the_policy_starts_as_its_reference(precision: Any, lora: Any, base: str, tmp_path: Path) -> None:
+def test_the_policy_starts_as_its_reference(
+    precision: Any, lora: Any, device: torch.device, base: str, tmp_path: Path
+) -> None:
     module, data = parts("policy", base, lora=lora)
     seen = Seen(module)
     torch.manual_seed(0)
-    trainer(tmp_path, precision=precision, max_steps=1).fit(module, data)
+    trainer(tmp_path, precision=precision, accelerator=device.type, max_steps=1).fit(module, data)
     batch = seen.batches[0]
     distance = ((batch["old_logprobs"] - batch["reference_logprobs"]) * batch["mask"]).abs()
     assert float(batch["mask"].sum()) > 0

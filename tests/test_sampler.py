@@ -26,9 +26,11 @@ def bound(model: Any, tokenizer: Any, **options: Any) -> Sampler:
 
 
 @pytest.mark.parametrize("architecture", PLAIN + FALLBACK)
-def test_greedy_equals_generate(tokenizer: Any, architecture: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_greedy_equals_generate(
+    tokenizer: Any, architecture: str, device: torch.device, caplog: pytest.LogCaptureFixture
+) -> None:
     # In float64, so that rounding does not decide which token is the likeliest.
-    model, untouched = (build_model(tokenizer, architecture=architecture).double() for _ in range(2))
+    model, untouched = (build_model(tokenizer, architecture=architecture).double().to(device) for _ in range(2))
     tokenizer.chat_template = None
     sampler = Sampler(max_tokens=12, temperature=0.0, batch_rows=3)
     sampler.bind(model, Renderer(tokenizer, format="raw"))
@@ -37,7 +39,7 @@ def test_greedy_equals_generate(tokenizer: Any, architecture: str, caplog: pytes
         samples = sampler.generate(prompts, [0] * 5)
     assert any("by its own generate" in message for message in caplog.messages) == (architecture in FALLBACK)
     for prompt, sample in zip(prompts, samples, strict=True):
-        ids = torch.tensor([prompt])
+        ids = torch.tensor([prompt], device=device)
         out = untouched.generate(
             ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False, pad_token_id=0
         )
@@ -47,9 +49,9 @@ def test_greedy_equals_generate(tokenizer: Any, architecture: str, caplog: pytes
 
 @pytest.mark.parametrize("architecture", PLAIN + FALLBACK)
 def test_draws_depend_on_their_seed_alone_and_their_logprobs_are_the_trainers(
-    tokenizer: Any, architecture: str
+    tokenizer: Any, architecture: str, device: torch.device
 ) -> None:
-    model = build_model(tokenizer, architecture=architecture).double()
+    model = build_model(tokenizer, architecture=architecture).double().to(device)
     renderer = Renderer(tokenizer)
     texts = ("one", "one two three", "one", "two", "four five one", "one", "three")
     prompts = [renderer.prompt([{"role": "user", "content": text}]) for text in texts]
@@ -63,7 +65,7 @@ def test_draws_depend_on_their_seed_alone_and_their_logprobs_are_the_trainers(
     rows = [prompt + sample.ids for prompt, sample in zip(prompts, together, strict=True)]
     masks = [[0] * len(p) + [1] * len(s.ids) for p, s in zip(prompts, together, strict=True)]
     batch = pad_tokens(rows, masks, 0)
-    scores = TokenScorer(model)(batch["input_ids"], batch["mask"], 0.8).logprobs
+    scores = TokenScorer(model)(batch["input_ids"].to(device), batch["mask"].to(device), 0.8).logprobs.cpu()
     for row, prompt, sample in zip(scores, prompts, together, strict=True):
         drawn = row[len(prompt) : len(prompt) + len(sample.ids)]
         # transformers hands a logits processor float32, and gives a capped attention a float32 softmax.
@@ -112,12 +114,12 @@ def test_the_model_is_left_as_it_was(tokenizer: Any) -> None:
     model(ids).logits.sum().backward()  # nothing of inference mode is left behind
 
 
-def test_bf16_draws_are_those_of_the_trainers_precision(tokenizer: Any) -> None:
-    model = build_model(tokenizer)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+def test_bf16_draws_are_those_of_the_trainers_precision(tokenizer: Any, device: torch.device) -> None:
+    model = build_model(tokenizer, head_dim=16).to(device)
+    with torch.autocast(device.type, dtype=torch.bfloat16):
         (sample,) = bound(model, tokenizer, max_tokens=12).generate([[5, 6, 7]], [3])
         batch = pad_tokens([[5, 6, 7, *sample.ids]], [[0, 0, 0] + [1] * len(sample.ids)], 0)
-        scores = TokenScorer(model)(batch["input_ids"], batch["mask"]).logprobs[0, 3:]
+        scores = TokenScorer(model)(batch["input_ids"].to(device), batch["mask"].to(device)).logprobs[0, 3:].cpu()
     gap = (scores.detach() - torch.tensor(sample.logprobs)).abs()
     assert gap.mean() <= 0.02
 
@@ -162,10 +164,10 @@ def test_no_response_ends_before_its_least_length(tokenizer: Any) -> None:
     assert any(sample.stop_reason == "stop" for sample in samples)
 
 
-def test_a_draw_at_the_edge_takes_a_token_that_is_possible() -> None:
-    logits = torch.full((3, 130), -torch.inf)
+def test_a_draw_at_the_edge_takes_a_token_that_is_possible(device: torch.device) -> None:
+    logits = torch.full((3, 130), -torch.inf, device=device)
     logits[:, [3, 70, 100]] = 0.0
-    tokens, logprobs = draw(logits, torch.tensor([0.0, 0.5, 1.0 - 2**-24]), SamplingParams())
+    tokens, logprobs = draw(logits, torch.tensor([0.0, 0.5, 1.0 - 2**-24], device=device), SamplingParams())
     assert tokens.tolist() == [3, 70, 100]
     assert logprobs.exp().tolist() == pytest.approx([1 / 3] * 3)
 

@@ -64,6 +64,6 @@ def needed(task: str, work: Workload, rows: list[Any]) -> float:
 
 
 def _forward(work: Workload, prefix: int, branches: list[int], scored: int) -> float:
-    sizes = work.hidden, work.intermediate, work.layers, work.heads, work.kv_heads, work.hidden // work.heads
+    sizes = work.hidden, work.intermediate, work.layers, work.heads, work.kv_heads, work.head_size
     pairs = prefix**2 / 2 + sum(branch * (prefix + branch / 2) for branch in branches)
     return forward(Shape(*sizes, work.vocab), prefix + sum(branches), pairs, scored)

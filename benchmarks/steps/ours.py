@@ -1,7 +1,7 @@
 """Steps of this project: whole `Trainer.fit` runs, each step from the end of the last to its own end."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -59,10 +59,11 @@ def parts(task: str, folder: str, work: Workload) -> tuple[Any, Any]:
     """Module and data of a task."""
     shared: dict[str, Any] = {"show_example": False}
     if task == "sft":
-        return SFTModule(folder), SFTDataModule(work.conversations(), batch_size=work.batch, **shared)
+        return SFTModule(folder, dtype=work.dtype), SFTDataModule(work.conversations(), batch_size=work.batch, **shared)
     if task == "rl":
         module = PolicyRLModule(
             folder,
+            dtype=work.dtype,
             rewards=[FunctionReward(vowels)],
             kl=KLPenalty(0.04, place="loss"),
             sampler=Sampler(max_tokens=work.new_tokens, cuda_graphs=work.cuda_graphs),
@@ -72,17 +73,18 @@ def parts(task: str, folder: str, work: Workload) -> tuple[Any, Any]:
         )
         return module, data
     scorer = RewardHead() if task == "reward" else ImplicitReward(beta=0.1)
-    module = PreferenceModule(folder, scorer=scorer)
+    module = PreferenceModule(folder, scorer=scorer, dtype=work.dtype)
     return module, PreferenceDataModule(work.pairs(), batch_size=work.batch, **shared)
 
 
 def trainer(steps: int, root: Path, work: Workload, callbacks: list[Any]) -> pl.Trainer:
-    """A Trainer that runs as many epochs of one batch and writes nothing."""
+    """A Trainer that runs so many steps and writes nothing."""
     return pl.Trainer(
         accelerator="gpu" if work.device == "cuda" else work.device,
         devices=1,
         max_epochs=steps,
-        precision="bf16-mixed" if work.bf16 else "32-true",
+        max_steps=steps,
+        precision=work.precision,
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
@@ -93,41 +95,56 @@ def trainer(steps: int, root: Path, work: Workload, callbacks: list[Any]) -> pl.
     )
 
 
-def runner(task: str, folder: Path, work: Workload) -> Callable[[int], list[float]]:
-    """A function that runs so many steps, and gives the seconds of each."""
-    if task == "generate":
-        return _generation(folder, work)
-    module, data = parts(task, str(folder), work)
+class Training:
+    """Steps of a task: calling it runs so many, and gives the seconds of each."""
 
-    def run(steps: int) -> list[float]:
+    def __init__(self, task: str, folder: Path, work: Workload) -> None:
+        self.module, self.data = parts(task, str(folder), work)
+        self.root, self.work = folder.parent, work
+
+    def __call__(self, steps: int, callbacks: Sequence[Any] = ()) -> list[float]:
         times = StepTimes()
-        trainer(steps, folder.parent / "ours", work, [times]).fit(module, data)
+        trainer(steps, self.root / "ours", self.work, [times, *callbacks]).fit(self.module, self.data)
         return times.seconds
 
-    return run
+    @property
+    def packs(self) -> bool:
+        """Whether rows were packed and prompts shared, known after a call."""
+        return bool(self.module.forward_pass.packs)
 
 
-def _generation(folder: Path, work: Workload) -> Callable[[int], list[float]]:
-    from transformers import AutoModelForCausalLM
+class Generation:
+    """Rounds of sampling: calling it runs so many, and gives the seconds of each."""
 
-    model = AutoModelForCausalLM.from_pretrained(folder).eval().to(work.device)
-    tokenizer = work.load_tokenizer()
-    engine = LocalEngine(model, tokenizer.decode, rows=work.generate_batch, cuda_graphs=work.cuda_graphs)
-    prompts = generation_prompts(work, tokenizer)
+    def __init__(self, folder: Path, work: Workload) -> None:
+        from transformers import AutoModelForCausalLM
 
-    def run(steps: int) -> list[float]:
+        self.work, tokenizer = work, work.load_tokenizer()
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=work.dtype).eval().to(work.device)
+        self.engine = LocalEngine(model, tokenizer.decode, rows=work.generate_batch, cuda_graphs=work.cuda_graphs)
+        self.prompts = generation_prompts(work, tokenizer)
+
+    def __call__(self, steps: int) -> list[float]:
         seconds = []
         for step in range(steps):
             start = time.perf_counter()
-            seeds = [step * len(prompts) + i for i in range(len(prompts))]
-            with torch.autocast(work.device, dtype=torch.bfloat16, enabled=work.bf16):
-                samples = engine.generate(prompts, SamplingParams(max_tokens=work.new_tokens), seeds)
+            seeds = [step * len(self.prompts) + i for i in range(len(self.prompts))]
+            with torch.autocast(self.work.device, dtype=torch.bfloat16, enabled=self.work.autocast):
+                samples = self.engine.generate(self.prompts, SamplingParams(max_tokens=self.work.new_tokens), seeds)
             synchronise()
             seconds.append(time.perf_counter() - start)
-            assert all(len(sample.ids) == work.new_tokens for sample in samples)
+            assert all(len(sample.ids) == self.work.new_tokens for sample in samples)
         return seconds
 
-    return run
+    @property
+    def packs(self) -> bool:
+        """Whether prompts were packed, known after a call."""
+        return self.engine.forward.packs
+
+
+def runner(task: str, folder: Path, work: Workload) -> Training | Generation:
+    """What runs steps of a task."""
+    return Generation(folder, work) if task == "generate" else Training(task, folder, work)
 
 
 def generation_prompts(work: Workload, tokenizer: Any) -> list[list[int]]:
@@ -157,16 +174,22 @@ def lightning_cost(steps: int, root: Path, work: Workload) -> float:
     return sorted(times.seconds)[len(times.seconds) // 2]
 
 
+def prepared(task: str, folder: Path, work: Workload) -> list[Any]:
+    """The rows of an epoch as they are trained on; of `generate` the prompts."""
+    if task == "generate":
+        return generation_prompts(work, work.load_tokenizer())
+    module, data = parts(task, str(folder), work)
+    data.tokenizer = module.tokenizer
+    data.setup("fit")
+    return data.prepared["train"].rows
+
+
 def operations(task: str, folder: Path, work: Workload) -> float:
     """Operations that a step needs, see `flops.needed`."""
     from benchmarks.steps.flops import needed
 
-    if task == "generate":
-        return needed(task, work, generation_prompts(work, work.load_tokenizer()))
-    module, data = parts(task, str(folder), work)
-    data.tokenizer = module.tokenizer
-    data.setup("fit")
-    return needed(task, work, data.prepared["train"].rows)
+    epoch = work.batches if task in ("sft", "reward", "dpo") else 1
+    return needed(task, work, prepared(task, folder, work)) / epoch
 
 
 KINDS = {

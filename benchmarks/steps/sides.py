@@ -36,7 +36,7 @@ class Side:
             **os.environ,
             "HF_HUB_OFFLINE": "1",
             "TOKENIZERS_PARALLELISM": "false",
-            "PYTHONPATH": str(ROOT),
+            "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]),
         }
         if huge_pages:
             environment["THP_MEM_ALLOC_ENABLE"] = "1"

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, TrainerCallback
 
 from benchmarks.steps.ours import generation_prompts, synchronise
@@ -52,6 +51,7 @@ def runner(task: str, folder: Path, work: Workload, micro: int | None = None) ->
 
 def _trainer(task: str, folder: str, work: Workload, steps: int, micro: int, times: StepTimes) -> Any:
     import trl
+    from datasets import Dataset
 
     common: dict[str, Any] = {
         "output_dir": str(Path(folder).parent / "trl"),
@@ -59,6 +59,7 @@ def _trainer(task: str, folder: str, work: Workload, steps: int, micro: int, tim
         "bf16": work.bf16,
         "gradient_checkpointing": False,  # TRL's default, slower
         "num_train_epochs": steps,
+        "max_steps": steps,
         "learning_rate": 1e-5,
         "lr_scheduler_type": "constant",
         "max_grad_norm": 0.0,
@@ -70,12 +71,13 @@ def _trainer(task: str, folder: str, work: Workload, steps: int, micro: int, tim
         "gradient_accumulation_steps": work.batch // micro,
     }
     tokenizer = work.load_tokenizer()
+    loading = {"model_init_kwargs": {"dtype": work.dtype}}
     if task == "sft":
         rows = [{"prompt": row["messages"][:-1], "completion": row["messages"][-1:]} for row in work.conversations()]
-        arguments = trl.SFTConfig(max_length=None, **common)
+        arguments = trl.SFTConfig(max_length=None, **common, **loading)
         return trl.SFTTrainer(folder, arguments, train_dataset=Dataset.from_list(rows), callbacks=[times])
     if task == "reward":
-        model = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1)
+        model = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1, dtype=work.dtype)
         arguments = trl.RewardConfig(max_length=None, **common)
         return trl.RewardTrainer(
             model,
@@ -85,7 +87,7 @@ def _trainer(task: str, folder: str, work: Workload, steps: int, micro: int, tim
             callbacks=[times],
         )
     if task == "dpo":
-        arguments = trl.DPOConfig(max_length=None, beta=0.1, **common)
+        arguments = trl.DPOConfig(max_length=None, beta=0.1, **common, **loading)
         rows = Dataset.from_list(work.pairs())
         return trl.DPOTrainer(folder, None, arguments, train_dataset=rows, callbacks=[times])
     size = work.groups * work.group_size
@@ -99,7 +101,7 @@ def _trainer(task: str, folder: str, work: Workload, steps: int, micro: int, tim
         "shuffle_dataset": False,
     }
     rows = Dataset.from_list(work.prompts())
-    arguments = trl.GRPOConfig(**{**common, **rl})
+    arguments = trl.GRPOConfig(**{**common, **rl, **loading})
     return trl.GRPOTrainer(folder, _reward, arguments, train_dataset=rows, callbacks=[times])
 
 
@@ -109,7 +111,7 @@ def _reward(completions: list[Any], **_: Any) -> list[float]:
 
 def _generation(folder: Path, work: Workload) -> Callable[[int], list[float]]:
     """Transformers' `generate`, which TRL samples with."""
-    model = AutoModelForCausalLM.from_pretrained(folder).eval().to(work.device)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=work.dtype).eval().to(work.device)
     model.generation_config.eos_token_id = None
     prompts = generation_prompts(work, work.load_tokenizer())
     width = max(len(prompt) for prompt in prompts)
@@ -121,7 +123,7 @@ def _generation(folder: Path, work: Workload) -> Callable[[int], list[float]]:
         seconds = []
         for _ in range(steps):
             start = time.perf_counter()
-            with torch.no_grad(), torch.autocast(work.device, dtype=torch.bfloat16, enabled=work.bf16):
+            with torch.no_grad(), torch.autocast(work.device, dtype=torch.bfloat16, enabled=work.autocast):
                 out = model.generate(ids, attention_mask=mask, **options)
             synchronise()
             seconds.append(time.perf_counter() - start)

@@ -62,7 +62,7 @@ def _answer(command: dict[str, Any], side: str, folder: Path, work: Any, state: 
 
         return torch.ones(int(command["gib"] * 2**28)).nbytes / 2**30
     if task == "matmul":
-        return _matmul_rate(work)
+        return matmul_rate(work)
     if task == "lightning":
         from benchmarks.steps import ours
 
@@ -88,7 +88,7 @@ def _answer(command: dict[str, Any], side: str, folder: Path, work: Any, state: 
     return state[key](command["steps"])
 
 
-def _matmul_rate(work: Any) -> float:
+def matmul_rate(work: Any) -> float:
     """Floating point operations a second of a large product at the run's precision, the median of many."""
     import time
 

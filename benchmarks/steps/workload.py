@@ -119,7 +119,9 @@ class Workload:
     intermediate: int = 768
     heads: int = 4
     kv_heads: int = 2
+    head_dim: int = 0  # hidden / heads where it is 0
     batch: int = 16
+    batches: int = 1  # of an epoch
     prompt_tokens: int = 125
     response_tokens: int = 45
     groups: int = 4
@@ -127,6 +129,7 @@ class Workload:
     new_tokens: int = 128
     generate_batch: int = 32
     bf16: bool = False
+    bf16_weights: bool = False  # weights and optimizer too, not only what autocast casts
     device: str = "cpu"
     cuda_graphs: bool = False
     tokenizer: str = ""
@@ -141,20 +144,48 @@ class Workload:
         torch.manual_seed(self.seed)
         tokenizer = self.load_tokenizer()
         config = Qwen3Config(
-            vocab_size=self.vocab,
-            hidden_size=self.hidden,
-            intermediate_size=self.intermediate,
-            num_hidden_layers=self.layers,
-            num_attention_heads=self.heads,
-            num_key_value_heads=self.kv_heads,
-            head_dim=self.hidden // self.heads,
+            **self.sizes,
             tie_word_embeddings=True,
             max_position_embeddings=8192,
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,
         )
-        AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        model.to(getattr(torch, self.dtype)).save_pretrained(folder)
         tokenizer.save_pretrained(folder)
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Those of the model, as its config names them."""
+        return {
+            "vocab_size": self.vocab,
+            "hidden_size": self.hidden,
+            "intermediate_size": self.intermediate,
+            "num_hidden_layers": self.layers,
+            "num_attention_heads": self.heads,
+            "num_key_value_heads": self.kv_heads,
+            "head_dim": self.head_size,
+        }
+
+    @property
+    def head_size(self) -> int:
+        """Of each head of attention."""
+        return self.head_dim or self.hidden // self.heads
+
+    @property
+    def dtype(self) -> str:
+        """Of the weights."""
+        return "bfloat16" if self.bf16 and self.bf16_weights else "float32"
+
+    @property
+    def autocast(self) -> bool:
+        """Whether float32 weights are cast to bfloat16 as they are used."""
+        return self.bf16 and not self.bf16_weights
+
+    @property
+    def precision(self) -> str:
+        """As Lightning's Trainer names it."""
+        return "bf16-mixed" if self.autocast else "bf16-true" if self.bf16 else "32-true"
 
     def load_tokenizer(self) -> Any:
         """The one named, or one made from the generator's words."""
@@ -169,18 +200,22 @@ class Workload:
     def conversations(self) -> list[dict[str, Any]]:
         """SFT rows: the first of `data`, else generated."""
         if self.data:
-            lines = Path(self.data).read_text().splitlines()[: self.batch]
+            lines = Path(self.data).read_text().splitlines()[: self.batch * self.batches]
             return [{"messages": json.loads(line)["messages"]} for line in lines]
         return [{"messages": pair["prompt"] + pair["chosen"]} for pair in self.pairs()]
 
     def pairs(self, count: int | None = None) -> list[dict[str, Any]]:
         """Prompts and two responses of about the given numbers of tokens, lengths within a quarter of them."""
         tokenizer, rng = self.load_tokenizer(), random.Random(self.seed)
+        # Counted word by word: all of a long text for each word of it would take minutes.
+        counts = {word: len(tokenizer(f" {word}")["input_ids"]) for word in WORDS}
 
         def text(tokens: int) -> str:
             wanted, words = round(tokens * rng.uniform(0.75, 1.25)), [rng.choice(WORDS)]
-            while len(tokenizer(" ".join(words))["input_ids"]) < wanted:
+            tokens = len(tokenizer(words[0])["input_ids"])
+            while tokens < wanted:
                 words.append(rng.choice(WORDS))
+                tokens += counts[words[-1]]
             return " ".join(words)
 
         return [
@@ -189,7 +224,7 @@ class Workload:
                 "chosen": [{"role": "assistant", "content": text(self.response_tokens)}],
                 "rejected": [{"role": "assistant", "content": text(self.response_tokens)}],
             }
-            for _ in range(count or self.batch)
+            for _ in range(count or self.batch * self.batches)
         ]
 
     def prompts(self) -> list[dict[str, Any]]:

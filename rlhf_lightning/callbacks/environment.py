@@ -9,6 +9,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 
+from rlhf_lightning import __version__
 from rlhf_lightning.data.base import data_ranks
 
 DECIDES = ("torch", "lightning", "transformers", "peft", "rlhf-lightning")
@@ -19,8 +20,10 @@ def versions() -> dict[str, str]:
     """Versions of what a result depends on."""
     from importlib.metadata import version
 
-    names = ("rlhf-lightning", "torch", "lightning", "transformers", "peft", "torchmetrics")
-    return {"python": platform.python_version(), **{name: version(name) for name in names}}
+    names = ("torch", "lightning", "transformers", "peft", "torchmetrics")
+    # Not the package's metadata: run from a copy of the tree, it has none.
+    ours = {"python": platform.python_version(), "rlhf-lightning": __version__}
+    return {**ours, **{name: version(name) for name in names}}
 
 
 def environment(trainer: pl.Trainer) -> dict[str, Any]:

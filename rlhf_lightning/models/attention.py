@@ -148,7 +148,7 @@ def packed_attention(
     Returns:
         `[1, n, heads, size]`.
     """
-    if query.is_cuda and not dropout and query.dtype != torch.float64:
+    if _by_flex(query) and not dropout:
         return _flex(query, key, value, layout, scaling, sliding_window, softcap).transpose(1, 2).contiguous()
     if key.shape[1] != query.shape[1]:
         repeats = query.shape[1] // key.shape[1]
@@ -240,6 +240,10 @@ def _by_scores(
     return F.dropout(weights, dropout, training=bool(dropout)) @ value
 
 
+def _by_flex(query: Tensor) -> bool:
+    return query.is_cuda and query.dtype != torch.float64
+
+
 def _flex(
     query: Tensor,
     key: Tensor,
@@ -257,9 +261,12 @@ def _flex(
             lambda b, h, q, k: layout.allowed(q, k, window), None, None, query.shape[2], query.shape[2], query.device
         )
 
+    # A tensor: a number that scores depend on breaks the graph where it is differentiated.
+    cap = torch.full((), softcap, device=query.device) if softcap else None
+
     def capped(score: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        assert softcap is not None
-        return torch.tanh(score / softcap) * softcap
+        assert cap is not None
+        return torch.tanh(score / cap) * cap
 
     # Sampling and checks run layers uncompiled; this must not be: uncompiled it holds all scores.
     with torch.compiler.set_stance("default"):
@@ -275,12 +282,16 @@ def _flex(
 
 
 _FLEX: list[Callable[..., Tensor]] = []
+GRAPHS = 64
+"""Variants of the kernel: windows, with and without gradients, in inference mode, under autocast, short rows."""
 
 
 def _compiled_flex() -> Callable[..., Tensor]:
-    """flex_attention compiled, once."""
+    """flex_attention compiled, once; an error where it cannot be, since uncompiled it holds all scores."""
     from torch.nn.attention.flex_attention import flex_attention
 
     if not _FLEX:
-        _FLEX.append(torch.compile(flex_attention, dynamic=True))
+        # Beyond the default of 8, which sampling and training together pass, it would run uncompiled.
+        torch._dynamo.config.recompile_limit = max(GRAPHS, torch._dynamo.config.recompile_limit)
+        _FLEX.append(torch.compile(flex_attention, dynamic=True, fullgraph=True))
     return _FLEX[0]
