@@ -118,6 +118,8 @@ def build_model(
             sizes["sliding_window"] = 5
         if architecture in ("qwen3", "gemma2", "gemma3"):
             sizes["head_dim"] = 8
+        if architecture == "gemma2":  # before transformers 5.23 it is sdpa, which leaves its cap out
+            sizes["attn_implementation"] = "eager"
         sizes["initializer_range"] = 0.2
         sizes["tie_word_embeddings"] = architecture != "neox"
     config = config_class(**{**common, **sizes, **options})

@@ -100,7 +100,7 @@ class Training:
 
     def __init__(self, task: str, folder: Path, work: Workload) -> None:
         self.module, self.data = parts(task, str(folder), work)
-        self.root, self.work = folder.parent, work
+        self.root, self.work = folder.parent / "run", work
 
     def __call__(self, steps: int, callbacks: Sequence[Any] = ()) -> list[float]:
         times = StepTimes()

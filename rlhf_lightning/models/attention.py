@@ -268,6 +268,10 @@ def _flex(
         assert cap is not None
         return torch.tanh(score / cap) * cap
 
+    kind = query.device.type
+    if torch.is_autocast_enabled(kind):
+        # Norms leave queries and keys in float32 beside values in bfloat16, which PyTorch casts in later versions only.
+        query, key, value = (states.to(torch.get_autocast_dtype(kind)) for states in (query, key, value))
     # Sampling and checks run layers uncompiled; this must not be: uncompiled it holds all scores.
     with torch.compiler.set_stance("default"):
         return _compiled_flex()(
