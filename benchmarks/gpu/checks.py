@@ -225,5 +225,5 @@ class _Losses(pl.Callback):
     def __init__(self, losses: list[float]) -> None:
         self.losses = losses
 
-    def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, *args: Any, **kwargs: Any) -> None:
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         self.losses.append(float(outputs["loss"]))

@@ -125,6 +125,7 @@ class Worker:
 
     def do_split(self, steps: int, graphs: bool = False) -> dict[str, float]:
         """Seconds of the last of so many RL steps, and of its sampling; after `do_steps` of as many."""
+        owner: Any
         if self.side == "ours":
             from rlhf_lightning.rollout.engine import LocalEngine
 
