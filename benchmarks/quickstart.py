@@ -23,7 +23,15 @@ RESULTS = Path(__file__).parent / "results" / "quickstart.json"
 
 def machine() -> dict[str, Any]:
     """What the figures were measured on."""
-    return {"processor": platform.machine(), "cores": os.cpu_count(), "versions": versions()}
+    return {"processor": platform.machine(), "cpu": _cpu(), "cores": os.cpu_count(), "versions": versions()}
+
+
+def _cpu() -> str:
+    """The model of the processor, where the system says it."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(named, platform.processor() or platform.machine())
 
 
 def checks(summary: dict[str, Any]) -> dict[str, bool]:
