@@ -15,6 +15,8 @@ import json
 import random
 import statistics
 import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -129,57 +131,71 @@ def supervised(graph: Graph, tokenizer: Any, seed: int, folder: str) -> str:
     return f"{folder}/sft"
 
 
-METHODS: dict[str, dict[str, Any]] = {
-    "group advantages": {"group_size": 4},
-    "PPO and critic": {"group_size": 1},
+@dataclass(frozen=True)
+class Method:
+    """How a policy learns from its rounds; objects with weights of their own are made for each run."""
+
+    make: Callable[[], dict[str, Any]]
+    """Arguments of the module: objective, advantage, critic."""
+    rate: float = 5e-4
+    group: int = 4
+    epochs: int = 2
+    minibatches: int = 4
+
+
+# Settings were chosen on seeds 10 to 14: at twice the rate, or without warm-up, a run in five unlearns a node, whose
+# group then has equal rewards. The KL term still teaches it.
+METHODS = {
+    "group advantages": Method(lambda: {"objective": PPO(), "advantage": GroupCentered("std")}),
+    "PPO and critic": Method(
+        lambda: {"objective": PPO(), "advantage": GAE(), "critic": Critic(learning_rate=2e-3, coefficient=1.0)},
+        group=1,
+    ),
 }
 
 
-def reinforced(name: str, graph: Graph, model: str, seed: int, folder: str) -> tuple[PolicyRLModule, list[float]]:
+def reinforced(
+    method: Method, graph: Graph, model: str, seed: int, folder: str, rounds: int = ROUNDS, rollouts: int = ROLLOUTS
+) -> tuple[PolicyRLModule, list[float]]:
     """The policy after the rounds, and the mean score of each."""
     pl.seed_everything(seed, verbose=False)
-    options: dict[str, Any] = {"advantage": GroupCentered("std")}
-    if name == "PPO and critic":
-        options = {"advantage": GAE(), "critic": Critic(learning_rate=2e-3, coefficient=1.0)}
-    group = METHODS[name]["group_size"]
-    per_round = ROLLOUTS // group
 
     def score(completions: list[str], start: list[int]) -> list[float]:
         return [graph.score(*row) for row in zip(start, completions, strict=True)]
 
     module = PolicyRLModule(
         model,
-        objective=PPO(),
         rewards=[FunctionReward(score, name="score")],
         sampler=Sampler(max_tokens=STEPS + 2),
-        # Settings were chosen on seeds 10 to 14: at twice the rate, or without warm-up, a run in five unlearns a node,
-        # whose group then has equal rewards. The KL term still teaches it.
         kl=KLPenalty(0.005),
-        optimizer=adam(5e-4),
+        optimizer=adam(method.rate),
         lr_scheduler=lambda optimizer: Warmup(optimizer, shape="constant", warmup_steps=0.1),
-        **options,
+        **method.make(),
     )
-    draw = random.Random(seed)
-    starts = [draw.randrange(1, NODES) for _ in range(ROUNDS * per_round)]
+    draw, per_round = random.Random(seed), rollouts // method.group
+    starts = [draw.randrange(1, NODES) for _ in range(rounds * per_round)]
     rows = [{"prompt": f"n{start}", "start": start} for start in starts]
-    data = PromptDataModule(
-        rows, prompts_per_round=per_round, group_size=group, update_epochs=2, minibatches=4, seed=seed
-    )
+    updates = {"update_epochs": method.epochs, "minibatches": method.minibatches}
+    data = PromptDataModule(rows, prompts_per_round=per_round, group_size=method.group, seed=seed, **updates)
     curve = Curve()
     trainer(folder, max_epochs=1, gradient_clip_val=1.0, callbacks=[curve]).fit(module, data)
-    return module, curve.rewards
+    return module, curve.of("reward")
 
 
 class Curve(pl.Callback):
-    """The mean reward of each round."""
+    """The statistics of each round."""
 
     def __init__(self) -> None:
-        self.rewards: list[float] = []
+        self.rounds: list[dict[str, float]] = []
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        """Take it where a round begins."""
+        """Take them where a round begins."""
         if batch["statistics"]:
-            self.rewards.append(round(batch["statistics"]["reward"], 4))
+            self.rounds.append(dict(batch["statistics"]))
+
+    def of(self, name: str) -> list[float]:
+        """One number of every round."""
+        return [round(one[name], 4) for one in self.rounds]
 
 
 def measured(module: Any, graph: Graph, samples: int = 64) -> dict[str, float]:
@@ -208,8 +224,8 @@ def run(seed: int) -> dict[str, Any]:
         start = PolicyRLModule(model, sampler=Sampler(max_tokens=STEPS + 2))
         start.configure_model()
         result: dict[str, Any] = {"sft": measured(start, graph)}
-        for name in METHODS:
-            module, curve = reinforced(name, graph, model, seed, folder)
+        for name, method in METHODS.items():
+            module, curve = reinforced(method, graph, model, seed, folder)
             result[name] = {**measured(module, graph), "curve": curve}
     return result
 

@@ -11,7 +11,6 @@ and prints the table. Finished seeds are kept and skipped.
 
 import argparse
 import csv
-import json
 import statistics
 import subprocess
 import sys
@@ -19,6 +18,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from benchmarks.learning.evidence import kept, write
 from benchmarks.quickstart import machine
 from rlhf_lightning.pipeline.run import run_pipeline
 from rlhf_lightning.quickstart.data import LABEL_NOISE, Sizes, write_data
@@ -121,15 +121,11 @@ def main() -> None:
         "group": GROUP,
         "kl": KL,
     }
-    results = {"machine": machine(), "settings": settings, "runs": {}}
-    if arguments.results.exists():
-        earlier = json.loads(arguments.results.read_text())
-        if earlier["settings"] == settings:
-            results["runs"] = earlier["runs"]
+    results = {"machine": machine(), "settings": settings, "runs": kept(arguments.results, settings)}
     for seed in arguments.seeds:
         if str(seed) not in results["runs"]:
             results["runs"][str(seed)] = run(seed, arguments.rounds, sizes)
-            arguments.results.write_text(json.dumps(results, ensure_ascii=False) + "\n")
+            write(arguments.results, results)
     print(table(results["runs"]))
 
 

@@ -1,0 +1,84 @@
+"""Curves over seeds as SVG files that stand alone, with the axes of the package's report."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from rlhf_lightning.pipeline.report.charts import HEIGHT, LEFT, RIGHT, WIDTH, Frame, axes, frame_of
+from rlhf_lightning.pipeline.report.html import Html, el
+
+# Okabe and Ito's colours, which colour-blind readers can tell apart, without the yellow that white swallows.
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#000000")
+STYLE = (
+    "text { font: 11px sans-serif; fill: #444; } .title { font-weight: bold; fill: #111; } "
+    ".grid { fill: none; stroke: #ddd; } .line { fill: none; stroke-width: 1.8; stroke-linejoin: round; } "
+    ".band { opacity: 0.18; }"
+)
+TITLE, ENTRY, COLUMNS = 22, 16, 3
+
+
+@dataclass
+class Series:
+    """A curve, and how far it spreads to both sides."""
+
+    points: Sequence[tuple[float, float]]
+    spread: Sequence[float] = field(default_factory=list)
+
+    def around(self) -> list[tuple[float, float]]:
+        """The outline of the band, from left to right above and back below; empty without spread."""
+        pairs = list(zip(self.points, self.spread, strict=True)) if self.spread else []
+        above, below = ([(x, y + s * side) for (x, y), s in pairs] for side in (1, -1))
+        return above + below[::-1]
+
+
+@dataclass
+class Panel:
+    """One chart of a picture."""
+
+    title: str
+    series: Mapping[str, Series]
+    x: str = "step"
+
+    def marks(self) -> list[Html]:
+        """Title, axes, bands below lines, and below the axes what each colour is."""
+        frame = frame_of([p for one in self.series.values() for p in (*one.points, *one.around())])
+        parts = [el("text", self.title, x=LEFT, y=14, class_="title")]
+        drawn = [*axes(frame, self.x)]
+        for one, colour in zip(self.series.values(), COLOURS, strict=False):
+            if around := one.around():
+                drawn.append(el("path", d=_path(frame, around) + "Z", fill=colour, class_="band"))
+        for one, colour in zip(self.series.values(), COLOURS, strict=False):
+            drawn.append(el("path", d=_path(frame, one.points), stroke=colour, class_="line"))
+        parts.append(el("g", *drawn, transform=f"translate(0 {TITLE})"))
+        return [*parts, *(mark for i, name in enumerate(self.series) for mark in self._entry(i, name))]
+
+    def _entry(self, place: int, name: str) -> list[Html]:
+        """Two entries a line."""
+        across = LEFT + place % 2 * (WIDTH - LEFT - RIGHT) // 2
+        down = TITLE + HEIGHT + ENTRY * (place // 2)
+        key = el("rect", x=across, y=down, width=10, height=10, fill=COLOURS[place])
+        return [key, el("text", name, x=across + 15, y=down + 9)]
+
+    def height(self) -> int:
+        """With title and legend."""
+        return TITLE + HEIGHT + ENTRY * math.ceil(len(self.series) / 2) + 8
+
+
+def _path(frame: Frame, points: Sequence[tuple[float, float]]) -> str:
+    return "M" + "L".join(f"{across} {down}" for across, down in (frame.at(*point) for point in points))
+
+
+def save(path: Path, panels: Sequence[Panel]) -> None:
+    """Write the panels, three in a row."""
+    columns, high = min(COLUMNS, len(panels)), max(panel.height() for panel in panels)
+    width, height = columns * WIDTH, math.ceil(len(panels) / columns) * high
+    placed = [
+        el("g", *panel.marks(), transform=f"translate({i % columns * WIDTH} {i // columns * high})")
+        for i, panel in enumerate(panels)
+    ]
+    page = el("rect", width=width, height=height, fill="#fff")
+    size = {"width": width, "height": height, "viewBox": f"0 0 {width} {height}"}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    picture = el("svg", el("style", Html(STYLE)), page, *placed, xmlns="http://www.w3.org/2000/svg", **size)
+    path.write_text(picture + "\n", encoding="utf-8")
