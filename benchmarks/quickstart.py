@@ -1,24 +1,19 @@
-"""The quickstart over several seeds: does every one improve, and by how much?
+"""One run of the quickstart, what it promises, and the machine that figures were measured on.
 
-    python benchmarks/quickstart.py [--seeds 0 1 2]
-
-Writes `benchmarks/results/quickstart.json` and prints the table for README. Each seed has its own data, tokenizer,
-weights and draws; nothing is picked.
+The script is `python -m benchmarks.learning.quickstart_curves`, over several seeds.
 """
 
-import argparse
 import json
 import os
 import platform
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
 from rlhf_lightning.callbacks.export import versions
 
-RESULTS = Path(__file__).parent / "results" / "quickstart.json"
+HEAD = ["seed", "gold: base → SFT → RL", "held-out NLL", "pair accuracy", "KL (nats)", "tokens", "time", "memory"]
 
 
 def machine() -> dict[str, Any]:
@@ -34,6 +29,16 @@ def _cpu() -> str:
     return next(named, platform.processor() or platform.machine())
 
 
+def run(seed: int, root: Path) -> dict[str, Any]:
+    """Run it into a folder; what stands in its `summary.json`.
+
+    A process of its own, as a user starts it: its memory is then its own as well.
+    """
+    command = [sys.executable, "-m", "rlhf_lightning", "quickstart", "--seed", str(seed), "--root", str(root)]
+    subprocess.run(command, check=True)
+    return json.loads((root / "summary.json").read_text())
+
+
 def checks(summary: dict[str, Any]) -> dict[str, bool]:
     """What the quickstart promises."""
     gold = {name: summary[name]["gold_reward"] for name in ("sft", "policy")}
@@ -46,55 +51,16 @@ def checks(summary: dict[str, Any]) -> dict[str, bool]:
     }
 
 
-def row(seed: int, summary: dict[str, Any]) -> str:
-    """A line of the table."""
+def row(seed: str, summary: dict[str, Any]) -> list[str]:
+    """A line of the table, by `HEAD`."""
     base, sft, policy = (summary[name] for name in ("base", "sft", "policy"))
-    gold = " → ".join(f"{part['gold_reward']:.2f}" for part in (base, sft, policy))
-    nll = f"{sft['val_nll_start']:.2f} → {sft['val_nll']:.2f}"
-    accuracy = f"{summary['preference']['pair_accuracy']:.3f}"
-    cells = [
+    return [
         seed,
-        gold,
-        nll,
-        accuracy,
+        " → ".join(f"{part['gold_reward']:.2f}" for part in (base, sft, policy)),
+        f"{sft['val_nll_start']:.2f} → {sft['val_nll']:.2f}",
+        f"{summary['preference']['pair_accuracy']:.3f}",
         f"{policy['kl']:.1f}",
         f"{sft['response_tokens']:.0f} → {policy['response_tokens']:.0f}",
+        f"{summary['seconds']:.0f} s",
+        f"{summary['peak_memory_gb']:.1f} GB",
     ]
-    cells += [f"{summary['seconds']:.0f} s", f"{summary['peak_memory_gb']:.1f} GB"]
-    return "| " + " | ".join(str(cell) for cell in cells) + " |"
-
-
-def main() -> None:
-    """Run the seeds one after the other."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    runs = {}
-    lines = [
-        "| seed | gold: base → SFT → RL | held-out NLL | pair accuracy | KL (nats) | tokens | time | memory |",
-        "|---" * 8 + "|",
-    ]
-    for seed in parser.parse_args().seeds:
-        with tempfile.TemporaryDirectory() as folder:
-            # A process of its own, as a user starts it: its memory is then its own as well.
-            command = [
-                sys.executable,
-                "-m",
-                "rlhf_lightning",
-                "quickstart",
-                "--seed",
-                str(seed),
-                "--root",
-                f"{folder}/run",
-            ]
-            subprocess.run(command, check=True)
-            summary = json.loads(Path(folder, "run", "summary.json").read_text())
-        runs[seed] = {**summary, "checks": checks(summary)}
-        lines.append(row(seed, summary))
-    RESULTS.write_text(json.dumps({"machine": machine(), "runs": runs}, indent=2, ensure_ascii=False) + "\n")
-    print("\n".join(lines))
-    for seed, run in runs.items():
-        print(seed, {name: held for name, held in run["checks"].items() if not held} or "every promise is kept")
-
-
-if __name__ == "__main__":
-    main()

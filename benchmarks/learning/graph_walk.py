@@ -1,17 +1,17 @@
 """Shortest paths in a random graph: SFT on random walks, then RL, against the optimum that is known.
 
-    python -m benchmarks.learning.graph_walk [--seeds 0 1 2 3 4]
+    python -m benchmarks.learning.graph_walk [--seeds 0 1 2 3 4] [--fresh]
 
 A graph of 21 nodes, each edge there with probability 0.1; a prompt is a node, an answer the nodes of a walk to node 0
 in at most 10 steps. A walk of n steps from a node at distance d scores (10 - n) / (10 - d): 1 is the optimum; one that
 leaves the graph, does not arrive or goes on scores 0. SFT learns random walks that happen to arrive, as many from each
-node; RL has 20 rounds of 128 rollouts. Writes `benchmarks/results/graph_walk.json`.
+node; RL has 20 rounds of 128 rollouts. Writes `benchmarks/results/graph_walk.json` and
+`plots/graph_walk.svg`, and prints the table. Finished seeds are kept and skipped.
 
 The task is that of the random walks of Decision Transformer and trlx.
 """
 
 import argparse
-import json
 import random
 import statistics
 import tempfile
@@ -26,6 +26,9 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
+from benchmarks.learning import plots
+from benchmarks.learning.evidence import PLOTS, kept, over_seeds, shown, table, write
+from benchmarks.learning.evidence import RESULTS as FOLDER
 from benchmarks.quickstart import machine
 from rlhf_lightning import PolicyRLModule, PromptDataModule, SFTDataModule, SFTModule
 from rlhf_lightning.models.critic import Critic
@@ -36,7 +39,7 @@ from rlhf_lightning.rollout.kl import KLPenalty
 from rlhf_lightning.rollout.rewards import FunctionReward
 from rlhf_lightning.rollout.sampler import Sampler
 
-RESULTS = Path(__file__).parents[1] / "results" / "graph_walk.json"
+RESULTS = FOLDER / "graph_walk.json"
 NODES, EDGE, STEPS, WALKS, ROUNDS, ROLLOUTS = 21, 0.1, 10, 1000, 20, 128
 
 
@@ -230,17 +233,37 @@ def run(seed: int) -> dict[str, Any]:
     return result
 
 
+def draw(runs: dict[str, Any], path: Path) -> None:
+    """The mean score of rounds, with its deviation between seeds."""
+    series = {}
+    for name in METHODS:
+        found = over_seeds([one[name]["curve"] for one in runs.values()])
+        points = [(i * ROLLOUTS, score) for i, score in enumerate(found["mean"])]
+        series[name] = plots.Series(points, found["deviation"])
+    plots.save(path, [plots.Panel(f"mean score of a round, {len(runs)} seeds", series, x="rollouts before it")])
+
+
 def main() -> None:
-    """Run the seeds one after the other."""
+    """Run the seeds that have no result yet, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
-    runs = {seed: run(seed) for seed in parser.parse_args().seeds}
-    RESULTS.write_text(json.dumps({"machine": machine(), "runs": runs}, indent=1) + "\n")
-    print("| seed | SFT, drawn (greedy) | " + " | ".join(f"{name}, drawn (greedy)" for name in METHODS) + " |")
-    print("|---" * (2 + len(METHODS)) + "|")
-    for seed, result in runs.items():
-        cells = [f"{result[name]['drawn']:.3f} ({result[name]['greedy']:.3f})" for name in ("sft", *METHODS)]
-        print(f"| {seed} | " + " | ".join(cells) + " |")
+    parser.add_argument("--fresh", action="store_true", help="forget the seeds of earlier runs")
+    given = parser.parse_args()
+    settings = {"nodes": NODES, "edge": EDGE, "steps": STEPS, "walks": WALKS, "rounds": ROUNDS, "rollouts": ROLLOUTS}
+    results: dict[str, Any] = {"machine": machine(), "settings": settings}
+    results["runs"] = kept(RESULTS, settings, given.fresh)
+    for seed in given.seeds:
+        if str(seed) not in results["runs"]:
+            results["runs"][str(seed)] = run(seed)
+            write(RESULTS, results)
+    runs = {str(seed): results["runs"][str(seed)] for seed in given.seeds}
+    lines = [
+        [seed, *(f"{result[name]['drawn']:.3f} ({result[name]['greedy']:.3f})" for name in ("sft", *METHODS))]
+        for seed, result in runs.items()
+    ]
+    ends = [shown([result[name]["drawn"] for result in runs.values()]) for name in ("sft", *METHODS)]
+    print(table(["seed", *(f"{name}, drawn (greedy)" for name in ("SFT", *METHODS))], [*lines, ["drawn, mean", *ends]]))
+    draw(runs, PLOTS / "graph_walk.svg")
 
 
 if __name__ == "__main__":

@@ -6,11 +6,13 @@ The quickstart's task and models; a round is 8 prompts with 4 answers each, a qu
 
 Each seed has its own data, tokenizer, weights and draws. One SFT model and one reward model a seed; then RL from the
 same start without KL, with a fixed and with an adaptive coefficient. Writes `benchmarks/results/over_optimisation.json`
-and prints the table. Finished seeds are kept and skipped.
+and
+`plots/over_optimisation.svg`, and prints the table. Finished seeds are kept and skipped.
 """
 
 import argparse
 import csv
+import math
 import statistics
 import subprocess
 import sys
@@ -18,7 +20,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from benchmarks.learning.evidence import kept, write
+from benchmarks.learning import plots
+from benchmarks.learning.evidence import kept, over_seeds, write
 from benchmarks.quickstart import machine
 from rlhf_lightning.pipeline.run import run_pipeline
 from rlhf_lightning.quickstart.data import LABEL_NOISE, Sizes, write_data
@@ -105,6 +108,34 @@ def table(runs: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def draw(runs: dict[str, Any], path: Path, window: int = 10) -> None:
+    """Score and gold reward by round, and gold reward by the distance travelled, in means over ten rounds and seeds."""
+    means: dict[str, dict[str, dict[str, list[float]]]] = {}
+    for name in KL:
+        curves = [one["curves"][name] for one in runs.values()]
+        means[name] = {}
+        for column in COLUMNS:
+            last = range(window, min(len(curve[column]) for curve in curves) + 1, window)
+            several = [[statistics.fmean(curve[column][i - window : i]) for i in last] for curve in curves]
+            means[name][column] = {"round": list(last), **over_seeds(several)}
+    panels = []
+    for column, title in (("score", "reward model's score"), ("gold", "gold reward")):
+        series = {
+            name: plots.Series(
+                list(zip(part[column]["round"], part[column]["mean"], strict=True)), part[column]["deviation"]
+            )
+            for name, part in means.items()
+        }
+        panels.append(plots.Panel(f"{title}, {len(runs)} seeds", series, x="round"))
+    series = {}
+    for name, part in means.items():
+        far = [math.sqrt(max(0.0, kl)) for kl in part["kl"]["mean"]]
+        series[name] = plots.Series(list(zip(far, part["gold"]["mean"], strict=True)))
+    # The square root, as in Gao et al. (arXiv 2210.10760).
+    panels.append(plots.Panel("gold reward by distance", series, x="√KL to SFT (KL in nats an answer)"))
+    plots.save(path, panels)
+
+
 def main() -> None:
     """Run the seeds that have no result yet, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -127,6 +158,7 @@ def main() -> None:
             results["runs"][str(seed)] = run(seed, arguments.rounds, sizes)
             write(arguments.results, results)
     print(table(results["runs"]))
+    draw(results["runs"], arguments.results.with_name("plots") / "over_optimisation.svg")
 
 
 if __name__ == "__main__":

@@ -15,7 +15,9 @@ STYLE = (
     ".grid { fill: none; stroke: #ddd; } .line { fill: none; stroke-width: 1.8; stroke-linejoin: round; } "
     ".band { opacity: 0.18; }"
 )
-TITLE, ENTRY, COLUMNS = 22, 16, 3
+TITLE, ENTRY, COLUMNS, GAP = 22, 16, 3, 6
+FEW = 6
+"""So few points are marked: the line between them was not measured."""
 
 
 @dataclass
@@ -50,19 +52,21 @@ class Panel:
                 drawn.append(el("path", d=_path(frame, around) + "Z", fill=colour, class_="band"))
         for one, colour in zip(self.series.values(), COLOURS, strict=False):
             drawn.append(el("path", d=_path(frame, one.points), stroke=colour, class_="line"))
+            if len(one.points) <= FEW:
+                drawn += [el("circle", cx=x, cy=y, r=3, fill=colour) for x, y in (frame.at(*p) for p in one.points)]
         parts.append(el("g", *drawn, transform=f"translate(0 {TITLE})"))
         return [*parts, *(mark for i, name in enumerate(self.series) for mark in self._entry(i, name))]
 
     def _entry(self, place: int, name: str) -> list[Html]:
         """Two entries a line."""
         across = LEFT + place % 2 * (WIDTH - LEFT - RIGHT) // 2
-        down = TITLE + HEIGHT + ENTRY * (place // 2)
+        down = TITLE + HEIGHT + GAP + ENTRY * (place // 2)
         key = el("rect", x=across, y=down, width=10, height=10, fill=COLOURS[place])
         return [key, el("text", name, x=across + 15, y=down + 9)]
 
     def height(self) -> int:
         """With title and legend."""
-        return TITLE + HEIGHT + ENTRY * math.ceil(len(self.series) / 2) + 8
+        return TITLE + HEIGHT + GAP + ENTRY * math.ceil(len(self.series) / 2) + 8
 
 
 def _path(frame: Frame, points: Sequence[tuple[float, float]]) -> str:
