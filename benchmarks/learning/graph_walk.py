@@ -118,7 +118,7 @@ def trainer(folder: str, **options: Any) -> pl.Trainer:
     return pl.Trainer(accelerator="cpu", default_root_dir=folder, enable_model_summary=False, **quiet, **options)
 
 
-def supervised(graph: Graph, tokenizer: Any, seed: int, folder: str) -> str:
+def supervised(graph: Graph, tokenizer: Any, seed: int, folder: str, epochs: int = 12) -> str:
     """A model that imitates the walks."""
     walks = [graph.walk(1 + i % (NODES - 1)) for i in range(WALKS)]
     rows = [{"prompt": f"n{w[0]}", "completion": " ".join(f"n{a}" for a in w[1:])} for w in walks]
@@ -129,7 +129,7 @@ def supervised(graph: Graph, tokenizer: Any, seed: int, folder: str) -> str:
         optimizer=adam(3e-3),
         lr_scheduler=lambda optimizer: Warmup(optimizer, shape="cosine"),
     )
-    trainer(folder, max_epochs=12, gradient_clip_val=1.0).fit(module, SFTDataModule(rows, batch_size=50, seed=seed))
+    trainer(folder, max_epochs=epochs, gradient_clip_val=1.0).fit(module, SFTDataModule(rows, batch_size=50, seed=seed))
     module.save_pretrained(f"{folder}/sft")
     return f"{folder}/sft"
 

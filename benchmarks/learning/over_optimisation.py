@@ -5,9 +5,9 @@ The quickstart's task and models; a round is 8 prompts with 4 answers each, a qu
     python -m benchmarks.learning.over_optimisation [--seeds 0 1 2 3 4]
 
 Each seed has its own data, tokenizer, weights and draws. One SFT model and one reward model a seed; then RL from the
-same start without KL, with a fixed and with an adaptive coefficient. Writes `benchmarks/results/over_optimisation.json`
-and
-`plots/over_optimisation.svg`, and prints the table. Finished seeds are kept and skipped.
+same start without KL, with a fixed and with an adaptive coefficient. Writes
+`benchmarks/results/over_optimisation.json` and `plots/over_optimisation.svg`, and prints the table. Finished seeds are
+kept and skipped.
 """
 
 import argparse
