@@ -24,7 +24,7 @@ from rlhf_lightning.rollout.sampler import Sampler
 
 SVG = "{http://www.w3.org/2000/svg}"
 SMALL = length_preference.Sizes(
-    conversations=96, sft_epochs=1, pairs=192, held_out=40, rounds=2, prompts=2, group=4
+    conversations=96, sft_epochs=1, pairs=192, held_out=40, rounds=2, prompts=1, group=2
 )  # fmt: skip
 
 
@@ -52,6 +52,28 @@ def test_cells_of_other_settings_are_not_kept(tmp_path: Path) -> None:
     assert evidence.kept(path, {"rounds": 2, "rates": (1, 2)}) == {"0": "cell"}
     assert evidence.kept(path, {"rounds": 2, "rates": (1, 2)}, fresh=True) == {}
     assert evidence.kept(path, {"rounds": 3, "rates": (1, 2)}) == {}
+
+
+def committed(name: str) -> dict[str, Any]:
+    return json.loads((evidence.RESULTS / f"{name}.json").read_text())
+
+
+REPORTS = {
+    "quickstart_curves": lambda results: quickstart_curves.report(results["runs"]),
+    "graph_walk": lambda results: graph_walk.report(results["runs"]),
+    "objectives": lambda results: objectives.tables(results["runs"], results["choice"], [0, 1, 2, 3, 4]),
+    "length_preference": lambda results: length_preference.report(results["runs"], length_preference.Sizes()),
+    "over_optimisation": lambda results: over_optimisation.table(results["runs"]),
+}
+
+
+@pytest.mark.parametrize("name", REPORTS)
+def test_the_page_has_the_tables_of_the_committed_results(name: str) -> None:
+    page = (Path(evidence.__file__).parent / "README.md").read_text()
+    for part in REPORTS[name](committed(name)).split("\n\n"):
+        assert part in page, f"{name}: the README has another table; copy what the script prints"
+    assert f"(../results/plots/{name}.svg)" in page
+    assert (evidence.PLOTS / f"{name}.svg").exists()
 
 
 # -- rerun ------------------------------------------------------------------------------------------------------------
@@ -222,6 +244,13 @@ def test_the_rate_is_that_of_the_best_mean_over_the_choosing_seeds() -> None:
     assert list(tried.values()) == [0.7, 0.8, 0.6, 0.1]
     assert not set(objectives.CHOOSING) & {0, 1, 2, 3, 4}
     assert len({len(objectives.rates(name)) for name in objectives.METHODS}) == 1
+
+
+def test_the_committed_choice_follows_from_the_committed_cells() -> None:
+    results = committed("objectives")
+    for name, recorded in results["choice"].items():
+        rate, tried = objectives.chosen(results["runs"], name)
+        assert (recorded["rate"], recorded["tried"]) == (rate, tried)
 
 
 def test_rollouts_are_counted_to_the_first_round_that_reaches_the_goal() -> None:

@@ -233,6 +233,17 @@ def run(seed: int) -> dict[str, Any]:
     return result
 
 
+def report(runs: dict[str, Any]) -> str:
+    """The table, with the mean of drawn answers and its 95% interval."""
+    names = ("sft", *METHODS)
+    lines = [
+        [seed, *(f"{result[name]['drawn']:.3f} ({result[name]['greedy']:.3f})" for name in names)]
+        for seed, result in runs.items()
+    ]
+    ends = [shown([result[name]["drawn"] for result in runs.values()]) for name in names]
+    return table(["seed", *(f"{name}, drawn (greedy)" for name in ("SFT", *METHODS))], [*lines, ["drawn, mean", *ends]])
+
+
 def draw(runs: dict[str, Any], path: Path) -> None:
     """The mean score of rounds, with its deviation between seeds."""
     series = {}
@@ -257,12 +268,7 @@ def main() -> None:
             results["runs"][str(seed)] = run(seed)
             write(RESULTS, results)
     runs = {str(seed): results["runs"][str(seed)] for seed in given.seeds}
-    lines = [
-        [seed, *(f"{result[name]['drawn']:.3f} ({result[name]['greedy']:.3f})" for name in ("sft", *METHODS))]
-        for seed, result in runs.items()
-    ]
-    ends = [shown([result[name]["drawn"] for result in runs.values()]) for name in ("sft", *METHODS)]
-    print(table(["seed", *(f"{name}, drawn (greedy)" for name in ("SFT", *METHODS))], [*lines, ["drawn, mean", *ends]]))
+    print(report(runs))
     draw(runs, PLOTS / "graph_walk.svg")
 
 

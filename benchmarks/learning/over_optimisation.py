@@ -2,7 +2,7 @@
 
 The quickstart's task and models; a round is 8 prompts with 4 answers each, a quarter of the quickstart's.
 
-    python -m benchmarks.learning.over_optimisation [--seeds 0 1 2 3 4]
+    python -m benchmarks.learning.over_optimisation [--seeds 0 1 2 3 4] [--fresh]
 
 Each seed has its own data, tokenizer, weights and draws. One SFT model and one reward model a seed; then RL from the
 same start without KL, with a fixed and with an adaptive coefficient. Writes
@@ -141,6 +141,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--rounds", type=int, default=ROUNDS)
+    parser.add_argument("--fresh", action="store_true", help="forget the seeds of earlier runs")
     parser.add_argument("--results", type=Path, default=RESULTS)
     arguments = parser.parse_args()
     sizes = Sizes(pairs=PAIRS)
@@ -152,7 +153,7 @@ def main() -> None:
         "group": GROUP,
         "kl": KL,
     }
-    results = {"machine": machine(), "settings": settings, "runs": kept(arguments.results, settings)}
+    results = {"machine": machine(), "settings": settings, "runs": kept(arguments.results, settings, arguments.fresh)}
     for seed in arguments.seeds:
         if str(seed) not in results["runs"]:
             results["runs"][str(seed)] = run(seed, arguments.rounds, sizes)

@@ -125,6 +125,14 @@ def mean_row(summaries: list[dict[str, Any]]) -> list[str]:
     return [cells[0], f"{cells[1]} (RL: {gain[0]:+.2f} ± {gain[1]:.2f})", *cells[2:]]
 
 
+def report(runs: dict[str, Any]) -> str:
+    """Both tables, and which promise was not kept."""
+    seeds = table(HEAD, [*(row(seed, one) for seed, one in runs.items()), mean_row(list(runs.values()))])
+    broken = [f"seed {seed}: {name}" for seed, one in runs.items() for name, held in one["checks"].items() if not held]
+    promises = f"Promises not kept: {'; '.join(broken) or 'none'}."
+    return "\n\n".join([seeds, promises, points(combined(runs))])
+
+
 def draw(found: dict[str, Any], seeds: int, path: Path) -> None:
     """A panel for each quantity."""
     panels = []
@@ -157,10 +165,7 @@ def main() -> None:
     runs = {str(seed): results["runs"][str(seed)] for seed in given.seeds}
     found = combined(runs)
     write(given.results, {**results, "curves": found})
-    print(table(HEAD, [*(row(seed, one) for seed, one in runs.items()), mean_row(list(runs.values()))]))
-    print("\n" + points(found) + "\n")
-    for seed, one in runs.items():
-        print(seed, [name for name, held in one["checks"].items() if not held] or "every promise is kept")
+    print(report(runs))
     draw(found, len(runs), PLOTS / "quickstart_curves.svg")
 
 
