@@ -4,6 +4,7 @@ import json
 import math
 import sys
 import xml.etree.ElementTree as ElementTree
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -222,10 +223,7 @@ def test_every_objective_raises_the_score(
     name: str, walked: tuple[graph_walk.Graph, str, dict[str, float]], tmp_path: Path
 ) -> None:
     graph, model, start = walked
-    plain = objectives.METHODS[name]
-    method = graph_walk.Method(
-        plain.make, 5e-4 * objectives.FACTOR.get(name, 1.0), plain.group, plain.epochs, plain.minibatches
-    )
+    method = replace(objectives.METHODS[name], rate=5e-4 * objectives.FACTOR.get(name, 1.0))
     module, curve = graph_walk.reinforced(method, graph, model, 20, str(tmp_path), rounds=4, rollouts=128)
     assert len(curve) == 4
     # Each score is the mean of 1,280 draws: its standard error is about 0.01.

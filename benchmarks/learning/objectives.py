@@ -16,6 +16,7 @@ import argparse
 import statistics
 import tempfile
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -37,15 +38,10 @@ def grouped(objective: type, scale: str) -> Method:
     return Method(lambda: {"objective": objective(), "advantage": GroupCentered(scale)})
 
 
-def on_policy() -> Method:
-    """Importance sampling as it was meant: every step with the policy that drew."""
-    plain = grouped(ImportanceSampling, "none")
-    return Method(plain.make, epochs=1, minibatches=1)
-
-
 METHODS = {
     "importance sampling": grouped(ImportanceSampling, "none"),
-    "importance sampling, 1 step a round": on_policy(),
+    # As it was meant: every step with the policy that drew.
+    "importance sampling, 1 step a round": replace(grouped(ImportanceSampling, "none"), epochs=1, minibatches=1),
     "PPO": grouped(PPO, "none"),
     "GRPO": grouped(GRPO, "std"),
     "CISPO": grouped(CISPO, "std"),
@@ -81,9 +77,7 @@ def run(seed: int, wanted: Mapping[str, list[float]], cells: dict[str, Any], kee
         start.configure_model()
         cells[f"SFT | seed {seed}"] = measured(start, graph)
         for name, rate in missing:
-            method = METHODS[name]
-            method = Method(method.make, rate, method.group, method.epochs, method.minibatches)
-            module, curve = reinforced(method, graph, model, seed, folder, rounds, ROLLOUTS)
+            module, curve = reinforced(replace(METHODS[name], rate=rate), graph, model, seed, folder, rounds, ROLLOUTS)
             cells[key(name, rate, seed)] = {**measured(module, graph), "curve": curve}
             keep()
 
