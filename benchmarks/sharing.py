@@ -21,11 +21,10 @@ from typing import Any
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # as the `rlhf` command does
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import torch  # noqa: E402
-from quickstart import machine  # noqa: E402
 
+from benchmarks.quickstart import machine  # noqa: E402
 from benchmarks.steps.workload import Workload  # noqa: E402
 from rlhf_lightning.data.batching import pad_tokens  # noqa: E402
 from rlhf_lightning.models import attention  # noqa: E402

@@ -3,9 +3,10 @@
     python benchmarks/sizes.py [--hours 2]
     python benchmarks/sizes.py --axes vocabulary length
 
-The base has 11M parameters beside its embedding, a vocabulary of 16,384, 8 rows (pairs) of about 128 + 128 tokens, and
+The base has 11M parameters beside its embedding, a vocabulary of 16,384, 8 rows (pairs) of about 64 + 64 tokens, and
 16 responses to 4 prompts. Finished cells are kept in `benchmarks/results/sizes.json` and skipped; where the hours are
-over the rest is left for the next run. A side may allocate `--gib`; running out of it is a result. Prints the tables.
+over the rest is left for the next run. A side may allocate `--gib`; running out of it is a result. Prints the tables,
+and draws `plots/sizes.svg`; `--hours 0` does that alone.
 """
 
 import argparse
@@ -22,12 +23,15 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from benchmarks import plots  # noqa: E402
 from benchmarks.quickstart import machine  # noqa: E402
+from benchmarks.steps import tables  # noqa: E402
 from benchmarks.steps.sides import ROWWISE, Side, compare  # noqa: E402
 from benchmarks.steps.workload import Workload  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results" / "sizes.json"
 ALL = (*ROWWISE, "rl")
+LONG = ("sft", "dpo", "rl")
 Changes = dict[str, Any]
 
 
@@ -48,14 +52,14 @@ def split(tokens: int, share: float) -> Changes:
     return {"prompt_tokens": prompt, "response_tokens": tokens - prompt, "new_tokens": tokens - prompt}
 
 
-BASE: Changes = {"vocab": 16_384, **decoder(6, 384), **split(256, 0.5), "batch": 8, "groups": 4, "group_size": 4}
+BASE: Changes = {"vocab": 16_384, **decoder(6, 384), **split(128, 0.5), "batch": 8, "groups": 4, "group_size": 4}
 AXES: dict[str, tuple[tuple[str, ...], dict[str, Changes]]] = {
-    "vocabulary": (("sft", "dpo", "rl"), {f"{v:,}": {"vocab": v} for v in (8_192, 16_384, 49_152, 151_936)}),
+    "vocabulary": (LONG, {f"{v:,}": {"vocab": v} for v in (8_192, 16_384, 49_152, 151_936)}),
     "parameters": (ALL, {"3M": decoder(4, 256), "11M": decoder(6, 384), "40M": decoder(8, 640)}),
-    "prompt share": (ALL, {f"{share:.0%}": split(256, share) for share in (0.2, 0.5, 0.8)}),
+    "prompt share": (LONG, {f"{share:.0%}": split(128, share) for share in (0.2, 0.5, 0.8)}),
     "group size": (("rl",), {str(size): {"groups": 16 // size, "group_size": size} for size in (2, 4, 8, 16)}),
-    # The tokens of a batch stay, its rows grow longer and fewer; RL keeps its 16 responses.
-    "length": (ALL, {f"{n:,}": {**split(n, 0.5), "batch": 2048 // n} for n in (128, 256, 512, 1024, 2048)}),
+    # The tokens of a batch stay while it has rows, which grow longer and fewer; RL keeps its 16 responses.
+    "length": (LONG, {f"{n:,}": {**split(n, 0.5), "batch": max(1, 1024 // n)} for n in (128, 256, 512, 1024, 2048)}),
 }
 """What an axis is measured on, and the workloads along it."""
 
@@ -98,29 +102,37 @@ def measure(axis: str, report: dict[str, Any], given: argparse.Namespace, end: f
 
 
 def table(axis: str, report: dict[str, Any]) -> str:
-    """The cells of an axis as Markdown; what was not measured says so."""
-    lines = [
-        f"| {axis} | step | ours | TRL, whole batch | ratio | TRL, fastest micro-batch | ratio | of the matmul rate |",
-        "|---" * 8 + "|",
-    ]
+    """The cells of an axis as Markdown."""
+    lines = [f"| {axis} | {tables.HEAD}", "|---" * 8 + "|"]
     tasks, along = AXES[axis]
     for task in tasks:
         for name, changes in along.items():
-            cell = report["cells"].get(key(task, workload(changes)))
-            lines.append(f"| {name} | {task} | " + " | ".join(_cells(cell, task)) + " |")
+            lines.append(f"| {name} | {tables.line(task, report['cells'].get(key(task, workload(changes))))}")
     return "\n".join(lines)
 
 
-def _cells(cell: dict[str, Any] | None, task: str) -> list[str]:
-    if cell is None:
-        return ["not measured", *["–"] * 5]
-    seconds = [f"{cell[n]:.2f} s" if cell[n] else "out of memory" for n in ("ours", "trl_whole_batch", "trl_fastest")]
-    ratios = [f"{cell[name]:.1f}" if cell[name] else "–" for name in ("ratio", "ratio_fastest")]
-    rate = f"{cell['of_matmul_rate']:.0%}" if cell["of_matmul_rate"] else "–"
-    if task not in ROWWISE:
-        return [*seconds[:2], ratios[0], "–", "–", rate]
-    fastest = f"{seconds[2]} ({cell['trl_fastest_micro_batch']})" if cell["trl_fastest"] else seconds[2]
-    return [*seconds[:2], ratios[0], fastest, ratios[1], rate]
+def draw(report: dict[str, Any], path: Path) -> None:
+    """How often our step fits into TRL's fastest, along each axis."""
+    panels = []
+    for axis, (tasks, along) in AXES.items():
+        series = {}
+        for task in tasks:
+            cells = [(name, report["cells"].get(key(task, workload(changes)))) for name, changes in along.items()]
+            points = [(number(name), cell["ratio_fastest"]) for name, cell in cells if cell and cell["ratio_fastest"]]
+            if points:
+                series[task] = plots.Series(points)
+        if series:
+            panels.append(plots.Panel("times as fast as TRL at its fastest", series, x=axis + UNITS.get(axis, "")))
+    if panels:
+        plots.save(path, panels)
+
+
+UNITS = {"parameters": " beside the embedding (M)", "prompt share": " (%)", "length": " (tokens)"}
+
+
+def number(name: str) -> float:
+    """Where a point of an axis stands."""
+    return float(name.rstrip("M%").replace(",", ""))
 
 
 def arguments(args: list[str] | None) -> argparse.Namespace:
@@ -153,6 +165,7 @@ def main(args: list[str] | None = None) -> None:
     end = time.monotonic() + 3600 * given.hours
     done = all(measure(axis, report, given, end) for axis in given.axes)
     print("\n\n".join(table(axis, report) for axis in given.axes))
+    draw(report, given.out.with_name("plots") / "sizes.svg")
     print("" if done else "\nThe hours are over; the same command goes on.")
 
 

@@ -22,10 +22,9 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-sys.path.insert(0, str(ROOT / "benchmarks"))
 
-from quickstart import machine  # noqa: E402
-
+from benchmarks.quickstart import machine  # noqa: E402
+from benchmarks.steps import tables  # noqa: E402
 from benchmarks.steps.sides import Side, compare  # noqa: E402
 from benchmarks.steps.workload import Workload  # noqa: E402
 
@@ -70,17 +69,10 @@ def memory(work: Workload, threads: int, root: Path) -> dict[str, float]:
 
 def table(report: dict[str, Any]) -> str:
     """The results as Markdown."""
-    lines = [
-        "| step | ours | TRL, whole batch | ratio | TRL, fastest micro-batch | ratio | of the machine's matmul rate |",
-        "|---|---|---|---|---|---|---|",
-    ]
+    lines = [f"| {tables.HEAD}", "|---" * 7 + "|"]
     roofline = []
     for task, row in report["tasks"].items():
-        fastest = f"{row['trl_fastest']:.2f} s ({row['trl_fastest_micro_batch'] or 'whole'})"
-        lines.append(
-            f"| {task} | {row['ours']:.2f} s | {row['trl_whole_batch']:.2f} s | {row['ratio']:.1f} | {fastest} "
-            f"| {row['ratio_fastest']:.1f} | {row['of_matmul_rate']:.0%} |"
-        )
+        lines.append(f"| {tables.line(task, row)}")
         shares = ", ".join(f"{name} {share:.0%}" for name, share in row["profile"].items())
         rate = row["matmul_gflop_per_second"]
         roofline.append(

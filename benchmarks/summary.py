@@ -1,8 +1,9 @@
-"""The table that `benchmarks/README.md` opens with: what the committed results say against TRL.
+"""The tables of `benchmarks/README.md` that come from committed results; measures nothing.
 
-    python benchmarks/summary.py
+    python benchmarks/summary.py            # prints them
+    python benchmarks/summary.py --readme   # writes them into the page
 
-Reads `results/`, measures nothing. A test compares the README with it.
+A test compares the page with them.
 """
 
 import json
@@ -14,9 +15,10 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks import sizes  # noqa: E402
+from benchmarks import pages, sizes, step  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results"
+README = ROOT / "benchmarks" / "README.md"
 STEP = "`python benchmarks/step.py`"
 SIZES = "`python benchmarks/sizes.py`"
 NAMES = {
@@ -63,10 +65,34 @@ def rows() -> Iterator[str]:
 
 
 def table() -> str:
-    """All of it."""
+    """Everything against TRL in one table."""
     head = "| task | ours | TRL 1.16.0, its fastest micro-batch | ratio | machine | date | command |"
     return "\n".join([head, "|---" * 7 + "|", *rows()])
 
 
+def along() -> str:
+    """The steps over sizes."""
+    return "\n\n".join(sizes.table(axis, read("sizes")) for axis in sizes.AXES)
+
+
+TABLES = {"summary": table, "steps": lambda: step.table(read("step-5m")), "sizes": along}
+
+
+def page() -> str:
+    """The page with its tables as the results say."""
+    text = README.read_text(encoding="utf-8")
+    for name, make in TABLES.items():
+        text = pages.placed(text, f"<!-- {name}: benchmarks/summary.py -->", f"<!-- end of {name} -->", make())
+    return text
+
+
+def main() -> None:
+    """Print the tables, or write them."""
+    if "--readme" in sys.argv[1:]:
+        README.write_text(page(), encoding="utf-8")
+    else:
+        print("\n\n".join(make() for make in TABLES.values()))
+
+
 if __name__ == "__main__":
-    print(table())
+    main()

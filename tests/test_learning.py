@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 
+from benchmarks import plots
 from benchmarks.learning import (
     evidence,
     graph_walk,
     length_preference,
     objectives,
     over_optimisation,
-    plots,
     quickstart_curves,
 )
 from rlhf_lightning import PolicyRLModule

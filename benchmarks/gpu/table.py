@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from benchmarks import pages
 from benchmarks.gpu.plan import CELLS, Cell
 
 BEGIN, END = "<!-- results: python -m benchmarks.gpu --readme -->", "<!-- end of results -->"
@@ -123,8 +124,4 @@ def _cell_text(text: str) -> str:
 
 def placed(page: str, report: dict[str, Any]) -> str:
     """A page with the tables between its marks."""
-    before, _, rest = page.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not end:
-        raise ValueError(f"the page has no {BEGIN} … {END}")
-    return f"{before}{BEGIN}\n\n{render(report)}\n\n{END}{after}"
+    return pages.placed(page, BEGIN, END, render(report))

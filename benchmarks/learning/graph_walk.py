@@ -26,7 +26,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-from benchmarks.learning import plots
+from benchmarks import plots
 from benchmarks.learning.evidence import PLOTS, kept, over_seeds, shown, table, write
 from benchmarks.learning.evidence import RESULTS as FOLDER
 from benchmarks.quickstart import machine

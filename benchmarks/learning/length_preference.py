@@ -20,7 +20,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 
-from benchmarks.learning import plots
+from benchmarks import plots
 from benchmarks.learning.evidence import PLOTS, RESULTS, interval, kept, over_seeds, shown, table, write
 from benchmarks.learning.graph_walk import Curve, trainer
 from benchmarks.quickstart import machine

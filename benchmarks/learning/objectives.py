@@ -20,7 +20,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.learning import graph_walk, plots
+from benchmarks import plots
+from benchmarks.learning import graph_walk
 from benchmarks.learning.evidence import PLOTS, RESULTS, kept, over_seeds, shown, table, write
 from benchmarks.learning.graph_walk import Graph, Method, measured, reinforced, supervised
 from benchmarks.quickstart import machine

@@ -20,7 +20,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from benchmarks.learning import plots
+from benchmarks import plots
 from benchmarks.learning.evidence import kept, over_seeds, write
 from benchmarks.quickstart import machine
 from rlhf_lightning.pipeline.run import run_pipeline

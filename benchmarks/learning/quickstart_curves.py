@@ -18,7 +18,7 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-from benchmarks.learning import plots
+from benchmarks import plots
 from benchmarks.learning.evidence import PLOTS, RESULTS, interval, kept, over_seeds, table, write
 from benchmarks.quickstart import HEAD, checks, machine, row, run
 from rlhf_lightning.quickstart.rubric import rubric

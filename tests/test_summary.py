@@ -1,0 +1,26 @@
+"""The tables of `benchmarks/README.md` against the committed results."""
+
+import pytest
+
+from benchmarks import pages, summary
+
+
+def test_the_page_says_what_the_results_say() -> None:
+    assert summary.page() == summary.README.read_text(encoding="utf-8")
+
+
+def test_the_page_opens_with_the_table_against_trl() -> None:
+    lines = [line for line in summary.README.read_text(encoding="utf-8").splitlines() if line]
+    head = next(line for line in lines if line.startswith("|"))
+    assert lines.index(head) == 2
+    assert [cell.strip() for cell in head.strip("|").split("|")][0] == "task"
+    rows = list(summary.rows())
+    assert all(row.count("|") == head.count("|") for row in rows)
+    assert sum("not measured" in row for row in rows) == 5  # the GPU's
+
+
+def test_a_text_is_placed_between_its_marks() -> None:
+    assert pages.placed("a <b> old <e> c", "<b>", "<e>", "new") == "a <b>\n\nnew\n\n<e> c"
+    for page in ("a <b> c", "a <e> c", "<e> <b>"):
+        with pytest.raises(ValueError, match="has no <b>"):
+            pages.placed(page, "<b>", "<e>", "new")
