@@ -1,14 +1,14 @@
-"""The tables of `benchmarks/README.md` that come from committed results; measures nothing.
+"""The tables of both READMEs that come from committed results; measures nothing.
 
     python benchmarks/summary.py            # prints them
-    python benchmarks/summary.py --readme   # writes them into the page
+    python benchmarks/summary.py --readme   # writes them into the pages
 
-A test compares the page with them.
+A test compares the pages with them.
 """
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,9 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks import pages, sizes, step  # noqa: E402
+from benchmarks.steps.sides import ROWWISE  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results"
-README = ROOT / "benchmarks" / "README.md"
 STEP = "`python benchmarks/step.py`"
 SIZES = "`python benchmarks/sizes.py`"
 NAMES = {
@@ -75,23 +75,51 @@ def along() -> str:
     return "\n\n".join(sizes.table(axis, read("sizes")) for axis in sizes.AXES)
 
 
-TABLES = {"summary": table, "steps": lambda: step.table(read("step-5m")), "sizes": along}
+ROWS = {
+    "sft": "SFT, 16 conversations",
+    "reward": "reward model, 16 pairs",
+    "dpo": "DPO, 16 pairs",
+    "rl": "RL, 4 prompts × 8 responses of 128 tokens, KL on",
+    "generate": "sampling, 32 × 128 tokens; theirs is `generate`",
+}
 
 
-def page() -> str:
-    """The page with its tables as the results say."""
-    text = README.read_text(encoding="utf-8")
-    for name, make in TABLES.items():
+def speed() -> str:
+    """The steps in few words."""
+    lines = ["| | ours | TRL, whole batch at once | TRL, fastest micro-batch |", "|---" * 4 + "|"]
+    for task, row in read("step-5m")["tasks"].items():
+        whole = f"{row['trl_whole_batch']:.2f} s ({row['ratio']:.1f} times)"
+        parts = f"{row['trl_fastest']:.2f} s ({row['ratio_fastest']:.1f} times)" if task in ROWWISE else "–"
+        lines.append(f"| {ROWS[task]} | {row['ours']:.2f} s | {whole} | {parts} |")
+    return "\n".join(lines)
+
+
+PAGES: dict[Path, dict[str, Callable[[], str]]] = {
+    ROOT / "benchmarks" / "README.md": {
+        "summary": table,
+        "steps": lambda: step.table(read("step-5m")),
+        "sizes": along,
+    },
+    ROOT / "README.md": {"speed": speed},
+}
+"""The tables of each page, by the name in their marks."""
+
+
+def page(path: Path) -> str:
+    """A page with its tables as the results say."""
+    text = path.read_text(encoding="utf-8")
+    for name, make in PAGES[path].items():
         text = pages.placed(text, f"<!-- {name}: benchmarks/summary.py -->", f"<!-- end of {name} -->", make())
     return text
 
 
 def main() -> None:
     """Print the tables, or write them."""
-    if "--readme" in sys.argv[1:]:
-        README.write_text(page(), encoding="utf-8")
-    else:
-        print("\n\n".join(make() for make in TABLES.values()))
+    for path, tables in PAGES.items():
+        if "--readme" in sys.argv[1:]:
+            path.write_text(page(path), encoding="utf-8")
+        else:
+            print("\n\n".join(make() for make in tables.values()), end="\n\n")
 
 
 if __name__ == "__main__":

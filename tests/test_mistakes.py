@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -236,6 +237,22 @@ def test_a_mistake_in_the_last_stage_is_told_before_the_first(
     message = refused(rlhf("pipeline", plan, "--root", str(tmp_path / "run")))
     assert part in message, message
     assert not (tmp_path / "run").exists()
+
+
+def test_a_class_in_the_users_folder_is_found_before_the_first_stage(
+    workplace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.path", [path for path in sys.path if path])
+    code = "from rlhf_lightning.rollout.rewards import KeywordReward\n\n\nclass Mine(KeywordReward):\n    pass\n"
+    (tmp_path / "rewards_of_a_pipeline.py").write_text(code)
+    settings = stage_config("policy", str(workplace / "base"), workplace)
+    mine = {"class_path": "rewards_of_a_pipeline.Mine", "init_args": {"keywords": ["a"]}}
+    settings["model"]["rewards"], settings["data"]["train"] = [mine], "nowhere.jsonl"
+    write_yaml(tmp_path / "policy.yaml", settings)
+    plan = write_yaml(tmp_path / "plan.yaml", {"stages": [{"kind": "policy", "config": "policy.yaml"}]})
+    message = refused(rlhf("pipeline", plan, "--root", str(tmp_path / "run")))
+    assert "nowhere.jsonl: no such file" in message, message
 
 
 def test_data_that_an_earlier_stage_makes_need_not_be_there(workplace: Path, tmp_path: Path) -> None:

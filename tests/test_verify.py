@@ -230,6 +230,40 @@ def test_a_second_ctrl_c_stops_at_once(base: str, tmp_path: Path, started: Any) 
     assert run.gone()
 
 
+SLEEPER = """
+import sys
+from rlhf_lightning.pipeline.passing import Passing
+
+with Passing() as signals:
+    print(signals.run([sys.executable, "-c", "import time; print('up', flush=True); time.sleep(3)"]))
+"""
+
+
+def test_ctrl_z_halts_the_stage_too(tmp_path: Path) -> None:
+    def states() -> set[str]:
+        ids = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+        assert len(ids) == 1
+        stats = [Path(f"/proc/{pid}/stat").read_text() for pid in (process.pid, *ids)]
+        return {stat.rpartition(")")[2].split()[0] for stat in stats}
+
+    def wait_for(wanted: set[str]) -> None:
+        begun = time.monotonic()
+        while states() != wanted:
+            assert time.monotonic() - begun < 20, states()
+            time.sleep(0.02)
+
+    command = [sys.executable, "-c", SLEEPER]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "up\n"
+        process.send_signal(signal.SIGTSTP)
+        wait_for({"T"})
+        process.send_signal(signal.SIGCONT)
+        wait_for({"S"})
+        assert process.wait(60) == 0
+        assert process.stdout.read() == "0\n"
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_same_seed_same_weights(base: str, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """What can be known to be wrong with a pipeline before its first stage runs."""
 
+import sys
 import tempfile
 from contextlib import suppress
 from pathlib import Path
@@ -43,6 +44,7 @@ def check_plan(plan: Plan) -> None:
     Raises:
         ConfigError: names the stage, which might have come only after hours.
     """
+    sys.path.insert(0, str(Path.cwd()))  # as for a stage: what the settings name may lie in the user's folder
     with tempfile.TemporaryDirectory() as folder:
         for stage in plan.stages:
             file = Path(folder) / f"{stage.name}.yaml"

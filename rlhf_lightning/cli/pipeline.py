@@ -44,6 +44,11 @@ def run(args: list[str]) -> int:
     manifest = run_pipeline(plan, rerun=options.rerun)
     for name, stage in manifest["stages"].items():
         print(f"{name:<14}{stage['status']:<10}{stage.get('model', '')}")
+    if (page := plan.root / "report.html").exists():
+        print(f"report: {page}")
+    policies = [stage.name for stage in plan.stages if stage.kind != "preference"]
+    if policies:
+        print(f"talk to it: rlhf chat {plan.model(policies[-1])}")
     return 0
 
 

@@ -16,6 +16,7 @@ class Passing:
 
     A stage has a process group of its own, so that Ctrl-C in a terminal reaches it once, through here. The first asks
     it to stop after its step, with a checkpoint; a second Ctrl-C stops it at once, or kills it after 10 seconds.
+    Ctrl-Z halts both, and `fg` or `bg` lets both go on.
     """
 
     def __init__(self) -> None:
@@ -30,6 +31,7 @@ class Passing:
             if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as under nohup
                 heeded.append(signal.SIGHUP)
             self._before = {number: signal.signal(number, self._handle) for number in heeded}
+            self._before[signal.SIGTSTP] = signal.signal(signal.SIGTSTP, self._halt)
         return self
 
     def __exit__(self, *_: Any) -> None:
@@ -63,8 +65,16 @@ class Passing:
             timer.daemon = True
             timer.start()
 
-    def _kill(self) -> None:
+    def _halt(self, *_: Any) -> None:
+        self._tell(signal.SIGSTOP)
+        os.kill(os.getpid(), signal.SIGSTOP)  # returns when something lets this process go on
+        self._tell(signal.SIGCONT)
+
+    def _tell(self, number: int) -> None:
         process = self._process
         if process is not None and process.poll() is None:
             with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
+                os.killpg(process.pid, number)
+
+    def _kill(self) -> None:
+        self._tell(signal.SIGKILL)
