@@ -8,7 +8,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 
-from benchmarks.steps.workload import Workload, count_vowels
+from benchmarks.steps.workload import MAX_LENGTH, Workload, count_vowels
 from rlhf_lightning import (
     PolicyRLModule,
     PreferenceDataModule,
@@ -57,9 +57,9 @@ def vowels(completions: list[str]) -> list[float]:
 
 def parts(task: str, folder: str, work: Workload) -> tuple[Any, Any]:
     """Module and data of a task."""
-    shared: dict[str, Any] = {"show_example": False}
+    rows = {"batch_size": work.batch, "max_length": MAX_LENGTH, "show_example": False}
     if task == "sft":
-        return SFTModule(folder, dtype=work.dtype), SFTDataModule(work.conversations(), batch_size=work.batch, **shared)
+        return SFTModule(folder, dtype=work.dtype), SFTDataModule(work.conversations(), **rows)
     if task == "rl":
         module = PolicyRLModule(
             folder,
@@ -68,13 +68,11 @@ def parts(task: str, folder: str, work: Workload) -> tuple[Any, Any]:
             kl=KLPenalty(0.04, place="loss"),
             sampler=Sampler(max_tokens=work.new_tokens, cuda_graphs=work.cuda_graphs),
         )
-        data = PromptDataModule(
-            work.prompts(), prompts_per_round=work.groups, group_size=work.group_size, minibatches=1, **shared
-        )
-        return module, data
+        sizes = {"prompts_per_round": work.groups, "group_size": work.group_size, "minibatches": 1}
+        return module, PromptDataModule(work.prompts(), max_prompt_tokens=MAX_LENGTH, show_example=False, **sizes)
     scorer = RewardHead() if task == "reward" else ImplicitReward(beta=0.1)
     module = PreferenceModule(folder, scorer=scorer, dtype=work.dtype)
-    return module, PreferenceDataModule(work.pairs(), batch_size=work.batch, **shared)
+    return module, PreferenceDataModule(work.pairs(), **rows)
 
 
 def trainer(steps: int, root: Path, work: Workload, callbacks: list[Any]) -> pl.Trainer:

@@ -109,6 +109,10 @@ WORDS = [
 ]
 
 
+MAX_LENGTH = 8192
+"""Tokens that a row of any workload stays below."""
+
+
 @dataclass
 class Workload:
     """Sizes of one run; every field is an argument of the command line."""
@@ -146,7 +150,7 @@ class Workload:
         config = Qwen3Config(
             **self.sizes,
             tie_word_embeddings=True,
-            max_position_embeddings=8192,
+            max_position_embeddings=MAX_LENGTH,
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,
         )
