@@ -26,6 +26,8 @@ class Series:
 
     points: Sequence[tuple[float, float]]
     spread: Sequence[float] = field(default_factory=list)
+    colour: str = ""
+    """Of `COLOURS`, in the order of a panel's series where it is not given."""
 
     def around(self) -> list[tuple[float, float]]:
         """The outline of the band, from left to right above and back below; empty without spread."""
@@ -47,10 +49,10 @@ class Panel:
         frame = frame_of([p for one in self.series.values() for p in (*one.points, *one.around())])
         parts = [el("text", self.title, x=LEFT, y=14, class_="title")]
         drawn = [*axes(frame, self.x)]
-        for one, colour in zip(self.series.values(), COLOURS, strict=False):
+        for one, colour in zip(self.series.values(), self.colours(), strict=True):
             if around := one.around():
                 drawn.append(el("path", d=_path(frame, around) + "Z", fill=colour, class_="band"))
-        for one, colour in zip(self.series.values(), COLOURS, strict=False):
+        for one, colour in zip(self.series.values(), self.colours(), strict=True):
             drawn.append(el("path", d=_path(frame, one.points), stroke=colour, class_="line"))
             if len(one.points) <= FEW:
                 drawn += [el("circle", cx=x, cy=y, r=3, fill=colour) for x, y in (frame.at(*p) for p in one.points)]
@@ -61,8 +63,12 @@ class Panel:
         """Two entries a line."""
         across = LEFT + place % 2 * (WIDTH - LEFT - RIGHT) // 2
         down = TITLE + HEIGHT + GAP + ENTRY * (place // 2)
-        key = el("rect", x=across, y=down, width=10, height=10, fill=COLOURS[place])
+        key = el("rect", x=across, y=down, width=10, height=10, fill=self.colours()[place])
         return [key, el("text", name, x=across + 15, y=down + 9)]
+
+    def colours(self) -> list[str]:
+        """Of its curves."""
+        return [one.colour or COLOURS[place] for place, one in enumerate(self.series.values())]
 
     def height(self) -> int:
         """With title and legend."""

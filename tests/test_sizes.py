@@ -118,7 +118,7 @@ def test_finished_cells_are_kept_and_skipped(tmp_path: Path, monkeypatch: Any, c
     assert len(FakeSide.asked) == 16
     assert json.loads(out.read_text()) == first
     picture = (tmp_path / "plots" / "sizes.svg").read_text()
-    assert picture.count("<circle") == 4
+    assert picture.count("<circle") == 4 + 4  # the base stands on every axis
     assert "group size" in picture
     assert sides.ROWWISE == ("sft", "reward", "dpo")
     assert "not measured" in sizes.table("length", first)
