@@ -1,4 +1,4 @@
-"""The tables of both READMEs that come from committed results; measures nothing.
+"""The tables of READMEs that come from committed results; measures nothing.
 
     python benchmarks/summary.py            # prints them
     python benchmarks/summary.py --readme   # writes them into the pages
@@ -16,6 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks import pages, sizes, step  # noqa: E402
+from benchmarks.scale import growth  # noqa: E402
 from benchmarks.steps.sides import ROWWISE  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results"
@@ -100,6 +101,7 @@ PAGES: dict[Path, dict[str, Callable[[], str]]] = {
         "steps": lambda: step.table(read("step-5m")),
         "sizes": along,
     },
+    ROOT / "benchmarks" / "scale" / "README.md": {"growth": lambda: growth.table(read("scale")["growth"])},
     ROOT / "README.md": {"speed": speed},
 }
 """The tables of each page, by the name in their marks."""
