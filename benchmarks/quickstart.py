@@ -11,22 +11,19 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from rlhf_lightning.callbacks.export import versions
+from rlhf_lightning.callbacks.environment import processor, versions
 
 HEAD = ["seed", "gold: base → SFT → RL", "held-out NLL", "pair accuracy", "KL (nats)", "tokens", "time", "memory"]
 
 
 def machine() -> dict[str, Any]:
     """What the figures were measured on."""
-    return {"processor": platform.machine(), "cpu": _cpu(), "cores": os.cpu_count(), "versions": versions()}
-
-
-def _cpu() -> str:
-    """The model of the processor, where the system says it."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(named, platform.processor() or platform.machine())
+    return {
+        "processor": platform.machine(),
+        "cpu": processor() or platform.machine(),
+        "cores": os.cpu_count(),
+        "versions": versions(),
+    }
 
 
 def run(seed: int, root: Path) -> dict[str, Any]:

@@ -15,8 +15,10 @@ import os
 import sys
 import tempfile
 import time
+from contextlib import closing
 from dataclasses import asdict
 from datetime import date
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,7 @@ from benchmarks.quickstart import machine  # noqa: E402
 from benchmarks.steps import tables  # noqa: E402
 from benchmarks.steps.sides import ROWWISE, Side, compare  # noqa: E402
 from benchmarks.steps.workload import Workload  # noqa: E402
+from rlhf_lightning.files import write_json  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results" / "sizes.json"
 ALL = (*ROWWISE, "rl")
@@ -88,16 +91,16 @@ def measure(axis: str, report: dict[str, Any], given: argparse.Namespace, end: f
         with tempfile.TemporaryDirectory() as scratch:
             folder = Path(scratch) / "model"
             work.build(folder)
-            sides = [Side(side, folder, work, given.threads, gib=given.gib) for side in ("ours", "trl")]
-            for task in missing:
-                if time.monotonic() > end:
-                    return False
-                cell = compare(task, *sides, given.repeats, given.steps, work.batch)
-                report["cells"][key(task, work)] = cell
-                given.out.write_text(json.dumps(report, indent=1) + "\n")
-                print(axis, name, task, cell["ours"], cell["ratio"], cell["ratio_fastest"], file=sys.stderr, flush=True)
-            for side in sides:
-                side.close()
+            start = partial(Side, folder=folder, work=work, threads=given.threads, gib=given.gib)
+            with closing(start("ours")) as ours, closing(start("trl")) as theirs:
+                for task in missing:
+                    if time.monotonic() > end:
+                        return False
+                    cell = compare(task, ours, theirs, given.repeats, given.steps, work.batch)
+                    report["cells"][key(task, work)] = cell
+                    write_json(given.out, report)
+                    numbers = [cell[number] for number in ("ours", "ratio", "ratio_fastest")]
+                    print(axis, name, task, *numbers, file=sys.stderr, flush=True)
     return True
 
 

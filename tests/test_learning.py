@@ -21,6 +21,7 @@ from benchmarks.learning import (
 )
 from rlhf_lightning import PolicyRLModule
 from rlhf_lightning.callbacks.metrics_csv import MetricsCSV
+from rlhf_lightning.files import write_json
 from rlhf_lightning.rollout.sampler import Sampler
 
 SVG = "{http://www.w3.org/2000/svg}"
@@ -49,7 +50,7 @@ def test_spread_is_that_between_seeds() -> None:
 def test_cells_of_other_settings_are_not_kept(tmp_path: Path) -> None:
     path = tmp_path / "r.json"
     assert evidence.kept(path, {"rounds": 2}) == {}
-    evidence.write(path, {"settings": {"rounds": 2, "rates": (1, 2)}, "runs": {"0": "cell"}})
+    write_json(path, {"settings": {"rounds": 2, "rates": (1, 2)}, "runs": {"0": "cell"}})
     assert evidence.kept(path, {"rounds": 2, "rates": (1, 2)}) == {"0": "cell"}
     assert evidence.kept(path, {"rounds": 2, "rates": (1, 2)}, fresh=True) == {}
     assert evidence.kept(path, {"rounds": 3, "rates": (1, 2)}) == {}

@@ -21,13 +21,6 @@ def kept(path: Path, settings: dict[str, Any], fresh: bool = False) -> dict[str,
     return earlier.get("runs", {}) if same else {}
 
 
-def write(path: Path, results: dict[str, Any]) -> None:
-    """Whole or not at all: a run that is killed must not lose the cells before."""
-    scratch = path.with_name(f".{path.name}.partial")
-    scratch.write_text(json.dumps(results, ensure_ascii=False) + "\n", encoding="utf-8")
-    scratch.replace(path)
-
-
 def interval(values: Sequence[float]) -> tuple[float, float]:
     """Mean, and half the width of its 95% interval by Student's t over seeds (infinite for a single one).
 

@@ -27,10 +27,11 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from benchmarks import plots
-from benchmarks.learning.evidence import PLOTS, kept, over_seeds, shown, table, write
+from benchmarks.learning.evidence import PLOTS, kept, over_seeds, shown, table
 from benchmarks.learning.evidence import RESULTS as FOLDER
 from benchmarks.quickstart import machine
 from rlhf_lightning import PolicyRLModule, PromptDataModule, SFTDataModule, SFTModule
+from rlhf_lightning.files import write_json
 from rlhf_lightning.models.critic import Critic
 from rlhf_lightning.modules.schedules import Warmup
 from rlhf_lightning.objectives.policy import PPO
@@ -266,7 +267,7 @@ def main() -> None:
     for seed in given.seeds:
         if str(seed) not in results["runs"]:
             results["runs"][str(seed)] = run(seed)
-            write(RESULTS, results)
+            write_json(RESULTS, results)
     runs = {str(seed): results["runs"][str(seed)] for seed in given.seeds}
     print(report(runs))
     draw(runs, PLOTS / "graph_walk.svg")

@@ -21,7 +21,7 @@ import lightning.pytorch as pl
 import torch
 
 from benchmarks import plots
-from benchmarks.learning.evidence import PLOTS, RESULTS, interval, kept, over_seeds, shown, table, write
+from benchmarks.learning.evidence import PLOTS, RESULTS, interval, kept, over_seeds, shown, table
 from benchmarks.learning.graph_walk import Curve, trainer
 from benchmarks.quickstart import machine
 from rlhf_lightning import (
@@ -33,6 +33,7 @@ from rlhf_lightning import (
     SFTModule,
 )
 from rlhf_lightning.data.prompts import prompt_example
+from rlhf_lightning.files import write_json
 from rlhf_lightning.models.reward_model import RewardModel
 from rlhf_lightning.modules.schedules import Warmup
 from rlhf_lightning.quickstart.data import answer, question, subjects
@@ -232,9 +233,9 @@ def main() -> None:
     for seed in given.seeds:
         if str(seed) not in results["runs"]:
             results["runs"][str(seed)] = run(seed, sizes)
-            write(given.results, results)
+            write_json(given.results, results)
     runs = {str(seed): results["runs"][str(seed)] for seed in given.seeds}
-    write(given.results, results | {"change": falls(list(runs.values()))})
+    write_json(given.results, results | {"change": falls(list(runs.values()))})
     print(report(runs, sizes))
     draw(runs, PLOTS / "length_preference.svg")
 

@@ -22,10 +22,11 @@ from typing import Any
 
 from benchmarks import plots
 from benchmarks.learning import graph_walk
-from benchmarks.learning.evidence import PLOTS, RESULTS, kept, over_seeds, shown, table, write
+from benchmarks.learning.evidence import PLOTS, RESULTS, kept, over_seeds, shown, table
 from benchmarks.learning.graph_walk import Graph, Method, measured, reinforced, supervised
 from benchmarks.quickstart import machine
 from rlhf_lightning import PolicyRLModule
+from rlhf_lightning.files import write_json
 from rlhf_lightning.objectives.policy import CISPO, GRPO, GSPO, PPO, ImportanceSampling
 from rlhf_lightning.rollout.advantages import GroupCentered
 from rlhf_lightning.rollout.sampler import Sampler
@@ -169,7 +170,7 @@ def main() -> None:
     results: dict[str, Any] = {"machine": machine(), "settings": settings}
     results |= {"choice": {}, "runs": kept(given.results, settings, given.fresh)}
     for seed in CHOOSING:
-        run(seed, grid, results["runs"], lambda: write(given.results, results))
+        run(seed, grid, results["runs"], lambda: write_json(given.results, results))
     for name in METHODS:
         rate, tried = chosen(results["runs"], name)
         results["choice"][name] = {
@@ -178,12 +179,12 @@ def main() -> None:
             "tried": tried,
             "rate": rate,
         }
-    write(given.results, results)
+    write_json(given.results, results)
     if given.choose:
         return
     taken = {name: [one["rate"]] for name, one in results["choice"].items()}
     for seed in given.seeds:
-        run(seed, taken, results["runs"], lambda: write(given.results, results))
+        run(seed, taken, results["runs"], lambda: write_json(given.results, results))
     print(tables(results["runs"], results["choice"], given.seeds))
     draw(results["runs"], results["choice"], given.seeds, PLOTS / "objectives.svg")
 

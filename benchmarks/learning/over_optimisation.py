@@ -21,8 +21,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import plots
-from benchmarks.learning.evidence import kept, over_seeds, write
+from benchmarks.learning.evidence import kept, over_seeds
 from benchmarks.quickstart import machine
+from rlhf_lightning.files import write_json
 from rlhf_lightning.pipeline.run import run_pipeline
 from rlhf_lightning.quickstart.data import LABEL_NOISE, Sizes, write_data
 from rlhf_lightning.quickstart.rubric import rubric
@@ -157,7 +158,7 @@ def main() -> None:
     for seed in arguments.seeds:
         if str(seed) not in results["runs"]:
             results["runs"][str(seed)] = run(seed, arguments.rounds, sizes)
-            write(arguments.results, results)
+            write_json(arguments.results, results)
     print(table(results["runs"]))
     draw(results["runs"], arguments.results.with_name("plots") / "over_optimisation.svg")
 

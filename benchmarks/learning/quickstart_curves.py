@@ -19,8 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import plots
-from benchmarks.learning.evidence import PLOTS, RESULTS, interval, kept, over_seeds, table, write
+from benchmarks.learning.evidence import PLOTS, RESULTS, interval, kept, over_seeds, table
 from benchmarks.quickstart import HEAD, checks, machine, row, run
+from rlhf_lightning.files import write_json
 from rlhf_lightning.quickstart.rubric import rubric
 
 Curve = list[tuple[int, float]]
@@ -161,10 +162,10 @@ def main() -> None:
     for seed in given.seeds:
         if str(seed) not in results["runs"]:
             results["runs"][str(seed)] = measured(seed)
-            write(given.results, results)
+            write_json(given.results, results)
     runs = {str(seed): results["runs"][str(seed)] for seed in given.seeds}
     found = combined(runs)
-    write(given.results, {**results, "curves": found})
+    write_json(given.results, {**results, "curves": found})
     print(report(runs))
     draw(found, len(runs), PLOTS / "quickstart_curves.svg")
 

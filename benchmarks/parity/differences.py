@@ -96,6 +96,15 @@ def sft_term(folders: Folders, root: Path) -> Numbers:
     return _at_once_and_in_parts(ours, _trl_dpo(folders, rows, root, "sft"))
 
 
+def _whole_and_parted(folders: Folders, rows: list[Any], root: Path, loss: Any, tokens: int) -> list[Step]:
+    """Our step, computed at once and in groups of so many tokens."""
+    options = {"scorer": _scorer(folders), "loss": loss}
+    return [
+        our_side.supervised("dpo", folders, rows, root, **options, max_tokens_per_batch=budget)[0]
+        for budget in (None, tokens)
+    ]
+
+
 def _trl_dpo(folders: Folders, rows: list[Any], root: Path, name: str) -> list[Step]:
     options = cases.trl_dpo(name)
     return [trl_side.supervised("dpo", folders, rows, root, micro=micro, **options)[0] for micro in (None, 2)]
@@ -113,12 +122,7 @@ def aot(folders: Folders, root: Path) -> Numbers:
     """AOT sorts scores over the batch: at once and in parts. Ours refuses accumulation; it parts the forward."""
     rows = setup.pairs(cases.ROWS)
     loss = preference.AOTUnpaired(losses.SMOOTHING)
-    ours = [
-        our_side.supervised(
-            "dpo", folders, rows, root, scorer=_scorer(folders), loss=loss, max_tokens_per_batch=budget
-        )[0]
-        for budget in (None, 64)
-    ]
+    ours = _whole_and_parted(folders, rows, root, loss, 64)
     return _at_once_and_in_parts(ours, _trl_dpo(folders, rows, root, "aot_unpaired"))
 
 
@@ -206,12 +210,7 @@ def discopop(folders: Folders, root: Path) -> Numbers:
     """How far rounding alone takes DiscoPOP: ours computed in other groups of rows."""
     rows = setup.pairs(cases.ROWS)
     loss = preference.DiscoPOP(losses.TEMPERATURE)
-    ours = [
-        our_side.supervised(
-            "dpo", folders, rows, root, scorer=_scorer(folders), loss=loss, max_tokens_per_batch=budget
-        )[0]
-        for budget in (None, 16)
-    ]
+    ours = _whole_and_parted(folders, rows, root, loss, 16)
     theirs = _trl_dpo(folders, rows, root, "discopop")
     return [
         ("gradient's relative difference, ours to TRL", "", theirs[0].distance(ours[0])),

@@ -36,12 +36,12 @@ def environment(trainer: pl.Trainer) -> dict[str, Any]:
         "ranks": trainer.world_size,
         "data_ranks": data_ranks(trainer)[1],
         "device": f"{device.type} ({name})",
-        "machine": f"{platform.system()} {platform.machine()}, {_processor()}",
+        "machine": f"{platform.system()} {platform.machine()}, {processor()}",
         "precision": str(trainer.precision),
     }
 
 
-def _processor() -> str:
+def processor() -> str:
     """The processor's name: kernels are chosen by what it can do, and sums are then added in another order."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()

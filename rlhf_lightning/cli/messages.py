@@ -41,11 +41,10 @@ def tidy(message: str) -> str:
     return text
 
 
-def check_files(args: list[str]) -> None:
-    """Refuse config files that hold no mapping, by name; the parser does not say which file it was."""
-    for name, value in pairwise(args):
-        if name in ("-c", "--config") and Path(value).is_file():
-            read_mapping(Path(value))
+def read_configs(args: list[str]) -> dict[str, dict[str, Any]]:
+    """What the config files hold; one with no mapping is refused by name, which the parser does not say."""
+    files = [value for name, value in pairwise(args) if name in ("-c", "--config") and Path(value).is_file()]
+    return {file: read_mapping(Path(file)) for file in files}
 
 
 def check_sections(config: Any) -> None:
@@ -61,17 +60,15 @@ def check_sections(config: Any) -> None:
         )
 
 
-def check_empty(args: list[str], config: Any) -> None:
+def check_empty(files: dict[str, dict[str, Any]], config: Any) -> None:
     """Refuse unknown settings of config files that hold an empty mapping; the parser takes them in silence."""
-    for name, value in pairwise(args):
-        if name not in ("-c", "--config") or not Path(value).is_file():
-            continue
-        for section, inner in read_mapping(Path(value)).items():
+    for file, settings in files.items():
+        for section, inner in settings.items():
             unknown = [section] if inner == {} and section not in config else []
             if isinstance(inner, dict) and hasattr(config.get(section), "as_dict"):
                 unknown += [f"{section}.{key}" for key in inner if inner[key] == {} and key not in config[section]]
             if unknown:
-                raise ConfigError(f"{value}: {unknown[0]} is no setting; the ones there are: --help, or configs/")
+                raise ConfigError(f"{file}: {unknown[0]} is no setting; the ones there are: --help, or configs/")
 
 
 def check_checkpoint(path: str | None) -> None:

@@ -18,7 +18,7 @@ from torch.multiprocessing import ProcessExitedException
 import rlhf_lightning.strategies  # noqa: F401 - gives `--trainer.strategy fsdp2` its meaning
 from rlhf_lightning.callbacks.checkpoint_io import candidates, newest_whole, remove
 from rlhf_lightning.cli.logs import LEVELS, setup_logging
-from rlhf_lightning.cli.messages import check_checkpoint, check_empty, check_files, check_sections, tidy
+from rlhf_lightning.cli.messages import check_checkpoint, check_empty, check_sections, read_configs, tidy
 from rlhf_lightning.cli.report import after_stage
 from rlhf_lightning.errors import ConfigError, UserError
 from rlhf_lightning.pipeline.plan import read_mapping
@@ -136,10 +136,10 @@ class StageCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse what was given. Lightning's own warns of `args=`, and sys.argv must stay as it is for DDP."""
-        check_files(args)
+        files = read_configs(args)
         self.config = parser.parse_args(args)
         config = self.config[self.config["subcommand"]]
-        check_empty(args, config)
+        check_empty(files, config)
         check_checkpoint(config.ckpt_path)  # before Lightning opens it
 
     @property
