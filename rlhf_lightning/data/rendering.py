@@ -8,6 +8,7 @@ from typing import Any
 from rlhf_lightning.data.conversations import Message, to_messages
 from rlhf_lightning.data.records import RowError
 from rlhf_lightning.data.templates import ChatTemplate
+from rlhf_lightning.data.tokenizers import added_tokens
 from rlhf_lightning.errors import ConfigError
 
 log = logging.getLogger(__name__)
@@ -74,6 +75,7 @@ class Renderer:
                 "Name one with model.chat_template: FILE.jinja, or set data.format: raw for plain text."
             )
         self.stop_token_ids, self.stop_strings = self._stops()
+        self.prefix_ids, self.suffix_ids = added_tokens(tokenizer)
 
     @classmethod
     def suited(cls, tokenizer: Any) -> "Renderer":
@@ -120,15 +122,17 @@ class Renderer:
         return [_checked(row).trimmed() for row in self._rows(messages, tools, selected)]
 
     def text(self, text: str) -> Rendered:
-        """Plain text, every token trained, ended by the stop token."""
-        ids = [*self._ids(text), self._eos()]
+        """Plain text, every token trained: the ids that the tokenizer itself gives it, ended by the eos_token."""
+        ids = self._ended(self._begun(self._ids(text)))
         return _checked(Rendered(ids, [1] * len(ids), len(text.encode())))
 
     def prompt(self, messages: list[Message], tools: list[Any] | None = None) -> list[int]:
         """Token ids of a prompt, with the generation prompt: what the sampler starts from."""
-        if self.format == "raw":
-            return self._ids(_plain(messages))
-        return self._ids(self.prompt_text(messages, tools))
+        return self.prompt_ids(self.prompt_text(messages, tools))
+
+    def prompt_ids(self, text: str) -> list[int]:
+        """Token ids of the text of a prompt. A template writes its own bos_token, raw text is given the tokenizer's."""
+        return self._begun(self._ids(text)) if self.format == "raw" else self._ids(text)
 
     def prompt_text(self, messages: list[Message], tools: list[Any] | None = None) -> str:
         """The text of `prompt`."""
@@ -177,8 +181,9 @@ class Renderer:
         rows = [self._tokenize(text, spans) for text, spans in self.template.spans(messages, tools, selected)]
         if not self.template.ends_turns:
             for row in rows:
-                row.ids.append(self._eos())
-                row.mask.append(1)
+                if row.ids[-1:] != [self._eos()] or not row.mask[-1]:
+                    row.ids.append(self._eos())
+                    row.mask.append(1)
         return rows
 
     def _tokenize(self, text: str, spans: list[tuple[int, int]]) -> Rendered:
@@ -217,13 +222,24 @@ class Renderer:
     def _raw(self, messages: list[Message], response_from: int | None = None) -> Rendered:
         split = len(messages) - 1 if response_from is None else response_from
         completion = _plain(messages[split:])
-        context, target = self._ids(_plain(messages[:split])), [*self._ids(completion), self._eos()]
-        return _checked(
-            Rendered(context + target, [0] * len(context) + [1] * len(target), len(completion.encode()))
-        ).trimmed()
+        context, target = self._ids(_plain(messages[:split])), self._ids(completion)
+        ids = self._begun(context + target)
+        prompt = len(ids) - len(target)
+        ids = self._ended(ids) if target else [*ids, self._eos()]
+        return _checked(Rendered(ids, [0] * prompt + [1] * (len(ids) - prompt), len(completion.encode()))).trimmed()
 
     def _ids(self, text: str) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]) if text else []
+
+    def _begun(self, ids: list[int]) -> list[int]:
+        """Ids of raw text with what the tokenizer puts before a text (a bos_token), unless they begin with it."""
+        return ids if ids[: len(self.prefix_ids)] == self.prefix_ids else [*self.prefix_ids, *ids]
+
+    def _ended(self, ids: list[int]) -> list[int]:
+        """Ids of raw text with what the tokenizer puts after a text, and the eos_token, unless they end with it."""
+        if ids[-1:] != [self._eos()]:
+            ids = [*ids, *self.suffix_ids]
+        return ids if ids[-1:] == [self._eos()] else [*ids, self._eos()]
 
     def _eos(self) -> int:
         if self.tokenizer.eos_token_id is None:

@@ -46,3 +46,14 @@ def _template(value: str) -> str:
     if not path.is_file():
         raise ConfigError(f"model.chat_template {value!r}: no such file, and not a template itself (no braces)")
     return path.read_text()
+
+
+def added_tokens(tokenizer: Any) -> tuple[list[int], list[int]]:
+    """The ids that a tokenizer puts before and after a text of its own accord (`add_special_tokens`)."""
+    for text in ("a", "1", "."):
+        plain = list(tokenizer(text, add_special_tokens=False)["input_ids"])
+        whole = list(tokenizer(text)["input_ids"])
+        for start in range(len(whole) - len(plain) + 1):
+            if plain and whole[start : start + len(plain)] == plain:
+                return whole[:start], whole[start + len(plain) :]
+    return [], []

@@ -112,6 +112,7 @@ class RewardModel(nn.Module):
             self.tokenizer.get_vocab() == theirs.get_vocab()
             and self.tokenizer.chat_template == theirs.chat_template
             and self.renderer.settings() == renderer.settings()
+            and (renderer.format == "chat" or self.renderer.prefix_ids == renderer.prefix_ids)
         )
 
     def score(

@@ -48,7 +48,7 @@ class Running:
         previous, self.text = self.text, text
         added = _added(text, previous, self.body, self.ending) if self.turn else None
         if added is None:
-            return list(renderer.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]), False
+            return renderer.prompt_ids(text), False
         return _tokens_after(renderer, self.ending, self.last, added), True
 
     def feed(self, ids: list[int], goes_on: bool) -> list[int]:
