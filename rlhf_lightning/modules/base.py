@@ -25,6 +25,7 @@ from rlhf_lightning.models.offload import ActivationOffload
 from rlhf_lightning.models.precision import cast_weights_only, weights_alone
 from rlhf_lightning.models.saving import save_model
 from rlhf_lightning.models.sharding import split, whole_weights
+from rlhf_lightning.modules.epochs import end_restored_epoch
 from rlhf_lightning.modules.schedules import Warmup
 
 log = logging.getLogger(__name__)
@@ -217,6 +218,7 @@ class RLHFModule(pl.LightningModule):
         return max((row.tokens for row in prepared.rows), default=0) if prepared else 0
 
     def on_train_start(self) -> None:
+        end_restored_epoch(self.trainer)
         # Not in configure_optimizers: asking for the number of steps there would set up the loaders before their
         # state is restored, and a resumed run would start its epoch anew.
         for config in self.trainer.lr_scheduler_configs:

@@ -1,0 +1,110 @@
+"""A run that is resumed from any step of three epochs ends with the weights of the whole one, by `max_steps` too."""
+
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from rlhf_lightning import (
+    PolicyRLModule,
+    PreferenceDataModule,
+    PreferenceModule,
+    PromptDataModule,
+    SFTDataModule,
+    SFTModule,
+)
+from rlhf_lightning.callbacks.checkpoints import RunCheckpoints
+from rlhf_lightning.rollout.rewards import KeywordReward
+from rlhf_lightning.rollout.sampler import Sampler
+from tests.conftest import chats, pairs, prompts, trainer
+
+KINDS = ("sft", "preference", "policy")
+LENGTHS: dict[str, dict[str, Any]] = {
+    "steps": {"max_epochs": None, "max_steps": 9},
+    "epochs": {"max_epochs": 3},
+    "fewer steps": {"max_epochs": 3, "max_steps": 7},
+    "fewer epochs": {"max_epochs": 3, "max_steps": 99},
+}
+
+
+def parts(kind: str, base: str) -> tuple[Any, Any]:
+    """A module and its data: three batches an epoch (policy: four), validated where there is something held out."""
+
+    def adamw(parameters: Any) -> Any:
+        return torch.optim.AdamW(parameters, lr=0.01)
+
+    quiet: dict[str, Any] = {"show_example": False}
+    if kind == "sft":
+        return SFTModule(base, optimizer=adamw), SFTDataModule(chats(6), chats(2), batch_size=2, **quiet)
+    if kind == "preference":
+        return PreferenceModule(base, optimizer=adamw), PreferenceDataModule(pairs(6), pairs(2), batch_size=2, **quiet)
+    policy = PolicyRLModule(
+        base, optimizer=adamw, rewards=[KeywordReward(["a", "e"], min_words=1)], sampler=Sampler(max_tokens=4)
+    )
+    rounds = {"prompts_per_round": 2, "group_size": 2, "minibatches": 2}
+    return policy, PromptDataModule(prompts(4), prompts(2), **rounds, **quiet)
+
+
+class Seen(pl.Callback):
+    """The rows of each batch, by step, epoch and place in the epoch."""
+
+    def __init__(self) -> None:
+        self.batches: list[Any] = []
+
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        self.batches.append((trainer.global_step, trainer.current_epoch, batch_idx, batch["input_ids"].tolist()))
+
+
+def run(kind: str, base: str, root: Path, saver: Any, checkpoint: Path | None = None, **options: Any) -> Any:
+    """The weights at the end, the steps taken, and the batches seen."""
+    pl.seed_everything(3, verbose=False)
+    module, data = parts(kind, base)
+    seen = Seen()
+    one = trainer(root, enable_checkpointing=True, callbacks=[seen, saver], num_sanity_val_steps=0, **options)
+    one.fit(module, data, ckpt_path=checkpoint and str(checkpoint))
+    return {name: value.clone() for name, value in module.state_dict().items()}, one.global_step, seen.batches
+
+
+def ours(folder: Path) -> Any:
+    return RunCheckpoints(folder, every=1, keep=99, signals=False)
+
+
+def lightnings(folder: Path) -> Any:
+    """As a user of Lightning saves: after each step, or after each epoch."""
+    return ModelCheckpoint(folder, filename="{step}", save_top_k=-1, every_n_train_steps=1)
+
+
+def check(kind: str, base: str, tmp_path: Path, options: dict[str, Any], saver: Any = ours) -> None:
+    folder = tmp_path / "checkpoints"
+    weights, steps, batches = run(kind, base, tmp_path / "whole", saver(folder), **options)
+    assert steps >= 3
+    for step in range(1, steps):
+        file = folder / f"step={step}.ckpt"
+        again, end, rest = run(kind, base, tmp_path / f"{step}", saver(tmp_path / f"{step}-c"), file, **options)
+        assert end == steps
+        assert rest == [batch for batch in batches if batch[0] >= step], f"resumed at step {step}"
+        assert all(torch.equal(weights[name], again[name]) for name in weights), f"resumed at step {step}"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_resumed_at_any_step_it_ends_as_the_whole_run(kind: str, base: str, tmp_path: Path) -> None:
+    check(kind, base, tmp_path, {**LENGTHS["steps"], "max_steps": 5, "accumulate_grad_batches": 2})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("saver", [ours, lightnings], ids=["ours", "Lightning's"])
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("length", list(LENGTHS))
+@pytest.mark.parametrize("kind", KINDS)
+def test_whatever_ends_the_run(kind: str, length: str, accumulate: int, saver: Any, base: str, tmp_path: Path) -> None:
+    check(kind, base, tmp_path, {**LENGTHS[length], "accumulate_grad_batches": accumulate}, saver)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("within", [{"limit_train_batches": 2}, {"val_check_interval": 1}])
+@pytest.mark.parametrize("kind", KINDS)
+def test_with_epochs_cut_short_or_validated_within(kind: str, within: Any, base: str, tmp_path: Path) -> None:
+    check(kind, base, tmp_path, {**LENGTHS["steps"], "max_steps": 6, **within})
