@@ -9,7 +9,9 @@ import torch
 from rlhf_lightning.errors import ConfigError
 from rlhf_lightning.objectives import policy
 from rlhf_lightning.objectives.aggregate import aggregate
-from rlhf_lightning.objectives.kl import adapted_coefficient
+from rlhf_lightning.objectives.kl import adapted_coefficient, k3
+from rlhf_lightning.objectives.policy.importance import token_ratio
+from rlhf_lightning.objectives.preference.pair_losses import discopop
 from rlhf_lightning.objectives.value import explained_variance, value_loss
 from rlhf_lightning.rollout.advantages import GAE, GlobalWhitened, GroupCentered, LeaveOneOut
 from rlhf_lightning.rollout.credit import assign, critic_quality
@@ -47,6 +49,68 @@ def test_on_policy_every_objective_has_the_gradient_of_reinforce(name: str, devi
         close(logp.grad.cpu(), [-advantage * factor, -advantage * factor, 0.0])
         logp.grad = None
     assert not OBJECTIVES[name].clipped(old, old, t([2.0]).to(device), mask).any()
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize("gap", [-1e4, -100.0, 100.0, 1e4])
+def test_log_ratios_of_wrong_weights_do_not_overflow(name: str, gap: float) -> None:
+    """Cut off at ±20, as verl has it: the losses are finite, and there is no gradient through the ratio."""
+    for advantage in (2.0, -3.0):
+        old, mask = t([-gap - 1.0, -gap - 1.0, 0.0]), t([1.0, 1.0, 0.0])
+        logp = t([-1.0, -1.0, 0.0]).requires_grad_()
+        loss = OBJECTIVES[name](logp, old, t([advantage]), mask)
+        loss.sum().backward()
+        assert loss.isfinite().all()
+        assert logp.grad is not None
+        assert logp.grad.isfinite().all()
+        clamped = torch.tensor(gap).clamp(-20, 20)
+        at_limit = OBJECTIVES[name](logp.detach(), logp.detach() - clamped, t([advantage]), mask)
+        if name not in ("reinforce", "dro", "cispo"):  # no ratio, none, and none with a gradient
+            close(logp.grad, [0.0, 0.0, 0.0])
+            torch.testing.assert_close(loss, at_limit)
+        assert OBJECTIVES[name].clamped(logp.detach(), old, mask).tolist() == [[True, True, False]]
+        assert not OBJECTIVES[name].clamped(logp.detach(), logp.detach() - clamped / 2, mask).any()
+
+
+def test_ratios_within_the_limit_are_bit_for_bit_the_exponential() -> None:
+    generator = torch.Generator().manual_seed(0)
+    gap = torch.empty(1, 1000).uniform_(-20, 20, generator=generator)
+    old, mask = torch.zeros_like(gap), torch.ones_like(gap)
+    leaf, plain = gap.clone().requires_grad_(), gap.clone().requires_grad_()
+    ratio = token_ratio(leaf, old, mask)
+    assert torch.equal(ratio, plain.exp())
+    ratio.sum().backward(), plain.exp().sum().backward()
+    assert torch.equal(leaf.grad, plain.grad)  # type: ignore[arg-type]
+    assert torch.equal(k3(gap, old), (-gap).exp() + gap - 1)
+
+
+@pytest.mark.parametrize("estimator", ["weighted_k3", "k3", "k2"])
+@pytest.mark.parametrize("gap", [-1e3, 1e3])
+def test_kl_to_a_wrong_reference_does_not_overflow(estimator: str, gap: float) -> None:
+    logp = t([-1.0, -1.0]).requires_grad_()
+    mask = t([1.0, 0.0])
+    loss = KLPenalty(1.0, estimator=estimator).loss(logp, t([-1.0 - gap, 0.0]), t([-1.0 - gap, 0.0]), mask)
+    loss.sum().backward()
+    assert loss.isfinite().all()
+    assert logp.grad is not None
+    assert logp.grad.isfinite().all()
+    close(logp.grad, [gap if estimator == "k2" else 0.0, 0.0])
+
+
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_importance_weights_of_a_wrong_sampler_do_not_overflow(level: str) -> None:
+    wild = policy.ImportanceWeights(level, "truncate", 0.0, float("inf"))(t([1e3, 0.0]), t([0.0, 0.0]), t([1.0, 1.0]))
+    close(wild / math.exp(20.0), [1.0, math.exp(-20.0) if level == "token" else 1.0])
+
+
+def test_discopop_does_not_overflow_at_any_temperature() -> None:
+    for temperature in (0.05, 1.0, 3.0):
+        d = torch.tensor([-1e4, -50.0, 0.0, 50.0, 1e4]).requires_grad_()
+        loss = discopop(d, torch.zeros_like(d), temperature)
+        loss.sum().backward()
+        assert loss.isfinite().all()
+        assert d.grad is not None
+        assert d.grad.isfinite().all()
 
 
 def test_reinforce() -> None:

@@ -163,6 +163,30 @@ class WildRatios(_Above):
         self.limit = positive(self, "limit", limit)
 
 
+class ClampedRatios(Check):
+    """Log ratios of the last round are beyond ±20, where the loss cuts them off."""
+
+    name, watched = "clamped_ratios", ("log_ratio_clamped",)
+    meaning = (
+        "Log ratios of some tokens are beyond ±20 nats: the log-probabilities that they are measured from come from "
+        "stale or wrong weights, or the weights are lost. Ratios are cut off there and give no gradient."
+    )
+    remedy = (
+        "Usual remedy: check that sampler, recorded episodes and reference are of this model, precision and "
+        "temperature; else a lower learning rate, or an earlier checkpoint."
+    )
+
+    def __init__(self) -> None:
+        super().__init__(rounds=1)
+
+    def severity(self, curves: Curves) -> float | None:
+        level = curves.level(self.watched[0], self.rounds)
+        return None if level is None else float(level > 0)
+
+    def numbers(self, curves: Curves) -> Numbers:
+        return {self.watched[0]: curves[self.watched[0]].level(self.rounds) or 0.0}
+
+
 class Clipping(_Above):
     """The objective clips much of what it is given; 0.1 to 0.2 is usual for PPO.
 

@@ -9,6 +9,7 @@ import lightning.pytorch as pl
 
 from rlhf_lightning.callbacks.checks import (
     Check,
+    ClampedRatios,
     Clipping,
     HighKL,
     LogprobGap,
@@ -46,6 +47,7 @@ DEFAULT = (
     Truncation,
     LogprobGap,
     WildRatios,
+    ClampedRatios,
     Clipping,
     UselessCritic,
 )

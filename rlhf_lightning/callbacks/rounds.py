@@ -9,7 +9,7 @@ import lightning.pytorch as pl
 from rlhf_lightning.callbacks.curves import Curves
 from rlhf_lightning.rollout.ranks import gather
 
-MEANS = ("loss", "value_loss", "entropy", "logprob_gap", "clip_fraction")
+MEANS = ("loss", "value_loss", "entropy", "logprob_gap", "clip_fraction", "log_ratio_clamped")
 LARGEST = ("log_ratio_max",)
 
 

@@ -7,6 +7,8 @@ from torch import Tensor
 from rlhf_lightning.models.loading import check_vocabulary, load_for_scoring
 from rlhf_lightning.models.reference import Reference
 from rlhf_lightning.models.scoring import TokenScores
+from rlhf_lightning.objectives.kl import beyond
+from rlhf_lightning.objectives.policy.importance import token_log_ratio
 from rlhf_lightning.rollout.collect import RowScorer
 from rlhf_lightning.rollout.kl import KLPenalty
 
@@ -41,3 +43,14 @@ def row_scorers(module: Any) -> dict[str, RowScorer]:
     if module.critic is not None:
         scorers["values"] = lambda ids, mask: critic_values(module, ids, mask)
     return scorers
+
+
+def clamped(module: Any, logprobs: Tensor, batch: dict[str, Any]) -> Tensor:
+    """1 at the tokens `[B, T]` with a log ratio beyond ±20, which the loss, its KL or its weights cut off."""
+    old, mask = batch["old_logprobs"], batch["mask"]
+    cut = module.objective.clamped(logprobs, old, mask)
+    if module.kl is not None and module.kl.place == "loss":
+        cut = cut | beyond(token_log_ratio(logprobs, batch["reference_logprobs"], mask))
+    if module.importance_weights is not None:
+        cut = cut | beyond(token_log_ratio(old, batch["sampler_logprobs"], mask))
+    return cut.to(mask.dtype)

@@ -16,7 +16,7 @@ from rlhf_lightning.models.scoring import TokenScorer, TokenScores
 from rlhf_lightning.modules.base import RLHFModule
 from rlhf_lightning.modules.heldout import HeldOut
 from rlhf_lightning.modules.policy_checks import check_data, check_rewarded, check_settings
-from rlhf_lightning.modules.policy_parts import critic_values, make_reference, row_scorers
+from rlhf_lightning.modules.policy_parts import clamped, critic_values, make_reference, row_scorers
 from rlhf_lightning.objectives.aggregate import aggregate
 from rlhf_lightning.objectives.policy import ImportanceSampling, ImportanceWeights, PolicyObjective
 from rlhf_lightning.objectives.value import value_loss
@@ -62,9 +62,9 @@ class PolicyRLModule(RLHFModule):
         resample_groups: times that a group whose rewards are all equal is drawn again.
 
     Logs under `train/`: `reward` and its parts, `kl` (nats a response), `entropy`, `response_tokens`, `truncated`,
-    `zero_signal_groups`, `log_ratio_max`, `clip_fraction`, `logprob_gap` (mean difference of sampler and trainer before
-    the first update of a round), `loss`; `kl_coefficient`; with a critic `value_loss` and `explained_variance`; and
-    `reward_source_prm` (1 where a preference model rewards).
+    `zero_signal_groups`, `log_ratio_max`, `log_ratio_clamped`, `clip_fraction`, `logprob_gap` (mean difference of
+    sampler and trainer before the first update of a round), `loss`; `kl_coefficient`; with a critic `value_loss` and
+    `explained_variance`; and `reward_source_prm` (1 where a preference model rewards).
     """
 
     stage_kind = "policy"
@@ -216,6 +216,7 @@ class PolicyRLModule(RLHFModule):
             "log_ratio_max": log_ratio.max(),
             "log_ratio_mean": log_ratio.sum() / count,
             "clip_fraction": self.objective.clipped(logprobs, old, batch["advantages"], mask).sum() / count,
+            "log_ratio_clamped": clamped(self, logprobs, batch).sum() / count,
         }
         self._log_step(batch, scores, loss.detach(), outputs)
         return {"loss": loss, **outputs}
@@ -268,6 +269,7 @@ class PolicyRLModule(RLHFModule):
             "loss": loss,
             "log_ratio_max": outputs["log_ratio_max"],
             "clip_fraction": outputs["clip_fraction"],
+            "log_ratio_clamped": outputs["log_ratio_clamped"],
         }
         if batch.get("first"):
             gap = (scores.logprobs.detach() - batch.get("sampler_logprobs", batch["old_logprobs"])) * mask

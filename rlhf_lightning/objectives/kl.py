@@ -7,6 +7,19 @@ d = log policy - log reference and tokens drawn by the policy, the expectation o
 
 from torch import Tensor
 
+LOG_RATIO_LIMIT = 20.0
+"""Nats; exp(20) is 5e8. A log ratio beyond it comes from stale or wrong weights, and exp would overflow."""
+
+
+def bounded(log_ratio: Tensor) -> Tensor:
+    """Log ratios within ±20, as verl and OpenRLHF keep them before exp; the gradient is 0 where that cuts one off."""
+    return log_ratio.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
+
+
+def beyond(log_ratio: Tensor) -> Tensor:
+    """Where `bounded` cuts a log ratio off, bool."""
+    return log_ratio.abs() > LOG_RATIO_LIMIT
+
 
 def k1(logprobs: Tensor, reference_logprobs: Tensor) -> Tensor:
     """d. Unbiased, may be negative. As a loss its expected on-policy gradient is zero: use it in the reward."""
@@ -22,8 +35,9 @@ def k3(logprobs: Tensor, reference_logprobs: Tensor) -> Tensor:
     """exp(-d) + d - 1. Unbiased and never negative; as a plain loss its gradient is that of KL(reference || policy).
 
     Multiply it by the importance ratio exp(logp - old logp), with its gradient, to get that of KL(policy || reference).
+    d is kept within ±20 (`bounded`), so that exp cannot overflow.
     """
-    difference = logprobs - reference_logprobs
+    difference = bounded(logprobs - reference_logprobs)
     return (-difference).exp() + difference - 1
 
 

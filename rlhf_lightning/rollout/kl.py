@@ -8,6 +8,7 @@ from torch import Tensor
 from rlhf_lightning.errors import ConfigError
 from rlhf_lightning.models.offload import check_place
 from rlhf_lightning.objectives import kl
+from rlhf_lightning.objectives.policy.importance import token_ratio
 
 LOSS_ESTIMATORS = ("weighted_k3", "k2", "k3")
 
@@ -85,7 +86,7 @@ class KLPenalty:
         else:
             estimate = kl.k3(logprobs, reference_logprobs)
             if self.estimator == "weighted_k3":
-                estimate = estimate * torch.where(mask.bool(), logprobs - old_logprobs, 0.0).exp()
+                estimate = estimate * token_ratio(logprobs, old_logprobs, mask)
         return torch.where(mask.bool(), self.coefficient * estimate, 0.0)
 
     def penalties(self, old_logprobs: Tensor, reference_logprobs: Tensor, mask: Tensor) -> Tensor:

@@ -7,8 +7,15 @@ from typing import Any
 from torch import Tensor
 
 from rlhf_lightning.objectives.aggregate import MODES
+from rlhf_lightning.objectives.kl import beyond
 from rlhf_lightning.objectives.policy import losses
-from rlhf_lightning.objectives.policy.importance import importance_weights, sequence_ratio, token_ratio
+from rlhf_lightning.objectives.policy.importance import (
+    importance_weights,
+    sequence_log_ratio,
+    sequence_ratio,
+    token_log_ratio,
+    token_ratio,
+)
 
 
 class PolicyObjective(ABC):
@@ -40,6 +47,10 @@ class PolicyObjective(ABC):
     def ratio(self, logprobs: Tensor, old_logprobs: Tensor, mask: Tensor) -> Tensor:
         """The ratio that the loss uses, `[B, T]`."""
         return token_ratio(logprobs, old_logprobs, mask)
+
+    def clamped(self, logprobs: Tensor, old_logprobs: Tensor, mask: Tensor) -> Tensor:
+        """Where the logarithm of that ratio is cut off at ±20, bool `[B, T]`."""
+        return beyond(token_log_ratio(logprobs, old_logprobs, mask))
 
     def clipped(self, logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor) -> Tensor:
         """1 at the tokens whose update the bounds cut off, `[B, T]`."""
@@ -156,6 +167,10 @@ class RLOO(Clipped):
         """Of the whole response, `[B, T]`."""
         return sequence_ratio(logprobs, old_logprobs, mask, normalised=False)
 
+    def clamped(self, logprobs: Tensor, old_logprobs: Tensor, mask: Tensor) -> Tensor:
+        """All tokens of such a response, bool `[B, T]`."""
+        return beyond(sequence_log_ratio(logprobs, old_logprobs, mask, normalised=False)) & (mask != 0)
+
     def __call__(self, logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor) -> Tensor:
         """Per-token loss `[B, T]`."""
         return losses.rloo(logprobs, old_logprobs, advantages, mask, self.clip_low, self.clip_high)
@@ -179,6 +194,10 @@ class GSPO(Clipped):
     def ratio(self, logprobs: Tensor, old_logprobs: Tensor, mask: Tensor) -> Tensor:
         """The mean of the response's, `[B, T]`."""
         return sequence_ratio(logprobs, old_logprobs, mask, normalised=True)
+
+    def clamped(self, logprobs: Tensor, old_logprobs: Tensor, mask: Tensor) -> Tensor:
+        """All tokens of such a response, bool `[B, T]`."""
+        return beyond(sequence_log_ratio(logprobs, old_logprobs, mask, normalised=True)) & (mask != 0)
 
     def __call__(self, logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor) -> Tensor:
         """Per-token loss `[B, T]`."""

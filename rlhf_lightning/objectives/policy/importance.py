@@ -6,18 +6,33 @@ Float tensors `[B, T]`, log-probabilities in nats, mask 0/1.
 import torch
 from torch import Tensor
 
+from rlhf_lightning.objectives.kl import bounded
+
+
+def token_log_ratio(logprobs: Tensor, old_logprobs: Tensor, mask: Tensor) -> Tensor:
+    """log p - log q of each token, 0 where the mask is 0."""
+    # Masked positions hold arbitrary numbers: exp of them may overflow and 0 * inf is NaN.
+    return torch.where(mask.bool(), logprobs - old_logprobs, 0.0)
+
+
+def sequence_log_ratio(logprobs: Tensor, old_logprobs: Tensor, mask: Tensor, normalised: bool) -> Tensor:
+    """Σ (log p - log q) of each row, `[B, 1]`; the mean if normalised."""
+    total = token_log_ratio(logprobs, old_logprobs, mask).sum(-1, keepdim=True)
+    return total / mask.sum(-1, keepdim=True).clamp(min=1) if normalised else total
+
 
 def token_ratio(logprobs: Tensor, old_logprobs: Tensor, mask: Tensor) -> Tensor:
-    """r = exp(log p - log q) of each token, 1 where the mask is 0."""
-    # Masked positions hold arbitrary numbers: exp of them may overflow and 0 * inf is NaN.
-    return torch.where(mask.bool(), logprobs - old_logprobs, 0.0).exp()
+    """r = exp(log p - log q) of each token, its logarithm within ±20 (`bounded`); 1 where the mask is 0."""
+    return bounded(token_log_ratio(logprobs, old_logprobs, mask)).exp()
 
 
 def sequence_ratio(logprobs: Tensor, old_logprobs: Tensor, mask: Tensor, normalised: bool) -> Tensor:
-    """exp(Σ (log p - log q)) of each row at all its positions, `[B, T]`; exp of the mean if normalised."""
-    gap = torch.where(mask.bool(), logprobs - old_logprobs, 0.0)
-    total = gap.sum(-1, keepdim=True)
-    return (total / mask.sum(-1, keepdim=True).clamp(min=1) if normalised else total).exp().expand_as(gap)
+    """exp(Σ (log p - log q)) of each row at all its positions, `[B, T]`; exp of the mean if normalised.
+
+    The logarithm is kept within ±20 (`bounded`).
+    """
+    ratio = bounded(sequence_log_ratio(logprobs, old_logprobs, mask, normalised)).exp()
+    return ratio.expand_as(logprobs)
 
 
 def masked(loss: Tensor, mask: Tensor) -> Tensor:

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from rlhf_lightning.objectives.kl import LOG_RATIO_LIMIT
+
 
 def bradley_terry(
     chosen: Tensor, rejected: Tensor, margin: float | Tensor = 0.0, label_smoothing: float | Tensor = 0.0
@@ -101,8 +103,8 @@ def apo_down(chosen: Tensor, rejected: Tensor) -> Tensor:
 def discopop(chosen: Tensor, rejected: Tensor, temperature: float = 0.05) -> Tensor:
     """-(1 - σ(d/τ))·log σ(d) + σ(d/τ)·exp(-d), τ = temperature. Source: DiscoPOP, arXiv 2406.08414 eq. 5."""
     d = chosen - rejected
-    # One exponential: apart, σ(d/τ) is 0 where exp(-d) is infinite.
-    exponential = torch.exp(F.logsigmoid(d / temperature) - d)
+    # One exponential: apart, σ(d/τ) is 0 where exp(-d) is infinite. With τ above 1 it could still overflow.
+    exponential = torch.exp((F.logsigmoid(d / temperature) - d).clamp(max=LOG_RATIO_LIMIT))
     return exponential - (-d / temperature).sigmoid() * F.logsigmoid(d)
 
 
