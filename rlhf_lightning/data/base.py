@@ -54,7 +54,7 @@ class RowDataModule(pl.LightningDataModule):
         max_length: tokens of a row.
         overlong: `error`, `truncate` or `skip` (counted) longer rows.
         on_bad_row: `error` stops at the first bad row with file and line, `skip` leaves out and counts.
-        columns: `{our name: your name}`.
+        columns: `{our name: your name}`; `{our name: null}` leaves that column out.
         format: `chat` renders by the chat template, `raw` takes text as it is.
         template_kwargs: passed to the chat template, for example `{enable_thinking: false}`.
         tokenizer: folder or Hub id where it is not the model's.
@@ -74,7 +74,7 @@ class RowDataModule(pl.LightningDataModule):
         max_length: int = 2048,
         overlong: str = "error",
         on_bad_row: str = "error",
-        columns: dict[str, str] | None = None,
+        columns: dict[str, str | None] | None = None,
         format: str = "chat",
         template_kwargs: dict[str, Any] | None = None,
         tokenizer: Any = None,

@@ -1,9 +1,9 @@
 """The shapes in which people store conversations, brought to one: a list of `{role, content, …}` messages."""
 
-import json
 from typing import Any
 
 from rlhf_lightning.data.records import RowError
+from rlhf_lightning.data.tool_calls import Written, as_text, read_calls, read_tools, short
 
 Message = dict[str, Any]
 SPEAKERS = {
@@ -12,14 +12,27 @@ SPEAKERS = {
     "bing": "assistant",
     "chatgpt": "assistant",
     "bard": "assistant",
+    "bot": "assistant",
+    "model": "assistant",
     "function_call": "assistant",
+    "tool_call": "assistant",
+    "tool_calls": "assistant",
     "observation": "tool",
+    "function": "tool",
+    "function_response": "tool",
+    "tool_response": "tool",
+    "tool_result": "tool",
 }
+CALLERS = ("function_call", "tool_call", "tool_calls")
+"""Roles whose text is a tool call."""
+ROLES = ("system", "developer", "user", "assistant", "tool")
 SHAPES = "messages | conversations | prompt + completion | instruction + output | text"
 
 
 def to_messages(value: Any, first_role: str = "user") -> list[Message]:
     """Messages from a string, a list of strings (roles alternate) or a list of dicts (`role` or `from` completed).
+
+    Tool calls of any form become `tool_calls` as OpenAI has them, with arguments as an object.
 
     Raises:
         RowError: an empty list, or a message that has neither content nor tool calls.
@@ -27,18 +40,19 @@ def to_messages(value: Any, first_role: str = "user") -> list[Message]:
     if isinstance(value, str):
         return [{"role": first_role, "content": value}]
     if not isinstance(value, list) or not value:
-        raise RowError(f"a conversation must be a non-empty list of messages, this is {_short(value)}")
+        raise RowError(f"a conversation must be a non-empty list of messages, this is {short(value)}")
     messages: list[Message] = []
     for index, item in enumerate(value):
-        messages.append(_message(item, index, messages[-1]["role"] if messages else None, first_role))
+        messages += _messages(item, index, messages[-1]["role"] if messages else None, first_role)
     return messages
 
 
-def _message(item: Any, index: int, previous: str | None, first_role: str) -> Message:
+def _messages(item: Any, index: int, previous: str | None, first_role: str) -> list[Message]:
+    """The messages of one item: several only where it holds results of several calls (Anthropic)."""
     if isinstance(item, str):
         item = {"content": item}
     if not isinstance(item, dict):
-        raise RowError(f"message {index} is {_short(item)}; it must be an object with role and content")
+        raise RowError(f"message {index} is {short(item)}; it must be an object with role and content")
     # Parquet and Arrow fill the keys that a message lacks with None.
     message = {key: value for key, value in item.items() if value is not None and key not in ("from", "value")}
     if "content" not in message:
@@ -47,16 +61,77 @@ def _message(item: Any, index: int, previous: str | None, first_role: str) -> Me
     if role is None:
         role = first_role if previous in (None, "system") else {"user": "assistant"}.get(previous, "user")
     if not isinstance(role, str):
-        raise RowError(f"message {index}: role is {_short(role)}; it must be a string")
-    message["role"] = SPEAKERS.get(role, role)
+        raise RowError(f"message {index}: role is {short(role)}; it must be a string")
+    said = role.lower() if role.lower() in (*ROLES, *SPEAKERS) else role
+    message["role"] = SPEAKERS.get(said, said)
+    where = f"message {index} ({message['role']})"
+    results = _take_calls(message, said in CALLERS, where)
     content = message["content"]
     if content is None and not message.get("tool_calls"):
-        raise RowError(f"message {index} ({message['role']}) has no content")
-    if isinstance(content, list):
-        message["content"] = _joined(content, f"message {index} ({message['role']})")
+        if results:
+            return results
+        raise RowError(f"{where} has no content")
+    if isinstance(content, list) and (message["role"] != "tool" or _is_parts(content)):
+        message["content"] = _joined(content, where)
+    elif message["role"] == "tool" and not isinstance(content, str):
+        message["content"] = Written(as_text(content), content)
     elif content is not None and not isinstance(content, str):
-        raise RowError(f"message {index} ({message['role']}): content is {_short(content)}; it must be text")
+        raise RowError(f"{where}: content is {short(content)}; it must be text")
+    return [*results, message]
+
+
+def _take_calls(message: Message, caller: bool, where: str) -> list[Message]:
+    """Bring the calls of a message to `tool_calls`; the results that stand in its content (Anthropic)."""
+    calls: list[Any] = []
+    results: list[Message] = []
+    for key in ("tool_calls", "function_call", "tool_call"):
+        value = message.get(key)
+        if key == "tool_call" and isinstance(value, bool):
+            caller = caller or value  # says that the text is a call
+        elif value:
+            found = read_calls(value, where)
+            if calls and found != calls:
+                raise RowError(f"{where} has calls twice, in {key!r} too; one of them must go")
+            calls = found
+        message.pop(key, None)
+    content = message["content"]
+    if caller and not calls and isinstance(content, str | dict | list):
+        calls = read_calls(content, where)
+        message["content"] = Written(content if isinstance(content, str) else as_text(content), calls)
+    elif isinstance(content, list):
+        kinds = [part.get("type") if isinstance(part, dict) else None for part in content]
+        calls += [
+            call
+            for part, kind in zip(content, kinds, strict=True)
+            if kind == "tool_use"
+            for call in read_calls(part, where)
+        ]
+        results = [_result(part, where) for part, kind in zip(content, kinds, strict=True) if kind == "tool_result"]
+        if calls or results:
+            left = [p for p, kind in zip(content, kinds, strict=True) if kind not in ("tool_use", "tool_result")]
+            message["content"] = left or None
+    if calls:
+        if message["role"] != "assistant":
+            raise RowError(f"{where} has tool calls; only the assistant calls tools")
+        message["tool_calls"] = calls
+    return results
+
+
+def _result(part: dict[str, Any], where: str) -> Message:
+    """A tool's result as Anthropic has it, a part of the user's message."""
+    content = part.get("content", "")
+    known = {"tool_call_id": str(part["tool_use_id"])} if part.get("tool_use_id") is not None else {}
+    message: Message = {"role": "tool", **known, "content": "" if content is None else content}
+    if isinstance(content, list) and _is_parts(content):
+        message["content"] = _joined(content, where)
+    elif content is not None and not isinstance(content, str):
+        message["content"] = Written(as_text(content), content)
     return message
+
+
+def _is_parts(content: list[Any]) -> bool:
+    """Whether a list is a content in parts, and not a result that is a list."""
+    return bool(content) and all(isinstance(part, dict) and isinstance(part.get("type"), str) for part in content)
 
 
 def _joined(parts: list[Any], where: str) -> str:
@@ -64,7 +139,7 @@ def _joined(parts: list[Any], where: str) -> str:
     for part in parts:
         text = part.get("text") if isinstance(part, dict) and part.get("type", "text") == "text" else None
         if not isinstance(text, str):
-            raise RowError(f"{where}: content has the part {_short(part)}; parts must be {{type: text, text: …}}")
+            raise RowError(f"{where}: content has the part {short(part)}; parts must be {{type: text, text: …}}")
     return "".join(part["text"] for part in parts)
 
 
@@ -96,7 +171,7 @@ def conversation(data: dict[str, Any]) -> list[Message]:
 def _instruction(data: dict[str, Any]) -> list[Message]:
     for key in ("instruction", "input", "output", "system"):
         if data.get(key) is not None and not isinstance(data[key], str):
-            raise RowError(f"{key!r} is {_short(data[key])}; it must be text")
+            raise RowError(f"{key!r} is {short(data[key])}; it must be text")
     question = "\n\n".join(part for part in (data["instruction"], data.get("input")) if part)
     messages = [{"role": "system", "content": data["system"]}] if data.get("system") else []
     for turn in _history(data.get("history")):
@@ -112,25 +187,13 @@ def _history(value: Any) -> list[list[str]]:
         for turn in turns
     )
     if not fits:
-        raise RowError(f"'history' is {_short(value)}; it must be a list of [question, answer]")
+        raise RowError(f"'history' is {short(value)}; it must be a list of [question, answer]")
     return [list(turn) for turn in turns]
 
 
 def tool_schemas(data: dict[str, Any]) -> list[Any] | None:
-    """The `tools` of a row: a list, or JSON text of one; a bare function is wrapped as templates expect it."""
-    tools = data.get("tools")
-    if isinstance(tools, str):
-        try:
-            tools = json.loads(tools) if tools.strip() else None
-        except json.JSONDecodeError as error:
-            raise RowError(f"'tools' is text that is not JSON ({error})") from None
-    if not tools:
-        return None
-    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
-        raise RowError(f"'tools' must be a list of objects, this is {_short(tools)}")
-    return [tool if "function" in tool or "type" in tool else {"type": "function", "function": tool} for tool in tools]
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return f"{type(value).__name__} {text[:60]}{'…' if len(text) > 60 else ''}"
+    """The `tools` (or `functions`) of a row as templates expect them; raises `RowError`."""
+    tools, functions = read_tools(data.get("tools")), read_tools(data.get("functions"), "functions")
+    if tools and functions and tools != functions:
+        raise RowError("the row has 'tools' and 'functions', and they are not the same")
+    return tools or functions

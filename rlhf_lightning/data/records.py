@@ -197,8 +197,10 @@ def _hub_rows(source: str) -> Iterator[Row]:
         yield Row(dict(item), f"{source}[{index}]")
 
 
-def rename_columns(row: Row, columns: Mapping[str, str] | None) -> Row:
+def rename_columns(row: Row, columns: Mapping[str, str | None] | None) -> Row:
     """Apply a `columns:` mapping, `{our name: their name}`; their columns stay available under their own names.
+
+    `{our name: None}` leaves that column out.
 
     Raises:
         RowError: no such column, or half a character, as JSON can write one (`\\ud83d`), anywhere in the row.
@@ -210,10 +212,13 @@ def rename_columns(row: Row, columns: Mapping[str, str] | None) -> Row:
             )
     if not columns:
         return row
-    missing = [theirs for theirs in columns.values() if theirs not in row.data]
+    left_out = {ours for ours, theirs in columns.items() if theirs is None}
+    mapped = {ours: theirs for ours, theirs in columns.items() if theirs is not None}
+    missing = [theirs for theirs in mapped.values() if theirs not in row.data]
     if missing:
         raise RowError(f"no column {missing[0]!r} (named in columns:); the row has {_names(row.data)}")
-    return Row({**row.data, **{ours: row.data[theirs] for ours, theirs in columns.items()}}, row.where)
+    kept = {column: value for column, value in row.data.items() if column not in left_out}
+    return Row({**kept, **{ours: row.data[theirs] for ours, theirs in mapped.items()}}, row.where)
 
 
 def _half_character(value: Any) -> str | None:
@@ -246,7 +251,7 @@ def convert_rows(
     convert: Callable[[dict[str, Any]], Any],
     reading: Reading,
     on_bad_row: str = "error",
-    columns: Mapping[str, str] | None = None,
+    columns: Mapping[str, str | None] | None = None,
 ) -> list[Any]:
     """Turn rows into what `convert` makes of them (a list each), with bad rows refused or skipped and counted.
 

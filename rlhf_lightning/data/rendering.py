@@ -9,6 +9,7 @@ from rlhf_lightning.data.conversations import Message, to_messages
 from rlhf_lightning.data.records import RowError
 from rlhf_lightning.data.templates import ChatTemplate
 from rlhf_lightning.data.tokenizers import added_tokens
+from rlhf_lightning.data.tool_calls import Written
 from rlhf_lightning.errors import ConfigError
 
 log = logging.getLogger(__name__)
@@ -112,6 +113,7 @@ class Renderer:
         Raises:
             RowError: the template refuses the messages, or no token is trained.
         """
+        self._check_tools(tools)
         if self.format == "raw":
             return [self._raw(messages)]
         if train_on == "everything":
@@ -128,6 +130,7 @@ class Renderer:
 
     def prompt(self, messages: list[Message], tools: list[Any] | None = None) -> list[int]:
         """Token ids of a prompt, with the generation prompt: what the sampler starts from."""
+        self._check_tools(tools)
         return self.prompt_ids(self.prompt_text(messages, tools))
 
     def prompt_ids(self, text: str) -> list[int]:
@@ -152,6 +155,7 @@ class Renderer:
         Raises:
             RowError: no assistant message in the response, or the template re-renders the response's own turns.
         """
+        self._check_tools(tools)
         messages = prompt + response
         if self.format == "raw":
             return self._raw(messages, len(prompt))
@@ -174,6 +178,14 @@ class Renderer:
         for stop in self.stop_strings:
             text = text.partition(stop)[0]
         return text.strip()
+
+    def _check_tools(self, tools: list[Any] | None) -> None:
+        if tools and (self.format == "raw" or not self.template.forms.shows_tools()):
+            what = "format raw" if self.format == "raw" else "the chat template"
+            raise RowError(
+                f"{what} shows no tools, and the row has some. Name a template that does with model.chat_template, or "
+                "leave them out with columns: {tools: null}"
+            )
 
     # -- tokens ---------------------------------------------------------------------------------------------------
 
@@ -284,6 +296,8 @@ def _checked(row: Rendered) -> Rendered:
 
 
 def _plain(messages: list[Message]) -> str:
+    if any(message.get("tool_calls") and not isinstance(message["content"], Written) for message in messages):
+        raise RowError("format raw has no template that shows tool calls; write them into the content, or use chat")
     return "".join(message["content"] or "" for message in messages)
 
 

@@ -5,10 +5,10 @@ conversation before it with the generation prompt: what the turn adds to that is
 it ends is found by rendering the same turn with a sentinel as content: what follows the sentinel closes a turn.
 """
 
-import copy
 from datetime import datetime
 from typing import Any
 
+from rlhf_lightning.data.call_forms import CallForms
 from rlhf_lightning.data.conversations import Message
 from rlhf_lightning.data.records import RowError
 from rlhf_lightning.errors import ConfigError
@@ -44,6 +44,7 @@ class ChatTemplate:
             "eos_token": tokenizer.eos_token or "",
             **(options or {}),
         }
+        self.forms = CallForms(self._rendered)
         self._recent: dict[str, str] = {}
         self._in_parts = False
         """Whether the template prints contents only where they come as lists of parts."""
@@ -85,17 +86,17 @@ class ChatTemplate:
         # hold, not by which they are: a caller may change one in place.
         key = repr((messages, tools, add_generation_prompt))
         if key not in self._recent:
-            text = self._rendered(messages, tools, add_generation_prompt)
+            text = self._rendered(self.forms.fit(messages, tools), tools, add_generation_prompt)
             self._recent = dict([*self._recent.items()][-RECENT + 1 :]) | {key: text}
         return self._recent[key]
 
-    def _rendered(self, messages: list[Message], tools: Tools, add_generation_prompt: bool) -> str:
+    def _rendered(self, messages: list[Message], tools: Tools, add_generation_prompt: bool = False) -> str:
+        """What the template itself makes of messages, which it may change."""
         from jinja2 import TemplateError, TemplateSyntaxError
 
         try:
             return self.tokenizer.apply_chat_template(
-                # Templates may change the messages they are given (some pop keys).
-                [_in_parts(message) for message in messages] if self._in_parts else copy.deepcopy(messages),
+                [_in_parts(message) for message in messages] if self._in_parts else messages,
                 tools=tools,
                 chat_template=self._source(tools),
                 tokenize=False,
@@ -198,4 +199,4 @@ def _common_prefix(a: str, b: str) -> int:
 def _in_parts(message: Message) -> Message:
     content = message.get("content")
     parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
-    return {**copy.deepcopy(message), **({} if content is None else {"content": parts})}
+    return {**message, **({} if content is None else {"content": parts})}

@@ -7,7 +7,8 @@ from functools import partial
 from importlib import import_module
 from typing import Any, Protocol
 
-from rlhf_lightning.data.conversations import Message
+from rlhf_lightning.data.conversations import Message, to_messages
+from rlhf_lightning.data.records import RowError
 from rlhf_lightning.errors import ConfigError, UserError
 from rlhf_lightning.rollout.calls import check_limit
 
@@ -117,7 +118,7 @@ def checked_messages(value: Any) -> list[Message]:
     fine = isinstance(value, list | tuple) and value and all(isinstance(m, dict) and m.get("role") for m in value)
     if not fine:
         raise TypeError(f"reset() returned {_short(value)}; it must be a list of messages, {{role, content}} each")
-    return [dict(message) for message in value]
+    return _messages(list(value), "reset() returned")
 
 
 def checked_result(value: Any) -> StepResult:
@@ -129,7 +130,17 @@ def checked_result(value: Any) -> StepResult:
             raise ValueError(f"step() returned {name} {number!r}; it must be a finite number")
     if not all(isinstance(message, dict) and message.get("role") for message in value.next_messages):
         raise TypeError(f"step() returned next_messages {_short(value.next_messages)}; wanted {{role, content}} each")
+    if value.next_messages:
+        value.next_messages = _messages(list(value.next_messages), "step() returned next_messages:")
     return value
+
+
+def _messages(value: list[Message], what: str) -> list[Message]:
+    """Messages in the form of those that are read from rows: tool calls, results that are objects."""
+    try:
+        return to_messages(value)
+    except RowError as error:
+        raise TypeError(f"{what} {error}") from None
 
 
 def _short(value: Any) -> str:

@@ -1,0 +1,131 @@
+"""Tool calls and tools as people store them, brought to one form: that of OpenAI, with arguments as an object."""
+
+import json
+from typing import Any
+
+from rlhf_lightning.data.records import RowError
+
+CALL_KEYS = ("function", "name", "arguments", "parameters", "input", "args")
+SCHEMA_KEYS = ("parameters", "input_schema", "inputSchema")
+
+
+class Written(str):
+    """Text that a message holds in place of an object, its `value`: a tool's result, or the calls of a turn.
+
+    Templates that show objects are given the value; everything else reads the text.
+    """
+
+    value: Any
+
+    def __new__(cls, text: str, value: Any) -> "Written":
+        self = super().__new__(cls, text)
+        self.value = value
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Written, (str(self), self.value)
+
+    def __repr__(self) -> str:
+        return f"Written({str(self)!r})"  # what a template makes of it differs from what it makes of the text
+
+
+def as_text(value: Any) -> str:
+    """An object as JSON text, as templates write it."""
+    return json.dumps(value, ensure_ascii=False)
+
+
+def read_calls(value: Any, where: str) -> list[dict[str, Any]]:
+    """The calls of a message, `{id, type, function: {name, arguments}}` each; raises `RowError`.
+
+    Args:
+        value: a call, a list of calls, or JSON text of either; a call is `{name, arguments}`, flat or under `function`.
+            Arguments are an object, or JSON text of one.
+        where: the message, for the error.
+    """
+    if isinstance(value, str):
+        value = _json(value, f"{where}: the tool call is text that is not JSON")
+    calls = value if isinstance(value, list) else [value]
+    return [_call(call, where) for call in calls]
+
+
+def _call(value: Any, where: str) -> dict[str, Any]:
+    if isinstance(value, str):
+        value = _json(value, f"{where}: the tool call is text that is not JSON")
+    function = value.get("function") if isinstance(value, dict) else None
+    function = function if isinstance(function, dict) else value
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str) or not function["name"]:
+        raise RowError(f"{where}: the tool call {short(value)} must be an object with 'name' and 'arguments'")
+    name = function["name"]
+    found = [function[key] for key in ("arguments", "parameters", "input", "args") if function.get(key) is not None]
+    call = {key: item for key, item in value.items() if key not in (*CALL_KEYS, "type", "call_id") and item is not None}
+    if "id" not in call and value.get("call_id") is not None:
+        call["id"] = value["call_id"]
+    if "id" in call:
+        call["id"] = str(call["id"])
+    kept = {key: item for key, item in function.items() if key not in (*CALL_KEYS, *call, "type", "call_id")}
+    kept = {key: item for key, item in kept.items() if item is not None}
+    arguments = _arguments(found[0] if found else None, name, where)
+    return {**call, "type": "function", "function": {"name": name, "arguments": arguments, **kept}}
+
+
+def _arguments(value: Any, name: str, where: str) -> dict[str, Any]:
+    if value is None or (isinstance(value, str) and not value.strip()):
+        return {}
+    if isinstance(value, str):
+        value = _json(value, f"{where}: the arguments of the call of {name!r} are text that is not a JSON object")
+    if not isinstance(value, dict):
+        raise RowError(f"{where}: the arguments of the call of {name!r} must be a JSON object, this is {short(value)}")
+    return value
+
+
+def read_tools(value: Any, name: str = "tools") -> list[Any] | None:
+    """Function schemas as templates expect them, `{type: function, function: {name, …}}` each; raises `RowError`.
+
+    Args:
+        value: a list of schemas (each also as JSON text), or JSON text of one. A schema may be the bare function, flat
+            beside its type, Anthropic's (`input_schema`) or Gemini's (`function_declarations`).
+        name: of the column.
+    """
+    if isinstance(value, str):
+        value = _json(value, f"{name!r} is text that is not JSON") if value.strip() else None
+    if isinstance(value, dict):
+        value = [value]
+    if not value:
+        return None
+    if isinstance(value, list):
+        value = [
+            _json(tool, f"{name!r} holds text that is not JSON") if isinstance(tool, str) else tool for tool in value
+        ]
+    if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
+        raise RowError(f"{name!r} must be a list of objects, this is {short(value)}")
+    return [schema for tool in value for schema in _schemas(tool)]
+
+
+def _schemas(tool: dict[str, Any]) -> list[dict[str, Any]]:
+    for key in ("function_declarations", "functionDeclarations"):
+        if isinstance(declared := tool.get(key), list) and all(isinstance(one, dict) for one in declared):
+            return [schema for one in declared for schema in _schemas(one)]
+    if isinstance(tool.get("function"), dict):
+        return [{"type": "function", **tool}]
+    if not isinstance(tool.get("name"), str):
+        return [tool if "type" in tool else {"type": "function", "function": tool}]
+    function = {key: item for key, item in tool.items() if key not in ("type", *SCHEMA_KEYS)}
+    parameters = next((tool[key] for key in SCHEMA_KEYS if tool.get(key) is not None), None)
+    return [{"type": "function", "function": function | ({} if parameters is None else {"parameters": parameters})}]
+
+
+def _json(text: str, wrong: str) -> Any:
+    try:
+        return json.loads(text, parse_constant=_refuse_constant)
+    except (ValueError, RecursionError) as error:
+        raise RowError(f"{wrong} ({error}): {short(text)}") from None
+
+
+def _refuse_constant(name: str) -> Any:
+    raise ValueError(f"{name} is no JSON")
+
+
+def short(value: Any) -> str:
+    """A value in a few words, for a message."""
+    text = repr(value)
+    return f"{type(value).__name__} {text[:60]}{'…' if len(text) > 60 else ''}"
