@@ -22,7 +22,7 @@ ORDER = [
     "quickstart",
     "cli",
 ]
-ANYONE = {"errors", "files"}
+ANYONE = {"errors", "files", "untrusted"}
 
 
 def imported(path: Path) -> set[str]:

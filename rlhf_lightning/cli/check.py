@@ -1,6 +1,5 @@
 """What can be known to be wrong with a pipeline before its first stage runs."""
 
-import sys
 import tempfile
 from contextlib import suppress
 from pathlib import Path
@@ -11,6 +10,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 
 from rlhf_lightning.cli.messages import check_sections, tidy
 from rlhf_lightning.cli.stage import Finished, StageCLI, StageParser
+from rlhf_lightning.cli.user_code import allow_user_code
 from rlhf_lightning.errors import ConfigError, UserError
 from rlhf_lightning.pipeline.plan import Plan
 from rlhf_lightning.pipeline.run import check_data, stage_settings
@@ -44,11 +44,11 @@ def check_plan(plan: Plan) -> None:
     Raises:
         ConfigError: names the stage, which might have come only after hours.
     """
-    sys.path.insert(0, str(Path.cwd()))  # as for a stage: what the settings name may lie in the user's folder
     with tempfile.TemporaryDirectory() as folder:
         for stage in plan.stages:
             file = Path(folder) / f"{stage.name}.yaml"
-            file.write_text(yaml.safe_dump(stage_settings(plan, stage), allow_unicode=True))
+            file.write_text(settings := yaml.safe_dump(stage_settings(plan, stage), allow_unicode=True))
+            allow_user_code([settings])
             try:
                 ParsedStage(stage.kind, ["fit", "-c", str(file)])
                 check_data(plan, stage)

@@ -3,7 +3,6 @@
 import argparse
 import json
 import math
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -24,16 +23,15 @@ COLUMNS = {
 def run(args: list[str]) -> int:
     """Measure a policy (against another), or draw the best of N."""
     options = _parse(args)
-    # As with `python -m`: a function in the user's folder can be named by its module.
-    sys.path.insert(0, str(Path.cwd()))
-
     from rlhf_lightning.cli.logs import setup_logging
     from rlhf_lightning.cli.score import default_device
+    from rlhf_lightning.cli.user_code import allow_user_code
     from rlhf_lightning.errors import ConfigError
     from rlhf_lightning.pipeline.compare import Drawing, best_of_n, make_rewards
     from rlhf_lightning.pipeline.policies import Policy
 
     setup_logging("warning", None)
+    allow_user_code(args)
     for name in ("samples", "n", "max_tokens", "limit"):
         if (value := getattr(options, name, None)) is not None and value < 1:
             raise ConfigError(f"--{name} is {value}; it must be at least 1")

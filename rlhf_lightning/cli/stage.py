@@ -20,6 +20,7 @@ from rlhf_lightning.callbacks.checkpoint_io import candidates, newest_whole, rem
 from rlhf_lightning.cli.logs import LEVELS, setup_logging
 from rlhf_lightning.cli.messages import check_checkpoint, check_empty, check_sections, read_configs, tidy
 from rlhf_lightning.cli.report import after_stage
+from rlhf_lightning.cli.user_code import allow_user_code
 from rlhf_lightning.errors import ConfigError, UserError
 from rlhf_lightning.pipeline.plan import read_mapping
 
@@ -141,6 +142,9 @@ class StageCLI(LightningCLI):
         config = self.config[self.config["subcommand"]]
         check_empty(files, config)
         check_checkpoint(config.ckpt_path)  # before Lightning opens it
+
+    def _parse_ckpt_path(self) -> None:
+        """Nothing: Lightning would take settings from the checkpoint, and import the classes that these name."""
 
     @property
     def root(self) -> Path:
@@ -313,8 +317,7 @@ def _import(name: str) -> Any:
 
 def run(args: list[str]) -> int:
     """Run a stage command: `args` is `[kind, subcommand, …]`."""
-    # As with `python -m`: a reward or environment in the user's folder can be named by its module.
-    sys.path.insert(0, str(Path.cwd()))
+    allow_user_code(args)
     try:
         after_stage(StageCLI(args[0], args[1:]))
     except Finished as done:

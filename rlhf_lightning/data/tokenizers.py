@@ -3,7 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-from rlhf_lightning.errors import ConfigError
+from rlhf_lightning.errors import ConfigError, UserError
+from rlhf_lightning.untrusted import check_folder
 
 
 def load_tokenizer(source: Any, tokenizer: Any = None, chat_template: str | None = None, **options: Any) -> Any:
@@ -21,8 +22,13 @@ def load_tokenizer(source: Any, tokenizer: Any = None, chat_template: str | None
         try:
             # Said, since transformers would otherwise ask at the terminal.
             tokenizer = AutoTokenizer.from_pretrained(_checked(name), **{"trust_remote_code": False, **options})
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            reason = str(error).strip().splitlines()[0]
+        except UserError:
+            raise
+        except BaseException as error:
+            # Plain `Exception`, and the panic of its library, which is none, are what a broken tokenizer.json raises.
+            if not (isinstance(error, Exception) or type(error).__name__ == "PanicException"):
+                raise
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             if "trust_remote_code" in str(error):
                 reason = "it brings code; to run that, set model.model_options: {trust_remote_code: true}"
             raise ConfigError(f"no tokenizer can be loaded from {name}: {reason}. Set model.tokenizer.") from error
@@ -36,6 +42,8 @@ def _checked(name: Any) -> str:
     path = Path(name).expanduser()
     if (path.is_absolute() or str(name).startswith(".")) and not path.exists():
         raise ConfigError(f"tokenizer {str(name)!r}: no such folder (seen from {Path.cwd()})")
+    if path.is_dir():
+        check_folder(path)
     return str(path) if path.exists() else str(name)
 
 

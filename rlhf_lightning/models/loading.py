@@ -3,7 +3,7 @@
 import logging
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +18,7 @@ from rlhf_lightning.errors import ConfigError, UserError
 from rlhf_lightning.files import hash_folder, read_object, write_json
 from rlhf_lightning.models.lora import LoRA, base_of, is_quantised
 from rlhf_lightning.models.sharding import layers_of
+from rlhf_lightning.untrusted import check_folder
 
 log = logging.getLogger(__name__)
 AUTO_CLASSES = {
@@ -28,9 +29,11 @@ HEADS = ("score", "classifier", "classification_head")
 LOAD_ERRORS = (
     OSError,
     ValueError,
-    KeyError,
+    LookupError,
     TypeError,
     AttributeError,
+    ArithmeticError,
+    ImportError,
     RuntimeError,
     SafetensorError,
     StrictDataclassError,
@@ -68,7 +71,7 @@ class Start:
             if self._quantised and not is_quantised(self.source):
                 raise ConfigError("lora.quantize: the model is an object; load it quantised, or give its folder")
             return self._with_lora(self.source)
-        folder = check_source(self.source)
+        folder = check_source(self.source, self.options)
         if not is_adapter(folder):
             return self._with_lora(self._pretrained(folder))
         return self._from_adapter(Path(folder), workdir)
@@ -198,8 +201,12 @@ def _merged_from(folder: Path) -> str | None:
     return read_object(path).get("adapter") if path.is_file() else None
 
 
-def check_source(source: Any) -> str:
-    """A model source as text, with the mistakes that are common refused; raises `ConfigError`."""
+def check_source(source: Any, options: Mapping[str, Any] | None = None) -> str:
+    """A model source as text, with the mistakes that are common refused, and folders that ask for more than reading.
+
+    Raises:
+        ConfigError: see `untrusted.check_folder`, which `options` (of `from_pretrained`) are for.
+    """
     text = os.path.expanduser(str(source))
     if text.endswith(".ckpt"):
         raise ConfigError(
@@ -213,6 +220,8 @@ def check_source(source: Any) -> str:
     if path.is_dir() and not any((path / name).exists() for name in ("config.json", "adapter_config.json")):
         inside = f"; did you mean {path / 'model'}?" if (path / "model").is_dir() else ""
         raise ConfigError(f"model {text!r}: the folder has neither config.json nor adapter_config.json{inside}")
+    if path.is_dir():
+        check_folder(path, options)
     return text
 
 

@@ -1,0 +1,72 @@
+"""Code in the folder where a command is run: it can be imported where the user has named it, and not otherwise.
+
+With that folder on `sys.path`, as `python -m` has it, whatever a library looks for could come from there: a model
+folder that was downloaded under the name of a package that is not installed would be imported as that package.
+"""
+
+import re
+import sys
+from collections.abc import Iterable, Sequence
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec, PathFinder
+from pathlib import Path
+from types import FrameType, ModuleType
+
+_DOTTED = re.compile(r"(?<![\w./\\-])([A-Za-z_]\w*)\.(?=[A-Za-z_])")
+_FILE = re.compile(r"[^\s'\"\[\]{},:=]+\.ya?ml")
+
+
+class UserFolder(MetaPathFinder):
+    """Finds the modules of a folder that were named, and what these import from beside them."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.named: set[str] = set()
+        self._served: set[str] = set()
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        """Of a top-level module only: a package finds its own."""
+        if path is not None or not (fullname in self.named or _importer() in self._served):
+            return None
+        spec = PathFinder.find_spec(fullname, [str(self.folder)], target)
+        if spec is not None:
+            self._served.add(fullname)
+        return spec
+
+
+def _importer() -> str:
+    """Top-level name of the module whose code asked for an import."""
+    frame: FrameType | None = sys._getframe(2)
+    while frame is not None and "importlib" in frame.f_code.co_filename:
+        frame = frame.f_back
+    return str(frame.f_globals.get("__name__", "")).partition(".")[0] if frame else ""
+
+
+def allow_user_code(texts: Iterable[str]) -> None:
+    """Let the current folder's modules be imported whose dotted names stand in `texts`, or in YAML files named there.
+
+    Args:
+        texts: arguments of the command, or the text of settings.
+    """
+    here = Path.cwd()
+    finder = next((one for one in sys.meta_path if isinstance(one, UserFolder) and one.folder == here), None)
+    if finder is None:
+        finder = UserFolder(here)
+        sys.meta_path.insert(0, finder)
+    finder.named |= _names(texts, here)
+
+
+def _names(texts: Iterable[str], folder: Path) -> set[str]:
+    found: set[str] = set()
+    waiting, seen = [(text, folder) for text in texts], set[Path]()
+    while waiting:
+        text, place = waiting.pop()
+        found |= set(_DOTTED.findall(text))
+        for name in _FILE.findall(text):
+            for file in {(folder / name).resolve(), (place / name).resolve()} - seen:
+                if file.is_file():
+                    seen.add(file)
+                    waiting.append((file.read_text(encoding="utf-8", errors="replace"), file.parent))
+    return found
