@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: quickstart test test-slow lint format clean
+.PHONY: quickstart test test-slow test-processors lint format clean
 
 quickstart: $(STAMP)
 	$(BIN)/rlhf quickstart $(ARGS)
@@ -14,7 +14,12 @@ test: $(STAMP)
 	$(BIN)/pytest -n 2 -m "not slow" $(ARGS)
 
 test-slow: $(STAMP)
-	$(BIN)/pytest $(ARGS)
+	# What `make test` leaves out, one after another; then what it runs, as on other processors.
+	$(BIN)/pytest -m slow $(ARGS)
+	$(if $(ARGS),,$(BIN)/python -m tests.processors)
+
+test-processors: $(STAMP)
+	$(BIN)/python -m tests.processors $(ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-# Before torch is imported: forked ranks hang if their parent ran several OpenMP threads, and the models are tiny.
-os.environ["OMP_NUM_THREADS"] = "1"
+# Before torch is imported. One thread, as the models are tiny; tests/processors.py tries two.
+os.environ["OMP_NUM_THREADS"] = os.environ.get("RLHF_TEST_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
@@ -20,7 +20,9 @@ from transformers.utils import logging as transformers_logging
 from rlhf_lightning.quickstart.model import make_tokenizer
 
 transformers_logging.disable_progress_bar()
-torch.set_num_threads(1)
+torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+# Forked ranks would wait for the OpenMP threads of their parent, which they do not have.
+os.register_at_fork(after_in_child=lambda: torch.set_num_threads(1))
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 TEXTS = [

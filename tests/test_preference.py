@@ -403,7 +403,7 @@ def test_stored_references_are_the_references(lora: LoRA | None, base: str, tmp_
     file = write_rows(tmp_path / "pairs.jsonl", pairs(9))
 
     def once(root: str, store: bool, epochs: int = 2, file: str = file, model: str = base) -> Any:
-        """At a rate at which a last bit of the reference stays one: the adapter diverges at 0.1, which makes it 1e-2."""
+        """At a rate at which a last bit stays one: at 0.1 the adapter diverges, and makes 1e-2 of it."""
         torch.manual_seed(0)
         scorer = ImplicitReward(BETA, store=store)
         module = PreferenceModule(model, scorer, lora=lora, optimizer=sgd(0.01), dtype="float64")
