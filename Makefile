@@ -11,7 +11,7 @@ quickstart: $(STAMP)
 
 test: $(STAMP)
 	# Two processes of one thread each (tests/conftest.py).
-	$(BIN)/pytest -n 2 -m "not slow" $(ARGS)
+	$(BIN)/pytest -n 2 --dist worksteal -m "not slow" $(ARGS)
 
 test-slow: $(STAMP)
 	# What `make test` leaves out, one after another; then what it runs, as on other processors.

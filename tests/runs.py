@@ -1,4 +1,8 @@
-"""Runs of the command in forked processes: `rlhf` as a user starts it, without the seconds that imports take."""
+"""Runs of the command in forked processes: `rlhf` as a user starts it, without the seconds that imports take.
+
+What only a process of its own can show (`python -m rlhf_lightning` starts, prints and ends) is in the tests that call
+`subprocess`.
+"""
 
 import os
 import signal
@@ -8,35 +12,47 @@ import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import pytest
 import torch
 
 
-class Run:
-    """A command under way in a process of its own, at the head of a group of its own."""
+class Forked:
+    """A forked process: what is used of `subprocess.Popen`."""
 
-    def __init__(self, args: list[str], output: Path, before: Callable[[], Any] | None = None) -> None:
-        self.output, self.started = output, time.monotonic()
+    def __init__(self, child: Callable[[], Any], output: Path | None = None, group: Callable[[], Any] = os.setsid):
+        self.code: int | None = None
         sys.stdout.flush()
         sys.stderr.flush()
         self.pid = os.fork()
         if not self.pid:
-            self._child(args, before)
+            group()
+            _run(child, output)
 
-    def _child(self, args: list[str], before: Callable[[], Any] | None) -> None:
-        def command() -> None:
-            # What pytest does to signals and logs is not what a user has.
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            if before:
-                before()
-            from rlhf_lightning.cli.main import main
+    def poll(self) -> int | None:
+        """Its exit code (negative: by a signal), once it has ended."""
+        return self._ended(os.WNOHANG)
 
-            main(args)
+    def send_signal(self, number: int) -> None:
+        """A signal to the process, if it has not ended."""
+        if self.poll() is None:
+            os.kill(self.pid, number)
 
-        os.setsid()
-        _run(command, self.output)
+    def _ended(self, flags: int) -> int | None:
+        if self.code is None:
+            pid, status = os.waitpid(self.pid, flags)
+            self.code = os.waitstatus_to_exitcode(status) if pid else None
+        return self.code
+
+
+class Run(Forked):
+    """A command under way in a process of its own, at the head of a group of its own."""
+
+    def __init__(self, args: list[str], output: Path, before: Callable[[], Any] | None = None) -> None:
+        super().__init__(lambda: _command(args, before), output)
+        self.output = output
 
     def send(self, number: int) -> None:
         """A signal to the process and what it started."""
@@ -47,20 +63,51 @@ class Run:
                 os.kill(self.pid, number)
 
     def wait(self, limit: float = 120) -> int:
-        """Its exit code (negative: by a signal); killed where it takes longer than `limit` seconds."""
-        while time.monotonic() - self.started < limit:
-            pid, status = os.waitpid(self.pid, os.WNOHANG)
-            if pid:
-                return os.waitstatus_to_exitcode(status)
+        """Its exit code; killed where it takes longer than `limit` seconds from here."""
+        begun = time.monotonic()
+        while time.monotonic() - begun < limit:
+            if (code := self.poll()) is not None:
+                return code
             time.sleep(0.005)
         self.send(signal.SIGKILL)
-        os.waitpid(self.pid, 0)
+        self._ended(0)
         raise AssertionError(f"no end after {limit} s: {self.text}")
 
     @property
     def text(self) -> str:
         """What it wrote."""
         return self.output.read_text() if self.output.exists() else ""
+
+
+class Stage(Forked):
+    """A stage that a pipeline started, forked."""
+
+    def __init__(self, command: list[str], process_group: int) -> None:
+        assert command[:3] == [sys.executable, "-m", "rlhf_lightning"]
+        super().__init__(lambda: _command(command[3:]), group=lambda: os.setpgid(0, process_group))
+
+    def __enter__(self) -> "Stage":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.wait()
+
+    def wait(self) -> int:
+        """Its exit code."""
+        while (code := self._ended(0)) is None:
+            pass
+        return code
+
+
+@pytest.fixture
+def forked_stages(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stages of a pipeline that runs in this process are forked."""
+    fork_stages(monkeypatch)
+
+
+def fork_stages(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The stages of pipelines, from here on, are forked."""
+    monkeypatch.setattr("rlhf_lightning.pipeline.passing.subprocess", SimpleNamespace(Popen=Stage))
 
 
 def complete(args: list[str], output: Path, code: int = 0, before: Callable[[], Any] | None = None) -> str:
@@ -106,14 +153,28 @@ def in_ranks(world: int, function: Callable[[], Any], folder: Path, limit: float
     assert fine, f"{codes}, the others were ended\n{texts}"
 
 
-def _run(function: Callable[[], Any], output: Path) -> None:
-    """In a forked process: run to its end as the interpreter does, with what is printed in a file."""
+def _command(args: list[str], before: Callable[[], Any] | None = None) -> None:
+    # What pytest does to signals and logs is not what a user has.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    for number in (signal.SIGTERM, signal.SIGTSTP, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+    sys.argv = ["rlhf", *args]
+    if before:
+        before()
+    from rlhf_lightning.cli.main import main
+
+    main(args)
+
+
+def _run(function: Callable[[], Any], output: Path | None = None) -> None:
+    """In a forked process: run to its end as the interpreter does, with what is printed in a file if one is given."""
     code = 1
     try:
-        file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        os.dup2(file, 1)
-        os.dup2(file, 2)
-        sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
+        if output:
+            file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+            os.dup2(file, 1)
+            os.dup2(file, 2)
+        sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1, closefd=False) for number in (1, 2))
         torch.set_num_threads(1)
         function()
         code = 0
@@ -122,6 +183,8 @@ def _run(function: Callable[[], Any], output: Path) -> None:
     except BaseException:  # noqa: BLE001 - as the interpreter does
         traceback.print_exc()
     finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+        try:
+            sys.stdout.flush()
+            sys.stderr.flush()
+        finally:  # in no case back into the tests
+            os._exit(code)

@@ -1,9 +1,12 @@
 """The commands as a user meets them: every config, the pipeline, resume, and what a mistake gives."""
 
 import json
+import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
@@ -15,6 +18,7 @@ from rlhf_lightning.errors import ConfigError, UserError
 from rlhf_lightning.pipeline.plan import merged, nested, read_plan
 from rlhf_lightning.pipeline.run import run_pipeline
 from tests.conftest import chats, pairs, prompts, write_rows
+from tests.runs import complete
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted(
@@ -63,7 +67,13 @@ def mistake(args: list[str], capsys: pytest.CaptureFixture[str]) -> str:
 
 
 def rlhf(*args: str, cwd: Path | None = None, code: int = 0) -> str:
-    """Run a command as a user would; its output."""
+    """Run a command as a user would, forked; its output."""
+    with TemporaryDirectory() as folder:
+        return complete(list(args), Path(folder) / "output", code, partial(os.chdir, cwd) if cwd else None)
+
+
+def rlhf_process(*args: str, cwd: Path | None = None, code: int = 0) -> str:
+    """Run a command in a process of its own, with the seconds that imports take; its output."""
     out = subprocess.run(
         [sys.executable, "-m", "rlhf_lightning", *args], capture_output=True, text=True, cwd=cwd, timeout=200
     )
@@ -97,7 +107,7 @@ def test_a_stage_in_its_folder(base: str, tmp_path: Path) -> None:
     """Run, left alone when run again, refused with other settings, started over, predicted with."""
     config = write_yaml(tmp_path / "sft.yaml", stage_config("sft", base, tmp_path))
     args = ["sft", "fit", "-c", config, "--trainer.default_root_dir", str(tmp_path / "run")]
-    out = rlhf(*args)
+    out = rlhf_process(*args)
     assert "12 rows read" in out
     assert "step 3/3" in out
     run = tmp_path / "run"
@@ -224,6 +234,7 @@ def pipeline_of(base: str, tmp_path: Path, **preference: Any) -> dict[str, Any]:
     return {"name": "test", "seed": 3, "root": str(tmp_path / "run"), "stages": stages}
 
 
+@pytest.mark.usefixtures("forked_stages")
 @pytest.mark.parametrize("lora", [None, pytest.param({"rank": 2, "target": ["all"]}, marks=pytest.mark.slow)])
 def test_a_pipeline_hands_models_over(base: str, tmp_path: Path, lora: Any, capfd: pytest.CaptureFixture[str]) -> None:
     plan = pipeline_of(base, tmp_path)
@@ -263,6 +274,7 @@ def test_a_pipeline_hands_models_over(base: str, tmp_path: Path, lora: Any, capf
     assert "finished already" in capfd.readouterr().out
 
 
+@pytest.mark.usefixtures("forked_stages")
 def test_a_failed_preference_stage(base: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     plan = pipeline_of(base, tmp_path, overrides={"data.train": str(tmp_path / "missing.jsonl")})
     with pytest.raises(UserError, match="stage preference failed"):

@@ -31,7 +31,7 @@ from rlhf_lightning.rollout.runner import Limits
 from rlhf_lightning.rollout.sampler import Sampler
 from tests.conftest import chats, pairs, prompts, sgd, trainer
 from tests.runs import complete
-from tests.test_cli import mistake, rlhf, stage_config, write_yaml
+from tests.test_cli import mistake, rlhf_process, stage_config, write_yaml
 from tests.test_preference import labelled, rankings
 
 PAGE = (Path(__file__).parents[1] / "docs" / "metrics.md").read_text()
@@ -181,7 +181,7 @@ def test_wandb_without_network(base: str, tmp_path: Path, monkeypatch: pytest.Mo
     asked = lightning_logger("WandbLogger", save_dir=str(tmp_path / "wb"), offline="true")
     (tmp_path / "wb").mkdir()
     monkeypatch.setenv("WANDB_SILENT", "true")
-    rlhf(*fit(base, tmp_path, *asked))  # in a process that ends as a user's does: wandb writes its last rows then
+    rlhf_process(*fit(base, tmp_path, *asked))  # in a process that ends as a user's does: wandb writes its last rows then
     [file] = (tmp_path / "wb").rglob("run-*.wandb")
     assert b"train/nll" in file.read_bytes()
 

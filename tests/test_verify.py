@@ -15,6 +15,7 @@ from rlhf_lightning.cli.pipeline import run as command
 from rlhf_lightning.errors import ConfigError
 from rlhf_lightning.pipeline.run import run_pipeline
 from rlhf_lightning.pipeline.verify import verify_run
+from tests.runs import Run, fork_stages
 from tests.test_cli import rlhf, stage_config, write_yaml
 
 
@@ -38,7 +39,9 @@ def finished(tmp_path_factory: pytest.TempPathFactory, session_tokenizer: Any) -
     folder = tmp_path_factory.mktemp("verified")
     build_model(session_tokenizer).save_pretrained(folder / "base")
     session_tokenizer.save_pretrained(folder / "base")
-    run_pipeline(three(str(folder / "base"), folder))
+    with pytest.MonkeyPatch.context() as patch:
+        fork_stages(patch)
+        run_pipeline(three(str(folder / "base"), folder))
     return folder
 
 
@@ -147,9 +150,9 @@ def stuck(completions):
 
 
 class Started:
-    """A pipeline of one policy stage under way, in a session of its own, as from a terminal."""
+    """A pipeline of one policy stage under way, in a session of its own, as from a terminal; or forked."""
 
-    def __init__(self, base: str, folder: Path, function: str = "slow") -> None:
+    def __init__(self, base: str, folder: Path, function: str = "slow", forked: bool = False) -> None:
         (folder / "mine.py").write_text(SLOW)
         settings = stage_config("policy", base, folder)
         settings["trainer"] |= {"max_epochs": 100_000}
@@ -157,15 +160,24 @@ class Started:
         settings["model"]["rewards"] = [{**reward, "init_args": {"function": f"mine.{function}"}}]
         write_yaml(folder / "policy.yaml", settings)
         plan = {"name": "long", "root": str(folder / "run"), "stages": [{"kind": "policy", "config": "policy.yaml"}]}
-        self.command = [sys.executable, "-m", "rlhf_lightning", "pipeline", write_yaml(folder / "plan.yaml", plan)]
-        self.folder, self.out = folder, folder / "out.txt"
+        self.args = ["pipeline", write_yaml(folder / "plan.yaml", plan)]
+        self.folder, self.out, self.forked = folder, folder / "out.txt", forked
         self.process = self.start()
 
-    def start(self) -> subprocess.Popen:
+    def start(self) -> Any:
+        self.out.touch()
+        if self.forked:
+            return Run(self.args, self.out, self.prepare)
         with open(self.out, "ab") as out:
+            command = [sys.executable, "-m", "rlhf_lightning", *self.args]
             return subprocess.Popen(
-                self.command, stdout=out, stderr=subprocess.STDOUT, cwd=self.folder, start_new_session=True
+                command, stdout=out, stderr=subprocess.STDOUT, cwd=self.folder, start_new_session=True
             )
+
+    def prepare(self) -> None:
+        os.chdir(self.folder)
+        fork_stages(patch := pytest.MonkeyPatch())
+        patch.setattr("rlhf_lightning.pipeline.passing.PATIENCE", 1.0)
 
     def wait_for(self, text: str, limit: float = 120) -> None:
         begun = time.monotonic()
@@ -175,9 +187,15 @@ class Started:
             time.sleep(0.05)
 
     def gone(self) -> bool:
-        """Whether nothing of the stage is left."""
-        found = subprocess.run(["pgrep", "-f", str(self.folder / "run" / "policy" / "input.yaml")], capture_output=True)
-        return found.returncode == 1
+        """Whether no process is left in its folder."""
+        return not [process for process in Path("/proc").glob("[0-9]*") if folder_of(process) == self.folder]
+
+
+def folder_of(process: Path) -> Path | None:
+    try:
+        return (process / "cwd").readlink()
+    except OSError:  # it has ended, or belongs to somebody else
+        return None
 
 
 @pytest.fixture
@@ -194,7 +212,7 @@ def started() -> Any:
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_reaches_the_stage_which_saves(number: int, base: str, tmp_path: Path, started: Any) -> None:
-    run = started(Started(base, tmp_path))
+    run = started(Started(base, tmp_path, forked=number == signal.SIGTERM))
     run.wait_for("round 0")
     if number == signal.SIGINT:
         os.killpg(run.process.pid, number)  # as a terminal sends it, to all in the foreground
@@ -207,6 +225,7 @@ def test_a_signal_reaches_the_stage_which_saves(number: int, base: str, tmp_path
     assert f"stopped after {saved.stem.replace('=', ' ')}" in text
     assert "Traceback" not in text
     assert json.loads((tmp_path / "run" / "manifest.json").read_text())["stages"]["policy"]["status"] == "running"
+    run.forked = True
     run.process = run.start()
     run.wait_for(f"resuming {tmp_path / 'run' / 'policy'} from {saved}")
     run.process.send_signal(signal.SIGTERM)
@@ -214,7 +233,7 @@ def test_a_signal_reaches_the_stage_which_saves(number: int, base: str, tmp_path
 
 
 def test_a_second_ctrl_c_stops_at_once(base: str, tmp_path: Path, started: Any) -> None:
-    run = started(Started(base, tmp_path, "stuck"))
+    run = started(Started(base, tmp_path, "stuck", forked=True))
     run.wait_for("policy: policy in")
     log = tmp_path / "run" / "logs" / "run.log"
     while not log.exists() or "rows read" not in log.read_text():
@@ -264,11 +283,13 @@ def test_ctrl_z_halts_the_stage_too(tmp_path: Path) -> None:
         assert process.stdout.read() == "0\n"
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(900)
 def test_same_seed_same_weights(base: str, tmp_path: Path) -> None:
     for kind in ("sft", "preference", "policy"):
-        config = write_yaml(tmp_path / f"{kind}.yaml", stage_config(kind, base, tmp_path))
+        settings = stage_config(kind, base, tmp_path)
+        if kind == "policy":
+            settings["model"]["rewards"] = [{"class_path": "rlhf_lightning.rollout.rewards.KeywordReward"}]
+            settings["model"]["rewards"][0]["init_args"] = {"keywords": ["a", "e"], "min_words": 1}
+        config = write_yaml(tmp_path / f"{kind}.yaml", settings)
         hashes = {}
         for name, seed in (("a", 1), ("b", 1), ("c", 2)):
             args = ["--trainer.default_root_dir", str(tmp_path / kind / name), "--seed_everything", str(seed)]
