@@ -190,8 +190,13 @@ class RowDataModule(pl.LightningDataModule):
                 tokenizer = self.trainer.lightning_module.tokenizer
             elif isinstance(tokenizer, str):
                 tokenizer = load_tokenizer(tokenizer)
-            self._renderer = Renderer(tokenizer, self.format, self.template_kwargs)
+            self._renderer = Renderer(tokenizer, self.format, self.template_kwargs, self._model_stops())
         return self._renderer
+
+    def _model_stops(self) -> list[int]:
+        """What ends a response by the generation config of the model that the trainer runs."""
+        module = self.trainer.lightning_module if self.trainer is not None else None
+        return getattr(module, "end_token_ids", [])
 
     @property
     def pad_id(self) -> int:

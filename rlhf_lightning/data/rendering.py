@@ -1,7 +1,7 @@
 """Conversations to tokens and a mask of what is trained: the only place where text becomes tokens."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -58,13 +58,20 @@ class Renderer:
         tokenizer: a Hugging Face tokenizer.
         format: `chat` renders by the chat template (a string is one user message); `raw` concatenates text.
         template_kwargs: passed to the template (for example `{"enable_thinking": False}`).
+        stop_token_ids: further ids that end a response, as a rule those of the model's generation config.
 
     Raises:
         ConfigError: no chat template (for `chat`), or no token that ends a turn. Where a template does not end an
             assistant turn, the tokenizer's eos_token is put there.
     """
 
-    def __init__(self, tokenizer: Any, format: str = "chat", template_kwargs: dict[str, Any] | None = None) -> None:
+    def __init__(
+        self,
+        tokenizer: Any,
+        format: str = "chat",
+        template_kwargs: dict[str, Any] | None = None,
+        stop_token_ids: Iterable[int] = (),
+    ) -> None:
         if format not in ("chat", "raw"):
             raise ConfigError(f"format is {format!r}; it must be 'chat' or 'raw'")
         self.tokenizer = tokenizer
@@ -75,13 +82,22 @@ class Renderer:
                 f"the tokenizer {tokenizer.name_or_path or ''} has no chat template. "
                 "Name one with model.chat_template: FILE.jinja, or set data.format: raw for plain text."
             )
-        self.stop_token_ids, self.stop_strings = self._stops()
+        self.stop_token_ids: list[int] = []
+        """Whatever ends a response: the ends of turns, the tokenizer's eos_token, and what was given."""
+        self.also_stop_at(stop_token_ids)
+        self.turn_end_ids, self.stop_strings = self._stops()
+        """The ids, and the texts, by which rendered turns end."""
+        self.also_stop_at(self.turn_end_ids)
         self.prefix_ids, self.suffix_ids = added_tokens(tokenizer)
 
     @classmethod
-    def suited(cls, tokenizer: Any) -> "Renderer":
+    def suited(cls, tokenizer: Any, stop_token_ids: Iterable[int] = ()) -> "Renderer":
         """By the chat template where the tokenizer has one, else plain text."""
-        return cls(tokenizer, "chat" if tokenizer.chat_template else "raw")
+        return cls(tokenizer, "chat" if tokenizer.chat_template else "raw", stop_token_ids=stop_token_ids)
+
+    def also_stop_at(self, ids: Iterable[int]) -> None:
+        """Add ids that end a response."""
+        self.stop_token_ids = sorted({*self.stop_token_ids, *ids})
 
     def settings(self) -> dict[str, Any]:
         """What `stage.json` keeps, to render the same way again with the same tokenizer."""
@@ -91,17 +107,17 @@ class Renderer:
         eos = self.tokenizer.eos_token_id
         ids = set() if eos is None else {eos}
         turn_end = self.template.turn_end if self.format == "chat" else None
-        marker = self.template.first_marker(turn_end or "")
-        if marker:
-            ids.add(self.tokenizer.convert_tokens_to_ids(marker))
-        if not ids:
+        markers = self.template.end_markers if self.format == "chat" else []
+        ids |= {self.tokenizer.convert_tokens_to_ids(marker) for marker in markers}
+        if not ids and not self.stop_token_ids:
             raise ConfigError(
                 f"the tokenizer {self.tokenizer.name_or_path or ''} has no stop token (eos_token), and its template "
                 "ends a turn with none: a model trained so would never stop. Set eos_token in tokenizer_config.json."
             )
         if self.format == "chat" and not self.template.ends_turns:
             log.info("the chat template does not end an assistant turn; %s is put there", self.tokenizer.eos_token)
-        return sorted(ids), [turn_end] if turn_end and not marker else []
+        by_text = turn_end and self.template.first_marker(turn_end) is None
+        return sorted(ids), [turn_end] if turn_end and by_text else []
 
     # -- what the data modules call -------------------------------------------------------------------------------
 
@@ -190,12 +206,12 @@ class Renderer:
     # -- tokens ---------------------------------------------------------------------------------------------------
 
     def _rows(self, messages: list[Message], tools: list[Any] | None, selected: list[bool]) -> list[Rendered]:
-        rows = [self._tokenize(text, spans) for text, spans in self.template.spans(messages, tools, selected)]
-        if not self.template.ends_turns:
-            for row in rows:
-                if row.ids[-1:] != [self._eos()] or not row.mask[-1]:
-                    row.ids.append(self._eos())
-                    row.mask.append(1)
+        rows = []
+        for text, spans, ended in self.template.spans(messages, tools, selected):
+            rows.append(self._tokenize(text, spans))
+            if not ended and (rows[-1].ids[-1:] != [self._eos()] or not rows[-1].mask[-1]):
+                rows[-1].ids.append(self._eos())
+                rows[-1].mask.append(1)
         return rows
 
     def _tokenize(self, text: str, spans: list[tuple[int, int]]) -> Rendered:

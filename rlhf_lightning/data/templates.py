@@ -5,6 +5,8 @@ conversation before it with the generation prompt: what the turn adds to that is
 it ends is found by rendering the same turn with a sentinel as content: what follows the sentinel closes a turn.
 """
 
+from collections.abc import Iterator
+from contextlib import suppress
 from datetime import datetime
 from typing import Any
 
@@ -16,6 +18,7 @@ from rlhf_lightning.errors import ConfigError
 TEMPLATE_DATE = "2025-01-01"
 RECENT = 4  # renderings that are kept: a turn, what comes before it with and without a prompt to go on, the sentinel
 _SENTINEL = "\ue000sentinel\ue001"
+_ASKED: list[Message] = [{"role": "user", "content": "Hello"}]
 # transformers hands plain data to templates, no functions: the date is fixed by a macro that shadows its own.
 _FIXED_DATE = (
     "{%- macro strftime_now(format) -%}{{ format"
@@ -52,11 +55,15 @@ class ChatTemplate:
         special = {str(token) for token in added if token.special} | set(tokenizer.all_special_tokens)
         self.markers = sorted(special, key=len, reverse=True)
         self._check_prints()
-        try:
-            self.turn_end: str | None = self.closing([{"role": "user", "content": "Hello"}], "assistant").strip()
-        except RowError:
-            self.turn_end = None  # a template that wants other roles than these; its rows will show how turns end
+        self.turn_end: str | None = None
+        """What closes an assistant turn; None for a template that wants other roles, whose rows will show it."""
+        self._ending = ""
+        """What of it ends the turn, up to its last special token: the rest is of the end of a conversation."""
+        with suppress(RowError):
+            self.turn_end = self.closing(_ASKED, "assistant").strip()
+            self._ending = self._ends_with(self.turn_end)
         self.ends_turns = self.turn_end != ""
+        self.end_markers = self._find_ends()
 
     def _check_prints(self) -> None:
         """Refuse a template that prints nothing of what is said: prompts and answers would all be the same."""
@@ -117,8 +124,8 @@ class ChatTemplate:
         source = self.tokenizer.get_chat_template(None, tools)
         return _FIXED_DATE + source if "strftime_now" in source else source
 
-    def spans(self, messages: list[Message], tools: Tools, selected: list[bool]) -> list[tuple[str, list[Any]]]:
-        """Texts with the (start, end) of each selected message in them.
+    def spans(self, messages: list[Message], tools: Tools, selected: list[bool]) -> list[tuple[str, list[Any], bool]]:
+        """Texts with the (start, end) of each selected message in them, and whether these end their turns.
 
         One text, or, where an earlier turn is not rendered in the whole as it was when it was the last (templates
         that drop earlier reasoning or move a marker), one for each selected message, rendered up to it. Likewise where
@@ -129,10 +136,17 @@ class ChatTemplate:
         found = []
         for i in (i for i, chosen in enumerate(selected) if chosen):
             upto = text if i == last else self.render(messages[: i + 1], tools)
-            found.append((upto, self.span(messages, i, upto, tools)))
-        if self.ends_turns and all(text.startswith(upto[:end]) for upto, (_, end) in found):
-            return [(text, [span for _, span in found])]
-        return [(upto, [span]) for upto, span in found]
+            span = self.span(messages, i, upto, tools)
+            found.append((upto, [span], self.ends_turns and self._ended(messages[i]["role"], upto[: span[1]])))
+        if all(ended and text.startswith(upto[: span[1]]) for upto, (span,), ended in found):
+            return [(text, [span for _, (span,), _ in found], True)]
+        return found
+
+    def _ended(self, role: str, upto: str) -> bool:
+        """Whether a turn is over where a text is: some templates end a turn that calls a tool by nothing."""
+        if role != "assistant" or self.turn_end is None:
+            return True
+        return upto.endswith((*self.markers, self.turn_end))
 
     def span(self, messages: list[Message], i: int, upto: str, tools: Tools) -> tuple[int, int]:
         """Where message i, the last in the text `upto`, begins and ends; its closing marker is part of it."""
@@ -141,9 +155,12 @@ class ChatTemplate:
             closing = self.closing(before, message["role"], tools)
         except RowError:
             closing = ""
-        tail = closing.rstrip()
-        end = len(upto.rstrip())
-        if tail and upto.rstrip().endswith(tail):
+        tail, shown = closing.rstrip(), upto.rstrip()
+        end = len(shown)
+        if self._ending and tail.startswith(self._ending):
+            rest = tail[len(self._ending) :]
+            end -= len(rest) if rest.strip() and shown.endswith(rest) else 0
+        elif tail and shown.endswith(tail):
             marker = self.first_marker(tail)
             end -= len(tail) - (tail.index(marker) + len(marker) if marker else len(tail))
         return min(self._start(before, message["role"], upto, tools), end), end
@@ -162,15 +179,49 @@ class ChatTemplate:
         # the content by accident, which the rendering with another content cannot.
         return min(shared or len(upto), _common_prefix(self._with_sentinel(before, role, tools), upto))
 
-    def _with_sentinel(self, before: list[Message], role: str, tools: Tools) -> str:
-        return self.render([*before, {"role": role, "content": _SENTINEL}], tools)
+    def _with_sentinel(self, before: list[Message], role: str, tools: Tools, prompts: bool = False) -> str:
+        return self.render([*before, {"role": role, "content": _SENTINEL}], tools, prompts)
 
-    def closing(self, before: list[Message], role: str, tools: Tools = None) -> str:
+    def closing(self, before: list[Message], role: str, tools: Tools = None, prompts: bool = False) -> str:
         """What the template puts after the content of a message of this role in this place."""
-        _, found, closing = self._with_sentinel(before, role, tools).rpartition(_SENTINEL)
+        _, found, closing = self._with_sentinel(before, role, tools, prompts).rpartition(_SENTINEL)
         if not found:
             raise RowError(f"the chat template does not render the content of role {role!r}")
         return closing
+
+    def _ends_with(self, closing: str) -> str:
+        """What ends an assistant turn, of what closes it at the end of a conversation; nothing without a special token.
+
+        There a template may close more than the turn (an end of all text). The turn itself is closed where another may
+        follow as well: by the last special token that both have.
+        """
+        first = self.first_marker(closing)
+        if first is None:
+            return ""
+        end = closing.index(first) + len(first)
+        if self.render(_ASKED) != self.render(_ASKED, add_generation_prompt=True):  # else it may prompt everywhere
+            with suppress(RowError):
+                followed = self.closing(_ASKED, "assistant", prompts=True).lstrip()
+                shared = closing[: _common_prefix(closing, followed)]
+                end = max([end, *(shared.rindex(m) + len(m) for m in self.markers if m in shared)])
+        return closing[:end]
+
+    def _find_ends(self) -> list[str]:
+        """The special tokens that end turns of an assistant: plain ones, with a thought, with calls of tools.
+
+        A token that is also found within a turn (between two calls) does not end one.
+        """
+        ends, inside = [], []
+        for messages, tools in _turns():
+            with suppress(RowError):
+                upto = self.render(messages, tools)
+                start, end = self.span(messages, len(messages) - 1, upto, tools)
+                marker = next((marker for marker in self.markers if upto[start:end].endswith(marker)), "")
+                ends.append(marker)
+                inside.append(upto[start : end - len(marker)])
+        plain = next((marker for marker in self.markers if self._ending.endswith(marker)), "")
+        within = {marker for marker in ends if marker and any(marker in text for text in inside)}
+        return sorted({marker for marker in (plain, *ends) if marker and (marker == plain or marker not in within)})
 
     def first_marker(self, closing: str) -> str | None:
         """The special token that stands first in a closing text."""
@@ -183,6 +234,27 @@ class ChatTemplate:
             if marker in text:
                 text = text.replace(marker, "")
         return len(text.encode())
+
+
+def _turns() -> Iterator[tuple[list[Message], Tools]]:
+    """Conversations that end with each kind of assistant turn; a template refuses those that it does not know."""
+    schema: Any = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
+    tools = [{"type": "function", "function": {"name": "weather", "description": "Weather", "parameters": schema}}]
+    thought = {"role": "assistant", "reasoning_content": "Hm.", "content": "Hi"}
+    yield [*_ASKED, {"role": "assistant", "content": "Hi"}], None
+    yield [*_ASKED, thought], None
+    # Arguments are an object to most templates, and JSON text to some; ids are checked by some.
+    for arguments in ({"city": "Oslo"}, '{"city": "Oslo"}'):
+        calls = [
+            {"type": "function", "id": f"call0000{i}", "function": {"name": "weather", "arguments": arguments}}
+            for i in range(2)
+        ]
+        for called in (calls[:1], calls):
+            for turn in ({"content": ""}, {"content": "", "reasoning_content": "Hm."}):
+                yield [*_ASKED, {"role": "assistant", **turn, "tool_calls": called}], tools
+        turn = {"role": "assistant", "content": "", "tool_calls": calls[:1]}
+        result = {"role": "tool", "name": "weather", "tool_call_id": "call00000", "content": "Rain"}
+        yield [*_ASKED, turn, result, {"role": "assistant", "content": "Hi"}], tools
 
 
 def _common_prefix(a: str, b: str) -> int:

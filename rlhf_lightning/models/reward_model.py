@@ -11,6 +11,7 @@ from rlhf_lightning.data.conversations import Message, to_messages
 from rlhf_lightning.data.rendering import Renderer
 from rlhf_lightning.data.tokenizers import load_tokenizer
 from rlhf_lightning.errors import ConfigError
+from rlhf_lightning.models.generation import end_token_ids
 from rlhf_lightning.models.heads import has_head
 from rlhf_lightning.models.loading import check_source, check_vocabulary, disable_dropout, load_for_scoring, read_stage
 from rlhf_lightning.models.precision import sparing
@@ -90,8 +91,9 @@ class RewardModel(nn.Module):
         rendering = stage.get("rendering")
         self.renderer = Renderer(self.tokenizer, **rendering) if rendering else Renderer.suited(self.tokenizer)
         disable_dropout(self.model)
+        self.renderer.also_stop_at(end_token_ids(folder, self.tokenizer))
         # First: a head adds the padding token that its tokenizer was saved with.
-        self.scorer.bind(self.model, self.tokenizer, self.renderer.stop_token_ids)
+        self.scorer.bind(self.model, self.tokenizer, self.renderer.turn_end_ids)
         self.frozen = self.scorer.frozen
         check_vocabulary(self.model, self.tokenizer, f"the reward model {folder}")
         self.model.requires_grad_(False).eval()

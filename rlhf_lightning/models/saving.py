@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_lightning.files import read_object
+from rlhf_lightning.models.generation import end_token_ids
 from rlhf_lightning.models.loading import is_adapter
 
 
@@ -69,7 +70,8 @@ def _save_scoring_base(model: Any, scratch: Path, folder: Path) -> None:
 def _set_generation(model: Any, tokenizer: Any, stop_token_ids: Sequence[int]) -> None:
     generation = getattr(model, "generation_config", None)
     if generation is not None:
-        generation.eos_token_id = list(stop_token_ids)
+        # No id of the model's own list is lost: it may end responses by what no row of the training shows.
+        generation.eos_token_id = sorted({*stop_token_ids, *end_token_ids(model, tokenizer)})
         generation.pad_token_id = tokenizer.pad_token_id
         # Settings that only apply with sampling make transformers refuse to save where sampling is off.
         generation.do_sample = True

@@ -19,6 +19,7 @@ from rlhf_lightning.data.rendering import Renderer
 from rlhf_lightning.data.tokenizers import load_tokenizer
 from rlhf_lightning.errors import ConfigError
 from rlhf_lightning.models.forward import Forward
+from rlhf_lightning.models.generation import end_token_ids
 from rlhf_lightning.models.loading import Start, check_source, check_vocabulary, compile_layers
 from rlhf_lightning.models.lora import LoRA
 from rlhf_lightning.models.offload import ActivationOffload
@@ -117,7 +118,13 @@ class RLHFModule(pl.LightningModule):
             data = getattr(self._trainer, "datamodule", None)
             shared = getattr(data, "renderer", None)
             self._renderer = shared or Renderer.suited(self.tokenizer)
+            self._renderer.also_stop_at(self.end_token_ids)
         return self._renderer
+
+    @property
+    def end_token_ids(self) -> list[int]:
+        """The ids that end a response by the generation config of the model that the stage starts from."""
+        return end_token_ids(self.start_source, self.tokenizer)
 
     def setup(self, stage: str) -> None:
         weights_alone(self.trainer.precision_plugin)

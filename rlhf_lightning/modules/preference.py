@@ -82,7 +82,7 @@ class PreferenceModule(RLHFModule):
         disable_dropout(self.model)
         self._check_reference()
         self.scorer.max_tokens = self.max_tokens_per_batch
-        self.scorer.bind(self.model, self.tokenizer, self.renderer.stop_token_ids, self.fresh_adapter)
+        self.scorer.bind(self.model, self.tokenizer, self.renderer.turn_end_ids, self.fresh_adapter)
         self.frozen = self.scorer.frozen
         if self.freeze_backbone:
             self.model.base_model.requires_grad_(False)

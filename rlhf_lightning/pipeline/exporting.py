@@ -7,6 +7,7 @@ from rlhf_lightning.data.rendering import Renderer
 from rlhf_lightning.data.tokenizers import load_tokenizer
 from rlhf_lightning.errors import ConfigError, UserError
 from rlhf_lightning.files import hash_folder, write_json
+from rlhf_lightning.models.generation import end_token_ids
 from rlhf_lightning.models.heads import task_of
 from rlhf_lightning.models.loading import Start, adapter_base, check_source, is_adapter, loading, merge, read_stage
 from rlhf_lightning.models.reward_model import RewardModel
@@ -44,7 +45,7 @@ def export_model(source: str, folder: Path, dtype: str | None = None) -> dict[st
         model = merge(judge.model) if is_adapter(source) else judge.model
     else:
         tokenizer = load_tokenizer(source)
-        renderer = Renderer.suited(tokenizer)
+        renderer = Renderer.suited(tokenizer, end_token_ids(source, tokenizer))
         model = Start(source).load()
     save_model(model.to(getattr(torch, dtype)), tokenizer, folder, renderer.stop_token_ids)
     facts = {**_facts(source), "exported_from": str(Path(source).resolve()) if Path(source).exists() else source}

@@ -12,6 +12,7 @@ from rlhf_lightning.data.records import Reading, Source, convert_rows, read_rows
 from rlhf_lightning.data.rendering import Rendered, Renderer
 from rlhf_lightning.data.tokenizers import load_tokenizer
 from rlhf_lightning.errors import ConfigError
+from rlhf_lightning.models.generation import end_token_ids
 from rlhf_lightning.models.heads import task_of
 from rlhf_lightning.models.loading import check_source, disable_dropout, load_for_scoring
 from rlhf_lightning.models.scoring import TokenScorer
@@ -33,7 +34,7 @@ class Policy:
         if task_of(check_source(folder)) == "SEQ_CLS":
             raise ConfigError(f"{folder} is a reward model, which scores and cannot answer; name a causal model")
         self.tokenizer = load_tokenizer(folder)
-        self.renderer = Renderer.suited(self.tokenizer)
+        self.renderer = Renderer.suited(self.tokenizer, end_token_ids(folder, self.tokenizer))
         self.model = load_for_scoring(folder, "CAUSAL_LM", dtype).to(device)
         disable_dropout(self.model)
         self.tokens = TokenScorer(self.model)

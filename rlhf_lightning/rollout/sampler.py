@@ -11,6 +11,7 @@ from torch import Tensor
 
 from rlhf_lightning.data.rendering import Renderer
 from rlhf_lightning.errors import ConfigError
+from rlhf_lightning.models.generation import end_token_ids
 from rlhf_lightning.models.lora import base_of, named_weights
 from rlhf_lightning.rollout.draw import Sample, SamplingParams
 from rlhf_lightning.rollout.engine import LocalEngine
@@ -91,8 +92,12 @@ class Sampler:
         return self.params.temperature
 
     def bind(self, model: Any, renderer: Renderer, max_tokens: int | None = None) -> None:
-        """Take the model, and the renderer that knows what ends a turn; `max_tokens` of prompts computed at once."""
+        """Take the model, and the renderer that knows what ends a turn; `max_tokens` of prompts computed at once.
+
+        Whatever the model's generation config names as an end is one to the renderer as well from then on.
+        """
         self.model = model
+        renderer.also_stop_at(end_token_ids(model, renderer.tokenizer))
         self.params = replace(
             self.params,
             stop_token_ids=tuple(renderer.stop_token_ids),

@@ -64,6 +64,7 @@ class VLLMEngine:
                 top_k=params.top_k,
                 min_p=params.min_p,
                 stop_token_ids=list(params.stop_token_ids),
+                ignore_eos=True,  # these and no others, whatever the folder that vLLM was given says
                 stop=list(params.stop_strings) or None,
                 include_stop_str_in_output=True,
                 seed=seed % 2**31,

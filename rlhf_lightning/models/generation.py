@@ -1,0 +1,87 @@
+"""What a model's own generation config says about where its responses end."""
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from rlhf_lightning.errors import ConfigError
+from rlhf_lightning.files import read_object
+from rlhf_lightning.models.loading import adapter_base, is_adapter, loading
+from rlhf_lightning.models.lora import base_of
+
+log = logging.getLogger(__name__)
+_WARNED: set[str] = set()
+
+
+def end_token_ids(source: Any, tokenizer: Any = None) -> list[int]:
+    """The ids that end a response by a model's generation config, as `generate` and vLLM take them from there.
+
+    Args:
+        source: a model, its folder or Hub id, or the folder of an adapter, which adds its own ids to those of its base.
+        tokenizer: ids that it has are known, even where the base embeds fewer.
+
+    Raises:
+        ConfigError: an id that is not a number. One outside of the vocabulary is left out, with a warning.
+    """
+    if isinstance(source, nn.Module):
+        model = base_of(source)
+        rows = model.get_input_embeddings().weight.shape[0] if hasattr(model, "get_input_embeddings") else 0
+        config = getattr(model, "generation_config", None)
+        return _checked(getattr(config, "eos_token_id", None), rows, tokenizer, "the model's generation_config")
+    folder = Path(str(source)).expanduser()
+    if is_adapter(str(folder)):
+        own = folder / "generation_config.json"
+        found = end_token_ids(adapter_base(folder), tokenizer)
+        named = read_object(own).get("eos_token_id") if own.is_file() else None
+        # An adapter may bring tokens that its base has no rows for; those that nothing has come up with the base.
+        return sorted({*found, *_checked(named, 0, tokenizer, str(own))})
+    if not folder.is_dir():
+        return _of_hub(str(source), tokenizer)
+    config = read_object(folder / "config.json") if (folder / "config.json").is_file() else {}
+    own = folder / "generation_config.json"
+    return _named(config, read_object(own) if own.is_file() else None, tokenizer, str(folder))
+
+
+def _of_hub(name: str, tokenizer: Any) -> list[int]:
+    from transformers import GenerationConfig, PretrainedConfig
+
+    with loading(f"the configuration of the model {name!r}"):
+        config = PretrainedConfig.get_config_dict(name)[0]  # as it is written: none of the model's code runs
+    try:
+        generation = {"eos_token_id": GenerationConfig.from_pretrained(name).eos_token_id}
+    except OSError:  # it has none
+        generation = None
+    return _named(config, generation, tokenizer, name)
+
+
+def _named(config: dict[str, Any], generation: dict[str, Any] | None, tokenizer: Any, where: str) -> list[int]:
+    """The ids that a generation config names; as in transformers, the model's config speaks where there is none."""
+    text = config["text_config"] if isinstance(config.get("text_config"), dict) else {}
+    rows = config.get("vocab_size") or text.get("vocab_size") or 0
+    if generation is not None:
+        return _checked(generation.get("eos_token_id"), rows, tokenizer, f"{where}/generation_config.json")
+    named = text.get("eos_token_id") if config.get("eos_token_id") is None else config["eos_token_id"]
+    return _checked(named, rows, tokenizer, f"{where}/config.json")
+
+
+def _checked(named: Any, rows: int, tokenizer: Any, where: str) -> list[int]:
+    """The ids of an `eos_token_id`, which may be a number, a list of them, or nothing."""
+    if named is None:
+        return []
+    ids: Sequence[Any] = named.tolist() if hasattr(named, "tolist") else named
+    ids = [ids] if not isinstance(ids, list | tuple) else ids
+    wrong = [value for value in ids if isinstance(value, bool) or not isinstance(value, int)]
+    if wrong:
+        raise ConfigError(
+            f"{where}: eos_token_id is {named!r}, and {wrong[0]!r} is not the id of a token. "
+            "Write a number there, or a list of numbers."
+        )
+    rows = max(rows, len(tokenizer) if tokenizer is not None else 0)
+    outside = [value for value in ids if value < 0 or (rows and value >= rows)]
+    if outside and (said := f"{where}: eos_token_id {', '.join(map(str, outside))}") not in _WARNED:
+        _WARNED.add(said)
+        log.warning("%s is outside of the vocabulary (%s tokens), so no response can end there", said, rows or "some")
+    return sorted({value for value in ids if value not in outside})
