@@ -240,9 +240,11 @@ def _turns() -> Iterator[tuple[list[Message], Tools]]:
     """Conversations that end with each kind of assistant turn; a template refuses those that it does not know."""
     schema: Any = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
     tools = [{"type": "function", "function": {"name": "weather", "description": "Weather", "parameters": schema}}]
-    thought = {"role": "assistant", "reasoning_content": "Hm.", "content": "Hi"}
-    yield [*_ASKED, {"role": "assistant", "content": "Hi"}], None
-    yield [*_ASKED, thought], None
+    plain: Message = {"role": "assistant", "content": "Hi"}
+    silent: Message = {"role": "assistant", "content": ""}
+    thought = {"reasoning_content": "Hm."}
+    yield [*_ASKED, plain], None
+    yield [*_ASKED, plain | thought], None
     # Arguments are an object to most templates, and JSON text to some; ids are checked by some.
     for arguments in ({"city": "Oslo"}, '{"city": "Oslo"}'):
         calls = [
@@ -250,11 +252,10 @@ def _turns() -> Iterator[tuple[list[Message], Tools]]:
             for i in range(2)
         ]
         for called in (calls[:1], calls):
-            for turn in ({"content": ""}, {"content": "", "reasoning_content": "Hm."}):
-                yield [*_ASKED, {"role": "assistant", **turn, "tool_calls": called}], tools
-        turn = {"role": "assistant", "content": "", "tool_calls": calls[:1]}
+            for turn in (silent, silent | thought):
+                yield [*_ASKED, turn | {"tool_calls": called}], tools
         result = {"role": "tool", "name": "weather", "tool_call_id": "call00000", "content": "Rain"}
-        yield [*_ASKED, turn, result, {"role": "assistant", "content": "Hi"}], tools
+        yield [*_ASKED, silent | {"tool_calls": calls[:1]}, result, plain], tools
 
 
 def _common_prefix(a: str, b: str) -> int:
