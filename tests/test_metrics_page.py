@@ -181,7 +181,8 @@ def test_wandb_without_network(base: str, tmp_path: Path, monkeypatch: pytest.Mo
     asked = lightning_logger("WandbLogger", save_dir=str(tmp_path / "wb"), offline="true")
     (tmp_path / "wb").mkdir()
     monkeypatch.setenv("WANDB_SILENT", "true")
-    rlhf_process(*fit(base, tmp_path, *asked))  # in a process that ends as a user's does: wandb writes its last rows then
+    # In a process that ends as a user's does: wandb writes its last rows then.
+    rlhf_process(*fit(base, tmp_path, *asked))
     [file] = (tmp_path / "wb").rglob("run-*.wandb")
     assert b"train/nll" in file.read_bytes()
 

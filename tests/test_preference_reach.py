@@ -72,6 +72,7 @@ HANDFUL = [
 ]
 
 
+@pytest.mark.usefixtures("forked_stages")
 def test_the_simpler_mint_recipe(base: str, tmp_path: Path) -> None:
     """Its file, with a small model: DPO loss from 0.69 below 0.15, every pair in order, then RL with real rollouts."""
     pairs = [dict(zip(("prompt", "chosen", "rejected"), row, strict=True)) for row in HANDFUL]

@@ -54,6 +54,7 @@ def test_the_data(tmp_path: Path) -> None:
     assert abs(flipped - LABEL_NOISE) < 0.03  # three standard errors
 
 
+@pytest.mark.usefixtures("forked_stages")
 def test_a_small_run_still_learns(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """A third of the data, fewer rounds and a simpler promise: every stage improves on the one before."""
     settings = Settings(
