@@ -255,6 +255,7 @@ def test_it_warns_where_train_and_validation_part(base: str, tmp_path: Path, cap
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("forked_stages")
 def test_dpo_in_a_pipeline(base: str, tmp_path: Path) -> None:
     """SFT, DPO, RL from the DPO policy, rewarded by what DPO learnt: each from the folder of the one before."""
     configs = {kind: stage_config(kind, base, tmp_path) for kind in ("sft", "preference", "policy")}
