@@ -36,6 +36,20 @@ TEXTS = [
 DEVICES = [torch.device("cpu"), *([torch.device("cuda")] if torch.cuda.is_available() else [])]
 
 
+# What takes longest comes last of the slow cases, so that what breaks in minutes is seen in minutes.
+LAST = ["test_packaging", "test_docs", "test_fuzz", "test_resume", "test_soak"]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Whole runs after the rest."""
+
+    def place(item: pytest.Item) -> int:
+        slow = item.get_closest_marker("slow") and item.path.stem in LAST
+        return 1 + LAST.index(item.path.stem) if slow else 0
+
+    items.sort(key=place)
+
+
 @pytest.fixture(params=[pytest.param(d, marks=[pytest.mark.cuda] * (d.type == "cuda"), id=d.type) for d in DEVICES])
 def device(request: pytest.FixtureRequest) -> torch.device:
     """A CPU, and a GPU where there is one."""

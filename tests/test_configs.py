@@ -147,6 +147,7 @@ def test_a_pipeline_takes_lists_and_overlays() -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
+@pytest.mark.usefixtures("forked_stages")
 @pytest.mark.parametrize("path", PIPELINES, ids=lambda path: path.stem)
 def test_every_pipeline_runs(path: Path, base: str, judge: str, data: dict[str, str], tmp_path: Path) -> None:
     for file in [*CONFIGS.glob("*.yaml"), *FULL]:

@@ -115,6 +115,7 @@ def test_the_simpler_mint_recipe(base: str, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
+@pytest.mark.usefixtures("forked_stages")
 @pytest.mark.parametrize("scorer", ["SequenceLogprob", "ImplicitReward"])
 def test_every_scorer_drives_rl_in_the_quickstart(scorer: str, tmp_path: Path) -> None:
     """One line of YAML differs from the shipped quickstart, whose own scorer is `RewardHead`."""
