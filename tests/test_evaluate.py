@@ -76,7 +76,7 @@ def test_perplexity_of_several_references_is_over_their_tokens(base: str) -> Non
     ]
     total = sum(policy.nll([side]) * side.trained for side in sides)
     assert perplexity(policy, rows, references) == pytest.approx(
-        math.exp(total / sum(side.trained for side in sides)), rel=1e-6
+        math.exp(total / sum(side.trained for side in sides)), rel=1e-5
     )
 
 
@@ -127,7 +127,7 @@ def test_only_rows_with_references_are_compared(base: str, tmp_path: Path, capsy
     assert (some["prompts"], some["references"]) == (4, 3)
     three = figures(capsys, base, write_rows(tmp_path / "three.jsonl", chats(3)))
     assert {key: some["policy"][key] for key in REFERENCE_KEYS} == pytest.approx(
-        {key: three["policy"][key] for key in REFERENCE_KEYS}
+        {key: three["policy"][key] for key in REFERENCE_KEYS}, rel=1e-5
     )
     none = figures(capsys, base, write_rows(tmp_path / "none.jsonl", prompts(2)))
     assert none["references"] == 0
@@ -158,7 +158,7 @@ def test_references_that_are_too_long_are_left_out(
     both = figures(capsys, base, write_rows(tmp_path / "both.jsonl", rows))
     short = figures(capsys, base, write_rows(tmp_path / "short.jsonl", rows[1:]))
     assert both["references"] == 2
-    assert both["policy"]["perplexity"] == pytest.approx(short["policy"]["perplexity"])
+    assert both["policy"]["perplexity"] == pytest.approx(short["policy"]["perplexity"], rel=1e-5)
     assert figures(capsys, base, write_rows(tmp_path / "long.jsonl", rows[:1]))["policy"]["perplexity"] is None
     others = [{"prompt": "c", "response": ""}, {"prompt": "d", "response": "no", "label": 0}]
     others += [{"prompt": "e", "response": "yes", "label": 1}]
