@@ -80,9 +80,9 @@ class Run(Forked):
 
 
 class Stage(Forked):
-    """A stage that a pipeline started, forked."""
+    """A stage that a pipeline started, forked. It holds both ends of the pipe that would tell it of the other's end."""
 
-    def __init__(self, command: list[str], process_group: int) -> None:
+    def __init__(self, command: list[str], process_group: int, pass_fds: list[int], env: dict[str, str]) -> None:
         assert command[:3] == [sys.executable, "-m", "rlhf_lightning"]
         super().__init__(lambda: _command(command[3:]), group=lambda: os.setpgid(0, process_group))
 

@@ -22,7 +22,9 @@ from rlhf_lightning.cli.messages import check_checkpoint, check_empty, check_sec
 from rlhf_lightning.cli.report import after_stage
 from rlhf_lightning.cli.user_code import allow_user_code
 from rlhf_lightning.errors import ConfigError, UserError
+from rlhf_lightning.pipeline.passing import parent_is_watched, watch_parent
 from rlhf_lightning.pipeline.plan import read_mapping
+from rlhf_lightning.run_folder import STAGE_RESULTS, claim, claims, refuse_inputs_in
 
 log = logging.getLogger(__name__)
 CLASSES = {
@@ -52,7 +54,6 @@ MAY_CHANGE = (
     "checkpoint_minutes",
     "keep",
     "on_nonfinite",
-    "model.max_empty_steps",
 )
 
 
@@ -161,6 +162,7 @@ class StageCLI(LightningCLI):
         except OSError as error:
             raise ConfigError(f"trainer.default_root_dir {self.root}: cannot be made ({error.strerror})") from None
         if self.subcommand == "fit":
+            self._claim(config)
             self._continue_or_stop(config)
         setup_logging(config.log_level, Path(config.log_file or self.root / "logs" / "run.log"))
         if self.subcommand != "fit":
@@ -218,16 +220,19 @@ class StageCLI(LightningCLI):
 
     # -- the folder -----------------------------------------------------------------------------------------------
 
+    def _claim(self, config: Any) -> None:
+        """Become the folder's writer, on the first rank; refuse to replace what the user has there."""
+        refuse_inputs_in(self.root, STAGE_RESULTS, {name: config[name].as_dict() for name in ("model", "data")})
+        if not (rank_zero_only.rank or config.trainer.fast_dev_run):  # type: ignore[attr-defined]
+            claim(self.root, STAGE_RESULTS, patience=60 if parent_is_watched() else 0)
+
     def _continue_or_stop(self, config: Any) -> None:
         """Resume an interrupted run of the same settings; refuse one of others; leave a finished one alone."""
         if config.fresh:
             if rank_zero_only.rank:  # type: ignore[attr-defined]
                 return  # the first rank clears the folder, once
-            files = ("stage.json", "samples.jsonl", "warnings.jsonl", "metrics.csv", "config.yaml")
-            reports = ("report.html", "preference_report.json")
-            for name in ("checkpoints", "model", "merged", *files, *reports):
-                path = self.root / name
-                remove(path)
+            for name in STAGE_RESULTS:
+                remove(self.root / name)
             return
         done = (self.root / "stage.json").exists()
         saved = candidates(self.root / "checkpoints")
@@ -319,8 +324,10 @@ def _import(name: str) -> Any:
 def run(args: list[str]) -> int:
     """Run a stage command: `args` is `[kind, subcommand, …]`."""
     allow_user_code(args)
+    watch_parent()
     try:
-        after_stage(StageCLI(args[0], args[1:]))
+        with claims():
+            after_stage(StageCLI(args[0], args[1:]))
     except Finished as done:
         print(f"{done} is finished already; --fresh runs it again", file=sys.stderr)
     except MisconfigurationException as error:

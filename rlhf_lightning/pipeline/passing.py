@@ -11,6 +11,30 @@ PATIENCE = 10.0
 """Seconds that a stage has after a second Ctrl-C."""
 
 
+PARENT = "RLHF_PIPELINE"
+"""Environment variable of a stage: the end of a pipe that closes when its pipeline is gone."""
+_watched: list[int] = []
+
+
+def watch_parent() -> None:
+    """Stop as by SIGTERM when the pipeline that started this process is gone, by kill -9 too."""
+    file = os.environ.pop(PARENT, None)  # processes that this one starts do not have the pipe
+    if file is None:
+        return
+    _watched.append(int(file))
+
+    def watch() -> None:
+        os.read(int(file), 1)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=watch, daemon=True, name="pipeline").start()
+
+
+def parent_is_watched() -> bool:
+    """Whether a pipeline has started this process."""
+    return bool(_watched)
+
+
 class Passing:
     """While it is entered, Ctrl-C, SIGTERM and the end of the terminal go to the process that is waited for, if any.
 
@@ -39,15 +63,22 @@ class Passing:
             signal.signal(number, handler or signal.SIG_DFL)
 
     def run(self, command: list[str]) -> int:
-        """Run a command to its end; its exit code."""
-        with subprocess.Popen(command, process_group=0) as self._process:
-            try:
-                return self._process.wait()
-            except BaseException:
-                self._kill()  # nothing that was started here outlives it
-                raise
-            finally:
-                self._process = None
+        """Run a command to its end; its exit code. Where this process is killed, the command is asked to stop."""
+        read, write = os.pipe()
+        try:
+            with subprocess.Popen(
+                command, process_group=0, pass_fds=[read], env={**os.environ, PARENT: str(read)}
+            ) as self._process:
+                try:
+                    return self._process.wait()
+                except BaseException:
+                    self._kill()  # nothing that was started here outlives it
+                    raise
+                finally:
+                    self._process = None
+        finally:
+            os.close(read)
+            os.close(write)
 
     def _handle(self, number: int, frame: Any) -> None:
         self.asked = True

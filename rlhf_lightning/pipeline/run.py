@@ -17,6 +17,7 @@ from rlhf_lightning.pipeline.passing import Passing
 from rlhf_lightning.pipeline.plan import Plan, Stage, merged, read_plan
 from rlhf_lightning.pipeline.report import report_after_stage
 from rlhf_lightning.pipeline.verify import settings_hash
+from rlhf_lightning.run_folder import PIPELINE_RESULTS, claim, claims
 
 log = logging.getLogger(__name__)
 MODEL_REWARD = "rlhf_lightning.rollout.rewards.ModelReward"
@@ -39,7 +40,8 @@ def run_pipeline(
         ConfigError: the plan is wrong, or a stage that has run would now be another. UserError: a stage failed.
     """
     checked = plan if isinstance(plan, Plan) else read_plan(plan, root)
-    with Passing() as signals:
+    with claims(), Passing() as signals:
+        claim(checked.root, PIPELINE_RESULTS)
         runner = _Runner(checked, rerun, signals)
         for stage in checked.stages:
             runner.run(stage)

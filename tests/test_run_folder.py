@@ -1,0 +1,195 @@
+"""The folder of a run: one writer at a time, and nothing in it that no run has made is replaced."""
+
+import json
+import os
+import shutil
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from rlhf_lightning.cli import main as entry
+from rlhf_lightning.errors import ConfigError
+from rlhf_lightning.run_folder import MARK, STAGE_RESULTS, claim, claims, refuse_inputs_in
+from tests.conftest import build_model, chats, write_rows
+from tests.runs import Run, complete
+from tests.test_cli import mistake, stage_config, write_yaml
+
+
+def fit(base: str, folder: Path, *further: str) -> list[str]:
+    """A short SFT run."""
+    settings = stage_config("sft", base, folder)
+    settings["trainer"] |= {"max_steps": 2, "enable_progress_bar": False}
+    return ["sft", "fit", "-c", write_yaml(folder / "own.yaml", settings), *further]
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    """What a folder holds."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("further", [[], ["--fresh"]])
+@pytest.mark.parametrize("name", ["model", "config.yaml", "checkpoints", "metrics.csv", "samples.jsonl"])
+def test_what_the_user_has_is_not_replaced(
+    name: str, further: list[str], base: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    project = tmp_path / "project"
+    if "." in name:
+        project.mkdir()
+        (project / name).write_text("mine")
+    else:
+        shutil.copytree(base, project / name)
+    before = tree(project)
+    args = fit(base, tmp_path, "--trainer.default_root_dir", str(project), *further)
+    assert f"{project / name} is there, and no run of rlhf has made it" in mistake(args, capsys)
+    assert tree(project) == before
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, session_tokenizer: Any) -> Path:
+    """The folder of a run, `run`, and its base, `base`."""
+    folder = tmp_path_factory.mktemp("finished")
+    build_model(session_tokenizer).save_pretrained(folder / "base")
+    session_tokenizer.save_pretrained(folder / "base")
+    args = fit(str(folder / "base"), folder, "--trainer.default_root_dir", str(folder / "run"))
+    complete(args, folder / "first.txt")
+    write_rows(folder / "run" / "samples.jsonl", chats(4))
+    return folder
+
+
+@pytest.mark.parametrize("further", [[], ["--fresh"]])
+@pytest.mark.parametrize("key", ["model.model", "data.train", "data.validation", "model.tokenizer"])
+def test_a_start_inside_the_results_is_refused(
+    key: str, further: list[str], finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base, project = str(finished / "base"), finished / "run"
+    before = tree(project)
+    value = project / ("samples.jsonl" if key.startswith("data") else "model")
+    args = fit(base, tmp_path, f"--{key}", str(value), "--trainer.default_root_dir", str(project), *further)
+    message = mistake(args, capsys)
+    assert f"{key} {value}: it is in {value.resolve()}, where this run would write" in message
+    assert tree(project) == before
+
+
+def test_results_of_a_run_are_replaced_when_asked(base: str, tmp_path: Path) -> None:
+    args = fit(base, tmp_path, "--trainer.default_root_dir", str(tmp_path / "run"))
+    complete(args, tmp_path / "1.txt")
+    first = (tmp_path / "run" / "model" / "model.safetensors").stat().st_mtime_ns
+    assert "is finished already" in complete(args, tmp_path / "2.txt")
+    complete([*args, "--fresh"], tmp_path / "3.txt")
+    assert (tmp_path / "run" / "model" / "model.safetensors").stat().st_mtime_ns > first
+
+
+def test_a_pipeline_file_is_not_replaced_by_its_own_run(
+    base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    settings = stage_config("sft", base, tmp_path)
+    write_yaml(tmp_path / "sft.yaml", settings)
+    text = "# with a comment\n" + yaml.safe_dump({"stages": [{"kind": "sft", "config": "sft.yaml"}]})
+    (tmp_path / "pipeline.yaml").write_text(text)
+    assert "pipeline.yaml is there" in mistake(["pipeline", "pipeline.yaml", "--root", "."], capsys)
+    assert (tmp_path / "pipeline.yaml").read_text() == text
+
+
+# -- one writer -------------------------------------------------------------------------------------------------------
+
+
+def holding(root: Path) -> int:
+    """The id of a process that holds a folder until it is killed."""
+    ready, tell = os.pipe()
+    pid = os.fork()
+    if not pid:
+        claim(root, STAGE_RESULTS)
+        os.write(tell, b"x")
+        time.sleep(60)
+        os._exit(0)
+    os.read(ready, 1)
+    return pid
+
+
+def test_a_second_writer_is_refused_and_a_killed_one_leaves_no_lock(tmp_path: Path) -> None:
+    root = tmp_path / "run"
+    pid = holding(root)
+    with pytest.raises(ConfigError, match=f"process {pid} is writing to it"):
+        claim(root, STAGE_RESULTS)
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    with claims():
+        claim(root, STAGE_RESULTS)
+        claim(root / ".." / "run", STAGE_RESULTS)  # by the same process, under another name
+        assert (root / MARK).read_text().strip() == str(os.getpid())
+    other = holding(root)
+    os.kill(other, signal.SIGKILL)
+    os.waitpid(other, 0)
+
+
+def test_the_second_of_two_runs_says_whose_the_folder_is(base: str, tmp_path: Path) -> None:
+    root = tmp_path / "run"
+    pid = holding(root)
+    text = complete(fit(base, tmp_path, "--trainer.default_root_dir", str(root)), tmp_path / "out.txt", code=2)
+    assert f"error: {root}: process {pid} is writing to it. Wait for its end" in text
+    assert "Traceback" not in text
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+
+
+def test_a_stage_ends_when_its_pipeline_is_killed(base: str, tmp_path: Path) -> None:
+    """With kill -9 the parent says nothing: the stage sees the end of a pipe, stops, and the same command goes on."""
+    settings = stage_config("sft", base, tmp_path)
+    settings["trainer"] |= {"max_steps": 200_000, "max_epochs": -1, "enable_progress_bar": False}
+    write_yaml(tmp_path / "sft.yaml", settings)
+    plan = write_yaml(tmp_path / "plan.yaml", {"stages": [{"kind": "sft", "config": "sft.yaml"}]})
+    args = ["pipeline", plan, "--root", str(tmp_path / "run")]
+    mark = tmp_path / "run" / "sft" / MARK
+    run = Run(args, tmp_path / "out.txt")
+    metrics = tmp_path / "run" / "sft" / "metrics.csv"
+    wait_for(lambda: metrics.exists() and len(metrics.read_text().splitlines()) > 3, run)
+    stage = int(mark.read_text())
+    os.kill(run.pid, signal.SIGKILL)
+    os.waitpid(run.pid, 0)
+    wait_for(lambda: not alive(stage))
+    assert list((tmp_path / "run" / "sft" / "checkpoints").glob("step=*.ckpt")), run.text
+    with claims():
+        claim(tmp_path / "run" / "sft", STAGE_RESULTS)
+
+
+def alive(pid: int) -> bool:
+    """Whether a process runs: one that has ended and that nobody has waited for does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def wait_for(condition: Any, run: Run | None = None, limit: float = 90) -> None:
+    until = time.monotonic() + limit
+    while not condition():
+        assert time.monotonic() < until, run.text if run else "it took too long"
+        time.sleep(0.05)
+
+
+# -- paths ------------------------------------------------------------------------------------------------------------
+
+
+def test_paths_are_found_in_any_setting(tmp_path: Path) -> None:
+    root = tmp_path / "run"
+    (root / "model").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(root / "model")
+    good = {"model": str(tmp_path), "rewards": [{"init_args": {"model": "owner/name", "n": 3}}], "text": "x" * 5000}
+    refuse_inputs_in(root, STAGE_RESULTS, {**good, "root": str(root), "null": "a\0b", "empty": ""})
+    for bad in (str(tmp_path / "link"), str(root / "model" / ".." / "model"), os.path.relpath(root / "model")):
+        with pytest.raises(ConfigError, match=r"rewards\.init_args\.model .*: it is in"):
+            refuse_inputs_in(root, STAGE_RESULTS, {"rewards": [{"init_args": {"model": bad}}]})
+
+
+def test_the_mark_names_the_writer(base: str, tmp_path: Path) -> None:
+    entry_args = fit(base, tmp_path, "--trainer.default_root_dir", str(tmp_path / "run"), "--trainer.fast_dev_run", "1")
+    with pytest.raises(SystemExit) as stop:
+        entry.main(entry_args)
+    assert stop.value.code == 0
+    assert not (tmp_path / "run" / MARK).exists()  # a trial run writes no results
+    assert json.loads((Path(base) / "config.json").read_text())
