@@ -18,6 +18,8 @@ from xml.etree import ElementTree
 
 import torch
 
+from rlhf_lightning.callbacks.environment import processor, versions
+
 ROOT = Path(__file__).resolve().parents[1]
 # As far as this processor goes; on AMD, MKL takes a level of its own for those that it does not offer there.
 LEVELS = {
@@ -64,7 +66,7 @@ def run(environment: dict[str, str], arguments: list[str]) -> tuple[dict[str, in
     ignored = [f"--ignore=tests/{name}.py" for name in sorted(WITHOUT_NUMBERS)]
     # As many processes as there are cores for their threads.
     processes = max(1, (os.cpu_count() or 1) // int(environment["RLHF_TEST_THREADS"]))
-    common = ["-p", "no:cacheprovider", "-m", "not slow", "--durations=0", "--durations-min=60", *ignored]
+    common = ["-p", "no:cacheprovider", "-m", "not slow", "--dist", "worksteal", "--durations=4", *ignored]
     with tempfile.TemporaryDirectory() as folder:
         result = Path(folder) / "result.xml"
         command = [sys.executable, "-m", "pytest", *common, f"--junitxml={result}", "-n", str(min(processes, 4))]
@@ -86,6 +88,10 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", default=list(configurations()), choices=list(configurations()))
     options, arguments = parser.parse_known_args()
     failed = False
+    if options.report and not options.report.exists():
+        libraries = ", ".join(f"{name} {version}" for name, version in versions().items())
+        cores = f"{os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}"
+        options.report.write_text(f"{processor()}, {cores}; {libraries}\n\n")
     for name in options.only:
         environment = configurations()[name]
         print(f"== {name}: {' '.join(f'{key}={value}' for key, value in environment.items())}", flush=True)
@@ -95,7 +101,8 @@ def main() -> None:
         print(line, flush=True)
         if options.report:
             with options.report.open("a") as file:
-                file.write("\n".join([line, *(f"    failed: {test}" for test in bad)]) + "\n")
+                settings = " ".join(f"{key}={value}" for key, value in environment.items())
+                file.write("\n".join([line, f"    {settings}", *(f"    failed: {test}" for test in bad)]) + "\n")
     sys.exit(int(failed))
 
 
