@@ -28,6 +28,8 @@ LEVELS = {
     "avx512": {"ATEN_CPU_CAPABILITY": "avx512", "ONEDNN_MAX_CPU_ISA": "AVX512_CORE", "MKL_CBWR": "AVX512"},
     "own": {},
 }
+# Threads that spin between the small operations of small models take the cores from whatever else runs.
+WAITING = {"OMP_WAIT_POLICY": "PASSIVE"}
 # Files without floats that a processor could round otherwise: texts, messages, documents, packages, drawing.
 WITHOUT_NUMBERS = {
     "test_configs",
@@ -53,7 +55,7 @@ def configurations() -> dict[str, dict[str, str]]:
     own = torch.backends.cpu.get_cpu_capability()
     there = ["sse", "avx2", "avx512"][: order.index(own) + 1 if own in order else 1]
     return {
-        f"{level}-{threads}": {**LEVELS[level], "RLHF_TEST_THREADS": str(threads)}
+        f"{level}-{threads}": {**LEVELS[level], **WAITING, "RLHF_TEST_THREADS": str(threads)}
         for level in [*there, "own"]
         for threads in (1, 2)
         if (level, threads) != ("own", 1)
