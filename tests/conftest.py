@@ -26,6 +26,8 @@ torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 os.register_at_fork(after_in_child=lambda: torch.set_num_threads(1))
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
+CHAT_TEMPLATES = Path(__file__).parent / "data" / "chat_templates"
+"""Real ones, for every reader of the repository; see the README there."""
 TEXTS = [
     "Hello there, how are you today? I am fine, thank you.",
     "user\nassistant\nsystem\n",

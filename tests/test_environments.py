@@ -28,7 +28,7 @@ from rlhf_lightning.rollout.rewards import FunctionReward
 from rlhf_lightning.rollout.runner import run_episodes
 from rlhf_lightning.rollout.sampler import Sampler
 from rlhf_lightning.rollout.tools import ToolEnv, read_call
-from tests.conftest import build_model, prompts, sgd, trainer, write_rows
+from tests.conftest import CHAT_TEMPLATES, build_model, prompts, sgd, trainer, write_rows
 
 TOOL_TEMPLATE = (
     "{% if tools %}tools: {% for tool in tools %}{{ tool | tojson }}{% endfor %}\n{% endif %}"
@@ -533,7 +533,7 @@ def test_one_row_where_the_template_allows_and_several_where_not(
 
     tokenizer = AutoTokenizer.from_pretrained(shared / "tokenizers" / name)
     if template != "own":
-        tokenizer.chat_template = (shared / "chat_templates" / f"{template}.jinja").read_text()
+        tokenizer.chat_template = (CHAT_TEMPLATES / f"{template}.jinja").read_text()
     renderer = Renderer(tokenizer)
     sampler: Any = Scripted(texts, renderer)
     (episode,) = run_episodes(tasks(1), sampler, renderer, (0,), environment)

@@ -10,6 +10,7 @@ from rlhf_lightning.data.conversations import conversation, tool_schemas
 from rlhf_lightning.data.records import RowError
 from rlhf_lightning.data.rendering import Rendered, Renderer
 from rlhf_lightning.errors import ConfigError
+from tests.conftest import CHAT_TEMPLATES, SHARED
 
 CONVERSATIONS = {
     "single": [("user", "Hi <there"), ("assistant", "<thanks> Hello é😀")],
@@ -77,9 +78,8 @@ def test_masks_of_unlike_templates(tokenizer: Any, template: str, name: str) -> 
 
 
 def shared_cases() -> list[tuple[str, str]]:
-    root = Path(__file__).resolve().parents[2] / "shared"
-    tokenizers = sorted(path.name for path in (root / "tokenizers").glob("*")) or ["none"]
-    templates = ["own", *sorted(path.name for path in (root / "chat_templates").glob("*.jinja"))]
+    tokenizers = sorted(path.name for path in (SHARED / "tokenizers").glob("*")) or ["none"]
+    templates = ["own", *sorted(path.name for path in CHAT_TEMPLATES.glob("*.jinja"))]
     return [(tokenizer, template) for tokenizer in tokenizers for template in templates]
 
 
@@ -94,7 +94,7 @@ def test_masks_of_real_templates_and_tokenizers(shared: Path, name: str, templat
         tokenizer = AutoTokenizer.from_pretrained(shared / "tokenizers" / name)
         _LOADED[name] = (tokenizer, tokenizer.chat_template)
     tokenizer, own = _LOADED[name]
-    tokenizer.chat_template = own if template == "own" else (shared / "chat_templates" / template).read_text()
+    tokenizer.chat_template = own if template == "own" else (CHAT_TEMPLATES / template).read_text()
     for case in CONVERSATIONS:
         if case == "system" and template == "gemma.jinja":
             with pytest.raises(RowError, match="System role not supported"):

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from rlhf_lightning.data.contents import Parts
 from rlhf_lightning.data.records import RowError
 from rlhf_lightning.data.tool_calls import Written, as_text, read_calls, read_tools, short
 
@@ -135,12 +136,12 @@ def _is_parts(content: list[Any]) -> bool:
 
 
 def _joined(parts: list[Any], where: str) -> str:
-    """The text of a content in parts, `[{"type": "text", "text": …}]`: most templates would print the list itself."""
+    """The text of a content in parts, `[{"type": "text", "text": …}]`; templates that show parts are given these."""
     for part in parts:
         text = part.get("text") if isinstance(part, dict) and part.get("type", "text") == "text" else None
         if not isinstance(text, str):
             raise RowError(f"{where}: content has the part {short(part)}; parts must be {{type: text, text: …}}")
-    return "".join(part["text"] for part in parts)
+    return Parts([{"type": "text", **part} for part in parts])
 
 
 def has_conversation(data: dict[str, Any]) -> bool:

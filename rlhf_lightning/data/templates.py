@@ -5,31 +5,47 @@ conversation before it with the generation prompt: what the turn adds to that is
 it ends is found by rendering the same turn with a sentinel as content: what follows the sentinel closes a turn.
 """
 
+import logging
 from collections.abc import Iterator
 from contextlib import suppress
 from datetime import datetime
 from typing import Any
 
 from rlhf_lightning.data.call_forms import CallForms
+from rlhf_lightning.data.contents import ContentForms, joined
 from rlhf_lightning.data.conversations import Message
 from rlhf_lightning.data.records import RowError
 from rlhf_lightning.errors import ConfigError
 
+log = logging.getLogger(__name__)
 TEMPLATE_DATE = "2025-01-01"
 RECENT = 4  # renderings that are kept: a turn, what comes before it with and without a prompt to go on, the sentinel
 _SENTINEL = "\ue000sentinel\ue001"
 _ASKED: list[Message] = [{"role": "user", "content": "Hello"}]
-# transformers hands plain data to templates, no functions: the date is fixed by a macro that shadows its own.
-_FIXED_DATE = (
-    "{%- macro strftime_now(format) -%}{{ format"
-    + "".join(
-        f"|replace('%{code}', '{datetime.fromisoformat(TEMPLATE_DATE).strftime('%' + code)}')"
-        for code in "dmYyBbAajHMSIp"
-    )
-    + " }}{%- endmacro -%}"
-)
+# What `apply_chat_template` takes beside what a template reads.
+_RESERVED = {
+    *("conversation", "messages", "tools", "chat_template", "add_generation_prompt", "continue_final_message"),
+    *("tokenize", "padding", "truncation", "max_length", "return_tensors", "return_dict", "tokenizer_kwargs"),
+    *("return_assistant_tokens_mask", "sanitize_control_tokens"),
+}
 
+_FAILURES = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError)
 Tools = list[Any] | None
+
+
+class _Dated(str):
+    """A template that transformers compiles apart from the same text elsewhere: here its date is fixed."""
+
+
+def _compiled(source: str) -> Any:
+    """A template as transformers compiles it, once for each text, in a sandbox of its own."""
+    from transformers.utils.chat_template_utils import _compile_jinja_template
+
+    return _compile_jinja_template(source)
+
+
+def _fixed_now(format: str) -> str:
+    return datetime.fromisoformat(TEMPLATE_DATE).strftime(format)
 
 
 class ChatTemplate:
@@ -47,13 +63,14 @@ class ChatTemplate:
             "eos_token": tokenizer.eos_token or "",
             **(options or {}),
         }
-        self.forms = CallForms(self._rendered)
+        self.forms = CallForms(lambda messages, tools: self._rendered(self.contents.fit(messages), tools))
         self._recent: dict[str, str] = {}
-        self._in_parts = False
-        """Whether the template prints contents only where they come as lists of parts."""
+        self._sources: dict[str, str] = {}
+        self.contents = ContentForms(lambda messages: self._rendered(self.forms.fit(messages, None), None))
         added = getattr(tokenizer, "added_tokens_decoder", {}).values()
         special = {str(token) for token in added if token.special} | set(tokenizer.all_special_tokens)
         self.markers = sorted(special, key=len, reverse=True)
+        self._check_options(options or {})
         self._check_prints()
         self.turn_end: str | None = None
         """What closes an assistant turn; None for a template that wants other roles, whose rows will show it."""
@@ -69,7 +86,8 @@ class ChatTemplate:
         """Refuse a template that prints nothing of what is said: prompts and answers would all be the same."""
         if self._prints():
             return
-        self._in_parts = True
+        self.contents.only_parts = True
+        self._recent.clear()
         if not self._prints():
             raise ConfigError(
                 "the chat template prints nothing of a user's message. Mend chat_template.jinja in the model "
@@ -93,7 +111,8 @@ class ChatTemplate:
         # hold, not by which they are: a caller may change one in place.
         key = repr((messages, tools, add_generation_prompt))
         if key not in self._recent:
-            text = self._rendered(self.forms.fit(messages, tools), tools, add_generation_prompt)
+            fitted = self.contents.fit(self.forms.fit([joined(message) for message in messages], tools))
+            text = self._rendered(fitted, tools, add_generation_prompt)
             self._recent = dict([*self._recent.items()][-RECENT + 1 :]) | {key: text}
         return self._recent[key]
 
@@ -103,7 +122,7 @@ class ChatTemplate:
 
         try:
             return self.tokenizer.apply_chat_template(
-                [_in_parts(message) for message in messages] if self._in_parts else messages,
+                messages,
                 tools=tools,
                 chat_template=self._source(tools),
                 tokenize=False,
@@ -115,14 +134,57 @@ class ChatTemplate:
                 f"the chat template is no valid Jinja: {error} (line {error.lineno}). Mend chat_template.jinja in the "
                 "model folder, or name another with model.chat_template."
             ) from None
-        except (TemplateError, TypeError, ValueError, KeyError, IndexError, AttributeError) as error:
+        except (
+            TemplateError,
+            TypeError,
+            ValueError,
+            LookupError,
+            AttributeError,
+            ArithmeticError,
+            RecursionError,
+        ) as error:
             roles = " ".join(str(message.get("role")) for message in messages) or "none"
             raise RowError(f"the chat template refuses the conversation (roles: {roles}): {error}") from None
 
     def _source(self, tools: Tools) -> str:
         """The template's text. One that prints today's date would render one thing now and another tomorrow."""
-        source = self.tokenizer.get_chat_template(None, tools)
-        return _FIXED_DATE + source if "strftime_now" in source else source
+        text = self.tokenizer.get_chat_template(None, tools)
+        if text not in self._sources:
+            source = text.removeprefix("\ufeff")  # a byte order mark of the file is none of the template's text
+            self._sources[text] = _Dated(source) if "strftime_now" in source else source
+        source = self._sources[text]
+        if isinstance(source, _Dated):
+            # Templates are handed data, not functions: it is changed where transformers keeps its own.
+            _compiled(source).environment.globals["strftime_now"] = _fixed_now
+        return source
+
+    def _check_options(self, options: dict[str, Any]) -> None:
+        """Refuse options that would change what is asked of a template; warn of those that it does not read."""
+        from jinja2 import TemplateError
+        from jinja2.meta import find_undeclared_variables
+
+        if taken := sorted(set(options) & _RESERVED):
+            raise ConfigError(
+                f"data.template_kwargs has {taken[0]!r}, which is set by what is rendered; leave it out there"
+            )
+        given = self.tokenizer.chat_template if options else None
+        sources = [*given.values()] if isinstance(given, dict) else [given] if given else []
+        if not sources:
+            return
+        read: set[str] = set()
+        for source in sources:
+            try:
+                environment = _compiled(source).environment
+            except TemplateError:
+                return  # said where it is rendered
+            read |= find_undeclared_variables(environment.parse(source))
+        if unread := sorted(set(options) - read):
+            known = sorted(read - {"messages", "tools", "add_generation_prompt", "documents"})
+            log.warning(
+                "data.template_kwargs: the chat template does not read %s; it reads %s",
+                ", ".join(unread),
+                ", ".join(known) or "no such settings",
+            )
 
     def spans(self, messages: list[Message], tools: Tools, selected: list[bool]) -> list[tuple[str, list[Any], bool]]:
         """Texts with the (start, end) of each selected message in them, and whether these end their turns.
@@ -146,7 +208,7 @@ class ChatTemplate:
         """Whether a turn is over where a text is: some templates end a turn that calls a tool by nothing."""
         if role != "assistant" or self.turn_end is None:
             return True
-        return upto.endswith((*self.markers, self.turn_end))
+        return upto.endswith((*self.end_markers, self.turn_end))
 
     def span(self, messages: list[Message], i: int, upto: str, tools: Tools) -> tuple[int, int]:
         """Where message i, the last in the text `upto`, begins and ends; its closing marker is part of it."""
@@ -158,8 +220,8 @@ class ChatTemplate:
         tail, shown = closing.rstrip(), upto.rstrip()
         end = len(shown)
         if self._ending and tail.startswith(self._ending):
-            rest = tail[len(self._ending) :]
-            end -= len(rest) if rest.strip() and shown.endswith(rest) else 0
+            rest = tail[len(self._ending) :].strip()  # of the end of a conversation
+            end = len(shown.removesuffix(rest).rstrip()) if rest else end
         elif tail and shown.endswith(tail):
             marker = self.first_marker(tail)
             end -= len(tail) - (tail.index(marker) + len(marker) if marker else len(tail))
@@ -267,9 +329,3 @@ def _common_prefix(a: str, b: str) -> int:
         else:
             high = middle - 1
     return low
-
-
-def _in_parts(message: Message) -> Message:
-    content = message.get("content")
-    parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
-    return {**message, **({} if content is None else {"content": parts})}

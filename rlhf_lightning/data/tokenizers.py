@@ -34,6 +34,8 @@ def load_tokenizer(source: Any, tokenizer: Any = None, chat_template: str | None
             raise ConfigError(f"no tokenizer can be loaded from {name}: {reason}. Set model.tokenizer.") from error
     if chat_template is not None:
         tokenizer.chat_template = _template(chat_template)
+    if isinstance(tokenizer.chat_template, str):  # that of chat_template.jinja as an editor may have saved it
+        tokenizer.chat_template = tokenizer.chat_template.removeprefix("\ufeff")
     return tokenizer
 
 
@@ -53,7 +55,13 @@ def _template(value: str) -> str:
     path = Path(value)
     if not path.is_file():
         raise ConfigError(f"model.chat_template {value!r}: no such file, and not a template itself (no braces)")
-    return path.read_text()
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"model.chat_template {value!r} is not UTF-8 text ({error}); save it as UTF-8") from None
+    if not text.strip():
+        raise ConfigError(f"model.chat_template {value!r} is empty")
+    return text
 
 
 def added_tokens(tokenizer: Any) -> tuple[list[int], list[int]]:

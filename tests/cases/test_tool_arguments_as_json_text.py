@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from rlhf_lightning.data.sft import SFTDataModule
-from tests.conftest import write_rows
+from tests.conftest import CHAT_TEMPLATES, write_rows
 
 CALL = {"id": "call_1", "type": "function", "function": {"name": "book", "arguments": '{"city": "Lyon", "guests": 2}'}}
 ROW = {
@@ -36,8 +36,8 @@ ROW = {
 
 
 @pytest.mark.parametrize("template", ["qwen2_5", "qwen3", "llama3_1"])
-def test_arguments_are_trained_as_an_object(tokenizer: Any, shared: Path, tmp_path: Path, template: str) -> None:
-    tokenizer.chat_template = (shared / "chat_templates" / f"{template}.jinja").read_text()
+def test_arguments_are_trained_as_an_object(tokenizer: Any, tmp_path: Path, template: str) -> None:
+    tokenizer.chat_template = (CHAT_TEMPLATES / f"{template}.jinja").read_text()
     data = SFTDataModule(str(write_rows(tmp_path / "rows.jsonl", [ROW])), tokenizer=tokenizer, show_example=False)
     data.setup("fit")
     trained = re.findall("⟦(.*?)⟧", data.prepared["train"].rows[0].show(tokenizer), re.DOTALL)[0]

@@ -1,0 +1,92 @@
+"""Contents in parts, `[{type: text, text: …}]`, for templates that show parts and for those that show text only."""
+
+from collections.abc import Callable
+from typing import Any
+
+from rlhf_lightning.data.records import RowError
+
+Message = dict[str, Any]
+Render = Callable[[list[Message]], str]
+_FIRST, _SECOND = "Alpha,", "beta."
+
+
+class Parts(str):
+    """The text of a content in parts. Templates that show parts are given these; everything else reads the text."""
+
+    parts: list[Any]
+
+    def __new__(cls, parts: list[Any]) -> "Parts":
+        self = super().__new__(cls, "".join(part["text"] for part in parts))
+        self.parts = parts
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Parts, (self.parts,)
+
+    def __repr__(self) -> str:
+        return f"Parts({self.parts!r})"  # a template may trim each part, which the text does not tell
+
+
+def joined(message: Message) -> Message:
+    """A message whose content, if it is a list of parts that are all text, is `Parts`."""
+    content = message.get("content")
+    if not isinstance(content, list) or not content or not all(_is_text(part) for part in content):
+        return message
+    return {**message, "content": Parts(content)}
+
+
+def _is_text(part: Any) -> bool:
+    return isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)
+
+
+class ContentForms:
+    """Brings contents to the form of one template.
+
+    Args:
+        render: the template's own rendering of messages; raises `RowError`.
+    """
+
+    def __init__(self, render: Render) -> None:
+        self.render = render
+        self.only_parts = False
+        """The template shows contents only where they come in parts."""
+        self._known: dict[str, bool] = {}
+
+    def fit(self, messages: list[Message]) -> list[Message]:
+        """The messages with contents as the template shows them."""
+        if not self.only_parts and not any(isinstance(message.get("content"), Parts) for message in messages):
+            return messages
+        return [self._fitted(message) for message in messages]
+
+    def _fitted(self, message: Message) -> Message:
+        content = message.get("content")
+        if isinstance(content, Parts) and (self.only_parts or self.shows_parts(message["role"])):
+            return {**message, "content": content.parts}
+        if self.only_parts and isinstance(content, str):
+            return {**message, "content": [{"type": "text", "text": content}]}
+        return message
+
+    def shows_parts(self, role: str) -> bool:
+        """Whether the template shows all parts of a message of a role, as text and one after another."""
+        if role not in self._known:
+            self._known[role] = self._probe(role)
+        return self._known[role]
+
+    def _probe(self, role: str) -> bool:
+        asked: Message = {"role": "user", "content": "Hello"}
+        call = {"type": "function", "id": "abc123456", "function": {"name": "probe_tool", "arguments": {}}}
+        called: Message = {"role": "assistant", "content": "", "tool_calls": [call]}
+        before: list[Message] = {"assistant": [asked], "tool": [asked, called]}.get(role, [])
+        after: list[Message] = [] if before or role == "user" else [asked]
+        parts: Any = [{"type": "text", "text": _FIRST}, {"type": "text", "text": _SECOND}]
+        try:
+            in_parts, as_text = (
+                self.render([*before, {"role": role, "content": content}, *after])
+                for content in (parts, _FIRST + _SECOND)
+            )
+        except RowError:
+            return False
+        start, first, rest = in_parts.partition(_FIRST)
+        between, second, end = rest.partition(_SECOND)
+        around = as_text.split(_FIRST + _SECOND)
+        return bool(first and second) and not between.strip() and [start, end] == around
