@@ -1,16 +1,52 @@
-"""Ctrl-C and SIGTERM as a wish to stop, which a run grants where it can go on from exactly."""
+"""Ctrl-C, SIGTERM and SIGHUP as a wish to stop, which a run grants where it can go on from exactly."""
 
 import logging
 import signal
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 log = logging.getLogger(__name__)
-WATCHED = (signal.SIGINT, signal.SIGTERM)
+_ending = {"asked": False}
+"""Whether this process has been asked to end, by whichever handler was there."""
+
+
+def ends() -> list[int]:
+    """The signals by which a system ends a process; that of the terminal's end not where it is ignored (`nohup`)."""
+    found = [int(signal.SIGTERM)]
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+        found.append(int(signal.SIGHUP))
+    return found
+
+
+@contextmanager
+def ended_once() -> Iterator[None]:
+    """Around a command: the first SIGTERM or SIGHUP is `KeyboardInterrupt`, and further ones change nothing.
+
+    They come in bursts (a scheduler's, one for each process of a group). After the first, whoever caught it decides how
+    the process ends and with what code; a later one would end it in the middle of that.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def handle(number: int, frame: Any) -> None:
+        if not _ending["asked"]:
+            _ending["asked"] = True
+            raise KeyboardInterrupt
+
+    _ending["asked"] = False
+    before = {number: signal.signal(number, handle) for number in ends()}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, signal.SIG_IGN if _ending["asked"] else handler or signal.SIG_DFL)
 
 
 class StopSignals:
-    """While it is on, the first Ctrl-C or SIGTERM only sets `asked`; a second Ctrl-C is raised where it falls."""
+    """While it is on, the first Ctrl-C, SIGTERM or SIGHUP sets `asked`; a second Ctrl-C is raised where it falls."""
 
     def __init__(self) -> None:
         self.asked = False
@@ -21,12 +57,13 @@ class StopSignals:
         self.asked = False
         if self._before or threading.current_thread() is not threading.main_thread():
             return
-        self._before = {number: signal.signal(number, self._handle) for number in WATCHED}
+        self._before = {number: signal.signal(number, self._handle) for number in [int(signal.SIGINT), *ends()]}
 
     def off(self) -> None:
-        """Put them back."""
+        """Put them back; one of those that end a process does nothing any more where the run is ending by it."""
         for number, handler in self._before.items():
-            signal.signal(number, handler or signal.SIG_DFL)
+            ending = self.asked and number != signal.SIGINT
+            signal.signal(number, signal.SIG_IGN if ending else handler or signal.SIG_DFL)
         self._before = {}
 
     def _handle(self, number: int, frame: Any) -> None:
@@ -35,4 +72,4 @@ class StopSignals:
         if not self.asked:
             name = signal.Signals(number).name
             log.warning("%s: stopping after this optimizer step, with a checkpoint; Ctrl-C stops at once", name)
-        self.asked = True
+        self.asked = _ending["asked"] = True

@@ -3,9 +3,12 @@
 import logging
 import os
 import sys
+from contextlib import ExitStack
 from importlib import import_module
 
 from rlhf_lightning import __version__
+from rlhf_lightning.callbacks.signals import ended_once
+from rlhf_lightning.cli.console import BROKEN_PIPE, open_standard_streams, silence, steady_console
 from rlhf_lightning.errors import UserError
 
 COMMANDS = {
@@ -24,6 +27,8 @@ COMMANDS = {
     "report": ("rlhf_lightning.cli.report", "write report.html about a run: curves, samples, warnings, lineage"),
     "quickstart": ("rlhf_lightning.cli.quickstart", "the whole of it on a small model made on the spot, or on yours"),
 }
+RUNS = ("sft", "preference", "policy", "pipeline", "quickstart")
+"""Commands that go on where nobody reads what they print."""
 EXAMPLES = """examples:
   rlhf quickstart
   rlhf sft fit -c configs/sft.yaml --data.train chats.jsonl
@@ -54,24 +59,41 @@ def prepare_environment() -> None:
 
 def main(args: list[str] | None = None) -> None:
     """Run a command; exits with its code."""
-    args = sys.argv[1:] if args is None else args
+    open_standard_streams()
+    try:
+        try:
+            code = _command(sys.argv[1:] if args is None else args)
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        silence()
+        code = BROKEN_PIPE
+    sys.exit(code)
+
+
+def _command(args: list[str]) -> int:
+    """Run a command; its exit code."""
     if not args or args[0] in ("-h", "--help", "help"):
         print(usage())
-        sys.exit(0 if args else 2)
+        return 0 if args else 2
     if args[0] in ("-V", "--version"):
         print(f"rlhf-lightning {__version__}")
-        sys.exit(0)
+        return 0
     if args[0] not in COMMANDS:
-        sys.exit(_fail(f"no command {args[0]!r}; one of {', '.join(COMMANDS)}"))
+        return _fail(f"no command {args[0]!r}; one of {', '.join(COMMANDS)}")
     prepare_environment()
-    try:
-        code = import_module(COMMANDS[args[0]][0]).run(args)
-    except UserError as error:
-        code = _fail(str(error))
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        code = 130
-    sys.exit(code)
+    with ExitStack() as around:
+        if args[0] in RUNS:
+            around.enter_context(steady_console())
+        around.enter_context(ended_once())
+        try:
+            code: int = import_module(COMMANDS[args[0]][0]).run(args)
+        except UserError as error:
+            code = _fail(str(error))
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
+            code = 130
+        return code
 
 
 def _fail(message: str) -> int:
