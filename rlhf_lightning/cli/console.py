@@ -73,7 +73,7 @@ class SteadyStream:
 def steady_console() -> Iterator[None]:
     """Around a run: that its output is not read any more does not end it."""
     before = sys.stdout, sys.stderr
-    sys.stdout, sys.stderr = (SteadyStream(stream) for stream in before)  # type: ignore[assignment]
+    sys.stdout, sys.stderr = (SteadyStream(stream) for stream in before)
     try:
         yield
         sys.stdout.flush()
