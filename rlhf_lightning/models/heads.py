@@ -7,8 +7,8 @@ from typing import Any
 from torch import nn
 
 from rlhf_lightning.errors import ConfigError
-from rlhf_lightning.models.loading import HEADS, adapter_config, is_adapter, loading
-from rlhf_lightning.models.lora import base_of
+from rlhf_lightning.models.loading import adapter_config, is_adapter, loading
+from rlhf_lightning.models.lora import HEADS, base_of
 
 log = logging.getLogger(__name__)
 

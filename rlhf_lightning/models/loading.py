@@ -16,7 +16,15 @@ from torch import nn
 
 from rlhf_lightning.errors import ConfigError, UserError
 from rlhf_lightning.files import hash_folder, read_object, write_json
-from rlhf_lightning.models.lora import LoRA, base_of, is_quantised
+from rlhf_lightning.models.base_weights import (
+    check_adapted,
+    check_kind,
+    fit_rows,
+    keeps_base,
+    stored_embeddings,
+    untie,
+)
+from rlhf_lightning.models.lora import HEADS, LoRA, base_of, is_quantised
 from rlhf_lightning.models.sharding import layers_of
 from rlhf_lightning.untrusted import check_folder
 
@@ -25,7 +33,6 @@ AUTO_CLASSES = {
     "CAUSAL_LM": "AutoModelForCausalLM",
     "SEQ_CLS": "AutoModelForSequenceClassification",
 }
-HEADS = ("score", "classifier", "classification_head")
 LOAD_ERRORS = (
     OSError,
     ValueError,
@@ -57,6 +64,8 @@ class Start:
     options: dict[str, Any] = field(default_factory=dict)
     fresh_adapter: bool = field(default=False, init=False)
     """After loading: whether the model's adapter was made now, and so is the identity."""
+    base_kept: bool = field(default=True, init=False)
+    """After loading with an adapter: whether the weights below it are those of the base that it names."""
 
     def load(self, workdir: Path | None = None) -> nn.Module:
         """The model, ready to train.
@@ -70,7 +79,10 @@ class Start:
         if isinstance(self.source, nn.Module):
             if self._quantised and not is_quantised(self.source):
                 raise ConfigError("lora.quantize: the model is an object; load it quantised, or give its folder")
-            return self._with_lora(self.source)
+            check_adapted(self.source, self.lora)
+            model = self._with_lora(self.source)
+            self.base_kept = keeps_base(model)
+            return model
         folder = check_source(self.source, self.options)
         if not is_adapter(folder):
             return self._with_lora(self._pretrained(folder))
@@ -85,7 +97,7 @@ class Start:
         base_path, task = adapter_base(folder), str(config.task_type)
         if self._quantised and task == self.task:
             quantised = self._pretrained(base_path)
-            if self.lora and self.lora.continues(config, quantised):
+            if self.lora and self.lora.continues(config, quantised) and not stored_embeddings(config, folder):
                 log.info("continuing the adapter of %s", folder)
                 return with_adapter(quantised, folder, is_trainable=True)
             del quantised
@@ -94,9 +106,11 @@ class Start:
         dtype = getattr(torch, self.dtype)
         if self.lora and not self._quantised and task == self.task and self.lora.continues(config, base):
             log.info("continuing the adapter of %s", folder)
+            self.base_kept = not stored_embeddings(config, folder)
             return with_adapter(base.to(dtype), folder, is_trainable=True)
         merged = merge(with_adapter(base, folder)).to(dtype)
         if workdir is None and task == self.task and not self._quantised:
+            self.base_kept = False  # it is in no folder
             return self._with_lora(merged)
         if workdir is None:
             raise ConfigError(f"{folder} is an adapter; merge it first (rlhf export) to use it as {self.task}")
@@ -174,7 +188,9 @@ def adapter_config(folder: Path | str) -> Any:
     if Path(folder).is_dir():
         read_object(Path(folder) / "adapter_config.json")
     with loading(f"the adapter {str(folder)!r}"):
-        return PeftConfig.from_pretrained(folder)
+        config = PeftConfig.from_pretrained(folder)
+    check_kind(config, f"the adapter {str(folder)!r}")
+    return config
 
 
 def with_adapter(base: Any, folder: Path | str, **options: Any) -> Any:
@@ -183,6 +199,7 @@ def with_adapter(base: Any, folder: Path | str, **options: Any) -> Any:
     from safetensors import safe_open
 
     weights = Path(folder) / "adapter_model.safetensors"
+    fit_rows(base, adapter_config(folder), folder)
     with loading(f"the adapter {str(folder)!r}"):
         model = PeftModel.from_pretrained(base, folder, **options)
         if not weights.exists():
@@ -238,6 +255,8 @@ def adapter_base(folder: Path) -> str:
     relative = read_stage(folder).get("base")
     if relative and not Path(base).exists() and (folder / relative).exists():
         base = str((folder / relative).resolve())
+    if not Path(base).exists() and Path(base).name == "base" and (folder / "base" / "config.json").is_file():
+        base = str((folder / "base").resolve())  # kept in the adapter's own folder, which was moved
     try:
         return check_source(base)
     except ConfigError as error:
@@ -253,15 +272,12 @@ def read_stage(folder: Any) -> dict[str, Any]:
 
 
 def merge(model: Any) -> Any:
-    """An adapter merged into its base. A tied head that was adapted is untied first, and the config says so."""
+    """An adapter merged into its base. Where it adapts one of two tied weights they are untied, in the config too."""
     base = model.get_base_model()
     head, embedding = base.get_output_embeddings(), base.get_input_embeddings()
-    adapted = head is not None and hasattr(head, "base_layer")
-    if adapted and head.base_layer.weight is embedding.weight:
-        # Merging into the tied weight would change the input embedding as well.
-        head.base_layer.weight = nn.Parameter(embedding.weight.detach().clone())
-        base.config.tie_word_embeddings = False
-        base.config.get_text_config().tie_word_embeddings = False
+    adapted = [part for part in (head, embedding) if hasattr(part, "base_layer")]
+    if adapted and head is not None and head.weight is embedding.weight:
+        untie(base)  # merging into the one would change the other as well
     return model.merge_and_unload()
 
 

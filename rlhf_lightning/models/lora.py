@@ -1,5 +1,6 @@
 """LoRA by the field's settings: rank, alpha, dropout, and which layers, found in any architecture by structure."""
 
+import copy
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from rlhf_lightning.errors import ConfigError
 
+HEADS = ("score", "classifier", "classification_head")
 GROUPS = ("attention", "mlp", "unembedding", "all")
 _ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
 
@@ -96,7 +98,9 @@ class LoRA:
         return sorted(set(names))
 
     def continues(self, adapter: Any, model: nn.Module) -> bool:
-        """Whether an adapter with this `LoraConfig` can simply be trained on: equal rank and targets."""
+        """Whether an adapter with this `LoraConfig` can simply be trained on: equal rank, targets, and all else."""
+        if not simple(adapter):
+            return False
         names = set(self.layer_names(model))
         targets = adapter.target_modules
         if isinstance(targets, str):
@@ -125,24 +129,86 @@ def _dequantised(parameter: nn.Parameter) -> Tensor:
 
 def named_weights(model: Any) -> Iterator[tuple[str, Tensor]]:
     """The weights under the names that the Hugging Face model gives them, one at a time, adapters added in."""
-    base = base_of(model)
-    updates = {
-        f"{name}.base_layer.weight": module
-        for name, module in base.named_modules()
-        if hasattr(module, "get_delta_weight")
-    }
+    base, adapters = base_of(model), getattr(model, "peft_config", {})
+    modules = dict(base.named_modules())
     seen: set[int] = set()
     for name, parameter in base.named_parameters(remove_duplicate=False):
-        # A tied head comes once with the embeddings, and again only with an adapter of its own.
-        tied = id(parameter) in seen and name not in updates
-        seen.add(id(parameter))
-        if tied or any(part in name for part in (".lora_A.", ".lora_B.", ".lora_embedding_", ".lora_magnitude_")):
+        if of_adapter(name, adapters):
             continue
-        value = _dequantised(parameter)
-        if name in updates:
-            value = value + updates[name].get_delta_weight("default").detach().to(value.dtype)
+        value = _trained(modules, name, parameter)
+        if value is None:
+            # A tied head comes once with the embeddings, and again only where one of the two is adapted.
+            if id(parameter) in seen:
+                continue
+            seen.add(id(parameter))
+            value = _dequantised(parameter)
         # Of weights that are split over ranks, one at a time is gathered.
-        yield name.replace(".base_layer.", "."), value.full_tensor() if hasattr(value, "full_tensor") else value
+        yield plain_name(name), value.full_tensor() if hasattr(value, "full_tensor") else value
+
+
+def _trained(modules: dict[str, nn.Module], name: str, parameter: nn.Parameter) -> Tensor | None:
+    """What an adapter makes of a weight; None where it leaves it alone."""
+    owner, wrapped, rest = name.partition(".original_module.")
+    if wrapped:
+        return modules[f"{owner}.modules_to_save.default"].get_parameter(rest).detach()
+    owner, wrapped, rest = name.partition(".token_adapter.base_layer.")
+    if wrapped:
+        tokens: Any = modules[f"{owner}.token_adapter"]
+        return tokens.get_merged_weights(["default"]).detach()
+    # Parameters of one module may each be wrapped, one around the other.
+    parts = name.split(".base_layer")
+    owners: list[Any] = [modules[".base_layer".join(parts[:end])] for end in range(1, len(parts))]
+    rest = parts[-1].removeprefix(".")
+    own = [one for one in owners if getattr(one, "parameter_name", "weight") == rest and "default" in one.scaling]
+    if not own:
+        return None
+    if any(one.use_dora.get("default") for one in own):
+        merged = copy.deepcopy(own[0])
+        merged.merge(adapter_names=["default"])
+        return merged.get_base_layer().get_parameter(rest).detach()
+    value = _dequantised(parameter)
+    for one in own:
+        value = value + one.get_delta_weight("default").detach().to(value.dtype)
+    return value
+
+
+def of_adapter(name: str, adapters: Any) -> bool:
+    """Whether a weight is an adapter's: in peft the adapter's own name is a part of the weight's."""
+    return any(part in adapters for part in name.split("."))
+
+
+def plain_name(name: str) -> str:
+    """A weight's name without the layers that peft puts around it."""
+    for around in (".token_adapter.base_layer", ".original_module", ".base_layer"):
+        name = name.replace(around, "")
+    return name
+
+
+def simple(config: Any) -> bool:
+    """Whether an adapter is LoRA on layers and nothing else, and its first state changed no other weight."""
+    unlike = {"bias": "none", "init_lora_weights": True}
+    extra = (
+        "use_rslora",
+        "use_dora",
+        "lora_bias",
+        "trainable_token_indices",
+        "target_parameters",
+        "layer_replication",
+        "rank_pattern",
+        "alpha_pattern",
+        "exclude_modules",
+        "layers_to_transform",
+        "layers_pattern",
+        "alora_invocation_tokens",
+        "use_qalora",
+        "arrow_config",
+    )
+    return (
+        str(getattr(config.peft_type, "value", config.peft_type)) == "LORA"
+        and not set(config.modules_to_save or ()) - set(HEADS)
+        and all(getattr(config, name) == value for name, value in unlike.items())
+        and not any(getattr(config, name, None) for name in extra)
+    )
 
 
 def _is_linear(module: nn.Module) -> bool:

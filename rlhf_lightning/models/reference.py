@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from rlhf_lightning.models.loading import disable_dropout
+from rlhf_lightning.models.lora import simple
 from rlhf_lightning.models.offload import Place
 from rlhf_lightning.models.scoring import TokenScorer
 from rlhf_lightning.models.sharding import assign, whole
@@ -41,7 +42,9 @@ class Reference(nn.Module):
         super().__init__()
         # A disabled adapter is the start, and nothing later.
         disabled = fresh_adapter and not moves
-        self.mode = "copy" if not hasattr(model, "peft_config") else "disabled" if disabled else "adapter"
+        # Of adapters that hold more than LoRA's two matrices (embeddings, biases) a second one cannot be added.
+        adapted = hasattr(model, "peft_config") and (disabled or simple(model.peft_config["default"]))
+        self.mode = "copy" if not adapted else "disabled" if disabled else "adapter"
         self.copy: nn.Module | None = None
         if self.mode == "copy":
             self.copy = copy.deepcopy(model).requires_grad_(False).eval()

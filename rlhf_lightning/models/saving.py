@@ -1,7 +1,7 @@
 """Model folders: what a stage leaves behind, in the form that stock transformers and peft open."""
 
 import copy
-import json
+import logging
 import os
 import shutil
 from collections.abc import Sequence
@@ -9,8 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_lightning.files import read_object
+from rlhf_lightning.files import read_object
+from rlhf_lightning.models.base_weights import link_base, write_base
 from rlhf_lightning.models.generation import end_token_ids
 from rlhf_lightning.models.loading import is_adapter
+from rlhf_lightning.models.loading import is_adapter
+
+log = logging.getLogger(__name__)
 
 
 def save_model(
@@ -19,21 +24,24 @@ def save_model(
     folder: Path,
     stop_token_ids: Sequence[int],
     weights: dict[str, Any] | None = None,
+    base_kept: bool = True,
 ) -> None:
     """Write weights (safetensors), config, tokenizer with chat template, and generation config.
 
     The folder appears at once, complete: it is written beside its place and renamed. `weights` are given where those
-    of the model are split over ranks.
+    of the model are split over ranks. `base_kept`: whether the weights below an adapter are those of the base that it
+    names; else they are written too.
     """
     scratch = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(parents=True)
     given = {} if weights is None else {"state_dict": weights}
     if hasattr(model, "peft_config"):
-        # Only the adapter that was trained, and no copy of the embeddings beside it.
+        # Only the adapter that was trained. Embeddings that are not the base's are saved with the base.
         model.save_pretrained(scratch, selected_adapters=["default"], save_embedding_layers=False, **given)
-        if str(model.peft_config["default"].task_type) == "SEQ_CLS":
-            _save_scoring_base(model, scratch, folder)
+        _set_generation(model.get_base_model(), tokenizer, stop_token_ids)
+        _save_base(model, scratch, folder, base_kept, weights)
+        _save_generation(model, scratch)
     else:
         _set_generation(model, tokenizer, stop_token_ids)
         model.save_pretrained(scratch, **given)
@@ -42,29 +50,23 @@ def save_model(
     os.replace(scratch, folder)
 
 
-def _save_scoring_base(model: Any, scratch: Path, folder: Path) -> None:
-    """`base/` in the folder of a reward adapter: the base's weights, linked, with the config that stock libraries need.
+def _save_base(model: Any, scratch: Path, folder: Path, kept: bool, weights: dict[str, Any] | None) -> None:
+    """`base/` in an adapter's folder, where the base that it names is not what stock libraries need to load it.
 
-    They take the number of labels and the padding token from the base's config, which an SFT model has otherwise: with
-    a padding token that also ends responses, stock pooling would read the token before the last.
+    Weights that are in no folder (a model given as an object, a merge in memory, new rows of a vocabulary) are
+    written. Of a reward adapter's base the files are linked, with the config of the reward model: stock libraries take
+    the number of labels and the padding token from the base's config, which an SFT model has otherwise: with a padding
+    token that also ends responses, stock pooling would read the token before the last.
     """
-    base = Path(model.peft_config["default"].base_model_name_or_path or "")
-    config = copy.deepcopy(model.get_base_model().config)
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config  # the weights beside it are those before quantising
-    stored = json.loads((base / "config.json").read_text()) if (base / "config.json").is_file() else {}
-    if not stored or getattr(config, "vocab_size", None) != stored.get("vocab_size"):
-        return  # a Hub id, or a padding token that the base's weights have no row for: see docs/preference.md
-    config.save_pretrained(scratch / "base")
-    for path in base.iterdir():
-        if path.is_file() and path.name not in ("config.json", "stage.json", "merged_from.json"):
-            try:
-                os.link(path.resolve(), scratch / "base" / path.name)
-            except OSError:  # another file system
-                shutil.copy2(path, scratch / "base" / path.name)
-    settings = json.loads((scratch / "adapter_config.json").read_text())
-    settings["base_model_name_or_path"] = str(folder.resolve() / "base")
-    (scratch / "adapter_config.json").write_text(json.dumps(settings, indent=2) + "\n")
+    if not kept:
+        write_base(model, scratch, folder, weights)
+    elif str(model.peft_config["default"].task_type) == "SEQ_CLS":
+        base = Path(model.peft_config["default"].base_model_name_or_path or "")
+        config = copy.deepcopy(model.get_base_model().config)
+        if hasattr(config, "quantization_config"):
+            del config.quantization_config  # the weights beside it are those before quantising
+        if (base / "config.json").is_file():  # for a Hub id see docs/preference.md
+            link_base(config, base, scratch, folder)
 
 
 def _set_generation(model: Any, tokenizer: Any, stop_token_ids: Sequence[int]) -> None:
@@ -75,6 +77,25 @@ def _set_generation(model: Any, tokenizer: Any, stop_token_ids: Sequence[int]) -
         generation.pad_token_id = tokenizer.pad_token_id
         # Settings that only apply with sampling make transformers refuse to save where sampling is off.
         generation.do_sample = True
+
+
+def _save_generation(model: Any, scratch: Path) -> None:
+    """What ends a response, beside the adapter too: stock peft takes the base's, which may know other tokens."""
+    generation = getattr(model.get_base_model(), "generation_config", None)
+    if generation is None:
+        return
+    generation.save_pretrained(scratch)
+    base = str(model.peft_config["default"].base_model_name_or_path)
+    stored = Path(base) / "generation_config.json"
+    before = read_object(stored).get("eos_token_id") if stored.is_file() else None
+    before = before if isinstance(before, list) else [before]
+    if not (scratch / "base").is_dir() and not set(generation.eos_token_id) <= set(before):
+        log.info(
+            "stock peft stops at the tokens of the base's generation config (%s), not at those of training (%s), which "
+            "are in generation_config.json beside the adapter: see docs/stages.md",
+            before,
+            generation.eos_token_id,
+        )
 
 
 def relative_base(folder: Path) -> str | None:

@@ -144,6 +144,7 @@ class RLHFModule(pl.LightningModule):
         start = self.start()
         self.model = start.load(workdir)
         self.fresh_adapter = start.fresh_adapter
+        self._below = start.base_kept, self.model.get_input_embeddings().weight.shape[0]
         check_vocabulary(self.model, self.tokenizer)
         self.build()
         for part in self.forward_passes():
@@ -307,7 +308,9 @@ class RLHFModule(pl.LightningModule):
         self.configure_model()
         weights = whole_weights(self.model)
         if weights is None or self.global_rank == 0:
-            save_model(self.model, self.tokenizer, Path(folder), self.renderer.stop_token_ids, weights)
+            kept, rows = self._below
+            kept = kept and rows == self.model.get_input_embeddings().weight.shape[0]
+            save_model(self.model, self.tokenizer, Path(folder), self.renderer.stop_token_ids, weights, kept)
 
     def stage_facts(self) -> dict[str, Any]:
         """What `stage.json` says of the module."""

@@ -9,7 +9,16 @@ from rlhf_lightning.errors import ConfigError, UserError
 from rlhf_lightning.files import hash_folder, write_json
 from rlhf_lightning.models.generation import end_token_ids
 from rlhf_lightning.models.heads import task_of
-from rlhf_lightning.models.loading import Start, adapter_base, check_source, is_adapter, loading, merge, read_stage
+from rlhf_lightning.models.loading import (
+    Start,
+    adapter_base,
+    check_source,
+    check_vocabulary,
+    is_adapter,
+    loading,
+    merge,
+    read_stage,
+)
 from rlhf_lightning.models.reward_model import RewardModel
 from rlhf_lightning.models.saving import save_model
 from rlhf_lightning.models.scorers import scorer_of
@@ -47,6 +56,7 @@ def export_model(source: str, folder: Path, dtype: str | None = None) -> dict[st
         tokenizer = load_tokenizer(source)
         renderer = Renderer.suited(tokenizer, end_token_ids(source, tokenizer))
         model = Start(source).load()
+        check_vocabulary(model, tokenizer, f"the model {source}")
     save_model(model.to(getattr(torch, dtype)), tokenizer, folder, renderer.stop_token_ids)
     facts = {**_facts(source), "exported_from": str(Path(source).resolve()) if Path(source).exists() else source}
     facts |= {"dtype": dtype, "base": None, "model_hash": hash_folder(folder)}

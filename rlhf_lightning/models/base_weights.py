@@ -1,0 +1,222 @@
+"""The model below an adapter: its weights, whether the base that the adapter names has them, and its vocabulary."""
+
+import json
+import logging
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from rlhf_lightning.errors import ConfigError
+from rlhf_lightning.models.lora import HEADS, is_quantised, of_adapter, plain_name
+
+log = logging.getLogger(__name__)
+
+
+def check_adapted(model: Any, lora: Any) -> None:
+    """Raise `ConfigError` where a model given with an adapter cannot be trained, or not saved, as it is."""
+    if not hasattr(model, "peft_config"):
+        return
+    if lora is not None:
+        raise ConfigError(
+            "model.lora: the model has an adapter already; leave out lora to train that one, or merge it first "
+            "(model.merge_and_unload())"
+        )
+    if list(model.peft_config) != ["default"]:
+        raise ConfigError(
+            f"the model has the adapters {', '.join(model.peft_config)}; give it one, of the name 'default', which is "
+            "then trained and saved"
+        )
+    check_kind(model.peft_config["default"])
+
+
+def check_kind(config: Any, name: str = "the adapter") -> None:
+    """Raise `ConfigError` for adapters that are not in the layers: prompts, prefixes."""
+    if config.is_prompt_learning:
+        raise ConfigError(f"{name} is a {config.peft_type} one, which has no weights in layers; LoRA and its like have")
+
+
+# -- weights ----------------------------------------------------------------------------------------------------------
+
+
+def plain_weights(model: Any, weights: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
+    """Those of the model below the adapter, by their names without it; `weights` are the model's, where it is split."""
+    prefix = "base_model.model."
+    found = model.get_base_model().state_dict() if weights is None else weights
+    named = {name.removeprefix(prefix) if weights is not None else name: value for name, value in found.items()}
+    return {plain_name(name): value for name, value in named.items() if not of_adapter(name, model.peft_config)}
+
+
+def keeps_base(model: Any) -> bool:
+    """Whether the weights below an adapter are those of the base that it names; for a model given as an object."""
+    if not hasattr(model, "peft_config"):
+        return True
+    kept = {name: p for name, p in plain_weights(model).items() if not is_quantised(model) or _is_plain(p)}
+    name = str(model.peft_config["default"].base_model_name_or_path or "")
+    if stored_in(name, kept):
+        return True
+    if is_quantised(model):
+        raise ConfigError(
+            f"the model is an object in 4 bits whose embeddings are not those of {name or 'any folder'}: an adapter of "
+            "it could not be loaded again. Save the changed model first, and start from its folder with lora.quantize"
+        )
+    log.info(
+        "the weights of the model below the adapter are not those of %s; they are saved with the adapter, in base/",
+        name or "any folder",
+    )
+    return False
+
+
+def _is_plain(value: Tensor) -> bool:
+    return value.is_floating_point() and value.dim() == 2 and not hasattr(value, "quant_state")
+
+
+def stored_in(source: str, weights: dict[str, Tensor]) -> bool:
+    """Whether the files of a model folder (or of a Hub id that was downloaded) hold these weights, cast or not."""
+    folder = _local(source)
+    files = sorted(folder.glob("*.safetensors")) if folder else []
+    missing = dict(weights)
+    for file in files:
+        with safe_open(file, "pt") as stored:
+            for name in set(stored.keys()) & set(missing):
+                weight = missing.pop(name)
+                if list(stored.get_slice(name).get_shape()) != list(weight.shape):
+                    return False
+                if not torch.equal(stored.get_tensor(name).to(weight.dtype), weight.detach().cpu()):
+                    return False
+    # A tied weight is stored once, and a head of scores is the adapter's.
+    there = {value.data_ptr() for name, value in weights.items() if name not in missing}
+    return bool(files) and all(
+        value.data_ptr() in there or name.split(".")[0] in HEADS for name, value in missing.items()
+    )
+
+
+def _local(source: str) -> Path | None:
+    if not source or Path(source).is_dir():
+        return Path(source) if source else None
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(source, local_files_only=True))
+    except (LocalEntryNotFoundError, HFValidationError):
+        return None  # then nobody knows, and the weights are kept with the adapter
+
+
+def write_base(model: Any, scratch: Path, folder: Path, weights: dict[str, Tensor] | None = None) -> None:
+    """`base/` in an adapter's folder: the model below it, whole, which the adapter then names.
+
+    Raises:
+        ConfigError: the weights are quantised, and cannot be written as they were.
+    """
+    base = model.get_base_model()
+    if is_quantised(model):
+        raise ConfigError(
+            "the model below the adapter is not that of the folder it names, and in 4 bits it cannot be saved: save "
+            "the changed model first, and start from its folder"
+        )
+    base.save_pretrained(scratch / "base", state_dict=plain_weights(model, weights))
+    name_base(scratch, folder, init_lora_weights=True)
+
+
+def link_base(config: Any, source: Path, scratch: Path, folder: Path) -> None:
+    """`base/` in an adapter's folder: the files of `source`, linked, with another config."""
+    config.save_pretrained(scratch / "base")
+    for path in source.iterdir():
+        if path.is_file() and path.name not in ("config.json", "stage.json", "merged_from.json"):
+            try:
+                os.link(path.resolve(), scratch / "base" / path.name)
+            except OSError:  # another file system
+                shutil.copy2(path, scratch / "base" / path.name)
+    name_base(scratch, folder)
+
+
+def name_base(scratch: Path, folder: Path, **changes: Any) -> None:
+    """Have the adapter in `scratch`, which will be `folder`, name the `base/` in it.
+
+    A first state that was made from the base and taken off it (PiSSA, OLoRA) is in its weights by now: made once more
+    it would be taken off twice.
+    """
+    settings = json.loads((scratch / "adapter_config.json").read_text())
+    settings |= {"base_model_name_or_path": str(folder.resolve() / "base"), "revision": None}
+    settings |= {name: value for name, value in changes.items() if name in settings}
+    (scratch / "adapter_config.json").write_text(json.dumps(settings, indent=2) + "\n")
+
+
+# -- vocabulary -------------------------------------------------------------------------------------------------------
+
+
+def stored_embeddings(config: Any, folder: Path | str) -> bool:
+    """Whether the file of an adapter brings embeddings of the model below it (peft's `save_embedding_layers`)."""
+    names = [name.replace(".base_layer", "") for name, _ in _shapes(folder)]
+    own = set(getattr(config, "modules_to_save", None) or ())
+    return any(
+        name.endswith(f".{end}.weight") and end not in own
+        for name in names
+        for end in ("embed_tokens", "lm_head", "wte", "embed_in", "embed_out", "word_embeddings")
+    )
+
+
+def fit_rows(base: Any, config: Any, folder: Path | str) -> None:
+    """Resize a base to the vocabulary of an adapter; raises `ConfigError` where new rows are in no file."""
+    embedding = base.get_input_embeddings()
+    head = base.get_output_embeddings() if hasattr(base, "get_output_embeddings") else None
+    rows, tied = embedding.weight.shape[0], head is not None and head.weight is embedding.weight
+    names = {module: name for name, module in base.named_modules()}
+    brought: dict[str, int] = {}  # rows that the file has, of each of the two
+    wanted = rows
+    for name, shape in _shapes(folder):
+        place, _, rest = name.removeprefix("base_model.model.").replace(".base_layer", "").rpartition(".")
+        if rest == "weight" and place in (names[embedding], names.get(head)):
+            brought[place] = shape[0]
+        elif rest == "lora_embedding_A" and place == names[embedding]:
+            wanted = shape[1]
+    wanted = max([*brought.values(), *(index + 1 for index in _token_indices(config))], default=wanted)
+    if wanted == rows:
+        return
+    # What the trainable tokens hold is theirs in the embedding, and in a head that is tied to it.
+    tokens, new = set(_token_indices(config)), set(range(rows, wanted))
+    lost = names[embedding] not in brought and not (tied and brought) and bool(new - tokens)
+    lost |= head is not None and not tied and names[head] not in brought and not _of_head(config, names[head], new)
+    if lost:
+        raise ConfigError(
+            f"the adapter {str(folder)!r} is of a vocabulary of {wanted} tokens, its base has {rows}, and not all rows "
+            "between are in one of the two: save them with the adapter (peft's save_embedding_layers=True), or name "
+            "the base that was resized"
+        )
+    base.resize_token_embeddings(wanted, mean_resizing=False)
+
+
+def _of_head(config: Any, name: str, rows: set[int]) -> bool:
+    """Whether the trainable tokens of an untied head are these rows."""
+    indices = getattr(config, "trainable_token_indices", None)
+    found = [part for key, part in indices.items() if name.endswith(key)] if isinstance(indices, dict) else []
+    return rows <= {index for part in found for index in part}
+
+
+def _token_indices(config: Any) -> Iterator[int]:
+    indices = getattr(config, "trainable_token_indices", None) or ()
+    for part in indices.values() if isinstance(indices, dict) else [indices]:
+        yield from part
+
+
+def _shapes(folder: Path | str) -> list[tuple[str, list[int]]]:
+    path = Path(folder) / "adapter_model.safetensors"
+    if not path.is_file():
+        return []
+    with safe_open(path, "pt") as stored:
+        return [(name, list(stored.get_slice(name).get_shape())) for name in stored.keys()]  # noqa: SIM118
+
+
+def untie(base: Any) -> None:
+    """Give a tied head weights of its own; the config then says so."""
+    head, embedding = base.get_output_embeddings(), base.get_input_embeddings()
+    inner = head.base_layer if hasattr(head, "base_layer") else head
+    inner.weight = nn.Parameter(embedding.weight.detach().clone())
+    base.config.tie_word_embeddings = False
+    base.config.get_text_config().tie_word_embeddings = False
