@@ -176,7 +176,7 @@ def fit_rows(base: Any, config: Any, folder: Path | str) -> None:
             brought[place] = shape[0]
         elif rest == "lora_embedding_A" and place == names[embedding]:
             wanted = shape[1]
-    wanted = max([*brought.values(), *(index + 1 for index in _token_indices(config))], default=wanted)
+    wanted = max([max(brought.values(), default=wanted), *(index + 1 for index in _token_indices(config))])
     if wanted == rows:
         return
     # What the trainable tokens hold is theirs in the embedding, and in a head that is tied to it.
