@@ -46,7 +46,17 @@ KINDS: dict[str, dict[str, Any]] = {
     "olora": {"init_lora_weights": "olora"},
     "parameters": {"target_modules": [], "target_parameters": ["q_proj.weight"]},
 }
-MATRIX = [(kind, tied) for kind in KINDS for tied in (True, False)]
+SHARED = ("embedding", "head", "save_both", "save_embedding", "tokens", "tokens_both")
+"""Kinds for which it matters whether the head is tied."""
+
+
+def matrix(*fast: str) -> list[Any]:
+    """Every kind, tied and not; those that are not named run with the slow tests."""
+    cases = [(kind, tied) for kind in KINDS for tied in (True, False)]
+    return [
+        pytest.param(kind, tied, marks=[] if kind in fast and (tied or kind in SHARED) else [pytest.mark.slow])
+        for kind, tied in cases
+    ]
 
 
 def logits(model: Any) -> torch.Tensor:
@@ -85,7 +95,9 @@ def loaded(folder: Path) -> Any:
     return AutoModelForCausalLM.from_pretrained(folder)
 
 
-@pytest.mark.parametrize(("kind", "tied"), MATRIX)
+@pytest.mark.parametrize(
+    ("kind", "tied"), matrix("plain", "embedding", "head", "save_both", "tokens", "dora", "pissa", "patterns", "bias")
+)
 def test_adapters_of_other_tools(kind: str, tied: bool, tokenizer: Any, tmp_path: Path) -> None:
     """Unmerged, merged, merged below a new adapter, exported, and as an engine gets them: the logits of stock peft."""
     base = loaded(folder_of(tokenizer, tmp_path / "base", tie_word_embeddings=tied))
@@ -223,7 +235,7 @@ def test_an_object_as_its_folder_has_it_is_not_saved_again(tokenizer: Any, tmp_p
     close(AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter"), logits(module.model))
 
 
-@pytest.mark.parametrize(("kind", "tied"), [(k, t) for k, t in MATRIX if k != "exclude"])
+@pytest.mark.parametrize(("kind", "tied"), matrix("save_both", "tokens", "bias", "pissa"))
 def test_a_model_that_has_an_adapter_is_trained_and_saved_as_it_is(
     kind: str, tied: bool, tokenizer: Any, tmp_path: Path
 ) -> None:

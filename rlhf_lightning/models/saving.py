@@ -9,10 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_lightning.files import read_object
-from rlhf_lightning.files import read_object
 from rlhf_lightning.models.base_weights import link_base, write_base
 from rlhf_lightning.models.generation import end_token_ids
-from rlhf_lightning.models.loading import is_adapter
 from rlhf_lightning.models.loading import is_adapter
 
 log = logging.getLogger(__name__)
