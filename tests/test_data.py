@@ -86,10 +86,10 @@ def test_files_of_every_kind(tmp_path: Path) -> None:
 
 def test_plain_prompt_lines_and_blank_ones(tmp_path: Path) -> None:
     path = tmp_path / "p.txt"
-    path.write_text('First\n\n  \n{"prompt": "Second", "answer": 2}\n')
+    path.write_text("First\n\n  \nSecond {x}\n")
     reading = Reading()
     rows = read_rows(path, "prompt", reading)
-    assert [row.data for row in rows] == [{"prompt": "First"}, {"prompt": "Second", "answer": 2}]
+    assert [row.data for row in rows] == [{"prompt": "First"}, {"prompt": "Second {x}"}]
     assert rows[1].where.endswith(":4")
     assert reading.blank == 2
     assert len(read_rows([str(path), str(path)], "prompt")) == 4
@@ -110,7 +110,7 @@ def test_line_separators_within_json_are_no_line_ends(tmp_path: Path) -> None:
         ("a.jsonl", b'{"a": 1}\n{"a": \n', ":2: not valid JSON"),
         ("a.jsonl", b"[1]\n", ":1: a JSON list"),
         ("a.jsonl", b'{"a": 1}\n\xff\xfe\n', ":2: not UTF-8"),
-        ("a.json", b'{"a": 1}\n{"a": 2}', "looks like JSON lines"),
+        ("a.json", b'[{"a": 1},\n{"a": 2}', ":2: not valid JSON"),
         ("a.json", b"3", "holds a int"),
         ("a.json", b"[1]", r"\[0\]: a int"),
         ("a.parquet", b"nonsense", "not a readable Parquet file"),

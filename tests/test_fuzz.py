@@ -165,12 +165,12 @@ def spoilt_files(draw: st.DrawFn) -> tuple[str, str, bytes, str, bool]:
         text = text[:at] + draw(NOT_UTF8) + text[at:]
         suffix = draw(st.sampled_from([".jsonl", ".json", ".txt"]))
     elif way == "line":
-        wrong = [line for line in NO_OBJECT if kind != "prompts" or line.startswith("{")]
+        wrong = [line for line in NO_OBJECT if kind != "prompts" or line != '"text"']
         good.insert(draw(st.integers(0, 4)), draw(st.sampled_from(wrong)).encode())
         text = b"\n".join(good)
     elif way == "encoding":
-        text = text.decode().encode(draw(st.sampled_from(["utf-16", "utf-32", "utf-16-be", "utf-32-le"])))
-        suffix = ".json" if kind == "prompts" else suffix
+        text = text.decode().encode(draw(st.sampled_from(["utf-16-be", "utf-16-le", "utf-32-be", "utf-32-le"])))
+        suffix = draw(st.sampled_from([".jsonl", ".json", ".csv", ".txt"]))
     elif way == "empty":
         text = draw(st.sampled_from([b"", b"\n", b" \n\n\t\n", b"\xef\xbb\xbf", b"\xef\xbb\xbf\n"]))
         suffix = draw(st.sampled_from([".jsonl", ".json", ".parquet", ".txt"]))
@@ -178,14 +178,14 @@ def spoilt_files(draw: st.DrawFn) -> tuple[str, str, bytes, str, bool]:
         text, suffix = draw(st.binary(min_size=1, max_size=60)), ".parquet"
     elif way == "json":
         suffix = ".json"
-        wrong = [line for line in NO_OBJECT if line not in ('{"a": 1}',)]
-        text = draw(st.sampled_from([text, b"[]", b"{}", b"[[]]", b"[1, {}]", *(w.encode() for w in wrong)]))
+        wrong = NO_OBJECT if kind != "prompts" else [line for line in NO_OBJECT if line != '"text"']
+        text = draw(st.sampled_from([b"[]", b"{}", b"[[]]", b"[1, {}]", *(w.encode() for w in wrong)]))
     elif way == "parquet":
         suffix = ".parquet"
         whole = parquet(ROWS[kind](4))
         text = whole[: draw(st.integers(1, len(whole) - 1))]
     else:
-        suffix = draw(st.sampled_from([".parquet", ".json"]))
+        suffix = draw(st.sampled_from([".parquet", ".csv", ".tsv", ".zip", ".xlsx", ".arrow"]))
     return kind, suffix, text, how.replace("skip", "fit"), False
 
 

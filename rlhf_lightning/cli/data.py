@@ -27,7 +27,7 @@ def run(args: list[str]) -> int:
     figures |= check.report(train, tokenizer, options.samples)
     files = [train]
     if options.validation:
-        files.append(check.check(module, options.validation))
+        files.append(check.check(module, options.validation, "validation"))
         figures["validation"] = check.report(files[1], tokenizer, 0)
         figures["overlap"] = check.overlap(train, files[1])
     bad = sum(len(file.bad) for file in files)
@@ -70,7 +70,7 @@ def _parse(args: list[str]) -> argparse.Namespace:
         "Exit codes: 0 all rows are good, 1 some are bad, 2 the check could not be made.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    check.add_argument("file", help="rows: .jsonl, .json, .parquet, plain lines (prompts) or a Hub id")
+    check.add_argument("file", help="rows: .jsonl, .json, .csv, .parquet, .txt (prompts), a pattern or a Hub id")
     check.add_argument("--kind", required=True, choices=KINDS, help="what the rows are for")
     check.add_argument("--model", required=True, help="folder or Hub id whose tokenizer and chat template are used")
     check.add_argument("--validation", metavar="FILE", help="rows held out, checked too and compared with FILE")
@@ -79,6 +79,7 @@ def _parse(args: list[str]) -> argparse.Namespace:
     check.add_argument("--columns", nargs="+", metavar="OURS=YOURS", help="as data.columns of a stage")
     check.add_argument("--format", choices=("chat", "raw"), help="as data.format of a stage")
     check.add_argument("--chat_template", help="as model.chat_template of a stage")
+    check.add_argument("--lines", action="store_true", help="as data.lines of a policy stage: each line is a prompt")
     check.add_argument("--max_length", type=int, help="as data.max_length (prompts: max_prompt_tokens) of a stage")
     check.add_argument("--overlong", choices=("error", "truncate", "skip"), help="as data.overlong of a stage")
     check.add_argument("--train_on", help="as data.train_on of an SFT stage")
@@ -92,6 +93,7 @@ def _settings(options: argparse.Namespace) -> dict[str, Any]:
     length = "max_prompt_tokens" if options.kind == "prompts" else "max_length"
     settings = {"format": options.format, "overlong": options.overlong, "train_on": options.train_on}
     settings[length] = options.max_length
+    settings["lines"] = options.lines or None
     for pair in options.columns or []:
         ours, separator, theirs = pair.partition("=")
         if not (ours and separator and theirs):

@@ -103,7 +103,7 @@ def _parse(args: list[str]) -> argparse.Namespace:
     parser.add_argument("policy", help="folder or Hub id of a causal language model")
     if not best:
         parser.add_argument("baseline", nargs="?", help="the policy to compare with")
-    parser.add_argument("prompts", help="rows with prompt or messages, or plain lines")
+    parser.add_argument("prompts", help="rows with prompt or messages, or a .txt file of lines")
     parser.add_argument(
         "--reward", action="append", default=[], metavar="MODEL", help="a preference model; several are added"
     )

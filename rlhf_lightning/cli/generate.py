@@ -52,7 +52,7 @@ def _parse(args: list[str]) -> argparse.Namespace:
         epilog='example: rlhf generate runs/policy/model --prompt "How do I mend a chair?" --max_tokens 64',
     )
     parser.add_argument("model", help="folder or Hub id of a causal language model or an adapter of one")
-    parser.add_argument("file", nargs="?", help="rows with prompt or messages, or plain lines")
+    parser.add_argument("file", nargs="?", help="rows with prompt or messages, or a .txt file of lines")
     parser.add_argument("--prompt", action="append", metavar="TEXT", help="a prompt; may be given several times")
     parser.add_argument("--json", action="store_true", help="print a JSON object for each answer")
     parser.add_argument("--max_tokens", "--max-tokens", type=int, default=256, help="budget of an answer (256)")

@@ -3,54 +3,49 @@
 import logging
 from abc import abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_only
 
 from rlhf_lightning.data.batching import Layout, RowLoader, run_seed
+from rlhf_lightning.data.containers import settled
 from rlhf_lightning.data.records import (
     Reading,
+    Row,
     RowError,
     SkippedRow,
     Source,
     convert_rows,
     fingerprint,
+    is_here,
     read_rows,
+    rename_columns,
 )
 from rlhf_lightning.data.rendering import Renderer
+from rlhf_lightning.data.splits import Prepared, RowKey, held_out, leaks, row_key
 from rlhf_lightning.data.tokenizers import load_tokenizer
-from rlhf_lightning.errors import ConfigError
+from rlhf_lightning.errors import ConfigError, DataError
 
 log = logging.getLogger(__name__)
 OVERLONG = ("error", "truncate", "skip")
-
-
-@dataclass
-class Prepared:
-    """Rows ready for batches and what became of the file they came from."""
-
-    rows: list[Any]
-    reading: Reading
-    lengths: list[int] = field(default_factory=list)
-    trained: int = 0
-    truncated: int = 0
 
 
 class RowDataModule(pl.LightningDataModule):
     """Base of the data modules. A subclass says how a row becomes examples and how examples become a batch.
 
     Args:
-        train: rows to train on: a file (`.jsonl`, `.json`, `.parquet`), a Hub id (`owner/name:split`,
-            `owner/name:configuration/split`), a list of
-            these, or a list of dicts. Only what a command needs is read.
+        train: rows to train on: a file (`.jsonl`, `.json`, `.csv`, `.parquet` and others), a Hub id
+            (`owner/name:split`, `owner/name:configuration/split`), a list of these, a list of dicts, a data frame, a
+            data set of `datasets`, a dict of columns or of splits. Only what a command needs is read.
         validation: rows to validate on, likewise.
         test: rows of the `test` command.
         predict: rows of the `predict` command.
         batch_size: rows of one training step on one device.
         eval_batch_size: the same outside training; `batch_size` by default.
-        validation_split: rows (or a fraction, below 1) of `train` held out where no `validation` is given.
+        validation_split: rows (or a fraction, below 1) of `train` held out where no `validation` is given; all rows
+            of a prompt are on one side.
         max_length: tokens of a row.
         overlong: `error`, `truncate` or `skip` (counted) longer rows.
         on_bad_row: `error` stops at the first bad row with file and line, `skip` leaves out and counts.
@@ -86,7 +81,8 @@ class RowDataModule(pl.LightningDataModule):
             raise ConfigError(f"data.overlong is {overlong!r}; one of {', '.join(OVERLONG)}")
         if batch_size < 1:
             raise ConfigError(f"data.batch_size is {batch_size}; it must be at least 1")
-        self.sources = {"train": train, "validation": validation, "test": test, "predict": predict}
+        given = {"train": train, "validation": validation, "test": test, "predict": predict}
+        self.sources: dict[str, Any] = {name: settled(source) for name, source in given.items()}
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size or batch_size
         if not validation_split >= 0:
             raise ConfigError(f"data.validation_split is {validation_split}; a number of rows, or a fraction below 1")
@@ -101,11 +97,20 @@ class RowDataModule(pl.LightningDataModule):
     # -- for subclasses -------------------------------------------------------------------------------------------
 
     text_key: str | None = None
-    """Where set, a line of a file that is no JSON object is a row `{text_key: line}`."""
+    """Where set, a line of a text file is a row `{text_key: line}`."""
+    lines: bool = False
+    """Whether each line of a file is text as it stands, whatever the file's name."""
 
     @abstractmethod
     def examples(self, name: str) -> Callable[[dict[str, Any]], list[Any]]:
         """For a source name: the function that makes examples of one row, raising `RowError`."""
+
+    def key(self, data: dict[str, Any]) -> RowKey:
+        """What a row of `train`, `validation` or `test` is compared by, raising `RowError`; all of it by default."""
+        return row_key(data, None)
+
+    def completed(self, name: str) -> None:
+        """Called with the name of each source that was read, when what is held out of it has been."""
 
     @abstractmethod
     def collate(self, rows: list[Any], weights: list[float]) -> dict[str, Any]:
@@ -117,10 +122,16 @@ class RowDataModule(pl.LightningDataModule):
         """Read and render what the command needs; raises `DataError` or `ConfigError`."""
         stage = getattr(stage, "value", stage)  # Lightning's is an enumeration, which prints as TrainerFn.…
         wanted = {"fit": ("train", "validation"), "validate": ("validation",)}.get(stage, (stage,))
+        before = set(self.prepared)
         for name in wanted:
             if name not in self.prepared:
                 self._prepare(name, required=stage != "fit" or name == "train")
         self._hold_out(stage)
+        for name in self.prepared:
+            if name not in before:
+                self.completed(name)
+                if name in ("validation", "test") and self.sources[name] is not None:
+                    self._compare(name)
 
     def _prepare(self, name: str, required: bool) -> None:
         source = self.sources[name]
@@ -131,29 +142,86 @@ class RowDataModule(pl.LightningDataModule):
                 self._prepare("train", required=True)
             return
         reading = Reading()
-        rows = read_rows(source, self.text_key, reading)
+        rows = self.read(source, name, reading)
         self._truncated = 0
-        converted = convert_rows(rows, self.examples(name), reading, self.on_bad_row, self.columns)
+        convert = self.examples(name)
+        keys: list[RowKey] = []
+        row_of: list[int] = []
+
+        def keyed(data: dict[str, Any]) -> list[Any]:
+            examples = convert(data)
+            if name != "predict":
+                row_of.extend([len(keys)] * len(examples))
+                keys.append(self.key(data))
+            return examples
+
+        converted = convert_rows(rows, keyed, reading, self.on_bad_row, self.columns)
         for index, example in enumerate(converted):
             if hasattr(example, "index"):  # random numbers are drawn by it, whatever batch or rank the row falls into
                 example.index = index
-        self.prepared[name] = Prepared(converted, reading, truncated=self._truncated)
+            if keys:
+                keys[row_of[index]].where = getattr(example, "where", "")
+        self.prepared[name] = Prepared(converted, reading, truncated=self._truncated, keys=keys, row_of=row_of)
         self._summarise(name, source)
+
+    def read(self, source: Source, name: str, reading: Reading) -> list[Row]:
+        """The rows of a source, `name` being what they are for; raises `DataError`."""
+        return read_rows(source, self.text_key, reading, name, self.lines)
 
     def _hold_out(self, stage: str) -> None:
         if stage not in ("fit", "validate") or "validation" in self.prepared or not self.validation_split:
             return
-        import torch
-
         train = self.prepared["train"]
-        size = len(train.rows)
-        held = int(self.validation_split if self.validation_split >= 1 else max(1, self.validation_split * size))
-        if held >= size:
+        size = len(train.keys)
+        wanted = int(self.validation_split if self.validation_split >= 1 else max(1, self.validation_split * size))
+        if wanted >= size:
             raise ConfigError(f"data.validation_split {self.validation_split} leaves nothing to train on ({size} rows)")
-        order = torch.randperm(size, generator=torch.Generator().manual_seed(self.seed)).tolist()
-        self.prepared["validation"] = Prepared([train.rows[i] for i in order[:held]], Reading(held))
-        train.rows = [train.rows[i] for i in sorted(order[held:])]
-        log.info("validation: %d rows held out of the training data", held)
+        held = held_out([key.prompt for key in train.keys], wanted, self.seed)
+        if not held:
+            raise ConfigError(
+                f"data.validation_split {self.validation_split}: all {size} rows have the same prompt, of which all "
+                "are held out or none; name rows with other prompts in data.validation"
+            )
+        validation = self.prepared["validation"] = train.part(held)
+        validation.reading = Reading(len(held))
+        kept = train.part(sorted(set(range(size)) - set(held)))
+        train.rows, train.keys, train.row_of = kept.rows, kept.keys, kept.row_of
+        log.info(
+            "validation: %d of %d rows held out of the training data (%d examples, %d prompts)%s",
+            len(held),
+            size,
+            len(validation.rows),
+            len({key.prompt for key in validation.keys}),
+            "" if len(held) == wanted else f"; {wanted} were asked for, and the rows of a prompt stay together",
+        )
+
+    @rank_zero_only
+    def _compare(self, name: str) -> None:
+        """Warn where rows that are measured on are trained on too."""
+        train = self.prepared["train"].keys if "train" in self.prepared else self._train_keys()
+        found = leaks(train, self.prepared[name].keys)
+        if found.prompts:
+            log.warning("%s", found.message(name))
+
+    def _train_keys(self) -> list[RowKey]:
+        """The keys of training rows that this command does not read else; none where they are not on this machine."""
+        source = self.sources["train"]
+        if source is None or not is_here(source):
+            return []
+        try:
+            rows = self.read(source, "train", Reading(unreadable=[]))
+        except DataError as error:
+            log.warning("not compared with data.train, which cannot be read: %s", error)
+            return []
+        keys = []
+        for row in rows:
+            try:
+                key = self.key(rename_columns(row, self.columns).data)
+            except RowError:  # bad rows are what `fit` speaks of
+                continue
+            key.where = row.where
+            keys.append(key)
+        return keys
 
     def train_dataloader(self) -> Any:
         return self._loader("train", self.batch_size, shuffle=not getattr(self.trainer, "overfit_batches", 0))
@@ -217,7 +285,7 @@ class RowDataModule(pl.LightningDataModule):
 
     def fingerprints(self) -> dict[str, str]:
         """SHA-256 of each source, for `stage.json`."""
-        return {name: digest for name, source in self.sources.items() if (digest := fingerprint(source))}
+        return {name: digest for name, source in self.sources.items() if (digest := fingerprint(source, name))}
 
     @rank_zero_only
     def _summarise(self, name: str, source: Source) -> None:
@@ -227,7 +295,7 @@ class RowDataModule(pl.LightningDataModule):
             "%s (%s): %d rows read, %d examples, %d tokens, %d trained, longest %d, "
             "truncated %d, skipped %d, blank lines %d",
             name,
-            source if isinstance(source, str) else f"{type(source).__name__}",
+            source if isinstance(source, str | Path) else f"{type(source).__name__}",
             prepared.reading.rows,
             len(examples),
             sum(example.tokens for example in examples),

@@ -9,9 +9,10 @@ from rlhf_lightning.data.base import RowDataModule
 from rlhf_lightning.data.preference import PreferenceDataModule
 from rlhf_lightning.data.preference_rows import Pair, row_kind
 from rlhf_lightning.data.prompts import Prompt, PromptDataModule
-from rlhf_lightning.data.records import Reading, Row, RowError, SkippedRow, Source, read_rows, rename_columns
+from rlhf_lightning.data.records import Reading, Row, RowError, SkippedRow, Source, rename_columns
 from rlhf_lightning.data.rendering import Rendered, masked_pieces
 from rlhf_lightning.data.sft import SFTDataModule
+from rlhf_lightning.data.splits import RowKey, leaks
 from rlhf_lightning.data.tokenizers import load_tokenizer
 from rlhf_lightning.errors import ConfigError
 from rlhf_lightning.files import visible
@@ -30,6 +31,8 @@ class Checked:
 
     source: str
     examples: list[tuple[str, Any]] = field(default_factory=list)
+    keys: list[RowKey] = field(default_factory=list)
+    """Of each row that became examples."""
     bad: list[tuple[str, str]] = field(default_factory=list)
     skipped: list[tuple[str, str]] = field(default_factory=list)
     """Left out because the user asked for it (`overlong: skip`)."""
@@ -53,15 +56,20 @@ def data_module(kind: str, model: str, chat_template: str | None = None, **setti
         raise ConfigError(f"--kind {kind}: {str(error).rpartition('__init__() ')[2]}") from None
 
 
-def check(module: RowDataModule, source: Source) -> Checked:
+def check(module: RowDataModule, source: Source, split: str = "train") -> Checked:
     """Read and render every row; a bad one is listed, and never ends the check.
+
+    Args:
+        module: what a stage reads rows with.
+        source: the rows.
+        split: what to take of several splits.
 
     Raises:
         DataError: the file is not there, or cannot be read at all.
     """
     reading = Reading(unreadable=[])
     found = Checked(str(source))
-    rows = read_rows(source, module.text_key, reading)
+    rows = module.read(source, split, reading)
     _choose_kind(module, rows)
     module._truncated = 0
     convert = module.examples("train")
@@ -69,7 +77,11 @@ def check(module: RowDataModule, source: Source) -> Checked:
         for name, value in row.data.items():
             found.columns.setdefault(name, Counter())[_type(value)] += 1
         try:
-            found.examples += [(row.where, example) for example in convert(rename_columns(row, module.columns).data)]
+            data = rename_columns(row, module.columns).data
+            found.examples += [(row.where, example) for example in convert(data)]
+            key = module.key(data)
+            key.where = row.where
+            found.keys.append(key)
         except SkippedRow as error:
             found.skipped.append((row.where, str(error)))
         except RowError as error:
@@ -180,15 +192,9 @@ def duplicates(found: Checked) -> dict[str, Any]:
 
 
 def overlap(train: Checked, validation: Checked) -> dict[str, Any]:
-    """Rows of validation that are trained on: the same tokens, or only the same prompt."""
-    keys = {_key(example): where for where, example in train.examples}
-    prompts = {_prompt(example) for _, example in train.examples} - {()}
-    rows = [
-        {"where": where, "same_as": keys[_key(example)]}
-        for where, example in validation.examples
-        if _key(example) in keys
-    ]
-    return {"rows": rows, "prompts": sum(_prompt(example) in prompts for _, example in validation.examples)}
+    """Rows of validation that are trained on, and how many have a prompt that is (see `RowDataModule.key`)."""
+    found = leaks(train.keys, validation.keys)
+    return {"rows": [{"where": a, "same_as": b} for a, b in found.rows], "prompts": len(found.prompts)}
 
 
 def _key(example: Any) -> Key:

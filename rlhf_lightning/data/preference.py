@@ -21,6 +21,7 @@ from rlhf_lightning.data.preference_rows import (
 )
 from rlhf_lightning.data.records import RowError, Source
 from rlhf_lightning.data.rendering import Rendered
+from rlhf_lightning.data.splits import RowKey, is_blank, row_key
 from rlhf_lightning.errors import ConfigError, DataError
 
 log = logging.getLogger(__name__)
@@ -80,7 +81,9 @@ class PreferenceDataModule(RowDataModule):
         super()._prepare(name, required)
         found = {row.category for prepared in self.prepared.values() for row in prepared.rows}
         self.category_names = sorted(category for category in found if category is not None)
-        if name not in self.prepared or self.loss is None:
+
+    def completed(self, name: str) -> None:
+        if self.loss is None:
             return
         if getattr(self.loss, "mismatched", False):
             self._mismatch(name)
@@ -89,6 +92,11 @@ class PreferenceDataModule(RowDataModule):
         graded = any(getattr(row, "margin", 0.0) for row in self.prepared[name].rows)
         if graded and "margin" not in self.loss.keywords():
             log.warning("data.%s has margins, which %s does not use", name, type(self.loss).__name__)
+
+    def key(self, data: dict[str, Any]) -> RowKey:
+        split: Any = {"pairs": split_pair, "labels": split_labelled, "rankings": split_ranking}[row_kind(data)]
+        prompt, *rest = split(data)
+        return row_key([prompt, tool_schemas(data)], rest, is_blank(prompt))
 
     # -- rows -----------------------------------------------------------------------------------------------------
 
@@ -161,6 +169,9 @@ class PreferenceDataModule(RowDataModule):
         """
         rows: list[Labelled] = self.prepared[name].rows
         prompts = [row.messages[0] for row in rows]
+        if self.sources[name] is None and all(prompt == prompts[0] for prompt in prompts):
+            rows = [*rows, *self.prepared["train"].rows]  # one prompt was held out: training rows have the others
+            prompts = [row.messages[0] for row in rows]
         if all(prompt == prompts[0] for prompt in prompts):
             loss = type(self.loss).__name__
             raise DataError(f"data.{name}: all rows have the same prompt; {loss} needs responses to other prompts")
@@ -170,7 +181,7 @@ class PreferenceDataModule(RowDataModule):
             following[i] = partner
             if prompts[i - 1] != prompts[i]:
                 partner = i
-        for row, other in zip(rows, following, strict=True):
+        for row, other in zip(self.prepared[name].rows, following, strict=False):
             prompt, _, tools = row.messages
             side = self.renderer.exchange(prompt, rows[other].messages[1], tools)
             cut = max(0, side.tokens - self.max_length)

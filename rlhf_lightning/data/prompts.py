@@ -8,6 +8,7 @@ from rlhf_lightning.data.base import RowDataModule
 from rlhf_lightning.data.conversations import Message, conversation, has_conversation, tool_schemas
 from rlhf_lightning.data.records import RowError, Source, require
 from rlhf_lightning.data.rendering import Renderer, as_prompt
+from rlhf_lightning.data.splits import RowKey, is_blank, row_key
 from rlhf_lightning.errors import ConfigError
 
 
@@ -87,6 +88,7 @@ class PromptDataModule(RowDataModule):
         update_epochs: passes over the episodes of a round.
         minibatches: training steps that each pass is split into; a multiple of `accumulate_grad_batches`.
         max_prompt_tokens: longer prompts are refused, or skipped (`overlong: skip`).
+        lines: each line of a file is a prompt as it stands, whatever the file's name; by default those of `.txt`.
     """
 
     text_key = "prompt"
@@ -101,6 +103,7 @@ class PromptDataModule(RowDataModule):
         update_epochs: int = 1,
         minibatches: int = 1,
         max_prompt_tokens: int = 1024,
+        lines: bool = False,
         **kwargs: Any,
     ) -> None:
         if train is not None and episodes is not None:
@@ -111,7 +114,7 @@ class PromptDataModule(RowDataModule):
             raise ConfigError(
                 "data.validation_split holds prompts out, and data.episodes has none; name data.validation"
             )
-        self.max_length = max_prompt_tokens
+        self.max_length, self.lines = max_prompt_tokens, lines
         for name, value in (
             ("prompts_per_round", prompts_per_round),
             ("group_size", group_size),
@@ -140,6 +143,20 @@ class PromptDataModule(RowDataModule):
         prompt = prompt_example(self.renderer, data)
         self.too_long(prompt.tokens, name="data.max_prompt_tokens", can_truncate=False)
         return [prompt]
+
+    def key(self, data: dict[str, Any]) -> RowKey:
+        """By tokens where episodes are learnt from, which have no others; else by messages."""
+        if not self.recorded:
+            messages = prompt_messages(data)
+            return row_key([messages, tool_schemas(data)], None, is_blank(messages))
+        if data.get("prompt") is not None or has_conversation(data):
+            return row_key(prompt_example(self.renderer, data).ids, None)
+        if data.get("tokens") is not None:
+            require(data, "mask")
+            drawn = next((i for i, flag in enumerate(data["mask"]) if flag), 0)
+            return row_key(data["tokens"][:drawn], data["tokens"][drawn:])
+        require(data, "prompt_tokens", "response_tokens")
+        return row_key(data["prompt_tokens"], data["response_tokens"])
 
     def collate(self, rows: list[Prompt], weights: list[float]) -> dict[str, Any]:
         return collate_prompts(rows, weights)

@@ -1,19 +1,39 @@
-"""Rows and where they come from: JSONL, JSON, Parquet, text files, Hub data sets and Python lists.
+"""Rows and where they come from: files, Hub data sets, and what Python holds.
 
 A `Row` keeps its file and line, so that whatever is found wrong later can name them.
 """
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+import logging
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from rlhf_lightning.data.containers import dataset_rows, library, library_rows, plain, settled, unfilled, unwrapped
+from rlhf_lightning.data.files import SUFFIXES, Wanted, file_items, is_saved_dataset, line_row, local_files, place
+from rlhf_lightning.data.names import check_there, hub_dataset, is_here, is_stream, load_saved
+from rlhf_lightning.data.tables import Cells, Item, cell
 from rlhf_lightning.errors import DataError
 
-Source = str | Path | Sequence[Any]
-SUFFIXES = (".jsonl", ".ndjson", ".json", ".parquet", ".txt")
+__all__ = [
+    "Reading",
+    "Row",
+    "RowError",
+    "SkippedRow",
+    "Source",
+    "check_there",
+    "convert_rows",
+    "fingerprint",
+    "is_here",
+    "read_rows",
+    "rename_columns",
+    "require",
+]
+log = logging.getLogger(__name__)
+Source = str | Path | Mapping[str, Any] | Iterable[Any]
 
 
 @dataclass
@@ -43,182 +63,195 @@ class Reading:
     """Where it is a list, a line that is no row is put there, with the reason, and reading goes on."""
 
 
-def read_rows(source: Source, text_key: str | None = None, reading: Reading | None = None) -> list[Row]:
-    """Read every row of a file, several files, a Hub data set or a Python list.
+def read_rows(
+    source: Source,
+    text_key: str | None = None,
+    reading: Reading | None = None,
+    split: str | None = None,
+    lines: bool = False,
+) -> list[Row]:
+    """Read every row of a file, several files, a Hub data set or what Python holds.
 
     Args:
-        source: a path (`.jsonl`, `.json`, `.parquet`; `.txt` with `text_key`), a Hub id (`owner/name`,
-            `owner/name:split` or `owner/name:configuration/split`), a list of these, or a list of dicts (or strings,
-            with `text_key`).
-        text_key: where given, a line that is no JSON object becomes `{text_key: line}`.
+        source: the name of a file, a pattern, a folder of parts, or a Hub id (`owner/name`, `owner/name:split` or
+            `owner/name:configuration/split`); a list of dicts, of these names, or of strings (with `text_key`); a
+            dict of columns or of splits; a pandas or polars frame, an Arrow table, a data set of `datasets`.
+        text_key: where given, a line of a text file, or a string where a row is due, becomes `{text_key: line}`.
         reading: counts blank lines.
+        split: what to take of several splits.
+        lines: every line of a file is text as it stands.
 
     Raises:
         DataError: no such file, unknown kind, unreadable line (with file and line), or no row at all.
     """
     reading = reading or Reading()
-    rows = list(_rows(source, text_key, reading))
+    rows = list(_rows(_items(source, Wanted(text_key, split, lines)), reading))
     if not rows and not reading.unreadable:
-        name = "the list" if not isinstance(source, str | Path) else str(source)
-        raise DataError(f"{name}: no rows. The data set is empty; give a file with at least one row.")
+        raise DataError(f"{_name(source)}: no rows. The data set is empty; give a file with at least one row.")
     return rows
 
 
-def _rows(source: Source, text_key: str | None, reading: Reading) -> Iterator[Row]:
-    if isinstance(source, str | Path):
-        yield from _file_rows(source, text_key, reading)
-        return
-    for index, item in enumerate(source):
-        if isinstance(item, Mapping):
-            yield Row(dict(item), f"list[{index}]")
-        elif isinstance(item, Path) or (isinstance(item, str) and (text_key is None or _is_file_name(item))):
-            yield from _file_rows(item, text_key, reading)
-        elif isinstance(item, str) and text_key:
-            yield from _line_row(item, f"list[{index}]", text_key, reading)
+def _name(source: Source) -> str:
+    if isinstance(source, str | os.PathLike):
+        return os.fspath(source)
+    return "the list" if isinstance(source, list | tuple) else f"the {type(source).__name__}"
+
+
+def _rows(items: Iterable[Item], reading: Reading) -> Iterator[Row]:
+    for where, item in items:
+        if item is None:
+            reading.blank += 1
+        elif not isinstance(item, DataError):
+            yield Row(item, where)
+        elif reading.unreadable is None:
+            raise DataError(f"{where}: {item}")
         else:
-            raise DataError(f"list[{index}]: a row is a dict, this is {type(item).__name__}")
+            reading.unreadable.append((where, str(item)))
+
+
+def _items(source: Source, wanted: Wanted, name: str = "") -> Iterator[Item]:
+    name, source = name or type(source).__name__, settled(source)
+    if isinstance(source, str | os.PathLike):
+        yield from _named(source, wanted)
+    elif isinstance(source, bytes | bytearray | set | frozenset) or hasattr(source, "readline"):
+        advice = "it has no order; give a list" if isinstance(source, set | frozenset) else "give the path of a file"
+        raise DataError(f"a {name} is no source of rows: {advice}")
+    elif isinstance(source, Mapping):
+        inner = unwrapped(source, wanted.split, name)
+        yield from _items(inner, wanted, name if isinstance(inner, list) else "")
+    elif library(source):
+        yield from _listed(library_rows(source, name), wanted, name)
+    else:
+        yield from _listed(source, wanted, name)
+
+
+def _listed(source: Iterable[Any], wanted: Wanted, name: str) -> Iterator[Item]:
+    """Rows of a list, and of the files and containers that stand in it."""
+    if not isinstance(source, Iterable):
+        raise DataError(f"no rows can be read from {source!r}; give a file or a list of dicts")
+    items = list(source)
+    rows = iter(unfilled([plain(item) for item in items if _is_row(item)]))
+    for index, item in enumerate(items):
+        where = f"{name}[{index}]"
+        if _is_row(item):
+            yield where, next(rows)
+        elif isinstance(item, str) and wanted.text_key and not _is_file_name(item):
+            yield from _text(item, where, wanted.text_key)
+        elif isinstance(item, str | os.PathLike):
+            yield from _named(item, wanted)
+        elif library(item) in ("pandas", "polars", "pyarrow", "datasets"):
+            yield from _items(item, wanted, where)
+        else:
+            raise DataError(f"{where}: a row is a dict, this is {type(item).__name__}")
+
+
+def _is_row(item: Any) -> bool:
+    return isinstance(item, Mapping) and not library(item)
+
+
+def _text(text: str, where: str, text_key: str) -> Iterator[Item]:
+    text = text.strip()
+    if not text.startswith("{"):
+        yield where, {text_key: text} if text else None
+        return
+    try:
+        yield where, line_row(text, text_key)
+    except ValueError as error:
+        raise DataError(f"{where}: {error}") from None
 
 
 def _is_file_name(text: str) -> bool:
     """Whether an item of a list of prompts is a file: it ends like one, and is a single word or there."""
-    return text.endswith(SUFFIXES) and (len(text.split()) == 1 or Path(text).is_file())
+    return text.lower().endswith(SUFFIXES) and (len(text.split()) == 1 or os.path.isfile(text))
 
 
-def _file_rows(source: str | Path, text_key: str | None, reading: Reading) -> Iterator[Row]:
-    path = Path(source)
-    if path.is_dir():
-        raise DataError(f"{path}: a folder; name the file ({', '.join(SUFFIXES)}) or give a list of files")
-    if not path.exists():
-        yield from _hub_rows(str(source))
-    elif path.suffix == ".parquet":
-        yield from _parquet_rows(path)
-    elif path.suffix == ".json":
-        yield from _json_rows(path)
-    else:
-        yield from _line_rows(path, text_key, reading)
+# -- names ------------------------------------------------------------------------------------------------------------
 
 
-def _read_text(path: Path) -> str:
+def _named(source: str | os.PathLike[str], wanted: Wanted) -> Iterator[Item]:
+    saved, _, split = place(source).partition(":")
+    if is_saved_dataset(place(source)) or (split and is_saved_dataset(saved)):
+        folder = saved if split and is_saved_dataset(saved) else place(source)
+        yield from _items(load_saved(folder), replace(wanted, split=split or wanted.split), os.fspath(source))
+        return
+    files = local_files(source)
+    if files is None:
+        dataset = hub_dataset(os.fspath(source))
+        yield from ((f"{source}[{index}]", row) for index, row in enumerate(dataset_rows(dataset)))
+        return
+    for file in files:
+        yield from file_items(file, wanted)
+
+
+def fingerprint(source: Source | None, split: str | None = None) -> str | None:
+    """SHA-256 of what a source holds: the bytes of files, or the JSON of rows; a Hub id stands for itself.
+
+    None, with a warning, for a stream, which would have to be read once more.
+    """
+    if source is None:
+        return None
+    if isinstance(source, Mapping):
+        source = unwrapped(source, split, type(source).__name__)
+    if is_stream(source):
+        log.warning("a %s is a stream: what was read of it is not hashed", type(source).__name__)
+        return None
+    digest = hashlib.sha256()
+    if library(source):
+        source = list(library_rows(source, type(source).__name__))
+    for item in [source] if isinstance(source, str | os.PathLike) else source:
+        files = _hashed_files(item) if isinstance(item, str | os.PathLike) else []
+        for file in files:
+            with open(file, "rb") as stream:
+                while block := stream.read(1 << 20):
+                    digest.update(block)
+        if not files:
+            item = list(library_rows(item, "")) if library(item) and not isinstance(item, Mapping) else plain(item)
+            digest.update(json.dumps(item, sort_keys=True, default=str).encode())
+    return digest.hexdigest()
+
+
+def _hashed_files(source: str | os.PathLike[str]) -> list[Path]:
+    name = place(source)
+    folder = name if is_saved_dataset(name) else name.partition(":")[0]
+    if is_saved_dataset(folder):
+        return sorted(file for file in Path(folder).rglob("*") if file.is_file())
     try:
-        return path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = path.read_bytes()[: error.start].count(b"\n") + 1
-        raise DataError(f"{path}:{line}: not UTF-8 text ({error.reason}); save the file as UTF-8") from None
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror})") from None
+        return local_files(source) or []
+    except DataError:  # nothing there to hash: it stands for itself, as a Hub id does
+        return []
 
 
-def _line_rows(path: Path, text_key: str | None, reading: Reading) -> Iterator[Row]:
-    # Not splitlines(): JSON strings may hold U+2028 and its like, which splitlines() takes for line ends.
-    lines = _read_text(path).removesuffix("\n").split("\n")
-    for number, line in enumerate(lines, 1):
-        where = f"{path}:{number}"
-        try:
-            yield from _line_row(line, where, text_key, reading)
-        except DataError as error:
-            if reading.unreadable is None:
-                raise
-            reading.unreadable.append((where, str(error).removeprefix(f"{where}: ")))
-
-
-def _line_row(line: str, where: str, text_key: str | None, reading: Reading) -> Iterator[Row]:
-    line = line.strip()
-    if not line:
-        reading.blank += 1
-    elif text_key and not line.startswith("{"):
-        yield Row({text_key: line}, where)
-    else:
-        yield Row(_object(line, where), where)
-
-
-def _object(text: str, where: str) -> dict[str, Any]:
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError) as error:  # a number of thousands of digits is a plain ValueError
-        raise DataError(f"{where}: not valid JSON ({error}); each line must be one JSON object") from None
-    if not isinstance(value, dict):
-        raise DataError(f"{where}: a JSON {type(value).__name__}; each line must be one JSON object")
-    return value
-
-
-def _json_rows(path: Path) -> Iterator[Row]:
-    text = _read_text(path)
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        hint = "; the file looks like JSON lines, name it .jsonl" if "Extra data" in str(error) else ""
-        raise DataError(f"{path}: not valid JSON ({error}){hint}") from None
-    if isinstance(value, dict):
-        value = next((v for v in value.values() if isinstance(v, list)), [value])
-    if not isinstance(value, list):
-        raise DataError(f"{path}: holds a {type(value).__name__}; a .json file must hold a list of objects")
-    for index, item in enumerate(value):
-        if not isinstance(item, dict):
-            raise DataError(f"{path}[{index}]: a {type(item).__name__}; every row must be an object")
-        yield Row(item, f"{path}[{index}]")
-
-
-def _parquet_rows(path: Path) -> Iterator[Row]:
-    import pyarrow
-    from pyarrow import parquet
-
-    try:
-        items = parquet.read_table(path).to_pylist()
-    except (pyarrow.ArrowInvalid, OSError) as error:
-        raise DataError(f"{path}: not a readable Parquet file ({error})") from None
-    for index, item in enumerate(items):
-        yield Row(item, f"{path}[{index}]")
-
-
-def check_there(source: str) -> None:
-    """Whether the path is there, or may be a Hub id instead; raises `DataError`."""
-    name = source.partition(":")[0]
-    local = name.count("/") != 1 or Path(name).suffix in SUFFIXES or name.startswith((".", "/", "~"))
-    if local and not Path(source).exists():
-        raise DataError(f"{source}: no such file (seen from {Path.cwd()}); give a path or a Hub id like owner/name")
-
-
-def _hub_rows(source: str) -> Iterator[Row]:
-    name, _, part = source.partition(":")
-    configuration, _, split = part.rpartition("/")
-    check_there(source)
-    from datasets import load_dataset
-
-    try:
-        dataset = load_dataset(name, configuration or None, split=split or "train")
-    except Exception as error:
-        # What it lists of configurations or splits stands on further lines.
-        reason = " ".join((str(error).strip() or type(error).__name__).split())[:300]
-        raise DataError(
-            f"{source}: neither a file here nor a Hub data set that could be loaded ({reason}); "
-            "a configuration and a split are named by owner/name:configuration/split"
-        ) from error
-    for index, item in enumerate(dataset):
-        yield Row(dict(item), f"{source}[{index}]")
+# -- what becomes of rows ---------------------------------------------------------------------------------------------
 
 
 def rename_columns(row: Row, columns: Mapping[str, str | None] | None) -> Row:
     """Apply a `columns:` mapping, `{our name: their name}`; their columns stay available under their own names.
 
-    `{our name: None}` leaves that column out.
+    `{our name: None}` leaves that column out. The cells of CSV become numbers, messages and tools where the name of
+    their column says so.
 
     Raises:
-        RowError: no such column, or half a character, as JSON can write one (`\\ud83d`), anywhere in the row.
+        RowError: no such column, a cell that cannot be read so, or half a character, as JSON can write one
+            (`\\ud83d`), anywhere in the row.
     """
     for column, value in row.data.items():
         if (broken := _half_character({column: value})) is not None:
             raise RowError(
                 f"{column}: {broken[:60]!a} holds half a character (an unpaired surrogate), which is no text"
             )
-    if not columns:
-        return row
+    data, columns = row.data, columns or {}
     left_out = {ours for ours, theirs in columns.items() if theirs is None}
     mapped = {ours: theirs for ours, theirs in columns.items() if theirs is not None}
-    missing = [theirs for theirs in mapped.values() if theirs not in row.data]
-    if missing:
-        raise RowError(f"no column {missing[0]!r} (named in columns:); the row has {_names(row.data)}")
-    kept = {column: value for column, value in row.data.items() if column not in left_out}
-    return Row({**kept, **{ours: row.data[theirs] for ours, theirs in mapped.items()}}, row.where)
+    if missing := [theirs for theirs in mapped.values() if theirs not in data]:
+        raise RowError(f"no column {missing[0]!r} (named in columns:); the row has {_names(data)}")
+    kept = {column: value for column, value in data.items() if column not in left_out}
+    named = {**kept, **{ours: data[theirs] for ours, theirs in mapped.items()}}
+    if isinstance(data, Cells):
+        try:
+            named = {key: value if value is None else cell(key, value) for key, value in named.items()}
+        except ValueError as error:
+            raise RowError(str(error)) from None
+    return Row(named, row.where)
 
 
 def _half_character(value: Any) -> str | None:
@@ -276,18 +309,3 @@ def convert_rows(
     if not result:
         raise DataError(f"none of {reading.rows} rows could be used; the first: {reading.skipped[0]}")
     return result
-
-
-def fingerprint(source: Source | None) -> str | None:
-    """SHA-256 of what a source holds: the bytes of files, or the JSON of a list; a Hub id stands for itself."""
-    if source is None:
-        return None
-    digest = hashlib.sha256()
-    for item in [source] if isinstance(source, str | Path) else source:
-        if isinstance(item, str | Path) and Path(item).is_file():
-            with open(item, "rb") as stream:
-                while block := stream.read(1 << 20):
-                    digest.update(block)
-        else:
-            digest.update(json.dumps(item, sort_keys=True, default=str).encode())
-    return digest.hexdigest()

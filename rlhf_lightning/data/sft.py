@@ -11,6 +11,7 @@ from rlhf_lightning.data.conversations import conversation, has_conversation, to
 from rlhf_lightning.data.prompts import Prompt, collate_prompts, prompt_example
 from rlhf_lightning.data.records import RowError, Source
 from rlhf_lightning.data.rendering import TRAIN_ON, Rendered
+from rlhf_lightning.data.splits import RowKey, is_blank, opening, row_key
 from rlhf_lightning.errors import ConfigError
 
 
@@ -59,6 +60,13 @@ class SFTDataModule(RowDataModule):
         else:
             rows = self.renderer.conversation(conversation(data), tool_schemas(data), self.train_on)
         return [self._fit(row) for row in rows]
+
+    def key(self, data: dict[str, Any]) -> RowKey:
+        if data.get("text") is not None and not has_conversation(data):
+            return row_key(data["text"], None)
+        messages = conversation(data)
+        asked = opening(messages)
+        return row_key([messages[:asked], tool_schemas(data)], messages[asked:], is_blank(messages[:asked]))
 
     def _fit(self, row: Rendered) -> Rendered:
         if not self.too_long(row.tokens):

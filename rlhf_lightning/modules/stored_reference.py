@@ -33,7 +33,8 @@ def store_reference(scorer: ImplicitReward, trainer: Any, device: torch.device, 
         sides = [side for row in prepared.rows for side in row.sides]
         model = model or weights_hash(scorer.frozen)
         key = rows_hash(sides, f"{model} {trainer.precision}")
-        path = _folder(data.sources.get(name) or data.sources["train"], trainer) / f"{key[:24]}.safetensors"
+        source = data.sources["train"] if data.sources.get(name) is None else data.sources[name]
+        path = _folder(source, trainer) / f"{key[:24]}.safetensors"
         values = _read(path, sides)
         # All ranks or none: they would wait for each other's share.
         if not all(gather(values is not None)):

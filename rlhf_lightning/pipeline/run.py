@@ -124,7 +124,7 @@ class _Runner:
         handed = {key: self._hash(value) for key in ("start", "reward", "critic") if (value := getattr(stage, key))}
         return {
             "settings": settings_hash(settings),
-            "data": {name: fingerprint(data[name]) for name in SOURCES if data.get(name)},
+            "data": {name: fingerprint(data[name], name) for name in SOURCES if data.get(name)},
             "seed": self.plan.seed,
             **handed,
         }

@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from rlhf_lightning.data.records import fingerprint
+from rlhf_lightning.data.records import fingerprint, is_here
 from rlhf_lightning.errors import ConfigError
 from rlhf_lightning.files import hash_file, hash_folder
 
@@ -87,17 +87,16 @@ def _outputs(name: str, folder: Path, recorded: str) -> list[Check]:
 
 def _data(name: str, settings: dict[str, Any], recorded: dict[str, str]) -> list[Check]:
     return [
-        Check(name, f"data.{key}", _short(settings.get(key)), _source(settings.get(key), recorded[key]))
+        Check(name, f"data.{key}", _short(settings.get(key)), _source(settings.get(key), recorded[key], key))
         for key in recorded
     ]
 
 
-def _source(source: Any, recorded: str) -> str:
+def _source(source: Any, recorded: str, split: str) -> str:
     if source is None:
         return MISSING
-    files = [source] if isinstance(source, str) else source
-    gone = any(isinstance(item, str) and not Path(item).exists() for item in files)
-    if fingerprint(source) == recorded:
+    gone = not is_here(source)
+    if fingerprint(source, split) == recorded:
         return HUB if gone else SAME  # what is on the Hub is known by its name alone
     return MISSING if gone else DIFFERS
 

@@ -18,6 +18,8 @@ class Recorded:
     advantage: float | None
     row: dict[str, Any]
     index: int = 0
+    where: str = ""
+    """File and line that it was read from."""
 
     @property
     def tokens(self) -> int:

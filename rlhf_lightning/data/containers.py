@@ -1,0 +1,269 @@
+"""Rows in memory: lists, columns, data frames, Arrow tables and data sets of `datasets`, made plain."""
+
+import logging
+from collections.abc import Iterator, Mapping
+from decimal import Decimal
+from typing import Any
+
+from rlhf_lightning.data.tables import arrow_rows, number, row_cleaner
+from rlhf_lightning.errors import DataError
+
+log = logging.getLogger(__name__)
+SPLITS = {"train": (), "validation": ("valid", "val", "dev", "eval"), "test": (), "predict": ()}
+"""The splits of a data set by what they are read for, and further names that people give them."""
+ALL_SPLITS = {name for key, names in SPLITS.items() for name in (key, *names)}
+ROW_COLUMNS = {"messages", "conversations", "prompt", "completion", "instruction", "text", "chosen", "rejected"}
+ROW_COLUMNS |= {"response", "responses", "tokens", "prompt_tokens"}
+BESIDE_ROWS = {"system", "tools", "label", "weight", "train", "margin", "score", "tie", "category"}
+"""Columns with a meaning, which beside a list of rows would be the settings of none."""
+
+
+def library(value: Any) -> str | None:
+    """`pandas`, `polars`, `pyarrow`, `datasets` or `torch` where a container is theirs, or of a class made from one."""
+    names = [kind.__module__.partition(".")[0] for kind in type(value).__mro__]
+    return next((name for name in names if name in ("pandas", "polars", "pyarrow", "datasets", "torch")), None)
+
+
+def settled(source: Any) -> Any:
+    """A source that can be read again: what can only be read once is read now."""
+    if library(source) == "pyarrow" and hasattr(source, "read_all"):
+        return source.read_all()
+    if hasattr(source, "__next__") and not hasattr(source, "readline"):
+        return list(source)
+    return source
+
+
+def library_rows(source: Any, name: str) -> Iterator[dict[str, Any]]:
+    """The rows of a data frame, an Arrow table or a data set of another library; raises `DataError`."""
+    of = library(source)
+    kind = type(source).__name__
+    if of == "pandas" and hasattr(source, "columns"):
+        yield from _frame_rows(source, name)
+    elif of == "polars" and hasattr(source, "to_arrow") and hasattr(source, "columns"):
+        yield from arrow_rows(source.to_arrow())
+    elif of == "polars" and hasattr(source, "collect"):
+        raise DataError(f"{name}: a polars {kind}; give what its collect() returns")
+    elif of == "pyarrow" and hasattr(source, "schema"):
+        import pyarrow
+
+        table = source if isinstance(source, pyarrow.Table) else pyarrow.Table.from_batches([source])
+        yield from arrow_rows(table)
+    elif of == "datasets":
+        yield from dataset_rows(source)
+    elif of == "torch" and hasattr(source, "collate_fn"):
+        raise DataError(f"{name}: a {kind}, which gives batches; give the rows that it is made of")
+    else:
+        yield from _indexed(source, name)
+
+
+def _indexed(source: Any, name: str) -> Iterator[Any]:
+    if hasattr(source, "__len__") and hasattr(source, "__getitem__") and library(source) == "torch":
+        yield from (source[i] for i in range(len(source)))
+    elif hasattr(source, "__iter__"):
+        yield from source
+    else:
+        raise DataError(f"{name}: no rows can be read from a {type(source).__name__}; give a file or a list of dicts")
+
+
+def dataset_rows(dataset: Any) -> Iterator[dict[str, Any]]:
+    """The rows of a `datasets.Dataset` or `IterableDataset`, without the nulls of Arrow."""
+    given = getattr(dataset, "format", None) or {"type": None}
+    if given["type"] not in (None, "custom"):  # as tensors, rows would only have to be made plain again
+        dataset = dataset.with_format(None, columns=given["columns"])
+    if getattr(dataset, "features", None) is None or given["type"] == "custom":
+        yield from (without_nulls(plain(row)) for row in dataset)
+        return
+    clean = row_cleaner(dataset.features.arrow_schema, decoded=True)
+    yield from (plain(clean(row)) for row in dataset)
+
+
+def _frame_rows(frame: Any, name: str) -> Iterator[dict[str, Any]]:
+    """An empty cell is null. Cells that are arrays come from Arrow, and so do the nulls in them."""
+    import pandas
+
+    names = list(frame.columns)
+    if wrong := [column for column in names if not isinstance(column, str)]:
+        raise DataError(f"{name}: the column {wrong[0]!r} is not named by text; set names with frame.columns = [...]")
+    if twice := [column for column in names if names.count(column) > 1]:
+        raise DataError(f"{name}: two columns are called {twice[0]!r}; rename one")
+    columns = [frame[column].tolist() for column in names]
+    arrow = any(hasattr(value, "dtype") and getattr(value, "ndim", 0) for column in columns for value in column)
+    rows = []
+    for values in zip(*columns, strict=True):
+        empty = [pandas.api.types.is_scalar(value) and pandas.isna(value) for value in values]
+        rows.append({k: None if e else plain(v) for k, v, e in zip(names, values, empty, strict=True)})
+    yield from (without_nulls(row) for row in rows) if arrow else unfilled(rows)
+
+
+# -- plain values -----------------------------------------------------------------------------------------------------
+
+
+def plain(value: Any) -> Any:
+    """Arrays, tensors and numbers of numpy, tuples and mappings as what JSON would have; anything else as it is."""
+    if value is None or type(value) in (str, int, float, bool):
+        return value
+    if isinstance(value, Mapping):
+        return {plain(key): plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    if isinstance(value, str):
+        return str.__str__(value)
+    if isinstance(value, Decimal):
+        return number(value) if value.is_finite() else float(value)
+    if callable(tolist := getattr(value, "tolist", None)):
+        found = tolist()
+        return plain(found) if isinstance(found, list) else found
+    return value
+
+
+def without_nulls(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A row without the keys of inner objects whose value is null."""
+    return {key: _dropped(value) for key, value in row.items()}
+
+
+def _dropped(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _dropped(item) for key, item in value.items() if item is not None}
+    return [_dropped(item) for item in value] if isinstance(value, list) else value
+
+
+class _Shapes:
+    """The keys of the objects at each place of rows (`messages[].tool_calls[]`), and whether they are all alike."""
+
+    def __init__(self) -> None:
+        self.keys: dict[str, tuple[Any, ...]] = {}
+        self.nulls: dict[str, set[Any]] = {}
+        self.values: dict[str, set[Any]] = {}
+        self.alike = True
+
+    def look(self, value: Any, place: str = "") -> None:
+        if not self.alike:
+            return
+        if isinstance(value, list):
+            for item in value:
+                self.look(item, f"{place}[]")
+        elif isinstance(value, dict):
+            keys = tuple(value)
+            if self.keys.setdefault(place, keys) != keys:
+                self.alike = False
+                return
+            nulls, values = self.nulls.setdefault(place, set()), self.values.setdefault(place, set())
+            for key, item in value.items():
+                (nulls if item is None else values).add(key)
+                self.look(item, f"{place}.{key}")
+
+
+def unfilled(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows of a Python list without the nulls of Arrow, where they look as Arrow makes them (`list(dataset)`).
+
+    They do where the objects at each place have the same keys in the same order in every row, and a key that is null
+    in one inner object has a value in another. Of rows that were written by hand, each has the keys that it needs.
+    """
+    shapes = _Shapes()
+    for row in rows:
+        shapes.look(row)
+        if not shapes.alike:
+            return rows
+    filled = any(shapes.nulls[place] & shapes.values[place] for place in shapes.keys if place)
+    return [without_nulls(row) for row in rows] if filled else rows
+
+
+# -- columns and splits -----------------------------------------------------------------------------------------------
+
+
+def unwrapped(given: Mapping[str, Any], split: str | None, name: str) -> Any:
+    """What a mapping holds for a split: its columns as a list of rows, or another source.
+
+    Raises:
+        DataError: no such split, columns of unlike lengths, or one row in place of a list of rows.
+    """
+    if library(given) == "datasets" or _is_splits(given):
+        return choose_split(given, split, name)
+    columns = {key: plain(value) for key, value in given.items()}
+    if _is_columns(columns):
+        return rows_of_columns(columns)
+    lengths = {key: len(value) for key, value in columns.items() if isinstance(value, list)}
+    if given and len(lengths) == len(given) and not _holds_messages(columns):
+        found = ", ".join(f"{key} {length}" for key, length in lengths.items())
+        raise DataError(f"{name}: columns of unlike lengths ({found}); every row needs a value of each")
+    raise DataError(
+        f"{name}: a dict with {_names(given)} is neither columns (a list each) nor splits (train, validation, test); "
+        "a row goes into a list: [row]"
+    )
+
+
+def object_rows(given: dict[str, Any], split: str | None, name: str) -> list[Any]:
+    """The rows of one JSON object: of a split, of columns, of the list that it holds, or the object as the one row.
+
+    Raises:
+        DataError: several lists of rows, none of which is the split; or settings beside the list.
+    """
+    if _is_splits(given):
+        found = choose_split(given, split, name)
+        if not isinstance(found, list):
+            raise DataError(f"{name}: the split is a {type(found).__name__}; it must be a list of objects")
+        return found
+    if given.keys() & ROW_COLUMNS:
+        return rows_of_columns(given) if _is_columns(given) else [given]
+    lists = [key for key, value in given.items() if isinstance(value, list) and all(isinstance(i, dict) for i in value)]
+    if not lists:
+        return rows_of_columns(given) if _is_columns(given) else [given]
+    if len(lists) > 1:
+        raise DataError(f"{name}: several lists of objects ({', '.join(lists)}); keep the one that holds the rows")
+    others = [key for key in given if key != lists[0]]
+    if lost := sorted(BESIDE_ROWS.intersection(others)):
+        raise DataError(f"{name}: {lost[0]!r} stands beside the rows ({lists[0]}); write it into each row")
+    if others:
+        log.info("%s: rows are those of %r; not used: %s", name, lists[0], ", ".join(others))
+    return given[lists[0]]
+
+
+def choose_split(given: Mapping[str, Any], split: str | None, name: str) -> Any:
+    """The split of that name, or the only one where none is asked for; raises `DataError` naming them."""
+    wanted = [key for key in (split, *SPLITS.get(split or "", ())) if key in given]
+    if split is None and len(given) == 1:
+        wanted = list(given)
+    if not wanted or (len(wanted) > 1 and wanted[0] != split):
+        asked = f"no split {split!r}" if split else "several splits"
+        raise DataError(f"{name}: {asked}; it has {_names(given)}. Give the one that is meant, not all")
+    if others := [key for key in given if key != wanted[0]]:
+        log.info("%s: split %r is read; not used here: %s", name, wanted[0], ", ".join(others))
+    return given[str(wanted[0])]
+
+
+def _is_splits(given: Mapping[str, Any]) -> bool:
+    """Named as splits are; or holding containers, or lists of rows that have the columns of rows."""
+    if not given:
+        return False
+    if all(key in ALL_SPLITS for key in given):
+        return True
+    if all(library(value) in ("pandas", "polars", "datasets") and not _is_series(value) for value in given.values()):
+        return True
+    return all(
+        isinstance(value, list) and bool(value) and all(isinstance(i, dict) and i.keys() & ROW_COLUMNS for i in value)
+        for value in given.values()
+    )
+
+
+def _is_series(value: Any) -> bool:
+    return not hasattr(value, "columns") and not hasattr(value, "column_names")
+
+
+def _is_columns(given: Mapping[str, Any]) -> bool:
+    lengths = {len(value) if isinstance(value, list) else -1 for value in given.values()}
+    return len(lengths) == 1 and -1 not in lengths and not _holds_messages(given)
+
+
+def _holds_messages(given: Mapping[str, Any]) -> bool:
+    """Whether a column is a list of messages or tools: of one row, not of many."""
+    lists = [given[key] for key in ("messages", "conversations", "tools", *ROW_COLUMNS) if key in given]
+    return any(isinstance(value, list) and any(isinstance(item, dict) for item in value) for value in lists)
+
+
+def rows_of_columns(columns: Mapping[str, list[Any]]) -> list[dict[str, Any]]:
+    """`{"a": [1, 2]}` as `[{"a": 1}, {"a": 2}]`."""
+    return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+
+
+def _names(given: Mapping[str, Any]) -> str:
+    return ", ".join(repr(key) for key in given) or "nothing"

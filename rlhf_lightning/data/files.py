@@ -1,0 +1,347 @@
+"""Files of rows: which files a name means, what kind each is, and the rows in it, each with its place."""
+
+import bz2
+import glob
+import gzip
+import json
+import lzma
+import os
+import re
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+from rlhf_lightning.data.containers import object_rows
+from rlhf_lightning.data.tables import Item, arrow_rows, csv_items
+from rlhf_lightning.errors import DataError
+
+JSON_KINDS = (".jsonl", ".ndjson", ".json")
+TABLES = {".csv": ",", ".tsv": "\t"}
+TEXTS = (".txt", ".text")
+ARROW = (".parquet", ".arrow", ".feather")
+KINDS = (*JSON_KINDS, ".parquet", ".arrow", ".feather", *TABLES, *TEXTS)
+COMPRESSIONS = (".gz", ".zst", ".bz2", ".xz")
+SUFFIXES = (*KINDS, *(kind + end for kind in KINDS for end in COMPRESSIONS))
+"""How the names of files of rows end."""
+OTHERS = dict.fromkeys((".zip", ".tar", ".tgz", ".7z", ".rar"), "an archive; unpack it, and name the file of rows")
+OTHERS |= dict.fromkeys((".xlsx", ".xls", ".ods"), "a spreadsheet; save it as .csv")
+OTHERS |= dict.fromkeys(
+    (".pkl", ".pickle", ".pt", ".npy", ".npz"), "Python objects; save the rows as .jsonl or .parquet"
+)
+OTHERS |= dict.fromkeys((".yaml", ".yml", ".xml", ".html", ".db", ".sqlite"), "no format of rows; save them as .jsonl")
+MAGIC = {b"\x1f\x8b": ".gz", b"\x28\xb5\x2f\xfd": ".zst", b"BZh": ".bz2", b"\xfd7zXZ\x00": ".xz"}
+MAGIC |= {b"PAR1": ".parquet", b"ARROW1": ".arrow", b"PK\x03\x04": ".zip"}
+MARKS = {b"\xff\xfe\x00\x00": "utf-32", b"\x00\x00\xfe\xff": "utf-32", b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16"}
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """How rows are asked for: `text_key` for text that is a row, the split, and whether each line is text as it is."""
+
+    text_key: str | None = None
+    split: str | None = None
+    lines: bool = False
+
+
+# -- names ------------------------------------------------------------------------------------------------------------
+
+
+def place(source: str | os.PathLike[str]) -> str:
+    """A name with `~` and `file://` taken as what they mean."""
+    name = os.fspath(source)
+    if name.startswith("file://"):
+        name = unquote(urlsplit(name).path)
+    return os.path.expanduser(name)
+
+
+def local_files(source: str | os.PathLike[str]) -> list[Path] | None:
+    """The files that a name means: of a pattern or a folder in order; None where nothing of that name is here.
+
+    Raises:
+        DataError: a folder or a pattern without files of rows, or a folder of files that are no parts of one.
+    """
+    name = place(source)
+    if not name.strip():
+        raise DataError(f"{source!r}: the name of a file is empty")
+    if os.path.isdir(name):
+        return _parts(Path(name))
+    if os.path.exists(name):
+        return [Path(name)]
+    if not re.search(r"[*?\[]", name.partition(":")[0]):  # a split of the Hub may be train[:10%]
+        return None
+    found = [Path(file) for file in glob.glob(name, recursive=True) if os.path.isfile(file)]
+    if not found:
+        raise DataError(f"{source}: no file is named so (seen from {Path.cwd()})")
+    return sorted(found, key=_in_order)
+
+
+def is_saved_dataset(folder: str) -> bool:
+    """Whether `save_to_disk` of `datasets` wrote a folder."""
+    return any(os.path.isfile(os.path.join(folder, name)) for name in ("state.json", "dataset_dict.json"))
+
+
+def _parts(folder: Path) -> list[Path]:
+    files = [file for file in folder.iterdir() if file.is_file() and not file.name.startswith((".", "_"))]
+    files = sorted((file for file in files if file.name.lower().endswith(SUFFIXES)), key=_in_order)
+    if not files:
+        raise DataError(f"{folder}: a folder; name the file ({', '.join(KINDS)}), or a pattern: {folder}/*.jsonl")
+    if len({re.sub(r"\d+", "0", file.name) for file in files}) > 1:
+        names = ", ".join(file.name for file in files[:6]) + (", …" if len(files) > 6 else "")
+        raise DataError(
+            f"{folder}: a folder of files that are no parts of one ({names}); name the file, or a pattern: "
+            f"{folder}/*{files[0].suffix}"
+        )
+    return files
+
+
+def _in_order(file: Path) -> list[Any]:
+    """Part 2 before part 10."""
+    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", str(file))]
+
+
+# -- a file -----------------------------------------------------------------------------------------------------------
+
+
+def file_items(path: Path, wanted: Wanted) -> Iterator[Item]:
+    """What stands in a file; raises `DataError` where it cannot be read at all."""
+    kind, data = _content(path)
+    if kind in OTHERS:
+        raise DataError(f"{path}: {OTHERS[kind]}")
+    if kind in ARROW:
+        return _arrow_items(path, kind, data)
+    return _text_items(path, kind, _decoded(path, data), wanted)
+
+
+def _content(path: Path) -> tuple[str, bytes]:
+    """The ending that says what the file is, and its bytes, unpacked. Bytes that say what they are come first."""
+    endings = [ending.lower() for ending in path.suffixes]
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror})") from None
+    packed = _magic(data)
+    if packed in COMPRESSIONS:
+        data = _unpacked(path, packed, data)
+    while endings and endings[-1] in COMPRESSIONS:
+        endings.pop()
+    named = endings[-1] if endings else ""
+    inner = _magic(data)
+    return (inner if inner and named not in OTHERS else named), data
+
+
+def _magic(data: bytes) -> str:
+    return next((kind for start, kind in MAGIC.items() if data.startswith(start)), "")
+
+
+def _unpacked(path: Path, packed: str, data: bytes) -> bytes:
+    try:
+        if packed == ".zst":
+            import pyarrow
+
+            with pyarrow.CompressedInputStream(pyarrow.BufferReader(data), "zstd") as stream:
+                return bytes(stream.read())
+        openers: dict[str, Callable[[bytes], bytes]]
+        openers = {".gz": gzip.decompress, ".bz2": bz2.decompress, ".xz": lzma.decompress}
+        return openers[packed](data)
+    except (OSError, EOFError, ValueError, zlib.error, lzma.LZMAError) as error:
+        raise DataError(f"{path}: cannot be unpacked ({packed[1:]}: {error}); is the file whole?") from None
+
+
+def _decoded(path: Path, data: bytes) -> str:
+    encoding = next((name for mark, name in MARKS.items() if data.startswith(mark)), "utf-8-sig")
+    try:
+        text = data.decode(encoding)
+    except UnicodeDecodeError as error:
+        line = data[: error.start].count(b"\n") + 1
+        name = encoding.removesuffix("-sig").upper()
+        raise DataError(f"{path}:{line}: not {name} text ({error.reason}); save the file as UTF-8") from None
+    if "\x00" in text:
+        line = text[: text.index("\x00")].count("\n") + 1
+        raise DataError(
+            f"{path}:{line}: holds a null character, so that it is no UTF-8 text; save the file as UTF-8 (UTF-16 is "
+            "read where it begins with a byte order mark)"
+        )
+    return text
+
+
+def _arrow_items(path: Path, kind: str, data: bytes) -> Iterator[Item]:
+    import pyarrow
+    from pyarrow import feather, ipc, parquet
+
+    source = pyarrow.BufferReader(data)
+    try:
+        if kind == ".parquet":
+            table = parquet.read_table(source)
+        elif data.startswith((b"ARROW1", b"FEA1")):
+            table = feather.read_table(source)
+        else:
+            table = ipc.open_stream(source).read_all()
+        rows = arrow_rows(table)
+        yield from ((f"{path}[{index}]", row) for index, row in enumerate(rows))
+    except (pyarrow.ArrowException, OSError) as error:
+        name = "Parquet" if kind == ".parquet" else "Arrow"
+        raise DataError(f"{path}: not a readable {name} file ({error})") from None
+    except DataError as error:
+        raise DataError(f"{path}: {error}") from None
+
+
+def _text_items(path: Path, kind: str, text: str, wanted: Wanted) -> Iterator[Item]:
+    if wanted.lines:
+        return _lines_of_text(path, _lines(text), wanted.text_key)
+    if kind in TABLES:
+        return csv_items(str(path), text, TABLES[kind])
+    if kind in TEXTS and wanted.text_key:
+        return _prompts(path, text, wanted)
+    if kind not in (*JSON_KINDS, *TEXTS) and not text.lstrip().startswith(("{", "[", '"')) and text.strip():
+        told = ", .txt for a prompt on each line (or set data.lines: true)" if wanted.text_key else ""
+        ending = f"the ending {kind} does not say" if kind else "no ending says"
+        raise DataError(f"{path}: no JSON, and {ending} what it is; rename it: .csv or .tsv for a table{told}")
+    return _json_items(path, kind, text, wanted)
+
+
+def _lines(text: str) -> list[str]:
+    """Lines, whatever ends them, each without a byte order mark: files that were joined have one in each.
+
+    Not splitlines(): JSON strings may hold U+2028 and its like, which splitlines() takes for line ends.
+    """
+    lines = text.replace("\r\n", "\n").replace("\r", "\n").removesuffix("\n").split("\n")
+    return [line.removeprefix("\ufeff").strip() for line in lines]
+
+
+# -- text -------------------------------------------------------------------------------------------------------------
+
+
+def _lines_of_text(path: Path, lines: list[str], text_key: str | None) -> Iterator[Item]:
+    for number, line in enumerate(lines, 1):
+        yield f"{path}:{number}", {text_key or "text": line} if line else None
+
+
+def _prompts(path: Path, text: str, wanted: Wanted) -> Iterator[Item]:
+    """A text file: a prompt on each line, or JSON if every line is."""
+    lines = _lines(text)
+    kinds = {number: _kind(line) for number, line in enumerate(lines, 1) if line}
+    objects = [number for number, kind in kinds.items() if kind is dict]
+    others = [number for number, kind in kinds.items() if kind is not dict]
+    if objects and others:
+        raise DataError(
+            f"{path}:{others[0]}: no JSON object, and line {objects[0]} is one; a file holds rows or lines of text. "
+            "With data.lines: true every line is text."
+        )
+    every = {kind for kind in kinds.values() if kind} if None not in kinds.values() else set()
+    if objects or every == {str} or every == {list} or (others and all(lines[n - 1].startswith("{") for n in others)):
+        return _json_items(path, ".jsonl", text, wanted)
+    return _lines_of_text(path, lines, wanted.text_key)
+
+
+# -- JSON -------------------------------------------------------------------------------------------------------------
+
+
+def load_json(text: str) -> Any:
+    """The value of a JSON text; raises `ValueError`, also for a key that stands twice in an object."""
+    try:
+        return json.loads(text, object_pairs_hook=_object)
+    except RecursionError as error:
+        raise ValueError(str(error)) from None
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} stands twice in an object")
+    return found
+
+
+def _kind(line: str) -> type | None:
+    """The type of the JSON value that a line is; None where it is none."""
+    try:
+        return type(load_json(line)) if line.startswith(("{", "[", '"')) else None
+    except ValueError:
+        return None
+
+
+def _json_items(path: Path, kind: str, text: str, wanted: Wanted) -> Iterator[Item]:
+    """JSON lines, or one JSON value over the whole file, or several one after the other, whatever the file's name."""
+    lines = _lines(text)
+    first = next((line for line in lines if line), "")
+    found = _kind(first)
+    if first and (kind == ".json" or found in (None, list)):
+        try:
+            whole = load_json(text)
+        except ValueError as error:
+            if found is None and (several := _stream(path, text)):
+                return iter(several)
+            if found is None and kind == ".json":
+                line = getattr(error, "lineno", 1)
+                raise DataError(f"{path}:{line}: not valid JSON ({error})") from None
+        else:
+            if kind == ".json" or isinstance(whole, dict) or _rows_only(whole, wanted):
+                return _value_items(path, whole, wanted)
+    return (_line_item(f"{path}:{number}", line, wanted) for number, line in enumerate(lines, 1))
+
+
+def _rows_only(value: Any, wanted: Wanted) -> bool:
+    kinds = (dict, str) if wanted.text_key else (dict,)
+    return isinstance(value, list) and all(isinstance(item, kinds) for item in value)
+
+
+def _stream(path: Path, text: str) -> list[Item]:
+    """Objects over several lines each, one after the other; empty where the text is something else."""
+    decoder, found = json.JSONDecoder(object_pairs_hook=_object), []
+    position, line = 0, 1
+    while position < len(text):
+        if text[position].isspace() or text[position] == "\ufeff":
+            line += text[position] == "\n"
+            position += 1
+            continue
+        start = position
+        try:
+            value, position = decoder.raw_decode(text, start)
+        except (ValueError, RecursionError):
+            return []
+        if not isinstance(value, dict):
+            return []
+        found.append((f"{path}:{line}", value))
+        line += text.count("\n", start, position)
+    return found
+
+
+def _value_items(path: Path, value: Any, wanted: Wanted) -> Iterator[Item]:
+    if isinstance(value, dict):
+        value = object_rows(value, wanted.split, str(path))
+    if not isinstance(value, list):
+        raise DataError(f"{path}: holds a {type(value).__name__}; a .json file must hold a list of objects")
+    for index, item in enumerate(value):
+        where = f"{path}[{index}]"
+        if isinstance(item, str) and wanted.text_key:
+            item = {wanted.text_key: item}
+        if not isinstance(item, dict):
+            raise DataError(f"{where}: a {type(item).__name__}; every row must be an object")
+        yield where, item
+
+
+def _line_item(where: str, line: str, wanted: Wanted) -> Item:
+    if not line:
+        return where, None
+    try:
+        return where, line_row(line, wanted.text_key)
+    except ValueError as error:
+        return where, DataError(str(error))
+
+
+def line_row(line: str, text_key: str | None) -> dict[str, Any]:
+    """The row of a line of JSON; raises `ValueError`."""
+    try:
+        value = load_json(line)
+    except ValueError as error:  # a number of thousands of digits is a plain ValueError
+        raise ValueError(f"not valid JSON ({error}); each line must be one JSON object") from None
+    if isinstance(value, str) and text_key:
+        if value.lstrip().startswith("{") and _kind(value.strip()) is dict:
+            raise ValueError("JSON text within a JSON string: the row has been encoded twice; write it once")
+        return {text_key: value}
+    if not isinstance(value, dict):
+        raise ValueError(f"a JSON {type(value).__name__}; each line must be one JSON object")
+    return value

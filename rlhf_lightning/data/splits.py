@@ -1,0 +1,131 @@
+"""Which rows belong together: what is held out of the training data, and what stands in two sets of rows."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from rlhf_lightning.data.conversations import Message
+from rlhf_lightning.data.records import Reading
+
+
+@dataclass
+class RowKey:
+    """A row as it is compared with others: by all that it says, and by its prompt."""
+
+    row: bytes
+    prompt: bytes
+    where: str = ""
+
+
+@dataclass
+class Leaks:
+    """Rows that stand in the training data too: those that are the same, and those that have the same prompt.
+
+    Each is given with where it is, and where the first one like it is in the training data.
+    """
+
+    count: int = 0
+    rows: list[tuple[str, str]] = field(default_factory=list)
+    prompts: list[tuple[str, str]] = field(default_factory=list)
+
+    def message(self, name: str) -> str:
+        """What there is to say of them."""
+        found = [
+            f"{len(pairs)} {words} (the first: {pairs[0][0]} and {pairs[0][1]})"
+            for pairs, words in ((self.rows, "are trained on"), (self.prompts, "have a prompt that is trained on"))
+            if pairs
+        ]
+        return (
+            f"data.{name}: of {self.count} rows {' and '.join(found)}: figures measured on them will be too good. "
+            "Leave them out of one side; data.validation_split keeps all rows of a prompt on one side."
+        )
+
+
+@dataclass
+class Prepared:
+    """Rows ready for batches and what became of the file they came from."""
+
+    rows: list[Any]
+    reading: Reading
+    lengths: list[int] = field(default_factory=list)
+    trained: int = 0
+    truncated: int = 0
+    keys: list[RowKey] = field(default_factory=list)
+    """Of each row that was read and used."""
+    row_of: list[int] = field(default_factory=list)
+    """For each example the place of its row in `keys`."""
+
+    def part(self, rows: list[int]) -> "Prepared":
+        """The examples of some rows, in their order."""
+        examples: dict[int, list[Any]] = {}
+        for example, row in zip(self.rows, self.row_of, strict=True):
+            examples.setdefault(row, []).append(example)
+        chosen = [examples[row] for row in rows]
+        return Prepared(
+            [example for found in chosen for example in found],
+            self.reading,
+            keys=[self.keys[row] for row in rows],
+            row_of=[place for place, found in enumerate(chosen) for _ in found],
+        )
+
+
+def row_key(prompt: Any, rest: Any, blank: bool = False) -> RowKey:
+    """The key of a row by its prompt and what follows; a blank prompt is no reason to keep two rows together."""
+    row = _digest([prompt, rest])
+    return RowKey(row, row if blank else _digest(prompt))
+
+
+def _digest(value: Any) -> bytes:
+    return hashlib.blake2b(json.dumps(value, sort_keys=True, default=str).encode(), digest_size=16).digest()
+
+
+def opening(messages: Sequence[Message]) -> int:
+    """How many messages of a conversation are its prompt: those before the first answer to a user."""
+    asked = False
+    for index, message in enumerate(messages):
+        if message["role"] == "assistant" and asked:
+            return index
+        asked = asked or (message["role"] != "assistant" and message["role"] != "system")
+    return len(messages)
+
+
+def is_blank(messages: Sequence[Message]) -> bool:
+    """Whether a prompt says nothing, but for a system message."""
+    return not any(
+        str(m.get("content") or "").strip() or m.get("tool_calls") for m in messages if m["role"] != "system"
+    )
+
+
+def held_out(prompts: Sequence[bytes], wanted: int, seed: int) -> list[int]:
+    """The rows to hold out, in an order drawn from the seed: all rows of a prompt or none.
+
+    As many as wanted, where whole prompts make up that number; else as many as fit, and at least one prompt. Empty
+    where all rows have one prompt.
+    """
+    groups: dict[bytes, list[int]] = {}
+    for row, prompt in enumerate(prompts):
+        groups.setdefault(prompt, []).append(row)
+    parts = list(groups.values())
+    if len(parts) < 2:
+        return []
+    order = torch.randperm(len(parts), generator=torch.Generator().manual_seed(seed)).tolist()
+    held: list[int] = []
+    for part in (parts[i] for i in order):
+        if len(held) + len(part) <= wanted:
+            held += part
+    return held or min((parts[i] for i in order), key=len)
+
+
+def leaks(train: Sequence[RowKey], other: Sequence[RowKey]) -> Leaks:
+    """Rows of another set that stand in the training data, or whose prompt does."""
+    rows = {key.row: key.where for key in reversed(train)}
+    prompts = {key.prompt: key.where for key in reversed(train)}
+    return Leaks(
+        len(other),
+        [(key.where, rows[key.row]) for key in other if key.row in rows],
+        [(key.where, prompts[key.prompt]) for key in other if key.prompt in prompts],
+    )

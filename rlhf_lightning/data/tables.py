@@ -1,0 +1,222 @@
+"""Tables as plain rows: columns of Arrow without the nulls that it fills in, and cells of CSV."""
+
+import ast
+import csv
+import io
+import json
+import re
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from decimal import Decimal
+from typing import Any
+
+from rlhf_lightning.errors import DataError
+
+Item = tuple[str, Any]
+"""Where something was read, and what: a row, None for a blank line, or a `DataError` for a line that is no row."""
+
+NUMBERS = {"label", "margin", "tie", "score", "weight", "train", "reward", "advantage"}
+STRUCTURES = {"messages", "conversations", "tools", "responses", "scores", "ranks", "history"}
+STRUCTURES |= {"tokens", "mask", "logprobs", "prompt_tokens", "response_tokens"}
+TEXTS_OR_MESSAGES = {"prompt", "completion", "chosen", "rejected", "response"}
+MESSAGES = re.compile(r"\s*\[\s*\{\s*['\"](role|from|content|value)['\"]\s*:")
+"""How a list of messages begins, well written or not."""
+
+
+class Cells(dict[str, Any]):
+    """A row whose values are text or null, as CSV has them; `cell` makes of them what their columns mean."""
+
+
+# -- Arrow ------------------------------------------------------------------------------------------------------------
+
+
+def arrow_rows(table: Any) -> Iterator[dict[str, Any]]:
+    """The rows of a table; raises `DataError` where two columns have one name."""
+    names = table.schema.names
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise DataError(f"two columns are called {twice[0]!r}; rename one")
+    clean = row_cleaner(table.schema)
+    for batch in table.to_batches():
+        for start in range(0, len(batch), 1000):
+            for item in batch.slice(start, 1000).to_pylist():
+                yield clean(item)
+
+
+def row_cleaner(schema: Any, decoded: bool = False) -> Callable[[Mapping[str, Any]], dict[str, Any]]:
+    """A function that makes plain rows of what has an Arrow schema.
+
+    A struct has the keys of all rows, and null for those that a row lacks: such keys are left out. What Arrow keeps
+    as maps or as JSON text has the keys that were written, and keeps its nulls.
+
+    Args:
+        schema: its types say what is a struct.
+        decoded: JSON text has been parsed already (as `datasets` does).
+    """
+    cleaners = {field.name: _cleaner(field.type, decoded) for field in schema}
+    needed = {name: clean for name, clean in cleaners.items() if clean is not None}
+
+    def clean(row: Mapping[str, Any]) -> dict[str, Any]:
+        return {k: v if v is None or k not in needed else needed[k](v) for k, v in row.items()}
+
+    return clean
+
+
+def _cleaner(kind: Any, decoded: bool) -> Callable[[Any], Any] | None:
+    """What makes values of an Arrow type plain; None where they are already. It is never given None."""
+    from pyarrow import types
+
+    if types.is_struct(kind):
+        inner = {field.name: _cleaner(field.type, decoded) for field in kind}
+
+        def struct(value: Any) -> Any:
+            if not isinstance(value, Mapping):  # an image or the like that `datasets` has made an object of
+                return value
+            found = ((key, item, inner.get(key)) for key, item in value.items() if item is not None)
+            return {key: clean(item) if clean else item for key, item, clean in found}
+
+        return struct
+    if types.is_map(kind):
+        clean_item = _cleaner(kind.item_type, decoded) or _same
+
+        def mapping(value: Any) -> dict[Any, Any]:
+            pairs = value.items() if isinstance(value, Mapping) else value
+            return {key: None if item is None else clean_item(item) for key, item in pairs}
+
+        return mapping
+    if types.is_dictionary(kind) or types.is_run_end_encoded(kind):
+        return _cleaner(kind.value_type, decoded)
+    if hasattr(kind, "value_type"):  # a list, of whatever layout
+        clean = _cleaner(kind.value_type, decoded)
+        return None if clean is None else lambda value: [None if item is None else clean(item) for item in value]
+    if types.is_decimal(kind):
+        return number
+    if getattr(kind, "extension_name", "") == "arrow.json" and not decoded:
+        return json.loads
+    return None
+
+
+def _same(value: Any) -> Any:
+    return value
+
+
+def number(value: Decimal) -> int | float:
+    """A decimal as the number that JSON would have."""
+    return int(value) if value == value.to_integral_value() else float(value)
+
+
+# -- CSV --------------------------------------------------------------------------------------------------------------
+
+
+def csv_items(path: str, text: str, delimiter: str) -> Iterator[Item]:
+    """Rows by the header; an empty cell is null, every other one text (see `cell`).
+
+    Raises:
+        DataError: a header that names a column twice or not at all, a quote that does not end, JSON in place of CSV.
+    """
+    first = text.lstrip().partition("\n")[0]
+    if first.startswith(("{", "[")):
+        raise DataError(f"{path}:1: begins like JSON, and the name says a table; name it .jsonl or .json")
+    if delimiter == "," and "," not in first and ";" in first:
+        delimiter = ";"  # as spreadsheets write it where the comma is the decimal sign
+    limit = csv.field_size_limit(sys.maxsize)
+    try:
+        yield from _records(path, csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True))
+    finally:
+        csv.field_size_limit(limit)
+
+
+def _records(path: str, reader: Any) -> Iterator[Item]:
+    header: list[str] = []
+    index = False
+    while True:
+        where = f"{path}:{reader.line_num + 1}"
+        try:
+            cells = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            raise DataError(f"{where}: not a table ({error}); check the quotes of the row that begins here") from None
+        if cells and cells[0].startswith("\ufeff"):
+            cells[0] = cells[0].removeprefix("\ufeff")
+        if not cells:
+            yield where, None
+        elif not header:
+            header = cells
+            index = not header[0].strip() and len(header) > 1  # what pandas writes unless told index=False
+            _check_header(where, header[index:])
+        elif cells == header:
+            yield where, DataError("the header again: the file looks joined of several; leave this line out")
+        elif len(cells) != len(header):
+            yield where, DataError(f"{_count(cells)}, and the header (line 1) has {_count(header)}")
+        elif index and not cells[0].strip().isdigit():
+            raise DataError(f"{path}:1: the first column has no name; name it in the header")
+        else:
+            yield where, Cells(zip(header[index:], (text or None for text in cells[index:]), strict=True))
+
+
+def _count(cells: list[str]) -> str:
+    return f"{len(cells)} cell{'s' if len(cells) != 1 else ''}"
+
+
+def _check_header(where: str, header: list[str]) -> None:
+    for position, name in enumerate(header):
+        if not name.strip():
+            raise DataError(f"{where}: a column of the header has no name (after {', '.join(header[:position])!r})")
+        if name in header[:position]:
+            raise DataError(f"{where}: the header has {name!r} twice; rename one")
+
+
+def cell(name: str, text: str) -> Any:
+    """The text of a cell as what its column means: numbers for labels and margins, JSON for messages and tools.
+
+    Raises:
+        ValueError: a list or object that is written in no way that can be read.
+    """
+    if name in NUMBERS:
+        return _number(text)
+    if name not in STRUCTURES | TEXTS_OR_MESSAGES or not text.lstrip().startswith(("[", "{")):
+        return text
+    found = _structure(text.strip())
+    if name in STRUCTURES:
+        written = found is not None
+    else:
+        written = _is_messages(found)
+        if (found is not None and not written) or not MESSAGES.match(text):
+            return found if written else text
+    if not written:
+        raise ValueError(f"{name!r} holds {text.strip()[:40]!r}…, which is not JSON; write the cell with json.dumps")
+    return found
+
+
+def _number(text: str) -> Any:
+    word = text.strip()
+    if word.lower() in ("true", "false"):
+        return word.lower() == "true"
+    for kind in (int, float):
+        try:
+            return kind(word)
+        except ValueError:
+            continue
+    return text
+
+
+def _structure(text: str) -> Any:
+    """JSON, or what Python prints of a list or dict, as pandas writes one to a cell; None for other text."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        pass
+    try:
+        found = ast.literal_eval(text)
+    except (ValueError, SyntaxError, RecursionError, MemoryError):
+        return None
+    # Only if it prints the same: what numpy prints, ['a' 'b'], Python reads as the one text 'ab'.
+    return found if repr(found) == text else None
+
+
+def _is_messages(value: Any) -> bool:
+    return (
+        isinstance(value, list)
+        and bool(value)
+        and all(isinstance(m, dict) and {"role", "from"} & m.keys() for m in value)
+    )

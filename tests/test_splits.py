@@ -1,0 +1,169 @@
+"""What is held out of the training data, and rows that stand on both sides."""
+
+import logging
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rlhf_lightning.data.preference import PreferenceDataModule
+from rlhf_lightning.data.prompts import PromptDataModule
+from rlhf_lightning.data.sft import SFTDataModule
+from rlhf_lightning.data.splits import held_out, is_blank, leaks, opening, row_key
+from rlhf_lightning.errors import ConfigError
+from tests.conftest import chats, pairs, prompts, write_rows
+
+
+def ready(data: Any, stage: str = "fit") -> Any:
+    data.setup(stage)
+    return data
+
+
+@settings(max_examples=200, derandomize=True, database=None, deadline=None)
+@given(st.lists(st.integers(0, 6), min_size=2, max_size=30), st.integers(1, 28), st.integers(0, 99))
+def test_whole_prompts_are_held_out(prompts: list[int], wanted: int, seed: int) -> None:
+    keys = [bytes([prompt]) for prompt in prompts]
+    wanted = min(wanted, len(keys) - 1)
+    held = held_out(keys, wanted, seed)
+    kept = [row for row in range(len(keys)) if row not in held]
+    assert len(held) == len(set(held))
+    assert not {keys[row] for row in held} & {keys[row] for row in kept}
+    if len(set(keys)) == 1:
+        assert not held
+        return
+    assert held
+    assert kept
+    sizes = [keys.count(key) for key in set(keys)]
+    assert len(held) <= wanted or len(held) == min(sizes)
+    # No further prompt would have fitted.
+    assert all(len(held) + keys.count(keys[row]) > wanted for row in kept)
+
+
+@settings(max_examples=50, derandomize=True, database=None, deadline=None)
+@given(st.integers(2, 200), st.integers(0, 10**9), st.data())
+def test_distinct_prompts_are_drawn_as_one_permutation(size: int, seed: int, data: Any) -> None:
+    wanted = data.draw(st.integers(1, size - 1))
+    order = torch.randperm(size, generator=torch.Generator().manual_seed(seed)).tolist()
+    assert held_out([str(i).encode() for i in range(size)], wanted, seed) == order[:wanted]
+
+
+def test_the_split_of_distinct_rows_is_as_it_was(tokenizer: Any) -> None:
+    whole = ready(SFTDataModule(chats(20), tokenizer=tokenizer, seed=3)).prepared["train"].rows
+    data = ready(SFTDataModule(chats(20), tokenizer=tokenizer, validation_split=5, seed=3))
+    order = torch.randperm(20, generator=torch.Generator().manual_seed(3)).tolist()
+    assert data.prepared["validation"].rows == [whole[i] for i in order[:5]]
+    assert data.prepared["train"].rows == [whole[i] for i in sorted(order[5:])]
+
+
+def conversation(*contents: str, system: str | None = None) -> dict[str, Any]:
+    first = [{"role": "system", "content": system}] if system else []
+    roles = ("user", "assistant")
+    return {"messages": first + [{"role": roles[i % 2], "content": text} for i, text in enumerate(contents)]}
+
+
+@pytest.mark.parametrize(
+    ("module", "rows"),
+    [
+        (SFTDataModule, [conversation(f"q{i % 6}", f"answer {i}", "more?", "yes") for i in range(18)]),
+        (SFTDataModule, [{"prompt": f"q{i % 6}", "completion": f"answer {i % 9}"} for i in range(18)]),
+        (SFTDataModule, [{"text": f"text {i % 6}"} for i in range(18)]),
+        (PreferenceDataModule, [{**pairs(6)[i % 6], "chosen": f"one {i} two"} for i in range(18)]),
+        (PromptDataModule, [{**prompts(6)[i % 6], "number": i} for i in range(18)]),
+    ],
+)
+def test_rows_of_a_prompt_stay_together(
+    module: Any, rows: list[dict[str, Any]], tokenizer: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO):
+        data = ready(module(rows, tokenizer=tokenizer, validation_split=7))
+    assert "validation: 6 of 18 rows held out of the training data (6 examples, 2 prompts)" in caplog.text
+    assert "7 were asked for, and the rows of a prompt stay together" in caplog.text
+    numbers = [{int(row.where[5:-1]) % 6 for row in data.prepared[name].rows} for name in ("train", "validation")]
+    assert [len(found) for found in numbers] == [4, 2]
+    assert not numbers[0] & numbers[1]
+    assert "are trained on" not in caplog.text, "nothing leaks from what was held out"
+
+
+def test_what_the_prompt_of_a_conversation_is() -> None:
+    def rows(*roles: str) -> list[dict[str, str]]:
+        return [{"role": role, "content": "x"} for role in roles]
+
+    assert opening(rows("system", "user", "assistant", "user", "assistant")) == 2
+    assert opening(rows("assistant", "user", "assistant")) == 2, "a greeting answers nobody"
+    assert opening(rows("system", "assistant")) == 2
+    assert is_blank([{"role": "system", "content": "s"}, {"role": "user", "content": " "}])
+    assert not is_blank([{"role": "user", "content": "a"}])
+    assert row_key("", "a", blank=True).prompt != row_key("", "b", blank=True).prompt
+
+
+def test_other_system_messages_are_other_prompts(tokenizer: Any) -> None:
+    rows = [conversation("q", f"a{i}", system=f"s{i % 2}") for i in range(6)]
+    data = ready(SFTDataModule(rows, tokenizer=tokenizer, validation_split=3))
+    assert len({int(row.where[5:-1]) % 2 for row in data.prepared["validation"].rows}) == 1
+
+
+def test_one_prompt_cannot_be_split(tokenizer: Any) -> None:
+    rows = [conversation("q", f"a{i}") for i in range(6)]
+    with pytest.raises(ConfigError, match=r"all 6 rows have the same prompt.*name rows .* in data\.validation"):
+        ready(SFTDataModule(rows, tokenizer=tokenizer, validation_split=2))
+
+
+def test_mismatched_sides_stay_on_their_side(tokenizer: Any) -> None:
+    """KTO's estimate of the KL takes responses to other prompts: no held-out response comes into training by it."""
+    from rlhf_lightning.objectives.preference import KTO
+
+    class Labels(PreferenceDataModule):
+        loss = KTO()  # type: ignore[assignment]
+
+    for split in (6, 1):
+        data = ready(Labels(pairs(12), tokenizer=tokenizer, validation_split=split, seed=1))
+        held = {tuple(row.sides[0].ids[row.sides[0].mask.index(1) :]) for row in data.prepared["validation"].rows}
+        own = {tuple(row.sides[0].ids[row.sides[0].mask.index(1) :]) for row in data.prepared["train"].rows}
+        assert len(data.prepared["validation"].rows) == 2 * split
+        for name in ("train", "validation"):
+            for row in data.prepared[name].rows:
+                other = row.sides[1]
+                response = tuple(other.ids[other.mask.index(1) :])
+                assert response in (own if name == "train" or split == 1 else held)
+
+
+# -- rows on both sides -----------------------------------------------------------------------------------------------
+
+
+def test_leaks_are_counted_with_the_first_of_each(tokenizer: Any, tmp_path: Any, caplog: Any) -> None:
+    train, held = chats(8), [conversation("Other", "one"), chats(3)[2], conversation("Count 5", "no"), chats(2)[1]]
+    files = [write_rows(tmp_path / f"{name}.jsonl", rows) for name, rows in (("train", train), ("held", held))]
+    ready(SFTDataModule(*files, tokenizer=tokenizer, show_example=False))
+    (warning,) = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    assert warning.startswith(
+        f"data.validation: of 4 rows 2 are trained on (the first: {files[1]}:2 and {files[0]}:3) and "
+        f"3 have a prompt that is trained on (the first: {files[1]}:2 and {files[0]}:3)"
+    )
+    caplog.clear()
+    ready(SFTDataModule(files[0], [held[0]], tokenizer=tokenizer, show_example=False))
+    assert not [record for record in caplog.records if record.levelno == logging.WARNING]
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_test_rows_are_compared_too(tokenizer: Any, before: bool, caplog: Any) -> None:
+    data = PreferenceDataModule(pairs(4), test=[*pairs(2), *pairs(6)[4:]], tokenizer=tokenizer, show_example=False)
+    if before:
+        data.setup("fit")
+    data.setup("test")
+    assert "data.test: of 4 rows 2 are trained on (the first: list[0] and list[0])" in caplog.text
+    caplog.clear()
+    data = PreferenceDataModule("missing.jsonl", test=pairs(2), tokenizer=tokenizer, show_example=False)
+    data.setup("test")
+    assert "are trained on" not in caplog.text, "training data that is not here is not needed to test"
+
+
+def test_prompts_of_recorded_episodes_are_compared(tokenizer: Any) -> None:
+    data = PromptDataModule(episodes=[{}], validation=prompts(3), tokenizer=tokenizer, show_example=False)
+    ready(data, "validate")
+    ids = data.prepared["validation"].rows[1].ids
+    drawn = {"response_tokens": [1], "logprobs": [-1.0], "advantage": 1.0}
+    keys = [data.key({"prompt_tokens": ids, **drawn}), data.key({"tokens": [*ids, 1], "mask": [0] * len(ids) + [1]})]
+    for key in keys:
+        assert len(leaks([key], data.prepared["validation"].keys).prompts) == 1
