@@ -244,6 +244,8 @@ LIBRARIES = [
     "torch.utils.data",
     "torchmetrics",
     "peft",
+    "datasets",
+    "pathlib",
 ]
 
 

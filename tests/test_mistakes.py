@@ -55,8 +55,8 @@ def workplace(tmp_path_factory: pytest.TempPathFactory, session_tokenizer: Any) 
     write_rows(place / "same.jsonl", [{"prompt": "a", "chosen": "b", "rejected": "b"}])
     write_rows(place / "texts.jsonl", [{"messages": "Hello"}])
     (place / "empty.jsonl").write_text("")
-    (place / "rows.csv").write_text("prompt,completion\na,b\n")
-    (place / "list.jsonl").write_text(json.dumps(chats(2), indent=1))
+    (place / "rows.csv").write_text("prompt,completion\na,b, c\n")
+    (place / "list.jsonl").write_text(json.dumps(["a", "b"], indent=1))
     (place / "broken.jinja").write_text("{% for message in messages %}")
     (place / "half.ckpt").write_bytes(b"half")
     torch.save({"weight": torch.ones(2)}, place / "weights.ckpt")
@@ -69,9 +69,9 @@ MISTAKES: list[tuple[str, list[str], list[str]]] = [
     # data
     ("sft", ["--data.train", "missing.jsonl"], ["missing.jsonl: no such file", "give a path"]),
     ("sft", ["--data.train", "empty.jsonl"], ["empty.jsonl: no rows", "at least one row"]),
-    ("sft", ["--data.train", "."], [": a folder; name the file"]),
-    ("sft", ["--data.train", "rows.csv"], ["rows.csv:1: not valid JSON", "each line must be one JSON object"]),
-    ("sft", ["--data.train", "list.jsonl"], ["list.jsonl:1: not valid JSON", "each line must be one JSON object"]),
+    ("sft", ["--data.train", "."], [": a folder of files that are no parts of one (", "name the file, or a pattern"]),
+    ("sft", ["--data.train", "rows.csv"], ["rows.csv:2: 3 cells, and the header (line 1) has 2 cells"]),
+    ("sft", ["--data.train", "list.jsonl"], ["list.jsonl[0]: a str", "every row must be an object"]),
     ("sft", ["--data.train", "pairs.jsonl"], ["pairs.jsonl:1: no conversation", "'chosen'", "wanted messages"]),
     ("sft", ["--data.train", "texts.jsonl"], ["texts.jsonl:1: no assistant turn to learn from"]),
     ("sft", ["--data.columns", "{messages: dialog}"], ["no column 'dialog'", "the row has 'messages'"]),

@@ -278,7 +278,7 @@ def _json_items(path: Path, kind: str, text: str, wanted: Wanted) -> Iterator[It
                 line = getattr(error, "lineno", 1)
                 raise DataError(f"{path}:{line}: not valid JSON ({error})") from None
         else:
-            if kind == ".json" or isinstance(whole, dict) or _rows_only(whole, wanted):
+            if kind == ".json" or found is None or _rows_only(whole, wanted):
                 return _value_items(path, whole, wanted)
     return (_line_item(f"{path}:{number}", line, wanted) for number, line in enumerate(lines, 1))
 
