@@ -38,6 +38,16 @@ def read_object(path: Path) -> dict[str, Any]:
     return value
 
 
+def read_stage(folder: Any) -> dict[str, Any]:
+    """The `stage.json` of a model folder (in it or beside it), or nothing."""
+    place = Path(str(folder)).expanduser()
+    if str(folder) and place.is_dir():
+        for path in (place / "stage.json", place.parent / "stage.json"):
+            if path.is_file():
+                return read_object(path)
+    return {}
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write JSON under a temporary name and rename, so that no half file is ever read."""
     path.parent.mkdir(parents=True, exist_ok=True)

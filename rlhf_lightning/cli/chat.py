@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from rlhf_lightning.cli.asking import add_asking_flags, add_sampling_flags, asked_of, sampling_of, say
+
 
 def run(args: list[str]) -> int:
     """Read messages until there are no more, and answer each."""
@@ -22,9 +24,12 @@ def run(args: list[str]) -> int:
     if options.max_tokens < 1:
         raise ConfigError(f"--max_tokens is {options.max_tokens}; it must be at least 1")
     device = options.device or default_device()
-    settings = (options.system, options.max_tokens, options.temperature, options.seed)
-    models = [options.model, *(options.and_ or [])]
-    talks = {name: Conversation(Policy(name, options.dtype, device), *settings) for name in dict.fromkeys(models)}
+    talks = {}
+    for name in dict.fromkeys([options.model, *(options.and_ or [])]):
+        policy = Policy(name, options.dtype, device, asked_of(options))
+        draw, said = sampling_of(options, name, policy.drawn)
+        say(policy.asking.describe(), said)
+        talks[name] = Conversation(policy, None, options.max_tokens, seed=options.seed, **draw)
     labels = dict(zip(talks, _labels(list(talks)), strict=True))
 
     def show(text: str) -> None:
@@ -82,11 +87,11 @@ def _parse(args: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("model", help="folder or Hub id of a causal language model or an adapter of one")
     parser.add_argument("--and", dest="and_", action="append", metavar="MODEL", help="another that answers as well")
-    parser.add_argument("--system", metavar="TEXT", help="a system message before all others")
     parser.add_argument("--max_tokens", "--max-tokens", type=int, default=256, help="budget of an answer (256)")
-    parser.add_argument("--temperature", type=float, default=1.0, help="0 takes the likeliest token (1.0)")
+    add_sampling_flags(parser)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--dtype", default="float32", help="of the weights")
     parser.add_argument("--device", help="cpu, cuda, mps (default: a GPU where there is one)")
+    add_asking_flags(parser)
     options: Any = parser.parse_args(args)
     return options

@@ -5,6 +5,8 @@ import json
 import sys
 from typing import Any
 
+from rlhf_lightning.cli.asking import add_asking_flags, asked_of, say
+
 KINDS = ("sft", "preference", "prompts")
 TRAINED, PLAIN = "\x1b[32m", "\x1b[0m"
 
@@ -21,6 +23,7 @@ def run(args: list[str]) -> int:
     if options.samples < 0 or (options.max_length is not None and options.max_length < 1):
         raise ConfigError("--samples must be at least 0, --max_length at least 1")
     module = check.data_module(options.kind, options.model, options.chat_template, **_settings(options))
+    say(module.asking.describe())
     train = check.check(module, options.file)
     tokenizer = module.renderer.tokenizer
     figures: dict[str, Any] = {"kind": options.kind, "model": options.model}
@@ -77,12 +80,12 @@ def _parse(args: list[str]) -> argparse.Namespace:
     check.add_argument("--json", action="store_true", help="print everything as one JSON object")
     check.add_argument("--samples", type=int, default=2, help="rows shown as they are trained on (default: 2)")
     check.add_argument("--columns", nargs="+", metavar="OURS=YOURS", help="as data.columns of a stage")
-    check.add_argument("--format", choices=("chat", "raw"), help="as data.format of a stage")
     check.add_argument("--chat_template", help="as model.chat_template of a stage")
     check.add_argument("--lines", action="store_true", help="as data.lines of a policy stage: each line is a prompt")
     check.add_argument("--max_length", type=int, help="as data.max_length (prompts: max_prompt_tokens) of a stage")
     check.add_argument("--overlong", choices=("error", "truncate", "skip"), help="as data.overlong of a stage")
     check.add_argument("--train_on", help="as data.train_on of an SFT stage")
+    add_asking_flags(check, samples=False)
     return parser.parse_args(args)
 
 
@@ -91,7 +94,7 @@ def _settings(options: argparse.Namespace) -> dict[str, Any]:
     from rlhf_lightning.errors import ConfigError
 
     length = "max_prompt_tokens" if options.kind == "prompts" else "max_length"
-    settings = {"format": options.format, "overlong": options.overlong, "train_on": options.train_on}
+    settings = {"overlong": options.overlong, "train_on": options.train_on, **asked_of(options)}
     settings[length] = options.max_length
     settings["lines"] = options.lines or None
     for pair in options.columns or []:

@@ -6,6 +6,8 @@ import math
 from pathlib import Path
 from typing import Any
 
+from rlhf_lightning.cli.asking import add_asking_flags
+
 COLUMNS = {
     "reward": "reward",
     "win_rate": "win rate",
@@ -23,6 +25,7 @@ COLUMNS = {
 def run(args: list[str]) -> int:
     """Measure a policy (against another), or draw the best of N."""
     options = _parse(args)
+    from rlhf_lightning.cli.asking import asked_of, say
     from rlhf_lightning.cli.logs import setup_logging
     from rlhf_lightning.cli.score import default_device
     from rlhf_lightning.cli.user_code import allow_user_code
@@ -43,7 +46,9 @@ def run(args: list[str]) -> int:
         raise ConfigError("--temperature is 0: all responses to a prompt would be the same")
     drawing = Drawing(rewards, options.max_tokens, options.temperature, getattr(options, "samples", 1), options.seed)
     options.device = options.device or default_device()
-    policy = Policy(options.policy, options.dtype, options.device)
+    options.asked = asked_of(options)
+    policy = Policy(options.policy, options.dtype, options.device, options.asked)
+    say(policy.asking.describe())
     prompts = policy.prompts(options.prompts, options.limit)
     facts: dict[str, Any] = {"prompts": len(prompts)}
     if best:
@@ -64,6 +69,7 @@ def run(args: list[str]) -> int:
 
 def _evaluate(options: argparse.Namespace, policy: Any, prompts: Any, drawing: Any) -> tuple[Any, Any, int]:
     """Figures, rows, and the number of prompts that have references."""
+    from rlhf_lightning.cli.asking import say
     from rlhf_lightning.errors import ConfigError
     from rlhf_lightning.pipeline.compare import compare
     from rlhf_lightning.pipeline.policies import Policy
@@ -72,7 +78,10 @@ def _evaluate(options: argparse.Namespace, policy: Any, prompts: Any, drawing: A
     if options.best_of > 1 and not options.baseline:
         raise ConfigError("--best_of is of the baseline: name one, rlhf evaluate POLICY BASELINE PROMPTS")
     references = references_of(prompts, options.references)
-    baseline = Policy(options.baseline, options.dtype, options.device) if options.baseline else None
+    baseline = None
+    if options.baseline:
+        baseline = Policy(options.baseline, options.dtype, options.device, options.asked)
+        say(baseline.asking.describe())
     summary, rows = compare(policy, baseline, prompts, drawing, options.best_of, references)
     return summary, rows, sum(map(bool, references))
 
@@ -130,6 +139,7 @@ def _parse(args: list[str]) -> argparse.Namespace:
     parser.add_argument("--summary", type=Path, help="JSON file: the figures")
     parser.add_argument("--dtype", default="float32", help="of the weights")
     parser.add_argument("--device", help="cpu, cuda, mps (default: a GPU where there is one)")
+    add_asking_flags(parser)
     # Not parse_args: it would take `MODEL --json FILE` for a baseline that is missing and a file too many.
     return parser.parse_intermixed_args(args[1:])
 

@@ -4,6 +4,8 @@ import argparse
 import json
 from typing import Any
 
+from rlhf_lightning.cli.asking import add_asking_flags, add_sampling_flags, asked_of, sampling_of, say
+
 
 def run(args: list[str]) -> int:
     """Answer prompts and print the answers."""
@@ -21,10 +23,12 @@ def run(args: list[str]) -> int:
     for name in ("samples", "max_tokens", "limit"):
         if (value := getattr(options, name)) is not None and value < 1:
             raise ConfigError(f"--{name} is {value}; it must be at least 1")
-    policy = Policy(options.model, options.dtype, options.device or default_device())
+    policy = Policy(options.model, options.dtype, options.device or default_device(), asked_of(options))
+    draw, said = sampling_of(options, options.model, policy.drawn)
+    say(policy.asking.describe(), said)
     source = options.file or [{"prompt": text} for text in options.prompt]
     prompts = policy.prompts(source, options.limit)
-    episodes = policy.answer(prompts, options.max_tokens, options.seed, options.samples, options.temperature)
+    episodes = policy.answer(prompts, options.max_tokens, options.seed, options.samples, **draw)
     for episode in episodes:
         record = episode.record()
         if options.json:
@@ -56,10 +60,11 @@ def _parse(args: list[str]) -> argparse.Namespace:
     parser.add_argument("--prompt", action="append", metavar="TEXT", help="a prompt; may be given several times")
     parser.add_argument("--json", action="store_true", help="print a JSON object for each answer")
     parser.add_argument("--max_tokens", "--max-tokens", type=int, default=256, help="budget of an answer (256)")
-    parser.add_argument("--temperature", type=float, default=1.0, help="0 takes the likeliest token (1.0)")
+    add_sampling_flags(parser)
     parser.add_argument("--samples", type=int, default=1, help="answers to each prompt (1)")
     parser.add_argument("--limit", type=int, help="answer the first so many prompts")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--dtype", default="float32", help="of the weights")
     parser.add_argument("--device", help="cpu, cuda, mps (default: a GPU where there is one)")
+    add_asking_flags(parser)
     return parser.parse_args(args)

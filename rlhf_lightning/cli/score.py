@@ -6,6 +6,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from rlhf_lightning.cli.asking import add_asking_flags, asked_of, say
+
 
 def run(args: list[str]) -> int:
     """Score a file of rows and write them with their scores."""
@@ -30,6 +32,7 @@ def run(args: list[str]) -> int:
     parser.add_argument("--batch_size", type=int, default=64, help="rows scored at once")
     parser.add_argument("--dtype", default="float32", help="of the weights")
     parser.add_argument("--device", help="cpu, cuda, mps (default: a GPU where there is one)")
+    add_asking_flags(parser, samples=False)
     options = parser.parse_args(args[1:])
 
     from rlhf_lightning.cli.logs import setup_logging
@@ -52,7 +55,9 @@ def score_file(options: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[
     from rlhf_lightning.data.records import Reading, Row, convert_rows, read_rows
     from rlhf_lightning.models.reward_model import RewardModel
 
-    judge = RewardModel(options.model, options.dtype, options.shifted).to(options.device or default_device())
+    judge = RewardModel(options.model, options.dtype, options.shifted, asked_of(options))
+    judge.to(options.device or default_device())
+    say(judge.asking.describe())
     reading = Reading()
     # Each example keeps its row: a bad one may have been left out.
     given: list[Row] = read_rows(options.file, reading=reading)

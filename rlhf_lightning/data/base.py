@@ -3,12 +3,14 @@
 import logging
 from abc import abstractmethod
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_only
 
+from rlhf_lightning.data.asked import Asking, shared_by_all
 from rlhf_lightning.data.batching import Layout, RowLoader, run_seed
 from rlhf_lightning.data.containers import settled
 from rlhf_lightning.data.records import (
@@ -50,8 +52,11 @@ class RowDataModule(pl.LightningDataModule):
         overlong: `error`, `truncate` or `skip` (counted) longer rows.
         on_bad_row: `error` stops at the first bad row with file and line, `skip` leaves out and counts.
         columns: `{our name: your name}`; `{our name: null}` leaves that column out.
-        format: `chat` renders by the chat template, `raw` takes text as it is.
+        format: `chat` renders by the chat template, `raw` takes text as it is. This and the next three are by default
+            what the `stage.json` of the model says that it was trained with; without one, `chat` and nothing.
         template_kwargs: passed to the chat template, for example `{enable_thinking: false}`.
+        system: a system message for rows without one; `''` for none.
+        tools: for rows without any: a list, JSON text or a JSON file of tool schemas; `[]` for none.
         tokenizer: folder or Hub id where it is not the model's.
         seed: of the order of rows; the run's by default.
         show_example: log one rendered row with its mask.
@@ -70,8 +75,10 @@ class RowDataModule(pl.LightningDataModule):
         overlong: str = "error",
         on_bad_row: str = "error",
         columns: dict[str, str | None] | None = None,
-        format: str = "chat",
+        format: str | None = None,
         template_kwargs: dict[str, Any] | None = None,
+        system: str | None = None,
+        tools: list[Any] | str | None = None,
         tokenizer: Any = None,
         seed: int | None = None,
         show_example: bool = True,
@@ -88,10 +95,14 @@ class RowDataModule(pl.LightningDataModule):
             raise ConfigError(f"data.validation_split is {validation_split}; a number of rows, or a fraction below 1")
         self.validation_split, self.max_length, self.overlong = validation_split, max_length, overlong
         self.on_bad_row, self.columns, self.format = on_bad_row, columns, format
-        self.template_kwargs, self.tokenizer = template_kwargs, tokenizer
+        self.template_kwargs, self.system, self.tools, self.tokenizer = template_kwargs, system, tools, tokenizer
         self.seed = run_seed() if seed is None else seed
         self.show_example = show_example
         self.prepared: dict[str, Prepared] = {}
+        self.start: Any = None
+        """The model that rows are rendered for, where no trainer runs one."""
+        self.shared: dict[str, Any] = {}
+        """`system` and `tools`, where all rows of `train` had the same."""
         self._renderer: Renderer | None = None
 
     # -- for subclasses -------------------------------------------------------------------------------------------
@@ -144,6 +155,8 @@ class RowDataModule(pl.LightningDataModule):
         reading = Reading()
         rows = self.read(source, name, reading)
         self._truncated = 0
+        if name == "train":
+            self.renderer.asked = set()
         convert = self.examples(name)
         keys: list[RowKey] = []
         row_of: list[int] = []
@@ -156,6 +169,7 @@ class RowDataModule(pl.LightningDataModule):
             return examples
 
         converted = convert_rows(rows, keyed, reading, self.on_bad_row, self.columns)
+        self._take_shared()
         for index, example in enumerate(converted):
             if hasattr(example, "index"):  # random numbers are drawn by it, whatever batch or rank the row falls into
                 example.index = index
@@ -249,22 +263,44 @@ class RowDataModule(pl.LightningDataModule):
 
     @property
     def renderer(self) -> Renderer:
-        """Renders with `tokenizer`, or with that of the module the trainer runs."""
+        """Renders with `tokenizer`, or with that of the module the trainer runs, as its start was trained."""
         if self._renderer is None:
-            tokenizer = self.tokenizer
+            tokenizer, module = self.tokenizer, self.trainer.lightning_module if self.trainer else None
             if tokenizer is None:
-                if self.trainer is None:
+                if module is None:
                     raise ConfigError("no tokenizer: give the data module one, or run it by a Trainer with a module")
-                tokenizer = self.trainer.lightning_module.tokenizer
+                tokenizer = module.tokenizer
             elif isinstance(tokenizer, str):
                 tokenizer = load_tokenizer(tokenizer)
-            self._renderer = Renderer(tokenizer, self.format, self.template_kwargs, self._model_stops())
+            asking = self.asking
+            asking.warn()
+            if said := asking.describe():
+                log.info("%s", said)
+            own = module is None or (self.tokenizer is None and getattr(module, "own_tokenizer", True))
+            self._renderer = asking.renderer(tokenizer, self._model_stops(), plain=False, own_tokenizer=own)
         return self._renderer
 
     def _model_stops(self) -> list[int]:
         """What ends a response by the generation config of the model that the trainer runs."""
         module = self.trainer.lightning_module if self.trainer is not None else None
         return getattr(module, "end_token_ids", [])
+
+    @property
+    def asking(self) -> Asking:
+        """How the model of the module that the trainer runs was asked, and the settings in place of that."""
+        module = self.trainer.lightning_module if self.trainer else None
+        given = {name: getattr(self, name) for name in ("format", "template_kwargs", "system", "tools")}
+        return Asking.of(getattr(module, "start_source", self.start), **given)
+
+    def _take_shared(self) -> None:
+        """Note what all training rows had in common, and say where the model was trained with something else."""
+        asked, self.renderer.asked = self.renderer.asked, None
+        if not asked:
+            return
+        self.shared = shared_by_all(asked)
+        asking = self.asking
+        own = {key: value for key, value in self.shared.items() if value != getattr(self.renderer, key)}
+        replace(asking, given=own).warn("all rows have the {} {}, and {} was trained with {}")
 
     @property
     def pad_id(self) -> int:

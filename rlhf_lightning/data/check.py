@@ -51,9 +51,11 @@ def data_module(kind: str, model: str, chat_template: str | None = None, **setti
     """
     tokenizer = load_tokenizer(model, chat_template=chat_template)
     try:
-        return MODULES[kind](tokenizer=tokenizer, show_example=False, **settings)
+        module = MODULES[kind](tokenizer=tokenizer, show_example=False, **settings)
     except TypeError as error:
         raise ConfigError(f"--kind {kind}: {str(error).rpartition('__init__() ')[2]}") from None
+    module.start = model
+    return module
 
 
 def check(module: RowDataModule, source: Source, split: str = "train") -> Checked:

@@ -1,5 +1,6 @@
 """Conversations to tokens and a mask of what is trained: the only place where text becomes tokens."""
 
+import json
 import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -7,13 +8,13 @@ from typing import Any
 
 from rlhf_lightning.data.conversations import Message, to_messages
 from rlhf_lightning.data.records import RowError
+from rlhf_lightning.data.selection import refuse_blank, select
 from rlhf_lightning.data.templates import ChatTemplate
 from rlhf_lightning.data.tokenizers import added_tokens
 from rlhf_lightning.data.tool_calls import Written
 from rlhf_lightning.errors import ConfigError
 
 log = logging.getLogger(__name__)
-TRAIN_ON = ("last_assistant", "all_assistant", "all_messages", "everything", "trainable")
 
 
 @dataclass
@@ -59,11 +60,17 @@ class Renderer:
         format: `chat` renders by the chat template (a string is one user message); `raw` concatenates text.
         template_kwargs: passed to the template (for example `{"enable_thinking": False}`).
         stop_token_ids: further ids that end a response, as a rule those of the model's generation config.
+        system: a system message for conversations without one.
+        tools: for conversations that have none of their own.
+        stop: texts beside the template's own end of a turn that a sampler stops at, where it is told no others.
 
     Raises:
         ConfigError: no chat template (for `chat`), or no token that ends a turn. Where a template does not end an
             assistant turn, the tokenizer's eos_token is put there.
     """
+
+    asked: set[tuple[str | None, str]] | None = None
+    """Where it is a set, the system message and the tools (as JSON) of each conversation are put into it."""
 
     def __init__(
         self,
@@ -71,11 +78,17 @@ class Renderer:
         format: str = "chat",
         template_kwargs: dict[str, Any] | None = None,
         stop_token_ids: Iterable[int] = (),
+        system: str | None = None,
+        tools: list[Any] | None = None,
+        stop: Sequence[str] = (),
     ) -> None:
         if format not in ("chat", "raw"):
             raise ConfigError(f"format is {format!r}; it must be 'chat' or 'raw'")
         self.tokenizer = tokenizer
         self.format, self.template_kwargs = format, template_kwargs or {}
+        self.system, self.tools, self.stop = system or None, tools or None, tuple(stop)
+        if format == "raw" and self.tools:
+            raise ConfigError("tools need a chat template to be shown to the model, and format is raw")
         self.template = ChatTemplate(tokenizer, template_kwargs)
         if format == "chat" and not tokenizer.chat_template:
             raise ConfigError(
@@ -101,7 +114,25 @@ class Renderer:
 
     def settings(self) -> dict[str, Any]:
         """What `stage.json` keeps, to render the same way again with the same tokenizer."""
-        return {"format": self.format, "template_kwargs": self.template_kwargs}
+        return {
+            "format": self.format,
+            "template_kwargs": self.template_kwargs,
+            "system": self.system,
+            "tools": self.tools,
+            "stop": list(self.stop),
+            "stop_token_ids": list(self.stop_token_ids),
+        }
+
+    def completed(self, messages: list[Message], tools: list[Any] | None = None) -> tuple[list[Message], Any]:
+        """A conversation as the model sees it: with the system message and the tools that it lacks."""
+        system = next((m["content"] for m in messages if m["role"] in ("system", "developer")), None)
+        if system is None and self.system is not None:
+            system, messages = self.system, [{"role": "system", "content": self.system}, *messages]
+        tools = tools or self.tools
+        self._check_tools(tools)
+        if self.asked is not None:
+            self.asked.add((system, json.dumps(tools, sort_keys=True)))
+        return messages, tools
 
     def _stops(self) -> tuple[list[int], list[str]]:
         eos = self.tokenizer.eos_token_id
@@ -129,24 +160,25 @@ class Renderer:
         Raises:
             RowError: the template refuses the messages, or no token is trained.
         """
-        self._check_tools(tools)
+        messages, tools = self.completed(messages, tools)
         if self.format == "raw":
             return [self._raw(messages)]
         if train_on == "everything":
             text = self.template.render(messages, tools)
             return [_checked(self._tokenize(text, [(0, len(text))]))]
-        selected = _selected(messages, train_on)
-        _refuse_blank(messages, selected)
+        selected = select(messages, train_on)
+        refuse_blank(messages, selected)
         return [_checked(row).trimmed() for row in self._rows(messages, tools, selected)]
 
     def text(self, text: str) -> Rendered:
         """Plain text, every token trained: the ids that the tokenizer itself gives it, ended by the eos_token."""
+        if self.asked is not None:
+            self.asked.add((None, "null"))
         ids = self._ended(self._begun(self._ids(text)))
         return _checked(Rendered(ids, [1] * len(ids), len(text.encode())))
 
     def prompt(self, messages: list[Message], tools: list[Any] | None = None) -> list[int]:
         """Token ids of a prompt, with the generation prompt: what the sampler starts from."""
-        self._check_tools(tools)
         return self.prompt_ids(self.prompt_text(messages, tools))
 
     def prompt_ids(self, text: str) -> list[int]:
@@ -155,6 +187,7 @@ class Renderer:
 
     def prompt_text(self, messages: list[Message], tools: list[Any] | None = None) -> str:
         """The text of `prompt`."""
+        messages, tools = self.completed(messages, tools)
         if self.format == "raw":
             return _plain(messages)
         return self.template.render(messages, tools, add_generation_prompt=True)
@@ -171,7 +204,7 @@ class Renderer:
         Raises:
             RowError: no assistant message in the response, or the template re-renders the response's own turns.
         """
-        self._check_tools(tools)
+        prompt, tools = self.completed(prompt, tools)
         messages = prompt + response
         if self.format == "raw":
             return self._raw(messages, len(prompt))
@@ -179,7 +212,7 @@ class Renderer:
         if not any(selected):
             raise RowError(f"the response has no assistant message, its roles are {[m['role'] for m in response]}")
         if not allow_blank:
-            _refuse_blank(messages, selected)
+            refuse_blank(messages, selected)
         rows = self._rows(messages, tools, selected)
         if len(rows) > 1:
             raise RowError("the response has several turns, and this chat template renders earlier turns anew")
@@ -273,34 +306,6 @@ class Renderer:
         if self.tokenizer.eos_token_id is None:
             raise ConfigError("the tokenizer has no eos_token; text rows need one to end with")
         return self.tokenizer.eos_token_id
-
-
-def _selected(messages: list[Message], train_on: str) -> list[bool]:
-    assistant = [message["role"] == "assistant" for message in messages]
-    if train_on == "all_messages":
-        return [True] * len(messages)
-    if train_on == "trainable":
-        chosen = [message.get("trainable", False) for message in messages]
-        if not all(isinstance(flag, bool) for flag in chosen):
-            raise RowError("'trainable' must be true or false")
-        if not any(chosen):
-            raise RowError("no message has trainable: true (train_on is 'trainable')")
-        return chosen
-    if not any(assistant):
-        raise RowError(f"no assistant turn to learn from (roles: {' '.join(m['role'] for m in messages)})")
-    if train_on == "all_assistant":
-        return assistant
-    if train_on == "last_assistant":
-        last = max(i for i, chosen in enumerate(assistant) if chosen)
-        return [i == last for i in range(len(messages))]
-    raise ConfigError(f"train_on is {train_on!r}; one of {', '.join(TRAIN_ON)}")
-
-
-def _refuse_blank(messages: list[Message], selected: list[bool]) -> None:
-    """Without content a turn would still train its end marker: a model that learns to say nothing."""
-    chosen = [message for message, flag in zip(messages, selected, strict=True) if flag]
-    if not any(str(m.get("content") or "").strip() or m.get("tool_calls") for m in chosen):
-        raise RowError("no token is trained: every turn to learn from is empty")
 
 
 def _checked(row: Rendered) -> Rendered:

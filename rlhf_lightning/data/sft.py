@@ -10,7 +10,8 @@ from rlhf_lightning.data.batching import pad_tokens
 from rlhf_lightning.data.conversations import conversation, has_conversation, tool_schemas
 from rlhf_lightning.data.prompts import Prompt, collate_prompts, prompt_example
 from rlhf_lightning.data.records import RowError, Source
-from rlhf_lightning.data.rendering import TRAIN_ON, Rendered
+from rlhf_lightning.data.rendering import Rendered
+from rlhf_lightning.data.selection import TRAIN_ON
 from rlhf_lightning.data.splits import RowKey, is_blank, opening, row_key
 from rlhf_lightning.errors import ConfigError
 

@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from rlhf_lightning.errors import ConfigError, UserError
-from rlhf_lightning.files import hash_folder, read_object, write_json
+from rlhf_lightning.files import hash_folder, read_object, read_stage, write_json
 from rlhf_lightning.models.base_weights import (
     check_adapted,
     check_kind,
@@ -115,7 +115,7 @@ class Start:
         if workdir is None:
             raise ConfigError(f"{folder} is an adapter; merge it first (rlhf export) to use it as {self.task}")
         log.info("merging the adapter %s into %s", folder, workdir / "merged")
-        _write_once(merged, workdir / "merged", hash_folder(folder))
+        _write_once(merged, workdir / "merged", folder)
         return self._with_lora(self._pretrained(str(workdir / "merged")))
 
     def _pretrained(self, source: str) -> Any:
@@ -149,12 +149,21 @@ class Start:
         return get_peft_model(model, self.lora.config(model, self.task))
 
 
-def _write_once(model: Any, folder: Path, source: str) -> None:
-    """Save a merged model, unless it is there already: from this very adapter (by hash), written by another rank."""
+def _write_once(model: Any, folder: Path, adapter: Path) -> None:
+    """Save a merged model, unless it is there already: from this very adapter (by hash), written by another rank.
+
+    What stands beside the adapter (tokenizer, chat template, generation config, how it was asked) goes with it.
+    """
+    source = hash_folder(adapter)
     if _merged_from(folder) == source:
         return
     scratch = folder.with_name(f".{folder.name}.{os.getpid()}")
     model.save_pretrained(scratch)
+    for path in adapter.iterdir():
+        if path.is_file() and not path.name.startswith("adapter_") and path.name not in ("README.md", "stage.json"):
+            shutil.copy2(path, scratch / path.name)
+    stage = read_stage(adapter)
+    write_json(scratch / "stage.json", {key: stage[key] for key in ("stop_token_ids", "rendering") if key in stage})
     write_json(scratch / "merged_from.json", {"adapter": source})
     shutil.rmtree(folder, ignore_errors=True)
     try:
@@ -261,14 +270,6 @@ def adapter_base(folder: Path) -> str:
         return check_source(base)
     except ConfigError as error:
         raise ConfigError(f"{folder} is an adapter, and its base is not there: {error}") from None
-
-
-def read_stage(folder: Any) -> dict[str, Any]:
-    """The `stage.json` of a model folder (beside it or in it), or nothing."""
-    for path in (Path(str(folder)) / "stage.json", Path(str(folder)).parent / "stage.json"):
-        if path.is_file():
-            return read_object(path)
-    return {}
 
 
 def merge(model: Any) -> Any:

@@ -1,11 +1,12 @@
 """Scoring text or tokens with a scorer: in the preference module, by hand, and as a reward."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from rlhf_lightning.data.asked import Asking
 from rlhf_lightning.data.batching import pad_tokens
 from rlhf_lightning.data.conversations import Message, to_messages
 from rlhf_lightning.data.rendering import Renderer
@@ -67,9 +68,12 @@ class RewardModel(nn.Module):
         folder: of a preference stage, or any reward model that `AutoModelForSequenceClassification` opens.
         dtype: of its weights.
         shifted: add the `reward_shift` of `stage.json`, so that the mean score of its demonstrations is 0.
+        asked: settings in place of those that it was trained with, see `data.asked.Asking`.
     """
 
-    def __init__(self, folder: str, dtype: str = "float32", shifted: bool = False) -> None:
+    def __init__(
+        self, folder: str, dtype: str = "float32", shifted: bool = False, asked: Mapping[str, Any] | None = None
+    ) -> None:
         super().__init__()
         stage = read_stage(folder)
         self.shift = float(stage.get("reward_shift") or 0.0) if shifted else 0.0
@@ -88,8 +92,8 @@ class RewardModel(nn.Module):
             )
         self.model = load_for_scoring(folder, self.scorer.task, dtype)
         self.tokenizer = load_tokenizer(folder)
-        rendering = stage.get("rendering")
-        self.renderer = Renderer(self.tokenizer, **rendering) if rendering else Renderer.suited(self.tokenizer)
+        self.asking = Asking.of(folder, **(asked or {}))
+        self.renderer = self.asking.renderer(self.tokenizer)
         disable_dropout(self.model)
         self.renderer.also_stop_at(end_token_ids(folder, self.tokenizer))
         # First: a head adds the padding token that its tokenizer was saved with.
@@ -108,12 +112,16 @@ class RewardModel(nn.Module):
         return next(self.model.parameters()).device
 
     def same_tokens(self, renderer: Renderer) -> bool:
-        """Whether the policy's token ids mean the same here, so that they can be scored as they were drawn."""
+        """Whether the policy's token ids mean the same here, so that they can be scored as they were drawn.
+
+        That the conversation has the same system message and tools for both is to be asked of each.
+        """
         theirs = renderer.tokenizer
         return (
             self.tokenizer.get_vocab() == theirs.get_vocab()
             and self.tokenizer.chat_template == theirs.chat_template
-            and self.renderer.settings() == renderer.settings()
+            and self.renderer.format == renderer.format
+            and self.renderer.template_kwargs == renderer.template_kwargs
             and (renderer.format == "chat" or self.renderer.prefix_ids == renderer.prefix_ids)
         )
 

@@ -4,14 +4,16 @@ import copy
 import logging
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from rlhf_lightning.files import read_object
+from rlhf_lightning.files import read_object, write_json
 from rlhf_lightning.models.base_weights import link_base, write_base
 from rlhf_lightning.models.generation import end_token_ids
 from rlhf_lightning.models.loading import is_adapter
+from rlhf_lightning.models.lora import base_of
 
 log = logging.getLogger(__name__)
 
@@ -23,27 +25,35 @@ def save_model(
     stop_token_ids: Sequence[int],
     weights: dict[str, Any] | None = None,
     base_kept: bool = True,
+    facts: dict[str, Any] | None = None,
+    stop: Sequence[str] = (),
 ) -> None:
     """Write weights (safetensors), config, tokenizer with chat template, and generation config.
 
     The folder appears at once, complete: it is written beside its place and renamed. `weights` are given where those
     of the model are split over ranks. `base_kept`: whether the weights below an adapter are those of the base that it
-    names; else they are written too.
+    names; else they are written too. `facts` are what `stage.json` shall say, `stop` the texts that end a response.
     """
     scratch = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(parents=True)
     given = {} if weights is None else {"state_dict": weights}
-    if hasattr(model, "peft_config"):
-        # Only the adapter that was trained. Embeddings that are not the base's are saved with the base.
-        model.save_pretrained(scratch, selected_adapters=["default"], save_embedding_layers=False, **given)
-        _set_generation(model.get_base_model(), tokenizer, stop_token_ids)
-        _save_base(model, scratch, folder, base_kept, weights)
-        _save_generation(model, scratch)
-    else:
-        _set_generation(model, tokenizer, stop_token_ids)
-        model.save_pretrained(scratch, **given)
+    adapted = hasattr(model, "peft_config")
+    with _own_generation_config_aside(base_of(model)):
+        if adapted:
+            # Only the adapter that was trained. Embeddings that are not the base's are saved with the base.
+            model.save_pretrained(scratch, selected_adapters=["default"], save_embedding_layers=False, **given)
+            _save_base(model, scratch, folder, base_kept, weights)
+        else:
+            model.save_pretrained(scratch, **given)
+    _save_generation(model, tokenizer, stop_token_ids, stop, scratch)
+    if adapted and not base_kept:
+        _save_generation(model, tokenizer, stop_token_ids, stop, scratch / "base")
+    elif adapted:
+        _tell_stock_peft(model, scratch)
     tokenizer.save_pretrained(scratch)
+    if facts is not None:
+        write_json(scratch / "stage.json", {**facts, "base": relative_base(scratch)})
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(scratch, folder)
 
@@ -67,32 +77,52 @@ def _save_base(model: Any, scratch: Path, folder: Path, kept: bool, weights: dic
             link_base(config, base, scratch, folder)
 
 
-def _set_generation(model: Any, tokenizer: Any, stop_token_ids: Sequence[int]) -> None:
-    generation = getattr(model, "generation_config", None)
-    if generation is not None:
-        # No id of the model's own list is lost: it may end responses by what no row of the training shows.
-        generation.eos_token_id = sorted({*stop_token_ids, *end_token_ids(model, tokenizer)})
-        generation.pad_token_id = tokenizer.pad_token_id
-        # Settings that only apply with sampling make transformers refuse to save where sampling is off.
-        generation.do_sample = True
+def _save_generation(model: Any, tokenizer: Any, stop_token_ids: Sequence[int], stop: Sequence[str], to: Path) -> None:
+    """The base's generation config, with what ends a response as in training; beside an adapter as well.
 
-
-def _save_generation(model: Any, scratch: Path) -> None:
-    """What ends a response, beside the adapter too: stock peft takes the base's, which may know other tokens."""
-    generation = getattr(model.get_base_model(), "generation_config", None)
-    if generation is None:
+    Written past transformers' own check: it refuses a config that was changed where it has a temperature and sampling
+    is not on, as many published ones do.
+    """
+    base = base_of(model)
+    generation = copy.deepcopy(getattr(base, "generation_config", None))
+    if generation is None or not base.can_generate():
         return
-    generation.save_pretrained(scratch)
-    base = str(model.peft_config["default"].base_model_name_or_path)
-    stored = Path(base) / "generation_config.json"
+    # No id of the model's own list is lost: it may end responses by what no row of the training shows.
+    generation.eos_token_id = sorted({*stop_token_ids, *end_token_ids(model, tokenizer)})
+    generation.pad_token_id = tokenizer.pad_token_id
+    if texts := [*(generation.stop_strings or []), *stop]:
+        generation.stop_strings = list(dict.fromkeys(texts))
+    generation.to_json_file(to / "generation_config.json", keys_to_pop=["compile_config"])
+
+
+@contextmanager
+def _own_generation_config_aside(model: Any) -> Iterator[None]:
+    """While a model is saved: its generation config is written by `_save_generation`."""
+    own = getattr(model, "generation_config", None)
+    try:
+        if own is not None:
+            model.generation_config = type(own)()
+        yield
+    finally:
+        if own is not None:
+            model.generation_config = own
+
+
+def _tell_stock_peft(model: Any, scratch: Path) -> None:
+    """Say where stock peft, which takes the base's generation config, would not stop as the adapter beside it does."""
+    own = scratch / "generation_config.json"
+    if not own.is_file():
+        return
+    ends = read_object(own)["eos_token_id"]
+    stored = Path(str(model.peft_config["default"].base_model_name_or_path)) / "generation_config.json"
     before = read_object(stored).get("eos_token_id") if stored.is_file() else None
     before = before if isinstance(before, list) else [before]
-    if not (scratch / "base").is_dir() and not set(generation.eos_token_id) <= set(before):
+    if not set(ends) <= set(before):
         log.info(
             "stock peft stops at the tokens of the base's generation config (%s), not at those of training (%s), which "
             "are in generation_config.json beside the adapter: see docs/stages.md",
             before,
-            generation.eos_token_id,
+            ends,
         )
 
 

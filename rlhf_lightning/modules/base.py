@@ -14,6 +14,7 @@ from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torchmetrics import Metric
 
+from rlhf_lightning.data.asked import Asking
 from rlhf_lightning.data.base import data_ranks
 from rlhf_lightning.data.rendering import Renderer
 from rlhf_lightning.data.tokenizers import load_tokenizer
@@ -113,11 +114,12 @@ class RLHFModule(pl.LightningModule):
 
     @property
     def renderer(self) -> Renderer:
-        """How this module turns messages into tokens: that of its data module, where it has one."""
+        """How this module turns messages into tokens: that of its data module, else as its start was trained."""
         if self._renderer is None:
             data = getattr(self._trainer, "datamodule", None)
             shared = getattr(data, "renderer", None)
-            self._renderer = shared or Renderer.suited(self.tokenizer)
+            asking = Asking.of(self.start_source)
+            self._renderer = shared or asking.renderer(self.tokenizer, own_tokenizer=self.own_tokenizer)
             self._renderer.also_stop_at(self.end_token_ids)
         return self._renderer
 
@@ -125,6 +127,19 @@ class RLHFModule(pl.LightningModule):
     def end_token_ids(self) -> list[int]:
         """The ids that end a response by the generation config of the model that the stage starts from."""
         return end_token_ids(self.start_source, self.tokenizer)
+
+    @property
+    def own_tokenizer(self) -> bool:
+        """Whether the tokenizer is the model's."""
+        return self._tokenizer_source is None or isinstance(self.start_source, nn.Module)
+
+    def rendering(self) -> dict[str, Any]:
+        """How the model is asked here, for `stage.json`: what asks it again later does it so."""
+        shared = getattr(getattr(self._trainer, "datamodule", None), "shared", {})
+        sampler = getattr(self, "sampler", None)
+        own_stop = getattr(sampler, "own_stop", None)
+        stop = {} if own_stop is None else {"stop": list(own_stop)}
+        return {**self.renderer.settings(), **shared, **stop}
 
     def setup(self, stage: str) -> None:
         weights_alone(self.trainer.precision_plugin)
@@ -310,10 +325,14 @@ class RLHFModule(pl.LightningModule):
         if weights is None or self.global_rank == 0:
             kept, rows = self._below
             kept = kept and rows == self.model.get_input_embeddings().weight.shape[0]
-            save_model(self.model, self.tokenizer, Path(folder), self.renderer.stop_token_ids, weights, kept)
+            facts = self.stage_facts()
+            stop = (*self.renderer.stop_strings, *facts["rendering"]["stop"])
+            save_model(self.model, self.tokenizer, Path(folder), facts["stop_token_ids"], weights, kept, facts, stop)
 
     def stage_facts(self) -> dict[str, Any]:
         """What `stage.json` says of the module."""
         source = self.start_source
         name = getattr(source, "name_or_path", None) if isinstance(source, nn.Module) else str(source)
-        return {"kind": self.stage_kind, "start": name, "stop_token_ids": self.renderer.stop_token_ids}
+        rendering = self.rendering()
+        facts = {"kind": self.stage_kind, "start": name, "stop_token_ids": rendering["stop_token_ids"]}
+        return {**facts, "rendering": rendering}

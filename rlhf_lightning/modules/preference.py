@@ -259,7 +259,7 @@ class PreferenceModule(RLHFModule):
             scorer["init_args"]["reference"] = str(Path(start).resolve()) if Path(start).is_dir() else start
             if self._trainer is not None:
                 facts["reference"] = relative_to_run(start, Path(self._trainer.default_root_dir) / "model")
-        return {**facts, "scorer": scorer, "rendering": self.renderer.settings()}
+        return {**facts, "scorer": scorer}
 
 
 def check_fit(scorer: Scorer, loss: PreferenceLoss) -> None:

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from rlhf_lightning.data.rendering import Renderer
+from rlhf_lightning.data.asked import Asking
 from rlhf_lightning.data.tokenizers import load_tokenizer
 from rlhf_lightning.errors import ConfigError, UserError
 from rlhf_lightning.files import hash_folder, write_json
@@ -54,10 +54,11 @@ def export_model(source: str, folder: Path, dtype: str | None = None) -> dict[st
         model = merge(judge.model) if is_adapter(source) else judge.model
     else:
         tokenizer = load_tokenizer(source)
-        renderer = Renderer.suited(tokenizer, end_token_ids(source, tokenizer))
+        renderer = Asking.of(source).renderer(tokenizer, end_token_ids(source, tokenizer))
         model = Start(source).load()
         check_vocabulary(model, tokenizer, f"the model {source}")
-    save_model(model.to(getattr(torch, dtype)), tokenizer, folder, renderer.stop_token_ids)
+    stop = (*renderer.stop_strings, *renderer.stop)
+    save_model(model.to(getattr(torch, dtype)), tokenizer, folder, renderer.stop_token_ids, stop=stop)
     facts = {**_facts(source), "exported_from": str(Path(source).resolve()) if Path(source).exists() else source}
     facts |= {"dtype": dtype, "base": None, "model_hash": hash_folder(folder)}
     write_json(folder / "stage.json", facts)

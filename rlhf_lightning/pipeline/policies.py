@@ -1,20 +1,23 @@
 """A trained policy at work outside training: it answers prompts, and tells how likely answers are."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from rlhf_lightning.data.asked import Asking
 from rlhf_lightning.data.batching import pad_tokens
 from rlhf_lightning.data.conversations import conversation, tool_schemas
 from rlhf_lightning.data.prompts import Prompt, prompt_example
 from rlhf_lightning.data.records import Reading, Source, convert_rows, read_rows
-from rlhf_lightning.data.rendering import Rendered, Renderer
+from rlhf_lightning.data.rendering import Rendered
 from rlhf_lightning.data.tokenizers import load_tokenizer
 from rlhf_lightning.errors import ConfigError
 from rlhf_lightning.models.generation import end_token_ids
 from rlhf_lightning.models.heads import task_of
 from rlhf_lightning.models.loading import check_source, disable_dropout, load_for_scoring
+from rlhf_lightning.models.lora import base_of
 from rlhf_lightning.models.scoring import TokenScorer
 from rlhf_lightning.rollout.episodes import Episode
 from rlhf_lightning.rollout.runner import run_episodes
@@ -28,16 +31,22 @@ class Policy:
         folder: a model folder or Hub id.
         dtype: of its weights.
         device: where it computes; the CPU by default.
+        asked: settings in place of those that it was trained with, see `data.asked.Asking`.
     """
 
-    def __init__(self, folder: str, dtype: str = "float32", device: str = "cpu") -> None:
+    def __init__(
+        self, folder: str, dtype: str = "float32", device: str = "cpu", asked: Mapping[str, Any] | None = None
+    ) -> None:
         if task_of(check_source(folder)) == "SEQ_CLS":
             raise ConfigError(f"{folder} is a reward model, which scores and cannot answer; name a causal model")
         self.tokenizer = load_tokenizer(folder)
-        self.renderer = Renderer.suited(self.tokenizer, end_token_ids(folder, self.tokenizer))
+        self.asking = Asking.of(folder, **(asked or {}))
+        self.renderer = self.asking.renderer(self.tokenizer, end_token_ids(folder, self.tokenizer))
         self.model = load_for_scoring(folder, "CAUSAL_LM", dtype).to(device)
         disable_dropout(self.model)
         self.tokens = TokenScorer(self.model)
+        self.drawn = sampling_settings(folder, self.model)
+        """`temperature`, `top_p`, `top_k` and `min_p` of its generation config, where that says them."""
         self.context: int | None = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
 
     def prompts(self, file: Source, limit: int | None = None) -> list[Prompt]:
@@ -49,10 +58,19 @@ class Policy:
         return prompts
 
     def answer(
-        self, prompts: Sequence[Prompt], max_tokens: int, seed: int, samples: int = 1, temperature: float = 1.0
+        self,
+        prompts: Sequence[Prompt],
+        max_tokens: int,
+        seed: int,
+        samples: int = 1,
+        temperature: float = 1.0,
+        **settings: Any,
     ) -> list[Episode]:
-        """`samples` responses to each prompt, in order; a draw depends on the seed, the prompt's number, the sample."""
-        sampler = Sampler(max_tokens, temperature)
+        """`samples` responses to each prompt, in order; a draw depends on the seed, the prompt's number, the sample.
+
+        Further `settings` are those of `Sampler`.
+        """
+        sampler = Sampler(max_tokens, temperature, **settings)
         sampler.bind(self.model, self.renderer)
         longest = max(prompt.tokens for prompt in prompts)
         if sampler.context and longest + max_tokens > sampler.context:
@@ -95,3 +113,15 @@ class Policy:
     def speaks_as(self, other: "Policy") -> bool:
         """Whether token ids mean the same to both."""
         return self.tokenizer.get_vocab() == other.tokenizer.get_vocab()
+
+
+def sampling_settings(folder: str, model: Any) -> dict[str, float]:
+    """What the generation config of a folder says of sampling; that of the base where an adapter has none beside it."""
+    from transformers import GenerationConfig
+
+    file = Path(folder).expanduser() / "generation_config.json"
+    own = GenerationConfig.from_pretrained(file.parent) if file.is_file() else base_of(model).generation_config
+    if own.do_sample is False:
+        return {"temperature": 0.0}
+    names = ("temperature", "top_p", "top_k", "min_p")
+    return {name: value for name in names if (value := getattr(own, name, None)) is not None}

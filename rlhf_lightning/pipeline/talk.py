@@ -14,15 +14,22 @@ class Conversation:
     """Several turns with one policy.
 
     Args:
-        policy: who answers. system: a system message before all others.
+        policy: who answers. system: a system message before all others, in place of the policy's own.
         max_tokens, temperature: of an answer. seed: of every draw, with the number of the turn.
+        settings: further ones of `Sampler`.
     """
 
     def __init__(
-        self, policy: Policy, system: str | None = None, max_tokens: int = 256, temperature: float = 1.0, seed: int = 0
+        self,
+        policy: Policy,
+        system: str | None = None,
+        max_tokens: int = 256,
+        temperature: float = 1.0,
+        seed: int = 0,
+        **settings: Any,
     ) -> None:
         self.policy, self.system, self.seed = policy, system, seed
-        self.sampler = Sampler(max_tokens, temperature)
+        self.sampler = Sampler(max_tokens, temperature, **settings)
         self.sampler.bind(policy.model, policy.renderer)
         self.turn = 0
         self.messages: list[Message] = []

@@ -51,7 +51,7 @@ class Sampler:
         min_p: draw from tokens at least this fraction as likely as the likeliest; biased likewise.
         min_tokens: no response ends before; biased likewise.
         stop: texts that end a response where they are complete. Their tokens are trained; rewards and environments see
-            the text before.
+            the text before. By default those that the model was trained with, as its `stage.json` says.
         batch_rows: rows decoded side by side.
         engine: an `Engine` that samples in place of the built-in one.
         cuda_graphs: on a GPU, replay the steps of decoding as graphs.
@@ -71,15 +71,17 @@ class Sampler:
         batch_rows: int = 256,
         engine: Any = None,
         cuda_graphs: bool = False,
-        stop: Sequence[str] = (),
+        stop: Sequence[str] | None = None,
         gather: bool | None = None,
     ) -> None:
         self.params = SamplingParams(max_tokens, min_tokens, temperature, top_p, top_k, min_p)
         self.batch_rows, self.engine, self.cuda_graphs = batch_rows, engine, cuda_graphs
         self._local, self.gather = engine is None, gather
-        if isinstance(stop, str) or not all(isinstance(text, str) and text for text in stop):
+        if isinstance(stop, str) or not all(isinstance(text, str) and text for text in stop or ()):
             raise ConfigError(f"sampler.stop is {stop!r}; it must be a list of texts, none of them empty")
-        self.stop = tuple(stop)
+        self.own_stop = None if stop is None else tuple(stop)
+        self.stop = self.own_stop or ()
+        """Texts that end a response; after `bind` also those of the model."""
 
     @property
     def max_tokens(self) -> int:
@@ -98,6 +100,14 @@ class Sampler:
         """
         self.model = model
         renderer.also_stop_at(end_token_ids(model, renderer.tokenizer))
+        if self.own_stop is None:
+            self.stop = renderer.stop
+        elif renderer.stop and set(renderer.stop) != set(self.own_stop):
+            log.warning(
+                "sampler.stop is %s, and the model was trained with %s: the setting is used",
+                list(self.own_stop),
+                list(renderer.stop),
+            )
         self.params = replace(
             self.params,
             stop_token_ids=tuple(renderer.stop_token_ids),

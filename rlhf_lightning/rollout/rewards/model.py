@@ -50,6 +50,7 @@ class ModelReward(Reward):
         self._place: Place | None = None
         self._judge: RewardModel | None = None
         self._apart: tuple[RewardModel, ...] = ()
+        self._policy: Renderer | None = None
 
     @property
     def judge(self) -> RewardModel | None:
@@ -63,14 +64,14 @@ class ModelReward(Reward):
             self._place = Place(judge, offload=True) if self.offload else None
         else:  # in a tuple, so that it is no part of the module and does not move with it
             self._apart = (judge.to(self.device_name),)
-        self._by_tokens = judge.same_tokens(renderer)
+        self._policy, self._by_tokens = renderer, judge.same_tokens(renderer)
         super().bind(renderer)
 
     def score(self, episodes: Sequence[Episode]) -> Sequence[float | None]:
         assert self.judge is not None, "bind() comes first"
         # An episode that had no room for a response has nothing to be scored.
         answered = [i for i, episode in enumerate(episodes) if episode.response_tokens]
-        drawn = [i for i in answered if self._by_tokens and not episodes[i].stopped_by_text]
+        drawn = [i for i in answered if self._seen_alike(episodes[i])]
         shown = sorted(set(answered) - set(drawn))
         found: list[float | None] = [None] * len(episodes)
         with self._place.there() if self._place else nullcontext():
@@ -79,6 +80,15 @@ class ModelReward(Reward):
                     for i, score in zip(places, scorer([episodes[i] for i in places]), strict=True):
                         found[i] = score
         return found
+
+    def _seen_alike(self, episode: Episode) -> bool:
+        """Whether what the policy saw and drew is, token for token, what the model would be shown of it."""
+        assert self.judge is not None
+        assert self._policy is not None
+        if not self._by_tokens or episode.stopped_by_text:
+            return False
+        seen = (episode.prompt, episode.tools)
+        return self._policy.completed(*seen) == self.judge.renderer.completed(*seen)
 
     def _score_drawn(self, episodes: Sequence[Episode]) -> list[float]:
         """By the tokens that were drawn."""

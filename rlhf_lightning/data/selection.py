@@ -1,0 +1,36 @@
+"""Which messages of a conversation are trained."""
+
+from rlhf_lightning.data.conversations import Message
+from rlhf_lightning.data.records import RowError
+from rlhf_lightning.errors import ConfigError
+
+TRAIN_ON = ("last_assistant", "all_assistant", "all_messages", "everything", "trainable")
+
+
+def select(messages: list[Message], train_on: str) -> list[bool]:
+    """Whether each message is trained, by `data.train_on`; raises `RowError` where none is."""
+    assistant = [message["role"] == "assistant" for message in messages]
+    if train_on == "all_messages":
+        return [True] * len(messages)
+    if train_on == "trainable":
+        chosen = [message.get("trainable", False) for message in messages]
+        if not all(isinstance(flag, bool) for flag in chosen):
+            raise RowError("'trainable' must be true or false")
+        if not any(chosen):
+            raise RowError("no message has trainable: true (train_on is 'trainable')")
+        return chosen
+    if not any(assistant):
+        raise RowError(f"no assistant turn to learn from (roles: {' '.join(m['role'] for m in messages)})")
+    if train_on == "all_assistant":
+        return assistant
+    if train_on == "last_assistant":
+        last = max(i for i, chosen in enumerate(assistant) if chosen)
+        return [i == last for i in range(len(messages))]
+    raise ConfigError(f"train_on is {train_on!r}; one of {', '.join(TRAIN_ON)}")
+
+
+def refuse_blank(messages: list[Message], selected: list[bool]) -> None:
+    """Without content a turn would still train its end marker: a model that learns to say nothing."""
+    chosen = [message for message, flag in zip(messages, selected, strict=True) if flag]
+    if not any(str(m.get("content") or "").strip() or m.get("tool_calls") for m in chosen):
+        raise RowError("no token is trained: every turn to learn from is empty")
