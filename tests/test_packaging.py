@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from rlhf_lightning import __version__
-from rlhf_lightning.cli.stage import EXTRAS
+from rlhf_lightning.cli.refusals import EXTRAS
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]

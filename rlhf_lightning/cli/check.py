@@ -1,5 +1,6 @@
 """What can be known to be wrong with a pipeline before its first stage runs."""
 
+import re
 import tempfile
 from contextlib import suppress
 from pathlib import Path
@@ -8,8 +9,9 @@ from typing import Any, NoReturn
 import yaml
 from lightning.pytorch.cli import LightningArgumentParser
 
-from rlhf_lightning.cli.messages import check_sections, tidy
-from rlhf_lightning.cli.stage import Finished, StageCLI, StageParser
+from rlhf_lightning.cli.messages import check_sections, check_trained
+from rlhf_lightning.cli.parser import StageParser, tidy
+from rlhf_lightning.cli.stage import Finished, StageCLI
 from rlhf_lightning.cli.user_code import allow_user_code
 from rlhf_lightning.errors import ConfigError, UserError
 from rlhf_lightning.pipeline.plan import Plan
@@ -34,7 +36,9 @@ class ParsedStage(StageCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """The end of it."""
         super().parse_arguments(parser, args)
-        check_sections(self.config[self.config["subcommand"]])
+        config = self.config[self.config["subcommand"]]
+        check_sections(config)
+        check_trained(config)
         raise Finished
 
 
@@ -53,4 +57,6 @@ def check_plan(plan: Plan) -> None:
                 ParsedStage(stage.kind, ["fit", "-c", str(file)])
                 check_data(plan, stage)
             except UserError as error:
-                raise ConfigError(f"pipeline: stage {stage.name}: {error}") from error
+                # The file is one of ours, made of those of the user.
+                message = re.sub(rf"^{re.escape(str(file))}(:\d+)?: ", "", str(error))
+                raise ConfigError(f"pipeline: stage {stage.name}: {message}") from error

@@ -1,50 +1,76 @@
-"""What a refused command prints: the parser's findings in few lines, and mistakes that only show in a whole command."""
+"""Mistakes in a whole command and its config files, looked for before anything is made of them."""
 
-import re
+import os
+from collections.abc import Iterable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from rlhf_lightning.callbacks.checkpoint_io import damage
+from rlhf_lightning.callbacks.checkpoint_io import candidates, damage, newest_whole
+from rlhf_lightning.cli import meant
 from rlhf_lightning.errors import ConfigError
-from rlhf_lightning.pipeline.plan import read_mapping
+from rlhf_lightning.pipeline.plan import find_line, read_mapping
 
-NOISE = (
-    "Does not validate against",
-    "Subtypes:",
-    "Errors:",
-    "Expected a <class 'NoneType'>",
-    "Expected a path but",
-    "Given value type:",
-    "Given value: NestedArg",
-    "Not a valid subclass of",
-    "Subclass types expect one of:",
-    "a class path (str)",
-    "a dict with class_path entry",
-    "a dict without class_path but",
-)
 SHARDED = ("checksums.json", "meta.pt", ".metadata", "latest", "checkpoint")
 """What stands in the folder of a sharded checkpoint, of Lightning or of DeepSpeed."""
 
 
-def tidy(message: str) -> str:
-    """The parser's message without its own types and the attempts that could not fit: key, reason, value."""
-    text = re.sub(r"Type .*? expects a function or a callable class: ", "", message)
-    text = re.sub(r"[.;]? Got value: (Namespace\(|Write).*", "", text)
-    lines = [line.strip().removeprefix("- ") for line in text.splitlines()]
-    kept = [line if len(line) < 300 else f"{line[:300]}…" for line in lines if line and not line.startswith(NOISE)]
-    text = "".join(line + (" " if line.endswith(":") else "; ") for line in dict.fromkeys(kept)).strip("; ")
-    if "<class 'float'>" in text or "<class 'int'>" in text:  # no class was meant, whatever else it may be
-        text = re.sub(r"Expected a dot import path string: [^;]*; ", "", text)
-    if "Expected a dot import path string" in text and "Write a class" not in text:
-        text += ". Write a class or function with its module, for example torch.optim.AdamW"
-    return text
+CONFIG_FLAGS = ("-c", "--config", "--model", "--data", "--trainer")
 
 
 def read_configs(args: list[str]) -> dict[str, dict[str, Any]]:
     """What the config files hold; one with no mapping is refused by name, which the parser does not say."""
-    files = [value for name, value in pairwise(args) if name in ("-c", "--config") and Path(value).is_file()]
-    return {file: read_mapping(Path(file)) for file in files}
+    given = [part for arg in args for part in (arg.split("=", 1) if arg.startswith("-") else [arg])]
+    named = [(name, value) for name, value in pairwise(given) if name in CONFIG_FLAGS]
+    for name, value in named:
+        if (
+            name not in ("-c", "--config")
+            and Path(value).is_file()
+            and Path(value).suffix not in (".yaml", ".yml", ".json")
+        ):
+            inner = "data.train" if name == "--data" else "model.model"
+            raise ConfigError(f"{name} {value}: {name} is a section of settings (a YAML file); did you mean --{inner}?")
+    files = {value: read_mapping(Path(value)) for name, value in named if Path(value).is_file()}
+    return {value: files[value] for name, value in named if value in files and name in CONFIG_FLAGS[:2]}
+
+
+def check_keys(
+    files: dict[str, dict[str, Any]], known: set[str], kind: str, commands: Iterable[str], kinds: dict[str, Any]
+) -> None:
+    """Refuse what of config files is no setting, by file and line; an empty one the parser would take in silence.
+
+    Args:
+        files: what they hold. known: all settings, dotted. kind: of the stage. commands: of which a config given before
+            the command may have sections. kinds: of stages, with the classes of each.
+    """
+    for file, settings in files.items():
+        if isinstance(settings.get("stages"), list):
+            raise ConfigError(f"{file}: is the file of a pipeline: rlhf pipeline {file}")
+        for section, inner in settings.items():
+            if section in commands:
+                continue
+            if section in ("model", "data", "trainer") and isinstance(inner, dict):
+                names = {f"{section}.{key}": [section, str(key)] for key in inner}
+            else:
+                names = {str(section): [str(section)]}
+            for name, path in names.items():
+                if name not in known:
+                    raise ConfigError(f"{find_line(Path(file), path)}: {_no_setting(name, known, kind, kinds)}")
+
+
+def _no_setting(name: str, known: set[str], kind: str, kinds: dict[str, Any]) -> str:
+    close, (section, _, inner) = meant.setting(name, known), name.partition(".")
+    others = [other for other, paths in kinds.items() if inner in (a for path in paths for a in meant.arguments(path))]
+    if section not in known:
+        hint = f"did you mean {close}?" if close else f"there are {', '.join(sorted(k for k in known if '.' not in k))}"
+    elif others:
+        hint = f"it is one of rlhf {' and rlhf '.join(others)}: is the file for that stage?"
+    elif close:
+        hint = f"did you mean {close}?"
+    else:
+        there = ", ".join(sorted(k.partition(".")[2] for k in known if k.startswith(f"{section}.")))
+        hint = f"there are {there}"
+    return f"{name} is no setting of rlhf {kind}; {hint}"
 
 
 def check_sections(config: Any) -> None:
@@ -52,28 +78,57 @@ def check_sections(config: Any) -> None:
     for name in ("model", "data"):
         if not hasattr(config[name], "as_dict"):
             raise ConfigError(f"{name}: {config[name]!r} is no mapping of settings; see the files in configs/")
-    data = config.data
+    data, trainer = config.data, config.trainer
     held_out = data.validation or getattr(data, "validation_split", None)
     if str(config.get("monitor") or "").startswith("val/") and not held_out:
         raise ConfigError(
             f"--monitor {config.monitor} is measured on validation rows, and there are none: set data.validation"
         )
+    if config.get("monitor") and trainer.enable_checkpointing is False:
+        raise ConfigError(f"--monitor {config.monitor} keeps a checkpoint, and trainer.enable_checkpointing is false")
+    if config.get("monitor_mode") == "max" and not config.get("monitor"):
+        raise ConfigError("--monitor_mode max says which value of a metric is best: name the metric with --monitor")
+    if not 0 <= int(config.get("seed_everything") or 0) < 2**32:
+        raise ConfigError(f"--seed_everything {config.seed_everything}: a whole number from 0 to 4294967295")
+    if trainer.num_nodes > 1 and not any(name in os.environ for name in NODES):
+        raise ConfigError(
+            f"trainer.num_nodes is {trainer.num_nodes}, and nothing says where the other machines are: it would wait "
+            "for them. Start it with torchrun or Slurm on each, or set MASTER_ADDR, MASTER_PORT and NODE_RANK"
+        )
 
 
-def check_empty(files: dict[str, dict[str, Any]], config: Any) -> None:
-    """Refuse unknown settings of config files that hold an empty mapping; the parser takes them in silence."""
-    for file, settings in files.items():
-        for section, inner in settings.items():
-            unknown = [section] if inner == {} and section not in config else []
-            if isinstance(inner, dict) and hasattr(config.get(section), "as_dict"):
-                unknown += [f"{section}.{key}" for key in inner if inner[key] == {} and key not in config[section]]
-            if unknown:
-                raise ConfigError(f"{file}: {unknown[0]} is no setting; the ones there are: --help, or configs/")
+def check_trained(config: Any) -> None:
+    """Refuse a `fit` that takes no step: it would hand on the weights that it started from as its result."""
+    trainer = config.trainer
+    for name in ("max_steps", "max_epochs", "limit_train_batches"):
+        if trainer.get(name) is not None and float(trainer[name]) == 0 and not isinstance(trainer[name], bool):
+            raise ConfigError(
+                f"trainer.{name} is 0: nothing would be trained, and model/ would be what the stage started from"
+            )
+
+
+NODES = ("MASTER_ADDR", "NODE_RANK", "GROUP_RANK", "WORLD_SIZE", "SLURM_JOB_ID", "LSB_JOBID", "KUBERNETES_PORT")
+"""What torchrun, Slurm, LSF or a user sets where several machines work together."""
+
+
+def named_checkpoint(name: str | None, root: Path) -> str | None:
+    """The file that `--ckpt_path last` or `best` means: of the stage's own folder. Lightning knows none but its own."""
+    folder = root / "checkpoints"
+    if name == "last":
+        found = newest_whole(folder)[0] if candidates(folder) else None
+    elif name == "best":
+        found = max(folder.glob("best-*.ckpt"), key=lambda path: path.stat().st_mtime, default=None)
+    else:
+        return name
+    if found is None:
+        hint = "name the file" if name == "last" else "name the file; --monitor METRIC makes fit keep a best one"
+        raise ConfigError(f"--ckpt_path {name}: there is none in {folder}; {hint}")
+    return str(found)
 
 
 def check_checkpoint(path: str | None) -> None:
     """Refuse what `--ckpt_path` cannot name: nothing there, a model folder, a file that is damaged or no checkpoint."""
-    if path in (None, "last", "best", "hpc") or str(path).startswith(("registry", "http")):
+    if path in (None, "hpc") or str(path).startswith(("registry", "http")):
         return
     place = Path(str(path))
     if not place.exists():

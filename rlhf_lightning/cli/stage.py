@@ -1,27 +1,31 @@
 """`rlhf sft|preference|policy fit|validate|test|predict`: LightningCLI commands with every Trainer flag."""
 
-import errno
 import logging
-import os
 import sys
 from importlib import import_module
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-import torch
 import yaml
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities import rank_zero_only
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from torch.multiprocessing import ProcessExitedException
 
 import rlhf_lightning.strategies  # noqa: F401 - gives `--trainer.strategy fsdp2` its meaning
 from rlhf_lightning.callbacks.checkpoint_io import candidates, newest_whole, remove
 from rlhf_lightning.cli.logs import LEVELS, setup_logging
-from rlhf_lightning.cli.messages import check_checkpoint, check_empty, check_sections, read_configs, tidy
+from rlhf_lightning.cli.messages import (
+    check_checkpoint,
+    check_keys,
+    check_sections,
+    check_trained,
+    named_checkpoint,
+    read_configs,
+)
+from rlhf_lightning.cli.parser import StageParser
+from rlhf_lightning.cli.refusals import refusals, unfit_settings
 from rlhf_lightning.cli.report import after_stage
 from rlhf_lightning.cli.user_code import allow_user_code
-from rlhf_lightning.errors import ConfigError, UserError
+from rlhf_lightning.errors import ConfigError
 from rlhf_lightning.pipeline.passing import parent_is_watched, watch_parent
 from rlhf_lightning.pipeline.plan import read_mapping
 from rlhf_lightning.run_folder import STAGE_RESULTS, claim, claims, refuse_inputs_in
@@ -57,8 +61,6 @@ MAY_CHANGE = (
 )
 
 
-# What gloo and NCCL say where the other end of a connection is gone; they raise plain RuntimeErrors.
-LOST = ("Connection reset by peer", "Connection closed by peer", "remote process exited", "Broken pipe")
 HELP = {
     "sft": {
         "description": "Supervised fine-tuning of a chat model.",
@@ -73,25 +75,6 @@ HELP = {
         "epilog": "example: rlhf policy fit -c configs/policy.yaml --data.train prompts.jsonl",
     },
 }
-EXTRAS = ("tensorboard", "wandb")
-FULL = "make room, or write elsewhere (--trainer.default_root_dir); the same command resumes the run"
-DENIED = "change its rights, or name another place"
-REMEDIES = {
-    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), FULL),
-    **dict.fromkeys((errno.EROFS, errno.EACCES, errno.EPERM), DENIED),
-    errno.EIO: "the disk or the network share fails",
-}
-
-
-class StageParser(LightningArgumentParser):
-    """Says what is wrong, without two screens of usage before it; `--help` has them."""
-
-    def print_usage(self, file: Any = None) -> None:
-        """Nothing: an error is to be found at once."""
-
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """The message in few lines."""
-        super().error(tidy(message), ex)
 
 
 class SaveConfig(SaveConfigCallback):
@@ -117,9 +100,15 @@ class StageCLI(LightningCLI):
             save_config_callback=SaveConfig,
             save_config_kwargs={"overwrite": True, "save_to_log_dir": False},
             load_from_checkpoint_support=False,
+            auto_configure_optimizers=False,  # --optimizer would not reach the module, which has model.optimizer
             trainer_defaults={"enable_progress_bar": sys.stdout.isatty(), "log_every_n_steps": 1},
             parser_class=parser,
-            parser_kwargs={"prog": f"rlhf {kind}", **HELP[kind], "fit": {"epilog": HELP[kind]["epilog"]}},
+            parser_kwargs={
+                "prog": f"rlhf {kind}",
+                "allow_abbrev": False,  # a misspelt flag is to be named, not taken for one that begins like it
+                **HELP[kind],
+                "fit": {"epilog": HELP[kind]["epilog"]},
+            },
         )
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -139,10 +128,12 @@ class StageCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse what was given. Lightning's own warns of `args=`, and sys.argv must stay as it is for DDP."""
-        files = read_configs(args)
+        commands = parser._subcommands_action._name_parser_map  # type: ignore[union-attr]
+        check_keys(read_configs(args), parser.settings(), self.kind, commands, CLASSES)  # type: ignore[attr-defined]
         self.config = parser.parse_args(args)
         config = self.config[self.config["subcommand"]]
-        check_empty(files, config)
+        root = Path(config.trainer.default_root_dir or Path("runs") / self.kind)
+        config.ckpt_path = named_checkpoint(config.ckpt_path, root)
         check_checkpoint(config.ckpt_path)  # before Lightning opens it
 
     def _parse_ckpt_path(self) -> None:
@@ -162,6 +153,7 @@ class StageCLI(LightningCLI):
         except OSError as error:
             raise ConfigError(f"trainer.default_root_dir {self.root}: cannot be made ({error.strerror})") from None
         if self.subcommand == "fit":
+            check_trained(config)
             self._claim(config)
             self._continue_or_stop(config)
         setup_logging(config.log_level, Path(config.log_file or self.root / "logs" / "run.log"))
@@ -229,6 +221,10 @@ class StageCLI(LightningCLI):
     def _continue_or_stop(self, config: Any) -> None:
         """Resume an interrupted run of the same settings; refuse one of others; leave a finished one alone."""
         if config.fresh:
+            if config.ckpt_path and Path(config.ckpt_path).resolve().is_relative_to(self.root.resolve()):
+                raise ConfigError(
+                    f"--fresh discards what is in {self.root}, and --ckpt_path {config.ckpt_path} is in it"
+                )
             if rank_zero_only.rank:  # type: ignore[attr-defined]
                 return  # the first rank clears the folder, once
             for name in STAGE_RESULTS:
@@ -277,20 +273,8 @@ class StageCLI(LightningCLI):
             raise
 
     def instantiate_classes(self) -> None:
-        try:
+        with unfit_settings():
             super().instantiate_classes()
-        except (ModuleNotFoundError, TypeError, ValueError) as error:
-            cause: BaseException | None = error  # jsonargparse raises its own in the place of what a class raised
-            while cause is not None and not isinstance(cause, ModuleNotFoundError):
-                cause = cause.__cause__ or cause.__context__
-            raise ConfigError(_missing(cause) if cause else f"a setting does not fit: {tidy(str(error))}") from error
-
-
-def _missing(error: ModuleNotFoundError) -> str:
-    """What to install for a class that a setting names. Lightning's loggers say it in a sentence, without `name`."""
-    text = " ".join(str(error).split())
-    extra = next((name for name in EXTRAS if name in (error.name or text).lower()), None)
-    return f"{text}: " + (f'pip install "rlhf-lightning[{extra}]"' if extra else "install it, or name another class")
 
 
 def _guard_checkpoints(trainer: Any) -> None:
@@ -326,29 +310,8 @@ def run(args: list[str]) -> int:
     allow_user_code(args)
     watch_parent()
     try:
-        with claims():
+        with refusals(), claims():
             after_stage(StageCLI(args[0], args[1:]))
     except Finished as done:
         print(f"{done} is finished already; --fresh runs it again", file=sys.stderr)
-    except MisconfigurationException as error:
-        raise UserError(str(error)) from error
-    except ProcessExitedException as error:
-        raise UserError(
-            f"a process of the run died ({error}), and the others were ended. If it was killed, memory may have run "
-            "out (see the system's log); the same command resumes the run."
-        ) from error
-    except RuntimeError as error:
-        alone = "WORLD_SIZE" not in os.environ and not torch.distributed.is_initialized()
-        if alone or not any(sign in str(error) for sign in LOST):
-            raise
-        raise UserError(
-            f"another process of the run died, or cannot be reached ({str(error).splitlines()[0][:200]}). If it was "
-            "killed, memory may have run out (see the system's log); the same command resumes the run."
-        ) from error
-    except OSError as error:
-        if error.errno not in REMEDIES:
-            raise
-        raise UserError(
-            f"{error.filename or 'a file of the run'}: {error.strerror}; {REMEDIES[error.errno]}"
-        ) from error
     return 0

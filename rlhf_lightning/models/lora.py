@@ -25,7 +25,7 @@ class LoRA:
         rank: of the update.
         alpha: the update is scaled by alpha / rank.
         dropout: on the input of the adapters, in SFT; the other stages compute without dropout.
-        target: any of `attention`, `mlp`, `unembedding`, `all` (the three), or names of layers.
+        target: any of `attention`, `mlp`, `unembedding`, `all` (the three), or names of layers; one, or a list.
         quantize: `nf4` or `fp4` keeps the linear layers that are not trained in 4 bits (QLoRA, arXiv 2305.14314), with
             their scales in 8 bits, and computes in bfloat16. On CUDA, with bitsandbytes.
     """
@@ -33,7 +33,7 @@ class LoRA:
     rank: int = 16
     alpha: float = 32.0
     dropout: float = 0.0
-    target: list[str] = field(default_factory=lambda: ["attention", "mlp"])
+    target: list[str] | str = field(default_factory=lambda: ["attention", "mlp"])
     quantize: str | None = None
 
     def __post_init__(self) -> None:

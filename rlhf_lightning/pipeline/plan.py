@@ -13,6 +13,12 @@ from rlhf_lightning.files import hash_file
 
 KINDS = ("sft", "preference", "policy")
 STAGE_KEYS = {"name", "kind", "config", "overrides", "start", "reward", "critic", "on_failure"}
+SET = {
+    "trainer.default_root_dir": "name the folder of the run with root or --root; a stage's is root/NAME",
+    "seed_everything": "set seed, which is of all stages",
+    "log_file": "all stages write to logs/run.log in root",
+    "fresh": "run a stage anew with --rerun",
+}
 
 
 @dataclass
@@ -75,12 +81,14 @@ def read_plan(
     if isinstance(plan, str | Path):
         base, name = Path(plan).parent, Path(plan).stem
         plan = read_mapping(Path(plan))
+    if {"model", "data", "trainer"} & set(plan) and "stages" not in plan:
+        raise ConfigError("pipeline: there are no stages: it is the config of one stage (rlhf sft fit -c FILE)")
     if unknown := set(plan) - {"name", "seed", "stages", "root"}:
         raise ConfigError(f"pipeline: unknown key {sorted(unknown)[0]!r}; known are name, seed, root, stages")
     if not isinstance(plan.get("stages"), list) or not plan["stages"]:
         raise ConfigError("pipeline: 'stages' must be a list of at least one stage")
-    if not isinstance(plan.get("seed") or 0, int):
-        raise ConfigError(f"pipeline: seed is {plan['seed']!r}; it must be a whole number")
+    if not isinstance(plan.get("seed") or 0, int) or not 0 <= (plan.get("seed") or 0) < 2**32:
+        raise ConfigError(f"pipeline: seed is {plan['seed']!r}; it must be a whole number from 0 to 4294967295")
     name = str(plan.get("name") or name)
     folder = Path(root or plan.get("root") or Path("runs") / name)
     stages: list[Stage] = []
@@ -123,7 +131,13 @@ def _stage(entry: Any, index: int, earlier: list[str], base: Path) -> Stage:
     settings: dict[str, Any] = {}
     for file in files:
         settings = merged(settings, read_mapping(base / file, f"{where}: config: "))
-    settings = merged(settings, nested(entry.get("overrides") or {}))
+    overrides = nested(entry.get("overrides") or {})
+    for key, remedy in SET.items():
+        section, _, inner = key.rpartition(".")
+        part = overrides.get(section) if section else overrides
+        if isinstance(part, Mapping) and inner in part:
+            raise ConfigError(f"{where} ({name}): overrides: {key} is set by the pipeline: {remedy}")
+    settings = merged(settings, overrides)
     handed = (entry.get("start"), entry.get("reward"), entry.get("critic"))
     configs = [_read_record(base / file) for file in files]
     return Stage(name, kind, settings, *handed, configs, _rule(entry.get("on_failure"), where))
@@ -157,12 +171,56 @@ def read_mapping(path: Path, where: str = "") -> dict[str, Any]:
         raise ConfigError(f"{where}{path}: no such file (seen from {Path.cwd()})")
     try:
         text = path.read_text(encoding="utf-8")
-        value = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+        value = json.loads(text, object_pairs_hook=_object) if path.suffix == ".json" else yaml.load(text, UniqueKeys)
+    except RepeatedKey as error:
+        raise ConfigError(f"{path}{error}. The parser would take the last one: leave one of them") from None
     except (yaml.YAMLError, json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: not valid {'JSON' if path.suffix == '.json' else 'YAML'}: {error}") from None
+        hint = ". YAML is indented with spaces, not with tabs" if "'\\t'" in str(error) else ""
+        raise ConfigError(f"{path}: not valid {'JSON' if path.suffix == '.json' else 'YAML'}: {error}{hint}") from None
+    if value is None:
+        raise ConfigError(f"{path}: is empty; it must hold a mapping of settings, see the files in configs/")
     if not isinstance(value, dict):
         raise ConfigError(f"{path}: must hold a mapping, holds {type(value).__name__}")
     return value
+
+
+class RepeatedKey(ValueError):
+    """A key that stands twice in one mapping: what the file says of it is ambiguous."""
+
+
+class UniqueKeys(yaml.SafeLoader):
+    """Reads YAML as `yaml.safe_load` does; raises `RepeatedKey` where that would drop what was written first."""
+
+    def compose_mapping_node(self, anchor: Any) -> Any:
+        node = super().compose_mapping_node(anchor)
+        lines: dict[str, int] = {}
+        for key, _ in node.value:
+            line = key.start_mark.line + 1
+            if key.value in lines and isinstance(key, yaml.ScalarNode):
+                raise RepeatedKey(f":{line}: {key.value} stands twice, first in line {lines[key.value]}")
+            lines[str(key.value)] = line
+        return node
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise RepeatedKey(f": {next(name for name in names if names.count(name) > 1)} stands twice in one object")
+    return found
+
+
+def find_line(path: Path, keys: Sequence[str]) -> str:
+    """`FILE:LINE` of a key, named from the outside in; `FILE` where the line is not known."""
+    if path.suffix == ".json":
+        return str(path)
+    node, line = yaml.compose(path.read_text(encoding="utf-8"), yaml.SafeLoader), None
+    for key in keys:
+        found = [pair for pair in getattr(node, "value", ()) if isinstance(pair, tuple) and pair[0].value == key]
+        if not found:
+            break
+        line, node = found[0][0].start_mark.line + 1, found[0][1]
+    return f"{path}:{line}" if line else str(path)
 
 
 def nested(flat: Mapping[str, Any]) -> dict[str, Any]:

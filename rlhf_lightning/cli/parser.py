@@ -1,0 +1,119 @@
+"""The parser of a stage's flags and config files, whose messages say in few lines what is wrong and what to do."""
+
+import re
+from collections.abc import Iterable, Iterator
+from typing import Any, NoReturn
+
+from lightning.pytorch.cli import LightningArgumentParser
+
+from rlhf_lightning.cli import meant
+
+NOISE = (
+    "Does not validate against",
+    "Subtypes:",
+    "Errors:",
+    "Expected a <class 'NoneType'>",
+    "Expected a path but",
+    "Given value type:",
+    "Given value: NestedArg",
+    "Not a valid subclass of",
+    "Subclass types expect one of:",
+    "a class path (str)",
+    "a dict with class_path entry",
+    "a dict without class_path but",
+)
+
+
+class StageParser(LightningArgumentParser):
+    """Says what is wrong, without two screens of usage before it; `--help` has them."""
+
+    def print_usage(self, file: Any = None) -> None:
+        """Nothing: an error is to be found at once."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """The message in few lines, with what may have been meant."""
+        if message.startswith("unrecognized arguments"):
+            message = flags(message, self.settings())
+        if "arguments are required: " in message and message.endswith("model.model"):
+            message = "model.model is not set: name the folder or Hub id to start from, --model.model Qwen/Qwen3-0.6B"
+        super().error(tidy(message), ex)
+
+    def settings(self) -> set[str]:
+        """The dotted names of all settings of its commands."""
+        commands = self._subcommands_action
+        parsers = commands._name_parser_map.values() if commands else [self]
+        names = {action.dest for parser in parsers for action in parser._actions}
+        return {name for name in names if not name.endswith((".help", "help"))}
+
+
+def tidy(message: str) -> str:
+    """The parser's message without its own types and the attempts that could not fit: key, reason, value, remedy."""
+    text = re.sub(r"Type .*? expects a function or a callable class: ", "", message)
+    text = re.sub(r"[.;]? Got value: (Namespace\(|Write).*", "", text)
+    text = re.sub(r"Given value: \[?Namespace\(.*", "", text)
+    lines = [line.strip().removeprefix("- ") for line in text.splitlines()]
+    kept = [line if len(line) < 300 else f"{line[:300]}…" for line in lines if line and not line.startswith(NOISE)]
+    text = "".join(line + (" " if line.endswith(":") else "; ") for line in dict.fromkeys(kept)).strip("; ")
+    if "<class 'float'>" in text or "<class 'int'>" in text:  # no class was meant, whatever else it may be
+        text = re.sub(r"Expected a dot import path string: [^;]*; ", "", text)
+    for remedy in _remedies(text):
+        if remedy not in text:  # the parser of a class within has said it already
+            text += f"{'' if text.endswith('?') else '.'} {remedy}"
+    return text
+
+
+def _remedies(text: str) -> Iterator[str]:
+    """What to do, where that can be told from the parser's message."""
+    key = found[1] if (found := re.search(r'Parser key "([\w.]+)"', text)) else ""
+    if found := re.search(r"(?:path string|path format): ([^;\s]*)", text):
+        name = found[1].strip("'\".")
+        close, recipe = meant.classes(key, name), meant.RECIPES.get(name.lower())
+        if recipe:
+            yield recipe
+        elif close:
+            yield f"Did you mean {' or '.join(close)}?" if len(close) <= 3 else f"There are {', '.join(close)}"
+        if "Write a class" not in text:
+            yield "Write a class or function with its module, for example torch.optim.AdamW"
+    if found := re.search(r"class_path '([\w.]+)': Option '([\w.]+)' is not accepted", text):
+        names = meant.arguments(found[1])
+        alike = meant.argument(found[2], names)
+        yield f"Did you mean {alike}?" if alike else f"There are {', '.join(names) or 'no arguments'}"
+    if key and (found := re.search(r"the following arguments are required: (\w+)", text)):
+        yield f"Set {key}.init_args.{found[1]}"
+    elif any(f"Expected a <class '{name}'>" in text for name in ("list", "tuple", "collections.abc.Sequence")):
+        yield "Write a list: [ … ]"
+    if key in SECTIONS and "Given value: {" not in text and "Problem with" not in text:
+        yield f"{key} is a section of settings; one of them is --{key}.{SECTIONS[key]}"
+    if "is not accepted before subcommand" in text:
+        yield "Write the command before its config: rlhf KIND fit -c FILE"
+
+
+SECTIONS = {
+    "data": "train",
+    "model": "model",
+    "model.critic": "learning_rate",
+    "model.kl": "coefficient",
+    "model.limits": "max_turns",
+    "model.lora": "rank",
+    "model.sampler": "max_tokens",
+    "trainer": "max_steps",
+}
+"""What is set by settings of its own, with the first of them."""
+
+
+def flags(message: str, known: Iterable[str]) -> str:
+    """The parser's message of arguments that it does not know, with what may have been meant."""
+    names = message.partition(": ")[2].split()
+    said = []
+    for name in [name for name in names if name.startswith("-")] or names[:1]:
+        flag = name.partition("=")[0]
+        close = meant.setting(flag, known) if flag.startswith("--") else None
+        if close:
+            said.append(f"{flag} is no flag; did you mean --{close}?")
+        elif flag.endswith((".yaml", ".yml", ".json")) and not flag.startswith("-"):
+            said.append(f"a config file is given with -c {flag}")
+        elif flag.startswith("-"):
+            said.append(f"{flag} is no flag; --help lists them")
+        else:
+            said.append(f"{flag!r} belongs to no flag: a flag takes one value, and some, like --fresh, none")
+    return f"{message} ({'; '.join(said)})"

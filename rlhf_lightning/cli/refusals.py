@@ -1,0 +1,100 @@
+"""What other libraries raise for settings, disks and dead processes, as messages of the package's."""
+
+import errno
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch.multiprocessing import ProcessExitedException
+
+from rlhf_lightning.cli.parser import tidy
+from rlhf_lightning.errors import ConfigError, UserError
+
+# What gloo and NCCL say where the other end of a connection is gone; they raise plain RuntimeErrors.
+LOST = ("Connection reset by peer", "Connection closed by peer", "remote process exited", "Broken pipe")
+EXTRAS = ("tensorboard", "wandb")
+FULL = "make room, or write elsewhere (--trainer.default_root_dir); the same command resumes the run"
+DENIED = "change its rights, or name another place"
+REMEDIES = {
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), FULL),
+    **dict.fromkeys((errno.EROFS, errno.EACCES, errno.EPERM), DENIED),
+    errno.EIO: "the disk or the network share fails",
+}
+
+# What Lightning raises for a setting that does not fit, in a traceback of its own; and what to do.
+REFUSED = {
+    r"`val_check_interval` \((\d+)\) must be less than or equal to the number of the training batches \((\d+)\)": (
+        "trainer.val_check_interval is {0}, and an epoch has {1} batches, so that it would never be validated. Lower "
+        "it, leave it out to validate after each epoch, or set trainer.check_val_every_n_epoch: null to count batches "
+        "over epochs"
+    ),
+    r"Early stopping conditioned on metric `(\S+)` which is not available.*following: (.*)": (
+        "trainer.callbacks: EarlyStopping.monitor is {0}, which is not logged; there are {1}. Metrics that begin with "
+        "val/ need data.validation"
+    ),
+}
+
+
+def refusal(error: BaseException) -> UserError | None:
+    """What to say in place of an exception that Lightning itself raised over a setting; None for any other."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    if trace is None or not str(trace.tb_frame.f_globals.get("__name__")).startswith("lightning."):
+        return None
+    for pattern, message in REFUSED.items():
+        if found := re.search(pattern, str(error), re.DOTALL):
+            return ConfigError(message.format(*found.groups()))
+    return None
+
+
+@contextmanager
+def unfit_settings() -> Iterator[None]:
+    """Around the making of objects from settings: what a class refuses, or lacks, in a line."""
+    try:
+        yield
+    except (ModuleNotFoundError, TypeError, ValueError) as error:
+        cause: BaseException | None = error  # jsonargparse raises its own in the place of what a class raised
+        while cause is not None and not isinstance(cause, ModuleNotFoundError):
+            cause = cause.__cause__ or cause.__context__
+        raise ConfigError(_missing(cause) if cause else f"a setting does not fit: {tidy(str(error))}") from error
+
+
+def _missing(error: ModuleNotFoundError) -> str:
+    """What to install for a class that a setting names. Lightning's loggers say it in a sentence, without `name`."""
+    text = " ".join(str(error).split())
+    extra = next((name for name in EXTRAS if name in (error.name or text).lower()), None)
+    return f"{text}: " + (f'pip install "rlhf-lightning[{extra}]"' if extra else "install it, or name another class")
+
+
+@contextmanager
+def refusals() -> Iterator[None]:
+    """Around a run of a stage. What the user's own code raises comes out as it is."""
+    try:
+        yield
+    except MisconfigurationException as error:
+        raise UserError(str(error)) from error
+    except ProcessExitedException as error:
+        raise UserError(
+            f"a process of the run died ({error}), and the others were ended. If it was killed, memory may have run "
+            "out (see the system's log); the same command resumes the run."
+        ) from error
+    except (ValueError, RuntimeError) as error:
+        if found := refusal(error):
+            raise found from error
+        alone = "WORLD_SIZE" not in os.environ and not torch.distributed.is_initialized()
+        if isinstance(error, ValueError) or alone or not any(sign in str(error) for sign in LOST):
+            raise
+        raise UserError(
+            f"another process of the run died, or cannot be reached ({str(error).splitlines()[0][:200]}). If it was "
+            "killed, memory may have run out (see the system's log); the same command resumes the run."
+        ) from error
+    except OSError as error:
+        if error.errno not in REMEDIES:
+            raise
+        raise UserError(
+            f"{error.filename or 'a file of the run'}: {error.strerror}; {REMEDIES[error.errno]}"
+        ) from error
