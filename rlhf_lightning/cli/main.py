@@ -80,7 +80,11 @@ def _command(args: list[str]) -> int:
         print(f"rlhf-lightning {__version__}")
         return 0
     if args[0] not in COMMANDS:
-        return _fail(f"no command {args[0]!r}; one of {', '.join(COMMANDS)}")
+        from rlhf_lightning.cli.meant import command
+
+        close = command(args[0], COMMANDS)
+        hint = f"; did you mean rlhf {close}?" if close else ""
+        return _fail(f"no command {args[0]!r}; one of {', '.join(COMMANDS)}{hint}")
     prepare_environment()
     with ExitStack() as around:
         if args[0] in RUNS:

@@ -105,6 +105,7 @@ RECIPES = {
 COMMANDS = {
     "compare": "evaluate",
     "dpo": "preference",
+    "fit": "sft fit",
     "fine-tune": "sft",
     "finetune": "sft",
     "grpo": "policy",

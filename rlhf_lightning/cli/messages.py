@@ -60,7 +60,8 @@ def check_keys(
 
 def _no_setting(name: str, known: set[str], kind: str, kinds: dict[str, Any]) -> str:
     close, (section, _, inner) = meant.setting(name, known), name.partition(".")
-    others = [other for other, paths in kinds.items() if inner in (a for path in paths for a in meant.arguments(path))]
+    place = 0 if section == "model" else 1
+    others = [other for other in kinds if other != kind and inner in meant.arguments(kinds[other][place])]
     if section not in known:
         hint = f"did you mean {close}?" if close else f"there are {', '.join(sorted(k for k in known if '.' not in k))}"
     elif others:
@@ -88,8 +89,6 @@ def check_sections(config: Any) -> None:
         raise ConfigError(f"--monitor {config.monitor} keeps a checkpoint, and trainer.enable_checkpointing is false")
     if config.get("monitor_mode") == "max" and not config.get("monitor"):
         raise ConfigError("--monitor_mode max says which value of a metric is best: name the metric with --monitor")
-    if not 0 <= int(config.get("seed_everything") or 0) < 2**32:
-        raise ConfigError(f"--seed_everything {config.seed_everything}: a whole number from 0 to 4294967295")
     if trainer.num_nodes > 1 and not any(name in os.environ for name in NODES):
         raise ConfigError(
             f"trainer.num_nodes is {trainer.num_nodes}, and nothing says where the other machines are: it would wait "
@@ -124,6 +123,12 @@ def named_checkpoint(name: str | None, root: Path) -> str | None:
         hint = "name the file" if name == "last" else "name the file; --monitor METRIC makes fit keep a best one"
         raise ConfigError(f"--ckpt_path {name}: there is none in {folder}; {hint}")
     return str(found)
+
+
+def check_seed(config: Any) -> None:
+    """Refuse a seed that numpy does not take."""
+    if not 0 <= int(config.get("seed_everything") or 0) < 2**32:
+        raise ConfigError(f"--seed_everything {config.seed_everything}: a whole number from 0 to 4294967295")
 
 
 def check_checkpoint(path: str | None) -> None:

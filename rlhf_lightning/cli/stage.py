@@ -17,6 +17,7 @@ from rlhf_lightning.cli.messages import (
     check_checkpoint,
     check_keys,
     check_sections,
+    check_seed,
     check_trained,
     named_checkpoint,
     read_configs,
@@ -134,7 +135,10 @@ class StageCLI(LightningCLI):
         config = self.config[self.config["subcommand"]]
         root = Path(config.trainer.default_root_dir or Path("runs") / self.kind)
         config.ckpt_path = named_checkpoint(config.ckpt_path, root)
-        check_checkpoint(config.ckpt_path)  # before Lightning opens it
+        check_checkpoint(config.ckpt_path)
+        if config.get("fresh") and config.ckpt_path and Path(config.ckpt_path).resolve().is_relative_to(root.resolve()):
+            raise ConfigError(f"--fresh discards what is in {root}, and with it --ckpt_path {config.ckpt_path}")
+        check_seed(config)
 
     def _parse_ckpt_path(self) -> None:
         """Nothing: Lightning would take settings from the checkpoint, and import the classes that these name."""
@@ -221,10 +225,6 @@ class StageCLI(LightningCLI):
     def _continue_or_stop(self, config: Any) -> None:
         """Resume an interrupted run of the same settings; refuse one of others; leave a finished one alone."""
         if config.fresh:
-            if config.ckpt_path and Path(config.ckpt_path).resolve().is_relative_to(self.root.resolve()):
-                raise ConfigError(
-                    f"--fresh discards what is in {self.root}, and --ckpt_path {config.ckpt_path} is in it"
-                )
             if rank_zero_only.rank:  # type: ignore[attr-defined]
                 return  # the first rank clears the folder, once
             for name in STAGE_RESULTS:
