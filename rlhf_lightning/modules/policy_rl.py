@@ -117,6 +117,7 @@ class PolicyRLModule(RLHFModule):
         parts: list[Any] = list(self.rewards)
         for part in parts:
             part.bind(self.renderer)
+            part.hide(self.sampler.stop)
         collector = Collector(
             self.sampler,
             self.renderer,

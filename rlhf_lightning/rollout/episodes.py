@@ -105,6 +105,19 @@ class Episode:
         """Tokens that the policy drew."""
         return sum(segment.actions for segment in self.segments)
 
+    def drawn(self) -> list[list[int]]:
+        """The tokens that the policy drew in each of its turns, what ended it included."""
+        turns: list[list[int]] = []
+        for segment in self.segments:
+            before = 0
+            for token, drawn in zip(segment.ids, segment.mask, strict=True):
+                if drawn and not before:
+                    turns.append([])
+                if drawn:
+                    turns[-1].append(token)
+                before = drawn
+        return turns
+
     def record(self) -> dict[str, Any]:
         """A row of `samples.jsonl`."""
         return {

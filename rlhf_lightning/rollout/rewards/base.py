@@ -50,10 +50,40 @@ class Reward(nn.Module):
             raise ConfigError(f"the clip of the reward {self.name} is {clip}; it must be above 0")
         self.normalise, self.clip = normalise, clip
 
+    skip_special_tokens = True
+    """Whether responses are read without special tokens and what ended them, as environments see them."""
+    _renderer: Renderer | None = None
+
     def bind(self, renderer: Renderer) -> None:
         """Load what the reward needs; called once, before the first episode, with the policy's renderer."""
+        self._renderer = renderer
+        self.hide([text for text in (*renderer.template.markers, *renderer.stop_strings) if text.strip()])
         if self.normalise is not None:
             self.normalise.bind(renderer, self.score)
+
+    def hide(self, texts: Sequence[str]) -> None:
+        """Take note of texts that responses are read without; raise `ConfigError` where a score would need one."""
+
+    def refuse_hidden(self, setting: str, text: str | None) -> None:
+        """Raise `ConfigError` where a setting needs a text that responses are read without."""
+        if text is not None and self.skip_special_tokens:
+            raise ConfigError(
+                f"the reward {self.name}: {setting} can only match where a response has {text!r}, and responses are "
+                "read without special tokens and without the text that ended them. Set skip_special_tokens: false on "
+                "the reward, or leave it out there"
+            )
+
+    def texts(self, episode: Episode) -> list[str]:
+        """What the policy said in each of its turns, as this reward reads it."""
+        if self.skip_special_tokens:
+            return [message["content"] or "" for message in episode.responses if message["role"] == "assistant"]
+        if self._renderer is None:
+            raise ConfigError(f"the reward {self.name}: call bind first; special tokens are read by a tokenizer")
+        return [self._renderer.tokenizer.decode(ids, skip_special_tokens=False) for ids in episode.drawn()]
+
+    def text(self, episode: Episode) -> str:
+        """What the policy said last, as this reward reads it."""
+        return next(reversed(self.texts(episode)), "")
 
     def check(self, prompts: Sequence[Prompt]) -> None:
         """Raise `DataError` or `ConfigError` where the prompts that will be trained on cannot be scored."""

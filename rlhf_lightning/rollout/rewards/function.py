@@ -29,6 +29,8 @@ class FunctionReward(Reward):
         timeout: seconds that a call may take; it then runs in a thread.
         normalise: brings scores to a common scale before they are clipped and weighted.
         clip: the largest absolute value, after normalising.
+        skip_special_tokens: false reads responses exactly as they were drawn: with special tokens (`<|im_end|>`),
+            the text that ended them, and white space at their ends.
     """
 
     def __init__(
@@ -39,8 +41,10 @@ class FunctionReward(Reward):
         timeout: float | None = None,
         normalise: Normaliser | None = None,
         clip: float | None = None,
+        skip_special_tokens: bool = True,
     ) -> None:
         super().__init__(weight, name or getattr(function, "__name__", None), normalise, clip)
+        self.skip_special_tokens = skip_special_tokens
         check_limit(f"the timeout of the reward {self.name}", timeout)
         self.function, self.timeout = function, timeout
         parameters = inspect.signature(function).parameters.values()
@@ -65,7 +69,7 @@ class FunctionReward(Reward):
         offered: dict[str, Any] = {key: [episode.row.get(key) for episode in episodes] for key in columns}
         offered |= {
             "prompts": [episode.prompt for episode in episodes],
-            "completions": [episode.response for episode in episodes],
+            "completions": [self.text(episode) for episode in episodes],
             "episodes": list(episodes),
         }
         given = {k: v for k, v in offered.items() if self._takes_all or k in self._wanted}

@@ -27,6 +27,8 @@ class PairwiseReward(Reward):
         timeout: seconds that one call may take.
         weight: of this part; 0 only measures it.
         name: under which it is logged; the judge's by default.
+        skip_special_tokens: false reads responses exactly as they were drawn: with special tokens (`<|im_end|>`),
+            the text that ended them, and white space at their ends.
     """
 
     def __init__(
@@ -36,8 +38,10 @@ class PairwiseReward(Reward):
         timeout: float | None = None,
         weight: float = 1.0,
         name: str | None = None,
+        skip_special_tokens: bool = True,
     ) -> None:
         super().__init__(weight, name or getattr(judge, "__name__", None))
+        self.skip_special_tokens = skip_special_tokens
         if outcome not in OUTCOMES:
             raise ConfigError(f"the reward {self.name}: outcome is {outcome!r}; one of {', '.join(OUTCOMES)}")
         if not callable(judge):
@@ -65,9 +69,10 @@ class PairwiseReward(Reward):
 
     def _verdicts(self, pairs: Sequence[tuple[Episode, Episode]]) -> list[tuple[float, float]]:
         """For each pair, from −1 to 1: how much better a is said to be in the order (a, b), and b in (b, a)."""
-        differ = [pair for pair in pairs if pair[0].response != pair[1].response]
+        said = {id(episode): self.text(episode) for pair in pairs for episode in pair}
+        differ = [(a, b) for a, b in pairs if said[id(a)] != said[id(b)]]
         orders = [order for a, b in differ for order in ((a, b), (b, a))]
-        calls = [partial(self.judge_of, a.prompt, a.response, b.response) for a, b in orders]
+        calls = [partial(self.judge_of, a.prompt, said[id(a)], said[id(b)]) for a, b in orders]
         found = []
         for (a, b), outcome in zip(orders, run_calls(calls, self.timeout), strict=True):
             about = f"the reward {self.name}, {a.label} against {b.label}"
@@ -78,7 +83,7 @@ class PairwiseReward(Reward):
             found.append(self._checked(outcome.value, about))
         verdicts = iter(zip(found[::2], found[1::2], strict=True))
         # Equal texts need no judge.
-        return [next(verdicts) if a.response != b.response else (0.0, 0.0) for a, b in pairs]
+        return [next(verdicts) if said[id(a)] != said[id(b)] else (0.0, 0.0) for a, b in pairs]
 
     def _checked(self, value: Any, about: str) -> float:
         value = value.item() if hasattr(value, "item") else value

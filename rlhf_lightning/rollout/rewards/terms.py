@@ -21,6 +21,8 @@ class KeywordReward(Reward):
         miss: the score of any other.
         weight: of this part; 0 only measures it.
         name: under which it is logged.
+        skip_special_tokens: false reads responses exactly as they were drawn: with special tokens (`<|im_end|>`),
+            the text that ended them, and white space at their ends.
     """
 
     def __init__(
@@ -31,13 +33,18 @@ class KeywordReward(Reward):
         miss: float = -0.1,
         weight: float = 1.0,
         name: str | None = None,
+        skip_special_tokens: bool = True,
     ) -> None:
         super().__init__(weight, name)
+        self.skip_special_tokens = skip_special_tokens
         self.keywords, self.min_words = [word.lower() for word in keywords], min_words
         self.hit, self.miss = hit, miss
 
     def score(self, episodes: Sequence[Episode]) -> Sequence[float | None]:
-        return [self._one(episode.response.lower()) for episode in episodes]
+        return [self._one(self.text(episode).lower()) for episode in episodes]
+
+    def hide(self, texts: Sequence[str]) -> None:
+        _refuse_hidden(self, "keywords", self.keywords, texts)
 
     def _one(self, text: str) -> float:
         enough = len(text.split()) >= self.min_words
@@ -56,6 +63,8 @@ class BlockedTerms(Reward):
         penalty: the score where one is said; below 0.
         weight: of this part; 0 only measures it.
         name: under which it is logged.
+        skip_special_tokens: false reads responses exactly as they were drawn: with special tokens (`<|im_end|>`),
+            the text that ended them, and white space at their ends.
     """
 
     def __init__(
@@ -65,8 +74,10 @@ class BlockedTerms(Reward):
         penalty: float = -1.0,
         weight: float = 1.0,
         name: str | None = None,
+        skip_special_tokens: bool = True,
     ) -> None:
         super().__init__(weight, name)
+        self.skip_special_tokens = skip_special_tokens
         check_finite(f"the penalty of the reward {self.name}", penalty)
         if penalty >= 0:
             raise ConfigError(f"the penalty of the reward {self.name} is {penalty}; it must be below 0")
@@ -76,6 +87,7 @@ class BlockedTerms(Reward):
         if not listed or not all(isinstance(term, str) and term.strip() for term in listed):
             raise ConfigError(f"the reward {self.name} needs terms, none of them empty: set terms, or file")
         self.penalty = penalty
+        self.terms = listed
         longest_first = sorted(set(listed), key=lambda term: (-len(term), term))
         words = "|".join(r"\s+".join(re.escape(word) for word in term.split()) for term in longest_first)
         self.pattern = re.compile(rf"(?<!\w)(?:{words})(?!\w)", re.IGNORECASE)
@@ -84,8 +96,16 @@ class BlockedTerms(Reward):
         return [self._one(episode) for episode in episodes]
 
     def _one(self, episode: Episode) -> float:
-        said = [m["content"] or "" for m in episode.responses if m["role"] == "assistant"]
-        return self.penalty if any(self.pattern.search(text) for text in said) else 0.0
+        return self.penalty if any(self.pattern.search(text) for text in self.texts(episode)) else 0.0
+
+    def hide(self, texts: Sequence[str]) -> None:
+        _refuse_hidden(self, "terms", self.terms, texts)
+
+
+def _refuse_hidden(reward: Reward, setting: str, words: Sequence[str], texts: Sequence[str]) -> None:
+    for word in words:
+        found = next((text for text in texts if text.lower() in word.lower()), None)
+        reward.refuse_hidden(f"{word!r} of its {setting}", found)
 
 
 def _lines(file: str) -> list[str]:

@@ -9,6 +9,7 @@ from rlhf_lightning.data.prompts import Prompt
 from rlhf_lightning.errors import ConfigError, DataError
 from rlhf_lightning.rollout.episodes import Episode
 from rlhf_lightning.rollout.rewards.base import Reward, check_finite
+from rlhf_lightning.rollout.rewards.unseen import needed
 
 
 class ExactAnswer(Reward):
@@ -27,6 +28,8 @@ class ExactAnswer(Reward):
         miss: the score of any other.
         weight: of this part; 0 only measures it.
         name: under which it is logged.
+        skip_special_tokens: false reads responses exactly as they were drawn: with special tokens (`<|im_end|>`),
+            the text that ended them, and white space at their ends.
     """
 
     def __init__(
@@ -41,8 +44,10 @@ class ExactAnswer(Reward):
         miss: float = 0.0,
         weight: float = 1.0,
         name: str | None = None,
+        skip_special_tokens: bool = True,
     ) -> None:
         super().__init__(weight, name)
+        self.skip_special_tokens = skip_special_tokens
         _check_scores(self.name, hit, miss)
         self.column, self.hit, self.miss = column, hit, miss
         self.pattern = compiled(pattern, f"the reward {self.name}: pattern") if pattern else None
@@ -50,6 +55,10 @@ class ExactAnswer(Reward):
             compiled(answer_pattern, f"the reward {self.name}: answer_pattern") if answer_pattern else None
         )
         self.ignore_case, self.ignore_space, self.numbers = ignore_case, ignore_space, numbers
+
+    def hide(self, texts: Sequence[str]) -> None:
+        if self.pattern is not None:
+            self.refuse_hidden(f"its pattern {self.pattern.pattern!r}", needed(self.pattern, texts))
 
     def check(self, prompts: Sequence[Prompt]) -> None:
         _check_column(self.name, self.column, prompts)
@@ -63,7 +72,7 @@ class ExactAnswer(Reward):
         right = self._answers(episode.row, episode.where or episode.label)
         if right is None:
             return None
-        given = _find(self.pattern, episode.response)
+        given = _find(self.pattern, self.text(episode))
         return self.hit if given is not None and self._normal(given) in right else self.miss
 
     def _answers(self, row: dict[str, Any], where: str) -> set[Any] | None:
@@ -98,6 +107,8 @@ class RegexReward(Reward):
         miss: the score of none.
         weight: of this part; 0 only measures it.
         name: under which it is logged.
+        skip_special_tokens: false reads responses exactly as they were drawn: with special tokens (`<|im_end|>`),
+            the text that ended them, and white space at their ends.
     """
 
     def __init__(
@@ -110,8 +121,10 @@ class RegexReward(Reward):
         miss: float = 0.0,
         weight: float = 1.0,
         name: str | None = None,
+        skip_special_tokens: bool = True,
     ) -> None:
         super().__init__(weight, name)
+        self.skip_special_tokens = skip_special_tokens
         _check_scores(self.name, hit, miss)
         if bool(pattern) == bool(column):
             raise ConfigError(
@@ -121,6 +134,15 @@ class RegexReward(Reward):
         self.flags = re.DOTALL | (re.IGNORECASE if ignore_case else 0)
         self.pattern = compiled(pattern, f"the reward {self.name}: pattern", self.flags) if pattern else None
         self.column, self.whole, self.hit, self.miss = column, whole, hit, miss
+        self.hidden: list[str] = []
+
+    def hide(self, texts: Sequence[str]) -> None:
+        self.hidden += [text for text in texts if text not in self.hidden]
+        if self.pattern is not None:
+            self._refuse(self.pattern)
+
+    def _refuse(self, pattern: re.Pattern[str]) -> None:
+        self.refuse_hidden(f"the pattern {pattern.pattern!r}", needed(pattern, self.hidden))
 
     def check(self, prompts: Sequence[Prompt]) -> None:
         if self.column:
@@ -135,7 +157,8 @@ class RegexReward(Reward):
         pattern = self._of(episode.row, episode.where or episode.label)
         if pattern is None:
             return None
-        found = pattern.fullmatch(episode.response) if self.whole else pattern.search(episode.response)
+        text = self.text(episode)
+        found = pattern.fullmatch(text) if self.whole else pattern.search(text)
         return self.hit if found else self.miss
 
     def _of(self, row: dict[str, Any], where: str) -> re.Pattern[str] | None:
@@ -147,7 +170,9 @@ class RegexReward(Reward):
         if not isinstance(value, str):
             raise DataError(f"{where}: {self.column!r} is {value!r}; it must be a regular expression")
         try:
-            return compiled(value, f"{self.column!r}", self.flags)
+            pattern = compiled(value, f"{self.column!r}", self.flags)
+            self._refuse(pattern)
+            return pattern
         except ConfigError as error:
             raise DataError(f"{where}: {error}") from None
 
