@@ -597,7 +597,8 @@ def test_documented_settings_build_the_parts_they_name(tmp_path: Path, monkeypat
         given = yaml.safe_load(block)
         given["model"]["model"] = "x"
         built.append(parser.instantiate_classes(parser.parse_object(given)).model)
-    first, second = built
+    first, ended, second = built
+    assert [part.skip_special_tokens for part in ended.rewards] == [False]
     assert [type(part) for part in first.rewards] == [ModelReward, ExactAnswer, OverlongPenalty, BlockedTerms]
     assert isinstance(first.rewards[0].normalise, RunningNorm)
     assert first.rewards[1].score([said("so 1,234.0", {"answer": "x #### 1234"})]) == [1.0]
