@@ -1,5 +1,6 @@
 """Models and tokenizers that the tests build on the spot, and the real data where it is there."""
 
+import gc
 import json
 import logging
 import os
@@ -40,6 +41,12 @@ DEVICES = [torch.device("cpu"), *([torch.device("cuda")] if torch.cuda.is_availa
 
 # What takes longest comes last of the slow cases, so that what breaks in minutes is seen in minutes.
 LAST = ["test_packaging", "test_docs", "test_fuzz", "test_resume", "test_soak"]
+
+
+def pytest_collection_finish() -> None:
+    """Garbage collections leave out the libraries' million objects, which forked ranks would copy for them."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

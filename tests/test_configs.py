@@ -25,6 +25,8 @@ from tests.test_preference import labelled
 CONFIGS = Path(__file__).parents[1] / "configs"
 RECIPES = sorted(path for path in CONFIGS.glob("*.yaml") if "stages" not in read_mapping(path))
 PIPELINES = sorted(path for path in CONFIGS.glob("*.yaml") if "stages" in read_mapping(path))
+# One of each stage, objective and kind of rows; the others run in `make test-slow`, and in their pipelines there.
+SAMPLE = {"sft", "reward_model", "dpo", "kto", "grpo", "ppo", "gsm8k", "mint_rl"}
 FULL = sorted((CONFIGS / "full").glob("*.yaml"))
 # Smaller than a user would have it, and nothing else: what a recipe says of losses, rewards, KL stays.
 SMALL = {"max_tokens": 6, "prompts_per_round": 4, "group_size": 2, "max_steps": 2, "max_epochs": 1, "batch_size": 4}
@@ -96,7 +98,10 @@ def run_small(kind: str, files: list[Path], base: str, judge: str, data: dict[st
     return root
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path",
+    [pytest.param(p, id=p.stem, marks=() if p.stem in SAMPLE else pytest.mark.slow) for p in RECIPES],
+)
 def test_every_recipe_runs(path: Path, base: str, judge: str, data: dict[str, str], tmp_path: Path) -> None:
     root = run_small(kind_of(path), [path, CONFIGS / "overlays" / "cpu.yaml"], base, judge, data, tmp_path)
     adapted = "lora" in read_mapping(path)["model"]

@@ -102,7 +102,7 @@ class Failing(Several):
             raise RuntimeError("injected")
 
 
-@pytest.mark.parametrize("policy", ["retry", "drop"])
+@pytest.mark.parametrize("policy", ["retry", pytest.param("drop", marks=pytest.mark.slow)])
 def test_ten_thousand_episodes_none_lost_none_twice(tokenizer: Any, policy: str) -> None:
     Failing.chance, Failing.raised = random.Random(1), []
     chance = random.Random(2)

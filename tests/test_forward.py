@@ -355,7 +355,7 @@ def test_how_it_is_computed_does_not_change_what_is_learned(
     ("kind", "backend"),
     [
         ("sft", "aot_eager"),
-        ("policy", "aot_eager"),
+        pytest.param("policy", "aot_eager", marks=pytest.mark.slow),
         pytest.param("sft", "inductor", marks=pytest.mark.slow),
         pytest.param("policy", "inductor", marks=pytest.mark.slow),
     ],

@@ -214,8 +214,10 @@ def test_what_is_scored_is_the_last_response() -> None:
     assert last_turn(Episode([], {}, 0, segments=[row, unanswered]))[0] == [1, 2, 3, 4, 5]
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize(
+    ("accumulate", "kind"),
+    [(1, "sft"), (1, "preference"), pytest.param(1, "policy", marks=pytest.mark.slow), *((2, kind) for kind in KINDS)],
+)
 def test_an_interrupted_run_equals_a_whole_one_bit_for_bit(
     kind: str, accumulate: int, base: str, tmp_path: Path
 ) -> None:

@@ -208,7 +208,7 @@ def interrupted_as_whole(kind: str, seed: int, whole: Any, folder: Path, devices
 
 
 @pytest.mark.parametrize("kind", list(MODULES))
-@pytest.mark.parametrize("seed", [0, 4])
+@pytest.mark.parametrize("seed", [0, pytest.param(4, marks=pytest.mark.slow)])
 def test_a_killed_run_ends_as_a_whole_one(kind: str, seed: int, whole: Any, tmp_path: Path) -> None:
     interrupted_as_whole(kind, seed, whole, tmp_path)
 
