@@ -327,7 +327,9 @@ class RLHFModule(pl.LightningModule):
             kept = kept and rows == self.model.get_input_embeddings().weight.shape[0]
             facts = self.stage_facts()
             stop = (*self.renderer.stop_strings, *facts["rendering"]["stop"])
-            save_model(self.model, self.tokenizer, Path(folder), facts["stop_token_ids"], weights, kept, facts, stop)
+            template = self.renderer.template if self.task == "SEQ_CLS" and self.renderer.format == "chat" else None
+            stops = facts["stop_token_ids"]
+            save_model(self.model, self.tokenizer, Path(folder), stops, weights, kept, facts, stop, template)
 
     def stage_facts(self) -> dict[str, Any]:
         """What `stage.json` says of the module."""
