@@ -29,6 +29,7 @@ from rlhf_lightning.models.saving import save_model
 from rlhf_lightning.models.sharding import split, whole_weights
 from rlhf_lightning.modules.epochs import end_restored_epoch
 from rlhf_lightning.modules.schedules import Warmup
+from rlhf_lightning.modules.step import StepEnd, StepNumbers
 
 log = logging.getLogger(__name__)
 
@@ -55,12 +56,16 @@ class RLHFModule(pl.LightningModule):
         activation_offload: keep what backward needs in the memory of the CPU, where the model is on a GPU; with
             gradient_checkpointing that is only the input of each layer.
         compile: compile the layers of the model with `torch.compile`.
+        max_empty_steps: optimizer steps in a row in which no token is trained (all masked, or of no advantage, or of
+            no weight) at which the run is stopped; null for never. Such a step moves no weight.
     """
 
     task = "CAUSAL_LM"
     stage_kind = ""
     takes: tuple[str, ...] = ("input_ids", "mask")
     """What a batch of training must have."""
+    on_bar: tuple[str, ...] = ()
+    """The numbers of a step that the progress bar shows."""
 
     def __init__(
         self,
@@ -76,6 +81,7 @@ class RLHFModule(pl.LightningModule):
         gradient_checkpointing: bool = False,
         activation_offload: bool = False,
         compile: bool = False,
+        max_empty_steps: int | None = 50,
     ) -> None:
         super().__init__()
         if not isinstance(getattr(torch, dtype, None), torch.dtype):
@@ -87,6 +93,9 @@ class RLHFModule(pl.LightningModule):
             raise ConfigError(f"model.max_tokens_per_batch is {max_tokens_per_batch}; it must be at least 1")
         self.max_tokens_per_batch, self.gradient_checkpointing = max_tokens_per_batch, gradient_checkpointing
         self.activation_offload, self.compiles_layers = activation_offload, compile
+        if max_empty_steps is not None and max_empty_steps < 1:
+            raise ConfigError(f"model.max_empty_steps is {max_empty_steps}; at least 1, or null for never")
+        self.max_empty_steps, self.step_numbers = max_empty_steps, StepNumbers(())
         self.optimizer_factory, self.scheduler_factory = optimizer or self._default_optimizer, lr_scheduler
         self._tokenizer_source, self._chat_template = tokenizer, chat_template
         self._tokenizer: Any = None
@@ -235,6 +244,13 @@ class RLHFModule(pl.LightningModule):
         if longest := self.longest_row():
             self.forward_pass.check(longest)
 
+    def configure_callbacks(self) -> list[pl.Callback]:
+        """What every run of the module has; a subclass adds to it."""
+        if self._trainer is not None:  # that of an earlier run, which Lightning would make a line of
+            others = [one for one in self.trainer.callbacks if not isinstance(one, StepEnd)]  # type: ignore[attr-defined]
+            self.trainer.callbacks = others  # type: ignore[attr-defined]
+        return [StepEnd(self.max_empty_steps)]
+
     def longest_row(self) -> int:
         """Tokens of the longest row that will be trained on; 0 where it is not known before."""
         prepared = getattr(getattr(self.trainer, "datamodule", None), "prepared", {}).get("train")
@@ -270,8 +286,22 @@ class RLHFModule(pl.LightningModule):
         denominators = batch.get("denominators")
         if denominators is None or self._trainer is None:
             return total / max(float(local), 1.0)
-        factor = data_ranks(self.trainer)[1] * self.trainer.accumulate_grad_batches
-        return total * (factor / (max(denominators[count], 1.0) if count else 1.0))
+        return total * (self._pieces / (max(denominators[count], 1.0) if count else 1.0))
+
+    @property
+    def _pieces(self) -> int:
+        """Into how many losses a step's is divided, over ranks and micro-batches."""
+        return data_ranks(self.trainer)[1] * self.trainer.accumulate_grad_batches
+
+    def share(self, loss: Tensor, batch: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
+        """What a loss, as `training_step` returns it, adds to that of the step; see `StepNumbers.add`."""
+        if batch.get("denominators") is None or self._trainer is None:
+            return loss, torch.ones_like(loss)
+        return loss / self._pieces, None
+
+    def why_empty(self) -> str:
+        """Why a step may have had no trained token, and what to change."""
+        return "Look at the masks of the batches."
 
     # -- checkpoints ----------------------------------------------------------------------------------------------
 
