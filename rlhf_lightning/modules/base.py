@@ -2,7 +2,7 @@
 
 import logging
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +28,9 @@ from rlhf_lightning.models.precision import cast_weights_only, weights_alone
 from rlhf_lightning.models.saving import save_model
 from rlhf_lightning.models.sharding import split, whole_weights
 from rlhf_lightning.modules.epochs import end_restored_epoch
+from rlhf_lightning.modules.module_checks import check_batch, check_content
 from rlhf_lightning.modules.schedules import Warmup
-from rlhf_lightning.modules.step import StepEnd, StepNumbers
+from rlhf_lightning.modules.step import StepEnd, StepNumbers, forget
 
 log = logging.getLogger(__name__)
 
@@ -246,9 +247,7 @@ class RLHFModule(pl.LightningModule):
 
     def configure_callbacks(self) -> list[pl.Callback]:
         """What every run of the module has; a subclass adds to it."""
-        if self._trainer is not None:  # that of an earlier run, which Lightning would make a line of
-            others = [one for one in self.trainer.callbacks if not isinstance(one, StepEnd)]  # type: ignore[attr-defined]
-            self.trainer.callbacks = others  # type: ignore[attr-defined]
+        forget(self._trainer)
         return [StepEnd(self.max_empty_steps)]
 
     def longest_row(self) -> int:
@@ -265,14 +264,7 @@ class RLHFModule(pl.LightningModule):
                 config.scheduler.set_total_steps(int(self.trainer.estimated_stepping_batches))
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Refuse what another loader's batches lack, by name."""
-        has = list(batch) if isinstance(batch, Mapping) else []
-        if missing := [name for name in self.takes if name not in has]:
-            raise ConfigError(
-                f"{type(self).__name__} takes batches that are dicts with {', '.join(self.takes)}; {missing[0]} is "
-                f"missing in this one, which is a {type(batch).__name__} of {', '.join(map(str, has)) or 'no names'}. "
-                "docs/reuse.md says how to make them"
-            )
+        check_batch(self, batch)
 
     # -- loss -----------------------------------------------------------------------------------------------------
 
@@ -319,22 +311,7 @@ class RLHFModule(pl.LightningModule):
         # Where weights are split, the strategy loads them, and has asked before.
         if "state_dict" in checkpoint:
             self.check_names(set(checkpoint["state_dict"]))
-            self._check_content(checkpoint)
-
-    def _check_content(self, checkpoint: dict[str, Any]) -> None:
-        weights = checkpoint["state_dict"]
-        for name, parameter in self.named_parameters(remove_duplicate=False):
-            if name in weights and weights[name].shape != parameter.shape:
-                raise ConfigError(
-                    f"the checkpoint is not of this stage and settings: {name} is "
-                    f"{list(weights[name].shape)} there and {list(parameter.shape)} here"
-                )
-        lacking = [key for key in ("loops", "optimizer_states", "lr_schedulers") if key not in checkpoint]
-        if lacking and self._trainer is not None and self._trainer.state.fn == "fit":
-            raise ConfigError(
-                f"the checkpoint has no {lacking[0]}: it holds weights only, and fit cannot go on from it. "
-                "Start a new stage from a model folder instead."
-            )
+            check_content(self, checkpoint)
 
     def check_names(self, found: set[str]) -> None:
         """Raise `ConfigError` where a checkpoint does not hold the weights that are trained."""

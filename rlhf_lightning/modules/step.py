@@ -131,6 +131,12 @@ class StepEnd(pl.Callback):
             )
 
 
+def forget(trainer: Any) -> None:
+    """Take the `StepEnd` of an earlier run from a trainer; in place of it Lightning would say that it is replaced."""
+    if trainer is not None:
+        trainer.callbacks = [callback for callback in trainer.callbacks if not isinstance(callback, StepEnd)]
+
+
 def _reduce(trainer: pl.Trainer, pl_module: Any) -> Reduce:
     # Ranks of one tensor-parallel group compute the same rows: these count once.
     mesh = pl_module._device_mesh
