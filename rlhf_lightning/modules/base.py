@@ -9,12 +9,13 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.plugins.precision import MixedPrecision
+from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torchmetrics import Metric
 
-from rlhf_lightning.data.asked import Asking
+from rlhf_lightning.data.asked import Asking, recorded
 from rlhf_lightning.data.base import data_ranks
 from rlhf_lightning.data.rendering import Renderer
 from rlhf_lightning.data.tokenizers import load_tokenizer
@@ -120,6 +121,11 @@ class RLHFModule(pl.LightningModule):
                 check_source(self.start_source)
             trust = {k: v for k, v in self.model_options.items() if k == "trust_remote_code"}
             self._tokenizer = load_tokenizer(self.start_source, self._tokenizer_source, self._chat_template, **trust)
+            if self._chat_template is not None and self._tokenizer_source is None and recorded(self.start_source):
+                before = load_tokenizer(self.start_source, **trust).chat_template
+                if before != self._tokenizer.chat_template:
+                    warn = "model.chat_template is not the template that %s was trained with: the setting is used"
+                    rank_zero_only(log.warning)(warn, self.start_source)
         return self._tokenizer
 
     @property
@@ -129,6 +135,8 @@ class RLHFModule(pl.LightningModule):
             data = getattr(self._trainer, "datamodule", None)
             shared = getattr(data, "renderer", None)
             asking = Asking.of(self.start_source)
+            if shared is None:
+                rank_zero_only(asking.log)()
             self._renderer = shared or asking.renderer(self.tokenizer, own_tokenizer=self.own_tokenizer)
             self._renderer.also_stop_at(self.end_token_ids)
         return self._renderer
