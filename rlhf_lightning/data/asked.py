@@ -119,7 +119,8 @@ def recorded(source: Any) -> dict[str, Any]:
     found: dict[str, Any] = {key: rendering[key] for key in _KINDS if rendering.get(key) is not None}
     for key, value in found.items():
         kind, inner = _KINDS[key]
-        if not isinstance(value, kind) or (inner and not all(isinstance(item, inner) for item in value)):
+        items: list[Any] = list(value) if inner and isinstance(value, list | dict) else []
+        if not isinstance(value, kind) or (inner and not all(isinstance(item, inner) for item in items)):
             raise ConfigError(f"stage.json of {source}: rendering.{key} is {value!r:.100}; restore the file")
     return found
 
