@@ -59,7 +59,6 @@ MAY_CHANGE = (
     "checkpoint_minutes",
     "keep",
     "on_nonfinite",
-    "model.max_empty_steps",
 )
 
 

@@ -13,7 +13,6 @@ from lightning.pytorch.utilities import rank_zero_only
 from rlhf_lightning.data.asked import Asking, shared_by_all
 from rlhf_lightning.data.batching import Layout, RowLoader, run_seed
 from rlhf_lightning.data.containers import settled
-from rlhf_lightning.data.openings import Openings
 from rlhf_lightning.data.records import (
     Reading,
     Row,
@@ -157,7 +156,7 @@ class RowDataModule(pl.LightningDataModule):
         rows = self.read(source, name, reading)
         self._truncated = 0
         if name == "train":
-            self.renderer.asked, self.renderer.openings = set(), Openings()
+            self.renderer.asked = set()
         convert = self.examples(name)
         keys: list[RowKey] = []
         row_of: list[int] = []
@@ -274,7 +273,9 @@ class RowDataModule(pl.LightningDataModule):
             elif isinstance(tokenizer, str):
                 tokenizer = load_tokenizer(tokenizer)
             asking = self.asking
-            rank_zero_only(asking.log)()
+            asking.warn()
+            if said := asking.describe():
+                log.info("%s", said)
             own = module is None or (self.tokenizer is None and getattr(module, "own_tokenizer", True))
             self._renderer = asking.renderer(tokenizer, self._model_stops(), plain=False, own_tokenizer=own)
         return self._renderer
@@ -291,22 +292,15 @@ class RowDataModule(pl.LightningDataModule):
         given = {name: getattr(self, name) for name in ("format", "template_kwargs", "system", "tools")}
         return Asking.of(getattr(module, "start_source", self.start), **given)
 
-    @rank_zero_only
-    def _say(self, asking: Asking, openings: Openings | None) -> None:
-        """What the model's own record, or the template, does not agree with."""
-        asking.warn("all rows have the {} {}, and {} was trained with {}")
-        if openings is not None and openings.message:
-            log.warning("%s", openings.message)
-
     def _take_shared(self) -> None:
         """Note what all training rows had in common, and say where the model was trained with something else."""
-        asked, openings = self.renderer.asked, self.renderer.openings
-        self.renderer.asked = self.renderer.openings = None
-        if asked is None:
+        asked, self.renderer.asked = self.renderer.asked, None
+        if not asked:
             return
         self.shared = shared_by_all(asked)
+        asking = self.asking
         own = {key: value for key, value in self.shared.items() if value != getattr(self.renderer, key)}
-        self._say(replace(self.asking, given=own), openings)
+        replace(asking, given=own).warn("all rows have the {} {}, and {} was trained with {}")
 
     @property
     def pad_id(self) -> int:

@@ -5,30 +5,24 @@ conversation before it with the generation prompt: what the turn adds to that is
 it ends is found by rendering the same turn with a sentinel as content: what follows the sentinel closes a turn.
 """
 
+import hashlib
 import logging
 from collections.abc import Iterator
 from contextlib import suppress
 from datetime import datetime
+from functools import lru_cache
 from typing import Any
 
 from rlhf_lightning.data.call_forms import CallForms
 from rlhf_lightning.data.contents import ContentForms, joined
 from rlhf_lightning.data.conversations import Message
 from rlhf_lightning.data.records import RowError
+from rlhf_lightning.data.template_budget import Budget, OverBudgetError
 from rlhf_lightning.errors import ConfigError
 
 log = logging.getLogger(__name__)
 TEMPLATE_DATE = "2025-01-01"
 RECENT = 4  # renderings that are kept: a turn, what comes before it with and without a prompt to go on, the sentinel
-# A macro of the same name stands before transformers' own function.
-FIXED_DATE = (
-    "{%- macro strftime_now(format) -%}{{ format"
-    + "".join(
-        f"|replace('%{code}', '{datetime.fromisoformat(TEMPLATE_DATE).strftime('%' + code)}')"
-        for code in "dmYyBbAajHMSIp"
-    )
-    + " }}{%- endmacro -%}\n"
-)
 _SENTINEL = "\ue000sentinel\ue001"
 _ASKED: list[Message] = [{"role": "user", "content": "Hello"}]
 # What `apply_chat_template` takes beside what a template reads.
@@ -38,12 +32,15 @@ _RESERVED = {
     *("return_assistant_tokens_mask", "sanitize_control_tokens"),
 }
 
-FAILURES = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError)
+_FAILURES = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError)
 Tools = list[Any] | None
 
 
-class _Dated(str):
-    """A template that transformers compiles apart from the same text elsewhere: here its date is fixed."""
+class _Own(str):
+    """The name of a template: an empty one, which transformers compiles in its sandbox, and which is then filled.
+
+    It never compiles the text itself: Jinja computes what is constant while it compiles, however large that is.
+    """
 
 
 def _compiled(source: str) -> Any:
@@ -51,6 +48,20 @@ def _compiled(source: str) -> Any:
     from transformers.utils.chat_template_utils import _compile_jinja_template
 
     return _compile_jinja_template(source)
+
+
+@lru_cache(maxsize=16)
+def _filled(source: str) -> tuple[_Own, Budget]:
+    """The name by which `apply_chat_template` finds a template, with its budget and a date that is fixed.
+
+    Raises:
+        TemplateSyntaxError: the text is no template.
+    """
+    name = _Own(f"{{# {hashlib.sha256(source.encode(errors='surrogatepass')).hexdigest()} #}}")
+    template = _compiled(name)
+    # Templates are handed data, not functions: it is changed where transformers keeps its own.
+    template.environment.globals["strftime_now"] = _fixed_now
+    return name, Budget(template, source)
 
 
 def _fixed_now(format: str) -> str:
@@ -65,7 +76,7 @@ class ChatTemplate:
     """
 
     def __init__(self, tokenizer: Any, options: dict[str, Any] | None = None) -> None:
-        self.tokenizer, self.given = tokenizer, options or {}
+        self.tokenizer = tokenizer
         # Templates that begin with a bos_token are used with tokenizers that have none.
         self.options = {
             "bos_token": tokenizer.bos_token or "",
@@ -74,7 +85,6 @@ class ChatTemplate:
         }
         self.forms = CallForms(lambda messages, tools: self._rendered(self.contents.fit(messages), tools))
         self._recent: dict[str, str] = {}
-        self._sources: dict[str, str] = {}
         self.contents = ContentForms(lambda messages: self._rendered(self.forms.fit(messages, None), None))
         added = getattr(tokenizer, "added_tokens_decoder", {}).values()
         special = {str(token) for token in added if token.special} | set(tokenizer.all_special_tokens)
@@ -90,11 +100,6 @@ class ChatTemplate:
             self._ending = self._ends_with(self.turn_end)
         self.ends_turns = self.turn_end != ""
         self.end_markers = self._find_ends()
-
-    @property
-    def after_turn(self) -> str:
-        """What stands after the end of the last turn, without the white space around it: an end of all text."""
-        return (self.turn_end or "").removeprefix(self._ending).strip() if self._ending else ""
 
     def _check_prints(self) -> None:
         """Refuse a template that prints nothing of what is said: prompts and answers would all be the same."""
@@ -148,6 +153,8 @@ class ChatTemplate:
                 f"the chat template is no valid Jinja: {error} (line {error.lineno}). Mend chat_template.jinja in the "
                 "model folder, or name another with model.chat_template."
             ) from None
+        except OverBudgetError as error:
+            raise ConfigError(f"{error}. Mend it, or name another with model.chat_template.") from None
         except (
             TemplateError,
             TypeError,
@@ -161,16 +168,11 @@ class ChatTemplate:
             raise RowError(f"the chat template refuses the conversation (roles: {roles}): {error}") from None
 
     def _source(self, tools: Tools) -> str:
-        """The template's text. One that prints today's date would render one thing now and another tomorrow."""
+        """The template by its name, with its budget whole."""
         text = self.tokenizer.get_chat_template(None, tools)
-        if text not in self._sources:
-            source = text.removeprefix("\ufeff")  # a byte order mark of the file is none of the template's text
-            self._sources[text] = _Dated(source) if "strftime_now" in source else source
-        source = self._sources[text]
-        if isinstance(source, _Dated):
-            # Templates are handed data, not functions: it is changed where transformers keeps its own.
-            _compiled(source).environment.globals["strftime_now"] = _fixed_now
-        return source
+        name, budget = _filled(text.removeprefix("\ufeff"))  # a byte order mark of the file is none of the template's
+        budget.begin()
+        return name
 
     def _check_options(self, options: dict[str, Any]) -> None:
         """Refuse options that would change what is asked of a template; warn of those that it does not read."""
@@ -188,10 +190,9 @@ class ChatTemplate:
         read: set[str] = set()
         for source in sources:
             try:
-                environment = _compiled(source).environment
+                read |= find_undeclared_variables(_compiled("").environment.parse(source))
             except TemplateError:
                 return  # said where it is rendered
-            read |= find_undeclared_variables(environment.parse(source))
         if unread := sorted(set(options) - read):
             known = sorted(read - {"messages", "tools", "add_generation_prompt", "documents"})
             log.warning(

@@ -1,0 +1,165 @@
+"""A limit on what a chat template may do, by counting: it comes with a model, and its loops may have no end."""
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Sized
+from functools import wraps
+from typing import Any
+
+from jinja2 import Template, nodes, pass_context
+from jinja2.exceptions import TemplateRuntimeError
+from jinja2.visitor import NodeTransformer
+
+STEPS = 3_000_000
+"""Turns of loops and calls of one rendering."""
+LENGTH = 5_000_000
+"""Characters of a text, or items of a list, that a template may make."""
+CHARACTERS = 100
+"""Characters of a text that are handled for a step."""
+_LOOP, _TEXT, _SHOWN = "rlhf_loop", "rlhf_text", "rlhf_shown"
+_SLOW = {"wordwrap", "urlize", "pprint"}
+_QUICK = {"length", "count", "first", "last", "default", "d"}
+_DIGITS = re.compile(r"\d{7,}")
+_LIMITED = ("*", "+", "**", "%")
+
+
+class OverBudgetError(TemplateRuntimeError):
+    """A template asked for more than a rendering may take."""
+
+
+class Budget:
+    """Counts what a template of an environment of its own does.
+
+    Args:
+        template: as transformers compiles it; it is compiled anew, with counts.
+        source: its text.
+    """
+
+    def __init__(self, template: Any, source: str) -> None:
+        self.steps = 0
+        environment = template.environment
+        self._call, self._operate = environment.call, environment.call_binop
+        environment.call, environment.call_binop = self.call, self.operate
+        environment.intercepted_binops = frozenset(_LIMITED)
+        given = {name: self._filter(name, one) for name, one in environment.filters.items() if name not in _SLOW}
+        counted_items = pass_context(lambda _, items, cost: self.counted(items, cost))
+        environment.filters = given | {_LOOP: counted_items, _TEXT: self.concatenate, _SHOWN: self.shown}
+        tree = _Counted().visit(environment.parse(source))
+        counted = Template.from_code(environment, environment.compile(tree), environment.make_globals(None))
+        template.root_render_func, template.blocks = counted.root_render_func, counted.blocks
+
+    def begin(self) -> None:
+        """A rendering begins."""
+        self.steps = 0
+
+    def spend(self, steps: int = 1) -> None:
+        """Count; raises `OverBudgetError`."""
+        self.steps += steps
+        if self.steps > STEPS:
+            raise OverBudgetError(f"the chat template goes on for more than {STEPS:,} steps; it may have no end")
+
+    def counted(self, items: Iterable[Any], cost: int) -> Iterator[Any]:
+        """The items of a loop."""
+        for item in items:
+            self.spend(cost)
+            yield item
+
+    def shown(self, value: Any) -> Any:
+        """What is printed."""
+        if isinstance(value, str):
+            self.spend(1 + len(value) // CHARACTERS)
+        return value
+
+    def call(self, context: Any, function: Any, *args: Any, **kwargs: Any) -> Any:
+        """A call of a function or method, in the sandbox."""
+        self.spend(10)
+        _check_arguments(args, kwargs)
+        if isinstance(owner := getattr(getattr(function, "__wrapped__", function), "__self__", None), str):
+            _check_arguments((owner,), {})
+        return self.sized(self._call(context, function, *args, **kwargs))
+
+    def operate(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+        """An operation whose result can be far larger than what it is made of."""
+        numbers = [abs(value) for value in (left, right) if isinstance(value, int)]
+        if operator == "**" and numbers and max(numbers) > 1000:
+            raise OverBudgetError("the chat template raises numbers beyond what a prompt has")
+        if operator == "*" and len(numbers) == 1:
+            sequence = right if isinstance(left, int) else left
+            _check_length(len(sequence) * numbers[0] if isinstance(sequence, Sized) else 0)
+        if operator == "%" and isinstance(left, str):
+            _check_arguments((left,), {})
+        return self.sized(self._operate(context, operator, left, right))
+
+    def concatenate(self, parts: Iterable[Any]) -> str:
+        """`a ~ b`."""
+        self.spend()
+        texts = [str(part) for part in parts]
+        _check_length(sum(map(len, texts)))
+        return "".join(texts)
+
+    def sized(self, value: Any) -> Any:
+        """A value that was made."""
+        if isinstance(value, str | list | tuple | dict):
+            _check_length(len(value))
+        elif isinstance(value, range):
+            self.spend(len(value))
+        return value
+
+    def _filter(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(function)  # with the marks by which Jinja knows that it wants the context
+        def limited(*args: Any, **kwargs: Any) -> Any:
+            for value in args:
+                if isinstance(value, str):
+                    self.spend(1 + len(value) // CHARACTERS)
+                elif isinstance(value, list | tuple | range):
+                    self.spend(1 if name in _QUICK else 1 + len(value))
+            _check_arguments(args[1:], kwargs)
+            if name == "format":
+                _check_arguments(args[:1], {})
+            return self.sized(function(*args, **kwargs))
+
+        return limited
+
+
+def _check_length(length: int) -> None:
+    if length > LENGTH:
+        raise OverBudgetError(f"the chat template makes a text or list longer than {LENGTH:,}")
+
+
+def _check_arguments(args: Iterable[Any], kwargs: dict[str, Any]) -> None:
+    """Numbers are widths and counts, and so are those in a text that says how to write others."""
+    for value in (*args, *kwargs.values()):
+        if isinstance(value, int):
+            _check_length(abs(value))
+        elif isinstance(value, str) and len(value) < 1000:
+            for digits in _DIGITS.findall(value) if "%" in value or "{" in value else ():
+                _check_length(int(digits))
+
+
+class _Counted(NodeTransformer):
+    """What is repeated in a template, and what it joins, goes through filters that count."""
+
+    def visit_For(self, node: nodes.For) -> nodes.For:  # noqa: N802 - Jinja calls it so
+        """`{% for … in items %}`."""
+        self.generic_visit(node)
+        text = sum(len(one.data) for one in node.find_all(nodes.TemplateData))
+        node.iter = _filter(node.iter, _LOOP, nodes.Const(1 + text // CHARACTERS))
+        return node
+
+    def visit_Output(self, node: nodes.Output) -> nodes.Output:  # noqa: N802 - Jinja calls it so
+        """`{{ value }}` and the text around it."""
+        self.generic_visit(node)
+        node.nodes = [
+            one if isinstance(one, nodes.TemplateData | nodes.Const) else _filter(one, _SHOWN) for one in node.nodes
+        ]
+        return node
+
+    def visit_Concat(self, node: nodes.Concat) -> nodes.Filter:  # noqa: N802 - Jinja calls it so
+        """`a ~ b`."""
+        self.generic_visit(node)
+        return _filter(nodes.List(node.nodes).set_lineno(node.lineno), _TEXT)
+
+
+def _filter(node: nodes.Node, name: str, *args: nodes.Expr) -> nodes.Filter:
+    made = nodes.Filter(node, name, list(args), [], None, None)
+    made.set_lineno(node.lineno)
+    return made
