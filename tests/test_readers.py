@@ -517,3 +517,49 @@ def test_every_unreadable_line_is_told_to_a_check(tmp_path: Path) -> None:
         {"prompt": "g", "answer": "h"},
     ]
     assert [where.rpartition(":")[2] for where, _ in reading.unreadable or []] == ["3", "4"]
+
+
+def test_frames_of_polars_are_read_by_arrow() -> None:
+    class DataFrame:
+        """What is used of polars, which the tests do without."""
+
+        __module__ = "polars.dataframe.frame"
+        columns = ("messages",)
+
+        def to_arrow(self) -> pa.Table:
+            return table([ONE, TWO])
+
+    class LazyFrame:
+        __module__ = "polars.lazyframe.frame"
+
+        def collect(self) -> DataFrame:
+            return DataFrame()
+
+    assert rows_of(DataFrame()) == [ONE, TWO]
+    assert rows_of({"train": DataFrame()}, split="train") == [ONE, TWO]
+    with pytest.raises(DataError, match=r"a polars LazyFrame; give what its collect\(\) returns"):
+        read_rows(LazyFrame())
+
+
+def test_batches_of_a_loader_are_no_rows() -> None:
+    from torch.utils.data import DataLoader, Dataset
+
+    class Rows(Dataset[Any]):
+        def __len__(self) -> int:
+            return 2
+
+        def __getitem__(self, index: int) -> dict[str, Any]:
+            return [ONE, TWO][index]
+
+    assert rows_of(Rows()) == [ONE, TWO]
+    with pytest.raises(DataError, match="a DataLoader, which gives batches; give the rows"):
+        read_rows(DataLoader(Rows()))
+
+
+def test_lines_of_text_are_prompts_to_predict_for(tmp_path: Path, tokenizer: Any) -> None:
+    (tmp_path / "a.txt").write_text("Hi\nHo\n")
+    data = SFTDataModule(predict=tmp_path / "a.txt", tokenizer=tokenizer, show_example=False)
+    data.setup("predict")
+    assert [row.messages[0]["content"] for row in data.prepared["predict"].rows] == ["Hi", "Ho"]
+    with pytest.raises(DataError, match=r"a\.txt:1: not valid JSON"):
+        SFTDataModule(tmp_path / "a.txt", tokenizer=tokenizer).setup("fit")

@@ -1,8 +1,10 @@
 """What is held out of the training data, and rows that stand on both sides."""
 
 import logging
+from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 import torch
 from hypothesis import given, settings
@@ -10,9 +12,11 @@ from hypothesis import strategies as st
 
 from rlhf_lightning.data.preference import PreferenceDataModule
 from rlhf_lightning.data.prompts import PromptDataModule
+from rlhf_lightning.data.records import read_rows
 from rlhf_lightning.data.sft import SFTDataModule
-from rlhf_lightning.data.splits import held_out, is_blank, leaks, opening, row_key
+from rlhf_lightning.data.splits import held_out, is_blank, leaks, opening, row_key, said
 from rlhf_lightning.errors import ConfigError
+from rlhf_lightning.quickstart.run import Settings, _split
 from tests.conftest import chats, pairs, prompts, write_rows
 
 
@@ -93,6 +97,7 @@ def test_what_the_prompt_of_a_conversation_is() -> None:
     assert opening(rows("system", "user", "assistant", "user", "assistant")) == 2
     assert opening(rows("assistant", "user", "assistant")) == 2, "a greeting answers nobody"
     assert opening(rows("system", "assistant")) == 2
+    assert said([{"role": "user", "content": " a\n", "weight": 0}]) == said([{"role": "user", "content": "a"}])
     assert is_blank([{"role": "system", "content": "s"}, {"role": "user", "content": " "}])
     assert not is_blank([{"role": "user", "content": "a"}])
     assert row_key("", "a", blank=True).prompt != row_key("", "b", blank=True).prompt
@@ -138,8 +143,8 @@ def test_leaks_are_counted_with_the_first_of_each(tokenizer: Any, tmp_path: Any,
     ready(SFTDataModule(*files, tokenizer=tokenizer, show_example=False))
     (warning,) = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
     assert warning.startswith(
-        f"data.validation: of 4 rows 2 are trained on (the first: {files[1]}:2 and {files[0]}:3) and "
-        f"3 have a prompt that is trained on (the first: {files[1]}:2 and {files[0]}:3)"
+        f"leakage between data.train and data.validation: 2 of 4 rows are trained on (the first: {files[1]}:2 and "
+        f"{files[0]}:3), 3 of 4 rows have a prompt that is trained on (the first: {files[1]}:2 and {files[0]}:3)"
     )
     caplog.clear()
     ready(SFTDataModule(files[0], [held[0]], tokenizer=tokenizer, show_example=False))
@@ -152,7 +157,7 @@ def test_test_rows_are_compared_too(tokenizer: Any, before: bool, caplog: Any) -
     if before:
         data.setup("fit")
     data.setup("test")
-    assert "data.test: of 4 rows 2 are trained on (the first: list[0] and list[0])" in caplog.text
+    assert "data.train and data.test: 2 of 4 rows are trained on (the first: list[0] and list[0])" in caplog.text
     caplog.clear()
     data = PreferenceDataModule("missing.jsonl", test=pairs(2), tokenizer=tokenizer, show_example=False)
     data.setup("test")
@@ -167,3 +172,15 @@ def test_prompts_of_recorded_episodes_are_compared(tokenizer: Any) -> None:
     keys = [data.key({"prompt_tokens": ids, **drawn}), data.key({"tokens": [*ids, 1], "mask": [0] * len(ids) + [1]})]
     for key in keys:
         assert len(leaks([key], data.prepared["validation"].keys).prompts) == 1
+
+
+@pytest.mark.parametrize("name", ["sft", "prompts"])
+def test_the_quickstart_holds_whole_prompts_out_of_a_users_file(name: str, tmp_path: Path) -> None:
+    rows = [{"prompt": f"q{i % 12}", "completion": f"a{i}"} for i in range(60)]
+    pd.DataFrame(rows).to_csv(tmp_path / "rows.csv", index=False)
+    (tmp_path / "data").mkdir()
+    paths = _split(Settings(root=tmp_path, seed=3), name, str(tmp_path / "rows.csv"))
+    train, held = ([row.data for row in read_rows(paths[f"{name}_{part}"])] for part in ("train", "validation"))
+    assert len(held) == 5
+    assert not {row["prompt"] for row in held} & {row["prompt"] for row in train}
+    assert sorted(row["completion"] for row in train + held) == sorted(row["completion"] for row in rows)

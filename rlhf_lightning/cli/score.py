@@ -39,7 +39,7 @@ def run(args: list[str]) -> int:
 
     setup_logging("warning", None)
     rows, summary = score_file(options)
-    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    text = "".join(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows)
     if options.output:
         options.output.parent.mkdir(parents=True, exist_ok=True)
         options.output.write_text(text, encoding="utf-8")

@@ -21,7 +21,7 @@ from rlhf_lightning.data.preference_rows import (
 )
 from rlhf_lightning.data.records import RowError, Source
 from rlhf_lightning.data.rendering import Rendered
-from rlhf_lightning.data.splits import RowKey, is_blank, row_key
+from rlhf_lightning.data.splits import RowKey, is_blank, row_key, said
 from rlhf_lightning.errors import ConfigError, DataError
 
 log = logging.getLogger(__name__)
@@ -96,7 +96,7 @@ class PreferenceDataModule(RowDataModule):
     def key(self, data: dict[str, Any]) -> RowKey:
         split: Any = {"pairs": split_pair, "labels": split_labelled, "rankings": split_ranking}[row_kind(data)]
         prompt, *rest = split(data)
-        return row_key([prompt, tool_schemas(data)], rest, is_blank(prompt))
+        return row_key([said(prompt), tool_schemas(data)], rest, is_blank(prompt))
 
     # -- rows -----------------------------------------------------------------------------------------------------
 

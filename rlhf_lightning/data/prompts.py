@@ -8,7 +8,7 @@ from rlhf_lightning.data.base import RowDataModule
 from rlhf_lightning.data.conversations import Message, conversation, has_conversation, tool_schemas
 from rlhf_lightning.data.records import RowError, Source, require
 from rlhf_lightning.data.rendering import Renderer, as_prompt
-from rlhf_lightning.data.splits import RowKey, is_blank, row_key
+from rlhf_lightning.data.splits import RowKey, is_blank, row_key, said
 from rlhf_lightning.errors import ConfigError
 
 
@@ -148,7 +148,7 @@ class PromptDataModule(RowDataModule):
         """By tokens where episodes are learnt from, which have no others; else by messages."""
         if not self.recorded:
             messages = prompt_messages(data)
-            return row_key([messages, tool_schemas(data)], None, is_blank(messages))
+            return row_key([said(messages), tool_schemas(data)], None, is_blank(messages))
         if data.get("prompt") is not None or has_conversation(data):
             return row_key(prompt_example(self.renderer, data).ids, None)
         if data.get("tokens") is not None:

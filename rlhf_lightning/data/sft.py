@@ -9,10 +9,10 @@ from rlhf_lightning.data.base import RowDataModule
 from rlhf_lightning.data.batching import pad_tokens
 from rlhf_lightning.data.conversations import conversation, has_conversation, tool_schemas
 from rlhf_lightning.data.prompts import Prompt, collate_prompts, prompt_example
-from rlhf_lightning.data.records import RowError, Source
+from rlhf_lightning.data.records import Reading, Row, RowError, Source, read_rows
 from rlhf_lightning.data.rendering import Rendered
 from rlhf_lightning.data.selection import TRAIN_ON
-from rlhf_lightning.data.splits import RowKey, is_blank, opening, row_key
+from rlhf_lightning.data.splits import RowKey, is_blank, opening, row_key, said
 from rlhf_lightning.errors import ConfigError
 
 
@@ -48,6 +48,10 @@ class SFTDataModule(RowDataModule):
     def examples(self, name: str) -> Callable[[dict[str, Any]], list[Any]]:
         return self._prompts if name == "predict" else self._rows
 
+    def read(self, source: Source, name: str, reading: Reading) -> list[Row]:
+        # Rows of `predict` are prompts, which may be lines of text.
+        return read_rows(source, "prompt" if name == "predict" else None, reading, name)
+
     def _prompts(self, data: dict[str, Any]) -> list[Prompt]:
         prompt = prompt_example(self.renderer, data)
         self.too_long(prompt.tokens, can_truncate=False)
@@ -64,10 +68,11 @@ class SFTDataModule(RowDataModule):
 
     def key(self, data: dict[str, Any]) -> RowKey:
         if data.get("text") is not None and not has_conversation(data):
-            return row_key(data["text"], None)
+            return row_key(str(data["text"]).strip(), None)
         messages = conversation(data)
         asked = opening(messages)
-        return row_key([messages[:asked], tool_schemas(data)], messages[asked:], is_blank(messages[:asked]))
+        prompt = messages[:asked]
+        return row_key([said(prompt), tool_schemas(data)], said(messages[asked:]), is_blank(prompt))
 
     def _fit(self, row: Rendered) -> Rendered:
         if not self.too_long(row.tokens):

@@ -35,13 +35,13 @@ class Leaks:
     def message(self, name: str) -> str:
         """What there is to say of them."""
         found = [
-            f"{len(pairs)} {words} (the first: {pairs[0][0]} and {pairs[0][1]})"
+            f"{len(pairs)} of {self.count} rows {words} (the first: {pairs[0][0]} and {pairs[0][1]})"
             for pairs, words in ((self.rows, "are trained on"), (self.prompts, "have a prompt that is trained on"))
             if pairs
         ]
         return (
-            f"data.{name}: of {self.count} rows {' and '.join(found)}: figures measured on them will be too good. "
-            "Leave them out of one side; data.validation_split keeps all rows of a prompt on one side."
+            f"leakage between data.train and data.{name}: {', '.join(found)}. Figures measured on them are too good: "
+            "leave them out of one side, or hold rows out by data.validation_split, which keeps a prompt on one side."
         )
 
 
@@ -79,6 +79,14 @@ def row_key(prompt: Any, rest: Any, blank: bool = False) -> RowKey:
     return RowKey(row, row if blank else _digest(prompt))
 
 
+def said(messages: Sequence[Message]) -> list[Any]:
+    """Who says what in messages, to be compared: without blanks around it and without marks for training."""
+    return [
+        [message["role"], str(message.get("content") or "").strip(), message.get("tool_calls") or []]
+        for message in messages
+    ]
+
+
 def _digest(value: Any) -> bytes:
     return hashlib.blake2b(json.dumps(value, sort_keys=True, default=str).encode(), digest_size=16).digest()
 
@@ -100,8 +108,8 @@ def is_blank(messages: Sequence[Message]) -> bool:
     )
 
 
-def held_out(prompts: Sequence[bytes], wanted: int, seed: int) -> list[int]:
-    """The rows to hold out, in an order drawn from the seed: all rows of a prompt or none.
+def held_out(prompts: Sequence[bytes], wanted: int, seed: int | None) -> list[int]:
+    """The rows to hold out, in an order drawn from the seed (or the first ones): all rows of a prompt or none.
 
     As many as wanted, where whole prompts make up that number; else as many as fit, and at least one prompt. Empty
     where all rows have one prompt.
@@ -112,7 +120,9 @@ def held_out(prompts: Sequence[bytes], wanted: int, seed: int) -> list[int]:
     parts = list(groups.values())
     if len(parts) < 2:
         return []
-    order = torch.randperm(len(parts), generator=torch.Generator().manual_seed(seed)).tolist()
+    order = list(range(len(parts)))
+    if seed is not None:
+        order = torch.randperm(len(parts), generator=torch.Generator().manual_seed(seed)).tolist()
     held: list[int] = []
     for part in (parts[i] for i in order):
         if len(held) + len(part) <= wanted:

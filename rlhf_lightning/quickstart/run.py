@@ -102,16 +102,28 @@ def _inputs(settings: Settings) -> dict[str, Any]:
 
 
 def _split(settings: Settings, name: str, file: str) -> dict[str, str]:
-    """A user's file as training rows and a held-out tenth, at most 240 rows."""
-    from rlhf_lightning.data.records import read_rows
+    """A user's file as training rows and a held-out tenth, at most 240 rows; all rows of a prompt on one side."""
+    from rlhf_lightning.data.check import MODULES
+    from rlhf_lightning.data.records import RowError, read_rows, rename_columns
+    from rlhf_lightning.data.splits import held_out, row_key
 
-    rows = [row.data for row in read_rows(file, "prompt" if name == "prompts" else None)]
-    random.Random(settings.seed).shuffle(rows)
-    held = min(240, max(1, len(rows) // 10))
+    module, keyed = MODULES[name](), []
+    for row in read_rows(file, module.text_key, split="train"):
+        try:
+            data = rename_columns(row, None).data
+            keyed.append((data, module.key(data).prompt))
+        except RowError:  # the stage names bad rows
+            keyed.append((row.data, row_key(row.data, None).prompt))
+    random.Random(settings.seed).shuffle(keyed)
+    wanted = min(240, max(1, len(keyed) // 10))
+    held = set(held_out([prompt for _, prompt in keyed], wanted, None) or range(wanted))
+    rows = {"validation": [data for i, (data, _) in enumerate(keyed) if i in held]}
+    rows["train"] = [data for i, (data, _) in enumerate(keyed) if i not in held] or rows["validation"]
     paths = {}
-    for part, items in (("validation", rows[:held]), ("train", rows[held:] or rows)):
+    for part, items in rows.items():
         path = settings.root / "data" / f"{name}_{part}.jsonl"
-        path.write_text("".join(json.dumps(item, ensure_ascii=False) + "\n" for item in items), encoding="utf-8")
+        text = "".join(json.dumps(item, ensure_ascii=False, default=str) + "\n" for item in items)
+        path.write_text(text, encoding="utf-8")
         paths[f"{name}_{part}"] = str(path)
     return paths
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rlhf_lightning.data.containers import settled
 from rlhf_lightning.data.conversations import conversation, tool_schemas
 from rlhf_lightning.data.records import Reading, RowError, Source, convert_rows, read_rows
 from rlhf_lightning.data.rendering import Renderer
@@ -105,7 +106,7 @@ class ReferenceNorm(Normaliser):
         super().__init__()
         if limit is not None and limit < 2:
             raise ConfigError(f"ReferenceNorm.limit is {limit}; it must be at least 2")
-        self.data, self.scale, self.limit = data, scale, limit
+        self.data, self.scale, self.limit = settled(data), scale, limit
 
     def bind(self, renderer: Renderer, score: Score) -> None:
         self._score = score
