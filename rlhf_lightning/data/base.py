@@ -23,10 +23,9 @@ from rlhf_lightning.data.records import (
     fingerprint,
     is_here,
     read_rows,
-    rename_columns,
 )
 from rlhf_lightning.data.rendering import Renderer
-from rlhf_lightning.data.splits import Prepared, RowKey, held_out, leaks, row_key
+from rlhf_lightning.data.splits import Prepared, RowKey, hold_out, keys_of, leaks, row_key
 from rlhf_lightning.data.tokenizers import load_tokenizer
 from rlhf_lightning.errors import ConfigError, DataError
 
@@ -185,29 +184,7 @@ class RowDataModule(pl.LightningDataModule):
     def _hold_out(self, stage: str) -> None:
         if stage not in ("fit", "validate") or "validation" in self.prepared or not self.validation_split:
             return
-        train = self.prepared["train"]
-        size = len(train.keys)
-        wanted = int(self.validation_split if self.validation_split >= 1 else max(1, self.validation_split * size))
-        if wanted >= size:
-            raise ConfigError(f"data.validation_split {self.validation_split} leaves nothing to train on ({size} rows)")
-        held = held_out([key.prompt for key in train.keys], wanted, self.seed)
-        if not held:
-            raise ConfigError(
-                f"data.validation_split {self.validation_split}: all {size} rows have the same prompt, of which all "
-                "are held out or none; name rows with other prompts in data.validation"
-            )
-        validation = self.prepared["validation"] = train.part(held)
-        validation.reading = Reading(len(held))
-        kept = train.part(sorted(set(range(size)) - set(held)))
-        train.rows, train.keys, train.row_of = kept.rows, kept.keys, kept.row_of
-        log.info(
-            "validation: %d of %d rows held out of the training data (%d examples, %d prompts)%s",
-            len(held),
-            size,
-            len(validation.rows),
-            len({key.prompt for key in validation.keys}),
-            "" if len(held) == wanted else f"; {wanted} were asked for, and the rows of a prompt stay together",
-        )
+        self.prepared["validation"] = hold_out(self.prepared["train"], self.validation_split, self.seed)
 
     @rank_zero_only
     def _compare(self, name: str) -> None:
@@ -227,15 +204,7 @@ class RowDataModule(pl.LightningDataModule):
         except DataError as error:
             log.warning("not compared with data.train, which cannot be read: %s", error)
             return []
-        keys = []
-        for row in rows:
-            try:
-                key = self.key(rename_columns(row, self.columns).data)
-            except RowError:  # bad rows are what `fit` speaks of
-                continue
-            key.where = row.where
-            keys.append(key)
-        return keys
+        return keys_of(rows, self.key, self.columns)
 
     def train_dataloader(self) -> Any:
         return self._loader("train", self.batch_size, shuffle=not getattr(self.trainer, "overfit_batches", 0))

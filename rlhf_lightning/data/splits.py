@@ -2,14 +2,18 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
+import logging
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from rlhf_lightning.data.conversations import Message
-from rlhf_lightning.data.records import Reading
+from rlhf_lightning.data.records import Reading, Row, RowError, rename_columns
+from rlhf_lightning.errors import ConfigError
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -91,6 +95,21 @@ def _digest(value: Any) -> bytes:
     return hashlib.blake2b(json.dumps(value, sort_keys=True, default=str).encode(), digest_size=16).digest()
 
 
+def keys_of(
+    rows: Sequence[Row], key: Callable[[dict[str, Any]], RowKey], columns: Mapping[str, str | None] | None
+) -> list[RowKey]:
+    """The keys of rows that are not rendered; bad rows are left out, of which `fit` speaks."""
+    keys = []
+    for row in rows:
+        try:
+            found = key(rename_columns(row, columns).data)
+        except RowError:
+            continue
+        found.where = row.where
+        keys.append(found)
+    return keys
+
+
 def opening(messages: Sequence[Message]) -> int:
     """How many messages of a conversation are its prompt: those before the first answer to a user."""
     asked = False
@@ -128,6 +147,36 @@ def held_out(prompts: Sequence[bytes], wanted: int, seed: int | None) -> list[in
         if len(held) + len(part) <= wanted:
             held += part
     return held or min((parts[i] for i in order), key=len)
+
+
+def hold_out(train: Prepared, split: float, seed: int) -> Prepared:
+    """Take rows out of the training data: a number of them, or a fraction below 1.
+
+    Raises:
+        ConfigError: nothing would be left, or all rows have one prompt.
+    """
+    size = len(train.keys)
+    wanted = int(split if split >= 1 else max(1, split * size))
+    if wanted >= size:
+        raise ConfigError(f"data.validation_split {split} leaves nothing to train on ({size} rows)")
+    held = held_out([key.prompt for key in train.keys], wanted, seed)
+    if not held:
+        raise ConfigError(
+            f"data.validation_split {split}: all {size} rows have the same prompt, of which all are held out or none; "
+            "name rows with other prompts in data.validation"
+        )
+    validation, kept = train.part(held), train.part(sorted(set(range(size)) - set(held)))
+    validation.reading = Reading(len(held))
+    train.rows, train.keys, train.row_of = kept.rows, kept.keys, kept.row_of
+    log.info(
+        "validation: %d of %d rows held out of the training data (%d examples, %d prompts)%s",
+        len(held),
+        size,
+        len(validation.rows),
+        len({key.prompt for key in validation.keys}),
+        "" if len(held) == wanted else f"; {wanted} were asked for, and the rows of a prompt stay together",
+    )
+    return validation
 
 
 def leaks(train: Sequence[RowKey], other: Sequence[RowKey]) -> Leaks:
