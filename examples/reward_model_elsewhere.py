@@ -14,11 +14,8 @@ def score(folder: str, prompt: str, responses: list[str]) -> torch.Tensor:
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
     user = {"role": "user", "content": prompt}
-    texts = [
-        tokenizer.apply_chat_template([user, {"role": "assistant", "content": response}], tokenize=False).rstrip("\n")
-        for response in responses
-    ]
-    tokens = tokenizer(texts, add_special_tokens=False, return_tensors="pt", padding=True, padding_side="right")
+    talks = [[user, {"role": "assistant", "content": response}] for response in responses]
+    tokens = tokenizer.apply_chat_template(talks, padding=True, return_dict=True, return_tensors="pt")
     with torch.no_grad():
         return model(**tokens).logits[:, 0]
 

@@ -8,14 +8,27 @@ import pytest
 import torch
 
 from rlhf_lightning import (
+    PolicyRLModule,
+    PreferenceDataModule,
+    PreferenceModule,
+    PromptDataModule,
     SFTDataModule,
     SFTModule,
 )
 from rlhf_lightning.callbacks.export import ExportModel
+from rlhf_lightning.data.asked import Asking, read_tools
+from rlhf_lightning.errors import ConfigError
+from rlhf_lightning.files import read_stage
 from rlhf_lightning.models.lora import LoRA
+from rlhf_lightning.models.reward_model import RewardModel
+from rlhf_lightning.models.scorers import ImplicitReward, RewardHead, SequenceLogprob
 from rlhf_lightning.pipeline.exporting import export_model
 from rlhf_lightning.pipeline.policies import Policy
-from tests.conftest import build_model, chats, sgd, trainer, write_rows
+from rlhf_lightning.pipeline.run import run_pipeline
+from rlhf_lightning.rollout.rewards import FunctionReward, ModelReward
+from rlhf_lightning.rollout.sampler import Sampler
+from tests.conftest import build_model, chats, pairs, prompts, sgd, trainer, write_rows
+from tests.test_cli import mistake
 from tests.test_commands_models import rlhf
 
 QUIET = {"enable_thinking": False}
@@ -88,3 +101,254 @@ def test_a_template_of_ones_own_goes_with_the_model(base: str, tmp_path: Path) -
     wanted = "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
     for folder in (tmp_path / "one" / "model", tmp_path / "two" / "merged", tmp_path / "exported"):
         assert Policy(str(folder)).renderer.prompt_text([{"role": "user", "content": "Hi"}]) == wanted, folder
+
+
+def test_python_saves_the_record_too(thinker: str, tmp_path: Path) -> None:
+    """Of every module and scorer, with `save_pretrained` alone; what reads the folder gives the scores of training."""
+    for name, scorer in (("head", RewardHead()), ("logprob", SequenceLogprob()), ("dpo", ImplicitReward(beta=0.5))):
+        module = PreferenceModule(thinker, scorer, optimizer=sgd(0.1))
+        data = PreferenceDataModule(pairs(4), batch_size=4, show_example=False, template_kwargs=QUIET)
+        trainer(tmp_path / name).fit(module, data)
+        folder = tmp_path / f"{name}-saved"
+        module.save_pretrained(folder)
+        judge = RewardModel(str(folder))
+        assert judge.renderer.template_kwargs == QUIET
+        texts = ["Count 1"], ["one two three"]
+        torch.testing.assert_close(judge.score(*texts), module.score(*texts), rtol=1e-5, atol=1e-5)
+    module = SFTModule(thinker, optimizer=sgd(0.1))
+    data = SFTDataModule(chats(4), batch_size=4, show_example=False, format="raw")
+    trainer(tmp_path).fit(module, data)
+    module.save_pretrained(tmp_path / "sft")
+    assert read_stage(tmp_path / "sft")["rendering"]["format"] == "raw"
+    assert Policy(str(tmp_path / "sft")).renderer.prompt_text([{"role": "user", "content": "Hi"}]) == "Hi"
+
+
+def test_the_next_stage_asks_as_its_start_was_trained(thinker: str, tmp_path: Path, caplog: Any) -> None:
+    """SFT, then DPO, then policy RL with the DPO folder as reward; another setting is used, and warned about."""
+    first, _ = sft(thinker, tmp_path / "sft", template_kwargs=QUIET, system="Be brief.")
+    record = read_stage(first)["rendering"]
+    assert (record["template_kwargs"], record["system"], record["format"]) == (QUIET, "Be brief.", "chat")
+    module = PreferenceModule(first, ImplicitReward(), optimizer=sgd(0.1))
+    data = PreferenceDataModule(pairs(4), batch_size=4, show_example=False)
+    trainer(tmp_path / "dpo", callbacks=[ExportModel()]).fit(module, data)
+    assert data.renderer.template_kwargs == QUIET
+    second = str(tmp_path / "dpo" / "model")
+    assert read_stage(second)["rendering"] == record
+    assert "trained with" not in caplog.text
+    reward = ModelReward(second)
+    policy = PolicyRLModule(first, rewards=[reward], sampler=Sampler(4))
+    drawn = PromptDataModule(prompts(2), prompts_per_round=2, group_size=2, show_example=False, system="Be kind.")
+    trainer(tmp_path / "rl").fit(policy, drawn)
+    assert "data.system is 'Be kind.', and" in caplog.text
+    assert "was trained with 'Be brief.'" in caplog.text
+    # The reward asks with its own system message: what was drawn is not what it would be shown, and is shown anew.
+    text = policy.tokenizer.decode(drawn.prepared["train"].rows[0].ids)
+    assert "Be kind." in text
+    assert text.endswith("</think>\n\n")
+    assert reward.judge is not None
+    assert reward.judge.renderer.system == "Be brief."
+    [episode] = policy.rounds.collector.play(drawn.prepared["train"].rows[:1], 1, (0,))
+    wanted = reward.judge.score([episode.prompt], [episode.responses], allow_blank=True).tolist()
+    assert episode.reward == pytest.approx(wanted[0], abs=1e-5)
+    assert not reward._seen_alike(episode)
+
+
+def test_what_all_rows_have_is_what_the_model_was_asked_with(thinker: str, tmp_path: Path, capsys: Any) -> None:
+    def rows(*systems: str | None) -> list[Any]:
+        made = chats(len(systems))
+        for row, system in zip(made, systems, strict=True):
+            row["tools"] = TOOLS
+            row["messages"] = [*([{"role": "system", "content": system}] if system else []), *row["messages"]]
+        return made
+
+    folder, wanted = sft(thinker, tmp_path / "same", rows=rows(*["Be brief."] * 4))
+    policy = Policy(folder)
+    assert (policy.renderer.system, policy.renderer.tools) == ("Be brief.", TOOLS)
+    # Rows that do not say it again are asked as the training rows were.
+    file = write_rows(tmp_path / "plain.jsonl", chats(4))
+    assert evaluated(capsys, folder, file)[0] == pytest.approx(wanted, rel=1e-4)
+    for system in ("Be brief.", None):
+        mixed, _ = sft(thinker, tmp_path / f"mixed{system}", rows=rows("Be kind.", system, system))
+        assert read_stage(mixed)["rendering"]["system"] is None
+        assert read_stage(mixed)["rendering"]["tools"] == TOOLS
+
+
+def test_a_row_comes_before_a_flag_and_a_flag_before_the_record(thinker: str, tmp_path: Path) -> None:
+    folder, _ = sft(thinker, tmp_path / "sft", system="Record.", tools=TOOLS)
+    asked = [{"role": "user", "content": "Hi"}]
+    own = [{"role": "system", "content": "Row."}, *asked]
+    for flags, wanted in (({}, "Record."), ({"system": "Flag."}, "Flag."), ({"system": "", "tools": "[]"}, "")):
+        renderer = Policy(folder, asked=flags).renderer
+        text = renderer.prompt_text(asked)
+        assert text.count("system\n") == bool(wanted)
+        assert wanted in text
+        assert ("clock" in text) == ("tools" not in flags)
+        assert "Row." in renderer.prompt_text(own)
+        assert renderer.prompt_text(own).count("system\n") == 1
+
+
+def test_stops_of_training_are_kept(base: str, tmp_path: Path, capsys: Any) -> None:
+    """A stop text of the sampler: in the folder, in stock `generate`, in the commands, in the next stage."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    reward = FunctionReward(lambda completions, **_: [float(len(text)) for text in completions])
+    module = PolicyRLModule(base, rewards=[reward], sampler=Sampler(6, stop=["e"]), optimizer=sgd(0.01))
+    data = PromptDataModule(prompts(2), prompts_per_round=2, group_size=2, show_example=False)
+    trainer(tmp_path / "rl", callbacks=[ExportModel()]).fit(module, data)
+    folder = str(tmp_path / "rl" / "model")
+    policy = Policy(folder)
+    made = policy.prompts([{"prompt": f"Count {i}"} for i in range(12)])
+    stopped = [e for e in policy.answer(made, 40, 0) if e.stop_reason == "stop"]
+    assert stopped
+    assert all("e" not in e.response for e in stopped)
+    rlhf("generate", folder, "--prompt", "Hi", "--stop", "", "--max_tokens", "2")
+    assert "stop none (trained with ['e'])" in capsys.readouterr().err
+    # Stock `generate` stops there as well, and says what it needs to.
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    assert model.generation_config.stop_strings == ["e"]
+    ids = torch.tensor([made[0].ids])
+    with pytest.raises(ValueError, match="pass the model's tokenizer"):
+        model.generate(ids, max_new_tokens=4)
+    torch.manual_seed(0)
+    drawn = model.generate(ids, do_sample=True, max_new_tokens=200, tokenizer=tokenizer)[0, ids.shape[1] :]
+    text = tokenizer.decode(drawn)
+    assert "e" not in text[:-2] or len(drawn) < 3
+    again = PolicyRLModule(folder, rewards=[reward], sampler=Sampler(4))
+    trainer(tmp_path / "next").fit(again, PromptDataModule(prompts(2), prompts_per_round=2, show_example=False))
+    assert again.sampler.stop == ("e",)
+    assert again.rendering()["stop"] == ["e"]
+    export_model(folder, tmp_path / "exported")
+    assert Policy(str(tmp_path / "exported")).renderer.stop == ("e",)
+
+
+@pytest.mark.parametrize(
+    ("said", "lora"),
+    [
+        ({"do_sample": True, "temperature": 0.6, "top_p": 0.9, "top_k": 20}, None),
+        # As many published ones: transformers would not save it once changed.
+        ({"temperature": 0.6, "top_p": 0.9}, LoRA(rank=2, target=["attention"])),
+        ({"temperature": 0.6, "top_p": 0.9}, None),
+        ({"do_sample": False}, None),
+        ({}, None),
+    ],
+)
+def test_sampling_stays_the_bases(said: dict[str, Any], lora: Any, base: str, tmp_path: Path, capsys: Any) -> None:
+    (Path(base) / "generation_config.json").write_text(json.dumps({"eos_token_id": 2, "top_h": None, **said}))
+    folder, _ = sft(base, tmp_path / "sft", lora)
+    for place in (Path(folder), tmp_path / "exported"):
+        if not place.exists():
+            export_model(folder, place)
+        kept = json.loads((place / "generation_config.json").read_text())
+        names = ("do_sample", "temperature", "top_p", "top_k")
+        assert {key: kept[key] for key in names if kept.get(key) is not None} == said
+        assert 2 in kept["eos_token_id"]
+        capsys.readouterr()
+        rlhf("generate", str(place), "--prompt", "Hi", "--max_tokens", "2")
+        line = capsys.readouterr().err
+        drawn = {} if not said else {"temperature": 0} if said.get("do_sample") is False else said
+        for key in ("temperature", "top_p", "top_k"):
+            assert (f"{key} {drawn[key]:g}" in line) if key in drawn else key not in line
+        rlhf("generate", str(place), "--prompt", "Hi", "--max_tokens", "2", "--temperature", "0")
+        assert "draws as" not in capsys.readouterr().err
+
+
+def test_folders_without_a_record_are_asked_by_default(base: str, tmp_path: Path, capsys: Any) -> None:
+    rlhf("generate", base, "--prompt", "Hi", "--max_tokens", "2")
+    assert "asks" not in capsys.readouterr().err
+    assert Asking.of(base).describe() == ""
+    rlhf("generate", base, "--prompt", "Hi", "--max_tokens", "2", "--system", "Be kind.")
+    assert f"asks {base} with system 'Be kind.'" in capsys.readouterr().err
+    # Of earlier preference stages the record had two keys.
+    (Path(base) / "stage.json").write_text(json.dumps({"rendering": {"format": "raw", "template_kwargs": {}}}))
+    assert Policy(base).renderer.format == "raw"
+
+
+def test_data_check_renders_as_the_model_was_trained(thinker: str, tmp_path: Path, capsys: Any) -> None:
+    folder, _ = sft(thinker, tmp_path / "sft", template_kwargs=QUIET, system="Be brief.")
+    file = write_rows(tmp_path / "prompts.jsonl", prompts(2))
+    capsys.readouterr()
+    rlhf("data", "check", file, "--kind", "prompts", "--model", folder)
+    out, said = capsys.readouterr()
+    assert f"asks as {folder} was trained: template_kwargs {QUIET}, system 'Be brief.'" in said
+    assert "Be brief." in out
+    rlhf("data", "check", file, "--kind", "prompts", "--model", folder, "--system", "")
+    assert "Be brief." not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--template_kwargs", "{"], "no JSON"),
+        (["--template_kwargs", "[1]"], "no mapping"),
+        (["--tools", "missing.json"], "no such file"),
+        (["--tools", "[1]"], "tools"),
+        (["--format", "raw", "--tools", json.dumps(TOOLS)], "tools need a chat template"),
+    ],
+)
+def test_mistakes_in_flags(flags: list[str], message: str, base: str, capsys: Any) -> None:
+    assert message in mistake(["generate", base, "--prompt", "Hi", *flags], capsys)
+    assert message in mistake(["evaluate", base, base, *flags], capsys)
+
+
+@pytest.mark.parametrize(
+    "rendering", [[1], {"tools": "tools.json"}, {"system": 1}, {"stop": "e"}, {"stop_token_ids": ["a"]}]
+)
+def test_a_record_that_is_none(rendering: Any, base: str) -> None:
+    (Path(base) / "stage.json").write_text(json.dumps({"rendering": rendering}))
+    with pytest.raises(ConfigError, match=r"rendering.* is .*restore the file"):
+        Policy(base)
+
+
+def test_tools_in_every_form(tmp_path: Path) -> None:
+    (tmp_path / "tools.json").write_text(json.dumps(TOOLS))
+    for given in (TOOLS, json.dumps(TOOLS), str(tmp_path / "tools.json"), [TOOLS[0]["function"]]):
+        assert read_tools(given) == TOOLS
+
+
+def test_the_record_of_a_hub_repository(tmp_path: Path, monkeypatch: Any) -> None:
+    """What `rlhf export --push` uploads has the record; here it is in the cache, and another one is not."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.file_download.HF_HUB_CACHE", str(tmp_path), raising=False)
+    snapshot = tmp_path / "models--someone--quiet" / "snapshots" / ("a" * 40)
+    snapshot.mkdir(parents=True)
+    (snapshot / "stage.json").write_text(json.dumps({"rendering": {"template_kwargs": QUIET}}))
+    (snapshot.parents[1] / "refs").mkdir()
+    (snapshot.parents[1] / "refs" / "main").write_text("a" * 40)
+    assert Asking.of("someone/quiet").record == {"template_kwargs": QUIET}
+    assert Asking.of("someone/else").record == {}
+    assert Asking.of("odd/..").record == {}
+
+
+def test_another_template_than_that_of_training_is_warned_of(thinker: str, tmp_path: Path, caplog: Any) -> None:
+    folder, _ = sft(thinker, tmp_path / "sft")
+    file = tmp_path / "own.jinja"
+    for template in (THINKING, THINKING.replace("thinking", "thought")):
+        file.write_text(template)
+        caplog.clear()
+        assert SFTModule(folder, chat_template=str(file)).tokenizer.chat_template == template
+        assert ("is not the template that" in caplog.text) == (template != THINKING)
+
+
+@pytest.mark.usefixtures("forked_stages")
+def test_a_pipeline_hands_it_over(thinker: str, tmp_path: Path) -> None:
+    file = write_rows(tmp_path / "chats.jsonl", chats(4))
+    trained = {"trainer": {"max_steps": 1, "accelerator": "cpu", "enable_progress_bar": False}}
+    told = {"data": {"train": file, "template_kwargs": QUIET, "batch_size": 4}, "model": {"model": thinker}}
+    stages = [
+        {"name": "one", "kind": "sft", "overrides": {**trained, **told}},
+        {"name": "two", "kind": "sft", "start": "one", "overrides": {**trained, "data": {"train": file}}},
+    ]
+    run_pipeline({"name": "p", "root": str(tmp_path / "run"), "stages": stages})
+    for name in ("one", "two"):
+        assert read_stage(tmp_path / "run" / name / "model")["rendering"]["template_kwargs"] == QUIET
+
+
+def test_perplexity_is_that_of_the_reference_by_hand(thinker: str, tmp_path: Path) -> None:
+    """What `Asking` renders is what transformers renders with the settings of the record."""
+    folder, _ = sft(thinker, tmp_path / "sft", template_kwargs=QUIET, system="Be brief.", tools=TOOLS)
+    policy = Policy(folder)
+    said = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]
+    wanted = policy.tokenizer.apply_chat_template(
+        said, tools=TOOLS, add_generation_prompt=True, tokenize=False, **QUIET
+    )
+    assert policy.renderer.prompt_text(said[1:]) == wanted

@@ -4,6 +4,7 @@ import copy
 import json
 import re
 import time
+from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -159,6 +160,38 @@ def test_parts_stay_parts_where_rows_are_copied_and_stored() -> None:
     render = renderer_of("gemma3").template.render
     assert "\nab<end" in render([{"role": "user", "content": content}])
     assert "\na b<end" in render([{"role": "user", "content": "a b"}])
+
+
+@pytest.mark.parametrize("tools", [None, TOOLS], ids=["", "tools"])
+@pytest.mark.parametrize("name", NAMES)
+def test_tool_turns_are_rendered_as_by_transformers(name: str, tools: Any) -> None:
+    """Arguments as an object, or as JSON text where the template fails on an object."""
+    renderer = renderer_of(name)
+    function = {**CALL["function"], "arguments": json.dumps(CALL["function"]["arguments"], ensure_ascii=False)}
+
+    def talk(call: Any, end: int) -> list[dict[str, Any]]:
+        return [
+            {"role": "user", "content": "Hi"},
+            {"role": "assistant", "content": "", "tool_calls": [call]},
+            {"role": "tool", "tool_call_id": "abc123456", "name": "weather", "content": "Rain <b>"},
+            {"role": "assistant", "content": "It rains."},
+        ][:end]
+
+    fails = by_transformers(renderer.tokenizer, talk(CALL, 2), tools) is None
+    call = {**CALL, "function": function} if fails else CALL
+    for end in range(1, 5):
+        for prompts in (False, True):
+            wanted = by_transformers(renderer.tokenizer, talk(call, end), tools, prompts)
+            read, text = conversation({"messages": talk(CALL, end)}), None
+            with suppress(RowError):
+                text = renderer.template.render(read, tools, prompts)
+            assert text == wanted or (text is None and "tool_calls" not in renderer.tokenizer.chat_template)
+
+
+def test_empty_keys_of_parts_are_no_keys() -> None:
+    part = {"type": "text", "text": "a", "image_url": None}
+    [message] = conversation({"messages": [{"role": "user", "content": [part]}]})
+    assert message["content"].parts == [{"type": "text", "text": "a"}]
 
 
 @each_template(10)

@@ -22,6 +22,7 @@ from rlhf_lightning.errors import ConfigError, UserError
 from rlhf_lightning.files import hash_file, hash_folder, write_json
 from rlhf_lightning.models.saving import relative_base
 from rlhf_lightning.models.sharding import is_split
+from rlhf_lightning.modules.step import StepEnd
 
 log = logging.getLogger(__name__)
 
@@ -122,6 +123,8 @@ def _history(trainer: pl.Trainer) -> dict[str, Any]:
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(callback, NonFiniteGuard) and callback.skipped:
             facts["skipped_steps"] = callback.skipped
+        if isinstance(callback, StepEnd) and callback.empty:
+            facts["empty_steps"] = callback.empty
         if isinstance(callback, RunCheckpoints) and callback.inexact:
             facts["inexact_resumes"] = callback.inexact
     return facts

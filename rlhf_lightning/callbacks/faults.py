@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from rlhf_lightning.errors import ConfigError, UserError
+from rlhf_lightning.modules.step import drop_gradients
 from rlhf_lightning.rollout.ranks import gather
 
 log = logging.getLogger(__name__)
@@ -74,7 +75,7 @@ class NonFiniteGuard(pl.Callback):
         if self.action == "stop" or self._in_a_row > self.limit:
             raise NonFiniteError(self._message(trainer, pl_module, what))
         self.skipped += 1
-        optimizer.zero_grad(set_to_none=True)  # without gradients, no optimizer moves a weight
+        drop_gradients(trainer, optimizer)
         log.warning("optimizer step %d left out (%d so far): %s", trainer.global_step + 1, self.skipped, what[0])
 
     def _describe(self, losses: Tensor, largest: Tensor) -> tuple[str, bool, list[str]]:

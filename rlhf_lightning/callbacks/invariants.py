@@ -1,6 +1,7 @@
 """What must hold at the first update after a rollout, checked while the run goes on."""
 
 import logging
+import math
 from typing import Any
 
 import lightning.pytorch as pl
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.models.lora import is_quantised
+from rlhf_lightning.rollout.ranks import gather
 
 log = logging.getLogger(__name__)
 LARGEST, MEAN = 1e-4, 0.02
@@ -36,9 +38,9 @@ class FirstStepInvariants(pl.Callback):
         dtype = next(pl_module.parameters()).dtype
         full = dtype in (torch.float32, torch.float64) and "16" not in str(trainer.precision)
         full = full and not is_quantised(pl_module.model)
-        self._ratio(trainer, full, float(outputs["log_ratio_max"]), float(outputs["log_ratio_mean"]))
+        self._ratio(trainer, full, *_worst(outputs["log_ratio_max"], outputs["log_ratio_mean"]))
         if "clip_fraction" in outputs:
-            self._clipped(trainer, full, float(outputs["clip_fraction"]))
+            self._clipped(trainer, full, *_worst(outputs["clip_fraction"]))
         if _is_start(trainer, batch_idx) and _starts_as_reference(pl_module):
             self._kl(trainer, full, batch)
 
@@ -64,7 +66,7 @@ class FirstStepInvariants(pl.Callback):
     def _kl(self, trainer: pl.Trainer, full: bool, batch: dict[str, Any]) -> None:
         mask: Tensor = batch["mask"]
         distance = ((batch["old_logprobs"] - batch["reference_logprobs"]) * mask).abs()
-        largest, mean = float(distance.max()), float(distance.sum() / mask.sum().clamp(min=1))
+        largest, mean = _worst(distance.max(), distance.sum() / mask.sum().clamp(min=1))
         if _outside(full, largest, mean):
             self._tell(
                 "kl",
@@ -81,6 +83,12 @@ class FirstStepInvariants(pl.Callback):
         if self.strict:
             raise UserError(message)
         log.warning(message)
+
+
+def _worst(*numbers: Any) -> list[float]:
+    """The largest of each over the ranks, or NaN, so that all of them warn or stop together."""
+    ranks = zip(*gather([float(number) for number in numbers]), strict=True)
+    return [max(values, key=lambda value: (math.isnan(value), value)) for values in ranks]
 
 
 def _outside(full: bool, largest: float, mean: float) -> bool:

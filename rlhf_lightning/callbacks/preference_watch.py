@@ -31,6 +31,8 @@ class PreferenceWatch(pl.Callback):
         self._warned: set[str] = set()
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if trainer.fit_loop._should_accumulate():
+            return  # its step is still under way
         metrics = trainer.callback_metrics
         if "train/accuracy" in metrics and "train/loss" in metrics:
             self._train.append((float(metrics["train/accuracy"]), float(metrics["train/loss"])))

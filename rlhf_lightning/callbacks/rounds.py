@@ -7,7 +7,6 @@ from typing import Any
 import lightning.pytorch as pl
 
 from rlhf_lightning.callbacks.curves import Curves
-from rlhf_lightning.rollout.ranks import gather
 
 MEANS = ("loss", "value_loss", "entropy", "logprob_gap", "clip_fraction", "log_ratio_clamped")
 LARGEST = ("log_ratio_max",)
@@ -16,7 +15,7 @@ LARGEST = ("log_ratio_max",)
 class RoundCallback(pl.Callback):
     """Gathers the numbers of each round, and hands them to `round_ended` after its last mini-batch.
 
-    They are the round's statistics, and what the module logs of each mini-batch: the mean over the round's drawn
+    They are the round's statistics, and what the module logs of each optimizer step: the mean over the round's drawn
     tokens, or the largest; over all ranks, and the same on every rank. What a checkpoint within a round needs is in
     the callback's state.
     """
@@ -60,7 +59,8 @@ class RoundCallback(pl.Callback):
             self._round = {"statistics": dict(batch["statistics"]), "sums": {}, "largest": {}}
         if not self._round:
             return  # resumed within a round by a checkpoint that does not know this callback
-        self._add(trainer, batch)
+        if not trainer.fit_loop._should_accumulate():
+            self._add(trainer, batch)
         if (batch_idx + 1) % pl_module.rollouts.per_round == 0:
             means = {name: total / weight for name, (total, weight) in self._round["sums"].items()}
             self.curves.record({**self._round["statistics"], **means, **self._round["largest"]}, self.watched)
@@ -68,18 +68,15 @@ class RoundCallback(pl.Callback):
             self.round_ended(trainer, pl_module)
 
     def _add(self, trainer: pl.Trainer, batch: Mapping[str, Any]) -> None:
+        tokens = batch["denominators"]["tokens"]
+        if not tokens:
+            return  # nothing was trained: what was logged before still stands there
         logged = trainer.callback_metrics
         names = [name for name in (*MEANS, *LARGEST) if f"train/{name}" in logged]
-        if not batch.get("first"):
-            names = [name for name in names if name != "logprob_gap"]
-        local = {name: float(logged[f"train/{name}"]) for name in names}
-        for tokens, numbers in gather((float(batch["mask"].sum()), local)):
-            if not tokens:
-                continue  # a row that only keeps its rank in step
-            for name, value in numbers.items():
-                if name in LARGEST:
-                    before = self._round["largest"].get(name, value)
-                    self._round["largest"][name] = max(before, value)
-                else:
-                    total, weight = self._round["sums"].get(name, (0.0, 0.0))
-                    self._round["sums"][name] = (total + tokens * value, weight + tokens)
+        for name in names if batch.get("first") else [name for name in names if name != "logprob_gap"]:
+            value = float(logged[f"train/{name}"])
+            if name in LARGEST:
+                self._round["largest"][name] = max(self._round["largest"].get(name, value), value)
+            else:
+                total, weight = self._round["sums"].get(name, (0.0, 0.0))
+                self._round["sums"][name] = (total + tokens * value, weight + tokens)

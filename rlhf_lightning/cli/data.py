@@ -38,6 +38,8 @@ def run(args: list[str]) -> int:
         print(json.dumps({**figures, "ok": not bad}, ensure_ascii=False, indent=2))
         return int(bool(bad))
     _summary(figures)
+    if train.openings.message:
+        print(f"\n{train.openings.message}")
     for where, example in train.examples[: options.samples]:
         marks = (TRAINED, PLAIN) if sys.stdout.isatty() else ("⟦", "⟧")
         print(f"\n{where}, trained tokens {'in green' if sys.stdout.isatty() else 'between ⟦ and ⟧'}:")

@@ -59,6 +59,7 @@ MAY_CHANGE = (
     "checkpoint_minutes",
     "keep",
     "on_nonfinite",
+    "model.max_empty_steps",
 )
 
 

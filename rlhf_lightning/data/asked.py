@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,11 +12,21 @@ from rlhf_lightning.data.conversations import tool_schemas
 from rlhf_lightning.data.records import RowError
 from rlhf_lightning.data.rendering import Renderer
 from rlhf_lightning.errors import ConfigError
-from rlhf_lightning.files import read_stage
+from rlhf_lightning.files import read_object, read_stage
 
 log = logging.getLogger(__name__)
+_ON_HUB = re.compile(r"[\w.-]+/[\w.-]+")
 DEFAULTS: dict[str, Any] = {"format": "chat", "template_kwargs": {}, "system": None, "tools": None, "stop": []}
 """What a setting is where neither the user nor a record says it."""
+
+_KINDS: dict[str, tuple[type, type | None]] = {
+    "format": (str, None),
+    "template_kwargs": (dict, str),
+    "system": (str, None),
+    "tools": (list, dict),
+    "stop": (list, str),
+    "stop_token_ids": (list, int),
+}
 
 
 @dataclass(frozen=True)
@@ -85,6 +96,12 @@ class Asking:
             parts.append(f"{'' if parts else f'asks {self.source} '}with {', '.join(told)}")
         return ", ".join(parts)
 
+    def log(self) -> None:
+        """Say how a stage asks, where that is not the default, and what its start was not trained with."""
+        self.warn()
+        if said := self.describe():
+            log.info("%s", said)
+
     def warn(self, text: str = "data.{} is {}, and {} was trained with {}: the setting is used") -> None:
         """Say what a stage is told that its start was not trained with."""
         for key, (value, before) in self.differences().items():
@@ -93,10 +110,30 @@ class Asking:
 
 def recorded(source: Any) -> dict[str, Any]:
     """How the model in a folder was asked in training, as arguments of `Renderer`; raises `ConfigError`."""
-    rendering = read_stage(source).get("rendering") or {}
+    stage = read_stage(source)
+    if not stage and isinstance(source, str) and _ON_HUB.fullmatch(source) and not Path(source).exists():
+        stage = _stage_on_hub(source)
+    rendering = stage.get("rendering") or {}
     if not isinstance(rendering, dict):
         raise ConfigError(f"stage.json of {source}: rendering is {rendering!r}, which is no mapping; restore the file")
-    return {key: rendering[key] for key in (*DEFAULTS, "stop_token_ids") if rendering.get(key) is not None}
+    found: dict[str, Any] = {key: rendering[key] for key in _KINDS if rendering.get(key) is not None}
+    for key, value in found.items():
+        kind, inner = _KINDS[key]
+        items: list[Any] = list(value) if inner and isinstance(value, list | dict) else []
+        if not isinstance(value, kind) or (inner and not all(isinstance(item, inner) for item in items)):
+            raise ConfigError(f"stage.json of {source}: rendering.{key} is {value!r:.100}; restore the file")
+    return found
+
+
+def _stage_on_hub(name: str) -> dict[str, Any]:
+    """The `stage.json` of a Hub repository, where it has one; whether the repository is there, its model will tell."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
+
+    try:
+        return read_object(Path(hf_hub_download(name, "stage.json")))
+    except (EntryNotFoundError, HfHubHTTPError, HFValidationError):  # also: not in the cache, and no network
+        return {}
 
 
 def read_tools(value: Any) -> list[Any]:

@@ -13,6 +13,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from rlhf_lightning.data.asked import Asking, shared_by_all
 from rlhf_lightning.data.batching import Layout, RowLoader, run_seed
 from rlhf_lightning.data.containers import settled
+from rlhf_lightning.data.openings import Openings
 from rlhf_lightning.data.records import (
     Reading,
     Row,
@@ -155,7 +156,7 @@ class RowDataModule(pl.LightningDataModule):
         rows = self.read(source, name, reading)
         self._truncated = 0
         if name == "train":
-            self.renderer.asked = set()
+            self.renderer.asked, self.renderer.openings = set(), Openings()
         convert = self.examples(name)
         keys: list[RowKey] = []
         row_of: list[int] = []
@@ -242,9 +243,7 @@ class RowDataModule(pl.LightningDataModule):
             elif isinstance(tokenizer, str):
                 tokenizer = load_tokenizer(tokenizer)
             asking = self.asking
-            asking.warn()
-            if said := asking.describe():
-                log.info("%s", said)
+            rank_zero_only(asking.log)()
             own = module is None or (self.tokenizer is None and getattr(module, "own_tokenizer", True))
             self._renderer = asking.renderer(tokenizer, self._model_stops(), plain=False, own_tokenizer=own)
         return self._renderer
@@ -261,15 +260,22 @@ class RowDataModule(pl.LightningDataModule):
         given = {name: getattr(self, name) for name in ("format", "template_kwargs", "system", "tools")}
         return Asking.of(getattr(module, "start_source", self.start), **given)
 
+    @rank_zero_only
+    def _say(self, asking: Asking, openings: Openings | None) -> None:
+        """What the model's own record, or the template, does not agree with."""
+        asking.warn("all rows have the {} {}, and {} was trained with {}")
+        if openings is not None and openings.message:
+            log.warning("%s", openings.message)
+
     def _take_shared(self) -> None:
         """Note what all training rows had in common, and say where the model was trained with something else."""
-        asked, self.renderer.asked = self.renderer.asked, None
-        if not asked:
+        asked, openings = self.renderer.asked, self.renderer.openings
+        self.renderer.asked = self.renderer.openings = None
+        if asked is None:
             return
         self.shared = shared_by_all(asked)
-        asking = self.asking
         own = {key: value for key, value in self.shared.items() if value != getattr(self.renderer, key)}
-        replace(asking, given=own).warn("all rows have the {} {}, and {} was trained with {}")
+        self._say(replace(self.asking, given=own), openings)
 
     @property
     def pad_id(self) -> int:

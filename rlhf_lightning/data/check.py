@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from rlhf_lightning.data.base import RowDataModule
+from rlhf_lightning.data.openings import Openings
 from rlhf_lightning.data.preference import PreferenceDataModule
 from rlhf_lightning.data.preference_rows import Pair, row_kind
 from rlhf_lightning.data.prompts import Prompt, PromptDataModule
@@ -41,6 +42,7 @@ class Checked:
     rows: int = 0
     blank: int = 0
     truncated: int = 0
+    openings: Openings = field(default_factory=Openings)
 
 
 def data_module(kind: str, model: str, chat_template: str | None = None, **settings: Any) -> RowDataModule:
@@ -74,6 +76,7 @@ def check(module: RowDataModule, source: Source, split: str = "train") -> Checke
     rows = module.read(source, split, reading)
     _choose_kind(module, rows)
     module._truncated = 0
+    module.renderer.openings = found.openings
     convert = module.examples("train")
     for row in rows:
         for name, value in row.data.items():
@@ -88,6 +91,7 @@ def check(module: RowDataModule, source: Source, split: str = "train") -> Checke
             found.skipped.append((row.where, str(error)))
         except RowError as error:
             found.bad.append((row.where, str(error)))
+    module.renderer.openings = None
     found.bad = sorted([*(reading.unreadable or []), *found.bad], key=lambda item: _line(item[0]))
     found.rows, found.blank = len(rows) + len(reading.unreadable or []), reading.blank
     found.truncated = module._truncated
@@ -138,6 +142,8 @@ def report(found: Checked, tokenizer: Any, samples: int = 2) -> dict[str, Any]:
         figures["chosen_longer"] = longer / len(examples)
     figures["lengths"] = {name: statistics(values) for name, values in lengths.items()}
     figures["histogram"] = histogram(lengths["tokens"])
+    if found.openings.message:
+        figures["openings"] = found.openings.figures()
     figures |= duplicates(found)
     figures["samples"] = [
         {"where": where, "text": show(pieces(example, tokenizer))} for where, example in found.examples[:samples]

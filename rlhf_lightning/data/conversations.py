@@ -141,7 +141,8 @@ def _joined(parts: list[Any], where: str) -> str:
         text = part.get("text") if isinstance(part, dict) and part.get("type", "text") == "text" else None
         if not isinstance(text, str):
             raise RowError(f"{where}: content has the part {short(part)}; parts must be {{type: text, text: …}}")
-    return Parts([{"type": "text", **part} for part in parts])
+    # Parquet and Arrow fill the keys that a part lacks with None, and templates ask which keys a part has.
+    return Parts([{"type": "text"} | {k: v for k, v in part.items() if v is not None} for part in parts])
 
 
 def has_conversation(data: dict[str, Any]) -> bool:

@@ -3,10 +3,12 @@
 import json
 import logging
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
 from rlhf_lightning.data.conversations import Message, to_messages
+from rlhf_lightning.data.openings import Openings
 from rlhf_lightning.data.records import RowError
 from rlhf_lightning.data.selection import refuse_blank, select
 from rlhf_lightning.data.templates import ChatTemplate
@@ -71,6 +73,8 @@ class Renderer:
 
     asked: set[tuple[str | None, str]] | None = None
     """Where it is a set, the system message and the tools (as JSON) of each conversation are put into it."""
+    openings: Openings | None = None
+    """Where it is there, it is shown how each trained answer begins, and how the prompt for it ends."""
 
     def __init__(
         self,
@@ -165,6 +169,7 @@ class Renderer:
             return [self._raw(messages)]
         if train_on == "everything":
             text = self.template.render(messages, tools)
+            self._show_opening(messages, tools, [message["role"] == "assistant" for message in messages])
             return [_checked(self._tokenize(text, [(0, len(text))]))]
         selected = select(messages, train_on)
         refuse_blank(messages, selected)
@@ -245,7 +250,17 @@ class Renderer:
             if not ended and (rows[-1].ids[-1:] != [self._eos()] or not rows[-1].mask[-1]):
                 rows[-1].ids.append(self._eos())
                 rows[-1].mask.append(1)
+        self._show_opening(messages, tools, selected)
         return rows
+
+    def _show_opening(self, messages: list[Message], tools: list[Any] | None, selected: list[bool]) -> None:
+        """Of the last answer, whose surroundings have just been rendered: others would have to be rendered anew."""
+        last = max((i for i, chosen in enumerate(selected) if chosen), default=-1)
+        if self.openings is None or last < 1 or messages[last]["role"] != "assistant":
+            return
+        with suppress(RowError):  # a template that cannot be asked here
+            prompt = self.template.render(messages[:last], tools, add_generation_prompt=True)
+            self.openings.take(prompt, self.template.render(messages[: last + 1], tools), messages[last])
 
     def _tokenize(self, text: str, spans: list[tuple[int, int]]) -> Rendered:
         spans = [(start, end) for start, end in spans if start < end]

@@ -23,6 +23,15 @@ from rlhf_lightning.errors import ConfigError
 log = logging.getLogger(__name__)
 TEMPLATE_DATE = "2025-01-01"
 RECENT = 4  # renderings that are kept: a turn, what comes before it with and without a prompt to go on, the sentinel
+# A macro of the same name stands before transformers' own function.
+FIXED_DATE = (
+    "{%- macro strftime_now(format) -%}{{ format"
+    + "".join(
+        f"|replace('%{code}', '{datetime.fromisoformat(TEMPLATE_DATE).strftime('%' + code)}')"
+        for code in "dmYyBbAajHMSIp"
+    )
+    + " }}{%- endmacro -%}\n"
+)
 _SENTINEL = "\ue000sentinel\ue001"
 _ASKED: list[Message] = [{"role": "user", "content": "Hello"}]
 # What `apply_chat_template` takes beside what a template reads.
@@ -32,7 +41,7 @@ _RESERVED = {
     *("return_assistant_tokens_mask", "sanitize_control_tokens"),
 }
 
-_FAILURES = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError)
+FAILURES = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError)
 Tools = list[Any] | None
 
 
@@ -76,7 +85,7 @@ class ChatTemplate:
     """
 
     def __init__(self, tokenizer: Any, options: dict[str, Any] | None = None) -> None:
-        self.tokenizer = tokenizer
+        self.tokenizer, self.given = tokenizer, options or {}
         # Templates that begin with a bos_token are used with tokenizers that have none.
         self.options = {
             "bos_token": tokenizer.bos_token or "",
@@ -100,6 +109,11 @@ class ChatTemplate:
             self._ending = self._ends_with(self.turn_end)
         self.ends_turns = self.turn_end != ""
         self.end_markers = self._find_ends()
+
+    @property
+    def after_turn(self) -> str:
+        """What stands after the end of the last turn, without the white space around it: an end of all text."""
+        return (self.turn_end or "").removeprefix(self._ending).strip() if self._ending else ""
 
     def _check_prints(self) -> None:
         """Refuse a template that prints nothing of what is said: prompts and answers would all be the same."""

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from rlhf_lightning.data.ended_templates import unwrapped
 from rlhf_lightning.errors import ConfigError, UserError
 from rlhf_lightning.untrusted import check_folder
 
@@ -36,6 +37,7 @@ def load_tokenizer(source: Any, tokenizer: Any = None, chat_template: str | None
         tokenizer.chat_template = _template(chat_template)
     if isinstance(tokenizer.chat_template, str):  # that of chat_template.jinja as an editor may have saved it
         tokenizer.chat_template = tokenizer.chat_template.removeprefix("\ufeff")
+    tokenizer.chat_template = unwrapped(tokenizer.chat_template)
     return tokenizer
 
 

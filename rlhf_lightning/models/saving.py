@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from rlhf_lightning.data.ended_templates import ended
+from rlhf_lightning.data.templates import ChatTemplate
 from rlhf_lightning.files import read_object, write_json
 from rlhf_lightning.models.base_weights import link_base, write_base
 from rlhf_lightning.models.generation import end_token_ids
@@ -27,12 +29,14 @@ def save_model(
     base_kept: bool = True,
     facts: dict[str, Any] | None = None,
     stop: Sequence[str] = (),
+    template: ChatTemplate | None = None,
 ) -> None:
     """Write weights (safetensors), config, tokenizer with chat template, and generation config.
 
     The folder appears at once, complete: it is written beside its place and renamed. `weights` are given where those
     of the model are split over ranks. `base_kept`: whether the weights below an adapter are those of the base that it
     names; else they are written too. `facts` are what `stage.json` shall say, `stop` the texts that end a response.
+    `template`: of a reward model, by which the text of an answer ends.
     """
     scratch = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(scratch, ignore_errors=True)
@@ -51,7 +55,8 @@ def save_model(
         _save_generation(model, tokenizer, stop_token_ids, stop, scratch / "base")
     elif adapted:
         _tell_stock_peft(model, scratch)
-    tokenizer.save_pretrained(scratch)
+    with ended(tokenizer, template):
+        tokenizer.save_pretrained(scratch)
     if facts is not None:
         write_json(scratch / "stage.json", {**facts, "base": relative_base(scratch)})
     shutil.rmtree(folder, ignore_errors=True)

@@ -2,19 +2,20 @@
 
 import logging
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.plugins.precision import MixedPrecision
+from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torchmetrics import Metric
 
-from rlhf_lightning.data.asked import Asking
+from rlhf_lightning.data.asked import Asking, recorded
 from rlhf_lightning.data.base import data_ranks
 from rlhf_lightning.data.rendering import Renderer
 from rlhf_lightning.data.tokenizers import load_tokenizer
@@ -28,7 +29,9 @@ from rlhf_lightning.models.precision import cast_weights_only, weights_alone
 from rlhf_lightning.models.saving import save_model
 from rlhf_lightning.models.sharding import split, whole_weights
 from rlhf_lightning.modules.epochs import end_restored_epoch
+from rlhf_lightning.modules.module_checks import check_batch, check_content
 from rlhf_lightning.modules.schedules import Warmup
+from rlhf_lightning.modules.step import StepEnd, StepNumbers, forget
 
 log = logging.getLogger(__name__)
 
@@ -55,12 +58,16 @@ class RLHFModule(pl.LightningModule):
         activation_offload: keep what backward needs in the memory of the CPU, where the model is on a GPU; with
             gradient_checkpointing that is only the input of each layer.
         compile: compile the layers of the model with `torch.compile`.
+        max_empty_steps: optimizer steps in a row in which no token is trained (all masked, or of no advantage, or of
+            no weight) at which the run is stopped; null for never. Such a step moves no weight.
     """
 
     task = "CAUSAL_LM"
     stage_kind = ""
     takes: tuple[str, ...] = ("input_ids", "mask")
     """What a batch of training must have."""
+    on_bar: tuple[str, ...] = ()
+    """The numbers of a step that the progress bar shows."""
 
     def __init__(
         self,
@@ -76,6 +83,7 @@ class RLHFModule(pl.LightningModule):
         gradient_checkpointing: bool = False,
         activation_offload: bool = False,
         compile: bool = False,
+        max_empty_steps: int | None = 50,
     ) -> None:
         super().__init__()
         if not isinstance(getattr(torch, dtype, None), torch.dtype):
@@ -87,6 +95,9 @@ class RLHFModule(pl.LightningModule):
             raise ConfigError(f"model.max_tokens_per_batch is {max_tokens_per_batch}; it must be at least 1")
         self.max_tokens_per_batch, self.gradient_checkpointing = max_tokens_per_batch, gradient_checkpointing
         self.activation_offload, self.compiles_layers = activation_offload, compile
+        if max_empty_steps is not None and max_empty_steps < 1:
+            raise ConfigError(f"model.max_empty_steps is {max_empty_steps}; at least 1, or null for never")
+        self.max_empty_steps, self.step_numbers = max_empty_steps, StepNumbers(())
         self.optimizer_factory, self.scheduler_factory = optimizer or self._default_optimizer, lr_scheduler
         self._tokenizer_source, self._chat_template = tokenizer, chat_template
         self._tokenizer: Any = None
@@ -110,6 +121,11 @@ class RLHFModule(pl.LightningModule):
                 check_source(self.start_source)
             trust = {k: v for k, v in self.model_options.items() if k == "trust_remote_code"}
             self._tokenizer = load_tokenizer(self.start_source, self._tokenizer_source, self._chat_template, **trust)
+            if self._chat_template is not None and self._tokenizer_source is None and recorded(self.start_source):
+                before = load_tokenizer(self.start_source, **trust).chat_template
+                if before != self._tokenizer.chat_template:
+                    warn = "model.chat_template is not the template that %s was trained with: the setting is used"
+                    rank_zero_only(log.warning)(warn, self.start_source)
         return self._tokenizer
 
     @property
@@ -119,6 +135,8 @@ class RLHFModule(pl.LightningModule):
             data = getattr(self._trainer, "datamodule", None)
             shared = getattr(data, "renderer", None)
             asking = Asking.of(self.start_source)
+            if shared is None:
+                rank_zero_only(asking.log)()
             self._renderer = shared or asking.renderer(self.tokenizer, own_tokenizer=self.own_tokenizer)
             self._renderer.also_stop_at(self.end_token_ids)
         return self._renderer
@@ -235,6 +253,11 @@ class RLHFModule(pl.LightningModule):
         if longest := self.longest_row():
             self.forward_pass.check(longest)
 
+    def configure_callbacks(self) -> list[pl.Callback]:
+        """What every run of the module has; a subclass adds to it."""
+        forget(self._trainer)
+        return [StepEnd(self.max_empty_steps)]
+
     def longest_row(self) -> int:
         """Tokens of the longest row that will be trained on; 0 where it is not known before."""
         prepared = getattr(getattr(self.trainer, "datamodule", None), "prepared", {}).get("train")
@@ -249,14 +272,7 @@ class RLHFModule(pl.LightningModule):
                 config.scheduler.set_total_steps(int(self.trainer.estimated_stepping_batches))
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Refuse what another loader's batches lack, by name."""
-        has = list(batch) if isinstance(batch, Mapping) else []
-        if missing := [name for name in self.takes if name not in has]:
-            raise ConfigError(
-                f"{type(self).__name__} takes batches that are dicts with {', '.join(self.takes)}; {missing[0]} is "
-                f"missing in this one, which is a {type(batch).__name__} of {', '.join(map(str, has)) or 'no names'}. "
-                "docs/reuse.md says how to make them"
-            )
+        check_batch(self, batch)
 
     # -- loss -----------------------------------------------------------------------------------------------------
 
@@ -270,8 +286,22 @@ class RLHFModule(pl.LightningModule):
         denominators = batch.get("denominators")
         if denominators is None or self._trainer is None:
             return total / max(float(local), 1.0)
-        factor = data_ranks(self.trainer)[1] * self.trainer.accumulate_grad_batches
-        return total * (factor / (max(denominators[count], 1.0) if count else 1.0))
+        return total * (self._pieces / (max(denominators[count], 1.0) if count else 1.0))
+
+    @property
+    def _pieces(self) -> int:
+        """Into how many losses a step's is divided, over ranks and micro-batches."""
+        return data_ranks(self.trainer)[1] * self.trainer.accumulate_grad_batches
+
+    def share(self, loss: Tensor, batch: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
+        """What a loss, as `training_step` returns it, adds to that of the step; see `StepNumbers.add`."""
+        if batch.get("denominators") is None or self._trainer is None:
+            return loss, torch.ones_like(loss)
+        return loss / self._pieces, None
+
+    def why_empty(self) -> str:
+        """Why a step may have had no trained token, and what to change."""
+        return "Look at the masks of the batches."
 
     # -- checkpoints ----------------------------------------------------------------------------------------------
 
@@ -289,22 +319,7 @@ class RLHFModule(pl.LightningModule):
         # Where weights are split, the strategy loads them, and has asked before.
         if "state_dict" in checkpoint:
             self.check_names(set(checkpoint["state_dict"]))
-            self._check_content(checkpoint)
-
-    def _check_content(self, checkpoint: dict[str, Any]) -> None:
-        weights = checkpoint["state_dict"]
-        for name, parameter in self.named_parameters(remove_duplicate=False):
-            if name in weights and weights[name].shape != parameter.shape:
-                raise ConfigError(
-                    f"the checkpoint is not of this stage and settings: {name} is "
-                    f"{list(weights[name].shape)} there and {list(parameter.shape)} here"
-                )
-        lacking = [key for key in ("loops", "optimizer_states", "lr_schedulers") if key not in checkpoint]
-        if lacking and self._trainer is not None and self._trainer.state.fn == "fit":
-            raise ConfigError(
-                f"the checkpoint has no {lacking[0]}: it holds weights only, and fit cannot go on from it. "
-                "Start a new stage from a model folder instead."
-            )
+            check_content(self, checkpoint)
 
     def check_names(self, found: set[str]) -> None:
         """Raise `ConfigError` where a checkpoint does not hold the weights that are trained."""
@@ -327,7 +342,9 @@ class RLHFModule(pl.LightningModule):
             kept = kept and rows == self.model.get_input_embeddings().weight.shape[0]
             facts = self.stage_facts()
             stop = (*self.renderer.stop_strings, *facts["rendering"]["stop"])
-            save_model(self.model, self.tokenizer, Path(folder), facts["stop_token_ids"], weights, kept, facts, stop)
+            template = self.renderer.template if self.task == "SEQ_CLS" and self.renderer.format == "chat" else None
+            stops = facts["stop_token_ids"]
+            save_model(self.model, self.tokenizer, Path(folder), stops, weights, kept, facts, stop, template)
 
     def stage_facts(self) -> dict[str, Any]:
         """What `stage.json` says of the module."""

@@ -31,6 +31,25 @@ class PairAccuracy(Metric):
         return self.correct / self.pairs.clamp(min=1)
 
 
+class Count(Metric):
+    """How many there are, exact beyond what a float32 can count. `update(count)`."""
+
+    number: Tensor
+    full_state_update = False
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.add_state("number", torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
+
+    def update(self, count: Tensor) -> None:
+        """Add a scalar."""
+        self.number += count.long()
+
+    def compute(self) -> Tensor:
+        """As a float, which Lightning asks for."""
+        return self.number.float()
+
+
 class Perplexity(MeanMetric):
     """exp of the mean negative log-likelihood; `update(mean, weight=tokens)`."""
 

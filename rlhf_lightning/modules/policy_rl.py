@@ -16,7 +16,9 @@ from rlhf_lightning.models.scoring import TokenScorer, TokenScores
 from rlhf_lightning.modules.base import RLHFModule
 from rlhf_lightning.modules.heldout import HeldOut
 from rlhf_lightning.modules.policy_checks import check_data, check_rewarded, check_settings
+from rlhf_lightning.modules.policy_metrics import LARGEST, NUMBERS, OUTPUTS, ROUND_ON_BAR, step_sums, why_empty
 from rlhf_lightning.modules.policy_parts import clamped, critic_values, make_reference, row_scorers
+from rlhf_lightning.modules.step import StepNumbers
 from rlhf_lightning.objectives.aggregate import aggregate
 from rlhf_lightning.objectives.policy import ImportanceSampling, ImportanceWeights, PolicyObjective
 from rlhf_lightning.objectives.value import value_loss
@@ -61,13 +63,15 @@ class PolicyRLModule(RLHFModule):
             `importance_weights` are used, token by token up to 2 unless others are given.
         resample_groups: times that a group whose rewards are all equal is drawn again.
 
-    Logs under `train/`: `reward` and its parts, `kl` (nats a response), `entropy`, `response_tokens`, `truncated`,
-    `zero_signal_groups`, `log_ratio_max`, `log_ratio_clamped`, `clip_fraction`, `logprob_gap` (mean difference of
-    sampler and trainer before the first update of a round), `loss`; `kl_coefficient`; with a critic `value_loss` and
-    `explained_variance`; and `reward_source_prm` (1 where a preference model rewards).
+    Logs under `train/`, of the round: `reward` and its parts, `kl` (nats a response), `response_tokens`, `truncated`,
+    `zero_signal_groups`; `kl_coefficient`; with a critic `explained_variance`; and `reward_source_prm` (1 where a
+    preference model rewards). Of the optimizer step: `loss`, `entropy`, `log_ratio_max`, `log_ratio_mean`,
+    `log_ratio_clamped`, `clip_fraction`, `logprob_gap` (mean difference of sampler and trainer before the first update
+    of a round), with a critic `value_loss`.
     """
 
     stage_kind = "policy"
+    on_bar = ("entropy",)
     takes = ("input_ids", "mask", "old_logprobs", "advantages")
 
     def __init__(
@@ -101,7 +105,8 @@ class PolicyRLModule(RLHFModule):
         self.staleness = staleness
         self.importance_weights = importance_weights or (ImportanceWeights() if staleness else None)
         check_settings(self)
-        self.seed = run_seed()
+        self.seed, self.last_statistics = run_seed(), dict[str, float]()
+        self.step_numbers = StepNumbers(NUMBERS, LARGEST)
         self.reference: Reference | None = None
         self.heldout = nn.ModuleDict({f"{name}_": HeldOut() for name in ("val", "test")})
 
@@ -186,6 +191,7 @@ class PolicyRLModule(RLHFModule):
         """Tell the rounds how the one that begins has gone, over all ranks."""
         super().on_train_batch_start(batch, batch_idx)
         if batch.get("statistics"):
+            self.last_statistics = batch["statistics"]
             self.rounds.observe(batch["statistics"])
 
     @property
@@ -204,23 +210,19 @@ class PolicyRLModule(RLHFModule):
     # -- steps ----------------------------------------------------------------------------------------------------
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Tensor]:
-        ids, mask, old = batch["input_ids"], batch["mask"], batch["old_logprobs"]
+        ids, mask = batch["input_ids"], batch["mask"]
         scores = self.tokens(ids, mask, self.sampler.temperature, details=True)
-        loss = self._policy_loss(scores, batch)
+        sums, largest = step_sums(scores, batch, self.objective, clamped(self, scores.logprobs.detach(), batch))
+        outputs = {name: sums[name][0] / sums[name][1].clamp(min=1) for name in OUTPUTS}
+        loss, learned = self._policy_loss(scores, batch)
         if self.critic is not None:
-            value = self._value_loss(critic_values(self, ids, mask, scores), batch)
+            values = self._value_losses(critic_values(self, ids, mask, scores), batch).sum()
+            sums["value_loss"] = values, mask.sum()
+            value = self.normalised(values, batch, "tokens", mask.sum())
             loss = loss * (not self._warming_up) + self.critic.coefficient * value
-            self.log("train/value_loss", value.detach(), on_step=True, on_epoch=False)
-        logprobs, count = scores.logprobs.detach(), mask.sum().clamp(min=1)
-        log_ratio = ((logprobs - old) * mask).abs()
-        outputs = {
-            "log_ratio_max": log_ratio.max(),
-            "log_ratio_mean": log_ratio.sum() / count,
-            "clip_fraction": self.objective.clipped(logprobs, old, batch["advantages"], mask).sum() / count,
-            "log_ratio_clamped": clamped(self, logprobs, batch).sum() / count,
-        }
-        self._log_step(batch, scores, loss.detach(), outputs)
-        return {"loss": loss, **outputs}
+        self.step_numbers.add(learned, {**sums, "loss": self.share(loss, batch)}, largest)
+        self._log_round(batch)
+        return {"loss": loss, **largest, **outputs}
 
     @property
     def _warming_up(self) -> bool:
@@ -233,24 +235,29 @@ class PolicyRLModule(RLHFModule):
             for parameter in self.model.parameters():
                 parameter.grad = None
 
-    def _policy_loss(self, scores: TokenScores, batch: dict[str, Any]) -> Tensor:
-        mask, old = batch["mask"], batch["old_logprobs"]
+    def _policy_loss(self, scores: TokenScores, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        """The loss, and the number of tokens that have something to teach."""
+        mask, old, kl = batch["mask"], batch["old_logprobs"], self.kl
         per_token = self.objective(scores.logprobs, old, batch["advantages"], mask)
-        if self.kl is not None and self.kl.place == "loss":
-            per_token = per_token + self.kl.loss(scores.logprobs, old, batch["reference_logprobs"], mask)
+        learned = (mask != 0) & (batch["advantages"] != 0)
+        if kl is not None and kl.place == "loss":
+            per_token = per_token + kl.loss(scores.logprobs, old, batch["reference_logprobs"], mask)
+            learned = mask != 0 if kl.coefficient else learned
         if self.importance_weights is not None:
-            per_token = per_token * self.importance_weights(old, batch["sampler_logprobs"], mask)
+            weights = self.importance_weights(old, batch["sampler_logprobs"], mask)
+            per_token, learned = per_token * weights, learned & (weights != 0)
         loss = self._aggregated(per_token, batch)
         if self.entropy_coefficient:
             assert scores.entropy is not None
             bonus = self.normalised(scores.entropy.sum(), batch, "tokens", mask.sum())
             loss = loss - self.entropy_coefficient * bonus
-        return loss
+        if self.entropy_coefficient or self.critic is not None:
+            learned = mask != 0
+        return loss, learned.sum()
 
-    def _value_loss(self, values: Tensor, batch: dict[str, Any]) -> Tensor:
+    def _value_losses(self, values: Tensor, batch: dict[str, Any]) -> Tensor:
         assert self.critic is not None
-        losses = value_loss(values, batch["values"], batch["returns"], batch["mask"], self.critic.clip)
-        return self.normalised(losses.sum(), batch, "tokens", batch["mask"].sum())
+        return value_loss(values, batch["values"], batch["returns"], batch["mask"], self.critic.clip)
 
     def _aggregated(self, per_token: Tensor, batch: dict[str, Any]) -> Tensor:
         mode, length = self.objective.aggregation, self.objective.length
@@ -260,26 +267,15 @@ class PolicyRLModule(RLHFModule):
             total, local = total / length, local / length
         return self.normalised(total, batch, COUNTS[mode], local)
 
-    def _log_step(self, batch: dict[str, Any], scores: TokenScores, loss: Tensor, outputs: dict[str, Tensor]) -> None:
-        assert scores.entropy is not None
-        mask = batch["mask"]
-        count = mask.sum().clamp(min=1)
-        numbers = {
-            **(batch.get("statistics") or {}),
-            "entropy": scores.entropy.detach().sum() / count,
-            "loss": loss,
-            "log_ratio_max": outputs["log_ratio_max"],
-            "clip_fraction": outputs["clip_fraction"],
-            "log_ratio_clamped": outputs["log_ratio_clamped"],
-        }
-        if batch.get("first"):
-            gap = (scores.logprobs.detach() - batch.get("sampler_logprobs", batch["old_logprobs"])) * mask
-            numbers["logprob_gap"] = gap.abs().sum() / count
-        for name, number in numbers.items():
-            bar = name in ("reward", "kl", "truncated", "entropy")
-            self.log(f"train/{name}", number, on_step=True, on_epoch=False, prog_bar=bar)
+    def _log_round(self, batch: dict[str, Any]) -> None:
+        """What is known of the round, over all ranks, with its first mini-batch; the rest is logged with the step."""
+        for name, number in (batch.get("statistics") or {}).items():
+            self.log(f"train/{name}", number, on_step=True, on_epoch=False, prog_bar=name in ROUND_ON_BAR)
         source = float(any(isinstance(part, ModelReward | EnsembleReward) for part in self.rewards))
         self.log("reward_source_prm", source, on_step=True, on_epoch=False)
+
+    def why_empty(self) -> str:
+        return why_empty(self.last_statistics)
 
     def _sync_engine(self) -> None:
         # One that has weights of its own would answer with those of the last round's start.

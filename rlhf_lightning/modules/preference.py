@@ -17,8 +17,9 @@ from rlhf_lightning.models.reward_model import Text, score_rows, score_texts
 from rlhf_lightning.models.saving import relative_to_run
 from rlhf_lightning.models.scorers import ImplicitReward, RewardHead, Scorer
 from rlhf_lightning.modules.base import RLHFModule
-from rlhf_lightning.modules.preference_metrics import StepMetrics, Tables
+from rlhf_lightning.modules.preference_metrics import Tables, step_names, step_sums
 from rlhf_lightning.modules.preference_rows import SIDES, Named, name_rows, whole_step
+from rlhf_lightning.modules.step import StepNumbers
 from rlhf_lightning.modules.stored_reference import store_reference
 from rlhf_lightning.objectives.preference import BradleyTerry, PreferenceLoss
 
@@ -42,6 +43,7 @@ class PreferenceModule(RLHFModule):
     """
 
     stage_kind = "preference"
+    on_bar = ("accuracy", "margin", "loss")
 
     def __init__(
         self,
@@ -60,7 +62,7 @@ class PreferenceModule(RLHFModule):
         self.task = self.scorer.task
         check_fit(self.scorer, self.loss)
         self._wanted = self.loss.keywords()
-        self.logged = StepMetrics(self.loss.kind)
+        self.step_numbers = StepNumbers(step_names(self.loss.kind))
         self.tables = nn.ModuleDict({f"{name}_": Tables() for name in ("val", "test")})
 
     def setup(self, stage: str) -> None:
@@ -149,10 +151,12 @@ class PreferenceModule(RLHFModule):
         else:
             losses = self._losses(named)
             total = (losses * weights.to(losses.dtype)).sum()
-        for name, metric in self.logged.updated({**named, "loss": losses}, weights):
-            bar = name in ("accuracy", "margin", "loss")
-            self.log(f"train/{name}", metric, on_step=True, on_epoch=False, prog_bar=bar)
+        sums = step_sums(self.loss.kind, {**named, "loss": losses}, weights)
+        self.step_numbers.add((weights != 0).sum() * (batch["mask"] != 0).any(), sums)
         return self.normalised(total, batch, self.loss.kind, float(weights.sum()))
+
+    def why_empty(self) -> str:
+        return "Every row of these steps has weight 0, or no token of a response: see the batches' weights and masks."
 
     def _named(self, batch: dict[str, Any]) -> Named:
         """What is known of each row."""
@@ -217,8 +221,7 @@ class PreferenceModule(RLHFModule):
             rows["loss"] = self._losses({key: value for key, value in rows.items() if key != "category"})
         self.last_report = table.report(self.loss.kind, rows)
         for key, value in self.last_report["numbers"].items():
-            bar = key in ("accuracy", "margin", "loss")
-            self.log(f"{name}/{key}", value, prog_bar=bar, sync_dist=self.trainer.world_size > 1)
+            self.log(f"{name}/{key}", value, prog_bar=key in self.on_bar, sync_dist=self.trainer.world_size > 1)
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> list[dict[str, Any]]:
         """The scores of each row."""

@@ -1,14 +1,12 @@
-"""What preference learning logs: running means of a training step, and a report over all rows that were evaluated."""
+"""What preference learning logs: sums of a training step, and a report over all rows that were evaluated."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torchmetrics import MeanMetric, Metric
+from torch import Tensor
+from torchmetrics import Metric
 from torchmetrics.utilities.data import dim_zero_cat
 
-from rlhf_lightning.modules.metrics import PairAccuracy
 from rlhf_lightning.objectives.calibration import area_under_curve, brier, expected_calibration_error, reliability
 
 Rows = dict[str, Tensor]
@@ -19,26 +17,23 @@ MEANS = {
 }
 
 
-class StepMetrics(nn.ModuleDict):
-    """Metrics of a training step, exact over the ranks."""
+def step_names(kind: str) -> tuple[str, ...]:
+    """What `step_sums` may give."""
+    return (*MEANS[kind], "accuracy") if kind == "pairs" else MEANS[kind]
 
-    def __init__(self, kind: str) -> None:
-        super().__init__({name: MeanMetric() for name in MEANS[kind]})
-        self.kind = kind
-        if kind == "pairs":
-            self["accuracy"] = PairAccuracy()
 
-    def updated(self, rows: Rows, weights: Tensor) -> Iterator[tuple[str, Metric]]:
-        """Take the rows of a step; the metrics that they have something for."""
-        rows = {name: value.detach() for name, value in rows.items()}
-        if self.kind == "pairs":
-            metric: Any = self["accuracy"]
-            metric(rows["chosen"], rows["rejected"], weights * (1 - rows.get("ties", torch.zeros_like(weights))))
-            yield "accuracy", metric
-        for name, (values, of) in columns(self.kind, rows, weights).items():
-            mean: Any = self[name]
-            mean(values, weight=of)
-            yield name, mean
+def step_sums(kind: str, rows: Rows, weights: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+    """For the rows of a batch: of each number its sum and its count."""
+    rows = {name: value.detach() for name, value in rows.items()}
+    found = columns(kind, rows, weights)
+    if kind == "pairs":
+        right = (rows["chosen"] > rows["rejected"]).to(weights.dtype)  # a tie is wrong
+        found["accuracy"] = (right, weights * (1 - rows.get("ties", torch.zeros_like(weights))))
+    return {
+        # A row that weighs nothing may hold anything.
+        name: (torch.where(of != 0, values * of, 0.0).sum(), of.sum())
+        for name, (values, of) in found.items()
+    }
 
 
 def columns(kind: str, rows: Rows, weights: Tensor) -> dict[str, tuple[Tensor, Tensor]]:

@@ -3,13 +3,14 @@
 from typing import Any
 
 from torch import Tensor, nn
-from torchmetrics import MeanMetric, SumMetric
+from torchmetrics import MeanMetric
 
 from rlhf_lightning.data.prompts import kept_prompts
 from rlhf_lightning.models.forward import Forward
 from rlhf_lightning.models.scoring import TokenScorer
 from rlhf_lightning.modules.base import RLHFModule
-from rlhf_lightning.modules.metrics import BitsPerByte, Perplexity
+from rlhf_lightning.modules.metrics import BitsPerByte, Count, Perplexity
+from rlhf_lightning.modules.step import StepNumbers
 from rlhf_lightning.objectives.supervised import nll
 from rlhf_lightning.rollout.collect import answers
 from rlhf_lightning.rollout.sampler import Sampler
@@ -27,11 +28,12 @@ class SFTModule(RLHFModule):
     """
 
     stage_kind = "sft"
+    on_bar = ("nll",)
 
     def __init__(self, model: Any, sampler: Sampler | None = None, **kwargs: Any) -> None:
         super().__init__(model, **kwargs)
         self.sampler = sampler or Sampler(temperature=0.0)
-        self.train_nll, self.train_tokens = MeanMetric(), SumMetric()
+        self.step_numbers, self.train_tokens = StepNumbers(("nll",)), Count()
         self.heldout = nn.ModuleDict({name: _heldout_metrics() for name in ("val", "test")})
 
     def build(self) -> None:
@@ -45,11 +47,16 @@ class SFTModule(RLHFModule):
         mask = batch["mask"]
         total = nll(self.tokens(batch["input_ids"], mask).logprobs, mask).sum()
         count = mask.sum()
-        self.train_nll(total.detach() / count.clamp(min=1), weight=count)
+        self.step_numbers.add(count, {"nll": (total, count)})
         self.train_tokens.update(count)
-        self.log("train/nll", self.train_nll, on_step=True, on_epoch=False, prog_bar=True)
         self.log("train/tokens", self.train_tokens, on_step=False, on_epoch=True)
         return self.normalised(total, batch, "tokens", count)
+
+    def why_empty(self) -> str:
+        return (
+            "No row of these steps has a trained token: `rlhf data check sft` shows the masks, data.train_on and "
+            "data.max_length decide on them."
+        )
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         self._evaluate(batch, "val")
@@ -83,5 +90,5 @@ class SFTModule(RLHFModule):
 
 def _heldout_metrics() -> nn.ModuleDict:
     return nn.ModuleDict(
-        {"nll": MeanMetric(), "perplexity": Perplexity(), "bits_per_byte": BitsPerByte(), "tokens": SumMetric()}
+        {"nll": MeanMetric(), "perplexity": Perplexity(), "bits_per_byte": BitsPerByte(), "tokens": Count()}
     )

@@ -13,6 +13,15 @@ def _group_sums(values: Tensor, group_ids: Tensor) -> tuple[Tensor, Tensor, Tens
     return sums[dense], counts[dense], dense
 
 
+def _all_equal(values: Tensor, dense: Tensor) -> Tensor:
+    """For each row whether its group has one value: then the mean may differ from it by rounding, and must not."""
+    low, high = (
+        values.new_zeros(len(values)).scatter_reduce(0, dense, values, how, include_self=False)
+        for how in ("amin", "amax")
+    )
+    return (low == high)[dense]
+
+
 def group_centered(rewards: Tensor, group_ids: Tensor, scale: str = "none", eps: float = 1e-4) -> Tensor:
     """Reward minus the mean of its group; with `scale="std"` divided by the group's standard deviation + eps.
 
@@ -22,8 +31,8 @@ def group_centered(rewards: Tensor, group_ids: Tensor, scale: str = "none", eps:
     """
     if scale not in ("none", "std"):
         raise ValueError(f"unknown scale {scale!r}; 'none' or 'std'")
-    sums, counts, _ = _group_sums(rewards, group_ids)
-    centered = rewards - sums / counts
+    sums, counts, dense = _group_sums(rewards, group_ids)
+    centered = torch.where(_all_equal(rewards, dense), 0.0, rewards - sums / counts)
     if scale == "none":
         return centered
     squares, _, _ = _group_sums(centered.square(), group_ids)
@@ -32,9 +41,9 @@ def group_centered(rewards: Tensor, group_ids: Tensor, scale: str = "none", eps:
 
 def leave_one_out(rewards: Tensor, group_ids: Tensor) -> Tensor:
     """Reward minus the mean of the others of its group (RLOO, arXiv 2402.14740 eq. 8); 0 for a group of one."""
-    sums, counts, _ = _group_sums(rewards, group_ids)
+    sums, counts, dense = _group_sums(rewards, group_ids)
     others = (sums - rewards) / (counts - 1).clamp(min=1)
-    return torch.where(counts > 1, rewards - others, 0.0)
+    return torch.where((counts > 1) & ~_all_equal(rewards, dense), rewards - others, 0.0)
 
 
 def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float) -> tuple[Tensor, Tensor]:

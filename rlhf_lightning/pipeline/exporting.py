@@ -48,17 +48,21 @@ def export_model(source: str, folder: Path, dtype: str | None = None) -> dict[st
     dtype = dtype or stored_dtype(source)
     if dtype not in DTYPES:
         raise ConfigError(f"--dtype is {dtype!r}; one of {', '.join(DTYPES)}")
+    template = None
     if task_of(source) == "SEQ_CLS":
         judge = RewardModel(source)
         tokenizer, renderer = judge.tokenizer, judge.renderer
         model = merge(judge.model) if is_adapter(source) else judge.model
+        template = renderer.template if renderer.format == "chat" else None
     else:
         tokenizer = load_tokenizer(source)
         renderer = Asking.of(source).renderer(tokenizer, end_token_ids(source, tokenizer))
         model = Start(source).load()
         check_vocabulary(model, tokenizer, f"the model {source}")
     stop = (*renderer.stop_strings, *renderer.stop)
-    save_model(model.to(getattr(torch, dtype)), tokenizer, folder, renderer.stop_token_ids, stop=stop)
+    save_model(
+        model.to(getattr(torch, dtype)), tokenizer, folder, renderer.stop_token_ids, stop=stop, template=template
+    )
     facts = {**_facts(source), "exported_from": str(Path(source).resolve()) if Path(source).exists() else source}
     facts |= {"dtype": dtype, "base": None, "model_hash": hash_folder(folder)}
     write_json(folder / "stage.json", facts)

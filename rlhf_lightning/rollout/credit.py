@@ -47,7 +47,9 @@ def assign(
         advantages = advantages - _moments(added, mask)[0] * mask
     if advantage.whiten:
         mean, variance = _moments(advantages, mask)
-        advantages = (advantages - mean) * (variance + 1e-8) ** -0.5 * mask
+        # Where all are equal, what is left of them is rounding: no signal to be scaled up.
+        scale = (variance + 1e-8) ** -0.5 if variance > (1e-10 * mean) ** 2 else 0.0
+        advantages = (advantages - mean) * scale * mask
     _split(episodes, "advantages", advantages)
     if advantage.needs_values:
         _split(episodes, "returns", returns)

@@ -1,0 +1,134 @@
+"""The chat template of a reward model's folder: it ends with the last turn, where the score is read.
+
+Stock pooling reads at the last token of a text that is no padding. After the end of a turn many templates write more
+(ChatML's line break), and the score was trained at the end of the turn. So the folder gets the template wrapped: where
+a conversation ends with the assistant and nothing is to be generated, what follows the end of that turn is cut off.
+Everywhere else it renders as before. What is read from such a folder by this package is unwrapped.
+"""
+
+import json
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from rlhf_lightning.data.conversations import Message
+from rlhf_lightning.data.records import RowError
+from rlhf_lightning.data.templates import FAILURES, FIXED_DATE, ChatTemplate
+
+log = logging.getLogger(__name__)
+_HEAD = "{#- rlhf-lightning: this template ends with the last turn, where the score is read. -#}\n"
+_OPEN = "{% set rlhf_text %}\n"  # transformers drops a line break after a tag
+_CLOSE = "{{ '' }}{% endset %}"
+_NEWLINE = "{#- a line break stood here, which Jinja leaves out -#}"
+_SAID: list[Message] = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Good\nday."}]
+_SAMPLES: list[list[Message]] = [
+    _SAID,
+    [*_SAID, *_SAID],
+    [{"role": "system", "content": "Be kind."}, *_SAID],
+]
+
+
+@contextmanager
+def ended(tokenizer: Any, template: ChatTemplate | None) -> Iterator[None]:
+    """Have a tokenizer end its texts with the last turn, for as long as it is saved; without a template nothing."""
+    before = tokenizer.chat_template
+    if template is not None and before:
+        sources = before if isinstance(before, dict) else {"default": before}
+        wrapped = {name: _wrapped(source, template) for name, source in sources.items()}
+        after = wrapped if isinstance(before, dict) else wrapped["default"]
+        if _agrees(tokenizer, after, template):
+            tokenizer.chat_template = after
+        else:
+            log.warning(
+                "the chat template could not be made to end with the turn: what others score with stock libraries has "
+                "to be cut after the end of the answer first, see docs/preference.md"
+            )
+    try:
+        yield
+    finally:
+        tokenizer.chat_template = before
+
+
+def unwrapped(template: Any) -> Any:
+    """A chat template as it was before `ended`; any other as it is."""
+    if isinstance(template, dict):
+        return {name: unwrapped(source) for name, source in template.items()}
+    if not isinstance(template, str) or not template.startswith(_HEAD):
+        return template
+    inner, _, rest = template.partition(_OPEN)[2].rpartition(_CLOSE)
+    return inner + "\n" * rest.startswith(_NEWLINE)
+
+
+def _wrapped(source: str, template: ChatTemplate) -> str:
+    if source.startswith(_HEAD):
+        return source
+    given = "".join(
+        f"{{%- if {name} is not defined %}}{{% set {name} = {_literal(value)} %}}{{% endif %}}\n"
+        for name, value in template.given.items()
+    )
+    # Jinja leaves out one line break at the end of a template, which is not the end any more.
+    broken = source.endswith("\n")
+    return (
+        _HEAD
+        + (FIXED_DATE if "strftime_now" in source else "")
+        + given
+        + _OPEN
+        + source.removesuffix("\n")
+        + _CLOSE
+        + _NEWLINE * broken
+        + "\n{%- if not add_generation_prompt and messages and messages[-1].role == 'assistant' %}"
+        + _cut(template)
+        + "\n{%- endif %}\n{{- rlhf_text }}"
+    )
+
+
+def _cut(template: ChatTemplate) -> str:
+    """What makes a text stop where the turn does; a turn that the template does not end gets the token that we put."""
+    if not template.ends_turns:
+        return "\n{%- set rlhf_text = rlhf_text ~ eos_token %}"
+    rest, stripped = template.after_turn, "\n{%- set rlhf_text = rlhf_text.rstrip() %}"
+    if not rest:
+        return stripped
+    shown = _literal(rest)
+    return (
+        f"{stripped}\n{{%- if rlhf_text.endswith({shown}) %}}"
+        f"{{% set rlhf_text = rlhf_text[:-{len(rest)}].rstrip() %}}{{% endif %}}"
+    )
+
+
+def _literal(value: Any) -> str:
+    """A value as Jinja writes it."""
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(map(_literal, value)) + "]"
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{_literal(k)}: {_literal(v)}" for k, v in value.items()) + "}"
+    return "none" if value is None else json.dumps(value, ensure_ascii=False)
+
+
+def _agrees(tokenizer: Any, wrapped: Any, template: ChatTemplate) -> bool:
+    """Whether it renders as we do up to the end of the turn, and as before where an answer is asked for."""
+    from jinja2 import TemplateError
+
+    for messages in _SAMPLES:
+        try:
+            whole = template.render(messages)
+            end = template.span(messages, len(messages) - 1, whole, None)[1]
+            asked = template.render(messages[:-1], add_generation_prompt=True)
+        except RowError:
+            continue  # a template that has no system messages, for example
+        wanted = whole[:end] if template.ends_turns else whole + tokenizer.eos_token
+        try:
+            found = _stock(tokenizer, messages, wrapped, False)
+            prompt = _stock(tokenizer, messages[:-1], wrapped, True)
+        except (TemplateError, *FAILURES) as error:
+            log.debug("the wrapped chat template fails: %s", error)
+            return False
+        if found != wanted or prompt != asked:
+            return False
+    return True
+
+
+def _stock(tokenizer: Any, messages: list[Message], source: Any, prompt: bool) -> str:
+    source = source.get("default", next(iter(source.values()))) if isinstance(source, dict) else source
+    return tokenizer.apply_chat_template(messages, chat_template=source, tokenize=False, add_generation_prompt=prompt)

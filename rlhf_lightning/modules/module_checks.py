@@ -1,0 +1,34 @@
+"""What a module of any stage refuses: batches without what it takes, checkpoints of something else."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from rlhf_lightning.errors import ConfigError
+
+
+def check_batch(module: Any, batch: Any) -> None:
+    """Refuse what another loader's batches lack, by name."""
+    has = list(batch) if isinstance(batch, Mapping) else []
+    if missing := [name for name in module.takes if name not in has]:
+        raise ConfigError(
+            f"{type(module).__name__} takes batches that are dicts with {', '.join(module.takes)}; {missing[0]} is "
+            f"missing in this one, which is a {type(batch).__name__} of {', '.join(map(str, has)) or 'no names'}. "
+            "docs/reuse.md says how to make them"
+        )
+
+
+def check_content(module: Any, checkpoint: Mapping[str, Any]) -> None:
+    """Raise `ConfigError` where the weights of a checkpoint have other shapes, or `fit` cannot go on from it."""
+    weights = checkpoint["state_dict"]
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        if name in weights and weights[name].shape != parameter.shape:
+            raise ConfigError(
+                f"the checkpoint is not of this stage and settings: {name} is "
+                f"{list(weights[name].shape)} there and {list(parameter.shape)} here"
+            )
+    lacking = [key for key in ("loops", "optimizer_states", "lr_schedulers") if key not in checkpoint]
+    if lacking and module._trainer is not None and module._trainer.state.fn == "fit":
+        raise ConfigError(
+            f"the checkpoint has no {lacking[0]}: it holds weights only, and fit cannot go on from it. "
+            "Start a new stage from a model folder instead."
+        )

@@ -1,0 +1,165 @@
+"""A reward model's folder in stock transformers and peft, which know nothing of us: they give our score.
+
+They are fed what everybody feeds them: `apply_chat_template` of user and assistant as it is, padded on either side.
+"""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from rlhf_lightning import PreferenceModule
+from rlhf_lightning.data.ended_templates import ended, unwrapped
+from rlhf_lightning.data.rendering import Renderer
+from rlhf_lightning.data.templates import ChatTemplate
+from rlhf_lightning.data.tokenizers import load_tokenizer
+from rlhf_lightning.models.lora import LoRA
+from rlhf_lightning.models.reward_model import RewardModel
+from rlhf_lightning.models.scorers import RewardHead
+from rlhf_lightning.pipeline.exporting import export_model
+from tests.conftest import CHAT_TEMPLATES, build_model
+
+TEMPLATES = sorted(path.stem for path in CHAT_TEMPLATES.glob("*.jinja"))
+CHATML = (
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>' + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}\n"
+)
+TALKS = [
+    [{"role": "user", "content": "How are you?"}],
+    [{"role": "user", "content": "one two"}],
+    [
+        {"role": "user", "content": "Hello"},
+        {"role": "assistant", "content": "Hello there."},
+        {"role": "user", "content": "one two three"},
+    ],
+]
+ANSWERS = ["I am fine, thank you.", "three\n\nfour", "four five."]
+
+
+def tokenizer_for(tokenizer: Any, source: str) -> Any:
+    """A small tokenizer that knows the special tokens of a template."""
+    tokenizer.chat_template = source
+    names = set(re.findall(r"<[|｜][^<>\s{}'\"]+[|｜]>|<(?:start|end)_of_turn>", source)) | {"<|endoftext|>"}
+    tokenizer.add_special_tokens({"additional_special_tokens": sorted(names), "bos_token": "<|endoftext|>"})
+    tokenizer.eos_token = "<|endoftext|>"
+    return tokenizer
+
+
+def saved(tokenizer: Any, root: Path, lora: LoRA | None) -> PreferenceModule:
+    """A reward model of random weights, saved as a stage saves it."""
+    base = root / "base"
+    build_model(tokenizer, architecture="llama").save_pretrained(base)
+    tokenizer.save_pretrained(base)
+    torch.manual_seed(0)
+    module = PreferenceModule(str(base), RewardHead(), lora=lora)
+    module.configure_model()
+    with torch.no_grad():
+        for name, weight in module.model.named_parameters():
+            if "lora_B" in name:
+                weight.normal_(std=0.1)
+    module.save_pretrained(root / "model")
+    return module
+
+
+def stock_scores(folder: Path, lora: bool, side: str) -> torch.Tensor:
+    """What somebody who has never heard of us computes."""
+    from peft import AutoPeftModelForSequenceClassification
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    auto: Any = AutoPeftModelForSequenceClassification if lora else AutoModelForSequenceClassification
+    model, tokenizer = auto.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
+    tokenizer.padding_side = side
+    talks = [[*talk, {"role": "assistant", "content": answer}] for talk, answer in zip(TALKS, ANSWERS, strict=True)]
+    batch = tokenizer.apply_chat_template(talks, padding=True, return_tensors="pt", return_dict=True)
+    with torch.no_grad():
+        return model(**batch).logits[:, 0]
+
+
+def cases() -> list[Any]:
+    """Every template, whole and with LoRA; of these some run with the fast tests."""
+    names = [*TEMPLATES, "chatml", "endless"]
+    fast = ("chatml", "llama3_2", "phi3")
+    return [pytest.param(name, None) for name in names] + [
+        pytest.param(name, LoRA(rank=2), marks=[] if name in fast else [pytest.mark.slow]) for name in names
+    ]
+
+
+@pytest.mark.parametrize(("name", "lora"), cases())
+def test_stock_libraries_give_our_score(name: str, lora: LoRA | None, tokenizer: Any, tmp_path: Path) -> None:
+    sources = {
+        "chatml": CHATML,
+        "endless": "{% for m in messages %}{{ '[' + m.role + ']' + m.content + '\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}[assistant]{% endif %}",
+    }
+    source = sources.get(name) or (CHAT_TEMPLATES / f"{name}.jinja").read_text()
+    tokenizer = tokenizer_for(tokenizer, source)
+    module = saved(tokenizer, tmp_path, lora)
+    wanted = module.score(TALKS, ANSWERS)
+    assert float(wanted.std()) > 1e-3
+    for side in ("right", "left"):
+        torch.testing.assert_close(
+            stock_scores(tmp_path / "model", lora is not None, side), wanted, rtol=1e-5, atol=1e-5
+        )
+    # Ours reads the folder as it was trained: the same rows, and tokens of the policy as they are.
+    judge = RewardModel(str(tmp_path / "model"))
+    torch.testing.assert_close(judge.score(TALKS, ANSWERS), wanted, rtol=1e-6, atol=1e-6)
+    assert judge.tokenizer.chat_template == source
+    assert judge.same_tokens(module.renderer)
+
+
+def test_exported_and_saved_again_it_ends_there_too(tokenizer: Any, tmp_path: Path) -> None:
+    module = saved(tokenizer_for(tokenizer, CHATML), tmp_path, LoRA(rank=2))
+    wanted = module.score(TALKS, ANSWERS)
+    export_model(str(tmp_path / "model"), tmp_path / "exported")
+    again = PreferenceModule(str(tmp_path / "exported"), RewardHead())
+    again.save_pretrained(tmp_path / "again")
+    for folder in ("exported", "again"):
+        torch.testing.assert_close(stock_scores(tmp_path / folder, False, "right"), wanted, rtol=1e-5, atol=1e-5)
+    # A policy's folder has the template as it is: turns follow each other.
+    assert load_tokenizer(str(tmp_path / "again")).chat_template == CHATML
+
+
+def test_settings_of_the_template_are_those_of_training(tokenizer: Any, tmp_path: Path) -> None:
+    """Stock libraries do not know `template_kwargs`: they are in the template that is saved."""
+    source = "{% if mood is defined %}{{ mood.name ~ (mood.calm | string) }}{% endif %}" + CHATML
+    tokenizer = tokenizer_for(tokenizer, source)
+    options = {"mood": {"name": 'so "so"', "calm": True, "more": [1, None, 0.5]}}
+    template = Renderer(tokenizer, template_kwargs=options).template
+    talk = [*TALKS[0], {"role": "assistant", "content": "Fine."}]
+    with ended(tokenizer, template):
+        assert tokenizer.apply_chat_template(talk, tokenize=False) == template.render(talk).rstrip("\n")
+        assert tokenizer.apply_chat_template(TALKS[0], tokenize=False) == template.render(TALKS[0])
+    assert tokenizer.chat_template == source
+
+
+@pytest.mark.parametrize("end", ["", "\n", "\n\n", "  ", "\n  ", "{% if true %}\n{% endif %}\n"])
+@pytest.mark.parametrize("start", ["", "\n", "  ", "\n\n  {% if true %}\n {% endif %}"])
+def test_a_wrapped_template_renders_as_before(start: str, end: str, tokenizer: Any) -> None:
+    """White space at its edges included; and what was wrapped is found again as it was."""
+    source = start + CHATML.removesuffix("\n") + end
+    tokenizer = tokenizer_for(tokenizer, source)
+    template = ChatTemplate(tokenizer)
+    for messages in (TALKS[0], TALKS[2]):
+        whole, asked = (
+            tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
+            for prompt in (False, True)
+        )
+        with ended(tokenizer, template):
+            assert tokenizer.chat_template != source
+            assert unwrapped(tokenizer.chat_template) == source
+            assert tokenizer.apply_chat_template(messages, tokenize=False) == whole
+            assert tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True) == asked
+
+
+def test_a_template_that_cannot_be_wrapped_is_kept(tokenizer: Any, caplog: Any) -> None:
+    source = CHATML + "{% if rlhf_text is defined %}{{ raise_exception('no') }}{% endif %}"
+    source = source.replace("{% for m", "{% if template_is_wrapped is defined %}x{% endif %}{% for m", 1)
+    tokenizer = tokenizer_for(tokenizer, source)
+    template = ChatTemplate(tokenizer)
+    template.options["template_is_wrapped"] = True  # what stock libraries do not say, and nobody has given
+    caplog.set_level("WARNING", "rlhf_lightning")
+    with ended(tokenizer, template):
+        assert tokenizer.chat_template == source
+    assert "could not be made to end with the turn" in caplog.text
