@@ -263,8 +263,9 @@ def test_a_stale_round_is_drawn_with_the_weights_of_the_round_before(base: str, 
     assert watch.logged[0]["train/logprob_gap"] < 1e-5
     assert watch.logged[1]["train/logprob_gap"] > 1e-3  # drawn by the start, which round 0 has moved away from
     _, plain = fit("fresh")
-    assert torch.equal(plain.policy[0], watch.policy[0])
-    assert not torch.equal(plain.policy[1], watch.policy[1])
+    # Two runs that do other things beside the first step: with two threads they are not equal to the bit.
+    torch.testing.assert_close(plain.policy[0], watch.policy[0], rtol=1e-5, atol=1e-5)
+    assert (plain.policy[1] - watch.policy[1]).abs().max() > 1e-3
 
 
 def _prompt(module: Any, episode: Any) -> Any:
