@@ -20,7 +20,9 @@ from rlhf_lightning.objectives.policy import PPO
 from rlhf_lightning.objectives.preference import KTO, PlackettLuce
 from rlhf_lightning.rollout.advantages import GAE
 from rlhf_lightning.rollout.kl import KLPenalty
+from rlhf_lightning.strategies import FSDP2
 from tests.conftest import sgd, trainer
+from tests.runs import in_ranks
 from tests.test_modules import data, make
 from tests.test_preference import labelled, rankings
 
@@ -115,6 +117,25 @@ def test_in_float32_as_well(base: str, tmp_path: Path) -> None:
     for a, b in zip(one, two, strict=True):
         assert a == pytest.approx(b, rel=1e-4, abs=1e-5)  # weights after steps of 0.1 differ by rounding themselves
     assert one[0] == pytest.approx(two[0], rel=1e-5, abs=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tensor", [1, 2])
+@pytest.mark.parametrize("name", ["sft", "dpo", "policy"])
+def test_where_weights_are_split(name: str, tensor: int, base: str, tmp_path: Path) -> None:
+    """Two ranks with rows of their own, or two that compute the same rows, which count once."""
+    build, source = RUNS[name]
+    one = steps(name, (1, 4, 2), base, tmp_path / "one")
+
+    def fit() -> None:
+        torch.manual_seed(0)
+        strategy = FSDP2(2 // tensor, tensor)
+        run = trainer(tmp_path, devices=2, strategy=strategy, accumulate_grad_batches=2, callbacks=[Steps()])
+        run.fit(build(base, {}), source(2 * tensor, 2))
+
+    in_ranks(2, fit, tmp_path / "ranks")
+    for a, b in zip(one, json.loads((tmp_path / "steps.json").read_text()), strict=True):
+        assert a == pytest.approx(b, rel=1e-4, abs=1e-5)
 
 
 # -- by hand ----------------------------------------------------------------------------------------------------------
