@@ -107,9 +107,37 @@ def with_value(row: dict[str, Any], name: str, values: st.SearchStrategy) -> st.
 
 PAIR = {"prompt": "a", "chosen": "one", "rejected": "two"}
 BAD_TOOLS = SCALAR.filter(bool) | st.just("[") | st.lists(SCALAR, min_size=1, max_size=2)
+BAD_CALLS = st.one_of(
+    SCALAR.filter(bool),
+    st.sampled_from(["[", "{'name': 'f'}", '"f"']),
+    st.lists(SCALAR | st.just({}), min_size=1, max_size=2),
+    st.builds(
+        lambda name, arguments: [{"function": {"name": name, "arguments": arguments}}],
+        st.just("f") | SCALAR | st.none(),
+        SCALAR | st.lists(JUNK, max_size=2) | st.sampled_from(["[1]", "{", "None", '{"a": NaN}']),
+    ),
+)
+
+
+def refused_beside(row: dict[str, Any], *more: dict[str, Any]) -> st.SearchStrategy:
+    """A good row with a column of common meaning that cannot be used."""
+    return st.one_of(
+        with_value(row, "system", SCALAR | st.lists(WORDS, min_size=1)),
+        st.sampled_from(["image", "images", "audio", "video"]).map(lambda name: {**row, name: ["a.png"]}),
+        st.sampled_from([{"system": "a", "system_prompt": "b"}, {"functions": "["}, *more]).map(lambda x: {**row, **x}),
+    )
+
+
 BAD_ROWS = {
     "sft": st.one_of(
         NO_COLUMN,
+        BAD_CALLS.map(lambda calls: {"messages": [USER, {**ASSISTANT, "content": None, "tool_calls": calls}]}),
+        BAD_CALLS.map(lambda calls: {"conversations": [USER, {"from": "function_call", "value": calls}]}),
+        with_value({"messages": [USER, {**ASSISTANT, "weight": 0}]}, "id", SCALAR),
+        st.floats(0.01, 0.99).map(lambda weight: {"messages": [USER, {**ASSISTANT, "weight": weight}]}),
+        refused_beside({"messages": [USER, ASSISTANT]}, {"label": 0}, {"label": False}, {"weight": 0.5}),
+        refused_beside({"prompt": "a", "completion": "b"}, {"label": 0}, {"chosen": "c", "rejected": "d"}),
+        refused_beside({"instruction": "a", "output": "b"}, {"label": False}, {"train": False}),
         with_value({}, "messages", NOT_MESSAGES | st.just([USER]) | st.just([USER, {**ASSISTANT, "content": "  "}])),
         with_value({}, "conversations", NOT_MESSAGES),
         with_value({}, "text", NOT_TEXT | st.just(" ") | st.lists(WORDS)),
@@ -123,6 +151,7 @@ BAD_ROWS = {
         NO_COLUMN,
         *(with_value(PAIR, name, NOT_MESSAGES | st.none()) for name in PAIR),
         with_value(PAIR, "rejected", st.just("one")),
+        refused_beside(PAIR, {"weight": 0}, {"chosen": [{**ASSISTANT, "train": False}]}),
         with_value(PAIR, "margin", WORDS | st.lists(JUNK) | st.booleans() | st.just(float("nan"))),
         with_value(PAIR, "tie", WORDS | st.lists(JUNK) | st.integers(2)),
         with_value(PAIR, "category", st.lists(JUNK) | st.floats(allow_nan=False)),
@@ -134,6 +163,7 @@ BAD_ROWS = {
         with_value({}, "prompt", NOT_MESSAGES | st.none()),
         with_value({}, "messages", NOT_MESSAGES.filter(lambda v: not isinstance(v, list)) | st.just([ASSISTANT])),
         with_value({"prompt": "a"}, "tools", BAD_TOOLS),
+        refused_beside({"prompt": "a"}),
     ),
 }
 NOT_UTF8 = st.sampled_from([b"\xff", b"\xc3(", b"\x80", b"\xed\xa0\x80", b"\xf8\x88\x80\x80\x80"])

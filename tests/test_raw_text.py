@@ -73,6 +73,20 @@ def test_raw_rows_of_every_kind_begin_alike(tokenizer: Any, frame: str) -> None:
         assert row.ids[: row.mask.index(1)] == prompt.ids, "a response follows the prompt as the sampler has it"
 
 
+@pytest.mark.parametrize("frame", ["none", "bos"])
+def test_a_shortened_prompt_begins_with_it_too(tokenizer: Any, frame: str) -> None:
+    tokenizer = framed(tokenizer, frame)
+    pair = {"prompt": "one two " * 20, "chosen": " three", "rejected": " four"}
+    settings: dict[str, Any] = {"tokenizer": tokenizer, "format": "raw"}
+    (whole,) = ready(PreferenceDataModule([pair], **settings)).prepared["train"].rows
+    settings |= {"overlong": "truncate", "max_length": whole.tokens - 5}
+    (cut,) = ready(PreferenceDataModule([pair], **settings)).prepared["train"].rows
+    for side, before in zip(cut.sides, whole.sides, strict=True):
+        begin = 1 if frame == "bos" else 0
+        assert side.ids == before.ids[:begin] + before.ids[begin + 5 :]
+        assert side.trained == before.trained
+
+
 @pytest.mark.parametrize("frame", FRAMES)
 def test_a_template_writes_its_own_beginning(tokenizer: Any, frame: str) -> None:
     """Where it writes none there is none, as in transformers' `apply_chat_template`."""

@@ -115,6 +115,8 @@ def _summary(figures: dict[str, Any]) -> None:
     )
     for name, types in figures["columns"].items():
         print(f"  column {name}: {', '.join(f'{kind} in {count}' for kind, count in types.items())}")
+    if figures["columns_not_used"]:
+        print(f"  columns not used: {', '.join(figures['columns_not_used'])}")
     if not figures["examples"]:
         return
     print(f"\n{'tokens of a row':<18}{'total':>10}{'mean':>9}{'min':>7}{'median':>8}{'95%':>7}{'max':>7}")

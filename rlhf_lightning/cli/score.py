@@ -89,10 +89,12 @@ def score_file(options: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[
 
 def responses(renderer: Any, data: dict[str, Any]) -> dict[str, Any]:
     """The responses of a row by name, rendered; raises `RowError`."""
+    from rlhf_lightning.data.columns import refuse_media
     from rlhf_lightning.data.conversations import conversation, tool_schemas
     from rlhf_lightning.data.preference_rows import row_kind, split_pair, split_ranking, split_response
     from rlhf_lightning.data.records import RowError
 
+    refuse_media(data)
     tools = tool_schemas(data)
     if data.get("chosen") is not None:
         prompt, chosen, rejected = split_pair(data)
@@ -109,6 +111,8 @@ def responses(renderer: Any, data: dict[str, Any]) -> dict[str, Any]:
     else:
         prompt, response = split_response(data)
         named = {"response": response}
+    for response in named.values():
+        renderer.refuse_lost(prompt + response, tools)
     return {name: renderer.exchange(prompt, response, tools) for name, response in named.items()}
 
 

@@ -12,6 +12,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from rlhf_lightning.data.asked import Asking, shared_by_all
 from rlhf_lightning.data.batching import Layout, RowLoader, run_seed
+from rlhf_lightning.data.columns import noting_unused
 from rlhf_lightning.data.containers import settled
 from rlhf_lightning.data.openings import Openings
 from rlhf_lightning.data.records import (
@@ -157,7 +158,8 @@ class RowDataModule(pl.LightningDataModule):
         self._truncated = 0
         if name == "train":
             self.renderer.asked, self.renderer.openings = set(), Openings()
-        convert = self.examples(name)
+        unused: dict[str, None] = {}
+        convert = noting_unused(self, name, unused)
         keys: list[RowKey] = []
         row_of: list[int] = []
 
@@ -177,6 +179,12 @@ class RowDataModule(pl.LightningDataModule):
                 keys[row_of[index]].where = getattr(example, "where", "")
         self.prepared[name] = Prepared(converted, reading, truncated=self._truncated, keys=keys, row_of=row_of)
         self._summarise(name, source)
+        if unused:
+            log.info("%s: columns not used: %s", name, ", ".join(unused))
+
+    def used_columns(self, name: str, data: dict[str, Any]) -> set[str] | None:
+        """The columns that a row is read from; None where all of them stay with it."""
+        return None
 
     def read(self, source: Source, name: str, reading: Reading) -> list[Row]:
         """The rows of a source, `name` being what they are for; raises `DataError`."""

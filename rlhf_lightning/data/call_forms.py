@@ -5,8 +5,6 @@ What a template prints of a probe says which; nothing is read from its source.
 """
 
 import copy
-import hashlib
-import json
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,7 +13,7 @@ from typing import Any
 
 from rlhf_lightning.data.conversations import Message
 from rlhf_lightning.data.records import RowError
-from rlhf_lightning.data.tool_calls import Written, as_text
+from rlhf_lightning.data.tool_calls import Written, as_text, holds_json, shown, with_ids
 
 log = logging.getLogger(__name__)
 Render = Callable[[list[Message], list[Any] | None], str]
@@ -35,7 +33,6 @@ SCHEMA = {
         "parameters": {"type": "object", "properties": {"other_key": {"type": "string", "description": "A key."}}},
     },
 }
-REPR, KEYED, JSON = 1, 2, 3  # how an object is shown: as Python prints it, key by key, as JSON
 
 
 @dataclass(frozen=True)
@@ -71,53 +68,45 @@ class CallForms:
         self._known: dict[Any, Any] = {}
 
     def fit(self, messages: list[Message], tools: list[Any] | None) -> list[Message]:
-        """Copies of messages, as the template shows them right; raises `RowError` where it leaves something out."""
+        """Copies of messages, in the form that the template shows right."""
         # A template may change what it is given (some pop keys).
-        messages = [self._plain(message) for message in messages]
+        messages = [self._plain(message, first=not i) for i, message in enumerate(messages)]
         if not any(message.get("tool_calls") for message in messages):
             return messages
         forms = self.forms(bool(tools))
         if forms.ids != "given" or forms.needs_ids:
-            messages = with_ids(messages, forms)
+            messages = with_ids(messages, forms.ids)
         return [self._calls(message, forms) if message.get("tool_calls") else message for message in messages]
 
-    def _plain(self, message: Message) -> Message:
+    def _plain(self, message: Message, first: bool) -> Message:
         """A message with its reasoning, and a result that is an object, where the template looks for them."""
-        changed = dict(message)
+        changed = {**message, "role": self._role(message["role"], first)}
         content = changed.get("content")
         if message.get("role") == "tool" and isinstance(content, Written):
             changed["content"] = content.value if self._shows_result(type(content.value)) else str(content)
-        given = next((key for key in REASONING if isinstance(message.get(key), str) and message[key].strip()), None)
-        if given and message.get("role") == "assistant":
+        if given := _reasoning(message):
             key = self._reasoning_key(given)
-            if key is None:
-                raise RowError(
-                    f"the chat template shows no {given!r} of a message: write it into the content, between the marks "
-                    "that the model thinks in, or leave it out of the rows"
-                )
-            if key != given:
+            if key not in (None, given):
                 changed[key] = changed.pop(given)
         return copy.deepcopy(changed)
+
+    def _role(self, role: str, first: bool) -> str:
+        """The role by which the template shows a message: `developer` is `system` where it does not know that."""
+        if role in ("user", "assistant") or self._shows_role(role, first) is True:
+            return role
+        if role == "developer" and self._shows_role("system", first):
+            return "system"
+        return role
 
     def _calls(self, message: Message, forms: Forms) -> Message:
         content = message.get("content")
         said = isinstance(content, str) and not isinstance(content, Written) and content.strip()
         if not forms.shown:
             if not isinstance(content, Written):
-                raise RowError(
-                    "the chat template shows no tool calls. Name one that does with model.chat_template, or write the "
-                    "calls into the content of the message."
-                )
+                return message
             # The row has its call as the text of a turn; that is shown.
             return {**{key: value for key, value in message.items() if key != "tool_calls"}, "content": str(content)}
         calls = message["tool_calls"]
-        if len(calls) > 1 and not forms.several:
-            raise RowError(
-                f"the chat template shows the first of a message's tool calls only, and this one has {len(calls)}: "
-                "give each call a message of its own, before its result"
-            )
-        if said and not forms.beside:
-            self._once("beside", "the chat template leaves out the text of a message beside its tool calls")
         if forms.as_text:
             calls = [
                 {**call, "function": {**call["function"], "arguments": as_text(call["function"]["arguments"])}}
@@ -125,7 +114,46 @@ class CallForms:
             ]
         return {**message, "tool_calls": calls, "content": content if said else forms.blank}
 
-    def _once(self, key: Any, text: str) -> None:
+    def left_out(self, messages: list[Message], tools: list[Any] | None) -> str | None:
+        """What the template leaves out of messages, silently, and what helps; None where it shows all."""
+        if tools and not self.shows_tools():
+            return (
+                "the chat template shows no tools, and the row has some. Name a template that does with "
+                "model.chat_template, or leave them out with columns: {tools: null}"
+            )
+        for i, message in enumerate(messages):
+            role = self._role(message["role"], first=not i)
+            if role not in ("user", "assistant") and self._shows_role(role, not i) is False:
+                place = "after the first message" if i else "in front"
+                return f"the chat template leaves out a message of the role {role!r} {place}: it knows no such turn"
+            if (given := _reasoning(message)) and self._reasoning_key(given) is None:
+                return (
+                    f"the chat template shows no {given!r} of a message: write it into the content, between the marks "
+                    "that the model thinks in, or leave it out of the rows"
+                )
+            if (calls := message.get("tool_calls")) and (found := self._left_out_calls(message, calls, bool(tools))):
+                return found
+        return None
+
+    def _left_out_calls(self, message: Message, calls: list[Any], tools: bool) -> str | None:
+        forms = self.forms(tools)
+        if not forms.shown and not isinstance(message["content"], Written):
+            return (
+                "the chat template shows no tool calls. Name one that does with model.chat_template, or write the "
+                "calls into the content of the message"
+            )
+        if forms.shown and len(calls) > 1 and not forms.several:
+            return (
+                f"the chat template shows the first of a message's tool calls only, and this one has {len(calls)}: "
+                "give each call a message of its own, before its result"
+            )
+        content = message["content"]
+        if forms.shown and not forms.beside and content and not isinstance(content, Written):
+            self.once("beside", "the chat template leaves out the text of a message beside its tool calls")
+        return None
+
+    def once(self, key: Any, text: str) -> None:
+        """Warn of something once for each template."""
         if key not in self._known:
             log.warning(text)
         self._known[key] = True
@@ -196,6 +224,19 @@ class CallForms:
         found = self._try([*said, *results], tools)
         return self._try(said, tools) if found is None else found
 
+    def _shows_role(self, role: str, first: bool) -> bool | None:
+        """Whether the template shows a message of a role in that place; None where it refuses it, or the probe."""
+        key = ("role", role, first)
+        if key not in self._known:
+            user, answer = {"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Yes."}
+            one = {"role": role, "content": WORD}
+            said = [one, user] if first else [user, answer, one, *([] if role == "tool" else [user])]
+            try:
+                self._known[key] = WORD in self.render(copy.deepcopy(said), None)
+            except RowError:
+                self._known[key] = None
+        return self._known[key]
+
     def _shows_result(self, kind: type) -> bool:
         """Whether the template shows a result that is an object (or a list of them) as JSON."""
         if kind not in (dict, list):
@@ -235,69 +276,8 @@ class CallForms:
         return None
 
 
-def with_ids(messages: list[Message], forms: Forms) -> list[Message]:
-    """Messages with ids of the form that a template takes; those that a row lacks follow from its calls."""
-    known: dict[str, str] = {}
-    waiting: list[tuple[str, str]] = []
-    result, number = [], 0
-    for message in messages:
-        message = dict(message)
-        if calls := message.get("tool_calls"):
-            message["tool_calls"] = []
-            for call in calls:
-                given = call.get("id")
-                new = _id(given, call["function"], number, forms.ids)
-                known |= {given: new} if given else {}
-                waiting.append((new, call["function"]["name"]))
-                message["tool_calls"].append({**call, "id": new})
-                number += 1
-        elif message.get("role") == "tool":
-            given = message.get("tool_call_id")
-            name = message.get("name")
-            answered = known.get(str(given)) or next(
-                (new for new, called in waiting if name in (None, called)), waiting[0][0] if waiting else None
-            )
-            if given is None or forms.ids != "given":
-                message |= {} if answered is None else {"tool_call_id": answered}
-            waiting = [(new, called) for new, called in waiting if new != answered]
-        result.append(message)
-    return result
-
-
-def _id(given: str | None, function: dict[str, Any], number: int, form: str) -> str:
-    if form == "named":
-        return f"functions.{function['name']}:{number}"
-    if form == "given" and given:
-        return given
-    if given and len(given) == 9 and given.isascii() and given.isalnum():
-        return given
-    # Not counted up: a constant would be learnt by heart.
-    source = given or f"{number} {function['name']} {as_text(function['arguments'])}"
-    return hashlib.sha256(source.encode()).hexdigest()[:9]
-
-
-def shown(text: str, arguments: dict[str, Any]) -> int:
-    """How a text shows an object: `JSON`, `KEYED`, `REPR`, or 0 where it does not, or encodes it twice."""
-    if holds_json(text, arguments):
-        return JSON
-    if not all(str(part) in text for pair in arguments.items() for part in pair):
-        return 0
-    key, value = next(iter(arguments.items()))
-    if f"{key!r}: {value!r}" in text:
-        return REPR
-    return 0 if f'\\"{key}\\"' in text else KEYED
-
-
-def holds_json(text: str, value: Any) -> bool:
-    """Whether JSON of a value stands in a text."""
-    decoder = json.JSONDecoder()
-    opening = "[" if isinstance(value, list) else "{"
-    start = text.find(opening)
-    while start >= 0:
-        try:
-            if decoder.raw_decode(text, start)[0] == value:
-                return True
-        except ValueError:
-            pass
-        start = text.find(opening, start + 1)
-    return False
+def _reasoning(message: Message) -> str | None:
+    """The key that the reasoning of a message stands under, where it has any."""
+    if message["role"] != "assistant":
+        return None
+    return next((key for key in REASONING if isinstance(message.get(key), str) and message[key].strip()), None)

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from rlhf_lightning.data.base import RowDataModule
+from rlhf_lightning.data.columns import noting_unused
 from rlhf_lightning.data.openings import Openings
 from rlhf_lightning.data.preference import PreferenceDataModule
 from rlhf_lightning.data.preference_rows import Pair, row_kind
@@ -39,6 +40,8 @@ class Checked:
     """Left out because the user asked for it (`overlong: skip`)."""
     columns: dict[str, Counter[str]] = field(default_factory=dict)
     """For each column the types of its values, with their counts."""
+    unused: dict[str, None] = field(default_factory=dict)
+    """The columns that rows of this kind are not read from."""
     rows: int = 0
     blank: int = 0
     truncated: int = 0
@@ -77,7 +80,7 @@ def check(module: RowDataModule, source: Source, split: str = "train") -> Checke
     _choose_kind(module, rows)
     module._truncated = 0
     module.renderer.openings = found.openings
-    convert = module.examples("train")
+    convert = noting_unused(module, "train", found.unused)
     for row in rows:
         for name, value in row.data.items():
             found.columns.setdefault(name, Counter())[_type(value)] += 1
@@ -129,6 +132,7 @@ def report(found: Checked, tokenizer: Any, samples: int = 2) -> dict[str, Any]:
         "skipped": [{"where": where, "reason": reason} for where, reason in found.skipped],
         "bad": [{"where": where, "reason": reason} for where, reason in found.bad],
         "columns": {name: dict(types) for name, types in found.columns.items()},
+        "columns_not_used": list(found.unused),
     }
     if not examples:
         return figures

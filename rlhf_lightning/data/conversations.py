@@ -1,7 +1,19 @@
 """The shapes in which people store conversations, brought to one: a list of `{role, content, …}` messages."""
 
+from collections.abc import Sequence
 from typing import Any
 
+from rlhf_lightning.data.columns import (
+    MEDIA,
+    OPENING,
+    PAIR_REMEDY,
+    SYSTEM,
+    TOOLS,
+    has_pair,
+    take_marks,
+    unmarked,
+    with_system,
+)
 from rlhf_lightning.data.contents import Parts
 from rlhf_lightning.data.records import RowError
 from rlhf_lightning.data.tool_calls import Written, as_text, read_calls, read_tools, short
@@ -66,6 +78,7 @@ def _messages(item: Any, index: int, previous: str | None, first_role: str) -> l
     said = role.lower() if role.lower() in (*ROLES, *SPEAKERS) else role
     message["role"] = SPEAKERS.get(said, said)
     where = f"message {index} ({message['role']})"
+    take_marks(message, where)
     results = _take_calls(message, said in CALLERS, where)
     content = message["content"]
     if content is None and not message.get("tool_calls"):
@@ -138,7 +151,10 @@ def _is_parts(content: list[Any]) -> bool:
 def _joined(parts: list[Any], where: str) -> str:
     """The text of a content in parts, `[{"type": "text", "text": …}]`; templates that show parts are given these."""
     for part in parts:
-        text = part.get("text") if isinstance(part, dict) and part.get("type", "text") == "text" else None
+        kind = part.get("type", "text") if isinstance(part, dict) else None
+        if isinstance(kind, str) and kind.removeprefix("input_").removesuffix("_url") in MEDIA:
+            raise RowError(f"{where}: content has a part of type {kind!r}, and models here are given text only")
+        text = part.get("text") if isinstance(part, dict) and kind == "text" else None
         if not isinstance(text, str):
             raise RowError(f"{where}: content has the part {short(part)}; parts must be {{type: text, text: …}}")
     # Parquet and Arrow fill the keys that a part lacks with None, and templates ask which keys a part has.
@@ -154,28 +170,37 @@ def has_conversation(data: dict[str, Any]) -> bool:
 def conversation(data: dict[str, Any]) -> list[Message]:
     """The messages of a supervised row, whatever its shape: messages, conversations, prompt/completion, instruction.
 
+    The text of a `system` column stands in front.
+
     Raises:
         RowError: none of the shapes fits.
     """
+    return with_system(data, _conversation(data))
+
+
+def _conversation(data: dict[str, Any]) -> list[Message]:
     if data.get("messages") is not None:
         return to_messages(data["messages"])
     if data.get("conversations") is not None:
-        system = [{"role": "system", "content": data["system"]}] if isinstance(data.get("system"), str) else []
-        return [message for message in system if message["content"]] + to_messages(data["conversations"])
+        return to_messages(data["conversations"])
     if data.get("prompt") is not None and data.get("completion") is not None:
-        return to_messages(data["prompt"]) + to_messages(data["completion"], "assistant")
+        prompt, (completion,) = apart(to_messages(data["prompt"]), [to_messages(data["completion"], "assistant")])
+        return prompt + completion
     if data.get("instruction") is not None and data.get("output") is not None:
         return _instruction(data)
     found = ", ".join(repr(key) for key in data) or "nothing"
-    raise RowError(f"no conversation in the row: it has {found}; wanted {SHAPES}. Map other names with `columns:`")
+    pair = f". This is a pair: {PAIR_REMEDY}" if has_pair(data) else ""
+    raise RowError(
+        f"no conversation in the row: it has {found}; wanted {SHAPES}. Map other names with `columns:`{pair}"
+    )
 
 
 def _instruction(data: dict[str, Any]) -> list[Message]:
-    for key in ("instruction", "input", "output", "system"):
+    for key in ("instruction", "input", "output"):
         if data.get(key) is not None and not isinstance(data[key], str):
             raise RowError(f"{key!r} is {short(data[key])}; it must be text")
     question = "\n\n".join(part for part in (data["instruction"], data.get("input")) if part)
-    messages = [{"role": "system", "content": data["system"]}] if data.get("system") else []
+    messages: list[Message] = []
     for turn in _history(data.get("history")):
         messages += to_messages(turn)
     answer = {"role": "assistant", "content": data["output"]}
@@ -191,6 +216,37 @@ def _history(value: Any) -> list[list[str]]:
     if not fits:
         raise RowError(f"'history' is {short(value)}; it must be a list of [question, answer]")
     return [list(turn) for turn in turns]
+
+
+def used_columns(data: dict[str, Any]) -> set[str]:
+    """The columns that the conversation of a row is read from."""
+    shape: tuple[str, ...] = ("text",)
+    if data.get("messages") is not None:
+        shape = ("messages",)
+    elif data.get("conversations") is not None:
+        shape = ("conversations",)
+    elif data.get("prompt") is not None and data.get("completion") is not None:
+        shape = ("prompt", "completion")
+    elif has_conversation(data):
+        shape = ("instruction", "input", "output", "history")
+    return {*shape, *SYSTEM, *TOOLS}
+
+
+def apart(prompt: list[Message], responses: Sequence[list[Message]]) -> tuple[list[Message], list[list[Message]]]:
+    """A prompt and responses that some data sets repeat it in, with or without a system message before it."""
+    leads = [response[0] for response in responses if response and response[0]["role"] in OPENING]
+    if len(leads) == len(responses) and all(lead == leads[0] for lead in leads) and prompt[0]["role"] not in OPENING:
+        prompt = [leads[0], *prompt]
+    return prompt, [without_prompt(response, prompt) for response in responses]
+
+
+def without_prompt(response: list[Message], prompt: Sequence[Message]) -> list[Message]:
+    """A response without the prompt, where the data repeats it in front, all of it or all but its system message."""
+    said = [list(prompt), *([list(prompt[1:])] if prompt and prompt[0]["role"] in OPENING else [])]
+    for repeated in said:
+        if repeated and unmarked(response[: len(repeated)]) == unmarked(repeated):
+            return response[len(repeated) :]
+    return response
 
 
 def tool_schemas(data: dict[str, Any]) -> list[Any] | None:

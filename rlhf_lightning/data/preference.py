@@ -9,6 +9,7 @@ import torch
 
 from rlhf_lightning.data.base import RowDataModule
 from rlhf_lightning.data.batching import pad_right, pad_tokens
+from rlhf_lightning.data.columns import SYSTEM, TOOLS, refuse_weight
 from rlhf_lightning.data.conversations import Message, tool_schemas
 from rlhf_lightning.data.preference_rows import (
     Labelled,
@@ -60,6 +61,8 @@ class PreferenceDataModule(RowDataModule):
             raise ConfigError(f"data.kind is {kind!r}; one of {', '.join(KINDS)}")
         self._kind = kind
         self.category_names: list[str] = []
+        self._worse, self._margins = 0, False
+        """Pairs whose own scores say that the rejected response is better, and whether rows have margins."""
 
     @property
     def loss(self) -> Any:
@@ -78,7 +81,13 @@ class PreferenceDataModule(RowDataModule):
         return {"pairs": self._pair, "labels": self._labelled, "rankings": self._ranking}[self.kind]
 
     def _prepare(self, name: str, required: bool) -> None:
+        self._worse, self._margins = 0, False
         super()._prepare(name, required)
+        if self._worse and name in self.prepared:
+            log.warning("data.%s: in %d pairs the rejected response has the higher score_rejected", name, self._worse)
+        unused = self.kind != "pairs" or (self.loss is not None and "margin" not in self.loss.keywords())
+        if self._margins and self.loss is not None and unused and name in self.prepared:
+            log.warning("data.%s has margins, which %s does not use", name, type(self.loss).__name__)
         found = {row.category for prepared in self.prepared.values() for row in prepared.rows}
         self.category_names = sorted(category for category in found if category is not None)
 
@@ -89,20 +98,27 @@ class PreferenceDataModule(RowDataModule):
             self._mismatch(name)
             if name == "train":
                 self._check_balance()
-        graded = any(getattr(row, "margin", 0.0) for row in self.prepared[name].rows)
-        if graded and "margin" not in self.loss.keywords():
-            log.warning("data.%s has margins, which %s does not use", name, type(self.loss).__name__)
 
     def key(self, data: dict[str, Any]) -> RowKey:
         split: Any = {"pairs": split_pair, "labels": split_labelled, "rankings": split_ranking}[row_kind(data)]
         prompt, *rest = split(data)
         return row_key([said(prompt), tool_schemas(data)], rest, is_blank(prompt))
 
+    def used_columns(self, name: str, data: dict[str, Any]) -> set[str] | None:
+        kind = row_kind(data)
+        shape = {
+            "pairs": ("chosen", "rejected", "margin", "tie", "score_chosen", "score_rejected"),
+            "labels": ("response" if data.get("response") is not None else "completion", "label"),
+            "rankings": ("responses", "scores" if data.get("scores") is not None else "ranks"),
+        }
+        return {"prompt", "category", *shape[kind], *SYSTEM, *TOOLS}
+
     # -- rows -----------------------------------------------------------------------------------------------------
 
     def _pair(self, data: dict[str, Any]) -> list[Any]:
         if (found := row_kind(data)) != "pairs":
             raise RowError(f"the row is one of {found}, and pairs are wanted: set model.loss to a loss of {found}")
+        refuse_weight(data)
         prompt, chosen, rejected = split_pair(data)
         if chosen == rejected:
             raise RowError("chosen equals rejected: there is nothing to prefer")
@@ -114,6 +130,7 @@ class PreferenceDataModule(RowDataModule):
             raise RowError(f"'margin' is {margin!r}; it must be a number")
         if tie is not None and not (isinstance(tie, bool) or tie in (0, 1)):
             raise RowError(f"'tie' is {tie!r}; it must be true or false")
+        self._note_scores(data)
         if tie and self.loss is not None and "ties" not in self.loss.keywords():
             name = type(self.loss).__name__
             raise RowError(f"the pair is a tie, which {name} cannot learn from; use BradleyTerry, Davidson, RaoKupper")
@@ -121,11 +138,16 @@ class PreferenceDataModule(RowDataModule):
 
     def _labelled(self, data: dict[str, Any]) -> list[Any]:
         if row_kind(data) == "pairs":
+            refuse_weight(data)
             prompt, chosen, rejected = split_pair(data)
             if chosen == rejected:
                 raise RowError("chosen equals rejected: there is nothing to prefer")
+            if data.get("tie"):
+                raise RowError("the pair is a tie: neither response can be labelled the better one")
+            self._note_scores(data)
             parts = [(chosen, 1), (rejected, 0)]
         else:
+            refuse_weight(data)
             prompt, response, label = split_labelled(data)
             parts = [(response, label)]
         tools = tool_schemas(data)
@@ -140,9 +162,17 @@ class PreferenceDataModule(RowDataModule):
         if row_kind(data) == "pairs":
             pair = self._pair(data)[0]
             return [Ranking(pair.sides, pair.category, [0, int(not pair.tie)])]
+        refuse_weight(data)
         prompt, responses, ranks = split_ranking(data)
         sides = self._sides(data, prompt, {f"response {i}": response for i, response in enumerate(responses)})
         return [Ranking(sides, _category(data), ranks)]
+
+    def _note_scores(self, data: dict[str, Any]) -> None:
+        """Count what the scores of a pair, as some data sets have them, say of it."""
+        scores: list[Any] = [data.get(name) for name in ("score_chosen", "score_rejected")]
+        chosen, rejected = (float(score) if _is_number(score) else math.nan for score in scores)
+        self._worse += int(chosen < rejected and not data.get("tie"))
+        self._margins = self._margins or bool(data.get("margin"))
 
     def _sides(
         self, data: dict[str, Any], prompt: list[Message], responses: dict[str, list[Message]]
@@ -151,16 +181,28 @@ class PreferenceDataModule(RowDataModule):
         tools, sides = tool_schemas(data), []
         for name, response in responses.items():
             try:
+                self.renderer.refuse_lost(prompt + response, tools)
                 sides.append(self.renderer.exchange(prompt, response, tools))
             except RowError as error:
                 raise RowError(f"{name}: {error}") from None
         excess = max(side.tokens for side in sides) - self.max_length
         if not self.too_long(excess + self.max_length):
             return sides
-        if excess >= min(side.mask.index(1) for side in sides):
+        if excess >= min(side.mask.index(1) - self._kept(side) for side in sides):
             self._truncated -= 1
             raise RowError(f"a response alone is over data.max_length {self.max_length}; raise it")
-        return [Rendered(side.ids[excess:], side.mask[excess:], side.text_bytes) for side in sides]
+        return [self._without(side, excess) for side in sides]
+
+    def _kept(self, side: Rendered) -> int:
+        """How many ids at its beginning are the tokenizer's bos_token, which a shorter prompt begins with too."""
+        begin = self.renderer.prefix_ids
+        return len(begin) if side.ids[: len(begin)] == begin else 0
+
+    def _without(self, side: Rendered, count: int) -> Rendered:
+        """A side without so many tokens at the beginning of its prompt."""
+        start = self._kept(side)
+        end = start + count
+        return Rendered(side.ids[:start] + side.ids[end:], side.mask[:start] + side.mask[end:], side.text_bytes)
 
     def _mismatch(self, name: str) -> None:
         """Give each row a second side: its prompt with the response to the next prompt that is another one.
@@ -184,8 +226,9 @@ class PreferenceDataModule(RowDataModule):
         for row, other in zip(self.prepared[name].rows, following, strict=False):
             prompt, _, tools = row.messages
             side = self.renderer.exchange(prompt, rows[other].messages[1], tools)
-            cut = max(0, side.tokens - self.max_length)
-            row.sides = [row.sides[0], Rendered(side.ids[cut:], [0, *side.mask[cut:][1:]], side.text_bytes)]
+            side = self._without(side, max(0, side.tokens - self.max_length))
+            side.mask[0] = 0
+            row.sides = [row.sides[0], side]
 
     def _check_balance(self) -> None:
         """Warn where the two labels weigh otherwise than KTO's paper found to work (arXiv 2402.01306)."""

@@ -4,7 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from rlhf_lightning.data.conversations import Message, to_messages
+from rlhf_lightning.data.columns import unmarked, with_system
+from rlhf_lightning.data.conversations import Message, apart, to_messages, without_prompt
 from rlhf_lightning.data.records import RowError, require
 from rlhf_lightning.data.rendering import Rendered
 
@@ -102,16 +103,15 @@ def split_pair(data: dict[str, Any]) -> tuple[list[Message], list[Message], list
     require(data, "chosen", "rejected")
     sides = [to_messages(data[name], "assistant" if data.get("prompt") else "user") for name in ("chosen", "rejected")]
     if data.get("prompt") is not None:
-        prompt = to_messages(data["prompt"])
-        # Some data sets repeat the prompt in both sides.
-        sides = [without_prompt(side, prompt) for side in sides]
+        prompt, sides = _apart(data, sides)
     else:
         if not all(isinstance(data[name], list) for name in ("chosen", "rejected")):
             require(data, "prompt")
-        shared = _shared(*sides)
+        shared = _shared(*map(unmarked, sides))
         prompt, sides = sides[0][:shared], [side[shared:] for side in sides]
-    if not prompt:
-        raise RowError("no 'prompt', and chosen and rejected share no first messages that could be one")
+        if not prompt:
+            raise RowError("no 'prompt', and chosen and rejected share no first messages that could be one")
+        prompt = unmarked(with_system(data, prompt))
     asked = [[m["content"] for m in side if m["role"] in ("user", "system")] for side in sides]
     if asked[0] != asked[1]:
         raise RowError(
@@ -128,8 +128,7 @@ def split_response(data: dict[str, Any]) -> tuple[list[Message], list[Message]]:
     require(data, "prompt")
     name = "response" if data.get("response") is not None else "completion"
     require(data, name)
-    prompt = to_messages(data["prompt"])
-    response = without_prompt(to_messages(data[name], "assistant"), prompt)
+    prompt, (response,) = _apart(data, [to_messages(data[name], "assistant")])
     check_response(response, name)
     return prompt, response
 
@@ -147,10 +146,10 @@ def split_labelled(data: dict[str, Any]) -> tuple[list[Message], list[Message], 
 def split_ranking(data: dict[str, Any]) -> tuple[list[Message], list[list[Message]], list[int]]:
     """Prompt, responses and ranks (0 the best) of a row: by `ranks` or `scores`, else best first; raises `RowError`."""
     require(data, "prompt", "responses")
-    prompt, values = to_messages(data["prompt"]), data["responses"]
+    values = data["responses"]
     if not isinstance(values, list) or len(values) < 2:
         raise RowError("'responses' must be a list of at least two responses")
-    responses = [without_prompt(to_messages(value, "assistant"), prompt) for value in values]
+    prompt, responses = _apart(data, [to_messages(value, "assistant") for value in values])
     for number, response in enumerate(responses):
         check_response(response, f"response {number}")
     if any(one == other for i, one in enumerate(responses) for other in responses[:i]):
@@ -175,9 +174,11 @@ def _grades(data: dict[str, Any], count: int) -> list[float]:
     return [float(-i) for i in range(count)]
 
 
-def without_prompt(response: list[Message], prompt: Sequence[Message]) -> list[Message]:
-    """A response without the prompt, where the data repeats it in front."""
-    return response[len(prompt) :] if response[: len(prompt)] == list(prompt) else response
+def _apart(data: dict[str, Any], responses: Sequence[list[Message]]) -> tuple[list[Message], list[list[Message]]]:
+    """The prompt of a row, its `system` column in front, and responses without it."""
+    prompt, responses = apart(to_messages(data["prompt"]), responses)
+    prompt = with_system(data, prompt)
+    return unmarked(prompt), [without_prompt(response, prompt) for response in responses]
 
 
 def check_response(response: list[Message], name: str) -> None:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rlhf_lightning.data.base import RowDataModule
+from rlhf_lightning.data.columns import refuse_media, unmarked, with_system
 from rlhf_lightning.data.conversations import Message, conversation, has_conversation, tool_schemas
 from rlhf_lightning.data.records import RowError, Source, require
 from rlhf_lightning.data.rendering import Renderer, as_prompt
@@ -47,7 +48,7 @@ class Prompt:
 def prompt_messages(data: dict[str, Any]) -> list[Message]:
     """The messages of a row to answer: `prompt`, or a conversation up to its last assistant turn; raises `RowError`."""
     if data.get("prompt") is not None:
-        return as_prompt(data["prompt"])
+        return unmarked(with_system(data, as_prompt(data["prompt"])))
     if not has_conversation(data):
         require(data, "prompt")
     messages = conversation(data)
@@ -55,12 +56,14 @@ def prompt_messages(data: dict[str, Any]) -> list[Message]:
         messages = messages[:-1]
     if not messages:
         raise RowError("the conversation has nothing before its assistant turn to use as a prompt")
-    return messages
+    return unmarked(messages)
 
 
 def prompt_example(renderer: Renderer, data: dict[str, Any], index: int = 0) -> Prompt:
     """A prompt of a row, see `prompt_messages`; raises `RowError`."""
+    refuse_media(data)
     messages, tools = prompt_messages(data), tool_schemas(data)
+    renderer.refuse_lost(messages, tools)
     return Prompt(messages, renderer.prompt(messages, tools), data, tools, index)
 
 

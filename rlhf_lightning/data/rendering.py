@@ -7,6 +7,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
+from rlhf_lightning.data.columns import refuse_untrained
 from rlhf_lightning.data.conversations import Message, to_messages
 from rlhf_lightning.data.openings import Openings
 from rlhf_lightning.data.records import RowError
@@ -133,7 +134,6 @@ class Renderer:
         if system is None and self.system is not None:
             system, messages = self.system, [{"role": "system", "content": self.system}, *messages]
         tools = tools or self.tools
-        self._check_tools(tools)
         if self.asked is not None:
             self.asked.add((system, json.dumps(tools, sort_keys=True)))
         return messages, tools
@@ -165,13 +165,21 @@ class Renderer:
             RowError: the template refuses the messages, or no token is trained.
         """
         messages, tools = self.completed(messages, tools)
+        self._note_lost(messages, tools)
         if self.format == "raw":
+            refuse_untrained(messages[-1:], "with format raw the last message is what is trained")
             return [self._raw(messages)]
         if train_on == "everything":
+            refuse_untrained(messages, "data.train_on is everything")
             text = self.template.render(messages, tools)
             self._show_opening(messages, tools, [message["role"] == "assistant" for message in messages])
             return [_checked(self._tokenize(text, [(0, len(text))]))]
         selected = select(messages, train_on)
+        if any(message.get("trainable") and not chosen for message, chosen in zip(messages, selected, strict=True)):
+            self.template.forms.once(
+                "trainable",
+                f"messages marked to be trained are not, since data.train_on is {train_on}; set it to trainable",
+            )
         refuse_blank(messages, selected)
         return [_checked(row).trimmed() for row in self._rows(messages, tools, selected)]
 
@@ -195,6 +203,7 @@ class Renderer:
         messages, tools = self.completed(messages, tools)
         if self.format == "raw":
             return _plain(messages)
+        self._note_lost(messages, tools)
         return self.template.render(messages, tools, add_generation_prompt=True)
 
     def exchange(
@@ -211,6 +220,8 @@ class Renderer:
         """
         prompt, tools = self.completed(prompt, tools)
         messages = prompt + response
+        self._note_lost(messages, tools)
+        refuse_untrained(response, "a response is learnt and scored whole")
         if self.format == "raw":
             return self._raw(messages, len(prompt))
         selected = [i >= len(prompt) and m["role"] == "assistant" for i, m in enumerate(messages)]
@@ -233,13 +244,20 @@ class Renderer:
             text = text.partition(stop)[0]
         return text.strip()
 
-    def _check_tools(self, tools: list[Any] | None) -> None:
-        if tools and (self.format == "raw" or not self.template.forms.shows_tools()):
-            what = "format raw" if self.format == "raw" else "the chat template"
-            raise RowError(
-                f"{what} shows no tools, and the row has some. Name a template that does with model.chat_template, or "
-                "leave them out with columns: {tools: null}"
-            )
+    def refuse_lost(self, messages: list[Message], tools: list[Any] | None) -> None:
+        """Raise `RowError` for a row of which the template would leave a part out silently."""
+        if lost := self._lost(messages, tools):
+            raise RowError(lost)
+
+    def _note_lost(self, messages: list[Message], tools: list[Any] | None) -> None:
+        """Warn of it once, where there is no row to refuse: what a policy or an environment said."""
+        if lost := self._lost(messages, tools):
+            self.template.forms.once(lost, lost)
+
+    def _lost(self, messages: list[Message], tools: list[Any] | None) -> str | None:
+        if self.format == "raw":
+            return "format raw shows no tools; leave them out with columns: {tools: null}" if tools else None
+        return self.template.forms.left_out(messages, tools)
 
     # -- tokens ---------------------------------------------------------------------------------------------------
 

@@ -8,10 +8,11 @@ TRAIN_ON = ("last_assistant", "all_assistant", "all_messages", "everything", "tr
 
 
 def select(messages: list[Message], train_on: str) -> list[bool]:
-    """Whether each message is trained, by `data.train_on`; raises `RowError` where none is."""
+    """Whether each message is trained, by `data.train_on` and its own mark; raises `RowError` where none is."""
     assistant = [message["role"] == "assistant" for message in messages]
+    kept = [message.get("trainable") is not False for message in messages]
     if train_on == "all_messages":
-        return [True] * len(messages)
+        return kept
     if train_on == "trainable":
         chosen = [message.get("trainable", False) for message in messages]
         if not all(isinstance(flag, bool) for flag in chosen):
@@ -22,15 +23,17 @@ def select(messages: list[Message], train_on: str) -> list[bool]:
     if not any(assistant):
         raise RowError(f"no assistant turn to learn from (roles: {' '.join(m['role'] for m in messages)})")
     if train_on == "all_assistant":
-        return assistant
+        return [chosen and keep for chosen, keep in zip(assistant, kept, strict=True)]
     if train_on == "last_assistant":
         last = max(i for i, chosen in enumerate(assistant) if chosen)
-        return [i == last for i in range(len(messages))]
+        return [i == last and kept[i] for i in range(len(messages))]
     raise ConfigError(f"train_on is {train_on!r}; one of {', '.join(TRAIN_ON)}")
 
 
 def refuse_blank(messages: list[Message], selected: list[bool]) -> None:
     """Without content a turn would still train its end marker: a model that learns to say nothing."""
     chosen = [message for message, flag in zip(messages, selected, strict=True) if flag]
+    if not chosen:
+        raise RowError("no token is trained: every turn to learn from is marked not to be (weight: 0, train: false)")
     if not any(str(m.get("content") or "").strip() or m.get("tool_calls") for m in chosen):
         raise RowError("no token is trained: every turn to learn from is empty")

@@ -7,7 +7,8 @@ import torch
 
 from rlhf_lightning.data.base import RowDataModule
 from rlhf_lightning.data.batching import pad_tokens
-from rlhf_lightning.data.conversations import conversation, has_conversation, tool_schemas
+from rlhf_lightning.data.columns import refuse_beside_text, refuse_unwanted
+from rlhf_lightning.data.conversations import conversation, has_conversation, tool_schemas, used_columns
 from rlhf_lightning.data.prompts import Prompt, collate_prompts, prompt_example
 from rlhf_lightning.data.records import Reading, Row, RowError, Source, read_rows
 from rlhf_lightning.data.rendering import Rendered
@@ -57,13 +58,21 @@ class SFTDataModule(RowDataModule):
         self.too_long(prompt.tokens, can_truncate=False)
         return [prompt]
 
+    def used_columns(self, name: str, data: dict[str, Any]) -> set[str] | None:
+        return None if name == "predict" else used_columns(data)
+
     def _rows(self, data: dict[str, Any]) -> list[Rendered]:
+        if has_conversation(data) or data.get("text") is not None:
+            refuse_unwanted(data)
         if data.get("text") is not None and not has_conversation(data):
             if not isinstance(data["text"], str) or not data["text"].strip():
                 raise RowError("'text' must be text, and not blank")
+            refuse_beside_text(data)
             rows = [self.renderer.text(data["text"])]
         else:
-            rows = self.renderer.conversation(conversation(data), tool_schemas(data), self.train_on)
+            messages, tools = conversation(data), tool_schemas(data)
+            self.renderer.refuse_lost(messages, tools)
+            rows = self.renderer.conversation(messages, tools, self.train_on)
         return [self._fit(row) for row in rows]
 
     def key(self, data: dict[str, Any]) -> RowKey:

@@ -1,11 +1,13 @@
 """Tool calls and tools as people store them, brought to one form: that of OpenAI, with arguments as an object."""
 
+import hashlib
 import json
 from typing import Any
 
 from rlhf_lightning.data.records import RowError
 
 CALL_KEYS = ("function", "name", "arguments", "parameters", "input", "args")
+REPR, KEYED, JSON = 1, 2, 3  # how a text shows an object: as Python prints it, key by key, as JSON
 SCHEMA_KEYS = ("parameters", "input_schema", "inputSchema")
 
 
@@ -97,7 +99,10 @@ def read_tools(value: Any, name: str = "tools") -> list[Any] | None:
             _json(tool, f"{name!r} holds text that is not JSON") if isinstance(tool, str) else tool for tool in value
         ]
     if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
-        raise RowError(f"{name!r} must be a list of objects, this is {short(value)}")
+        raise RowError(
+            f"{name!r} must be a list of objects, this is {short(value)}. If the column means something else, leave it "
+            f"out with columns: {{{name}: null}}"
+        )
     return [schema for tool in value for schema in _schemas(tool)]
 
 
@@ -129,3 +134,71 @@ def short(value: Any) -> str:
     """A value in a few words, for a message."""
     text = repr(value)
     return f"{type(value).__name__} {text[:60]}{'…' if len(text) > 60 else ''}"
+
+
+def with_ids(messages: list[dict[str, Any]], form: str) -> list[dict[str, Any]]:
+    """Messages with ids of the form that a template takes; those that a row lacks follow from its calls."""
+    known: dict[str, str] = {}
+    waiting: list[tuple[str, str]] = []
+    result, number = [], 0
+    for message in messages:
+        message = dict(message)
+        if calls := message.get("tool_calls"):
+            message["tool_calls"] = []
+            for call in calls:
+                given = call.get("id")
+                new = _id(given, call["function"], number, form)
+                known |= {given: new} if given else {}
+                waiting.append((new, call["function"]["name"]))
+                message["tool_calls"].append({**call, "id": new})
+                number += 1
+        elif message.get("role") == "tool":
+            given = message.get("tool_call_id")
+            name = message.get("name")
+            answered = known.get(str(given)) or next(
+                (new for new, called in waiting if name in (None, called)), waiting[0][0] if waiting else None
+            )
+            if given is None or form != "given":
+                message |= {} if answered is None else {"tool_call_id": answered}
+            waiting = [(new, called) for new, called in waiting if new != answered]
+        result.append(message)
+    return result
+
+
+def _id(given: str | None, function: dict[str, Any], number: int, form: str) -> str:
+    if form == "named":
+        return f"functions.{function['name']}:{number}"
+    if form == "given" and given:
+        return given
+    if given and len(given) == 9 and given.isascii() and given.isalnum():
+        return given
+    # Not counted up: a constant would be learnt by heart.
+    source = given or f"{number} {function['name']} {as_text(function['arguments'])}"
+    return hashlib.sha256(source.encode()).hexdigest()[:9]
+
+
+def shown(text: str, arguments: dict[str, Any]) -> int:
+    """How a text shows an object: `JSON`, `KEYED`, `REPR`, or 0 where it does not, or encodes it twice."""
+    if holds_json(text, arguments):
+        return JSON
+    if not all(str(part) in text for pair in arguments.items() for part in pair):
+        return 0
+    key, value = next(iter(arguments.items()))
+    if f"{key!r}: {value!r}" in text:
+        return REPR
+    return 0 if f'\\"{key}\\"' in text else KEYED
+
+
+def holds_json(text: str, value: Any) -> bool:
+    """Whether JSON of a value stands in a text."""
+    decoder = json.JSONDecoder()
+    opening = "[" if isinstance(value, list) else "{"
+    start = text.find(opening)
+    while start >= 0:
+        try:
+            if decoder.raw_decode(text, start)[0] == value:
+                return True
+        except ValueError:
+            pass
+        start = text.find(opening, start + 1)
+    return False

@@ -6,7 +6,7 @@ import unicodedata
 from collections.abc import Sequence
 from typing import Any
 
-from rlhf_lightning.data.conversations import Message, conversation, to_messages
+from rlhf_lightning.data.conversations import Message, conversation, to_messages, without_prompt
 from rlhf_lightning.data.prompts import Prompt
 from rlhf_lightning.data.records import RowError
 from rlhf_lightning.errors import DataError
@@ -66,9 +66,7 @@ def _own(prompt: Prompt) -> list[Reference]:
 
 def _answer(value: Any, name: str, prompt: Sequence[Message] = ()) -> Reference:
     """What the assistant says in it, without the prompt that some data sets repeat."""
-    messages = to_messages(value, "assistant")
-    if messages[: len(prompt)] == list(prompt):
-        messages = messages[len(prompt) :]
+    messages = without_prompt(to_messages(value, "assistant"), prompt)
     if not messages or messages[0]["role"] != "assistant" or not _text(messages):
         raise RowError(f"{name!r} is no reference answer: it must be text, or messages that begin with the assistant's")
     return messages

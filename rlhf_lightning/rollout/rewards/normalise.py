@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rlhf_lightning.data.columns import refuse_media, refuse_unwanted
 from rlhf_lightning.data.containers import settled
 from rlhf_lightning.data.conversations import conversation, tool_schemas
 from rlhf_lightning.data.records import Reading, RowError, Source, convert_rows, read_rows
@@ -128,9 +129,12 @@ class ReferenceNorm(Normaliser):
 
 def _demonstration(renderer: Renderer, data: dict[str, Any]) -> Episode:
     """A row of supervised data as an episode that the policy might have played."""
+    refuse_media(data)
+    refuse_unwanted(data)
     messages, tools = conversation(data), tool_schemas(data)
     if messages[-1]["role"] != "assistant" or len(messages) == 1:
         raise RowError(f"a demonstration ends with an answer; the roles are {[m['role'] for m in messages]}")
+    renderer.refuse_lost(messages, tools)
     row = renderer.exchange(messages[:-1], messages[-1:], tools)
     segment = Segment(row.ids, row.mask, [0.0] * len(row.ids))
     return Episode(messages[:-1], data, 0, tools=tools, responses=messages[-1:], segments=[segment], stop_reason="stop")

@@ -1,0 +1,161 @@
+"""Columns with a common meaning: each is used, or the row is refused. Nothing of a row is left out silently."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from rlhf_lightning.data.records import RowError
+from rlhf_lightning.data.tool_calls import short
+
+SYSTEM = ("system", "system_prompt")
+TOOLS = ("tools", "functions")
+MEDIA = ("image", "images", "audio", "audios", "video", "videos")
+MARKS = ("trainable", "train", "weight")
+"""What data sets call the mark of a message that is trained or not."""
+OPENING = ("system", "developer")
+"""Roles of a message that only stands first."""
+PAIR_REMEDY = (
+    "rlhf preference learns from it. To imitate the chosen answers, set columns: {completion: chosen} (with a "
+    "'prompt'), or columns: {messages: chosen}"
+)
+UNWANTED = (0, False, "0", "false", "undesirable")
+
+
+def refuse_media(data: Mapping[str, Any]) -> None:
+    """Raise `RowError` for images, audio and videos, which no model here is given."""
+    for name in MEDIA:
+        if not is_empty(data.get(name)):
+            raise RowError(
+                f"the row has {name!r}, and models here are given text only. Leave such rows out, or take the text "
+                f"without it with columns: {{{name}: null}}"
+            )
+
+
+def is_empty(value: Any) -> bool:
+    """Whether a column holds nothing."""
+    return value is None or (isinstance(value, str | list | tuple | dict) and not value)
+
+
+def noting_unused(module: Any, name: str, unused: dict[str, None]) -> Callable[[dict[str, Any]], list[Any]]:
+    """The function of a data module that makes examples of a row, which notes what of the row is not used.
+
+    Args:
+        module: the data module. name: of its source.
+        unused: where the names of columns that hold something and are not used are noted.
+    """
+    convert, mapped = module.examples(name), set((module.columns or {}).values())
+
+    def noting(data: dict[str, Any]) -> list[Any]:
+        refuse_media(data)
+        if (used := module.used_columns(name, data)) is not None:
+            unused.update(dict.fromkeys(k for k, v in data.items() if k not in used | mapped and not is_empty(v)))
+        return list(convert(data))
+
+    return noting
+
+
+def with_system(data: Mapping[str, Any], messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The messages of a row with the text of its `system` (or `system_prompt`) column in front.
+
+    Raises:
+        RowError: the column is no text, or the messages begin with another system message.
+    """
+    column, text = _system(data)
+    if not text:
+        return messages
+    if messages and messages[0]["role"] in OPENING:
+        if str(messages[0]["content"]).strip() == text.strip():
+            return messages
+        raise RowError(
+            f"the column {column!r} and the system message that the conversation begins with are not the same. Leave "
+            f"one of them out; the column with columns: {{{column}: null}}"
+        )
+    return [{"role": "system", "content": text}, *messages]
+
+
+def _system(data: Mapping[str, Any]) -> tuple[str, str]:
+    found: dict[str, str] = {}
+    for column in SYSTEM:
+        value = data.get(column)
+        if is_empty(value):
+            continue
+        if not isinstance(value, str):
+            raise RowError(f"{column!r} is {short(value)}; it must be text")
+        if value.strip():
+            found[column] = value
+    if len({text.strip() for text in found.values()}) > 1:
+        raise RowError("the row has 'system' and 'system_prompt', and they are not the same")
+    return next(iter(found.items()), ("", ""))
+
+
+def take_marks(message: dict[str, Any], where: str) -> None:
+    """Bring `trainable`, `train` and `weight` of a message to one key, `trainable`; raises `RowError`."""
+    marks = set()
+    for name in MARKS:
+        if (value := message.pop(name, None)) is None:
+            continue
+        if not isinstance(value, bool | int | float) or value not in (0, 1):
+            wanted = "0 (not trained) or 1" if name == "weight" else "true or false"
+            raise RowError(f"{where}: {name!r} must be {wanted}, this is {short(value)}")
+        marks.add(bool(value))
+    if len(marks) > 1:
+        raise RowError(f"{where} is marked to be trained and not to be trained ({', '.join(MARKS)})")
+    if marks:
+        message["trainable"] = marks.pop()
+
+
+def unmarked(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Messages of a prompt, of which nothing is trained whatever their marks say."""
+    return [{key: value for key, value in message.items() if key != "trainable"} for message in messages]
+
+
+def refuse_untrained(messages: Sequence[dict[str, Any]], why: str) -> None:
+    """Raise `RowError` for a turn that is marked not to be trained where no turn can be left out."""
+    if any(message.get("trainable") is False for message in messages):
+        raise RowError(f"a message is marked not to be trained (weight: 0, train: false), and {why}")
+
+
+def refuse_unwanted(data: Mapping[str, Any]) -> None:
+    """Raise `RowError` for a row that is not there to be imitated: a bad answer, a pair, one that is weighted."""
+    refuse_weight(data)
+    label = data.get("label")
+    if isinstance(label, bool | int | float | str) and (label.lower() if isinstance(label, str) else label) in UNWANTED:
+        raise RowError(
+            f"'label' is {label!r}: an undesirable answer, which must not be imitated. Leave such rows out (or set "
+            "data.on_bad_row: skip), or train on labels with rlhf preference. If the column means something else, "
+            "leave it out with columns: {label: null}"
+        )
+    if not has_pair(data):
+        return
+    chosen = data["chosen"]
+    if any(
+        data.get(name) is chosen or data.get(name) == chosen for name in ("messages", "conversations", "completion")
+    ):
+        return
+    raise RowError(f"the row has 'chosen' and 'rejected': {PAIR_REMEDY}")
+
+
+def has_pair(data: Mapping[str, Any]) -> bool:
+    """Whether a row has the two responses of preference data."""
+    return not is_empty(data.get("chosen")) and not is_empty(data.get("rejected"))
+
+
+def refuse_weight(data: Mapping[str, Any]) -> None:
+    """Raise `RowError` for a weight of a whole row."""
+    for name in ("weight", "train", "trainable"):
+        value = data.get(name)
+        if isinstance(value, bool | int | float) and value != 1:
+            raise RowError(
+                f"the row has {name!r} {value!r}, and rows have no weights: leave out those of weight 0, or the column "
+                f"with columns: {{{name}: null}}"
+            )
+
+
+def refuse_beside_text(data: Mapping[str, Any]) -> None:
+    """Raise `RowError` for what no template can put into a row of plain text."""
+    for name in (*SYSTEM, *TOOLS):
+        value = data.get(name)
+        if not is_empty(value) and value != "[]":
+            raise RowError(
+                f"the row is plain text and has {name!r}, which only a conversation can show: give 'messages', or "
+                f"leave it out with columns: {{{name}: null}}"
+            )
