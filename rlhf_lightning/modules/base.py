@@ -29,6 +29,7 @@ from rlhf_lightning.models.precision import cast_weights_only, weights_alone
 from rlhf_lightning.models.saving import save_model
 from rlhf_lightning.models.sharding import split, whole_weights
 from rlhf_lightning.modules.epochs import end_restored_epoch
+from rlhf_lightning.modules.foreign import fitted
 from rlhf_lightning.modules.module_checks import check_batch, check_content
 from rlhf_lightning.modules.schedules import Warmup
 from rlhf_lightning.modules.step import StepEnd, StepNumbers, forget
@@ -270,6 +271,11 @@ class RLHFModule(pl.LightningModule):
         for config in self.trainer.lr_scheduler_configs:
             if isinstance(config.scheduler, Warmup) and config.scheduler.total_steps is None:
                 config.scheduler.set_total_steps(int(self.trainer.estimated_stepping_batches))
+
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """What another loader's batches say in other ways, in the way that the module computes with."""
+        embedding = None if self.model is None else self.model.get_input_embeddings()
+        return fitted(batch, self._tokenizer, None if embedding is None else embedding.weight.shape[0])
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         check_batch(self, batch)

@@ -1,0 +1,165 @@
+"""Batches of a loader of one's own, in the form that the modules compute with: right, or refused with words.
+
+The modules take right-padded rows whose positions count from 0, and a mask of what is trained. What Hugging Face
+collators make (padding on the left, `labels` with -100, `attention_mask`, other dtypes) becomes that.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rlhf_lightning.errors import ConfigError
+
+IGNORED = -100  # what Hugging Face's labels have where nothing is trained
+_PER_TOKEN = ("mask", "old_logprobs", "advantages", "reference_logprobs", "sampler_logprobs", "values", "returns")
+_NOT_USED = ("inputs_embeds", "pixel_values", "input_features", "cu_seq_lens_q", "cu_seq_lens_k", "seq_idx")
+_SEE = "; docs/reuse.md says how batches are made"
+
+
+def fitted(batch: Any, tokenizer: Any, rows: int | None = None) -> Any:
+    """A batch as the modules take it; one of ours, and one that is no dict with `input_ids`, as it is.
+
+    Args:
+        tokenizer: whose padding token is looked for where there is no attention_mask. rows: of the model's embeddings.
+
+    Raises:
+        ConfigError: what would be trained on is not what the batch says.
+    """
+    if not isinstance(batch, Mapping) or "input_ids" not in batch or "denominators" in batch:
+        return batch
+    batch = dict(batch)
+    if unused := [name for name in _NOT_USED if batch.get(name) is not None]:
+        raise ConfigError(
+            f"a batch has {unused[0]}, which is not used here: one row of token ids to each example{_SEE}"
+        )
+    ids = batch["input_ids"] = _ids(batch["input_ids"], rows)
+    labels = batch.get("labels")
+    if isinstance(labels, Tensor) and labels.dim() == 2 and labels.shape == ids.shape:
+        batch["mask"] = _of_labels(labels, ids, batch.get("mask"))
+        del batch["labels"]
+    if "mask" not in batch:
+        return batch  # the module says what it lacks
+    mask = batch["mask"] = _mask(batch["mask"], ids)
+    for name in _PER_TOKEN:
+        shape = tuple(batch[name].shape) if isinstance(batch.get(name), Tensor) else ids.shape
+        if shape != ids.shape and not (name == "advantages" and shape == (len(ids), 1)):
+            raise ConfigError(f"a batch's {name} is {list(shape)}, its input_ids are {list(ids.shape)}{_SEE}")
+    attention = batch.pop("attention_mask", None)
+    positions = batch.pop("position_ids", None)
+    if attention is None:
+        _check_padding(ids, mask, tokenizer)
+        _check_positions(positions, torch.ones_like(ids))
+    else:
+        attention = _attention(attention, ids)
+        if bool(((mask != 0) & ~attention).any()):
+            raise ConfigError(f"a batch's mask is 1 where its attention_mask is 0: padding would be trained{_SEE}")
+        _check_positions(positions, attention.long())
+        _to_the_left(batch, attention)
+    _check_lengths(batch)
+    batch["mask"] = batch["mask"].clone()
+    batch["mask"][:, 0] = 0  # nothing stands before the first token to predict it from
+    return batch
+
+
+def _ids(ids: Any, rows: int | None) -> Tensor:
+    if not isinstance(ids, Tensor) or ids.dim() != 2 or ids.is_floating_point() or ids.dtype == torch.bool:
+        shown = f"{list(ids.shape)} of {ids.dtype}" if isinstance(ids, Tensor) else type(ids).__name__
+        raise ConfigError(f"a batch's input_ids are {shown}; token ids [B, T], integers{_SEE}")
+    ids = ids.long()
+    if ids.numel() and (int(ids.min()) < 0 or (rows is not None and int(ids.max()) >= rows)):
+        raise ConfigError(
+            f"a batch's input_ids go from {int(ids.min())} to {int(ids.max())}, and the model embeds {rows} tokens"
+        )
+    return ids
+
+
+def _of_labels(labels: Tensor, ids: Tensor, mask: Any) -> Tensor:
+    """The mask that Hugging Face's labels stand for: those of the tokens themselves, not shifted."""
+    trained = labels != IGNORED
+    if bool((labels.long() != ids)[trained].any()):
+        raise ConfigError(
+            f"a batch's labels are other tokens than its input_ids where they are not {IGNORED}; labels are those of "
+            f"the same places (each is predicted from the tokens before it), not shifted by one{_SEE}"
+        )
+    if mask is not None and not (
+        isinstance(mask, Tensor)
+        and mask.shape == trained.shape
+        and torch.equal((mask != 0)[:, 1:].cpu(), trained[:, 1:].cpu())
+    ):
+        raise ConfigError(f"a batch has labels and a mask which say different things; leave one out{_SEE}")
+    return trained
+
+
+def _mask(mask: Any, ids: Tensor) -> Tensor:
+    if not isinstance(mask, Tensor) or mask.shape != ids.shape:
+        shown = list(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
+        raise ConfigError(f"a batch's mask is {shown}, its input_ids are {list(ids.shape)}{_SEE}")
+    wide = mask if mask.dtype == torch.float64 else mask.float()
+    if not bool(((wide == 0) | (wide == 1)).all()):
+        raise ConfigError(f"a batch's mask has values other than 0 and 1: it says which tokens are trained{_SEE}")
+    return wide
+
+
+def _attention(attention: Any, ids: Tensor) -> Tensor:
+    """Where there are tokens, `[B, T]`: in one piece, with padding on either side."""
+    if not isinstance(attention, Tensor) or attention.shape != ids.shape:
+        shown = list(attention.shape) if isinstance(attention, Tensor) else type(attention).__name__
+        raise ConfigError(f"a batch's attention_mask is {shown}, its input_ids are {list(ids.shape)}{_SEE}")
+    there = attention != 0
+    begins = there & ~torch.nn.functional.pad(there, (1, 0))[:, :-1]
+    if bool((begins.sum(-1) > 1).any()) or not bool(((attention == 0) | (attention == 1)).all()):
+        raise ConfigError(
+            "a batch's attention_mask has gaps, or numbers other than 0 and 1 (several packed rows?); one row to each "
+            f"example, with padding before or after it: the modules pack rows themselves{_SEE}"
+        )
+    return there
+
+
+def _to_the_left(batch: dict[str, Any], there: Tensor) -> None:
+    """Padding on the left goes to the right, in everything that has a number for each token."""
+    first, width = there.int().argmax(-1, keepdim=True), there.shape[1]
+    if not bool(first.any()):
+        return
+    columns = (torch.arange(width, device=there.device) + first) % width
+    for name in ("input_ids", *_PER_TOKEN):
+        if isinstance(batch.get(name), Tensor) and batch[name].shape == there.shape:
+            batch[name] = batch[name].gather(1, columns.to(batch[name].device))
+
+
+def _check_padding(ids: Tensor, mask: Tensor, tokenizer: Any) -> None:
+    """Without an attention_mask: no padding before a row, and none that is trained after it."""
+    pad = getattr(tokenizer, "pad_token_id", None)
+    if pad is None or not ids.numel():
+        return
+    begins = (ids[:, 0] == pad) & (mask != 0).any(-1)  # a row that is none may be padding throughout
+    if pad not in (tokenizer.bos_token_id, tokenizer.eos_token_id) and bool(begins.any()):
+        raise ConfigError(f"a batch's rows begin with padding, and it has no attention_mask to tell by; add it{_SEE}")
+    padded = (ids == pad).flip(1).long().cumprod(1).flip(1)  # the padding after each row
+    trained = (padded * (mask != 0)).sum(-1)
+    if bool((trained > (1 if pad == tokenizer.eos_token_id else 0)).any()):
+        raise ConfigError(f"a batch's mask is 1 on the padding after its rows: that would be trained{_SEE}")
+
+
+def _check_positions(positions: Any, there: Tensor) -> None:
+    if positions is None:
+        return
+    wanted = there.cumsum(-1) - 1
+    same = isinstance(positions, Tensor) and positions.shape[-2:] == there.shape
+    if not same or bool((positions.to(wanted.device) != wanted)[..., there.bool()].any()):
+        raise ConfigError(
+            "a batch's position_ids do not count each row's tokens from 0 (several packed rows?); one row to each "
+            f"example: the modules pack rows themselves{_SEE}"
+        )
+
+
+def _check_lengths(batch: dict[str, Any]) -> None:
+    lengths, mask = batch.get("lengths"), batch["mask"]
+    if lengths is None:
+        return
+    places = torch.arange(1, mask.shape[1] + 1, device=mask.device)
+    ends = (places * (mask != 0)).amax(-1)
+    if lengths.shape != ends.shape or bool((lengths.to(ends.device) < ends).any()) or int(lengths.max()) > len(places):
+        raise ConfigError(f"a batch's lengths do not reach to the end of its mask, or beyond its rows{_SEE}")
+    batch["lengths"] = lengths.long()

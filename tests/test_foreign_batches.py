@@ -1,0 +1,155 @@
+"""Batches of another loader against a plain transformers forward with attention_mask and cross entropy."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from rlhf_lightning import PolicyRLModule, PreferenceModule, SFTModule
+from rlhf_lightning.errors import ConfigError
+from rlhf_lightning.models.scorers import RewardHead
+from rlhf_lightning.modules.foreign import fitted
+from tests.conftest import build_model
+
+ROWS = [[5, 9, 30, 31, 32], [7, 8, 40], [11, 12, 13, 14, 15, 16, 50], [20, 60, 61, 62]]
+TRAINED = [[0, 0, 1, 1, 1], [0, 0, 1], [0, 0, 0, 1, 1, 1, 1], [0, 1, 1, 1]]
+PAD = 1
+
+
+def padded(rows: list[list[int]], value: int, side: str) -> Tensor:
+    width = max(map(len, rows)) + 1
+    fill = [[value] * (width - len(row)) for row in rows]
+    return torch.tensor([f + r if side == "left" else r + f for f, r in zip(fill, rows, strict=True)])
+
+
+def batch_of(side: str, form: str, dtype: torch.dtype) -> dict[str, Any]:
+    """One batch, as different people write it."""
+    ids, mask = padded(ROWS, PAD, side), padded(TRAINED, 0, side)
+    there = padded([[1] * len(row) for row in ROWS], 0, side)
+    batch: dict[str, Any] = {"input_ids": ids.to(torch.int32), "attention_mask": there.to(dtype)}
+    if form == "labels":
+        return {**batch, "labels": torch.where(mask == 1, ids, -100)}
+    if form == "positions":
+        batch["position_ids"] = (there.cumsum(-1) - 1).clamp(min=0)
+    return {**batch, "mask": mask.to(dtype)}
+
+
+FORMS = [
+    (side, form, dtype)
+    for side in ("left", "right")
+    for form in ("mask", "labels", "positions")
+    for dtype in (torch.int64, torch.bool, torch.float16)
+]
+
+
+def oracle(model: Any) -> Tensor:
+    """The loss of each trained token, in the order of the rows, by transformers alone."""
+    ids, there = padded(ROWS, PAD, "right"), padded([[1] * len(row) for row in ROWS], 0, "right")
+    labels = torch.where(padded(TRAINED, 0, "right") == 1, ids, -100)[:, 1:]
+    logits = model(input_ids=ids, attention_mask=there).logits[:, :-1]
+    return cross_entropy(logits.transpose(1, 2), labels, reduction="none")[labels != -100]
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_sft(architecture: str, tokenizer: Any) -> None:
+    model = build_model(tokenizer, architecture=architecture)
+    wanted = oracle(model).mean()
+    gradient = torch.autograd.grad(wanted, next(model.parameters()))[0]
+    module = SFTModule(model, tokenizer=tokenizer)
+    module.configure_model()
+    module.eval()  # without dropout
+    for side, form, dtype in FORMS:
+        batch = module.on_before_batch_transfer(batch_of(side, form, dtype), 0)
+        loss = module.training_step(batch, 0)
+        torch.testing.assert_close(loss, wanted, rtol=1e-5, atol=1e-5)
+        found = torch.autograd.grad(loss, next(model.parameters()))[0]
+        torch.testing.assert_close(found, gradient, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_preference(side: str, tokenizer: Any) -> None:
+    model = build_model(tokenizer, architecture="llama", task="SEQ_CLS")
+    ids, there = padded(ROWS, PAD, "right"), padded([[1] * len(row) for row in ROWS], 0, "right")
+    module = PreferenceModule(model, RewardHead(), tokenizer=tokenizer)
+    module.configure_model()
+    model.config.pad_token_id = PAD
+    with torch.no_grad():
+        scores = model(input_ids=ids, attention_mask=there).logits[:, 0]
+    wanted = -torch.nn.functional.logsigmoid(scores[:2] - scores[2:]).mean()
+    for form in ("mask", "labels"):
+        batch = module.on_before_batch_transfer(batch_of(side, form, torch.bool), 0)
+        torch.testing.assert_close(module.training_step(batch, 0), wanted, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_policy(side: str, tokenizer: Any) -> None:
+    """-r·A, with the log-probabilities of a plain forward."""
+    model = build_model(tokenizer, architecture="llama")
+    module = PolicyRLModule(model, tokenizer=tokenizer)
+    module.configure_model()
+    gaps = [[0.1 * (i + j) for j in range(len(row))] for i, row in enumerate(ROWS)]
+    mask = padded(TRAINED, 0, "right") == 1
+    now = -oracle(model).detach()
+    gap = torch.tensor(
+        [g for row, trained in zip(gaps, TRAINED, strict=True) for g, t in zip(row, trained, strict=True) if t]
+    )
+    old = torch.zeros(mask.shape).masked_scatter(mask, now - gap)
+    advantages = torch.tensor([[1.0], [-1.0], [0.5], [2.0]])
+    batch = batch_of(side, "mask", torch.int64)
+    if side == "left":
+        lengths = [len(row) for row in ROWS]
+        old = torch.stack([row.roll(old.shape[1] - n) for row, n in zip(old, lengths, strict=True)])
+    batch |= {"old_logprobs": old, "advantages": advantages}
+    loss = module.training_step(module.on_before_batch_transfer(batch, 0), 0)["loss"]
+    wanted = -(gap.exp() * advantages.expand(mask.shape)[mask]).mean()
+    torch.testing.assert_close(loss, wanted, rtol=1e-5, atol=1e-5)
+
+
+def wrong(change: str) -> dict[str, Any]:
+    batch = batch_of("right", "mask", torch.int64)
+    ids, mask, there = batch["input_ids"], batch["mask"], batch["attention_mask"]
+    changes: dict[str, dict[str, Any]] = {
+        "mask is 1 where its attention_mask is 0": {"mask": torch.ones_like(mask)},
+        "its input_ids are": {"mask": torch.nn.functional.pad(mask, (0, 1))},
+        "attention_mask has gaps": {"attention_mask": there * (torch.arange(there.shape[1]) != 1)},
+        "attention_mask is": {"attention_mask": there[:, None, None]},
+        "numbers other than 0 and 1": {"attention_mask": there * 2},
+        "values other than 0 and 1": {"mask": mask * 0.5},
+        "position_ids do not count": {"position_ids": torch.tensor([[0, 1, 0, 1, 2, 3, 4, 5]] * 4)},
+        "not shifted by one": {"labels": torch.where(mask == 1, ids, -100).roll(-1, 1)},
+        "say different things": {"labels": torch.where(mask.roll(1, 1) * there == 1, ids, -100)},
+        "input_ids go from -100": {"input_ids": torch.where(there == 1, ids, -100)},
+        "the model embeds 100 tokens": {"input_ids": torch.where(there == 1, ids + 100, ids)},
+        "token ids": {"input_ids": ids.float()},
+        "lengths do not reach": {"lengths": torch.tensor([2, 2, 2, 2])},
+        "inputs_embeds": {"inputs_embeds": ids},
+        "begin with padding": {**batch_of("left", "mask", torch.int64), "attention_mask": None},
+        "on the padding after its rows": {"mask": torch.ones_like(mask), "attention_mask": None},
+        "old_logprobs is": {"old_logprobs": torch.zeros(4, 2)},
+    }
+    return {name: value for name, value in {**batch, **changes[change]}.items() if value is not None}
+
+
+REFUSED = [
+    *("mask is 1 where its attention_mask is 0", "its input_ids are", "attention_mask has gaps", "attention_mask is"),
+    *("numbers other than 0 and 1", "values other than 0 and 1", "position_ids do not count", "not shifted by one"),
+    *("say different things", "input_ids go from -100", "the model embeds 100 tokens", "token ids"),
+    *(
+        "lengths do not reach",
+        "inputs_embeds",
+        "begin with padding",
+        "on the padding after its rows",
+        "old_logprobs is",
+    ),
+]
+
+
+@pytest.mark.parametrize("message", REFUSED)
+def test_what_would_be_silently_wrong_is_refused(message: str, tokenizer: Any) -> None:
+    tokenizer.pad_token = tokenizer.convert_ids_to_tokens(PAD)
+    assert PAD not in (tokenizer.eos_token_id, tokenizer.bos_token_id)
+    with pytest.raises(ConfigError, match=message):
+        fitted(wrong(message), tokenizer, rows=100)
+    fitted({n: v for n, v in batch_of("right", "mask", torch.int64).items() if n != "attention_mask"}, tokenizer, 100)
