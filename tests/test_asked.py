@@ -123,6 +123,19 @@ def test_python_saves_the_record_too(thinker: str, tmp_path: Path) -> None:
     assert Policy(str(tmp_path / "sft")).renderer.prompt_text([{"role": "user", "content": "Hi"}]) == "Hi"
 
 
+def test_what_comes_before_and_after_training_does_not_count(thinker: str, tmp_path: Path) -> None:
+    """Scored by hand before it has data, and measured with other settings afterwards."""
+    module = PreferenceModule(thinker, SequenceLogprob(), optimizer=sgd(0.1))
+    module.score(["Hi"], ["Hello."])
+    said: dict[str, Any] = {"batch_size": 4, "show_example": False}
+    data = PreferenceDataModule(pairs(4), **said, template_kwargs=QUIET, system="Be brief.")
+    trainer(tmp_path).fit(module, data)
+    trainer(tmp_path).validate(module, PreferenceDataModule(validation=pairs(4), **said), verbose=False)
+    module.save_pretrained(tmp_path / "saved")
+    record = read_stage(tmp_path / "saved")["rendering"]
+    assert (record["template_kwargs"], record["system"]) == (QUIET, "Be brief.")
+
+
 def test_the_next_stage_asks_as_its_start_was_trained(thinker: str, tmp_path: Path, caplog: Any) -> None:
     """SFT, then DPO, then policy RL with the DPO folder as reward; another setting is used, and warned about."""
     first, _ = sft(thinker, tmp_path / "sft", template_kwargs=QUIET, system="Be brief.")

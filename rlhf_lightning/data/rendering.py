@@ -108,11 +108,6 @@ class Renderer:
         self.also_stop_at(self.turn_end_ids)
         self.prefix_ids, self.suffix_ids = added_tokens(tokenizer)
 
-    @classmethod
-    def suited(cls, tokenizer: Any, stop_token_ids: Iterable[int] = ()) -> "Renderer":
-        """By the chat template where the tokenizer has one, else plain text."""
-        return cls(tokenizer, "chat" if tokenizer.chat_template else "raw", stop_token_ids=stop_token_ids)
-
     def also_stop_at(self, ids: Iterable[int]) -> None:
         """Add ids that end a response."""
         self.stop_token_ids = sorted({*self.stop_token_ids, *ids})

@@ -103,6 +103,9 @@ class RLHFModule(pl.LightningModule):
         self._tokenizer_source, self._chat_template = tokenizer, chat_template
         self._tokenizer: Any = None
         self._renderer: Renderer | None = None
+        self._renderer_is_open = True
+        """Whether that of a data module still takes the place of what was made without one."""
+        self._trained_with: dict[str, Any] | None = None
         self.model: Any = None
         # Frozen weights are not in the checkpoint; what is missing is checked in on_load_checkpoint.
         self.strict_loading = False
@@ -132,14 +135,18 @@ class RLHFModule(pl.LightningModule):
     @property
     def renderer(self) -> Renderer:
         """How this module turns messages into tokens: that of its data module, else as its start was trained."""
-        if self._renderer is None:
-            data = getattr(self._trainer, "datamodule", None)
-            shared = getattr(data, "renderer", None)
+        if self._renderer is not None and not self._renderer_is_open:
+            return self._renderer
+        shared = getattr(getattr(self._trainer, "datamodule", None), "renderer", None)
+        if shared is not None:
+            self._renderer, self._renderer_is_open = shared, False
+        elif self._renderer is None:
             asking = Asking.of(self.start_source)
-            if shared is None:
-                rank_zero_only(asking.log)()
-            self._renderer = shared or asking.renderer(self.tokenizer, own_tokenizer=self.own_tokenizer)
-            self._renderer.also_stop_at(self.end_token_ids)
+            rank_zero_only(asking.log)()
+            self._renderer = asking.renderer(self.tokenizer, own_tokenizer=self.own_tokenizer)
+        else:
+            return self._renderer
+        self._renderer.also_stop_at(self.end_token_ids)
         return self._renderer
 
     @property
@@ -153,7 +160,9 @@ class RLHFModule(pl.LightningModule):
         return self._tokenizer_source is None or isinstance(self.start_source, nn.Module)
 
     def rendering(self) -> dict[str, Any]:
-        """How the model is asked here, for `stage.json`: what asks it again later does it so."""
+        """How the model was asked in training, for `stage.json`: what asks it again later does it so."""
+        if self._trained_with is not None:
+            return self._trained_with
         shared = getattr(getattr(self._trainer, "datamodule", None), "shared", {})
         sampler = getattr(self, "sampler", None)
         own_stop = getattr(sampler, "own_stop", None)
@@ -253,6 +262,9 @@ class RLHFModule(pl.LightningModule):
             raise ConfigError(f"trainer.accumulate_grad_batches is {windows}: nothing would be trained; at least 1")
         if longest := self.longest_row():
             self.forward_pass.check(longest)
+        # Kept from now on: later the module may be measured with rows that are rendered otherwise.
+        self._renderer_is_open, self._trained_with = True, None
+        self._trained_with = self.rendering()
 
     def configure_callbacks(self) -> list[pl.Callback]:
         """What every run of the module has; a subclass adds to it."""
@@ -346,8 +358,8 @@ class RLHFModule(pl.LightningModule):
         if weights is None or self.global_rank == 0:
             kept, rows = self._below
             kept = kept and rows == self.model.get_input_embeddings().weight.shape[0]
-            facts = self.stage_facts()
-            stop = (*self.renderer.stop_strings, *facts["rendering"]["stop"])
+            facts, rendering = self.stage_facts(), self.rendering()
+            stop = (*self.renderer.stop_strings, *rendering["stop"])
             template = self.renderer.template if self.task == "SEQ_CLS" and self.renderer.format == "chat" else None
             stops = facts["stop_token_ids"]
             save_model(self.model, self.tokenizer, Path(folder), stops, weights, kept, facts, stop, template)
