@@ -95,6 +95,7 @@ def _save_generation(model: Any, tokenizer: Any, stop_token_ids: Sequence[int], 
     # No id of the model's own list is lost: it may end responses by what no row of the training shows.
     generation.eos_token_id = sorted({*stop_token_ids, *end_token_ids(model, tokenizer)})
     generation.pad_token_id = tokenizer.pad_token_id
+    generation._from_model_config = False  # it says more than the model's config does
     if texts := [*(generation.stop_strings or []), *stop]:
         generation.stop_strings = list(dict.fromkeys(texts))
     generation.to_json_file(to / "generation_config.json", keys_to_pop=["compile_config"])
