@@ -203,6 +203,18 @@ def test_mistakes(
         (["export", "base", "run"], "run holds something already; name a folder that is empty"),
         (["report", "base"], "base: holds no run"),
         (["data", "check", "chats.jsonl"], "required: --kind, --model"),
+        (["score", "base", "pairs.jsonl", "--output", "run"], "--output run: a folder; name a file in it"),
+        (["score", "base", "pairs.jsonl", "--batch_size", "0"], "--batch_size is 0; it must be at least 1"),
+        (["evaluate", "base", "pairs.jsonl", "--output", "/proc/x"], "--output /proc/x: cannot be written in /proc"),
+        (["evaluate", "base", "pairs.jsonl", "--device", "cuda:99"], "--device cuda:99: "),
+        (["generate", "base", "--prompt", "a", "--device", "gpu"], "--device gpu: no kind of device; cpu, cuda"),
+        (["generate", "base", "--prompt", "a", "--dtype", "fp16"], "--dtype is 'fp16'; one of float32, bfloat16"),
+        (["generate", "base", "--promt", "a"], "did you mean --prompt?"),
+        (["chat", "base", "--max_tokens", "0"], "--max_tokens is 0; it must be at least 1"),
+        (["report", "base", "--output", "run"], "--output run: a folder"),
+        (["init", "pairs.jsonl"], "pairs.jsonl is a file; name a folder"),
+        (["init", "new", "--model", "./nowhere"], "--model ./nowhere: no such folder (seen from"),
+        (["init", "new", "--model", "pairs.jsonl"], "--model pairs.jsonl: a file; name its folder"),
     ],
 )
 def test_wrong_commands(args: list[str], part: str, workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:

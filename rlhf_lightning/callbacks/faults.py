@@ -100,6 +100,12 @@ class NonFiniteGuard(pl.Callback):
                 "stage started from is damaged, or the step before was too large. Lower the learning rate "
                 "(model.optimizer), set trainer.gradient_clip_val: 1.0, and start over with --fresh."
             )
+            if torch.float16 in {p.dtype for p in pl_module.parameters() if p.requires_grad}:
+                cause = (
+                    f"The weights are float16 (trainer.precision 16-true, or model.dtype), for example {names[0]}: the "
+                    "numbers that optimizers divide by are 0 there. Train in bf16-mixed, bf16-true or 16-mixed, and "
+                    "start over with --fresh."
+                )
         elif is_loss:
             cause = (
                 "The weights are finite: these rows overflow. Look at them; train in bf16-mixed or 32-true in place "

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_lightning.cli.asking import add_asking_flags, add_sampling_flags, asked_of, sampling_of, say
+from rlhf_lightning.cli.options import Parser, check_options, device_of
 
 
 def run(args: list[str]) -> int:
@@ -14,16 +15,14 @@ def run(args: list[str]) -> int:
     options = _parse(args[1:])
 
     from rlhf_lightning.cli.logs import setup_logging
-    from rlhf_lightning.cli.score import default_device
-    from rlhf_lightning.errors import ConfigError, UserError
+    from rlhf_lightning.errors import UserError
     from rlhf_lightning.files import visible
     from rlhf_lightning.pipeline.policies import Policy
     from rlhf_lightning.pipeline.talk import Conversation
 
     setup_logging("warning", None)
-    if options.max_tokens < 1:
-        raise ConfigError(f"--max_tokens is {options.max_tokens}; it must be at least 1")
-    device = options.device or default_device()
+    check_options(options)
+    device = device_of(options.device)
     talks = {}
     for name in dict.fromkeys([options.model, *(options.and_ or [])]):
         policy = Policy(name, options.dtype, device, asked_of(options))
@@ -77,7 +76,7 @@ def _labels(models: list[str]) -> list[str]:
 
 
 def _parse(args: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="rlhf chat",
         description="Talk with a model, or with several, which answer one after the other and remember each its own "
         "answers. Answers appear as they are drawn. Messages can be piped in, a line each.",

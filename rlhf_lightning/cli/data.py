@@ -6,6 +6,7 @@ import sys
 from typing import Any
 
 from rlhf_lightning.cli.asking import add_asking_flags, asked_of, say
+from rlhf_lightning.cli.options import Parser
 
 KINDS = ("sft", "preference", "prompts")
 TRAINED, PLAIN = "\x1b[32m", "\x1b[0m"
@@ -59,7 +60,7 @@ def run(args: list[str]) -> int:
 
 
 def _parse(args: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="rlhf data",
         description="Look at a file of rows as a stage would read it.",
         epilog="example: rlhf data check chats.jsonl --kind sft --model Qwen/Qwen3-0.6B --validation held_out.jsonl",

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_lightning.cli.asking import add_asking_flags
+from rlhf_lightning.cli.options import Parser, check_options, device_of
 
 COLUMNS = {
     "reward": "reward",
@@ -27,7 +28,6 @@ def run(args: list[str]) -> int:
     options = _parse(args)
     from rlhf_lightning.cli.asking import asked_of, say
     from rlhf_lightning.cli.logs import setup_logging
-    from rlhf_lightning.cli.score import default_device
     from rlhf_lightning.cli.user_code import allow_user_code
     from rlhf_lightning.errors import ConfigError
     from rlhf_lightning.pipeline.compare import Drawing, best_of_n, make_rewards
@@ -35,9 +35,7 @@ def run(args: list[str]) -> int:
 
     setup_logging("warning", None)
     allow_user_code(args)
-    for name in ("samples", "n", "max_tokens", "limit"):
-        if (value := getattr(options, name, None)) is not None and value < 1:
-            raise ConfigError(f"--{name} is {value}; it must be at least 1")
+    check_options(options)
     rewards = make_rewards(options.reward, options.gold)
     best = args[0] == "best-of"
     if not rewards and (best or options.best_of > 1):
@@ -45,7 +43,7 @@ def run(args: list[str]) -> int:
     if best and options.temperature == 0:
         raise ConfigError("--temperature is 0: all responses to a prompt would be the same")
     drawing = Drawing(rewards, options.max_tokens, options.temperature, getattr(options, "samples", 1), options.seed)
-    options.device = options.device or default_device()
+    options.device = device_of(options.device)
     options.asked = asked_of(options)
     policy = Policy(options.policy, options.dtype, options.device, options.asked)
     say(policy.asking.describe())
@@ -95,7 +93,7 @@ def _finite(value: Any) -> Any:
 
 def _parse(args: list[str]) -> argparse.Namespace:
     best = args[0] == "best-of"
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog=f"rlhf {args[0]}",
         description="Draw N responses to each prompt and keep the best by a reward: what the reward buys without any "
         "training."

@@ -1,13 +1,14 @@
 """`rlhf export MODEL DIR`."""
 
-import argparse
 import json
 from pathlib import Path
+
+from rlhf_lightning.cli.options import Parser
 
 
 def run(args: list[str]) -> int:
     """Export a model, and push it where that is asked for."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="rlhf export",
         description="Write a model folder that needs nothing else: an adapter is merged into its base (in float32), "
         "weights are cast and saved as safetensors, with config, tokenizer, chat template and stage.json. Nothing "

@@ -5,6 +5,7 @@ import json
 from typing import Any
 
 from rlhf_lightning.cli.asking import add_asking_flags, add_sampling_flags, asked_of, sampling_of, say
+from rlhf_lightning.cli.options import Parser, check_options, device_of
 
 
 def run(args: list[str]) -> int:
@@ -12,7 +13,6 @@ def run(args: list[str]) -> int:
     options = _parse(args[1:])
 
     from rlhf_lightning.cli.logs import setup_logging
-    from rlhf_lightning.cli.score import default_device
     from rlhf_lightning.errors import ConfigError
     from rlhf_lightning.files import visible
     from rlhf_lightning.pipeline.policies import Policy
@@ -20,10 +20,8 @@ def run(args: list[str]) -> int:
     setup_logging("warning", None)
     if bool(options.file) == bool(options.prompt):
         raise ConfigError("name either a file of prompts or --prompt TEXT")
-    for name in ("samples", "max_tokens", "limit"):
-        if (value := getattr(options, name)) is not None and value < 1:
-            raise ConfigError(f"--{name} is {value}; it must be at least 1")
-    policy = Policy(options.model, options.dtype, options.device or default_device(), asked_of(options))
+    check_options(options)
+    policy = Policy(options.model, options.dtype, device_of(options.device), asked_of(options))
     draw, said = sampling_of(options, options.model, policy.drawn)
     say(policy.asking.describe(), said)
     source = options.file or [{"prompt": text} for text in options.prompt]
@@ -49,7 +47,7 @@ def _last(messages: list[dict[str, Any]]) -> str:
 
 
 def _parse(args: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="rlhf generate",
         description="Answers of a model to prompts: as text, or as JSON lines with index, sample, prompt, response, "
         "stop_reason and response_tokens.",

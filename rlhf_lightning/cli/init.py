@@ -1,16 +1,17 @@
 """`rlhf init DIR`."""
 
-import argparse
 import json
 import shlex
 from pathlib import Path
+
+from rlhf_lightning.cli.options import Parser
 
 FILES = Path(__file__).parent / "project"
 
 
 def run(args: list[str]) -> int:
     """Write the files of a project and say what to do with them."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="rlhf init",
         description="Write a folder to start from: a commented config of each stage, the pipeline that runs them, and "
         "a few example rows of each kind to put your own in the place of.",
@@ -22,6 +23,7 @@ def run(args: list[str]) -> int:
     )
     options = parser.parse_args(args[1:])
     folder: Path = options.dir
+    check_start(options.model)
     model = str(Path(options.model).resolve()) if Path(options.model).exists() else options.model
     write_project(folder, model)
     name = shlex.quote(model)
@@ -33,6 +35,17 @@ def run(args: list[str]) -> int:
   rlhf data check data/prompts.jsonl --kind prompts --model {name}
   rlhf pipeline pipeline.yaml""")
     return 0
+
+
+def check_start(model: str) -> None:
+    """Refuse a path that is no folder; a Hub id is believed. Raises `ConfigError`."""
+    from rlhf_lightning.errors import ConfigError
+
+    place = Path(model).expanduser()
+    local = place.is_absolute() or model.startswith((".", "~")) or model.count("/") > 1
+    if place.is_file() or (local and not place.exists()):
+        what = "a file; name its folder" if place.is_file() else f"no such folder (seen from {Path.cwd()})"
+        raise ConfigError(f"--model {model}: {what}")
 
 
 def write_project(folder: Path, model: str) -> None:
@@ -47,6 +60,8 @@ def write_project(folder: Path, model: str) -> None:
         (Path(model) / name).exists() for name in ("config.json", "adapter_config.json")
     ):
         raise ConfigError(f"--model {model}: the folder has neither config.json nor adapter_config.json")
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"{folder} is a file; name a folder")
     files = sorted(path.relative_to(FILES) for path in FILES.rglob("*.*") if path.suffix in (".yaml", ".jsonl"))
     if there := [str(folder / file) for file in files if (folder / file).exists()]:
         raise ConfigError(f"{there[0]} is there already, and is not overwritten; name another folder")

@@ -187,3 +187,9 @@ def command(name: str, known: Iterable[str]) -> str | None:
     word = name.lower().replace("_", "-")
     close = get_close_matches(word, list(known), n=1)
     return COMMANDS.get(word) or (close[0] if close else None)
+
+
+def like(name: str, known: Iterable[str]) -> str | None:
+    """The one of the known names that is much like a given one."""
+    close = get_close_matches(name, sorted(known), n=1)
+    return close[0] if close else None

@@ -4,13 +4,14 @@ import argparse
 import json
 from dataclasses import asdict
 
+from rlhf_lightning.cli.options import Parser
 from rlhf_lightning.pipeline.plan import read_plan
 from rlhf_lightning.pipeline.run import run_pipeline
 
 
 def run(args: list[str]) -> int:
     """Run a pipeline file and list what it left."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="rlhf pipeline",
         description="Run the stages of a pipeline file. What is finished is not run again, what was interrupted "
         "resumes, and a stage whose inputs changed says so.",

@@ -1,8 +1,9 @@
 """`rlhf quickstart`."""
 
-import argparse
 from pathlib import Path
 from typing import Any
+
+from rlhf_lightning.cli.options import Parser
 
 COLUMNS = {
     "gold_reward": "gold reward",
@@ -15,7 +16,7 @@ COLUMNS = {
 
 def run(args: list[str]) -> int:
     """Run the quickstart and print its table."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="rlhf quickstart",
         description="SFT, a preference model and RL, one after the other, on a small model and data made on the spot; "
         "or on your own model and files.",

@@ -1,15 +1,15 @@
 """`rlhf report RUN`, and the report that is written at the end of a stage."""
 
-import argparse
 from pathlib import Path
 from typing import Any
 
+from rlhf_lightning.cli.options import Parser, check_writable
 from rlhf_lightning.pipeline.report import report_after_stage, write_report
 
 
 def run(args: list[str]) -> int:
     """Write the report and say where it is."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="rlhf report",
         description="Write report.html: one page, without scripts or network, about a pipeline's or a stage's folder: "
         "curves, reward against KL, calibration, answers before and after, warnings, lineage, configs. "
@@ -19,6 +19,8 @@ def run(args: list[str]) -> int:
     parser.add_argument("run", type=Path, help="folder of a pipeline or of a stage")
     parser.add_argument("--output", type=Path, help="file to write (default: report.html in the folder)")
     options = parser.parse_args(args[1:])
+    if options.output:
+        check_writable("--output", options.output)
     print(write_report(options.run, options.output))
     return 0
 

@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_lightning.cli.asking import add_asking_flags, asked_of, say
+from rlhf_lightning.cli.options import Parser, check_options, device_of
 
 
 def run(args: list[str]) -> int:
     """Score a file of rows and write them with their scores."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="rlhf score",
         description="Score responses with a trained preference model, of any scorer. Rows with chosen and rejected get "
         "chosen_score and rejected_score, and accuracy is printed; rows with responses get response_scores; rows with "
@@ -38,6 +39,7 @@ def run(args: list[str]) -> int:
     from rlhf_lightning.cli.logs import setup_logging
 
     setup_logging("warning", None)
+    check_options(options)
     rows, summary = score_file(options)
     text = "".join(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows)
     if options.output:
@@ -56,7 +58,7 @@ def score_file(options: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[
     from rlhf_lightning.models.reward_model import RewardModel
 
     judge = RewardModel(options.model, options.dtype, options.shifted, asked_of(options))
-    judge.to(options.device or default_device())
+    judge.to(device_of(options.device))
     say(judge.asking.describe())
     reading = Reading()
     # Each example keeps its row: a bad one may have been left out.
@@ -140,10 +142,3 @@ def _set_shift(folder: str, scores: list[float], applied: float) -> None:
         raise ConfigError("--set_shift needs a model folder on this machine, and rows with chosen or response")
     shift = applied - sum(scores) / len(scores)
     write_json(Path(folder) / "stage.json", {**read_stage(folder), "reward_shift": shift})
-
-
-def default_device() -> str:
-    """A GPU where there is one."""
-    import torch
-
-    return "cuda" if torch.cuda.is_available() else "cpu"

@@ -2,7 +2,7 @@
 
 import logging
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ from rlhf_lightning.data.records import (
 from rlhf_lightning.data.rendering import Renderer
 from rlhf_lightning.data.splits import Prepared, RowKey, hold_out, keys_of, leaks, row_key
 from rlhf_lightning.data.tokenizers import load_tokenizer
-from rlhf_lightning.errors import ConfigError, DataError
+from rlhf_lightning.errors import ConfigError, DataError, check_whole
 
 log = logging.getLogger(__name__)
 OVERLONG = ("error", "truncate", "skip")
@@ -87,13 +87,23 @@ class RowDataModule(pl.LightningDataModule):
         super().__init__()
         if overlong not in OVERLONG:
             raise ConfigError(f"data.overlong is {overlong!r}; one of {', '.join(OVERLONG)}")
-        if batch_size < 1:
-            raise ConfigError(f"data.batch_size is {batch_size}; it must be at least 1")
+        for name, size in (
+            ("batch_size", batch_size),
+            ("eval_batch_size", eval_batch_size),
+            ("max_length", max_length),
+        ):
+            if size is not None:
+                check_whole(f"data.{name}", size)
+        for name, value in (("columns", columns), ("template_kwargs", template_kwargs)):
+            if not isinstance(value or {}, Mapping):
+                raise ConfigError(f"data.{name} is {value!r}; it must be a mapping of names")
         given = {"train": train, "validation": validation, "test": test, "predict": predict}
         self.sources: dict[str, Any] = {name: settled(source) for name, source in given.items()}
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size or batch_size
-        if not validation_split >= 0:
+        if isinstance(validation_split, str) or not validation_split >= 0:
             raise ConfigError(f"data.validation_split is {validation_split}; a number of rows, or a fraction below 1")
+        if validation_split and validation is not None:
+            log.info("data.validation_split is not used: data.validation names the rows")
         self.validation_split, self.max_length, self.overlong = validation_split, max_length, overlong
         self.on_bad_row, self.columns, self.format = on_bad_row, columns, format
         self.template_kwargs, self.system, self.tools, self.tokenizer = template_kwargs, system, tools, tokenizer
@@ -108,6 +118,8 @@ class RowDataModule(pl.LightningDataModule):
 
     # -- for subclasses -------------------------------------------------------------------------------------------
 
+    stage_kind = ""
+    """Of the module that takes these batches."""
     text_key: str | None = None
     """Where set, a line of a text file is a row `{text_key: line}`."""
     lines: bool = False
@@ -228,6 +240,8 @@ class RowDataModule(pl.LightningDataModule):
         return self._loader("predict", self.eval_batch_size)
 
     def _loader(self, name: str, batch_size: int, shuffle: bool = False) -> RowLoader:
+        if name not in self.prepared:
+            raise ConfigError(f"the rows of data.{name} are not read: the Trainer calls setup(), or call it before")
         return RowLoader(
             self.prepared[name].rows,
             self.collate,
@@ -248,7 +262,7 @@ class RowDataModule(pl.LightningDataModule):
                 if module is None:
                     raise ConfigError("no tokenizer: give the data module one, or run it by a Trainer with a module")
                 tokenizer = module.tokenizer
-            elif isinstance(tokenizer, str):
+            elif isinstance(tokenizer, str | Path) or not hasattr(tokenizer, "apply_chat_template"):
                 tokenizer = load_tokenizer(tokenizer)
             asking = self.asking
             rank_zero_only(asking.log)()

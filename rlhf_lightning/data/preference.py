@@ -48,6 +48,8 @@ class PreferenceDataModule(RowDataModule):
         kind: `pairs`, `labels` or `rankings`; by default what the module's loss learns from.
     """
 
+    stage_kind = "preference"
+
     def __init__(
         self,
         train: Source | None = None,

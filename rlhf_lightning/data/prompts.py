@@ -94,6 +94,8 @@ class PromptDataModule(RowDataModule):
         lines: each line of a file is a prompt as it stands, whatever the file's name; by default those of `.txt`.
     """
 
+    stage_kind = "policy"
+
     text_key = "prompt"
 
     def __init__(

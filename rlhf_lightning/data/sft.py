@@ -33,6 +33,8 @@ class SFTDataModule(RowDataModule):
         overlong: long rows are cut on the right by default, and counted.
     """
 
+    stage_kind = "sft"
+
     def __init__(
         self,
         train: Source | None = None,

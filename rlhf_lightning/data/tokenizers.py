@@ -33,6 +33,8 @@ def load_tokenizer(source: Any, tokenizer: Any = None, chat_template: str | None
             if "trust_remote_code" in str(error):
                 reason = "it brings code; to run that, set model.model_options: {trust_remote_code: true}"
             raise ConfigError(f"no tokenizer can be loaded from {name}: {reason}. Set model.tokenizer.") from error
+    if not hasattr(tokenizer, "apply_chat_template"):
+        raise ConfigError(f"tokenizer is {tokenizer!r}; a folder, a Hub id, or a tokenizer of transformers")
     if chat_template is not None:
         tokenizer.chat_template = _template(chat_template)
     if isinstance(tokenizer.chat_template, str):  # that of chat_template.jinja as an editor may have saved it

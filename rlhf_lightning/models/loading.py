@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -80,6 +81,9 @@ class Start:
             if self._quantised and not is_quantised(self.source):
                 raise ConfigError("lora.quantize: the model is an object; load it quantised, or give its folder")
             check_adapted(self.source, self.lora)
+            heads = getattr(base_of(self.source), "get_output_embeddings", None)
+            if self.task == "CAUSAL_LM" and heads is not None and heads() is None:
+                raise ConfigError(f"{type(base_of(self.source)).__name__} has no head of tokens: name a causal model")
             model = self._with_lora(self.source)
             self.base_kept = keeps_base(model)
             return model
@@ -132,6 +136,11 @@ class Start:
             model, info = auto.from_pretrained(
                 source, dtype=getattr(torch, self.dtype), output_loading_info=True, **options
             )
+        if self.task == "CAUSAL_LM" and _sees_ahead(model.config):
+            raise ConfigError(
+                f"the model {source!r} is an encoder ({model.config.model_type}), whose tokens see those after them: "
+                "it cannot learn to write. Name a causal model; if it is one, model.model_options: {is_decoder: true}"
+            )
         # A head of scores may be new. Anything else that is missing was given random weights, with but a warning.
         if missing := [n for n in info["missing_keys"] if self.task != "SEQ_CLS" or n.split(".")[0] not in HEADS]:
             raise ConfigError(
@@ -147,6 +156,14 @@ class Start:
 
         self.fresh_adapter = True
         return get_peft_model(model, self.lora.config(model, self.task))
+
+
+def _sees_ahead(config: Any) -> bool:
+    """Whether a model is of a kind that reads both ways, and is not set to read one way."""
+    from transformers.models.auto import modeling_auto as auto
+
+    kinds = auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES.keys() & auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.keys()
+    return config.model_type in kinds and not getattr(config, "is_decoder", False)
 
 
 def _write_once(model: Any, folder: Path, adapter: Path) -> None:
@@ -187,7 +204,18 @@ def loading(what: str) -> Iterator[None]:
             reason = "weights of other shapes than config.json says"
         if "trust_remote_code" in str(error):
             reason = "it brings code; to run that, set model.model_options: {trust_remote_code: true}"
-        raise ConfigError(f"{what} cannot be loaded: {reason}. Restore its files, or name another.") from error
+        remedy = "Restore its files, or name another"
+        if found := re.search(r"configuration class <class '[\w.]*\.(\w+)Config'> .*AutoModelFor(\w+)", reason):
+            kinds = {"CausalLM": "writes text from left to right", "SequenceClassification": "gives a text a score"}
+            reason, remedy = (
+                f"of {found[1]}, transformers has none that {kinds.get(found[2], found[2])}",
+                "Name another",
+            )
+        elif isinstance(error, ImportError):
+            remedy = "Install that, or name a model that needs it not"
+        elif "unexpected keyword argument" in reason:
+            remedy = "See model.model_options"
+        raise ConfigError(f"{what} cannot be loaded: {reason}. {remedy}.") from error
 
 
 def adapter_config(folder: Path | str) -> Any:

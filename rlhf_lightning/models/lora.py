@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rlhf_lightning.errors import ConfigError
+from rlhf_lightning.errors import ConfigError, check_whole
 
 HEADS = ("score", "classifier", "classification_head")
 GROUPS = ("attention", "mlp", "unembedding", "all")
@@ -39,8 +39,13 @@ class LoRA:
     def __post_init__(self) -> None:
         if isinstance(self.target, str):
             self.target = [self.target]
-        if self.rank < 1:
-            raise ConfigError(f"lora.rank is {self.rank}; it must be at least 1")
+        if not isinstance(self.target, list | tuple | set) or not self.target:
+            raise ConfigError(f"lora.target is {self.target!r}; any of {', '.join(GROUPS)}, or names of layers")
+        check_whole("lora.rank", self.rank)
+        if not self.alpha > 0:
+            raise ConfigError(f"lora.alpha is {self.alpha}: an adapter scaled by 0 would not learn; it must be above 0")
+        if not 0 <= self.dropout < 1:
+            raise ConfigError(f"lora.dropout is {self.dropout}; a part of the inputs, at least 0 and below 1")
         if self.quantize not in (None, "nf4", "fp4"):
             raise ConfigError(f"lora.quantize is {self.quantize!r}; nf4, fp4, or nothing")
 
@@ -80,7 +85,8 @@ class LoRA:
     def layer_names(self, model: nn.Module) -> list[str]:
         """Full names of the layers that get an adapter."""
         head = _unembedding(model)
-        layers = {name: _group(name) for name, module in model.named_modules() if _is_linear(module) and name != head}
+        linear = [name for name, module in model.named_modules() if _is_linear(module)]
+        layers = {name: _group(name) for name in linear if name not in (head, *HEADS)}  # a score head is trained whole
         wanted = set(GROUPS[:3]) if "all" in self.target else set(self.target)
         names = [name for name, group in layers.items() if group in wanted]
         if "unembedding" in wanted and head:

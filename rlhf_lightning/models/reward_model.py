@@ -11,7 +11,7 @@ from rlhf_lightning.data.batching import pad_tokens
 from rlhf_lightning.data.conversations import Message, to_messages
 from rlhf_lightning.data.rendering import Renderer
 from rlhf_lightning.data.tokenizers import load_tokenizer
-from rlhf_lightning.errors import ConfigError
+from rlhf_lightning.errors import ConfigError, check_whole
 from rlhf_lightning.models.generation import end_token_ids
 from rlhf_lightning.models.heads import has_head
 from rlhf_lightning.models.loading import check_source, check_vocabulary, disable_dropout, load_for_scoring, read_stage
@@ -26,6 +26,7 @@ def score_rows(
     scorer: Scorer, ids: Sequence[list[int]], masks: Sequence[list[int]], device: Any, batch_size: int = 16
 ) -> Tensor:
     """Scores `[N]` of rows of tokens, a mask being 1 on the response. Rows of like length are scored together."""
+    check_whole("batch_size", batch_size)
     order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
     scores = torch.zeros(len(ids), device=device)
     for start in range(0, len(order), batch_size):
@@ -50,6 +51,9 @@ def score_texts(
     Raises:
         ConfigError: not one response to each prompt. DataError: an exchange that is empty or cannot be rendered.
     """
+    for name, given in (("prompts", prompts), ("responses", responses)):
+        if isinstance(given, str):
+            raise ConfigError(f"{name} is a text; it must be a list of them: [{given[:40]!r}]")
     if len(prompts) != len(responses):
         raise ConfigError(f"{len(prompts)} prompts and {len(responses)} responses: one response to each prompt")
     rows = [

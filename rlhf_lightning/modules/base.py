@@ -12,7 +12,7 @@ from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from torchmetrics import Metric
 
 from rlhf_lightning.data.asked import Asking, recorded
@@ -33,14 +33,17 @@ from rlhf_lightning.modules.foreign import fitted
 from rlhf_lightning.modules.module_checks import check_batch, check_content
 from rlhf_lightning.modules.schedules import Warmup
 from rlhf_lightning.modules.step import StepEnd, StepNumbers, forget
+from rlhf_lightning.modules.told import Told, check_arguments
 
 log = logging.getLogger(__name__)
 
+WHERE = ("trust_remote_code", "revision", "token", "cache_dir", "local_files_only", "subfolder")
+"""Options of `from_pretrained` that say where a model is found, and its tokenizer with it."""
 OptimizerFactory = Callable[[Iterable[Any]], Optimizer]
 SchedulerFactory = Callable[[Optimizer], LRScheduler]
 
 
-class RLHFModule(pl.LightningModule):
+class RLHFModule(Told):
     """Base of the modules.
 
     Args:
@@ -87,13 +90,20 @@ class RLHFModule(pl.LightningModule):
         max_empty_steps: int | None = 50,
     ) -> None:
         super().__init__()
+        dtype = str(dtype).removeprefix("torch.")  # torch.bfloat16 is what it is called in Python
+        check_arguments(
+            model,
+            lora=lora,
+            optimizer=optimizer,
+            lr_scheduler=lr_scheduler,
+            model_options=model_options,
+            max_tokens_per_batch=max_tokens_per_batch,
+        )
         if not isinstance(getattr(torch, dtype, None), torch.dtype):
             raise ConfigError(f"model.dtype is {dtype!r}; for example float32 or bfloat16")
         # In a tuple, so that a model given as an object is not registered a second time beside `self.model`.
         self._start = (model,)
         self.lora, self.dtype_name, self.model_options = lora, dtype, model_options or {}
-        if max_tokens_per_batch is not None and max_tokens_per_batch < 1:
-            raise ConfigError(f"model.max_tokens_per_batch is {max_tokens_per_batch}; it must be at least 1")
         self.max_tokens_per_batch, self.gradient_checkpointing = max_tokens_per_batch, gradient_checkpointing
         self.activation_offload, self.compiles_layers = activation_offload, compile
         if max_empty_steps is not None and max_empty_steps < 1:
@@ -123,10 +133,11 @@ class RLHFModule(pl.LightningModule):
         if self._tokenizer is None:
             if isinstance(self.start_source, str):
                 check_source(self.start_source)
-            trust = {k: v for k, v in self.model_options.items() if k == "trust_remote_code"}
-            self._tokenizer = load_tokenizer(self.start_source, self._tokenizer_source, self._chat_template, **trust)
+            own = WHERE if self._tokenizer_source is None else WHERE[:1]  # another tokenizer has another revision
+            place = {k: v for k, v in self.model_options.items() if k in own}
+            self._tokenizer = load_tokenizer(self.start_source, self._tokenizer_source, self._chat_template, **place)
             if self._chat_template is not None and self._tokenizer_source is None and recorded(self.start_source):
-                before = load_tokenizer(self.start_source, **trust).chat_template
+                before = load_tokenizer(self.start_source, **place).chat_template
                 if before != self._tokenizer.chat_template:
                     warn = "model.chat_template is not the template that %s was trained with: the setting is used"
                     rank_zero_only(log.warning)(warn, self.start_source)
@@ -170,6 +181,7 @@ class RLHFModule(pl.LightningModule):
         return {**self.renderer.settings(), **shared, **stop}
 
     def setup(self, stage: str) -> None:
+        self.check_trainer(stage)
         weights_alone(self.trainer.precision_plugin)
 
     def heads(self) -> list[nn.Module]:
@@ -247,8 +259,19 @@ class RLHFModule(pl.LightningModule):
             scheduler = self.scheduler_factory(optimizer) if self.scheduler_factory else None
         except (TypeError, ValueError) as error:
             raise ConfigError(f"model.optimizer or model.lr_scheduler cannot be made: {error}") from error
+        if not isinstance(optimizer, Optimizer):
+            raise ConfigError(f"model.optimizer returned {optimizer!r}; it must return an optimizer")
         if scheduler is None:
             return optimizer
+        if isinstance(scheduler, ReduceLROnPlateau):
+            if not (monitor := getattr(scheduler, "monitor", None)):
+                raise ConfigError(
+                    "model.lr_scheduler ReduceLROnPlateau needs the metric that it goes by: "
+                    "lightning.pytorch.cli.ReduceLROnPlateau with init_args: {monitor: val/nll}"
+                )
+            # It looks at its metric where that is measured: after an epoch with its validation.
+            plateau = {"scheduler": scheduler, "interval": "epoch", "monitor": monitor}
+            return {"optimizer": optimizer, "lr_scheduler": plateau}
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def on_fit_start(self) -> None:
@@ -288,6 +311,9 @@ class RLHFModule(pl.LightningModule):
         """What another loader's batches say in other ways, in the way that the module computes with."""
         embedding = None if self.model is None else self.model.get_input_embeddings()
         return fitted(batch, self._tokenizer, None if embedding is None else embedding.weight.shape[0])
+
+    def on_train_end(self) -> None:
+        self.warn_unseen_validation()
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         check_batch(self, batch)

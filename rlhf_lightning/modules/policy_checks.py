@@ -3,9 +3,34 @@
 from collections import Counter
 from typing import Any
 
+from torch import nn
+
 from rlhf_lightning.data.prompts import Prompt, PromptDataModule
 from rlhf_lightning.errors import ConfigError
 from rlhf_lightning.rollout.rewards import check_finite
+
+
+def check_rewards(rewards: Any) -> None:
+    """Refuse rewards that are not a list of them; raises `ConfigError`."""
+    if rewards is None:
+        return
+    if not isinstance(rewards, list | tuple):
+        raise ConfigError(f"model.rewards is {_named(rewards)}; it must be a list of rewards: [{_wrapped(rewards)}]")
+    for part in rewards:
+        if not isinstance(part, nn.Module):
+            raise ConfigError(f"model.rewards holds {_named(part)}; each must be a Reward: {_wrapped(part)}")
+
+
+def _named(value: Any) -> str:
+    if isinstance(value, type):
+        return f"the class {value.__name__}"
+    return repr(value)[:80] if isinstance(value, str) else f"a {type(value).__name__}"
+
+
+def _wrapped(value: Any) -> str:
+    if isinstance(value, type):
+        return f"{value.__name__}(…)"
+    return f"{type(value).__name__}(…)" if isinstance(value, nn.Module) else "FunctionReward(my_function)"
 
 
 def check_settings(module: Any) -> None:

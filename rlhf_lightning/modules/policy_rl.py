@@ -15,10 +15,11 @@ from rlhf_lightning.models.reference import Reference
 from rlhf_lightning.models.scoring import TokenScorer, TokenScores
 from rlhf_lightning.modules.base import RLHFModule
 from rlhf_lightning.modules.heldout import HeldOut
-from rlhf_lightning.modules.policy_checks import check_data, check_rewarded, check_settings
+from rlhf_lightning.modules.policy_checks import check_data, check_rewarded, check_rewards, check_settings
 from rlhf_lightning.modules.policy_metrics import LARGEST, NUMBERS, OUTPUTS, ROUND_ON_BAR, step_sums, why_empty
 from rlhf_lightning.modules.policy_parts import clamped, critic_values, make_reference, row_scorers
 from rlhf_lightning.modules.step import StepNumbers
+from rlhf_lightning.modules.told import check_parts
 from rlhf_lightning.objectives.aggregate import aggregate
 from rlhf_lightning.objectives.policy import ImportanceSampling, ImportanceWeights, PolicyObjective
 from rlhf_lightning.objectives.value import value_loss
@@ -95,6 +96,15 @@ class PolicyRLModule(RLHFModule):
         **kwargs: Any,
     ) -> None:
         super().__init__(model, **kwargs)
+        check_parts(
+            objective=(objective, "PPO()"),
+            advantage=(advantage, "GroupCentered()"),
+            kl=(kl, "KLPenalty(0.1)"),
+            sampler=(sampler, "Sampler(max_tokens=64)"),
+            critic=(critic, "Critic()"),
+            limits=(limits, "Limits()"),
+        )
+        check_rewards(rewards)
         self.objective, self.advantage = objective or ImportanceSampling(), advantage or GroupCentered()
         self.rewards = nn.ModuleList(rewards or [])
         self.kl, self.critic, self.sampler = kl, critic, sampler or Sampler()

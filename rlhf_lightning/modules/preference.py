@@ -21,6 +21,7 @@ from rlhf_lightning.modules.preference_metrics import Tables, step_names, step_s
 from rlhf_lightning.modules.preference_rows import SIDES, Named, name_rows, whole_step
 from rlhf_lightning.modules.step import StepNumbers
 from rlhf_lightning.modules.stored_reference import store_reference
+from rlhf_lightning.modules.told import check_parts
 from rlhf_lightning.objectives.preference import BradleyTerry, PreferenceLoss
 
 log = logging.getLogger(__name__)
@@ -54,6 +55,7 @@ class PreferenceModule(RLHFModule):
         **kwargs: Any,
     ) -> None:
         super().__init__(model, **kwargs)
+        check_parts(scorer=(scorer, "ImplicitReward(beta=0.1)"), loss=(loss, "BradleyTerry()"))
         self.scorer = scorer or RewardHead()
         self.loss = loss or BradleyTerry()
         self.freeze_backbone = freeze_backbone

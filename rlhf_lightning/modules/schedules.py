@@ -1,11 +1,13 @@
 """Learning-rate schedules with warm-up. Any other scheduler of torch can be named in their place."""
 
+import logging
 import math
 from typing import Any
 
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+log = logging.getLogger(__name__)
 SHAPES = ("constant", "linear", "cosine")
 
 
@@ -30,12 +32,20 @@ class Warmup(LRScheduler):
     ) -> None:
         if shape not in SHAPES:
             raise ValueError(f"unknown shape {shape!r}; one of {', '.join(SHAPES)}")
+        if warmup_steps < 0 or not 0 <= floor <= 1:
+            raise ValueError(f"warmup_steps is {warmup_steps} (0 or more), floor {floor} (a part of the rate, 0 to 1)")
         self.shape, self.warmup_steps, self.floor, self.total_steps = shape, warmup_steps, floor, total_steps
         super().__init__(optimizer)
 
     def set_total_steps(self, total_steps: int) -> None:
         """Set the length of the run and apply the rate that the current step then has."""
         self.total_steps = total_steps
+        if self.warmup_steps >= max(total_steps, 1):
+            log.warning(
+                "lr_scheduler: warmup_steps is %g, and the run has %d steps: the full rate is never reached",
+                self.warmup_steps,
+                total_steps,
+            )
         rates = self.get_lr()
         for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
             group["lr"] = rate

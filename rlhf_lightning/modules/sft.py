@@ -11,6 +11,7 @@ from rlhf_lightning.models.scoring import TokenScorer
 from rlhf_lightning.modules.base import RLHFModule
 from rlhf_lightning.modules.metrics import BitsPerByte, Count, Perplexity
 from rlhf_lightning.modules.step import StepNumbers
+from rlhf_lightning.modules.told import check_parts
 from rlhf_lightning.objectives.supervised import nll
 from rlhf_lightning.rollout.collect import answers
 from rlhf_lightning.rollout.sampler import Sampler
@@ -32,6 +33,7 @@ class SFTModule(RLHFModule):
 
     def __init__(self, model: Any, sampler: Sampler | None = None, **kwargs: Any) -> None:
         super().__init__(model, **kwargs)
+        check_parts(sampler=(sampler, "Sampler(max_tokens=64)"))
         self.sampler = sampler or Sampler(temperature=0.0)
         self.step_numbers, self.train_tokens = StepNumbers(("nll",)), Count()
         self.heldout = nn.ModuleDict({name: _heldout_metrics() for name in ("val", "test")})

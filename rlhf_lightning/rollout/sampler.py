@@ -10,7 +10,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from rlhf_lightning.data.rendering import Renderer
-from rlhf_lightning.errors import ConfigError
+from rlhf_lightning.errors import ConfigError, check_whole
 from rlhf_lightning.models.generation import end_token_ids
 from rlhf_lightning.models.lora import base_of, named_weights
 from rlhf_lightning.rollout.draw import Sample, SamplingParams
@@ -75,6 +75,12 @@ class Sampler:
         gather: bool | None = None,
     ) -> None:
         self.params = SamplingParams(max_tokens, min_tokens, temperature, top_p, top_k, min_p)
+        check_whole("sampler.batch_rows", batch_rows)
+        if engine is not None and not (hasattr(engine, "generate") and hasattr(engine, "sync")):
+            raise ConfigError(
+                f"sampler.engine is {engine!r}; an object with generate and sync, for example by class_path: "
+                "rlhf_lightning.rollout.vllm.VLLMEngine"
+            )
         self.batch_rows, self.engine, self.cuda_graphs = batch_rows, engine, cuda_graphs
         self._local, self.gather = engine is None, gather
         if isinstance(stop, str) or not all(isinstance(text, str) and text for text in stop or ()):

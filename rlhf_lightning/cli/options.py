@@ -1,0 +1,71 @@
+"""Options that several commands have, looked at before anything is loaded or computed."""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+from typing import Any, NoReturn
+
+from rlhf_lightning.cli import meant
+from rlhf_lightning.errors import ConfigError
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong, without a screen of usage before it; `--help` has that."""
+
+    def error(self, message: str) -> NoReturn:
+        """The message in a line, with the flag that may have been meant."""
+        if message.startswith("unrecognized arguments: "):
+            flags = {flag for action in self._actions for flag in action.option_strings}
+            first = message.partition(": ")[2].split()[0].partition("=")[0]
+            close = meant.like(first, flags) if first.startswith("-") else None
+            message += f"; did you mean {close}?" if close else ""
+        print(f"error: {message}. {self.prog} --help lists what there is", file=sys.stderr)
+        sys.exit(2)
+
+
+def device_of(name: str | None) -> str:
+    """The device that is named, or a GPU where there is one; raises `ConfigError` where it is not there."""
+    import torch
+
+    if name is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ConfigError(f"--device {name}: no kind of device; cpu, cuda, cuda:1 or mps") from None
+    if device.type == "cuda" and not (device.index or 0) < torch.cuda.device_count():
+        there = torch.cuda.device_count()
+        raise ConfigError(
+            f"--device {name}: {f'there are {there} CUDA devices' if there else 'no CUDA device is here'}"
+        )
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise ConfigError(f"--device {name}: no MPS device is here")
+    return name
+
+
+def check_options(options: Any) -> None:
+    """Refuse a dtype that is none, sizes below 1, and files that cannot be written; raises `ConfigError`."""
+    if getattr(options, "dtype", None) is not None and options.dtype not in DTYPES:
+        raise ConfigError(f"--dtype is {options.dtype!r}; one of {', '.join(DTYPES)}")
+    for name in ("samples", "n", "max_tokens", "limit", "batch_size"):
+        if (value := getattr(options, name, None)) is not None and value < 1:
+            raise ConfigError(f"--{name} is {value}; it must be at least 1")
+    for name in ("output", "summary"):
+        if (path := getattr(options, name, None)) is not None:
+            check_writable(f"--{name}", path)
+
+
+def check_writable(name: str, path: Path) -> None:
+    """Refuse a file that cannot be written, before the work whose result it would hold; raises `ConfigError`."""
+    if path.is_dir():
+        raise ConfigError(f"{name} {path}: a folder; name a file in it")
+    parent = next(place for place in (path.absolute(), *path.absolute().parents) if place.exists())
+    if not os.access(parent, os.W_OK) or not (parent.is_dir() or parent == path.absolute()) or _virtual(parent):
+        raise ConfigError(f"{name} {path}: cannot be written in {parent}; name another place")
+
+
+def _virtual(path: Path) -> bool:
+    return path.parts[1:2] in (("proc",), ("sys",))
