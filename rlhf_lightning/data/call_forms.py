@@ -88,7 +88,8 @@ class CallForms:
             key = self._reasoning_key(given)
             if key not in (None, given):
                 changed[key] = changed.pop(given)
-        return copy.deepcopy(changed)
+        texts = all(isinstance(value, str) for value in changed.values())
+        return changed if texts else copy.deepcopy(changed)  # most hold nothing that a template could change
 
     def _role(self, role: str, first: bool) -> str:
         """The role by which the template shows a message: `developer` is `system` where it does not know that."""
