@@ -493,7 +493,7 @@ KEYS = {
     | st.tuples(st.just("peft_type"), LETTERS | st.integers())
     | st.tuples(st.just("r"), st.integers(3, 50) | LETTERS | st.integers(-3, 0))
     | st.tuples(st.just("target_modules"), st.just(["wings"]) | st.integers(1)),
-    "stage.json": st.tuples(st.just("scorer"), LETTERS | st.integers(1) | st.just({"class_path": "os.system"})),
+    "stage.json": st.tuples(st.just("scorer"), LETTERS | st.integers(1) | st.just({"name": "os.system"})),
 }
 
 

@@ -10,13 +10,12 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from rlhf_lightning.data.batching import pad_tokens
 from rlhf_lightning.data.tokenizers import load_tokenizer
 from rlhf_lightning.errors import ConfigError
-from rlhf_lightning.files import write_json
 from rlhf_lightning.models.heads import init_head, pad_token
 from rlhf_lightning.models.loading import Start, check_vocabulary
 from rlhf_lightning.models.lora import LoRA
 from rlhf_lightning.models.reference import Reference
 from rlhf_lightning.models.saving import save_model
-from rlhf_lightning.models.scorers import RewardHead, SequenceLogprob, scorer_of
+from rlhf_lightning.models.scorers import RewardHead, SequenceLogprob
 from rlhf_lightning.models.scoring import TokenScorer
 from tests.conftest import build_model
 
@@ -146,14 +145,6 @@ def test_a_merged_model_of_another_adapter_is_not_taken(base: str, tokenizer: An
         found.append(logits(merged))
     assert not torch.allclose(found[0], found[1])
     torch.testing.assert_close(found[0], found[2], rtol=1e-4, atol=1e-4)
-
-
-def test_a_model_folder_calls_nothing_but_a_scorer(tmp_path: Path) -> None:
-    settings = {"class_path": "os.system", "init_args": {"command": f"touch {tmp_path / 'called'}"}}
-    write_json(tmp_path / "stage.json", {"scorer": settings})
-    with pytest.raises(ConfigError, match="as its scorer, which is none"):
-        scorer_of(tmp_path)
-    assert not (tmp_path / "called").exists()
 
 
 def test_the_reference_is_the_start_whatever_is_trained(base: str, tokenizer: Any, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import py_compile
 import shutil
 import subprocess
 import sys
@@ -193,27 +194,45 @@ def test_code_of_a_model_runs_only_where_it_is_asked_for(
     assert mark.exists()
 
 
-def test_a_scorer_that_comes_with_the_model_is_not_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = tmp_path / "downloads" / "model"
-    folder.mkdir(parents=True)
+@pytest.mark.parametrize("path", ["payload.S", "model.payload.S", "os.system", "pathlib.Path", "antigravity.S", ""])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_folder_imports_no_scorer(path: str, compiled: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not from itself, the folder it is in, or the libraries: whatever it names, nothing is looked for."""
+    folder = tmp_path / "model"
+    folder.mkdir()
     mark = tmp_path / "ran"
-    (folder / "payload.py").write_text(f"import pathlib\npathlib.Path({str(mark)!r}).write_text('x')\n")
+    code = f"import pathlib\npathlib.Path({str(mark)!r}).write_text('x')\nfrom rlhf_lightning.models.scorers import *\n"
+    for place in (folder, tmp_path):
+        (place / "payload.py").write_text(f"{code}class S(RewardHead): pass\n")
+        if compiled:
+            py_compile.compile(str(place / "payload.py"), str(place / "payload.pyc"))
+            (place / "payload.py").unlink()
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
-    for path in ("downloads.model.payload.Scorer", "downloads.payload.Scorer"):
-        if path == "downloads.payload.Scorer":
-            shutil.move(folder / "payload.py", folder.parent / "payload.py")
-        (folder / "stage.json").write_text(json.dumps({"scorer": {"class_path": path, "init_args": {}}}))
-        with pytest.raises(ConfigError, match="came with the model"):
-            scorer_of(folder)
+    before = set(sys.modules)
+    (folder / "stage.json").write_text(json.dumps({"scorer": {"name": path, "init_args": {}}}))
+    with pytest.raises(ConfigError, match=r"is not imported because a folder says so"):
+        scorer_of(folder)
     assert not mark.exists()
-    own = {"class_path": "rlhf_lightning.models.scorers.RewardHead", "init_args": {}}
-    (folder / "stage.json").write_text(json.dumps({"scorer": own}))
-    assert isinstance(scorer_of(folder), RewardHead)
-    for path in ("os.system", "pathlib.Path"):
-        (folder / "stage.json").write_text(json.dumps({"scorer": {"class_path": path, "init_args": {}}}))
-        with pytest.raises(ConfigError, match="which is none"):
-            scorer_of(folder)
+    assert not {"payload", "model", "antigravity"} & (set(sys.modules) - before)
+
+
+def test_a_scorer_that_the_user_has_named_is_known(tmp_path: Path) -> None:
+    class Mine(RewardHead):
+        """A user's own."""
+
+    settings = Mine().settings()
+    assert settings["name"].endswith("Mine")
+    (tmp_path / "stage.json").write_text(json.dumps({"scorer": settings}))
+    assert type(scorer_of(tmp_path)) is Mine
+    own = RewardHead(last_k=2).settings()
+    assert own["name"] == "RewardHead"
+    (tmp_path / "stage.json").write_text(json.dumps({"scorer": own}))
+    assert type(scorer_of(tmp_path)) is RewardHead
+    for bad in ({"name": "RewardHead", "init_args": {"nothing": 1}}, {"name": 3}, [], "RewardHead"):
+        (tmp_path / "stage.json").write_text(json.dumps({"scorer": bad}))
+        with pytest.raises(ConfigError, match=r"stage\.json of"):
+            scorer_of(tmp_path)
 
 
 def test_a_chat_template_cannot_leave_its_sandbox(tokenizer: Any) -> None:

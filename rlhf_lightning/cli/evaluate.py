@@ -8,6 +8,7 @@ from typing import Any
 
 from rlhf_lightning.cli.asking import add_asking_flags
 from rlhf_lightning.cli.options import Parser, check_options, device_of
+from rlhf_lightning.cli.user_code import SCORER_HELP, allow_user_code, import_scorer
 
 COLUMNS = {
     "reward": "reward",
@@ -28,7 +29,6 @@ def run(args: list[str]) -> int:
     options = _parse(args)
     from rlhf_lightning.cli.asking import asked_of, say
     from rlhf_lightning.cli.logs import setup_logging
-    from rlhf_lightning.cli.user_code import allow_user_code
     from rlhf_lightning.errors import ConfigError
     from rlhf_lightning.pipeline.compare import Drawing, best_of_n, make_rewards
     from rlhf_lightning.pipeline.policies import Policy
@@ -36,6 +36,7 @@ def run(args: list[str]) -> int:
     setup_logging("warning", None)
     allow_user_code(args)
     check_options(options)
+    import_scorer(options.scorer)
     rewards = make_rewards(options.reward, options.gold)
     best = args[0] == "best-of"
     if not rewards and (best or options.best_of > 1):
@@ -117,6 +118,7 @@ def _parse(args: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--gold", action="append", default=[], metavar="FUNCTION", help="a function's dotted path, as in FunctionReward"
     )
+    parser.add_argument("--scorer", metavar="CLASS", help=SCORER_HELP)
     if best:
         parser.add_argument("-n", type=int, default=8, help="responses to each prompt")
     else:

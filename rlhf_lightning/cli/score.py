@@ -8,6 +8,7 @@ from typing import Any
 
 from rlhf_lightning.cli.asking import add_asking_flags, asked_of, say
 from rlhf_lightning.cli.options import Parser, check_options, device_of
+from rlhf_lightning.cli.user_code import SCORER_HELP, allow_user_code, import_scorer
 
 
 def run(args: list[str]) -> int:
@@ -22,6 +23,7 @@ def run(args: list[str]) -> int:
     parser.add_argument("model", help="model folder of a preference stage, or any sequence classifier with one label")
     parser.add_argument("file", help="rows: .jsonl, .json, .parquet or a Hub id")
     parser.add_argument("--output", type=Path, help="JSONL file to write (default: standard output)")
+    parser.add_argument("--scorer", metavar="CLASS", help=SCORER_HELP)
     parser.add_argument("--shifted", action="store_true", help="add the reward_shift of the model's stage.json")
     parser.add_argument(
         "--set_shift",
@@ -39,6 +41,7 @@ def run(args: list[str]) -> int:
     from rlhf_lightning.cli.logs import setup_logging
 
     setup_logging("warning", None)
+    allow_user_code(args)
     check_options(options)
     rows, summary = score_file(options)
     text = "".join(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows)
@@ -57,6 +60,7 @@ def score_file(options: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[
     from rlhf_lightning.data.records import Reading, Row, convert_rows, read_rows
     from rlhf_lightning.models.reward_model import RewardModel
 
+    import_scorer(options.scorer)
     judge = RewardModel(options.model, options.dtype, options.shifted, asked_of(options))
     judge.to(device_of(options.device))
     say(judge.asking.describe())

@@ -16,6 +16,9 @@ _DOTTED = re.compile(r"(?<![\w./\\-])([A-Za-z_]\w*)\.(?=[A-Za-z_])")
 _FILE = re.compile(r"[^\s'\"\[\]{},:=]+\.ya?ml")
 
 
+SCORER_HELP = "your own scorer class, by its dotted path, where the reward model was trained with one"
+
+
 class UserFolder(MetaPathFinder):
     """Finds the modules of a folder that were named, and what these import from beside them."""
 
@@ -56,6 +59,14 @@ def allow_user_code(texts: Iterable[str]) -> None:
         finder = UserFolder(here)
         sys.meta_path.insert(0, finder)
     finder.named |= _names(texts, here)
+
+
+def import_scorer(path: str | None) -> None:
+    """Import the user's own scorer that a command names: only then may the folder of a model name it too."""
+    if path is not None:
+        from rlhf_lightning.rollout.environments import imported
+
+        imported(path, "--scorer")
 
 
 def _names(texts: Iterable[str], folder: Path) -> set[str]:

@@ -1,9 +1,7 @@
 """Scorers: what number a (prompt, response) gets. The same object scores in training, by hand and as an RL reward."""
 
-import itertools
-import sys
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -62,7 +60,7 @@ class Scorer(ABC):
 
     def settings(self) -> dict[str, Any]:
         """What `stage.json` keeps to build the scorer again."""
-        return {"class_path": f"{type(self).__module__}.{type(self).__qualname__}", "init_args": self.arguments()}
+        return {"name": _name(type(self)), "init_args": self.arguments()}
 
     def arguments(self) -> dict[str, Any]:
         """The constructor's arguments."""
@@ -246,48 +244,48 @@ class RewardHead(Scorer):
 
 
 def scorer_of(folder: Any) -> Scorer:
-    """The scorer that a saved preference model was trained with; `RewardHead` for any other reward model folder."""
-    from importlib import import_module
+    """The scorer that a saved preference model was trained with; `RewardHead` for any other reward model folder.
 
+    A folder may come from anyone, so its name imports nothing: it is one of this module, or a class of the user's that
+    the user's command or code has imported before.
+
+    Raises:
+        ConfigError: another name, or arguments that the scorer does not take.
+    """
     stage = read_stage(folder)
     settings = stage.get("scorer")
     if settings is None:
         return RewardHead()
-    try:
-        module, _, name = settings["class_path"].rpartition(".")
-        _refuse_own_code(Path(folder), module)
-        found, arguments = getattr(import_module(module), name, None), dict(settings["init_args"])
-    except (TypeError, KeyError, AttributeError, ValueError, ImportError) as error:
+    if not (isinstance(settings, dict) and isinstance(settings.get("name"), str)):
+        raise ConfigError(f"stage.json of {folder}: its scorer is {settings!r}, which names no class")
+    name, arguments = settings["name"], settings.get("init_args")
+    known = {_name(found): found for found in _subclasses(Scorer)}
+    if name not in known:
         raise ConfigError(
-            f"stage.json of {folder}: its scorer is {settings!r}, which names no class ({error})"
-        ) from None
-    # A model folder may come from anyone: nothing but a scorer is called.
-    if not (isinstance(found, type) and issubclass(found, Scorer)):
-        raise ConfigError(f"stage.json of {folder} names {settings['class_path']!r} as its scorer, which is none")
-    if arguments.get("reference"):
-        arguments["reference"] = _reference_of(Path(folder), arguments["reference"], stage.get("reference"))
-    return found(**arguments)
+            f"stage.json of {folder} names the scorer {name!r}, which is none of rlhf-lightning, and is not imported "
+            "because a folder says so. If it is your own class, name it: --scorer of the command, scorer of the reward "
+            "(init_args), or an import before in Python"
+        )
+    try:
+        arguments = dict(arguments or {})
+        if arguments.get("reference"):
+            arguments["reference"] = _reference_of(Path(folder), arguments["reference"], stage.get("reference"))
+        return known[name](**arguments)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"stage.json of {folder}: the scorer {name} cannot be made: {error}") from None
 
 
-def _refuse_own_code(folder: Path, module: str) -> None:
-    """Raise `ConfigError` where importing a module would run code of the model folder itself, or of its run.
+def _name(scorer: type[Scorer]) -> str:
+    """What `stage.json` calls a scorer: one of this module by its plain name."""
+    own = scorer.__module__ == __name__
+    return scorer.__qualname__ if own else f"{scorer.__module__}.{scorer.__qualname__}"
 
-    The current folder can be imported from, and a model may have been downloaded into it.
-    """
-    if module.split(".")[0] in sys.modules:
-        return  # of this package, or of what its user has imported
-    # A folder that the user works in, or keeps Python in, did not come with a model in it.
-    users = (Path.cwd(), Path(sys.prefix).resolve(), Path(__file__).resolve())
-    own = [one for one in (folder.resolve(), folder.resolve().parent) if not any(u.is_relative_to(one) for u in users)]
-    names = module.split(".")
-    for root, end in itertools.product(sys.path, range(1, len(names) + 1)):
-        place = Path(root or ".", *names[:end])
-        for file in (place / "__init__.py", place.with_name(f"{place.name}.py")):
-            if file.is_file() and any(file.resolve().is_relative_to(one) for one in own):
-                raise ConfigError(
-                    f"stage.json of {folder} names a scorer in {file}, which came with the model; put the code where "
-                    "your own is, once you have read it"
-                )
+
+def _subclasses(of: type[Scorer]) -> Iterator[type[Scorer]]:
+    for found in of.__subclasses__():
+        if not found.__name__.startswith("_"):
+            yield found
+        yield from _subclasses(found)
 
 
 def _reference_of(folder: Path, named: str, relative: str | None) -> str:

@@ -61,7 +61,8 @@ def stage_settings(plan: Plan, stage: Stage, failed: Mapping[str, Stage] | None 
             raise UserError(f"stage {stage.name} starts from {stage.start}, which failed")
         model["model"] = plan.model(stage.start)
     if stage.reward:
-        given = {"class_path": MODEL_REWARD, "init_args": {"model": plan.model(stage.reward)}}
+        arguments = {"model": plan.model(stage.reward), **_own_scorer(plan, stage)}
+        given = {"class_path": MODEL_REWARD, "init_args": arguments}
         part = failed[stage.reward].rule_reward if stage.reward in failed else given
         model["rewards"] = [*((stage.settings.get("model") or {}).get("rewards") or []), part]
     if stage.critic:
@@ -69,6 +70,14 @@ def stage_settings(plan: Plan, stage: Stage, failed: Mapping[str, Stage] | None 
             raise UserError(f"the critic of stage {stage.name} starts from {stage.critic}, which failed")
         model["critic"] = {"model": plan.model(stage.critic)}
     return merged(stage.settings, {"model": model} if model else {})
+
+
+def _own_scorer(plan: Plan, stage: Stage) -> dict[str, str]:
+    """The user's own scorer of the stage that rewards this one, which the settings of that stage name."""
+    trained = next((one for one in plan.stages if one.name == stage.reward), None)
+    scorer = ((trained.settings.get("model") or {}).get("scorer") or {}) if trained else {}
+    path = str(scorer.get("class_path") or "") if isinstance(scorer, Mapping) else str(scorer)
+    return {"scorer": path} if "." in path and not path.startswith("rlhf_lightning.") else {}
 
 
 def check_data(plan: Plan, stage: Stage) -> None:

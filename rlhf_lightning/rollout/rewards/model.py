@@ -11,6 +11,7 @@ from rlhf_lightning.data.rendering import Renderer
 from rlhf_lightning.errors import ConfigError
 from rlhf_lightning.models.offload import Place, check_place
 from rlhf_lightning.models.reward_model import RewardModel
+from rlhf_lightning.rollout.environments import imported
 from rlhf_lightning.rollout.episodes import Episode
 from rlhf_lightning.rollout.rewards.base import Reward, check_finite
 from rlhf_lightning.rollout.rewards.normalise import Normaliser
@@ -31,6 +32,7 @@ class ModelReward(Reward):
         normalise: brings scores to a common scale before they are clipped and weighted.
         clip: the largest absolute value, after normalising.
         offload: the weights are in the memory of the CPU, except while a round is scored.
+        scorer: dotted path of your own scorer class, where the model was trained with one.
     """
 
     def __init__(
@@ -43,8 +45,11 @@ class ModelReward(Reward):
         normalise: Normaliser | None = None,
         clip: float | None = None,
         offload: bool = False,
+        scorer: str | None = None,
     ) -> None:
         super().__init__(weight, name, normalise, clip)
+        if scorer is not None:
+            imported(scorer, f"the scorer of the reward {name}:")
         self.source, self.dtype_name, self.device_name, self.offload = model, dtype, device, offload
         check_place(f"the reward {name}", device, offload)
         self._place: Place | None = None
@@ -122,6 +127,7 @@ class EnsembleReward(Reward):
         normalise: brings scores to a common scale before they are clipped and weighted.
         clip: the largest absolute value, after normalising.
         offload: the weights are in the memory of the CPU, except while a round is scored.
+        scorer: dotted path of your own scorer class, where the models were trained with one.
     """
 
     def __init__(
@@ -135,6 +141,7 @@ class EnsembleReward(Reward):
         normalise: Normaliser | None = None,
         clip: float | None = None,
         offload: bool = False,
+        scorer: str | None = None,
     ) -> None:
         super().__init__(weight, name, normalise, clip)
         if isinstance(models, str) or len(set(models)) < 2 or len(set(models)) < len(models):
@@ -144,7 +151,7 @@ class EnsembleReward(Reward):
             raise ConfigError(f"the coefficient of the reward {name} is {coefficient}; below 0 it rewards disagreement")
         self.coefficient = coefficient
         self.members = nn.ModuleList(
-            ModelReward(model, dtype=dtype, device=device, offload=offload) for model in models
+            ModelReward(model, dtype=dtype, device=device, offload=offload, scorer=scorer) for model in models
         )
 
     def bind(self, renderer: Renderer) -> None:
