@@ -259,7 +259,7 @@ def scorer_of(folder: Any) -> Scorer:
     if not (isinstance(settings, dict) and isinstance(settings.get("name"), str)):
         raise ConfigError(f"stage.json of {folder}: its scorer is {settings!r}, which names no class")
     name, arguments = settings["name"], settings.get("init_args")
-    known = {_name(found): found for found in _subclasses(Scorer)}
+    known = {_name(found): found for found in _subclasses(Scorer)}  # type: ignore[type-abstract]
     if name not in known:
         raise ConfigError(
             f"stage.json of {folder} names the scorer {name!r}, which is none of rlhf-lightning, and is not imported "
