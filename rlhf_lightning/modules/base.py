@@ -1,6 +1,7 @@
 """What the three modules share: building the model, optimizer, normalising a loss, checkpoints, saving."""
 
 import logging
+import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -182,6 +183,8 @@ class RLHFModule(Told):
 
     def setup(self, stage: str) -> None:
         self.check_trainer(stage)
+        # True with any data module: that the hook here is used is what is meant.
+        warnings.filterwarnings("ignore", message="You have overridden `on_before_batch_transfer`")
         weights_alone(self.trainer.precision_plugin)
 
     def heads(self) -> list[nn.Module]:
