@@ -33,6 +33,11 @@ PIPELINE_RESULTS = ("manifest.json", "pipeline.yaml", "report.html")
 _held: dict[Path, int] = {}
 
 
+def is_first_process() -> bool:
+    """Whether this is the first of a run's processes, by what its launcher tells each of them."""
+    return not any(int(os.environ.get(name) or 0) for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID"))
+
+
 def claim(root: Path, results: Iterable[str], patience: float = 0.0) -> None:
     """Become the writer of a folder, until `claims` or this process ends; a crash leaves no lock behind.
 

@@ -4,6 +4,7 @@ import json
 import logging
 import math
 import os
+import re
 import resource
 import shutil
 import signal
@@ -350,8 +351,8 @@ def test_a_reward_that_raises_is_named_with_its_row(whole: Any, tmp_path: Path) 
     assert "the reward fussy failed with ZeroDivisionError: division by zero" in text
     assert "test_faults.py:" in text
     assert "in fussy" in text or "in <listcomp>" in text
-    found = [int(part.split(",")[0]) for part in text.split("policy-train.jsonl:")[1:] if part[0].isdigit()]
-    found += [int(part.split(",")[0]) for part in text.split("policy-held.jsonl:")[1:] if part[0].isdigit()]
+    said = text.partition("the reward fussy failed")[2]  # before it stands which rows are held out and trained on
+    found = [int(line) for line in re.findall(r"policy-(?:train|held)\.jsonl:(\d+)", said)]
     assert found
     assert all((line - 1) % 5 == 3 for line in found)
 

@@ -70,7 +70,7 @@ def test_stages_reach_no_network_open_nothing_and_keep_secrets(stages: int, base
     plan = three(base, tmp_path)
     settings = yaml.safe_load(Path(plan).read_text())
     Path(plan).write_text(yaml.safe_dump({**settings, "stages": settings["stages"][:stages]}))
-    named = {"file": str(canary), "image": f"file://{canary}", "path": str(canary), "chat_template": str(canary)}
+    named = {"file": str(canary), "icon": f"file://{canary}", "path": str(canary), "chat_template": str(canary)}
     for kind in ("sft", "preference", "policy"):
         rows = [json.loads(line) for line in (tmp_path / f"{kind}.jsonl").read_text().splitlines()]
         rows[0] |= named

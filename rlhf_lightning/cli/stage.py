@@ -8,7 +8,6 @@ from typing import Any
 
 import yaml
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
-from lightning.pytorch.utilities import rank_zero_only
 
 import rlhf_lightning.strategies  # noqa: F401 - gives `--trainer.strategy fsdp2` its meaning
 from rlhf_lightning.callbacks.checkpoint_io import candidates, newest_whole, remove
@@ -29,7 +28,7 @@ from rlhf_lightning.cli.user_code import allow_user_code
 from rlhf_lightning.errors import ConfigError
 from rlhf_lightning.pipeline.passing import parent_is_watched, watch_parent
 from rlhf_lightning.pipeline.plan import read_mapping
-from rlhf_lightning.run_folder import STAGE_RESULTS, claim, claims, refuse_inputs_in
+from rlhf_lightning.run_folder import STAGE_RESULTS, claim, claims, is_first_process, refuse_inputs_in
 
 log = logging.getLogger(__name__)
 CLASSES = {
@@ -220,13 +219,13 @@ class StageCLI(LightningCLI):
     def _claim(self, config: Any) -> None:
         """Become the folder's writer, on the first rank; refuse to replace what the user has there."""
         refuse_inputs_in(self.root, STAGE_RESULTS, {name: config[name].as_dict() for name in ("model", "data")})
-        if not (rank_zero_only.rank or config.trainer.fast_dev_run):  # type: ignore[attr-defined]
+        if is_first_process() and not config.trainer.fast_dev_run:
             claim(self.root, STAGE_RESULTS, patience=60 if parent_is_watched() else 0)
 
     def _continue_or_stop(self, config: Any) -> None:
         """Resume an interrupted run of the same settings; refuse one of others; leave a finished one alone."""
         if config.fresh:
-            if rank_zero_only.rank:  # type: ignore[attr-defined]
+            if not is_first_process():
                 return  # the first rank clears the folder, once
             for name in STAGE_RESULTS:
                 remove(self.root / name)
