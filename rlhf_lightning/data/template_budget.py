@@ -18,7 +18,9 @@ CHARACTERS = 100
 _LOOP, _TEXT, _SHOWN = "rlhf_loop", "rlhf_text", "rlhf_shown"
 _SLOW = {"wordwrap", "urlize", "pprint"}
 _QUICK = {"length", "count", "first", "last", "default", "d"}
-_DIGITS = re.compile(r"\d{7,}")
+_WIDE_METHODS = {"ljust", "rjust", "center", "zfill", "expandtabs", "format", "format_map"}
+_WIDE_FILTERS = {"center", "indent", "slice", "batch", "tojson", "format"}
+_DIGITS = re.compile(r"\d{7,20}")
 _LIMITED = ("*", "+", "**", "%")
 
 
@@ -60,21 +62,24 @@ class Budget:
     def counted(self, items: Iterable[Any], cost: int) -> Iterator[Any]:
         """The items of a loop."""
         for item in items:
-            self.spend(cost)
+            self.steps += cost
+            if self.steps > STEPS:
+                self.spend()
             yield item
 
     def shown(self, value: Any) -> Any:
         """What is printed."""
-        if isinstance(value, str):
-            self.spend(1 + len(value) // CHARACTERS)
+        if isinstance(value, str) and len(value) > CHARACTERS:
+            self.spend(len(value) // CHARACTERS)
         return value
 
     def call(self, context: Any, function: Any, *args: Any, **kwargs: Any) -> Any:
         """A call of a function or method, in the sandbox."""
         self.spend(10)
-        _check_arguments(args, kwargs)
-        if isinstance(owner := getattr(getattr(function, "__wrapped__", function), "__self__", None), str):
-            _check_arguments((owner,), {})
+        if (name := getattr(function, "__name__", "")) in _WIDE_METHODS:
+            _check_widths((*args, *kwargs.values()))
+            if "format" in name:
+                _check_widths(_DIGITS.findall(getattr(getattr(function, "__wrapped__", None), "__self__", "")))
         return self.sized(self._call(context, function, *args, **kwargs))
 
     def operate(self, context: Any, operator: str, left: Any, right: Any) -> Any:
@@ -86,7 +91,7 @@ class Budget:
             sequence = right if isinstance(left, int) else left
             _check_length(len(sequence) * numbers[0] if isinstance(sequence, Sized) else 0)
         if operator == "%" and isinstance(left, str):
-            _check_arguments((left,), {})
+            _check_widths(_DIGITS.findall(left))
         return self.sized(self._operate(context, operator, left, right))
 
     def concatenate(self, parts: Iterable[Any]) -> str:
@@ -109,12 +114,14 @@ class Budget:
         def limited(*args: Any, **kwargs: Any) -> Any:
             for value in args:
                 if isinstance(value, str):
-                    self.spend(1 + len(value) // CHARACTERS)
+                    if len(value) > CHARACTERS:
+                        self.spend(len(value) // CHARACTERS)
                 elif isinstance(value, list | tuple | range):
                     self.spend(1 if name in _QUICK else 1 + len(value))
-            _check_arguments(args[1:], kwargs)
+            if name in _WIDE_FILTERS:
+                _check_widths((*args[1:], *kwargs.values()))
             if name == "format":
-                _check_arguments(args[:1], {})
+                _check_widths(_DIGITS.findall(str(args[0])))
             return self.sized(function(*args, **kwargs))
 
         return limited
@@ -125,14 +132,11 @@ def _check_length(length: int) -> None:
         raise OverBudgetError(f"the chat template makes a text or list longer than {LENGTH:,}")
 
 
-def _check_arguments(args: Iterable[Any], kwargs: dict[str, Any]) -> None:
-    """Numbers are widths and counts, and so are those in a text that says how to write others."""
-    for value in (*args, *kwargs.values()):
-        if isinstance(value, int):
-            _check_length(abs(value))
-        elif isinstance(value, str) and len(value) < 1000:
-            for digits in _DIGITS.findall(value) if "%" in value or "{" in value else ():
-                _check_length(int(digits))
+def _check_widths(values: Iterable[Any]) -> None:
+    """Numbers that say how much is made, as such or as the digits of a format."""
+    for value in values:
+        if isinstance(value, int | str) and str(value).lstrip("-").isdigit():
+            _check_length(abs(int(value)))
 
 
 class _Counted(NodeTransformer):
