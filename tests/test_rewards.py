@@ -5,6 +5,7 @@ import json
 import math
 import re
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -604,3 +605,33 @@ def test_documented_settings_build_the_parts_they_name(tmp_path: Path, monkeypat
     assert first.rewards[1].score([said("so 1,234.0", {"answer": "x #### 1234"})]) == [1.0]
     assert second.limits.max_turns == 4
     assert list(second.environment({"prompt": "Hi"}).available) == ["add"]
+
+
+@pytest.mark.parametrize(
+    "pattern", [r"(.*)*" * 6 + "x", r"(a+)+!", r"(a|a)*!", r"((a{0,20}){0,20}){0,20}!", r"((a|aa)+)+!"]
+)
+def test_an_expression_of_a_row_has_a_limit(pattern: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rlhf_lightning.rollout.rewards.verifiers.MATCH_SECONDS", 0.2)
+    reward = RegexReward(column="answer")
+    one = said("a" * 400, {"answer": pattern})
+    one.where = "rows.jsonl:3"
+    begun = time.process_time()
+    found = None
+    with suppress(DataError):
+        found = reward.score([one])  # some are matched in time
+    if found is None:
+        with pytest.raises(DataError, match=r"rows\.jsonl:3: the expression .* takes longer than 0\.2 s"):
+            reward.score([one])
+    assert found in (None, [0.0])
+    assert time.process_time() - begun < 5
+
+
+@pytest.mark.parametrize("flags", [{}, {"ignore_case": True}, {"whole": True}])
+def test_expressions_match_as_those_of_python(flags: dict[str, bool]) -> None:
+    texts = ["", "A b", "a\nB c", "<think>x</think>\n<answer>4</answer>", "12, 3.5", "ſK", "a" * 50, "é ß"]
+    patterns = [r"a.*b", r"^\w+$", r"(?P<x>a)(?P=x)?", r"<think>.*?</think>\s*<answer>\d+</answer>", r"\d+(?=\.)", "ß"]
+    options = re.DOTALL | (re.IGNORECASE if flags.get("ignore_case") else 0)
+    for pattern in patterns:
+        found = re.compile(pattern, options)
+        wanted = [float(bool(found.fullmatch(t) if flags.get("whole") else found.search(t))) for t in texts]
+        assert RegexReward(pattern, **flags).score([said(text) for text in texts]) == wanted, pattern

@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from fractions import Fraction
 from typing import Any
 
+import regex
+
 from rlhf_lightning.data.prompts import Prompt
 from rlhf_lightning.errors import ConfigError, DataError
 from rlhf_lightning.rollout.episodes import Episode
@@ -95,6 +97,10 @@ class ExactAnswer(Reward):
         return text.casefold() if self.ignore_case else text
 
 
+MATCH_SECONDS = 5.0
+"""Time that a regular expression has for a response."""
+
+
 class RegexReward(Reward):
     """`hit` where a regular expression matches the response, else `miss`: a format, or a verifier of the row's own.
 
@@ -157,9 +163,19 @@ class RegexReward(Reward):
         pattern = self._of(episode.row, episode.where or episode.label)
         if pattern is None:
             return None
-        text = self.text(episode)
-        found = pattern.fullmatch(text) if self.whole else pattern.search(text)
-        return self.hit if found else self.miss
+        return self.hit if self._matches(pattern, self.text(episode), episode) else self.miss
+
+    def _matches(self, pattern: re.Pattern[str], text: str, episode: Episode) -> bool:
+        # Not by `re`, which nothing can interrupt: an expression of a row may backtrack for ever.
+        limited = regex.compile(pattern.pattern, pattern.flags & (re.DOTALL | re.IGNORECASE))
+        match = limited.fullmatch if self.whole else limited.search
+        try:
+            return match(text, timeout=MATCH_SECONDS) is not None
+        except TimeoutError:
+            raise DataError(
+                f"{episode.where or episode.label}: the expression {pattern.pattern[:80]!r} of the reward {self.name} "
+                f"takes longer than {MATCH_SECONDS:g} s on a response; write it without repeats inside repeats"
+            ) from None
 
     def _of(self, row: dict[str, Any], where: str) -> re.Pattern[str] | None:
         if not self.column:
