@@ -65,11 +65,23 @@ def duration(seconds: Any) -> str:
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {left} s" if minutes else f"{left} s"
 
 
+_BIDI = set("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
+"""Marks that turn the order of what follows: a text can show otherwise than it reads."""
+
+
 def visible(text: str) -> str:
     """Text without control characters: what a terminal would obey, or no page can hold, is shown as an escape."""
+    if text.isascii() and text.isprintable():
+        return text
     return "".join(ascii(c)[1:-1] if _is_control(c) else c for c in text)
+
+
+def as_json(value: Any, indent: int | None = None) -> str:
+    """JSON as people read it, with control characters in it as JSON's own escapes."""
+    text = json.dumps(value, ensure_ascii=False, indent=indent, default=str)
+    return "".join(f"\\u{ord(c):04x}" if c != "\n" and _is_control(c) else c for c in text)
 
 
 def _is_control(letter: str) -> bool:
     code = ord(letter)
-    return (code < 32 and letter not in "\n\t") or 127 <= code < 160 or 0xD800 <= code < 0xE000
+    return (code < 32 and letter not in "\n\t") or 127 <= code < 160 or 0xD800 <= code < 0xE000 or letter in _BIDI

@@ -1,12 +1,12 @@
 """`rlhf data check FILE`."""
 
 import argparse
-import json
 import sys
 from typing import Any
 
 from rlhf_lightning.cli.asking import add_asking_flags, asked_of, say
 from rlhf_lightning.cli.options import Parser
+from rlhf_lightning.files import as_json, visible
 
 KINDS = ("sft", "preference", "prompts")
 TRAINED, PLAIN = "\x1b[32m", "\x1b[0m"
@@ -36,11 +36,11 @@ def run(args: list[str]) -> int:
         figures["overlap"] = check.overlap(train, files[1])
     bad = sum(len(file.bad) for file in files)
     if options.json:
-        print(json.dumps({**figures, "ok": not bad}, ensure_ascii=False, indent=2))
+        print(as_json({**figures, "ok": not bad}, indent=2))
         return int(bool(bad))
     _summary(figures)
     if train.openings.message:
-        print(f"\n{train.openings.message}")
+        print(visible(f"\n{train.openings.message}"))
     for where, example in train.examples[: options.samples]:
         marks = (TRAINED, PLAIN) if sys.stdout.isatty() else ("⟦", "⟧")
         print(f"\n{where}, trained tokens {'in green' if sys.stdout.isatty() else 'between ⟦ and ⟧'}:")
@@ -53,8 +53,8 @@ def run(args: list[str]) -> int:
         _listing("  ", [f"{row['where']} is {row['same_as']}" for row in rows])
     for file in files:
         if file.bad:
-            print(f"\nbad rows of {file.source} ({len(file.bad)} of {file.rows}):")
-            print("\n".join(f"{where}: {reason}" for where, reason in file.bad))
+            print(visible(f"\nbad rows of {file.source} ({len(file.bad)} of {file.rows}):"))
+            print(visible("\n".join(f"{where}: {reason}" for where, reason in file.bad)))
     print(f"\nbad rows: {bad}")
     return int(bool(bad))
 
@@ -115,9 +115,9 @@ def _summary(figures: dict[str, Any]) -> None:
         f"{figures['truncated']} truncated, {figures['blank_lines']} blank lines"
     )
     for name, types in figures["columns"].items():
-        print(f"  column {name}: {', '.join(f'{kind} in {count}' for kind, count in types.items())}")
+        print(visible(f"  column {name}: {', '.join(f'{kind} in {count}' for kind, count in types.items())}"))
     if figures["columns_not_used"]:
-        print(f"  columns not used: {', '.join(figures['columns_not_used'])}")
+        print(visible(f"  columns not used: {', '.join(figures['columns_not_used'])}"))
     if not figures["examples"]:
         return
     print(f"\n{'tokens of a row':<18}{'total':>10}{'mean':>9}{'min':>7}{'median':>8}{'95%':>7}{'max':>7}")
@@ -143,6 +143,6 @@ def _summary(figures: dict[str, Any]) -> None:
 
 def _listing(indent: str, lines: list[str], most: int = 5) -> None:
     for line in lines[:most]:
-        print(f"{indent}{line}")
+        print(visible(f"{indent}{line}"))
     if len(lines) > most:
         print(f"{indent}and {len(lines) - most} more (--json has all)")

@@ -9,6 +9,7 @@ from typing import Any
 from rlhf_lightning.cli.asking import add_asking_flags
 from rlhf_lightning.cli.options import Parser, check_options, device_of
 from rlhf_lightning.cli.user_code import SCORER_HELP, allow_user_code, import_scorer
+from rlhf_lightning.files import as_json
 
 COLUMNS = {
     "reward": "reward",
@@ -62,7 +63,7 @@ def run(args: list[str]) -> int:
     if options.summary:
         _write(options.summary, text)
     if options.output:
-        _write(options.output, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        _write(options.output, "".join(as_json(row) + "\n" for row in rows))
     return 0
 
 

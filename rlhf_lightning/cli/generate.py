@@ -1,7 +1,6 @@
 """`rlhf generate MODEL`."""
 
 import argparse
-import json
 from typing import Any
 
 from rlhf_lightning.cli.asking import add_asking_flags, add_sampling_flags, asked_of, sampling_of, say
@@ -14,7 +13,7 @@ def run(args: list[str]) -> int:
 
     from rlhf_lightning.cli.logs import setup_logging
     from rlhf_lightning.errors import ConfigError
-    from rlhf_lightning.files import visible
+    from rlhf_lightning.files import as_json, visible
     from rlhf_lightning.pipeline.policies import Policy
 
     setup_logging("warning", None)
@@ -32,7 +31,7 @@ def run(args: list[str]) -> int:
         if options.json:
             keys = ("prompt", "response", "stop_reason", "response_tokens")
             row = {"index": episode.group, "sample": episode.sample, **{key: record[key] for key in keys}}
-            print(json.dumps(row, ensure_ascii=False))
+            print(as_json(row))
             continue
         if len(episodes) > 1:
             print(f"--- {_last(record['prompt'])}")

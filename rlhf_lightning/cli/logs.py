@@ -7,6 +7,8 @@ import warnings
 from pathlib import Path
 from typing import TextIO
 
+from rlhf_lightning.files import visible
+
 LEVELS = ("debug", "info", "warning", "error")
 
 
@@ -26,14 +28,21 @@ class _Console(logging.StreamHandler):
         return sys.stderr
 
 
+class _Visible(logging.Formatter):
+    """Messages hold rows, answers and names that come from others: none of it is for a terminal to obey."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return visible(super().format(record))
+
+
 def setup_logging(level: str, file: Path | None) -> None:
     """Log the project and Lightning to the console and, on the first rank, to a file that is appended to."""
     handlers: list[logging.Handler] = [_Console()]
-    handlers[0].setFormatter(logging.Formatter("%(message)s"))
+    handlers[0].setFormatter(_Visible("%(message)s"))
     if file is not None and os.environ.get("LOCAL_RANK", "0") == "0":
         file.parent.mkdir(parents=True, exist_ok=True)
         handlers.append(logging.FileHandler(file, encoding="utf-8"))
-        handlers[1].setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+        handlers[1].setFormatter(_Visible("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     for name in ("rlhf_lightning", "lightning.pytorch", "py.warnings"):
         logger = logging.getLogger(name)
         for old in list(logger.handlers):

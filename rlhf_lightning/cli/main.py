@@ -10,6 +10,7 @@ from rlhf_lightning import __version__
 from rlhf_lightning.callbacks.signals import ended_once
 from rlhf_lightning.cli.console import BROKEN_PIPE, open_standard_streams, silence, steady_console
 from rlhf_lightning.errors import UserError
+from rlhf_lightning.files import visible
 
 COMMANDS = {
     "sft": ("rlhf_lightning.cli.stage", "supervised fine-tuning: fit, validate, test, predict"),
@@ -105,5 +106,5 @@ def _fail(message: str) -> int:
     if log.handlers:
         log.error("error: %s", message)  # to the console, and to the log file of the run
     else:
-        print(f"error: {message}", file=sys.stderr)
+        print(f"error: {visible(message)}", file=sys.stderr)
     return 2

@@ -1,7 +1,6 @@
 """`rlhf score MODEL FILE`."""
 
 import argparse
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -9,6 +8,7 @@ from typing import Any
 from rlhf_lightning.cli.asking import add_asking_flags, asked_of, say
 from rlhf_lightning.cli.options import Parser, check_options, device_of
 from rlhf_lightning.cli.user_code import SCORER_HELP, allow_user_code, import_scorer
+from rlhf_lightning.files import as_json
 
 
 def run(args: list[str]) -> int:
@@ -44,7 +44,7 @@ def run(args: list[str]) -> int:
     allow_user_code(args)
     check_options(options)
     rows, summary = score_file(options)
-    text = "".join(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows)
+    text = "".join(as_json(row) + "\n" for row in rows)
     if options.output:
         options.output.parent.mkdir(parents=True, exist_ok=True)
         options.output.write_text(text, encoding="utf-8")
