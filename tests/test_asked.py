@@ -17,6 +17,9 @@ from rlhf_lightning import (
 )
 from rlhf_lightning.callbacks.export import ExportModel
 from rlhf_lightning.data.asked import Asking, read_tools
+from rlhf_lightning.data.records import RowError
+from rlhf_lightning.data.rendering import Renderer
+from rlhf_lightning.data.tokenizers import load_tokenizer
 from rlhf_lightning.errors import ConfigError
 from rlhf_lightning.files import read_stage
 from rlhf_lightning.models.lora import LoRA
@@ -30,6 +33,7 @@ from rlhf_lightning.rollout.sampler import Sampler
 from tests.conftest import build_model, chats, pairs, prompts, sgd, trainer, write_rows
 from tests.test_cli import mistake
 from tests.test_commands_models import rlhf
+from tests.test_data import ready
 
 QUIET = {"enable_thinking": False}
 TOOLS = [{"type": "function", "function": {"name": "clock", "description": "", "parameters": {"type": "object"}}}]
@@ -301,6 +305,30 @@ def test_data_check_renders_as_the_model_was_trained(thinker: str, tmp_path: Pat
 def test_mistakes_in_flags(flags: list[str], message: str, base: str, capsys: Any) -> None:
     assert message in mistake(["generate", base, "--prompt", "Hi", *flags], capsys)
     assert message in mistake(["evaluate", base, base, *flags], capsys)
+
+
+def test_options_of_a_template_where_there_is_none(tokenizer: Any) -> None:
+    kwargs = {"enable_thinking": False}
+    with pytest.raises(ConfigError, match=r"format is raw \(as set\), and no template reads them"):
+        ready(SFTDataModule([{"text": "a"}], tokenizer=tokenizer, format="raw", template_kwargs=kwargs))
+    asking = Asking("m", {"format": "raw"}, {"template_kwargs": kwargs})
+    with pytest.raises(ConfigError, match=r"format is raw .as m was trained"):
+        asking.renderer(tokenizer)
+    assert Asking("m", {"template_kwargs": kwargs}, {"format": "raw"}).renderer(tokenizer).template_kwargs == {}
+
+
+def test_a_folder_without_tokenizer_files(tmp_path: Path) -> None:
+    for kind in ("qwen2", "llama"):  # one of which transformers makes an empty tokenizer, and one of none
+        folder = tmp_path / kind
+        folder.mkdir()
+        (folder / "config.json").write_text(json.dumps({"model_type": kind}))
+        with pytest.raises(ConfigError, match=f"from {folder}: its files are missing"):
+            load_tokenizer(folder)
+
+
+def test_an_empty_prompt_of_raw_text(tokenizer: Any) -> None:
+    with pytest.raises(RowError, match="the prompt is empty"):
+        Renderer(tokenizer, format="raw").prompt([{"role": "user", "content": ""}])
 
 
 @pytest.mark.parametrize(

@@ -1,18 +1,20 @@
 """Columns with a common meaning, beside every shape of rows: used, or refused with file and line and a remedy."""
 
 import logging
+import re
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 
 from rlhf_lightning.cli.score import responses
+from rlhf_lightning.data.check import check
 from rlhf_lightning.data.preference import PreferenceDataModule
 from rlhf_lightning.data.prompts import PromptDataModule, prompt_example
 from rlhf_lightning.data.records import Reading, Row, convert_rows
 from rlhf_lightning.data.rendering import Renderer
 from rlhf_lightning.data.sft import SFTDataModule
-from rlhf_lightning.errors import DataError
+from rlhf_lightning.errors import ConfigError, DataError
 from rlhf_lightning.pipeline.references import references_of
 from rlhf_lightning.rollout.rewards.normalise import _demonstration
 from tests.conftest import write_rows
@@ -216,6 +218,25 @@ def test_scores_that_contradict_their_pair(tokenizer: Any, caplog: pytest.LogCap
     assert "in 1 pairs the rejected response has the higher score_rejected" in caplog.text
 
 
+@pytest.mark.parametrize(
+    ("module", "row", "columns", "hint"),
+    [
+        (SFTDataModule, SFT["messages"], {"mesages": "messages"}, "did you mean messages?"),
+        (SFTDataModule, {**SFT["messages"], "kind": "a"}, {"category": "kind"}, "read from functions, messages"),
+        (PreferenceDataModule, {**PAIRS["pair"], "gap": 1}, {"margins": "gap"}, "did you mean margin?"),
+    ],
+)
+def test_a_column_mapped_to_a_name_that_nothing_uses(
+    module: Any, row: dict[str, Any], columns: dict[str, str], hint: str, tokenizer: Any
+) -> None:
+    with pytest.raises(ConfigError, match=f"these rows are not read from .*{re.escape(hint)}"):
+        rows_of(module, row, tokenizer, columns=columns)
+    with pytest.raises(ConfigError, match="these rows are not read from"):
+        check(module([], tokenizer=tokenizer, columns=columns), [row])
+    (prompt,) = rows_of(PromptDataModule, {"prompt": "Hi", "solution": "4"}, tokenizer, columns={"answer": "solution"})
+    assert prompt.row["answer"] == "4", "rewards are given it"
+
+
 def test_a_tie_has_no_labels(tokenizer: Any) -> None:
     with pytest.raises(DataError, match="the pair is a tie: neither response can be labelled"):
         rows_of(PreferenceDataModule, {**PAIRS["pair"], "tie": True}, tokenizer, kind="labels")
@@ -227,8 +248,8 @@ def test_columns_that_are_not_used_are_named_once(
     caplog.set_level(logging.INFO)
     rows = [{**SFT["messages"], "prompt": "Hi", "id": i, "source": "", "hint": "x"} for i in range(3)]
     path = write_rows(tmp_path / "rows.jsonl", rows)
-    ready(SFTDataModule(path, tokenizer=tokenizer, columns={"category": "hint"}))
-    assert caplog.text.count("train: columns not used: prompt, id, category\n") == 1
+    ready(SFTDataModule(path, tokenizer=tokenizer))
+    assert caplog.text.count("train: columns not used: prompt, id, hint\n") == 1
     caplog.clear()
     ready(PreferenceDataModule([{**PAIRS["pair"], "id": 7, "category": "a"}], tokenizer=tokenizer))
     assert "train: columns not used: id\n" in caplog.text

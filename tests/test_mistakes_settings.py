@@ -43,6 +43,10 @@ FLAGS: list[tuple[str, list[str], list[str]]] = [
     ("policy", ["--model.kl.coef", "0.1"], ["Option 'coef' is not accepted", "Did you mean coefficient?"]),
     ("policy", ["--model.sampler.max_new_tokens", "9"], ["Did you mean max_tokens?"]),
     ("policy", ["--model.rewards", "KeywordReward"], ['"model.rewards"', "Write a list"]),
+    # what another stage has
+    ("policy", ["--data.max_length", "9"], ["did you mean --data.max_prompt_tokens?"]),
+    ("policy", ["--data.batch_size", "9"], ["did you mean --data.prompts_per_round?"]),
+    ("policy", ["--data.max_seq_length", "9"], ["did you mean --data.max_prompt_tokens?"]),
     # values that the Trainer would take, or answer with a traceback
     ("sft", ["--trainer.max_steps", "0"], ["trainer.max_steps is 0: nothing would be trained"]),
     ("sft", ["--trainer.limit_train_batches", "0.0"], ["trainer.limit_train_batches is 0"]),
@@ -141,6 +145,14 @@ def test_fresh_does_not_discard_what_it_starts_from(place: Path) -> None:
 def test_what_a_pipeline_sets_is_not_to_be_overridden(stage: dict, part: str) -> None:
     with pytest.raises(ConfigError, match=re.escape(part)):
         read_plan({"stages": [stage]})
+
+
+def test_a_reward_of_a_pipeline_is_a_preference_stage() -> None:
+    stages = [{"kind": "sft"}, {"kind": "preference"}, {"kind": "policy", "reward": "sft"}]
+    with pytest.raises(ConfigError, match=r"reward is 'sft', a stage of kind sft, and only .*before: preference\)"):
+        read_plan({"stages": stages})
+    stages[-1]["reward"] = "preference"
+    assert read_plan({"stages": stages}).stages[-1].reward == "preference"
 
 
 def test_a_repeated_key_of_a_pipeline(tmp_path: Path) -> None:

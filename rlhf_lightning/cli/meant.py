@@ -67,6 +67,8 @@ NAMES = {
     "weight_decay": f"{OPTIMIZER}.weight_decay",
 }
 """Settings by the names that other trainers give them."""
+OF_PROMPTS = {"data.batch_size": "data.prompts_per_round", "data.max_length": "data.max_prompt_tokens"}
+"""What a policy stage has in the place of settings of the other stages."""
 INSIDE = {
     "alpha": "alpha",
     "clip": "clip_low",
@@ -129,7 +131,8 @@ def setting(name: str, known: Iterable[str]) -> str | None:
     last = name.rpartition(".")[2].lower()
     if same := sorted(one for one in known if one.rpartition(".")[2] == last):
         return same[0]
-    there = NAMES.get(last, "")
+    there = NAMES.get(last, f"data.{last}")
+    there = there if there in known else OF_PROMPTS.get(there, there)
     if there and ".".join(there.split(".")[:2]) in known:
         return there
     close = get_close_matches(name, known, n=1, cutoff=0.75)

@@ -68,9 +68,21 @@ class Asking:
         ids = {*stop_token_ids, *(settings.pop("stop_token_ids", []) if own_tokenizer else [])}
         if "format" not in settings and plain and not tokenizer.chat_template:
             settings["format"] = "raw"
-        if settings.get("format") == "raw" and "tools" not in self.given:
-            settings.pop("tools", None)
+        if settings.get("format") == "raw":
+            if "tools" not in self.given:
+                settings.pop("tools", None)
+            if self.given.get("template_kwargs"):
+                raise ConfigError(
+                    f"template_kwargs {_shown(self.given['template_kwargs'])}: format is raw "
+                    f"({self._why_raw()}), and no template reads them. Leave them out, or set format: chat"
+                )
+            settings.pop("template_kwargs", None)
         return Renderer(tokenizer, **{**settings, "stop_token_ids": ids})
+
+    def _why_raw(self) -> str:
+        if "format" in self.given:
+            return "as set"
+        return f"as {self.source} was trained" if "format" in self.record else "the tokenizer has no chat template"
 
     def differences(self) -> dict[str, tuple[Any, Any]]:
         """Settings that are other than recorded, as (given, recorded)."""

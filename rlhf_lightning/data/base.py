@@ -12,7 +12,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from rlhf_lightning.data.asked import Asking, shared_by_all
 from rlhf_lightning.data.batching import Layout, RowLoader, run_seed
-from rlhf_lightning.data.columns import noting_unused
+from rlhf_lightning.data.columns import noting_unused, refuse_unused_names
 from rlhf_lightning.data.containers import settled
 from rlhf_lightning.data.openings import Openings
 from rlhf_lightning.data.records import (
@@ -171,7 +171,8 @@ class RowDataModule(pl.LightningDataModule):
         if name == "train":
             self.renderer.asked, self.renderer.openings = set(), Openings()
         unused: dict[str, None] = {}
-        convert = noting_unused(self, name, unused)
+        used: set[str] = set()
+        convert = noting_unused(self, name, unused, used)
         keys: list[RowKey] = []
         row_of: list[int] = []
 
@@ -183,6 +184,7 @@ class RowDataModule(pl.LightningDataModule):
             return examples
 
         converted = convert_rows(rows, keyed, reading, self.on_bad_row, self.columns)
+        refuse_unused_names(self.columns, used)
         self._take_shared()
         for index, example in enumerate(converted):
             if hasattr(example, "index"):  # random numbers are drawn by it, whatever batch or rank the row falls into

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from rlhf_lightning.data.base import RowDataModule
-from rlhf_lightning.data.columns import noting_unused
+from rlhf_lightning.data.columns import noting_unused, refuse_unused_names
 from rlhf_lightning.data.openings import Openings
 from rlhf_lightning.data.preference import PreferenceDataModule
 from rlhf_lightning.data.preference_rows import Pair, row_kind
@@ -80,7 +80,8 @@ def check(module: RowDataModule, source: Source, split: str = "train") -> Checke
     _choose_kind(module, rows)
     module._truncated = 0
     module.renderer.openings = found.openings
-    convert = noting_unused(module, "train", found.unused)
+    used: set[str] = set()
+    convert = noting_unused(module, "train", found.unused, used)
     for row in rows:
         for name, value in row.data.items():
             found.columns.setdefault(name, Counter())[_type(value)] += 1
@@ -95,6 +96,7 @@ def check(module: RowDataModule, source: Source, split: str = "train") -> Checke
         except RowError as error:
             found.bad.append((row.where, str(error)))
     module.renderer.openings = None
+    refuse_unused_names(module.columns, used)
     found.bad = sorted([*(reading.unreadable or []), *found.bad], key=lambda item: _line(item[0]))
     found.rows, found.blank = len(rows) + len(reading.unreadable or []), reading.blank
     found.truncated = module._truncated

@@ -1,10 +1,12 @@
 """Columns with a common meaning: each is used, or the row is refused. Nothing of a row is left out silently."""
 
 from collections.abc import Callable, Mapping, Sequence
+from difflib import get_close_matches
 from typing import Any
 
 from rlhf_lightning.data.records import RowError
 from rlhf_lightning.data.tool_calls import short
+from rlhf_lightning.errors import ConfigError
 
 SYSTEM = ("system", "system_prompt")
 TOOLS = ("tools", "functions")
@@ -35,22 +37,41 @@ def is_empty(value: Any) -> bool:
     return value is None or (isinstance(value, str | list | tuple | dict) and not value)
 
 
-def noting_unused(module: Any, name: str, unused: dict[str, None]) -> Callable[[dict[str, Any]], list[Any]]:
+def noting_unused(
+    module: Any, name: str, unused: dict[str, None], used: set[str] | None = None
+) -> Callable[[dict[str, Any]], list[Any]]:
     """The function of a data module that makes examples of a row, which notes what of the row is not used.
 
     Args:
         module: the data module. name: of its source.
         unused: where the names of columns that hold something and are not used are noted.
+        used: where those that are used are, for `refuse_unused_names`.
     """
     convert, mapped = module.examples(name), set((module.columns or {}).values())
 
     def noting(data: dict[str, Any]) -> list[Any]:
         refuse_media(data)
-        if (used := module.used_columns(name, data)) is not None:
-            unused.update(dict.fromkeys(k for k, v in data.items() if k not in used | mapped and not is_empty(v)))
+        if (names := module.used_columns(name, data)) is not None:
+            unused.update(dict.fromkeys(k for k, v in data.items() if k not in names | mapped and not is_empty(v)))
+            if used is not None:
+                used.update(names)
         return list(convert(data))
 
     return noting
+
+
+def refuse_unused_names(columns: Mapping[str, str | None] | None, used: set[str]) -> None:
+    """Raise `ConfigError` for a `columns:` mapping to a name that no row was read from.
+
+    Args:
+        columns: the mapping. used: the names that rows were read from; empty where all of them stay with a row.
+    """
+    known = {*used, *MEDIA, *MARKS, "label"}  # these are looked at in every row
+    for ours, theirs in (columns or {}).items():
+        if used and theirs is not None and ours not in known:
+            close = get_close_matches(ours, sorted(used), n=1)
+            hint = f"did you mean {close[0]}?" if close else f"they are read from {', '.join(sorted(used))}"
+            raise ConfigError(f"data.columns: {{{ours}: {theirs}}}: these rows are not read from {ours!r}; {hint}")
 
 
 def with_system(data: Mapping[str, Any], messages: list[dict[str, Any]]) -> list[dict[str, Any]]:

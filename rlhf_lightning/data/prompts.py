@@ -12,6 +12,12 @@ from rlhf_lightning.data.rendering import Renderer, as_prompt
 from rlhf_lightning.data.splits import RowKey, is_blank, row_key, said
 from rlhf_lightning.errors import ConfigError
 
+NOT_OF_PROMPTS = {
+    "batch_size": "prompts_per_round (of training), or data.eval_batch_size (of validation)",
+    "max_length": "max_prompt_tokens, and the tokens of a response with model.sampler.max_tokens",
+}
+"""Settings of the other stages, and what is set in their place."""
+
 
 @dataclass
 class Prompt:
@@ -113,14 +119,25 @@ class PromptDataModule(RowDataModule):
     ) -> None:
         if train is not None and episodes is not None:
             raise ConfigError("data.train and data.episodes are both set: sample from prompts or learn from a record")
-        super().__init__(train if episodes is None else episodes, validation, **kwargs)
+        for name, ours in NOT_OF_PROMPTS.items():
+            if name in kwargs:
+                raise ConfigError(f"data.{name} is not for policy stages: set data.{ours}")
+        # Given here, it is no setting of the stage; the rows of a step follow from prompts_per_round and group_size.
+        super().__init__(
+            train if episodes is None else episodes,
+            validation,
+            batch_size=8,
+            max_length=max_prompt_tokens,
+            **kwargs,
+        )
         self.recorded = episodes is not None
         if self.recorded and self.validation_split:
             raise ConfigError(
                 "data.validation_split holds prompts out, and data.episodes has none; name data.validation"
             )
-        self.max_length, self.lines = max_prompt_tokens, lines
+        self.lines = lines
         for name, value in (
+            ("max_prompt_tokens", max_prompt_tokens),
             ("prompts_per_round", prompts_per_round),
             ("group_size", group_size),
             ("update_epochs", update_epochs),

@@ -187,7 +187,9 @@ class Renderer:
 
     def prompt(self, messages: list[Message], tools: list[Any] | None = None) -> list[int]:
         """Token ids of a prompt, with the generation prompt: what the sampler starts from."""
-        return self.prompt_ids(self.prompt_text(messages, tools))
+        if not (ids := self.prompt_ids(self.prompt_text(messages, tools))):
+            raise RowError("the prompt is empty: there is no token for the model to go on from")
+        return ids
 
     def prompt_ids(self, text: str) -> list[int]:
         """Token ids of the text of a prompt. A template writes its own bos_token, raw text is given the tokenizer's."""

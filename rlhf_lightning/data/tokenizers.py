@@ -7,6 +7,11 @@ from rlhf_lightning.data.ended_templates import unwrapped
 from rlhf_lightning.errors import ConfigError, UserError
 from rlhf_lightning.untrusted import check_folder
 
+_MISSING = (
+    "no tokenizer can be loaded from {}: its files are missing (tokenizer.json, tokenizer_config.json and others). "
+    "Copy those of the model that it was made from there, or set model.tokenizer."
+)
+
 
 def load_tokenizer(source: Any, tokenizer: Any = None, chat_template: str | None = None, **options: Any) -> Any:
     """A tokenizer: the one given (object, folder or Hub id) or the model's, with another chat template if named.
@@ -32,7 +37,12 @@ def load_tokenizer(source: Any, tokenizer: Any = None, chat_template: str | None
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             if "trust_remote_code" in str(error):
                 reason = "it brings code; to run that, set model.model_options: {trust_remote_code: true}"
+            if reason.startswith("Couldn't instantiate the backend tokenizer"):
+                raise ConfigError(_MISSING.format(name)) from error
             raise ConfigError(f"no tokenizer can be loaded from {name}: {reason}. Set model.tokenizer.") from error
+        # Where its files are missing, transformers makes one of special tokens alone, to which every text is empty.
+        if len(tokenizer) <= len(getattr(tokenizer, "added_tokens_decoder", ())):
+            raise ConfigError(_MISSING.format(name))
     if not hasattr(tokenizer, "apply_chat_template"):
         raise ConfigError(f"tokenizer is {tokenizer!r}; a folder, a Hub id, or a tokenizer of transformers")
     if chat_template is not None:

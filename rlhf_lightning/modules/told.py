@@ -135,6 +135,9 @@ def check_arguments(model: Any, **given: Any) -> None:
     for name in ("dtype", "torch_dtype"):
         if name in options:
             raise ConfigError(f"model.model_options: {name} is a setting of its own: model.dtype: {options[name]}")
+    for name in ("num_labels", "id2label", "label2id"):
+        if name in options and options[name] != 1:
+            raise ConfigError(f"model.model_options: {name}: a preference model has one score; leave it out")
     if isinstance(options.get("device_map"), str):
         raise ConfigError("model.model_options: device_map: the Trainer places the model (trainer.devices, strategy)")
     if given["max_tokens_per_batch"] is not None:

@@ -94,6 +94,7 @@ def read_plan(
     stages: list[Stage] = []
     for index, entry in enumerate(plan["stages"]):
         stages.append(_stage(entry, index, [stage.name for stage in stages], base))
+        _check_reward(stages)
     for file in overlays:
         laid_over, record = read_mapping(Path(file)), _read_record(Path(file))
         for stage in stages:
@@ -154,6 +155,19 @@ def _check_reference(reference: Any, earlier: list[str], where: str) -> None:
         return  # a Hub id
     raise ConfigError(
         f"{where} is {reference!r}: neither an earlier stage ({', '.join(earlier) or 'there is none'}) nor a folder"
+    )
+
+
+def _check_reward(stages: Sequence[Stage]) -> None:
+    """Refuse a reward by an earlier stage whose model gives no score."""
+    last, kinds = stages[-1], {stage.name: stage.kind for stage in stages[:-1]}
+    if last.reward is None or kinds.get(last.reward) in (None, "preference"):
+        return
+    scoring = [name for name, kind in kinds.items() if kind == "preference"]
+    raise ConfigError(
+        f"pipeline: stage {len(stages)} ({last.name}): reward is {last.reward!r}, a stage of kind "
+        f"{kinds[last.reward]}, and only a preference stage gives scores (of those before: "
+        f"{', '.join(scoring) or 'none'})"
     )
 
 
