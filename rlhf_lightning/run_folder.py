@@ -22,6 +22,7 @@ STAGE_RESULTS = (
     "reference",
     "stage.json",
     "config.yaml",
+    "data.json",
     "metrics.csv",
     "samples.jsonl",
     "warnings.jsonl",

@@ -12,6 +12,7 @@ import pytest
 import yaml
 
 from rlhf_lightning.cli import main as entry
+from rlhf_lightning.cli.data_record import check_data_record
 from rlhf_lightning.errors import ConfigError
 from rlhf_lightning.run_folder import MARK, STAGE_RESULTS, claim, claims, refuse_inputs_in
 from tests.conftest import build_model, chats, write_rows
@@ -193,3 +194,45 @@ def test_the_mark_names_the_writer(base: str, tmp_path: Path) -> None:
     assert stop.value.code == 0
     assert not (tmp_path / "run" / MARK).exists()  # a trial run writes no results
     assert json.loads((Path(base) / "config.json").read_text())
+
+
+# -- the data of a run ------------------------------------------------------------------------------------------------
+
+
+def interrupted(base: str, folder: Path) -> tuple[list[str], Path, Path]:
+    """The command of a run that was stopped after a step, its folder, and its data."""
+    settings = stage_config("sft", base, folder)
+    settings["trainer"] |= {"max_epochs": 2, "enable_progress_bar": False}
+    root = folder / "run"
+    args = ["sft", "fit", "-c", write_yaml(folder / "own.yaml", settings), "--trainer.default_root_dir", str(root)]
+    complete([*args, "--trainer.max_steps", "1", "--checkpoint_every", "1"], folder / "first.txt")
+    (root / "stage.json").unlink()
+    return args, root, Path(settings["data"]["train"])
+
+
+def test_a_run_is_not_gone_on_with_on_other_rows(base: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    args, root, data = interrupted(base, tmp_path)
+    lines = data.read_text().splitlines(keepends=True)
+    for text in ("".join(reversed(lines)), "".join(lines[1:]), "".join(lines).replace("Count 3", "Count 33")):
+        data.write_text(text)
+        assert f"data.train {data} holds other rows than when the run in {root} began" in mistake(args, capsys)
+    data.write_text("".join(lines))  # the rows as they were, at another time
+    assert "resuming" in complete(args, tmp_path / "second.txt")
+    data.write_text("".join(lines[1:]))
+    assert "holds other rows" in mistake(args, capsys)  # of a finished run, too
+    complete([*args, "--fresh"], tmp_path / "third.txt")
+    assert "is finished already" in complete(args, tmp_path / "fourth.txt")
+
+
+def test_a_large_file_is_read_once(base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = tmp_path / "rows.jsonl"
+    write_rows(data, chats(3))
+    check_data_record(tmp_path, {"train": str(data), "validation": [str(data)], "test": None})
+    monkeypatch.setattr("rlhf_lightning.cli.data_record.fingerprint", lambda source: pytest.fail("it was read again"))
+    check_data_record(tmp_path, {"train": str(data), "validation": [str(data)]})
+
+
+def test_what_is_on_the_hub_is_said_not_to_be_checked(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for _ in range(2):
+        check_data_record(tmp_path, {"train": "owner/name:split"})
+    assert caplog.text.count("data.train owner/name:split is no file here") == 1

@@ -11,6 +11,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 
 import rlhf_lightning.strategies  # noqa: F401 - gives `--trainer.strategy fsdp2` its meaning
 from rlhf_lightning.callbacks.checkpoint_io import candidates, newest_whole, remove
+from rlhf_lightning.cli.data_record import RECORD, check_data_record
 from rlhf_lightning.cli.logs import LEVELS, setup_logging
 from rlhf_lightning.cli.messages import (
     check_checkpoint,
@@ -229,10 +230,14 @@ class StageCLI(LightningCLI):
                 return  # the first rank clears the folder, once
             for name in STAGE_RESULTS:
                 remove(self.root / name)
+            self._check_data(config)
             return
         done = (self.root / "stage.json").exists()
         saved = candidates(self.root / "checkpoints")
-        if config.ckpt_path or config.trainer.fast_dev_run or not (done or saved):
+        if config.ckpt_path or config.trainer.fast_dev_run:
+            return
+        if not (done or saved):
+            self._check_data(config, begins=True)
             return
         different = self._different(config)
         # What is exported may be decided anew until it is.
@@ -243,6 +248,7 @@ class StageCLI(LightningCLI):
                 f"{self.root} holds {state} run with other settings ({', '.join(changed[:5])}). "
                 "Name another --trainer.default_root_dir, or start over with --fresh."
             )
+        self._check_data(config)
         if done and not (saved and set(different) & set(LENGTH)):
             raise Finished(self.root)
         last, damaged = newest_whole(self.root / "checkpoints")
@@ -253,6 +259,14 @@ class StageCLI(LightningCLI):
             return
         config.ckpt_path = str(last)
         print(f"resuming {self.root} from {last}", file=sys.stderr)
+
+    def _check_data(self, config: Any, begins: bool = False) -> None:
+        """Refuse a folder's run on other rows than it began with, on the first process."""
+        if not is_first_process():
+            return
+        if begins:
+            remove(self.root / RECORD)  # of a run that was stopped before its first checkpoint
+        check_data_record(self.root, config.data.as_dict())
 
     def _different(self, config: Any) -> list[str]:
         path = self.root / "config.yaml"

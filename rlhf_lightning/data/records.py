@@ -199,7 +199,7 @@ def fingerprint(source: Source | None, split: str | None = None) -> str | None:
     if library(source):
         source = list(library_rows(source, type(source).__name__))
     for item in [source] if isinstance(source, str | os.PathLike) else source:
-        files = _hashed_files(item) if isinstance(item, str | os.PathLike) else []
+        files = hashed_files(item) if isinstance(item, str | os.PathLike) else []
         for file in files:
             with open(file, "rb") as stream:
                 while block := stream.read(1 << 20):
@@ -210,7 +210,8 @@ def fingerprint(source: Source | None, split: str | None = None) -> str | None:
     return digest.hexdigest()
 
 
-def _hashed_files(source: str | os.PathLike[str]) -> list[Path]:
+def hashed_files(source: str | os.PathLike[str]) -> list[Path]:
+    """The files that hold a source, whose bytes are hashed; none of a Hub id, which stands for itself."""
     name = place(source)
     folder = name if is_saved_dataset(name) else name.partition(":")[0]
     if is_saved_dataset(folder):

@@ -1,0 +1,50 @@
+"""What the data of a run were, so that it is not gone on with on other rows under the same names."""
+
+import logging
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rlhf_lightning.data.records import fingerprint, hashed_files
+from rlhf_lightning.errors import ConfigError
+from rlhf_lightning.files import read_object, write_json
+
+log = logging.getLogger(__name__)
+SOURCES = ("train", "validation", "test", "predict", "episodes")
+RECORD = "data.json"
+"""Of each source of a run its hash, and the size and time of each file, by which it is known without reading it."""
+
+
+def check_data_record(root: Path, sources: Mapping[str, Any]) -> None:
+    """Compare the data with those that the folder's run began with; record them where it has none.
+
+    Args:
+        root: of the run. sources: of the data module, by name, as they are set.
+
+    Raises:
+        ConfigError: a file, or one of a folder or a pattern, holds other rows now.
+    """
+    path = root / RECORD
+    before = read_object(path) if path.is_file() else {}
+    now = {name: _facts(source, before.get(name)) for name in SOURCES if (source := sources.get(name)) is not None}
+    for name, facts in now.items():
+        if facts["files"] or not isinstance(sources[name], str):
+            if name in before and before[name]["hash"] != facts["hash"]:
+                raise ConfigError(
+                    f"data.{name} {sources[name]} holds other rows than when the run in {root} began. Restore it, name "
+                    "another --trainer.default_root_dir, or start over with --fresh."
+                )
+        elif name in before:
+            log.warning(
+                "data.%s %s is no file here: whether its rows are still the same is not checked", name, sources[name]
+            )
+    write_json(path, now)
+
+
+def _facts(source: Any, before: dict[str, Any] | None) -> dict[str, Any]:
+    items = source if isinstance(source, list) else [source]
+    files = [file for item in items if isinstance(item, str | os.PathLike) for file in hashed_files(item)]
+    stats = {str(file): [(facts := file.stat()).st_size, facts.st_mtime_ns] for file in files}
+    known = before is not None and before["files"] == stats
+    return {"hash": before["hash"] if known and before else fingerprint(source), "files": stats}
