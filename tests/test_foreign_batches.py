@@ -9,9 +9,10 @@ from torch.nn.functional import cross_entropy
 
 from rlhf_lightning import PolicyRLModule, PreferenceModule, SFTModule
 from rlhf_lightning.errors import ConfigError
-from rlhf_lightning.models.scorers import RewardHead
+from rlhf_lightning.models.scorers import ImplicitReward, RewardHead
 from rlhf_lightning.modules.foreign import fitted
-from tests.conftest import build_model
+from rlhf_lightning.objectives.preference import APOUnpaired, PlackettLuce
+from tests.conftest import build_model, trainer
 
 ROWS = [[5, 9, 30, 31, 32], [7, 8, 40], [11, 12, 13, 14, 15, 16, 50], [20, 60, 61, 62]]
 TRAINED = [[0, 0, 1, 1, 1], [0, 0, 1], [0, 0, 0, 1, 1, 1, 1], [0, 1, 1, 1]]
@@ -125,6 +126,7 @@ def wrong(change: str) -> dict[str, Any]:
         "token ids": {"input_ids": ids.float()},
         "lengths do not reach": {"lengths": torch.tensor([2, 2, 2, 2])},
         "inputs_embeds": {"inputs_embeds": ids},
+        "old_logprobs go up to 1": {"old_logprobs": torch.ones(4, 8)},
         "begin with padding": {**batch_of("left", "mask", torch.int64), "attention_mask": None},
         "on the padding after its rows": {"mask": torch.ones_like(mask), "attention_mask": None},
         "old_logprobs is": {"old_logprobs": torch.zeros(4, 2)},
@@ -142,6 +144,7 @@ REFUSED = [
         "begin with padding",
         "on the padding after its rows",
         "old_logprobs is",
+        "old_logprobs go up to 1",
     ),
 ]
 
@@ -153,3 +156,77 @@ def test_what_would_be_silently_wrong_is_refused(message: str, tokenizer: Any) -
     with pytest.raises(ConfigError, match=message):
         fitted(wrong(message), tokenizer, rows=100)
     fitted({n: v for n, v in batch_of("right", "mask", torch.int64).items() if n != "attention_mask"}, tokenizer, 100)
+
+
+def preference_batch(**more: Any) -> dict[str, Any]:
+    return {**batch_of("right", "mask", torch.int64), **more}
+
+
+@pytest.mark.parametrize(
+    ("loss", "batch", "message"),
+    [
+        ("pairs", {n: v[:3] for n, v in preference_batch().items()}, "3 rows; pairs are"),
+        ("pairs", {n: v[:0] for n, v in preference_batch().items()}, "no rows"),
+        ("pairs", preference_batch(margin=torch.ones(2, 1)), r"margin is \[2, 1\]"),
+        ("pairs", preference_batch(margin=torch.ones(1)), r"margin is \[1\]"),
+        ("pairs", preference_batch(weights=torch.ones(4)), r"weights is \[4\]"),
+        ("pairs", preference_batch(ref_chosen_logps=torch.ones(2)), "here that is reference_logprobs"),
+        ("labels", preference_batch(), "has no labels"),
+        ("labels", preference_batch(labels=[1, 0, 1, 0]), "labels is a list"),
+        ("labels", preference_batch(labels=torch.tensor([1, -1, 1, -1])), "other than 0"),
+        ("rankings", preference_batch(ranks=torch.ones(4)), "has no ranking"),
+        ("rankings", preference_batch(ranking=torch.tensor([0, 1, 0, 1]), ranks=torch.ones(4)), "from 0"),
+    ],
+)
+def test_numbers_of_examples_are_one_for_each(
+    loss: str, batch: dict[str, Any], message: str, model: Any, tokenizer: Any
+) -> None:
+    losses = {"pairs": None, "labels": APOUnpaired(), "rankings": PlackettLuce()}
+    module = PreferenceModule(model, ImplicitReward(0.1), losses[loss], tokenizer=tokenizer)
+    with pytest.raises(ConfigError, match=message):
+        module.on_before_batch_transfer(batch, 0)
+    right = {
+        "pairs": {"margin": torch.ones(2), "weights": torch.ones(2)},
+        "labels": {"labels": torch.tensor([True, False, True, False])},
+        "rankings": {"ranking": torch.tensor([0, 0, 0, 1]), "ranks": torch.ones(4)},
+    }[loss]
+    module.on_before_batch_transfer(preference_batch(**right), 0)
+
+
+@pytest.mark.parametrize("name", ["completion_mask", "loss_scale", "weights"])
+def test_what_sft_does_not_read_is_refused(name: str, model: Any, tokenizer: Any) -> None:
+    batch = {**batch_of("right", "labels", torch.int64), name: torch.ones(4)}
+    with pytest.raises(ConfigError, match=f"a batch has {name}"):
+        SFTModule(model, tokenizer=tokenizer).on_before_batch_transfer(batch, 0)
+
+    class Own(SFTModule):
+        def training_step(self, batch: Any, batch_idx: int) -> Any: ...
+
+    if name != "weights":
+        Own(model, tokenizer=tokenizer).on_before_batch_transfer(batch, 0)
+
+
+@pytest.mark.parametrize("bos", [None, "pad", "other"])
+def test_padding_on_the_left_is_seen_where_it_is_the_end_of_a_text_too(bos: str | None, tokenizer: Any) -> None:
+    tokenizer.pad_token = tokenizer.eos_token
+    pad = tokenizer.eos_token_id
+    names = {None: None, "pad": tokenizer.eos_token, "other": tokenizer.convert_ids_to_tokens(5)}
+    tokenizer.bos_token = names[bos]
+    ids, mask = padded(ROWS, pad, "left"), padded(TRAINED, 0, "left")
+    with pytest.raises(ConfigError, match="begin with padding"):
+        fitted({"input_ids": ids, "mask": mask}, tokenizer)
+    once = torch.tensor([[pad, 7, 8, 9]])
+    if bos != "other":  # it may stand before a text
+        fitted({"input_ids": once, "mask": torch.ones_like(once)}, tokenizer)
+
+
+def test_validation_says_what_a_batch_lacks(model: Any, tokenizer: Any, tmp_path: Any) -> None:
+    good = batch_of("right", "mask", torch.int64)
+    bad = {name: value for name, value in good.items() if name != "mask"}
+    train, val = (torch.utils.data.DataLoader([batch], batch_size=None) for batch in (good, bad))  # type: ignore
+    for module in (
+        SFTModule(model, tokenizer=tokenizer),
+        PreferenceModule(model, ImplicitReward(), tokenizer=tokenizer),
+    ):
+        with pytest.raises(ConfigError, match="mask is missing in this one"):
+            trainer(tmp_path).fit(module, train, val)

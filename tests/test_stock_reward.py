@@ -163,3 +163,26 @@ def test_a_template_that_cannot_be_wrapped_is_kept(tokenizer: Any, caplog: Any) 
     with ended(tokenizer, template):
         assert tokenizer.chat_template == source
     assert "could not be made to end with the turn" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["chatml", "llama3", "qwen3", "gemma", "endless"])
+def test_a_reward_model_of_another_tool_is_read_where_its_template_ends(
+    name: str, tokenizer: Any, tmp_path: Path
+) -> None:
+    """Trained with stock pooling on whole texts, ChatML's line break included: ours gives the score of its authors."""
+    endless = "{% for m in messages %}{{ '[' + m.role + ']' + m.content + '\n' }}{% endfor %}"
+    endless += "{% if add_generation_prompt %}[assistant]{% endif %}"
+    own = {"chatml": CHATML, "endless": endless}
+    tokenizer = tokenizer_for(tokenizer, own.get(name) or (CHAT_TEMPLATES / f"{name}.jinja").read_text())
+    tokenizer.pad_token = tokenizer.pad_token or "<pad>"
+    model = build_model(tokenizer, architecture="llama", task="SEQ_CLS")
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    wanted = stock_scores(tmp_path / "model", False, "right")
+    judge = RewardModel(str(tmp_path / "model"))
+    torch.testing.assert_close(judge.score(TALKS, ANSWERS), wanted, rtol=1e-5, atol=1e-5)
+    rows = [
+        judge.renderer.exchange(t, [{"role": "assistant", "content": a}]) for t, a in zip(TALKS, ANSWERS, strict=True)
+    ]
+    drawn = judge.score_tokens([row.ids for row in rows], [row.mask for row in rows])
+    torch.testing.assert_close(drawn, wanted, rtol=1e-5, atol=1e-5)

@@ -49,7 +49,9 @@ def load_tokenizer(source: Any, tokenizer: Any = None, chat_template: str | None
         tokenizer.chat_template = _template(chat_template)
     if isinstance(tokenizer.chat_template, str):  # that of chat_template.jinja as an editor may have saved it
         tokenizer.chat_template = tokenizer.chat_template.removeprefix("\ufeff")
-    tokenizer.chat_template = unwrapped(tokenizer.chat_template)
+    before, tokenizer.chat_template = tokenizer.chat_template, unwrapped(tokenizer.chat_template)
+    # Asked by `RewardModel`: whether the score is read at the end of the turn, or where the template ends.
+    tokenizer.was_ended = getattr(tokenizer, "was_ended", False) or tokenizer.chat_template != before
     return tokenizer
 
 

@@ -19,6 +19,9 @@ from rlhf_lightning.models.precision import sparing
 from rlhf_lightning.models.scorers import ImplicitReward, RewardHead, Scorer, scorer_of
 
 Text = str | list[Message]
+Row = tuple[list[int], list[int]]
+"""Tokens, and a mask that is 1 on the response."""
+_SAID: list[Message] = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Good day."}]
 
 
 @torch.no_grad()
@@ -45,8 +48,11 @@ def score_texts(
     device: Any,
     batch_size: int = 256,
     allow_blank: bool = False,
+    close: Callable[[Row], Row] | None = None,
 ) -> Tensor:
     """Scores `[N]` of responses to prompts, text or messages each; `allow_blank` scores an empty response by its end.
+
+    `close` is asked for each row where it ends.
 
     Raises:
         ConfigError: not one response to each prompt. DataError: an exchange that is empty or cannot be rendered.
@@ -56,13 +62,16 @@ def score_texts(
             raise ConfigError(f"{name} is a text; it must be a list of them: [{given[:40]!r}]")
     if len(prompts) != len(responses):
         raise ConfigError(f"{len(prompts)} prompts and {len(responses)} responses: one response to each prompt")
-    rows = [
+    rendered = [
         renderer.exchange(
             to_messages(prompt), to_messages(response, "assistant"), tools[i] if tools else None, allow_blank
         )
         for i, (prompt, response) in enumerate(zip(prompts, responses, strict=True))
     ]
-    return score_rows(scorer, [row.ids for row in rows], [row.mask for row in rows], device, batch_size)
+    rows = [(row.ids, row.mask) for row in rendered]
+    if close is not None:
+        rows = [close(row) for row in rows]
+    return score_rows(scorer, [ids for ids, _ in rows], [mask for _, mask in rows], device, batch_size)
 
 
 class RewardModel(nn.Module):
@@ -105,6 +114,9 @@ class RewardModel(nn.Module):
         self.frozen = self.scorer.frozen
         check_vocabulary(self.model, self.tokenizer, f"the reward model {folder}")
         self.model.requires_grad_(False).eval()
+        # One of another tool was trained where its template ends, and everybody reads it there.
+        foreign = isinstance(self.scorer, RewardHead) and "scorer" not in stage and not self.tokenizer.was_ended
+        self._after, self._unended = self._closing() if foreign else ([], False)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "RewardModel":
         # Of the type that was asked for, whatever the policy beside it is cast to.
@@ -129,13 +141,33 @@ class RewardModel(nn.Module):
             and (renderer.format == "chat" or self.renderer.prefix_ids == renderer.prefix_ids)
         )
 
+    def _closing(self) -> tuple[list[int], bool]:
+        """What its template writes after the end of a turn; and whether we end a turn that it does not end."""
+        if self.renderer.format == "raw" or not self.tokenizer.chat_template:
+            return [], False
+        ours = self.renderer.exchange(_SAID[:1], _SAID[1:]).ids
+        text = self.renderer.template.render(*self.renderer.completed(_SAID))
+        theirs = list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        return theirs[len(ours) :] if theirs[: len(ours)] == ours else [], ours[:-1] == theirs
+
+    def _closed(self, row: Row) -> Row:
+        """A row as far as its score is read; one that was cut off as it is."""
+        ids, mask = row
+        if not ids or ids[-1] not in self.renderer.stop_token_ids:
+            return row
+        if self._unended:
+            return ids[:-1], mask[:-1]
+        return [*ids, *self._after], [*mask, *[0] * len(self._after)]
+
     def score(
         self, prompts: Sequence[Text], responses: Sequence[Text], tools: Any = None, allow_blank: bool = False
     ) -> Tensor:
         """Scores `[N]`; see `score_texts`."""
-        found = score_texts(self.scorer, self.renderer, prompts, responses, tools, self.device, allow_blank=allow_blank)
-        return found + self.shift
+        given = (prompts, responses, tools, self.device)
+        return score_texts(self.scorer, self.renderer, *given, allow_blank=allow_blank, close=self._closed) + self.shift
 
     def score_tokens(self, ids: Sequence[list[int]], masks: Sequence[list[int]], batch_size: int = 16) -> Tensor:
         """Scores `[N]`; see `score_rows`."""
-        return score_rows(self.scorer, ids, masks, self.device, batch_size) + self.shift
+        rows = [self._closed(row) for row in zip(ids, masks, strict=True)]
+        found = score_rows(self.scorer, [row for row, _ in rows], [mask for _, mask in rows], self.device, batch_size)
+        return found + self.shift

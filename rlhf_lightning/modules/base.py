@@ -30,7 +30,7 @@ from rlhf_lightning.models.precision import cast_weights_only, weights_alone
 from rlhf_lightning.models.saving import save_model
 from rlhf_lightning.models.sharding import split, whole_weights
 from rlhf_lightning.modules.epochs import end_restored_epoch
-from rlhf_lightning.modules.foreign import fitted
+from rlhf_lightning.modules.foreign import fitted, refuse_other_names
 from rlhf_lightning.modules.module_checks import check_batch, check_content
 from rlhf_lightning.modules.schedules import Warmup
 from rlhf_lightning.modules.step import StepEnd, StepNumbers, forget
@@ -71,6 +71,8 @@ class RLHFModule(Told):
     stage_kind = ""
     takes: tuple[str, ...] = ("input_ids", "mask")
     """What a batch of training must have."""
+    measures_batches = True
+    """Whether the batches of validation and test are as those of training."""
     on_bar: tuple[str, ...] = ()
     """The numbers of a step that the progress bar shows."""
 
@@ -312,6 +314,8 @@ class RLHFModule(Told):
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """What another loader's batches say in other ways, in the way that the module computes with."""
+        if type(self).training_step.__module__.startswith("rlhf_lightning."):  # one of a user's may read anything
+            refuse_other_names(batch, getattr(self, "_wanted", ()))
         embedding = None if self.model is None else self.model.get_input_embeddings()
         return fitted(batch, self._tokenizer, None if embedding is None else embedding.weight.shape[0])
 
@@ -320,6 +324,14 @@ class RLHFModule(Told):
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         check_batch(self, batch)
+
+    def on_validation_batch_start(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        if self.measures_batches:
+            check_batch(self, batch)
+
+    def on_test_batch_start(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        if self.measures_batches:
+            check_batch(self, batch)
 
     # -- loss -----------------------------------------------------------------------------------------------------
 

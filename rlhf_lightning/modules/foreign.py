@@ -15,6 +15,12 @@ from rlhf_lightning.errors import ConfigError
 IGNORED = -100  # what Hugging Face's labels have where nothing is trained
 _PER_TOKEN = ("mask", "old_logprobs", "advantages", "reference_logprobs", "sampler_logprobs", "values", "returns")
 _NOT_USED = ("inputs_embeds", "pixel_values", "input_features", "cu_seq_lens_q", "cu_seq_lens_k", "seq_idx")
+_SAID_OTHERWISE = {
+    "mask": ("completion_mask", "assistant_masks", "assistant_mask", "loss_mask", "response_mask", "loss_scale"),
+    "weights": ("sample_weight", "sample_weights", "loss_weights"),
+    "reference_logprobs": ("ref_chosen_logps", "ref_rejected_logps", "ref_logprobs", "ref_log_prob"),
+}
+"""What other tools call the things that are read here by one name."""
 _SEE = "; docs/reuse.md says how batches are made"
 
 
@@ -58,15 +64,66 @@ def fitted(batch: Any, tokenizer: Any, rows: int | None = None) -> Any:
         _check_positions(positions, attention.long())
         _to_the_left(batch, attention)
     _check_lengths(batch)
+    old = batch.get("old_logprobs")
+    if isinstance(old, Tensor) and bool(((old > 1e-3) & (batch["mask"] != 0).to(old.device)).any()):
+        raise ConfigError(
+            f"a batch's old_logprobs go up to {float(old.max()):.4g}; log-probabilities are 0 or less{_SEE}"
+        )
     batch["mask"] = batch["mask"].clone()
     batch["mask"][:, 0] = 0  # nothing stands before the first token to predict it from
     return batch
+
+
+def refuse_other_names(batch: Any, read: Any = ()) -> None:
+    """Refuse what a batch of another loader says by a name that nothing reads, as it would be lost silently."""
+    if not isinstance(batch, Mapping) or "denominators" in batch:
+        return
+    for name, others in _SAID_OTHERWISE.items():
+        if found := [other for other in others if batch.get(other) is not None and other not in read]:
+            raise ConfigError(f"a batch has {found[0]}, which is not read: here that is {name}{_SEE}")
+
+
+def check_preferences(batch: Any, kind: str) -> None:
+    """Refuse a batch of another loader whose numbers for each example are not one for each.
+
+    Args:
+        kind: what an example is: `pairs` (the chosen rows, then the rejected), `labels` or `rankings`.
+    """
+    if not isinstance(batch, Mapping) or "denominators" in batch or not isinstance(batch.get("input_ids"), Tensor):
+        return
+    rows = len(batch["input_ids"])
+    if kind == "pairs" and rows % 2:
+        raise ConfigError(f"a batch has {rows} rows; pairs are as many chosen rows, then as many rejected ones{_SEE}")
+    wanted: dict[str, int | None] = {"weights": rows}
+    if kind == "pairs":
+        wanted = dict.fromkeys(("margin", "ties", "weights"), rows // 2)
+    elif kind == "labels":
+        wanted["labels"] = rows
+    else:
+        wanted = {"ranking": rows, "ranks": rows, "weights": None}
+    for name, count in wanted.items():
+        value = batch.get(name)
+        if value is None and name in ("labels", "ranking", "ranks"):
+            raise ConfigError(f"a batch has no {name}: one number for each of its {rows} rows{_SEE}")
+        if value is not None and (
+            not isinstance(value, Tensor) or value.dim() != 1 or len(value) != (count or len(value))
+        ):
+            shown = list(value.shape) if isinstance(value, Tensor) else f"a {type(value).__name__}"
+            raise ConfigError(f"a batch's {name} is {shown}; a tensor of one number for each example{_SEE}")
+    if kind == "labels" and not bool(((batch["labels"] == 0) | (batch["labels"] == 1)).all()):
+        raise ConfigError(f"a batch's labels have values other than 0 (undesirable) and 1 (desirable){_SEE}")
+    if kind == "rankings":
+        steps = batch["ranking"].diff()
+        if int(batch["ranking"][0]) != 0 or not bool(((steps == 0) | (steps == 1)).all()):
+            raise ConfigError(f"a batch's ranking must count its examples from 0, the rows of each together{_SEE}")
 
 
 def _ids(ids: Any, rows: int | None) -> Tensor:
     if not isinstance(ids, Tensor) or ids.dim() != 2 or ids.is_floating_point() or ids.dtype == torch.bool:
         shown = f"{list(ids.shape)} of {ids.dtype}" if isinstance(ids, Tensor) else type(ids).__name__
         raise ConfigError(f"a batch's input_ids are {shown}; token ids [B, T], integers{_SEE}")
+    if not len(ids):
+        raise ConfigError(f"a batch has no rows{_SEE}")
     ids = ids.long()
     if ids.numel() and (int(ids.min()) < 0 or (rows is not None and int(ids.max()) >= rows)):
         raise ConfigError(
@@ -133,8 +190,10 @@ def _check_padding(ids: Tensor, mask: Tensor, tokenizer: Any) -> None:
     pad = getattr(tokenizer, "pad_token_id", None)
     if pad is None or not ids.numel():
         return
-    begins = (ids[:, 0] == pad) & (mask != 0).any(-1)  # a row that is none may be padding throughout
-    if pad not in (tokenizer.bos_token_id, tokenizer.eos_token_id) and bool(begins.any()):
+    # One such token may begin a text, where it is the bos_token too, or ends the text before where there is none.
+    few = 2 if pad == tokenizer.bos_token_id or (pad == tokenizer.eos_token_id and not tokenizer.bos_token) else 1
+    begins = (ids[:, :few] == pad).all(-1) & (mask != 0).any(-1)  # a row that is none may be padding throughout
+    if ids.shape[1] > few and bool(begins.any()):
         raise ConfigError(f"a batch's rows begin with padding, and it has no attention_mask to tell by; add it{_SEE}")
     padded = (ids == pad).flip(1).long().cumprod(1).flip(1)  # the padding after each row
     trained = (padded * (mask != 0)).sum(-1)

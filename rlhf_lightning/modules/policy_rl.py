@@ -74,6 +74,7 @@ class PolicyRLModule(RLHFModule):
     stage_kind = "policy"
     on_bar = ("entropy",)
     takes = ("input_ids", "mask", "old_logprobs", "advantages")
+    measures_batches = False
 
     def __init__(
         self,

@@ -17,6 +17,7 @@ from rlhf_lightning.models.reward_model import Text, score_rows, score_texts
 from rlhf_lightning.models.saving import relative_to_run
 from rlhf_lightning.models.scorers import ImplicitReward, RewardHead, Scorer
 from rlhf_lightning.modules.base import RLHFModule
+from rlhf_lightning.modules.foreign import check_preferences
 from rlhf_lightning.modules.preference_metrics import Tables, step_names, step_sums
 from rlhf_lightning.modules.preference_rows import SIDES, Named, name_rows, whole_step
 from rlhf_lightning.modules.step import StepNumbers
@@ -130,6 +131,11 @@ class PreferenceModule(RLHFModule):
             )
 
     # -- steps ----------------------------------------------------------------------------------------------------
+
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        batch = super().on_before_batch_transfer(batch, dataloader_idx)
+        check_preferences(batch, self.loss.kind)
+        return batch
 
     def on_fit_start(self) -> None:
         super().on_fit_start()

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
 from rlhf_lightning.data.prompts import kept_prompts
+from rlhf_lightning.errors import ConfigError
 from rlhf_lightning.models.forward import Forward
 from rlhf_lightning.models.scoring import TokenScorer
 from rlhf_lightning.modules.base import RLHFModule
@@ -44,6 +45,14 @@ class SFTModule(RLHFModule):
     @property
     def forward_pass(self) -> Forward:
         return self.tokens.forward
+
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        if isinstance(batch, dict) and "denominators" not in batch and batch.get("weights") is not None:
+            raise ConfigError(
+                "a batch has weights, and SFT weighs no rows: give a row that is not to be trained a mask of 0, and a "
+                "row that counts twice two places in the batch"
+            )
+        return super().on_before_batch_transfer(batch, dataloader_idx)
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         mask = batch["mask"]
