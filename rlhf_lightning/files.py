@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,23 @@ def read_stage(folder: Any) -> dict[str, Any]:
             if path.is_file():
                 return read_object(path)
     return {}
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file that a person has named, whole or not at all.
+
+    Raises:
+        ConfigError: it cannot be written (a full disk, no rights).
+    """
+    scratch = path.with_name(f".{path.name}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        scratch.write_text(text, encoding="utf-8")
+        os.replace(scratch, path)
+    except OSError as error:
+        with suppress(OSError):
+            scratch.unlink()
+        raise ConfigError(f"{path}: cannot be written ({error.strerror}); make room, or name another place") from None
 
 
 def write_json(path: Path, value: Any) -> None:

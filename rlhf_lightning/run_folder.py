@@ -22,7 +22,7 @@ STAGE_RESULTS = (
     "reference",
     "stage.json",
     "config.yaml",
-    "data.json",
+    "sources.json",
     "metrics.csv",
     "samples.jsonl",
     "warnings.jsonl",

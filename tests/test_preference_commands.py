@@ -50,7 +50,7 @@ def test_score_takes_every_kind_of_row(judge: str, tmp_path: Path, capsys: pytes
     out = tmp_path / "deep" / "scored.jsonl"
 
     def scored(rows: list[Any]) -> list[dict[str, Any]]:
-        rlhf("score", judge, write_rows(tmp_path / "rows.jsonl", rows), "--output", str(out))
+        rlhf("score", judge, write_rows(tmp_path / "rows.jsonl", rows), "--output", str(out), "--overwrite")
         return [json.loads(line) for line in out.read_text().splitlines()]
 
     found = scored([{**row, "category": "odd" if i % 2 else "even"} for i, row in enumerate(pairs(9))])
@@ -112,6 +112,7 @@ def test_evaluate_compares_two_policies(
         "3",
         "--best_of",
         "5",
+        "--overwrite",
         "--output",
         str(rows_file),
         *common,

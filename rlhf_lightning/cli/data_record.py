@@ -12,7 +12,7 @@ from rlhf_lightning.files import read_object, write_json
 
 log = logging.getLogger(__name__)
 SOURCES = ("train", "validation", "test", "predict", "episodes")
-RECORD = "data.json"
+RECORD = "sources.json"
 """Of each source of a run its hash, and the size and time of each file, by which it is known without reading it."""
 
 

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_lightning.cli.asking import add_asking_flags
-from rlhf_lightning.cli.options import Parser, check_options, device_of
+from rlhf_lightning.cli.options import Parser, add_overwrite, check_options, device_of
 from rlhf_lightning.cli.user_code import SCORER_HELP, allow_user_code, import_scorer
-from rlhf_lightning.files import as_json
+from rlhf_lightning.files import as_json, write_text
 
 COLUMNS = {
     "reward": "reward",
@@ -61,9 +61,9 @@ def run(args: list[str]) -> int:
     else:
         _show(summary, facts)
     if options.summary:
-        _write(options.summary, text)
+        write_text(options.summary, text)
     if options.output:
-        _write(options.output, "".join(as_json(row) + "\n" for row in rows))
+        write_text(options.output, "".join(as_json(row) + "\n" for row in rows))
     return 0
 
 
@@ -119,6 +119,7 @@ def _parse(args: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--gold", action="append", default=[], metavar="FUNCTION", help="a function's dotted path, as in FunctionReward"
     )
+    add_overwrite(parser)
     parser.add_argument("--scorer", metavar="CLASS", help=SCORER_HELP)
     if best:
         parser.add_argument("-n", type=int, default=8, help="responses to each prompt")
@@ -171,8 +172,3 @@ def _cell(found: dict[str, Any], key: str) -> str:
     if key == "win_rate":
         return f"{found[key]:.3f} ({found['win_rate_low']:.3f}–{found['win_rate_high']:.3f})"
     return f"{found[key]:.3f}"
-
-
-def _write(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text, encoding="utf-8")

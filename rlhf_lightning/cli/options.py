@@ -55,13 +55,26 @@ def check_options(options: Any) -> None:
             raise ConfigError(f"--{name} is {value}; it must be at least 1")
     for name in ("output", "summary"):
         if (path := getattr(options, name, None)) is not None:
-            check_writable(f"--{name}", path)
+            check_writable(f"--{name}", path, options.overwrite)
 
 
-def check_writable(name: str, path: Path) -> None:
-    """Refuse a file that cannot be written, before the work whose result it would hold; raises `ConfigError`."""
+def add_overwrite(parser: argparse.ArgumentParser) -> None:
+    """The flag of commands that write a file which is named."""
+    parser.add_argument("--overwrite", action="store_true", help="replace a file that is there (default: refuse)")
+
+
+def check_writable(name: str, path: Path, overwrite: bool = False) -> None:
+    """Refuse a file that is there or cannot be written, before the work whose result it would hold.
+
+    Raises:
+        ConfigError: says what is there.
+    """
     if path.is_dir():
         raise ConfigError(f"{name} {path}: a folder; name a file in it")
+    if path.exists() and not path.is_file():
+        raise ConfigError(f"{name} {path}: a device or pipe, not a file; name a file, or leave it out to print")
+    if path.exists() and path.stat().st_size and not overwrite:
+        raise ConfigError(f"{name} {path}: there already; name another file, or replace it with --overwrite")
     parent = next(place for place in (path.absolute(), *path.absolute().parents) if place.exists())
     if not os.access(parent, os.W_OK) or not (parent.is_dir() or parent == path.absolute()) or _virtual(parent):
         raise ConfigError(f"{name} {path}: cannot be written in {parent}; name another place")

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from rlhf_lightning.cli.options import Parser, check_writable
+from rlhf_lightning.cli.options import Parser, add_overwrite, check_writable
 from rlhf_lightning.pipeline.report import report_after_stage, write_report
 
 
@@ -18,9 +18,10 @@ def run(args: list[str]) -> int:
     )
     parser.add_argument("run", type=Path, help="folder of a pipeline or of a stage")
     parser.add_argument("--output", type=Path, help="file to write (default: report.html in the folder)")
+    add_overwrite(parser)
     options = parser.parse_args(args[1:])
     if options.output:
-        check_writable("--output", options.output)
+        check_writable("--output", options.output, options.overwrite)
     print(write_report(options.run, options.output))
     return 0
 

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_lightning.cli.asking import add_asking_flags, asked_of, say
-from rlhf_lightning.cli.options import Parser, check_options, device_of
+from rlhf_lightning.cli.options import Parser, add_overwrite, check_options, device_of
 from rlhf_lightning.cli.user_code import SCORER_HELP, allow_user_code, import_scorer
-from rlhf_lightning.files import as_json
+from rlhf_lightning.files import as_json, write_text
 
 
 def run(args: list[str]) -> int:
@@ -23,6 +23,7 @@ def run(args: list[str]) -> int:
     parser.add_argument("model", help="model folder of a preference stage, or any sequence classifier with one label")
     parser.add_argument("file", help="rows: .jsonl, .json, .parquet or a Hub id")
     parser.add_argument("--output", type=Path, help="JSONL file to write (default: standard output)")
+    add_overwrite(parser)
     parser.add_argument("--scorer", metavar="CLASS", help=SCORER_HELP)
     parser.add_argument("--shifted", action="store_true", help="add the reward_shift of the model's stage.json")
     parser.add_argument(
@@ -46,8 +47,7 @@ def run(args: list[str]) -> int:
     rows, summary = score_file(options)
     text = "".join(as_json(row) + "\n" for row in rows)
     if options.output:
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        options.output.write_text(text, encoding="utf-8")
+        write_text(options.output, text)
     else:
         print(text, end="")
     # Not among the rows: standard output is theirs.
