@@ -250,3 +250,24 @@ def test_what_is_written_is_safetensors(base: str, tmp_path: Path) -> None:
         names = {path.suffix for path in (tmp_path / name / "model").rglob("*") if path.is_file()}
         assert ".safetensors" in names
         assert not names & {".bin", ".pt", ".pth", ".pkl", ".ckpt"}
+
+
+def test_the_hub_is_not_asked_for_a_reference_that_a_folder_names(
+    base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import huggingface_hub.file_download as hub
+
+    def asked(*_: Any, **__: Any) -> Any:
+        raise AssertionError("the Hub was asked")
+
+    monkeypatch.setattr(hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(hub, "get_hf_file_metadata", asked)
+    settings = {"name": "ImplicitReward", "init_args": {"reference": "owner/name"}}
+    (tmp_path / "stage.json").write_text(json.dumps({"scorer": settings}))
+    with pytest.raises(ConfigError, match=r"the Hub is not asked because a folder says so.*hf download owner/name"):
+        scorer_of(tmp_path)
+    place = tmp_path / "cache" / "models--owner--name"
+    (place / "refs").mkdir(parents=True)
+    (place / "refs" / "main").write_text("a" * 40)
+    shutil.copytree(base, place / "snapshots" / ("a" * 40))
+    assert scorer_of(tmp_path).reference == str(place / "snapshots" / ("a" * 40))  # type: ignore[attr-defined]

@@ -292,6 +292,29 @@ def _reference_of(folder: Path, named: str, relative: str | None) -> str:
     """Where the reference of a model folder is: beside it, if the run was moved or copied, else where it was."""
     beside = (folder / relative).resolve() if relative else None
     found = str(beside) if beside is not None and beside.is_dir() else named
-    if Path(found).is_dir() and Path(found).resolve() == folder.resolve():
-        raise ConfigError(f"{folder} names itself as its reference: every score would be 0. Name the model before it.")
-    return found
+    if Path(found).is_dir():
+        if Path(found).resolve() == folder.resolve():
+            raise ConfigError(
+                f"{folder} names itself as its reference: every score would be 0. Name the model before it."
+            )
+        return found
+    return _downloaded(folder, found)
+
+
+def _downloaded(folder: Path, name: str) -> str:
+    """The place of a Hub's model on this machine: the Hub is not asked for one that only a folder names."""
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    for file in ("config.json", "adapter_config.json"):
+        try:
+            found = try_to_load_from_cache(name, file)
+        except HFValidationError:  # a path that is not there
+            break
+        if isinstance(found, str):
+            return str(Path(found).parent)
+    remedy = f"If you trust it: hf download {name}" if name.count("/") == 1 else "Restore it, or the run it was in."
+    raise ConfigError(
+        f"stage.json of {folder} names the reference {name!r}, which is not on this machine, and the Hub is not asked "
+        f"because a folder says so. {remedy}"
+    )
