@@ -40,10 +40,12 @@ def read_object(path: Path) -> dict[str, Any]:
 
 
 def read_stage(folder: Any) -> dict[str, Any]:
-    """The `stage.json` of a model folder (in it or beside it), or nothing."""
+    """The `stage.json` of a model folder (in it, or beside a run's `model`), or nothing."""
     place = Path(str(folder)).expanduser()
     if str(folder) and place.is_dir():
-        for path in (place / "stage.json", place.parent / "stage.json"):
+        # A base that lies in the folder of a run has no record, whatever that of the run says.
+        own = place.resolve().name == "model"
+        for path in (place / "stage.json", *([place.resolve().parent / "stage.json"] if own else [])):
             if path.is_file():
                 return read_object(path)
     return {}

@@ -393,3 +393,12 @@ def test_perplexity_is_that_of_the_reference_by_hand(thinker: str, tmp_path: Pat
         said, tools=TOOLS, add_generation_prompt=True, tokenize=False, **QUIET
     )
     assert policy.renderer.prompt_text(said[1:]) == wanted
+
+
+def test_a_base_within_the_folder_of_a_run_has_no_record(thinker: str, tmp_path: Path) -> None:
+    """A run in the folder where the base lies: its stage.json is that of `model`, and of nothing else."""
+    sft(thinker, tmp_path, template_kwargs=QUIET)
+    assert Asking.of(str(tmp_path / "model")).record["template_kwargs"] == QUIET
+    assert Asking.of(thinker).record == {}
+    (tmp_path / "model" / "stage.json").unlink()
+    assert Asking.of(str(tmp_path / "model")).record["template_kwargs"] == QUIET

@@ -6,6 +6,7 @@ import gzip
 import io
 import json
 import lzma
+import re
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,6 +20,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pyarrow import feather, ipc, parquet
 
+from rlhf_lightning.data.preference import PreferenceDataModule
 from rlhf_lightning.data.prompts import PromptDataModule
 from rlhf_lightning.data.records import Reading, check_there, fingerprint, read_rows, rename_columns
 from rlhf_lightning.data.sft import SFTDataModule
@@ -563,3 +565,43 @@ def test_lines_of_text_are_prompts_to_predict_for(tmp_path: Path, tokenizer: Any
     assert [row.messages[0]["content"] for row in data.prepared["predict"].rows] == ["Hi", "Ho"]
     with pytest.raises(DataError, match=r"a\.txt:1: not valid JSON"):
         SFTDataModule(tmp_path / "a.txt", tokenizer=tokenizer).setup("fit")
+
+
+def test_json_and_tables_written_of_arrow_train_as_the_rows_themselves(tmp_path: Path, caplog: Any) -> None:
+    """`to_json` of datasets and pandas, and cells that pandas prints, have Arrow's nulls; other columns keep them."""
+    rows = [{**ONE, "answer": {"unit": None}}, {**TWO, "answer": {"unit": "C"}}]
+    dataset = datasets.Dataset.from_list(rows)
+    dataset.to_json(tmp_path / "a.jsonl")
+    dataset.to_json(tmp_path / "b.json", lines=False)
+    dataset.to_pandas().to_json(tmp_path / "c.jsonl", orient="records", lines=True)
+    with caplog.at_level("INFO"):
+        for name in ("a.jsonl", "b.json", "c.jsonl"):
+            assert rows_of(tmp_path / name) == rows, name
+    assert "null keys of messages and tools are left out" in caplog.text
+    pd.DataFrame(list(dataset))[["messages"]].to_csv(tmp_path / "d.csv", index=False)
+    assert rows_of(tmp_path / "d.csv") == [{"messages": row["messages"]} for row in rows]
+
+
+def test_columns_that_are_misspelt_are_refused(tokenizer: Any, tmp_path: Path) -> None:
+    """Blanks around the names of a table are none of its author's; other spellings are refused, or mapped."""
+    (tmp_path / "a.csv").write_text("prompt, system\nhi,Be kind\n")
+    assert rows_of(tmp_path / "a.csv") == [{"prompt": "hi", "system": "Be kind"}]
+    for column in ("System", "TOOLS", " images", "Functions"):
+        with pytest.raises(DataError, match=re.escape(f"{column!r}: null")):
+            PromptDataModule([{"prompt": "hi", column: "x"}], tokenizer=tokenizer).setup("fit")
+    with pytest.raises(DataError, match="label: 'Label'"):
+        SFTDataModule([{**chats(1)[0], "Label": False}], tokenizer=tokenizer).setup("fit")
+    for columns in ({"system": "System"}, {"System": None}):
+        data = SFTDataModule([{**chats(1)[0], "System": "x"}], tokenizer=tokenizer, columns=columns)
+        data.setup("fit")
+        assert ("x" in data.prepared["train"].rows[0].show(tokenizer).split("user")[0]) == ("system" in columns)
+
+
+def test_numbers_beyond_floats(tokenizer: Any) -> None:
+    row = {**pairs(1)[0], "margin": 10**400}
+    with pytest.raises(DataError, match="it must be a number"):
+        PreferenceDataModule([row], tokenizer=tokenizer).setup("fit")
+    ranking = {"prompt": "a", "responses": ["b", "c"], "scores": [10**400, 10**401]}
+    data = PreferenceDataModule([ranking], kind="rankings", tokenizer=tokenizer)
+    data.setup("fit")
+    assert data.prepared["train"].rows[0].ranks == [1, 0]

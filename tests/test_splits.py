@@ -184,3 +184,30 @@ def test_the_quickstart_holds_whole_prompts_out_of_a_users_file(name: str, tmp_p
     assert len(held) == 5
     assert not {row["prompt"] for row in held} & {row["prompt"] for row in train}
     assert sorted(row["completion"] for row in train + held) == sorted(row["completion"] for row in rows)
+
+
+@pytest.mark.parametrize("kind", ["preference", "policy"])
+def test_turns_of_a_conversation_that_are_rows_stay_together(kind: str, tokenizer: Any, caplog: Any) -> None:
+    """Each turn of a conversation as a row; conversations that share their first turns only (examples) are apart."""
+
+    def row(*turns: str) -> dict[str, Any]:
+        messages = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(turns)]
+        return {"prompt": messages} if kind == "policy" else {"prompt": messages, "chosen": "a", "rejected": "b"}
+
+    rows = [row(*[f"{c} {t}" for t in range(2 * n + 1)]) for c in range(9) for n in range(3)]
+    make = PromptDataModule if kind == "policy" else PreferenceDataModule
+    stage = "validate" if kind == "policy" else "fit"
+    data = ready(make(rows, tokenizer=tokenizer, validation_split=6, show_example=False), stage)
+    sides = [{int(r.where[5:-1]) // 3 for r in data.prepared[name].rows} for name in ("train", "validation")]
+    assert not sides[0] & sides[1]
+    assert [len(side) for side in sides] == [7, 2]
+    examples = [row("example", "answer", f"question {i}") for i in range(9)]
+    data = ready(make(examples, tokenizer=tokenizer, validation_split=2, show_example=False), stage)
+    assert len(data.prepared["validation"].rows) == 2
+    ready(make(rows[1:2], [rows[0], rows[2], rows[4]], tokenizer=tokenizer, show_example=False), stage)
+    assert "2 of 3 rows are of a conversation that is trained on" in caplog.text
+
+
+def test_prompts_given_as_text_are_compared(tokenizer: Any, caplog: Any) -> None:
+    ready(PromptDataModule(["hi\r\nyou"], [{"prompt": "hi\nyou"}], tokenizer=tokenizer), "validate")
+    assert "1 of 1 rows are trained on" in caplog.text

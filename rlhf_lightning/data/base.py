@@ -214,13 +214,13 @@ class RowDataModule(pl.LightningDataModule):
         """Warn where rows that are measured on are trained on too."""
         train = self.prepared["train"].keys if "train" in self.prepared else self._train_keys()
         found = leaks(train, self.prepared[name].keys)
-        if found.prompts:
+        if found.prompts or found.conversations:
             log.warning("%s", found.message(name))
 
     def _train_keys(self) -> list[RowKey]:
         """The keys of training rows that this command does not read else; none where they are not on this machine."""
         source = self.sources["train"]
-        if source is None or not is_here(source):
+        if source is None or not is_here(source, texts=self.text_key is not None):
             return []
         try:
             rows = self.read(source, "train", Reading(unreadable=[]))

@@ -19,16 +19,30 @@ PAIR_REMEDY = (
     "rlhf preference learns from it. To imitate the chosen answers, set columns: {completion: chosen} (with a "
     "'prompt'), or columns: {messages: chosen}"
 )
+LEARNT = (*MARKS, "label", "margin", "tie", "score_chosen", "score_rejected")
+"""What says how a row is learnt from, where rows are learnt from and not only asked."""
 UNWANTED = (0, False, "0", "false", "undesirable")
 
 
 def refuse_media(data: Mapping[str, Any]) -> None:
     """Raise `RowError` for images, audio and videos, which no model here is given."""
+    refuse_misspelt(data, (*SYSTEM, *TOOLS, *MEDIA))
     for name in MEDIA:
         if not is_empty(data.get(name)):
             raise RowError(
                 f"the row has {name!r}, and models here are given text only. Leave such rows out, or take the text "
                 f"without it with columns: {{{name}: null}}"
+            )
+
+
+def refuse_misspelt(data: Mapping[str, Any], names: Sequence[str]) -> None:
+    """Raise `RowError` for `System` where `system` has a meaning: it would be used for nothing."""
+    for column, value in data.items():
+        name = column.strip().lower() if isinstance(column, str) else column
+        if name != column and name in names and name not in data and not is_empty(value):
+            raise RowError(
+                f"the row has {column!r}, and {name!r} is what is read: map it with columns: {{{name}: {column!r}}}, "
+                f"or leave it out with columns: {{{column!r}: null}}"
             )
 
 
@@ -52,6 +66,7 @@ def noting_unused(
     def noting(data: dict[str, Any]) -> list[Any]:
         refuse_media(data)
         if (names := module.used_columns(name, data)) is not None:
+            refuse_misspelt(data, LEARNT)
             unused.update(dict.fromkeys(k for k, v in data.items() if k not in names | mapped and not is_empty(v)))
             if used is not None:
                 used.update(names)

@@ -153,19 +153,35 @@ class _Shapes:
                 self.look(item, f"{place}.{key}")
 
 
-def unfilled(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def unfilled(rows: list[dict[str, Any]], only_rendered: bool = False) -> list[dict[str, Any]]:
     """Rows of a Python list without the nulls of Arrow, where they look as Arrow makes them (`list(dataset)`).
 
     They do where the objects at each place have the same keys in the same order in every row, and a key that is null
     in one inner object has a value in another. Of rows that were written by hand, each has the keys that it needs.
+
+    Args:
+        rows: as they were read; returned as they are where nothing was filled in.
+        only_rendered: leave other columns than those of messages and tools as they are.
     """
     shapes = _Shapes()
     for row in rows:
         shapes.look(row)
         if not shapes.alike:
             return rows
-    filled = any(shapes.nulls[place] & shapes.values[place] for place in shapes.keys if place)
-    return [without_nulls(row) for row in rows] if filled else rows
+    # A turn of tool calls has a null for content in everybody's rows.
+    filled = any((shapes.nulls[place] & shapes.values[place]) - {"content"} for place in shapes.keys if place)
+    if not filled:
+        return rows
+    if only_rendered:
+        return [{key: _dropped(item) if _is_rendered(key, item) else item for key, item in row.items()} for row in rows]
+    return [without_nulls(row) for row in rows]
+
+
+def _is_rendered(name: str, value: Any) -> bool:
+    messages = isinstance(value, list) and any(
+        isinstance(item, dict) and {"role", "from"} & item.keys() for item in value
+    )
+    return messages or name in ROW_COLUMNS | {"tools", "functions"}
 
 
 # -- columns and splits -----------------------------------------------------------------------------------------------

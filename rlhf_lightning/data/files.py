@@ -4,6 +4,7 @@ import bz2
 import glob
 import gzip
 import json
+import logging
 import lzma
 import os
 import re
@@ -14,10 +15,11 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
-from rlhf_lightning.data.containers import object_rows
+from rlhf_lightning.data.containers import object_rows, unfilled
 from rlhf_lightning.data.tables import Item, arrow_rows, csv_items
 from rlhf_lightning.errors import DataError
 
+log = logging.getLogger(__name__)
 JSON_KINDS = (".jsonl", ".ndjson", ".json")
 TABLES = {".csv": ",", ".tsv": "\t"}
 TEXTS = (".txt", ".text")
@@ -112,7 +114,18 @@ def file_items(path: Path, wanted: Wanted) -> Iterator[Item]:
         raise DataError(f"{path}: {OTHERS[kind]}")
     if kind in ARROW:
         return _arrow_items(path, kind, data)
-    return _text_items(path, kind, _decoded(path, data), wanted)
+    return _unfilled(path, _text_items(path, kind, _decoded(path, data), wanted))
+
+
+def _unfilled(path: Path, items: Iterator[Item]) -> Iterator[Item]:
+    """JSON that `datasets` or pandas wrote of an Arrow table has the nulls of Arrow in its messages and tools."""
+    found = list(items)
+    given = [item for _, item in found if isinstance(item, dict)]
+    rows = unfilled(given, only_rendered=True)
+    if rows is not given:
+        log.info("%s: written from an Arrow table, by its look; null keys of messages and tools are left out", path)
+    after = iter(rows)
+    return ((where, next(after) if isinstance(item, dict) else item) for where, item in found)
 
 
 def _content(path: Path) -> tuple[str, bytes]:
@@ -123,8 +136,9 @@ def _content(path: Path) -> tuple[str, bytes]:
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror})") from None
     packed = _magic(data)
-    if packed in COMPRESSIONS:
+    while packed in COMPRESSIONS:  # some are packed twice, by a tool that unpacks as it downloads
         data = _unpacked(path, packed, data)
+        packed = _magic(data)
     while endings and endings[-1] in COMPRESSIONS:
         endings.pop()
     named = endings[-1] if endings else ""

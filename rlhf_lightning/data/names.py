@@ -32,13 +32,19 @@ def check_there(source: str) -> None:
             raise DataError(f"{source}: no such file (seen from {Path.cwd()}); give a path or a Hub id like owner/name")
 
 
-def is_here(source: Any) -> bool:
-    """Whether a source can be read without the Hub: all files that it names are there."""
+def is_here(source: Any, texts: bool = False) -> bool:
+    """Whether a source can be read without the Hub: all files that it names are there.
+
+    `texts`: strings of a list that do not end like files are rows.
+    """
     if isinstance(source, str | os.PathLike):
         saved = is_saved_dataset(place(source).partition(":")[0])
         return saved or os.path.exists(place(source)) or bool(glob.glob(place(source), recursive=True))
     items = source.values() if isinstance(source, Mapping) else source if isinstance(source, list | tuple) else []
-    return all(is_here(item) for item in items if isinstance(item, str | os.PathLike)) and not is_stream(source)
+    names = [item for item in items if isinstance(item, str | os.PathLike)]
+    if texts:
+        names = [name for name in names if not isinstance(name, str) or name.lower().endswith(SUFFIXES)]
+    return all(is_here(name) for name in names) and not is_stream(source)
 
 
 def is_stream(source: Any) -> bool:

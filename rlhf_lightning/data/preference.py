@@ -22,11 +22,12 @@ from rlhf_lightning.data.preference_rows import (
 )
 from rlhf_lightning.data.records import RowError, Source
 from rlhf_lightning.data.rendering import Rendered
-from rlhf_lightning.data.splits import RowKey, is_blank, row_key, said
+from rlhf_lightning.data.splits import RowKey, conversation_key
 from rlhf_lightning.errors import ConfigError, DataError
 
 log = logging.getLogger(__name__)
 KINDS = ("pairs", "labels", "rankings")
+LARGEST = torch.finfo(torch.float32).max
 
 
 class PreferenceDataModule(RowDataModule):
@@ -104,7 +105,7 @@ class PreferenceDataModule(RowDataModule):
     def key(self, data: dict[str, Any]) -> RowKey:
         split: Any = {"pairs": split_pair, "labels": split_labelled, "rankings": split_ranking}[row_kind(data)]
         prompt, *rest = split(data)
-        return row_key([said(prompt), tool_schemas(data)], rest, is_blank(prompt))
+        return conversation_key(prompt, tool_schemas(data), rest)
 
     def used_columns(self, name: str, data: dict[str, Any]) -> set[str] | None:
         kind = row_kind(data)
@@ -260,7 +261,7 @@ class PreferenceDataModule(RowDataModule):
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, int | float) and not isinstance(value, bool) and -LARGEST <= value <= LARGEST
 
 
 def _category(data: dict[str, Any]) -> str | None:

@@ -170,7 +170,7 @@ def _grades(data: dict[str, Any], count: int) -> list[float]:
             )
             if not numbers or len(values) != count:
                 raise RowError(f"{name!r} must be a list of {count} numbers, one for each response")
-            return [sign * float(value) for value in values]
+            return [sign * value for value in values]  # no floats: JSON may hold integers beyond them
     return [float(-i) for i in range(count)]
 
 

@@ -9,7 +9,7 @@ from rlhf_lightning.data.columns import refuse_media, unmarked, with_system
 from rlhf_lightning.data.conversations import Message, conversation, has_conversation, tool_schemas
 from rlhf_lightning.data.records import RowError, Source, require
 from rlhf_lightning.data.rendering import Renderer, as_prompt
-from rlhf_lightning.data.splits import RowKey, is_blank, row_key, said
+from rlhf_lightning.data.splits import RowKey, conversation_key, row_key
 from rlhf_lightning.errors import ConfigError
 
 NOT_OF_PROMPTS = {
@@ -170,7 +170,7 @@ class PromptDataModule(RowDataModule):
         """By tokens where episodes are learnt from, which have no others; else by messages."""
         if not self.recorded:
             messages = prompt_messages(data)
-            return row_key([said(messages), tool_schemas(data)], None, is_blank(messages))
+            return conversation_key(messages, tool_schemas(data), None)
         if data.get("prompt") is not None or has_conversation(data):
             return row_key(prompt_example(self.renderer, data).ids, None)
         if data.get("tokens") is not None:

@@ -252,6 +252,7 @@ def rename_columns(row: Row, columns: Mapping[str, str | None] | None) -> Row:
             named = {key: value if value is None else cell(key, value) for key, value in named.items()}
         except ValueError as error:
             raise RowError(str(error)) from None
+        named = unfilled([named])[0]
     return Row(named, row.where)
 
 

@@ -23,6 +23,8 @@ class RowKey:
     row: bytes
     prompt: bytes
     where: str = ""
+    earlier: tuple[bytes, ...] = ()
+    """The prompts that a conversation had before this one, where they may be rows of their own."""
 
 
 @dataclass
@@ -35,12 +37,18 @@ class Leaks:
     count: int = 0
     rows: list[tuple[str, str]] = field(default_factory=list)
     prompts: list[tuple[str, str]] = field(default_factory=list)
+    conversations: list[tuple[str, str]] = field(default_factory=list)
+    """Rows of another turn of a conversation in the training data."""
 
     def message(self, name: str) -> str:
         """What there is to say of them."""
         found = [
             f"{len(pairs)} of {self.count} rows {words} (the first: {pairs[0][0]} and {pairs[0][1]})"
-            for pairs, words in ((self.rows, "are trained on"), (self.prompts, "have a prompt that is trained on"))
+            for pairs, words in (
+                (self.rows, "are trained on"),
+                (self.prompts, "have a prompt that is trained on"),
+                (self.conversations, "are of a conversation that is trained on"),
+            )
             if pairs
         ]
         return (
@@ -83,10 +91,39 @@ def row_key(prompt: Any, rest: Any, blank: bool = False) -> RowKey:
     return RowKey(row, row if blank else _digest(prompt))
 
 
+def conversation_key(prompt: Sequence[Message], tools: Any, rest: Any) -> RowKey:
+    """The key of a row that answers a prompt, which may be a later turn of a conversation."""
+    key = row_key([said(prompt), tools], rest, is_blank(prompt))
+    turns = [i for i in range(opening(prompt), len(prompt)) if prompt[i]["role"] == "assistant"]
+    key.earlier = tuple(_digest([said(prompt[:i]), tools]) for i in turns)
+    return key
+
+
+def together(keys: Sequence[RowKey]) -> list[bytes]:
+    """For each row what it is kept together by: its prompt, or that of an earlier turn which is a row too."""
+    parent = {key.prompt: key.prompt for key in keys}
+
+    def root(prompt: bytes) -> bytes:
+        while parent[prompt] != prompt:
+            parent[prompt] = parent[parent[prompt]]
+            prompt = parent[prompt]
+        return prompt
+
+    for key in keys:
+        for earlier in key.earlier:
+            if earlier in parent:
+                parent[root(key.prompt)] = root(earlier)
+    return [root(key.prompt) for key in keys]
+
+
 def said(messages: Sequence[Message]) -> list[Any]:
     """Who says what in messages, to be compared: without blanks around it and without marks for training."""
     return [
-        [message["role"], str(message.get("content") or "").strip(), message.get("tool_calls") or []]
+        [
+            message["role"],
+            str(message.get("content") or "").replace("\r\n", "\n").strip(),
+            message.get("tool_calls") or [],
+        ]
         for message in messages
     ]
 
@@ -159,7 +196,7 @@ def hold_out(train: Prepared, split: float, seed: int) -> Prepared:
     wanted = int(split if split >= 1 else max(1, split * size))
     if wanted >= size:
         raise ConfigError(f"data.validation_split {split} leaves nothing to train on ({size} rows)")
-    held = held_out([key.prompt for key in train.keys], wanted, seed)
+    held = held_out(together(train.keys), wanted, seed)
     if not held:
         raise ConfigError(
             f"data.validation_split {split}: all {size} rows have the same prompt, of which all are held out or none; "
@@ -183,8 +220,15 @@ def leaks(train: Sequence[RowKey], other: Sequence[RowKey]) -> Leaks:
     """Rows of another set that stand in the training data, or whose prompt does."""
     rows = {key.row: key.where for key in reversed(train)}
     prompts = {key.prompt: key.where for key in reversed(train)}
+    later = {earlier: key.where for key in reversed(train) for earlier in key.earlier}
+    turns = [
+        (key.where, next((w for w in (later.get(key.prompt), *map(prompts.get, key.earlier)) if w is not None), None))
+        for key in other
+        if key.prompt not in prompts
+    ]
     return Leaks(
         len(other),
         [(key.where, rows[key.row]) for key in other if key.row in rows],
         [(key.where, prompts[key.prompt]) for key in other if key.prompt in prompts],
+        [(where, found) for where, found in turns if found is not None],
     )

@@ -141,10 +141,10 @@ def _records(path: str, reader: Any) -> Iterator[Item]:
         if not cells:
             yield where, None
         elif not header:
-            header = cells
+            header = [name.strip() for name in cells]
             index = not header[0].strip() and len(header) > 1  # what pandas writes unless told index=False
             _check_header(where, header[index:])
-        elif cells == header:
+        elif [name.strip() for name in cells] == header:
             yield where, DataError("the header again: the file looks joined of several; leave this line out")
         elif len(cells) != len(header):
             yield where, DataError(f"{_count(cells)}, and the header (line 1) has {_count(header)}")

@@ -105,18 +105,18 @@ def _split(settings: Settings, name: str, file: str) -> dict[str, str]:
     """A user's file as training rows and a held-out tenth, at most 240 rows; all rows of a prompt on one side."""
     from rlhf_lightning.data.check import MODULES
     from rlhf_lightning.data.records import RowError, read_rows, rename_columns
-    from rlhf_lightning.data.splits import held_out, row_key
+    from rlhf_lightning.data.splits import held_out, row_key, together
 
     module, keyed = MODULES[name](), []
     for row in read_rows(file, module.text_key, split="train"):
         try:
             data = rename_columns(row, None).data
-            keyed.append((data, module.key(data).prompt))
+            keyed.append((data, module.key(data)))
         except RowError:  # the stage names bad rows
-            keyed.append((row.data, row_key(row.data, None).prompt))
+            keyed.append((row.data, row_key(row.data, None)))
     random.Random(settings.seed).shuffle(keyed)
     wanted = min(240, max(1, len(keyed) // 10))
-    held = set(held_out([prompt for _, prompt in keyed], wanted, None) or range(wanted))
+    held = set(held_out(together([key for _, key in keyed]), wanted, None) or range(wanted))
     rows = {"validation": [data for i, (data, _) in enumerate(keyed) if i in held]}
     rows["train"] = [data for i, (data, _) in enumerate(keyed) if i not in held] or rows["validation"]
     paths = {}
