@@ -202,3 +202,50 @@ def test_raw_text(tokenizer: Any) -> None:
     row = renderer.exchange([{"role": "user", "content": "one two"}], [{"role": "assistant", "content": " three"}])
     assert trained(tokenizer, row) == [" three<|im_end|>"]
     assert row.ids[: row.mask.index(1)] == renderer.prompt([{"role": "user", "content": "one two"}])
+
+
+def shown(tokenizer: Any, said: list[tuple[str, str]]) -> list[str]:
+    rows = Renderer(tokenizer).conversation([{"role": role, "content": content} for role, content in said])
+    return [row.show(tokenizer).replace(tokenizer.eos_token, "EOS") for row in rows]
+
+
+def test_a_system_message_that_is_shown_only_before_the_answer_is_learnt_from(tokenizer: Any) -> None:
+    # Mistral 7B v0.3: the system message stands in the last message, where that is the user's.
+    tokenizer.chat_template = (
+        "{% if messages[0].role == 'system' %}{% set s = messages[0].content %}{% set rest = messages[1:] %}{% else %}"
+        "{% set rest = messages %}{% endif %}{% for m in rest %}{% if m.role == 'user' %}"
+        "{% if loop.last and s is defined %}[I] {{ s }}|{{ m.content }}[/I]{% else %}[I] {{ m.content }}[/I]{% endif %}"
+        "{% else %}{{ ' ' + m.content + eos_token }}{% endif %}{% endfor %}"
+    )
+    turns = [("user", "Hi"), ("assistant", "Yes"), ("user", "And"), ("assistant", "No")]
+    assert shown(tokenizer, turns) == ["[I] Hi[/I]⟦ YesEOS⟧[I] And[/I]⟦ NoEOS⟧"]
+    wanted = ["[I] Be|Hi[/I]⟦ YesEOS⟧", "[I] Hi[/I] YesEOS[I] Be|And[/I]⟦ NoEOS⟧"]
+    assert shown(tokenizer, [("system", "Be"), *turns]) == wanted
+
+
+def test_what_opens_a_turn_is_not_learnt_where_the_break_before_it_differs(tokenizer: Any) -> None:
+    tokenizer.chat_template = (
+        "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% if m.role == 'assistant' %}{{ eos_token }}{% endif %}"
+        "{% if not loop.last %}{{ '\n' }}{% endif %}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    said = [("user", "Hi"), ("assistant", "a"), ("assistant", "b")]
+    assert shown(tokenizer, said) == ["<user>Hi\n<assistant>⟦aEOS⟧\n<assistant>⟦bEOS⟧"]
+
+
+@pytest.mark.parametrize("after", ["", "\n\n"])
+def test_white_space_before_an_end_that_is_put_there_is_learnt(tokenizer: Any, after: str) -> None:
+    tokenizer.chat_template = (
+        f"{{% for m in messages %}}<{{{{ m.role }}}}>{{{{ m.content + {after!r} }}}}{{% endfor %}}"
+        "{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    assert shown(tokenizer, [("user", "Hi"), ("assistant", "a\n")]) == [f"<user>Hi{after}<assistant>⟦a\n{after}EOS⟧"]
+
+
+def test_a_template_that_strips_what_is_learnt_is_spoken_of(tokenizer: Any, caplog: pytest.LogCaptureFixture) -> None:
+    body = "{% for m in messages %}<{{ m.role }}>{{ CONTENT }}<|im_end|>{% endfor %}<assistant>"
+    said = [("user", "Hi"), ("assistant", "<think>\nhm\n</think>\n\nYes.  No.")]
+    for content, told in (("m.content | trim", 0), ("m.content.split('</think>')[-1]", 1)):
+        tokenizer.chat_template = body.replace("CONTENT", content)
+        caplog.clear()
+        shown(tokenizer, said * 2)
+        assert caplog.text.count("leaves out a part of what the assistant says, 'hm' for one") == told

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -259,14 +260,31 @@ class Renderer:
     # -- tokens ---------------------------------------------------------------------------------------------------
 
     def _rows(self, messages: list[Message], tools: list[Any] | None, selected: list[bool]) -> list[Rendered]:
-        rows = []
-        for text, spans, ended in self.template.spans(messages, tools, selected):
+        rows, found = [], self.template.spans(messages, tools, selected)
+        self._note_stripped(messages, selected, [text[start:end] for text, spans, _ in found for start, end in spans])
+        for text, spans, ended in found:
             rows.append(self._tokenize(text, spans))
             if not ended and (rows[-1].ids[-1:] != [self._eos()] or not rows[-1].mask[-1]):
                 rows[-1].ids.append(self._eos())
                 rows[-1].mask.append(1)
         self._show_opening(messages, tools, selected)
         return rows
+
+    def _note_stripped(self, messages: list[Message], selected: list[bool], learnt: list[str]) -> None:
+        """Warn once of a template that leaves out a part of the very turn that is learnt (a thought, as a rule)."""
+        chosen = [message for message, flag in zip(messages, selected, strict=True) if flag]
+        for message, text in zip(chosen, learnt, strict=True):
+            content = message["content"]
+            if message["role"] != "assistant" or message.get("tool_calls") or not content or content.strip() in text:
+                continue
+            pieces = [piece for piece in re.split(r"\s+|</?think>", content) if piece]
+            if lost := next((piece for piece in pieces if piece not in text), None):
+                self.template.forms.once(
+                    "stripped",
+                    f"the chat template leaves out a part of what the assistant says, {lost[:60]!r} for one: it is "
+                    f"not learnt. Of {content[:60]!r} it makes {text[:60]!r}. Name a template that keeps it with "
+                    "model.chat_template",
+                )
 
     def _show_opening(self, messages: list[Message], tools: list[Any] | None, selected: list[bool]) -> None:
         """Of the last answer, whose surroundings have just been rendered: others would have to be rendered anew."""

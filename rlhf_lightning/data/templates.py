@@ -222,13 +222,17 @@ class ChatTemplate:
         that drop earlier reasoning or move a marker), one for each selected message, rendered up to it. Likewise where
         nothing ends a turn: each text then ends with its turn, and an end can be put after it.
         """
-        last = max((i for i, chosen in enumerate(selected) if chosen), default=-1)
-        text = self.render(messages[: last + 1], tools)
-        found = []
+        text, found = "", []
         for i in (i for i, chosen in enumerate(selected) if chosen):
-            upto = text if i == last else self.render(messages[: i + 1], tools)
-            span = self.span(messages, i, upto, tools)
-            found.append((upto, [span], self.ends_turns and self._ended(messages[i]["role"], upto[: span[1]])))
+            upto = self.render(messages[: i + 1], tools)
+            start, end = self.span(messages, i, upto, tools)
+            if messages[i]["role"] == "assistant" and (asked := self._asked_anew(messages[:i], upto, start, tools)):
+                upto, start, end = asked + upto[start:], len(asked), len(asked) + end - start
+            ended = self.ends_turns and self._ended(messages[i]["role"], upto[:end])
+            # What ends it is put after the text: white space before that must be learnt as well.
+            end = end if ended or upto[end:].strip() else len(upto)
+            found.append((upto, [(start, end)], ended))
+            text = upto
         if all(ended and text.startswith(upto[: span[1]]) for upto, (span,), ended in found):
             return [(text, [span for _, (span,), _ in found], True)]
         return found
@@ -266,9 +270,37 @@ class ChatTemplate:
         shared = _common_prefix(prompt, upto)
         if prompt and shared == len(prompt):
             return shared
+        spoken = _common_prefix(self._with_sentinel(before, role, tools), upto)
+        opening = prompt[len(self._said(before, prompt, tools)) :].lstrip()
+        opened = upto.find(opening, shared, spoken) if opening else -1
+        if opened >= 0:  # only what stands before the opening is not as in the prompt
+            return opened + len(opening)
+        if prompt and not opening:
+            bare, asked = upto[:spoken].rstrip(), prompt.rstrip()
+            return len(bare) + _common_prefix(prompt[len(asked) :], upto[len(bare) : spoken])
         # The generation prompt holds what the turn does not (an opened <think>): their common prefix might eat into
         # the content by accident, which the rendering with another content cannot.
-        return min(shared or len(upto), _common_prefix(self._with_sentinel(before, role, tools), upto))
+        return min(shared or len(upto), spoken)
+
+    def _said(self, before: list[Message], prompt: str, tools: Tools) -> str:
+        """What of a prompt is the conversation, without what opens the answer."""
+        try:
+            return prompt[: _common_prefix(self.render(before, tools), prompt)]
+        except RowError:
+            return prompt
+
+    def _asked_anew(self, before: list[Message], upto: str, start: int, tools: Tools) -> str:
+        """The prompt of a turn, where the template leaves a part of it out once the answer is there; else nothing.
+
+        Some put a system message, or tools, into the user's message only while it is the last (Mistral).
+        """
+        try:
+            prompt = self.render(before, tools, add_generation_prompt=True)
+        except RowError:
+            return ""
+        shared = _common_prefix(prompt, upto)
+        said = self._said(before, prompt, tools) if shared < min(start, len(prompt)) else ""
+        return prompt if said[shared:].strip() else ""
 
     def _with_sentinel(self, before: list[Message], role: str, tools: Tools, prompts: bool = False) -> str:
         return self.render([*before, {"role": role, "content": _SENTINEL}], tools, prompts)
