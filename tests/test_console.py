@@ -72,6 +72,14 @@ def test_a_command_whose_reader_is_gone_says_nothing_of_it(args: list[str]) -> N
     assert "BrokenPipe" not in out.stderr
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="only Linux has a file that is always full")
+def test_an_output_without_room_is_told_in_a_line() -> None:
+    with open("/dev/full", "w") as full:
+        out = subprocess.run([*RLHF, "--help"], stdout=full, stderr=subprocess.PIPE, text=True, timeout=60, check=False)
+    assert out.returncode == 2
+    assert out.stderr == "error: the output: No space left on device; make room, or write elsewhere\n"
+
+
 def steps(folder: Path) -> int:
     file = folder / "run" / "metrics.csv"
     return len(file.read_text().splitlines()) - 1 if file.exists() else 0

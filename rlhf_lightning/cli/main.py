@@ -1,5 +1,6 @@
 """The entry point of `rlhf`. Nothing heavy is imported before it is known what is wanted."""
 
+import errno
 import logging
 import os
 import sys
@@ -43,6 +44,12 @@ EXAMPLES = """examples:
 Exit codes: 0 done, 1 a fault of the program (of `data check`: bad rows, of `pipeline --verify`: a difference),
 2 something to mend in files or flags, 130 interrupted."""
 
+UNWRITABLE = {
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "make room, or write elsewhere"),
+    **dict.fromkeys((errno.EROFS, errno.EACCES, errno.EPERM), "change its rights, or name another place"),
+}
+"""What a disk or a folder says to any command, and what to do; of stages, `refusals` says more."""
+
 
 def usage() -> str:
     """The text of `rlhf --help`."""
@@ -69,6 +76,11 @@ def main(args: list[str] | None = None) -> None:
     except BrokenPipeError:
         silence()
         code = BROKEN_PIPE
+    except OSError as error:
+        if error.errno not in UNWRITABLE:
+            raise
+        silence()
+        code = _fail(f"{error.filename or 'the output'}: {error.strerror}; {UNWRITABLE[error.errno]}")
     sys.exit(code)
 
 

@@ -47,6 +47,11 @@ LOAD_ERRORS = (
     StrictDataclassError,
 )
 
+UNREACHED = re.compile(
+    "couldn't connect to 'https|is not a local folder and is not a valid model identifier|offline mode"
+)
+"""What the libraries say of a name that is no folder here, and that the Hub does not answer for."""
+
 
 @dataclass
 class Start:
@@ -211,11 +216,14 @@ def loading(what: str) -> Iterator[None]:
                 f"of {found[1]}, transformers has none that {kinds.get(found[2], found[2])}",
                 "Name another",
             )
+        elif UNREACHED.search(str(error)):
+            reason = f"no such folder (seen from {Path.cwd()}), and the Hub has none of this name or is out of reach"
+            remedy = "Name a folder that is there"
         elif isinstance(error, ImportError):
             remedy = "Install that, or name a model that needs it not"
         elif "unexpected keyword argument" in reason:
             remedy = "See model.model_options"
-        raise ConfigError(f"{what} cannot be loaded: {reason}. {remedy}.") from error
+        raise ConfigError(f"{what} cannot be loaded: {reason.rstrip('. ')}. {remedy}.") from error
 
 
 def adapter_config(folder: Path | str) -> Any:

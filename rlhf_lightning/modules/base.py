@@ -187,6 +187,8 @@ class RLHFModule(Told):
         self.check_trainer(stage)
         # True with any data module: that the hook here is used is what is meant.
         warnings.filterwarnings("ignore", message="You have overridden `on_before_batch_transfer`")
+        warnings.filterwarnings("ignore", message="Total length of `list` across ranks is zero")  # no validation
+        warnings.filterwarnings("ignore", message="Total length of `list` across ranks is zero")  # no validation
         weights_alone(self.trainer.precision_plugin)
 
     def heads(self) -> list[nn.Module]:
