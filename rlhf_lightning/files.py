@@ -39,6 +39,23 @@ def read_object(path: Path) -> dict[str, Any]:
     return value
 
 
+FORMAT = 1
+"""Of what `stage.json` and checkpoints hold; another number is read by another version."""
+
+
+def check_format(found: Any, what: str) -> None:
+    """Refuse what another version has written; without a number it is of before there was one.
+
+    Raises:
+        ConfigError: says which format it has, and what to do.
+    """
+    if found is None or found == FORMAT:
+        return
+    newer = isinstance(found, int) and found > FORMAT
+    remedy = "update rlhf-lightning" if newer else "use the version that wrote it, or train it anew"
+    raise ConfigError(f"{what} has format {found!r}, and this version reads {FORMAT}: {remedy}")
+
+
 def read_stage(folder: Any) -> dict[str, Any]:
     """The `stage.json` of a model folder (in it, or beside a run's `model`), or nothing."""
     place = Path(str(folder)).expanduser()
@@ -47,7 +64,9 @@ def read_stage(folder: Any) -> dict[str, Any]:
         own = place.resolve().name == "model"
         for path in (place / "stage.json", *([place.resolve().parent / "stage.json"] if own else [])):
             if path.is_file():
-                return read_object(path)
+                stage = read_object(path)
+                check_format(stage.get("format"), str(path))
+                return stage
     return {}
 
 

@@ -12,6 +12,7 @@ import pytest
 from rlhf_lightning import SFTModule
 from rlhf_lightning.data.tokenizers import load_tokenizer
 from rlhf_lightning.errors import ConfigError
+from rlhf_lightning.files import read_stage
 from rlhf_lightning.models.loading import Start
 from rlhf_lightning.models.lora import LoRA
 from rlhf_lightning.untrusted import check_folder, check_pattern
@@ -178,3 +179,22 @@ def test_weights_that_are_a_pickle_under_another_name(base: str, tmp_path: Path)
     with pytest.raises(ConfigError, match="cannot be loaded"):
         Start(base).load()
     shutil.rmtree(base)
+
+
+@pytest.mark.parametrize(
+    ("found", "words"), [(2, "update rlhf-lightning"), (0, "train it anew"), ("x", "train it anew")]
+)
+def test_another_version_of_a_record(found: Any, words: str, adapter: Path) -> None:
+    assert json.loads((adapter / "stage.json").read_text())["format"] == 1
+    changed(adapter, "stage.json", lambda stage: stage.update(format=found))
+    with pytest.raises(ConfigError, match=rf"stage\.json has format {found!r}, and this version reads 1: .*{words}"):
+        read_stage(adapter)
+
+
+def test_a_checkpoint_of_another_version(base: str) -> None:
+    module = SFTModule(base)
+    checkpoint: dict[str, Any] = {}
+    module.on_save_checkpoint(checkpoint)
+    assert checkpoint == {"format": 1}
+    with pytest.raises(ConfigError, match="the checkpoint has format 7, and this version reads 1: update"):
+        module.on_load_checkpoint({"format": 7})

@@ -21,6 +21,7 @@ from rlhf_lightning.data.base import data_ranks
 from rlhf_lightning.data.rendering import Renderer
 from rlhf_lightning.data.tokenizers import load_tokenizer
 from rlhf_lightning.errors import ConfigError
+from rlhf_lightning.files import FORMAT, check_format
 from rlhf_lightning.models.forward import Forward
 from rlhf_lightning.models.generation import end_token_ids
 from rlhf_lightning.models.loading import Start, check_source, check_vocabulary, compile_layers
@@ -374,7 +375,11 @@ class RLHFModule(Told):
         }
         return {name: value for name, value in state.items() if name not in frozen}
 
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["format"] = FORMAT
+
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        check_format(checkpoint.get("format"), "the checkpoint")
         if self.model is None:
             self.configure_model()
         # Where weights are split, the strategy loads them, and has asked before.
@@ -412,5 +417,10 @@ class RLHFModule(Told):
         source = self.start_source
         name = getattr(source, "name_or_path", None) if isinstance(source, nn.Module) else str(source)
         rendering = self.rendering()
-        facts = {"kind": self.stage_kind, "start": name, "stop_token_ids": rendering["stop_token_ids"]}
+        facts = {
+            "format": FORMAT,
+            "kind": self.stage_kind,
+            "start": name,
+            "stop_token_ids": rendering["stop_token_ids"],
+        }
         return {**facts, "rendering": rendering}

@@ -327,6 +327,7 @@ class PolicyRLModule(RLHFModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Beside the weights that are trained, what the rounds have come to."""
+        super().on_save_checkpoint(checkpoint)
         checkpoint["rounds"] = self.rounds.state_dict()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
