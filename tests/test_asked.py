@@ -275,6 +275,8 @@ def test_folders_without_a_record_are_asked_by_default(base: str, tmp_path: Path
     assert Asking.of(base).describe() == ""
     rlhf("generate", base, "--prompt", "Hi", "--max_tokens", "2", "--system", "Be kind.")
     assert f"asks {base} with system 'Be kind.'" in capsys.readouterr().err
+    (Path(base) / "stage.json").write_text(json.dumps({"kind": "sft"}))
+    assert "does not say how it was asked in training" in Asking.of(base).describe()
     # Of earlier preference stages the record had two keys.
     (Path(base) / "stage.json").write_text(json.dumps({"rendering": {"format": "raw", "template_kwargs": {}}}))
     assert Policy(base).renderer.format == "raw"

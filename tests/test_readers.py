@@ -605,3 +605,15 @@ def test_numbers_beyond_floats(tokenizer: Any) -> None:
     data = PreferenceDataModule([ranking], kind="rankings", tokenizer=tokenizer)
     data.setup("fit")
     assert data.prepared["train"].rows[0].ranks == [1, 0]
+
+
+@pytest.mark.parametrize("orient", ["columns", "index", "split", "records", "table"])
+def test_frames_written_as_json_are_their_rows(orient: Any, tmp_path: Path) -> None:
+    """`to_json` by its default has columns of objects; `to_dict` has the same in Python."""
+    rows = [{"prompt": f"Question {i}?", "answer": str(i)} for i in range(12)]
+    pd.DataFrame(rows).to_json(tmp_path / "a.json", orient=orient)
+    found = rows_of(tmp_path / "a.json")
+    assert [{key: row[key] for key in rows[0]} for row in found] == rows
+    if orient != "table":
+        given = pd.DataFrame(rows).to_dict("dict" if orient == "columns" else orient)
+        assert rows_of(given) == rows

@@ -96,6 +96,8 @@ class Asking:
     def describe(self) -> str:
         """How it is asked, in a line; empty where that is the default."""
         differences, parts, told = self.differences(), [], []
+        if not self.record and "kind" in read_stage(self.source):
+            parts.append(f"stage.json of {self.source} does not say how it was asked in training; asks by the defaults")
         kept = {key: value for key, value in self.record.items() if key in DEFAULTS and key not in self.given}
         if said := ", ".join(f"{key} {_shown(value)}" for key, value in kept.items() if not _usual(key, value)):
             parts.append(f"asks as {self.source} was trained: {said}")

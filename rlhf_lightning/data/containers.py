@@ -196,6 +196,8 @@ def unwrapped(given: Mapping[str, Any], split: str | None, name: str) -> Any:
     if library(given) == "datasets" or _is_splits(given):
         return choose_split(given, split, name)
     columns = {key: plain(value) for key, value in given.items()}
+    if (rows := _of_pandas(columns)) is not None:
+        return rows
     if _is_columns(columns):
         return rows_of_columns(columns)
     lengths = {key: len(value) for key, value in columns.items() if isinstance(value, list)}
@@ -214,6 +216,8 @@ def object_rows(given: dict[str, Any], split: str | None, name: str) -> list[Any
     Raises:
         DataError: several lists of rows, none of which is the split; or settings beside the list.
     """
+    if (rows := _of_pandas(given)) is not None:
+        return rows
     if _is_splits(given):
         found = choose_split(given, split, name)
         if not isinstance(found, list):
@@ -274,6 +278,24 @@ def _holds_messages(given: Mapping[str, Any]) -> bool:
     """Whether a column is a list of messages or tools: of one row, not of many."""
     lists = [given[key] for key in ("messages", "conversations", "tools", *ROW_COLUMNS) if key in given]
     return any(isinstance(value, list) and any(isinstance(item, dict) for item in value) for value in lists)
+
+
+def _of_pandas(given: Mapping[Any, Any]) -> list[Any] | None:
+    """The rows of what `to_dict` and `to_json` of a pandas frame make: by columns (the default), `index` or `split`."""
+    if given.keys() >= {"columns", "data"} and given.keys() <= {"columns", "data", "index"}:
+        names, rows = given["columns"], given["data"]
+        lists = isinstance(names, list) and isinstance(rows, list) and all(isinstance(row, list) for row in rows)
+        if lists and all(len(row) == len(names) for row in rows) and all(isinstance(name, str) for name in names):
+            return [dict(zip(names, row, strict=True)) for row in rows]
+    inner = list(given.values())
+    if not inner or not all(isinstance(value, dict) and value for value in inner):
+        return None
+    if all(value.keys() == inner[0].keys() for value in inner):
+        if all(str(key).isdecimal() for key in inner[0]) and all(isinstance(key, str) for key in given):
+            return rows_of_columns({key: list(value.values()) for key, value in given.items()})
+        if all(str(key).isdecimal() for key in given):
+            return inner
+    return None
 
 
 def rows_of_columns(columns: Mapping[str, list[Any]]) -> list[dict[str, Any]]:
