@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import AutoPeftModelForCausalLM, LoraConfig, get_peft_model
+from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rlhf_lightning import PreferenceDataModule, PreferenceModule, SFTDataModule, SFTModule
@@ -18,6 +18,7 @@ from rlhf_lightning.models.lora import LoRA, named_weights, simple
 from rlhf_lightning.models.reference import Reference
 from rlhf_lightning.models.scorers import ImplicitReward, RewardHead
 from rlhf_lightning.pipeline.exporting import export_model
+from rlhf_lightning.pipeline.policies import Policy
 from tests.conftest import build_model, chats, pairs, sgd, trainer
 
 A = ["q_proj", "v_proj"]
@@ -322,3 +323,46 @@ def _user(text: str) -> dict[str, str]:
 
 def _says(text: str) -> dict[str, str]:
     return {"role": "assistant", "content": text}
+
+
+def test_an_adapter_that_would_not_be_trained_is_refused(tokenizer: Any, tmp_path: Path) -> None:
+    folder = folder_of(tokenizer, tmp_path / "base")
+    adapted(loaded(folder), "plain").save_pretrained(tmp_path / "adapter")
+    merged = adapted(loaded(folder), "plain")
+    merged.merge_adapter()
+    off = adapted(loaded(folder), "plain")
+    off.base_model.disable_adapter_layers()
+    for model, message in (
+        (PeftModel.from_pretrained(loaded(folder), str(tmp_path / "adapter")), "is_trainable=True"),
+        (off, "leave it enabled"),
+        (merged, "unmerge_adapter"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            trainer(tmp_path / "run").fit(
+                SFTModule(model, tokenizer=tokenizer), SFTDataModule(chats(4), batch_size=4, show_example=False)
+            )
+
+
+def test_a_tokenizer_of_more_tokens_than_the_base_of_an_adapter(tokenizer: Any, tmp_path: Path) -> None:
+    """As other tools leave it where new tokens were added and no rows for them saved."""
+    folder = folder_of(tokenizer, tmp_path / "base")
+    larger = copy.deepcopy(tokenizer)
+    larger.add_tokens(["<unit>"])
+    adapted(loaded(folder), "plain").save_pretrained(tmp_path / "adapter")
+    larger.save_pretrained(tmp_path / "adapter")
+    model = loaded(folder)
+    model.resize_token_embeddings(len(larger))
+    reference = PreferenceModule(model, ImplicitReward(reference=str(folder)), tokenizer=larger)
+    for load in (lambda: Policy(str(tmp_path / "adapter")), reference.configure_model):
+        with pytest.raises(ConfigError, match=r"embeds \d+: they do not belong together .*'<unit>'"):
+            load()
+
+
+def test_a_token_for_images_needs_no_row(tokenizer: Any) -> None:
+    """Gemma 3 1B: its tokenizer has <image_soft_token>, which the model does not embed, and no row of text has."""
+    model = build_model(tokenizer)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image_soft_token>"]})
+    SFTModule(model, tokenizer=tokenizer).configure_model()
+    tokenizer.add_tokens(["<image_tag>"])  # of text, which rows may have
+    with pytest.raises(ConfigError, match="'<image_tag>'"):
+        SFTModule(model, tokenizer=tokenizer).configure_model()

@@ -35,6 +35,22 @@ def check_adapted(model: Any, lora: Any) -> None:
     check_kind(model.peft_config["default"])
 
 
+def check_trainable(model: Any) -> None:
+    """Raise `ConfigError` where the adapter of a model given as an object would not be trained."""
+    if not hasattr(model, "peft_config"):
+        return
+    if any(getattr(module, "merged", False) for module in model.modules()):
+        raise ConfigError(
+            "the model's adapter is merged (merge_adapter), and no gradient reaches it: call unmerge_adapter() to "
+            "train it on, or merge_and_unload() to train all weights"
+        )
+    if not any(p.requires_grad for name, p in model.named_parameters() if of_adapter(name, model.peft_config)):
+        raise ConfigError(
+            "no weight of the model's adapter is trained: load it with PeftModel.from_pretrained(..., "
+            "is_trainable=True), and leave it enabled"
+        )
+
+
 def check_kind(config: Any, name: str = "the adapter") -> None:
     """Raise `ConfigError` for adapters that are not in the layers: prompts, prefixes."""
     if config.is_prompt_learning:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from rlhf_lightning.errors import ConfigError
 from rlhf_lightning.models.forward import Forward
 from rlhf_lightning.models.heads import find_head, pad_token
-from rlhf_lightning.models.loading import load_for_scoring, read_stage
+from rlhf_lightning.models.loading import check_vocabulary, load_for_scoring, read_stage
 from rlhf_lightning.models.lora import base_of
 from rlhf_lightning.models.packing import prefix_lengths
 from rlhf_lightning.models.precision import NARROW
@@ -159,7 +159,9 @@ class ImplicitReward(_LogprobScorer):
             self.frozen = Reference(model, fresh_adapter, self.max_tokens)
         else:
             dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
-            self.frozen = Reference.of(load_for_scoring(self.reference, self.task, dtype), self.max_tokens)
+            reference = load_for_scoring(self.reference, self.task, dtype)
+            check_vocabulary(reference, tokenizer, f"the reference {self.reference}")
+            self.frozen = Reference.of(reference, self.max_tokens)
 
     def detailed(self, batch: dict[str, Any]) -> Scored:
         reference = batch.get("reference_logprobs")

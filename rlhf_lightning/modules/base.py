@@ -22,6 +22,7 @@ from rlhf_lightning.data.rendering import Renderer
 from rlhf_lightning.data.tokenizers import load_tokenizer
 from rlhf_lightning.errors import ConfigError
 from rlhf_lightning.files import FORMAT, check_format
+from rlhf_lightning.models.base_weights import check_trainable
 from rlhf_lightning.models.forward import Forward
 from rlhf_lightning.models.generation import end_token_ids
 from rlhf_lightning.models.loading import Start, check_source, check_vocabulary, compile_layers
@@ -262,6 +263,7 @@ class RLHFModule(Told):
         return [p for p in self.parameters() if p.requires_grad]
 
     def configure_optimizers(self) -> Any:
+        check_trainable(self.model)
         try:
             optimizer = self.optimizer_factory(self.parameter_groups())
             scheduler = self.scheduler_factory(optimizer) if self.scheduler_factory else None

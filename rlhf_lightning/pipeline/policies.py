@@ -16,7 +16,7 @@ from rlhf_lightning.data.tokenizers import load_tokenizer
 from rlhf_lightning.errors import ConfigError
 from rlhf_lightning.models.generation import end_token_ids
 from rlhf_lightning.models.heads import task_of
-from rlhf_lightning.models.loading import check_source, disable_dropout, load_for_scoring
+from rlhf_lightning.models.loading import check_source, check_vocabulary, disable_dropout, load_for_scoring
 from rlhf_lightning.models.lora import base_of
 from rlhf_lightning.models.scoring import TokenScorer
 from rlhf_lightning.rollout.episodes import Episode
@@ -43,6 +43,7 @@ class Policy:
         self.asking = Asking.of(folder, **(asked or {}))
         self.renderer = self.asking.renderer(self.tokenizer, end_token_ids(folder, self.tokenizer))
         self.model = load_for_scoring(folder, "CAUSAL_LM", dtype).to(device)
+        check_vocabulary(self.model, self.tokenizer, f"the model {folder}")
         disable_dropout(self.model)
         self.tokens = TokenScorer(self.model)
         self.drawn = sampling_settings(folder, self.model)
