@@ -237,6 +237,13 @@ def test_a_column_mapped_to_a_name_that_nothing_uses(
     assert prompt.row["answer"] == "4", "rewards are given it"
 
 
+def test_what_is_trained_of_raw_text_is_not_chosen(tokenizer: Any) -> None:
+    with pytest.raises(ConfigError, match="train_on is everything, and with format raw the last message is what"):
+        rows_of(SFTDataModule, SFT["messages"], tokenizer, format="raw", train_on="everything")
+    assert rows_of(SFTDataModule, {"text": "one"}, tokenizer, format="raw", train_on="everything")
+    assert rows_of(SFTDataModule, SFT["messages"], tokenizer, format="raw", train_on="last_assistant")
+
+
 def test_a_tie_has_no_labels(tokenizer: Any) -> None:
     with pytest.raises(DataError, match="the pair is a tie: neither response can be labelled"):
         rows_of(PreferenceDataModule, {**PAIRS["pair"], "tie": True}, tokenizer, kind="labels")

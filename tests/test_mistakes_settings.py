@@ -10,6 +10,7 @@ import pytest
 from rlhf_lightning.cli import meant
 from rlhf_lightning.errors import ConfigError
 from rlhf_lightning.pipeline.plan import read_mapping, read_plan
+from rlhf_lightning.run_folder import MARK
 from tests.conftest import chats, write_rows
 from tests.fuzzing import refused, rlhf
 from tests.test_cli import write_yaml
@@ -110,6 +111,18 @@ def test_config_files(kind: str, text: str, parts: list[str], flag: list[str], p
     (place / "c.yaml").write_text(text)
     message = refused(rlhf(kind, "fit", *flag))
     assert all(part in message for part in parts), message
+
+
+def test_the_folder_of_a_stage_of_another_kind(place: Path) -> None:
+    (place / "run").mkdir()
+    for name in (MARK, "stage.json"):
+        (place / "run" / name).write_text("{}")
+    root = ["--trainer.default_root_dir", "run"]
+    for kind, settings in (("policy", {"group_size": 2}), ("preference", {"kind": None})):
+        (place / "run" / "config.yaml").write_text(json.dumps({"data": settings}))
+        assert f"run holds a run of rlhf {kind}. Name another" in refused(rlhf("sft", "fit", *START, *root))
+    (place / "run" / "config.yaml").write_text(json.dumps({"data": {"batch_size": 8}}))
+    assert "run holds a run of rlhf sft. Name another" in refused(rlhf("policy", "fit", *START, *root))
 
 
 def test_a_config_belongs_after_its_command(place: Path) -> None:

@@ -239,7 +239,13 @@ class StageCLI(LightningCLI):
         if not (done or saved):
             self._check_data(config, begins=True)
             return
-        different = self._different(config)
+        before = self._before()
+        if before and (kind := _kind(before)) != self.kind:
+            raise ConfigError(
+                f"{self.root} holds a run of rlhf {kind}. Name another --trainer.default_root_dir, or discard it with "
+                "--fresh."
+            )
+        different = self._different(before)
         # What is exported may be decided anew until it is.
         free = MAY_CHANGE if done else (*MAY_CHANGE, "export")
         if changed := [key for key in different if key not in free]:
@@ -268,13 +274,18 @@ class StageCLI(LightningCLI):
             remove(self.root / RECORD)  # of a run that was stopped before its first checkpoint
         check_data_record(self.root, config.data.as_dict())
 
-    def _different(self, config: Any) -> list[str]:
+    def _before(self) -> dict[str, Any]:
+        """The settings of the run that the folder holds; empty where they are not known."""
         path = self.root / "config.yaml"
-        if not path.exists():
+        return _flat(read_mapping(path)) if path.exists() else {}
+
+    def _different(self, before: dict[str, Any]) -> list[str]:
+        if not before:
             return []
-        before = _flat(read_mapping(path))
         dump = yaml.safe_load(self.parser.dump(self.config, skip_none=False))
         now = _flat(dump[self.subcommand])
+        if self.kind == "policy":  # earlier versions wrote these down
+            before = {key: value for key, value in before.items() if key not in ("data.batch_size", "data.max_length")}
         return sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
 
     def _run_subcommand(self, subcommand: str) -> None:
@@ -306,6 +317,12 @@ def _guard_checkpoints(trainer: Any) -> None:
 
 class Finished(Exception):
     """The folder holds the finished run of these very settings."""
+
+
+def _kind(settings: dict[str, Any]) -> str:
+    """The kind of stage that settings are of."""
+    marks = {"policy": "data.group_size", "preference": "data.kind"}
+    return next((kind for kind, name in marks.items() if name in settings), "sft")
 
 
 def _flat(value: Any, prefix: str = "") -> dict[str, Any]:

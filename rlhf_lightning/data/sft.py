@@ -72,6 +72,11 @@ class SFTDataModule(RowDataModule):
             refuse_beside_text(data)
             rows = [self.renderer.text(data["text"])]
         else:
+            if self.renderer.format == "raw" and self.train_on not in ("all_assistant", "last_assistant"):
+                raise ConfigError(
+                    f"data.train_on is {self.train_on}, and with format raw the last message is what is trained: leave "
+                    "it out, or give such rows as 'text', all of which is trained"
+                )
             messages, tools = conversation(data), tool_schemas(data)
             self.renderer.refuse_lost(messages, tools)
             rows = self.renderer.conversation(messages, tools, self.train_on)
