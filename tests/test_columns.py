@@ -1,5 +1,6 @@
 """Columns with a common meaning, beside every shape of rows: used, or refused with file and line and a remedy."""
 
+import json
 import logging
 import re
 from collections.abc import Callable
@@ -9,11 +10,13 @@ import pytest
 
 from rlhf_lightning.cli.score import responses
 from rlhf_lightning.data.check import check
+from rlhf_lightning.data.conversations import to_messages
 from rlhf_lightning.data.preference import PreferenceDataModule
 from rlhf_lightning.data.prompts import PromptDataModule, prompt_example
-from rlhf_lightning.data.records import Reading, Row, convert_rows
+from rlhf_lightning.data.records import Reading, Row, RowError, convert_rows
 from rlhf_lightning.data.rendering import Renderer
 from rlhf_lightning.data.sft import SFTDataModule
+from rlhf_lightning.data.tool_calls import read_tools
 from rlhf_lightning.errors import ConfigError, DataError
 from rlhf_lightning.pipeline.references import references_of
 from rlhf_lightning.rollout.rewards.normalise import _demonstration
@@ -271,3 +274,67 @@ def test_references_with_a_system_column(tokenizer: Any) -> None:
         if "prompt" in row or "messages" in row:
             prompt = prompt_example(Renderer(tokenizer), {**row, "system": "Be kind."})
             assert references_of([prompt]) == [[[ASSISTANT]]]
+
+
+@pytest.mark.parametrize(
+    "mark", [{"loss": False}, {"training": False}, {"loss_weight": 0}, {"train": False}, {"weight": 0.0}]
+)
+def test_marks_of_other_tools(tokenizer: Any, mark: dict[str, Any]) -> None:
+    said = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]
+    data = SFTDataModule([{"messages": [said[0], {**said[1], **mark}, *said]}], tokenizer=tokenizer, show_example=False)
+    data.setup("fit")
+    assert data.prepared["train"].rows[0].show(tokenizer).count("⟦") == 1
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("train_detail", [{"begin_offset": 0}]), ("tools", [{"name": "f"}]), ("functions", "[{}]"), ("images", ["a.png"])],
+)
+def test_what_a_message_cannot_hold(tokenizer: Any, key: str, value: Any) -> None:
+    said = [{"role": "user", "content": "Q", key: value}, {"role": "assistant", "content": "A"}]
+    with pytest.raises(DataError, match=rf"message 0 \(user\) has '{key}', which is not used there"):
+        SFTDataModule([{"messages": said}], tokenizer=tokenizer, show_example=False).setup("fit")
+
+
+@pytest.mark.parametrize("column", [{"weight": "0"}, {"weight": "0.5"}, {"train": "False"}, {"loss_weight": 0}])
+def test_weights_of_rows_of_every_kind(tokenizer: Any, column: dict[str, Any]) -> None:
+    options: dict[str, Any] = {"tokenizer": tokenizer, "show_example": False}
+    said = {"prompt": "Q", "completion": "A", "chosen": "A", "rejected": "B", **column}
+    sft = {key: value for key, value in said.items() if key not in ("chosen", "rejected")}
+    for module, stage in (
+        (SFTDataModule([sft], **options), "fit"),
+        (PreferenceDataModule([said], **options), "fit"),
+        (PromptDataModule(None, [said], **options), "validate"),
+    ):
+        with pytest.raises(DataError, match="rows have no weights"):
+            module.setup(stage)
+    for fine in ("1", "1.0", "true", "train"):  # a split's name may stand in a column of that name
+        SFTDataModule([sft | {next(iter(column)): fine}], **options).setup("fit")
+
+
+def test_settings_of_a_template_in_a_row(tokenizer: Any) -> None:
+    row = {"prompt": "Q", "completion": "A", "chat_template_kwargs": {"enable_thinking": False}}
+    for module, stage in (
+        (SFTDataModule([row], tokenizer=tokenizer, show_example=False), "fit"),
+        (PromptDataModule(None, [row], tokenizer=tokenizer, show_example=False), "validate"),
+    ):
+        with pytest.raises(DataError, match=r"set data\.template_kwargs"):
+            module.setup(stage)
+
+
+def test_conversations_that_a_table_holds_as_text() -> None:
+    said = [{"role": "system", "content": "S"}, {"role": "user", "content": "It's"}]
+    for text in (json.dumps(said), str(said), json.dumps([{"from": "human", "value": "It's"}])):
+        assert to_messages(text)[-1] == said[-1]
+    # What an array of numpy prints has no commas.
+    with pytest.raises(RowError, match="as Python prints it"):
+        to_messages("[{'role': 'user', 'content': 'Q'}\n {'role': 'assistant', 'content': 'A'}]")
+    # Other lists are what a user says, and an answer is never read so.
+    for text in ('[{"role": "admin", "content": "x"}]', '[{"role": "user", "content": "x"}] what is this?', "[1]"):
+        assert to_messages(text) == [{"role": "user", "content": text}]
+    assert to_messages(json.dumps(said), "assistant")[0]["role"] == "assistant"
+
+
+def test_an_empty_object_is_no_tool() -> None:
+    assert read_tools({}) is None
+    assert read_tools("{}") is None

@@ -8,24 +8,33 @@ from rlhf_lightning.data.records import RowError
 from rlhf_lightning.data.tool_calls import short
 from rlhf_lightning.errors import ConfigError
 
-SYSTEM = ("system", "system_prompt")
+SYSTEM = ("system", "system_prompt", "system_message")
 TOOLS = ("tools", "functions")
 MEDIA = ("image", "images", "audio", "audios", "video", "videos")
-MARKS = ("trainable", "train", "weight")
+MARKS = ("trainable", "train", "training", "loss", "weight", "loss_weight")
 """What data sets call the mark of a message that is trained or not."""
+WEIGHTS = ("weight", "loss_weight", "train", "trainable")
+"""What they call the weight of a row, by which it cannot be learnt from more or less."""
+UNUSABLE = ("train_detail", "training_detail", "tools", "functions", *MEDIA)
+"""What a message holds that cannot be used there."""
 OPENING = ("system", "developer")
 """Roles of a message that only stands first."""
 PAIR_REMEDY = (
     "rlhf preference learns from it. To imitate the chosen answers, set columns: {completion: chosen} (with a "
     "'prompt'), or columns: {messages: chosen}"
 )
-LEARNT = (*MARKS, "label", "margin", "tie", "score_chosen", "score_rejected")
+LEARNT = (*WEIGHTS, "label", "margin", "tie", "score_chosen", "score_rejected")
 """What says how a row is learnt from, where rows are learnt from and not only asked."""
 UNWANTED = (0, False, "0", "false", "undesirable")
 
 
 def refuse_media(data: Mapping[str, Any]) -> None:
-    """Raise `RowError` for images, audio and videos, which no model here is given."""
+    """Raise `RowError` for images, audio and videos, which no model here is given, and for settings of a template."""
+    if not is_empty(data.get("chat_template_kwargs")):
+        raise RowError(
+            "the row has 'chat_template_kwargs', and all rows are rendered alike: set data.template_kwargs, and leave "
+            "the column out with columns: {chat_template_kwargs: null}"
+        )
     refuse_misspelt(data, (*SYSTEM, *TOOLS, *MEDIA))
     for name in MEDIA:
         if not is_empty(data.get(name)):
@@ -81,7 +90,7 @@ def refuse_unused_names(columns: Mapping[str, str | None] | None, used: set[str]
     Args:
         columns: the mapping. used: the names that rows were read from; empty where all of them stay with a row.
     """
-    known = {*used, *MEDIA, *MARKS, "label"}  # these are looked at in every row
+    known = {*used, *MEDIA, *MARKS, *WEIGHTS, "label"}  # these are looked at in every row
     for ours, theirs in (columns or {}).items():
         if used and theirs is not None and ours not in known:
             close = get_close_matches(ours, sorted(used), n=1)
@@ -90,7 +99,7 @@ def refuse_unused_names(columns: Mapping[str, str | None] | None, used: set[str]
 
 
 def with_system(data: Mapping[str, Any], messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The messages of a row with the text of its `system` (or `system_prompt`) column in front.
+    """The messages of a row with the text of its `system` (`system_prompt`, `system_message`) column in front.
 
     Raises:
         RowError: the column is no text, or the messages begin with another system message.
@@ -119,18 +128,22 @@ def _system(data: Mapping[str, Any]) -> tuple[str, str]:
         if value.strip():
             found[column] = value
     if len({text.strip() for text in found.values()}) > 1:
-        raise RowError("the row has 'system' and 'system_prompt', and they are not the same")
+        raise RowError(f"the row has {' and '.join(map(repr, found))}, and they are not the same")
     return next(iter(found.items()), ("", ""))
 
 
 def take_marks(message: dict[str, Any], where: str) -> None:
-    """Bring `trainable`, `train` and `weight` of a message to one key, `trainable`; raises `RowError`."""
+    """Bring the `MARKS` of a message to one key, `trainable`; raises `RowError` for what cannot be used either."""
+    for name in UNUSABLE:
+        if not is_empty(message.get(name)):
+            help = ": it belongs into a column of the row" if name in TOOLS else ""
+            raise RowError(f"{where} has {name!r}, which is not used there{help}")
     marks = set()
     for name in MARKS:
         if (value := message.pop(name, None)) is None:
             continue
         if not isinstance(value, bool | int | float) or value not in (0, 1):
-            wanted = "0 (not trained) or 1" if name == "weight" else "true or false"
+            wanted = "0 (not trained) or 1" if name.endswith("weight") else "true or false"
             raise RowError(f"{where}: {name!r} must be {wanted}, this is {short(value)}")
         marks.add(bool(value))
     if len(marks) > 1:
@@ -177,13 +190,22 @@ def has_pair(data: Mapping[str, Any]) -> bool:
 
 def refuse_weight(data: Mapping[str, Any]) -> None:
     """Raise `RowError` for a weight of a whole row."""
-    for name in ("weight", "train", "trainable"):
+    for name in WEIGHTS:
         value = data.get(name)
+        if isinstance(value, str):  # as tables have them
+            value = {"true": 1, "false": 0}.get(value.strip().lower(), _number(value))
         if isinstance(value, bool | int | float) and value != 1:
             raise RowError(
-                f"the row has {name!r} {value!r}, and rows have no weights: leave out those of weight 0, or the column "
-                f"with columns: {{{name}: null}}"
+                f"the row has {name!r} {data[name]!r}, and rows have no weights: leave out those of weight 0, or the "
+                f"column with columns: {{{name}: null}}"
             )
+
+
+def _number(text: str) -> float | None:
+    try:
+        return float(text)
+    except ValueError:
+        return None
 
 
 def refuse_beside_text(data: Mapping[str, Any]) -> None:

@@ -1,6 +1,10 @@
 """The shapes in which people store conversations, brought to one: a list of `{role, content, …}` messages."""
 
+import ast
+import json
+import re
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 from rlhf_lightning.data.columns import (
@@ -36,6 +40,7 @@ SPEAKERS = {
     "tool_response": "tool",
     "tool_result": "tool",
 }
+_LISTED = re.compile(r"""\[\s*\{\s*['"](role|from|content|value)['"]\s*:""")
 CALLERS = ("function_call", "tool_call", "tool_calls")
 """Roles whose text is a tool call."""
 ROLES = ("system", "developer", "user", "assistant", "tool")
@@ -51,13 +56,34 @@ def to_messages(value: Any, first_role: str = "user") -> list[Message]:
         RowError: an empty list, or a message that has neither content nor tool calls.
     """
     if isinstance(value, str):
-        return [{"role": first_role, "content": value}]
+        said = _written(value) if first_role == "user" else None
+        if said is None:
+            return [{"role": first_role, "content": value}]
+        value = said
     if not isinstance(value, list) or not value:
         raise RowError(f"a conversation must be a non-empty list of messages, this is {short(value)}")
     messages: list[Message] = []
     for index, item in enumerate(value):
         messages += _messages(item, index, messages[-1]["role"] if messages else None, first_role)
     return messages
+
+
+def _written(text: str) -> list[Any] | None:
+    """The messages of a conversation that a table holds as text (JSON, or as Python prints it); None for other text."""
+    if not _LISTED.match(text := text.strip()):
+        return None
+    for read in (json.loads, ast.literal_eval):
+        with suppress(ValueError, SyntaxError, RecursionError, MemoryError):
+            value = read(text)
+            return value if all(map(_is_message, value)) else None
+    if "'" in text[: text.index(":")]:
+        raise RowError(f"a conversation as text must be JSON; this is as Python prints it: {short(text)}")
+    return None
+
+
+def _is_message(item: Any) -> bool:
+    role = (item.get("role") or item.get("from")) if isinstance(item, dict) else None
+    return isinstance(role, str) and role.lower() in (*ROLES, *SPEAKERS) and ("content" in item or "value" in item)
 
 
 def _messages(item: Any, index: int, previous: str | None, first_role: str) -> list[Message]:

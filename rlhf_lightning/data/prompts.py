@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rlhf_lightning.data.base import RowDataModule
-from rlhf_lightning.data.columns import refuse_media, unmarked, with_system
+from rlhf_lightning.data.columns import refuse_media, refuse_weight, unmarked, with_system
 from rlhf_lightning.data.conversations import Message, conversation, has_conversation, tool_schemas
 from rlhf_lightning.data.records import RowError, Source, require
 from rlhf_lightning.data.rendering import Renderer, as_prompt
@@ -151,7 +151,7 @@ class PromptDataModule(RowDataModule):
     def examples(self, name: str) -> Callable[[dict[str, Any]], list[Any]]:
         if name == "train" and self.recorded:
             return self.module.recorded_episode
-        return self._prompt
+        return self._prompt if name == "predict" else self._weighed
 
     @property
     def module(self) -> Any:
@@ -160,6 +160,10 @@ class PromptDataModule(RowDataModule):
         if not hasattr(module, "rollout_loader"):
             raise ConfigError("PromptDataModule trains a PolicyRLModule: run both by one Trainer")
         return module
+
+    def _weighed(self, data: dict[str, Any]) -> list[Prompt]:
+        refuse_weight(data)
+        return self._prompt(data)
 
     def _prompt(self, data: dict[str, Any]) -> list[Prompt]:
         prompt = prompt_example(self.renderer, data)

@@ -91,7 +91,7 @@ def read_tools(value: Any, name: str = "tools") -> list[Any] | None:
     if isinstance(value, str):
         value = _json(value, f"{name!r} is text that is not JSON") if value.strip() else None
     if isinstance(value, dict):
-        value = [value]
+        value = [value] if value else None
     if not value:
         return None
     if isinstance(value, list):
