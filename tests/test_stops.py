@@ -167,3 +167,20 @@ def test_an_end_without_any_other(tokenizer: Any) -> None:
     with pytest.raises(ConfigError, match="no stop token"):
         Renderer(tokenizer)
     assert Renderer(tokenizer, stop_token_ids=[3]).stop_token_ids == [3]
+
+
+def test_texts_that_end_a_response_by_the_generation_config(tokenizer: Any) -> None:
+    model = build_model(tokenizer)
+    for named, own, wanted in (
+        ("one", None, ["one"]),
+        (["one", "two"], None, ["one", "two"]),
+        (["one"], ["two"], ["two"]),
+    ):
+        model.generation_config.stop_strings = named
+        sampler = Sampler(max_tokens=4, stop=own)
+        sampler.bind(model, Renderer(tokenizer))
+        assert list(sampler.stop) == wanted
+        assert set(wanted) <= set(sampler.params.stop_strings)
+    sampler = Sampler(max_tokens=4)
+    sampler.bind(model, Renderer(tokenizer, stop=["one"]))
+    assert list(sampler.stop) == ["one"]

@@ -45,6 +45,12 @@ def end_token_ids(source: Any, tokenizer: Any = None) -> list[int]:
     return _named(config, read_object(own) if own.is_file() else None, tokenizer, str(folder))
 
 
+def stop_texts(model: Any) -> list[str]:
+    """The texts that end a response by a model's generation config (`stop_strings`)."""
+    found = getattr(getattr(base_of(model), "generation_config", None), "stop_strings", None) or []
+    return [found] if isinstance(found, str) else [text for text in found if isinstance(text, str) and text]
+
+
 def _of_hub(name: str, tokenizer: Any) -> list[int]:
     from transformers import GenerationConfig, PretrainedConfig
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from rlhf_lightning.data.rendering import Renderer
 from rlhf_lightning.errors import ConfigError, check_whole
-from rlhf_lightning.models.generation import end_token_ids
+from rlhf_lightning.models.generation import end_token_ids, stop_texts
 from rlhf_lightning.models.lora import base_of, named_weights
 from rlhf_lightning.rollout.draw import Sample, SamplingParams
 from rlhf_lightning.rollout.engine import LocalEngine
@@ -51,7 +51,8 @@ class Sampler:
         min_p: draw from tokens at least this fraction as likely as the likeliest; biased likewise.
         min_tokens: no response ends before; biased likewise.
         stop: texts that end a response where they are complete. Their tokens are trained; rewards and environments see
-            the text before. By default those that the model was trained with, as its `stage.json` says.
+            the text before. By default those that the model was trained with, as its `stage.json` says,
+            and those of its generation config.
         batch_rows: rows decoded side by side.
         engine: an `Engine` that samples in place of the built-in one.
         cuda_graphs: on a GPU, replay the steps of decoding as graphs.
@@ -107,7 +108,8 @@ class Sampler:
         self.model = model
         renderer.also_stop_at(end_token_ids(model, renderer.tokenizer))
         if self.own_stop is None:
-            self.stop = renderer.stop
+            own = [text for text in stop_texts(model) if text not in (*renderer.stop, *renderer.stop_strings)]
+            self.stop = (*renderer.stop, *own)
         elif renderer.stop and set(renderer.stop) != set(self.own_stop):
             log.warning(
                 "sampler.stop is %s, and the model was trained with %s: the setting is used",
