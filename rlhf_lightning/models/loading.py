@@ -244,8 +244,8 @@ def with_adapter(base: Any, folder: Path | str, **options: Any) -> Any:
     from safetensors import safe_open
 
     weights = Path(folder) / "adapter_model.safetensors"
-    fit_rows(base, adapter_config(folder), folder)
     with loading(f"the adapter {str(folder)!r}"):
+        fit_rows(base, adapter_config(folder), folder)
         model = PeftModel.from_pretrained(base, folder, **options)
         if not weights.exists():
             return model
