@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -70,29 +71,42 @@ def read_stage(folder: Any) -> dict[str, Any]:
     return {}
 
 
+def scratch_of(path: Path) -> Path:
+    """Where a file is written before it is renamed."""
+    return path.with_name(f".{path.name}.partial")
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a text under a temporary name and rename, so that no half file is ever read."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = scratch_of(path)
+    scratch.write_text(text, encoding="utf-8")
+    os.replace(scratch, path)
+
+
+def repeated_key(pairs: Sequence[tuple[str, Any]]) -> str | None:
+    """The first key that stands twice in a JSON object: of two values a parser keeps the last in silence."""
+    names = [name for name, _ in pairs]
+    return next((name for name in names if names.count(name) > 1), None) if len(set(names)) < len(names) else None
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a file that a person has named, whole or not at all.
 
     Raises:
         ConfigError: it cannot be written (a full disk, no rights).
     """
-    scratch = path.with_name(f".{path.name}.partial")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        scratch.write_text(text, encoding="utf-8")
-        os.replace(scratch, path)
+        replace_text(path, text)
     except OSError as error:
         with suppress(OSError):
-            scratch.unlink()
+            scratch_of(path).unlink()
         raise ConfigError(f"{path}: cannot be written ({error.strerror}); make room, or name another place") from None
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write JSON under a temporary name and rename, so that no half file is ever read."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(f".{path.name}.partial")
-    scratch.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
-    os.replace(scratch, path)
+    """Write JSON whole; see `replace_text`."""
+    replace_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 def duration(seconds: Any) -> str:

@@ -54,8 +54,8 @@ def claim(root: Path, results: Iterable[str], patience: float = 0.0) -> None:
         return
     try:
         root.mkdir(parents=True, exist_ok=True)
-        mine = not (root / MARK).exists()
-        if mine and (foreign := [name for name in results if os.path.lexists(root / name)]):
+        unmarked = not (root / MARK).exists()
+        if unmarked and (foreign := [name for name in results if os.path.lexists(root / name)]):
             raise ConfigError(
                 f"{root / foreign[0]} is there, and no run of rlhf has made it: it would be replaced. Name another "
                 "folder for the run, or move it away."

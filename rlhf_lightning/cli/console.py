@@ -60,9 +60,7 @@ class SteadyStream:
         if error.errno not in GONE:
             raise error
         # Libraries in C and processes that are started write to the same descriptor.
-        null = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(null, self._stream.fileno())
-        os.close(null)
+        _lead_nowhere(self._stream)
         log.warning("%s has no reader any more; the run goes on, and its log file has what it says", self._stream.name)
 
     def __getattr__(self, name: str) -> Any:
@@ -83,6 +81,10 @@ def steady_console() -> Iterator[None]:
 
 def silence() -> None:
     """Send what is left of standard output nowhere: at its exit Python would complain of it."""
+    _lead_nowhere(sys.stdout)
+
+
+def _lead_nowhere(stream: TextIO) -> None:
     null = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(null, sys.stdout.fileno())
+    os.dup2(null, stream.fileno())
     os.close(null)

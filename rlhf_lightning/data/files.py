@@ -18,6 +18,7 @@ from urllib.parse import unquote, urlsplit
 from rlhf_lightning.data.containers import object_rows, unfilled
 from rlhf_lightning.data.tables import Item, arrow_rows, csv_items
 from rlhf_lightning.errors import DataError
+from rlhf_lightning.files import repeated_key
 
 log = logging.getLogger(__name__)
 JSON_KINDS = (".jsonl", ".ndjson", ".json")
@@ -264,8 +265,7 @@ def load_json(text: str) -> Any:
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
-        keys = [key for key, _ in pairs]
-        raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} stands twice in an object")
+        raise ValueError(f"the key {repeated_key(pairs)!r} stands twice in an object")
     return found
 
 

@@ -149,10 +149,16 @@ def _of_labels(labels: Tensor, ids: Tensor, mask: Any) -> Tensor:
     return trained
 
 
+def _shaped(name: str, value: Any, ids: Tensor) -> Tensor:
+    """A tensor with a number for each token; raises `ConfigError`."""
+    if not isinstance(value, Tensor) or value.shape != ids.shape:
+        shown = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
+        raise ConfigError(f"a batch's {name} is {shown}, its input_ids are {list(ids.shape)}{_SEE}")
+    return value
+
+
 def _mask(mask: Any, ids: Tensor) -> Tensor:
-    if not isinstance(mask, Tensor) or mask.shape != ids.shape:
-        shown = list(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
-        raise ConfigError(f"a batch's mask is {shown}, its input_ids are {list(ids.shape)}{_SEE}")
+    mask = _shaped("mask", mask, ids)
     wide = mask if mask.dtype == torch.float64 else mask.float()
     if not bool(((wide == 0) | (wide == 1)).all()):
         raise ConfigError(f"a batch's mask has values other than 0 and 1: it says which tokens are trained{_SEE}")
@@ -161,9 +167,7 @@ def _mask(mask: Any, ids: Tensor) -> Tensor:
 
 def _attention(attention: Any, ids: Tensor) -> Tensor:
     """Where there are tokens, `[B, T]`: in one piece, with padding on either side."""
-    if not isinstance(attention, Tensor) or attention.shape != ids.shape:
-        shown = list(attention.shape) if isinstance(attention, Tensor) else type(attention).__name__
-        raise ConfigError(f"a batch's attention_mask is {shown}, its input_ids are {list(ids.shape)}{_SEE}")
+    attention = _shaped("attention_mask", attention, ids)
     there = attention != 0
     begins = there & ~torch.nn.functional.pad(there, (1, 0))[:, :-1]
     if bool((begins.sum(-1) > 1).any()) or not bool(((attention == 0) | (attention == 1)).all()):

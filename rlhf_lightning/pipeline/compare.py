@@ -5,10 +5,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from rlhf_lightning.data.prompts import Prompt
-from rlhf_lightning.errors import ConfigError
 from rlhf_lightning.objectives.intervals import best_of_kl, mean_interval, wilson, win_rate
 from rlhf_lightning.pipeline.policies import Policy
 from rlhf_lightning.pipeline.references import Reference, nearness, perplexity
+from rlhf_lightning.rollout.environments import imported
 from rlhf_lightning.rollout.episodes import Episode
 from rlhf_lightning.rollout.rewards import FunctionReward, ModelReward, Reward, total_rewards
 
@@ -47,19 +47,11 @@ class Drawing:
 
 def make_rewards(models: Sequence[str], functions: Sequence[str]) -> list[Reward]:
     """Rewards of model folders (any scorer) and of functions, named by dotted path, with equal weights."""
-    from importlib import import_module
-
     rewards: list[Reward] = [
         ModelReward(folder, name="reward_model" if len(models) == 1 else f"reward_model_{i}")
         for i, folder in enumerate(models)
     ]
-    for path in functions:
-        module, _, name = path.rpartition(".")
-        try:
-            rewards.append(FunctionReward(getattr(import_module(module), name)))
-        except (ImportError, AttributeError, ValueError) as error:
-            raise ConfigError(f"--gold {path!r} cannot be imported: {error}") from error
-    return rewards
+    return rewards + [FunctionReward(imported(path, "--gold")) for path in functions]
 
 
 def figures(groups: Sequence[Sequence[Episode]], rewarded: bool = True) -> dict[str, float]:

@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from rlhf_lightning.errors import ConfigError
-from rlhf_lightning.files import hash_file
+from rlhf_lightning.files import hash_file, repeated_key
 
 KINDS = ("sft", "preference", "policy")
 STAGE_KEYS = {"name", "kind", "config", "overrides", "start", "reward", "critic", "on_failure"}
@@ -219,8 +219,7 @@ class UniqueKeys(yaml.SafeLoader):
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise RepeatedKey(f": {next(name for name in names if names.count(name) > 1)} stands twice in one object")
+        raise RepeatedKey(f": {repeated_key(pairs)} stands twice in one object")
     return found
 
 

@@ -1,9 +1,9 @@
 """`report.html`: one self-contained page about a run."""
 
 import logging
-import os
 from pathlib import Path
 
+from rlhf_lightning.files import replace_text
 from rlhf_lightning.pipeline.report import sections
 from rlhf_lightning.pipeline.report.html import Html, el, text
 from rlhf_lightning.pipeline.report.read import Run, read_run
@@ -25,10 +25,7 @@ def write_report(root: str | Path, output: str | Path | None = None) -> Path:
     """
     path = Path(output) if output else Path(root) / "report.html"
     page = render(read_run(Path(root)))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(f".{path.name}.partial")
-    scratch.write_text(page, encoding="utf-8")
-    os.replace(scratch, path)
+    replace_text(path, page)
     return path
 
 
