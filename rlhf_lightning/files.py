@@ -1,9 +1,11 @@
 """Files: hashing them, and writing so that no half file is ever read; times and text to show. Imports nothing heavy."""
 
+import csv
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -118,23 +120,48 @@ def duration(seconds: Any) -> str:
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {left} s" if minutes else f"{left} s"
 
 
-_BIDI = set("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
+_BIDI = "\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069"
 """Marks that turn the order of what follows: a text can show otherwise than it reads."""
+_CONTROL = re.compile(f"[\0-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff{_BIDI}]")
 
 
 def visible(text: str) -> str:
     """Text without control characters: what a terminal would obey, or no page can hold, is shown as an escape."""
-    if text.isascii() and text.isprintable():
-        return text
-    return "".join(ascii(c)[1:-1] if _is_control(c) else c for c in text)
+    return _CONTROL.sub(lambda found: ascii(found.group())[1:-1], text)
 
 
 def as_json(value: Any, indent: int | None = None) -> str:
     """JSON as people read it, with control characters in it as JSON's own escapes."""
     text = json.dumps(value, ensure_ascii=False, indent=indent, default=str)
-    return "".join(f"\\u{ord(c):04x}" if c != "\n" and _is_control(c) else c for c in text)
+    return _CONTROL.sub(lambda found: f"\\u{ord(found.group()):04x}", text)
 
 
-def _is_control(letter: str) -> bool:
-    code = ord(letter)
-    return (code < 32 and letter not in "\n\t") or 127 <= code < 160 or 0xD800 <= code < 0xE000 or letter in _BIDI
+def table_cell(value: Any) -> Any:
+    """A value for a CSV file: a text that a spreadsheet would compute, as a formula, is quoted by an apostrophe.
+
+    Numbers stay as they are, those in texts too; `table_value` gives back what was written.
+    """
+    return f"'{value}" if isinstance(value, str) and _is_formula(value.lstrip("'")) else value
+
+
+def table_value(text: str) -> str:
+    """What a cell of `table_cell` stands for."""
+    return text[1:] if text.startswith("'") and _is_formula(text.lstrip("'")) else text
+
+
+def read_table(stream: Iterable[str]) -> Iterator[dict[str, str]]:
+    """Rows of a CSV file by column, as `table_cell` was given them."""
+    lines = csv.reader(stream)
+    columns = [table_value(name) for name in next(lines, [])]
+    for line in lines:
+        yield dict(zip(columns, map(table_value, line), strict=False))
+
+
+def _is_formula(text: str) -> bool:
+    if not text.startswith(("=", "@", "+", "-", "\t", "\r", "\n", "＝", "＋", "－", "＠")):
+        return False
+    try:
+        float(text)
+    except ValueError:
+        return True
+    return False

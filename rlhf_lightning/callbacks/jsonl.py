@@ -1,12 +1,13 @@
 """A file of JSON lines in the stage's folder that a resumed run goes on with where its checkpoint was written."""
 
-import json
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+
+from rlhf_lightning.files import as_json
 
 
 class JsonLines:
@@ -47,7 +48,7 @@ class JsonLines:
         if not self._writes(trainer):
             return
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        text = "".join(as_json(row) + "\n" for row in rows)
         with open(self._path, "ab", buffering=0) as stream:
             stream.write(text.encode())
             self.written = stream.tell()

@@ -11,6 +11,8 @@ from typing import Any
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
+from rlhf_lightning.files import read_table, table_cell
+
 NAME = "metrics.csv"
 
 
@@ -99,10 +101,10 @@ class MetricsCSV(Logger):
 
 def _text(columns: Sequence[str], rows: Sequence[Mapping[str, Any]], header: bool = False) -> str:
     stream = io.StringIO()
-    writer = csv.DictWriter(stream, columns)
+    writer = csv.writer(stream)
     if header:
-        writer.writeheader()
-    writer.writerows(rows)
+        writer.writerow(map(table_cell, columns))
+    writer.writerows([table_cell(row.get(name, "")) for name in columns] for row in rows)
     return stream.getvalue()
 
 
@@ -111,5 +113,5 @@ def _read(path: Path) -> list[dict[str, str]]:
     if not path.exists():
         return []
     whole = path.read_bytes().rpartition(b"\n")[0].decode() + "\n"
-    rows = csv.DictReader(io.StringIO(whole, newline=""))
+    rows = read_table(io.StringIO(whole, newline=""))
     return [{key: value for key, value in row.items() if value} for row in rows if row.get("step")]

@@ -1,6 +1,5 @@
 """What `predict` finds, as a file."""
 
-import json
 import logging
 from pathlib import Path
 from typing import Any
@@ -8,6 +7,7 @@ from typing import Any
 import lightning.pytorch as pl
 
 from rlhf_lightning.data.base import data_ranks
+from rlhf_lightning.files import as_json
 from rlhf_lightning.rollout.ranks import leads
 
 log = logging.getLogger(__name__)
@@ -34,7 +34,7 @@ class PredictionsFile(pl.Callback):
             return
         with open(self._path, "a", encoding="utf-8") as stream:
             for row in outputs:
-                stream.write(json.dumps(row, ensure_ascii=False) + "\n")
+                stream.write(as_json(row) + "\n")
 
     def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         log.info("predictions: %s", self._path)

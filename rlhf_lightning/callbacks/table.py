@@ -45,7 +45,8 @@ def rich(title: str, rows: dict[str, dict[str, Any]], width: int | None = None) 
     table.add_column("stop", no_wrap=True)
     for name, row in rows.items():
         texts = [Text(shorten(text, 2 * width)) for text in (asked(row), row["response"])]
-        table.add_row(name, *texts, *(_number(row[key]) for key in ("reward", "advantage", "kl")), row["stop_reason"])
+        numbers = [_number(row[key]) for key in ("reward", "advantage", "kl")]
+        table.add_row(name, *texts, *numbers, shorten(row["stop_reason"], WIDTH))
     out = io.StringIO()
     Console(file=out, width=width, force_terminal=True).print(table)
     return out.getvalue().rstrip("\n")
@@ -64,9 +65,9 @@ def shorten(text: str, width: int) -> str:
 
 
 def _numbers(row: dict[str, Any]) -> str:
-    parts = {name: value for name, value in row["parts"].items() if value is not None}
-    shown = f" ({', '.join(f'{name} {value:.4g}' for name, value in parts.items())})" if len(parts) > 1 else ""
-    rest = f"advantage {_number(row['advantage'])}  KL {_number(row['kl'])}  {row['stop_reason']}"
+    parts = [f"{shorten(name, WIDTH)} {value:.4g}" for name, value in row["parts"].items() if value is not None]
+    shown = f" ({', '.join(parts)})" if len(parts) > 1 else ""
+    rest = f"advantage {_number(row['advantage'])}  KL {_number(row['kl'])}  {shorten(row['stop_reason'], WIDTH)}"
     return f"reward {_number(row['reward'])}{shown}  {rest}"
 
 

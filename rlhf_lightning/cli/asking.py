@@ -5,6 +5,8 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
+from rlhf_lightning.files import visible
+
 USUAL = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0}
 RECORD = "by default as the model was trained, which its stage.json says"
 
@@ -60,7 +62,7 @@ def sampling_of(options: argparse.Namespace, model: str, drawn: Mapping[str, flo
 def say(*lines: str) -> None:
     """To standard error, since standard output is the command's; empty lines and repetitions are left out."""
     for line in dict.fromkeys(line for line in lines if line):
-        print(line, file=sys.stderr)
+        print(visible(line), file=sys.stderr)
 
 
 def _mapping(text: str | None) -> dict[str, Any] | None:

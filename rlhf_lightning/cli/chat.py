@@ -40,13 +40,13 @@ def run(args: list[str]) -> int:
                 talk.begin()
             continue
         for name, talk in talks.items():
-            print(f"{labels[name]}: " if len(talks) > 1 else "", end="", flush=True)
+            show(f"{labels[name]}: " if len(talks) > 1 else "")
             try:
                 talk.reply(message, show)
             except UserError as error:
                 if not sys.stdin.isatty():
                     raise  # a script is not to take the next answer for the one to this message
-                print(f"({error})", end="")
+                show(f"({error})")
             print(flush=True)
     return 0
 

@@ -43,7 +43,8 @@ def run(args: list[str]) -> int:
         print(visible(f"\n{train.openings.message}"))
     for where, example in train.examples[: options.samples]:
         marks = (TRAINED, PLAIN) if sys.stdout.isatty() else ("⟦", "⟧")
-        print(f"\n{where}, trained tokens {'in green' if sys.stdout.isatty() else 'between ⟦ and ⟧'}:")
+        shown = "in green" if sys.stdout.isatty() else "between ⟦ and ⟧"
+        print(visible(f"\n{where}, trained tokens {shown}:"))
         print(check.show(check.pieces(example, tokenizer), marks))
     if options.validation:
         print()
@@ -111,7 +112,8 @@ def _settings(options: argparse.Namespace) -> dict[str, Any]:
 def _summary(figures: dict[str, Any]) -> None:
     bad, skipped = len(figures["bad"]), len(figures["skipped"])
     print(
-        f"{figures['file']}: {figures['rows']} rows, {figures['examples']} examples, {bad} bad, {skipped} skipped, "
+        f"{visible(str(figures['file']))}: {figures['rows']} rows, {figures['examples']} examples, {bad} bad, "
+        f"{skipped} skipped, "
         f"{figures['truncated']} truncated, {figures['blank_lines']} blank lines"
     )
     for name, types in figures["columns"].items():

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 from rlhf_lightning.cli.options import Parser
+from rlhf_lightning.files import visible
 
 
 def run(args: list[str]) -> int:
@@ -37,5 +38,5 @@ def run(args: list[str]) -> int:
     if options.json:
         print(json.dumps(found))
     else:
-        print(f"{found['folder']} ({found['dtype']})" + (f", {found['address']}" if options.push else ""))
+        print(visible(f"{found['folder']} ({found['dtype']})" + (f", {found['address']}" if options.push else "")))
     return 0

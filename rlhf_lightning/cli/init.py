@@ -5,6 +5,7 @@ import shlex
 from pathlib import Path
 
 from rlhf_lightning.cli.options import Parser
+from rlhf_lightning.files import visible
 
 FILES = Path(__file__).parent / "project"
 
@@ -27,13 +28,15 @@ def run(args: list[str]) -> int:
     model = str(Path(options.model).resolve()) if Path(options.model).exists() else options.model
     write_project(folder, model)
     name = shlex.quote(model)
-    print(f"""{folder} is ready. Put your own rows in data/, then:
+    print(
+        visible(f"""{folder} is ready. Put your own rows in data/, then:
 
   cd {shlex.quote(str(folder))}
   rlhf data check data/chats.jsonl --kind sft --model {name}
   rlhf data check data/pairs.jsonl --kind preference --model {name}
   rlhf data check data/prompts.jsonl --kind prompts --model {name}
   rlhf pipeline pipeline.yaml""")
+    )
     return 0
 
 

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 import sys
 import warnings
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import TextIO
 
 from rlhf_lightning.files import visible
 
+_COLOR = re.compile(r"\x1b\[[\d;]*m")
 LEVELS = ("debug", "info", "warning", "error")
 
 
@@ -26,6 +28,16 @@ class _Console(logging.StreamHandler):
     @property
     def stream(self) -> TextIO:
         return sys.stderr
+
+
+class _Record(logging.LogRecord):
+    """Libraries have handlers of their own, and write names of files and weights that come from others."""
+
+    def getMessage(self) -> str:  # noqa: N802
+        message = super().getMessage()
+        if self.name.startswith("transformers."):  # its tables of weights are colored in a terminal
+            message = _COLOR.sub("", message)
+        return visible(message)
 
 
 class _Visible(logging.Formatter):
@@ -53,6 +65,7 @@ def setup_logging(level: str, file: Path | None) -> None:
         logger.setLevel(level.upper())
         logger.propagate = False
     logging.captureWarnings(True)
+    logging.setLogRecordFactory(_Record)
     if level != "debug":
         _quieten()
 

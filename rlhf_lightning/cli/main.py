@@ -4,8 +4,10 @@ import errno
 import logging
 import os
 import sys
+import traceback
 from contextlib import ExitStack
 from importlib import import_module
+from types import TracebackType
 
 from rlhf_lightning import __version__
 from rlhf_lightning.callbacks.signals import ended_once
@@ -68,6 +70,7 @@ def prepare_environment() -> None:
 def main(args: list[str] | None = None) -> None:
     """Run a command; exits with its code."""
     open_standard_streams()
+    sys.excepthook = _traceback
     try:
         try:
             code = _command(sys.argv[1:] if args is None else args)
@@ -82,6 +85,11 @@ def main(args: list[str] | None = None) -> None:
         silence()
         code = _fail(f"{error.filename or 'the output'}: {error.strerror}; {UNWRITABLE[error.errno]}")
     sys.exit(code)
+
+
+def _traceback(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """What Python prints of a fault, in which an exception may repeat what a row or a model says."""
+    sys.stderr.write(visible("".join(traceback.format_exception(kind, error, trace))))
 
 
 def _command(args: list[str]) -> int:

@@ -8,6 +8,7 @@ from typing import Any, NoReturn
 
 from rlhf_lightning.cli import meant
 from rlhf_lightning.errors import ConfigError
+from rlhf_lightning.files import visible
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -22,7 +23,7 @@ class Parser(argparse.ArgumentParser):
             first = message.partition(": ")[2].split()[0].partition("=")[0]
             close = meant.like(first, flags) if first.startswith("-") else None
             message += f"; did you mean {close}?" if close else ""
-        print(f"error: {message}. {self.prog} --help lists what there is", file=sys.stderr)
+        print(visible(f"error: {message}. {self.prog} --help lists what there is"), file=sys.stderr)
         sys.exit(2)
 
 

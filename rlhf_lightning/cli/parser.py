@@ -7,6 +7,7 @@ from typing import Any, NoReturn
 from lightning.pytorch.cli import LightningArgumentParser
 
 from rlhf_lightning.cli import meant
+from rlhf_lightning.files import visible
 
 NOISE = (
     "Does not validate against",
@@ -36,7 +37,7 @@ class StageParser(LightningArgumentParser):
             message = flags(message, self.settings())
         if "arguments are required: " in message and message.endswith("model.model"):
             message = "model.model is not set: name the folder or Hub id to start from, --model.model Qwen/Qwen3-0.6B"
-        super().error(tidy(message), ex)
+        super().error(visible(tidy(message)), ex)
 
     def settings(self) -> set[str]:
         """The dotted names of all settings of its commands."""

@@ -5,6 +5,7 @@ import json
 from dataclasses import asdict
 
 from rlhf_lightning.cli.options import Parser
+from rlhf_lightning.files import visible
 from rlhf_lightning.pipeline.plan import read_plan
 from rlhf_lightning.pipeline.run import run_pipeline
 
@@ -44,12 +45,12 @@ def run(args: list[str]) -> int:
     check_plan(plan)
     manifest = run_pipeline(plan, rerun=options.rerun)
     for name, stage in manifest["stages"].items():
-        print(f"{name:<14}{stage['status']:<10}{stage.get('model', '')}")
+        print(visible(f"{name:<14}{stage['status']:<10}{stage.get('model', '')}"))
     if (page := plan.root / "report.html").exists():
-        print(f"report: {page}")
+        print(visible(f"report: {page}"))
     policies = [stage.name for stage in plan.stages if stage.kind != "preference"]
     if policies:
-        print(f"talk to it: rlhf chat {plan.model(policies[-1])}")
+        print(visible(f"talk to it: rlhf chat {plan.model(policies[-1])}"))
     return 0
 
 
@@ -63,6 +64,6 @@ def verify(run_folder: str, as_json: bool) -> int:
         print(json.dumps({"run": run_folder, "ok": not bad, "checks": [asdict(check) for check in checks]}, indent=2))
         return int(bool(bad))
     for check in checks:
-        print(f"{check.status:<13}{check.stage:<14}{check.what:<17}{check.path}")
+        print(visible(f"{check.status:<13}{check.stage:<14}{check.what:<17}{check.path}"))
     print(f"{len(checks)} checked, {bad} not as recorded" if bad else f"{len(checks)} checked, all as recorded")
     return int(bool(bad))

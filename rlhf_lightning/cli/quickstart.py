@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_lightning.cli.options import Parser
+from rlhf_lightning.files import visible
 
 COLUMNS = {
     "gold_reward": "gold reward",
@@ -59,8 +60,12 @@ def show(summary: dict[str, Any], root: Path) -> None:
     if accuracy is not None:
         console.print(f"preference model: held-out pair accuracy {accuracy:.3f}")
     for sample in summary["samples"]:
-        console.print(f"\n[bold]{sample['prompt']}[/bold]", highlight=False)
-        console.print("  SFT: ", sample["sft"], markup=False, highlight=False)
-        console.print("  RL:  ", sample["policy"], markup=False, highlight=False)
-    console.print(f"\n{summary['seconds']:.0f} s, peak memory {summary['peak_memory_gb']:.2f} GB; all of it in {root}")
-    console.print(f"report: {root / 'report.html'}", highlight=False)
+        console.print(f"\n{visible(sample['prompt'])}", style="bold", markup=False, highlight=False)
+        console.print("  SFT: ", visible(sample["sft"]), markup=False, highlight=False)
+        console.print("  RL:  ", visible(sample["policy"]), markup=False, highlight=False)
+    name = visible(str(root))
+    console.print(
+        f"\n{summary['seconds']:.0f} s, peak memory {summary['peak_memory_gb']:.2f} GB; all of it in {name}",
+        markup=False,
+    )
+    console.print(f"report: {visible(str(root / 'report.html'))}", markup=False, highlight=False)

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_lightning.cli.options import Parser, add_overwrite, check_writable
+from rlhf_lightning.files import visible
 from rlhf_lightning.pipeline.report import report_after_stage, write_report
 
 
@@ -22,7 +23,7 @@ def run(args: list[str]) -> int:
     options = parser.parse_args(args[1:])
     if options.output:
         check_writable("--output", options.output, options.overwrite)
-    print(write_report(options.run, options.output))
+    print(visible(str(write_report(options.run, options.output))))
     return 0
 
 

@@ -27,6 +27,7 @@ from rlhf_lightning.cli.refusals import refusals, unfit_settings
 from rlhf_lightning.cli.report import after_stage
 from rlhf_lightning.cli.user_code import allow_user_code
 from rlhf_lightning.errors import ConfigError
+from rlhf_lightning.files import visible
 from rlhf_lightning.pipeline.passing import parent_is_watched, watch_parent
 from rlhf_lightning.pipeline.plan import read_mapping
 from rlhf_lightning.run_folder import STAGE_RESULTS, claim, claims, is_first_process, refuse_inputs_in
@@ -259,12 +260,12 @@ class StageCLI(LightningCLI):
             raise Finished(self.root)
         last, damaged = newest_whole(self.root / "checkpoints")
         for message in damaged:
-            print(f"WARNING: {message}; the one before it is used", file=sys.stderr)
+            print(visible(f"WARNING: {message}; the one before it is used"), file=sys.stderr)
         if last is None:
-            print(f"WARNING: no checkpoint of {self.root} is whole; starting over", file=sys.stderr)
+            print(visible(f"WARNING: no checkpoint of {self.root} is whole; starting over"), file=sys.stderr)
             return
         config.ckpt_path = str(last)
-        print(f"resuming {self.root} from {last}", file=sys.stderr)
+        print(visible(f"resuming {self.root} from {last}"), file=sys.stderr)
 
     def _check_data(self, config: Any, begins: bool = False) -> None:
         """Refuse a folder's run on other rows than it began with, on the first process."""
@@ -344,5 +345,5 @@ def run(args: list[str]) -> int:
         with refusals(), claims():
             after_stage(StageCLI(args[0], args[1:]))
     except Finished as done:
-        print(f"{done} is finished already; --fresh runs it again", file=sys.stderr)
+        print(visible(f"{done} is finished already; --fresh runs it again"), file=sys.stderr)
     return 0

@@ -11,7 +11,7 @@ import yaml
 
 from rlhf_lightning.data.records import check_there, fingerprint
 from rlhf_lightning.errors import ConfigError, UserError
-from rlhf_lightning.files import duration, hash_folder, read_object, write_json
+from rlhf_lightning.files import duration, hash_folder, read_object, visible, write_json
 from rlhf_lightning.pipeline.clock import Clock
 from rlhf_lightning.pipeline.passing import Passing
 from rlhf_lightning.pipeline.plan import Plan, Stage, merged, read_plan
@@ -114,9 +114,10 @@ class _Runner:
         if entry and not fresh and entry["status"] != "failed":
             self._refuse_changed(stage, entry["inputs"], inputs)
             if entry["status"] == "finished" and (self.plan.folder(stage.name) / "stage.json").exists():
-                print(f"{place}: finished already", flush=True)
+                print(visible(f"{place}: finished already"), flush=True)
                 return
-        print(f"{place}: {stage.kind} in {self.plan.folder(stage.name)} ({self.clock.before(stage)})", flush=True)
+        where = self.plan.folder(stage.name)
+        print(visible(f"{place}: {stage.kind} in {where} ({self.clock.before(stage)})"), flush=True)
         self._record(stage, {"status": "running", "inputs": inputs})
         started = time.time()
         code = self._process(stage, settings, fresh)
@@ -184,7 +185,7 @@ class _Runner:
         result = {"model": str(folder / "model"), "model_hash": facts["model_hash"], "metrics": facts["metrics"]}
         entry = {"status": "finished", "inputs": inputs, "seconds": round(seconds, 1), **result}
         self._record(stage, entry)
-        print(f"{stage.name}: finished in {duration(seconds)}", flush=True)
+        print(f"{visible(stage.name)}: finished in {duration(seconds)}", flush=True)
         if self.signals.asked:  # too late for it to stop before
             raise KeyboardInterrupt
 
@@ -198,8 +199,5 @@ class _Runner:
             raise UserError(f"stage {stage.name} failed (exit code {code}); its error stands above and in {where}")
         self.failed[stage.name] = stage
         rule = stage.rule_reward["class_path"]
-        print(
-            f"WARNING: stage {stage.name} failed (exit code {code}). As on_failure says, the pipeline goes on with the "
-            f"rule reward {rule}; reward_source_prm is 0.",
-            flush=True,
-        )
+        said = f"stage {stage.name} failed (exit code {code}). As on_failure says, the pipeline goes on with the rule"
+        print(visible(f"WARNING: {said} reward {rule}; reward_source_prm is 0."), flush=True)

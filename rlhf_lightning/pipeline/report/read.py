@@ -1,6 +1,5 @@
 """What a run has left in its folder, read for its report."""
 
-import csv
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -10,6 +9,7 @@ from typing import Any
 import yaml
 
 from rlhf_lightning.errors import UserError
+from rlhf_lightning.files import read_table
 
 Points = list[tuple[float, float]]
 COMPARED = 6
@@ -103,7 +103,7 @@ def read_metrics(path: Path) -> dict[str, Points]:
     if not path.exists():
         return found
     with open(path, newline="", encoding="utf-8") as stream:
-        for row in csv.DictReader(stream):
+        for row in read_table(stream):
             step = row.get("step") or ""
             if not step.isdigit():
                 continue  # a line that was being written when the run was stopped
