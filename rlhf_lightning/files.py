@@ -30,16 +30,29 @@ def hash_file(path: str | Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def read_object(path: Path) -> dict[str, Any]:
-    """A JSON file that holds an object; raises `ConfigError` where it cannot be read or holds something else."""
+def read_object(path: Path, unique: bool = True) -> dict[str, Any]:
+    """A JSON file that holds an object.
+
+    Args:
+        path: of the file. unique: refuse a key that stands twice in an object, of which parsers keep the last.
+
+    Raises:
+        ConfigError: it cannot be read, or holds something else.
+    """
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_object if unique else None)
     except (OSError, ValueError, RecursionError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         raise ConfigError(f"{path}: cannot be read as JSON ({reason}); restore the file") from None
     if not isinstance(value, dict):
         raise ConfigError(f"{path}: holds a {type(value).__name__}, not an object; restore the file")
     return value
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if (name := repeated_key(pairs)) is not None:
+        raise ValueError(f"{name!r} stands twice in one object")
+    return dict(pairs)
 
 
 FORMAT = 1

@@ -9,7 +9,7 @@ import json
 import re
 import warnings
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import lru_cache
 from pathlib import Path
 from re import _constants as sre  # type: ignore[attr-defined]
@@ -27,47 +27,174 @@ _ATTENTION = re.compile(r"_?attn_implementation(_internal)?$")
 _COUNT = re.compile(
     r"(num|n)_.*(layer|block|head|expert|group)s?$|layers?$|n_(layer|head)$|(size|dim|rank)$|d_(model|ff)$"
 )
+_LARGEST = 2**32
+"""The size of a layer, or of a vocabulary, that is believed where no weights are there to compare it with."""
+_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+WHERE = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
+"""Options of `from_pretrained` that say where files are found."""
+_QUIET = {f"_raise_exceptions_for_{what}": False for what in ("gated_repo", "missing_entries", "connection_errors")}
+INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+SUFFIXES = (".json", ".jinja", ".txt", ".model", ".safetensors", ".bin")
+"""Of the files that libraries open in a folder."""
+_LISTS = {
+    ("config.json", "configuration_files"): "config.json",
+    ("tokenizer_config.json", "fast_tokenizer_files"): "tokenizer.json",
+}
+"""Files of further files, by the version of transformers that is to read them."""
 _PROPERTY = re.compile(r"\\[pP]\{[^{}]*\}")
 
 
-def check_folder(folder: Path, options: Mapping[str, Any] | None = None) -> None:
-    """Refuse a local model folder whose files ask for more than to be read.
+def check_files(source: str, options: Mapping[str, Any] | None = None, weights: bool = False) -> None:
+    """Refuse a model, an adapter or a tokenizer whose files ask for more than to be read.
 
     Args:
-        folder: of a model, an adapter or a tokenizer.
-        options: what the user gives to `from_pretrained`: `attn_implementation` set there counts, not the file's.
+        source: a local folder, or a name on the Hub: its small files are fetched into the cache, as the libraries do
+            it (offline they are taken from there), and looked at before any library opens them.
+        options: what the user gives to `from_pretrained`: `attn_implementation` set there counts, not the file's, and
+            `revision`, `subfolder` and others say which files are meant.
+        weights: fetch those of a model on the Hub as well: its config is compared with their headers.
 
     Raises:
         ConfigError: names the file, what it asks for, and what to do.
     """
+    if Path(source).is_dir():
+        check_folder(Path(source), options)
+        return
+    folder = _fetched(source, options or {}, weights) if _HUB_ID.fullmatch(source) else None
+    if folder is None:
+        return  # it is not there, or not reachable: the library that is asked for it says so
+    _check_all(folder, options)
+    if (folder / "adapter_config.json").is_file():  # transformers goes on to its base
+        base = str(read_object(folder / "adapter_config.json").get("base_model_name_or_path"))
+        inner = Path(base) if Path(base).is_dir() else _fetched(base, {}, False) if _HUB_ID.fullmatch(base) else None
+        if inner is not None:
+            refuse_chain(inner, source)
+        check_files(base, weights=weights)
+
+
+def refuse_chain(base: Path, adapter: Any) -> None:
+    """Refuse an adapter as the base of another, which libraries would open in turn, round and round.
+
+    Raises:
+        ConfigError: `base` holds an adapter.
+    """
+    if (base / "adapter_config.json").exists():
+        raise ConfigError(
+            f"the adapter {adapter} names another adapter as its base: {base}. Merge that one (rlhf export)"
+        )
+
+
+def _fetched(name: str, options: Mapping[str, Any], weights: bool) -> Path | None:
+    """The folder of the cache that holds the small files of a repository; None where there are none."""
+    from transformers.utils.hub import cached_files
+
+    place = {key: options[key] for key in WHERE if options.get(key) is not None}
+
+    def fetch(files: Iterable[str]) -> list[str]:
+        try:
+            return cached_files(name, list(files), **place, **_QUIET) or []
+        except OSError:
+            return []  # no such repository or revision: as above
+
+    if not (found := fetch([*CHECKS, *INDEXES])):
+        return None
+    folder = Path(found[0]).parent
+    _check_names(folder)
+    fetch([other for listed in _LISTS for other in _listed(folder, listed)])
+    if weights and not (fetch(_shards(folder)) or any(folder.glob("*.safetensors"))):
+        fetch(["pytorch_model.bin"])
+    return folder
+
+
+def _shards(folder: Path) -> list[str]:
+    """The files of weights that transformers and peft take of a folder."""
+    for index in INDEXES:
+        if (folder / index).is_file():
+            shards = read_object(folder / index).get("weight_map")
+            return sorted({str(shard) for shard in shards.values()}) if isinstance(shards, dict) else []
+    return ["model.safetensors", "adapter_model.safetensors"]
+
+
+def check_folder(folder: Path, options: Mapping[str, Any] | None = None) -> None:
+    """Refuse a local folder whose files ask for more than to be read; see `check_files`."""
+    _check_all(folder / str((options or {}).get("subfolder") or ""), options)
+
+
+def _check_all(folder: Path, options: Mapping[str, Any] | None) -> None:
+    _check_names(folder)
+    chosen = "attn_implementation" in (options or {})
+    extent = _extent(folder)
     for name in CHECKS:
-        if (path := folder / name).is_file():
-            facts = path.stat()
-            _check(path.resolve(), facts.st_mtime_ns, facts.st_size, "attn_implementation" in (options or {}))
+        others = [
+            folder / other for listed, kind in _LISTS.items() if kind == name for other in _listed(folder, listed)
+        ]
+        for path in (folder / name, *others):
+            if path.is_file():
+                facts = path.stat()
+                _check(path.absolute(), name, facts.st_mtime_ns, facts.st_size, extent, chosen)
 
 
 @lru_cache(maxsize=64)
-def _check(path: Path, modified: int, size: int, chosen: bool) -> None:
+def _check(path: Path, kind: str, modified: int, size: int, extent: tuple[int, int], chosen: bool) -> None:
     """A folder is asked for by several parts of a run, and a tokenizer's file is large."""
-    CHECKS[path.name](path, read_object(path), chosen)
+    CHECKS[kind](path, read_object(path, unique=kind != "tokenizer.json"), extent, chosen)
 
 
-def _config(path: Path, config: dict[str, Any], attention_chosen: bool) -> None:
-    parts, largest = _extent(path.parent)
+def _check_names(folder: Path) -> None:
+    """Refuse what in a folder leads out of it: links to other files, and names of files with a path."""
+    for path in folder.iterdir() if folder.is_dir() else ():
+        if path.suffix not in SUFFIXES or path.is_dir():
+            continue
+        if not path.is_file():
+            raise ConfigError(f"{path}: a link that leads nowhere, a device or a pipe; restore the file")
+        target = path.resolve()
+        # The cache of the Hub links to its blobs; a file of the same kind elsewhere saves space.
+        if target.parent.name != "blobs" and target.suffix != path.suffix and path.is_symlink():
+            raise ConfigError(f"{path}: a link to another kind of file, {target}; copy what it should be")
+    for listed in _LISTS:
+        for name in _listed(folder, listed):
+            _check_name(name, f"{folder / listed[0]}: {listed[1]}")
+    for index in INDEXES:
+        if (folder / index).is_file():
+            shards = read_object(folder / index).get("weight_map")
+            for name in set(map(str, shards.values())) if isinstance(shards, dict) else ():
+                _check_name(name, f"{folder / index}: weight_map")
+
+
+def _check_name(name: str, where: str) -> None:
+    if Path(name).name != name:
+        raise ConfigError(f"{where} names {name!r}, which is no file of its folder; restore the file")
+
+
+def _listed(folder: Path, listed: tuple[str, str]) -> list[str]:
+    """Files that a config names to be read in the place of itself or of `tokenizer.json`."""
+    path = folder / listed[0]
+    names = read_object(path).get(listed[1]) if path.is_file() else None
+    return [name for name in names if isinstance(name, str)] if isinstance(names, list) else []
+
+
+def _config(path: Path, config: dict[str, Any], extent: tuple[int, int], attention_chosen: bool) -> None:
+    parts, largest = extent
     for key, value in _settings(config):
         if _ATTENTION.fullmatch(key) and not attention_chosen and "/" in str(value):
             raise ConfigError(
                 f"{path}: {key} is {value!r}, code that would be fetched from a hub. Remove the key, or choose it "
                 f"yourself with model.model_options: {{attn_implementation: …}}"
             )
+        if key == "use_pretrained_backbone" and value:
+            raise ConfigError(f"{path}: {key} has another model be fetched while this one is built; remove the key")
+        if key in ("modules_to_not_convert", "llm_int8_skip_modules"):
+            for pattern in _texts(value):
+                check_pattern(pattern, f"{path}: {key}")
         if not isinstance(value, int) or isinstance(value, bool) or not _COUNT.search(key):
             continue
-        stack = "layer" in key or "block" in key
-        most = max(PARTS, parts) if stack else largest
-        if parts and value > most:
+        stack = "layer" in key or "block" in key or "expert" in key
+        if value > (max(PARTS, parts) if stack else largest or _LARGEST):
+            beside = (
+                f"the weights beside it have {parts} parts of {largest} numbers in all: they do not belong together"
+            )
             raise ConfigError(
-                f"{path}: {key} is {value}, and the weights beside it have {parts} parts of {largest} numbers in all: "
-                "they do not belong together. Restore the files."
+                f"{path}: {key} is {value}, and {beside if parts else 'no model is so large'}. Restore the files."
             )
 
 
@@ -86,24 +213,36 @@ def _settings(config: Any) -> Iterator[tuple[str, Any]]:
 def _extent(folder: Path) -> tuple[int, int]:
     """How many tensors the weights of a folder have, and how many numbers at most; (0, 0) where there are none."""
     parts = size = 0
-    for path in sorted(folder.glob("*.safetensors")):
-        size += path.stat().st_size
-        with open(path, "rb") as stream:
-            length = int.from_bytes(stream.read(8), "little")
-            try:
-                header = json.loads(stream.read(min(length, path.stat().st_size)))
-            except (ValueError, RecursionError):
-                return 0, 0  # the library that opens it says what is wrong
-        parts += len(header) if isinstance(header, dict) else 0
-    for path in sorted(folder.glob("*.bin")):
-        size += path.stat().st_size
-        if zipfile.is_zipfile(path):
-            with zipfile.ZipFile(path) as archive:
-                parts += len(archive.namelist())
+    for path in sorted((*folder.glob("*.safetensors"), *folder.glob("*.bin"))):
+        facts = path.stat()
+        found = _parts(path.absolute(), facts.st_mtime_ns, facts.st_size)
+        if found is None:
+            return 0, 0  # the library that opens it says what is wrong
+        parts, size = parts + found, size + facts.st_size
     return parts, 2 * size  # of 4 bits at least
 
 
-def _adapter(path: Path, config: dict[str, Any], _: bool) -> None:
+@lru_cache(maxsize=256)
+def _parts(path: Path, modified: int, size: int) -> int | None:
+    """How many tensors a file of weights has; None where its header cannot be read."""
+    if path.suffix == ".bin":
+        if not zipfile.is_zipfile(path):
+            return 0
+        try:
+            with zipfile.ZipFile(path) as archive:
+                return len(archive.namelist())
+        except (zipfile.BadZipFile, ValueError, OSError, NotImplementedError):
+            return None
+    with open(path, "rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        try:
+            header = json.loads(stream.read(min(length, size)))
+        except (ValueError, RecursionError):
+            return None
+    return len(header) if isinstance(header, dict) else 0
+
+
+def _adapter(path: Path, config: dict[str, Any], extent: tuple[int, int], _: bool) -> None:
     if config.get("megatron_config") or config.get("megatron_core") not in (None, "megatron.core"):
         raise ConfigError(f"{path}: megatron_config has a library import code of another one; remove it")
     patterns = [(key, config[key]) for key in ("target_modules", "exclude_modules") if isinstance(config.get(key), str)]
@@ -111,20 +250,50 @@ def _adapter(path: Path, config: dict[str, Any], _: bool) -> None:
     patterns += [(key, one) for key in ("rank_pattern", "alpha_pattern") for one in _texts(config.get(key))]
     for key, pattern in patterns:
         check_pattern(pattern, f"{path}: {key}")
+    ranks = [config.get("r"), *(_ints(config.get("rank_pattern")))]
+    if extent[1] and any(isinstance(rank, int) and rank > extent[1] for rank in ranks):
+        raise ConfigError(f"{path}: a rank is larger than all weights beside it; they do not belong together")
+    # Singular values in so many rounds; and layers repeated at will.
+    if len(niter := str(config.get("init_lora_weights")).removeprefix("pissa_niter_")) > 2 and niter.isdigit():
+        raise ConfigError(f"{path}: init_lora_weights is {config['init_lora_weights']!r}, work without end; restore it")
+    if config.get("layer_replication"):
+        raise ConfigError(f"{path}: layer_replication builds another model than its base; it is not supported")
+
+
+def _ints(value: Any) -> list[int]:
+    return [one for one in value.values() if isinstance(one, int)] if isinstance(value, dict) else []
+
+
+def _named_files(path: Path, config: dict[str, Any], extent: tuple[int, int], _: bool) -> None:
+    """Of `tokenizer_config.json`: the files that it names are looked at before."""
+
+
+def _tekken(path: Path, config: dict[str, Any], extent: tuple[int, int], _: bool) -> None:
+    inner = config.get("config")
+    if isinstance(inner, dict) and isinstance(inner.get("pattern"), str):
+        check_pattern(inner["pattern"], f"{path}: pattern")
 
 
 def _texts(value: Any) -> list[str]:
-    return [value] if isinstance(value, str) else [one for one in value or () if isinstance(one, str)]
+    if isinstance(value, list | dict):
+        return [one for one in value if isinstance(one, str)]
+    return [value] if isinstance(value, str) else []
 
 
-def _tokenizer(path: Path, config: dict[str, Any], _: bool) -> None:
+def _tokenizer(path: Path, config: dict[str, Any], extent: tuple[int, int], _: bool) -> None:
     # The vocabulary has no expressions, and is most of the file.
     for key, value in _settings({key: value for key, value in config.items() if key != "model"}):
         if key == "Regex" and isinstance(value, str):
             check_pattern(value, f"{path}: the expression")
 
 
-CHECKS = {"config.json": _config, "adapter_config.json": _adapter, "tokenizer.json": _tokenizer}
+CHECKS = {
+    "config.json": _config,
+    "adapter_config.json": _adapter,
+    "tokenizer.json": _tokenizer,
+    "tokenizer_config.json": _named_files,
+    "tekken.json": _tekken,
+}
 
 
 def check_pattern(pattern: str, where: str) -> None:

@@ -1,10 +1,17 @@
 """Folders that others made: what their files may ask of the libraries, and how it is told where they ask for more."""
 
+import hashlib
 import json
+import os
+import pickle
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from contextlib import suppress
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import pytest
@@ -13,6 +20,7 @@ from rlhf_lightning import SFTModule
 from rlhf_lightning.data.tokenizers import load_tokenizer
 from rlhf_lightning.errors import ConfigError
 from rlhf_lightning.files import read_stage
+from rlhf_lightning.models.heads import task_of
 from rlhf_lightning.models.loading import Start
 from rlhf_lightning.models.lora import LoRA
 from rlhf_lightning.untrusted import check_folder, check_pattern
@@ -76,6 +84,14 @@ MODELS: list[Change] = [
     ("config.json", lambda c: c.update(attn_implementation="owner/kernel"), "attn_implementation: …"),
     ("config.json", lambda c: c.update(_attn_implementation="owner/kernel:f"), "would be fetched from a hub"),
     ("config.json", lambda c: c.update(text_config={"attn_implementation": "owner/kernel"}), "fetched from a hub"),
+    ("config.json", lambda c: c.update(use_pretrained_backbone=True, backbone="owner/x"), "another model be fetched"),
+    ("config.json", lambda c: c.update(num_local_experts=10**6), "num_local_experts"),
+    (
+        "config.json",
+        lambda c: c.update(quantization_config={"quant_method": "x", "modules_to_not_convert": [r"((a+)+)+!"]}),
+        "modules_to_not_convert .* can take for ever",
+    ),
+    ("config.json", lambda c: c.update(configuration_files=["../config.4.0.0.json"]), "no file of its folder"),
     ("config.json", lambda c: c.update(num_key_value_heads=0), "cannot be loaded"),
     ("config.json", lambda c: c.update(num_attention_heads=-4), "cannot be loaded"),
     ("config.json", lambda c: c.update(num_hidden_layers=-1), "cannot be loaded|lacks"),
@@ -123,6 +139,97 @@ def test_a_tokenizer_that_asks_for_more_is_refused(
         load_tokenizer(base)
 
 
+def test_the_files_that_are_read_in_the_place_of_others(base: str) -> None:
+    folder = Path(base)
+    for listing, key, file, spoilt in (
+        ("tokenizer_config.json", "fast_tokenizer_files", "tokenizer.json", "tokenizer.4.0.0.json"),
+        ("config.json", "configuration_files", "config.json", "config.4.0.0.json"),
+    ):
+        shutil.copy(folder / file, folder / spoilt)
+        changed(base, listing, lambda c, name=key, other=spoilt: c.update({name: [other]}))
+    changed(base, "tokenizer.4.0.0.json", lambda c: c.update(normalizer=replaced(r"(a+)+$")))
+    with pytest.raises(ConfigError, match=r"tokenizer\.4\.0\.0\.json: the expression .* can take for ever"):
+        load_tokenizer(base)
+    (folder / "tokenizer.4.0.0.json").unlink()
+    changed(base, "config.4.0.0.json", lambda c: c.update(_attn_implementation="owner/kernel"))
+    with pytest.raises(ConfigError, match=r"config\.4\.0\.0\.json: _attn_implementation"):
+        Start(base).load()
+
+
+def test_links(base: str, tmp_path: Path) -> None:
+    folder, other = Path(base), tmp_path / "other"
+    shutil.copytree(base, other)
+    for name in ("config.json", "tokenizer.json", "model.safetensors"):
+        (folder / name).unlink()
+        (folder / name).symlink_to(other / name)
+    Start(base).load()  # files that several folders share
+    assert load_tokenizer(base)
+    (tmp_path / "secret").write_text("{{ messages }} a secret")
+    for target, words in (
+        (tmp_path / "secret", "another kind of file"),
+        (tmp_path / "nothing", "leads nowhere"),
+        (folder / "chat_template.jinja", "leads nowhere"),
+        (Path("/dev/zero"), "a device"),
+    ):
+        (folder / "chat_template.jinja").unlink(missing_ok=True)
+        (folder / "chat_template.jinja").symlink_to(target)
+        for load in (load_tokenizer, lambda name: Start(name).load()):
+            with pytest.raises(ConfigError, match=words):
+                load(base)
+    (folder / "chat_template.jinja").unlink()
+    os.mkfifo(folder / "chat_template.jinja")
+    with pytest.raises(ConfigError, match="a pipe"):
+        load_tokenizer(base)
+
+
+def test_an_adapter_of_an_adapter(adapter: Path, tmp_path: Path) -> None:
+    shutil.copytree(adapter, tmp_path / "second")
+    for target in (str(adapter), str(tmp_path / "second")):
+        changed(
+            tmp_path / "second", "adapter_config.json", lambda c, name=target: c.update(base_model_name_or_path=name)
+        )
+        with pytest.raises(ConfigError, match="another adapter as its base"):
+            Start(str(tmp_path / "second")).load()
+
+
+def test_nothing_of_a_folder_is_imported_or_unpickled(adapter: Path, base: str) -> None:
+    mark = adapter.parent / "ran"
+    code = f"open({str(mark)!r}, 'w').close()\nclass Evil: pass\ndef generate(**kwargs): pass\n"
+    bomb = pickle.dumps(Bomb(str(mark)))
+    for folder in (Path(base), adapter):
+        (folder / "custom_generate").mkdir()
+        for name in ("evil.py", "custom_generate/generate.py", "handler.py", "setup.py"):
+            (folder / name).write_text(code)
+        for name in ("training_args.bin", "optimizer.pt", "scheduler.pt", "rng_state.pth", "hparams.pkl"):
+            (folder / name).write_bytes(bomb)
+        (folder / "modules.json").write_text(json.dumps([{"idx": 0, "name": "0", "path": "", "type": "evil.Evil"}]))
+        for name in ("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json"):
+            evil = {"processor_class": "Evil", "auto_map": {"AutoProcessor": "evil.Evil"}}
+            (folder / name).write_text(json.dumps(evil))
+        (folder / "generation_config.json").write_text(json.dumps({"custom_generate": base, "eos_token_id": 1}))
+    remote = dict.fromkeys(("AutoConfig", "AutoModelForCausalLM"), "evil.Evil")
+    changed(base, "config.json", lambda c: c.update(auto_map=remote, custom_pipelines={"x": {"impl": "evil.Evil"}}))
+    mapping = {"base_model_class": "Evil", "parent_library": "evil"}
+    changed(adapter, "adapter_config.json", lambda c: c.update(auto_mapping=mapping, auto_map=remote))
+    changed(base, "tokenizer_config.json", lambda c: c.update(auto_map={"AutoTokenizer": ["evil.Evil", "evil.Evil"]}))
+    for load in (load_tokenizer, lambda name: Start(name).load(), task_of):
+        with suppress(ConfigError):
+            load(base)
+        with suppress(ConfigError):
+            load(str(adapter))
+    assert not mark.exists()
+
+
+class Bomb:
+    """A pickle that leaves a mark where it is opened."""
+
+    def __init__(self, mark: str) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> Any:
+        return open, (self.mark, "w")
+
+
 @pytest.mark.parametrize("text", ["[" * 100_000, '{"a":' * 50_000, "", "[]", "\x00"])
 @pytest.mark.parametrize("file", ["config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json"])
 def test_files_that_are_no_json_of_theirs(file: str, text: str, base: str) -> None:
@@ -150,6 +257,9 @@ def adapter(base: str, tmp_path: Path) -> Path:
         (lambda c: c.update(rank_pattern={r"(([a-z0-9_.]+)+)+!": 4}), "rank_pattern"),
         (lambda c: c.update(alpha_pattern={r"(.*)*(.*)*": 4}), "alpha_pattern"),
         (lambda c: c.update(layers_to_transform=[0], layers_pattern=r"(a+)+"), "layers_pattern"),
+        (lambda c: c.update(layer_replication=[[0, 2]] * 10**5), "layer_replication"),
+        (lambda c: c.update(init_lora_weights="pissa_niter_1000000"), "init_lora_weights"),
+        (lambda c: c.update(r=10**12), "rank is larger"),
         (lambda c: c.update(peft_type="EVIL"), "cannot be loaded"),
         (lambda c: c.update(r=-1), "cannot be loaded"),
         (lambda c: c.update(r="x"), "cannot be loaded"),
@@ -168,13 +278,11 @@ def test_an_index_without_its_shards(base: str) -> None:
     (Path(base) / "model.safetensors").unlink()
     for index in ({}, {"weight_map": {}}, {"metadata": {}, "weight_map": {"a": "../outside.safetensors"}}):
         (Path(base) / "model.safetensors.index.json").write_text(json.dumps(index))
-        with pytest.raises(ConfigError, match="cannot be loaded"):
+        with pytest.raises(ConfigError, match=r"cannot be loaded|no file of its folder"):
             Start(base).load()
 
 
 def test_weights_that_are_a_pickle_under_another_name(base: str, tmp_path: Path) -> None:
-    import pickle
-
     (Path(base) / "model.safetensors").write_bytes(pickle.dumps({"a": 1}))
     with pytest.raises(ConfigError, match="cannot be loaded"):
         Start(base).load()
@@ -198,3 +306,147 @@ def test_a_checkpoint_of_another_version(base: str) -> None:
     assert checkpoint == {"format": 1}
     with pytest.raises(ConfigError, match="the checkpoint has format 7, and this version reads 1: update"):
         module.on_load_checkpoint({"format": 7})
+
+
+# -- the Hub ----------------------------------------------------------------------------------------------------------
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+def cached(cache: Path, name: str, folder: Path, commit: str = COMMIT, ref: str = "main") -> None:
+    """Lay a folder into a cache as `huggingface_hub` does: blobs, and snapshots that link to them."""
+    repository = cache / f"models--{name.replace('/', '--')}"
+    snapshot = repository / "snapshots" / commit
+    for part in (snapshot, repository / "blobs", repository / "refs"):
+        part.mkdir(parents=True, exist_ok=True)
+    (repository / "refs" / ref).write_text(commit)
+    for path in folder.iterdir():
+        blob = repository / "blobs" / hashlib.sha256(path.read_bytes()).hexdigest()
+        shutil.copy(path, blob)
+        (snapshot / path.name).symlink_to(Path("../../blobs") / blob.name)
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The cache of the Hub, which is not reached."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    return tmp_path / "hub"
+
+
+def test_a_good_repository_loads_as_before(base: str, hub: Path) -> None:
+    cached(hub, "owner/good", Path(base))
+    cached(hub, "alone", Path(base))
+    for name in ("owner/good", "alone"):
+        assert load_tokenizer(name).chat_template
+        assert Start(name).load().config.name_or_path == name
+    with pytest.raises(ConfigError, match="out of reach"):
+        Start("owner/absent").load()
+
+
+@pytest.mark.parametrize(("file", "change", "words"), [*MODELS[:10], *TOKENIZERS[:4]])
+def test_a_repository_that_asks_for_more_is_refused(
+    file: str, change: Callable[[dict[str, Any]], Any], words: str, base: str, hub: Path
+) -> None:
+    changed(base, file, change)
+    cached(hub, "owner/evil", Path(base))
+    with pytest.raises(ConfigError, match=words):
+        load_tokenizer("owner/evil") if file == "tokenizer.json" else Start("owner/evil").load()
+
+
+def test_the_revision_that_is_named_is_looked_at(base: str, hub: Path) -> None:
+    cached(hub, "owner/mixed", Path(base))
+    changed(base, "config.json", lambda c: c.update(_attn_implementation="owner/kernel"))
+    cached(hub, "owner/mixed", Path(base), "f" * 40, "evil")
+    Start("owner/mixed").load()
+    for revision in ("evil", "f" * 40):
+        with pytest.raises(ConfigError, match="fetched from a hub"):
+            Start("owner/mixed", options={"revision": revision}).load()
+    changed(base, "config.json", lambda c: c.pop("_attn_implementation"))
+    inner = Path(base) / "inner"
+    inner.mkdir()
+    shutil.copy(Path(base) / "config.json", inner)
+    changed(inner, "config.json", lambda c: c.update(_attn_implementation="owner/kernel"))
+    with pytest.raises(ConfigError, match="fetched from a hub"):
+        Start(base, options={"subfolder": "inner"}).load()
+
+
+def test_an_adapter_on_the_hub_and_its_base(adapter: Path, base: str, hub: Path) -> None:
+    changed(adapter, "adapter_config.json", lambda c: c.update(target_modules=r"(([a-z0-9_.]+)+)+!"))
+    cached(hub, "owner/adapter", adapter)
+    with pytest.raises(ConfigError, match=r"target_modules .* can take for ever"):
+        Start("owner/adapter").load()
+    changed(adapter, "adapter_config.json", lambda c: c.update(target_modules=["q_proj"]))
+    changed(base, "config.json", lambda c: c.update(num_hidden_layers=1_000_000))
+    cached(hub, "owner/second", adapter)
+    with pytest.raises(ConfigError, match="num_hidden_layers"):
+        Start("owner/second").load()
+    changed(adapter, "adapter_config.json", lambda c: c.update(base_model_name_or_path="owner/third"))
+    cached(hub, "owner/third", adapter)
+    with pytest.raises(ConfigError, match="another adapter as its base"):
+        Start("owner/third").load()
+
+
+class Server(ThreadingHTTPServer):
+    """A hub of one repository, which notes what is asked of it."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(("127.0.0.1", 0), Answers)
+        self.folder, self.asked = folder, list[str]()
+        Thread(target=self.serve_forever, daemon=True).start()
+
+
+class Answers(BaseHTTPRequestHandler):
+    server: Server
+
+    def do_HEAD(self) -> None:
+        self.do_GET()
+
+    def do_GET(self) -> None:
+        self.server.asked.append(self.path)
+        files = {path.name: path.read_bytes() for path in self.server.folder.iterdir() if path.is_file()}
+        place, _, name = self.path.partition("?")[0].rpartition("/")
+        if "/tree/" in self.path:
+            rows = [{"type": "file", "path": name, "size": len(text), "oid": name} for name, text in files.items()]
+            body: bytes | None = json.dumps(rows).encode()
+        elif "/api/models/" in self.path:
+            siblings = [{"rfilename": name} for name in files]
+            body = json.dumps({"id": "owner/evil", "sha": COMMIT, "siblings": siblings}).encode()
+        else:
+            body = files.get(name) if "/resolve/" in place else None
+        self.send_response(404 if body is None else 200)
+        self.send_header("X-Repo-Commit", COMMIT)
+        if body is None:
+            self.send_header("X-Error-Code", "EntryNotFound")
+        self.send_header("ETag", f'"{hashlib.sha256(body or b"").hexdigest()}"')
+        self.send_header("Content-Length", str(len(body or b"")))
+        self.end_headers()
+        if body and self.command == "GET":
+            self.wfile.write(body)
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("evil", [False, True])
+def test_a_hub_that_is_reached(evil: bool, base: str, tmp_path: Path) -> None:
+    if evil:
+        changed(base, "config.json", lambda c: c.update(num_hidden_layers=1_000_000))
+    server = Server(Path(base))
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", "rlhf_lightning", "generate", "owner/evil", "--prompt", "a", "--max_tokens", "2"],
+            env={**os.environ, "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HUB_OFFLINE": "0"}
+            | {"HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_XET": "1"},
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+    finally:
+        server.shutdown()
+        server.server_close()
+    assert done.returncode == (2 if evil else 0), done.stderr
+    assert "Traceback" not in done.stderr
+    assert any("config.json" in path for path in server.asked)
+    if evil:
+        assert "num_hidden_layers is 1000000" in done.stderr

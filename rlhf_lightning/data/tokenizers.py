@@ -1,11 +1,12 @@
 """Where tokenizers come from."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from rlhf_lightning.data.ended_templates import unwrapped
 from rlhf_lightning.errors import ConfigError, UserError
-from rlhf_lightning.untrusted import check_folder
+from rlhf_lightning.untrusted import check_files
 
 _MISSING = (
     "no tokenizer can be loaded from {}: its files are missing (tokenizer.json, tokenizer_config.json and others). "
@@ -27,7 +28,9 @@ def load_tokenizer(source: Any, tokenizer: Any = None, chat_template: str | None
             raise ConfigError("a model given as an object needs its tokenizer: pass tokenizer=")
         try:
             # Said, since transformers would otherwise ask at the terminal.
-            tokenizer = AutoTokenizer.from_pretrained(_checked(name), **{"trust_remote_code": False, **options})
+            tokenizer = AutoTokenizer.from_pretrained(
+                _checked(name, options), **{"trust_remote_code": False, **options}
+            )
         except UserError:
             raise
         except BaseException as error:
@@ -55,14 +58,14 @@ def load_tokenizer(source: Any, tokenizer: Any = None, chat_template: str | None
     return tokenizer
 
 
-def _checked(name: Any) -> str:
+def _checked(name: Any, options: Mapping[str, Any]) -> str:
     """A tokenizer source as text; raises `ConfigError` for a path that is not there."""
     path = Path(name).expanduser()
     if (path.is_absolute() or str(name).startswith(".")) and not path.exists():
         raise ConfigError(f"tokenizer {str(name)!r}: no such folder (seen from {Path.cwd()})")
-    if path.is_dir():
-        check_folder(path)
-    return str(path) if path.exists() else str(name)
+    source = str(path) if path.exists() else str(name)
+    check_files(source, options)
+    return source
 
 
 def _template(value: str) -> str:

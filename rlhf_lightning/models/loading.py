@@ -27,7 +27,7 @@ from rlhf_lightning.models.base_weights import (
 )
 from rlhf_lightning.models.lora import HEADS, LoRA, base_of, is_quantised
 from rlhf_lightning.models.sharding import layers_of
-from rlhf_lightning.untrusted import check_folder
+from rlhf_lightning.untrusted import check_files, refuse_chain
 
 log = logging.getLogger(__name__)
 AUTO_CLASSES = {
@@ -137,6 +137,7 @@ class Start:
         options = {"trust_remote_code": False, **self.options, **(self.lora.quantization() if self.lora else {})}
         if self.task == "SEQ_CLS":
             options["num_labels"] = 1
+        check_files(source, self.options, weights=True)
         with loading(f"the model {source!r}"):
             model, info = auto.from_pretrained(
                 source, dtype=getattr(torch, self.dtype), output_loading_info=True, **options
@@ -267,7 +268,7 @@ def check_source(source: Any, options: Mapping[str, Any] | None = None) -> str:
     """A model source as text, with the mistakes that are common refused, and folders that ask for more than reading.
 
     Raises:
-        ConfigError: see `untrusted.check_folder`, which `options` (of `from_pretrained`) are for.
+        ConfigError: see `untrusted.check_files`, which `options` (of `from_pretrained`) are for.
     """
     text = os.path.expanduser(str(source))
     if text.endswith(".ckpt"):
@@ -282,8 +283,7 @@ def check_source(source: Any, options: Mapping[str, Any] | None = None) -> str:
     if path.is_dir() and not any((path / name).exists() for name in ("config.json", "adapter_config.json")):
         inside = f"; did you mean {path / 'model'}?" if (path / "model").is_dir() else ""
         raise ConfigError(f"model {text!r}: the folder has neither config.json nor adapter_config.json{inside}")
-    if path.is_dir():
-        check_folder(path, options)
+    check_files(text, options)
     return text
 
 
@@ -302,6 +302,7 @@ def adapter_base(folder: Path) -> str:
         base = str((folder / relative).resolve())
     if not Path(base).exists() and Path(base).name == "base" and (folder / "base" / "config.json").is_file():
         base = str((folder / "base").resolve())  # kept in the adapter's own folder, which was moved
+    refuse_chain(Path(base), folder)
     try:
         return check_source(base)
     except ConfigError as error:
