@@ -5,6 +5,7 @@ from typing import Any, Literal
 
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
+from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from rlhf_lightning.callbacks.checkpoint_io import Unfinished, damage
 from rlhf_lightning.errors import ConfigError, UserError
@@ -48,6 +49,9 @@ class FSDP2(ModelParallelStrategy):
             )
         super().setup_environment()
         use_mesh(self.device_mesh)
+        for group in self.device_mesh.get_all_groups():  # those of a mesh have a limit of their own
+            if self._timeout is not None:
+                _set_pg_timeout(self._timeout, group)
 
     def teardown(self) -> None:
         use_mesh(None)

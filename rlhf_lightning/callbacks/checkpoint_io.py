@@ -16,6 +16,7 @@ from lightning.fabric.plugins.io import TorchCheckpointIO
 
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.files import write_json
+from rlhf_lightning.rank_watch import undisturbed
 
 log = logging.getLogger(__name__)
 VERSION = "pytorch-lightning_version"  # what Lightning looks at first
@@ -45,7 +46,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         stream: Any = None
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
-            with open(scratch, "wb") as file:
+            with undisturbed(), open(scratch, "wb") as file:
                 stream = _Stream(file)
                 torch.save(checkpoint, stream)
                 file.flush()

@@ -148,7 +148,7 @@ def non_finite(module: Any) -> list[str]:
 
 def require_finite(module: Any, when: str, consequence: str) -> None:
     """Raise `NonFiniteError` on all ranks where a trained weight of any of them is not finite."""
-    names = [name for part in gather(non_finite(module), weights=True) for name in part]
+    names = [name for part in gather(non_finite(module), every=True) for name in part]
     if names:
         raise NonFiniteError(
             f"{when}, {len(names)} weights are NaN or infinite (for example {names[0]}): {consequence}. The last steps "

@@ -12,9 +12,8 @@ from torch.multiprocessing import ProcessExitedException
 
 from rlhf_lightning.cli.parser import tidy
 from rlhf_lightning.errors import ConfigError, UserError
+from rlhf_lightning.rank_watch import LOST
 
-# What gloo and NCCL say where the other end of a connection is gone; they raise plain RuntimeErrors.
-LOST = ("Connection reset by peer", "Connection closed by peer", "remote process exited", "Broken pipe")
 EXTRAS = ("tensorboard", "wandb")
 FULL = "make room, or write elsewhere (--trainer.default_root_dir); the same command resumes the run"
 DENIED = "change its rights, or name another place"

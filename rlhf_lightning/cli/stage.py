@@ -30,6 +30,7 @@ from rlhf_lightning.errors import ConfigError
 from rlhf_lightning.files import visible
 from rlhf_lightning.pipeline.passing import parent_is_watched, watch_parent
 from rlhf_lightning.pipeline.plan import read_mapping
+from rlhf_lightning.rank_watch import ranks_end_together, watch_ranks
 from rlhf_lightning.run_folder import STAGE_RESULTS, claim, claims, is_first_process, refuse_inputs_in
 
 log = logging.getLogger(__name__)
@@ -60,6 +61,7 @@ MAY_CHANGE = (
     "checkpoint_minutes",
     "keep",
     "on_nonfinite",
+    "rank_timeout",
     "model.max_empty_steps",
 )
 
@@ -126,6 +128,9 @@ class StageCLI(LightningCLI):
         parser.add_argument("--export", default="last", choices=("last", "best"), help="which weights fit saves")
         parser.add_argument(
             "--on_nonfinite", default="stop", choices=("stop", "skip"), help="at a loss or gradient that is NaN or inf"
+        )
+        parser.add_argument(
+            "--rank_timeout", type=float | None, default=None, help="minutes that a rank waits for another (default 30)"
         )
         parser.add_argument("--fresh", action="store_true", help="discard what the folder holds of an earlier run")
 
@@ -214,6 +219,7 @@ class StageCLI(LightningCLI):
             kwargs["logger"] = MetricsCSV(self.root, resume=bool(config.ckpt_path))
         trainer = super().instantiate_trainer(**kwargs)
         _guard_checkpoints(trainer)
+        watch_ranks(trainer, config.rank_timeout)
         return trainer
 
     # -- the folder -----------------------------------------------------------------------------------------------
@@ -342,7 +348,7 @@ def run(args: list[str]) -> int:
     allow_user_code(args)
     watch_parent()
     try:
-        with refusals(), claims():
+        with refusals(), claims(), ranks_end_together():
             after_stage(StageCLI(args[0], args[1:]))
     except Finished as done:
         print(visible(f"{done} is finished already; --fresh runs it again"), file=sys.stderr)

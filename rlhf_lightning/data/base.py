@@ -10,6 +10,7 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_only
 
+from rlhf_lightning.data.agreement import require_agreement, rows_facts
 from rlhf_lightning.data.asked import Asking, shared_by_all
 from rlhf_lightning.data.batching import Layout, RowLoader, run_seed
 from rlhf_lightning.data.columns import noting_unused, refuse_unused_names
@@ -29,7 +30,7 @@ from rlhf_lightning.data.records import (
 from rlhf_lightning.data.rendering import Renderer
 from rlhf_lightning.data.splits import Prepared, RowKey, hold_out, keys_of, leaks, row_key
 from rlhf_lightning.data.tokenizers import load_tokenizer
-from rlhf_lightning.errors import ConfigError, DataError, check_whole
+from rlhf_lightning.errors import ConfigError, DataError, UserError, check_whole
 
 log = logging.getLogger(__name__)
 OVERLONG = ("error", "truncate", "skip")
@@ -143,8 +144,16 @@ class RowDataModule(pl.LightningDataModule):
     # -- Lightning ------------------------------------------------------------------------------------------------
 
     def setup(self, stage: str) -> None:
-        """Read and render what the command needs; raises `DataError` or `ConfigError`."""
+        """Read and render what the command needs, the same on all ranks; raises `DataError` or `ConfigError`."""
         stage = getattr(stage, "value", stage)  # Lightning's is an enumeration, which prints as TrainerFn.…
+        before, error = set(self.prepared), None
+        try:
+            self._setup(stage)
+        except UserError as raised:
+            error = raised
+        require_agreement(error, lambda: self._facts(before))
+
+    def _setup(self, stage: str) -> None:
         wanted = {"fit": ("train", "validation"), "validate": ("validation",)}.get(stage, (stage,))
         before = set(self.prepared)
         for name in wanted:
@@ -156,6 +165,14 @@ class RowDataModule(pl.LightningDataModule):
                 self.completed(name)
                 if name in ("validation", "test") and self.sources[name] is not None:
                     self._compare(name)
+
+    def _facts(self, before: set[str]) -> dict[str, Any]:
+        """What must be the same on all ranks of the sources that were prepared since."""
+        facts: dict[str, Any] = {"data.seed": self.seed}
+        for name, found in self.prepared.items():
+            if name not in before:
+                facts[f"data.{name}"] = rows_facts(self.sources[name], name, found.rows, found.reading.rows)
+        return facts
 
     def _prepare(self, name: str, required: bool) -> None:
         source = self.sources[name]

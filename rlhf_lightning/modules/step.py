@@ -8,7 +8,8 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
-from rlhf_lightning.errors import UserError
+from rlhf_lightning.errors import ConfigError, UserError
+from rlhf_lightning.rollout.ranks import gather
 
 log = logging.getLogger(__name__)
 
@@ -97,6 +98,16 @@ class StepEnd(pl.Callback):
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
         self.empty, self._in_a_row = state_dict["empty"], state_dict["in_a_row"]
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        # A loader of the user's own may have another length on each rank: the longer one would wait for ever.
+        counts = gather((trainer.num_training_batches, trainer.num_val_batches), every=True)
+        for rank, found in enumerate(counts):
+            if found != counts[0]:
+                raise ConfigError(
+                    f"rank {rank} of {len(counts)} has {found[0]} batches to train on and {found[1]} to validate on, "
+                    f"rank 0 {counts[0][0]} and {counts[0][1]}: the rows must be shared out evenly"
+                )
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
         if batch_idx % trainer.accumulate_grad_batches == 0:

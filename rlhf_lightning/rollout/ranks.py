@@ -32,15 +32,20 @@ def leads() -> bool:
     return not _MESH or _MESH[0]["tensor_parallel"].get_local_rank() == 0
 
 
-def gather(value: Any, weights: bool = False) -> list[Any]:
+def rank_count() -> int:
+    """The number of ranks, those of tensor-parallel groups too."""
+    return torch.distributed.get_world_size() if _is_distributed() else 1
+
+
+def gather(value: Any, every: bool = False) -> list[Any]:
     """The value of every data rank, on every rank, in their order. All ranks must call it.
 
     Args:
-        weights: of all ranks without exception, as for what each finds in its part of the weights.
+        every: of all ranks without exception, as for what each finds in its part of the weights.
     """
     if not _is_distributed():
         return [value]
-    group = _MESH[0]["data_parallel"].get_group() if _MESH and not weights else None
+    group = _MESH[0]["data_parallel"].get_group() if _MESH and not every else None
     values: list[Any] = [None] * torch.distributed.get_world_size(group)
     torch.distributed.all_gather_object(values, value, group=group)
     return values

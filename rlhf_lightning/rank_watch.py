@@ -1,0 +1,533 @@
+"""What befalls a rank of a run is told to all others, which then end: whoever fails, dies, stops or waits in vain.
+
+PyTorch alone leaves the others waiting for the limit of the process group, with a message on sockets. Here each rank
+has a thread that holds a connection to rank 0: what a rank fails by goes to all of them, a connection that is closed
+is a process that died, and one that says nothing is a process that is stopped or a machine that cannot be reached.
+The main thread then ends by itself (gloo raises), or the process is ended from here.
+"""
+
+import json
+import logging
+import os
+import re
+import secrets
+import selectors
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from lightning.pytorch.strategies.launchers.subprocess_script import (
+    _set_num_threads_if_needed,
+    _SubprocessScriptLauncher,
+)
+
+from rlhf_lightning.errors import ConfigError, UserError
+
+log = logging.getLogger(__name__)
+GRACE = 10.0
+"""Seconds that a rank has to end by itself, after it was told."""
+SILENCE = 300.0
+"""Seconds without a sign of life; less where the process group's limit is less."""
+TELLING = 5.0
+"""Seconds in which the others hear of a failure, or of the end, before this process goes on."""
+PARENT = "RLHF_RANK_PARENT"
+"""Environment variable of a rank that another one started: the process id of that one."""
+# What gloo and NCCL say where the other end of a connection is gone; they raise plain RuntimeErrors.
+LOST = ("Connection reset by peer", "Connection closed by peer", "remote process exited", "Broken pipe")
+TIMED_OUT = ("Timed out waiting", "Application timeout", "collective operation timeout")
+RESUME = "The same command resumes the run."
+KILLED = f"If it was killed, memory may have run out (see the system's log). {RESUME}"
+
+
+@dataclass(frozen=True)
+class End:
+    """Why the run is over for all ranks, and the exit code of those that did not fail themselves."""
+
+    text: str
+    code: int = 2
+
+
+@dataclass
+class _Peer:
+    """The other end of a connection."""
+
+    socket: socket.socket
+    rank: int | None = None
+    name: str = ""
+    place: str = ""
+    seen: float = field(default_factory=time.monotonic)
+    told: bool = False
+    buffer: bytes = b""
+
+
+class RankWatch:
+    """Of one rank: what it knows of the others.
+
+    Args:
+        limit: seconds that a rank waits for another in a collective, for messages; None where it is not known.
+    """
+
+    def __init__(self, limit: float | None) -> None:
+        self.limit = limit
+        self.silence = min(SILENCE, limit or SILENCE)
+        self.beat = min(5.0, self.silence / 5)
+        self.rank, self.world = 0, 1
+        self.end: End | None = None
+        """What another rank ended by."""
+        self._own: End | None = None
+        self._deadline: float | None = None
+        self._reaped = self._met = False
+        self._parent = os.environ.pop(PARENT, None)
+        self._parted: set[int | None] = set()
+        """Ranks that have done their part, or failed: that they close the connection says nothing more."""
+        self.children: dict[int, subprocess.Popen] = {}
+        self._peers: list[_Peer] = []
+        self._selector = selectors.DefaultSelector()
+        self._server: socket.socket | None = None
+        self._token = ""
+        self._ended, self._over = threading.Event(), threading.Event()
+        self._sending = threading.Lock()
+        self._thread: threading.Thread | None = None
+        self._main = threading.main_thread().ident
+        self._beaten = 0.0
+
+    # -- the main thread ------------------------------------------------------------------------------------------
+
+    def begin(self, children: dict[int, subprocess.Popen]) -> None:
+        """Watch processes that this one has started, by rank, and the one that has started this one."""
+        self.children = children
+        if self._thread is None and (children or self._parent):
+            self._start()
+
+    def connect(self, rank: int, world: int) -> None:
+        """Watch all ranks, once the process group is there. All ranks call it."""
+        self.rank, self.world, self._met = rank, world, True
+        if world == 1:
+            return
+        from torch.distributed.distributed_c10d import _get_default_store
+
+        store, host = _get_default_store(), os.environ["MASTER_ADDR"]
+        if rank == 0:
+            self._server = _listen(host)
+            self._token = secrets.token_hex(16)
+            store.set("rlhf_watch", json.dumps([self._server.getsockname()[1], self._token, _name(rank, world)]))
+            self._selector.register(self._server, selectors.EVENT_READ, None)
+        else:
+            port, self._token, name = json.loads(store.get("rlhf_watch"))
+            try:
+                hub = _Peer(socket.create_connection((host, port), timeout=10), rank=0, name=name)
+            except OSError as error:
+                log.warning(
+                    "rank %d cannot reach port %d of %s (%s): if another rank stops or dies, only the limit of the "
+                    "process group ends this one",
+                    rank, port, host, error.strerror or error,
+                )  # fmt: skip
+                return
+            hub.socket.setblocking(False)
+            self._peers.append(hub)
+            self._send(hub, token=self._token, rank=rank, name=_name(rank, world))
+            self._selector.register(hub.socket, selectors.EVENT_READ, hub)
+        if self._thread is None:
+            self._start()
+
+    def fail(self, error: BaseException) -> None:
+        """Tell the others that this rank ends by an exception; returns when they were told, or cannot be."""
+        if self._over.is_set() or self._thread is None:
+            return
+        waited = _says(error, TIMED_OUT)
+        if _says(error, LOST):
+            self._ended.wait(TELLING)  # a consequence: whose connection it was is about to be known
+        if self.end is None:
+            me = _name(self.rank, self.world)
+            if isinstance(error, KeyboardInterrupt):
+                self._own = End(f"{me} was interrupted", 130)
+            elif waited and self.rank == 0:
+                self._settle(End(self._in_vain(None)))
+            elif not waited:
+                self._own = End(f"{me} failed: {_described(error)}")
+            end = self._own or self.end
+            for peer in list(self._peers):
+                self._send(peer, **({"end": end.text, "code": end.code} if end else {"waited": True}))
+        self._until(lambda: self._all_know() and (not waited or bool(self.end)))
+
+    def stop(self) -> None:
+        """This rank has done its part: nothing that becomes of it, or of rank 0, is of interest to the others."""
+        if self._over.is_set() or self.end is not None or self._thread is None:
+            return
+        for peer in list(self._peers):
+            self._send(peer, done=True)
+        if self.rank == 0:
+            # Its end closes the connections of those that are not there yet: they must know why.
+            self._until(self._all_know)
+        self._over.set()
+
+    def reason(self, error: BaseException) -> End | None:
+        """Why an exception of the main thread was raised, where it was by what befell another rank."""
+        if self._thread is None or not (_says(error, LOST) or _says(error, TIMED_OUT) or self.end):
+            return None
+        self._ended.wait(TELLING)
+        return self.end
+
+    def reap(self, failed: bool) -> End | None:
+        """Wait for the ranks that this process started, a short time; then kill them. What one of them ended by."""
+        self._reaped = True
+        until = time.monotonic() + GRACE + TELLING
+        while any(child.poll() is None for child in self.children.values()) and time.monotonic() < until:
+            time.sleep(0.02)
+        end = None
+        for rank, child in self.children.items():
+            if child.poll() is None:
+                child.kill()
+                child.wait()
+                end = End(f"rank {rank} did not end with the others, and was killed")
+            elif child.returncode and not failed:
+                end = End(f"rank {rank} {_exit(child.returncode)} after the others had done their part")
+        self._deadline = time.monotonic() + GRACE if failed else None  # what is done at exit may wait for other ranks
+        self._over.set()
+        return end
+
+    def _all_know(self) -> bool:
+        return all(peer.told or peer.rank in self._parted for peer in self._peers)
+
+    def _until(self, condition: Callable[[], bool]) -> None:
+        until = time.monotonic() + TELLING
+        while not condition() and time.monotonic() < until:
+            time.sleep(0.005)
+
+    # -- the thread -----------------------------------------------------------------------------------------------
+
+    def _start(self) -> None:
+        self._thread = threading.Thread(target=self._watch, daemon=True, name="ranks")
+        self._thread.start()
+
+    def _watch(self) -> None:
+        while not self._over.is_set() or self._deadline:
+            for key, _ in self._selector.select(min(1.0, self.beat)):
+                if key.data is None:
+                    self._accept()
+                else:
+                    self._receive(key.data)
+            end = self.end or self._own
+            if end is None:
+                self._look()
+            elif self._deadline is None:
+                # Rank 0 last, since it ends those that do not end by themselves.
+                # Before they have met, there is nothing to end but the waiting.
+                self._deadline = time.monotonic() + ((GRACE if self._met else 1) + (2 if self.children else 0))
+            elif time.monotonic() > self._deadline and not _writing and (self._over.is_set() or not self._reaped):
+                self._leave(end)
+
+    def _look(self) -> None:
+        """What is to be seen without a message: a process that ended, a silence."""
+        now = time.monotonic()
+        if now - self._beaten > self.beat:
+            self._beaten = now
+            for peer in list(self._peers):
+                self._send(peer, beat=_place(self._main))
+        for rank, child in self.children.items():
+            if child.poll() and rank not in self._parted:
+                self._died(rank, f"rank {rank} (process {child.pid})", "")
+                return
+        if self._parent and os.getppid() != int(self._parent) and 0 not in self._parted:
+            self._conclude(End(f"the process that started this rank (process {self._parent}) died. {KILLED}"))
+            return
+        for peer in self._peers:
+            if peer.rank not in self._parted and now - peer.seen > self.silence:
+                text = f"{peer.name} has given no sign of life for {self.silence:g} s: it is stopped, or in a "
+                text += "call that holds Python's interpreter, or its machine cannot be reached."
+                text += f"{_last(peer.place)} {RESUME}"
+                self._conclude(End(text))
+                return
+
+    def _accept(self) -> None:
+        assert self._server is not None
+        connection, _ = self._server.accept()
+        connection.setblocking(False)
+        peer = _Peer(connection)
+        self._selector.register(connection, selectors.EVENT_READ, peer)
+
+    def _receive(self, peer: _Peer) -> None:
+        try:
+            data = peer.socket.recv(1 << 16)
+        except BlockingIOError:
+            return
+        except OSError:  # reset: closed by the other end, as by an empty read
+            data = b""
+        if not data:
+            self._selector.unregister(peer.socket)
+            peer.socket.close()
+            if peer in self._peers:
+                self._peers.remove(peer)
+                if peer.rank not in self._parted and not (self.end or self._own or self._over.is_set()):
+                    self._died(peer.rank, peer.name, peer.place)
+            return
+        *lines, peer.buffer = (peer.buffer + data).split(b"\n")
+        for line in lines:
+            message = json.loads(line)
+            if peer.rank is None:
+                if message.get("token") != self._token:
+                    self._selector.unregister(peer.socket)
+                    peer.socket.close()
+                    return
+                peer.rank, peer.name = message["rank"], message["name"]
+                self._peers.append(peer)
+            peer.seen = time.monotonic()
+            self._heed(peer, message)
+
+    def _heed(self, peer: _Peer, message: dict[str, Any]) -> None:
+        peer.place = message.get("beat", peer.place)
+        peer.told = peer.told or "told" in message
+        if "done" in message or "end" in message:
+            self._parted.add(peer.rank)
+            self._send(peer, told=True)
+        if self.end or self._own or self._over.is_set():
+            return
+        if "end" in message:
+            self._conclude(End(message["end"], message["code"]), besides=peer)
+        elif "waited" in message:
+            self._conclude(End(self._in_vain(peer)))
+
+    def _died(self, rank: int | None, name: str, place: str) -> None:
+        child = self.children.get(rank) if rank is not None else None
+        how = "died, or its connection was lost"
+        if child is not None:
+            try:
+                how = _exit(child.wait(2))
+            except subprocess.TimeoutExpired:
+                how = "closed its connection"
+        self._conclude(End(f"{name} {how}.{_last(place)} {KILLED}"))
+
+    def _in_vain(self, waiting: _Peer | None) -> str:
+        """Who waited for whom, where: of rank 0, which knows where all are."""
+        who = waiting.name if waiting else _name(self.rank, self.world)
+        others: list[str] = []
+        for peer in self._peers:
+            silent = time.monotonic() - peer.seen
+            if silent > 3 * self.beat:
+                others.insert(0, f"{peer.name} has given no sign of life for {silent:.0f} s.{_last(peer.place)}")
+            elif peer is not waiting:
+                others.append(f"{peer.name} is at {peer.place or 'an unknown place'}")
+        if waiting:
+            others.insert(0, f"{_name(self.rank, self.world)} is at {_place(self._main)}")
+        limit = f" for {self.limit:g} s (--rank_timeout, or the strategy's timeout)" if self.limit else ""
+        more = f", and {len(others) - 8} more" if len(others) > 8 else ""
+        return f"{who} waited{limit} for the others in vain: {'; '.join(others[:8])}{more}. {RESUME}"
+
+    def _conclude(self, end: End, besides: _Peer | None = None) -> None:
+        for peer in list(self._peers):
+            if peer is not besides:
+                self._send(peer, end=end.text, code=end.code)
+        self._settle(end)
+
+    def _settle(self, end: End) -> None:
+        if self.end is None:
+            self.end = end
+            self._ended.set()
+
+    def _send(self, peer: _Peer, **message: Any) -> None:
+        with self._sending:
+            try:
+                peer.socket.sendall(json.dumps(message).encode() + b"\n")
+            except OSError:  # it is gone, as the reading end finds out
+                return
+
+    def _leave(self, end: End) -> None:
+        """End this process, whose main thread did not end by itself."""
+        if not self._reaped:
+            # In a thread: whoever holds the console may never read from it.
+            saying = threading.Thread(target=_say, args=[end], daemon=True)
+            saying.start()
+            saying.join(2)
+        for child in self.children.values():
+            if child.poll() is None:
+                child.kill()
+        os._exit(end.code)
+
+
+def _say(end: End) -> None:
+    logger = logging.getLogger("rlhf_lightning")
+    logger.error("%s", "interrupted" if end.code == 130 else f"error: {end.text}")
+    for handler in logger.handlers:
+        handler.flush()
+
+
+def _says(error: BaseException, signs: tuple[str, ...]) -> bool:
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
+
+
+def _name(rank: int, world: int, pid: int | None = None) -> str:
+    return f"rank {rank} of {world} ({socket.gethostname()}, process {pid or os.getpid()})"
+
+
+def _exit(code: int) -> str:
+    return f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+
+
+def _last(place: str) -> str:
+    return f" It was last at {place}." if place else ""
+
+
+def _described(error: BaseException) -> str:
+    if isinstance(error, UserError):
+        return str(error)
+    frames = traceback.extract_tb(error.__traceback__)
+    where = f" ({frames[-1].filename}:{frames[-1].lineno} in {frames[-1].name})" if frames else ""
+    return f"{type(error).__name__}: {str(error)[:500]}{where}"
+
+
+def _place(thread: int | None) -> str:
+    """Where a thread is: the innermost frame that is not in a library's code."""
+    frame: FrameType | None = sys._current_frames().get(thread or 0)
+    innermost = frame
+    while frame is not None and _is_library(frame.f_code.co_filename):
+        frame = frame.f_back
+    frame = frame or innermost
+    return f"{frame.f_code.co_filename}:{frame.f_lineno} in {frame.f_code.co_name}" if frame else ""
+
+
+def _is_library(file: str) -> bool:
+    return "site-packages" in file or file.startswith(("<", str(Path(os.__file__).parent)))
+
+
+def _listen(host: str) -> socket.socket:
+    """A port for the ranks of the run: of this machine only where all are on it."""
+    if host in ("localhost", "127.0.0.1", "::1"):
+        return socket.create_server((host, 0), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+    if socket.has_dualstack_ipv6():
+        return socket.create_server(("", 0), family=socket.AF_INET6, dualstack_ipv6=True)
+    return socket.create_server(("", 0))
+
+
+# -- a run ------------------------------------------------------------------------------------------------------------
+
+_current: list[RankWatch] = []
+_writing: list[None] = []
+
+
+class _Launcher(_SubprocessScriptLauncher):
+    """Lightning's, with the watch in the place of an observer that kills this process without a word."""
+
+    watch: RankWatch
+
+    def launch(self, function: Callable, *args: Any, trainer: Any = None, **kwargs: Any) -> Any:
+        environment = self.cluster_environment
+        environment.validate_settings(num_devices=self.num_processes, num_nodes=self.num_nodes)
+        if not environment.creates_processes_externally:
+            os.environ[PARENT] = str(os.getpid())
+            self._call_children_scripts()
+            del os.environ[PARENT]
+        first = environment.node_rank() * self.num_processes
+        self.watch.begin({first + place: child for place, child in enumerate(self.procs, 1)})
+        _set_num_threads_if_needed(num_processes=self.num_processes)
+        return function(*args, **kwargs)
+
+
+def watch_ranks(trainer: Any, minutes: float | None) -> None:
+    """Watch the ranks of a trainer's run from its start on, and set how long they wait for each other.
+
+    Args:
+        minutes: the limit of the process group; None for the strategy's own.
+
+    Raises:
+        ConfigError: the limit is no time, or the strategy has another.
+    """
+    from datetime import timedelta
+
+    from lightning.fabric.plugins.collectives.torch_collective import default_pg_timeout
+
+    strategy = trainer.strategy
+    if minutes is not None:
+        if not minutes > 0:
+            raise ConfigError(f"rank_timeout is {minutes}; it must be above 0 (minutes)")
+        own = getattr(strategy, "_timeout", None)
+        if own not in (None, default_pg_timeout, timedelta(minutes=minutes)):
+            raise ConfigError(f"rank_timeout is {minutes:g} minutes, and trainer.strategy has timeout {own}: set one")
+        strategy._timeout = timedelta(minutes=minutes)
+    launcher = strategy.launcher
+    if type(launcher) not in (type(None), _SubprocessScriptLauncher):
+        return  # ranks that are forked by a process which waits for them
+    timeout = getattr(strategy, "_timeout", None)
+    watch = RankWatch(timeout.total_seconds() if timeout else None)
+    _current[:] = [watch]
+    if launcher is not None:
+        own_launcher = _Launcher(launcher.cluster_environment, launcher.num_processes, launcher.num_nodes)
+        own_launcher.watch = watch
+        strategy._launcher = own_launcher
+    setup, fail = strategy.setup_environment, strategy.on_exception
+
+    def setup_environment() -> None:
+        try:
+            setup()
+        except RuntimeError as error:
+            raise _alone(error, watch.limit) or error from error
+        watch.connect(trainer.global_rank, trainer.world_size)
+
+    def on_exception(exception: BaseException) -> None:
+        watch.fail(exception)
+        fail(exception)
+
+    strategy.setup_environment, strategy.on_exception = setup_environment, on_exception
+
+
+def _alone(error: RuntimeError, limit: float | None) -> UserError | None:
+    """What torch says of a process group that did not come about, in words."""
+    text = str(error)
+    within = f" within {limit:g} s (--rank_timeout, or the strategy's timeout)" if limit else ""
+    if joined := re.search(r"(\d+)/(\d+) clients joined", text):
+        return UserError(
+            f"only {joined[1]} of {joined[2]} ranks have come{within}. Start all of them, with the same MASTER_ADDR "
+            "and MASTER_PORT; what the others say, if they ended, is in their output."
+        )
+    if place := re.search(r"trying to connect to \((.*?)\)", text):
+        return UserError(f"rank 0 does not answer at {place[1]}{within}. Start it, or look at what it ended by.")
+    if "connectFullMesh" in text:
+        return UserError(
+            f"another rank ended, or cannot be reached, before the run began ({text.splitlines()[0][:200]})"
+        )
+    return None
+
+
+@contextmanager
+def ranks_end_together() -> Iterator[None]:
+    """Around a command: an exception that another rank has caused says so, and no rank that was started is left.
+
+    Raises:
+        UserError: another rank failed, died, stopped or was waited for in vain, or one that this process started did
+            not end well.
+        KeyboardInterrupt: another rank was interrupted.
+    """
+    failed = True
+    try:
+        yield
+        if _current:
+            _current[0].stop()
+        failed = False
+    except RuntimeError as error:
+        if _current and (end := _current[0].reason(error)):
+            raise (KeyboardInterrupt if end.code == 130 else UserError(end.text)) from error
+        raise
+    finally:
+        watch = _current.pop() if _current else None
+        end = watch.reap(failed) if watch else None
+        if end and not failed:
+            raise UserError(end.text)
+
+
+@contextmanager
+def undisturbed() -> Iterator[None]:
+    """Around the writing of a file: this process is not ended from here within it."""
+    _writing.append(None)
+    try:
+        yield
+    finally:
+        _writing.pop()
