@@ -100,6 +100,7 @@ class RankWatch:
         self._thread: threading.Thread | None = None
         self._main = threading.main_thread().ident
         self._beaten = 0.0
+        self._looked = time.monotonic()
 
     # -- the main thread ------------------------------------------------------------------------------------------
 
@@ -135,7 +136,8 @@ class RankWatch:
                 return
             hub.socket.setblocking(False)
             self._peers.append(hub)
-            self._send(hub, token=self._token, rank=rank, name=_name(rank, world))
+            hub.socket.sendall(self._token.encode())
+            self._send(hub, rank=rank, name=_name(rank, world))
             self._selector.register(hub.socket, selectors.EVENT_READ, hub)
         if self._thread is None:
             self._start()
@@ -179,9 +181,13 @@ class RankWatch:
         return self.end
 
     def reap(self, failed: bool) -> End | None:
-        """Wait for the ranks that this process started, a short time; then kill them. What one of them ended by."""
+        """Wait for the ranks that this process started, then kill them. What one of them ended by.
+
+        Args:
+            failed: they end because of that; else they may have work of their own left.
+        """
         self._reaped = True
-        until = time.monotonic() + GRACE + TELLING
+        until = time.monotonic() + (GRACE + TELLING if failed else self.limit or SILENCE)
         while any(child.poll() is None for child in self.children.values()) and time.monotonic() < until:
             time.sleep(0.02)
         end = None
@@ -230,6 +236,11 @@ class RankWatch:
     def _look(self) -> None:
         """What is to be seen without a message: a process that ended, a silence."""
         now = time.monotonic()
+        if now - self._looked > self.silence / 2:
+            # It was this process that was stopped, perhaps with all others (Ctrl-Z): what they sent is still to come.
+            for peer in self._peers:
+                peer.seen = now
+        self._looked = now
         if now - self._beaten > self.beat:
             self._beaten = now
             for peer in list(self._peers):
@@ -271,14 +282,15 @@ class RankWatch:
                 if peer.rank not in self._parted and not (self.end or self._own or self._over.is_set()):
                     self._died(peer.rank, peer.name, peer.place)
             return
-        *lines, peer.buffer = (peer.buffer + data).split(b"\n")
+        token, said = self._token.encode(), peer.buffer + data
+        if peer.rank is None and not (said.startswith(token) or token.startswith(said)):
+            self._selector.unregister(peer.socket)  # whoever tries the ports of this machine
+            peer.socket.close()
+            return
+        *lines, peer.buffer = said.split(b"\n")
         for line in lines:
-            message = json.loads(line)
+            message = json.loads(line.removeprefix(token))
             if peer.rank is None:
-                if message.get("token") != self._token:
-                    self._selector.unregister(peer.socket)
-                    peer.socket.close()
-                    return
                 peer.rank, peer.name = message["rank"], message["name"]
                 self._peers.append(peer)
             peer.seen = time.monotonic()

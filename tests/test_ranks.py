@@ -6,12 +6,14 @@ Ranks are forked, and find what `torchrun` gives; with `launch`, the first start
 import errno
 import os
 import re
+import selectors
 import signal
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,6 +25,7 @@ from lightning.pytorch.strategies.launchers import subprocess_script
 from torch.utils.data import DataLoader
 from torchmetrics import MeanMetric
 
+from rlhf_lightning import rank_watch
 from rlhf_lightning.callbacks.checkpoint_io import AtomicCheckpointIO, damage
 from rlhf_lightning.callbacks.memory import MemoryEstimate
 from rlhf_lightning.cli.stage import StageCLI
@@ -351,6 +354,40 @@ def test_a_stopped_rank_ends_the_other_within_the_limit(rank: int, command: Any,
     assert ranks[rank].code == 2
     assert "Traceback" not in ranks[rank].text
     whole_files(tmp_path / "run")
+
+
+@pytest.mark.slow
+def test_ranks_that_were_stopped_together_go_on(command: Any, tmp_path: Path) -> None:
+    def stop() -> None:
+        os.system(f"(sleep 5; kill -CONT {os.getpid()}) &")
+        os.kill(os.getpid(), signal.SIGSTOP)
+
+    def before() -> None:
+        rank_watch.SILENCE = 2.0
+        for rank in range(2):
+            at(MODULES["sft"], "training_step", 6, rank, stop, tmp_path / f"mark{rank}")()
+
+    ranks = in_two(command(), tmp_path, before)
+    assert (tmp_path / "mark0").exists()
+    assert [found.code for found in ranks] == [0, 0], ranks
+
+
+def test_a_stranger_at_the_port_is_sent_away() -> None:
+    watch = rank_watch.RankWatch(None)
+    watch._token = "secret"
+    watch._server = rank_watch._listen("127.0.0.1")
+    watch._selector.register(watch._server, selectors.EVENT_READ, None)
+    watch._start()
+    for said in (b"GET / HTTP/1.1\r\n\r\n", b"secre\n", b"{}\n", bytes(100_000)):
+        with socket.create_connection(watch._server.getsockname(), timeout=10) as stranger:
+            stranger.sendall(said)
+            with suppress(ConnectionResetError):
+                assert stranger.recv(100) == b""
+    with socket.create_connection(watch._server.getsockname(), timeout=10) as rank:
+        rank.sendall(b'secret{"rank": 1, "name": "rank 1"}\n{"done": true}\n')
+        assert b"told" in rank.recv(1000)
+    watch.stop()
+    assert watch.end is None
 
 
 @pytest.mark.slow
