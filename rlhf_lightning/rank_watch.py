@@ -40,6 +40,7 @@ SILENCE = 300.0
 """Seconds without a sign of life; less where the process group's limit is less."""
 TELLING = 5.0
 """Seconds in which the others hear of a failure, or of the end, before this process goes on."""
+YEAR = 366 * 24 * 60
 PARENT = "RLHF_RANK_PARENT"
 """Environment variable of a rank that another one started: the process id of that one."""
 # What gloo and NCCL say where the other end of a connection is gone; they raise plain RuntimeErrors.
@@ -462,8 +463,8 @@ def watch_ranks(trainer: Any, minutes: float | None) -> None:
 
     strategy = trainer.strategy
     if minutes is not None:
-        if not minutes > 0:
-            raise ConfigError(f"rank_timeout is {minutes}; it must be above 0 (minutes)")
+        if not 0 < minutes <= YEAR:
+            raise ConfigError(f"rank_timeout is {minutes}; it must be above 0 (minutes), and at most a year")
         own = getattr(strategy, "_timeout", None)
         if own not in (None, default_pg_timeout, timedelta(minutes=minutes)):
             raise ConfigError(f"rank_timeout is {minutes:g} minutes, and trainer.strategy has timeout {own}: set one")

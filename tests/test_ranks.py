@@ -4,6 +4,7 @@ Ranks are forked, and find what `torchrun` gives; with `launch`, the first start
 """
 
 import errno
+import math
 import os
 import re
 import selectors
@@ -15,6 +16,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -457,6 +459,18 @@ def test_a_rank_whose_starter_dies_before_all_have_met_ends(command: Any, tmp_pa
         time.sleep(0.1)
     assert time.time() < until
     assert "error: the process that started this rank" in (tmp_path / "ranks.txt").read_text()
+
+
+@pytest.mark.parametrize("minutes", [0, -1, math.nan, math.inf, 1e300])
+def test_a_limit_that_is_no_time_is_refused(minutes: float) -> None:
+    with pytest.raises(ConfigError, match=r"rank_timeout is .*; it must be above 0"):
+        rank_watch.watch_ranks(SimpleNamespace(strategy=DDPStrategy()), minutes)
+
+
+def test_two_limits_are_refused() -> None:
+    strategy = DDPStrategy(timeout=timedelta(minutes=3))
+    with pytest.raises(ConfigError, match=r"rank_timeout is 2 minutes, and trainer.strategy has timeout 0:03:00"):
+        rank_watch.watch_ranks(SimpleNamespace(strategy=strategy), 2)
 
 
 # -- other data on one rank -------------------------------------------------------------------------------------------
