@@ -248,10 +248,9 @@ class RankWatch:
                 self._send(peer, beat=_place(self._main))
         for rank, child in self.children.items():
             if child.poll() and rank not in self._parted:
-                peer = next((peer for peer in self._peers if peer.rank == rank), None)
-                self._died(
-                    rank, peer.name if peer else f"rank {rank} (process {child.pid})", peer.place if peer else ""
-                )
+                known = next((peer for peer in self._peers if peer.rank == rank), None)
+                name = known.name if known else f"rank {rank} (process {child.pid})"
+                self._died(rank, name, known.place if known else "")
                 return
         if self._parent and os.getppid() != int(self._parent) and 0 not in self._parted:
             self._conclude(End(f"the process that started this rank (process {self._parent}) died. {KILLED}"))
