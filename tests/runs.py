@@ -11,6 +11,8 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -73,6 +75,16 @@ class Run(Forked):
         self._ended(0)
         raise AssertionError(f"no end after {limit} s: {self.text}")
 
+    def gone(self, limit: float = 60) -> None:
+        """Wait until nothing that it started runs; after `limit` seconds that is killed, and an error."""
+        begun = time.monotonic()
+        while left := members(self.pid):
+            if time.monotonic() - begun > limit:
+                for pid, _ in left:
+                    os.kill(pid, signal.SIGKILL)
+                raise AssertionError(f"{left} run {limit} s after the end of the first process: {self.text}")
+            time.sleep(0.01)
+
     @property
     def text(self) -> str:
         """What it wrote."""
@@ -80,11 +92,29 @@ class Run(Forked):
 
 
 class Stage(Forked):
-    """A stage that a pipeline started, forked. It holds both ends of the pipe that would tell it of the other's end."""
+    """A stage that a pipeline started, forked."""
 
-    def __init__(self, command: list[str], process_group: int, pass_fds: list[int], env: dict[str, str]) -> None:
+    def __init__(
+        self,
+        command: list[str],
+        process_group: int,
+        pass_fds: list[int],
+        env: dict[str, str],
+        before: Callable[[], Any] | None = None,
+    ) -> None:
         assert command[:3] == [sys.executable, "-m", "rlhf_lightning"]
-        super().__init__(lambda: _command(command[3:]), group=lambda: os.setpgid(0, process_group))
+
+        def begin() -> None:
+            os.setpgid(0, process_group)
+            os.environ.update(env)
+            # The other end of the pipe that tells the stage of its pipeline's end, which a new program would not have.
+            passed = {os.fstat(number).st_ino for number in pass_fds}
+            for number in map(int, os.listdir("/proc/self/fd")):
+                with suppress(OSError):  # that of the list itself
+                    if number not in pass_fds and os.fstat(number).st_ino in passed:
+                        os.close(number)
+
+        super().__init__(lambda: _command(command[3:], before), group=begin)
 
     def __enter__(self) -> "Stage":
         return self
@@ -105,15 +135,29 @@ def forked_stages(monkeypatch: pytest.MonkeyPatch) -> None:
     fork_stages(monkeypatch)
 
 
-def fork_stages(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The stages of pipelines, from here on, are forked."""
-    monkeypatch.setattr("rlhf_lightning.pipeline.passing.subprocess", SimpleNamespace(Popen=Stage))
+def fork_stages(monkeypatch: pytest.MonkeyPatch, before: Callable[[], Any] | None = None) -> None:
+    """The stages of pipelines, from here on, are forked; `before` is called in each, with its `sys.argv`."""
+    popen = partial(Stage, before=before)
+    monkeypatch.setattr("rlhf_lightning.pipeline.passing.subprocess", SimpleNamespace(Popen=popen))
 
 
-def complete(args: list[str], output: Path, code: int = 0, before: Callable[[], Any] | None = None) -> str:
+def members(session: int) -> list[tuple[int, int]]:
+    """The processes of a session that run, each with its process group: all that a `Run` has started."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):  # it has ended meanwhile
+            state, _, group, own = path.read_text().rpartition(")")[2].split()[:4]
+            if int(own) == session and state not in "ZX":
+                found.append((int(path.parent.name), int(group)))
+    return found
+
+
+def complete(
+    args: list[str], output: Path, code: int = 0, before: Callable[[], Any] | None = None, limit: float = 120
+) -> str:
     """Run a command to its end; what it wrote."""
     run = Run(args, output, before)
-    found = run.wait()
+    found = run.wait(limit)
     assert found == code, run.text
     return run.text
 
