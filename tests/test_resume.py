@@ -368,6 +368,25 @@ def test_an_interrupted_run_ends_as_a_whole_one(
     interrupted_as_whole(setting, number, seed, whole, tmp_path)
 
 
+@pytest.mark.parametrize(
+    "setting",
+    [
+        Setting("sft", 1, "max_steps", 1),
+        *(pytest.param(Setting(kind, 1, "max_steps", 2), marks=pytest.mark.slow) for kind in MODULES),
+    ],
+    ids=str,
+)
+def test_killed_after_its_last_checkpoint_it_ends_as_a_whole_one(setting: Setting, whole: Any, tmp_path: Path) -> None:
+    """No step is left to take: what the end of the epoch that `max_steps` cuts off logs must be there by then."""
+    args, expected, seen = whole(*setting)
+    command = [*args, setting.flag, str(tmp_path / "run")]
+    last = seen["calls"][setting.kind, 0]["a checkpoint's end"]
+    run = Run(command, tmp_path / "out.txt", at(setting.kind, "a checkpoint's end", last, True, killed))
+    assert run.wait() == -signal.SIGKILL, run.text
+    complete(command, tmp_path / "out.txt")
+    assert results(setting, tmp_path / "run") == expected
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("number", [KILL, TERM], ids=["kill -9", "SIGTERM"])

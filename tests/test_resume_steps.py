@@ -94,6 +94,19 @@ def test_resumed_at_any_step_it_ends_as_the_whole_run(kind: str, base: str, tmp_
     check(kind, base, tmp_path, {**LENGTHS["steps"], "max_steps": 5, "accumulate_grad_batches": 2})
 
 
+@pytest.mark.parametrize("kind", ["policy", *(pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS[:2])])
+def test_a_run_that_max_steps_ended_goes_on_with_more(kind: str, base: str, tmp_path: Path) -> None:
+    """Within the second epoch, as if it had not ended there."""
+    more, fewer = ({**LENGTHS["steps"], "max_steps": steps} for steps in (7, 5))
+    weights, _, batches = run(kind, base, tmp_path / "whole", ours(tmp_path / "all"), **more)
+    run(kind, base, tmp_path / "fewer", ours(tmp_path / "some"), **fewer)
+    file = tmp_path / "some" / "step=5.ckpt"
+    again, end, rest = run(kind, base, tmp_path / "again", ours(tmp_path / "rest"), file, **more)
+    assert end == 7
+    assert rest == [batch for batch in batches if batch[0] >= 5]
+    assert all(torch.equal(weights[name], again[name]) for name in weights)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("saver", [ours, lightnings], ids=["ours", "Lightning's"])
 @pytest.mark.parametrize("accumulate", [1, 2])

@@ -2,6 +2,8 @@
 
 import logging
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +24,9 @@ log = logging.getLogger(__name__)
 class RunCheckpoints(Checkpoint):
     """Writes `step=N.ckpt`, from which the run goes on bit for bit as if it had not been interrupted.
 
-    A checkpoint is written at the end of an optimizer step; if a validation or the end of the epoch follows, after
-    that, since Lightning does not repeat them on resume. Ctrl-C and SIGTERM write one at the next such moment and then
-    raise `KeyboardInterrupt`, on all ranks together; a second Ctrl-C is raised at once.
+    A checkpoint is written at the end of an optimizer step; if a validation or the end of the epoch or of the run
+    follows, after that, since Lightning does not repeat them on resume. Ctrl-C and SIGTERM write one at the next such
+    moment and then raise `KeyboardInterrupt`, on all ranks together; a second Ctrl-C is raised at once.
 
     It must stand behind other checkpoint callbacks, whose state it saves; `rlhf` sees to that.
 
@@ -117,7 +119,7 @@ class RunCheckpoints(Checkpoint):
         self._due = self._due or self._wanted(trainer)
         loop = trainer.fit_loop.epoch_loop
         fetcher: Any = trainer.fit_loop._data_fetcher
-        if self._due and not loop._num_ready_batches_reached() and not loop._should_check_val_fx(fetcher):
+        if self._due and not _epoch_ends(trainer) and not loop._should_check_val_fx(fetcher):
             # Lightning logs the step after this hook; a run killed in between would lack the row.
             with MetricsCSV.early(trainer):
                 trainer._logger_connector.update_train_step_metrics()
@@ -125,7 +127,7 @@ class RunCheckpoints(Checkpoint):
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         fitting = trainer.state.fn == "fit" and not trainer.sanity_checking
-        if fitting and self._due and self._boundary and not trainer.fit_loop.epoch_loop._num_ready_batches_reached():
+        if fitting and self._due and self._boundary and not _epoch_ends(trainer):
             self._save(trainer, pl_module)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
@@ -139,7 +141,8 @@ class RunCheckpoints(Checkpoint):
                 loop.epoch_loop._batches_that_stepped -= 1
                 connector.log_metrics(connector.metrics["log"])
                 loop.epoch_loop._batches_that_stepped += 1
-            self._save(trainer, pl_module)
+            with _unless_complete(loop):
+                self._save(trainer, pl_module)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         if self.signals:
@@ -175,3 +178,23 @@ class RunCheckpoints(Checkpoint):
         if self._stopping:
             log.warning("stopped after step %d; the same command goes on from there", trainer.global_step)
             raise KeyboardInterrupt
+
+
+def _epoch_ends(trainer: pl.Trainer) -> bool:
+    """Whether the epoch ends with the step just taken: by its length, or because the run does."""
+    loop = trainer.fit_loop
+    stops = 0 < trainer.max_steps <= trainer.global_step or (trainer.should_stop and loop._can_stop_early)
+    return stops or loop.epoch_loop._num_ready_batches_reached()
+
+
+@contextmanager
+def _unless_complete(loop: Any) -> Iterator[None]:
+    """An epoch that the run's end cuts off is saved as one under way, in which a run of more steps would go on."""
+    cut_off = not loop.epoch_loop._num_ready_batches_reached()
+    for progress in (loop.epoch_progress.current, loop.epoch_progress.total):
+        progress.processed -= cut_off
+    try:
+        yield
+    finally:
+        for progress in (loop.epoch_progress.current, loop.epoch_progress.total):
+            progress.processed += cut_off
