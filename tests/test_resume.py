@@ -387,6 +387,37 @@ def test_killed_after_its_last_checkpoint_it_ends_as_a_whole_one(setting: Settin
     assert results(setting, tmp_path / "run") == expected
 
 
+STOPS = {
+    "sft": {
+        "class_path": "lightning.pytorch.callbacks.EarlyStopping",
+        "init_args": {"monitor": "val/nll", "stopping_threshold": 100.0},
+    },
+    "policy": {
+        "class_path": "rlhf_lightning.callbacks.collapse.StopOnCollapse",
+        "init_args": {"kl_limit": 1e-4, "patience": 1},
+    },
+}
+
+
+@pytest.mark.parametrize("kind", ["sft", pytest.param("policy", marks=pytest.mark.slow)])
+def test_killed_after_a_callback_has_stopped_it_it_does_not_go_on(kind: str, base: str, tmp_path: Path) -> None:
+    further = write_yaml(tmp_path / "further.yaml", {"trainer": {"callbacks": [STOPS[kind]]}})
+    args = [*config(kind, base, tmp_path, accumulate=1), "-c", further, "--trainer.default_root_dir"]
+    complete([*args, str(tmp_path / "whole")], tmp_path / "whole.txt", before=counting(kind, tmp_path))
+    calls = json.loads((tmp_path / f"{kind}-0.json").read_text())
+    command = [*args, str(tmp_path / "run")]
+    install = at(kind, "a checkpoint's end", calls["a checkpoint's end"], True, killed)
+    run = Run(command, tmp_path / "out.txt", install)
+    assert run.wait() == -signal.SIGKILL, run.text
+    complete(command, tmp_path / "out.txt")
+    whole = result(tmp_path / "whole")
+    assert 0 < whole["steps"] < {"sft": 21, "policy": 48}[kind], "it was to stop early"
+    assert result(tmp_path / "run") == whole
+    facts = [json.loads((tmp_path / name / "stage.json").read_text()).get("stopped") for name in ("run", "whole")]
+    assert facts[0] == facts[1]
+    assert (kind == "policy") == bool(facts[0])
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("number", [KILL, TERM], ids=["kill -9", "SIGTERM"])

@@ -70,6 +70,7 @@ class RunCheckpoints(Checkpoint):
 
     def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         checkpoint["environment"] = environment(trainer)
+        checkpoint["stopped"] = _stops_early(trainer)
         checkpoint["logged"] = logged_state(trainer, pl_module, self._first)
 
     def on_load_checkpoint(self, trainer: pl.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
@@ -78,6 +79,8 @@ class RunCheckpoints(Checkpoint):
             self._changed = f"step {checkpoint['global_step']}: {', '.join(changed)}"
             log.warning("this resume is not bit for bit the run it goes on with: %s", ", ".join(changed))
         self._logged = checkpoint.get("logged")
+        # Lightning forgets it: a run that was over would go on until something stops it again.
+        trainer.should_stop = trainer.state.fn == "fit" and bool(checkpoint.get("stopped"))
 
     # -- hooks ----------------------------------------------------------------------------------------------------
 
@@ -183,8 +186,13 @@ class RunCheckpoints(Checkpoint):
 def _epoch_ends(trainer: pl.Trainer) -> bool:
     """Whether the epoch ends with the step just taken: by its length, or because the run does."""
     loop = trainer.fit_loop
-    stops = 0 < trainer.max_steps <= trainer.global_step or (trainer.should_stop and loop._can_stop_early)
+    stops = 0 < trainer.max_steps <= trainer.global_step or _stops_early(trainer)
     return stops or loop.epoch_loop._num_ready_batches_reached()
+
+
+def _stops_early(trainer: pl.Trainer) -> bool:
+    """Whether a callback has ended the run, as early stopping does."""
+    return bool(trainer.should_stop and trainer.fit_loop._can_stop_early)
 
 
 @contextmanager

@@ -81,8 +81,9 @@ class StopOnCollapse(RoundCallback):
             log.warning("step %d: training stops, %s", trainer.global_step, self.stopped["reason"])
 
     def state_dict(self) -> dict[str, Any]:
-        return {**super().state_dict(), "streaks": dict(self._streaks)}
+        return {**super().state_dict(), "streaks": dict(self._streaks), "stopped": self.stopped}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
         self._streaks = dict(state_dict["streaks"])
+        self.stopped = state_dict.get("stopped")
