@@ -402,7 +402,8 @@ STOPS = {
 @pytest.mark.parametrize("kind", ["sft", pytest.param("policy", marks=pytest.mark.slow)])
 def test_killed_after_a_callback_has_stopped_it_it_does_not_go_on(kind: str, base: str, tmp_path: Path) -> None:
     further = write_yaml(tmp_path / "further.yaml", {"trainer": {"callbacks": [STOPS[kind]]}})
-    args = [*config(kind, base, tmp_path, accumulate=1), "-c", further, "--trainer.default_root_dir"]
+    args = [*config(kind, base, tmp_path, accumulate=1), "-c", further, "--checkpoint_every", "1"]
+    args += ["--trainer.default_root_dir"]
     complete([*args, str(tmp_path / "whole")], tmp_path / "whole.txt", before=counting(kind, tmp_path))
     calls = json.loads((tmp_path / f"{kind}-0.json").read_text())
     command = [*args, str(tmp_path / "run")]
