@@ -3,6 +3,7 @@
 import csv
 import hashlib
 import json
+import math
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -126,7 +127,7 @@ def write_json(path: Path, value: Any) -> None:
 
 def duration(seconds: Any) -> str:
     """Seconds as a person says them; a dash for what is no number."""
-    if not isinstance(seconds, int | float):
+    if not isinstance(seconds, int | float) or not math.isfinite(seconds):
         return "–"
     hours, rest = divmod(round(seconds), 3600)
     minutes, left = divmod(rest, 60)

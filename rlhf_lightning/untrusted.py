@@ -143,10 +143,10 @@ def _check(path: Path, kind: str, modified: int, size: int, extent: tuple[int, i
 def _check_names(folder: Path) -> None:
     """Refuse what in a folder leads out of it: links to other files, and names of files with a path."""
     for path in folder.iterdir() if folder.is_dir() else ():
-        if path.suffix not in SUFFIXES or path.is_dir():
+        if path.suffix not in SUFFIXES:
             continue
         if not path.is_file():
-            raise ConfigError(f"{path}: a link that leads nowhere, a device or a pipe; restore the file")
+            raise ConfigError(f"{path}: a folder, a link that leads nowhere, a device or a pipe; restore the file")
         target = path.resolve()
         # The cache of the Hub links to its blobs; a file of the same kind elsewhere saves space.
         if target.parent.name != "blobs" and target.suffix != path.suffix and path.is_symlink():

@@ -24,6 +24,7 @@ from rlhf_lightning.callbacks.checkpoint_io import AtomicCheckpointIO, DamagedCh
 from rlhf_lightning.files import write_json
 from tests.conftest import build_model, chats, pairs, prompts, write_rows
 from tests.fuzzing import Tally, bad_rows, fuzz, refused, rlhf
+from tests.runs import fork_stages
 from tests.test_cli import stage_config
 
 TALLY = Tally()
@@ -471,10 +472,12 @@ def models(place: Place) -> dict[str, tuple[Path, Any]]:
     folders = {"base": Path(place.base)}
     folders |= {"adapter": place.root / "run-sft" / "model", "reward": place.root / "run-preference" / "model"}
 
+    said = ["--prompt", "Count", "--temperature", "0", "--max_tokens", "8", "--json"]
+
     def use(name: str, folder: Path) -> Any:
         if name == "reward":
             return rlhf("score", folder, rows)
-        return rlhf("generate", folder, "--prompt", "Count", "--temperature", "0", "--max_tokens", "8", "--json")
+        return rlhf("generate", folder, *said)
 
     return {name: (folder, use) for name, folder in folders.items()}
 
@@ -497,6 +500,17 @@ KEYS = {
 }
 
 
+ODD = ["directory", "pipe", "device", "loop", "nowhere", "outside", "deep", "twice"]
+"""What may stand where a file should, and JSON that is none of ours."""
+PLACES = st.lists(st.integers(0, 30), min_size=1, max_size=4)
+VALUES = st.one_of(
+    JUNK,
+    st.sampled_from(
+        [10**30, -(10**30), 1e308, float("nan"), float("inf"), "../../../etc", "/dev/zero", "\x00", "\ud800"]
+    ),
+)
+
+
 @st.composite
 def spoilt_folders(draw: st.DrawFn) -> tuple[str, str, str, Any]:
     """Model, file, what is done to it, and with what."""
@@ -508,9 +522,11 @@ def spoilt_folders(draw: st.DrawFn) -> tuple[str, str, str, Any]:
     ways += ["json", "json"] if file.endswith(".json") else []
     ways += ["key"] * 5 if file in KEYS else []
     ways += ["tensors"] * 6 if file.endswith(".safetensors") else []
+    ways += [draw(st.sampled_from(ODD))] * 2 + (["value"] * 4 if file.endswith(".json") else [])
     way = draw(st.sampled_from(ways))
     details = {
         "cut": st.floats(0.02, 0.97),
+        "value": st.tuples(PLACES, VALUES),
         "binary": st.binary(min_size=1, max_size=40),
         "json": JUNK,
         "key": KEYS.get(file, st.none()),
@@ -532,6 +548,12 @@ def spoil(path: Path, way: str, detail: Any) -> None:
         path.write_bytes(detail)
     elif way == "json":
         path.write_text(json.dumps(detail))
+    elif way in ODD:
+        _replace(path, way)
+    elif way == "value":
+        settings = json.loads(path.read_text())
+        replaced = _at(settings, *detail)
+        path.write_text(json.dumps(replaced))
     elif way == "key":
         path.write_text(json.dumps({**json.loads(path.read_text()), detail[0]: detail[1]}))
     elif detail[0] == "header":
@@ -539,6 +561,36 @@ def spoil(path: Path, way: str, detail: Any) -> None:
         path.write_bytes(bytes([detail[1] + 1]) + whole[1:] if detail[1] % 2 else whole[:8] + b"x" + whole[9:])
     else:
         _spoil_tensors(path, *detail)
+
+
+def _replace(path: Path, way: str) -> None:
+    """Something else in the place of a file, or a text that no parser should take."""
+    before = path.read_bytes()
+    path.unlink()
+    outside = path.parent.parent / "secret"
+    links = {"device": "/dev/zero", "loop": path, "nowhere": path.with_name("none"), "outside": outside}
+    if way == "directory":
+        path.mkdir()
+    elif way == "pipe":
+        os.mkfifo(path)
+    elif way == "deep":
+        path.write_text("[" * 10**5)
+    elif way == "twice":
+        path.write_bytes(before.replace(b"{", b'{"twice": 1, "twice": 2, ', 1) if before[:1] == b"{" else b"{" + before)
+    else:
+        outside.write_bytes(before)
+        path.symlink_to(links[way])
+
+
+def _at(settings: Any, places: list[int], value: Any) -> Any:
+    """Settings with a value in the place that numbers lead to."""
+    if not places or not isinstance(settings, dict | list) or not settings:
+        return value
+    keys = sorted(settings) if isinstance(settings, dict) else range(len(settings))
+    key = keys[places[0] % len(keys)]
+    copy = dict(settings) if isinstance(settings, dict) else list(settings)
+    copy[key] = _at(settings[key], places[1:], value)
+    return copy
 
 
 def parses(path: Path) -> bool:
@@ -577,13 +629,114 @@ def test_model_folders(count: int, place: Place, models: dict[str, Any]) -> None
         shutil.copytree(folder, copy)
         spoil(copy / file, way, detail)
         result = use(name, copy)
-        harmless = result.out == whole[name].out or (file.endswith(".jinja") and way == "cut" and parses(copy / file))
+        other = file.endswith(".jinja") and way in ("cut", "twice", "deep") and parses(copy / file)
+        other |= file.startswith("tokenizer") and way == "value"
+        harmless = result.out == whole[name].out or other
         if result.code == 0 and harmless:
-            return  # of no consequence, or another template that nobody can tell from a wanted one: not malformed
+            return  # of no consequence, or another template or tokenizer that nobody can tell from a wanted one
         refused(result, str(copy), file, str(detail))
         TALLY.add("model", f"{name} refused", case)
 
     fuzz(spoilt_folders(), check, count)
+
+
+# -- folders of runs --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def runs(place: Place) -> Path:
+    """A pipeline of two stages and a stage alone, finished, with samples, warnings and reports."""
+    folder = place.root / "runs"
+    folder.mkdir()
+    for kind in ("sft", "preference"):
+        config = place.config(kind)
+        config["data"]["validation"] = config["data"]["train"]
+        (folder / f"{kind}.yaml").write_text(yaml.safe_dump(config))
+    stages = [{"kind": kind, "config": str(folder / f"{kind}.yaml")} for kind in ("sft", "preference")]
+    stages[1]["start"] = "sft"
+    (folder / "plan.yaml").write_text(yaml.safe_dump({"name": "x", "stages": stages}))
+    with pytest.MonkeyPatch.context() as patch:
+        fork_stages(patch)
+        made = rlhf("pipeline", folder / "plan.yaml", "--root", folder / "whole")
+    assert made.code == 0, made.err
+    prompt = [{"role": "user", "content": "Hi"}]
+    sample = {"prompt": prompt, "response": "a", "reward": 1.0, "response_tokens": 1, "stop_reason": "stop"}
+    lines = "".join(json.dumps({"step": step, **sample}) + "\n" for step in (0, 1))
+    (folder / "whole" / "sft" / "samples.jsonl").write_text(lines)
+    (folder / "whole" / "sft" / "warnings.jsonl").write_text('{"step": 1, "name": "a", "message": "b"}\n')
+    curve = [{"pairs": 3, "confidence": 0.7, "accuracy": 0.6}]
+    report = {"step": 1, "numbers": {"ece": 0.1, "accuracy_a": 0.5}, "reliability": curve}
+    (folder / "whole" / "preference" / "preference_report.json").write_text(json.dumps(report))
+    answers = {"prompt": "a", "sft": "b", "policy": "c"}
+    (folder / "whole" / "summary.json").write_text(json.dumps({"base": {"kl": 1.0}, "samples": [answers]}))
+    return folder
+
+
+RUN_FILES = {
+    "report": ["manifest.json", "summary.json", "pipeline.yaml"]
+    + [f"sft/{name}" for name in ("stage.json", "config.yaml", "metrics.csv", "samples.jsonl", "warnings.jsonl")]
+    + ["preference/preference_report.json", "preference/stage.json"],
+    "verify": ["manifest.json", "sft/stage.json", "sft/input.yaml", "preference/stage.json"],
+    "again": ["manifest.json", "sft/stage.json", "preference/stage.json"],
+}
+
+
+@st.composite
+def spoilt_runs(draw: st.DrawFn) -> tuple[str, str, str, Any]:
+    """Command, file, what is done to it, and with what."""
+    command = draw(st.sampled_from(["report"] * 6 + ["verify"] * 5 + ["again"]))
+    file = draw(st.sampled_from(RUN_FILES[command]))
+    ways = ["binary", *ODD] + (["cut", "empty", "json", "json"] + ["value"] * 8 if file.endswith(".json") else [])
+    ways += ["row"] * 6 if file.endswith("jsonl") else []
+    way = draw(st.sampled_from(ways))
+    details = {
+        "cut": st.floats(0.02, 0.97),
+        "binary": st.binary(min_size=1, max_size=40),
+        "json": JUNK,
+        "value": st.tuples(PLACES, VALUES),
+        "row": st.tuples(PLACES, VALUES),
+    }
+    return command, file, way, draw(details.get(way, st.none()))
+
+
+@pytest.mark.usefixtures("forked_stages")
+@counts(40, 300)
+def test_run_folders(count: int, place: Place, runs: Path) -> None:
+    """`report`, `pipeline --verify` and the same pipeline again, on a folder with one file that is not as written."""
+    run = place.case / "run"
+
+    def use(command: str) -> Any:
+        if command == "report":
+            return rlhf("report", run, "--output", place.case / "page.html")
+        if command == "verify":
+            return rlhf("pipeline", "--verify", run)
+        return rlhf("pipeline", runs / "plan.yaml", "--root", run)
+
+    def check(case: tuple[str, str, str, Any]) -> None:
+        command, file, way, detail = case
+        place.clear()
+        shutil.copytree(runs / "whole", run)
+        path = run / file
+        if way == "row":
+            path.write_text(json.dumps(_at(json.loads(path.read_text().splitlines()[0]), *detail)) + "\n")
+        else:
+            spoil(path, way, detail)
+        result = use(command)
+        if result.code == 2:
+            refused(result, path.name, path.parent.name, "sft", "pipeline")
+            TALLY.add("run", f"refused by {command}", case)
+            return
+        assert "Traceback" not in result.err + result.out, result.err
+        if command == "verify" and result.code == 1:
+            assert "not as recorded" in result.out
+            TALLY.add("run", "listed by verify", case)
+            return
+        assert result.code == 0, f"{result.code} {result.out[-500:]} {result.err[-2000:]}"
+        # Other values of the right kind, which nobody can tell, and parts of what a run is still writing.
+        broken = way in ODD and way != "outside" and file.endswith("json")
+        assert not broken, f"{command} took it: {result.out}"
+
+    fuzz(spoilt_runs(), check, count)
 
 
 # -- checkpoints ------------------------------------------------------------------------------------------------------

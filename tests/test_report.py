@@ -205,7 +205,7 @@ def test_a_folder_without_a_run_is_refused(tmp_path: Path, capsys: pytest.Captur
 
 def test_a_report_that_cannot_be_written_does_not_end_a_run(run: Path, caplog: pytest.LogCaptureFixture) -> None:
     (run / "manifest.json").write_text("{")
-    with pytest.raises(ValueError, match="Expecting"):
+    with pytest.raises(UserError, match="Expecting"):
         write_report(run)
     report_after_stage(run)
     assert "the report could not be written" in caplog.text

@@ -43,6 +43,11 @@ def load_tokenizer(source: Any, tokenizer: Any = None, chat_template: str | None
             if reason.startswith("Couldn't instantiate the backend tokenizer"):
                 raise ConfigError(_MISSING.format(name)) from error
             raise ConfigError(f"no tokenizer can be loaded from {name}: {reason}. Set model.tokenizer.") from error
+        longest = getattr(tokenizer, "model_max_length", 0)
+        if isinstance(longest, bool) or not isinstance(longest, int | float):
+            raise ConfigError(
+                f"{name}: model_max_length of tokenizer_config.json is {longest!r:.80}; a number of tokens"
+            )
         # Where its files are missing, transformers makes one of special tokens alone, to which every text is empty.
         if len(tokenizer) <= len(getattr(tokenizer, "added_tokens_decoder", ())):
             raise ConfigError(_MISSING.format(name))

@@ -15,6 +15,7 @@ from rlhf_lightning.files import duration, hash_folder, read_object, visible, wr
 from rlhf_lightning.pipeline.clock import Clock
 from rlhf_lightning.pipeline.passing import Passing
 from rlhf_lightning.pipeline.plan import Plan, Stage, merged, read_plan
+from rlhf_lightning.pipeline.records import read_manifest
 from rlhf_lightning.pipeline.report import report_after_stage
 from rlhf_lightning.pipeline.verify import settings_hash
 from rlhf_lightning.run_folder import PIPELINE_RESULTS, claim, claims
@@ -100,8 +101,8 @@ class _Runner:
         self.path = plan.root / "manifest.json"
         plan.root.mkdir(parents=True, exist_ok=True)
         (plan.root / "pipeline.yaml").write_text(yaml.safe_dump(plan.source, sort_keys=False, allow_unicode=True))
-        before = read_object(self.path) if self.path.exists() else {}
-        self.manifest: dict[str, Any] = {"name": plan.name, "seed": plan.seed, "stages": before.get("stages", {})}
+        before = read_manifest(self.path)
+        self.manifest: dict[str, Any] = {"name": plan.name, "seed": plan.seed, "stages": before.get("stages") or {}}
         self.clock = Clock(plan, self.manifest["stages"])
 
     def run(self, stage: Stage) -> None:

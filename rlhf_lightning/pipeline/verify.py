@@ -11,6 +11,7 @@ import yaml
 from rlhf_lightning.data.records import fingerprint, is_here
 from rlhf_lightning.errors import ConfigError
 from rlhf_lightning.files import hash_file, hash_folder
+from rlhf_lightning.pipeline.records import FACTS, read_manifest, read_record
 
 SAME, DIFFERS, MISSING, UNFINISHED, HUB = "same", "differs", "missing", "unfinished", "not checked"
 """What is on the Hub is not downloaded to be compared, and fails nothing."""
@@ -37,10 +38,10 @@ def verify_run(root: str | Path) -> list[Check]:
         ConfigError: the folder holds no run, or its records cannot be read.
     """
     root = Path(root)
-    if (root / "manifest.json").is_file():
-        stages = _read(root / "manifest.json").get("stages") or {}
+    if (root / "manifest.json").exists():
+        stages = read_manifest(root / "manifest.json").get("stages") or {}
         return [check for name in stages for check in _stage(root, name, stages)]
-    if (root / "stage.json").is_file():
+    if (root / "stage.json").exists():
         return _alone(root)
     raise ConfigError(f"--verify {root}: neither manifest.json of a pipeline nor stage.json of a stage is there")
 
@@ -50,35 +51,35 @@ def _stage(root: Path, name: str, stages: dict[str, Any]) -> list[Check]:
     folder, inputs = root / name, entry["inputs"]
     settings = _settings(folder / "input.yaml")
     found = []
-    for config in entry["configs"]:
+    for config in entry.get("configs") or ():
         status = _compare(hash_file(config["path"]), config["hash"]) if Path(config["path"]).is_file() else MISSING
         found.append(Check(name, "config", config["path"], status))
     now = None if settings is None else settings_hash(settings)
-    found.append(Check(name, "settings", str(folder / "input.yaml"), _compare(now, inputs["settings"])))
-    found += _data(name, (settings or {}).get("data") or {}, inputs["data"])
+    found.append(Check(name, "settings", str(folder / "input.yaml"), _compare(now, inputs.get("settings", ""))))
+    found += _data(name, (settings or {}).get("data") or {}, inputs.get("data") or {})
     for key in ("start", "reward", "critic"):
-        if key in inputs:
-            own = entry["handed"][key] in stages
-            path = root / entry["handed"][key] / "model" if own else Path(entry["handed"][key])
+        if inputs.get(key):
+            source = (entry.get("handed") or {}).get(key) or ""
+            path = root / source / "model" if source in stages else Path(source)
             found.append(Check(name, key, str(path), _handed(path, inputs[key])))
     if entry["status"] != "finished":
         return [*found, Check(name, "model", str(folder / "model"), UNFINISHED)]
-    return [*found, *_outputs(name, folder, entry["model_hash"])]
+    return [*found, *_outputs(name, folder, entry.get("model_hash") or "")]
 
 
 def _alone(folder: Path) -> list[Check]:
     """A stage that was no part of a pipeline."""
-    facts, settings = _read(folder / "stage.json"), _settings(folder / "config.yaml")
+    facts, settings = read_record(folder / "stage.json", FACTS), _settings(folder / "config.yaml")
     found = _data(folder.name, (settings or {}).get("data") or {}, facts.get("data") or {})
     if config := facts.get("config_hash"):
         path = folder / "config.yaml"
         found.append(Check(folder.name, "config", str(path), _compare(hash_file(path) if settings else None, config)))
-    return [*found, *_outputs(folder.name, folder, facts["model_hash"])]
+    return [*found, *_outputs(folder.name, folder, facts.get("model_hash") or "")]
 
 
 def _outputs(name: str, folder: Path, recorded: str) -> list[Check]:
     model, facts = folder / "model", folder / "stage.json"
-    said = _read(facts).get("model_hash") if facts.is_file() else None
+    said = read_record(facts, FACTS).get("model_hash")
     return [
         Check(name, "model", str(model), _compare(hash_folder(model) if model.is_dir() else None, recorded)),
         Check(name, "stage.json", str(facts), _compare(said, recorded)),
@@ -122,19 +123,9 @@ def _settings(path: Path) -> dict[str, Any] | None:
         return None
     try:
         found = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError):
+    except (yaml.YAMLError, ValueError, RecursionError, OSError):
         return {"unreadable": str(path)}  # another hash than any that was recorded
     return found if isinstance(found, dict) else {}
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError, OSError) as error:
-        raise ConfigError(f"{path}: cannot be read ({error})") from None
-    if not isinstance(found, dict):
-        raise ConfigError(f"{path}: holds no record of a run")
-    return found
 
 
 def _short(source: Any) -> str:

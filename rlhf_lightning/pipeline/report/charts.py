@@ -10,6 +10,7 @@ Points = Sequence[tuple[float, float]]
 WIDTH, HEIGHT = 360, 220
 LEFT, RIGHT, TOP, BOTTOM = 46, 10, 8, 34
 MOST_POINTS = 300
+LARGEST = 1e290
 
 
 @dataclass
@@ -64,7 +65,7 @@ def path_chart(title: str, points: Points, x: str, y: str, note: str = "") -> Ht
 
 def distribution(title: str, values: Mapping[str, Sequence[float]], x: str, bins: int = 20) -> Html | None:
     """Histograms over each other, each as parts of its own total."""
-    drawn = {name: [v for v in given if math.isfinite(v)] for name, given in values.items()}
+    drawn = {name: [v for v in given if abs(v) <= LARGEST] for name, given in values.items()}
     drawn = {name: given for name, given in drawn.items() if given}
     if not drawn:
         return None
@@ -90,7 +91,7 @@ def distribution(title: str, values: Mapping[str, Sequence[float]], x: str, bins
 
 def calibration(title: str, curve: Sequence[Mapping[str, float]], note: str = "") -> Html | None:
     """A reliability curve: accuracy in each bin of confidence; a dot's area is its number of pairs."""
-    bins = [b for b in curve if b["pairs"]]
+    bins = [b for b in curve if b["pairs"] > 0]
     if not bins:
         return None
     frame = Frame((0.5, 1.0), (min(0.5, *(b["accuracy"] for b in bins), 0.5) - 0.02, 1.02))
@@ -176,8 +177,8 @@ def _widened(values: Sequence[float], margin: float = 0.05) -> tuple[float, floa
 
 
 def finite(points: Points) -> list[tuple[float, float]]:
-    """Points without NaN and infinity."""
-    return [(x, y) for x, y in points if math.isfinite(x) and math.isfinite(y)]
+    """Points without NaN, infinity, and what would be infinite in a sum."""
+    return [(x, y) for x, y in points if abs(x) <= LARGEST and abs(y) <= LARGEST]
 
 
 def thinned(points: Points) -> list[tuple[float, float]]:

@@ -1,5 +1,6 @@
 """What a run has left in its folder, read for its report."""
 
+import csv
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -8,8 +9,18 @@ from typing import Any
 
 import yaml
 
-from rlhf_lightning.errors import UserError
+from rlhf_lightning.errors import ConfigError, UserError
 from rlhf_lightning.files import read_table
+from rlhf_lightning.pipeline.records import (
+    FACTS,
+    PREFERENCE,
+    SAMPLE,
+    SUMMARY,
+    check_shape,
+    is_there,
+    read_manifest,
+    read_record,
+)
 
 Points = list[tuple[float, float]]
 COMPARED = 6
@@ -71,11 +82,11 @@ class Run:
 
 def read_run(root: Path) -> Run:
     """Read a folder; raises `UserError` where it holds no run."""
-    manifest = _json(root / "manifest.json")
+    manifest = read_manifest(root / "manifest.json")
     if manifest:
-        stages = [read_stage(root / name, name, entry) for name, entry in manifest.get("stages", {}).items()]
+        stages = [read_stage(root / name, name, entry) for name, entry in (manifest.get("stages") or {}).items()]
         name = str(manifest.get("name") or root.name)
-        return Run(name, root, stages, _text(root / "pipeline.yaml"), _json(root / "summary.json"))
+        return Run(name, root, stages, _text(root / "pipeline.yaml"), read_record(root / "summary.json", SUMMARY))
     if any((root / name).exists() for name in ("stage.json", "metrics.csv", "config.yaml")):
         return Run(root.resolve().name, root, [read_stage(root, root.resolve().name)])
     what = "holds no run (no manifest.json, stage.json or metrics.csv)" if root.is_dir() else "no such folder"
@@ -88,11 +99,11 @@ def read_stage(folder: Path, name: str, entry: dict[str, Any] | None = None) -> 
         name,
         folder,
         entry or {},
-        _json(folder / "stage.json"),
-        _text(folder / "config.yaml"),
+        read_record(folder / "stage.json", FACTS),
+        _config(folder / "config.yaml"),
         read_metrics(folder / "metrics.csv"),
-        list(_rows(folder / "warnings.jsonl")),
-        _json(folder / "preference_report.json"),
+        [row for _, row in _located(folder / "warnings.jsonl", {})],
+        read_record(folder / "preference_report.json", PREFERENCE),
         read_samples(folder / "samples.jsonl"),
     )
 
@@ -100,16 +111,19 @@ def read_stage(folder: Path, name: str, entry: dict[str, Any] | None = None) -> 
 def read_metrics(path: Path) -> dict[str, Points]:
     """The columns of `metrics.csv` by name, each as (step, value)."""
     found: dict[str, Points] = {}
-    if not path.exists():
+    if not is_there(path):
         return found
-    with open(path, newline="", encoding="utf-8") as stream:
-        for row in read_table(stream):
-            step = row.get("step") or ""
-            if not step.isdigit():
-                continue  # a line that was being written when the run was stopped
-            for name, value in row.items():
-                if value and name not in ("step", "epoch"):
-                    found.setdefault(name, []).append((float(step), float(value)))
+    try:
+        with open(path, newline="", encoding="utf-8") as stream:
+            for row in read_table(stream):
+                step = row.get("step") or ""
+                if not step.isdecimal():
+                    continue  # a line that was being written when the run was stopped
+                for name, value in row.items():
+                    if value and name not in ("step", "epoch"):
+                        found.setdefault(name, []).append((float(step), float(value)))
+    except (OSError, ValueError, csv.Error) as error:
+        raise ConfigError(f"{path}: cannot be read as a table of numbers ({error}); restore the file") from None
     return found
 
 
@@ -117,7 +131,7 @@ def read_samples(path: Path) -> Samples:
     """One pass over the file keeps no more than the first and last round, and where each prompt stood."""
     found = Samples()
     places: dict[int, list[tuple[int, int]]] = {}
-    for offset, row in _located(path):
+    for offset, row in _located(path, SAMPLE):
         number = int(row["step"])  # a round's own
         if not found.first or found.first[0]["step"] == number:
             found.first.append(row)
@@ -135,15 +149,20 @@ def read_samples(path: Path) -> Samples:
     return found
 
 
-def _located(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+def _located(path: Path, shape: Any) -> Iterator[tuple[int, dict[str, Any]]]:
     """Whole lines with where they begin; one that was being written when the run was stopped is left out."""
-    if not path.exists():
+    if not is_there(path):
         return
     offset = 0
     with open(path, "rb") as stream:
-        for line in stream:
+        for number, line in enumerate(stream, 1):
             if line.endswith(b"\n") and line.strip():
-                yield offset, json.loads(line)
+                try:
+                    row = json.loads(line)
+                except (ValueError, RecursionError) as error:
+                    raise ConfigError(f"{path}:{number}: cannot be read as JSON ({error}); restore the file") from None
+                check_shape(row, shape, f"{path}:{number}")
+                yield offset, row
             offset += len(line)
 
 
@@ -153,17 +172,22 @@ def _at(path: Path, offset: int) -> dict[str, Any]:
         return dict(json.loads(stream.readline()))
 
 
-def _rows(path: Path) -> Iterator[dict[str, Any]]:
-    for _, row in _located(path):
-        yield row
-
-
-def _json(path: Path) -> dict[str, Any]:
-    return dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else {}
-
-
 def _text(path: Path) -> str:
-    return path.read_text(encoding="utf-8") if path.exists() else ""
+    try:
+        return path.read_text(encoding="utf-8") if is_there(path) else ""
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path}: cannot be read ({error}); restore the file") from None
+
+
+def _config(path: Path) -> str:
+    text = _text(path)
+    try:
+        settings = yaml.safe_load(text) or {}
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
+        raise ConfigError(f"{path}: cannot be read as YAML ({' '.join(str(error).split())[:200]})") from None
+    if not isinstance(settings, dict) or not isinstance(settings.get("data") or {}, dict):
+        raise ConfigError(f"{path}: holds no settings of a stage; restore the file")
+    return text
 
 
 def _kind(metrics: dict[str, Points]) -> str:
