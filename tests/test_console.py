@@ -96,7 +96,7 @@ def test_a_burst_ends_a_run_as_one_signal_does(number: int, base: str, tmp_path:
         code = run.poll()
         time.sleep(0.001)
     assert code == 130, run.text
-    assert run.text.count("stopping after this optimizer step") == 1
+    assert run.text.count("stopping at the next safe point") == 1
     assert "Traceback" not in run.text
     saved = [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()]
     assert all(name.startswith("step=") for name in saved)

@@ -32,6 +32,9 @@ class MetricsCSV(Logger):
         self._resuming = resume
         self._columns: list[str] | None = None
         self._is_early, self._early = False, ""
+        self.rows = 0
+        """How many the file has."""
+        self._kept: int | None = None
 
     @property
     def name(self) -> str:
@@ -47,6 +50,10 @@ class MetricsCSV(Logger):
     def save_dir(self) -> str:
         """The folder."""
         return str(self.path.parent)
+
+    def keep(self, rows: int) -> None:
+        """Of the rows that are there, a resumed run keeps so many, whatever their steps."""
+        self._kept = rows
 
     @rank_zero_only
     def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
@@ -66,6 +73,7 @@ class MetricsCSV(Logger):
         if not repeated:
             with open(self.path, "ab", buffering=0) as stream:
                 stream.write(text.encode())
+            self.rows += 1
 
     @staticmethod
     @contextmanager
@@ -84,8 +92,11 @@ class MetricsCSV(Logger):
 
     def _start(self, step: int) -> None:
         rows = _read(self.path) if self._resuming else []
-        rows = [row for row in rows if row["step"].isdigit() and int(row["step"]) < step]
-        self._resuming = False
+        if self._kept is None:
+            rows = [row for row in rows if row["step"].isdigit() and int(row["step"]) < step]
+        else:
+            rows = rows[: self._kept]
+        self._resuming, self._kept, self.rows = False, None, len(rows)
         if rows or self.path.exists():
             self._rewrite(sorted(set().union(*rows)) if rows else [], rows)
         else:

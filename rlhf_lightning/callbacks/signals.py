@@ -5,7 +5,10 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rlhf_lightning.callbacks.relay import Relay
 
 log = logging.getLogger(__name__)
 _ending = {"asked": False}
@@ -51,6 +54,15 @@ class StopSignals:
     def __init__(self) -> None:
         self.asked = False
         self._before: dict[int, Any] = {}
+        self._relay: Relay | None = None
+
+    def heard(self) -> bool:
+        """Whether this rank has been asked or, as far as is known here, another one. Costs next to nothing."""
+        if self._relay is None or self._relay.heard():
+            return self.asked or self._relay is not None
+        if self.asked:
+            self._relay.tell()
+        return self.asked
 
     def on(self) -> None:
         """Take the place of the handlers that are there, Lightning's too: it would stop between micro-batches."""
@@ -58,6 +70,10 @@ class StopSignals:
         if self._before or threading.current_thread() is not threading.main_thread():
             return
         self._before = {number: signal.signal(number, self._handle) for number in [int(signal.SIGINT), *ends()]}
+        # Not above: commands that train nothing have handlers too, and start without torch.
+        from rlhf_lightning.callbacks.relay import Relay
+
+        self._relay = Relay.of_ranks(set(self._before))
 
     def off(self) -> None:
         """Put them back; one of those that end a process does nothing any more where the run is ending by it."""
@@ -65,11 +81,14 @@ class StopSignals:
             ending = self.asked and number != signal.SIGINT
             signal.signal(number, signal.SIG_IGN if ending else handler or signal.SIG_DFL)
         self._before = {}
+        if self._relay is not None:
+            self._relay.close()
+            self._relay = None
 
     def _handle(self, number: int, frame: Any) -> None:
         if self.asked and number == signal.SIGINT:
             raise KeyboardInterrupt
         if not self.asked:
             name = signal.Signals(number).name
-            log.warning("%s: stopping after this optimizer step, with a checkpoint; Ctrl-C stops at once", name)
+            log.warning("%s: stopping at the next safe point, with a checkpoint; Ctrl-C stops at once", name)
         self.asked = _ending["asked"] = True

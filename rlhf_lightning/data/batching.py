@@ -68,7 +68,8 @@ class RowLoader:
     ) -> None:
         self.rows, self.collate, self.batch_size = rows, collate, batch_size
         self.shuffle, self.seed, self.layout = shuffle, seed, layout
-        self._position = self._start = 0
+        self.position = self._start = 0
+        """Batches taken of this epoch; 0 at its end."""
 
     def __len__(self) -> int:
         return -(-len(self.rows) // (self.batch_size * self.layout().world))
@@ -77,7 +78,7 @@ class RowLoader:
         # Only a state that was loaded says where to begin: a pass that was left early (the sanity check, a limit of
         # batches) is no place to go on from.
         start, self._start = self._start, 0
-        self._position = start
+        self.position = start
         layout = self.layout()
         batches = min(len(self), layout.limit or len(self))
         order = self._order(layout.epoch)
@@ -86,7 +87,7 @@ class RowLoader:
             if first + micro <= start:
                 continue
             for k, batch in self._window(order, first, micro, layout, start):
-                self._position = (k + 1) % batches
+                self.position = (k + 1) % batches
                 yield batch
 
     def _order(self, epoch: int) -> list[int]:
@@ -114,13 +115,13 @@ class RowLoader:
 
     def state_dict(self) -> dict[str, int]:
         """Batches taken of this epoch and, within it, by each of how many ranks."""
-        inside = {"world": self.layout().world} if self._position else {}
-        return {"position": self._position, **inside}
+        inside = {"world": self.layout().world} if self.position else {}
+        return {"position": self.position, **inside}
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
-        self._position = self._start = int(state["position"])
+        self.position = self._start = int(state["position"])
         world = self.layout().world
-        if self._position and state.get("world", world) != world:
+        if self.position and state.get("world", world) != world:
             raise ConfigError(
                 f"the checkpoint was written by {state['world']} ranks in the middle of an epoch, and this run has "
                 f"{world}: rows would be trained on twice or left out. Resume it with as many devices, or from a "

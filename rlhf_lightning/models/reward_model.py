@@ -16,6 +16,7 @@ from rlhf_lightning.models.generation import end_token_ids
 from rlhf_lightning.models.heads import has_head
 from rlhf_lightning.models.loading import check_source, check_vocabulary, disable_dropout, load_for_scoring, read_stage
 from rlhf_lightning.models.precision import sparing
+from rlhf_lightning.models.safe_points import safe_point
 from rlhf_lightning.models.scorers import ImplicitReward, RewardHead, Scorer, scorer_of
 
 Text = str | list[Message]
@@ -33,6 +34,7 @@ def score_rows(
     order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
     scores = torch.zeros(len(ids), device=device)
     for start in range(0, len(order), batch_size):
+        safe_point()
         part = order[start : start + batch_size]
         batch = pad_tokens([ids[i] for i in part], [masks[i] for i in part], pad_id=0)
         scores[part] = scorer({name: value.to(device) for name, value in batch.items()}).to(scores.dtype)

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from rlhf_lightning.errors import ConfigError, UserError
+from rlhf_lightning.models.safe_points import safe_point
 
 Call = Callable[[], Any]
 WORKERS = 256
@@ -53,9 +54,13 @@ def run_calls(calls: Sequence[Call], limit: float | None = None) -> list[Outcome
     Args:
         limit: seconds of one call. A thread cannot be stopped: a plain function that hangs is left behind.
     """
+    safe_point()
     if limit is not None:
         return _together([partial(within, call, limit) for call in calls], limit)
-    outcomes = [_here(call) for call in calls]
+    outcomes = []
+    for call in calls:
+        safe_point()
+        outcomes.append(_here(call))
     waiting = [i for i, outcome in enumerate(outcomes) if inspect.isawaitable(outcome.value)]
     if waiting:
         settled = _together([partial(_settle, outcomes[i].value) for i in waiting], None)

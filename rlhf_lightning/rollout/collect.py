@@ -8,6 +8,7 @@ from torch import Tensor
 from rlhf_lightning.data.batching import pad_tokens
 from rlhf_lightning.data.prompts import Prompt
 from rlhf_lightning.data.rendering import Renderer
+from rlhf_lightning.models.safe_points import safe_point
 from rlhf_lightning.rollout.advantages import Advantage
 from rlhf_lightning.rollout.credit import assign
 from rlhf_lightning.rollout.environments import EnvironmentFactory, Limits
@@ -120,6 +121,7 @@ class Collector:
         scorer = self.row_scorers[name]
         device = next(self.sampler.model.parameters()).device
         for part in parts(segments, batch_size):
+            safe_point()
             ids, masks = ([row.ids for row in part], [row.mask for row in part]) if part else ([[0, 0]], [[0, 0]])
             batch = pad_tokens(ids, masks, pad_id=0)
             numbers = scorer(batch["input_ids"].to(device), batch["mask"].to(device)).float().tolist()

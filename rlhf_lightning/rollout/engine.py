@@ -15,6 +15,7 @@ from rlhf_lightning.models.forward import FAILURES, Forward, tolerance
 from rlhf_lightning.models.lora import base_of
 from rlhf_lightning.models.packing import Layout, Tree, group_trees
 from rlhf_lightning.models.parts import Parts, evaluating, few_rows
+from rlhf_lightning.models.safe_points import safe_point
 from rlhf_lightning.models.sharding import LockStep, agreed, is_split, through, together
 from rlhf_lightning.rollout.draw import Sample, SamplingParams, draw, ends, uniforms
 from rlhf_lightning.rollout.fallback import generate
@@ -238,6 +239,7 @@ class _Batch:
 
     def run(self) -> list[Sample]:
         while True:
+            safe_point()
             free = [slot for slot, row in enumerate(self.rows) if row is None]
             if self.waiting and len(free) * 4 >= len(self.rows):
                 self._admit(free)

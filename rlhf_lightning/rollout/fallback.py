@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig
 
+from rlhf_lightning.models.safe_points import safe_point
 from rlhf_lightning.rollout.draw import Sample, SamplingParams, draw, ends, uniforms
 from rlhf_lightning.rollout.ranks import alike
 
@@ -67,6 +68,7 @@ class _Chooser:
         self.step = 0
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        safe_point()
         lengths = torch.full((len(scores),), self.step, device=scores.device)
         tokens, logprobs = draw(scores, self.uniforms[:, self.step].to(scores.device), self.params, lengths)
         tokens, logprobs = alike(tokens), alike(logprobs)

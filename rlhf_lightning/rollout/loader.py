@@ -1,6 +1,7 @@
 """The rollout loader: what makes on-policy RL an ordinary `Trainer.fit` with automatic optimization."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any
 
@@ -8,7 +9,9 @@ import torch
 
 from rlhf_lightning.data.batching import Layout, mix_seeds, pad_right, pad_tokens, split_evenly, total_counts
 from rlhf_lightning.errors import ConfigError
+from rlhf_lightning.models.safe_points import safe_points
 from rlhf_lightning.rollout.episodes import Segment
+from rlhf_lightning.rollout.ranks import RoundLeft, leave_if
 from rlhf_lightning.rollout.statistics import Sums, means
 
 COLUMNS = {
@@ -54,7 +57,10 @@ class RolloutLoader:
         self.layout, self.gather = layout, gather
         groups = [item if isinstance(item, list) else [item] for item in items]
         self._where = {one.index: one.where for group in groups for one in group if getattr(one, "where", "")}
-        self._position = self._start = 0
+        self.position = self._start = 0
+        """Batches taken of this epoch; 0 at its end."""
+        self.leaving: tuple[Callable[[], bool], Callable[[], None]] | None = None
+        """Where a round may be left before its end: whether it is to be, and what is done then."""
         self._rows: list[Segment] = []
         self._restored: list[Segment] | None = None
 
@@ -62,6 +68,11 @@ class RolloutLoader:
     def rounds(self) -> int:
         """Rounds of an epoch."""
         return -(-len(self.items) // self.items_per_round)
+
+    @property
+    def at_round(self) -> bool:
+        """Whether what comes next is a round, or has not been trained on yet."""
+        return self.position % self.per_round == 0
 
     @property
     def per_round(self) -> int:
@@ -80,7 +91,7 @@ class RolloutLoader:
             )
         # Only a state that was loaded says where to begin: a pass that was left early (a limit of batches) is over.
         start, self._start = self._start, 0
-        self._position = start
+        self.position = start
         generator = torch.Generator().manual_seed(mix_seeds(self.seed, layout.epoch))
         order = torch.randperm(len(self.items), generator=generator).tolist()
         for number in range(start // self.per_round, self.rounds):
@@ -94,15 +105,16 @@ class RolloutLoader:
         if done and self._restored is not None:
             self._rows = self._restored
         else:
-            self._rows, sums = self.collect(items[layout.rank :: layout.world], round_seed)
-            # Merged here, where all ranks meet: one of them may have had no episodes, or other metrics.
-            statistics = means(self.gather(sums))
+            with self._leavable():
+                self._rows, sums = self.collect(items[layout.rank :: layout.world], round_seed)
+                # Merged here, where all ranks meet: one of them may have had no episodes, or other metrics.
+                statistics = means(self.gather(sums))
         self._restored = None
         parts = self._parts(round_seed)
         counts = self._counts(parts, layout)
         for k in range(done, self.per_round):
             taken = min(len(self), layout.limit or len(self))
-            self._position = (number * self.per_round + k + 1) % taken
+            self.position = (number * self.per_round + k + 1) % taken
             yield {
                 **self._collate(parts[k]),
                 "denominators": counts[k // layout.accumulate],
@@ -112,6 +124,19 @@ class RolloutLoader:
                 "statistics": statistics if k == 0 else None,
             }
         self._rows = []
+
+    @contextmanager
+    def _leavable(self) -> Iterator[None]:
+        if self.leaving is None:
+            yield
+            return
+        asked, left = self.leaving
+        try:
+            with safe_points(lambda: leave_if(asked())):
+                yield
+        except RoundLeft:
+            left()
+            raise
 
     def _parts(self, round_seed: int) -> list[list[Segment]]:
         """The rows of each mini-batch: every pass a fresh permutation of the groups, and of the rows in each."""
@@ -145,14 +170,14 @@ class RolloutLoader:
 
     def state_dict(self) -> dict[str, Any]:
         """The position, and within a round the rows in hand of every rank. Called on all ranks together."""
-        inside = bool(self._position % self.per_round)
+        inside = not self.at_round
         rows = [asdict(row) for row in self._rows] if inside else []
-        return {"position": self._position, "rows": self.gather(rows)}
+        return {"position": self.position, "rows": self.gather(rows)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self._position = self._start = int(state["position"])
+        self.position = self._start = int(state["position"])
         layout = self.layout()
-        inside = bool(self._position % self.per_round)
+        inside = not self.at_round
         if inside and len(state["rows"]) != layout.world:
             raise ConfigError(
                 f"the checkpoint was written by {len(state['rows'])} ranks within a round and holds "

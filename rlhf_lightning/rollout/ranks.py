@@ -13,6 +13,12 @@ from torch import Tensor
 from rlhf_lightning.errors import UserError
 
 _MESH: list[Any] = []
+_LEAVING = "leaves this round"
+"""What a rank gives to `gather` that leaves a round; see `leave_if`."""
+
+
+class RoundLeft(KeyboardInterrupt):
+    """A round was left before its end, by all ranks together. No `Exception`, which a user's code may catch."""
 
 
 def use_mesh(mesh: Any) -> None:
@@ -42,13 +48,27 @@ def gather(value: Any, every: bool = False) -> list[Any]:
 
     Args:
         every: of all ranks without exception, as for what each finds in its part of the weights.
+
+    Raises:
+        RoundLeft: a rank leaves the round that all of them are in.
     """
-    if not _is_distributed():
-        return [value]
-    group = _MESH[0]["data_parallel"].get_group() if _MESH and not every else None
-    values: list[Any] = [None] * torch.distributed.get_world_size(group)
-    torch.distributed.all_gather_object(values, value, group=group)
+    values: list[Any] = [value]
+    if _is_distributed():
+        group = _MESH[0]["data_parallel"].get_group() if _MESH and not every else None
+        values = [None] * torch.distributed.get_world_size(group)
+        torch.distributed.all_gather_object(values, value, group=group)
+    if any(isinstance(found, str) and found == _LEAVING for found in values):
+        raise RoundLeft
     return values
+
+
+def leave_if(asked: bool) -> None:
+    """Where `asked`, raise `RoundLeft`; the other ranks raise it where they next call `gather`, and must do so next.
+
+    So no other collective may be called between a place where this is and the end of the round.
+    """
+    if asked:
+        gather(_LEAVING)
 
 
 def once(function: Callable[[], Any]) -> Any:

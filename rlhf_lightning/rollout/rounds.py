@@ -77,6 +77,17 @@ class Rounds:
         if self.kl is not None and "kl" in statistics:
             self.kl.observe(statistics["kl"], round(statistics["episodes"]))
 
+    @property
+    def counters(self) -> dict[str, Any]:
+        """What a round changes before the weights do; a reference that is due to move moves again."""
+        return {"played": self.played, "kl": self.kl.state_dict() if self.kl else None}
+
+    @counters.setter
+    def counters(self, found: Mapping[str, Any]) -> None:
+        self.played = found["played"]
+        if self.kl is not None:
+            self.kl.load_state_dict(found["kl"])
+
     def state_dict(self) -> dict[str, Any]:
         """The KL coefficient, a reference that moves, the weights to sample with."""
         moves = self.kl is not None and self.kl.refresh_every and self.reference is not None

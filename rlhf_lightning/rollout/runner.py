@@ -11,6 +11,7 @@ from rlhf_lightning.data.prompts import Prompt
 from rlhf_lightning.data.records import RowError
 from rlhf_lightning.data.rendering import Renderer
 from rlhf_lightning.errors import UserError
+from rlhf_lightning.models.safe_points import safe_point
 from rlhf_lightning.rollout.calls import Call, Outcome, run_calls
 from rlhf_lightning.rollout.draw import Sample
 from rlhf_lightning.rollout.environments import (
@@ -137,6 +138,7 @@ class _Play:
 
     def turn(self, active: list[Running]) -> list[Running]:
         """A response of each, and what their environments answer; who goes on."""
+        safe_point()
         prompts, ready, again = [], [], []
         for running in active:
             try:

@@ -13,6 +13,7 @@ from torch import nn
 from rlhf_lightning.data.prompts import Prompt
 from rlhf_lightning.data.rendering import Renderer
 from rlhf_lightning.errors import ConfigError, UserError
+from rlhf_lightning.models.safe_points import safe_point
 from rlhf_lightning.rollout.episodes import Episode
 from rlhf_lightning.rollout.ranks import once
 from rlhf_lightning.rollout.rewards.normalise import RUNNING, Normaliser
@@ -127,6 +128,7 @@ def total_rewards(
     played = [episode for episode in episodes if not episode.failed]
     totals = [episode.environment_reward for episode in played]
     for part in rewards:
+        safe_point()
         scores, details = once(partial(_asked, part, played))
         for i, amount in enumerate(part.amounts(scores, running)):
             played[i].parts[part.name], played[i].details = scores[i], details[i]
