@@ -1,10 +1,14 @@
 # `make quickstart` and `make test` do all the set-up on a fresh machine.
 PYTHON ?= python3
+# Of `make test-lowest`, by name or path.
+PYTHON311 ?= python3.11
+PYTHON312 ?= python3.12
+PYTHON313 ?= python3.13
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: quickstart test test-slow test-processors lint format clean
+.PHONY: quickstart test test-slow test-processors test-lowest lint format clean
 
 quickstart: $(STAMP)
 	$(BIN)/rlhf quickstart $(ARGS)
@@ -20,6 +24,11 @@ test-slow: $(STAMP)
 
 test-processors: $(STAMP)
 	$(BIN)/python -m tests.processors $(ARGS)
+
+test-lowest: $(STAMP)
+	# The oldest libraries that pyproject.toml allows, and newer Pythons: each in an environment of its own (7 GB).
+	$(BIN)/pip install --quiet "uv>=0.9"
+	$(BIN)/python -m tests.lowest --lowest $(PYTHON311) --newest $(PYTHON312) $(PYTHON313) $(ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
@@ -38,4 +47,4 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $(STAMP)
 
 clean:
-	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) .venv-lowest build *.egg-info .mypy_cache .ruff_cache .pytest_cache

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Collection
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -62,16 +63,21 @@ def configurations() -> dict[str, dict[str, str]]:
     }
 
 
-def run(environment: dict[str, str], arguments: list[str]) -> tuple[dict[str, int], list[str], float]:
-    """How many tests ended how, the names of those that failed, and the seconds."""
+def run(
+    environment: dict[str, str],
+    arguments: list[str],
+    ignored_files: Collection[str] = (),
+    python: str = sys.executable,
+) -> tuple[dict[str, int], list[str], float]:
+    """How many of the fast tests ended how, the names of those that failed, and the seconds."""
     started = time.monotonic()
-    ignored = [f"--ignore=tests/{name}.py" for name in sorted(WITHOUT_NUMBERS)]
+    ignored = [f"--ignore=tests/{name}.py" for name in sorted(ignored_files)]
     # As many processes as there are cores for their threads.
-    processes = max(1, (os.cpu_count() or 1) // int(environment["RLHF_TEST_THREADS"]))
+    processes = max(1, (os.cpu_count() or 1) // int(environment.get("RLHF_TEST_THREADS", 1)))
     common = ["-p", "no:cacheprovider", "-m", "not slow", "--dist", "worksteal", "--durations=4", *ignored]
     with tempfile.TemporaryDirectory() as folder:
         result = Path(folder) / "result.xml"
-        command = [sys.executable, "-m", "pytest", *common, f"--junitxml={result}", "-n", str(min(processes, 4))]
+        command = [python, "-m", "pytest", *common, f"--junitxml={result}", "-n", str(min(processes, 4))]
         subprocess.run([*command, *arguments], cwd=ROOT, env={**os.environ, **environment}, check=False)
         suite = ElementTree.parse(result).getroot()[0]
     bad = [
@@ -97,7 +103,7 @@ def main() -> None:
     for name in options.only:
         environment = configurations()[name]
         print(f"== {name}: {' '.join(f'{key}={value}' for key, value in environment.items())}", flush=True)
-        counts, bad, seconds = run(environment, arguments)
+        counts, bad, seconds = run(environment, arguments, WITHOUT_NUMBERS)
         failed = failed or bool(bad)
         line = f"{name}: {', '.join(f'{value} {key}' for key, value in counts.items())}; {seconds / 60:.0f} min"
         print(line, flush=True)
