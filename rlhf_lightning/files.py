@@ -57,7 +57,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 FORMAT = 1
-"""Of what `stage.json` and checkpoints hold; another number is read by another version."""
+"""Of what the records of runs and models, and checkpoints, hold; another number is read by another version."""
 
 
 def check_format(found: Any, what: str) -> None:
@@ -66,11 +66,19 @@ def check_format(found: Any, what: str) -> None:
     Raises:
         ConfigError: says which format it has, and what to do.
     """
-    if found is None or found == FORMAT:
+    known = isinstance(found, int) and not isinstance(found, bool)
+    if found is None or (known and found == FORMAT):
         return
-    newer = isinstance(found, int) and found > FORMAT
+    newer = known and found > FORMAT
     remedy = "update rlhf-lightning" if newer else "use the version that wrote it, or train it anew"
     raise ConfigError(f"{what} has format {found!r}, and this version reads {FORMAT}: {remedy}")
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """A JSON object that a run has written; raises `ConfigError`, also where another version has written it."""
+    value = read_object(path)
+    check_format(value.get("format"), str(path))
+    return value
 
 
 def read_stage(folder: Any) -> dict[str, Any]:
@@ -81,9 +89,7 @@ def read_stage(folder: Any) -> dict[str, Any]:
         own = place.resolve().name == "model"
         for path in (place / "stage.json", *([place.resolve().parent / "stage.json"] if own else [])):
             if path.is_file():
-                stage = read_object(path)
-                check_format(stage.get("format"), str(path))
-                return stage
+                return read_record(path)
     return {}
 
 

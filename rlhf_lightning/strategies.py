@@ -9,6 +9,7 @@ from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from rlhf_lightning.callbacks.checkpoint_io import Unfinished, damage
 from rlhf_lightning.errors import ConfigError, UserError
+from rlhf_lightning.files import check_format
 from rlhf_lightning.rollout.ranks import use_mesh
 
 
@@ -82,7 +83,9 @@ class FSDP2(ModelParallelStrategy):
         path = Path(self.broadcast(checkpoint_path))
         if found := damage(path):
             raise UserError(f"{path}: the checkpoint is damaged ({found}); use the one before, or start over")
-        self.lightning_module.check_names(_names(path))  # type: ignore[union-attr, operator]
+        names, found = _contents(path)
+        check_format(found, str(path))
+        self.lightning_module.check_names(names)  # type: ignore[union-attr, operator]
         return super().load_checkpoint(path, weights_only)
 
     def load_weights(self, path: Any) -> None:
@@ -94,14 +97,16 @@ class FSDP2(ModelParallelStrategy):
             self.optimizers = optimizers
 
 
-def _names(path: Path) -> set[str]:
-    """The weights that a checkpoint holds, of which no value is read."""
+def _contents(path: Path) -> tuple[set[str], Any]:
+    """Names of the weights that a checkpoint holds, and its format; no weight is read."""
+    stored = path if path.is_file() else path / "meta.pt"  # Lightning's name for what is no weight
+    facts = torch.load(stored, mmap=True, map_location="meta", weights_only=True)
     if path.is_file():
-        return set(torch.load(path, mmap=True, map_location="meta", weights_only=True)["state_dict"])
+        return set(facts["state_dict"]), facts.get("format")
     from torch.distributed.checkpoint import FileSystemReader
 
     names = FileSystemReader(path).read_metadata().state_dict_metadata
-    return {name.removeprefix("state_dict.") for name in names if name.startswith("state_dict.")}
+    return {name.removeprefix("state_dict.") for name in names if name.startswith("state_dict.")}, facts.get("format")
 
 
 StrategyRegistry.register("fsdp2", FSDP2, description="weights, gradients and optimizer state split over all devices")

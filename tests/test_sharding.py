@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from rlhf_lightning.callbacks.export import ExportModel
 from rlhf_lightning.callbacks.invariants import FirstStepInvariants
 from rlhf_lightning.data.prompts import PromptDataModule
+from rlhf_lightning.files import FORMAT
 from rlhf_lightning.models.lora import LoRA
 from rlhf_lightning.models.scorers import ImplicitReward
 from rlhf_lightning.models.sharding import whole
@@ -26,7 +27,7 @@ from rlhf_lightning.rollout.environments import StepResult
 from rlhf_lightning.rollout.kl import KLPenalty
 from rlhf_lightning.rollout.rewards import FunctionReward
 from rlhf_lightning.rollout.sampler import Sampler
-from rlhf_lightning.strategies import FSDP2
+from rlhf_lightning.strategies import FSDP2, _contents
 from tests.conftest import chats, pairs, prompts, trainer
 from tests.runs import complete, in_ranks
 from tests.test_modules import data, make, same, vowels
@@ -189,6 +190,7 @@ def test_shares_and_files_resume_and_export_alike(base: str, tmp_path: Path) -> 
     run_command(args, tmp_path / "out", dies, code=-signal.SIGKILL)
     saved = sorted((folder / "checkpoints").iterdir())
     assert [(path / "checksums.json").is_file() for path in saved] == [True, True]
+    assert [_contents(path)[1] for path in saved] == [FORMAT, FORMAT]
     share = next(saved[-1].glob("*.distcp"))
     share.write_bytes(share.read_bytes()[:-100])
     run_command(args, tmp_path / "out")

@@ -1,6 +1,5 @@
 """Checkpoint files: written whole or not at all, and known to be whole before they are read."""
 
-import json
 import logging
 import os
 import re
@@ -14,8 +13,8 @@ from typing import Any
 import torch
 from lightning.fabric.plugins.io import TorchCheckpointIO
 
-from rlhf_lightning.errors import UserError
-from rlhf_lightning.files import write_json
+from rlhf_lightning.errors import ConfigError, UserError
+from rlhf_lightning.files import read_object, write_json
 from rlhf_lightning.rank_watch import undisturbed
 
 log = logging.getLogger(__name__)
@@ -121,7 +120,11 @@ def damage(path: Path) -> str | None:
 def _folder_damage(folder: Path) -> str | None:
     if not (folder / CHECKSUMS).is_file():
         return None
-    for name, wanted in json.loads((folder / CHECKSUMS).read_text()).items():
+    try:
+        checksums = read_object(folder / CHECKSUMS)
+    except ConfigError:
+        return f"{CHECKSUMS} cannot be read"
+    for name, wanted in checksums.items():
         if not (folder / name).is_file():
             return f"{name} is missing"
         if _checksum(folder / name) != wanted:

@@ -8,7 +8,7 @@ from typing import Any
 
 from rlhf_lightning.data.records import fingerprint, hashed_files
 from rlhf_lightning.errors import ConfigError
-from rlhf_lightning.files import read_object, write_json
+from rlhf_lightning.files import FORMAT, read_record, write_json
 
 log = logging.getLogger(__name__)
 SOURCES = ("train", "validation", "test", "predict", "episodes")
@@ -26,7 +26,11 @@ def check_data_record(root: Path, sources: Mapping[str, Any]) -> None:
         ConfigError: a file, or one of a folder or a pattern, holds other rows now.
     """
     path = root / RECORD
-    before = read_object(path) if path.is_file() else {}
+    before = read_record(path) if path.is_file() else {}
+    for name in before.keys() & set(SOURCES):
+        known = before[name] if isinstance(before[name], dict) else {}
+        if not (isinstance(known.get("hash"), str) and isinstance(known.get("files"), dict)):
+            raise ConfigError(f"{path}: {name} is no record of data ({before[name]!r:.100}); restore it, or --fresh")
     now = {name: _facts(source, before.get(name)) for name in SOURCES if (source := sources.get(name)) is not None}
     for name, facts in now.items():
         if facts["files"] or not isinstance(sources[name], str):
@@ -39,7 +43,7 @@ def check_data_record(root: Path, sources: Mapping[str, Any]) -> None:
             log.warning(
                 "data.%s %s is no file here: whether its rows are still the same is not checked", name, sources[name]
             )
-    write_json(path, now)
+    write_json(path, {"format": FORMAT, **now})
 
 
 def _facts(source: Any, before: dict[str, Any] | None) -> dict[str, Any]:

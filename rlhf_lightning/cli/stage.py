@@ -27,7 +27,7 @@ from rlhf_lightning.cli.refusals import refusals, unfit_settings
 from rlhf_lightning.cli.report import after_stage
 from rlhf_lightning.cli.user_code import allow_user_code
 from rlhf_lightning.errors import ConfigError
-from rlhf_lightning.files import visible
+from rlhf_lightning.files import read_record, visible
 from rlhf_lightning.pipeline.passing import parent_is_watched, watch_parent
 from rlhf_lightning.pipeline.plan import read_mapping
 from rlhf_lightning.rank_watch import ranks_end_together, watch_ranks
@@ -246,6 +246,8 @@ class StageCLI(LightningCLI):
         if not (done or saved):
             self._check_data(config, begins=True)
             return
+        if done:
+            read_record(self.root / "stage.json")  # refuses that of another version
         before = self._before()
         if before and (kind := _kind(before)) != self.kind:
             raise ConfigError(

@@ -12,7 +12,7 @@ from rlhf_lightning.data.conversations import tool_schemas
 from rlhf_lightning.data.records import RowError
 from rlhf_lightning.data.rendering import Renderer
 from rlhf_lightning.errors import ConfigError
-from rlhf_lightning.files import read_object, read_stage
+from rlhf_lightning.files import read_record, read_stage
 
 log = logging.getLogger(__name__)
 _ON_HUB = re.compile(r"[\w.-]+/[\w.-]+")
@@ -145,7 +145,7 @@ def _stage_on_hub(name: str) -> dict[str, Any]:
     from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
 
     try:
-        return read_object(Path(hf_hub_download(name, "stage.json")))
+        return read_record(Path(hf_hub_download(name, "stage.json")))
     except (EntryNotFoundError, HfHubHTTPError, HFValidationError):  # also: not in the cache, and no network
         return {}
 

@@ -381,7 +381,8 @@ class RLHFModule(Told):
         checkpoint["format"] = FORMAT
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        check_format(checkpoint.get("format"), "the checkpoint")
+        path = self._trainer.ckpt_path if self._trainer is not None else None
+        check_format(checkpoint.get("format"), f"the checkpoint {path}" if path else "the checkpoint")
         if self.model is None:
             self.configure_model()
         # Where weights are split, the strategy loads them, and has asked before.

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_lightning.errors import ConfigError
-from rlhf_lightning.files import read_object
+from rlhf_lightning.files import check_format, read_object
 
 NUMBER = "a number"
 LARGEST = 1e300
@@ -61,6 +61,7 @@ def read_record(path: Path, shape: Any) -> dict[str, Any]:
     if not is_there(path):
         return {}
     found = read_object(path)
+    check_format(found.get("format"), str(path))
     check_shape(found, shape, str(path))
     return found
 

@@ -11,7 +11,7 @@ import yaml
 
 from rlhf_lightning.data.records import check_there, fingerprint
 from rlhf_lightning.errors import ConfigError, UserError
-from rlhf_lightning.files import duration, hash_folder, read_object, visible, write_json
+from rlhf_lightning.files import FORMAT, duration, hash_folder, read_object, visible, write_json
 from rlhf_lightning.pipeline.clock import Clock
 from rlhf_lightning.pipeline.passing import Passing
 from rlhf_lightning.pipeline.plan import Plan, Stage, merged, read_plan
@@ -100,9 +100,9 @@ class _Runner:
         self.failed: dict[str, Stage] = {}
         self.path = plan.root / "manifest.json"
         plan.root.mkdir(parents=True, exist_ok=True)
+        before = read_manifest(self.path).get("stages") or {}
         (plan.root / "pipeline.yaml").write_text(yaml.safe_dump(plan.source, sort_keys=False, allow_unicode=True))
-        before = read_manifest(self.path)
-        self.manifest: dict[str, Any] = {"name": plan.name, "seed": plan.seed, "stages": before.get("stages") or {}}
+        self.manifest: dict[str, Any] = {"format": FORMAT, "name": plan.name, "seed": plan.seed, "stages": before}
         self.clock = Clock(plan, self.manifest["stages"])
 
     def run(self, stage: Stage) -> None:

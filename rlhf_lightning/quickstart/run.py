@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_lightning.data.records import fingerprint
-from rlhf_lightning.files import write_json
+from rlhf_lightning.files import FORMAT, read_record, write_json
 from rlhf_lightning.pipeline.plan import Plan, read_plan
 from rlhf_lightning.pipeline.report import write_report
 from rlhf_lightning.pipeline.run import run_pipeline
@@ -57,7 +57,7 @@ def quickstart(settings: Settings) -> dict[str, Any]:
     earlier = _earlier(settings.root)
     summary["seconds"] = max(round(time.time() - started, 1), earlier)
     summary["peak_memory_gb"] = round(max(stages, _kibibytes(resource.RUSAGE_SELF)) * 1024 / 1e9, 2)
-    write_json(settings.root / "summary.json", {"seed": settings.seed, **summary, "samples": samples})
+    write_json(settings.root / "summary.json", {"format": FORMAT, "seed": settings.seed, **summary, "samples": samples})
     write_report(settings.root)
     return {**summary, "samples": samples}
 
@@ -65,13 +65,14 @@ def quickstart(settings: Settings) -> dict[str, Any]:
 def _earlier(root: Path) -> float:
     """The seconds of the first, whole run: a second one in the same folder finds its stages finished."""
     path = root / "summary.json"
-    return json.loads(path.read_text())["seconds"] if path.exists() else 0.0
+    return read_record(path).get("seconds", 0.0) if path.exists() else 0.0
 
 
 def _move_other_aside(settings: Settings) -> None:
     """A run with another seed, model or files starts anew; the earlier one is moved aside, never deleted."""
     files = {name: getattr(settings, name) for name in ("sft", "preferences", "prompts")}
     asked = {
+        "format": FORMAT,
         "seed": settings.seed,
         "model": settings.model,
         "overrides": settings.overrides,
@@ -79,7 +80,7 @@ def _move_other_aside(settings: Settings) -> None:
         **{path.name: fingerprint(path) for path in sorted(CONFIGS.glob("*.yaml"))},
     }
     path = settings.root / "quickstart.json"
-    if path.exists() and json.loads(path.read_text()) != asked:
+    if path.exists() and {"format": FORMAT, **read_record(path)} != asked:
         free = next(n for n in itertools.count(1) if not settings.root.with_name(f"{settings.root.name}.{n}").exists())
         aside = settings.root.with_name(f"{settings.root.name}.{free}")
         settings.root.rename(aside)
