@@ -5,10 +5,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from rlhf_lightning.pipeline.report.charts import HEIGHT, LEFT, RIGHT, WIDTH, Frame, axes, frame_of
-from rlhf_lightning.pipeline.report.html import Html, el
+from rlhf_lightning.report.charts import HEIGHT, LEFT, RIGHT, WIDTH, Frame, axes, frame_of
+from rlhf_lightning.report.html import Html, el
 
-# Okabe and Ito's colours, which colour-blind readers can tell apart, without the yellow that white swallows.
+# Okabe and Ito's colors, which color-blind readers can tell apart, without the yellow that white swallows.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#000000")
 STYLE = (
     "text { font: 11px sans-serif; fill: #444; } .title { font-weight: bold; fill: #111; } "
@@ -26,7 +26,7 @@ class Series:
 
     points: Sequence[tuple[float, float]]
     spread: Sequence[float] = field(default_factory=list)
-    colour: str = ""
+    color: str = ""
     """Of `COLOURS`, in the order of a panel's series where it is not given."""
 
     def around(self) -> list[tuple[float, float]]:
@@ -45,17 +45,17 @@ class Panel:
     x: str = "step"
 
     def marks(self) -> list[Html]:
-        """Title, axes, bands below lines, and below the axes what each colour is."""
+        """Title, axes, bands below lines, and below the axes what each color is."""
         frame = frame_of([p for one in self.series.values() for p in (*one.points, *one.around())])
         parts = [el("text", self.title, x=LEFT, y=14, class_="title")]
         drawn = [*axes(frame, self.x)]
-        for one, colour in zip(self.series.values(), self.colours(), strict=True):
+        for one, color in zip(self.series.values(), self.colors(), strict=True):
             if around := one.around():
-                drawn.append(el("path", d=_path(frame, around) + "Z", fill=colour, class_="band"))
-        for one, colour in zip(self.series.values(), self.colours(), strict=True):
-            drawn.append(el("path", d=_path(frame, one.points), stroke=colour, class_="line"))
+                drawn.append(el("path", d=_path(frame, around) + "Z", fill=color, class_="band"))
+        for one, color in zip(self.series.values(), self.colors(), strict=True):
+            drawn.append(el("path", d=_path(frame, one.points), stroke=color, class_="line"))
             if len(one.points) <= FEW:
-                drawn += [el("circle", cx=x, cy=y, r=3, fill=colour) for x, y in (frame.at(*p) for p in one.points)]
+                drawn += [el("circle", cx=x, cy=y, r=3, fill=color) for x, y in (frame.at(*p) for p in one.points)]
         parts.append(el("g", *drawn, transform=f"translate(0 {TITLE})"))
         return [*parts, *(mark for i, name in enumerate(self.series) for mark in self._entry(i, name))]
 
@@ -63,12 +63,12 @@ class Panel:
         """Two entries a line."""
         across = LEFT + place % 2 * (WIDTH - LEFT - RIGHT) // 2
         down = TITLE + HEIGHT + GAP + ENTRY * (place // 2)
-        key = el("rect", x=across, y=down, width=10, height=10, fill=self.colours()[place])
+        key = el("rect", x=across, y=down, width=10, height=10, fill=self.colors()[place])
         return [key, el("text", name, x=across + 15, y=down + 9)]
 
-    def colours(self) -> list[str]:
+    def colors(self) -> list[str]:
         """Of its curves."""
-        return [one.colour or COLOURS[place] for place, one in enumerate(self.series.values())]
+        return [one.color or COLOURS[place] for place, one in enumerate(self.series.values())]
 
     def height(self) -> int:
         """With title and legend."""

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from rlhf_lightning.callbacks.environment import processor, versions
+from rlhf_lightning.checkpointing.provenance import processor, versions
 
 HEAD = ["seed", "gold: base → SFT → RL", "held-out NLL", "pair accuracy", "KL (nats)", "tokens", "time", "memory"]
 

@@ -28,8 +28,8 @@ from benchmarks.quickstart import machine  # noqa: E402
 from benchmarks.steps.workload import Workload  # noqa: E402
 from rlhf_lightning.data.batching import pad_tokens  # noqa: E402
 from rlhf_lightning.models import attention  # noqa: E402
-from rlhf_lightning.models.packing import Layout  # noqa: E402
-from rlhf_lightning.models.scoring import TokenScorer  # noqa: E402
+from rlhf_lightning.models.packing import PackedLayout  # noqa: E402
+from rlhf_lightning.models.token_logprobs import TokenLogprobs  # noqa: E402
 
 
 def group(prompt: int, response: int, size: int, vocabulary: int, distinct: bool = False) -> dict[str, Any]:
@@ -54,18 +54,18 @@ def seconds(ways: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float
     return {name: statistics.median(values) for name, values in found.items()}
 
 
-def step(scorer: TokenScorer, batch: dict[str, Any], shares: bool = True) -> None:
+def step(scorer: TokenLogprobs, batch: dict[str, Any], shares: bool = True) -> None:
     """Forward and backward."""
-    (attention.install if shares else attention.uninstall)(scorer.forward.config)
-    scorer(batch["input_ids"], batch["mask"]).logprobs.sum().backward()
-    scorer.parts.model.zero_grad()
+    (attention.install if shares else attention.uninstall)(scorer.packed_forward.config)
+    scorer(batch["input_ids"], batch["loss_mask"]).logprobs.sum().backward()
+    scorer.backbone.model.zero_grad()
 
 
-def dense_step(scorer: TokenScorer, batch: dict[str, Any]) -> None:
+def dense_step(scorer: TokenLogprobs, batch: dict[str, Any]) -> None:
     """The same with attention over the whole tree under one mask."""
     plain, masks = attention.packed_attention, {}
 
-    def dense(query: Any, key: Any, value: Any, layout: Layout, scaling: Any = None, **_: Any) -> Any:
+    def dense(query: Any, key: Any, value: Any, layout: PackedLayout, scaling: Any = None, **_: Any) -> Any:
         if id(layout) not in masks:
             places = torch.arange(query.shape[2])
             masks[id(layout)] = layout.allowed(places[:, None], places[None], None)
@@ -92,8 +92,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         work.build(Path(folder))
         model = AutoModelForCausalLM.from_pretrained(folder)
-    scorer = TokenScorer(model)
-    scorer.forward.check(1024)
+    scorer = TokenLogprobs(model)
+    scorer.packed_forward.check(1024)
     report: dict[str, Any] = {"machine": machine(), "threads": torch.get_num_threads(), "sharing": [], "budget": []}
     print("| prompt | response | group | dense | branches | unshared |\n|---|---|---|---|---|---|")
     for prompt, response, size in (
@@ -101,9 +101,9 @@ def main() -> None:
         (128, 128, 8), (128, 128, 16), (128, 128, 32), (512, 64, 8), (512, 256, 8),
     ):  # fmt: skip
         batch = group(prompt, response, size, work.vocab)
-        big = TokenScorer(model, max_tokens=10**6)
-        big.forward.check(16)
-        big.forward._checked = dict.fromkeys((False, True), 10**6)
+        big = TokenLogprobs(model, max_tokens=10**6)
+        big.packed_forward.check(16)
+        big.packed_forward._checked = dict.fromkeys((False, True), 10**6)
         ways = {
             "dense": lambda b=batch, s=big: dense_step(s, b),
             "branches": lambda b=batch, s=big: step(s, b),
@@ -120,8 +120,8 @@ def main() -> None:
     ways = {}
     for budget in (512, 1024, 2048, 4096):
         for shares, name in ((True, "packed"), (False, "padded")):
-            one = TokenScorer(model, max_tokens=budget)
-            one.forward._checked = dict.fromkeys((False, True), 10**6)
+            one = TokenLogprobs(model, max_tokens=budget)
+            one.packed_forward._checked = dict.fromkeys((False, True), 10**6)
             ways[f"{name}, {budget} tokens"] = lambda o=one, s=shares: step(o, batch, shares=s)
     for name, value in seconds(ways, given.repeats).items():
         report["budget"].append({"way": name, "seconds": value})

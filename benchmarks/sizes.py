@@ -123,7 +123,7 @@ def draw(report: dict[str, Any], path: Path) -> None:
             cells = [(name, report["cells"].get(key(task, workload(changes)))) for name, changes in along.items()]
             points = [(number(name), cell["ratio_fastest"]) for name, cell in cells if cell and cell["ratio_fastest"]]
             if points:
-                series[task] = plots.Series(points, colour=plots.COLOURS[ALL.index(task)])
+                series[task] = plots.Series(points, color=plots.COLOURS[ALL.index(task)])
         if series:
             panels.append(plots.Panel("times as fast as TRL at its fastest", series, x=axis + UNITS.get(axis, "")))
     if panels:

@@ -10,10 +10,10 @@ from typing import Any
 import lightning.pytorch as pl
 
 from rlhf_lightning import PolicyRLModule, PromptDataModule
-from rlhf_lightning.rollout.environments import Limits, StepResult
-from rlhf_lightning.rollout.rewards import ExactAnswer
-from rlhf_lightning.rollout.sampler import Sampler
-from rlhf_lightning.rollout.tools import ToolEnv
+from rlhf_lightning.environments.base import Limits, StepResult
+from rlhf_lightning.environments.tools import ToolEnv
+from rlhf_lightning.rewards import ExactAnswer
+from rlhf_lightning.sampling.sampler import Sampler
 
 Message = dict[str, Any]
 

@@ -15,19 +15,21 @@ from rlhf_lightning.models.scorers import ImplicitReward
 from rlhf_lightning.objectives.policy import PolicyObjective
 from rlhf_lightning.objectives.policy.importance import masked, token_ratio
 from rlhf_lightning.objectives.preference import PairLoss, bradley_terry
-from rlhf_lightning.rollout.rewards import LengthReward
-from rlhf_lightning.rollout.sampler import Sampler
+from rlhf_lightning.rewards import LengthReward
+from rlhf_lightning.sampling.sampler import Sampler
 
 
-def topr(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor, ratio_max: float = 1.0) -> Tensor:
+def topr(
+    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, loss_mask: Tensor, ratio_max: float = 1.0
+) -> Tensor:
     """-A·log p where A > 0, -clamp(r, 0, ratio_max)·A·log p elsewhere, no gradient through r; `[B, T]`.
 
     Tapered off-policy REINFORCE (arXiv 2503.14286), with the ratio of each token: what was good is learned however
     unlikely it has become, what was bad is unlearned only as far as the policy would still do it.
     """
-    ratio = token_ratio(logprobs, old_logprobs, mask).detach().clamp(max=ratio_max)
+    ratio = token_ratio(logprobs, old_logprobs, loss_mask).detach().clamp(max=ratio_max)
     weight = torch.where(advantages > 0, 1.0, ratio)
-    return masked(-weight * advantages * logprobs, mask)
+    return masked(-weight * advantages * logprobs, loss_mask)
 
 
 class TOPR(PolicyObjective):
@@ -41,9 +43,9 @@ class TOPR(PolicyObjective):
         super().__init__(aggregation, length)
         self.ratio_max = ratio_max
 
-    def __call__(self, logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor) -> Tensor:
+    def __call__(self, logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, loss_mask: Tensor) -> Tensor:
         """Per-token loss `[B, T]`."""
-        return topr(logprobs, old_logprobs, advantages, mask, self.ratio_max)
+        return topr(logprobs, old_logprobs, advantages, loss_mask, self.ratio_max)
 
 
 class RDPO(PairLoss):

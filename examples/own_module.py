@@ -18,12 +18,12 @@ from rlhf_lightning.data.batching import mix_seeds, pad_right, pad_tokens
 from rlhf_lightning.data.conversations import to_messages
 from rlhf_lightning.data.rendering import Renderer
 from rlhf_lightning.models.loading import disable_dropout
-from rlhf_lightning.models.scoring import TokenScorer
+from rlhf_lightning.models.token_logprobs import TokenLogprobs
 from rlhf_lightning.objectives.advantage import group_centered
 from rlhf_lightning.objectives.aggregate import aggregate
 from rlhf_lightning.objectives.policy import ppo
 from rlhf_lightning.objectives.supervised import nll
-from rlhf_lightning.rollout.sampler import Sampler
+from rlhf_lightning.sampling.sampler import Sampler
 
 ROWS: Any = [
     {"prompt": "How are you?", "answer": "Fine, thank you."},
@@ -47,7 +47,7 @@ class PolicyWithDemonstrations(pl.LightningModule):
         disable_dropout(self.model)  # or sampler and trainer would not be the same policy
         self.renderer = Renderer(self.tokenizer)
         self.group_size, self.sft_weight = group_size, sft_weight
-        self.tokens = TokenScorer(self.model)
+        self.token_logprobs = TokenLogprobs(self.model)
         self.sampler = Sampler(max_tokens=16)
         self.sampler.bind(self.model, self.renderer)
 
@@ -57,12 +57,15 @@ class PolicyWithDemonstrations(pl.LightningModule):
 
     def training_step(self, rows: list[dict[str, str]], batch_idx: int) -> Tensor:
         """One round: answers, rewards, advantages, one loss."""
-        drawn, rewards, advantages = self.play(rows)
-        logprobs = self.tokens(drawn["input_ids"], drawn["mask"]).logprobs
-        per_token = ppo(logprobs, drawn["old_logprobs"], advantages[:, None], drawn["mask"])
-        total, count = aggregate(per_token, drawn["mask"], "token_mean")
+        sampled, rewards, advantages = self.play(rows)
+        logprobs = self.token_logprobs(sampled["input_ids"], sampled["loss_mask"]).logprobs
+        per_token = ppo(logprobs, sampled["old_logprobs"], advantages[:, None], sampled["loss_mask"])
+        total, count = aggregate(per_token, sampled["loss_mask"], "token_mean")
         shown = self.batch([self.renderer.exchange(*exchange(row["prompt"], row["answer"])) for row in rows])
-        sft = nll(self.tokens(shown["input_ids"], shown["mask"]).logprobs, shown["mask"]).sum() / shown["mask"].sum()
+        sft = (
+            nll(self.token_logprobs(shown["input_ids"], shown["loss_mask"]).logprobs, shown["loss_mask"]).sum()
+            / shown["loss_mask"].sum()
+        )
         self.log_dict({"reward": rewards.mean(), "policy_loss": total / count, "nll": sft}, batch_size=len(rows))
         return total / count + self.sft_weight * sft
 
@@ -83,7 +86,7 @@ class PolicyWithDemonstrations(pl.LightningModule):
 
     def batch(self, rendered: list[Any]) -> dict[str, Tensor]:
         """`[B, T]`, padded on the right."""
-        return self.here(pad_tokens([row.ids for row in rendered], [row.mask for row in rendered], 0))
+        return self.here(pad_tokens([row.ids for row in rendered], [row.loss_mask for row in rendered], 0))
 
     def here(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """On the module's device."""

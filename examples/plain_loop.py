@@ -22,16 +22,18 @@ def train(rounds: int = 300, answers: int = 256, seed: int = 0) -> Tensor:
     logits = torch.zeros(4, requires_grad=True)
     reference = torch.zeros(4).log_softmax(-1)
     optimizer = torch.optim.Adam([logits], lr=0.02)
-    mask, group = torch.ones(answers, 1), torch.zeros(answers, dtype=torch.long)
+    loss_mask, group = torch.ones(answers, 1), torch.zeros(answers, dtype=torch.long)
     for _ in range(rounds):
         with torch.no_grad():
             old = logits.log_softmax(-1)
-            drawn = torch.multinomial(old.exp(), answers, replacement=True, generator=generator)
-            rewards = REWARDS[drawn] - BETA * k1(old[drawn], reference[drawn])
+            sampled = torch.multinomial(old.exp(), answers, replacement=True, generator=generator)
+            rewards = REWARDS[sampled] - BETA * k1(old[sampled], reference[sampled])
             advantages = group_centered(rewards, group)[:, None]
         for _ in range(2):
-            logprobs = logits.log_softmax(-1)[drawn][:, None]
-            total, count = aggregate(ppo(logprobs, old[drawn][:, None], advantages, mask), mask, "token_mean")
+            logprobs = logits.log_softmax(-1)[sampled][:, None]
+            total, count = aggregate(
+                ppo(logprobs, old[sampled][:, None], advantages, loss_mask), loss_mask, "token_mean"
+            )
             optimizer.zero_grad()
             (total / count).backward()
             optimizer.step()

@@ -22,7 +22,7 @@ ROWS: Any = [
 
 
 class Pairs:
-    """Rows to a batch of `PreferenceModule`: `input_ids`, `mask` (1 on the response), `lengths`, chosen rows first."""
+    """Rows to a batch of `PreferenceModule`: `input_ids`, `loss_mask` (1 on the response), `lengths`, chosen rows first."""
 
     def __init__(self, module: PreferenceModule) -> None:
         self.renderer = module.renderer
@@ -33,7 +33,7 @@ class Pairs:
             for side in ("better", "worse")
             for row in rows
         ]
-        return pad_tokens([side.ids for side in sides], [side.mask for side in sides], pad_id=0)
+        return pad_tokens([side.ids for side in sides], [side.loss_mask for side in sides], pad_id=0)
 
 
 def main(model: str, folder: str = "runs/examples/reward_model") -> tuple[pl.Trainer, PreferenceModule]:

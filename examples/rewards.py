@@ -1,6 +1,6 @@
 """Rewards of your own: a function, and a class with settings.
 
-In YAML `class_path: rlhf_lightning.rollout.rewards.FunctionReward` with `function: examples.rewards.polite` among its
+In YAML `class_path: rlhf_lightning.rewards.FunctionReward` with `function: examples.rewards.polite` among its
 `init_args`, and `class_path: examples.rewards.Covers`.
 """
 
@@ -12,9 +12,9 @@ import lightning.pytorch as pl
 from rlhf_lightning import PolicyRLModule, PromptDataModule
 from rlhf_lightning.data.prompts import Prompt
 from rlhf_lightning.errors import DataError
-from rlhf_lightning.rollout.episodes import Episode
-from rlhf_lightning.rollout.rewards import FunctionReward, Reward
-from rlhf_lightning.rollout.sampler import Sampler
+from rlhf_lightning.rewards import FunctionReward, Reward
+from rlhf_lightning.sampling.sampler import Sampler
+from rlhf_lightning.types import Episode
 
 
 def polite(completions: list[str], tone: list[str]) -> list[float | None]:

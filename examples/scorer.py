@@ -17,7 +17,7 @@ from rlhf_lightning.callbacks.export import ExportModel
 from rlhf_lightning.errors import ConfigError
 from rlhf_lightning.models.reward_model import RewardModel
 from rlhf_lightning.models.scorers import Scorer
-from rlhf_lightning.models.scoring import TokenScorer
+from rlhf_lightning.models.token_logprobs import TokenLogprobs
 
 
 class YesNo(Scorer):
@@ -39,8 +39,8 @@ class YesNo(Scorer):
 
     def bind(self, model: Any, tokenizer: Any, stop_token_ids: Sequence[int], fresh_adapter: bool = False) -> None:
         """Take the model; called once, after it is loaded."""
-        self.tokens = TokenScorer(model, self.max_tokens)
-        self.forward = self.tokens.forward
+        self.token_logprobs = TokenLogprobs(model, self.max_tokens)
+        self.packed_forward = self.token_logprobs.packed_forward
         self.ids = [tokenizer(word, add_special_tokens=False)["input_ids"][0] for word in self.words]
         if self.ids[0] == self.ids[1]:
             raise ConfigError(f"YesNo: {self.words[0]!r} and {self.words[1]!r} begin with the same token; name others")
@@ -50,9 +50,9 @@ class YesNo(Scorer):
         ids, ends = batch["input_ids"], batch["lengths"].repeat(2)[:, None]
         words = torch.tensor(self.ids, device=ids.device).repeat_interleave(len(ids))[:, None]
         rows = nn.functional.pad(ids, (0, 1)).repeat(2, 1).scatter(1, ends, words)
-        mask = torch.zeros(rows.shape, device=ids.device).scatter(1, ends, 1.0)
+        loss_mask = torch.zeros(rows.shape, device=ids.device).scatter(1, ends, 1.0)
         # What the two rows of a response share is computed once.
-        yes, no = self.tokens(rows, mask).logprobs.sum(-1).chunk(2)
+        yes, no = self.token_logprobs(rows, loss_mask).logprobs.sum(-1).chunk(2)
         return yes - no
 
 

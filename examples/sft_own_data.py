@@ -14,7 +14,7 @@ from rlhf_lightning.data.rendering import Renderer
 
 
 class QuestionFile(pl.LightningDataModule):
-    """Batches of `input_ids` and `mask` (1 where a token is trained), all that `SFTModule` asks for.
+    """Batches of `input_ids` and `loss_mask` (1 where a token is trained), all that `SFTModule` asks for.
 
     Args:
         path: CSV with the columns `question` and `answer`.
@@ -45,7 +45,7 @@ class QuestionFile(pl.LightningDataModule):
 
     def collate(self, rows: list[Any]) -> dict[str, Any]:
         """`[B, T]`, padded on the right; the mask keeps padding out, so any id will do."""
-        return pad_tokens([row.ids for row in rows], [row.mask for row in rows], pad_id=0)
+        return pad_tokens([row.ids for row in rows], [row.loss_mask for row in rows], pad_id=0)
 
 
 def main(model: str, folder: str = "runs/examples/sft") -> pl.Trainer:

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from rlhf_lightning import PolicyRLModule, PromptDataModule
+from rlhf_lightning.rewards import FunctionReward
 from rlhf_lightning.rollout.kl import KLPenalty
-from rlhf_lightning.rollout.rewards import FunctionReward
-from rlhf_lightning.rollout.sampler import Sampler
+from rlhf_lightning.sampling.sampler import Sampler
 
 
 class Brief(PolicyRLModule):
@@ -52,7 +52,7 @@ def main(model: str, folder: str = "runs/examples", *, limit: float = 5.0, rate:
         model,
         optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=rate),
         rewards=[FunctionReward(short)],
-        kl=KLPenalty(coefficient=0.0),  # measured, not penalised
+        kl=KLPenalty(coefficient=0.0),  # measured, not penalized
         sampler=Sampler(max_tokens=24),
     )
     trainer = pl.Trainer(

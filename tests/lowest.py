@@ -17,7 +17,7 @@ import tomllib
 from datetime import UTC, datetime
 from pathlib import Path
 
-from rlhf_lightning.callbacks.environment import processor
+from rlhf_lightning.checkpointing.provenance import processor
 from tests.processors import ROOT, run
 
 UV = [sys.executable, "-m", "uv"]

@@ -19,7 +19,7 @@ from xml.etree import ElementTree
 
 import torch
 
-from rlhf_lightning.callbacks.environment import processor, versions
+from rlhf_lightning.checkpointing.provenance import processor, versions
 
 ROOT = Path(__file__).resolve().parents[1]
 # As far as this processor goes; on AMD, MKL takes a level of its own for those that it does not offer there.

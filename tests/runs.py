@@ -138,7 +138,7 @@ def forked_stages(monkeypatch: pytest.MonkeyPatch) -> None:
 def fork_stages(monkeypatch: pytest.MonkeyPatch, before: Callable[[], Any] | None = None) -> None:
     """The stages of pipelines, from here on, are forked; `before` is called in each, with its `sys.argv`."""
     popen = partial(Stage, before=before)
-    monkeypatch.setattr("rlhf_lightning.pipeline.passing.subprocess", SimpleNamespace(Popen=popen))
+    monkeypatch.setattr("rlhf_lightning.pipeline.stage_process.subprocess", SimpleNamespace(Popen=popen))
 
 
 def members(session: int) -> list[tuple[int, int]]:

@@ -13,12 +13,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rlhf_lightning import PreferenceDataModule, PreferenceModule, SFTDataModule, SFTModule
 from rlhf_lightning.errors import ConfigError
+from rlhf_lightning.inference.export import export_model
+from rlhf_lightning.inference.policy import Policy
 from rlhf_lightning.models.loading import Start, load_for_scoring
 from rlhf_lightning.models.lora import LoRA, named_weights, simple
 from rlhf_lightning.models.reference import Reference
 from rlhf_lightning.models.scorers import ImplicitReward, RewardHead
-from rlhf_lightning.pipeline.exporting import export_model
-from rlhf_lightning.pipeline.policies import Policy
 from tests.conftest import build_model, chats, pairs, sgd, trainer
 
 A = ["q_proj", "v_proj"]
@@ -249,10 +249,10 @@ def test_a_model_that_has_an_adapter_is_trained_and_saved_as_it_is(
     trainer(tmp_path / "run", max_steps=1).fit(module, data)
     wanted = logits(module.model)
     assert (wanted - before).abs().max() > 1e-3
-    ids, mask = IDS, torch.ones_like(IDS).float()
-    mask[:, 0] = 0
+    ids, loss_mask = IDS, torch.ones_like(IDS).float()
+    loss_mask[:, 0] = 0
     assert isinstance(module.scorer.frozen, Reference)
-    reference = module.scorer.frozen.logprobs(ids, mask)[:, 1:]
+    reference = module.scorer.frozen.logprobs(ids, loss_mask)[:, 1:]
     expected = before.log_softmax(-1)[:, :-1].gather(-1, ids[:, 1:, None]).squeeze(-1)
     torch.testing.assert_close(reference, expected, rtol=1e-4, atol=1e-4)
     module.save_pretrained(tmp_path / "adapter")

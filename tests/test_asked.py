@@ -16,20 +16,20 @@ from rlhf_lightning import (
     SFTModule,
 )
 from rlhf_lightning.callbacks.export import ExportModel
-from rlhf_lightning.data.asked import Asking, read_tools
 from rlhf_lightning.data.records import RowError
 from rlhf_lightning.data.rendering import Renderer
+from rlhf_lightning.data.rendering_settings import RenderingSettings, read_tools
 from rlhf_lightning.data.tokenizers import load_tokenizer
 from rlhf_lightning.errors import ConfigError
 from rlhf_lightning.files import read_stage
+from rlhf_lightning.inference.export import export_model
+from rlhf_lightning.inference.policy import Policy
 from rlhf_lightning.models.lora import LoRA
 from rlhf_lightning.models.reward_model import RewardModel
 from rlhf_lightning.models.scorers import ImplicitReward, RewardHead, SequenceLogprob
-from rlhf_lightning.pipeline.exporting import export_model
-from rlhf_lightning.pipeline.policies import Policy
 from rlhf_lightning.pipeline.run import run_pipeline
-from rlhf_lightning.rollout.rewards import FunctionReward, ModelReward
-from rlhf_lightning.rollout.sampler import Sampler
+from rlhf_lightning.rewards import FunctionReward, ModelReward
+from rlhf_lightning.sampling.sampler import Sampler
 from tests.conftest import build_model, chats, pairs, prompts, sgd, trainer, write_rows
 from tests.test_cli import mistake
 from tests.test_commands_models import rlhf
@@ -154,17 +154,17 @@ def test_the_next_stage_asks_as_its_start_was_trained(thinker: str, tmp_path: Pa
     assert "trained with" not in caplog.text
     reward = ModelReward(second)
     policy = PolicyRLModule(first, rewards=[reward], sampler=Sampler(4))
-    drawn = PromptDataModule(prompts(2), prompts_per_round=2, group_size=2, show_example=False, system="Be kind.")
-    trainer(tmp_path / "rl").fit(policy, drawn)
+    sampled = PromptDataModule(prompts(2), prompts_per_round=2, group_size=2, show_example=False, system="Be kind.")
+    trainer(tmp_path / "rl").fit(policy, sampled)
     assert "data.system is 'Be kind.', and" in caplog.text
     assert "was trained with 'Be brief.'" in caplog.text
-    # The reward asks with its own system message: what was drawn is not what it would be shown, and is shown anew.
-    text = policy.tokenizer.decode(drawn.prepared["train"].rows[0].ids)
+    # The reward asks with its own system message: what was sampled is not what it would be shown, and is shown anew.
+    text = policy.tokenizer.decode(sampled.prepared["train"].rows[0].ids)
     assert "Be kind." in text
     assert text.endswith("</think>\n\n")
     assert reward.judge is not None
     assert reward.judge.renderer.system == "Be brief."
-    [episode] = policy.rounds.collector.play(drawn.prepared["train"].rows[:1], 1, (0,))
+    [episode] = policy.rounds.collector.play(sampled.prepared["train"].rows[:1], 1, (0,))
     wanted = reward.judge.score([episode.prompt], [episode.responses], allow_blank=True).tolist()
     assert episode.reward == pytest.approx(wanted[0], abs=1e-5)
     assert not reward._seen_alike(episode)
@@ -227,9 +227,9 @@ def test_stops_of_training_are_kept(base: str, tmp_path: Path, capsys: Any) -> N
     with pytest.raises(ValueError, match="pass the model's tokenizer"):
         model.generate(ids, max_new_tokens=4)
     torch.manual_seed(0)
-    drawn = model.generate(ids, do_sample=True, max_new_tokens=200, tokenizer=tokenizer)[0, ids.shape[1] :]
-    text = tokenizer.decode(drawn)
-    assert "e" not in text[:-2] or len(drawn) < 3
+    sampled = model.generate(ids, do_sample=True, max_new_tokens=200, tokenizer=tokenizer)[0, ids.shape[1] :]
+    text = tokenizer.decode(sampled)
+    assert "e" not in text[:-2] or len(sampled) < 3
     again = PolicyRLModule(folder, rewards=[reward], sampler=Sampler(4))
     trainer(tmp_path / "next").fit(again, PromptDataModule(prompts(2), prompts_per_round=2, show_example=False))
     assert again.sampler.stop == ("e",)
@@ -262,9 +262,9 @@ def test_sampling_stays_the_bases(said: dict[str, Any], lora: Any, base: str, tm
         capsys.readouterr()
         rlhf("generate", str(place), "--prompt", "Hi", "--max_tokens", "2")
         line = capsys.readouterr().err
-        drawn = {} if not said else {"temperature": 0} if said.get("do_sample") is False else said
+        sampled = {} if not said else {"temperature": 0} if said.get("do_sample") is False else said
         for key in ("temperature", "top_p", "top_k"):
-            assert (f"{key} {drawn[key]:g}" in line) if key in drawn else key not in line
+            assert (f"{key} {sampled[key]:g}" in line) if key in sampled else key not in line
         rlhf("generate", str(place), "--prompt", "Hi", "--max_tokens", "2", "--temperature", "0")
         assert "draws as" not in capsys.readouterr().err
 
@@ -272,11 +272,11 @@ def test_sampling_stays_the_bases(said: dict[str, Any], lora: Any, base: str, tm
 def test_folders_without_a_record_are_asked_by_default(base: str, tmp_path: Path, capsys: Any) -> None:
     rlhf("generate", base, "--prompt", "Hi", "--max_tokens", "2")
     assert "asks" not in capsys.readouterr().err
-    assert Asking.of(base).describe() == ""
+    assert RenderingSettings.of(base).describe() == ""
     rlhf("generate", base, "--prompt", "Hi", "--max_tokens", "2", "--system", "Be kind.")
     assert f"asks {base} with system 'Be kind.'" in capsys.readouterr().err
     (Path(base) / "stage.json").write_text(json.dumps({"kind": "sft"}))
-    assert "does not say how it was asked in training" in Asking.of(base).describe()
+    assert "does not say how it was asked in training" in RenderingSettings.of(base).describe()
     # Of earlier preference stages the record had two keys.
     (Path(base) / "stage.json").write_text(json.dumps({"rendering": {"format": "raw", "template_kwargs": {}}}))
     assert Policy(base).renderer.format == "raw"
@@ -313,10 +313,12 @@ def test_options_of_a_template_where_there_is_none(tokenizer: Any) -> None:
     kwargs = {"enable_thinking": False}
     with pytest.raises(ConfigError, match=r"format is raw \(as set\), and no template reads them"):
         ready(SFTDataModule([{"text": "a"}], tokenizer=tokenizer, format="raw", template_kwargs=kwargs))
-    asking = Asking("m", {"format": "raw"}, {"template_kwargs": kwargs})
+    asking = RenderingSettings("m", {"format": "raw"}, {"template_kwargs": kwargs})
     with pytest.raises(ConfigError, match=r"format is raw .as m was trained"):
         asking.renderer(tokenizer)
-    assert Asking("m", {"template_kwargs": kwargs}, {"format": "raw"}).renderer(tokenizer).template_kwargs == {}
+    assert (
+        RenderingSettings("m", {"template_kwargs": kwargs}, {"format": "raw"}).renderer(tokenizer).template_kwargs == {}
+    )
 
 
 def test_a_folder_without_tokenizer_files(tmp_path: Path) -> None:
@@ -357,9 +359,9 @@ def test_the_record_of_a_hub_repository(tmp_path: Path, monkeypatch: Any) -> Non
     (snapshot / "stage.json").write_text(json.dumps({"rendering": {"template_kwargs": QUIET}}))
     (snapshot.parents[1] / "refs").mkdir()
     (snapshot.parents[1] / "refs" / "main").write_text("a" * 40)
-    assert Asking.of("someone/quiet").record == {"template_kwargs": QUIET}
-    assert Asking.of("someone/else").record == {}
-    assert Asking.of("odd/..").record == {}
+    assert RenderingSettings.of("someone/quiet").record == {"template_kwargs": QUIET}
+    assert RenderingSettings.of("someone/else").record == {}
+    assert RenderingSettings.of("odd/..").record == {}
 
 
 def test_another_template_than_that_of_training_is_warned_of(thinker: str, tmp_path: Path, caplog: Any) -> None:
@@ -387,7 +389,7 @@ def test_a_pipeline_hands_it_over(thinker: str, tmp_path: Path) -> None:
 
 
 def test_perplexity_is_that_of_the_reference_by_hand(thinker: str, tmp_path: Path) -> None:
-    """What `Asking` renders is what transformers renders with the settings of the record."""
+    """What `RenderingSettings` renders is what transformers renders with the settings of the record."""
     folder, _ = sft(thinker, tmp_path / "sft", template_kwargs=QUIET, system="Be brief.", tools=TOOLS)
     policy = Policy(folder)
     said = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]
@@ -400,7 +402,7 @@ def test_perplexity_is_that_of_the_reference_by_hand(thinker: str, tmp_path: Pat
 def test_a_base_within_the_folder_of_a_run_has_no_record(thinker: str, tmp_path: Path) -> None:
     """A run in the folder where the base lies: its stage.json is that of `model`, and of nothing else."""
     sft(thinker, tmp_path, template_kwargs=QUIET)
-    assert Asking.of(str(tmp_path / "model")).record["template_kwargs"] == QUIET
-    assert Asking.of(thinker).record == {}
+    assert RenderingSettings.of(str(tmp_path / "model")).record["template_kwargs"] == QUIET
+    assert RenderingSettings.of(thinker).record == {}
     (tmp_path / "model" / "stage.json").unlink()
-    assert Asking.of(str(tmp_path / "model")).record["template_kwargs"] == QUIET
+    assert RenderingSettings.of(str(tmp_path / "model")).record["template_kwargs"] == QUIET

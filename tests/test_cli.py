@@ -154,7 +154,7 @@ def test_a_finished_stage_goes_on_when_asked_for_more(base: str, tmp_path: Path)
 
 
 ENVIRONMENT = """
-from rlhf_lightning.rollout.environments import StepResult
+from rlhf_lightning.environments.base import StepResult
 
 
 class Twice:
@@ -183,7 +183,7 @@ def test_an_environment_named_in_yaml(base: str, tmp_path: Path) -> None:
 
 def test_an_interrupted_stage_resumes_by_the_same_command(base: str, tmp_path: Path) -> None:
     config = write_yaml(tmp_path / "c.yaml", stage_config("policy", base, tmp_path))
-    rule = {"class_path": "rlhf_lightning.rollout.rewards.KeywordReward"}
+    rule = {"class_path": "rlhf_lightning.rewards.KeywordReward"}
     reward = json.dumps([{**rule, "init_args": {"keywords": ["a", "e"], "min_words": 1}}])
     args = [
         "policy",
@@ -281,7 +281,7 @@ def test_a_failed_preference_stage(base: str, tmp_path: Path, capfd: pytest.Capt
         run_pipeline(plan)
     assert "missing.jsonl: no such file" in capfd.readouterr().err
     assert "missing.jsonl: no such file" in (tmp_path / "run" / "logs" / "run.log").read_text()
-    rule = {"class_path": "rlhf_lightning.rollout.rewards.KeywordReward"}
+    rule = {"class_path": "rlhf_lightning.rewards.KeywordReward"}
     plan["stages"][1]["on_failure"] = {"rule_reward": rule}
     run_pipeline(plan)
     out = capfd.readouterr().out
@@ -324,7 +324,7 @@ def test_stages_can_be_left_out_and_repeated(base: str, tmp_path: Path) -> None:
         ({"stages": [{"kind": "sft", "config": "no.yaml"}]}, "no.yaml: no such file"),
         ({"stages": [{"kind": "sft"}, {"kind": "sft", "name": "b", "reward": "sft"}]}, "reward is for policy"),
         ({"stages": [{"kind": "sft", "on_failure": "go"}]}, "on_failure must be"),
-        ({"stages": [{"kind": "sft", "colour": 1}]}, "unknown key 'colour'"),
+        ({"stages": [{"kind": "sft", "color": 1}]}, "unknown key 'color'"),
     ],
 )
 def test_plans_that_make_no_sense(plan: dict[str, Any], message: str) -> None:

@@ -18,8 +18,8 @@ from rlhf_lightning.data.rendering import Renderer
 from rlhf_lightning.data.sft import SFTDataModule
 from rlhf_lightning.data.tool_calls import read_tools
 from rlhf_lightning.errors import ConfigError, DataError
-from rlhf_lightning.pipeline.references import references_of
-from rlhf_lightning.rollout.rewards.normalise import _demonstration
+from rlhf_lightning.inference.text_metrics import references_of
+from rlhf_lightning.rewards.normalization import _demonstration
 from tests.conftest import write_rows
 from tests.test_data import ready
 from tests.test_rendering import trained
@@ -67,7 +67,7 @@ READERS: dict[str, tuple[dict[str, Any], Callable[[dict[str, Any], Any], list[li
         f"score {k}": (v, lambda row, t: [side.ids for side in responses(Renderer(t), row).values()])
         for k, v in {**PAIRS, "label": LABEL, "ranking": RANKING, "messages of SFT": SFT["messages"]}.items()
     },
-    "demonstration": (SFT["completion"], lambda row, t: [_demonstration(Renderer(t), row).segments[0].ids]),
+    "demonstration": (SFT["completion"], lambda row, t: [_demonstration(Renderer(t), row).training_samples[0].ids]),
 }
 
 
@@ -248,7 +248,7 @@ def test_what_is_trained_of_raw_text_is_not_chosen(tokenizer: Any) -> None:
 
 
 def test_a_tie_has_no_labels(tokenizer: Any) -> None:
-    with pytest.raises(DataError, match="the pair is a tie: neither response can be labelled"):
+    with pytest.raises(DataError, match="the pair is a tie: neither response can be labeled"):
         rows_of(PreferenceDataModule, {**PAIRS["pair"], "tie": True}, tokenizer, kind="labels")
 
 

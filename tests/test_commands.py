@@ -15,7 +15,7 @@ from rlhf_lightning.data import check
 from rlhf_lightning.data.check import histogram, statistics
 from tests.conftest import chats, pairs, prompts, write_rows
 from tests.test_cli import mistake
-from tests.test_preference import labelled, rankings
+from tests.test_preference import labeled, rankings
 
 
 def rlhf(args: list[str], code: int = 0) -> None:
@@ -82,7 +82,7 @@ def test_preference_rows_of_every_kind(base: str, tmp_path: Path, capsys: pytest
     assert found["reversed"] == [{"where": f"{file}:5", "reverses": f"{file}:2"}]
     assert found["chosen_longer"] == 0.8
     assert found["samples"][0]["text"].startswith("chosen: ")
-    for rows in (labelled(4), rankings(4)):
+    for rows in (labeled(4), rankings(4)):
         found = checked([write_rows(tmp_path / "rows.jsonl", rows), "--kind", "preference", "--model", base], capsys)
         assert found["examples"] == 4
 
@@ -142,10 +142,10 @@ def test_mistakes_of_data_check(
 
 
 @pytest.mark.parametrize(
-    ("kind", "rows", "renderings", "tokenised"), [("sft", chats(40), 3, 1), ("preference", pairs(40), 4, 2)]
+    ("kind", "rows", "renderings", "tokenized"), [("sft", chats(40), 3, 1), ("preference", pairs(40), 4, 2)]
 )
-def test_a_row_is_rendered_and_tokenised_once(
-    kind: str, rows: list[Any], renderings: int, tokenised: int, base: str, tmp_path: Path, monkeypatch: Any
+def test_a_row_is_rendered_and_tokenized_once(
+    kind: str, rows: list[Any], renderings: int, tokenized: int, base: str, tmp_path: Path, monkeypatch: Any
 ) -> None:
     """What a check of many rows spends its time on: the row, what stands around its response, and its tokens."""
     calls: Counter[str] = Counter()
@@ -153,10 +153,10 @@ def test_a_row_is_rendered_and_tokenised_once(
     template, tokenizer = module.renderer.template, type(module.renderer.tokenizer)
     rendered, encode = template._rendered, tokenizer._encode_plus
     monkeypatch.setattr(template, "_rendered", lambda *a: calls.update(["rendered"]) or rendered(*a))
-    monkeypatch.setattr(tokenizer, "_encode_plus", lambda *a, **k: calls.update(["tokenised"]) or encode(*a, **k))
+    monkeypatch.setattr(tokenizer, "_encode_plus", lambda *a, **k: calls.update(["tokenized"]) or encode(*a, **k))
     found = check.check(module, write_rows(tmp_path / "rows.jsonl", rows))
     assert len(found.examples) == 40
-    assert calls == {"rendered": 40 * renderings, "tokenised": 40 * tokenised}
+    assert calls == {"rendered": 40 * renderings, "tokenized": 40 * tokenized}
 
 
 @pytest.mark.parametrize("kind", ["sft", "preference", "policy"])

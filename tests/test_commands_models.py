@@ -15,13 +15,13 @@ from rlhf_lightning.cli import main as entry
 from rlhf_lightning.cli.stage import StageCLI
 from rlhf_lightning.errors import ConfigError
 from rlhf_lightning.files import visible
+from rlhf_lightning.inference import export as exporting
+from rlhf_lightning.inference.chat import Conversation, Stream
+from rlhf_lightning.inference.policy import Policy
 from rlhf_lightning.models.lora import LoRA
 from rlhf_lightning.models.reward_model import RewardModel
 from rlhf_lightning.models.scorers import ImplicitReward, RewardHead
-from rlhf_lightning.pipeline import exporting
 from rlhf_lightning.pipeline.plan import read_plan
-from rlhf_lightning.pipeline.policies import Policy
-from rlhf_lightning.pipeline.talk import Conversation, Stream
 from tests.conftest import build_model, chats, pairs, prompts, sgd, trainer, write_rows
 from tests.test_cli import mistake
 
@@ -133,7 +133,7 @@ def test_a_stream_holds_back_what_is_not_certain() -> None:
     stream = Stream(Letters(), ["END"], pieces.append)
     text = "Grüße, EN route END"
     for token in text.encode():
-        stream.drawn(0, token, False)
+        stream.sampled(0, token, False)
     assert stream.rest(list(text.encode())) == "Grüße, EN route"
     assert "".join(pieces) == "Grüße, EN route"
     assert "�" not in "".join(pieces)

@@ -17,11 +17,11 @@ from rlhf_lightning.callbacks.console import ConsoleLines, headline, remaining
 from rlhf_lightning.callbacks.progress import StageProgress, progress_callbacks
 from rlhf_lightning.files import duration
 from rlhf_lightning.objectives.policy import ImportanceSampling
-from rlhf_lightning.pipeline.clock import Clock
+from rlhf_lightning.pipeline.eta import Eta
 from rlhf_lightning.pipeline.plan import Plan, Stage
+from rlhf_lightning.rewards import FunctionReward
 from rlhf_lightning.rollout.advantages import GroupCentered
-from rlhf_lightning.rollout.rewards import FunctionReward
-from rlhf_lightning.rollout.sampler import Sampler
+from rlhf_lightning.sampling.sampler import Sampler
 from tests.conftest import prompts, sgd, trainer
 from tests.test_cli import stage_config, write_yaml
 
@@ -62,8 +62,8 @@ def test_rollouts_have_a_bar_of_their_own(base: str, tmp_path: Path, monkeypatch
     seen: list[tuple[int, int, int]] = []
 
     class Spy(progress_module.RolloutProgress):
-        def drawn(self, row: int, token: int, ended: bool) -> None:
-            super().drawn(row, token, ended)
+        def on_token(self, row: int, token: int, ended: bool) -> None:
+            super().on_token(row, token, ended)
             self._update(visible=True)
 
         def end(self) -> None:
@@ -92,7 +92,7 @@ def test_rollouts_have_a_bar_of_their_own(base: str, tmp_path: Path, monkeypatch
 def test_a_stage_on_a_terminal(base: str, tmp_path: Path) -> None:
     """Through a pseudo-terminal: the bar, its numbers in order, and no plain lines."""
     config = stage_config("policy", base, tmp_path)
-    config["model"]["rewards"] = [{"class_path": "rlhf_lightning.rollout.rewards.KeywordReward"}]
+    config["model"]["rewards"] = [{"class_path": "rlhf_lightning.rewards.KeywordReward"}]
     file = write_yaml(tmp_path / "policy.yaml", config)
     command = [sys.executable, "-m", "rlhf_lightning", "policy", "fit", "-c", file]
     master, slave = pty.openpty()
@@ -119,8 +119,8 @@ def test_a_stage_on_a_terminal(base: str, tmp_path: Path) -> None:
 def test_a_pipeline_says_what_is_left() -> None:
     stages = [Stage(name, "sft", {}) for name in ("a", "b", "c")]
     plan = Plan("p", stages, Path("runs/p"))
-    assert Clock(plan, {}).before(stages[0]) == "0 s so far; then b, c"
-    clock = Clock(plan, {name: {"seconds": 60.0 * i} for i, name in enumerate("abc", 1)} | {"d": {"status": "failed"}})
+    assert Eta(plan, {}).before(stages[0]) == "0 s so far; then b, c"
+    clock = Eta(plan, {name: {"seconds": 60.0 * i} for i, name in enumerate("abc", 1)} | {"d": {"status": "failed"}})
     clock.started -= 90
     assert clock.before(stages[1]) == "1 min 30 s so far; took 2 min 0 s last time; then c; about 5 min 0 s left"
     assert clock.before(stages[2]) == "1 min 30 s so far; took 3 min 0 s last time"
@@ -128,7 +128,7 @@ def test_a_pipeline_says_what_is_left() -> None:
 
 def test_an_engine_is_watched_and_draws_the_same(model: Any, tokenizer: Any) -> None:
     from rlhf_lightning.data.rendering import Renderer
-    from rlhf_lightning.rollout.engine import LocalEngine, Watch
+    from rlhf_lightning.sampling.local_engine import LocalEngine, Watch
 
     class Record(Watch):
         def __init__(self) -> None:
@@ -137,7 +137,7 @@ def test_an_engine_is_watched_and_draws_the_same(model: Any, tokenizer: Any) -> 
         def begin(self, rows: int) -> None:
             self.told.append(rows)
 
-        def drawn(self, row: int, token: int, ended: bool) -> None:
+        def on_token(self, row: int, token: int, ended: bool) -> None:
             self.told.append((row, token, ended))
 
         def end(self) -> None:

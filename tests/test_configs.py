@@ -20,7 +20,7 @@ from rlhf_lightning.pipeline.run import run_pipeline
 from tests.conftest import build_model, chats, pairs, prompts, sgd, trainer, write_rows
 from tests.runs import complete
 from tests.test_cli import KINDS
-from tests.test_preference import labelled
+from tests.test_preference import labeled
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 RECIPES = sorted(path for path in CONFIGS.glob("*.yaml") if "stages" not in read_mapping(path))
@@ -64,7 +64,7 @@ def base(tmp_path: Path, tokenizer: Any) -> str:
 @pytest.fixture
 def data(tmp_path: Path) -> dict[str, str]:
     questions = [{"question": row["prompt"], "answer": f"It is {i}.\n#### {i}"} for i, row in enumerate(prompts(8))]
-    rows = {"chats": chats(24), "pairs": pairs(24), "prompts": prompts(8), "labels": labelled(24), "gsm8k": questions}
+    rows = {"chats": chats(24), "pairs": pairs(24), "prompts": prompts(8), "labels": labeled(24), "gsm8k": questions}
     return {name: write_rows(tmp_path / f"{name}.jsonl", made) for name, made in rows.items()}
 
 
@@ -91,7 +91,7 @@ def run_small(kind: str, files: list[Path], base: str, judge: str, data: dict[st
         args += ["-c", str(path)]
     if kind == "policy" and "rewards" not in read_mapping(files[0])["model"]:
         # What a pipeline hands to a stage whose `reward` it names.
-        reward = {"class_path": "rlhf_lightning.rollout.rewards.ModelReward", "init_args": {"model": judge}}
+        reward = {"class_path": "rlhf_lightning.rewards.ModelReward", "init_args": {"model": judge}}
         args += ["--model.rewards", json.dumps([reward])]
     complete([*args, "--trainer.default_root_dir", str(root)], tmp_path / "out.txt")
     assert json.loads((root / "stage.json").read_text())["steps"] > 0
@@ -223,8 +223,8 @@ def test_a_configuration_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatc
 
 def test_the_verifier_of_gsm8k_on_real_rows(shared: Path) -> None:
     """Every solution of the data set is right by it, and none with another row's answer."""
-    from rlhf_lightning.rollout.episodes import Episode
-    from rlhf_lightning.rollout.rewards import ExactAnswer
+    from rlhf_lightning.rewards import ExactAnswer
+    from rlhf_lightning.types import Episode
 
     [given] = read_mapping(CONFIGS / "gsm8k.yaml")["model"]["rewards"]
     reward = ExactAnswer(**given["init_args"])

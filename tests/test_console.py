@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from rlhf_lightning.callbacks.signals import StopSignals, ended_once
+from rlhf_lightning.checkpointing.signals import StopSignals, ended_once
 from rlhf_lightning.run_folder import MARK
 from tests.runs import Run
 from tests.test_cli import stage_config, write_yaml

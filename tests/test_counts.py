@@ -23,11 +23,11 @@ from rlhf_lightning import (
     SFTModule,
 )
 from rlhf_lightning.models.scorers import ImplicitReward, RewardHead
-from rlhf_lightning.rollout.draw import SamplingParams
-from rlhf_lightning.rollout.engine import LocalEngine
+from rlhf_lightning.rewards import FunctionReward
 from rlhf_lightning.rollout.kl import KLPenalty
-from rlhf_lightning.rollout.rewards import FunctionReward
-from rlhf_lightning.rollout.sampler import Sampler
+from rlhf_lightning.sampling.local_engine import LocalEngine
+from rlhf_lightning.sampling.sampler import Sampler
+from rlhf_lightning.sampling.token_sampling import SamplingParams
 from tests.conftest import chats, pairs, prompts, trainer, write_rows
 
 
@@ -69,7 +69,7 @@ class Counts(pl.Callback):
 
 def branches(sides: list[Any], last: int = 1) -> int:
     """Tokens of responses to one prompt, the prompt once; the `last` of each row predicts nothing."""
-    prompt = min(side.mask.index(1) for side in sides)
+    prompt = min(side.loss_mask.index(1) for side in sides)
     return prompt + sum(len(side.ids) - last - prompt for side in sides)
 
 
@@ -83,7 +83,7 @@ def test_sft_computes_no_padding_and_heads_of_trained_tokens_only(base: str, tmp
     rows = counted(tmp_path, SFTModule(base), SFTDataModule(chats(7), batch_size=7, show_example=False), counts)
     assert len({row.tokens for row in rows}) > 3
     assert counts.tokens[True] == sum(row.tokens - 1 for row in rows)
-    assert counts.rows[True] == sum(sum(row.mask) for row in rows)
+    assert counts.rows[True] == sum(sum(row.loss_mask) for row in rows)
     assert counts.forwards == {True: 1, False: 0}
 
 
@@ -95,7 +95,7 @@ def test_dpo_computes_prompts_once_and_the_reference_once(base: str, tmp_path: P
     rows = counted(tmp_path, module, data, *([policy] if store else [policy, reference]))
     wanted = sum(branches(row.sides) for row in rows)
     assert policy.tokens[True] == wanted
-    assert policy.rows[True] == sum(sum(side.mask) for row in rows for side in row.sides)
+    assert policy.rows[True] == sum(sum(side.loss_mask) for row in rows for side in row.sides)
     assert policy.forwards == {True: 1, False: 0}
     if not store:  # with it the reference has been let go before the first step
         assert reference.tokens[True] == wanted
@@ -125,18 +125,18 @@ def test_a_policy_step_computes_the_prompt_of_a_group_once_and_the_reference_onc
     counted(tmp_path, module, data, policy, reference)
     groups: dict[int, list[Any]] = {}
     for episode in module.last_episodes:
-        groups.setdefault(episode.group, []).append(episode.segments[0])
+        groups.setdefault(episode.group, []).append(episode.training_samples[0])
     wanted = sum(branches(group) for group in groups.values())
-    drawn = [sum(row.mask) for group in groups.values() for row in group]
+    sampled = [sum(row.loss_mask) for group in groups.values() for row in group]
     assert len(groups) == 3
     assert policy.forwards[True] == 2  # the epochs
     assert policy.tokens[True] == 2 * wanted
-    assert policy.rows[True] == 2 * sum(drawn)
+    assert policy.rows[True] == 2 * sum(sampled)
     # A round: the prompts, and a step for each further token of the longest response. Nothing is computed again.
-    assert policy.forwards[False] == 1 + (max(drawn) - 1)
+    assert policy.forwards[False] == 1 + (max(sampled) - 1)
     assert reference.forwards == {True: 0, False: 1}
     assert reference.tokens[False] == wanted
-    assert reference.rows[False] == sum(drawn)
+    assert reference.rows[False] == sum(sampled)
 
 
 # -- the sampler --------------------------------------------------------------------------------------------------
@@ -167,11 +167,11 @@ def test_prompts_that_are_equal_are_computed_once(model: Any, tokenizer: Any) ->
     rows, params = [[5, 6, 7, 8]] * 4 + [[9, 10, 11]] * 3, SamplingParams(max_tokens=1)
     engine.generate(rows, params, list(range(7)))
     tokens: list[int] = []
-    hook = engine.parts.decoder.register_forward_pre_hook(
+    hook = engine.backbone.decoder.register_forward_pre_hook(
         lambda part, args, kwargs: tokens.append(kwargs["input_ids"].numel()), with_kwargs=True
     )
     heads: list[int] = []
-    other = engine.parts.head.register_forward_pre_hook(lambda part, args: heads.append(len(args[0])))
+    other = engine.backbone.lm_head.register_forward_pre_hook(lambda part, args: heads.append(len(args[0])))
     engine.generate(rows, params, list(range(7)))
     hook.remove()
     other.remove()
@@ -228,7 +228,7 @@ def test_a_step_of_the_sampler_copies_nothing_of_the_cache(model: Any, tokenizer
 
 
 def renders(build: Any, count: int, monkeypatch: pytest.MonkeyPatch) -> tuple[int, int]:
-    """Templates rendered and texts tokenised to prepare so many rows."""
+    """Templates rendered and texts tokenized to prepare so many rows."""
     data = build(count)
     data.renderer  # noqa: B018 - what is done once for a template is not counted
     kind = type(data.renderer.tokenizer)
@@ -259,7 +259,7 @@ BUILD = {
 
 @pytest.mark.parametrize(("kind", "most"), [("sft", (3, 1)), ("preference", (4, 2)), ("prompts", (1, 1))])
 def test_renders_a_row(kind: str, most: tuple[int, int], tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of further rows: with and without the turn, and its end; one text is tokenised for each row that is trained."""
+    """Of further rows: with and without the turn, and its end; one text is tokenized for each row that is trained."""
     few, many = (renders(lambda n: BUILD[kind](tokenizer, n), count, monkeypatch) for count in (4, 10))
     assert tuple(b - a for a, b in zip(few, many, strict=True)) == tuple(6 * number for number in most)
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from rlhf_lightning.data.batching import Layout, RowLoader, mix_seeds, split_evenly
+from rlhf_lightning.data.batching import RowLoader, ShardSpec, mix_seeds, split_evenly
 from rlhf_lightning.data.conversations import conversation
 from rlhf_lightning.data.preference import PreferenceDataModule, split_pair
 from rlhf_lightning.data.prompts import PromptDataModule
@@ -189,7 +189,7 @@ def test_text_rows_end_with_the_stop_token(tokenizer: Any) -> None:
     data = ready(SFTDataModule([{"text": "one two"}], tokenizer=tokenizer))
     (row,) = data.prepared["train"].rows
     assert tokenizer.decode(row.ids) == "one two<|im_end|>"
-    assert row.mask == [0] + [1] * (len(row.ids) - 1)
+    assert row.loss_mask == [0] + [1] * (len(row.ids) - 1)
     with pytest.raises(DataError, match="not blank"):
         ready(SFTDataModule([{"text": " "}], tokenizer=tokenizer))
 
@@ -245,7 +245,7 @@ def test_long_pairs_lose_the_same_part_of_their_prompt(tokenizer: Any) -> None:
     data = ready(PreferenceDataModule([row], tokenizer=tokenizer, max_length=40, overlong="truncate"))
     (pair,) = data.prepared["train"].rows
     assert max(pair.chosen.tokens, pair.rejected.tokens) == 40
-    assert pair.chosen.mask.index(1) == pair.rejected.mask.index(1)
+    assert pair.chosen.loss_mask.index(1) == pair.rejected.loss_mask.index(1)
     assert data.prepared["train"].truncated == 1
 
 
@@ -303,7 +303,7 @@ def loader(size: int, batch: int, **layout: Any) -> RowLoader:
         return {"numbers": [row.number for row, weight in zip(rows, weights, strict=True) if weight]}
 
     items = [Item(i) for i in range(size)]
-    return RowLoader(items, collate, batch, shuffle=True, seed=1, layout=lambda: Layout(**layout))  # type: ignore[arg-type]
+    return RowLoader(items, collate, batch, shuffle=True, seed=1, shard_spec=lambda: ShardSpec(**layout))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

@@ -18,8 +18,11 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from rlhf_lightning import PolicyRLModule
 from rlhf_lightning.callbacks import table
-from rlhf_lightning.callbacks.best import BestUnderKL
-from rlhf_lightning.callbacks.checks import (
+from rlhf_lightning.callbacks.export import ExportModel
+from rlhf_lightning.callbacks.samples import SamplesLog
+from rlhf_lightning.checkpointing.best import BestUnderKL
+from rlhf_lightning.diagnostics.callback import DEFAULT, Diagnostics
+from rlhf_lightning.diagnostics.checks import (
     Check,
     Clipping,
     HighKL,
@@ -29,30 +32,27 @@ from rlhf_lightning.callbacks.checks import (
     Truncation,
     WildRatios,
 )
-from rlhf_lightning.callbacks.collapse import StopOnCollapse
-from rlhf_lightning.callbacks.curves import Curve, Curves, together, trend
-from rlhf_lightning.callbacks.diagnostics import DEFAULT, Diagnostics
-from rlhf_lightning.callbacks.export import ExportModel
-from rlhf_lightning.callbacks.invariants import FirstStepInvariants
-from rlhf_lightning.callbacks.samples import SamplesLog
-from rlhf_lightning.callbacks.trends import (
+from rlhf_lightning.diagnostics.collapse import StopOnCollapse
+from rlhf_lightning.diagnostics.curves import Curve, Curves, together, trend
+from rlhf_lightning.diagnostics.invariants import FirstStepInvariants
+from rlhf_lightning.diagnostics.trends import (
     EntropyCollapse,
     GrowingKL,
     LengthHacking,
     NegativeKL,
-    OverOptimised,
+    OverOptimized,
     RepeatedText,
     RewardCollapse,
     UselessCritic,
 )
 from rlhf_lightning.errors import ConfigError, UserError
 from rlhf_lightning.models.critic import Critic
+from rlhf_lightning.rewards import FunctionReward
 from rlhf_lightning.rollout.advantages import GAE
-from rlhf_lightning.rollout.episodes import Episode, Segment
 from rlhf_lightning.rollout.kl import KLPenalty
-from rlhf_lightning.rollout.rewards import FunctionReward
-from rlhf_lightning.rollout.sampler import Sampler
 from rlhf_lightning.rollout.statistics import means, repeated_ngrams, statistics
+from rlhf_lightning.sampling.sampler import Sampler
+from rlhf_lightning.types import Episode, TrainingSample
 from tests.conftest import build_model, trainer
 from tests.test_cli import rlhf, stage_config, write_yaml
 from tests.test_modules import data, make, vowels
@@ -61,7 +61,12 @@ from tests.test_modules import data, make, vowels
 
 
 def episode(tokens: list[int], reward: float = 0.0, group: int = 0) -> Episode:
-    one = Episode([], {}, group, segments=[Segment([0, *tokens], [0] + [1] * len(tokens), [0.0] * (len(tokens) + 1))])
+    one = Episode(
+        [],
+        {},
+        group,
+        training_samples=[TrainingSample([0, *tokens], [0] + [1] * len(tokens), [0.0] * (len(tokens) + 1))],
+    )
     one.reward = reward
     return one
 
@@ -90,9 +95,11 @@ def test_repeated_ngrams_by_hand() -> None:
     assert repeated_ngrams(episode([7] * 6)) == (2, 3)
     assert repeated_ngrams(episode([1, 2, 3])) == (0, 0)
     # 1 2 3 4 is said in two turns; no n-gram spans the environment's 9.
-    turns = Episode([], {}, 0, segments=[Segment([0, 1, 2, 3, 4, 9, 1, 2, 3, 4], [0, 1, 1, 1, 1, 0, 1, 1, 1, 1], [])])
+    turns = Episode(
+        [], {}, 0, training_samples=[TrainingSample([0, 1, 2, 3, 4, 9, 1, 2, 3, 4], [0, 1, 1, 1, 1, 0, 1, 1, 1, 1], [])]
+    )
     assert repeated_ngrams(turns) == (1, 2)
-    turns.segments.append(Segment([1, 2, 3, 4], [1] * 4, []))
+    turns.training_samples.append(TrainingSample([1, 2, 3, 4], [1] * 4, []))
     assert repeated_ngrams(turns) == (2, 3)
     found = means([statistics([episode([7] * 6)]), statistics([episode([1, 2, 3, 4, 5]), episode([1])])])
     assert found["repeated_ngrams"] == 2 / 5
@@ -105,7 +112,7 @@ def test_statistics_reach_the_log_with_the_gold_part(base: str, tmp_path: Path) 
     run = trainer(tmp_path)
     run.fit(module, data("policy", 8))
     assert run.callback_metrics["train/reward_gold"] == -1.0
-    assert all(one.reward == one.parts["vowels"] for one in module.last_episodes)
+    assert all(one.reward == one.terms["vowels"] for one in module.last_episodes)
     assert {"train/repeated_ngrams", "train/length_reward_correlation"} <= set(run.callback_metrics)
 
 
@@ -159,13 +166,13 @@ FAILURES: list[tuple[Check, dict[str, Any]]] = [
     ),
     (NegativeKL(), {"kl": [0.1, -0.2, -0.1, -0.3, -0.2, -0.4]}),
     (
-        OverOptimised(),
+        OverOptimized(),
         {"reward": noisy(up, 20, 0.05), "reward_gold": noisy(lambda i: -up(i), 20, 0.05, 1), "kl": [1] * 20},
     ),
     (RewardCollapse(), {"reward": noisy(lambda i: 0.2 + min(i, 30) / 50 if i < 50 else 0.25, 60, 0.02)}),
     (RewardCollapse(), {"reward": noisy(lambda i: 0.5 if i < 30 else -0.5, 40, 0.02)}),
     (LengthHacking(), {"length_reward_correlation": [0.7] * 15, "response_tokens": [100 + 10 * i for i in range(15)]}),
-    (NoSignal(), {"zero_signal_groups": [0.1, 0.9, 0.9, 0.8, 0.95, 0.1, 0.9]}),
+    (NoSignal(), {"zero_variance_groups": [0.1, 0.9, 0.9, 0.8, 0.95, 0.1, 0.9]}),
     (EntropyCollapse(), {"entropy": noisy(lambda i: max(0.1, 2 - i / 10), 30, 0.02)}),
     (RepeatedText(), {"repeated_ngrams": [0.02] * 5 + [0.3] * 3}),
     (Truncation(), {"truncated": [0.0, 0.1, 0.4, 0.5, 0.6, 0.4]}),
@@ -183,15 +190,15 @@ HEALTHY: list[tuple[Check, dict[str, Any]]] = [
     (GrowingKL(), {"kl": noisy(lambda i: 20, 10, 4), "reward": noisy(lambda i: 0.5, 10, 0.1)}),
     (NegativeKL(), {"kl": [0.0, -0.2, 0.01, -0.3, -0.2, -0.4]}),
     (NegativeKL(), {"kl": [-1e-5] * 10}),  # rounding
-    (OverOptimised(), {"reward": noisy(up, 20, 0.05), "reward_gold": noisy(up, 20, 0.05, 1)}),
-    (OverOptimised(), {"reward": noisy(lambda i: 0, 20, 1), "reward_gold": noisy(lambda i: -up(i), 20, 0.05, 1)}),
-    (OverOptimised(), {"reward": noisy(up, 20, 0.05)}),  # nothing to compare with
+    (OverOptimized(), {"reward": noisy(up, 20, 0.05), "reward_gold": noisy(up, 20, 0.05, 1)}),
+    (OverOptimized(), {"reward": noisy(lambda i: 0, 20, 1), "reward_gold": noisy(lambda i: -up(i), 20, 0.05, 1)}),
+    (OverOptimized(), {"reward": noisy(up, 20, 0.05)}),  # nothing to compare with
     (RewardCollapse(), {"reward": noisy(lambda i: min(0.8, 0.2 + i / 50), 60, 0.02)}),
     (RewardCollapse(), {"reward": noisy(lambda i: 0.3, 1000, 0.1)}),
     (RewardCollapse(), {"reward": [0.0] * 20}),
     (LengthHacking(), {"length_reward_correlation": [0.7] * 15, "response_tokens": noisy(lambda i: 100, 15, 10)}),
     (LengthHacking(), {"length_reward_correlation": [0.1] * 15, "response_tokens": [100 + 10 * i for i in range(15)]}),
-    (NoSignal(), {"zero_signal_groups": [0.5, 0.9, 0.6, 0.5, 0.95, 0.1, 0.4]}),
+    (NoSignal(), {"zero_variance_groups": [0.5, 0.9, 0.6, 0.5, 0.95, 0.1, 0.4]}),
     (EntropyCollapse(), {"entropy": noisy(lambda i: max(1.0, 2 - i / 10), 30, 0.05)}),
     (EntropyCollapse(), {"entropy": [0.01] * 20}),  # it began like this
     (RepeatedText(), {"repeated_ngrams": [0.3] * 15}),
@@ -244,7 +251,7 @@ def healthy_run(seed: int, rounds: int = 300) -> dict[str, list[float]]:
         "loss": (lambda i: 0.0, 0.1),
         "response_tokens": (saturating(100, 130, 100), 8.0),
         "length_reward_correlation": (lambda i: 0.2, 0.15),
-        "zero_signal_groups": (saturating(0.1, 0.5, 100), 0.08),
+        "zero_variance_groups": (saturating(0.1, 0.5, 100), 0.08),
         "repeated_ngrams": (lambda i: 0.03, 0.01),
         "truncated": (lambda i: 0.05, 0.03),
         "logprob_gap": (lambda i: 0.002, 0.0005),
@@ -266,7 +273,7 @@ class Rounds:
         self.fast_dev_run = False
 
     def play(self, callback: Diagnostics, values: dict[str, list[float]], first: int = 0) -> list[tuple[int, str]]:
-        module: Any = type("Module", (), {"drew_itself": True})()
+        module: Any = type("Module", (), {"samples_rollouts": True})()
         self.global_step = first
         callback.on_train_start(self, module)  # type: ignore[arg-type]
         for i in range(first, len(next(iter(values.values())))):
@@ -283,12 +290,12 @@ def test_a_noisy_run_that_learns_is_not_warned_of(seed: int, tmp_path: Path) -> 
     assert Rounds(tmp_path).play(Diagnostics(), healthy_run(seed)) == []
 
 
-def test_a_run_that_over_optimises_is_warned_of_in_time(tmp_path: Path) -> None:
+def test_a_run_that_over_optimizes_is_warned_of_in_time(tmp_path: Path) -> None:
     values = healthy_run(0)
     values["reward_gold"] = noisy(lambda i: 0.1 + i / 150 if i < 100 else 0.77 - (i - 100) / 150, 300, 0.03)
     values["reward"] = noisy(lambda i: 0.2 + i / 300, 300, 0.03)
     raised = Rounds(tmp_path).play(Diagnostics(), values)
-    assert {name for _, name in raised} == {"over_optimised"}
+    assert {name for _, name in raised} == {"over_optimized"}
     assert 105 <= raised[0][0] <= 125
 
 
@@ -342,7 +349,7 @@ def test_checks_can_be_replaced_left_out_and_added(tmp_path: Path) -> None:
 
 def test_recorded_episodes_are_not_expected_to_be_the_policys_own(tmp_path: Path) -> None:
     callback, run = Diagnostics(), Rounds(tmp_path)
-    module: Any = type("Module", (), {"drew_itself": False})()
+    module: Any = type("Module", (), {"samples_rollouts": False})()
     callback.on_train_start(run, module)  # type: ignore[arg-type]
     for _ in range(6):
         callback.curves.record({"logprob_gap": 0.5, "kl": -3.0}, callback.watched)
@@ -476,7 +483,7 @@ def test_two_ranks_say_what_one_says(base: str, tmp_path: Path) -> None:
         (1, k % 2) for k in range(6)
     ]
     assert [row["group"] for row in samples[0][:8]] == sorted(row["group"] for row in samples[0][:8])
-    for name in ("step", "round", "group", "sample", "prompt", "response", "parts", "stop_reason", "response_tokens"):
+    for name in ("step", "round", "group", "sample", "prompt", "response", "terms", "stop_reason", "response_tokens"):
         assert [row[name] for row in samples[0]] == [row[name] for row in samples[1]], name
     for name in ("reward", "advantage", "kl"):
         assert [row[name] for row in samples[0]] == pytest.approx([row[name] for row in samples[1]], rel=1e-6, abs=1e-7)
@@ -512,7 +519,11 @@ def test_a_round_is_the_mean_of_its_tokens(base: str, tmp_path: Path) -> None:
     class Log(pl.Callback):
         def on_train_batch_end(self, run: Any, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
             found = run.callback_metrics
-            numbers = (float(batch["mask"].sum()), float(found["train/entropy"]), float(found["train/log_ratio_max"]))
+            numbers = (
+                float(batch["loss_mask"].sum()),
+                float(found["train/entropy"]),
+                float(found["train/log_ratio_max"]),
+            )
             logged.append(numbers)
 
     watch = Watch()
@@ -533,9 +544,9 @@ def test_a_critics_advantages_and_explained_variance_are_there(base: str, tmp_pa
     rows = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
     last = {(one.group, one.sample): one for one in module.last_episodes}
     for row in rows[-8:]:
-        (segment,) = last[row["group"], row["sample"]].segments
-        drawn = [a for a, flag in zip(segment.advantages, segment.mask, strict=True) if flag]
-        assert row["advantage"] == pytest.approx(sum(drawn) / len(drawn))
+        (training_sample,) = last[row["group"], row["sample"]].training_samples
+        sampled = [a for a, flag in zip(training_sample.advantages, training_sample.loss_mask, strict=True) if flag]
+        assert row["advantage"] == pytest.approx(sum(sampled) / len(sampled))
     assert any(row["advantage"] for row in rows)
 
 
@@ -753,7 +764,7 @@ ROWS = [
         "round": 2,
         "prompt": [{"role": "system", "content": "Be brief"}, {"role": "user", "content": f"Question {i}?"}],
         "response": text,
-        "parts": {"judge": reward / 2, "length": None if i else 0.5},
+        "terms": {"judge": reward / 2, "length": None if i else 0.5},
         "reward": reward,
         "advantage": reward - 1,
         "kl": None if i == 2 else 1.25,
@@ -812,12 +823,12 @@ def test_a_table_every_so_many_rounds(base: str, tmp_path: Path, capsys: Any) ->
 
 
 def named(module: str, name: str, **arguments: Any) -> dict[str, Any]:
-    return {"class_path": f"rlhf_lightning.callbacks.{module}.{name}", "init_args": arguments}
+    return {"class_path": f"rlhf_lightning.{module}.{name}", "init_args": arguments}
 
 
 def policy_config(base: str, tmp_path: Path, **options: Any) -> list[str]:
     settings = stage_config("policy", base, tmp_path)
-    rule = {"class_path": "rlhf_lightning.rollout.rewards.KeywordReward"}
+    rule = {"class_path": "rlhf_lightning.rewards.KeywordReward"}
     words: dict[str, Any] = {"keywords": ["a", "e"], "min_words": 1}
     rewards = [{**rule, "init_args": words}, {**rule, "init_args": {**words, "weight": 0.0, "name": "gold"}}]
     settings["model"] |= {"rewards": rewards, "kl": {"coefficient": 0.0}}

@@ -76,7 +76,7 @@ def ready(tiny: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     for path in [*(ROOT / "configs").glob("*.yaml")]:
         shutil.copy(path, folder)
     shutil.copy(ROOT / "rlhf_lightning" / "cli" / "project" / "preference.yaml", folder)
-    reward = {"class_path": "rlhf_lightning.rollout.rewards.LengthReward", "init_args": {"target": 4}}
+    reward = {"class_path": "rlhf_lightning.rewards.LengthReward", "init_args": {"target": 4}}
     model: dict[str, Any] = {"model": tiny, "rewards": [reward], "sampler": {"max_tokens": 4}}
     (folder / "my.yaml").write_text(yaml.safe_dump({"model": model, "data": {"train": "prompts.jsonl"}}))
     flags = ["--trainer.max_epochs", "1", "--trainer.accelerator", "cpu"]

@@ -12,15 +12,15 @@ from lightning.pytorch.plugins import MixedPrecision
 
 from rlhf_lightning import PreferenceModule, PromptDataModule, SFTModule
 from rlhf_lightning.callbacks.export import ExportModel
-from rlhf_lightning.callbacks.faults import NonFiniteGuard
+from rlhf_lightning.checkpointing.nonfinite import NonFiniteGuard
 from rlhf_lightning.errors import ConfigError, UserError
 from rlhf_lightning.modules.step import drop_gradients
 from rlhf_lightning.objectives.advantage import group_centered, leave_one_out
 from rlhf_lightning.objectives.policy import ImportanceWeights
+from rlhf_lightning.rewards import FunctionReward
 from rlhf_lightning.rollout.advantages import GlobalWhitened, LeaveOneOut
 from rlhf_lightning.rollout.kl import KLPenalty
-from rlhf_lightning.rollout.rewards import FunctionReward
-from rlhf_lightning.rollout.sampler import Sampler
+from rlhf_lightning.sampling.sampler import Sampler
 from tests.conftest import trainer
 from tests.test_modules import data, make, vowels
 
@@ -78,12 +78,12 @@ class Batches:
         for k in range(self.count):
             generator = torch.Generator().manual_seed(10 * k + rank)
             weight = 1.0 - self.empty(rank, k)
-            mask = torch.tensor([[0, 0, 1, 1, 1, 0], [0, 0, 0, 0, 1, 1]], dtype=torch.float32)
+            loss_mask = torch.tensor([[0, 0, 1, 1, 1, 0], [0, 0, 0, 0, 1, 1]], dtype=torch.float32)
             batch: dict[str, Any] = {"input_ids": torch.randint(3, 20, (2, 6), generator=generator)}
             if self.kind == "preference":
-                yield {**batch, "mask": mask, "weights": torch.tensor([weight])}
+                yield {**batch, "loss_mask": loss_mask, "weights": torch.tensor([weight])}
             else:
-                yield {**batch, "mask": mask * weight}
+                yield {**batch, "loss_mask": loss_mask * weight}
 
 
 def run_of(root: Path, devices: int, accumulate: int = 1, **options: Any) -> Any:

@@ -16,18 +16,18 @@ import torch
 from rlhf_lightning import PolicyRLModule, PromptDataModule
 from rlhf_lightning.data.prompts import Prompt
 from rlhf_lightning.data.rendering import Renderer
+from rlhf_lightning.environments.base import EpisodeError, Limits, StepResult, environment_factory
+from rlhf_lightning.environments.tools import ToolEnv, read_call
+from rlhf_lightning.environments.user_calls import TimeLimitError, run_calls
 from rlhf_lightning.errors import ConfigError
+from rlhf_lightning.rewards import FunctionReward
 from rlhf_lightning.rollout.advantages import GroupCentered
-from rlhf_lightning.rollout.calls import TimeLimitError, run_calls
 from rlhf_lightning.rollout.collect import Collector
-from rlhf_lightning.rollout.draw import Sample, SamplingParams
-from rlhf_lightning.rollout.engine import LocalEngine
-from rlhf_lightning.rollout.environments import EpisodeError, Limits, StepResult, environment_factory
-from rlhf_lightning.rollout.episodes import STOP_REASONS, Episode
-from rlhf_lightning.rollout.rewards import FunctionReward
 from rlhf_lightning.rollout.runner import run_episodes
-from rlhf_lightning.rollout.sampler import Sampler
-from rlhf_lightning.rollout.tools import ToolEnv, read_call
+from rlhf_lightning.sampling.local_engine import LocalEngine
+from rlhf_lightning.sampling.sampler import Sampler
+from rlhf_lightning.sampling.token_sampling import Completion, SamplingParams
+from rlhf_lightning.types import STOP_REASONS, Episode
 from tests.conftest import CHAT_TEMPLATES, build_model, prompts, sgd, trainer, write_rows
 
 TOOL_TEMPLATE = (
@@ -49,20 +49,20 @@ class Fake:
     session = staticmethod(nullcontext)
 
     def __init__(self, stop_token: int, truncated: float = 0.1) -> None:
-        self.stop_token, self.truncated, self.drawn = stop_token, truncated, 0
+        self.stop_token, self.truncated, self.sampled = stop_token, truncated, 0
 
-    def generate(self, prompts: Any, seeds: Any, temperature: Any = None) -> list[Sample]:
+    def generate(self, prompts: Any, seeds: Any, temperature: Any = None) -> list[Completion]:
         samples = [self._one(seed) for seed in seeds]
-        self.drawn += sum(len(sample.ids) for sample in samples)
+        self.sampled += sum(len(sample.ids) for sample in samples)
         return samples
 
-    def _one(self, seed: int) -> Sample:
+    def _one(self, seed: int) -> Completion:
         chance = random.Random(seed)
         ids = [chance.randrange(100, 200) for _ in range(chance.randrange(self.max_tokens))]
         if chance.random() < self.truncated:
             ids += [101] * (self.max_tokens - len(ids))
-            return Sample(ids, [-1.0] * len(ids), "length")
-        return Sample([*ids, self.stop_token], [-1.0] * (len(ids) + 1), "stop")
+            return Completion(ids, [-1.0] * len(ids), "length")
+        return Completion([*ids, self.stop_token], [-1.0] * (len(ids) + 1), "stop")
 
 
 class Several:
@@ -83,7 +83,7 @@ class Several:
 
 
 class Failing(Several):
-    """Fails with chance 0.1 a step, in reset too; which attempts of which episodes is drawn from one stream."""
+    """Fails with chance 0.1 a step, in reset too; which attempts of which episodes is sampled from one stream."""
 
     chance = random.Random(0)
     raised: list[str] = []  # noqa: RUF012
@@ -127,7 +127,7 @@ def test_ten_thousand_episodes_none_lost_none_twice(tokenizer: Any, policy: str)
     reasons = Counter(episode.stop_reason for episode in episodes)
     if policy == "drop":
         assert len(failed) == len(Failing.raised) > 1000
-        assert all(not episode.segments and episode.masked for episode in failed)
+        assert all(not episode.training_samples and episode.masked for episode in failed)
     else:
         assert not failed
         assert len(Failing.raised) > 1000
@@ -141,15 +141,15 @@ def test_ten_thousand_episodes_none_lost_none_twice(tokenizer: Any, policy: str)
         assert episode.environment_reward == turns
         assert episode.reward == turns + 1
         assert 1 <= episode.response_tokens <= 12
-        for segment in episode.segments:
-            assert len(segment.ids) == len(segment.mask) == len(segment.logprobs)
-            assert segment.mask[-1] == 1
-            assert sum(segment.logprobs) == -segment.actions
+        for training_sample in episode.training_samples:
+            assert len(training_sample.ids) == len(training_sample.loss_mask) == len(training_sample.sampling_logprobs)
+            assert training_sample.loss_mask[-1] == 1
+            assert sum(training_sample.sampling_logprobs) == -training_sample.actions
     kept = sum(episode.response_tokens for episode in living)
-    assert kept <= sampler.drawn
-    segments = collector.rows(episodes)
-    assert sum(segment.actions for segment in segments) == kept
-    assert sum(bool(episode.segments) for episode in episodes) == len(living)
+    assert kept <= sampler.sampled
+    training_samples = collector.rows(episodes)
+    assert sum(training_sample.actions for training_sample in training_samples) == kept
+    assert sum(bool(episode.training_samples) for episode in episodes) == len(living)
     for group in range(0, 1250, 125):
         members = [episode for episode in living if episode.group == group]
         mean = sum(episode.reward for episode in members) / len(members)
@@ -164,7 +164,7 @@ def test_ten_thousand_episodes_none_lost_none_twice(tokenizer: Any, policy: str)
 def test_without_failures_every_drawn_token_is_kept(tokenizer: Any) -> None:
     sampler: Any = Fake(tokenizer.eos_token_id)
     episodes = run_episodes(tasks(500, 4), sampler, Renderer(tokenizer), (0,), Several)
-    assert sum(episode.response_tokens for episode in episodes) == sampler.drawn
+    assert sum(episode.response_tokens for episode in episodes) == sampler.sampled
 
 
 # -- failures ---------------------------------------------------------------------------------------------------------
@@ -192,7 +192,7 @@ def played(tokenizer: Any, fails: dict[int, int], limits: Limits, sampler: Any =
 
 
 def tokens(episode: Episode) -> list[list[int]]:
-    return [segment.ids for segment in episode.segments]
+    return [training_sample.ids for training_sample in episode.training_samples]
 
 
 def test_a_failure_ends_the_run_and_names_the_episode(tokenizer: Any) -> None:
@@ -406,16 +406,18 @@ def test_a_token_budget_cuts_what_would_be_drawn_anyway(tokenizer: Any, model: A
     free = run_episodes(tasks(12), sampler, renderer, (0,), Several)
     bound = run_episodes(tasks(12), sampler, renderer, (0,), Several, Limits(max_tokens=budget))
     for a, b in zip(free, bound, strict=True):
-        whole, cut = ([t for s in e.segments for t, m in zip(s.ids, s.mask, strict=True) if m] for e in (a, b))
+        whole, cut = (
+            [t for s in e.training_samples for t, m in zip(s.ids, s.loss_mask, strict=True) if m] for e in (a, b)
+        )
         assert cut == whole[:budget]
         if len(cut) < len(whole) or len(cut) == budget:
             assert b.stop_reason in ("length", "tokens", a.stop_reason)
         else:
             assert b.stop_reason == a.stop_reason
         if b.stop_reason == "length":
-            assert b.segments[-1].ids[-1] != tokenizer.eos_token_id
+            assert b.training_samples[-1].ids[-1] != tokenizer.eos_token_id
         if b.stop_reason == "tokens":
-            assert b.segments[-1].ids[-1] == tokenizer.eos_token_id
+            assert b.training_samples[-1].ids[-1] == tokenizer.eos_token_id
             assert not b.truncated
 
 
@@ -428,12 +430,14 @@ def test_turns_and_context(tokenizer: Any) -> None:
     sampler.context = 50
     episodes = run_episodes(tasks(20), sampler, Renderer(tokenizer), (0,), Several)
     assert any(episode.stop_reason == "context" for episode in episodes)
-    assert all(segment.mask[-1] == 1 for episode in episodes for segment in episode.segments), "nothing after the last"
+    assert all(
+        training_sample.loss_mask[-1] == 1 for episode in episodes for training_sample in episode.training_samples
+    ), "nothing after the last"
     sampler.context = 10
     with pytest.raises(EpisodeError, match=r"turn 1: .* no room for a response: the prompt has \d+ tokens"):
         run_episodes(tasks(1), sampler, Renderer(tokenizer), (0,), Several)
     (episode,) = run_episodes([(Prompt([], [5] * 9, {}), 0)], sampler, Renderer(tokenizer), (0,))
-    assert (episode.stop_reason, episode.responses, episode.segments) == ("context", [], [])
+    assert (episode.stop_reason, episode.responses, episode.training_samples) == ("context", [], [])
 
 
 @pytest.mark.parametrize(
@@ -458,7 +462,7 @@ def test_environments_that_cannot_be_had() -> None:
     with pytest.raises(ConfigError, match="environment_args is set"):
         environment_factory(None, {"a": 1})
     with pytest.raises(ConfigError, match="no class or function"):
-        environment_factory("rlhf_lightning.rollout.environments.ON_ERROR")
+        environment_factory("rlhf_lightning.environments.base.ON_ERROR")
 
 
 # -- turns and templates ----------------------------------------------------------------------------------------------
@@ -473,18 +477,18 @@ class Scripted:
     def __init__(self, texts: list[str], renderer: Renderer, stop: str | None = None) -> None:
         self.texts, self.renderer, self.turn = texts, renderer, 0
         self.prompts: list[list[int]] = []
-        self.drawn: list[int] = []
+        self.sampled: list[int] = []
         self.ending = stop
 
-    def generate(self, prompts: Any, seeds: Any, temperature: Any = None) -> list[Sample]:
+    def generate(self, prompts: Any, seeds: Any, temperature: Any = None) -> list[Completion]:
         self.prompts.append(list(prompts[0]))
         tokenizer = self.renderer.tokenizer
         ids = [token for letter in self.texts[self.turn] for token in tokenizer(letter)["input_ids"]]
         self.turn += 1
         end = self.ending or self.renderer.template.turn_end or tokenizer.eos_token
         ids += tokenizer(end, add_special_tokens=False)["input_ids"]
-        self.drawn += ids
-        return [Sample(ids, [-1.0] * len(ids), "stop")]
+        self.sampled += ids
+        return [Completion(ids, [-1.0] * len(ids), "stop")]
 
 
 class Asks(Several):
@@ -537,9 +541,9 @@ def test_one_row_where_the_template_allows_and_several_where_not(
     renderer = Renderer(tokenizer)
     sampler: Any = Scripted(texts, renderer)
     (episode,) = run_episodes(tasks(1), sampler, renderer, (0,), environment)
-    assert len(episode.segments) == rows
-    drawn = [t for s in episode.segments for t, m in zip(s.ids, s.mask, strict=True) if m]
-    assert drawn == sampler.drawn, "every drawn token is trained once, as it was drawn"
+    assert len(episode.training_samples) == rows
+    sampled = [t for s in episode.training_samples for t, m in zip(s.ids, s.loss_mask, strict=True) if m]
+    assert sampled == sampler.sampled, "every sampled token is trained once, as it was sampled"
     assert [m["content"] for m in episode.responses if m["role"] == "assistant"] == texts
     for turn, ids in enumerate(sampler.prompts):
         # What the policy saw is what it will see at inference.
@@ -553,8 +557,8 @@ def test_white_space_around_a_response_stays_as_it_was_drawn(tokenizer: Any) -> 
     renderer = Renderer(tokenizer)
     sampler: Any = Scripted([" one \n", "\n two", "x"], renderer)
     (episode,) = run_episodes(tasks(1), sampler, renderer, (0,), Asks)
-    (segment,) = episode.segments
-    assert "assistant\n one \n<|im_end|>\n<|im_start|>user\nagain 1<|im_end|>" in tokenizer.decode(segment.ids)
+    (training_sample,) = episode.training_samples
+    assert "assistant\n one \n<|im_end|>\n<|im_start|>user\nagain 1<|im_end|>" in tokenizer.decode(training_sample.ids)
     assert episode.responses[0]["content"] == "one"
 
 
@@ -567,10 +571,10 @@ def test_an_end_that_swallows_white_space_is_followed_as_at_inference(tokenizer:
     renderer = Renderer(tokenizer)
     sampler: Any = Scripted(["one", "two", "x"], renderer)
     (episode,) = run_episodes(tasks(1), sampler, renderer, (0,), Asks)
-    (segment,) = episode.segments
+    (training_sample,) = episode.training_samples
     end, line = tokenizer.convert_tokens_to_ids("<|end|>"), tokenizer("\n")["input_ids"][0]
-    assert segment.ids.count(end) == 6
-    assert all(b != line for a, b in zip(segment.ids, segment.ids[1:], strict=False) if a == end)
+    assert training_sample.ids.count(end) == 6
+    assert all(b != line for a, b in zip(training_sample.ids, training_sample.ids[1:], strict=False) if a == end)
 
 
 def test_an_end_by_another_stop_token_begins_a_row(tokenizer: Any) -> None:
@@ -580,8 +584,10 @@ def test_an_end_by_another_stop_token_begins_a_row(tokenizer: Any) -> None:
     renderer.stop_token_ids.append(tokenizer.convert_tokens_to_ids("<|other|>"))
     sampler: Any = Scripted(["one", "two", "x"], renderer, "<|other|>")
     (episode,) = run_episodes(tasks(1), sampler, renderer, (0,), Asks)
-    assert len(episode.segments) == 3
-    assert all(tokenizer.decode(segment.ids).count("<|other|>") == 1 for segment in episode.segments)
+    assert len(episode.training_samples) == 3
+    assert all(
+        tokenizer.decode(training_sample.ids).count("<|other|>") == 1 for training_sample in episode.training_samples
+    )
 
 
 # -- tools ------------------------------------------------------------------------------------------------------------
@@ -691,7 +697,7 @@ def test_calls_of_another_form() -> None:
 )
 def test_tools_that_cannot_work_are_refused_when_the_module_is_made(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        PolicyRLModule("x", environment="rlhf_lightning.rollout.tools.ToolEnv", environment_args=arguments)
+        PolicyRLModule("x", environment="rlhf_lightning.environments.tools.ToolEnv", environment_args=arguments)
 
 
 class CallsFirst(LocalEngine):
@@ -703,14 +709,14 @@ class CallsFirst(LocalEngine):
         super().__init__(model, tokenizer.decode)
         self.tokenizer, self.seen = tokenizer, []
 
-    def generate(self, prompts: Any, params: SamplingParams, seeds: Any) -> list[Sample]:
+    def generate(self, prompts: Any, params: SamplingParams, seeds: Any) -> list[Completion]:
         self.seen += [self.tokenizer.decode(prompt) for prompt in prompts]
         ids = self.tokenizer(self.text)["input_ids"]
-        drawn = super().generate(prompts, params, seeds)
+        sampled = super().generate(prompts, params, seeds)
         first = ["tool\n42" not in self.tokenizer.decode(prompt) for prompt in prompts]
         return [
-            Sample(list(ids), [-0.5] * len(ids), "stop") if begins else sample
-            for begins, sample in zip(first, drawn, strict=True)
+            Completion(list(ids), [-0.5] * len(ids), "stop") if begins else sample
+            for begins, sample in zip(first, sampled, strict=True)
         ]
 
 
@@ -720,7 +726,7 @@ def test_tools_end_to_end(tokenizer: Any, tmp_path: Path) -> None:
     module = PolicyRLModule(
         model,
         tokenizer=tokenizer,
-        environment="rlhf_lightning.rollout.tools.ToolEnv",
+        environment="rlhf_lightning.environments.tools.ToolEnv",
         environment_args={"tools": ["tests.test_environments.add"]},
         sampler=Sampler(max_tokens=8, engine=CallsFirst(model, tokenizer)),
         rewards=[FunctionReward(lambda completions: [float(len(text)) for text in completions], name="length")],
@@ -734,8 +740,8 @@ def test_tools_end_to_end(tokenizer: Any, tmp_path: Path) -> None:
     for episode in module.last_episodes:
         assert [message["role"] for message in episode.responses[:3]] == ["assistant", "tool", "assistant"]
         assert episode.responses[1]["content"] == "42"
-        (segment,) = episode.segments
-        text = tokenizer.decode([t for t, m in zip(segment.ids, segment.mask, strict=True) if m])
+        (training_sample,) = episode.training_samples
+        text = tokenizer.decode([t for t, m in zip(training_sample.ids, training_sample.loss_mask, strict=True) if m])
         assert text.startswith(CallsFirst.text)
         assert "42" not in text.removeprefix(CallsFirst.text)[:2]
     assert float(run.callback_metrics["train/env_tool_calls"]) == 1.0
@@ -778,8 +784,8 @@ class Words:
     def __init__(self, text: str, tokenizer: Any) -> None:
         self.ids = tokenizer(text)["input_ids"]
 
-    def generate(self, prompts: Any, seeds: Any, temperature: Any = None) -> list[Sample]:
-        return [Sample(list(self.ids), [-1.0] * len(self.ids), "stop")]
+    def generate(self, prompts: Any, seeds: Any, temperature: Any = None) -> list[Completion]:
+        return [Completion(list(self.ids), [-1.0] * len(self.ids), "stop")]
 
 
 @pytest.mark.parametrize("stop", [[""], "word", [3], ["a", ""]])
@@ -801,10 +807,10 @@ def test_a_stop_text_that_the_tokenizer_never_writes(tokenizer: Any, model: Any)
 
 
 def test_a_long_stop_text_is_seen_to_its_end(tokenizer: Any) -> None:
-    from rlhf_lightning.rollout.draw import ends
+    from rlhf_lightning.sampling.token_sampling import is_complete
 
     stop = "z" * 50
     ids = [tokenizer("z")["input_ids"][0]] * 50
     params = SamplingParams(stop_strings=(stop,))
-    assert ends(ids, params, tokenizer.decode)
-    assert not ends(ids[:-1], params, tokenizer.decode)
+    assert is_complete(ids, params, tokenizer.decode)
+    assert not is_complete(ids[:-1], params, tokenizer.decode)

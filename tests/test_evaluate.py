@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from rlhf_lightning import SFTDataModule, SFTModule
-from rlhf_lightning.pipeline.policies import Policy
-from rlhf_lightning.pipeline.references import nearness, perplexity, references_of
+from rlhf_lightning.inference.policy import Policy
+from rlhf_lightning.inference.text_metrics import nearness, perplexity, references_of
 from tests.conftest import build_model, chats, prompts, trainer, write_rows
 from tests.test_cli import mistake
 from tests.test_commands_models import rlhf

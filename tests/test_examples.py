@@ -65,16 +65,16 @@ def test_objectives(base: str, tmp_path: Path) -> None:
     torch.testing.assert_close(dpo.callback_metrics["train/loss"], wanted, rtol=1e-4, atol=1e-4)
     # With ratios up to 1 and at 1, TOPR's gradient is that of importance sampling.
     old = torch.tensor([[-1.0, -2.0, -0.5]])
-    advantages, mask = torch.tensor([[1.0, -1.0, 2.0]]), torch.tensor([[1.0, 1.0, 0.0]])
+    advantages, loss_mask = torch.tensor([[1.0, -1.0, 2.0]]), torch.tensor([[1.0, 1.0, 0.0]])
     gradients = []
     for loss in (objectives.topr, importance_sampling):
         new = old.clone().requires_grad_()
-        loss(new, old, advantages, mask).sum().backward()
+        loss(new, old, advantages, loss_mask).sum().backward()
         gradients.append(new.grad)
     torch.testing.assert_close(*gradients)
     # What was bad and has become unlikely is left alone; what was good is not.
     far = (old - 5).requires_grad_()
-    objectives.topr(far, old, advantages, mask).sum().backward()
+    objectives.topr(far, old, advantages, loss_mask).sum().backward()
     assert far.grad is not None
     assert far.grad[0, 0] == -1
     assert 0 < far.grad[0, 1] < 0.01
@@ -131,10 +131,10 @@ def test_own_module(base: str, tmp_path: Path) -> None:
     assert {"reward", "policy_loss", "nll"} <= trainer.callback_metrics.keys()
     module = trainer.lightning_module
     rows = own_module.ROWS
-    drawn, rewards, advantages = module.play(rows)  # type: ignore[operator]
+    sampled, rewards, advantages = module.play(rows)  # type: ignore[operator]
     # What the trainer computes is what the sampler recorded: the ratio is 1 before the first update.
-    logprobs = module.tokens(drawn["input_ids"], drawn["mask"]).logprobs  # type: ignore[operator]
-    torch.testing.assert_close(logprobs * drawn["mask"], drawn["old_logprobs"], rtol=1e-4, atol=1e-4)
+    logprobs = module.token_logprobs(sampled["input_ids"], sampled["loss_mask"]).logprobs  # type: ignore[operator]
+    torch.testing.assert_close(logprobs * sampled["loss_mask"], sampled["old_logprobs"], rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(advantages, rewards - rewards.view(2, 4).mean(1).repeat_interleave(4))
 
 
@@ -146,7 +146,7 @@ def test_plain_loop_comes_to_the_best_policy() -> None:
 def test_batches_of_another_kind_are_refused_by_name(make: Any, base: str, tmp_path: Path) -> None:
     loader = DataLoader([{"input_ids": torch.ones(2, 4, dtype=torch.long), "labels": torch.ones(2)}], batch_size=None)
     with pytest.raises(
-        ConfigError, match=r"takes batches that are dicts with input_ids, mask.*mask is missing in this"
+        ConfigError, match=r"takes batches that are dicts with input_ids, loss_mask.*loss_mask is missing in this"
     ):
         quiet(tmp_path).fit(make(base), loader)
     with pytest.raises(ConfigError, match="input_ids is missing in this one, which is a list of no names"):
@@ -157,4 +157,4 @@ def test_a_row_ends_with_its_response_where_the_batch_does_not_say(base: str, tm
     module = reward_model.main(base, str(tmp_path))[1]
     batch = reward_model.Pairs(module)(reward_model.ROWS)
     told = module.predict_step(batch, 0)
-    assert module.predict_step({name: batch[name] for name in ("input_ids", "mask")}, 0) == told
+    assert module.predict_step({name: batch[name] for name in ("input_ids", "loss_mask")}, 0) == told

@@ -18,12 +18,12 @@ from typing import Any
 import pytest
 import torch
 
-from rlhf_lightning.callbacks.checkpoint_io import AtomicCheckpointIO, DamagedCheckpoint, damage, newest_whole
-from rlhf_lightning.callbacks.checkpoints import RunCheckpoints
-from rlhf_lightning.callbacks.environment import environment
 from rlhf_lightning.callbacks.export import ExportModel
-from rlhf_lightning.callbacks.faults import NonFiniteError, NonFiniteGuard
-from rlhf_lightning.data.batching import Layout, RowLoader
+from rlhf_lightning.checkpointing.callbacks import RunCheckpoints
+from rlhf_lightning.checkpointing.io import AtomicCheckpointIO, DamagedCheckpoint, damage, newest_whole
+from rlhf_lightning.checkpointing.nonfinite import NonFiniteError, NonFiniteGuard
+from rlhf_lightning.checkpointing.provenance import environment
+from rlhf_lightning.data.batching import RowLoader, ShardSpec
 from rlhf_lightning.data.sft import SFTDataModule
 from rlhf_lightning.errors import ConfigError
 from rlhf_lightning.modules.sft import SFTModule
@@ -135,7 +135,7 @@ def test_a_resume_elsewhere_says_that_it_is_not_exact(base: str, tmp_path: Path,
 
 def test_another_number_of_ranks_within_an_epoch_is_refused(tmp_path: Path) -> None:
     def loader(world: int) -> RowLoader:
-        return RowLoader([], lambda rows, weights: {}, 2, layout=lambda: Layout(world=world))
+        return RowLoader([], lambda rows, weights: {}, 2, shard_spec=lambda: ShardSpec(world=world))
 
     loader(2).load_state_dict({"position": 0, "world": 1})
     loader(1).load_state_dict({"position": 3, "world": 1})
@@ -343,9 +343,7 @@ def fussy(completions: list[str], wanted: list[int]) -> list[float]:
 
 def test_a_reward_that_raises_is_named_with_its_row(whole: Any, tmp_path: Path) -> None:
     args, _, _ = whole("policy", 1)
-    rewards = [
-        {"class_path": "rlhf_lightning.rollout.rewards.FunctionReward", "init_args": {"function": f"{__name__}.fussy"}}
-    ]
+    rewards = [{"class_path": "rlhf_lightning.rewards.FunctionReward", "init_args": {"function": f"{__name__}.fussy"}}]
     command = [*args, "--trainer.default_root_dir", str(tmp_path / "run"), "--model.rewards", json.dumps(rewards)]
     text = complete(command, tmp_path / "out.txt", code=2)
     assert "the reward fussy failed with ZeroDivisionError: division by zero" in text

@@ -10,7 +10,7 @@ from torch.nn.functional import cross_entropy
 from rlhf_lightning import PolicyRLModule, PreferenceModule, SFTModule
 from rlhf_lightning.errors import ConfigError
 from rlhf_lightning.models.scorers import ImplicitReward, RewardHead
-from rlhf_lightning.modules.foreign import fitted
+from rlhf_lightning.modules.hf_batches import fitted
 from rlhf_lightning.objectives.preference import APOUnpaired, PlackettLuce
 from tests.conftest import build_model, trainer
 
@@ -27,20 +27,20 @@ def padded(rows: list[list[int]], value: int, side: str) -> Tensor:
 
 def batch_of(side: str, form: str, dtype: torch.dtype) -> dict[str, Any]:
     """One batch, as different people write it."""
-    ids, mask = padded(ROWS, PAD, side), padded(TRAINED, 0, side)
+    ids, loss_mask = padded(ROWS, PAD, side), padded(TRAINED, 0, side)
     there = padded([[1] * len(row) for row in ROWS], 0, side)
     batch: dict[str, Any] = {"input_ids": ids.to(torch.int32), "attention_mask": there.to(dtype)}
     if form == "labels":
-        return {**batch, "labels": torch.where(mask == 1, ids, -100)}
+        return {**batch, "labels": torch.where(loss_mask == 1, ids, -100)}
     if form == "positions":
         batch["position_ids"] = (there.cumsum(-1) - 1).clamp(min=0)
-    return {**batch, "mask": mask.to(dtype)}
+    return {**batch, "loss_mask": loss_mask.to(dtype)}
 
 
 FORMS = [
     (side, form, dtype)
     for side in ("left", "right")
-    for form in ("mask", "labels", "positions")
+    for form in ("loss_mask", "labels", "positions")
     for dtype in (torch.int64, torch.bool, torch.float16)
 ]
 
@@ -79,7 +79,7 @@ def test_preference(side: str, tokenizer: Any) -> None:
     with torch.no_grad():
         scores = model(input_ids=ids, attention_mask=there).logits[:, 0]
     wanted = -torch.nn.functional.logsigmoid(scores[:2] - scores[2:]).mean()
-    for form in ("mask", "labels"):
+    for form in ("loss_mask", "labels"):
         batch = module.on_before_batch_transfer(batch_of(side, form, torch.bool), 0)
         torch.testing.assert_close(module.training_step(batch, 0), wanted, rtol=1e-5, atol=1e-5)
 
@@ -91,44 +91,44 @@ def test_policy(side: str, tokenizer: Any) -> None:
     module = PolicyRLModule(model, tokenizer=tokenizer)
     module.configure_model()
     gaps = [[0.1 * (i + j) for j in range(len(row))] for i, row in enumerate(ROWS)]
-    mask = padded(TRAINED, 0, "right") == 1
+    loss_mask = padded(TRAINED, 0, "right") == 1
     now = -oracle(model).detach()
     gap = torch.tensor(
         [g for row, trained in zip(gaps, TRAINED, strict=True) for g, t in zip(row, trained, strict=True) if t]
     )
-    old = torch.zeros(mask.shape).masked_scatter(mask, now - gap)
+    old = torch.zeros(loss_mask.shape).masked_scatter(loss_mask, now - gap)
     advantages = torch.tensor([[1.0], [-1.0], [0.5], [2.0]])
-    batch = batch_of(side, "mask", torch.int64)
+    batch = batch_of(side, "loss_mask", torch.int64)
     if side == "left":
         lengths = [len(row) for row in ROWS]
         old = torch.stack([row.roll(old.shape[1] - n) for row, n in zip(old, lengths, strict=True)])
     batch |= {"old_logprobs": old, "advantages": advantages}
     loss = module.training_step(module.on_before_batch_transfer(batch, 0), 0)["loss"]
-    wanted = -(gap.exp() * advantages.expand(mask.shape)[mask]).mean()
+    wanted = -(gap.exp() * advantages.expand(loss_mask.shape)[loss_mask]).mean()
     torch.testing.assert_close(loss, wanted, rtol=1e-5, atol=1e-5)
 
 
 def wrong(change: str) -> dict[str, Any]:
-    batch = batch_of("right", "mask", torch.int64)
-    ids, mask, there = batch["input_ids"], batch["mask"], batch["attention_mask"]
+    batch = batch_of("right", "loss_mask", torch.int64)
+    ids, loss_mask, there = batch["input_ids"], batch["loss_mask"], batch["attention_mask"]
     changes: dict[str, dict[str, Any]] = {
-        "mask is 1 where its attention_mask is 0": {"mask": torch.ones_like(mask)},
-        "its input_ids are": {"mask": torch.nn.functional.pad(mask, (0, 1))},
+        "mask is 1 where its attention_mask is 0": {"loss_mask": torch.ones_like(loss_mask)},
+        "its input_ids are": {"loss_mask": torch.nn.functional.pad(loss_mask, (0, 1))},
         "attention_mask has gaps": {"attention_mask": there * (torch.arange(there.shape[1]) != 1)},
         "attention_mask is": {"attention_mask": there[:, None, None]},
         "numbers other than 0 and 1": {"attention_mask": there * 2},
-        "values other than 0 and 1": {"mask": mask * 0.5},
+        "values other than 0 and 1": {"loss_mask": loss_mask * 0.5},
         "position_ids do not count": {"position_ids": torch.tensor([[0, 1, 0, 1, 2, 3, 4, 5]] * 4)},
-        "not shifted by one": {"labels": torch.where(mask == 1, ids, -100).roll(-1, 1)},
-        "say different things": {"labels": torch.where(mask.roll(1, 1) * there == 1, ids, -100)},
+        "not shifted by one": {"labels": torch.where(loss_mask == 1, ids, -100).roll(-1, 1)},
+        "say different things": {"labels": torch.where(loss_mask.roll(1, 1) * there == 1, ids, -100)},
         "input_ids go from -100": {"input_ids": torch.where(there == 1, ids, -100)},
         "the model embeds 100 tokens": {"input_ids": torch.where(there == 1, ids + 100, ids)},
         "token ids": {"input_ids": ids.float()},
         "lengths do not reach": {"lengths": torch.tensor([2, 2, 2, 2])},
         "inputs_embeds": {"inputs_embeds": ids},
         "old_logprobs go up to 1": {"old_logprobs": torch.ones(4, 8)},
-        "begin with padding": {**batch_of("left", "mask", torch.int64), "attention_mask": None},
-        "on the padding after its rows": {"mask": torch.ones_like(mask), "attention_mask": None},
+        "begin with padding": {**batch_of("left", "loss_mask", torch.int64), "attention_mask": None},
+        "on the padding after its rows": {"loss_mask": torch.ones_like(loss_mask), "attention_mask": None},
         "old_logprobs is": {"old_logprobs": torch.zeros(4, 2)},
     }
     return {name: value for name, value in {**batch, **changes[change]}.items() if value is not None}
@@ -155,11 +155,13 @@ def test_what_would_be_silently_wrong_is_refused(message: str, tokenizer: Any) -
     assert PAD not in (tokenizer.eos_token_id, tokenizer.bos_token_id)
     with pytest.raises(ConfigError, match=message):
         fitted(wrong(message), tokenizer, rows=100)
-    fitted({n: v for n, v in batch_of("right", "mask", torch.int64).items() if n != "attention_mask"}, tokenizer, 100)
+    fitted(
+        {n: v for n, v in batch_of("right", "loss_mask", torch.int64).items() if n != "attention_mask"}, tokenizer, 100
+    )
 
 
 def preference_batch(**more: Any) -> dict[str, Any]:
-    return {**batch_of("right", "mask", torch.int64), **more}
+    return {**batch_of("right", "loss_mask", torch.int64), **more}
 
 
 @pytest.mark.parametrize(
@@ -212,17 +214,17 @@ def test_padding_on_the_left_is_seen_where_it_is_the_end_of_a_text_too(bos: str 
     pad = tokenizer.eos_token_id
     names = {None: None, "pad": tokenizer.eos_token, "other": tokenizer.convert_ids_to_tokens(5)}
     tokenizer.bos_token = names[bos]
-    ids, mask = padded(ROWS, pad, "left"), padded(TRAINED, 0, "left")
+    ids, loss_mask = padded(ROWS, pad, "left"), padded(TRAINED, 0, "left")
     with pytest.raises(ConfigError, match="begin with padding"):
-        fitted({"input_ids": ids, "mask": mask}, tokenizer)
+        fitted({"input_ids": ids, "loss_mask": loss_mask}, tokenizer)
     once = torch.tensor([[pad, 7, 8, 9]])
     if bos != "other":  # it may stand before a text
-        fitted({"input_ids": once, "mask": torch.ones_like(once)}, tokenizer)
+        fitted({"input_ids": once, "loss_mask": torch.ones_like(once)}, tokenizer)
 
 
 def test_validation_says_what_a_batch_lacks(model: Any, tokenizer: Any, tmp_path: Any) -> None:
-    good = batch_of("right", "mask", torch.int64)
-    bad = {name: value for name, value in good.items() if name != "mask"}
+    good = batch_of("right", "loss_mask", torch.int64)
+    bad = {name: value for name, value in good.items() if name != "loss_mask"}
     train, val = (torch.utils.data.DataLoader([batch], batch_size=None) for batch in (good, bad))  # type: ignore
     for module in (
         SFTModule(model, tokenizer=tokenizer),

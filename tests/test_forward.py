@@ -10,15 +10,15 @@ import torch
 
 from rlhf_lightning import PolicyRLModule, PreferenceModule, SFTModule
 from rlhf_lightning.data.batching import pad_tokens
-from rlhf_lightning.models.forward import Forward
 from rlhf_lightning.models.loading import compile_layers
-from rlhf_lightning.models.logits import TokenLogprobs
+from rlhf_lightning.models.logits import TokenLogprobsFunction
 from rlhf_lightning.models.lora import LoRA
-from rlhf_lightning.models.packing import Layout, Tree, group_trees, make_trees
+from rlhf_lightning.models.packed_forward import PackedForward
+from rlhf_lightning.models.packing import PackedLayout, SharedPrefix, find_shared_prefixes, group_by_token_budget
 from rlhf_lightning.models.scorers import ImplicitReward, RewardHead
-from rlhf_lightning.models.scoring import TokenScorer
-from rlhf_lightning.rollout.rewards import FunctionReward
-from rlhf_lightning.rollout.sampler import Sampler
+from rlhf_lightning.models.token_logprobs import TokenLogprobs
+from rlhf_lightning.rewards import FunctionReward
+from rlhf_lightning.sampling.sampler import Sampler
 from tests.conftest import build_model, chats, pairs, prompts, sgd, trainer
 
 PACKING = ["qwen3", "qwen2", "llama", "mistral", "gemma2", "gemma3", "phi", "phi3", "gpt2", "cohere", "neox"]
@@ -48,9 +48,9 @@ def rows_of(*trees: tuple[int, tuple[int, ...]], seed: int = 3) -> dict[str, tor
 def plain(model: Any, batch: dict[str, torch.Tensor], temperature: float = 1.0) -> torch.Tensor:
     """Each row by itself, with the whole logits: slow and plain."""
     result = []
-    for ids, mask, length in zip(batch["input_ids"], batch["mask"], batch["lengths"].tolist(), strict=True):
+    for ids, loss_mask, length in zip(batch["input_ids"], batch["loss_mask"], batch["lengths"].tolist(), strict=True):
         logits = model(ids[None, :length]).logits[0, :-1].double() / temperature
-        logp = logits.log_softmax(-1).gather(-1, ids[1:length, None])[:, 0] * mask[1:length]
+        logp = logits.log_softmax(-1).gather(-1, ids[1:length, None])[:, 0] * loss_mask[1:length]
         result.append(torch.nn.functional.pad(logp, (1, ids.shape[0] - length)))
     return torch.stack(result)
 
@@ -90,11 +90,11 @@ def test_shared_rows_equal_plain_ones(
 ) -> None:
     options = {"gemma2": {"final_logit_softcapping": 3.0}, "cohere": {"logit_scale": 0.25}}.get(architecture, {})
     model = model_of(architecture, tokenizer, **options).double().to(device)
-    scorer = TokenScorer(model, max_tokens=budget)
+    scorer = TokenLogprobs(model, max_tokens=budget)
     for trees in CASES.values():
         batch = on(device, rows_of(*trees))
-        scores = scorer(batch["input_ids"], batch["mask"], 0.7)
-        assert scorer.forward.packs, architecture
+        scores = scorer(batch["input_ids"], batch["loss_mask"], 0.7)
+        assert scorer.packed_forward.packs, architecture
         wanted = plain(model, batch, 0.7)
         # Attention with a cap is eager in transformers, with a softmax in float32 whatever the dtype of the model.
         exact = 1e-6 if architecture == "gemma2" else 1e-9
@@ -109,10 +109,10 @@ def test_shared_rows_equal_plain_ones(
 def test_shared_rows_in_float32(architecture: str, device: torch.device, tokenizer: Any) -> None:
     """By flex attention on CUDA, which has no float64, and no heads below 16."""
     model = model_of(architecture, tokenizer, hidden_size=64, head_dim=16).to(device)
-    scorer = TokenScorer(model)
+    scorer = TokenLogprobs(model)
     batch = on(device, rows_of(*CASES["mixed"], *CASES["long prompts"]))
-    found, wanted = scorer(batch["input_ids"], batch["mask"]).logprobs, plain(model, batch)
-    assert scorer.forward.packs
+    found, wanted = scorer(batch["input_ids"], batch["loss_mask"]).logprobs, plain(model, batch)
+    assert scorer.packed_forward.packs
     torch.testing.assert_close(found.double(), wanted, rtol=1e-4, atol=1e-4)
     close(gradients(model, found.sum()), gradients(model, wanted.sum()), 1e-3)
 
@@ -124,8 +124,8 @@ def test_the_kernel_of_cuda_is_one_graph(tokenizer: Any, monkeypatch: pytest.Mon
     from torch.nn.attention import flex_attention as flex
 
     from rlhf_lightning.models import attention
-    from rlhf_lightning.rollout.draw import SamplingParams
-    from rlhf_lightning.rollout.engine import LocalEngine
+    from rlhf_lightning.sampling.local_engine import LocalEngine
+    from rlhf_lightning.sampling.token_sampling import SamplingParams
 
     monkeypatch.setattr(attention, "_by_flex", lambda query: True)
     monkeypatch.setattr(attention, "_FLEX", [])
@@ -134,18 +134,18 @@ def test_the_kernel_of_cuda_is_one_graph(tokenizer: Any, monkeypatch: pytest.Mon
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=counter))
     torch._dynamo.reset()
     model = model_of("gemma2", tokenizer)
-    scorer = TokenScorer(model)
+    scorer = TokenLogprobs(model)
     batch = rows_of(*CASES["mixed"], (90, (40, 60)), (150, (20,)))
-    found, wanted = scorer(batch["input_ids"], batch["mask"]).logprobs, plain(model, batch)
-    assert scorer.forward.packs
+    found, wanted = scorer(batch["input_ids"], batch["loss_mask"]).logprobs, plain(model, batch)
+    assert scorer.packed_forward.packs
     torch.testing.assert_close(found.double(), wanted, rtol=1e-4, atol=1e-4)
     close(gradients(model, found.sum()), gradients(model, wanted.sum()), 1e-3)
     engine = LocalEngine(model, tokenizer.decode)
     engine.generate([[5, 6, 7], [8] * 150], SamplingParams(max_tokens=2), [0, 1])
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        half = scorer(batch["input_ids"], batch["mask"]).logprobs
+        half = scorer(batch["input_ids"], batch["loss_mask"]).logprobs
         engine.generate([[5, 6, 7], [8] * 150], SamplingParams(max_tokens=2), [0, 1])
-    assert engine.forward.packs
+    assert engine.packed_forward.packs
     assert float((half - found).detach().abs().mean()) < 0.05
     # It is 9.
     assert 8 < counter.frame_count < attention.GRAPHS / 2, "PyTorch's own limit is 8; past a limit it is an error"
@@ -158,10 +158,10 @@ def test_a_model_that_cannot_pack_runs_padded_rows(
     model = model_of(architecture, tokenizer)
     batch = rows_of(*CASES["mixed"])
     with caplog.at_level(logging.INFO, "rlhf_lightning"):
-        scorer = TokenScorer(model, max_tokens=20)
-        scores = scorer(batch["input_ids"], batch["mask"])
-        scorer(batch["input_ids"], batch["mask"])
-    assert not scorer.forward.packs
+        scorer = TokenLogprobs(model, max_tokens=20)
+        scores = scorer(batch["input_ids"], batch["loss_mask"])
+        scorer(batch["input_ids"], batch["loss_mask"])
+    assert not scorer.packed_forward.packs
     assert sum("cannot pack rows" in message or "runs padded" in message for message in caplog.messages) <= 1
     torch.testing.assert_close(scores.logprobs.double(), plain(model, batch), rtol=1e-4, atol=1e-4)
 
@@ -171,7 +171,7 @@ def test_an_attention_that_lies_is_found_out(tokenizer: Any, monkeypatch: pytest
 
     honest = attention.packed_attention
     monkeypatch.setattr(attention, "packed_attention", lambda *args, **kwargs: honest(*args, **kwargs) * 1.01)
-    forward = Forward(model := model_of("qwen3", tokenizer), model.model)
+    forward = PackedForward(model := model_of("qwen3", tokenizer), model.model)
     forward.check(16)
     assert not forward.packs
 
@@ -179,10 +179,10 @@ def test_an_attention_that_lies_is_found_out(tokenizer: Any, monkeypatch: pytest
 def test_neighbours_do_not_leak(tokenizer: Any) -> None:
     """A row beside others whose values are extreme has, to the last bit, the numbers it has beside tame ones."""
     model = model_of("qwen3", tokenizer)
-    scorer = TokenScorer(model)
+    scorer = TokenLogprobs(model)
     batch = rows_of((6, (4, 7)), (9, (3, 3)))
     kept = {0, 3}
-    before = scorer(batch["input_ids"], batch["mask"]).logprobs
+    before = scorer(batch["input_ids"], batch["loss_mask"]).logprobs
     with torch.no_grad():
         model.model.embed_tokens.weight[1] = 1e15
         model.model.embed_tokens.weight[2] = float("nan")
@@ -192,9 +192,9 @@ def test_neighbours_do_not_leak(tokenizer: Any) -> None:
             if row not in kept and not any(torch.equal(ids[row, :4], ids[other, :4]) for other in kept):
                 ids[row] = poison
         # The unembedding is tied: poisoned rows are looked at by their hidden states, not by their logits.
-        wanted = batch["mask"] != 0
-        hidden = scorer.forward(ids, wanted, batch["mask"].int().argmax(1))
-        again = scorer.forward(batch["input_ids"], wanted, batch["mask"].int().argmax(1))
+        wanted = batch["loss_mask"] != 0
+        hidden = scorer.packed_forward(ids, wanted, batch["loss_mask"].int().argmax(1))
+        again = scorer.packed_forward(batch["input_ids"], wanted, batch["loss_mask"].int().argmax(1))
         for row in kept:
             assert torch.equal(hidden.states[hidden.rows == row], again.states[again.rows == row])
     assert before.isfinite().all()
@@ -202,21 +202,23 @@ def test_neighbours_do_not_leak(tokenizer: Any) -> None:
 
 def test_each_prompt_is_computed_once(tokenizer: Any) -> None:
     model = model_of("qwen3", tokenizer)
-    scorer = TokenScorer(model, max_tokens=50)
-    scorer.forward.check(64)
+    scorer = TokenLogprobs(model, max_tokens=50)
+    scorer.packed_forward.check(64)
     sizes: list[int] = []
     plain_forward = model.model.forward
     model.model.forward = lambda *a, **kw: sizes.append(kw["input_ids"].numel()) or plain_forward(*a, **kw)
     batch = rows_of((20, (5, 5, 5, 5)), (10, (4, 6)), (7, (9,)))
-    scorer(batch["input_ids"], batch["mask"])
+    scorer(batch["input_ids"], batch["loss_mask"])
     # A response's last token is predicted, not fed.
     assert sum(sizes) == (20 + 4 * 4) + (10 + 3 + 5) + (7 + 8)
     assert max(sizes) <= 50
 
 
 def test_groups_keep_to_the_budget() -> None:
-    trees = [Tree((i,), n, (0,)) for i, n in enumerate((70, 3, 9, 40, 12))] + [Tree((5, 6, 7), 10, (20, 5, 15))]
-    groups = group_trees(trees, 32)
+    trees = [SharedPrefix((i,), n, (0,)) for i, n in enumerate((70, 3, 9, 40, 12))] + [
+        SharedPrefix((5, 6, 7), 10, (20, 5, 15))
+    ]
+    groups = group_by_token_budget(trees, 32)
     assert sorted(row for group in groups for tree in group for row in tree.rows) == list(range(8))
     for group in groups:
         assert sum(tree.tokens for tree in group) <= 32 or [tree.rows for tree in group] in ([(0,)], [(3,)])
@@ -224,16 +226,16 @@ def test_groups_keep_to_the_budget() -> None:
 
 def test_trees_are_rows_that_begin_alike() -> None:
     ids = torch.tensor([[1, 2, 3, 4], [1, 2, 5, 0], [1, 9, 3, 4], [1, 2, 3, 4]])
-    trees = make_trees(ids, [2, 2, 2, 0], [4, 3, 4, 4])
-    assert trees == [Tree((0, 1), 2, (2, 1)), Tree((2,), 4, (0,)), Tree((3,), 4, (0,))]
-    assert all(len(tree.rows) == 1 for tree in make_trees(ids, [2] * 4, [4] * 4, share=False))
-    assert make_trees(ids, [2] * 4, [0, 0, 4, 0]) == [Tree((2,), 4, (0,))]
+    trees = find_shared_prefixes(ids, [2, 2, 2, 0], [4, 3, 4, 4])
+    assert trees == [SharedPrefix((0, 1), 2, (2, 1)), SharedPrefix((2,), 4, (0,)), SharedPrefix((3,), 4, (0,))]
+    assert all(len(tree.rows) == 1 for tree in find_shared_prefixes(ids, [2] * 4, [4] * 4, share=False))
+    assert find_shared_prefixes(ids, [2] * 4, [0, 0, 4, 0]) == [SharedPrefix((2,), 4, (0,))]
 
 
 @pytest.mark.parametrize("window", [None, 3])
 def test_what_may_attend_to_what(window: int | None) -> None:
-    trees = [Tree((0, 1), 3, (2, 1)), Tree((2,), 4, (0,))]
-    layout = Layout(trees, torch.device("cpu"))
+    trees = [SharedPrefix((0, 1), 3, (2, 1)), SharedPrefix((2,), 4, (0,))]
+    layout = PackedLayout(trees, torch.device("cpu"))
     tokens = [(t, b, p) for t, b, p in zip(layout._tree, layout._branch, layout.columns, strict=True)]
     n = len(tokens)
     places = torch.arange(n)
@@ -264,7 +266,7 @@ def test_logprobs_and_entropy_equal_autograds(temperature: float, dtype: torch.d
     (weights[0] @ chosen + weights[1] @ entropy).backward()
 
     leaf = logits.clone().requires_grad_()
-    found, found_entropy, correct = TokenLogprobs.apply(leaf * 1.0, targets, temperature, True)
+    found, found_entropy, correct = TokenLogprobsFunction.apply(leaf * 1.0, targets, temperature, True)
     tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2}[dtype]
     torch.testing.assert_close(found.double(), chosen.detach(), rtol=1e-5, atol=max(tolerance, 1e-12))
     torch.testing.assert_close(found_entropy.double(), entropy.detach(), rtol=1e-5, atol=max(tolerance, 1e-12))
@@ -275,7 +277,7 @@ def test_logprobs_and_entropy_equal_autograds(temperature: float, dtype: torch.d
 
 def test_extreme_logits_stay_finite() -> None:
     logits = torch.tensor([[0.0, 300.0, -300.0]]).expand(3, 3).clone().requires_grad_()
-    found, _, _ = TokenLogprobs.apply(logits * 1.0, torch.tensor([0, 1, 2]), 1.0, False)
+    found, _, _ = TokenLogprobsFunction.apply(logits * 1.0, torch.tensor([0, 1, 2]), 1.0, False)
     assert found.tolist() == [-300.0, 0.0, -600.0]
     found.sum().backward()
     assert logits.grad.isfinite().all()
@@ -284,9 +286,9 @@ def test_extreme_logits_stay_finite() -> None:
 def test_what_is_kept_for_backward_does_not_grow_with_the_vocabulary(tokenizer: Any) -> None:
     def kept(vocabulary: int) -> int:
         model = build_model(tokenizer, vocab_size=vocabulary)
-        scorer = TokenScorer(model, logit_bytes=4 * vocabulary)
+        scorer = TokenLogprobs(model, logit_bytes=4 * vocabulary)
         batch = rows_of((4, (60, 60)))
-        scorer.forward.check(64)
+        scorer.packed_forward.check(64)
         sizes: dict[int, int] = {}
 
         def pack(tensor: torch.Tensor) -> torch.Tensor:
@@ -295,7 +297,7 @@ def test_what_is_kept_for_backward_does_not_grow_with_the_vocabulary(tokenizer: 
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            scores = scorer(batch["input_ids"], batch["mask"])
+            scores = scorer(batch["input_ids"], batch["loss_mask"])
         scores.logprobs.sum().backward()
         # The tied weight's own storage is the model's, not an activation.
         weight = model.get_input_embeddings().weight
@@ -414,7 +416,7 @@ def test_the_reference_from_a_folder_has_no_dropout(base: str, tokenizer: Any, t
 
 
 def test_a_row_of_one_token_has_nothing_to_score(tokenizer: Any) -> None:
-    scorer = TokenScorer(model_of("qwen3", tokenizer))
+    scorer = TokenLogprobs(model_of("qwen3", tokenizer))
     scores = scorer(torch.tensor([[5], [6]]), torch.ones(2, 1), details=True)
     assert scores.logprobs.tolist() == [[0.0], [0.0]]
 
@@ -445,7 +447,7 @@ def _serve(connection: Any) -> None:
     torch.set_num_threads(1)
     from transformers import AutoModelForCausalLM
 
-    from rlhf_lightning.rollout.engine import LocalEngine
+    from rlhf_lightning.sampling.local_engine import LocalEngine
 
     model = AutoModelForCausalLM.from_pretrained(connection.recv())
     decode = {}.get
@@ -502,5 +504,7 @@ def test_another_engine_can_take_its_place(lora: Any, base: str, tmp_path: Any) 
     engine.connection.send(None)
     assert engine.versions == [0, 1, 2]
     for ours, theirs in zip(*results, strict=True):
-        assert ours.segments[0].ids == theirs.segments[0].ids
-        assert ours.segments[0].logprobs == pytest.approx(theirs.segments[0].logprobs, abs=1e-4)
+        assert ours.training_samples[0].ids == theirs.training_samples[0].ids
+        assert ours.training_samples[0].sampling_logprobs == pytest.approx(
+            theirs.training_samples[0].sampling_logprobs, abs=1e-4
+        )

@@ -1,6 +1,6 @@
 """Malformed files, configs, models and checkpoints: each gives a clear error or a counted skip.
 
-None gives a traceback, hangs, or goes through as if nothing were wrong. The cases are drawn by hypothesis, the same
+None gives a traceback, hangs, or goes through as if nothing were wrong. The cases are sampled by hypothesis, the same
 ones every time; the fast run takes some of each kind, the slow run at least 2,000. With RLHF_FUZZ_REPORT set to a
 path, the counts are written there.
 """
@@ -20,7 +20,7 @@ import yaml
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from rlhf_lightning.callbacks.checkpoint_io import AtomicCheckpointIO, DamagedCheckpoint, newest_whole
+from rlhf_lightning.checkpointing.io import AtomicCheckpointIO, DamagedCheckpoint, newest_whole
 from rlhf_lightning.files import write_json
 from tests.conftest import build_model, chats, pairs, prompts, write_rows
 from tests.fuzzing import Tally, bad_rows, fuzz, refused, rlhf
@@ -30,7 +30,7 @@ from tests.test_cli import stage_config
 TALLY = Tally()
 ROWS = {"sft": chats, "preference": pairs, "prompts": prompts}
 COMMAND = {"sft": "sft", "preference": "preference", "prompts": "policy"}
-REWARD = [{"class_path": "rlhf_lightning.rollout.rewards.KeywordReward", "init_args": {"keywords": ["a"]}}]
+REWARD = [{"class_path": "rlhf_lightning.rewards.KeywordReward", "init_args": {"keywords": ["a"]}}]
 
 
 def counts(fast: int, slow: int) -> Any:
@@ -304,7 +304,7 @@ TRAINER = {
     "trainer.logger": NOT_CLASS,
     "model.model": NO_FOLDER,
     "model.lora": LETTERS | st.just({"rank": -1}) | st.just({"target": ["wings"]}) | LETTERS.map(lambda k: {k: 1}),
-    "model.optimizer": NOT_CLASS | made_by(ADAMW, lr=NOT_FLOAT | NEGATIVE, betas=st.just([2, 2]), colour=st.just(1)),
+    "model.optimizer": NOT_CLASS | made_by(ADAMW, lr=NOT_FLOAT | NEGATIVE, betas=st.just([2, 2]), color=st.just(1)),
     "model.lr_scheduler": NOT_CLASS | made_by(WARMUP, decay=LETTERS, steps=NOT_INT),
     "model.tokenizer": NO_FOLDER,
     "model.chat_template": LETTERS | st.just("{% for %}") | st.just("{{ nothing.at.all }}"),

@@ -16,13 +16,13 @@ from benchmarks.learning import (
     graph_walk,
     length_preference,
     objectives,
-    over_optimisation,
+    over_optimization,
     quickstart_curves,
 )
 from rlhf_lightning import PolicyRLModule
-from rlhf_lightning.callbacks.metrics_csv import MetricsCSV
+from rlhf_lightning.checkpointing.metrics_csv import MetricsCSV
 from rlhf_lightning.files import write_json
-from rlhf_lightning.rollout.sampler import Sampler
+from rlhf_lightning.sampling.sampler import Sampler
 
 SVG = "{http://www.w3.org/2000/svg}"
 SMALL = length_preference.Sizes(
@@ -65,7 +65,7 @@ REPORTS = {
     "graph_walk": lambda results: graph_walk.report(results["runs"]),
     "objectives": lambda results: objectives.tables(results["runs"], results["choice"], [0, 1, 2, 3, 4]),
     "length_preference": lambda results: length_preference.report(results["runs"], length_preference.Sizes()),
-    "over_optimisation": lambda results: over_optimisation.table(results["runs"]),
+    "over_optimization": lambda results: over_optimization.table(results["runs"]),
 }
 
 
@@ -290,17 +290,17 @@ def test_length_falls_only_if_it_does_on_every_seed() -> None:
     assert (found["on_every_seed"], found["beyond_interval"]) == (False, False)
 
 
-# -- over-optimisation, plots -----------------------------------------------------------------------------------------
+# -- over-optimization, plots -----------------------------------------------------------------------------------------
 
 
-def test_over_optimisation_shows_ten_rounds(tmp_path: Path) -> None:
+def test_over_optimization_shows_ten_rounds(tmp_path: Path) -> None:
     rounds = [float(number) for number in range(20)]
     runs = {
-        str(seed): {"curves": {name: dict.fromkeys(("score", "gold", "kl"), rounds) for name in over_optimisation.KL}}
+        str(seed): {"curves": {name: dict.fromkeys(("score", "gold", "kl"), rounds) for name in over_optimization.KL}}
         for seed in range(2)
     }
-    assert "| 20 | no KL | 14.50 ± 0.00 | 14.50 ± 0.00 | 14.50 ± 0.00 |" in over_optimisation.table(runs)
-    over_optimisation.draw(runs, tmp_path / "o.svg")
+    assert "| 20 | no KL | 14.50 ± 0.00 | 14.50 ± 0.00 | 14.50 ± 0.00 |" in over_optimization.table(runs)
+    over_optimization.draw(runs, tmp_path / "o.svg")
     texts = [one.text for one in ElementTree.parse(tmp_path / "o.svg").iter(f"{SVG}text")]
     assert texts.count("adaptive to 4 nats") == 3
 
@@ -314,9 +314,9 @@ def test_a_plot_names_every_curve_and_stays_in_its_frame(tmp_path: Path) -> None
     root = ElementTree.parse(tmp_path / "p" / "x.svg").getroot()
     texts = [one.text for one in root.iter(f"{SVG}text")]
     assert all(texts.count(name) == 4 for name in (*series, "title", "round"))
-    colours = [one.get("stroke") for one in root.iter(f"{SVG}path") if one.get("class") == "line"]
-    assert len(colours) == 4 * len(series)
-    assert len(set(colours)) == len(series)
+    colors = [one.get("stroke") for one in root.iter(f"{SVG}path") if one.get("class") == "line"]
+    assert len(colors) == 4 * len(series)
+    assert len(set(colors)) == len(series)
     for one in root.iter(f"{SVG}path"):
         if one.get("class") in ("line", "band"):
             for point in one.get("d", "").strip("MZ").split("L"):

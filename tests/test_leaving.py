@@ -20,16 +20,16 @@ from rlhf_lightning import (
     SFTDataModule,
     SFTModule,
 )
-from rlhf_lightning.callbacks import relay, signals
-from rlhf_lightning.callbacks.checkpoint_io import newest_whole
-from rlhf_lightning.callbacks.checkpoints import RunCheckpoints
-from rlhf_lightning.callbacks.metrics_csv import MetricsCSV
 from rlhf_lightning.callbacks.samples import SamplesLog
-from rlhf_lightning.rollout.engine import LocalEngine
+from rlhf_lightning.checkpointing import relay, signals
+from rlhf_lightning.checkpointing.callbacks import RunCheckpoints
+from rlhf_lightning.checkpointing.io import newest_whole
+from rlhf_lightning.checkpointing.metrics_csv import MetricsCSV
+from rlhf_lightning.rewards import Reward
+from rlhf_lightning.rewards.normalization import RunningNorm
 from rlhf_lightning.rollout.kl import KLPenalty
-from rlhf_lightning.rollout.rewards import Reward
-from rlhf_lightning.rollout.rewards.normalise import RunningNorm
-from rlhf_lightning.rollout.sampler import Sampler
+from rlhf_lightning.sampling.local_engine import LocalEngine
+from rlhf_lightning.sampling.sampler import Sampler
 from tests.conftest import chats, pairs, prompts, trainer
 from tests.runs import in_ranks
 
@@ -70,7 +70,7 @@ def parts(kind: str, base: str, **options: Any) -> tuple[Any, Any]:
     policy = PolicyRLModule(
         base,
         optimizer=adamw,
-        rewards=[Vowels(normalise=RunningNorm())],
+        rewards=[Vowels(normalize=RunningNorm())],
         kl=KLPenalty(0.05, target=0.1, horizon=4, refresh_every=2),
         sampler=Sampler(max_tokens=6, batch_rows=2),
         resample_groups=1,

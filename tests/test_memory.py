@@ -13,18 +13,18 @@ from torch.profiler import ProfilerActivity, profile
 
 from rlhf_lightning import PolicyRLModule, PromptDataModule, SFTModule
 from rlhf_lightning.callbacks.export import ExportModel
-from rlhf_lightning.callbacks.invariants import FirstStepInvariants
 from rlhf_lightning.callbacks.memory import Estimate, MemoryEstimate, estimate_memory
+from rlhf_lightning.diagnostics.invariants import FirstStepInvariants
 from rlhf_lightning.errors import ConfigError
 from rlhf_lightning.models.loading import load_for_scoring
 from rlhf_lightning.models.lora import LoRA, named_weights
 from rlhf_lightning.models.memory import activation_bytes, checkpointed_bytes, logit_bytes
 from rlhf_lightning.models.offload import ActivationOffload, Place
-from rlhf_lightning.models.scoring import TokenScorer
+from rlhf_lightning.models.token_logprobs import TokenLogprobs
+from rlhf_lightning.rewards import EnsembleReward, FunctionReward, ModelReward
 from rlhf_lightning.rollout.kl import KLPenalty
-from rlhf_lightning.rollout.rewards import EnsembleReward, FunctionReward, ModelReward
-from rlhf_lightning.rollout.sampler import Sampler
-from rlhf_lightning.rollout.slots import Slots
+from rlhf_lightning.sampling.kv_cache import SlotKVCache
+from rlhf_lightning.sampling.sampler import Sampler
 from tests.conftest import build_model, prompts, trainer
 from tests.test_precision import parts, thirds
 
@@ -35,10 +35,10 @@ FACTOR = 1.3
 # -- activations on the CPU -------------------------------------------------------------------------------------------
 
 
-def gradients(scorer: TokenScorer, ids: torch.Tensor, mask: torch.Tensor) -> list[torch.Tensor]:
-    scorer.parts.model.zero_grad()
-    scorer(ids, mask).logprobs.sum().backward()
-    return [p.grad.clone() for p in scorer.parts.model.parameters() if p.grad is not None]
+def gradients(scorer: TokenLogprobs, ids: torch.Tensor, loss_mask: torch.Tensor) -> list[torch.Tensor]:
+    scorer.backbone.model.zero_grad()
+    scorer(ids, loss_mask).logprobs.sum().backward()
+    return [p.grad.clone() for p in scorer.backbone.model.parameters() if p.grad is not None]
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -47,26 +47,26 @@ def test_activations_that_were_away_give_the_same_gradients(
     architecture: str, checkpointing: bool, tokenizer: Any
 ) -> None:
     model = build_model(tokenizer, architecture=architecture)
-    scorer = TokenScorer(model, max_tokens=40)  # in several groups
+    scorer = TokenLogprobs(model, max_tokens=40)  # in several groups
     ids = torch.randint(0, len(tokenizer), (6, 20), generator=torch.Generator().manual_seed(0))
     ids[3:, :8] = ids[0, :8]
-    mask = torch.ones_like(ids)
-    mask[:, :8] = 0
+    loss_mask = torch.ones_like(ids)
+    loss_mask[:, :8] = 0
     if checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         model.train()
         for part in model.modules():
             if isinstance(part, nn.Dropout):
                 part.p = 0.0
-    wanted = gradients(scorer, ids, mask)
+    wanted = gradients(scorer, ids, loss_mask)
     made: list[ActivationOffload] = []
 
     def away() -> ActivationOffload:
         made.append(ActivationOffload("cpu", least=0))
         return made[-1]
 
-    scorer.forward.saving = away
-    found = gradients(scorer, ids, mask)
+    scorer.packed_forward.saving = away
+    found = gradients(scorer, ids, loss_mask)
     assert all(torch.equal(a, b) for a, b in zip(wanted, found, strict=True))
     assert sum(one.moved for one in made) > 0
 
@@ -238,11 +238,11 @@ def test_4_bits_on_a_cpu(kind: str, wide: str, tmp_path: Path, monkeypatch: pyte
     kinds = {type(part).__name__ for part in module.model.modules()}
     assert "Linear4bit" in kinds
     assert all(head.weight.dtype == torch.float32 for head in module.heads() if hasattr(head, "weight"))
-    assert module.forward_pass.packs
+    assert module.packed_forward.packs
     folder = str(tmp_path / "run" / "model")
     base = json.loads((tmp_path / "run/model/adapter_config.json").read_text())["base_model_name_or_path"]
     assert "quantization_config" not in json.loads((Path(base) / "config.json").read_text())
-    # What another engine would be given: full weights, near those before quantising.
+    # What another engine would be given: full weights, near those before quantizing.
     full = dict(load_for_scoring(wide, "CAUSAL_LM").named_parameters())
     with torch.no_grad():
         for name, value in named_weights(module.model):
@@ -256,7 +256,7 @@ def test_4_bits_on_a_cpu(kind: str, wide: str, tmp_path: Path, monkeypatch: pyte
     assert not again.fresh_adapter
     scored = {type(part).__name__ for part in load_for_scoring(folder, module.task).modules()}
     assert "Linear4bit" not in scored  # on full weights
-    other, data = fresh(folder, rank=3)  # merged in float32, and quantised again
+    other, data = fresh(folder, rank=3)  # merged in float32, and quantized again
     trainer(tmp_path / "other", max_steps=1).fit(other, data)
     assert "Linear4bit" in {type(part).__name__ for part in other.model.modules()}
 
@@ -331,23 +331,23 @@ def test_activations_are_near_the_measured_peak(
 ) -> None:
     model = build_model(tokenizer, architecture=architecture, **sizes)
     # The last one's logits are more than may be held at once.
-    scorer = TokenScorer(model, logit_bytes=2**23 if (architecture, sizes) == SHAPES[-1] else 2**28)
-    scorer.forward.check(64)
+    scorer = TokenLogprobs(model, logit_bytes=2**23 if (architecture, sizes) == SHAPES[-1] else 2**28)
+    scorer.packed_forward.check(64)
     if checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model.train()
     ids = torch.randint(0, model.config.vocab_size, (16, 60))
-    mask = torch.ones_like(ids)
-    mask[:, :30] = 0
+    loss_mask = torch.ones_like(ids)
+    loss_mask[:, :30] = 0
 
     def step() -> None:
-        scorer(ids, mask).logprobs.sum().backward()
+        scorer(ids, loss_mask).logprobs.sum().backward()
 
     step()  # from here on there are gradients, which are counted elsewhere
-    expected = activation_bytes(scorer.forward, ids.numel())
+    expected = activation_bytes(scorer.packed_forward, ids.numel())
     if checkpointing:
         expected = checkpointed_bytes(model, expected, ids.numel(), 4)
-    expected += logit_bytes(scorer.parts, int(mask.sum()), 4, scorer.logit_bytes)
+    expected += logit_bytes(scorer.backbone, int(loss_mask.sum()), 4, scorer.logit_bytes)
     assert 1 / FACTOR < expected / peak(step) < FACTOR
 
 
@@ -355,14 +355,14 @@ def test_measuring_leaves_everything_as_it_was(tokenizer: Any) -> None:
     model = build_model(tokenizer, architecture="gpt2").train()
     model.transformer.h[0].eval()
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    scorer = TokenScorer(model)
+    scorer = TokenLogprobs(model)
     modes = [part.training for part in model.modules()]
     random = torch.get_rng_state()
-    saving = scorer.forward.saving
-    activation_bytes(scorer.forward, 1000)
+    saving = scorer.packed_forward.saving
+    activation_bytes(scorer.packed_forward, 1000)
     assert [part.training for part in model.modules()] == modes
     assert torch.equal(torch.get_rng_state(), random)
-    assert scorer.forward.saving is saving
+    assert scorer.packed_forward.saving is saving
     assert model.is_gradient_checkpointing
     assert all(p.grad is None for p in model.parameters())
 
@@ -370,15 +370,15 @@ def test_measuring_leaves_everything_as_it_was(tokenizer: Any) -> None:
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
 def test_the_cache_is_that_of_the_sampler(precision: Any, base: str, tmp_path: Path, monkeypatch: Any) -> None:
     sizes = []
-    fill = Slots.fill
+    fill = SlotKVCache.fill
 
-    def seen(slots: Slots, *args: Any) -> None:
+    def seen(slots: SlotKVCache, *args: Any) -> None:
         fill(slots, *args)
         one = slots.layers[0]
         per_token = 2 * one.keys[:, :, 0].numel() * one.keys.element_size() * len(slots.layers)
         sizes.append((slots.count, per_token))
 
-    monkeypatch.setattr(Slots, "fill", seen)
+    monkeypatch.setattr(SlotKVCache, "fill", seen)
     module = PolicyRLModule(base, rewards=[FunctionReward(thirds)], sampler=Sampler(max_tokens=5, min_tokens=5))
     found, data = MemoryEstimate(), PromptDataModule(prompts(4), prompts_per_round=2, group_size=3)
     trainer(tmp_path, callbacks=[found], precision=precision, max_steps=1).fit(module, data)

@@ -17,22 +17,22 @@ from rlhf_lightning import (
     SFTDataModule,
     SFTModule,
 )
-from rlhf_lightning.callbacks.collapse import StopOnCollapse
-from rlhf_lightning.callbacks.diagnostics import Diagnostics
+from rlhf_lightning.diagnostics.callback import Diagnostics
+from rlhf_lightning.diagnostics.collapse import StopOnCollapse
+from rlhf_lightning.environments.base import StepResult
 from rlhf_lightning.models.critic import Critic
 from rlhf_lightning.models.scorers import ImplicitReward
 from rlhf_lightning.objectives.policy import PPO
 from rlhf_lightning.objectives.preference import KTO, BradleyTerry, PlackettLuce
+from rlhf_lightning.rewards import FunctionReward
 from rlhf_lightning.rollout.advantages import GAE
-from rlhf_lightning.rollout.environments import StepResult
 from rlhf_lightning.rollout.kl import KLPenalty
-from rlhf_lightning.rollout.rewards import FunctionReward
 from rlhf_lightning.rollout.runner import Limits
-from rlhf_lightning.rollout.sampler import Sampler
+from rlhf_lightning.sampling.sampler import Sampler
 from tests.conftest import chats, pairs, prompts, sgd, trainer
 from tests.runs import complete
 from tests.test_cli import mistake, rlhf_process, stage_config, write_yaml
-from tests.test_preference import labelled, rankings
+from tests.test_preference import labeled, rankings
 
 PAGE = (Path(__file__).parents[1] / "docs" / "metrics.md").read_text()
 SECTIONS = {"sft": "SFT", "preference": "Preference", "policy": "Policy RL"}
@@ -87,7 +87,7 @@ def preference(base: str, root: Path) -> set[str]:
     categories = [{**row, "category": f"c{i % 2}"} for i, row in enumerate(pairs(12))]
     categories += [{"prompt": "a", "chosen": "x", "rejected": "z", "category": "c0"}] * 2
     categories += [{"prompt": "a", "chosen": "one", "rejected": "two three four", "category": "c0"}] * 2
-    runs = [(BradleyTerry(), categories), (KTO(), labelled(12)), (PlackettLuce(), rankings(8))]
+    runs = [(BradleyTerry(), categories), (KTO(), labeled(12)), (PlackettLuce(), rankings(8))]
     found: set[str] = set()
     for number, (loss, rows) in enumerate(runs):
         module = PreferenceModule(base, ImplicitReward(0.1), loss, optimizer=sgd(0.1))
@@ -205,7 +205,10 @@ def test_a_logger_that_is_not_installed(
 
 def test_the_file_is_kept_beside_another_logger(base: str, tmp_path: Path) -> None:
     given = [
-        {"class_path": "rlhf_lightning.callbacks.metrics_csv.MetricsCSV", "init_args": {"folder": str(tmp_path / "m")}},
+        {
+            "class_path": "rlhf_lightning.checkpointing.metrics_csv.MetricsCSV",
+            "init_args": {"folder": str(tmp_path / "m")},
+        },
         {"class_path": "lightning.pytorch.loggers.CSVLogger", "init_args": {"save_dir": str(tmp_path / "csv")}},
     ]
     over = write_yaml(tmp_path / "logger.yaml", {"trainer": {"logger": given}})

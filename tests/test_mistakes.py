@@ -18,7 +18,7 @@ from tests.conftest import TEXTS, build_model, chats, pairs, write_rows
 from tests.fuzzing import refused, rlhf
 from tests.test_cli import stage_config, write_yaml
 
-REWARDS = "rlhf_lightning.rollout.rewards"
+REWARDS = "rlhf_lightning.rewards"
 KEYWORDS = {"class_path": f"{REWARDS}.KeywordReward", "init_args": {"keywords": ["a"]}}
 MY_REWARDS = """
 CONSTANT = 3
@@ -256,7 +256,7 @@ def test_a_class_in_the_users_folder_is_found_before_the_first_stage(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.path", [path for path in sys.path if path])
-    code = "from rlhf_lightning.rollout.rewards import KeywordReward\n\n\nclass Mine(KeywordReward):\n    pass\n"
+    code = "from rlhf_lightning.rewards import KeywordReward\n\n\nclass Mine(KeywordReward):\n    pass\n"
     (tmp_path / "rewards_of_a_pipeline.py").write_text(code)
     settings = stage_config("policy", str(workplace / "base"), workplace)
     mine = {"class_path": "rewards_of_a_pipeline.Mine", "init_args": {"keywords": ["a"]}}

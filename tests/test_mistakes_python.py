@@ -25,8 +25,8 @@ from rlhf_lightning.models.lora import LoRA
 from rlhf_lightning.modules.schedules import Warmup
 from rlhf_lightning.objectives.policy import PPO
 from rlhf_lightning.objectives.preference import BradleyTerry
-from rlhf_lightning.rollout.rewards import KeywordReward
-from rlhf_lightning.rollout.sampler import Sampler
+from rlhf_lightning.rewards import KeywordReward
+from rlhf_lightning.sampling.sampler import Sampler
 from tests.conftest import build_model, chats, pairs, prompts, sgd, trainer
 
 ARGUMENTS: list[tuple[str, Callable[[], Any], list[str]]] = [
@@ -63,7 +63,11 @@ ARGUMENTS: list[tuple[str, Callable[[], Any], list[str]]] = [
         lambda: PolicyRLModule("m", rewards=["KeywordReward"]),
         ["holds 'KeywordReward'; each must"],
     ),
-    ("an engine's name", lambda: Sampler(engine="vllm"), ["sampler.engine is 'vllm'", "rollout.vllm.VLLMEngine"]),
+    (
+        "an engine's name",
+        lambda: Sampler(engine="vllm"),
+        ["sampler.engine is 'vllm'", "sampling.vllm_engine.VLLMEngine"],
+    ),
     ("no rows at once", lambda: Sampler(batch_rows=0), ["sampler.batch_rows is 0; it must be at least 1"]),
     (
         "a size in quotes",
@@ -137,7 +141,7 @@ def test_what_a_module_does_not_have_is_elsewhere(base: str) -> None:
         with pytest.raises(AttributeError, match=f"no attribute '{name}'.*{part}"):
             getattr(module, name)
     with pytest.raises(AttributeError, match=r"configure_model\(\)"):
-        module.training_step({"input_ids": torch.ones(1, 2), "mask": torch.ones(1, 2)}, 0)
+        module.training_step({"input_ids": torch.ones(1, 2), "loss_mask": torch.ones(1, 2)}, 0)
     assert not hasattr(module, "nothing_like_it")
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from rlhf_lightning.cli import meant
+from rlhf_lightning.cli import suggestions as meant
 from rlhf_lightning.errors import ConfigError
 from rlhf_lightning.pipeline.plan import read_mapping, read_plan
 from rlhf_lightning.run_folder import MARK
@@ -200,7 +200,7 @@ def test_every_name_of_other_trainers_leads_to_a_setting() -> None:
         "keep",
         "seed_everything",
     }
-    known |= set(meant.arguments("rlhf_lightning.rollout.sampler.Sampler")) | {"lr", "eps", "weight_decay", "beta"}
+    known |= set(meant.arguments("rlhf_lightning.sampling.sampler.Sampler")) | {"lr", "eps", "weight_decay", "beta"}
     known |= {"rank", "alpha", "dropout", "target", "coefficient"}
     for target in meant.NAMES.values():
         parts = [part for part in target.split(".")[1:] or [target] if part not in inside]

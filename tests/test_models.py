@@ -16,7 +16,7 @@ from rlhf_lightning.models.lora import LoRA
 from rlhf_lightning.models.reference import Reference
 from rlhf_lightning.models.saving import save_model
 from rlhf_lightning.models.scorers import RewardHead, SequenceLogprob
-from rlhf_lightning.models.scoring import TokenScorer
+from rlhf_lightning.models.token_logprobs import TokenLogprobs
 from tests.conftest import build_model
 
 ARCHITECTURES = ["qwen3", "llama", "gemma2", "gpt2", "cohere", "neox"]
@@ -30,11 +30,11 @@ def random_rows(tokenizer: Any, lengths: list[int]) -> dict[str, torch.Tensor]:
 
 def plain_logprobs(model: Any, batch: dict[str, torch.Tensor], temperature: float = 1.0) -> torch.Tensor:
     """Each row by itself, with the whole logits: slow and plain."""
-    result = torch.zeros(batch["mask"].shape, dtype=torch.float64)
+    result = torch.zeros(batch["loss_mask"].shape, dtype=torch.float64)
     for i, length in enumerate(batch["lengths"].tolist()):
         ids = batch["input_ids"][i : i + 1, :length]
         logp = (model(ids).logits.double() / temperature).log_softmax(-1)[0, :-1].gather(-1, ids[0, 1:, None])[:, 0]
-        result[i, 1:length] = logp * batch["mask"][i, 1:length]
+        result[i, 1:length] = logp * batch["loss_mask"][i, 1:length]
     return result
 
 
@@ -44,20 +44,20 @@ def test_token_scores_equal_the_plain_path(tokenizer: Any, architecture: str, te
     options = {"gemma2": {"final_logit_softcapping": 3.0}, "cohere": {"logit_scale": 0.25}}.get(architecture, {})
     model = build_model(tokenizer, architecture=architecture, **options).double()
     batch = random_rows(tokenizer, [9, 5, 3])
-    batch["mask"] = batch["mask"].double()
-    scorer = TokenScorer(model)
-    assert scorer.parts.apart, "the head should run on kept positions only"
+    batch["loss_mask"] = batch["loss_mask"].double()
+    scorer = TokenLogprobs(model)
+    assert scorer.backbone.separable, "the head should run on kept positions only"
     plain = plain_logprobs(model, batch, temperature)
-    scores = scorer(batch["input_ids"], batch["mask"], temperature, details=True)
+    scores = scorer(batch["input_ids"], batch["loss_mask"], temperature, details=True)
     torch.testing.assert_close(scores.logprobs, plain, rtol=1e-9, atol=1e-9)
     assert scores.entropy is not None
-    assert (scores.entropy[batch["mask"] == 0] == 0).all()
+    assert (scores.entropy[batch["loss_mask"] == 0] == 0).all()
 
     (plain.sum() * 0.3).backward()
     wanted = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
-    chunked = TokenScorer(model, logit_bytes=4 * len(tokenizer) * 2)  # two rows at a time, recomputed in backward
-    (chunked(batch["input_ids"], batch["mask"], temperature).logprobs.sum() * 0.3).backward()
+    chunked = TokenLogprobs(model, logit_bytes=4 * len(tokenizer) * 2)  # two rows at a time, recomputed in backward
+    (chunked(batch["input_ids"], batch["loss_mask"], temperature).logprobs.sum() * 0.3).backward()
     for name, parameter in model.named_parameters():
         if name in wanted:
             # HF norms compute in float32 even in a float64 model.
@@ -68,12 +68,12 @@ def test_a_model_with_logits_of_its_own_is_run_whole(tokenizer: Any) -> None:
     model = build_model(tokenizer)
     plain = model.forward
     model.forward = lambda *args, **kwargs: _shifted(plain(*args, **kwargs))
-    scorer = TokenScorer(model)
-    assert not scorer.parts.apart
+    scorer = TokenLogprobs(model)
+    assert not scorer.backbone.separable
     batch = random_rows(tokenizer, [6])
     logp = model(batch["input_ids"]).logits.log_softmax(-1)[0, :-1].gather(-1, batch["input_ids"][0, 1:, None])[:, 0]
     torch.testing.assert_close(
-        scorer(batch["input_ids"], batch["mask"]).logprobs[0, 2:], logp[1:], rtol=1e-5, atol=1e-5
+        scorer(batch["input_ids"], batch["loss_mask"]).logprobs[0, 2:], logp[1:], rtol=1e-5, atol=1e-5
     )
 
 
@@ -159,16 +159,18 @@ def test_the_reference_is_the_start_whatever_is_trained(base: str, tokenizer: An
     ]
     for start, mode in cases:
         model = start.load()
-        before = TokenScorer(model)(batch["input_ids"], batch["mask"]).logprobs.detach()
+        before = TokenLogprobs(model)(batch["input_ids"], batch["loss_mask"]).logprobs.detach()
         trainable = {name for name, p in model.named_parameters() if p.requires_grad}
         reference = Reference(model, start.fresh_adapter)
         assert reference.mode == mode
         perturb(model)
-        torch.testing.assert_close(reference.logprobs(batch["input_ids"], batch["mask"]), before)
-        after = TokenScorer(model)(batch["input_ids"], batch["mask"]).logprobs.detach()
+        torch.testing.assert_close(reference.logprobs(batch["input_ids"], batch["loss_mask"]), before)
+        after = TokenLogprobs(model)(batch["input_ids"], batch["loss_mask"]).logprobs.detach()
         assert not torch.allclose(after, before)
         assert {name for name, p in model.named_parameters() if p.requires_grad} == trainable
-        torch.testing.assert_close(TokenScorer(model)(batch["input_ids"], batch["mask"]).logprobs.detach(), after)
+        torch.testing.assert_close(
+            TokenLogprobs(model)(batch["input_ids"], batch["loss_mask"]).logprobs.detach(), after
+        )
 
 
 # -- scorers ----------------------------------------------------------------------------------------------------------
@@ -200,10 +202,10 @@ def test_sequence_logprob(tokenizer: Any) -> None:
     model = build_model(tokenizer)
     batch = random_rows(tokenizer, [9, 4])
     plain = plain_logprobs(model, batch)
-    for normalised in (False, True):
-        scorer = SequenceLogprob(length_normalised=normalised, beta=2.0)
+    for normalized in (False, True):
+        scorer = SequenceLogprob(length_normalized=normalized, beta=2.0)
         scorer.bind(model, tokenizer, [2])
-        wanted = 2 * plain.sum(-1) / (batch["mask"].sum(-1) if normalised else 1)
+        wanted = 2 * plain.sum(-1) / (batch["loss_mask"].sum(-1) if normalized else 1)
         torch.testing.assert_close(scorer(batch).double(), wanted, rtol=1e-5, atol=1e-5)
 
 

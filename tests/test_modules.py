@@ -18,17 +18,17 @@ from rlhf_lightning import (
     SFTModule,
 )
 from rlhf_lightning.callbacks.export import ExportModel
-from rlhf_lightning.callbacks.invariants import FirstStepInvariants
+from rlhf_lightning.diagnostics.invariants import FirstStepInvariants
+from rlhf_lightning.environments.base import StepResult
 from rlhf_lightning.errors import ConfigError, UserError
 from rlhf_lightning.models.lora import LoRA
 from rlhf_lightning.models.scorers import RewardHead, SequenceLogprob
 from rlhf_lightning.modules.metrics import PairAccuracy
 from rlhf_lightning.modules.schedules import Warmup
+from rlhf_lightning.rewards import FunctionReward, ModelReward
 from rlhf_lightning.rollout.advantages import LeaveOneOut
-from rlhf_lightning.rollout.environments import StepResult
 from rlhf_lightning.rollout.kl import KLPenalty
-from rlhf_lightning.rollout.rewards import FunctionReward, ModelReward
-from rlhf_lightning.rollout.sampler import Sampler
+from rlhf_lightning.sampling.sampler import Sampler
 from tests.conftest import build_model, chats, pairs, prompts, sgd, trainer, write_rows
 
 
@@ -199,19 +199,19 @@ def test_a_reward_model_with_another_tokenizer_scores_the_text(scorer: Any, tmp_
     for episode in module.last_episodes:
         if episode.response:
             wanted = judge.score([episode.prompt], [episode.response])[0]
-            assert episode.parts["reward_model"] == pytest.approx(float(wanted), abs=1e-4)
+            assert episode.terms["reward_model"] == pytest.approx(float(wanted), abs=1e-4)
         else:
-            assert episode.parts["reward_model"] is not None
+            assert episode.terms["reward_model"] is not None
 
 
 def test_what_is_scored_is_the_last_response() -> None:
-    from rlhf_lightning.rollout.episodes import Episode, Segment
-    from rlhf_lightning.rollout.rewards.model import last_turn
+    from rlhf_lightning.rewards.model import last_turn
+    from rlhf_lightning.types import Episode, TrainingSample
 
-    row = Segment([1, 2, 3, 4, 5, 6], [0, 1, 0, 1, 1, 0], [0.0] * 6)
-    assert last_turn(Episode([], {}, 0, segments=[row])) == ([1, 2, 3, 4, 5], [0, 0, 0, 1, 1])
-    unanswered = Segment([7, 8], [0, 0], [0.0] * 2)
-    assert last_turn(Episode([], {}, 0, segments=[row, unanswered]))[0] == [1, 2, 3, 4, 5]
+    row = TrainingSample([1, 2, 3, 4, 5, 6], [0, 1, 0, 1, 1, 0], [0.0] * 6)
+    assert last_turn(Episode([], {}, 0, training_samples=[row])) == ([1, 2, 3, 4, 5], [0, 0, 0, 1, 1])
+    unanswered = TrainingSample([7, 8], [0, 0], [0.0] * 2)
+    assert last_turn(Episode([], {}, 0, training_samples=[row, unanswered]))[0] == [1, 2, 3, 4, 5]
 
 
 @pytest.mark.parametrize(
@@ -290,7 +290,7 @@ def test_sft_learns_and_its_numbers_are_right(base: str, tmp_path: Path) -> None
     nats = tokens = 0.0
     for row in rows:
         logits = module.model(torch.tensor([row.ids])).logits[0].log_softmax(-1)
-        for t, flag in enumerate(row.mask):
+        for t, flag in enumerate(row.loss_mask):
             nats -= float(logits[t - 1, row.ids[t]].detach()) * flag
             tokens += flag
     assert last["val/nll"] == pytest.approx(nats / tokens, rel=1e-5)
@@ -301,14 +301,14 @@ def test_sft_learns_and_its_numbers_are_right(base: str, tmp_path: Path) -> None
 
 def test_a_module_works_with_any_loader_of_batches(model: Any, tokenizer: Any, tmp_path: Path) -> None:
     ids = torch.randint(3, len(tokenizer), (6, 8))
-    batches = [{"input_ids": ids[i : i + 2], "mask": torch.ones(2, 8)} for i in (0, 2, 4)]
+    batches = [{"input_ids": ids[i : i + 2], "loss_mask": torch.ones(2, 8)} for i in (0, 2, 4)]
     module = SFTModule(model, tokenizer=tokenizer, optimizer=sgd(0.1))
     before = weights(module)
     trainer(tmp_path).fit(module, torch.utils.data.DataLoader(batches, batch_size=None))
     assert before.keys() <= weights(module).keys()
     alone = SFTModule(build_model(tokenizer), tokenizer=tokenizer)
     alone.configure_model()
-    wanted = -alone.tokens(batches[0]["input_ids"], batches[0]["mask"]).logprobs.sum() / 14
+    wanted = -alone.token_logprobs(batches[0]["input_ids"], batches[0]["loss_mask"]).logprobs.sum() / 14
     loss = torch.nn.functional.cross_entropy(alone.model(ids[:2]).logits[:, :-1].flatten(0, 1), ids[:2, 1:].flatten())
     torch.testing.assert_close(wanted, loss)
 
@@ -339,7 +339,7 @@ def test_preference_learns(scorer: Any, base: str, tmp_path: Path) -> None:
     assert run.validate(module, data("preference", 24), verbose=False)[0]["val/accuracy"] == 1.0
 
 
-@pytest.mark.parametrize("scorer", [RewardHead(), SequenceLogprob(), SequenceLogprob(length_normalised=True, beta=2.0)])
+@pytest.mark.parametrize("scorer", [RewardHead(), SequenceLogprob(), SequenceLogprob(length_normalized=True, beta=2.0)])
 @pytest.mark.parametrize("lora", [None, LoRA(rank=2, target=["all"])])
 def test_scores_are_the_same_everywhere(scorer: Any, lora: Any, base: str, tmp_path: Path) -> None:
     """In training's batch, alone, through `score`, after saving, and as the reward of RL."""
@@ -362,7 +362,7 @@ def test_scores_are_the_same_everywhere(scorer: Any, lora: Any, base: str, tmp_p
     assert judge._by_tokens
     assert judge.judge is not None
     same_scores.append(judge.judge.score(*texts))
-    same_scores.append(judge.judge.score_tokens([r.chosen.ids for r in rows], [r.chosen.mask for r in rows]))
+    same_scores.append(judge.judge.score_tokens([r.chosen.ids for r in rows], [r.chosen.loss_mask for r in rows]))
     for scores in same_scores:
         torch.testing.assert_close(scores, trained, rtol=1e-5, atol=1e-5)
     if isinstance(scorer, RewardHead):
@@ -432,7 +432,7 @@ def test_invariants_see_a_sampler_that_disagrees(base: str, tmp_path: Path) -> N
 
 
 def _shift(row: Any) -> Any:
-    row.logprobs = [value - 0.01 * flag for value, flag in zip(row.logprobs, row.mask, strict=True)]
+    row.logprobs = [value - 0.01 * flag for value, flag in zip(row.logprobs, row.loss_mask, strict=True)]
     return row
 
 
@@ -464,7 +464,7 @@ def test_rewards_are_weighted_and_kept_apart(base: str, tmp_path: Path) -> None:
     source = data("policy", 4)
     trainer(tmp_path).fit(module, source)
     for episode in module.last_episodes:
-        parts = episode.parts
+        parts = episode.terms
         other = 0.0 if parts["wanted"] is None else 0.5 * parts["wanted"]
         assert episode.reward == pytest.approx(2 * parts["vowels"] + other)
         assert (parts["wanted"] is None) == (episode.row["wanted"] == 0)
@@ -492,10 +492,18 @@ def test_several_turns_train_on_what_was_drawn(base: str, tokenizer: Any, tmp_pa
     whole = [episode for episode in episodes if not episode.truncated]
     for episode in episodes:
         assert episode.environment_reward == 0.5 * sum(m["role"] == "assistant" for m in episode.responses)
-        for segment in episode.segments:
-            lengths = {len(segment.ids), len(segment.mask), len(segment.logprobs), len(segment.advantages)}
+        for training_sample in episode.training_samples:
+            lengths = {
+                len(training_sample.ids),
+                len(training_sample.loss_mask),
+                len(training_sample.sampling_logprobs),
+                len(training_sample.advantages),
+            }
             assert len(lengths) == 1
-            assert all(flag or not logprob for flag, logprob in zip(segment.mask, segment.logprobs, strict=True))
+            assert all(
+                flag or not logprob
+                for flag, logprob in zip(training_sample.loss_mask, training_sample.sampling_logprobs, strict=True)
+            )
     for episode in whole:
         assert [m["role"] for m in episode.responses] == ["assistant", "user", "assistant", "user", "assistant"]
 
@@ -504,7 +512,7 @@ def test_a_turn_goes_on_from_the_very_tokens_that_were_drawn(base: str, tokenize
     from rlhf_lightning.data.prompts import Prompt
     from rlhf_lightning.data.rendering import Renderer
     from rlhf_lightning.rollout.runner import run_episodes
-    from rlhf_lightning.rollout.sampler import Sample
+    from rlhf_lightning.sampling.token_sampling import Completion
 
     renderer = Renderer(tokenizer)
 
@@ -513,18 +521,18 @@ def test_a_turn_goes_on_from_the_very_tokens_that_were_drawn(base: str, tokenize
 
         context, max_tokens, session = None, 8, staticmethod(nullcontext)
 
-        def generate(self, prompts: list[list[int]], seeds: list[int], temperature: float | None) -> list[Sample]:
+        def generate(self, prompts: list[list[int]], seeds: list[int], temperature: float | None) -> list[Completion]:
             self.prompts = prompts
             letters = [token for letter in "one" for token in tokenizer(letter)["input_ids"]]
-            return [Sample([*letters, tokenizer.eos_token_id], [-1.0] * 4, "stop") for _ in prompts]
+            return [Completion([*letters, tokenizer.eos_token_id], [-1.0] * 4, "stop") for _ in prompts]
 
     sampler: Any = Scripted()
     (episode,) = run_episodes([(Prompt([], [], {"prompt": "Hi"}), 0)], sampler, renderer, (0,), Guess)
-    (segment,) = episode.segments
+    (training_sample,) = episode.training_samples
     assert len(tokenizer("one")["input_ids"]) < 3
-    assert sum(segment.mask) == 12
+    assert sum(training_sample.loss_mask) == 12
     said = [{"role": "user", "content": "Hi"}, *episode.responses]
-    assert tokenizer.decode(segment.ids) == renderer.template.render(said).rstrip("\n")
+    assert tokenizer.decode(training_sample.ids) == renderer.template.render(said).rstrip("\n")
 
 
 def test_recorded_episodes(base: str, tokenizer: Any, tmp_path: Path) -> None:
@@ -532,13 +540,13 @@ def test_recorded_episodes(base: str, tokenizer: Any, tmp_path: Path) -> None:
     trainer(tmp_path / "a").fit(source_module, data("policy", 4))
     rows = []
     for episode in source_module.last_episodes:
-        (segment,) = episode.segments
-        cut = segment.mask.index(1)
+        (training_sample,) = episode.training_samples
+        cut = training_sample.loss_mask.index(1)
         rows.append(
             {
-                "prompt_tokens": segment.ids[:cut],
-                "response_tokens": segment.ids[cut:],
-                "logprobs": segment.logprobs[cut:],
+                "prompt_tokens": training_sample.ids[:cut],
+                "response_tokens": training_sample.ids[cut:],
+                "logprobs": training_sample.sampling_logprobs[cut:],
                 "reward": episode.reward,
                 "group": episode.group,
             }
@@ -559,7 +567,7 @@ def test_recorded_episodes(base: str, tokenizer: Any, tmp_path: Path) -> None:
     [
         ({"logprobs": None}, "no 'logprobs'"),
         ({"logprobs": [0.5] * 3}, "none above 0"),
-        ({"logprobs": [-1.0]}, "1 logprobs for 3 drawn of 5 tokens"),
+        ({"logprobs": [-1.0]}, "1 logprobs for 3 sampled of 5 tokens"),
         ({"response_tokens": [10**6] * 3}, "token 1000000 is not in the vocabulary"),
         ({"reward": None}, "no 'reward'"),
         ({"reward": "high"}, "'reward' is 'high'"),

@@ -73,8 +73,8 @@ def test_sapo_equals_the_plain_gradient_at_ratio_one() -> None:
 @pytest.mark.parametrize("name", ["importance_sampling", "ppo", "cispo", "gspo", "sapo"])
 def test_masked_positions_carry_neither_loss_nor_gradient(name: str, device: torch.device) -> None:
     logp = t([-1.0, -2.0, 900.0]).to(device).requires_grad_()
-    old, advantages, mask = (tensor.to(device) for tensor in (t([-1.2, -1.5, -900.0]), t([1.0]), MASK))
-    loss = getattr(policy, name)(logp, old, advantages, mask)
+    old, advantages, loss_mask = (tensor.to(device) for tensor in (t([-1.2, -1.5, -900.0]), t([1.0]), MASK))
+    loss = getattr(policy, name)(logp, old, advantages, loss_mask)
     loss.sum().backward()
     assert loss[0, 2] == 0
     assert torch.isfinite(loss).all()
@@ -141,26 +141,26 @@ def test_gae_of_the_worked_example_and_skipped_positions() -> None:
 
 
 def test_whiten_and_discounted_sum() -> None:
-    x, mask = t([1.0, 3.0, 100.0]), t([1.0, 1.0, 0.0])
-    close(advantage.whiten(x, mask, eps=0.0), [-1.0, 1.0, 0.0])
-    close(advantage.whiten(x, mask, shift_mean=False, eps=0.0), [1.0, 3.0, 0.0])
+    x, loss_mask = t([1.0, 3.0, 100.0]), t([1.0, 1.0, 0.0])
+    close(advantage.whiten(x, loss_mask, eps=0.0), [-1.0, 1.0, 0.0])
+    close(advantage.whiten(x, loss_mask, shift_mean=False, eps=0.0), [1.0, 3.0, 0.0])
     close(advantage.discounted_future_sum(t([1.0, 5.0, 2.0]), t([1.0, 0.0, 1.0]), 0.5), [2.0, 0.0, 2.0])
 
 
 def test_aggregate() -> None:
-    losses, mask = t([1.0, 2.0, 9.0], [3.0, 9.0, 9.0], [9.0, 9.0, 9.0]), t([1, 1, 0], [1, 0, 0], [0, 0, 0])
+    losses, loss_mask = t([1.0, 2.0, 9.0], [3.0, 9.0, 9.0], [9.0, 9.0, 9.0]), t([1, 1, 0], [1, 0, 0], [0, 0, 0])
     for mode, total, count in (
         ("token_sum", 6.0, 1.0),
         ("token_mean", 6.0, 3.0),
         ("sequence_mean", 4.5, 2.0),
         ("constant", 6.0, 20.0),
     ):
-        actual = aggregate(losses, mask, mode, length=10)
+        actual = aggregate(losses, loss_mask, mode, length=10)
         close(torch.stack(actual), total, count)
     with pytest.raises(ValueError, match="length"):
-        aggregate(losses, mask, "constant")
+        aggregate(losses, loss_mask, "constant")
     with pytest.raises(ValueError, match="unknown aggregation"):
-        aggregate(losses, mask, "mean")
+        aggregate(losses, loss_mask, "mean")
 
 
 def test_nll() -> None:

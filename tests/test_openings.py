@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from rlhf_lightning import PreferenceDataModule, PromptDataModule, SFTDataModule
-from rlhf_lightning.data.openings import Openings
 from rlhf_lightning.data.rendering import Renderer
+from rlhf_lightning.data.response_starts import ResponseStarts
 from tests.conftest import chats, pairs, write_rows
 from tests.test_asked import QUIET, THINKING
 from tests.test_commands_models import rlhf
@@ -71,7 +71,7 @@ def test_of_the_real_templates_those_that_think_are_told(template: str, tokenize
     for options in ({}, QUIET, {"enable_thinking": True}):
         for answer in (ANSWER, THOUGHT) if thinks else (ANSWER,):
             renderer = Renderer(tokenizer, template_kwargs=options)
-            renderer.openings = Openings()
+            renderer.openings = ResponseStarts()
             renderer.conversation([*asked, answer])
             assert renderer.openings.turns == 1
             prompt = renderer.template.render(asked, None, add_generation_prompt=True)

@@ -1,7 +1,7 @@
-"""A task whose best policy is known: one token is drawn and rewarded, and the distance from the start is paid for.
+"""A task whose best policy is known: one token is sampled and rewarded, and the distance from the start is paid for.
 
-Under reward - beta·KL(policy ‖ start) it is start·exp(reward / beta), normalised; under plain k3 in the loss, whose
-gradient is that of KL(start ‖ policy), it is beta·start / (λ - reward), with the λ that normalises it.
+Under reward - beta·KL(policy ‖ start) it is start·exp(reward / beta), normalized; under plain k3 in the loss, whose
+gradient is that of KL(start ‖ policy), it is beta·start / (λ - reward), with the λ that normalizes it.
 """
 
 from pathlib import Path
@@ -16,10 +16,10 @@ from rlhf_lightning import PolicyRLModule, PromptDataModule
 from rlhf_lightning.models.critic import Critic
 from rlhf_lightning.modules.schedules import Warmup
 from rlhf_lightning.objectives import policy
+from rlhf_lightning.rewards import FunctionReward
 from rlhf_lightning.rollout.advantages import GAE, GroupCentered, LeaveOneOut
 from rlhf_lightning.rollout.kl import KLPenalty
-from rlhf_lightning.rollout.rewards import FunctionReward
-from rlhf_lightning.rollout.sampler import Sampler
+from rlhf_lightning.sampling.sampler import Sampler
 from tests.conftest import trainer
 
 WORDS = ["<pad>", "<end>", *"abcdefgh"]
@@ -57,7 +57,7 @@ def bandit_model() -> Any:
 
 
 def earned(episodes: list[Any]) -> list[float]:
-    return [float(REWARDS[episode.segments[-1].ids[-1]]) for episode in episodes]
+    return [float(REWARDS[episode.training_samples[-1].ids[-1]]) for episode in episodes]
 
 
 def distribution(model: Any) -> torch.Tensor:
@@ -129,7 +129,7 @@ CASES: dict[str, dict[str, Any]] = {
     "kl as k2": {"kl": KLPenalty(BETA, estimator="k2"), "updates": 1},
     "kl in the reward": {"kl": KLPenalty(BETA, "reward")},
     "kl in the reward, as Tinker": {"kl": KLPenalty(BETA, "reward", discount=0.0)},
-    "kl in the reward, plain": {"kl": KLPenalty(BETA, "reward", centred=False)},
+    "kl in the reward, plain": {"kl": KLPenalty(BETA, "reward", centered=False)},
     "a stale round": {"staleness": 1, "objective": policy.PPO()},
 }
 

@@ -56,7 +56,7 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
     package = ROOT / "rlhf_lightning"
     wanted = {str(p.relative_to(ROOT)) for p in package.rglob("*") if p.is_file() and "__pycache__" not in p.parts}
     assert {name for name in names if ".dist-info/" not in name} == wanted
-    assert {"rlhf_lightning/py.typed", "rlhf_lightning/pipeline/report/style.css"} <= names
+    assert {"rlhf_lightning/py.typed", "rlhf_lightning/report/style.css"} <= names
 
 
 def test_what_the_wheel_says_of_itself(wheel: Path) -> None:

@@ -1,4 +1,4 @@
-"""PolicyRLModule with a critic, KL control, stale and redrawn rollouts: invariances, resume, what is refused."""
+"""PolicyRLModule with a critic, KL control, stale and resampled rollouts: invariances, resume, what is refused."""
 
 from pathlib import Path
 from typing import Any
@@ -15,10 +15,10 @@ from rlhf_lightning.models.lora import LoRA
 from rlhf_lightning.models.scorers import RewardHead
 from rlhf_lightning.modules.policy_parts import critic_values
 from rlhf_lightning.objectives.policy import GSPO, PPO, RLOO, ImportanceWeights, Reinforce
+from rlhf_lightning.rewards import FunctionReward
 from rlhf_lightning.rollout.advantages import GAE, GlobalWhitened
 from rlhf_lightning.rollout.kl import KLPenalty
-from rlhf_lightning.rollout.rewards import FunctionReward
-from rlhf_lightning.rollout.sampler import Sampler
+from rlhf_lightning.sampling.sampler import Sampler
 from tests.conftest import build_model, prompts, sgd, trainer
 from tests.test_modules import data, make, same, weights
 
@@ -39,15 +39,15 @@ def settings(name: str) -> Options:
         },
         "adaptive": {"kl": KLPenalty(0.3, target=0.01, horizon=8), "entropy_coefficient": 0.1},
         "whitened": {"advantage": GlobalWhitened(), "kl": KLPenalty(0.1, "reward")},
-        "centred": {"kl": KLPenalty(0.3, "reward", discount=0.5)},
+        "centered": {"kl": KLPenalty(0.3, "reward", discount=0.5)},
         "refresh": {"kl": KLPenalty(0.3, estimator="k2", refresh_every=2)},
         "stale": {"staleness": 1, "kl": KLPenalty(0.1)},
-        "redrawn": {"resample_groups": 2, "importance_weights": ImportanceWeights("sequence", "mask", 0.5, 2.0)},
+        "resampled": {"resample_groups": 2, "importance_weights": ImportanceWeights("sequence", "mask", 0.5, 2.0)},
     }
     return found[name]
 
 
-NAMES = ["critic", "shared", "lora", "adaptive", "whitened", "centred", "refresh", "stale", "redrawn"]
+NAMES = ["critic", "shared", "lora", "adaptive", "whitened", "centered", "refresh", "stale", "resampled"]
 
 
 def few_vowels(completions: list[str]) -> list[float]:
@@ -220,14 +220,14 @@ def test_values_are_those_of_the_state_before_a_token(base: str) -> None:
         module.configure_model()
         torch.nn.init.normal_(critic.head.weight)
         ids = torch.tensor([[5, 6, 7, 8, 9], [5, 6, 7, 3, 0], [4, 4, 2, 1, 0]])
-        mask = torch.tensor([[0.0, 0, 0, 1, 1], [0, 0, 0, 1, 0], [0, 1, 0, 1, 0]])
-        values = critic_values(module, ids, mask)
+        loss_mask = torch.tensor([[0.0, 0, 0, 1, 1], [0, 0, 0, 1, 0], [0, 1, 0, 1, 0]])
+        values = critic_values(module, ids, loss_mask)
         backbone = module.model.base_model if critic.shared else critic.backbone
         for row in range(3):
             length = int((ids[row] > 0).sum())
             states = backbone(input_ids=ids[row : row + 1, :length])[0]
             plain = torch.nn.functional.pad(critic.head(states[0, :-1])[:, 0], (1, 5 - length))
-            torch.testing.assert_close(values[row], plain * mask[row], rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(values[row], plain * loss_mask[row], rtol=1e-4, atol=1e-5)
 
 
 def test_a_critic_with_another_vocabulary_is_refused(base: str, tokenizer: Any, tmp_path: Path) -> None:
@@ -258,10 +258,10 @@ def test_a_stale_round_is_drawn_with_the_weights_of_the_round_before(base: str, 
     start.configure_model()
     for number in (0, 1):
         start.rounds.group_size = 2
-        drawn = start.rounds.collector.round([_prompt(start, e) for e in rounds[number][::2]], 2, number)
-        assert [e.segments[0].ids for e in drawn] == [e.segments[0].ids for e in rounds[number]]
+        sampled = start.rounds.collector.round([_prompt(start, e) for e in rounds[number][::2]], 2, number)
+        assert [e.training_samples[0].ids for e in sampled] == [e.training_samples[0].ids for e in rounds[number]]
     assert watch.logged[0]["train/logprob_gap"] < 1e-5
-    assert watch.logged[1]["train/logprob_gap"] > 1e-3  # drawn by the start, which round 0 has moved away from
+    assert watch.logged[1]["train/logprob_gap"] > 1e-3  # sampled by the start, which round 0 has moved away from
     _, plain = fit("fresh")
     # Two runs that do other things beside the first step: with two threads they are not equal to the bit.
     torch.testing.assert_close(plain.policy[0], watch.policy[0], rtol=1e-5, atol=1e-5)
@@ -291,16 +291,16 @@ class Toss:
         ]
 
 
-@pytest.mark.parametrize(("limit", "signal", "redrawn"), [(0, 0.5, None), (1, 0.5, 0.5), (3, 0.0, 1.0)])
+@pytest.mark.parametrize(("limit", "signal", "resampled"), [(0, 0.5, None), (1, 0.5, 0.5), (3, 0.0, 1.0)])
 def test_groups_without_signal_are_drawn_again(
-    limit: int, signal: float, redrawn: float | None, base: str, tmp_path: Path
+    limit: int, signal: float, resampled: float | None, base: str, tmp_path: Path
 ) -> None:
     toss = Toss(2)
     module = make("policy", base, rewards=[FunctionReward(toss, name="toss")], resample_groups=limit)
     source = PromptDataModule(prompts(4), prompts_per_round=4, group_size=2)
     watch = watched(module, source, tmp_path)
-    assert watch.logged[0]["train/zero_signal_groups"] == signal
-    assert watch.logged[0].get("train/redrawn_groups") == redrawn
+    assert watch.logged[0]["train/zero_variance_groups"] == signal
+    assert watch.logged[0].get("train/resampled_groups") == resampled
     assert [sorted(groups) for groups in toss.seen] == [[0, 1, 2, 3], [1, 3], [1, 3]][: 1 + min(limit, 2)]
     played = [(episode.group, episode.sample) for episode in watch.episodes[0]]
     assert sorted(played) == [(group, sample) for group in range(4) for sample in range(2)]
@@ -325,9 +325,9 @@ def test_a_named_reference(base: str, tokenizer: Any, tmp_path: Path) -> None:
     module = make("policy", base, kl=KLPenalty(0.1, reference=str(tmp_path / "other")))
     watch = watched(module, data("policy", 4), tmp_path)
     assert abs(watch.logged[0]["train/kl"]) > 0.1
-    ids, mask = torch.tensor([[3, 4, 5]]), torch.tensor([[0.0, 1.0, 1.0]])
+    ids, loss_mask = torch.tensor([[3, 4, 5]]), torch.tensor([[0.0, 1.0, 1.0]])
     plain = other(input_ids=ids).logits.log_softmax(-1)[0, [0, 1], [4, 5]]
-    torch.testing.assert_close(module.reference.logprobs(ids, mask)[0, 1:], plain, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(module.reference.logprobs(ids, loss_mask)[0, 1:], plain, rtol=1e-4, atol=1e-4)
 
 
 def test_an_adaptive_coefficient_follows_the_distance(base: str, tmp_path: Path) -> None:
@@ -382,7 +382,7 @@ def test_a_critic_needs_settings_that_fit_together() -> None:
 def test_critic_and_whitened_advantages_need_no_groups(base: str, tmp_path: Path) -> None:
     for options in ({"critic": Critic(), "advantage": GAE()}, {"advantage": GlobalWhitened()}):
         watch = watched(make("policy", base, **options), data("policy", 4, group_size=1), tmp_path)
-        assert "train/zero_signal_groups" not in watch.logged[0]
+        assert "train/zero_variance_groups" not in watch.logged[0]
         assert torch.isfinite(watch.policy[-1]).all()
 
 
@@ -458,7 +458,7 @@ def test_a_batch_of_the_users_own(base: str, tmp_path: Path) -> None:
     """The keys that the objective needs are enough: no loader of ours, no rounds."""
     batch = {
         "input_ids": torch.tensor([[5, 6, 7, 8]]),
-        "mask": torch.tensor([[0.0, 0.0, 1.0, 1.0]]),
+        "loss_mask": torch.tensor([[0.0, 0.0, 1.0, 1.0]]),
         "old_logprobs": torch.tensor([[0.0, 0.0, -6.0, -6.0]]),
         "advantages": torch.tensor([[0.0, 0.0, 1.0, 1.0]]),
     }

@@ -14,9 +14,9 @@ from rlhf_lightning.objectives.policy.importance import token_ratio
 from rlhf_lightning.objectives.preference.pair_losses import discopop
 from rlhf_lightning.objectives.value import explained_variance, value_loss
 from rlhf_lightning.rollout.advantages import GAE, GlobalWhitened, GroupCentered, LeaveOneOut
-from rlhf_lightning.rollout.credit import assign, critic_quality
-from rlhf_lightning.rollout.episodes import Episode, Segment
+from rlhf_lightning.rollout.credit import compute_token_advantages, critic_quality
 from rlhf_lightning.rollout.kl import KLPenalty
+from rlhf_lightning.types import Episode, TrainingSample
 
 from .test_objectives import LOGP, MASK, OLD, close, t
 
@@ -39,16 +39,16 @@ OBJECTIVES: dict[str, Any] = {
 
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_on_policy_every_objective_has_the_gradient_of_reinforce(name: str, device: torch.device) -> None:
-    logp, old, mask = LOGP.to(device, copy=True).requires_grad_(), LOGP.to(device), MASK.to(device)
+    logp, old, loss_mask = LOGP.to(device, copy=True).requires_grad_(), LOGP.to(device), MASK.to(device)
     for advantage in (2.0, -3.0):
-        OBJECTIVES[name](logp, old, t([advantage]).to(device), mask).sum().backward()
+        OBJECTIVES[name](logp, old, t([advantage]).to(device), loss_mask).sum().backward()
         assert logp.grad is not None
         # The response's ratio moves with all its tokens: at each of 2 tokens the sum has the gradient twice (RLOO), and
         # the mean once.
         factor = 2 if name == "rloo" else 1
         close(logp.grad.cpu(), [-advantage * factor, -advantage * factor, 0.0])
         logp.grad = None
-    assert not OBJECTIVES[name].clipped(old, old, t([2.0]).to(device), mask).any()
+    assert not OBJECTIVES[name].clipped(old, old, t([2.0]).to(device), loss_mask).any()
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
@@ -56,28 +56,28 @@ def test_on_policy_every_objective_has_the_gradient_of_reinforce(name: str, devi
 def test_log_ratios_of_wrong_weights_do_not_overflow(name: str, gap: float) -> None:
     """Cut off at ±20, as verl has it: the losses are finite, and there is no gradient through the ratio."""
     for advantage in (2.0, -3.0):
-        old, mask = t([-gap - 1.0, -gap - 1.0, 0.0]), t([1.0, 1.0, 0.0])
+        old, loss_mask = t([-gap - 1.0, -gap - 1.0, 0.0]), t([1.0, 1.0, 0.0])
         logp = t([-1.0, -1.0, 0.0]).requires_grad_()
-        loss = OBJECTIVES[name](logp, old, t([advantage]), mask)
+        loss = OBJECTIVES[name](logp, old, t([advantage]), loss_mask)
         loss.sum().backward()
         assert loss.isfinite().all()
         assert logp.grad is not None
         assert logp.grad.isfinite().all()
         clamped = torch.tensor(gap).clamp(-20, 20)
-        at_limit = OBJECTIVES[name](logp.detach(), logp.detach() - clamped, t([advantage]), mask)
+        at_limit = OBJECTIVES[name](logp.detach(), logp.detach() - clamped, t([advantage]), loss_mask)
         if name not in ("reinforce", "dro", "cispo"):  # no ratio, none, and none with a gradient
             close(logp.grad, [0.0, 0.0, 0.0])
             torch.testing.assert_close(loss, at_limit)
-        assert OBJECTIVES[name].clamped(logp.detach(), old, mask).tolist() == [[True, True, False]]
-        assert not OBJECTIVES[name].clamped(logp.detach(), logp.detach() - clamped / 2, mask).any()
+        assert OBJECTIVES[name].clamped(logp.detach(), old, loss_mask).tolist() == [[True, True, False]]
+        assert not OBJECTIVES[name].clamped(logp.detach(), logp.detach() - clamped / 2, loss_mask).any()
 
 
 def test_ratios_within_the_limit_are_bit_for_bit_the_exponential() -> None:
     generator = torch.Generator().manual_seed(0)
     gap = torch.empty(1, 1000).uniform_(-20, 20, generator=generator)
-    old, mask = torch.zeros_like(gap), torch.ones_like(gap)
+    old, loss_mask = torch.zeros_like(gap), torch.ones_like(gap)
     leaf, plain = gap.clone().requires_grad_(), gap.clone().requires_grad_()
-    ratio = token_ratio(leaf, old, mask)
+    ratio = token_ratio(leaf, old, loss_mask)
     assert torch.equal(ratio, plain.exp())
     ratio.sum().backward(), plain.exp().sum().backward()
     assert torch.equal(leaf.grad, plain.grad)  # type: ignore[arg-type]
@@ -88,8 +88,8 @@ def test_ratios_within_the_limit_are_bit_for_bit_the_exponential() -> None:
 @pytest.mark.parametrize("gap", [-1e3, 1e3])
 def test_kl_to_a_wrong_reference_does_not_overflow(estimator: str, gap: float) -> None:
     logp = t([-1.0, -1.0]).requires_grad_()
-    mask = t([1.0, 0.0])
-    loss = KLPenalty(1.0, estimator=estimator).loss(logp, t([-1.0 - gap, 0.0]), t([-1.0 - gap, 0.0]), mask)
+    loss_mask = t([1.0, 0.0])
+    loss = KLPenalty(1.0, estimator=estimator).loss(logp, t([-1.0 - gap, 0.0]), t([-1.0 - gap, 0.0]), loss_mask)
     loss.sum().backward()
     assert loss.isfinite().all()
     assert logp.grad is not None
@@ -119,13 +119,13 @@ def test_reinforce() -> None:
 
 def test_dual_clip_bounds_the_loss_of_a_bad_token() -> None:
     logp, old = t([0.0, -1.0]), t([-3.0, -1.0])
-    mask = t([1.0, 1.0])
+    loss_mask = t([1.0, 1.0])
     ratio = math.exp(3)
-    close(policy.ppo(logp, old, t([-2.0]), mask), [2 * ratio, 2.0])
-    close(policy.ppo(logp, old, t([-2.0]), mask, dual_clip=3.0), [6.0, 2.0])
-    close(policy.ppo(logp, old, t([2.0]), mask, dual_clip=3.0), [-2.4, -2.0])
+    close(policy.ppo(logp, old, t([-2.0]), loss_mask), [2 * ratio, 2.0])
+    close(policy.ppo(logp, old, t([-2.0]), loss_mask, dual_clip=3.0), [6.0, 2.0])
+    close(policy.ppo(logp, old, t([2.0]), loss_mask, dual_clip=3.0), [-2.4, -2.0])
     leaf = logp.clone().requires_grad_()
-    policy.ppo(leaf, old, t([-2.0]), mask, dual_clip=3.0).sum().backward()
+    policy.ppo(leaf, old, t([-2.0]), loss_mask, dual_clip=3.0).sum().backward()
     close(leaf.grad, [0.0, 2.0])
 
 
@@ -148,20 +148,20 @@ def test_clipped_tokens_are_counted_on_the_side_that_is_cut() -> None:
 
 
 def test_the_dual_clip_counts_as_a_clip() -> None:
-    logp, old, mask = t([0.0, -1.0]), t([-2.0, -1.0]), t([1.0, 1.0])
-    close(policy.PPO(dual_clip=3.0).clipped(logp, old, t([-1.0]), mask), [1.0, 0.0])
-    close(policy.PPO().clipped(logp, old, t([-1.0]), mask), [0.0, 0.0])
+    logp, old, loss_mask = t([0.0, -1.0]), t([-2.0, -1.0]), t([1.0, 1.0])
+    close(policy.PPO(dual_clip=3.0).clipped(logp, old, t([-1.0]), loss_mask), [1.0, 0.0])
+    close(policy.PPO().clipped(logp, old, t([-1.0]), loss_mask), [0.0, 0.0])
 
 
 def test_importance_weights() -> None:
-    sampler, mask = t([-3.0, -1.6, -900.0]), MASK
+    sampler, loss_mask = t([-3.0, -1.6, -900.0]), MASK
     ratios = [math.exp(1.8), math.exp(0.1), math.exp(1.9)]
-    close(policy.importance_weights(OLD, sampler, mask), [2.0, ratios[1], 0.0])
-    close(policy.importance_weights(OLD, sampler, mask, mode="mask"), [0.0, ratios[1], 0.0])
-    close(policy.importance_weights(OLD, sampler, mask, level="sequence"), [2.0, 2.0, 0.0])
-    close(policy.importance_weights(OLD, sampler, mask, level="sequence", high=9.0), [ratios[2], ratios[2], 0.0])
-    close(policy.importance_weights(OLD, sampler, mask, low=1.5, high=9.0), [ratios[0], 1.5, 0.0])
-    assert not policy.ImportanceWeights()(OLD.clone().requires_grad_(), sampler, mask).requires_grad
+    close(policy.importance_weights(OLD, sampler, loss_mask), [2.0, ratios[1], 0.0])
+    close(policy.importance_weights(OLD, sampler, loss_mask, mode="mask"), [0.0, ratios[1], 0.0])
+    close(policy.importance_weights(OLD, sampler, loss_mask, level="sequence"), [2.0, 2.0, 0.0])
+    close(policy.importance_weights(OLD, sampler, loss_mask, level="sequence", high=9.0), [ratios[2], ratios[2], 0.0])
+    close(policy.importance_weights(OLD, sampler, loss_mask, low=1.5, high=9.0), [ratios[0], 1.5, 0.0])
+    assert not policy.ImportanceWeights()(OLD.clone().requires_grad_(), sampler, loss_mask).requires_grad
 
 
 @pytest.mark.parametrize(
@@ -242,31 +242,31 @@ def test_explained_variance() -> None:
 
 def episode(group: int, reward: float, *rows: tuple[list[int], list[float], list[float], list[float]]) -> Episode:
     """An episode whose rows are (mask, sampler's log-probabilities, reference's, values)."""
-    segments = [Segment([0] * len(m), m, p, reference_logprobs=r, values=v) for m, p, r, v in rows]
-    found = Episode([], {}, group, segments=segments, stop_reason="stop")
+    training_samples = [TrainingSample([0] * len(m), m, p, reference_logprobs=r, values=v) for m, p, r, v in rows]
+    found = Episode([], {}, group, training_samples=training_samples, stop_reason="stop")
     found.reward = reward
     return found
 
 
 def advantages(episodes: list[Episode]) -> list[list[float]]:
-    return [[round(x, 9) for x in row.advantages] for one in episodes for row in one.segments]
+    return [[round(x, 9) for x in row.advantages] for one in episodes for row in one.training_samples]
 
 
 def test_a_group_baseline_reaches_every_drawn_token() -> None:
     row = ([0, 1, 0, 1], [0.0, -1.0, 0.0, -2.0], [0.0, -1.5, 0.0, -1.0], [])
     episodes = [episode(0, 1.0, row), episode(0, 0.0, row), episode(1, 5.0, row), episode(1, 5.0, row)]
-    assign(episodes, GroupCentered(), None)
+    compute_token_advantages(episodes, GroupCentered(), None)
     assert advantages(episodes) == [[0, 0.5, 0, 0.5], [0, -0.5, 0, -0.5], [0.0] * 4, [0.0] * 4]
     for one in episodes:
         one.advantage = None
-    assign(episodes, LeaveOneOut(), None)
+    compute_token_advantages(episodes, LeaveOneOut(), None)
     assert advantages(episodes)[:2] == [[0, 1.0, 0, 1.0], [0, -1.0, 0, -1.0]]
 
 
 @pytest.mark.parametrize(
-    ("discount", "centred", "first", "second"),
+    ("discount", "centered", "first", "second"),
     [
-        # k1 is 0.5 and -1: rewards of -0.1 and +0.2 at the two drawn tokens.
+        # k1 is 0.5 and -1: rewards of -0.1 and +0.2 at the two sampled tokens.
         (0.0, False, -0.1, 0.2),
         (1.0, False, 0.1, 0.2),
         (0.5, False, 0.0, 0.2),
@@ -274,10 +274,10 @@ def test_a_group_baseline_reaches_every_drawn_token() -> None:
         (1.0, True, -0.05, 0.05),
     ],
 )
-def test_kl_penalty_in_the_reward(discount: float, centred: bool, first: float, second: float) -> None:
+def test_kl_penalty_in_the_reward(discount: float, centered: bool, first: float, second: float) -> None:
     row = ([0, 1, 0, 1], [0.0, -1.0, 0.0, -2.0], [0.0, -1.5, 0.0, -1.0], [])
     episodes = [episode(0, 3.0, row), episode(0, 3.0, row)]
-    assign(episodes, GroupCentered(), KLPenalty(0.2, "reward", discount=discount, centred=centred))
+    compute_token_advantages(episodes, GroupCentered(), KLPenalty(0.2, "reward", discount=discount, centered=centered))
     assert advantages(episodes) == [[0.0, first, 0.0, second]] * 2
 
 
@@ -285,24 +285,24 @@ def test_a_centred_penalty_pays_for_no_further_token() -> None:
     """Two responses as far from the reference at every token, one twice as long: no token is to gain by its place."""
     short, long = ([0, 1], [0.0, -1.0], [0.0, -2.0], []), ([0, 1, 1], [0.0, -1.0, -1.0], [0.0, -2.0, -2.0], [])
     episodes = [episode(0, 0.0, short), episode(0, 0.0, long)]
-    assign(episodes, GroupCentered(), KLPenalty(1.0, "reward", discount=1.0))
+    compute_token_advantages(episodes, GroupCentered(), KLPenalty(1.0, "reward", discount=1.0))
     # Future sums are -1; -2, -1: their mean is -4/3.
     assert advantages(episodes) == [[0.0, round(1 / 3, 9)], [0.0, round(-2 / 3, 9), round(1 / 3, 9)]]
 
 
 def test_a_response_that_is_one_action_has_one_advantage() -> None:
-    # k1 is 0.5 and -1: -0.1 and +0.2 at the two drawn tokens, 0.1 in all.
+    # k1 is 0.5 and -1: -0.1 and +0.2 at the two sampled tokens, 0.1 in all.
     row = ([0, 1, 0, 1], [0.0, -1.0, 0.0, -2.0], [0.0, -1.5, 0.0, -1.0], [])
     episodes = [episode(0, 4.0, row), episode(0, 2.0, row)]
-    assign(episodes, LeaveOneOut(), KLPenalty(0.2, "reward", centred=False), whole_response=True)
+    compute_token_advantages(episodes, LeaveOneOut(), KLPenalty(0.2, "reward", centered=False), sequence_level=True)
     assert advantages(episodes) == [[0.0, 2.1, 0.0, 2.1], [0.0, -1.9, 0.0, -1.9]]
 
 
 def test_the_penalty_is_that_of_the_trainers_own_numbers() -> None:
     row = ([0, 1], [0.0, -1.0], [0.0, -1.0], [])
     episodes = [episode(0, 1.0, row), episode(0, 1.0, row)]
-    episodes[0].segments[0].old_logprobs = [0.0, -0.5]
-    assign(episodes, GroupCentered(), KLPenalty(0.2, "reward", centred=False))
+    episodes[0].training_samples[0].old_logprobs = [0.0, -0.5]
+    compute_token_advantages(episodes, GroupCentered(), KLPenalty(0.2, "reward", centered=False))
     assert advantages(episodes) == [[0.0, -0.1], [0.0, 0.0]]
 
 
@@ -310,9 +310,9 @@ def test_gae_gives_the_reward_to_the_last_drawn_token_of_all_rows() -> None:
     worked = ([0, 1, 1, 0], [0.0] * 4, [0.0] * 4, [0.0, 0.5, 0.5, 0.0])
     rest = ([0, 1, 0], [0.0] * 3, [0.0] * 3, [0.0, 0.5, 0.0])
     episodes = [episode(0, 1.0, worked, rest)]
-    assign(episodes, GAE(1.0, 0.95, whiten=False), None)
+    compute_token_advantages(episodes, GAE(1.0, 0.95, whiten=False), None)
     assert advantages(episodes) == [[0.0, 0.45125, 0.475, 0.0], [0.0, 0.5, 0.0]]
-    rows = episodes[0].segments
+    rows = episodes[0].training_samples
     assert [round(x, 9) for row in rows for x in row.returns] == [0.0, 0.95125, 0.975, 0.0, 0.0, 1.0, 0.0]
     assert critic_quality(rows) == pytest.approx(0.0, abs=1e-9)
 
@@ -321,27 +321,27 @@ def test_gae_with_a_penalty_and_whitening() -> None:
     row = ([0, 1, 1], [0.0, -1.0, -1.0], [0.0, -1.5, -1.0], [0.0, 0.25, 0.5])
     episodes = [episode(0, 1.0, row)]
     # Rewards -0.5 and 1, values 0.25 and 0.5: deltas -0.25 and 0.5.
-    assign(episodes, GAE(1.0, 1.0, whiten=False), KLPenalty(1.0, "reward"))
+    compute_token_advantages(episodes, GAE(1.0, 1.0, whiten=False), KLPenalty(1.0, "reward"))
     assert advantages(episodes) == [[0.0, 0.25, 0.5]]
     episodes[0].advantage = None
-    assign(episodes, GAE(1.0, 1.0), KLPenalty(1.0, "reward"))
+    compute_token_advantages(episodes, GAE(1.0, 1.0), KLPenalty(1.0, "reward"))
     assert advantages(episodes)[0] == pytest.approx([0.0, -1.0, 1.0], abs=1e-5)
-    assert episodes[0].segments[0].returns == pytest.approx([0.0, 0.5, 1.0])
+    assert episodes[0].training_samples[0].returns == pytest.approx([0.0, 0.5, 1.0])
 
 
 def test_global_whitening() -> None:
     row = ([0, 1], [0.0, -1.0], [0.0, -1.0], [])
     episodes = [episode(0, 1.0, row), episode(0, 3.0, row), episode(1, 5.0, row), episode(1, 7.0, row)]
-    assign(episodes, GlobalWhitened(), None)
+    compute_token_advantages(episodes, GlobalWhitened(), None)
     scale = 5**-0.5
     assert [row[1] for row in advantages(episodes)] == pytest.approx([-3 * scale, -scale, scale, 3 * scale], abs=1e-6)
     for one in episodes:
         one.advantage = None
-    assign(episodes, GlobalWhitened("group"), None)
+    compute_token_advantages(episodes, GlobalWhitened("group"), None)
     assert [row[1] for row in advantages(episodes)] == pytest.approx([-1, 1, -1, 1], abs=1e-6)
 
 
 def test_a_rank_without_episodes() -> None:
     for advantage in (GroupCentered(), GAE(), GlobalWhitened()):
-        assign([], advantage, KLPenalty(0.1, "reward"))
+        compute_token_advantages([], advantage, KLPenalty(0.1, "reward"))
     assert critic_quality([]) == 0.0

@@ -17,16 +17,16 @@ from rlhf_lightning import (
     SFTDataModule,
     SFTModule,
 )
-from rlhf_lightning.callbacks.checkpoints import RunCheckpoints
 from rlhf_lightning.callbacks.export import ExportModel
-from rlhf_lightning.callbacks.invariants import FirstStepInvariants
+from rlhf_lightning.checkpointing.callbacks import RunCheckpoints
+from rlhf_lightning.diagnostics.invariants import FirstStepInvariants
 from rlhf_lightning.models.critic import Critic
 from rlhf_lightning.models.loading import load_for_scoring
 from rlhf_lightning.models.lora import LoRA
+from rlhf_lightning.rewards import FunctionReward, ModelReward
 from rlhf_lightning.rollout.advantages import GAE
 from rlhf_lightning.rollout.kl import KLPenalty
-from rlhf_lightning.rollout.rewards import FunctionReward, ModelReward
-from rlhf_lightning.rollout.sampler import Sampler
+from rlhf_lightning.sampling.sampler import Sampler
 from tests.conftest import chats, pairs, prompts, trainer
 
 KINDS = ("sft", "preference", "policy")
@@ -123,9 +123,9 @@ def test_the_policy_starts_as_its_reference(
     torch.manual_seed(0)
     trainer(tmp_path, precision=precision, accelerator=device.type, max_steps=1).fit(module, data)
     batch = seen.batches[0]
-    distance = ((batch["old_logprobs"] - batch["reference_logprobs"]) * batch["mask"]).abs()
-    assert float(batch["mask"].sum()) > 0
-    assert float(distance.sum() / batch["mask"].sum()) < 0.02
+    distance = ((batch["old_logprobs"] - batch["reference_logprobs"]) * batch["loss_mask"]).abs()
+    assert float(batch["loss_mask"].sum()) > 0
+    assert float(distance.sum() / batch["loss_mask"].sum()) < 0.02
 
 
 def test_a_saved_model_computes_what_was_trained_at_any_position(base: str, tmp_path: Path) -> None:

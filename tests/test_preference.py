@@ -27,16 +27,16 @@ def implicit() -> ImplicitReward:
 
 
 def mean_logprob() -> SequenceLogprob:
-    return SequenceLogprob(length_normalised=True)
+    return SequenceLogprob(length_normalized=True)
 
 
 EVERY_LOSS: dict[str, tuple[Any, Any]] = {
     "bradley_terry": (RewardHead, preference.BradleyTerry),
-    "centred": (RewardHead, lambda: preference.BradleyTerry(0.1, 0.05)),
+    "centered": (RewardHead, lambda: preference.BradleyTerry(0.1, 0.05)),
     "last_k": (lambda: RewardHead(last_k=3), preference.BradleyTerry),
     "dpo": (implicit, preference.BradleyTerry),
-    "length_desensitised": (lambda: ImplicitReward(BETA, tail_weight=0.4), preference.BradleyTerry),
-    "length_normalised": (lambda: ImplicitReward(2.0, length_normalised=True), preference.BradleyTerry),
+    "length_desensitized": (lambda: ImplicitReward(BETA, tail_weight=0.4), preference.BradleyTerry),
+    "length_normalized": (lambda: ImplicitReward(2.0, length_normalized=True), preference.BradleyTerry),
     "robust": (implicit, preference.Robust),
     "hinge": (implicit, preference.Hinge),
     "ipo": (implicit, preference.IPO),
@@ -67,7 +67,7 @@ EVERY_LOSS: dict[str, tuple[Any, Any]] = {
 }
 COUPLED = {"aot", "aot_unpaired", "bco", "coupled_sum", "kto", "bco_unpaired"}
 # One of each way that rows are scored, gathered and weighed; the others differ from these in the formula only.
-SAMPLE = COUPLED | {"bradley_terry", "dpo", "davidson", "sum_with_sft", "plackett_luce", "length_normalised", "orpo"}
+SAMPLE = COUPLED | {"bradley_terry", "dpo", "davidson", "sum_with_sft", "plackett_luce", "length_normalized", "orpo"}
 
 
 def sampled(names: Collection[str], slow: Collection[str] = ()) -> list[Any]:
@@ -76,7 +76,7 @@ def sampled(names: Collection[str], slow: Collection[str] = ()) -> list[Any]:
     return [name if name in quick else pytest.param(name, marks=pytest.mark.slow) for name in sorted(names)]
 
 
-def labelled(count: int) -> list[dict[str, Any]]:
+def labeled(count: int) -> list[dict[str, Any]]:
     """Responses with a label, unlike in length."""
     return [
         {"prompt": f"Count {i}", "response": " ".join(WORDS[: 1 + (3 * i) % 7]), "label": int(i % 3 > 0)}
@@ -102,7 +102,7 @@ def rows_of(loss: PreferenceLoss, count: int) -> list[dict[str, Any]]:
         if "ties" in loss.keywords():
             found = [{**row, "tie": i % 4 == 0} for i, row in enumerate(found)]
         return found
-    return labelled(count) if loss.kind == "labels" else rankings(count)
+    return labeled(count) if loss.kind == "labels" else rankings(count)
 
 
 def fit(name: str, base: str, root: Path, batch: int, size: int = 13, **options: Any) -> tuple[Any, Any]:
@@ -200,8 +200,8 @@ def test_an_interrupted_run_equals_a_whole_one_bit_for_bit(name: str, base: str,
         (RewardHead(), preference.IPO(), "needs 'beta'"),
         (SequenceLogprob(), preference.NCA(), "use ImplicitReward"),
         (RewardHead(), preference.KTO(), "use ImplicitReward"),
-        (SequenceLogprob(), preference.ORPO(), "length_normalised: true and beta: 1"),
-        (SequenceLogprob(True, 2.0), preference.ORPO(), "length_normalised: true and beta: 1"),
+        (SequenceLogprob(), preference.ORPO(), "length_normalized: true and beta: 1"),
+        (SequenceLogprob(True, 2.0), preference.ORPO(), "length_normalized: true and beta: 1"),
         (ImplicitReward(tail_weight=0.5), preference.PlackettLuce(), "scorer.tail_weight"),
         (RewardHead(), preference.WeightedSum([preference.BradleyTerry(), preference.SFT()]), "'chosen_logps'"),
     ],
@@ -285,7 +285,7 @@ def answer(text: str) -> list[dict[str, str]]:
 )
 def test_rows_that_do_not_fit(kind: str, row: dict[str, Any], message: str, tokenizer: Any, tmp_path: Path) -> None:
     """An error with file and line, or counted skips, by choice."""
-    good = {"pairs": pairs, "labels": labelled, "rankings": rankings}[kind](2)
+    good = {"pairs": pairs, "labels": labeled, "rankings": rankings}[kind](2)
     file = write_rows(tmp_path / "rows.jsonl", [*good, row])
     options: dict[str, Any] = {"kind": kind, "tokenizer": tokenizer, "max_length": 128, "show_example": False}
     data = PreferenceDataModule(file, **options)
@@ -328,7 +328,7 @@ def test_a_tie_needs_a_loss_that_knows_ties(base: str, tmp_path: Path) -> None:
 
 
 def test_all_rows_with_one_prompt_have_no_mismatched_responses(base: str, tmp_path: Path) -> None:
-    rows = [{**row, "prompt": "the same"} for row in labelled(4)]
+    rows = [{**row, "prompt": "the same"} for row in labeled(4)]
     module = PreferenceModule(base, implicit(), preference.KTO())
     with pytest.raises(DataError, match="all rows have the same prompt"):
         trainer(tmp_path).fit(module, PreferenceDataModule(rows, show_example=False))
@@ -359,7 +359,7 @@ def test_a_mismatched_response_is_that_of_another_prompt(base: str, tmp_path: Pa
 @pytest.mark.parametrize(("weight", "warns"), [(1.0, True), (0.5, False)])
 def test_labels_out_of_balance_are_noticed(weight: float, warns: bool, base: str, tmp_path: Path, caplog: Any) -> None:
     caplog.set_level("WARNING", "rlhf_lightning")
-    rows = labelled(9)  # 6 desirable, 3 undesirable
+    rows = labeled(9)  # 6 desirable, 3 undesirable
     module = PreferenceModule(base, implicit(), preference.KTO(desirable_weight=weight), optimizer=sgd(0.0))
     trainer(tmp_path).fit(module, PreferenceDataModule(rows, batch_size=9, show_example=False))
     assert ("6 desirable and 3 undesirable rows weigh 2.00 to 1" in caplog.text) == warns
@@ -432,7 +432,7 @@ def test_stored_references_are_the_references(lora: LoRA | None, base: str, tmp_
     assert "train: log-probabilities of the reference are stored in" in caplog.text
     for row in again.datamodule.prepared["train"].rows:  # computed together, and kept as float32
         for side, values in zip(row.sides, row.reference, strict=True):
-            alone = pad_tokens([side.ids], [side.mask], pad_id=0)
+            alone = pad_tokens([side.ids], [side.loss_mask], pad_id=0)
             wanted = plain.scorer.reference_logprobs(alone)[0]
             torch.testing.assert_close(torch.tensor(values).double(), wanted, rtol=1e-6, atol=1e-6)
     for key, value in weights(plain).items():
@@ -510,7 +510,7 @@ def test_metrics_of_uneven_batches_are_those_of_all_rows(base: str, tmp_path: Pa
     assert sum(bin["pairs"] for bin in curve) == 11
 
 
-def test_ties_of_scores_are_wrong_and_labelled_ties_are_left_out() -> None:
+def test_ties_of_scores_are_wrong_and_labeled_ties_are_left_out() -> None:
     from rlhf_lightning.modules.preference_metrics import pair_report
 
     rows = {
@@ -547,8 +547,8 @@ def test_a_loss_of_the_users_own_is_handed_what_it_names(base: str, tmp_path: Pa
             return trust * preference.bradley_terry(chosen, rejected)
 
     seen: list[Any] = []
-    ids, mask = torch.arange(3, 27).view(4, 6), torch.tensor([[0, 0, 0, 1, 1, 1]] * 4)
-    batch = {"input_ids": ids, "mask": mask.float(), "lengths": torch.full((4,), 6), "weights": torch.ones(2)}
+    ids, loss_mask = torch.arange(3, 27).view(4, 6), torch.tensor([[0, 0, 0, 1, 1, 1]] * 4)
+    batch = {"input_ids": ids, "loss_mask": loss_mask.float(), "lengths": torch.full((4,), 6), "weights": torch.ones(2)}
     module = PreferenceModule(base, loss=Weighted(), optimizer=sgd(0.1))
     batches = [{**batch, "trust": torch.tensor([0.5, 1.0])}]
     trainer(tmp_path).fit(module, torch.utils.data.DataLoader(batches, batch_size=None))

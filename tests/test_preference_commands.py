@@ -11,15 +11,15 @@ import torch
 
 from rlhf_lightning import PreferenceDataModule, PreferenceModule
 from rlhf_lightning.callbacks.export import ExportModel
-from rlhf_lightning.callbacks.preference_watch import PreferenceWatch
 from rlhf_lightning.cli import main as entry
+from rlhf_lightning.diagnostics.preference import PreferenceWatch
 from rlhf_lightning.models.scorers import ImplicitReward, RewardHead
 from rlhf_lightning.objectives.intervals import best_of_kl, mean_interval, wilson, win_rate
 from rlhf_lightning.objectives.preference import BradleyTerry
 from rlhf_lightning.pipeline.run import run_pipeline
 from tests.conftest import chats, pairs, prompts, sgd, trainer, write_rows
 from tests.test_cli import mistake, stage_config, write_yaml
-from tests.test_preference import labelled, rankings
+from tests.test_preference import labeled, rankings
 
 
 def vowels(completions: list[str]) -> list[float]:
@@ -69,7 +69,7 @@ def test_score_takes_every_kind_of_row(judge: str, tmp_path: Path, capsys: pytes
     found = scored(rankings(3))
     assert [len(row["response_scores"]) for row in found] == [2, 3, 4]
     assert found[0]["scores"] == rankings(3)[0]["scores"]  # the data's own
-    assert len(scored(labelled(3))) == 3
+    assert len(scored(labeled(3))) == 3
 
 
 def test_score_says_which_row_is_wrong(judge: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -126,8 +126,8 @@ def test_plackett_luce_worked_by_hand() -> None:
     wanted = -math.log(e[1] / sum(e)) - math.log(e[0] / (e[0] + e[2]))
     torch.testing.assert_close(preference.plackett_luce(scores, ranks, torch.ones(1, 3)), t(wanted))
     padded = torch.cat([scores, torch.full((1, 2), 77.0)], 1).requires_grad_()
-    mask = torch.tensor([[1.0, 1.0, 1.0, 0.0, 0.0]])
-    loss = preference.plackett_luce(padded, torch.tensor([[1, 0, 2, 0, 0]]), mask)
+    loss_mask = torch.tensor([[1.0, 1.0, 1.0, 0.0, 0.0]])
+    loss = preference.plackett_luce(padded, torch.tensor([[1, 0, 2, 0, 0]]), loss_mask)
     torch.testing.assert_close(loss.detach(), t(wanted))
     loss.sum().backward()
     assert padded.grad is not None

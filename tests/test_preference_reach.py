@@ -51,10 +51,10 @@ def test_real_pairs_are_over_fitted_and_scored_alike(shared: Path, tmp_path: Pat
     batch = data.collate(examples, [1.0] * len(examples))
     with torch.no_grad():
         together = torch.stack(module.scorer(batch).chunk(2), -1).flatten()  # both sides of a pair share its prompt
-    alone = torch.cat([module.score_tokens([side.ids], [side.mask]) for side in sides])
+    alone = torch.cat([module.score_tokens([side.ids], [side.loss_mask]) for side in sides])
     torch.testing.assert_close(alone, together, rtol=1e-5, atol=1e-5)
     judge = RewardModel(str(tmp_path / "rm" / "model"))
-    found = judge.score_tokens([side.ids for side in sides], [side.mask for side in sides])
+    found = judge.score_tokens([side.ids for side in sides], [side.loss_mask for side in sides])
     torch.testing.assert_close(found, together, rtol=1e-5, atol=1e-5)
     stock = AutoPeftModelForSequenceClassification.from_pretrained(tmp_path / "rm" / "model")
     for model in (stock.eval(), stock.merge_and_unload().eval()):
@@ -110,7 +110,7 @@ def test_the_simpler_mint_recipe(base: str, tmp_path: Path) -> None:
     assert (chosen > rejected).all()
     samples = [json.loads(line) for line in (tmp_path / "run" / "rl" / "samples.jsonl").read_text().splitlines()]
     assert len(samples) == 2 * 8 * 2
-    assert all("reward_model" in sample["parts"] for sample in samples)
+    assert all("reward_model" in sample["terms"] for sample in samples)
 
 
 @pytest.mark.slow

@@ -15,7 +15,7 @@ from rlhf_lightning.errors import ConfigError
 from rlhf_lightning.models.lora import LoRA
 from rlhf_lightning.models.reward_model import RewardModel
 from rlhf_lightning.models.scorers import ImplicitReward, RewardHead, SequenceLogprob
-from rlhf_lightning.rollout.rewards import ModelReward
+from rlhf_lightning.rewards import ModelReward
 from tests.conftest import build_model, pairs, sgd, trainer, write_rows
 
 ROWS = pairs(7)
@@ -91,9 +91,9 @@ SCORERS = {
     "head": lambda: RewardHead(),
     "last_k": lambda: RewardHead(last_k=3),
     "logprob": lambda: SequenceLogprob(),
-    "mean": lambda: SequenceLogprob(length_normalised=True, beta=2.0),
+    "mean": lambda: SequenceLogprob(length_normalized=True, beta=2.0),
     "implicit": lambda: ImplicitReward(0.5),
-    "implicit_mean": lambda: ImplicitReward(5.0, length_normalised=True),
+    "implicit_mean": lambda: ImplicitReward(5.0, length_normalized=True),
 }
 
 
@@ -238,7 +238,7 @@ def test_the_way_rows_were_rendered_is_saved(options: dict[str, Any], base: str,
     data = PreferenceDataModule(ROWS, batch_size=4, show_example=False, **options)
     trainer(tmp_path / "run", callbacks=[ExportModel()]).fit(module, data)
     pairs = data.prepared["train"].rows
-    wanted = module.score_tokens([p.chosen.ids for p in pairs], [p.chosen.mask for p in pairs])
+    wanted = module.score_tokens([p.chosen.ids for p in pairs], [p.chosen.loss_mask for p in pairs])
     close(module.score(*TEXTS), wanted)
     judge = RewardModel(str(tmp_path / "run" / "model"))
     close(judge.score(*TEXTS), wanted)

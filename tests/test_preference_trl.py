@@ -53,20 +53,20 @@ def outputs(logprobs: torch.Tensor) -> Any:
 
 def responses(rows: int, equal: bool) -> torch.Tensor:
     """Masks of responses of unlike length after prompts of unlike length, `[rows, 12]`."""
-    mask = torch.zeros(rows, 12)
+    loss_mask = torch.zeros(rows, 12)
     for i in range(rows):
         start = 1 + i % 3
-        mask[i, start : start + (5 if equal else 2 + (3 * i) % 7)] = 1
-    return mask
+        loss_mask[i, start : start + (5 if equal else 2 + (3 * i) % 7)] = 1
+    return loss_mask
 
 
-def ours(loss: Any, scorer: ImplicitReward, mask: torch.Tensor, logprobs: torch.Tensor, ref: torch.Tensor) -> Any:
+def ours(loss: Any, scorer: ImplicitReward, loss_mask: torch.Tensor, logprobs: torch.Tensor, ref: torch.Tensor) -> Any:
     """Our loss of per-token log-probabilities, by the path that the module takes."""
     from rlhf_lightning.models.scorers import Scored
     from rlhf_lightning.modules.preference_rows import name_rows
 
-    shared = torch.stack(mask.sum(-1).chunk(2)).amin(0)
-    batch = {"mask": mask, "shared_lengths": torch.cat([shared, shared])}
+    shared = torch.stack(loss_mask.sum(-1).chunk(2)).amin(0)
+    batch = {"loss_mask": loss_mask, "shared_lengths": torch.cat([shared, shared])}
     scores = scorer.number(logprobs - ref, batch)
     named = name_rows("pairs", Scored(scores, logprobs, ref, scorer.number(ref, batch)), batch)
     known = {**named, "beta": scorer.beta}
@@ -77,41 +77,41 @@ def ours(loss: Any, scorer: ImplicitReward, mask: torch.Tensor, logprobs: torch.
 def test_functions_equal_trl_in_value_and_gradient(name: str) -> None:
     loss, options = LOSSES[name]
     scorer = ImplicitReward(BETA, **options)
-    mask = responses(10, equal=name == "sft").double()
+    loss_mask = responses(10, equal=name == "sft").double()
     generator = torch.Generator().manual_seed(3)
-    draw = lambda: -2 * torch.rand(mask.shape, generator=generator).double() * mask  # noqa: E731
+    draw = lambda: -2 * torch.rand(loss_mask.shape, generator=generator).double() * loss_mask  # noqa: E731
     first, ref = draw(), draw()
-    kind = "sigmoid" if name == "length_desensitised" else name
-    fake = fake_trainer("dpo", kind, scorer.tail_weight if name == "length_desensitised" else None)
+    kind = "sigmoid" if name == "length_desensitized" else name
+    fake = fake_trainer("dpo", kind, scorer.tail_weight if name == "length_desensitized" else None)
     weighted = ref
-    if name == "length_desensitised":
-        lengths = torch.stack(mask.sum(-1).chunk(2)).amin(0).repeat(2)[:, None]
-        weighted = torch.where(mask.cumsum(-1) > lengths, 0.4 * ref, ref)
+    if name == "length_desensitized":
+        lengths = torch.stack(loss_mask.sum(-1).chunk(2)).amin(0).repeat(2)[:, None]
+        weighted = torch.where(loss_mask.cumsum(-1) > lengths, 0.4 * ref, ref)
     theirs = first[:, 1:].clone().requires_grad_()
     inputs = {
-        "input_ids": torch.zeros(mask.shape, dtype=torch.long),
-        "attention_mask": torch.ones(mask.shape),
-        "completion_mask": mask,
+        "input_ids": torch.zeros(loss_mask.shape, dtype=torch.long),
+        "attention_mask": torch.ones(loss_mask.shape),
+        "completion_mask": loss_mask,
         "ref_chosen_logps": weighted.sum(-1)[:5],
         "ref_rejected_logps": weighted.sum(-1)[5:],
     }
     value = trl.DPOTrainer._compute_loss(fake, lambda **_: outputs(theirs), inputs, False)
     value.backward()
     own = first.clone().requires_grad_()
-    found = ours(loss, scorer, mask, own, ref).mean()
+    found = ours(loss, scorer, loss_mask, own, ref).mean()
     found.backward()
     torch.testing.assert_close(found, value.double(), rtol=1e-6, atol=1e-12)
     assert own.grad is not None
     assert theirs.grad is not None
-    inside = mask[:, 1:]  # a scorer gives 0 outside, and nothing flows there
+    inside = loss_mask[:, 1:]  # a scorer gives 0 outside, and nothing flows there
     torch.testing.assert_close(own.grad[:, 1:] * inside, theirs.grad * inside, rtol=1e-6, atol=1e-12)
 
 
 @pytest.mark.parametrize("name", ["kto", "apo_zero_unpaired"])
 def test_kto_equals_trl_in_value_and_gradient(name: str) -> None:
-    mask = responses(8, equal=False).double()
+    loss_mask = responses(8, equal=False).double()
     generator = torch.Generator().manual_seed(5)
-    draw = lambda: -2 * torch.rand(mask.shape, generator=generator).double() * mask  # noqa: E731
+    draw = lambda: -2 * torch.rand(loss_mask.shape, generator=generator).double() * loss_mask  # noqa: E731
     first, ref, mismatched, mismatched_ref = draw(), draw(), 0.5 * draw(), draw()
     labels = torch.tensor([1, 0, 1, 1, 0, 0, 0, 1])
     fake = fake_trainer("kto", name)
@@ -120,9 +120,9 @@ def test_kto_equals_trl_in_value_and_gradient(name: str) -> None:
     fake._compute_kl_logps = lambda model, batch: mismatched.sum(-1)
     theirs = first[:, 1:].clone().requires_grad_()
     inputs = {
-        "input_ids": torch.zeros(mask.shape, dtype=torch.long),
-        "attention_mask": torch.ones(mask.shape),
-        "completion_mask": mask,
+        "input_ids": torch.zeros(loss_mask.shape, dtype=torch.long),
+        "attention_mask": torch.ones(loss_mask.shape),
+        "completion_mask": loss_mask,
         "label": labels.bool(),
         "ref_logps": ref.sum(-1),
         "ref_KL_logps": mismatched_ref.sum(-1),
@@ -137,5 +137,5 @@ def test_kto_equals_trl_in_value_and_gradient(name: str) -> None:
     torch.testing.assert_close(found, value.double(), rtol=1e-6, atol=1e-12)
     assert own.grad is not None
     assert theirs.grad is not None
-    inside = mask[:, 1:]  # a scorer gives 0 outside, and nothing flows there
+    inside = loss_mask[:, 1:]  # a scorer gives 0 outside, and nothing flows there
     torch.testing.assert_close(own.grad[:, 1:] * inside, theirs.grad * inside, rtol=1e-6, atol=1e-12)

@@ -28,15 +28,15 @@ from torch.utils.data import DataLoader
 from torchmetrics import MeanMetric
 
 from rlhf_lightning import rank_watch
-from rlhf_lightning.callbacks.checkpoint_io import AtomicCheckpointIO, damage
 from rlhf_lightning.callbacks.memory import MemoryEstimate
+from rlhf_lightning.checkpointing.io import AtomicCheckpointIO, damage
 from rlhf_lightning.cli.stage import StageCLI
 from rlhf_lightning.data.preference import PreferenceDataModule
 from rlhf_lightning.data.sft import SFTDataModule
 from rlhf_lightning.errors import ConfigError
 from rlhf_lightning.modules.base import RLHFModule
 from rlhf_lightning.rank_watch import GRACE
-from rlhf_lightning.rollout.rewards import KeywordReward
+from rlhf_lightning.rewards import KeywordReward
 from tests.conftest import chats, trainer, write_rows
 from tests.runs import Forked, Run, _command, in_ranks
 from tests.test_resume import MODULES, config, result

@@ -11,7 +11,7 @@ from rlhf_lightning.data.preference import PreferenceDataModule
 from rlhf_lightning.data.prompts import Prompt, PromptDataModule
 from rlhf_lightning.data.rendering import Renderer
 from rlhf_lightning.data.sft import SFTDataModule
-from rlhf_lightning.rollout.turns import Running
+from rlhf_lightning.rollout.episode_state import EpisodeState
 from tests.test_data import ready
 from tests.test_rendering import TEMPLATES
 
@@ -53,7 +53,7 @@ def test_text_is_what_the_tokenizer_makes_of_it(tokenizer: Any, frame: str) -> N
     data = ready(SFTDataModule([{"text": text} for text in TEXTS], tokenizer=tokenizer))
     for text, row in zip(TEXTS, data.prepared["train"].rows, strict=True):
         assert row.ids == oracle(tokenizer, text), text
-        assert row.mask == [0] + [1] * (len(row.ids) - 1)
+        assert row.loss_mask == [0] + [1] * (len(row.ids) - 1)
 
 
 @pytest.mark.parametrize("frame", FRAMES)
@@ -70,7 +70,7 @@ def test_raw_rows_of_every_kind_begin_alike(tokenizer: Any, frame: str) -> None:
     rows += ready(SFTDataModule([{"prompt": "one two", "completion": " three"}], **settings)).prepared["train"].rows
     for row, answer in zip(rows, (" three", " four", " three"), strict=True):
         assert row.ids == oracle(tokenizer, f"one two{answer}")
-        assert row.ids[: row.mask.index(1)] == prompt.ids, "a response follows the prompt as the sampler has it"
+        assert row.ids[: row.loss_mask.index(1)] == prompt.ids, "a response follows the prompt as the sampler has it"
 
 
 @pytest.mark.parametrize("frame", ["none", "bos"])
@@ -103,12 +103,12 @@ def test_an_end_in_the_answer_is_not_doubled(tokenizer: Any) -> None:
     said = [{"role": "user", "content": "one"}, {"role": "assistant", "content": "two<|im_end|>"}]
     (row,) = Renderer(tokenizer).conversation(said)
     assert tokenizer.decode(row.ids) == "[user]one[assistant]two<|im_end|>"
-    assert row.mask[-1]
+    assert row.loss_mask[-1]
 
 
 def test_an_environment_begins_with_the_same_token(tokenizer: Any) -> None:
     renderer = Renderer(framed(tokenizer, "bos"), format="raw")
-    running = Running(Prompt([], [], {}), sample=0)
+    running = EpisodeState(Prompt([], [], {}), sample=0)
     running.env = cast(Any, object())
     running.episode.prompt = [{"role": "user", "content": "one two"}]
     assert running.next_prompt(renderer) == (renderer.tokenizer("one two")["input_ids"], False)

@@ -225,7 +225,7 @@ def test_the_same_tokens_are_trained(tokenizer: Any, tmp_path: Path) -> None:
         data = SFTDataModule(source, tokenizer=tokenizer, show_example=False)
         data.setup("fit")
         assert (data.fingerprints() == {}) == (name == "iterable")
-        return [(row.ids, row.mask) for row in data.prepared["train"].rows]
+        return [(row.ids, row.loss_mask) for row in data.prepared["train"].rows]
 
     name = "rows"
     wanted = trained(rows)

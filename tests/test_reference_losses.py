@@ -41,7 +41,7 @@ class Batch:
     token_advantages: Tensor
     advantages: Tensor
     """One number for each row."""
-    mask: Tensor
+    loss_mask: Tensor
     """With gaps, as a tool's tokens leave them, and no row of zeros."""
     padded: Tensor
     """Without gaps."""
@@ -55,11 +55,11 @@ class Batch:
 
     @property
     def length(self) -> int:
-        return self.mask.shape[1]
+        return self.loss_mask.shape[1]
 
     @property
     def there(self) -> Tensor:
-        return self.mask.bool()
+        return self.loss_mask.bool()
 
 
 def batch(seed: int) -> Batch:
@@ -88,7 +88,7 @@ def batch(seed: int) -> Batch:
         reference=logprobs + uniform(-2, 2, *shape),
         token_advantages=uniform(-3, 3, *shape),
         advantages=uniform(-3, 3, shape[0], 1),
-        mask=padded * gaps,
+        loss_mask=padded * gaps,
         padded=padded,
         old_values=uniform(-2, 2, *shape),
         token_rewards=uniform(-3, 3, *shape),
@@ -104,12 +104,12 @@ Comparison = Callable[[Batch], Both]
 
 
 def _mean(b: Batch, per_token: Tensor, mode: str, length: int | None = None) -> Tensor:
-    total, count = aggregate(per_token, b.mask, mode, length)
+    total, count = aggregate(per_token, b.loss_mask, mode, length)
     return total / count
 
 
 def _ours(b: Batch, objective: policy.PolicyObjective, advantages: Tensor, weights: Tensor | None = None) -> Tensor:
-    per_token = objective(b.logprobs, b.old, advantages, b.mask)
+    per_token = objective(b.logprobs, b.old, advantages, b.loss_mask)
     return _mean(b, per_token if weights is None else per_token * weights, objective.aggregation, objective.length)
 
 
@@ -132,7 +132,7 @@ def _verl_ppo(mode: str, length: Callable[[Batch], int | None] = lambda b: None,
     def compare(b: Batch) -> Both:
         ours = policy.PPO(b.low, b.high, dual_clip=1.7, aggregation=mode, length=length(b))
         them = verl_core_algos.compute_policy_loss(
-            *(b.old, b.logprobs, b.token_advantages, b.mask),
+            *(b.old, b.logprobs, b.token_advantages, b.loss_mask),
             cliprange_low=b.low,
             cliprange_high=b.high,
             clip_ratio_c=1.7,
@@ -158,8 +158,8 @@ def _verl_own(name: str, objective: policy.PolicyObjective) -> Comparison:
 
 def _verl_value(b: Batch) -> Both:
     returns = b.token_rewards
-    theirs = verl_core_algos.compute_value_loss(b.values, returns, b.old_values, b.mask, cliprange_value=b.low)[0]
-    return _mean(b, value_loss(b.values, b.old_values, returns, b.mask, clip=b.low), "token_mean"), theirs
+    theirs = verl_core_algos.compute_value_loss(b.values, returns, b.old_values, b.loss_mask, cliprange_value=b.low)[0]
+    return _mean(b, value_loss(b.values, b.old_values, returns, b.loss_mask, clip=b.low), "token_mean"), theirs
 
 
 def _verl_kl(name: str, estimator: Callable[[Tensor, Tensor], Tensor]) -> Comparison:
@@ -175,15 +175,15 @@ def _openrlhf(tokens: bool, kind: str = "ppo", dual_clip: float | None = None) -
         gspo = kind == "gspo"
         ours = policy.GSPO(b.low, b.high) if gspo else policy.PPO(b.low, b.high, dual_clip=dual_clip, aggregation=mode)
         theirs = openrlhf_loss.PolicyLoss(b.low, b.high, dual_clip, tokens, kind)
-        advantages = b.advantages.expand_as(b.mask) if gspo else b.token_advantages
-        return _ours(b, ours, advantages), theirs(b.logprobs, b.old, advantages, b.mask)[0]
+        advantages = b.advantages.expand_as(b.loss_mask) if gspo else b.token_advantages
+        return _ours(b, ours, advantages), theirs(b.logprobs, b.old, advantages, b.loss_mask)[0]
 
     return compare
 
 
 def _openrlhf_correction(kind: str, mode: str) -> Comparison:
     def compare(b: Batch) -> Both:
-        weights = policy.ImportanceWeights("token", mode, 0.5, 1.5)(b.old, b.sampler, b.mask)
+        weights = policy.ImportanceWeights("token", mode, 0.5, 1.5)(b.old, b.sampler, b.loss_mask)
         ours = _ours(b, policy.PPO(b.low, b.high), b.token_advantages, weights)
         theirs = openrlhf_loss.PolicyLoss(
             b.low,
@@ -192,7 +192,7 @@ def _openrlhf_correction(kind: str, mode: str) -> Comparison:
             vllm_is_truncated_threshold=[0.5, 1.5],
             vllm_is_correction_type=kind,
         )
-        return ours, theirs(b.logprobs, b.old, b.token_advantages, b.mask, b.sampler)[0]
+        return ours, theirs(b.logprobs, b.old, b.token_advantages, b.loss_mask, b.sampler)[0]
 
     return compare
 
@@ -200,8 +200,8 @@ def _openrlhf_correction(kind: str, mode: str) -> Comparison:
 def _openrlhf_value(clipped: bool) -> Comparison:
     def compare(b: Batch) -> Both:
         clip = b.low if clipped else None
-        theirs = openrlhf_loss.ValueLoss(clip)(b.values, b.old_values, b.token_rewards, b.mask)
-        return _mean(b, value_loss(b.values, b.old_values, b.token_rewards, b.mask, clip), "token_mean"), theirs
+        theirs = openrlhf_loss.ValueLoss(clip)(b.values, b.old_values, b.token_rewards, b.loss_mask)
+        return _mean(b, value_loss(b.values, b.old_values, b.token_rewards, b.loss_mask, clip), "token_mean"), theirs
 
     return compare
 
@@ -220,7 +220,9 @@ def _algorithm(name: str, objective: Callable[[Batch], policy.PolicyObjective]) 
         ours = _ours(b, made, b.advantages)
         if config.kl:
             penalty = KLPenalty(config.kl.coef, estimator=config.kl.kind.value)
-            ours = ours + _mean(b, penalty.loss(b.logprobs, b.old, b.reference, b.mask), made.aggregation, made.length)
+            ours = ours + _mean(
+                b, penalty.loss(b.logprobs, b.old, b.reference, b.loss_mask), made.aggregation, made.length
+            )
         return ours, _polgrad(b, config, b.advantages)
 
     return compare
@@ -235,7 +237,7 @@ def _surrogate(
     def compare(b: Batch) -> Both:
         made = objective(b)
         config = PolicyLossConfig(ratio, surrogate, clip(b), MODES[made.aggregation][1])
-        advantages = b.advantages if made.whole_response else b.token_advantages
+        advantages = b.advantages if made.sequence_level else b.token_advantages
         return _ours(b, made, advantages), _polgrad(b, config, advantages)
 
     return compare
@@ -246,7 +248,7 @@ def _clipped(objective: Callable[[Batch], policy.PolicyObjective], cap: float | 
 
     def compare(b: Batch) -> Both:
         clip = ClipConfig(b.low, b.high, cap)
-        advantages = b.advantages.expand_as(b.mask)
+        advantages = b.advantages.expand_as(b.loss_mask)
         found = polgrad.policy_loss(
             PolicyLossConfig(ratio, SurrogateKind.PG_CLIP, clip, Aggregation.TOKEN_MEAN),
             logprobs=b.logprobs,
@@ -254,7 +256,7 @@ def _clipped(objective: Callable[[Batch], policy.PolicyObjective], cap: float | 
             advantages=advantages,
             response_mask=b.there,
         )
-        ours = objective(b).clipped(b.logprobs, b.old, advantages, b.mask)
+        ours = objective(b).clipped(b.logprobs, b.old, advantages, b.loss_mask)
         return ours, (found.clipped_low | found.clipped_high).double()
 
     return compare
@@ -262,7 +264,7 @@ def _clipped(objective: Callable[[Batch], policy.PolicyObjective], cap: float | 
 
 def _correction(level: str) -> Comparison:
     def compare(b: Batch) -> Both:
-        weights = policy.ImportanceWeights(level, "truncate", 0.0, 1.5)(b.old, b.sampler, b.mask)
+        weights = policy.ImportanceWeights(level, "truncate", 0.0, 1.5)(b.old, b.sampler, b.loss_mask)
         config = PolicyLossConfig(
             RatioKind.TOKEN,
             SurrogateKind.PG,
@@ -278,7 +280,7 @@ def _correction(level: str) -> Comparison:
 
 def _kl_in_the_loss(estimator: str) -> Comparison:
     def compare(b: Batch) -> Both:
-        ours = KLPenalty(1.0, estimator=estimator).loss(b.logprobs, b.old, b.reference, b.mask)
+        ours = KLPenalty(1.0, estimator=estimator).loss(b.logprobs, b.old, b.reference, b.loss_mask)
         kind = KLEstimator[estimator.upper()]
         theirs = polgrad.kl_loss(b.logprobs, b.reference, kind, Aggregation.SEQ_MEAN_TOKEN_MEAN, response_mask=b.there)
         return _mean(b, ours, "sequence_mean"), theirs
@@ -287,7 +289,7 @@ def _kl_in_the_loss(estimator: str) -> Comparison:
 
 
 def _kl_in_the_reward(b: Batch) -> Both:
-    ours = KLPenalty(0.3, place="reward").penalties(b.old, b.reference, b.mask)
+    ours = KLPenalty(0.3, place="reward").penalties(b.old, b.reference, b.loss_mask)
     nothing = torch.zeros_like(ours)
     return ours, polgrad.kl_in_reward(nothing, b.old, b.reference, KLEstimator.K1, 0.3, response_mask=b.there)
 
@@ -302,12 +304,12 @@ def _whiten(shift_mean: bool) -> Comparison:
     """Ours divides the variance by n, polgrad's by n - 1."""
 
     def compare(b: Batch) -> Both:
-        mask = b.mask.clone()
-        mask[:, 0] = 1.0
-        count, x = mask.sum(), b.token_advantages
-        mean = 0.0 if shift_mean else (x * mask).sum() / count
-        ours = (whiten(x, mask, shift_mean) - mean * mask) * ((count - 1) / count).sqrt() + mean * mask
-        return ours, polgrad.whiten(x, mask.bool(), shift_mean=shift_mean)
+        loss_mask = b.loss_mask.clone()
+        loss_mask[:, 0] = 1.0
+        count, x = loss_mask.sum(), b.token_advantages
+        mean = 0.0 if shift_mean else (x * loss_mask).sum() / count
+        ours = (whiten(x, loss_mask, shift_mean) - mean * loss_mask) * ((count - 1) / count).sqrt() + mean * loss_mask
+        return ours, polgrad.whiten(x, loss_mask.bool(), shift_mean=shift_mean)
 
     return compare
 
@@ -341,7 +343,7 @@ COMPARISONS: dict[str, Comparison] = {
     "OpenRLHF: PPO, dual clip": _openrlhf(tokens=True, dual_clip=1.7),
     "OpenRLHF: GSPO": _openrlhf(tokens=False, kind="gspo"),
     "OpenRLHF: sampler's weights, truncated": _openrlhf_correction("tis", "truncate"),
-    "OpenRLHF: sampler's weights, masked": _openrlhf_correction("icepop", "mask"),
+    "OpenRLHF: sampler's weights, masked": _openrlhf_correction("icepop", "loss_mask"),
     "OpenRLHF: value": _openrlhf_value(clipped=True),
     "OpenRLHF: value without a clip": _openrlhf_value(clipped=False),
     "GRPO": _algorithm("grpo", lambda b: policy.GRPO()),
@@ -417,14 +419,14 @@ def test_the_same_as_elsewhere_on_many_inputs(name: str) -> None:
 @pytest.mark.parametrize("seed", range(FAST))
 def test_aggregations_are_the_same_with_a_row_that_is_not_trained(seed: int) -> None:
     b = batch(seed)
-    b.mask[0] = 0.0
+    b.loss_mask[0] = 0.0
     for mode, (verl, own) in MODES.items():
         length = 100 if mode == "constant" else None
         ours = _mean(b, b.token_rewards, mode, length)
-        theirs = [verl_core_algos.agg_loss(b.token_rewards, b.mask, verl, loss_scale_factor=length)]
+        theirs = [verl_core_algos.agg_loss(b.token_rewards, b.loss_mask, verl, loss_scale_factor=length)]
         # polgrad takes no row without tokens.
         theirs += [polgrad.aggregate(b.token_rewards[1:], b.there[1:], own, norm_len=length)]
         if mode != "constant":
-            theirs += [openrlhf_loss.aggregate_loss(b.token_rewards, b.mask, mode == "token_mean")]
+            theirs += [openrlhf_loss.aggregate_loss(b.token_rewards, b.loss_mask, mode == "token_mean")]
         for one in theirs:
             torch.testing.assert_close(ours, one, rtol=1e-6, atol=1e-6)

@@ -44,7 +44,7 @@ def messages(name: str) -> list[dict[str, Any]]:
 def trained(tokenizer: Any, row: Rendered) -> list[str]:
     """The texts of the trained stretches of a row."""
     texts, run = [], []
-    for token, flag in [*zip(row.ids, row.mask, strict=True), (0, 0)]:
+    for token, flag in [*zip(row.ids, row.loss_mask, strict=True), (0, 0)]:
         if flag:
             run.append(token)
         elif run:
@@ -66,8 +66,8 @@ def check_masks(tokenizer: Any, name: str) -> None:
         assert any(text.endswith(stop) for stop in stops), text
         assert not any(other in text for _, other in CONVERSATIONS[name] if other != content and len(other) > 3)
     for row in rows:
-        assert len(row.ids) == len(row.mask)
-        assert row.mask[-1] == 1, "what follows the last trained token is not computed"
+        assert len(row.ids) == len(row.loss_mask)
+        assert row.loss_mask[-1] == 1, "what follows the last trained token is not computed"
 
 
 @pytest.mark.parametrize("name", CONVERSATIONS)
@@ -129,7 +129,7 @@ def test_the_prompt_has_the_ids_it_has_at_inference(tokenizer: Any) -> None:
         said = messages("single")
         row = renderer.exchange(said[:1], said[1:])
         if template != TEMPLATES["thinking"]:  # there the generation prompt is more than what the turn shares with it
-            assert row.ids[: row.mask.index(1)] == renderer.prompt(said[:1])
+            assert row.ids[: row.loss_mask.index(1)] == renderer.prompt(said[:1])
 
 
 @pytest.mark.parametrize(
@@ -150,7 +150,7 @@ def test_what_is_trained(tokenizer: Any, train_on: str, texts: list[str]) -> Non
 
 def test_everything_is_trained_but_the_first_token(tokenizer: Any) -> None:
     (row,) = Renderer(tokenizer).conversation(messages("multi"), train_on="everything")
-    assert row.mask == [0] + [1] * (len(row.ids) - 1)
+    assert row.loss_mask == [0] + [1] * (len(row.ids) - 1)
     assert tokenizer.decode(row.ids) == Renderer(tokenizer).template.render(messages("multi"))
 
 
@@ -201,7 +201,7 @@ def test_raw_text(tokenizer: Any) -> None:
     renderer = Renderer(tokenizer, format="raw")
     row = renderer.exchange([{"role": "user", "content": "one two"}], [{"role": "assistant", "content": " three"}])
     assert trained(tokenizer, row) == [" three<|im_end|>"]
-    assert row.ids[: row.mask.index(1)] == renderer.prompt([{"role": "user", "content": "one two"}])
+    assert row.ids[: row.loss_mask.index(1)] == renderer.prompt([{"role": "user", "content": "one two"}])
 
 
 def shown(tokenizer: Any, said: list[tuple[str, str]]) -> list[str]:

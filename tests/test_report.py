@@ -13,9 +13,9 @@ import pytest
 
 from rlhf_lightning.cli import main as entry
 from rlhf_lightning.errors import UserError
-from rlhf_lightning.pipeline.report import charts, render, report_after_stage, write_report
-from rlhf_lightning.pipeline.report.html import el
-from rlhf_lightning.pipeline.report.read import read_metrics, read_run, read_samples
+from rlhf_lightning.report import charts, render, report_after_stage, write_report
+from rlhf_lightning.report.html import el
+from rlhf_lightning.report.read import read_metrics, read_run, read_samples
 from tests.test_cli import mistake, rlhf, stage_config, write_yaml
 
 EVIL = "<script>alert('x')</script> & \"quoted\" \x1b[2J \ud800 </td>"

@@ -20,7 +20,7 @@ import pytest
 from lightning.pytorch.utilities import rank_zero_only
 
 import rlhf_lightning.cli.stage  # before forking: a run then starts at once
-from rlhf_lightning.callbacks.environment import processor, versions
+from rlhf_lightning.checkpointing.provenance import processor, versions
 from rlhf_lightning.files import hash_folder, write_json
 from rlhf_lightning.modules.policy_rl import PolicyRLModule
 from rlhf_lightning.modules.preference import PreferenceModule
@@ -90,7 +90,7 @@ def config(
     settings["model"]["lr_scheduler"] = {"class_path": "rlhf_lightning.modules.schedules.Warmup"}
     if kind == "policy":
         settings["data"] |= {"minibatches": 4}
-        rule = {"class_path": "rlhf_lightning.rollout.rewards.KeywordReward"}
+        rule = {"class_path": "rlhf_lightning.rewards.KeywordReward"}
         settings["model"]["rewards"] = [{**rule, "init_args": {"keywords": ["a", "e"], "min_words": 1}}]
         settings["model"]["kl"] = {"coefficient": 0.05}
     else:
@@ -136,8 +136,10 @@ def places(kind: str) -> dict[str, tuple[Any, str]]:
     """Where a run can be interrupted, by name: the functions that it is in."""
     from lightning.pytorch.callbacks import Callback
 
-    from rlhf_lightning.callbacks import checkpoint_io, checkpoints, metrics_csv
-    from rlhf_lightning.rollout.engine import LocalEngine
+    from rlhf_lightning.checkpointing import callbacks as checkpoints
+    from rlhf_lightning.checkpointing import io as checkpoint_io
+    from rlhf_lightning.checkpointing import metrics_csv
+    from rlhf_lightning.sampling.local_engine import LocalEngine
 
     assert Callback
     return {
@@ -241,7 +243,7 @@ class Moment(NamedTuple):
 
 
 def moment(setting: Setting, seen: dict[str, Any], draw: random.Random, number: int, resumed: int) -> Moment:
-    """A drawn moment of a run that was resumed so many times before, and so has fewer calls left."""
+    """A sampled moment of a run that was resumed so many times before, and so has fewer calls left."""
     target = draw.choice(targets(setting))
     name = "kill -9" if number == signal.SIGKILL else "SIGTERM"
     alone = target in ("all", "the first process")
@@ -393,7 +395,7 @@ STOPS = {
         "init_args": {"monitor": "val/nll", "stopping_threshold": 100.0},
     },
     "policy": {
-        "class_path": "rlhf_lightning.callbacks.collapse.StopOnCollapse",
+        "class_path": "rlhf_lightning.diagnostics.collapse.StopOnCollapse",
         "init_args": {"kl_limit": 1e-4, "patience": 1},
     },
 }

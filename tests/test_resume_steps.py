@@ -16,9 +16,9 @@ from rlhf_lightning import (
     SFTDataModule,
     SFTModule,
 )
-from rlhf_lightning.callbacks.checkpoints import RunCheckpoints
-from rlhf_lightning.rollout.rewards import KeywordReward
-from rlhf_lightning.rollout.sampler import Sampler
+from rlhf_lightning.checkpointing.callbacks import RunCheckpoints
+from rlhf_lightning.rewards import KeywordReward
+from rlhf_lightning.sampling.sampler import Sampler
 from tests.conftest import chats, pairs, prompts, trainer
 
 KINDS = ("sft", "preference", "policy")

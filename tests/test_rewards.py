@@ -17,14 +17,13 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 
 from rlhf_lightning import PolicyRLModule, PreferenceModule, PromptDataModule
+from rlhf_lightning import rewards as package
 from rlhf_lightning.data.prompts import Prompt
 from rlhf_lightning.data.rendering import Renderer
+from rlhf_lightning.environments.user_calls import TimeLimitError
 from rlhf_lightning.errors import ConfigError, DataError
 from rlhf_lightning.models.scorers import RewardHead
-from rlhf_lightning.rollout import rewards as package
-from rlhf_lightning.rollout.calls import TimeLimitError
-from rlhf_lightning.rollout.episodes import Episode, Segment
-from rlhf_lightning.rollout.rewards import (
+from rlhf_lightning.rewards import (
     BlockedTerms,
     EnsembleReward,
     ExactAnswer,
@@ -40,15 +39,18 @@ from rlhf_lightning.rollout.rewards import (
     RunningNorm,
     total_rewards,
 )
-from rlhf_lightning.rollout.sampler import Sampler
+from rlhf_lightning.sampling.sampler import Sampler
+from rlhf_lightning.types import Episode, TrainingSample
 from tests.conftest import build_model, prompts, sgd, trainer
 
 
 def said(text: str, row: dict[str, Any] | None = None, tokens: int = 3, group: int = 0, sample: int = 0) -> Episode:
     """A finished episode of one response."""
-    segment = Segment([1] + [2] * tokens, [0] + [1] * tokens, [0.0] * (tokens + 1))
+    training_sample = TrainingSample([1] + [2] * tokens, [0] + [1] * tokens, [0.0] * (tokens + 1))
     answer = [{"role": "assistant", "content": text}]
-    return Episode([], row or {}, group, sample, responses=answer, segments=[segment], stop_reason="stop")
+    return Episode(
+        [], row or {}, group, sample, responses=answer, training_samples=[training_sample], stop_reason="stop"
+    )
 
 
 class Fixed(Reward):
@@ -78,7 +80,7 @@ def test_parts_are_weighted_added_and_kept_apart() -> None:
     parts = [Fixed([1.0, None, 3.0], weight=2.0, name="x"), Fixed([0.5, 0.25, 9.0], weight=-1.0, name="y", clip=4.0)]
     total_rewards(episodes, parts, truncated_reward=-7.0)
     assert [episode.reward for episode in episodes] == [10 + 2 - 0.5, -0.25, -7.0]
-    assert [episode.parts for episode in episodes] == [{"x": 1.0, "y": 0.5}, {"x": None, "y": 0.25}, {"x": 3.0, "y": 9}]
+    assert [episode.terms for episode in episodes] == [{"x": 1.0, "y": 0.5}, {"x": None, "y": 0.25}, {"x": 3.0, "y": 9}]
     total_rewards(episodes, parts)
     assert episodes[2].reward == 2 * 3 - 4, "clipped, and without a truncated_reward nothing is replaced"
 
@@ -344,8 +346,8 @@ def answered(renderer: Renderer, texts: list[str]) -> list[Episode]:
     for i, text in enumerate(texts):
         prompt, answer = [{"role": "user", "content": "Count"}], [{"role": "assistant", "content": text}]
         row = renderer.exchange(prompt, answer)
-        segment = Segment(row.ids, row.mask, [0.0] * len(row.ids))
-        found.append(Episode(prompt, {}, i, responses=answer, segments=[segment], stop_reason="stop"))
+        training_sample = TrainingSample(row.ids, row.loss_mask, [0.0] * len(row.ids))
+        found.append(Episode(prompt, {}, i, responses=answer, training_samples=[training_sample], stop_reason="stop"))
     return found
 
 
@@ -383,7 +385,7 @@ def test_a_response_ended_by_a_stop_text_is_scored_as_a_message(judges: list[str
     reward.bind(renderer)
     whole, cut, last = answered(renderer, ["one", "one", "two"])
     cut.stopped_by_text = True
-    cut.segments[0].ids[-1] = tokenizer("#")["input_ids"][0]
+    cut.training_samples[0].ids[-1] = tokenizer("#")["input_ids"][0]
     scores = reward.score([whole, cut, last])
     assert scores[1] == pytest.approx(scores[0], abs=1e-5)
     assert scores[2] == pytest.approx(reward.score([last])[0], abs=1e-5)
@@ -398,7 +400,7 @@ def test_demonstrations_set_the_scale(judges: list[str], tokenizer: Any) -> None
     raw.bind(renderer)
     scores = torch.tensor(raw.score(answered(renderer, texts)), dtype=torch.float64)
     for scale in (False, True):
-        reward = ModelReward(judges[0], normalise=ReferenceNorm(rows, scale))
+        reward = ModelReward(judges[0], normalize=ReferenceNorm(rows, scale))
         reward.bind(renderer)
         for _ in range(2):
             episodes = answered(renderer, [*texts, "seven"])
@@ -406,7 +408,7 @@ def test_demonstrations_set_the_scale(judges: list[str], tokenizer: Any) -> None
         found = torch.tensor([episode.reward for episode in episodes], dtype=torch.float64)
         wanted = (scores - scores.mean()) / (scores.std(correction=0) if scale else 1.0)
         torch.testing.assert_close(found[:3], wanted, rtol=1e-5, atol=1e-5)  # scored in other batches
-        assert episodes[3].parts["reward_model"] == pytest.approx(raw.score(episodes[3:])[0], abs=1e-5)
+        assert episodes[3].terms["reward_model"] == pytest.approx(raw.score(episodes[3:])[0], abs=1e-5)
     with pytest.raises(DataError, match=r"list\[1\]: a demonstration ends with an answer"):
         ReferenceNorm([rows[0], {"messages": [{"role": "user", "content": "a"}]}]).bind(renderer, raw.score)
 
@@ -416,13 +418,13 @@ def test_demonstrations_set_the_scale(judges: list[str], tokenizer: Any) -> None
 
 def test_running_statistics_by_hand() -> None:
     norm = RunningNorm()
-    options = {"normalise": norm, "clip": 1.1, "weight": 2.0}
+    options = {"normalize": norm, "clip": 1.1, "weight": 2.0}
     episodes = [said("") for _ in range(4)]
     total_rewards(episodes, [Fixed([1.0, 3.0, None, 5.0], **options)], running="update")
     # mean 3, variance (4 + 0 + 4)/3
     deviation = math.sqrt(8 / 3)
     assert [e.reward for e in episodes] == pytest.approx([2 * -1.1, 0.0, 0.0, 2 * 1.1])
-    assert episodes[0].parts["fixed"] == 1.0, "parts are logged as they were scored"
+    assert episodes[0].terms["fixed"] == 1.0, "parts are logged as they were scored"
     total_rewards(episodes, [Fixed([7.0, 3.0, 3.0, 3.0], **{**options, "clip": None})], running="use")
     assert episodes[0].reward == pytest.approx(2 * (7 - 3) / deviation)
     total_rewards(episodes, [Fixed([7.0, 3.0, 3.0, 3.0], **options)])
@@ -435,8 +437,8 @@ def test_running_statistics_by_hand() -> None:
 
 def test_equal_scores_leave_nothing_to_divide() -> None:
     norm = RunningNorm()
-    assert norm.normalised([0.1] * 7, "update") == pytest.approx([0.0] * 7, abs=1e-12)
-    assert RunningNorm(center=False).normalised([0.0, 0.0], "update") == [0.0, 0.0]
+    assert norm.normalized([0.1] * 7, "update") == pytest.approx([0.0] * 7, abs=1e-12)
+    assert RunningNorm(center=False).normalized([0.0, 0.0], "update") == [0.0, 0.0]
 
 
 def test_statistics_survive_other_precisions() -> None:
@@ -468,7 +470,7 @@ def vowels(completions: list[str]) -> list[float]:
 
 
 def normed(base: Any, **options: Any) -> PolicyRLModule:
-    reward = FunctionReward(vowels, normalise=RunningNorm())
+    reward = FunctionReward(vowels, normalize=RunningNorm())
     return PolicyRLModule(base, rewards=[reward], sampler=Sampler(max_tokens=6), **{"optimizer": sgd(0.1), **options})
 
 
@@ -533,17 +535,17 @@ def short_is_good(episodes: list[Episode]) -> list[float]:
 
 def test_masked_truncated_rows_count_in_their_group_and_are_not_trained(base: str, tmp_path: Path) -> None:
     rows = {}
-    for mask in (False, True):
+    for loss_mask in (False, True):
         sampler = Sampler(max_tokens=12, temperature=1.5)
         module = PolicyRLModule(
-            base, rewards=[FunctionReward(short_is_good)], sampler=sampler, mask_truncated=mask, optimizer=sgd(0.1)
+            base, rewards=[FunctionReward(short_is_good)], sampler=sampler, mask_truncated=loss_mask, optimizer=sgd(0.1)
         )
-        trainer(tmp_path / str(mask), max_steps=1).fit(module, source(8, prompts_per_round=8, group_size=8))
-        rows[mask] = module.rounds.collector.rows(module.last_episodes)
+        trainer(tmp_path / str(loss_mask), max_steps=1).fit(module, source(8, prompts_per_round=8, group_size=8))
+        rows[loss_mask] = module.rounds.collector.rows(module.last_episodes)
         episodes = module.last_episodes
         truncated = [episode for episode in episodes if episode.truncated]
         assert 0 < len(truncated) < len(episodes)
-        assert [episode.masked for episode in episodes] == [mask and episode.truncated for episode in episodes]
+        assert [episode.masked for episode in episodes] == [loss_mask and episode.truncated for episode in episodes]
         for episode in episodes:
             group = [other.reward for other in episodes if other.group == episode.group]
             assert episode.advantage == pytest.approx(episode.reward - sum(group) / len(group))
@@ -570,12 +572,12 @@ def test_what_is_logged(base: str, tmp_path: Path) -> None:
 
 
 def test_groups_drawn_again_do_not_count_twice_in_running_statistics(base: str, tmp_path: Path) -> None:
-    reward = FunctionReward(lambda completions: [2.5] * len(completions), name="flat", normalise=RunningNorm())
+    reward = FunctionReward(lambda completions: [2.5] * len(completions), name="flat", normalize=RunningNorm())
     module = PolicyRLModule(base, rewards=[reward], sampler=Sampler(max_tokens=3), resample_groups=2)
     trainer(tmp_path).fit(module, source(4))
-    assert module.rounds.collector.redrawn == 8
-    assert reward.normalise is not None
-    assert reward.normalise.moments[:2] == (8, 2.5)
+    assert module.rounds.collector.resampled == 8
+    assert reward.normalize is not None
+    assert reward.normalize.moments[:2] == (8, 2.5)
 
 
 def blocks(language: str) -> list[str]:
@@ -601,7 +603,7 @@ def test_documented_settings_build_the_parts_they_name(tmp_path: Path, monkeypat
     first, ended, second = built
     assert [part.skip_special_tokens for part in ended.rewards] == [False]
     assert [type(part) for part in first.rewards] == [ModelReward, ExactAnswer, OverlongPenalty, BlockedTerms]
-    assert isinstance(first.rewards[0].normalise, RunningNorm)
+    assert isinstance(first.rewards[0].normalize, RunningNorm)
     assert first.rewards[1].score([said("so 1,234.0", {"answer": "x #### 1234"})]) == [1.0]
     assert second.limits.max_turns == 4
     assert list(second.environment({"prompt": "Hi"}).available) == ["add"]
@@ -611,7 +613,7 @@ def test_documented_settings_build_the_parts_they_name(tmp_path: Path, monkeypat
     "pattern", [r"(.*)*" * 6 + "x", r"(a+)+!", r"(a|a)*!", r"((a{0,20}){0,20}){0,20}!", r"((a|aa)+)+!"]
 )
 def test_an_expression_of_a_row_has_a_limit(pattern: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rlhf_lightning.rollout.rewards.verifiers.MATCH_SECONDS", 0.2)
+    monkeypatch.setattr("rlhf_lightning.rewards.verifiers.MATCH_SECONDS", 0.2)
     reward = RegexReward(column="answer")
     one = said("a" * 400, {"answer": pattern})
     one.where = "rows.jsonl:3"

@@ -15,8 +15,8 @@ import torch
 import yaml
 
 from rlhf_lightning import SFTDataModule, SFTModule
-from rlhf_lightning.callbacks.checkpoint_io import AtomicCheckpointIO
 from rlhf_lightning.callbacks.export import ExportModel
+from rlhf_lightning.checkpointing.io import AtomicCheckpointIO
 from rlhf_lightning.data.tokenizers import load_tokenizer
 from rlhf_lightning.errors import ConfigError, UserError
 from rlhf_lightning.models.heads import has_head
@@ -56,7 +56,7 @@ SECRETS = {
     "HF_TOKEN": "hf_QxZ7notARealTokenButLong42",
     "WANDB_API_KEY": "f00dfeedQxZ7notARealKeyButLong43",
     "OPENAI_API_KEY": "sk-QxZ7notARealKeyEither44",
-    "AWS_SECRET_ACCESS_KEY": "QxZ7notARealSecret45",
+    "AWS_SECRET_ACCESS_KEY": "QxZ7notARealzecret45",
 }
 
 

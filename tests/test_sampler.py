@@ -1,4 +1,4 @@
-"""The sampler: what it draws, how it ends, and that neighbours, batches and engines do not matter."""
+"""The sampler: what it draws, how it ends, and that neighbors, batches and engines do not matter."""
 
 import logging
 from typing import Any
@@ -9,10 +9,10 @@ import torch
 from rlhf_lightning.data.batching import pad_tokens
 from rlhf_lightning.data.rendering import Renderer
 from rlhf_lightning.errors import ConfigError
-from rlhf_lightning.models.scoring import TokenScorer
-from rlhf_lightning.rollout.draw import SamplingParams, draw, ends
-from rlhf_lightning.rollout.engine import LocalEngine
-from rlhf_lightning.rollout.sampler import Sampler
+from rlhf_lightning.models.token_logprobs import TokenLogprobs
+from rlhf_lightning.sampling.local_engine import LocalEngine
+from rlhf_lightning.sampling.sampler import Sampler
+from rlhf_lightning.sampling.token_sampling import SamplingParams, is_complete, sample_token
 from tests.conftest import build_model
 
 PLAIN = ["qwen3", "qwen2", "llama", "mistral", "gemma2", "gemma3", "phi", "phi3", "gpt2", "cohere", "neox"]
@@ -65,12 +65,12 @@ def test_draws_depend_on_their_seed_alone_and_their_logprobs_are_the_trainers(
     rows = [prompt + sample.ids for prompt, sample in zip(prompts, together, strict=True)]
     masks = [[0] * len(p) + [1] * len(s.ids) for p, s in zip(prompts, together, strict=True)]
     batch = pad_tokens(rows, masks, 0)
-    scores = TokenScorer(model)(batch["input_ids"].to(device), batch["mask"].to(device), 0.8).logprobs.cpu()
+    scores = TokenLogprobs(model)(batch["input_ids"].to(device), batch["loss_mask"].to(device), 0.8).logprobs.cpu()
     for row, prompt, sample in zip(scores, prompts, together, strict=True):
-        drawn = row[len(prompt) : len(prompt) + len(sample.ids)]
+        sampled = row[len(prompt) : len(prompt) + len(sample.ids)]
         # transformers hands a logits processor float32, and gives a capped attention a float32 softmax.
         exact = 1e-5 if architecture in (*FALLBACK, "gemma2") else 1e-9
-        torch.testing.assert_close(drawn, torch.tensor(sample.logprobs, dtype=torch.float64), rtol=0, atol=exact)
+        torch.testing.assert_close(sampled, torch.tensor(sample.logprobs, dtype=torch.float64), rtol=0, atol=exact)
 
 
 def test_finished_rows_leave_and_waiting_ones_enter(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -95,7 +95,7 @@ def test_finished_rows_leave_and_waiting_ones_enter(tokenizer: Any, monkeypatch:
 
 
 def test_a_short_buffer_grows(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    from rlhf_lightning.rollout import slots
+    from rlhf_lightning.sampling import kv_cache as slots
 
     model = build_model(tokenizer).double()
     wanted = bound(model, tokenizer, max_tokens=20).generate([[5, 6], [7]], [1, 2])
@@ -119,7 +119,9 @@ def test_bf16_draws_are_those_of_the_trainers_precision(tokenizer: Any, device: 
     with torch.autocast(device.type, dtype=torch.bfloat16):
         (sample,) = bound(model, tokenizer, max_tokens=12).generate([[5, 6, 7]], [3])
         batch = pad_tokens([[5, 6, 7, *sample.ids]], [[0, 0, 0] + [1] * len(sample.ids)], 0)
-        scores = TokenScorer(model)(batch["input_ids"].to(device), batch["mask"].to(device)).logprobs[0, 3:].cpu()
+        scores = (
+            TokenLogprobs(model)(batch["input_ids"].to(device), batch["loss_mask"].to(device)).logprobs[0, 3:].cpu()
+        )
     gap = (scores.detach() - torch.tensor(sample.logprobs)).abs()
     assert gap.mean() <= 0.02
 
@@ -128,9 +130,9 @@ def test_draws_follow_the_distribution(tokenizer: Any) -> None:
     model = build_model(tokenizer)
     sampler = Sampler(max_tokens=1, temperature=1.5, batch_rows=4096)
     sampler.bind(model, Renderer(tokenizer))
-    drawn = torch.tensor([s.ids[0] for s in sampler.generate([[5, 6]] * 4000, list(range(4000)))])
+    sampled = torch.tensor([s.ids[0] for s in sampler.generate([[5, 6]] * 4000, list(range(4000)))])
     wanted = (model(torch.tensor([[5, 6]])).logits[0, -1] / 1.5).softmax(-1).detach()
-    found = torch.bincount(drawn, minlength=len(tokenizer)) / 4000
+    found = torch.bincount(sampled, minlength=len(tokenizer)) / 4000
     # The expected total variation of 4000 draws is about Σ sqrt(p(1-p)/(2π·4000)); three times that is far off.
     bound = 3 * float((wanted * (1 - wanted) / (2 * torch.pi * 4000)).sqrt().sum())
     assert float((found - wanted).abs().sum() / 2) < bound
@@ -167,7 +169,7 @@ def test_no_response_ends_before_its_least_length(tokenizer: Any) -> None:
 def test_a_draw_at_the_edge_takes_a_token_that_is_possible(device: torch.device) -> None:
     logits = torch.full((3, 130), -torch.inf, device=device)
     logits[:, [3, 70, 100]] = 0.0
-    tokens, logprobs = draw(logits, torch.tensor([0.0, 0.5, 1.0 - 2**-24], device=device), SamplingParams())
+    tokens, logprobs = sample_token(logits, torch.tensor([0.0, 0.5, 1.0 - 2**-24], device=device), SamplingParams())
     assert tokens.tolist() == [3, 70, 100]
     assert logprobs.exp().tolist() == pytest.approx([1 / 3] * 3)
 
@@ -202,5 +204,5 @@ def test_stop_texts_end_a_response(tokenizer: Any) -> None:
     sampler = Sampler(max_tokens=40)
     sampler.bind(build_model(tokenizer), renderer)
     assert sampler.params.stop_strings == ("[end]",)
-    assert not ends(tokenizer("one two")["input_ids"], sampler.params, tokenizer.decode)
-    assert ends(tokenizer("one two[end]")["input_ids"], sampler.params, tokenizer.decode)
+    assert not is_complete(tokenizer("one two")["input_ids"], sampler.params, tokenizer.decode)
+    assert is_complete(tokenizer("one two[end]")["input_ids"], sampler.params, tokenizer.decode)

@@ -59,12 +59,12 @@ def test_the_law_of_activations_holds_for_shapes_it_was_not_fitted_to(family: st
 
 
 def test_autocast_keeps_a_copy_of_the_layers_weights() -> None:
-    from rlhf_lightning.models.forward import Forward
+    from rlhf_lightning.models.backbone import Backbone
     from rlhf_lightning.models.memory import activation_bytes
-    from rlhf_lightning.models.parts import Parts
+    from rlhf_lightning.models.packed_forward import PackedForward
 
     model = activations.small_model(SHAPE, "Qwen3")
-    runner = Forward(model, Parts(model).decoder)
+    runner = PackedForward(model, Backbone(model).decoder)
     each = activations.measured(SHAPE, "Qwen3", "bf16-mixed")
     once = activation_bytes(runner, 1024, activations._context("bf16-mixed")) - 1024 * each
     assert once == pytest.approx(paper.COMPUTE * SHAPE.layers * SHAPE.layer_weights, rel=0.05)

@@ -17,17 +17,17 @@ from lightning.pytorch.callbacks import Callback
 from safetensors.torch import load_file
 
 from rlhf_lightning.callbacks.export import ExportModel
-from rlhf_lightning.callbacks.invariants import FirstStepInvariants
+from rlhf_lightning.checkpointing.strategies import FSDP2, _contents
 from rlhf_lightning.data.prompts import PromptDataModule
+from rlhf_lightning.diagnostics.invariants import FirstStepInvariants
+from rlhf_lightning.environments.base import StepResult
 from rlhf_lightning.files import FORMAT
 from rlhf_lightning.models.lora import LoRA
 from rlhf_lightning.models.scorers import ImplicitReward
-from rlhf_lightning.models.sharding import whole
-from rlhf_lightning.rollout.environments import StepResult
+from rlhf_lightning.models.sharding import full_tensor
+from rlhf_lightning.rewards import FunctionReward
 from rlhf_lightning.rollout.kl import KLPenalty
-from rlhf_lightning.rollout.rewards import FunctionReward
-from rlhf_lightning.rollout.sampler import Sampler
-from rlhf_lightning.strategies import FSDP2, _contents
+from rlhf_lightning.sampling.sampler import Sampler
 from tests.conftest import chats, pairs, prompts, trainer
 from tests.runs import complete, in_ranks
 from tests.test_modules import data, make, same, vowels
@@ -50,7 +50,7 @@ PLAIN: dict[str, tuple[str, Callable[[], dict[str, Any]]]] = {
     "in step": ("policy", lambda: {"kl": KLPenalty(0.1), "sampler": Sampler(max_tokens=6, gather=False)}),
     **{
         name: ("policy", lambda name=name: policy_settings(name))
-        for name in ("critic", "shared", "lora", "refresh", "stale", "redrawn")
+        for name in ("critic", "shared", "lora", "refresh", "stale", "resampled")
     },
 }
 
@@ -59,7 +59,7 @@ class Keep(Callback):
     """All trained weights at the end, written by the first rank."""
 
     def on_fit_end(self, run: Any, module: Any) -> None:
-        state = {name: whole(value.detach()) for name, value in module.state_dict().items()}
+        state = {name: full_tensor(value.detach()) for name, value in module.state_dict().items()}
         if run.is_global_zero:
             torch.save(state, Path(run.default_root_dir) / "weights.pt")
 
@@ -71,7 +71,7 @@ def train(
     torch.manual_seed(0)  # the first weights of adapters and of a reward head
     extra = options()
     if kind == "policy":
-        extra.setdefault("rewards", [FunctionReward(few_vowels if name in ("redrawn", "stale") else vowels)])
+        extra.setdefault("rewards", [FunctionReward(few_vowels if name in ("resampled", "stale") else vowels)])
     module = make(kind, base, dtype="float64", **extra)
     root.mkdir(parents=True, exist_ok=True)
     run = trainer(
@@ -181,7 +181,10 @@ def test_shares_and_files_resume_and_export_alike(base: str, tmp_path: Path) -> 
     args = command("policy", base, tmp_path, "whole")
     run_command(args, tmp_path / "out")
     shares = tmp_path / "shares.yaml"
-    strategy = {"class_path": "rlhf_lightning.strategies.FSDP2", "init_args": {"save_distributed_checkpoint": True}}
+    strategy = {
+        "class_path": "rlhf_lightning.checkpointing.strategies.FSDP2",
+        "init_args": {"save_distributed_checkpoint": True},
+    }
     shares.write_text(json.dumps({"trainer": {"strategy": strategy}}))
     folder = tmp_path / "shares"
     args = [*command("policy", base, tmp_path, "shares")[:-2], "-c", str(shares)]

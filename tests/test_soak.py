@@ -44,7 +44,7 @@ class Guessing:
         return [{"role": "user", "content": self.row["prompt"]}]
 
     def step(self, message: dict[str, Any]) -> Any:
-        from rlhf_lightning.rollout.environments import StepResult
+        from rlhf_lightning.environments.base import StepResult
 
         self.turn += 1
         if self.turn == 3:
@@ -82,22 +82,22 @@ def play(folder: Path, rounds: int) -> None:
     import torch
 
     from rlhf_lightning import PolicyRLModule, PromptDataModule
-    from rlhf_lightning.callbacks.checkpoint_io import AtomicCheckpointIO
-    from rlhf_lightning.callbacks.checkpoints import RunCheckpoints
-    from rlhf_lightning.callbacks.diagnostics import Diagnostics
-    from rlhf_lightning.callbacks.environment import versions
     from rlhf_lightning.callbacks.export import ExportModel
-    from rlhf_lightning.callbacks.faults import NonFiniteGuard
-    from rlhf_lightning.callbacks.invariants import FirstStepInvariants
-    from rlhf_lightning.callbacks.metrics_csv import MetricsCSV
     from rlhf_lightning.callbacks.samples import SamplesLog
+    from rlhf_lightning.checkpointing.callbacks import RunCheckpoints
+    from rlhf_lightning.checkpointing.io import AtomicCheckpointIO
+    from rlhf_lightning.checkpointing.metrics_csv import MetricsCSV
+    from rlhf_lightning.checkpointing.nonfinite import NonFiniteGuard
+    from rlhf_lightning.checkpointing.provenance import versions
+    from rlhf_lightning.diagnostics.callback import Diagnostics
+    from rlhf_lightning.diagnostics.invariants import FirstStepInvariants
+    from rlhf_lightning.environments.base import Limits
     from rlhf_lightning.models.critic import Critic
     from rlhf_lightning.quickstart.model import make_model, make_tokenizer
+    from rlhf_lightning.rewards import FunctionReward
     from rlhf_lightning.rollout.advantages import GAE
-    from rlhf_lightning.rollout.environments import Limits
     from rlhf_lightning.rollout.kl import KLPenalty
-    from rlhf_lightning.rollout.rewards import FunctionReward
-    from rlhf_lightning.rollout.sampler import Sampler
+    from rlhf_lightning.sampling.sampler import Sampler
 
     torch.set_num_threads(1)
     pl.seed_everything(0, verbose=False)

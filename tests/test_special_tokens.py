@@ -11,9 +11,7 @@ from rlhf_lightning import PolicyRLModule, PromptDataModule
 from rlhf_lightning.data.prompts import Prompt
 from rlhf_lightning.data.rendering import Renderer
 from rlhf_lightning.errors import ConfigError, DataError
-from rlhf_lightning.rollout.draw import Sample
-from rlhf_lightning.rollout.episodes import Episode
-from rlhf_lightning.rollout.rewards import (
+from rlhf_lightning.rewards import (
     BlockedTerms,
     ExactAnswer,
     FunctionReward,
@@ -23,9 +21,11 @@ from rlhf_lightning.rollout.rewards import (
     RegexReward,
     Reward,
 )
-from rlhf_lightning.rollout.rewards.unseen import needed
-from rlhf_lightning.rollout.sampler import Sampler
-from rlhf_lightning.rollout.turns import Running
+from rlhf_lightning.rewards.required_literals import required_literal
+from rlhf_lightning.rollout.episode_state import EpisodeState
+from rlhf_lightning.sampling.sampler import Sampler
+from rlhf_lightning.sampling.token_sampling import Completion
+from rlhf_lightning.types import Episode
 from tests.conftest import prompts, trainer
 
 TOKENS = ["<|im_end|>", "<|call|>", "<s>"]
@@ -37,13 +37,13 @@ def renderer(tokenizer: Any) -> Renderer:
     return Renderer(tokenizer)
 
 
-def drawn(renderer: Renderer, *texts: str, row: Any = None) -> Episode:
-    """An episode of which each turn was drawn so."""
-    running = Running(Prompt([{"role": "user", "content": "Hi"}], [1, 2], row or {}), 0)
+def sampled(renderer: Renderer, *texts: str, row: Any = None) -> Episode:
+    """An episode of which each turn was sampled so."""
+    running = EpisodeState(Prompt([{"role": "user", "content": "Hi"}], [1, 2], row or {}), 0)
     for text in texts:
-        running.feed([3], goes_on=bool(running.episode.segments))
+        running.feed([3], goes_on=bool(running.episode.training_samples))
         ids = renderer.tokenizer(text, add_special_tokens=False)["input_ids"]
-        running.act(Sample(ids, [-1.0] * len(ids), "stop"), renderer, ())
+        running.act(Completion(ids, [-1.0] * len(ids), "stop"), renderer, ())
     return running.episode
 
 
@@ -63,13 +63,13 @@ def test_text_rewards_read_special_tokens_when_asked(renderer: Renderer) -> None
         return float("<|call|>" in a and "<|call|>" not in b)
 
     first, last = "one <|call|>two<|im_end|>", " four<|im_end|>"
-    episode = drawn(renderer, first, last)
+    episode = sampled(renderer, first, last)
     assert [m["content"] for m in episode.responses] == ["one two", "four"]
     for skip, text in ((True, "four"), (False, last)):
         scored(FunctionReward(seen, skip_special_tokens=skip), renderer, episode)
         assert read.pop() == [text]
-    one = drawn(renderer, first, row={"answer": "two<|im_end|>"})
-    other = drawn(renderer, "one two<|im_end|>")
+    one = sampled(renderer, first, row={"answer": "two<|im_end|>"})
+    other = sampled(renderer, "one two<|im_end|>")
     assert scored(RegexReward(r"</?\|call\|>|two<\|im_end\|>$", skip_special_tokens=False), renderer, one) == [1.0]
     assert scored(RegexReward(r"one <\|call\|>", skip_special_tokens=False), renderer, one, other) == [1.0, 0.0]
     assert scored(RegexReward(r"one two"), renderer, one, other) == [1.0, 1.0]
@@ -88,9 +88,9 @@ def test_text_rewards_read_special_tokens_when_asked(renderer: Renderer) -> None
 def test_turns_are_read_from_the_tokens_that_were_drawn(renderer: Renderer) -> None:
     texts = ["one<|im_end|>", "two <|call|>", "three"]
     decode = renderer.tokenizer.decode
-    assert [decode(ids) for ids in drawn(renderer, *texts).drawn()] == texts
+    assert [decode(ids) for ids in sampled(renderer, *texts).sampled()] == texts
     with pytest.raises(ConfigError, match="call bind first"):
-        RegexReward("a", skip_special_tokens=False).score([drawn(renderer, "a")])
+        RegexReward("a", skip_special_tokens=False).score([sampled(renderer, "a")])
 
 
 @pytest.mark.parametrize(
@@ -115,12 +115,12 @@ def test_turns_are_read_from_the_tokens_that_were_drawn(renderer: Renderer) -> N
     ],
 )
 def test_what_a_pattern_needs(pattern: str, token: str | None) -> None:
-    assert needed(re.compile(pattern), TOKENS) == token
+    assert required_literal(re.compile(pattern), TOKENS) == token
 
 
 def test_case_counts_where_the_pattern_says_so() -> None:
-    assert needed(re.compile("<S>"), TOKENS) is None
-    assert needed(re.compile("<S>", re.IGNORECASE), TOKENS) == "<s>"
+    assert required_literal(re.compile("<S>"), TOKENS) is None
+    assert required_literal(re.compile("<S>", re.IGNORECASE), TOKENS) == "<s>"
 
 
 PIECES = st.sampled_from([r"<s>", "a", "b", r"\s*", ".", "[ab]", "^", "$", r"\b", "(?=a)", "(?!<s>)", "<", "s>"])
@@ -140,7 +140,7 @@ PATTERNS = st.recursive(
 @given(pattern=PATTERNS, text=st.text(alphabet="ab <s>", max_size=8))
 def test_a_pattern_that_matches_without_a_token_does_not_need_it(pattern: str, text: str) -> None:
     if "<s>" not in text and re.search(pattern, text):
-        assert needed(re.compile(pattern), ["<s>"]) is None
+        assert required_literal(re.compile(pattern), ["<s>"]) is None
 
 
 @pytest.mark.parametrize(

@@ -124,13 +124,13 @@ def test_mismatched_sides_stay_on_their_side(tokenizer: Any) -> None:
 
     for split in (6, 1):
         data = ready(Labels(pairs(12), tokenizer=tokenizer, validation_split=split, seed=1))
-        held = {tuple(row.sides[0].ids[row.sides[0].mask.index(1) :]) for row in data.prepared["validation"].rows}
-        own = {tuple(row.sides[0].ids[row.sides[0].mask.index(1) :]) for row in data.prepared["train"].rows}
+        held = {tuple(row.sides[0].ids[row.sides[0].loss_mask.index(1) :]) for row in data.prepared["validation"].rows}
+        own = {tuple(row.sides[0].ids[row.sides[0].loss_mask.index(1) :]) for row in data.prepared["train"].rows}
         assert len(data.prepared["validation"].rows) == 2 * split
         for name in ("train", "validation"):
             for row in data.prepared[name].rows:
                 other = row.sides[1]
-                response = tuple(other.ids[other.mask.index(1) :])
+                response = tuple(other.ids[other.loss_mask.index(1) :])
                 assert response in (own if name == "train" or split == 1 else held)
 
 
@@ -168,8 +168,11 @@ def test_prompts_of_recorded_episodes_are_compared(tokenizer: Any) -> None:
     data = PromptDataModule(episodes=[{}], validation=prompts(3), tokenizer=tokenizer, show_example=False)
     ready(data, "validate")
     ids = data.prepared["validation"].rows[1].ids
-    drawn = {"response_tokens": [1], "logprobs": [-1.0], "advantage": 1.0}
-    keys = [data.key({"prompt_tokens": ids, **drawn}), data.key({"tokens": [*ids, 1], "mask": [0] * len(ids) + [1]})]
+    sampled = {"response_tokens": [1], "logprobs": [-1.0], "advantage": 1.0}
+    keys = [
+        data.key({"prompt_tokens": ids, **sampled}),
+        data.key({"tokens": [*ids, 1], "loss_mask": [0] * len(ids) + [1]}),
+    ]
     for key in keys:
         assert len(leaks([key], data.prepared["validation"].keys).prompts) == 1
 

@@ -12,6 +12,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers.logger import Logger
 
 from rlhf_lightning import PolicyRLModule, PreferenceDataModule, PreferenceModule, PromptDataModule, SFTModule
+from rlhf_lightning.checkpointing.strategies import FSDP2
 from rlhf_lightning.models.critic import Critic
 from rlhf_lightning.models.scorers import ImplicitReward
 from rlhf_lightning.modules.metrics import Count
@@ -20,11 +21,10 @@ from rlhf_lightning.objectives.policy import PPO
 from rlhf_lightning.objectives.preference import KTO, PlackettLuce
 from rlhf_lightning.rollout.advantages import GAE
 from rlhf_lightning.rollout.kl import KLPenalty
-from rlhf_lightning.strategies import FSDP2
 from tests.conftest import sgd, trainer
 from tests.runs import in_ranks
 from tests.test_modules import data, make
-from tests.test_preference import labelled, rankings
+from tests.test_preference import labeled, rankings
 
 
 class Steps(Callback):
@@ -48,7 +48,7 @@ Parts = tuple[Callable[[str, dict[str, Any]], Any], Callable[[int, int], Any]]
 
 
 def policy(**options: Callable[[], Any]) -> Parts:
-    """A round is a step of PPO on what was drawn, then a second one, off policy; 7 prompts leave an uneven round."""
+    """A round is a step of PPO on what was sampled, then a second one, off policy; 7 prompts leave an uneven round."""
     return (
         lambda base, more: make("policy", base, **{name: value() for name, value in options.items()}, **more),
         lambda batch, accumulate: data("policy", 7, minibatches=accumulate, update_epochs=2),
@@ -67,7 +67,7 @@ RUNS: dict[str, Parts] = {
     ),
     "labels": (
         lambda base, more: PreferenceModule(base, ImplicitReward(0.1), KTO(), optimizer=sgd(0.1), **more),
-        rows_of(labelled),
+        rows_of(labeled),
     ),
     "rankings": (
         lambda base, more: PreferenceModule(base, ImplicitReward(0.1), PlackettLuce(), optimizer=sgd(0.1), **more),
@@ -185,10 +185,12 @@ def test_sft_by_hand(base: str, tmp_path: Path) -> None:
     for batches, seen in zip((taken[:3], taken[3:]), watch.seen, strict=True):  # the last step is one of two
         nats = tokens = 0.0
         for one in batches:
-            ids, mask = one["input_ids"], one["mask"]
+            ids, loss_mask = one["input_ids"], one["loss_mask"]
             logits = module.model(ids).logits[:, :-1].transpose(1, 2)
-            nats += float((torch.nn.functional.cross_entropy(logits, ids[:, 1:], reduction="none") * mask[:, 1:]).sum())
-            tokens += float(mask.sum())
+            nats += float(
+                (torch.nn.functional.cross_entropy(logits, ids[:, 1:], reduction="none") * loss_mask[:, 1:]).sum()
+            )
+            tokens += float(loss_mask.sum())
         assert seen["train/nll"] == pytest.approx(nats / tokens, rel=1e-5)
 
 
@@ -198,7 +200,8 @@ def test_preference_by_hand(base: str, tmp_path: Path) -> None:
     trainer(tmp_path, accumulate_grad_batches=5, callbacks=[watch]).fit(module, source)
     rows = source.prepared["train"].rows
     chosen, rejected = (
-        module.score_tokens([row.sides[i].ids for row in rows], [row.sides[i].mask for row in rows]) for i in (0, 1)
+        module.score_tokens([row.sides[i].ids for row in rows], [row.sides[i].loss_mask for row in rows])
+        for i in (0, 1)
     )
     difference = chosen - rejected
     wanted = {
@@ -221,8 +224,8 @@ def test_policy_by_hand(base: str, tmp_path: Path) -> None:
     rows, ratios = [], []
     for length, shift, advantage in ((2, 0.5, 1.0), (4, -0.25, 1.0), (3, -1.0, -1.0)):
         ids = torch.arange(5, 8 + length)[None]
-        mask = torch.tensor([[0.0] * 3 + [1.0] * length])
-        own = model.tokens(ids, mask).logprobs[0, 3:].tolist()
+        loss_mask = torch.tensor([[0.0] * 3 + [1.0] * length])
+        own = model.token_logprobs(ids, loss_mask).logprobs[0, 3:].tolist()
         rows.append(
             {
                 "prompt_tokens": ids[0, :3].tolist(),
@@ -266,7 +269,7 @@ class Rows(Logger):
 
 
 def test_a_mean_over_nothing_is_left_out(base: str, tmp_path: Path) -> None:
-    rows = [{**row, "label": int(i != 1)} for i, row in enumerate(labelled(3))]
+    rows = [{**row, "label": int(i != 1)} for i, row in enumerate(labeled(3))]
     module = PreferenceModule(base, ImplicitReward(0.1), KTO(), optimizer=sgd(0.1))
     source, log = PreferenceDataModule(rows, batch_size=1, seed=1), Rows()
     trainer(tmp_path, logger=log, log_every_n_steps=1).fit(module, source)
@@ -295,7 +298,7 @@ def test_a_loader_without_denominators(base: str, tmp_path: Path) -> None:
     batches = [
         {
             "input_ids": ids[i : i + 1],
-            "mask": masks[i : i + 1],
+            "loss_mask": masks[i : i + 1],
             "old_logprobs": -masks[i : i + 1],
             "advantages": masks[i : i + 1],
         }
@@ -306,9 +309,9 @@ def test_a_loader_without_denominators(base: str, tmp_path: Path) -> None:
         loader: Any = torch.utils.data.DataLoader(batches, batch_size=None)
         trainer(tmp_path, accumulate_grad_batches=4, callbacks=[watch]).fit(module, loader)
         (seen,) = watch.seen
-        logprobs = module.tokens(ids, masks).logprobs
+        logprobs = module.token_logprobs(ids, masks).logprobs
         wanted = -logprobs.sum() / masks.sum()
-        if name == "train/loss":  # what is minimised: the mean of the micro-batches' means
+        if name == "train/loss":  # what is minimized: the mean of the micro-batches' means
             wanted = -((logprobs + masks).exp() * masks).sum(-1).div(masks.sum(-1)).mean()
         assert seen[name] == pytest.approx(float(wanted), rel=1e-5)
     alone = SFTModule(base)

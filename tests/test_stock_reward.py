@@ -15,10 +15,10 @@ from rlhf_lightning.data.ended_templates import ended, unwrapped
 from rlhf_lightning.data.rendering import Renderer
 from rlhf_lightning.data.templates import ChatTemplate
 from rlhf_lightning.data.tokenizers import load_tokenizer
+from rlhf_lightning.inference.export import export_model
 from rlhf_lightning.models.lora import LoRA
 from rlhf_lightning.models.reward_model import RewardModel
 from rlhf_lightning.models.scorers import RewardHead
-from rlhf_lightning.pipeline.exporting import export_model
 from tests.conftest import CHAT_TEMPLATES, build_model
 
 TEMPLATES = sorted(path.stem for path in CHAT_TEMPLATES.glob("*.jinja"))
@@ -184,5 +184,5 @@ def test_a_reward_model_of_another_tool_is_read_where_its_template_ends(
     rows = [
         judge.renderer.exchange(t, [{"role": "assistant", "content": a}]) for t, a in zip(TALKS, ANSWERS, strict=True)
     ]
-    drawn = judge.score_tokens([row.ids for row in rows], [row.mask for row in rows])
-    torch.testing.assert_close(drawn, wanted, rtol=1e-5, atol=1e-5)
+    sampled = judge.score_tokens([row.ids for row in rows], [row.loss_mask for row in rows])
+    torch.testing.assert_close(sampled, wanted, rtol=1e-5, atol=1e-5)

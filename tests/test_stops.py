@@ -11,16 +11,16 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 from rlhf_lightning.data.rendering import Renderer
 from rlhf_lightning.data.sft import SFTDataModule
 from rlhf_lightning.errors import ConfigError
+from rlhf_lightning.inference.export import export_model
+from rlhf_lightning.inference.policy import Policy
 from rlhf_lightning.models.generation import end_token_ids
 from rlhf_lightning.models.lora import LoRA
 from rlhf_lightning.models.reward_model import RewardModel
 from rlhf_lightning.modules.policy_rl import PolicyRLModule
 from rlhf_lightning.modules.sft import SFTModule
-from rlhf_lightning.pipeline.exporting import export_model
-from rlhf_lightning.pipeline.policies import Policy
-from rlhf_lightning.rollout.draw import Sample
-from rlhf_lightning.rollout.sampler import Sampler
-from rlhf_lightning.rollout.turns import _split_ending
+from rlhf_lightning.rollout.episode_state import _split_ending
+from rlhf_lightning.sampling.sampler import Sampler
+from rlhf_lightning.sampling.token_sampling import Completion
 from tests.conftest import build_model, chats, trainer
 
 NAMES = ["<|end_of_text|>", "<|eom_id|>"]
@@ -117,7 +117,10 @@ def test_a_response_stops_at_each_of_them(several: tuple[str, Any, list[int]]) -
     word = tokenizer("one", add_special_tokens=False)["input_ids"]
     policy.renderer.also_stop_at([5])
     assert policy.renderer.decode([*word, 5]) == "one"
-    assert _split_ending(Sample([*word, 5], [0.0] * 9, "stop"), policy.renderer, ()) == ("one", tokenizer.decode([5]))
+    assert _split_ending(Completion([*word, 5], [0.0] * 9, "stop"), policy.renderer, ()) == (
+        "one",
+        tokenizer.decode([5]),
+    )
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from rlhf_lightning.data.contents import Parts
+from rlhf_lightning.data.contents import ContentParts
 from rlhf_lightning.data.conversations import conversation
 from rlhf_lightning.data.records import RowError
 from rlhf_lightning.data.rendering import Renderer
@@ -152,7 +152,7 @@ def test_contents_in_parts(name: str, texts: list[str], role: str) -> None:
 def test_parts_stay_parts_where_rows_are_copied_and_stored() -> None:
     import pickle
 
-    content = Parts([{"type": "text", "text": "a "}, {"type": "text", "text": "b"}])
+    content = ContentParts([{"type": "text", "text": "a "}, {"type": "text", "text": "b"}])
     for twin in (copy.deepcopy(content), pickle.loads(pickle.dumps(content))):
         assert (twin, twin.parts) == ("a b", content.parts)
     assert json.dumps({"content": content}) == '{"content": "a b"}'
@@ -205,7 +205,7 @@ def test_what_is_trained_is_what_the_assistant_says_and_its_end(name: str, said:
     texts = []
     for row in rows:
         run: list[int] = []
-        for token, trained in [*zip(row.ids, row.mask, strict=True), (0, 0)]:
+        for token, trained in [*zip(row.ids, row.loss_mask, strict=True), (0, 0)]:
             if trained:
                 run.append(token)
             elif run:
@@ -240,7 +240,9 @@ def test_every_kind_of_turn_ends_in_a_stop_token(name: str) -> None:
             continue
         for row in rows:
             ends = [
-                token in renderer.stop_token_ids for token, trained in zip(row.ids, row.mask, strict=True) if trained
+                token in renderer.stop_token_ids
+                for token, trained in zip(row.ids, row.loss_mask, strict=True)
+                if trained
             ]
             assert ends == [False] * (len(ends) - 1) + [True], "at its end, and nowhere before"
 

@@ -11,18 +11,18 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from rlhf_lightning.callbacks.invariants import FirstStepInvariants
 from rlhf_lightning.callbacks.predictions import PredictionsFile
+from rlhf_lightning.checkpointing.strategies import FSDP2
 from rlhf_lightning.data.prompts import PromptDataModule
+from rlhf_lightning.diagnostics.invariants import FirstStepInvariants
+from rlhf_lightning.environments.base import Limits, StepResult
 from rlhf_lightning.errors import ConfigError
 from rlhf_lightning.models.loading import load_for_scoring
 from rlhf_lightning.models.lora import LoRA, named_weights
 from rlhf_lightning.models.tensor_parallel import layer_styles
-from rlhf_lightning.rollout.draw import Sample
-from rlhf_lightning.rollout.environments import Limits, StepResult
-from rlhf_lightning.rollout.rewards import FunctionReward
-from rlhf_lightning.rollout.sampler import Sampler
-from rlhf_lightning.strategies import FSDP2
+from rlhf_lightning.rewards import FunctionReward
+from rlhf_lightning.sampling.sampler import Sampler
+from rlhf_lightning.sampling.token_sampling import Completion
 from tests.conftest import build_model, chats, pairs, prompts, trainer
 from tests.runs import in_ranks
 from tests.test_modules import data, make, same, vowels
@@ -190,9 +190,10 @@ class Recorded:
     def sync(self, named_tensors: Any, version: int) -> None:
         self.weights = {name: value.detach().clone() for name, value in named_tensors}
 
-    def generate(self, asked: Any, params: Any, seeds: Any) -> list[Sample]:
+    def generate(self, asked: Any, params: Any, seeds: Any) -> list[Completion]:
         return [
-            Sample([random.randrange(5, 50) for _ in range(1 + i % 3)], [-1.0] * (1 + i % 3)) for i in range(len(asked))
+            Completion([random.randrange(5, 50) for _ in range(1 + i % 3)], [-1.0] * (1 + i % 3))
+            for i in range(len(asked))
         ]
 
 
@@ -259,7 +260,7 @@ def test_a_killed_run_ends_as_a_whole_one(
 ) -> None:
     strategy = tmp_path / "strategy.yaml"
     options = {"tensor_parallel_size": 2, "save_distributed_checkpoint": shares}
-    chosen = {"class_path": "rlhf_lightning.strategies.FSDP2", "init_args": options}
+    chosen = {"class_path": "rlhf_lightning.checkpointing.strategies.FSDP2", "init_args": options}
     strategy.write_text(json.dumps({"trainer": {"strategy": chosen, "devices": 2}}))
 
     def command(root: str) -> list[str]:

@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 
-from rlhf_lightning.callbacks.metrics_csv import MetricsCSV
 from rlhf_lightning.callbacks.table import plain, rich
+from rlhf_lightning.checkpointing.metrics_csv import MetricsCSV
 from rlhf_lightning.cli import main as entry
 from rlhf_lightning.cli import quickstart
 from rlhf_lightning.cli.logs import setup_logging
 from rlhf_lightning.files import as_json, read_table, table_cell, table_value, visible
-from rlhf_lightning.pipeline.report.read import read_metrics
+from rlhf_lightning.report.read import read_metrics
 from tests.conftest import write_rows
 from tests.runs import complete
 from tests.test_cli import stage_config, write_yaml

@@ -15,8 +15,8 @@ from rlhf_lightning.data.rendering import Renderer
 from rlhf_lightning.data.sft import SFTDataModule
 from rlhf_lightning.data.templates import ChatTemplate
 from rlhf_lightning.data.tool_calls import Written
+from rlhf_lightning.environments.base import StepResult, checked_messages, checked_result
 from rlhf_lightning.errors import DataError
-from rlhf_lightning.rollout.environments import StepResult, checked_messages, checked_result
 from tests.conftest import CHAT_TEMPLATES
 from tests.test_data import ready
 

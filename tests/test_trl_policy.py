@@ -26,15 +26,15 @@ def inputs(dtype: torch.dtype) -> dict[str, Any]:
     """A batch as TRL holds it: prompts and completions, the completions of unequal length."""
     generator = torch.Generator().manual_seed(0)
     lengths = torch.tensor([7, 5, 1, 7, 3, 6])
-    mask = (torch.arange(LENGTH) < lengths[:, None]).to(dtype)
+    loss_mask = (torch.arange(LENGTH) < lengths[:, None]).to(dtype)
     rewards, groups = torch.randn(ROWS, generator=generator, dtype=dtype), torch.tensor([0, 0, 0, 1, 1, 1])
     return {
         "prompt_ids": torch.randint(0, 50, (ROWS, PROMPT), generator=generator),
         "prompt_mask": torch.ones(ROWS, PROMPT, dtype=torch.long),
         "completion_ids": torch.randint(0, 50, (ROWS, LENGTH), generator=generator),
-        "completion_mask": mask,
+        "completion_mask": loss_mask,
         "advantages": group_centered(rewards, groups, "std"),
-        "num_items_in_batch": mask.sum(),
+        "num_items_in_batch": loss_mask.sum(),
         "noise": 0.3 * torch.randn(ROWS, LENGTH, generator=generator, dtype=dtype),
         "reference_noise": 0.3 * torch.randn(ROWS, LENGTH, generator=generator, dtype=dtype),
     }
@@ -69,12 +69,12 @@ def theirs(name: str, batch: dict[str, Any], options: dict[str, Any], logprobs: 
 
 
 def ours(case: policy.PolicyObjective, batch: dict[str, Any], options: dict[str, Any], logprobs: Any) -> torch.Tensor:
-    mask, old = batch["completion_mask"], batch["old_per_token_logps"]
-    loss = case(logprobs, old, batch["advantages"][:, None], mask)
+    loss_mask, old = batch["completion_mask"], batch["old_per_token_logps"]
+    loss = case(logprobs, old, batch["advantages"][:, None], loss_mask)
     if beta := options.get("beta"):
         estimate = k3(logprobs, batch["ref_per_token_logps"])
         loss = loss + beta * estimate * ((logprobs - old).exp() if options.get("use_bias_correction_kl") else 1)
-    total, count = aggregate(loss, mask, case.aggregation, case.length)
+    total, count = aggregate(loss, loss_mask, case.aggregation, case.length)
     return total / count
 
 

@@ -156,7 +156,7 @@ class Started:
         (folder / "mine.py").write_text(SLOW)
         settings = stage_config("policy", base, folder)
         settings["trainer"] |= {"max_epochs": 100_000}
-        reward = {"class_path": "rlhf_lightning.rollout.rewards.FunctionReward"}
+        reward = {"class_path": "rlhf_lightning.rewards.FunctionReward"}
         settings["model"]["rewards"] = [{**reward, "init_args": {"function": f"mine.{function}"}}]
         write_yaml(folder / "policy.yaml", settings)
         plan = {"name": "long", "root": str(folder / "run"), "stages": [{"kind": "policy", "config": "policy.yaml"}]}
@@ -177,7 +177,7 @@ class Started:
     def prepare(self) -> None:
         os.chdir(self.folder)
         fork_stages(patch := pytest.MonkeyPatch())
-        patch.setattr("rlhf_lightning.pipeline.passing.PATIENCE", 1.0)
+        patch.setattr("rlhf_lightning.pipeline.stage_process.PATIENCE", 1.0)
 
     def wait_for(self, text: str, limit: float = 120) -> None:
         begun = time.monotonic()
@@ -251,9 +251,9 @@ def test_a_second_ctrl_c_stops_at_once(base: str, tmp_path: Path, started: Any) 
 
 SLEEPER = """
 import sys
-from rlhf_lightning.pipeline.passing import Passing
+from rlhf_lightning.pipeline.stage_process import StageProcess
 
-with Passing() as signals:
+with StageProcess() as signals:
     print(signals.run([sys.executable, "-c", "import time; print('up', flush=True); time.sleep(3)"]))
 """
 
@@ -287,7 +287,7 @@ def test_same_seed_same_weights(base: str, tmp_path: Path) -> None:
     for kind in ("sft", "preference", "policy"):
         settings = stage_config(kind, base, tmp_path)
         if kind == "policy":
-            settings["model"]["rewards"] = [{"class_path": "rlhf_lightning.rollout.rewards.KeywordReward"}]
+            settings["model"]["rewards"] = [{"class_path": "rlhf_lightning.rewards.KeywordReward"}]
             settings["model"]["rewards"][0]["init_args"] = {"keywords": ["a", "e"], "min_words": 1}
         config = write_yaml(tmp_path / f"{kind}.yaml", settings)
         hashes = {}

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from rlhf_lightning.callbacks.checkpoint_io import damage
-from rlhf_lightning.data.asked import recorded
+from rlhf_lightning.checkpointing.io import damage
+from rlhf_lightning.data.rendering_settings import recorded
 from rlhf_lightning.errors import ConfigError
 from rlhf_lightning.files import FORMAT, check_format
 from tests.conftest import write_rows

@@ -18,10 +18,10 @@ from benchmarks.steps import ours
 from benchmarks.steps.workload import Workload
 from rlhf_lightning import SFTDataModule, SFTModule
 from rlhf_lightning.data.batching import pad_tokens
-from rlhf_lightning.models.lora import LoRA, is_quantised
-from rlhf_lightning.models.scoring import TokenScorer
-from rlhf_lightning.rollout.draw import SamplingParams
-from rlhf_lightning.rollout.engine import LocalEngine
+from rlhf_lightning.models.lora import LoRA, is_quantized
+from rlhf_lightning.models.token_logprobs import TokenLogprobs
+from rlhf_lightning.sampling.local_engine import LocalEngine
+from rlhf_lightning.sampling.token_sampling import SamplingParams
 
 VOCABULARY = 2000
 # A head of 64, as the kernels take it; weights so large that outputs differ.
@@ -92,11 +92,11 @@ def rows(device: str) -> dict[str, Tensor]:
 
 def dense(model: Any, batch: dict[str, Tensor]) -> Tensor:
     """Log-probabilities of each row by itself: the model's own attention, all logits."""
-    result = torch.zeros(batch["mask"].shape, device=batch["mask"].device)
+    result = torch.zeros(batch["loss_mask"].shape, device=batch["loss_mask"].device)
     for i, length in enumerate(batch["lengths"].tolist()):
         ids = batch["input_ids"][i, :length]
         logp = model(ids[None]).logits[0, :-1].float().log_softmax(-1).gather(-1, ids[1:, None])[:, 0]
-        result[i, 1:length] = logp * batch["mask"][i, 1:length]
+        result[i, 1:length] = logp * batch["loss_mask"][i, 1:length]
     return result
 
 
@@ -104,9 +104,9 @@ def forward(name: str, device: str) -> dict[str, Any]:
     """Packed rows (flex attention on CUDA) against dense ones, float32: values, and gradients over their norm."""
     model = build(name, device)
     untouched, batch = copy.deepcopy(model), rows(device)
-    scorer = TokenScorer(model)
-    found, wanted = scorer(batch["input_ids"], batch["mask"]).logprobs, dense(untouched, batch)
-    packs = scorer.forward.packs
+    scorer = TokenLogprobs(model)
+    found, wanted = scorer(batch["input_ids"], batch["loss_mask"]).logprobs, dense(untouched, batch)
+    packs = scorer.packed_forward.packs
     found.sum().backward()
     wanted.sum().backward()
     pairs = [(a.grad, b.grad) for a, b in zip(model.parameters(), untouched.parameters(), strict=True)]
@@ -121,14 +121,14 @@ def bf16(device: str) -> dict[str, Any]:
     """In bfloat16 packed rows must be no further from float32 than dense ones are, but for a quarter."""
     exact, batch = build("Qwen3", device), rows(device)
     narrow = copy.deepcopy(exact).bfloat16()
-    scorer = TokenScorer(copy.deepcopy(narrow))
-    real = batch["mask"] != 0
+    scorer = TokenLogprobs(copy.deepcopy(narrow))
+    real = batch["loss_mask"] != 0
     with torch.no_grad():
         wanted = dense(exact, batch)[real]
-        packed = scorer(batch["input_ids"], batch["mask"]).logprobs[real]
+        packed = scorer(batch["input_ids"], batch["loss_mask"]).logprobs[real]
         plain = dense(narrow, batch)[real]
     errors = [float((found - wanted).norm() / wanted.norm()) for found in (packed, plain)]
-    packs = scorer.forward.packs
+    packs = scorer.packed_forward.packs
     passed = packs and errors[0] <= 1.25 * errors[1]
     return {"packs": packs, "packed_error": errors[0], "dense_error": errors[1], "passed": passed}
 
@@ -144,12 +144,12 @@ def _sampling(device: str, half: bool, graphed: bool) -> dict[str, Any]:
         batch = pad_tokens([p + s.ids for p, s in pairs], [[0] * len(p) + [1] * len(s.ids) for p, s in pairs], 0)
         batch = {name: value.to(device) for name, value in batch.items()}
         with torch.no_grad():
-            scores = TokenScorer(model)(batch["input_ids"], batch["mask"]).logprobs.cpu()
+            scores = TokenLogprobs(model)(batch["input_ids"], batch["loss_mask"]).logprobs.cpu()
     gaps = [
         (row[len(p) : len(p) + len(s.ids)] - torch.tensor(s.logprobs)).abs()
         for row, (p, s) in zip(scores, pairs, strict=True)
     ]
-    return {"gap": float(torch.cat(gaps).mean()), "packs": engine.forward.packs, "ids": [s.ids for s in samples]}
+    return {"gap": float(torch.cat(gaps).mean()), "packs": engine.packed_forward.packs, "ids": [s.ids for s in samples]}
 
 
 def sampler(device: str, half: bool) -> dict[str, Any]:
@@ -213,7 +213,7 @@ def qlora(device: str, root: Path) -> dict[str, Any]:
     frozen = {name: p.detach().clone() for name, p in module.named_parameters() if not p.requires_grad}
     ours.trainer(20, root, work, [_Losses(losses)]).fit(module, data)
     same = all(torch.equal(p.detach().cpu(), frozen[n].cpu()) for n, p in module.named_parameters() if n in frozen)
-    passed = is_quantised(module.model) and same and losses[-1] < 0.9 * losses[0]
+    passed = is_quantized(module.model) and same and losses[-1] < 0.9 * losses[0]
     return {"loss_before": losses[0], "loss_after_20": losses[-1], "weights_stay": same, "passed": passed}
 
 

@@ -92,13 +92,13 @@ class Recorder:
 
     def start(self) -> None:
         """The work begins."""
-        ours.synchronise()
+        ours.synchronize()
         self.profiler.start()
         self.begun = time.perf_counter()
 
     def stop(self) -> None:
         """The work has ended."""
-        ours.synchronise()
+        ours.synchronize()
         self.seconds = time.perf_counter() - self.begun
         self.profiler.stop()
 

@@ -127,7 +127,7 @@ class Worker:
         """Seconds of the last of so many RL steps, and of its sampling; after `do_steps` of as many."""
         owner: Any
         if self.side == "ours":
-            from rlhf_lightning.rollout.engine import LocalEngine
+            from rlhf_lightning.sampling.local_engine import LocalEngine
 
             owner, name = LocalEngine, "generate"
         else:
@@ -163,15 +163,15 @@ class Worker:
 @contextmanager
 def _timed(owner: Any, name: str) -> Iterator[list[float]]:
     """Seconds of each call of a method."""
-    from benchmarks.steps.ours import synchronise
+    from benchmarks.steps.ours import synchronize
 
     plain, calls = getattr(owner, name), list[float]()
 
     def timed(*args: Any, **kwargs: Any) -> Any:
-        synchronise()
+        synchronize()
         start = time.perf_counter()
         found = plain(*args, **kwargs)
-        synchronise()
+        synchronize()
         calls.append(time.perf_counter() - start)
         return found
 

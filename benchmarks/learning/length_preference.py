@@ -38,10 +38,10 @@ from rlhf_lightning.models.reward_model import RewardModel
 from rlhf_lightning.modules.schedules import Warmup
 from rlhf_lightning.quickstart.data import answer, question, subjects
 from rlhf_lightning.quickstart.model import make_model, make_tokenizer
+from rlhf_lightning.rewards import ModelReward
 from rlhf_lightning.rollout.kl import KLPenalty
-from rlhf_lightning.rollout.rewards import ModelReward
 from rlhf_lightning.rollout.runner import run_episodes
-from rlhf_lightning.rollout.sampler import Sampler
+from rlhf_lightning.sampling.sampler import Sampler
 
 COLUMNS = {"tokens": "response_tokens", "score": "reward", "kl": "kl"}
 

@@ -61,14 +61,14 @@ def _dpo(name: str, folders: Folders, root: Path) -> tuple[list[Step], list[Step
 
 def trl_dpo(name: str) -> dict[str, Any]:
     """TRL's settings of a loss in `losses.DPO`."""
-    desensitised = {"ld_alpha": losses.TAIL} if name == "length_desensitised" else {}
+    desensitized = {"ld_alpha": losses.TAIL} if name == "length_desensitized" else {}
     return {
         "beta": losses.BETA,
-        "loss_type": ["sigmoid" if desensitised else name],
+        "loss_type": ["sigmoid" if desensitized else name],
         "label_smoothing": losses.SMOOTHING if name in ("exo_pair", "robust", "aot", "aot_unpaired") else 0.0,
         "discopop_tau": losses.TEMPERATURE,
         "disable_dropout": True,
-        **desensitised,
+        **desensitized,
     }
 
 

@@ -46,10 +46,10 @@ def stop_line(folders: Folders, root: Path) -> Numbers:
         ours, theirs = (side.supervised("sft", made, rows, root)[0] for side in (our_side, trl_side))
         tokenizer = AutoTokenizer.from_pretrained(made.policy)
     ends = [
-        repr(tokenizer.decode([ids[i] for i, trained in enumerate(mask) if trained][-1:]))
-        for ids, mask in (ours.rows[0], theirs.rows[0])
+        repr(tokenizer.decode([ids[i] for i, trained in enumerate(loss_mask) if trained][-1:]))
+        for ids, loss_mask in (ours.rows[0], theirs.rows[0])
     ]
-    counts = [sum(sum(mask) for _, mask in step.rows) for step in (ours, theirs)]
+    counts = [sum(sum(loss_mask) for _, loss_mask in step.rows) for step in (ours, theirs)]
     return [
         ("last trained token of a row", ends[0], ends[1]),
         ("trained tokens", counts[0], counts[1]),
@@ -131,12 +131,12 @@ def ipo(folders: Folders, root: Path) -> Numbers:
     rows = setup.pairs(cases.ROWS)
     ours = our_side.supervised("dpo", folders, rows, root, scorer=_scorer(folders), loss=preference.IPO())[0]
     theirs = trl_side.supervised("dpo", folders, rows, root, **cases.trl_dpo("ipo"))[0]
-    normalised = our_side.supervised(
-        "dpo", folders, rows, root, scorer=_scorer(folders, length_normalised=True), loss=preference.IPO()
+    normalized = our_side.supervised(
+        "dpo", folders, rows, root, scorer=_scorer(folders, length_normalized=True), loss=preference.IPO()
     )[0]
     return [
         ("loss", ours.loss, theirs.loss),
-        ("loss, ours with length_normalised: true", normalised.loss, theirs.loss),
+        ("loss, ours with length_normalized: true", normalized.loss, theirs.loss),
     ]
 
 

@@ -10,7 +10,7 @@ BETA, SMOOTHING, TEMPERATURE, TAIL = 0.3, 0.1, 0.05, 0.4
 DPO: dict[str, tuple[Any, dict[str, Any]]] = {
     "sigmoid": (preference.BradleyTerry(), {}),
     "hinge": (preference.Hinge(), {}),
-    "ipo": (preference.IPO(), {"length_normalised": True}),
+    "ipo": (preference.IPO(), {"length_normalized": True}),
     "exo_pair": (preference.EXO(SMOOTHING), {}),
     "nca_pair": (preference.NCA(), {}),
     "robust": (preference.Robust(SMOOTHING), {}),
@@ -22,8 +22,8 @@ DPO: dict[str, tuple[Any, dict[str, Any]]] = {
     "apo_down": (preference.APODown(), {}),
     "discopop": (preference.DiscoPOP(TEMPERATURE), {}),
     "sft": (preference.SFT(), {}),
-    "sigmoid_norm": (preference.BradleyTerry(), {"length_normalised": True}),
-    "length_desensitised": (preference.BradleyTerry(), {"tail_weight": TAIL}),
+    "sigmoid_norm": (preference.BradleyTerry(), {"length_normalized": True}),
+    "length_desensitized": (preference.BradleyTerry(), {"tail_weight": TAIL}),
 }
 
 

@@ -28,7 +28,7 @@ class Watch(pl.Callback):
         self._rows: list[Any] = []
 
     def on_train_batch_start(self, trainer: Any, module: Any, batch: dict[str, Any], batch_idx: int) -> None:
-        self._rows += rows_of(batch["input_ids"], batch["mask"], _there(batch))
+        self._rows += rows_of(batch["input_ids"], batch["loss_mask"], _there(batch))
 
     def on_before_backward(self, trainer: Any, module: Any, loss: Any) -> None:
         self._losses.append(float(loss))
@@ -42,7 +42,9 @@ def _there(batch: dict[str, Any]) -> Any:
     columns = torch.arange(batch["input_ids"].shape[1])
     if "lengths" in batch:
         return columns < batch["lengths"][:, None]
-    return columns <= (batch["mask"].ne(0) * columns).amax(1)[:, None]  # a rollout row ends with its last drawn token
+    return (
+        columns <= (batch["loss_mask"].ne(0) * columns).amax(1)[:, None]
+    )  # a rollout row ends with its last drawn token
 
 
 def sgd(rate: float = RATE) -> Any:

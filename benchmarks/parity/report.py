@@ -18,10 +18,10 @@ def table(report: dict[str, Any]) -> str:
     ]
     for name, case in report["cases"].items():
         for number, step in enumerate(case, 1):
-            mask = {True: "yes", False: "no", None: "–"}[step["same_mask"]]
+            loss_mask = {True: "yes", False: "no", None: "–"}[step["same_mask"]]
             lines.append(
                 f"| {name} | {number} | {step['ours']:.7f} | {step['trl']:.7f} | {step['norm']:.3g} "
-                f"| {step['difference']:.1e} | {'yes' if step['same_tokens'] else 'no'} | {mask} |"
+                f"| {step['difference']:.1e} | {'yes' if step['same_tokens'] else 'no'} | {loss_mask} |"
             )
     lines += [
         "",

@@ -157,10 +157,10 @@ def gradients(model: Any) -> dict[str, torch.Tensor]:
     return {name: p.grad.detach().clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
-def rows_of(ids: Any, mask: Any, attention: Any) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+def rows_of(ids: Any, loss_mask: Any, attention: Any) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
     """The rows of a batch without padding: what `attention` sees."""
     there = attention.bool()
     return [
         (tuple(row[flags].tolist()), tuple(marks[flags].long().tolist()))
-        for row, marks, flags in zip(ids, mask, there, strict=True)
+        for row, marks, flags in zip(ids, loss_mask, there, strict=True)
     ]

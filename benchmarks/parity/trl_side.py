@@ -53,13 +53,13 @@ def _rows(inputs: dict[str, Any]) -> list[Any]:
     if "prompt_ids" in inputs:
         ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], 1)
         attention = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], 1)
-        mask = torch.cat([torch.zeros_like(inputs["prompt_mask"]), inputs["completion_mask"]], 1)
-        return rows_of(ids, mask, attention)
-    mask = inputs.get("completion_mask")
-    if mask is None and "labels" in inputs:
-        mask = (inputs["labels"] != -100).long()
+        loss_mask = torch.cat([torch.zeros_like(inputs["prompt_mask"]), inputs["completion_mask"]], 1)
+        return rows_of(ids, loss_mask, attention)
+    loss_mask = inputs.get("completion_mask")
+    if loss_mask is None and "labels" in inputs:
+        loss_mask = (inputs["labels"] != -100).long()
     attention = inputs["attention_mask"]
-    return rows_of(inputs["input_ids"], torch.zeros_like(attention) if mask is None else mask, attention)
+    return rows_of(inputs["input_ids"], torch.zeros_like(attention) if loss_mask is None else loss_mask, attention)
 
 
 def arguments(root: Path, batch: int, micro: int | None = None, steps: int = 1) -> dict[str, Any]:

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 
 from benchmarks.steps.flops import Shape
-from rlhf_lightning.models.forward import Forward
+from rlhf_lightning.models.backbone import Backbone
 from rlhf_lightning.models.memory import activation_bytes
-from rlhf_lightning.models.parts import Parts
+from rlhf_lightning.models.packed_forward import PackedForward
 
 TOKENS = (1024, 2048)
 FITTED = [
@@ -65,7 +65,7 @@ def measured(shape: Shape, family: str, precision: str) -> float:
     """
     model = small_model(shape, family)
     model = model.bfloat16() if precision == "bf16-true" else model
-    forward, context = Forward(model, Parts(model).decoder), _context(precision)
+    forward, context = PackedForward(model, Backbone(model).decoder), _context(precision)
     few, more = (activation_bytes(forward, count, context) for count in TOKENS)
     return (more - few) / (TOKENS[1] - TOKENS[0])
 

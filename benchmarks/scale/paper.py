@@ -2,7 +2,7 @@
 
 Exact from the weights of the real configs, built without memory: weights, gradients, optimizer, cache. By a measured
 law: activations. From the hardware's figures: times, which are the least that the slowest of arithmetic, memory and
-links allows at an assumed utilisation, not measurements. README.md of this folder lists the assumptions.
+links allows at an assumed utilization, not measurements. README.md of this folder lists the assumptions.
 """
 
 from dataclasses import asdict, dataclass
@@ -16,7 +16,7 @@ from torch.optim import AdamW
 from benchmarks.scale.activations import predicted
 from benchmarks.steps.flops import Shape, forward
 from rlhf_lightning.models.memory import cache_bytes, checkpointed_bytes, logit_bytes, optimizer_bytes, tensor_bytes
-from rlhf_lightning.models.scoring import LOGIT_BYTES
+from rlhf_lightning.models.token_logprobs import LOGIT_BYTES
 
 COMPUTE = 2
 """Bytes of a number that layers compute with, bfloat16."""
@@ -33,8 +33,8 @@ class Hardware:
     node_link: float = 450e9  # NVLink 4: 900 GB/s in both directions together, the same sheet
     network: float = 50e9  # NDR InfiniBand, 400 Gb/s a GPU, as in NVIDIA's DGX H200
     node: int = 8
-    utilisation: float = 0.4  # assumed, of `flops`: the aim of benchmarks/gpu for SFT
-    link_utilisation: float = 0.8  # assumed, of the links and of the memory's bandwidth
+    utilization: float = 0.4  # assumed, of `flops`: the aim of benchmarks/gpu for SFT
+    link_utilization: float = 0.8  # assumed, of the links and of the memory's bandwidth
 
 
 @dataclass(frozen=True)
@@ -140,7 +140,7 @@ class Times:
 
 def link(gpus: int, hardware: Hardware) -> float:
     """Bytes a second around a ring of so many GPUs: its slowest link."""
-    return (hardware.node_link if gpus <= hardware.node else hardware.network) * hardware.link_utilisation
+    return (hardware.node_link if gpus <= hardware.node else hardware.network) * hardware.link_utilization
 
 
 def training_time(
@@ -158,9 +158,9 @@ def training_time(
     state = optimizer_bytes(lambda p: AdamW(p, fused=False), parameters) / shards
     moved = 2 * (size / shards + state) + size / shards  # weights and state read and written, gradients read
     return Times(
-        compute=once * (4 if checkpointing else 3) / (hardware.flops * hardware.utilisation),
+        compute=once * (4 if checkpointing else 3) / (hardware.flops * hardware.utilization),
         communication=sent / link(gpus, hardware),
-        optimizer=moved / (hardware.bandwidth * hardware.link_utilisation),
+        optimizer=moved / (hardware.bandwidth * hardware.link_utilization),
     )
 
 
@@ -194,7 +194,7 @@ def rollout(name: str, gpus: int, sharded: bool, load: Load, hardware: Hardware,
     mean = load.prompt + load.response / 2
     operations = forward(shape, load.rows, load.rows * mean, load.rows)
     read = whole + kept * mean / (load.prompt + load.response)
-    seconds = [read / (hardware.bandwidth * hardware.link_utilisation), operations / hardware.flops]
+    seconds = [read / (hardware.bandwidth * hardware.link_utilization), operations / hardware.flops]
     if how == "in step":
         seconds.append((gpus - 1) / gpus * whole / link(gpus, hardware))
     extra = {"held": 0.0, "gathered": whole, "in step": held.gathered}[how]

@@ -52,7 +52,7 @@ def needed(task: str, work: Workload, rows: list[Any]) -> float:
     if task in ("reward", "dpo"):
         total = 0.0
         for pair in rows:
-            prompt = pair.chosen.mask.index(1)
+            prompt = pair.chosen.loss_mask.index(1)
             branches = [side.tokens - prompt for side in (pair.chosen, pair.rejected)]
             total += _forward(work, prompt, branches, sum(branches) if task == "dpo" else 0)
         return total * (3 + (task == "dpo"))  # forward, twice that in backward; DPO's reference once more

@@ -18,14 +18,14 @@ from rlhf_lightning import (
     SFTModule,
 )
 from rlhf_lightning.models.scorers import ImplicitReward, RewardHead
-from rlhf_lightning.rollout.draw import SamplingParams
-from rlhf_lightning.rollout.engine import LocalEngine
+from rlhf_lightning.rewards import FunctionReward
 from rlhf_lightning.rollout.kl import KLPenalty
-from rlhf_lightning.rollout.rewards import FunctionReward
-from rlhf_lightning.rollout.sampler import Sampler
+from rlhf_lightning.sampling.local_engine import LocalEngine
+from rlhf_lightning.sampling.sampler import Sampler
+from rlhf_lightning.sampling.token_sampling import SamplingParams
 
 
-def synchronise() -> None:
+def synchronize() -> None:
     """Wait for the GPU, where there is one."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
@@ -41,7 +41,7 @@ class StepTimes(pl.Callback):
         self.marks.append(time.perf_counter())
 
     def on_train_batch_end(self, trainer: Any, module: Any, *args: Any) -> None:
-        synchronise()
+        synchronize()
         self.marks.append(time.perf_counter())
 
     @property
@@ -108,7 +108,7 @@ class Training:
     @property
     def packs(self) -> bool:
         """Whether rows were packed and prompts shared, known after a call."""
-        return bool(self.module.forward_pass.packs)
+        return bool(self.module.packed_forward.packs)
 
 
 class Generation:
@@ -129,7 +129,7 @@ class Generation:
             seeds = [step * len(self.prompts) + i for i in range(len(self.prompts))]
             with torch.autocast(self.work.device, dtype=torch.bfloat16, enabled=self.work.autocast):
                 samples = self.engine.generate(self.prompts, SamplingParams(max_tokens=self.work.new_tokens), seeds)
-            synchronise()
+            synchronize()
             seconds.append(time.perf_counter() - start)
             assert all(len(sample.ids) == self.work.new_tokens for sample in samples)
         return seconds
@@ -137,7 +137,7 @@ class Generation:
     @property
     def packs(self) -> bool:
         """Whether prompts were packed, known after a call."""
-        return self.engine.forward.packs
+        return self.engine.packed_forward.packs
 
 
 def runner(task: str, folder: Path, work: Workload) -> Training | Generation:

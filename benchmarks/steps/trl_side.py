@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, TrainerCallback
 
-from benchmarks.steps.ours import generation_prompts, synchronise
+from benchmarks.steps.ours import generation_prompts, synchronize
 from benchmarks.steps.workload import Workload, count_vowels
 
 
@@ -22,7 +22,7 @@ class StepTimes(TrainerCallback):
         self.marks = [time.perf_counter()]
 
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-        synchronise()
+        synchronize()
         self.marks.append(time.perf_counter())
 
     @property
@@ -116,7 +116,7 @@ def _generation(folder: Path, work: Workload) -> Callable[[int], list[float]]:
     prompts = generation_prompts(work, work.load_tokenizer())
     width = max(len(prompt) for prompt in prompts)
     ids = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts], device=work.device)
-    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=work.device)
+    loss_mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=work.device)
     options = {"max_new_tokens": work.new_tokens, "do_sample": True, "top_k": 0, "pad_token_id": 0}
 
     def run(steps: int) -> list[float]:
@@ -124,8 +124,8 @@ def _generation(folder: Path, work: Workload) -> Callable[[int], list[float]]:
         for _ in range(steps):
             start = time.perf_counter()
             with torch.no_grad(), torch.autocast(work.device, dtype=torch.bfloat16, enabled=work.autocast):
-                out = model.generate(ids, attention_mask=mask, **options)
-            synchronise()
+                out = model.generate(ids, attention_mask=loss_mask, **options)
+            synchronize()
             seconds.append(time.perf_counter() - start)
             assert out.shape[1] == width + work.new_tokens
         return seconds

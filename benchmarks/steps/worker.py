@@ -94,7 +94,7 @@ def matmul_rate(work: Any) -> float:
 
     import torch
 
-    from benchmarks.steps.ours import synchronise
+    from benchmarks.steps.ours import synchronize
 
     size = 1024 if work.device == "cpu" else 8192
     dtype = torch.bfloat16 if work.bf16 else torch.float32
@@ -103,7 +103,7 @@ def matmul_rate(work: Any) -> float:
     for _ in range(60):
         start = time.perf_counter()
         a @ b
-        synchronise()
+        synchronize()
         seconds.append(time.perf_counter() - start)
     return 2 * size**3 / sorted(seconds)[30]
 

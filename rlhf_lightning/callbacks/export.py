@@ -12,16 +12,16 @@ import torch
 from lightning.pytorch.utilities import rank_zero_only
 from safetensors import SafetensorError
 
-from rlhf_lightning.callbacks.best import BestUnderKL
-from rlhf_lightning.callbacks.checkpoints import RunCheckpoints
-from rlhf_lightning.callbacks.collapse import StopOnCollapse
-from rlhf_lightning.callbacks.environment import commit, environment, versions
-from rlhf_lightning.callbacks.faults import NonFiniteGuard, require_finite
+from rlhf_lightning.checkpointing.best import BestUnderKL
+from rlhf_lightning.checkpointing.callbacks import RunCheckpoints
+from rlhf_lightning.checkpointing.nonfinite import NonFiniteGuard, require_finite
+from rlhf_lightning.checkpointing.provenance import commit, environment, versions
 from rlhf_lightning.data.templates import TEMPLATE_DATE
+from rlhf_lightning.diagnostics.collapse import StopOnCollapse
 from rlhf_lightning.errors import ConfigError, UserError
 from rlhf_lightning.files import hash_file, hash_folder, write_json
 from rlhf_lightning.models.saving import relative_base
-from rlhf_lightning.models.sharding import is_split
+from rlhf_lightning.models.sharding import is_sharded
 from rlhf_lightning.modules.step import StepEnd
 
 log = logging.getLogger(__name__)
@@ -57,7 +57,7 @@ class ExportModel(pl.Callback):
         require_finite(pl_module, "at the end", "they are not saved as a model")
         trainer.strategy.barrier("export")
         folder = Path(trainer.default_root_dir) / "model"
-        if trainer.is_global_zero or is_split(pl_module.model):
+        if trainer.is_global_zero or is_sharded(pl_module.model):
             _save(pl_module, folder)
         self._describe(trainer, pl_module, folder)
         trainer.strategy.barrier("exported")
@@ -71,7 +71,7 @@ class ExportModel(pl.Callback):
                 f"--export best: no checkpoint was saved by {saver.monitor}{limit}; validate at least once{limit}. "
                 "The run is there: the same command with --export last exports its last weights."
             )
-        if is_split(pl_module.model):
+        if is_sharded(pl_module.model):
             strategy: Any = trainer.strategy
             strategy.load_weights(path)
         else:

@@ -9,7 +9,7 @@ import lightning.pytorch as pl
 import torch
 
 from rlhf_lightning.data.base import data_ranks
-from rlhf_lightning.models.lora import is_quantised
+from rlhf_lightning.models.lora import is_quantized
 from rlhf_lightning.models.memory import (
     activation_bytes,
     cache_bytes,
@@ -21,7 +21,7 @@ from rlhf_lightning.models.memory import (
     tensor_bytes,
     trained,
 )
-from rlhf_lightning.models.scoring import TokenScorer
+from rlhf_lightning.models.token_logprobs import TokenLogprobs
 from rlhf_lightning.modules.policy_rl import PolicyRLModule
 
 log = logging.getLogger(__name__)
@@ -93,7 +93,7 @@ def estimate_memory(
         optimizer=-(-optimizer_bytes(module.optimizer_factory, parameters) // shards),
         frozen=tensor_bytes(p for p in module.parameters() if id(p) not in ours | away),
         activations=_activations(module, tokens, size, context, device),
-        logits=logit_bytes(scorer.parts, scored, size, scorer.logit_bytes) if scorer and scored else 0,
+        logits=logit_bytes(scorer.backbone, scored, size, scorer.logit_bytes) if scorer and scored else 0,
         cache=cache_bytes(module.model, rows, row_tokens, size) if rows else 0,
         visiting=max((tensor_bytes(place.model.parameters()) for place in places if place.offload), default=0),
         available=device_bytes(device),
@@ -141,7 +141,7 @@ def _advice(module: Any, estimate: Estimate) -> list[str]:
         found.append("trainer.precision: bf16-mixed (activations), or bf16-true (weights and optimizer as well)")
     if module.lora is None:
         found.append(f"model.lora: {{}} (gradients and optimizer, {_size(estimate.gradients + estimate.optimizer)})")
-    elif not is_quantised(module.model) and on_gpu:
+    elif not is_quantized(module.model) and on_gpu:
         found.append(f"model.lora.quantize: nf4 (of the weights, {_size(estimate.weights)}, less than a fifth is left)")
     found.append("more devices that share the weights: trainer.strategy, see docs/memory.md")
     return found
@@ -181,7 +181,7 @@ def step_sizes(trainer: pl.Trainer, module: Any) -> tuple[int, int, int, int] | 
     return sum(sizes), scored if _token_scorer(module) else 0, 0, 0
 
 
-def _token_scorer(module: Any) -> TokenScorer | None:
+def _token_scorer(module: Any) -> TokenLogprobs | None:
     """What computes logits; None with a reward head."""
     return getattr(module, "tokens", None) or getattr(getattr(module, "scorer", None), "tokens", None)
 
@@ -190,14 +190,14 @@ def _tokens(row: Any) -> int:
     sides = getattr(row, "sides", None)
     if sides is None:
         return row.tokens
-    shared = min(side.mask.index(1) if 1 in side.mask else 0 for side in sides)
+    shared = min(side.loss_mask.index(1) if 1 in side.loss_mask else 0 for side in sides)
     return shared + sum(side.tokens - shared for side in sides)
 
 
 def _round_sizes(trainer: pl.Trainer, module: Any, data: Any, rows: list[Any]) -> tuple[int, int, int, int]:
-    prompt, drawn = max(row.tokens for row in rows), module.sampler.max_tokens
+    prompt, sampled = max(row.tokens for row in rows), module.sampler.max_tokens
     prompts = -(-min(data.prompts_per_round, len(rows)) // data_ranks(trainer)[1])
     batch = -(-prompts * data.group_size // data.minibatches)
-    tokens = min(prompts, batch) * prompt + batch * drawn
+    tokens = min(prompts, batch) * prompt + batch * sampled
     decoded = min(prompts * data.group_size, module.sampler.batch_rows) if module.sampler._local else 0
-    return tokens, batch * drawn, decoded, prompt + drawn
+    return tokens, batch * sampled, decoded, prompt + sampled

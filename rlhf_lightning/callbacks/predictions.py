@@ -7,8 +7,8 @@ from typing import Any
 import lightning.pytorch as pl
 
 from rlhf_lightning.data.base import data_ranks
+from rlhf_lightning.distributed import is_leader
 from rlhf_lightning.files import as_json
-from rlhf_lightning.rollout.ranks import leads
 
 log = logging.getLogger(__name__)
 
@@ -24,13 +24,13 @@ class PredictionsFile(pl.Callback):
         root.mkdir(parents=True, exist_ok=True)
         rank, world = data_ranks(trainer)
         self._path = root / f"predictions{f'.{rank}' if world > 1 else ''}.jsonl"
-        if leads():
+        if is_leader():
             self._path.write_text("")
 
     def on_predict_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, *args: Any
     ) -> None:
-        if not leads():
+        if not is_leader():
             return
         with open(self._path, "a", encoding="utf-8") as stream:
             for row in outputs:

@@ -9,11 +9,11 @@ from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.callbacks.progress.rich_progress import RichProgressBarTheme
 
 from rlhf_lightning.callbacks.console import ConsoleLines, headline
-from rlhf_lightning.rollout.engine import LocalEngine, Watch
+from rlhf_lightning.sampling.local_engine import LocalEngine, Watch
 
 
 class StageProgress(RichProgressBar):
-    """Lightning's Rich bar. While responses are drawn, a second bar counts them and their tokens."""
+    """Lightning's Rich bar. While responses are sampled, a second bar counts them and their tokens."""
 
     def __init__(self) -> None:
         super().__init__(refresh_rate=10, theme=RichProgressBarTheme(metrics_format=".4g", metrics_text_delimiter="  "))
@@ -38,7 +38,7 @@ class RolloutProgress(Watch):
     """The second bar: one engine call at a time, a turn of all episodes of a rank.
 
     Args:
-        bar: that it is drawn in. seconds: the least time between two updates.
+        bar: that it is sampled in. seconds: the least time between two updates.
     """
 
     def __init__(self, bar: StageProgress, seconds: float = 0.2) -> None:
@@ -56,7 +56,7 @@ class RolloutProgress(Watch):
         else:
             progress.reset(self.bar.rollout_id, total=rows, visible=True, description=self._text())
 
-    def drawn(self, row: int, token: int, ended: bool) -> None:
+    def on_token(self, row: int, token: int, ended: bool) -> None:
         self.tokens += 1
         self.ended += ended
         if time.monotonic() - self._shown >= self.seconds:
@@ -81,5 +81,5 @@ def progress_callbacks(bar: bool, own: str) -> list[pl.Callback]:
     if not bar:
         return [ConsoleLines()]
     named = "ProgressBar" in own or "StageProgress" in own
-    # Rich draws nothing into a file; Lightning adds its plain bar where there is no other.
+    # Rich samples nothing into a file; Lightning adds its plain bar where there is no other.
     return [] if named or not sys.stdout.isatty() else [StageProgress()]

@@ -6,12 +6,12 @@ from typing import Any
 
 import lightning.pytorch as pl
 
-from rlhf_lightning.callbacks.jsonl import JsonLines
 from rlhf_lightning.callbacks.table import choose, plain, rich
+from rlhf_lightning.checkpointing.jsonl import JsonLines
+from rlhf_lightning.distributed import gather
 from rlhf_lightning.errors import ConfigError
-from rlhf_lightning.rollout.episodes import Episode
-from rlhf_lightning.rollout.ranks import gather
 from rlhf_lightning.rollout.statistics import episode_kl
+from rlhf_lightning.types import Episode
 
 
 class SamplesLog(pl.Callback):
@@ -62,9 +62,9 @@ class SamplesLog(pl.Callback):
 
 
 def _record(episode: Episode) -> dict[str, Any]:
-    """The row of an episode; its advantage is the mean over drawn tokens of what is trained on."""
-    rows = [row for row in episode.segments if row.actions]
-    advantages = [a for row in rows for a, flag in zip(row.advantages, row.mask, strict=True) if flag]
+    """The row of an episode; its advantage is the mean over sampled tokens of what is trained on."""
+    rows = [row for row in episode.training_samples if row.actions]
+    advantages = [a for row in rows for a, flag in zip(row.advantages, row.loss_mask, strict=True) if flag]
     return {
         "group": episode.group,
         "sample": episode.sample,

@@ -65,7 +65,7 @@ def shorten(text: str, width: int) -> str:
 
 
 def _numbers(row: dict[str, Any]) -> str:
-    parts = [f"{shorten(name, WIDTH)} {value:.4g}" for name, value in row["parts"].items() if value is not None]
+    parts = [f"{shorten(name, WIDTH)} {value:.4g}" for name, value in row["terms"].items() if value is not None]
     shown = f" ({', '.join(parts)})" if len(parts) > 1 else ""
     rest = f"advantage {_number(row['advantage'])}  KL {_number(row['kl'])}  {shorten(row['stop_reason'], WIDTH)}"
     return f"reward {_number(row['reward'])}{shown}  {rest}"

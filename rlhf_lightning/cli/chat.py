@@ -6,8 +6,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from rlhf_lightning.cli.asking import add_asking_flags, add_sampling_flags, asked_of, sampling_of, say
 from rlhf_lightning.cli.options import Parser, check_options, device_of
+from rlhf_lightning.cli.rendering_flags import (
+    add_rendering_flags,
+    add_sampling_flags,
+    rendering_options,
+    sampling_of,
+    say,
+)
 
 
 def run(args: list[str]) -> int:
@@ -17,18 +23,18 @@ def run(args: list[str]) -> int:
     from rlhf_lightning.cli.logs import setup_logging
     from rlhf_lightning.errors import UserError
     from rlhf_lightning.files import visible
-    from rlhf_lightning.pipeline.policies import Policy
-    from rlhf_lightning.pipeline.talk import Conversation
+    from rlhf_lightning.inference.chat import Conversation
+    from rlhf_lightning.inference.policy import Policy
 
     setup_logging("warning", None)
     check_options(options)
     device = device_of(options.device)
     talks = {}
     for name in dict.fromkeys([options.model, *(options.and_ or [])]):
-        policy = Policy(name, options.dtype, device, asked_of(options))
-        draw, said = sampling_of(options, name, policy.drawn)
+        policy = Policy(name, options.dtype, device, rendering_options(options))
+        sample, said = sampling_of(options, name, policy.sampled)
         say(policy.asking.describe(), said)
-        talks[name] = Conversation(policy, None, options.max_tokens, seed=options.seed, **draw)
+        talks[name] = Conversation(policy, None, options.max_tokens, seed=options.seed, **sample)
     labels = dict(zip(talks, _labels(list(talks)), strict=True))
 
     def show(text: str) -> None:
@@ -79,7 +85,7 @@ def _parse(args: list[str]) -> argparse.Namespace:
     parser = Parser(
         prog="rlhf chat",
         description="Talk with a model, or with several, which answer one after the other and remember each its own "
-        "answers. Answers appear as they are drawn. Messages can be piped in, a line each.",
+        "answers. Answers appear as they are sampled. Messages can be piped in, a line each.",
         epilog="example: rlhf chat runs/policy/model --and runs/sft/model\n"
         '         echo "How do I mend a chair?" | rlhf chat runs/policy/model --temperature 0',
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -91,6 +97,6 @@ def _parse(args: list[str]) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--dtype", default="float32", help="of the weights")
     parser.add_argument("--device", help="cpu, cuda, mps (default: a GPU where there is one)")
-    add_asking_flags(parser)
+    add_rendering_flags(parser)
     options: Any = parser.parse_args(args)
     return options

@@ -4,8 +4,8 @@ import argparse
 import sys
 from typing import Any
 
-from rlhf_lightning.cli.asking import add_asking_flags, asked_of, say
 from rlhf_lightning.cli.options import Parser
+from rlhf_lightning.cli.rendering_flags import add_rendering_flags, rendering_options, say
 from rlhf_lightning.files import as_json, visible
 
 KINDS = ("sft", "preference", "prompts")
@@ -89,7 +89,7 @@ def _parse(args: list[str]) -> argparse.Namespace:
     check.add_argument("--max_length", type=int, help="as data.max_length (prompts: max_prompt_tokens) of a stage")
     check.add_argument("--overlong", choices=("error", "truncate", "skip"), help="as data.overlong of a stage")
     check.add_argument("--train_on", help="as data.train_on of an SFT stage")
-    add_asking_flags(check, samples=False)
+    add_rendering_flags(check, samples=False)
     return parser.parse_args(args)
 
 
@@ -98,7 +98,7 @@ def _settings(options: argparse.Namespace) -> dict[str, Any]:
     from rlhf_lightning.errors import ConfigError
 
     length = "max_prompt_tokens" if options.kind == "prompts" else "max_length"
-    settings = {"overlong": options.overlong, "train_on": options.train_on, **asked_of(options)}
+    settings = {"overlong": options.overlong, "train_on": options.train_on, **rendering_options(options)}
     settings[length] = options.max_length
     settings["lines"] = options.lines or None
     for pair in options.columns or []:

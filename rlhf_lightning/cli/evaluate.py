@@ -6,8 +6,8 @@ import math
 from pathlib import Path
 from typing import Any
 
-from rlhf_lightning.cli.asking import add_asking_flags
 from rlhf_lightning.cli.options import Parser, add_overwrite, check_options, device_of
+from rlhf_lightning.cli.rendering_flags import add_rendering_flags
 from rlhf_lightning.cli.user_code import SCORER_HELP, allow_user_code, import_scorer
 from rlhf_lightning.files import as_json, write_text
 
@@ -26,13 +26,13 @@ COLUMNS = {
 
 
 def run(args: list[str]) -> int:
-    """Measure a policy (against another), or draw the best of N."""
+    """Measure a policy (against another), or sample the best of N."""
     options = _parse(args)
-    from rlhf_lightning.cli.asking import asked_of, say
     from rlhf_lightning.cli.logs import setup_logging
+    from rlhf_lightning.cli.rendering_flags import rendering_options, say
     from rlhf_lightning.errors import ConfigError
-    from rlhf_lightning.pipeline.compare import Drawing, best_of_n, make_rewards
-    from rlhf_lightning.pipeline.policies import Policy
+    from rlhf_lightning.inference.compare import SamplingOptions, best_of_n, make_rewards
+    from rlhf_lightning.inference.policy import Policy
 
     setup_logging("warning", None)
     allow_user_code(args)
@@ -44,17 +44,19 @@ def run(args: list[str]) -> int:
         raise ConfigError("nothing to judge by: name a reward model with --reward, or a function with --gold")
     if best and options.temperature == 0:
         raise ConfigError("--temperature is 0: all responses to a prompt would be the same")
-    drawing = Drawing(rewards, options.max_tokens, options.temperature, getattr(options, "samples", 1), options.seed)
+    sampling = SamplingOptions(
+        rewards, options.max_tokens, options.temperature, getattr(options, "samples", 1), options.seed
+    )
     options.device = device_of(options.device)
-    options.asked = asked_of(options)
+    options.asked = rendering_options(options)
     policy = Policy(options.policy, options.dtype, options.device, options.asked)
     say(policy.asking.describe())
     prompts = policy.prompts(options.prompts, options.limit)
     facts: dict[str, Any] = {"prompts": len(prompts)}
     if best:
-        summary, rows = best_of_n(policy, prompts, drawing, options.n)
+        summary, rows = best_of_n(policy, prompts, sampling, options.n)
     else:
-        summary, rows, facts["references"] = _evaluate(options, policy, prompts, drawing)
+        summary, rows, facts["references"] = _evaluate(options, policy, prompts, sampling)
     text = json.dumps(_finite({**facts, **summary}), indent=2, allow_nan=False) + "\n"
     if options.json:
         print(text, end="")
@@ -67,13 +69,13 @@ def run(args: list[str]) -> int:
     return 0
 
 
-def _evaluate(options: argparse.Namespace, policy: Any, prompts: Any, drawing: Any) -> tuple[Any, Any, int]:
+def _evaluate(options: argparse.Namespace, policy: Any, prompts: Any, sampling: Any) -> tuple[Any, Any, int]:
     """Figures, rows, and the number of prompts that have references."""
-    from rlhf_lightning.cli.asking import say
+    from rlhf_lightning.cli.rendering_flags import say
     from rlhf_lightning.errors import ConfigError
-    from rlhf_lightning.pipeline.compare import compare
-    from rlhf_lightning.pipeline.policies import Policy
-    from rlhf_lightning.pipeline.references import references_of
+    from rlhf_lightning.inference.compare import compare
+    from rlhf_lightning.inference.policy import Policy
+    from rlhf_lightning.inference.text_metrics import references_of
 
     if options.best_of > 1 and not options.baseline:
         raise ConfigError("--best_of is of the baseline: name one, rlhf evaluate POLICY BASELINE PROMPTS")
@@ -82,7 +84,7 @@ def _evaluate(options: argparse.Namespace, policy: Any, prompts: Any, drawing: A
     if options.baseline:
         baseline = Policy(options.baseline, options.dtype, options.device, options.asked)
         say(baseline.asking.describe())
-    summary, rows = compare(policy, baseline, prompts, drawing, options.best_of, references)
+    summary, rows = compare(policy, baseline, prompts, sampling, options.best_of, references)
     return summary, rows, sum(map(bool, references))
 
 
@@ -97,7 +99,7 @@ def _parse(args: list[str]) -> argparse.Namespace:
     best = args[0] == "best-of"
     parser = Parser(
         prog=f"rlhf {args[0]}",
-        description="Draw N responses to each prompt and keep the best by a reward: what the reward buys without any "
+        description="Sample N responses to each prompt and keep the best by a reward: what the reward buys without any "
         "training."
         if best
         else "Measure a policy, and a baseline (the one it was trained from, say), on prompts: reward, win rate with "
@@ -141,7 +143,7 @@ def _parse(args: list[str]) -> argparse.Namespace:
     parser.add_argument("--summary", type=Path, help="JSON file: the figures")
     parser.add_argument("--dtype", default="float32", help="of the weights")
     parser.add_argument("--device", help="cpu, cuda, mps (default: a GPU where there is one)")
-    add_asking_flags(parser)
+    add_rendering_flags(parser)
     # Not parse_args: it would take `MODEL --json FILE` for a baseline that is missing and a file too many.
     return parser.parse_intermixed_args(args[1:])
 

@@ -3,8 +3,14 @@
 import argparse
 from typing import Any
 
-from rlhf_lightning.cli.asking import add_asking_flags, add_sampling_flags, asked_of, sampling_of, say
 from rlhf_lightning.cli.options import Parser, check_options, device_of
+from rlhf_lightning.cli.rendering_flags import (
+    add_rendering_flags,
+    add_sampling_flags,
+    rendering_options,
+    sampling_of,
+    say,
+)
 
 
 def run(args: list[str]) -> int:
@@ -14,18 +20,18 @@ def run(args: list[str]) -> int:
     from rlhf_lightning.cli.logs import setup_logging
     from rlhf_lightning.errors import ConfigError
     from rlhf_lightning.files import as_json, visible
-    from rlhf_lightning.pipeline.policies import Policy
+    from rlhf_lightning.inference.policy import Policy
 
     setup_logging("warning", None)
     if bool(options.file) == bool(options.prompt):
         raise ConfigError("name either a file of prompts or --prompt TEXT")
     check_options(options)
-    policy = Policy(options.model, options.dtype, device_of(options.device), asked_of(options))
-    draw, said = sampling_of(options, options.model, policy.drawn)
+    policy = Policy(options.model, options.dtype, device_of(options.device), rendering_options(options))
+    sample, said = sampling_of(options, options.model, policy.sampled)
     say(policy.asking.describe(), said)
     source = options.file or [{"prompt": text} for text in options.prompt]
     prompts = policy.prompts(source, options.limit)
-    episodes = policy.answer(prompts, options.max_tokens, options.seed, options.samples, **draw)
+    episodes = policy.answer(prompts, options.max_tokens, options.seed, options.samples, **sample)
     for episode in episodes:
         record = episode.record()
         if options.json:
@@ -63,5 +69,5 @@ def _parse(args: list[str]) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--dtype", default="float32", help="of the weights")
     parser.add_argument("--device", help="cpu, cuda, mps (default: a GPU where there is one)")
-    add_asking_flags(parser)
+    add_rendering_flags(parser)
     return parser.parse_args(args)

@@ -10,7 +10,7 @@ from importlib import import_module
 from types import TracebackType
 
 from rlhf_lightning import __version__
-from rlhf_lightning.callbacks.signals import ended_once
+from rlhf_lightning.checkpointing.signals import ended_once
 from rlhf_lightning.cli.console import BROKEN_PIPE, open_standard_streams, silence, steady_console
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.files import visible
@@ -101,7 +101,7 @@ def _command(args: list[str]) -> int:
         print(f"rlhf-lightning {__version__}")
         return 0
     if args[0] not in COMMANDS:
-        from rlhf_lightning.cli.meant import command
+        from rlhf_lightning.cli.suggestions import command
 
         close = command(args[0], COMMANDS)
         hint = f"; did you mean rlhf {close}?" if close else ""

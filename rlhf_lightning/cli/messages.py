@@ -6,8 +6,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from rlhf_lightning.callbacks.checkpoint_io import candidates, damage, newest_whole
-from rlhf_lightning.cli import meant
+from rlhf_lightning.checkpointing.io import candidates, damage, newest_whole
+from rlhf_lightning.cli import suggestions as meant
 from rlhf_lightning.errors import ConfigError
 from rlhf_lightning.pipeline.plan import find_line, read_mapping
 

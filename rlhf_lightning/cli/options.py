@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any, NoReturn
 
-from rlhf_lightning.cli import meant
+from rlhf_lightning.cli import suggestions as meant
 from rlhf_lightning.errors import ConfigError
 from rlhf_lightning.files import visible
 

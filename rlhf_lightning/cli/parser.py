@@ -6,7 +6,7 @@ from typing import Any, NoReturn
 
 from lightning.pytorch.cli import LightningArgumentParser
 
-from rlhf_lightning.cli import meant
+from rlhf_lightning.cli import suggestions as meant
 from rlhf_lightning.files import visible
 
 NOISE = (

@@ -5,7 +5,7 @@ from typing import Any
 
 from rlhf_lightning.cli.options import Parser, add_overwrite, check_writable
 from rlhf_lightning.files import visible
-from rlhf_lightning.pipeline.report import report_after_stage, write_report
+from rlhf_lightning.report import report_after_stage, write_report
 
 
 def run(args: list[str]) -> int:

@@ -5,8 +5,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from rlhf_lightning.cli.asking import add_asking_flags, asked_of, say
 from rlhf_lightning.cli.options import Parser, add_overwrite, check_options, device_of
+from rlhf_lightning.cli.rendering_flags import add_rendering_flags, rendering_options, say
 from rlhf_lightning.cli.user_code import SCORER_HELP, allow_user_code, import_scorer
 from rlhf_lightning.files import as_json, write_text
 
@@ -36,7 +36,7 @@ def run(args: list[str]) -> int:
     parser.add_argument("--batch_size", type=int, default=64, help="rows scored at once")
     parser.add_argument("--dtype", default="float32", help="of the weights")
     parser.add_argument("--device", help="cpu, cuda, mps (default: a GPU where there is one)")
-    add_asking_flags(parser, samples=False)
+    add_rendering_flags(parser, samples=False)
     options = parser.parse_args(args[1:])
 
     from rlhf_lightning.cli.logs import setup_logging
@@ -61,7 +61,7 @@ def score_file(options: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[
     from rlhf_lightning.models.reward_model import RewardModel
 
     import_scorer(options.scorer)
-    judge = RewardModel(options.model, options.dtype, options.shifted, asked_of(options))
+    judge = RewardModel(options.model, options.dtype, options.shifted, rendering_options(options))
     judge.to(device_of(options.device))
     say(judge.asking.describe())
     reading = Reading()
@@ -69,7 +69,7 @@ def score_file(options: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[
     given: list[Row] = read_rows(options.file, reading=reading)
     examples = convert_rows(given, lambda data: [(data, responses(judge.renderer, data))], reading, options.on_bad_row)
     sides = [side for _, rendered in examples for side in rendered.values()]
-    scores = iter(judge.score_tokens([s.ids for s in sides], [s.mask for s in sides], options.batch_size).tolist())
+    scores = iter(judge.score_tokens([s.ids for s in sides], [s.loss_mask for s in sides], options.batch_size).tolist())
     rows, pairs, singles = [], [], []
     for data, rendered in examples:
         found = {name: next(scores) for name in rendered}

@@ -9,8 +9,8 @@ from typing import Any
 import yaml
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
-import rlhf_lightning.strategies  # noqa: F401 - gives `--trainer.strategy fsdp2` its meaning
-from rlhf_lightning.callbacks.checkpoint_io import candidates, newest_whole, remove
+import rlhf_lightning.checkpointing.strategies  # noqa: F401 - gives `--trainer.strategy fsdp2` its meaning
+from rlhf_lightning.checkpointing.io import candidates, newest_whole, remove
 from rlhf_lightning.cli.data_record import RECORD, check_data_record
 from rlhf_lightning.cli.logs import LEVELS, setup_logging
 from rlhf_lightning.cli.messages import (
@@ -28,8 +28,8 @@ from rlhf_lightning.cli.report import after_stage
 from rlhf_lightning.cli.user_code import allow_user_code
 from rlhf_lightning.errors import ConfigError
 from rlhf_lightning.files import read_record, visible
-from rlhf_lightning.pipeline.passing import parent_is_watched, watch_parent
 from rlhf_lightning.pipeline.plan import read_mapping
+from rlhf_lightning.pipeline.stage_process import parent_is_watched, watch_parent
 from rlhf_lightning.rank_watch import ranks_end_together, watch_ranks
 from rlhf_lightning.run_folder import STAGE_RESULTS, claim, claims, is_first_process, refuse_inputs_in
 
@@ -177,16 +177,16 @@ class StageCLI(LightningCLI):
     def _callbacks(self, config: Any) -> list[Any]:
         from lightning.pytorch.callbacks import ModelCheckpoint
 
-        from rlhf_lightning.callbacks.checkpoints import RunCheckpoints
-        from rlhf_lightning.callbacks.diagnostics import Diagnostics
         from rlhf_lightning.callbacks.export import ExportModel
-        from rlhf_lightning.callbacks.faults import NonFiniteGuard
-        from rlhf_lightning.callbacks.invariants import FirstStepInvariants
         from rlhf_lightning.callbacks.memory import MemoryEstimate
         from rlhf_lightning.callbacks.predictions import PredictionsFile
-        from rlhf_lightning.callbacks.preference_watch import PreferenceWatch
         from rlhf_lightning.callbacks.progress import progress_callbacks
         from rlhf_lightning.callbacks.samples import SamplesLog
+        from rlhf_lightning.checkpointing.callbacks import RunCheckpoints
+        from rlhf_lightning.checkpointing.nonfinite import NonFiniteGuard
+        from rlhf_lightning.diagnostics.callback import Diagnostics
+        from rlhf_lightning.diagnostics.invariants import FirstStepInvariants
+        from rlhf_lightning.diagnostics.preference import PreferenceWatch
 
         callbacks: list[Any] = [ExportModel(config.export), PredictionsFile(), MemoryEstimate()]
         own = str(config.trainer.callbacks or "")
@@ -214,7 +214,7 @@ class StageCLI(LightningCLI):
         """The Trainer, with the folder's `metrics.csv` as its logger where no other is named."""
         config = self.config[self.subcommand]
         if self.subcommand == "fit" and config.trainer.logger in (None, True):
-            from rlhf_lightning.callbacks.metrics_csv import MetricsCSV
+            from rlhf_lightning.checkpointing.metrics_csv import MetricsCSV
 
             kwargs["logger"] = MetricsCSV(self.root, resume=bool(config.ckpt_path))
         trainer = super().instantiate_trainer(**kwargs)
@@ -315,8 +315,8 @@ def _guard_checkpoints(trainer: Any) -> None:
     """Have all checkpoints written whole, and ours last, since it holds the state of the others."""
     from lightning.fabric.plugins.io import TorchCheckpointIO
 
-    from rlhf_lightning.callbacks.checkpoint_io import AtomicCheckpointIO
-    from rlhf_lightning.callbacks.checkpoints import RunCheckpoints
+    from rlhf_lightning.checkpointing.callbacks import RunCheckpoints
+    from rlhf_lightning.checkpointing.io import AtomicCheckpointIO
 
     trainer.callbacks.sort(key=lambda callback: isinstance(callback, RunCheckpoints))
     # Not by `trainer.plugins`, which would take the place of the user's, and which some strategies refuse.

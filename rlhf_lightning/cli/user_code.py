@@ -64,7 +64,7 @@ def allow_user_code(texts: Iterable[str]) -> None:
 def import_scorer(path: str | None) -> None:
     """Import the user's own scorer that a command names: only then may the folder of a model name it too."""
     if path is not None:
-        from rlhf_lightning.rollout.environments import imported
+        from rlhf_lightning.environments.base import imported
 
         imported(path, "--scorer")
 

@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from rlhf_lightning.data.records import fingerprint, is_stream, library
+from rlhf_lightning.distributed import gather, rank_count
 from rlhf_lightning.errors import DataError
-from rlhf_lightning.rollout.ranks import gather, rank_count
 
 
 def require_agreement(error: Exception | None, facts: Callable[[], dict[str, Any]]) -> None:

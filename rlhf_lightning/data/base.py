@@ -1,4 +1,4 @@
-"""What the three data modules share: reading, checking, summarising, loading."""
+"""What the three data modules share: reading, checking, summarizing, loading."""
 
 import logging
 from abc import abstractmethod
@@ -11,11 +11,9 @@ import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_only
 
 from rlhf_lightning.data.agreement import require_agreement, rows_facts
-from rlhf_lightning.data.asked import Asking, shared_by_all
-from rlhf_lightning.data.batching import Layout, RowLoader, run_seed
+from rlhf_lightning.data.batching import RowLoader, ShardSpec, run_seed
 from rlhf_lightning.data.columns import noting_unused, refuse_unused_names
 from rlhf_lightning.data.containers import settled
-from rlhf_lightning.data.openings import Openings
 from rlhf_lightning.data.records import (
     Reading,
     Row,
@@ -28,6 +26,8 @@ from rlhf_lightning.data.records import (
     read_rows,
 )
 from rlhf_lightning.data.rendering import Renderer
+from rlhf_lightning.data.rendering_settings import RenderingSettings, shared_by_all
+from rlhf_lightning.data.response_starts import ResponseStarts
 from rlhf_lightning.data.splits import Prepared, RowKey, hold_out, keys_of, leaks, row_key
 from rlhf_lightning.data.tokenizers import load_tokenizer
 from rlhf_lightning.errors import ConfigError, DataError, UserError, check_whole
@@ -186,7 +186,7 @@ class RowDataModule(pl.LightningDataModule):
         rows = self.read(source, name, reading)
         self._truncated = 0
         if name == "train":
-            self.renderer.asked, self.renderer.openings = set(), Openings()
+            self.renderer.asked, self.renderer.openings = set(), ResponseStarts()
         unused: dict[str, None] = {}
         used: set[str] = set()
         convert = noting_unused(self, name, unused, used)
@@ -204,12 +204,12 @@ class RowDataModule(pl.LightningDataModule):
         refuse_unused_names(self.columns, used)
         self._take_shared()
         for index, example in enumerate(converted):
-            if hasattr(example, "index"):  # random numbers are drawn by it, whatever batch or rank the row falls into
+            if hasattr(example, "index"):  # random numbers are sampled by it, whatever batch or rank the row falls into
                 example.index = index
             if keys:
                 keys[row_of[index]].where = getattr(example, "where", "")
         self.prepared[name] = Prepared(converted, reading, truncated=self._truncated, keys=keys, row_of=row_of)
-        self._summarise(name, source)
+        self._summarize(name, source)
         if unused:
             log.info("%s: columns not used: %s", name, ", ".join(unused))
 
@@ -267,7 +267,7 @@ class RowDataModule(pl.LightningDataModule):
             batch_size,
             shuffle=shuffle,
             seed=self.seed,
-            layout=layout_of(self.trainer, training=name == "train"),
+            shard_spec=shard_spec_of(self.trainer, training=name == "train"),
         )
 
     # -- shared pieces --------------------------------------------------------------------------------------------
@@ -295,14 +295,14 @@ class RowDataModule(pl.LightningDataModule):
         return getattr(module, "end_token_ids", [])
 
     @property
-    def asking(self) -> Asking:
+    def asking(self) -> RenderingSettings:
         """How the model of the module that the trainer runs was asked, and the settings in place of that."""
         module = self.trainer.lightning_module if self.trainer else None
         given = {name: getattr(self, name) for name in ("format", "template_kwargs", "system", "tools")}
-        return Asking.of(getattr(module, "start_source", self.start), **given)
+        return RenderingSettings.of(getattr(module, "start_source", self.start), **given)
 
     @rank_zero_only
-    def _say(self, asking: Asking, openings: Openings | None) -> None:
+    def _say(self, asking: RenderingSettings, openings: ResponseStarts | None) -> None:
         """What the model's own record, or the template, does not agree with."""
         asking.warn("all rows have the {} {}, and {} was trained with {}")
         if openings is not None and openings.message:
@@ -340,7 +340,7 @@ class RowDataModule(pl.LightningDataModule):
         return {name: digest for name, source in self.sources.items() if (digest := fingerprint(source, name))}
 
     @rank_zero_only
-    def _summarise(self, name: str, source: Source) -> None:
+    def _summarize(self, name: str, source: Source) -> None:
         prepared = self.prepared[name]
         examples = prepared.rows
         log.info(
@@ -372,15 +372,15 @@ def data_ranks(trainer: Any) -> tuple[int, int]:
     return (known["rank"], known["num_replicas"]) if known else (trainer.global_rank, trainer.world_size)
 
 
-def layout_of(trainer: Any, training: bool) -> Callable[[], Layout]:
+def shard_spec_of(trainer: Any, training: bool) -> Callable[[], ShardSpec]:
     """The layout a trainer has when an epoch begins; a single process without one."""
 
-    def layout() -> Layout:
+    def shard_spec() -> ShardSpec:
         if trainer is None:
-            return Layout()
+            return ShardSpec()
         limit = trainer.num_training_batches if training else None
         rank, world = data_ranks(trainer)
-        return Layout(
+        return ShardSpec(
             rank=rank,
             world=world,
             accumulate=trainer.accumulate_grad_batches if training else 1,
@@ -389,4 +389,4 @@ def layout_of(trainer: Any, training: bool) -> Callable[[], Layout]:
             limit=int(limit) if limit and limit != float("inf") else None,
         )
 
-    return layout
+    return shard_spec

@@ -31,7 +31,7 @@ class Example(Protocol):
 
 
 @dataclass(frozen=True)
-class Layout:
+class ShardSpec:
     """Who asks for batches: this rank of `world`, `accumulate` micro-batches an optimizer step, which epoch."""
 
     rank: int = 0
@@ -53,8 +53,8 @@ class RowLoader:
 
     Args:
         rows: examples. collate: `(rows, weights) -> batch`. batch_size: rows per rank and micro-batch.
-        shuffle: a new order every epoch, drawn from (seed, epoch).
-        layout: asked for at the start of every epoch.
+        shuffle: a new order every epoch, sampled from (seed, epoch).
+        shard_spec: asked for at the start of every epoch.
     """
 
     def __init__(
@@ -64,29 +64,29 @@ class RowLoader:
         batch_size: int,
         shuffle: bool = False,
         seed: int = 0,
-        layout: Callable[[], Layout] = Layout,
+        shard_spec: Callable[[], ShardSpec] = ShardSpec,
     ) -> None:
         self.rows, self.collate, self.batch_size = rows, collate, batch_size
-        self.shuffle, self.seed, self.layout = shuffle, seed, layout
+        self.shuffle, self.seed, self.shard_spec = shuffle, seed, shard_spec
         self.position = self._start = 0
         """Batches taken of this epoch; 0 at its end."""
 
     def __len__(self) -> int:
-        return -(-len(self.rows) // (self.batch_size * self.layout().world))
+        return -(-len(self.rows) // (self.batch_size * self.shard_spec().world))
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         # Only a state that was loaded says where to begin: a pass that was left early (the sanity check, a limit of
         # batches) is no place to go on from.
         start, self._start = self._start, 0
         self.position = start
-        layout = self.layout()
-        batches = min(len(self), layout.limit or len(self))
-        order = self._order(layout.epoch)
-        for first in range(0, batches, layout.accumulate):
-            micro = min(layout.accumulate, batches - first)
+        shard_spec = self.shard_spec()
+        batches = min(len(self), shard_spec.limit or len(self))
+        order = self._order(shard_spec.epoch)
+        for first in range(0, batches, shard_spec.accumulate):
+            micro = min(shard_spec.accumulate, batches - first)
             if first + micro <= start:
                 continue
-            for k, batch in self._window(order, first, micro, layout, start):
+            for k, batch in self._window(order, first, micro, shard_spec, start):
                 self.position = (k + 1) % batches
                 yield batch
 
@@ -97,30 +97,30 @@ class RowLoader:
         return torch.randperm(len(self.rows), generator=generator).tolist()
 
     def _window(
-        self, order: list[int], first: int, micro: int, layout: Layout, start: int
+        self, order: list[int], first: int, micro: int, shard_spec: ShardSpec, start: int
     ) -> Iterator[tuple[int, dict[str, Any]]]:
-        per_micro = self.batch_size * layout.world
+        per_micro = self.batch_size * shard_spec.world
         window = [self.rows[i] for i in order[first * per_micro : (first + micro) * per_micro]]
         denominators = total_counts(row.counts() for row in window)
         if self.shuffle:
             window.sort(key=lambda row: row.tokens)
-        parts = split_evenly(window, micro * layout.world)
+        parts = split_evenly(window, micro * shard_spec.world)
         for k in range(micro):
             if first + k < start:
                 continue
-            rows = parts[k * layout.world + layout.rank]
+            rows = parts[k * shard_spec.world + shard_spec.rank]
             batch = self.collate(rows, [1.0] * len(rows)) if rows else self.collate(window[:1], [0.0])
             where = [getattr(row, "where", "") for row in rows]
             yield first + k, {**batch, "denominators": denominators, "where": where}
 
     def state_dict(self) -> dict[str, int]:
         """Batches taken of this epoch and, within it, by each of how many ranks."""
-        inside = {"world": self.layout().world} if self.position else {}
+        inside = {"world": self.shard_spec().world} if self.position else {}
         return {"position": self.position, **inside}
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
         self.position = self._start = int(state["position"])
-        world = self.layout().world
+        world = self.shard_spec().world
         if self.position and state.get("world", world) != world:
             raise ConfigError(
                 f"the checkpoint was written by {state['world']} ranks in the middle of an epoch, and this run has "
@@ -167,9 +167,9 @@ def pad_right(rows: Sequence[Sequence[float]], fill: float, dtype: torch.dtype) 
 
 
 def pad_tokens(ids: Sequence[Sequence[int]], masks: Sequence[Sequence[int]], pad_id: int) -> dict[str, Tensor]:
-    """`input_ids` and `mask`, `[B, T]`, and the true `lengths`, `[B]`."""
+    """`input_ids` and `loss_mask`, `[B, T]`, and the true `lengths`, `[B]`."""
     return {
         "input_ids": pad_right(ids, pad_id, torch.long),
-        "mask": pad_right(masks, 0, torch.float32),
+        "loss_mask": pad_right(masks, 0, torch.float32),
         "lengths": torch.tensor([len(row) for row in ids]),
     }

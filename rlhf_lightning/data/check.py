@@ -7,12 +7,12 @@ from typing import Any
 
 from rlhf_lightning.data.base import RowDataModule
 from rlhf_lightning.data.columns import noting_unused, refuse_unused_names
-from rlhf_lightning.data.openings import Openings
 from rlhf_lightning.data.preference import PreferenceDataModule
 from rlhf_lightning.data.preference_rows import Pair, row_kind
 from rlhf_lightning.data.prompts import Prompt, PromptDataModule
 from rlhf_lightning.data.records import Reading, Row, RowError, SkippedRow, Source, rename_columns
 from rlhf_lightning.data.rendering import Rendered, masked_pieces
+from rlhf_lightning.data.response_starts import ResponseStarts
 from rlhf_lightning.data.sft import SFTDataModule
 from rlhf_lightning.data.splits import RowKey, leaks
 from rlhf_lightning.data.tokenizers import load_tokenizer
@@ -45,7 +45,7 @@ class Checked:
     rows: int = 0
     blank: int = 0
     truncated: int = 0
-    openings: Openings = field(default_factory=Openings)
+    openings: ResponseStarts = field(default_factory=ResponseStarts)
 
 
 def data_module(kind: str, model: str, chat_template: str | None = None, **settings: Any) -> RowDataModule:
@@ -215,7 +215,7 @@ def _key(example: Any) -> Key:
     if isinstance(example, Prompt):
         return (tuple(example.ids),)
     sides = [example] if isinstance(example, Rendered) else example.sides
-    return tuple((*side.ids, -1 - side.mask.index(1)) for side in sides)
+    return tuple((*side.ids, -1 - side.loss_mask.index(1)) for side in sides)
 
 
 def _prompt(example: Any) -> tuple[int, ...]:
@@ -223,7 +223,7 @@ def _prompt(example: Any) -> tuple[int, ...]:
     if isinstance(example, Prompt):
         return tuple(example.ids)
     side = example if isinstance(example, Rendered) else example.sides[0]
-    return tuple(side.ids[: side.mask.index(1)]) if side.mask.index(1) > 1 else ()
+    return tuple(side.ids[: side.loss_mask.index(1)]) if side.loss_mask.index(1) > 1 else ()
 
 
 def pieces(example: Any, tokenizer: Any) -> list[tuple[str, list[tuple[str, bool]]]]:
@@ -231,12 +231,13 @@ def pieces(example: Any, tokenizer: Any) -> list[tuple[str, list[tuple[str, bool
     if isinstance(example, Prompt):
         return [("", [(tokenizer.decode(example.ids, skip_special_tokens=False), False)])]
     if isinstance(example, Rendered):
-        return [("", masked_pieces(tokenizer, example.ids, example.mask))]
+        return [("", masked_pieces(tokenizer, example.ids, example.loss_mask))]
     names = (
         ["chosen", "rejected"] if isinstance(example, Pair) else [f"response {i}" for i in range(len(example.sides))]
     )
     return [
-        (name, masked_pieces(tokenizer, side.ids, side.mask)) for name, side in zip(names, example.sides, strict=True)
+        (name, masked_pieces(tokenizer, side.ids, side.loss_mask))
+        for name, side in zip(names, example.sides, strict=True)
     ]
 
 

@@ -10,29 +10,29 @@ Render = Callable[[list[Message]], str]
 _FIRST, _SECOND = "Alpha,", "beta."
 
 
-class Parts(str):
+class ContentParts(str):
     """The text of a content in parts. Templates that show parts are given these; everything else reads the text."""
 
     parts: list[Any]
 
-    def __new__(cls, parts: list[Any]) -> "Parts":
+    def __new__(cls, parts: list[Any]) -> "ContentParts":
         self = super().__new__(cls, "".join(part["text"] for part in parts))
         self.parts = parts
         return self
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Parts, (self.parts,)
+        return ContentParts, (self.parts,)
 
     def __repr__(self) -> str:
-        return f"Parts({self.parts!r})"  # a template may trim each part, which the text does not tell
+        return f"ContentParts({self.parts!r})"  # a template may trim each part, which the text does not tell
 
 
 def joined(message: Message) -> Message:
-    """A message whose content, if it is a list of parts that are all text, is `Parts`."""
+    """A message whose content, if it is a list of parts that are all text, is `ContentParts`."""
     content = message.get("content")
     if not isinstance(content, list) or not content or not all(_is_text(part) for part in content):
         return message
-    return {**message, "content": Parts(content)}
+    return {**message, "content": ContentParts(content)}
 
 
 def _is_text(part: Any) -> bool:
@@ -54,13 +54,13 @@ class ContentForms:
 
     def fit(self, messages: list[Message]) -> list[Message]:
         """The messages with contents as the template shows them."""
-        if not self.only_parts and not any(isinstance(message.get("content"), Parts) for message in messages):
+        if not self.only_parts and not any(isinstance(message.get("content"), ContentParts) for message in messages):
             return messages
         return [self._fitted(message) for message in messages]
 
     def _fitted(self, message: Message) -> Message:
         content = message.get("content")
-        if isinstance(content, Parts) and (self.only_parts or self.shows_parts(message["role"])):
+        if isinstance(content, ContentParts) and (self.only_parts or self.shows_parts(message["role"])):
             return {**message, "content": content.parts}
         if self.only_parts and isinstance(content, str):
             return {**message, "content": [{"type": "text", "text": content}]}

@@ -18,7 +18,7 @@ from rlhf_lightning.data.columns import (
     unmarked,
     with_system,
 )
-from rlhf_lightning.data.contents import Parts
+from rlhf_lightning.data.contents import ContentParts
 from rlhf_lightning.data.records import RowError
 from rlhf_lightning.data.tool_calls import Written, as_text, read_calls, read_tools, short
 
@@ -184,7 +184,7 @@ def _joined(parts: list[Any], where: str) -> str:
         if not isinstance(text, str):
             raise RowError(f"{where}: content has the part {short(part)}; parts must be {{type: text, text: …}}")
     # Parquet and Arrow fill the keys that a part lacks with None, and templates ask which keys a part has.
-    return Parts([{"type": "text"} | {k: v for k, v in part.items() if v is not None} for part in parts])
+    return ContentParts([{"type": "text"} | {k: v for k, v in part.items() if v is not None} for part in parts])
 
 
 def has_conversation(data: dict[str, Any]) -> bool:

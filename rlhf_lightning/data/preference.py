@@ -1,4 +1,4 @@
-"""Data of preference learning: pairs, labelled responses, rankings."""
+"""Data of preference learning: pairs, labeled responses, rankings."""
 
 import logging
 import math
@@ -12,11 +12,11 @@ from rlhf_lightning.data.batching import pad_right, pad_tokens
 from rlhf_lightning.data.columns import SYSTEM, TOOLS, refuse_weight
 from rlhf_lightning.data.conversations import Message, tool_schemas
 from rlhf_lightning.data.preference_rows import (
-    Labelled,
+    Labeled,
     Pair,
     Ranking,
     row_kind,
-    split_labelled,
+    split_labeled,
     split_pair,
     split_ranking,
 )
@@ -31,14 +31,14 @@ LARGEST = torch.finfo(torch.float32).max
 
 
 class PreferenceDataModule(RowDataModule):
-    """Pairs, labelled responses or rankings.
+    """Pairs, labeled responses or rankings.
 
     - pairs: `prompt`, `chosen`, `rejected`, each a string or messages, and optionally `margin`, `tie`. Without
       `prompt`, `chosen` and `rejected` are whole conversations, and what they share is the prompt.
-    - labels: `prompt`, `response` (or `completion`), `label` (1 or 0). A pair becomes two labelled responses.
+    - labels: `prompt`, `response` (or `completion`), `label` (1 or 0). A pair becomes two labeled responses.
     - rankings: `prompt`, `responses`, and `scores` or `ranks` (or best first). A pair is a ranking of two.
 
-    Any row may have `tools`, and a `category` that accuracy is reported by. A batch is a dict: `input_ids` and `mask`
+    Any row may have `tools`, and a `category` that accuracy is reported by. A batch is a dict: `input_ids` and `loss_mask`
     `[N, T]`, `lengths` `[N]`, `weights` `[B]`; of pairs the chosen rows first and the rejected rows after them.
 
     Args:
@@ -81,7 +81,7 @@ class PreferenceDataModule(RowDataModule):
         return self._kind or wanted or "pairs"
 
     def examples(self, name: str) -> Callable[[dict[str, Any]], list[Any]]:
-        return {"pairs": self._pair, "labels": self._labelled, "rankings": self._ranking}[self.kind]
+        return {"pairs": self._pair, "labels": self._labeled, "rankings": self._ranking}[self.kind]
 
     def _prepare(self, name: str, required: bool) -> None:
         self._worse, self._margins = 0, False
@@ -103,7 +103,7 @@ class PreferenceDataModule(RowDataModule):
                 self._check_balance()
 
     def key(self, data: dict[str, Any]) -> RowKey:
-        split: Any = {"pairs": split_pair, "labels": split_labelled, "rankings": split_ranking}[row_kind(data)]
+        split: Any = {"pairs": split_pair, "labels": split_labeled, "rankings": split_ranking}[row_kind(data)]
         prompt, *rest = split(data)
         return conversation_key(prompt, tool_schemas(data), rest)
 
@@ -139,23 +139,23 @@ class PreferenceDataModule(RowDataModule):
             raise RowError(f"the pair is a tie, which {name} cannot learn from; use BradleyTerry, Davidson, RaoKupper")
         return [Pair(sides, _category(data), float(margin or 0.0), bool(tie))]
 
-    def _labelled(self, data: dict[str, Any]) -> list[Any]:
+    def _labeled(self, data: dict[str, Any]) -> list[Any]:
         if row_kind(data) == "pairs":
             refuse_weight(data)
             prompt, chosen, rejected = split_pair(data)
             if chosen == rejected:
                 raise RowError("chosen equals rejected: there is nothing to prefer")
             if data.get("tie"):
-                raise RowError("the pair is a tie: neither response can be labelled the better one")
+                raise RowError("the pair is a tie: neither response can be labeled the better one")
             self._note_scores(data)
             parts = [(chosen, 1), (rejected, 0)]
         else:
             refuse_weight(data)
-            prompt, response, label = split_labelled(data)
+            prompt, response, label = split_labeled(data)
             parts = [(response, label)]
         tools = tool_schemas(data)
         return [
-            Labelled(
+            Labeled(
                 self._sides(data, prompt, {"response": response}), _category(data), label, (prompt, response, tools)
             )
             for response, label in parts
@@ -191,7 +191,7 @@ class PreferenceDataModule(RowDataModule):
         excess = max(side.tokens for side in sides) - self.max_length
         if not self.too_long(excess + self.max_length):
             return sides
-        if excess >= min(side.mask.index(1) - self._kept(side) for side in sides):
+        if excess >= min(side.loss_mask.index(1) - self._kept(side) for side in sides):
             self._truncated -= 1
             raise RowError(f"a response alone is over data.max_length {self.max_length}; raise it")
         return [self._without(side, excess) for side in sides]
@@ -205,14 +205,16 @@ class PreferenceDataModule(RowDataModule):
         """A side without so many tokens at the beginning of its prompt."""
         start = self._kept(side)
         end = start + count
-        return Rendered(side.ids[:start] + side.ids[end:], side.mask[:start] + side.mask[end:], side.text_bytes)
+        return Rendered(
+            side.ids[:start] + side.ids[end:], side.loss_mask[:start] + side.loss_mask[end:], side.text_bytes
+        )
 
     def _mismatch(self, name: str) -> None:
         """Give each row a second side: its prompt with the response to the next prompt that is another one.
 
         The partner follows from the file, not from the batch, so that neither batch size nor ranks change the loss.
         """
-        rows: list[Labelled] = self.prepared[name].rows
+        rows: list[Labeled] = self.prepared[name].rows
         prompts = [row.messages[0] for row in rows]
         if self.sources[name] is None and all(prompt == prompts[0] for prompt in prompts):
             rows = [*rows, *self.prepared["train"].rows]  # one prompt was held out: training rows have the others
@@ -230,7 +232,7 @@ class PreferenceDataModule(RowDataModule):
             prompt, _, tools = row.messages
             side = self.renderer.exchange(prompt, rows[other].messages[1], tools)
             side = self._without(side, max(0, side.tokens - self.max_length))
-            side.mask[0] = 0
+            side.loss_mask[0] = 0
             row.sides = [row.sides[0], side]
 
     def _check_balance(self) -> None:
@@ -272,7 +274,7 @@ def _category(data: dict[str, Any]) -> str | None:
 
 
 def _tokens(sides: list[Rendered], references: list[list[float]] | None, pad_id: int) -> dict[str, Any]:
-    batch: dict[str, Any] = pad_tokens([side.ids for side in sides], [side.mask for side in sides], pad_id)
+    batch: dict[str, Any] = pad_tokens([side.ids for side in sides], [side.loss_mask for side in sides], pad_id)
     if references is not None:
         batch["reference_logprobs"] = pad_right(references, 0.0, torch.float32)
     return batch
@@ -294,7 +296,7 @@ def _collate_pairs(rows: list[Pair], pad_id: int) -> dict[str, Any]:
     }
 
 
-def _collate_labels(rows: list[Labelled], pad_id: int) -> dict[str, Any]:
+def _collate_labels(rows: list[Labeled], pad_id: int) -> dict[str, Any]:
     batch = {**_tokens(*_side(rows, 0), pad_id), "labels": torch.tensor([float(row.label) for row in rows])}
     if all(len(row.sides) > 1 for row in rows):
         batch["mismatched"] = _tokens(*_side(rows, 1), pad_id)

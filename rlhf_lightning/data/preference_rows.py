@@ -1,4 +1,4 @@
-"""Rows of preference data: pairs, labelled responses and rankings, read from what a file holds."""
+"""Rows of preference data: pairs, labeled responses and rankings, read from what a file holds."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -59,7 +59,7 @@ class Pair(PreferenceExample):
 
 
 @dataclass
-class Labelled(PreferenceExample):
+class Labeled(PreferenceExample):
     """A response with a label; its second side, if any, is the prompt with another prompt's response."""
 
     label: int = 0
@@ -67,7 +67,7 @@ class Labelled(PreferenceExample):
     """Prompt, response and tools, from which mismatched sides are made."""
 
     def counts(self) -> dict[str, float]:
-        """One labelled response."""
+        """One labeled response."""
         return {"labels": 1.0}
 
     def show(self, tokenizer: Any) -> str:
@@ -133,7 +133,7 @@ def split_response(data: dict[str, Any]) -> tuple[list[Message], list[Message]]:
     return prompt, response
 
 
-def split_labelled(data: dict[str, Any]) -> tuple[list[Message], list[Message], int]:
+def split_labeled(data: dict[str, Any]) -> tuple[list[Message], list[Message], int]:
     """Prompt and response messages and the label of a row; raises `RowError`."""
     require(data, "label")
     prompt, response = split_response(data)

@@ -178,9 +178,9 @@ class PromptDataModule(RowDataModule):
         if data.get("prompt") is not None or has_conversation(data):
             return row_key(prompt_example(self.renderer, data).ids, None)
         if data.get("tokens") is not None:
-            require(data, "mask")
-            drawn = next((i for i, flag in enumerate(data["mask"]) if flag), 0)
-            return row_key(data["tokens"][:drawn], data["tokens"][drawn:])
+            require(data, "loss_mask")
+            sampled = next((i for i, flag in enumerate(data["loss_mask"]) if flag), 0)
+            return row_key(data["tokens"][:sampled], data["tokens"][sampled:])
         require(data, "prompt_tokens", "response_tokens")
         return row_key(data["prompt_tokens"], data["response_tokens"])
 

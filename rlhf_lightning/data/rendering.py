@@ -10,8 +10,8 @@ from typing import Any
 
 from rlhf_lightning.data.columns import refuse_untrained
 from rlhf_lightning.data.conversations import Message, to_messages
-from rlhf_lightning.data.openings import Openings
 from rlhf_lightning.data.records import RowError
+from rlhf_lightning.data.response_starts import ResponseStarts
 from rlhf_lightning.data.selection import refuse_blank, select
 from rlhf_lightning.data.templates import ChatTemplate
 from rlhf_lightning.data.tokenizers import added_tokens
@@ -26,7 +26,7 @@ class Rendered:
     """A row of tokens. `mask[t]` is 1 where token t is trained (predicted from the tokens before it)."""
 
     ids: list[int]
-    mask: list[int]
+    loss_mask: list[int]
     text_bytes: int = 0
     """UTF-8 bytes of the trained text, markers left out: the denominator of bits per byte."""
     where: str = field(default="", compare=False, repr=False)
@@ -40,7 +40,7 @@ class Rendered:
     @property
     def trained(self) -> int:
         """How many of its tokens are trained."""
-        return sum(self.mask)
+        return sum(self.loss_mask)
 
     def counts(self) -> dict[str, float]:
         """What the row adds to the denominators of its optimizer step."""
@@ -48,12 +48,12 @@ class Rendered:
 
     def show(self, tokenizer: Any) -> str:
         """The row's text, trained stretches between ⟦ and ⟧."""
-        return show_masked(tokenizer, self.ids, self.mask)
+        return show_masked(tokenizer, self.ids, self.loss_mask)
 
     def trimmed(self) -> "Rendered":
         """Without what follows the last trained token: nothing is learnt from computing it."""
-        end = len(self.mask) - self.mask[::-1].index(1) if 1 in self.mask else 0
-        return Rendered(self.ids[:end], self.mask[:end], self.text_bytes)
+        end = len(self.loss_mask) - self.loss_mask[::-1].index(1) if 1 in self.loss_mask else 0
+        return Rendered(self.ids[:end], self.loss_mask[:end], self.text_bytes)
 
 
 class Renderer:
@@ -75,7 +75,7 @@ class Renderer:
 
     asked: set[tuple[str | None, str]] | None = None
     """Where it is a set, the system message and the tools (as JSON) of each conversation are put into it."""
-    openings: Openings | None = None
+    openings: ResponseStarts | None = None
     """Where it is there, it is shown how each trained answer begins, and how the prompt for it ends."""
 
     def __init__(
@@ -264,9 +264,9 @@ class Renderer:
         self._note_stripped(messages, selected, [text[start:end] for text, spans, _ in found for start, end in spans])
         for text, spans, ended in found:
             rows.append(self._tokenize(text, spans))
-            if not ended and (rows[-1].ids[-1:] != [self._eos()] or not rows[-1].mask[-1]):
+            if not ended and (rows[-1].ids[-1:] != [self._eos()] or not rows[-1].loss_mask[-1]):
                 rows[-1].ids.append(self._eos())
-                rows[-1].mask.append(1)
+                rows[-1].loss_mask.append(1)
         self._show_opening(messages, tools, selected)
         return rows
 
@@ -301,11 +301,11 @@ class Renderer:
         return self._whole(text, spans, text_bytes) or self._pieces(text, spans, text_bytes)
 
     def _whole(self, text: str, spans: list[tuple[int, int]], text_bytes: int) -> Rendered | None:
-        """The text tokenised at once, or None where a token crosses the edge of a span (or offsets are unknown)."""
+        """The text tokenized at once, or None where a token crosses the edge of a span (or offsets are unknown)."""
         if not self.tokenizer.is_fast:
             return None
         encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-        mask = []
+        loss_mask = []
         for start, end in encoded["offset_mapping"]:
             trained = 0
             for a, b in spans:
@@ -313,18 +313,18 @@ class Renderer:
                     return None
                 if a <= start < end <= b:
                     trained = 1
-            mask.append(trained)
-        return Rendered(list(encoded["input_ids"]), mask, text_bytes)
+            loss_mask.append(trained)
+        return Rendered(list(encoded["input_ids"]), loss_mask, text_bytes)
 
     def _pieces(self, text: str, spans: list[tuple[int, int]], text_bytes: int) -> Rendered:
-        """Each span tokenised by itself: the prompt then has the ids that it has at inference."""
+        """Each span tokenized by itself: the prompt then has the ids that it has at inference."""
         row = Rendered([], [], text_bytes)
         position = 0
         for start, end in [*spans, (len(text), len(text))]:
             for piece, trained in ((text[position:start], 0), (text[start:end], 1)):
                 ids = self._ids(piece)
                 row.ids += ids
-                row.mask += [trained] * len(ids)
+                row.loss_mask += [trained] * len(ids)
             position = end
         return row
 
@@ -357,9 +357,9 @@ class Renderer:
 
 
 def _checked(row: Rendered) -> Rendered:
-    if row.mask:
-        row.mask[0] = 0  # nothing stands before the first token to predict it from
-    if 1 not in row.mask:
+    if row.loss_mask:
+        row.loss_mask[0] = 0  # nothing stands before the first token to predict it from
+    if 1 not in row.loss_mask:
         raise RowError("no token is trained: the part to learn from is empty")
     return row
 
@@ -378,16 +378,16 @@ def as_prompt(value: Any) -> list[Message]:
     return messages
 
 
-def masked_pieces(tokenizer: Any, ids: list[int], mask: list[int]) -> list[tuple[str, bool]]:
+def masked_pieces(tokenizer: Any, ids: list[int], loss_mask: list[int]) -> list[tuple[str, bool]]:
     """The text of a row in stretches, each with whether it is trained."""
     pieces, start = [], 0
     for i in range(1, len(ids) + 1):
-        if i == len(ids) or mask[i] != mask[start]:
-            pieces.append((tokenizer.decode(ids[start:i], skip_special_tokens=False), bool(mask[start])))
+        if i == len(ids) or loss_mask[i] != loss_mask[start]:
+            pieces.append((tokenizer.decode(ids[start:i], skip_special_tokens=False), bool(loss_mask[start])))
             start = i
     return pieces
 
 
-def show_masked(tokenizer: Any, ids: list[int], mask: list[int]) -> str:
+def show_masked(tokenizer: Any, ids: list[int], loss_mask: list[int]) -> str:
     """The text of a row with trained stretches between ⟦ and ⟧."""
-    return "".join(f"⟦{text}⟧" if trained else text for text, trained in masked_pieces(tokenizer, ids, mask))
+    return "".join(f"⟦{text}⟧" if trained else text for text, trained in masked_pieces(tokenizer, ids, loss_mask))

@@ -22,7 +22,7 @@ class SFTDataModule(RowDataModule):
 
     A row is one of: `messages`; `conversations` (from/value); `prompt` + `completion`; `instruction` (+ `input`) +
     `output`; `text`. Messages are objects with role and content, or alternating strings. A batch is a dict:
-    `input_ids` and `mask` `[B, T]`, `lengths` and `text_bytes` `[B]`, `denominators`. Rows of `predict` are prompts
+    `input_ids` and `loss_mask` `[B, T]`, `lengths` and `text_bytes` `[B]`, `denominators`. Rows of `predict` are prompts
     to answer: `prompt`, or a conversation, answered in place of its last assistant turn.
 
     Args:
@@ -93,7 +93,7 @@ class SFTDataModule(RowDataModule):
     def _fit(self, row: Rendered) -> Rendered:
         if not self.too_long(row.tokens):
             return row
-        cut = Rendered(row.ids[: self.max_length], row.mask[: self.max_length])
+        cut = Rendered(row.ids[: self.max_length], row.loss_mask[: self.max_length])
         if not cut.trained:
             raise RowError(f"no trained token within data.max_length {self.max_length}: the prompt alone is as long")
         # The bytes of what is left are estimated by its share of tokens; only the bits per byte depend on it.
@@ -103,8 +103,8 @@ class SFTDataModule(RowDataModule):
     def collate(self, rows: list[Any], weights: list[float]) -> dict[str, Any]:
         if isinstance(rows[0], Prompt):
             return collate_prompts(rows, weights)
-        batch: dict[str, Any] = pad_tokens([row.ids for row in rows], [row.mask for row in rows], self.pad_id)
+        batch: dict[str, Any] = pad_tokens([row.ids for row in rows], [row.loss_mask for row in rows], self.pad_id)
         weight = torch.tensor(weights)
-        batch["mask"] *= weight[:, None]
+        batch["loss_mask"] *= weight[:, None]
         batch["text_bytes"] = torch.tensor([float(row.text_bytes) for row in rows]) * weight
         return batch

@@ -165,7 +165,7 @@ def is_blank(messages: Sequence[Message]) -> bool:
 
 
 def held_out(prompts: Sequence[bytes], wanted: int, seed: int | None) -> list[int]:
-    """The rows to hold out, in an order drawn from the seed (or the first ones): all rows of a prompt or none.
+    """The rows to hold out, in an order sampled from the seed (or the first ones): all rows of a prompt or none.
 
     As many as wanted, where whole prompts make up that number; else as many as fit, and at least one prompt. Empty
     where all rows have one prompt.

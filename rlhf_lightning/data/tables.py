@@ -17,7 +17,7 @@ Item = tuple[str, Any]
 
 NUMBERS = {"label", "margin", "tie", "score", "weight", "train", "reward", "advantage"}
 STRUCTURES = {"messages", "conversations", "tools", "responses", "scores", "ranks", "history"}
-STRUCTURES |= {"tokens", "mask", "logprobs", "prompt_tokens", "response_tokens"}
+STRUCTURES |= {"tokens", "loss_mask", "logprobs", "prompt_tokens", "response_tokens"}
 TEXTS_OR_MESSAGES = {"prompt", "completion", "chosen", "rejected", "response"}
 MESSAGES = re.compile(r"\s*\[\s*\{\s*['\"](role|from|content|value)['\"]\s*:")
 """How a list of messages begins, well written or not."""

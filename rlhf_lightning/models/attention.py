@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rlhf_lightning.models.packing import Layout, near
+from rlhf_lightning.models.packing import PackedLayout, within_window
 
 PREFIX = "packed_over_"
 
@@ -52,7 +52,7 @@ def _attention(
     key: Tensor,
     value: Tensor,
     attention_mask: Tensor | None,
-    layout: "Layout | Decoding | None" = None,
+    layout: "PackedLayout | Decoding | None" = None,
     **options: Any,
 ) -> tuple[Tensor, Tensor | None]:
     if layout is None:
@@ -83,7 +83,7 @@ class Decoding:
         """`[B, 1, 1, width]`, keys up to the row's position, and within the window."""
         if window not in self._masks:
             distance = self.positions[:, None] - torch.arange(self.width, device=self.positions.device)
-            self._masks[window] = near(distance, window)[:, None, None]
+            self._masks[window] = within_window(distance, window)[:, None, None]
         return self._masks[window]
 
 
@@ -132,7 +132,7 @@ def packed_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    layout: Layout,
+    layout: PackedLayout,
     scaling: float | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = None,
@@ -248,7 +248,7 @@ def _flex(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    layout: Layout,
+    layout: PackedLayout,
     scaling: float | None,
     window: int | None,
     softcap: float | None,

@@ -13,7 +13,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from rlhf_lightning.errors import ConfigError
-from rlhf_lightning.models.lora import HEADS, is_quantised, of_adapter, plain_name
+from rlhf_lightning.models.lora import HEADS, is_quantized, of_adapter, plain_name
 
 log = logging.getLogger(__name__)
 
@@ -72,11 +72,11 @@ def keeps_base(model: Any) -> bool:
     """Whether the weights below an adapter are those of the base that it names; for a model given as an object."""
     if not hasattr(model, "peft_config"):
         return True
-    kept = {name: p for name, p in plain_weights(model).items() if not is_quantised(model) or _is_plain(p)}
+    kept = {name: p for name, p in plain_weights(model).items() if not is_quantized(model) or _is_plain(p)}
     name = str(model.peft_config["default"].base_model_name_or_path or "")
     if stored_in(name, kept):
         return True
-    if is_quantised(model):
+    if is_quantized(model):
         raise ConfigError(
             f"the model is an object in 4 bits whose embeddings are not those of {name or 'any folder'}: an adapter of "
             "it could not be loaded again. Save the changed model first, and start from its folder with lora.quantize"
@@ -128,10 +128,10 @@ def write_base(model: Any, scratch: Path, folder: Path, weights: dict[str, Tenso
     """`base/` in an adapter's folder: the model below it, whole, which the adapter then names.
 
     Raises:
-        ConfigError: the weights are quantised, and cannot be written as they were.
+        ConfigError: the weights are quantized, and cannot be written as they were.
     """
     base = model.get_base_model()
-    if is_quantised(model):
+    if is_quantized(model):
         raise ConfigError(
             "the model below the adapter is not that of the folder it names, and in 4 bits it cannot be saved: save "
             "the changed model first, and start from its folder"

@@ -1,4 +1,4 @@
-"""The critic of PPO: what a policy may expect to earn, before each token it draws."""
+"""The critic of PPO: what a policy may expect to earn, before each token it samples."""
 
 import copy
 from typing import Any
@@ -7,7 +7,6 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from rlhf_lightning.errors import ConfigError
-from rlhf_lightning.models.forward import Forward
 from rlhf_lightning.models.heads import task_of
 from rlhf_lightning.models.loading import (
     check_source,
@@ -16,10 +15,11 @@ from rlhf_lightning.models.loading import (
     load_for_scoring,
     merge,
 )
-from rlhf_lightning.models.lora import LoRA, base_of, is_quantised
+from rlhf_lightning.models.lora import LoRA, base_of, is_quantized
+from rlhf_lightning.models.packed_forward import PackedForward
 from rlhf_lightning.models.packing import prefix_lengths
-from rlhf_lightning.models.scoring import TokenScorer, state_values
-from rlhf_lightning.models.sharding import through
+from rlhf_lightning.models.sharding import run_unsharded
+from rlhf_lightning.models.token_logprobs import TokenLogprobs, state_values
 
 
 class Critic(nn.Module):
@@ -34,7 +34,7 @@ class Critic(nn.Module):
             forward for both.
         lora: train adapters of its own backbone in place of all its weights.
         learning_rate: of the critic; by default the optimizer's.
-        clip: value clipping: half-width around the value at the time of drawing; null for none.
+        clip: value clipping: half-width around the value at the time of sampling; null for none.
         coefficient: weight of the value loss.
         warmup_rounds: rounds at the beginning that train the critic alone.
     """
@@ -57,7 +57,7 @@ class Critic(nn.Module):
         self.source, self.shared, self.lora, self.learning_rate = model, shared, lora, learning_rate
         self.clip, self.coefficient, self.warmup_rounds = clip, coefficient, warmup_rounds
 
-    def bind(self, policy: Any, tokenizer: Any, tokens: TokenScorer, max_tokens: int | None, dtype: str) -> None:
+    def bind(self, policy: Any, tokenizer: Any, tokens: TokenLogprobs, max_tokens: int | None, dtype: str) -> None:
         """Take the policy as the stage starts it; called once, before it is trained.
 
         Raises:
@@ -65,7 +65,7 @@ class Critic(nn.Module):
         """
         config = base_of(policy).config.get_text_config()
         if self.shared:
-            if not tokens.parts.apart:
+            if not tokens.backbone.separable:
                 raise ConfigError(f"critic.shared: {type(base_of(policy)).__name__} hides its backbone's states")
             tokens.value_head = self._head(config.hidden_size, policy)
             return
@@ -74,7 +74,7 @@ class Critic(nn.Module):
         base = base_of(self.backbone)
         disable_dropout(base)
         self._head(base.config.get_text_config().hidden_size, policy)
-        self.forward_pass = Forward(self.backbone, base, max_tokens)
+        self.packed_forward = PackedForward(self.backbone, base, max_tokens)
 
     def _head(self, width: int, policy: Any) -> nn.Linear:
         self.head = nn.Linear(width, 1, device=next(policy.parameters()).device)
@@ -84,7 +84,7 @@ class Critic(nn.Module):
 
     def _backbone(self, policy: Any, dtype: str) -> Any:
         if self.source is None:
-            if is_quantised(policy):
+            if is_quantized(policy):
                 raise ConfigError(
                     "the critic starts from the policy, whose weights are in 4 bits (lora.quantize) and cannot be "
                     "trained: name critic.model, or set critic.shared"
@@ -102,12 +102,14 @@ class Critic(nn.Module):
 
         return get_peft_model(backbone, self.lora.config(backbone, "FEATURE_EXTRACTION"))
 
-    def forward(self, input_ids: Tensor, mask: Tensor) -> Tensor:
+    def forward(self, input_ids: Tensor, loss_mask: Tensor) -> Tensor:
         """The value before each token whose mask is 1, `[B, T]`, 0 elsewhere; with a backbone of its own."""
-        kept = mask[:, 1:] != 0
+        kept = loss_mask[:, 1:] != 0
         if nothing := not kept.any():
             # One token, times 0: all ranks must go through the model, and every weight must get a gradient.
             kept[0, 0] = True
-        hidden = through(self.backbone, self.forward_pass, input_ids, pad(kept, (0, 1)), prefix_lengths(mask))
+        hidden = run_unsharded(
+            self.backbone, self.packed_forward, input_ids, pad(kept, (0, 1)), prefix_lengths(loss_mask)
+        )
         values = state_values(self.head, hidden.states) * (not nothing)
-        return values.new_zeros(mask.shape).index_put((hidden.rows, hidden.columns + 1), values)
+        return values.new_zeros(loss_mask.shape).index_put((hidden.rows, hidden.columns + 1), values)

@@ -25,7 +25,7 @@ from rlhf_lightning.models.base_weights import (
     stored_embeddings,
     untie,
 )
-from rlhf_lightning.models.lora import HEADS, LoRA, base_of, is_quantised
+from rlhf_lightning.models.lora import HEADS, LoRA, base_of, is_quantized
 from rlhf_lightning.models.sharding import layers_of
 from rlhf_lightning.untrusted import check_files, refuse_chain
 
@@ -83,8 +83,8 @@ class Start:
             ConfigError: nothing there, or not loadable.
         """
         if isinstance(self.source, nn.Module):
-            if self._quantised and not is_quantised(self.source):
-                raise ConfigError("lora.quantize: the model is an object; load it quantised, or give its folder")
+            if self._quantized and not is_quantized(self.source):
+                raise ConfigError("lora.quantize: the model is an object; load it quantized, or give its folder")
             check_adapted(self.source, self.lora)
             heads = getattr(base_of(self.source), "get_output_embeddings", None)
             if self.task == "CAUSAL_LM" and heads is not None and heads() is None:
@@ -98,27 +98,27 @@ class Start:
         return self._from_adapter(Path(folder), workdir)
 
     @property
-    def _quantised(self) -> bool:
+    def _quantized(self) -> bool:
         return self.lora is not None and self.lora.quantize is not None
 
     def _from_adapter(self, folder: Path, workdir: Path | None) -> nn.Module:
         config = adapter_config(folder)
         base_path, task = adapter_base(folder), str(config.task_type)
-        if self._quantised and task == self.task:
-            quantised = self._pretrained(base_path)
-            if self.lora and self.lora.continues(config, quantised) and not stored_embeddings(config, folder):
+        if self._quantized and task == self.task:
+            quantized = self._pretrained(base_path)
+            if self.lora and self.lora.continues(config, quantized) and not stored_embeddings(config, folder):
                 log.info("continuing the adapter of %s", folder)
-                return with_adapter(quantised, folder, is_trainable=True)
-            del quantised
+                return with_adapter(quantized, folder, is_trainable=True)
+            del quantized
         # Merged in float32: in a lower precision the sum of base and update would be rounded twice.
         base = Start(base_path, task, dtype="float32", options=self.options)._pretrained(base_path)
         dtype = getattr(torch, self.dtype)
-        if self.lora and not self._quantised and task == self.task and self.lora.continues(config, base):
+        if self.lora and not self._quantized and task == self.task and self.lora.continues(config, base):
             log.info("continuing the adapter of %s", folder)
             self.base_kept = not stored_embeddings(config, folder)
             return with_adapter(base.to(dtype), folder, is_trainable=True)
         merged = merge(with_adapter(base, folder)).to(dtype)
-        if workdir is None and task == self.task and not self._quantised:
+        if workdir is None and task == self.task and not self._quantized:
             self.base_kept = False  # it is in no folder
             return self._with_lora(merged)
         if workdir is None:

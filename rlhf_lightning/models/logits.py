@@ -14,7 +14,7 @@ CPU_CHUNK, GPU_CHUNK = 2**20, 2**26
 """Logits that are worked on at once; on a CPU, few enough to stay in its cache."""
 
 
-class TokenLogprobs(torch.autograd.Function):
+class TokenLogprobsFunction(torch.autograd.Function):
     """`apply(logits [n, V], targets [n], temperature, details)` → `(logprobs, entropy, correct)`, each `[n]`.
 
     In nats, in float32 or wider. Entropy (with gradient) and `correct` (1 where no token is likelier than the target)
@@ -38,8 +38,8 @@ class TokenLogprobs(torch.autograd.Function):
             # From the largest probability, which cannot underflow as that of the target can.
             logprobs[part] = target - top + probabilities.amax(-1).log()
             if entropy is not None and correct is not None:
-                normaliser = logprobs[part].neg() + target
-                entropy[part] = normaliser - torch.linalg.vecdot(probabilities, scaled)
+                normalizer = logprobs[part].neg() + target
+                entropy[part] = normalizer - torch.linalg.vecdot(probabilities, scaled)
                 correct[part] = (target == top).to(dtype)
             logits[part] = probabilities
         ctx.temperature = temperature

@@ -50,13 +50,13 @@ class LoRA:
             raise ConfigError(f"lora.quantize is {self.quantize!r}; nf4, fp4, or nothing")
 
     def quantization(self) -> dict[str, Any]:
-        """What `from_pretrained` needs to load the base quantised; raises `ConfigError` where that cannot be done."""
+        """What `from_pretrained` needs to load the base quantized; raises `ConfigError` where that cannot be done."""
         if self.quantize is None:
             return {}
         if not torch.cuda.is_available():
             raise ConfigError(
                 f"lora.quantize: {self.quantize} runs on CUDA, and there is no CUDA device here; leave it out to train "
-                "the adapter on weights that are not quantised"
+                "the adapter on weights that are not quantized"
             )
         if find_spec("bitsandbytes") is None:
             raise ConfigError("lora.quantize needs bitsandbytes: pip install 'rlhf-lightning[cuda]'")
@@ -120,12 +120,12 @@ def base_of(model: Any) -> Any:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def is_quantised(model: Any) -> bool:
+def is_quantized(model: Any) -> bool:
     """Whether linear layers of a model are in 4 bits."""
     return bool(getattr(base_of(model), "is_loaded_in_4bit", False))
 
 
-def _dequantised(parameter: nn.Parameter) -> Tensor:
+def _dequantized(parameter: nn.Parameter) -> Tensor:
     if not hasattr(parameter, "quant_state"):
         return parameter.detach()
     from peft.utils.integrations import dequantize_bnb_weight
@@ -147,7 +147,7 @@ def named_weights(model: Any) -> Iterator[tuple[str, Tensor]]:
             if id(parameter) in seen:
                 continue
             seen.add(id(parameter))
-            value = _dequantised(parameter)
+            value = _dequantized(parameter)
         # Of weights that are split over ranks, one at a time is gathered.
         yield plain_name(name), value.full_tensor() if hasattr(value, "full_tensor") else value
 
@@ -172,7 +172,7 @@ def _trained(modules: dict[str, nn.Module], name: str, parameter: nn.Parameter) 
         merged = copy.deepcopy(own[0])
         merged.merge(adapter_names=["default"])
         return merged.get_base_layer().get_parameter(rest).detach()
-    value = _dequantised(parameter)
+    value = _dequantized(parameter)
     for one in own:
         value = value + one.get_delta_weight("default").detach().to(value.dtype)
     return value

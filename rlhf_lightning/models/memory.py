@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from rlhf_lightning.models.forward import Forward
+from rlhf_lightning.models.backbone import Backbone
 from rlhf_lightning.models.logits import CPU_CHUNK, GPU_CHUNK
 from rlhf_lightning.models.lora import base_of
-from rlhf_lightning.models.parts import Parts
+from rlhf_lightning.models.packed_forward import PackedForward
 from rlhf_lightning.models.precision import NARROW
-from rlhf_lightning.models.sharding import through
+from rlhf_lightning.models.sharding import run_unsharded
 
 log = logging.getLogger(__name__)
 PROBES = (32, 96)
@@ -73,7 +73,7 @@ def _state_of_one(factory: Callable[[Iterable[Any]], Any], dtype: torch.dtype, m
     return for_value, sum(value.numel() * value.element_size() for value in state if value.shape != probe.shape)
 
 
-def activation_bytes(forward: Forward, tokens: int, context: Callable[[], Any] = contextlib.nullcontext) -> int:
+def activation_bytes(forward: PackedForward, tokens: int, context: Callable[[], Any] = contextlib.nullcontext) -> int:
     """Bytes of the activations that backward needs of `tokens` tokens, without gradient checkpointing.
 
     The model is run on few tokens, twice; what autograd saves is counted, each storage once and no weights, and
@@ -88,7 +88,7 @@ def activation_bytes(forward: Forward, tokens: int, context: Callable[[], Any] =
     return round(max(0.0, few + slope * (tokens - PROBES[0])))
 
 
-def _saved(forward: Forward, tokens: int, context: Callable[[], Any]) -> int:
+def _saved(forward: PackedForward, tokens: int, context: Callable[[], Any]) -> int:
     sizes: dict[int, int] = {}
     kept: list[Tensor] = []  # so that no storage is used again while they are counted
 
@@ -110,7 +110,7 @@ def _saved(forward: Forward, tokens: int, context: Callable[[], Any]) -> int:
     devices = [device] if device.type == "cuda" else []
     try:
         with torch.random.fork_rng(devices), _all_kept(forward.model), torch.enable_grad(), context():
-            through(forward.model, forward, ids, wanted, prefixes)
+            run_unsharded(forward.model, forward, ids, wanted, prefixes)
     finally:
         forward.saving = saving
     return sum(sizes.values())
@@ -139,17 +139,17 @@ def checkpointed_bytes(model: Any, activations: int, tokens: int, size: int) -> 
     return config.num_hidden_layers * tokens * config.hidden_size * size + activations // config.num_hidden_layers
 
 
-def logit_bytes(parts: Parts, rows: int, size: int, limit: int) -> int:
+def logit_bytes(backbone: Backbone, rows: int, size: int, limit: int) -> int:
     """The logits of `rows` positions, of `size` bytes a number: one buffer, `limit` bytes at most, and working copies.
 
     The copies are of one chunk: in float32, and its softmax. A soft cap keeps two buffers more, for its gradient. The
     gradient of a head that is trained is made apart before it is added.
     """
-    vocabulary = parts.vocabulary
-    capped = getattr(base_of(parts.model).config.get_text_config(), "final_logit_softcapping", None)
-    chunk = CPU_CHUNK if next(parts.model.parameters()).device.type == "cpu" else GPU_CHUNK
+    vocabulary = backbone.vocabulary
+    capped = getattr(base_of(backbone.model).config.get_text_config(), "final_logit_softcapping", None)
+    chunk = CPU_CHUNK if next(backbone.model.parameters()).device.type == "cpu" else GPU_CHUNK
     buffer = min(rows * vocabulary * size, max(limit, vocabulary * size))
-    head = tensor_bytes(trained(parts.head)) if parts.head is not None else 0
+    head = tensor_bytes(trained(backbone.lm_head)) if backbone.lm_head is not None else 0
     return buffer * (3 if capped else 1) + 2 * 4 * min(rows * vocabulary, max(vocabulary, chunk)) + head
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Tree:
+class SharedPrefix:
     """Rows that begin with the same tokens: the prefix once, then what each row adds (a branch, perhaps empty)."""
 
     rows: tuple[int, ...]
@@ -21,12 +21,14 @@ class Tree:
         return self.prefix + sum(self.branches)
 
 
-def prefix_lengths(mask: Tensor) -> Tensor:
-    """`[N]`, the tokens before the first that is not masked out: what rows may share. `mask` is `[N, T]`."""
-    return mask.ne(0).int().argmax(1)
+def prefix_lengths(loss_mask: Tensor) -> Tensor:
+    """`[N]`, the tokens before the first that is not masked out: what rows may share. `loss_mask` is `[N, T]`."""
+    return loss_mask.ne(0).int().argmax(1)
 
 
-def make_trees(input_ids: Tensor, prefixes: Sequence[int], ends: Sequence[int], share: bool = True) -> list[Tree]:
+def find_shared_prefixes(
+    input_ids: Tensor, prefixes: Sequence[int], ends: Sequence[int], share: bool = True
+) -> list[SharedPrefix]:
     """Trees of the rows of `input_ids` `[N, T]`, in the order of their first row.
 
     Args:
@@ -42,17 +44,17 @@ def make_trees(input_ids: Tensor, prefixes: Sequence[int], ends: Sequence[int], 
     trees = []
     for members in found.values():
         if len(members) == 1:
-            trees.append(Tree((members[0],), ends[members[0]], (0,)))
+            trees.append(SharedPrefix((members[0],), ends[members[0]], (0,)))
         else:
             prefix = prefixes[members[0]]
-            trees.append(Tree(tuple(members), prefix, tuple(ends[row] - prefix for row in members)))
+            trees.append(SharedPrefix(tuple(members), prefix, tuple(ends[row] - prefix for row in members)))
     return trees
 
 
-def group_trees(trees: Sequence[Tree], budget: int) -> list[list[Tree]]:
+def group_by_token_budget(trees: Sequence[SharedPrefix], budget: int) -> list[list[SharedPrefix]]:
     """Groups of trees of like size, at most `budget` tokens each; one row may be over it. Large trees are parted."""
     parts = [part for tree in trees for part in _parted(tree, budget)]
-    groups: list[list[Tree]] = []
+    groups: list[list[SharedPrefix]] = []
     room = 0
     for tree in sorted(parts, key=lambda tree: (tree.tokens, tree.rows)):
         if tree.tokens > room:
@@ -63,7 +65,7 @@ def group_trees(trees: Sequence[Tree], budget: int) -> list[list[Tree]]:
     return groups
 
 
-def _parted(tree: Tree, budget: int) -> list[Tree]:
+def _parted(tree: SharedPrefix, budget: int) -> list[SharedPrefix]:
     """A tree over the budget as several, each with the prefix again."""
     if tree.tokens <= budget or len(tree.rows) == 1:
         return [tree]
@@ -76,17 +78,18 @@ def _parted(tree: Tree, budget: int) -> list[Tree]:
         parts[-1].append(i)
         room -= tree.branches[i]
     return [
-        Tree(tuple(tree.rows[i] for i in part), tree.prefix, tuple(tree.branches[i] for i in part)) for part in parts
+        SharedPrefix(tuple(tree.rows[i] for i in part), tree.prefix, tuple(tree.branches[i] for i in part))
+        for part in parts
     ]
 
 
-class Layout:
+class PackedLayout:
     """A group of trees as one packed row: where each token is, and what it may attend to.
 
     `rows` and `columns`, `[n]`, say which token of the batch stands at each place; `columns` are its positions too.
     """
 
-    def __init__(self, trees: Sequence[Tree], device: torch.device) -> None:
+    def __init__(self, trees: Sequence[SharedPrefix], device: torch.device) -> None:
         self.trees, self.device = list(trees), device
         rows, columns, tree_ids, branch_ids = [], [], [], []
         for number, tree in enumerate(trees):
@@ -122,17 +125,17 @@ class Layout:
         same = (self._tree[query] == self._tree[key]) & (
             (self._branch[key] == 0) | (self._branch[key] == self._branch[query])
         )
-        return same & near(self.columns[query] - self.columns[key], window)
+        return same & within_window(self.columns[query] - self.columns[key], window)
 
     def row_mask(self, number: int, window: int | None) -> Tensor:
         """`[prefix + longest, prefix + longest]` for the prefix of a tree with any one branch after it."""
         if (number, window) not in self._masks:
             tree = self.trees[number]
             places = torch.arange(tree.prefix + max(tree.branches), device=self.device)
-            self._masks[number, window] = near(places[:, None] - places[None], window)
+            self._masks[number, window] = within_window(places[:, None] - places[None], window)
         return self._masks[number, window]
 
 
-def near(distance: Tensor, window: int | None) -> Tensor:
+def within_window(distance: Tensor, window: int | None) -> Tensor:
     """Whether a token so many places before another is seen by it."""
     return distance >= 0 if window is None else (distance >= 0) & (distance < window)

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from rlhf_lightning.models.loading import disable_dropout
 from rlhf_lightning.models.lora import simple
 from rlhf_lightning.models.offload import Place
-from rlhf_lightning.models.scoring import TokenScorer
-from rlhf_lightning.models.sharding import assign, whole
+from rlhf_lightning.models.sharding import copy_weight, full_tensor
+from rlhf_lightning.models.token_logprobs import TokenLogprobs
 
 log = logging.getLogger(__name__)
 
@@ -26,7 +26,7 @@ class Reference(nn.Module):
 
     Args:
         model: the policy as the stage starts it. fresh_adapter: whether its LoRA adapter was made by this stage.
-        max_tokens: computed at once, see `Forward`. moves: whether `refresh` will be called.
+        max_tokens: computed at once, see `PackedForward`. moves: whether `refresh` will be called.
         device, offload: where a copy of the whole model is, see `Place`.
     """
 
@@ -53,7 +53,7 @@ class Reference(nn.Module):
         # Not registered: the policy belongs to the module that trains it.
         self._policy = [model]
         self._put(device, offload)
-        self._scorer = TokenScorer(self.copy if self.copy is not None else model, max_tokens)
+        self._scorer = TokenLogprobs(self.copy if self.copy is not None else model, max_tokens)
 
     def _put(self, device: str | None, offload: bool) -> None:
         self._place: Place | None = None
@@ -76,15 +76,15 @@ class Reference(nn.Module):
         disable_dropout(model)
         reference.mode, reference.copy = "copy", model.requires_grad_(False).eval()
         reference._put(device, offload)
-        reference._policy, reference._scorer = [model], TokenScorer(model, max_tokens)
+        reference._policy, reference._scorer = [model], TokenLogprobs(model, max_tokens)
         return reference
 
     @torch.no_grad()
-    def logprobs(self, input_ids: Tensor, mask: Tensor, temperature: float = 1.0) -> Tensor:
+    def logprobs(self, input_ids: Tensor, loss_mask: Tensor, temperature: float = 1.0) -> Tensor:
         """`[B, T]`, nats, 0 where the mask is 0."""
         here = input_ids.device
         with self._active(), self._place.there() if self._place else nullcontext(here) as device:
-            return self._scorer(input_ids.to(device), mask.to(device), temperature).logprobs.to(here)
+            return self._scorer(input_ids.to(device), loss_mask.to(device), temperature).logprobs.to(here)
 
     @property
     def parts_to_split(self) -> list[nn.Module]:
@@ -105,12 +105,12 @@ class Reference(nn.Module):
 
     def weights(self) -> dict[str, Tensor]:
         """What `refresh` changes, for a checkpoint; all ranks must call it."""
-        return {name: whole(value.detach()).clone() for name, value in self._moved().items()}
+        return {name: full_tensor(value.detach()).clone() for name, value in self._moved().items()}
 
     def load_weights(self, weights: dict[str, Tensor]) -> None:
         """Put back what `weights` gave."""
         for name, value in self._moved().items():
-            assign(value, weights[name])
+            copy_weight(value, weights[name])
 
     def _moved(self) -> dict[str, Tensor]:
         return self.copy.state_dict() if self.copy is not None else _adapter(self._policy[0], "reference")
@@ -137,7 +137,7 @@ def _copy_adapter(model: Any) -> None:
     model.add_adapter("reference", copy.deepcopy(model.peft_config["default"]))
     weights = _adapter(model, "default")
     for name, value in _adapter(model, "reference").items():
-        assign(value, weights[name])
+        copy_weight(value, weights[name])
     # The second adapter comes with the dropout of its config, whatever the first one's was set to.
     disable_dropout(model)
     _train_default(model, trained)

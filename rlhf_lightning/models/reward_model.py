@@ -6,18 +6,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rlhf_lightning.data.asked import Asking
 from rlhf_lightning.data.batching import pad_tokens
 from rlhf_lightning.data.conversations import Message, to_messages
 from rlhf_lightning.data.rendering import Renderer
+from rlhf_lightning.data.rendering_settings import RenderingSettings
 from rlhf_lightning.data.tokenizers import load_tokenizer
 from rlhf_lightning.errors import ConfigError, check_whole
 from rlhf_lightning.models.generation import end_token_ids
 from rlhf_lightning.models.heads import has_head
 from rlhf_lightning.models.loading import check_source, check_vocabulary, disable_dropout, load_for_scoring, read_stage
 from rlhf_lightning.models.precision import sparing
-from rlhf_lightning.models.safe_points import safe_point
 from rlhf_lightning.models.scorers import ImplicitReward, RewardHead, Scorer, scorer_of
+from rlhf_lightning.safe_points import safe_point
 
 Text = str | list[Message]
 Row = tuple[list[int], list[int]]
@@ -70,10 +70,10 @@ def score_texts(
         )
         for i, (prompt, response) in enumerate(zip(prompts, responses, strict=True))
     ]
-    rows = [(row.ids, row.mask) for row in rendered]
+    rows = [(row.ids, row.loss_mask) for row in rendered]
     if close is not None:
         rows = [close(row) for row in rows]
-    return score_rows(scorer, [ids for ids, _ in rows], [mask for _, mask in rows], device, batch_size)
+    return score_rows(scorer, [ids for ids, _ in rows], [loss_mask for _, loss_mask in rows], device, batch_size)
 
 
 class RewardModel(nn.Module):
@@ -83,7 +83,7 @@ class RewardModel(nn.Module):
         folder: of a preference stage, or any reward model that `AutoModelForSequenceClassification` opens.
         dtype: of its weights.
         shifted: add the `reward_shift` of `stage.json`, so that the mean score of its demonstrations is 0.
-        asked: settings in place of those that it was trained with, see `data.asked.Asking`.
+        asked: settings in place of those that it was trained with, see `data.rendering_settings.RenderingSettings`.
     """
 
     def __init__(
@@ -107,7 +107,7 @@ class RewardModel(nn.Module):
             )
         self.model = load_for_scoring(folder, self.scorer.task, dtype)
         self.tokenizer = load_tokenizer(folder)
-        self.asking = Asking.of(folder, **(asked or {}))
+        self.asking = RenderingSettings.of(folder, **(asked or {}))
         self.renderer = self.asking.renderer(self.tokenizer)
         disable_dropout(self.model)
         self.renderer.also_stop_at(end_token_ids(folder, self.tokenizer))
@@ -130,7 +130,7 @@ class RewardModel(nn.Module):
         return next(self.model.parameters()).device
 
     def same_tokens(self, renderer: Renderer) -> bool:
-        """Whether the policy's token ids mean the same here, so that they can be scored as they were drawn.
+        """Whether the policy's token ids mean the same here, so that they can be scored as they were sampled.
 
         That the conversation has the same system message and tools for both is to be asked of each.
         """
@@ -154,12 +154,12 @@ class RewardModel(nn.Module):
 
     def _closed(self, row: Row) -> Row:
         """A row as far as its score is read; one that was cut off as it is."""
-        ids, mask = row
+        ids, loss_mask = row
         if not ids or ids[-1] not in self.renderer.stop_token_ids:
             return row
         if self._unended:
-            return ids[:-1], mask[:-1]
-        return [*ids, *self._after], [*mask, *[0] * len(self._after)]
+            return ids[:-1], loss_mask[:-1]
+        return [*ids, *self._after], [*loss_mask, *[0] * len(self._after)]
 
     def score(
         self, prompts: Sequence[Text], responses: Sequence[Text], tools: Any = None, allow_blank: bool = False
@@ -171,5 +171,7 @@ class RewardModel(nn.Module):
     def score_tokens(self, ids: Sequence[list[int]], masks: Sequence[list[int]], batch_size: int = 16) -> Tensor:
         """Scores `[N]`; see `score_rows`."""
         rows = [self._closed(row) for row in zip(ids, masks, strict=True)]
-        found = score_rows(self.scorer, [row for row, _ in rows], [mask for _, mask in rows], self.device, batch_size)
+        found = score_rows(
+            self.scorer, [row for row, _ in rows], [loss_mask for _, loss_mask in rows], self.device, batch_size
+        )
         return found + self.shift

@@ -77,7 +77,7 @@ def _save_base(model: Any, scratch: Path, folder: Path, kept: bool, weights: dic
         base = Path(model.peft_config["default"].base_model_name_or_path or "")
         config = copy.deepcopy(model.get_base_model().config)
         if hasattr(config, "quantization_config"):
-            del config.quantization_config  # the weights beside it are those before quantising
+            del config.quantization_config  # the weights beside it are those before quantizing
         if (base / "config.json").is_file():  # for a Hub id see docs/preference.md
             link_base(config, base, scratch, folder)
 

@@ -9,15 +9,15 @@ import torch
 from torch import Tensor, nn
 
 from rlhf_lightning.errors import ConfigError
-from rlhf_lightning.models.forward import Forward
 from rlhf_lightning.models.heads import find_head, pad_token
 from rlhf_lightning.models.loading import check_vocabulary, load_for_scoring, read_stage
 from rlhf_lightning.models.lora import base_of
+from rlhf_lightning.models.packed_forward import PackedForward
 from rlhf_lightning.models.packing import prefix_lengths
 from rlhf_lightning.models.precision import NARROW
 from rlhf_lightning.models.reference import Reference
-from rlhf_lightning.models.scoring import TokenScorer
-from rlhf_lightning.models.sharding import through
+from rlhf_lightning.models.sharding import run_unsharded
+from rlhf_lightning.models.token_logprobs import TokenLogprobs
 
 
 class Scored(NamedTuple):
@@ -33,17 +33,17 @@ class Scored(NamedTuple):
 
 
 class Scorer(ABC):
-    """A way to score rows of tokens, `input_ids` and `mask` `[N, T]` (mask 1 on the response), `lengths` `[N]`."""
+    """A way to score rows of tokens, `input_ids` and `loss_mask` `[N, T]` (mask 1 on the response), `lengths` `[N]`."""
 
     task: str
     """`CAUSAL_LM` or `SEQ_CLS`: which Hugging Face class the model is."""
     max_tokens: int | None = None
-    """Computed at once by the model, see `Forward`; set before `bind`."""
-    forward: Forward
+    """Computed at once by the model, see `PackedForward`; set before `bind`."""
+    packed_forward: PackedForward
     """What runs the model; there after `bind`."""
     frozen: nn.Module | None = None
     """A model that it needs beside; whoever binds it registers that, so that it goes to the same device."""
-    gives: tuple[str, ...] = ("lengths",)
+    provides: tuple[str, ...] = ("lengths",)
     """Of the tensors that a loss may ask for by name, those that this scorer's `detailed` allows."""
 
     @abstractmethod
@@ -72,53 +72,53 @@ class _LogprobScorer(Scorer):
 
     task = "CAUSAL_LM"
 
-    def __init__(self, beta: float, length_normalised: bool, tail_weight: float) -> None:
+    def __init__(self, beta: float, length_normalized: bool, tail_weight: float) -> None:
         if not beta > 0:
             raise ValueError(f"beta is {beta}; it must be above 0")
         if not 0 <= tail_weight <= 1:
             raise ValueError(f"tail_weight is {tail_weight}; it must be in [0, 1]")
-        self.beta, self.length_normalised, self.tail_weight = beta, length_normalised, tail_weight
+        self.beta, self.length_normalized, self.tail_weight = beta, length_normalized, tail_weight
 
     def arguments(self) -> dict[str, Any]:
-        names = ("beta", "length_normalised", "tail_weight")
+        names = ("beta", "length_normalized", "tail_weight")
         return {name: getattr(self, name) for name in names}
 
     def bind(self, model: Any, tokenizer: Any, stop_token_ids: Sequence[int], fresh_adapter: bool = False) -> None:
-        self.tokens = TokenScorer(model, self.max_tokens)
-        self.forward = self.tokens.forward
+        self.token_logprobs = TokenLogprobs(model, self.max_tokens)
+        self.packed_forward = self.token_logprobs.packed_forward
 
     def __call__(self, batch: dict[str, Any]) -> Tensor:
         return self.detailed(batch).scores
 
     def number(self, logprobs: Tensor, batch: dict[str, Any]) -> Tensor:
         """beta times the sum (or mean) of `[N, T]`; tokens past `shared_lengths` `[N]`, if given, by `tail_weight`."""
-        mask = batch["mask"]
+        loss_mask = batch["loss_mask"]
         if self.tail_weight != 1 and "shared_lengths" in batch:
-            tail = mask.cumsum(-1) > batch["shared_lengths"][:, None]
+            tail = loss_mask.cumsum(-1) > batch["shared_lengths"][:, None]
             logprobs = torch.where(tail, self.tail_weight * logprobs, logprobs)
         total = logprobs.sum(-1)
-        return self.beta * (total / mask.sum(-1).clamp(min=1) if self.length_normalised else total)
+        return self.beta * (total / loss_mask.sum(-1).clamp(min=1) if self.length_normalized else total)
 
 
 class SequenceLogprob(_LogprobScorer):
-    """beta · Σ log π of the response tokens, stop token included; the mean instead of the sum if length_normalised.
+    """beta · Σ log π of the response tokens, stop token included; the mean instead of the sum if length_normalized.
 
-    With the Bradley-Terry loss: the preference model of the MinT recipe; normalised, with beta 2 and the SimPO loss,
-    SimPO (arXiv 2405.14734). Summed log-probabilities favour short answers.
+    With the Bradley-Terry loss: the preference model of the MinT recipe; normalized, with beta 2 and the SimPO loss,
+    SimPO (arXiv 2405.14734). Summed log-probabilities favor short answers.
 
     Args:
-        length_normalised: the mean over tokens in place of the sum.
+        length_normalized: the mean over tokens in place of the sum.
         beta: factor of the score.
         tail_weight: of the tokens of a pair's longer response that are past the length of the shorter one.
     """
 
-    gives = ("lengths", "logps", "beta")
+    provides = ("lengths", "logps", "beta")
 
-    def __init__(self, length_normalised: bool = False, beta: float = 1.0, tail_weight: float = 1.0) -> None:
-        super().__init__(beta, length_normalised, tail_weight)
+    def __init__(self, length_normalized: bool = False, beta: float = 1.0, tail_weight: float = 1.0) -> None:
+        super().__init__(beta, length_normalized, tail_weight)
 
     def detailed(self, batch: dict[str, Any]) -> Scored:
-        logprobs = self.tokens(batch["input_ids"], batch["mask"]).logprobs
+        logprobs = self.token_logprobs(batch["input_ids"], batch["loss_mask"]).logprobs
         return Scored(self.number(logprobs, batch), logprobs)
 
 
@@ -130,24 +130,24 @@ class ImplicitReward(_LogprobScorer):
     Args:
         beta: weight of the distance from the reference.
         reference: model folder to measure from; by default the model that the stage starts from.
-        length_normalised: the mean over tokens in place of the sum; beta is then larger, 1 to 10.
+        length_normalized: the mean over tokens in place of the sum; beta is then larger, 1 to 10.
         tail_weight: of the tokens of a pair's longer response that are past the length of the shorter one; below 1 it
-            is length-desensitised DPO (arXiv 2409.06411).
+            is length-desensitized DPO (arXiv 2409.06411).
         store: compute the reference's log-probabilities once, before training, and keep them in a file beside the data
             for this and later runs; the reference then needs no memory in training.
     """
 
-    gives = ("lengths", "logps", "reference_scores", "kl", "beta")
+    provides = ("lengths", "logps", "reference_scores", "kl", "beta")
 
     def __init__(
         self,
         beta: float = 0.1,
         reference: str | None = None,
-        length_normalised: bool = False,
+        length_normalized: bool = False,
         tail_weight: float = 1.0,
         store: bool = False,
     ) -> None:
-        super().__init__(beta, length_normalised, tail_weight)
+        super().__init__(beta, length_normalized, tail_weight)
         self.reference, self.store = reference, store
 
     def arguments(self) -> dict[str, Any]:
@@ -167,7 +167,7 @@ class ImplicitReward(_LogprobScorer):
         reference = batch.get("reference_logprobs")
         if reference is None:
             reference = self.reference_logprobs(batch)
-        logprobs = self.tokens(batch["input_ids"], batch["mask"]).logprobs
+        logprobs = self.token_logprobs(batch["input_ids"], batch["loss_mask"]).logprobs
         reference = reference.to(logprobs.dtype)
         scores = self.number(logprobs - reference, batch)
         return Scored(scores, logprobs, reference, self.number(reference, batch))
@@ -179,7 +179,7 @@ class ImplicitReward(_LogprobScorer):
                 "the reference was let go when its log-probabilities had been stored (scorer.store), and these rows "
                 "are others: score them with the saved model folder"
             )
-        return self.frozen.logprobs(batch["input_ids"], batch["mask"])
+        return self.frozen.logprobs(batch["input_ids"], batch["loss_mask"])
 
     def release(self) -> None:
         """Let a reference go that has a copy of the weights; its stored log-probabilities are used from now on."""
@@ -214,7 +214,7 @@ class RewardHead(Scorer):
         self.head = find_head(base)
         if next(self.head.parameters()).dtype in NARROW:
             self.head.float()
-        self.forward = Forward(model, self.backbone, self.max_tokens)
+        self.packed_forward = PackedForward(model, self.backbone, self.max_tokens)
         # Stock pooling looks for the last token that is not padding: that must not be one that ends a response.
         pad = pad_token(tokenizer, stop_token_ids)
         tokenizer.pad_token = pad
@@ -224,17 +224,17 @@ class RewardHead(Scorer):
             base.resize_token_embeddings(tokenizer.pad_token_id + 1, mean_resizing=False)
 
     def __call__(self, batch: dict[str, Any]) -> Tensor:
-        return through(self.forward.model, self._scores, batch)
+        return run_unsharded(self.packed_forward.model, self._scores, batch)
 
     def _scores(self, batch: dict[str, Any]) -> Tensor:
-        ids, mask, ends = batch["input_ids"], batch["mask"], batch["lengths"][:, None]
+        ids, loss_mask, ends = batch["input_ids"], batch["loss_mask"], batch["lengths"][:, None]
         places = torch.arange(ids.shape[1], device=ids.device)
         read = places == ends - 1
         if self.last_k > 1:
-            read |= (places < ends) & (places >= ends - self.last_k) & (mask != 0)
-        hidden = self.forward(ids, read, prefix_lengths(mask))
+            read |= (places < ends) & (places >= ends - self.last_k) & (loss_mask != 0)
+        hidden = self.packed_forward(ids, read, prefix_lengths(loss_mask))
         with torch.autocast(hidden.states.device.type, enabled=False):
-            found = through(self.head, self._read, hidden.states)
+            found = run_unsharded(self.head, self._read, hidden.states)
             found = found.to(torch.promote_types(hidden.states.dtype, torch.float32))
         if self.last_k == 1:
             return found[hidden.rows.argsort()]

@@ -1,7 +1,7 @@
 """Models whose weights are split over ranks (FSDP2).
 
 Such a model gathers the weights of a layer from all ranks to run it, so all ranks must run it equally often: they
-agree on a number before (`agreed`), or have it gathered for a while (`gathered`), or go in step (`LockStep`).
+agree on a number before (`max_over_ranks`), or have it gathered for a while (`unsharded`), or go in step (`SynchronizedCalls`).
 """
 
 from collections.abc import Callable, Iterator
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from rlhf_lightning.models.lora import base_of
-from rlhf_lightning.models.tensor_parallel import parallelise
+from rlhf_lightning.models.tensor_parallel import parallelize
 
 
 def layers_of(model: Any) -> list[nn.Module]:
@@ -32,7 +32,7 @@ def layers_of(model: Any) -> list[nn.Module]:
     return []
 
 
-def split(model: nn.Module, mesh: Any) -> None:
+def shard(model: nn.Module, mesh: Any) -> None:
     """Split the weights over the ranks of a mesh: layer by layer, and what is outside the layers.
 
     Args:
@@ -41,7 +41,7 @@ def split(model: nn.Module, mesh: Any) -> None:
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
     if mesh["tensor_parallel"].size() > 1:
-        parallelise(model, mesh["tensor_parallel"])
+        parallelize(model, mesh["tensor_parallel"])
     mesh = mesh["data_parallel"]
     for layer in layers_of(model):
         fully_shard(layer, mesh=mesh)
@@ -56,17 +56,17 @@ def _call(model: nn.Module, function: Callable[[], Any]) -> Any:
     return function()
 
 
-def is_split(model: Any) -> bool:
-    """Whether `split` was called for it."""
+def is_sharded(model: Any) -> bool:
+    """Whether `shard` was called for it."""
     return hasattr(model, "run_inside")
 
 
-def through(model: Any, function: Callable[..., Any], *args: Any) -> Any:
+def run_unsharded(model: Any, function: Callable[..., Any], *args: Any) -> Any:
     """`function(*args)`, which uses parts of `model` by themselves: its decoder, its head.
 
     A model that is split gathers what it holds outside its layers when it is called as a whole; this is such a call.
     """
-    if not is_split(model) or model.inside:
+    if not is_sharded(model) or model.inside:
         return function(*args)
     model.inside = True
     try:
@@ -75,24 +75,24 @@ def through(model: Any, function: Callable[..., Any], *args: Any) -> Any:
         model.inside = False
 
 
-def is_inside(model: Any) -> bool:
-    """Whether this is within `through`, with the weights outside the layers of a split model gathered."""
-    return is_split(model) and model.inside
+def runs_unsharded(model: Any) -> bool:
+    """Whether this is within `run_unsharded`, with the weights outside the layers of a split model gathered."""
+    return is_sharded(model) and model.inside
 
 
 # -- together -----------------------------------------------------------------------------------------------------
 
 
-def agreed(number: int, model: Any) -> int:
+def max_over_ranks(number: int, model: Any) -> int:
     """The largest `number` of all ranks, where they must run `model` equally often; elsewhere the number itself."""
-    if not is_split(model) or torch.distributed.get_world_size() == 1:
+    if not is_sharded(model) or torch.distributed.get_world_size() == 1:
         return number
     value = torch.tensor(number, device=next(model.parameters()).device)
     torch.distributed.all_reduce(value, op=torch.distributed.ReduceOp.MAX)
     return int(value)
 
 
-def fits(model: Any, wanted: bool | None) -> bool:
+def fits_unsharded(model: Any, wanted: bool | None) -> bool:
     """Whether to gather a split model: as `wanted`, or where no rank would need more than half of its free memory."""
     if wanted is not None:
         return wanted
@@ -103,11 +103,11 @@ def fits(model: Any, wanted: bool | None) -> bool:
     held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     free = torch.cuda.mem_get_info(device)[0] + held
     needed = sum(p.numel() * p.element_size() for p in model.parameters())
-    return not agreed(int(needed > free / 2), model)
+    return not max_over_ranks(int(needed > free / 2), model)
 
 
 @contextmanager
-def gathered(model: Any) -> Iterator[None]:
+def unsharded(model: Any) -> Iterator[None]:
     """All weights on every rank, so that each may run the model as often as it likes; all ranks must enter together.
 
     Without gradients, and without changing weights.
@@ -124,7 +124,7 @@ def gathered(model: Any) -> Iterator[None]:
             part.reshard()
 
 
-class LockStep:
+class SynchronizedCalls:
     """Runs a model on all ranks as often as on the one that needs it most, one call at a time.
 
     Args:
@@ -136,24 +136,26 @@ class LockStep:
 
     def call(self) -> None:
         """Said before each call."""
-        agreed(1, self.model)
+        max_over_ranks(1, self.model)
 
     def finish(self) -> None:
         """Go along until all ranks have come here."""
-        while agreed(0, self.model):
+        while max_over_ranks(0, self.model):
             self.idle()
 
 
 @contextmanager
-def together(model: Any, gather: bool | None, idle: Callable[[], Any]) -> Iterator[LockStep | None]:
-    """Ranks run `model` as often as each likes: gathered where that fits (see `fits`), else by what is yielded."""
-    if not is_split(model):
+def unsharded_or_synchronized(
+    model: Any, gather: bool | None, idle: Callable[[], Any]
+) -> Iterator[SynchronizedCalls | None]:
+    """Ranks run `model` as often as each likes: gathered where that fits (see `fits_unsharded`), else by what is yielded."""
+    if not is_sharded(model):
         yield None
-    elif fits(model, gather):
-        with gathered(model):
+    elif fits_unsharded(model, gather):
+        with unsharded(model):
             yield None
     else:
-        lock = LockStep(model, idle)
+        lock = SynchronizedCalls(model, idle)
         yield lock
         lock.finish()
 
@@ -161,12 +163,12 @@ def together(model: Any, gather: bool | None, idle: Callable[[], Any]) -> Iterat
 # -- weights ------------------------------------------------------------------------------------------------------
 
 
-def whole(value: Tensor) -> Tensor:
+def full_tensor(value: Tensor) -> Tensor:
     """A tensor gathered from all ranks, where it is split; all ranks must call it."""
     return value.full_tensor() if hasattr(value, "full_tensor") else value
 
 
-def assign(weight: Tensor, value: Tensor) -> None:
+def copy_weight(weight: Tensor, value: Tensor) -> None:
     """Copy a tensor into a weight, either of which may be split; all ranks must call it."""
     if hasattr(weight, "device_mesh") and not hasattr(value, "device_mesh"):
         from torch.distributed.tensor import distribute_tensor
@@ -174,13 +176,13 @@ def assign(weight: Tensor, value: Tensor) -> None:
         split_weight: Any = weight
         value = distribute_tensor(value.to(weight.device), split_weight.device_mesh, split_weight.placements)
     elif hasattr(value, "device_mesh") and not hasattr(weight, "device_mesh"):
-        value = whole(value)
+        value = full_tensor(value)
     weight.copy_(value)
 
 
-def whole_weights(model: Any) -> dict[str, Tensor] | None:
+def full_state_dict(model: Any) -> dict[str, Tensor] | None:
     """The state dict of a split model, gathered, on the CPU of rank 0 (others get an empty one); None for others."""
-    if not is_split(model):
+    if not is_sharded(model):
         return None
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 

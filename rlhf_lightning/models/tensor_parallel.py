@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from rlhf_lightning.errors import ConfigError
-from rlhf_lightning.models.lora import base_of, is_quantised
+from rlhf_lightning.models.lora import base_of, is_quantized
 
 WHOLE, SUMMED = "replicate", "replicated_with_grad_allreduce"
 """Weights that every rank has. Of the second kind each rank sees its own heads only, so that gradients are to be added
@@ -27,7 +27,7 @@ STYLES = {*ADAPTERS, "embedding_rowwise", WHOLE, SUMMED}
 """What a plan may say; of experts, latent attention and packed weights, which plans also split, none was tested."""
 
 
-def parallelise(model: Any, mesh: Any) -> None:
+def parallelize(model: Any, mesh: Any) -> None:
     """Split a model over a one-dimensional mesh. All ranks must have loaded the same weights, and call it together.
 
     Raises:
@@ -61,7 +61,7 @@ def layer_styles(model: Any, size: int) -> dict[nn.Module, str]:
         raise ConfigError(f"tensor parallel: transformers has no plan for {name}; set tensor_parallel_size: 1")
     if odd := sorted(set(plan.values()) - STYLES):
         raise ConfigError(f"tensor parallel: the plan of {name} has {', '.join(odd)}, which is not supported here")
-    if is_quantised(model):
+    if is_quantized(model):
         raise ConfigError("tensor parallel: lora.quantize was never tried with it; leave one of them out")
     _check(model, base.config.get_text_config(), size)
     found: dict[nn.Module, str] = {}
@@ -102,7 +102,7 @@ def _split_weight(places: list[tuple[nn.Module, str]], styles: list[str], mesh: 
     for (module, name), style in zip(places, styles, strict=True):
         before: Any = module._parameters[name]
         if style in (WHOLE, SUMMED):
-            # As the first rank has it: a new adapter or head is drawn at random.
+            # As the first rank has it: a new adapter or head is sampled at random.
             module._parameters[name] = nn.Parameter(distribute_tensor(before.detach(), mesh, [Replicate()]))
         else:
             ALL_PARALLEL_STYLES[style].shard_param(module, name, mesh)

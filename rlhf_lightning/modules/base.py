@@ -1,4 +1,4 @@
-"""What the three modules share: building the model, optimizer, normalising a loss, checkpoints, saving."""
+"""What the three modules share: building the model, optimizer, normalizing a loss, checkpoints, saving."""
 
 import logging
 import warnings
@@ -16,27 +16,27 @@ from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from torchmetrics import Metric
 
-from rlhf_lightning.data.asked import Asking, recorded
 from rlhf_lightning.data.base import data_ranks
 from rlhf_lightning.data.rendering import Renderer
+from rlhf_lightning.data.rendering_settings import RenderingSettings, recorded
 from rlhf_lightning.data.tokenizers import load_tokenizer
 from rlhf_lightning.errors import ConfigError
 from rlhf_lightning.files import FORMAT, check_format
 from rlhf_lightning.models.base_weights import check_trainable
-from rlhf_lightning.models.forward import Forward
 from rlhf_lightning.models.generation import end_token_ids
 from rlhf_lightning.models.loading import Start, check_source, check_vocabulary, compile_layers
 from rlhf_lightning.models.lora import LoRA
 from rlhf_lightning.models.offload import ActivationOffload
+from rlhf_lightning.models.packed_forward import PackedForward
 from rlhf_lightning.models.precision import cast_weights_only, weights_alone
 from rlhf_lightning.models.saving import save_model
-from rlhf_lightning.models.sharding import split, whole_weights
+from rlhf_lightning.models.sharding import full_state_dict, shard
 from rlhf_lightning.modules.epochs import end_restored_epoch
-from rlhf_lightning.modules.foreign import fitted, refuse_other_names
+from rlhf_lightning.modules.hf_batches import fitted, refuse_other_names
 from rlhf_lightning.modules.module_checks import check_batch, check_content
 from rlhf_lightning.modules.schedules import Warmup
 from rlhf_lightning.modules.step import StepEnd, StepNumbers, forget
-from rlhf_lightning.modules.told import Told, check_arguments
+from rlhf_lightning.modules.usage_checks import CheckedModule, check_arguments
 
 log = logging.getLogger(__name__)
 
@@ -46,7 +46,7 @@ OptimizerFactory = Callable[[Iterable[Any]], Optimizer]
 SchedulerFactory = Callable[[Optimizer], LRScheduler]
 
 
-class RLHFModule(Told):
+class RLHFModule(CheckedModule):
     """Base of the modules.
 
     Args:
@@ -71,7 +71,7 @@ class RLHFModule(Told):
 
     task = "CAUSAL_LM"
     stage_kind = ""
-    takes: tuple[str, ...] = ("input_ids", "mask")
+    requires: tuple[str, ...] = ("input_ids", "loss_mask")
     """What a batch of training must have."""
     measures_batches = True
     """Whether the batches of validation and test are as those of training."""
@@ -157,7 +157,7 @@ class RLHFModule(Told):
         if shared is not None:
             self._renderer, self._renderer_is_open = shared, False
         elif self._renderer is None:
-            asking = Asking.of(self.start_source)
+            asking = RenderingSettings.of(self.start_source)
             rank_zero_only(asking.log)()
             self._renderer = asking.renderer(self.tokenizer, own_tokenizer=self.own_tokenizer)
         else:
@@ -223,7 +223,7 @@ class RLHFModule(Told):
         if self._device_mesh is not None:
             # Heads first: each is a group of its own, since the weights of a group have one type.
             for model in (*self.heads(), *self.parts_to_split()):
-                split(model, self._device_mesh)
+                shard(model, self._device_mesh)
             for metric in self.modules():
                 if isinstance(metric, Metric):  # which counts each row once
                     metric.process_group = self._device_mesh["data_parallel"].get_group()
@@ -243,12 +243,12 @@ class RLHFModule(Told):
 
     @property
     @abstractmethod
-    def forward_pass(self) -> Forward:
+    def packed_forward(self) -> PackedForward:
         """What runs the trained model."""
 
-    def forward_passes(self) -> list[Forward]:
+    def forward_passes(self) -> list[PackedForward]:
         """What runs each model that is trained."""
-        return [self.forward_pass]
+        return [self.packed_forward]
 
     # -- optimizer ------------------------------------------------------------------------------------------------
 
@@ -294,7 +294,7 @@ class RLHFModule(Told):
         if (windows := self.trainer.accumulate_grad_batches) < 1:
             raise ConfigError(f"trainer.accumulate_grad_batches is {windows}: nothing would be trained; at least 1")
         if longest := self.longest_row():
-            self.forward_pass.check(longest)
+            self.packed_forward.check(longest)
         # Kept from now on: later the module may be measured with rows that are rendered otherwise.
         self._renderer_is_open, self._trained_with = True, None
         self._trained_with = self.rendering()
@@ -340,7 +340,7 @@ class RLHFModule(Told):
 
     # -- loss -----------------------------------------------------------------------------------------------------
 
-    def normalised(self, total: Tensor, batch: dict[str, Any], count: str | None, local: Tensor | float) -> Tensor:
+    def normalized(self, total: Tensor, batch: dict[str, Any], count: str | None, local: Tensor | float) -> Tensor:
         """`total` divided by the count of its whole optimizer step, over all ranks and accumulated micro-batches.
 
         Lightning divides by the number of micro-batches and DDP by the number of ranks; both are multiplied back, so
@@ -405,7 +405,7 @@ class RLHFModule(Told):
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the model folder; see `models.saving`. Where weights are split over ranks, all of them must call it."""
         self.configure_model()
-        weights = whole_weights(self.model)
+        weights = full_state_dict(self.model)
         if weights is None or self.global_rank == 0:
             kept, rows = self._below
             kept = kept and rows == self.model.get_input_embeddings().weight.shape[0]

@@ -9,9 +9,9 @@ from rlhf_lightning.errors import ConfigError
 def check_batch(module: Any, batch: Any) -> None:
     """Refuse what another loader's batches lack, by name."""
     has = list(batch) if isinstance(batch, Mapping) else []
-    if missing := [name for name in module.takes if name not in has]:
+    if missing := [name for name in module.requires if name not in has]:
         raise ConfigError(
-            f"{type(module).__name__} takes batches that are dicts with {', '.join(module.takes)}; {missing[0]} is "
+            f"{type(module).__name__} takes batches that are dicts with {', '.join(module.requires)}; {missing[0]} is "
             f"missing in this one, which is a {type(batch).__name__} of {', '.join(map(str, has)) or 'no names'}. "
             "docs/reuse.md says how to make them"
         )

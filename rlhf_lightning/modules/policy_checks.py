@@ -7,7 +7,7 @@ from torch import nn
 
 from rlhf_lightning.data.prompts import Prompt, PromptDataModule
 from rlhf_lightning.errors import ConfigError
-from rlhf_lightning.rollout.rewards import check_finite
+from rlhf_lightning.rewards import check_finite
 
 
 def check_rewards(rewards: Any) -> None:
@@ -47,7 +47,7 @@ def check_settings(module: Any) -> None:
         raise ConfigError("critic.warmup_rounds: on a shared backbone the critic's learning would move the policy")
     check_finite("model.truncated_reward", module.truncated_reward)
     objective = type(module.objective).__name__
-    if module.objective.whole_response and module.advantage.needs_values:
+    if module.objective.sequence_level and module.advantage.needs_values:
         raise ConfigError(f"{objective} takes the response as one action, and GAE rewards its tokens apart: use PPO")
     if objective == "RLOO" and module.kl is not None and module.kl.place == "loss" and module.kl.coefficient:
         raise ConfigError("RLOO takes the response as one action: set kl.place to reward")
@@ -64,11 +64,11 @@ def check_data(module: Any, data: PromptDataModule) -> None:
     if steps > 1 and not module.objective.corrects:
         raise ConfigError(
             f"a round has {steps} optimizer steps (data.update_epochs, data.minibatches), but {loss} has neither clip "
-            "nor importance ratio: after the first the policy is no longer the one that drew. Use PPO or "
+            "nor importance ratio: after the first the policy is no longer the one that sampled. Use PPO or "
             "ImportanceSampling, or one step (trainer.accumulate_grad_batches)."
         )
     if data.recorded and not module.objective.corrects and module.importance_weights is None:
-        raise ConfigError(f"data.episodes were drawn by another sampler, which {loss} cannot correct for")
+        raise ConfigError(f"data.episodes were sampled by another sampler, which {loss} cannot correct for")
     if data.recorded and (module.resample_groups or module.staleness):
         raise ConfigError("data.episodes are as they are: leave out model.resample_groups and model.staleness")
     if data.recorded:

@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
-from rlhf_lightning.models.scoring import TokenScores
+from rlhf_lightning.models.token_logprobs import TokenLogprobsOutput
 from rlhf_lightning.objectives.policy import PolicyObjective
 
 OUTPUTS = ("log_ratio_mean", "clip_fraction", "log_ratio_clamped")
@@ -17,26 +17,26 @@ ROUND_ON_BAR = ("reward", "kl", "truncated")
 WHY = {
     "truncated": "cut off",
     "failed_episodes": "failed in their environment",
-    "zero_signal_groups": "groups of equal rewards",
+    "zero_variance_groups": "groups of equal rewards",
 }
 
 
 def step_sums(
-    scores: TokenScores, batch: Mapping[str, Any], objective: PolicyObjective, clamped: Tensor
+    scores: TokenLogprobsOutput, batch: Mapping[str, Any], objective: PolicyObjective, clamped: Tensor
 ) -> tuple[dict[str, tuple[Tensor, Tensor]], dict[str, Tensor]]:
-    """Of a mini-batch: of each number the sum over its drawn tokens and their count; and the largest values."""
+    """Of a mini-batch: of each number the sum over its sampled tokens and their count; and the largest values."""
     assert scores.entropy is not None
-    mask, old, logprobs = batch["mask"], batch["old_logprobs"], scores.logprobs.detach()
-    log_ratio = ((logprobs - old) * mask).abs()
+    loss_mask, old, logprobs = batch["loss_mask"], batch["old_logprobs"], scores.logprobs.detach()
+    log_ratio = ((logprobs - old) * loss_mask).abs()
     sums = {
         "entropy": scores.entropy.detach(),
         "log_ratio_mean": log_ratio,
-        "clip_fraction": objective.clipped(logprobs, old, batch["advantages"], mask),
+        "clip_fraction": objective.clipped(logprobs, old, batch["advantages"], loss_mask),
         "log_ratio_clamped": clamped,
     }
     if batch.get("first"):
-        sums["logprob_gap"] = ((logprobs - batch.get("sampler_logprobs", old)) * mask).abs()
-    count = mask.sum()
+        sums["logprob_gap"] = ((logprobs - batch.get("sampling_logprobs", old)) * loss_mask).abs()
+    count = loss_mask.sum()
     return {name: (values.sum(), count) for name, values in sums.items()}, {"log_ratio_max": log_ratio.max()}
 
 

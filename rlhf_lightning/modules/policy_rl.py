@@ -1,4 +1,4 @@
-"""Policy RL: rollouts, rewards, advantages, and a policy loss on what was drawn."""
+"""Policy RL: rollouts, rewards, advantages, and a policy loss on what was sampled."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -8,36 +8,36 @@ from torch import Tensor, nn
 
 from rlhf_lightning.data.batching import run_seed
 from rlhf_lightning.data.prompts import PromptDataModule, kept_prompts
+from rlhf_lightning.distributed import gather
+from rlhf_lightning.environments.base import Limits, environment_factory
 from rlhf_lightning.models.critic import Critic
-from rlhf_lightning.models.forward import Forward
 from rlhf_lightning.models.loading import disable_dropout
+from rlhf_lightning.models.packed_forward import PackedForward
 from rlhf_lightning.models.reference import Reference
-from rlhf_lightning.models.scoring import TokenScorer, TokenScores
+from rlhf_lightning.models.token_logprobs import TokenLogprobs, TokenLogprobsOutput
 from rlhf_lightning.modules.base import RLHFModule
 from rlhf_lightning.modules.heldout import HeldOut
 from rlhf_lightning.modules.policy_checks import check_data, check_rewarded, check_rewards, check_settings
 from rlhf_lightning.modules.policy_metrics import LARGEST, NUMBERS, OUTPUTS, ROUND_ON_BAR, step_sums, why_empty
 from rlhf_lightning.modules.policy_parts import clamped, critic_values, make_reference, row_scorers
 from rlhf_lightning.modules.step import StepNumbers
-from rlhf_lightning.modules.told import check_parts
+from rlhf_lightning.modules.usage_checks import check_parts
 from rlhf_lightning.objectives.aggregate import aggregate
 from rlhf_lightning.objectives.policy import ImportanceSampling, ImportanceWeights, PolicyObjective
 from rlhf_lightning.objectives.value import value_loss
+from rlhf_lightning.rewards import EnsembleReward, ModelReward, Reward
 from rlhf_lightning.rollout.advantages import Advantage, GroupCentered
 from rlhf_lightning.rollout.collect import Collector, answers
-from rlhf_lightning.rollout.environments import Limits, environment_factory
-from rlhf_lightning.rollout.episodes import Episode
+from rlhf_lightning.rollout.collector import Rounds
+from rlhf_lightning.rollout.dataloader import RolloutLoader
 from rlhf_lightning.rollout.kl import KLPenalty
-from rlhf_lightning.rollout.loader import RolloutLoader
-from rlhf_lightning.rollout.ranks import gather
+from rlhf_lightning.rollout.policy_snapshot import PolicySnapshot
 from rlhf_lightning.rollout.recorded import Recorded, by_group, read_recorded
-from rlhf_lightning.rollout.rewards import EnsembleReward, ModelReward, Reward
-from rlhf_lightning.rollout.rounds import Rounds
-from rlhf_lightning.rollout.sampler import Sampler
-from rlhf_lightning.rollout.snapshot import Snapshot
+from rlhf_lightning.sampling.sampler import Sampler
+from rlhf_lightning.types import Episode
 
 COUNTS = {"token_sum": None, "token_mean": "tokens", "sequence_mean": "sequences", "constant": "sequences"}
-VALIDATION = 1_000_003  # keeps the draws of validation apart from those of rounds
+VALIDATION = 1_000_003  # keeps the samples of validation apart from those of rounds
 
 
 class PolicyRLModule(RLHFModule):
@@ -47,7 +47,7 @@ class PolicyRLModule(RLHFModule):
         model: the policy to start from, and the reference of KL; see `RLHFModule`, which takes the further arguments.
         objective: policy loss; importance sampling by default.
         rewards: parts of the reward, weighted and added.
-        advantage: from rewards to advantages; group-centred by default.
+        advantage: from rewards to advantages; group-centered by default.
         kl: penalty on the distance from the start; none by default. A coefficient of 0 only measures it.
         critic: value model, which GAE needs; none by default.
         sampler: budget and temperature of responses.
@@ -57,15 +57,15 @@ class PolicyRLModule(RLHFModule):
         limits: turns, tokens and time of an episode, and what follows when its environment fails.
         truncated_reward: replaces the reward of a response that ran out of tokens.
         mask_truncated: do not train on a response that ran out of tokens; its reward still counts in its group's mean.
-        entropy_coefficient: weight of the mean entropy (nats a token), which is added to what is maximised.
-        importance_weights: for rows that the sampler's distribution, not the trainer's, has drawn: the trainer's
+        entropy_coefficient: weight of the mean entropy (nats a token), which is added to what is maximized.
+        importance_weights: for rows that the sampler's distribution, not the trainer's, has sampled: the trainer's
             log-probabilities are computed again at the start of a round, and the difference weighs the loss.
         staleness: 1 samples each round with the weights that the round before was sampled for; then
             `importance_weights` are used, token by token up to 2 unless others are given.
-        resample_groups: times that a group whose rewards are all equal is drawn again.
+        resample_groups: times that a group whose rewards are all equal is sampled again.
 
     Logs under `train/`, of the round: `reward` and its parts, `kl` (nats a response), `response_tokens`, `truncated`,
-    `zero_signal_groups`; `kl_coefficient`; with a critic `explained_variance`; and `reward_source_prm` (1 where a
+    `zero_variance_groups`; `kl_coefficient`; with a critic `explained_variance`; and `reward_source_prm` (1 where a
     preference model rewards). Of the optimizer step: `loss`, `entropy`, `log_ratio_max`, `log_ratio_mean`,
     `log_ratio_clamped`, `clip_fraction`, `logprob_gap` (mean difference of sampler and trainer before the first update
     of a round), with a critic `value_loss`.
@@ -73,7 +73,7 @@ class PolicyRLModule(RLHFModule):
 
     stage_kind = "policy"
     on_bar = ("entropy",)
-    takes = ("input_ids", "mask", "old_logprobs", "advantages")
+    requires = ("input_ids", "loss_mask", "old_logprobs", "advantages")
     measures_batches = False
 
     def __init__(
@@ -123,10 +123,12 @@ class PolicyRLModule(RLHFModule):
 
     def build(self) -> None:
         disable_dropout(self.model)
-        self.tokens = TokenScorer(self.model, self.max_tokens_per_batch)
+        self.token_logprobs = TokenLogprobs(self.model, self.max_tokens_per_batch)
         if self.critic is not None:
             # Before the reference, which adds an adapter to the model.
-            self.critic.bind(self.model, self.tokenizer, self.tokens, self.max_tokens_per_batch, self.dtype_name)
+            self.critic.bind(
+                self.model, self.tokenizer, self.token_logprobs, self.max_tokens_per_batch, self.dtype_name
+            )
         if self.kl is not None:
             self.reference = make_reference(self, self.kl)
         self.sampler.bind(self.model, self.renderer, self.max_tokens_per_batch)
@@ -147,9 +149,9 @@ class PolicyRLModule(RLHFModule):
             self.truncated_reward,
             self.mask_truncated,
             self.resample_groups,
-            self.objective.whole_response,
+            self.objective.sequence_level,
         )
-        snapshot = Snapshot(self.model) if self.staleness else None
+        snapshot = PolicySnapshot(self.model) if self.staleness else None
         self.rounds = Rounds(collector, self.sampling_context, self.kl, self.reference, snapshot)
 
     def parts_to_split(self) -> list[Any]:
@@ -157,12 +159,12 @@ class PolicyRLModule(RLHFModule):
         return [self.model, *own, *(self.reference.parts_to_split if self.reference else [])]
 
     @property
-    def forward_pass(self) -> Forward:
-        return self.tokens.forward
+    def packed_forward(self) -> PackedForward:
+        return self.token_logprobs.packed_forward
 
-    def forward_passes(self) -> list[Forward]:
+    def forward_passes(self) -> list[PackedForward]:
         own = self.critic is not None and not self.critic.shared
-        return [self.forward_pass, *([self.critic.forward_pass] if self.critic is not None and own else [])]
+        return [self.packed_forward, *([self.critic.packed_forward] if self.critic is not None and own else [])]
 
     def heads(self) -> list[nn.Module]:
         # Also asked for after a failure half-way through `build`.
@@ -178,13 +180,13 @@ class PolicyRLModule(RLHFModule):
 
     def rollout_loader(self, data: PromptDataModule) -> RolloutLoader:
         """The loader that plays a round of episodes whenever its mini-batches are used up; checks the settings."""
-        from rlhf_lightning.data.base import layout_of
+        from rlhf_lightning.data.base import shard_spec_of
 
         examples = data.prepared["train"].rows
         items: list[Any] = by_group(examples) if data.recorded else examples
         check_data(self, data)
         self.rounds.group_size, self.rounds.recorded = data.group_size, data.recorded
-        self.drew_itself = not data.recorded
+        self.samples_rollouts = not data.recorded
         self.rollouts = RolloutLoader(
             items,
             self.rounds.collect,
@@ -193,7 +195,7 @@ class PolicyRLModule(RLHFModule):
             data.minibatches,
             data.pad_id,
             data.seed,
-            layout_of(self.trainer, training=True),
+            shard_spec_of(self.trainer, training=True),
             gather=gather,
         )
         return self.rollouts
@@ -221,15 +223,15 @@ class PolicyRLModule(RLHFModule):
     # -- steps ----------------------------------------------------------------------------------------------------
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Tensor]:
-        ids, mask = batch["input_ids"], batch["mask"]
-        scores = self.tokens(ids, mask, self.sampler.temperature, details=True)
+        ids, loss_mask = batch["input_ids"], batch["loss_mask"]
+        scores = self.token_logprobs(ids, loss_mask, self.sampler.temperature, details=True)
         sums, largest = step_sums(scores, batch, self.objective, clamped(self, scores.logprobs.detach(), batch))
         outputs = {name: sums[name][0] / sums[name][1].clamp(min=1) for name in OUTPUTS}
         loss, learned = self._policy_loss(scores, batch)
         if self.critic is not None:
-            values = self._value_losses(critic_values(self, ids, mask, scores), batch).sum()
-            sums["value_loss"] = values, mask.sum()
-            value = self.normalised(values, batch, "tokens", mask.sum())
+            values = self._value_losses(critic_values(self, ids, loss_mask, scores), batch).sum()
+            sums["value_loss"] = values, loss_mask.sum()
+            value = self.normalized(values, batch, "tokens", loss_mask.sum())
             loss = loss * (not self._warming_up) + self.critic.coefficient * value
         self.step_numbers.add(learned, {**sums, "loss": self.share(loss, batch)}, largest)
         self._log_round(batch)
@@ -246,37 +248,37 @@ class PolicyRLModule(RLHFModule):
             for parameter in self.model.parameters():
                 parameter.grad = None
 
-    def _policy_loss(self, scores: TokenScores, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    def _policy_loss(self, scores: TokenLogprobsOutput, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """The loss, and the number of tokens that have something to teach."""
-        mask, old, kl = batch["mask"], batch["old_logprobs"], self.kl
-        per_token = self.objective(scores.logprobs, old, batch["advantages"], mask)
-        learned = (mask != 0) & (batch["advantages"] != 0)
+        loss_mask, old, kl = batch["loss_mask"], batch["old_logprobs"], self.kl
+        per_token = self.objective(scores.logprobs, old, batch["advantages"], loss_mask)
+        learned = (loss_mask != 0) & (batch["advantages"] != 0)
         if kl is not None and kl.place == "loss":
-            per_token = per_token + kl.loss(scores.logprobs, old, batch["reference_logprobs"], mask)
-            learned = mask != 0 if kl.coefficient else learned
+            per_token = per_token + kl.loss(scores.logprobs, old, batch["reference_logprobs"], loss_mask)
+            learned = loss_mask != 0 if kl.coefficient else learned
         if self.importance_weights is not None:
-            weights = self.importance_weights(old, batch["sampler_logprobs"], mask)
+            weights = self.importance_weights(old, batch["sampling_logprobs"], loss_mask)
             per_token, learned = per_token * weights, learned & (weights != 0)
         loss = self._aggregated(per_token, batch)
         if self.entropy_coefficient:
             assert scores.entropy is not None
-            bonus = self.normalised(scores.entropy.sum(), batch, "tokens", mask.sum())
+            bonus = self.normalized(scores.entropy.sum(), batch, "tokens", loss_mask.sum())
             loss = loss - self.entropy_coefficient * bonus
         if self.entropy_coefficient or self.critic is not None:
-            learned = mask != 0
+            learned = loss_mask != 0
         return loss, learned.sum()
 
     def _value_losses(self, values: Tensor, batch: dict[str, Any]) -> Tensor:
         assert self.critic is not None
-        return value_loss(values, batch["values"], batch["returns"], batch["mask"], self.critic.clip)
+        return value_loss(values, batch["values"], batch["returns"], batch["loss_mask"], self.critic.clip)
 
     def _aggregated(self, per_token: Tensor, batch: dict[str, Any]) -> Tensor:
         mode, length = self.objective.aggregation, self.objective.length
-        total, local = aggregate(per_token, batch["mask"], mode, length)
+        total, local = aggregate(per_token, batch["loss_mask"], mode, length)
         if mode == "constant":
             assert length is not None
             total, local = total / length, local / length
-        return self.normalised(total, batch, COUNTS[mode], local)
+        return self.normalized(total, batch, COUNTS[mode], local)
 
     def _log_round(self, batch: dict[str, Any]) -> None:
         """What is known of the round, over all ranks, with its first mini-batch; the rest is logged with the step."""
@@ -306,10 +308,10 @@ class PolicyRLModule(RLHFModule):
         metrics: Any = self.heldout[f"{name}_"]
         with self.sampling_context():
             greedy = collector.play(prompts, 1, (VALIDATION,), temperature=0.0)
-            sampled = collector.play(prompts, 1, (VALIDATION,))
+            sampled_episodes = collector.play(prompts, 1, (VALIDATION,))
             if self.reference is not None:
-                collector.score(sampled, ("reference_logprobs",))
-        metrics.add(greedy, sampled)
+                collector.score(sampled_episodes, ("reference_logprobs",))
+        metrics.add(greedy, sampled_episodes)
         for key, metric in metrics.logged(kl=self.reference is not None):
             self.log(f"{name}/{key}", metric, prog_bar=key == "reward_sampled", batch_size=max(1, len(prompts)))
 

@@ -10,19 +10,19 @@ from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from torch import Tensor, nn
 
 from rlhf_lightning.errors import ConfigError
-from rlhf_lightning.models.forward import Forward
 from rlhf_lightning.models.heads import has_head, init_head
 from rlhf_lightning.models.loading import disable_dropout, read_stage
+from rlhf_lightning.models.packed_forward import PackedForward
 from rlhf_lightning.models.reward_model import Text, score_rows, score_texts
 from rlhf_lightning.models.saving import relative_to_run
 from rlhf_lightning.models.scorers import ImplicitReward, RewardHead, Scorer
 from rlhf_lightning.modules.base import RLHFModule
-from rlhf_lightning.modules.foreign import check_preferences
+from rlhf_lightning.modules.hf_batches import check_preferences
 from rlhf_lightning.modules.preference_metrics import Tables, step_names, step_sums
 from rlhf_lightning.modules.preference_rows import SIDES, Named, name_rows, whole_step
 from rlhf_lightning.modules.step import StepNumbers
 from rlhf_lightning.modules.stored_reference import store_reference
-from rlhf_lightning.modules.told import check_parts
+from rlhf_lightning.modules.usage_checks import check_parts
 from rlhf_lightning.objectives.preference import BradleyTerry, PreferenceLoss
 
 log = logging.getLogger(__name__)
@@ -37,7 +37,7 @@ class PreferenceModule(RLHFModule):
         loss: what to do with the numbers: a loss of pairs (Bradley-Terry by default), labels or rankings.
         freeze_backbone: train the reward head only; the remedy where it over-fits.
 
-    A batch is a dict: `input_ids` and `mask` `[N, T]`, 1 on the response; and, where the loader knows them, `lengths`
+    A batch is a dict: `input_ids` and `loss_mask` `[N, T]`, 1 on the response; and, where the loader knows them, `lengths`
     `[N]` and `weights` `[B]`, 0 for a row that only fills a rank's place. Of pairs N is 2B, chosen rows first, and
     `margin` and `ties`, which may be left out, are `[B]`; of labels N is B and `labels` `[B]`; of rankings `ranking`
     and `ranks` are `[N]`. Logs `loss`, `accuracy`, `margin`, `chosen_score`, `rejected_score` and more
@@ -72,7 +72,7 @@ class PreferenceModule(RLHFModule):
         """Refuse, before anything is loaded, what the loss cannot be trained with."""
         super().setup(stage)
         schedules = any(isinstance(c, GradientAccumulationScheduler) for c in self.trainer.callbacks)  # type: ignore[attr-defined]
-        if stage == "fit" and self.loss.couples and (self.trainer.accumulate_grad_batches != 1 or schedules):
+        if stage == "fit" and self.loss.batch_coupled and (self.trainer.accumulate_grad_batches != 1 or schedules):
             raise ConfigError(
                 f"{type(self.loss).__name__} compares the rows of a whole optimizer step with each other, so they must "
                 "be in one batch: set trainer.accumulate_grad_batches to 1 and raise data.batch_size "
@@ -99,8 +99,8 @@ class PreferenceModule(RLHFModule):
         return [self.model, *getattr(self.frozen, "parts_to_split", [])]
 
     @property
-    def forward_pass(self) -> Forward:
-        return self.scorer.forward
+    def packed_forward(self) -> PackedForward:
+        return self.scorer.packed_forward
 
     def heads(self) -> list[nn.Module]:
         head = getattr(self.scorer, "head", None)
@@ -148,7 +148,7 @@ class PreferenceModule(RLHFModule):
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         named = self._named(batch)
         weights = self._weights(batch, named)
-        if self.loss.couples:
+        if self.loss.batch_coupled:
             kept = weights > 0
             there = {name: value[kept] for name, value in named.items()}
             rows = whole_step(there)
@@ -160,8 +160,8 @@ class PreferenceModule(RLHFModule):
             losses = self._losses(named)
             total = (losses * weights.to(losses.dtype)).sum()
         sums = step_sums(self.loss.kind, {**named, "loss": losses}, weights)
-        self.step_numbers.add((weights != 0).sum() * (batch["mask"] != 0).any(), sums)
-        return self.normalised(total, batch, self.loss.kind, float(weights.sum()))
+        self.step_numbers.add((weights != 0).sum() * (batch["loss_mask"] != 0).any(), sums)
+        return self.normalized(total, batch, self.loss.kind, float(weights.sum()))
 
     def why_empty(self) -> str:
         return "Every row of these steps has weight 0, or no token of a response: see the batches' weights and masks."
@@ -169,7 +169,7 @@ class PreferenceModule(RLHFModule):
     def _named(self, batch: dict[str, Any]) -> Named:
         """What is known of each row."""
         if self.loss.kind == "pairs" and getattr(self.scorer, "tail_weight", 1.0) != 1:
-            shared = torch.stack(batch["mask"].sum(-1).chunk(2)).amin(0)
+            shared = torch.stack(batch["loss_mask"].sum(-1).chunk(2)).amin(0)
             batch = {**batch, "shared_lengths": torch.cat([shared, shared])}
         # One forward for all sides, so that they are computed alike.
         named = self._scored(batch)
@@ -177,13 +177,15 @@ class PreferenceModule(RLHFModule):
             with torch.no_grad():
                 named["mismatched"] = self.scorer(batch["mismatched"])
         own = self._wanted.keys() & batch.keys() - named.keys()  # columns of a loader of the user's
-        return named | {name: batch[name].to(batch["mask"].dtype) for name in own if isinstance(batch[name], Tensor)}
+        return named | {
+            name: batch[name].to(batch["loss_mask"].dtype) for name in own if isinstance(batch[name], Tensor)
+        }
 
     def _scored(self, batch: dict[str, Any]) -> Named:
         """Scores of each row; it is as long as its response reaches, where the batch does not say it."""
         if "lengths" not in batch:
-            places = torch.arange(1, batch["mask"].shape[1] + 1, device=batch["mask"].device)
-            batch = {**batch, "lengths": (places * (batch["mask"] != 0)).amax(-1)}
+            places = torch.arange(1, batch["loss_mask"].shape[1] + 1, device=batch["loss_mask"].device)
+            batch = {**batch, "lengths": (places * (batch["loss_mask"] != 0)).amax(-1)}
         return name_rows(self.loss.kind, self.scorer.detailed(batch), batch)
 
     def _weights(self, batch: dict[str, Any], rows: Named) -> Tensor:
@@ -241,7 +243,7 @@ class PreferenceModule(RLHFModule):
         if self.loss.kind == "labels":
             numbers = zip(named["scores"][kept].tolist(), named["labels"][kept].tolist(), strict=True)
             return [{"score": score, "label": int(label)} for score, label in numbers]
-        there = named["mask"].bool()
+        there = named["loss_mask"].bool()
         return [{"scores": named["scores"][i][there[i]].tolist()} for i in kept.nonzero()[:, 0].tolist()]
 
     # -- scoring without a Trainer --------------------------------------------------------------------------------
@@ -276,17 +278,17 @@ class PreferenceModule(RLHFModule):
 def check_fit(scorer: Scorer, loss: PreferenceLoss) -> None:
     """Raise `ConfigError` where a loss is not defined for a scorer's numbers, or needs what it does not compute."""
     names = f"model.loss {type(loss).__name__} and model.scorer {type(scorer).__name__}"
-    lacking = {"lengths", "logps", "reference_scores", "kl", "beta"} - set(scorer.gives)
+    lacking = {"lengths", "logps", "reference_scores", "kl", "beta"} - set(scorer.provides)
     lacking |= {f"{side}_{name}" for side in SIDES for name in lacking}
     if missing := [name for name, required in loss.keywords().items() if required and name in lacking]:
         raise ConfigError(f"{names} do not go together: the loss needs {missing[0]!r}, which this scorer does not give")
-    if loss.scores == "log_ratio" and "reference_scores" not in scorer.gives:
+    if loss.scores == "log_ratio" and "reference_scores" not in scorer.provides:
         raise ConfigError(f"{names} do not go together: the loss is of log-ratios to a reference, use ImplicitReward")
-    mean = getattr(scorer, "length_normalised", False) and getattr(scorer, "beta", None) == 1
-    if loss.scores == "mean_logprob" and not (mean and "reference_scores" not in scorer.gives):
+    mean = getattr(scorer, "length_normalized", False) and getattr(scorer, "beta", None) == 1
+    if loss.scores == "mean_logprob" and not (mean and "reference_scores" not in scorer.provides):
         raise ConfigError(
             f"{names} do not go together: the loss is of mean log-probabilities, use SequenceLogprob with "
-            "length_normalised: true and beta: 1"
+            "length_normalized: true and beta: 1"
         )
     if getattr(scorer, "tail_weight", 1.0) != 1 and loss.kind != "pairs":
         raise ConfigError(f"scorer.tail_weight compares the two responses of a pair, and the loss is of {loss.kind}")

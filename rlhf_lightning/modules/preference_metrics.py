@@ -61,10 +61,10 @@ def ranked(rows: Rows) -> Rows:
     """Of each ranking `[B]`: the part of its pairs that are in order (ties wrong), and whether a best one is first."""
     if "accuracy" in rows:
         return {name: rows[name] for name in ("accuracy", "top1")}
-    scores, ranks, mask = rows["scores"], rows["ranks"], rows["mask"].bool()
-    better = (ranks[:, :, None] < ranks[:, None, :]) & mask[:, :, None] & mask[:, None, :]
+    scores, ranks, loss_mask = rows["scores"], rows["ranks"], rows["loss_mask"].bool()
+    better = (ranks[:, :, None] < ranks[:, None, :]) & loss_mask[:, :, None] & loss_mask[:, None, :]
     right = (scores[:, :, None] > scores[:, None, :]) & better
-    first = scores.masked_fill(~mask, -torch.inf).argmax(-1, keepdim=True)
+    first = scores.masked_fill(~loss_mask, -torch.inf).argmax(-1, keepdim=True)
     top = ranks.gather(-1, first).squeeze(-1) == 0
     return {"accuracy": right.sum((1, 2)) / better.sum((1, 2)).clamp(min=1), "top1": top.to(scores.dtype)}
 
@@ -117,7 +117,7 @@ class Tables(Metric):
 
 
 def pair_report(rows: Rows, categories: list[str]) -> tuple[dict[str, float], list[dict[str, float]]]:
-    """Accuracy of pairs (ties of scores wrong, pairs labelled a tie left out) by parts, calibration, and its curve."""
+    """Accuracy of pairs (ties of scores wrong, pairs labeled a tie left out) by parts, calibration, and its curve."""
     decided = rows.get("ties", torch.zeros_like(rows["chosen"])) == 0
     if not decided.any():
         return {}, []

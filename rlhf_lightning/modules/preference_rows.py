@@ -5,9 +5,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rlhf_lightning.distributed import data_rank, gather
 from rlhf_lightning.models.scorers import Scored
 from rlhf_lightning.objectives.kl import k2
-from rlhf_lightning.rollout.ranks import data_rank, gather
 
 Named = dict[str, Tensor]
 SIDES = ("chosen", "rejected")
@@ -30,7 +30,7 @@ def name_rows(kind: str, scored: Scored, batch: dict[str, Any]) -> Named:
 def _facts(scored: Scored, batch: dict[str, Any]) -> Named:
     """Of each response, `[N]`."""
     dtype = scored.scores.dtype
-    facts = {"scores": scored.scores, "lengths": batch["mask"].sum(-1).to(dtype).clamp(min=1)}
+    facts = {"scores": scored.scores, "lengths": batch["loss_mask"].sum(-1).to(dtype).clamp(min=1)}
     if scored.logprobs is not None:
         facts["logps"] = scored.logprobs.sum(-1).to(dtype)
     if scored.reference_scores is not None:
@@ -41,14 +41,14 @@ def _facts(scored: Scored, batch: dict[str, Any]) -> Named:
 
 
 def _rankings(scores: Tensor, batch: dict[str, Any]) -> Named:
-    """Answers side by side: `scores`, `ranks` and `mask` (1 where there is an answer), `[B, K]`."""
+    """Answers side by side: `scores`, `ranks` and `loss_mask` (1 where there is an answer), `[B, K]`."""
     ranking, ranks = batch["ranking"], batch["ranks"]
     count = int(ranking[-1]) + 1
     sizes = torch.bincount(ranking, minlength=count)
     starts = sizes.cumsum(0) - sizes
     column = torch.arange(len(ranking), device=ranking.device) - starts[ranking]
     shape = (count, int(sizes.max()))
-    named = {"scores": scores, "ranks": ranks.to(scores.dtype), "mask": torch.ones_like(scores)}
+    named = {"scores": scores, "ranks": ranks.to(scores.dtype), "loss_mask": torch.ones_like(scores)}
     return {name: value.new_zeros(shape).index_put((ranking, column), value) for name, value in named.items()}
 
 

@@ -7,15 +7,15 @@ from torchmetrics import MeanMetric
 
 from rlhf_lightning.data.prompts import kept_prompts
 from rlhf_lightning.errors import ConfigError
-from rlhf_lightning.models.forward import Forward
-from rlhf_lightning.models.scoring import TokenScorer
+from rlhf_lightning.models.packed_forward import PackedForward
+from rlhf_lightning.models.token_logprobs import TokenLogprobs
 from rlhf_lightning.modules.base import RLHFModule
 from rlhf_lightning.modules.metrics import BitsPerByte, Count, Perplexity
 from rlhf_lightning.modules.step import StepNumbers
-from rlhf_lightning.modules.told import check_parts
+from rlhf_lightning.modules.usage_checks import check_parts
 from rlhf_lightning.objectives.supervised import nll
 from rlhf_lightning.rollout.collect import answers
-from rlhf_lightning.rollout.sampler import Sampler
+from rlhf_lightning.sampling.sampler import Sampler
 
 
 class SFTModule(RLHFModule):
@@ -25,7 +25,7 @@ class SFTModule(RLHFModule):
         model: see `RLHFModule`, which takes the further arguments.
         sampler: how `predict` answers prompts; 128 tokens, the likeliest each, by default.
 
-    A batch is a dict with `input_ids` and `mask` (1 where a token is trained), both `[B, T]`, padded on the right.
+    A batch is a dict with `input_ids` and `loss_mask` (1 where a token is trained), both `[B, T]`, padded on the right.
     Logs `train/nll`, `val/nll` (nats a token), `val/perplexity`, `val/bits_per_byte`, `train/tokens` (of the epoch).
     """
 
@@ -40,11 +40,11 @@ class SFTModule(RLHFModule):
         self.heldout = nn.ModuleDict({name: _heldout_metrics() for name in ("val", "test")})
 
     def build(self) -> None:
-        self.tokens = TokenScorer(self.model, self.max_tokens_per_batch)
+        self.token_logprobs = TokenLogprobs(self.model, self.max_tokens_per_batch)
 
     @property
-    def forward_pass(self) -> Forward:
-        return self.tokens.forward
+    def packed_forward(self) -> PackedForward:
+        return self.token_logprobs.packed_forward
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         if isinstance(batch, dict) and "denominators" not in batch and batch.get("weights") is not None:
@@ -55,13 +55,13 @@ class SFTModule(RLHFModule):
         return super().on_before_batch_transfer(batch, dataloader_idx)
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
-        mask = batch["mask"]
-        total = nll(self.tokens(batch["input_ids"], mask).logprobs, mask).sum()
-        count = mask.sum()
+        loss_mask = batch["loss_mask"]
+        total = nll(self.token_logprobs(batch["input_ids"], loss_mask).logprobs, loss_mask).sum()
+        count = loss_mask.sum()
         self.step_numbers.add(count, {"nll": (total, count)})
         self.train_tokens.update(count)
         self.log("train/tokens", self.train_tokens, on_step=False, on_epoch=True)
-        return self.normalised(total, batch, "tokens", count)
+        return self.normalized(total, batch, "tokens", count)
 
     def why_empty(self) -> str:
         return (
@@ -83,9 +83,9 @@ class SFTModule(RLHFModule):
         return answers(self.sampler, self.renderer, kept_prompts(batch), seed=0)
 
     def _evaluate(self, batch: dict[str, Any], name: str) -> None:
-        mask = batch["mask"]
-        total = nll(self.tokens(batch["input_ids"], mask).logprobs, mask).sum()
-        count = mask.sum()
+        loss_mask = batch["loss_mask"]
+        total = nll(self.token_logprobs(batch["input_ids"], loss_mask).logprobs, loss_mask).sum()
+        count = loss_mask.sum()
         metrics: Any = self.heldout[name]
         mean = total / count.clamp(min=1)
         metrics["nll"].update(mean, weight=count)

@@ -8,8 +8,8 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
+from rlhf_lightning.distributed import gather
 from rlhf_lightning.errors import ConfigError, UserError
-from rlhf_lightning.rollout.ranks import gather
 
 log = logging.getLogger(__name__)
 

@@ -13,10 +13,10 @@ from torch import Tensor
 from rlhf_lightning.data.base import data_ranks
 from rlhf_lightning.data.batching import pad_tokens
 from rlhf_lightning.data.rendering import Rendered
+from rlhf_lightning.distributed import even_chunks, gather
 from rlhf_lightning.models.reference import Reference
 from rlhf_lightning.models.scorers import ImplicitReward
-from rlhf_lightning.models.sharding import whole
-from rlhf_lightning.rollout.ranks import gather, parts
+from rlhf_lightning.models.sharding import full_tensor
 
 log = logging.getLogger(__name__)
 
@@ -55,7 +55,7 @@ def weights_hash(reference: Reference) -> str:
     """SHA-256 of the weights that the reference computes with."""
     digest = hashlib.sha256()
     for name, value in reference.tensors():
-        value = whole(value)
+        value = full_tensor(value)
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
         digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
@@ -65,7 +65,7 @@ def rows_hash(sides: list[Rendered], prefix: str) -> str:
     """SHA-256 of a text and the tokens and masks of rows."""
     digest = hashlib.sha256(prefix.encode())
     for side in sides:
-        digest.update(torch.tensor([len(side.ids), *side.ids, *side.mask], dtype=torch.int64).numpy().tobytes())
+        digest.update(torch.tensor([len(side.ids), *side.ids, *side.loss_mask], dtype=torch.int64).numpy().tobytes())
     return digest.hexdigest()
 
 
@@ -84,8 +84,10 @@ def _computed(
     rank, world = data_ranks(trainer)
     order = sorted(range(len(sides)), key=lambda i: len(sides[i].ids))[rank::world]
     own: dict[int, list[float]] = {}
-    for part in parts(order, batch_size):
-        ids, masks = zip(*((sides[i].ids, sides[i].mask) for i in part), strict=True) if part else ([[0, 0]], [[0, 0]])
+    for part in even_chunks(order, batch_size):
+        ids, masks = (
+            zip(*((sides[i].ids, sides[i].loss_mask) for i in part), strict=True) if part else ([[0, 0]], [[0, 0]])
+        )
         batch = pad_tokens(ids, masks, pad_id=0)
         with trainer.precision_plugin.forward_context():
             found = scorer.reference_logprobs({name: value.to(device) for name, value in batch.items()})

@@ -46,11 +46,11 @@ def leave_one_out(rewards: Tensor, group_ids: Tensor) -> Tensor:
     return torch.where((counts > 1) & ~_all_equal(rewards, dense), rewards - others, 0.0)
 
 
-def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
-    """Generalised advantage estimation, arXiv 1506.02438 eq. 16; the value after the last action is 0.
+def gae(rewards: Tensor, values: Tensor, loss_mask: Tensor, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
+    """Generalized advantage estimation, arXiv 1506.02438 eq. 16; the value after the last action is 0.
 
     Args:
-        rewards, values, mask: `[B, T]`. Positions whose mask is 0 are skipped: the next action's value is that of
+        rewards, values, loss_mask: `[B, T]`. Positions whose mask is 0 are skipped: the next action's value is that of
             the next position with mask 1, and neither gamma nor lam is applied in between.
 
     Returns:
@@ -59,7 +59,7 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float)
     advantages = torch.zeros_like(values)
     next_value = torch.zeros_like(values[:, 0])
     running = torch.zeros_like(next_value)
-    action = mask.bool()
+    action = loss_mask.bool()
     for t in reversed(range(values.shape[1])):
         delta = rewards[:, t] + gamma * next_value - values[:, t]
         running = torch.where(action[:, t], delta + gamma * lam * running, running)
@@ -68,24 +68,24 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float)
     return advantages, torch.where(action, advantages + values, 0.0)
 
 
-def whiten(x: Tensor, mask: Tensor, shift_mean: bool = True, eps: float = 1e-8) -> Tensor:
+def whiten(x: Tensor, loss_mask: Tensor, shift_mean: bool = True, eps: float = 1e-8) -> Tensor:
     """(x - mean) / sqrt(var + eps) over positions with mask 1; with `shift_mean=False` the mean is added back.
 
     The variance is over n, as in openai/lm-human-preferences. Zero where the mask is 0.
     """
-    mask = mask.to(x.dtype)
-    count = mask.sum().clamp(min=1)
-    mean = (x * mask).sum() / count
-    variance = ((x - mean).square() * mask).sum() / count
+    loss_mask = loss_mask.to(x.dtype)
+    count = loss_mask.sum().clamp(min=1)
+    mean = (x * loss_mask).sum() / count
+    variance = ((x - mean).square() * loss_mask).sum() / count
     whitened = (x - mean) * torch.rsqrt(variance + eps)
-    return (whitened if shift_mean else whitened + mean) * mask
+    return (whitened if shift_mean else whitened + mean) * loss_mask
 
 
-def discounted_future_sum(x: Tensor, mask: Tensor, discount: float) -> Tensor:
+def discounted_future_sum(x: Tensor, loss_mask: Tensor, discount: float) -> Tensor:
     """Σ_{s ≥ t} discount^(s-t)·x_s over positions with mask 1, counted in actions; `[B, T]`, 0 where the mask is 0."""
     result = torch.zeros_like(x)
     running = torch.zeros_like(x[:, 0])
-    action = mask.bool()
+    action = loss_mask.bool()
     for t in reversed(range(x.shape[1])):
         running = torch.where(action[:, t], x[:, t] + discount * running, running)
         result[:, t] = torch.where(action[:, t], running, 0.0)

@@ -5,7 +5,7 @@ from torch import Tensor
 MODES = ("token_sum", "token_mean", "sequence_mean", "constant")
 
 
-def aggregate(per_token: Tensor, mask: Tensor, mode: str, length: int | None = None) -> tuple[Tensor, Tensor]:
+def aggregate(per_token: Tensor, loss_mask: Tensor, mode: str, length: int | None = None) -> tuple[Tensor, Tensor]:
     """Sum a per-token loss and give its denominator; the loss is `total / denominator`.
 
     Both are returned apart so that a caller who accumulates micro-batches or runs several ranks can add up
@@ -13,7 +13,7 @@ def aggregate(per_token: Tensor, mask: Tensor, mode: str, length: int | None = N
 
     Args:
         per_token: loss of each token, float `[B, T]`.
-        mask: 1 where a token counts, 0 elsewhere, `[B, T]`.
+        loss_mask: 1 where a token counts, 0 elsewhere, `[B, T]`.
         mode: `token_sum` (denominator 1; Tinker), `token_mean` (number of tokens; DAPO, arXiv 2503.14476 eq. 8),
             `sequence_mean` (sum of per-sequence token means over the number of sequences; GRPO, arXiv 2402.03300
             eq. 3), `constant` (`length` times the number of sequences; Dr. GRPO, arXiv 2503.20783).
@@ -25,9 +25,9 @@ def aggregate(per_token: Tensor, mask: Tensor, mode: str, length: int | None = N
     Raises:
         ValueError: unknown mode, or `constant` without `length`.
     """
-    mask = mask.to(per_token.dtype)
-    masked = per_token * mask
-    tokens = mask.sum(-1)
+    loss_mask = loss_mask.to(per_token.dtype)
+    masked = per_token * loss_mask
+    tokens = loss_mask.sum(-1)
     sequences = (tokens > 0).to(per_token.dtype).sum()
     if mode == "token_sum":
         return masked.sum(), tokens.new_ones(())

@@ -1,8 +1,8 @@
-"""Per-token estimators of KL(policy || reference) from tokens drawn by the policy.
+"""Per-token estimators of KL(policy || reference) from tokens sampled by the policy.
 
-Source: J. Schulman, "Approximating KL Divergence" (2020). Each takes the log-probabilities of the drawn
+Source: J. Schulman, "Approximating KL Divergence" (2020). Each takes the log-probabilities of the sampled
 tokens under policy and reference, of any equal shape, in nats, and returns the same shape. With
-d = log policy - log reference and tokens drawn by the policy, the expectation of k1 and k3 is the KL.
+d = log policy - log reference and tokens sampled by the policy, the expectation of k1 and k3 is the KL.
 """
 
 from torch import Tensor

@@ -3,6 +3,6 @@
 from torch import Tensor
 
 
-def nll(logprobs: Tensor, mask: Tensor) -> Tensor:
+def nll(logprobs: Tensor, loss_mask: Tensor) -> Tensor:
     """Negative log-likelihood of each trained token, in nats: -log p, `[B, T]`, zero where the mask is 0."""
-    return -logprobs * mask.to(logprobs.dtype)
+    return -logprobs * loss_mask.to(logprobs.dtype)

@@ -4,13 +4,15 @@ import torch
 from torch import Tensor
 
 
-def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor, clip: float | None = 0.2) -> Tensor:
+def value_loss(
+    values: Tensor, old_values: Tensor, returns: Tensor, loss_mask: Tensor, clip: float | None = 0.2
+) -> Tensor:
     """½·max((v - R)², (clamp(v, v_old - clip, v_old + clip) - R)²) of each token; ½·(v - R)² without a clip.
 
     Source: openai/lm-human-preferences; Huang et al., "The N+ implementation details of RLHF with PPO" (2024).
 
     Args:
-        values: what the critic says now; old_values: what it said when the rows were drawn; returns: what it is to
+        values: what the critic says now; old_values: what it said when the rows were sampled; returns: what it is to
             say; mask: 0/1. All `[B, T]`.
 
     Returns:
@@ -20,7 +22,7 @@ def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor
     if clip is not None:
         clipped = old_values + (values - old_values).clamp(-clip, clip)
         loss = torch.maximum(loss, (clipped - returns).square())
-    return torch.where(mask.bool(), 0.5 * loss, 0.0)
+    return torch.where(loss_mask.bool(), 0.5 * loss, 0.0)
 
 
 def explained_variance(residual_sums: tuple[float, float], return_sums: tuple[float, float], count: float) -> float:

@@ -12,16 +12,16 @@ import yaml
 from rlhf_lightning.data.records import check_there, fingerprint
 from rlhf_lightning.errors import ConfigError, UserError
 from rlhf_lightning.files import FORMAT, duration, hash_folder, read_object, visible, write_json
-from rlhf_lightning.pipeline.clock import Clock
-from rlhf_lightning.pipeline.passing import Passing
+from rlhf_lightning.pipeline.eta import Eta
 from rlhf_lightning.pipeline.plan import Plan, Stage, merged, read_plan
-from rlhf_lightning.pipeline.records import read_manifest
-from rlhf_lightning.pipeline.report import report_after_stage
+from rlhf_lightning.pipeline.stage_process import StageProcess
 from rlhf_lightning.pipeline.verify import settings_hash
+from rlhf_lightning.report import report_after_stage
+from rlhf_lightning.report.records import read_manifest
 from rlhf_lightning.run_folder import PIPELINE_RESULTS, claim, claims
 
 log = logging.getLogger(__name__)
-MODEL_REWARD = "rlhf_lightning.rollout.rewards.ModelReward"
+MODEL_REWARD = "rlhf_lightning.rewards.ModelReward"
 SOURCES = ("train", "validation", "test", "episodes")
 
 
@@ -41,7 +41,7 @@ def run_pipeline(
         ConfigError: the plan is wrong, or a stage that has run would now be another. UserError: a stage failed.
     """
     checked = plan if isinstance(plan, Plan) else read_plan(plan, root)
-    with claims(), Passing() as signals:
+    with claims(), StageProcess() as signals:
         claim(checked.root, PIPELINE_RESULTS)
         runner = _Runner(checked, rerun, signals)
         for stage in checked.stages:
@@ -91,7 +91,7 @@ def check_data(plan: Plan, stage: Stage) -> None:
 
 
 class _Runner:
-    def __init__(self, plan: Plan, rerun: Sequence[str], signals: Passing) -> None:
+    def __init__(self, plan: Plan, rerun: Sequence[str], signals: StageProcess) -> None:
         self.plan, self.signals = plan, signals
         names = {stage.name for stage in plan.stages}
         if unknown := set(rerun) - names:
@@ -103,7 +103,7 @@ class _Runner:
         before = read_manifest(self.path).get("stages") or {}
         (plan.root / "pipeline.yaml").write_text(yaml.safe_dump(plan.source, sort_keys=False, allow_unicode=True))
         self.manifest: dict[str, Any] = {"format": FORMAT, "name": plan.name, "seed": plan.seed, "stages": before}
-        self.clock = Clock(plan, self.manifest["stages"])
+        self.clock = Eta(plan, self.manifest["stages"])
 
     def run(self, stage: Stage) -> None:
         """Run one stage, unless it is finished."""

@@ -11,7 +11,7 @@ import yaml
 from rlhf_lightning.data.records import fingerprint, is_here
 from rlhf_lightning.errors import ConfigError
 from rlhf_lightning.files import hash_file, hash_folder
-from rlhf_lightning.pipeline.records import FACTS, read_manifest, read_record
+from rlhf_lightning.report.records import FACTS, read_manifest, read_record
 
 SAME, DIFFERS, MISSING, UNFINISHED, HUB = "same", "differs", "missing", "unfinished", "not checked"
 """What is on the Hub is not downloaded to be compared, and fails nothing."""

@@ -43,35 +43,35 @@ def subjects(seed: int) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
     return everything[cut:], everything[:cut]
 
 
-def question(draw: random.Random, subject: str) -> str:
+def question(sample: random.Random, subject: str) -> str:
     """A question about a subject."""
-    return draw.choice(phrases.QUESTIONS).format(subject)
+    return sample.choice(phrases.QUESTIONS).format(subject)
 
 
-def answer(draw: random.Random, subject: str, material: str) -> str:
+def answer(sample: random.Random, subject: str, material: str) -> str:
     """Advice of mixed quality: every part of the rubric is there in some answers only (0.45 in the mean)."""
-    named = draw.random() < 0.5
-    sentences = [draw.choice(phrases.NAMED).format(subject) if named else draw.choice(phrases.UNNAMED)]
-    if draw.random() < 0.6:
-        suited = material if draw.random() < 0.8 else draw.choice(list(phrases.STEPS))
-        sentences.append(f"First, {draw.choice(phrases.STEPS[suited])}.")
+    named = sample.random() < 0.5
+    sentences = [sample.choice(phrases.NAMED).format(subject) if named else sample.choice(phrases.UNNAMED)]
+    if sample.random() < 0.6:
+        suited = material if sample.random() < 0.8 else sample.choice(list(phrases.STEPS))
+        sentences.append(f"First, {sample.choice(phrases.STEPS[suited])}.")
     else:
-        sentences.append(draw.choice(phrases.VAGUE))
-    if draw.random() < 0.4:
-        sentences.append(draw.choice(phrases.REASONS))
-    if draw.random() < 0.35:
-        sentences.append(draw.choice(phrases.CAUTIONS))
-    if draw.random() < 0.3:
-        sentences.insert(0, draw.choice(phrases.FILLERS[:2]))
-    if draw.random() < 0.4:
-        sentences.append(draw.choice(phrases.FILLERS[2:]))
+        sentences.append(sample.choice(phrases.VAGUE))
+    if sample.random() < 0.4:
+        sentences.append(sample.choice(phrases.REASONS))
+    if sample.random() < 0.35:
+        sentences.append(sample.choice(phrases.CAUTIONS))
+    if sample.random() < 0.3:
+        sentences.insert(0, sample.choice(phrases.FILLERS[:2]))
+    if sample.random() < 0.4:
+        sentences.append(sample.choice(phrases.FILLERS[2:]))
     return " ".join(sentences)
 
 
-def _pair(draw: random.Random, subject: str, material: str) -> tuple[str, str]:
+def _pair(sample: random.Random, subject: str, material: str) -> tuple[str, str]:
     """A better and a worse answer by the rubric."""
     while True:
-        one, other = answer(draw, subject, material), answer(draw, subject, material)
+        one, other = answer(sample, subject, material), answer(sample, subject, material)
         gap = rubric(one, subject, material) - rubric(other, subject, material)
         if abs(gap) >= MIN_GAP - 1e-9:
             return (one, other) if gap > 0 else (other, one)
@@ -80,14 +80,16 @@ def _pair(draw: random.Random, subject: str, material: str) -> tuple[str, str]:
 def write_data(folder: Path, seed: int, sizes: Sizes = Sizes()) -> dict[str, str]:
     """Write the six files; returns their paths by name."""
     train, held_out = subjects(seed)
-    draw = random.Random(seed + 1)
+    sample = random.Random(seed + 1)
     rows: dict[str, list[dict[str, Any]]] = {
-        "sft_train": [_conversation(draw, *draw.choice(train)) for _ in range(sizes.conversations)],
-        "sft_validation": [_conversation(draw, *draw.choice(held_out)) for _ in range(sizes.held_out)],
-        "preference_train": [_preference(draw, LABEL_NOISE, *draw.choice(train)) for _ in range(sizes.pairs)],
-        "preference_validation": [_preference(draw, 0.0, *draw.choice(held_out)) for _ in range(2 * sizes.held_out)],
-        "prompts_train": [_prompt(draw, *draw.choice(train)) for _ in range(sizes.prompts)],
-        "prompts_validation": [_prompt(draw, *draw.choice(held_out)) for _ in range(sizes.held_out)],
+        "sft_train": [_conversation(sample, *sample.choice(train)) for _ in range(sizes.conversations)],
+        "sft_validation": [_conversation(sample, *sample.choice(held_out)) for _ in range(sizes.held_out)],
+        "preference_train": [_preference(sample, LABEL_NOISE, *sample.choice(train)) for _ in range(sizes.pairs)],
+        "preference_validation": [
+            _preference(sample, 0.0, *sample.choice(held_out)) for _ in range(2 * sizes.held_out)
+        ],
+        "prompts_train": [_prompt(sample, *sample.choice(train)) for _ in range(sizes.prompts)],
+        "prompts_validation": [_prompt(sample, *sample.choice(held_out)) for _ in range(sizes.held_out)],
     }
     folder.mkdir(parents=True, exist_ok=True)
     for name, items in rows.items():
@@ -95,20 +97,20 @@ def write_data(folder: Path, seed: int, sizes: Sizes = Sizes()) -> dict[str, str
     return {name: str(folder / f"{name}.jsonl") for name in rows}
 
 
-def _conversation(draw: random.Random, subject: str, material: str) -> dict[str, Any]:
+def _conversation(sample: random.Random, subject: str, material: str) -> dict[str, Any]:
     messages = [
-        {"role": "user", "content": question(draw, subject)},
-        {"role": "assistant", "content": answer(draw, subject, material)},
+        {"role": "user", "content": question(sample, subject)},
+        {"role": "assistant", "content": answer(sample, subject, material)},
     ]
     return {"messages": messages}
 
 
-def _preference(draw: random.Random, noise: float, subject: str, material: str) -> dict[str, Any]:
-    better, worse = _pair(draw, subject, material)
-    if draw.random() < noise:
+def _preference(sample: random.Random, noise: float, subject: str, material: str) -> dict[str, Any]:
+    better, worse = _pair(sample, subject, material)
+    if sample.random() < noise:
         better, worse = worse, better
-    return {"prompt": question(draw, subject), "chosen": better, "rejected": worse}
+    return {"prompt": question(sample, subject), "chosen": better, "rejected": worse}
 
 
-def _prompt(draw: random.Random, subject: str, material: str) -> dict[str, Any]:
-    return {"prompt": question(draw, subject), "subject": subject, "material": material}
+def _prompt(sample: random.Random, subject: str, material: str) -> dict[str, Any]:
+    return {"prompt": question(sample, subject), "subject": subject, "material": material}

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from rlhf_lightning.models.reward_model import RewardModel
-from rlhf_lightning.rollout.episodes import Episode
+from rlhf_lightning.types import Episode
 
 Gold = Callable[[str, dict[str, Any]], float]
 
@@ -14,9 +14,12 @@ def figures(
 ) -> dict[str, float | None]:
     """The row of the final table for one model."""
     rewards = [gold(episode.response, episode.row) for episode in episodes] if gold else []
-    # The drawn tokens, not their text: an answer that is empty or was cut off has a score as well.
-    segments = [episode.segments[-1] for episode in episodes]
-    scores = judge.score_tokens([segment.ids for segment in segments], [segment.mask for segment in segments])
+    # The sampled tokens, not their text: an answer that is empty or was cut off has a score as well.
+    training_samples = [episode.training_samples[-1] for episode in episodes]
+    scores = judge.score_tokens(
+        [training_sample.ids for training_sample in training_samples],
+        [training_sample.loss_mask for training_sample in training_samples],
+    )
     return {
         "gold_reward": sum(rewards) / len(rewards) if gold else None,
         "reward_model_score": float(scores.mean()),

@@ -14,10 +14,10 @@ from typing import Any
 from rlhf_lightning.data.records import fingerprint
 from rlhf_lightning.files import FORMAT, read_record, write_json
 from rlhf_lightning.pipeline.plan import Plan, read_plan
-from rlhf_lightning.pipeline.report import write_report
 from rlhf_lightning.pipeline.run import run_pipeline
 from rlhf_lightning.quickstart.data import Sizes, write_data
 from rlhf_lightning.quickstart.rubric import rubric
+from rlhf_lightning.report import write_report
 
 CONFIGS = Path(__file__).parent / "configs"
 # What suits a model that has been trained before; the shipped rates are for one that starts from nothing.
@@ -148,8 +148,8 @@ def _plan(settings: Settings, inputs: dict[str, Any]) -> dict[str, Any]:
 def _measure(
     settings: Settings, inputs: dict[str, Any], plan: Plan, manifest: dict[str, Any]
 ) -> tuple[dict[str, Any], list[dict[str, str]]]:
+    from rlhf_lightning.inference.policy import Policy
     from rlhf_lightning.models.reward_model import RewardModel
-    from rlhf_lightning.pipeline.policies import Policy
     from rlhf_lightning.quickstart.evaluate import figures
 
     folders = {"base": inputs["base"]}

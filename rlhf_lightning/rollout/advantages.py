@@ -1,7 +1,7 @@
 """Advantages bound to episodes: choices with a name over the functions of `objectives.advantage`.
 
-`__call__` sets a baseline: one number for each episode. `tokens` spreads it over what was drawn, together with the
-penalties of single tokens. `credit.assign` calls both and writes the result into the rows.
+`__call__` sets a baseline: one number for each episode. `token_advantages` spreads it over what was sampled, together with the
+penalties of single tokens. `credit.compute_token_advantages` calls both and writes the result into the rows.
 """
 
 import torch
@@ -12,13 +12,13 @@ from rlhf_lightning.objectives.advantage import discounted_future_sum, gae, grou
 
 
 class Advantage:
-    """From rewards to the advantage of every token that was drawn."""
+    """From rewards to the advantage of every token that was sampled."""
 
     needs_group = False
     """Whether a group of one has no advantage."""
     needs_values = False
     """Whether a critic is needed."""
-    centres_penalty = True
+    centers_penalty = True
     """Whether the KL penalty's mean may be taken off: something else here has to know how large the reward is."""
     whiten = False
     """Whether the advantages of a round's tokens get mean 0 and variance 1, over all ranks."""
@@ -27,8 +27,8 @@ class Advantage:
         """Rewards `[N]` of episodes, less a baseline; `group_ids` `[N]`."""
         return rewards
 
-    def tokens(
-        self, scores: Tensor, penalties: Tensor, values: Tensor, mask: Tensor, discount: float
+    def token_advantages(
+        self, scores: Tensor, penalties: Tensor, values: Tensor, loss_mask: Tensor, discount: float
     ) -> tuple[Tensor, Tensor]:
         """Advantages and returns, `[N, T]` each, 0 where the mask is 0.
 
@@ -36,7 +36,9 @@ class Advantage:
             scores: what `__call__` gave, `[N]`. penalties: rewards of single tokens, `[N, T]`. values: the critic's,
                 `[N, T]`, zeros without one. discount: of a later token's penalty.
         """
-        return scores[:, None] * mask + discounted_future_sum(penalties, mask, discount), torch.zeros_like(mask)
+        return scores[:, None] * loss_mask + discounted_future_sum(penalties, loss_mask, discount), torch.zeros_like(
+            loss_mask
+        )
 
 
 class GroupCentered(Advantage):
@@ -72,7 +74,7 @@ class GlobalWhitened(Advantage):
     """
 
     whiten = True
-    centres_penalty = False
+    centers_penalty = False
 
     def __init__(self, baseline: str = "none") -> None:
         if baseline not in ("none", "group"):
@@ -85,9 +87,9 @@ class GlobalWhitened(Advantage):
 
 
 class GAE(Advantage):
-    """Generalised advantage estimation with a critic (arXiv 1506.02438): PPO as it was first used on language models.
+    """Generalized advantage estimation with a critic (arXiv 1506.02438): PPO as it was first used on language models.
 
-    The reward comes at the last token that was drawn, KL penalties at their own; the value after the end is 0.
+    The reward comes at the last token that was sampled, KL penalties at their own; the value after the end is 0.
 
     Args:
         gamma: discount of rewards; 1 for answers of a few hundred tokens.
@@ -96,17 +98,17 @@ class GAE(Advantage):
     """
 
     needs_values = True
-    centres_penalty = False
+    centers_penalty = False
 
     def __init__(self, gamma: float = 1.0, lam: float = 0.95, whiten: bool = True) -> None:
         if not (0 <= gamma <= 1 and 0 <= lam <= 1):
             raise ConfigError(f"advantage: gamma ({gamma}) and lam ({lam}) must be in [0, 1]")
         self.gamma, self.lam, self.whiten = gamma, lam, whiten
 
-    def tokens(
-        self, scores: Tensor, penalties: Tensor, values: Tensor, mask: Tensor, discount: float
+    def token_advantages(
+        self, scores: Tensor, penalties: Tensor, values: Tensor, loss_mask: Tensor, discount: float
     ) -> tuple[Tensor, Tensor]:
-        """See `Advantage.tokens`; gamma discounts, not `discount`."""
-        places = torch.arange(1, mask.shape[1] + 1)
-        last = (mask * places).argmax(-1, keepdim=True)
-        return gae(penalties.scatter_add(1, last, scores[:, None]), values, mask, self.gamma, self.lam)
+        """See `Advantage.token_advantages`; gamma discounts, not `discount`."""
+        places = torch.arange(1, loss_mask.shape[1] + 1)
+        last = (loss_mask * places).argmax(-1, keepdim=True)
+        return gae(penalties.scatter_add(1, last, scores[:, None]), values, loss_mask, self.gamma, self.lam)

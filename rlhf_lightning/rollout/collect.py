@@ -8,20 +8,20 @@ from torch import Tensor
 from rlhf_lightning.data.batching import pad_tokens
 from rlhf_lightning.data.prompts import Prompt
 from rlhf_lightning.data.rendering import Renderer
-from rlhf_lightning.models.safe_points import safe_point
+from rlhf_lightning.distributed import even_chunks, gather
+from rlhf_lightning.environments.base import EnvironmentFactory, Limits
+from rlhf_lightning.rewards import Reward, total_rewards
 from rlhf_lightning.rollout.advantages import Advantage
-from rlhf_lightning.rollout.credit import assign
-from rlhf_lightning.rollout.environments import EnvironmentFactory, Limits
-from rlhf_lightning.rollout.episodes import Episode, Segment
+from rlhf_lightning.rollout.credit import compute_token_advantages
 from rlhf_lightning.rollout.kl import KLPenalty
-from rlhf_lightning.rollout.ranks import gather, parts
-from rlhf_lightning.rollout.rewards import Reward, total_rewards
 from rlhf_lightning.rollout.runner import run_episodes
-from rlhf_lightning.rollout.sampler import Sampler
-from rlhf_lightning.rollout.statistics import Sums, groups_without_signal, statistics
+from rlhf_lightning.rollout.statistics import Sums, statistics, zero_variance_groups
+from rlhf_lightning.safe_points import safe_point
+from rlhf_lightning.sampling.sampler import Sampler
+from rlhf_lightning.types import Episode, TrainingSample
 
 RowScorer = Callable[[Tensor, Tensor], Tensor]
-"""From `input_ids` and `mask`, `[B, T]`, to a number for each token, `[B, T]`."""
+"""From `input_ids` and `loss_mask`, `[B, T]`, to a number for each token, `[B, T]`."""
 
 
 class Collector:
@@ -29,9 +29,9 @@ class Collector:
 
     Args:
         sampler, renderer, rewards, advantage, kl, environment: the parts, as `PolicyRLModule` names them.
-        row_scorers: what else is computed for the rows of a round, by the name of its column in `Segment`.
-        seed: of every draw. limits, truncated_reward, mask_truncated, resample: see `PolicyRLModule`.
-        whole_response: of the objective, see `PolicyObjective`.
+        row_scorers: what else is computed for the rows of a round, by the name of its column in `TrainingSample`.
+        seed: of every sample. limits, truncated_reward, mask_truncated, resample: see `PolicyRLModule`.
+        sequence_level: of the objective, see `PolicyObjective`.
     """
 
     def __init__(
@@ -48,33 +48,33 @@ class Collector:
         truncated_reward: float | None = None,
         mask_truncated: bool = False,
         resample: int = 0,
-        whole_response: bool = False,
+        sequence_level: bool = False,
     ) -> None:
         self.sampler, self.renderer, self.rewards, self.advantage = sampler, renderer, rewards, advantage
         self.kl, self.row_scorers, self.environment = kl, dict(row_scorers or {}), environment
         self.seed, self.limits, self.resample = seed, limits or Limits(), resample
         self.truncated_reward, self.mask_truncated = truncated_reward, mask_truncated
-        self.redrawn, self.whole_response = 0, whole_response
+        self.resampled, self.sequence_level = 0, sequence_level
 
     def round(self, prompts: Sequence[Prompt], group_size: int, number: int) -> list[Episode]:
         """The episodes of a round, `group_size` for each prompt, in order.
 
-        A group whose rewards are all equal teaches nothing: it is drawn again, `resample` times at most (DAPO's dynamic
+        A group whose rewards are all equal teaches nothing: it is sampled again, `resample` times at most (DAPO's dynamic
         sampling, arXiv 2503.14476 sec. 3.2, with the same prompts). All ranks call it together.
         """
         episodes = self.play(prompts, group_size, (number,), running="update")
-        self.redrawn = 0
+        self.resampled = 0
         for attempt in range(1, self.resample + 1):
-            dull = groups_without_signal(episodes)
+            zero_variance = zero_variance_groups(episodes)
             # Asked of all: what a reward keeps over ranks must be told of every attempt by all of them.
-            if not any(gather(bool(dull))):
+            if not any(gather(bool(zero_variance))):
                 break
-            self.redrawn += len(dull)
-            dull_prompts = [prompt for prompt in prompts if prompt.index in dull]
-            # Running statistics take a round in once: else they would lean to what is drawn again.
-            again = self.play(dull_prompts, group_size, (number, attempt), running="use")
+            self.resampled += len(zero_variance)
+            zero_variance_prompts = [prompt for prompt in prompts if prompt.index in zero_variance]
+            # Running statistics take a round in once: else they would lean to what is sampled again.
+            again = self.play(zero_variance_prompts, group_size, (number, attempt), running="use")
             fresh = iter(again)
-            episodes = [next(fresh) if episode.group in dull else episode for episode in episodes]
+            episodes = [next(fresh) if episode.group in zero_variance else episode for episode in episodes]
         return episodes
 
     def play(
@@ -100,31 +100,43 @@ class Collector:
             episode.masked = episode.failed or (self.mask_truncated and episode.truncated)
         return episodes
 
-    def rows(self, episodes: Sequence[Episode]) -> list[Segment]:
+    def rows(self, episodes: Sequence[Episode]) -> list[TrainingSample]:
         """The rows of episodes, with what is scored of them and per-token advantages. All ranks call it together."""
         self.score(episodes, self.row_scorers)
-        assign([episode for episode in episodes if not episode.failed], self.advantage, self.kl, self.whole_response)
+        compute_token_advantages(
+            [episode for episode in episodes if not episode.failed], self.advantage, self.kl, self.sequence_level
+        )
         for episode in episodes:
-            for segment in episode.segments:
-                segment.group = episode.group
+            for training_sample in episode.training_samples:
+                training_sample.group = episode.group
         trained = [episode for episode in episodes if not episode.masked]
-        return [segment for episode in trained for segment in episode.segments if segment.actions]
+        return [
+            training_sample
+            for episode in trained
+            for training_sample in episode.training_samples
+            if training_sample.actions
+        ]
 
-    def score(self, episodes: Sequence[Episode], names: Iterable[str]) -> list[Segment]:
-        """The rows of episodes in which something was drawn, with these columns filled in."""
-        segments = [segment for episode in episodes for segment in episode.segments if segment.actions]
+    def score(self, episodes: Sequence[Episode], names: Iterable[str]) -> list[TrainingSample]:
+        """The rows of episodes in which something was sampled, with these columns filled in."""
+        training_samples = [
+            training_sample
+            for episode in episodes
+            for training_sample in episode.training_samples
+            if training_sample.actions
+        ]
         for name in names:
-            self._fill(segments, name)
-        return segments
+            self._fill(training_samples, name)
+        return training_samples
 
-    def _fill(self, segments: list[Segment], name: str, batch_size: int = 256) -> None:
+    def _fill(self, training_samples: list[TrainingSample], name: str, batch_size: int = 256) -> None:
         scorer = self.row_scorers[name]
         device = next(self.sampler.model.parameters()).device
-        for part in parts(segments, batch_size):
+        for part in even_chunks(training_samples, batch_size):
             safe_point()
-            ids, masks = ([row.ids for row in part], [row.mask for row in part]) if part else ([[0, 0]], [[0, 0]])
+            ids, masks = ([row.ids for row in part], [row.loss_mask for row in part]) if part else ([[0, 0]], [[0, 0]])
             batch = pad_tokens(ids, masks, pad_id=0)
-            numbers = scorer(batch["input_ids"].to(device), batch["mask"].to(device)).float().tolist()
+            numbers = scorer(batch["input_ids"].to(device), batch["loss_mask"].to(device)).float().tolist()
             for row, values in zip(part, numbers, strict=bool(part)):
                 setattr(row, name, values[: len(row.ids)])
 
@@ -132,7 +144,7 @@ class Collector:
         """See `rollout.statistics`."""
         sums = statistics(episodes, kl="reference_logprobs" in self.row_scorers)
         if self.resample:
-            sums["redrawn_groups"] = (float(self.redrawn), sums["zero_signal_groups"][1])
+            sums["resampled_groups"] = (float(self.resampled), sums["zero_variance_groups"][1])
         return sums
 
 

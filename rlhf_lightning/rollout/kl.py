@@ -26,7 +26,7 @@ class KLPenalty:
         estimator: of the loss: `weighted_k3`, `k2` or `k3`.
         discount: of a later token's penalty, in the reward; 1 is the gradient of the sequence's KL, 0 is Tinker's.
             With GAE its gamma counts instead.
-        centred: the mean penalty of a round's tokens is taken off, as Tinker does; not with a critic or whitening,
+        centered: the mean penalty of a round's tokens is taken off, as Tinker does; not with a critic or whitening,
             which see to that themselves.
         target: KL (nats a response) that the coefficient is adapted to (Ziegler et al., arXiv 1909.08593); fixed by
             default.
@@ -43,7 +43,7 @@ class KLPenalty:
         place: str = "loss",
         estimator: str = "weighted_k3",
         discount: float = 1.0,
-        centred: bool = True,
+        centered: bool = True,
         target: float | None = None,
         horizon: float = 10_000,
         reference: str | None = None,
@@ -75,23 +75,23 @@ class KLPenalty:
                 "kl.reference names a model of its own, which kl.refresh_every would replace by the policy: set one"
             )
         self.coefficient, self.place, self.estimator, self.discount = coefficient, place, estimator, discount
-        self.centred, self.target, self.horizon = centred, target, horizon
+        self.centered, self.target, self.horizon = centered, target, horizon
         self.reference, self.refresh_every = reference, refresh_every
         self._observed: tuple[float, int] | None = None
 
-    def loss(self, logprobs: Tensor, old_logprobs: Tensor, reference_logprobs: Tensor, mask: Tensor) -> Tensor:
+    def loss(self, logprobs: Tensor, old_logprobs: Tensor, reference_logprobs: Tensor, loss_mask: Tensor) -> Tensor:
         """coefficient · estimate of each token, `[B, T]`, 0 where the mask is 0."""
         if self.estimator == "k2":
             estimate = kl.k2(logprobs, reference_logprobs)
         else:
             estimate = kl.k3(logprobs, reference_logprobs)
             if self.estimator == "weighted_k3":
-                estimate = estimate * token_ratio(logprobs, old_logprobs, mask)
-        return torch.where(mask.bool(), self.coefficient * estimate, 0.0)
+                estimate = estimate * token_ratio(logprobs, old_logprobs, loss_mask)
+        return torch.where(loss_mask.bool(), self.coefficient * estimate, 0.0)
 
-    def penalties(self, old_logprobs: Tensor, reference_logprobs: Tensor, mask: Tensor) -> Tensor:
+    def penalties(self, old_logprobs: Tensor, reference_logprobs: Tensor, loss_mask: Tensor) -> Tensor:
         """The reward of each token, `[B, T]`: -coefficient · k1, 0 where the mask is 0."""
-        return torch.where(mask.bool(), -self.coefficient * kl.k1(old_logprobs, reference_logprobs), 0.0)
+        return torch.where(loss_mask.bool(), -self.coefficient * kl.k1(old_logprobs, reference_logprobs), 0.0)
 
     # -- the controller -------------------------------------------------------------------------------------------
 

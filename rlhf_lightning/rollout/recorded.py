@@ -1,18 +1,18 @@
-"""Recorded episodes as a source: what another sampler drew, with its log-probabilities and rewards or advantages."""
+"""Recorded episodes as a source: what another sampler sampled, with its log-probabilities and rewards or advantages."""
 
 from dataclasses import dataclass
 from typing import Any
 
 from rlhf_lightning.data.records import RowError, require
 from rlhf_lightning.data.rendering import show_masked
-from rlhf_lightning.rollout.episodes import Episode, Segment
+from rlhf_lightning.types import Episode, TrainingSample
 
 
 @dataclass
 class Recorded:
     """A recorded episode as an example of the data module; `group` joins episodes that answer one prompt."""
 
-    segment: Segment
+    training_sample: TrainingSample
     group: str
     reward: float | None
     advantage: float | None
@@ -24,25 +24,29 @@ class Recorded:
     @property
     def tokens(self) -> int:
         """Length of the row."""
-        return len(self.segment.ids)
+        return len(self.training_sample.ids)
 
     @property
     def trained(self) -> int:
-        """Tokens that were drawn."""
-        return self.segment.actions
+        """Tokens that were sampled."""
+        return self.training_sample.actions
 
     def counts(self) -> dict[str, float]:
-        """See `Segment.counts`."""
-        return self.segment.counts()
+        """See `TrainingSample.counts`."""
+        return self.training_sample.counts()
 
     def show(self, tokenizer: Any) -> str:
-        """The text, what was drawn between ⟦ and ⟧."""
-        return show_masked(tokenizer, self.segment.ids, self.segment.mask)
+        """The text, what was sampled between ⟦ and ⟧."""
+        return show_masked(tokenizer, self.training_sample.ids, self.training_sample.loss_mask)
 
     def episode(self, group: int) -> Episode:
         """The episode, a fresh one each time."""
-        segment = Segment(list(self.segment.ids), list(self.segment.mask), list(self.segment.logprobs))
-        episode = Episode([], self.row, group, segments=[segment], stop_reason="stop")
+        training_sample = TrainingSample(
+            list(self.training_sample.ids),
+            list(self.training_sample.loss_mask),
+            list(self.training_sample.sampling_logprobs),
+        )
+        episode = Episode([], self.row, group, training_samples=[training_sample], stop_reason="stop")
         episode.reward = self.reward or 0.0
         episode.advantage = self.advantage
         return episode
@@ -51,7 +55,7 @@ class Recorded:
 def read_recorded(data: dict[str, Any], vocabulary: int) -> Recorded:
     """Check a row of recorded episodes.
 
-    Wanted: `tokens`, `mask` (1 on drawn tokens), `logprobs` (one for each token, or for each drawn token); or
+    Wanted: `tokens`, `loss_mask` (1 on sampled tokens), `logprobs` (one for each token, or for each sampled token); or
     `prompt_tokens`, `response_tokens`, `logprobs` (one for each response token). And `reward` with `group` (any
     name that episodes of one prompt share), or `advantage`.
 
@@ -59,34 +63,34 @@ def read_recorded(data: dict[str, Any], vocabulary: int) -> Recorded:
         RowError: a field is missing, lengths differ, or a token is not of the vocabulary.
     """
     if data.get("tokens") is not None:
-        require(data, "tokens", "mask", "logprobs")
-        ids, mask = list(data["tokens"]), [int(bool(flag)) for flag in data["mask"]]
+        require(data, "tokens", "loss_mask", "logprobs")
+        ids, loss_mask = list(data["tokens"]), [int(bool(flag)) for flag in data["loss_mask"]]
     else:
         require(data, "prompt_tokens", "response_tokens", "logprobs")
         prompt, response = list(data["prompt_tokens"]), list(data["response_tokens"])
-        ids, mask = prompt + response, [0] * len(prompt) + [1] * len(response)
-    if len(ids) != len(mask):
-        raise RowError(f"{len(ids)} tokens but {len(mask)} mask entries")
-    if not any(mask) or mask[0]:
-        raise RowError("no token was drawn (mask), or the first token was, which nothing precedes")
+        ids, loss_mask = prompt + response, [0] * len(prompt) + [1] * len(response)
+    if len(ids) != len(loss_mask):
+        raise RowError(f"{len(ids)} tokens but {len(loss_mask)} mask entries")
+    if not any(loss_mask) or loss_mask[0]:
+        raise RowError("no token was sampled (mask), or the first token was, which nothing precedes")
     bad = [token for token in ids if not isinstance(token, int) or not 0 <= token < vocabulary]
     if bad:
         raise RowError(f"token {bad[0]!r} is not in the vocabulary of {vocabulary}")
     if data.get("advantage") is None:
         require(data, "reward", "group")
-    segment = Segment(ids, mask, _spread(data["logprobs"], mask))
-    return Recorded(segment, str(data.get("group")), _float(data, "reward"), _float(data, "advantage"), data)
+    training_sample = TrainingSample(ids, loss_mask, _spread(data["logprobs"], loss_mask))
+    return Recorded(training_sample, str(data.get("group")), _float(data, "reward"), _float(data, "advantage"), data)
 
 
-def _spread(logprobs: Any, mask: list[int]) -> list[float]:
+def _spread(logprobs: Any, loss_mask: list[int]) -> list[float]:
     if not all(isinstance(value, int | float) and value <= 1e-3 for value in logprobs):
         raise RowError("'logprobs' must be numbers in nats, none above 0")
-    if len(logprobs) == len(mask):
-        return [float(value) * flag for value, flag in zip(logprobs, mask, strict=True)]
-    if len(logprobs) != sum(mask):
-        raise RowError(f"{len(logprobs)} logprobs for {sum(mask)} drawn of {len(mask)} tokens")
-    drawn = iter(logprobs)
-    return [float(next(drawn)) if flag else 0.0 for flag in mask]
+    if len(logprobs) == len(loss_mask):
+        return [float(value) * flag for value, flag in zip(logprobs, loss_mask, strict=True)]
+    if len(logprobs) != sum(loss_mask):
+        raise RowError(f"{len(logprobs)} logprobs for {sum(loss_mask)} sampled of {len(loss_mask)} tokens")
+    sampled = iter(logprobs)
+    return [float(next(sampled)) if flag else 0.0 for flag in loss_mask]
 
 
 def _float(data: dict[str, Any], name: str) -> float | None:

@@ -1,4 +1,4 @@
-"""Playing episodes: the turns of all of them side by side, each drawn with its own seeds."""
+"""Playing episodes: the turns of all of them side by side, each sampled with its own seeds."""
 
 import inspect
 import logging
@@ -10,11 +10,8 @@ from typing import Any
 from rlhf_lightning.data.prompts import Prompt
 from rlhf_lightning.data.records import RowError
 from rlhf_lightning.data.rendering import Renderer
-from rlhf_lightning.errors import UserError
-from rlhf_lightning.models.safe_points import safe_point
-from rlhf_lightning.rollout.calls import Call, Outcome, run_calls
-from rlhf_lightning.rollout.draw import Sample
-from rlhf_lightning.rollout.environments import (
+from rlhf_lightning.distributed import run_on_leader
+from rlhf_lightning.environments.base import (
     EnvironmentFactory,
     EpisodeError,
     Limits,
@@ -22,10 +19,13 @@ from rlhf_lightning.rollout.environments import (
     checked_messages,
     checked_result,
 )
-from rlhf_lightning.rollout.episodes import Episode
-from rlhf_lightning.rollout.ranks import once
-from rlhf_lightning.rollout.sampler import Sampler
-from rlhf_lightning.rollout.turns import Running, reason
+from rlhf_lightning.environments.user_calls import Call, Outcome, run_calls
+from rlhf_lightning.errors import UserError
+from rlhf_lightning.rollout.episode_state import EpisodeState, reason
+from rlhf_lightning.safe_points import safe_point
+from rlhf_lightning.sampling.sampler import Sampler
+from rlhf_lightning.sampling.token_sampling import Completion
+from rlhf_lightning.types import Episode
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +41,7 @@ def run_episodes(
 ) -> list[Episode]:
     """Play one episode for each (prompt, sample number), in order.
 
-    A draw is seeded by (seed, the prompt's index, sample number, turn, and the attempt where the episode is played
+    A sample is seeded by (seed, the prompt's index, sample number, turn, and the attempt where the episode is played
     again): never by its place in a batch.
 
     Args:
@@ -50,14 +50,14 @@ def run_episodes(
     Raises:
         EpisodeError: an environment failed, and `limits.on_error` does not put up with it.
     """
-    everyone = [Running(prompt, sample) for prompt, sample in prompts]
-    play = _Play(sampler, renderer, seed, environment, limits or Limits(), temperature)
+    everyone = [EpisodeState(prompt, sample) for prompt, sample in prompts]
+    play = EpisodeRunner(sampler, renderer, seed, environment, limits or Limits(), temperature)
     active = play.reset(everyone) if environment else everyone
     with sampler.session():
         while active:
             active = play.turn(active)
     play.report(everyone)
-    return [running.episode for running in everyone]
+    return [state.episode for state in everyone]
 
 
 class NoRoomError(UserError):
@@ -66,7 +66,7 @@ class NoRoomError(UserError):
 
 @dataclass
 class _Elsewhere:
-    """In place of an environment that another rank holds; see `rollout.ranks.once`."""
+    """In place of an environment that another rank holds; see `distributed.run_on_leader`."""
 
     tools: Any
 
@@ -85,7 +85,7 @@ class _Made:
         return {"env": _Elsewhere(getattr(self.env, "tools", None)), "messages": self.messages}
 
 
-class _Play:
+class EpisodeRunner:
     """What the episodes of one call have in common."""
 
     def __init__(
@@ -101,28 +101,28 @@ class _Play:
         self.environment, self.limits, self.temperature = environment, limits, temperature
         self.retried: list[str] = []
 
-    def reset(self, starting: list[Running]) -> list[Running]:
+    def reset(self, starting: list[EpisodeState]) -> list[EpisodeState]:
         """Make and reset their environments; who is ready for a turn."""
-        ready: list[Running] = []
+        ready: list[EpisodeState] = []
         while starting:
-            made = self._called([partial(self._made, running) for running in starting])
+            made = self._called([partial(self._made, state) for state in starting])
             again = []
-            for running, outcome in zip(starting, made, strict=True):
+            for state, outcome in zip(starting, made, strict=True):
                 try:
                     if outcome.error is not None:
                         raise outcome.error
-                    running.env = outcome.value.env
-                    running.episode.prompt = checked_messages(outcome.value.messages)
-                    running.episode.tools = getattr(running.env, "tools", None) or running.prompt.tools
-                    ready.append(running)
+                    state.env = outcome.value.env
+                    state.episode.prompt = checked_messages(outcome.value.messages)
+                    state.episode.tools = getattr(state.env, "tools", None) or state.prompt.tools
+                    ready.append(state)
                 except Exception as error:  # noqa: BLE001 - the policy of the limits decides
-                    again += self._failed(running, error)
+                    again += self._failed(state, error)
             starting = again
         return ready
 
-    def _made(self, running: Running) -> Any:
+    def _made(self, state: EpisodeState) -> Any:
         assert self.environment is not None
-        env = self.environment(running.prompt.row)
+        env = self.environment(state.prompt.row)
         messages: Any = env.reset()
         if not inspect.isawaitable(messages):
             return _Made(env, messages)
@@ -133,104 +133,104 @@ class _Play:
         return settled()
 
     def _called(self, calls: Sequence[Call]) -> list[Outcome]:
-        outcomes: list[Outcome] = once(partial(run_calls, calls, self.limits.step_timeout))
+        outcomes: list[Outcome] = run_on_leader(partial(run_calls, calls, self.limits.step_timeout))
         return outcomes
 
-    def turn(self, active: list[Running]) -> list[Running]:
+    def turn(self, active: list[EpisodeState]) -> list[EpisodeState]:
         """A response of each, and what their environments answer; who goes on."""
         safe_point()
         prompts, ready, again = [], [], []
-        for running in active:
+        for state in active:
             try:
-                ids = self._prompt(running)
+                ids = self._prompt(state)
             except (RowError, NoRoomError) as error:
-                again += self._failed(running, error)
+                again += self._failed(state, error)
                 continue
             if ids is not None:
-                ready.append(running)
+                ready.append(state)
                 prompts.append(ids)
         samples = (
-            self.sampler.generate(prompts, [running.seed(self.seed) for running in ready], self.temperature)
+            self.sampler.generate(prompts, [state.seed(self.seed) for state in ready], self.temperature)
             if ready
             else []
         )
         stops = getattr(self.sampler, "stop", ())
         messages = [
-            running.act(self._cut(running, sample), self.renderer, stops)
-            for running, sample in zip(ready, samples, strict=True)
+            state.act(self._cut(state, sample), self.renderer, stops)
+            for state, sample in zip(ready, samples, strict=True)
         ]
         if self.environment is None:
             return []
         calls: list[Any] = [partial(r.env.step, message) for r, message in zip(ready, messages, strict=True) if r.env]
         going = []
-        for running, outcome in zip(ready, self._called(calls), strict=True):
+        for state, outcome in zip(ready, self._called(calls), strict=True):
             try:
                 if outcome.error is not None:
                     raise outcome.error
-                if self._goes_on(running, checked_result(outcome.value)):
-                    going.append(running)
+                if self._goes_on(state, checked_result(outcome.value)):
+                    going.append(state)
             except Exception as error:  # noqa: BLE001 - the policy of the limits decides
-                again += self._failed(running, error)
+                again += self._failed(state, error)
         return going + self.reset(again)
 
-    def _prompt(self, running: Running) -> list[int] | None:
-        """The ids to draw after; None where the episode ends for want of tokens or of room."""
-        episode, budget = running.episode, self.limits.max_tokens
+    def _prompt(self, state: EpisodeState) -> list[int] | None:
+        """The ids to sample after; None where the episode ends for want of tokens or of room."""
+        episode, budget = state.episode, self.limits.max_tokens
         if budget is not None and episode.response_tokens >= budget:
             episode.stop_reason = "tokens"
             return None
-        ids, goes_on = running.next_prompt(self.renderer)
-        length = len(ids) + (len(episode.segments[-1].ids) if goes_on else 0)
+        ids, goes_on = state.next_prompt(self.renderer)
+        length = len(ids) + (len(episode.training_samples[-1].ids) if goes_on else 0)
         if self.sampler.context is not None and length + self.sampler.max_tokens > self.sampler.context:
-            if running.env is not None and not running.turn:
+            if state.env is not None and not state.turn:
                 raise NoRoomError(
                     f"no room for a response: the prompt has {length} tokens, sampler.max_tokens is "
                     f"{self.sampler.max_tokens}, and the model has {self.sampler.context} positions"
                 )
             episode.stop_reason = "context"
             return None
-        return running.feed(ids, goes_on)
+        return state.feed(ids, goes_on)
 
-    def _cut(self, running: Running, sample: Sample) -> Sample:
-        """Within the budget of the episode. A draw does not depend on later ones: a smaller budget draws the same."""
+    def _cut(self, state: EpisodeState, sample: Completion) -> Completion:
+        """Within the budget of the episode. A sample does not depend on later ones: a smaller budget samples the same."""
         budget = self.limits.max_tokens
-        left = len(sample.ids) if budget is None else budget - running.episode.response_tokens
+        left = len(sample.ids) if budget is None else budget - state.episode.response_tokens
         if len(sample.ids) <= left:
             return sample
-        return Sample(sample.ids[:left], sample.logprobs[:left], "length")
+        return Completion(sample.ids[:left], sample.logprobs[:left], "length")
 
-    def _goes_on(self, running: Running, result: StepResult) -> bool:
-        episode = running.episode
+    def _goes_on(self, state: EpisodeState, result: StepResult) -> bool:
+        episode = state.episode
         episode.environment_reward += float(result.reward)
         episode.metrics.update(result.metrics)
         # Out of tokens, the turn is unfinished: another message after it would be one the model never ended.
         if result.done or episode.truncated:
             return False
         episode.responses += result.next_messages
-        if running.turn >= self.limits.max_turns:
+        if state.turn >= self.limits.max_turns:
             episode.stop_reason = "turns"
             return False
         return True
 
-    def _failed(self, running: Running, error: Exception) -> list[Running]:
+    def _failed(self, state: EpisodeState, error: Exception) -> list[EpisodeState]:
         """By the policy: the episode to begin again, or nothing; or raise."""
-        what = f"{running.episode.label}, turn {running.turn + 1}: the environment failed: {reason(error)}"
+        what = f"{state.episode.label}, turn {state.turn + 1}: the environment failed: {reason(error)}"
         if self.limits.on_error == "drop":
-            running.drop(error)
+            state.drop(error)
             return []
-        if self.limits.on_error == "retry" and running.attempt < self.limits.retries:
+        if self.limits.on_error == "retry" and state.attempt < self.limits.retries:
             self.retried.append(what)
-            running.attempt += 1
-            running.begin()
-            return [running]
-        tries = f" (tried {running.attempt + 1} times)" if running.attempt else ""
+            state.attempt += 1
+            state.begin()
+            return [state]
+        tries = f" (tried {state.attempt + 1} times)" if state.attempt else ""
         raise EpisodeError(
             f"{what}{tries}. limits.on_error: retry plays such episodes again, drop leaves them out"
         ) from error
 
-    def report(self, everyone: list[Running]) -> None:
+    def report(self, everyone: list[EpisodeState]) -> None:
         """Say what failed."""
-        failed = [running.episode for running in everyone if running.episode.failed]
+        failed = [state.episode for state in everyone if state.episode.failed]
         if failed:
             log.warning(
                 "%d of %d episodes failed and were dropped; the first: %s: %s",

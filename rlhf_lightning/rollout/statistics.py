@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from rlhf_lightning.objectives.kl import k1
-from rlhf_lightning.rollout.episodes import Episode, Segment
+from rlhf_lightning.types import Episode, TrainingSample
 
 Sums = dict[str, tuple[float, int]]
 """For each number of a round: its sum over episodes, and over how many."""
@@ -30,7 +30,7 @@ def statistics(episodes: Sequence[Episode], kl: bool = False) -> Sums:
         columns["response_tokens"].append(episode.response_tokens)
         columns["truncated"].append(episode.truncated)
         columns["turns"].append(sum(message["role"] == "assistant" for message in episode.responses))
-        for name, value in episode.parts.items():
+        for name, value in episode.terms.items():
             if value is not None:
                 columns[f"reward_{name}"].append(value)
         for name, value in episode.details.items():
@@ -41,10 +41,10 @@ def statistics(episodes: Sequence[Episode], kl: bool = False) -> Sums:
             columns["kl"].append(episode_kl(episode))
         for name, value in _moments(float(episode.response_tokens), episode.reward).items():
             columns[name].append(value)
-    dull = groups_without_signal(episodes)
+    zero_variance = zero_variance_groups(episodes)
     # A group that was meant to be one alone is not compared with anything: it lacks no signal.
     sizes = Counter(episode.group for episode in episodes)
-    columns["zero_signal_groups"] = [float(group in dull) for group, size in sizes.items() if size > 1]
+    columns["zero_variance_groups"] = [float(group in zero_variance) for group, size in sizes.items() if size > 1]
     repeats = [repeated_ngrams(episode) for episode in episodes]
     return {
         **{name: (float(sum(values)), len(values)) for name, values in columns.items()},
@@ -53,33 +53,33 @@ def statistics(episodes: Sequence[Episode], kl: bool = False) -> Sums:
 
 
 def episode_kl(episode: Episode) -> float:
-    """k1 of all that the policy drew, in nats; 0 where no reference has scored it."""
-    return sum(_sequence_kl(segment) for segment in episode.segments)
+    """k1 of all that the policy sampled, in nats; 0 where no reference has scored it."""
+    return sum(_sequence_kl(training_sample) for training_sample in episode.training_samples)
 
 
-def _sequence_kl(segment: Segment) -> float:
-    if not segment.reference_logprobs:
+def _sequence_kl(training_sample: TrainingSample) -> float:
+    if not training_sample.reference_logprobs:
         return 0.0
-    drawn: Tensor = torch.tensor(segment.mask, dtype=torch.float64)
-    difference = k1(torch.tensor(segment.policy_logprobs), torch.tensor(segment.reference_logprobs))
-    return float((difference * drawn).sum())
+    sampled: Tensor = torch.tensor(training_sample.loss_mask, dtype=torch.float64)
+    difference = k1(torch.tensor(training_sample.old_logprobs), torch.tensor(training_sample.reference_logprobs))
+    return float((difference * sampled).sum())
 
 
 def repeated_ngrams(episode: Episode, n: int = NGRAM) -> tuple[int, int]:
-    """How many of the n-grams of drawn tokens stood in the episode before, and how many n-grams there are.
+    """How many of the n-grams of sampled tokens stood in the episode before, and how many n-grams there are.
 
     1 − distinct / all is seq-rep-n of Welleck et al. 2019 (Neural Text Generation with Unlikelihood Training).
     """
     seen: set[tuple[int, ...]] = set()
     count = 0
-    for segment in episode.segments:
-        drawn: list[int] = []
-        for token, flag in zip(segment.ids, segment.mask, strict=True):
+    for training_sample in episode.training_samples:
+        sampled: list[int] = []
+        for token, flag in zip(training_sample.ids, training_sample.loss_mask, strict=True):
             # What the environment said stands between two turns: no n-gram spans it.
-            drawn = [*drawn[1 - n :], token] if flag else []
-            if len(drawn) == n:
+            sampled = [*sampled[1 - n :], token] if flag else []
+            if len(sampled) == n:
                 count += 1
-                seen.add(tuple(drawn))
+                seen.add(tuple(sampled))
     return count - len(seen), count
 
 
@@ -93,7 +93,7 @@ def _moments(length: float, reward: float) -> dict[str, float]:
     }
 
 
-def groups_without_signal(episodes: Sequence[Episode]) -> set[int]:
+def zero_variance_groups(episodes: Sequence[Episode]) -> set[int]:
     """The groups whose rewards are all equal: they teach nothing."""
     rewards: dict[int, set[float]] = defaultdict(set)
     for episode in (episode for episode in episodes if not episode.failed):

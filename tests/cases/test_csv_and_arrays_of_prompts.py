@@ -10,8 +10,8 @@ from rlhf_lightning import PromptDataModule
 SUMS = ["What is 2 + 3?", "What is 4 + 4?"]
 FILES = {
     "prompts.csv": (
-        'prompt,answer\n"What is 2 + 3?",5\n"Name two colours,\nplease.",red\n',
-        [SUMS[0], "Name two colours,\nplease."],
+        'prompt,answer\n"What is 2 + 3?",5\n"Name two colors,\nplease.",red\n',
+        [SUMS[0], "Name two colors,\nplease."],
     ),
     "prompts.tsv": ("prompt\tanswer\nWhat is 2 + 3?\t5\nWhat is 4 + 4?\t8\n", SUMS),
     "array.jsonl": ('[{"prompt": "What is 2 + 3?", "answer": "5"}, {"prompt": "What is 4 + 4?", "answer": "8"}]', SUMS),

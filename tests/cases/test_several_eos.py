@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from rlhf_lightning.data.rendering import Renderer
 from rlhf_lightning.data.sft import SFTDataModule
 from rlhf_lightning.modules.sft import SFTModule
-from rlhf_lightning.rollout.sampler import Sampler
+from rlhf_lightning.sampling.sampler import Sampler
 from tests.conftest import CHAT_TEMPLATES, build_model, chats, trainer
 
 TOOLS = [
@@ -32,7 +32,7 @@ SAID = [
 
 def test_the_sampler_and_the_saved_folder_keep_every_end(tokenizer: Any, tmp_path: Path) -> None:
     model = build_model(tokenizer)
-    with torch.no_grad():  # so that the second end token, id 0, is drawn now and then
+    with torch.no_grad():  # so that the second end token, id 0, is sampled now and then
         model.get_input_embeddings().weight[0] *= 5
     model.generation_config.eos_token_id = [tokenizer.eos_token_id, 0]
     model.save_pretrained(tmp_path / "model")
@@ -76,5 +76,5 @@ def test_a_turn_that_calls_a_tool_ends_in_a_stop_token(
     tokenizer.add_special_tokens({"additional_special_tokens": special})
     renderer = Renderer(tokenizer, template_kwargs=options)
     row = renderer.conversation(SAID, TOOLS)[-1]
-    assert row.mask[-1] == 1
+    assert row.loss_mask[-1] == 1
     assert row.ids[-1] in renderer.stop_token_ids

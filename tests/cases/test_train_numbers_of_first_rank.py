@@ -18,7 +18,7 @@ def length(completions: list[str]) -> list[float]:
 def policy(root: Path, devices: int) -> list[str]:
     data = {"prompts_per_round": 2, "group_size": 3, "minibatches": 2}
     reward = {
-        "class_path": "rlhf_lightning.rollout.rewards.FunctionReward",
+        "class_path": "rlhf_lightning.rewards.FunctionReward",
         "init_args": {"function": f"{__name__}.length"},
     }
     more = [f"--data.{name}={value}" for name, value in data.items()]

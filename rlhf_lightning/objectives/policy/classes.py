@@ -30,7 +30,7 @@ class PolicyObjective(ABC):
     """Whether a ratio or an anchor keeps the loss right once the policy has moved: several epochs need that."""
     bounds: tuple[float, float] = (0.0, inf)
     """Of the ratio; outside of them a token is clipped."""
-    whole_response = False
+    sequence_level = False
     """Whether the response is one action: then all its tokens have one advantage."""
 
     def __init__(self, aggregation: str = "token_mean", length: int | None = None) -> None:
@@ -41,22 +41,22 @@ class PolicyObjective(ABC):
         self.aggregation, self.length = aggregation, length
 
     @abstractmethod
-    def __call__(self, logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor) -> Tensor:
+    def __call__(self, logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, loss_mask: Tensor) -> Tensor:
         """Per-token loss `[B, T]`."""
 
-    def ratio(self, logprobs: Tensor, old_logprobs: Tensor, mask: Tensor) -> Tensor:
+    def ratio(self, logprobs: Tensor, old_logprobs: Tensor, loss_mask: Tensor) -> Tensor:
         """The ratio that the loss uses, `[B, T]`."""
-        return token_ratio(logprobs, old_logprobs, mask)
+        return token_ratio(logprobs, old_logprobs, loss_mask)
 
-    def clamped(self, logprobs: Tensor, old_logprobs: Tensor, mask: Tensor) -> Tensor:
+    def clamped(self, logprobs: Tensor, old_logprobs: Tensor, loss_mask: Tensor) -> Tensor:
         """Where the logarithm of that ratio is cut off at ±20, bool `[B, T]`."""
-        return beyond(token_log_ratio(logprobs, old_logprobs, mask))
+        return beyond(token_log_ratio(logprobs, old_logprobs, loss_mask))
 
-    def clipped(self, logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor) -> Tensor:
+    def clipped(self, logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, loss_mask: Tensor) -> Tensor:
         """1 at the tokens whose update the bounds cut off, `[B, T]`."""
-        ratio, (low, high) = self.ratio(logprobs, old_logprobs, mask), self.bounds
+        ratio, (low, high) = self.ratio(logprobs, old_logprobs, loss_mask), self.bounds
         cut = ((ratio > high) & (advantages > 0)) | ((ratio < low) & (advantages < 0))
-        return cut * mask
+        return cut * loss_mask
 
 
 def _bounds(low: float, high: float) -> tuple[float, float]:
@@ -66,21 +66,21 @@ def _bounds(low: float, high: float) -> tuple[float, float]:
 
 
 class Reinforce(PolicyObjective):
-    """The `reinforce` loss: no ratio and no clip, for one pass over what the policy itself has just drawn."""
+    """The `reinforce` loss: no ratio and no clip, for one pass over what the policy itself has just sampled."""
 
     corrects = False
 
-    def __call__(self, logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor) -> Tensor:
+    def __call__(self, logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, loss_mask: Tensor) -> Tensor:
         """Per-token loss `[B, T]`."""
-        return losses.reinforce(logprobs, old_logprobs, advantages, mask)
+        return losses.reinforce(logprobs, old_logprobs, advantages, loss_mask)
 
 
 class ImportanceSampling(PolicyObjective):
     """The `importance_sampling` loss."""
 
-    def __call__(self, logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor) -> Tensor:
+    def __call__(self, logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, loss_mask: Tensor) -> Tensor:
         """Per-token loss `[B, T]`."""
-        return losses.importance_sampling(logprobs, old_logprobs, advantages, mask)
+        return losses.importance_sampling(logprobs, old_logprobs, advantages, loss_mask)
 
 
 class Clipped(PolicyObjective):
@@ -114,16 +114,16 @@ class PPO(Clipped):
             raise ValueError(f"dual_clip is {dual_clip}; it must be above 1 + clip_high ({1 + self.clip_high})")
         self.dual_clip = dual_clip
 
-    def __call__(self, logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor) -> Tensor:
+    def __call__(self, logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, loss_mask: Tensor) -> Tensor:
         """Per-token loss `[B, T]`."""
-        return losses.ppo(logprobs, old_logprobs, advantages, mask, self.clip_low, self.clip_high, self.dual_clip)
+        return losses.ppo(logprobs, old_logprobs, advantages, loss_mask, self.clip_low, self.clip_high, self.dual_clip)
 
-    def clipped(self, logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor) -> Tensor:
+    def clipped(self, logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, loss_mask: Tensor) -> Tensor:
         """The dual clip's too, `[B, T]`."""
-        cut = super().clipped(logprobs, old_logprobs, advantages, mask)
+        cut = super().clipped(logprobs, old_logprobs, advantages, loss_mask)
         if self.dual_clip is None:
             return cut
-        return cut + (self.ratio(logprobs, old_logprobs, mask) > self.dual_clip) * (advantages < 0) * mask
+        return cut + (self.ratio(logprobs, old_logprobs, loss_mask) > self.dual_clip) * (advantages < 0) * loss_mask
 
 
 class GRPO(PPO):
@@ -158,22 +158,22 @@ class ReinforcePlusPlus(PPO):
 class RLOO(Clipped):
     """The `rloo` loss: the response is one action; with `LeaveOneOut`."""
 
-    whole_response = True
+    sequence_level = True
 
     def __init__(self, aggregation: str = "sequence_mean", **kwargs: Any) -> None:
         super().__init__(aggregation=aggregation, **kwargs)
 
-    def ratio(self, logprobs: Tensor, old_logprobs: Tensor, mask: Tensor) -> Tensor:
+    def ratio(self, logprobs: Tensor, old_logprobs: Tensor, loss_mask: Tensor) -> Tensor:
         """Of the whole response, `[B, T]`."""
-        return sequence_ratio(logprobs, old_logprobs, mask, normalised=False)
+        return sequence_ratio(logprobs, old_logprobs, loss_mask, normalized=False)
 
-    def clamped(self, logprobs: Tensor, old_logprobs: Tensor, mask: Tensor) -> Tensor:
+    def clamped(self, logprobs: Tensor, old_logprobs: Tensor, loss_mask: Tensor) -> Tensor:
         """All tokens of such a response, bool `[B, T]`."""
-        return beyond(sequence_log_ratio(logprobs, old_logprobs, mask, normalised=False)) & (mask != 0)
+        return beyond(sequence_log_ratio(logprobs, old_logprobs, loss_mask, normalized=False)) & (loss_mask != 0)
 
-    def __call__(self, logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor) -> Tensor:
+    def __call__(self, logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, loss_mask: Tensor) -> Tensor:
         """Per-token loss `[B, T]`."""
-        return losses.rloo(logprobs, old_logprobs, advantages, mask, self.clip_low, self.clip_high)
+        return losses.rloo(logprobs, old_logprobs, advantages, loss_mask, self.clip_low, self.clip_high)
 
 
 class GSPO(Clipped):
@@ -184,24 +184,24 @@ class GSPO(Clipped):
         clip_high: see `Clipped`.
     """
 
-    whole_response = True
+    sequence_level = True
 
     def __init__(
         self, clip_low: float = 3e-4, clip_high: float = 4e-4, aggregation: str = "sequence_mean", **kwargs: Any
     ) -> None:
         super().__init__(clip_low=clip_low, clip_high=clip_high, aggregation=aggregation, **kwargs)
 
-    def ratio(self, logprobs: Tensor, old_logprobs: Tensor, mask: Tensor) -> Tensor:
+    def ratio(self, logprobs: Tensor, old_logprobs: Tensor, loss_mask: Tensor) -> Tensor:
         """The mean of the response's, `[B, T]`."""
-        return sequence_ratio(logprobs, old_logprobs, mask, normalised=True)
+        return sequence_ratio(logprobs, old_logprobs, loss_mask, normalized=True)
 
-    def clamped(self, logprobs: Tensor, old_logprobs: Tensor, mask: Tensor) -> Tensor:
+    def clamped(self, logprobs: Tensor, old_logprobs: Tensor, loss_mask: Tensor) -> Tensor:
         """All tokens of such a response, bool `[B, T]`."""
-        return beyond(sequence_log_ratio(logprobs, old_logprobs, mask, normalised=True)) & (mask != 0)
+        return beyond(sequence_log_ratio(logprobs, old_logprobs, loss_mask, normalized=True)) & (loss_mask != 0)
 
-    def __call__(self, logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor) -> Tensor:
+    def __call__(self, logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, loss_mask: Tensor) -> Tensor:
         """Per-token loss `[B, T]`."""
-        return losses.gspo(logprobs, old_logprobs, advantages, mask, self.clip_low, self.clip_high)
+        return losses.gspo(logprobs, old_logprobs, advantages, loss_mask, self.clip_low, self.clip_high)
 
 
 class CISPO(PolicyObjective):
@@ -216,9 +216,9 @@ class CISPO(PolicyObjective):
         super().__init__(**kwargs)
         self.bounds = _bounds(ratio_min, ratio_max)
 
-    def __call__(self, logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor) -> Tensor:
+    def __call__(self, logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, loss_mask: Tensor) -> Tensor:
         """Per-token loss `[B, T]`."""
-        return losses.cispo(logprobs, old_logprobs, advantages, mask, *self.bounds)
+        return losses.cispo(logprobs, old_logprobs, advantages, loss_mask, *self.bounds)
 
 
 class DRO(PolicyObjective):
@@ -231,12 +231,14 @@ class DRO(PolicyObjective):
     def __init__(self, beta: float = 0.05, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         if beta <= 0:
-            raise ValueError(f"beta is {beta}; it must be above 0, or nothing keeps the policy near the one that drew")
+            raise ValueError(
+                f"beta is {beta}; it must be above 0, or nothing keeps the policy near the one that sampled"
+            )
         self.beta = beta
 
-    def __call__(self, logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor) -> Tensor:
+    def __call__(self, logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, loss_mask: Tensor) -> Tensor:
         """Per-token loss `[B, T]`."""
-        return losses.dro(logprobs, old_logprobs, advantages, mask, self.beta)
+        return losses.dro(logprobs, old_logprobs, advantages, loss_mask, self.beta)
 
 
 class SAPO(PolicyObjective):
@@ -259,13 +261,13 @@ class SAPO(PolicyObjective):
             raise ValueError("the temperatures of SAPO must be above 0")
         self.temperatures = temperature_positive, temperature_negative
 
-    def __call__(self, logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor) -> Tensor:
+    def __call__(self, logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, loss_mask: Tensor) -> Tensor:
         """Per-token loss `[B, T]`."""
-        return losses.sapo(logprobs, old_logprobs, advantages, mask, *self.temperatures)
+        return losses.sapo(logprobs, old_logprobs, advantages, loss_mask, *self.temperatures)
 
 
 class ImportanceWeights:
-    """Weights of tokens that another distribution drew: a stale policy, another engine, another precision.
+    """Weights of tokens that another distribution sampled: a stale policy, another engine, another precision.
 
     The loss's ratio is then to the trainer's own log-probabilities at the start of the round, computed again, and the
     weight corrects from these to the sampler's (`importance_weights`).
@@ -283,6 +285,6 @@ class ImportanceWeights:
         _bounds(low, high)
         self.options: dict[str, Any] = {"level": level, "mode": mode, "low": low, "high": high}
 
-    def __call__(self, old_logprobs: Tensor, sampler_logprobs: Tensor, mask: Tensor) -> Tensor:
+    def __call__(self, old_logprobs: Tensor, sampling_logprobs: Tensor, loss_mask: Tensor) -> Tensor:
         """`[B, T]`."""
-        return importance_weights(old_logprobs, sampler_logprobs, mask, **self.options)
+        return importance_weights(old_logprobs, sampling_logprobs, loss_mask, **self.options)

@@ -14,7 +14,7 @@ class PreferenceLoss(ABC):
     """`pairs`, `labels` or `rankings`: the rows that it learns from."""
     inputs: ClassVar[tuple[str, ...]]
     """What `__call__` takes first."""
-    couples: bool = False
+    batch_coupled: bool = False
     """Whether a row's loss depends on the other rows of its optimizer step."""
     scores: ClassVar[str | None] = None
     """Where set, the scores that it is defined for: `mean_logprob` (a token, beta 1) or `log_ratio`."""
@@ -49,4 +49,4 @@ class RankingLoss(PreferenceLoss):
     """A loss of K ranked answers to each prompt: `__call__(scores, ranks, mask)`, `[B, K]` each."""
 
     kind = "rankings"
-    inputs = ("scores", "ranks", "mask")
+    inputs = ("scores", "ranks", "loss_mask")

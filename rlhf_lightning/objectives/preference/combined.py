@@ -62,7 +62,7 @@ class WeightedSum(PairLoss, nn.Module):
             raise ValueError(f"{len(self.weights)} weights for {len(self.losses)} losses; one for each, at least one")
         # Those with a state of their own, so that it is in the checkpoint.
         self.states = nn.ModuleList([loss for loss in self.losses if isinstance(loss, nn.Module)])
-        self.couples = any(loss.couples for loss in self.losses)
+        self.batch_coupled = any(loss.batch_coupled for loss in self.losses)
         wanted = {loss.scores for loss in self.losses if loss.scores}
         if len(wanted) > 1:
             raise ValueError(f"losses of different scores ({', '.join(sorted(wanted))}) cannot be added")
@@ -120,7 +120,7 @@ class BCO(PairLoss, nn.Module):
     δ is half-way between the means of all chosen and of all rejected scores that training has seen, this step's too.
     """
 
-    couples = True
+    batch_coupled = True
 
     def __init__(self) -> None:
         nn.Module.__init__(self)
@@ -142,7 +142,7 @@ class _Labels(LabelLoss):
 
 
 class KTO(_Labels):
-    """Kahneman-Tversky optimisation: labels in place of pairs (arXiv 2402.01306).
+    """Kahneman-Tversky optimization: labels in place of pairs (arXiv 2402.01306).
 
     The reference point is the mean score of prompts with the response to another prompt, over the whole optimizer
     step, at least 0. The paper wants desirable_weight times the number of desirable rows to be 1 to 4/3 times the same
@@ -153,7 +153,7 @@ class KTO(_Labels):
         undesirable_weight: of responses with label 0.
     """
 
-    couples = True
+    batch_coupled = True
     mismatched = True
     scores = "log_ratio"
 
@@ -179,7 +179,7 @@ class BCOUnpaired(_Labels, nn.Module):
         undesirable_weight: of responses with label 0.
     """
 
-    couples = True
+    batch_coupled = True
 
     def __init__(self, desirable_weight: float = 1.0, undesirable_weight: float = 1.0) -> None:
         nn.Module.__init__(self)
@@ -195,5 +195,5 @@ class BCOUnpaired(_Labels, nn.Module):
 class PlackettLuce(RankingLoss):
     """-log P of a ranking of K answers, divided by K - 1; with two answers it is Bradley-Terry (arXiv 2305.18290)."""
 
-    def __call__(self, scores: Tensor, ranks: Tensor, mask: Tensor, **_: Any) -> Tensor:
-        return plackett_luce(scores, ranks, mask) / (mask.sum(-1) - 1).clamp(min=1)
+    def __call__(self, scores: Tensor, ranks: Tensor, loss_mask: Tensor, **_: Any) -> Tensor:
+        return plackett_luce(scores, ranks, loss_mask) / (loss_mask.sum(-1) - 1).clamp(min=1)

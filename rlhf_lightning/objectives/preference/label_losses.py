@@ -45,7 +45,7 @@ def bco_unpaired(
     return -weights * F.logsigmoid(_signed(scores - shift, labels))
 
 
-def plackett_luce(scores: Tensor, ranks: Tensor, mask: Tensor) -> Tensor:
+def plackett_luce(scores: Tensor, ranks: Tensor, loss_mask: Tensor) -> Tensor:
     """-Σ_i (s_i - log Σ_{j: rank_j ≥ rank_i} e^(s_j)): each answer is chosen among itself and what is ranked below it.
 
     With two answers it is Bradley-Terry. Answers of equal rank stand in each other's sum (Breslow's approximation).
@@ -53,12 +53,12 @@ def plackett_luce(scores: Tensor, ranks: Tensor, mask: Tensor) -> Tensor:
 
     Args:
         scores: of K answers to each of B prompts, `[B, K]`. ranks: 0 for the best, `[B, K]`.
-        mask: 1 where there is an answer, `[B, K]`.
+        loss_mask: 1 where there is an answer, `[B, K]`.
 
     Returns:
         `[B]`.
     """
-    there = mask.bool()
+    there = loss_mask.bool()
     allowed = (ranks[:, None, :] >= ranks[:, :, None]) & there[:, None, :]
     # An answer that is not there is allowed itself alone: finite, and left out of the sum.
     allowed |= torch.eye(scores.shape[1], dtype=torch.bool, device=scores.device)

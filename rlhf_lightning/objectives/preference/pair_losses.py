@@ -1,7 +1,7 @@
 """Losses of preference learning: functions of the scores of a chosen and a rejected response, `[B]` each.
 
 Scores are as the scorer returns them, any beta included: c = beta·(log π − log π_ref) for DPO's implicit reward.
-Every function returns `[B]`, to be minimised; below d = c − r, and σ is the logistic function.
+Every function returns `[B]`, to be minimized; below d = c − r, and σ is the logistic function.
 """
 
 import math
@@ -35,7 +35,7 @@ def robust(chosen: Tensor, rejected: Tensor, label_smoothing: float = 0.1) -> Te
 
 
 def hinge(chosen: Tensor, rejected: Tensor) -> Tensor:
-    """max(0, 1 - d). Source: SLiC, arXiv 2305.10425, normalised as in RSO, arXiv 2309.06657."""
+    """max(0, 1 - d). Source: SLiC, arXiv 2305.10425, normalized as in RSO, arXiv 2309.06657."""
     return F.relu(1 - (chosen - rejected))
 
 
@@ -68,7 +68,7 @@ def orpo(chosen: Tensor, rejected: Tensor, weight: float = 0.1) -> Tensor:
 
 
 def exo(chosen: Tensor, rejected: Tensor, label_smoothing: float = 1e-3) -> Tensor:
-    """KL of (σ(d), σ(-d)) from (1 - ε, ε), ε > 0: the reverse of what Bradley-Terry minimises.
+    """KL of (σ(d), σ(-d)) from (1 - ε, ε), ε > 0: the reverse of what Bradley-Terry minimizes.
 
     Source: EXO, arXiv 2402.00856 eq. 16 with two responses.
     """

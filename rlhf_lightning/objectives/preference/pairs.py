@@ -83,7 +83,7 @@ class Hinge(PairLoss):
 class IPO(PairLoss):
     """(c - r - ½)² / beta²: a margin is aimed at rather than pushed without end (arXiv 2310.12036).
 
-    Use `ImplicitReward(length_normalised=True)` for the form whose beta does not depend on lengths.
+    Use `ImplicitReward(length_normalized=True)` for the form whose beta does not depend on lengths.
     """
 
     def __call__(self, chosen: Tensor, rejected: Tensor, *, beta: float, **_: Any) -> Tensor:
@@ -91,7 +91,7 @@ class IPO(PairLoss):
 
 
 class SimPO(PairLoss):
-    """-log σ(c - r - γ), for `SequenceLogprob(length_normalised=True, beta=2)`: no reference (arXiv 2405.14734).
+    """-log σ(c - r - γ), for `SequenceLogprob(length_normalized=True, beta=2)`: no reference (arXiv 2405.14734).
 
     Args:
         gamma: the margin that is aimed at.
@@ -105,7 +105,7 @@ class SimPO(PairLoss):
 
 
 class ORPO(PairLoss):
-    """SFT on the chosen response and an odds ratio, for `SequenceLogprob(length_normalised=True)` (arXiv 2403.07691).
+    """SFT on the chosen response and an odds ratio, for `SequenceLogprob(length_normalized=True)` (arXiv 2403.07691).
 
     Args:
         weight: of the odds ratio.
@@ -145,7 +145,7 @@ class NCA(PairLoss):
 
 
 class SPPO(PairLoss):
-    """Self-play preference optimisation with hard labels: ±½ is aimed at (arXiv 2405.00675)."""
+    """Self-play preference optimization with hard labels: ±½ is aimed at (arXiv 2405.00675)."""
 
     scores = "log_ratio"
 
@@ -193,7 +193,7 @@ class AOT(PairLoss):
         label_smoothing: as in `BradleyTerry`.
     """
 
-    couples = True
+    batch_coupled = True
     scores = "log_ratio"
 
     def __init__(self, label_smoothing: float = 0.0) -> None:
@@ -218,7 +218,7 @@ class AOTUnpaired(PairLoss):
         label_smoothing: as in `BradleyTerry`.
     """
 
-    couples = True
+    batch_coupled = True
 
     def __init__(self, label_smoothing: float = 0.0) -> None:
         self.label_smoothing = _smoothing(label_smoothing)

@@ -1,0 +1,302 @@
+"""The checkpoints that a run is resumed from, and stopping so that it can be."""
+
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import Checkpoint
+
+from rlhf_lightning.checkpointing.io import remove, saved_steps
+from rlhf_lightning.checkpointing.last_step import (
+    LastStep,
+    can_leave_rounds,
+    can_leave_steps,
+    can_leave_validation,
+    loaders,
+)
+from rlhf_lightning.checkpointing.logged import logged_state, restore_last_values, restore_logged, shared
+from rlhf_lightning.checkpointing.metrics_csv import MetricsCSV
+from rlhf_lightning.checkpointing.nonfinite import require_finite
+from rlhf_lightning.checkpointing.provenance import differences, environment
+from rlhf_lightning.checkpointing.signals import StopSignals
+from rlhf_lightning.errors import ConfigError
+
+log = logging.getLogger(__name__)
+
+
+class RunCheckpoints(Checkpoint):
+    """Writes `step=N.ckpt`, from which the run goes on bit for bit as if it had not been interrupted.
+
+    A checkpoint is written at the end of an optimizer step; if a validation or the end of the epoch or of the run
+    follows, after that, since Lightning does not repeat them on resume. Ctrl-C, SIGTERM and SIGHUP write that of the
+    last optimizer step as soon as the work under way is done (a micro-batch, a step of sampling, a batch of a
+    validation): a step, round or validation that is not complete is begun again. They then raise `KeyboardInterrupt`,
+    on all ranks together; a second Ctrl-C is raised at once.
+
+    It must stand behind other checkpoint callbacks, whose state it saves; `rlhf` sees to that.
+
+    Args:
+        dirpath: where they are written; `checkpoints` in `trainer.default_root_dir` by default.
+        every: optimizer steps from one to the next; 0 writes none by steps.
+        minutes: minutes from one to the next, beside `every`.
+        keep: how many are kept. With one, nothing is left to resume from where it is found damaged.
+        signals: heed Ctrl-C, SIGTERM and SIGHUP.
+    """
+
+    def __init__(
+        self,
+        dirpath: str | Path | None = None,
+        every: int = 50,
+        minutes: float | None = None,
+        keep: int = 2,
+        signals: bool = True,
+    ) -> None:
+        if every < 0 or keep < 1 or (minutes is not None and not minutes > 0):
+            raise ConfigError(
+                f"checkpoints: every is {every} (at least 0), minutes {minutes} (above 0), keep {keep} (at least 1)"
+            )
+        self.dirpath, self.every, self.minutes, self.keep = dirpath, every, minutes, keep
+        self.signals = StopSignals() if signals else None
+        self.inexact: list[str] = []
+        """What each resume that was not bit for bit had differently."""
+        self._step = self._saved = 0
+        self._due = self._boundary = self._stopping = False
+        self._first: bool | None = None
+        self._last: LastStep | None = None
+        self._leaving = self._leaves_steps = self._leaves_rounds = self._leaves_validation = False
+        self._changed = ""
+        self._logged: dict[str, Any] | None = None
+        self._rows: list[int] | None = None
+
+    # -- state ----------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"inexact": self.inexact}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.inexact = list(state_dict["inexact"])
+
+    def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        checkpoint["environment"] = environment(trainer)
+        checkpoint["stopped"] = _stops_early(trainer)
+        if self._leaving and self._last:
+            self._last.put_into(checkpoint)
+        else:
+            checkpoint["logged"] = shared(logged_state(trainer, pl_module, self._first))
+
+    def on_load_checkpoint(self, trainer: pl.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        changed = differences(checkpoint.get("environment") or {}, environment(trainer))
+        if changed and trainer.state.fn == "fit":
+            self._changed = f"step {checkpoint['global_step']}: {', '.join(changed)}"
+            log.warning("this resume is not bit for bit the run it goes on with: %s", ", ".join(changed))
+        self._logged, self._rows = checkpoint.get("logged"), checkpoint.get("metrics_rows")
+        # Lightning forgets it: a run that was over would go on until something stops it again.
+        trainer.should_stop = trainer.state.fn == "fit" and bool(checkpoint.get("stopped"))
+
+    # -- hooks ----------------------------------------------------------------------------------------------------
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        # Not while it is loaded: Lightning puts back the state of callbacks, and resets what was logged, after that.
+        if self._changed:
+            self.inexact.append(self._changed)
+            self._changed = ""
+        if self._logged:
+            restore_last_values(trainer, self._logged)
+            trainer.num_sanity_val_steps = 0  # it was passed by the run that is resumed, and would reset those values
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        self.on_fit_start(trainer, pl_module)  # some strategies load only after that
+        if self._logged:
+            restore_logged(trainer, pl_module, self._logged)
+            files = [logger for logger in trainer.loggers if isinstance(logger, MetricsCSV)]
+            for logger, rows in zip(files, self._rows or [], strict=False):
+                logger.keep(rows)
+        self._first = self._logged["first"] if self._logged else None
+        self._logged = self._rows = None
+        self._step = self._saved = trainer.global_step
+        self._due = self._boundary = self._stopping = self._leaving = False
+        self._last = None
+        self._time = time.monotonic()
+        self.folder = Path(self.dirpath or Path(trainer.default_root_dir) / "checkpoints")
+        if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            # Those of later steps are of a run that is now done again: damaged, or left over.
+            for step, path in saved_steps(self.folder):
+                if step > trainer.global_step:
+                    remove(path)
+            for path in self.folder.glob(".*.partial"):
+                remove(path)
+        if self.signals:
+            self.signals.on()
+            heard = self.signals.heard
+            self._leaves_steps = can_leave_steps(trainer, pl_module)
+            self._leaves_rounds = can_leave_rounds(trainer, pl_module)
+            for loader in loaders(trainer) if self._leaves_rounds else []:
+                loader.leaving = heard, lambda: self._leave(trainer, pl_module)
+
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        if batch_idx % trainer.accumulate_grad_batches == 0:
+            self._leave_if_asked(trainer, pl_module)
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self._first = trainer._logger_connector._first_loop_iter
+        self._boundary = trainer.global_step != self._step
+        if not self._boundary:
+            self._leave_if_asked(trainer, pl_module)
+            return  # between the micro-batches of an optimizer step: gradients are not in a checkpoint
+        self._step = trainer.global_step
+        self._due = self._due or self._wanted(trainer)
+        loop = trainer.fit_loop.epoch_loop
+        fetcher: Any = trainer.fit_loop._data_fetcher
+        if self._due and not _epoch_ends(trainer) and not loop._should_check_val_fx(fetcher):
+            # Lightning logs the step after this hook; a run killed in between would lack the row.
+            with MetricsCSV.early(trainer):
+                trainer._logger_connector.update_train_step_metrics()
+            self._save(trainer, pl_module)
+        self._keep(trainer, pl_module)
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        fitting = trainer.state.fn == "fit" and not trainer.sanity_checking and bool(self.signals)
+        # One that a resumed run begins with has its checkpoint.
+        known = self._boundary or self._saved == trainer.global_step
+        self._leaves_validation = fitting and known and can_leave_validation(trainer, pl_module)
+        if self._leaves_validation and self._boundary:
+            self._last = LastStep(trainer, pl_module, self._first, validates=True)
+
+    def on_validation_batch_start(
+        self, trainer: pl.Trainer, pl_module: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        if self._leaves_validation and self._all_heard(trainer):
+            self._leave(trainer, pl_module)
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        if trainer.state.fn != "fit" or trainer.sanity_checking or not self._boundary:
+            return
+        if not _epoch_ends(trainer):
+            if self._asked(trainer) or self._due:
+                self._save(trainer, pl_module)
+            self._keep(trainer, pl_module)
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        loop, connector = trainer.fit_loop, trainer._logger_connector
+        progress: Any = loop.epoch_progress.current
+        if loop.max_epochs not in (None, -1) and progress.processed >= loop.max_epochs:
+            self._due = self._due or self._saved != trainer.global_step
+        if self._boundary and (self._asked(trainer) or self._due):
+            with MetricsCSV.early(trainer):
+                # As Lightning does after this hook.
+                loop.epoch_loop._batches_that_stepped -= 1
+                connector.log_metrics(connector.metrics["log"])
+                loop.epoch_loop._batches_that_stepped += 1
+            with _unless_complete(loop):
+                self._save(trainer, pl_module)
+        self._keep(trainer, pl_module)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        self._end(trainer)
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: Any, exception: BaseException) -> None:
+        self._end(trainer)
+
+    def _end(self, trainer: pl.Trainer) -> None:
+        self._last = None
+        if self.signals:
+            self.signals.off()
+            if self._leaves_rounds:
+                for loader in loaders(trainer):
+                    loader.leaving = None
+
+    # -- leaving what is under way --------------------------------------------------------------------------------
+
+    def _keep(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        """Note what the run has come to, where what follows may be left before its end."""
+        steps = self._leaves_steps and trainer.accumulate_grad_batches > 1
+        if steps or (self._leaves_rounds and any(loader.at_round for loader in loaders(trainer))):
+            self._last = LastStep(trainer, pl_module, self._first)
+
+    def _leave_if_asked(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        """Before and between the micro-batches of an optimizer step; all ranks call it equally often."""
+        if not self._leaves_steps or trainer.accumulate_grad_batches == 1 or not self._all_heard(trainer):
+            return
+        if self._saved == trainer.global_step or (self._last and self._last.is_whole(trainer, pl_module)):
+            self._leave(trainer, pl_module)
+
+    def _all_heard(self, trainer: pl.Trainer) -> bool:
+        """Whether to stop. The first rank decides, and waits for none, as Lightning has it do for every batch."""
+        heard = bool(self.signals and self.signals.heard())
+        if trainer.world_size > 1:
+            flag = torch.tensor(int(heard), device=trainer.strategy.root_device)
+            torch.distributed.broadcast(flag, src=0)
+            heard = bool(flag)
+        return heard
+
+    def _leave(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        """Stop without what has been done since the last optimizer step. All ranks call it together."""
+        self._stopping = self._leaving = True
+        if self._last and self._saved != trainer.global_step:
+            self._last.go_back(trainer, pl_module)
+        self._save(trainer, pl_module)
+
+    # -- saving ---------------------------------------------------------------------------------------------------
+
+    def _wanted(self, trainer: pl.Trainer) -> bool:
+        step, agree = trainer.global_step, trainer.strategy.reduce_boolean_decision
+        late = self.minutes is not None and time.monotonic() - self._time >= 60 * self.minutes
+        self._asked(trainer)
+        if self.minutes is not None:
+            late = agree(late, all=False)
+        last = trainer.should_stop or 0 < trainer.max_steps <= step
+        return bool(self._stopping or late or last or (self.every and step % self.every == 0))
+
+    def _asked(self, trainer: pl.Trainer) -> bool:
+        """Whether to stop. Asked of all ranks: clocks differ, and a signal may reach but one of them."""
+        if self.signals:
+            self._stopping = trainer.strategy.reduce_boolean_decision(self.signals.heard(), all=False)
+        return self._stopping
+
+    def _save(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        self._due = False
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        if self._saved != trainer.global_step:
+            require_finite(pl_module, f"after step {trainer.global_step}", "no checkpoint of them is written")
+            trainer.save_checkpoint(self.folder / f"step={trainer.global_step}.ckpt", weights_only=False)
+            self._saved, self._time = trainer.global_step, time.monotonic()
+            if trainer.is_global_zero:
+                for _, path in saved_steps(self.folder)[self.keep :]:
+                    remove(path)
+        if self._stopping:
+            if trainer.global_step:
+                log.warning("stopped after step %d; the same command goes on from there", trainer.global_step)
+            else:
+                log.warning("stopped before the first optimizer step; the same command begins again")
+            raise KeyboardInterrupt
+
+
+def _epoch_ends(trainer: pl.Trainer) -> bool:
+    """Whether the epoch ends with the step just taken: by its length, or because the run does."""
+    loop = trainer.fit_loop
+    stops = 0 < trainer.max_steps <= trainer.global_step or _stops_early(trainer)
+    return stops or loop.epoch_loop._num_ready_batches_reached()
+
+
+def _stops_early(trainer: pl.Trainer) -> bool:
+    """Whether a callback has ended the run, as early stopping does."""
+    return bool(trainer.should_stop and trainer.fit_loop._can_stop_early)
+
+
+@contextmanager
+def _unless_complete(loop: Any) -> Iterator[None]:
+    """An epoch that the run's end cuts off is saved as one under way, in which a run of more steps would go on."""
+    cut_off = not loop.epoch_loop._num_ready_batches_reached()
+    for progress in (loop.epoch_progress.current, loop.epoch_progress.total):
+        progress.processed -= cut_off
+    try:
+        yield
+    finally:
+        for progress in (loop.epoch_progress.current, loop.epoch_progress.total):
+            progress.processed += cut_off

@@ -1,0 +1,157 @@
+"""What must not be trained on, saved or handed on: losses, gradients and weights that are no finite numbers."""
+
+import logging
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor
+
+from rlhf_lightning.distributed import gather
+from rlhf_lightning.errors import ConfigError, UserError
+from rlhf_lightning.modules.step import drop_gradients
+
+log = logging.getLogger(__name__)
+ACTIONS = ("stop", "skip")
+SHOWN = 5
+
+
+class NonFiniteError(UserError):
+    """A loss, a gradient or a weight is NaN or infinite."""
+
+
+class NonFiniteGuard(pl.Callback):
+    """Looks at the loss and the gradient of each optimizer step before it is taken; all ranks decide together.
+
+    With `stop`, the run ends with the step, the rows and the likely cause; weights and checkpoints are those of the
+    step before. With `skip`, the step is left out on all ranks and counted. Under `16-mixed` an infinite gradient is
+    what the loss scale is adjusted by: there only the loss is looked at.
+
+    Args:
+        action: `stop`, or `skip` such steps.
+        limit: with `skip`, how many steps in a row may be left out before the run is stopped all the same.
+    """
+
+    def __init__(self, action: str = "stop", limit: int = 10) -> None:
+        if action not in ACTIONS or limit < 1:
+            raise ConfigError(
+                f"NonFiniteGuard.action is {action!r}, limit {limit}; {' or '.join(ACTIONS)}, and at least 1"
+            )
+        self.action, self.limit = action, limit
+        self.skipped = self._in_a_row = 0
+        self._window: list[tuple[Any, Tensor]] = []
+        self._batch: Any = None
+
+    def state_dict(self) -> dict[str, int]:
+        return {"skipped": self.skipped, "in_a_row": self._in_a_row}
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        self.skipped, self._in_a_row = state_dict["skipped"], state_dict["in_a_row"]
+
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        if batch_idx % trainer.accumulate_grad_batches == 0:
+            self._window = []
+        self._batch = batch
+
+    def on_before_backward(self, trainer: pl.Trainer, pl_module: Any, loss: Tensor) -> None:
+        # Read where the step is decided on: a device is waited for once a step, not for every micro-batch.
+        self._window.append((_rows(self._batch), loss.detach()))
+
+    def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: Any, optimizer: Any) -> None:
+        scaled = getattr(trainer.precision_plugin, "scaler", None) is not None
+        # Of weights that are split over ranks, each looks at its share, which may be empty.
+        found = [getattr(p.grad, "_local_tensor", p.grad) for p in pl_module.parameters() if p.grad is not None]
+        gradients = [] if scaled else [gradient for gradient in found if gradient.numel()]
+        losses = torch.stack([loss.float() for _, loss in self._window])
+        largest = _largest(gradients).to(losses.device)
+        fine = bool(torch.isfinite(losses).all() & torch.isfinite(largest))
+        if trainer.strategy.reduce_boolean_decision(fine, all=True):
+            self._in_a_row = 0
+            return
+        what = self._describe(losses, largest)
+        self._in_a_row += 1
+        if self.action == "stop" or self._in_a_row > self.limit:
+            raise NonFiniteError(self._message(trainer, pl_module, what))
+        self.skipped += 1
+        drop_gradients(trainer, optimizer)
+        log.warning("optimizer step %d left out (%d so far): %s", trainer.global_step + 1, self.skipped, what[0])
+
+    def _describe(self, losses: Tensor, largest: Tensor) -> tuple[str, bool, list[str]]:
+        """What is wrong, whether it is a loss, and the rows: over all ranks."""
+        bad = [i for i, loss in enumerate(losses.tolist()) if not math.isfinite(loss)]
+        mine = (
+            [losses[i].item() for i in bad],
+            [row for i in bad or range(len(self._window)) for row in self._window[i][0]],
+        )
+        ranks = gather(mine)
+        values = [value for found, _ in ranks for value in found]
+        rows = [row for found, rows in ranks if found or not values for row in rows]
+        what = f"the loss is {values[0]}" if values else f"the gradient is not finite (largest {largest.item()})"
+        return what, bool(values), rows
+
+    def _message(self, trainer: pl.Trainer, pl_module: Any, found: tuple[str, bool, list[str]]) -> str:
+        what, is_loss, rows = found
+        where = f" Its rows: {', '.join(rows[:SHOWN])}{f' and {len(rows) - SHOWN} more' if len(rows) > SHOWN else ''}."
+        if names := non_finite(pl_module):
+            cause = (
+                f"The weights were not finite before this step already (for example {names[0]}): the model that the "
+                "stage started from is damaged, or the step before was too large. Lower the learning rate "
+                "(model.optimizer), set trainer.gradient_clip_val: 1.0, and start over with --fresh."
+            )
+            if torch.float16 in {p.dtype for p in pl_module.parameters() if p.requires_grad}:
+                cause = (
+                    f"The weights are float16 (trainer.precision 16-true, or model.dtype), for example {names[0]}: the "
+                    "numbers that optimizers divide by are 0 there. Train in bf16-mixed, bf16-true or 16-mixed, and "
+                    "start over with --fresh."
+                )
+        elif is_loss:
+            cause = (
+                "The weights are finite: these rows overflow. Look at them; train in bf16-mixed or 32-true in place "
+                "of 16 bit floats; lower the learning rate if the loss grew before."
+            )
+        else:
+            cause = (
+                "The loss is finite: the backward pass overflowed. Lower the learning rate, set "
+                "trainer.gradient_clip_val: 1.0 for the steps before, or train in bf16-mixed or 32-true."
+            )
+        if self.action == "skip":
+            after = f" {self.limit} steps in a row had been left out before."
+        else:
+            after = " --on_nonfinite skip leaves such steps out and counts them."
+        return f"step {trainer.global_step + 1}: {what}.{where if rows else ''} {cause}{after}"
+
+
+def _largest(gradients: list[Tensor]) -> Tensor:
+    """The largest absolute value; NaN where there is one. No sum, which could overflow where all are finite."""
+    if not gradients:
+        return torch.zeros(())
+    return torch.nn.utils.get_total_norm(gradients, norm_type=float("inf")).float()
+
+
+def _rows(batch: Any) -> list[str]:
+    where = batch.get("where") if isinstance(batch, Mapping) else None
+    return list(dict.fromkeys(name for name in where if name)) if where else []
+
+
+def non_finite(module: Any) -> list[str]:
+    """The names of trained weights that hold a NaN or an infinity."""
+    named = [(name, p.detach()) for name, p in module.named_parameters() if p.requires_grad and p.is_floating_point()]
+    if not named:
+        return []
+    device = named[0][1].device
+    # One flag for each, brought to the host together.
+    flags = torch.stack([torch.isfinite(getattr(p, "_local_tensor", p)).all().to(device) for _, p in named]).tolist()
+    return [name for (name, _), fine in zip(named, flags, strict=True) if not fine]
+
+
+def require_finite(module: Any, when: str, consequence: str) -> None:
+    """Raise `NonFiniteError` on all ranks where a trained weight of any of them is not finite."""
+    names = [name for part in gather(non_finite(module), every=True) for name in part]
+    if names:
+        raise NonFiniteError(
+            f"{when}, {len(names)} weights are NaN or infinite (for example {names[0]}): {consequence}. The last steps "
+            "were too large: lower the learning rate (model.optimizer) or set trainer.gradient_clip_val: 1.0, and "
+            "start over with --fresh, or from an earlier checkpoint with --ckpt_path."
+        )

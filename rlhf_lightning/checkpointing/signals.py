@@ -1,0 +1,94 @@
+"""Ctrl-C, SIGTERM and SIGHUP as a wish to stop, which a run grants where it can go on from exactly."""
+
+import logging
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rlhf_lightning.checkpointing.relay import Relay
+
+log = logging.getLogger(__name__)
+_ending = {"asked": False}
+"""Whether this process has been asked to end, by whichever handler was there."""
+
+
+def ends() -> list[int]:
+    """The signals by which a system ends a process; that of the terminal's end not where it is ignored (`nohup`)."""
+    found = [int(signal.SIGTERM)]
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+        found.append(int(signal.SIGHUP))
+    return found
+
+
+@contextmanager
+def ended_once() -> Iterator[None]:
+    """Around a command: the first SIGTERM or SIGHUP is `KeyboardInterrupt`, and further ones change nothing.
+
+    They come in bursts (a scheduler's, one for each process of a group). After the first, whoever caught it decides how
+    the process ends and with what code; a later one would end it in the middle of that.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def handle(number: int, frame: Any) -> None:
+        if not _ending["asked"]:
+            _ending["asked"] = True
+            raise KeyboardInterrupt
+
+    _ending["asked"] = False
+    before = {number: signal.signal(number, handle) for number in ends()}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, signal.SIG_IGN if _ending["asked"] else handler or signal.SIG_DFL)
+
+
+class StopSignals:
+    """While it is on, the first Ctrl-C, SIGTERM or SIGHUP sets `asked`; a second Ctrl-C is raised where it falls."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        self._before: dict[int, Any] = {}
+        self._relay: Relay | None = None
+
+    def heard(self) -> bool:
+        """Whether this rank has been asked or, as far as is known here, another one. Costs next to nothing."""
+        if self._relay is None or self._relay.heard():
+            return self.asked or self._relay is not None
+        if self.asked:
+            self._relay.tell()
+        return self.asked
+
+    def on(self) -> None:
+        """Take the place of the handlers that are there, Lightning's too: it would stop between micro-batches."""
+        self.asked = False
+        if self._before or threading.current_thread() is not threading.main_thread():
+            return
+        self._before = {number: signal.signal(number, self._handle) for number in [int(signal.SIGINT), *ends()]}
+        # Not above: commands that train nothing have handlers too, and start without torch.
+        from rlhf_lightning.checkpointing.relay import Relay
+
+        self._relay = Relay.of_ranks(set(self._before))
+
+    def off(self) -> None:
+        """Put them back; one of those that end a process does nothing any more where the run is ending by it."""
+        for number, handler in self._before.items():
+            ending = self.asked and number != signal.SIGINT
+            signal.signal(number, signal.SIG_IGN if ending else handler or signal.SIG_DFL)
+        self._before = {}
+        if self._relay is not None:
+            self._relay.close()
+            self._relay = None
+
+    def _handle(self, number: int, frame: Any) -> None:
+        if self.asked and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        if not self.asked:
+            name = signal.Signals(number).name
+            log.warning("%s: stopping at the next safe point, with a checkpoint; Ctrl-C stops at once", name)
+        self.asked = _ending["asked"] = True

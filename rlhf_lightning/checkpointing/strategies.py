@@ -1,0 +1,112 @@
+"""Weights split over devices, by one flag: `--trainer.strategy fsdp2`."""
+
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
+from torch.distributed.distributed_c10d import _set_pg_timeout
+
+from rlhf_lightning.checkpointing.io import Unfinished, damage
+from rlhf_lightning.distributed import use_mesh
+from rlhf_lightning.errors import ConfigError, UserError
+from rlhf_lightning.files import check_format
+
+
+class FSDP2(ModelParallelStrategy):
+    """Lightning's `ModelParallelStrategy`, with all devices in the data-parallel group and checkpoints that hold.
+
+    By default a checkpoint is one file, which rank 0 puts together: it resumes on another number of devices, and needs
+    the memory of one host for weights and optimizer state. With `save_distributed_checkpoint` it is a folder, to which
+    each rank adds its share. Either is written whole or not at all, and known to be whole before it is read.
+
+    Args:
+        data_parallel_size: devices that share the weights and have rows of their own; all that there are by default.
+        tensor_parallel_size: devices that compute each row together.
+        save_distributed_checkpoint: a folder of shares in place of a file.
+        kwargs: further arguments of `ModelParallelStrategy`.
+    """
+
+    def __init__(
+        self,
+        data_parallel_size: Literal["auto"] | int = "auto",
+        tensor_parallel_size: int = 1,
+        save_distributed_checkpoint: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        if tensor_parallel_size < 1:
+            raise ConfigError(f"strategy: tensor_parallel_size is {tensor_parallel_size}; it must be at least 1")
+        super().__init__(data_parallel_size, tensor_parallel_size, save_distributed_checkpoint, **kwargs)
+
+    def setup_environment(self) -> None:
+        devices, tensor = self.num_nodes * self.num_processes, int(self._tensor_parallel_size)
+        if self._data_parallel_size == "auto":
+            # Lightning's own choice is the number of machines, and tensor parallel within each.
+            self._data_parallel_size = devices // tensor
+        if int(self._data_parallel_size) * tensor != devices:
+            raise ConfigError(
+                f"strategy: data_parallel_size {self._data_parallel_size} × tensor_parallel_size {tensor} are not the "
+                f"{devices} devices of the run"
+            )
+        super().setup_environment()
+        use_mesh(self.device_mesh)
+        for group in self.device_mesh.get_all_groups():  # those of a mesh have a limit of their own
+            if self._timeout is not None:
+                _set_pg_timeout(self._timeout, group)
+
+    def teardown(self) -> None:
+        use_mesh(None)
+        super().teardown()
+
+    def setup(self, trainer: Any) -> None:
+        # Weights that are gathered in inference mode, by a validation before training, could not be trained on.
+        loops = (trainer.fit_loop.epoch_loop.val_loop, trainer.validate_loop, trainer.test_loop, trainer.predict_loop)
+        for loop in loops:
+            loop.inference_mode = False
+        super().setup(trainer)
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
+        if not self._save_distributed_checkpoint:
+            super().save_checkpoint(checkpoint, filepath, storage_options)
+            return
+        folder = Unfinished(Path(self.broadcast(filepath)))
+        if self.is_global_zero:
+            folder.clear()
+        self.barrier("cleared")
+        super().save_checkpoint(checkpoint, folder.scratch, storage_options)
+        self.barrier("saved")
+        if self.is_global_zero:
+            folder.finish()
+        self.barrier("finished")
+
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        path = Path(self.broadcast(checkpoint_path))
+        if found := damage(path):
+            raise UserError(f"{path}: the checkpoint is damaged ({found}); use the one before, or start over")
+        names, found = _contents(path)
+        check_format(found, str(path))
+        self.lightning_module.check_names(names)  # type: ignore[union-attr, operator]
+        return super().load_checkpoint(path, weights_only)
+
+    def load_weights(self, path: Any) -> None:
+        """Load the weights of a checkpoint, and nothing of the optimizer: one of weights only has no more."""
+        optimizers, self.optimizers = self.optimizers, []
+        try:
+            self.load_checkpoint(path, weights_only=True)
+        finally:
+            self.optimizers = optimizers
+
+
+def _contents(path: Path) -> tuple[set[str], Any]:
+    """Names of the weights that a checkpoint holds, and its format; no weight is read."""
+    stored = path if path.is_file() else path / "meta.pt"  # Lightning's name for what is no weight
+    facts = torch.load(stored, mmap=True, map_location="meta", weights_only=True)
+    if path.is_file():
+        return set(facts["state_dict"]), facts.get("format")
+    from torch.distributed.checkpoint import FileSystemReader
+
+    names = FileSystemReader(path).read_metadata().state_dict_metadata
+    return {name.removeprefix("state_dict.") for name in names if name.startswith("state_dict.")}, facts.get("format")
+
+
+StrategyRegistry.register("fsdp2", FSDP2, description="weights, gradients and optimizer state split over all devices")

@@ -1,0 +1,187 @@
+"""How a saved model was asked in training: kept in its `stage.json`, and used by whatever asks it again."""
+
+import json
+import logging
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rlhf_lightning.data.conversations import tool_schemas
+from rlhf_lightning.data.records import RowError
+from rlhf_lightning.data.rendering import Renderer
+from rlhf_lightning.errors import ConfigError
+from rlhf_lightning.files import read_record, read_stage
+
+log = logging.getLogger(__name__)
+_ON_HUB = re.compile(r"[\w.-]+/[\w.-]+")
+DEFAULTS: dict[str, Any] = {"format": "chat", "template_kwargs": {}, "system": None, "tools": None, "stop": []}
+"""What a setting is where neither the user nor a record says it."""
+
+_KINDS: dict[str, tuple[type, type | None]] = {
+    "format": (str, None),
+    "template_kwargs": (dict, str),
+    "system": (str, None),
+    "tools": (list, dict),
+    "stop": (list, str),
+    "stop_token_ids": (list, int),
+}
+
+
+@dataclass(frozen=True)
+class RenderingSettings:
+    """How a model is asked: by what its folder records, and by what the user set in place of that.
+
+    Args:
+        source: the folder (or Hub id, or model) that the record is of.
+        record: what `stage.json` keeps under `rendering`; empty for a model that was not trained here.
+        given: settings in place of the record's, `None` for those that were not given.
+    """
+
+    source: str
+    record: Mapping[str, Any]
+    given: Mapping[str, Any]
+
+    @classmethod
+    def of(cls, source: Any, **given: Any) -> "RenderingSettings":
+        """What is recorded for a model, with the settings that take its place: the keys of `DEFAULTS`."""
+        name = source if isinstance(source, str | Path) else getattr(source, "name_or_path", None) or ""
+        wanted = {key: value for key, value in given.items() if value is not None}
+        if "tools" in wanted:
+            wanted["tools"] = read_tools(wanted["tools"])
+        return cls(str(name), recorded(name), wanted)
+
+    def renderer(
+        self, tokenizer: Any, stop_token_ids: Iterable[int] = (), plain: bool = True, own_tokenizer: bool = True
+    ) -> Renderer:
+        """The renderer that asks so.
+
+        Args:
+            tokenizer: of the model.
+            stop_token_ids: further ids that end a response, those of the model's generation config.
+            plain: whether text goes as it is where nothing is said and the tokenizer has no
+                chat template.
+            own_tokenizer: whether it is the one of the record, whose token ids mean the same.
+        """
+        settings = {**self.record, **self.given}
+        ids = {*stop_token_ids, *(settings.pop("stop_token_ids", []) if own_tokenizer else [])}
+        if "format" not in settings and plain and not tokenizer.chat_template:
+            settings["format"] = "raw"
+        if settings.get("format") == "raw":
+            if "tools" not in self.given:
+                settings.pop("tools", None)
+            if self.given.get("template_kwargs"):
+                raise ConfigError(
+                    f"template_kwargs {_shown(self.given['template_kwargs'])}: format is raw "
+                    f"({self._why_raw()}), and no template reads them. Leave them out, or set format: chat"
+                )
+            settings.pop("template_kwargs", None)
+        return Renderer(tokenizer, **{**settings, "stop_token_ids": ids})
+
+    def _why_raw(self) -> str:
+        if "format" in self.given:
+            return "as set"
+        return f"as {self.source} was trained" if "format" in self.record else "the tokenizer has no chat template"
+
+    def differences(self) -> dict[str, tuple[Any, Any]]:
+        """Settings that are other than recorded, as (given, recorded)."""
+        found = {}
+        for key, value in self.given.items():
+            before = self.record.get(key, DEFAULTS.get(key))
+            if self.record and _plain(value) != _plain(before):
+                found[key] = value, before
+        return found
+
+    def describe(self) -> str:
+        """How it is asked, in a line; empty where that is the default."""
+        differences, parts, told = self.differences(), [], []
+        if not self.record and "kind" in read_stage(self.source):
+            parts.append(f"stage.json of {self.source} does not say how it was asked in training; asks by the defaults")
+        kept = {key: value for key, value in self.record.items() if key in DEFAULTS and key not in self.given}
+        if said := ", ".join(f"{key} {_shown(value)}" for key, value in kept.items() if not _usual(key, value)):
+            parts.append(f"asks as {self.source} was trained: {said}")
+        for key, value in self.given.items():
+            if key in differences:
+                told.append(f"{key} {_shown(value)} (trained with {_shown(differences[key][1])})")
+            elif not _usual(key, value):
+                told.append(f"{key} {_shown(value)}")
+        if told:
+            parts.append(f"{'' if parts else f'asks {self.source} '}with {', '.join(told)}")
+        return ", ".join(parts)
+
+    def log(self) -> None:
+        """Say how a stage asks, where that is not the default, and what its start was not trained with."""
+        self.warn()
+        if said := self.describe():
+            log.info("%s", said)
+
+    def warn(self, text: str = "data.{} is {}, and {} was trained with {}: the setting is used") -> None:
+        """Say what a stage is told that its start was not trained with."""
+        for key, (value, before) in self.differences().items():
+            log.warning("%s", text.format(key, _shown(value), self.source, _shown(before)))
+
+
+def recorded(source: Any) -> dict[str, Any]:
+    """How the model in a folder was asked in training, as arguments of `Renderer`; raises `ConfigError`."""
+    stage = read_stage(source)
+    if not stage and isinstance(source, str) and _ON_HUB.fullmatch(source) and not Path(source).exists():
+        stage = _stage_on_hub(source)
+    rendering = stage.get("rendering") or {}
+    if not isinstance(rendering, dict):
+        raise ConfigError(f"stage.json of {source}: rendering is {rendering!r}, which is no mapping; restore the file")
+    found: dict[str, Any] = {key: rendering[key] for key in _KINDS if rendering.get(key) is not None}
+    for key, value in found.items():
+        kind, inner = _KINDS[key]
+        items: list[Any] = list(value) if inner and isinstance(value, list | dict) else []
+        if not isinstance(value, kind) or (inner and not all(isinstance(item, inner) for item in items)):
+            raise ConfigError(f"stage.json of {source}: rendering.{key} is {value!r:.100}; restore the file")
+    return found
+
+
+def _stage_on_hub(name: str) -> dict[str, Any]:
+    """The `stage.json` of a Hub repository, where it has one; whether the repository is there, its model will tell."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
+
+    try:
+        return read_record(Path(hf_hub_download(name, "stage.json")))
+    except (EntryNotFoundError, HfHubHTTPError, HFValidationError):  # also: not in the cache, and no network
+        return {}
+
+
+def read_tools(value: Any) -> list[Any]:
+    """Tools as a list: from a list, JSON text, or a JSON file; empty for none. Raises `ConfigError`."""
+    if isinstance(value, str) and not value.lstrip().startswith("["):
+        path = Path(value).expanduser()
+        if not path.is_file():
+            raise ConfigError(f"tools {value!r}: no such file, and no JSON list of tools")
+        value = path.read_text(encoding="utf-8-sig")
+    try:
+        return tool_schemas({"tools": value}) or []
+    except RowError as error:
+        raise ConfigError(str(error)) from None
+
+
+def shared_by_all(asked: set[tuple[str | None, str]]) -> dict[str, Any]:
+    """The system message and the tools that all rows had, where they did, of what `Renderer.asked` has gathered."""
+    systems, tools = {system for system, _ in asked}, {schemas for _, schemas in asked}
+    found: dict[str, Any] = {}
+    if len(systems) == 1 and (system := systems.pop()):
+        found["system"] = system
+    if len(tools) == 1 and (schemas := json.loads(tools.pop())):
+        found["tools"] = schemas
+    return found
+
+
+def _plain(value: Any) -> Any:
+    return value or None
+
+
+def _usual(key: str, value: Any) -> bool:
+    return bool(_plain(value) == _plain(DEFAULTS[key]))
+
+
+def _shown(value: Any) -> str:
+    text = repr(value) if value or value == {} else "none"
+    return f"{text[:200]}…" if len(text) > 200 else text

@@ -1,0 +1,118 @@
+"""Warnings, in plain words, when the curves of policy RL show a known failure."""
+
+import logging
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import lightning.pytorch as pl
+
+from rlhf_lightning.checkpointing.jsonl import JsonLines
+from rlhf_lightning.diagnostics.checks import (
+    Check,
+    ClampedRatios,
+    Clipping,
+    HighKL,
+    LogprobGap,
+    NoSignal,
+    NotFinite,
+    Truncation,
+    WildRatios,
+)
+from rlhf_lightning.diagnostics.round_callback import RoundCallback
+from rlhf_lightning.diagnostics.trends import (
+    EntropyCollapse,
+    GrowingKL,
+    LengthHacking,
+    NegativeKL,
+    OverOptimized,
+    RepeatedText,
+    RewardCollapse,
+    UselessCritic,
+)
+from rlhf_lightning.errors import ConfigError
+
+log = logging.getLogger(__name__)
+DEFAULT = (
+    NotFinite,
+    HighKL,
+    GrowingKL,
+    NegativeKL,
+    OverOptimized,
+    RewardCollapse,
+    LengthHacking,
+    NoSignal,
+    EntropyCollapse,
+    RepeatedText,
+    Truncation,
+    LogprobGap,
+    WildRatios,
+    ClampedRatios,
+    Clipping,
+    UselessCritic,
+)
+RECOVERED = 0.8
+
+
+class Diagnostics(RoundCallback):
+    """Looks at the curves after each round, warns once of each failure until it is over, and again if it comes back.
+
+    A warning goes to the log and, with its step and numbers, to `warnings.jsonl` in the stage's folder. A failure is
+    over when its severity (1 where it is warned of) is below 0.8. `docs/diagnostics.md` lists the checks.
+
+    Args:
+        checks: further checks; one with the name of a default check replaces it, so that its thresholds can be set.
+        disabled: names of checks to leave out.
+    """
+
+    def __init__(self, checks: list[Check] | None = None, disabled: list[str] | None = None) -> None:
+        super().__init__()
+        found = {check.name: check for check in [*(make() for make in DEFAULT), *(checks or [])]}
+        if unknown := sorted(set(disabled or []) - set(found)):
+            raise ConfigError(f"Diagnostics.disabled names {unknown[0]!r}; the checks are {', '.join(found)}")
+        self.checks = [check for name, check in found.items() if name not in (disabled or [])]
+        self._warned: list[str] = []
+        self._file = JsonLines("warnings.jsonl")
+
+    @property
+    def watched(self) -> Iterable[str]:
+        return sorted({name for check in self.checks for name in check.watched})
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        super().on_train_start(trainer, pl_module)
+        self._file.start(trainer)
+
+    def reset(self) -> None:
+        super().reset()
+        self._warned = []
+
+    def round_ended(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        rows = []
+        for check in self.checks:
+            severity = check.severity(self.curves) if check.applies(pl_module) else None
+            if severity is None:
+                continue
+            if check.name in self._warned:
+                if severity < RECOVERED:
+                    self._warned.remove(check.name)
+            elif severity >= 1:
+                self._warned.append(check.name)
+                rows.append(self._warn(trainer, check))
+        if rows:
+            self._file.append(trainer, rows)
+
+    def _warn(self, trainer: pl.Trainer, check: Check) -> dict[str, Any]:
+        message = check.message(self.curves)
+        if trainer.is_global_zero:
+            log.warning("step %d: %s", trainer.global_step, message)
+        # NaN and infinity are no JSON numbers.
+        shown = {k: v if math.isfinite(v) else str(v) for k, v in check.numbers(self.curves).items()}
+        return {"step": trainer.global_step, "name": check.name, "message": message, "numbers": shown}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "warned": list(self._warned), "file": self._file.state}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        self._warned = list(state_dict["warned"])
+        self._file.load(state_dict["file"])

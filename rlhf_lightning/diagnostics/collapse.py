@@ -1,0 +1,89 @@
+"""Stopping a policy that has collapsed."""
+
+import logging
+from collections.abc import Iterable
+from typing import Any
+
+import lightning.pytorch as pl
+
+from rlhf_lightning.diagnostics.checks import Check, HighKL, NotFinite
+from rlhf_lightning.diagnostics.round_callback import RoundCallback
+from rlhf_lightning.diagnostics.trends import EntropyCollapse, RewardCollapse
+from rlhf_lightning.errors import ConfigError, UserError
+
+log = logging.getLogger(__name__)
+
+
+class StopOnCollapse(RoundCallback):
+    """Ends training when reward, entropy or KL have said for some rounds that the policy has collapsed.
+
+    The stage then counts as finished: what `--export` names is exported (with `best`, the best checkpoint), and
+    `stage.json` says `stopped`, with the step and the reason, and `stopped_on_collapse: 1` among its metrics.
+    `trainer.min_steps` and `min_epochs` come first, as with every early stop of Lightning. A reward, loss, KL or
+    entropy that is not finite is an error at once instead, and nothing is exported: the weights may be lost.
+
+    Args:
+        reward_lost: part of the reward's gain over its first 10 rounds that must be lost; none: not looked at.
+        entropy_fraction: of the entropy of the first 5 rounds, at or below which it has collapsed; none: not looked at.
+        kl_limit: nats a response from which on the policy has collapsed; none: not looked at.
+        patience: rounds in a row.
+    """
+
+    def __init__(
+        self,
+        reward_lost: float | None = 0.8,
+        entropy_fraction: float | None = 0.05,
+        kl_limit: float | None = 200.0,
+        patience: int = 3,
+    ) -> None:
+        super().__init__()
+        if patience < 1:
+            raise ConfigError(f"StopOnCollapse.patience is {patience}; at least 1 round")
+        self.patience = patience
+        self.checks: list[Check] = []
+        if reward_lost is not None:
+            self.checks.append(RewardCollapse(reward_lost))
+        if entropy_fraction is not None:
+            self.checks.append(EntropyCollapse(entropy_fraction))
+        if kl_limit is not None:
+            self.checks.append(HighKL(kl_limit))
+        self._finite = NotFinite()
+        self._streaks: dict[str, int] = {}
+        self.stopped: dict[str, Any] | None = None
+        """The step and the reason, once training was stopped."""
+
+    @property
+    def watched(self) -> Iterable[str]:
+        return sorted({name for check in [self._finite, *self.checks] for name in check.watched})
+
+    def reset(self) -> None:
+        super().reset()
+        self._streaks = {}
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        super().on_train_start(trainer, pl_module)
+        self.stopped = None
+
+    def round_ended(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        if lost := self._finite(self.curves):
+            raise UserError(f"step {trainer.global_step}: stopped, {lost}")
+        for check in self.checks:
+            happens = (check.severity(self.curves) or 0.0) >= 1
+            self._streaks[check.name] = self._streaks.get(check.name, 0) + 1 if happens else 0
+            if self._streaks[check.name] >= self.patience and self.stopped is None:
+                self._stop(trainer, pl_module, check)
+
+    def _stop(self, trainer: pl.Trainer, pl_module: Any, check: Check) -> None:
+        self.stopped = {"step": trainer.global_step, "reason": check.message(self.curves)}
+        trainer.should_stop = True
+        pl_module.log("stopped_on_collapse", 1.0, on_step=True, on_epoch=False)
+        if trainer.is_global_zero:
+            log.warning("step %d: training stops, %s", trainer.global_step, self.stopped["reason"])
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "streaks": dict(self._streaks), "stopped": self.stopped}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        self._streaks = dict(state_dict["streaks"])
+        self.stopped = state_dict.get("stopped")

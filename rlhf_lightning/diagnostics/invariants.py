@@ -1,0 +1,106 @@
+"""What must hold at the first update after a rollout, checked while the run goes on."""
+
+import logging
+import math
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor
+
+from rlhf_lightning.distributed import gather
+from rlhf_lightning.errors import UserError
+from rlhf_lightning.models.lora import is_quantized
+
+log = logging.getLogger(__name__)
+LARGEST, MEAN = 1e-4, 0.02
+
+
+class FirstStepInvariants(pl.Callback):
+    """Before the first update on fresh episodes, trainer and sampler hold the same weights: the importance ratio is 1.
+
+    In float32 the largest |log ratio| must be at most 1e-4 and nothing may be clipped; in lower precision the mean must
+    be at most 0.02, and at most 1% of the tokens clipped by rounding. Before the very first update the policy is the
+    reference, where that is the start of the stage: the same bounds hold for their log-probabilities.
+
+    Args:
+        strict: raise instead of warning, once of each.
+    """
+
+    def __init__(self, strict: bool = False) -> None:
+        self.strict = strict
+        self._warned: set[str] = set()
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        fresh = isinstance(batch, dict) and batch.get("first") and getattr(pl_module, "samples_rollouts", False)
+        if not fresh or not isinstance(outputs, dict) or "log_ratio_max" not in outputs:
+            return
+        dtype = next(pl_module.parameters()).dtype
+        full = dtype in (torch.float32, torch.float64) and "16" not in str(trainer.precision)
+        full = full and not is_quantized(pl_module.model)
+        self._ratio(trainer, full, *_worst(outputs["log_ratio_max"], outputs["log_ratio_mean"]))
+        if "clip_fraction" in outputs:
+            self._clipped(trainer, full, *_worst(outputs["clip_fraction"]))
+        if _is_start(trainer, batch_idx) and _starts_as_reference(pl_module):
+            self._kl(trainer, full, batch)
+
+    def _ratio(self, trainer: pl.Trainer, full: bool, largest: float, mean: float) -> None:
+        if _outside(full, largest, mean):
+            self._tell(
+                "ratio",
+                f"step {trainer.global_step}: sampler and trainer disagree on fresh episodes, |log ratio| is "
+                f"{largest:.2e} at most and {mean:.2e} in the mean (precision {trainer.precision}). Their "
+                "log-probabilities should be equal within rounding; look for dropout, padding or a model whose cache "
+                "is not exact.",
+            )
+
+    def _clipped(self, trainer: pl.Trainer, full: bool, fraction: float) -> None:
+        if fraction > (0.0 if full else 0.01):
+            self._tell(
+                "clip",
+                f"step {trainer.global_step}: {fraction:.2%} of the tokens of fresh episodes are clipped (precision "
+                f"{trainer.precision}). Before the first update the importance ratio is 1, and nothing can be; see "
+                "whether sampler and trainer agree, and whether the clip range holds 1.",
+            )
+
+    def _kl(self, trainer: pl.Trainer, full: bool, batch: dict[str, Any]) -> None:
+        loss_mask: Tensor = batch["loss_mask"]
+        distance = ((batch["old_logprobs"] - batch["reference_logprobs"]) * loss_mask).abs()
+        largest, mean = _worst(distance.max(), distance.sum() / loss_mask.sum().clamp(min=1))
+        if _outside(full, largest, mean):
+            self._tell(
+                "kl",
+                f"step {trainer.global_step}: before any update the policy is not its reference, their "
+                f"log-probabilities differ by {largest:.2e} at most and {mean:.2e} in the mean (precision "
+                f"{trainer.precision}). KL should be 0 here; look for a reference with other weights or another "
+                "precision, or dropout.",
+            )
+
+    def _tell(self, kind: str, message: str) -> None:
+        if kind in self._warned:
+            return
+        self._warned.add(kind)
+        if self.strict:
+            raise UserError(message)
+        log.warning(message)
+
+
+def _worst(*numbers: Any) -> list[float]:
+    """The largest of each over the ranks, or NaN, so that all of them warn or stop together."""
+    ranks = zip(*gather([float(number) for number in numbers]), strict=True)
+    return [max(values, key=lambda value: (math.isnan(value), value)) for values in ranks]
+
+
+def _outside(full: bool, largest: float, mean: float) -> bool:
+    # Not `>`: NaN is outside as well.
+    return not (largest <= LARGEST if full else mean <= MEAN)
+
+
+def _is_start(trainer: pl.Trainer, batch_idx: int) -> bool:
+    """Whether the batch was computed before the first update of the run."""
+    return trainer.current_epoch == 0 and batch_idx < trainer.accumulate_grad_batches
+
+
+def _starts_as_reference(pl_module: Any) -> bool:
+    """Whether there is a reference, and it is the start of the stage and no model of its own."""
+    return getattr(pl_module, "reference", None) is not None and pl_module.kl.reference is None

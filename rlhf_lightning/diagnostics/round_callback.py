@@ -1,0 +1,82 @@
+"""Callbacks that look at a round of policy RL as a whole."""
+
+from abc import abstractmethod
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import lightning.pytorch as pl
+
+from rlhf_lightning.diagnostics.curves import Curves
+
+MEANS = ("loss", "value_loss", "entropy", "logprob_gap", "clip_fraction", "log_ratio_clamped")
+LARGEST = ("log_ratio_max",)
+
+
+class RoundCallback(pl.Callback):
+    """Gathers the numbers of each round, and hands them to `round_ended` after its last mini-batch.
+
+    They are the round's statistics, and what the module logs of each optimizer step: the mean over the round's sampled
+    tokens, or the largest; over all ranks, and the same on every rank. What a checkpoint within a round needs is in
+    the callback's state.
+    """
+
+    def __init__(self) -> None:
+        self.curves = Curves()
+        self._round: dict[str, Any] = {}
+        self._resumed = False
+
+    @property
+    @abstractmethod
+    def watched(self) -> Iterable[str]:
+        """The numbers whose curves are kept."""
+
+    @abstractmethod
+    def round_ended(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        """Called on all ranks with the round in `curves`."""
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"round": self._round, "curves": self.curves.state}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._round = state_dict["round"]
+        self.curves.load(state_dict["curves"])
+        self._resumed = True
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        if not self._resumed and not trainer.global_step:
+            self.reset()
+        self._resumed = False
+
+    def reset(self) -> None:
+        """Forget an earlier fit."""
+        self._round = {}
+        self.curves.clear()
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if not isinstance(batch, dict) or "statistics" not in batch:
+            return  # no batch of the rollout loader
+        if batch["statistics"] is not None:
+            self._round = {"statistics": dict(batch["statistics"]), "sums": {}, "largest": {}}
+        if not self._round:
+            return  # resumed within a round by a checkpoint that does not know this callback
+        if not trainer.fit_loop._should_accumulate():
+            self._add(trainer, batch)
+        if (batch_idx + 1) % pl_module.rollouts.per_round == 0:
+            means = {name: total / weight for name, (total, weight) in self._round["sums"].items()}
+            self.curves.record({**self._round["statistics"], **means, **self._round["largest"]}, self.watched)
+            self._round = {}
+            self.round_ended(trainer, pl_module)
+
+    def _add(self, trainer: pl.Trainer, batch: Mapping[str, Any]) -> None:
+        tokens = batch["denominators"]["tokens"]
+        if not tokens:
+            return  # nothing was trained: what was logged before still stands there
+        logged = trainer.callback_metrics
+        names = [name for name in (*MEANS, *LARGEST) if f"train/{name}" in logged]
+        for name in names if batch.get("first") else [name for name in names if name != "logprob_gap"]:
+            value = float(logged[f"train/{name}"])
+            if name in LARGEST:
+                self._round["largest"][name] = max(self._round["largest"].get(name, value), value)
+            else:
+                total, weight = self._round["sums"].get(name, (0.0, 0.0))
+                self._round["sums"][name] = (total + tokens * value, weight + tokens)

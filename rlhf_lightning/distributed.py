@@ -1,0 +1,110 @@
+"""What the ranks of a run tell each other.
+
+Ranks of one tensor-parallel group compute the same rows: together they are one data rank, and what comes from outside
+(a reward, an environment, an engine that runs elsewhere) is asked of by the first of them.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rlhf_lightning.errors import UserError
+
+_MESH: list[Any] = []
+_LEAVING = "leaves this round"
+"""What a rank gives to `gather` that leaves a round; see `leave_if`."""
+
+
+class RoundLeft(KeyboardInterrupt):
+    """A round was left before its end, by all ranks together. No `Exception`, which a user's code may catch."""
+
+
+def use_mesh(mesh: Any) -> None:
+    """The `data_parallel` × `tensor_parallel` mesh of the run under way; None where it is over, or there is none."""
+    _MESH[:] = [] if mesh is None or mesh["tensor_parallel"].size() == 1 else [mesh]
+
+
+def data_rank() -> int:
+    """The place of this rank's value in what `gather` returns."""
+    if _MESH:
+        return int(_MESH[0]["data_parallel"].get_local_rank())
+    return torch.distributed.get_rank() if _is_distributed() else 0
+
+
+def is_leader() -> bool:
+    """Whether this is the first rank of those that compute the same rows."""
+    return not _MESH or _MESH[0]["tensor_parallel"].get_local_rank() == 0
+
+
+def rank_count() -> int:
+    """The number of ranks, those of tensor-parallel groups too."""
+    return torch.distributed.get_world_size() if _is_distributed() else 1
+
+
+def gather(value: Any, every: bool = False) -> list[Any]:
+    """The value of every data rank, on every rank, in their order. All ranks must call it.
+
+    Args:
+        every: of all ranks without exception, as for what each finds in its part of the weights.
+
+    Raises:
+        RoundLeft: a rank leaves the round that all of them are in.
+    """
+    values: list[Any] = [value]
+    if _is_distributed():
+        group = _MESH[0]["data_parallel"].get_group() if _MESH and not every else None
+        values = [None] * torch.distributed.get_world_size(group)
+        torch.distributed.all_gather_object(values, value, group=group)
+    if any(isinstance(found, str) and found == _LEAVING for found in values):
+        raise RoundLeft
+    return values
+
+
+def leave_if(asked: bool) -> None:
+    """Where `asked`, raise `RoundLeft`; the other ranks raise it where they next call `gather`, and must do so next.
+
+    So no other collective may be called between a place where this is and the end of the round.
+    """
+    if asked:
+        gather(_LEAVING)
+
+
+def run_on_leader(function: Callable[[], Any]) -> Any:
+    """`function()` by the first of the ranks that compute the same rows; what it returns or raises, on all of them."""
+    if not _MESH:
+        return function()
+    group = _MESH[0]["tensor_parallel"].get_group()
+    found: list[Any] = [None, None]
+    error: Exception | None = None
+    if is_leader():
+        try:
+            found[0] = function()
+        except Exception as raised:  # noqa: BLE001 - raised below, after the others were told
+            error, found[1] = raised, f"{type(raised).__name__}: {raised}"
+    torch.distributed.broadcast_object_list(found, group=group, group_src=0)
+    if found[1] is not None:
+        raise error or UserError(found[1])
+    return found[0]
+
+
+def broadcast(value: Tensor) -> Tensor:
+    """A tensor as the first of the ranks that compute the same rows has it."""
+    if _MESH:
+        value = value.contiguous()
+        torch.distributed.broadcast(value, group=_MESH[0]["tensor_parallel"].get_group(), group_src=0)
+    return value
+
+
+def _is_distributed() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+def even_chunks(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
+    """`items`, `size` at a time, in as many parts on every rank: where a rank has fewer, empty ones follow.
+
+    What is split over ranks (`models.sharding`) must be run equally often by all of them.
+    """
+    for start in range(0, max(gather(len(items))), size):
+        yield items[start : start + size]

@@ -1,0 +1,1 @@
+"""Environments: who answers the policy, its tools, and calls of a user's code."""

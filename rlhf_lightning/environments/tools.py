@@ -1,0 +1,151 @@
+"""A ready environment of tools: Python functions that the policy calls in its messages."""
+
+import json
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from typing import Any
+
+from rlhf_lightning.data.conversations import Message
+from rlhf_lightning.data.prompts import prompt_messages
+from rlhf_lightning.environments.base import StepResult, imported
+from rlhf_lightning.environments.user_calls import TimeLimitError, check_limit, within
+from rlhf_lightning.errors import ConfigError
+
+TOOL_CALL = r"<tool_call>\s*(.*?)\s*(?:</tool_call>|$)"
+"""The calls of Qwen and Hermes models. The closing tag may be missing where it is the sampler's stop text."""
+
+
+@dataclass(frozen=True)
+class Tool:
+    """A function that the policy can call, and the schema that tells it how."""
+
+    name: str
+    function: Callable[..., Any]
+    schema: dict[str, Any]
+
+
+class ToolEnv:
+    """Answers a message by running the tool calls in it; a message without a call ends the episode.
+
+    The row's prompt opens the conversation, and its schemas go to the chat template. A result is a message of role
+    `tool`; a call that fails (no such tool, arguments that do not fit, an exception, no time) is answered by
+    `Error: …`, so that the policy can mend it. It gives no reward: `model.rewards` score the episode as usual.
+
+    Logs `env_tool_calls` and `env_tool_errors`.
+
+    Args:
+        row: of data.
+        tools: functions with typed arguments and a Google-style docstring, or their dotted paths; sync or async.
+        pattern: regular expression that finds calls in a message; its first group is the JSON of one,
+            `{"name": …, "arguments": {…}}`. The default finds `<tool_call>…</tool_call>`.
+        timeout: seconds that one call may take; null for no limit.
+        max_calls: calls of one message that are run; further ones are errors.
+    """
+
+    def __init__(
+        self,
+        row: dict[str, Any],
+        tools: Sequence[str | Callable[..., Any]],
+        pattern: str = TOOL_CALL,
+        timeout: float | None = 30.0,
+        max_calls: int = 16,
+    ) -> None:
+        self.row, self.timeout, self.max_calls = row, timeout, max_calls
+        self.available = {tool.name: tool for tool in _tools(tuple(tools))}
+        self.tools = [tool.schema for tool in self.available.values()]
+        self.pattern = re.compile(pattern, re.DOTALL)
+        self.calls = self.errors = 0
+
+    @classmethod
+    def check(
+        cls,
+        tools: Sequence[str | Callable[..., Any]] = (),
+        pattern: str = TOOL_CALL,
+        timeout: float | None = 30.0,
+        max_calls: int = 16,
+    ) -> None:
+        """Refuse arguments that cannot work, when the configuration is read."""
+        if isinstance(tools, str) or not tools:
+            raise ConfigError("ToolEnv needs tools: a list of functions, or of their dotted paths")
+        names = [tool.name for tool in _tools(tuple(tools))]
+        if len(set(names)) < len(names):
+            raise ConfigError(f"ToolEnv: two tools have the same name ({', '.join(names)})")
+        check_limit("ToolEnv.timeout", timeout)
+        if max_calls < 1:
+            raise ConfigError(f"ToolEnv.max_calls is {max_calls}; it must be at least 1")
+        if not isinstance(pattern, str):  # jsonargparse reads a text that begins with # as a comment
+            raise ConfigError(f"ToolEnv.pattern is {pattern!r}; it must be text (begin it by \\# for a #)")
+        try:
+            groups = re.compile(pattern).groups
+        except re.error as error:
+            raise ConfigError(f"ToolEnv.pattern {pattern!r} is no regular expression: {error}") from None
+        if groups < 1:
+            raise ConfigError(f"ToolEnv.pattern {pattern!r} has no group; its first group is the JSON of a call")
+
+    def reset(self) -> list[Message]:
+        """The row's prompt."""
+        return prompt_messages(self.row)
+
+    async def step(self, message: Message) -> StepResult:
+        """Run the calls of a message, one after the other."""
+        found = [match.group(1) or "" for match in self.pattern.finditer(message["content"])]
+        answers = [await self._run(text, i) for i, text in enumerate(found)]
+        metrics = {"tool_calls": float(self.calls), "tool_errors": float(self.errors)}
+        return StepResult(done=not found, next_messages=answers, metrics=metrics)
+
+    async def _run(self, text: str, number: int) -> Message:
+        self.calls += 1
+        name = "unknown"
+        try:
+            if number >= self.max_calls:
+                raise ValueError(f"a message may hold {self.max_calls} calls")
+            name, arguments = read_call(text)
+            if name not in self.available:
+                raise ValueError(f"there is no tool {name!r}; there are {', '.join(self.available)}")
+            result = await within(partial(self.available[name].function, **arguments), self.timeout)
+            content = result if isinstance(result, str) else json.dumps(result, ensure_ascii=False, default=str)
+        except Exception as error:  # noqa: BLE001 - a call is the policy's, and so is its error
+            self.errors += 1
+            kind = "" if isinstance(error, ValueError | TimeLimitError) else f"{type(error).__name__}: "
+            content = f"Error: {kind}{error}"
+        return {"role": "tool", "name": name, "content": content}
+
+
+def read_call(text: str) -> tuple[str, dict[str, Any]]:
+    """Name and arguments of a call; raises `ValueError` with what is wrong."""
+    try:
+        call = json.loads(text)
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise ValueError(f"the call is not valid JSON ({error})") from None
+    if not isinstance(call, dict) or not isinstance(call.get("name"), str):
+        raise ValueError('a call is {"name": …, "arguments": {…}}')
+    arguments = call.get("arguments", call.get("parameters", {}))
+    if isinstance(arguments, str):
+        try:
+            arguments = json.loads(arguments)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"the arguments are not valid JSON ({error})") from None
+    if not isinstance(arguments, dict):
+        raise ValueError("the arguments must be an object")
+    return call["name"], arguments
+
+
+@lru_cache(maxsize=64)
+def _tools(functions: tuple[str | Callable[..., Any], ...]) -> tuple[Tool, ...]:
+    return tuple(_tool(function) for function in functions)
+
+
+def _tool(function: str | Callable[..., Any]) -> Tool:
+    from transformers.utils import get_json_schema
+    from transformers.utils.chat_template_utils import DocstringParsingException, TypeHintParsingException
+
+    found = imported(function, "ToolEnv.tools:") if isinstance(function, str) else function
+    if not callable(found):
+        raise ConfigError(f"ToolEnv.tools: {function!r} is no function")
+    try:
+        schema = get_json_schema(found)
+    except (DocstringParsingException, TypeHintParsingException) as error:
+        raise ConfigError(f"ToolEnv.tools: {function!r} cannot be shown to the policy: {error}") from error
+    return Tool(schema["function"]["name"], found, schema)

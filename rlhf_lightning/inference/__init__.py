@@ -1,0 +1,1 @@
+"""Trained models in use: chat, generation, comparison, text metrics and export."""

@@ -1,0 +1,98 @@
+"""A conversation with a policy, its answers shown as they are sampled."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from rlhf_lightning.data.conversations import Message
+from rlhf_lightning.errors import UserError
+from rlhf_lightning.inference.policy import Policy
+from rlhf_lightning.sampling.local_engine import LocalEngine, Watch
+from rlhf_lightning.sampling.sampler import Sampler
+
+
+class Conversation:
+    """Several turns with one policy.
+
+    Args:
+        policy: who answers. system: a system message before all others, in place of the policy's own.
+        max_tokens, temperature: of an answer. seed: of every sample, with the number of the turn.
+        settings: further ones of `Sampler`.
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        system: str | None = None,
+        max_tokens: int = 256,
+        temperature: float = 1.0,
+        seed: int = 0,
+        **settings: Any,
+    ) -> None:
+        self.policy, self.system, self.seed = policy, system, seed
+        self.sampler = Sampler(max_tokens, temperature, **settings)
+        self.sampler.bind(policy.model, policy.renderer)
+        self.turn = 0
+        self.messages: list[Message] = []
+        self.begin()
+
+    def begin(self) -> None:
+        """Forget what was said."""
+        self.messages = [{"role": "system", "content": self.system}] if self.system else []
+
+    def reply(self, text: str, show: Callable[[str], None]) -> str:
+        """The answer to a message; `show` gets it piece by piece.
+
+        Raises:
+            UserError: there is no room left for an answer, or the chat template refuses the message. The conversation
+                is then as it was before.
+        """
+        messages: list[Message] = [*self.messages, {"role": "user", "content": text}]
+        ids = self.policy.renderer.prompt(messages)
+        if self.sampler.context and len(ids) + self.sampler.max_tokens > self.sampler.context:
+            raise UserError(
+                f"the conversation ({len(ids)} tokens) leaves no room for an answer of {self.sampler.max_tokens} in "
+                f"the model's {self.sampler.context} positions: /new begins anew, --max_tokens asks for less"
+            )
+        stream = Stream(self.policy.renderer, self.sampler.params.stop_strings, show)
+        if isinstance(self.sampler.engine, LocalEngine):
+            self.sampler.engine.watch = stream
+        [sample] = self.sampler.generate([ids], [1_000_003 * self.seed + self.turn])
+        answer = stream.rest(sample.ids)
+        self.turn += 1
+        self.messages = [*messages, {"role": "assistant", "content": answer}]
+        return answer
+
+
+class Stream(Watch):
+    """Tokens as text, as soon as it is certain.
+
+    Held back are a character of which a part is still to come, blanks that may be the last, and what may be the
+    beginning of a stop text.
+    """
+
+    def __init__(self, renderer: Any, stops: Sequence[str], show: Callable[[str], None]) -> None:
+        self.renderer, self.stops, self.show = renderer, stops, show
+        self.ids: list[int] = []
+        self.shown = ""
+
+    def on_token(self, row: int, token: int, ended: bool) -> None:
+        """Take a token."""
+        self.ids.append(token)
+        text = self.renderer.decode(self.ids)
+        if text.endswith("\ufffd"):
+            return
+        held = max((n for stop in self.stops for n in range(1, len(stop)) if text.endswith(stop[:n])), default=0)
+        self._extend(text[: len(text) - held].rstrip())
+
+    def rest(self, ids: Sequence[int]) -> str:
+        """Show what is left of an answer; the whole of it."""
+        text = str(self.renderer.decode(ids))
+        self._extend(text)
+        if not text.startswith(self.shown):
+            self.show(f"\n{text}")  # later tokens changed how earlier ones are written
+        return text
+
+    def _extend(self, text: str) -> None:
+        if text.startswith(self.shown) and len(text) > len(self.shown):
+            self.show(text[len(self.shown) :])
+            self.shown = text

@@ -1,0 +1,171 @@
+"""Comparing policies on prompts by a reward, and best-of-N: what a reward alone buys, without any training."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from rlhf_lightning.data.prompts import Prompt
+from rlhf_lightning.environments.base import imported
+from rlhf_lightning.inference.policy import Policy
+from rlhf_lightning.inference.text_metrics import Reference, nearness, perplexity
+from rlhf_lightning.objectives.intervals import best_of_kl, mean_interval, wilson, win_rate
+from rlhf_lightning.rewards import FunctionReward, ModelReward, Reward, total_rewards
+from rlhf_lightning.types import Episode
+
+
+@dataclass
+class SamplingOptions:
+    """How responses are sampled and rewarded.
+
+    Args:
+        rewards: parts of the reward, weighted and added.
+        max_tokens: budget of a response.
+        temperature: of the softmax; 0 takes the likeliest token.
+        samples: responses to each prompt.
+        seed: of the samples.
+        truncated_reward: replaces the reward of a response that ran out of tokens.
+    """
+
+    rewards: list[Reward]
+    max_tokens: int = 128
+    temperature: float = 1.0
+    samples: int = 1
+    seed: int = 0
+    truncated_reward: float | None = None
+
+    def sample(self, policy: Policy, prompts: Sequence[Prompt], samples: int | None = None) -> list[list[Episode]]:
+        """Rewarded responses, a list for each prompt."""
+        samples = samples or self.samples
+        for reward in self.rewards:
+            reward.bind(policy.renderer)
+            reward.to(next(policy.model.parameters()).device)
+            reward.check(prompts)
+        episodes = policy.answer(prompts, self.max_tokens, self.seed, samples, self.temperature)
+        total_rewards(episodes, self.rewards, self.truncated_reward)
+        return [episodes[start : start + samples] for start in range(0, len(episodes), samples)]
+
+
+def make_rewards(models: Sequence[str], functions: Sequence[str]) -> list[Reward]:
+    """Rewards of model folders (any scorer) and of functions, named by dotted path, with equal weights."""
+    rewards: list[Reward] = [
+        ModelReward(folder, name="reward_model" if len(models) == 1 else f"reward_model_{i}")
+        for i, folder in enumerate(models)
+    ]
+    return rewards + [FunctionReward(imported(path, "--gold")) for path in functions]
+
+
+def figures(groups: Sequence[Sequence[Episode]], rewarded: bool = True) -> dict[str, float]:
+    """Mean reward with its interval, response length and truncated part; prompts are the independent rows."""
+    reward, half = mean_interval([sum(e.reward for e in group) / len(group) for group in groups])
+    episodes = [episode for group in groups for episode in group]
+    return {
+        **({"reward": reward, "reward_half_interval": half} if rewarded else {}),
+        "response_tokens": sum(episode.response_tokens for episode in episodes) / len(episodes),
+        "truncated": sum(episode.truncated for episode in episodes) / len(episodes),
+    }
+
+
+def wins(ours: Sequence[Sequence[Episode]], theirs: Sequence[Sequence[Episode]]) -> dict[str, float]:
+    """How often our response to a prompt is rewarded above theirs (equal ones half), with its 95% interval."""
+    rates = [win_rate([e.reward for e in a], [e.reward for e in b]) for a, b in zip(ours, theirs, strict=True)]
+    rate = sum(rates) / len(rates)
+    low, high = wilson(rate, len(rates))
+    return {"win_rate": rate, "win_rate_low": low, "win_rate_high": high}
+
+
+def compare(
+    policy: Policy,
+    baseline: Policy | None,
+    prompts: Sequence[Prompt],
+    sampling: SamplingOptions,
+    best_of: int = 0,
+    references: Sequence[Sequence[Reference]] = (),
+) -> tuple[dict[str, dict[str, Any]], list[dict[str, Any]]]:
+    """A policy, and a baseline that it is compared with, on the same prompts.
+
+    Args:
+        best_of: where above 1, best-of-N of the baseline stands beside them.
+        references: good answers to each prompt; those of a prompt may be empty.
+
+    Returns:
+        Figures of `policy`, `baseline` and `best_of_N`, and a row for each prompt. `kl` is the mean over the policy's
+        responses of log π − log π_baseline, nats, at the temperature of the sample; None where token ids differ. Without
+        rewards there is neither reward nor win rate; without references no perplexity, BLEU and ROUGE.
+    """
+    rewarded = bool(sampling.rewards)
+    answers = {"policy": sampling.sample(policy, prompts)}
+    found: dict[str, dict[str, Any]] = {"policy": _measured(policy, prompts, answers["policy"], references, rewarded)}
+    if baseline is not None:
+        asked = [_own(baseline, prompt) for prompt in prompts]
+        theirs = answers["baseline"] = sampling.sample(baseline, asked)
+        found["baseline"] = _measured(baseline, asked, theirs, references, rewarded)
+        found["policy"]["kl"] = _kl(policy, baseline, answers["policy"], sampling.temperature)
+        if rewarded:
+            found["policy"] |= wins(answers["policy"], theirs)
+        if best_of > 1:
+            best = [[max(group, key=_reward)] for group in sampling.sample(baseline, asked, best_of)]
+            found[f"best_of_{best_of}"] = {**figures(best), **wins(best, theirs), "kl": best_of_kl(best_of)}
+    rows = [
+        {
+            "prompt": prompt.messages,
+            **{
+                name: [{"response": e.response, **({"reward": e.reward} if rewarded else {})} for e in groups[i]]
+                for name, groups in answers.items()
+            },
+        }
+        for i, prompt in enumerate(prompts)
+    ]
+    return found, rows
+
+
+def _measured(
+    policy: Policy,
+    prompts: Sequence[Prompt],
+    groups: Sequence[Sequence[Episode]],
+    references: Sequence[Sequence[Reference]],
+    rewarded: bool,
+) -> dict[str, Any]:
+    """What one policy's answers come to, and its perplexity of the references, of prompts that have some."""
+    found: dict[str, Any] = figures(groups, rewarded)
+    if not any(references):
+        return found
+    pairs = [(e.response, given) for group, given in zip(groups, references, strict=True) for e in group if given]
+    nearest = nearness([answer for answer, _ in pairs], [given for _, given in pairs])
+    return {**found, "perplexity": perplexity(policy, prompts, references), **nearest}
+
+
+def _reward(episode: Episode) -> float:
+    return episode.reward
+
+
+def best_of_n(
+    policy: Policy, prompts: Sequence[Prompt], sampling: SamplingOptions, count: int
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """The best of `count` responses to each prompt; the figures compare it with a single sample."""
+    groups = sampling.sample(policy, prompts, count)
+    best = [[max(group, key=_reward)] for group in groups]
+    rows = [
+        {
+            "prompt": prompt.messages,
+            "response": chosen.response,
+            "reward": chosen.reward,
+            "rewards": [episode.reward for episode in group],
+            "stop_reason": chosen.stop_reason,
+        }
+        for prompt, group, (chosen,) in zip(prompts, groups, best, strict=True)
+    ]
+    return {"single": figures(groups), f"best_of_{count}": {**figures(best), "kl": best_of_kl(count)}}, rows
+
+
+def _own(policy: Policy, prompt: Prompt) -> Prompt:
+    """The same prompt in another policy's tokens."""
+    return replace(prompt, ids=policy.renderer.prompt(prompt.messages, prompt.tools))
+
+
+def _kl(policy: Policy, baseline: Policy, groups: Sequence[Sequence[Episode]], temperature: float) -> float | None:
+    if not policy.speaks_as(baseline):
+        return None
+    episodes = [episode for group in groups for episode in group]
+    heat = temperature or 1.0
+    gaps = zip(policy.logprobs(episodes, heat), baseline.logprobs(episodes, heat), strict=True)
+    return sum(a - b for a, b in gaps) / len(episodes)

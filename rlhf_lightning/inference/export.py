@@ -1,0 +1,104 @@
+"""A trained model as others want it: its adapter merged, in the dtype they ask for."""
+
+from pathlib import Path
+from typing import Any
+
+from rlhf_lightning.data.rendering_settings import RenderingSettings
+from rlhf_lightning.data.tokenizers import load_tokenizer
+from rlhf_lightning.errors import ConfigError, UserError
+from rlhf_lightning.files import hash_folder, write_json
+from rlhf_lightning.models.generation import end_token_ids
+from rlhf_lightning.models.heads import task_of
+from rlhf_lightning.models.loading import (
+    Start,
+    adapter_base,
+    check_source,
+    check_vocabulary,
+    is_adapter,
+    loading,
+    merge,
+    read_stage,
+)
+from rlhf_lightning.models.reward_model import RewardModel
+from rlhf_lightning.models.saving import save_model
+from rlhf_lightning.models.scorers import scorer_of
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def export_model(source: str, folder: Path, dtype: str | None = None) -> dict[str, Any]:
+    """Write a model without its adapter: safetensors, config, tokenizer, generation config, `stage.json`.
+
+    Args:
+        source: folder or Hub id of a model, a reward model, or an adapter of one.
+        folder: where to; it must be empty or not there.
+        dtype: of the weights; by default that of the model, or of the adapter's base. A merge is made in float32.
+
+    Returns:
+        What stands in `stage.json`.
+
+    Raises:
+        ConfigError: the source cannot be loaded, or the folder holds something.
+    """
+    import torch
+
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ConfigError(f"{folder} holds something already; name a folder that is empty or not there")
+    source = check_source(source)
+    dtype = dtype or stored_dtype(source)
+    if dtype not in DTYPES:
+        raise ConfigError(f"--dtype is {dtype!r}; one of {', '.join(DTYPES)}")
+    template = None
+    if task_of(source) == "SEQ_CLS":
+        judge = RewardModel(source)
+        tokenizer, renderer = judge.tokenizer, judge.renderer
+        model = merge(judge.model) if is_adapter(source) else judge.model
+        template = renderer.template if renderer.format == "chat" else None
+    else:
+        tokenizer = load_tokenizer(source)
+        renderer = RenderingSettings.of(source).renderer(tokenizer, end_token_ids(source, tokenizer))
+        model = Start(source).load()
+        check_vocabulary(model, tokenizer, f"the model {source}")
+    stop = (*renderer.stop_strings, *renderer.stop)
+    save_model(
+        model.to(getattr(torch, dtype)), tokenizer, folder, renderer.stop_token_ids, stop=stop, template=template
+    )
+    facts = {**_facts(source), "exported_from": str(Path(source).resolve()) if Path(source).exists() else source}
+    facts |= {"dtype": dtype, "base": None, "model_hash": hash_folder(folder)}
+    write_json(folder / "stage.json", facts)
+    return facts
+
+
+def stored_dtype(source: str) -> str:
+    """The dtype a model is saved in; of an adapter, that of its base."""
+    from transformers import AutoConfig
+
+    with loading(f"the model {source!r}"):
+        source = adapter_base(Path(source)) if is_adapter(source) else source
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+    return str(getattr(config, "dtype", None) or "float32").removeprefix("torch.")
+
+
+def _facts(source: str) -> dict[str, Any]:
+    """The source's `stage.json`; what it says of places relative to itself is made absolute."""
+    facts = dict(read_stage(source))
+    if facts.get("reference"):
+        reference = getattr(scorer_of(source), "reference", None)
+        facts["scorer"] = {**facts["scorer"], "init_args": {**facts["scorer"]["init_args"], "reference": reference}}
+        facts["reference"] = None
+    return facts
+
+
+def push(folder: Path, repository: str, public: bool = False) -> str:
+    """Upload a folder to the Hugging Face Hub; its address. Raises `UserError` where the hub refuses."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OfflineModeIsEnabled
+
+    try:
+        api = HfApi()
+        address = api.create_repo(repository, private=not public, exist_ok=True)
+        api.upload_folder(folder_path=folder, repo_id=repository)
+    except (HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OfflineModeIsEnabled, OSError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"{folder} is written, but could not be pushed to {repository}: {reason}") from error
+    return str(address)

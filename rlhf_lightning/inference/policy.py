@@ -1,0 +1,130 @@
+"""A trained policy at work outside training: it answers prompts, and tells how likely answers are."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rlhf_lightning.data.batching import pad_tokens
+from rlhf_lightning.data.conversations import conversation, tool_schemas
+from rlhf_lightning.data.prompts import Prompt, prompt_example
+from rlhf_lightning.data.records import Reading, Source, convert_rows, read_rows
+from rlhf_lightning.data.rendering import Rendered
+from rlhf_lightning.data.rendering_settings import RenderingSettings
+from rlhf_lightning.data.tokenizers import load_tokenizer
+from rlhf_lightning.errors import ConfigError
+from rlhf_lightning.models.generation import end_token_ids
+from rlhf_lightning.models.heads import task_of
+from rlhf_lightning.models.loading import check_source, check_vocabulary, disable_dropout, load_for_scoring
+from rlhf_lightning.models.lora import base_of
+from rlhf_lightning.models.token_logprobs import TokenLogprobs
+from rlhf_lightning.rollout.runner import run_episodes
+from rlhf_lightning.sampling.sampler import Sampler
+from rlhf_lightning.types import Episode
+
+
+class Policy:
+    """A causal LM folder, loaded to answer and to be scored.
+
+    Args:
+        folder: a model folder or Hub id.
+        dtype: of its weights.
+        device: where it computes; the CPU by default.
+        asked: settings in place of those that it was trained with, see `data.rendering_settings.RenderingSettings`.
+    """
+
+    def __init__(
+        self, folder: str, dtype: str = "float32", device: str = "cpu", asked: Mapping[str, Any] | None = None
+    ) -> None:
+        if task_of(check_source(folder)) == "SEQ_CLS":
+            raise ConfigError(f"{folder} is a reward model, which scores and cannot answer; name a causal model")
+        self.tokenizer = load_tokenizer(folder)
+        self.asking = RenderingSettings.of(folder, **(asked or {}))
+        self.renderer = self.asking.renderer(self.tokenizer, end_token_ids(folder, self.tokenizer))
+        self.model = load_for_scoring(folder, "CAUSAL_LM", dtype).to(device)
+        check_vocabulary(self.model, self.tokenizer, f"the model {folder}")
+        disable_dropout(self.model)
+        self.token_logprobs = TokenLogprobs(self.model)
+        self.sampled = sampling_settings(folder, self.model)
+        """`temperature`, `top_p`, `top_k` and `min_p` of its generation config, where that says them."""
+        self.context: int | None = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+
+    def prompts(self, file: Source, limit: int | None = None) -> list[Prompt]:
+        """The first prompts of a file or list, numbered; raises `DataError` with file and line."""
+        rows = read_rows(file, "prompt")[:limit]
+        prompts = convert_rows(rows, lambda data: [prompt_example(self.renderer, data)], Reading())
+        for index, prompt in enumerate(prompts):
+            prompt.index = index
+        return prompts
+
+    def answer(
+        self,
+        prompts: Sequence[Prompt],
+        max_tokens: int,
+        seed: int,
+        samples: int = 1,
+        temperature: float = 1.0,
+        **settings: Any,
+    ) -> list[Episode]:
+        """`samples` responses to each prompt, in order; a sample depends on the seed, the prompt's number, the sample.
+
+        Further `settings` are those of `Sampler`.
+        """
+        sampler = Sampler(max_tokens, temperature, **settings)
+        sampler.bind(self.model, self.renderer)
+        longest = max(prompt.tokens for prompt in prompts)
+        if sampler.context and longest + max_tokens > sampler.context:
+            raise ConfigError(
+                f"the longest prompt ({longest} tokens) and max_tokens {max_tokens} are over the model's "
+                f"{sampler.context} positions; lower max_tokens or leave long prompts out"
+            )
+        tasks = [(prompt, sample) for prompt in prompts for sample in range(samples)]
+        return run_episodes(tasks, sampler, self.renderer, (seed, 7))
+
+    def logprobs(self, episodes: Sequence[Episode], temperature: float = 1.0, batch_size: int = 64) -> list[float]:
+        """Σ log π of each episode's response, nats."""
+        return self._sums([episode.training_samples[0] for episode in episodes], temperature, batch_size)
+
+    def nll(self, rows: Sequence[Rendered], batch_size: int = 16) -> float:
+        """Mean negative log-likelihood of a trained token, nats."""
+        return -sum(self._sums(rows, 1.0, batch_size)) / sum(row.trained for row in rows)
+
+    @torch.no_grad()
+    def _sums(self, rows: Sequence[Any], temperature: float, batch_size: int) -> list[float]:
+        """Σ log π of the masked tokens of each row, nats."""
+        order = sorted(range(len(rows)), key=lambda i: len(rows[i].ids))
+        sums = [0.0] * len(rows)
+        device = next(self.model.parameters()).device
+        for start in range(0, len(rows), batch_size):
+            part = order[start : start + batch_size]
+            batch = pad_tokens([rows[i].ids for i in part], [rows[i].loss_mask for i in part], pad_id=0)
+            found = self.token_logprobs(
+                batch["input_ids"].to(device), batch["loss_mask"].to(device), temperature
+            ).logprobs.sum(-1)
+            for i, value in zip(part, found.tolist(), strict=True):
+                sums[i] = value
+        return sums
+
+    def conversations(self, file: Source, limit: int | None = None) -> list[Rendered]:
+        """The first conversations of a file, every assistant turn to be scored; raises `DataError`."""
+        rows = read_rows(file)[:limit]
+        return convert_rows(
+            rows, lambda data: self.renderer.conversation(conversation(data), tool_schemas(data)), Reading()
+        )
+
+    def speaks_as(self, other: "Policy") -> bool:
+        """Whether token ids mean the same to both."""
+        return self.tokenizer.get_vocab() == other.tokenizer.get_vocab()
+
+
+def sampling_settings(folder: str, model: Any) -> dict[str, float]:
+    """What the generation config of a folder says of sampling; that of the base where an adapter has none beside it."""
+    from transformers import GenerationConfig
+
+    file = Path(folder).expanduser() / "generation_config.json"
+    own = GenerationConfig.from_pretrained(file.parent) if file.is_file() else base_of(model).generation_config
+    if own.do_sample is False:
+        return {"temperature": 0.0}
+    names = ("temperature", "top_p", "top_k", "min_p")
+    return {name: value for name in names if (value := getattr(own, name, None)) is not None}

@@ -1,0 +1,131 @@
+"""Reference answers: how likely they are to a policy, and how near its own answers come to them."""
+
+import logging
+import math
+import unicodedata
+from collections.abc import Sequence
+from typing import Any
+
+from rlhf_lightning.data.conversations import Message, conversation, to_messages, without_prompt
+from rlhf_lightning.data.prompts import Prompt
+from rlhf_lightning.data.records import RowError
+from rlhf_lightning.errors import DataError
+from rlhf_lightning.inference.policy import Policy
+
+log = logging.getLogger(__name__)
+COLUMNS = ("completion", "response", "chosen")
+ROUGE = ("rouge1", "rouge2", "rougeL")  # not rougeLsum, whose sentence splitter is downloaded
+Reference = list[Message]
+
+
+def references_of(prompts: Sequence[Prompt], column: str | None = None) -> list[list[Reference]]:
+    """The reference answers of each prompt, as messages.
+
+    Args:
+        prompts: with the rows they were read from.
+        column: where they stand: text, messages, or a list of texts. By default a row's `completion`, `response` or
+            `chosen` beside its `prompt`, or what the assistant says at the end of its conversation.
+
+    Returns:
+        A list for each prompt; empty where its row has none.
+
+    Raises:
+        DataError: a row without `column`, or a reference that is no answer; with file and line.
+    """
+    found = []
+    for prompt in prompts:
+        try:
+            found.append(_named(prompt.row, column) if column else _own(prompt))
+        except RowError as error:
+            raise DataError(f"{prompt.where or f'prompt {prompt.index}'}: {error}") from None
+    return found
+
+
+def _named(row: dict[str, Any], column: str) -> list[Reference]:
+    value = row.get(column)
+    if value is None:
+        raise RowError(f"no {column!r} to take as reference; the row has {', '.join(map(repr, row))}")
+    texts = isinstance(value, list) and all(isinstance(item, str) for item in value)
+    return [_answer(item, column) for item in (value if texts else [value])]
+
+
+def _own(prompt: Prompt) -> list[Reference]:
+    row = prompt.row
+    if row.get("label") is not None and not row["label"]:
+        return []  # a row for KTO, of an answer that was not liked
+    if row.get("prompt") is not None:
+        name = next((name for name in COLUMNS if row.get(name) is not None), "")
+        said = row.get(name)
+    else:
+        name, said = "the last assistant turn", conversation(row)[len(prompt.messages) :]
+    try:
+        return [_answer(said, name, prompt.messages)] if said else []
+    except RowError:
+        return []  # nobody said that it is one
+
+
+def _answer(value: Any, name: str, prompt: Sequence[Message] = ()) -> Reference:
+    """What the assistant says in it, without the prompt that some data sets repeat."""
+    messages = without_prompt(to_messages(value, "assistant"), prompt)
+    if not messages or messages[0]["role"] != "assistant" or not _text(messages):
+        raise RowError(f"{name!r} is no reference answer: it must be text, or messages that begin with the assistant's")
+    return messages
+
+
+def _text(reference: Reference) -> str:
+    """A reference as an episode's response is: the last text of the assistant."""
+    spoken = [str(m.get("content") or "") for m in reference if m["role"] == "assistant"]
+    return spoken[-1].strip()
+
+
+def perplexity(policy: Policy, prompts: Sequence[Prompt], references: Sequence[Sequence[Reference]]) -> float:
+    """exp of the mean negative log-likelihood, over tokens, of reference answers after their prompts.
+
+    Those over the model's positions are left out, with a warning; NaN where none is left.
+
+    Raises:
+        DataError: the chat template refuses one; with file and line.
+    """
+    rows, long = [], 0
+    for prompt, answers in zip(prompts, references, strict=True):
+        for answer in answers:
+            try:
+                row = policy.renderer.exchange(prompt.messages, answer, prompt.tools)
+            except RowError as error:
+                raise DataError(f"{prompt.where or f'prompt {prompt.index}'}: {error}") from None
+            if policy.context and row.tokens > policy.context:
+                long += 1
+            else:
+                rows.append(row)
+    if long:
+        log.warning("perplexity leaves out %d references over the model's %d positions", long, policy.context)
+    return math.exp(policy.nll(rows)) if rows else math.nan
+
+
+def nearness(answers: Sequence[str], references: Sequence[Sequence[Reference]]) -> dict[str, float]:
+    """BLEU of the corpus and mean ROUGE F1 of answers, both in [0, 1], by torchmetrics.
+
+    BLEU is that of sacreBLEU: up to 4-grams, tokenized as `13a`, with case. ROUGE compares words in lower case; a word
+    is a run of letters, marks and digits, as in rouge-score for English; scripts without spaces are not split. Of
+    several references BLEU takes the n-grams of all, ROUGE for each figure the best one.
+
+    Args:
+        answers: one for each list of references. references: none of the lists may be empty.
+    """
+    from torchmetrics.text import ROUGEScore, SacreBLEUScore
+
+    texts = [[_text(reference) for reference in given] for given in references]
+    bleu = SacreBLEUScore(tokenize="13a")
+    bleu.update(list(answers), texts)
+    found = {"bleu": float(bleu.compute())}
+    for key in ROUGE:
+        # One by one: of several it would take for all the reference that is best by the first. And without a normalizer
+        # of ours it would leave nothing of a text that is not English.
+        rouge = ROUGEScore(rouge_keys=key, accumulate="best", normalizer=_words)
+        rouge.update(list(answers), texts)
+        found[key] = float(rouge.compute()[f"{key}_fmeasure"])
+    return found
+
+
+def _words(text: str) -> str:
+    return " ".join("".join(c if unicodedata.category(c)[0] in "LMN" else " " for c in text.lower()).split())

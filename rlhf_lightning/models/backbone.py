@@ -1,0 +1,101 @@
+"""A causal model in two parts: the decoder, which runs at every position, and the head, where logits are wanted."""
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from rlhf_lightning.models.lora import base_of
+from rlhf_lightning.models.sharding import run_unsharded
+
+log = logging.getLogger(__name__)
+FEW = 64
+"""Rows up to which a CPU computes `(W xᵀ)ᵀ` faster than `x Wᵀ`."""
+
+
+class Backbone:
+    """Decoder and head of a `…ForCausalLM`, or of peft around one.
+
+    Whether they can be run apart (with the model's logit scale or cap) is checked by numbers: `separable`.
+    """
+
+    def __init__(self, model: Any) -> None:
+        base = base_of(model)
+        self.model = model
+        self.decoder = base.get_decoder() if hasattr(base, "get_decoder") else base.base_model
+        self.lm_head = base.get_output_embeddings()
+        self.vocabulary = base.get_input_embeddings().weight.shape[0]
+        self._adjust = _logit_adjustment(base.config.get_text_config())
+        self.separable = self.decoder is not base and self.lm_head is not None and self._agree()
+        if not self.separable:
+            log.info("%s computes its logits its own way; it is run whole, at every position", type(base).__name__)
+
+    def logits(self, states: Tensor) -> Tensor:
+        """`[..., V]` from hidden states `[..., H]`."""
+        return self._adjust(self.lm_head(states))
+
+    @torch.no_grad()
+    def _agree(self) -> bool:
+        ids = torch.arange(6, device=self.lm_head.weight.device)[None] * 7919 % self.vocabulary
+        with evaluating(self.model):
+            ours = run_unsharded(self.model, lambda: self.logits(self.decoder(input_ids=ids, use_cache=False)[0]))
+            theirs = self.model(input_ids=ids, use_cache=False).logits
+        return ours.shape == theirs.shape and torch.allclose(ours.float(), theirs.float(), rtol=1e-3, atol=1e-3)
+
+
+def _logit_adjustment(config: Any) -> Any:
+    """What some models do to logits after the head: a soft cap (Gemma 2), a factor (Cohere), a divisor (Granite)."""
+    cap = getattr(config, "final_logit_softcapping", None)
+    scale = getattr(config, "logit_scale", None) or 1.0
+    divisor = getattr(config, "logits_scaling", None) or 1.0
+
+    def adjust(logits: Tensor) -> Tensor:
+        if scale != 1.0 or divisor != 1.0:
+            logits = logits * (scale / divisor)
+        return torch.tanh(logits / cap) * cap if cap else logits
+
+    return adjust
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """A model in eval mode for a while; the mode of each of its parts comes back."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+@contextmanager
+def few_rows(model: nn.Module) -> Iterator[None]:
+    """Linear layers for decoding on a CPU: a few rows at a time, where the product the other way round takes less time.
+
+    Without gradients, in full precision; elsewhere, and for more rows, everything is as it was.
+    """
+    weight = next(model.parameters())
+    full = weight.dtype in (torch.float32, torch.float64) and not torch.is_autocast_enabled(weight.device.type)
+    layers = [module for module in model.modules() if type(module) is nn.Linear and "forward" not in vars(module)]
+    layers = layers if full and weight.device.type == "cpu" else []
+    for layer in layers:
+        layer.forward = partial(_linear, layer)  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.forward
+
+
+def _linear(layer: nn.Linear, x: Tensor) -> Tensor:
+    rows = x.numel() // x.shape[-1]
+    if rows > FEW:
+        return F.linear(x, layer.weight, layer.bias)
+    out = (layer.weight @ x.reshape(rows, -1).t()).t().contiguous()
+    return (out if layer.bias is None else out + layer.bias).view(*x.shape[:-1], -1)

@@ -1,0 +1,228 @@
+"""Batches of a loader of one's own, in the form that the modules compute with: right, or refused with words.
+
+The modules take right-padded rows whose positions count from 0, and a mask of what is trained. What Hugging Face
+collators make (padding on the left, `labels` with -100, `attention_mask`, other dtypes) becomes that.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rlhf_lightning.errors import ConfigError
+
+IGNORED = -100  # what Hugging Face's labels have where nothing is trained
+_PER_TOKEN = ("loss_mask", "old_logprobs", "advantages", "reference_logprobs", "sampling_logprobs", "values", "returns")
+_NOT_USED = ("inputs_embeds", "pixel_values", "input_features", "cu_seq_lens_q", "cu_seq_lens_k", "seq_idx")
+_SAID_OTHERWISE = {
+    "loss_mask": ("completion_mask", "assistant_masks", "assistant_mask", "response_mask", "loss_scale"),
+    "weights": ("sample_weight", "sample_weights", "loss_weights"),
+    "reference_logprobs": ("ref_chosen_logps", "ref_rejected_logps", "ref_logprobs", "ref_log_prob"),
+}
+"""What other tools call the things that are read here by one name."""
+_SEE = "; docs/reuse.md says how batches are made"
+
+
+def fitted(batch: Any, tokenizer: Any, rows: int | None = None) -> Any:
+    """A batch as the modules take it; one of ours, and one that is no dict with `input_ids`, as it is.
+
+    Args:
+        tokenizer: whose padding token is looked for where there is no attention_mask. rows: of the model's embeddings.
+
+    Raises:
+        ConfigError: what would be trained on is not what the batch says.
+    """
+    if not isinstance(batch, Mapping) or "input_ids" not in batch or "denominators" in batch:
+        return batch
+    batch = dict(batch)
+    if unused := [name for name in _NOT_USED if batch.get(name) is not None]:
+        raise ConfigError(
+            f"a batch has {unused[0]}, which is not used here: one row of token ids to each example{_SEE}"
+        )
+    ids = batch["input_ids"] = _ids(batch["input_ids"], rows)
+    labels = batch.get("labels")
+    if isinstance(labels, Tensor) and labels.dim() == 2 and labels.shape == ids.shape:
+        batch["loss_mask"] = _of_labels(labels, ids, batch.get("loss_mask"))
+        del batch["labels"]
+    if "loss_mask" not in batch:
+        return batch  # the module says what it lacks
+    loss_mask = batch["loss_mask"] = _mask(batch["loss_mask"], ids)
+    for name in _PER_TOKEN:
+        shape = tuple(batch[name].shape) if isinstance(batch.get(name), Tensor) else ids.shape
+        if shape != ids.shape and not (name == "advantages" and shape == (len(ids), 1)):
+            raise ConfigError(f"a batch's {name} is {list(shape)}, its input_ids are {list(ids.shape)}{_SEE}")
+    attention = batch.pop("attention_mask", None)
+    positions = batch.pop("position_ids", None)
+    if attention is None:
+        _check_padding(ids, loss_mask, tokenizer)
+        _check_positions(positions, torch.ones_like(ids))
+    else:
+        attention = _attention(attention, ids)
+        if bool(((loss_mask != 0) & ~attention).any()):
+            raise ConfigError(f"a batch's mask is 1 where its attention_mask is 0: padding would be trained{_SEE}")
+        _check_positions(positions, attention.long())
+        _to_the_left(batch, attention)
+    _check_lengths(batch)
+    old = batch.get("old_logprobs")
+    if isinstance(old, Tensor) and bool(((old > 1e-3) & (batch["loss_mask"] != 0).to(old.device)).any()):
+        raise ConfigError(
+            f"a batch's old_logprobs go up to {float(old.max()):.4g}; log-probabilities are 0 or less{_SEE}"
+        )
+    batch["loss_mask"] = batch["loss_mask"].clone()
+    batch["loss_mask"][:, 0] = 0  # nothing stands before the first token to predict it from
+    return batch
+
+
+def refuse_other_names(batch: Any, read: Any = ()) -> None:
+    """Refuse what a batch of another loader says by a name that nothing reads, as it would be lost silently."""
+    if not isinstance(batch, Mapping) or "denominators" in batch:
+        return
+    for name, others in _SAID_OTHERWISE.items():
+        if found := [other for other in others if batch.get(other) is not None and other not in read]:
+            raise ConfigError(f"a batch has {found[0]}, which is not read: here that is {name}{_SEE}")
+
+
+def check_preferences(batch: Any, kind: str) -> None:
+    """Refuse a batch of another loader whose numbers for each example are not one for each.
+
+    Args:
+        kind: what an example is: `pairs` (the chosen rows, then the rejected), `labels` or `rankings`.
+    """
+    if not isinstance(batch, Mapping) or "denominators" in batch or not isinstance(batch.get("input_ids"), Tensor):
+        return
+    rows = len(batch["input_ids"])
+    if kind == "pairs" and rows % 2:
+        raise ConfigError(f"a batch has {rows} rows; pairs are as many chosen rows, then as many rejected ones{_SEE}")
+    wanted: dict[str, int | None] = {"weights": rows}
+    if kind == "pairs":
+        wanted = dict.fromkeys(("margin", "ties", "weights"), rows // 2)
+    elif kind == "labels":
+        wanted["labels"] = rows
+    else:
+        wanted = {"ranking": rows, "ranks": rows, "weights": None}
+    for name, count in wanted.items():
+        value = batch.get(name)
+        if value is None and name in ("labels", "ranking", "ranks"):
+            raise ConfigError(f"a batch has no {name}: one number for each of its {rows} rows{_SEE}")
+        if value is not None and (
+            not isinstance(value, Tensor) or value.dim() != 1 or len(value) != (count or len(value))
+        ):
+            shown = list(value.shape) if isinstance(value, Tensor) else f"a {type(value).__name__}"
+            raise ConfigError(f"a batch's {name} is {shown}; a tensor of one number for each example{_SEE}")
+    if kind == "labels" and not bool(((batch["labels"] == 0) | (batch["labels"] == 1)).all()):
+        raise ConfigError(f"a batch's labels have values other than 0 (undesirable) and 1 (desirable){_SEE}")
+    if kind == "rankings":
+        steps = batch["ranking"].diff()
+        if int(batch["ranking"][0]) != 0 or not bool(((steps == 0) | (steps == 1)).all()):
+            raise ConfigError(f"a batch's ranking must count its examples from 0, the rows of each together{_SEE}")
+
+
+def _ids(ids: Any, rows: int | None) -> Tensor:
+    if not isinstance(ids, Tensor) or ids.dim() != 2 or ids.is_floating_point() or ids.dtype == torch.bool:
+        shown = f"{list(ids.shape)} of {ids.dtype}" if isinstance(ids, Tensor) else type(ids).__name__
+        raise ConfigError(f"a batch's input_ids are {shown}; token ids [B, T], integers{_SEE}")
+    if not len(ids):
+        raise ConfigError(f"a batch has no rows{_SEE}")
+    ids = ids.long()
+    if ids.numel() and (int(ids.min()) < 0 or (rows is not None and int(ids.max()) >= rows)):
+        raise ConfigError(
+            f"a batch's input_ids go from {int(ids.min())} to {int(ids.max())}, and the model embeds {rows} tokens"
+        )
+    return ids
+
+
+def _of_labels(labels: Tensor, ids: Tensor, loss_mask: Any) -> Tensor:
+    """The mask that Hugging Face's labels stand for: those of the tokens themselves, not shifted."""
+    trained = labels != IGNORED
+    if bool((labels.long() != ids)[trained].any()):
+        raise ConfigError(
+            f"a batch's labels are other tokens than its input_ids where they are not {IGNORED}; labels are those of "
+            f"the same places (each is predicted from the tokens before it), not shifted by one{_SEE}"
+        )
+    if loss_mask is not None and not (
+        isinstance(loss_mask, Tensor)
+        and loss_mask.shape == trained.shape
+        and torch.equal((loss_mask != 0)[:, 1:].cpu(), trained[:, 1:].cpu())
+    ):
+        raise ConfigError(f"a batch has labels and a mask which say different things; leave one out{_SEE}")
+    return trained
+
+
+def _shaped(name: str, value: Any, ids: Tensor) -> Tensor:
+    """A tensor with a number for each token; raises `ConfigError`."""
+    if not isinstance(value, Tensor) or value.shape != ids.shape:
+        shown = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
+        raise ConfigError(f"a batch's {name} is {shown}, its input_ids are {list(ids.shape)}{_SEE}")
+    return value
+
+
+def _mask(loss_mask: Any, ids: Tensor) -> Tensor:
+    loss_mask = _shaped("loss_mask", loss_mask, ids)
+    wide = loss_mask if loss_mask.dtype == torch.float64 else loss_mask.float()
+    if not bool(((wide == 0) | (wide == 1)).all()):
+        raise ConfigError(f"a batch's mask has values other than 0 and 1: it says which tokens are trained{_SEE}")
+    return wide
+
+
+def _attention(attention: Any, ids: Tensor) -> Tensor:
+    """Where there are tokens, `[B, T]`: in one piece, with padding on either side."""
+    attention = _shaped("attention_mask", attention, ids)
+    there = attention != 0
+    begins = there & ~torch.nn.functional.pad(there, (1, 0))[:, :-1]
+    if bool((begins.sum(-1) > 1).any()) or not bool(((attention == 0) | (attention == 1)).all()):
+        raise ConfigError(
+            "a batch's attention_mask has gaps, or numbers other than 0 and 1 (several packed rows?); one row to each "
+            f"example, with padding before or after it: the modules pack rows themselves{_SEE}"
+        )
+    return there
+
+
+def _to_the_left(batch: dict[str, Any], there: Tensor) -> None:
+    """Padding on the left goes to the right, in everything that has a number for each token."""
+    first, width = there.int().argmax(-1, keepdim=True), there.shape[1]
+    if not bool(first.any()):
+        return
+    columns = (torch.arange(width, device=there.device) + first) % width
+    for name in ("input_ids", *_PER_TOKEN):
+        if isinstance(batch.get(name), Tensor) and batch[name].shape == there.shape:
+            batch[name] = batch[name].gather(1, columns.to(batch[name].device))
+
+
+def _check_padding(ids: Tensor, loss_mask: Tensor, tokenizer: Any) -> None:
+    """Without an attention_mask: no padding before a row, and none that is trained after it."""
+    pad = getattr(tokenizer, "pad_token_id", None)
+    if pad is None or not ids.numel():
+        return
+    # One such token may begin a text, where it is the bos_token too, or ends the text before where there is none.
+    few = 2 if pad == tokenizer.bos_token_id or (pad == tokenizer.eos_token_id and not tokenizer.bos_token) else 1
+    begins = (ids[:, :few] == pad).all(-1) & (loss_mask != 0).any(-1)  # a row that is none may be padding throughout
+    if ids.shape[1] > few and bool(begins.any()):
+        raise ConfigError(f"a batch's rows begin with padding, and it has no attention_mask to tell by; add it{_SEE}")
+    padded = (ids == pad).flip(1).long().cumprod(1).flip(1)  # the padding after each row
+    trained = (padded * (loss_mask != 0)).sum(-1)
+    if bool((trained > (1 if pad == tokenizer.eos_token_id else 0)).any()):
+        raise ConfigError(f"a batch's mask is 1 on the padding after its rows: that would be trained{_SEE}")
+
+
+def _check_positions(positions: Any, there: Tensor) -> None:
+    if positions is None:
+        return
+    wanted = there.cumsum(-1) - 1
+    same = isinstance(positions, Tensor) and positions.shape[-2:] == there.shape
+    if not same or bool((positions.to(wanted.device) != wanted)[..., there.bool()].any()):
+        raise ConfigError(
+            "a batch's position_ids do not count each row's tokens from 0 (several packed rows?); one row to each "
+            f"example: the modules pack rows themselves{_SEE}"
+        )
+
+
+def _check_lengths(batch: dict[str, Any]) -> None:
+    lengths, loss_mask = batch.get("lengths"), batch["loss_mask"]
+    if lengths is None:
+        return
+    places = torch.arange(1, loss_mask.shape[1] + 1, device=loss_mask.device)
+    ends = (places * (loss_mask != 0)).amax(-1)
+    if lengths.shape != ends.shape or bool((lengths.to(ends.device) < ends).any()) or int(lengths.max()) > len(places):
+        raise ConfigError(f"a batch's lengths do not reach to the end of its mask, or beyond its rows{_SEE}")
+    batch["lengths"] = lengths.long()

@@ -1,0 +1,150 @@
+"""What a module says where it is used in a way that Lightning or torch would answer without saying what to do."""
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+from torch import nn
+
+from rlhf_lightning.data.base import RowDataModule
+from rlhf_lightning.errors import ConfigError, check_object, check_whole
+
+log = logging.getLogger(__name__)
+DATA = {"sft": "SFTDataModule", "preference": "PreferenceDataModule", "policy": "PromptDataModule"}
+ABSENT = {
+    "generate": "trainer.predict(module, data) answers the rows of data.predict; rlhf generate the saved model folder",
+    "push_to_hub": "module.save_pretrained(FOLDER), then rlhf export FOLDER DIR --push ID",
+    "score": "a PreferenceModule scores",
+    "token_logprobs": "the model is loaded by trainer.fit, or by module.configure_model()",
+    "scorer": "a PreferenceModule has one",
+}
+"""What is looked for on a module, and where it is."""
+
+
+class CheckedModule(pl.LightningModule):
+    """A LightningModule whose refusals say what to do."""
+
+    stage_kind = ""
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError as error:
+            if name in ABSENT:
+                raise AttributeError(f"{error}: {ABSENT[name]}") from None
+            raise
+
+    def train_dataloader(self) -> Any:
+        """Refuses a `fit` without data."""
+        raise self._no_data("fit", "train")
+
+    def test_dataloader(self) -> Any:
+        """Refuses a `test` without data."""
+        raise self._no_data("test", "test")
+
+    def predict_dataloader(self) -> Any:
+        """Refuses a `predict` without data."""
+        raise self._no_data("predict", "predict")
+
+    def _no_data(self, command: str, source: str) -> ConfigError:
+        data = DATA.get(self.stage_kind, "a data module")
+        return ConfigError(
+            f"trainer.{command} has no data: trainer.{command}(module, {data}({source}=…)), or a DataLoader"
+        )
+
+    @classmethod
+    def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """As Lightning's, with the settings that the module was made with: a checkpoint holds what was trained only.
+
+        Example:
+            SFTModule.load_from_checkpoint("runs/sft/checkpoints/step=10.ckpt", model="Qwen/Qwen3-0.6B", lora=LoRA(8))
+        """
+        name = f"{cls.__name__}.load_from_checkpoint"
+        place = Path(str(checkpoint_path))
+        if "://" not in str(checkpoint_path) and not place.exists():
+            raise ConfigError(f"{name}: {place}: no such file (seen from {Path.cwd()})")
+        if any((place / file).exists() for file in ("config.json", "adapter_config.json")):
+            raise ConfigError(f"{name}: {place} is a model folder; start from it: {cls.__name__}({str(place)!r})")
+        try:
+            return super().load_from_checkpoint(checkpoint_path, *args, **kwargs)
+        except TypeError as error:
+            if "missing" not in str(error) or "'model'" not in str(error):
+                raise
+        raise ConfigError(
+            f"{name} needs model=… and what else the module was made with (lora=…, scorer=…): the checkpoint holds the "
+            "weights that were trained, not the settings, nor weights that were frozen. To use a trained model, load "
+            f"the model folder of its stage: {cls.__name__}('runs/NAME/model')"
+        )
+
+    def check_trainer(self, stage: str) -> None:
+        """Refuse data of another stage, and settings of the Trainer that would fail later; raises `ConfigError`."""
+        data = getattr(self.trainer, "datamodule", None)
+        wanted = DATA.get(self.stage_kind)
+        kind = getattr(data, "stage_kind", "")
+        if stage == "fit" and wanted and isinstance(data, RowDataModule) and kind and kind != self.stage_kind:
+            raise ConfigError(f"{type(data).__name__} has data of another stage: {type(self).__name__} takes {wanted}")
+        if stage == "fit" and (every := self.trainer.val_check_interval) is not None and _not_positive(every):
+            raise ConfigError(
+                f"trainer.val_check_interval is {every}; a part of the epoch up to 1.0, or a number of batches. To "
+                "leave validation out set trainer.limit_val_batches: 0"
+            )
+
+    def warn_unseen_validation(self) -> None:
+        """Say so where rows of validation were given and the run ended before they were looked at."""
+        trainer: Any = self.trainer
+        held_out = "validation" in getattr(getattr(trainer, "datamodule", None), "prepared", {})
+        looked = trainer.fit_loop.epoch_loop.val_loop.batch_progress.total.completed
+        if (
+            held_out
+            and not looked
+            and trainer.limit_val_batches
+            and trainer.is_global_zero
+            and not trainer.fast_dev_run
+        ):
+            log.warning(
+                "data.validation was never looked at: the run ended before. Validation follows each epoch; set "
+                "trainer.val_check_interval to a number of batches, or trainer.check_val_every_n_epoch lower"
+            )
+
+
+def _not_positive(every: Any) -> bool:
+    return isinstance(every, int | float) and every <= 0
+
+
+def check_arguments(model: Any, **given: Any) -> None:
+    """Refuse arguments of a module that are of no use there, by name; raises `ConfigError`."""
+    if not isinstance(model, str | Path | nn.Module) or not str(model):
+        got = f"the class {model.__name__}" if isinstance(model, type) else repr(model)
+        raise ConfigError(f"model.model is {got}; a folder, a Hub id, or a model that is loaded")
+    if isinstance(model, nn.Module) and not hasattr(model, "get_input_embeddings"):
+        raise ConfigError(f"model.model is a {type(model).__name__}, and no model of transformers")
+    check_object("model.lora", given["lora"], "LoRA(rank=16)")
+    if type(given["lora"]).__name__ == "LoraConfig":
+        raise ConfigError("model.lora is peft's LoraConfig; pass rlhf_lightning.models.lora.LoRA(rank, alpha)")
+    for name, example in (
+        ("optimizer", "lambda parameters: torch.optim.AdamW(parameters, lr=1e-5)"),
+        ("lr_scheduler", "lambda optimizer: Warmup(optimizer, warmup_steps=10)"),
+    ):
+        if given[name] is not None and not callable(given[name]):
+            shown = repr(given[name]).partition("\n")[0]
+            raise ConfigError(f"model.{name} is {shown}; it must be a function that makes one, for example {example}")
+    if not isinstance(options := given["model_options"] or {}, Mapping):
+        raise ConfigError(f"model.model_options is {options!r}; a mapping of from_pretrained's arguments")
+    for name in ("dtype", "torch_dtype"):
+        if name in options:
+            raise ConfigError(f"model.model_options: {name} is a setting of its own: model.dtype: {options[name]}")
+    for name in ("num_labels", "id2label", "label2id"):
+        if name in options and options[name] != 1:
+            raise ConfigError(f"model.model_options: {name}: a preference model has one score; leave it out")
+    if isinstance(options.get("device_map"), str):
+        raise ConfigError("model.model_options: device_map: the Trainer places the model (trainer.devices, strategy)")
+    if given["max_tokens_per_batch"] is not None:
+        check_whole("model.max_tokens_per_batch", given["max_tokens_per_batch"])
+
+
+def check_parts(**parts: tuple[Any, str]) -> None:
+    """Refuse names, numbers and classes as parts of a module; each with an example. Raises `ConfigError`."""
+    for name, (value, example) in parts.items():
+        check_object(f"model.{name}", value, example)

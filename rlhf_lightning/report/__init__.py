@@ -1,0 +1,63 @@
+"""`report.html`: one self-contained page about a run."""
+
+import logging
+from pathlib import Path
+
+from rlhf_lightning.files import replace_text
+from rlhf_lightning.report import sections
+from rlhf_lightning.report.html import Html, el, text
+from rlhf_lightning.report.read import Run, read_run
+
+log = logging.getLogger(__name__)
+STYLE = (Path(__file__).parent / "style.css").read_text(encoding="utf-8")
+# Nothing is loaded and nothing is run, whatever an answer of a model holds.
+POLICY = "default-src 'none'; style-src 'unsafe-inline'"
+
+
+def write_report(root: str | Path, output: str | Path | None = None) -> Path:
+    """Write the report of a pipeline's or a stage's folder; the path it stands at.
+
+    Args:
+        root: the folder. output: `report.html` in the folder by default.
+
+    Raises:
+        UserError: the folder holds no run.
+    """
+    path = Path(output) if output else Path(root) / "report.html"
+    page = render(read_run(Path(root)))
+    replace_text(path, page)
+    return path
+
+
+def report_after_stage(root: Path) -> None:
+    """Write the report of a run that goes on, or is done, whatever becomes of its report."""
+    try:
+        log.info("report: %s", write_report(root))
+    except Exception:
+        # The stage is done and its model is there: neither its exit code nor the pipeline may depend on this page.
+        log.exception("%s: the report could not be written; `rlhf report` tries again", root)
+
+
+def render(run: Run) -> str:
+    """The page."""
+    single = len(run.stages) == 1
+    body = [
+        el("h1", run.name),
+        el("p", "a stage" if single else f"a run of {len(run.stages)} stages", f" in {run.root}", class_="lead"),
+        sections.overview(run),
+        sections.warnings(run),
+        sections.held_out(run),
+        *(sections.stage_section(stage) for stage in reversed(run.stages)),
+        sections.lineage(run),
+        sections.what_was_run(run),
+    ]
+    head = (
+        '<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
+        f'<meta http-equiv="Content-Security-Policy" content="{text(POLICY)}">'
+        '<meta name="color-scheme" content="light dark"><link rel="icon" href="data:,">'
+        f"<title>{text(run.name)}: report</title><style>{STYLE}</style>"
+    )
+    return f'<!doctype html>\n<html lang="en"><head>{head}</head>\n{el("body", el("main", *body))}</html>\n'
+
+
+__all__ = ["Html", "render", "report_after_stage", "write_report"]

@@ -1,0 +1,195 @@
+"""What a run has left in its folder, read for its report."""
+
+import csv
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from rlhf_lightning.errors import ConfigError, UserError
+from rlhf_lightning.files import read_table
+from rlhf_lightning.report.records import (
+    FACTS,
+    PREFERENCE,
+    SAMPLE,
+    SUMMARY,
+    check_shape,
+    is_there,
+    read_manifest,
+    read_record,
+)
+
+Points = list[tuple[float, float]]
+COMPARED = 6
+
+
+@dataclass
+class Samples:
+    """What `samples.jsonl` shows of a run: the rewards of its first and last round, and answers before and after."""
+
+    first: list[dict[str, Any]] = field(default_factory=list)
+    last: list[dict[str, Any]] = field(default_factory=list)
+    repeated: list[tuple[dict[str, Any], dict[str, Any]]] = field(default_factory=list)
+    """The earliest and the latest answer to prompts that were asked in several rounds, the most distant first."""
+
+
+@dataclass
+class StageRun:
+    """A stage's folder. What it does not hold (yet) is empty."""
+
+    name: str
+    folder: Path
+    entry: dict[str, Any] = field(default_factory=dict)
+    """Of the manifest, if a pipeline ran it."""
+    facts: dict[str, Any] = field(default_factory=dict)
+    config: str = ""
+    metrics: dict[str, Points] = field(default_factory=dict)
+    """By name: (step, value)."""
+    warnings: list[dict[str, Any]] = field(default_factory=list)
+    preference: dict[str, Any] = field(default_factory=dict)
+    samples: Samples = field(default_factory=Samples)
+
+    @property
+    def kind(self) -> str:
+        """sft, preference or policy."""
+        return str(self.entry.get("kind") or self.facts.get("kind") or _kind(self.metrics))
+
+    @property
+    def status(self) -> str:
+        """As in the manifest; of a stage alone, whether it is finished."""
+        return str(self.entry.get("status") or ("finished" if self.facts else "not finished"))
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Its `config.yaml`."""
+        return yaml.safe_load(self.config) or {}
+
+
+@dataclass
+class Run:
+    """A pipeline's folder, or that of a single stage."""
+
+    name: str
+    root: Path
+    stages: list[StageRun]
+    plan: str = ""
+    summary: dict[str, Any] = field(default_factory=dict)
+    """Of the quickstart: figures and answers of base, SFT and policy."""
+
+
+def read_run(root: Path) -> Run:
+    """Read a folder; raises `UserError` where it holds no run."""
+    manifest = read_manifest(root / "manifest.json")
+    if manifest:
+        stages = [read_stage(root / name, name, entry) for name, entry in (manifest.get("stages") or {}).items()]
+        name = str(manifest.get("name") or root.name)
+        return Run(name, root, stages, _text(root / "pipeline.yaml"), read_record(root / "summary.json", SUMMARY))
+    if any((root / name).exists() for name in ("stage.json", "metrics.csv", "config.yaml")):
+        return Run(root.resolve().name, root, [read_stage(root, root.resolve().name)])
+    what = "holds no run (no manifest.json, stage.json or metrics.csv)" if root.is_dir() else "no such folder"
+    raise UserError(f"{root}: {what}. Name the folder of a pipeline or of a stage, for example runs/quickstart")
+
+
+def read_stage(folder: Path, name: str, entry: dict[str, Any] | None = None) -> StageRun:
+    """Read a stage's folder."""
+    return StageRun(
+        name,
+        folder,
+        entry or {},
+        read_record(folder / "stage.json", FACTS),
+        _config(folder / "config.yaml"),
+        read_metrics(folder / "metrics.csv"),
+        [row for _, row in _located(folder / "warnings.jsonl", {})],
+        read_record(folder / "preference_report.json", PREFERENCE),
+        read_samples(folder / "samples.jsonl"),
+    )
+
+
+def read_metrics(path: Path) -> dict[str, Points]:
+    """The columns of `metrics.csv` by name, each as (step, value)."""
+    found: dict[str, Points] = {}
+    if not is_there(path):
+        return found
+    try:
+        with open(path, newline="", encoding="utf-8") as stream:
+            for row in read_table(stream):
+                step = row.get("step") or ""
+                if not step.isdecimal():
+                    continue  # a line that was being written when the run was stopped
+                for name, value in row.items():
+                    if value and name not in ("step", "epoch"):
+                        found.setdefault(name, []).append((float(step), float(value)))
+    except (OSError, ValueError, csv.Error) as error:
+        raise ConfigError(f"{path}: cannot be read as a table of numbers ({error}); restore the file") from None
+    return found
+
+
+def read_samples(path: Path) -> Samples:
+    """One pass over the file keeps no more than the first and last round, and where each prompt stood."""
+    found = Samples()
+    places: dict[int, list[tuple[int, int]]] = {}
+    for offset, row in _located(path, SAMPLE):
+        number = int(row["step"])  # a round's own
+        if not found.first or found.first[0]["step"] == number:
+            found.first.append(row)
+        if found.last and found.last[0]["step"] != number:
+            found.last = []
+        found.last.append(row)
+        place = places.setdefault(hash(json.dumps(row["prompt"], sort_keys=True)), [])
+        if not place or place[-1][0] != number:
+            # The first answer of a round, in the first and the latest round of the prompt.
+            place[1:] = [(number, offset)]
+    if found.first and found.first[0]["step"] == found.last[0]["step"]:
+        found.last = []
+    distant = sorted((p for p in places.values() if len(p) > 1), key=lambda p: (p[0][0] - p[1][0], p[0][1]))[:COMPARED]
+    found.repeated = [(_at(path, before[1]), _at(path, after[1])) for before, after in distant]
+    return found
+
+
+def _located(path: Path, shape: Any) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Whole lines with where they begin; one that was being written when the run was stopped is left out."""
+    if not is_there(path):
+        return
+    offset = 0
+    with open(path, "rb") as stream:
+        for number, line in enumerate(stream, 1):
+            if line.endswith(b"\n") and line.strip():
+                try:
+                    row = json.loads(line)
+                except (ValueError, RecursionError) as error:
+                    raise ConfigError(f"{path}:{number}: cannot be read as JSON ({error}); restore the file") from None
+                check_shape(row, shape, f"{path}:{number}")
+                yield offset, row
+            offset += len(line)
+
+
+def _at(path: Path, offset: int) -> dict[str, Any]:
+    with open(path, "rb") as stream:
+        stream.seek(offset)
+        return dict(json.loads(stream.readline()))
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8") if is_there(path) else ""
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path}: cannot be read ({error}); restore the file") from None
+
+
+def _config(path: Path) -> str:
+    text = _text(path)
+    try:
+        settings = yaml.safe_load(text) or {}
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
+        raise ConfigError(f"{path}: cannot be read as YAML ({' '.join(str(error).split())[:200]})") from None
+    if not isinstance(settings, dict) or not isinstance(settings.get("data") or {}, dict):
+        raise ConfigError(f"{path}: holds no settings of a stage; restore the file")
+    return text
+
+
+def _kind(metrics: dict[str, Points]) -> str:
+    marks = {"train/nll": "sft", "train/accuracy": "preference", "train/margin": "preference", "train/reward": "policy"}
+    return next((kind for name, kind in marks.items() if name in metrics), "stage")

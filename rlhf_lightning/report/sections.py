@@ -1,0 +1,279 @@
+"""The sections of a report, each from what was read of a run."""
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from rlhf_lightning.files import duration
+from rlhf_lightning.report import charts
+from rlhf_lightning.report.html import Html, details, el, join, number, table
+from rlhf_lightning.report.read import Points, Run, StageRun
+
+# Title, and names of metrics; what a stage did not log is left out.
+CURVES: dict[str, list[tuple[str, list[str]]]] = {
+    "sft": [
+        ("negative log-likelihood, nats a token", ["train/nll", "val/nll"]),
+        ("bits a byte", ["val/bits_per_byte"]),
+    ],
+    "preference": [
+        ("pair accuracy", ["train/accuracy", "val/accuracy", "val/accuracy_longer_wins"]),
+        ("loss", ["train/loss", "val/loss"]),
+        ("margin", ["train/margin", "val/margin"]),
+        ("scores", ["train/chosen_score", "train/rejected_score", "train/desirable_score", "train/undesirable_score"]),
+        ("KL to the reference, nats", ["train/kl", "val/kl"]),
+        ("calibration error and Brier score", ["val/ece", "val/brier"]),
+    ],
+    "policy": [
+        ("reward", ["train/reward", "val/reward_sampled", "val/reward_greedy"]),
+        ("gold reward", ["train/reward_gold"]),
+        ("KL to the reference, nats a response", ["train/kl", "val/kl"]),
+        ("entropy, nats a token", ["train/entropy"]),
+        ("response tokens", ["train/response_tokens", "val/response_tokens"]),
+        ("part of responses cut off", ["train/truncated", "val/truncated"]),
+        ("clip fraction", ["train/clip_fraction"]),
+        ("groups without signal", ["train/zero_variance_groups"]),
+    ],
+}
+HEADLINES = {
+    "sft": {"val/nll": "held-out NLL", "train/nll": "NLL of the last step"},
+    "preference": {"val/accuracy": "held-out pair accuracy", "train/accuracy": "pair accuracy of the last step"},
+    "policy": {"train/reward": "reward of the last round", "train/kl": "KL", "train/truncated": "cut off"},
+}
+TILES = {
+    "sft": {"val/nll": "held-out NLL, nats a token"},
+    "preference": {"val/accuracy": "held-out pair accuracy"},
+    "policy": {"train/reward": "reward", "train/kl": "KL, nats a response", "train/response_tokens": "response tokens"},
+}
+QUICKSTART = {
+    "gold_reward": "gold reward",
+    "reward_model_score": "reward model",
+    "kl": "KL to SFT (nats)",
+    "response_tokens": "tokens",
+    "truncated_fraction": "cut off",
+}
+
+
+def overview(run: Run) -> Html:
+    """The stages with their result, and of a quickstart its table."""
+    rows = []
+    for stage in run.stages:
+        metrics = {**stage.facts.get("metrics", {}), **stage.entry.get("metrics", {})}
+        titles = HEADLINES.get(stage.kind, {}).items()
+        found = [f"{title} {number(metrics[name])}" for name, title in titles if name in metrics]
+        seconds = stage.entry.get("seconds", stage.facts.get("seconds"))
+        link = el("a", stage.name, href=f"#{anchor(stage)}")
+        steps = number(stage.facts.get("steps"))
+        rows.append([link, stage.kind, stage.status, steps, duration(seconds), ", ".join(found)])
+    parts = [table(["stage", "kind", "status", "steps", "time", "result"], rows, "stack")]
+    models = {name: run.summary[name] for name in ("base", "sft", "policy") if name in run.summary}
+    if models:
+        body = [[name, *(number(figures.get(key)) for key in QUICKSTART)] for name, figures in models.items()]
+        parts += [el("h3", "Held-out prompts, sampled at temperature 1"), table(["", *QUICKSTART.values()], body)]
+    return el("section", el("h2", "Overview"), tiles(run), *parts)
+
+
+def tiles(run: Run) -> Html | None:
+    """The few figures to look at first, large."""
+    found: list[Html] = []
+    for stage in run.stages:
+        for name, title in TILES.get(stage.kind, {}).items():
+            if points := charts.finite(stage.metrics.get(name, [])):
+                found.append(_tile(charts.change([value for _, value in points], 3), title, stage.name))
+    gold = [run.summary.get(name, {}).get("gold_reward") for name in ("sft", "policy")]
+    if None not in gold:
+        found.append(_tile(charts.change(gold, 2), "gold reward, held out", "sft, policy"))
+    return el("div", *found, class_="tiles") if found else None
+
+
+def _tile(value: str, title: str, stage: str) -> Html:
+    return el("div", el("b", value), el("span", title), el("small", stage), class_="tile")
+
+
+def warnings(run: Run) -> Html:
+    """What the diagnostics found, and what does not fit together."""
+    rows = [row for stage in run.stages for row in _warnings(run, stage)]
+    body = table(["stage", "step", "what", "message"], rows, "stack warnings") if rows else el("p", "None was raised.")
+    return el("section", el("h2", f"Warnings ({len(rows)})" if rows else "Warnings"), body)
+
+
+def _warnings(run: Run, stage: StageRun) -> list[list[str]]:
+    found = [(number(row.get("step")), str(row.get("name")), str(row.get("message"))) for row in stage.warnings]
+    if stopped := stage.facts.get("stopped"):
+        found.append(("–", "stopped", str(stopped)))
+    if stage.status == "failed":
+        found.append(("–", "failed", f"exit code {stage.entry.get('exit_code')}; see {run.root / 'logs' / 'run.log'}"))
+    if problem := _broken(run, stage):
+        found.append(("–", "lineage", problem))
+    return [[stage.name, *row] for row in found]
+
+
+def _broken(run: Run, stage: StageRun) -> str:
+    """Where a stage was made from another model than the one that now stands in its parent's folder."""
+    parent = stage.facts.get("parent") or {}
+    now = {other.name: other.facts.get("model_hash") for other in run.stages}.get(str(parent.get("stage")))
+    if now and now != parent.get("hash"):
+        return f"{parent['stage']} has been run anew since this stage was made from it"
+    return ""
+
+
+def stage_section(stage: StageRun) -> Html:
+    """Curves, calibration, distributions and samples of a stage."""
+    known = CURVES.get(stage.kind, [])
+    picked = {title: _picked(stage, names) for title, names in known}
+    # A line that never moves says no more than its number.
+    still = {title: given for title, given in picked.items() if given and all(map(charts.constant, given.values()))}
+    main = [charts.curves(title, given) for title, given in picked.items() if title not in still]
+    special = _policy(stage) if stage.kind == "policy" else _preference(stage)
+    shown = {name for _, names in known for name in names}
+    rest = [charts.curves(name, {name: points}) for name, points in sorted(stage.metrics.items()) if name not in shown]
+    body: list[Html] = [grid([*special, *main])]
+    if not stage.metrics:
+        body = [el("p", "No metrics.csv: the stage has not logged yet, or logs elsewhere (trainer.logger).")]
+    if still:
+        told = [f"{title} {number(next(iter(given.values()))[0][1])}" for title, given in still.items()]
+        body.append(el("p", f"The same at every step: {', '.join(told)}."))
+    if others := [chart for chart in rest if chart is not None]:
+        body.append(details(f"{len(others)} further curves", grid(others)))
+    title = stage.name if stage.name == stage.kind else f"{stage.name} ({stage.kind})"
+    return el("section", el("h2", title), *body, *samples(stage), id=anchor(stage))
+
+
+def _picked(stage: StageRun, names: Sequence[str]) -> dict[str, Points]:
+    return {name: stage.metrics[name] for name in names if name in stage.metrics}
+
+
+def _policy(stage: StageRun) -> list[Html | None]:
+    kl = dict(stage.metrics.get("train/kl", []))
+    found = []
+    for name, title in (("train/reward", "reward"), ("train/reward_gold", "gold reward")):
+        points = [(kl[step], value) for step, value in stage.metrics.get(name, []) if step in kl]
+        note = "Each dot is a round, later ones darker; the line is the running mean."
+        found.append(charts.path_chart(f"{title} against KL", points, "KL, nats a response", title, note))
+    first, last = stage.samples.first, stage.samples.last
+    rounds = {f"step {part[0]['step']}": [row["reward"] for row in part] for part in (first, last) if part}
+    return [*found, charts.distribution("rewards, first and last round", rounds, "reward")]
+
+
+def _preference(stage: StageRun) -> list[Html | None]:
+    report = stage.preference
+    numbers = report.get("numbers", {})
+    given = [f"{name} {number(numbers[key])}" for key, name in (("ece", "ECE"), ("brier", "Brier")) if key in numbers]
+    note = f"{', '.join(given)}. On the dashed line confidence is right; below it, too high." if given else ""
+    parts = {
+        key.removeprefix("accuracy_").replace("_", " "): value
+        for key, value in numbers.items()
+        if key.startswith("accuracy_")
+    }
+    rows = [[name, number(value)] for name, value in parts.items()]
+    listed = el("figure", el("h4", "accuracy by parts of the pairs"), table(["pairs", "accuracy"], rows))
+    chart = charts.calibration("calibration on held-out pairs", report.get("reliability") or [], note)
+    return [chart, listed if parts else None]
+
+
+def samples(stage: StageRun) -> list[Html]:
+    """Answers before and after: to equal prompts where there are such, else the first round's and the last's."""
+    found = stage.samples
+    if found.repeated:
+        rows = [[asked(b["prompt"]), answer(b), answer(a)] for b, a in found.repeated]
+        head = ["prompt", "earlier", "later"]
+        return [el("h3", "Answers to prompts that came again"), table(head, rows, "stack answers")]
+    if not found.last:
+        return []
+    rows = [
+        [asked(b["prompt"]), answer(b), asked(a["prompt"]), answer(a)]
+        for b, a in zip(spread(found.first), spread(found.last), strict=False)
+    ]
+    head = ["prompt", "first round", "prompt", "last round"]
+    title = "Answers of the first and of the last round, worst, median and best (no prompt came twice)"
+    return [el("h3", title), table(head, rows, "stack answers")]
+
+
+def spread(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The worst, the median and the best by reward."""
+    ordered = sorted(rows, key=lambda row: row["reward"])
+    return [ordered[i] for i in sorted({0, len(ordered) // 2, len(ordered) - 1})]
+
+
+def asked(prompt: Any) -> Html:
+    """A prompt's messages; the role is said where there are several."""
+    messages = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
+    lines = [m["content"] if isinstance(m["content"], str) else json.dumps(m["content"]) for m in messages]
+    named = [f"{m['role']}: {line}" for m, line in zip(messages, lines, strict=True)] if len(messages) > 1 else lines
+    return el("div", "\n".join(named), class_="text")
+
+
+def answer(row: dict[str, Any]) -> Html:
+    """A response, with its step and reward."""
+    small = [f"step {row['step']}", f"reward {number(row['reward'])}", f"{row['response_tokens']} tokens"]
+    small.append(str(row["stop_reason"]))
+    return Html(el("div", row["response"], class_="text") + el("small", " · ".join(small)))
+
+
+def held_out(run: Run) -> Html | None:
+    """The quickstart's answers of SFT and policy side by side."""
+    found = run.summary.get("samples") or []
+    rows = [[el("div", row[name], class_="text") for name in ("prompt", "sft", "policy")] for row in found]
+    if not rows:
+        return None
+    title = "Answers to held-out prompts, before and after RL"
+    return el("section", el("h2", title), table(["prompt", "SFT", "RL"], rows, "stack answers"))
+
+
+# -- what was run -----------------------------------------------------------------------------------------------------
+
+
+def lineage(run: Run) -> Html:
+    """From which model each folder was made, with hashes."""
+    names = {str(stage.folder / "model"): stage.name for stage in run.stages}
+    rows = []
+    for stage in run.stages:
+        parent = stage.facts.get("parent") or {}
+        start = str(stage.facts.get("start") or "–")
+        handed = stage.entry.get("inputs", {})
+        source = parent.get("stage") or names.get(start, start)
+        further = [f"{key} {str(handed[key])[:12]}" for key in ("reward", "critic") if handed.get(key)]
+        rows.append(
+            [
+                stage.name,
+                el("span", source, el("small", f" {str(parent.get('hash') or handed.get('start') or '')[:12]}")),
+                ", ".join(further) or "–",
+                str(stage.folder / "model"),
+                str(stage.facts.get("model_hash") or "–")[:12],
+            ]
+        )
+    head = ["stage", "made from", "with", "model folder", "SHA-256"]
+    return el("section", el("h2", "Lineage"), table(head, rows, "stack paths"))
+
+
+def what_was_run(run: Run) -> Html:
+    """Data, versions and the whole configuration."""
+    rows = []
+    for stage in run.stages:
+        sources = stage.settings.get("data") or {}
+        for name, digest in (stage.facts.get("data") or {}).items():
+            rows.append([stage.name, name, json.dumps(sources.get(name)) if sources.get(name) else "–", digest[:12]])
+    given = [stage.facts["versions"] for stage in run.stages if stage.facts.get("versions")]
+    versions = {json.dumps(each, sort_keys=True) for each in given}
+    listed = [el("p", ", ".join(f"{k} {v}" for k, v in json.loads(text).items())) for text in sorted(versions)]
+    configs = [details(f"{stage.name}: config.yaml", el("pre", stage.config)) for stage in run.stages if stage.config]
+    if run.plan:
+        configs.insert(0, details("pipeline.yaml", el("pre", run.plan)))
+    return el(
+        "section",
+        el("h2", "What was run"),
+        table(["stage", "data", "source", "SHA-256"], rows, "stack paths") if rows else None,
+        el("h3", "Versions"),
+        *(listed or [el("p", "No stage is finished.")]),
+        el("h3", "Configuration"),
+        *configs,
+    )
+
+
+def grid(items: Sequence[Html | None]) -> Html:
+    """Charts beside each other where there is room."""
+    return el("div", join([item for item in items if item is not None]), class_="grid")
+
+
+def anchor(stage: StageRun) -> str:
+    """Where on the page a stage stands."""
+    return "stage-" + "".join(c if c.isalnum() else "-" for c in stage.name)

@@ -1,0 +1,29 @@
+"""Rewards: finished episodes in, one number each out. YAML names them `rlhf_lightning.rewards.NAME`."""
+
+from rlhf_lightning.rewards.base import Reward, check_finite, total_rewards
+from rlhf_lightning.rewards.function import FunctionReward
+from rlhf_lightning.rewards.keywords import BlockedTerms, KeywordReward
+from rlhf_lightning.rewards.length import LengthReward, OverlongPenalty
+from rlhf_lightning.rewards.model import EnsembleReward, ModelReward
+from rlhf_lightning.rewards.normalization import Normalizer, ReferenceNorm, RunningNorm
+from rlhf_lightning.rewards.pairwise import PairwiseReward
+from rlhf_lightning.rewards.verifiers import ExactAnswer, RegexReward
+
+__all__ = [
+    "BlockedTerms",
+    "EnsembleReward",
+    "ExactAnswer",
+    "FunctionReward",
+    "KeywordReward",
+    "LengthReward",
+    "ModelReward",
+    "Normalizer",
+    "OverlongPenalty",
+    "PairwiseReward",
+    "ReferenceNorm",
+    "RegexReward",
+    "Reward",
+    "RunningNorm",
+    "check_finite",
+    "total_rewards",
+]

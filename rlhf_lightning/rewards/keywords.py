@@ -1,0 +1,116 @@
+"""Rewards by words: those that are wanted, those that must not be said."""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from rlhf_lightning.errors import ConfigError
+from rlhf_lightning.rewards.base import Reward, check_finite
+from rlhf_lightning.types import Episode
+
+
+class KeywordReward(Reward):
+    """A rule: `hit` for a response of at least `min_words` words with one of `keywords`, else `miss`.
+
+    The defaults are the rule of the MinT recipe.
+
+    Args:
+        keywords: looked for in the response, in any case and within words.
+        min_words: a shorter response is a miss.
+        hit: the score of a response that keeps the rule.
+        miss: the score of any other.
+        weight: of this part; 0 only measures it.
+        name: under which it is logged.
+        skip_special_tokens: false reads responses exactly as they were sampled: with special tokens (`<|im_end|>`),
+            the text that ended them, and white space at their ends.
+    """
+
+    def __init__(
+        self,
+        keywords: Sequence[str] = ("specific", "automatic", "risk", "restore", "actionable"),
+        min_words: int = 6,
+        hit: float = 0.5,
+        miss: float = -0.1,
+        weight: float = 1.0,
+        name: str | None = None,
+        skip_special_tokens: bool = True,
+    ) -> None:
+        super().__init__(weight, name)
+        self.skip_special_tokens = skip_special_tokens
+        self.keywords, self.min_words = [word.lower() for word in keywords], min_words
+        self.hit, self.miss = hit, miss
+
+    def score(self, episodes: Sequence[Episode]) -> Sequence[float | None]:
+        return [self._one(self.text(episode).lower()) for episode in episodes]
+
+    def hide(self, texts: Sequence[str]) -> None:
+        _refuse_hidden(self, "keywords", self.keywords, texts)
+
+    def _one(self, text: str) -> float:
+        enough = len(text.split()) >= self.min_words
+        return self.hit if enough and any(word in text for word in self.keywords) else self.miss
+
+
+class BlockedTerms(Reward):
+    """A safety term: `penalty` for an episode in which the policy says a blocked term, else 0.
+
+    Terms are found as whole words, in any case; white space in a term stands for any white space. All of the policy's
+    messages are read.
+
+    Args:
+        terms: the terms.
+        file: a text file of terms, one a line; added to `terms`.
+        penalty: the score where one is said; below 0.
+        weight: of this part; 0 only measures it.
+        name: under which it is logged.
+        skip_special_tokens: false reads responses exactly as they were sampled: with special tokens (`<|im_end|>`),
+            the text that ended them, and white space at their ends.
+    """
+
+    def __init__(
+        self,
+        terms: list[str] | None = None,
+        file: str | None = None,
+        penalty: float = -1.0,
+        weight: float = 1.0,
+        name: str | None = None,
+        skip_special_tokens: bool = True,
+    ) -> None:
+        super().__init__(weight, name)
+        self.skip_special_tokens = skip_special_tokens
+        check_finite(f"the penalty of the reward {self.name}", penalty)
+        if penalty >= 0:
+            raise ConfigError(f"the penalty of the reward {self.name} is {penalty}; it must be below 0")
+        if isinstance(terms, str):
+            raise ConfigError(f"the reward {self.name}: terms is {terms!r}; it must be a list")
+        listed = [*(terms or []), *(_lines(file) if file else [])]
+        if not listed or not all(isinstance(term, str) and term.strip() for term in listed):
+            raise ConfigError(f"the reward {self.name} needs terms, none of them empty: set terms, or file")
+        self.penalty = penalty
+        self.terms = listed
+        longest_first = sorted(set(listed), key=lambda term: (-len(term), term))
+        words = "|".join(r"\s+".join(re.escape(word) for word in term.split()) for term in longest_first)
+        self.pattern = re.compile(rf"(?<!\w)(?:{words})(?!\w)", re.IGNORECASE)
+
+    def score(self, episodes: Sequence[Episode]) -> Sequence[float | None]:
+        return [self._one(episode) for episode in episodes]
+
+    def _one(self, episode: Episode) -> float:
+        return self.penalty if any(self.pattern.search(text) for text in self.texts(episode)) else 0.0
+
+    def hide(self, texts: Sequence[str]) -> None:
+        _refuse_hidden(self, "terms", self.terms, texts)
+
+
+def _refuse_hidden(reward: Reward, setting: str, words: Sequence[str], texts: Sequence[str]) -> None:
+    for word in words:
+        found = next((text for text in texts if text.lower() in word.lower()), None)
+        reward.refuse_hidden(f"{word!r} of its {setting}", found)
+
+
+def _lines(file: str) -> list[str]:
+    try:
+        text = Path(file).read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"the file of blocked terms {file} cannot be read: {error}") from error
+    return [line.strip() for line in text.splitlines() if line.strip()]

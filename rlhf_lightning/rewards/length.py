@@ -1,0 +1,77 @@
+"""Rewards of length, in tokens that the policy sampled (the stop token is one)."""
+
+from collections.abc import Sequence
+
+from rlhf_lightning.errors import ConfigError
+from rlhf_lightning.rewards.base import Reward, check_finite
+from rlhf_lightning.types import Episode
+
+
+class LengthReward(Reward):
+    """A linear penalty on length n: −slope · |n − target|, or −slope · max(0, n − maximum); never below −limit.
+
+    Args:
+        target: the length that is wanted, in tokens.
+        maximum: or the length above which it costs.
+        slope: the cost of a token.
+        limit: the largest cost.
+        weight: of this part; 0 only measures it.
+        name: under which it is logged.
+    """
+
+    def __init__(
+        self,
+        target: int | None = None,
+        maximum: int | None = None,
+        slope: float = 0.01,
+        limit: float = 1.0,
+        weight: float = 1.0,
+        name: str | None = None,
+    ) -> None:
+        super().__init__(weight, name)
+        if (target is None) == (maximum is None):
+            raise ConfigError(f"the reward {self.name} needs a target or a maximum, not both")
+        for setting, value in (("target", target), ("maximum", maximum)):
+            if value is not None and value < 1:
+                raise ConfigError(f"the {setting} of the reward {self.name} is {value}; it must be at least 1")
+        for setting, number in (("slope", slope), ("limit", limit)):
+            check_finite(f"the {setting} of the reward {self.name}", number)
+            if number <= 0:
+                raise ConfigError(f"the {setting} of the reward {self.name} is {number}; it must be above 0")
+        self.target, self.maximum, self.slope, self.limit = target, maximum, slope, limit
+
+    def score(self, episodes: Sequence[Episode]) -> Sequence[float | None]:
+        return [-min(self.limit, self.slope * self._over(episode.response_tokens)) for episode in episodes]
+
+    def _over(self, length: int) -> int:
+        if self.target is not None:
+            return abs(length - self.target)
+        assert self.maximum is not None
+        return max(0, length - self.maximum)
+
+
+class OverlongPenalty(Reward):
+    """DAPO's soft overlong punishment (arXiv 2503.14476, eq. 13), of length n:
+
+    0 for n ≤ maximum − buffer; ((maximum − buffer) − n) / buffer up to maximum; −1 above.
+
+    Args:
+        maximum: tokens of a response, as a rule the sampler's `max_tokens`.
+        buffer: the last tokens before it, over which the penalty grows.
+        weight: of this part; 0 only measures it.
+        name: under which it is logged.
+    """
+
+    def __init__(self, maximum: int, buffer: int, weight: float = 1.0, name: str | None = None) -> None:
+        super().__init__(weight, name)
+        if not 1 <= buffer <= maximum:
+            raise ConfigError(
+                f"the buffer of the reward {self.name} is {buffer}; it must be from 1 to the maximum, {maximum}"
+            )
+        self.maximum, self.buffer = maximum, buffer
+
+    def score(self, episodes: Sequence[Episode]) -> Sequence[float | None]:
+        return [self._one(episode.response_tokens) for episode in episodes]
+
+    def _one(self, length: int) -> float:
+        return max(-1.0, min(0.0, (self.maximum - self.buffer - length) / self.buffer))

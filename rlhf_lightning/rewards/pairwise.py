@@ -1,0 +1,100 @@
+"""Pairwise preference within a group: each response against the others of its prompt."""
+
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import combinations
+from typing import Any
+
+from rlhf_lightning.environments.user_calls import TimeLimitError, check_limit, run_calls
+from rlhf_lightning.errors import ConfigError
+from rlhf_lightning.rewards.base import Reward, check_finite
+from rlhf_lightning.types import Episode
+
+OUTCOMES = ("probability", "sign")
+
+
+class PairwiseReward(Reward):
+    """Wins minus losses against the others of the group, divided by their number: from −1 to 1.
+
+    Each pair is judged in both orders, and the two verdicts are averaged: what a judge gives to a place cancels. How
+    much that is is logged as `reward_NAME_order_bias`. It does not apply to a group of one.
+
+    Args:
+        judge: called as `judge(prompt, a, b)` with the prompt's messages and two responses as text, sync or async;
+            the function, or its dotted path in YAML.
+        outcome: what it returns: `probability` that a is better (0 to 1), or `sign`: 1, 0 (a tie) or -1.
+        timeout: seconds that one call may take.
+        weight: of this part; 0 only measures it.
+        name: under which it is logged; the judge's by default.
+        skip_special_tokens: false reads responses exactly as they were sampled: with special tokens (`<|im_end|>`),
+            the text that ended them, and white space at their ends.
+    """
+
+    def __init__(
+        self,
+        judge: Callable,
+        outcome: str = "probability",
+        timeout: float | None = None,
+        weight: float = 1.0,
+        name: str | None = None,
+        skip_special_tokens: bool = True,
+    ) -> None:
+        super().__init__(weight, name or getattr(judge, "__name__", None))
+        self.skip_special_tokens = skip_special_tokens
+        if outcome not in OUTCOMES:
+            raise ConfigError(f"the reward {self.name}: outcome is {outcome!r}; one of {', '.join(OUTCOMES)}")
+        if not callable(judge):
+            raise ConfigError(f"the reward {self.name}: the judge {judge!r} cannot be called")
+        check_limit(f"the timeout of the reward {self.name}", timeout)
+        self.judge_of, self.outcome, self.timeout = judge, outcome, timeout
+
+    def score(self, episodes: Sequence[Episode]) -> Sequence[float | None]:
+        groups: dict[int, list[Episode]] = defaultdict(list)
+        for episode in episodes:
+            groups[episode.group].append(episode)
+        pairs = [pair for group in groups.values() for pair in combinations(group, 2)]
+        wins: dict[int, list[float]] = {id(episode): [] for episode in episodes}
+        bias: dict[int, list[float]] = {id(episode): [] for episode in episodes}
+        for (a, b), (forward, backward) in zip(pairs, self._verdicts(pairs), strict=True):
+            margin = (forward - backward) / 2
+            wins[id(a)].append(margin)
+            wins[id(b)].append(-margin)
+            for episode in (a, b):
+                bias[id(episode)].append(abs(forward + backward) / 2)
+        for episode in episodes:
+            if bias[id(episode)]:
+                episode.details[f"{self.name}_order_bias"] = _mean(bias[id(episode)])
+        return [_mean(wins[id(episode)]) if wins[id(episode)] else None for episode in episodes]
+
+    def _verdicts(self, pairs: Sequence[tuple[Episode, Episode]]) -> list[tuple[float, float]]:
+        """For each pair, from −1 to 1: how much better a is said to be in the order (a, b), and b in (b, a)."""
+        said = {id(episode): self.text(episode) for pair in pairs for episode in pair}
+        differ = [(a, b) for a, b in pairs if said[id(a)] != said[id(b)]]
+        orders = [order for a, b in differ for order in ((a, b), (b, a))]
+        calls = [partial(self.judge_of, a.prompt, said[id(a)], said[id(b)]) for a, b in orders]
+        found = []
+        for (a, b), outcome in zip(orders, run_calls(calls, self.timeout), strict=True):
+            about = f"the reward {self.name}, {a.label} against {b.label}"
+            if isinstance(outcome.error, TimeLimitError):
+                raise TimeLimitError(f"{about}: {outcome.error}") from outcome.error
+            if outcome.error is not None:
+                raise outcome.error
+            found.append(self._checked(outcome.value, about))
+        verdicts = iter(zip(found[::2], found[1::2], strict=True))
+        # Equal texts need no judge.
+        return [next(verdicts) if said[id(a)] != said[id(b)] else (0.0, 0.0) for a, b in pairs]
+
+    def _checked(self, value: Any, about: str) -> float:
+        value = value.item() if hasattr(value, "item") else value
+        check_finite(f"{about}: the judge's verdict", 0.5 if value is None else value)
+        if self.outcome == "sign" and value in (-1, 0, 1):
+            return float(value)
+        if self.outcome == "probability" and value is not None and 0 <= value <= 1:
+            return 2 * float(value) - 1
+        wanted = "1, 0 or -1" if self.outcome == "sign" else "a probability from 0 to 1"
+        raise ConfigError(f"{about}: the judge returned {value!r}; wanted {wanted}")
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)

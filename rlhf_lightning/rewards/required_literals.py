@@ -1,0 +1,60 @@
+"""What a regular expression needs in a text: texts that rewards never see make it one that never matches."""
+
+import re
+from collections.abc import Iterable, Sequence
+from functools import lru_cache
+from re import _constants, _parser  # type: ignore[attr-defined]
+from typing import Any
+
+MOST = 200
+"""Alternatives of a pattern that are looked at; of a pattern with more nothing is said."""
+# A way to match is a list of texts that it needs, in order; what one way needs in one piece is one text.
+_ANYTHING, _NOTHING = ["", ""], [""]
+
+
+def required_literal(pattern: re.Pattern[str], texts: Iterable[str]) -> str | None:
+    """One of `texts` that a text must have for the pattern to match it, whichever of its alternatives does."""
+    return _needed(pattern.pattern, pattern.flags, tuple(texts))
+
+
+@lru_cache(maxsize=1024)
+def _needed(pattern: str, flags: int, texts: tuple[str, ...]) -> str | None:
+    found = _ways(_parser.parse(pattern, flags & ~re.DEBUG))
+    fold = str.casefold if flags & re.IGNORECASE else str
+    first: str | None = None
+    for way in found or [_ANYTHING]:
+        text = next((text for text in texts if any(fold(text) in fold(piece) for piece in way)), None)
+        if text is None:
+            return None
+        first = first or text
+    return first
+
+
+def _ways(items: Sequence[Any]) -> list[list[str]] | None:
+    """The ways in which a parsed pattern matches; None where there are too many."""
+    ways: list[list[str]] = [_NOTHING]
+    for item in items:
+        follow = _of(*item)
+        if follow is None or len(ways) * len(follow) > MOST:
+            return None
+        ways = [[*a[:-1], a[-1] + b[0], *b[1:]] for a in ways for b in follow]
+    return ways
+
+
+def _of(op: Any, value: Any) -> list[list[str]] | None:
+    if op is _constants.LITERAL:
+        return [[chr(value)]]
+    if op in (_constants.AT, _constants.ASSERT_NOT):
+        return [_NOTHING]
+    if op is _constants.SUBPATTERN:
+        return _ways(value[-1])
+    if op is _constants.ATOMIC_GROUP:
+        return _ways(value)
+    if op is _constants.BRANCH:
+        branches = [_ways(branch) for branch in value[1]]
+        return None if None in branches else [way for branch in branches for way in branch or ()]
+    repeats = (_constants.MAX_REPEAT, _constants.MIN_REPEAT, _constants.POSSESSIVE_REPEAT)
+    if op is _constants.ASSERT or (op in repeats and value[0] >= 1):
+        inner = _ways(value[-1])
+        return None if inner is None else [["", *way, ""] for way in inner]
+    return [_ANYTHING]

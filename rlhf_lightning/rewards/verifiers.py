@@ -1,0 +1,253 @@
+"""Verifiers: rewards that compare a response with what the row says is right."""
+
+import re
+from collections.abc import Sequence
+from fractions import Fraction
+from typing import Any
+
+import regex
+
+from rlhf_lightning.data.prompts import Prompt
+from rlhf_lightning.errors import ConfigError, DataError
+from rlhf_lightning.rewards.base import Reward, check_finite
+from rlhf_lightning.rewards.required_literals import required_literal
+from rlhf_lightning.types import Episode
+
+
+class ExactAnswer(Reward):
+    """`hit` where the answer that the response gives is that of the row, else `miss`.
+
+    Args:
+        column: of the right answer: text, a number, or a list of which any is right. Without it (or null, or empty) the
+            reward does not apply to the row.
+        pattern: regular expression that finds the answer in the response: its last match, or the first group of it;
+            no match is a miss. The whole response by default.
+        answer_pattern: likewise in the column, where it holds more than the answer.
+        ignore_case: compare without case.
+        ignore_space: compare with white space collapsed, and none at the ends.
+        numbers: compare numbers by value (1,000 = 1000.0, 1/2 = 0.5, $5 = 5, 50% = 50); what is no number as text.
+        hit: the score of a right answer.
+        miss: the score of any other.
+        weight: of this part; 0 only measures it.
+        name: under which it is logged.
+        skip_special_tokens: false reads responses exactly as they were sampled: with special tokens (`<|im_end|>`),
+            the text that ended them, and white space at their ends.
+    """
+
+    def __init__(
+        self,
+        column: str = "answer",
+        pattern: str = "",  # not None: jsonargparse reads '#### (.*)' for `str | None` as a comment, which is None
+        answer_pattern: str = "",
+        ignore_case: bool = False,
+        ignore_space: bool = True,
+        numbers: bool = False,
+        hit: float = 1.0,
+        miss: float = 0.0,
+        weight: float = 1.0,
+        name: str | None = None,
+        skip_special_tokens: bool = True,
+    ) -> None:
+        super().__init__(weight, name)
+        self.skip_special_tokens = skip_special_tokens
+        _check_scores(self.name, hit, miss)
+        self.column, self.hit, self.miss = column, hit, miss
+        self.pattern = compiled(pattern, f"the reward {self.name}: pattern") if pattern else None
+        self.answer_pattern = (
+            compiled(answer_pattern, f"the reward {self.name}: answer_pattern") if answer_pattern else None
+        )
+        self.ignore_case, self.ignore_space, self.numbers = ignore_case, ignore_space, numbers
+
+    def hide(self, texts: Sequence[str]) -> None:
+        if self.pattern is not None:
+            self.refuse_hidden(f"its pattern {self.pattern.pattern!r}", required_literal(self.pattern, texts))
+
+    def check(self, prompts: Sequence[Prompt]) -> None:
+        _check_column(self.name, self.column, prompts)
+        for prompt in prompts:
+            self._answers(prompt.row, prompt.where)
+
+    def score(self, episodes: Sequence[Episode]) -> Sequence[float | None]:
+        return [self._one(episode) for episode in episodes]
+
+    def _one(self, episode: Episode) -> float | None:
+        right = self._answers(episode.row, episode.where or episode.label)
+        if right is None:
+            return None
+        given = _find(self.pattern, self.text(episode))
+        return self.hit if given is not None and self._normal(given) in right else self.miss
+
+    def _answers(self, row: dict[str, Any], where: str) -> set[Any] | None:
+        value = row.get(self.column)
+        if _absent(value):
+            return None
+        answers = value if isinstance(value, list) else [value]
+        if not all(isinstance(answer, str | int | float) for answer in answers):
+            raise DataError(f"{where}: {self.column!r} is {value!r}; it must be text, a number, or a list of them")
+        found = [_find(self.answer_pattern, str(answer)) for answer in answers]
+        if None in found:
+            raise DataError(f"{where}: the reward {self.name}: answer_pattern does not match {self.column!r} {value!r}")
+        return {self._normal(answer) for answer in found if answer is not None}
+
+    def _normal(self, text: str) -> Any:
+        if self.numbers and (number := as_number(text)) is not None:
+            return number
+        if self.ignore_space:
+            text = " ".join(text.split())
+        return text.casefold() if self.ignore_case else text
+
+
+MATCH_SECONDS = 5.0
+"""Time that a regular expression has for a response."""
+
+
+class RegexReward(Reward):
+    """`hit` where a regular expression matches the response, else `miss`: a format, or a verifier of the row's own.
+
+    Args:
+        pattern: the expression, the same for every row.
+        column: or the column that holds it; where a row has none, the reward does not apply.
+        whole: it must match the whole response, not a part of it.
+        ignore_case: match in any case.
+        hit: the score of a match.
+        miss: the score of none.
+        weight: of this part; 0 only measures it.
+        name: under which it is logged.
+        skip_special_tokens: false reads responses exactly as they were sampled: with special tokens (`<|im_end|>`),
+            the text that ended them, and white space at their ends.
+    """
+
+    def __init__(
+        self,
+        pattern: str = "",
+        column: str = "",
+        whole: bool = False,
+        ignore_case: bool = False,
+        hit: float = 1.0,
+        miss: float = 0.0,
+        weight: float = 1.0,
+        name: str | None = None,
+        skip_special_tokens: bool = True,
+    ) -> None:
+        super().__init__(weight, name)
+        self.skip_special_tokens = skip_special_tokens
+        _check_scores(self.name, hit, miss)
+        if bool(pattern) == bool(column):
+            raise ConfigError(
+                f"the reward {self.name} needs a pattern (not empty) or a column that holds one, not both"
+            )
+        # A dot matches line ends: responses have several lines.
+        self.flags = re.DOTALL | (re.IGNORECASE if ignore_case else 0)
+        self.pattern = compiled(pattern, f"the reward {self.name}: pattern", self.flags) if pattern else None
+        self.column, self.whole, self.hit, self.miss = column, whole, hit, miss
+        self.hidden: list[str] = []
+
+    def hide(self, texts: Sequence[str]) -> None:
+        self.hidden += [text for text in texts if text not in self.hidden]
+        if self.pattern is not None:
+            self._refuse(self.pattern)
+
+    def _refuse(self, pattern: re.Pattern[str]) -> None:
+        self.refuse_hidden(f"the pattern {pattern.pattern!r}", required_literal(pattern, self.hidden))
+
+    def check(self, prompts: Sequence[Prompt]) -> None:
+        if self.column:
+            _check_column(self.name, self.column, prompts)
+            for prompt in prompts:
+                self._of(prompt.row, prompt.where)
+
+    def score(self, episodes: Sequence[Episode]) -> Sequence[float | None]:
+        return [self._one(episode) for episode in episodes]
+
+    def _one(self, episode: Episode) -> float | None:
+        pattern = self._of(episode.row, episode.where or episode.label)
+        if pattern is None:
+            return None
+        return self.hit if self._matches(pattern, self.text(episode), episode) else self.miss
+
+    def _matches(self, pattern: re.Pattern[str], text: str, episode: Episode) -> bool:
+        # Not by `re`, which nothing can interrupt: an expression of a row may backtrack for ever.
+        limited = regex.compile(pattern.pattern, pattern.flags & (re.DOTALL | re.IGNORECASE))
+        match = limited.fullmatch if self.whole else limited.search
+        try:
+            return match(text, timeout=MATCH_SECONDS) is not None
+        except TimeoutError:
+            raise DataError(
+                f"{episode.where or episode.label}: the expression {pattern.pattern[:80]!r} of the reward {self.name} "
+                f"takes longer than {MATCH_SECONDS:g} s on a response; write it without repeats inside repeats"
+            ) from None
+
+    def _of(self, row: dict[str, Any], where: str) -> re.Pattern[str] | None:
+        if not self.column:
+            return self.pattern
+        value = row.get(self.column)
+        if _absent(value):
+            return None
+        if not isinstance(value, str):
+            raise DataError(f"{where}: {self.column!r} is {value!r}; it must be a regular expression")
+        try:
+            pattern = compiled(value, f"{self.column!r}", self.flags)
+            self._refuse(pattern)
+            return pattern
+        except ConfigError as error:
+            raise DataError(f"{where}: {error}") from None
+
+
+# An exponent of few digits: one that the policy writes must not take for ever to be worked out.
+_WHOLE = r"(\d{1,3}(,\d{3})+|\d+)"
+_NUMBER = re.compile(rf"([+-]?\$?|\$[+-])({_WHOLE}(\.\d*)?|\.\d+)([eE][+-]?\d{{1,3}})?|[+-]?\d+/\d+", re.ASCII)
+
+
+def compiled(pattern: str, setting: str, flags: int = 0) -> re.Pattern[str]:
+    """A regular expression; raises `ConfigError` where it is none, or matches everything, being empty."""
+    try:
+        found = re.compile(pattern, flags)
+    except re.error as error:
+        raise ConfigError(f"{setting} {pattern!r} is no regular expression: {error}") from None
+    if found.fullmatch("") and found.pattern.strip("^$()") == "":
+        raise ConfigError(f"{setting} {pattern!r} is empty; it would match everything")
+    return found
+
+
+def as_number(text: str) -> Fraction | None:
+    """The value of a number as people write it, or None."""
+    text = text.strip().removesuffix("%").rstrip(" .,").replace(" ", "")
+    match = _NUMBER.fullmatch(text)
+    if match is None or len(text) > 100:
+        return None
+    try:
+        return Fraction(text.replace("$", "").replace(",", ""))
+    except ZeroDivisionError:
+        return None
+
+
+def _find(pattern: re.Pattern[str] | None, text: str) -> str | None:
+    """The last match, or the first group of it."""
+    if pattern is None:
+        return text
+    match = None
+    for match in pattern.finditer(text):  # noqa: B007 - the last is wanted
+        pass
+    if match is None:
+        return None
+    return match.group(1) if pattern.groups else match.group()
+
+
+def _absent(value: Any) -> bool:
+    return value is None or value in ("", [])
+
+
+def _check_column(name: str, column: str, prompts: Sequence[Prompt]) -> None:
+    if prompts and all(_absent(prompt.row.get(column)) for prompt in prompts):
+        columns = sorted({key for prompt in prompts for key in prompt.row})
+        raise ConfigError(
+            f"the reward {name}: no row has the column {column!r}, so it would never apply; "
+            f"the data has {', '.join(columns)}"
+        )
+
+
+def _check_scores(name: str, hit: float, miss: float) -> None:
+    check_finite(f"the hit of the reward {name}", hit)
+    check_finite(f"the miss of the reward {name}", miss)
+    if hit == miss:
+        raise ConfigError(f"the reward {name}: hit and miss are both {hit}; nothing would be told apart")

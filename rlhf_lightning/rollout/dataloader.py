@@ -1,0 +1,187 @@
+"""The rollout loader: what makes on-policy RL an ordinary `Trainer.fit` with automatic optimization."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from typing import Any
+
+import torch
+
+from rlhf_lightning.data.batching import ShardSpec, mix_seeds, pad_right, pad_tokens, split_evenly, total_counts
+from rlhf_lightning.distributed import RoundLeft, leave_if
+from rlhf_lightning.errors import ConfigError
+from rlhf_lightning.rollout.statistics import Sums, means
+from rlhf_lightning.safe_points import safe_points
+from rlhf_lightning.types import TrainingSample
+
+COLUMNS = {
+    "sampling_logprobs": "sampling_logprobs",
+    "old_logprobs": "old_logprobs",
+    **{name: name for name in ("advantages", "reference_logprobs", "values", "returns")},
+}
+"""What a batch has of its rows, and the column of `TrainingSample` it is taken from."""
+Collect = Callable[[list[Any], int], tuple[list[TrainingSample], Sums]]
+
+
+class RolloutLoader:
+    """Rounds of episodes as mini-batches: sized, so that nothing is fetched ahead of the policy, and stateful.
+
+    An epoch is one pass over the prompts. For each round it asks `collect(prompts, round)` for rows, then yields
+    `update_epochs × minibatches` mini-batches of them, each pass in a fresh order. Their number never depends on how
+    many rows there are: a mini-batch without rows is one row of weight 0. A batch is a dict of `[B, T]` tensors
+    (`input_ids`, `loss_mask`, `old_logprobs`, `advantages`, and `reference_logprobs` where there is a reference) with the
+    `denominators` of its optimizer step, `first` (the policy has not been updated since it sampled these rows) and, on
+    the first of a round, its `statistics`.
+
+    Args:
+        items: prompts or recorded groups, over all ranks. collect: makes the rows of this rank's part of a round.
+        items_per_round, update_epochs, minibatches: see `PromptDataModule`. pad_id: fills rows.
+        seed: of the order. shard_spec: who asks. gather: objects of all ranks.
+    """
+
+    def __init__(
+        self,
+        items: Sequence[Any],
+        collect: Collect,
+        items_per_round: int,
+        update_epochs: int,
+        minibatches: int,
+        pad_id: int,
+        seed: int = 0,
+        shard_spec: Callable[[], ShardSpec] = ShardSpec,
+        gather: Callable[[Any], list[Any]] = lambda value: [value],
+    ) -> None:
+        self.items, self.collect, self.pad_id, self.seed = items, collect, pad_id, seed
+        self.items_per_round = min(items_per_round, len(items))
+        self.update_epochs, self.minibatches = update_epochs, minibatches
+        self.shard_spec, self.gather = shard_spec, gather
+        groups = [item if isinstance(item, list) else [item] for item in items]
+        self._where = {one.index: one.where for group in groups for one in group if getattr(one, "where", "")}
+        self.position = self._start = 0
+        """Batches taken of this epoch; 0 at its end."""
+        self.leaving: tuple[Callable[[], bool], Callable[[], None]] | None = None
+        """Where a round may be left before its end: whether it is to be, and what is done then."""
+        self._rows: list[TrainingSample] = []
+        self._restored: list[TrainingSample] | None = None
+
+    @property
+    def rounds(self) -> int:
+        """Rounds of an epoch."""
+        return -(-len(self.items) // self.items_per_round)
+
+    @property
+    def at_round(self) -> bool:
+        """Whether what comes next is a round, or has not been trained on yet."""
+        return self.position % self.per_round == 0
+
+    @property
+    def per_round(self) -> int:
+        """Mini-batches of a round."""
+        return self.update_epochs * self.minibatches
+
+    def __len__(self) -> int:
+        return self.rounds * self.per_round
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        shard_spec = self.shard_spec()
+        if self.minibatches % shard_spec.accumulate:
+            raise ConfigError(
+                f"data.minibatches ({self.minibatches}) must be a multiple of trainer.accumulate_grad_batches "
+                f"({shard_spec.accumulate}): an optimizer step must not span two rounds"
+            )
+        # Only a state that was loaded says where to begin: a pass that was left early (a limit of batches) is over.
+        start, self._start = self._start, 0
+        self.position = start
+        generator = torch.Generator().manual_seed(mix_seeds(self.seed, shard_spec.epoch))
+        order = torch.randperm(len(self.items), generator=generator).tolist()
+        for number in range(start // self.per_round, self.rounds):
+            mine = order[number * self.items_per_round : (number + 1) * self.items_per_round]
+            done = max(0, start - number * self.per_round)
+            yield from self._round([self.items[i] for i in mine], number, done, shard_spec)
+
+    def _round(self, items: list[Any], number: int, done: int, shard_spec: ShardSpec) -> Iterator[dict[str, Any]]:
+        round_seed = shard_spec.epoch * self.rounds + number
+        statistics: dict[str, float] | None = None
+        if done and self._restored is not None:
+            self._rows = self._restored
+        else:
+            with self._leavable():
+                self._rows, sums = self.collect(items[shard_spec.rank :: shard_spec.world], round_seed)
+                # Merged here, where all ranks meet: one of them may have had no episodes, or other metrics.
+                statistics = means(self.gather(sums))
+        self._restored = None
+        parts = self._parts(round_seed)
+        counts = self._counts(parts, shard_spec)
+        for k in range(done, self.per_round):
+            taken = min(len(self), shard_spec.limit or len(self))
+            self.position = (number * self.per_round + k + 1) % taken
+            yield {
+                **self._collate(parts[k]),
+                "denominators": counts[k // shard_spec.accumulate],
+                "round": round_seed,
+                "where": [self._where.get(row.group, f"prompt {row.group}") for row in parts[k]],
+                "first": k < shard_spec.accumulate,
+                "statistics": statistics if k == 0 else None,
+            }
+        self._rows = []
+
+    @contextmanager
+    def _leavable(self) -> Iterator[None]:
+        if self.leaving is None:
+            yield
+            return
+        asked, left = self.leaving
+        try:
+            with safe_points(lambda: leave_if(asked())):
+                yield
+        except RoundLeft:
+            left()
+            raise
+
+    def _parts(self, round_seed: int) -> list[list[TrainingSample]]:
+        """The rows of each mini-batch: every pass a fresh permutation of the groups, and of the rows in each."""
+        parts = []
+        for epoch in range(self.update_epochs):
+            generator = torch.Generator().manual_seed(mix_seeds(self.seed, round_seed, epoch, 1))
+            rows = [self._rows[i] for i in torch.randperm(len(self._rows), generator=generator).tolist()]
+            place: dict[int, int] = {}
+            for row in rows:
+                place.setdefault(row.group, len(place))
+            parts += split_evenly(sorted(rows, key=lambda row: place[row.group]), self.minibatches)
+        return parts
+
+    def _counts(self, parts: list[list[TrainingSample]], shard_spec: ShardSpec) -> list[dict[str, float]]:
+        """The denominators of each optimizer step, over all ranks."""
+        names = ("tokens", "sequences")
+        steps = [parts[k : k + shard_spec.accumulate] for k in range(0, len(parts), shard_spec.accumulate)]
+        local = [total_counts(row.counts() for rows in step for row in rows) for step in steps]
+        table = torch.tensor([[count.get(name, 0.0) for name in names] for count in local], dtype=torch.float64)
+        total = torch.stack(self.gather(table)).sum(0)
+        return [dict(zip(names, row, strict=True)) for row in total.tolist()]
+
+    def _collate(self, rows: list[TrainingSample]) -> dict[str, Any]:
+        # A row that weighs nothing keeps a rank in step that has none of its own.
+        rows = rows or [TrainingSample([self.pad_id, self.pad_id], [0, 0], [0.0, 0.0])]
+        batch: dict[str, Any] = pad_tokens([row.ids for row in rows], [row.loss_mask for row in rows], self.pad_id)
+        for name, column in COLUMNS.items():
+            numbers = [getattr(row, column) or [0.0] * len(row.ids) for row in rows]
+            batch[name] = pad_right(numbers, 0.0, torch.float32)
+        return batch
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position, and within a round the rows in hand of every rank. Called on all ranks together."""
+        inside = not self.at_round
+        rows = [asdict(row) for row in self._rows] if inside else []
+        return {"position": self.position, "rows": self.gather(rows)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.position = self._start = int(state["position"])
+        shard_spec = self.shard_spec()
+        inside = not self.at_round
+        if inside and len(state["rows"]) != shard_spec.world:
+            raise ConfigError(
+                f"the checkpoint was written by {len(state['rows'])} ranks within a round and holds "
+                f"their episodes; this run has {shard_spec.world}. Resume it with as many devices, or from a checkpoint at "
+                "the end of a round (--ckpt_path): one is there if --checkpoint_every is a multiple of its steps."
+            )
+        self._restored = [TrainingSample(**row) for row in state["rows"][shard_spec.rank]] if inside else None

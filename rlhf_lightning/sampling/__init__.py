@@ -1,0 +1,1 @@
+"""Engines that sample token ids, and how a token is chosen from logits."""

@@ -1,0 +1,86 @@
+"""Sampling by a model's own `generate`, for models whose cache the built-in engine cannot hold."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import groupby
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig
+
+from rlhf_lightning.distributed import broadcast
+from rlhf_lightning.safe_points import safe_point
+from rlhf_lightning.sampling.token_sampling import Completion, SamplingParams, is_complete, sample_token, uniforms
+
+
+def generate(
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    params: SamplingParams,
+    seeds: Sequence[int],
+    decode: Callable[[list[int]], str],
+) -> list[Completion]:
+    """A response to each prompt. `generate` picks the likeliest token; what is likeliest is decided by `sample_token`.
+
+    Prompts of one length go together: recurrent layers have no way to leave out padding.
+    """
+    samples = [Completion() for _ in prompts]
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    for _, members in groupby(order, key=lambda i: len(prompts[i])):
+        rows = list(members)
+        chooser = _Chooser([samples[row] for row in rows], params, [seeds[row] for row in rows], decode)
+        ids = torch.tensor([prompts[row] for row in rows], device=next(model.parameters()).device)
+        with _plain_settings(model):
+            model.generate(
+                input_ids=ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=params.max_tokens,
+                do_sample=False,
+                num_beams=1,
+                logits_processor=[chooser],
+                stopping_criteria=[chooser.finished],
+                eos_token_id=None,
+                pad_token_id=0,
+            )
+    return samples
+
+
+@contextmanager
+def _plain_settings(model: Any) -> Iterator[None]:
+    """Without what the model came with: a repetition penalty, a least length would change what is sampled from."""
+    own, model.generation_config = model.generation_config, GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = own
+
+
+class _Chooser:
+    """A logits processor that samples, records what it sampled, and leaves only that possible."""
+
+    def __init__(
+        self, samples: list[Completion], params: SamplingParams, seeds: list[int], decode: Callable[[list[int]], str]
+    ) -> None:
+        self.samples, self.params, self.decode = samples, params, decode
+        self.uniforms = uniforms(seeds, params.max_tokens)
+        self.open = [True] * len(samples)
+        self.step = 0
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        safe_point()
+        lengths = torch.full((len(scores),), self.step, device=scores.device)
+        tokens, logprobs = sample_token(scores, self.uniforms[:, self.step].to(scores.device), self.params, lengths)
+        tokens, logprobs = broadcast(tokens), broadcast(logprobs)
+        for i, (token, logprob) in enumerate(zip(tokens.tolist(), logprobs.tolist(), strict=True)):
+            if self.open[i]:
+                self.samples[i].ids.append(token)
+                self.samples[i].logprobs.append(logprob)
+                if is_complete(self.samples[i].ids, self.params, self.decode):
+                    self.samples[i].stop_reason, self.open[i] = "stop", False
+        self.step += 1
+        return torch.full_like(scores, -torch.inf).scatter(-1, tokens[:, None], 0.0)
+
+    def finished(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
+        """A stopping criterion: which rows are over."""
+        return ~torch.tensor(self.open, device=input_ids.device)

@@ -1,0 +1,139 @@
+"""Sampling a token: one uniform number for each row, so that a row's sample is its own affair."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from rlhf_lightning.errors import ConfigError
+
+BLOCK = 64
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How responses are sampled.
+
+    Args:
+        max_tokens: budget of a response, its stop token included. min_tokens: no stop token is sampled before.
+        temperature: of the softmax; 0 takes the likeliest token.
+        top_p: sample from the likeliest tokens of this mass. top_k: from so many of the likeliest, 0 for all.
+        min_p: from tokens at least this fraction as likely as the likeliest.
+        stop_token_ids: any of them ends a response and is part of it. stop_strings: texts that end it.
+    """
+
+    max_tokens: int = 128
+    min_tokens: int = 0
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    stop_token_ids: tuple[int, ...] = ()
+    stop_strings: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name, fine, wanted in (
+            ("max_tokens", self.max_tokens >= 1, "at least 1"),
+            ("min_tokens", 0 <= self.min_tokens <= self.max_tokens, "from 0 to max_tokens"),
+            ("temperature", self.temperature >= 0, "not negative"),
+            ("top_p", 0 < self.top_p <= 1, "in (0, 1]"),
+            ("top_k", self.top_k >= 0, "not negative"),
+            ("min_p", 0 <= self.min_p <= 1, "in [0, 1]"),
+        ):
+            if not fine:
+                raise ConfigError(f"sampler.{name} is {getattr(self, name)}; it must be {wanted}")
+
+    @property
+    def cuts(self) -> list[str]:
+        """The settings that leave tokens out of the sample."""
+        given = (self.top_p < 1, self.top_k > 0, self.min_p > 0, self.min_tokens > 0)
+        return [name for name, set_ in zip(("top_p", "top_k", "min_p", "min_tokens"), given, strict=True) if set_]
+
+
+@dataclass
+class Completion:
+    """A response: its token ids (stop token included), the log-probability of each when sampled, and why it ended."""
+
+    ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    stop_reason: str = "length"
+    """`stop` (a stop token or text) or `length` (the budget)."""
+
+
+def is_complete(ids: list[int], params: SamplingParams, decode: Callable[[list[int]], str]) -> bool:
+    """Whether a response is over."""
+    if ids[-1] in params.stop_token_ids:
+        return True
+    if not params.stop_strings:
+        return False
+    # The tail is enough to see a stop text end: a token is at least a byte of it.
+    tail = decode(ids[-max(32, *(len(stop.encode()) + 1 for stop in params.stop_strings)) :])
+    return any(stop in tail for stop in params.stop_strings)
+
+
+def uniforms(seeds: Sequence[int], tokens: int) -> Tensor:
+    """`[rows, tokens]` in [0, 1): those of a row come from its own seed."""
+    return torch.stack([torch.rand(tokens, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
+
+
+def sample_token(
+    logits: Tensor, uniforms: Tensor, params: SamplingParams, lengths: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """One token of each row, and its log-probability (nats) under the full softmax at the temperature.
+
+    Args:
+        logits: `[B, V]`. uniforms: `[B]`, in [0, 1). lengths: `[B]`, tokens sampled so far, where `min_tokens` is set.
+
+    Returns:
+        tokens `[B]`, log-probabilities `[B]` in float32 or wider. At temperature 0 they are those of temperature 1.
+    """
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    if params.temperature not in (0.0, 1.0):
+        logits = logits / params.temperature
+    probabilities = logits.softmax(-1)
+    allowed = probabilities
+    if params.min_tokens and params.stop_token_ids and lengths is not None:
+        early = lengths < params.min_tokens
+        allowed = allowed.clone()
+        stops = torch.tensor(params.stop_token_ids, device=logits.device)
+        allowed[:, stops] = allowed[:, stops].masked_fill(early[:, None], 0.0)
+    tokens = allowed.argmax(-1) if params.temperature == 0 else _inverse_cdf(_cut(allowed, params), uniforms)
+    return tokens, probabilities.gather(-1, tokens[:, None]).squeeze(-1).log()
+
+
+def _cut(probabilities: Tensor, params: SamplingParams) -> Tensor:
+    """Set to 0 what top-k, top-p and min-p leave out; a token that crosses top_p is kept."""
+    if params.min_p:
+        least = params.min_p * probabilities.amax(-1, keepdim=True)
+        probabilities = probabilities.masked_fill(probabilities < least, 0.0)
+    if not params.top_k and params.top_p == 1:
+        return probabilities
+    ordered, order = probabilities.sort(-1, descending=True)
+    before = ordered.cumsum(-1) - ordered
+    dropped = before >= params.top_p * ordered.sum(-1, keepdim=True)
+    if params.top_k:
+        dropped[:, params.top_k :] = True
+    return probabilities.scatter(-1, order, ordered.masked_fill(dropped, 0.0))
+
+
+def _inverse_cdf(weights: Tensor, uniforms: Tensor) -> Tensor:
+    """The index where the cumulative sum of a row passes its share `uniforms` of the row's total.
+
+    Sums of blocks first, then within one block: a running sum over the vocabulary is slow, and rounds more.
+    """
+    blocks = F.pad(weights, (0, -weights.shape[-1] % BLOCK)).unflatten(-1, (-1, BLOCK))
+    sums = blocks.sum(-1)
+    running = sums.cumsum(-1)
+    share = uniforms.to(weights.dtype)[:, None] * running[:, -1:]
+    block = _first_above(running, share)
+    rest = (share - (running.gather(-1, block) - sums.gather(-1, block))).clamp(min=0)
+    inner = blocks.gather(1, block[..., None].expand(-1, 1, BLOCK)).squeeze(1).cumsum(-1)
+    return (block * BLOCK + _first_above(inner, rest)).squeeze(-1)
+
+
+def _first_above(running: Tensor, share: Tensor) -> Tensor:
+    # Rounding may put a share at the very end: the last entry that adds anything is then meant, not one of weight 0.
+    last = (running < running[:, -1:]).sum(-1, keepdim=True)
+    return torch.minimum(torch.searchsorted(running, share, right=True), last)
