@@ -164,7 +164,7 @@ def test_the_next_stage_asks_as_its_start_was_trained(thinker: str, tmp_path: Pa
     assert text.endswith("</think>\n\n")
     assert reward.judge is not None
     assert reward.judge.renderer.system == "Be brief."
-    [episode] = policy.rounds.collector.play(sampled.prepared["train"].rows[:1], 1, (0,))
+    [episode] = policy.collector.rollout(sampled.prepared["train"].rows[:1], 1, (0,))
     wanted = reward.judge.score([episode.prompt], [episode.responses], allow_blank=True).tolist()
     assert episode.reward == pytest.approx(wanted[0], abs=1e-5)
     assert not reward._seen_alike(episode)

@@ -22,7 +22,7 @@ from rlhf_lightning.environments.user_calls import TimeLimitError, run_calls
 from rlhf_lightning.errors import ConfigError
 from rlhf_lightning.rewards import FunctionReward
 from rlhf_lightning.rollout.advantages import GroupCentered
-from rlhf_lightning.rollout.collect import Collector
+from rlhf_lightning.rollout.collector import RolloutCollector
 from rlhf_lightning.rollout.runner import run_episodes
 from rlhf_lightning.sampling.local_engine import LocalEngine
 from rlhf_lightning.sampling.sampler import Sampler
@@ -112,7 +112,7 @@ def test_ten_thousand_episodes_none_lost_none_twice(tokenizer: Any, policy: str)
     ]
     sampler: Any = Fake(tokenizer.eos_token_id)
     limits = Limits(max_turns=4, max_tokens=12, on_error=policy, retries=60)
-    collector = Collector(
+    collector = RolloutCollector(
         sampler,
         Renderer(tokenizer),
         [FunctionReward(lambda completions: [1.0] * len(completions), name="one")],
@@ -121,7 +121,7 @@ def test_ten_thousand_episodes_none_lost_none_twice(tokenizer: Any, policy: str)
         environment=Failing,
         limits=limits,
     )
-    episodes = collector.play(rows, 8, (3,))
+    episodes = collector.rollout(rows, 8, (3,))
     assert [(episode.group, episode.sample) for episode in episodes] == [(i, k) for i in range(1250) for k in range(8)]
     failed = [episode for episode in episodes if episode.failed]
     reasons = Counter(episode.stop_reason for episode in episodes)

@@ -425,8 +425,8 @@ def test_first_step_invariants(place: str, base: str, tmp_path: Path) -> None:
 def test_invariants_see_a_sampler_that_disagrees(base: str, tmp_path: Path) -> None:
     module = make("policy", base)
     module.configure_model()
-    plain = module.rounds.collector.rows
-    module.rounds.collector.rows = lambda episodes: [_shift(row) for row in plain(episodes)]
+    plain = module.collector.training_samples
+    module.collector.training_samples = lambda episodes: [_shift(row) for row in plain(episodes)]
     with pytest.raises(UserError, match="sampler and trainer disagree"):
         trainer(tmp_path, callbacks=[FirstStepInvariants(strict=True)]).fit(module, data("policy"))
 

@@ -13,7 +13,6 @@ from rlhf_lightning.errors import ConfigError
 from rlhf_lightning.models.critic import Critic
 from rlhf_lightning.models.lora import LoRA
 from rlhf_lightning.models.scorers import RewardHead
-from rlhf_lightning.modules.policy_parts import critic_values
 from rlhf_lightning.objectives.policy import GSPO, PPO, RLOO, ImportanceWeights, Reinforce
 from rlhf_lightning.rewards import FunctionReward
 from rlhf_lightning.rollout.advantages import GAE, GlobalWhitened
@@ -221,7 +220,7 @@ def test_values_are_those_of_the_state_before_a_token(base: str) -> None:
         torch.nn.init.normal_(critic.head.weight)
         ids = torch.tensor([[5, 6, 7, 8, 9], [5, 6, 7, 3, 0], [4, 4, 2, 1, 0]])
         loss_mask = torch.tensor([[0.0, 0, 0, 1, 1], [0, 0, 0, 1, 0], [0, 1, 0, 1, 0]])
-        values = critic_values(module, ids, loss_mask)
+        values = module.critic_values(ids, loss_mask)
         backbone = module.model.base_model if critic.shared else critic.backbone
         for row in range(3):
             length = int((ids[row] > 0).sum())
@@ -257,8 +256,8 @@ def test_a_stale_round_is_drawn_with_the_weights_of_the_round_before(base: str, 
     start = make("policy", base)
     start.configure_model()
     for number in (0, 1):
-        start.rounds.group_size = 2
-        sampled = start.rounds.collector.round([_prompt(start, e) for e in rounds[number][::2]], 2, number)
+        start.collector.collect([_prompt(start, e) for e in rounds[number][::2]], number, group_size=2)
+        sampled = start.collector.episodes
         assert [e.training_samples[0].ids for e in sampled] == [e.training_samples[0].ids for e in rounds[number]]
     assert watch.logged[0]["train/logprob_gap"] < 1e-5
     assert watch.logged[1]["train/logprob_gap"] > 1e-3  # sampled by the start, which round 0 has moved away from

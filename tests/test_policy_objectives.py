@@ -13,8 +13,14 @@ from rlhf_lightning.objectives.kl import adapted_coefficient, k3
 from rlhf_lightning.objectives.policy.importance import token_ratio
 from rlhf_lightning.objectives.preference.pair_losses import discopop
 from rlhf_lightning.objectives.value import explained_variance, value_loss
-from rlhf_lightning.rollout.advantages import GAE, GlobalWhitened, GroupCentered, LeaveOneOut
-from rlhf_lightning.rollout.credit import compute_token_advantages, critic_quality
+from rlhf_lightning.rollout.advantages import (
+    GAE,
+    GlobalWhitened,
+    GroupCentered,
+    LeaveOneOut,
+    compute_token_advantages,
+    critic_explained_variance,
+)
 from rlhf_lightning.rollout.kl import KLPenalty
 from rlhf_lightning.types import Episode, TrainingSample
 
@@ -314,7 +320,7 @@ def test_gae_gives_the_reward_to_the_last_drawn_token_of_all_rows() -> None:
     assert advantages(episodes) == [[0.0, 0.45125, 0.475, 0.0], [0.0, 0.5, 0.0]]
     rows = episodes[0].training_samples
     assert [round(x, 9) for row in rows for x in row.returns] == [0.0, 0.95125, 0.975, 0.0, 0.0, 1.0, 0.0]
-    assert critic_quality(rows) == pytest.approx(0.0, abs=1e-9)
+    assert critic_explained_variance(rows) == pytest.approx(0.0, abs=1e-9)
 
 
 def test_gae_with_a_penalty_and_whitening() -> None:
@@ -344,4 +350,4 @@ def test_global_whitening() -> None:
 def test_a_rank_without_episodes() -> None:
     for advantage in (GroupCentered(), GAE(), GlobalWhitened()):
         compute_token_advantages([], advantage, KLPenalty(0.1, "reward"))
-    assert critic_quality([]) == 0.0
+    assert critic_explained_variance([]) == 0.0

@@ -535,17 +535,17 @@ def short_is_good(episodes: list[Episode]) -> list[float]:
 
 def test_masked_truncated_rows_count_in_their_group_and_are_not_trained(base: str, tmp_path: Path) -> None:
     rows = {}
-    for loss_mask in (False, True):
+    for masked in (False, True):
         sampler = Sampler(max_tokens=12, temperature=1.5)
         module = PolicyRLModule(
-            base, rewards=[FunctionReward(short_is_good)], sampler=sampler, mask_truncated=loss_mask, optimizer=sgd(0.1)
+            base, rewards=[FunctionReward(short_is_good)], sampler=sampler, mask_truncated=masked, optimizer=sgd(0.1)
         )
-        trainer(tmp_path / str(loss_mask), max_steps=1).fit(module, source(8, prompts_per_round=8, group_size=8))
-        rows[loss_mask] = module.rounds.collector.rows(module.last_episodes)
+        trainer(tmp_path / str(masked), max_steps=1).fit(module, source(8, prompts_per_round=8, group_size=8))
+        rows[masked] = module.collector.training_samples(module.last_episodes)
         episodes = module.last_episodes
         truncated = [episode for episode in episodes if episode.truncated]
         assert 0 < len(truncated) < len(episodes)
-        assert [episode.masked for episode in episodes] == [loss_mask and episode.truncated for episode in episodes]
+        assert [episode.masked for episode in episodes] == [masked and episode.truncated for episode in episodes]
         for episode in episodes:
             group = [other.reward for other in episodes if other.group == episode.group]
             assert episode.advantage == pytest.approx(episode.reward - sum(group) / len(group))
@@ -575,7 +575,7 @@ def test_groups_drawn_again_do_not_count_twice_in_running_statistics(base: str, 
     reward = FunctionReward(lambda completions: [2.5] * len(completions), name="flat", normalize=RunningNorm())
     module = PolicyRLModule(base, rewards=[reward], sampler=Sampler(max_tokens=3), resample_groups=2)
     trainer(tmp_path).fit(module, source(4))
-    assert module.rounds.collector.resampled == 8
+    assert module.collector.resampled == 8
     assert reward.normalize is not None
     assert reward.normalize.moments[:2] == (8, 2.5)
 

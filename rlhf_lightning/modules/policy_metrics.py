@@ -1,12 +1,15 @@
-"""What policy RL logs of an optimizer step, and what it says of one in which no token is trained."""
+"""What policy RL measures: an optimizer step, held-out prompts, and why a step trained no token."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
+from torchmetrics import MeanMetric, Metric
 
 from rlhf_lightning.models.token_logprobs import TokenLogprobsOutput
 from rlhf_lightning.objectives.policy import PolicyObjective
+from rlhf_lightning.rollout.statistics import episode_kl
+from rlhf_lightning.types import Episode
 
 OUTPUTS = ("log_ratio_mean", "clip_fraction", "log_ratio_clamped")
 """What a training step returns of its mini-batch beside the loss."""
@@ -48,3 +51,28 @@ def why_empty(statistics: Mapping[str, float]) -> str:
         "leave out model.mask_truncated; where the rewards of each group are equal, take other prompts or rewards, a "
         "larger data.group_size, or model.resample_groups. See samples.jsonl."
     )
+
+
+class HeldOut(nn.Module):
+    """Means over prompts, exact over ranks: reward of the greedy and of a sampled answer, its length, truncation, KL."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.reward_greedy, self.reward_sampled = MeanMetric(), MeanMetric()
+        self.response_tokens, self.truncated, self.kl = MeanMetric(), MeanMetric(), MeanMetric()
+
+    def add(self, greedy: Sequence[Episode], sampled: Sequence[Episode]) -> None:
+        """Take the episodes of a batch of prompts."""
+        for episode in (episode for episode in greedy if not episode.failed):
+            self.reward_greedy.update(episode.reward)
+        for episode in (episode for episode in sampled if not episode.failed):
+            self.reward_sampled.update(episode.reward)
+            self.response_tokens.update(float(episode.response_tokens))
+            self.truncated.update(float(episode.truncated))
+            self.kl.update(episode_kl(episode))
+
+    def logged(self, kl: bool) -> Iterator[tuple[str, Metric]]:
+        """Names and metrics; `kl` (nats a response) where there is a reference."""
+        for name, metric in self.named_children():
+            if isinstance(metric, Metric) and (kl or name != "kl"):
+                yield name, metric

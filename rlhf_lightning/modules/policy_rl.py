@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -11,24 +12,23 @@ from rlhf_lightning.data.prompts import PromptDataModule, kept_prompts
 from rlhf_lightning.distributed import gather
 from rlhf_lightning.environments.base import Limits, environment_factory
 from rlhf_lightning.models.critic import Critic
-from rlhf_lightning.models.loading import disable_dropout
+from rlhf_lightning.models.loading import check_vocabulary, disable_dropout, load_for_scoring
 from rlhf_lightning.models.packed_forward import PackedForward
 from rlhf_lightning.models.reference import Reference
 from rlhf_lightning.models.token_logprobs import TokenLogprobs, TokenLogprobsOutput
 from rlhf_lightning.modules.base import RLHFModule
-from rlhf_lightning.modules.heldout import HeldOut
 from rlhf_lightning.modules.policy_checks import check_data, check_rewarded, check_rewards, check_settings
-from rlhf_lightning.modules.policy_metrics import LARGEST, NUMBERS, OUTPUTS, ROUND_ON_BAR, step_sums, why_empty
-from rlhf_lightning.modules.policy_parts import clamped, critic_values, make_reference, row_scorers
+from rlhf_lightning.modules.policy_metrics import LARGEST, NUMBERS, OUTPUTS, ROUND_ON_BAR, HeldOut, step_sums, why_empty
 from rlhf_lightning.modules.step import StepNumbers
 from rlhf_lightning.modules.usage_checks import check_parts
 from rlhf_lightning.objectives.aggregate import aggregate
+from rlhf_lightning.objectives.kl import beyond
 from rlhf_lightning.objectives.policy import ImportanceSampling, ImportanceWeights, PolicyObjective
+from rlhf_lightning.objectives.policy.importance import token_log_ratio
 from rlhf_lightning.objectives.value import value_loss
 from rlhf_lightning.rewards import EnsembleReward, ModelReward, Reward
 from rlhf_lightning.rollout.advantages import Advantage, GroupCentered
-from rlhf_lightning.rollout.collect import Collector, answers
-from rlhf_lightning.rollout.collector import Rounds
+from rlhf_lightning.rollout.collector import RolloutCollector, SampleScorers, answers
 from rlhf_lightning.rollout.dataloader import RolloutLoader
 from rlhf_lightning.rollout.kl import KLPenalty
 from rlhf_lightning.rollout.policy_snapshot import PolicySnapshot
@@ -130,29 +130,53 @@ class PolicyRLModule(RLHFModule):
                 self.model, self.tokenizer, self.token_logprobs, self.max_tokens_per_batch, self.dtype_name
             )
         if self.kl is not None:
-            self.reference = make_reference(self, self.kl)
+            self.reference = self._make_reference(self.kl)
         self.sampler.bind(self.model, self.renderer, self.max_tokens_per_batch)
-        parts: list[Any] = list(self.rewards)
-        for part in parts:
-            part.bind(self.renderer)
-            part.hide(self.sampler.stop)
-        collector = Collector(
+        rewards: list[Any] = list(self.rewards)
+        for reward in rewards:
+            reward.bind(self.renderer)
+            reward.hide(self.sampler.stop)
+        self.collector = RolloutCollector(
             self.sampler,
             self.renderer,
-            parts,
+            rewards,
             self.advantage,
             self.seed,
             self.kl,
-            row_scorers(self),
+            self.reference,
+            self._sample_scorers(),
             self.environment,
             self.limits,
             self.truncated_reward,
             self.mask_truncated,
             self.resample_groups,
             self.objective.sequence_level,
+            PolicySnapshot(self.model) if self.staleness else None,
+            self.sampling_context,
         )
-        snapshot = PolicySnapshot(self.model) if self.staleness else None
-        self.rounds = Rounds(collector, self.sampling_context, self.kl, self.reference, snapshot)
+
+    def _make_reference(self, kl: KLPenalty) -> Reference:
+        """The policy as the stage starts it, or the model that is named; raises `ConfigError`."""
+        budget = self.max_tokens_per_batch
+        if kl.reference is None:
+            moves = bool(kl.refresh_every)
+            return Reference(self.model, self.fresh_adapter, budget, moves, kl.device, kl.offload)
+        model = load_for_scoring(kl.reference, self.task, self.dtype_name)
+        check_vocabulary(model, self.tokenizer, "the reference")
+        return Reference.of(model, budget, kl.device, kl.offload)
+
+    def _sample_scorers(self) -> SampleScorers:
+        temperature = self.sampler.temperature
+        reference, recompute = self.reference, self.importance_weights is not None
+
+        def recomputed(ids: Tensor, loss_mask: Tensor) -> Tensor:
+            return self.token_logprobs(ids, loss_mask, temperature).logprobs
+
+        return SampleScorers(
+            None if reference is None else lambda ids, loss_mask: reference.logprobs(ids, loss_mask, temperature),
+            recomputed if recompute else None,
+            None if self.critic is None else self.critic_values,
+        )
 
     def parts_to_split(self) -> list[Any]:
         own = [] if self.critic is None or self.critic.shared else [self.critic.backbone]
@@ -185,11 +209,13 @@ class PolicyRLModule(RLHFModule):
         examples = data.prepared["train"].rows
         items: list[Any] = by_group(examples) if data.recorded else examples
         check_data(self, data)
-        self.rounds.group_size, self.rounds.recorded = data.group_size, data.recorded
+        collect = self.collector.collect_recorded
+        if not data.recorded:
+            collect = partial(self.collector.collect, group_size=data.group_size)
         self.samples_rollouts = not data.recorded
         self.rollouts = RolloutLoader(
             items,
-            self.rounds.collect,
+            collect,
             data.prompts_per_round,
             data.update_epochs,
             data.minibatches,
@@ -201,16 +227,16 @@ class PolicyRLModule(RLHFModule):
         return self.rollouts
 
     def on_train_batch_start(self, batch: dict[str, Any], batch_idx: int) -> None:
-        """Tell the rounds how the one that begins has gone, over all ranks."""
+        """Tell the collector how the round that begins has gone, over all ranks."""
         super().on_train_batch_start(batch, batch_idx)
         if batch.get("statistics"):
             self.last_statistics = batch["statistics"]
-            self.rounds.observe(batch["statistics"])
+            self.collector.observe(batch["statistics"])
 
     @property
     def last_episodes(self) -> list[Episode]:
         """Of the last round, on this rank."""
-        return self.rounds.episodes
+        return self.collector.episodes
 
     def sampling_context(self) -> AbstractContextManager[Any]:
         """The precision of training: without it sampler and trainer would disagree on log-probabilities."""
@@ -225,11 +251,11 @@ class PolicyRLModule(RLHFModule):
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Tensor]:
         ids, loss_mask = batch["input_ids"], batch["loss_mask"]
         scores = self.token_logprobs(ids, loss_mask, self.sampler.temperature, details=True)
-        sums, largest = step_sums(scores, batch, self.objective, clamped(self, scores.logprobs.detach(), batch))
+        sums, largest = step_sums(scores, batch, self.objective, self._clamped(scores.logprobs.detach(), batch))
         outputs = {name: sums[name][0] / sums[name][1].clamp(min=1) for name in OUTPUTS}
         loss, learned = self._policy_loss(scores, batch)
         if self.critic is not None:
-            values = self._value_losses(critic_values(self, ids, loss_mask, scores), batch).sum()
+            values = self._value_losses(self.critic_values(ids, loss_mask, scores), batch).sum()
             sums["value_loss"] = values, loss_mask.sum()
             value = self.normalized(values, batch, "tokens", loss_mask.sum())
             loss = loss * (not self._warming_up) + self.critic.coefficient * value
@@ -240,7 +266,7 @@ class PolicyRLModule(RLHFModule):
     @property
     def _warming_up(self) -> bool:
         """Whether the critic learns alone."""
-        return self.critic is not None and 0 < self.rounds.played <= self.critic.warmup_rounds
+        return self.critic is not None and 0 < self.collector.started <= self.critic.warmup_rounds
 
     def on_before_optimizer_step(self, optimizer: Any) -> None:
         """No step on what is not trained: gradients of zero would age Adam's moments, and decay the weights."""
@@ -267,6 +293,26 @@ class PolicyRLModule(RLHFModule):
         if self.entropy_coefficient or self.critic is not None:
             learned = loss_mask != 0
         return loss, learned.sum()
+
+    def critic_values(self, ids: Tensor, loss_mask: Tensor, scores: TokenLogprobsOutput | None = None) -> Tensor:
+        """The critic's values `[B, T]`; where it shares the policy's backbone, from the policy's own forward."""
+        assert self.critic is not None
+        if not self.critic.shared:
+            values: Tensor = self.critic(ids, loss_mask)
+            return values
+        found = scores or self.token_logprobs(ids, loss_mask, self.sampler.temperature, details=True)
+        assert found.values is not None, "bind() has put the value head on the policy"
+        return found.values
+
+    def _clamped(self, logprobs: Tensor, batch: dict[str, Any]) -> Tensor:
+        """1 at the tokens `[B, T]` with a log-ratio beyond ±20, which the loss, its KL or its weights cut off."""
+        old, loss_mask = batch["old_logprobs"], batch["loss_mask"]
+        cut = self.objective.clamped(logprobs, old, loss_mask)
+        if self.kl is not None and self.kl.place == "loss":
+            cut = cut | beyond(token_log_ratio(logprobs, batch["reference_logprobs"], loss_mask))
+        if self.importance_weights is not None:
+            cut = cut | beyond(token_log_ratio(old, batch["sampling_logprobs"], loss_mask))
+        return cut.to(loss_mask.dtype)
 
     def _value_losses(self, values: Tensor, batch: dict[str, Any]) -> Tensor:
         assert self.critic is not None
@@ -304,14 +350,15 @@ class PolicyRLModule(RLHFModule):
 
     def _evaluate(self, batch: dict[str, Any], name: str) -> None:
         check_rewarded(self)
-        prompts, collector = kept_prompts(batch), self.rounds.collector
+        prompts = kept_prompts(batch)
         metrics: Any = self.heldout[f"{name}_"]
         with self.sampling_context():
-            greedy = collector.play(prompts, 1, (VALIDATION,), temperature=0.0)
-            sampled_episodes = collector.play(prompts, 1, (VALIDATION,))
+            greedy = self.collector.rollout(prompts, 1, (VALIDATION,), temperature=0.0)
+            sampled = self.collector.rollout(prompts, 1, (VALIDATION,))
             if self.reference is not None:
-                collector.score(sampled_episodes, ("reference_logprobs",))
-        metrics.add(greedy, sampled_episodes)
+                only = SampleScorers(self.collector.scorers.reference_logprobs)
+                self.collector.score(sampled, only)
+        metrics.add(greedy, sampled)
         for key, metric in metrics.logged(kl=self.reference is not None):
             self.log(f"{name}/{key}", metric, prog_bar=key == "reward_sampled", batch_size=max(1, len(prompts)))
 
@@ -328,13 +375,13 @@ class PolicyRLModule(RLHFModule):
         ]
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Beside the weights that are trained, what the rounds have come to."""
+        """Beside the weights that are trained, what the collector keeps from round to round."""
         super().on_save_checkpoint(checkpoint)
-        checkpoint["rounds"] = self.rounds.state_dict()
+        checkpoint["collector"] = self.collector.state_dict()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_load_checkpoint(checkpoint)
-        self.rounds.load_state_dict(checkpoint["rounds"])
+        self.collector.load_state_dict(checkpoint["collector"])
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> list[dict[str, Any]]:
         """A response to each prompt."""

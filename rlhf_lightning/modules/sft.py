@@ -14,7 +14,7 @@ from rlhf_lightning.modules.metrics import BitsPerByte, Count, Perplexity
 from rlhf_lightning.modules.step import StepNumbers
 from rlhf_lightning.modules.usage_checks import check_parts
 from rlhf_lightning.objectives.supervised import nll
-from rlhf_lightning.rollout.collect import answers
+from rlhf_lightning.rollout.collector import answers
 from rlhf_lightning.sampling.sampler import Sampler
 
 

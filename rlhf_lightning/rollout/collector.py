@@ -1,81 +1,231 @@
-"""Rounds: what happens between two sets of mini-batches, and what of it a checkpoint has to keep."""
+"""Rounds of rollouts: from prompts to training samples with advantages, and the numbers that describe a round."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from rlhf_lightning.data.batching import pad_tokens
 from rlhf_lightning.data.prompts import Prompt
+from rlhf_lightning.data.rendering import Renderer
+from rlhf_lightning.distributed import even_chunks, gather
+from rlhf_lightning.environments.base import EnvironmentFactory, Limits
 from rlhf_lightning.models.reference import Reference
-from rlhf_lightning.rollout.collect import Collector
-from rlhf_lightning.rollout.credit import critic_quality
+from rlhf_lightning.rewards import Reward, total_rewards
+from rlhf_lightning.rollout.advantages import Advantage, compute_token_advantages, critic_explained_variance
 from rlhf_lightning.rollout.kl import KLPenalty
 from rlhf_lightning.rollout.policy_snapshot import PolicySnapshot
 from rlhf_lightning.rollout.recorded import Recorded
-from rlhf_lightning.rollout.statistics import Sums
+from rlhf_lightning.rollout.runner import run_episodes
+from rlhf_lightning.rollout.statistics import Sums, statistics, zero_variance_groups
+from rlhf_lightning.safe_points import safe_point
+from rlhf_lightning.sampling.sampler import Sampler
 from rlhf_lightning.types import Episode, TrainingSample
 
+SampleScorer = Callable[[Tensor, Tensor], Tensor]
+"""From `input_ids` and `loss_mask`, `[B, T]`, to a number per token, `[B, T]`."""
+CHUNK = 256
+"""Training samples that are scored at once."""
 
-class Rounds:
-    """Makes the rows of a round, from prompts or from recorded episodes.
+
+@dataclass(frozen=True)
+class SampleScorers:
+    """What is computed for the training samples of a round, with the weights that the round starts with.
+
+    The names are those of the columns of `TrainingSample`; `None` leaves a column empty.
+    """
+
+    reference_logprobs: SampleScorer | None = None
+    recomputed_logprobs: SampleScorer | None = None
+    values: SampleScorer | None = None
+
+
+class RolloutCollector:
+    """Collects rounds: samples and rewards episodes, and turns them into training samples with advantages.
+
+    It also holds what changes from round to round and belongs into a checkpoint: the KL coefficient, a moving
+    reference, and the weights that a stale policy samples with.
 
     Args:
-        collector: plays and scores episodes.
+        sampler: generates responses.
+        renderer: from messages to tokens.
+        rewards: terms of the reward, weighted and added.
+        advantage: from rewards to advantages.
+        seed: of every sampled token.
+        kl: the KL penalty, whose coefficient may adapt between rounds.
+        reference: the model that the KL penalty compares with; refreshed between rounds if `kl.refresh_every` is set.
+        scorers: what is computed for the training samples.
+        environment: see `PolicyRLModule`, as are limits, truncated_reward, mask_truncated.
+        limits: of an episode.
+        truncated_reward: replaces the reward of a truncated response.
+        mask_truncated: leave truncated responses out of the loss.
+        resample_groups: how often groups with equal rewards are sampled again.
+        sequence_level: the objective takes a response as one action, see `PolicyObjective`.
+        snapshot: the weights to sample with, where they are those of the round before.
         context: in which models run, that of training.
-        kl, reference: moved between rounds, where they are adaptive.
-        snapshot: the weights to sample with, where they are a round old.
     """
 
     def __init__(
         self,
-        collector: Collector,
-        context: Callable[[], AbstractContextManager[Any]],
+        sampler: Sampler,
+        renderer: Renderer,
+        rewards: Sequence[Reward],
+        advantage: Advantage,
+        seed: int,
         kl: KLPenalty | None = None,
         reference: Reference | None = None,
+        scorers: SampleScorers | None = None,
+        environment: EnvironmentFactory | None = None,
+        limits: Limits | None = None,
+        truncated_reward: float | None = None,
+        mask_truncated: bool = False,
+        resample_groups: int = 0,
+        sequence_level: bool = False,
         snapshot: PolicySnapshot | None = None,
+        context: Callable[[], AbstractContextManager[Any]] = nullcontext,
     ) -> None:
-        self.collector, self.context = collector, context
-        self.kl, self.reference, self.snapshot = kl, reference, snapshot
-        self.group_size, self.recorded = 1, False
-        self.played = 0
-        """How many rounds have begun; their numbers, which seeds are made of, may leave some out."""
+        self.sampler, self.renderer, self.rewards, self.advantage = sampler, renderer, rewards, advantage
+        self.seed, self.kl, self.reference, self.scorers = seed, kl, reference, scorers or SampleScorers()
+        self.environment, self.limits = environment, limits or Limits()
+        self.truncated_reward, self.mask_truncated = truncated_reward, mask_truncated
+        self.resample_groups, self.sequence_level = resample_groups, sequence_level
+        self.snapshot, self.context = snapshot, context
+        self.resampled = 0
+        """Groups of the last round that were sampled again."""
+        self.started = 0
+        """How many rounds have begun. Their numbers, which seeds are made of, may skip some."""
         self.episodes: list[Episode] = []
         """Of the last round, on this rank."""
 
+    # -- a round --------------------------------------------------------------------------------------------------
+
+    def collect(self, prompts: Sequence[Prompt], number: int, group_size: int) -> tuple[list[TrainingSample], Sums]:
+        """Collect round `number`, `group_size` episodes for each prompt. All ranks must call this together.
+
+        Returns:
+            the training samples of this rank, and the sums of the round's statistics.
+        """
+        return self._collect(lambda: self._sample(prompts, number, group_size))
+
+    def collect_recorded(self, groups: Sequence[Sequence[Recorded]], number: int) -> tuple[list[TrainingSample], Sums]:
+        """Collect a round of recorded episodes; see `collect`."""
+        return self._collect(lambda: [one.episode(group[0].index) for group in groups for one in group])
+
     @torch.no_grad()
-    def collect(
-        self, items: Sequence[Prompt] | Sequence[list[Recorded]], number: int
-    ) -> tuple[list[TrainingSample], Sums]:
-        """The rows of round `number`, and its statistics. All ranks call it together."""
-        self._move_reference()
-        self.played += 1
+    def _collect(self, episodes: Callable[[], list[Episode]]) -> tuple[list[TrainingSample], Sums]:
+        self._update_reference()
+        self.started += 1
         with self.context():
-            self.episodes = self._episodes(items, number)
-            rows = self.collector.rows(self.episodes)
-        sums = self.collector.statistics(self.episodes)
+            self.episodes = episodes()
+            samples = self.training_samples(self.episodes)
+        sums = statistics(self.episodes, kl=self.scorers.reference_logprobs is not None)
+        if self.resample_groups:
+            sums["resampled_groups"] = (float(self.resampled), sums["zero_variance_groups"][1])
         if self.kl is not None:
             sums["kl_coefficient"] = (self.kl.coefficient, 1)
-        if self.collector.advantage.needs_values:
-            sums["explained_variance"] = (critic_quality(rows), 1)
-        return rows, sums
+        if self.advantage.needs_values:
+            sums["explained_variance"] = (critic_explained_variance(samples), 1)
+        return samples, sums
 
-    def _episodes(self, items: Any, number: int) -> list[Episode]:
-        if self.recorded:
-            return [one.episode(group[0].index) for group in items for one in group]
+    def _sample(self, prompts: Sequence[Prompt], number: int, group_size: int) -> list[Episode]:
+        """The episodes of a round, in the order of the prompts.
+
+        A group whose rewards are all equal has no gradient: it is sampled again, at most `resample_groups` times
+        (DAPO's dynamic sampling, arXiv 2503.14476 sec. 3.2, with the same prompts).
+        """
         with self.snapshot.stale() if self.snapshot else nullcontext():
-            self.collector.sampler.sync(number)
-            return self.collector.round(items, self.group_size, number)
+            self.sampler.sync(number)
+            episodes = self.rollout(prompts, group_size, (number,), running="update")
+            self.resampled = 0
+            for attempt in range(1, self.resample_groups + 1):
+                zero_variance = zero_variance_groups(episodes)
+                # Every rank must take part in every attempt: rewards may gather statistics over ranks.
+                if not any(gather(bool(zero_variance))):
+                    break
+                self.resampled += len(zero_variance)
+                again = [prompt for prompt in prompts if prompt.index in zero_variance]
+                # Running statistics count a round once: else they would lean towards what is sampled again.
+                fresh = iter(self.rollout(again, group_size, (number, attempt), running="use"))
+                episodes = [next(fresh) if episode.group in zero_variance else episode for episode in episodes]
+            return episodes
 
-    def _move_reference(self) -> None:
+    def rollout(
+        self,
+        prompts: Sequence[Prompt],
+        group_size: int,
+        seed: Sequence[int],
+        temperature: float | None = None,
+        running: str = "off",
+    ) -> list[Episode]:
+        """Rewarded episodes, `group_size` for each prompt, in order.
+
+        Args:
+            prompts: of this rank.
+            group_size: episodes per prompt.
+            seed: numbers that set these rollouts apart from others of the run.
+            temperature: in place of the sampler's.
+            running: what rewards with running statistics do, see `total_rewards`. With `update` all ranks must call
+                this together, whether they have prompts or not.
+        """
+        tasks = [(prompt, sample) for prompt in prompts for sample in range(group_size)]
+        episodes = run_episodes(
+            tasks, self.sampler, self.renderer, (self.seed, *seed), self.environment, self.limits, temperature
+        )
+        total_rewards(episodes, self.rewards, self.truncated_reward, running)
+        for episode in episodes:
+            episode.masked = episode.failed or (self.mask_truncated and episode.truncated)
+        return episodes
+
+    def training_samples(self, episodes: Sequence[Episode]) -> list[TrainingSample]:
+        """The training samples of episodes, scored and with advantages. All ranks must call this together."""
+        self.score(episodes, self.scorers)
+        played = [episode for episode in episodes if not episode.failed]
+        compute_token_advantages(played, self.advantage, self.kl, self.sequence_level)
+        for episode in episodes:
+            for sample in episode.training_samples:
+                sample.group = episode.group
+        return _sampled([episode for episode in episodes if not episode.masked])
+
+    def score(self, episodes: Sequence[Episode], scorers: SampleScorers) -> None:
+        """Fill in the columns that the scorers give. All ranks must call this together."""
+        samples = _sampled(episodes)
+        if scorers.reference_logprobs is not None:
+            for sample, numbers in self._scored(samples, scorers.reference_logprobs):
+                sample.reference_logprobs = numbers
+        if scorers.recomputed_logprobs is not None:
+            for sample, numbers in self._scored(samples, scorers.recomputed_logprobs):
+                sample.recomputed_logprobs = numbers
+        if scorers.values is not None:
+            for sample, numbers in self._scored(samples, scorers.values):
+                sample.values = numbers
+
+    def _scored(
+        self, samples: Sequence[TrainingSample], scorer: SampleScorer
+    ) -> Iterator[tuple[TrainingSample, list[float]]]:
+        device = next(self.sampler.model.parameters()).device
+        for chunk in even_chunks(samples, CHUNK):
+            safe_point()
+            ids, masks = [sample.ids for sample in chunk], [sample.loss_mask for sample in chunk]
+            # A rank without samples goes along with a row of weight 0.
+            batch = pad_tokens(ids or [[0, 0]], masks or [[0, 0]], pad_id=0)
+            numbers = scorer(batch["input_ids"].to(device), batch["loss_mask"].to(device)).float().tolist()
+            for sample, row in zip(chunk, numbers, strict=bool(chunk)):
+                yield sample, row[: len(sample.ids)]
+
+    # -- between rounds -------------------------------------------------------------------------------------------
+
+    def _update_reference(self) -> None:
         if self.kl is None or self.reference is None:
             return
         self.kl.adapt()
-        if self.kl.refresh_every and self.played and self.played % self.kl.refresh_every == 0:
+        if self.kl.refresh_every and self.started and self.started % self.kl.refresh_every == 0:
             self.reference.refresh()
 
     def observe(self, statistics: Mapping[str, float]) -> None:
-        """Take the numbers of a round, over all ranks: an adaptive KL coefficient goes by them."""
+        """Take the statistics of a round, over all ranks: an adaptive KL coefficient follows them."""
         if self.kl is not None and "kl" in statistics:
             self.kl.observe(statistics["kl"], round(statistics["episodes"]))
 
@@ -90,22 +240,45 @@ class Rounds:
         if self.kl is not None:
             self.kl.load_state_dict(found["kl"])
 
+    @property
+    def counters(self) -> dict[str, Any]:
+        """What a round changes before the weights change; a reference that is due to move moves again."""
+        return {"started": self.started, "kl": self.kl.state_dict() if self.kl else None}
+
+    @counters.setter
+    def counters(self, found: Mapping[str, Any]) -> None:
+        self.started = found["started"]
+        if self.kl is not None:
+            self.kl.load_state_dict(found["kl"])
+
     def state_dict(self) -> dict[str, Any]:
         """The KL coefficient, a reference that moves, the weights to sample with."""
         moves = self.kl is not None and self.kl.refresh_every and self.reference is not None
         return {
-            "played": self.played,
+            "started": self.started,
             "kl": self.kl.state_dict() if self.kl else None,
             "reference": self.reference.weights() if moves and self.reference else None,
             "snapshot": self.snapshot.state_dict() if self.snapshot else None,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from there."""
-        self.played = state["played"]
+        """Continue from a `state_dict`."""
+        self.started = state["started"]
         if self.kl is not None and state["kl"]:
             self.kl.load_state_dict(state["kl"])
         if self.reference is not None and state["reference"]:
             self.reference.load_weights(state["reference"])
         if self.snapshot is not None:
             self.snapshot.load_state_dict(state["snapshot"])
+
+
+def _sampled(episodes: Sequence[Episode]) -> list[TrainingSample]:
+    """The training samples of episodes in which a token was sampled."""
+    return [sample for episode in episodes for sample in episode.training_samples if sample.actions]
+
+
+def answers(sampler: Sampler, renderer: Renderer, prompts: Sequence[Prompt], seed: int) -> list[dict[str, Any]]:
+    """A response to each prompt, for `predict`: prompt, response, stop reason, tokens."""
+    episodes = run_episodes([(prompt, 0) for prompt in prompts], sampler, renderer, (seed, 0))
+    keys = ("prompt", "response", "stop_reason", "response_tokens")
+    return [{"index": episode.group, **{key: episode.record()[key] for key in keys}} for episode in episodes]

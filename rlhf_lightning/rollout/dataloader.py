@@ -14,12 +14,6 @@ from rlhf_lightning.rollout.statistics import Sums, means
 from rlhf_lightning.safe_points import safe_points
 from rlhf_lightning.types import TrainingSample
 
-COLUMNS = {
-    "sampling_logprobs": "sampling_logprobs",
-    "old_logprobs": "old_logprobs",
-    **{name: name for name in ("advantages", "reference_logprobs", "values", "returns")},
-}
-"""What a batch has of its rows, and the column of `TrainingSample` it is taken from."""
 Collect = Callable[[list[Any], int], tuple[list[TrainingSample], Sums]]
 
 
@@ -110,16 +104,16 @@ class RolloutLoader:
                 # Merged here, where all ranks meet: one of them may have had no episodes, or other metrics.
                 statistics = means(self.gather(sums))
         self._restored = None
-        parts = self._parts(round_seed)
-        counts = self._counts(parts, shard_spec)
+        minibatches = self._minibatches(round_seed)
+        counts = self._counts(minibatches, shard_spec)
         for k in range(done, self.per_round):
             taken = min(len(self), shard_spec.limit or len(self))
             self.position = (number * self.per_round + k + 1) % taken
             yield {
-                **self._collate(parts[k]),
+                **self._collate(minibatches[k]),
                 "denominators": counts[k // shard_spec.accumulate],
                 "round": round_seed,
-                "where": [self._where.get(row.group, f"prompt {row.group}") for row in parts[k]],
+                "where": [self._where.get(row.group, f"prompt {row.group}") for row in minibatches[k]],
                 "first": k < shard_spec.accumulate,
                 "statistics": statistics if k == 0 else None,
             }
@@ -138,22 +132,22 @@ class RolloutLoader:
             left()
             raise
 
-    def _parts(self, round_seed: int) -> list[list[TrainingSample]]:
+    def _minibatches(self, round_seed: int) -> list[list[TrainingSample]]:
         """The rows of each mini-batch: every pass a fresh permutation of the groups, and of the rows in each."""
-        parts = []
+        minibatches = []
         for epoch in range(self.update_epochs):
             generator = torch.Generator().manual_seed(mix_seeds(self.seed, round_seed, epoch, 1))
             rows = [self._rows[i] for i in torch.randperm(len(self._rows), generator=generator).tolist()]
             place: dict[int, int] = {}
             for row in rows:
                 place.setdefault(row.group, len(place))
-            parts += split_evenly(sorted(rows, key=lambda row: place[row.group]), self.minibatches)
-        return parts
+            minibatches += split_evenly(sorted(rows, key=lambda row: place[row.group]), self.minibatches)
+        return minibatches
 
-    def _counts(self, parts: list[list[TrainingSample]], shard_spec: ShardSpec) -> list[dict[str, float]]:
+    def _counts(self, minibatches: list[list[TrainingSample]], shard_spec: ShardSpec) -> list[dict[str, float]]:
         """The denominators of each optimizer step, over all ranks."""
         names = ("tokens", "sequences")
-        steps = [parts[k : k + shard_spec.accumulate] for k in range(0, len(parts), shard_spec.accumulate)]
+        steps = [minibatches[k : k + shard_spec.accumulate] for k in range(0, len(minibatches), shard_spec.accumulate)]
         local = [total_counts(row.counts() for rows in step for row in rows) for step in steps]
         table = torch.tensor([[count.get(name, 0.0) for name in names] for count in local], dtype=torch.float64)
         total = torch.stack(self.gather(table)).sum(0)
@@ -163,9 +157,17 @@ class RolloutLoader:
         # A row that weighs nothing keeps a rank in step that has none of its own.
         rows = rows or [TrainingSample([self.pad_id, self.pad_id], [0, 0], [0.0, 0.0])]
         batch: dict[str, Any] = pad_tokens([row.ids for row in rows], [row.loss_mask for row in rows], self.pad_id)
-        for name, column in COLUMNS.items():
-            numbers = [getattr(row, column) or [0.0] * len(row.ids) for row in rows]
-            batch[name] = pad_right(numbers, 0.0, torch.float32)
+        columns: dict[str, list[list[float]]] = {
+            "sampling_logprobs": [row.sampling_logprobs for row in rows],
+            "old_logprobs": [row.old_logprobs for row in rows],
+            "advantages": [row.advantages for row in rows],
+            "reference_logprobs": [row.reference_logprobs for row in rows],
+            "values": [row.values for row in rows],
+            "returns": [row.returns for row in rows],
+        }
+        for name, column in columns.items():
+            filled = [numbers or [0.0] * len(row.ids) for numbers, row in zip(column, rows, strict=True)]
+            batch[name] = pad_right(filled, 0.0, torch.float32)
         return batch
 
     def state_dict(self) -> dict[str, Any]:
