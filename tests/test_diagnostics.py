@@ -21,30 +21,28 @@ from rlhf_lightning.callbacks import table
 from rlhf_lightning.callbacks.export import ExportModel
 from rlhf_lightning.callbacks.samples import SamplesLog
 from rlhf_lightning.checkpointing.best import BestUnderKL
-from rlhf_lightning.diagnostics.callback import DEFAULT, Diagnostics
-from rlhf_lightning.diagnostics.checks import (
+from rlhf_lightning.diagnostics import (
     Check,
     Clipping,
-    HighKL,
-    LogprobGap,
-    NoSignal,
-    NotFinite,
-    Truncation,
-    WildRatios,
-)
-from rlhf_lightning.diagnostics.collapse import StopOnCollapse
-from rlhf_lightning.diagnostics.curves import Curve, Curves, together, trend
-from rlhf_lightning.diagnostics.invariants import FirstStepInvariants
-from rlhf_lightning.diagnostics.trends import (
     EntropyCollapse,
     GrowingKL,
+    HighKL,
     LengthHacking,
+    LogprobGap,
     NegativeKL,
+    NoSignal,
+    NotFinite,
     OverOptimized,
     RepeatedText,
     RewardCollapse,
+    Truncation,
     UselessCritic,
+    WildRatios,
 )
+from rlhf_lightning.diagnostics.callback import DEFAULT, Diagnostics
+from rlhf_lightning.diagnostics.collapse import StopOnCollapse
+from rlhf_lightning.diagnostics.curves import Curve, Curves, together, trend
+from rlhf_lightning.diagnostics.invariants import FirstStepInvariants
 from rlhf_lightning.errors import ConfigError, UserError
 from rlhf_lightning.models.critic import Critic
 from rlhf_lightning.rewards import FunctionReward

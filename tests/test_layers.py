@@ -46,7 +46,7 @@ def imports(path: Path) -> set[str]:
 
 
 def room(module: str) -> str:
-    return (module.split(".") + [""])[1]
+    return [*module.split("."), ""][1]
 
 
 @pytest.mark.parametrize("module", sorted(module for module in MODULES if room(module) not in ("", "__main__")))

@@ -1,1 +1,29 @@
-"""Signs that a run goes wrong: curves over steps, and a small check for each failure."""
+"""Signs that a run of policy RL goes wrong: the checks by kind of failure, and the callbacks that look at them."""
+
+from rlhf_lightning.diagnostics.check import Check
+from rlhf_lightning.diagnostics.critic import UselessCritic
+from rlhf_lightning.diagnostics.kl import GrowingKL, HighKL, NegativeKL
+from rlhf_lightning.diagnostics.numbers import NotFinite
+from rlhf_lightning.diagnostics.ratios import ClampedRatios, Clipping, LogprobGap, WildRatios
+from rlhf_lightning.diagnostics.responses import EntropyCollapse, LengthHacking, RepeatedText, Truncation
+from rlhf_lightning.diagnostics.reward import NoSignal, OverOptimized, RewardCollapse
+
+__all__ = [
+    "Check",
+    "ClampedRatios",
+    "Clipping",
+    "EntropyCollapse",
+    "GrowingKL",
+    "HighKL",
+    "LengthHacking",
+    "LogprobGap",
+    "NegativeKL",
+    "NoSignal",
+    "NotFinite",
+    "OverOptimized",
+    "RepeatedText",
+    "RewardCollapse",
+    "Truncation",
+    "UselessCritic",
+    "WildRatios",
+]

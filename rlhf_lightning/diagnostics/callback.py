@@ -8,28 +8,14 @@ from typing import Any
 import lightning.pytorch as pl
 
 from rlhf_lightning.checkpointing.jsonl import JsonLines
-from rlhf_lightning.diagnostics.checks import (
-    Check,
-    ClampedRatios,
-    Clipping,
-    HighKL,
-    LogprobGap,
-    NoSignal,
-    NotFinite,
-    Truncation,
-    WildRatios,
-)
+from rlhf_lightning.diagnostics.check import Check
+from rlhf_lightning.diagnostics.critic import UselessCritic
+from rlhf_lightning.diagnostics.kl import GrowingKL, HighKL, NegativeKL
+from rlhf_lightning.diagnostics.numbers import NotFinite
+from rlhf_lightning.diagnostics.ratios import ClampedRatios, Clipping, LogprobGap, WildRatios
+from rlhf_lightning.diagnostics.responses import EntropyCollapse, LengthHacking, RepeatedText, Truncation
+from rlhf_lightning.diagnostics.reward import NoSignal, OverOptimized, RewardCollapse
 from rlhf_lightning.diagnostics.round_callback import RoundCallback
-from rlhf_lightning.diagnostics.trends import (
-    EntropyCollapse,
-    GrowingKL,
-    LengthHacking,
-    NegativeKL,
-    OverOptimized,
-    RepeatedText,
-    RewardCollapse,
-    UselessCritic,
-)
 from rlhf_lightning.errors import ConfigError
 
 log = logging.getLogger(__name__)

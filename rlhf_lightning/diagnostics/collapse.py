@@ -6,9 +6,12 @@ from typing import Any
 
 import lightning.pytorch as pl
 
-from rlhf_lightning.diagnostics.checks import Check, HighKL, NotFinite
+from rlhf_lightning.diagnostics.check import Check
+from rlhf_lightning.diagnostics.kl import HighKL
+from rlhf_lightning.diagnostics.numbers import NotFinite
+from rlhf_lightning.diagnostics.responses import EntropyCollapse
+from rlhf_lightning.diagnostics.reward import RewardCollapse
 from rlhf_lightning.diagnostics.round_callback import RoundCallback
-from rlhf_lightning.diagnostics.trends import EntropyCollapse, RewardCollapse
 from rlhf_lightning.errors import ConfigError, UserError
 
 log = logging.getLogger(__name__)

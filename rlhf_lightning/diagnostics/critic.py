@@ -1,0 +1,29 @@
+"""The critic explains nothing of the returns."""
+
+from rlhf_lightning.diagnostics.check import Check, Numbers
+from rlhf_lightning.diagnostics.curves import Curves
+
+
+class UselessCritic(Check):
+    """The critic explains nothing of the returns, round after round.
+
+    Args:
+        rounds: in a row with an explained variance of at most 0.
+    """
+
+    name, watched = "useless_critic", ("explained_variance",)
+    meaning = "The critic's values explain nothing of the returns; advantages are noisier than without a critic."
+    remedy = (
+        "Usual remedy: value warm-up rounds, a higher learning rate of the critic, a start from the reward model; or "
+        "advantages of the group in place of a critic."
+    )
+
+    def __init__(self, rounds: int = 10) -> None:
+        super().__init__(rounds)
+
+    def severity(self, curves: Curves) -> float | None:
+        values = curves.last("explained_variance", self.rounds)
+        return 1.0 - max(values) if len(values) == self.rounds else None
+
+    def numbers(self, curves: Curves) -> Numbers:
+        return {"explained_variance": max(curves["explained_variance"].last(self.rounds))}

@@ -1,0 +1,98 @@
+"""The policy moves too far from the reference, too fast, or the measured KL cannot be true."""
+
+from statistics import median
+from typing import Any
+
+from rlhf_lightning.diagnostics.check import Check, MedianAbove, Numbers, positive
+from rlhf_lightning.diagnostics.curves import RECENT, Curves, correlation, together, trend
+
+
+class HighKL(MedianAbove):
+    """The policy is far from the reference.
+
+    Learned rewards were over-optimized at some tens of nats a response (Stiennon et al. 2020, section 4.3; Gao et al.
+    2023); a verifier can bear more.
+
+    Args:
+        limit: nats a response. rounds: of which the median is taken.
+    """
+
+    name, watched = "high_kl", ("kl",)
+    meaning = "The policy is so far from the reference that a learned reward no longer knows what it scores."
+    remedy = "Usual remedy: a higher kl coefficient, a lower learning rate, or an earlier stop."
+
+    def __init__(self, limit: float = 50.0, rounds: int = 5) -> None:
+        super().__init__(rounds)
+        self.limit = positive(self, "limit", limit)
+
+
+class GrowingKL(Check):
+    """KL has doubled within a few rounds and bought no reward: how PPO diverges.
+
+    Args:
+        growth: of the median KL from the first to the second half of the rounds.
+        floor: nats a response under which growth means nothing.
+        trend: t of the slope of the reward from which on it counts as rising.
+        rounds: looked at.
+    """
+
+    name, watched = "growing_kl", ("kl", "reward")
+    meaning = "KL grows fast while the reward does not rise: the policy diverges."
+    remedy = (
+        "Usual remedy: a lower learning rate of the policy, larger mini-batches, fewer update_epochs or rounds; a "
+        "higher kl coefficient."
+    )
+
+    def __init__(self, growth: float = 2.0, floor: float = 5.0, trend: float = 2.0, rounds: int = 10) -> None:
+        super().__init__(rounds)
+        self.growth, self.floor = positive(self, "growth", growth), positive(self, "floor", floor)
+        self.trend = positive(self, "trend", trend)
+
+    def _halves(self, curves: Curves) -> tuple[float, float] | None:
+        kl = curves.last("kl", self.rounds)
+        half = len(kl) // 2
+        return (median(kl[:half]), median(kl[half:])) if half and len(kl) == self.rounds else None
+
+    def severity(self, curves: Curves) -> float | None:
+        halves = self._halves(curves)
+        if halves is None or "reward" not in curves:
+            return None
+        before, after = halves
+        if trend(curves["reward"].last(self.rounds)) >= self.trend:
+            return 0.0
+        return min(after / (self.growth * max(before, 1e-9)), after / self.floor)
+
+    def numbers(self, curves: Curves) -> Numbers:
+        before, after = self._halves(curves) or (0.0, 0.0)
+        numbers = {"kl_before": before, "kl": after}
+        r = correlation(*together(curves["kl"], curves["reward"], RECENT))
+        return numbers if r is None else {**numbers, "correlation_of_kl_and_reward": r}
+
+
+class NegativeKL(Check):
+    """Mean k1 stays below 0, which no expectation over the policy's own samples can.
+
+    Args:
+        limit: nats a response that it must be below 0, in every round. rounds: in a row.
+    """
+
+    name, watched = "negative_kl", ("kl",)
+    meaning = (
+        "The measured KL stays negative, which the KL of a policy over its own samples cannot be: sampler and trainer "
+        "disagree, or the policy is sampled at another temperature or with tokens cut off."
+    )
+    remedy = "Usual remedy: sampler at top_p 1, top_k 0, the same precision in both, no dropout; see logprob_gap."
+
+    def __init__(self, limit: float = 0.05, rounds: int = 5) -> None:
+        super().__init__(rounds)
+        self.limit = positive(self, "limit", limit)
+
+    def applies(self, module: Any) -> bool:
+        return getattr(module, "samples_rollouts", True)
+
+    def severity(self, curves: Curves) -> float | None:
+        values = curves.last("kl", self.rounds)
+        return -max(values) / self.limit if len(values) == self.rounds else None
+
+    def numbers(self, curves: Curves) -> Numbers:
+        return {"kl": max(curves["kl"].last(self.rounds))}

@@ -1,0 +1,27 @@
+"""Numbers that are not finite."""
+
+import math
+
+from rlhf_lightning.diagnostics.check import Check, Numbers
+from rlhf_lightning.diagnostics.curves import Curves
+
+
+class NotFinite(Check):
+    """The last round's reward, loss, KL or entropy is NaN or infinite."""
+
+    name, watched = "not_finite", ("loss", "reward", "kl", "entropy")
+    meaning = "A number of training is not finite; the weights may be lost already."
+    remedy = (
+        "Usual remedy: resume from an earlier checkpoint with a lower learning rate, gradient_clip_val, and bf16 or "
+        "float32 in place of 16-mixed; --trainer.detect_anomaly true finds where it began."
+    )
+
+    def __init__(self) -> None:
+        super().__init__(rounds=1)
+
+    def severity(self, curves: Curves) -> float | None:
+        return float(bool(self.numbers(curves)))
+
+    def numbers(self, curves: Curves) -> Numbers:
+        newest = {name: curves[name].recent[-1] for name in self.watched if name in curves}
+        return {name: value for name, value in newest.items() if value is not None and not math.isfinite(value)}
