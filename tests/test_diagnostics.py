@@ -836,11 +836,11 @@ def policy_config(base: str, tmp_path: Path, **options: Any) -> list[str]:
 
 
 def test_callbacks_named_in_yaml_take_the_place_of_the_defaults(base: str, tmp_path: Path) -> None:
-    checks = [named("checks", "Truncation", limit=0.01, rounds=1)]
+    checks = [named("diagnostics", "Truncation", limit=0.01, rounds=1)]
     callbacks = [
-        named("samples", "SamplesLog", every=2, table_every=0),
-        named("diagnostics", "Diagnostics", checks=checks, disabled=["no_signal"]),
-        named("collapse", "StopOnCollapse", reward_lost=None, entropy_fraction=1.5, kl_limit=None, patience=1),
+        named("callbacks.samples", "SamplesLog", every=2, table_every=0),
+        named("diagnostics.callback", "Diagnostics", checks=checks, disabled=["no_signal"]),
+        named("diagnostics.collapse", "StopOnCollapse", reward_lost=None, entropy_fraction=1.5, kl_limit=None, patience=1),
     ]
     args = policy_config(base, tmp_path, callbacks=callbacks, max_epochs=9)
     for out in (rlhf(*args), rlhf(*args, "--fresh")):
@@ -858,7 +858,7 @@ def test_callbacks_named_in_yaml_take_the_place_of_the_defaults(base: str, tmp_p
 
 @pytest.mark.slow
 def test_without_a_best_checkpoint_the_last_weights_can_be_had(base: str, tmp_path: Path) -> None:
-    args = policy_config(base, tmp_path, callbacks=[named("best", "BestUnderKL")])
+    args = policy_config(base, tmp_path, callbacks=[named("checkpointing.best", "BestUnderKL")])
     out = rlhf(*args, "--export", "best", code=2)
     assert "no checkpoint was saved by val/reward_sampled with val/kl at most 20" in out
     assert re.search(r"^round 0 \(step 0\): 8 episodes$", out, flags=re.MULTILINE)  # the default table
