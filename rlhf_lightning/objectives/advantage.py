@@ -1,11 +1,11 @@
-"""Advantages: how much better than expected an action was. Nothing here carries a gradient."""
+"""Advantages: how much better an action was than expected. No function here propagates gradients."""
 
 import torch
 from torch import Tensor
 
 
 def _group_sums(values: Tensor, group_ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """For each row: the sum over its group, the group's size, and the row's dense group number."""
+    """Sum over each row's group, size of that group, and the group's index renumbered from 0; `[N]` each."""
     _, dense = group_ids.unique(return_inverse=True)
     size = int(dense.max()) + 1 if dense.numel() else 0
     sums = values.new_zeros(size).index_add(0, dense, values)
@@ -14,7 +14,10 @@ def _group_sums(values: Tensor, group_ids: Tensor) -> tuple[Tensor, Tensor, Tens
 
 
 def _all_equal(values: Tensor, dense: Tensor) -> Tensor:
-    """For each row whether its group has one value: then the mean may differ from it by rounding, and must not."""
+    """True for rows whose group holds a single distinct value, `[N]`.
+
+    Rounding can make the mean of equal values differ from them; their advantage must be exactly 0.
+    """
     low, high = (
         values.new_zeros(len(values)).scatter_reduce(0, dense, values, how, include_self=False)
         for how in ("amin", "amax")
@@ -23,11 +26,24 @@ def _all_equal(values: Tensor, dense: Tensor) -> Tensor:
 
 
 def group_centered(rewards: Tensor, group_ids: Tensor, scale: str = "none", eps: float = 1e-4) -> Tensor:
-    """Reward minus the mean of its group; with `scale="std"` divided by the group's standard deviation + eps.
+    """Center each reward on the mean of its group and optionally divide by the group's standard deviation.
 
     Args:
-        rewards: `[N]`. group_ids: integer `[N]`, equal for samples of one prompt.
-        scale: `none` (Dr. GRPO, arXiv 2503.20783) or `std` (GRPO, arXiv 2402.03300; deviation over n - 1).
+        rewards: Float `[N]`.
+        group_ids: Integer `[N]`; responses to the same prompt share a value.
+        scale: `none` (Dr. GRPO, arXiv 2503.20783), or `std` to divide by the standard deviation plus `eps`
+            (GRPO, arXiv 2402.03300). The deviation uses n - 1.
+        eps: Added to the standard deviation.
+
+    Returns:
+        Advantages, float `[N]`. 0 for every row of a group whose rewards are all equal.
+
+    Raises:
+        ValueError: If `scale` is unknown.
+
+    Example:
+        >>> group_centered(torch.tensor([1.0, 0.0, 2.0, 2.0]), torch.tensor([0, 0, 1, 1]))
+        tensor([ 0.5000, -0.5000,  0.0000,  0.0000])
     """
     if scale not in ("none", "std"):
         raise ValueError(f"unknown scale {scale!r}; 'none' or 'std'")
@@ -40,21 +56,37 @@ def group_centered(rewards: Tensor, group_ids: Tensor, scale: str = "none", eps:
 
 
 def leave_one_out(rewards: Tensor, group_ids: Tensor) -> Tensor:
-    """Reward minus the mean of the others of its group (RLOO, arXiv 2402.14740 eq. 8); 0 for a group of one."""
+    """Subtract from each reward the mean of the other rewards in its group.
+
+    Source: RLOO, arXiv 2402.14740 eq. 8.
+
+    Args:
+        rewards: Float `[N]`.
+        group_ids: Integer `[N]`; responses to the same prompt share a value.
+
+    Returns:
+        Advantages, float `[N]`. 0 for a group of one row, or of equal rewards.
+    """
     sums, counts, dense = _group_sums(rewards, group_ids)
     others = (sums - rewards) / (counts - 1).clamp(min=1)
     return torch.where((counts > 1) & ~_all_equal(rewards, dense), rewards - others, 0.0)
 
 
 def gae(rewards: Tensor, values: Tensor, loss_mask: Tensor, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
-    """Generalized advantage estimation, arXiv 1506.02438 eq. 16; the value after the last action is 0.
+    """Generalized advantage estimation (arXiv 1506.02438 eq. 16). The value after the last action is 0.
+
+    Positions with mask 0 are skipped: an action's successor is the next position with mask 1, and neither `gamma`
+    nor `lam` is applied in between.
 
     Args:
-        rewards, values, loss_mask: `[B, T]`. Positions whose mask is 0 are skipped: the next action's value is that of
-            the next position with mask 1, and neither gamma nor lam is applied in between.
+        rewards: Reward at each position, float `[B, T]`.
+        values: The critic's estimate before each position, float `[B, T]`.
+        loss_mask: 1 at the policy's tokens, 0 elsewhere, `[B, T]`.
+        gamma: Discount per action.
+        lam: λ, the weight of longer-horizon estimates.
 
     Returns:
-        `(advantages, returns)`, `[B, T]` each, zero where the mask is 0; returns = advantages + values.
+        `(advantages, returns)`, float `[B, T]` each, 0 where the mask is 0; returns = advantages + values.
     """
     advantages = torch.zeros_like(values)
     next_value = torch.zeros_like(values[:, 0])
@@ -69,9 +101,18 @@ def gae(rewards: Tensor, values: Tensor, loss_mask: Tensor, gamma: float, lam: f
 
 
 def whiten(x: Tensor, loss_mask: Tensor, shift_mean: bool = True, eps: float = 1e-8) -> Tensor:
-    """(x - mean) / sqrt(var + eps) over positions with mask 1; with `shift_mean=False` the mean is added back.
+    """Normalize to unit variance, and to mean 0 unless `shift_mean` is False, over positions with mask 1.
 
-    The variance is over n, as in openai/lm-human-preferences. Zero where the mask is 0.
+    Computes `(x - mean) / sqrt(var + eps)`. The variance divides by n, as in openai/lm-human-preferences.
+
+    Args:
+        x: Float `[B, T]`.
+        loss_mask: 1 where a position counts, 0 elsewhere, `[B, T]`.
+        shift_mean: If False, the mean is added back after scaling.
+        eps: Added to the variance.
+
+    Returns:
+        Float `[B, T]`, 0 where the mask is 0.
     """
     loss_mask = loss_mask.to(x.dtype)
     count = loss_mask.sum().clamp(min=1)
@@ -82,7 +123,16 @@ def whiten(x: Tensor, loss_mask: Tensor, shift_mean: bool = True, eps: float = 1
 
 
 def discounted_future_sum(x: Tensor, loss_mask: Tensor, discount: float) -> Tensor:
-    """Σ_{s ≥ t} discount^(s-t)·x_s over positions with mask 1, counted in actions; `[B, T]`, 0 where the mask is 0."""
+    """Discounted sum of the current and later values: Σ_{s ≥ t} discount^(s - t) · x_s over positions with mask 1.
+
+    Args:
+        x: Float `[B, T]`.
+        loss_mask: 1 where a position counts, 0 elsewhere, `[B, T]`. Positions with mask 0 do not discount.
+        discount: Factor per action.
+
+    Returns:
+        Float `[B, T]`, 0 where the mask is 0.
+    """
     result = torch.zeros_like(x)
     running = torch.zeros_like(x[:, 0])
     action = loss_mask.bool()

@@ -1,4 +1,4 @@
-"""From per-token losses to a sum and the number it is to be divided by."""
+"""Reduce per-token losses to a total and the denominator that it is divided by."""
 
 from torch import Tensor
 
@@ -6,24 +6,35 @@ MODES = ("token_sum", "token_mean", "sequence_mean", "constant")
 
 
 def aggregate(per_token: Tensor, loss_mask: Tensor, mode: str, length: int | None = None) -> tuple[Tensor, Tensor]:
-    """Sum a per-token loss and give its denominator; the loss is `total / denominator`.
+    """Sum a per-token loss and return its denominator; the loss is `total / denominator`.
 
-    Both are returned apart so that a caller who accumulates micro-batches or runs several ranks can add up
-    the totals and the denominators before dividing.
+    The two are returned separately so that a caller who accumulates micro-batches, or trains on several ranks, can
+    add up totals and denominators before dividing.
 
     Args:
-        per_token: loss of each token, float `[B, T]`.
+        per_token: Loss of each token, float `[B, T]`.
         loss_mask: 1 where a token counts, 0 elsewhere, `[B, T]`.
-        mode: `token_sum` (denominator 1; Tinker), `token_mean` (number of tokens; DAPO, arXiv 2503.14476 eq. 8),
-            `sequence_mean` (sum of per-sequence token means over the number of sequences; GRPO, arXiv 2402.03300
-            eq. 3), `constant` (`length` times the number of sequences; Dr. GRPO, arXiv 2503.20783).
-        length: tokens per sequence, for `constant`.
+        mode: How to normalize.
+
+            - `token_sum`: denominator 1 (Tinker).
+            - `token_mean`: the number of tokens (DAPO, arXiv 2503.14476 eq. 8).
+            - `sequence_mean`: per-sequence token means over the number of sequences (GRPO, arXiv 2402.03300 eq. 3).
+            - `constant`: `length` times the number of sequences (Dr. GRPO, arXiv 2503.20783).
+        length: Tokens per sequence; required by `constant`.
 
     Returns:
-        `(total, denominator)`, two scalars. A sequence whose mask is all 0 is no sequence.
+        `(total, denominator)`, two scalars. Rows whose mask is all 0 are not counted as sequences.
 
     Raises:
-        ValueError: unknown mode, or `constant` without `length`.
+        ValueError: If `mode` is unknown, or `constant` is given without `length`.
+
+    Example:
+        >>> import torch
+        >>> per_token, loss_mask = torch.tensor([[1.0, 2.0], [3.0, 9.0]]), torch.tensor([[1, 1], [1, 0]])
+        >>> aggregate(per_token, loss_mask, "token_mean")
+        (tensor(6.), tensor(3.))
+        >>> aggregate(per_token, loss_mask, "sequence_mean")
+        (tensor(4.5000), tensor(2.))
     """
     loss_mask = loss_mask.to(per_token.dtype)
     masked = per_token * loss_mask

@@ -1,14 +1,27 @@
-"""How far a measured number may be off, and what best-of-N costs."""
+"""Confidence intervals of measured rates and means, win rates, and the KL bound of best-of-N sampling."""
 
 import math
 from collections.abc import Sequence
 
 Z95 = 1.959963984540054
-"""Of a two-sided interval that holds in 95 of 100 cases."""
+"""Standard normal quantile of a two-sided 95% interval."""
 
 
 def wilson(rate: float, count: int) -> tuple[float, float]:
-    """95% interval of a rate measured on `count` independent rows. Source: Wilson 1927."""
+    """95% Wilson score interval of a rate. Source: Wilson 1927.
+
+    Args:
+        rate: Observed rate, in [0, 1].
+        count: Number of independent rows behind it.
+
+    Returns:
+        `(lower, upper)`; `(0, 1)` if `count` is 0.
+
+    Example:
+        >>> lower, upper = wilson(0.5, 100)
+        >>> round(lower, 3), round(upper, 3)
+        (0.404, 0.596)
+    """
     if not count:
         return 0.0, 1.0
     center = rate + Z95**2 / (2 * count)
@@ -18,7 +31,14 @@ def wilson(rate: float, count: int) -> tuple[float, float]:
 
 
 def mean_interval(values: Sequence[float]) -> tuple[float, float]:
-    """Mean, and half the width of its 95% interval by the normal distribution (infinite for a single value)."""
+    """Mean of the values and the half-width of its 95% interval under a normal approximation.
+
+    Args:
+        values: At least one number.
+
+    Returns:
+        `(mean, half_width)`; the half-width is infinite for a single value.
+    """
     mean = math.fsum(values) / len(values)
     if len(values) < 2:
         return mean, math.inf
@@ -27,11 +47,26 @@ def mean_interval(values: Sequence[float]) -> tuple[float, float]:
 
 
 def win_rate(ours: Sequence[float], theirs: Sequence[float]) -> float:
-    """The part of all pairs of one of ours and one of theirs in which ours is larger, equal ones counted half."""
+    """Fraction of all (ours, theirs) pairs in which ours is larger; ties count half.
+
+    Args:
+        ours: Scores of the first side.
+        theirs: Scores of the second side.
+
+    Returns:
+        Rate in [0, 1].
+    """
     wins = sum((a > b) + 0.5 * (a == b) for a in ours for b in theirs)
     return wins / (len(ours) * len(theirs))
 
 
 def best_of_kl(count: int) -> float:
-    """log N - (N - 1) / N: a bound of the KL between best-of-N and the policy, nats. Source: arXiv 2401.01879."""
+    """Upper bound of KL(best-of-N || policy) in nats: log N - (N - 1) / N. Source: arXiv 2401.01879.
+
+    Args:
+        count: N, the number of samples that the best is chosen from.
+
+    Returns:
+        The bound, in nats.
+    """
     return math.log(count) - (count - 1) / count

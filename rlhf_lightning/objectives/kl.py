@@ -1,52 +1,66 @@
-"""Per-token estimators of KL(policy || reference) from tokens sampled by the policy.
+"""Per-token Monte Carlo estimators of KL(policy || reference), and the adaptive KL coefficient.
 
-Source: J. Schulman, "Approximating KL Divergence" (2020). Each takes the log-probabilities of the sampled
-tokens under policy and reference, of any equal shape, in nats, and returns the same shape. With
-d = log policy - log reference and tokens sampled by the policy, the expectation of k1 and k3 is the KL.
+Source: J. Schulman, "Approximating KL Divergence" (2020), http://joschu.net/blog/kl-approx.html.
+
+Each estimator takes the log-probabilities of the sampled tokens under the policy and the reference, in nats and of any
+equal shape, and returns a tensor of that shape. With d = log policy - log reference and tokens sampled from the policy,
+k1 and k3 are unbiased estimators of the KL.
 """
 
 from torch import Tensor
 
 LOG_RATIO_LIMIT = 20.0
-"""Nats; exp(20) is 5e8. A log ratio beyond it comes from stale or wrong weights, and exp would overflow."""
+"""Bound on log-ratios, in nats; exp(20) is 5e8. Larger ones come from stale or wrong weights and would overflow exp."""
 
 
 def bounded(log_ratio: Tensor) -> Tensor:
-    """Log ratios within ±20, as verl and OpenRLHF keep them before exp; the gradient is 0 where that cuts one off."""
+    """Clamp log-ratios to ±`LOG_RATIO_LIMIT` before exp, as verl and OpenRLHF do. The gradient is 0 where it clamps."""
     return log_ratio.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
 
 
 def beyond(log_ratio: Tensor) -> Tensor:
-    """Where `bounded` cuts a log ratio off, bool."""
+    """True where `bounded` clamps a log-ratio; bool, same shape."""
     return log_ratio.abs() > LOG_RATIO_LIMIT
 
 
 def k1(logprobs: Tensor, reference_logprobs: Tensor) -> Tensor:
-    """d. Unbiased, may be negative. As a loss its expected on-policy gradient is zero: use it in the reward."""
+    """The estimator d: unbiased, may be negative.
+
+    Its expected on-policy gradient is zero, so it does nothing as a loss term; subtract it from the reward instead.
+    """
     return logprobs - reference_logprobs
 
 
 def k2(logprobs: Tensor, reference_logprobs: Tensor) -> Tensor:
-    """d² / 2. Biased in value, but on-policy its gradient is that of KL(policy || reference)."""
+    """The estimator d² / 2: biased in value, but its on-policy gradient is that of KL(policy || reference)."""
     return 0.5 * (logprobs - reference_logprobs).square()
 
 
 def k3(logprobs: Tensor, reference_logprobs: Tensor) -> Tensor:
-    """exp(-d) + d - 1. Unbiased and never negative; as a plain loss its gradient is that of KL(reference || policy).
+    """The estimator exp(-d) + d - 1: unbiased and never negative.
 
-    Multiply it by the importance ratio exp(logp - old logp), with its gradient, to get that of KL(policy || reference).
-    d is kept within ±20 (`bounded`), so that exp cannot overflow.
+    As a plain loss, its gradient is that of KL(reference || policy). Multiply it by the importance ratio
+    exp(logprobs - old_logprobs), with gradient, to get the gradient of KL(policy || reference). d is clamped to ±20
+    (`bounded`) so that exp cannot overflow.
     """
     difference = bounded(logprobs - reference_logprobs)
     return (-difference).exp() + difference - 1
 
 
 def adapted_coefficient(coefficient: float, kl: float, target: float, samples: int, horizon: float) -> float:
-    """coefficient · (1 + clip(kl / target - 1, -0.2, 0.2) · samples / horizon). Source: arXiv 1909.08593 sec. 2.2.
+    """Move a KL coefficient toward a target KL: coefficient · (1 + clip(kl / target - 1, ±0.2) · samples / horizon).
+
+    Source: Ziegler et al., arXiv 1909.08593 sec. 2.2.
 
     Args:
-        kl, target: nats a response. samples: responses since the last change. horizon: responses over which the
-            coefficient may change by a factor of about e^±0.2.
+        coefficient: Current value.
+        kl: Measured KL, in nats per response.
+        target: Target KL, in nats per response.
+        samples: Responses since the last update of the coefficient.
+        horizon: Responses over which the coefficient may change by a factor of about e^±0.2.
+
+    Returns:
+        The new coefficient.
     """
     error = min(max(kl / target - 1, -0.2), 0.2)
     return coefficient * (1 + error * samples / horizon)

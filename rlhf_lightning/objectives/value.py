@@ -1,4 +1,4 @@
-"""Losses and measures of a critic."""
+"""The critic's loss and its explained variance."""
 
 import torch
 from torch import Tensor
@@ -7,16 +7,20 @@ from torch import Tensor
 def value_loss(
     values: Tensor, old_values: Tensor, returns: Tensor, loss_mask: Tensor, clip: float | None = 0.2
 ) -> Tensor:
-    """½·max((v - R)², (clamp(v, v_old - clip, v_old + clip) - R)²) of each token; ½·(v - R)² without a clip.
+    """Clipped squared error of each value: ½·max((v - R)², (clamp(v, v_old - clip, v_old + clip) - R)²).
 
-    Source: openai/lm-human-preferences; Huang et al., "The N+ implementation details of RLHF with PPO" (2024).
+    Without a clip it is ½·(v - R)². Sources: openai/lm-human-preferences; Huang et al., "The N+ Implementation Details
+    of RLHF with PPO" (2024).
 
     Args:
-        values: what the critic says now; old_values: what it said when the rows were sampled; returns: what it is to
-            say; mask: 0/1. All `[B, T]`.
+        values: v, the critic's current estimates, float `[B, T]`.
+        old_values: v_old, the estimates recorded at sampling time, float `[B, T]`.
+        returns: R, the targets, float `[B, T]`.
+        loss_mask: 1 where a token counts, 0 elsewhere, `[B, T]`.
+        clip: Largest step away from `old_values`, in reward units; None for no clipping.
 
     Returns:
-        `[B, T]`, zero where the mask is 0.
+        Loss of each token, `[B, T]`, 0 where the mask is 0.
     """
     loss = (values - returns).square()
     if clip is not None:
@@ -26,11 +30,17 @@ def value_loss(
 
 
 def explained_variance(residual_sums: tuple[float, float], return_sums: tuple[float, float], count: float) -> float:
-    """1 - Var(R - v) / Var(R): 1 for a perfect critic, 0 for one that knows the mean alone, below 0 for a worse one.
+    """1 - Var(R - v) / Var(R): 1 for a perfect critic, 0 for one that predicts the mean, negative for a worse one.
+
+    Takes sums so that ranks can add theirs up first.
 
     Args:
-        residual_sums, return_sums: sum and sum of squares of R - v and of R, over the tokens of all ranks.
-        count: of these tokens. 0 where the returns do not vary.
+        residual_sums: Sum and sum of squares of R - v over the tokens of all ranks.
+        return_sums: Sum and sum of squares of R over the same tokens.
+        count: Number of these tokens.
+
+    Returns:
+        Explained variance; 0 if the returns do not vary.
     """
     variance = return_sums[1] / count - (return_sums[0] / count) ** 2 if count else 0.0
     if variance <= 1e-12:

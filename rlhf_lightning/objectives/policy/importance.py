@@ -1,6 +1,7 @@
-"""Importance ratios: how much likelier a token, or a whole response, is now than it was when it was sampled.
+"""Importance ratios: how much more likely a token or a response is now than when it was sampled.
 
-Float tensors `[B, T]`, log-probabilities in nats, mask 0/1.
+Tensors are float `[B, T]` unless noted, log-probabilities are in nats, and `loss_mask` is 1 at the policy's tokens and
+0 elsewhere. p is the current policy (`logprobs`), q the one that sampled (`old_logprobs`).
 """
 
 import torch
@@ -10,33 +11,40 @@ from rlhf_lightning.objectives.kl import bounded
 
 
 def token_log_ratio(logprobs: Tensor, old_logprobs: Tensor, loss_mask: Tensor) -> Tensor:
-    """log p - log q of each token, 0 where the mask is 0."""
-    # Masked positions hold arbitrary numbers: exp of them may overflow and 0 * inf is NaN.
+    """log p - log q of each token, `[B, T]`, 0 where the mask is 0."""
+    # Masked positions hold arbitrary numbers: their exp may overflow, and 0 * inf is NaN.
     return torch.where(loss_mask.bool(), logprobs - old_logprobs, 0.0)
 
 
 def sequence_log_ratio(logprobs: Tensor, old_logprobs: Tensor, loss_mask: Tensor, normalized: bool) -> Tensor:
-    """Σ (log p - log q) of each row, `[B, 1]`; the mean if normalized."""
+    """Σ_t (log p - log q) of each row, `[B, 1]`.
+
+    Args:
+        logprobs: Under the current policy, `[B, T]`.
+        old_logprobs: Under the policy that sampled, `[B, T]`.
+        loss_mask: 1 at the policy's tokens, 0 elsewhere, `[B, T]`.
+        normalized: If True, the mean over the row's tokens instead of the sum.
+    """
     total = token_log_ratio(logprobs, old_logprobs, loss_mask).sum(-1, keepdim=True)
     return total / loss_mask.sum(-1, keepdim=True).clamp(min=1) if normalized else total
 
 
 def token_ratio(logprobs: Tensor, old_logprobs: Tensor, loss_mask: Tensor) -> Tensor:
-    """r = exp(log p - log q) of each token, its logarithm within ±20 (`bounded`); 1 where the mask is 0."""
+    """r = exp(log p - log q) of each token, `[B, T]`, 1 where the mask is 0. The exponent is clamped to ±20."""
     return bounded(token_log_ratio(logprobs, old_logprobs, loss_mask)).exp()
 
 
 def sequence_ratio(logprobs: Tensor, old_logprobs: Tensor, loss_mask: Tensor, normalized: bool) -> Tensor:
-    """exp(Σ (log p - log q)) of each row at all its positions, `[B, T]`; exp of the mean if normalized.
+    """exp(Σ_t (log p - log q)) of each row, repeated at all its positions, `[B, T]`; exp of the mean if `normalized`.
 
-    The logarithm is kept within ±20 (`bounded`).
+    The exponent is clamped to ±20 (`bounded`).
     """
     ratio = bounded(sequence_log_ratio(logprobs, old_logprobs, loss_mask, normalized)).exp()
     return ratio.expand_as(logprobs)
 
 
 def masked(loss: Tensor, loss_mask: Tensor) -> Tensor:
-    """Zero where the mask is 0, whatever stands there."""
+    """`loss` where the mask is 1, 0 elsewhere, even over inf or NaN."""
     return torch.where(loss_mask.bool(), loss, 0.0)
 
 
@@ -49,15 +57,23 @@ def importance_weights(
     low: float = 0.0,
     high: float = 2.0,
 ) -> Tensor:
-    """w = exp(log q_old - log q_sampler), `[B, T]` without gradient, for rows that another distribution sampled.
+    """Weights w = exp(log q_old - log q_sampler) that correct for rows sampled from another distribution.
 
     Args:
-        level: `token`, or `sequence`: exp of the sum over the row, the same at all its tokens.
-        mode: `truncate` clamps w to [low, high] (truncated importance sampling, Ionides 2008, eq. 2); `mask` sets w to
-            0 outside of [low, high] (IcePop, arXiv 2510.18855 eq. 3).
+        old_logprobs: Under the policy that the loss's ratio starts from, `[B, T]`.
+        sampling_logprobs: Under the distribution that sampled the tokens, `[B, T]`.
+        loss_mask: 1 at the policy's tokens, 0 elsewhere, `[B, T]`.
+        level: `token` for a weight per token, `sequence` for the product over the row at all its tokens.
+        mode: `truncate` clamps w to [low, high] (truncated importance sampling, Ionides 2008, eq. 2); `mask` sets w
+            to 0 outside [low, high] (IcePop, arXiv 2510.18855 eq. 3).
+        low: Lower bound of w.
+        high: Upper bound of w.
 
     Returns:
-        Weights to multiply the per-token loss with, 0 where the mask is 0.
+        Factors for the per-token loss, `[B, T]`, without gradient, 0 where the mask is 0.
+
+    Raises:
+        ValueError: If `level` or `mode` is unknown.
     """
     if level not in ("token", "sequence") or mode not in ("truncate", "mask"):
         raise ValueError(f"level {level!r} must be 'token' or 'sequence', mode {mode!r} 'truncate' or 'mask'")

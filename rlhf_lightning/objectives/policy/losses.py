@@ -1,8 +1,14 @@
-"""Policy-gradient losses.
+"""Policy-gradient losses as pure functions.
 
-Every function takes `(logprobs, old_logprobs, advantages, mask, **options)`: float tensors `[B, T]`, log-probabilities
-in nats, mask 0/1, advantages `[B, T]` or `[B, 1]`. It returns the per-token loss `[B, T]`, to be minimized, zero where
-the mask is 0. r = exp(logprobs - old_logprobs) is the importance ratio; old_logprobs and advantages carry no gradient.
+Every function takes `(logprobs, old_logprobs, advantages, loss_mask, **options)` and returns the per-token loss to be
+minimized, `[B, T]`, 0 where the mask is 0:
+
+- `logprobs`: log-probability of each sampled token under the current policy, in nats, `[B, T]`.
+- `old_logprobs`: the same under the policy at the start of the round, without gradient, `[B, T]`.
+- `advantages`: without gradient, `[B, T]` or `[B, 1]`.
+- `loss_mask`: 1 at the policy's tokens, 0 elsewhere, `[B, T]`.
+
+In the formulas p is the current policy, q the old one, A the advantage, and r = p / q the importance ratio.
 """
 
 import torch
@@ -12,17 +18,18 @@ from rlhf_lightning.objectives.policy.importance import masked, sequence_ratio, 
 
 
 def _clipped(ratio: Tensor, advantages: Tensor, loss_mask: Tensor, clip_low: float, clip_high: float) -> Tensor:
+    """-min(r·A, clamp(r, 1 - clip_low, 1 + clip_high)·A), `[B, T]`."""
     clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
     return masked(-torch.minimum(ratio * advantages, clipped * advantages), loss_mask)
 
 
 def reinforce(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, loss_mask: Tensor) -> Tensor:
-    """-A·log p, right only while the policy is still the one that sampled. Source: Williams 1992, eq. 7."""
+    """REINFORCE, -A·log p. Valid only while the policy is still the one that sampled. Source: Williams 1992, eq. 7."""
     return masked(-advantages * logprobs, loss_mask)
 
 
 def importance_sampling(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, loss_mask: Tensor) -> Tensor:
-    """-r·A. On-policy its gradient is REINFORCE's. Source: Tinker's `importance_sampling` loss."""
+    """-r·A. On-policy, its gradient is that of REINFORCE. Source: Tinker's `importance_sampling` loss."""
     return masked(-token_ratio(logprobs, old_logprobs, loss_mask) * advantages, loss_mask)
 
 
@@ -35,13 +42,31 @@ def ppo(
     clip_high: float = 0.2,
     dual_clip: float | None = None,
 ) -> Tensor:
-    """-min(r·A, clamp(r, 1 - clip_low, 1 + clip_high)·A); with `dual_clip` c, where A < 0, no more than -c·A.
+    """PPO's clipped surrogate, -min(r·A, clamp(r, 1 - clip_low, 1 + clip_high)·A).
 
-    Sources: PPO, arXiv 1707.06347 eq. 7; two bounds: DAPO, arXiv 2503.14476 eq. 10; dual clip: arXiv 1912.09729 eq. 5.
+    Sources: PPO, arXiv 1707.06347 eq. 7; separate bounds, DAPO, arXiv 2503.14476 eq. 10; dual clip, arXiv 1912.09729
+    eq. 5.
+
+    Args:
+        logprobs: Under the current policy, `[B, T]`.
+        old_logprobs: Under the policy that sampled, `[B, T]`.
+        advantages: `[B, T]` or `[B, 1]`.
+        loss_mask: 1 at the policy's tokens, 0 elsewhere, `[B, T]`.
+        clip_low: The ratio is clipped below 1 - clip_low.
+        clip_high: The ratio is clipped above 1 + clip_high.
+        dual_clip: c; where A < 0 the loss is at most -c·A. None for no such bound.
+
+    Returns:
+        Loss of each token, `[B, T]`.
+
+    Example:
+        >>> old, mask = torch.zeros(1, 3), torch.ones(1, 3)
+        >>> ppo(torch.tensor([[0.0, 0.5, -0.5]]), old, torch.tensor([[1.0]]), mask)
+        tensor([[-1.0000, -1.2000, -0.6065]])
     """
     ratio = token_ratio(logprobs, old_logprobs, loss_mask)
     if dual_clip is not None:
-        # c is above 1 + clip_high: where A > 0 the upper clip binds before it.
+        # c is above 1 + clip_high, so where A > 0 the upper clip binds first and this has no effect.
         ratio = ratio.clamp(max=dual_clip)
     return _clipped(ratio, advantages, loss_mask, clip_low, clip_high)
 
@@ -54,13 +79,16 @@ def cispo(
     ratio_min: float = 0.0,
     ratio_max: float = 4.0,
 ) -> Tensor:
-    """-sg(clamp(r, ratio_min, ratio_max))·A·log p, sg = no gradient. Source: MiniMax-M1, arXiv 2506.13585 eq. 4."""
+    """CISPO, -sg(clamp(r, ratio_min, ratio_max))·A·log p, where sg stops the gradient.
+
+    Source: MiniMax-M1, arXiv 2506.13585 eq. 4.
+    """
     weight = token_ratio(logprobs, old_logprobs, loss_mask).clamp(ratio_min, ratio_max).detach()
     return masked(-weight * advantages * logprobs, loss_mask)
 
 
 def dro(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, loss_mask: Tensor, beta: float) -> Tensor:
-    """-(log p·A - ½·beta·(log p - log q)²), q the sampler's. Source: Tinker's `dro`, after arXiv 2405.19107."""
+    """DRO, -(log p·A - ½·beta·(log p - log q)²). Source: Tinker's `dro` loss, after arXiv 2405.19107."""
     gap = torch.where(loss_mask.bool(), logprobs - old_logprobs, 0.0)
     return masked(-(logprobs * advantages - 0.5 * beta * gap.square()), loss_mask)
 
@@ -73,7 +101,7 @@ def gspo(
     clip_low: float = 3e-4,
     clip_high: float = 4e-4,
 ) -> Tensor:
-    """-min(s·A, clamp(s)·A) at every token, s = exp(mean over the sequence of log p - log q).
+    """GSPO, -min(s·A, clamp(s)·A) at every token, with s = exp(mean over the sequence of log p - log q).
 
     Aggregate with `sequence_mean` to get the paper's objective. Source: GSPO, arXiv 2507.18071 eq. 5-7.
     """
@@ -89,9 +117,10 @@ def rloo(
     clip_low: float = 0.2,
     clip_high: float = 0.2,
 ) -> Tensor:
-    """-min(s·A, clamp(s)·A) at every token, s = exp(Σ over the sequence of log p - log q): the response is one action.
+    """-min(s·A, clamp(s)·A) at every token, with s = exp(Σ over the sequence of log p - log q).
 
-    Aggregate with `sequence_mean`; leave-one-out advantages. Source: RLOO, arXiv 2402.14740 sec. 3, with PPO's clip.
+    The whole response is one action. Use leave-one-out advantages and aggregate with `sequence_mean`. Source: RLOO,
+    arXiv 2402.14740 sec. 3, with PPO's clip.
     """
     ratio = sequence_ratio(logprobs, old_logprobs, loss_mask, normalized=False)
     return _clipped(ratio, advantages, loss_mask, clip_low, clip_high)
@@ -105,7 +134,10 @@ def sapo(
     temperature_positive: float = 1.0,
     temperature_negative: float = 1.05,
 ) -> Tensor:
-    """-(4/τ)·σ(τ·(r - 1))·A, τ by the sign of A: a soft clip. Source: SAPO, arXiv 2511.20347 eq. 5-6."""
+    """SAPO's soft clip, -(4/τ)·σ(τ·(r - 1))·A, where τ depends on the sign of A.
+
+    Source: SAPO, arXiv 2511.20347 eq. 5-6.
+    """
     ratio = token_ratio(logprobs, old_logprobs, loss_mask)
     positive = torch.full_like(ratio, temperature_positive)
     temperature = torch.where(advantages > 0, positive, temperature_negative)

@@ -1,14 +1,15 @@
-"""Losses of preference learning: functions of scores, and the classes that YAML names.
+"""Losses of preference learning: pure functions of scores, and the classes that YAML names.
 
-A class names the tensors that it needs beside the scores as keyword-only arguments of `__call__`, and the module hands
-them over by name, each `[B]`:
+A class declares the tensors that it needs beside the scores as keyword-only arguments of `__call__`, and
+`PreferenceModule` passes them by name, `[B]` each:
 
-- `margin`, `ties`: columns of the data;
-- `chosen_lengths`, `rejected_lengths`: tokens of the responses;
-- `chosen_logps`, …: Σ log π of the responses, from scorers that compute it;
-- `chosen_reference_scores`, …: what the reference takes from a score, beta·Σ log π_ref, from `ImplicitReward`;
-- `chosen_kl`, …: Σ_t ½·(log π − log π_ref)² of the responses, from `ImplicitReward`;
-- `beta`: of the scorer, a number.
+- `margin`, `ties`: columns of the data.
+- `chosen_lengths`, `rejected_lengths`: tokens of the responses.
+- `chosen_logps`, `rejected_logps`: Σ log π of the responses in nats, from scorers that compute it.
+- `chosen_reference_scores`, `rejected_reference_scores`: beta·Σ log π_ref, the reference's part of the score, from
+  `ImplicitReward`.
+- `chosen_kl`, `rejected_kl`: Σ_t ½·(log π − log π_ref)² of the responses, from `ImplicitReward`.
+- `beta`: the scorer's, a number.
 
 For labels and rankings the names have no prefix (`lengths`, `logps`, …).
 """

@@ -1,4 +1,4 @@
-"""What a loss of preference learning is: which scores it takes, and which further tensors it wants by name."""
+"""Interfaces of the preference losses: which scores a loss takes, and which further tensors it asks for by name."""
 
 import inspect
 from abc import ABC, abstractmethod
@@ -8,45 +8,77 @@ from torch import Tensor
 
 
 class PreferenceLoss(ABC):
-    """What to do with scores; see `PairLoss`, `LabelLoss` and `RankingLoss`."""
+    """Base class of `PairLoss`, `LabelLoss` and `RankingLoss`."""
 
     kind: ClassVar[str]
-    """`pairs`, `labels` or `rankings`: the rows that it learns from."""
+    """The kind of rows that it learns from: `pairs`, `labels` or `rankings`."""
     inputs: ClassVar[tuple[str, ...]]
-    """What `__call__` takes first."""
+    """Names of the positional arguments of `__call__`."""
     batch_coupled: bool = False
-    """Whether a row's loss depends on the other rows of its optimizer step."""
+    """True if a row's loss depends on the other rows of the optimizer step."""
     scores: ClassVar[str | None] = None
-    """Where set, the scores that it is defined for: `mean_logprob` (a token, beta 1) or `log_ratio`."""
+    """The only scores that the loss is defined for, `mean_logprob` (per token, beta 1) or `log_ratio`; None for any."""
 
     @abstractmethod
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
         """Loss of each row, `[B]`."""
 
     def keywords(self) -> dict[str, bool]:
-        """The further tensors that it takes by name, and whether it cannot do without."""
+        """Names of the further tensors that `__call__` takes, each with whether it is required."""
         parameters = inspect.signature(self.__call__).parameters.values()
         return {p.name: p.default is p.empty for p in parameters if p.kind is p.KEYWORD_ONLY}
 
 
 class PairLoss(PreferenceLoss):
-    """A loss of pairs with its options, for `PreferenceModule(loss=...)`: `__call__(chosen, rejected, *, …)`."""
+    """Base class of losses of preference pairs, for `PreferenceModule(loss=...)`.
+
+    `__call__(chosen, rejected, *, ...)` takes the scores of both responses, `[B]` each, and returns the loss `[B]`.
+
+    Example:
+        >>> class SquaredHinge(PairLoss):
+        ...     def __call__(self, chosen, rejected, *, margin=0.0, **_):
+        ...         return (1 - (chosen - rejected - margin)).clamp(min=0).square()
+        >>> SquaredHinge().keywords()
+        {'margin': False}
+    """
 
     kind = "pairs"
     inputs = ("chosen", "rejected")
 
 
 class LabelLoss(PreferenceLoss):
-    """A loss of single responses, each with a label (1 desirable, 0 not): `__call__(scores, labels, *, …)`."""
+    """Base class of losses of single responses, each labeled 1 (desirable) or 0 (undesirable).
+
+    `__call__(scores, labels, *, ...)` takes `[B]` each and returns the loss `[B]`.
+
+    Example:
+        >>> class SquaredError(LabelLoss):
+        ...     def __call__(self, scores, labels, **_):
+        ...         return (scores.sigmoid() - labels).square()
+        >>> SquaredError().kind
+        'labels'
+    """
 
     kind = "labels"
     inputs = ("scores", "labels")
     mismatched: bool = False
-    """Whether it takes `mismatched`: the scores `[B]` of each prompt with the response to another one."""
+    """True if it takes `mismatched`: the score of each prompt with the response to another prompt, `[B]`."""
 
 
 class RankingLoss(PreferenceLoss):
-    """A loss of K ranked answers to each prompt: `__call__(scores, ranks, mask)`, `[B, K]` each."""
+    """Base class of losses of K ranked answers per prompt.
+
+    `__call__(scores, ranks, loss_mask)` takes `[B, K]` each and returns the loss `[B]`. Rank 0 is the best answer, and
+    the mask is 0 where a prompt has fewer than K answers.
+
+    Example:
+        >>> class BestOfK(RankingLoss):
+        ...     def __call__(self, scores, ranks, loss_mask, **_):
+        ...         scores = scores.masked_fill(loss_mask == 0, -torch.inf)
+        ...         return scores.logsumexp(-1) - scores.gather(-1, ranks.argmin(-1, keepdim=True)).squeeze(-1)
+        >>> BestOfK().inputs
+        ('scores', 'ranks', 'loss_mask')
+    """
 
     kind = "rankings"
     inputs = ("scores", "ranks", "loss_mask")

@@ -1,4 +1,4 @@
-"""Losses that are made of others, terms to add to a loss, and losses of labels and rankings, as classes."""
+"""Losses with running state, terms for `WeightedSum`, and losses of labels and rankings, as classes."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -12,7 +12,13 @@ from rlhf_lightning.objectives.preference.pair_losses import bco, centering, sft
 
 
 class SFT(PairLoss):
-    """-log π(chosen) / |chosen|, a term for `WeightedSum`: keeps the chosen response likely (RPO, arXiv 2404.19733)."""
+    """-log π(chosen) / |chosen|: a term for `WeightedSum` that keeps the chosen response likely.
+
+    Source: RPO, arXiv 2404.19733.
+
+    Example:
+        >>> loss = WeightedSum([Centering(), SFT()], weights=[0.01, 1.0])
+    """
 
     def __call__(
         self, chosen: Tensor, rejected: Tensor, *, chosen_logps: Tensor, chosen_lengths: Tensor, **_: Any
@@ -21,9 +27,13 @@ class SFT(PairLoss):
 
 
 class KLToStart(PairLoss):
-    """Σ_t ½·(log π − log π_ref)² a token, the mean of both responses: a term for `WeightedSum`.
+    """k2 estimate of the KL to the reference per token, averaged over both responses; a term for `WeightedSum`.
 
-    k2 (http://joschu.net/blog/kl-approx.html) on the tokens of the data; its gradient pulls log π back to log π_ref.
+    Computes ½·Σ_t ½·(log π − log π_ref)² / |y| summed over the two responses
+    (k2, http://joschu.net/blog/kl-approx.html) on the tokens of the data. Its gradient pulls log π back to log π_ref.
+
+    Example:
+        >>> loss = WeightedSum([Centering(), KLToStart()], weights=[0.01, 0.1])
     """
 
     def __call__(
@@ -41,34 +51,50 @@ class KLToStart(PairLoss):
 
 
 class Centering(PairLoss):
-    """(c + r)², a term for `WeightedSum` that keeps the mean score near 0 (arXiv 2312.09244)."""
+    """(c + r)², a term for `WeightedSum` that keeps the mean score near 0 (arXiv 2312.09244).
+
+    Example:
+        >>> Centering()(torch.tensor([1.0]), torch.tensor([-0.5]))
+        tensor([0.2500])
+    """
 
     def __call__(self, chosen: Tensor, rejected: Tensor, **_: Any) -> Tensor:
         return centering(chosen, rejected)
 
 
 class WeightedSum(PairLoss, nn.Module):
-    """Several losses of pairs, weighted and added.
+    """Weighted sum of several pair losses.
 
     Args:
-        losses: of pairs, for example `BradleyTerry` and `SFT`.
-        weights: one for each; 1 each by default.
+        losses: Pair losses, for example `BradleyTerry` and `SFT`.
+        weights: One per loss; all 1 by default.
+
+    Raises:
+        ValueError: If there is no loss, the numbers of losses and weights differ, or the losses are defined for
+            different scores.
+
+    Example:
+        >>> from rlhf_lightning.objectives.preference import BradleyTerry
+        >>> loss = WeightedSum([BradleyTerry(), Centering()], weights=[1.0, 0.1])
+        >>> loss(torch.tensor([0.0]), torch.tensor([0.0]))
+        tensor([0.6931])
     """
 
     def __init__(self, losses: Sequence[PairLoss], weights: Sequence[float] | None = None) -> None:
         nn.Module.__init__(self)
         self.losses, self.weights = list(losses), [1.0] * len(losses) if weights is None else list(weights)
         if not self.losses or len(self.weights) != len(self.losses):
-            raise ValueError(f"{len(self.weights)} weights for {len(self.losses)} losses; one for each, at least one")
-        # Those with a state of their own, so that it is in the checkpoint.
+            raise ValueError(f"{len(self.weights)} weights for {len(self.losses)} losses; give one each, at least one")
+        # Registered as submodules, so that the state of the losses that have one enters the checkpoint.
         self.states = nn.ModuleList([loss for loss in self.losses if isinstance(loss, nn.Module)])
         self.batch_coupled = any(loss.batch_coupled for loss in self.losses)
         wanted = {loss.scores for loss in self.losses if loss.scores}
         if len(wanted) > 1:
-            raise ValueError(f"losses of different scores ({', '.join(sorted(wanted))}) cannot be added")
+            raise ValueError(f"losses defined for different scores ({', '.join(sorted(wanted))}) cannot be added")
         self.scores = next(iter(wanted), None)  # type: ignore[misc]
 
     def keywords(self) -> dict[str, bool]:
+        """Names that any of the losses takes; required if one of them requires it."""
         found: dict[str, bool] = {}
         for loss in self.losses:
             for name, required in loss.keywords().items():
@@ -76,7 +102,7 @@ class WeightedSum(PairLoss, nn.Module):
         return found
 
     def __call__(self, chosen: Tensor, rejected: Tensor, **named: Any) -> Tensor:
-        """Loss `[B]`."""
+        """Weighted sum of the losses, `[B]`."""
         total = torch.zeros_like(chosen)
         for weight, loss in zip(self.weights, self.losses, strict=True):
             own = {name: named[name] for name in loss.keywords() if name in named}
@@ -85,9 +111,9 @@ class WeightedSum(PairLoss, nn.Module):
 
 
 class RunningMeans(nn.Module):
-    """Means of the desirable and of the undesirable scores that were seen in training; in the checkpoint.
+    """Running means of the desirable and the undesirable scores seen in training, kept in the checkpoint.
 
-    Plain numbers: a buffer would be rounded where the module is cast to a lower precision.
+    They are Python floats, since a buffer would be rounded when the module is cast to a lower precision.
     """
 
     def __init__(self) -> None:
@@ -102,22 +128,32 @@ class RunningMeans(nn.Module):
 
     @torch.no_grad()
     def update(self, scores: Tensor, labels: Tensor) -> None:
-        """Add the scores `[B]` of a step, labels 1 or 0."""
+        """Add the scores of an optimizer step.
+
+        Args:
+            scores: Float `[B]`.
+            labels: 1 for desirable, 0 for undesirable, `[B]`.
+        """
         for side in (0, 1):
             own = scores[labels == side]
             self.totals[side] += float(own.sum())
             self.counts[side] += len(own)
 
     def middle(self) -> float:
-        """Half-way between the two means; of the one there is, where the other is missing."""
+        """Midpoint of the two means; the one that exists if the other has no scores yet, and 0 if neither has."""
         means = [total / count for total, count in zip(self.totals, self.counts, strict=True) if count]
         return sum(means) / len(means) if means else 0.0
 
 
 class BCO(PairLoss, nn.Module):
-    """Binary classification of each response around the mean reward δ so far (arXiv 2404.04656).
+    """Binary classification of each response against a running mean reward δ (BCO, arXiv 2404.04656).
 
-    δ is half-way between the means of all chosen and of all rejected scores that training has seen, this step's too.
+    δ is the midpoint of the mean chosen and the mean rejected score over all training steps so far, including the
+    current one.
+
+    Example:
+        >>> BCO().eval()(torch.tensor([0.0]), torch.tensor([0.0]))
+        tensor([1.3863])
     """
 
     batch_coupled = True
@@ -134,6 +170,8 @@ class BCO(PairLoss, nn.Module):
 
 
 class _Labels(LabelLoss):
+    """A label loss with a weight per class."""
+
     def __init__(self, desirable_weight: float = 1.0, undesirable_weight: float = 1.0) -> None:
         for name, value in (("desirable_weight", desirable_weight), ("undesirable_weight", undesirable_weight)):
             if value < 0:
@@ -142,15 +180,22 @@ class _Labels(LabelLoss):
 
 
 class KTO(_Labels):
-    """Kahneman-Tversky optimization: labels in place of pairs (arXiv 2402.01306).
+    """Kahneman-Tversky optimization, which learns from labels instead of pairs (KTO, arXiv 2402.01306).
 
-    The reference point is the mean score of prompts with the response to another prompt, over the whole optimizer
-    step, at least 0. The paper wants desirable_weight times the number of desirable rows to be 1 to 4/3 times the same
-    of undesirable ones.
+    The reference point is the mean score of prompts paired with the response to another prompt, over the whole
+    optimizer step, clamped to at least 0. The paper recommends weights such that desirable_weight times the number of
+    desirable rows is 1 to 4/3 times undesirable_weight times the number of undesirable rows.
 
     Args:
-        desirable_weight: of responses with label 1.
-        undesirable_weight: of responses with label 0.
+        desirable_weight: Weight of responses labeled 1.
+        undesirable_weight: Weight of responses labeled 0.
+
+    Raises:
+        ValueError: If a weight is negative.
+
+    Example:
+        >>> KTO()(torch.tensor([0.0, 0.0]), torch.tensor([1, 0]), mismatched=torch.tensor([-1.0, 0.5]))
+        tensor([0.5000, 0.5000])
     """
 
     batch_coupled = True
@@ -163,7 +208,12 @@ class KTO(_Labels):
 
 
 class APOUnpaired(LabelLoss):
-    """APO-zero for labels: KTO without its reference point (arXiv 2408.06266)."""
+    """APO-zero for labels: KTO without its reference point (arXiv 2408.06266).
+
+    Example:
+        >>> APOUnpaired()(torch.tensor([0.0, 0.0]), torch.tensor([1, 0]))
+        tensor([0.5000, 0.5000])
+    """
 
     scores = "log_ratio"
 
@@ -175,8 +225,15 @@ class BCOUnpaired(_Labels, nn.Module):
     """`BCO` for labels (arXiv 2404.04656).
 
     Args:
-        desirable_weight: of responses with label 1.
-        undesirable_weight: of responses with label 0.
+        desirable_weight: Weight of responses labeled 1.
+        undesirable_weight: Weight of responses labeled 0.
+
+    Raises:
+        ValueError: If a weight is negative.
+
+    Example:
+        >>> BCOUnpaired().eval()(torch.tensor([0.0, 0.0]), torch.tensor([1, 0]))
+        tensor([0.6931, 0.6931])
     """
 
     batch_coupled = True
@@ -193,7 +250,12 @@ class BCOUnpaired(_Labels, nn.Module):
 
 
 class PlackettLuce(RankingLoss):
-    """-log P of a ranking of K answers, divided by K - 1; with two answers it is Bradley-Terry (arXiv 2305.18290)."""
+    """-log P(ranking) of K answers, divided by K - 1, so that two answers give Bradley-Terry (DPO, arXiv 2305.18290).
+
+    Example:
+        >>> PlackettLuce()(torch.zeros(1, 2), torch.tensor([[0, 1]]), torch.ones(1, 2))
+        tensor([0.6931])
+    """
 
     def __call__(self, scores: Tensor, ranks: Tensor, loss_mask: Tensor, **_: Any) -> Tensor:
         return plackett_luce(scores, ranks, loss_mask) / (loss_mask.sum(-1) - 1).clamp(min=1)

@@ -1,4 +1,4 @@
-"""Losses of pairs as classes that YAML names."""
+"""Pair losses as the classes that YAML names. `pair_losses` has the functions and the meaning of c, r and d."""
 
 from typing import Any
 
@@ -27,25 +27,35 @@ from rlhf_lightning.objectives.preference.pair_losses import (
 
 
 def _smoothing(value: float, least: float = 0.0) -> float:
+    """Return `value` after checking that it is in [least, 0.5)."""
     if not least <= value < 0.5:
         raise ValueError(f"label_smoothing is {value}; it must be in [{least:g}, 0.5)")
     return value
 
 
 def _positive(**values: float) -> None:
+    """Raise ValueError unless every value is above 0."""
     for name, value in values.items():
         if not value > 0:
             raise ValueError(f"{name} is {value}; it must be above 0")
 
 
 class BradleyTerry(PairLoss):
-    """-log σ(c - r - margin): a reward model's loss; DPO with `ImplicitReward`. A `margin` column is subtracted.
+    """-log σ(c - r - margin): the loss of a reward model, and DPO with the scorer `ImplicitReward`.
 
-    A pair that is a tie (`tie: true`) counts half each way.
+    A `margin` column of the data is subtracted. A tie (`tie: true`) counts as half a win for each side.
 
     Args:
-        label_smoothing: probability that a label is wrong, in [0, 0.5): conservative DPO.
-        centering: weight of (c + r)², which keeps the mean score near 0 (arXiv 2312.09244); 0 for none.
+        label_smoothing: Probability that a label is wrong, in [0, 0.5) (conservative DPO).
+        centering: Weight of (c + r)², which keeps the mean score near 0 (arXiv 2312.09244); 0 for none.
+
+    Raises:
+        ValueError: If `label_smoothing` is out of range.
+
+    Example:
+        >>> import torch
+        >>> BradleyTerry()(torch.tensor([1.0, 0.0]), torch.tensor([0.0, 0.0]))
+        tensor([0.3133, 0.6931])
     """
 
     def __init__(self, label_smoothing: float = 0.0, centering: float = 0.0) -> None:
@@ -60,10 +70,18 @@ class BradleyTerry(PairLoss):
 
 
 class Robust(PairLoss):
-    """Bradley-Terry made unbiased for flipped labels (arXiv 2403.00409).
+    """Bradley-Terry, corrected to be unbiased under flipped labels (robust DPO, arXiv 2403.00409).
 
     Args:
-        label_smoothing: the part of labels that are flipped, in [0, 0.5).
+        label_smoothing: Fraction of labels that are flipped, in [0, 0.5).
+
+    Raises:
+        ValueError: If `label_smoothing` is out of range.
+
+    Example:
+        >>> import torch
+        >>> Robust(0.1)(torch.tensor([0.0]), torch.tensor([0.0]))
+        tensor([0.6931])
     """
 
     def __init__(self, label_smoothing: float = 0.1) -> None:
@@ -74,16 +92,27 @@ class Robust(PairLoss):
 
 
 class Hinge(PairLoss):
-    """max(0, 1 - (c - r)): a pair that is told apart by 1 is left alone (SLiC, arXiv 2305.10425)."""
+    """max(0, 1 - (c - r)): no gradient once a pair is separated by 1 (SLiC, arXiv 2305.10425).
+
+    Example:
+        >>> import torch
+        >>> Hinge()(torch.tensor([2.0, 0.0]), torch.tensor([0.0, 0.0]))
+        tensor([0., 1.])
+    """
 
     def __call__(self, chosen: Tensor, rejected: Tensor, **_: Any) -> Tensor:
         return hinge(chosen, rejected)
 
 
 class IPO(PairLoss):
-    """(c - r - ½)² / beta²: a margin is aimed at rather than pushed without end (arXiv 2310.12036).
+    """(c - r - ½)² / beta²: regresses to a fixed margin instead of pushing it up without limit (arXiv 2310.12036).
 
     Use `ImplicitReward(length_normalized=True)` for the form whose beta does not depend on lengths.
+
+    Example:
+        >>> import torch
+        >>> IPO()(torch.tensor([0.5]), torch.tensor([0.0]), beta=0.1)
+        tensor([0.])
     """
 
     def __call__(self, chosen: Tensor, rejected: Tensor, *, beta: float, **_: Any) -> Tensor:
@@ -91,10 +120,15 @@ class IPO(PairLoss):
 
 
 class SimPO(PairLoss):
-    """-log σ(c - r - γ), for `SequenceLogprob(length_normalized=True, beta=2)`: no reference (arXiv 2405.14734).
+    """-log σ(c - r - γ), for `SequenceLogprob(length_normalized=True, beta=2)`; needs no reference (arXiv 2405.14734).
 
     Args:
-        gamma: the margin that is aimed at.
+        gamma: γ, the target margin.
+
+    Example:
+        >>> import torch
+        >>> SimPO(gamma=1.0)(torch.tensor([1.0]), torch.tensor([0.0]))
+        tensor([0.6931])
     """
 
     def __init__(self, gamma: float = 1.0) -> None:
@@ -105,10 +139,13 @@ class SimPO(PairLoss):
 
 
 class ORPO(PairLoss):
-    """SFT on the chosen response and an odds ratio, for `SequenceLogprob(length_normalized=True)` (arXiv 2403.07691).
+    """SFT on the chosen response plus an odds ratio, for `SequenceLogprob(length_normalized=True)` (arXiv 2403.07691).
 
     Args:
-        weight: of the odds ratio.
+        weight: Weight of the odds ratio.
+
+    Example:
+        >>> loss = ORPO(weight=0.1)
     """
 
     scores = "mean_logprob"
@@ -121,10 +158,16 @@ class ORPO(PairLoss):
 
 
 class EXO(PairLoss):
-    """The reverse KL to the preferences (arXiv 2402.00856).
+    """The reverse KL to the preference distribution (arXiv 2402.00856).
 
     Args:
-        label_smoothing: probability that a label is wrong, in (0, 0.5).
+        label_smoothing: Probability that a label is wrong, in (0, 0.5).
+
+    Raises:
+        ValueError: If `label_smoothing` is out of range.
+
+    Example:
+        >>> loss = EXO(label_smoothing=1e-3)
     """
 
     def __init__(self, label_smoothing: float = 1e-3) -> None:
@@ -136,7 +179,15 @@ class EXO(PairLoss):
 
 
 class NCA(PairLoss):
-    """Noise-contrastive alignment: each response by itself, so that the chosen one stays likely (arXiv 2402.05369)."""
+    """Noise-contrastive alignment: scores each response on its own, which keeps the chosen one likely.
+
+    Source: arXiv 2402.05369.
+
+    Example:
+        >>> import torch
+        >>> NCA()(torch.tensor([0.0]), torch.tensor([0.0]))
+        tensor([1.3863])
+    """
 
     scores = "log_ratio"
 
@@ -145,7 +196,13 @@ class NCA(PairLoss):
 
 
 class SPPO(PairLoss):
-    """Self-play preference optimization with hard labels: ±½ is aimed at (arXiv 2405.00675)."""
+    """Self-play preference optimization with hard labels: regresses scores to ±½ (arXiv 2405.00675).
+
+    Example:
+        >>> import torch
+        >>> SPPO()(torch.tensor([0.5]), torch.tensor([-0.5]), beta=0.1)
+        tensor([0.])
+    """
 
     scores = "log_ratio"
 
@@ -154,7 +211,13 @@ class SPPO(PairLoss):
 
 
 class APOZero(PairLoss):
-    """1 - σ(c) + σ(r): where chosen responses are better than the policy's own (arXiv 2408.06266)."""
+    """1 - σ(c) + σ(r), for chosen responses better than the policy's own (arXiv 2408.06266).
+
+    Example:
+        >>> import torch
+        >>> APOZero()(torch.tensor([0.0]), torch.tensor([0.0]))
+        tensor([1.])
+    """
 
     scores = "log_ratio"
 
@@ -163,7 +226,13 @@ class APOZero(PairLoss):
 
 
 class APODown(PairLoss):
-    """σ(c) + 1 - σ(c - r): where chosen responses are worse than the policy's own (arXiv 2408.06266)."""
+    """σ(c) + 1 - σ(c - r), for chosen responses worse than the policy's own (arXiv 2408.06266).
+
+    Example:
+        >>> import torch
+        >>> APODown()(torch.tensor([0.0]), torch.tensor([0.0]))
+        tensor([1.])
+    """
 
     scores = "log_ratio"
 
@@ -172,10 +241,16 @@ class APODown(PairLoss):
 
 
 class DiscoPOP(PairLoss):
-    """A blend of logistic and exponential loss that was found by search (arXiv 2406.08414).
+    """A blend of the logistic and the exponential loss, found by automated search (arXiv 2406.08414).
 
     Args:
-        temperature: of the blend.
+        temperature: τ of the blend, above 0.
+
+    Raises:
+        ValueError: If `temperature` is not above 0.
+
+    Example:
+        >>> loss = DiscoPOP(temperature=0.05)
     """
 
     def __init__(self, temperature: float = 0.05) -> None:
@@ -187,10 +262,17 @@ class DiscoPOP(PairLoss):
 
 
 class AOT(PairLoss):
-    """Alignment by optimal transport (arXiv 2406.05882): margins of policy and reference, each sorted over the step.
+    """Alignment by optimal transport: margins of policy and reference, each sorted over the step (arXiv 2406.05882).
 
     Args:
-        label_smoothing: as in `BradleyTerry`.
+        label_smoothing: As in `BradleyTerry`.
+
+    Raises:
+        ValueError: If `label_smoothing` is out of range.
+
+    Example:
+        >>> AOT().batch_coupled
+        True
     """
 
     batch_coupled = True
@@ -215,7 +297,15 @@ class AOTUnpaired(PairLoss):
     """Sorted scores of all chosen against those of all rejected responses of the optimizer step (arXiv 2406.05882).
 
     Args:
-        label_smoothing: as in `BradleyTerry`.
+        label_smoothing: As in `BradleyTerry`.
+
+    Raises:
+        ValueError: If `label_smoothing` is out of range.
+
+    Example:
+        >>> import torch
+        >>> AOTUnpaired()(torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0]))
+        tensor([0.6931, 0.6931])
     """
 
     batch_coupled = True
@@ -231,7 +321,15 @@ class Davidson(PairLoss):
     """Bradley-Terry with ties (`tie: true` in the data) as a third outcome (Davidson 1970; arXiv 2409.17431).
 
     Args:
-        nu: how likely ties are.
+        nu: ν, the weight of ties, above 0.
+
+    Raises:
+        ValueError: If `nu` is not above 0.
+
+    Example:
+        >>> import torch
+        >>> Davidson(nu=1.0)(torch.zeros(2), torch.zeros(2), ties=torch.tensor([0.0, 1.0]))
+        tensor([1.3863, 0.6931])
     """
 
     def __init__(self, nu: float = 1.0) -> None:
@@ -243,10 +341,16 @@ class Davidson(PairLoss):
 
 
 class RaoKupper(PairLoss):
-    """Bradley-Terry with ties (`tie: true`) where scores are near each other (Rao & Kupper 1967; arXiv 2409.17431).
+    """Bradley-Terry in which a small difference is a tie (`tie: true`; Rao & Kupper 1967; arXiv 2409.17431).
 
     Args:
-        nu: above 1; a difference under log ν is seen as a tie.
+        nu: ν, above 1; log ν is the difference below which a tie becomes likely.
+
+    Raises:
+        ValueError: If `nu` is not above 1.
+
+    Example:
+        >>> loss = RaoKupper(nu=3.0)
     """
 
     def __init__(self, nu: float = 3.0) -> None:
