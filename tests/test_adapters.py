@@ -163,7 +163,7 @@ def test_adapters_of_other_tools_on_a_resized_base(kind: str, tied: bool, tokeni
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     if not tied and kind == "embedding":  # of such a head peft saves no new rows: they are lost
-        with pytest.raises(ConfigError, match="not all rows between are in one"):
+        with pytest.raises(ConfigError, match="neither holds all of the rows in between"):
             Start(folder).load()
         return
     stock = AutoPeftModelForCausalLM.from_pretrained(folder).eval()
@@ -183,7 +183,7 @@ def test_adapters_of_other_tools_on_a_resized_base(kind: str, tied: bool, tokeni
         torch.testing.assert_close(again, module.model.eval()(ids).logits, rtol=1e-4, atol=1e-4)
     if kind == "embedding":
         model.save_pretrained(folder, save_embedding_layers=False)
-        with pytest.raises(ConfigError, match="not all rows between are in one"):
+        with pytest.raises(ConfigError, match="neither holds all of the rows in between"):
             Start(folder).load()
 
 
@@ -271,8 +271,8 @@ def test_adapters_that_cannot_be_trained_are_refused(tokenizer: Any, tmp_path: P
     for model, lora, message in (
         (prompts, None, "PROMPT_TUNING"),
         (str(tmp_path / "prompts"), None, "PROMPT_TUNING"),
-        (named, None, "of the name 'default'"),
-        (adapted(base, "plain", trained=False), OURS, "has an adapter already"),
+        (named, None, "named 'default'"),
+        (adapted(base, "plain", trained=False), OURS, "already has an adapter"),
     ):
         with pytest.raises(ConfigError, match=message):
             SFTModule(model, lora=lora, tokenizer=tokenizer).configure_model()

@@ -215,13 +215,13 @@ def test_models_that_do_not_write(tokenizer: Any, tmp_path: Path) -> None:
     for name, model in (("bert", bert), ("t5", t5)):
         model.save_pretrained(tmp_path / name)
         tokenizer.save_pretrained(tmp_path / name)
-    with pytest.raises(ConfigError, match=r"is an encoder \(bert\), whose tokens see those after them"):
+    with pytest.raises(ConfigError, match=r"is an encoder \(bert\), whose tokens attend to later ones"):
         SFTModule(str(tmp_path / "bert")).configure_model()
     SFTModule(str(tmp_path / "bert"), model_options={"is_decoder": True}).configure_model()
-    with pytest.raises(ConfigError, match=r"of T5, transformers has none that writes text .* Name another"):
+    with pytest.raises(ConfigError, match=r"transformers has no causal language model for the architecture T5"):
         SFTModule(str(tmp_path / "t5")).configure_model()
     classifier = build_model(tokenizer, task="SEQ_CLS")
-    with pytest.raises(ConfigError, match="has no head of tokens: name a causal model"):
+    with pytest.raises(ConfigError, match="has no language-model head; use a causal LM"):
         SFTModule(classifier, tokenizer=tokenizer).configure_model()
 
 

@@ -228,7 +228,7 @@ def test_padding_is_never_a_stop_token(tokenizer: Any) -> None:
         ("EMPTY", "neither config.json nor"),
         (
             "no/such-model",
-            r"cannot be loaded: no such folder \(seen from .*out of reach. Name a folder that is there.$",
+            r"cannot be loaded: no such folder \(seen from .*cannot be reached. Use a folder that exists.$",
         ),
     ],
 )

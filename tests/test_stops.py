@@ -129,12 +129,12 @@ def test_a_response_stops_at_each_of_them(several: tuple[str, Any, list[int]]) -
         (None, [], ""),
         (3, [3], ""),
         ([3, 3, 2], [2, 3], ""),
-        ([2, 128009], [2], "128009 is outside of the vocabulary"),
-        (-1, [], "-1 is outside of the vocabulary"),
-        (True, None, "True is not the id"),
-        ([2, None], None, "None is not the id"),
-        (["2"], None, "'2' is not the id"),
-        (2.0, None, "2.0 is not the id"),
+        ([2, 128009], [2], "128009 is outside the vocabulary"),
+        (-1, [], "-1 is outside the vocabulary"),
+        (True, None, "True is not a token id"),
+        ([2, None], None, "None is not a token id"),
+        (["2"], None, "'2' is not a token id"),
+        (2.0, None, "2.0 is not a token id"),
     ],
 )
 def test_what_a_generation_config_may_say(

@@ -1,1 +1,1 @@
-"""Hugging Face models: loading, LoRA, token scoring, scorers, references, saving."""
+"""Hugging Face models: loading, LoRA, packed forward, token log-probabilities, scorers, references, saving."""

@@ -1,7 +1,8 @@
-"""Attention over packed rows, registered with transformers beside its own.
+"""Attention over packed rows, registered with transformers next to its own implementations.
 
-Everything but attention treats each token by itself, so rows without padding and prefixes that are computed once need
-nothing from a model but this function. It goes by the layout it is given; without one it is the model's own.
+Every layer except attention treats tokens independently. Replacing this one function therefore suffices to run rows
+without padding and to compute shared prefixes once. The function follows the `PackedLayout` that it is given; without
+one it calls the model's own attention.
 """
 
 import sys
@@ -20,7 +21,14 @@ PREFIX = "packed_over_"
 
 
 def install(config: Any) -> bool:
-    """Let a model's attention take layouts; False where its attention is of a kind that has no such counterpart."""
+    """Make a model's attention accept layouts.
+
+    Args:
+        config: The model's text config; its `_attn_implementation` is changed.
+
+    Returns:
+        False if the attention is neither `sdpa` nor `eager`, which have no packed counterpart here.
+    """
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
@@ -36,12 +44,12 @@ def install(config: Any) -> bool:
 
 
 def uninstall(config: Any) -> None:
-    """The model's own attention again."""
+    """Restore the model's own attention."""
     config._attn_implementation = str(config._attn_implementation).removeprefix(PREFIX)
 
 
 def installed(config: Any) -> bool:
-    """Whether the model's attention takes layouts."""
+    """True if the model's attention accepts layouts."""
     return str(config._attn_implementation).startswith(PREFIX)
 
 
@@ -55,6 +63,7 @@ def _attention(
     layout: "PackedLayout | Decoding | None" = None,
     **options: Any,
 ) -> tuple[Tensor, Tensor | None]:
+    """Entry point that transformers calls: dispatches on the kind of layout."""
     if layout is None:
         return _own(own, module)(module, query, key, value, attention_mask, **options)
     if isinstance(layout, Decoding):
@@ -63,7 +72,12 @@ def _attention(
 
 
 class Decoding:
-    """One new token for each of several rows: `positions` `[B]` of the tokens, `width` keys, the row's own first."""
+    """Layout of a decoding step: one new token for each of several rows.
+
+    Args:
+        positions: Position of each new token in its row, `[B]`.
+        width: Number of key slots per row; the row's own keys come first.
+    """
 
     def __init__(self, positions: Tensor, width: int) -> None:
         self.positions, self.width = positions, width
@@ -71,7 +85,7 @@ class Decoding:
         self._biases: dict[tuple[int | None, int, int], Tensor] = {}
 
     def bias(self, window: int | None, heads: int, queries: int, dtype: torch.dtype) -> Tensor:
-        """The mask as what is added to scores, `[B · heads, queries, width]`."""
+        """The mask as an additive bias: 0 where attention is allowed, -inf elsewhere, `[B · heads, queries, width]`."""
         key = (window, heads, queries)
         if key not in self._biases:
             mask = self.mask(window)
@@ -80,7 +94,7 @@ class Decoding:
         return self._biases[key]
 
     def mask(self, window: int | None) -> Tensor:
-        """`[B, 1, 1, width]`, keys up to the row's position, and within the window."""
+        """True for keys up to the row's position and within the window, `[B, 1, 1, width]`."""
         if window not in self._masks:
             distance = self.positions[:, None] - torch.arange(self.width, device=self.positions.device)
             self._masks[window] = within_window(distance, window)[:, None, None]
@@ -97,19 +111,29 @@ def decoding_attention(
     softcap: float | None = None,
     **_: Any,
 ) -> Tensor:
-    """Attention of one token of each row to the row's keys: `[B, 1, heads, size]`.
+    """Attend from one token of each row to the row's keys.
+
+    Query heads that share keys (grouped-query attention) are laid out along the query dimension, so that keys are not
+    copied for each head.
 
     Args:
-        query: `[B, heads, 1, size]`. key, value: `[B, key heads, width, size]`. The rest as in the model.
+        query: `[B, heads, 1, size]`.
+        key: `[B, key heads, width, size]`.
+        value: `[B, key heads, width, size]`.
+        decoding: Positions of the new tokens.
+        scaling: Factor on the scores; 1/√size by default.
+        sliding_window: Number of most recent keys that are visible; None for all.
+        softcap: Soft cap on the scores; None for none.
 
-    Heads that share keys are put where several queries would be, so that the keys are not copied for each.
+    Returns:
+        `[B, 1, heads, size]`.
     """
     rows, heads, _one, size = query.shape
     query = query.reshape(rows, key.shape[1], heads // key.shape[1], size).to(key.dtype)
     if softcap:
         out = _by_scores(query, key, value, decoding.mask(sliding_window), scaling, softcap)
     elif query.device.type == "cpu" and key.dtype in (torch.float32, torch.float64):
-        # For a query or two the fused kernel takes longer on a CPU than two products.
+        # For one or two queries, two matrix products are faster on a CPU than the fused kernel.
         bias = decoding.bias(sliding_window, key.shape[1], query.shape[2], key.dtype)
         scale = size**-0.5 if scaling is None else scaling
         scores = torch.baddbmm(bias, query.flatten(0, 1), key.flatten(0, 1).transpose(1, 2), alpha=scale)
@@ -120,7 +144,8 @@ def decoding_attention(
 
 
 def _own(name: str, module: Any) -> Callable[..., tuple[Tensor, Tensor | None]]:
-    if name == "eager":  # written anew in each model's file
+    """The model's own attention function."""
+    if name == "eager":  # each model's file defines its own
         return sys.modules[type(module).__module__].eager_attention_forward
     from transformers import AttentionInterface
 
@@ -139,11 +164,17 @@ def packed_attention(
     softcap: float | None = None,
     **_: Any,
 ) -> Tensor:
-    """Attention within each tree of a layout.
+    """Attend within each tree of a layout.
 
     Args:
-        query: `[1, heads, n, size]`. key, value: `[1, key heads, n, size]`. scaling: of the scores, 1/√size by default.
-        dropout, sliding_window, softcap: as in the model.
+        query: `[1, heads, n, size]`.
+        key: `[1, key heads, n, size]`.
+        value: `[1, key heads, n, size]`.
+        layout: Where each token of the packed row belongs.
+        scaling: Factor on the scores; 1/√size by default.
+        dropout: Probability on the attention weights.
+        sliding_window: Number of most recent keys that are visible; None for all.
+        softcap: Soft cap on the scores; None for none.
 
     Returns:
         `[1, n, heads, size]`.
@@ -156,7 +187,7 @@ def packed_attention(
     limit = sys.maxsize if sliding_window is None else sliding_window
     attend = partial(_attend, scaling=scaling, dropout=dropout, softcap=softcap)
     sizes = [size for tree in layout.trees for size in (tree.prefix, *tree.branches)]
-    # Split once: a slice of its own for each piece would add up gradients of the whole length, piece by piece.
+    # One split: the backward of separate slices would add a gradient of the full length for every piece.
     pieces = zip(query.split(sizes, 2), key.split(sizes, 2), value.split(sizes, 2), strict=True)
     out: list[Tensor] = []
     for number, tree in enumerate(layout.trees):
@@ -178,9 +209,9 @@ def _branches(
     mask: Tensor,
     attend: Callable[..., Tensor],
 ) -> list[Tensor]:
-    """All branches side by side, each against the prefix's keys and its own.
+    """Attend from all branches at once, batched, each to the prefix's keys and its own.
 
-    One row with a mask over the whole tree would compute every branch against every other: it gains milliseconds on
+    One row with a mask over the whole tree would compute every branch against every other. That saves milliseconds on
     trees of a hundred tokens, and takes three times as long for 32 branches (benchmarks/sharing.py).
     """
     longest = max(lengths)
@@ -235,12 +266,13 @@ def _by_scores(
 ) -> Tensor:
     scores = query @ key.transpose(2, 3) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
     scores = (torch.tanh(scores / softcap) * softcap).masked_fill(~mask, -torch.inf)
-    # In float32 whatever the model's type, as transformers' eager attention, the only one with a cap, has it.
+    # Softmax in float32 regardless of the model's dtype, as in transformers' eager attention, the only one with a cap.
     weights = scores.softmax(-1, dtype=torch.float32).to(value.dtype)
     return F.dropout(weights, dropout, training=bool(dropout)) @ value
 
 
 def _by_flex(query: Tensor) -> bool:
+    """True if FlexAttention should run: on CUDA, except in float64."""
     return query.is_cuda and query.dtype != torch.float64
 
 
@@ -253,7 +285,7 @@ def _flex(
     window: int | None,
     softcap: float | None,
 ) -> Tensor:
-    """One kernel for all trees, on CUDA: blocks of the mask that are empty are skipped."""
+    """Attend with one FlexAttention kernel for all trees, on CUDA; empty blocks of the mask are skipped."""
     from torch.nn.attention.flex_attention import create_block_mask
 
     if window not in layout.blocks:
@@ -261,7 +293,7 @@ def _flex(
             lambda b, h, q, k: layout.allowed(q, k, window), None, None, query.shape[2], query.shape[2], query.device
         )
 
-    # A tensor: a number that scores depend on breaks the graph where it is differentiated.
+    # A tensor, since a captured Python number breaks the compiled graph in backward.
     cap = torch.full((), softcap, device=query.device) if softcap else None
 
     def capped(score: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
@@ -270,9 +302,9 @@ def _flex(
 
     kind = query.device.type
     if torch.is_autocast_enabled(kind):
-        # Norms leave queries and keys in float32 beside values in bfloat16, which PyTorch casts in later versions only.
+        # Norms leave queries and keys in float32 while values are bfloat16; only later PyTorch versions cast them.
         query, key, value = (states.to(torch.get_autocast_dtype(kind)) for states in (query, key, value))
-    # Sampling and checks run layers uncompiled; this must not be: uncompiled it holds all scores.
+    # Sampling and checks disable compilation. Here it must stay on: uncompiled, FlexAttention materializes all scores.
     with torch.compiler.set_stance("default"):
         return _compiled_flex()(
             query,
@@ -287,15 +319,15 @@ def _flex(
 
 _FLEX: list[Callable[..., Tensor]] = []
 GRAPHS = 64
-"""Variants of the kernel: windows, with and without gradients, in inference mode, under autocast, short rows."""
+"""Largest number of compiled variants: windows, gradients on or off, inference mode, autocast, short rows."""
 
 
 def _compiled_flex() -> Callable[..., Tensor]:
-    """flex_attention compiled, once; an error where it cannot be, since uncompiled it holds all scores."""
+    """`flex_attention`, compiled once. Raises if it cannot compile, since uncompiled it materializes all scores."""
     from torch.nn.attention.flex_attention import flex_attention
 
     if not _FLEX:
-        # Beyond the default of 8, which sampling and training together pass, it would run uncompiled.
+        # Sampling and training together exceed the default limit of 8, beyond which it would run uncompiled.
         torch._dynamo.config.recompile_limit = max(GRAPHS, torch._dynamo.config.recompile_limit)
         _FLEX.append(torch.compile(flex_attention, dynamic=True, fullgraph=True))
     return _FLEX[0]

@@ -1,4 +1,4 @@
-"""A causal model in two parts: the decoder, which runs at every position, and the head, where logits are wanted."""
+"""A causal model as its decoder, which runs at every position, and its head, which runs where logits are needed."""
 
 import logging
 from collections.abc import Iterator
@@ -15,13 +15,24 @@ from rlhf_lightning.models.sharding import run_unsharded
 
 log = logging.getLogger(__name__)
 FEW = 64
-"""Rows up to which a CPU computes `(W xᵀ)ᵀ` faster than `x Wᵀ`."""
+"""Number of rows up to which a CPU computes `(W xᵀ)ᵀ` faster than `x Wᵀ`."""
 
 
 class Backbone:
-    """Decoder and head of a `…ForCausalLM`, or of peft around one.
+    """Decoder and head of a `…ForCausalLM`, with or without peft around it.
 
-    Whether they can be run apart (with the model's logit scale or cap) is checked by numbers: `separable`.
+    `separable` says whether decoder and head, with the model's logit scale or cap, reproduce the model's own logits.
+    The constructor checks this numerically. A model that fails is run as a whole, at every position.
+
+    Args:
+        model: A Hugging Face causal model, or a `PeftModel` around one.
+
+    Example:
+        ```python
+        backbone = Backbone(AutoModelForCausalLM.from_pretrained("HuggingFaceTB/SmolLM2-135M"))
+        states = backbone.decoder(input_ids=input_ids, use_cache=False)[0]
+        last_logits = backbone.logits(states[:, -1])  # [B, V]
+        ```
     """
 
     def __init__(self, model: Any) -> None:
@@ -33,14 +44,17 @@ class Backbone:
         self._adjust = _logit_adjustment(base.config.get_text_config())
         self.separable = self.decoder is not base and self.lm_head is not None and self._agree()
         if not self.separable:
-            log.info("%s computes its logits its own way; it is run whole, at every position", type(base).__name__)
+            log.info(
+                "%s computes logits in a way of its own; it is run as a whole, at every position", type(base).__name__
+            )
 
     def logits(self, states: Tensor) -> Tensor:
-        """`[..., V]` from hidden states `[..., H]`."""
+        """Logits `[..., V]` of hidden states `[..., H]`."""
         return self._adjust(self.lm_head(states))
 
     @torch.no_grad()
     def _agree(self) -> bool:
+        """Compare decoder plus head with the model's own logits on a few tokens."""
         ids = torch.arange(6, device=self.lm_head.weight.device)[None] * 7919 % self.vocabulary
         with evaluating(self.model):
             ours = run_unsharded(self.model, lambda: self.logits(self.decoder(input_ids=ids, use_cache=False)[0]))
@@ -49,7 +63,7 @@ class Backbone:
 
 
 def _logit_adjustment(config: Any) -> Any:
-    """What some models do to logits after the head: a soft cap (Gemma 2), a factor (Cohere), a divisor (Granite)."""
+    """What some models apply to logits after the head: a soft cap (Gemma 2), a factor (Cohere), a divisor (Granite)."""
     cap = getattr(config, "final_logit_softcapping", None)
     scale = getattr(config, "logit_scale", None) or 1.0
     divisor = getattr(config, "logits_scaling", None) or 1.0
@@ -64,7 +78,7 @@ def _logit_adjustment(config: Any) -> Any:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """A model in eval mode for a while; the mode of each of its parts comes back."""
+    """Put a model in eval mode within the context; afterwards every submodule's mode is restored."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -76,9 +90,10 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def few_rows(model: nn.Module) -> Iterator[None]:
-    """Linear layers for decoding on a CPU: a few rows at a time, where the product the other way round takes less time.
+    """Speed up linear layers for decoding on a CPU by multiplying in the order that is faster for few rows.
 
-    Without gradients, in full precision; elsewhere, and for more rows, everything is as it was.
+    Applies only on a CPU in full precision, to at most `FEW` rows; everything else runs unchanged. Gradients are not
+    supported within the context.
     """
     weight = next(model.parameters())
     full = weight.dtype in (torch.float32, torch.float64) and not torch.is_autocast_enabled(weight.device.type)
@@ -94,6 +109,7 @@ def few_rows(model: nn.Module) -> Iterator[None]:
 
 
 def _linear(layer: nn.Linear, x: Tensor) -> Tensor:
+    """`layer(x)`, computed as `(W xᵀ)ᵀ` for up to `FEW` rows."""
     rows = x.numel() // x.shape[-1]
     if rows > FEW:
         return F.linear(x, layer.weight, layer.bias)

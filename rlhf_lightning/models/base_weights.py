@@ -1,4 +1,4 @@
-"""The model below an adapter: its weights, whether the base that the adapter names has them, and its vocabulary."""
+"""The model below an adapter: whether the base that the adapter names holds its weights, and its vocabulary size."""
 
 import json
 import logging
@@ -19,30 +19,35 @@ log = logging.getLogger(__name__)
 
 
 def check_adapted(model: Any, lora: Any) -> None:
-    """Raise `ConfigError` where a model given with an adapter cannot be trained, or not saved, as it is."""
+    """Raise `ConfigError` if a model passed with an adapter cannot be trained or saved as it is.
+
+    Args:
+        model: The model as given, with or without an adapter.
+        lora: The stage's `LoRA` settings, or None.
+    """
     if not hasattr(model, "peft_config"):
         return
     if lora is not None:
         raise ConfigError(
-            "model.lora: the model has an adapter already; leave out lora to train that one, or merge it first "
+            "model.lora: the model already has an adapter; leave out lora to train that one, or merge it first "
             "(model.merge_and_unload())"
         )
     if list(model.peft_config) != ["default"]:
         raise ConfigError(
-            f"the model has the adapters {', '.join(model.peft_config)}; give it one, of the name 'default', which is "
-            "then trained and saved"
+            f"the model has the adapters {', '.join(model.peft_config)}; give it exactly one, named 'default', which "
+            "is then trained and saved"
         )
     check_kind(model.peft_config["default"])
 
 
 def check_trainable(model: Any) -> None:
-    """Raise `ConfigError` where the adapter of a model given as an object would not be trained."""
+    """Raise `ConfigError` if the adapter of a model passed as an object would not be trained."""
     if not hasattr(model, "peft_config"):
         return
     if any(getattr(module, "merged", False) for module in model.modules()):
         raise ConfigError(
-            "the model's adapter is merged (merge_adapter), and no gradient reaches it: call unmerge_adapter() to "
-            "train it on, or merge_and_unload() to train all weights"
+            "the model's adapter is merged (merge_adapter), so no gradient reaches it: call unmerge_adapter() to "
+            "continue training it, or merge_and_unload() to train all weights"
         )
     if not any(p.requires_grad for name, p in model.named_parameters() if of_adapter(name, model.peft_config)):
         raise ConfigError(
@@ -52,7 +57,7 @@ def check_trainable(model: Any) -> None:
 
 
 def check_kind(config: Any, name: str = "the adapter") -> None:
-    """Raise `ConfigError` for adapters that are not in the layers: prompts, prefixes."""
+    """Raise `ConfigError` for adapters that have no weights in layers, such as prompt or prefix tuning."""
     if config.is_prompt_learning:
         raise ConfigError(f"{name} is a {config.peft_type} one, which has no weights in layers; LoRA and its like have")
 
@@ -61,7 +66,12 @@ def check_kind(config: Any, name: str = "the adapter") -> None:
 
 
 def plain_weights(model: Any, weights: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
-    """Those of the model below the adapter, by their names without it; `weights` are the model's, where it is split."""
+    """Weights of the model below an adapter, by the names they have without it.
+
+    Args:
+        model: A `PeftModel`.
+        weights: The model's gathered state dict, if it is sharded.
+    """
     prefix = "base_model.model."
     found = model.get_base_model().state_dict() if weights is None else weights
     named = {name.removeprefix(prefix) if weights is not None else name: value for name, value in found.items()}
@@ -69,7 +79,11 @@ def plain_weights(model: Any, weights: dict[str, Tensor] | None = None) -> dict[
 
 
 def keeps_base(model: Any) -> bool:
-    """Whether the weights below an adapter are those of the base that it names; for a model given as an object."""
+    """True if the weights below a model's adapter are those of the base that the adapter names, or there is no adapter.
+
+    Raises:
+        ConfigError: If they differ and are in 4 bits, so that they could not be saved.
+    """
     if not hasattr(model, "peft_config"):
         return True
     kept = {name: p for name, p in plain_weights(model).items() if not is_quantized(model) or _is_plain(p)}
@@ -78,22 +92,28 @@ def keeps_base(model: Any) -> bool:
         return True
     if is_quantized(model):
         raise ConfigError(
-            f"the model is an object in 4 bits whose embeddings are not those of {name or 'any folder'}: an adapter of "
-            "it could not be loaded again. Save the changed model first, and start from its folder with lora.quantize"
+            f"the model object is in 4 bits, and its embeddings are not those of {name or 'any folder'}: its adapter "
+            "could not be loaded again. Save the changed model first, and start from its folder with lora.quantize"
         )
     log.info(
-        "the weights of the model below the adapter are not those of %s; they are saved with the adapter, in base/",
+        "the weights below the adapter differ from those of %s; they are saved with the adapter, in base/",
         name or "any folder",
     )
     return False
 
 
 def _is_plain(value: Tensor) -> bool:
+    """True for a floating-point matrix that is not quantized."""
     return value.is_floating_point() and value.dim() == 2 and not hasattr(value, "quant_state")
 
 
 def stored_in(source: str, weights: dict[str, Tensor]) -> bool:
-    """Whether the files of a model folder (or of a Hub id that was downloaded) hold these weights, cast or not."""
+    """True if the files of a model folder, or of a downloaded Hub id, hold these weights, up to a cast.
+
+    Args:
+        source: Folder or Hub id.
+        weights: Weights to look for, by name.
+    """
     folder = _local(source)
     files = sorted(folder.glob("*.safetensors")) if folder else []
     missing = dict(weights)
@@ -105,7 +125,7 @@ def stored_in(source: str, weights: dict[str, Tensor]) -> bool:
                     return False
                 if not torch.equal(stored.get_tensor(name).to(weight.dtype), weight.detach().cpu()):
                     return False
-    # A tied weight is stored once, and a head of scores is the adapter's.
+    # A tied weight is stored under one of its names, and a score head belongs to the adapter.
     there = {value.data_ptr() for name, value in weights.items() if name not in missing}
     return bool(files) and all(
         value.data_ptr() in there or name.split(".")[0] in HEADS for name, value in missing.items()
@@ -113,6 +133,7 @@ def stored_in(source: str, weights: dict[str, Tensor]) -> bool:
 
 
 def _local(source: str) -> Path | None:
+    """Local folder of a source; None if it was never downloaded."""
     if not source or Path(source).is_dir():
         return Path(source) if source else None
     from huggingface_hub import snapshot_download
@@ -121,27 +142,40 @@ def _local(source: str) -> Path | None:
     try:
         return Path(snapshot_download(source, local_files_only=True))
     except (LocalEntryNotFoundError, HFValidationError):
-        return None  # then nobody knows, and the weights are kept with the adapter
+        return None  # cannot be compared, so the weights are saved with the adapter
 
 
 def write_base(model: Any, scratch: Path, folder: Path, weights: dict[str, Tensor] | None = None) -> None:
-    """`base/` in an adapter's folder: the model below it, whole, which the adapter then names.
+    """Save the model below an adapter in full to `base/` in the adapter's folder, and point the adapter to it.
+
+    Args:
+        model: A `PeftModel`.
+        scratch: Where the folder is being written.
+        folder: Where it will be moved to.
+        weights: The model's gathered state dict, if it is sharded.
 
     Raises:
-        ConfigError: the weights are quantized, and cannot be written as they were.
+        ConfigError: If the weights are quantized and cannot be written as they were.
     """
     base = model.get_base_model()
     if is_quantized(model):
         raise ConfigError(
-            "the model below the adapter is not that of the folder it names, and in 4 bits it cannot be saved: save "
-            "the changed model first, and start from its folder"
+            "the weights below the adapter differ from those of the base it names, and in 4 bits they cannot be saved: "
+            "save the changed model first, and start from its folder"
         )
     base.save_pretrained(scratch / "base", state_dict=plain_weights(model, weights))
     name_base(scratch, folder, init_lora_weights=True)
 
 
 def link_base(config: Any, source: Path, scratch: Path, folder: Path) -> None:
-    """`base/` in an adapter's folder: the files of `source`, linked, with another config."""
+    """Hard-link the files of `source` into `base/` in an adapter's folder, with another config.
+
+    Args:
+        config: The config to write there.
+        source: Folder of the base.
+        scratch: Where the adapter's folder is being written.
+        folder: Where it will be moved to.
+    """
     config.save_pretrained(scratch / "base")
     for path in source.iterdir():
         if path.is_file() and path.name not in ("config.json", "stage.json", "merged_from.json"):
@@ -153,10 +187,13 @@ def link_base(config: Any, source: Path, scratch: Path, folder: Path) -> None:
 
 
 def name_base(scratch: Path, folder: Path, **changes: Any) -> None:
-    """Have the adapter in `scratch`, which will be `folder`, name the `base/` in it.
+    """Point the adapter in `scratch` to the `base/` folder inside it.
 
-    A first state that was made from the base and taken off it (PiSSA, OLoRA) is in its weights by now: made once more
-    it would be taken off twice.
+    Args:
+        scratch: Where the adapter's folder is being written.
+        folder: Where it will be moved to.
+        **changes: Further keys of `adapter_config.json`. PiSSA and OLoRA take an initial update from the base and
+            subtract it there; the saved base already has it subtracted, so `init_lora_weights` must be reset.
     """
     settings = json.loads((scratch / "adapter_config.json").read_text())
     settings |= {"base_model_name_or_path": str(folder.resolve() / "base"), "revision": None}
@@ -168,7 +205,7 @@ def name_base(scratch: Path, folder: Path, **changes: Any) -> None:
 
 
 def stored_embeddings(config: Any, folder: Path | str) -> bool:
-    """Whether the file of an adapter brings embeddings of the model below it (peft's `save_embedding_layers`)."""
+    """True if an adapter's file brings embeddings of the model below it (peft's `save_embedding_layers`)."""
     names = [name.replace(".base_layer", "") for name, _ in _shapes(folder)]
     own = set(getattr(config, "modules_to_save", None) or ())
     return any(
@@ -179,12 +216,16 @@ def stored_embeddings(config: Any, folder: Path | str) -> bool:
 
 
 def fit_rows(base: Any, config: Any, folder: Path | str) -> None:
-    """Resize a base to the vocabulary of an adapter; raises `ConfigError` where new rows are in no file."""
+    """Resize a base to the vocabulary of an adapter.
+
+    Raises:
+        ConfigError: If neither the adapter nor the base holds some of the new rows.
+    """
     embedding = base.get_input_embeddings()
     head = base.get_output_embeddings() if hasattr(base, "get_output_embeddings") else None
     rows, tied = embedding.weight.shape[0], head is not None and head.weight is embedding.weight
     names = {module: name for name, module in base.named_modules()}
-    brought: dict[str, int] = {}  # rows that the file has, of each of the two
+    brought: dict[str, int] = {}  # rows that the adapter's file has of the embedding and of the head
     wanted = rows
     for name, shape in _shapes(folder):
         place, _, rest = name.removeprefix("base_model.model.").replace(".base_layer", "").rpartition(".")
@@ -195,33 +236,35 @@ def fit_rows(base: Any, config: Any, folder: Path | str) -> None:
     wanted = max([max(brought.values(), default=wanted), *(index + 1 for index in _token_indices(config))])
     if wanted == rows:
         return
-    # What the trainable tokens hold is theirs in the embedding, and in a head that is tied to it.
+    # Trainable tokens hold their rows of the embedding, and of a head that is tied to it.
     tokens, new = set(_token_indices(config)), set(range(rows, wanted))
     lost = names[embedding] not in brought and not (tied and brought) and bool(new - tokens)
     lost |= head is not None and not tied and names[head] not in brought and not _of_head(config, names[head], new)
     if lost:
         raise ConfigError(
-            f"the adapter {str(folder)!r} is of a vocabulary of {wanted} tokens, its base has {rows}, and not all rows "
-            "between are in one of the two: save them with the adapter (peft's save_embedding_layers=True), or name "
-            "the base that was resized"
+            f"the adapter {str(folder)!r} has a vocabulary of {wanted} tokens, its base one of {rows}, and neither "
+            "holds all of the rows in between: save them with the adapter (peft's save_embedding_layers=True), or "
+            "name the base that was resized"
         )
     base.resize_token_embeddings(wanted, mean_resizing=False)
 
 
 def _of_head(config: Any, name: str, rows: set[int]) -> bool:
-    """Whether the trainable tokens of an untied head are these rows."""
+    """True if the trainable tokens of an untied head include these rows."""
     indices = getattr(config, "trainable_token_indices", None)
     found = [part for key, part in indices.items() if name.endswith(key)] if isinstance(indices, dict) else []
     return rows <= {index for part in found for index in part}
 
 
 def _token_indices(config: Any) -> Iterator[int]:
+    """Ids of the adapter's trainable tokens."""
     indices = getattr(config, "trainable_token_indices", None) or ()
     for part in indices.values() if isinstance(indices, dict) else [indices]:
         yield from part
 
 
 def _shapes(folder: Path | str) -> list[tuple[str, list[int]]]:
+    """Names and shapes of the weights in an adapter's file."""
     path = Path(folder) / "adapter_model.safetensors"
     if not path.is_file():
         return []
@@ -230,7 +273,7 @@ def _shapes(folder: Path | str) -> list[tuple[str, list[int]]]:
 
 
 def untie(base: Any) -> None:
-    """Give a tied head weights of its own; the config then says so."""
+    """Give a tied head its own weights, and record that in the config."""
     head, embedding = base.get_output_embeddings(), base.get_input_embeddings()
     inner = head.base_layer if hasattr(head, "base_layer") else head
     inner.weight = nn.Parameter(embedding.weight.detach().clone())

@@ -1,4 +1,4 @@
-"""The critic of PPO: what a policy may expect to earn, before each token it samples."""
+"""The critic of PPO: it estimates the reward to expect before each token that the policy samples."""
 
 import copy
 from typing import Any
@@ -23,20 +23,28 @@ from rlhf_lightning.models.token_logprobs import TokenLogprobs, state_values
 
 
 class Critic(nn.Module):
-    """A value head on a backbone of its own, or on the policy's.
+    """A value head on its own backbone or on the policy's.
 
-    The head starts at zero: before it has learned, it expects nothing.
+    The head starts at zero, so an untrained critic predicts 0 everywhere.
 
     Args:
-        model: model folder or Hub id whose backbone it starts from, a reward model for example; by default the policy
+        model: Model folder or Hub id that its backbone starts from, for example a reward model; by default the policy
             as the stage starts it.
-        shared: the head stands on the policy's backbone, which then learns from both losses; less memory, and one
+        shared: Put the head on the policy's backbone, which then learns from both losses. Takes less memory and one
             forward for both.
-        lora: train adapters of its own backbone in place of all its weights.
-        learning_rate: of the critic; by default the optimizer's.
-        clip: value clipping: half-width around the value at the time of sampling; null for none.
-        coefficient: weight of the value loss.
-        warmup_rounds: rounds at the beginning that train the critic alone.
+        lora: Train adapters of its own backbone instead of all its weights.
+        learning_rate: Learning rate of the critic; by default the optimizer's.
+        clip: Value clipping: largest step from the value at sampling time, in reward units; None for none.
+        coefficient: Weight of the value loss.
+        warmup_rounds: Number of first rounds that train only the critic.
+
+    Raises:
+        ConfigError: If `shared` is combined with `model` or `lora`, or a number is out of range.
+
+    Example:
+        >>> critic = Critic(learning_rate=1e-5, warmup_rounds=2)
+        >>> critic.shared
+        False
     """
 
     def __init__(
@@ -51,22 +59,32 @@ class Critic(nn.Module):
     ) -> None:
         super().__init__()
         if shared and (model or lora):
-            raise ConfigError("critic.shared stands on the policy's backbone: leave out critic.model and critic.lora")
+            raise ConfigError("critic.shared uses the policy's backbone: leave out critic.model and critic.lora")
         if not (coefficient > 0 and warmup_rounds >= 0 and (clip is None or clip > 0)):
-            raise ConfigError("critic: coefficient and clip must be above 0, warmup_rounds not below")
+            raise ConfigError("critic: coefficient and clip must be above 0, warmup_rounds at least 0")
         self.source, self.shared, self.lora, self.learning_rate = model, shared, lora, learning_rate
         self.clip, self.coefficient, self.warmup_rounds = clip, coefficient, warmup_rounds
 
     def bind(self, policy: Any, tokenizer: Any, tokens: TokenLogprobs, max_tokens: int | None, dtype: str) -> None:
-        """Take the policy as the stage starts it; called once, before it is trained.
+        """Build the head, and the backbone if it is not shared; called once, before training.
+
+        Args:
+            policy: The policy as the stage starts it.
+            tokenizer: The policy's tokenizer.
+            tokens: The policy's `TokenLogprobs`, which computes the values of a shared critic.
+            max_tokens: See `PackedForward`.
+            dtype: Type of the backbone's weights, for example `float32`.
 
         Raises:
-            ConfigError: the critic's model has another vocabulary, or the policy cannot share its backbone.
+            ConfigError: If the critic's model has another vocabulary, or the policy cannot share its backbone.
         """
         config = base_of(policy).config.get_text_config()
         if self.shared:
             if not tokens.backbone.separable:
-                raise ConfigError(f"critic.shared: {type(base_of(policy)).__name__} hides its backbone's states")
+                raise ConfigError(
+                    f"critic.shared: the hidden states of {type(base_of(policy)).__name__} cannot be read apart from "
+                    "its head"
+                )
             tokens.value_head = self._head(config.hidden_size, policy)
             return
         self.backbone = self._backbone(policy, dtype)
@@ -77,17 +95,19 @@ class Critic(nn.Module):
         self.packed_forward = PackedForward(self.backbone, base, max_tokens)
 
     def _head(self, width: int, policy: Any) -> nn.Linear:
+        """Make the zero-initialized head, on the policy's device."""
         self.head = nn.Linear(width, 1, device=next(policy.parameters()).device)
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
         return self.head
 
     def _backbone(self, policy: Any, dtype: str) -> Any:
+        """Load or copy the backbone, trainable, with adapters if so configured."""
         if self.source is None:
             if is_quantized(policy):
                 raise ConfigError(
-                    "the critic starts from the policy, whose weights are in 4 bits (lora.quantize) and cannot be "
-                    "trained: name critic.model, or set critic.shared"
+                    "the critic starts from the policy, whose 4-bit weights (lora.quantize) cannot be trained: set "
+                    "critic.model or critic.shared"
                 )
             model = copy.deepcopy(policy)
         else:
@@ -103,10 +123,18 @@ class Critic(nn.Module):
         return get_peft_model(backbone, self.lora.config(backbone, "FEATURE_EXTRACTION"))
 
     def forward(self, input_ids: Tensor, loss_mask: Tensor) -> Tensor:
-        """The value before each token whose mask is 1, `[B, T]`, 0 elsewhere; with a backbone of its own."""
+        """Values before each token whose mask is 1; only for a critic with its own backbone.
+
+        Args:
+            input_ids: Right-padded, `[B, T]`.
+            loss_mask: 1 at the policy's tokens, 0 elsewhere, `[B, T]`.
+
+        Returns:
+            Values in reward units, `[B, T]`, 0 where the mask is 0.
+        """
         kept = loss_mask[:, 1:] != 0
         if nothing := not kept.any():
-            # One token, times 0: all ranks must go through the model, and every weight must get a gradient.
+            # Keep one token and multiply by 0: all ranks must run the model, and every weight must get a gradient.
             kept[0, 0] = True
         hidden = run_unsharded(
             self.backbone, self.packed_forward, input_ids, pad(kept, (0, 1)), prefix_lengths(loss_mask)

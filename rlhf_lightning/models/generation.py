@@ -1,4 +1,4 @@
-"""What a model's own generation config says about where its responses end."""
+"""What a model's own generation config says about the end of its responses."""
 
 import logging
 from collections.abc import Sequence
@@ -17,14 +17,17 @@ _WARNED: set[str] = set()
 
 
 def end_token_ids(source: Any, tokenizer: Any = None) -> list[int]:
-    """The ids that end a response by a model's generation config, as `generate` and vLLM take them from there.
+    """Ids that end a response according to a model's generation config, as `generate` and vLLM read them.
 
     Args:
-        source: a model, its folder or Hub id, or the folder of an adapter, which adds its own ids to those of its base.
-        tokenizer: ids that it has are known, even where the base embeds fewer.
+        source: A model, its folder or Hub id, or the folder of an adapter, whose ids are added to those of its base.
+        tokenizer: Ids that it has are valid even if the base embeds fewer.
+
+    Returns:
+        Sorted ids. Ids outside the vocabulary are dropped with a warning.
 
     Raises:
-        ConfigError: an id that is not a number. One outside of the vocabulary is left out, with a warning.
+        ConfigError: If an id is not an integer.
     """
     if isinstance(source, nn.Module):
         model = base_of(source)
@@ -36,7 +39,7 @@ def end_token_ids(source: Any, tokenizer: Any = None) -> list[int]:
         own = folder / "generation_config.json"
         found = end_token_ids(adapter_base(folder), tokenizer)
         named = read_object(own).get("eos_token_id") if own.is_file() else None
-        # An adapter may bring tokens that its base has no rows for; those that nothing has come up with the base.
+        # An adapter may bring tokens that its base has no rows for, so its own ids are not held to the base's rows.
         return sorted({*found, *_checked(named, 0, tokenizer, str(own))})
     if not folder.is_dir():
         return _of_hub(str(source), tokenizer)
@@ -46,16 +49,17 @@ def end_token_ids(source: Any, tokenizer: Any = None) -> list[int]:
 
 
 def stop_texts(model: Any) -> list[str]:
-    """The texts that end a response by a model's generation config (`stop_strings`)."""
+    """Texts that end a response according to a model's generation config (`stop_strings`)."""
     found = getattr(getattr(base_of(model), "generation_config", None), "stop_strings", None) or []
     return [found] if isinstance(found, str) else [text for text in found if isinstance(text, str) and text]
 
 
 def _of_hub(name: str, tokenizer: Any) -> list[int]:
+    """End-of-response ids of a model on the Hub."""
     from transformers import GenerationConfig, PretrainedConfig
 
     with loading(f"the configuration of the model {name!r}"):
-        config = PretrainedConfig.get_config_dict(name)[0]  # as it is written: none of the model's code runs
+        config = PretrainedConfig.get_config_dict(name)[0]  # the raw dictionary: none of the model's code runs
     try:
         generation = {"eos_token_id": GenerationConfig.from_pretrained(name).eos_token_id}
     except OSError:  # it has none
@@ -64,7 +68,7 @@ def _of_hub(name: str, tokenizer: Any) -> list[int]:
 
 
 def _named(config: dict[str, Any], generation: dict[str, Any] | None, tokenizer: Any, where: str) -> list[int]:
-    """The ids that a generation config names; as in transformers, the model's config speaks where there is none."""
+    """Ids from a generation config, or from the model's config if there is none, as in transformers."""
     text = config["text_config"] if isinstance(config.get("text_config"), dict) else {}
     rows = config.get("vocab_size") or text.get("vocab_size") or 0
     if generation is not None:
@@ -74,7 +78,7 @@ def _named(config: dict[str, Any], generation: dict[str, Any] | None, tokenizer:
 
 
 def _checked(named: Any, rows: int, tokenizer: Any, where: str) -> list[int]:
-    """The ids of an `eos_token_id`, which may be a number, a list of them, or nothing."""
+    """Valid ids of an `eos_token_id`, which may be an integer, a list of integers, or None."""
     if named is None:
         return []
     ids: Sequence[Any] = named.tolist() if hasattr(named, "tolist") else named
@@ -82,12 +86,12 @@ def _checked(named: Any, rows: int, tokenizer: Any, where: str) -> list[int]:
     wrong = [value for value in ids if isinstance(value, bool) or not isinstance(value, int)]
     if wrong:
         raise ConfigError(
-            f"{where}: eos_token_id is {named!r}, and {wrong[0]!r} is not the id of a token. "
-            "Write a number there, or a list of numbers."
+            f"{where}: eos_token_id is {named!r}, and {wrong[0]!r} is not a token id. "
+            "Write an integer there, or a list of integers."
         )
     rows = max(rows, len(tokenizer) if tokenizer is not None else 0)
     outside = [value for value in ids if value < 0 or (rows and value >= rows)]
     if outside and (said := f"{where}: eos_token_id {', '.join(map(str, outside))}") not in _WARNED:
         _WARNED.add(said)
-        log.warning("%s is outside of the vocabulary (%s tokens), so no response can end there", said, rows or "some")
+        log.warning("%s is outside the vocabulary (%s tokens), so no response can end there", said, rows or "some")
     return sorted({value for value in ids if value not in outside})

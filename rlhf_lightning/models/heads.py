@@ -1,4 +1,4 @@
-"""Score heads: finding and making them, and the token that stock pooling must skip."""
+"""Score heads: finding and initializing them, and the padding token that stock pooling skips."""
 
 import logging
 from collections.abc import Sequence
@@ -14,15 +14,19 @@ log = logging.getLogger(__name__)
 
 
 def find_head(model: Any) -> nn.Module:
-    """The score head of a sequence classifier; raises `ConfigError`."""
+    """The score head of a sequence classifier.
+
+    Raises:
+        ConfigError: If the model has none under a known name.
+    """
     for name in HEADS:
         if isinstance(getattr(model, name, None), nn.Module):
             return getattr(model, name)
-    raise ConfigError(f"{type(model).__name__} has no score head that is known; use SequenceLogprob as the scorer")
+    raise ConfigError(f"{type(model).__name__} has no known score head; use SequenceLogprob as the scorer")
 
 
 def has_head(source: str, trust_remote_code: bool = False) -> bool:
-    """Whether a model folder or Hub id holds a trained score head."""
+    """True if a model folder or Hub id holds a trained score head."""
     if is_adapter(source):
         return adapter_config(source).task_type == "SEQ_CLS"
     from transformers import AutoConfig
@@ -33,14 +37,14 @@ def has_head(source: str, trust_remote_code: bool = False) -> bool:
 
 
 def task_of(source: str) -> str:
-    """`SEQ_CLS` for a saved reward model with a head, `CAUSAL_LM` for any other; an adapter or a whole model."""
+    """`SEQ_CLS` for a saved reward model with a score head, `CAUSAL_LM` for any other model or adapter."""
     return "SEQ_CLS" if has_head(source) else "CAUSAL_LM"
 
 
 def init_head(model: Any) -> None:
-    """A new score head: weights of std 1/sqrt(hidden + 1), no bias."""
+    """Initialize the score head with standard deviation 1/√(hidden + 1) and no bias."""
     head = find_head(base_of(model))
-    # Under peft the head is there twice, as loaded and as trained: both get the same weights.
+    # peft keeps the head twice, as loaded and as trained; both get the same weights.
     layers = [module for module in head.modules() if isinstance(module, nn.Linear)]
     nn.init.normal_(layers[0].weight, std=(layers[0].in_features + 1) ** -0.5)
     for layer in layers:
@@ -50,7 +54,7 @@ def init_head(model: Any) -> None:
 
 
 def pad_token(tokenizer: Any, stop_token_ids: Sequence[int]) -> str:
-    """A token to pad with that never ends a response; added to the tokenizer where it has none."""
+    """A padding token that never ends a response; added to the tokenizer if it has none."""
     candidates = [tokenizer.pad_token, tokenizer.unk_token]
     special = sorted(tokenizer.added_tokens_decoder.items())
     candidates += [str(token) for _, token in special if token.special and "pad" in str(token).lower()]
@@ -59,5 +63,5 @@ def pad_token(tokenizer: Any, stop_token_ids: Sequence[int]) -> str:
         if token and tokenizer.convert_tokens_to_ids(token) not in stop_token_ids:
             return token
     tokenizer.add_special_tokens({"pad_token": "<|pad|>"})
-    log.info("the tokenizer has no padding token apart from its stop tokens; <|pad|> was added")
+    log.info("the tokenizer has no padding token other than its stop tokens; <|pad|> was added")
     return "<|pad|>"

@@ -1,4 +1,4 @@
-"""Where models and tokenizers come from: a folder, a Hub id, or an object in hand; with or without LoRA."""
+"""Loading models and adapters from a folder, a Hub id, or an object, with or without LoRA."""
 
 import logging
 import os
@@ -50,17 +50,24 @@ LOAD_ERRORS = (
 UNREACHED = re.compile(
     "couldn't connect to 'https|is not a local folder and is not a valid model identifier|offline mode"
 )
-"""What the libraries say of a name that is no folder here, and that the Hub does not answer for."""
+"""What the libraries say of a name that is neither a local folder nor found on the Hub."""
 
 
 @dataclass
 class Start:
-    """What a stage starts from.
+    """The model that a stage starts from, and how to load it.
 
     Args:
-        source: folder, Hub id or `PreTrainedModel`. task: `CAUSAL_LM` or `SEQ_CLS`.
-        dtype: of the weights; the checkpoint's own would otherwise be kept, and bfloat16 weights train badly.
-        options: further arguments of `from_pretrained` (`attn_implementation`, `trust_remote_code`, …).
+        source: Folder, Hub id or `PreTrainedModel`.
+        task: `CAUSAL_LM` or `SEQ_CLS`.
+        lora: Train adapters instead of all weights.
+        dtype: Type of the weights, float32 by default whatever the checkpoint has, since bfloat16 weights train badly.
+        options: Further arguments of `from_pretrained` (`attn_implementation`, `trust_remote_code`, …).
+
+    Example:
+        ```python
+        model = Start("HuggingFaceTB/SmolLM2-135M", lora=LoRA(rank=16)).load()
+        ```
     """
 
     source: Any
@@ -69,26 +76,31 @@ class Start:
     dtype: str = "float32"
     options: dict[str, Any] = field(default_factory=dict)
     fresh_adapter: bool = field(default=False, init=False)
-    """After loading: whether the model's adapter was made now, and so is the identity."""
+    """Set by `load`: True if the adapter was newly created, so that it does not change the model yet."""
     base_kept: bool = field(default=True, init=False)
-    """After loading with an adapter: whether the weights below it are those of the base that it names."""
+    """Set by `load` with an adapter: True if the weights below it are those of the base that it names."""
 
     def load(self, workdir: Path | None = None) -> nn.Module:
-        """The model, ready to train.
+        """Load the model, ready to train.
 
-        An adapter of equal rank and targets is continued. Any other adapter is merged first; `workdir` is where the
-        merged model is written, which a new adapter needs as its base.
+        An adapter of equal rank and targets is continued. Any other adapter is merged first.
+
+        Args:
+            workdir: Where a merged model is written, which a new adapter then names as its base.
+
+        Returns:
+            The model, or a `PeftModel` around it.
 
         Raises:
-            ConfigError: nothing there, or not loadable.
+            ConfigError: If the source does not exist or cannot be loaded.
         """
         if isinstance(self.source, nn.Module):
             if self._quantized and not is_quantized(self.source):
-                raise ConfigError("lora.quantize: the model is an object; load it quantized, or give its folder")
+                raise ConfigError("lora.quantize: the model is an object; load it quantized, or pass its folder")
             check_adapted(self.source, self.lora)
             heads = getattr(base_of(self.source), "get_output_embeddings", None)
             if self.task == "CAUSAL_LM" and heads is not None and heads() is None:
-                raise ConfigError(f"{type(base_of(self.source)).__name__} has no head of tokens: name a causal model")
+                raise ConfigError(f"{type(base_of(self.source)).__name__} has no language-model head; use a causal LM")
             model = self._with_lora(self.source)
             self.base_kept = keeps_base(model)
             return model
@@ -119,7 +131,7 @@ class Start:
             return with_adapter(base.to(dtype), folder, is_trainable=True)
         merged = merge(with_adapter(base, folder)).to(dtype)
         if workdir is None and task == self.task and not self._quantized:
-            self.base_kept = False  # it is in no folder
+            self.base_kept = False  # the merged weights are in no folder
             return self._with_lora(merged)
         if workdir is None:
             raise ConfigError(f"{folder} is an adapter; merge it first (rlhf export) to use it as {self.task}")
@@ -131,9 +143,9 @@ class Start:
         import transformers
 
         auto = getattr(transformers, AUTO_CLASSES[self.task])
-        # An adapter remembers the path of its base: a relative one would hold only in this working directory.
+        # An adapter records the path of its base; a relative one would be valid only in this working directory.
         source = str(Path(source).resolve()) if Path(source).is_dir() else source
-        # Said, since transformers would otherwise ask at the terminal.
+        # Set explicitly, since transformers would otherwise prompt at the terminal.
         options = {"trust_remote_code": False, **self.options, **(self.lora.quantization() if self.lora else {})}
         if self.task == "SEQ_CLS":
             options["num_labels"] = 1
@@ -144,14 +156,14 @@ class Start:
             )
         if self.task == "CAUSAL_LM" and _sees_ahead(model.config):
             raise ConfigError(
-                f"the model {source!r} is an encoder ({model.config.model_type}), whose tokens see those after them: "
-                "it cannot learn to write. Name a causal model; if it is one, model.model_options: {is_decoder: true}"
+                f"the model {source!r} is an encoder ({model.config.model_type}), whose tokens attend to later ones: "
+                "it cannot generate text. Use a causal model; if it is one, model.model_options: {is_decoder: true}"
             )
-        # A head of scores may be new. Anything else that is missing was given random weights, with but a warning.
+        # A score head may be new. transformers initializes any other missing weight at random, with only a warning.
         if missing := [n for n in info["missing_keys"] if self.task != "SEQ_CLS" or n.split(".")[0] not in HEADS]:
             raise ConfigError(
                 f"the model {source!r} lacks {len(missing)} of its weights (for example {sorted(missing)[0]}): its "
-                "files are incomplete, or config.json is that of another model"
+                "files are incomplete, or config.json belongs to another model"
             )
         return model
 
@@ -165,7 +177,7 @@ class Start:
 
 
 def _sees_ahead(config: Any) -> bool:
-    """Whether a model is of a kind that reads both ways, and is not set to read one way."""
+    """True if the architecture is bidirectional and not configured as a decoder."""
     from transformers.models.auto import modeling_auto as auto
 
     kinds = auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES.keys() & auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.keys()
@@ -173,9 +185,9 @@ def _sees_ahead(config: Any) -> bool:
 
 
 def _write_once(model: Any, folder: Path, adapter: Path) -> None:
-    """Save a merged model, unless it is there already: from this very adapter (by hash), written by another rank.
+    """Save a merged model, unless another rank or run already wrote it from this same adapter (by hash).
 
-    What stands beside the adapter (tokenizer, chat template, generation config, how it was asked) goes with it.
+    The tokenizer, chat template, generation config and rendering settings beside the adapter are copied along.
     """
     source = hash_folder(adapter)
     if _merged_from(folder) == source:
@@ -199,36 +211,43 @@ def _write_once(model: Any, folder: Path, adapter: Path) -> None:
 
 @contextmanager
 def loading(what: str) -> Iterator[None]:
-    """Say of a failed load what could not be loaded: the libraries raise almost anything for a damaged folder."""
+    """Turn errors within the context into a `ConfigError` that says what could not be loaded, and how to fix it.
+
+    The libraries raise almost any exception for a damaged folder.
+    """
     try:
         yield
     except UserError:
         raise
     except LOAD_ERRORS as error:
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        if "ignore_mismatched_sizes" in reason:  # transformers writes which ones to its log only
-            reason = "weights of other shapes than config.json says"
+        if "ignore_mismatched_sizes" in reason:  # transformers lists them only in its log
+            reason = "its weights have other shapes than config.json says"
         if "trust_remote_code" in str(error):
-            reason = "it brings code; to run that, set model.model_options: {trust_remote_code: true}"
-        remedy = "Restore its files, or name another"
+            reason = "it brings its own code; to run that, set model.model_options: {trust_remote_code: true}"
+        remedy = "Restore its files, or use another"
         if found := re.search(r"configuration class <class '[\w.]*\.(\w+)Config'> .*AutoModelFor(\w+)", reason):
-            kinds = {"CausalLM": "writes text from left to right", "SequenceClassification": "gives a text a score"}
+            kinds = {"CausalLM": "causal language model", "SequenceClassification": "sequence classifier"}
             reason, remedy = (
-                f"of {found[1]}, transformers has none that {kinds.get(found[2], found[2])}",
-                "Name another",
+                f"transformers has no {kinds.get(found[2], found[2])} for the architecture {found[1]}",
+                "Use another",
             )
         elif UNREACHED.search(str(error)):
-            reason = f"no such folder (seen from {Path.cwd()}), and the Hub has none of this name or is out of reach"
-            remedy = "Name a folder that is there"
+            reason = f"no such folder (seen from {Path.cwd()}), and the Hub has none of this name or cannot be reached"
+            remedy = "Use a folder that exists"
         elif isinstance(error, ImportError):
-            remedy = "Install that, or name a model that needs it not"
+            remedy = "Install it, or use a model that does not need it"
         elif "unexpected keyword argument" in reason:
             remedy = "See model.model_options"
         raise ConfigError(f"{what} cannot be loaded: {reason.rstrip('. ')}. {remedy}.") from error
 
 
 def adapter_config(folder: Path | str) -> Any:
-    """peft's config of an adapter; raises `ConfigError`."""
+    """peft's config of an adapter folder.
+
+    Raises:
+        ConfigError: If it cannot be read, or the adapter has no weights in layers.
+    """
     from peft import PeftConfig
 
     if Path(folder).is_dir():
@@ -240,7 +259,16 @@ def adapter_config(folder: Path | str) -> Any:
 
 
 def with_adapter(base: Any, folder: Path | str, **options: Any) -> Any:
-    """A base with an adapter; raises `ConfigError` where it does not fit, or weights of it are missing."""
+    """Load an adapter onto a base.
+
+    Args:
+        base: The model below the adapter; resized if the adapter's vocabulary is larger.
+        folder: The adapter's folder.
+        **options: Further arguments of `PeftModel.from_pretrained`.
+
+    Raises:
+        ConfigError: If the adapter does not fit, or lacks weights.
+    """
     from peft import PeftModel, get_peft_model_state_dict
     from safetensors import safe_open
 
@@ -260,15 +288,20 @@ def with_adapter(base: Any, folder: Path | str, **options: Any) -> Any:
 
 
 def _merged_from(folder: Path) -> str | None:
+    """Hash of the adapter that a merged folder was made from; None if there is no such folder."""
     path = folder / "merged_from.json"
     return read_object(path).get("adapter") if path.is_file() else None
 
 
 def check_source(source: Any, options: Mapping[str, Any] | None = None) -> str:
-    """A model source as text, with the mistakes that are common refused, and folders that ask for more than reading.
+    """Return a model source as text, after checking for common mistakes and for folders that would run code.
+
+    Args:
+        source: Folder or Hub id.
+        options: Arguments of `from_pretrained`; see `untrusted.check_files`.
 
     Raises:
-        ConfigError: see `untrusted.check_files`, which `options` (of `from_pretrained`) are for.
+        ConfigError: If the folder does not exist, is no model, or is refused by `untrusted.check_files`.
     """
     text = os.path.expanduser(str(source))
     if text.endswith(".ckpt"):
@@ -288,12 +321,16 @@ def check_source(source: Any, options: Mapping[str, Any] | None = None) -> str:
 
 
 def is_adapter(source: str) -> bool:
-    """Whether a folder holds a peft adapter."""
+    """True if a folder holds a peft adapter."""
     return (Path(source) / "adapter_config.json").exists()
 
 
 def adapter_base(folder: Path) -> str:
-    """The base of an adapter; where a run was moved, the place that `stage.json` gives relative to the folder."""
+    """The base of an adapter: the path it names; if the run was moved, the one in `stage.json`, relative to the folder.
+
+    Raises:
+        ConfigError: If no base is named, or it does not exist.
+    """
     base = read_object(folder / "adapter_config.json").get("base_model_name_or_path")
     if not isinstance(base, str) or not base:
         raise ConfigError(f"{folder}: adapter_config.json names no base (base_model_name_or_path is {base!r})")
@@ -301,26 +338,32 @@ def adapter_base(folder: Path) -> str:
     if relative and not Path(base).exists() and (folder / relative).exists():
         base = str((folder / relative).resolve())
     if not Path(base).exists() and Path(base).name == "base" and (folder / "base" / "config.json").is_file():
-        base = str((folder / "base").resolve())  # kept in the adapter's own folder, which was moved
+        base = str((folder / "base").resolve())  # inside the adapter's own folder, which was moved
     refuse_chain(Path(base), folder)
     try:
         return check_source(base)
     except ConfigError as error:
-        raise ConfigError(f"{folder} is an adapter, and its base is not there: {error}") from None
+        raise ConfigError(f"{folder} is an adapter, and its base cannot be used: {error}") from None
 
 
 def merge(model: Any) -> Any:
-    """An adapter merged into its base. Where it adapts one of two tied weights they are untied, in the config too."""
+    """Merge an adapter into its base. If it adapts one of two tied weights they are untied first, in the config too."""
     base = model.get_base_model()
     head, embedding = base.get_output_embeddings(), base.get_input_embeddings()
     adapted = [part for part in (head, embedding) if hasattr(part, "base_layer")]
     if adapted and head is not None and head.weight is embedding.weight:
-        untie(base)  # merging into the one would change the other as well
+        untie(base)  # merging into one would also change the other
     return model.merge_and_unload()
 
 
 def load_for_scoring(folder: str, task: str, dtype: str = "float32") -> Any:
-    """A saved model, not to be trained. An adapter stays unmerged: its numbers are then those it had in training."""
+    """Load a saved model in eval mode. An adapter stays unmerged, so that scores equal those in training.
+
+    Args:
+        folder: Model or adapter folder, or Hub id.
+        task: `CAUSAL_LM` or `SEQ_CLS`.
+        dtype: Type of the weights.
+    """
     if not is_adapter(folder):
         return Start(folder, task, dtype=dtype).load().eval()
     base = Start(adapter_base(Path(folder)), task, dtype=dtype).load()
@@ -331,21 +374,21 @@ _MEDIA = re.compile(r"image|audio|video|vision", re.IGNORECASE)
 
 
 def check_vocabulary(model: Any, tokenizer: Any, name: str = "the model") -> None:
-    """Raise `ConfigError` where the tokenizer has ids that the model has no embedding for."""
+    """Raise `ConfigError` if the tokenizer has ids that the model has no embedding for."""
     rows = model.get_input_embeddings().weight.shape[0]
-    # By their ids, which may have gaps. Gemma 3 1B has no row for the place of an image: no row of ours has images.
+    # By id, since ids may have gaps. Gemma 3 1B has no embedding for its image token, which text rows never hold.
     beyond = sorted(token for token, number in tokenizer.get_vocab().items() if number >= rows)
     special = [str(t) for t in tokenizer.added_tokens_decoder.values() if t.special]
     beyond = [token for token in beyond if token not in special or not _MEDIA.search(token)]
     if beyond:
         raise ConfigError(
             f"the tokenizer has {len(tokenizer)} tokens, {name} embeds {rows}: they do not belong together "
-            f"(it has nothing for {beyond[0]!r}). Use the model's own tokenizer, or a model of this vocabulary."
+            f"(it has no embedding for {beyond[0]!r}). Use the model's own tokenizer, or a model with this vocabulary."
         )
 
 
 def disable_dropout(model: nn.Module) -> None:
-    """Set every dropout to 0: sampler, trainer, reference and reward model must compute the same function."""
+    """Set every dropout to 0, since sampler, trainer, reference and reward model must compute the same function."""
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
@@ -355,7 +398,11 @@ def disable_dropout(model: nn.Module) -> None:
 
 
 def compile_layers(model: Any, backend: str = "inductor") -> None:
-    """Compile each layer by itself: one graph serves all of them, and weights keep their names."""
+    """Compile each decoder layer separately: one graph serves all of them, and weights keep their names.
+
+    Raises:
+        ConfigError: If the stack of layers is not found.
+    """
     layers = layers_of(model)
     if not layers:
         raise ConfigError(f"model.compile: no stack of layers was found in {type(base_of(model)).__name__}")

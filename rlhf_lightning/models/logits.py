@@ -1,7 +1,7 @@
-"""From logits to log-probabilities and entropies of tokens, in place and a few rows at a time.
+"""Log-probabilities and entropies of tokens from logits, computed in place, a few rows at a time.
 
-Autograd's own path holds the logits, their log-softmax and its gradient, each rows × vocabulary. Here one buffer is
-all three: probabilities take the place of the logits, and their gradient that of the probabilities.
+Plain autograd holds the logits, their log-softmax and its gradient, each rows × vocabulary. Here a single buffer serves
+as all three: probabilities overwrite the logits, and their gradient overwrites the probabilities.
 """
 
 from typing import Any
@@ -11,21 +11,32 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 CPU_CHUNK, GPU_CHUNK = 2**20, 2**26
-"""Logits that are worked on at once; on a CPU, few enough to stay in its cache."""
+"""Number of logits processed at once; on a CPU, few enough to stay in its cache."""
 
 
 class TokenLogprobsFunction(torch.autograd.Function):
-    """`apply(logits [n, V], targets [n], temperature, details)` → `(logprobs, entropy, correct)`, each `[n]`.
+    """Autograd function: `apply(logits, targets, temperature, details)` → `(logprobs, entropy, correct)`.
 
-    In nats, in float32 or wider. Entropy (with gradient) and `correct` (1 where no token is likelier than the target)
-    are None without `details`. The logits are overwritten: nothing else may need them.
+    `logits` `[n, V]` are overwritten, so nothing else may need them. `targets` are the token ids, `[n]`. All three
+    results are `[n]`, in float32 or wider:
+
+    - `logprobs`: log-probability of each target, in nats.
+    - `entropy`: entropy of the distribution in nats, with gradient; None without `details`.
+    - `correct`: 1 where no token is more likely than the target; None without `details`.
+
+    Example:
+        >>> logits = torch.zeros(1, 4, requires_grad=True)
+        >>> logprobs, entropy, correct = TokenLogprobsFunction.apply(logits * 1, torch.tensor([2]), 1.0, True)
+        >>> round(logprobs.item(), 4), round(entropy.item(), 4)
+        (-1.3863, 1.3863)
     """
 
     @staticmethod
     def forward(
         ctx: Any, logits: Tensor, targets: Tensor, temperature: float, details: bool
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        # Without its place in the graph: what a function of autograd's returned as a view may not be overwritten.
+        # Detached, since autograd forbids in-place writes to views that a custom function returned.
+        """Compute the results and keep the probabilities in the buffer of the logits."""
         logits = logits.detach()
         dtype = torch.promote_types(logits.dtype, torch.float32)
         logprobs = logits.new_empty(len(logits), dtype=dtype)
@@ -35,7 +46,7 @@ class TokenLogprobsFunction(torch.autograd.Function):
             scaled = scaled.div_(temperature) if temperature != 1.0 else scaled
             target, top = scaled.gather(-1, targets[part, None]).squeeze(-1), scaled.amax(-1)
             probabilities = scaled.softmax(-1)
-            # From the largest probability, which cannot underflow as that of the target can.
+            # Computed from the largest probability, which cannot underflow as the target's can.
             logprobs[part] = target - top + probabilities.amax(-1).log()
             if entropy is not None and correct is not None:
                 normalizer = logprobs[part].neg() + target
@@ -52,7 +63,10 @@ class TokenLogprobsFunction(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor | None, grad_entropy: Tensor | None, _: Tensor | None) -> Any:
-        """∂ log p(t) / ∂ z = (1 at t) − p and ∂ H / ∂ z = −p · (log p + H), z being the logits over temperature."""
+        """Overwrite the buffer with the gradient of the logits.
+
+        With z the logits over the temperature: ∂ log p(t) / ∂z = (1 at t) − p, and ∂H / ∂z = −p · (log p + H).
+        """
         buffer, targets, logprobs, entropy = ctx.saved_tensors
         grad = logprobs.new_zeros(len(logprobs)) if grad is None else grad / ctx.temperature
         for part in _parts(buffer):
@@ -63,7 +77,7 @@ class TokenLogprobsFunction(torch.autograd.Function):
                 bend = torch.xlogy(p, p).addcmul_(p, entropy[part, None])
                 bend.mul_(-grad_entropy[part, None] / ctx.temperature)
             probabilities.mul_(-grad[part, None])
-            # Not as one minus the probability in the buffer, which a narrow type rounds.
+            # From log p rather than as 1 − p from the buffer, which a narrow type rounds.
             at_target = grad[part] * -torch.expm1(logprobs[part])
             probabilities.scatter_(-1, targets[part, None], at_target[:, None].to(probabilities.dtype))
             if bend is not None:
@@ -72,5 +86,6 @@ class TokenLogprobsFunction(torch.autograd.Function):
 
 
 def _parts(logits: Tensor) -> list[slice]:
+    """Slices of rows that are processed at once."""
     rows = max(1, (CPU_CHUNK if logits.device.type == "cpu" else GPU_CHUNK) // logits.shape[-1])
     return [slice(start, start + rows) for start in range(0, len(logits), rows)]

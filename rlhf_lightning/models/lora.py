@@ -1,4 +1,4 @@
-"""LoRA by the field's settings: rank, alpha, dropout, and which layers, found in any architecture by structure."""
+"""LoRA with the usual settings; target layers are found by structure in any architecture."""
 
 import copy
 import re
@@ -19,15 +19,23 @@ _ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
 
 @dataclass
 class LoRA:
-    """Low-rank adapters (arXiv 2106.09685) in place of full training.
+    """Low-rank adapters instead of full training (LoRA, arXiv 2106.09685).
 
     Args:
-        rank: of the update.
-        alpha: the update is scaled by alpha / rank.
-        dropout: on the input of the adapters, in SFT; the other stages compute without dropout.
-        target: any of `attention`, `mlp`, `unembedding`, `all` (the three), or names of layers; one, or a list.
-        quantize: `nf4` or `fp4` keeps the linear layers that are not trained in 4 bits (QLoRA, arXiv 2305.14314), with
-            their scales in 8 bits, and computes in bfloat16. On CUDA, with bitsandbytes.
+        rank: Rank of the update.
+        alpha: The update is scaled by alpha / rank.
+        dropout: Probability on the input of the adapters in SFT; the other stages compute without dropout.
+        target: Any of `attention`, `mlp`, `unembedding`, `all` (all three), or layer names; one, or a list.
+        quantize: `nf4` or `fp4` keeps the frozen linear layers in 4 bits (QLoRA, arXiv 2305.14314), with their scales
+            in 8 bits, and computes in bfloat16. Requires CUDA and bitsandbytes.
+
+    Raises:
+        ConfigError: If a setting is out of range.
+
+    Example:
+        >>> lora = LoRA(rank=8, alpha=16, target="all")
+        >>> lora.target
+        ['all']
     """
 
     rank: int = 16
@@ -40,17 +48,21 @@ class LoRA:
         if isinstance(self.target, str):
             self.target = [self.target]
         if not isinstance(self.target, list | tuple | set) or not self.target:
-            raise ConfigError(f"lora.target is {self.target!r}; any of {', '.join(GROUPS)}, or names of layers")
+            raise ConfigError(f"lora.target is {self.target!r}; any of {', '.join(GROUPS)}, or layer names")
         check_whole("lora.rank", self.rank)
         if not self.alpha > 0:
             raise ConfigError(f"lora.alpha is {self.alpha}: an adapter scaled by 0 would not learn; it must be above 0")
         if not 0 <= self.dropout < 1:
-            raise ConfigError(f"lora.dropout is {self.dropout}; a part of the inputs, at least 0 and below 1")
+            raise ConfigError(f"lora.dropout is {self.dropout}; it must be at least 0 and below 1")
         if self.quantize not in (None, "nf4", "fp4"):
             raise ConfigError(f"lora.quantize is {self.quantize!r}; nf4, fp4, or nothing")
 
     def quantization(self) -> dict[str, Any]:
-        """What `from_pretrained` needs to load the base quantized; raises `ConfigError` where that cannot be done."""
+        """Arguments of `from_pretrained` that load the base quantized; empty without `quantize`.
+
+        Raises:
+            ConfigError: If CUDA or bitsandbytes is missing.
+        """
         if self.quantize is None:
             return {}
         if not torch.cuda.is_available():
@@ -71,7 +83,15 @@ class LoRA:
         return {"quantization_config": config}
 
     def config(self, model: nn.Module, task_type: str) -> Any:
-        """peft's `LoraConfig` for this model; raises `ConfigError` where a target is not found."""
+        """peft's `LoraConfig` for a model.
+
+        Args:
+            model: The model that gets the adapter.
+            task_type: `CAUSAL_LM`, `SEQ_CLS` or `FEATURE_EXTRACTION`.
+
+        Raises:
+            ConfigError: If a target is not found.
+        """
         from peft import LoraConfig
 
         return LoraConfig(
@@ -83,10 +103,14 @@ class LoRA:
         )
 
     def layer_names(self, model: nn.Module) -> list[str]:
-        """Full names of the layers that get an adapter."""
+        """Full names of the layers that get an adapter, sorted.
+
+        Raises:
+            ConfigError: If a target is not found.
+        """
         head = _unembedding(model)
         linear = [name for name, module in model.named_modules() if _is_linear(module)]
-        layers = {name: _group(name) for name in linear if name not in (head, *HEADS)}  # a score head is trained whole
+        layers = {name: _group(name) for name in linear if name not in (head, *HEADS)}  # score heads train in full
         wanted = set(GROUPS[:3]) if "all" in self.target else set(self.target)
         names = [name for name, group in layers.items() if group in wanted]
         if "unembedding" in wanted and head:
@@ -104,7 +128,7 @@ class LoRA:
         return sorted(set(names))
 
     def continues(self, adapter: Any, model: nn.Module) -> bool:
-        """Whether an adapter with this `LoraConfig` can simply be trained on: equal rank, targets, and all else."""
+        """True if an adapter of this `LoraConfig` can be trained on: plain LoRA of the same rank, alpha and targets."""
         if not simple(adapter):
             return False
         names = set(self.layer_names(model))
@@ -116,16 +140,17 @@ class LoRA:
 
 
 def base_of(model: Any) -> Any:
-    """The Hugging Face model, whether peft is around it or not; adapters are in its layers."""
+    """The Hugging Face model inside a `PeftModel`, or the model itself. Its layers include any adapters."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def is_quantized(model: Any) -> bool:
-    """Whether linear layers of a model are in 4 bits."""
+    """True if linear layers of the model are in 4 bits."""
     return bool(getattr(base_of(model), "is_loaded_in_4bit", False))
 
 
 def _dequantized(parameter: nn.Parameter) -> Tensor:
+    """The weight in its full shape, dequantized if it is in 4 bits."""
     if not hasattr(parameter, "quant_state"):
         return parameter.detach()
     from peft.utils.integrations import dequantize_bnb_weight
@@ -134,7 +159,10 @@ def _dequantized(parameter: nn.Parameter) -> Tensor:
 
 
 def named_weights(model: Any) -> Iterator[tuple[str, Tensor]]:
-    """The weights under the names that the Hugging Face model gives them, one at a time, adapters added in."""
+    """Iterate over the weights by their Hugging Face names, one at a time, with adapters merged in.
+
+    Of sharded weights, one at a time is gathered; all ranks must iterate.
+    """
     base, adapters = base_of(model), getattr(model, "peft_config", {})
     modules = dict(base.named_modules())
     seen: set[int] = set()
@@ -143,17 +171,17 @@ def named_weights(model: Any) -> Iterator[tuple[str, Tensor]]:
             continue
         value = _trained(modules, name, parameter)
         if value is None:
-            # A tied head comes once with the embeddings, and again only where one of the two is adapted.
+            # A tied head is yielded once, with the embeddings, unless one of the two is adapted.
             if id(parameter) in seen:
                 continue
             seen.add(id(parameter))
             value = _dequantized(parameter)
-        # Of weights that are split over ranks, one at a time is gathered.
+        # Sharded weights are gathered one at a time.
         yield plain_name(name), value.full_tensor() if hasattr(value, "full_tensor") else value
 
 
 def _trained(modules: dict[str, nn.Module], name: str, parameter: nn.Parameter) -> Tensor | None:
-    """What an adapter makes of a weight; None where it leaves it alone."""
+    """A weight with its adapter applied; None if no adapter changes it."""
     owner, wrapped, rest = name.partition(".original_module.")
     if wrapped:
         return modules[f"{owner}.modules_to_save.default"].get_parameter(rest).detach()
@@ -161,7 +189,7 @@ def _trained(modules: dict[str, nn.Module], name: str, parameter: nn.Parameter) 
     if wrapped:
         tokens: Any = modules[f"{owner}.token_adapter"]
         return tokens.get_merged_weights(["default"]).detach()
-    # Parameters of one module may each be wrapped, one around the other.
+    # peft wraps several parameters of one module in nested layers.
     parts = name.split(".base_layer")
     owners: list[Any] = [modules[".base_layer".join(parts[:end])] for end in range(1, len(parts))]
     rest = parts[-1].removeprefix(".")
@@ -179,19 +207,19 @@ def _trained(modules: dict[str, nn.Module], name: str, parameter: nn.Parameter) 
 
 
 def of_adapter(name: str, adapters: Any) -> bool:
-    """Whether a weight is an adapter's: in peft the adapter's own name is a part of the weight's."""
+    """True if a weight belongs to an adapter: peft puts the adapter's name into the weight's name."""
     return any(part in adapters for part in name.split("."))
 
 
 def plain_name(name: str) -> str:
-    """A weight's name without the layers that peft puts around it."""
+    """A weight's name without the wrappers that peft adds."""
     for around in (".token_adapter.base_layer", ".original_module", ".base_layer"):
         name = name.replace(around, "")
     return name
 
 
 def simple(config: Any) -> bool:
-    """Whether an adapter is LoRA on layers and nothing else, and its first state changed no other weight."""
+    """True if an adapter is plain LoRA on layers, and its initialization changed no other weight."""
     unlike = {"bias": "none", "init_lora_weights": True}
     extra = (
         "use_rslora",
@@ -218,17 +246,19 @@ def simple(config: Any) -> bool:
 
 
 def _is_linear(module: nn.Module) -> bool:
-    # GPT-2 writes its linear layers as Conv1D; mixture-of-experts blocks with fused weights are not linear layers.
+    # GPT-2's linear layers are Conv1D. Mixture-of-experts blocks with fused weights are not linear layers.
     return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
 
 
 def _group(name: str) -> str | None:
+    """`attention` or `mlp`, by a layer's name; None outside the stack of decoder layers."""
     parts = name.split(".")
     if not any(part.isdigit() for part in parts):
-        return None  # outside the stack of layers: a projection of embeddings, a score head
+        return None  # outside the decoder layers: an embedding projection, a score head
     return "attention" if any(_ATTENTION.search(part) for part in parts) else "mlp"
 
 
 def _unembedding(model: Any) -> str | None:
+    """Name of the language-model head, if there is one."""
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     return next((name for name, module in model.named_modules() if module is head), None) if head else None

@@ -1,6 +1,6 @@
-"""How much memory training takes: weights, gradients and optimizer state exactly, activations by a small measurement.
+"""Memory that training takes: weights, gradients and optimizer state exactly, activations from a small measurement.
 
-Sizes are bytes on one device. docs/memory.md has the formulas.
+Sizes are in bytes on one device. docs/memory.md has the formulas.
 """
 
 import contextlib
@@ -21,11 +21,11 @@ from rlhf_lightning.models.sharding import run_unsharded
 
 log = logging.getLogger(__name__)
 PROBES = (32, 96)
-"""Tokens of the two forwards that activations are measured by."""
+"""Token counts of the two forwards from which activations are extrapolated."""
 
 
 def tensor_bytes(tensors: Iterable[Tensor]) -> int:
-    """Bytes of tensors, each storage once, of sharded ones what is on this rank."""
+    """Bytes of tensors, counting each storage once and only the local shard of sharded ones."""
     found: dict[int, int] = {}
     for tensor in tensors:
         local: Any = tensor.to_local() if hasattr(tensor, "to_local") else tensor
@@ -41,9 +41,12 @@ def trained(module: nn.Module) -> list[nn.Parameter]:
 def optimizer_bytes(factory: Callable[[Iterable[Any]], Any], parameters: Iterable[nn.Parameter]) -> int:
     """Bytes of an optimizer's state after its first step.
 
+    The factory is tried on a small matrix and a small vector of each dtype. State in the shape of its parameter is
+    counted per value; any other state, such as a step count, once per parameter.
+
     Args:
-        factory: as the modules take it. It is tried on a small matrix and a small vector of each type: a state that has
-            the shape of its parameter is counted for every value, any other (a count of steps) once for each parameter.
+        factory: Makes an optimizer from parameters, as the modules take it.
+        parameters: The trained parameters.
     """
     rates: dict[Any, tuple[float, float]] = {}
     total = 0.0
@@ -59,14 +62,14 @@ def optimizer_bytes(factory: Callable[[Iterable[Any]], Any], parameters: Iterabl
 
 @torch.enable_grad()
 def _state_of_one(factory: Callable[[Iterable[Any]], Any], dtype: torch.dtype, matrix: bool) -> tuple[float, float]:
-    """Bytes of state for each value of a parameter, and for each parameter beside."""
+    """`(bytes per value, further bytes per parameter)` of an optimizer's state."""
     probe = nn.Parameter(torch.zeros((5, 7) if matrix else (35,), dtype=dtype))
     probe.grad = torch.zeros_like(probe)
     try:
         optimizer = factory([probe])
         optimizer.step()
     except Exception as error:  # noqa: BLE001 - an optimizer may refuse anything of a lone probe: an estimate stops no run
-        log.info("memory: the optimizer cannot be tried (%s); two numbers of state for each weight are assumed", error)
+        log.info("memory: the optimizer cannot be probed (%s); assuming two numbers of state per weight", error)
         return 2.0 * probe.element_size(), 0.0
     state = [value for value in optimizer.state[probe].values() if isinstance(value, Tensor)]
     for_value = sum(value.element_size() for value in state if value.shape == probe.shape)
@@ -74,14 +77,16 @@ def _state_of_one(factory: Callable[[Iterable[Any]], Any], dtype: torch.dtype, m
 
 
 def activation_bytes(forward: PackedForward, tokens: int, context: Callable[[], Any] = contextlib.nullcontext) -> int:
-    """Bytes of the activations that backward needs of `tokens` tokens, without gradient checkpointing.
+    """Bytes of the activations that backward needs, without gradient checkpointing.
 
-    The model is run on few tokens, twice; what autograd saves is counted, each storage once and no weights, and
-    continued in a straight line. That is what attention without a table of scores needs; `eager` attention needs more
-    the longer the rows are.
+    The model is run twice on few tokens, and what autograd saves is counted: each storage once, without weights. The
+    result is extrapolated linearly, which is right for attention that does not materialize scores; `eager`
+    attention needs more the longer the rows are.
 
     Args:
-        context: the precision of training.
+        forward: The model.
+        tokens: Number of tokens to estimate for.
+        context: Context manager for the precision of training.
     """
     few, more = (_saved(forward, count, context) for count in PROBES)
     slope = (more - few) / (PROBES[1] - PROBES[0])
@@ -89,8 +94,9 @@ def activation_bytes(forward: PackedForward, tokens: int, context: Callable[[], 
 
 
 def _saved(forward: PackedForward, tokens: int, context: Callable[[], Any]) -> int:
+    """Bytes that autograd saves in a forward of `tokens` tokens."""
     sizes: dict[int, int] = {}
-    kept: list[Tensor] = []  # so that no storage is used again while they are counted
+    kept: list[Tensor] = []  # keeps storages alive, so that none is reused while they are counted
 
     def keep(tensor: Tensor) -> Tensor:
         local: Any = tensor
@@ -102,11 +108,11 @@ def _saved(forward: PackedForward, tokens: int, context: Callable[[], Any]) -> i
 
     device = next(forward.model.parameters()).device
     vocabulary = base_of(forward.model).get_input_embeddings().weight.shape[0]
-    # Rows that share nothing, as long as a table of positions allows.
+    # Short rows without shared prefixes, which fit any table of positions.
     ids = (torch.arange(tokens, device=device) * 7919 % vocabulary).view(-1, 16)
     wanted, prefixes = torch.ones_like(ids, dtype=torch.bool), torch.zeros(len(ids), dtype=torch.long)
     saving, forward.saving = forward.saving, lambda: saved_tensors_hooks(keep, lambda tensor: tensor)
-    # The caller's random numbers are left alone: dropout saves masks, and so must be as it is in training.
+    # Dropout saves masks, so it must be on as in training; the caller's random state is not advanced.
     devices = [device] if device.type == "cuda" else []
     try:
         with torch.random.fork_rng(devices), _all_kept(forward.model), torch.enable_grad(), context():
@@ -118,7 +124,7 @@ def _saved(forward: PackedForward, tokens: int, context: Callable[[], Any]) -> i
 
 @contextlib.contextmanager
 def _all_kept(model: nn.Module) -> Iterator[None]:
-    """A model in training, without gradient checkpointing."""
+    """Training mode without gradient checkpointing, within the context."""
     flags = [(part, part.gradient_checkpointing) for part in model.modules() if hasattr(part, "gradient_checkpointing")]
     modes = [(part, part.training) for part in model.modules()]
     model.train()
@@ -134,16 +140,29 @@ def _all_kept(model: nn.Module) -> Iterator[None]:
 
 
 def checkpointed_bytes(model: Any, activations: int, tokens: int, size: int) -> int:
-    """With gradient checkpointing: the input of each layer, and the activations of the one that is computed again."""
+    """Bytes of activations with gradient checkpointing: each layer's input, and all of one recomputed layer.
+
+    Args:
+        model: The model.
+        activations: Bytes of all activations, from `activation_bytes`.
+        tokens: Number of tokens.
+        size: Bytes of a number.
+    """
     config = base_of(model).config.get_text_config()
     return config.num_hidden_layers * tokens * config.hidden_size * size + activations // config.num_hidden_layers
 
 
 def logit_bytes(backbone: Backbone, rows: int, size: int, limit: int) -> int:
-    """The logits of `rows` positions, of `size` bytes a number: one buffer, `limit` bytes at most, and working copies.
+    """Bytes of the logits: one buffer, capped at `limit`, and working copies.
 
-    The copies are of one chunk: in float32, and its softmax. A soft cap keeps two buffers more, for its gradient. The
-    gradient of a head that is trained is made apart before it is added.
+    The copies are those of one chunk: in float32, and its softmax. A soft cap keeps two more buffers for its gradient.
+    The gradient of a trained head is computed separately before it is added.
+
+    Args:
+        backbone: Decoder and head.
+        rows: Number of positions.
+        size: Bytes of a number.
+        limit: Largest size of the buffer.
     """
     vocabulary = backbone.vocabulary
     capped = getattr(base_of(backbone.model).config.get_text_config(), "final_logit_softcapping", None)
@@ -154,17 +173,24 @@ def logit_bytes(backbone: Backbone, rows: int, size: int, limit: int) -> int:
 
 
 def cache_bytes(model: Any, rows: int, tokens: int, size: int) -> int:
-    """Keys and values of the sampler: `rows` slots of `tokens` each."""
+    """Bytes of the sampler's keys and values.
+
+    Args:
+        model: The model.
+        rows: Number of slots.
+        tokens: Tokens per slot.
+        size: Bytes of a number.
+    """
     config = base_of(model).config.get_text_config()
     if not hasattr(config, "num_attention_heads"):
-        return 0  # a recurrent model keeps a state of fixed size
+        return 0  # a recurrent model's state has a fixed size
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return 2 * config.num_hidden_layers * rows * heads * width * tokens * size
 
 
 def compute_size(model: Any, context: Callable[[], Any]) -> int:
-    """Bytes of a number that layers compute with, in a precision."""
+    """Bytes of a number in the layers' computations, within a precision context."""
     weight = next(p for p in model.parameters() if p.is_floating_point())
     with context():
         mixed = torch.is_autocast_enabled(weight.device.type)
@@ -173,7 +199,7 @@ def compute_size(model: Any, context: Callable[[], Any]) -> int:
 
 
 def device_bytes(device: torch.device) -> int | None:
-    """Memory that a run may use on a device: what is free, and what this process has of it already."""
+    """Bytes that a run may use on a device: what is free plus what this process holds already; None if unknown."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
     if device.type == "mps":
@@ -182,7 +208,7 @@ def device_bytes(device: torch.device) -> int | None:
 
 
 def _system_bytes() -> int | None:
-    """Of Linux; what this process has is not counted as free, and is added."""
+    """The same for the CPU's memory, on Linux."""
     try:
         with open("/proc/meminfo") as stream:
             free = next(int(line.split()[1]) * 1024 for line in stream if line.startswith("MemAvailable:"))

@@ -1,4 +1,4 @@
-"""What is kept in the memory of the CPU: activations until backward needs them, models until they run."""
+"""Offloading to CPU memory: activations until backward needs them, and frozen models while they do not run."""
 
 import logging
 from collections.abc import Callable, Iterator
@@ -15,34 +15,44 @@ from rlhf_lightning.errors import ConfigError
 
 log = logging.getLogger(__name__)
 LEAST = 2**20
-"""Bytes below which a tensor is not worth a copy."""
+"""Bytes below which a tensor is not worth copying."""
 Packed = Tensor | tuple[Tensor, torch.device]
 
 
 class ActivationOffload(saved_tensors_hooks):
-    """While it is entered, what autograd saves on a device goes to the CPU, and comes back when backward needs it.
+    """Context in which tensors that autograd saves are moved to the CPU and returned when backward needs them.
 
-    Weights stay where they are, and a tensor that several operations save is copied once. Copies are in order with the
-    kernels of the current stream, from and to pinned memory: the CPU does not wait for them. Inside gradient
-    checkpointing only the inputs of layers are saved, so only these are moved.
+    Weights stay, and a tensor saved by several operations is copied once. Copies are ordered with the kernels of the
+    current stream and use pinned memory, so the CPU does not wait for them. Within gradient checkpointing only the
+    inputs of layers are saved, so only those are moved.
 
     Args:
-        device: the type of device that tensors are moved away from. least: bytes of a tensor that is moved.
+        device: Type of the device to move tensors from.
+        least: Smallest size of a tensor that is moved, in bytes.
+
+    Example:
+        ```python
+        with ActivationOffload() as offload:
+            loss = model(input_ids).logits.float().mean()
+        loss.backward()
+        print(offload.moved)
+        ```
     """
 
     def __init__(self, device: str = "cuda", least: int = LEAST) -> None:
         self.device, self.least = device, least
         self.moved = 0
-        """Bytes that were copied since it was made."""
+        """Bytes copied so far."""
         self._copies: dict[Any, tuple[StorageWeakRef, Packed]] = {}
         super().__init__(self._pack, self._unpack)
 
     def _pack(self, tensor: Tensor) -> Packed:
+        """Copy a saved tensor to the CPU, if it is worth it."""
         size = tensor.numel() * tensor.element_size()
         weight = isinstance(tensor, nn.Parameter) or isinstance(tensor._base, nn.Parameter)
         if tensor.device.type != self.device or size < self.least or weight or type(tensor) is not Tensor:
             return tensor
-        # A reference to the storage: as long as it is held, no other storage has its number.
+        # While this reference is held, no other storage can have the same cdata.
         storage = StorageWeakRef(tensor.untyped_storage())
         key = (storage.cdata, tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype, tensor._version)
         if key not in self._copies:
@@ -53,6 +63,7 @@ class ActivationOffload(saved_tensors_hooks):
         return self._copies[key][1]
 
     def _unpack(self, packed: Packed) -> Tensor:
+        """Return a saved tensor, on its original device."""
         if isinstance(packed, Tensor):
             return packed
         copy, device = packed
@@ -68,13 +79,22 @@ class ActivationOffload(saved_tensors_hooks):
 
 
 class Place:
-    """Where a frozen model is: on a device of its own, or on the CPU except while it runs.
+    """Placement of a frozen model: on a device of its own, or on the CPU except while it runs.
 
-    The parts of a Lightning module move with it; a model with a place does not, but is cast as it is. Its weights are
-    not copied back after use: those on the CPU are kept, and shown again.
+    Submodules of a Lightning module move with it; a model with a `Place` does not, but it is cast with it. Weights are
+    not copied back after use: the CPU copies are kept and restored.
 
     Args:
-        model: frozen. device: where it stays and runs. offload: it rests on the CPU and runs where the module is.
+        model: The frozen model.
+        device: Where it stays and runs.
+        offload: Keep it on the CPU, and run it where the Lightning module is.
+
+    Example:
+        ```python
+        place = Place(reference, offload=True)
+        with place.there() as device:
+            logits = reference(input_ids.to(device)).logits
+        ```
     """
 
     def __init__(self, model: nn.Module, device: str | None = None, offload: bool = False) -> None:
@@ -84,10 +104,11 @@ class Place:
         """The device that it runs on."""
         model.to(self.rest)
         self._applied = model._apply
-        # On the object: a wrapper around it would rename its weights.
+        # Replaced on the instance, since a wrapping module would rename its weights.
         model._apply = MethodType(Place._apply_at_rest, self)  # type: ignore[method-assign]
 
     def _apply_at_rest(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        """`_apply` of the model (a move or a cast), without leaving its resting device."""
         if self.offload:
             self.work = fn(torch.empty(0)).device
         self._applied(lambda tensor: fn(tensor).to(self.rest), recurse)
@@ -95,7 +116,7 @@ class Place:
 
     @contextmanager
     def there(self) -> Iterator[torch.device]:
-        """The model where it runs, for a while."""
+        """The model on the device where it runs, within the context; yields that device."""
         tensors = [] if self.work == self.rest else [*self.model.parameters(), *self.model.buffers()]
         home = [tensor.data for tensor in tensors]
         for tensor in tensors:
@@ -108,11 +129,11 @@ class Place:
 
 
 def check_place(name: str, device: str | None, offload: bool) -> None:
-    """Raise `ConfigError` where a device does not exist here, or is named beside `offload`."""
+    """Raise `ConfigError` if a device does not exist, or is given together with `offload`."""
     if device is None:
         return
     if offload:
-        raise ConfigError(f"{name}: device says where it stays, offload moves it to and fro; set one of them")
+        raise ConfigError(f"{name}: device keeps the model in one place, offload moves it; set only one of them")
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:

@@ -1,4 +1,4 @@
-"""The forward: hidden states of the positions that are asked for, and nothing computed that they do not need."""
+"""The forward pass: hidden states of the requested positions, without computing anything they do not need."""
 
 import logging
 from collections.abc import Callable, Iterator
@@ -17,14 +17,21 @@ from rlhf_lightning.models.sharding import full_tensor, is_sharded, max_over_ran
 
 log = logging.getLogger(__name__)
 CPU_TOKENS, GPU_TOKENS = 2048, 16384
-"""Tokens of a group by default: on a CPU what stays in its caches (benchmarks/sharing.py)."""
+"""Default number of tokens computed at once; on a CPU, what fits its caches (benchmarks/sharing.py)."""
 GRADIENT_TOKENS = 1024
+"""Length in tokens up to which gradients of packed rows are compared."""
 FAILURES = (TypeError, ValueError, RuntimeError, AttributeError, IndexError)
-"""How a model fails that is run in a way it was not written for."""
+"""Exceptions of models that do not support being run on packed rows."""
 
 
 class Hidden(NamedTuple):
-    """Last hidden states `[n, H]` of wanted positions, in any order, and the `rows` and `columns` `[n]` they are of."""
+    """Last hidden states of wanted positions, in any order.
+
+    Attributes:
+        states: `[n, H]`.
+        rows: Row of each position in the batch, `[n]`.
+        columns: Column of each position in the batch, `[n]`.
+    """
 
     states: Tensor
     rows: Tensor
@@ -32,38 +39,51 @@ class Hidden(NamedTuple):
 
 
 class PackedForward:
-    """Runs the decoder of a model on packed rows, shared prefixes once.
+    """Runs a model's decoder on packed rows, computing shared prefixes once.
 
-    A model whose packed rows differ from plain ones by numbers (recurrent layers, biases by index, an attention that
-    is not transformers' own) runs right-padded rows of like length instead; a log line says so.
+    Packed rows are compared numerically with plain ones. A model for which they differ (recurrent layers, biases by
+    index, an attention other than transformers' own) runs right-padded rows of similar length instead, and a log line
+    says so.
 
     Args:
-        model: a Hugging Face model, or peft around one. decoder: the part of it that gives hidden states.
-        max_tokens: of a group that is computed at once; by default 2,048 on a CPU, 16,384 elsewhere.
+        model: A Hugging Face model, or a `PeftModel` around one.
+        decoder: The part of it that computes hidden states.
+        max_tokens: Largest number of tokens computed at once; by default 2,048 on a CPU, 16,384 elsewhere.
+
+    Example:
+        ```python
+        model = AutoModelForCausalLM.from_pretrained("HuggingFaceTB/SmolLM2-135M")
+        forward = PackedForward(model, model.get_decoder())
+        hidden = forward(input_ids, wanted=loss_mask.bool(), prefixes=prefix_lengths(loss_mask))
+        ```
     """
 
     def __init__(self, model: Any, decoder: Any, max_tokens: int | None = None) -> None:
         self.model, self.decoder, self.max_tokens = model, decoder, max_tokens
         self.config = base_of(model).config.get_text_config()
         self.saving: Callable[[], AbstractContextManager[Any]] = nullcontext
-        """In which the model runs: decides what becomes of the activations that backward needs."""
+        """Context in which the model runs, which decides where activations for backward are kept."""
         self._checked = {False: 0, True: 0}
-        """Tokens up to which values have been compared, and gradients."""
-        # At once, if only for a few tokens: an attention that cannot be replaced must not stay replaced.
+        """Row length in tokens up to which packed rows were compared, by whether gradients were too."""
+        # Compare right away, on a few tokens: an attention that cannot be replaced must not stay replaced.
         if install(self.config):
             self._compare(16, gradients=False)
 
     @property
     def packs(self) -> bool:
-        """Whether rows are packed and prompts shared."""
+        """True if rows are packed and prompts shared."""
         return installed(self.config)
 
     def __call__(self, input_ids: Tensor, wanted: Tensor, prefixes: Tensor) -> Hidden:
-        """Hidden states where `wanted`.
+        """Compute hidden states where `wanted` is True.
 
         Args:
-            input_ids: right-padded, `[N, T]`. wanted: `[N, T]`, bool. prefixes: `[N]`, tokens at the beginning of each
-                row that are computed once where several rows have the same.
+            input_ids: Right-padded, `[N, T]`.
+            wanted: Positions to return, bool `[N, T]`.
+            prefixes: Number of leading tokens of each row that are computed once for all rows that share them, `[N]`.
+
+        Returns:
+            The hidden states and their positions.
         """
         wanted = wanted.cpu()
         columns = torch.arange(1, wanted.shape[1] + 1)
@@ -78,20 +98,21 @@ class PackedForward:
             parts = [run(input_ids, wanted, group) for group in groups]
         states, rows, numbers = (torch.cat(part) for part in zip(*parts, strict=True))
         for _ in range(spare):
-            # Where ranks go through the model together: its value is 0, but its backward goes along as well.
+            # Ranks must run a sharded model equally often, backward included, so this adds a term of value 0.
             states = states + 0.0 * self.decoder(input_ids=input_ids[:1, :1], use_cache=False)[0].sum()
         return Hidden(states, rows, numbers)
 
     def budget(self, device: torch.device) -> int:
-        """Tokens of a group."""
+        """Number of tokens computed at once on a device."""
         return self.max_tokens or (CPU_TOKENS if device.type == "cpu" else GPU_TOKENS)
 
     def _packed(self, input_ids: Tensor, wanted: Tensor, trees: list[SharedPrefix]) -> Hidden:
+        """Hidden states of a group of trees, as one packed row."""
         layout = PackedLayout(trees, input_ids.device)
         states = self.decoder(
             input_ids=input_ids[layout.rows, layout.columns][None],
             position_ids=layout.columns[None],
-            # Four dimensions: a mask that is taken as it is. The layout says what attends to what.
+            # A mask of four dimensions is passed through unchanged; the layout decides what attends to what.
             attention_mask=torch.ones(1, 1, 1, 1, dtype=torch.bool, device=input_ids.device),
             use_cache=False,
             layout=layout,
@@ -100,28 +121,31 @@ class PackedForward:
         return Hidden(states[places], rows, columns)
 
     def _padded(self, input_ids: Tensor, wanted: Tensor, trees: list[SharedPrefix]) -> Hidden:
+        """Hidden states of a group of rows, right-padded, nothing shared."""
         numbers = torch.tensor([tree.rows[0] for tree in trees])
         width = max(tree.tokens for tree in trees)
-        # No mask: with padding on the right, a causal model never sees it.
+        # No mask is needed: a causal model never attends to padding on the right.
         states = self.decoder(input_ids=input_ids[numbers.to(input_ids.device), :width], use_cache=False)[0]
         places, columns = (part.to(states.device) for part in wanted[numbers, :width].nonzero(as_tuple=True))
         return Hidden(states[places, columns], numbers.to(states.device)[places], columns)
 
-    # -- can this model do it? ------------------------------------------------------------------------------------
+    # -- numerical check ------------------------------------------------------------------------------------------
 
     def check(self, length: int) -> None:
-        """Compare packed with plain rows as long as `length`, once; fall back where they differ.
+        """Compare packed with plain rows of up to `length` tokens, once; stop packing if they differ.
 
-        Values are compared at that length (rather at the next power of two, so that it is done a few times at most);
-        where gradients are on, these too, at no more than `GRADIENT_TOKENS`, since they need the memory of a training
-        step.
+        Values are compared at the next power of two, so that this happens only a few times. Where gradients are on they
+        are compared too, at up to `GRADIENT_TOKENS` tokens, since that takes the memory of a training step.
+
+        Args:
+            length: Longest row of the batch, in tokens.
         """
-        # Not in the middle of a forward of what is split: a backward there would give back the weights it runs with.
+        # Not within a forward of a sharded model: a backward there would reshard the weights that it still needs.
         gradients = torch.is_grad_enabled() and not runs_unsharded(self.model)
         if not self.packs or length <= self._checked[gradients]:
             return
         size = max(16, 1 << (length - 1).bit_length())
-        # A model with a table of positions has none beyond it.
+        # A model with learned positions has none beyond its table.
         size = min(size, getattr(self.config, "max_position_embeddings", None) or size)
         if length > self._checked[False]:
             self._compare(size, gradients=False)
@@ -130,6 +154,7 @@ class PackedForward:
             self._compare(min(size, GRADIENT_TOKENS), gradients=True)
 
     def _compare(self, length: int, gradients: bool) -> None:
+        """Uninstall the packed attention if packed rows fail or differ by more than rounding."""
         try:
             difference = self._difference(length, gradients)
         except torch.OutOfMemoryError:
@@ -141,14 +166,14 @@ class PackedForward:
         if difference > tolerance(self.model):
             uninstall(self.config)
             name = type(base_of(self.model)).__name__
-            log.info("%s cannot pack rows (%s); it runs padded rows, without sharing prompts", name, reason)
+            log.info("%s cannot pack rows (%s); it runs padded rows and does not share prompts", name, reason)
 
     def _difference(self, length: int, gradients: bool) -> float:
-        """The largest relative difference of hidden states, or of these and gradients."""
+        """Largest relative difference between packed and plain rows, of hidden states and, if asked for, gradients."""
         weight = next(iter(self.model.parameters()))
         generator = torch.Generator().manual_seed(length)
         vocabulary = base_of(self.model).get_input_embeddings().weight.shape[0]
-        # A prefix with a long, a short and an empty branch, and a stranger before it.
+        # An unrelated row, then a prefix with a long, a short and an empty branch.
         ids = torch.randint(0, vocabulary, (4, length), generator=generator)
         prefix = max(1, length // 2)
         ids[2:, :prefix] = ids[1, :prefix]
@@ -166,7 +191,7 @@ class PackedForward:
         return float(torch.stack(differences).nan_to_num(torch.inf).max())
 
     def _effects(self, parts: list[Hidden], length: int) -> list[Tensor]:
-        """Hidden states in the order of the batch, and the gradients of a random direction of theirs."""
+        """Hidden states in batch order, and the gradients of a random projection of them."""
         hidden = Hidden(*(torch.cat(part) for part in zip(*parts, strict=True)))
         states = hidden.states.float()[(hidden.rows * length + hidden.columns).argsort()]
         if not states.requires_grad:
@@ -177,12 +202,12 @@ class PackedForward:
 
 
 def _gradients(model: Any, total: Tensor) -> list[Tensor]:
-    """Of `total`, by the weights that are trained and that it depends on; nothing is left in their `grad`."""
+    """Gradients of `total` by the trained weights that it depends on; `grad` is left unchanged."""
     trained = [p for p in model.parameters() if p.requires_grad]
     if not is_sharded(model):
         found = torch.autograd.grad(total, trained, allow_unused=True)
         return [gradient.float() for gradient in found if gradient is not None]
-    # What is split has its gradients handed over to `grad`, in backward only.
+    # Sharded weights receive gradients only in `grad`, through backward.
     before = [p.grad for p in trained]
     for parameter in trained:
         parameter.grad = None
@@ -194,14 +219,14 @@ def _gradients(model: Any, total: Tensor) -> list[Tensor]:
 
 
 def tolerance(model: Any) -> float:
-    """A relative difference that rounding explains."""
+    """Relative difference that rounding can explain."""
     coarse = next(iter(model.parameters())).dtype in NARROW or is_quantized(model)
     return 0.1 if coarse else 1e-3
 
 
 @contextmanager
 def _quiet(model: nn.Module, device: torch.device, gradients: bool) -> Iterator[None]:
-    """Full precision, no dropout, nothing compiled, gradients on or off; then everything as before."""
+    """Full precision, no dropout, nothing compiled, gradients on or off, within the context."""
     with (
         evaluating(model),
         torch.inference_mode(False),

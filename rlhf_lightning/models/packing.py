@@ -1,4 +1,4 @@
-"""Which tokens a forward computes: rows without padding, what rows share once, in groups under a token budget."""
+"""Which tokens a forward computes: rows without padding and shared prefixes once, in groups under a token budget."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,7 +9,17 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class SharedPrefix:
-    """Rows that begin with the same tokens: the prefix once, then what each row adds (a branch, perhaps empty)."""
+    """A tree of rows that begin with the same tokens: the prefix once, then a branch of further tokens per row.
+
+    Attributes:
+        rows: Indices of the rows in the batch.
+        prefix: Tokens of the prefix.
+        branches: Tokens that each row adds; may be 0.
+
+    Example:
+        >>> SharedPrefix(rows=(0, 1), prefix=10, branches=(5, 3)).tokens
+        18
+    """
 
     rows: tuple[int, ...]
     prefix: int
@@ -17,23 +27,37 @@ class SharedPrefix:
 
     @property
     def tokens(self) -> int:
-        """Tokens to compute."""
+        """Number of tokens to compute."""
         return self.prefix + sum(self.branches)
 
 
 def prefix_lengths(loss_mask: Tensor) -> Tensor:
-    """`[N]`, the tokens before the first that is not masked out: what rows may share. `loss_mask` is `[N, T]`."""
+    """Tokens before the first one with mask 1: what rows may share.
+
+    Args:
+        loss_mask: `[N, T]`.
+
+    Returns:
+        `[N]`.
+    """
     return loss_mask.ne(0).int().argmax(1)
 
 
 def find_shared_prefixes(
     input_ids: Tensor, prefixes: Sequence[int], ends: Sequence[int], share: bool = True
 ) -> list[SharedPrefix]:
-    """Trees of the rows of `input_ids` `[N, T]`, in the order of their first row.
+    """Group the rows of a batch into trees, in the order of their first row.
 
     Args:
-        prefixes: tokens of each row that may be shared with rows that have the same. ends: tokens of each row that
-            are computed at all; a row that ends at 0 is left out.
+        input_ids: `[N, T]`.
+        prefixes: Number of leading tokens of each row that may be shared with rows that have the same ones.
+        ends: Number of tokens of each row that are computed; a row that ends at 0 is left out.
+        share: If False, every row is a tree of its own.
+
+    Example:
+        >>> ids = torch.tensor([[1, 2, 3], [1, 2, 4]])
+        >>> find_shared_prefixes(ids, prefixes=[2, 2], ends=[3, 3])
+        [SharedPrefix(rows=(0, 1), prefix=2, branches=(1, 1))]
     """
     rows = input_ids.cpu().numpy()
     found: dict[bytes, list[int]] = {}
@@ -52,7 +76,10 @@ def find_shared_prefixes(
 
 
 def group_by_token_budget(trees: Sequence[SharedPrefix], budget: int) -> list[list[SharedPrefix]]:
-    """Groups of trees of like size, at most `budget` tokens each; one row may be over it. Large trees are parted."""
+    """Group trees of similar size so that a group has at most `budget` tokens; a single row may exceed it.
+
+    Trees above the budget are split, each part with the prefix again.
+    """
     parts = [part for tree in trees for part in _parted(tree, budget)]
     groups: list[list[SharedPrefix]] = []
     room = 0
@@ -66,7 +93,7 @@ def group_by_token_budget(trees: Sequence[SharedPrefix], budget: int) -> list[li
 
 
 def _parted(tree: SharedPrefix, budget: int) -> list[SharedPrefix]:
-    """A tree over the budget as several, each with the prefix again."""
+    """Split a tree that exceeds the budget into several, each with the prefix again."""
     if tree.tokens <= budget or len(tree.rows) == 1:
         return [tree]
     parts: list[list[int]] = []
@@ -84,9 +111,20 @@ def _parted(tree: SharedPrefix, budget: int) -> list[SharedPrefix]:
 
 
 class PackedLayout:
-    """A group of trees as one packed row: where each token is, and what it may attend to.
+    """A group of trees as one packed row of n tokens: where each token comes from, and what it may attend to.
 
-    `rows` and `columns`, `[n]`, say which token of the batch stands at each place; `columns` are its positions too.
+    Args:
+        trees: The trees, in their order in the packed row.
+        device: Where the layout's tensors are.
+
+    Attributes:
+        rows: Row of each token in the batch, `[n]`.
+        columns: Column of each token in the batch, which is also its position, `[n]`.
+
+    Example:
+        >>> layout = PackedLayout([SharedPrefix((0, 1), 2, (1, 1))], torch.device("cpu"))
+        >>> layout.rows, layout.columns
+        (tensor([0, 0, 0, 1]), tensor([0, 1, 2, 2]))
     """
 
     def __init__(self, trees: Sequence[SharedPrefix], device: torch.device) -> None:
@@ -107,7 +145,15 @@ class PackedLayout:
         self.blocks: dict[int | None, object] = {}
 
     def places(self, wanted: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """For the tokens set in `wanted` `[N, T]` that this group holds: their place here, their row and column."""
+        """Find the wanted tokens of this group.
+
+        Args:
+            wanted: Bool `[N, T]`.
+
+        Returns:
+            Index in the packed row, row and column of each wanted token, `[m]` each. A token of a shared prefix appears
+            once for each row that wants it.
+        """
         start, places, rows, columns = 0, [], [], []
         for tree in self.trees:
             branch = start + tree.prefix
@@ -121,14 +167,20 @@ class PackedLayout:
         return tuple(torch.cat(part).to(self.device) for part in (places, rows, columns))  # type: ignore[return-value]
 
     def allowed(self, query: Tensor, key: Tensor, window: int | None) -> Tensor:
-        """Whether the token at place `query` may attend to that at `key`: earlier on its own branch or its prefix."""
+        """True where query may attend to key: an earlier token of its own branch or its prefix.
+
+        Args:
+            query: Indices in the packed row.
+            key: Indices in the packed row, broadcastable to `query`.
+            window: Size of the sliding window; None for none.
+        """
         same = (self._tree[query] == self._tree[key]) & (
             (self._branch[key] == 0) | (self._branch[key] == self._branch[query])
         )
         return same & within_window(self.columns[query] - self.columns[key], window)
 
     def row_mask(self, number: int, window: int | None) -> Tensor:
-        """`[prefix + longest, prefix + longest]` for the prefix of a tree with any one branch after it."""
+        """Attention mask of one row of a tree: the prefix followed by its longest branch, `[length, length]`."""
         if (number, window) not in self._masks:
             tree = self.trees[number]
             places = torch.arange(tree.prefix + max(tree.branches), device=self.device)
@@ -137,5 +189,5 @@ class PackedLayout:
 
 
 def within_window(distance: Tensor, window: int | None) -> Tensor:
-    """Whether a token so many places before another is seen by it."""
+    """True where a query may attend to a key `distance` positions earlier."""
     return distance >= 0 if window is None else (distance >= 0) & (distance < window)

@@ -1,4 +1,4 @@
-"""What stays in float32 where a model is cast to a narrower type."""
+"""What stays in float32 when a model is cast to a narrower type."""
 
 import functools
 from collections.abc import Callable, Iterable
@@ -12,9 +12,14 @@ NARROW = (torch.bfloat16, torch.float16)
 
 
 def sparing(fn: Callable[[Tensor], Tensor], spared: Callable[[Tensor], bool]) -> Callable[[Tensor], Tensor]:
-    """`fn` of `Module._apply` (a move, a cast) such that the tensors that are `spared` keep their type."""
+    """Wrap the `fn` of `Module._apply` so that the tensors for which `spared` is True keep their dtype.
 
-    @functools.wraps(fn)  # torchmetrics goes by its name
+    Args:
+        fn: A move or a cast.
+        spared: Says of a tensor whether it is exempt from narrowing.
+    """
+
+    @functools.wraps(fn)  # torchmetrics looks at its name
     def apply(tensor: Tensor) -> Tensor:
         moved = fn(tensor)
         narrowed = moved.dtype in NARROW and tensor.dtype not in NARROW and tensor.is_floating_point()
@@ -26,12 +31,17 @@ def sparing(fn: Callable[[Tensor], Tensor], spared: Callable[[Tensor], bool]) ->
 def cast_weights_only(
     fn: Callable[[Tensor], Tensor], module: nn.Module, heads: Iterable[nn.Module]
 ) -> Callable[[Tensor], Tensor]:
-    """`fn` such that a cast to a narrower type reaches the weights of a module, and neither heads nor frequencies.
+    """Wrap `fn` so that a narrowing cast reaches a module's weights but neither heads nor rotary frequencies.
 
-    Frequencies of rotary embeddings, rounded to 8 bits, are wrong by whole turns at a few thousand tokens (transformers
-    keeps them in float32 whatever it loads); other buffers take part in the arithmetic of the weights. Sums of metrics
-    are no buffers, and stay as they are too. The heads are linear layers of one output whose updates a narrow type
-    would round away.
+    Rotary frequencies rounded to 8 bits are off by whole turns after a few thousand tokens (transformers always keeps
+    them in float32). Other buffers take part in the arithmetic of the weights and are cast. Metric sums are not
+    buffers and are not cast either. Heads are linear layers with one output, whose small updates a narrow type would
+    round away.
+
+    Args:
+        fn: A move or a cast.
+        module: The module that is cast.
+        heads: Value and score heads in it.
     """
     exact = {id(p) for head in heads for p in head.parameters()}
     cast = {id(t) for p in module.parameters() for t in (p, p.grad) if t is not None and id(p) not in exact}
@@ -40,10 +50,13 @@ def cast_weights_only(
 
 
 def weights_alone(plugin: Any) -> None:
-    """Have Lightning's `bf16-true` and `16-true` cast weights, and leave batches and the default type as they are.
+    """Make Lightning's `bf16-true` and `16-true` cast only weights, not batches or the default dtype.
 
-    By itself it rounds every number of a batch (log-probabilities, advantages, margins) to 8 bits before a step, and
-    every tensor that a step or a reward makes (what is logged, random numbers).
+    By default Lightning rounds every number of a batch (log-probabilities, advantages, margins) to 8 bits before a
+    step, and every tensor that a step or a reward creates.
+
+    Args:
+        plugin: The trainer's precision plugin.
     """
     precision = str(getattr(plugin, "precision", ""))
     if "64" in precision:

@@ -1,4 +1,4 @@
-"""The frozen policy that KL is measured against: the one the stage started from."""
+"""The frozen policy that the KL is measured against, usually the one that the stage started from."""
 
 import copy
 import logging
@@ -19,15 +19,24 @@ log = logging.getLogger(__name__)
 
 
 class Reference(nn.Module):
-    """Log-probabilities of the start policy.
+    """Log-probabilities of the policy that the stage started from.
 
-    With a fresh adapter it is the model with the adapter disabled; with an adapter that is trained on, a frozen second
-    copy of it; with full training, a frozen copy of the model.
+    With a new adapter, the reference is the model with its adapter disabled; with an adapter that is trained further, a
+    frozen second copy of the adapter; with full training, a frozen copy of the model.
 
     Args:
-        model: the policy as the stage starts it. fresh_adapter: whether its LoRA adapter was made by this stage.
-        max_tokens: computed at once, see `PackedForward`. moves: whether `refresh` will be called.
-        device, offload: where a copy of the whole model is, see `Place`.
+        model: The policy as the stage starts it.
+        fresh_adapter: True if its adapter was created by this stage.
+        max_tokens: Tokens computed at once, see `PackedForward`.
+        moves: True if `refresh` will be called.
+        device: Device of a copy of the whole model, see `Place`.
+        offload: Keep such a copy on the CPU while it does not run, see `Place`.
+
+    Example:
+        ```python
+        reference = Reference(policy, fresh_adapter=False)
+        logprobs = reference.logprobs(input_ids, loss_mask)  # [B, T], nats
+        ```
     """
 
     def __init__(
@@ -40,9 +49,9 @@ class Reference(nn.Module):
         offload: bool = False,
     ) -> None:
         super().__init__()
-        # A disabled adapter is the start, and nothing later.
+        # Disabling the adapter gives the start policy, and cannot give a later one.
         disabled = fresh_adapter and not moves
-        # Of adapters that hold more than LoRA's two matrices (embeddings, biases) a second one cannot be added.
+        # peft cannot add a second copy of an adapter that holds more than LoRA's two matrices (embeddings, biases).
         adapted = hasattr(model, "peft_config") and (disabled or simple(model.peft_config["default"]))
         self.mode = "copy" if not adapted else "disabled" if disabled else "adapter"
         self.copy: nn.Module | None = None
@@ -50,18 +59,19 @@ class Reference(nn.Module):
             self.copy = copy.deepcopy(model).requires_grad_(False).eval()
         elif self.mode == "adapter":
             _copy_adapter(model)
-        # Not registered: the policy belongs to the module that trains it.
+        # In a list so that torch does not register it: the policy belongs to the module that trains it.
         self._policy = [model]
         self._put(device, offload)
         self._scorer = TokenLogprobs(self.copy if self.copy is not None else model, max_tokens)
 
     def _put(self, device: str | None, offload: bool) -> None:
+        """Place a copy of the whole model on its own device, or offload it."""
         self._place: Place | None = None
         if device is None and not offload:
             return
         if self.copy is None:
             log.info(
-                "kl.device, kl.offload: the reference is the policy with another adapter, and has no weights to move"
+                "kl.device, kl.offload: the reference is the policy with another adapter; it has no weights to move"
             )
             return
         self._place = Place(self.copy, device, offload)
@@ -70,7 +80,14 @@ class Reference(nn.Module):
     def of(
         cls, model: Any, max_tokens: int | None = None, device: str | None = None, offload: bool = False
     ) -> "Reference":
-        """A model that nobody trains, as the reference."""
+        """Use a frozen model as the reference.
+
+        Args:
+            model: The model; its dropout is disabled and its gradients are turned off.
+            max_tokens: Tokens computed at once, see `PackedForward`.
+            device: Where it stays, see `Place`.
+            offload: Keep it on the CPU while it does not run, see `Place`.
+        """
         reference = cls.__new__(cls)
         nn.Module.__init__(reference)
         disable_dropout(model)
@@ -81,42 +98,53 @@ class Reference(nn.Module):
 
     @torch.no_grad()
     def logprobs(self, input_ids: Tensor, loss_mask: Tensor, temperature: float = 1.0) -> Tensor:
-        """`[B, T]`, nats, 0 where the mask is 0."""
+        """Log-probabilities of the tokens whose mask is 1.
+
+        Args:
+            input_ids: Right-padded, `[B, T]`.
+            loss_mask: 1 at the tokens to score, `[B, T]`.
+            temperature: Temperature of the softmax.
+
+        Returns:
+            In nats, `[B, T]`, 0 where the mask is 0.
+        """
         here = input_ids.device
         with self._active(), self._place.there() if self._place else nullcontext(here) as device:
             return self._scorer(input_ids.to(device), loss_mask.to(device), temperature).logprobs.to(here)
 
     @property
     def parts_to_split(self) -> list[nn.Module]:
-        """A copy that stays where it is: one that is moved to and fro is whole on every rank."""
+        """The modules to shard: a copy that stays on the device. An offloaded copy is kept unsharded on every rank."""
         return [] if self.copy is None or self._place else [self.copy]
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Names and tensors that it computes with: without those of an adapter that is trained."""
+        """Names and tensors that the reference computes with, excluding the adapter that is trained."""
         for name, value in (self.copy or self._policy[0]).named_parameters():
             adapter = any(part in name for part in (".lora_", ".modules_to_save."))
             if self.mode == "copy" or not adapter or (self.mode == "adapter" and ".reference" in name):
                 yield name, value
 
     def refresh(self) -> None:
-        """The policy as it now is becomes the reference."""
+        """Make the policy's current weights the reference."""
         policy = self._policy[0]
         self.load_weights(dict(policy.state_dict() if self.copy is not None else _adapter(policy, "default")))
 
     def weights(self) -> dict[str, Tensor]:
-        """What `refresh` changes, for a checkpoint; all ranks must call it."""
+        """Weights that `refresh` changes, for a checkpoint, gathered; all ranks must call it."""
         return {name: full_tensor(value.detach()).clone() for name, value in self._moved().items()}
 
     def load_weights(self, weights: dict[str, Tensor]) -> None:
-        """Put back what `weights` gave."""
+        """Restore what `weights` returned; all ranks must call it."""
         for name, value in self._moved().items():
             copy_weight(value, weights[name])
 
     def _moved(self) -> dict[str, Tensor]:
+        """Tensors that `refresh` overwrites, by name."""
         return self.copy.state_dict() if self.copy is not None else _adapter(self._policy[0], "reference")
 
     @contextmanager
     def _active(self) -> Iterator[None]:
+        """Switch the model to the reference within the context."""
         model = self._policy[0]
         if self.mode == "disabled":
             with model.disable_adapter():
@@ -133,24 +161,25 @@ class Reference(nn.Module):
 
 
 def _copy_adapter(model: Any) -> None:
+    """Add a frozen second copy of the model's adapter, named `reference`."""
     trained = [p for p in model.parameters() if p.requires_grad]
     model.add_adapter("reference", copy.deepcopy(model.peft_config["default"]))
     weights = _adapter(model, "default")
     for name, value in _adapter(model, "reference").items():
         copy_weight(value, weights[name])
-    # The second adapter comes with the dropout of its config, whatever the first one's was set to.
+    # peft creates the second adapter with its config's dropout, even if the first one's was disabled.
     disable_dropout(model)
     _train_default(model, trained)
 
 
 def _adapter(model: Any, adapter: str) -> dict[str, Tensor]:
-    """The weights of an adapter, by their names without its own."""
+    """Weights of an adapter, by their names without the adapter's own name."""
     named = {tuple(name.split(".")): p.detach() for name, p in model.named_parameters()}
     return {".".join(part for part in name if part != adapter): p for name, p in named.items() if adapter in name}
 
 
 def _train_default(model: Any, trained: list[nn.Parameter]) -> None:
-    """Back to the adapter that is trained: peft, in switching, changes what requires a gradient."""
+    """Switch back to the trained adapter, restoring `requires_grad`, which peft changes when switching."""
     model.set_adapter("default")
     model.requires_grad_(False)
     for parameter in trained:

@@ -1,4 +1,4 @@
-"""Scoring text or tokens with a scorer: in the preference module, by hand, and as a reward."""
+"""Scoring texts or tokens with a scorer: in the preference module, by hand, and as a reward."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -21,7 +21,7 @@ from rlhf_lightning.safe_points import safe_point
 
 Text = str | list[Message]
 Row = tuple[list[int], list[int]]
-"""Tokens, and a mask that is 1 on the response."""
+"""Token ids, and a mask that is 1 on the response."""
 _SAID: list[Message] = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Good day."}]
 
 
@@ -29,7 +29,18 @@ _SAID: list[Message] = [{"role": "user", "content": "Hello"}, {"role": "assistan
 def score_rows(
     scorer: Scorer, ids: Sequence[list[int]], masks: Sequence[list[int]], device: Any, batch_size: int = 16
 ) -> Tensor:
-    """Scores `[N]` of rows of tokens, a mask being 1 on the response. Rows of like length are scored together."""
+    """Score rows of tokens. Rows of similar length are scored together.
+
+    Args:
+        scorer: A scorer with a model.
+        ids: Token ids of each row.
+        masks: 1 on the response, 0 elsewhere, for each row.
+        device: Where the model is.
+        batch_size: Rows scored at once.
+
+    Returns:
+        Scores, `[N]`.
+    """
     check_whole("batch_size", batch_size)
     order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
     scores = torch.zeros(len(ids), device=device)
@@ -52,18 +63,31 @@ def score_texts(
     allow_blank: bool = False,
     close: Callable[[Row], Row] | None = None,
 ) -> Tensor:
-    """Scores `[N]` of responses to prompts, text or messages each; `allow_blank` scores an empty response by its end.
+    """Score responses to prompts, each a text or a list of messages.
 
-    `close` is asked for each row where it ends.
+    Args:
+        scorer: A scorer with a model.
+        renderer: Turns messages into tokens.
+        prompts: One per row.
+        responses: One per row.
+        tools: Tool definitions of each row, if any.
+        device: Where the model is.
+        batch_size: Rows scored at once.
+        allow_blank: Score an empty response by its end token instead of raising.
+        close: Maps each rendered row to the row that is scored.
+
+    Returns:
+        Scores, `[N]`.
 
     Raises:
-        ConfigError: not one response to each prompt. DataError: an exchange that is empty or cannot be rendered.
+        ConfigError: If the numbers of prompts and responses differ.
+        DataError: If an exchange is empty or cannot be rendered.
     """
     for name, given in (("prompts", prompts), ("responses", responses)):
         if isinstance(given, str):
-            raise ConfigError(f"{name} is a text; it must be a list of them: [{given[:40]!r}]")
+            raise ConfigError(f"{name} is a single text; it must be a list of texts: [{given[:40]!r}]")
     if len(prompts) != len(responses):
-        raise ConfigError(f"{len(prompts)} prompts and {len(responses)} responses: one response to each prompt")
+        raise ConfigError(f"{len(prompts)} prompts and {len(responses)} responses: give one response per prompt")
     rendered = [
         renderer.exchange(
             to_messages(prompt), to_messages(response, "assistant"), tools[i] if tools else None, allow_blank
@@ -77,13 +101,23 @@ def score_texts(
 
 
 class RewardModel(nn.Module):
-    """A trained preference model, frozen, with its own tokenizer and template.
+    """A trained preference model, frozen, with its own tokenizer and chat template.
 
     Args:
-        folder: of a preference stage, or any reward model that `AutoModelForSequenceClassification` opens.
-        dtype: of its weights.
-        shifted: add the `reward_shift` of `stage.json`, so that the mean score of its demonstrations is 0.
-        asked: settings in place of those that it was trained with, see `data.rendering_settings.RenderingSettings`.
+        folder: Model folder of a preference stage, or any reward model that `AutoModelForSequenceClassification` loads.
+        dtype: Type of its weights.
+        shifted: Add the `reward_shift` of `stage.json`, which makes the mean score of its demonstrations 0.
+        asked: Rendering settings that replace those it was trained with, see
+            `data.rendering_settings.RenderingSettings`.
+
+    Raises:
+        ConfigError: If the folder is no preference model, or lacks what the settings need.
+
+    Example:
+        ```python
+        reward_model = RewardModel("runs/demo/preference/model")
+        scores = reward_model.score(["What is 2 + 2?"], ["4"])  # [1]
+        ```
     """
 
     def __init__(
@@ -98,12 +132,12 @@ class RewardModel(nn.Module):
             )
         self.scorer = scorer_of(folder)
         if isinstance(self.scorer, ImplicitReward) and not self.scorer.reference:
-            raise ConfigError(f"{folder} scores against the model it started from, and stage.json does not name that")
+            raise ConfigError(f"{folder} scores against a reference model, which stage.json does not name")
         check_source(folder)
         if isinstance(self.scorer, RewardHead) and not has_head(folder):
             raise ConfigError(
                 f"{folder} is no preference model: it has no score head, and no stage.json that names another scorer. "
-                "A head made now would give random numbers."
+                "A new head would give random scores."
             )
         self.model = load_for_scoring(folder, self.scorer.task, dtype)
         self.tokenizer = load_tokenizer(folder)
@@ -111,28 +145,31 @@ class RewardModel(nn.Module):
         self.renderer = self.asking.renderer(self.tokenizer)
         disable_dropout(self.model)
         self.renderer.also_stop_at(end_token_ids(folder, self.tokenizer))
-        # First: a head adds the padding token that its tokenizer was saved with.
+        # Before the vocabulary check: `RewardHead` adds the padding token that its tokenizer was saved with.
         self.scorer.bind(self.model, self.tokenizer, self.renderer.turn_end_ids)
         self.frozen = self.scorer.frozen
         check_vocabulary(self.model, self.tokenizer, f"the reward model {folder}")
         self.model.requires_grad_(False).eval()
-        # One of another tool was trained where its template ends, and everybody reads it there.
+        # A reward model from elsewhere is read at the end of its template, as in its training and by other tools.
         foreign = isinstance(self.scorer, RewardHead) and "scorer" not in stage and not self.tokenizer.was_ended
         self._after, self._unended = self._closing() if foreign else ([], False)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "RewardModel":
-        # Of the type that was asked for, whatever the policy beside it is cast to.
+        # Keep the requested dtype even if the policy's module is cast.
         return super()._apply(sparing(fn, lambda tensor: True), recurse)
 
     @property
     def device(self) -> torch.device:
-        """Where it scores."""
+        """Device that it scores on."""
         return next(self.model.parameters()).device
 
     def same_tokens(self, renderer: Renderer) -> bool:
-        """Whether the policy's token ids mean the same here, so that they can be scored as they were sampled.
+        """True if the policy's token ids mean the same here, so that responses can be scored as they were sampled.
 
-        That the conversation has the same system message and tools for both is to be asked of each.
+        The system message and the tools are not compared; the caller must do so for each conversation.
+
+        Args:
+            renderer: The policy's renderer.
         """
         theirs = renderer.tokenizer
         return (
@@ -144,7 +181,7 @@ class RewardModel(nn.Module):
         )
 
     def _closing(self) -> tuple[list[int], bool]:
-        """What its template writes after the end of a turn; and whether we end a turn that it does not end."""
+        """Token ids that its template writes after a turn's end token, and whether it omits that end token."""
         if self.renderer.format == "raw" or not self.tokenizer.chat_template:
             return [], False
         ours = self.renderer.exchange(_SAID[:1], _SAID[1:]).ids
@@ -153,7 +190,7 @@ class RewardModel(nn.Module):
         return theirs[len(ours) :] if theirs[: len(ours)] == ours else [], ours[:-1] == theirs
 
     def _closed(self, row: Row) -> Row:
-        """A row as far as its score is read; one that was cut off as it is."""
+        """A row up to where its score is read; a truncated response is left as it is."""
         ids, loss_mask = row
         if not ids or ids[-1] not in self.renderer.stop_token_ids:
             return row
@@ -164,12 +201,12 @@ class RewardModel(nn.Module):
     def score(
         self, prompts: Sequence[Text], responses: Sequence[Text], tools: Any = None, allow_blank: bool = False
     ) -> Tensor:
-        """Scores `[N]`; see `score_texts`."""
+        """Scores `[N]` of responses to prompts; see `score_texts`."""
         given = (prompts, responses, tools, self.device)
         return score_texts(self.scorer, self.renderer, *given, allow_blank=allow_blank, close=self._closed) + self.shift
 
     def score_tokens(self, ids: Sequence[list[int]], masks: Sequence[list[int]], batch_size: int = 16) -> Tensor:
-        """Scores `[N]`; see `score_rows`."""
+        """Scores `[N]` of rows of tokens; see `score_rows`."""
         rows = [self._closed(row) for row in zip(ids, masks, strict=True)]
         found = score_rows(
             self.scorer, [row for row, _ in rows], [loss_mask for _, loss_mask in rows], self.device, batch_size

@@ -1,4 +1,4 @@
-"""Model folders: what a stage leaves behind, in the form that stock transformers and peft open."""
+"""Model folders that a stage leaves behind, in a form that stock transformers and peft load."""
 
 import copy
 import logging
@@ -33,10 +33,19 @@ def save_model(
 ) -> None:
     """Write weights (safetensors), config, tokenizer with chat template, and generation config.
 
-    The folder appears at once, complete: it is written beside its place and renamed. `weights` are given where those
-    of the model are split over ranks. `base_kept`: whether the weights below an adapter are those of the base that it
-    names; else they are written too. `facts` are what `stage.json` shall say, `stop` the texts that end a response.
-    `template`: of a reward model, by which the text of an answer ends.
+    The folder is written next to its final place and renamed, so it is never incomplete.
+
+    Args:
+        model: A Hugging Face model or a `PeftModel`.
+        tokenizer: Its tokenizer.
+        folder: The folder to write.
+        stop_token_ids: Ids that end a response.
+        weights: The gathered state dict, if the model is sharded.
+        base_kept: True if the weights below an adapter are those of the base that it names; otherwise they are saved
+            too.
+        facts: Contents of `stage.json`; None for no such file.
+        stop: Texts that end a response.
+        template: Of a reward model: the chat template that ends a response's text.
     """
     scratch = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(scratch, ignore_errors=True)
@@ -64,12 +73,12 @@ def save_model(
 
 
 def _save_base(model: Any, scratch: Path, folder: Path, kept: bool, weights: dict[str, Any] | None) -> None:
-    """`base/` in an adapter's folder, where the base that it names is not what stock libraries need to load it.
+    """Write `base/` into an adapter's folder, if the base that it names is not what stock libraries need.
 
-    Weights that are in no folder (a model given as an object, a merge in memory, new rows of a vocabulary) are
-    written. Of a reward adapter's base the files are linked, with the config of the reward model: stock libraries take
-    the number of labels and the padding token from the base's config, which an SFT model has otherwise: with a padding
-    token that also ends responses, stock pooling would read the token before the last.
+    Weights that are in no folder (a model passed as an object, an in-memory merge, new vocabulary rows) are written.
+    For a reward adapter the base's files are linked and given the reward model's config. Stock libraries read the
+    number of labels and the padding token from the base's config, and those of an SFT model differ: with a padding
+    token that also ends responses, stock pooling would read the token before the last one.
     """
     if not kept:
         write_base(model, scratch, folder, weights)
@@ -77,25 +86,25 @@ def _save_base(model: Any, scratch: Path, folder: Path, kept: bool, weights: dic
         base = Path(model.peft_config["default"].base_model_name_or_path or "")
         config = copy.deepcopy(model.get_base_model().config)
         if hasattr(config, "quantization_config"):
-            del config.quantization_config  # the weights beside it are those before quantizing
-        if (base / "config.json").is_file():  # for a Hub id see docs/preference.md
+            del config.quantization_config  # the linked weights are the unquantized ones
+        if (base / "config.json").is_file():  # for a Hub id, see docs/preference.md
             link_base(config, base, scratch, folder)
 
 
 def _save_generation(model: Any, tokenizer: Any, stop_token_ids: Sequence[int], stop: Sequence[str], to: Path) -> None:
-    """The base's generation config, with what ends a response as in training; beside an adapter as well.
+    """Save the base's generation config with the end-of-response ids and texts of training, also next to an adapter.
 
-    Written past transformers' own check: it refuses a config that was changed where it has a temperature and sampling
-    is not on, as many published ones do.
+    This bypasses transformers' validation, which refuses a changed config that has a temperature while sampling is off,
+    as many published ones do.
     """
     base = base_of(model)
     generation = copy.deepcopy(getattr(base, "generation_config", None))
     if generation is None or not base.can_generate():
         return
-    # No id of the model's own list is lost: it may end responses by what no row of the training shows.
+    # Keep the model's own ids: responses may end with a token that no training row shows.
     generation.eos_token_id = sorted({*stop_token_ids, *end_token_ids(model, tokenizer)})
     generation.pad_token_id = tokenizer.pad_token_id
-    generation._from_model_config = False  # it says more than the model's config does
+    generation._from_model_config = False  # it now holds more than the model's config
     if texts := [*(generation.stop_strings or []), *stop]:
         generation.stop_strings = list(dict.fromkeys(texts))
     generation.to_json_file(to / "generation_config.json", keys_to_pop=["compile_config"])
@@ -103,7 +112,7 @@ def _save_generation(model: Any, tokenizer: Any, stop_token_ids: Sequence[int], 
 
 @contextmanager
 def _own_generation_config_aside(model: Any) -> Iterator[None]:
-    """While a model is saved: its generation config is written by `_save_generation`."""
+    """Detach the model's generation config while the model is saved; `_save_generation` writes it."""
     own = getattr(model, "generation_config", None)
     try:
         if own is not None:
@@ -115,7 +124,7 @@ def _own_generation_config_aside(model: Any) -> Iterator[None]:
 
 
 def _tell_stock_peft(model: Any, scratch: Path) -> None:
-    """Say where stock peft, which takes the base's generation config, would not stop as the adapter beside it does."""
+    """Log where stock peft would not stop as trained: it reads the base's generation config, not the adapter's."""
     own = scratch / "generation_config.json"
     if not own.is_file():
         return
@@ -133,7 +142,7 @@ def _tell_stock_peft(model: Any, scratch: Path) -> None:
 
 
 def relative_base(folder: Path) -> str | None:
-    """The base of an adapter folder relative to it, where that is a folder on this machine."""
+    """The base of an adapter folder, relative to it, if the base is a folder on this machine."""
     if not is_adapter(str(folder)):
         return None
     base = Path(str(read_object(folder / "adapter_config.json").get("base_model_name_or_path")))
@@ -141,7 +150,7 @@ def relative_base(folder: Path) -> str | None:
 
 
 def relative_to_run(path: Any, folder: Path) -> str | None:
-    """`path` relative to the model folder `RUN/STAGE/model`, where it is inside RUN: so it holds if RUN is moved."""
+    """`path` relative to the model folder `RUN/STAGE/model`, so that it survives moving RUN; None outside RUN."""
     run = folder.resolve().parent.parent
     inside = Path(str(path)).is_dir() and Path(str(path)).resolve().is_relative_to(run)
     return os.path.relpath(Path(str(path)).resolve(), folder.resolve()) if inside else None

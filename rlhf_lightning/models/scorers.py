@@ -1,4 +1,4 @@
-"""Scorers: what number a (prompt, response) gets. The same object scores in training, by hand and as an RL reward."""
+"""Scorers assign a number to a response. The same object scores in training, by hand, and as an RL reward."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
@@ -21,45 +21,73 @@ from rlhf_lightning.models.token_logprobs import TokenLogprobs
 
 
 class Scored(NamedTuple):
-    """What a scorer knows of rows: `scores` `[N]`, and where it computes them the log-probabilities behind them."""
+    """Scores of N rows, and the log-probabilities behind them if the scorer computes any.
+
+    Attributes:
+        scores: `[N]`.
+    """
 
     scores: Tensor
     logprobs: Tensor | None = None
-    """Of each token of the response, `[N, T]`, nats."""
+    """Log-probability of each response token, in nats, `[N, T]`."""
     reference_logprobs: Tensor | None = None
-    """Likewise, by the reference."""
+    """The same under the reference, in nats, `[N, T]`."""
     reference_scores: Tensor | None = None
-    """What the reference takes from each score, `[N]`."""
+    """The reference's part of each score, `[N]`."""
 
 
 class Scorer(ABC):
-    """A way to score rows of tokens, `input_ids` and `loss_mask` `[N, T]` (mask 1 on the response), `lengths` `[N]`."""
+    """Base class of scorers.
+
+    A batch has `input_ids` and `loss_mask`, `[N, T]` with mask 1 on the response, and `lengths`, `[N]`.
+
+    Example:
+        ```python
+        class LastLogprob(Scorer):  # the log-probability of the last token
+            task = "CAUSAL_LM"
+
+            def bind(self, model, tokenizer, stop_token_ids, fresh_adapter=False):
+                self.token_logprobs = TokenLogprobs(model, self.max_tokens)
+                self.packed_forward = self.token_logprobs.packed_forward
+
+            def __call__(self, batch):
+                logprobs = self.token_logprobs(batch["input_ids"], batch["loss_mask"]).logprobs
+                return logprobs.gather(1, batch["lengths"][:, None] - 1).squeeze(1)
+        ```
+    """
 
     task: str
-    """`CAUSAL_LM` or `SEQ_CLS`: which Hugging Face class the model is."""
+    """Which Hugging Face class the model is: `CAUSAL_LM` or `SEQ_CLS`."""
     max_tokens: int | None = None
-    """Computed at once by the model, see `PackedForward`; set before `bind`."""
+    """Tokens that the model computes at once, see `PackedForward`; set before `bind`."""
     packed_forward: PackedForward
-    """What runs the model; there after `bind`."""
+    """What runs the model; set by `bind`."""
     frozen: nn.Module | None = None
-    """A model that it needs beside; whoever binds it registers that, so that it goes to the same device."""
+    """Another model that the scorer needs, if any. The module that binds the scorer registers it, so it moves along."""
     provides: tuple[str, ...] = ("lengths",)
-    """Of the tensors that a loss may ask for by name, those that this scorer's `detailed` allows."""
+    """Tensors that a loss may ask for by name and that this scorer's `detailed` provides."""
 
     @abstractmethod
     def bind(self, model: Any, tokenizer: Any, stop_token_ids: Sequence[int], fresh_adapter: bool = False) -> None:
-        """Take the model that is to score; called once, after loading. A fresh adapter is still the identity."""
+        """Attach the model; called once, after loading.
+
+        Args:
+            model: A Hugging Face model or a `PeftModel`.
+            tokenizer: Its tokenizer.
+            stop_token_ids: Ids that end a response.
+            fresh_adapter: True if the adapter is new and does not change the model yet.
+        """
 
     @abstractmethod
     def __call__(self, batch: dict[str, Any]) -> Tensor:
-        """Scores `[N]`, float32 or wider."""
+        """Scores of a batch, `[N]`, float32 or wider."""
 
     def detailed(self, batch: dict[str, Any]) -> Scored:
-        """Scores, and what they were made of."""
+        """Scores with the log-probabilities behind them."""
         return Scored(self(batch))
 
     def settings(self) -> dict[str, Any]:
-        """What `stage.json` keeps to build the scorer again."""
+        """What `stage.json` stores to build the scorer again."""
         return {"name": _name(type(self)), "init_args": self.arguments()}
 
     def arguments(self) -> dict[str, Any]:
@@ -68,7 +96,7 @@ class Scorer(ABC):
 
 
 class _LogprobScorer(Scorer):
-    """What scorers by log-probabilities share: from those of tokens to a number for the response."""
+    """Common part of the scorers that sum token log-probabilities."""
 
     task = "CAUSAL_LM"
 
@@ -91,7 +119,12 @@ class _LogprobScorer(Scorer):
         return self.detailed(batch).scores
 
     def number(self, logprobs: Tensor, batch: dict[str, Any]) -> Tensor:
-        """beta times the sum (or mean) of `[N, T]`; tokens past `shared_lengths` `[N]`, if given, by `tail_weight`."""
+        """Reduce token log-probabilities to a score per row: beta times their sum or mean.
+
+        Args:
+            logprobs: In nats, `[N, T]`, 0 outside the response.
+            batch: Its `shared_lengths` `[N]`, if present, say after how many response tokens `tail_weight` applies.
+        """
         loss_mask = batch["loss_mask"]
         if self.tail_weight != 1 and "shared_lengths" in batch:
             tail = loss_mask.cumsum(-1) > batch["shared_lengths"][:, None]
@@ -101,15 +134,22 @@ class _LogprobScorer(Scorer):
 
 
 class SequenceLogprob(_LogprobScorer):
-    """beta · Σ log π of the response tokens, stop token included; the mean instead of the sum if length_normalized.
+    """beta · Σ_t log π over the response, including its stop token; the mean instead of the sum if `length_normalized`.
 
-    With the Bradley-Terry loss: the preference model of the MinT recipe; normalized, with beta 2 and the SimPO loss,
-    SimPO (arXiv 2405.14734). Summed log-probabilities favor short answers.
+    With the Bradley-Terry loss this is the preference model of the MinT recipe. Normalized, with beta 2 and the SimPO
+    loss, it is SimPO (arXiv 2405.14734). Summed log-probabilities favor short responses.
 
     Args:
-        length_normalized: the mean over tokens in place of the sum.
-        beta: factor of the score.
-        tail_weight: of the tokens of a pair's longer response that are past the length of the shorter one.
+        length_normalized: Use the mean over tokens instead of the sum.
+        beta: Factor of the score, above 0.
+        tail_weight: Weight, in [0, 1], of the tokens of a pair's longer response past the length of the shorter one.
+
+    Raises:
+        ValueError: If an argument is out of range.
+
+    Example:
+        >>> SequenceLogprob(length_normalized=True, beta=2.0).provides
+        ('lengths', 'logps', 'beta')
     """
 
     provides = ("lengths", "logps", "beta")
@@ -123,18 +163,27 @@ class SequenceLogprob(_LogprobScorer):
 
 
 class ImplicitReward(_LogprobScorer):
-    """beta · Σ (log π − log π_reference) of the response tokens: with the Bradley-Terry loss this is DPO.
+    """beta · Σ_t (log π − log π_reference) over the response; with the Bradley-Terry loss this is DPO.
 
-    The reward that a policy implies (arXiv 2305.18290, eq. 5, without the term that both sides of a pair share).
+    The reward that a policy implies, without the term that both responses of a pair share. Source: DPO, arXiv
+    2305.18290 eq. 5.
 
     Args:
-        beta: weight of the distance from the reference.
-        reference: model folder to measure from; by default the model that the stage starts from.
-        length_normalized: the mean over tokens in place of the sum; beta is then larger, 1 to 10.
-        tail_weight: of the tokens of a pair's longer response that are past the length of the shorter one; below 1 it
-            is length-desensitized DPO (arXiv 2409.06411).
-        store: compute the reference's log-probabilities once, before training, and keep them in a file beside the data
-            for this and later runs; the reference then needs no memory in training.
+        beta: Factor of the log-ratio, above 0. A larger beta keeps the policy closer to the reference.
+        reference: Model folder of the reference; by default the model that the stage starts from.
+        length_normalized: Use the mean over tokens instead of the sum; beta is then larger, 1 to 10.
+        tail_weight: Weight, in [0, 1], of the tokens of a pair's longer response past the length of the shorter one;
+            below 1 this is length-desensitized DPO (arXiv 2409.06411).
+        store: Compute the reference's log-probabilities once, before training, and store them in a file next to the
+            data for this and later runs. The reference then takes no memory in training.
+
+    Raises:
+        ValueError: If an argument is out of range.
+
+    Example:
+        >>> scorer = ImplicitReward(beta=0.1, store=True)
+        >>> scorer.task
+        'CAUSAL_LM'
     """
 
     provides = ("lengths", "logps", "reference_scores", "kl", "beta")
@@ -173,29 +222,36 @@ class ImplicitReward(_LogprobScorer):
         return Scored(scores, logprobs, reference, self.number(reference, batch))
 
     def reference_logprobs(self, batch: dict[str, Any]) -> Tensor:
-        """Log-probabilities of response tokens by the reference, `[N, T]`, nats."""
+        """The reference's log-probabilities of the response tokens, in nats, `[N, T]`."""
         if not isinstance(self.frozen, Reference):
             raise ConfigError(
-                "the reference was let go when its log-probabilities had been stored (scorer.store), and these rows "
-                "are others: score them with the saved model folder"
+                "the reference was released after its log-probabilities were stored (scorer.store), and these rows "
+                "are not among them: score them with the saved model folder"
             )
         return self.frozen.logprobs(batch["input_ids"], batch["loss_mask"])
 
     def release(self) -> None:
-        """Let a reference go that has a copy of the weights; its stored log-probabilities are used from now on."""
+        """Release a reference that holds a copy of the weights; from now on its stored log-probabilities are used."""
         if isinstance(self.frozen, Reference) and self.frozen.copy is not None:
             self.frozen = None
 
 
 class RewardHead(Scorer):
-    """A scalar head on the last hidden state, read at the last real token.
+    """A scalar head on the last hidden state, read at the last non-padding token.
 
-    The head has no bias and starts at std 1/sqrt(hidden + 1) (Stiennon et al., arXiv 2009.01325). What is saved opens
-    with `AutoModelForSequenceClassification` and gives the same number.
+    The head has no bias and is initialized with standard deviation 1/√(hidden + 1) (Stiennon et al., arXiv 2009.01325).
+    The saved folder loads with `AutoModelForSequenceClassification` and gives the same score.
 
     Args:
-        last_k: the mean of the score over so many last tokens of the response. Stock libraries read the last one only:
-            with more than 1 the folder gives its number through `rlhf score` and as a reward, not through them.
+        last_k: Average the score over this many last tokens of the response. Stock libraries read only the last one, so
+            above 1 the folder gives its score through `rlhf score` and as a reward, but not through them.
+
+    Raises:
+        ValueError: If `last_k` is below 1.
+
+    Example:
+        >>> RewardHead().settings()
+        {'name': 'RewardHead', 'init_args': {'last_k': 1}}
     """
 
     task = "SEQ_CLS"
@@ -215,7 +271,7 @@ class RewardHead(Scorer):
         if next(self.head.parameters()).dtype in NARROW:
             self.head.float()
         self.packed_forward = PackedForward(model, self.backbone, self.max_tokens)
-        # Stock pooling looks for the last token that is not padding: that must not be one that ends a response.
+        # Stock pooling reads the last token that is not padding, so the padding token must not end responses.
         pad = pad_token(tokenizer, stop_token_ids)
         tokenizer.pad_token = pad
         base.config.get_text_config().pad_token_id = base.config.pad_token_id = tokenizer.pad_token_id
@@ -246,13 +302,16 @@ class RewardHead(Scorer):
 
 
 def scorer_of(folder: Any) -> Scorer:
-    """The scorer that a saved preference model was trained with; `RewardHead` for any other reward model folder.
+    """The scorer that a saved preference model was trained with; `RewardHead` for any other reward model.
 
-    A folder may come from anyone, so its name imports nothing: it is one of this module, or a class of the user's that
-    the user's command or code has imported before.
+    A folder may come from anyone, so the scorer's name never triggers an import: it must be a class of this module, or
+    one that the user's command or code has already imported.
+
+    Args:
+        folder: Model folder.
 
     Raises:
-        ConfigError: another name, or arguments that the scorer does not take.
+        ConfigError: If the name is unknown, or the scorer does not accept the stored arguments.
     """
     stage = read_stage(folder)
     settings = stage.get("scorer")
@@ -264,9 +323,9 @@ def scorer_of(folder: Any) -> Scorer:
     known = {_name(found): found for found in _subclasses(Scorer)}  # type: ignore[type-abstract]
     if name not in known:
         raise ConfigError(
-            f"stage.json of {folder} names the scorer {name!r}, which is none of rlhf-lightning, and is not imported "
-            "because a folder says so. If it is your own class, name it: --scorer of the command, scorer of the reward "
-            "(init_args), or an import before in Python"
+            f"stage.json of {folder} names the scorer {name!r}, which is not part of rlhf-lightning, and code is not "
+            "imported because a folder says so. If it is your own class, name it: --scorer of the command, scorer of "
+            "the reward (init_args), or an import before this call in Python"
         )
     try:
         arguments = dict(arguments or {})
@@ -274,16 +333,17 @@ def scorer_of(folder: Any) -> Scorer:
             arguments["reference"] = _reference_of(Path(folder), arguments["reference"], stage.get("reference"))
         return known[name](**arguments)
     except (TypeError, ValueError) as error:
-        raise ConfigError(f"stage.json of {folder}: the scorer {name} cannot be made: {error}") from None
+        raise ConfigError(f"stage.json of {folder}: the scorer {name} cannot be built: {error}") from None
 
 
 def _name(scorer: type[Scorer]) -> str:
-    """What `stage.json` calls a scorer: one of this module by its plain name."""
+    """A scorer's name in `stage.json`; the bare class name for those of this module."""
     own = scorer.__module__ == __name__
     return scorer.__qualname__ if own else f"{scorer.__module__}.{scorer.__qualname__}"
 
 
 def _subclasses(of: type[Scorer]) -> Iterator[type[Scorer]]:
+    """All public subclasses, recursively."""
     for found in of.__subclasses__():
         if not found.__name__.startswith("_"):
             yield found
@@ -291,27 +351,27 @@ def _subclasses(of: type[Scorer]) -> Iterator[type[Scorer]]:
 
 
 def _reference_of(folder: Path, named: str, relative: str | None) -> str:
-    """Where the reference of a model folder is: beside it, if the run was moved or copied, else where it was."""
+    """Folder of a model's reference: relative to the model folder if the run was moved or copied, else as named."""
     beside = (folder / relative).resolve() if relative else None
     found = str(beside) if beside is not None and beside.is_dir() else named
     if Path(found).is_dir():
         if Path(found).resolve() == folder.resolve():
             raise ConfigError(
-                f"{folder} names itself as its reference: every score would be 0. Name the model before it."
+                f"{folder} names itself as its reference: every score would be 0. Name the model that it started from."
             )
         return found
     return _downloaded(folder, found)
 
 
 def _downloaded(folder: Path, name: str) -> str:
-    """The place of a Hub's model on this machine: the Hub is not asked for one that only a folder names."""
+    """Local folder of a Hub model. A name that only a folder gives is never downloaded."""
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
 
     for file in ("config.json", "adapter_config.json"):
         try:
             found = try_to_load_from_cache(name, file)
-        except HFValidationError:  # a path that is not there
+        except HFValidationError:  # a path that does not exist
             break
         if isinstance(found, str):
             return str(Path(found).parent)

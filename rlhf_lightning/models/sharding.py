@@ -1,7 +1,8 @@
-"""Models whose weights are split over ranks (FSDP2).
+"""Models whose weights are sharded over ranks (FSDP2).
 
-Such a model gathers the weights of a layer from all ranks to run it, so all ranks must run it equally often: they
-agree on a number before (`max_over_ranks`), or have it gathered for a while (`unsharded`), or go in step (`SynchronizedCalls`).
+A sharded model gathers each layer's weights from all ranks when it runs, so all ranks must run it equally often. They
+agree on a number of calls in advance (`max_over_ranks`), gather the whole model for a while (`unsharded`), or
+synchronize every call (`SynchronizedCalls`).
 """
 
 from collections.abc import Callable, Iterator
@@ -18,7 +19,7 @@ from rlhf_lightning.models.tensor_parallel import parallelize
 
 
 def layers_of(model: Any) -> list[nn.Module]:
-    """The decoder's layers, found by their number; none where no stack has it."""
+    """The decoder's layers, found as the stack of `num_hidden_layers` modules; empty if there is none."""
     base = base_of(model)
     if not hasattr(base, "config"):
         return []
@@ -33,10 +34,11 @@ def layers_of(model: Any) -> list[nn.Module]:
 
 
 def shard(model: nn.Module, mesh: Any) -> None:
-    """Split the weights over the ranks of a mesh: layer by layer, and what is outside the layers.
+    """Shard the weights over the ranks of a mesh: layer by layer, then what is outside the layers.
 
     Args:
-        mesh: `data_parallel` × `tensor_parallel`; what layers compute is split by the second.
+        model: The model to shard.
+        mesh: `data_parallel` × `tensor_parallel`. Weights are sharded over the first, computation over the second.
     """
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
@@ -45,7 +47,7 @@ def shard(model: nn.Module, mesh: Any) -> None:
     mesh = mesh["data_parallel"]
     for layer in layers_of(model):
         fully_shard(layer, mesh=mesh)
-    # Given back after a forward as well: what stays gathered in an evaluation would be the weights of an older step.
+    # Reshard after every forward: weights that stayed gathered through an evaluation would be those of an older step.
     fully_shard(model, mesh=mesh, reshard_after_forward=True)
     model.run_inside = MethodType(_call, model)  # type: ignore[assignment]
     register_fsdp_forward_method(model, "run_inside")
@@ -53,18 +55,20 @@ def shard(model: nn.Module, mesh: Any) -> None:
 
 
 def _call(model: nn.Module, function: Callable[[], Any]) -> Any:
+    """Call `function`; a method of the model, so that FSDP gathers the outer weights around it."""
     return function()
 
 
 def is_sharded(model: Any) -> bool:
-    """Whether `shard` was called for it."""
+    """True if `shard` was called on the model."""
     return hasattr(model, "run_inside")
 
 
 def run_unsharded(model: Any, function: Callable[..., Any], *args: Any) -> Any:
-    """`function(*args)`, which uses parts of `model` by themselves: its decoder, its head.
+    """Call `function(*args)`, which uses submodules of `model` directly, such as its decoder or its head.
 
-    A model that is split gathers what it holds outside its layers when it is called as a whole; this is such a call.
+    FSDP gathers the weights outside the layers only when the model is called through a registered method. This call
+    goes through one.
     """
     if not is_sharded(model) or model.inside:
         return function(*args)
@@ -76,15 +80,15 @@ def run_unsharded(model: Any, function: Callable[..., Any], *args: Any) -> Any:
 
 
 def runs_unsharded(model: Any) -> bool:
-    """Whether this is within `run_unsharded`, with the weights outside the layers of a split model gathered."""
+    """True within `run_unsharded`, while the weights outside the layers of a sharded model are gathered."""
     return is_sharded(model) and model.inside
 
 
-# -- together -----------------------------------------------------------------------------------------------------
+# -- synchronization ----------------------------------------------------------------------------------------------
 
 
 def max_over_ranks(number: int, model: Any) -> int:
-    """The largest `number` of all ranks, where they must run `model` equally often; elsewhere the number itself."""
+    """The maximum of `number` over ranks if `model` is sharded, so that they run it equally often; else `number`."""
     if not is_sharded(model) or torch.distributed.get_world_size() == 1:
         return number
     value = torch.tensor(number, device=next(model.parameters()).device)
@@ -93,13 +97,21 @@ def max_over_ranks(number: int, model: Any) -> int:
 
 
 def fits_unsharded(model: Any, wanted: bool | None) -> bool:
-    """Whether to gather a split model: as `wanted`, or where no rank would need more than half of its free memory."""
+    """Whether to gather a sharded model on every rank.
+
+    Args:
+        model: The sharded model.
+        wanted: The user's choice; None to decide by memory.
+
+    Returns:
+        `wanted`, or True if no rank would need more than half of its free memory.
+    """
     if wanted is not None:
         return wanted
     device = next(model.parameters()).device
     if device.type != "cuda":
         return True
-    # What torch holds and does not use is free as well.
+    # Memory that torch reserves but does not use counts as free.
     held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     free = torch.cuda.mem_get_info(device)[0] + held
     needed = sum(p.numel() * p.element_size() for p in model.parameters())
@@ -108,9 +120,9 @@ def fits_unsharded(model: Any, wanted: bool | None) -> bool:
 
 @contextmanager
 def unsharded(model: Any) -> Iterator[None]:
-    """All weights on every rank, so that each may run the model as often as it likes; all ranks must enter together.
+    """Gather all weights on every rank, so that each may run the model as often as it likes.
 
-    Without gradients, and without changing weights.
+    All ranks must enter together. Within the context, gradients must be off and weights must not change.
     """
     parts = [module for module in model.modules() if hasattr(module, "set_reshard_after_forward")]
     for part in parts:
@@ -125,21 +137,31 @@ def unsharded(model: Any) -> Iterator[None]:
 
 
 class SynchronizedCalls:
-    """Runs a model on all ranks as often as on the one that needs it most, one call at a time.
+    """Makes all ranks run a sharded model as often as the rank that needs it most, one call at a time.
 
     Args:
-        model: split over ranks. idle: one call of it, for ranks that have nothing left to compute.
+        model: The sharded model.
+        idle: Runs the model once, for ranks that have nothing left to compute.
+
+    Example:
+        ```python
+        calls = SynchronizedCalls(model, idle=lambda: model(dummy_ids))
+        for batch in batches:  # ranks may have different numbers of batches
+            calls.call()
+            model(batch)
+        calls.finish()
+        ```
     """
 
     def __init__(self, model: Any, idle: Callable[[], Any]) -> None:
         self.model, self.idle = model, idle
 
     def call(self) -> None:
-        """Said before each call."""
+        """Announce a call of the model; invoke it before each one."""
         max_over_ranks(1, self.model)
 
     def finish(self) -> None:
-        """Go along until all ranks have come here."""
+        """Run `idle` until all ranks have finished."""
         while max_over_ranks(0, self.model):
             self.idle()
 
@@ -148,7 +170,16 @@ class SynchronizedCalls:
 def unsharded_or_synchronized(
     model: Any, gather: bool | None, idle: Callable[[], Any]
 ) -> Iterator[SynchronizedCalls | None]:
-    """Ranks run `model` as often as each likes: gathered where that fits (see `fits_unsharded`), else by what is yielded."""
+    """Context in which each rank runs `model` as often as it likes.
+
+    Args:
+        model: The model, sharded or not.
+        gather: See `fits_unsharded`.
+        idle: See `SynchronizedCalls`.
+
+    Yields:
+        None if the model is not sharded or was gathered; otherwise the `SynchronizedCalls` to announce calls to.
+    """
     if not is_sharded(model):
         yield None
     elif fits_unsharded(model, gather):
@@ -164,12 +195,12 @@ def unsharded_or_synchronized(
 
 
 def full_tensor(value: Tensor) -> Tensor:
-    """A tensor gathered from all ranks, where it is split; all ranks must call it."""
+    """A tensor gathered from all ranks if it is sharded; all ranks must call it."""
     return value.full_tensor() if hasattr(value, "full_tensor") else value
 
 
 def copy_weight(weight: Tensor, value: Tensor) -> None:
-    """Copy a tensor into a weight, either of which may be split; all ranks must call it."""
+    """Copy a tensor into a weight; either may be sharded. All ranks must call it."""
     if hasattr(weight, "device_mesh") and not hasattr(value, "device_mesh"):
         from torch.distributed.tensor import distribute_tensor
 
@@ -181,7 +212,7 @@ def copy_weight(weight: Tensor, value: Tensor) -> None:
 
 
 def full_state_dict(model: Any) -> dict[str, Tensor] | None:
-    """The state dict of a split model, gathered, on the CPU of rank 0 (others get an empty one); None for others."""
+    """The gathered state dict of a sharded model, on the CPU of rank 0; empty on other ranks, None if not sharded."""
     if not is_sharded(model):
         return None
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
@@ -190,5 +221,5 @@ def full_state_dict(model: Any) -> dict[str, Tensor] | None:
     first: dict[int, str] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if found and first.setdefault(id(parameter), name) != name:
-            found[name] = found[first[id(parameter)]]  # tied, and to be seen as such by what saves it
+            found[name] = found[first[id(parameter)]]  # share tied weights, so that saving sees them as tied
     return found

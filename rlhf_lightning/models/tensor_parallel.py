@@ -1,7 +1,7 @@
-"""Layers split over the ranks that compute each row together, by the plan that transformers has for the model.
+"""Tensor parallelism: layers split over the ranks that compute each row together, by transformers' plan for the model.
 
-The layers that the plan names hold a part of their weight and run as transformers runs them; everything else is whole
-on each rank. All weights become DTensors of one mesh, as clipping and optimizers need them to be.
+Layers in the plan hold a part of their weight and run as transformers runs them; everything else is replicated. All
+weights become DTensors of one mesh, as gradient clipping and optimizers require.
 """
 
 import re
@@ -14,24 +14,30 @@ from rlhf_lightning.errors import ConfigError
 from rlhf_lightning.models.lora import base_of, is_quantized
 
 WHOLE, SUMMED = "replicate", "replicated_with_grad_allreduce"
-"""Weights that every rank has. Of the second kind each rank sees its own heads only, so that gradients are to be added
-up. transformers does so by a hook, which adds up anew what earlier micro-batches left (5.23); here a DTensor does."""
+"""Styles of replicated weights. With the second, each rank sees only its own heads, so gradients must be summed.
+transformers (5.23) sums them in a hook, which sums gradients of earlier micro-batches again; here a DTensor does it."""
 ADAPTERS = {
     "colwise": (WHOLE, "colwise"),
     "colwise_gather_output": (WHOLE, "colwise_gather_output"),
     "rowwise": ("rowwise", WHOLE),
     "rowwise_split_input": ("rowwise_split_input", WHOLE),
 }
-"""How the matrices A and B of an adapter are split, by how the layer is that it belongs to."""
+"""How an adapter's matrices A and B are split, by the style of the layer that they belong to."""
 STYLES = {*ADAPTERS, "embedding_rowwise", WHOLE, SUMMED}
-"""What a plan may say; of experts, latent attention and packed weights, which plans also split, none was tested."""
+"""Supported styles of a plan. Those of experts, latent attention and packed weights are untested and refused."""
 
 
 def parallelize(model: Any, mesh: Any) -> None:
-    """Split a model over a one-dimensional mesh. All ranks must have loaded the same weights, and call it together.
+    """Split a model over a one-dimensional mesh.
+
+    All ranks must have loaded the same weights and call this together.
+
+    Args:
+        model: The model, with or without an adapter.
+        mesh: The `tensor_parallel` mesh.
 
     Raises:
-        ConfigError: transformers has no plan for this model, or one that cannot be followed.
+        ConfigError: If transformers has no plan for the model, or its plan is not supported.
     """
     from transformers.distributed.tensor_parallel import ALL_PARALLEL_STYLES
 
@@ -39,7 +45,7 @@ def parallelize(model: Any, mesh: Any) -> None:
     owners: dict[int, list[tuple[nn.Module, str]]] = {}
     for module in list(model.modules()):
         for name, parameter in module._parameters.items():
-            if parameter is not None and not hasattr(parameter, "device_mesh"):  # a head has been split before
+            if parameter is not None and not hasattr(parameter, "device_mesh"):  # a head is already split
                 owners.setdefault(id(parameter), []).append((module, name))
     for places in owners.values():
         _split_weight(places, [styles.get(module, WHOLE) for module, _ in places], mesh)
@@ -52,17 +58,25 @@ def parallelize(model: Any, mesh: Any) -> None:
 
 
 def layer_styles(model: Any, size: int) -> dict[nn.Module, str]:
-    """How each layer is split, those of adapters included; those that are not here are whole."""
+    """Style of each layer that is split, including adapters'; all others are replicated.
+
+    Args:
+        model: The model, with or without an adapter.
+        size: Number of ranks.
+
+    Raises:
+        ConfigError: See `parallelize`.
+    """
     base = base_of(model)
     if not hasattr(base, "tp_plan"):
-        return {}  # a head of our own
+        return {}  # a head added by this package
     name, plan = type(base).__name__, base.tp_plan
     if not plan:
         raise ConfigError(f"tensor parallel: transformers has no plan for {name}; set tensor_parallel_size: 1")
     if odd := sorted(set(plan.values()) - STYLES):
         raise ConfigError(f"tensor parallel: the plan of {name} has {', '.join(odd)}, which is not supported here")
     if is_quantized(model):
-        raise ConfigError("tensor parallel: lora.quantize was never tried with it; leave one of them out")
+        raise ConfigError("tensor parallel: lora.quantize is untested with it; leave one of them out")
     _check(model, base.config.get_text_config(), size)
     found: dict[nn.Module, str] = {}
     for path, module in base.named_modules():
@@ -81,11 +95,12 @@ def layer_styles(model: Any, size: int) -> dict[nn.Module, str]:
 
 
 def _check(model: Any, config: Any, size: int) -> None:
+    """Raise `ConfigError` if heads do not divide by the number of ranks, or dropout is on."""
     for name in ("num_attention_heads", "num_key_value_heads"):
         heads = getattr(config, name, None) or size
         if heads % size:
-            raise ConfigError(f"tensor_parallel_size is {size}, and the model has {heads} heads ({name}): not a part")
-    # Ranks would have to leave out the same of what is whole on each, and other numbers of what is split.
+            raise ConfigError(f"tensor_parallel_size is {size}, which does not divide the model's {heads} {name}")
+    # Ranks would have to drop the same elements of replicated tensors, and different ones of split tensors.
     for module in model.modules():
         dropped = [getattr(module, name, 0.0) for name in ("attention_dropout", "dropout_p", "resid_dropout")]
         dropped.append(module.p if isinstance(module, nn.Dropout) else 0.0)
@@ -94,7 +109,7 @@ def _check(model: Any, config: Any, size: int) -> None:
 
 
 def _split_weight(places: list[tuple[nn.Module, str]], styles: list[str], mesh: Any) -> None:
-    """One weight as a DTensor, at all places that it is tied to."""
+    """Replace a weight by a DTensor, at all places that it is tied to."""
     from torch.distributed.tensor import Replicate, distribute_tensor
     from transformers.distributed.tensor_parallel import ALL_PARALLEL_STYLES
 
@@ -102,20 +117,20 @@ def _split_weight(places: list[tuple[nn.Module, str]], styles: list[str], mesh: 
     for (module, name), style in zip(places, styles, strict=True):
         before: Any = module._parameters[name]
         if style in (WHOLE, SUMMED):
-            # As the first rank has it: a new adapter or head is sampled at random.
+            # Broadcasts the first rank's values, since a new adapter or head is initialized at random.
             module._parameters[name] = nn.Parameter(distribute_tensor(before.detach(), mesh, [Replicate()]))
         else:
             ALL_PARALLEL_STYLES[style].shard_param(module, name, mesh)
         after: Any = module._parameters[name]
         made.append(after.requires_grad_(before.requires_grad))
     if any(one.placements != made[0].placements for one in made):
-        raise ConfigError(f"tensor parallel: the plan splits tied weights in unlike ways ({', '.join(styles)})")
+        raise ConfigError(f"tensor parallel: the plan splits tied weights in different ways ({', '.join(styles)})")
     for module, name in places:
         module._parameters[name] = made[0]
 
 
 def _run_local(module: Any, summed: bool) -> None:
-    """Let a module run with its weights as plain tensors, whole on each rank as its inputs and outputs are."""
+    """Make a module run with its replicated weights as plain tensors, like its inputs and outputs."""
     forward: Callable[..., Any] = module.forward
 
     def run(*args: Any, **kwargs: Any) -> Any:
@@ -130,7 +145,12 @@ def _run_local(module: Any, summed: bool) -> None:
 
 
 def local(weight: Any, summed: bool = False) -> Any:
-    """A weight that is whole on each rank, as a plain tensor; whether gradients are to be added up over ranks."""
+    """A replicated weight as a plain tensor.
+
+    Args:
+        weight: A DTensor, or a plain tensor, which is returned as it is.
+        summed: If True, gradients are summed over ranks.
+    """
     from torch.distributed.tensor import DTensor, Partial, Replicate
 
     if not isinstance(weight, DTensor):

@@ -1,7 +1,7 @@
-"""Log-probabilities of given tokens: the one place where they are computed in training.
+"""Log-probabilities of given tokens: the one place where training computes them.
 
-The head runs on kept positions only, those whose token is trained or scored. Beyond a byte budget their logits are
-computed in chunks and again in backward, so that memory does not grow with vocabulary × length.
+The head runs only at the positions whose next token is trained or scored. Beyond a byte budget, logits are computed in
+chunks and recomputed in backward, so memory does not grow with vocabulary × length.
 """
 
 from typing import Any, NamedTuple
@@ -21,9 +21,13 @@ LOGIT_BYTES = 256 * 2**20
 
 
 class TokenLogprobsOutput(NamedTuple):
-    """Per token, `[B, T]`, 0 where nothing was asked for: `logprobs` in nats, and on request `entropy`, `correct`.
+    """Results per token, `[B, T]` each, 0 where the mask is 0.
 
-    `values` come with the details where a value head is set: what it says before the token is sampled.
+    Attributes:
+        logprobs: Log-probability of the token, in nats.
+        entropy: Entropy of the distribution that the token was scored under, in nats; None without `details`.
+        correct: 1 where no token is more likely; None without `details`.
+        values: The value head's estimate before the token, in reward units; None without `details` or a value head.
     """
 
     logprobs: Tensor
@@ -33,12 +37,19 @@ class TokenLogprobsOutput(NamedTuple):
 
 
 class TokenLogprobs:
-    """Scores tokens with a causal model.
+    """Scores given tokens with a causal model.
 
     Args:
-        model: a `…ForCausalLM`, or peft around one; one whose head cannot be run apart (`Backbone`) is run whole.
-        max_tokens: computed at once by the decoder, see `PackedForward`.
-        logit_bytes: of logits that are held; where there are more they are recomputed in backward.
+        model: A `…ForCausalLM`, or a `PeftModel` around one. One whose head cannot be run separately (`Backbone`) is
+            run as a whole.
+        max_tokens: Tokens that the decoder computes at once, see `PackedForward`.
+        logit_bytes: Bytes of logits that are held; more are recomputed in backward.
+
+    Example:
+        ```python
+        token_logprobs = TokenLogprobs(AutoModelForCausalLM.from_pretrained("HuggingFaceTB/SmolLM2-135M"))
+        logprobs = token_logprobs(input_ids, loss_mask).logprobs  # [B, T], nats
+        ```
     """
 
     def __init__(self, model: Any, max_tokens: int | None = None, logit_bytes: int = LOGIT_BYTES) -> None:
@@ -49,11 +60,16 @@ class TokenLogprobs:
     def __call__(
         self, input_ids: Tensor, loss_mask: Tensor, temperature: float = 1.0, details: bool = False
     ) -> TokenLogprobsOutput:
-        """Score the tokens whose mask is not 0. What rows have in common before it is computed once.
+        """Score the tokens whose mask is 1. A prompt that several rows share is computed once.
 
         Args:
-            input_ids: right-padded, `[B, T]`. loss_mask: `[B, T]`; position 0 cannot be scored.
-            temperature: of the softmax. details: entropy (nats), and whether the token is the likeliest.
+            input_ids: Right-padded, `[B, T]`.
+            loss_mask: 1 at the tokens to score, `[B, T]`; position 0 cannot be scored.
+            temperature: Temperature of the softmax.
+            details: Also compute entropies, whether each token is the most likely one, and values.
+
+        Returns:
+            Log-probabilities in nats, and the details, `[B, T]` each.
         """
         if input_ids.shape[1] == 1:
             wide = self(
@@ -62,7 +78,7 @@ class TokenLogprobs:
             return TokenLogprobsOutput(*[None if part is None else part[:, :1] for part in wide])  # type: ignore[arg-type]
         kept = loss_mask[:, 1:] != 0
         if nothing := not kept.any():
-            # One token, times 0: all ranks must go through the model, and every weight must get a gradient.
+            # Keep one token and multiply by 0: all ranks must run the model, and every weight must get a gradient.
             kept[0, 0] = True
         if self.backbone.separable:
             rows, columns, parts = run_unsharded(
@@ -81,6 +97,7 @@ class TokenLogprobs:
     def _apart(
         self, input_ids: Tensor, loss_mask: Tensor, kept: Tensor, temperature: float, details: bool
     ) -> tuple[Tensor, Tensor, tuple[Tensor | None, ...]]:
+        """Decoder on packed rows, head on kept positions: rows, columns and results of the scored tokens."""
         hidden = self.packed_forward(input_ids, nn.functional.pad(kept, (0, 1)), prefix_lengths(loss_mask))
         rows, columns = hidden.rows, hidden.columns + 1
         parts = self._from_hidden(hidden.states, input_ids[rows, columns], temperature, details)
@@ -91,6 +108,8 @@ class TokenLogprobs:
     def _from_hidden(
         self, hidden: Tensor, targets: Tensor, temperature: float, details: bool
     ) -> tuple[Tensor | None, ...]:
+        """Score targets `[n]` from hidden states `[n, H]`, in chunks if their logits exceed the budget."""
+
         def score(states: Tensor, ids: Tensor) -> tuple[Tensor | None, ...]:
             return TokenLogprobsFunction.apply(self.backbone.logits(states), ids, temperature, details)
 
@@ -105,7 +124,7 @@ class TokenLogprobs:
 
 
 def state_values(head: nn.Linear, states: Tensor) -> Tensor:
-    """Values `[n]` of hidden states `[n, H]` by a head of one output; float32 or wider, whatever the backbone's."""
+    """Values `[n]` of hidden states `[n, H]` from a head with one output, in float32 or wider."""
     return run_unsharded(head, _values, head, states)
 
 
