@@ -801,7 +801,7 @@ def test_a_stop_text_that_the_tokenizer_never_writes(tokenizer: Any, model: Any)
         Sampler(stop=[stop]).bind(model, Renderer(tokenizer))
     tokenizer.backend_tokenizer.normalizer = normalizers.Lowercase()
     with pytest.raises(
-        ConfigError, match=r"sampler.stop: the tokenizer never writes 'END' \(of that text it makes 'end'\)"
+        ConfigError, match=r"sampler.stop: the tokenizer never writes 'END' \(it turns that text into 'end'\)"
     ):
         Sampler(stop=["END"]).bind(model, Renderer(tokenizer))
 

@@ -1,1 +1,1 @@
-"""Engines that sample token ids, and how a token is chosen from logits."""
+"""Engines that sample token ids, and the choice of a token from logits."""

@@ -1,4 +1,4 @@
-"""Decoding steps as CUDA graphs: one launch instead of hundreds. Runs on CUDA only; see benchmarks/gpu."""
+"""Decoding steps as CUDA graphs: one launch instead of hundreds. CUDA only; see benchmarks/gpu."""
 
 from collections.abc import Callable
 
@@ -11,10 +11,19 @@ Step = Callable[[SlotKVCache, Tensor], Tensor]
 
 
 class GraphedStep:
-    """A step of the engine, recorded once for each set of buffers and then replayed.
+    """A decoding step, recorded once per set of buffers and then replayed.
 
-    A graph reads and writes fixed memory: the slots' buffers, their positions, and a tensor of tokens that is copied
-    into. So all keys up to the capacity are looked at, those beyond a row's position behind the mask.
+    A graph reads and writes fixed memory: the cache's buffers, their positions, and a tensor that tokens are copied
+    into. It therefore always attends over the full capacity; keys beyond a row's position are masked.
+
+    Args:
+        step: Computes logits `[slots, V]` from the cache and the last tokens `[slots]`.
+
+    Example:
+        ```python
+        step = GraphedStep(engine.step)
+        logits = step(slots, tokens)  # recorded by the first call
+        ```
     """
 
     def __init__(self, step: Step) -> None:
@@ -22,7 +31,7 @@ class GraphedStep:
         self._buffers: tuple[int, ...] = ()
 
     def __call__(self, slots: SlotKVCache, tokens: Tensor) -> Tensor:
-        """The logits after `tokens`; overwritten by the next call."""
+        """Logits after `tokens` `[slots]`, `[slots, V]`; the next call overwrites them."""
         slots.width = slots.capacity
         buffers = (slots.positions.data_ptr(), *(layer.keys.data_ptr() for layer in slots.layers))
         if buffers != self._buffers:
@@ -33,9 +42,10 @@ class GraphedStep:
         return self._logits
 
     def _record(self, slots: SlotKVCache, tokens: Tensor) -> None:
+        """Record the step on the current buffers."""
         self._tokens = tokens.clone()
-        # Libraries set themselves up in the first calls, which a graph must not contain. Each writes the same keys to
-        # the same places, so that calls more or less change nothing.
+        # Warm up: libraries initialize themselves in the first calls, which a graph must not contain. Each call writes
+        # the same keys to the same places, so extra calls change nothing.
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):

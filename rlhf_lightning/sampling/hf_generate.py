@@ -1,4 +1,4 @@
-"""Sampling by a model's own `generate`, for models whose cache the built-in engine cannot hold."""
+"""Sampling through a model's own `generate`, for models whose cache the built-in engine does not support."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -21,9 +21,20 @@ def generate(
     seeds: Sequence[int],
     decode: Callable[[list[int]], str],
 ) -> list[Completion]:
-    """A response to each prompt. `generate` picks the likeliest token; what is likeliest is decided by `sample_token`.
+    """Sample a response to each prompt.
 
-    Prompts of one length go together: recurrent layers have no way to leave out padding.
+    `generate` decodes greedily; a logits processor samples with `sample_token` and makes its choice the only possible
+    token. Prompts of equal length are batched, since recurrent layers cannot skip padding.
+
+    Args:
+        model: The model.
+        prompts: Token ids of each prompt.
+        params: How to sample.
+        seeds: One seed per prompt.
+        decode: Maps token ids to text, for stop texts.
+
+    Returns:
+        The responses, in the order of the prompts.
     """
     samples = [Completion() for _ in prompts]
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
@@ -48,7 +59,7 @@ def generate(
 
 @contextmanager
 def _plain_settings(model: Any) -> Iterator[None]:
-    """Without what the model came with: a repetition penalty, a least length would change what is sampled from."""
+    """Set the model's generation config aside, since its penalties and minimum lengths would change the distribution."""
     own, model.generation_config = model.generation_config, GenerationConfig()
     try:
         yield
@@ -57,7 +68,7 @@ def _plain_settings(model: Any) -> Iterator[None]:
 
 
 class _Chooser:
-    """A logits processor that samples, records what it sampled, and leaves only that possible."""
+    """A logits processor that samples a token per row, records it, and leaves only that token possible."""
 
     def __init__(
         self, samples: list[Completion], params: SamplingParams, seeds: list[int], decode: Callable[[list[int]], str]
@@ -82,5 +93,5 @@ class _Chooser:
         return torch.full_like(scores, -torch.inf).scatter(-1, tokens[:, None], 0.0)
 
     def finished(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
-        """A stopping criterion: which rows are over."""
+        """Stopping criterion: True for rows whose response is complete, `[rows]`."""
         return ~torch.tensor(self.open, device=input_ids.device)

@@ -1,4 +1,4 @@
-"""The keys and values of rows that are being written: buffers that are filled in place, a slot for each row."""
+"""KV cache of rows that are being decoded: preallocated buffers with a slot per row, written in place."""
 
 from typing import Any
 
@@ -7,11 +7,11 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 STEP = 128
-"""Tokens that the buffers grow by at least."""
+"""Minimum number of tokens that the buffers grow by."""
 
 
 class PrefillCache(CacheLayerMixin):
-    """A layer that only keeps what a prefill computed."""
+    """Cache layer that keeps the keys and values of a prefill."""
 
     is_sliding = False
 
@@ -34,7 +34,11 @@ class PrefillCache(CacheLayerMixin):
 
 
 class SlotLayer(CacheLayerMixin):
-    """Keys and values `[slots, heads, capacity, size]` of one layer; each step writes one token of every row."""
+    """One layer's keys and values, `[slots, heads, capacity, size]`; each step writes one token per slot.
+
+    Args:
+        slots: The cache that the layer belongs to.
+    """
 
     is_sliding = False
 
@@ -45,7 +49,7 @@ class SlotLayer(CacheLayerMixin):
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         device, dtype = key_states.device, key_states.dtype
         if torch.is_autocast_enabled(device.type) and dtype == torch.float32:
-            dtype = torch.get_autocast_dtype(device.type)  # what attention casts them to, once instead of every step
+            dtype = torch.get_autocast_dtype(device.type)  # attention would cast them to this in every step
         self.keys, self.values = (
             states.new_zeros(self.slots.count, states.shape[1], self.slots.capacity, states.shape[3], dtype=dtype)
             for states in (key_states, value_states)
@@ -53,7 +57,11 @@ class SlotLayer(CacheLayerMixin):
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Write a token of each row at its position; all keys and values up to the longest row."""
+        """Write one token of each slot at its position.
+
+        Returns:
+            Keys and values up to the longest row, `[slots, heads, width, size]` each.
+        """
         slots = self.slots
         assert self.keys is not None
         assert self.values is not None
@@ -72,9 +80,23 @@ class SlotLayer(CacheLayerMixin):
 
 
 class SlotKVCache:
-    """The cache of `count` rows.
+    """KV cache of `count` rows.
 
-    `positions` `[count]` is where each row's next token goes; `width` is 1 more than the largest of them in use.
+    Args:
+        layers: Number of layers of the model.
+        count: Number of slots.
+        device: Where the buffers are.
+
+    Attributes:
+        positions: Where each slot's next token goes, `[count]`.
+        width: 1 more than the largest position in use.
+        capacity: Tokens per slot that the buffers hold.
+
+    Example:
+        >>> slots = SlotKVCache(layers=2, count=4, device=torch.device("cpu"))
+        >>> slots.reserve(tokens=10, limit=64)
+        >>> slots.capacity
+        64
     """
 
     def __init__(self, layers: int, count: int, device: torch.device) -> None:
@@ -85,7 +107,10 @@ class SlotKVCache:
         self.cache = Cache(layers=self.layers)
 
     def reserve(self, tokens: int, limit: int) -> None:
-        """Room for rows of `tokens`; grows by half, since growing copies everything, up to `limit`."""
+        """Make room for rows of `tokens` tokens.
+
+        Growing copies everything, so the capacity grows by at least half, up to `limit`.
+        """
         if tokens <= self.capacity:
             return
         self.capacity = max(tokens, min(limit, max(self.capacity * 3 // 2, tokens + STEP)))
@@ -97,7 +122,14 @@ class SlotKVCache:
                     new[:, :, : filled.shape[2]] = filled
 
     def fill(self, prefilled: list[PrefillCache], slots: Tensor, columns: Tensor, places: Tensor) -> None:
-        """Write prompts: token i goes to column `columns[i]` of slot `slots[i]` from place `places[i]` of a prefill."""
+        """Write prompts into slots.
+
+        Args:
+            prefilled: Keys and values of a prefill, per layer.
+            slots: Slot of each token, `[n]`.
+            columns: Position of each token in its slot, `[n]`.
+            places: Index of each token in the prefill, `[n]`.
+        """
         for layer, found in zip(self.layers, prefilled, strict=True):
             if not layer.is_initialized:
                 layer.lazy_initialization(found.keys, found.values)
@@ -105,7 +137,7 @@ class SlotKVCache:
                 buffer[slots, :, columns] = states[0].transpose(0, 1)[places].to(buffer.dtype)
 
     def select(self, kept: Tensor) -> None:
-        """Only the slots in `kept` go on."""
+        """Keep only the slots in `kept`, `[n]`, in that order."""
         self.count, self.numbers, self.positions = len(kept), self.numbers[: len(kept)], self.positions[kept]
         for layer in self.layers:
             if layer.is_initialized:

@@ -1,4 +1,7 @@
-"""The built-in sampling engine: a prompt is computed once, keys are written in place, waiting rows take free slots."""
+"""The built-in sampling engine, with a KV cache and continuous batching.
+
+Shared prompts are computed once, keys are written in place, and waiting rows take slots as these become free.
+"""
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -33,32 +36,48 @@ log = logging.getLogger(__name__)
 
 
 class Watch:
-    """Is told what an engine samples while it samples; this one does nothing with it.
+    """Observer of an engine's progress; this base class does nothing.
 
-    A model that is sampled by its own `generate` is told of only at the beginning and the end.
+    With a model that is sampled by its own `generate`, only `begin` and `end` are called.
+
+    Example:
+        >>> class Count(Watch):
+        ...     tokens = 0
+        ...     def on_token(self, row, token, ended):
+        ...         self.tokens += 1
+        >>> watch = Count()  # then: engine.watch = watch
     """
 
     def begin(self, rows: int) -> None:
-        """So many responses are asked for."""
+        """Sampling of `rows` responses starts."""
 
     def on_token(self, row: int, token: int, ended: bool) -> None:
-        """A token of a row; whether the row ends with it."""
+        """A token of a row was sampled; `ended` is True if it is the row's last."""
 
     def end(self) -> None:
-        """All are sampled, or the sampling failed."""
+        """Sampling is finished or has failed."""
 
 
 class LocalEngine:
     """Samples from a model in this process.
 
-    A model whose cache is not that of plain attention (recurrent layers, shared keys) is found out by numbers, and
-    sampled by its own `generate`.
+    A model whose cache is not that of plain attention (recurrent layers, shared keys) is detected by a numerical check
+    and sampled by its own `generate`.
 
     Args:
-        model: a causal model, or peft around one. decode: from token ids to text, for stop strings.
-        rows: decoded side by side. cuda_graphs: replay steps on a GPU, see `graphs`.
-        max_tokens: of prompts computed at once, see `PackedForward`.
-        gather: the weights of a split model for a round, see `Sampler`.
+        model: A causal model, or a `PeftModel` around one.
+        decode: Maps token ids to text, for stop texts.
+        rows: Number of rows decoded side by side.
+        cuda_graphs: Replay decoding steps as CUDA graphs, see `cuda_graphs`.
+        max_tokens: Tokens of prompts computed at once, see `PackedForward`.
+        gather: Gather the weights of a sharded model for a round, see `Sampler`.
+
+    Example:
+        ```python
+        engine = LocalEngine(model, tokenizer.decode)
+        params = SamplingParams(max_tokens=32, stop_token_ids=(tokenizer.eos_token_id,))
+        (completion,) = engine.generate([prompt_ids], params, seeds=[0])
+        ```
     """
 
     def __init__(
@@ -80,12 +99,21 @@ class LocalEngine:
         self.watch = Watch()
 
     def sync(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
-        """Nothing to do: the weights are those that are trained."""
+        """Do nothing: the engine samples with the weights that are trained."""
 
     def generate(
         self, prompts: Sequence[Sequence[int]], params: SamplingParams, seeds: Sequence[int]
     ) -> list[Completion]:
-        """A response to each prompt (token ids), each sampled with its own seed."""
+        """Sample a response to each prompt.
+
+        Args:
+            prompts: Token ids of each prompt.
+            params: How to sample.
+            seeds: One seed per prompt.
+
+        Returns:
+            The responses, in the order of the prompts.
+        """
         if not prompts:
             return []
         self.watch.begin(len(prompts))
@@ -99,8 +127,8 @@ class LocalEngine:
     ) -> list[Completion]:
         with self._sampling():
             if not is_sharded(self.model):
-                # Windows and positions that depend on the length show at that length only. What is split is checked
-                # where all ranks are: in training, by the trainer's own forward.
+                # Sliding windows and length-dependent positions show only at full length. A sharded model needs all
+                # ranks, so it is checked in training, by the trainer's own forward.
                 self.packed_forward.check(max(len(prompt) for prompt in prompts) + params.max_tokens)
             if self._plain is None:
                 self._plain = self._check()
@@ -111,17 +139,18 @@ class LocalEngine:
 
     @contextmanager
     def _sampling(self) -> Iterator[None]:
-        # Weights that are gathered in inference mode could not be trained on.
+        # Weights gathered in inference mode could not be trained afterwards.
+        """Eval mode, no gradients, nothing compiled, within the context."""
         gradients = torch.no_grad() if is_sharded(self.model) else torch.inference_mode()
         with evaluating(self.model), gradients, torch.compiler.set_stance("force_eager"):
             yield
 
     @contextmanager
     def session(self) -> Iterator[None]:
-        """See `Sampler.session`. A split model is gathered on every rank where that leaves room, else all go in step.
+        """See `Sampler.session`. A sharded model is gathered on every rank if memory allows; else ranks decode in step.
 
         Raises:
-            ConfigError: there is no room, and the model is sampled by its own `generate`.
+            ConfigError: If it cannot be gathered and is sampled by its own `generate`.
         """
         with unsharded_or_synchronized(self.model, self.gather, self._idle) as self._lock:
             if self._lock:
@@ -132,17 +161,19 @@ class LocalEngine:
                 self._lock = None
 
     def _check_in_step(self) -> None:
+        """Check the model on all ranks together, and refuse one that needs its own `generate`."""
         with self._sampling():
-            # All or none: a rank that has sampled nothing so far has not looked yet.
+            # All ranks or none: one that has not sampled yet has not checked the model either.
             if max_over_ranks(int(self._plain is None), self.model):
                 self._plain = self._check()
         if not self._plain:
             raise ConfigError(
-                "this model is sampled by its own generate, which cannot go in step over ranks, and there is no room "
-                "to gather its weights: set sampler.gather: true, or split it over fewer ranks"
+                "this model is sampled by its own generate, which cannot be synchronized over ranks, and there is not "
+                "enough memory to gather its weights: set sampler.gather: true, or shard it over fewer ranks"
             )
 
     def _idle(self) -> None:
+        """Run the decoder once, for ranks that wait for others."""
         ids = torch.zeros(1, 1, dtype=torch.long, device=next(self.model.parameters()).device)
         with self._sampling():
             run_unsharded(self.model, lambda: self.backbone.decoder(input_ids=ids, use_cache=False))
@@ -152,8 +183,17 @@ class LocalEngine:
     def prefill(
         self, prompts: Sequence[Sequence[int]], device: torch.device
     ) -> tuple[list[PrefillCache], Tensor, Tensor]:
-        """Keys and values of distinct prompts side by side, the place where each begins, and the logits after each."""
-        return self._together(self._prefill, prompts, device)
+        """Compute distinct prompts side by side.
+
+        Args:
+            prompts: Token ids of each prompt.
+            device: Where the model is.
+
+        Returns:
+            Keys and values per layer, the index where each prompt begins in them `[prompts]`, and the logits after each
+            prompt `[prompts, V]`.
+        """
+        return self._run(self._prefill, prompts, device)
 
     def _prefill(
         self, prompts: Sequence[Sequence[int]], device: torch.device
@@ -162,25 +202,35 @@ class LocalEngine:
         layout = PackedLayout([SharedPrefix((i,), len(prompt), (0,)) for i, prompt in enumerate(prompts)], device)
         ids = torch.tensor([token for prompt in prompts for token in prompt], device=device)
         states = self._decoder(ids[None], layout.columns[None], Cache(layers=cache), layout)[0]
-        is_complete = torch.tensor([len(prompt) for prompt in prompts], device=device).cumsum(0)
-        starts = is_complete - torch.tensor([len(prompt) for prompt in prompts], device=device)
-        return cache, starts, self.backbone.logits(states[is_complete - 1])
+        ends = torch.tensor([len(prompt) for prompt in prompts], device=device).cumsum(0)
+        starts = ends - torch.tensor([len(prompt) for prompt in prompts], device=device)
+        return cache, starts, self.backbone.logits(states[ends - 1])
 
     def step(self, slots: SlotKVCache, tokens: Tensor) -> Tensor:
-        """Feed the last token of every slot; the logits after it, `[slots, V]`."""
-        return self._together(self._step, slots, tokens)
+        """Feed the last token of every slot.
+
+        Args:
+            slots: The cache.
+            tokens: Last token of each slot, `[slots]`.
+
+        Returns:
+            Logits after these tokens, `[slots, V]`.
+        """
+        return self._run(self._step, slots, tokens)
 
     def _step(self, slots: SlotKVCache, tokens: Tensor) -> Tensor:
         layout = Decoding(slots.positions, slots.width)
         states = self._decoder(tokens[:, None], slots.positions[:, None], slots.cache, layout)[:, -1]
         return self.backbone.logits(states)
 
-    def _together(self, function: Callable[..., Any], *args: Any) -> Any:
+    def _run(self, function: Callable[..., Any], *args: Any) -> Any:
+        """Call `function(*args)` with the weights outside the layers gathered, in step with other ranks if needed."""
         if self._lock:
             self._lock.call()
         return run_unsharded(self.model, function, *args)
 
     def _decoder(self, ids: Tensor, positions: Tensor, cache: Cache, layout: Any) -> Tensor:
+        """Hidden states of the decoder with a cache and a layout."""
         mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=ids.device)
         return self.backbone.decoder(
             input_ids=ids,
@@ -191,9 +241,10 @@ class LocalEngine:
             layout=layout,
         )[0]
 
-    # -- can this model do it? ------------------------------------------------------------------------------------
+    # -- numerical check ------------------------------------------------------------------------------------------
 
     def _check(self) -> bool:
+        """True if slots reproduce the model's own logits; otherwise log why it is sampled by its own `generate`."""
         reason = "its forward cannot be packed"
         if self.backbone.separable and self.packed_forward.packs:
             try:
@@ -205,11 +256,11 @@ class LocalEngine:
                     return True
                 reason = f"its logits differ by {difference:.1e}"
         name = type(base_of(self.model)).__name__
-        log.warning("%s is sampled by its own generate: its cache is not that of plain attention (%s)", name, reason)
+        log.warning("%s is sampled by its own generate: its cache is not one of plain attention (%s)", name, reason)
         return False
 
     def _difference(self) -> float:
-        """Of logits after two steps in slots, with prompts of unlike length, from those of a plain forward."""
+        """Relative difference of logits after two steps in slots from those of a plain forward, for unequal prompts."""
         device = next(self.model.parameters()).device
         rows = [[(7919 * (i + j)) % self.backbone.vocabulary for j in range(4 + 3 * i)] for i in range(3)]
         with torch.autocast(device.type, enabled=False):
@@ -230,7 +281,7 @@ class LocalEngine:
 
 
 class _Batch:
-    """Prompts on their way through the slots."""
+    """The state of one `generate` call: prompts moving through the slots."""
 
     def __init__(
         self, engine: LocalEngine, prompts: Sequence[Sequence[int]], params: SamplingParams, seeds: Sequence[int]
@@ -240,18 +291,19 @@ class _Batch:
         self.samples = [Completion() for _ in prompts]
         self.device = next(engine.model.parameters()).device
         self.uniforms = uniforms(seeds, params.max_tokens).to(self.device)
-        # Taken from the end: equal prompts side by side, the longest first, so that buffers seldom grow.
+        # Popped from the end: longest prompts first, so that buffers seldom grow, and equal prompts together.
         self.waiting = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), self.prompts[i], -i))
         self.limit = max(len(prompt) for prompt in prompts) + params.max_tokens
         self.rows: list[int | None] = [None] * min(engine.rows, len(prompts))
-        """The row in each slot."""
+        """Row in each slot; None if the slot is free."""
         self.slots = SlotKVCache(engine.layers, len(self.rows), self.device)
         self.tokens = torch.zeros(len(self.rows), dtype=torch.long, device=self.device)
-        # Steps in which ranks tell each other of them cannot be recorded.
+        # Steps that ranks announce to each other cannot be recorded.
         graphed = engine.cuda_graphs and self.device.type == "cuda" and not engine._lock
         self.step = GraphedStep(engine.step) if graphed else engine.step
 
     def run(self) -> list[Completion]:
+        """Decode until every prompt has its response. Prompts are admitted once a quarter of the slots is free."""
         while True:
             safe_point()
             free = [slot for slot, row in enumerate(self.rows) if row is None]
@@ -265,7 +317,7 @@ class _Batch:
                 self._advance()
 
     def _admit(self, free: list[int]) -> None:
-        """Waiting prompts into free slots: the prompt is computed once for all rows that have it."""
+        """Move waiting prompts into free slots; a prompt that several rows share is computed once."""
         taken = [self.waiting.pop() for _ in range(min(len(free), len(self.waiting)))]
         distinct = list(dict.fromkeys(self.prompts[row] for row in taken))
         trees = [SharedPrefix((i,), len(prompt), (0,)) for i, prompt in enumerate(distinct)]
@@ -276,6 +328,7 @@ class _Batch:
             self._prefill(prompts, rows, [free.pop() for _ in rows])
 
     def _prefill(self, prompts: dict[tuple[int, ...], int], rows: list[int], slots: list[int]) -> None:
+        """Compute a group of prompts and write their keys into the slots of the rows that have them."""
         cache, starts, logits = self.engine.prefill(list(prompts), self.device)
         which = [prompts[self.prompts[row]] for row in rows]
         lengths = [len(self.prompts[row]) for row in rows]
@@ -291,17 +344,23 @@ class _Batch:
         self._take(slots, logits[source])
 
     def _advance(self) -> None:
+        """Decode one token of every slot."""
         width = max(len(self.prompts[row]) + len(self.samples[row].ids) for row in self.rows if row is not None)
         self.slots.width = width
         self.slots.reserve(width, self.limit)
-        # An empty slot's position may be anywhere: it is fed too, and what comes out is dropped.
+        # Free slots are fed as well and their results dropped; their positions only have to be valid.
         self.slots.positions.clamp_(max=width - 1)
         logits = self.step(self.slots, self.tokens)
         self.slots.positions += 1
         self._take(list(range(len(self.rows))), logits)
 
     def _take(self, slots: list[int], logits: Tensor) -> None:
-        """Sample a token for the row in each of these slots."""
+        """Sample a token for the row in each of these slots.
+
+        Args:
+            slots: Slots, `[n]`.
+            logits: Logits of their next token, `[n, V]`.
+        """
         sampled = [len(self.samples[row].ids) if row is not None else 0 for row in (self.rows[slot] for slot in slots)]
         rows = torch.tensor([self.rows[slot] or 0 for slot in slots], device=self.device)
         lengths = torch.tensor(sampled, device=self.device)
@@ -323,6 +382,7 @@ class _Batch:
             self.engine.watch.on_token(row, token, ended)
 
     def _shrink(self) -> None:
+        """Drop free slots once no prompts are waiting."""
         kept = torch.tensor([slot for slot, row in enumerate(self.rows) if row is not None], device=self.device)
         self.rows = [row for row in self.rows if row is not None]
         self.tokens = self.tokens[kept]

@@ -1,4 +1,4 @@
-"""Sampling settings, and the protocol of what samples by them."""
+"""Sampling settings, and the protocol of sampling engines."""
 
 import logging
 from collections.abc import Iterable, Sequence
@@ -21,46 +21,79 @@ log = logging.getLogger(__name__)
 
 
 class Engine(Protocol):
-    """What samples responses: the built-in `LocalEngine`, or one that runs elsewhere with weights of its own."""
+    """What samples responses: the built-in `LocalEngine`, or an engine elsewhere with its own copy of the weights.
+
+    Example:
+        ```python
+        class ServerEngine:
+            def sync(self, named_tensors, version):
+                self.server.load({name: tensor.cpu() for name, tensor in named_tensors})
+
+            def generate(self, prompts, params, seeds):
+                replies = self.server.sample(prompts, max_tokens=params.max_tokens, seeds=seeds)
+                return [Completion(reply.ids, reply.logprobs, reply.finish_reason) for reply in replies]
+        ```
+    """
 
     def generate(
         self, prompts: Sequence[Sequence[int]], params: SamplingParams, seeds: Sequence[int]
     ) -> list[Completion]:
-        """A response to each prompt (token ids). A row's random numbers come from its own seed.
+        """Sample a response to each prompt.
 
-        Log-probabilities are those of the full softmax at `params.temperature`, in nats, one for each sampled token.
+        Args:
+            prompts: Token ids of each prompt.
+            params: How to sample.
+            seeds: One seed per prompt; a row's random numbers must depend on nothing else.
+
+        Returns:
+            The responses. Log-probabilities are those of the full softmax at `params.temperature`, in nats, one per
+            sampled token.
         """
 
     def sync(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
-        """Take the policy's weights, under the names of the Hugging Face model, adapters merged in.
+        """Take the policy's weights; called before every round.
 
-        Called before every round with the round's number; the tensors must not be kept, they are trained on. Called on
-        every rank; under FSDP2 each tensor is gathered as it is asked for, so all ranks must go through all of them.
+        Called on every rank. Under FSDP2 each tensor is gathered when it is requested, so all ranks must consume all of
+        them.
+
+        Args:
+            named_tensors: Weights by their Hugging Face names, adapters merged in. They must not be kept, since
+                training changes them.
+            version: Number of the round.
         """
 
 
 class Sampler:
-    """Samples responses. Log-probabilities are those of the full softmax at the sampling temperature.
+    r"""Samples responses to prompts.
 
-    A row's random numbers come from its own seed: they do not depend on its neighbors, batch or rank.
+    Recorded log-probabilities are those of the full softmax at the sampling temperature. A row's tokens do not depend
+    on the other rows of the batch, the batch size, or the rank, since each row has its own seed.
 
     Args:
-        max_tokens: budget of a response.
-        temperature: of the softmax; 0 takes the likeliest token.
-        top_p: sample from the likeliest tokens of this mass; the recorded log-probabilities are not cut, so importance
-            ratios are biased where it is set.
-        top_k: sample from so many of the likeliest tokens, 0 for all; biased likewise.
-        min_p: sample from tokens at least this fraction as likely as the likeliest; biased likewise.
-        min_tokens: no response ends before; biased likewise.
-        stop: texts that end a response where they are complete. Their tokens are trained; rewards and environments see
-            the text before. By default those that the model was trained with, as its `stage.json` says,
+        max_tokens: Token budget of a response.
+        temperature: Temperature of the softmax; 0 takes the most likely token.
+        top_p: Sample from the most likely tokens that together have this probability (nucleus sampling). The recorded
+            log-probabilities are not renormalized, so importance ratios are biased if this is set.
+        top_k: Sample from this many of the most likely tokens, 0 for all; biases ratios likewise.
+        min_p: Sample from tokens that have at least this fraction of the highest probability; biases ratios likewise.
+        min_tokens: No response ends before this many tokens; biases ratios likewise.
+        batch_rows: Number of rows decoded side by side.
+        engine: An `Engine` that replaces the built-in one.
+        cuda_graphs: On a GPU, replay decoding steps as CUDA graphs.
+        stop: Texts that end a response as soon as they are complete. Their tokens are trained on; rewards and
+            environments see the text before them. By default those the model was trained with, from its `stage.json`,
             and those of its generation config.
-        batch_rows: rows decoded side by side.
-        engine: an `Engine` that samples in place of the built-in one.
-        cuda_graphs: on a GPU, replay the steps of decoding as graphs.
-        gather: where weights are split over ranks (FSDP2), have all of them on every rank while a round is sampled; if
-            not, ranks decode in step, each layer gathered for each token. By default gathered where that takes at most
-            half of the free memory.
+        gather: With sharded weights (FSDP2), gather all of them on every rank while a round is sampled; if False, ranks
+            decode in step and gather each layer for every token. By default gathered if that takes at most half of the
+            free memory.
+
+    Raises:
+        ConfigError: If a setting is out of range.
+
+    Example:
+        >>> sampler = Sampler(max_tokens=256, temperature=0.7, stop=["\n\n"])
+        >>> sampler.max_tokens
+        256
     """
 
     def __init__(
@@ -81,8 +114,8 @@ class Sampler:
         check_whole("sampler.batch_rows", batch_rows)
         if engine is not None and not (hasattr(engine, "generate") and hasattr(engine, "sync")):
             raise ConfigError(
-                f"sampler.engine is {engine!r}; an object with generate and sync, for example by class_path: "
-                "rlhf_lightning.sampling.vllm_engine.VLLMEngine"
+                f"sampler.engine is {engine!r}; it must be an object with generate and sync, for example "
+                "class_path: rlhf_lightning.sampling.vllm_engine.VLLMEngine"
             )
         self.batch_rows, self.engine, self.cuda_graphs = batch_rows, engine, cuda_graphs
         self._local, self.gather = engine is None, gather
@@ -90,22 +123,27 @@ class Sampler:
             raise ConfigError(f"sampler.stop is {stop!r}; it must be a list of texts, none of them empty")
         self.own_stop = None if stop is None else tuple(stop)
         self.stop = self.own_stop or ()
-        """Texts that end a response; after `bind` also those of the model."""
+        """Texts that end a response; `bind` adds those of the model."""
 
     @property
     def max_tokens(self) -> int:
-        """Budget of a response."""
+        """Token budget of a response."""
         return self.params.max_tokens
 
     @property
     def temperature(self) -> float:
-        """Of the softmax."""
+        """Temperature of the softmax."""
         return self.params.temperature
 
     def bind(self, model: Any, renderer: Renderer, max_tokens: int | None = None) -> None:
-        """Take the model, and the renderer that knows what ends a turn; `max_tokens` of prompts computed at once.
+        """Attach the model.
 
-        Whatever the model's generation config names as an end is one to the renderer as well from then on.
+        Ends of responses that the model's generation config names are added to the renderer.
+
+        Args:
+            model: The policy.
+            renderer: The policy's renderer, which knows what ends a turn.
+            max_tokens: Tokens of prompts computed at once, see `PackedForward`.
         """
         self.model = model
         renderer.also_stop_at(end_token_ids(model, renderer.tokenizer))
@@ -114,7 +152,7 @@ class Sampler:
             self.stop = (*renderer.stop, *own)
         elif renderer.stop and set(renderer.stop) != set(self.own_stop):
             log.warning(
-                "sampler.stop is %s, and the model was trained with %s: the setting is used",
+                "sampler.stop is %s, but the model was trained with %s; the setting is used",
                 list(self.own_stop),
                 list(renderer.stop),
             )
@@ -131,36 +169,45 @@ class Sampler:
         self.context = getattr(base_of(model).config.get_text_config(), "max_position_embeddings", None)
 
     def warn_of_bias(self) -> None:
-        """Say so where importance ratios will not be those of the distribution that is sampled from."""
+        """Warn if settings exclude tokens, so that importance ratios are not those of the sampling distribution."""
         if cuts := self.params.cuts:
             log.warning(
-                "sampler.%s: tokens are left out of the sample, but log-probabilities are those of the full softmax; "
+                "sampler.%s: some tokens cannot be sampled, but log-probabilities are those of the full softmax, so "
                 "importance ratios are biased. Leave it out for training.",
                 " and sampler.".join(cuts),
             )
 
     def sync(self, version: int) -> None:
-        """Hand the weights to an engine that has its own."""
+        """Pass the policy's weights to an engine that has its own copy; `version` is the round's number."""
         self.engine.sync(() if self._local else named_weights(self.model), version)
 
     def session(self) -> AbstractContextManager[None]:
-        """Around the samples of a round. All ranks enter and leave together; inside, each samples as often as it likes."""
+        """Context around the sampling of a round.
+
+        All ranks enter and leave together; within it, each may sample as often as it likes.
+        """
         return self.engine.session() if self._local else nullcontext()
 
     def generate(
         self, prompts: Sequence[list[int]], seeds: Sequence[int], temperature: float | None = None
     ) -> list[Completion]:
-        """A response to each prompt (token ids)."""
+        """Sample a response to each prompt.
+
+        Args:
+            prompts: Token ids of each prompt.
+            seeds: One seed per prompt.
+            temperature: Replaces the sampler's temperature.
+        """
         params = self.params if temperature is None else replace(self.params, temperature=temperature)
         sample = partial(self.engine.generate, prompts, params, seeds)
         return sample() if self._local else run_on_leader(sample)
 
 
 def _check_stop(stop: str, tokenizer: Any) -> None:
-    """Refuse a stop text that the tokenizer can never write: no response would end by it."""
+    """Raise `ConfigError` for a stop text that the tokenizer can never produce, so that no response would end there."""
     written = [tokenizer.decode(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in (stop, f"a{stop}a")]
     if not any(stop in text for text in written):
         raise ConfigError(
-            f"sampler.stop: the tokenizer never writes {stop!r} (of that text it makes {written[0]!r}), "
+            f"sampler.stop: the tokenizer never writes {stop!r} (it turns that text into {written[0]!r}), "
             "so no response would end there"
         )

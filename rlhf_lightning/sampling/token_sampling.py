@@ -1,4 +1,4 @@
-"""Sampling a token: one uniform number for each row, so that a row's sample is its own affair."""
+"""Sampling a token from logits with one uniform number per row, so that a row's tokens do not depend on other rows."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -17,11 +17,21 @@ class SamplingParams:
     """How responses are sampled.
 
     Args:
-        max_tokens: budget of a response, its stop token included. min_tokens: no stop token is sampled before.
-        temperature: of the softmax; 0 takes the likeliest token.
-        top_p: sample from the likeliest tokens of this mass. top_k: from so many of the likeliest, 0 for all.
-        min_p: from tokens at least this fraction as likely as the likeliest.
-        stop_token_ids: any of them ends a response and is part of it. stop_strings: texts that end it.
+        max_tokens: Token budget of a response, including its stop token.
+        min_tokens: No stop token is sampled before this many tokens.
+        temperature: Temperature of the softmax; 0 takes the most likely token.
+        top_p: Sample from the most likely tokens that together have this probability.
+        top_k: Sample from this many of the most likely tokens; 0 for all.
+        min_p: Sample from tokens that have at least this fraction of the highest probability.
+        stop_token_ids: Tokens that end a response, and are part of it.
+        stop_strings: Texts that end a response.
+
+    Raises:
+        ConfigError: If a setting is out of range.
+
+    Example:
+        >>> SamplingParams(max_tokens=64, top_p=0.9).cuts
+        ['top_p']
     """
 
     max_tokens: int = 128
@@ -47,47 +57,65 @@ class SamplingParams:
 
     @property
     def cuts(self) -> list[str]:
-        """The settings that leave tokens out of the sample."""
+        """Names of the settings that exclude tokens from sampling."""
         given = (self.top_p < 1, self.top_k > 0, self.min_p > 0, self.min_tokens > 0)
         return [name for name, set_ in zip(("top_p", "top_k", "min_p", "min_tokens"), given, strict=True) if set_]
 
 
 @dataclass
 class Completion:
-    """A response: its token ids (stop token included), the log-probability of each when sampled, and why it ended."""
+    """A sampled response.
+
+    Attributes:
+        ids: Token ids, including the stop token.
+        logprobs: Log-probability of each token when it was sampled, in nats.
+
+    Example:
+        >>> Completion(ids=[5, 2], logprobs=[-0.1, -0.7], stop_reason="stop").stop_reason
+        'stop'
+    """
 
     ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     stop_reason: str = "length"
-    """`stop` (a stop token or text) or `length` (the budget)."""
+    """`stop` (a stop token or text) or `length` (the budget was used up)."""
 
 
 def is_complete(ids: list[int], params: SamplingParams, decode: Callable[[list[int]], str]) -> bool:
-    """Whether a response is over."""
+    """True if the last token of `ids` ends the response."""
     if ids[-1] in params.stop_token_ids:
         return True
     if not params.stop_strings:
         return False
-    # The tail is enough to see a stop text end: a token is at least a byte of it.
+    # Decoding the tail suffices to see a stop text end, since a token is at least one byte.
     tail = decode(ids[-max(32, *(len(stop.encode()) + 1 for stop in params.stop_strings)) :])
     return any(stop in tail for stop in params.stop_strings)
 
 
 def uniforms(seeds: Sequence[int], tokens: int) -> Tensor:
-    """`[rows, tokens]` in [0, 1): those of a row come from its own seed."""
+    """Uniform numbers in [0, 1), `[rows, tokens]`; each row's come from its own seed."""
     return torch.stack([torch.rand(tokens, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
 
 
 def sample_token(
     logits: Tensor, uniforms: Tensor, params: SamplingParams, lengths: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """One token of each row, and its log-probability (nats) under the full softmax at the temperature.
+    """Sample a token per row.
 
     Args:
-        logits: `[B, V]`. uniforms: `[B]`, in [0, 1). lengths: `[B]`, tokens sampled so far, where `min_tokens` is set.
+        logits: `[B, V]`.
+        uniforms: Random numbers in [0, 1), `[B]`.
+        params: How to sample.
+        lengths: Tokens sampled so far, `[B]`; needed by `min_tokens`.
 
     Returns:
-        tokens `[B]`, log-probabilities `[B]` in float32 or wider. At temperature 0 they are those of temperature 1.
+        `(tokens, logprobs)`, `[B]` each. Log-probabilities are in nats, under the full softmax at the temperature (at
+        temperature 1 if the temperature is 0), in float32 or wider.
+
+    Example:
+        >>> tokens, logprobs = sample_token(torch.zeros(1, 4), torch.tensor([0.6]), SamplingParams())
+        >>> tokens, logprobs
+        (tensor([2]), tensor([-1.3863]))
     """
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if params.temperature not in (0.0, 1.0):
@@ -104,7 +132,7 @@ def sample_token(
 
 
 def _cut(probabilities: Tensor, params: SamplingParams) -> Tensor:
-    """Set to 0 what top-k, top-p and min-p leave out; a token that crosses top_p is kept."""
+    """Set probabilities excluded by top-k, top-p and min-p to 0; the token that crosses top_p is kept."""
     if params.min_p:
         least = params.min_p * probabilities.amax(-1, keepdim=True)
         probabilities = probabilities.masked_fill(probabilities < least, 0.0)
@@ -119,9 +147,9 @@ def _cut(probabilities: Tensor, params: SamplingParams) -> Tensor:
 
 
 def _inverse_cdf(weights: Tensor, uniforms: Tensor) -> Tensor:
-    """The index where the cumulative sum of a row passes its share `uniforms` of the row's total.
+    """Index at which each row's cumulative sum passes the fraction `uniforms` of the row's total.
 
-    Sums of blocks first, then within one block: a running sum over the vocabulary is slow, and rounds more.
+    Sums blocks first, then within one block: a running sum over the whole vocabulary is slower and rounds more.
     """
     blocks = F.pad(weights, (0, -weights.shape[-1] % BLOCK)).unflatten(-1, (-1, BLOCK))
     sums = blocks.sum(-1)
@@ -134,6 +162,7 @@ def _inverse_cdf(weights: Tensor, uniforms: Tensor) -> Tensor:
 
 
 def _first_above(running: Tensor, share: Tensor) -> Tensor:
-    # Rounding may put a share at the very end: the last entry that adds anything is then meant, not one of weight 0.
+    # Rounding may put `share` at the total. Then take the last entry of positive weight, not one of weight 0 after it.
+    """Index of the first running sum above `share`, `[B, 1]`."""
     last = (running < running[:, -1:]).sum(-1, keepdim=True)
     return torch.minimum(torch.searchsorted(running, share, right=True), last)

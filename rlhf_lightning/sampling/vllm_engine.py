@@ -1,4 +1,4 @@
-"""vLLM as the sampling engine (extra `vllm`, CUDA only). UNTESTED: written from its documentation, not yet run.
+"""vLLM as the sampling engine (extra `vllm`, CUDA only). UNTESTED: written from vLLM's documentation, not yet run.
 
 model:
   sampler:
@@ -17,20 +17,29 @@ from rlhf_lightning.sampling.token_sampling import Completion, SamplingParams
 
 
 class VLLMEngine:
-    """Samples with vLLM on the GPU of this process; it takes the policy's weights before every round.
+    """Samples with vLLM on this process's GPU, taking the policy's weights before every round.
 
-    Its kernels are not the trainer's: watch `train/logprob_gap`, and correct with truncated importance weights.
+    Its kernels differ from the trainer's: watch `train/logprob_gap`, and correct with truncated importance weights.
 
     Args:
-        model: folder or Hub id with the policy's architecture. memory: fraction of the GPU's memory that it may take.
-        max_length: tokens of a prompt with its response, the model's by default. options: further arguments of
-            `vllm.LLM`.
+        model: Folder or Hub id of a model with the policy's architecture.
+        memory: Fraction of the GPU's memory that vLLM may use.
+        max_length: Tokens of a prompt with its response; the model's limit by default.
+        options: Further arguments of `vllm.LLM`.
+
+    Raises:
+        ConfigError: If vLLM is not installed.
+
+    Example:
+        ```python
+        sampler = Sampler(max_tokens=1024, engine=VLLMEngine("Qwen/Qwen3-0.6B"))
+        ```
     """
 
     def __init__(
         self, model: str, memory: float = 0.3, max_length: int | None = None, options: dict[str, Any] | None = None
     ) -> None:
-        # In this process: otherwise its weights are out of reach.
+        # Run the engine in this process, where its weights can be set.
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
         try:
             from vllm import LLM
@@ -46,7 +55,7 @@ class VLLMEngine:
         )
 
     def sync(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
-        """Load the weights, and forget cached prompts, whose keys are those of the old ones."""
+        """Load the weights, and drop cached prompts, whose keys belong to the old weights."""
         runner = self.llm.llm_engine.model_executor.driver_worker.model_runner
         runner.model.load_weights(named_tensors)
         self.llm.reset_prefix_cache()
@@ -54,7 +63,7 @@ class VLLMEngine:
     def generate(
         self, prompts: Sequence[Sequence[int]], params: SamplingParams, seeds: Sequence[int]
     ) -> list[Completion]:
-        """A response to each prompt."""
+        """Sample a response to each prompt, see `Engine.generate`."""
         import vllm
 
         settings = [
@@ -66,11 +75,11 @@ class VLLMEngine:
                 top_k=params.top_k,
                 min_p=params.min_p,
                 stop_token_ids=list(params.stop_token_ids),
-                ignore_eos=True,  # these and no others, whatever the folder that vLLM was given says
+                ignore_eos=True,  # only these end a response, whatever the config that vLLM loaded says
                 stop=list(params.stop_strings) or None,
                 include_stop_str_in_output=True,
                 seed=seed % 2**31,
-                logprobs=0,  # that of the sampled token alone
+                logprobs=0,  # only the sampled token's
             )
             for seed in seeds
         ]
