@@ -146,9 +146,9 @@ def test_what_is_no_score_is_refused_with_its_row(scores: Any, message: str) -> 
         (lambda: LengthReward(maximum=5, slope=-1.0), "slope of the reward LengthReward is -1.0"),
         (lambda: OverlongPenalty(10, 11), "buffer of the reward OverlongPenalty is 11"),
         (lambda: OverlongPenalty(10, 0), "buffer of the reward OverlongPenalty is 0"),
-        (lambda: EnsembleReward(["a"]), "two or more"),
-        (lambda: EnsembleReward(["a", "a"]), "each once"),
-        (lambda: EnsembleReward(["a", "b"], coefficient=-1.0), "rewards disagreement"),
+        (lambda: EnsembleReward(["a"]), "at least two different"),
+        (lambda: EnsembleReward(["a", "a"]), "at least two different"),
+        (lambda: EnsembleReward(["a", "b"], coefficient=-1.0), "would reward disagreement"),
         (lambda: ModelReward("a", device="nonsense"), "there is no device 'nonsense' here"),
         (lambda: PairwiseReward(len, outcome="score"), "outcome is 'score'"),
         (lambda: ReferenceNorm([], limit=1), "limit is 1"),
@@ -409,7 +409,7 @@ def test_demonstrations_set_the_scale(judges: list[str], tokenizer: Any) -> None
         wanted = (scores - scores.mean()) / (scores.std(correction=0) if scale else 1.0)
         torch.testing.assert_close(found[:3], wanted, rtol=1e-5, atol=1e-5)  # scored in other batches
         assert episodes[3].terms["reward_model"] == pytest.approx(raw.score(episodes[3:])[0], abs=1e-5)
-    with pytest.raises(DataError, match=r"list\[1\]: a demonstration ends with an answer"):
+    with pytest.raises(DataError, match=r"list\[1\]: a demonstration must end with an answer"):
         ReferenceNorm([rows[0], {"messages": [{"role": "user", "content": "a"}]}]).bind(renderer, raw.score)
 
 

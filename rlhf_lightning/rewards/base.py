@@ -1,4 +1,4 @@
-"""What a reward is, and how parts are added up."""
+"""The base class of rewards, and the sum of their weighted scores."""
 
 import math
 import traceback
@@ -24,13 +24,24 @@ class RewardError(UserError):
 
 
 class Reward(nn.Module):
-    """A part of the reward. A subclass scores episodes; the parts are weighted and added.
+    """Base class of rewards. A subclass scores episodes; the terms are weighted and added.
 
     Args:
-        weight: of this part; 0 only measures it.
-        name: under which it is logged; the class's by default.
-        normalize: brings scores to a common scale before they are clipped and weighted.
-        clip: the largest absolute value, after normalizing.
+        weight: Weight of this term; at 0 it is only logged.
+        name: Name that it is logged under; by default the class's.
+        normalize: Brings scores to a common scale before they are clipped and weighted.
+        clip: Largest absolute value after normalization; None for no clipping.
+
+    Raises:
+        ConfigError: If the name is empty, or a number is out of range.
+
+    Example:
+        >>> class Brevity(Reward):
+        ...     def score(self, episodes):
+        ...         return [1.0 if len(self.text(episode)) < 100 else 0.0 for episode in episodes]
+        >>> reward = Brevity(weight=0.5)
+        >>> reward.score([Episode(prompt=[], row={}, group=0)])
+        [1.0]
     """
 
     def __init__(
@@ -52,49 +63,77 @@ class Reward(nn.Module):
         self.normalize, self.clip = normalize, clip
 
     skip_special_tokens = True
-    """Whether responses are read without special tokens and what ended them, as environments see them."""
+    """True if responses are read without special tokens and the text that ended them, as environments see them."""
     _renderer: Renderer | None = None
 
     def bind(self, renderer: Renderer) -> None:
-        """Load what the reward needs; called once, before the first episode, with the policy's renderer."""
+        """Load what the reward needs; called once, before the first episode.
+
+        Args:
+            renderer: The policy's renderer.
+        """
         self._renderer = renderer
         self.hide([text for text in (*renderer.template.markers, *renderer.stop_strings) if text.strip()])
         if self.normalize is not None:
             self.normalize.bind(renderer, self.score)
 
     def hide(self, texts: Sequence[str]) -> None:
-        """Take note of texts that responses are read without; raise `ConfigError` where a score would need one."""
+        """Record texts that responses are read without.
+
+        Args:
+            texts: The texts, for example special tokens of the template.
+
+        Raises:
+            ConfigError: If a score depends on one of them.
+        """
 
     def refuse_hidden(self, setting: str, text: str | None) -> None:
-        """Raise `ConfigError` where a setting needs a text that responses are read without."""
+        """Raise `ConfigError` if a setting depends on a text that responses are read without.
+
+        Args:
+            setting: The setting, as the message names it.
+            text: The text that it depends on, if any.
+        """
         if text is not None and self.skip_special_tokens:
             raise ConfigError(
-                f"the reward {self.name}: {setting} can only match where a response has {text!r}, and responses are "
+                f"the reward {self.name}: {setting} can only match if a response contains {text!r}, and responses are "
                 "read without special tokens and without the text that ended them. Set skip_special_tokens: false on "
-                "the reward, or leave it out there"
+                "the reward, or remove that text from the setting"
             )
 
     def texts(self, episode: Episode) -> list[str]:
-        """What the policy said in each of its turns, as this reward reads it."""
+        """The policy's message in each of its turns, as this reward reads it."""
         if self.skip_special_tokens:
             return [message["content"] or "" for message in episode.responses if message["role"] == "assistant"]
         if self._renderer is None:
-            raise ConfigError(f"the reward {self.name}: call bind first; special tokens are read by a tokenizer")
+            raise ConfigError(f"the reward {self.name}: call bind first; reading special tokens needs a tokenizer")
         return [self._renderer.tokenizer.decode(ids, skip_special_tokens=False) for ids in episode.sampled_turns()]
 
     def text(self, episode: Episode) -> str:
-        """What the policy said last, as this reward reads it."""
+        """The policy's last message, as this reward reads it."""
         return next(reversed(self.texts(episode)), "")
 
     def check(self, prompts: Sequence[Prompt]) -> None:
-        """Raise `DataError` or `ConfigError` where the prompts that will be trained on cannot be scored."""
+        """Raise `DataError` or `ConfigError` if prompts of the training data cannot be scored."""
 
     @abstractmethod
     def score(self, episodes: Sequence[Episode]) -> Sequence[float | None]:
-        """A number for each episode; None where this part does not apply to it."""
+        """Score episodes.
+
+        Args:
+            episodes: Finished episodes, `N` of them.
+
+        Returns:
+            `N` numbers; None where this term does not apply.
+        """
 
     def amounts(self, scores: Sequence[float | None], running: str) -> list[float | None]:
-        """What scores add to the reward: normalized, clipped, weighted."""
+        """What scores contribute to the reward: normalized, clipped, weighted.
+
+        Args:
+            scores: As `score` returns them.
+            running: See `total_rewards`.
+        """
         values = [score for score in scores if score is not None]
         if self.normalize is not None:
             values = self.normalize.normalized(values, running)
@@ -110,18 +149,20 @@ def total_rewards(
     truncated_reward: float | None = None,
     running: str = "off",
 ) -> None:
-    """Score every part, keep the scores apart in `episode.terms`, and set `episode.reward` to their weighted sum.
+    """Score every term, store the scores in `episode.terms`, and set `episode.reward` to their weighted sum.
 
-    An episode that failed is scored by none.
+    Failed episodes are not scored.
 
     Args:
-        truncated_reward: replaces the reward of an episode that ran out of tokens.
-        running: what rewards that are normalized by running statistics do: `update` these by the scores (all ranks
-            together), `use` them as they are, or `off`: leave scores as they are, so that what is held out stays
-            comparable from one time to the next.
+        episodes: Finished episodes.
+        rewards: The terms.
+        truncated_reward: Replaces the reward of an episode that ran out of tokens.
+        running: What rewards with running normalization do: `update` the statistics with these scores (all ranks
+            together), `use` them as they are, or `off` for raw scores, so that held-out scores stay comparable over
+            time.
 
     Raises:
-        ConfigError: a part that returns the wrong count, or something that is no finite number.
+        ConfigError: If a term returns the wrong number of scores, or something other than finite numbers.
     """
     if running not in RUNNING:
         raise ValueError(f"running is {running!r}; one of {', '.join(RUNNING)}")
@@ -138,11 +179,12 @@ def total_rewards(
 
 
 def _asked(part: Reward, episodes: Sequence[Episode]) -> tuple[list[float | None], list[dict[str, Any]]]:
-    """The scores of a part, and what it noted of the episodes."""
+    """A term's scores, and the details that it recorded on the episodes."""
     return _scores(part, episodes), [episode.details for episode in episodes]
 
 
 def _scores(part: Reward, episodes: Sequence[Episode]) -> list[float | None]:
+    """A term's scores, checked."""
     if not episodes:
         return []
     try:
@@ -153,11 +195,11 @@ def _scores(part: Reward, episodes: Sequence[Episode]) -> list[float | None]:
         raise RewardError(_failure(part, episodes, error)) from error
     if isinstance(returned, str) or not hasattr(returned, "__iter__"):
         raise ConfigError(
-            f"the reward {part.name} returned {_short(returned)}; it must return a list of one number for each episode"
+            f"the reward {part.name} returned {_short(returned)}; it must return a list with one number per episode"
         )
     try:
         scores = list(returned)
-    except TypeError:  # a tensor without dimensions
+    except TypeError:  # a zero-dimensional tensor
         scores = [returned]
     if len(scores) != len(episodes):
         raise ConfigError(f"the reward {part.name} returned {len(scores)} numbers for {len(episodes)} episodes")
@@ -165,8 +207,8 @@ def _scores(part: Reward, episodes: Sequence[Episode]) -> list[float | None]:
 
 
 def _failure(part: Reward, episodes: Sequence[Episode], error: Exception) -> str:
-    """What a reward raised, where in its code, and for which episode, found by scoring them one by one."""
-    label = f"{len(episodes)} episodes together (each alone can be scored), the first {episodes[0].label}"
+    """Message about an exception in a reward: where it was raised, and for which episode (found one by one)."""
+    label = f"{len(episodes)} episodes together (each can be scored alone), the first being {episodes[0].label}"
     for episode in episodes:
         try:
             part.score([episode])
@@ -177,15 +219,16 @@ def _failure(part: Reward, episodes: Sequence[Episode], error: Exception) -> str
     text = f"{type(error).__name__}: {error}".rstrip(": ")
     return (
         f"the reward {part.name} failed with {text} ({frame.filename}:{frame.lineno} in {frame.name}) for {label}. "
-        "Mend it, or return None where it does not apply; the same command then resumes the run."
+        "Fix it, or return None where it does not apply; the same command then resumes the run."
     )
 
 
 def _number(score: Any, name: str, episode: Episode) -> float | None:
+    """A score as a finite float, or None."""
     if score is None:
         return None
     value = score
-    if hasattr(score, "item"):  # tensors and numpy numbers, which say there whether they are booleans
+    if hasattr(score, "item"):  # converts tensors and numpy numbers; booleans become Python ones and are refused
         with suppress(ValueError, RuntimeError):
             value = score.item()
     if isinstance(value, bool) or not hasattr(value, "__float__") or not _finite(value):

@@ -1,4 +1,4 @@
-"""A reward that is a function of the user's own."""
+"""A reward that calls a user's function."""
 
 import inspect
 from collections.abc import Callable, Sequence
@@ -16,21 +16,29 @@ OFFERED = ("prompts", "completions", "episodes")
 
 
 class FunctionReward(Reward):
-    """A Python function, sync or async, named in YAML by its dotted path.
+    """A Python function as a reward, sync or async.
 
-    It is called with the keywords that its signature names, each a list with one entry for each episode: `prompts`
-    (messages), `completions` (the last response as text), `episodes`, and every column of the data. It returns as
-    many numbers; None where it does not apply.
+    It is called with the keyword arguments that its signature names, each a list with one entry per episode: `prompts`
+    (messages), `completions` (the last response as text), `episodes`, and any column of the data. It returns one number
+    per episode, or None where it does not apply.
 
     Args:
-        function: the function, or its dotted path in YAML.
-        weight: of this part; 0 only measures it.
-        name: under which it is logged; the function's by default.
-        timeout: seconds that a call may take; it then runs in a thread.
-        normalize: brings scores to a common scale before they are clipped and weighted.
-        clip: the largest absolute value, after normalizing.
-        skip_special_tokens: false reads responses exactly as they were sampled: with special tokens (`<|im_end|>`),
-            the text that ended them, and white space at their ends.
+        function: The function, or its dotted path in YAML.
+        weight: Weight of this term; at 0 it is only logged.
+        name: Name that it is logged under; by default the function's.
+        timeout: Seconds that a call may take. If set, the function runs in a thread.
+        normalize: Brings scores to a common scale before they are clipped and weighted.
+        clip: Largest absolute value after normalization.
+        skip_special_tokens: If False, responses are read exactly as sampled: with special tokens (`<|im_end|>`), the
+            text that ended them, and leading and trailing white space.
+
+    Example:
+        >>> def exact(completions, answer):
+        ...     return [float(text.strip() == right) for text, right in zip(completions, answer)]
+        >>> reward = FunctionReward(exact)
+        >>> reply = [{"role": "assistant", "content": "4"}]
+        >>> reward.score([Episode(prompt=[], row={"answer": "4"}, group=0, responses=reply)])
+        [1.0]
     """
 
     def __init__(
@@ -59,8 +67,8 @@ class FunctionReward(Reward):
         offered = columns | set(OFFERED)
         if missing := self._required - offered:
             raise ConfigError(
-                f"the reward function {self.name} wants {sorted(missing)[0]!r}; "
-                f"it can have {', '.join(sorted(offered))}"
+                f"the reward function {self.name} has an argument {sorted(missing)[0]!r}, which is not available; "
+                f"it can take {', '.join(sorted(offered))}"
             )
 
     def score(self, episodes: Sequence[Episode]) -> Sequence[float | None]:

@@ -1,4 +1,4 @@
-"""Rewards by words: those that are wanted, those that must not be said."""
+"""Rewards for words: keywords that should appear, and terms that must not."""
 
 import re
 from collections.abc import Sequence
@@ -10,19 +10,25 @@ from rlhf_lightning.types import Episode
 
 
 class KeywordReward(Reward):
-    """A rule: `hit` for a response of at least `min_words` words with one of `keywords`, else `miss`.
+    """`hit` for a response with at least `min_words` words and one of `keywords`, else `miss`.
 
     The defaults are the rule of the MinT recipe.
 
     Args:
-        keywords: looked for in the response, in any case and within words.
-        min_words: a shorter response is a miss.
-        hit: the score of a response that keeps the rule.
-        miss: the score of any other.
-        weight: of this part; 0 only measures it.
-        name: under which it is logged.
-        skip_special_tokens: false reads responses exactly as they were sampled: with special tokens (`<|im_end|>`),
-            the text that ended them, and white space at their ends.
+        keywords: Searched for in the response, ignoring case, also within words.
+        min_words: Minimum number of words.
+        hit: Score of a response that satisfies the rule.
+        miss: Score of any other response.
+        weight: Weight of this term; at 0 it is only logged.
+        name: Name that it is logged under.
+        skip_special_tokens: If False, responses are read exactly as sampled: with special tokens (`<|im_end|>`), the
+            text that ended them, and leading and trailing white space.
+
+    Example:
+        >>> reward = KeywordReward(keywords=["risk"], min_words=3)
+        >>> reply = [{"role": "assistant", "content": "That is a risk."}]
+        >>> reward.score([Episode(prompt=[], row={}, group=0, responses=reply)])
+        [0.5]
     """
 
     def __init__(
@@ -52,19 +58,28 @@ class KeywordReward(Reward):
 
 
 class BlockedTerms(Reward):
-    """A safety term: `penalty` for an episode in which the policy says a blocked term, else 0.
+    """Safety term: `penalty` for an episode in which the policy uses a blocked term, else 0.
 
-    Terms are found as whole words, in any case; white space in a term stands for any white space. All of the policy's
-    messages are read.
+    Terms match whole words, ignoring case; white space in a term matches any white space. All of the policy's messages
+    are searched.
 
     Args:
-        terms: the terms.
-        file: a text file of terms, one a line; added to `terms`.
-        penalty: the score where one is said; below 0.
-        weight: of this part; 0 only measures it.
-        name: under which it is logged.
-        skip_special_tokens: false reads responses exactly as they were sampled: with special tokens (`<|im_end|>`),
-            the text that ended them, and white space at their ends.
+        terms: The terms.
+        file: A text file with one term per line, added to `terms`.
+        penalty: Score of an episode with a blocked term, below 0.
+        weight: Weight of this term; at 0 it is only logged.
+        name: Name that it is logged under.
+        skip_special_tokens: If False, responses are read exactly as sampled: with special tokens (`<|im_end|>`), the
+            text that ended them, and leading and trailing white space.
+
+    Raises:
+        ConfigError: If there are no terms, one is empty, the file cannot be read, or `penalty` is not negative.
+
+    Example:
+        >>> reward = BlockedTerms(terms=["credit card"])
+        >>> reply = [{"role": "assistant", "content": "Send me your credit  card."}]
+        >>> reward.score([Episode(prompt=[], row={}, group=0, responses=reply)])
+        [-1.0]
     """
 
     def __init__(
@@ -85,7 +100,7 @@ class BlockedTerms(Reward):
             raise ConfigError(f"the reward {self.name}: terms is {terms!r}; it must be a list")
         listed = [*(terms or []), *(_lines(file) if file else [])]
         if not listed or not all(isinstance(term, str) and term.strip() for term in listed):
-            raise ConfigError(f"the reward {self.name} needs terms, none of them empty: set terms, or file")
+            raise ConfigError(f"the reward {self.name} needs terms, none of them empty: set terms or file")
         self.penalty = penalty
         self.terms = listed
         longest_first = sorted(set(listed), key=lambda term: (-len(term), term))
@@ -103,12 +118,14 @@ class BlockedTerms(Reward):
 
 
 def _refuse_hidden(reward: Reward, setting: str, words: Sequence[str], texts: Sequence[str]) -> None:
+    """Refuse words that contain a text that responses are read without."""
     for word in words:
         found = next((text for text in texts if text.lower() in word.lower()), None)
         reward.refuse_hidden(f"{word!r} of its {setting}", found)
 
 
 def _lines(file: str) -> list[str]:
+    """The nonempty lines of a file of terms."""
     try:
         text = Path(file).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:

@@ -1,4 +1,4 @@
-"""Rewards of length, in tokens that the policy sampled (the stop token is one)."""
+"""Rewards for length, in tokens that the policy sampled, including the stop token."""
 
 from collections.abc import Sequence
 
@@ -8,15 +8,25 @@ from rlhf_lightning.types import Episode
 
 
 class LengthReward(Reward):
-    """A linear penalty on length n: −slope · |n − target|, or −slope · max(0, n − maximum); never below −limit.
+    """Linear penalty on length n: −slope · |n − target|, or −slope · max(0, n − maximum); never below −limit.
+
+    Set exactly one of `target` and `maximum`.
 
     Args:
-        target: the length that is wanted, in tokens.
-        maximum: or the length above which it costs.
-        slope: the cost of a token.
-        limit: the largest cost.
-        weight: of this part; 0 only measures it.
-        name: under which it is logged.
+        target: Desired length in tokens.
+        maximum: Length in tokens above which the penalty starts.
+        slope: Penalty per token.
+        limit: Largest penalty.
+        weight: Weight of this term; at 0 it is only logged.
+        name: Name that it is logged under.
+
+    Raises:
+        ConfigError: If both or neither of `target` and `maximum` are set, or a number is out of range.
+
+    Example:
+        >>> reward = LengthReward(target=100)
+        >>> reward.score([Episode(prompt=[], row={}, group=0)])  # an episode without tokens
+        [-1.0]
     """
 
     def __init__(
@@ -44,6 +54,7 @@ class LengthReward(Reward):
         return [-min(self.limit, self.slope * self._over(episode.response_tokens)) for episode in episodes]
 
     def _over(self, length: int) -> int:
+        """Number of tokens that are penalized."""
         if self.target is not None:
             return abs(length - self.target)
         assert self.maximum is not None
@@ -51,15 +62,21 @@ class LengthReward(Reward):
 
 
 class OverlongPenalty(Reward):
-    """DAPO's soft overlong punishment (arXiv 2503.14476, eq. 13), of length n:
+    """DAPO's soft overlong punishment of length n (arXiv 2503.14476 eq. 13).
 
-    0 for n ≤ maximum − buffer; ((maximum − buffer) − n) / buffer up to maximum; −1 above.
+    0 for n ≤ maximum − buffer, then ((maximum − buffer) − n) / buffer up to `maximum`, and −1 above it.
 
     Args:
-        maximum: tokens of a response, as a rule the sampler's `max_tokens`.
-        buffer: the last tokens before it, over which the penalty grows.
-        weight: of this part; 0 only measures it.
-        name: under which it is logged.
+        maximum: Tokens of a response, usually the sampler's `max_tokens`.
+        buffer: Number of tokens before `maximum` over which the penalty grows.
+        weight: Weight of this term; at 0 it is only logged.
+        name: Name that it is logged under.
+
+    Raises:
+        ConfigError: If `buffer` is not between 1 and `maximum`.
+
+    Example:
+        >>> reward = OverlongPenalty(maximum=1024, buffer=256)
     """
 
     def __init__(self, maximum: int, buffer: int, weight: float = 1.0, name: str | None = None) -> None:
@@ -74,4 +91,5 @@ class OverlongPenalty(Reward):
         return [self._one(episode.response_tokens) for episode in episodes]
 
     def _one(self, length: int) -> float:
+        """Penalty of a response of `length` tokens."""
         return max(-1.0, min(0.0, (self.maximum - self.buffer - length) / self.buffer))

@@ -1,4 +1,4 @@
-"""Rewards that were trained: preference models, alone or several that must agree."""
+"""Rewards from trained preference models: one model, or an ensemble."""
 
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -18,21 +18,29 @@ from rlhf_lightning.types import Episode
 
 
 class ModelReward(Reward):
-    """A trained preference model, of any scorer.
+    """A trained preference model with any scorer.
 
-    Where its tokenizer and template are the policy's, the very tokens that were sampled are scored; else the messages
-    are, through its own (and so is a response that one of the sampler's stop texts ended).
+    If its tokenizer and template are the policy's, it scores the sampled tokens themselves. Otherwise it renders the
+    messages with its own template; it does so too for responses that were ended by one of the sampler's stop texts.
 
     Args:
-        model: the model folder.
-        weight: of this part; 0 only measures it.
-        name: under which it is logged.
-        dtype: of its weights.
-        device: where it stays and runs (`cpu`, `cuda:1`); the policy's by default.
-        normalize: brings scores to a common scale before they are clipped and weighted.
-        clip: the largest absolute value, after normalizing.
-        offload: the weights are in the memory of the CPU, except while a round is scored.
-        scorer: dotted path of your own scorer class, where the model was trained with one.
+        model: The model folder.
+        weight: Weight of this term; at 0 it is only logged.
+        name: Name that it is logged under.
+        dtype: Type of its weights.
+        device: Where it stays and runs (`cpu`, `cuda:1`); by default the policy's device.
+        normalize: Brings scores to a common scale before they are clipped and weighted.
+        clip: Largest absolute value after normalization.
+        offload: Keep the weights in CPU memory except while a round is scored.
+        scorer: Dotted path of your own scorer class, if the model was trained with one.
+
+    Raises:
+        ConfigError: If the scorer cannot be imported, or `device` and `offload` are both set.
+
+    Example:
+        ```python
+        reward = ModelReward("runs/demo/preference/model", normalize=RunningNorm(), clip=5.0)
+        ```
     """
 
     def __init__(
@@ -67,27 +75,27 @@ class ModelReward(Reward):
         if self.device_name is None:
             self._judge = judge
             self._place = Place(judge, offload=True) if self.offload else None
-        else:  # in a tuple, so that it is no part of the module and does not move with it
+        else:  # in a tuple, so that torch does not register it and move it with the module
             self._apart = (judge.to(self.device_name),)
         self._policy, self._by_tokens = renderer, judge.same_tokens(renderer)
         super().bind(renderer)
 
     def score(self, episodes: Sequence[Episode]) -> Sequence[float | None]:
         assert self.judge is not None, "bind() comes first"
-        # An episode that had no room for a response has nothing to be scored.
+        # An episode without room for a response has nothing to score.
         answered = [i for i, episode in enumerate(episodes) if episode.response_tokens]
         sampled = [i for i in answered if self._seen_alike(episodes[i])]
         shown = sorted(set(answered) - set(sampled))
         found: list[float | None] = [None] * len(episodes)
         with self._place.there() if self._place else nullcontext():
-            for places, scorer in ((sampled, self._score_drawn), (shown, self._score_shown)):
+            for places, scorer in ((sampled, self._score_tokens), (shown, self._score_messages)):
                 if places:
                     for i, score in zip(places, scorer([episodes[i] for i in places]), strict=True):
                         found[i] = score
         return found
 
     def _seen_alike(self, episode: Episode) -> bool:
-        """Whether what the policy saw and sampled is, token for token, what the model would be shown of it."""
+        """True if the tokens that the policy saw and sampled are exactly those that the model would be shown."""
         assert self.judge is not None
         assert self._policy is not None
         if not self._by_tokens or episode.stopped_by_text:
@@ -95,14 +103,14 @@ class ModelReward(Reward):
         seen = (episode.prompt, episode.tools)
         return self._policy.completed(*seen) == self.judge.renderer.completed(*seen)
 
-    def _score_drawn(self, episodes: Sequence[Episode]) -> list[float]:
-        """By the tokens that were sampled."""
+    def _score_tokens(self, episodes: Sequence[Episode]) -> list[float]:
+        """Score the sampled tokens."""
         assert self.judge is not None
         rows = [last_turn(episode) for episode in episodes]
         return self.judge.score_tokens([ids for ids, _ in rows], [loss_mask for _, loss_mask in rows]).tolist()
 
-    def _score_shown(self, episodes: Sequence[Episode]) -> list[float]:
-        """By messages, through the model's own template."""
+    def _score_messages(self, episodes: Sequence[Episode]) -> list[float]:
+        """Score the messages, rendered with the model's own template."""
         assert self.judge is not None
         last = [max(i for i, m in enumerate(e.responses) if m["role"] == "assistant") for e in episodes]
         prompts = [episode.prompt + episode.responses[:i] for episode, i in zip(episodes, last, strict=True)]
@@ -112,22 +120,30 @@ class ModelReward(Reward):
 
 
 class EnsembleReward(Reward):
-    """The mean of several preference models, less what they disagree: mean − coefficient · standard deviation (over n).
+    """Mean of several preference models minus their disagreement: mean − coefficient · standard deviation (over n).
 
-    A policy that finds the fault of one model seldom finds that of all (Coste et al., arXiv 2310.02743). The
-    deviation is logged as `reward_NAME_std`. The models must score on one scale, as those of one recipe do.
+    A policy that exploits an error of one model seldom finds one that all share (Coste et al., arXiv 2310.02743). The
+    deviation is logged as `reward_NAME_std`. The models must score on the same scale, as those of one recipe do.
 
     Args:
-        models: the model folders, two or more.
-        coefficient: of the standard deviation.
-        weight: of this part; 0 only measures it.
-        name: under which it is logged.
-        dtype: of their weights.
-        device: where they stay and run (`cpu`, `cuda:1`); the policy's by default.
-        normalize: brings scores to a common scale before they are clipped and weighted.
-        clip: the largest absolute value, after normalizing.
-        offload: the weights are in the memory of the CPU, except while a round is scored.
-        scorer: dotted path of your own scorer class, where the models were trained with one.
+        models: The model folders, two or more.
+        coefficient: Weight of the standard deviation, not negative.
+        weight: Weight of this term; at 0 it is only logged.
+        name: Name that it is logged under.
+        dtype: Type of their weights.
+        device: Where they stay and run (`cpu`, `cuda:1`); by default the policy's device.
+        normalize: Brings scores to a common scale before they are clipped and weighted.
+        clip: Largest absolute value after normalization.
+        offload: Keep the weights in CPU memory except while a round is scored.
+        scorer: Dotted path of your own scorer class, if the models were trained with one.
+
+    Raises:
+        ConfigError: If fewer than two different models are given, or the coefficient is negative.
+
+    Example:
+        ```python
+        reward = EnsembleReward([f"runs/seed{seed}/preference/model" for seed in range(3)])
+        ```
     """
 
     def __init__(
@@ -145,10 +161,12 @@ class EnsembleReward(Reward):
     ) -> None:
         super().__init__(weight, name, normalize, clip)
         if isinstance(models, str) or len(set(models)) < 2 or len(set(models)) < len(models):
-            raise ConfigError(f"the reward {name}: models is {models}; it must list two or more, each once")
+            raise ConfigError(f"the reward {name}: models is {models}; it must list at least two different folders")
         check_finite(f"the coefficient of the reward {name}", coefficient)
         if coefficient < 0:
-            raise ConfigError(f"the coefficient of the reward {name} is {coefficient}; below 0 it rewards disagreement")
+            raise ConfigError(
+                f"the coefficient of the reward {name} is {coefficient}; a negative one would reward disagreement"
+            )
         self.coefficient = coefficient
         self.members = nn.ModuleList(
             ModelReward(model, dtype=dtype, device=device, offload=offload, scorer=scorer) for model in models
@@ -176,7 +194,7 @@ class EnsembleReward(Reward):
 
 
 def last_turn(episode: Episode) -> tuple[list[int], list[int]]:
-    """The row that holds the last response, cut after it, and the mask of that response alone."""
+    """The row with the last response, cut after it, and a mask that is 1 on that response alone."""
     training_sample = next(
         training_sample for training_sample in reversed(episode.training_samples) if training_sample.actions
     )

@@ -1,4 +1,4 @@
-"""Rewards of unlike scale on a common one: by running statistics, or by those of reference demonstrations."""
+"""Normalization of scores by running statistics, or by those of reference demonstrations."""
 
 import math
 from abc import abstractmethod
@@ -23,10 +23,17 @@ Score = Callable[[Sequence[Episode]], Sequence[float | None]]
 
 
 class Normalizer(nn.Module):
-    """From scores to normalized scores, by a count, a mean and a standard deviation (over n) that a checkpoint keeps.
+    """Base class of normalizers, with the count, mean and standard deviation (over n) of scores, kept in checkpoints.
 
-    The statistics are float64, kept as their bits in an integer buffer: a float buffer would be rounded under
+    The statistics are float64, stored as their bits in an integer buffer: a float buffer would be rounded under
     `bf16-true`, and MPS has no float64.
+
+    Example:
+        >>> class HalfScale(Normalizer):
+        ...     def normalized(self, values, running):
+        ...         return [value / 2 for value in values]
+        >>> HalfScale().normalized([1.0, 3.0], running="off")
+        [0.5, 1.5]
     """
 
     bits: Tensor
@@ -37,12 +44,12 @@ class Normalizer(nn.Module):
 
     @property
     def moments(self) -> tuple[float, float, float]:
-        """Count, mean, and sum of squared differences from it."""
+        """Count, mean, and sum of squared deviations from the mean."""
         count, mean, squares = self.bits.cpu().view(torch.float64).tolist()
         return count, mean, squares
 
     def merge(self, values: Sequence[float]) -> None:
-        """Take further values in. Sums are exact before they are rounded: the order of values does not matter."""
+        """Add values to the statistics. Sums are exact before rounding, so the order of the values does not matter."""
         if not values:
             return
         count, mean, squares = self.moments
@@ -56,26 +63,40 @@ class Normalizer(nn.Module):
 
     @property
     def deviation(self) -> float:
-        """Standard deviation (over n); 1 where all values are equal, which leaves nothing to divide."""
+        """Standard deviation (over n); 1 if all values are equal, so that dividing by it is safe."""
         count, mean, squares = self.moments
         deviation = math.sqrt(squares / count) if count else 0.0
         return deviation if deviation > 1e-8 * max(1.0, abs(mean)) else 1.0
 
     def bind(self, renderer: Renderer, score: Score) -> None:
-        """Called once, with the policy's renderer and the reward's `score`."""
+        """Prepare for use; called once.
+
+        Args:
+            renderer: The policy's renderer.
+            score: The reward's `score`.
+        """
 
     @abstractmethod
     def normalized(self, values: Sequence[float], running: str) -> list[float]:
-        """Values normalized; `running` is what `total_rewards` says."""
+        """Normalize values.
+
+        Args:
+            values: Scores.
+            running: See `total_rewards`.
+        """
 
 
 class RunningNorm(Normalizer):
-    """(score − mean) / deviation of all scores of all rounds up to this one, over all ranks.
+    """(score − mean) / deviation over all scores of all rounds so far, on all ranks.
 
-    What is held out (`val/`, `test/`) is not normalized: the scale that moves with training would hide progress.
+    Held-out scores (`val/`, `test/`) are not normalized, since a scale that moves with training would hide progress.
 
     Args:
-        center: subtract the mean.
+        center: Subtract the mean.
+
+    Example:
+        >>> RunningNorm().normalized([0.0, 2.0], running="update")
+        [-1.0, 1.0]
     """
 
     def __init__(self, center: bool = True) -> None:
@@ -93,14 +114,21 @@ class RunningNorm(Normalizer):
 
 
 class ReferenceNorm(Normalizer):
-    """score − mean of the scores of reference demonstrations, which then have 0 (and, with `scale`, deviation 1).
+    """score − mean score of reference demonstrations, so that these average 0 (and, with `scale`, have deviation 1).
 
-    They are scored once, before the first episodes are, where the reward's model then is.
+    The demonstrations are scored once, before the first episodes, on the device where the reward then is.
 
     Args:
-        data: the demonstrations: rows of supervised data (a file, a Hub id, or a list of dicts).
-        scale: divide by their deviation too.
-        limit: use only so many rows, the first.
+        data: The demonstrations: rows of supervised data (a file, a Hub id, or a list of dicts).
+        scale: Also divide by their standard deviation.
+        limit: Use only the first `limit` rows.
+
+    Raises:
+        ConfigError: If `limit` is below 2.
+
+    Example:
+        >>> messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}]
+        >>> norm = ReferenceNorm([{"messages": messages}] * 2, scale=True)
     """
 
     def __init__(self, data: Source, scale: bool = False, limit: int | None = None) -> None:
@@ -128,12 +156,12 @@ class ReferenceNorm(Normalizer):
 
 
 def _demonstration(renderer: Renderer, data: dict[str, Any]) -> Episode:
-    """A row of supervised data as an episode that the policy might have played."""
+    """A row of supervised data as an episode, as if the policy had sampled its last message."""
     refuse_media(data)
     refuse_unwanted(data)
     messages, tools = conversation(data), tool_schemas(data)
     if messages[-1]["role"] != "assistant" or len(messages) == 1:
-        raise RowError(f"a demonstration ends with an answer; the roles are {[m['role'] for m in messages]}")
+        raise RowError(f"a demonstration must end with an answer; its roles are {[m['role'] for m in messages]}")
     renderer.refuse_lost(messages, tools)
     row = renderer.exchange(messages[:-1], messages[-1:], tools)
     training_sample = TrainingSample(row.ids, row.loss_mask, [0.0] * len(row.ids))

@@ -1,4 +1,4 @@
-"""Pairwise preference within a group: each response against the others of its prompt."""
+"""Pairwise comparison within a group: each response against the others to its prompt."""
 
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -15,20 +15,31 @@ OUTCOMES = ("probability", "sign")
 
 
 class PairwiseReward(Reward):
-    """Wins minus losses against the others of the group, divided by their number: from −1 to 1.
+    """Wins minus losses against the other responses of the group, divided by their number: from −1 to 1.
 
-    Each pair is judged in both orders, and the two verdicts are averaged: what a judge gives to a place cancels. How
-    much that is is logged as `reward_NAME_order_bias`. It does not apply to a group of one.
+    Each pair is judged in both orders and the two verdicts are averaged, which cancels a judge's position bias. The
+    bias is logged as `reward_NAME_order_bias`. The term does not apply to a group of one.
 
     Args:
-        judge: called as `judge(prompt, a, b)` with the prompt's messages and two responses as text, sync or async;
-            the function, or its dotted path in YAML.
-        outcome: what it returns: `probability` that a is better (0 to 1), or `sign`: 1, 0 (a tie) or -1.
-        timeout: seconds that one call may take.
-        weight: of this part; 0 only measures it.
-        name: under which it is logged; the judge's by default.
-        skip_special_tokens: false reads responses exactly as they were sampled: with special tokens (`<|im_end|>`),
-            the text that ended them, and white space at their ends.
+        judge: Called as `judge(prompt, a, b)` with the prompt's messages and two responses as text, sync or async; the
+            function, or its dotted path in YAML.
+        outcome: What it returns: the `probability` that a is better (0 to 1), or a `sign`: 1, 0 (tie) or -1.
+        timeout: Seconds that a call may take.
+        weight: Weight of this term; at 0 it is only logged.
+        name: Name that it is logged under; by default the judge's.
+        skip_special_tokens: If False, responses are read exactly as sampled: with special tokens (`<|im_end|>`), the
+            text that ended them, and leading and trailing white space.
+
+    Raises:
+        ConfigError: If `outcome` is unknown, or `judge` cannot be called.
+
+    Example:
+        >>> def longer(prompt, a, b):
+        ...     return (len(a) > len(b)) - (len(a) < len(b))
+        >>> replies = [[{"role": "assistant", "content": text}] for text in ("Hi", "Hello")]
+        >>> episodes = [Episode(prompt=[], row={}, group=0, responses=reply) for reply in replies]
+        >>> PairwiseReward(longer, outcome="sign").score(episodes)
+        [-1.0, 1.0]
     """
 
     def __init__(
@@ -68,7 +79,7 @@ class PairwiseReward(Reward):
         return [_mean(wins[id(episode)]) if wins[id(episode)] else None for episode in episodes]
 
     def _verdicts(self, pairs: Sequence[tuple[Episode, Episode]]) -> list[tuple[float, float]]:
-        """For each pair, from −1 to 1: how much better a is said to be in the order (a, b), and b in (b, a)."""
+        """For each pair, two numbers from −1 to 1: how much better a is judged in the order (a, b), and b in (b, a)."""
         said = {id(episode): self.text(episode) for pair in pairs for episode in pair}
         differ = [(a, b) for a, b in pairs if said[id(a)] != said[id(b)]]
         orders = [order for a, b in differ for order in ((a, b), (b, a))]
@@ -82,10 +93,11 @@ class PairwiseReward(Reward):
                 raise outcome.error
             found.append(self._checked(outcome.value, about))
         verdicts = iter(zip(found[::2], found[1::2], strict=True))
-        # Equal texts need no judge.
+        # Equal texts are a tie without asking the judge.
         return [next(verdicts) if said[id(a)] != said[id(b)] else (0.0, 0.0) for a, b in pairs]
 
     def _checked(self, value: Any, about: str) -> float:
+        """A verdict as a number from −1 to 1."""
         value = value.item() if hasattr(value, "item") else value
         check_finite(f"{about}: the judge's verdict", 0.5 if value is None else value)
         if self.outcome == "sign" and value in (-1, 0, 1):
@@ -93,7 +105,7 @@ class PairwiseReward(Reward):
         if self.outcome == "probability" and value is not None and 0 <= value <= 1:
             return 2 * float(value) - 1
         wanted = "1, 0 or -1" if self.outcome == "sign" else "a probability from 0 to 1"
-        raise ConfigError(f"{about}: the judge returned {value!r}; wanted {wanted}")
+        raise ConfigError(f"{about}: the judge returned {value!r}; it must return {wanted}")
 
 
 def _mean(values: Sequence[float]) -> float:

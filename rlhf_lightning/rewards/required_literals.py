@@ -1,4 +1,4 @@
-"""What a regular expression needs in a text: texts that rewards never see make it one that never matches."""
+"""Literal texts that a regular expression needs: one that needs a text which rewards never see can never match."""
 
 import re
 from collections.abc import Iterable, Sequence
@@ -7,18 +7,28 @@ from re import _constants, _parser  # type: ignore[attr-defined]
 from typing import Any
 
 MOST = 200
-"""Alternatives of a pattern that are looked at; of a pattern with more nothing is said."""
-# A way to match is a list of texts that it needs, in order; what one way needs in one piece is one text.
+"""Largest number of alternatives to examine; nothing is concluded about patterns with more."""
+# A way to match is the list of texts that it needs, in order; adjacent literals are joined into one text.
 _ANYTHING, _NOTHING = ["", ""], [""]
 
 
 def required_literal(pattern: re.Pattern[str], texts: Iterable[str]) -> str | None:
-    """One of `texts` that a text must have for the pattern to match it, whichever of its alternatives does."""
+    """One of `texts` that a text must contain for the pattern to match, whichever of its alternatives does; else None.
+
+    Args:
+        pattern: The compiled expression.
+        texts: Candidates.
+
+    Example:
+        >>> required_literal(re.compile(r"<end>(a|b)"), ["<end>"])
+        '<end>'
+    """
     return _needed(pattern.pattern, pattern.flags, tuple(texts))
 
 
 @lru_cache(maxsize=1024)
 def _needed(pattern: str, flags: int, texts: tuple[str, ...]) -> str | None:
+    """`required_literal`, cached."""
     found = _ways(_parser.parse(pattern, flags & ~re.DEBUG))
     fold = str.casefold if flags & re.IGNORECASE else str
     first: str | None = None
@@ -31,7 +41,7 @@ def _needed(pattern: str, flags: int, texts: tuple[str, ...]) -> str | None:
 
 
 def _ways(items: Sequence[Any]) -> list[list[str]] | None:
-    """The ways in which a parsed pattern matches; None where there are too many."""
+    """Ways in which a parsed pattern can match; None if there are too many."""
     ways: list[list[str]] = [_NOTHING]
     for item in items:
         follow = _of(*item)
@@ -42,6 +52,7 @@ def _ways(items: Sequence[Any]) -> list[list[str]] | None:
 
 
 def _of(op: Any, value: Any) -> list[list[str]] | None:
+    """Ways in which one item of a parsed pattern can match; None if there are too many."""
     if op is _constants.LITERAL:
         return [[chr(value)]]
     if op in (_constants.AT, _constants.ASSERT_NOT):

@@ -1,4 +1,4 @@
-"""Verifiers: rewards that compare a response with what the row says is right."""
+"""Verifiers: rewards that compare a response with the right answer in the row."""
 
 import re
 from collections.abc import Sequence
@@ -15,29 +15,38 @@ from rlhf_lightning.types import Episode
 
 
 class ExactAnswer(Reward):
-    """`hit` where the answer that the response gives is that of the row, else `miss`.
+    """`hit` if the response's answer equals the row's, else `miss`.
 
     Args:
-        column: of the right answer: text, a number, or a list of which any is right. Without it (or null, or empty) the
-            reward does not apply to the row.
-        pattern: regular expression that finds the answer in the response: its last match, or the first group of it;
-            no match is a miss. The whole response by default.
-        answer_pattern: likewise in the column, where it holds more than the answer.
-        ignore_case: compare without case.
-        ignore_space: compare with white space collapsed, and none at the ends.
-        numbers: compare numbers by value (1,000 = 1000.0, 1/2 = 0.5, $5 = 5, 50% = 50); what is no number as text.
-        hit: the score of a right answer.
-        miss: the score of any other.
-        weight: of this part; 0 only measures it.
-        name: under which it is logged.
-        skip_special_tokens: false reads responses exactly as they were sampled: with special tokens (`<|im_end|>`),
-            the text that ended them, and white space at their ends.
+        column: Column with the right answer: a text, a number, or a list of acceptable ones. The reward does not apply
+            to rows where it is missing, null or empty.
+        pattern: Regular expression that finds the answer in the response: its last match, or that match's first group.
+            No match is a miss. By default the whole response.
+        answer_pattern: The same for the column, if it holds more than the answer.
+        ignore_case: Compare ignoring case.
+        ignore_space: Collapse white space, and strip it at the ends, before comparing.
+        numbers: Compare numbers by value (1,000 = 1000.0, 1/2 = 0.5, $5 = 5, 50% = 50); anything else as text.
+        hit: Score of a right answer.
+        miss: Score of any other.
+        weight: Weight of this term; at 0 it is only logged.
+        name: Name that it is logged under.
+        skip_special_tokens: If False, responses are read exactly as sampled: with special tokens (`<|im_end|>`), the
+            text that ended them, and leading and trailing white space.
+
+    Raises:
+        ConfigError: If a pattern is invalid, or `hit` equals `miss`.
+
+    Example:
+        >>> reward = ExactAnswer(pattern="#### (.*)", numbers=True)
+        >>> reply = [{"role": "assistant", "content": "2 * 500 is #### 1,000"}]
+        >>> reward.score([Episode(prompt=[], row={"answer": 1000}, group=0, responses=reply)])
+        [1.0]
     """
 
     def __init__(
         self,
         column: str = "answer",
-        pattern: str = "",  # not None: jsonargparse reads '#### (.*)' for `str | None` as a comment, which is None
+        pattern: str = "",  # not None: for `str | None`, jsonargparse reads '#### (.*)' as a YAML comment, hence None
         answer_pattern: str = "",
         ignore_case: bool = False,
         ignore_space: bool = True,
@@ -78,6 +87,7 @@ class ExactAnswer(Reward):
         return self.hit if given is not None and self._normal(given) in right else self.miss
 
     def _answers(self, row: dict[str, Any], where: str) -> set[Any] | None:
+        """The row's right answers, normalized; None if it has none."""
         value = row.get(self.column)
         if _absent(value):
             return None
@@ -90,6 +100,7 @@ class ExactAnswer(Reward):
         return {self._normal(answer) for answer in found if answer is not None}
 
     def _normal(self, text: str) -> Any:
+        """The form in which answers are compared."""
         if self.numbers and (number := as_number(text)) is not None:
             return number
         if self.ignore_space:
@@ -98,23 +109,35 @@ class ExactAnswer(Reward):
 
 
 MATCH_SECONDS = 5.0
-"""Time that a regular expression has for a response."""
+"""Seconds that a regular expression may take on one response."""
 
 
 class RegexReward(Reward):
-    """`hit` where a regular expression matches the response, else `miss`: a format, or a verifier of the row's own.
+    """`hit` if a regular expression matches the response, else `miss`: a format check, or a verifier per row.
+
+    Set exactly one of `pattern` and `column`. A dot also matches line ends.
 
     Args:
-        pattern: the expression, the same for every row.
-        column: or the column that holds it; where a row has none, the reward does not apply.
-        whole: it must match the whole response, not a part of it.
-        ignore_case: match in any case.
-        hit: the score of a match.
-        miss: the score of none.
-        weight: of this part; 0 only measures it.
-        name: under which it is logged.
-        skip_special_tokens: false reads responses exactly as they were sampled: with special tokens (`<|im_end|>`),
-            the text that ended them, and white space at their ends.
+        pattern: The expression, the same for every row.
+        column: Column that holds each row's expression. The reward does not apply to rows without one.
+        whole: The expression must match the whole response rather than a part of it.
+        ignore_case: Match ignoring case.
+        hit: Score of a match.
+        miss: Score of no match.
+        weight: Weight of this term; at 0 it is only logged.
+        name: Name that it is logged under.
+        skip_special_tokens: If False, responses are read exactly as sampled: with special tokens (`<|im_end|>`), the
+            text that ended them, and leading and trailing white space.
+
+    Raises:
+        ConfigError: If both or neither of `pattern` and `column` are set, the pattern is invalid, or `hit` equals
+            `miss`.
+
+    Example:
+        >>> reward = RegexReward(pattern="<think>.*</think>.+", whole=True)
+        >>> reply = [{"role": "assistant", "content": "<think>2 + 2</think>4"}]
+        >>> reward.score([Episode(prompt=[], row={}, group=0, responses=reply)])
+        [1.0]
     """
 
     def __init__(
@@ -136,7 +159,7 @@ class RegexReward(Reward):
             raise ConfigError(
                 f"the reward {self.name} needs a pattern (not empty) or a column that holds one, not both"
             )
-        # A dot matches line ends: responses have several lines.
+        # A dot matches line ends, since responses often have several lines.
         self.flags = re.DOTALL | (re.IGNORECASE if ignore_case else 0)
         self.pattern = compiled(pattern, f"the reward {self.name}: pattern", self.flags) if pattern else None
         self.column, self.whole, self.hit, self.miss = column, whole, hit, miss
@@ -148,6 +171,7 @@ class RegexReward(Reward):
             self._refuse(self.pattern)
 
     def _refuse(self, pattern: re.Pattern[str]) -> None:
+        """Refuse a pattern that needs a text that responses are read without."""
         self.refuse_hidden(f"the pattern {pattern.pattern!r}", required_literal(pattern, self.hidden))
 
     def check(self, prompts: Sequence[Prompt]) -> None:
@@ -166,7 +190,8 @@ class RegexReward(Reward):
         return self.hit if self._matches(pattern, self.text(episode), episode) else self.miss
 
     def _matches(self, pattern: re.Pattern[str], text: str, episode: Episode) -> bool:
-        # Not by `re`, which nothing can interrupt: an expression of a row may backtrack for ever.
+        # `regex` has a timeout and `re` has none: an expression from the data may backtrack forever.
+        """True if the pattern matches within `MATCH_SECONDS`."""
         limited = regex.compile(pattern.pattern, pattern.flags & (re.DOTALL | re.IGNORECASE))
         match = limited.fullmatch if self.whole else limited.search
         try:
@@ -174,10 +199,11 @@ class RegexReward(Reward):
         except TimeoutError:
             raise DataError(
                 f"{episode.where or episode.label}: the expression {pattern.pattern[:80]!r} of the reward {self.name} "
-                f"takes longer than {MATCH_SECONDS:g} s on a response; write it without repeats inside repeats"
+                f"takes longer than {MATCH_SECONDS:g} s on a response; avoid nested repetition in it"
             ) from None
 
     def _of(self, row: dict[str, Any], where: str) -> re.Pattern[str] | None:
+        """The row's pattern; None if it has none."""
         if not self.column:
             return self.pattern
         value = row.get(self.column)
@@ -193,24 +219,38 @@ class RegexReward(Reward):
             raise DataError(f"{where}: {error}") from None
 
 
-# An exponent of few digits: one that the policy writes must not take for ever to be worked out.
+# Exponents are limited to three digits: evaluating a huge one that the policy writes must not take forever.
 _WHOLE = r"(\d{1,3}(,\d{3})+|\d+)"
 _NUMBER = re.compile(rf"([+-]?\$?|\$[+-])({_WHOLE}(\.\d*)?|\.\d+)([eE][+-]?\d{{1,3}})?|[+-]?\d+/\d+", re.ASCII)
 
 
 def compiled(pattern: str, setting: str, flags: int = 0) -> re.Pattern[str]:
-    """A regular expression; raises `ConfigError` where it is none, or matches everything, being empty."""
+    """Compile a regular expression.
+
+    Args:
+        pattern: The expression.
+        setting: Where it comes from, for the message.
+        flags: Flags of `re`.
+
+    Raises:
+        ConfigError: If it is invalid, or empty, so that it would match everything.
+    """
     try:
         found = re.compile(pattern, flags)
     except re.error as error:
-        raise ConfigError(f"{setting} {pattern!r} is no regular expression: {error}") from None
+        raise ConfigError(f"{setting} {pattern!r} is not a valid regular expression: {error}") from None
     if found.fullmatch("") and found.pattern.strip("^$()") == "":
         raise ConfigError(f"{setting} {pattern!r} is empty; it would match everything")
     return found
 
 
 def as_number(text: str) -> Fraction | None:
-    """The value of a number as people write it, or None."""
+    """The value of a number as people write it; None if the text is not a number.
+
+    Example:
+        >>> as_number("$1,000.50"), as_number("1/2"), as_number("ten")
+        (Fraction(2001, 2), Fraction(1, 2), None)
+    """
     text = text.strip().removesuffix("%").rstrip(" .,").replace(" ", "")
     match = _NUMBER.fullmatch(text)
     if match is None or len(text) > 100:
@@ -222,7 +262,7 @@ def as_number(text: str) -> Fraction | None:
 
 
 def _find(pattern: re.Pattern[str] | None, text: str) -> str | None:
-    """The last match, or the first group of it."""
+    """The pattern's last match, or that match's first group; the whole text without a pattern."""
     if pattern is None:
         return text
     match = None
@@ -234,10 +274,12 @@ def _find(pattern: re.Pattern[str] | None, text: str) -> str | None:
 
 
 def _absent(value: Any) -> bool:
+    """True for null, empty text and the empty list."""
     return value is None or value in ("", [])
 
 
 def _check_column(name: str, column: str, prompts: Sequence[Prompt]) -> None:
+    """Raise `ConfigError` if no row has the column."""
     if prompts and all(_absent(prompt.row.get(column)) for prompt in prompts):
         columns = sorted({key for prompt in prompts for key in prompt.row})
         raise ConfigError(
@@ -247,7 +289,8 @@ def _check_column(name: str, column: str, prompts: Sequence[Prompt]) -> None:
 
 
 def _check_scores(name: str, hit: float, miss: float) -> None:
+    """Raise `ConfigError` unless `hit` and `miss` are different finite numbers."""
     check_finite(f"the hit of the reward {name}", hit)
     check_finite(f"the miss of the reward {name}", miss)
     if hit == miss:
-        raise ConfigError(f"the reward {name}: hit and miss are both {hit}; nothing would be told apart")
+        raise ConfigError(f"the reward {name}: hit and miss are both {hit}, so it could not distinguish anything")

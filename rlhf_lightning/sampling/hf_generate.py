@@ -59,7 +59,7 @@ def generate(
 
 @contextmanager
 def _plain_settings(model: Any) -> Iterator[None]:
-    """Set the model's generation config aside, since its penalties and minimum lengths would change the distribution."""
+    """Set the model's generation config aside, since its penalties and minimum lengths would change what is sampled."""
     own, model.generation_config = model.generation_config, GenerationConfig()
     try:
         yield
