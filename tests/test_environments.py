@@ -358,9 +358,9 @@ def hangs(kind: str) -> type:
 @pytest.mark.parametrize(
     ("kind", "reason"),
     [
-        ("sync", "it took longer than its limit of 0.3 s"),
-        ("async", "it took longer than its limit of 0.3 s"),
-        ("blocking", "it blocks without await"),
+        ("sync", "it exceeded its limit of 0.3 s"),
+        ("async", "it exceeded its limit of 0.3 s"),
+        ("blocking", "it does not await"),
     ],
 )
 def test_what_hangs_is_ended(tokenizer: Any, kind: str, reason: str) -> None:
@@ -656,8 +656,8 @@ def call(text: str) -> str:
         (call('{"name": "add"}'), ["Error: TypeError: add() missing 2 required positional arguments: 'a' and 'b'"]),
         (call("[1]"), ['Error: a call is {"name": …, "arguments": {…}}']),
         (call('{"name": "add", "arguments": [1]}'), ["Error: the arguments must be an object"]),
-        (call('{"name": "stuck", "arguments": {"text": "a"}}'), ["Error: it took longer than its limit of 0.2 s"]),
-        (call('{"name": "wait", "arguments": {"seconds": 9}}'), ["Error: it took longer than its limit of 0.2 s"]),
+        (call('{"name": "stuck", "arguments": {"text": "a"}}'), ["Error: it exceeded its limit of 0.2 s"]),
+        (call('{"name": "wait", "arguments": {"seconds": 9}}'), ["Error: it exceeded its limit of 0.2 s"]),
     ],
 )
 def test_calls_and_their_answers(content: str, wanted: list[str]) -> None:
@@ -675,7 +675,7 @@ def test_calls_of_another_form() -> None:
     _, found = answers('CALL {"name": "add", "arguments": {"a": 1, "b": 1}};', pattern=r"CALL (.*?);")
     assert found == ["2"]
     _, found = answers(call('{"name": "add", "arguments": {"a": 1, "b": 1}}') * 3, max_calls=2)
-    assert found == ["2", "2", "Error: a message may hold 2 calls"]
+    assert found == ["2", "2", "Error: a message may make at most 2 calls"]
     with pytest.raises(ValueError, match="not valid JSON"):
         read_call('{"name": "add", "arguments": "{"}')
 
@@ -686,11 +686,11 @@ def test_calls_of_another_form() -> None:
         ({}, "ToolEnv needs tools"),
         ({"tools": "json.dumps"}, "ToolEnv needs tools"),
         ({"tools": ["nowhere.f"]}, r"ToolEnv.tools: 'nowhere.f' cannot be imported"),
-        ({"tools": [untyped]}, "cannot be shown to the policy"),
+        ({"tools": [untyped]}, "has no usable schema"),
         ({"tools": [add, add]}, "two tools have the same name"),
         ({"tools": [add], "pattern": "call"}, "has no group"),
         ({"tools": [add], "pattern": None}, "ToolEnv.pattern is None; it must be text"),
-        ({"tools": [add], "pattern": "("}, "no regular expression"),
+        ({"tools": [add], "pattern": "("}, "not a valid regular expression"),
         ({"tools": [add], "timeout": 0}, "ToolEnv.timeout is 0"),
         ({"tools": [add], "max_calls": 0}, "max_calls is 0"),
     ],

@@ -116,16 +116,16 @@ def test_a_run_from_end_to_end(run: Path, capsys: pytest.CaptureFixture[str]) ->
     assert capsys.readouterr().out.strip() == str(run / "report.html")
     page = Page((run / "report.html").read_text())
     found = page.charts()
-    assert "negative log-likelihood, nats a token: train/nll 3 → 0.55" in found
+    assert "negative log-likelihood, nats per token: train/nll 3 → 0.55" in found
     assert "pair accuracy: train/accuracy 0.5 → 0.75; val/accuracy 0.875" in found
     assert "calibration on held-out pairs: accuracy of pairs 81 pairs" in found
-    for title in ("reward against KL", "gold reward against KL", "entropy, nats a token", "response tokens"):
+    for title in ("reward against KL", "gold reward against KL", "entropy, nats per token", "response tokens"):
         assert any(label.startswith(f"{title}: ") for label in found)
     assert "rewards, first and last round: step 0 mean 0.15, n 2; step 9 mean 9.15, n 2" in found
     assert any(label.startswith("train/odd: ") for label in found), "every curve is there"
     for text in ("ECE 0.0425", "longer wins", "1 h 2 min", "torch 2.13.0", "cdcdcdcdcdcd", "abababababab", "high_kl"):
         assert text in page.text
-    assert "sft has been run anew since this stage was made from it" in page.text
+    assert "sft was run again after this stage had started from it" in page.text
     before, after = page.text.index("answer 0 "), page.text.index("answer 9 ")
     assert before < after
     assert "answer 5 " not in page.text
@@ -184,7 +184,7 @@ def test_a_stage_alone_and_under_way(tmp_path: Path) -> None:
     page = Page(write_report(tmp_path).read_text())
     assert "not finished" in page.text
     assert "1 values are not finite." in page.text
-    assert page.charts() == ["negative log-likelihood, nats a token: train/nll 2 → 1"]
+    assert page.charts() == ["negative log-likelihood, nats per token: train/nll 2 → 1"]
 
 
 def test_a_stage_command_writes_its_report(base: str, tmp_path: Path) -> None:
@@ -193,7 +193,7 @@ def test_a_stage_command_writes_its_report(base: str, tmp_path: Path) -> None:
     out = rlhf("sft", "fit", "-c", config, "--trainer.default_root_dir", str(folder))
     assert f"report: {folder / 'report.html'}" in out
     page = Page((folder / "report.html").read_text())
-    assert next(label.partition(":")[0] for label in page.charts()) == "negative log-likelihood, nats a token"
+    assert next(label.partition(":")[0] for label in page.charts()) == "negative log-likelihood, nats per token"
     for text in ("finished", "transformers", "sft.jsonl", "class_path: torch.optim.AdamW"):
         assert text in page.text
 

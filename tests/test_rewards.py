@@ -129,12 +129,12 @@ def test_what_is_no_score_is_refused_with_its_row(scores: Any, message: str) -> 
         (lambda: FunctionReward(len, timeout=0), "timeout of the reward len is 0"),
         (lambda: ExactAnswer(pattern="()"), r"pattern '\(\)' is empty; it would match everything"),
         (lambda: RegexReward(""), "needs a pattern"),
-        (lambda: ExactAnswer(pattern="(a"), "pattern '\\(a' is no regular expression"),
+        (lambda: ExactAnswer(pattern="(a"), "pattern '\\(a' is not a valid regular expression"),
         (lambda: ExactAnswer(hit=1.0, miss=1.0), "hit and miss are both 1.0"),
         (lambda: ExactAnswer(hit=math.nan), "hit of the reward ExactAnswer is nan"),
         (lambda: RegexReward(), "needs a pattern"),
         (lambda: RegexReward("a", "b"), "not both"),
-        (lambda: RegexReward("[a"), "is no regular expression"),
+        (lambda: RegexReward("[a"), "is not a valid regular expression"),
         (lambda: BlockedTerms(), "needs terms"),
         (lambda: BlockedTerms([" "]), "needs terms"),
         (lambda: BlockedTerms("bomb"), "must be a list"),  # type: ignore[arg-type]
@@ -210,7 +210,7 @@ def test_rows_that_a_verifier_cannot_use_are_named_before_training() -> None:
         ExactAnswer(answer_pattern="#### (.*)").check(rows)
     with pytest.raises(ConfigError, match=r"no row has the column 'solution'.*the data has answer"):
         ExactAnswer("solution").check(rows)
-    with pytest.raises(DataError, match=r"d.jsonl:2: 'answer' '\(' is no regular expression"):
+    with pytest.raises(DataError, match=r"d.jsonl:2: 'answer' '\(' is not a valid regular expression"):
         RegexReward(column="answer").check([rows[0], Prompt([], [], {"answer": "("}, where="d.jsonl:2")])
     with pytest.raises(ConfigError, match="wants 'wanted'; it can have answer, completions"):
         FunctionReward(lambda wanted: wanted, name="f").check(rows)
@@ -270,7 +270,7 @@ def test_functions_may_be_async_and_have_a_time_limit() -> None:
     started = time.perf_counter()
     for function in (hangs, hangs_too):
         with pytest.raises(
-            TimeLimitError, match=f"the reward {function.__name__}: it took longer than its limit of 0.1 s"
+            TimeLimitError, match=f"the reward {function.__name__}: it exceeded its limit of 0.1 s"
         ):
             FunctionReward(function, timeout=0.1).score([said("ab")])
     assert time.perf_counter() - started < 5

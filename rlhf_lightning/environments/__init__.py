@@ -1,1 +1,1 @@
-"""Environments: who answers the policy, its tools, and calls of a user's code."""
+"""Environments that answer the policy, the tool environment, and calls of users' code."""

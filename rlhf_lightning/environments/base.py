@@ -1,4 +1,4 @@
-"""Environments: who answers the policy. One object per episode, one or many turns, sync or async."""
+"""Environments answer the policy: one object per episode, for one or many turns, sync or async."""
 
 import math
 from collections.abc import Awaitable, Callable
@@ -21,47 +21,77 @@ class EpisodeError(UserError):
 
 @dataclass
 class StepResult:
-    """What an environment answers to a message."""
+    """What an environment returns for a message of the policy.
+
+    Example:
+        >>> StepResult(reward=0.5, done=False, next_messages=[{"role": "user", "content": "Try again."}]).done
+        False
+    """
 
     reward: float = 0.0
     """Added to the episode's reward."""
     done: bool = True
+    """True if the episode ends."""
     next_messages: list[Message] = field(default_factory=list)
-    """Appended to the conversation before the policy's next turn."""
+    """Messages appended to the conversation before the policy's next turn."""
     metrics: dict[str, float] = field(default_factory=dict)
     """Logged as means over episodes."""
 
 
 class MessageEnv(Protocol):
-    """An environment made of messages. Both methods may be async; then all episodes' steps run concurrently.
+    """An environment that exchanges messages with the policy.
 
-    It may have `tools`, a list of JSON schemas, which the chat template then shows to the policy.
+    Both methods may be async; the steps of all episodes then run concurrently. It may have an attribute `tools`, a list
+    of JSON schemas, which the chat template shows to the policy.
+
+    Example:
+        ```python
+        class GuessNumber:
+            def __init__(self, row):
+                self.answer = row["answer"]
+
+            def reset(self):
+                return [{"role": "user", "content": "Guess a number from 1 to 9."}]
+
+            def step(self, message):
+                right = message["content"].strip() == self.answer
+                hint = [{"role": "user", "content": "No. Guess again."}]
+                return StepResult(reward=float(right), done=right, next_messages=[] if right else hint)
+        ```
     """
 
     def reset(self) -> list[Message] | Awaitable[list[Message]]:
-        """The messages that the policy first sees."""
+        """The messages that the policy sees first."""
 
     def step(self, message: Message) -> StepResult | Awaitable[StepResult]:
-        """Take the policy's message."""
+        """Respond to the policy's message."""
 
 
 EnvironmentFactory = Callable[[dict[str, Any]], MessageEnv]
-"""Makes the environment of one episode from its row of data."""
+"""Makes the environment of one episode from its data row."""
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What an episode may take, and what happens to one whose environment fails.
+    """Limits of an episode, and what happens if its environment fails.
 
     Args:
-        max_turns: the policy's turns of an episode.
-        max_tokens: tokens that the policy may sample in all turns of an episode; a response over it is cut there.
-        step_timeout: seconds that one `reset` or `step` of an environment may take. Plain functions then run in
-            threads, several at once.
-        on_error: what follows an exception (or a time limit passed): `fail` ends the run and names the episode;
-            `retry` plays the episode again from `reset`, with seeds of its own, `retries` times, and then fails; `drop`
-            leaves the episode out of everything but `train/failed_episodes`.
-        retries: with `on_error: retry`.
+        max_turns: Largest number of the policy's turns.
+        max_tokens: Largest number of tokens that the policy may sample over all turns; a response is cut off there.
+            None for no limit.
+        step_timeout: Seconds that one `reset` or `step` may take. If set, plain functions run in threads, several at
+            once.
+        on_error: What follows an exception or a timeout. `fail` ends the run and names the episode. `retry` plays the
+            episode again from `reset`, with new seeds, up to `retries` times, and then fails. `drop` excludes the
+            episode from everything except `train/failed_episodes`.
+        retries: Number of retries of `on_error: retry`.
+
+    Raises:
+        ConfigError: If a setting is out of range.
+
+    Example:
+        >>> Limits(max_turns=4, on_error="retry", retries=2).max_turns
+        4
     """
 
     max_turns: int = 8
@@ -85,27 +115,42 @@ class Limits:
 def environment_factory(
     environment: str | Callable[..., MessageEnv] | None, arguments: dict[str, Any] | None = None
 ) -> EnvironmentFactory | None:
-    """A factory from a class or function, or its dotted path; `arguments` are given to it after the row, by name.
+    """Make a factory from an environment class or function.
 
-    A class may have a class method `check(**arguments)`, called here: it refuses arguments before training.
+    A class may have a class method `check(**arguments)`, which is called here to reject arguments before training.
+
+    Args:
+        environment: The class or function, or its dotted path; None for none.
+        arguments: Passed to it after the row, by name.
+
+    Returns:
+        The factory; None without an environment.
 
     Raises:
-        ConfigError: it cannot be imported, or is not callable.
+        ConfigError: If it cannot be imported, is not callable, or rejects its arguments.
     """
     if environment is None:
         if arguments:
-            raise ConfigError("model.environment_args is set, and model.environment is not")
+            raise ConfigError("model.environment_args is set, but model.environment is not")
         return None
     found = imported(environment, "model.environment") if isinstance(environment, str) else environment
     if not callable(found):
-        raise ConfigError(f"model.environment {environment!r} is no class or function")
+        raise ConfigError(f"model.environment {environment!r} is not a class or function")
     if check := getattr(found, "check", None):
         check(**(arguments or {}))
     return partial(found, **(arguments or {}))
 
 
 def imported(path: str, setting: str) -> Any:
-    """What a dotted path names; raises `ConfigError` with the setting it stands in."""
+    """Import what a dotted path names.
+
+    Args:
+        path: For example `package.module.name`.
+        setting: The setting that holds it, for the message.
+
+    Raises:
+        ConfigError: If it cannot be imported.
+    """
     module, _, name = path.rpartition(".")
     try:
         return getattr(import_module(module), name)
@@ -114,7 +159,7 @@ def imported(path: str, setting: str) -> Any:
 
 
 def checked_messages(value: Any) -> list[Message]:
-    """What `reset` returned, if it is a list of messages."""
+    """The result of `reset`, after checking that it is a list of messages."""
     fine = isinstance(value, list | tuple) and value and all(isinstance(m, dict) and m.get("role") for m in value)
     if not fine:
         raise TypeError(f"reset() returned {_short(value)}; it must be a list of messages, {{role, content}} each")
@@ -122,21 +167,23 @@ def checked_messages(value: Any) -> list[Message]:
 
 
 def checked_result(value: Any) -> StepResult:
-    """What `step` returned, if it is a `StepResult` of finite numbers and messages."""
+    """The result of `step`, after checking that it is a `StepResult` of finite numbers and messages."""
     if not isinstance(value, StepResult):
         raise TypeError(f"step() returned {_short(value)}; it must be a StepResult")
     for name, number in (("reward", value.reward), *((f"metrics[{key!r}]", n) for key, n in value.metrics.items())):
         if not hasattr(number, "__float__") or not math.isfinite(number):
             raise ValueError(f"step() returned {name} {number!r}; it must be a finite number")
     if not all(isinstance(message, dict) and message.get("role") for message in value.next_messages):
-        raise TypeError(f"step() returned next_messages {_short(value.next_messages)}; wanted {{role, content}} each")
+        raise TypeError(
+            f"step() returned next_messages {_short(value.next_messages)}; each must have {{role, content}}"
+        )
     if value.next_messages:
         value.next_messages = _messages(list(value.next_messages), "step() returned next_messages:")
     return value
 
 
 def _messages(value: list[Message], what: str) -> list[Message]:
-    """Messages in the form of those that are read from rows: tool calls, results that are objects."""
+    """Messages in the same form as those read from rows, including tool calls and results that are objects."""
     try:
         return to_messages(value)
     except RowError as error:

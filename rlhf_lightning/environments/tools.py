@@ -1,4 +1,4 @@
-"""A ready environment of tools: Python functions that the policy calls in its messages."""
+"""An environment of tools: Python functions that the policy calls in its messages."""
 
 import json
 import re
@@ -14,12 +14,12 @@ from rlhf_lightning.environments.user_calls import TimeLimitError, check_limit, 
 from rlhf_lightning.errors import ConfigError
 
 TOOL_CALL = r"<tool_call>\s*(.*?)\s*(?:</tool_call>|$)"
-"""The calls of Qwen and Hermes models. The closing tag may be missing where it is the sampler's stop text."""
+"""Tool calls of Qwen and Hermes models. The closing tag may be missing if it is the sampler's stop text."""
 
 
 @dataclass(frozen=True)
 class Tool:
-    """A function that the policy can call, and the schema that tells it how."""
+    """A function that the policy can call, and the schema that describes it."""
 
     name: str
     function: Callable[..., Any]
@@ -29,19 +29,32 @@ class Tool:
 class ToolEnv:
     """Answers a message by running the tool calls in it; a message without a call ends the episode.
 
-    The row's prompt opens the conversation, and its schemas go to the chat template. A result is a message of role
-    `tool`; a call that fails (no such tool, arguments that do not fit, an exception, no time) is answered by
-    `Error: …`, so that the policy can mend it. It gives no reward: `model.rewards` score the episode as usual.
+    The row's prompt starts the conversation, and the tools' schemas are passed to the chat template. Each result is a
+    message of role `tool`. A call that fails (unknown tool, invalid arguments, an exception, a timeout) is answered by
+    `Error: …`, so that the policy can correct it. The environment gives no reward; `model.rewards` score the episode.
 
     Logs `env_tool_calls` and `env_tool_errors`.
 
     Args:
-        row: of data.
-        tools: functions with typed arguments and a Google-style docstring, or their dotted paths; sync or async.
-        pattern: regular expression that finds calls in a message; its first group is the JSON of one,
+        row: The data row.
+        tools: Functions with typed arguments and a Google-style docstring, or their dotted paths; sync or async.
+        pattern: Regular expression that finds calls in a message. Its first group is the JSON of a call,
             `{"name": …, "arguments": {…}}`. The default finds `<tool_call>…</tool_call>`.
-        timeout: seconds that one call may take; null for no limit.
-        max_calls: calls of one message that are run; further ones are errors.
+        timeout: Seconds that one call may take; None for no limit.
+        max_calls: Number of calls that one message may make; further ones are answered with an error.
+
+    Example:
+        >>> def add(a: int, b: int) -> int:
+        ...     '''Add two numbers.
+        ...
+        ...     Args:
+        ...         a: The first.
+        ...         b: The second.
+        ...     '''
+        ...     return a + b
+        >>> env = ToolEnv({"prompt": "What is 2 + 3?"}, tools=[add])
+        >>> env.reset()
+        [{'role': 'user', 'content': 'What is 2 + 3?'}]
     """
 
     def __init__(
@@ -66,9 +79,13 @@ class ToolEnv:
         timeout: float | None = 30.0,
         max_calls: int = 16,
     ) -> None:
-        """Refuse arguments that cannot work, when the configuration is read."""
+        """Reject arguments that cannot work, when the configuration is read.
+
+        Raises:
+            ConfigError: If there are no tools, two have the same name, or another argument is invalid.
+        """
         if isinstance(tools, str) or not tools:
-            raise ConfigError("ToolEnv needs tools: a list of functions, or of their dotted paths")
+            raise ConfigError("ToolEnv needs tools: a list of functions or of their dotted paths")
         names = [tool.name for tool in _tools(tuple(tools))]
         if len(set(names)) < len(names):
             raise ConfigError(f"ToolEnv: two tools have the same name ({', '.join(names)})")
@@ -76,11 +93,11 @@ class ToolEnv:
         if max_calls < 1:
             raise ConfigError(f"ToolEnv.max_calls is {max_calls}; it must be at least 1")
         if not isinstance(pattern, str):  # jsonargparse reads a text that begins with # as a comment
-            raise ConfigError(f"ToolEnv.pattern is {pattern!r}; it must be text (begin it by \\# for a #)")
+            raise ConfigError(f"ToolEnv.pattern is {pattern!r}; it must be text (write \\# for an initial #)")
         try:
             groups = re.compile(pattern).groups
         except re.error as error:
-            raise ConfigError(f"ToolEnv.pattern {pattern!r} is no regular expression: {error}") from None
+            raise ConfigError(f"ToolEnv.pattern {pattern!r} is not a valid regular expression: {error}") from None
         if groups < 1:
             raise ConfigError(f"ToolEnv.pattern {pattern!r} has no group; its first group is the JSON of a call")
 
@@ -89,24 +106,25 @@ class ToolEnv:
         return prompt_messages(self.row)
 
     async def step(self, message: Message) -> StepResult:
-        """Run the calls of a message, one after the other."""
+        """Run the calls in a message, one after the other."""
         found = [match.group(1) or "" for match in self.pattern.finditer(message["content"])]
         answers = [await self._run(text, i) for i, text in enumerate(found)]
         metrics = {"tool_calls": float(self.calls), "tool_errors": float(self.errors)}
         return StepResult(done=not found, next_messages=answers, metrics=metrics)
 
     async def _run(self, text: str, number: int) -> Message:
+        """Run one call; returns the message that answers it."""
         self.calls += 1
         name = "unknown"
         try:
             if number >= self.max_calls:
-                raise ValueError(f"a message may hold {self.max_calls} calls")
+                raise ValueError(f"a message may make at most {self.max_calls} calls")
             name, arguments = read_call(text)
             if name not in self.available:
                 raise ValueError(f"there is no tool {name!r}; there are {', '.join(self.available)}")
             result = await within(partial(self.available[name].function, **arguments), self.timeout)
             content = result if isinstance(result, str) else json.dumps(result, ensure_ascii=False, default=str)
-        except Exception as error:  # noqa: BLE001 - a call is the policy's, and so is its error
+        except Exception as error:  # noqa: BLE001 - the policy made the call, so it gets the error
             self.errors += 1
             kind = "" if isinstance(error, ValueError | TimeLimitError) else f"{type(error).__name__}: "
             content = f"Error: {kind}{error}"
@@ -114,7 +132,21 @@ class ToolEnv:
 
 
 def read_call(text: str) -> tuple[str, dict[str, Any]]:
-    """Name and arguments of a call; raises `ValueError` with what is wrong."""
+    """Parse a tool call.
+
+    Args:
+        text: The JSON of the call.
+
+    Returns:
+        Name and arguments.
+
+    Raises:
+        ValueError: If it is malformed; the message says how.
+
+    Example:
+        >>> read_call('{"name": "add", "arguments": {"a": 2, "b": 3}}')
+        ('add', {'a': 2, 'b': 3})
+    """
     try:
         call = json.loads(text)
     except (json.JSONDecodeError, RecursionError) as error:
@@ -134,6 +166,7 @@ def read_call(text: str) -> tuple[str, dict[str, Any]]:
 
 @lru_cache(maxsize=64)
 def _tools(functions: tuple[str | Callable[..., Any], ...]) -> tuple[Tool, ...]:
+    """Tools from functions or dotted paths, cached."""
     return tuple(_tool(function) for function in functions)
 
 
@@ -143,9 +176,9 @@ def _tool(function: str | Callable[..., Any]) -> Tool:
 
     found = imported(function, "ToolEnv.tools:") if isinstance(function, str) else function
     if not callable(found):
-        raise ConfigError(f"ToolEnv.tools: {function!r} is no function")
+        raise ConfigError(f"ToolEnv.tools: {function!r} is not a function")
     try:
         schema = get_json_schema(found)
     except (DocstringParsingException, TypeHintParsingException) as error:
-        raise ConfigError(f"ToolEnv.tools: {function!r} cannot be shown to the policy: {error}") from error
+        raise ConfigError(f"ToolEnv.tools: {function!r} has no usable schema: {error}") from error
     return Tool(schema["function"]["name"], found, schema)

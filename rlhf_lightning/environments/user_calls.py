@@ -1,7 +1,7 @@
-"""Calls of a user's code (environments, tools, rewards): sync or async, side by side, within a time limit.
+"""Calls of users' code (environments, tools, rewards): sync or async, concurrently, within a time limit.
 
-All coroutines of a process run on one event loop in a thread of its own: what a client opened in one turn is still
-usable in the next, and a notebook, whose main thread has a loop already, can play episodes too.
+All coroutines of a process run on one event loop in a separate thread. A client opened in one turn therefore remains
+usable in the next, and episodes can be played in a notebook, whose main thread already has a running loop.
 """
 
 import asyncio
@@ -20,39 +20,47 @@ from rlhf_lightning.safe_points import safe_point
 
 Call = Callable[[], Any]
 WORKERS = 256
-"""Plain functions that run in threads at once."""
+"""Largest number of plain functions that run in threads at once."""
 
 
 class TimeLimitError(UserError):
-    """A call took longer than it may."""
+    """A call exceeded its time limit."""
 
 
 @dataclass
 class Outcome:
-    """What became of a call: its value, or the exception that it raised."""
+    """The result of a call: its value, or the exception that it raised."""
 
     value: Any = None
     error: Exception | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        # CheckedModule to other ranks: many exceptions cannot be made again from what they hold.
+        # Sent to other ranks as text, since many exceptions cannot be unpickled.
         return {"value": self.value, "error": self.error and UserError(f"{type(self.error).__name__}: {self.error}")}
 
 
 def check_limit(name: str, limit: float | None) -> None:
-    """Raise `ConfigError` unless a time limit is None or above 0."""
+    """Raise `ConfigError` unless a time limit is None or above 0 seconds."""
     if limit is not None and not limit > 0:
         raise ConfigError(f"{name} is {limit}; it must be above 0 (seconds), or null for no limit")
 
 
 def run_calls(calls: Sequence[Call], limit: float | None = None) -> list[Outcome]:
-    """Run every call; what it raises is its outcome.
+    """Run every call, and return its value or exception.
 
-    Without a limit plain functions run here, one after the other, and what can be awaited is awaited together. With
-    one, plain functions run in threads side by side. A call's time begins when it does.
+    Without a limit, plain functions run one after the other in this thread, and awaitables are awaited concurrently.
+    With a limit, plain functions run concurrently in threads. A call's time starts when the call does.
 
     Args:
-        limit: seconds of one call. A thread cannot be stopped: a plain function that hangs is left behind.
+        calls: Functions without arguments, sync or async.
+        limit: Seconds that one call may take. A thread cannot be stopped, so a plain function that hangs is abandoned.
+
+    Returns:
+        The outcomes, in the order of the calls.
+
+    Example:
+        >>> [outcome.value for outcome in run_calls([lambda: 1, lambda: 2])]
+        [1, 2]
     """
     safe_point()
     if limit is not None:
@@ -70,10 +78,17 @@ def run_calls(calls: Sequence[Call], limit: float | None = None) -> list[Outcome
 
 
 async def within(call: Call, limit: float | None) -> Any:
-    """The value of a call that must end within `limit` seconds; a plain function runs in a thread.
+    """Run a call that must end within `limit` seconds; a plain function runs in a thread.
+
+    Args:
+        call: A function without arguments, sync or async.
+        limit: Seconds; None for no limit.
+
+    Returns:
+        The call's value.
 
     Raises:
-        TimeLimitError: it did not.
+        TimeLimitError: If it takes longer.
     """
     if _is_async(call):
         return await _limited(call(), limit)
@@ -83,27 +98,31 @@ async def within(call: Call, limit: float | None) -> Any:
 
 
 def _here(call: Call) -> Outcome:
+    """Run a call in this thread."""
     try:
         return Outcome(call())
-    except Exception as error:  # noqa: BLE001 - kept, for the caller to decide on
+    except Exception as error:  # noqa: BLE001 - returned, for the caller to handle
         return Outcome(error=error)
 
 
 async def _settle(value: Awaitable[Any]) -> Any:
+    """Await a value."""
     return await value
 
 
 async def _limited(value: Awaitable[Any], limit: float | None) -> Any:
+    """Await a value for at most `limit` seconds."""
     try:
         async with asyncio.timeout(limit) as scope:
             return await value
     except TimeoutError:
         if scope.expired():
-            raise TimeLimitError(f"it took longer than its limit of {limit:g} s") from None
+            raise TimeLimitError(f"it exceeded its limit of {limit:g} s") from None
         raise
 
 
 def _is_async(call: Call) -> bool:
+    """True if calling it returns a coroutine."""
     function: Any = call
     while isinstance(function, partial):
         function = function.func
@@ -111,7 +130,7 @@ def _is_async(call: Call) -> bool:
 
 
 async def _in_thread(call: Call) -> Any:
-    """A daemon thread of its own: one that hangs keeps neither a pool nor the end of the process waiting."""
+    """Run a call in a new daemon thread: one that hangs blocks neither a pool nor the exit of the process."""
     loop = asyncio.get_running_loop()
     future: asyncio.Future[Outcome] = loop.create_future()
 
@@ -120,7 +139,7 @@ async def _in_thread(call: Call) -> Any:
             future.set_result(outcome)
 
     def work() -> None:
-        torch.set_grad_enabled(False)  # a thread does not inherit it
+        torch.set_grad_enabled(False)  # threads do not inherit the setting
         outcome = _here(call)
         if not loop.is_closed():
             loop.call_soon_threadsafe(deliver, outcome)
@@ -149,7 +168,7 @@ class _EventLoop:
         self.loop.run_forever()
 
     def answers(self, seconds: float) -> bool:
-        """Whether it gets to run something within so many seconds."""
+        """True if the loop runs something within `seconds`."""
         alive = threading.Event()
         self.loop.call_soon_threadsafe(alive.set)
         return alive.wait(seconds)
@@ -159,20 +178,24 @@ _CURRENT: list[_EventLoop] = []
 
 
 def _loop() -> _EventLoop:
-    # A forked process has its parent's objects, but not its threads.
+    # A forked process inherits its parent's objects but not its threads.
+    """The event loop of this process."""
     if not _CURRENT or _CURRENT[0].process != os.getpid():
         _CURRENT[:] = [_EventLoop()]
     return _CURRENT[0]
 
 
 def _together(coroutines: Sequence[Callable[[], Awaitable[Any]]], limit: float | None) -> list[Outcome]:
-    """Await all of them on the event loop. One that blocks the loop for longer than the limit ends them all."""
+    """Await all of them concurrently on the event loop.
+
+    If one blocks the loop for longer than the limit, all that are unfinished fail.
+    """
     found: list[Outcome | None] = [None] * len(coroutines)
 
     async def keep(i: int) -> None:
         try:
             found[i] = Outcome(await coroutines[i]())
-        except Exception as error:  # noqa: BLE001 - kept, for the caller to decide on
+        except Exception as error:  # noqa: BLE001 - returned, for the caller to handle
             found[i] = Outcome(error=error)
 
     async def everything() -> None:
@@ -193,5 +216,5 @@ def _together(coroutines: Sequence[Callable[[], Awaitable[Any]]], limit: float |
     except BaseException:
         future.cancel()
         raise
-    blocked = TimeLimitError(f"an async call held the event loop for longer than {limit} s (it blocks without await)")
+    blocked = TimeLimitError(f"an async call blocked the event loop for longer than {limit} s (it does not await)")
     return [outcome or Outcome(error=blocked) for outcome in list(found)]

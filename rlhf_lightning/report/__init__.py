@@ -10,18 +10,22 @@ from rlhf_lightning.report.read import Run, read_run
 
 log = logging.getLogger(__name__)
 STYLE = (Path(__file__).parent / "style.css").read_text(encoding="utf-8")
-# Nothing is loaded and nothing is run, whatever an answer of a model holds.
+# The page loads nothing and runs no script, whatever a model's answer contains.
 POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 
 
 def write_report(root: str | Path, output: str | Path | None = None) -> Path:
-    """Write the report of a pipeline's or a stage's folder; the path it stands at.
+    """Write the report of a pipeline's or a stage's folder.
 
     Args:
-        root: the folder. output: `report.html` in the folder by default.
+        root: The folder.
+        output: Where to write it; by default `report.html` in the folder.
+
+    Returns:
+        The path that was written.
 
     Raises:
-        UserError: the folder holds no run.
+        UserError: If the folder holds no run.
     """
     path = Path(output) if output else Path(root) / "report.html"
     page = render(read_run(Path(root)))
@@ -30,16 +34,16 @@ def write_report(root: str | Path, output: str | Path | None = None) -> Path:
 
 
 def report_after_stage(root: Path) -> None:
-    """Write the report of a run that goes on, or is done, whatever becomes of its report."""
+    """Write the report after a stage of a run. Errors are only logged."""
     try:
         log.info("report: %s", write_report(root))
     except Exception:
-        # The stage is done and its model is there: neither its exit code nor the pipeline may depend on this page.
+        # The stage is finished and its model saved: neither its exit code nor the pipeline may depend on this page.
         log.exception("%s: the report could not be written; `rlhf report` tries again", root)
 
 
 def render(run: Run) -> str:
-    """The page."""
+    """The whole page as HTML."""
     single = len(run.stages) == 1
     body = [
         el("h1", run.name),

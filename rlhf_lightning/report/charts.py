@@ -1,4 +1,4 @@
-"""Charts as inline SVG: drawn here, so that a page needs no library, no script and no network."""
+"""Charts as inline SVG, so that a page needs no library, no script and no network."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -15,20 +15,40 @@ LARGEST = 1e290
 
 @dataclass
 class Frame:
-    """The part of the plane that a chart shows, and where it stands on the page."""
+    """The range of values that a chart shows, and its mapping to the page.
+
+    Attributes:
+        x: Smallest and largest horizontal value.
+        y: Smallest and largest vertical value.
+
+    Example:
+        >>> frame = Frame(x=(0.0, 10.0), y=(0.0, 1.0))
+        >>> frame.at(0.0, 0.0) == (LEFT, HEIGHT - BOTTOM)
+        True
+    """
 
     x: tuple[float, float]
     y: tuple[float, float]
 
     def at(self, x: float, y: float) -> tuple[float, float]:
-        """Place of a point."""
+        """Position of a point in the SVG, in pixels."""
         (x0, x1), (y0, y1) = self.x, self.y
         across = LEFT + (x - x0) / (x1 - x0) * (WIDTH - LEFT - RIGHT)
         return round(across, 1), round(HEIGHT - BOTTOM - (y - y0) / (y1 - y0) * (HEIGHT - TOP - BOTTOM), 1)
 
 
 def curves(title: str, series: Mapping[str, Points], x: str = "step", note: str = "") -> Html | None:
-    """Lines over the step. A noisy one is drawn thin, with its running mean over it; None where nothing is to draw."""
+    """Line chart over steps. A curve of more than 40 points is drawn thin, with its running mean over it.
+
+    Args:
+        title: Title of the chart.
+        series: Points `(step, value)` by name.
+        x: Label of the horizontal axis.
+        note: Text below the chart.
+
+    Returns:
+        The figure; None if no value is finite.
+    """
     drawn = {name: finite(points) for name, points in series.items() if finite(points)}
     if not drawn:
         return None
@@ -49,13 +69,24 @@ def curves(title: str, series: Mapping[str, Points], x: str = "step", note: str 
 
 
 def path_chart(title: str, points: Points, x: str, y: str, note: str = "") -> Html | None:
-    """One quantity against another as a run goes on: later points are darker."""
+    """Chart of one quantity against another during a run; later points are darker.
+
+    Args:
+        title: Title of the chart.
+        points: `(x, y)` in the order of the run.
+        x: Label of the horizontal axis.
+        y: Name of the vertical quantity.
+        note: Text below the chart.
+
+    Returns:
+        The figure; None with fewer than two finite points.
+    """
     drawn = thinned(finite(points))
     if len(drawn) < 2:
         return None
     frame = frame_of(drawn)
     dots = [_dot(frame, point, 0, 0.2 + 0.8 * i / (len(drawn) - 1)) for i, point in enumerate(drawn)]
-    # Both are noisy: the mean runs along the path, not along an axis.
+    # Both quantities are noisy, so the running mean follows the path, not an axis.
     mean_x = [mean for _, mean in smoothed([(i, x) for i, (x, _) in enumerate(drawn)])]
     mean_y = [mean for _, mean in smoothed([(i, y) for i, (_, y) in enumerate(drawn)])]
     marks = [_line(frame, list(zip(mean_x, mean_y, strict=True)), 1)] if len(drawn) > 10 else []
@@ -110,7 +141,7 @@ def calibration(title: str, curve: Sequence[Mapping[str, float]], note: str = ""
 
 
 def figure(title: str, marks: Sequence[Html], legend: Mapping[str, str], note: str = "") -> Html:
-    """A chart with its title, and below it what each color is."""
+    """A chart with its title, and below it a legend."""
     label = f"{title}: " + "; ".join(f"{name} {value}" for name, value in legend.items())
     svg = el("svg", *marks, viewBox=f"0 0 {WIDTH} {HEIGHT}", role="img", aria_label=label)
     keys = [
@@ -121,7 +152,7 @@ def figure(title: str, marks: Sequence[Html], legend: Mapping[str, str], note: s
 
 
 def axes(frame: Frame, x: str) -> list[Html]:
-    """Grid lines with their numbers."""
+    """Grid lines and their numbers."""
     marks = []
     for value in ticks(*frame.y):
         left, height = frame.at(frame.x[0], value)
@@ -135,19 +166,19 @@ def axes(frame: Frame, x: str) -> list[Html]:
 
 
 def change(values: Sequence[float], digits: int = 4) -> str:
-    """The first and the last value; what is only rounding beside the largest of them is 0."""
+    """The first and the last value as text. Values that are only rounding next to the larger of them are shown as 0."""
     least = 1e-6 * max(map(abs, values))
     first, last = (number(value if abs(value) > least else 0, digits) for value in (values[0], values[-1]))
     return f"{first} → {last}" if len(values) > 1 else first
 
 
 def constant(points: Points) -> bool:
-    """Whether a curve has several points and never leaves its first value."""
+    """True if a curve has several points that all equal its first."""
     return len(points) > 1 and all(value == points[0][1] for _, value in points)
 
 
 def ticks(low: float, high: float, most: int = 4) -> list[float]:
-    """Round numbers within a range."""
+    """Round numbers within a range, about `most` of them."""
     rough = (high - low) / most
     size = 10 ** math.floor(math.log10(rough))
     step = next(size * factor for factor in (1, 2, 5, 10) if size * factor >= rough * (1 - 1e-9))
@@ -156,7 +187,7 @@ def ticks(low: float, high: float, most: int = 4) -> list[float]:
 
 
 def short(value: float) -> str:
-    """The number of a tick."""
+    """Label of a tick."""
     for size, letter in ((1e9, "G"), (1e6, "M"), (1e4, "k")):
         if abs(value) >= size:
             return f"{value / (1e3 if letter == 'k' else size):.3g}{letter}"
@@ -164,11 +195,12 @@ def short(value: float) -> str:
 
 
 def frame_of(points: Points) -> Frame:
-    """The range of points, with some room above and below."""
+    """The range of points, with a margin above and below."""
     return Frame(_widened([x for x, _ in points], margin=0.0), _widened([y for _, y in points]))
 
 
 def _widened(values: Sequence[float], margin: float = 0.05) -> tuple[float, float]:
+    """Smallest and largest value with a margin; a range of positive width even if all are equal."""
     low, high = min(values), max(values)
     if high - low <= 1e-9 * max(abs(low), abs(high), 1e-300):
         room = abs(low) * 0.1
@@ -182,14 +214,14 @@ def finite(points: Points) -> list[tuple[float, float]]:
 
 
 def thinned(points: Points) -> list[tuple[float, float]]:
-    """At most `MOST_POINTS`, each the mean of its neighbors."""
+    """At most `MOST_POINTS` points, each the mean of its neighbors."""
     size = math.ceil(len(points) / MOST_POINTS)
     groups = [points[i : i + size] for i in range(0, len(points), size)] if size > 1 else [[p] for p in points]
     return [(sum(x for x, _ in g) / len(g), sum(y for _, y in g) / len(g)) for g in groups]
 
 
 def smoothed(points: Points) -> list[tuple[float, float]]:
-    """Each point's value as the mean over a tenth of the points around it."""
+    """Running mean of each point over a tenth of the points around it."""
     reach = max(1, len(points) // 20)
     means = []
     for i, (x, _) in enumerate(points):

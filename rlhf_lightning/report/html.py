@@ -1,4 +1,4 @@
-"""HTML built of elements, so that no text reaches the page unescaped."""
+"""HTML built from elements, so that no text reaches the page unescaped."""
 
 import html
 from typing import Any
@@ -7,20 +7,32 @@ from rlhf_lightning.files import visible
 
 
 class Html(str):
-    """Text that is markup already."""
+    """A string that is already markup, and is not escaped again.
+
+    Example:
+        >>> el("p", "1 < 2", Html("<br>"))
+        '<p>1 &lt; 2<br></p>'
+    """
 
     __slots__ = ()
 
 
 def text(value: Any) -> Html:
-    """A value as text of the page: escaped, and what no page can hold made visible."""
+    """A value as text of the page: escaped, with characters that no page can hold made visible."""
     if isinstance(value, Html):
         return value
     return Html(html.escape(visible(str(value))))
 
 
 def el(tag: str, *children: Any, **attributes: Any) -> Html:
-    """An element. Children are escaped unless they are elements; `class_` is the class; `None` leaves out."""
+    """An HTML element.
+
+    Args:
+        tag: Name of the element.
+        *children: Elements, or values that are escaped; None is left out.
+        **attributes: Attributes; a trailing underscore is dropped (`class_`), others become hyphens, and None is left
+            out.
+    """
     given = {name.rstrip("_").replace("_", "-"): value for name, value in attributes.items() if value is not None}
     head = "".join(f' {name}="{text(value)}"' for name, value in given.items())
     inner = "".join(text(child) for child in children if child is not None)
@@ -28,12 +40,18 @@ def el(tag: str, *children: Any, **attributes: Any) -> Html:
 
 
 def join(parts: list[Html]) -> Html:
-    """Elements one after the other."""
+    """Elements on consecutive lines."""
     return Html("\n".join(parts))
 
 
 def table(head: list[Any], rows: list[list[Any]], class_: str | None = None) -> Html:
-    """A table that scrolls within itself where the screen is narrow."""
+    """A table that scrolls on its own where the screen is narrow.
+
+    Args:
+        head: Titles of the columns.
+        rows: Cells of each row.
+        class_: Class of the table.
+    """
     labeled = [[el("td", cell, data_label=label) for label, cell in zip(head, row, strict=True)] for row in rows]
     body = [el("tr", *cells) for cells in labeled]
     top = el("thead", el("tr", *(el("th", cell, scope="col") for cell in head)))
@@ -41,12 +59,12 @@ def table(head: list[Any], rows: list[list[Any]], class_: str | None = None) -> 
 
 
 def details(title: str, *children: Any) -> Html:
-    """What is folded away until it is asked for."""
+    """Content that is collapsed until it is opened."""
     return el("details", el("summary", title), *children)
 
 
 def number(value: Any, digits: int = 4) -> str:
-    """A figure in so many digits; a dash where there is none."""
+    """A number with `digits` significant digits; a dash for None."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return "–" if value is None else str(value)
     whole = isinstance(value, int) or (abs(value) < 1e15 and value.is_integer())

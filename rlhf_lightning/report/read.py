@@ -1,4 +1,4 @@
-"""What a run has left in its folder, read for its report."""
+"""Reading what a run left in its folder, for the report."""
 
 import csv
 import json
@@ -28,56 +28,61 @@ COMPARED = 6
 
 @dataclass
 class Samples:
-    """What `samples.jsonl` shows of a run: the rewards of its first and last round, and answers before and after."""
+    """Samples of a run from `samples.jsonl`.
+
+    Attributes:
+        first: Rows of the first round.
+        last: Rows of the last round.
+    """
 
     first: list[dict[str, Any]] = field(default_factory=list)
     last: list[dict[str, Any]] = field(default_factory=list)
     repeated: list[tuple[dict[str, Any], dict[str, Any]]] = field(default_factory=list)
-    """The earliest and the latest answer to prompts that were asked in several rounds, the most distant first."""
+    """Earliest and latest answer to prompts of several rounds, those furthest apart first."""
 
 
 @dataclass
 class StageRun:
-    """A stage's folder. What it does not hold (yet) is empty."""
+    """The contents of a stage's folder. What the folder does not hold (yet) is empty."""
 
     name: str
     folder: Path
     entry: dict[str, Any] = field(default_factory=dict)
-    """Of the manifest, if a pipeline ran it."""
+    """Entry of the manifest, if a pipeline ran the stage."""
     facts: dict[str, Any] = field(default_factory=dict)
     config: str = ""
     metrics: dict[str, Points] = field(default_factory=dict)
-    """By name: (step, value)."""
+    """Points `(step, value)` of each metric."""
     warnings: list[dict[str, Any]] = field(default_factory=list)
     preference: dict[str, Any] = field(default_factory=dict)
     samples: Samples = field(default_factory=Samples)
 
     @property
     def kind(self) -> str:
-        """sft, preference or policy."""
+        """`sft`, `preference` or `policy`."""
         return str(self.entry.get("kind") or self.facts.get("kind") or _kind(self.metrics))
 
     @property
     def status(self) -> str:
-        """As in the manifest; of a stage alone, whether it is finished."""
+        """Status in the manifest; for a single stage, whether it is finished."""
         return str(self.entry.get("status") or ("finished" if self.facts else "not finished"))
 
     @property
     def settings(self) -> dict[str, Any]:
-        """Its `config.yaml`."""
+        """Contents of its `config.yaml`."""
         return yaml.safe_load(self.config) or {}
 
 
 @dataclass
 class Run:
-    """A pipeline's folder, or that of a single stage."""
+    """The contents of a pipeline's folder, or of a single stage's."""
 
     name: str
     root: Path
     stages: list[StageRun]
     plan: str = ""
     summary: dict[str, Any] = field(default_factory=dict)
-    """Of the quickstart: figures and answers of base, SFT and policy."""
+    """Of a quickstart: numbers and answers of the base, SFT and RL models."""
 
 
 def read_run(root: Path) -> Run:
@@ -90,11 +95,17 @@ def read_run(root: Path) -> Run:
     if any((root / name).exists() for name in ("stage.json", "metrics.csv", "config.yaml")):
         return Run(root.resolve().name, root, [read_stage(root, root.resolve().name)])
     what = "holds no run (no manifest.json, stage.json or metrics.csv)" if root.is_dir() else "no such folder"
-    raise UserError(f"{root}: {what}. Name the folder of a pipeline or of a stage, for example runs/quickstart")
+    raise UserError(f"{root}: {what}. Give the folder of a pipeline or of a stage, for example runs/quickstart")
 
 
 def read_stage(folder: Path, name: str, entry: dict[str, Any] | None = None) -> StageRun:
-    """Read a stage's folder."""
+    """Read a stage's folder.
+
+    Args:
+        folder: The folder.
+        name: Name of the stage.
+        entry: Its entry of the manifest, if any.
+    """
     return StageRun(
         name,
         folder,
@@ -109,7 +120,7 @@ def read_stage(folder: Path, name: str, entry: dict[str, Any] | None = None) -> 
 
 
 def read_metrics(path: Path) -> dict[str, Points]:
-    """The columns of `metrics.csv` by name, each as (step, value)."""
+    """Columns of `metrics.csv`, each as points `(step, value)`."""
     found: dict[str, Points] = {}
     if not is_there(path):
         return found
@@ -128,7 +139,7 @@ def read_metrics(path: Path) -> dict[str, Points]:
 
 
 def read_samples(path: Path) -> Samples:
-    """One pass over the file keeps no more than the first and last round, and where each prompt stood."""
+    """Read samples in one pass, keeping only the first and last round and the position of each prompt's answers."""
     found = Samples()
     places: dict[int, list[tuple[int, int]]] = {}
     for offset, row in _located(path, SAMPLE):
@@ -140,7 +151,7 @@ def read_samples(path: Path) -> Samples:
         found.last.append(row)
         place = places.setdefault(hash(json.dumps(row["prompt"], sort_keys=True)), [])
         if not place or place[-1][0] != number:
-            # The first answer of a round, in the first and the latest round of the prompt.
+            # Keep the prompt's first answer in its first round and in its latest one.
             place[1:] = [(number, offset)]
     if found.first and found.first[0]["step"] == found.last[0]["step"]:
         found.last = []
@@ -191,5 +202,6 @@ def _config(path: Path) -> str:
 
 
 def _kind(metrics: dict[str, Points]) -> str:
+    """Kind of a stage by the metrics that it logged."""
     marks = {"train/nll": "sft", "train/accuracy": "preference", "train/margin": "preference", "train/reward": "policy"}
     return next((kind for name, kind in marks.items() if name in metrics), "stage")

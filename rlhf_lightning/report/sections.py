@@ -1,4 +1,4 @@
-"""The sections of a report, each from what was read of a run."""
+"""The sections of a report."""
 
 import json
 from collections.abc import Sequence
@@ -9,11 +9,11 @@ from rlhf_lightning.report import charts
 from rlhf_lightning.report.html import Html, details, el, join, number, table
 from rlhf_lightning.report.read import Points, Run, StageRun
 
-# Title, and names of metrics; what a stage did not log is left out.
+# Title of a chart and its metrics; metrics that a stage did not log are left out.
 CURVES: dict[str, list[tuple[str, list[str]]]] = {
     "sft": [
-        ("negative log-likelihood, nats a token", ["train/nll", "val/nll"]),
-        ("bits a byte", ["val/bits_per_byte"]),
+        ("negative log-likelihood, nats per token", ["train/nll", "val/nll"]),
+        ("bits per byte", ["val/bits_per_byte"]),
     ],
     "preference": [
         ("pair accuracy", ["train/accuracy", "val/accuracy", "val/accuracy_longer_wins"]),
@@ -26,10 +26,10 @@ CURVES: dict[str, list[tuple[str, list[str]]]] = {
     "policy": [
         ("reward", ["train/reward", "val/reward_sampled", "val/reward_greedy"]),
         ("gold reward", ["train/reward_gold"]),
-        ("KL to the reference, nats a response", ["train/kl", "val/kl"]),
-        ("entropy, nats a token", ["train/entropy"]),
+        ("KL to the reference, nats per response", ["train/kl", "val/kl"]),
+        ("entropy, nats per token", ["train/entropy"]),
         ("response tokens", ["train/response_tokens", "val/response_tokens"]),
-        ("part of responses cut off", ["train/truncated", "val/truncated"]),
+        ("fraction of truncated responses", ["train/truncated", "val/truncated"]),
         ("clip fraction", ["train/clip_fraction"]),
         ("groups without signal", ["train/zero_variance_groups"]),
     ],
@@ -37,24 +37,28 @@ CURVES: dict[str, list[tuple[str, list[str]]]] = {
 HEADLINES = {
     "sft": {"val/nll": "held-out NLL", "train/nll": "NLL of the last step"},
     "preference": {"val/accuracy": "held-out pair accuracy", "train/accuracy": "pair accuracy of the last step"},
-    "policy": {"train/reward": "reward of the last round", "train/kl": "KL", "train/truncated": "cut off"},
+    "policy": {"train/reward": "reward of the last round", "train/kl": "KL", "train/truncated": "truncated"},
 }
 TILES = {
-    "sft": {"val/nll": "held-out NLL, nats a token"},
+    "sft": {"val/nll": "held-out NLL, nats per token"},
     "preference": {"val/accuracy": "held-out pair accuracy"},
-    "policy": {"train/reward": "reward", "train/kl": "KL, nats a response", "train/response_tokens": "response tokens"},
+    "policy": {
+        "train/reward": "reward",
+        "train/kl": "KL, nats per response",
+        "train/response_tokens": "response tokens",
+    },
 }
 QUICKSTART = {
     "gold_reward": "gold reward",
     "reward_model_score": "reward model",
     "kl": "KL to SFT (nats)",
     "response_tokens": "tokens",
-    "truncated_fraction": "cut off",
+    "truncated_fraction": "truncated",
 }
 
 
 def overview(run: Run) -> Html:
-    """The stages with their result, and of a quickstart its table."""
+    """Table of the stages with their results, and the quickstart's table."""
     rows = []
     for stage in run.stages:
         metrics = {**stage.facts.get("metrics", {}), **stage.entry.get("metrics", {})}
@@ -73,7 +77,7 @@ def overview(run: Run) -> Html:
 
 
 def tiles(run: Run) -> Html | None:
-    """The few figures to look at first, large."""
+    """The most important numbers, in large type."""
     found: list[Html] = []
     for stage in run.stages:
         for name, title in TILES.get(stage.kind, {}).items():
@@ -81,7 +85,7 @@ def tiles(run: Run) -> Html | None:
                 found.append(_tile(charts.change([value for _, value in points], 3), title, stage.name))
     gold = [run.summary.get(name, {}).get("gold_reward") for name in ("sft", "policy")]
     if None not in gold:
-        found.append(_tile(charts.change(gold, 2), "gold reward, held out", "sft, policy"))
+        found.append(_tile(charts.change(gold, 2), "held-out gold reward", "sft, policy"))
     return el("div", *found, class_="tiles") if found else None
 
 
@@ -90,9 +94,9 @@ def _tile(value: str, title: str, stage: str) -> Html:
 
 
 def warnings(run: Run) -> Html:
-    """What the diagnostics found, and what does not fit together."""
+    """Warnings of the diagnostics, failures, and inconsistencies between stages."""
     rows = [row for stage in run.stages for row in _warnings(run, stage)]
-    body = table(["stage", "step", "what", "message"], rows, "stack warnings") if rows else el("p", "None was raised.")
+    body = table(["stage", "step", "what", "message"], rows, "stack warnings") if rows else el("p", "None.")
     return el("section", el("h2", f"Warnings ({len(rows)})" if rows else "Warnings"), body)
 
 
@@ -108,11 +112,11 @@ def _warnings(run: Run, stage: StageRun) -> list[list[str]]:
 
 
 def _broken(run: Run, stage: StageRun) -> str:
-    """Where a stage was made from another model than the one that now stands in its parent's folder."""
+    """Message if a stage started from another model than the one now in its parent's folder; empty otherwise."""
     parent = stage.facts.get("parent") or {}
     now = {other.name: other.facts.get("model_hash") for other in run.stages}.get(str(parent.get("stage")))
     if now and now != parent.get("hash"):
-        return f"{parent['stage']} has been run anew since this stage was made from it"
+        return f"{parent['stage']} was run again after this stage had started from it"
     return ""
 
 
@@ -120,7 +124,7 @@ def stage_section(stage: StageRun) -> Html:
     """Curves, calibration, distributions and samples of a stage."""
     known = CURVES.get(stage.kind, [])
     picked = {title: _picked(stage, names) for title, names in known}
-    # A line that never moves says no more than its number.
+    # A constant curve is reported as its number.
     still = {title: given for title, given in picked.items() if given and all(map(charts.constant, given.values()))}
     main = [charts.curves(title, given) for title, given in picked.items() if title not in still]
     special = _policy(stage) if stage.kind == "policy" else _preference(stage)
@@ -128,12 +132,12 @@ def stage_section(stage: StageRun) -> Html:
     rest = [charts.curves(name, {name: points}) for name, points in sorted(stage.metrics.items()) if name not in shown]
     body: list[Html] = [grid([*special, *main])]
     if not stage.metrics:
-        body = [el("p", "No metrics.csv: the stage has not logged yet, or logs elsewhere (trainer.logger).")]
+        body = [el("p", "No metrics.csv: the stage has logged nothing yet, or logs elsewhere (trainer.logger).")]
     if still:
         told = [f"{title} {number(next(iter(given.values()))[0][1])}" for title, given in still.items()]
         body.append(el("p", f"The same at every step: {', '.join(told)}."))
     if others := [chart for chart in rest if chart is not None]:
-        body.append(details(f"{len(others)} further curves", grid(others)))
+        body.append(details(f"{len(others)} more curves", grid(others)))
     title = stage.name if stage.name == stage.kind else f"{stage.name} ({stage.kind})"
     return el("section", el("h2", title), *body, *samples(stage), id=anchor(stage))
 
@@ -143,40 +147,46 @@ def _picked(stage: StageRun, names: Sequence[str]) -> dict[str, Points]:
 
 
 def _policy(stage: StageRun) -> list[Html | None]:
+    """Rewards against the KL, and their distribution in the first and the last round."""
     kl = dict(stage.metrics.get("train/kl", []))
     found = []
     for name, title in (("train/reward", "reward"), ("train/reward_gold", "gold reward")):
         points = [(kl[step], value) for step, value in stage.metrics.get(name, []) if step in kl]
         note = "Each dot is a round, later ones darker; the line is the running mean."
-        found.append(charts.path_chart(f"{title} against KL", points, "KL, nats a response", title, note))
+        found.append(charts.path_chart(f"{title} against KL", points, "KL, nats per response", title, note))
     first, last = stage.samples.first, stage.samples.last
     rounds = {f"step {part[0]['step']}": [row["reward"] for row in part] for part in (first, last) if part}
     return [*found, charts.distribution("rewards, first and last round", rounds, "reward")]
 
 
 def _preference(stage: StageRun) -> list[Html | None]:
+    """Calibration, and the accuracy on subsets of the pairs."""
     report = stage.preference
     numbers = report.get("numbers", {})
     given = [f"{name} {number(numbers[key])}" for key, name in (("ece", "ECE"), ("brier", "Brier")) if key in numbers]
-    note = f"{', '.join(given)}. On the dashed line confidence is right; below it, too high." if given else ""
+    note = (
+        f"{', '.join(given)}. Below the dashed line the model is overconfident, above it underconfident."
+        if given
+        else ""
+    )
     parts = {
         key.removeprefix("accuracy_").replace("_", " "): value
         for key, value in numbers.items()
         if key.startswith("accuracy_")
     }
     rows = [[name, number(value)] for name, value in parts.items()]
-    listed = el("figure", el("h4", "accuracy by parts of the pairs"), table(["pairs", "accuracy"], rows))
+    listed = el("figure", el("h4", "accuracy on subsets of the pairs"), table(["pairs", "accuracy"], rows))
     chart = charts.calibration("calibration on held-out pairs", report.get("reliability") or [], note)
     return [chart, listed if parts else None]
 
 
 def samples(stage: StageRun) -> list[Html]:
-    """Answers before and after: to equal prompts where there are such, else the first round's and the last's."""
+    """Answers before and after: to prompts that were repeated if there are any, else of the first and the last round."""
     found = stage.samples
     if found.repeated:
         rows = [[asked(b["prompt"]), answer(b), answer(a)] for b, a in found.repeated]
         head = ["prompt", "earlier", "later"]
-        return [el("h3", "Answers to prompts that came again"), table(head, rows, "stack answers")]
+        return [el("h3", "Answers to repeated prompts"), table(head, rows, "stack answers")]
     if not found.last:
         return []
     rows = [
@@ -184,18 +194,18 @@ def samples(stage: StageRun) -> list[Html]:
         for b, a in zip(spread(found.first), spread(found.last), strict=False)
     ]
     head = ["prompt", "first round", "prompt", "last round"]
-    title = "Answers of the first and of the last round, worst, median and best (no prompt came twice)"
+    title = "Worst, median and best answers of the first and the last round (no prompt was repeated)"
     return [el("h3", title), table(head, rows, "stack answers")]
 
 
 def spread(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The worst, the median and the best by reward."""
+    """The worst, the median and the best row by reward."""
     ordered = sorted(rows, key=lambda row: row["reward"])
     return [ordered[i] for i in sorted({0, len(ordered) // 2, len(ordered) - 1})]
 
 
 def asked(prompt: Any) -> Html:
-    """A prompt's messages; the role is said where there are several."""
+    """A prompt's messages, with their roles if there are several."""
     messages = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
     lines = [m["content"] if isinstance(m["content"], str) else json.dumps(m["content"]) for m in messages]
     named = [f"{m['role']}: {line}" for m, line in zip(messages, lines, strict=True)] if len(messages) > 1 else lines
@@ -203,14 +213,14 @@ def asked(prompt: Any) -> Html:
 
 
 def answer(row: dict[str, Any]) -> Html:
-    """A response, with its step and reward."""
+    """A response with its step, reward, length and stop reason."""
     small = [f"step {row['step']}", f"reward {number(row['reward'])}", f"{row['response_tokens']} tokens"]
     small.append(str(row["stop_reason"]))
     return Html(el("div", row["response"], class_="text") + el("small", " · ".join(small)))
 
 
 def held_out(run: Run) -> Html | None:
-    """The quickstart's answers of SFT and policy side by side."""
+    """Answers of the quickstart's SFT and RL models, side by side."""
     found = run.summary.get("samples") or []
     rows = [[el("div", row[name], class_="text") for name in ("prompt", "sft", "policy")] for row in found]
     if not rows:
@@ -223,7 +233,7 @@ def held_out(run: Run) -> Html | None:
 
 
 def lineage(run: Run) -> Html:
-    """From which model each folder was made, with hashes."""
+    """Table of the model that each stage started from, with hashes."""
     names = {str(stage.folder / "model"): stage.name for stage in run.stages}
     rows = []
     for stage in run.stages:
@@ -241,12 +251,12 @@ def lineage(run: Run) -> Html:
                 str(stage.facts.get("model_hash") or "–")[:12],
             ]
         )
-    head = ["stage", "made from", "with", "model folder", "SHA-256"]
+    head = ["stage", "started from", "with", "model folder", "SHA-256"]
     return el("section", el("h2", "Lineage"), table(head, rows, "stack paths"))
 
 
 def what_was_run(run: Run) -> Html:
-    """Data, versions and the whole configuration."""
+    """Data, versions and the complete configuration."""
     rows = []
     for stage in run.stages:
         sources = stage.settings.get("data") or {}
@@ -270,10 +280,10 @@ def what_was_run(run: Run) -> Html:
 
 
 def grid(items: Sequence[Html | None]) -> Html:
-    """Charts beside each other where there is room."""
+    """Charts side by side where there is room."""
     return el("div", join([item for item in items if item is not None]), class_="grid")
 
 
 def anchor(stage: StageRun) -> str:
-    """Where on the page a stage stands."""
+    """Id of a stage's section on the page."""
     return "stage-" + "".join(c if c.isalnum() else "-" for c in stage.name)
