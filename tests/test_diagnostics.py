@@ -840,7 +840,9 @@ def test_callbacks_named_in_yaml_take_the_place_of_the_defaults(base: str, tmp_p
     callbacks = [
         named("callbacks.samples", "SamplesLog", every=2, table_every=0),
         named("diagnostics.callback", "Diagnostics", checks=checks, disabled=["no_signal"]),
-        named("diagnostics.collapse", "StopOnCollapse", reward_lost=None, entropy_fraction=1.5, kl_limit=None, patience=1),
+        named(
+            "diagnostics.collapse", "StopOnCollapse", reward_lost=None, entropy_fraction=1.5, kl_limit=None, patience=1
+        ),
     ]
     args = policy_config(base, tmp_path, callbacks=callbacks, max_epochs=9)
     for out in (rlhf(*args), rlhf(*args, "--fresh")):

@@ -22,7 +22,7 @@ from rlhf_lightning.diagnostics.collapse import StopOnCollapse
 from rlhf_lightning.environments.base import StepResult
 from rlhf_lightning.models.critic import Critic
 from rlhf_lightning.models.scorers import ImplicitReward
-from rlhf_lightning.objectives.policy import PPO
+from rlhf_lightning.objectives.policy import ClippedSurrogate
 from rlhf_lightning.objectives.preference import KTO, BradleyTerry, PlackettLuce
 from rlhf_lightning.rewards import FunctionReward
 from rlhf_lightning.rollout.advantages import GAE
@@ -129,7 +129,9 @@ def policy(base: str, root: Path) -> set[str]:
     groups = module(
         kl=KLPenalty(0.1), resample_groups=1, environment=Counting, limits=Limits(max_turns=2, on_error="drop")
     )
-    critic = module(critic=Critic(learning_rate=0.1), advantage=GAE(), objective=PPO(), kl=KLPenalty(0.1, "reward"))
+    critic = module(
+        critic=Critic(learning_rate=0.1), advantage=GAE(), objective=ClippedSurrogate(), kl=KLPenalty(0.1, "reward")
+    )
     stop = StopOnCollapse(reward_lost=None, entropy_fraction=None, kl_limit=1e-12, patience=1)
     stop.checks[0].severity = lambda curves: 1.0  # type: ignore[method-assign]
     return logged(groups, data(2), root / "groups", callbacks=[Diagnostics()]) | logged(

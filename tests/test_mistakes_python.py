@@ -23,7 +23,7 @@ from rlhf_lightning import (
 from rlhf_lightning.errors import ConfigError
 from rlhf_lightning.models.lora import LoRA
 from rlhf_lightning.modules.schedules import Warmup
-from rlhf_lightning.objectives.policy import PPO
+from rlhf_lightning.objectives.policy import ClippedSurrogate
 from rlhf_lightning.objectives.preference import BradleyTerry
 from rlhf_lightning.rewards import KeywordReward
 from rlhf_lightning.sampling.sampler import Sampler
@@ -53,7 +53,11 @@ ARGUMENTS: list[tuple[str, Callable[[], Any], list[str]]] = [
     ("a loss's name", lambda: PreferenceModule("m", loss="dpo"), ["model.loss is 'dpo'", "BradleyTerry()"]),
     ("a loss's class", lambda: PreferenceModule("m", loss=BradleyTerry), ["the class BradleyTerry; pass an instance"]),
     ("a scorer's name", lambda: PreferenceModule("m", scorer="x"), ["model.scorer is 'x'", "ImplicitReward(beta"]),
-    ("an objective's class", lambda: PolicyRLModule("m", objective=PPO), ["the class PPO; pass an instance", "PPO(…)"]),
+    (
+        "an objective's class",
+        lambda: PolicyRLModule("m", objective=ClippedSurrogate),
+        ["the class ClippedSurrogate; pass an instance", "ClippedSurrogate(…)"],
+    ),
     ("a coefficient", lambda: PolicyRLModule("m", kl=0.1), ["model.kl is 0.1", "KLPenalty(0.1)"]),
     ("critic: true", lambda: PolicyRLModule("m", critic=True), ["model.critic is True", "Critic()"]),
     ("one reward", lambda: PolicyRLModule("m", rewards=KeywordReward(["a"])), ["must be a list", "[KeywordReward(…)]"]),

@@ -38,9 +38,9 @@ def test_importance_sampling_gradient_is_reinforce_on_policy() -> None:
 
 
 def test_ppo_clips_on_the_side_that_would_gain() -> None:
-    close(policy.ppo(LOGP, OLD, t([1.0, 1.0, 1.0]), MASK), [-1.2, -RATIOS[1], 0.0])
-    close(policy.ppo(LOGP, OLD, t([-1.0, -1.0, -1.0]), MASK), [RATIOS[0], 0.8, 0.0])
-    close(policy.ppo(LOGP, OLD, t([1.0]), MASK, clip_high=0.1), [-1.1, -RATIOS[1], 0.0])
+    close(policy.clipped_surrogate(LOGP, OLD, t([1.0, 1.0, 1.0]), MASK), [-1.2, -RATIOS[1], 0.0])
+    close(policy.clipped_surrogate(LOGP, OLD, t([-1.0, -1.0, -1.0]), MASK), [RATIOS[0], 0.8, 0.0])
+    close(policy.clipped_surrogate(LOGP, OLD, t([1.0]), MASK, clip_high=0.1), [-1.1, -RATIOS[1], 0.0])
 
 
 def test_cispo_keeps_the_gradient_of_clipped_tokens() -> None:
@@ -58,8 +58,10 @@ def test_dro() -> None:
 
 def test_gspo_uses_the_geometric_mean_ratio() -> None:
     ratio = math.exp((0.2 - 0.5) / 2)
-    close(policy.gspo(LOGP, OLD, t([-1.0]), MASK, clip_low=0.5, clip_high=0.5), [ratio, ratio, 0.0])
-    close(policy.gspo(LOGP, OLD, t([-1.0]), MASK), [1 - 3e-4, 1 - 3e-4, 0.0])
+    close(
+        policy.sequence_clipped_surrogate(LOGP, OLD, t([-1.0]), MASK, clip_low=0.5, clip_high=0.5), [ratio, ratio, 0.0]
+    )
+    close(policy.sequence_clipped_surrogate(LOGP, OLD, t([-1.0]), MASK), [1 - 3e-4, 1 - 3e-4, 0.0])
 
 
 def test_sapo_equals_the_plain_gradient_at_ratio_one() -> None:

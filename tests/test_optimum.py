@@ -103,25 +103,29 @@ QUICK = "importance sampling"
 CASES: dict[str, dict[str, Any]] = {
     QUICK: {"objective": policy.ImportanceSampling()},
     "ppo with a critic": {
-        "objective": policy.PPO(),
+        "objective": policy.ClippedSurrogate(),
         "critic": Critic(learning_rate=1e-2, coefficient=0.5),
         "advantage": GAE(whiten=False),
         "kl": KLPenalty(BETA, "reward"),
     },
-    "ppo": {"objective": policy.PPO()},
+    "ppo": {"objective": policy.ClippedSurrogate()},
     "ppo with a shared backbone": {
-        "objective": policy.PPO(),
+        "objective": policy.ClippedSurrogate(),
         "critic": Critic(shared=True, coefficient=0.5),
         "advantage": GAE(whiten=False),
         "kl": KLPenalty(BETA, "reward"),
     },
-    "grpo": {"objective": policy.GRPO()},
-    "dr_grpo": {"objective": policy.DrGRPO(length=1)},
-    "dapo": {"objective": policy.DAPO()},
-    "bnpo": {"objective": policy.BNPO()},
-    "reinforce++": {"objective": policy.ReinforcePlusPlus(), "advantage": GroupCentered()},
-    "rloo": {"objective": policy.RLOO(), "advantage": LeaveOneOut(), "kl": KLPenalty(BETA, "reward")},
-    "gspo": {"objective": policy.GSPO(clip_low=0.2, clip_high=0.2)},
+    "grpo": {"objective": policy.ClippedSurrogate(aggregation="sequence_mean")},
+    "dr_grpo": {"objective": policy.ClippedSurrogate(aggregation="constant", length=1)},
+    "dapo": {"objective": policy.ClippedSurrogate(clip_high=0.28)},
+    "bnpo": {"objective": policy.ClippedSurrogate()},
+    "reinforce++": {"objective": policy.ClippedSurrogate(), "advantage": GroupCentered()},
+    "rloo": {
+        "objective": policy.SequenceClippedSurrogate(normalized=False),
+        "advantage": LeaveOneOut(),
+        "kl": KLPenalty(BETA, "reward"),
+    },
+    "gspo": {"objective": policy.SequenceClippedSurrogate(clip_low=0.2, clip_high=0.2)},
     "cispo": {"objective": policy.CISPO()},
     "sapo": {"objective": policy.SAPO()},
     "dro": {"objective": policy.DRO(beta=0.01)},
@@ -130,7 +134,7 @@ CASES: dict[str, dict[str, Any]] = {
     "kl in the reward": {"kl": KLPenalty(BETA, "reward")},
     "kl in the reward, as Tinker": {"kl": KLPenalty(BETA, "reward", discount=0.0)},
     "kl in the reward, plain": {"kl": KLPenalty(BETA, "reward", centered=False)},
-    "a stale round": {"staleness": 1, "objective": policy.PPO()},
+    "a stale round": {"staleness": 1, "objective": policy.ClippedSurrogate()},
 }
 
 

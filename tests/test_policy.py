@@ -13,7 +13,7 @@ from rlhf_lightning.errors import ConfigError
 from rlhf_lightning.models.critic import Critic
 from rlhf_lightning.models.lora import LoRA
 from rlhf_lightning.models.scorers import RewardHead
-from rlhf_lightning.objectives.policy import GSPO, PPO, RLOO, ImportanceWeights, Reinforce
+from rlhf_lightning.objectives.policy import ClippedSurrogate, ImportanceWeights, Reinforce, SequenceClippedSurrogate
 from rlhf_lightning.rewards import FunctionReward
 from rlhf_lightning.rollout.advantages import GAE, GlobalWhitened
 from rlhf_lightning.rollout.kl import KLPenalty
@@ -28,8 +28,18 @@ def settings(name: str) -> Options:
     """Arguments of PolicyRLModule, made anew: some of them keep state."""
     adaptive = KLPenalty(0.3, "reward", target=0.01, horizon=8)
     found: dict[str, Options] = {
-        "critic": {"critic": Critic(learning_rate=0.3), "advantage": GAE(), "objective": PPO(), "kl": adaptive},
-        "shared": {"critic": Critic(shared=True), "advantage": GAE(lam=0.9), "objective": PPO(), "kl": KLPenalty(0.1)},
+        "critic": {
+            "critic": Critic(learning_rate=0.3),
+            "advantage": GAE(),
+            "objective": ClippedSurrogate(),
+            "kl": adaptive,
+        },
+        "shared": {
+            "critic": Critic(shared=True),
+            "advantage": GAE(lam=0.9),
+            "objective": ClippedSurrogate(),
+            "kl": KLPenalty(0.1),
+        },
         "lora": {
             "critic": Critic(lora=LoRA(rank=2)),
             "advantage": GAE(),
@@ -168,7 +178,7 @@ def test_a_critic_learns_what_is_earned(base: str, tmp_path: Path) -> None:
         rewards=rewards,
         critic=critic,
         advantage=GAE(),
-        objective=PPO(),
+        objective=ClippedSurrogate(),
         optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0.0),
     )
     rows = [{"prompt": f"{'odd' if i % 2 else 'even'} {i}", "wanted": i} for i in range(8)]
@@ -358,8 +368,8 @@ def test_entropy_bonus_keeps_the_policy_random(base: str, tmp_path: Path) -> Non
         ({"resample_groups": -1}, {}, "must not be negative"),
         ({"objective": Reinforce()}, {"update_epochs": 2}, "neither clip nor importance ratio"),
         ({"objective": Reinforce()}, {"minibatches": 2}, "2 optimizer steps"),
-        ({"objective": RLOO(), "kl": KLPenalty(0.1)}, {}, "set kl.place to reward"),
-        ({"objective": GSPO(), "critic": Critic(), "advantage": GAE()}, {}, "one action"),
+        ({"objective": SequenceClippedSurrogate(normalized=False), "kl": KLPenalty(0.1)}, {}, "set kl.place to reward"),
+        ({"objective": SequenceClippedSurrogate(), "critic": Critic(), "advantage": GAE()}, {}, "one action"),
         ({}, {"minibatches": 9}, "more than the 8 episodes"),
         ({"advantage": GlobalWhitened(), "resample_groups": 1}, {"group_size": 1}, "never has two rewards"),
         ({"advantage": GlobalWhitened("group")}, {"group_size": 1}, "every advantage would be 0"),
@@ -392,7 +402,9 @@ def recorded(advantage: float | None = None) -> PromptDataModule:
 
 
 def test_a_critic_learns_from_recorded_episodes(base: str, tmp_path: Path) -> None:
-    module = make("policy", base, rewards=[], critic=Critic(learning_rate=0.1), advantage=GAE(), objective=PPO())
+    module = make(
+        "policy", base, rewards=[], critic=Critic(learning_rate=0.1), advantage=GAE(), objective=ClippedSurrogate()
+    )
     watch = watched(module, recorded(), tmp_path, max_epochs=2)
     assert watch.logged[-1]["train/value_loss"] > 0
     assert not torch.equal(watch.critic[0], watch.critic[-1])
@@ -461,7 +473,7 @@ def test_a_batch_of_the_users_own(base: str, tmp_path: Path) -> None:
         "old_logprobs": torch.tensor([[0.0, 0.0, -6.0, -6.0]]),
         "advantages": torch.tensor([[0.0, 0.0, 1.0, 1.0]]),
     }
-    module = make("policy", base, objective=PPO())
+    module = make("policy", base, objective=ClippedSurrogate())
     run = trainer(tmp_path, max_steps=2)
     run.fit(module, torch.utils.data.DataLoader([batch] * 2, batch_size=None))
     assert run.global_step == 2

@@ -29,14 +29,14 @@ from .test_objectives import LOGP, MASK, OLD, close, t
 OBJECTIVES: dict[str, Any] = {
     "reinforce": policy.Reinforce(),
     "importance_sampling": policy.ImportanceSampling(),
-    "ppo": policy.PPO(),
-    "grpo": policy.GRPO(),
-    "dr_grpo": policy.DrGRPO(length=8),
-    "dapo": policy.DAPO(),
-    "bnpo": policy.BNPO(),
-    "reinforce_plus_plus": policy.ReinforcePlusPlus(),
-    "rloo": policy.RLOO(),
-    "gspo": policy.GSPO(),
+    "ppo": policy.ClippedSurrogate(),
+    "grpo": policy.ClippedSurrogate(aggregation="sequence_mean"),
+    "dr_grpo": policy.ClippedSurrogate(aggregation="constant", length=8),
+    "dapo": policy.ClippedSurrogate(clip_high=0.28),
+    "bnpo": policy.ClippedSurrogate(),
+    "reinforce_plus_plus": policy.ClippedSurrogate(),
+    "rloo": policy.SequenceClippedSurrogate(normalized=False),
+    "gspo": policy.SequenceClippedSurrogate(),
     "cispo": policy.CISPO(),
     "dro": policy.DRO(),
     "sapo": policy.SAPO(),
@@ -127,36 +127,38 @@ def test_dual_clip_bounds_the_loss_of_a_bad_token() -> None:
     logp, old = t([0.0, -1.0]), t([-3.0, -1.0])
     loss_mask = t([1.0, 1.0])
     ratio = math.exp(3)
-    close(policy.ppo(logp, old, t([-2.0]), loss_mask), [2 * ratio, 2.0])
-    close(policy.ppo(logp, old, t([-2.0]), loss_mask, dual_clip=3.0), [6.0, 2.0])
-    close(policy.ppo(logp, old, t([2.0]), loss_mask, dual_clip=3.0), [-2.4, -2.0])
+    close(policy.clipped_surrogate(logp, old, t([-2.0]), loss_mask), [2 * ratio, 2.0])
+    close(policy.clipped_surrogate(logp, old, t([-2.0]), loss_mask, dual_clip=3.0), [6.0, 2.0])
+    close(policy.clipped_surrogate(logp, old, t([2.0]), loss_mask, dual_clip=3.0), [-2.4, -2.0])
     leaf = logp.clone().requires_grad_()
-    policy.ppo(leaf, old, t([-2.0]), loss_mask, dual_clip=3.0).sum().backward()
+    policy.clipped_surrogate(leaf, old, t([-2.0]), loss_mask, dual_clip=3.0).sum().backward()
     close(leaf.grad, [0.0, 2.0])
 
 
 def test_rloo_takes_the_response_as_one_action() -> None:
     ratio = math.exp(0.2 - 0.5)
-    close(policy.rloo(LOGP, OLD, t([1.0]), MASK), [-ratio, -ratio, 0.0])
-    close(policy.rloo(LOGP, OLD, t([-1.0]), MASK), [0.8, 0.8, 0.0])
+    close(policy.sequence_clipped_surrogate(LOGP, OLD, t([1.0]), MASK, False, 0.2, 0.2), [-ratio, -ratio, 0.0])
+    close(policy.sequence_clipped_surrogate(LOGP, OLD, t([-1.0]), MASK, False, 0.2, 0.2), [0.8, 0.8, 0.0])
     logp = LOGP.clone().requires_grad_()
-    total, count = aggregate(policy.rloo(logp, OLD, t([1.0]), MASK), MASK, "sequence_mean")
+    total, count = aggregate(
+        policy.sequence_clipped_surrogate(logp, OLD, t([1.0]), MASK, False, 0.2, 0.2), MASK, "sequence_mean"
+    )
     (total / count).backward()
     close(logp.grad, [-ratio, -ratio, 0.0])
 
 
 def test_clipped_tokens_are_counted_on_the_side_that_is_cut() -> None:
-    ppo = policy.PPO()
+    ppo = policy.ClippedSurrogate()
     close(ppo.clipped(LOGP, OLD, t([1.0]), MASK), [1.0, 0.0, 0.0])
     close(ppo.clipped(LOGP, OLD, t([-1.0]), MASK), [0.0, 1.0, 0.0])
-    close(policy.GSPO().clipped(LOGP, OLD, t([-1.0]), MASK), [1.0, 1.0, 0.0])
+    close(policy.SequenceClippedSurrogate().clipped(LOGP, OLD, t([-1.0]), MASK), [1.0, 1.0, 0.0])
     close(policy.ImportanceSampling().clipped(LOGP, OLD, t([-1.0]), MASK), [0.0, 0.0, 0.0])
 
 
 def test_the_dual_clip_counts_as_a_clip() -> None:
     logp, old, loss_mask = t([0.0, -1.0]), t([-2.0, -1.0]), t([1.0, 1.0])
-    close(policy.PPO(dual_clip=3.0).clipped(logp, old, t([-1.0]), loss_mask), [1.0, 0.0])
-    close(policy.PPO().clipped(logp, old, t([-1.0]), loss_mask), [0.0, 0.0])
+    close(policy.ClippedSurrogate(dual_clip=3.0).clipped(logp, old, t([-1.0]), loss_mask), [1.0, 0.0])
+    close(policy.ClippedSurrogate().clipped(logp, old, t([-1.0]), loss_mask), [0.0, 0.0])
 
 
 def test_importance_weights() -> None:
@@ -173,14 +175,14 @@ def test_importance_weights() -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: policy.PPO(clip_low=1.5), "must hold 1"),
-        (lambda: policy.PPO(clip_high=-0.1), "must hold 1"),
-        (lambda: policy.PPO(dual_clip=1.1), "above 1 \\+ clip_high"),
+        (lambda: policy.ClippedSurrogate(clip_low=1.5), "must hold 1"),
+        (lambda: policy.ClippedSurrogate(clip_high=-0.1), "must hold 1"),
+        (lambda: policy.ClippedSurrogate(dual_clip=1.1), "above 1 \\+ clip_high"),
         (lambda: policy.CISPO(ratio_max=0.5), "must hold 1"),
         (lambda: policy.DRO(beta=0), "above 0"),
         (lambda: policy.SAPO(temperature_positive=0), "above 0"),
-        (lambda: policy.GRPO(aggregation="mean"), "one of"),
-        (lambda: policy.PPO(aggregation="constant"), "needs length"),
+        (lambda: policy.ClippedSurrogate(aggregation="mean"), "one of"),
+        (lambda: policy.ClippedSurrogate(length=8), "of the aggregation 'constant'"),
         (lambda: policy.ImportanceWeights(level="word"), "'token' or 'sequence'"),
         (lambda: policy.ImportanceWeights(high=0.5), "must hold 1"),
         (lambda: GAE(gamma=1.5), "in \\[0, 1\\]"),

@@ -269,9 +269,7 @@ def test_functions_may_be_async_and_have_a_time_limit() -> None:
     assert FunctionReward(slow, timeout=5).score([said("ab"), said("c")]) == [2.0, 1.0]
     started = time.perf_counter()
     for function in (hangs, hangs_too):
-        with pytest.raises(
-            TimeLimitError, match=f"the reward {function.__name__}: it exceeded its limit of 0.1 s"
-        ):
+        with pytest.raises(TimeLimitError, match=f"the reward {function.__name__}: it exceeded its limit of 0.1 s"):
             FunctionReward(function, timeout=0.1).score([said("ab")])
     assert time.perf_counter() - started < 5
 

@@ -17,7 +17,7 @@ from rlhf_lightning.models.critic import Critic
 from rlhf_lightning.models.scorers import ImplicitReward
 from rlhf_lightning.modules.metrics import Count
 from rlhf_lightning.modules.step import StepNumbers
-from rlhf_lightning.objectives.policy import PPO
+from rlhf_lightning.objectives.policy import ClippedSurrogate
 from rlhf_lightning.objectives.preference import KTO, PlackettLuce
 from rlhf_lightning.rollout.advantages import GAE
 from rlhf_lightning.rollout.kl import KLPenalty
@@ -73,8 +73,8 @@ RUNS: dict[str, Parts] = {
         lambda base, more: PreferenceModule(base, ImplicitReward(0.1), PlackettLuce(), optimizer=sgd(0.1), **more),
         rows_of(rankings),
     ),
-    "policy": policy(kl=lambda: KLPenalty(0.1), objective=lambda: PPO(0.01, 0.01)),
-    "critic": policy(critic=lambda: Critic(learning_rate=0.1), advantage=GAE, objective=PPO),
+    "policy": policy(kl=lambda: KLPenalty(0.1), objective=lambda: ClippedSurrogate(0.01, 0.01)),
+    "critic": policy(critic=lambda: Critic(learning_rate=0.1), advantage=GAE, objective=ClippedSurrogate),
 }
 # Ranks, rows of a micro-batch, micro-batches.
 LAYOUTS = [(1, 8, 1), (1, 1, 8), (2, 4, 1), (2, 1, 4)]
@@ -235,7 +235,7 @@ def test_policy_by_hand(base: str, tmp_path: Path) -> None:
             }
         )
         ratios += [(shift, advantage)] * length
-    module = make("policy", base, rewards=[], objective=PPO(), optimizer=sgd(0.0))
+    module = make("policy", base, rewards=[], objective=ClippedSurrogate(), optimizer=sgd(0.0))
     watch = Steps()
     source = PromptDataModule(episodes=rows, prompts_per_round=3, minibatches=3)
     trainer(tmp_path, accumulate_grad_batches=3, callbacks=[watch]).fit(module, source)

@@ -15,8 +15,9 @@ second time with 1 step a round, where its ratio is 1.
 import argparse
 import statistics
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,13 @@ from benchmarks.learning.graph_walk import Graph, Method, measured, reinforced, 
 from benchmarks.quickstart import machine
 from rlhf_lightning import PolicyRLModule
 from rlhf_lightning.files import write_json
-from rlhf_lightning.objectives.policy import CISPO, GRPO, GSPO, PPO, ImportanceSampling
+from rlhf_lightning.objectives.policy import (
+    CISPO,
+    ClippedSurrogate,
+    ImportanceSampling,
+    PolicyObjective,
+    SequenceClippedSurrogate,
+)
 from rlhf_lightning.rollout.advantages import GroupCentered
 from rlhf_lightning.sampling.sampler import Sampler
 
@@ -35,7 +42,7 @@ ROUNDS, ROLLOUTS, GOAL = 16, 128, 0.9
 RATES, CHOOSING = (2e-4, 4e-4, 8e-4, 1.6e-3), (10, 11, 12, 13, 14)
 
 
-def grouped(objective: type, scale: str) -> Method:
+def grouped(objective: Callable[[], PolicyObjective], scale: str) -> Method:
     """An objective with its defaults, and the advantage that goes with it (docs/policy.md)."""
     return Method(lambda: {"objective": objective(), "advantage": GroupCentered(scale)})
 
@@ -44,10 +51,10 @@ METHODS = {
     "importance sampling": grouped(ImportanceSampling, "none"),
     # As it was meant: every step with the policy that drew.
     "importance sampling, 1 step a round": replace(grouped(ImportanceSampling, "none"), epochs=1, minibatches=1),
-    "PPO": grouped(PPO, "none"),
-    "GRPO": grouped(GRPO, "std"),
+    "PPO": grouped(ClippedSurrogate, "none"),
+    "GRPO": grouped(partial(ClippedSurrogate, aggregation="sequence_mean"), "std"),
     "CISPO": grouped(CISPO, "std"),
-    "GSPO": grouped(GSPO, "std"),
+    "GSPO": grouped(SequenceClippedSurrogate, "std"),
     # The critic as in graph_walk.py; its rate is not chosen again.
     "PPO and critic": graph_walk.METHODS["PPO and critic"],
 }

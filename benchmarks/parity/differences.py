@@ -272,13 +272,13 @@ ALL = [
         "ours",
         "TRL divides by the tokens of the micro-batch, so accumulation weighs tokens unequally; ours by those of the "
         "optimizer step.",
-        _accumulated("bnpo", policy.BNPO()),
+        _accumulated("bnpo", policy.ClippedSurrogate()),
     ),
     Difference(
         "GRPO, in parts",
         "both",
         "Means over responses, and micro-batches of as many: no difference.",
-        _accumulated("grpo", policy.GRPO()),
+        _accumulated("grpo", policy.ClippedSurrogate(aggregation="sequence_mean")),
     ),
     Difference(
         "SFT, in parts",

@@ -3,6 +3,7 @@
 import logging
 import sys
 from importlib import import_module
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -137,8 +138,9 @@ class StageCLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse what was given. Lightning's own warns of `args=`, and sys.argv must stay as it is for DDP."""
         commands = parser._subcommands_action._name_parser_map  # type: ignore[union-attr]
-        check_keys(read_configs(args), parser.settings(), self.kind, commands, CLASSES)  # type: ignore[attr-defined]
-        self.config = parser.parse_args(args)
+        files = read_configs(args)
+        check_keys(files, parser.settings(), self.kind, commands, CLASSES)  # type: ignore[attr-defined]
+        self.config = parser.parse_args(_with_recipe(args, files, commands))
         config = self.config[self.config["subcommand"]]
         root = Path(config.trainer.default_root_dir or Path("runs") / self.kind)
         config.ckpt_path = named_checkpoint(config.ckpt_path, root)
@@ -309,6 +311,27 @@ class StageCLI(LightningCLI):
     def instantiate_classes(self) -> None:
         with unfit_settings():
             super().instantiate_classes()
+
+
+def _with_recipe(args: list[str], files: dict[str, dict[str, Any]], commands: dict[str, Any]) -> list[str]:
+    """The arguments, with the settings of `model.recipe` as defaults in its place.
+
+    So any setting beside the recipe overrides it, `null` too, and `--print_config` and `config.yaml` show what the
+    recipe became.
+    """
+    sections = [settings.get("model") for settings in files.values()]
+    names = [section["recipe"] for section in sections if isinstance(section, dict) and section.get("recipe")]
+    for flag, value in pairwise([part for arg in args for part in arg.split("=", 1)]):
+        if flag == "--model.recipe":
+            names.append(None if value in ("null", "None", "") else value)
+    if not names or names[-1] is None:
+        return args
+    from rlhf_lightning.modules.recipes import recipe_settings
+
+    settings = recipe_settings(names[-1])
+    for parser in commands.values():
+        parser.set_defaults({f"model.{key}": value for key, value in settings.items()})
+    return [*args, "--model.recipe", "null"]
 
 
 def _guard_checkpoints(trainer: Any) -> None:

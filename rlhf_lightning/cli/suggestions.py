@@ -98,8 +98,10 @@ CLASSES = {
 """Base classes, in the module where the ones to choose from are."""
 RECIPES = {
     "dpo": "DPO is model.scorer ImplicitReward with model.loss BradleyTerry, see configs/dpo.yaml",
-    "grpo": "GRPO is model.advantage GroupCentered with model.objective GRPO, see configs/",
-    "ppo": "PPO is model.objective PPO, with model.advantage GAE and a model.critic",
+    **{
+        name: f"{name} is a recipe: --model.recipe {name}"
+        for name in ("dapo", "dr_grpo", "grpo", "gspo", "mint", "ppo", "reinforce_pp", "rloo")
+    },
     "cosine": "rlhf_lightning.modules.schedules.Warmup has shape cosine, linear or constant",
     "linear": "rlhf_lightning.modules.schedules.Warmup has shape cosine, linear or constant",
     "adam8bit": "bitsandbytes.optim.AdamW8bit needs bitsandbytes",

@@ -48,9 +48,12 @@ def check_settings(module: Any) -> None:
     check_finite("model.truncated_reward", module.truncated_reward)
     objective = type(module.objective).__name__
     if module.objective.sequence_level and module.advantage.needs_values:
-        raise ConfigError(f"{objective} takes the response as one action, and GAE rewards its tokens apart: use PPO")
-    if objective == "RLOO" and module.kl is not None and module.kl.place == "loss" and module.kl.coefficient:
-        raise ConfigError("RLOO takes the response as one action: set kl.place to reward")
+        raise ConfigError(
+            f"{objective} takes the response as one action, and GAE rewards its tokens apart: use ClippedSurrogate"
+        )
+    of_response = module.objective.sequence_level and not getattr(module.objective, "normalized", True)
+    if of_response and module.kl is not None and module.kl.place == "loss" and module.kl.coefficient:
+        raise ConfigError(f"{objective}(normalized=False) takes the response as one action: set kl.place to reward")
     if module.staleness not in (0, 1):
         raise ConfigError(f"model.staleness is {module.staleness}; 0, or 1 round")
     if module.resample_groups < 0:
@@ -64,13 +67,15 @@ def check_data(module: Any, data: PromptDataModule) -> None:
     if steps > 1 and not module.objective.corrects:
         raise ConfigError(
             f"a round has {steps} optimizer steps (data.update_epochs, data.minibatches), but {loss} has neither clip "
-            "nor importance ratio: after the first the policy is no longer the one that sampled. Use PPO or "
+            "nor importance ratio: after the first the policy is no longer the one that sampled. Use ClippedSurrogate or "
             "ImportanceSampling, or one step (trainer.accumulate_grad_batches)."
         )
     if data.recorded and not module.objective.corrects and module.importance_weights is None:
         raise ConfigError(f"data.episodes were sampled by another sampler, which {loss} cannot correct for")
     if data.recorded and (module.resample_groups or module.staleness):
         raise ConfigError("data.episodes are as they are: leave out model.resample_groups and model.staleness")
+    if data.recorded and module.objective.aggregation == "constant" and module.objective.length is None:
+        raise ConfigError("the aggregation 'constant' needs objective.length: data.episodes had another token budget")
     if data.recorded:
         _check_recorded(module, _rows(data))
     episodes = len(_rows(data)) if data.recorded else data.prompts_per_round * data.group_size

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from typing import Any
+from typing import Any, Self
 
 from torch import Tensor, nn
 
@@ -19,6 +19,7 @@ from rlhf_lightning.models.token_logprobs import TokenLogprobs, TokenLogprobsOut
 from rlhf_lightning.modules.base import RLHFModule
 from rlhf_lightning.modules.policy_checks import check_data, check_rewarded, check_rewards, check_settings
 from rlhf_lightning.modules.policy_metrics import LARGEST, NUMBERS, OUTPUTS, ROUND_ON_BAR, HeldOut, step_sums, why_empty
+from rlhf_lightning.modules.recipes import build_recipe
 from rlhf_lightning.modules.step import StepNumbers
 from rlhf_lightning.modules.usage_checks import check_parts
 from rlhf_lightning.objectives.aggregate import aggregate
@@ -62,7 +63,10 @@ class PolicyRLModule(RLHFModule):
             log-probabilities are computed again at the start of a round, and the difference weighs the loss.
         staleness: 1 samples each round with the weights that the round before was sampled for; then
             `importance_weights` are used, token by token up to 2 unless others are given.
-        resample_groups: times that a group whose rewards are all equal is sampled again.
+        resample_groups: times that a group whose rewards are all equal is sampled again; 0 by default.
+        recipe: name of an algorithm that sets objective, advantage, kl, critic and resample_groups where they are not
+            given: `dapo`, `dr_grpo`, `grpo`, `gspo`, `mint`, `ppo`, `reinforce_pp` or `rloo`. The constructors of these
+            names say what each sets, and why.
 
     Logs under `train/`, of the round: `reward` and its parts, `kl` (nats a response), `response_tokens`, `truncated`,
     `zero_variance_groups`; `kl_coefficient`; with a critic `explained_variance`; and `reward_source_prm` (1 where a
@@ -93,12 +97,18 @@ class PolicyRLModule(RLHFModule):
         entropy_coefficient: float = 0.0,
         importance_weights: ImportanceWeights | None = None,
         staleness: int = 0,
-        resample_groups: int = 0,
+        resample_groups: int | None = None,
+        recipe: str | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(model, **kwargs)
+        if recipe is not None:
+            made = build_recipe(recipe)
+            objective, advantage = objective or made["objective"], advantage or made["advantage"]
+            kl, critic = kl or made.get("kl"), critic or made.get("critic")
+            resample_groups = made.get("resample_groups") if resample_groups is None else resample_groups
         check_parts(
-            objective=(objective, "PPO()"),
+            objective=(objective, "ClippedSurrogate()"),
             advantage=(advantage, "GroupCentered()"),
             kl=(kl, "KLPenalty(0.1)"),
             sampler=(sampler, "Sampler(max_tokens=64)"),
@@ -112,7 +122,7 @@ class PolicyRLModule(RLHFModule):
         self.environment = environment_factory(environment, environment_args)
         self.limits = limits or Limits()
         self.truncated_reward, self.mask_truncated = truncated_reward, mask_truncated
-        self.entropy_coefficient, self.resample_groups = entropy_coefficient, resample_groups
+        self.entropy_coefficient, self.resample_groups = entropy_coefficient, resample_groups or 0
         self.staleness = staleness
         self.importance_weights = importance_weights or (ImportanceWeights() if staleness else None)
         check_settings(self)
@@ -120,6 +130,122 @@ class PolicyRLModule(RLHFModule):
         self.step_numbers = StepNumbers(NUMBERS, LARGEST)
         self.reference: Reference | None = None
         self.heldout = nn.ModuleDict({f"{name}_": HeldOut() for name in ("val", "test")})
+
+    # -- recipes --------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def _of_recipe(cls, recipe: str, model: Any, rewards: list[Reward] | None, settings: dict[str, Any]) -> Self:
+        return cls(model, rewards=rewards, **{**build_recipe(recipe), **settings})
+
+    @classmethod
+    def grpo(cls, model: Any, rewards: list[Reward] | None = None, **settings: Any) -> Self:
+        """GRPO (DeepSeekMath, arXiv 2402.03300 eq. 3): the clipped surrogate with group-relative advantages.
+
+        A_i = (R_i - mean(R)) / (std(R) + 1e-4) over the responses of a prompt; the loss is
+        -min(r·A, clamp(r, 0.8, 1.2)·A) + 0.04·k3, averaged over the tokens of each response, then over responses.
+
+        Sets: `objective` ClippedSurrogate(clip_low=0.2, clip_high=0.2, aggregation="sequence_mean"), `advantage`
+        GroupCentered(scale="std"), `kl` KLPenalty(0.04, place="loss", estimator="k3").
+
+        Args:
+            model: See `PolicyRLModule`.
+            rewards: See `PolicyRLModule`.
+            **settings: Further arguments of `PolicyRLModule`; they override those of the recipe.
+
+        Example:
+            >>> module = PolicyRLModule.grpo("Qwen/Qwen3-0.6B", rewards=[FunctionReward(my_reward)])  # doctest: +SKIP
+        """
+        return cls._of_recipe("grpo", model, rewards, settings)
+
+    @classmethod
+    def dr_grpo(cls, model: Any, rewards: list[Reward] | None = None, **settings: Any) -> Self:
+        """Dr. GRPO (arXiv 2503.20783): GRPO without the two normalizations that bias it, and without KL.
+
+        A_i = R_i - mean(R); the loss -min(r·A, clamp(r, 0.8, 1.2)·A) is summed over the tokens of each response,
+        divided by the token budget `sampler.max_tokens`, and averaged over responses.
+
+        Sets: `objective` ClippedSurrogate(clip_low=0.2, clip_high=0.2, aggregation="constant"), `advantage`
+        GroupCentered(scale="none"). Arguments as those of `grpo`.
+        """
+        return cls._of_recipe("dr_grpo", model, rewards, settings)
+
+    @classmethod
+    def dapo(cls, model: Any, rewards: list[Reward] | None = None, **settings: Any) -> Self:
+        """DAPO (arXiv 2503.14476 eq. 8): higher upper clip, loss over all tokens, dynamic sampling, no KL.
+
+        The loss is -min(r·A, clamp(r, 0.8, 1.28)·A), averaged over all tokens of the optimizer step, with GRPO's
+        advantage. Groups with equal rewards are sampled again, here up to 3 times with the same prompts. The paper's
+        soft overlong punishment is a reward: add `rewards.OverlongPenalty`.
+
+        Sets: `objective` ClippedSurrogate(clip_low=0.2, clip_high=0.28, aggregation="token_mean"), `advantage`
+        GroupCentered(scale="std"), `resample_groups` 3. Arguments as those of `grpo`.
+        """
+        return cls._of_recipe("dapo", model, rewards, settings)
+
+    @classmethod
+    def gspo(cls, model: Any, rewards: list[Reward] | None = None, **settings: Any) -> Self:
+        """GSPO (arXiv 2507.18071 eq. 5-7): one importance ratio per response, without KL.
+
+        s = exp(mean over the response of log p - log q); the loss is -min(s·A, clamp(s, 1 - 3e-4, 1 + 4e-4)·A),
+        averaged over responses, with GRPO's advantage.
+
+        Sets: `objective` SequenceClippedSurrogate(normalized=True, clip_low=3e-4, clip_high=4e-4,
+        aggregation="sequence_mean"), `advantage` GroupCentered(scale="std"). Arguments as those of `grpo`.
+        """
+        return cls._of_recipe("gspo", model, rewards, settings)
+
+    @classmethod
+    def rloo(cls, model: Any, rewards: list[Reward] | None = None, **settings: Any) -> Self:
+        """RLOO (arXiv 2402.14740 sec. 3): REINFORCE on whole responses with a leave-one-out baseline.
+
+        A_i = R_i - mean of the other rewards of the prompt, where R includes -0.05·(log p - log p_ref) of the response;
+        s = exp(Σ log p - log q), clipped to [0.8, 1.2] as in TRL, whose KL coefficient this is.
+
+        Sets: `objective` SequenceClippedSurrogate(normalized=False, clip_low=0.2, clip_high=0.2,
+        aggregation="sequence_mean"), `advantage` LeaveOneOut(), `kl` KLPenalty(0.05, place="reward"). Arguments as
+        those of `grpo`.
+        """
+        return cls._of_recipe("rloo", model, rewards, settings)
+
+    @classmethod
+    def reinforce_pp(cls, model: Any, rewards: list[Reward] | None = None, **settings: Any) -> Self:
+        """REINFORCE++ (arXiv 2501.03262): PPO without a critic; advantages whitened over all tokens of the round.
+
+        A_t = R - 0.01·Σ over later tokens of (log p - log p_ref), then mean 0 and variance 1 over the round; the loss is
+        -min(r·A, clamp(r, 0.8, 1.2)·A) over all tokens. The coefficient is OpenRLHF's default.
+
+        Sets: `objective` ClippedSurrogate(clip_low=0.2, clip_high=0.2, aggregation="token_mean"), `advantage`
+        GlobalWhitened(baseline="none"), `kl` KLPenalty(0.01, place="reward"). Arguments as those of `grpo`.
+        """
+        return cls._of_recipe("reinforce_pp", model, rewards, settings)
+
+    @classmethod
+    def ppo(cls, model: Any, rewards: list[Reward] | None = None, **settings: Any) -> Self:
+        """PPO with a critic (arXiv 1707.06347 eq. 7; for language models arXiv 1909.08593).
+
+        Token rewards are -0.05·(log p - log p_ref), plus R at the last token; advantages by GAE(γ=1, λ=0.95, arXiv
+        1506.02438), whitened over the round; the loss is -min(r·A, clamp(r, 0.8, 1.2)·A) over all tokens, plus 0.1 times
+        the value loss, clipped at 0.2. These are TRL's defaults.
+
+        Sets: `objective` ClippedSurrogate(clip_low=0.2, clip_high=0.2, aggregation="token_mean"), `advantage`
+        GAE(gamma=1.0, lam=0.95, whiten=True), `kl` KLPenalty(0.05, place="reward"), `critic` Critic(clip=0.2,
+        coefficient=0.1). Arguments as those of `grpo`.
+        """
+        return cls._of_recipe("ppo", model, rewards, settings)
+
+    @classmethod
+    def mint(cls, model: Any, rewards: list[Reward] | None = None, **settings: Any) -> Self:
+        """The RL stage of the MinT and Tinker recipe: importance sampling with a KL penalty in the reward.
+
+        A_t = R_i - mean(R) - 0.05·(log p - log p_ref of the token, less its mean over the round); the loss is -r·A,
+        summed over tokens, as Tinker's `importance_sampling` is.
+
+        Sets: `objective` ImportanceSampling(aggregation="token_sum"), `advantage` GroupCentered(scale="none"), `kl`
+        KLPenalty(0.05, place="reward", discount=0.0). Arguments as those of `grpo`.
+        """
+        return cls._of_recipe("mint", model, rewards, settings)
+
+    # -- building -------------------------------------------------------------------------------------------------
 
     def build(self) -> None:
         disable_dropout(self.model)
@@ -319,10 +445,9 @@ class PolicyRLModule(RLHFModule):
         return value_loss(values, batch["values"], batch["returns"], batch["loss_mask"], self.critic.clip)
 
     def _aggregated(self, per_token: Tensor, batch: dict[str, Any]) -> Tensor:
-        mode, length = self.objective.aggregation, self.objective.length
+        mode, length = self.objective.aggregation, self.objective.length or self.sampler.max_tokens
         total, local = aggregate(per_token, batch["loss_mask"], mode, length)
         if mode == "constant":
-            assert length is not None
             total, local = total / length, local / length
         return self.normalized(total, batch, COUNTS[mode], local)
 

@@ -25,10 +25,11 @@ class PolicyObjective(ABC):
 
     Args:
         aggregation: A mode of `objectives.aggregate.aggregate`.
-        length: Tokens per sequence; required by the aggregation `constant`.
+        length: Tokens that the aggregation `constant` divides each sequence by; `PolicyRLModule` takes the sampler's
+            `max_tokens` where there is none.
 
     Raises:
-        ValueError: If `aggregation` is unknown, or is `constant` without `length`.
+        ValueError: If `aggregation` is unknown, or `length` is given for another one than `constant`.
 
     Example:
         >>> class SquaredRatio(PolicyObjective):
@@ -48,8 +49,8 @@ class PolicyObjective(ABC):
     def __init__(self, aggregation: str = "token_mean", length: int | None = None) -> None:
         if aggregation not in MODES:
             raise ValueError(f"aggregation is {aggregation!r}; one of {', '.join(MODES)}")
-        if aggregation == "constant" and not length:
-            raise ValueError("aggregation 'constant' needs length, the tokens each sequence is divided by")
+        if length is not None and (aggregation != "constant" or length < 1):
+            raise ValueError(f"length is {length}; it is of the aggregation 'constant', and at least 1 token")
         self.aggregation, self.length = aggregation, length
 
     @abstractmethod
@@ -123,53 +124,49 @@ class ImportanceSampling(PolicyObjective):
         return losses.importance_sampling(logprobs, old_logprobs, advantages, loss_mask)
 
 
-class Clipped(PolicyObjective):
-    """Base class of the losses whose ratio is clipped.
+class ClippedSurrogate(PolicyObjective):
+    """The clipped surrogate loss of PPO (`losses.clipped_surrogate`).
+
+    GRPO, Dr. GRPO, DAPO, REINFORCE++ and TRL's BNPO use it too. They differ in the clip, the aggregation, the advantage
+    and the KL penalty; see the recipes of `PolicyRLModule`.
 
     Args:
         clip_low: Where the advantage is negative, the ratio is clipped below 1 - clip_low.
         clip_high: Where the advantage is positive, the ratio is clipped above 1 + clip_high.
-        **kwargs: Arguments of `PolicyObjective`.
-    """
-
-    def __init__(self, clip_low: float = 0.2, clip_high: float = 0.2, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.bounds = _bounds(1 - clip_low, 1 + clip_high)
-        self.clip_low, self.clip_high = clip_low, clip_high
-
-
-class PPO(Clipped):
-    """PPO's clipped surrogate loss (`losses.ppo`).
-
-    Args:
-        clip_low: See `Clipped`.
-        clip_high: See `Clipped`.
         dual_clip: Where the advantage is negative, the ratio is also clipped above this; None for no such bound. The
             paper (arXiv 1912.09729) uses 3.
-        **kwargs: Arguments of `PolicyObjective`.
+        aggregation: See `PolicyObjective`.
+        length: See `PolicyObjective`.
 
     Raises:
-        ValueError: If `dual_clip` is not above 1 + clip_high.
+        ValueError: If the bounds do not hold 1, or `dual_clip` is not above 1 + clip_high.
 
     Example:
         >>> import torch
-        >>> objective = PPO(clip_low=0.2, clip_high=0.28)
+        >>> objective = ClippedSurrogate(clip_low=0.2, clip_high=0.28)
         >>> logprobs, old_logprobs = torch.tensor([[0.5, 0.0]]), torch.zeros(1, 2)
         >>> objective(logprobs, old_logprobs, advantages=torch.ones(1, 1), loss_mask=torch.ones(1, 2))
         tensor([[-1.2800, -1.0000]])
     """
 
     def __init__(
-        self, clip_low: float = 0.2, clip_high: float = 0.2, dual_clip: float | None = None, **kwargs: Any
+        self,
+        clip_low: float = 0.2,
+        clip_high: float = 0.2,
+        dual_clip: float | None = None,
+        aggregation: str = "token_mean",
+        length: int | None = None,
     ) -> None:
-        super().__init__(clip_low, clip_high, **kwargs)
-        if dual_clip is not None and dual_clip <= 1 + self.clip_high:
-            raise ValueError(f"dual_clip is {dual_clip}; it must be above 1 + clip_high ({1 + self.clip_high})")
-        self.dual_clip = dual_clip
+        super().__init__(aggregation, length)
+        self.bounds = _bounds(1 - clip_low, 1 + clip_high)
+        if dual_clip is not None and dual_clip <= 1 + clip_high:
+            raise ValueError(f"dual_clip is {dual_clip}; it must be above 1 + clip_high ({1 + clip_high})")
+        self.clip_low, self.clip_high, self.dual_clip = clip_low, clip_high, dual_clip
 
     def __call__(self, logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, loss_mask: Tensor) -> Tensor:
         """Per-token loss `[B, T]`."""
-        return losses.ppo(logprobs, old_logprobs, advantages, loss_mask, self.clip_low, self.clip_high, self.dual_clip)
+        clips = self.clip_low, self.clip_high, self.dual_clip
+        return losses.clipped_surrogate(logprobs, old_logprobs, advantages, loss_mask, *clips)
 
     def clipped(self, logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, loss_mask: Tensor) -> Tensor:
         """1 at tokens whose update the bounds or the dual clip cut off, 0 elsewhere, `[B, T]`."""
@@ -179,141 +176,57 @@ class PPO(Clipped):
         return cut + (self.ratio(logprobs, old_logprobs, loss_mask) > self.dual_clip) * (advantages < 0) * loss_mask
 
 
-class GRPO(PPO):
-    """PPO's loss, averaged over each sequence first (GRPO, arXiv 2402.03300 eq. 3).
+class SequenceClippedSurrogate(PolicyObjective):
+    """The clipped surrogate with the whole response as one action (`losses.sequence_clipped_surrogate`).
 
-    Use it with the advantage `GroupCentered(scale: std)`.
+    Normalized it is the loss of GSPO, otherwise that of RLOO; see the recipes of `PolicyRLModule`.
 
     Args:
+        normalized: If True, the ratio is the geometric mean of the response's token ratios, else their product.
+        clip_low: See `ClippedSurrogate`. By default 3e-4 if normalized, since a mean stays near 1, else 0.2.
+        clip_high: See `ClippedSurrogate`. By default 4e-4 if normalized, else 0.2.
         aggregation: See `PolicyObjective`.
-        **kwargs: Arguments of `PPO`.
+        length: See `PolicyObjective`.
+
+    Raises:
+        ValueError: If the bounds do not hold 1.
 
     Example:
-        >>> GRPO().aggregation
-        'sequence_mean'
-    """
-
-    def __init__(self, aggregation: str = "sequence_mean", **kwargs: Any) -> None:
-        super().__init__(aggregation=aggregation, **kwargs)
-
-
-class DrGRPO(PPO):
-    """PPO's loss with each sequence divided by the same `length` (Dr. GRPO, arXiv 2503.20783).
-
-    Use it with the advantage `GroupCentered`.
-
-    Args:
-        length: Tokens that each sequence is divided by, usually the longest response allowed.
-        aggregation: See `PolicyObjective`.
-        **kwargs: Arguments of `PPO`.
-
-    Example:
-        >>> objective = DrGRPO(length=1024)
-    """
-
-    def __init__(self, length: int, aggregation: str = "constant", **kwargs: Any) -> None:
-        super().__init__(length=length, aggregation=aggregation, **kwargs)
-
-
-class DAPO(PPO):
-    """PPO's loss averaged over all tokens of the step, with a higher upper clip (DAPO, arXiv 2503.14476 eq. 8).
-
-    Use it with the advantage `GroupCentered(scale: std)`.
-
-    Args:
-        clip_high: See `Clipped`.
-        **kwargs: Arguments of `PPO`.
-
-    Example:
-        >>> DAPO().bounds
-        (0.8, 1.28)
-    """
-
-    def __init__(self, clip_high: float = 0.28, **kwargs: Any) -> None:
-        super().__init__(clip_high=clip_high, **kwargs)
-
-
-class BNPO(PPO):
-    """PPO's loss averaged over the tokens of the batch, as in TRL (arXiv 2506.02864). The batch is the optimizer step.
-
-    Example:
-        >>> BNPO().aggregation
-        'token_mean'
-    """
-
-
-class ReinforcePlusPlus(PPO):
-    """PPO's loss averaged over all tokens, for `GlobalWhitened` advantages (REINFORCE++, arXiv 2501.03262).
-
-    Example:
-        >>> ReinforcePlusPlus().aggregation
-        'token_mean'
-    """
-
-
-class RLOO(Clipped):
-    """The clipped surrogate with the whole response as one action, for `LeaveOneOut` advantages (`losses.rloo`).
-
-    Args:
-        aggregation: See `PolicyObjective`.
-        **kwargs: Arguments of `Clipped`.
-
-    Example:
-        >>> RLOO().sequence_level
-        True
-    """
-
-    sequence_level = True
-
-    def __init__(self, aggregation: str = "sequence_mean", **kwargs: Any) -> None:
-        super().__init__(aggregation=aggregation, **kwargs)
-
-    def ratio(self, logprobs: Tensor, old_logprobs: Tensor, loss_mask: Tensor) -> Tensor:
-        """The response's ratio at all its tokens, `[B, T]`."""
-        return sequence_ratio(logprobs, old_logprobs, loss_mask, normalized=False)
-
-    def clamped(self, logprobs: Tensor, old_logprobs: Tensor, loss_mask: Tensor) -> Tensor:
-        """True at all tokens of a response whose log-ratio is clamped to ±20, bool `[B, T]`."""
-        return beyond(sequence_log_ratio(logprobs, old_logprobs, loss_mask, normalized=False)) & (loss_mask != 0)
-
-    def __call__(self, logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, loss_mask: Tensor) -> Tensor:
-        """Per-token loss `[B, T]`."""
-        return losses.rloo(logprobs, old_logprobs, advantages, loss_mask, self.clip_low, self.clip_high)
-
-
-class GSPO(Clipped):
-    """The clipped surrogate with a length-normalized sequence ratio (`losses.gspo`).
-
-    Args:
-        clip_low: See `Clipped`. The ratio is a geometric mean over the sequence, so its bounds are far narrower than
-            those of a token ratio.
-        clip_high: See `Clipped`.
-        aggregation: See `PolicyObjective`.
-        **kwargs: Arguments of `PolicyObjective`.
-
-    Example:
-        >>> GSPO().bounds
+        >>> SequenceClippedSurrogate().bounds
         (0.9997, 1.0004)
+        >>> SequenceClippedSurrogate(normalized=False).bounds
+        (0.8, 1.2)
     """
 
     sequence_level = True
 
     def __init__(
-        self, clip_low: float = 3e-4, clip_high: float = 4e-4, aggregation: str = "sequence_mean", **kwargs: Any
+        self,
+        normalized: bool = True,
+        clip_low: float | None = None,
+        clip_high: float | None = None,
+        aggregation: str = "sequence_mean",
+        length: int | None = None,
     ) -> None:
-        super().__init__(clip_low=clip_low, clip_high=clip_high, aggregation=aggregation, **kwargs)
+        super().__init__(aggregation, length)
+        low, high = (3e-4, 4e-4) if normalized else (0.2, 0.2)
+        self.normalized = normalized
+        self.clip_low = low if clip_low is None else clip_low
+        self.clip_high = high if clip_high is None else clip_high
+        self.bounds = _bounds(1 - self.clip_low, 1 + self.clip_high)
 
     def ratio(self, logprobs: Tensor, old_logprobs: Tensor, loss_mask: Tensor) -> Tensor:
-        """The geometric mean of the response's token ratios at all its tokens, `[B, T]`."""
-        return sequence_ratio(logprobs, old_logprobs, loss_mask, normalized=True)
+        """The response's ratio at all its tokens, `[B, T]`."""
+        return sequence_ratio(logprobs, old_logprobs, loss_mask, self.normalized)
 
     def clamped(self, logprobs: Tensor, old_logprobs: Tensor, loss_mask: Tensor) -> Tensor:
         """True at all tokens of a response whose log-ratio is clamped to ±20, bool `[B, T]`."""
-        return beyond(sequence_log_ratio(logprobs, old_logprobs, loss_mask, normalized=True)) & (loss_mask != 0)
+        return beyond(sequence_log_ratio(logprobs, old_logprobs, loss_mask, self.normalized)) & (loss_mask != 0)
 
     def __call__(self, logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, loss_mask: Tensor) -> Tensor:
         """Per-token loss `[B, T]`."""
-        return losses.gspo(logprobs, old_logprobs, advantages, loss_mask, self.clip_low, self.clip_high)
+        options = self.normalized, self.clip_low, self.clip_high
+        return losses.sequence_clipped_surrogate(logprobs, old_logprobs, advantages, loss_mask, *options)
 
 
 class CISPO(PolicyObjective):

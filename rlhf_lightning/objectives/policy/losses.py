@@ -33,7 +33,7 @@ def importance_sampling(logprobs: Tensor, old_logprobs: Tensor, advantages: Tens
     return masked(-token_ratio(logprobs, old_logprobs, loss_mask) * advantages, loss_mask)
 
 
-def ppo(
+def clipped_surrogate(
     logprobs: Tensor,
     old_logprobs: Tensor,
     advantages: Tensor,
@@ -42,7 +42,7 @@ def ppo(
     clip_high: float = 0.2,
     dual_clip: float | None = None,
 ) -> Tensor:
-    """PPO's clipped surrogate, -min(r·A, clamp(r, 1 - clip_low, 1 + clip_high)·A).
+    """The clipped surrogate of PPO, -min(r·A, clamp(r, 1 - clip_low, 1 + clip_high)·A).
 
     Sources: PPO, arXiv 1707.06347 eq. 7; separate bounds, DAPO, arXiv 2503.14476 eq. 10; dual clip, arXiv 1912.09729
     eq. 5.
@@ -61,7 +61,7 @@ def ppo(
 
     Example:
         >>> old, mask = torch.zeros(1, 3), torch.ones(1, 3)
-        >>> ppo(torch.tensor([[0.0, 0.5, -0.5]]), old, torch.tensor([[1.0]]), mask)
+        >>> clipped_surrogate(torch.tensor([[0.0, 0.5, -0.5]]), old, torch.tensor([[1.0]]), mask)
         tensor([[-1.0000, -1.2000, -0.6065]])
     """
     ratio = token_ratio(logprobs, old_logprobs, loss_mask)
@@ -93,36 +93,33 @@ def dro(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, loss_mask: T
     return masked(-(logprobs * advantages - 0.5 * beta * gap.square()), loss_mask)
 
 
-def gspo(
+def sequence_clipped_surrogate(
     logprobs: Tensor,
     old_logprobs: Tensor,
     advantages: Tensor,
     loss_mask: Tensor,
+    normalized: bool = True,
     clip_low: float = 3e-4,
     clip_high: float = 4e-4,
 ) -> Tensor:
-    """GSPO, -min(s·A, clamp(s)·A) at every token, with s = exp(mean over the sequence of log p - log q).
+    """The clipped surrogate of whole responses, -min(s·A, clamp(s, 1 - clip_low, 1 + clip_high)·A) at every token.
 
-    Aggregate with `sequence_mean` to get the paper's objective. Source: GSPO, arXiv 2507.18071 eq. 5-7.
+    The whole response is one action with one ratio s. Aggregate with `sequence_mean` to get the papers' objectives.
+    Sources: normalized, GSPO, arXiv 2507.18071 eq. 5-7; otherwise RLOO, arXiv 2402.14740 sec. 3, with PPO's clip.
+
+    Args:
+        logprobs: Under the current policy, `[B, T]`.
+        old_logprobs: Under the policy that sampled, `[B, T]`.
+        advantages: `[B, 1]`, or `[B, T]` with one value per row.
+        loss_mask: 1 at the policy's tokens, 0 elsewhere, `[B, T]`.
+        normalized: If True, s = exp(mean over the sequence of log p - log q), else s = exp(Σ over the sequence).
+        clip_low: s is clipped below 1 - clip_low.
+        clip_high: s is clipped above 1 + clip_high.
+
+    Returns:
+        Loss of each token, `[B, T]`.
     """
-    ratio = sequence_ratio(logprobs, old_logprobs, loss_mask, normalized=True)
-    return _clipped(ratio, advantages, loss_mask, clip_low, clip_high)
-
-
-def rloo(
-    logprobs: Tensor,
-    old_logprobs: Tensor,
-    advantages: Tensor,
-    loss_mask: Tensor,
-    clip_low: float = 0.2,
-    clip_high: float = 0.2,
-) -> Tensor:
-    """-min(s·A, clamp(s)·A) at every token, with s = exp(Σ over the sequence of log p - log q).
-
-    The whole response is one action. Use leave-one-out advantages and aggregate with `sequence_mean`. Source: RLOO,
-    arXiv 2402.14740 sec. 3, with PPO's clip.
-    """
-    ratio = sequence_ratio(logprobs, old_logprobs, loss_mask, normalized=False)
+    ratio = sequence_ratio(logprobs, old_logprobs, loss_mask, normalized)
     return _clipped(ratio, advantages, loss_mask, clip_low, clip_high)
 
 

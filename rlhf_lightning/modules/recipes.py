@@ -1,0 +1,96 @@
+"""Recipes: the settings of `PolicyRLModule` that make a named algorithm, as plain data.
+
+The command line takes a recipe in one line, `model.recipe: grpo`; in Python it is a constructor,
+`PolicyRLModule.grpo(model, rewards=[...])`, whose docstring says where the settings come from.
+"""
+
+from copy import deepcopy
+from difflib import get_close_matches
+from typing import Any
+
+from rlhf_lightning.environments.base import imported
+from rlhf_lightning.errors import ConfigError
+
+_OBJECTIVES, _ADVANTAGES = "rlhf_lightning.objectives.policy", "rlhf_lightning.rollout.advantages"
+_KL, _CRITIC = "rlhf_lightning.rollout.kl.KLPenalty", "rlhf_lightning.models.critic.Critic"
+
+
+def _made(class_path: str, **init_args: Any) -> dict[str, Any]:
+    return {"class_path": class_path, "init_args": init_args}
+
+
+def _clipped(**init_args: Any) -> dict[str, Any]:
+    return _made(f"{_OBJECTIVES}.ClippedSurrogate", **init_args)
+
+
+def _of_responses(**init_args: Any) -> dict[str, Any]:
+    return _made(f"{_OBJECTIVES}.SequenceClippedSurrogate", **init_args)
+
+
+def _advantage(name: str, **init_args: Any) -> dict[str, Any]:
+    return _made(f"{_ADVANTAGES}.{name}", **init_args)
+
+
+RECIPES: dict[str, dict[str, Any]] = {
+    "dapo": {
+        "objective": _clipped(clip_low=0.2, clip_high=0.28, aggregation="token_mean"),
+        "advantage": _advantage("GroupCentered", scale="std"),
+        "resample_groups": 3,
+    },
+    "dr_grpo": {
+        "objective": _clipped(clip_low=0.2, clip_high=0.2, aggregation="constant"),
+        "advantage": _advantage("GroupCentered", scale="none"),
+    },
+    "grpo": {
+        "objective": _clipped(clip_low=0.2, clip_high=0.2, aggregation="sequence_mean"),
+        "advantage": _advantage("GroupCentered", scale="std"),
+        "kl": _made(_KL, coefficient=0.04, place="loss", estimator="k3"),
+    },
+    "gspo": {
+        "objective": _of_responses(normalized=True, clip_low=3e-4, clip_high=4e-4, aggregation="sequence_mean"),
+        "advantage": _advantage("GroupCentered", scale="std"),
+    },
+    "mint": {
+        "objective": _made(f"{_OBJECTIVES}.ImportanceSampling", aggregation="token_sum"),
+        "advantage": _advantage("GroupCentered", scale="none"),
+        "kl": _made(_KL, coefficient=0.05, place="reward", discount=0.0),
+    },
+    "ppo": {
+        "objective": _clipped(clip_low=0.2, clip_high=0.2, aggregation="token_mean"),
+        "advantage": _advantage("GAE", gamma=1.0, lam=0.95, whiten=True),
+        "kl": _made(_KL, coefficient=0.05, place="reward"),
+        "critic": _made(_CRITIC, clip=0.2, coefficient=0.1),
+    },
+    "reinforce_pp": {
+        "objective": _clipped(clip_low=0.2, clip_high=0.2, aggregation="token_mean"),
+        "advantage": _advantage("GlobalWhitened", baseline="none"),
+        "kl": _made(_KL, coefficient=0.01, place="reward"),
+    },
+    "rloo": {
+        "objective": _of_responses(normalized=False, clip_low=0.2, clip_high=0.2, aggregation="sequence_mean"),
+        "advantage": _advantage("LeaveOneOut"),
+        "kl": _made(_KL, coefficient=0.05, place="reward"),
+    },
+}
+"""By name, in the form of YAML: what a recipe leaves out keeps its default."""
+
+
+def recipe_settings(name: str) -> dict[str, Any]:
+    """The settings of a recipe, in the form of YAML.
+
+    Raises:
+        ConfigError: If there is no recipe of that name.
+    """
+    if name not in RECIPES:
+        close = get_close_matches(str(name).lower().replace("-", "_").replace("++", "_pp"), RECIPES, 1)
+        hint = f"Did you mean {close[0]}?" if close else f"There are {', '.join(RECIPES)}"
+        raise ConfigError(f"model.recipe is {name!r}. {hint}")
+    return deepcopy(RECIPES[name])
+
+
+def build_recipe(name: str) -> dict[str, Any]:
+    """The arguments of `PolicyRLModule` that a recipe sets, built; raises `ConfigError` as `recipe_settings` does."""
+    return {
+        key: imported(value["class_path"], key)(**value["init_args"]) if isinstance(value, dict) else value
+        for key, value in recipe_settings(name).items()
+    }
