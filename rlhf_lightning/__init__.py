@@ -1,7 +1,7 @@
 """RLHF as plain PyTorch Lightning: supervised fine-tuning, preference models and policy RL.
 
-The six public classes are imported on first use, so that `import rlhf_lightning` and
-`rlhf --help` cost nothing.
+The public names are imported on first use, so that `import rlhf_lightning` and `rlhf --help` cost nothing. Rewards are
+in `rlhf_lightning.rewards`, losses in `rlhf_lightning.objectives`, checks in `rlhf_lightning.diagnostics`.
 """
 
 from importlib import import_module
@@ -16,16 +16,32 @@ _PUBLIC = {
     "SFTDataModule": "rlhf_lightning.data.sft",
     "PreferenceDataModule": "rlhf_lightning.data.preference",
     "PromptDataModule": "rlhf_lightning.data.prompts",
+    "LoRA": "rlhf_lightning.models.lora",
+    "Critic": "rlhf_lightning.models.critic",
+    "KLPenalty": "rlhf_lightning.rollout.kl",
+    "GAE": "rlhf_lightning.rollout.advantages",
+    "GlobalWhitened": "rlhf_lightning.rollout.advantages",
+    "GroupCentered": "rlhf_lightning.rollout.advantages",
+    "LeaveOneOut": "rlhf_lightning.rollout.advantages",
+    "Sampler": "rlhf_lightning.sampling.sampler",
     "run_pipeline": "rlhf_lightning.pipeline.run",
 }
 
 __all__ = [
+    "GAE",
+    "Critic",
+    "GlobalWhitened",
+    "GroupCentered",
+    "KLPenalty",
+    "LeaveOneOut",
+    "LoRA",
     "PolicyRLModule",
     "PreferenceDataModule",
     "PreferenceModule",
     "PromptDataModule",
     "SFTDataModule",
     "SFTModule",
+    "Sampler",
     "run_pipeline",
 ]
 
@@ -33,10 +49,15 @@ if TYPE_CHECKING:
     from rlhf_lightning.data.preference import PreferenceDataModule
     from rlhf_lightning.data.prompts import PromptDataModule
     from rlhf_lightning.data.sft import SFTDataModule
+    from rlhf_lightning.models.critic import Critic
+    from rlhf_lightning.models.lora import LoRA
     from rlhf_lightning.modules.policy_rl import PolicyRLModule
     from rlhf_lightning.modules.preference import PreferenceModule
     from rlhf_lightning.modules.sft import SFTModule
     from rlhf_lightning.pipeline.run import run_pipeline
+    from rlhf_lightning.rollout.advantages import GAE, GlobalWhitened, GroupCentered, LeaveOneOut
+    from rlhf_lightning.rollout.kl import KLPenalty
+    from rlhf_lightning.sampling.sampler import Sampler
 
 
 def __getattr__(name: str) -> Any:

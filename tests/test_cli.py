@@ -27,7 +27,7 @@ CONFIGS = sorted(
 KINDS = {
     "sft": "sft",
     "preference": "preference",
-    "prm": "preference",
+    "reward_model": "preference",
     "reward": "preference",
     "dpo": "preference",
     "kto": "preference",

@@ -19,10 +19,11 @@ from rlhf_lightning.pipeline.plan import read_mapping, read_plan
 from rlhf_lightning.pipeline.run import run_pipeline
 from tests.conftest import build_model, chats, pairs, prompts, sgd, trainer, write_rows
 from tests.runs import complete
-from tests.test_cli import KINDS
+from tests.test_cli import KINDS, rlhf
 from tests.test_preference import labeled
 
-CONFIGS = Path(__file__).parents[1] / "configs"
+ROOT = Path(__file__).parents[1]
+CONFIGS = ROOT / "configs"
 RECIPES = sorted(path for path in CONFIGS.glob("*.yaml") if "stages" not in read_mapping(path))
 PIPELINES = sorted(path for path in CONFIGS.glob("*.yaml") if "stages" in read_mapping(path))
 # One of each stage, objective and kind of rows; the others run in `make test-slow`, and in their pipelines there.
@@ -243,3 +244,37 @@ def test_the_verifier_of_gsm8k_on_real_rows(shared: Path) -> None:
     turned = scores(solutions, solutions[1:] + solutions[:1])
     same = [float(a == b) for a, b in zip(answers, answers[1:] + answers[:1], strict=True)]
     assert turned == same
+
+
+# -- the configs in the package ---------------------------------------------------------------------------------------
+
+
+def test_configs_are_listed_with_a_sentence_each() -> None:
+    said = rlhf("configs")
+    for path in (ROOT / "configs").rglob("*.yaml"):
+        name = path.relative_to(ROOT / "configs").with_suffix("").as_posix()
+        [line] = [line for line in said.splitlines() if line.split()[0] == name]
+        assert len(line.split()) > 2
+
+
+def test_a_config_is_taken_by_name_from_anywhere(tmp_path: Path) -> None:
+    for given in (["-c", "rlhf:gsm8k"], ["--config=rlhf:gsm8k.yaml", "-c", "rlhf:overlays/cpu"]):
+        shown = yaml.safe_load(rlhf("policy", "fit", *given, "--print_config", cwd=tmp_path))
+        assert shown["model"]["rewards"][0]["class_path"] == "rlhf_lightning.rewards.ExactAnswer"
+        assert (shown["trainer"]["accelerator"] == "cpu") == (len(given) == 3)
+    assert "did you mean gsm8k" in rlhf("policy", "fit", "-c", "rlhf:gms8k", cwd=tmp_path, code=2)
+    # The plan of a pipeline is read, and it is its data that is not there.
+    assert "no such file" in rlhf("pipeline", "rlhf:mint", cwd=tmp_path, code=2)
+
+
+def test_a_config_is_copied_with_its_stages_and_replaces_nothing(tmp_path: Path) -> None:
+    rlhf("configs", "copy", "mint", str(tmp_path / "here"))
+    names = {"mint.yaml", "mint_sft.yaml", "mint_reward_model.yaml", "mint_rl.yaml"}
+    assert {path.name for path in (tmp_path / "here").iterdir()} == names
+    for name in names:
+        assert (tmp_path / "here" / name).read_bytes() == (ROOT / "configs" / name).read_bytes()
+    (tmp_path / "here" / "mint.yaml").unlink()
+    assert "is there already" in rlhf("configs", "copy", "mint", str(tmp_path / "here"), code=2)
+    assert not (tmp_path / "here" / "mint.yaml").exists()
+    assert "did you mean mint?" in rlhf("configs", "copy", "mnt", str(tmp_path), code=2)
+    assert "rlhf configs copy mint ." in rlhf("configs", "copy", "mint", code=2)

@@ -175,16 +175,16 @@ def test_importance_weights() -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: policy.ClippedSurrogate(clip_low=1.5), "must hold 1"),
-        (lambda: policy.ClippedSurrogate(clip_high=-0.1), "must hold 1"),
+        (lambda: policy.ClippedSurrogate(clip_low=1.5), "must contain 1"),
+        (lambda: policy.ClippedSurrogate(clip_high=-0.1), "must contain 1"),
         (lambda: policy.ClippedSurrogate(dual_clip=1.1), "above 1 \\+ clip_high"),
-        (lambda: policy.CISPO(ratio_max=0.5), "must hold 1"),
+        (lambda: policy.CISPO(ratio_max=0.5), "must contain 1"),
         (lambda: policy.DRO(beta=0), "above 0"),
         (lambda: policy.SAPO(temperature_positive=0), "above 0"),
         (lambda: policy.ClippedSurrogate(aggregation="mean"), "one of"),
         (lambda: policy.ClippedSurrogate(length=8), "of the aggregation 'constant'"),
         (lambda: policy.ImportanceWeights(level="word"), "'token' or 'sequence'"),
-        (lambda: policy.ImportanceWeights(high=0.5), "must hold 1"),
+        (lambda: policy.ImportanceWeights(high=0.5), "must contain 1"),
         (lambda: GAE(gamma=1.5), "in \\[0, 1\\]"),
         (lambda: GroupCentered("variance"), "'none' or 'std'"),
         (lambda: GlobalWhitened("mean"), "'none' or 'group'"),
@@ -309,7 +309,7 @@ def test_a_response_that_is_one_action_has_one_advantage() -> None:
 def test_the_penalty_is_that_of_the_trainers_own_numbers() -> None:
     row = ([0, 1], [0.0, -1.0], [0.0, -1.0], [])
     episodes = [episode(0, 1.0, row), episode(0, 1.0, row)]
-    episodes[0].training_samples[0].old_logprobs = [0.0, -0.5]
+    episodes[0].training_samples[0].recomputed_logprobs = [0.0, -0.5]
     compute_token_advantages(episodes, GroupCentered(), KLPenalty(0.2, "reward", centered=False))
     assert advantages(episodes) == [[0.0, -0.1], [0.0, 0.0]]
 

@@ -11,6 +11,7 @@ from types import TracebackType
 
 from rlhf_lightning import __version__
 from rlhf_lightning.checkpointing.signals import ended_once
+from rlhf_lightning.cli.configs import with_shipped
 from rlhf_lightning.cli.console import BROKEN_PIPE, open_standard_streams, silence, steady_console
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.files import visible
@@ -27,6 +28,7 @@ COMMANDS = {
     "chat": ("rlhf_lightning.cli.chat", "talk with a model, or with two side by side"),
     "export": ("rlhf_lightning.cli.export", "a model folder with its adapter merged, in another dtype, or on a hub"),
     "init": ("rlhf_lightning.cli.init", "a folder with configs and example files to start a project from"),
+    "configs": ("rlhf_lightning.cli.configs", "the configs that come with the package: list them, copy one to edit"),
     "data": ("rlhf_lightning.cli.data", "check a file of rows: lengths, duplicates, bad rows, what is trained on"),
     "report": ("rlhf_lightning.cli.report", "write report.html about a run: curves, samples, warnings, lineage"),
     "quickstart": ("rlhf_lightning.cli.quickstart", "the whole of it on a small model made on the spot, or on yours"),
@@ -35,9 +37,9 @@ RUNS = ("sft", "preference", "policy", "pipeline", "quickstart")
 """Commands that go on where nobody reads what they print."""
 EXAMPLES = """examples:
   rlhf quickstart
-  rlhf sft fit -c configs/sft.yaml --data.train chats.jsonl
-  rlhf policy fit -c configs/policy.yaml --trainer.max_steps 100
-  rlhf pipeline configs/pipeline.yaml
+  rlhf sft fit -c rlhf:sft --data.train chats.jsonl
+  rlhf policy fit -c rlhf:policy --trainer.max_steps 100
+  rlhf pipeline rlhf:pipeline
   rlhf chat runs/policy/model --and runs/sft/model
   rlhf score runs/preference/model pairs.jsonl
   rlhf evaluate runs/policy/model runs/sft/model prompts.jsonl --reward runs/preference/model
@@ -112,7 +114,7 @@ def _command(args: list[str]) -> int:
             around.enter_context(steady_console())
         around.enter_context(ended_once())
         try:
-            code: int = import_module(COMMANDS[args[0]][0]).run(args)
+            code: int = import_module(COMMANDS[args[0]][0]).run(with_shipped(args))
         except UserError as error:
             code = _fail(str(error))
         except KeyboardInterrupt:

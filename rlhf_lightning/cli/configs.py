@@ -1,0 +1,106 @@
+"""The configs that travel with the package: `rlhf configs`, and `-c rlhf:NAME` in the place of a file."""
+
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+from rlhf_lightning.cli.options import Parser
+from rlhf_lightning.errors import ConfigError
+
+FOLDER = Path(__file__).parents[1] / "configs"
+PREFIX = "rlhf:"
+FLAGS = ("-c", "--config")
+
+
+def shipped() -> dict[str, Path]:
+    """The configs by name: `gsm8k`, `overlays/cpu`, …"""
+    return {path.relative_to(FOLDER).with_suffix("").as_posix(): path for path in sorted(FOLDER.rglob("*.yaml"))}
+
+
+def config_file(name: str) -> Path:
+    """The file of a config by its name, with or without `.yaml`.
+
+    Raises:
+        ConfigError: If there is none of that name; the message has the nearest one.
+    """
+    files = shipped()
+    short = name.removesuffix(".yaml")
+    if short not in files:
+        close = get_close_matches(short, files, n=1, cutoff=0.5)
+        hint = f"did you mean {close[0]}?" if close else "`rlhf configs` lists them"
+        raise ConfigError(f"there is no config {name!r}; {hint}")
+    return files[short]
+
+
+def with_shipped(args: list[str]) -> list[str]:
+    """Arguments in which `-c rlhf:NAME`, `--config=rlhf:NAME` and a pipeline's `rlhf:NAME` are paths."""
+    found = []
+    for before, arg in zip(["", *args], args, strict=False):
+        flag, equals, value = arg.partition("=")
+        if equals and flag in FLAGS and value.startswith(PREFIX):
+            arg = f"{flag}={config_file(value.removeprefix(PREFIX))}"
+        elif arg.startswith(PREFIX) and (before in FLAGS or args[:1] == ["pipeline"]):
+            arg = str(config_file(arg.removeprefix(PREFIX)))
+        found.append(arg)
+    return found
+
+
+def run(args: list[str]) -> int:
+    """List the configs, or copy one with the files that it names."""
+    parser = Parser(
+        prog="rlhf configs",
+        description="The configs that come with the package. Give one to a command as -c rlhf:NAME, or copy it to edit.",
+        epilog="example: rlhf policy fit -c rlhf:gsm8k; rlhf configs copy mint .",
+    )
+    parser.add_argument("action", nargs="?", choices=("copy",), help="write a config into a folder")
+    parser.add_argument("name", nargs="?", help="as it is listed")
+    parser.add_argument("folder", nargs="?", type=Path, help="where to write it; files that are there are not replaced")
+    options = parser.parse_args(args[1:])
+    if options.action is None:
+        width = max(map(len, shipped()))
+        for name, path in shipped().items():
+            print(f"  {name:<{width}}  {title(path)}")
+        return 0
+    if options.name is None or options.folder is None:
+        parser.error("copy takes a name and a folder: rlhf configs copy mint .")
+    for path in copy(options.name, options.folder):
+        print(path)
+    return 0
+
+
+def title(path: Path) -> str:
+    """The first sentence of a config's comment."""
+    comment = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        if not line.startswith("#"):
+            break
+        comment.append(line.lstrip("# "))
+    sentence = " ".join(comment).partition(". ")[0]
+    return sentence.partition(", laid over")[0].removesuffix(".")
+
+
+def copy(name: str, folder: Path) -> list[Path]:
+    """Write a config, and those of its stages, into a folder.
+
+    Returns:
+        the files that were written.
+
+    Raises:
+        ConfigError: If there is no such config, a file is there already, or the folder cannot be written.
+    """
+    from rlhf_lightning.files import write_text
+    from rlhf_lightning.pipeline.plan import read_mapping
+
+    source = config_file(name)
+    stages: Any = read_mapping(source).get("stages") or []
+    wanted = [source, *(source.parent / stage["config"] for stage in stages)]
+    written = [folder / path.name for path in wanted]
+    if there := [path for path in written if path.exists()]:
+        raise ConfigError(f"{there[0]} is there already; name another folder, or move it away")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"{folder}: cannot be made ({error.strerror})") from None
+    for path, target in zip(wanted, written, strict=True):
+        write_text(target, path.read_text(encoding="utf-8"))
+    return written
