@@ -21,7 +21,7 @@ from rlhf_lightning.models.loading import disable_dropout
 from rlhf_lightning.models.token_logprobs import TokenLogprobs
 from rlhf_lightning.objectives.advantage import group_centered
 from rlhf_lightning.objectives.aggregate import aggregate
-from rlhf_lightning.objectives.policy import ppo
+from rlhf_lightning.objectives.policy import clipped_surrogate
 from rlhf_lightning.objectives.supervised import nll
 from rlhf_lightning.sampling.sampler import Sampler
 
@@ -59,7 +59,7 @@ class PolicyWithDemonstrations(pl.LightningModule):
         """One round: answers, rewards, advantages, one loss."""
         sampled, rewards, advantages = self.play(rows)
         logprobs = self.token_logprobs(sampled["input_ids"], sampled["loss_mask"]).logprobs
-        per_token = ppo(logprobs, sampled["old_logprobs"], advantages[:, None], sampled["loss_mask"])
+        per_token = clipped_surrogate(logprobs, sampled["old_logprobs"], advantages[:, None], sampled["loss_mask"])
         total, count = aggregate(per_token, sampled["loss_mask"], "token_mean")
         shown = self.batch([self.renderer.exchange(*exchange(row["prompt"], row["answer"])) for row in rows])
         sft = (

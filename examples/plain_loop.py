@@ -10,7 +10,7 @@ from torch import Tensor
 from rlhf_lightning.objectives.advantage import group_centered
 from rlhf_lightning.objectives.aggregate import aggregate
 from rlhf_lightning.objectives.kl import k1
-from rlhf_lightning.objectives.policy import ppo
+from rlhf_lightning.objectives.policy import clipped_surrogate
 
 REWARDS = torch.tensor([0.0, 0.5, 1.0, 0.2])
 BETA = 0.5
@@ -32,7 +32,7 @@ def train(rounds: int = 300, answers: int = 256, seed: int = 0) -> Tensor:
         for _ in range(2):
             logprobs = logits.log_softmax(-1)[sampled][:, None]
             total, count = aggregate(
-                ppo(logprobs, old[sampled][:, None], advantages, loss_mask), loss_mask, "token_mean"
+                clipped_surrogate(logprobs, old[sampled][:, None], advantages, loss_mask), loss_mask, "token_mean"
             )
             optimizer.zero_grad()
             (total / count).backward()

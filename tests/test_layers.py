@@ -22,8 +22,8 @@ ROOMS = [
     {"models"},
     {"pipeline", "types", "environments"},
     {"report", "data"},
-    {"distributed", "untrusted"},
-    {"files", "run_folder", "objectives"},
+    {"distributed", "untrusted", "rank_watch"},
+    {"files", "run_folder", "objectives", "safe_points"},
     {"errors"},
 ]
 """A room imports itself and the lines below its own; on one line, only `cli` imports `quickstart`."""

@@ -72,7 +72,9 @@ def test_sapo_equals_the_plain_gradient_at_ratio_one() -> None:
     close(policy.sapo(LOGP, OLD, t([-1.0]), MASK)[:, :1], [4 / 1.05 * sigmoid])
 
 
-@pytest.mark.parametrize("name", ["importance_sampling", "clipped_surrogate", "cispo", "sequence_clipped_surrogate", "sapo"])
+@pytest.mark.parametrize(
+    "name", ["importance_sampling", "clipped_surrogate", "cispo", "sequence_clipped_surrogate", "sapo"]
+)
 def test_masked_positions_carry_neither_loss_nor_gradient(name: str, device: torch.device) -> None:
     logp = t([-1.0, -2.0, 900.0]).to(device).requires_grad_()
     old, advantages, loss_mask = (tensor.to(device) for tensor in (t([-1.2, -1.5, -900.0]), t([1.0]), MASK))

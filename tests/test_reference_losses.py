@@ -130,7 +130,7 @@ def _polgrad(b: Batch, config: PolicyLossConfig, advantages: Tensor) -> Tensor:
 
 def _verl_ppo(mode: str, length: Callable[[Batch], int | None] = lambda b: None, theirs: str = "") -> Comparison:
     def compare(b: Batch) -> Both:
-        ours = policy.PPO(b.low, b.high, dual_clip=1.7, aggregation=mode, length=length(b))
+        ours = policy.ClippedSurrogate(b.low, b.high, dual_clip=1.7, aggregation=mode, length=length(b))
         them = verl_core_algos.compute_policy_loss(
             *(b.old, b.logprobs, b.token_advantages, b.loss_mask),
             cliprange_low=b.low,
@@ -173,7 +173,11 @@ def _openrlhf(tokens: bool, kind: str = "ppo", dual_clip: float | None = None) -
     def compare(b: Batch) -> Both:
         mode = "token_mean" if tokens else "sequence_mean"
         gspo = kind == "gspo"
-        ours = policy.GSPO(b.low, b.high) if gspo else policy.PPO(b.low, b.high, dual_clip=dual_clip, aggregation=mode)
+        ours = (
+            policy.SequenceClippedSurrogate(b.low, b.high)
+            if gspo
+            else policy.ClippedSurrogate(b.low, b.high, dual_clip=dual_clip, aggregation=mode)
+        )
         theirs = openrlhf_loss.PolicyLoss(b.low, b.high, dual_clip, tokens, kind)
         advantages = b.advantages.expand_as(b.loss_mask) if gspo else b.token_advantages
         return _ours(b, ours, advantages), theirs(b.logprobs, b.old, advantages, b.loss_mask)[0]
@@ -184,7 +188,7 @@ def _openrlhf(tokens: bool, kind: str = "ppo", dual_clip: float | None = None) -
 def _openrlhf_correction(kind: str, mode: str) -> Comparison:
     def compare(b: Batch) -> Both:
         weights = policy.ImportanceWeights("token", mode, 0.5, 1.5)(b.old, b.sampler, b.loss_mask)
-        ours = _ours(b, policy.PPO(b.low, b.high), b.token_advantages, weights)
+        ours = _ours(b, policy.ClippedSurrogate(b.low, b.high), b.token_advantages, weights)
         theirs = openrlhf_loss.PolicyLoss(
             b.low,
             b.high,
@@ -332,7 +336,7 @@ COMPARISONS: dict[str, Comparison] = {
     "verl: PPO, mean of sequences": _verl_ppo("sequence_mean"),
     "verl: PPO, constant length": _verl_ppo("constant", lambda b: b.length),
     "verl: PPO, sum of a sequence": _verl_ppo("constant", lambda b: 1, "seq-mean-token-sum"),
-    "verl: GSPO": _verl_own("gspo", policy.GSPO(0.2, 0.2)),
+    "verl: GSPO": _verl_own("gspo", policy.SequenceClippedSurrogate(0.2, 0.2)),
     "verl: CISPO": _verl_own("cispo", policy.CISPO(0.8, 1.2)),
     "verl: value": _verl_value,
     "verl: k1": _verl_kl("k1", kl.k1),
@@ -346,13 +350,13 @@ COMPARISONS: dict[str, Comparison] = {
     "OpenRLHF: sampler's weights, masked": _openrlhf_correction("icepop", "loss_mask"),
     "OpenRLHF: value": _openrlhf_value(clipped=True),
     "OpenRLHF: value without a clip": _openrlhf_value(clipped=False),
-    "GRPO": _algorithm("grpo", lambda b: policy.GRPO()),
+    "GRPO": _algorithm("grpo", lambda b: policy.ClippedSurrogate(aggregation="sequence_mean")),
     "Dr. GRPO": _algorithm("dr_grpo", lambda b: policy.DrGRPO(length=b.length)),
-    "DAPO": _algorithm("dapo", lambda b: policy.DAPO()),
-    "GSPO": _algorithm("gspo", lambda b: policy.GSPO()),
-    "GSPO by token": _algorithm("gspo_token", lambda b: policy.GSPO()),
+    "DAPO": _algorithm("dapo", lambda b: policy.ClippedSurrogate(clip_high=0.28)),
+    "GSPO": _algorithm("gspo", lambda b: policy.SequenceClippedSurrogate()),
+    "GSPO by token": _algorithm("gspo_token", lambda b: policy.SequenceClippedSurrogate()),
     "GSPO, wide": _surrogate(
-        lambda b: policy.GSPO(b.low, b.high),
+        lambda b: policy.SequenceClippedSurrogate(b.low, b.high),
         SurrogateKind.PG_CLIP,
         lambda b: ClipConfig(b.low, b.high),
         RatioKind.SEQUENCE,
@@ -362,9 +366,11 @@ COMPARISONS: dict[str, Comparison] = {
     "CISPO": _surrogate(
         lambda b: policy.CISPO(0.0, 1 + b.high), SurrogateKind.CISPO, lambda b: ClipConfig(None, b.high)
     ),
-    "clipped tokens of PPO": _clipped(lambda b: policy.PPO(b.low, b.high), None, RatioKind.TOKEN),
-    "clipped tokens, dual clip": _clipped(lambda b: policy.PPO(b.low, b.high, 1.7), 1.7, RatioKind.TOKEN),
-    "clipped tokens of GSPO": _clipped(lambda b: policy.GSPO(b.low, b.high), None, RatioKind.SEQUENCE),
+    "clipped tokens of PPO": _clipped(lambda b: policy.ClippedSurrogate(b.low, b.high), None, RatioKind.TOKEN),
+    "clipped tokens, dual clip": _clipped(lambda b: policy.ClippedSurrogate(b.low, b.high, 1.7), 1.7, RatioKind.TOKEN),
+    "clipped tokens of GSPO": _clipped(
+        lambda b: policy.SequenceClippedSurrogate(b.low, b.high), None, RatioKind.SEQUENCE
+    ),
     "sampler's weights by token": _correction("token"),
     "sampler's weights by sequence": _correction("sequence"),
     "KL in the loss, k2": _kl_in_the_loss("k2"),

@@ -37,13 +37,13 @@ class LastStep:
         self._at_round = any(getattr(loader, "at_round", False) for loader in loaders(trainer))
         self._positions = [loader.position for loader in loaders(trainer)]
         self._buffers = [(module, name, value.clone()) for module, name, value in _buffers(pl_module)]
-        rounds = getattr(pl_module, "rounds", None)
+        rounds = getattr(pl_module, "collector", None)
         self._rounds = None if rounds is None else deepcopy(rounds.counters)
 
     def is_whole(self, trainer: pl.Trainer, pl_module: Any) -> bool:
         """Whether it is of the last step, and nothing else has changed since then, a round once sampled included."""
         # Weights one round old are replaced by those of the next round when it has been sampled.
-        stale = getattr(getattr(pl_module, "rounds", None), "snapshot", None) is not None
+        stale = getattr(getattr(pl_module, "collector", None), "snapshot", None) is not None
         return self.step == trainer.global_step and not (stale and self._at_round)
 
     def go_back(self, trainer: pl.Trainer, pl_module: Any) -> None:
@@ -53,7 +53,7 @@ class LastStep:
         for module, name, value in self._buffers:
             getattr(module, name).copy_(value)
         if self._rounds is not None:
-            pl_module.rounds.counters = self._rounds
+            pl_module.collector.counters = self._rounds
 
     def put_into(self, checkpoint: dict[str, Any]) -> None:
         """Have a checkpoint say where the run was then."""

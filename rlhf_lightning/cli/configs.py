@@ -49,7 +49,7 @@ def run(args: list[str]) -> int:
     """List the configs, or copy one with the files that it names."""
     parser = Parser(
         prog="rlhf configs",
-        description="The configs that come with the package. Give one to a command as -c rlhf:NAME, or copy it to edit.",
+        description="The configs that come with the package. Pass one as -c rlhf:NAME, or copy it to edit it.",
         epilog="example: rlhf policy fit -c rlhf:gsm8k; rlhf configs copy mint .",
     )
     parser.add_argument("action", nargs="?", choices=("copy",), help="write a config into a folder")

@@ -38,8 +38,8 @@ class PreferenceDataModule(RowDataModule):
     - labels: `prompt`, `response` (or `completion`), `label` (1 or 0). A pair becomes two labeled responses.
     - rankings: `prompt`, `responses`, and `scores` or `ranks` (or best first). A pair is a ranking of two.
 
-    Any row may have `tools`, and a `category` that accuracy is reported by. A batch is a dict: `input_ids` and `loss_mask`
-    `[N, T]`, `lengths` `[N]`, `weights` `[B]`; of pairs the chosen rows first and the rejected rows after them.
+    Any row may have `tools`, and a `category` that accuracy is reported by. A batch is a dict: `input_ids` and
+    `loss_mask` `[N, T]`, `lengths` `[N]`, `weights` `[B]`; of pairs the chosen rows first, then the rejected.
 
     Args:
         train: rows to train on; see `RowDataModule` for the further arguments.

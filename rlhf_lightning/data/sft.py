@@ -22,8 +22,8 @@ class SFTDataModule(RowDataModule):
 
     A row is one of: `messages`; `conversations` (from/value); `prompt` + `completion`; `instruction` (+ `input`) +
     `output`; `text`. Messages are objects with role and content, or alternating strings. A batch is a dict:
-    `input_ids` and `loss_mask` `[B, T]`, `lengths` and `text_bytes` `[B]`, `denominators`. Rows of `predict` are prompts
-    to answer: `prompt`, or a conversation, answered in place of its last assistant turn.
+    `input_ids` and `loss_mask` `[B, T]`, `lengths` and `text_bytes` `[B]`, `denominators`. Rows of `predict` are
+    prompts to answer: `prompt`, or a conversation, answered in place of its last assistant turn.
 
     Args:
         train: rows to train on; see `RowDataModule` for the further arguments.

@@ -89,7 +89,7 @@ def compare(
 
     Returns:
         Figures of `policy`, `baseline` and `best_of_N`, and a row for each prompt. `kl` is the mean over the policy's
-        responses of log π − log π_baseline, nats, at the temperature of the sample; None where token ids differ. Without
+        responses of log π − log π_baseline, nats, at the sampling temperature; None where token ids differ. Without
         rewards there is neither reward nor win rate; without references no perplexity, BLEU and ROUGE.
     """
     rewarded = bool(sampling.rewards)

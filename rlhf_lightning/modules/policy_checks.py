@@ -67,8 +67,8 @@ def check_data(module: Any, data: PromptDataModule) -> None:
     if steps > 1 and not module.objective.corrects:
         raise ConfigError(
             f"a round has {steps} optimizer steps (data.update_epochs, data.minibatches), but {loss} has neither clip "
-            "nor importance ratio: after the first the policy is no longer the one that sampled. Use ClippedSurrogate or "
-            "ImportanceSampling, or one step (trainer.accumulate_grad_batches)."
+            "nor importance ratio: after the first the policy is no longer the one that sampled. Use "
+            "ClippedSurrogate or ImportanceSampling, or one step (trainer.accumulate_grad_batches)."
         )
     if data.recorded and not module.objective.corrects and module.importance_weights is None:
         raise ConfigError(f"data.episodes were sampled by another sampler, which {loss} cannot correct for")

@@ -54,7 +54,7 @@ def why_empty(statistics: Mapping[str, float]) -> str:
 
 
 class HeldOut(nn.Module):
-    """Means over prompts, exact over ranks: reward of the greedy and of a sampled answer, its length, truncation, KL."""
+    """Means over prompts, exact over ranks: reward of a greedy and of a sampled answer, its length, truncation, KL."""
 
     def __init__(self) -> None:
         super().__init__()

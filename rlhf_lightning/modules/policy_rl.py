@@ -211,7 +211,7 @@ class PolicyRLModule(RLHFModule):
     def reinforce_pp(cls, model: Any, rewards: list[Reward] | None = None, **settings: Any) -> Self:
         """REINFORCE++ (arXiv 2501.03262): PPO without a critic; advantages whitened over all tokens of the round.
 
-        A_t = R - 0.01·Σ over later tokens of (log p - log p_ref), then mean 0 and variance 1 over the round; the loss is
+        A_t = R - 0.01·Σ over later tokens of (log p - log p_ref), then whitened over the round; the loss is
         -min(r·A, clamp(r, 0.8, 1.2)·A) over all tokens. The coefficient is OpenRLHF's default.
 
         Sets: `objective` ClippedSurrogate(clip_low=0.2, clip_high=0.2, aggregation="token_mean"), `advantage`
@@ -224,8 +224,8 @@ class PolicyRLModule(RLHFModule):
         """PPO with a critic (arXiv 1707.06347 eq. 7; for language models arXiv 1909.08593).
 
         Token rewards are -0.05·(log p - log p_ref), plus R at the last token; advantages by GAE(γ=1, λ=0.95, arXiv
-        1506.02438), whitened over the round; the loss is -min(r·A, clamp(r, 0.8, 1.2)·A) over all tokens, plus 0.1 times
-        the value loss, clipped at 0.2. These are TRL's defaults.
+        1506.02438), whitened over the round; the loss is -min(r·A, clamp(r, 0.8, 1.2)·A) over all tokens, plus 0.1
+        times the value loss, clipped at 0.2. These are TRL's defaults.
 
         Sets: `objective` ClippedSurrogate(clip_low=0.2, clip_high=0.2, aggregation="token_mean"), `advantage`
         GAE(gamma=1.0, lam=0.95, whiten=True), `kl` KLPenalty(0.05, place="reward"), `critic` Critic(clip=0.2,

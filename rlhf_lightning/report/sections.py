@@ -181,7 +181,7 @@ def _preference(stage: StageRun) -> list[Html | None]:
 
 
 def samples(stage: StageRun) -> list[Html]:
-    """Answers before and after: to prompts that were repeated if there are any, else of the first and the last round."""
+    """Answers before and after: to repeated prompts if there are any, else of the first and the last round."""
     found = stage.samples
     if found.repeated:
         rows = [[asked(b["prompt"]), answer(b), answer(a)] for b, a in found.repeated]

@@ -231,17 +231,6 @@ class RolloutCollector:
 
     @property
     def counters(self) -> dict[str, Any]:
-        """What a round changes before the weights do; a reference that is due to move moves again."""
-        return {"played": self.played, "kl": self.kl.state_dict() if self.kl else None}
-
-    @counters.setter
-    def counters(self, found: Mapping[str, Any]) -> None:
-        self.played = found["played"]
-        if self.kl is not None:
-            self.kl.load_state_dict(found["kl"])
-
-    @property
-    def counters(self) -> dict[str, Any]:
         """What a round changes before the weights change; a reference that is due to move moves again."""
         return {"started": self.started, "kl": self.kl.state_dict() if self.kl else None}
 

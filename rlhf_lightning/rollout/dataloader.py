@@ -23,7 +23,7 @@ class RolloutLoader:
     An epoch is one pass over the prompts. For each round it asks `collect(prompts, round)` for rows, then yields
     `update_epochs × minibatches` mini-batches of them, each pass in a fresh order. Their number never depends on how
     many rows there are: a mini-batch without rows is one row of weight 0. A batch is a dict of `[B, T]` tensors
-    (`input_ids`, `loss_mask`, `old_logprobs`, `advantages`, and `reference_logprobs` where there is a reference) with the
+    (`input_ids`, `loss_mask`, `old_logprobs`, `advantages`, and `reference_logprobs` with a reference) with the
     `denominators` of its optimizer step, `first` (the policy has not been updated since it sampled these rows) and, on
     the first of a round, its `statistics`.
 
@@ -183,7 +183,7 @@ class RolloutLoader:
         if inside and len(state["rows"]) != shard_spec.world:
             raise ConfigError(
                 f"the checkpoint was written by {len(state['rows'])} ranks within a round and holds "
-                f"their episodes; this run has {shard_spec.world}. Resume it with as many devices, or from a checkpoint at "
-                "the end of a round (--ckpt_path): one is there if --checkpoint_every is a multiple of its steps."
+                f"their episodes; this run has {shard_spec.world}. Resume it with as many devices, or from a "
+                "checkpoint at the end of a round (--ckpt_path): one is there if --checkpoint_every is a multiple of its steps."
             )
         self._restored = [TrainingSample(**row) for row in state["rows"][shard_spec.rank]] if inside else None

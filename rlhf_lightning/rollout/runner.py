@@ -192,7 +192,7 @@ class EpisodeRunner:
         return state.feed(ids, goes_on)
 
     def _cut(self, state: EpisodeState, sample: Completion) -> Completion:
-        """Within the budget of the episode. A sample does not depend on later ones: a smaller budget samples the same."""
+        """Cut to the episode's budget. Tokens do not depend on later ones, so a smaller budget samples the same."""
         budget = self.limits.max_tokens
         left = len(sample.ids) if budget is None else budget - state.episode.response_tokens
         if len(sample.ids) <= left:
