@@ -38,7 +38,7 @@ class PreferenceModule(RLHFModule):
         freeze_backbone: train the reward head only; the remedy where it over-fits.
 
     A batch is a dict: `input_ids` and `loss_mask` `[N, T]`, 1 on the response; and, where the loader knows them,
-    `lengths` `[N]` and `weights` `[B]`, 0 for a row that only fills a rank's place. Of pairs N is 2B, chosen rows first;
+    `lengths` `[N]` and `weights` `[B]`, 0 for a row that only fills a rank's place. Of pairs N is 2B, chosen first;
     `margin` and `ties`, which may be left out, are `[B]`; of labels N is B and `labels` `[B]`; of rankings `ranking`
     and `ranks` are `[N]`. Logs `loss`, `accuracy`, `margin`, `chosen_score`, `rejected_score` and more
     (docs/preference.md) under `train/`, `val/` and `test/`.

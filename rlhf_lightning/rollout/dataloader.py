@@ -184,6 +184,7 @@ class RolloutLoader:
             raise ConfigError(
                 f"the checkpoint was written by {len(state['rows'])} ranks within a round and holds "
                 f"their episodes; this run has {shard_spec.world}. Resume it with as many devices, or from a "
-                "checkpoint at the end of a round (--ckpt_path): one is there if --checkpoint_every is a multiple of its steps."
+                "checkpoint at the end of a round (--ckpt_path): one is there if --checkpoint_every is a multiple of "
+                "its steps."
             )
         self._restored = [TrainingSample(**row) for row in state["rows"][shard_spec.rank]] if inside else None
