@@ -19,23 +19,23 @@ Message = dict[str, Any]
 
 
 class Guess:
-    """Guess a number; after each wrong guess the environment says higher or lower.
+    """Guess a number; after each wrong guess the environment answers "Higher." or "Lower.".
 
     Args:
-        row: of data, with the `secret`.
-        highest: largest number it can be.
+        row: data row with the `secret` number.
+        highest: upper end of the range.
     """
 
     def __init__(self, row: dict[str, Any], highest: int = 20) -> None:
         self.secret, self.highest, self.guesses = int(row["secret"]), highest, 0
 
     def reset(self) -> list[Message]:
-        """What the policy first sees."""
+        """The first messages that the policy sees."""
         text = f"I think of a number from 1 to {self.highest}. Guess it; answer with a number alone."
         return [{"role": "user", "content": text}]
 
     def step(self, message: Message) -> StepResult:
-        """Take a guess: 1 for the right one, less for each guess before it, 0 and the end for no number."""
+        """Judge a guess. The right one earns 1 / number of guesses; an answer without a number ends the game."""
         found = re.search(r"\d+", message["content"])
         if found is None:
             return StepResult(reward=0.0, done=True, metrics={"guesses": self.guesses})
@@ -50,8 +50,8 @@ def multiply(a: float, b: float) -> float:
     """Multiply two numbers.
 
     Args:
-        a: the first.
-        b: the second.
+        a: first factor.
+        b: second factor.
     """
     return a * b
 

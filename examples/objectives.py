@@ -22,10 +22,13 @@ from rlhf_lightning.sampling.sampler import Sampler
 def topr(
     logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, loss_mask: Tensor, ratio_max: float = 1.0
 ) -> Tensor:
-    """-A·log p where A > 0, -clamp(r, 0, ratio_max)·A·log p elsewhere, no gradient through r; `[B, T]`.
+    """Tapered off-policy REINFORCE (arXiv 2503.14286), with the ratio r of each token.
 
-    Tapered off-policy REINFORCE (arXiv 2503.14286), with the ratio of each token: what was good is learned however
-    unlikely it has become, what was bad is unlearned only as far as the policy would still do it.
+    -A·log p where A > 0, -clamp(r, 0, ratio_max)·A·log p elsewhere, without a gradient through r. Good tokens are
+    learned even if they have become unlikely; bad ones are unlearned only as far as the policy still samples them.
+
+    Returns:
+        Loss per token, `[B, T]`.
     """
     ratio = token_ratio(logprobs, old_logprobs, loss_mask).detach().clamp(max=ratio_max)
     weight = torch.where(advantages > 0, 1.0, ratio)
@@ -36,7 +39,7 @@ class TOPR(PolicyObjective):
     """The `topr` loss.
 
     Args:
-        ratio_max: the weight of a token with a negative advantage is no more.
+        ratio_max: largest weight of a token with a negative advantage.
     """
 
     def __init__(self, ratio_max: float = 1.0, aggregation: str = "token_mean", length: int | None = None) -> None:
@@ -49,19 +52,19 @@ class TOPR(PolicyObjective):
 
 
 class RDPO(PairLoss):
-    """DPO whose reward has length taken off: -log σ(c - r + α·(|c| - |r|)), lengths in tokens (arXiv 2403.19159).
+    """Length-regularized DPO: -log σ(c - r + α·(|c| - |r|)), lengths in tokens (arXiv 2403.19159).
 
-    The policy that is best for reward - α·length implies the reward β·log(π / π_ref) + α·length.
+    The optimal policy for reward - α·length implies the reward β·log(π / π_ref) + α·length.
 
     Args:
-        alpha: what a token costs, in reward units.
+        alpha: cost of a token, in reward units.
     """
 
     def __init__(self, alpha: float = 0.01) -> None:
         self.alpha = alpha
 
     def __call__(self, chosen: Tensor, rejected: Tensor, *, chosen_lengths: Tensor, rejected_lengths: Tensor) -> Tensor:
-        """Loss of each pair `[B]`; the lengths are handed over because they are named here."""
+        """Loss per pair, `[B]`. The lengths are passed because the signature names them."""
         return bradley_terry(chosen + self.alpha * chosen_lengths, rejected + self.alpha * rejected_lengths)
 
 

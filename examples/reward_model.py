@@ -22,7 +22,7 @@ ROWS: Any = [
 
 
 class Pairs:
-    """Rows to a batch of `PreferenceModule`: `input_ids`, `loss_mask` (1 on the response), `lengths`; chosen first."""
+    """Collates rows to a `PreferenceModule` batch, chosen rows first; `loss_mask` is 1 on the responses."""
 
     def __init__(self, module: PreferenceModule) -> None:
         self.renderer = module.renderer

@@ -18,7 +18,7 @@ from rlhf_lightning.types import Episode
 
 
 def polite(completions: list[str], tone: list[str]) -> list[float | None]:
-    """1 for an answer that says please or thank you; rows whose `tone` is not polite are left alone."""
+    """1 for an answer with "please" or "thank you", 0 without; None for rows whose `tone` is not polite."""
     words = ("please", "thank you")
     return [
         float(any(word in text.lower() for word in words)) if wanted == "polite" else None
@@ -27,11 +27,11 @@ def polite(completions: list[str], tone: list[str]) -> list[float | None]:
 
 
 class Covers(Reward):
-    """The part of the row's key points that the answer names.
+    """The fraction of the row's key points that the answer mentions.
 
     Args:
-        column: of the data, a list of texts.
-        weight: of this part.
+        column: data column with a list of texts.
+        weight: weight of this term.
     """
 
     def __init__(self, column: str = "points", weight: float = 1.0) -> None:
@@ -39,13 +39,13 @@ class Covers(Reward):
         self.column = column
 
     def check(self, prompts: Sequence[Prompt]) -> None:
-        """Before training: every row has points."""
+        """Refuse rows without key points; called before training."""
         for prompt in prompts:
             if not prompt.row.get(self.column):
                 raise DataError(f"{prompt.where}: no {self.column!r} for the reward to look for")
 
     def score(self, episodes: Sequence[Episode]) -> list[float]:
-        """A number in [0, 1] for each episode."""
+        """A score in [0, 1] per episode."""
         points = [episode.row[self.column] for episode in episodes]
         return [
             sum(point in episode.response.lower() for point in wanted) / len(wanted)

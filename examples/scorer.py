@@ -21,11 +21,11 @@ from rlhf_lightning.models.token_logprobs import TokenLogprobs
 
 
 class YesNo(Scorer):
-    """log P(yes) - log P(no) as the next token after the response: a generative reward model, without a new head.
+    """A generative reward model without a new head: log P(yes) - log P(no) as the next token after the response.
 
     Args:
-        yes: a word; its first token counts.
-        no: likewise.
+        yes: word of approval; only its first token is used.
+        no: word of rejection; only its first token is used.
     """
 
     task = "CAUSAL_LM"
@@ -34,11 +34,11 @@ class YesNo(Scorer):
         self.words = yes, no
 
     def arguments(self) -> dict[str, Any]:
-        """For `stage.json`."""
+        """Constructor arguments, stored in `stage.json`."""
         return dict(zip(("yes", "no"), self.words, strict=True))
 
     def bind(self, model: Any, tokenizer: Any, stop_token_ids: Sequence[int], fresh_adapter: bool = False) -> None:
-        """Take the model; called once, after it is loaded."""
+        """Attach the model; called once, after it is loaded."""
         self.token_logprobs = TokenLogprobs(model, self.max_tokens)
         self.packed_forward = self.token_logprobs.packed_forward
         self.ids = [tokenizer(word, add_special_tokens=False)["input_ids"][0] for word in self.words]
@@ -46,12 +46,12 @@ class YesNo(Scorer):
             raise ConfigError(f"YesNo: {self.words[0]!r} and {self.words[1]!r} begin with the same token; name others")
 
     def __call__(self, batch: dict[str, Any]) -> Tensor:
-        """Scores `[N]` of `input_ids` `[N, T]`, whose last tokens end the responses at `lengths` `[N]`."""
+        """Scores `[N]` of `input_ids` `[N, T]`; the responses end at `lengths` `[N]`."""
         ids, ends = batch["input_ids"], batch["lengths"].repeat(2)[:, None]
         words = torch.tensor(self.ids, device=ids.device).repeat_interleave(len(ids))[:, None]
         rows = nn.functional.pad(ids, (0, 1)).repeat(2, 1).scatter(1, ends, words)
         loss_mask = torch.zeros(rows.shape, device=ids.device).scatter(1, ends, 1.0)
-        # What the two rows of a response share is computed once.
+        # The two rows of a response differ only in their last token; the rest is computed once.
         yes, no = self.token_logprobs(rows, loss_mask).logprobs.sum(-1).chunk(2)
         return yes - no
 

@@ -14,10 +14,10 @@ from rlhf_lightning.sampling.sampler import Sampler
 
 
 class Brief(PolicyRLModule):
-    """Policy RL that also logs the longest answer of each round."""
+    """Policy RL that also logs the length of the longest answer of each round."""
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Tensor]:
-        """The step as it is, and one number more."""
+        """The usual step, with one more logged value."""
         outputs = super().training_step(batch, batch_idx)
         longest = max(episode.response_tokens for episode in self.last_episodes)
         self.log("train/longest_response", float(longest))
@@ -25,17 +25,17 @@ class Brief(PolicyRLModule):
 
 
 class StopOnKL(pl.Callback):
-    """Ends training once the policy is so far from its start.
+    """Ends training when the policy is too far from its start.
 
     Args:
-        limit: nats a response.
+        limit: largest KL, nats per response.
     """
 
     def __init__(self, limit: float) -> None:
         self.limit = limit
 
     def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
-        """Look at the KL of the round, which the module has logged."""
+        """Compare the KL of the round, which the module has logged, with the limit."""
         kl = trainer.callback_metrics.get("train/kl")
         if kl is not None and kl > self.limit:
             trainer.should_stop = True
