@@ -76,21 +76,21 @@ def table(report: dict[str, Any]) -> str:
         shares = ", ".join(f"{name} {share:.0%}" for name, share in row["profile"].items())
         rate = row["matmul_gflop_per_second"]
         roofline.append(
-            f"- {task}: {row['needed_gflop']:.0f} GFLOP needed, {rate:.0f} GFLOP/s measured beside it: no less than "
-            f"{row['needed_gflop'] / rate:.2f} s; time goes to {shares}"
+            f"- {task}: {row['needed_gflop']:.0f} GFLOP are needed, at least {row['needed_gflop'] / rate:.2f} s at the "
+            f"{rate:.0f} GFLOP/s measured at the same time; time is spent on {shares}"
         )
     cost = report["lightning_seconds_per_step"]
     lines += [
         "",
-        "Where our time goes, and the least that it could be at the machine's matmul rate:",
+        "Where our time is spent, and the lower bound at the machine's matmul rate:",
         "",
         *roofline,
         "",
     ]
-    lines.append(f"Lightning itself takes {cost * 1e3:.1f} ms a step (an empty module).")
+    lines.append(f"Lightning itself takes {cost * 1e3:.1f} ms per step (measured with an empty module).")
     if "growth" in report:
         doubled = ", ".join(f"{name} {ratio:.2f}" for name, ratio in report["growth"].items())
-        lines.append(f"Our RL step takes this many times as long with twice the: {doubled}.")
+        lines.append(f"Growth of the time of our RL step when one size is doubled: {doubled}.")
     if "memory_gib" in report:
         ours, trl = report["memory_gib"]["ours"], report["memory_gib"]["trl"]
         lines.append(
