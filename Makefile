@@ -7,8 +7,9 @@ PYTHON313 ?= python3.13
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+DOCS := $(VENV)/.docs-installed
 
-.PHONY: quickstart test test-slow test-processors test-lowest lint format clean
+.PHONY: quickstart test test-slow test-processors lint format docs clean
 
 quickstart: $(STAMP)
 	$(BIN)/rlhf quickstart $(ARGS)
@@ -39,6 +40,17 @@ format: $(STAMP)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# The pages and the API reference, into site/; a broken link or an unknown name in a docstring fails.
+docs: $(DOCS)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict $(ARGS)
+
+# The extra `docs` without the package itself: the API reference is read from the sources, so torch is not needed.
+$(DOCS): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["docs"], sep="\n")' > $(VENV)/docs.txt
+	$(BIN)/pip install --quiet --constraint constraints.txt --requirement $(VENV)/docs.txt
+	touch $(DOCS)
+
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	# torch first and alone: with it installed, nothing else pulls another build of it.
@@ -47,4 +59,4 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $(STAMP)
 
 clean:
-	rm -rf $(VENV) .venv-lowest build *.egg-info .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) build site *.egg-info .mypy_cache .ruff_cache .pytest_cache
