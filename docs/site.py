@@ -5,12 +5,14 @@ repository and pointed at the page that shows the target: a Markdown file as it 
 code, an image as an image. A link whose target does not exist stays as it is, and `mkdocs build --strict` fails on it.
 """
 
+import ast
 import os.path
 import posixpath
 import re
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from mkdocs.structure.files import File, Files
 
@@ -21,75 +23,38 @@ IMAGES = (".png", ".svg", ".jpg")
 LANGUAGES = {".py": "python", ".yaml": "yaml", ".toml": "toml", ".json": "json", ".jsonl": "json", ".sh": "bash"}
 LINK = re.compile(r"(?<=\]\()([^)\s]+)(?=\))")
 
-REFERENCE: dict[str, tuple[str, ...]] = {
-    "Modules": ("modules.base", "modules.sft", "modules.preference", "modules.policy_rl", "modules.schedules"),
-    "Data modules": ("data.base", "data.sft", "data.preference", "data.prompts", "data.rendering", "data.batching"),
-    "Records": ("types",),
-    "Policy objectives": ("objectives.policy.classes", "objectives.policy.losses", "objectives.policy.importance"),
-    "Preference losses": (
-        "objectives.preference.base",
-        "objectives.preference.pairs",
-        "objectives.preference.combined",
-        "objectives.preference.pair_losses",
-        "objectives.preference.label_losses",
-    ),
-    "Functions": (
-        "objectives.supervised",
-        "objectives.advantage",
-        "objectives.aggregate",
-        "objectives.kl",
-        "objectives.value",
-        "objectives.calibration",
-    ),
-    "Advantages and KL": ("rollout.advantages", "rollout.kl"),
-    "Rewards": (
-        "rewards.base",
-        "rewards.function",
-        "rewards.model",
-        "rewards.verifiers",
-        "rewards.length",
-        "rewards.keywords",
-        "rewards.pairwise",
-        "rewards.normalization",
-    ),
-    "Environments": ("environments.base", "environments.tools"),
-    "Sampling": ("sampling.sampler", "sampling.local_engine", "sampling.token_sampling", "sampling.vllm_engine"),
-    "Models": (
-        "models.lora",
-        "models.scorers",
-        "models.reward_model",
-        "models.token_logprobs",
-        "models.critic",
-        "models.reference",
-    ),
-    "Inference": ("inference.policy", "inference.compare", "inference.text_metrics"),
-    "Callbacks": ("callbacks.export", "callbacks.samples", "callbacks.memory", "callbacks.progress"),
-    "Diagnostics": (
-        "diagnostics.callback",
-        "diagnostics.checks",
-        "diagnostics.trends",
-        "diagnostics.collapse",
-        "diagnostics.invariants",
-        "diagnostics.preference",
-    ),
-    "Checkpointing": (
-        "checkpointing.callbacks",
-        "checkpointing.nonfinite",
-        "checkpointing.best",
-        "checkpointing.metrics_csv",
-        "checkpointing.strategies",
-        "checkpointing.io",
-    ),
-    "Pipeline": ("pipeline.run",),
+PACKAGE = "rlhf_lightning"
+ROOMS = {
+    "modules": "Modules",
+    "data": "Data",
+    "types": "Records",
+    "objectives": "Objectives",
+    "rollout": "Rollouts, advantages, KL",
+    "sampling": "Sampling",
+    "rewards": "Rewards",
+    "environments": "Environments",
+    "models": "Models",
+    "inference": "Inference",
+    "callbacks": "Callbacks",
+    "diagnostics": "Diagnostics",
+    "checkpointing": "Checkpointing",
+    "pipeline": "Pipeline",
 }
-"""The modules of the API reference, page by page."""
+"""The pages of the API reference and their titles; a room without public names has none."""
+
+
+def on_config(config: Any) -> Any:
+    """Put the pages of the API reference into the navigation."""
+    config.nav.append({"API reference": [{ROOMS[room]: reference(room)} for room in public_names()]})
+    return config
 
 
 def on_files(files: Files, config: Any) -> Files:
     """Add the API reference, and every file outside docs/ that pages link to, directly or through such files."""
-    for title, modules in REFERENCE.items():
-        entries = "\n\n".join(f"::: rlhf_lightning.{module}" for module in modules)
-        files.append(File.generated(config, reference(title), content=f"# {title}\n\n{entries}\n"))
+    for room, names in public_names().items():
+        entries = "\n\n".join(f"::: {path}\n    options:\n      heading: {heading}" for path, heading in names)
+        text = f"# {ROOMS[room]}\n\nThe names of this room that users write.\n\n{entries}\n"
+        files.append(File.generated(config, reference(room), content=text))
     waiting = [ROOT / "docs" / page.src_uri for page in files.documentation_pages() if page.generated_by is None]
     while waiting:
         page = waiting.pop()
@@ -117,9 +82,96 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str
     return relinked(markdown, moved)
 
 
-def reference(title: str) -> str:
+def reference(room: str) -> str:
     """Path of a page of the API reference."""
-    return f"reference/{title.lower().replace(' ', '-')}.md"
+    return f"reference/{room}.md"
+
+
+@cache
+def public_names() -> dict[str, list[tuple[str, str]]]:
+    """For each room the names that users write, as (path of the definition, shortest path to import it from).
+
+    These are what packages export, what the pages and configs name, and what the examples import. Nothing is imported:
+    the sources are parsed.
+    """
+    written = {f"{module}.{name}" for name, module in constant("_PUBLIC").items()}
+    for package in modules():
+        if modules()[package].name == "__init__.py":
+            written |= {f"{package}.{name}" for name in imported(package)}
+    pages = [ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "configs").rglob("*.yaml")]
+    classes = {f".{node.name}": module for module in modules() for node in parsed(module).body if is_class(node)}
+    for page in pages:
+        text = page.read_text(encoding="utf-8")
+        written |= set(re.findall(rf"\b{PACKAGE}(?:\.\w+)+", text))
+        if page.suffix == ".md" and page.name != "ARCHITECTURE.md":  # that one names internals
+            words = {f".{name}" for name in re.findall(r"`(?:\w+\.)*([A-Z]\w+)(?:\([^`]*\))?`", text)}
+            written |= {classes[word] + word for word in words & classes.keys()}
+    for example in (ROOT / "examples").glob("*.py"):
+        written |= {f"{module}.{name}" for name, module in names_from(ast.parse(example.read_text(encoding="utf-8")))}
+    shortest: dict[str, str] = {}
+    for path in sorted(written, key=lambda path: (path.count("."), path)):
+        if definition := defined(path):
+            shortest.setdefault(definition, path)
+    shortest |= {f"{module}.{name}": f"{PACKAGE}.{name}" for name, module in constant("_PUBLIC").items()}
+    rooms: dict[str, list[tuple[str, str]]] = {room: [] for room in ROOMS}
+    for path, heading in sorted(shortest.items()):
+        rooms.get(path.split(".")[1], []).append((path, heading))
+    return {room: names for room, names in rooms.items() if names}
+
+
+@cache
+def modules() -> dict[str, Path]:
+    """The modules of the package by their dotted names."""
+    paths = (ROOT / PACKAGE).rglob("*.py")
+    return {".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path for path in paths}
+
+
+@cache
+def parsed(module: str) -> ast.Module:
+    """The syntax tree of a module."""
+    return ast.parse(modules()[module].read_text(encoding="utf-8"))
+
+
+def is_class(node: ast.stmt) -> TypeGuard[ast.ClassDef]:
+    """Whether a statement defines a class."""
+    return isinstance(node, ast.ClassDef)
+
+
+def constant(name: str) -> dict[str, str]:
+    """A dict of strings that the package defines."""
+    for node in parsed(PACKAGE).body:
+        if isinstance(node, ast.Assign) and any(isinstance(to, ast.Name) and to.id == name for to in node.targets):
+            found: dict[str, str] = ast.literal_eval(node.value)
+            return found
+    return {}
+
+
+def names_from(tree: ast.Module) -> list[tuple[str, str]]:
+    """The names that a module imports from the package, each with the module it comes from."""
+    froms = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
+    return [
+        (alias.name, node.module)
+        for node in froms
+        if node.module and node.module.split(".")[0] == PACKAGE
+        for alias in node.names
+    ]
+
+
+def imported(module: str) -> dict[str, str]:
+    """The public names that a module imports from the package, with the module of each."""
+    return {name: source for name, source in names_from(parsed(module)) if not name.startswith("_")}
+
+
+def defined(path: str) -> str | None:
+    """The path at which a class or function is defined; None for any other name."""
+    module, _, name = path.rpartition(".")
+    if module not in modules() or name.startswith("_"):
+        return None
+    kinds = (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    if any(isinstance(node, kinds) and node.name == name for node in parsed(module).body):
+        return path
+    source = imported(module).get(name)
+    return defined(f"{source}.{name}") if source and source != module else None
 
 
 def place(target: Path) -> str:
