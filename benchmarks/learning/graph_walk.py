@@ -246,7 +246,8 @@ def report(runs: dict[str, Any]) -> str:
         for seed, result in runs.items()
     ]
     ends = [shown([result[name]["drawn"] for result in runs.values()]) for name in names]
-    return table(["seed", *(f"{name}, drawn (greedy)" for name in ("SFT", *METHODS))], [*lines, ["drawn, mean", *ends]])
+    head = ["seed", *(f"{name}, sampled (greedy)" for name in ("SFT", *METHODS))]
+    return table(head, [*lines, ["sampled, mean", *ends]])
 
 
 def draw(runs: dict[str, Any], path: Path) -> None:

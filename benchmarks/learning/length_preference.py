@@ -185,7 +185,7 @@ def falls(runs: list[dict[str, Any]]) -> dict[str, Any]:
 def report(runs: dict[str, Any], sizes: Sizes) -> str:
     """The tables."""
     several = list(runs.values())
-    head = ["seed", "pairs right", "tokens an answer: start → end", "empty", "cut off", "KL (nats), last round"]
+    head = ["seed", "pairs right", "tokens per answer: start → end", "empty", "cut off", "KL (nats), last round"]
     rows = [
         [
             seed,
@@ -202,7 +202,7 @@ def report(runs: dict[str, Any], sizes: Sizes) -> str:
     empty, cut = (shown([one["end"][part] for one in several]) for part in ("empty", "truncated"))
     found = falls(several)
     verdict = (
-        f"Change of tokens an answer in {sizes.rounds} rounds: {found['mean']:.1f} ± {found['half']:.1f} "
+        f"Change of tokens per answer in {sizes.rounds} rounds: {found['mean']:.1f} ± {found['half']:.1f} "
         f"(95% interval by Student's t over {len(several)} seeds). Falls on every seed: {found['on_every_seed']}; "
         f"in the mean beyond the interval: {found['beyond_interval']}."
     )
@@ -211,7 +211,7 @@ def report(runs: dict[str, Any], sizes: Sizes) -> str:
 
 def draw(runs: dict[str, Any], path: Path) -> None:
     """Mean and standard deviation over seeds, by round."""
-    titles = {"tokens": "tokens an answer", "score": "reward model's score", "kl": "KL to the start (nats an answer)"}
+    titles = {"tokens": "tokens per answer", "score": "reward model's score", "kl": "KL to the start (nats per answer)"}
     panels = []
     for name, title in titles.items():
         found = over_seeds([one["curves"][name] for one in runs.values()])

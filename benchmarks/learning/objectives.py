@@ -9,7 +9,7 @@ model and draws. `--choose` does the choice alone. Writes `benchmarks/results/ob
 
 All have 16 rounds of 128 rollouts, 32 prompts × 4 answers (with a critic 128 × 1), a KL term of 0.005 in the loss and
 8 optimizer steps a round, 2 epochs of 4 mini-batches. Importance sampling, whose ratio is not clipped, is there a
-second time with 1 step a round, where its ratio is 1.
+second time with 1 step per round, where its ratio is 1.
 """
 
 import argparse
@@ -50,7 +50,7 @@ def grouped(objective: Callable[[], PolicyObjective], scale: str) -> Method:
 METHODS = {
     "importance sampling": grouped(ImportanceSampling, "none"),
     # As it was meant: every step with the policy that drew.
-    "importance sampling, 1 step a round": replace(grouped(ImportanceSampling, "none"), epochs=1, minibatches=1),
+    "importance sampling, 1 step per round": replace(grouped(ImportanceSampling, "none"), epochs=1, minibatches=1),
     "PPO": grouped(ClippedSurrogate, "none"),
     "GRPO": grouped(partial(ClippedSurrogate, aggregation="sequence_mean"), "std"),
     "CISPO": grouped(CISPO, "std"),
@@ -59,7 +59,7 @@ METHODS = {
     "PPO and critic": graph_walk.METHODS["PPO and critic"],
 }
 # An eighth of the steps has to go further in each.
-FACTOR = {"importance sampling, 1 step a round": 2.5}
+FACTOR = {"importance sampling, 1 step per round": 2.5}
 
 
 def rates(name: str) -> list[float]:
@@ -130,7 +130,7 @@ def summary(name: str, several: list[dict[str, Any]]) -> list[str]:
 
 def tables(cells: Mapping[str, Any], choice: Mapping[str, Any], seeds: list[int]) -> str:
     """What was chosen, and what it came to."""
-    head = ["objective", "score, drawn", "score, greedy", "mean over all rollouts", f"rollouts to {GOAL}"]
+    head = ["objective", "score, sampled", "score, greedy", "mean over all rollouts", f"rollouts to {GOAL}"]
     picked = {name: [cells[key(name, choice[name]["rate"], seed)] for seed in seeds] for name in METHODS}
     start = [cells[f"SFT | seed {seed}"] for seed in seeds]
     sft = ["SFT, the start", *(shown([one[part] for one in start]) for part in ("drawn", "greedy")), "–", "–"]
@@ -147,7 +147,7 @@ def tables(cells: Mapping[str, Any], choice: Mapping[str, Any], seeds: list[int]
     return "\n\n".join(
         [
             table(head, [sft, *(summary(name, several) for name, several in picked.items())]),
-            table(["objective less PPO, within seeds", "score, drawn", "mean over all rollouts"], apart),
+            table(["objective less PPO, within seeds", "score, sampled", "mean over all rollouts"], apart),
             table(["objective", "mean over all rollouts by rate, seeds 10 to 14", "taken"], tried),
         ]
     )

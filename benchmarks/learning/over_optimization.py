@@ -133,7 +133,7 @@ def draw(runs: dict[str, Any], path: Path, window: int = 10) -> None:
         far = [math.sqrt(max(0.0, kl)) for kl in part["kl"]["mean"]]
         series[name] = plots.Series(list(zip(far, part["gold"]["mean"], strict=True)))
     # The square root, as in Gao et al. (arXiv 2210.10760).
-    panels.append(plots.Panel("gold reward by distance", series, x="√KL to SFT (KL in nats an answer)"))
+    panels.append(plots.Panel("gold reward by distance", series, x="√KL to SFT (KL in nats per answer)"))
     plots.save(path, panels)
 
 

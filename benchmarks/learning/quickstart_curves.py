@@ -29,12 +29,12 @@ WINDOW = 16
 """Steps of training whose mean is one point: one step has 16 rows only."""
 RL = {"reward": "train/reward", "kl": "train/kl", "tokens": "train/response_tokens"}
 TITLES = {
-    "nll": "SFT: NLL (nats a token)",
+    "nll": "SFT: NLL (nats per token)",
     "accuracy": "preference: accuracy of pairs",
     "reward": "RL: reward model's score",
     "gold": "RL: gold reward",
-    "kl": "RL: KL to SFT (nats an answer)",
-    "tokens": "RL: tokens an answer",
+    "kl": "RL: KL to SFT (nats per answer)",
+    "tokens": "RL: tokens per answer",
 }
 NOTES = {"held_out": "held out", "train": "training", "": "training prompts"}
 
@@ -130,7 +130,7 @@ def report(runs: dict[str, Any]) -> str:
     """Both tables, and which promise was not kept."""
     seeds = table(HEAD, [*(row(seed, one) for seed, one in runs.items()), mean_row(list(runs.values()))])
     broken = [f"seed {seed}: {name}" for seed, one in runs.items() for name, held in one["checks"].items() if not held]
-    promises = f"Promises not kept: {'; '.join(broken) or 'none'}."
+    promises = f"Missed requirements: {'; '.join(broken) or 'none'}."
     return "\n\n".join([seeds, promises, points(combined(runs))])
 
 

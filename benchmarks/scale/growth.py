@@ -70,7 +70,7 @@ def exponent(rows: list[dict[str, Any]], name: str) -> float:
 def table(found: dict[str, list[dict[str, Any]]]) -> str:
     """All points, and how time and memory grow."""
     lines = [
-        "| axis | | seconds a step | memory, peak above the start | time grows as | memory grows as |",
+        "| axis | | seconds per step | memory, peak above the start | time grows as | memory grows as |",
         "|---|---|---|---|---|---|",
     ]
     for axis, rows in found.items():
