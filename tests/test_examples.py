@@ -8,6 +8,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from examples import (
+    engine,
     environments,
     objectives,
     own_module,
@@ -22,6 +23,7 @@ from examples import (
 from rlhf_lightning import PolicyRLModule, PreferenceModule, SFTModule
 from rlhf_lightning.errors import ConfigError, DataError
 from rlhf_lightning.objectives.policy import importance_sampling
+from rlhf_lightning.sampling.local_engine import LocalEngine
 from tests.conftest import trainer as quiet
 
 ROOT = Path(__file__).parents[1]
@@ -54,6 +56,21 @@ def test_environments(base: str, tmp_path: Path) -> None:
     assert played.step({"content": "I say 3"}).next_messages == [{"role": "user", "content": "Higher."}]
     last = played.step({"content": "7"})
     assert (last.reward, last.done) == (0.5, True)
+
+
+def test_engine(base: str, tmp_path: Path) -> None:
+    module = engine.main(base, str(tmp_path))
+    assert module.trainer.global_step > 0
+    assert len(module.last_episodes) == 8
+    # With the policy's weights it samples the tokens of the built-in engine.
+    module.sampler.sync(1)
+    prompts, seeds = [[5, 6, 7], [5, 6, 7], [8, 9]], [1, 2, 3]
+    found = module.sampler.generate(prompts, seeds)
+    expected = LocalEngine(module.model, module.renderer.decode).generate(prompts, module.sampler.params, seeds)
+    assert [one.ids for one in found] == [one.ids for one in expected]
+    assert [one.stop_reason for one in found] == [one.stop_reason for one in expected]
+    for one, other in zip(found, expected, strict=True):
+        assert one.logprobs == pytest.approx(other.logprobs, abs=1e-5)
 
 
 def test_objectives(base: str, tmp_path: Path) -> None:
