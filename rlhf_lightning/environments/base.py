@@ -11,6 +11,7 @@ from rlhf_lightning.data.conversations import Message, to_messages
 from rlhf_lightning.data.records import RowError
 from rlhf_lightning.environments.user_calls import check_limit
 from rlhf_lightning.errors import ConfigError, UserError
+from rlhf_lightning.settings import Settings
 
 ON_ERROR = ("fail", "retry", "drop")
 
@@ -72,7 +73,7 @@ EnvironmentFactory = Callable[[dict[str, Any]], MessageEnv]
 
 
 @dataclass(frozen=True)
-class Limits:
+class Limits(Settings):
     """Limits of an episode, and what happens if its environment fails.
 
     Args:

@@ -20,9 +20,10 @@ from rlhf_lightning.models.packed_forward import PackedForward
 from rlhf_lightning.models.packing import prefix_lengths
 from rlhf_lightning.models.sharding import run_unsharded
 from rlhf_lightning.models.token_logprobs import TokenLogprobs, state_values
+from rlhf_lightning.settings import Settings
 
 
-class Critic(nn.Module):
+class Critic(Settings, nn.Module):
     """A value head on its own backbone or on the policy's.
 
     The head starts at zero, so an untrained critic predicts 0 everywhere.

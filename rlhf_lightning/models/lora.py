@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from rlhf_lightning.errors import ConfigError, check_whole
+from rlhf_lightning.settings import Settings
 
 HEADS = ("score", "classifier", "classification_head")
 GROUPS = ("attention", "mlp", "unembedding", "all")
@@ -18,7 +19,7 @@ _ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
 
 
 @dataclass
-class LoRA:
+class LoRA(Settings):
     """Low-rank adapters instead of full training (LoRA, arXiv 2106.09685).
 
     Args:

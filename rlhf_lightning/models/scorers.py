@@ -18,6 +18,7 @@ from rlhf_lightning.models.precision import NARROW
 from rlhf_lightning.models.reference import Reference
 from rlhf_lightning.models.sharding import run_unsharded
 from rlhf_lightning.models.token_logprobs import TokenLogprobs
+from rlhf_lightning.settings import Settings
 
 
 class Scored(NamedTuple):
@@ -36,7 +37,7 @@ class Scored(NamedTuple):
     """The reference's part of each score, `[N]`."""
 
 
-class Scorer(ABC):
+class Scorer(Settings, ABC):
     """Base class of scorers.
 
     A batch has `input_ids` and `loss_mask`, `[N, T]` with mask 1 on the response, and `lengths`, `[N]`.

@@ -241,6 +241,20 @@ class RLHFModule(CheckedModule):
     def build(self) -> None:
         """Make what stands on the model; called once after it is loaded."""
 
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """Logits of the model, as those of transformers; the model is loaded if it is not yet.
+
+        Args:
+            input_ids: `[B, T]`.
+            attention_mask: 1 at tokens, 0 at padding, `[B, T]`; all ones by default.
+
+        Returns:
+            Logits, `[B, T, V]`.
+        """
+        self.configure_model()
+        logits: Tensor = self.model(input_ids=input_ids, attention_mask=attention_mask).logits
+        return logits
+
     @property
     @abstractmethod
     def packed_forward(self) -> PackedForward:
@@ -378,6 +392,7 @@ class RLHFModule(CheckedModule):
         return {name: value for name, value in state.items() if name not in frozen}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(checkpoint)
         checkpoint["format"] = FORMAT
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

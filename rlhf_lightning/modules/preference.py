@@ -9,6 +9,7 @@ import torch
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from torch import Tensor, nn
 
+from rlhf_lightning.data.batching import pad_tokens
 from rlhf_lightning.errors import ConfigError
 from rlhf_lightning.models.heads import has_head, init_head
 from rlhf_lightning.models.loading import disable_dropout, read_stage
@@ -245,6 +246,26 @@ class PreferenceModule(RLHFModule):
             return [{"score": score, "label": int(label)} for score, label in numbers]
         there = named["loss_mask"].bool()
         return [{"scores": named["scores"][i][there[i]].tolist()} for i in kept.nonzero()[:, 0].tolist()]
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """Scores of rows of tokens; the model is loaded if it is not yet.
+
+        A reward head reads the last token of a row. Scorers of log-probabilities count every token but the first as
+        part of the response; to score responses to prompts use `score` or `score_tokens`.
+
+        Args:
+            input_ids: `[B, T]`, padded on either side.
+            attention_mask: 1 at tokens, 0 at padding, `[B, T]`; all ones by default.
+
+        Returns:
+            Scores, `[B]`.
+        """
+        self.configure_model()
+        there = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        rows = [ids[mask != 0].tolist() for ids, mask in zip(input_ids, there, strict=True)]
+        batch = pad_tokens(rows, [[0, *[1] * (len(row) - 1)] for row in rows], pad_id=0)
+        scores: Tensor = self.scorer({name: value.to(input_ids.device) for name, value in batch.items()})
+        return scores
 
     # -- scoring without a Trainer --------------------------------------------------------------------------------
 

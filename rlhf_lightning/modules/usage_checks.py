@@ -1,15 +1,18 @@
 """What a module says where it is used in a way that Lightning or torch would answer without saying what to do."""
 
 import logging
+import pickle
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 from torch import nn
 
 from rlhf_lightning.data.base import RowDataModule
 from rlhf_lightning.errors import ConfigError, check_object, check_whole
+from rlhf_lightning.settings import NotPlain, Settings, UnknownClass, describe, rebuild
 
 log = logging.getLogger(__name__)
 DATA = {"sft": "SFTDataModule", "preference": "PreferenceDataModule", "policy": "PromptDataModule"}
@@ -23,7 +26,11 @@ ABSENT = {
 """What is looked for on a module, and where it is."""
 
 
-class CheckedModule(pl.LightningModule):
+UNUSED_BY_INFERENCE = ("optimizer", "lr_scheduler", "rewards", "environment", "environment_args", "limits")
+"""Arguments without which a loaded module computes the same."""
+
+
+class CheckedModule(Settings, pl.LightningModule):
     """A LightningModule whose refusals say what to do."""
 
     stage_kind = ""
@@ -54,12 +61,45 @@ class CheckedModule(pl.LightningModule):
             f"trainer.{command} has no data: trainer.{command}(module, {data}({source}=…)), or a DataLoader"
         )
 
+    def _arguments_given(self, given: dict[str, Any]) -> dict[str, Any]:
+        try:
+            return {name: rebuild(value) if name != "model_options" else value for name, value in given.items()}
+        except UnknownClass as error:
+            raise ConfigError(
+                f"the checkpoint's settings: {error}; import its module before, or pass the argument to "
+                f"{type(self).__name__}.load_from_checkpoint"
+            ) from None
+
+    def _constructed(self, given: Mapping[str, Any]) -> None:
+        """Keep the arguments as plain values, for loggers and checkpoints; what is not plain is named instead."""
+        plain: dict[str, Any] = {}
+        self.unsaved_arguments: list[str] = []
+        for name, value in given.items():
+            try:
+                plain[name] = describe(value)
+            except NotPlain:
+                self.unsaved_arguments.append(name)
+        self.__dict__["_given"] = None  # the objects themselves are not held twice
+        if plain:
+            self.save_hyperparameters(plain)
+
     @classmethod
     def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Any:
-        """As Lightning's, with the settings that the module was made with: a checkpoint holds what was trained only.
+        """As Lightning's: the module with its trained weights, made with the settings that the checkpoint holds.
+
+        What was frozen is not in a checkpoint and is loaded from the base model. Arguments that are no plain values
+        (a function, a model in memory) are not in it either; those that matter are asked for.
+
+        Args:
+            checkpoint_path: A `.ckpt` file of this class.
+            *args: See Lightning.
+            **kwargs: See Lightning; arguments of the constructor, in place of those in the checkpoint.
+
+        Raises:
+            ConfigError: If the file is missing or no checkpoint, or an argument is needed that it does not hold.
 
         Example:
-            SFTModule.load_from_checkpoint("runs/sft/checkpoints/step=10.ckpt", model="Qwen/Qwen3-0.6B", lora=LoRA(8))
+            >>> SFTModule.load_from_checkpoint("runs/sft/checkpoints/step=10.ckpt")  # doctest: +SKIP
         """
         name = f"{cls.__name__}.load_from_checkpoint"
         place = Path(str(checkpoint_path))
@@ -67,16 +107,22 @@ class CheckedModule(pl.LightningModule):
             raise ConfigError(f"{name}: {place}: no such file (seen from {Path.cwd()})")
         if any((place / file).exists() for file in ("config.json", "adapter_config.json")):
             raise ConfigError(f"{name}: {place} is a model folder; start from it: {cls.__name__}({str(place)!r})")
+        kwargs.setdefault("weights_only", True)
+        if place.is_file():
+            _check_unsaved(place, name, kwargs)
         try:
             return super().load_from_checkpoint(checkpoint_path, *args, **kwargs)
         except TypeError as error:
             if "missing" not in str(error) or "'model'" not in str(error):
                 raise
         raise ConfigError(
-            f"{name} needs model=… and what else the module was made with (lora=…, scorer=…): the checkpoint holds the "
-            "weights that were trained, not the settings, nor weights that were frozen. To use a trained model, load "
-            f"the model folder of its stage: {cls.__name__}('runs/NAME/model')"
+            f"{name} needs model=… and what else the module was made with (lora=…, scorer=…): this checkpoint holds no "
+            f"settings. To use a trained model, load the model folder of its stage: {cls.__name__}('runs/NAME/model')"
         )
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Name the arguments that the checkpoint does not hold."""
+        checkpoint["unsaved_arguments"] = list(self.unsaved_arguments)
 
     def check_trainer(self, stage: str) -> None:
         """Refuse data of another stage, and settings of the Trainer that would fail later; raises `ConfigError`."""
@@ -107,6 +153,23 @@ class CheckedModule(pl.LightningModule):
                 "data.validation was never looked at: the run ended before. Validation follows each epoch; set "
                 "trainer.val_check_interval to a number of batches, or trainer.check_val_every_n_epoch lower"
             )
+
+
+def _check_unsaved(path: Path, name: str, given: Mapping[str, Any]) -> None:
+    """Ask for arguments that a checkpoint does not hold and that a module cannot be made without."""
+    try:
+        facts = torch.load(path, map_location="meta", mmap=True, weights_only=True)
+    except (RuntimeError, OSError, ValueError, EOFError, pickle.UnpicklingError):
+        return  # what is wrong with it is told where it is loaded
+    unsaved = facts.get("unsaved_arguments", []) if isinstance(facts, dict) else []
+    missing = [argument for argument in unsaved if argument not in given]
+    if wanted := [argument for argument in missing if argument not in UNUSED_BY_INFERENCE]:
+        raise ConfigError(
+            f"{name} needs {', '.join(f'{argument}=…' for argument in wanted)}: a checkpoint cannot hold an "
+            "object that is not made of plain values"
+        )
+    if missing:
+        log.warning("%s: without its %s, which a checkpoint cannot hold", name, ", ".join(missing))
 
 
 def _not_positive(every: Any) -> bool:

@@ -16,6 +16,7 @@ from rlhf_lightning.distributed import run_on_leader
 from rlhf_lightning.errors import ConfigError, UserError
 from rlhf_lightning.rewards.normalization import RUNNING, Normalizer
 from rlhf_lightning.safe_points import safe_point
+from rlhf_lightning.settings import Settings
 from rlhf_lightning.types import Episode
 
 
@@ -23,7 +24,7 @@ class RewardError(UserError):
     """A reward raised an exception."""
 
 
-class Reward(nn.Module):
+class Reward(Settings, nn.Module):
     """Base class of rewards. A subclass scores episodes; the terms are weighted and added.
 
     Args:

@@ -16,10 +16,11 @@ from rlhf_lightning.errors import ConfigError
 from rlhf_lightning.objectives.advantage import discounted_future_sum, gae, group_centered, leave_one_out
 from rlhf_lightning.objectives.value import explained_variance
 from rlhf_lightning.rollout.kl import KLPenalty
+from rlhf_lightning.settings import Settings
 from rlhf_lightning.types import Episode, TrainingSample
 
 
-class Advantage:
+class Advantage(Settings):
     """From rewards to the advantage of every token that was sampled."""
 
     needs_group = False

@@ -9,11 +9,12 @@ from rlhf_lightning.errors import ConfigError
 from rlhf_lightning.models.offload import check_place
 from rlhf_lightning.objectives import kl
 from rlhf_lightning.objectives.policy.importance import token_ratio
+from rlhf_lightning.settings import Settings
 
 LOSS_ESTIMATORS = ("weighted_k3", "k2", "k3")
 
 
-class KLPenalty:
+class KLPenalty(Settings):
     """A penalty on the distance from the reference.
 
     In the reward it is k1 per token, folded into the advantage of every token up to its place. In the loss it is

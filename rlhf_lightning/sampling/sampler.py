@@ -16,6 +16,7 @@ from rlhf_lightning.models.generation import end_token_ids, stop_texts
 from rlhf_lightning.models.lora import base_of, named_weights
 from rlhf_lightning.sampling.local_engine import LocalEngine
 from rlhf_lightning.sampling.token_sampling import Completion, SamplingParams
+from rlhf_lightning.settings import Settings
 
 log = logging.getLogger(__name__)
 
@@ -63,7 +64,7 @@ class Engine(Protocol):
         """
 
 
-class Sampler:
+class Sampler(Settings):
     r"""Samples responses to prompts.
 
     Recorded log-probabilities are those of the full softmax at the sampling temperature. A row's tokens do not depend

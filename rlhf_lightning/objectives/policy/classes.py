@@ -16,9 +16,10 @@ from rlhf_lightning.objectives.policy.importance import (
     token_log_ratio,
     token_ratio,
 )
+from rlhf_lightning.settings import Settings
 
 
-class PolicyObjective(ABC):
+class PolicyObjective(Settings, ABC):
     """Base class of the policy losses with their options and aggregation.
 
     Subclasses implement `__call__`, which returns the per-token loss; `PolicyRLModule` aggregates it.
@@ -313,7 +314,7 @@ class SAPO(PolicyObjective):
         return losses.sapo(logprobs, old_logprobs, advantages, loss_mask, *self.temperatures)
 
 
-class ImportanceWeights:
+class ImportanceWeights(Settings):
     """Correction for tokens sampled from another distribution: a stale policy, another engine, or another precision.
 
     With it, `PolicyRLModule` recomputes log-probabilities at the start of each round. The loss's ratio is taken to

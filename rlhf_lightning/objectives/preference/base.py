@@ -6,8 +6,10 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
+from rlhf_lightning.settings import Settings
 
-class PreferenceLoss(ABC):
+
+class PreferenceLoss(Settings, ABC):
     """Base class of `PairLoss`, `LabelLoss` and `RankingLoss`."""
 
     kind: ClassVar[str]

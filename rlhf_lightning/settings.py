@@ -1,0 +1,114 @@
+"""Objects that remember the arguments they were made with, so that a checkpoint can hold them as plain values."""
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import fields, is_dataclass
+from functools import wraps
+from pathlib import Path
+from typing import Any
+
+_CLASSES: dict[str, type] = {}
+"""What `rebuild` may make: subclasses of `Settings` that are imported, by name. No name in a file imports anything."""
+
+
+class NotPlain(TypeError):
+    """An argument that cannot be written down: a function, or an object of another library."""
+
+
+class UnknownClass(LookupError):
+    """A description names a class that is not known here."""
+
+
+class Settings:
+    """Base of the classes that configure a module: losses, advantages, rewards, scorers, samplers, …
+
+    The arguments of the outermost constructor are kept, so that `describe` can give the object as plain values and
+    `rebuild` can make an equal one of them. Dataclasses are described by their fields.
+
+    Example:
+        >>> class Clip(Settings):
+        ...     def __init__(self, low: float = 0.2) -> None:
+        ...         self.bound = 1 - low
+        >>> describe(Clip(0.5))["init_args"]
+        {'low': 0.5}
+    """
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        _CLASSES[_name(cls)] = cls
+        if "__init__" in vars(cls):
+            cls.__init__ = _recording(cls.__init__)  # type: ignore[method-assign]
+
+    def _arguments_given(self, given: dict[str, Any]) -> dict[str, Any]:
+        """The arguments that the constructor gets; called once, before the outermost one."""
+        return given
+
+    def _constructed(self, given: Mapping[str, Any]) -> None:
+        """Called once, after the outermost constructor."""
+
+
+def _name(cls: type) -> str:
+    """The name of a class in a description: short for one of this package, dotted for another."""
+    own = cls.__module__.partition(".")[0] == __name__.partition(".")[0]
+    return cls.__name__ if own else f"{cls.__module__}.{cls.__qualname__}"
+
+
+def _recording(init: Callable[..., None]) -> Callable[..., None]:
+    signature = inspect.signature(init)
+    extra = next((p.name for p in signature.parameters.values() if p.kind is p.VAR_KEYWORD), None)
+
+    @wraps(init)
+    def constructor(self: Any, *args: Any, **kwargs: Any) -> None:
+        if "_given" in self.__dict__:
+            init(self, *args, **kwargs)
+            return
+        _, *named = signature.bind(self, *args, **kwargs).arguments.items()
+        given = {name: value for name, value in named if name != extra}
+        given = self._arguments_given({**given, **dict(named).get(extra, {})} if extra else given)
+        object.__setattr__(self, "_given", given)
+        positional = [p.name for p in signature.parameters.values() if p.kind is p.VAR_POSITIONAL]
+        rest = given.pop(positional[0]) if positional and positional[0] in given else ()
+        init(self, *rest, **given)
+        self._constructed(given)
+
+    return constructor
+
+
+def describe(value: Any) -> Any:
+    """A value in plain terms: numbers, texts, lists, dicts, and `{class_path, init_args}` for settings.
+
+    Raises:
+        NotPlain: If something in it cannot be written down.
+    """
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, Mapping) and all(isinstance(key, str) for key in value):
+        return {key: describe(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [describe(item) for item in value]
+    if isinstance(value, Settings):
+        given = value.__dict__.get("_given", {})
+        if is_dataclass(value):
+            given = {field.name: getattr(value, field.name) for field in fields(value)}
+        return {"class_path": _name(type(value)), "init_args": describe(given)}
+    raise NotPlain(f"a {type(value).__name__} cannot be written down")
+
+
+def rebuild(value: Any) -> Any:
+    """The inverse of `describe`.
+
+    Raises:
+        UnknownClass: If a class is described that is no subclass of `Settings`, or whose module is not imported.
+    """
+    if isinstance(value, list | tuple):
+        return [rebuild(item) for item in value]
+    if not isinstance(value, Mapping):
+        return value
+    if set(value) != {"class_path", "init_args"}:
+        return {key: rebuild(item) for key, item in value.items()}
+    name = value["class_path"]
+    if not isinstance(name, str) or name not in _CLASSES:
+        raise UnknownClass(f"{name!r} is no class that is known here")
+    return _CLASSES[name](**rebuild(value["init_args"]))
