@@ -171,7 +171,7 @@ def test_the_stages_run_in_a_lightning_cli_of_ones_own(base: str, tmp_path: Path
         folder = tmp_path / kind
         folder.mkdir()
         settings = stage_config(kind, base, folder)
-        for name in ("test", "predict"):
+        for name in ("validation", "test", "predict"):
             settings["data"][name] = settings["data"]["train"]
         if kind == "policy":
             settings["model"]["rewards"] = [{"class_path": "KeywordReward", "init_args": {"keywords": ["a"]}}]

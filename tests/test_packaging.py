@@ -55,8 +55,10 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
     names = set(zipfile.ZipFile(wheel).namelist())
     package = ROOT / "rlhf_lightning"
     wanted = {str(p.relative_to(ROOT)) for p in package.rglob("*") if p.is_file() and "__pycache__" not in p.parts}
+    # The folder of the configs is a link in the repository, and a folder in the wheel.
+    wanted |= {f"rlhf_lightning/{p.relative_to(ROOT)}" for p in (ROOT / "configs").rglob("*") if p.is_file()}
     assert {name for name in names if ".dist-info/" not in name} == wanted
-    assert {"rlhf_lightning/py.typed", "rlhf_lightning/report/style.css"} <= names
+    assert {"rlhf_lightning/py.typed", "rlhf_lightning/report/style.css", "rlhf_lightning/configs/gsm8k.yaml"} <= names
 
 
 def test_what_the_wheel_says_of_itself(wheel: Path) -> None:
