@@ -82,7 +82,7 @@ def test_evaluate_finds_the_perplexity_of_validation(lora: Any, thinker: str, tm
     folder, wanted = sft(thinker, tmp_path / "sft", lora, file, template_kwargs=QUIET)
     found, said = evaluated(capsys, folder, file)
     assert found == pytest.approx(wanted, rel=1e-4)
-    assert f"asks as {folder} was trained: template_kwargs {QUIET}" in said
+    assert f"prompts as {folder} was trained: template_kwargs {QUIET}" in said
     export_model(folder, tmp_path / "exported")
     assert evaluated(capsys, str(tmp_path / "exported"), file)[0] == pytest.approx(wanted, rel=1e-4)
     other, said = evaluated(capsys, folder, file, "--template_kwargs", "{}")
@@ -274,9 +274,9 @@ def test_folders_without_a_record_are_asked_by_default(base: str, tmp_path: Path
     assert "asks" not in capsys.readouterr().err
     assert RenderingSettings.of(base).describe() == ""
     rlhf("generate", base, "--prompt", "Hi", "--max_tokens", "2", "--system", "Be kind.")
-    assert f"asks {base} with system 'Be kind.'" in capsys.readouterr().err
+    assert f"prompts {base} with system 'Be kind.'" in capsys.readouterr().err
     (Path(base) / "stage.json").write_text(json.dumps({"kind": "sft"}))
-    assert "does not say how it was asked in training" in RenderingSettings.of(base).describe()
+    assert "does not record how it was prompted in training" in RenderingSettings.of(base).describe()
     # Of earlier preference stages the record had two keys.
     (Path(base) / "stage.json").write_text(json.dumps({"rendering": {"format": "raw", "template_kwargs": {}}}))
     assert Policy(base).renderer.format == "raw"
@@ -288,7 +288,7 @@ def test_data_check_renders_as_the_model_was_trained(thinker: str, tmp_path: Pat
     capsys.readouterr()
     rlhf("data", "check", file, "--kind", "prompts", "--model", folder)
     out, said = capsys.readouterr()
-    assert f"asks as {folder} was trained: template_kwargs {QUIET}, system 'Be brief.'" in said
+    assert f"prompts as {folder} was trained: template_kwargs {QUIET}, system 'Be brief.'" in said
     assert "Be brief." in out
     rlhf("data", "check", file, "--kind", "prompts", "--model", folder, "--system", "")
     assert "Be brief." not in capsys.readouterr().out

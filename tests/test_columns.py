@@ -98,7 +98,7 @@ def test_a_system_column_that_cannot_be_used(reader: Any) -> None:
     row, convert = reader
     with pytest.raises(DataError, match=rf"{WHERE}'system' is int 3; it must be text"):
         convert({**row, "system": 3})
-    with pytest.raises(DataError, match=rf"{WHERE}.*'system' and 'system_prompt', and they are not the same"):
+    with pytest.raises(DataError, match=rf"{WHERE}.*'system' and 'system_prompt', and they differ"):
         convert({**row, "system": "a", "system_prompt": "b"})
 
 
@@ -151,7 +151,7 @@ def test_a_turn_that_is_marked_is_not_trained(tokenizer: Any, mark: dict[str, An
     assert trained(tokenizer, row) == ["Hello<|im_end|>"]
     for settings, message in (
         ({"train_on": "everything"}, "data.train_on is everything"),
-        ({"train_on": "last_assistant"}, "every turn to learn from is marked not to be"),
+        ({"train_on": "last_assistant"}, "every turn to learn from is marked as not trained"),
         ({"format": "raw"}, "with format raw the last message"),
     ):
         with pytest.raises(DataError, match=message):
@@ -160,7 +160,7 @@ def test_a_turn_that_is_marked_is_not_trained(tokenizer: Any, mark: dict[str, An
     asked = [USER, {**BAD, **mark}, USER]
     pair = {"prompt": asked, "chosen": "Hello", "rejected": "No"}
     assert rows_of(PreferenceDataModule, pair, tokenizer)
-    with pytest.raises(DataError, match="a response is learnt and scored whole"):
+    with pytest.raises(DataError, match="a response is trained and scored as a whole"):
         rows_of(PreferenceDataModule, {**pair, "chosen": [{**ASSISTANT, **mark}]}, tokenizer)
 
 
@@ -169,7 +169,7 @@ def test_a_turn_that_is_marked_is_not_trained(tokenizer: Any, mark: dict[str, An
     [
         ({"weight": 0.5}, "'weight' must be 0"),
         ({"train": "no"}, "'train' must be true or false"),
-        ({"weight": 1, "trainable": False}, "is marked to be trained and not to be trained"),
+        ({"weight": 1, "trainable": False}, "is marked both as trained and as not trained"),
     ],
 )
 def test_marks_that_cannot_be_used(tokenizer: Any, mark: dict[str, Any], message: str) -> None:
@@ -180,7 +180,7 @@ def test_marks_that_cannot_be_used(tokenizer: Any, mark: dict[str, Any], message
 def test_a_mark_that_train_on_does_not_ask_for(tokenizer: Any, caplog: pytest.LogCaptureFixture) -> None:
     (row,) = rows_of(SFTDataModule, {"messages": [{**USER, "train": True}, ASSISTANT]}, tokenizer)
     assert trained(tokenizer, row) == ["Hello<|im_end|>"]
-    assert caplog.text.count("messages marked to be trained are not, since data.train_on is all_assistant") == 1
+    assert caplog.text.count("messages marked as trained are not trained, since data.train_on is all_assistant") == 1
 
 
 @pytest.mark.parametrize("shape", SFT)
@@ -211,7 +211,7 @@ def test_pairs_in_a_file_for_sft(tokenizer: Any) -> None:
 def test_rows_have_no_weights(tokenizer: Any) -> None:
     for module, row in ((SFTDataModule, SFT["messages"]), (PreferenceDataModule, PAIRS["pair"])):
         assert rows_of(module, {**row, "weight": 1.0}, tokenizer)
-        with pytest.raises(DataError, match=r"the row has 'weight' 0\.5, and rows have no weights"):
+        with pytest.raises(DataError, match=r"the row has 'weight' 0\.5, and row weights are not supported"):
             rows_of(module, {**row, "weight": 0.5}, tokenizer)
 
 
@@ -306,7 +306,7 @@ def test_weights_of_rows_of_every_kind(tokenizer: Any, column: dict[str, Any]) -
         (PreferenceDataModule([said], **options), "fit"),
         (PromptDataModule(None, [said], **options), "validate"),
     ):
-        with pytest.raises(DataError, match="rows have no weights"):
+        with pytest.raises(DataError, match="row weights are not supported"):
             module.setup(stage)
     for fine in ("1", "1.0", "true", "train"):  # a split's name may stand in a column of that name
         SFTDataModule([sft | {next(iter(column)): fine}], **options).setup("fit")
@@ -327,7 +327,7 @@ def test_conversations_that_a_table_holds_as_text() -> None:
     for text in (json.dumps(said), str(said), json.dumps([{"from": "human", "value": "It's"}])):
         assert to_messages(text)[-1] == said[-1]
     # What an array of numpy prints has no commas.
-    with pytest.raises(RowError, match="as Python prints it"):
+    with pytest.raises(RowError, match="a printed Python list"):
         to_messages("[{'role': 'user', 'content': 'Q'}\n {'role': 'assistant', 'content': 'A'}]")
     # Other lists are what a user says, and an answer is never read so.
     for text in ('[{"role": "admin", "content": "x"}]', '[{"role": "user", "content": "x"}] what is this?', "[1]"):

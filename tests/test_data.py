@@ -129,7 +129,7 @@ def test_missing_files_and_folders(tmp_path: Path) -> None:
         read_rows(str(tmp_path / "missing.jsonl"))
     with pytest.raises(DataError, match="a folder; name the file"):
         read_rows(tmp_path)
-    with pytest.raises(DataError, match="neither a file here nor a Hub data set"):
+    with pytest.raises(DataError, match="neither a local file nor a Hub data set"):
         read_rows("owner/surely-not-there")
 
 
@@ -173,7 +173,7 @@ def test_long_rows_are_counted(tokenizer: Any) -> None:
     assert len(data.prepared["train"].rows[0].ids) == 20
     data = ready(SFTDataModule(rows, tokenizer=tokenizer, max_length=20, overlong="skip"))
     assert len(data.prepared["train"].rows) == 1
-    with pytest.raises(DataError, match=r"over data\.max_length 20"):
+    with pytest.raises(DataError, match=r"above data\.max_length 20"):
         ready(SFTDataModule(rows, tokenizer=tokenizer, max_length=20, overlong="error"))
     with pytest.raises(DataError, match="no trained token within"):
         ready(SFTDataModule([{"prompt": "word " * 50, "completion": "x"}], tokenizer=tokenizer, max_length=20))
@@ -227,11 +227,11 @@ def test_pairs(tokenizer: Any) -> None:
     [
         ({"prompt": "Hi", "chosen": "a"}, "no 'rejected'"),
         ({"chosen": "a", "rejected": "b"}, "no 'prompt'"),
-        ({"chosen": [USER], "rejected": [ASSISTANT]}, "share no first messages"),
+        ({"chosen": [USER], "rejected": [ASSISTANT]}, "do not begin with the same messages"),
         ({"prompt": "Hi", "chosen": "a", "rejected": "a"}, "chosen equals rejected"),
         ({"prompt": "Hi", "chosen": "a", "rejected": " "}, "rejected: no token is trained"),
         ({"prompt": "Hi", "chosen": "a", "rejected": "b", "margin": "x"}, "'margin' is 'x'"),
-        ({"prompt": "Hi", "chosen": "word " * 90, "rejected": "b"}, "over data.max_length 40"),
+        ({"prompt": "Hi", "chosen": "word " * 90, "rejected": "b"}, "above data.max_length 40"),
     ],
 )
 def test_malformed_pairs(tokenizer: Any, row: dict[str, Any], message: str) -> None:

@@ -26,7 +26,7 @@ def said_of(data: Any, tokenizer: Any, caplog: Any) -> str:
     data.tokenizer = tokenizer
     caplog.clear()
     data.setup("fit")
-    lines = [r.getMessage() for r in caplog.records if "begin otherwise" in r.getMessage()]
+    lines = [r.getMessage() for r in caplog.records if "do not begin where" in r.getMessage()]
     assert len(lines) < 2, "it is said once"
     return lines[0] if lines else ""
 
@@ -59,7 +59,7 @@ def test_prompts_have_nothing_to_compare(tokenizer: Any, caplog: Any) -> None:
     data.tokenizer = tokenizer
     data.text_key = None
     data._prepare("train", required=True)
-    assert "begin otherwise" not in caplog.text
+    assert "do not begin where" not in caplog.text
 
 
 @pytest.mark.parametrize("template", [f.stem for f in sorted(TEMPLATES.glob("*.jinja"))])
@@ -88,8 +88,8 @@ def test_data_check_says_it(base: str, tmp_path: Path, capsys: Any) -> None:
     template.write_text(THINKING)
     args = ["data", "check", file, "--kind", "sft", "--model", base, "--chat_template", str(template)]
     rlhf(*args)
-    assert "3 of 3 trained answers begin otherwise" in capsys.readouterr().out
+    assert "3 of 3 trained answers do not begin where" in capsys.readouterr().out
     rlhf(*args, "--json")
     assert json.loads(capsys.readouterr().out)["openings"]["differing"] == 3
     rlhf(*args, "--template_kwargs", json.dumps(QUIET))
-    assert "begin otherwise" not in capsys.readouterr().out
+    assert "do not begin where" not in capsys.readouterr().out

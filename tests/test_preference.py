@@ -250,7 +250,7 @@ def answer(text: str) -> list[dict[str, str]]:
         (
             "pairs",
             {"chosen": USER + answer("x"), "rejected": [{"role": "user", "content": "Add"}, *answer("y")]},
-            "share no first messages",
+            "do not begin with the same messages",
         ),
         (
             "pairs",
@@ -263,13 +263,13 @@ def answer(text: str) -> list[dict[str, str]]:
         (
             "pairs",
             {"prompt": "a", "chosen": USER + answer("x"), "rejected": USER + answer("y")},
-            "chosen begins with a user message that is not the prompt's",
+            "chosen begins with a user message that is not in the prompt",
         ),
         ("pairs", {"prompt": "a", "chosen": "b", "rejected": "c", "margin": "much"}, "'margin' is 'much'"),
         ("pairs", {"prompt": "a", "chosen": "b", "rejected": "c", "margin": float("nan")}, "'margin' is nan"),
         ("pairs", {"prompt": "a", "chosen": "b", "rejected": "c", "tie": "no"}, "'tie' is 'no'"),
-        ("pairs", {"prompt": "a", "response": "b", "label": 1}, "the row is one of labels, and pairs are wanted"),
-        ("pairs", {"prompt": "a", "chosen": "b", "rejected": "one " * 400}, "tokens, over data.max_length 128"),
+        ("pairs", {"prompt": "a", "response": "b", "label": 1}, "the row is one of labels, but pairs are expected"),
+        ("pairs", {"prompt": "a", "chosen": "b", "rejected": "one " * 400}, "tokens, above data.max_length 128"),
         ("labels", {"prompt": "a", "response": "b", "label": 2}, "'label' is 2; it must be 1"),
         ("labels", {"prompt": "a", "response": "b", "label": "good"}, "'label' is 'good'"),
         ("labels", {"prompt": "a", "response": "b", "label": 0.5}, "'label' is 0.5"),
@@ -316,7 +316,7 @@ def test_rows_over_the_budget_are_counted(tokenizer: Any) -> None:
     skipped = PreferenceDataModule([*pairs(2), long], overlong="skip", **options)
     skipped.setup("fit")
     assert len(skipped.prepared["train"].reading.skipped) == 1
-    with pytest.raises(DataError, match="a response alone is over"):
+    with pytest.raises(DataError, match="a response alone is longer than"):
         PreferenceDataModule([{**long, "chosen": long["prompt"]}], overlong="truncate", **options).setup("fit")
 
 
@@ -362,7 +362,7 @@ def test_labels_out_of_balance_are_noticed(weight: float, warns: bool, base: str
     rows = labeled(9)  # 6 desirable, 3 undesirable
     module = PreferenceModule(base, implicit(), preference.KTO(desirable_weight=weight), optimizer=sgd(0.0))
     trainer(tmp_path).fit(module, PreferenceDataModule(rows, batch_size=9, show_example=False))
-    assert ("6 desirable and 3 undesirable rows weigh 2.00 to 1" in caplog.text) == warns
+    assert ("6 desirable and 3 undesirable rows are weighted 2.00 to 1" in caplog.text) == warns
     assert ("desirable_weight to 0.50, or undesirable_weight to 2.00" in caplog.text) == warns
 
 

@@ -302,7 +302,7 @@ def test_cells_are_what_their_columns_mean(tmp_path: Path) -> None:
         ("prompt,,answer\na,b,c\n", r"a\.csv:1: a column of the header has no name \(after 'prompt'\)"),
         (",answer\na,b\n", r"a\.csv:1: the first column has no name"),
         ('prompt,answer\n"a,b\n', r"a\.csv:2: not a table \(unexpected end of data\)"),
-        ('{"prompt": "a"}\n', r"a\.csv:1: begins like JSON, and the name says a table"),
+        ('{"prompt": "a"}\n', r"a\.csv:1: begins like JSON, but the name says it is a table"),
         ("prompt,answer\n", r"a\.csv: no rows"),
         (
             "messages\n\"[{'role': 'user'} {'role': 'user'}]\"\n",
@@ -354,14 +354,14 @@ def test_prompts_are_lines_where_they_plainly_are(name: str, text: str, wanted: 
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("a.txt", '{"prompt": "Hi"}\nHo\n', r"a\.txt:2: no JSON object, and line 1 is one; .* data\.lines: true"),
-        ("a.txt", '{"prompt": "Hi"}\n{"prompt": \n', r"a\.txt:2: no JSON object"),
+        ("a.txt", '{"prompt": "Hi"}\nHo\n', r"a\.txt:2: not a JSON object, but line 1 is one; .* data\.lines: true"),
+        ("a.txt", '{"prompt": "Hi"}\n{"prompt": \n', r"a\.txt:2: not a JSON object"),
         ("a.txt", "{broken\n{broken\n", r"a\.txt:1: not valid JSON"),
         ("a.jsonl", "Hi\nHo\n", r"a\.jsonl:1: not valid JSON"),
         ("a.jsonl", '"Hi"\n["Ho"]\n', r"a\.jsonl:2: a JSON list; each line must be one JSON object"),
         ("a.jsonl", '"{\\"prompt\\": \\"Hi\\"}"\n', r"a\.jsonl:1: JSON text within a JSON string"),
-        ("a.md", "# Hi\n", r"a\.md: no JSON, and the ending \.md does not say what it is; .*\.txt for a prompt"),
-        ("prompts", "Hi\n", r"prompts: no JSON, and no ending says what it is"),
+        ("a.md", "# Hi\n", r"a\.md: not JSON, and the ending \.md does not say what it is; .*\.txt for a prompt"),
+        ("prompts", "Hi\n", r"prompts: not JSON, and no ending says what it is"),
         ("a.txt", "H\x00i\x00", r"a\.txt:1: holds a null character"),
     ],
 )
@@ -391,14 +391,14 @@ def test_lines_can_be_told(tmp_path: Path, tokenizer: Any) -> None:
         ("a.xlsx", b"PK\x03\x04", r"a spreadsheet; save it as \.csv"),
         ("a.pkl", b"\x80\x04", r"Python objects; save the rows as \.jsonl"),
         ("a.tar.gz", gzip.compress(b"x", mtime=0), "an archive"),
-        ("a.jsonl.gz", gzip.compress(b'{"a": 1}\n' * 9, mtime=0)[:-5], "cannot be unpacked .*is the file whole"),
+        ("a.jsonl.gz", gzip.compress(b'{"a": 1}\n' * 9, mtime=0)[:-5], "cannot be unpacked .*is the file complete"),
         ("a.jsonl.zst", zstd(b'{"a": 1}\n' * 9)[:-5], "cannot be unpacked"),
         ("a.jsonl.xz", lzma.compress(b'{"a": 1}\n' * 9)[:-5], "cannot be unpacked"),
         ("a.jsonl.bz2", bz2.compress(b'{"a": 1}\n' * 9)[:-5], "cannot be unpacked"),
         ("a.json", b'{"a": [{"x": 1}], "b": [{"y": 1}]}', r"several lists of objects \(a, b\)"),
-        ("a.json", b'{"system": "s", "rows": [{"x": 1}]}', "'system' stands beside the rows"),
+        ("a.json", b'{"system": "s", "rows": [{"x": 1}]}', "'system' is next to the rows"),
         ("a.json", b'{"train": [{"x": 1}], "test": [{"y": 1}]}', "several splits; it has 'train', 'test'"),
-        ("a.jsonl", b'{"a": 1, "a": 2}', ":1: not valid JSON .the key 'a' stands twice"),
+        ("a.jsonl", b'{"a": 1, "a": 2}', ":1: not valid JSON .the key 'a' appears twice"),
         ("a.json", b'[{"a": 1},\n\n{"a": }]', ":3: not valid JSON"),
         ("a.arrow", b"nonsense", "not a readable Arrow file"),
         ("a.jsonl", b"\n\n", "no rows"),
@@ -428,10 +428,10 @@ def test_files_that_are_refused(name: str, data: bytes, message: str, tmp_path: 
         ([["a"]], r"list\[0\]: a row is a dict, this is list"),
         ([], "the list: no rows"),
         (iter([]), "no rows"),
-        (pd.DataFrame([[1]]), "the column 0 is not named by text"),
+        (pd.DataFrame([[1]]), "the name of column 0 is not text"),
         (pd.DataFrame([[1, 2]], columns=["a", "a"]), "two columns are called 'a'"),
         (pa.table([[1], [2]], names=["a", "a"]), "two columns are called 'a'"),
-        ("https://host/rows.jsonl", "an address; download the file"),
+        ("https://host/rows.jsonl", "a URL; download the file"),
         ("", "the name of a file is empty"),
     ],
 )
@@ -466,10 +466,10 @@ def test_patterns_folders_and_homes(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert rows_of(["parts/rows-2.jsonl", "~/parts/rows-1?.jsonl"]) == wanted[1:]
     (tmp_path / "parts" / "test.jsonl").write_text("{}")
     with pytest.raises(
-        DataError, match=r"parts: a folder of files that are no parts of one \(rows-1\.jsonl, .*pattern"
+        DataError, match=r"parts: a folder of files that are not parts of one data set \(rows-1\.jsonl, .*pattern"
     ):
         read_rows("parts")
-    for name, message in (("parts/in", "a folder; name the file"), ("parts/*.csv", "no file is named so")):
+    for name, message in (("parts/in", "a folder; name the file"), ("parts/*.csv", "no file matches")):
         with pytest.raises(DataError, match=message):
             check_there(name)
 
@@ -539,7 +539,7 @@ def test_frames_of_polars_are_read_by_arrow() -> None:
 
     assert rows_of(DataFrame()) == [ONE, TWO]
     assert rows_of({"train": DataFrame()}, split="train") == [ONE, TWO]
-    with pytest.raises(DataError, match=r"a polars LazyFrame; give what its collect\(\) returns"):
+    with pytest.raises(DataError, match=r"a polars LazyFrame; pass what its collect\(\) returns"):
         read_rows(LazyFrame())
 
 
@@ -554,7 +554,7 @@ def test_batches_of_a_loader_are_no_rows() -> None:
             return [ONE, TWO][index]
 
     assert rows_of(Rows()) == [ONE, TWO]
-    with pytest.raises(DataError, match="a DataLoader, which gives batches; give the rows"):
+    with pytest.raises(DataError, match="a DataLoader, which yields batches; pass the rows"):
         read_rows(DataLoader(Rows()))
 
 

@@ -83,7 +83,7 @@ def test_rows_of_a_prompt_stay_together(
     with caplog.at_level(logging.INFO):
         data = ready(module(rows, tokenizer=tokenizer, validation_split=7))
     assert "validation: 6 of 18 rows held out of the training data (6 examples, 2 prompts)" in caplog.text
-    assert "7 were asked for, and the rows of a prompt stay together" in caplog.text
+    assert "7 were requested, but the rows of a prompt stay together" in caplog.text
     numbers = [{int(row.where[5:-1]) % 6 for row in data.prepared[name].rows} for name in ("train", "validation")]
     assert [len(found) for found in numbers] == [4, 2]
     assert not numbers[0] & numbers[1]
@@ -111,7 +111,7 @@ def test_other_system_messages_are_other_prompts(tokenizer: Any) -> None:
 
 def test_one_prompt_cannot_be_split(tokenizer: Any) -> None:
     rows = [conversation("q", f"a{i}") for i in range(6)]
-    with pytest.raises(ConfigError, match=r"all 6 rows have the same prompt.*name rows .* in data\.validation"):
+    with pytest.raises(ConfigError, match=r"all 6 rows have the same prompt.*give rows .* as data\.validation"):
         ready(SFTDataModule(rows, tokenizer=tokenizer, validation_split=2))
 
 

@@ -162,7 +162,7 @@ def test_real_templates_show_the_object_once_or_say_that_they_do_not(tokenizer: 
     source = (CHAT_TEMPLATES / f"{template}.jinja").read_text()
     silent = ("tool_calls" not in source) and form not in ("sharegpt", "marked")
     if silent or "must alternate" in source or "phi3" in template:
-        lost = r"shows no tool calls|must alternate|leaves out a message of the role 'tool'"
+        lost = r"shows no tool calls|must alternate|leaves out a message of role 'tool'"
         with pytest.raises(DataError, match=lost):
             learnt(tokenizer, source, stored(calls, form))
         return
@@ -207,12 +207,12 @@ def test_what_a_template_leaves_out_is_said(tokenizer: Any, caplog: pytest.LogCa
     with pytest.raises(DataError, match="shows no tool calls"):
         ready(SFTDataModule([{"messages": said}], tokenizer=tokenizer))
     first = TEMPLATES["object"].replace("m.tool_calls or []", "(m.tool_calls or [])[:1]")
-    with pytest.raises(DataError, match="first of a message's tool calls only, and this one has 2"):
+    with pytest.raises(DataError, match="only the first tool call of a message, and this one has 2"):
         learnt(tokenizer, first, said)
     with pytest.raises(DataError, match="shows no 'thinking' of a message"):
         learnt(tokenizer, TEMPLATES["object"], [said[0], {"role": "assistant", "content": "a", "thinking": "b"}])
     only = "{% for m in messages if m.role in ['user', 'assistant'] %}{{ m.content }}<|im_end|>{% endfor %}"
-    with pytest.raises(DataError, match="leaves out a message of the role 'system' in front"):
+    with pytest.raises(DataError, match="leaves out a message of role 'system' in front"):
         learnt(tokenizer, only, [{"role": "system", "content": "a"}, said[0], said[-1]])
     with pytest.raises(DataError, match="shows no tools"):
         ready(PromptDataModule([{"prompt": "Hi", "tools": [SCHEMA]}], tokenizer=tokenizer))
@@ -221,7 +221,7 @@ def test_what_a_template_leaves_out_is_said(tokenizer: Any, caplog: pytest.LogCa
     said[1]["content"] = "Let me see."
     beside = TEMPLATES["object"].replace("{% if m.content %}", "{% if m.content and not m.tool_calls %}")
     assert "Let me see." not in learnt(tokenizer, beside, said)
-    assert "leaves out the text of a message beside its tool calls" in caplog.text
+    assert "leaves out the text of messages that have tool calls" in caplog.text
 
 
 def test_a_developer_is_the_system_where_the_template_knows_no_developer(tokenizer: Any) -> None:
@@ -265,7 +265,7 @@ def test_tools_in_every_form(tools: Any) -> None:
         ({"tool_calls": [{"name": "f", "arguments": "[1]"}]}, r"must be a JSON object, this is list \[1\]"),
         ({"tool_calls": [{"arguments": {}}]}, "must be an object with 'name' and 'arguments'"),
         ({"tool_calls": "["}, "the tool call is text that is not JSON"),
-        ({"tool_calls": [{"name": "f"}], "function_call": {"name": "g"}}, "has calls twice, in 'function_call' too"),
+        ({"tool_calls": [{"name": "f"}], "function_call": {"name": "g"}}, "has its calls twice, also in 'function_call'"),
         ({"tool_call": True, "content": "I call f"}, "the tool call is text that is not JSON"),
         ({"role": "user", "tool_calls": [{"name": "f"}]}, "only the assistant calls tools"),
     ],

@@ -1,4 +1,4 @@
-"""What the three data modules share: reading, checking, summarizing, loading."""
+"""Base class of the data modules: reads, checks, renders, summarizes and loads rows."""
 
 import logging
 from abc import abstractmethod
@@ -37,31 +37,38 @@ OVERLONG = ("error", "truncate", "skip")
 
 
 class RowDataModule(pl.LightningDataModule):
-    """Base of the data modules. A subclass says how a row becomes examples and how examples become a batch.
+    """Base class of the data modules. A subclass turns a row into examples, and examples into a batch.
 
     Args:
-        train: rows to train on: a file (`.jsonl`, `.json`, `.csv`, `.parquet` and others), a Hub id
+        train: Rows to train on: a file (`.jsonl`, `.json`, `.csv`, `.parquet` and others), a Hub id
             (`owner/name:split`, `owner/name:configuration/split`), a list of these, a list of dicts, a data frame, a
-            data set of `datasets`, a dict of columns or of splits. Only what a command needs is read.
-        validation: rows to validate on, likewise.
-        test: rows of the `test` command.
-        predict: rows of the `predict` command.
-        batch_size: rows of one training step on one device.
-        eval_batch_size: the same outside training; `batch_size` by default.
-        validation_split: rows (or a fraction, below 1) of `train` held out where no `validation` is given; all rows
-            of a prompt are on one side.
-        max_length: tokens of a row.
-        overlong: `error`, `truncate` or `skip` (counted) longer rows.
-        on_bad_row: `error` stops at the first bad row with file and line, `skip` leaves out and counts.
-        columns: `{our name: your name}`; `{our name: null}` leaves that column out.
-        format: `chat` renders by the chat template, `raw` takes text as it is. This and the next three are by default
-            what the `stage.json` of the model says that it was trained with; without one, `chat` and nothing.
-        template_kwargs: passed to the chat template, for example `{enable_thinking: false}`.
-        system: a system message for rows without one; `''` for none.
-        tools: for rows without any: a list, JSON text or a JSON file of tool schemas; `[]` for none.
-        tokenizer: folder or Hub id where it is not the model's.
-        seed: of the order of rows; the run's by default.
-        show_example: log one rendered row with its mask.
+            `datasets` data set, a dict of columns or of splits. Only what a command needs is read.
+        validation: Rows to validate on, in the same forms.
+        test: Rows of the `test` command.
+        predict: Rows of the `predict` command.
+        batch_size: Rows of one training step on one device.
+        eval_batch_size: The same outside training; by default `batch_size`.
+        validation_split: Number of rows (or fraction, below 1) of `train` to hold out if there is no `validation`. All
+            rows of a prompt stay on one side.
+        max_length: Largest number of tokens of a row.
+        overlong: What to do with longer rows: `error`, `truncate`, or `skip` and count them.
+        on_bad_row: `error` stops at the first bad row and names file and line; `skip` leaves bad rows out and counts
+            them.
+        columns: `{our name: your name}`; `{our name: null}` ignores that column.
+        format: `chat` renders with the chat template, `raw` uses text as it is. This and the next three settings
+            default to those recorded in the model's `stage.json`; without a record, to `chat` and nothing.
+        template_kwargs: Passed to the chat template, for example `{enable_thinking: false}`.
+        system: System message for rows without one; `''` for none.
+        tools: Tools for rows without any: a list, JSON text or a JSON file of tool schemas; `[]` for none.
+        tokenizer: Tokenizer, or its folder or Hub id, if it is not the model's.
+        seed: Seed of the row order; by default the run's.
+        show_example: Log one rendered row with its loss mask.
+
+    Raises:
+        ConfigError: If a setting is invalid.
+
+    Example:
+        See `SFTDataModule`, `PreferenceDataModule` and `PromptDataModule`.
     """
 
     def __init__(
@@ -112,34 +119,47 @@ class RowDataModule(pl.LightningDataModule):
         self.show_example = show_example
         self.prepared: dict[str, Prepared] = {}
         self.start: Any = None
-        """The model that rows are rendered for, where no trainer runs one."""
+        """The model that rows are rendered for, if there is no trainer with a module."""
         self.shared: dict[str, Any] = {}
-        """`system` and `tools`, where all rows of `train` had the same."""
+        """`system` and `tools`, if all rows of `train` have the same."""
         self._renderer: Renderer | None = None
 
     # -- for subclasses -------------------------------------------------------------------------------------------
 
     stage_kind = ""
-    """Of the module that takes these batches."""
+    """Kind of the stage that takes these batches."""
     text_key: str | None = None
-    """Where set, a line of a text file is a row `{text_key: line}`."""
+    """If set, a line of a text file becomes the row `{text_key: line}`."""
     lines: bool = False
-    """Whether each line of a file is text as it stands, whatever the file's name."""
+    """True if every line of a file is text, whatever the file's name."""
 
     @abstractmethod
     def examples(self, name: str) -> Callable[[dict[str, Any]], list[Any]]:
-        """For a source name: the function that makes examples of one row, raising `RowError`."""
+        """The function that turns one row of a source into examples; it raises `RowError` for a bad row.
+
+        Args:
+            name: The source: `train`, `validation`, `test` or `predict`.
+        """
 
     def key(self, data: dict[str, Any]) -> RowKey:
-        """What a row of `train`, `validation` or `test` is compared by, raising `RowError`; all of it by default."""
+        """Key by which rows of `train`, `validation` and `test` are compared; by default the whole row.
+
+        Raises:
+            RowError: If the row is bad.
+        """
         return row_key(data, None)
 
     def completed(self, name: str) -> None:
-        """Called with the name of each source that was read, when what is held out of it has been."""
+        """Called with the name of each source after it was read and any validation split was held out."""
 
     @abstractmethod
     def collate(self, rows: list[Any], weights: list[float]) -> dict[str, Any]:
-        """A batch; a weight is 0 for a row that only fills a rank's place."""
+        """Make a batch.
+
+        Args:
+            rows: Examples, `B` of them.
+            weights: 1 for each example, or 0 for one that only fills a rank's place.
+        """
 
     # -- Lightning ------------------------------------------------------------------------------------------------
 
@@ -175,10 +195,11 @@ class RowDataModule(pl.LightningDataModule):
         return facts
 
     def _prepare(self, name: str, required: bool) -> None:
+        """Read, convert and summarize one source, if it is not None."""
         source = self.sources[name]
         if source is None:
             if required and not (name == "validation" and self.validation_split):
-                raise ConfigError(f"data.{name} is not set: name the file to {_VERBS[name]} with data.{name}: FILE")
+                raise ConfigError(f"data.{name} is not set: give the file to {_VERBS[name]} with data.{name}: FILE")
             if required:
                 self._prepare("train", required=True)
             return
@@ -204,7 +225,7 @@ class RowDataModule(pl.LightningDataModule):
         refuse_unused_names(self.columns, used)
         self._take_shared()
         for index, example in enumerate(converted):
-            if hasattr(example, "index"):  # random numbers are sampled by it, whatever batch or rank the row falls into
+            if hasattr(example, "index"):  # seeds random numbers, so that these do not depend on batch or rank
                 example.index = index
             if keys:
                 keys[row_of[index]].where = getattr(example, "where", "")
@@ -214,11 +235,15 @@ class RowDataModule(pl.LightningDataModule):
             log.info("%s: columns not used: %s", name, ", ".join(unused))
 
     def used_columns(self, name: str, data: dict[str, Any]) -> set[str] | None:
-        """The columns that a row is read from; None where all of them stay with it."""
+        """Columns that a row is read from; None if the example keeps all of them."""
         return None
 
     def read(self, source: Source, name: str, reading: Reading) -> list[Row]:
-        """The rows of a source, `name` being what they are for; raises `DataError`."""
+        """Read the rows of a source; `name` is what they are for.
+
+        Raises:
+            DataError: If they cannot be read.
+        """
         return read_rows(source, self.text_key, reading, name, self.lines)
 
     def _hold_out(self, stage: str) -> None:
@@ -228,21 +253,21 @@ class RowDataModule(pl.LightningDataModule):
 
     @rank_zero_only
     def _compare(self, name: str) -> None:
-        """Warn where rows that are measured on are trained on too."""
+        """Warn if evaluation rows also appear in the training data."""
         train = self.prepared["train"].keys if "train" in self.prepared else self._train_keys()
         found = leaks(train, self.prepared[name].keys)
         if found.prompts or found.conversations:
             log.warning("%s", found.message(name))
 
     def _train_keys(self) -> list[RowKey]:
-        """The keys of training rows that this command does not read else; none where they are not on this machine."""
+        """Keys of training rows, if this command does not read them itself; empty if they are not on this machine."""
         source = self.sources["train"]
         if source is None or not is_here(source, texts=self.text_key is not None):
             return []
         try:
             rows = self.read(source, "train", Reading(unreadable=[]))
         except DataError as error:
-            log.warning("not compared with data.train, which cannot be read: %s", error)
+            log.warning("cannot compare with data.train, which cannot be read: %s", error)
             return []
         return keys_of(rows, self.key, self.columns)
 
@@ -260,7 +285,7 @@ class RowDataModule(pl.LightningDataModule):
 
     def _loader(self, name: str, batch_size: int, shuffle: bool = False) -> RowLoader:
         if name not in self.prepared:
-            raise ConfigError(f"the rows of data.{name} are not read: the Trainer calls setup(), or call it before")
+            raise ConfigError(f"the rows of data.{name} are not read yet: call setup(), as the Trainer does")
         return RowLoader(
             self.prepared[name].rows,
             self.collate,
@@ -270,16 +295,16 @@ class RowDataModule(pl.LightningDataModule):
             shard_spec=shard_spec_of(self.trainer, training=name == "train"),
         )
 
-    # -- shared pieces --------------------------------------------------------------------------------------------
+    # -- rendering ------------------------------------------------------------------------------------------------
 
     @property
     def renderer(self) -> Renderer:
-        """Renders with `tokenizer`, or with that of the module the trainer runs, as its start was trained."""
+        """Renders with `tokenizer` or that of the trainer's module, by the settings its model was trained with."""
         if self._renderer is None:
             tokenizer, module = self.tokenizer, self.trainer.lightning_module if self.trainer else None
             if tokenizer is None:
                 if module is None:
-                    raise ConfigError("no tokenizer: give the data module one, or run it by a Trainer with a module")
+                    raise ConfigError("no tokenizer: pass one to the data module, or run it by a Trainer with a module")
                 tokenizer = module.tokenizer
             elif isinstance(tokenizer, str | Path) or not hasattr(tokenizer, "apply_chat_template"):
                 tokenizer = load_tokenizer(tokenizer)
@@ -290,26 +315,26 @@ class RowDataModule(pl.LightningDataModule):
         return self._renderer
 
     def _model_stops(self) -> list[int]:
-        """What ends a response by the generation config of the model that the trainer runs."""
+        """Ids that end a response according to the generation config of the trainer's model."""
         module = self.trainer.lightning_module if self.trainer is not None else None
         return getattr(module, "end_token_ids", [])
 
     @property
     def asking(self) -> RenderingSettings:
-        """How the model of the module that the trainer runs was asked, and the settings in place of that."""
+        """The rendering settings that the trainer's model was trained with, and the ones set here that replace them."""
         module = self.trainer.lightning_module if self.trainer else None
         given = {name: getattr(self, name) for name in ("format", "template_kwargs", "system", "tools")}
         return RenderingSettings.of(getattr(module, "start_source", self.start), **given)
 
     @rank_zero_only
     def _say(self, asking: RenderingSettings, openings: ResponseStarts | None) -> None:
-        """What the model's own record, or the template, does not agree with."""
+        """Warn where settings differ from those the model was trained with, or answers start unlike prompts end."""
         asking.warn("all rows have the {} {}, and {} was trained with {}")
         if openings is not None and openings.message:
             log.warning("%s", openings.message)
 
     def _take_shared(self) -> None:
-        """Note what all training rows had in common, and say where the model was trained with something else."""
+        """Record what all training rows have in common, and warn where the model was trained with something else."""
         asked, openings = self.renderer.asked, self.renderer.openings
         self.renderer.asked = self.renderer.openings = None
         if asked is None:
@@ -320,12 +345,21 @@ class RowDataModule(pl.LightningDataModule):
 
     @property
     def pad_id(self) -> int:
-        """The id that fills a row. Masks never derive from it, so any id does."""
+        """Token id that fills up rows. Masks never depend on it, so any id works."""
         pad = self.renderer.tokenizer.pad_token_id
         return self.renderer.stop_token_ids[0] if pad is None else pad
 
     def too_long(self, length: int, name: str = "data.max_length", can_truncate: bool = True) -> bool:
-        """Whether a row of `length` tokens must be truncated (counted); raises `RowError` where that is refused."""
+        """True if a row must be truncated, which is counted.
+
+        Args:
+            length: Tokens of the row.
+            name: The limit, as the message names it.
+            can_truncate: False if rows of this kind cannot be truncated.
+
+        Raises:
+            RowError: If the row is too long and is not to be truncated; `SkippedRow` if it is to be skipped.
+        """
         if length <= self.max_length:
             return False
         if self.overlong == "truncate" and can_truncate:
@@ -333,7 +367,7 @@ class RowDataModule(pl.LightningDataModule):
             return True
         ways = "truncate or skip" if can_truncate else "skip"
         kind = SkippedRow if self.overlong == "skip" else RowError
-        raise kind(f"{length} tokens, over {name} {self.max_length}; raise it, or set data.overlong: {ways}")
+        raise kind(f"{length} tokens, above {name} {self.max_length}; raise it, or set data.overlong: {ways}")
 
     def fingerprints(self) -> dict[str, str]:
         """SHA-256 of each source, for `stage.json`."""
@@ -367,13 +401,13 @@ _VERBS = {"train": "train on", "validation": "validate on", "test": "test on", "
 
 
 def data_ranks(trainer: Any) -> tuple[int, int]:
-    """The rank of a trainer among those that have rows of their own, and their number."""
+    """Index of this rank among those that have different rows, and their number."""
     known = trainer.distributed_sampler_kwargs
     return (known["rank"], known["num_replicas"]) if known else (trainer.global_rank, trainer.world_size)
 
 
 def shard_spec_of(trainer: Any, training: bool) -> Callable[[], ShardSpec]:
-    """The layout a trainer has when an epoch begins; a single process without one."""
+    """A function that returns the trainer's `ShardSpec` at the start of an epoch; a single process if there is none."""
 
     def shard_spec() -> ShardSpec:
         if trainer is None:
@@ -384,7 +418,7 @@ def shard_spec_of(trainer: Any, training: bool) -> Callable[[], ShardSpec]:
             rank=rank,
             world=world,
             accumulate=trainer.accumulate_grad_batches if training else 1,
-            # What Lightning hands to samplers; `current_epoch` lags behind it after some resumes.
+            # The epoch that Lightning passes to samplers; `current_epoch` lags behind it after some resumes.
             epoch=trainer.fit_loop.epoch_progress.current.processed if training else 0,
             limit=int(limit) if limit and limit != float("inf") else None,
         )

@@ -1,4 +1,4 @@
-"""Rows to batches: padding, the order of an epoch, and the counts a loss is divided by."""
+"""Batches from rows: padding, the order of an epoch, and the counts that losses are divided by."""
 
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,7 +15,7 @@ Counts = dict[str, float]
 
 
 class Example(Protocol):
-    """What a data module makes of a row of data."""
+    """What a data module makes of a data row."""
 
     @property
     def tokens(self) -> int: ...
@@ -24,37 +24,60 @@ class Example(Protocol):
     def trained(self) -> int: ...
 
     def counts(self) -> Counts:
-        """What it adds to the denominators of its optimizer step."""
+        """What the example adds to the denominators of its optimizer step."""
 
     def show(self, tokenizer: Any) -> str:
-        """Its text, with what is trained made visible."""
+        """The example's text, with the trained part marked."""
 
 
 @dataclass(frozen=True)
 class ShardSpec:
-    """Who asks for batches: this rank of `world`, `accumulate` micro-batches an optimizer step, which epoch."""
+    """Which part of each epoch a rank takes.
+
+    Attributes:
+        rank: Index of this rank.
+        world: Number of ranks.
+        accumulate: Micro-batches per optimizer step.
+        epoch: Number of the epoch.
+
+    Example:
+        >>> ShardSpec(rank=1, world=4, accumulate=2).limit is None
+        True
+    """
 
     rank: int = 0
     world: int = 1
     accumulate: int = 1
     epoch: int = 0
     limit: int | None = None
-    """Batches of an epoch that will be taken, where fewer than there are (`limit_train_batches`)."""
+    """Number of batches of an epoch that will be taken, if fewer than there are (`limit_train_batches`)."""
 
 
 class RowLoader:
-    """A sized, stateful loader over rows in memory. Sized, so that Lightning does not prefetch; stateful, so that a
-    run interrupted in the middle of an epoch goes on at the next batch.
+    """A sized and stateful loader over rows in memory.
 
-    One optimizer step takes a window of `batch_size × accumulate × world` rows. Within it rows are dealt by length,
-    so that a micro-batch holds rows of like length and all ranks have like work; the step's gradient does not depend
-    on that. Each batch carries `denominators`, the counts of its whole window. A rank without a row gets one with
-    weight 0, so that all ranks take the same number of steps and no row is repeated or lost.
+    It has a length, so that Lightning does not prefetch, and a state, so that a run interrupted within an epoch resumes
+    at the next batch.
+
+    One optimizer step takes a window of `batch_size × accumulate × world` rows. Within the window rows are distributed
+    by length, so that a micro-batch holds rows of similar length and ranks have similar work; the step's gradient does
+    not depend on this. Each batch carries `denominators`, the counts of its whole window. A rank without a row gets one
+    with weight 0, so that all ranks take the same number of steps and no row is repeated or lost.
 
     Args:
-        rows: examples. collate: `(rows, weights) -> batch`. batch_size: rows per rank and micro-batch.
-        shuffle: a new order every epoch, sampled from (seed, epoch).
-        shard_spec: asked for at the start of every epoch.
+        rows: Examples.
+        collate: `(rows, weights) -> batch`.
+        batch_size: Rows per rank and micro-batch.
+        shuffle: Use a new order in every epoch, which depends on the seed and the epoch.
+        seed: Seed of the order.
+        shard_spec: Called at the start of every epoch.
+
+    Example:
+        ```python
+        loader = RowLoader(rows, collate=data_module.collate, batch_size=8, shuffle=True)
+        for batch in loader:
+            loss = total(batch) / batch["denominators"]["tokens"]
+        ```
     """
 
     def __init__(
@@ -75,8 +98,8 @@ class RowLoader:
         return -(-len(self.rows) // (self.batch_size * self.shard_spec().world))
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        # Only a state that was loaded says where to begin: a pass that was left early (the sanity check, a limit of
-        # batches) is no place to go on from.
+        # Only a loaded state sets the start: an epoch that was left early (sanity check, limited batches) must not be
+        # continued.
         start, self._start = self._start, 0
         self.position = start
         shard_spec = self.shard_spec()
@@ -91,6 +114,7 @@ class RowLoader:
                 yield batch
 
     def _order(self, epoch: int) -> list[int]:
+        """Indices of the rows in the order of an epoch."""
         if not self.shuffle:
             return list(range(len(self.rows)))
         generator = torch.Generator().manual_seed(mix_seeds(self.seed, epoch))
@@ -99,6 +123,7 @@ class RowLoader:
     def _window(
         self, order: list[int], first: int, micro: int, shard_spec: ShardSpec, start: int
     ) -> Iterator[tuple[int, dict[str, Any]]]:
+        """This rank's batches of one optimizer step, with their numbers."""
         per_micro = self.batch_size * shard_spec.world
         window = [self.rows[i] for i in order[first * per_micro : (first + micro) * per_micro]]
         denominators = total_counts(row.counts() for row in window)
@@ -124,13 +149,18 @@ class RowLoader:
         if self.position and state.get("world", world) != world:
             raise ConfigError(
                 f"the checkpoint was written by {state['world']} ranks in the middle of an epoch, and this run has "
-                f"{world}: rows would be trained on twice or left out. Resume it with as many devices, or from a "
-                "checkpoint at the end of an epoch (--ckpt_path)."
+                f"{world}: rows would be trained on twice or left out. Resume with the same number of devices, or from "
+                "a checkpoint at the end of an epoch (--ckpt_path)."
             )
 
 
 def split_evenly(rows: Sequence[Any], parts: int) -> list[list[Any]]:
-    """Consecutive parts whose sizes differ by at most one."""
+    """Split into `parts` consecutive lists whose sizes differ by at most one.
+
+    Example:
+        >>> split_evenly([1, 2, 3, 4, 5], 2)
+        [[1, 2], [3, 4, 5]]
+    """
     edges = [round(i * len(rows) / parts) for i in range(parts + 1)]
     return [list(rows[a:b]) for a, b in pairwise(edges)]
 
@@ -145,12 +175,12 @@ def total_counts(counts: Iterator[Counts]) -> Counts:
 
 
 def run_seed() -> int:
-    """The seed that `seed_everything` was given; 0 where it was not called."""
+    """The seed passed to `seed_everything`; 0 if it was not called."""
     return int(os.environ.get("PL_GLOBAL_SEED", 0))
 
 
 def mix_seeds(*parts: int) -> int:
-    """One seed from several numbers (a splitmix64 step each), so that (1, 0) and (0, 1) differ."""
+    """Combine several numbers into one seed, one splitmix64 step each, so that (1, 0) and (0, 1) differ."""
     state = 0
     for part in parts:
         state = (state ^ (part & 0xFFFFFFFFFFFFFFFF)) + 0x9E3779B97F4A7C15 & 0xFFFFFFFFFFFFFFFF
@@ -161,13 +191,36 @@ def mix_seeds(*parts: int) -> int:
 
 
 def pad_right(rows: Sequence[Sequence[float]], fill: float, dtype: torch.dtype) -> Tensor:
-    """`[B, T]` with T the longest. On the right a causal model never sees the padding, so no mask is needed."""
+    """Pad rows on the right.
+
+    Args:
+        rows: `B` lists of numbers.
+        fill: Value of the padding.
+        dtype: Type of the result.
+
+    Returns:
+        `[B, T]`, T being the longest row. Causal models never attend to right padding, so no attention mask is needed.
+
+    Example:
+        >>> pad_right([[1, 2], [3]], fill=0, dtype=torch.long)
+        tensor([[1, 2],
+                [3, 0]])
+    """
     width = max(len(row) for row in rows)
     return torch.tensor([[*row, *[fill] * (width - len(row))] for row in rows], dtype=dtype)
 
 
 def pad_tokens(ids: Sequence[Sequence[int]], masks: Sequence[Sequence[int]], pad_id: int) -> dict[str, Tensor]:
-    """`input_ids` and `loss_mask`, `[B, T]`, and the true `lengths`, `[B]`."""
+    """A padded batch of token rows.
+
+    Args:
+        ids: Token ids of each row.
+        masks: Loss mask of each row.
+        pad_id: Token id of the padding.
+
+    Returns:
+        `input_ids` and `loss_mask`, `[B, T]`, and the `lengths` without padding, `[B]`.
+    """
     return {
         "input_ids": pad_right(ids, pad_id, torch.long),
         "loss_mask": pad_right(masks, 0, torch.float32),

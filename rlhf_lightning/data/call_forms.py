@@ -1,7 +1,7 @@
-"""The form in which a chat template shows tool calls, their results and reasoning right, found out by rendering.
+"""The form in which a chat template shows tool calls, their results and reasoning correctly, found by rendering probes.
 
-Templates differ in what they take: arguments as an object or as text, ids or none, `reasoning_content` or `thinking`.
-What a template prints of a probe says which; nothing is read from its source.
+Templates differ in what they expect: arguments as an object or as text, ids or none, `reasoning_content` or `thinking`.
+What a template prints for a probe tells which; its source is never parsed for this.
 """
 
 import copy
@@ -37,29 +37,35 @@ SCHEMA = {
 
 @dataclass(frozen=True)
 class Forms:
-    """What a template takes of the calls of a turn."""
+    """What a template expects of the tool calls of a turn."""
 
     shown: int
-    """How it shows arguments; 0 where it shows no calls."""
+    """How it shows arguments: `JSON`, `KEYED`, `REPR`, or 0 if it shows no calls."""
     as_text: bool = False
-    """Arguments are text."""
+    """True if arguments must be text."""
     blank: str | None = None
-    """The content of a turn that has none."""
+    """The content of a turn that has none: None or an empty text."""
     several: bool = True
-    """It shows all calls of a turn, not the first alone."""
+    """True if it shows all calls of a turn, not only the first."""
     beside: bool = True
-    """It shows the text beside calls."""
+    """True if it shows the text next to calls."""
     needs_ids: bool = False
-    """It shows ids, or refuses calls without."""
+    """True if it shows ids, or refuses calls without them."""
     ids: str = "given"
-    """Ids as they are given, of `nine` letters and digits (Mistral), or `named` by the function (Kimi)."""
+    """Ids as `given`, of `nine` letters and digits (Mistral), or `named` after the function (Kimi)."""
 
 
 class CallForms:
-    """Brings messages to the form of one template.
+    """Converts messages to the form that one template shows correctly.
 
     Args:
-        render: the template's own rendering of messages and tools; raises `RowError`.
+        render: The template's own rendering of messages and tools; raises `RowError`.
+
+    Example:
+        ```python
+        forms = CallForms(template.render)
+        messages = forms.fit(messages, tools)
+        ```
     """
 
     def __init__(self, render: Render) -> None:
@@ -68,8 +74,8 @@ class CallForms:
         self._known: dict[Any, Any] = {}
 
     def fit(self, messages: list[Message], tools: list[Any] | None) -> list[Message]:
-        """Copies of messages, in the form that the template shows right."""
-        # A template may change what it is given (some pop keys).
+        """Copies of messages, in the form that the template shows correctly."""
+        # Copies, since templates may change their input (some pop keys).
         messages = [self._plain(message, first=not i) for i, message in enumerate(messages)]
         if not any(message.get("tool_calls") for message in messages):
             return messages
@@ -79,7 +85,7 @@ class CallForms:
         return [self._calls(message, forms) if message.get("tool_calls") else message for message in messages]
 
     def _plain(self, message: Message, first: bool) -> Message:
-        """A message with its reasoning, and a result that is an object, where the template looks for them."""
+        """A message with its reasoning, and a result that is an object, under the keys that the template reads."""
         changed = {**message, "role": self._role(message["role"], first)}
         content = changed.get("content")
         if message.get("role") == "tool" and isinstance(content, Written):
@@ -89,10 +95,10 @@ class CallForms:
             if key not in (None, given):
                 changed[key] = changed.pop(given)
         texts = all(isinstance(value, str) for value in changed.values())
-        return changed if texts else copy.deepcopy(changed)  # most hold nothing that a template could change
+        return changed if texts else copy.deepcopy(changed)  # a deep copy only if there is something mutable
 
     def _role(self, role: str, first: bool) -> str:
-        """The role by which the template shows a message: `developer` is `system` where it does not know that."""
+        """The role under which the template shows a message: `developer` becomes `system` if only that is known."""
         if role in ("user", "assistant") or self._shows_role(role, first) is True:
             return role
         if role == "developer" and self._shows_role("system", first):
@@ -100,12 +106,13 @@ class CallForms:
         return role
 
     def _calls(self, message: Message, forms: Forms) -> Message:
+        """A message with tool calls in the template's form."""
         content = message.get("content")
         said = isinstance(content, str) and not isinstance(content, Written) and content.strip()
         if not forms.shown:
             if not isinstance(content, Written):
                 return message
-            # The row has its call as the text of a turn; that is shown.
+            # The row stores the call as the text of a turn, which is shown instead.
             return {**{key: value for key, value in message.items() if key != "tool_calls"}, "content": str(content)}
         calls = message["tool_calls"]
         if forms.as_text:
@@ -116,7 +123,7 @@ class CallForms:
         return {**message, "tool_calls": calls, "content": content if said else forms.blank}
 
     def left_out(self, messages: list[Message], tools: list[Any] | None) -> str | None:
-        """What the template leaves out of messages, silently, and what helps; None where it shows all."""
+        """What the template silently omits of a conversation, and what to do; None if it shows everything."""
         if tools and not self.shows_tools():
             return (
                 "the chat template shows no tools, and the row has some. Name a template that does with "
@@ -126,11 +133,11 @@ class CallForms:
             role = self._role(message["role"], first=not i)
             if role not in ("user", "assistant") and self._shows_role(role, not i) is False:
                 place = "after the first message" if i else "in front"
-                return f"the chat template leaves out a message of the role {role!r} {place}: it knows no such turn"
+                return f"the chat template leaves out a message of role {role!r} {place}: it does not know that role"
             if (given := _reasoning(message)) and self._reasoning_key(given) is None:
                 return (
-                    f"the chat template shows no {given!r} of a message: write it into the content, between the marks "
-                    "that the model thinks in, or leave it out of the rows"
+                    f"the chat template does not show {given!r} of a message: write it into the content, between the "
+                    "model's thinking marks, or leave it out of the rows"
                 )
             if (calls := message.get("tool_calls")) and (found := self._left_out_calls(message, calls, bool(tools))):
                 return found
@@ -145,16 +152,16 @@ class CallForms:
             )
         if forms.shown and len(calls) > 1 and not forms.several:
             return (
-                f"the chat template shows the first of a message's tool calls only, and this one has {len(calls)}: "
+                f"the chat template shows only the first tool call of a message, and this one has {len(calls)}: "
                 "give each call a message of its own, before its result"
             )
         content = message["content"]
         if forms.shown and not forms.beside and content and not isinstance(content, Written):
-            self.once("beside", "the chat template leaves out the text of a message beside its tool calls")
+            self.once("beside", "the chat template leaves out the text of messages that have tool calls")
         return None
 
     def once(self, key: Any, text: str) -> None:
-        """Warn of something once for each template."""
+        """Log a warning once per template and key."""
         if key not in self._known:
             log.warning(text)
         self._known[key] = True
@@ -162,13 +169,13 @@ class CallForms:
     # -- probes ---------------------------------------------------------------------------------------------------
 
     def forms(self, tools: bool) -> Forms:
-        """What the template takes, with tools beside the messages or without."""
+        """What the template expects, with or without tools passed along."""
         if tools not in self._forms:
             self._forms[tools] = self._find([SCHEMA] if tools else None)
         return self._forms[tools]
 
     def shows_tools(self) -> bool:
-        """Whether the template shows tools at all."""
+        """True if the template shows tools."""
         if "tools" not in self._known:
             said = [{"role": "user", "content": "Hello"}]
             text = self._try(said, [SCHEMA])
@@ -176,6 +183,7 @@ class CallForms:
         return bool(self._known["tools"])
 
     def _find(self, tools: list[Any] | None) -> Forms:
+        """Find the best form by rendering probes."""
         best = Forms(0)
         for text in (False, True):
             for blank in (None, ""):
@@ -203,6 +211,7 @@ class CallForms:
         )
 
     def _shown(self, tools: list[Any] | None, as_text: bool, blank: str | None) -> int:
+        """How the template shows arguments in a form; 0 if it does not."""
         text = self._probe(tools, Forms(0, as_text, blank))
         if text is None or (blank is None and "None" in text):
             return 0
@@ -211,11 +220,11 @@ class CallForms:
     def _probe(
         self, tools: list[Any] | None, forms: Forms, count: int = 1, content: str = "", ids: str | None = ID
     ) -> str | None:
-        """A turn of calls, with its results where the template takes them."""
+        """Rendering of a turn with calls, with results if the template takes these; None if it refuses the turn."""
         calls: list[dict[str, Any]] = []
         results: list[Message] = []
         for name, arguments in [*zip(NAMES, PROBES, strict=True)][:count]:
-            # The second id differs in its last character.
+            # Ids differ in their last character.
             known = {"id": f"{ids[:-1]}{len(calls)}" if calls else ids} if ids else {}
             function = {"name": name, "arguments": as_text(arguments) if forms.as_text else arguments}
             calls.append({**known, "type": "function", "function": function})
@@ -226,7 +235,7 @@ class CallForms:
         return self._try(said, tools) if found is None else found
 
     def _shows_role(self, role: str, first: bool) -> bool | None:
-        """Whether the template shows a message of a role in that place; None where it refuses it, or the probe."""
+        """True if the template shows a message of a role in that place; None if it refuses the probe."""
         key = ("role", role, first)
         if key not in self._known:
             user, answer = {"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Yes."}
@@ -239,7 +248,7 @@ class CallForms:
         return self._known[key]
 
     def _shows_result(self, kind: type) -> bool:
-        """Whether the template shows a result that is an object (or a list of them) as JSON."""
+        """True if the template shows a result that is an object (or a list of them) as JSON."""
         if kind not in (dict, list):
             return False
         key = ("result", kind)
@@ -255,7 +264,7 @@ class CallForms:
         return bool(self._known[key])
 
     def _reasoning_key(self, given: str) -> str | None:
-        """The key under which the template shows reasoning: the given one, or another that people use."""
+        """The key under which the template shows reasoning: the given one or another common name; None if none."""
         key = ("reasoning", given)
         if key not in self._known:
             names = [given, *(name for name in REASONING if name != given)]
@@ -263,12 +272,12 @@ class CallForms:
             texts = {
                 name: self._try([said, {"role": "assistant", "content": "Yes.", name: WORD}], None) for name in names
             }
-            refused = texts[given] is None  # a template that wants other messages than these: its rows will show
+            refused = texts[given] is None  # it expects other messages than the probe; rendering rows will tell
             self._known[key] = given if refused else next((n for n in names if WORD in (texts[n] or "")), None)
         return self._known[key]
 
     def _try(self, messages: list[Message], tools: list[Any] | None) -> str | None:
-        """A rendering, or None where the template refuses the messages, alone and after a system message."""
+        """A rendering of the messages, alone or after a system message; None if the template refuses both."""
         for before in ([], [{"role": "system", "content": "Be kind."}]):
             try:
                 return self.render(copy.deepcopy([*before, *messages]), tools)
@@ -278,7 +287,7 @@ class CallForms:
 
 
 def _reasoning(message: Message) -> str | None:
-    """The key that the reasoning of a message stands under, where it has any."""
+    """The key that holds a message's reasoning, if it has any."""
     if message["role"] != "assistant":
         return None
     return next((key for key in REASONING if isinstance(message.get(key), str) and message[key].strip()), None)

@@ -1,4 +1,4 @@
-"""A file of rows looked at as a stage would: what it holds, what is wrong with it, what stands in it twice."""
+"""Checking a file of rows as a stage would read it: its contents, its errors, and its duplicates."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -29,19 +29,29 @@ Key = tuple[tuple[int, ...], ...]
 
 @dataclass
 class Checked:
-    """One file, row by row: `examples` with where each was read, `bad` rows with where and why."""
+    """The result of checking one file.
+
+    Attributes:
+        source: The file.
+        examples: Examples, each with where its row was read.
+        bad: Bad rows: where each was read, and the reason.
+        rows: Number of rows.
+        blank: Number of blank lines.
+        truncated: Number of rows that were truncated.
+        openings: How answers begin, compared with generation prompts.
+    """
 
     source: str
     examples: list[tuple[str, Any]] = field(default_factory=list)
     keys: list[RowKey] = field(default_factory=list)
-    """Of each row that became examples."""
+    """Keys of the rows that became examples."""
     bad: list[tuple[str, str]] = field(default_factory=list)
     skipped: list[tuple[str, str]] = field(default_factory=list)
-    """Left out because the user asked for it (`overlong: skip`)."""
+    """Rows left out because the user asked for it (`overlong: skip`), with the reason."""
     columns: dict[str, Counter[str]] = field(default_factory=dict)
-    """For each column the types of its values, with their counts."""
+    """Count of each value type, per column."""
     unused: dict[str, None] = field(default_factory=dict)
-    """The columns that rows of this kind are not read from."""
+    """Columns that rows of this kind are not read from."""
     rows: int = 0
     blank: int = 0
     truncated: int = 0
@@ -49,10 +59,16 @@ class Checked:
 
 
 def data_module(kind: str, model: str, chat_template: str | None = None, **settings: Any) -> RowDataModule:
-    """The data module of a stage, as `rlhf KIND fit` builds it from `data.…`, with a model's tokenizer.
+    """The data module of a stage, with a model's tokenizer, as `rlhf KIND fit` builds it from `data.…`.
+
+    Args:
+        kind: `sft`, `preference` or `prompts`.
+        model: Model folder or Hub id.
+        chat_template: File of a chat template that replaces the tokenizer's.
+        **settings: Arguments of the data module.
 
     Raises:
-        ConfigError: no tokenizer there, or a setting that this kind of data does not have.
+        ConfigError: If there is no tokenizer, or this kind of data does not have one of the settings.
     """
     tokenizer = load_tokenizer(model, chat_template=chat_template)
     try:
@@ -64,15 +80,15 @@ def data_module(kind: str, model: str, chat_template: str | None = None, **setti
 
 
 def check(module: RowDataModule, source: Source, split: str = "train") -> Checked:
-    """Read and render every row; a bad one is listed, and never ends the check.
+    """Read and render every row. Bad rows are collected and never end the check.
 
     Args:
-        module: what a stage reads rows with.
-        source: the rows.
-        split: what to take of several splits.
+        module: The data module that a stage would read the rows with.
+        source: The rows.
+        split: Which of several splits to read.
 
     Raises:
-        DataError: the file is not there, or cannot be read at all.
+        DataError: If the file does not exist or cannot be read at all.
     """
     reading = Reading(unreadable=[])
     found = Checked(str(source))
@@ -104,12 +120,13 @@ def check(module: RowDataModule, source: Source, split: str = "train") -> Checke
 
 
 def _choose_kind(module: RowDataModule, rows: Sequence[Row]) -> None:
-    """Without a loss to say what is wanted, most rows do."""
+    """Without a loss that says which kind of rows is expected, take the most frequent kind."""
     if isinstance(module, PreferenceDataModule) and module._kind is None and rows:
         module._kind = Counter(row_kind(row.data) for row in rows).most_common(1)[0][0]
 
 
 def _line(where: str) -> int:
+    """Line number or index in a row's location, for sorting."""
     digits = where.rstrip("]").replace("[", ":").rpartition(":")[2]
     return int(digits) if digits.isdigit() else 0
 
@@ -119,11 +136,17 @@ def _type(value: Any) -> str:
     return "null" if value is None else names.get(type(value), type(value).__name__)
 
 
-# -- what it says -----------------------------------------------------------------------------------------------------
+# -- the report -------------------------------------------------------------------------------------------------------
 
 
 def report(found: Checked, tokenizer: Any, samples: int = 2) -> dict[str, Any]:
-    """Figures of a file, ready for JSON: rows, columns, tokens, duplicates, bad rows, rendered samples."""
+    """Summary of a file, ready for JSON: rows, columns, tokens, duplicates, bad rows and rendered samples.
+
+    Args:
+        found: Result of `check`.
+        tokenizer: The tokenizer.
+        samples: Number of rendered samples.
+    """
     examples = [example for _, example in found.examples]
     figures: dict[str, Any] = {
         "file": found.source,
@@ -158,7 +181,12 @@ def report(found: Checked, tokenizer: Any, samples: int = 2) -> dict[str, Any]:
 
 
 def statistics(values: Sequence[int]) -> dict[str, float]:
-    """Total, mean and quantiles (nearest rank) of lengths."""
+    """Total, mean and quantiles (nearest rank) of lengths.
+
+    Example:
+        >>> statistics([1, 2, 3])["median"]
+        2
+    """
     ordered = sorted(values)
 
     def quantile(part: float) -> int:
@@ -175,7 +203,7 @@ def statistics(values: Sequence[int]) -> dict[str, float]:
 
 
 def histogram(values: Sequence[int], bins: int = 10) -> list[dict[str, int]]:
-    """Counts of lengths in bins of equal width; `from` and `to` are both inside."""
+    """Counts of lengths in bins of equal width; `from` and `to` are inclusive."""
     low, high = min(values), max(values)
     width = max(1, -(-(high - low + 1) // bins))
     counts = Counter((value - low) // width for value in values)
@@ -186,7 +214,7 @@ def histogram(values: Sequence[int], bins: int = 10) -> list[dict[str, int]]:
 
 
 def duplicates(found: Checked) -> dict[str, Any]:
-    """Rows that are the same tokens as an earlier one; pairs that an earlier one turns round; prompts that repeat."""
+    """Rows with the same tokens as an earlier one, pairs that reverse an earlier one, and repeated prompts."""
     first: dict[Key, str] = {}
     same, reversed_pairs = [], []
     for where, example in found.examples:
@@ -206,12 +234,16 @@ def duplicates(found: Checked) -> dict[str, Any]:
 
 
 def overlap(train: Checked, validation: Checked) -> dict[str, Any]:
-    """Rows of validation that are trained on, and how many have a prompt that is (see `RowDataModule.key`)."""
+    """Validation rows that also appear in the training data, and the number of those whose prompt does.
+
+    Rows are compared by `RowDataModule.key`.
+    """
     found = leaks(train.keys, validation.keys)
     return {"rows": [{"where": a, "same_as": b} for a, b in found.rows], "prompts": len(found.prompts)}
 
 
 def _key(example: Any) -> Key:
+    """An example's tokens and where its response begins."""
     if isinstance(example, Prompt):
         return (tuple(example.ids),)
     sides = [example] if isinstance(example, Rendered) else example.sides
@@ -227,7 +259,7 @@ def _prompt(example: Any) -> tuple[int, ...]:
 
 
 def pieces(example: Any, tokenizer: Any) -> list[tuple[str, list[tuple[str, bool]]]]:
-    """What there is to show of an example: a name for each of its sides, and its text in stretches, trained or not."""
+    """Text of an example for display: per side a name and stretches of text, each with whether it is trained."""
     if isinstance(example, Prompt):
         return [("", [(tokenizer.decode(example.ids, skip_special_tokens=False), False)])]
     if isinstance(example, Rendered):
@@ -242,7 +274,7 @@ def pieces(example: Any, tokenizer: Any) -> list[tuple[str, list[tuple[str, bool
 
 
 def show(sides: list[tuple[str, list[tuple[str, bool]]]], marks: tuple[str, str] = ("⟦", "⟧")) -> str:
-    """An example as text, its trained stretches between the marks; control characters are made visible."""
+    """An example as text with its trained stretches between `marks`; control characters are made visible."""
     lines = []
     for name, stretches in sides:
         text = "".join(f"{marks[0]}{visible(t)}{marks[1]}" if trained else visible(t) for t, trained in stretches)

@@ -1,4 +1,4 @@
-"""Columns with a common meaning: each is used, or the row is refused. Nothing of a row is left out silently."""
+"""Columns with a common meaning: each is used, or the row is refused. Nothing is dropped silently."""
 
 from collections.abc import Callable, Mapping, Sequence
 from difflib import get_close_matches
@@ -12,28 +12,28 @@ SYSTEM = ("system", "system_prompt", "system_message")
 TOOLS = ("tools", "functions")
 MEDIA = ("image", "images", "audio", "audios", "video", "videos")
 MARKS = ("trainable", "train", "training", "loss", "weight", "loss_weight")
-"""What data sets call the mark of a message that is trained or not."""
+"""Keys under which data sets mark a message as trained or not."""
 WEIGHTS = ("weight", "loss_weight", "train", "trainable")
-"""What they call the weight of a row, by which it cannot be learnt from more or less."""
+"""Columns under which data sets keep the weight of a row, which is not supported here."""
 UNUSABLE = ("train_detail", "training_detail", "tools", "functions", *MEDIA)
-"""What a message holds that cannot be used there."""
+"""Keys that a message may have but that cannot be used there."""
 OPENING = ("system", "developer")
-"""Roles of a message that only stands first."""
+"""Roles of a message that may only come first."""
 PAIR_REMEDY = (
     "rlhf preference learns from it. To imitate the chosen answers, set columns: {completion: chosen} (with a "
     "'prompt'), or columns: {messages: chosen}"
 )
 LEARNT = (*WEIGHTS, "label", "margin", "tie", "score_chosen", "score_rejected")
-"""What says how a row is learnt from, where rows are learnt from and not only asked."""
+"""Columns that say how a row is trained on; they do not apply to prompts."""
 UNWANTED = (0, False, "0", "false", "undesirable")
 
 
 def refuse_media(data: Mapping[str, Any]) -> None:
-    """Raise `RowError` for images, audio and videos, which no model here is given, and for settings of a template."""
+    """Raise `RowError` for images, audio and video, which no model here takes, and for per-row template settings."""
     if not is_empty(data.get("chat_template_kwargs")):
         raise RowError(
-            "the row has 'chat_template_kwargs', and all rows are rendered alike: set data.template_kwargs, and leave "
-            "the column out with columns: {chat_template_kwargs: null}"
+            "the row has 'chat_template_kwargs', and all rows are rendered with the same settings: set "
+            "data.template_kwargs, and leave the column out with columns: {chat_template_kwargs: null}"
         )
     refuse_misspelt(data, (*SYSTEM, *TOOLS, *MEDIA))
     for name in MEDIA:
@@ -45,7 +45,7 @@ def refuse_media(data: Mapping[str, Any]) -> None:
 
 
 def refuse_misspelt(data: Mapping[str, Any], names: Sequence[str]) -> None:
-    """Raise `RowError` for `System` where `system` has a meaning: it would be used for nothing."""
+    """Raise `RowError` for `System` where `system` has a meaning, since the column would not be used."""
     for column, value in data.items():
         name = column.strip().lower() if isinstance(column, str) else column
         if name != column and name in names and name not in data and not is_empty(value):
@@ -56,19 +56,23 @@ def refuse_misspelt(data: Mapping[str, Any], names: Sequence[str]) -> None:
 
 
 def is_empty(value: Any) -> bool:
-    """Whether a column holds nothing."""
+    """True if a column holds nothing."""
     return value is None or (isinstance(value, str | list | tuple | dict) and not value)
 
 
 def noting_unused(
     module: Any, name: str, unused: dict[str, None], used: set[str] | None = None
 ) -> Callable[[dict[str, Any]], list[Any]]:
-    """The function of a data module that makes examples of a row, which notes what of the row is not used.
+    """Wrap a data module's conversion of rows so that it records columns that are not used.
 
     Args:
-        module: the data module. name: of its source.
-        unused: where the names of columns that hold something and are not used are noted.
-        used: where those that are used are, for `refuse_unused_names`.
+        module: The data module.
+        name: Name of its source.
+        unused: Receives the names of columns that hold something and are not used.
+        used: Receives the names of columns that are used, for `refuse_unused_names`.
+
+    Returns:
+        A function that turns a row into examples.
     """
     convert, mapped = module.examples(name), set((module.columns or {}).values())
 
@@ -88,7 +92,8 @@ def refuse_unused_names(columns: Mapping[str, str | None] | None, used: set[str]
     """Raise `ConfigError` for a `columns:` mapping to a name that no row was read from.
 
     Args:
-        columns: the mapping. used: the names that rows were read from; empty where all of them stay with a row.
+        columns: The mapping.
+        used: The names that rows were read from; empty if examples keep all columns.
     """
     known = {*used, *MEDIA, *MARKS, *WEIGHTS, "label"}  # these are looked at in every row
     for ours, theirs in (columns or {}).items():
@@ -99,10 +104,10 @@ def refuse_unused_names(columns: Mapping[str, str | None] | None, used: set[str]
 
 
 def with_system(data: Mapping[str, Any], messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The messages of a row with the text of its `system` (`system_prompt`, `system_message`) column in front.
+    """Put the text of a row's `system` (`system_prompt`, `system_message`) column before its messages.
 
     Raises:
-        RowError: the column is no text, or the messages begin with another system message.
+        RowError: If the column is not text, or the messages begin with another system message.
     """
     column, text = _system(data)
     if not text:
@@ -111,13 +116,14 @@ def with_system(data: Mapping[str, Any], messages: list[dict[str, Any]]) -> list
         if str(messages[0]["content"]).strip() == text.strip():
             return messages
         raise RowError(
-            f"the column {column!r} and the system message that the conversation begins with are not the same. Leave "
-            f"one of them out; the column with columns: {{{column}: null}}"
+            f"the column {column!r} and the system message that the conversation begins with differ. Leave one of "
+            f"them out; the column with columns: {{{column}: null}}"
         )
     return [{"role": "system", "content": text}, *messages]
 
 
 def _system(data: Mapping[str, Any]) -> tuple[str, str]:
+    """Name and text of the row's system column; empty if there is none."""
     found: dict[str, str] = {}
     for column in SYSTEM:
         value = data.get(column)
@@ -128,15 +134,19 @@ def _system(data: Mapping[str, Any]) -> tuple[str, str]:
         if value.strip():
             found[column] = value
     if len({text.strip() for text in found.values()}) > 1:
-        raise RowError(f"the row has {' and '.join(map(repr, found))}, and they are not the same")
+        raise RowError(f"the row has {' and '.join(map(repr, found))}, and they differ")
     return next(iter(found.items()), ("", ""))
 
 
 def take_marks(message: dict[str, Any], where: str) -> None:
-    """Bring the `MARKS` of a message to one key, `trainable`; raises `RowError` for what cannot be used either."""
+    """Replace the `MARKS` of a message by one key, `trainable`.
+
+    Raises:
+        RowError: If the message has a mark or another key that cannot be used.
+    """
     for name in UNUSABLE:
         if not is_empty(message.get(name)):
-            help = ": it belongs into a column of the row" if name in TOOLS else ""
+            help = ": it belongs in a column of the row" if name in TOOLS else ""
             raise RowError(f"{where} has {name!r}, which is not used there{help}")
     marks = set()
     for name in MARKS:
@@ -147,24 +157,24 @@ def take_marks(message: dict[str, Any], where: str) -> None:
             raise RowError(f"{where}: {name!r} must be {wanted}, this is {short(value)}")
         marks.add(bool(value))
     if len(marks) > 1:
-        raise RowError(f"{where} is marked to be trained and not to be trained ({', '.join(MARKS)})")
+        raise RowError(f"{where} is marked both as trained and as not trained ({', '.join(MARKS)})")
     if marks:
         message["trainable"] = marks.pop()
 
 
 def unmarked(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Messages of a prompt, of which nothing is trained whatever their marks say."""
+    """Messages of a prompt without their marks, since nothing of a prompt is trained."""
     return [{key: value for key, value in message.items() if key != "trainable"} for message in messages]
 
 
 def refuse_untrained(messages: Sequence[dict[str, Any]], why: str) -> None:
-    """Raise `RowError` for a turn that is marked not to be trained where no turn can be left out."""
+    """Raise `RowError` for a turn marked as not trained where no turn can be left out."""
     if any(message.get("trainable") is False for message in messages):
-        raise RowError(f"a message is marked not to be trained (weight: 0, train: false), and {why}")
+        raise RowError(f"a message is marked as not trained (weight: 0, train: false), and {why}")
 
 
 def refuse_unwanted(data: Mapping[str, Any]) -> None:
-    """Raise `RowError` for a row that is not there to be imitated: a bad answer, a pair, one that is weighted."""
+    """Raise `RowError` for a row that is not meant to be imitated: a bad answer, a pair, or a weighted row."""
     refuse_weight(data)
     label = data.get("label")
     if isinstance(label, bool | int | float | str) and (label.lower() if isinstance(label, str) else label) in UNWANTED:
@@ -184,7 +194,7 @@ def refuse_unwanted(data: Mapping[str, Any]) -> None:
 
 
 def has_pair(data: Mapping[str, Any]) -> bool:
-    """Whether a row has the two responses of preference data."""
+    """True if a row has the two responses of preference data."""
     return not is_empty(data.get("chosen")) and not is_empty(data.get("rejected"))
 
 
@@ -192,12 +202,12 @@ def refuse_weight(data: Mapping[str, Any]) -> None:
     """Raise `RowError` for a weight of a whole row."""
     for name in WEIGHTS:
         value = data.get(name)
-        if isinstance(value, str):  # as tables have them
+        if isinstance(value, str):  # in tables, weights are text
             value = {"true": 1, "false": 0}.get(value.strip().lower(), _number(value))
         if isinstance(value, bool | int | float) and value != 1:
             raise RowError(
-                f"the row has {name!r} {data[name]!r}, and rows have no weights: leave out those of weight 0, or the "
-                f"column with columns: {{{name}: null}}"
+                f"the row has {name!r} {data[name]!r}, and row weights are not supported: leave out rows of weight 0, "
+                f"or the column with columns: {{{name}: null}}"
             )
 
 
@@ -209,7 +219,7 @@ def _number(text: str) -> float | None:
 
 
 def refuse_beside_text(data: Mapping[str, Any]) -> None:
-    """Raise `RowError` for what no template can put into a row of plain text."""
+    """Raise `RowError` for columns that need a chat template in a row of plain text."""
     for name in (*SYSTEM, *TOOLS):
         value = data.get(name)
         if not is_empty(value) and value != "[]":

@@ -1,4 +1,4 @@
-"""Rows in memory: lists, columns, data frames, Arrow tables and data sets of `datasets`, made plain."""
+"""Rows in memory: lists, columns, data frames, Arrow tables and `datasets` data sets, as plain Python values."""
 
 import logging
 from collections.abc import Iterator, Mapping
@@ -10,22 +10,22 @@ from rlhf_lightning.errors import DataError
 
 log = logging.getLogger(__name__)
 SPLITS = {"train": (), "validation": ("valid", "val", "dev", "eval"), "test": (), "predict": ()}
-"""The splits of a data set by what they are read for, and further names that people give them."""
+"""Splits by what they are read for, with further names in use for them."""
 ALL_SPLITS = {name for key, names in SPLITS.items() for name in (key, *names)}
 ROW_COLUMNS = {"messages", "conversations", "prompt", "completion", "instruction", "text", "chosen", "rejected"}
 ROW_COLUMNS |= {"response", "responses", "tokens", "prompt_tokens"}
 BESIDE_ROWS = {"system", "tools", "label", "weight", "train", "margin", "score", "tie", "category"}
-"""Columns with a meaning, which beside a list of rows would be the settings of none."""
+"""Columns with a meaning, which would be lost next to a list of rows."""
 
 
 def library(value: Any) -> str | None:
-    """`pandas`, `polars`, `pyarrow`, `datasets` or `torch` where a container is theirs, or of a class made from one."""
+    """`pandas`, `polars`, `pyarrow`, `datasets` or `torch` if the container's class, or a base of it, is theirs."""
     names = [kind.__module__.partition(".")[0] for kind in type(value).__mro__]
     return next((name for name in names if name in ("pandas", "polars", "pyarrow", "datasets", "torch")), None)
 
 
 def settled(source: Any) -> Any:
-    """A source that can be read again: what can only be read once is read now."""
+    """A source that can be read repeatedly; an iterator is read into memory."""
     if library(source) == "pyarrow" and hasattr(source, "read_all"):
         return source.read_all()
     if hasattr(source, "__next__") and not hasattr(source, "readline"):
@@ -34,7 +34,11 @@ def settled(source: Any) -> Any:
 
 
 def library_rows(source: Any, name: str) -> Iterator[dict[str, Any]]:
-    """The rows of a data frame, an Arrow table or a data set of another library; raises `DataError`."""
+    """Rows of a data frame, an Arrow table or a data set of another library.
+
+    Raises:
+        DataError: If no rows can be read from it.
+    """
     of = library(source)
     kind = type(source).__name__
     if of == "pandas" and hasattr(source, "columns"):
@@ -42,7 +46,7 @@ def library_rows(source: Any, name: str) -> Iterator[dict[str, Any]]:
     elif of == "polars" and hasattr(source, "to_arrow") and hasattr(source, "columns"):
         yield from arrow_rows(source.to_arrow())
     elif of == "polars" and hasattr(source, "collect"):
-        raise DataError(f"{name}: a polars {kind}; give what its collect() returns")
+        raise DataError(f"{name}: a polars {kind}; pass what its collect() returns")
     elif of == "pyarrow" and hasattr(source, "schema"):
         import pyarrow
 
@@ -51,7 +55,7 @@ def library_rows(source: Any, name: str) -> Iterator[dict[str, Any]]:
     elif of == "datasets":
         yield from dataset_rows(source)
     elif of == "torch" and hasattr(source, "collate_fn"):
-        raise DataError(f"{name}: a {kind}, which gives batches; give the rows that it is made of")
+        raise DataError(f"{name}: a {kind}, which yields batches; pass the rows that it loads")
     else:
         yield from _indexed(source, name)
 
@@ -66,9 +70,9 @@ def _indexed(source: Any, name: str) -> Iterator[Any]:
 
 
 def dataset_rows(dataset: Any) -> Iterator[dict[str, Any]]:
-    """The rows of a `datasets.Dataset` or `IterableDataset`, without the nulls of Arrow."""
+    """Rows of a `datasets.Dataset` or `IterableDataset`, without the nulls that Arrow fills in."""
     given = getattr(dataset, "format", None) or {"type": None}
-    if given["type"] not in (None, "custom"):  # as tensors, rows would only have to be made plain again
+    if given["type"] not in (None, "custom"):  # tensors would only have to be converted back
         dataset = dataset.with_format(None, columns=given["columns"])
     if getattr(dataset, "features", None) is None or given["type"] == "custom":
         yield from (without_nulls(plain(row)) for row in dataset)
@@ -78,12 +82,12 @@ def dataset_rows(dataset: Any) -> Iterator[dict[str, Any]]:
 
 
 def _frame_rows(frame: Any, name: str) -> Iterator[dict[str, Any]]:
-    """An empty cell is null. Cells that are arrays come from Arrow, and so do the nulls in them."""
+    """Rows of a pandas frame. Empty cells are null. Cells that are arrays come from Arrow, and so do their nulls."""
     import pandas
 
     names = list(frame.columns)
     if wrong := [column for column in names if not isinstance(column, str)]:
-        raise DataError(f"{name}: the column {wrong[0]!r} is not named by text; set names with frame.columns = [...]")
+        raise DataError(f"{name}: the name of column {wrong[0]!r} is not text; set names with frame.columns = [...]")
     if twice := [column for column in names if names.count(column) > 1]:
         raise DataError(f"{name}: two columns are called {twice[0]!r}; rename one")
     columns = [frame[column].tolist() for column in names]
@@ -99,7 +103,7 @@ def _frame_rows(frame: Any, name: str) -> Iterator[dict[str, Any]]:
 
 
 def plain(value: Any) -> Any:
-    """Arrays, tensors and numbers of numpy, tuples and mappings as what JSON would have; anything else as it is."""
+    """Convert arrays, tensors, numpy numbers, tuples and mappings to JSON-like values; anything else is unchanged."""
     if value is None or type(value) in (str, int, float, bool):
         return value
     if isinstance(value, Mapping):
@@ -117,7 +121,7 @@ def plain(value: Any) -> Any:
 
 
 def without_nulls(row: Mapping[str, Any]) -> dict[str, Any]:
-    """A row without the keys of inner objects whose value is null."""
+    """A row without the null-valued keys of its inner objects."""
     return {key: _dropped(value) for key, value in row.items()}
 
 
@@ -128,7 +132,7 @@ def _dropped(value: Any) -> Any:
 
 
 class _Shapes:
-    """The keys of the objects at each place of rows (`messages[].tool_calls[]`), and whether they are all alike."""
+    """Keys of the objects at each place of the rows (`messages[].tool_calls[]`), and whether they always agree."""
 
     def __init__(self) -> None:
         self.keys: dict[str, tuple[Any, ...]] = {}
@@ -154,21 +158,21 @@ class _Shapes:
 
 
 def unfilled(rows: list[dict[str, Any]], only_rendered: bool = False) -> list[dict[str, Any]]:
-    """Rows of a Python list without the nulls of Arrow, where they look as Arrow makes them (`list(dataset)`).
+    """Rows without the nulls that Arrow fills in, if the rows look as if they came from Arrow (`list(dataset)`).
 
-    They do where the objects at each place have the same keys in the same order in every row, and a key that is null
-    in one inner object has a value in another. Of rows that were written by hand, each has the keys that it needs.
+    They do if the objects at each place have the same keys in the same order in every row, and a key that is null in
+    one inner object has a value in another. In rows written by hand, each object has only the keys that it needs.
 
     Args:
-        rows: as they were read; returned as they are where nothing was filled in.
-        only_rendered: leave other columns than those of messages and tools as they are.
+        rows: The rows; returned unchanged if nothing was filled in.
+        only_rendered: Change only the columns of messages and tools.
     """
     shapes = _Shapes()
     for row in rows:
         shapes.look(row)
         if not shapes.alike:
             return rows
-    # A turn of tool calls has a null for content in everybody's rows.
+    # A turn of tool calls has null content in handwritten rows too.
     filled = any((shapes.nulls[place] & shapes.values[place]) - {"content"} for place in shapes.keys if place)
     if not filled:
         return rows
@@ -178,6 +182,7 @@ def unfilled(rows: list[dict[str, Any]], only_rendered: bool = False) -> list[di
 
 
 def _is_rendered(name: str, value: Any) -> bool:
+    """True for columns that templates render: messages and tools."""
     messages = isinstance(value, list) and any(
         isinstance(item, dict) and {"role", "from"} & item.keys() for item in value
     )
@@ -191,7 +196,7 @@ def unwrapped(given: Mapping[str, Any], split: str | None, name: str) -> Any:
     """What a mapping holds for a split: its columns as a list of rows, or another source.
 
     Raises:
-        DataError: no such split, columns of unlike lengths, or one row in place of a list of rows.
+        DataError: If there is no such split, columns differ in length, or it is a single row.
     """
     if library(given) == "datasets" or _is_splits(given):
         return choose_split(given, split, name)
@@ -232,27 +237,31 @@ def object_rows(given: dict[str, Any], split: str | None, name: str) -> list[Any
         raise DataError(f"{name}: several lists of objects ({', '.join(lists)}); keep the one that holds the rows")
     others = [key for key in given if key != lists[0]]
     if lost := sorted(BESIDE_ROWS.intersection(others)):
-        raise DataError(f"{name}: {lost[0]!r} stands beside the rows ({lists[0]}); write it into each row")
+        raise DataError(f"{name}: {lost[0]!r} is next to the rows ({lists[0]}); write it into each row")
     if others:
         log.info("%s: rows are those of %r; not used: %s", name, lists[0], ", ".join(others))
     return given[lists[0]]
 
 
 def choose_split(given: Mapping[str, Any], split: str | None, name: str) -> Any:
-    """The split of that name, or the only one where none is asked for; raises `DataError` naming them."""
+    """The split of that name, or the only one if no name is given.
+
+    Raises:
+        DataError: If there is no such split, or several to choose from; the message names them.
+    """
     wanted = [key for key in (split, *SPLITS.get(split or "", ())) if key in given]
     if split is None and len(given) == 1:
         wanted = list(given)
     if not wanted or (len(wanted) > 1 and wanted[0] != split):
         asked = f"no split {split!r}" if split else "several splits"
-        raise DataError(f"{name}: {asked}; it has {_names(given)}. Give the one that is meant, not all")
+        raise DataError(f"{name}: {asked}; it has {_names(given)}. Pass only the one to read")
     if others := [key for key in given if key != wanted[0]]:
         log.info("%s: split %r is read; not used here: %s", name, wanted[0], ", ".join(others))
     return given[str(wanted[0])]
 
 
 def _is_splits(given: Mapping[str, Any]) -> bool:
-    """Named as splits are; or holding containers, or lists of rows that have the columns of rows."""
+    """True for a mapping of splits: by its keys, or if it holds containers or lists of rows."""
     if not given:
         return False
     if all(key in ALL_SPLITS for key in given):
@@ -275,13 +284,13 @@ def _is_columns(given: Mapping[str, Any]) -> bool:
 
 
 def _holds_messages(given: Mapping[str, Any]) -> bool:
-    """Whether a column is a list of messages or tools: of one row, not of many."""
+    """True if a column is a list of messages or tools, and so belongs to one row rather than many."""
     lists = [given[key] for key in ("messages", "conversations", "tools", *ROW_COLUMNS) if key in given]
     return any(isinstance(value, list) and any(isinstance(item, dict) for item in value) for value in lists)
 
 
 def _of_pandas(given: Mapping[Any, Any]) -> list[Any] | None:
-    """The rows of what `to_dict` and `to_json` of a pandas frame make: by columns (the default), `index` or `split`."""
+    """Rows of what `to_dict` and `to_json` of a pandas frame return: by columns (the default), `index` or `split`."""
     if given.keys() >= {"columns", "data"} and given.keys() <= {"columns", "data", "index"}:
         names, rows = given["columns"], given["data"]
         lists = isinstance(names, list) and isinstance(rows, list) and all(isinstance(row, list) for row in rows)

@@ -1,4 +1,4 @@
-"""Contents in parts, `[{type: text, text: …}]`, for templates that show parts and for those that show text only."""
+"""Message contents in parts, `[{type: text, text: …}]`, for templates that show parts and for those that need text."""
 
 from collections.abc import Callable
 from typing import Any
@@ -11,7 +11,13 @@ _FIRST, _SECOND = "Alpha,", "beta."
 
 
 class ContentParts(str):
-    """The text of a content in parts. Templates that show parts are given these; everything else reads the text."""
+    """Text of a content in parts. Templates that show parts get `parts`; everything else reads the text.
+
+    Example:
+        >>> content = ContentParts([{"type": "text", "text": "Hello "}, {"type": "text", "text": "world"}])
+        >>> str(content), len(content.parts)
+        ('Hello world', 2)
+    """
 
     parts: list[Any]
 
@@ -24,11 +30,11 @@ class ContentParts(str):
         return ContentParts, (self.parts,)
 
     def __repr__(self) -> str:
-        return f"ContentParts({self.parts!r})"  # a template may trim each part, which the text does not tell
+        return f"ContentParts({self.parts!r})"  # parts matter: a template may trim each one
 
 
 def joined(message: Message) -> Message:
-    """A message whose content, if it is a list of parts that are all text, is `ContentParts`."""
+    """A message whose content is `ContentParts` if it was a list of text parts."""
     content = message.get("content")
     if not isinstance(content, list) or not content or not all(_is_text(part) for part in content):
         return message
@@ -40,20 +46,25 @@ def _is_text(part: Any) -> bool:
 
 
 class ContentForms:
-    """Brings contents to the form of one template.
+    """Converts message contents to the form that one template shows.
 
     Args:
-        render: the template's own rendering of messages; raises `RowError`.
+        render: The template's own rendering of messages; raises `RowError`.
+
+    Example:
+        >>> forms = ContentForms(lambda messages: "".join(str(message["content"]) for message in messages))
+        >>> forms.shows_parts("user")
+        False
     """
 
     def __init__(self, render: Render) -> None:
         self.render = render
         self.only_parts = False
-        """The template shows contents only where they come in parts."""
+        """True if the template shows contents only in parts."""
         self._known: dict[str, bool] = {}
 
     def fit(self, messages: list[Message]) -> list[Message]:
-        """The messages with contents as the template shows them."""
+        """The messages, with contents as the template shows them."""
         if not self.only_parts and not any(isinstance(message.get("content"), ContentParts) for message in messages):
             return messages
         return [self._fitted(message) for message in messages]
@@ -67,7 +78,7 @@ class ContentForms:
         return message
 
     def shows_parts(self, role: str) -> bool:
-        """Whether the template shows all parts of a message of a role, as text and one after another."""
+        """True if the template shows all parts of a message of this role, as text and in order."""
         if role not in self._known:
             self._known[role] = self._probe(role)
         return self._known[role]

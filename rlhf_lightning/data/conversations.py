@@ -1,4 +1,4 @@
-"""The shapes in which people store conversations, brought to one: a list of `{role, content, …}` messages."""
+"""The forms in which conversations are stored, converted to one: a list of `{role, content, …}` messages."""
 
 import ast
 import json
@@ -48,12 +48,18 @@ SHAPES = "messages | conversations | prompt + completion | instruction + output 
 
 
 def to_messages(value: Any, first_role: str = "user") -> list[Message]:
-    """Messages from a string, a list of strings (roles alternate) or a list of dicts (`role` or `from` completed).
+    """Convert a conversation to messages. Tool calls become `tool_calls` as in OpenAI's API, with arguments as objects.
 
-    Tool calls of any form become `tool_calls` as OpenAI has them, with arguments as an object.
+    Args:
+        value: A string, a list of strings (roles alternate), or a list of dicts (a missing role is filled in).
+        first_role: Role of the first message, if it has none.
 
     Raises:
-        RowError: an empty list, or a message that has neither content nor tool calls.
+        RowError: If the list is empty, or a message has neither content nor tool calls.
+
+    Example:
+        >>> to_messages(["Hi", "Hello!"])
+        [{'content': 'Hi', 'role': 'user'}, {'content': 'Hello!', 'role': 'assistant'}]
     """
     if isinstance(value, str):
         said = _written(value) if first_role == "user" else None
@@ -69,7 +75,7 @@ def to_messages(value: Any, first_role: str = "user") -> list[Message]:
 
 
 def _written(text: str) -> list[Any] | None:
-    """The messages of a conversation that a table holds as text (JSON, or as Python prints it); None for other text."""
+    """The messages of a conversation stored as text (JSON, or a printed Python list); None for any other text."""
     if not _LISTED.match(text := text.strip()):
         return None
     for read in (json.loads, ast.literal_eval):
@@ -77,7 +83,7 @@ def _written(text: str) -> list[Any] | None:
             value = read(text)
             return value if all(map(_is_message, value)) else None
     if "'" in text[: text.index(":")]:
-        raise RowError(f"a conversation as text must be JSON; this is as Python prints it: {short(text)}")
+        raise RowError(f"a conversation as text must be JSON; this is a printed Python list: {short(text)}")
     return None
 
 
@@ -87,12 +93,12 @@ def _is_message(item: Any) -> bool:
 
 
 def _messages(item: Any, index: int, previous: str | None, first_role: str) -> list[Message]:
-    """The messages of one item: several only where it holds results of several calls (Anthropic)."""
+    """The messages of one item; several only if it holds the results of several calls (Anthropic)."""
     if isinstance(item, str):
         item = {"content": item}
     if not isinstance(item, dict):
         raise RowError(f"message {index} is {short(item)}; it must be an object with role and content")
-    # Parquet and Arrow fill the keys that a message lacks with None.
+    # Parquet and Arrow fill missing keys with None.
     message = {key: value for key, value in item.items() if value is not None and key not in ("from", "value")}
     if "content" not in message:
         message["content"] = item.get("value")
@@ -121,17 +127,17 @@ def _messages(item: Any, index: int, previous: str | None, first_role: str) -> l
 
 
 def _take_calls(message: Message, caller: bool, where: str) -> list[Message]:
-    """Bring the calls of a message to `tool_calls`; the results that stand in its content (Anthropic)."""
+    """Move the calls of a message to `tool_calls`; returns the results found in its content (Anthropic)."""
     calls: list[Any] = []
     results: list[Message] = []
     for key in ("tool_calls", "function_call", "tool_call"):
         value = message.get(key)
         if key == "tool_call" and isinstance(value, bool):
-            caller = caller or value  # says that the text is a call
+            caller = caller or value  # a flag: the text is a call
         elif value:
             found = read_calls(value, where)
             if calls and found != calls:
-                raise RowError(f"{where} has calls twice, in {key!r} too; one of them must go")
+                raise RowError(f"{where} has its calls twice, also in {key!r}; remove one of them")
             calls = found
         message.pop(key, None)
     content = message["content"]
@@ -158,7 +164,7 @@ def _take_calls(message: Message, caller: bool, where: str) -> list[Message]:
 
 
 def _result(part: dict[str, Any], where: str) -> Message:
-    """A tool's result as Anthropic has it, a part of the user's message."""
+    """A tool result in Anthropic's form, a part of the user's message, as a message."""
     content = part.get("content", "")
     known = {"tool_call_id": str(part["tool_use_id"])} if part.get("tool_use_id") is not None else {}
     message: Message = {"role": "tool", **known, "content": "" if content is None else content}
@@ -170,12 +176,12 @@ def _result(part: dict[str, Any], where: str) -> Message:
 
 
 def _is_parts(content: list[Any]) -> bool:
-    """Whether a list is a content in parts, and not a result that is a list."""
+    """True if a list is a content in parts, rather than a tool result that is a list."""
     return bool(content) and all(isinstance(part, dict) and isinstance(part.get("type"), str) for part in content)
 
 
 def _joined(parts: list[Any], where: str) -> str:
-    """The text of a content in parts, `[{"type": "text", "text": …}]`; templates that show parts are given these."""
+    """The text of a content in parts, `[{"type": "text", "text": …}]`; templates that show parts get the parts."""
     for part in parts:
         kind = part.get("type", "text") if isinstance(part, dict) else None
         if isinstance(kind, str) and kind.removeprefix("input_").removesuffix("_url") in MEDIA:
@@ -183,23 +189,27 @@ def _joined(parts: list[Any], where: str) -> str:
         text = part.get("text") if isinstance(part, dict) and kind == "text" else None
         if not isinstance(text, str):
             raise RowError(f"{where}: content has the part {short(part)}; parts must be {{type: text, text: …}}")
-    # Parquet and Arrow fill the keys that a part lacks with None, and templates ask which keys a part has.
+    # Parquet and Arrow fill missing keys with None, and templates test which keys a part has.
     return ContentParts([{"type": "text"} | {k: v for k, v in part.items() if v is not None} for part in parts])
 
 
 def has_conversation(data: dict[str, Any]) -> bool:
-    """Whether a row has one of the shapes of `conversation`; beside them a `text` column is a copy."""
+    """True if a row has one of the forms that `conversation` reads; a `text` column next to it is then a copy."""
     shapes = (("messages",), ("conversations",), ("prompt", "completion"), ("instruction", "output"))
     return any(all(data.get(key) is not None for key in shape) for shape in shapes)
 
 
 def conversation(data: dict[str, Any]) -> list[Message]:
-    """The messages of a supervised row, whatever its shape: messages, conversations, prompt/completion, instruction.
+    """The messages of a supervised row, with its `system` column as the first message.
 
-    The text of a `system` column stands in front.
+    Reads `messages`, `conversations`, `prompt` + `completion`, or `instruction` (+ `input`) + `output`.
 
     Raises:
-        RowError: none of the shapes fits.
+        RowError: If the row has none of these forms.
+
+    Example:
+        >>> conversation({"prompt": "Hi", "completion": "Hello!"})
+        [{'role': 'user', 'content': 'Hi'}, {'role': 'assistant', 'content': 'Hello!'}]
     """
     return with_system(data, _conversation(data))
 
@@ -217,7 +227,7 @@ def _conversation(data: dict[str, Any]) -> list[Message]:
     found = ", ".join(repr(key) for key in data) or "nothing"
     pair = f". This is a pair: {PAIR_REMEDY}" if has_pair(data) else ""
     raise RowError(
-        f"no conversation in the row: it has {found}; wanted {SHAPES}. Map other names with `columns:`{pair}"
+        f"no conversation in the row: it has {found}; it needs {SHAPES}. Map other names with `columns:`{pair}"
     )
 
 
@@ -245,7 +255,7 @@ def _history(value: Any) -> list[list[str]]:
 
 
 def used_columns(data: dict[str, Any]) -> set[str]:
-    """The columns that the conversation of a row is read from."""
+    """Columns that the conversation of a row is read from."""
     shape: tuple[str, ...] = ("text",)
     if data.get("messages") is not None:
         shape = ("messages",)
@@ -259,7 +269,11 @@ def used_columns(data: dict[str, Any]) -> set[str]:
 
 
 def apart(prompt: list[Message], responses: Sequence[list[Message]]) -> tuple[list[Message], list[list[Message]]]:
-    """A prompt and responses that some data sets repeat it in, with or without a system message before it."""
+    """Separate a prompt from responses that repeat it, with or without a system message.
+
+    Returns:
+        The prompt, and the responses without it.
+    """
     leads = [response[0] for response in responses if response and response[0]["role"] in OPENING]
     if len(leads) == len(responses) and all(lead == leads[0] for lead in leads) and prompt[0]["role"] not in OPENING:
         prompt = [leads[0], *prompt]
@@ -267,7 +281,7 @@ def apart(prompt: list[Message], responses: Sequence[list[Message]]) -> tuple[li
 
 
 def without_prompt(response: list[Message], prompt: Sequence[Message]) -> list[Message]:
-    """A response without the prompt, where the data repeats it in front, all of it or all but its system message."""
+    """A response without the prompt, if it repeats the prompt at its beginning, with or without the system message."""
     said = [list(prompt), *([list(prompt[1:])] if prompt and prompt[0]["role"] in OPENING else [])]
     for repeated in said:
         if repeated and unmarked(response[: len(repeated)]) == unmarked(repeated):
@@ -276,8 +290,12 @@ def without_prompt(response: list[Message], prompt: Sequence[Message]) -> list[M
 
 
 def tool_schemas(data: dict[str, Any]) -> list[Any] | None:
-    """The `tools` (or `functions`) of a row as templates expect them; raises `RowError`."""
+    """The `tools` (or `functions`) of a row as templates expect them; None without any.
+
+    Raises:
+        RowError: If they are malformed, or both columns exist and differ.
+    """
     tools, functions = read_tools(data.get("tools")), read_tools(data.get("functions"), "functions")
     if tools and functions and tools != functions:
-        raise RowError("the row has 'tools' and 'functions', and they are not the same")
+        raise RowError("the row has 'tools' and 'functions', and they differ")
     return tools or functions

@@ -1,9 +1,9 @@
-"""The chat template of a reward model's folder: it ends with the last turn, where the score is read.
+"""The chat template of a reward model's folder, which ends with the last turn, where the score is read.
 
-Stock pooling reads at the last token of a text that is no padding. After the end of a turn many templates write more
-(ChatML's line break), and the score was trained at the end of the turn. So the folder gets the template wrapped: where
-a conversation ends with the assistant and nothing is to be generated, what follows the end of that turn is cut off.
-Everywhere else it renders as before. What is read from such a folder by this package is unwrapped.
+Stock pooling reads the score at the last non-padding token. Many templates write more after the end of a turn (ChatML a
+line break), while the score was trained at the end of the turn. A reward model's folder therefore gets a wrapped
+template: if a conversation ends with the assistant and no generation prompt is requested, everything after the end of
+that turn is cut off. Otherwise it renders as before. This package unwraps the template when it reads such a folder.
 """
 
 import json
@@ -18,7 +18,7 @@ from rlhf_lightning.data.templates import FAILURES, FIXED_DATE, ChatTemplate
 
 log = logging.getLogger(__name__)
 _HEAD = "{#- rlhf-lightning: this template ends with the last turn, where the score is read. -#}\n"
-_OPEN = "{% set rlhf_text %}\n"  # transformers drops a line break after a tag
+_OPEN = "{% set rlhf_text %}\n"  # transformers drops line breaks after tags
 _CLOSE = "{{ '' }}{% endset %}"
 _NEWLINE = "{#- a line break stood here, which Jinja leaves out -#}"
 _SAID: list[Message] = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Good\nday."}]
@@ -31,7 +31,12 @@ _SAMPLES: list[list[Message]] = [
 
 @contextmanager
 def ended(tokenizer: Any, template: ChatTemplate | None) -> Iterator[None]:
-    """Have a tokenizer end its texts with the last turn, for as long as it is saved; without a template nothing."""
+    """Make a tokenizer's template end with the last turn while it is saved, within the context.
+
+    Args:
+        tokenizer: The tokenizer.
+        template: Its chat template; None to change nothing.
+    """
     before = tokenizer.chat_template
     if template is not None and before:
         sources = before if isinstance(before, dict) else {"default": before}
@@ -41,8 +46,8 @@ def ended(tokenizer: Any, template: ChatTemplate | None) -> Iterator[None]:
             tokenizer.chat_template = after
         else:
             log.warning(
-                "the chat template could not be made to end with the turn: what others score with stock libraries has "
-                "to be cut after the end of the answer first, see docs/preference.md"
+                "the chat template could not be made to end with the turn: before scoring with stock libraries, cut "
+                "the text after the end of the answer, see docs/preference.md"
             )
     try:
         yield
@@ -51,7 +56,7 @@ def ended(tokenizer: Any, template: ChatTemplate | None) -> Iterator[None]:
 
 
 def unwrapped(template: Any) -> Any:
-    """A chat template as it was before `ended`; any other as it is."""
+    """A chat template as it was before `ended`; any other template is returned unchanged."""
     if isinstance(template, dict):
         return {name: unwrapped(source) for name, source in template.items()}
     if not isinstance(template, str) or not template.startswith(_HEAD):
@@ -61,13 +66,14 @@ def unwrapped(template: Any) -> Any:
 
 
 def _wrapped(source: str, template: ChatTemplate) -> str:
+    """The source of a template, wrapped to end with the last turn."""
     if source.startswith(_HEAD):
         return source
     given = "".join(
         f"{{%- if {name} is not defined %}}{{% set {name} = {_literal(value)} %}}{{% endif %}}\n"
         for name, value in template.given.items()
     )
-    # Jinja leaves out one line break at the end of a template, which is not the end any more.
+    # Jinja drops one line break at the end of a template, which is no longer the end.
     broken = source.endswith("\n")
     return (
         _HEAD
@@ -84,7 +90,7 @@ def _wrapped(source: str, template: ChatTemplate) -> str:
 
 
 def _cut(template: ChatTemplate) -> str:
-    """What makes a text stop where the turn does; a turn that the template does not end gets the token that we put."""
+    """Jinja code that cuts a text at the end of the turn, or appends the eos_token if the template ends no turns."""
     if not template.ends_turns:
         return "\n{%- set rlhf_text = rlhf_text ~ eos_token %}"
     rest, stripped = template.after_turn, "\n{%- set rlhf_text = rlhf_text.rstrip() %}"
@@ -98,7 +104,7 @@ def _cut(template: ChatTemplate) -> str:
 
 
 def _literal(value: Any) -> str:
-    """A value as Jinja writes it."""
+    """A value as a Jinja literal."""
     if isinstance(value, list | tuple):
         return "[" + ", ".join(map(_literal, value)) + "]"
     if isinstance(value, dict):
@@ -107,7 +113,7 @@ def _literal(value: Any) -> str:
 
 
 def _agrees(tokenizer: Any, wrapped: Any, template: ChatTemplate) -> bool:
-    """Whether it renders as we do up to the end of the turn, and as before where an answer is asked for."""
+    """True if the wrapped template ends texts with the turn, and is unchanged with a generation prompt."""
     from jinja2 import TemplateError
 
     for messages in _SAMPLES:
@@ -116,7 +122,7 @@ def _agrees(tokenizer: Any, wrapped: Any, template: ChatTemplate) -> bool:
             end = template.span(messages, len(messages) - 1, whole, None)[1]
             asked = template.render(messages[:-1], add_generation_prompt=True)
         except RowError:
-            continue  # a template that has no system messages, for example
+            continue  # for example, a template without system messages
         wanted = whole[:end] if template.ends_turns else whole + tokenizer.eos_token
         try:
             found = _stock(tokenizer, messages, wrapped, False)

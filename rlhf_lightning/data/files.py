@@ -1,4 +1,4 @@
-"""Files of rows: which files a name means, what kind each is, and the rows in it, each with its place."""
+"""Files of rows: which files a name refers to, their formats, and their rows with file and line."""
 
 import bz2
 import glob
@@ -28,7 +28,7 @@ ARROW = (".parquet", ".arrow", ".feather")
 KINDS = (*JSON_KINDS, ".parquet", ".arrow", ".feather", *TABLES, *TEXTS)
 COMPRESSIONS = (".gz", ".zst", ".bz2", ".xz")
 SUFFIXES = (*KINDS, *(kind + end for kind in KINDS for end in COMPRESSIONS))
-"""How the names of files of rows end."""
+"""Endings of the names of files of rows."""
 OTHERS = dict.fromkeys((".zip", ".tar", ".tgz", ".7z", ".rar"), "an archive; unpack it, and name the file of rows")
 OTHERS |= dict.fromkeys((".xlsx", ".xls", ".ods"), "a spreadsheet; save it as .csv")
 OTHERS |= dict.fromkeys(
@@ -42,7 +42,13 @@ MARKS = {b"\xff\xfe\x00\x00": "utf-32", b"\x00\x00\xfe\xff": "utf-32", b"\xff\xf
 
 @dataclass(frozen=True)
 class Wanted:
-    """How rows are asked for: `text_key` for text that is a row, the split, and whether each line is text as it is."""
+    """How rows are requested.
+
+    Attributes:
+        text_key: Column of rows that are plain text; None if rows must be objects.
+        split: The split to read.
+        lines: True if every line is text.
+    """
 
     text_key: str | None = None
     split: str | None = None
@@ -53,7 +59,7 @@ class Wanted:
 
 
 def place(source: str | os.PathLike[str]) -> str:
-    """A name with `~` and `file://` taken as what they mean."""
+    """A path with `~` and `file://` resolved."""
     name = os.fspath(source)
     if name.startswith("file://"):
         name = unquote(urlsplit(name).path)
@@ -61,10 +67,13 @@ def place(source: str | os.PathLike[str]) -> str:
 
 
 def local_files(source: str | os.PathLike[str]) -> list[Path] | None:
-    """The files that a name means: of a pattern or a folder in order; None where nothing of that name is here.
+    """The local files that a name refers to; those of a pattern or a folder in order.
+
+    Returns:
+        The files; None if nothing of that name is here.
 
     Raises:
-        DataError: a folder or a pattern without files of rows, or a folder of files that are no parts of one.
+        DataError: If a folder or a pattern has no files of rows, or a folder's files are not parts of one data set.
     """
     name = place(source)
     if not name.strip():
@@ -73,35 +82,36 @@ def local_files(source: str | os.PathLike[str]) -> list[Path] | None:
         return _parts(Path(name))
     if os.path.exists(name):
         return [Path(name)]
-    if not re.search(r"[*?\[]", name.partition(":")[0]):  # a split of the Hub may be train[:10%]
+    if not re.search(r"[*?\[]", name.partition(":")[0]):  # a Hub split may be train[:10%]
         return None
     found = [Path(file) for file in glob.glob(name, recursive=True) if os.path.isfile(file)]
     if not found:
-        raise DataError(f"{source}: no file is named so (seen from {Path.cwd()})")
+        raise DataError(f"{source}: no file matches (seen from {Path.cwd()})")
     return sorted(found, key=_in_order)
 
 
 def is_saved_dataset(folder: str) -> bool:
-    """Whether `save_to_disk` of `datasets` wrote a folder."""
+    """True if a folder was written by `save_to_disk` of `datasets`."""
     return any(os.path.isfile(os.path.join(folder, name)) for name in ("state.json", "dataset_dict.json"))
 
 
 def _parts(folder: Path) -> list[Path]:
+    """The files of a folder, which must be numbered parts of one data set."""
     files = [file for file in folder.iterdir() if file.is_file() and not file.name.startswith((".", "_"))]
     files = sorted((file for file in files if file.name.lower().endswith(SUFFIXES)), key=_in_order)
     if not files:
-        raise DataError(f"{folder}: a folder; name the file ({', '.join(KINDS)}), or a pattern: {folder}/*.jsonl")
+        raise DataError(f"{folder}: a folder; give the file ({', '.join(KINDS)}), or a pattern: {folder}/*.jsonl")
     if len({re.sub(r"\d+", "0", file.name) for file in files}) > 1:
         names = ", ".join(file.name for file in files[:6]) + (", …" if len(files) > 6 else "")
         raise DataError(
-            f"{folder}: a folder of files that are no parts of one ({names}); name the file, or a pattern: "
+            f"{folder}: a folder of files that are not parts of one data set ({names}); give the file, or a pattern: "
             f"{folder}/*{files[0].suffix}"
         )
     return files
 
 
 def _in_order(file: Path) -> list[Any]:
-    """Part 2 before part 10."""
+    """Sort key that puts part 2 before part 10."""
     return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", str(file))]
 
 
@@ -109,7 +119,11 @@ def _in_order(file: Path) -> list[Any]:
 
 
 def file_items(path: Path, wanted: Wanted) -> Iterator[Item]:
-    """What stands in a file; raises `DataError` where it cannot be read at all."""
+    """Rows of a file with their locations.
+
+    Raises:
+        DataError: If it cannot be read.
+    """
     kind, data = _content(path)
     if kind in OTHERS:
         raise DataError(f"{path}: {OTHERS[kind]}")
@@ -119,25 +133,25 @@ def file_items(path: Path, wanted: Wanted) -> Iterator[Item]:
 
 
 def _unfilled(path: Path, items: Iterator[Item]) -> Iterator[Item]:
-    """JSON that `datasets` or pandas wrote of an Arrow table has the nulls of Arrow in its messages and tools."""
+    """Items of a JSON file without the nulls of Arrow, if `datasets` or pandas wrote the file from an Arrow table."""
     found = list(items)
     given = [item for _, item in found if isinstance(item, dict)]
     rows = unfilled(given, only_rendered=True)
     if rows is not given:
-        log.info("%s: written from an Arrow table, by its look; null keys of messages and tools are left out", path)
+        log.info("%s: looks written from an Arrow table; null keys of messages and tools are dropped", path)
     after = iter(rows)
     return ((where, next(after) if isinstance(item, dict) else item) for where, item in found)
 
 
 def _content(path: Path) -> tuple[str, bytes]:
-    """The ending that says what the file is, and its bytes, unpacked. Bytes that say what they are come first."""
+    """The ending that says what the file is, and its unpacked bytes. Magic bytes take precedence over the name."""
     endings = [ending.lower() for ending in path.suffixes]
     try:
         data = path.read_bytes()
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror})") from None
     packed = _magic(data)
-    while packed in COMPRESSIONS:  # some are packed twice, by a tool that unpacks as it downloads
+    while packed in COMPRESSIONS:  # a loop, since some files are compressed twice
         data = _unpacked(path, packed, data)
         packed = _magic(data)
     while endings and endings[-1] in COMPRESSIONS:
@@ -148,6 +162,7 @@ def _content(path: Path) -> tuple[str, bytes]:
 
 
 def _magic(data: bytes) -> str:
+    """Kind of file according to its first bytes; empty if unknown."""
     return next((kind for start, kind in MAGIC.items() if data.startswith(start)), "")
 
 
@@ -162,10 +177,11 @@ def _unpacked(path: Path, packed: str, data: bytes) -> bytes:
         openers = {".gz": gzip.decompress, ".bz2": bz2.decompress, ".xz": lzma.decompress}
         return openers[packed](data)
     except (OSError, EOFError, ValueError, zlib.error, lzma.LZMAError) as error:
-        raise DataError(f"{path}: cannot be unpacked ({packed[1:]}: {error}); is the file whole?") from None
+        raise DataError(f"{path}: cannot be unpacked ({packed[1:]}: {error}); is the file complete?") from None
 
 
 def _decoded(path: Path, data: bytes) -> str:
+    """The text of a file, which must be UTF-8, or UTF-16 or UTF-32 with a byte order mark."""
     encoding = next((name for mark, name in MARKS.items() if data.startswith(mark)), "utf-8-sig")
     try:
         text = data.decode(encoding)
@@ -176,8 +192,8 @@ def _decoded(path: Path, data: bytes) -> str:
     if "\x00" in text:
         line = text[: text.index("\x00")].count("\n") + 1
         raise DataError(
-            f"{path}:{line}: holds a null character, so that it is no UTF-8 text; save the file as UTF-8 (UTF-16 is "
-            "read where it begins with a byte order mark)"
+            f"{path}:{line}: contains a null character, so it is not UTF-8 text; save the file as UTF-8 (UTF-16 is "
+            "read if it begins with a byte order mark)"
         )
     return text
 
@@ -213,14 +229,14 @@ def _text_items(path: Path, kind: str, text: str, wanted: Wanted) -> Iterator[It
     if kind not in (*JSON_KINDS, *TEXTS) and not text.lstrip().startswith(("{", "[", '"')) and text.strip():
         told = ", .txt for a prompt on each line (or set data.lines: true)" if wanted.text_key else ""
         ending = f"the ending {kind} does not say" if kind else "no ending says"
-        raise DataError(f"{path}: no JSON, and {ending} what it is; rename it: .csv or .tsv for a table{told}")
+        raise DataError(f"{path}: not JSON, and {ending} what it is; rename it: .csv or .tsv for a table{told}")
     return _json_items(path, kind, text, wanted)
 
 
 def _lines(text: str) -> list[str]:
-    """Lines, whatever ends them, each without a byte order mark: files that were joined have one in each.
+    """Lines with any kind of line end, each without a byte order mark, which files joined from several may have inside.
 
-    Not splitlines(): JSON strings may hold U+2028 and its like, which splitlines() takes for line ends.
+    Not `splitlines()`, which also splits at U+2028 and similar characters that JSON strings may contain.
     """
     lines = text.replace("\r\n", "\n").replace("\r", "\n").removesuffix("\n").split("\n")
     return [line.removeprefix("\ufeff").strip() for line in lines]
@@ -235,15 +251,15 @@ def _lines_of_text(path: Path, lines: list[str], text_key: str | None) -> Iterat
 
 
 def _prompts(path: Path, text: str, wanted: Wanted) -> Iterator[Item]:
-    """A text file: a prompt on each line, or JSON if every line is."""
+    """Rows of a text file: a prompt per line, or JSON if every line is JSON."""
     lines = _lines(text)
     kinds = {number: _kind(line) for number, line in enumerate(lines, 1) if line}
     objects = [number for number, kind in kinds.items() if kind is dict]
     others = [number for number, kind in kinds.items() if kind is not dict]
     if objects and others:
         raise DataError(
-            f"{path}:{others[0]}: no JSON object, and line {objects[0]} is one; a file holds rows or lines of text. "
-            "With data.lines: true every line is text."
+            f"{path}:{others[0]}: not a JSON object, but line {objects[0]} is one; a file must hold either rows or "
+            "lines of text. With data.lines: true every line is text."
         )
     every = {kind for kind in kinds.values() if kind} if None not in kinds.values() else set()
     if objects or every == {str} or every == {list} or (others and all(lines[n - 1].startswith("{") for n in others)):
@@ -255,7 +271,11 @@ def _prompts(path: Path, text: str, wanted: Wanted) -> Iterator[Item]:
 
 
 def load_json(text: str) -> Any:
-    """The value of a JSON text; raises `ValueError`, also for a key that stands twice in an object."""
+    """Parse JSON.
+
+    Raises:
+        ValueError: If it is invalid, or an object has a key twice.
+    """
     try:
         return json.loads(text, object_pairs_hook=_object)
     except RecursionError as error:
@@ -265,12 +285,12 @@ def load_json(text: str) -> Any:
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
-        raise ValueError(f"the key {repeated_key(pairs)!r} stands twice in an object")
+        raise ValueError(f"the key {repeated_key(pairs)!r} appears twice in an object")
     return found
 
 
 def _kind(line: str) -> type | None:
-    """The type of the JSON value that a line is; None where it is none."""
+    """Type of a line's JSON value; None if the line is not JSON."""
     try:
         return type(load_json(line)) if line.startswith(("{", "[", '"')) else None
     except ValueError:
@@ -278,7 +298,7 @@ def _kind(line: str) -> type | None:
 
 
 def _json_items(path: Path, kind: str, text: str, wanted: Wanted) -> Iterator[Item]:
-    """JSON lines, or one JSON value over the whole file, or several one after the other, whatever the file's name."""
+    """Rows of JSON lines, of one JSON value, or of several concatenated values, whatever the file's name."""
     lines = _lines(text)
     first = next((line for line in lines if line), "")
     found = _kind(first)
@@ -298,12 +318,13 @@ def _json_items(path: Path, kind: str, text: str, wanted: Wanted) -> Iterator[It
 
 
 def _rows_only(value: Any, wanted: Wanted) -> bool:
+    """True for a list that holds only rows."""
     kinds = (dict, str) if wanted.text_key else (dict,)
     return isinstance(value, list) and all(isinstance(item, kinds) for item in value)
 
 
 def _stream(path: Path, text: str) -> list[Item]:
-    """Objects over several lines each, one after the other; empty where the text is something else."""
+    """Concatenated objects, each over several lines; empty if the text is something else."""
     decoder, found = json.JSONDecoder(object_pairs_hook=_object), []
     position, line = 0, 1
     while position < len(text):
@@ -324,6 +345,7 @@ def _stream(path: Path, text: str) -> list[Item]:
 
 
 def _value_items(path: Path, value: Any, wanted: Wanted) -> Iterator[Item]:
+    """Rows of a single JSON value: a list of objects, or an object that holds them."""
     if isinstance(value, dict):
         value = object_rows(value, wanted.split, str(path))
     if not isinstance(value, list):
@@ -347,14 +369,18 @@ def _line_item(where: str, line: str, wanted: Wanted) -> Item:
 
 
 def line_row(line: str, text_key: str | None) -> dict[str, Any]:
-    """The row of a line of JSON; raises `ValueError`."""
+    """The row of one line of JSON.
+
+    Raises:
+        ValueError: If the line is not a JSON object.
+    """
     try:
         value = load_json(line)
-    except ValueError as error:  # a number of thousands of digits is a plain ValueError
+    except ValueError as error:  # not JSONDecodeError: a number with thousands of digits raises a plain ValueError
         raise ValueError(f"not valid JSON ({error}); each line must be one JSON object") from None
     if isinstance(value, str) and text_key:
         if value.lstrip().startswith("{") and _kind(value.strip()) is dict:
-            raise ValueError("JSON text within a JSON string: the row has been encoded twice; write it once")
+            raise ValueError("JSON text within a JSON string: the row is encoded twice; encode it once")
         return {text_key: value}
     if not isinstance(value, dict):
         raise ValueError(f"a JSON {type(value).__name__}; each line must be one JSON object")

@@ -1,4 +1,4 @@
-"""Names of data: whether they are here, and data sets of the Hub or on disk that `datasets` loads."""
+"""Names of data: whether they are on this machine, and data sets on the Hub or on disk that `datasets` loads."""
 
 import glob
 import os
@@ -12,20 +12,24 @@ from rlhf_lightning.errors import DataError
 
 
 def load_saved(folder: str) -> Any:
-    """What `save_to_disk` wrote; raises `DataError`."""
+    """Load what `save_to_disk` wrote.
+
+    Raises:
+        DataError: If it cannot be loaded.
+    """
     from datasets import load_from_disk
 
     try:
         return load_from_disk(folder)
     except Exception as error:
         reason = " ".join(str(error).split())[:300]
-        raise DataError(f"{folder}: a data set of datasets that cannot be loaded ({reason})") from error
+        raise DataError(f"{folder}: a saved datasets data set that cannot be loaded ({reason})") from error
 
 
 def check_there(source: str) -> None:
-    """Whether the path is there, or may be a Hub id instead; raises `DataError`."""
+    """Raise `DataError` unless the path exists, or may be a Hub id."""
     if "://" in source and not source.startswith("file://"):
-        raise DataError(f"{source}: an address; download the file, or give a Hub id like owner/name")
+        raise DataError(f"{source}: a URL; download the file, or give a Hub id like owner/name")
     if local_files(source.partition(":")[0] if is_saved_dataset(place(source).partition(":")[0]) else source) is None:
         name = source.partition(":")[0]
         if name.count("/") != 1 or name.lower().endswith(SUFFIXES) or name.startswith((".", "/", "~")):
@@ -33,9 +37,11 @@ def check_there(source: str) -> None:
 
 
 def is_here(source: Any, texts: bool = False) -> bool:
-    """Whether a source can be read without the Hub: all files that it names are there.
+    """True if a source can be read without the Hub, because all files that it names exist.
 
-    `texts`: strings of a list that do not end like files are rows.
+    Args:
+        source: The source.
+        texts: If True, strings in a list that do not end like files are rows.
     """
     if isinstance(source, str | os.PathLike):
         saved = is_saved_dataset(place(source).partition(":")[0])
@@ -48,12 +54,16 @@ def is_here(source: Any, texts: bool = False) -> bool:
 
 
 def is_stream(source: Any) -> bool:
-    """Whether a source is read as it comes, once more for each reading."""
+    """True if a source is read lazily, again for every reading."""
     return hasattr(source, "__next__") or (library(source) == "datasets" and not hasattr(source, "__len__"))
 
 
 def hub_dataset(source: str) -> Any:
-    """A data set of the Hub; raises `DataError`."""
+    """Load a data set from the Hub.
+
+    Raises:
+        DataError: If it cannot be loaded.
+    """
     name, _, part = source.partition(":")
     configuration, _, split = part.rpartition("/")
     check_there(source)
@@ -62,9 +72,9 @@ def hub_dataset(source: str) -> Any:
     try:
         return load_dataset(name, configuration or None, split=split or "train")
     except Exception as error:
-        # What it lists of configurations or splits stands on further lines.
+        # Joined into one line: configurations and splits are listed on further lines.
         reason = " ".join((str(error).strip() or type(error).__name__).split())[:300]
         raise DataError(
-            f"{source}: neither a file here nor a Hub data set that could be loaded ({reason}); "
-            "a configuration and a split are named by owner/name:configuration/split"
+            f"{source}: neither a local file nor a Hub data set that can be loaded ({reason}); "
+            "write a configuration and a split as owner/name:configuration/split"
         ) from error

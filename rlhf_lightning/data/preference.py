@@ -1,4 +1,4 @@
-"""Data of preference learning: pairs, labeled responses, rankings."""
+"""Data of preference learning: pairs, labeled responses and rankings."""
 
 import logging
 import math
@@ -31,22 +31,33 @@ LARGEST = torch.finfo(torch.float32).max
 
 
 class PreferenceDataModule(RowDataModule):
-    """Pairs, labeled responses or rankings.
+    """Data module of pairs, labeled responses or rankings.
 
-    - pairs: `prompt`, `chosen`, `rejected`, each a string or messages, and optionally `margin`, `tie`. Without
-      `prompt`, `chosen` and `rejected` are whole conversations, and what they share is the prompt.
+    - pairs: `prompt`, `chosen`, `rejected`, each a string or messages, and optionally `margin` and `tie`. Without
+      `prompt`, `chosen` and `rejected` are whole conversations, whose common beginning is the prompt.
     - labels: `prompt`, `response` (or `completion`), `label` (1 or 0). A pair becomes two labeled responses.
-    - rankings: `prompt`, `responses`, and `scores` or `ranks` (or best first). A pair is a ranking of two.
+    - rankings: `prompt`, `responses`, and `scores` or `ranks`; without these, best first. A pair is a ranking of two.
 
-    Any row may have `tools`, and a `category` that accuracy is reported by. A batch is a dict: `input_ids` and
-    `loss_mask` `[N, T]`, `lengths` `[N]`, `weights` `[B]`; of pairs the chosen rows first, then the rejected.
+    Any row may have `tools`, and a `category` that accuracy is reported by. A batch is a dict with `input_ids` and
+    `loss_mask` `[N, T]`, `lengths` `[N]` and `weights` `[B]`; for pairs, the N = 2B rows are all chosen responses, then
+    all rejected ones.
 
     Args:
-        train: rows to train on; see `RowDataModule` for the further arguments.
-        validation: rows to validate on.
-        overlong: a row that is too long is an error by default; `truncate` cuts its prompt on the left, `skip` leaves
-            it out and counts it.
+        train: Rows to train on; see `RowDataModule` for further arguments.
+        validation: Rows to validate on.
+        overlong: What to do with rows above `max_length`: `error`, `truncate` (cuts the prompt on the left), or `skip`
+            and count them.
         kind: `pairs`, `labels` or `rankings`; by default what the module's loss learns from.
+        **kwargs: Arguments of `RowDataModule`.
+
+    Raises:
+        ConfigError: If `kind` is unknown, or differs from what the loss takes.
+
+    Example:
+        >>> rows = [{"prompt": "What is 2 + 2?", "chosen": "4", "rejected": "5"}]
+        >>> data = PreferenceDataModule(train=rows, max_length=1024)
+        >>> data.kind
+        'pairs'
     """
 
     stage_kind = "preference"
@@ -65,19 +76,19 @@ class PreferenceDataModule(RowDataModule):
         self._kind = kind
         self.category_names: list[str] = []
         self._worse, self._margins = 0, False
-        """Pairs whose own scores say that the rejected response is better, and whether rows have margins."""
+        """Number of pairs whose scores prefer the rejected response, and whether rows have margins."""
 
     @property
     def loss(self) -> Any:
-        """The loss of the module that the trainer runs, if there is one."""
+        """The loss of the trainer's module; None if there is none."""
         return getattr(self.trainer.lightning_module, "loss", None) if self.trainer is not None else None
 
     @property
     def kind(self) -> str:
-        """What rows are made into."""
+        """What rows are made into: `pairs`, `labels` or `rankings`."""
         wanted = getattr(self.loss, "kind", None)
         if self._kind and wanted and self._kind != wanted:
-            raise ConfigError(f"data.kind is {self._kind}, and the loss {type(self.loss).__name__} takes {wanted}")
+            raise ConfigError(f"data.kind is {self._kind}, but the loss {type(self.loss).__name__} takes {wanted}")
         return self._kind or wanted or "pairs"
 
     def examples(self, name: str) -> Callable[[dict[str, Any]], list[Any]]:
@@ -120,7 +131,7 @@ class PreferenceDataModule(RowDataModule):
 
     def _pair(self, data: dict[str, Any]) -> list[Any]:
         if (found := row_kind(data)) != "pairs":
-            raise RowError(f"the row is one of {found}, and pairs are wanted: set model.loss to a loss of {found}")
+            raise RowError(f"the row is one of {found}, but pairs are expected: set model.loss to a loss of {found}")
         refuse_weight(data)
         prompt, chosen, rejected = split_pair(data)
         if chosen == rejected:
@@ -171,7 +182,7 @@ class PreferenceDataModule(RowDataModule):
         return [Ranking(sides, _category(data), ranks)]
 
     def _note_scores(self, data: dict[str, Any]) -> None:
-        """Count what the scores of a pair, as some data sets have them, say of it."""
+        """Count pairs whose scores contradict them, and note whether rows have margins."""
         scores: list[Any] = [data.get(name) for name in ("score_chosen", "score_rejected")]
         chosen, rejected = (float(score) if _is_number(score) else math.nan for score in scores)
         self._worse += int(chosen < rejected and not data.get("tie"))
@@ -180,7 +191,7 @@ class PreferenceDataModule(RowDataModule):
     def _sides(
         self, data: dict[str, Any], prompt: list[Message], responses: dict[str, list[Message]]
     ) -> list[Rendered]:
-        """All responses rendered; too long, each loses as many prompt tokens on the left as the longest is over."""
+        """Render all responses. If the longest is too long, all prompts lose its excess of tokens on the left."""
         tools, sides = tool_schemas(data), []
         for name, response in responses.items():
             try:
@@ -193,16 +204,16 @@ class PreferenceDataModule(RowDataModule):
             return sides
         if excess >= min(side.loss_mask.index(1) - self._kept(side) for side in sides):
             self._truncated -= 1
-            raise RowError(f"a response alone is over data.max_length {self.max_length}; raise it")
+            raise RowError(f"a response alone is longer than data.max_length {self.max_length}; raise it")
         return [self._without(side, excess) for side in sides]
 
     def _kept(self, side: Rendered) -> int:
-        """How many ids at its beginning are the tokenizer's bos_token, which a shorter prompt begins with too."""
+        """Number of ids at the beginning that are the tokenizer's own (bos_token), which a shortened prompt keeps."""
         begin = self.renderer.prefix_ids
         return len(begin) if side.ids[: len(begin)] == begin else 0
 
     def _without(self, side: Rendered, count: int) -> Rendered:
-        """A side without so many tokens at the beginning of its prompt."""
+        """A side without `count` tokens at the beginning of its prompt."""
         start = self._kept(side)
         end = start + count
         return Rendered(
@@ -210,14 +221,14 @@ class PreferenceDataModule(RowDataModule):
         )
 
     def _mismatch(self, name: str) -> None:
-        """Give each row a second side: its prompt with the response to the next prompt that is another one.
+        """Give each row a second side: its prompt with the response to the next prompt that differs.
 
-        The partner follows from the file, not from the batch, so that neither batch size nor ranks change the loss.
+        The partner is determined by the file, not by the batch, so that neither batch size nor ranks change the loss.
         """
         rows: list[Labeled] = self.prepared[name].rows
         prompts = [row.messages[0] for row in rows]
         if self.sources[name] is None and all(prompt == prompts[0] for prompt in prompts):
-            rows = [*rows, *self.prepared["train"].rows]  # one prompt was held out: training rows have the others
+            rows = [*rows, *self.prepared["train"].rows]  # only one prompt was held out; training rows have others
             prompts = [row.messages[0] for row in rows]
         if all(prompt == prompts[0] for prompt in prompts):
             loss = type(self.loss).__name__
@@ -236,13 +247,13 @@ class PreferenceDataModule(RowDataModule):
             row.sides = [row.sides[0], side]
 
     def _check_balance(self) -> None:
-        """Warn where the two labels weigh otherwise than KTO's paper found to work (arXiv 2402.01306)."""
+        """Warn if the balance of the two labels is not what KTO's paper recommends (arXiv 2402.01306)."""
         labels = [row.label for row in self.prepared["train"].rows]
         good, bad = sum(labels), len(labels) - sum(labels)
         ratio = self.loss.desirable_weight * good / max(self.loss.undesirable_weight * bad, 1e-9)
         if good and bad and not 1 <= ratio <= 4 / 3:
             log.warning(
-                "%d desirable and %d undesirable rows weigh %.2f to 1; between 1 and 1.33 to 1 works best: set "
+                "%d desirable and %d undesirable rows are weighted %.2f to 1; between 1 and 1.33 to 1 works best: set "
                 "model.loss.init_args.desirable_weight to %.2f, or undesirable_weight to %.2f",
                 good,
                 bad,
@@ -274,6 +285,7 @@ def _category(data: dict[str, Any]) -> str | None:
 
 
 def _tokens(sides: list[Rendered], references: list[list[float]] | None, pad_id: int) -> dict[str, Any]:
+    """Padded tokens of sides, with stored reference log-probabilities if there are any."""
     batch: dict[str, Any] = pad_tokens([side.ids for side in sides], [side.loss_mask for side in sides], pad_id)
     if references is not None:
         batch["reference_logprobs"] = pad_right(references, 0.0, torch.float32)
@@ -281,7 +293,7 @@ def _tokens(sides: list[Rendered], references: list[list[float]] | None, pad_id:
 
 
 def _side(rows: list[Any], number: int) -> tuple[list[Rendered], list[list[float]] | None]:
-    """That side of each row, and its stored log-probabilities."""
+    """Side `number` of each row, and its stored log-probabilities."""
     stored = all(row.reference is not None for row in rows)
     return [row.sides[number] for row in rows], [row.reference[number] for row in rows] if stored else None
 

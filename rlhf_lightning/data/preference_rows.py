@@ -1,4 +1,4 @@
-"""Rows of preference data: pairs, labeled responses and rankings, read from what a file holds."""
+"""Rows of preference data: pairs, labeled responses and rankings, parsed from file rows."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -12,14 +12,14 @@ from rlhf_lightning.data.rendering import Rendered
 
 @dataclass
 class PreferenceExample:
-    """Responses to one prompt, as rows whose mask is 1 on the response."""
+    """Responses to one prompt, as token rows whose mask is 1 on the response."""
 
     sides: list[Rendered]
     category: str | None = None
     reference: list[list[float]] | None = field(default=None, init=False, repr=False)
-    """Stored log-probabilities of the reference, one list for each side, as long as its ids."""
+    """Stored log-probabilities of the reference, in nats: one list per side, as long as its ids."""
     where: str = field(default="", init=False, compare=False, repr=False)
-    """File and line of the row, where they are known."""
+    """File and line of the row, if known."""
 
     @property
     def tokens(self) -> int:
@@ -28,25 +28,32 @@ class PreferenceExample:
 
     @property
     def trained(self) -> int:
-        """Response tokens of all sides."""
+        """Number of response tokens of all sides."""
         return sum(side.trained for side in self.sides)
 
 
 @dataclass
 class Pair(PreferenceExample):
-    """A chosen and a rejected response."""
+    """A chosen and a rejected response.
+
+    Example:
+        >>> sides = [Rendered([1, 2, 3], [0, 1, 1]), Rendered([1, 4], [0, 1])]
+        >>> pair = Pair(sides, margin=0.5)
+        >>> pair.chosen.trained, pair.rejected.trained
+        (2, 1)
+    """
 
     margin: float = 0.0
     tie: bool = False
 
     @property
     def chosen(self) -> Rendered:
-        """The better one."""
+        """The preferred response."""
         return self.sides[0]
 
     @property
     def rejected(self) -> Rendered:
-        """The other."""
+        """The other response."""
         return self.sides[1]
 
     def counts(self) -> dict[str, float]:
@@ -60,11 +67,16 @@ class Pair(PreferenceExample):
 
 @dataclass
 class Labeled(PreferenceExample):
-    """A response with a label; its second side, if any, is the prompt with another prompt's response."""
+    """A response with a label. A second side, if any, is the prompt with another prompt's response.
+
+    Example:
+        >>> Labeled([Rendered([1, 2, 3], [0, 1, 1])], label=1).counts()
+        {'labels': 1.0}
+    """
 
     label: int = 0
     messages: tuple[list[Message], list[Message], list[Any] | None] = field(default=([], [], None), repr=False)
-    """Prompt, response and tools, from which mismatched sides are made."""
+    """Prompt, response and tools, from which mismatched sides are rendered."""
 
     def counts(self) -> dict[str, float]:
         """One labeled response."""
@@ -77,7 +89,13 @@ class Labeled(PreferenceExample):
 
 @dataclass
 class Ranking(PreferenceExample):
-    """K responses; `ranks` is 0 for the best."""
+    """K responses with their ranks, 0 for the best.
+
+    Example:
+        >>> sides = [Rendered([1, 2], [0, 1]), Rendered([1, 3], [0, 1])]
+        >>> Ranking(sides, ranks=[0, 1]).counts()
+        {'rankings': 1.0}
+    """
 
     ranks: list[int] = field(default_factory=list)
 
@@ -92,14 +110,18 @@ class Ranking(PreferenceExample):
 
 
 def row_kind(data: dict[str, Any]) -> str:
-    """`pairs`, `labels` or `rankings`, by the columns of a row."""
+    """`pairs`, `labels` or `rankings`, according to a row's columns."""
     if data.get("label") is not None:
         return "labels"
     return "rankings" if data.get("responses") is not None else "pairs"
 
 
 def split_pair(data: dict[str, Any]) -> tuple[list[Message], list[Message], list[Message]]:
-    """Prompt, chosen and rejected messages of a row; raises `RowError`."""
+    """Prompt, chosen and rejected messages of a row.
+
+    Raises:
+        RowError: If the row is not a valid pair.
+    """
     require(data, "chosen", "rejected")
     sides = [to_messages(data[name], "assistant" if data.get("prompt") else "user") for name in ("chosen", "rejected")]
     if data.get("prompt") is not None:
@@ -110,13 +132,13 @@ def split_pair(data: dict[str, Any]) -> tuple[list[Message], list[Message], list
         shared = _shared(*map(unmarked, sides))
         prompt, sides = sides[0][:shared], [side[shared:] for side in sides]
         if not prompt:
-            raise RowError("no 'prompt', and chosen and rejected share no first messages that could be one")
+            raise RowError("no 'prompt', and chosen and rejected do not begin with the same messages")
         prompt = unmarked(with_system(data, prompt))
     asked = [[m["content"] for m in side if m["role"] in ("user", "system")] for side in sides]
     if asked[0] != asked[1]:
         raise RowError(
-            "chosen and rejected answer different prompts: their user messages are not the same. A pair needs two "
-            "responses to one prompt."
+            "chosen and rejected answer different prompts: their user messages differ. A pair needs two responses to "
+            "one prompt."
         )
     for name, side in zip(("chosen", "rejected"), sides, strict=True):
         check_response(side, name)
@@ -124,7 +146,11 @@ def split_pair(data: dict[str, Any]) -> tuple[list[Message], list[Message], list
 
 
 def split_response(data: dict[str, Any]) -> tuple[list[Message], list[Message]]:
-    """Prompt and `response` (or `completion`) messages of a row; raises `RowError`."""
+    """Prompt and `response` (or `completion`) messages of a row.
+
+    Raises:
+        RowError: If one of them is missing or malformed.
+    """
     require(data, "prompt")
     name = "response" if data.get("response") is not None else "completion"
     require(data, name)
@@ -134,7 +160,11 @@ def split_response(data: dict[str, Any]) -> tuple[list[Message], list[Message]]:
 
 
 def split_labeled(data: dict[str, Any]) -> tuple[list[Message], list[Message], int]:
-    """Prompt and response messages and the label of a row; raises `RowError`."""
+    """Prompt messages, response messages and label of a row.
+
+    Raises:
+        RowError: If one of them is missing or malformed.
+    """
     require(data, "label")
     prompt, response = split_response(data)
     label = data["label"]
@@ -144,7 +174,11 @@ def split_labeled(data: dict[str, Any]) -> tuple[list[Message], list[Message], i
 
 
 def split_ranking(data: dict[str, Any]) -> tuple[list[Message], list[list[Message]], list[int]]:
-    """Prompt, responses and ranks (0 the best) of a row: by `ranks` or `scores`, else best first; raises `RowError`."""
+    """Prompt, responses and ranks (0 for the best) of a row, by its `ranks` or `scores`; without these, best first.
+
+    Raises:
+        RowError: If the row is not a valid ranking.
+    """
     require(data, "prompt", "responses")
     values = data["responses"]
     if not isinstance(values, list) or len(values) < 2:
@@ -162,7 +196,7 @@ def split_ranking(data: dict[str, Any]) -> tuple[list[Message], list[list[Messag
 
 
 def _grades(data: dict[str, Any], count: int) -> list[float]:
-    """A number for each response, higher for a better one."""
+    """A number per response, higher for a better one."""
     for name, sign in (("scores", 1), ("ranks", -1)):
         if (values := data.get(name)) is not None:
             numbers = isinstance(values, list) and all(
@@ -170,28 +204,29 @@ def _grades(data: dict[str, Any], count: int) -> list[float]:
             )
             if not numbers or len(values) != count:
                 raise RowError(f"{name!r} must be a list of {count} numbers, one for each response")
-            return [sign * value for value in values]  # no floats: JSON may hold integers beyond them
+            return [sign * value for value in values]  # not floats: JSON integers may exceed their precision
     return [float(-i) for i in range(count)]
 
 
 def _apart(data: dict[str, Any], responses: Sequence[list[Message]]) -> tuple[list[Message], list[list[Message]]]:
-    """The prompt of a row, its `system` column in front, and responses without it."""
+    """The prompt of a row with its `system` column, and the responses without it."""
     prompt, responses = apart(to_messages(data["prompt"]), responses)
     prompt = with_system(data, prompt)
     return unmarked(prompt), [without_prompt(response, prompt) for response in responses]
 
 
 def check_response(response: list[Message], name: str) -> None:
-    """Raise `RowError` for a response that does not begin with the assistant's message."""
+    """Raise `RowError` for a response that does not begin with an assistant message."""
     if response and response[0]["role"] in ("user", "system"):
         raise RowError(
-            f"{name} begins with a {response[0]['role']} message that is not the prompt's: a response begins with the "
-            "assistant's"
+            f"{name} begins with a {response[0]['role']} message that is not in the prompt: a response must begin with "
+            "an assistant message"
         )
 
 
 def _shared(a: list[Message], b: list[Message]) -> int:
+    """Number of messages that both conversations begin with, at least one message short of either."""
     same = [x == y for x, y in zip(a, b, strict=False)]
     count = same.index(False) if False in same else min(len(a), len(b)) - 1
-    # An answer that both sides share belongs to the responses where nothing else is left of one of them.
+    # Leave at least one message for each response, even if the sides share it.
     return max(0, min(count, len(a) - 1, len(b) - 1))

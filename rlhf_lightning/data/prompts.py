@@ -16,21 +16,26 @@ NOT_OF_PROMPTS = {
     "batch_size": "prompts_per_round (of training), or data.eval_batch_size (of validation)",
     "max_length": "max_prompt_tokens, and the tokens of a response with model.sampler.max_tokens",
 }
-"""Settings of the other stages, and what is set in their place."""
+"""Settings of the other stages, and what to set instead."""
 
 
 @dataclass
 class Prompt:
-    """A prompt: its messages, its token ids with the generation prompt, and the whole row it came from."""
+    """A prompt with its messages, its token ids including the generation prompt, and its data row.
+
+    Example:
+        >>> Prompt(messages=[{"role": "user", "content": "Hi"}], ids=[5, 6, 7], row={"prompt": "Hi"}).tokens
+        3
+    """
 
     messages: list[Message]
     ids: list[int]
     row: dict[str, Any]
     tools: list[Any] | None = None
     index: int = 0
-    """Its place in the data set."""
+    """Position in the data set."""
     where: str = ""
-    """File and line that it was read from."""
+    """File and line of the row."""
 
     @property
     def tokens(self) -> int:
@@ -39,7 +44,7 @@ class Prompt:
 
     @property
     def trained(self) -> int:
-        """Nothing of a prompt is trained."""
+        """0, since nothing of a prompt is trained."""
         return 0
 
     def counts(self) -> dict[str, float]:
@@ -52,7 +57,11 @@ class Prompt:
 
 
 def prompt_messages(data: dict[str, Any]) -> list[Message]:
-    """The messages of a row to answer: `prompt`, or a conversation up to its last assistant turn; raises `RowError`."""
+    """The messages of a row to answer: its `prompt`, or a conversation up to its last assistant turn.
+
+    Raises:
+        RowError: If there is nothing to answer.
+    """
     if data.get("prompt") is not None:
         return unmarked(with_system(data, as_prompt(data["prompt"])))
     if not has_conversation(data):
@@ -61,12 +70,21 @@ def prompt_messages(data: dict[str, Any]) -> list[Message]:
     while messages and messages[-1]["role"] == "assistant":
         messages = messages[:-1]
     if not messages:
-        raise RowError("the conversation has nothing before its assistant turn to use as a prompt")
+        raise RowError("the conversation has no message before its assistant turn to use as a prompt")
     return unmarked(messages)
 
 
 def prompt_example(renderer: Renderer, data: dict[str, Any], index: int = 0) -> Prompt:
-    """A prompt of a row, see `prompt_messages`; raises `RowError`."""
+    """The prompt of a row; see `prompt_messages`.
+
+    Args:
+        renderer: Turns messages into tokens.
+        data: The row.
+        index: Its position in the data set.
+
+    Raises:
+        RowError: If the row cannot be used as a prompt.
+    """
     refuse_media(data)
     messages, tools = prompt_messages(data), tool_schemas(data)
     renderer.refuse_lost(messages, tools)
@@ -74,7 +92,7 @@ def prompt_example(renderer: Renderer, data: dict[str, Any], index: int = 0) -> 
 
 
 def collate_prompts(rows: list[Prompt], weights: list[float]) -> dict[str, Any]:
-    """A batch of prompts stays a list: only the sampler knows how to put them side by side."""
+    """A batch of prompts, as a list; the sampler batches their tokens."""
     return {"prompts": rows, "weights": weights}
 
 
@@ -84,20 +102,29 @@ def kept_prompts(batch: dict[str, Any]) -> list[Prompt]:
 
 
 class PromptDataModule(RowDataModule):
-    """Prompts for policy RL: JSON rows with `prompt` (string or messages) and any further columns, or plain lines.
+    """Data module of prompts for policy RL: JSON rows with `prompt` (string or messages) and other columns, or lines.
 
-    In `fit` they are wrapped in the module's rollout loader, which asks the module for episodes round by round.
+    In `fit`, its loader is the module's rollout loader, which requests episodes from the module round by round.
 
     Args:
-        train: rows to train on; blank lines are skipped and counted. See `RowDataModule` for the further arguments.
-        validation: rows to validate on.
-        episodes: recorded episodes (JSONL) to learn from in place of sampling; see `rollout.recorded`.
-        prompts_per_round: prompts answered with one state of the policy, over all devices.
-        group_size: responses to each prompt.
-        update_epochs: passes over the episodes of a round.
-        minibatches: training steps that each pass is split into; a multiple of `accumulate_grad_batches`.
-        max_prompt_tokens: longer prompts are refused, or skipped (`overlong: skip`).
-        lines: each line of a file is a prompt as it stands, whatever the file's name; by default those of `.txt`.
+        train: Rows to train on; blank lines are skipped and counted. See `RowDataModule` for further arguments.
+        validation: Rows to validate on.
+        episodes: Recorded episodes (JSONL) to learn from instead of sampling; see `rollout.recorded`.
+        prompts_per_round: Number of prompts answered with one state of the policy, over all devices.
+        group_size: Number of responses to each prompt.
+        update_epochs: Number of passes over the episodes of a round.
+        minibatches: Number of training steps in each pass; a multiple of `accumulate_grad_batches`.
+        max_prompt_tokens: Longer prompts are refused, or skipped with `overlong: skip`.
+        lines: Every line of a file is a prompt, whatever the file's name; by default only for `.txt`.
+        **kwargs: Arguments of `RowDataModule`.
+
+    Raises:
+        ConfigError: If a setting is invalid.
+
+    Example:
+        >>> data = PromptDataModule(train=[{"prompt": "What is 2 + 2?", "answer": "4"}], group_size=4)
+        >>> data.prompts_per_round
+        16
     """
 
     stage_kind = "policy"
@@ -118,11 +145,11 @@ class PromptDataModule(RowDataModule):
         **kwargs: Any,
     ) -> None:
         if train is not None and episodes is not None:
-            raise ConfigError("data.train and data.episodes are both set: sample from prompts or learn from a record")
+            raise ConfigError("data.train and data.episodes are both set; give prompts to sample from, or a record")
         for name, ours in NOT_OF_PROMPTS.items():
             if name in kwargs:
                 raise ConfigError(f"data.{name} is not for policy stages: set data.{ours}")
-        # Given here, it is no setting of the stage; the rows of a step follow from prompts_per_round and group_size.
+        # A fixed batch_size: the rows of a step follow from prompts_per_round and group_size.
         super().__init__(
             train if episodes is None else episodes,
             validation,
@@ -155,10 +182,10 @@ class PromptDataModule(RowDataModule):
 
     @property
     def module(self) -> Any:
-        """The policy module that the trainer runs; it makes the episodes."""
+        """The trainer's policy module, which makes the episodes."""
         module = self.trainer.lightning_module if self.trainer else None
         if not hasattr(module, "rollout_loader"):
-            raise ConfigError("PromptDataModule trains a PolicyRLModule: run both by one Trainer")
+            raise ConfigError("PromptDataModule feeds a PolicyRLModule: run both in one Trainer")
         return module
 
     def _weighed(self, data: dict[str, Any]) -> list[Prompt]:
@@ -171,7 +198,7 @@ class PromptDataModule(RowDataModule):
         return [prompt]
 
     def key(self, data: dict[str, Any]) -> RowKey:
-        """By tokens where episodes are learnt from, which have no others; else by messages."""
+        """Key of a row: by its tokens for recorded episodes that hold only tokens, else by its messages."""
         if not self.recorded:
             messages = prompt_messages(data)
             return conversation_key(messages, tool_schemas(data), None)

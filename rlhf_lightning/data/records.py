@@ -1,6 +1,6 @@
-"""Rows and where they come from: files, Hub data sets, and what Python holds.
+"""Rows and their sources: files, Hub data sets, and Python objects.
 
-A `Row` keeps its file and line, so that whatever is found wrong later can name them.
+A `Row` keeps its file and line, so that any later error can name them.
 """
 
 import hashlib
@@ -38,29 +38,35 @@ Source = str | Path | Mapping[str, Any] | Iterable[Any]
 
 @dataclass
 class Row:
-    """One row of data as read, with `where` it was read: `file:line`, or `list[index]`."""
+    """One row of data, with the place `where` it was read: `file:line` or `list[index]`."""
 
     data: dict[str, Any]
     where: str
 
 
 class RowError(DataError):
-    """A row that does not fit; the reader of the file adds file and line."""
+    """A row that cannot be used; whoever reads the file adds file and line."""
 
 
 class SkippedRow(RowError):
-    """A row that the user asked to leave out: counted, never an error."""
+    """A row that the user's settings leave out; it is counted and never an error."""
 
 
 @dataclass
 class Reading:
-    """What happened while rows were read: how many, how many were skipped and why."""
+    """What happened while rows were read.
+
+    Attributes:
+        rows: Number of rows.
+        blank: Number of blank lines.
+        skipped: Locations of skipped rows, with the reasons.
+    """
 
     rows: int = 0
     blank: int = 0
     skipped: list[str] = field(default_factory=list)
     unreadable: list[tuple[str, str]] | None = None
-    """Where it is a list, a line that is no row is put there, with the reason, and reading goes on."""
+    """If it is a list, lines that are not rows are added to it with the reason, and reading continues."""
 
 
 def read_rows(
@@ -70,19 +76,27 @@ def read_rows(
     split: str | None = None,
     lines: bool = False,
 ) -> list[Row]:
-    """Read every row of a file, several files, a Hub data set or what Python holds.
+    """Read all rows of a source.
 
     Args:
-        source: the name of a file, a pattern, a folder of parts, or a Hub id (`owner/name`, `owner/name:split` or
-            `owner/name:configuration/split`); a list of dicts, of these names, or of strings (with `text_key`); a
-            dict of columns or of splits; a pandas or polars frame, an Arrow table, a data set of `datasets`.
-        text_key: where given, a line of a text file, or a string where a row is due, becomes `{text_key: line}`.
-        reading: counts blank lines.
-        split: what to take of several splits.
-        lines: every line of a file is text as it stands.
+        source: A file name, a pattern, a folder of parts, or a Hub id (`owner/name`, `owner/name:split` or
+            `owner/name:configuration/split`); a list of dicts, of such names, or of strings (with `text_key`); a dict
+            of columns or of splits; a pandas or polars frame, an Arrow table, or a `datasets` data set.
+        text_key: If set, a line of a text file, or a string in place of a row, becomes `{text_key: line}`.
+        reading: Receives counts.
+        split: Which of several splits to read.
+        lines: If True, every line of a file is text.
+
+    Returns:
+        The rows.
 
     Raises:
-        DataError: no such file, unknown kind, unreadable line (with file and line), or no row at all.
+        DataError: If the file does not exist, is of an unknown kind, has an unreadable line (the message has file and
+            line), or has no rows.
+
+    Example:
+        >>> read_rows([{"prompt": "Hi"}])
+        [Row(data={'prompt': 'Hi'}, where='list[0]')]
     """
     reading = reading or Reading()
     rows = list(_rows(_items(source, Wanted(text_key, split, lines)), reading))
@@ -115,7 +129,7 @@ def _items(source: Source, wanted: Wanted, name: str = "") -> Iterator[Item]:
         yield from _named(source, wanted)
     elif isinstance(source, bytes | bytearray | set | frozenset) or hasattr(source, "readline"):
         advice = "it has no order; give a list" if isinstance(source, set | frozenset) else "give the path of a file"
-        raise DataError(f"a {name} is no source of rows: {advice}")
+        raise DataError(f"a {name} is not a source of rows: {advice}")
     elif isinstance(source, Mapping):
         inner = unwrapped(source, wanted.split, name)
         yield from _items(inner, wanted, name if isinstance(inner, list) else "")
@@ -126,7 +140,7 @@ def _items(source: Source, wanted: Wanted, name: str = "") -> Iterator[Item]:
 
 
 def _listed(source: Iterable[Any], wanted: Wanted, name: str) -> Iterator[Item]:
-    """Rows of a list, and of the files and containers that stand in it."""
+    """Rows of a list, and of the files and containers in it."""
     if not isinstance(source, Iterable):
         raise DataError(f"no rows can be read from {source!r}; give a file or a list of dicts")
     items = list(source)
@@ -161,7 +175,7 @@ def _text(text: str, where: str, text_key: str) -> Iterator[Item]:
 
 
 def _is_file_name(text: str) -> bool:
-    """Whether an item of a list of prompts is a file: it ends like one, and is a single word or there."""
+    """True if an item of a list of prompts is a file: it ends like one, and is a single word or exists."""
     return text.lower().endswith(SUFFIXES) and (len(text.split()) == 1 or os.path.isfile(text))
 
 
@@ -184,16 +198,17 @@ def _named(source: str | os.PathLike[str], wanted: Wanted) -> Iterator[Item]:
 
 
 def fingerprint(source: Source | None, split: str | None = None) -> str | None:
-    """SHA-256 of what a source holds: the bytes of files, or the JSON of rows; a Hub id stands for itself.
+    """SHA-256 of a source: of the bytes of files, or of the JSON of rows. A Hub id is hashed as its name.
 
-    None, with a warning, for a stream, which would have to be read once more.
+    Returns:
+        The digest; None, with a warning, for a stream, which would have to be read again.
     """
     if source is None:
         return None
     if isinstance(source, Mapping):
         source = unwrapped(source, split, type(source).__name__)
     if is_stream(source):
-        log.warning("a %s is a stream: what was read of it is not hashed", type(source).__name__)
+        log.warning("a %s is a stream: its rows are not hashed", type(source).__name__)
         return None
     digest = hashlib.sha256()
     if library(source):
@@ -211,34 +226,42 @@ def fingerprint(source: Source | None, split: str | None = None) -> str | None:
 
 
 def hashed_files(source: str | os.PathLike[str]) -> list[Path]:
-    """The files that hold a source, whose bytes are hashed; none of a Hub id, which stands for itself."""
+    """The files of a source whose bytes are hashed; empty for a Hub id, which is hashed as its name."""
     name = place(source)
     folder = name if is_saved_dataset(name) else name.partition(":")[0]
     if is_saved_dataset(folder):
         return sorted(file for file in Path(folder).rglob("*") if file.is_file())
     try:
         return local_files(source) or []
-    except DataError:  # nothing there to hash: it stands for itself, as a Hub id does
+    except DataError:  # there are no files: the name is hashed, as for a Hub id
         return []
 
 
-# -- what becomes of rows ---------------------------------------------------------------------------------------------
+# -- conversion -------------------------------------------------------------------------------------------------------
 
 
 def rename_columns(row: Row, columns: Mapping[str, str | None] | None) -> Row:
-    """Apply a `columns:` mapping, `{our name: their name}`; their columns stay available under their own names.
+    r"""Apply a `columns:` mapping, `{our name: their name}`; their columns stay available under their own names.
 
-    `{our name: None}` leaves that column out. The cells of CSV become numbers, messages and tools where the name of
-    their column says so.
+    `{our name: None}` leaves that column out. Cells of CSV files become numbers, messages or tools, according to the
+    name of their column.
+
+    Args:
+        row: The row.
+        columns: The mapping.
 
     Raises:
-        RowError: no such column, a cell that cannot be read so, or half a character, as JSON can write one
-            (`\\ud83d`), anywhere in the row.
+        RowError: If a column does not exist, a cell cannot be converted, or a text contains an unpaired surrogate, as
+            JSON can encode one (`\\ud83d`).
+
+    Example:
+        >>> rename_columns(Row({"question": "Hi"}, "a.jsonl:1"), {"prompt": "question"}).data
+        {'question': 'Hi', 'prompt': 'Hi'}
     """
     for column, value in row.data.items():
         if (broken := _half_character({column: value})) is not None:
             raise RowError(
-                f"{column}: {broken[:60]!a} holds half a character (an unpaired surrogate), which is no text"
+                f"{column}: {broken[:60]!a} contains half a character (an unpaired surrogate), which is not text"
             )
     data, columns = row.data, columns or {}
     left_out = {ours for ours, theirs in columns.items() if theirs is None}
@@ -257,7 +280,7 @@ def rename_columns(row: Row, columns: Mapping[str, str | None] | None) -> Row:
 
 
 def _half_character(value: Any) -> str | None:
-    """The first text in a row that UTF-8 cannot hold."""
+    """The first text in a row that cannot be encoded as UTF-8."""
     if isinstance(value, str):
         try:
             value.encode()
@@ -288,10 +311,20 @@ def convert_rows(
     on_bad_row: str = "error",
     columns: Mapping[str, str | None] | None = None,
 ) -> list[Any]:
-    """Turn rows into what `convert` makes of them (a list each), with bad rows refused or skipped and counted.
+    """Convert rows with `convert`; bad rows raise, or are skipped and counted.
+
+    Args:
+        rows: The rows.
+        convert: Makes a list of examples of a row, raising `RowError` for a bad one.
+        reading: Receives counts.
+        on_bad_row: `error` or `skip`.
+        columns: See `rename_columns`.
+
+    Returns:
+        The examples of all rows.
 
     Raises:
-        DataError: the first bad row with file and line, unless `on_bad_row="skip"`; or nothing left.
+        DataError: At the first bad row, with file and line, unless `on_bad_row` is `skip`; or if nothing is left.
     """
     if on_bad_row not in ("error", "skip"):
         raise DataError(f"on_bad_row is {on_bad_row!r}; it must be 'error' or 'skip'")

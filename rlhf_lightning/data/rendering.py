@@ -1,4 +1,4 @@
-"""Conversations to tokens and a mask of what is trained: the only place where text becomes tokens."""
+"""Conversations to tokens and a loss mask: the only place where text becomes tokens."""
 
 import json
 import logging
@@ -23,14 +23,20 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class Rendered:
-    """A row of tokens. `mask[t]` is 1 where token t is trained (predicted from the tokens before it)."""
+    """A row of tokens. `loss_mask[t]` is 1 if token t is trained, that is, predicted from the tokens before it.
+
+    Example:
+        >>> row = Rendered(ids=[1, 5, 6, 2], loss_mask=[0, 0, 1, 1])
+        >>> row.tokens, row.trained
+        (4, 2)
+    """
 
     ids: list[int]
     loss_mask: list[int]
     text_bytes: int = 0
-    """UTF-8 bytes of the trained text, markers left out: the denominator of bits per byte."""
+    """UTF-8 bytes of the trained text without markers: the denominator of bits per byte."""
     where: str = field(default="", compare=False, repr=False)
-    """File and line of the row, where they are known."""
+    """File and line of the row, if known."""
 
     @property
     def tokens(self) -> int:
@@ -39,7 +45,7 @@ class Rendered:
 
     @property
     def trained(self) -> int:
-        """How many of its tokens are trained."""
+        """Number of trained tokens."""
         return sum(self.loss_mask)
 
     def counts(self) -> dict[str, float]:
@@ -47,36 +53,44 @@ class Rendered:
         return {"tokens": float(self.trained)}
 
     def show(self, tokenizer: Any) -> str:
-        """The row's text, trained stretches between ⟦ and ⟧."""
+        """The row's text, with trained stretches between ⟦ and ⟧."""
         return show_masked(tokenizer, self.ids, self.loss_mask)
 
     def trimmed(self) -> "Rendered":
-        """Without what follows the last trained token: nothing is learnt from computing it."""
+        """The row without the tokens after the last trained one, which would be computed for nothing."""
         end = len(self.loss_mask) - self.loss_mask[::-1].index(1) if 1 in self.loss_mask else 0
         return Rendered(self.ids[:end], self.loss_mask[:end], self.text_bytes)
 
 
 class Renderer:
-    """Renders with one tokenizer.
+    """Renders conversations with one tokenizer.
 
     Args:
-        tokenizer: a Hugging Face tokenizer.
-        format: `chat` renders by the chat template (a string is one user message); `raw` concatenates text.
-        template_kwargs: passed to the template (for example `{"enable_thinking": False}`).
-        stop_token_ids: further ids that end a response, as a rule those of the model's generation config.
-        system: a system message for conversations without one.
-        tools: for conversations that have none of their own.
-        stop: texts beside the template's own end of a turn that a sampler stops at, where it is told no others.
+        tokenizer: A Hugging Face tokenizer.
+        format: `chat` renders with the chat template (a string is one user message); `raw` concatenates text.
+        template_kwargs: Passed to the template, for example `{"enable_thinking": False}`.
+        stop_token_ids: Further ids that end a response, usually those of the model's generation config.
+        system: System message for conversations without one.
+        tools: Tools for conversations without any.
+        stop: Texts, besides the template's own end of a turn, that a sampler stops at unless it is given others.
 
     Raises:
-        ConfigError: no chat template (for `chat`), or no token that ends a turn. Where a template does not end an
-            assistant turn, the tokenizer's eos_token is put there.
+        ConfigError: If there is no chat template (for `chat`), or no token that ends a turn. If a template does not end
+            assistant turns, the tokenizer's eos_token is appended to them.
+
+    Example:
+        ```python
+        renderer = Renderer(AutoTokenizer.from_pretrained("Qwen/Qwen3-0.6B"))
+        messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}]
+        (row,) = renderer.conversation(messages)
+        print(row.show(renderer.tokenizer))
+        ```
     """
 
     asked: set[tuple[str | None, str]] | None = None
-    """Where it is a set, the system message and the tools (as JSON) of each conversation are put into it."""
+    """If it is a set, the system message and the tools (as JSON) of each conversation are added to it."""
     openings: ResponseStarts | None = None
-    """Where it is there, it is shown how each trained answer begins, and how the prompt for it ends."""
+    """If set, it is shown how each trained answer begins and how the prompt for it ends."""
 
     def __init__(
         self,
@@ -94,18 +108,18 @@ class Renderer:
         self.format, self.template_kwargs = format, template_kwargs or {}
         self.system, self.tools, self.stop = system or None, tools or None, tuple(stop)
         if format == "raw" and self.tools:
-            raise ConfigError("tools need a chat template to be shown to the model, and format is raw")
+            raise ConfigError("tools need a chat template, which shows them to the model, but format is raw")
         self.template = ChatTemplate(tokenizer, template_kwargs)
         if format == "chat" and not tokenizer.chat_template:
             raise ConfigError(
                 f"the tokenizer {tokenizer.name_or_path or ''} has no chat template. "
-                "Name one with model.chat_template: FILE.jinja, or set data.format: raw for plain text."
+                "Set model.chat_template: FILE.jinja, or data.format: raw for plain text."
             )
         self.stop_token_ids: list[int] = []
-        """Whatever ends a response: the ends of turns, the tokenizer's eos_token, and what was given."""
+        """Ids that end a response: the ends of turns, the tokenizer's eos_token, and the given ones."""
         self.also_stop_at(stop_token_ids)
         self.turn_end_ids, self.stop_strings = self._stops()
-        """The ids, and the texts, by which rendered turns end."""
+        """Ids and texts that rendered turns end with."""
         self.also_stop_at(self.turn_end_ids)
         self.prefix_ids, self.suffix_ids = added_tokens(tokenizer)
 
@@ -114,7 +128,7 @@ class Renderer:
         self.stop_token_ids = sorted({*self.stop_token_ids, *ids})
 
     def settings(self) -> dict[str, Any]:
-        """What `stage.json` keeps, to render the same way again with the same tokenizer."""
+        """What `stage.json` records, to render the same way again with the same tokenizer."""
         return {
             "format": self.format,
             "template_kwargs": self.template_kwargs,
@@ -125,7 +139,7 @@ class Renderer:
         }
 
     def completed(self, messages: list[Message], tools: list[Any] | None = None) -> tuple[list[Message], Any]:
-        """A conversation as the model sees it: with the system message and the tools that it lacks."""
+        """A conversation as the model sees it: with the default system message and tools if it has none."""
         system = next((m["content"] for m in messages if m["role"] in ("system", "developer")), None)
         if system is None and self.system is not None:
             system, messages = self.system, [{"role": "system", "content": self.system}, *messages]
@@ -135,6 +149,7 @@ class Renderer:
         return messages, tools
 
     def _stops(self) -> tuple[list[int], list[str]]:
+        """Ids and texts that rendered turns end with."""
         eos = self.tokenizer.eos_token_id
         ids = set() if eos is None else {eos}
         turn_end = self.template.turn_end if self.format == "chat" else None
@@ -143,22 +158,31 @@ class Renderer:
         if not ids and not self.stop_token_ids:
             raise ConfigError(
                 f"the tokenizer {self.tokenizer.name_or_path or ''} has no stop token (eos_token), and its template "
-                "ends a turn with none: a model trained so would never stop. Set eos_token in tokenizer_config.json."
+                "ends turns with none: a model trained with it would never stop. Set eos_token in "
+                "tokenizer_config.json."
             )
         if self.format == "chat" and not self.template.ends_turns:
-            log.info("the chat template does not end an assistant turn; %s is put there", self.tokenizer.eos_token)
+            log.info("the chat template does not end assistant turns; %s is appended", self.tokenizer.eos_token)
         by_text = turn_end and self.template.first_marker(turn_end) is None
         return sorted(ids), [turn_end] if turn_end and by_text else []
 
-    # -- what the data modules call -------------------------------------------------------------------------------
+    # -- rendering ------------------------------------------------------------------------------------------------
 
     def conversation(
         self, messages: list[Message], tools: list[Any] | None = None, train_on: str = "all_assistant"
     ) -> list[Rendered]:
-        """Rows of a conversation: one, or one per assistant turn where the template re-renders earlier turns.
+        """Rows of a conversation.
+
+        Args:
+            messages: The conversation.
+            tools: Its tools.
+            train_on: See `SFTDataModule`.
+
+        Returns:
+            One row; or one row per assistant turn, if the template renders earlier turns differently.
 
         Raises:
-            RowError: the template refuses the messages, or no token is trained.
+            RowError: If the template refuses the messages, or no token is trained.
         """
         messages, tools = self.completed(messages, tools)
         self._note_lost(messages, tools)
@@ -174,30 +198,34 @@ class Renderer:
         if any(message.get("trainable") and not chosen for message, chosen in zip(messages, selected, strict=True)):
             self.template.forms.once(
                 "trainable",
-                f"messages marked to be trained are not, since data.train_on is {train_on}; set it to trainable",
+                f"messages marked as trained are not trained, since data.train_on is {train_on}; set it to trainable",
             )
         refuse_blank(messages, selected)
         return [_checked(row).trimmed() for row in self._rows(messages, tools, selected)]
 
     def text(self, text: str) -> Rendered:
-        """Plain text, every token trained: the ids that the tokenizer itself gives it, ended by the eos_token."""
+        """Plain text with every token trained: the tokenizer's own ids, ended by the eos_token."""
         if self.asked is not None:
             self.asked.add((None, "null"))
         ids = self._ended(self._begun(self._ids(text)))
         return _checked(Rendered(ids, [1] * len(ids), len(text.encode())))
 
     def prompt(self, messages: list[Message], tools: list[Any] | None = None) -> list[int]:
-        """Token ids of a prompt, with the generation prompt: what the sampler starts from."""
+        """Token ids of a prompt with the generation prompt, which the sampler starts from.
+
+        Raises:
+            RowError: If the prompt has no token.
+        """
         if not (ids := self.prompt_ids(self.prompt_text(messages, tools))):
-            raise RowError("the prompt is empty: there is no token for the model to go on from")
+            raise RowError("the prompt is empty: there is no token for the model to continue from")
         return ids
 
     def prompt_ids(self, text: str) -> list[int]:
-        """Token ids of the text of a prompt. A template writes its own bos_token, raw text is given the tokenizer's."""
+        """Token ids of a prompt's text. Templates write their own bos_token; raw text gets the tokenizer's."""
         return self._begun(self._ids(text)) if self.format == "raw" else self._ids(text)
 
     def prompt_text(self, messages: list[Message], tools: list[Any] | None = None) -> str:
-        """The text of `prompt`."""
+        """The text of a prompt with the generation prompt."""
         messages, tools = self.completed(messages, tools)
         if self.format == "raw":
             return _plain(messages)
@@ -211,15 +239,21 @@ class Renderer:
         tools: list[Any] | None = None,
         allow_blank: bool = False,
     ) -> Rendered:
-        """Prompt and response as one row, the response masked; its last token is the response's last.
+        """Prompt and response as one row whose mask is 1 on the response, and which ends with it.
+
+        Args:
+            prompt: Messages of the prompt.
+            response: Messages of the response.
+            tools: Tools of the conversation.
+            allow_blank: Allow a response without content.
 
         Raises:
-            RowError: no assistant message in the response, or the template re-renders the response's own turns.
+            RowError: If the response has no assistant message, or the template renders its earlier turns differently.
         """
         prompt, tools = self.completed(prompt, tools)
         messages = prompt + response
         self._note_lost(messages, tools)
-        refuse_untrained(response, "a response is learnt and scored whole")
+        refuse_untrained(response, "a response is trained and scored as a whole")
         if self.format == "raw":
             return self._raw(messages, len(prompt))
         selected = [i >= len(prompt) and m["role"] == "assistant" for i, m in enumerate(messages)]
@@ -229,11 +263,11 @@ class Renderer:
             refuse_blank(messages, selected)
         rows = self._rows(messages, tools, selected)
         if len(rows) > 1:
-            raise RowError("the response has several turns, and this chat template renders earlier turns anew")
+            raise RowError("the response has several turns, and this chat template renders earlier turns differently")
         return _checked(rows[0]).trimmed()
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of a response up to its stop token or stop text, special tokens left out."""
+        """The text of a response up to its stop token or stop text, without special tokens."""
         ids = list(ids)
         while ids and ids[-1] in self.stop_token_ids:
             ids.pop()
@@ -243,16 +277,17 @@ class Renderer:
         return text.strip()
 
     def refuse_lost(self, messages: list[Message], tools: list[Any] | None) -> None:
-        """Raise `RowError` for a row of which the template would leave a part out silently."""
+        """Raise `RowError` for a row of which the template would silently leave out a part."""
         if lost := self._lost(messages, tools):
             raise RowError(lost)
 
     def _note_lost(self, messages: list[Message], tools: list[Any] | None) -> None:
-        """Warn of it once, where there is no row to refuse: what a policy or an environment said."""
+        """Warn of it once instead, for conversations with a policy or an environment, which are not rows to refuse."""
         if lost := self._lost(messages, tools):
             self.template.forms.once(lost, lost)
 
     def _lost(self, messages: list[Message], tools: list[Any] | None) -> str | None:
+        """What would be left out, as a message; None if nothing."""
         if self.format == "raw":
             return "format raw shows no tools; leave them out with columns: {tools: null}" if tools else None
         return self.template.forms.left_out(messages, tools)
@@ -260,6 +295,7 @@ class Renderer:
     # -- tokens ---------------------------------------------------------------------------------------------------
 
     def _rows(self, messages: list[Message], tools: list[Any] | None, selected: list[bool]) -> list[Rendered]:
+        """Tokenized rows of the selected turns."""
         rows, found = [], self.template.spans(messages, tools, selected)
         self._note_stripped(messages, selected, [text[start:end] for text, spans, _ in found for start, end in spans])
         for text, spans, ended in found:
@@ -271,7 +307,7 @@ class Renderer:
         return rows
 
     def _note_stripped(self, messages: list[Message], selected: list[bool], learnt: list[str]) -> None:
-        """Warn once of a template that leaves out a part of the very turn that is learnt (a thought, as a rule)."""
+        """Warn once if the template leaves out a part of a trained turn itself, usually a thought."""
         chosen = [message for message, flag in zip(messages, selected, strict=True) if flag]
         for message, text in zip(chosen, learnt, strict=True):
             content = message["content"]
@@ -281,27 +317,28 @@ class Renderer:
             if lost := next((piece for piece in pieces if piece not in text), None):
                 self.template.forms.once(
                     "stripped",
-                    f"the chat template leaves out a part of what the assistant says, {lost[:60]!r} for one: it is "
-                    f"not learnt. Of {content[:60]!r} it makes {text[:60]!r}. Name a template that keeps it with "
-                    "model.chat_template",
+                    f"the chat template leaves out a part of what the assistant says, for example {lost[:60]!r}, "
+                    f"which is then not trained. It turns {content[:60]!r} into {text[:60]!r}. Set "
+                    "model.chat_template to a template that keeps it",
                 )
 
     def _show_opening(self, messages: list[Message], tools: list[Any] | None, selected: list[bool]) -> None:
-        """Of the last answer, whose surroundings have just been rendered: others would have to be rendered anew."""
+        """Show `openings` the last trained answer; its surroundings were just rendered, so this costs little."""
         last = max((i for i, chosen in enumerate(selected) if chosen), default=-1)
         if self.openings is None or last < 1 or messages[last]["role"] != "assistant":
             return
-        with suppress(RowError):  # a template that cannot be asked here
+        with suppress(RowError):  # the template has no generation prompt in this place
             prompt = self.template.render(messages[:last], tools, add_generation_prompt=True)
             self.openings.take(prompt, self.template.render(messages[: last + 1], tools), messages[last])
 
     def _tokenize(self, text: str, spans: list[tuple[int, int]]) -> Rendered:
+        """Tokens of a text, trained within the (start, end) spans."""
         spans = [(start, end) for start, end in spans if start < end]
         text_bytes = sum(self.template.content_bytes(text[start:end]) for start, end in spans)
         return self._whole(text, spans, text_bytes) or self._pieces(text, spans, text_bytes)
 
     def _whole(self, text: str, spans: list[tuple[int, int]], text_bytes: int) -> Rendered | None:
-        """The text tokenized at once, or None where a token crosses the edge of a span (or offsets are unknown)."""
+        """The text tokenized at once; None if a token crosses the edge of a span, or there are no offsets."""
         if not self.tokenizer.is_fast:
             return None
         encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
@@ -317,7 +354,7 @@ class Renderer:
         return Rendered(list(encoded["input_ids"]), loss_mask, text_bytes)
 
     def _pieces(self, text: str, spans: list[tuple[int, int]], text_bytes: int) -> Rendered:
-        """Each span tokenized by itself: the prompt then has the ids that it has at inference."""
+        """Spans tokenized separately, so that the prompt has the same ids as at inference."""
         row = Rendered([], [], text_bytes)
         position = 0
         for start, end in [*spans, (len(text), len(text))]:
@@ -329,6 +366,7 @@ class Renderer:
         return row
 
     def _raw(self, messages: list[Message], response_from: int | None = None) -> Rendered:
+        """A row of concatenated text, trained from message `response_from` on (by default the last)."""
         split = len(messages) - 1 if response_from is None else response_from
         completion = _plain(messages[split:])
         context, target = self._ids(_plain(messages[:split])), self._ids(completion)
@@ -341,11 +379,11 @@ class Renderer:
         return list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]) if text else []
 
     def _begun(self, ids: list[int]) -> list[int]:
-        """Ids of raw text with what the tokenizer puts before a text (a bos_token), unless they begin with it."""
+        """Ids of raw text, after the tokenizer's own prefix (a bos_token) unless they begin with it."""
         return ids if ids[: len(self.prefix_ids)] == self.prefix_ids else [*self.prefix_ids, *ids]
 
     def _ended(self, ids: list[int]) -> list[int]:
-        """Ids of raw text with what the tokenizer puts after a text, and the eos_token, unless they end with it."""
+        """Ids of raw text, followed by the tokenizer's own suffix and the eos_token unless they end with it."""
         if ids[-1:] != [self._eos()]:
             ids = [*ids, *self.suffix_ids]
         return ids if ids[-1:] == [self._eos()] else [*ids, self._eos()]
@@ -357,21 +395,27 @@ class Renderer:
 
 
 def _checked(row: Rendered) -> Rendered:
+    """The row, with its first token not trained, after checking that any token is."""
     if row.loss_mask:
-        row.loss_mask[0] = 0  # nothing stands before the first token to predict it from
+        row.loss_mask[0] = 0  # there is nothing to predict the first token from
     if 1 not in row.loss_mask:
         raise RowError("no token is trained: the part to learn from is empty")
     return row
 
 
 def _plain(messages: list[Message]) -> str:
+    """Concatenated contents of messages."""
     if any(message.get("tool_calls") and not isinstance(message["content"], Written) for message in messages):
         raise RowError("format raw has no template that shows tool calls; write them into the content, or use chat")
     return "".join(message["content"] or "" for message in messages)
 
 
 def as_prompt(value: Any) -> list[Message]:
-    """A prompt column (string or messages) as messages; a final assistant turn would leave nothing to answer."""
+    """The messages of a prompt column (string or messages).
+
+    Raises:
+        RowError: If they end with an assistant turn, which leaves nothing to answer.
+    """
     messages = to_messages(value)
     if messages[-1]["role"] == "assistant":
         raise RowError("the prompt ends with an assistant message: there is nothing left to answer")
@@ -379,7 +423,7 @@ def as_prompt(value: Any) -> list[Message]:
 
 
 def masked_pieces(tokenizer: Any, ids: list[int], loss_mask: list[int]) -> list[tuple[str, bool]]:
-    """The text of a row in stretches, each with whether it is trained."""
+    """Text of a row in stretches, each with whether it is trained."""
     pieces, start = [], 0
     for i in range(1, len(ids) + 1):
         if i == len(ids) or loss_mask[i] != loss_mask[start]:
@@ -389,5 +433,5 @@ def masked_pieces(tokenizer: Any, ids: list[int], loss_mask: list[int]) -> list[
 
 
 def show_masked(tokenizer: Any, ids: list[int], loss_mask: list[int]) -> str:
-    """The text of a row with trained stretches between ⟦ and ⟧."""
+    """Text of a row, with trained stretches between ⟦ and ⟧."""
     return "".join(f"⟦{text}⟧" if trained else text for text, trained in masked_pieces(tokenizer, ids, loss_mask))

@@ -1,4 +1,4 @@
-"""How a saved model was asked in training: kept in its `stage.json`, and used by whatever asks it again."""
+"""How a saved model's prompts were rendered in training: recorded in its `stage.json`, used when it runs again."""
 
 import json
 import logging
@@ -17,7 +17,7 @@ from rlhf_lightning.files import read_record, read_stage
 log = logging.getLogger(__name__)
 _ON_HUB = re.compile(r"[\w.-]+/[\w.-]+")
 DEFAULTS: dict[str, Any] = {"format": "chat", "template_kwargs": {}, "system": None, "tools": None, "stop": []}
-"""What a setting is where neither the user nor a record says it."""
+"""Values of the settings that neither the user nor a record specifies."""
 
 _KINDS: dict[str, tuple[type, type | None]] = {
     "format": (str, None),
@@ -31,12 +31,17 @@ _KINDS: dict[str, tuple[type, type | None]] = {
 
 @dataclass(frozen=True)
 class RenderingSettings:
-    """How a model is asked: by what its folder records, and by what the user set in place of that.
+    """How a model's conversations are rendered: by its folder's record, and the user's settings that replace it.
 
     Args:
-        source: the folder (or Hub id, or model) that the record is of.
-        record: what `stage.json` keeps under `rendering`; empty for a model that was not trained here.
-        given: settings in place of the record's, `None` for those that were not given.
+        source: The model's folder or Hub id, or the model.
+        record: What `stage.json` has under `rendering`; empty for a model that was not trained by this package.
+        given: Settings that replace the record's.
+
+    Example:
+        >>> settings = RenderingSettings.of("no-such-folder", format="raw")
+        >>> settings.differences()
+        {}
     """
 
     source: str
@@ -45,7 +50,12 @@ class RenderingSettings:
 
     @classmethod
     def of(cls, source: Any, **given: Any) -> "RenderingSettings":
-        """What is recorded for a model, with the settings that take its place: the keys of `DEFAULTS`."""
+        """The record of a model, with settings that replace it.
+
+        Args:
+            source: The model's folder or Hub id, or the model.
+            **given: Settings by the keys of `DEFAULTS`; None for those that are not set.
+        """
         name = source if isinstance(source, str | Path) else getattr(source, "name_or_path", None) or ""
         wanted = {key: value for key, value in given.items() if value is not None}
         if "tools" in wanted:
@@ -55,14 +65,16 @@ class RenderingSettings:
     def renderer(
         self, tokenizer: Any, stop_token_ids: Iterable[int] = (), plain: bool = True, own_tokenizer: bool = True
     ) -> Renderer:
-        """The renderer that asks so.
+        """The renderer with these settings.
 
         Args:
-            tokenizer: of the model.
-            stop_token_ids: further ids that end a response, those of the model's generation config.
-            plain: whether text goes as it is where nothing is said and the tokenizer has no
-                chat template.
-            own_tokenizer: whether it is the one of the record, whose token ids mean the same.
+            tokenizer: The model's tokenizer.
+            stop_token_ids: Further ids that end a response, those of the model's generation config.
+            plain: Use text as it is, if no format is set and the tokenizer has no chat template.
+            own_tokenizer: True if it is the tokenizer of the record, so that recorded token ids are valid.
+
+        Raises:
+            ConfigError: If the settings contradict each other or the tokenizer.
         """
         settings = {**self.record, **self.given}
         ids = {*stop_token_ids, *(settings.pop("stop_token_ids", []) if own_tokenizer else [])}
@@ -80,12 +92,13 @@ class RenderingSettings:
         return Renderer(tokenizer, **{**settings, "stop_token_ids": ids})
 
     def _why_raw(self) -> str:
+        """Why the format is raw, for a message."""
         if "format" in self.given:
             return "as set"
         return f"as {self.source} was trained" if "format" in self.record else "the tokenizer has no chat template"
 
     def differences(self) -> dict[str, tuple[Any, Any]]:
-        """Settings that are other than recorded, as (given, recorded)."""
+        """Settings that differ from the record, as (given, recorded)."""
         found = {}
         for key, value in self.given.items():
             before = self.record.get(key, DEFAULTS.get(key))
@@ -94,42 +107,50 @@ class RenderingSettings:
         return found
 
     def describe(self) -> str:
-        """How it is asked, in a line; empty where that is the default."""
+        """The settings in one line; empty if they are the defaults."""
         differences, parts, told = self.differences(), [], []
         if not self.record and "kind" in read_stage(self.source):
-            parts.append(f"stage.json of {self.source} does not say how it was asked in training; asks by the defaults")
+            parts.append(f"stage.json of {self.source} does not record how it was prompted in training; using defaults")
         kept = {key: value for key, value in self.record.items() if key in DEFAULTS and key not in self.given}
         if said := ", ".join(f"{key} {_shown(value)}" for key, value in kept.items() if not _usual(key, value)):
-            parts.append(f"asks as {self.source} was trained: {said}")
+            parts.append(f"prompts as {self.source} was trained: {said}")
         for key, value in self.given.items():
             if key in differences:
                 told.append(f"{key} {_shown(value)} (trained with {_shown(differences[key][1])})")
             elif not _usual(key, value):
                 told.append(f"{key} {_shown(value)}")
         if told:
-            parts.append(f"{'' if parts else f'asks {self.source} '}with {', '.join(told)}")
+            parts.append(f"{'' if parts else f'prompts {self.source} '}with {', '.join(told)}")
         return ", ".join(parts)
 
     def log(self) -> None:
-        """Say how a stage asks, where that is not the default, and what its start was not trained with."""
+        """Log settings that are not the defaults, and warn of differences from the record."""
         self.warn()
         if said := self.describe():
             log.info("%s", said)
 
     def warn(self, text: str = "data.{} is {}, and {} was trained with {}: the setting is used") -> None:
-        """Say what a stage is told that its start was not trained with."""
+        """Warn of settings that the model was not trained with.
+
+        Args:
+            text: The message, with places for setting, value, source and recorded value.
+        """
         for key, (value, before) in self.differences().items():
             log.warning("%s", text.format(key, _shown(value), self.source, _shown(before)))
 
 
 def recorded(source: Any) -> dict[str, Any]:
-    """How the model in a folder was asked in training, as arguments of `Renderer`; raises `ConfigError`."""
+    """How a model's prompts were rendered in training, as arguments of `Renderer`.
+
+    Raises:
+        ConfigError: If its `stage.json` is damaged.
+    """
     stage = read_stage(source)
     if not stage and isinstance(source, str) and _ON_HUB.fullmatch(source) and not Path(source).exists():
         stage = _stage_on_hub(source)
     rendering = stage.get("rendering") or {}
     if not isinstance(rendering, dict):
-        raise ConfigError(f"stage.json of {source}: rendering is {rendering!r}, which is no mapping; restore the file")
+        raise ConfigError(f"stage.json of {source}: rendering is {rendering!r}, not a mapping; restore the file")
     found: dict[str, Any] = {key: rendering[key] for key in _KINDS if rendering.get(key) is not None}
     for key, value in found.items():
         kind, inner = _KINDS[key]
@@ -140,7 +161,7 @@ def recorded(source: Any) -> dict[str, Any]:
 
 
 def _stage_on_hub(name: str) -> dict[str, Any]:
-    """The `stage.json` of a Hub repository, where it has one; whether the repository is there, its model will tell."""
+    """The `stage.json` of a Hub repository; empty if there is none. Loading the model reports a missing repository."""
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
 
@@ -151,11 +172,15 @@ def _stage_on_hub(name: str) -> dict[str, Any]:
 
 
 def read_tools(value: Any) -> list[Any]:
-    """Tools as a list: from a list, JSON text, or a JSON file; empty for none. Raises `ConfigError`."""
+    """Tool schemas from a list, JSON text or a JSON file; empty for none.
+
+    Raises:
+        ConfigError: If they cannot be read.
+    """
     if isinstance(value, str) and not value.lstrip().startswith("["):
         path = Path(value).expanduser()
         if not path.is_file():
-            raise ConfigError(f"tools {value!r}: no such file, and no JSON list of tools")
+            raise ConfigError(f"tools {value!r}: neither a file nor a JSON list of tools")
         value = path.read_text(encoding="utf-8-sig")
     try:
         return tool_schemas({"tools": value}) or []
@@ -164,7 +189,7 @@ def read_tools(value: Any) -> list[Any]:
 
 
 def shared_by_all(asked: set[tuple[str | None, str]]) -> dict[str, Any]:
-    """The system message and the tools that all rows had, where they did, of what `Renderer.asked` has gathered."""
+    """The system message and the tools that all conversations in `Renderer.asked` have in common."""
     systems, tools = {system for system, _ in asked}, {schemas for _, schemas in asked}
     found: dict[str, Any] = {}
     if len(systems) == 1 and (system := systems.pop()):
@@ -179,9 +204,11 @@ def _plain(value: Any) -> Any:
 
 
 def _usual(key: str, value: Any) -> bool:
+    """True if a setting has its default value."""
     return bool(_plain(value) == _plain(DEFAULTS[key]))
 
 
 def _shown(value: Any) -> str:
+    """A value for a message, shortened."""
     text = repr(value) if value or value == {} else "none"
     return f"{text[:200]}…" if len(text) > 200 else text

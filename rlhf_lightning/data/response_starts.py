@@ -1,30 +1,41 @@
-"""Whether answers begin in training as they begin at inference: where the generation prompt of the template ends."""
+"""Whether answers begin in training as they do at inference, that is, where the generation prompt ends."""
 
 from dataclasses import dataclass, field
 
 from rlhf_lightning.data.conversations import Message
 
-BEFORE = 24  # characters shown of what both have
+BEFORE = 24  # characters of the common text to show
 THOUGHTS = ("reasoning_content", "reasoning", "thinking")
 
 
 @dataclass
 class ResponseStarts:
-    """Trained turns beside the generation prompts that would ask for them."""
+    """Comparison of trained turns with the generation prompts that would request them.
+
+    Attributes:
+        turns: Number of turns.
+        differing: Number of turns that begin otherwise than their prompt ends.
+
+    Example:
+        >>> starts = ResponseStarts()
+        >>> starts.take("User: Hi Bot:", "User: Hi Bot: Hello", {"role": "assistant", "content": "Hello"})
+        >>> starts.differing
+        0
+    """
 
     turns: int = 0
     differing: int = 0
     prompt: str = field(default="", init=False)
     row: str = field(default="", init=False)
-    """Of the first turn that differs: how its prompt ends, and what the row has in that place."""
+    """Of the first turn that differs: how its prompt ends (`prompt`), and what the row has in that place (`row`)."""
 
     def take(self, prompt: str, row: str, message: Message) -> None:
-        """Compare the text of a prompt with that of the row which ends with the message."""
+        """Compare a prompt's text with the row that ends with `message`."""
         self.turns += 1
         shared = _shared(prompt, row)
         opened, content = prompt[shared:].strip(), str(message.get("content") or "").strip()
         answer = row.find(content, shared) if content else -1
-        # What stands before an answer, and is no thought of the row's own, was put there by the template.
+        # Text before an answer that is not the row's own thought was added by the template.
         own = any(message.get(name) for name in THOUGHTS)
         put = row[shared:answer].strip() if answer >= 0 and not own else ""
         if not opened and not put:
@@ -36,23 +47,24 @@ class ResponseStarts:
             self.prompt, self.row = prompt[start:], row[start : min(end, start + 4 * BEFORE)]
 
     def figures(self) -> dict[str, object]:
-        """As `rlhf data check --json` gives it."""
+        """The numbers that `rlhf data check --json` reports."""
         return {"answers": self.turns, "differing": self.differing, "prompt_ends": self.prompt, "row_has": self.row}
 
     @property
     def message(self) -> str:
-        """What is to be said of it; empty where all agree."""
+        """The warning; empty if nothing differs."""
         if not self.differing:
             return ""
         return (
-            f"{self.differing} of {self.turns} trained answers begin otherwise than the model is asked for them:\n"
-            f"  a prompt ends with  {self.prompt!r}\n"
-            f"  the row has there   {self.row!r}\n"
-            "The model is asked in one way and trained in another. Set data.template_kwargs so that they agree (for "
-            "many templates enable_thinking: true or false), give the rows a thought, or name another "
+            f"{self.differing} of {self.turns} trained answers do not begin where the generation prompt ends:\n"
+            f"  the prompt ends with  {self.prompt!r}\n"
+            f"  the row has there     {self.row!r}\n"
+            "The model would be prompted in one way and trained in another. Set data.template_kwargs so that they "
+            "agree (for many templates enable_thinking: true or false), give the rows a thought, or set another "
             "model.chat_template."
         )
 
 
 def _shared(a: str, b: str) -> int:
+    """Length of the common prefix."""
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))

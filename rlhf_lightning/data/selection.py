@@ -8,7 +8,15 @@ TRAIN_ON = ("last_assistant", "all_assistant", "all_messages", "everything", "tr
 
 
 def select(messages: list[Message], train_on: str) -> list[bool]:
-    """Whether each message is trained, by `data.train_on` and its own mark; raises `RowError` where none is."""
+    """Whether each message is trained, by `data.train_on` and the messages' own marks.
+
+    Raises:
+        RowError: If none is trained.
+
+    Example:
+        >>> select([{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}], "all_assistant")
+        [False, True]
+    """
     assistant = [message["role"] == "assistant" for message in messages]
     kept = [message.get("trainable") is not False for message in messages]
     if train_on == "all_messages":
@@ -31,9 +39,9 @@ def select(messages: list[Message], train_on: str) -> list[bool]:
 
 
 def refuse_blank(messages: list[Message], selected: list[bool]) -> None:
-    """Without content a turn would still train its end marker: a model that learns to say nothing."""
+    """Raise `RowError` if all selected turns are empty, since training on only an end marker teaches saying nothing."""
     chosen = [message for message, flag in zip(messages, selected, strict=True) if flag]
     if not chosen:
-        raise RowError("no token is trained: every turn to learn from is marked not to be (weight: 0, train: false)")
+        raise RowError("no token is trained: every turn to learn from is marked as not trained (weight 0, train false)")
     if not any(str(m.get("content") or "").strip() or m.get("tool_calls") for m in chosen):
         raise RowError("no token is trained: every turn to learn from is empty")

@@ -18,19 +18,29 @@ from rlhf_lightning.errors import ConfigError
 
 
 class SFTDataModule(RowDataModule):
-    """Conversations, prompts with completions, or plain text.
+    """Data module of conversations, prompts with completions, or plain text.
 
-    A row is one of: `messages`; `conversations` (from/value); `prompt` + `completion`; `instruction` (+ `input`) +
-    `output`; `text`. Messages are objects with role and content, or alternating strings. A batch is a dict:
-    `input_ids` and `loss_mask` `[B, T]`, `lengths` and `text_bytes` `[B]`, `denominators`. Rows of `predict` are
-    prompts to answer: `prompt`, or a conversation, answered in place of its last assistant turn.
+    A row has one of: `messages`; `conversations` (from/value); `prompt` + `completion`; `instruction` (+ `input`) +
+    `output`; `text`. Messages are objects with role and content, or alternating strings. A batch is a dict with
+    `input_ids` and `loss_mask` `[B, T]`, `lengths` and `text_bytes` `[B]`, and `denominators`. Rows of `predict` are
+    prompts to answer: `prompt`, or a conversation whose last assistant turn is answered anew.
 
     Args:
-        train: rows to train on; see `RowDataModule` for the further arguments.
-        validation: rows to validate on.
-        train_on: `all_assistant` turns, `last_assistant`, `all_messages`, `everything` (the template's own tokens
-            too), or `trainable` (messages that carry `trainable: true`).
-        overlong: long rows are cut on the right by default, and counted.
+        train: Rows to train on; see `RowDataModule` for further arguments.
+        validation: Rows to validate on.
+        train_on: `all_assistant` turns, `last_assistant`, `all_messages`, `everything` (including the template's own
+            tokens), or `trainable` (messages with `trainable: true`).
+        overlong: What to do with rows above `max_length`; by default they are truncated on the right, and counted.
+        **kwargs: Arguments of `RowDataModule`.
+
+    Raises:
+        ConfigError: If a setting is invalid.
+
+    Example:
+        >>> rows = [{"prompt": "What is 2 + 2?", "completion": "4"}]
+        >>> data = SFTDataModule(train=rows, batch_size=4, max_length=1024)
+        >>> data.train_on
+        'all_assistant'
     """
 
     stage_kind = "sft"
@@ -68,14 +78,14 @@ class SFTDataModule(RowDataModule):
             refuse_unwanted(data)
         if data.get("text") is not None and not has_conversation(data):
             if not isinstance(data["text"], str) or not data["text"].strip():
-                raise RowError("'text' must be text, and not blank")
+                raise RowError("'text' must be text that is not blank")
             refuse_beside_text(data)
             rows = [self.renderer.text(data["text"])]
         else:
             if self.renderer.format == "raw" and self.train_on not in ("all_assistant", "last_assistant"):
                 raise ConfigError(
-                    f"data.train_on is {self.train_on}, and with format raw the last message is what is trained: leave "
-                    "it out, or give such rows as 'text', all of which is trained"
+                    f"data.train_on is {self.train_on}, but format raw trains the last message: leave it out, or give "
+                    "such rows as 'text', which is trained completely"
                 )
             messages, tools = conversation(data), tool_schemas(data)
             self.renderer.refuse_lost(messages, tools)
@@ -95,8 +105,8 @@ class SFTDataModule(RowDataModule):
             return row
         cut = Rendered(row.ids[: self.max_length], row.loss_mask[: self.max_length])
         if not cut.trained:
-            raise RowError(f"no trained token within data.max_length {self.max_length}: the prompt alone is as long")
-        # The bytes of what is left are estimated by its share of tokens; only the bits per byte depend on it.
+            raise RowError(f"no trained token within data.max_length {self.max_length}: the prompt alone fills it")
+        # Estimate the remaining bytes from the fraction of tokens; only bits per byte depends on it.
         cut.text_bytes = round(row.text_bytes * cut.trained / row.trained)
         return cut
 

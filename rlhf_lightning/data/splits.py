@@ -1,4 +1,4 @@
-"""Which rows belong together: what is held out of the training data, and what stands in two sets of rows."""
+"""Which rows belong together: validation splits by prompt, and leakage between sets of rows."""
 
 import hashlib
 import json
@@ -18,30 +18,41 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class RowKey:
-    """A row as it is compared with others: by all that it says, and by its prompt."""
+    """Hashes by which a row is compared with others.
+
+    Attributes:
+        row: Of everything the row says.
+        prompt: Of its prompt.
+        where: File and line of the row.
+    """
 
     row: bytes
     prompt: bytes
     where: str = ""
     earlier: tuple[bytes, ...] = ()
-    """The prompts that a conversation had before this one, where they may be rows of their own."""
+    """Of the conversation's earlier prompts, which may be rows of their own."""
 
 
 @dataclass
 class Leaks:
-    """Rows that stand in the training data too: those that are the same, and those that have the same prompt.
+    """Evaluation rows that also appear in the training data.
 
-    Each is given with where it is, and where the first one like it is in the training data.
+    Each is listed with its own location and that of the first such training row.
+
+    Attributes:
+        count: Number of evaluation rows.
+        rows: Rows that are in the training data.
+        prompts: Rows whose prompt is in the training data.
     """
 
     count: int = 0
     rows: list[tuple[str, str]] = field(default_factory=list)
     prompts: list[tuple[str, str]] = field(default_factory=list)
     conversations: list[tuple[str, str]] = field(default_factory=list)
-    """Rows of another turn of a conversation in the training data."""
+    """Rows that are another turn of a conversation in the training data."""
 
     def message(self, name: str) -> str:
-        """What there is to say of them."""
+        """The warning about a source."""
         found = [
             f"{len(pairs)} of {self.count} rows {words} (the first: {pairs[0][0]} and {pairs[0][1]})"
             for pairs, words in (
@@ -52,14 +63,20 @@ class Leaks:
             if pairs
         ]
         return (
-            f"leakage between data.train and data.{name}: {', '.join(found)}. Figures measured on them are too good: "
-            "leave them out of one side, or hold rows out by data.validation_split, which keeps a prompt on one side."
+            f"leakage between data.train and data.{name}: {', '.join(found)}. Metrics measured on them are too "
+            "optimistic: leave them out of one side, or use data.validation_split, which keeps a prompt on one side."
         )
 
 
 @dataclass
 class Prepared:
-    """Rows ready for batches and what became of the file they came from."""
+    """Rows ready for batching, and what happened while they were read.
+
+    Attributes:
+        rows: Examples.
+        reading: Counts of the reading.
+        truncated: Number of truncated rows.
+    """
 
     rows: list[Any]
     reading: Reading
@@ -67,12 +84,12 @@ class Prepared:
     trained: int = 0
     truncated: int = 0
     keys: list[RowKey] = field(default_factory=list)
-    """Of each row that was read and used."""
+    """Key of each row that was read and used."""
     row_of: list[int] = field(default_factory=list)
-    """For each example the place of its row in `keys`."""
+    """For each example, the index of its row in `keys`."""
 
     def part(self, rows: list[int]) -> "Prepared":
-        """The examples of some rows, in their order."""
+        """The examples of some rows, in that order."""
         examples: dict[int, list[Any]] = {}
         for example, row in zip(self.rows, self.row_of, strict=True):
             examples.setdefault(row, []).append(example)
@@ -86,13 +103,19 @@ class Prepared:
 
 
 def row_key(prompt: Any, rest: Any, blank: bool = False) -> RowKey:
-    """The key of a row by its prompt and what follows; a blank prompt is no reason to keep two rows together."""
+    """Key of a row.
+
+    Args:
+        prompt: Its prompt, as JSON.
+        rest: What follows the prompt.
+        blank: True if the prompt is blank, which does not group rows.
+    """
     row = _digest([prompt, rest])
     return RowKey(row, row if blank else _digest(prompt))
 
 
 def conversation_key(prompt: Sequence[Message], tools: Any, rest: Any) -> RowKey:
-    """The key of a row that answers a prompt, which may be a later turn of a conversation."""
+    """Key of a row that answers a prompt, which may be a later turn of a conversation."""
     key = row_key([said(prompt), tools], rest, is_blank(prompt))
     turns = [i for i in range(opening(prompt), len(prompt)) if prompt[i]["role"] == "assistant"]
     key.earlier = tuple(_digest([said(prompt[:i]), tools]) for i in turns)
@@ -100,7 +123,7 @@ def conversation_key(prompt: Sequence[Message], tools: Any, rest: Any) -> RowKey
 
 
 def together(keys: Sequence[RowKey]) -> list[bytes]:
-    """For each row what it is kept together by: its prompt, or that of an earlier turn which is a row too."""
+    """For each row, what it is grouped by: its prompt, or an earlier prompt of its conversation that is a row too."""
     parent = {key.prompt: key.prompt for key in keys}
 
     def root(prompt: bytes) -> bytes:
@@ -117,7 +140,7 @@ def together(keys: Sequence[RowKey]) -> list[bytes]:
 
 
 def said(messages: Sequence[Message]) -> list[Any]:
-    """Who says what in messages, to be compared: without blanks around it and without marks for training."""
+    """Roles, texts and calls of messages, for comparison: without surrounding white space and training marks."""
     return [
         [
             message["role"],
@@ -135,7 +158,7 @@ def _digest(value: Any) -> bytes:
 def keys_of(
     rows: Sequence[Row], key: Callable[[dict[str, Any]], RowKey], columns: Mapping[str, str | None] | None
 ) -> list[RowKey]:
-    """The keys of rows that are not rendered; bad rows are left out, of which `fit` speaks."""
+    """Keys of rows that are not rendered; bad rows are skipped, since `fit` reports them."""
     keys = []
     for row in rows:
         try:
@@ -148,7 +171,7 @@ def keys_of(
 
 
 def opening(messages: Sequence[Message]) -> int:
-    """How many messages of a conversation are its prompt: those before the first answer to a user."""
+    """Number of messages in a conversation's prompt: those before the first answer to a user."""
     asked = False
     for index, message in enumerate(messages):
         if message["role"] == "assistant" and asked:
@@ -158,17 +181,23 @@ def opening(messages: Sequence[Message]) -> int:
 
 
 def is_blank(messages: Sequence[Message]) -> bool:
-    """Whether a prompt says nothing, but for a system message."""
+    """True if a prompt has no content except a system message."""
     return not any(
         str(m.get("content") or "").strip() or m.get("tool_calls") for m in messages if m["role"] != "system"
     )
 
 
 def held_out(prompts: Sequence[bytes], wanted: int, seed: int | None) -> list[int]:
-    """The rows to hold out, in an order sampled from the seed (or the first ones): all rows of a prompt or none.
+    """Choose rows to hold out, keeping all rows of a prompt together.
 
-    As many as wanted, where whole prompts make up that number; else as many as fit, and at least one prompt. Empty
-    where all rows have one prompt.
+    Args:
+        prompts: What each row is grouped by.
+        wanted: Number of rows to hold out.
+        seed: Seed of the order in which prompts are considered; None for their own order.
+
+    Returns:
+        Indices of rows. If whole prompts do not add up to `wanted`, as many as fit, and at least one prompt; empty if
+        all rows have the same prompt.
     """
     groups: dict[bytes, list[int]] = {}
     for row, prompt in enumerate(prompts):
@@ -187,10 +216,18 @@ def held_out(prompts: Sequence[bytes], wanted: int, seed: int | None) -> list[in
 
 
 def hold_out(train: Prepared, split: float, seed: int) -> Prepared:
-    """Take rows out of the training data: a number of them, or a fraction below 1.
+    """Move rows from the training data to a validation set.
+
+    Args:
+        train: The training data, which is changed.
+        split: Number of rows, or a fraction below 1.
+        seed: See `held_out`.
+
+    Returns:
+        The validation data.
 
     Raises:
-        ConfigError: nothing would be left, or all rows have one prompt.
+        ConfigError: If nothing would be left, or all rows have the same prompt.
     """
     size = len(train.keys)
     wanted = int(split if split >= 1 else max(1, split * size))
@@ -199,8 +236,8 @@ def hold_out(train: Prepared, split: float, seed: int) -> Prepared:
     held = held_out(together(train.keys), wanted, seed)
     if not held:
         raise ConfigError(
-            f"data.validation_split {split}: all {size} rows have the same prompt, of which all are held out or none; "
-            "name rows with other prompts in data.validation"
+            f"data.validation_split {split}: all {size} rows have the same prompt, and the rows of a prompt stay "
+            "together; give rows with other prompts as data.validation"
         )
     validation, kept = train.part(held), train.part(sorted(set(range(size)) - set(held)))
     validation.reading = Reading(len(held))
@@ -211,13 +248,13 @@ def hold_out(train: Prepared, split: float, seed: int) -> Prepared:
         size,
         len(validation.rows),
         len({key.prompt for key in validation.keys}),
-        "" if len(held) == wanted else f"; {wanted} were asked for, and the rows of a prompt stay together",
+        "" if len(held) == wanted else f"; {wanted} were requested, but the rows of a prompt stay together",
     )
     return validation
 
 
 def leaks(train: Sequence[RowKey], other: Sequence[RowKey]) -> Leaks:
-    """Rows of another set that stand in the training data, or whose prompt does."""
+    """Rows of another set that are in the training data, or whose prompt is."""
     rows = {key.row: key.where for key in reversed(train)}
     prompts = {key.prompt: key.where for key in reversed(train)}
     later = {earlier: key.where for key in reversed(train) for earlier in key.earlier}

@@ -1,4 +1,4 @@
-"""Tables as plain rows: columns of Arrow without the nulls that it fills in, and cells of CSV."""
+"""Tables as plain rows: Arrow tables without the nulls that Arrow fills in, and cells of CSV files."""
 
 import ast
 import csv
@@ -13,25 +13,29 @@ from typing import Any
 from rlhf_lightning.errors import DataError
 
 Item = tuple[str, Any]
-"""Where something was read, and what: a row, None for a blank line, or a `DataError` for a line that is no row."""
+"""A location, and what was read there: a row, None for a blank line, or a `DataError` for a line that is not a row."""
 
 NUMBERS = {"label", "margin", "tie", "score", "weight", "train", "reward", "advantage"}
 STRUCTURES = {"messages", "conversations", "tools", "responses", "scores", "ranks", "history"}
 STRUCTURES |= {"tokens", "loss_mask", "logprobs", "prompt_tokens", "response_tokens"}
 TEXTS_OR_MESSAGES = {"prompt", "completion", "chosen", "rejected", "response"}
 MESSAGES = re.compile(r"\s*\[\s*\{\s*['\"](role|from|content|value)['\"]\s*:")
-"""How a list of messages begins, well written or not."""
+"""How a list of messages begins, well-formed or not."""
 
 
 class Cells(dict[str, Any]):
-    """A row whose values are text or null, as CSV has them; `cell` makes of them what their columns mean."""
+    """A row whose values are text or null, as in CSV; `cell` converts them according to their columns."""
 
 
 # -- Arrow ------------------------------------------------------------------------------------------------------------
 
 
 def arrow_rows(table: Any) -> Iterator[dict[str, Any]]:
-    """The rows of a table; raises `DataError` where two columns have one name."""
+    """Rows of an Arrow table.
+
+    Raises:
+        DataError: If two columns have the same name.
+    """
     names = table.schema.names
     if twice := [name for name in names if names.count(name) > 1]:
         raise DataError(f"two columns are called {twice[0]!r}; rename one")
@@ -43,14 +47,14 @@ def arrow_rows(table: Any) -> Iterator[dict[str, Any]]:
 
 
 def row_cleaner(schema: Any, decoded: bool = False) -> Callable[[Mapping[str, Any]], dict[str, Any]]:
-    """A function that makes plain rows of what has an Arrow schema.
+    """Make a function that converts rows with an Arrow schema to plain rows.
 
-    A struct has the keys of all rows, and null for those that a row lacks: such keys are left out. What Arrow keeps
-    as maps or as JSON text has the keys that were written, and keeps its nulls.
+    An Arrow struct has the keys of all rows, with null for those that a row lacks; such keys are dropped. Arrow maps
+    and JSON text keep exactly the keys that were written, including nulls.
 
     Args:
-        schema: its types say what is a struct.
-        decoded: JSON text has been parsed already (as `datasets` does).
+        schema: The Arrow schema.
+        decoded: True if JSON text is already parsed, as `datasets` does.
     """
     cleaners = {field.name: _cleaner(field.type, decoded) for field in schema}
     needed = {name: clean for name, clean in cleaners.items() if clean is not None}
@@ -62,14 +66,14 @@ def row_cleaner(schema: Any, decoded: bool = False) -> Callable[[Mapping[str, An
 
 
 def _cleaner(kind: Any, decoded: bool) -> Callable[[Any], Any] | None:
-    """What makes values of an Arrow type plain; None where they are already. It is never given None."""
+    """Converter for values of an Arrow type; None if they are plain already. It is never called with None."""
     from pyarrow import types
 
     if types.is_struct(kind):
         inner = {field.name: _cleaner(field.type, decoded) for field in kind}
 
         def struct(value: Any) -> Any:
-            if not isinstance(value, Mapping):  # an image or the like that `datasets` has made an object of
+            if not isinstance(value, Mapping):  # decoded by `datasets`, for example an image
                 return value
             found = ((key, item, inner.get(key)) for key, item in value.items() if item is not None)
             return {key: clean(item) if clean else item for key, item, clean in found}
@@ -85,7 +89,7 @@ def _cleaner(kind: Any, decoded: bool) -> Callable[[Any], Any] | None:
         return mapping
     if types.is_dictionary(kind) or types.is_run_end_encoded(kind):
         return _cleaner(kind.value_type, decoded)
-    if hasattr(kind, "value_type"):  # a list, of whatever layout
+    if hasattr(kind, "value_type"):  # any kind of list
         clean = _cleaner(kind.value_type, decoded)
         return None if clean is None else lambda value: [None if item is None else clean(item) for item in value]
     if types.is_decimal(kind):
@@ -108,16 +112,21 @@ def number(value: Decimal) -> int | float:
 
 
 def csv_items(path: str, text: str, delimiter: str) -> Iterator[Item]:
-    """Rows by the header; an empty cell is null, every other one text (see `cell`).
+    """Rows of a CSV file by its header; empty cells are null, all others text (see `cell`).
+
+    Args:
+        path: The file, for locations.
+        text: Its text.
+        delimiter: Separator of cells.
 
     Raises:
-        DataError: a header that names a column twice or not at all, a quote that does not end, JSON in place of CSV.
+        DataError: If a column has no name or a duplicate one, a quote does not end, or the file is JSON.
     """
     first = text.lstrip().partition("\n")[0]
     if first.startswith(("{", "[")):
-        raise DataError(f"{path}:1: begins like JSON, and the name says a table; name it .jsonl or .json")
+        raise DataError(f"{path}:1: begins like JSON, but the name says it is a table; name it .jsonl or .json")
     if delimiter == "," and "," not in first and ";" in first:
-        delimiter = ";"  # as spreadsheets write it where the comma is the decimal sign
+        delimiter = ";"  # spreadsheets write this in locales with a decimal comma
     limit = csv.field_size_limit(sys.maxsize)
     try:
         yield from _records(path, csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True))
@@ -142,12 +151,12 @@ def _records(path: str, reader: Any) -> Iterator[Item]:
             yield where, None
         elif not header:
             header = [name.strip() for name in cells]
-            index = not header[0].strip() and len(header) > 1  # what pandas writes unless told index=False
+            index = not header[0].strip() and len(header) > 1  # written by pandas unless index=False
             _check_header(where, header[index:])
         elif [name.strip() for name in cells] == header:
-            yield where, DataError("the header again: the file looks joined of several; leave this line out")
+            yield where, DataError("the header again: the file seems to be joined from several; remove this line")
         elif len(cells) != len(header):
-            yield where, DataError(f"{_count(cells)}, and the header (line 1) has {_count(header)}")
+            yield where, DataError(f"{_count(cells)}, but the header (line 1) has {_count(header)}")
         elif index and not cells[0].strip().isdigit():
             raise DataError(f"{path}:1: the first column has no name; name it in the header")
         else:
@@ -167,10 +176,18 @@ def _check_header(where: str, header: list[str]) -> None:
 
 
 def cell(name: str, text: str) -> Any:
-    """The text of a cell as what its column means: numbers for labels and margins, JSON for messages and tools.
+    """Convert a cell's text according to its column: numbers for labels and margins, JSON for messages and tools.
+
+    Args:
+        name: Name of the column.
+        text: Text of the cell.
 
     Raises:
-        ValueError: a list or object that is written in no way that can be read.
+        ValueError: If a list or object cannot be parsed.
+
+    Example:
+        >>> cell("label", "1"), cell("prompt", "Hi")
+        (1, 'Hi')
     """
     if name in NUMBERS:
         return _number(text)
@@ -201,7 +218,7 @@ def _number(text: str) -> Any:
 
 
 def _structure(text: str) -> Any:
-    """JSON, or what Python prints of a list or dict, as pandas writes one to a cell; None for other text."""
+    """The value of JSON, or of a printed Python list or dict, as pandas writes one to a cell; None for other text."""
     try:
         return json.loads(text)
     except (ValueError, RecursionError):
@@ -210,7 +227,7 @@ def _structure(text: str) -> Any:
         found = ast.literal_eval(text)
     except (ValueError, SyntaxError, RecursionError, MemoryError):
         return None
-    # Only if it prints the same: what numpy prints, ['a' 'b'], Python reads as the one text 'ab'.
+    # Only if it prints the same: Python would parse ['a' 'b'], as numpy prints two texts, as one text 'ab'.
     return found if repr(found) == text else None
 
 

@@ -1,4 +1,4 @@
-"""A limit on what a chat template may do, by counting: it comes with a model, and its loops may have no end."""
+"""A limit on the work of a chat template: it comes with a model, and its loops might never end."""
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Sized
@@ -10,11 +10,11 @@ from jinja2.exceptions import TemplateRuntimeError
 from jinja2.visitor import NodeTransformer
 
 STEPS = 3_000_000
-"""Turns of loops and calls of one rendering."""
+"""Loop iterations and calls allowed in one rendering."""
 LENGTH = 5_000_000
-"""Characters of a text, or items of a list, that a template may make."""
+"""Characters of a text, or items of a list, that a template may create."""
 CHARACTERS = 100
-"""Characters of a text that are handled for a step."""
+"""Characters of a text that count as one step."""
 _LOOP, _TEXT, _SHOWN = "rlhf_loop", "rlhf_text", "rlhf_shown"
 _SLOW = {"wordwrap", "urlize", "pprint"}
 _QUICK = {"length", "count", "first", "last", "default", "d"}
@@ -25,15 +25,15 @@ _LIMITED = ("*", "+", "**", "%")
 
 
 class OverBudgetError(TemplateRuntimeError):
-    """A template asked for more than a rendering may take."""
+    """A template exceeded what one rendering may use."""
 
 
 class Budget:
-    """Counts what a template of an environment of its own does.
+    """Counts what a template does, in an environment of its own.
 
     Args:
-        template: as transformers compiles it; it is compiled anew, with counts.
-        source: its text.
+        template: The template as transformers compiles it; it is recompiled with counting.
+        source: Its text.
     """
 
     def __init__(self, template: Any, source: str) -> None:
@@ -50,17 +50,21 @@ class Budget:
         template.root_render_func, template.blocks = counted.root_render_func, counted.blocks
 
     def begin(self) -> None:
-        """A rendering begins."""
+        """Reset the count at the start of a rendering."""
         self.steps = 0
 
     def spend(self, steps: int = 1) -> None:
-        """Count; raises `OverBudgetError`."""
+        """Count steps.
+
+        Raises:
+            OverBudgetError: If there are too many.
+        """
         self.steps += steps
         if self.steps > STEPS:
-            raise OverBudgetError(f"the chat template goes on for more than {STEPS:,} steps; it may have no end")
+            raise OverBudgetError(f"the chat template runs for more than {STEPS:,} steps; it may never end")
 
     def counted(self, items: Iterable[Any], cost: int) -> Iterator[Any]:
-        """The items of a loop."""
+        """Items of a loop, counted."""
         for item in items:
             self.steps += cost
             if self.steps > STEPS:
@@ -68,13 +72,13 @@ class Budget:
             yield item
 
     def shown(self, value: Any) -> Any:
-        """What is printed."""
+        """A printed value, counted."""
         if isinstance(value, str) and len(value) > CHARACTERS:
             self.spend(len(value) // CHARACTERS)
         return value
 
     def call(self, context: Any, function: Any, *args: Any, **kwargs: Any) -> Any:
-        """A call of a function or method, in the sandbox."""
+        """Call a function or method in the sandbox, counted."""
         self.spend(10)
         if (name := getattr(function, "__name__", "")) in _WIDE_METHODS:
             _check_widths((*args, *kwargs.values()))
@@ -83,10 +87,10 @@ class Budget:
         return self.sized(self._call(context, function, *args, **kwargs))
 
     def operate(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-        """An operation whose result can be far larger than what it is made of."""
+        """Apply an operator whose result can be much larger than its operands."""
         numbers = [abs(value) for value in (left, right) if isinstance(value, int)]
         if operator == "**" and numbers and max(numbers) > 1000:
-            raise OverBudgetError("the chat template raises numbers beyond what a prompt has")
+            raise OverBudgetError("the chat template computes powers of numbers larger than any prompt needs")
         if operator == "*" and len(numbers) == 1:
             sequence = right if isinstance(left, int) else left
             _check_length(len(sequence) * numbers[0] if isinstance(sequence, Sized) else 0)
@@ -95,14 +99,14 @@ class Budget:
         return self.sized(self._operate(context, operator, left, right))
 
     def concatenate(self, parts: Iterable[Any]) -> str:
-        """`a ~ b`."""
+        """Concatenate texts, `a ~ b`, counted."""
         self.spend()
         texts = [str(part) for part in parts]
         _check_length(sum(map(len, texts)))
         return "".join(texts)
 
     def sized(self, value: Any) -> Any:
-        """A value that was made."""
+        """Return a created value after checking its size."""
         if isinstance(value, str | list | tuple | dict):
             _check_length(len(value))
         elif isinstance(value, range):
@@ -110,7 +114,9 @@ class Budget:
         return value
 
     def _filter(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        @wraps(function)  # with the marks by which Jinja knows that it wants the context
+        """A Jinja filter, counted."""
+
+        @wraps(function)  # keeps the attributes that tell Jinja to pass the context
         def limited(*args: Any, **kwargs: Any) -> Any:
             for value in args:
                 if isinstance(value, str):
@@ -133,14 +139,14 @@ def _check_length(length: int) -> None:
 
 
 def _check_widths(values: Iterable[Any]) -> None:
-    """Numbers that say how much is made, as such or as the digits of a format."""
+    """Check numbers that determine the size of a result, as integers or as digits in a format."""
     for value in values:
         if isinstance(value, int | str) and str(value).lstrip("-").isdigit():
             _check_length(abs(int(value)))
 
 
 class _Counted(NodeTransformer):
-    """What is repeated in a template, and what it joins, goes through filters that count."""
+    """Rewrites a template so that loops, printed values and concatenations pass through counting filters."""
 
     def visit_For(self, node: nodes.For) -> nodes.For:  # noqa: N802 - Jinja calls it so
         """`{% for … in items %}`."""
@@ -164,6 +170,7 @@ class _Counted(NodeTransformer):
 
 
 def _filter(node: nodes.Node, name: str, *args: nodes.Expr) -> nodes.Filter:
+    """A Jinja node that applies a filter."""
     made = nodes.Filter(node, name, list(args), [], None, None)
     made.set_lineno(node.lineno)
     return made

@@ -1,8 +1,8 @@
 """Chat templates as text: where a turn begins and ends, for any template.
 
-Nothing is assumed of a template but that it renders. Where an assistant turn begins is found by rendering the
-conversation before it with the generation prompt: what the turn adds to that is what a model has to produce. Where
-it ends is found by rendering the same turn with a sentinel as content: what follows the sentinel closes a turn.
+The only assumption about a template is that it renders. The start of an assistant turn is found by rendering the
+conversation before it with the generation prompt: what the turn adds to this is what a model has to produce. Its end is
+found by rendering the same turn with a sentinel as content: what follows the sentinel closes a turn.
 """
 
 import hashlib
@@ -22,8 +22,8 @@ from rlhf_lightning.errors import ConfigError
 
 log = logging.getLogger(__name__)
 TEMPLATE_DATE = "2025-01-01"
-RECENT = 4  # renderings that are kept: a turn, what comes before it with and without a prompt to go on, the sentinel
-# A macro of the same name stands before transformers' own function.
+RECENT = 4  # renderings kept: a turn, what precedes it with and without the generation prompt, and the sentinel
+# A macro of the same name hides transformers' own function.
 FIXED_DATE = (
     "{%- macro strftime_now(format) -%}{{ format"
     + "".join(
@@ -34,7 +34,7 @@ FIXED_DATE = (
 )
 _SENTINEL = "\ue000sentinel\ue001"
 _ASKED: list[Message] = [{"role": "user", "content": "Hello"}]
-# What `apply_chat_template` takes beside what a template reads.
+# Arguments of `apply_chat_template` that are not variables of the template.
 _RESERVED = {
     *("conversation", "messages", "tools", "chat_template", "add_generation_prompt", "continue_final_message"),
     *("tokenize", "padding", "truncation", "max_length", "return_tensors", "return_dict", "tokenizer_kwargs"),
@@ -46,14 +46,15 @@ Tools = list[Any] | None
 
 
 class _Own(str):
-    """The name of a template: an empty one, which transformers compiles in its sandbox, and which is then filled.
+    """The key of a template: an empty template that transformers compiles in its sandbox and that is then filled.
 
-    It never compiles the text itself: Jinja computes what is constant while it compiles, however large that is.
+    transformers must not compile the text itself, since Jinja evaluates constant expressions, however large, while it
+    compiles.
     """
 
 
 def _compiled(source: str) -> Any:
-    """A template as transformers compiles it, once for each text, in a sandbox of its own."""
+    """A template as transformers compiles it, in a sandbox of its own; cached by its text."""
     from transformers.utils.chat_template_utils import _compile_jinja_template
 
     return _compile_jinja_template(source)
@@ -61,14 +62,14 @@ def _compiled(source: str) -> Any:
 
 @lru_cache(maxsize=16)
 def _filled(source: str) -> tuple[_Own, Budget]:
-    """The name by which `apply_chat_template` finds a template, with its budget and a date that is fixed.
+    """Key by which `apply_chat_template` finds a template with its budget and a fixed date.
 
     Raises:
-        TemplateSyntaxError: the text is no template.
+        TemplateSyntaxError: If the text is not a template.
     """
     name = _Own(f"{{# {hashlib.sha256(source.encode(errors='surrogatepass')).hexdigest()} #}}")
     template = _compiled(name)
-    # Templates are handed data, not functions: it is changed where transformers keeps its own.
+    # `apply_chat_template` passes only data to templates, so the function is replaced where transformers keeps it.
     template.environment.globals["strftime_now"] = _fixed_now
     return name, Budget(template, source)
 
@@ -81,12 +82,23 @@ class ChatTemplate:
     """The chat template of a tokenizer.
 
     Args:
-        tokenizer: a Hugging Face tokenizer. options: passed to the template (for example `enable_thinking`).
+        tokenizer: A Hugging Face tokenizer.
+        options: Passed to the template, for example `{"enable_thinking": False}`.
+
+    Raises:
+        ConfigError: If the template is invalid, prints nothing of a message, or an option is reserved.
+
+    Example:
+        ```python
+        template = ChatTemplate(AutoTokenizer.from_pretrained("Qwen/Qwen3-0.6B"))
+        text = template.render([{"role": "user", "content": "Hi"}], add_generation_prompt=True)
+        template.turn_end  # '<|im_end|>'
+        ```
     """
 
     def __init__(self, tokenizer: Any, options: dict[str, Any] | None = None) -> None:
         self.tokenizer, self.given = tokenizer, options or {}
-        # Templates that begin with a bos_token are used with tokenizers that have none.
+        # Some templates begin with a bos_token although their tokenizer has none.
         self.options = {
             "bos_token": tokenizer.bos_token or "",
             "eos_token": tokenizer.eos_token or "",
@@ -101,9 +113,9 @@ class ChatTemplate:
         self._check_options(options or {})
         self._check_prints()
         self.turn_end: str | None = None
-        """What closes an assistant turn; None for a template that wants other roles, whose rows will show it."""
+        """What closes an assistant turn; None if the template expects other roles, which its rows will tell."""
         self._ending = ""
-        """What of it ends the turn, up to its last special token: the rest is of the end of a conversation."""
+        """The part of it that ends the turn, up to its last special token; the rest ends the conversation."""
         with suppress(RowError):
             self.turn_end = self.closing(_ASKED, "assistant").strip()
             self._ending = self._ends_with(self.turn_end)
@@ -112,36 +124,46 @@ class ChatTemplate:
 
     @property
     def after_turn(self) -> str:
-        """What stands after the end of the last turn, without the white space around it: an end of all text."""
+        """What the template writes after the end of the last turn, such as an end-of-text token."""
         return (self.turn_end or "").removeprefix(self._ending).strip() if self._ending else ""
 
     def _check_prints(self) -> None:
-        """Refuse a template that prints nothing of what is said: prompts and answers would all be the same."""
+        """Refuse a template that prints nothing of a message, since all prompts would be the same."""
         if self._prints():
             return
         self.contents.only_parts = True
         self._recent.clear()
         if not self._prints():
             raise ConfigError(
-                "the chat template prints nothing of a user's message. Mend chat_template.jinja in the model "
-                "folder, or name another with model.chat_template."
+                "the chat template prints nothing of a user's message. Fix chat_template.jinja in the model "
+                "folder, or set another with model.chat_template."
             )
 
     def _prints(self) -> bool:
-        """Whether two messages of a user are rendered unlike, alone or after a system message that some require."""
+        """True if two user messages render differently, alone or after a system message, which some require."""
         for before in ([], [{"role": "system", "content": "Be kind."}]):
             said = [[*before, {"role": "user", "content": text}] for text in ("Hello", "Goodbye")]
             try:
                 if self.render(said[0]) != self.render(said[1]):
                     return True
             except RowError:
-                return True  # a template that wants other roles than these; its rows will show
+                return True  # the template expects other roles, which rendering rows will tell
         return False
 
     def render(self, messages: list[Message], tools: Tools = None, add_generation_prompt: bool = False) -> str:
-        """The text of a conversation; raises `RowError` where the template refuses it."""
-        # The two sides of a pair ask for the same surroundings, and so do the steps of `span`. By what the messages
-        # hold, not by which they are: a caller may change one in place.
+        """The text of a conversation.
+
+        Args:
+            messages: The conversation.
+            tools: Its tools.
+            add_generation_prompt: Append what requests an answer.
+
+        Raises:
+            RowError: If the template refuses the conversation.
+            ConfigError: If the template is invalid or exceeds its budget.
+        """
+        # The two sides of a pair, and the steps of `span`, render the same prompts, so recent renderings are kept. The
+        # key is the messages' content rather than their identity, since a caller may change one in place.
         key = repr((messages, tools, add_generation_prompt))
         if key not in self._recent:
             fitted = self.contents.fit(self.forms.fit([joined(message) for message in messages], tools))
@@ -150,7 +172,7 @@ class ChatTemplate:
         return self._recent[key]
 
     def _rendered(self, messages: list[Message], tools: Tools, add_generation_prompt: bool = False) -> str:
-        """What the template itself makes of messages, which it may change."""
+        """The template's own rendering of messages, which it may change."""
         from jinja2 import TemplateError, TemplateSyntaxError
 
         try:
@@ -164,11 +186,11 @@ class ChatTemplate:
             )
         except TemplateSyntaxError as error:
             raise ConfigError(
-                f"the chat template is no valid Jinja: {error} (line {error.lineno}). Mend chat_template.jinja in the "
-                "model folder, or name another with model.chat_template."
+                f"the chat template is not valid Jinja: {error} (line {error.lineno}). Fix chat_template.jinja in the "
+                "model folder, or set another with model.chat_template."
             ) from None
         except OverBudgetError as error:
-            raise ConfigError(f"{error}. Mend it, or name another with model.chat_template.") from None
+            raise ConfigError(f"{error}. Fix it, or set another with model.chat_template.") from None
         except (
             TemplateError,
             TypeError,
@@ -182,20 +204,20 @@ class ChatTemplate:
             raise RowError(f"the chat template refuses the conversation (roles: {roles}): {error}") from None
 
     def _source(self, tools: Tools) -> str:
-        """The template by its name, with its budget whole."""
+        """Key of the template, with its budget reset."""
         text = self.tokenizer.get_chat_template(None, tools)
-        name, budget = _filled(text.removeprefix("\ufeff"))  # a byte order mark of the file is none of the template's
+        name, budget = _filled(text.removeprefix("\ufeff"))  # a byte order mark belongs to the file, not the template
         budget.begin()
         return name
 
     def _check_options(self, options: dict[str, Any]) -> None:
-        """Refuse options that would change what is asked of a template; warn of those that it does not read."""
+        """Refuse options that are arguments of the rendering itself; warn of those that the template does not read."""
         from jinja2 import TemplateError
         from jinja2.meta import find_undeclared_variables
 
         if taken := sorted(set(options) & _RESERVED):
             raise ConfigError(
-                f"data.template_kwargs has {taken[0]!r}, which is set by what is rendered; leave it out there"
+                f"data.template_kwargs has {taken[0]!r}, which the rendering itself sets; leave it out there"
             )
         given = self.tokenizer.chat_template if options else None
         sources = [*given.values()] if isinstance(given, dict) else [given] if given else []
@@ -206,7 +228,7 @@ class ChatTemplate:
             try:
                 read |= find_undeclared_variables(_compiled("").environment.parse(source))
             except TemplateError:
-                return  # said where it is rendered
+                return  # reported when it renders
         if unread := sorted(set(options) - read):
             known = sorted(read - {"messages", "tools", "add_generation_prompt", "documents"})
             log.warning(
@@ -216,11 +238,11 @@ class ChatTemplate:
             )
 
     def spans(self, messages: list[Message], tools: Tools, selected: list[bool]) -> list[tuple[str, list[Any], bool]]:
-        """Texts with the (start, end) of each selected message in them, and whether these end their turns.
+        """Texts with the (start, end) of each selected message in them, and whether the texts end their turns.
 
-        One text, or, where an earlier turn is not rendered in the whole as it was when it was the last (templates
-        that drop earlier reasoning or move a marker), one for each selected message, rendered up to it. Likewise where
-        nothing ends a turn: each text then ends with its turn, and an end can be put after it.
+        Returns one text if possible. If an earlier turn renders differently once more turns follow (templates that drop
+        earlier reasoning or move a marker), there is one text for each selected message, rendered up to it. The same
+        holds if nothing ends a turn: each text then ends with its turn, and an end token can be appended.
         """
         text, found = "", []
         for i in (i for i, chosen in enumerate(selected) if chosen):
@@ -229,7 +251,7 @@ class ChatTemplate:
             if messages[i]["role"] == "assistant" and (asked := self._asked_anew(messages[:i], upto, start, tools)):
                 upto, start, end = asked + upto[start:], len(asked), len(asked) + end - start
             ended = self.ends_turns and self._ended(messages[i]["role"], upto[:end])
-            # What ends it is put after the text: white space before that must be learnt as well.
+            # The end token is appended to the text, so white space before it must be trained as well.
             end = end if ended or upto[end:].strip() else len(upto)
             found.append((upto, [(start, end)], ended))
             text = upto
@@ -238,13 +260,13 @@ class ChatTemplate:
         return found
 
     def _ended(self, role: str, upto: str) -> bool:
-        """Whether a turn is over where a text is: some templates end a turn that calls a tool by nothing."""
+        """True if a text ends its turn; some templates end a turn with tool calls by nothing."""
         if role != "assistant" or self.turn_end is None:
             return True
         return upto.endswith((*self.end_markers, self.turn_end))
 
     def span(self, messages: list[Message], i: int, upto: str, tools: Tools) -> tuple[int, int]:
-        """Where message i, the last in the text `upto`, begins and ends; its closing marker is part of it."""
+        """Where message i, the last in the text `upto`, begins and ends, including its closing marker."""
         before, message = messages[:i], messages[i]
         try:
             closing = self.closing(before, message["role"], tools)
@@ -253,7 +275,7 @@ class ChatTemplate:
         tail, shown = closing.rstrip(), upto.rstrip()
         end = len(shown)
         if self._ending and tail.startswith(self._ending):
-            rest = tail[len(self._ending) :].strip()  # of the end of a conversation
+            rest = tail[len(self._ending) :].strip()  # ends the conversation, not the turn
             end = len(shown.removesuffix(rest).rstrip()) if rest else end
         elif tail and shown.endswith(tail):
             marker = self.first_marker(tail)
@@ -261,38 +283,39 @@ class ChatTemplate:
         return min(self._start(before, message["role"], upto, tools), end), end
 
     def _start(self, before: list[Message], role: str, upto: str, tools: Tools) -> int:
+        """Where the last message of the text `upto` begins."""
         if role != "assistant":
             return _common_prefix(self._with_sentinel(before, role, tools), upto)
         try:
             prompt = self.render(before, tools, add_generation_prompt=True)
         except RowError:
-            prompt = ""  # a conversation that opens with the assistant: many templates need a message before it
+            prompt = ""  # the conversation begins with the assistant, which many templates do not allow
         shared = _common_prefix(prompt, upto)
         if prompt and shared == len(prompt):
             return shared
         spoken = _common_prefix(self._with_sentinel(before, role, tools), upto)
         opening = prompt[len(self._said(before, prompt, tools)) :].lstrip()
         opened = upto.find(opening, shared, spoken) if opening else -1
-        if opened >= 0:  # only what stands before the opening is not as in the prompt
+        if opened >= 0:  # the text differs from the prompt only before the opening
             return opened + len(opening)
         if prompt and not opening:
             bare, asked = upto[:spoken].rstrip(), prompt.rstrip()
             return len(bare) + _common_prefix(prompt[len(asked) :], upto[len(bare) : spoken])
-        # The generation prompt holds what the turn does not (an opened <think>): their common prefix might eat into
-        # the content by accident, which the rendering with another content cannot.
+        # The generation prompt has something that the turn lacks (an opened <think>). Their common prefix might reach
+        # into the content by chance; the common prefix with another content cannot.
         return min(shared or len(upto), spoken)
 
     def _said(self, before: list[Message], prompt: str, tools: Tools) -> str:
-        """What of a prompt is the conversation, without what opens the answer."""
+        """The part of a prompt that is the conversation, without what opens the answer."""
         try:
             return prompt[: _common_prefix(self.render(before, tools), prompt)]
         except RowError:
             return prompt
 
     def _asked_anew(self, before: list[Message], upto: str, start: int, tools: Tools) -> str:
-        """The prompt of a turn, where the template leaves a part of it out once the answer is there; else nothing.
+        """The prompt of a turn, if the template leaves out a part of it once the answer is there; else an empty text.
 
-        Some put a system message, or tools, into the user's message only while it is the last (Mistral).
+        Some templates put a system message, or tools, into the user's message only while it is the last (Mistral).
         """
         try:
             prompt = self.render(before, tools, add_generation_prompt=True)
@@ -303,26 +326,31 @@ class ChatTemplate:
         return prompt if said[shared:].strip() else ""
 
     def _with_sentinel(self, before: list[Message], role: str, tools: Tools, prompts: bool = False) -> str:
+        """The conversation with a last message whose content is the sentinel."""
         return self.render([*before, {"role": role, "content": _SENTINEL}], tools, prompts)
 
     def closing(self, before: list[Message], role: str, tools: Tools = None, prompts: bool = False) -> str:
-        """What the template puts after the content of a message of this role in this place."""
+        """What the template writes after the content of a message of this role in this place.
+
+        Raises:
+            RowError: If the template does not render the content.
+        """
         _, found, closing = self._with_sentinel(before, role, tools, prompts).rpartition(_SENTINEL)
         if not found:
             raise RowError(f"the chat template does not render the content of role {role!r}")
         return closing
 
     def _ends_with(self, closing: str) -> str:
-        """What ends an assistant turn, of what closes it at the end of a conversation; nothing without a special token.
+        """The part of a conversation's closing that ends the assistant turn; empty without a special token.
 
-        There a template may close more than the turn (an end of all text). The turn itself is closed where another may
-        follow as well: by the last special token that both have.
+        At the end of a conversation a template may close more than the turn (with an end of text). The turn itself is
+        closed by what also appears when another turn follows: up to the last special token that both have.
         """
         first = self.first_marker(closing)
         if first is None:
             return ""
         end = closing.index(first) + len(first)
-        if self.render(_ASKED) != self.render(_ASKED, add_generation_prompt=True):  # else it may prompt everywhere
+        if self.render(_ASKED) != self.render(_ASKED, add_generation_prompt=True):  # else it may always prompt
             with suppress(RowError):
                 followed = self.closing(_ASKED, "assistant", prompts=True).lstrip()
                 shared = closing[: _common_prefix(closing, followed)]
@@ -330,9 +358,9 @@ class ChatTemplate:
         return closing[:end]
 
     def _find_ends(self) -> list[str]:
-        """The special tokens that end turns of an assistant: plain ones, with a thought, with calls of tools.
+        """Special tokens that end assistant turns: plain ones, with a thought, and with tool calls.
 
-        A token that is also found within a turn (between two calls) does not end one.
+        A token that also appears within a turn (between two calls) does not end one.
         """
         ends, inside = [], []
         for messages, tools in _turns():
@@ -347,12 +375,12 @@ class ChatTemplate:
         return sorted({marker for marker in (plain, *ends) if marker and (marker == plain or marker not in within)})
 
     def first_marker(self, closing: str) -> str | None:
-        """The special token that stands first in a closing text."""
+        """The first special token in a closing text; None if there is none."""
         found = [(closing.index(marker), -len(marker), marker) for marker in self.markers if marker in closing]
         return min(found)[2] if found else None
 
     def content_bytes(self, text: str) -> int:
-        """UTF-8 bytes of a text, its special tokens left out."""
+        """UTF-8 bytes of a text without its special tokens."""
         for marker in self.markers:
             if marker in text:
                 text = text.replace(marker, "")
@@ -360,7 +388,7 @@ class ChatTemplate:
 
 
 def _turns() -> Iterator[tuple[list[Message], Tools]]:
-    """Conversations that end with each kind of assistant turn; a template refuses those that it does not know."""
+    """Conversations that end with each kind of assistant turn; templates refuse those that they do not support."""
     schema: Any = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
     tools = [{"type": "function", "function": {"name": "weather", "description": "Weather", "parameters": schema}}]
     plain: Message = {"role": "assistant", "content": "Hi"}
@@ -368,7 +396,7 @@ def _turns() -> Iterator[tuple[list[Message], Tools]]:
     thought = {"reasoning_content": "Hm."}
     yield [*_ASKED, plain], None
     yield [*_ASKED, plain | thought], None
-    # Arguments are an object to most templates, and JSON text to some; ids are checked by some.
+    # Most templates expect arguments as an object and some as JSON text; some check ids.
     for arguments in ({"city": "Oslo"}, '{"city": "Oslo"}'):
         calls = [
             {"type": "function", "id": f"call0000{i}", "function": {"name": "weather", "arguments": arguments}}
@@ -382,8 +410,9 @@ def _turns() -> Iterator[tuple[list[Message], Tools]]:
 
 
 def _common_prefix(a: str, b: str) -> int:
+    """Length of the common prefix."""
     low, high = 0, min(len(a), len(b))
-    while low < high:  # by halves: comparing slices is many times faster than comparing characters
+    while low < high:  # binary search: comparing slices is many times faster than comparing characters
         middle = (low + high + 1) // 2
         if a[low:middle] == b[low:middle]:
             low = middle

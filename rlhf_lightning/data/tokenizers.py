@@ -1,4 +1,4 @@
-"""Where tokenizers come from."""
+"""Loading tokenizers."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,22 +10,28 @@ from rlhf_lightning.untrusted import check_files
 
 _MISSING = (
     "no tokenizer can be loaded from {}: its files are missing (tokenizer.json, tokenizer_config.json and others). "
-    "Copy those of the model that it was made from there, or set model.tokenizer."
+    "Copy them from the model that it was made from, or set model.tokenizer."
 )
 
 
 def load_tokenizer(source: Any, tokenizer: Any = None, chat_template: str | None = None, **options: Any) -> Any:
-    """A tokenizer: the one given (object, folder or Hub id) or the model's, with another chat template if named.
+    """Load a tokenizer.
+
+    Args:
+        source: The model: its folder, Hub id or object.
+        tokenizer: The tokenizer, its folder or Hub id; by default the model's.
+        chat_template: A chat template that replaces the tokenizer's: a file, or the text itself.
+        **options: Arguments of `from_pretrained`.
 
     Raises:
-        ConfigError: none there, or the template file is missing.
+        ConfigError: If the tokenizer or the template file cannot be loaded.
     """
     if tokenizer is None or isinstance(tokenizer, str | Path):
         from transformers import AutoTokenizer
 
         name = tokenizer or getattr(source, "name_or_path", None) or source
         if not isinstance(name, str | Path) or not str(name):
-            raise ConfigError("a model given as an object needs its tokenizer: pass tokenizer=")
+            raise ConfigError("a model passed as an object needs its tokenizer: pass tokenizer=")
         try:
             # Said, since transformers would otherwise ask at the terminal.
             tokenizer = AutoTokenizer.from_pretrained(
@@ -34,12 +40,12 @@ def load_tokenizer(source: Any, tokenizer: Any = None, chat_template: str | None
         except UserError:
             raise
         except BaseException as error:
-            # Plain `Exception`, and the panic of its library, which is none, are what a broken tokenizer.json raises.
+            # A broken tokenizer.json raises plain `Exception`, or its library's panic, which is a BaseException.
             if not (isinstance(error, Exception) or type(error).__name__ == "PanicException"):
                 raise
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             if "trust_remote_code" in str(error):
-                reason = "it brings code; to run that, set model.model_options: {trust_remote_code: true}"
+                reason = "it brings its own code; to run that, set model.model_options: {trust_remote_code: true}"
             if reason.startswith("Couldn't instantiate the backend tokenizer"):
                 raise ConfigError(_MISSING.format(name)) from error
             raise ConfigError(f"no tokenizer can be loaded from {name}: {reason}. Set model.tokenizer.") from error
@@ -55,10 +61,10 @@ def load_tokenizer(source: Any, tokenizer: Any = None, chat_template: str | None
         raise ConfigError(f"tokenizer is {tokenizer!r}; a folder, a Hub id, or a tokenizer of transformers")
     if chat_template is not None:
         tokenizer.chat_template = _template(chat_template)
-    if isinstance(tokenizer.chat_template, str):  # that of chat_template.jinja as an editor may have saved it
+    if isinstance(tokenizer.chat_template, str):  # an editor may have saved chat_template.jinja with a mark
         tokenizer.chat_template = tokenizer.chat_template.removeprefix("\ufeff")
     before, tokenizer.chat_template = tokenizer.chat_template, unwrapped(tokenizer.chat_template)
-    # Asked by `RewardModel`: whether the score is read at the end of the turn, or where the template ends.
+    # Tells `RewardModel` whether the score is read at the end of the turn, or at the end of the template.
     tokenizer.was_ended = getattr(tokenizer, "was_ended", False) or tokenizer.chat_template != before
     return tokenizer
 
@@ -74,11 +80,12 @@ def _checked(name: Any, options: Mapping[str, Any]) -> str:
 
 
 def _template(value: str) -> str:
+    """A chat template from a file, or the text itself."""
     if "{" in value:
         return value
     path = Path(value)
     if not path.is_file():
-        raise ConfigError(f"model.chat_template {value!r}: no such file, and not a template itself (no braces)")
+        raise ConfigError(f"model.chat_template {value!r}: neither a file nor a template (it has no braces)")
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
@@ -89,7 +96,7 @@ def _template(value: str) -> str:
 
 
 def added_tokens(tokenizer: Any) -> tuple[list[int], list[int]]:
-    """The ids that a tokenizer puts before and after a text of its own accord (`add_special_tokens`)."""
+    """Ids that a tokenizer puts before and after a text by itself (`add_special_tokens`)."""
     for text in ("a", "1", "."):
         plain = list(tokenizer(text, add_special_tokens=False)["input_ids"])
         whole = list(tokenizer(text)["input_ids"])

@@ -1,4 +1,4 @@
-"""Tool calls and tools as people store them, brought to one form: that of OpenAI, with arguments as an object."""
+"""Tool calls and tool schemas in their various forms, converted to OpenAI's, with arguments as objects."""
 
 import hashlib
 import json
@@ -7,14 +7,19 @@ from typing import Any
 from rlhf_lightning.data.records import RowError
 
 CALL_KEYS = ("function", "name", "arguments", "parameters", "input", "args")
-REPR, KEYED, JSON = 1, 2, 3  # how a text shows an object: as Python prints it, key by key, as JSON
+REPR, KEYED, JSON = 1, 2, 3  # how a text shows an object: as Python's repr, key by key, as JSON
 SCHEMA_KEYS = ("parameters", "input_schema", "inputSchema")
 
 
 class Written(str):
-    """Text that a message holds in place of an object, its `value`: a tool's result, or the calls of a turn.
+    """Text that stands for an object, its `value`: a tool's result, or the calls of a turn.
 
-    Templates that show objects are given the value; everything else reads the text.
+    Templates that show objects get the value; everything else reads the text.
+
+    Example:
+        >>> result = Written('{"city": "Oslo"}', {"city": "Oslo"})
+        >>> result.value["city"], str(result)
+        ('Oslo', '{"city": "Oslo"}')
     """
 
     value: Any
@@ -28,7 +33,7 @@ class Written(str):
         return Written, (str(self), self.value)
 
     def __repr__(self) -> str:
-        return f"Written({str(self)!r})"  # what a template makes of it differs from what it makes of the text
+        return f"Written({str(self)!r})"  # unlike str, since a template may render the value differently
 
 
 def as_text(value: Any) -> str:
@@ -37,12 +42,19 @@ def as_text(value: Any) -> str:
 
 
 def read_calls(value: Any, where: str) -> list[dict[str, Any]]:
-    """The calls of a message, `{id, type, function: {name, arguments}}` each; raises `RowError`.
+    """The calls of a message, `{id, type, function: {name, arguments}}` each.
 
     Args:
-        value: a call, a list of calls, or JSON text of either; a call is `{name, arguments}`, flat or under `function`.
-            Arguments are an object, or JSON text of one.
-        where: the message, for the error.
+        value: A call, a list of calls, or JSON text of either. A call is `{name, arguments}`, flat or under `function`;
+            arguments are an object or JSON text.
+        where: The message, for errors.
+
+    Raises:
+        RowError: If a call is malformed.
+
+    Example:
+        >>> read_calls({"name": "add", "arguments": '{"a": 2}'}, "message 1")
+        [{'type': 'function', 'function': {'name': 'add', 'arguments': {'a': 2}}}]
     """
     if isinstance(value, str):
         value = _json(value, f"{where}: the tool call is text that is not JSON")
@@ -81,12 +93,15 @@ def _arguments(value: Any, name: str, where: str) -> dict[str, Any]:
 
 
 def read_tools(value: Any, name: str = "tools") -> list[Any] | None:
-    """Function schemas as templates expect them, `{type: function, function: {name, …}}` each; raises `RowError`.
+    """Function schemas as templates expect them, `{type: function, function: {name, …}}` each; None without any.
 
     Args:
-        value: a list of schemas (each also as JSON text), or JSON text of one. A schema may be the bare function, flat
-            beside its type, Anthropic's (`input_schema`) or Gemini's (`function_declarations`).
-        name: of the column.
+        value: A list of schemas (each may be JSON text), or JSON text of one. A schema may be the bare function, flat
+            next to its type, Anthropic's (`input_schema`) or Gemini's (`function_declarations`).
+        name: Name of the column, for errors.
+
+    Raises:
+        RowError: If they are malformed.
     """
     if isinstance(value, str):
         value = _json(value, f"{name!r} is text that is not JSON") if value.strip() else None
@@ -127,7 +142,7 @@ def _json(text: str, wrong: str) -> Any:
 
 
 def _refuse_constant(name: str) -> Any:
-    raise ValueError(f"{name} is no JSON")
+    raise ValueError(f"{name} is not JSON")
 
 
 def short(value: Any) -> str:
@@ -137,7 +152,7 @@ def short(value: Any) -> str:
 
 
 def with_ids(messages: list[dict[str, Any]], form: str) -> list[dict[str, Any]]:
-    """Messages with ids of the form that a template takes; those that a row lacks follow from its calls."""
+    """Messages with call ids in the form that a template expects; missing ids are derived from the calls."""
     known: dict[str, str] = {}
     waiting: list[tuple[str, str]] = []
     result, number = [], 0
@@ -166,19 +181,20 @@ def with_ids(messages: list[dict[str, Any]], form: str) -> list[dict[str, Any]]:
 
 
 def _id(given: str | None, function: dict[str, Any], number: int, form: str) -> str:
+    """The id of a call in that form."""
     if form == "named":
         return f"functions.{function['name']}:{number}"
     if form == "given" and given:
         return given
     if given and len(given) == 9 and given.isascii() and given.isalnum():
         return given
-    # Not counted up: a constant would be learnt by heart.
+    # A hash rather than a counter, since the model would learn constant ids by heart.
     source = given or f"{number} {function['name']} {as_text(function['arguments'])}"
     return hashlib.sha256(source.encode()).hexdigest()[:9]
 
 
 def shown(text: str, arguments: dict[str, Any]) -> int:
-    """How a text shows an object: `JSON`, `KEYED`, `REPR`, or 0 where it does not, or encodes it twice."""
+    """How a text shows an object: `JSON`, `KEYED`, `REPR`, or 0 if it does not, or encodes it twice."""
     if holds_json(text, arguments):
         return JSON
     if not all(str(part) in text for pair in arguments.items() for part in pair):
@@ -190,7 +206,7 @@ def shown(text: str, arguments: dict[str, Any]) -> int:
 
 
 def holds_json(text: str, value: Any) -> bool:
-    """Whether JSON of a value stands in a text."""
+    """True if a text contains the JSON of a value."""
     decoder = json.JSONDecoder()
     opening = "[" if isinstance(value, list) else "{"
     start = text.find(opening)
