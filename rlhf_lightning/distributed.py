@@ -1,7 +1,7 @@
-"""What the ranks of a run tell each other.
+"""Communication between the ranks of a run.
 
-Ranks of one tensor-parallel group compute the same rows: together they are one data rank, and what comes from outside
-(a reward, an environment, an engine that runs elsewhere) is asked of by the first of them.
+Ranks of one tensor-parallel group compute the same rows, so together they are one data rank. Results from outside (a
+reward, an environment, an engine that runs elsewhere) are computed by the group's leader and shared.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -22,19 +22,19 @@ class RoundLeft(KeyboardInterrupt):
 
 
 def use_mesh(mesh: Any) -> None:
-    """The `data_parallel` × `tensor_parallel` mesh of the run under way; None where it is over, or there is none."""
+    """Set the `data_parallel` × `tensor_parallel` mesh of the current run; None after a run, or without a mesh."""
     _MESH[:] = [] if mesh is None or mesh["tensor_parallel"].size() == 1 else [mesh]
 
 
 def data_rank() -> int:
-    """The place of this rank's value in what `gather` returns."""
+    """Index of this rank's value in the result of `gather`."""
     if _MESH:
         return int(_MESH[0]["data_parallel"].get_local_rank())
     return torch.distributed.get_rank() if _is_distributed() else 0
 
 
 def is_leader() -> bool:
-    """Whether this is the first rank of those that compute the same rows."""
+    """True on the first rank of those that compute the same rows."""
     return not _MESH or _MESH[0]["tensor_parallel"].get_local_rank() == 0
 
 
@@ -44,13 +44,15 @@ def rank_count() -> int:
 
 
 def gather(value: Any, every: bool = False) -> list[Any]:
-    """The value of every data rank, on every rank, in their order. All ranks must call it.
+    """The values of all data ranks, in order, on every rank. All ranks must call it.
 
     Args:
-        every: of all ranks without exception, as for what each finds in its part of the weights.
+        value: This rank's value; it must be picklable.
+        every: If True, gather from every rank rather than one per data rank, for values that depend on a rank's shard
+            of the weights.
 
     Raises:
-        RoundLeft: a rank leaves the round that all of them are in.
+        RoundLeft: If a rank leaves the round that all of them are in.
     """
     values: list[Any] = [value]
     if _is_distributed():
@@ -72,7 +74,14 @@ def leave_if(asked: bool) -> None:
 
 
 def run_on_leader(function: Callable[[], Any]) -> Any:
-    """`function()` by the first of the ranks that compute the same rows; what it returns or raises, on all of them."""
+    """Run `function` on the leader; all ranks of its group get its result or raise its error.
+
+    Args:
+        function: Called without arguments; its result must be picklable.
+
+    Raises:
+        UserError: On the other ranks, if `function` raised on the leader.
+    """
     if not _MESH:
         return function()
     group = _MESH[0]["tensor_parallel"].get_group()
@@ -81,7 +90,7 @@ def run_on_leader(function: Callable[[], Any]) -> Any:
     if is_leader():
         try:
             found[0] = function()
-        except Exception as raised:  # noqa: BLE001 - raised below, after the others were told
+        except Exception as raised:  # noqa: BLE001 - raised below, after the other ranks were informed
             error, found[1] = raised, f"{type(raised).__name__}: {raised}"
     torch.distributed.broadcast_object_list(found, group=group, group_src=0)
     if found[1] is not None:
@@ -90,7 +99,7 @@ def run_on_leader(function: Callable[[], Any]) -> Any:
 
 
 def broadcast(value: Tensor) -> Tensor:
-    """A tensor as the first of the ranks that compute the same rows has it."""
+    """The leader's tensor, on all ranks that compute the same rows."""
     if _MESH:
         value = value.contiguous()
         torch.distributed.broadcast(value, group=_MESH[0]["tensor_parallel"].get_group(), group_src=0)
@@ -102,9 +111,17 @@ def _is_distributed() -> bool:
 
 
 def even_chunks(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
-    """`items`, `size` at a time, in as many parts on every rank: where a rank has fewer, empty ones follow.
+    """Split `items` into chunks of `size`, padded with empty chunks so that all ranks get the same number.
 
-    What is split over ranks (`models.sharding`) must be run equally often by all of them.
+    A sharded model (`models.sharding`) must run equally often on all ranks.
+
+    Args:
+        items: This rank's items.
+        size: Items per chunk.
+
+    Example:
+        >>> list(even_chunks([1, 2, 3], 2))
+        [[1, 2], [3]]
     """
     for start in range(0, max(gather(len(items))), size):
         yield items[start : start + size]
