@@ -43,7 +43,7 @@ class TrainingSample:
 
     @property
     def old_logprobs(self) -> list[float]:
-        """Log-probabilities of the policy at the start of the round, in nats: the trainer's if recomputed, else the sampler's."""
+        """Log-probabilities of the policy at the start of the round, in nats: recomputed ones, else the sampler's."""
         return self.recomputed_logprobs or self.sampling_logprobs
 
     @property

@@ -167,7 +167,7 @@ def test_the_next_stage_asks_as_its_start_was_trained(thinker: str, tmp_path: Pa
     [episode] = policy.collector.rollout(sampled.prepared["train"].rows[:1], 1, (0,))
     wanted = reward.judge.score([episode.prompt], [episode.responses], allow_blank=True).tolist()
     assert episode.reward == pytest.approx(wanted[0], abs=1e-5)
-    assert not reward._seen_alike(episode)
+    assert not reward._sees_same_tokens(episode)
 
 
 def test_what_all_rows_have_is_what_the_model_was_asked_with(thinker: str, tmp_path: Path, capsys: Any) -> None:
@@ -298,7 +298,7 @@ def test_data_check_renders_as_the_model_was_trained(thinker: str, tmp_path: Pat
     ("flags", "message"),
     [
         (["--template_kwargs", "{"], "no JSON"),
-        (["--template_kwargs", "[1]"], "no mapping"),
+        (["--template_kwargs", "[1]"], "not a mapping"),
         (["--tools", "missing.json"], "no such file"),
         (["--tools", "[1]"], "tools"),
         (["--format", "raw", "--tools", json.dumps(TOOLS)], "tools need a chat template"),

@@ -241,7 +241,7 @@ def test_a_column_mapped_to_a_name_that_nothing_uses(
 
 
 def test_what_is_trained_of_raw_text_is_not_chosen(tokenizer: Any) -> None:
-    with pytest.raises(ConfigError, match="train_on is everything, and with format raw the last message is what"):
+    with pytest.raises(ConfigError, match="train_on is everything, but format raw trains the last message"):
         rows_of(SFTDataModule, SFT["messages"], tokenizer, format="raw", train_on="everything")
     assert rows_of(SFTDataModule, {"text": "one"}, tokenizer, format="raw", train_on="everything")
     assert rows_of(SFTDataModule, SFT["messages"], tokenizer, format="raw", train_on="last_assistant")

@@ -127,7 +127,7 @@ def test_malformed_files(tmp_path: Path, name: str, content: bytes, message: str
 def test_missing_files_and_folders(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"missing\.jsonl: no such file"):
         read_rows(str(tmp_path / "missing.jsonl"))
-    with pytest.raises(DataError, match="a folder; name the file"):
+    with pytest.raises(DataError, match="a folder; give the file"):
         read_rows(tmp_path)
     with pytest.raises(DataError, match="neither a local file nor a Hub data set"):
         read_rows("owner/surely-not-there")

@@ -127,7 +127,7 @@ def test_the_kernel_of_cuda_is_one_graph(tokenizer: Any, monkeypatch: pytest.Mon
     from rlhf_lightning.sampling.local_engine import LocalEngine
     from rlhf_lightning.sampling.token_sampling import SamplingParams
 
-    monkeypatch.setattr(attention, "_by_flex", lambda query: True)
+    monkeypatch.setattr(attention, "_use_flex", lambda query: True)
     monkeypatch.setattr(attention, "_FLEX", [])
     monkeypatch.setattr(flex, "_validate_device", lambda *tensors: None)  # refuses gradients on a CPU
     counter = CompileCounter()

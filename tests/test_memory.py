@@ -19,7 +19,7 @@ from rlhf_lightning.errors import ConfigError
 from rlhf_lightning.models.loading import load_for_scoring
 from rlhf_lightning.models.lora import LoRA, named_weights
 from rlhf_lightning.models.memory import activation_bytes, checkpointed_bytes, logit_bytes
-from rlhf_lightning.models.offload import ActivationOffload, Place
+from rlhf_lightning.models.offload import ActivationOffload, Placement
 from rlhf_lightning.models.token_logprobs import TokenLogprobs
 from rlhf_lightning.rewards import EnsembleReward, FunctionReward, ModelReward
 from rlhf_lightning.rollout.kl import KLPenalty
@@ -106,10 +106,10 @@ def test_a_model_rests_is_cast_and_comes_back() -> None:
             self.kept, self.away = nn.Linear(2, 2), nn.Linear(2, 2)
 
     whole = Whole()
-    place, weight = Place(whole.away, offload=True), whole.away.weight
+    place, weight = Placement(whole.away, offload=True), whole.away.weight
     home = weight.data.data_ptr()
     place.work = torch.device("cpu", 0)  # another name, so that it goes through the motions
-    with place.there() as device:
+    with place.on_device() as device:
         assert device == place.work
         whole.away.weight.data = torch.full((2, 2), 9.0)  # what is there is not what is kept
     assert whole.away.weight is weight
@@ -150,9 +150,9 @@ def test_reference_and_rewards_elsewhere_give_the_same_run(
     base_judge = str(Path(judge).parent / "copy")
     Path(base_judge).symlink_to(judge)
     calls: list[str] = []
-    there, step = Place.there, PolicyRLModule.training_step
+    there, step = Placement.on_device, PolicyRLModule.training_step
 
-    def visited(place: Place) -> Any:
+    def visited(place: Placement) -> Any:
         calls.append(type(place.model).__name__)
         return there(place)
 
@@ -161,7 +161,7 @@ def test_reference_and_rewards_elsewhere_give_the_same_run(
         return step(module, batch, batch_idx)
 
     wanted = run()
-    monkeypatch.setattr(Place, "there", visited)
+    monkeypatch.setattr(Placement, "on_device", visited)
     monkeypatch.setattr(PolicyRLModule, "training_step", stepped)
     found = run(**where)
     assert wanted.keys() == found.keys()
@@ -172,7 +172,7 @@ def test_reference_and_rewards_elsewhere_give_the_same_run(
 
 def test_places_that_make_no_sense(base: str) -> None:
     for make in (KLPenalty, lambda **options: ModelReward(base, **options)):
-        with pytest.raises(ConfigError, match="set one of them"):
+        with pytest.raises(ConfigError, match="set only one of them"):
             make(device="cpu", offload=True)
         with pytest.raises(ConfigError, match="no device 'cuda:99'"):
             make(device="cuda:99")

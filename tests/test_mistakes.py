@@ -69,7 +69,7 @@ MISTAKES: list[tuple[str, list[str], list[str]]] = [
     # data
     ("sft", ["--data.train", "missing.jsonl"], ["missing.jsonl: no such file", "give a path"]),
     ("sft", ["--data.train", "empty.jsonl"], ["empty.jsonl: no rows", "at least one row"]),
-    ("sft", ["--data.train", "."], [": a folder of files that are not parts of one data set (", "name the file, or a pattern"]),
+    ("sft", ["--data.train", "."], ["files that are not parts of one data set (", "give the file, or a pattern"]),
     ("sft", ["--data.train", "rows.csv"], ["rows.csv:2: 3 cells, and the header (line 1) has 2 cells"]),
     ("sft", ["--data.train", "list.jsonl"], ["list.jsonl[0]: a str", "every row must be an object"]),
     ("sft", ["--data.train", "pairs.jsonl"], ["pairs.jsonl:1: no conversation", "'chosen'", "wanted messages"]),
@@ -142,7 +142,7 @@ MISTAKES: list[tuple[str, list[str], list[str]]] = [
     ("sft", ["--monitor", "val/nll"], ["--monitor val/nll", "set data.validation"]),
     # policy RL
     ("policy", ["--model.rewards", "null"], ["nothing rewards the policy"]),
-    ("policy", reward("ModelReward", model="./base"), ["./base is no preference model", "random numbers"]),
+    ("policy", reward("ModelReward", model="./base"), ["./base is no preference model", "random scores"]),
     ("policy", reward("ModelReward", model="runs/preference/model"), ["'runs/preference/model': no such folder"]),
     ("policy", reward("FunctionReward", function="newcomers_rewards"), ["newcomers_rewards", "with its module"]),
     ("policy", reward("FunctionReward", function="newcomers_rewards.two"), ["newcomers_rewards", "no attribute 'two'"]),

@@ -151,7 +151,7 @@ def test_what_a_module_does_not_have_is_elsewhere(base: str) -> None:
 
 def test_scores_are_of_lists(base: str) -> None:
     module = PreferenceModule(base)
-    with pytest.raises(ConfigError, match=r"prompts is a text; it must be a list of them: \['hi'\]"):
+    with pytest.raises(ConfigError, match=r"prompts is a single text; it must be a list of texts: \['hi'\]"):
         module.score("hi", "there")
     with pytest.raises(ConfigError, match="batch_size is 0; it must be at least 1"):
         module.score(["hi"], ["there"], batch_size=0)

@@ -295,8 +295,8 @@ def test_cells_are_what_their_columns_mean(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("prompt,answer\na,b,c\n", r"a\.csv:2: 3 cells, and the header \(line 1\) has 2 cells"),
-        ('prompt,answer\n"a\nb",c\nd\n', r"a\.csv:4: 1 cell, and the header"),
+        ("prompt,answer\na,b,c\n", r"a\.csv:2: 3 cells, but the header \(line 1\) has 2 cells"),
+        ('prompt,answer\n"a\nb",c\nd\n', r"a\.csv:4: 1 cell, but the header"),
         ("prompt,answer\na,b\nprompt,answer\nc,d\n", r"a\.csv:3: the header again"),
         ("prompt,prompt\na,b\n", r"a\.csv:1: the header has 'prompt' twice"),
         ("prompt,,answer\na,b,c\n", r"a\.csv:1: a column of the header has no name \(after 'prompt'\)"),
@@ -362,7 +362,7 @@ def test_prompts_are_lines_where_they_plainly_are(name: str, text: str, wanted: 
         ("a.jsonl", '"{\\"prompt\\": \\"Hi\\"}"\n', r"a\.jsonl:1: JSON text within a JSON string"),
         ("a.md", "# Hi\n", r"a\.md: not JSON, and the ending \.md does not say what it is; .*\.txt for a prompt"),
         ("prompts", "Hi\n", r"prompts: not JSON, and no ending says what it is"),
-        ("a.txt", "H\x00i\x00", r"a\.txt:1: holds a null character"),
+        ("a.txt", "H\x00i\x00", r"a\.txt:1: contains a null character"),
     ],
 )
 def test_text_that_is_not_plainly_prompts_is_refused(name: str, text: str, message: str, tmp_path: Path) -> None:
@@ -469,7 +469,7 @@ def test_patterns_folders_and_homes(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         DataError, match=r"parts: a folder of files that are not parts of one data set \(rows-1\.jsonl, .*pattern"
     ):
         read_rows("parts")
-    for name, message in (("parts/in", "a folder; name the file"), ("parts/*.csv", "no file matches")):
+    for name, message in (("parts/in", "a folder; give the file"), ("parts/*.csv", "no file matches")):
         with pytest.raises(DataError, match=message):
             check_there(name)
 
@@ -577,7 +577,7 @@ def test_json_and_tables_written_of_arrow_train_as_the_rows_themselves(tmp_path:
     with caplog.at_level("INFO"):
         for name in ("a.jsonl", "b.json", "c.jsonl"):
             assert rows_of(tmp_path / name) == rows, name
-    assert "null keys of messages and tools are left out" in caplog.text
+    assert "null keys of messages and tools are dropped" in caplog.text
     pd.DataFrame(list(dataset))[["messages"]].to_csv(tmp_path / "d.csv", index=False)
     assert rows_of(tmp_path / "d.csv") == [{"messages": row["messages"]} for row in rows]
 

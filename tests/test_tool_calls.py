@@ -209,7 +209,7 @@ def test_what_a_template_leaves_out_is_said(tokenizer: Any, caplog: pytest.LogCa
     first = TEMPLATES["object"].replace("m.tool_calls or []", "(m.tool_calls or [])[:1]")
     with pytest.raises(DataError, match="only the first tool call of a message, and this one has 2"):
         learnt(tokenizer, first, said)
-    with pytest.raises(DataError, match="shows no 'thinking' of a message"):
+    with pytest.raises(DataError, match="does not show 'thinking' of a message"):
         learnt(tokenizer, TEMPLATES["object"], [said[0], {"role": "assistant", "content": "a", "thinking": "b"}])
     only = "{% for m in messages if m.role in ['user', 'assistant'] %}{{ m.content }}<|im_end|>{% endfor %}"
     with pytest.raises(DataError, match="leaves out a message of role 'system' in front"):
@@ -261,11 +261,11 @@ def test_tools_in_every_form(tools: Any) -> None:
     ("turn", "message"),
     [
         ({"tool_calls": [{"name": "f", "arguments": "{'a': 1}"}]}, "call of 'f' are text that is not a JSON object"),
-        ({"tool_calls": [{"name": "f", "arguments": '{"a": NaN}'}]}, "NaN is no JSON"),
+        ({"tool_calls": [{"name": "f", "arguments": '{"a": NaN}'}]}, "NaN is not JSON"),
         ({"tool_calls": [{"name": "f", "arguments": "[1]"}]}, r"must be a JSON object, this is list \[1\]"),
         ({"tool_calls": [{"arguments": {}}]}, "must be an object with 'name' and 'arguments'"),
         ({"tool_calls": "["}, "the tool call is text that is not JSON"),
-        ({"tool_calls": [{"name": "f"}], "function_call": {"name": "g"}}, "has its calls twice, also in 'function_call'"),
+        ({"tool_calls": [{"name": "f"}], "function_call": {"name": "g"}}, "its calls twice, also in 'function_call'"),
         ({"tool_call": True, "content": "I call f"}, "the tool call is text that is not JSON"),
         ({"role": "user", "tool_calls": [{"name": "f"}]}, "only the assistant calls tools"),
     ],

@@ -43,7 +43,7 @@ class Estimate:
     cache: int = 0
     """The sampler's keys and values."""
     visiting: int = 0
-    """The largest model that is on the device for a while, see `Place`."""
+    """The largest model that is on the device for a while, see `Placement`."""
     available: int | None = None
     advice: list[str] = field(default_factory=list)
     """What to change where it does not fit: first what changes no result."""

@@ -223,7 +223,7 @@ class RowDataModule(pl.LightningDataModule):
 
         converted = convert_rows(rows, keyed, reading, self.on_bad_row, self.columns)
         refuse_unused_names(self.columns, used)
-        self._take_shared()
+        self._record_shared()
         for index, example in enumerate(converted):
             if hasattr(example, "index"):  # seeds random numbers, so that these do not depend on batch or rank
                 example.index = index
@@ -327,13 +327,13 @@ class RowDataModule(pl.LightningDataModule):
         return RenderingSettings.of(getattr(module, "start_source", self.start), **given)
 
     @rank_zero_only
-    def _say(self, asking: RenderingSettings, openings: ResponseStarts | None) -> None:
+    def _warn_of_differences(self, asking: RenderingSettings, openings: ResponseStarts | None) -> None:
         """Warn where settings differ from those the model was trained with, or answers start unlike prompts end."""
         asking.warn("all rows have the {} {}, and {} was trained with {}")
         if openings is not None and openings.message:
             log.warning("%s", openings.message)
 
-    def _take_shared(self) -> None:
+    def _record_shared(self) -> None:
         """Record what all training rows have in common, and warn where the model was trained with something else."""
         asked, openings = self.renderer.asked, self.renderer.openings
         self.renderer.asked = self.renderer.openings = None
@@ -341,7 +341,7 @@ class RowDataModule(pl.LightningDataModule):
             return
         self.shared = shared_by_all(asked)
         own = {key: value for key, value in self.shared.items() if value != getattr(self.renderer, key)}
-        self._say(replace(self.asking, given=own), openings)
+        self._warn_of_differences(replace(self.asking, given=own), openings)
 
     @property
     def pad_id(self) -> int:

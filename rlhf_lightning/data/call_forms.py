@@ -47,7 +47,7 @@ class Forms:
     """The content of a turn that has none: None or an empty text."""
     several: bool = True
     """True if it shows all calls of a turn, not only the first."""
-    beside: bool = True
+    with_text: bool = True
     """True if it shows the text next to calls."""
     needs_ids: bool = False
     """True if it shows ids, or refuses calls without them."""
@@ -156,8 +156,8 @@ class CallForms:
                 "give each call a message of its own, before its result"
             )
         content = message["content"]
-        if forms.shown and not forms.beside and content and not isinstance(content, Written):
-            self.once("beside", "the chat template leaves out the text of messages that have tool calls")
+        if forms.shown and not forms.with_text and content and not isinstance(content, Written):
+            self.once("text", "the chat template leaves out the text of messages that have tool calls")
         return None
 
     def once(self, key: Any, text: str) -> None:
@@ -193,7 +193,7 @@ class CallForms:
         if not best.shown:
             return best
         probe = partial(self._probe, tools, best)
-        both, beside, with_id, without = probe(count=2), probe(content=WORD), probe(), probe(ids=None)
+        both, with_text, with_id, without = probe(count=2), probe(content=WORD), probe(), probe(ids=None)
         needs_ids = without is None or ID in (with_id or "")
         ids = "given"
         if (long := probe(ids="call_12345678")) is None:
@@ -205,7 +205,7 @@ class CallForms:
             best.as_text,
             best.blank,
             both is None or "second value" in both,
-            beside is None or WORD in beside,
+            with_text is None or WORD in with_text,
             needs_ids,
             ids,
         )

@@ -23,7 +23,7 @@ PAIR_REMEDY = (
     "rlhf preference learns from it. To imitate the chosen answers, set columns: {completion: chosen} (with a "
     "'prompt'), or columns: {messages: chosen}"
 )
-LEARNT = (*WEIGHTS, "label", "margin", "tie", "score_chosen", "score_rejected")
+TRAINING_COLUMNS = (*WEIGHTS, "label", "margin", "tie", "score_chosen", "score_rejected")
 """Columns that say how a row is trained on; they do not apply to prompts."""
 UNWANTED = (0, False, "0", "false", "undesirable")
 
@@ -35,7 +35,7 @@ def refuse_media(data: Mapping[str, Any]) -> None:
             "the row has 'chat_template_kwargs', and all rows are rendered with the same settings: set "
             "data.template_kwargs, and leave the column out with columns: {chat_template_kwargs: null}"
         )
-    refuse_misspelt(data, (*SYSTEM, *TOOLS, *MEDIA))
+    refuse_misspelled(data, (*SYSTEM, *TOOLS, *MEDIA))
     for name in MEDIA:
         if not is_empty(data.get(name)):
             raise RowError(
@@ -44,7 +44,7 @@ def refuse_media(data: Mapping[str, Any]) -> None:
             )
 
 
-def refuse_misspelt(data: Mapping[str, Any], names: Sequence[str]) -> None:
+def refuse_misspelled(data: Mapping[str, Any], names: Sequence[str]) -> None:
     """Raise `RowError` for `System` where `system` has a meaning, since the column would not be used."""
     for column, value in data.items():
         name = column.strip().lower() if isinstance(column, str) else column
@@ -79,7 +79,7 @@ def noting_unused(
     def noting(data: dict[str, Any]) -> list[Any]:
         refuse_media(data)
         if (names := module.used_columns(name, data)) is not None:
-            refuse_misspelt(data, LEARNT)
+            refuse_misspelled(data, TRAINING_COLUMNS)
             unused.update(dict.fromkeys(k for k, v in data.items() if k not in names | mapped and not is_empty(v)))
             if used is not None:
                 used.update(names)
@@ -95,7 +95,7 @@ def refuse_unused_names(columns: Mapping[str, str | None] | None, used: set[str]
         columns: The mapping.
         used: The names that rows were read from; empty if examples keep all columns.
     """
-    known = {*used, *MEDIA, *MARKS, *WEIGHTS, "label"}  # these are looked at in every row
+    known = {*used, *MEDIA, *MARKS, *WEIGHTS, "label"}  # these are checked in every row
     for ours, theirs in (columns or {}).items():
         if used and theirs is not None and ours not in known:
             close = get_close_matches(ours, sorted(used), n=1)

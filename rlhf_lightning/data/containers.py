@@ -216,10 +216,10 @@ def unwrapped(given: Mapping[str, Any], split: str | None, name: str) -> Any:
 
 
 def object_rows(given: dict[str, Any], split: str | None, name: str) -> list[Any]:
-    """The rows of one JSON object: of a split, of columns, of the list that it holds, or the object as the one row.
+    """Rows of one JSON object: of a split, of columns, of the list that it holds, or the object as a single row.
 
     Raises:
-        DataError: several lists of rows, none of which is the split; or settings beside the list.
+        DataError: If it holds several lists of rows and none is the split, or settings next to the list.
     """
     if (rows := _of_pandas(given)) is not None:
         return rows

@@ -21,11 +21,11 @@ _HEAD = "{#- rlhf-lightning: this template ends with the last turn, where the sc
 _OPEN = "{% set rlhf_text %}\n"  # transformers drops line breaks after tags
 _CLOSE = "{{ '' }}{% endset %}"
 _NEWLINE = "{#- a line break stood here, which Jinja leaves out -#}"
-_SAID: list[Message] = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Good\nday."}]
+_EXAMPLE_CHAT: list[Message] = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Good\nday."}]
 _SAMPLES: list[list[Message]] = [
-    _SAID,
-    [*_SAID, *_SAID],
-    [{"role": "system", "content": "Be kind."}, *_SAID],
+    _EXAMPLE_CHAT,
+    [*_EXAMPLE_CHAT, *_EXAMPLE_CHAT],
+    [{"role": "system", "content": "Be kind."}, *_EXAMPLE_CHAT],
 ]
 
 

@@ -306,10 +306,10 @@ class Renderer:
         self._show_opening(messages, tools, selected)
         return rows
 
-    def _note_stripped(self, messages: list[Message], selected: list[bool], learnt: list[str]) -> None:
+    def _note_stripped(self, messages: list[Message], selected: list[bool], trained_texts: list[str]) -> None:
         """Warn once if the template leaves out a part of a trained turn itself, usually a thought."""
         chosen = [message for message, flag in zip(messages, selected, strict=True) if flag]
-        for message, text in zip(chosen, learnt, strict=True):
+        for message, text in zip(chosen, trained_texts, strict=True):
             content = message["content"]
             if message["role"] != "assistant" or message.get("tool_calls") or not content or content.strip() in text:
                 continue

@@ -23,7 +23,7 @@ class SFTDataModule(RowDataModule):
     A row has one of: `messages`; `conversations` (from/value); `prompt` + `completion`; `instruction` (+ `input`) +
     `output`; `text`. Messages are objects with role and content, or alternating strings. A batch is a dict with
     `input_ids` and `loss_mask` `[B, T]`, `lengths` and `text_bytes` `[B]`, and `denominators`. Rows of `predict` are
-    prompts to answer: `prompt`, or a conversation whose last assistant turn is answered anew.
+    prompts to answer: `prompt`, or a conversation whose last assistant turn is generated again.
 
     Args:
         train: Rows to train on; see `RowDataModule` for further arguments.

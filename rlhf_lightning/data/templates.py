@@ -33,7 +33,7 @@ FIXED_DATE = (
     + " }}{%- endmacro -%}\n"
 )
 _SENTINEL = "\ue000sentinel\ue001"
-_ASKED: list[Message] = [{"role": "user", "content": "Hello"}]
+_USER_TURN: list[Message] = [{"role": "user", "content": "Hello"}]
 # Arguments of `apply_chat_template` that are not variables of the template.
 _RESERVED = {
     *("conversation", "messages", "tools", "chat_template", "add_generation_prompt", "continue_final_message"),
@@ -45,7 +45,7 @@ FAILURES = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError,
 Tools = list[Any] | None
 
 
-class _Own(str):
+class _TemplateKey(str):
     """The key of a template: an empty template that transformers compiles in its sandbox and that is then filled.
 
     transformers must not compile the text itself, since Jinja evaluates constant expressions, however large, while it
@@ -61,13 +61,13 @@ def _compiled(source: str) -> Any:
 
 
 @lru_cache(maxsize=16)
-def _filled(source: str) -> tuple[_Own, Budget]:
+def _filled(source: str) -> tuple[_TemplateKey, Budget]:
     """Key by which `apply_chat_template` finds a template with its budget and a fixed date.
 
     Raises:
         TemplateSyntaxError: If the text is not a template.
     """
-    name = _Own(f"{{# {hashlib.sha256(source.encode(errors='surrogatepass')).hexdigest()} #}}")
+    name = _TemplateKey(f"{{# {hashlib.sha256(source.encode(errors='surrogatepass')).hexdigest()} #}}")
     template = _compiled(name)
     # `apply_chat_template` passes only data to templates, so the function is replaced where transformers keeps it.
     template.environment.globals["strftime_now"] = _fixed_now
@@ -117,7 +117,7 @@ class ChatTemplate:
         self._ending = ""
         """The part of it that ends the turn, up to its last special token; the rest ends the conversation."""
         with suppress(RowError):
-            self.turn_end = self.closing(_ASKED, "assistant").strip()
+            self.turn_end = self.closing(_USER_TURN, "assistant").strip()
             self._ending = self._ends_with(self.turn_end)
         self.ends_turns = self.turn_end != ""
         self.end_markers = self._find_ends()
@@ -248,7 +248,7 @@ class ChatTemplate:
         for i in (i for i, chosen in enumerate(selected) if chosen):
             upto = self.render(messages[: i + 1], tools)
             start, end = self.span(messages, i, upto, tools)
-            if messages[i]["role"] == "assistant" and (asked := self._asked_anew(messages[:i], upto, start, tools)):
+            if messages[i]["role"] == "assistant" and (asked := self._dropped_prompt(messages[:i], upto, start, tools)):
                 upto, start, end = asked + upto[start:], len(asked), len(asked) + end - start
             ended = self.ends_turns and self._ended(messages[i]["role"], upto[:end])
             # The end token is appended to the text, so white space before it must be trained as well.
@@ -294,7 +294,7 @@ class ChatTemplate:
         if prompt and shared == len(prompt):
             return shared
         spoken = _common_prefix(self._with_sentinel(before, role, tools), upto)
-        opening = prompt[len(self._said(before, prompt, tools)) :].lstrip()
+        opening = prompt[len(self._conversation_part(before, prompt, tools)) :].lstrip()
         opened = upto.find(opening, shared, spoken) if opening else -1
         if opened >= 0:  # the text differs from the prompt only before the opening
             return opened + len(opening)
@@ -305,14 +305,14 @@ class ChatTemplate:
         # into the content by chance; the common prefix with another content cannot.
         return min(shared or len(upto), spoken)
 
-    def _said(self, before: list[Message], prompt: str, tools: Tools) -> str:
+    def _conversation_part(self, before: list[Message], prompt: str, tools: Tools) -> str:
         """The part of a prompt that is the conversation, without what opens the answer."""
         try:
             return prompt[: _common_prefix(self.render(before, tools), prompt)]
         except RowError:
             return prompt
 
-    def _asked_anew(self, before: list[Message], upto: str, start: int, tools: Tools) -> str:
+    def _dropped_prompt(self, before: list[Message], upto: str, start: int, tools: Tools) -> str:
         """The prompt of a turn, if the template leaves out a part of it once the answer is there; else an empty text.
 
         Some templates put a system message, or tools, into the user's message only while it is the last (Mistral).
@@ -322,7 +322,7 @@ class ChatTemplate:
         except RowError:
             return ""
         shared = _common_prefix(prompt, upto)
-        said = self._said(before, prompt, tools) if shared < min(start, len(prompt)) else ""
+        said = self._conversation_part(before, prompt, tools) if shared < min(start, len(prompt)) else ""
         return prompt if said[shared:].strip() else ""
 
     def _with_sentinel(self, before: list[Message], role: str, tools: Tools, prompts: bool = False) -> str:
@@ -350,9 +350,9 @@ class ChatTemplate:
         if first is None:
             return ""
         end = closing.index(first) + len(first)
-        if self.render(_ASKED) != self.render(_ASKED, add_generation_prompt=True):  # else it may always prompt
+        if self.render(_USER_TURN) != self.render(_USER_TURN, add_generation_prompt=True):  # else it may always prompt
             with suppress(RowError):
-                followed = self.closing(_ASKED, "assistant", prompts=True).lstrip()
+                followed = self.closing(_USER_TURN, "assistant", prompts=True).lstrip()
                 shared = closing[: _common_prefix(closing, followed)]
                 end = max([end, *(shared.rindex(m) + len(m) for m in self.markers if m in shared)])
         return closing[:end]
@@ -394,8 +394,8 @@ def _turns() -> Iterator[tuple[list[Message], Tools]]:
     plain: Message = {"role": "assistant", "content": "Hi"}
     silent: Message = {"role": "assistant", "content": ""}
     thought = {"reasoning_content": "Hm."}
-    yield [*_ASKED, plain], None
-    yield [*_ASKED, plain | thought], None
+    yield [*_USER_TURN, plain], None
+    yield [*_USER_TURN, plain | thought], None
     # Most templates expect arguments as an object and some as JSON text; some check ids.
     for arguments in ({"city": "Oslo"}, '{"city": "Oslo"}'):
         calls = [
@@ -404,9 +404,9 @@ def _turns() -> Iterator[tuple[list[Message], Tools]]:
         ]
         for called in (calls[:1], calls):
             for turn in (silent, silent | thought):
-                yield [*_ASKED, turn | {"tool_calls": called}], tools
+                yield [*_USER_TURN, turn | {"tool_calls": called}], tools
         result = {"role": "tool", "name": "weather", "tool_call_id": "call00000", "content": "Rain"}
-        yield [*_ASKED, silent | {"tool_calls": calls[:1]}, result, plain], tools
+        yield [*_USER_TURN, silent | {"tool_calls": calls[:1]}, result, plain], tools
 
 
 def _common_prefix(a: str, b: str) -> int:

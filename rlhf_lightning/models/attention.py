@@ -65,7 +65,7 @@ def _attention(
 ) -> tuple[Tensor, Tensor | None]:
     """Entry point that transformers calls: dispatches on the kind of layout."""
     if layout is None:
-        return _own(own, module)(module, query, key, value, attention_mask, **options)
+        return _model_attention(own, module)(module, query, key, value, attention_mask, **options)
     if isinstance(layout, Decoding):
         return decoding_attention(query, key, value, layout, **options), None
     return packed_attention(query, key, value, layout, **options), None
@@ -143,7 +143,7 @@ def decoding_attention(
     return out.reshape(rows, 1, heads, value.shape[-1])
 
 
-def _own(name: str, module: Any) -> Callable[..., tuple[Tensor, Tensor | None]]:
+def _model_attention(name: str, module: Any) -> Callable[..., tuple[Tensor, Tensor | None]]:
     """The model's own attention function."""
     if name == "eager":  # each model's file defines its own
         return sys.modules[type(module).__module__].eager_attention_forward
@@ -179,7 +179,7 @@ def packed_attention(
     Returns:
         `[1, n, heads, size]`.
     """
-    if _by_flex(query) and not dropout:
+    if _use_flex(query) and not dropout:
         return _flex(query, key, value, layout, scaling, sliding_window, softcap).transpose(1, 2).contiguous()
     if key.shape[1] != query.shape[1]:
         repeats = query.shape[1] // key.shape[1]
@@ -271,7 +271,7 @@ def _by_scores(
     return F.dropout(weights, dropout, training=bool(dropout)) @ value
 
 
-def _by_flex(query: Tensor) -> bool:
+def _use_flex(query: Tensor) -> bool:
     """True if FlexAttention should run: on CUDA, except in float64."""
     return query.is_cuda and query.dtype != torch.float64
 

@@ -187,7 +187,7 @@ def _sees_ahead(config: Any) -> bool:
 def _write_once(model: Any, folder: Path, adapter: Path) -> None:
     """Save a merged model, unless another rank or run already wrote it from this same adapter (by hash).
 
-    The tokenizer, chat template, generation config and rendering settings beside the adapter are copied along.
+    The tokenizer, chat template, generation config and rendering settings next to the adapter are copied along.
     """
     source = hash_folder(adapter)
     if _merged_from(folder) == source:

@@ -115,7 +115,8 @@ def _saved(forward: PackedForward, tokens: int, context: Callable[[], Any]) -> i
     # Dropout saves masks, so it must be on as in training; the caller's random state is not advanced.
     devices = [device] if device.type == "cuda" else []
     try:
-        with torch.random.fork_rng(devices), _all_kept(forward.model), torch.enable_grad(), context():
+        without_checkpointing = _training_without_checkpointing(forward.model)
+        with torch.random.fork_rng(devices), without_checkpointing, torch.enable_grad(), context():
             run_unsharded(forward.model, forward, ids, wanted, prefixes)
     finally:
         forward.saving = saving
@@ -123,7 +124,7 @@ def _saved(forward: PackedForward, tokens: int, context: Callable[[], Any]) -> i
 
 
 @contextlib.contextmanager
-def _all_kept(model: nn.Module) -> Iterator[None]:
+def _training_without_checkpointing(model: nn.Module) -> Iterator[None]:
     """Training mode without gradient checkpointing, within the context."""
     flags = [(part, part.gradient_checkpointing) for part in model.modules() if hasattr(part, "gradient_checkpointing")]
     modes = [(part, part.training) for part in model.modules()]

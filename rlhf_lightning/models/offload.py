@@ -78,11 +78,11 @@ class ActivationOffload(saved_tensors_hooks):
         super().__exit__(*args)
 
 
-class Place:
+class Placement:
     """Placement of a frozen model: on a device of its own, or on the CPU except while it runs.
 
-    Submodules of a Lightning module move with it; a model with a `Place` does not, but it is cast with it. Weights are
-    not copied back after use: the CPU copies are kept and restored.
+    Submodules of a Lightning module move with it; a model with a `Placement` does not, but it is cast with it.
+    Weights are not copied back after use: the CPU copies are kept and restored.
 
     Args:
         model: The frozen model.
@@ -91,8 +91,8 @@ class Place:
 
     Example:
         ```python
-        place = Place(reference, offload=True)
-        with place.there() as device:
+        placement = Placement(reference, offload=True)
+        with placement.on_device() as device:
             logits = reference(input_ids.to(device)).logits
         ```
     """
@@ -105,7 +105,7 @@ class Place:
         model.to(self.rest)
         self._applied = model._apply
         # Replaced on the instance, since a wrapping module would rename its weights.
-        model._apply = MethodType(Place._apply_at_rest, self)  # type: ignore[method-assign]
+        model._apply = MethodType(Placement._apply_at_rest, self)  # type: ignore[method-assign]
 
     def _apply_at_rest(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
         """`_apply` of the model (a move or a cast), without leaving its resting device."""
@@ -115,7 +115,7 @@ class Place:
         return self.model
 
     @contextmanager
-    def there(self) -> Iterator[torch.device]:
+    def on_device(self) -> Iterator[torch.device]:
         """The model on the device where it runs, within the context; yields that device."""
         tensors = [] if self.work == self.rest else [*self.model.parameters(), *self.model.buffers()]
         home = [tensor.data for tensor in tensors]

@@ -181,7 +181,7 @@ class PackedForward:
         ids, wanted = ids.to(weight.device), torch.arange(length) < torch.tensor(ends)[:, None]
         plain = [SharedPrefix((row,), end, (0,)) for row, end in enumerate(ends)]
         shared = [plain[0], SharedPrefix((1, 2, 3), prefix, tuple(end - prefix for end in ends[1:]))]
-        with _quiet(self.model, weight.device, gradients):
+        with _exact_mode(self.model, weight.device, gradients):
             packed = self._effects([run_unsharded(self.model, self._packed, ids, wanted, shared)], length)
             apart = self._effects(
                 [run_unsharded(self.model, self._padded, ids, wanted, [tree]) for tree in plain], length
@@ -225,7 +225,7 @@ def tolerance(model: Any) -> float:
 
 
 @contextmanager
-def _quiet(model: nn.Module, device: torch.device, gradients: bool) -> Iterator[None]:
+def _exact_mode(model: nn.Module, device: torch.device, gradients: bool) -> Iterator[None]:
     """Full precision, no dropout, nothing compiled, gradients on or off, within the context."""
     with (
         evaluating(model),

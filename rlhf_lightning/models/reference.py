@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from rlhf_lightning.models.loading import disable_dropout
 from rlhf_lightning.models.lora import simple
-from rlhf_lightning.models.offload import Place
+from rlhf_lightning.models.offload import Placement
 from rlhf_lightning.models.sharding import copy_weight, full_tensor
 from rlhf_lightning.models.token_logprobs import TokenLogprobs
 
@@ -29,8 +29,8 @@ class Reference(nn.Module):
         fresh_adapter: True if its adapter was created by this stage.
         max_tokens: Tokens computed at once, see `PackedForward`.
         moves: True if `refresh` will be called.
-        device: Device of a copy of the whole model, see `Place`.
-        offload: Keep such a copy on the CPU while it does not run, see `Place`.
+        device: Device of a copy of the whole model, see `Placement`.
+        offload: Keep such a copy on the CPU while it does not run, see `Placement`.
 
     Example:
         ```python
@@ -61,12 +61,12 @@ class Reference(nn.Module):
             _copy_adapter(model)
         # In a list so that torch does not register it: the policy belongs to the module that trains it.
         self._policy = [model]
-        self._put(device, offload)
+        self._place_copy(device, offload)
         self._scorer = TokenLogprobs(self.copy if self.copy is not None else model, max_tokens)
 
-    def _put(self, device: str | None, offload: bool) -> None:
+    def _place_copy(self, device: str | None, offload: bool) -> None:
         """Place a copy of the whole model on its own device, or offload it."""
-        self._place: Place | None = None
+        self._place: Placement | None = None
         if device is None and not offload:
             return
         if self.copy is None:
@@ -74,7 +74,7 @@ class Reference(nn.Module):
                 "kl.device, kl.offload: the reference is the policy with another adapter; it has no weights to move"
             )
             return
-        self._place = Place(self.copy, device, offload)
+        self._place = Placement(self.copy, device, offload)
 
     @classmethod
     def of(
@@ -85,14 +85,14 @@ class Reference(nn.Module):
         Args:
             model: The model; its dropout is disabled and its gradients are turned off.
             max_tokens: Tokens computed at once, see `PackedForward`.
-            device: Where it stays, see `Place`.
-            offload: Keep it on the CPU while it does not run, see `Place`.
+            device: Where it stays, see `Placement`.
+            offload: Keep it on the CPU while it does not run, see `Placement`.
         """
         reference = cls.__new__(cls)
         nn.Module.__init__(reference)
         disable_dropout(model)
         reference.mode, reference.copy = "copy", model.requires_grad_(False).eval()
-        reference._put(device, offload)
+        reference._place_copy(device, offload)
         reference._policy, reference._scorer = [model], TokenLogprobs(model, max_tokens)
         return reference
 
@@ -109,7 +109,7 @@ class Reference(nn.Module):
             In nats, `[B, T]`, 0 where the mask is 0.
         """
         here = input_ids.device
-        with self._active(), self._place.there() if self._place else nullcontext(here) as device:
+        with self._active(), self._place.on_device() if self._place else nullcontext(here) as device:
             return self._scorer(input_ids.to(device), loss_mask.to(device), temperature).logprobs.to(here)
 
     @property
@@ -131,14 +131,14 @@ class Reference(nn.Module):
 
     def weights(self) -> dict[str, Tensor]:
         """Weights that `refresh` changes, for a checkpoint, gathered; all ranks must call it."""
-        return {name: full_tensor(value.detach()).clone() for name, value in self._moved().items()}
+        return {name: full_tensor(value.detach()).clone() for name, value in self._refreshed().items()}
 
     def load_weights(self, weights: dict[str, Tensor]) -> None:
         """Restore what `weights` returned; all ranks must call it."""
-        for name, value in self._moved().items():
+        for name, value in self._refreshed().items():
             copy_weight(value, weights[name])
 
-    def _moved(self) -> dict[str, Tensor]:
+    def _refreshed(self) -> dict[str, Tensor]:
         """Tensors that `refresh` overwrites, by name."""
         return self.copy.state_dict() if self.copy is not None else _adapter(self._policy[0], "reference")
 

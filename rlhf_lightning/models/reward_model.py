@@ -22,7 +22,7 @@ from rlhf_lightning.safe_points import safe_point
 Text = str | list[Message]
 Row = tuple[list[int], list[int]]
 """Token ids, and a mask that is 1 on the response."""
-_SAID: list[Message] = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Good day."}]
+_EXAMPLE_CHAT: list[Message] = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Good day."}]
 
 
 @torch.no_grad()
@@ -181,11 +181,11 @@ class RewardModel(nn.Module):
         )
 
     def _closing(self) -> tuple[list[int], bool]:
-        """Token ids that its template writes after a turn's end token, and whether it omits that end token."""
+        """Ids that its template writes after a turn's end token, and whether it omits that end token."""
         if self.renderer.format == "raw" or not self.tokenizer.chat_template:
             return [], False
-        ours = self.renderer.exchange(_SAID[:1], _SAID[1:]).ids
-        text = self.renderer.template.render(*self.renderer.completed(_SAID))
+        ours = self.renderer.exchange(_EXAMPLE_CHAT[:1], _EXAMPLE_CHAT[1:]).ids
+        text = self.renderer.template.render(*self.renderer.completed(_EXAMPLE_CHAT))
         theirs = list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
         return theirs[len(ours) :] if theirs[: len(ours)] == ours else [], ours[:-1] == theirs
 

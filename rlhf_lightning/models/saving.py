@@ -135,7 +135,7 @@ def _tell_stock_peft(model: Any, scratch: Path) -> None:
     if not set(ends) <= set(before):
         log.info(
             "stock peft stops at the tokens of the base's generation config (%s), not at those of training (%s), which "
-            "are in generation_config.json beside the adapter: see docs/stages.md",
+            "are in generation_config.json next to the adapter: see docs/stages.md",
             before,
             ends,
         )

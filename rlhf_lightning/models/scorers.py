@@ -353,8 +353,8 @@ def _subclasses(of: type[Scorer]) -> Iterator[type[Scorer]]:
 
 def _reference_of(folder: Path, named: str, relative: str | None) -> str:
     """Folder of a model's reference: relative to the model folder if the run was moved or copied, else as named."""
-    beside = (folder / relative).resolve() if relative else None
-    found = str(beside) if beside is not None and beside.is_dir() else named
+    neighbor = (folder / relative).resolve() if relative else None
+    found = str(neighbor) if neighbor is not None and neighbor.is_dir() else named
     if Path(found).is_dir():
         if Path(found).resolve() == folder.resolve():
             raise ConfigError(

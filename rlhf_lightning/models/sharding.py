@@ -186,9 +186,9 @@ def unsharded_or_synchronized(
         with unsharded(model):
             yield None
     else:
-        lock = SynchronizedCalls(model, idle)
-        yield lock
-        lock.finish()
+        calls = SynchronizedCalls(model, idle)
+        yield calls
+        calls.finish()
 
 
 # -- weights ------------------------------------------------------------------------------------------------------

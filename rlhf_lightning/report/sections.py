@@ -125,16 +125,16 @@ def stage_section(stage: StageRun) -> Html:
     known = CURVES.get(stage.kind, [])
     picked = {title: _picked(stage, names) for title, names in known}
     # A constant curve is reported as its number.
-    still = {title: given for title, given in picked.items() if given and all(map(charts.constant, given.values()))}
-    main = [charts.curves(title, given) for title, given in picked.items() if title not in still]
+    constant = {title: given for title, given in picked.items() if given and all(map(charts.constant, given.values()))}
+    main = [charts.curves(title, given) for title, given in picked.items() if title not in constant]
     special = _policy(stage) if stage.kind == "policy" else _preference(stage)
     shown = {name for _, names in known for name in names}
     rest = [charts.curves(name, {name: points}) for name, points in sorted(stage.metrics.items()) if name not in shown]
     body: list[Html] = [grid([*special, *main])]
     if not stage.metrics:
         body = [el("p", "No metrics.csv: the stage has logged nothing yet, or logs elsewhere (trainer.logger).")]
-    if still:
-        told = [f"{title} {number(next(iter(given.values()))[0][1])}" for title, given in still.items()]
+    if constant:
+        told = [f"{title} {number(next(iter(given.values()))[0][1])}" for title, given in constant.items()]
         body.append(el("p", f"The same at every step: {', '.join(told)}."))
     if others := [chart for chart in rest if chart is not None]:
         body.append(details(f"{len(others)} more curves", grid(others)))
@@ -184,27 +184,27 @@ def samples(stage: StageRun) -> list[Html]:
     """Answers before and after: to repeated prompts if there are any, else of the first and the last round."""
     found = stage.samples
     if found.repeated:
-        rows = [[asked(b["prompt"]), answer(b), answer(a)] for b, a in found.repeated]
+        rows = [[prompt_block(b["prompt"]), answer_block(b), answer_block(a)] for b, a in found.repeated]
         head = ["prompt", "earlier", "later"]
         return [el("h3", "Answers to repeated prompts"), table(head, rows, "stack answers")]
     if not found.last:
         return []
     rows = [
-        [asked(b["prompt"]), answer(b), asked(a["prompt"]), answer(a)]
-        for b, a in zip(spread(found.first), spread(found.last), strict=False)
+        [prompt_block(b["prompt"]), answer_block(b), prompt_block(a["prompt"]), answer_block(a)]
+        for b, a in zip(worst_median_best(found.first), worst_median_best(found.last), strict=False)
     ]
     head = ["prompt", "first round", "prompt", "last round"]
     title = "Worst, median and best answers of the first and the last round (no prompt was repeated)"
     return [el("h3", title), table(head, rows, "stack answers")]
 
 
-def spread(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def worst_median_best(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """The worst, the median and the best row by reward."""
     ordered = sorted(rows, key=lambda row: row["reward"])
     return [ordered[i] for i in sorted({0, len(ordered) // 2, len(ordered) - 1})]
 
 
-def asked(prompt: Any) -> Html:
+def prompt_block(prompt: Any) -> Html:
     """A prompt's messages, with their roles if there are several."""
     messages = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
     lines = [m["content"] if isinstance(m["content"], str) else json.dumps(m["content"]) for m in messages]
@@ -212,7 +212,7 @@ def asked(prompt: Any) -> Html:
     return el("div", "\n".join(named), class_="text")
 
 
-def answer(row: dict[str, Any]) -> Html:
+def answer_block(row: dict[str, Any]) -> Html:
     """A response with its step, reward, length and stop reason."""
     small = [f"step {row['step']}", f"reward {number(row['reward'])}", f"{row['response_tokens']} tokens"]
     small.append(str(row["stop_reason"]))

@@ -171,7 +171,7 @@ def total_rewards(
     totals = [episode.environment_reward for episode in played]
     for part in rewards:
         safe_point()
-        scores, details = run_on_leader(partial(_asked, part, played))
+        scores, details = run_on_leader(partial(_scores_and_details, part, played))
         for i, amount in enumerate(part.amounts(scores, running)):
             played[i].terms[part.name], played[i].details = scores[i], details[i]
             totals[i] += 0.0 if amount is None else amount
@@ -179,7 +179,7 @@ def total_rewards(
         episode.reward = truncated_reward if episode.truncated and truncated_reward is not None else total
 
 
-def _asked(part: Reward, episodes: Sequence[Episode]) -> tuple[list[float | None], list[dict[str, Any]]]:
+def _scores_and_details(part: Reward, episodes: Sequence[Episode]) -> tuple[list[float | None], list[dict[str, Any]]]:
     """A term's scores, and the details that it recorded on the episodes."""
     return _scores(part, episodes), [episode.details for episode in episodes]
 

@@ -10,7 +10,7 @@ from torch import nn
 from rlhf_lightning.data.rendering import Renderer
 from rlhf_lightning.environments.base import imported
 from rlhf_lightning.errors import ConfigError
-from rlhf_lightning.models.offload import Place, check_place
+from rlhf_lightning.models.offload import Placement, check_place
 from rlhf_lightning.models.reward_model import RewardModel
 from rlhf_lightning.rewards.base import Reward, check_finite
 from rlhf_lightning.rewards.normalization import Normalizer
@@ -60,7 +60,7 @@ class ModelReward(Reward):
             imported(scorer, f"the scorer of the reward {name}:")
         self.source, self.dtype_name, self.device_name, self.offload = model, dtype, device, offload
         check_place(f"the reward {name}", device, offload)
-        self._place: Place | None = None
+        self._place: Placement | None = None
         self._judge: RewardModel | None = None
         self._apart: tuple[RewardModel, ...] = ()
         self._policy: Renderer | None = None
@@ -74,7 +74,7 @@ class ModelReward(Reward):
         judge = RewardModel(self.source, self.dtype_name)
         if self.device_name is None:
             self._judge = judge
-            self._place = Place(judge, offload=True) if self.offload else None
+            self._place = Placement(judge, offload=True) if self.offload else None
         else:  # in a tuple, so that torch does not register it and move it with the module
             self._apart = (judge.to(self.device_name),)
         self._policy, self._by_tokens = renderer, judge.same_tokens(renderer)
@@ -84,17 +84,17 @@ class ModelReward(Reward):
         assert self.judge is not None, "bind() comes first"
         # An episode without room for a response has nothing to score.
         answered = [i for i, episode in enumerate(episodes) if episode.response_tokens]
-        sampled = [i for i in answered if self._seen_alike(episodes[i])]
+        sampled = [i for i in answered if self._sees_same_tokens(episodes[i])]
         shown = sorted(set(answered) - set(sampled))
         found: list[float | None] = [None] * len(episodes)
-        with self._place.there() if self._place else nullcontext():
+        with self._place.on_device() if self._place else nullcontext():
             for places, scorer in ((sampled, self._score_tokens), (shown, self._score_messages)):
                 if places:
                     for i, score in zip(places, scorer([episodes[i] for i in places]), strict=True):
                         found[i] = score
         return found
 
-    def _seen_alike(self, episode: Episode) -> bool:
+    def _sees_same_tokens(self, episode: Episode) -> bool:
         """True if the tokens that the policy saw and sampled are exactly those that the model would be shown."""
         assert self.judge is not None
         assert self._policy is not None

@@ -40,7 +40,7 @@ def generate(
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     for _, members in groupby(order, key=lambda i: len(prompts[i])):
         rows = list(members)
-        chooser = _Chooser([samples[row] for row in rows], params, [seeds[row] for row in rows], decode)
+        processor = _SamplingProcessor([samples[row] for row in rows], params, [seeds[row] for row in rows], decode)
         ids = torch.tensor([prompts[row] for row in rows], device=next(model.parameters()).device)
         with _plain_settings(model):
             model.generate(
@@ -49,8 +49,8 @@ def generate(
                 max_new_tokens=params.max_tokens,
                 do_sample=False,
                 num_beams=1,
-                logits_processor=[chooser],
-                stopping_criteria=[chooser.finished],
+                logits_processor=[processor],
+                stopping_criteria=[processor.finished],
                 eos_token_id=None,
                 pad_token_id=0,
             )
@@ -59,7 +59,7 @@ def generate(
 
 @contextmanager
 def _plain_settings(model: Any) -> Iterator[None]:
-    """Set the model's generation config aside, since its penalties and minimum lengths would change what is sampled."""
+    """Set the model's generation config aside: its penalties and minimum lengths would change what is sampled."""
     own, model.generation_config = model.generation_config, GenerationConfig()
     try:
         yield
@@ -67,7 +67,7 @@ def _plain_settings(model: Any) -> Iterator[None]:
         model.generation_config = own
 
 
-class _Chooser:
+class _SamplingProcessor:
     """A logits processor that samples a token per row, records it, and leaves only that token possible."""
 
     def __init__(

@@ -90,7 +90,7 @@ class LocalEngine:
         gather: bool | None = None,
     ) -> None:
         self.cuda_graphs, self.gather = cuda_graphs, gather
-        self._lock: SynchronizedCalls | None = None
+        self._synchronized: SynchronizedCalls | None = None
         self.model, self.decode, self.rows = model, decode, rows
         self.backbone = Backbone(model)
         self.packed_forward = PackedForward(model, self.backbone.decoder, max_tokens)
@@ -152,13 +152,13 @@ class LocalEngine:
         Raises:
             ConfigError: If it cannot be gathered and is sampled by its own `generate`.
         """
-        with unsharded_or_synchronized(self.model, self.gather, self._idle) as self._lock:
-            if self._lock:
+        with unsharded_or_synchronized(self.model, self.gather, self._idle) as self._synchronized:
+            if self._synchronized:
                 self._check_in_step()
             try:
                 yield
             finally:
-                self._lock = None
+                self._synchronized = None
 
     def _check_in_step(self) -> None:
         """Check the model on all ranks together, and refuse one that needs its own `generate`."""
@@ -225,8 +225,8 @@ class LocalEngine:
 
     def _run(self, function: Callable[..., Any], *args: Any) -> Any:
         """Call `function(*args)` with the weights outside the layers gathered, in step with other ranks if needed."""
-        if self._lock:
-            self._lock.call()
+        if self._synchronized:
+            self._synchronized.call()
         return run_unsharded(self.model, function, *args)
 
     def _decoder(self, ids: Tensor, positions: Tensor, cache: Cache, layout: Any) -> Tensor:
@@ -299,7 +299,7 @@ class _Batch:
         self.slots = SlotKVCache(engine.layers, len(self.rows), self.device)
         self.tokens = torch.zeros(len(self.rows), dtype=torch.long, device=self.device)
         # Steps that ranks announce to each other cannot be recorded.
-        graphed = engine.cuda_graphs and self.device.type == "cuda" and not engine._lock
+        graphed = engine.cuda_graphs and self.device.type == "cuda" and not engine._synchronized
         self.step = GraphedStep(engine.step) if graphed else engine.step
 
     def run(self) -> list[Completion]:

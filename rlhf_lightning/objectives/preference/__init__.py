@@ -1,6 +1,6 @@
 """Losses of preference learning: pure functions of scores, and the classes that YAML names.
 
-A class declares the tensors that it needs beside the scores as keyword-only arguments of `__call__`, and
+A class declares the tensors that it needs besides the scores as keyword-only arguments of `__call__`, and
 `PreferenceModule` passes them by name, `[B]` each:
 
 - `margin`, `ties`: columns of the data.
