@@ -102,7 +102,7 @@ def test_settings_are_those_of_a_stage(base: str, tmp_path: Path, capsys: pytest
     assert len(checked(args, capsys, code=1)["bad"]) == 3
     args += ["--columns", "prompt=question"]
     assert checked(args, capsys)["examples"] == 3
-    assert "over data.max_prompt_tokens 4" in checked([*args, "--max_length", "4"], capsys, 1)["bad"][0]["reason"]
+    assert "above data.max_prompt_tokens 4" in checked([*args, "--max_length", "4"], capsys, 1)["bad"][0]["reason"]
     assert len(checked([*args, "--max_length", "4", "--overlong", "skip"], capsys)["skipped"]) == 3
 
 

@@ -263,7 +263,7 @@ def test_prompts(tokenizer: Any) -> None:
     [
         ({"question": "x"}, "no 'prompt'"),
         ({"prompt": [USER, ASSISTANT]}, "ends with an assistant message"),
-        ({"prompt": "word " * 90}, "over data.max_prompt_tokens 30"),
+        ({"prompt": "word " * 90}, "above data.max_prompt_tokens 30"),
     ],
 )
 def test_malformed_prompts(tokenizer: Any, row: dict[str, Any], message: str) -> None:

@@ -461,7 +461,7 @@ def test_environments_that_cannot_be_had() -> None:
         environment_factory("nowhere.Env")
     with pytest.raises(ConfigError, match="environment_args is set"):
         environment_factory(None, {"a": 1})
-    with pytest.raises(ConfigError, match="no class or function"):
+    with pytest.raises(ConfigError, match="not a class or function"):
         environment_factory("rlhf_lightning.environments.base.ON_ERROR")
 
 

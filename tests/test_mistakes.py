@@ -72,7 +72,7 @@ MISTAKES: list[tuple[str, list[str], list[str]]] = [
     ("sft", ["--data.train", "."], ["files that are not parts of one data set (", "give the file, or a pattern"]),
     ("sft", ["--data.train", "rows.csv"], ["rows.csv:2: 3 cells, and the header (line 1) has 2 cells"]),
     ("sft", ["--data.train", "list.jsonl"], ["list.jsonl[0]: a str", "every row must be an object"]),
-    ("sft", ["--data.train", "pairs.jsonl"], ["pairs.jsonl:1: no conversation", "'chosen'", "wanted messages"]),
+    ("sft", ["--data.train", "pairs.jsonl"], ["pairs.jsonl:1: no conversation", "'chosen'", "it needs messages"]),
     ("sft", ["--data.train", "texts.jsonl"], ["texts.jsonl:1: no assistant turn to learn from"]),
     ("sft", ["--data.columns", "{messages: dialog}"], ["no column 'dialog'", "the row has 'messages'"]),
     ("sft", ["--data.train_on", "nothing"], ["data.train_on is 'nothing'; one of last_assistant"]),
@@ -85,7 +85,7 @@ MISTAKES: list[tuple[str, list[str], list[str]]] = [
     (
         "policy",
         ["--data.max_prompt_tokens", "2"],
-        ["policy.jsonl:1", "over data.max_prompt_tokens 2; raise it"],
+        ["policy.jsonl:1", "above data.max_prompt_tokens 2; raise it"],
     ),
     # keys, types, classes
     ("sft", ["--data.trian", "x"], ["--data.trian"]),
@@ -150,7 +150,7 @@ MISTAKES: list[tuple[str, list[str], list[str]]] = [
     (
         "policy",
         reward("FunctionReward", function="newcomers_rewards.needs"),
-        ["wants 'answer'; it can have"],
+        ["argument 'answer', which is not available; it can take"],
     ),
     ("policy", reward("FunctionReward", function="newcomers_rewards.text"), ["returned 'good' for", "a finite number"]),
     ("policy", ["--model.rewards", "newcomers_rewards.one"], ['"model.rewards"', "Expected a <class 'list'>"]),

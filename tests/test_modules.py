@@ -618,7 +618,7 @@ def unknown_column(completions: list[str], answer: list[str]) -> list[float]:
         (wrong_count, "returned 1 numbers for"),
         (nan, "returned nan"),
         (words, "returned 'good'"),
-        (unknown_column, "wants 'answer'"),
+        (unknown_column, "argument 'answer'"),
     ],
 )
 def test_rewards_that_are_none(function: Any, message: str, base: str, tmp_path: Path) -> None:
