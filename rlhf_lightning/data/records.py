@@ -38,7 +38,12 @@ Source = str | Path | Mapping[str, Any] | Iterable[Any]
 
 @dataclass
 class Row:
-    """One row of data, with the place `where` it was read: `file:line` or `list[index]`."""
+    """One row of data, with the place `where` it was read: `file:line` or `list[index]`.
+
+    Example:
+        >>> Row({"prompt": "Hi"}, "prompts.jsonl:1").where
+        'prompts.jsonl:1'
+    """
 
     data: dict[str, Any]
     where: str
@@ -60,6 +65,12 @@ class Reading:
         rows: Number of rows.
         blank: Number of blank lines.
         skipped: Locations of skipped rows, with the reasons.
+
+    Example:
+        >>> reading = Reading()
+        >>> rows = convert_rows(read_rows([{"prompt": "Hi"}]), lambda data: [data], reading)
+        >>> reading.rows
+        1
     """
 
     rows: int = 0

@@ -24,6 +24,10 @@ class RowKey:
         row: Of everything the row says.
         prompt: Of its prompt.
         where: File and line of the row.
+
+    Example:
+        >>> row_key("Hi", "Hello").prompt == row_key("Hi", "Hey").prompt
+        True
     """
 
     row: bytes
@@ -43,6 +47,12 @@ class Leaks:
         count: Number of evaluation rows.
         rows: Rows that are in the training data.
         prompts: Rows whose prompt is in the training data.
+
+    Example:
+        >>> train, test = [row_key("Hi", "Hello")], [row_key("Hi", "Hey")]
+        >>> found = leaks(train, test)
+        >>> len(found.rows), len(found.prompts)
+        (0, 1)
     """
 
     count: int = 0

@@ -24,7 +24,13 @@ MESSAGES = re.compile(r"\s*\[\s*\{\s*['\"](role|from|content|value)['\"]\s*:")
 
 
 class Cells(dict[str, Any]):
-    """A row whose values are text or null, as in CSV; `cell` converts them according to their columns."""
+    """A row whose values are text or null, as in CSV; `cell` converts them according to their columns.
+
+    Example:
+        >>> (_, row), *_ = csv_items("rows.csv", "prompt,label\\nHi,1\\n", ",")
+        >>> row["label"], cell("label", row["label"])
+        ('1', 1)
+    """
 
 
 # -- Arrow ------------------------------------------------------------------------------------------------------------

@@ -34,6 +34,14 @@ class Budget:
     Args:
         template: The template as transformers compiles it; it is recompiled with counting.
         source: Its text.
+
+    Example:
+        ```python
+        name, budget = _filled(source)  # as `data.templates` does
+        budget.begin()
+        tokenizer.apply_chat_template(messages, chat_template=name, tokenize=False)
+        print(budget.steps)
+        ```
     """
 
     def __init__(self, template: Any, source: str) -> None:

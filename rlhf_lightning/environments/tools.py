@@ -19,7 +19,13 @@ TOOL_CALL = r"<tool_call>\s*(.*?)\s*(?:</tool_call>|$)"
 
 @dataclass(frozen=True)
 class Tool:
-    """A function that the policy can call, and the schema that describes it."""
+    """A function that the policy can call, and the schema that describes it.
+
+    Example:
+        >>> tool = Tool("add", lambda a, b: a + b, schema={"type": "function", "function": {"name": "add"}})
+        >>> tool.function(2, 3)
+        5
+    """
 
     name: str
     function: Callable[..., Any]

@@ -29,7 +29,13 @@ class TimeLimitError(UserError):
 
 @dataclass
 class Outcome:
-    """The result of a call: its value, or the exception that it raised."""
+    """The result of a call: its value, or the exception that it raised.
+
+    Example:
+        >>> (outcome,) = run_calls([lambda: 1 / 0])
+        >>> outcome.value, outcome.error
+        (None, ZeroDivisionError('division by zero'))
+    """
 
     value: Any = None
     error: Exception | None = None

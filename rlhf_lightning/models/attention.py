@@ -77,6 +77,12 @@ class Decoding:
     Args:
         positions: Position of each new token in its row, `[B]`.
         width: Number of key slots per row; the row's own keys come first.
+
+    Example:
+        >>> decoding = Decoding(torch.tensor([0, 2]), width=3)
+        >>> decoding.mask(window=None)[:, 0, 0]
+        tensor([[ True, False, False],
+                [ True,  True,  True]])
     """
 
     def __init__(self, positions: Tensor, width: int) -> None:

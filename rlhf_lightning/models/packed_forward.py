@@ -31,6 +31,11 @@ class Hidden(NamedTuple):
         states: `[n, H]`.
         rows: Row of each position in the batch, `[n]`.
         columns: Column of each position in the batch, `[n]`.
+
+    Example:
+        >>> hidden = Hidden(torch.zeros(2, 8), rows=torch.tensor([0, 1]), columns=torch.tensor([3, 5]))
+        >>> hidden.states.shape
+        torch.Size([2, 8])
     """
 
     states: Tensor

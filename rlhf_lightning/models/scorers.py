@@ -26,6 +26,10 @@ class Scored(NamedTuple):
 
     Attributes:
         scores: `[N]`.
+
+    Example:
+        >>> Scored(torch.tensor([0.5, -0.5])).logprobs is None
+        True
     """
 
     scores: Tensor

@@ -28,6 +28,10 @@ class TokenLogprobsOutput(NamedTuple):
         entropy: Entropy of the distribution that the token was scored under, in nats; None without `details`.
         correct: 1 where no token is more likely; None without `details`.
         values: The value head's estimate before the token, in reward units; None without `details` or a value head.
+
+    Example:
+        >>> TokenLogprobsOutput(torch.zeros(1, 3)).entropy is None
+        True
     """
 
     logprobs: Tensor

@@ -43,7 +43,14 @@ class Samples:
 
 @dataclass
 class StageRun:
-    """The contents of a stage's folder. What the folder does not hold (yet) is empty."""
+    """The contents of a stage's folder. What the folder does not hold (yet) is empty.
+
+    Example:
+        ```python
+        stage = read_stage(Path("runs/quickstart/sft"), "sft")
+        step, nll = stage.metrics["train/nll"][-1]
+        ```
+    """
 
     name: str
     folder: Path
@@ -75,7 +82,14 @@ class StageRun:
 
 @dataclass
 class Run:
-    """The contents of a pipeline's folder, or of a single stage's."""
+    """The contents of a pipeline's folder, or of a single stage's.
+
+    Example:
+        ```python
+        run = read_run(Path("runs/quickstart"))
+        print([(stage.name, stage.status) for stage in run.stages])
+        ```
+    """
 
     name: str
     root: Path

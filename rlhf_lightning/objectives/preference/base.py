@@ -8,9 +8,14 @@ from torch import Tensor
 
 from rlhf_lightning.settings import Settings
 
+class PreferenceLoss(ABC):
+    """Base class of `PairLoss`, `LabelLoss` and `RankingLoss`.
 
-class PreferenceLoss(Settings, ABC):
-    """Base class of `PairLoss`, `LabelLoss` and `RankingLoss`."""
+    Example:
+        >>> from rlhf_lightning.objectives.preference import BradleyTerry
+        >>> BradleyTerry().keywords()
+        {'margin': False, 'ties': False}
+    """
 
     kind: ClassVar[str]
     """The kind of rows that it learns from: `pairs`, `labels` or `rankings`."""

@@ -114,6 +114,12 @@ class RunningMeans(nn.Module):
     """Running means of the desirable and the undesirable scores seen in training, kept in the checkpoint.
 
     They are Python floats, since a buffer would be rounded when the module is cast to a lower precision.
+
+    Example:
+        >>> means = RunningMeans()
+        >>> means.update(torch.tensor([3.0, -1.0]), torch.tensor([1, 0]))
+        >>> means.middle()
+        1.0
     """
 
     def __init__(self) -> None:
