@@ -298,8 +298,8 @@ def test_data_check_renders_as_the_model_was_trained(thinker: str, tmp_path: Pat
     ("flags", "message"),
     [
         (["--template_kwargs", "{"], "no JSON"),
-        (["--template_kwargs", "[1]"], "not a mapping"),
-        (["--tools", "missing.json"], "no such file"),
+        (["--template_kwargs", "[1]"], "no mapping"),
+        (["--tools", "missing.json"], "neither a file nor"),
         (["--tools", "[1]"], "tools"),
         (["--format", "raw", "--tools", json.dumps(TOOLS)], "tools need a chat template"),
     ],
