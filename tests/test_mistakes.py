@@ -70,7 +70,7 @@ MISTAKES: list[tuple[str, list[str], list[str]]] = [
     ("sft", ["--data.train", "missing.jsonl"], ["missing.jsonl: no such file", "give a path"]),
     ("sft", ["--data.train", "empty.jsonl"], ["empty.jsonl: no rows", "at least one row"]),
     ("sft", ["--data.train", "."], ["files that are not parts of one data set (", "give the file, or a pattern"]),
-    ("sft", ["--data.train", "rows.csv"], ["rows.csv:2: 3 cells, and the header (line 1) has 2 cells"]),
+    ("sft", ["--data.train", "rows.csv"], ["rows.csv:2: 3 cells, but the header (line 1) has 2 cells"]),
     ("sft", ["--data.train", "list.jsonl"], ["list.jsonl[0]: a str", "every row must be an object"]),
     ("sft", ["--data.train", "pairs.jsonl"], ["pairs.jsonl:1: no conversation", "'chosen'", "it needs messages"]),
     ("sft", ["--data.train", "texts.jsonl"], ["texts.jsonl:1: no assistant turn to learn from"]),

@@ -336,7 +336,7 @@ def test_all_rows_with_one_prompt_have_no_mismatched_responses(base: str, tmp_pa
 
 def test_the_kind_of_rows_must_be_the_loss_own(base: str, tmp_path: Path) -> None:
     module = PreferenceModule(base, implicit(), preference.KTO())
-    with pytest.raises(ConfigError, match=r"data\.kind is rankings, and the loss KTO takes labels"):
+    with pytest.raises(ConfigError, match=r"data\.kind is rankings, but the loss KTO takes labels"):
         trainer(tmp_path).fit(module, PreferenceDataModule(pairs(4), kind="rankings", show_example=False))
     with pytest.raises(ConfigError, match=r"data\.kind is 'lists'"):
         PreferenceDataModule(pairs(4), kind="lists")
