@@ -218,7 +218,7 @@ def test_a_configuration_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatc
         raise ValueError("Config name is missing.\nPlease pick one among the available configs: ['main', 'socratic']")
 
     monkeypatch.setattr("datasets.load_dataset", load)
-    with pytest.raises(DataError, match=r"'socratic'\]\); a configuration .* owner/name:configuration/split"):
+    with pytest.raises(DataError, match=r"'socratic'\]\); write a configuration .* owner/name:configuration/split"):
         read_rows("openai/gsm8k")
 
 
