@@ -67,7 +67,11 @@ ARGUMENTS: list[tuple[str, Callable[[], Any], list[str]]] = [
         lambda: PolicyRLModule("m", rewards=["KeywordReward"]),
         ["holds 'KeywordReward'; each must"],
     ),
-    ("an engine's name", lambda: Sampler(engine="vllm"), ["sampler.engine is 'vllm'", "sampling.vllm_engine.VLLMEngine"]),
+    (
+        "an engine's name",
+        lambda: Sampler(engine="vllm"),
+        ["sampler.engine is 'vllm'", "sampling.vllm_engine.VLLMEngine"],
+    ),
     ("no rows at once", lambda: Sampler(batch_rows=0), ["sampler.batch_rows is 0; it must be at least 1"]),
     (
         "a size in quotes",

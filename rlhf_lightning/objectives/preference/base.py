@@ -8,7 +8,8 @@ from torch import Tensor
 
 from rlhf_lightning.settings import Settings
 
-class PreferenceLoss(ABC):
+
+class PreferenceLoss(Settings, ABC):
     """Base class of `PairLoss`, `LabelLoss` and `RankingLoss`.
 
     Example:
