@@ -22,9 +22,9 @@ ROOMS = [
     {"models"},
     {"pipeline", "types", "environments"},
     {"report", "data"},
-    {"distributed", "untrusted", "rank_watch"},
-    {"files", "run_folder", "objectives", "safe_points"},
-    {"errors"},
+    {"distributed", "untrusted", "rank_watch", "run_folder"},
+    {"files", "objectives", "safe_points", "interrupts"},
+    {"errors", "settings"},
 ]
 """A room imports itself and the lines below its own; on one line, only `cli` imports `quickstart`."""
 MODULES = {

@@ -182,7 +182,7 @@ def test_importance_weights() -> None:
         (lambda: policy.DRO(beta=0), "above 0"),
         (lambda: policy.SAPO(temperature_positive=0), "above 0"),
         (lambda: policy.ClippedSurrogate(aggregation="mean"), "one of"),
-        (lambda: policy.ClippedSurrogate(length=8), "of the aggregation 'constant'"),
+        (lambda: policy.ClippedSurrogate(length=8), "that aggregation 'constant' divides"),
         (lambda: policy.ImportanceWeights(level="word"), "'token' or 'sequence'"),
         (lambda: policy.ImportanceWeights(high=0.5), "must contain 1"),
         (lambda: GAE(gamma=1.5), "in \\[0, 1\\]"),

@@ -1,6 +1,7 @@
 """LoRA with the usual settings; target layers are found by structure in any architecture."""
 
 import copy
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -16,6 +17,9 @@ from rlhf_lightning.settings import Settings
 HEADS = ("score", "classifier", "classification_head")
 GROUPS = ("attention", "mlp", "unembedding", "all")
 _ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
+
+MOST_RANK = 2**16
+"""Above the width of any layer."""
 
 
 @dataclass
@@ -50,8 +54,8 @@ class LoRA(Settings):
             self.target = [self.target]
         if not isinstance(self.target, list | tuple | set) or not self.target:
             raise ConfigError(f"lora.target is {self.target!r}; any of {', '.join(GROUPS)}, or layer names")
-        check_whole("lora.rank", self.rank)
-        if not self.alpha > 0:
+        check_whole("lora.rank", self.rank, most=MOST_RANK)
+        if not 0 < self.alpha < math.inf:
             raise ConfigError(f"lora.alpha is {self.alpha}: an adapter scaled by 0 would not learn; it must be above 0")
         if not 0 <= self.dropout < 1:
             raise ConfigError(f"lora.dropout is {self.dropout}; it must be at least 0 and below 1")

@@ -14,6 +14,7 @@ from rlhf_lightning.data.prompts import Prompt
 from rlhf_lightning.data.rendering import Renderer
 from rlhf_lightning.distributed import run_on_leader
 from rlhf_lightning.errors import ConfigError, UserError
+from rlhf_lightning.interrupts import no_exit, raised_at
 from rlhf_lightning.rewards.normalization import RUNNING, Normalizer
 from rlhf_lightning.safe_points import safe_point
 from rlhf_lightning.settings import Settings
@@ -189,7 +190,8 @@ def _scores(part: Reward, episodes: Sequence[Episode]) -> list[float | None]:
     if not episodes:
         return []
     try:
-        returned: Any = part.score(episodes)
+        with no_exit():
+            returned: Any = part.score(episodes)
     except UserError:
         raise
     except Exception as error:
@@ -212,11 +214,12 @@ def _failure(part: Reward, episodes: Sequence[Episode], error: Exception) -> str
     label = f"{len(episodes)} episodes together (each can be scored alone), the first being {episodes[0].label}"
     for episode in episodes:
         try:
-            part.score([episode])
+            with no_exit():
+                part.score([episode])
         except Exception as alone:  # noqa: BLE001 - it is reported
             error, label = alone, episode.label
             break
-    frame = traceback.extract_tb(error.__traceback__)[-1]
+    frame = raised_at(error) or traceback.extract_tb(error.__traceback__)[-1]
     text = f"{type(error).__name__}: {error}".rstrip(": ")
     return (
         f"the reward {part.name} failed with {text} ({frame.filename}:{frame.lineno} in {frame.name}) for {label}. "

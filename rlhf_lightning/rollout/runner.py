@@ -21,6 +21,7 @@ from rlhf_lightning.environments.base import (
 )
 from rlhf_lightning.environments.user_calls import Call, Outcome, run_calls
 from rlhf_lightning.errors import UserError
+from rlhf_lightning.interrupts import user_line
 from rlhf_lightning.rollout.episode_state import EpisodeState, reason
 from rlhf_lightning.safe_points import safe_point
 from rlhf_lightning.sampling.sampler import Sampler
@@ -214,7 +215,8 @@ class EpisodeRunner:
 
     def _failed(self, state: EpisodeState, error: Exception) -> list[EpisodeState]:
         """By the policy: the episode to begin again, or nothing; or raise."""
-        what = f"{state.episode.label}, turn {state.turn + 1}: the environment failed: {reason(error)}"
+        where = f"{state.episode.label}, turn {state.turn + 1}"
+        what = f"{where}: the environment failed: {reason(error)}{user_line(error)}"
         if self.limits.on_error == "drop":
             state.drop(error)
             return []

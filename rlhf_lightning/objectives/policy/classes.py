@@ -51,7 +51,7 @@ class PolicyObjective(Settings, ABC):
         if aggregation not in MODES:
             raise ValueError(f"aggregation is {aggregation!r}; one of {', '.join(MODES)}")
         if length is not None and (aggregation != "constant" or length < 1):
-            raise ValueError(f"length is {length}; it is of the aggregation 'constant', and at least 1 token")
+            raise ValueError(f"length is {length}; the tokens (at least 1) that aggregation 'constant' divides by")
         self.aggregation, self.length = aggregation, length
 
     @abstractmethod
@@ -88,6 +88,13 @@ def _bounds(low: float, high: float) -> tuple[float, float]:
     if not 0 <= low <= 1 <= high:
         raise ValueError(f"the ratio's bounds are [{low}, {high}]; they must contain 1 and not be negative")
     return low, high
+
+
+def _clip_bounds(low: float, high: float) -> tuple[float, float]:
+    """Return `(1 - low, 1 + high)` after checking that clips are distances from 1."""
+    if not (0 <= low <= 1 and high >= 0):
+        raise ValueError(f"clip_low is {low} (0 to 1), clip_high {high} (0 or more): the bounds must contain 1")
+    return 1 - low, 1 + high
 
 
 class Reinforce(PolicyObjective):
@@ -159,8 +166,8 @@ class ClippedSurrogate(PolicyObjective):
         length: int | None = None,
     ) -> None:
         super().__init__(aggregation, length)
-        self.bounds = _bounds(1 - clip_low, 1 + clip_high)
-        if dual_clip is not None and dual_clip <= 1 + clip_high:
+        self.bounds = _clip_bounds(clip_low, clip_high)
+        if dual_clip is not None and not dual_clip > 1 + clip_high:
             raise ValueError(f"dual_clip is {dual_clip}; it must be above 1 + clip_high ({1 + clip_high})")
         self.clip_low, self.clip_high, self.dual_clip = clip_low, clip_high, dual_clip
 
@@ -214,7 +221,7 @@ class SequenceClippedSurrogate(PolicyObjective):
         self.normalized = normalized
         self.clip_low = low if clip_low is None else clip_low
         self.clip_high = high if clip_high is None else clip_high
-        self.bounds = _bounds(1 - self.clip_low, 1 + self.clip_high)
+        self.bounds = _clip_bounds(self.clip_low, self.clip_high)
 
     def ratio(self, logprobs: Tensor, old_logprobs: Tensor, loss_mask: Tensor) -> Tensor:
         """The response's ratio at all its tokens, `[B, T]`."""
@@ -269,7 +276,7 @@ class DRO(PolicyObjective):
 
     def __init__(self, beta: float = 0.05, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        if beta <= 0:
+        if not beta > 0:
             raise ValueError(
                 f"beta is {beta}; it must be above 0, or nothing keeps the policy close to the one that sampled"
             )
@@ -305,7 +312,7 @@ class SAPO(PolicyObjective):
         **kwargs: Any,
     ) -> None:
         super().__init__(aggregation=aggregation, **kwargs)
-        if min(temperature_positive, temperature_negative) <= 0:
+        if not (temperature_positive > 0 and temperature_negative > 0):
             raise ValueError("the temperatures of SAPO must be above 0")
         self.temperatures = temperature_positive, temperature_negative
 
