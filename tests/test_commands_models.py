@@ -133,7 +133,7 @@ def test_a_stream_holds_back_what_is_not_certain() -> None:
     stream = Stream(Letters(), ["END"], pieces.append)
     text = "Grüße, EN route END"
     for token in text.encode():
-        stream.sampled(0, token, False)
+        stream.on_token(0, token, False)
     assert stream.rest(list(text.encode())) == "Grüße, EN route"
     assert "".join(pieces) == "Grüße, EN route"
     assert "�" not in "".join(pieces)

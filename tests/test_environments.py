@@ -147,7 +147,7 @@ def test_ten_thousand_episodes_none_lost_none_twice(tokenizer: Any, policy: str)
             assert sum(training_sample.sampling_logprobs) == -training_sample.actions
     kept = sum(episode.response_tokens for episode in living)
     assert kept <= sampler.sampled
-    training_samples = collector.rows(episodes)
+    training_samples = collector.training_samples(episodes)
     assert sum(training_sample.actions for training_sample in training_samples) == kept
     assert sum(bool(episode.training_samples) for episode in episodes) == len(living)
     for group in range(0, 1250, 125):

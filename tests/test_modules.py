@@ -432,7 +432,9 @@ def test_invariants_see_a_sampler_that_disagrees(base: str, tmp_path: Path) -> N
 
 
 def _shift(row: Any) -> Any:
-    row.logprobs = [value - 0.01 * flag for value, flag in zip(row.logprobs, row.loss_mask, strict=True)]
+    row.sampling_logprobs = [
+        value - 0.01 * flag for value, flag in zip(row.sampling_logprobs, row.loss_mask, strict=True)
+    ]
     return row
 
 

@@ -174,7 +174,7 @@ def _openrlhf(tokens: bool, kind: str = "ppo", dual_clip: float | None = None) -
         mode = "token_mean" if tokens else "sequence_mean"
         gspo = kind == "gspo"
         ours = (
-            policy.SequenceClippedSurrogate(b.low, b.high)
+            policy.SequenceClippedSurrogate(True, b.low, b.high)
             if gspo
             else policy.ClippedSurrogate(b.low, b.high, dual_clip=dual_clip, aggregation=mode)
         )
@@ -336,7 +336,7 @@ COMPARISONS: dict[str, Comparison] = {
     "verl: PPO, mean of sequences": _verl_ppo("sequence_mean"),
     "verl: PPO, constant length": _verl_ppo("constant", lambda b: b.length),
     "verl: PPO, sum of a sequence": _verl_ppo("constant", lambda b: 1, "seq-mean-token-sum"),
-    "verl: GSPO": _verl_own("gspo", policy.SequenceClippedSurrogate(0.2, 0.2)),
+    "verl: GSPO": _verl_own("gspo", policy.SequenceClippedSurrogate(True, 0.2, 0.2)),
     "verl: CISPO": _verl_own("cispo", policy.CISPO(0.8, 1.2)),
     "verl: value": _verl_value,
     "verl: k1": _verl_kl("k1", kl.k1),
@@ -347,16 +347,16 @@ COMPARISONS: dict[str, Comparison] = {
     "OpenRLHF: PPO, dual clip": _openrlhf(tokens=True, dual_clip=1.7),
     "OpenRLHF: GSPO": _openrlhf(tokens=False, kind="gspo"),
     "OpenRLHF: sampler's weights, truncated": _openrlhf_correction("tis", "truncate"),
-    "OpenRLHF: sampler's weights, masked": _openrlhf_correction("icepop", "loss_mask"),
+    "OpenRLHF: sampler's weights, masked": _openrlhf_correction("icepop", "mask"),
     "OpenRLHF: value": _openrlhf_value(clipped=True),
     "OpenRLHF: value without a clip": _openrlhf_value(clipped=False),
     "GRPO": _algorithm("grpo", lambda b: policy.ClippedSurrogate(aggregation="sequence_mean")),
-    "Dr. GRPO": _algorithm("dr_grpo", lambda b: policy.DrGRPO(length=b.length)),
+    "Dr. GRPO": _algorithm("dr_grpo", lambda b: policy.ClippedSurrogate(aggregation="constant", length=b.length)),
     "DAPO": _algorithm("dapo", lambda b: policy.ClippedSurrogate(clip_high=0.28)),
     "GSPO": _algorithm("gspo", lambda b: policy.SequenceClippedSurrogate()),
     "GSPO by token": _algorithm("gspo_token", lambda b: policy.SequenceClippedSurrogate()),
     "GSPO, wide": _surrogate(
-        lambda b: policy.SequenceClippedSurrogate(b.low, b.high),
+        lambda b: policy.SequenceClippedSurrogate(True, b.low, b.high),
         SurrogateKind.PG_CLIP,
         lambda b: ClipConfig(b.low, b.high),
         RatioKind.SEQUENCE,
@@ -369,7 +369,7 @@ COMPARISONS: dict[str, Comparison] = {
     "clipped tokens of PPO": _clipped(lambda b: policy.ClippedSurrogate(b.low, b.high), None, RatioKind.TOKEN),
     "clipped tokens, dual clip": _clipped(lambda b: policy.ClippedSurrogate(b.low, b.high, 1.7), 1.7, RatioKind.TOKEN),
     "clipped tokens of GSPO": _clipped(
-        lambda b: policy.SequenceClippedSurrogate(b.low, b.high), None, RatioKind.SEQUENCE
+        lambda b: policy.SequenceClippedSurrogate(True, b.low, b.high), None, RatioKind.SEQUENCE
     ),
     "sampler's weights by token": _correction("token"),
     "sampler's weights by sequence": _correction("sequence"),

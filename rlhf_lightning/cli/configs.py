@@ -50,7 +50,7 @@ def run(args: list[str]) -> int:
     parser = Parser(
         prog="rlhf configs",
         description="The configs that come with the package. Pass one as -c rlhf:NAME, or copy it to edit it.",
-        epilog="example: rlhf policy fit -c rlhf:gsm8k; rlhf configs copy mint .",
+        epilog="example: rlhf configs copy mint .",
     )
     parser.add_argument("action", nargs="?", choices=("copy",), help="write a config into a folder")
     parser.add_argument("name", nargs="?", help="as it is listed")
