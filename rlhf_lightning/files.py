@@ -6,6 +6,7 @@ import json
 import math
 import os
 import re
+import stat
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -29,6 +30,49 @@ def hash_file(path: str | Path) -> str:
     """SHA-256 of the bytes of a file."""
     with open(path, "rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+_KINDS = {
+    stat.S_IFBLK: "device",
+    stat.S_IFCHR: "device",
+    stat.S_IFDIR: "folder",
+    stat.S_IFIFO: "named pipe",
+    stat.S_IFSOCK: "socket",
+}
+_STREAM = re.compile(r"/dev/(stdin|fd/\d+)|/proc/(self|\d+)/fd/\d+")
+
+
+def is_open_stream(path: str | os.PathLike[str]) -> bool:
+    """Whether a path is an open descriptor that is no file: what `<(…)` of a shell makes, or standard input."""
+    return bool(_STREAM.fullmatch(os.fspath(path))) and not os.path.isfile(path) and os.path.exists(path)
+
+
+def is_file(path: str | os.PathLike[str]) -> bool:
+    """Whether a file is there; of what is none, reading could take for ever.
+
+    Raises:
+        ConfigError: a folder, a pipe, a socket or a device is there.
+    """
+    try:
+        mode = os.stat(path).st_mode
+    except (OSError, ValueError):
+        return False
+    if not stat.S_ISREG(mode):
+        kind = (
+            "stream, which can be read once only" if is_open_stream(path) else _KINDS.get(stat.S_IFMT(mode), "device")
+        )
+        raise ConfigError(f"{os.fspath(path)}: a {kind}; it must be a file")
+    return True
+
+
+def check_files_in(folder: Path, below: bool = False) -> None:
+    """Refuse a folder that holds what is neither file nor folder; raises `ConfigError`.
+
+    `below`: in the folders within it, too.
+    """
+    for path in folder.rglob("*") if below else folder.iterdir():
+        if not path.is_dir():
+            is_file(path)
 
 
 def read_object(path: Path, unique: bool = True) -> dict[str, Any]:
@@ -88,7 +132,7 @@ def read_stage(folder: Any) -> dict[str, Any]:
         # A base that lies in the folder of a run has no record, whatever that of the run says.
         own = place.resolve().name == "model"
         for path in (place / "stage.json", *([place.resolve().parent / "stage.json"] if own else [])):
-            if path.is_file():
+            if is_file(path):
                 return read_record(path)
     return {}
 

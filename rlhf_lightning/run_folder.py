@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_lightning.errors import ConfigError
+from rlhf_lightning.files import is_file
 
 if sys.platform != "win32":
     import fcntl
@@ -66,6 +67,7 @@ def claim(root: Path, results: Iterable[str], patience: float = 0.0) -> None:
 
 
 def _locked(root: Path, patience: float) -> int:
+    is_file(root / MARK)
     file = os.open(root / MARK, os.O_RDWR | os.O_CREAT, 0o644)
     if sys.platform == "win32":
         return file

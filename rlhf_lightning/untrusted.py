@@ -17,7 +17,7 @@ from re import _parser  # type: ignore[attr-defined]
 from typing import Any
 
 from rlhf_lightning.errors import ConfigError
-from rlhf_lightning.files import read_object
+from rlhf_lightning.files import check_files_in, read_object
 
 REPEATS = 5
 """Unbounded repeats that a regular expression of a file may have in one sequence: each multiplies the work."""
@@ -121,6 +121,7 @@ def check_folder(folder: Path, options: Mapping[str, Any] | None = None) -> None
 
 
 def _check_all(folder: Path, options: Mapping[str, Any] | None) -> None:
+    check_files_in(folder)
     _check_names(folder)
     chosen = "attn_implementation" in (options or {})
     extent = _extent(folder)

@@ -3,20 +3,23 @@
 import io
 import json
 import os
+import re
 import signal
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis.strategies import SearchStrategy
 
 from rlhf_lightning.cli.main import main
+from rlhf_lightning.files import write_json
 
-LIMIT = 30
+LIMIT = 60
 """Seconds that a case may take; none is near it."""
 FINDING = bool(os.environ.get("RLHF_FUZZ_SHRINK"))
 """Shrink a case that fails to a small one: for looking for faults by hand."""
@@ -47,6 +50,17 @@ class Tally:
         if (text := f"{kind}:{case!r}") not in self.seen:
             self.seen.add(text)
             self.counts.setdefault(kind, Counter())[outcome] += 1
+
+
+def write_report(tally: Tally) -> None:
+    """The counts into the report that RLHF_FUZZ_REPORT names, in the place of those of the same kinds there."""
+    if not (place := os.environ.get("RLHF_FUZZ_REPORT")):
+        return
+    path = Path(place)
+    table = json.loads(path.read_text())["outcomes"] if path.exists() else {}
+    table |= {kind: dict(sorted(found.items())) for kind, found in tally.counts.items()}
+    total = sum(sum(found.values()) for found in table.values())
+    write_json(path, {"malformed_inputs": total, "outcomes": dict(sorted(table.items()))})
 
 
 @contextmanager
@@ -80,8 +94,9 @@ def refused(result: Result, *names: str) -> str:
     """The message of a command that was refused: exit code 2, no traceback, and one of `names` in the message."""
     assert result.code == 2, f"exit code {result.code}\n{result.out[-2000:]}\n{result.err[-2000:]}"
     assert "Traceback" not in result.err + result.out, result.err
-    message = result.err.rpartition("error: ")[2].strip()
-    assert "error: " in result.err, result.err
+    _, *found = re.split(r"^error: ", result.err, flags=re.MULTILINE)
+    assert found, result.err
+    message = found[-1].strip()
     assert len(message) > 15, result.err
     assert not names or any(name in message for name in names), f"none of {names} in: {message}"
     return message

@@ -21,9 +21,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from rlhf_lightning.callbacks.checkpoint_io import AtomicCheckpointIO, DamagedCheckpoint, newest_whole
-from rlhf_lightning.files import write_json
 from tests.conftest import build_model, chats, pairs, prompts, write_rows
-from tests.fuzzing import Tally, bad_rows, fuzz, refused, rlhf
+from tests.fuzzing import Tally, bad_rows, fuzz, refused, rlhf, write_report
 from tests.runs import fork_stages
 from tests.test_cli import stage_config
 
@@ -42,11 +41,7 @@ def counts(fast: int, slow: int) -> Any:
 @pytest.fixture(scope="module", autouse=True)
 def report() -> Iterator[None]:
     yield
-    table = {kind: dict(found) for kind, found in sorted(TALLY.counts.items())}
-    total = sum(sum(found.values()) for found in table.values())
-    print(f"\n{total} malformed inputs: {json.dumps(table)}")
-    if path := os.environ.get("RLHF_FUZZ_REPORT"):
-        write_json(Path(path), {"malformed_inputs": total, "outcomes": table})
+    write_report(TALLY)
 
 
 class Place:

@@ -107,6 +107,8 @@ def damage(path: Path) -> str | None:
     """What is wrong with a checkpoint, file or folder; None for one that is whole, or a folder without checksums."""
     if path.is_dir():
         return _folder_damage(path)
+    if not path.is_file():
+        return "no file"  # a pipe, which nobody may ever write to
     try:
         with zipfile.ZipFile(path) as archive:
             broken = archive.testzip()

@@ -7,7 +7,7 @@ from typing import Any
 import lightning.pytorch as pl
 
 from rlhf_lightning.data.base import data_ranks
-from rlhf_lightning.files import as_json
+from rlhf_lightning.files import as_json, is_file
 from rlhf_lightning.rollout.ranks import leads
 
 log = logging.getLogger(__name__)
@@ -24,6 +24,7 @@ class PredictionsFile(pl.Callback):
         root.mkdir(parents=True, exist_ok=True)
         rank, world = data_ranks(trainer)
         self._path = root / f"predictions{f'.{rank}' if world > 1 else ''}.jsonl"
+        is_file(self._path)
         if leads():
             self._path.write_text("")
 

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rlhf_lightning.callbacks.relay import Relay
 
+from rlhf_lightning.interrupts import asked_to_end, note_signal, watched
+
 log = logging.getLogger(__name__)
-_ending = {"asked": False}
-"""Whether this process has been asked to end, by whichever handler was there."""
 
 
 def ends() -> list[int]:
@@ -25,7 +25,7 @@ def ends() -> list[int]:
 
 @contextmanager
 def ended_once() -> Iterator[None]:
-    """Around a command: the first SIGTERM or SIGHUP is `KeyboardInterrupt`, and further ones change nothing.
+    """Around a command: Ctrl-C and the first SIGTERM or SIGHUP are `KeyboardInterrupt`, further ones change nothing.
 
     They come in bursts (a scheduler's, one for each process of a group). After the first, whoever caught it decides how
     the process ends and with what code; a later one would end it in the middle of that.
@@ -35,17 +35,20 @@ def ended_once() -> Iterator[None]:
         return
 
     def handle(number: int, frame: Any) -> None:
-        if not _ending["asked"]:
-            _ending["asked"] = True
+        first = not asked_to_end()
+        note_signal()
+        if first or number == signal.SIGINT:
             raise KeyboardInterrupt
 
-    _ending["asked"] = False
-    before = {number: signal.signal(number, handle) for number in ends()}
+    keys = [signal.SIGINT] if signal.getsignal(signal.SIGINT) is signal.default_int_handler else []
+    before = {number: signal.signal(number, handle) for number in (*keys, *ends())}
     try:
-        yield
+        with watched():
+            yield
     finally:
         for number, handler in before.items():
-            signal.signal(number, signal.SIG_IGN if _ending["asked"] else handler or signal.SIG_DFL)
+            ending = asked_to_end() and number != signal.SIGINT
+            signal.signal(number, signal.SIG_IGN if ending else handler or signal.SIG_DFL)
 
 
 class StopSignals:
@@ -91,4 +94,5 @@ class StopSignals:
         if not self.asked:
             name = signal.Signals(number).name
             log.warning("%s: stopping at the next safe point, with a checkpoint; Ctrl-C stops at once", name)
-        self.asked = _ending["asked"] = True
+        self.asked = True
+        note_signal()

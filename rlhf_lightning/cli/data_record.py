@@ -8,7 +8,7 @@ from typing import Any
 
 from rlhf_lightning.data.records import fingerprint, hashed_files
 from rlhf_lightning.errors import ConfigError
-from rlhf_lightning.files import FORMAT, read_record, write_json
+from rlhf_lightning.files import FORMAT, is_file, read_record, write_json
 
 log = logging.getLogger(__name__)
 SOURCES = ("train", "validation", "test", "predict", "episodes")
@@ -26,7 +26,7 @@ def check_data_record(root: Path, sources: Mapping[str, Any]) -> None:
         ConfigError: a file, or one of a folder or a pattern, holds other rows now.
     """
     path = root / RECORD
-    before = read_record(path) if path.is_file() else {}
+    before = read_record(path) if is_file(path) else {}
     for name in before.keys() & set(SOURCES):
         known = before[name] if isinstance(before[name], dict) else {}
         if not (isinstance(known.get("hash"), str) and isinstance(known.get("files"), dict)):

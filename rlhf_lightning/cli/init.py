@@ -1,12 +1,14 @@
 """`rlhf init DIR`."""
 
 import json
+import re
 import shlex
 from pathlib import Path
 
 from rlhf_lightning.cli.options import Parser
 from rlhf_lightning.files import visible
 
+HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 FILES = Path(__file__).parent / "project"
 
 
@@ -43,9 +45,14 @@ def run(args: list[str]) -> int:
 def check_start(model: str) -> None:
     """Refuse a path that is no folder; a Hub id is believed. Raises `ConfigError`."""
     from rlhf_lightning.errors import ConfigError
+    from rlhf_lightning.files import is_file
 
     place = Path(model).expanduser()
+    if place.exists() and not place.is_dir():
+        is_file(place)
     local = place.is_absolute() or model.startswith((".", "~")) or model.count("/") > 1
+    if not place.exists() and not local and not HUB_ID.fullmatch(model):
+        raise ConfigError(f"--model {model}: neither a folder (seen from {Path.cwd()}) nor a Hub id like owner/name")
     if place.is_file() or (local and not place.exists()):
         what = "a file; name its folder" if place.is_file() else f"no such folder (seen from {Path.cwd()})"
         raise ConfigError(f"--model {model}: {what}")

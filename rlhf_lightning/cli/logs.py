@@ -8,7 +8,7 @@ import warnings
 from pathlib import Path
 from typing import TextIO
 
-from rlhf_lightning.files import visible
+from rlhf_lightning.files import is_file, visible
 
 _COLOR = re.compile(r"\x1b\[[\d;]*m")
 LEVELS = ("debug", "info", "warning", "error")
@@ -52,6 +52,7 @@ def setup_logging(level: str, file: Path | None) -> None:
     handlers: list[logging.Handler] = [_Console()]
     handlers[0].setFormatter(_Visible("%(message)s"))
     if file is not None and os.environ.get("LOCAL_RANK", "0") == "0":
+        is_file(file)
         file.parent.mkdir(parents=True, exist_ok=True)
         handlers.append(logging.FileHandler(file, encoding="utf-8"))
         handlers[1].setFormatter(_Visible("%(asctime)s %(levelname)s %(name)s: %(message)s"))

@@ -14,6 +14,7 @@ from rlhf_lightning.callbacks.signals import ended_once
 from rlhf_lightning.cli.console import BROKEN_PIPE, open_standard_streams, silence, steady_console
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.files import visible
+from rlhf_lightning.interrupts import exit_of_user_code
 
 COMMANDS = {
     "sft": ("rlhf_lightning.cli.stage", "supervised fine-tuning: fit, validate, test, predict"),
@@ -49,8 +50,12 @@ Exit codes: 0 done, 1 a fault of the program (of `data check`: bad rows, of `pip
 UNWRITABLE = {
     **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "make room, or write elsewhere"),
     **dict.fromkeys((errno.EROFS, errno.EACCES, errno.EPERM), "change its rights, or name another place"),
+    errno.ENAMETOOLONG: "no path is as long; name another",
 }
 """What a disk or a folder says to any command, and what to do; of stages, `refusals` says more."""
+
+LONGEST = 300
+"""Letters of a path that are shown."""
 
 
 def usage() -> str:
@@ -82,8 +87,11 @@ def main(args: list[str] | None = None) -> None:
     except OSError as error:
         if error.errno not in UNWRITABLE:
             raise
-        silence()
-        code = _fail(f"{error.filename or 'the output'}: {error.strerror}; {UNWRITABLE[error.errno]}")
+        if error.errno != errno.ENAMETOOLONG:
+            silence()  # what is left of the output cannot be written either
+        name = str(error.filename or "the output")
+        shown = name if len(name) < LONGEST else f"{name[:LONGEST]}…"
+        code = _fail(f"{shown}: {error.strerror}; {UNWRITABLE[error.errno]}")
     sys.exit(code)
 
 
@@ -115,7 +123,11 @@ def _command(args: list[str]) -> int:
             code: int = import_module(COMMANDS[args[0]][0]).run(args)
         except UserError as error:
             code = _fail(str(error))
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, SystemExit) as error:
+            if found := exit_of_user_code(error):
+                return _fail(str(found))
+            if isinstance(error, SystemExit):
+                raise
             print("interrupted", file=sys.stderr)
             code = 130
         return code

@@ -6,9 +6,11 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from rlhf_lightning import errors
 from rlhf_lightning.callbacks.checkpoint_io import candidates, damage, newest_whole
 from rlhf_lightning.cli import meant
 from rlhf_lightning.errors import ConfigError
+from rlhf_lightning.files import is_file
 from rlhf_lightning.pipeline.plan import find_line, read_mapping
 
 SHARDED = ("checksums.json", "meta.pt", ".metadata", "latest", "checkpoint")
@@ -16,6 +18,7 @@ SHARDED = ("checksums.json", "meta.pt", ".metadata", "latest", "checkpoint")
 
 
 CONFIG_FLAGS = ("-c", "--config", "--model", "--data", "--trainer")
+SECTIONS = ("model", "data", "trainer")
 
 
 def read_configs(args: list[str]) -> dict[str, dict[str, Any]]:
@@ -25,12 +28,13 @@ def read_configs(args: list[str]) -> dict[str, dict[str, Any]]:
     for name, value in named:
         if (
             name not in ("-c", "--config")
-            and Path(value).is_file()
+            and os.path.isfile(value)
             and Path(value).suffix not in (".yaml", ".yml", ".json")
         ):
             inner = "data.train" if name == "--data" else "model.model"
             raise ConfigError(f"{name} {value}: {name} is a section of settings (a YAML file); did you mean --{inner}?")
-    files = {value: read_mapping(Path(value)) for name, value in named if Path(value).is_file()}
+    there = {name: os.path.exists if name in CONFIG_FLAGS[:2] else os.path.isfile for name in CONFIG_FLAGS}
+    files = {value: read_mapping(Path(value)) for name, value in named if there[name](value)}
     return {value: files[value] for name, value in named if value in files and name in CONFIG_FLAGS[:2]}
 
 
@@ -46,10 +50,18 @@ def check_keys(
     for file, settings in files.items():
         if isinstance(settings.get("stages"), list):
             raise ConfigError(f"{file}: is the file of a pipeline: rlhf pipeline {file}")
+        of_commands = [settings[name] for name in commands if isinstance(settings.get(name), dict)]
+        for section, inner in ((s, i) for part in (settings, *of_commands) for s, i in part.items()):
+            of_file = isinstance(inner, str) and os.path.isfile(inner)
+            if section in SECTIONS and not isinstance(inner, dict) and not of_file:
+                raise ConfigError(
+                    f"{find_line(Path(file), [section])}: {section} is {inner!r}; it must be a mapping of settings, or "
+                    "a file of one"
+                )
         for section, inner in settings.items():
             if section in commands:
                 continue
-            if section in ("model", "data", "trainer") and isinstance(inner, dict):
+            if section in SECTIONS and isinstance(inner, dict):
                 names = {f"{section}.{key}": [section, str(key)] for key in inner}
             else:
                 names = {str(section): [str(section)]}
@@ -104,6 +116,10 @@ def check_trained(config: Any) -> None:
             raise ConfigError(
                 f"trainer.{name} is 0: nothing would be trained, and model/ would be what the stage started from"
             )
+    optimizer = config.model.get("optimizer")
+    arguments = (optimizer or {}).get("init_args") if hasattr(optimizer, "get") else None
+    if arguments and arguments.get("lr") == 0:
+        raise ConfigError("model.optimizer: lr is 0: nothing would be trained, and model/ would be the start again")
 
 
 NODES = ("MASTER_ADDR", "NODE_RANK", "GROUP_RANK", "WORLD_SIZE", "SLURM_JOB_ID", "LSB_JOBID", "KUBERNETES_PORT")
@@ -127,8 +143,7 @@ def named_checkpoint(name: str | None, root: Path) -> str | None:
 
 def check_seed(config: Any) -> None:
     """Refuse a seed that numpy does not take."""
-    if not 0 <= int(config.get("seed_everything") or 0) < 2**32:
-        raise ConfigError(f"--seed_everything {config.seed_everything}: a whole number from 0 to 4294967295")
+    errors.check_seed("--seed_everything", int(config.get("seed_everything") or 0))
 
 
 def check_checkpoint(path: str | None) -> None:
@@ -142,5 +157,7 @@ def check_checkpoint(path: str | None) -> None:
         raise ConfigError(
             f"--ckpt_path {path}: a folder, and not that of a checkpoint. To start from a model folder set model.model."
         )
+    if not place.is_dir():
+        is_file(place)
     if found := damage(place):
         raise ConfigError(f"--ckpt_path {path}: damaged, or no checkpoint ({found}); name the one before it")

@@ -7,10 +7,21 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from rlhf_lightning.cli import meant
-from rlhf_lightning.errors import ConfigError
+from rlhf_lightning.errors import MOST, ConfigError, check_seed, check_whole
 from rlhf_lightning.files import visible
 
+MAY_BE_EMPTY = ("stop", "system")
+"""Flags whose empty text is none."""
+MANY = 2**16
+"""At most so many responses to a prompt: all are held until the last is there."""
 DTYPES = ("float32", "bfloat16", "float16")
+
+
+COUNTS = (
+    *((name, 1, MANY) for name in ("samples", "n")),
+    ("best_of", 0, MANY),
+    *((name, 1, MOST) for name in ("max_tokens", "limit", "batch_size")),
+)
 
 
 class Parser(argparse.ArgumentParser):
@@ -25,6 +36,12 @@ class Parser(argparse.ArgumentParser):
             message += f"; did you mean {close}?" if close else ""
         print(visible(f"error: {message}. {self.prog} --help lists what there is"), file=sys.stderr)
         sys.exit(2)
+
+    def _get_value(self, action: argparse.Action, arg_string: str) -> Any:
+        names = not isinstance(action, argparse._SubParsersAction)  # whose values are those of the flags below
+        if arg_string == "" and names and action.dest not in MAY_BE_EMPTY:
+            raise argparse.ArgumentError(action, "the value is empty")
+        return super()._get_value(action, arg_string)
 
 
 def device_of(name: str | None) -> str:
@@ -48,12 +65,14 @@ def device_of(name: str | None) -> str:
 
 
 def check_options(options: Any) -> None:
-    """Refuse a dtype that is none, sizes below 1, and files that cannot be written; raises `ConfigError`."""
+    """Refuse numbers and a dtype that cannot be meant, and files that cannot be written; raises `ConfigError`."""
     if getattr(options, "dtype", None) is not None and options.dtype not in DTYPES:
         raise ConfigError(f"--dtype is {options.dtype!r}; one of {', '.join(DTYPES)}")
-    for name in ("samples", "n", "max_tokens", "limit", "batch_size"):
-        if (value := getattr(options, name, None)) is not None and value < 1:
-            raise ConfigError(f"--{name} is {value}; it must be at least 1")
+    for name, least, most in COUNTS:
+        if (value := getattr(options, name, None)) is not None:
+            check_whole(f"{'-' if len(name) == 1 else '--'}{name}", value, least, most)
+    if hasattr(options, "seed"):
+        check_seed("--seed", options.seed)
     for name in ("output", "summary"):
         if (path := getattr(options, name, None)) is not None:
             check_writable(f"--{name}", path, options.overwrite)

@@ -3,7 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-from rlhf_lightning.cli.options import Parser
+from rlhf_lightning.cli.init import check_start
+from rlhf_lightning.cli.options import Parser, check_options
 from rlhf_lightning.files import visible
 
 COLUMNS = {
@@ -32,6 +33,9 @@ def run(args: list[str]) -> int:
     parser.add_argument("--prompts", help="prompts for RL")
     options = parser.parse_args(args[1:])
 
+    check_options(options)
+    if options.model:
+        check_start(options.model)
     from rlhf_lightning.cli.logs import setup_logging
     from rlhf_lightning.quickstart.run import Settings, quickstart
 

@@ -26,8 +26,9 @@ from rlhf_lightning.cli.parser import StageParser
 from rlhf_lightning.cli.refusals import refusals, unfit_settings
 from rlhf_lightning.cli.report import after_stage
 from rlhf_lightning.cli.user_code import allow_user_code
+from rlhf_lightning.cli.values import check_values
 from rlhf_lightning.errors import ConfigError
-from rlhf_lightning.files import read_record, visible
+from rlhf_lightning.files import is_file, read_record, visible
 from rlhf_lightning.pipeline.passing import parent_is_watched, watch_parent
 from rlhf_lightning.pipeline.plan import read_mapping
 from rlhf_lightning.rank_watch import ranks_end_together, watch_ranks
@@ -140,6 +141,7 @@ class StageCLI(LightningCLI):
         check_keys(read_configs(args), parser.settings(), self.kind, commands, CLASSES)  # type: ignore[attr-defined]
         self.config = parser.parse_args(args)
         config = self.config[self.config["subcommand"]]
+        check_values(commands[self.config["subcommand"]], config)
         root = Path(config.trainer.default_root_dir or Path("runs") / self.kind)
         config.ckpt_path = named_checkpoint(config.ckpt_path, root)
         check_checkpoint(config.ckpt_path)
@@ -239,7 +241,7 @@ class StageCLI(LightningCLI):
                 remove(self.root / name)
             self._check_data(config)
             return
-        done = (self.root / "stage.json").exists()
+        done = is_file(self.root / "stage.json")
         saved = candidates(self.root / "checkpoints")
         if config.ckpt_path or config.trainer.fast_dev_run:
             return
@@ -286,7 +288,7 @@ class StageCLI(LightningCLI):
     def _before(self) -> dict[str, Any]:
         """The settings of the run that the folder holds; empty where they are not known."""
         path = self.root / "config.yaml"
-        return _flat(read_mapping(path)) if path.exists() else {}
+        return _flat(read_mapping(path)) if is_file(path) else {}
 
     def _different(self, before: dict[str, Any]) -> list[str]:
         if not before:
@@ -302,8 +304,8 @@ class StageCLI(LightningCLI):
             super()._run_subcommand(subcommand)
         except SystemExit as stop:
             # What Lightning makes of Ctrl-C (and of SIGTERM), after it has shut the run down.
-            if self.trainer.interrupted:
-                raise KeyboardInterrupt from stop
+            if isinstance(stop.__context__, KeyboardInterrupt):
+                raise stop.__context__ from None
             raise
 
     def instantiate_classes(self) -> None:

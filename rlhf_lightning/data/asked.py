@@ -12,7 +12,7 @@ from rlhf_lightning.data.conversations import tool_schemas
 from rlhf_lightning.data.records import RowError
 from rlhf_lightning.data.rendering import Renderer
 from rlhf_lightning.errors import ConfigError
-from rlhf_lightning.files import read_record, read_stage
+from rlhf_lightning.files import is_file, read_record, read_stage
 
 log = logging.getLogger(__name__)
 _ON_HUB = re.compile(r"[\w.-]+/[\w.-]+")
@@ -154,7 +154,7 @@ def read_tools(value: Any) -> list[Any]:
     """Tools as a list: from a list, JSON text, or a JSON file; empty for none. Raises `ConfigError`."""
     if isinstance(value, str) and not value.lstrip().startswith("["):
         path = Path(value).expanduser()
-        if not path.is_file():
+        if not is_file(path):
             raise ConfigError(f"tools {value!r}: no such file, and no JSON list of tools")
         value = path.read_text(encoding="utf-8-sig")
     try:

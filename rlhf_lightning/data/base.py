@@ -30,7 +30,7 @@ from rlhf_lightning.data.records import (
 from rlhf_lightning.data.rendering import Renderer
 from rlhf_lightning.data.splits import Prepared, RowKey, hold_out, keys_of, leaks, row_key
 from rlhf_lightning.data.tokenizers import load_tokenizer
-from rlhf_lightning.errors import ConfigError, DataError, UserError, check_whole
+from rlhf_lightning.errors import ConfigError, DataError, UserError, check_seed, check_whole
 
 log = logging.getLogger(__name__)
 OVERLONG = ("error", "truncate", "skip")
@@ -101,6 +101,8 @@ class RowDataModule(pl.LightningDataModule):
         given = {"train": train, "validation": validation, "test": test, "predict": predict}
         self.sources: dict[str, Any] = {name: settled(source) for name, source in given.items()}
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size or batch_size
+        if seed is not None:
+            check_seed("data.seed", seed)
         if isinstance(validation_split, str) or not validation_split >= 0:
             raise ConfigError(f"data.validation_split is {validation_split}; a number of rows, or a fraction below 1")
         if validation_split and validation is not None:

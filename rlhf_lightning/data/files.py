@@ -18,7 +18,7 @@ from urllib.parse import unquote, urlsplit
 from rlhf_lightning.data.containers import object_rows, unfilled
 from rlhf_lightning.data.tables import Item, arrow_rows, csv_items
 from rlhf_lightning.errors import DataError
-from rlhf_lightning.files import repeated_key
+from rlhf_lightning.files import is_file, is_open_stream, repeated_key
 
 log = logging.getLogger(__name__)
 JSON_KINDS = (".jsonl", ".ndjson", ".json")
@@ -72,10 +72,10 @@ def local_files(source: str | os.PathLike[str]) -> list[Path] | None:
     if os.path.isdir(name):
         return _parts(Path(name))
     if os.path.exists(name):
-        return [Path(name)]
+        return [Path(name)] if is_open_stream(name) or is_file(name) else []
     if not re.search(r"[*?\[]", name.partition(":")[0]):  # a split of the Hub may be train[:10%]
         return None
-    found = [Path(file) for file in glob.glob(name, recursive=True) if os.path.isfile(file)]
+    found = [Path(file) for file in glob.glob(name, recursive=True) if not os.path.isdir(file) and is_file(file)]
     if not found:
         raise DataError(f"{source}: no file is named so (seen from {Path.cwd()})")
     return sorted(found, key=_in_order)
@@ -87,8 +87,9 @@ def is_saved_dataset(folder: str) -> bool:
 
 
 def _parts(folder: Path) -> list[Path]:
-    files = [file for file in folder.iterdir() if file.is_file() and not file.name.startswith((".", "_"))]
+    files = [file for file in folder.iterdir() if not file.is_dir() and not file.name.startswith((".", "_"))]
     files = sorted((file for file in files if file.name.lower().endswith(SUFFIXES)), key=_in_order)
+    files = [file for file in files if is_file(file)]
     if not files:
         raise DataError(f"{folder}: a folder; name the file ({', '.join(KINDS)}), or a pattern: {folder}/*.jsonl")
     if len({re.sub(r"\d+", "0", file.name) for file in files}) > 1:

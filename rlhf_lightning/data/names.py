@@ -9,12 +9,14 @@ from typing import Any
 from rlhf_lightning.data.containers import library
 from rlhf_lightning.data.files import SUFFIXES, is_saved_dataset, local_files, place
 from rlhf_lightning.errors import DataError
+from rlhf_lightning.files import check_files_in
 
 
 def load_saved(folder: str) -> Any:
     """What `save_to_disk` wrote; raises `DataError`."""
     from datasets import load_from_disk
 
+    check_files_in(Path(folder), below=True)
     try:
         return load_from_disk(folder)
     except Exception as error:

@@ -10,13 +10,16 @@ from rlhf_lightning.data.conversations import Message, conversation, has_convers
 from rlhf_lightning.data.records import RowError, Source, require
 from rlhf_lightning.data.rendering import Renderer, as_prompt
 from rlhf_lightning.data.splits import RowKey, conversation_key, row_key
-from rlhf_lightning.errors import ConfigError
+from rlhf_lightning.errors import MOST, ConfigError, check_whole
 
 NOT_OF_PROMPTS = {
     "batch_size": "prompts_per_round (of training), or data.eval_batch_size (of validation)",
     "max_length": "max_prompt_tokens, and the tokens of a response with model.sampler.max_tokens",
 }
 """Settings of the other stages, and what is set in their place."""
+
+MOST_RESPONSES = 2**16
+"""To one prompt: each is held, with the others of its group, until all are there."""
 
 
 @dataclass
@@ -143,8 +146,7 @@ class PromptDataModule(RowDataModule):
             ("update_epochs", update_epochs),
             ("minibatches", minibatches),
         ):
-            if value < 1:
-                raise ConfigError(f"data.{name} is {value}; it must be at least 1")
+            check_whole(f"data.{name}", value, most=MOST_RESPONSES if name == "group_size" else MOST)
         self.prompts_per_round, self.group_size = prompts_per_round, group_size
         self.update_epochs, self.minibatches = update_epochs, minibatches
 

@@ -17,6 +17,7 @@ from rlhf_lightning.data.files import SUFFIXES, Wanted, file_items, is_saved_dat
 from rlhf_lightning.data.names import check_there, hub_dataset, is_here, is_stream, load_saved
 from rlhf_lightning.data.tables import Cells, Item, cell
 from rlhf_lightning.errors import DataError
+from rlhf_lightning.files import is_open_stream
 
 __all__ = [
     "Reading",
@@ -199,6 +200,9 @@ def fingerprint(source: Source | None, split: str | None = None) -> str | None:
     if library(source):
         source = list(library_rows(source, type(source).__name__))
     for item in [source] if isinstance(source, str | os.PathLike) else source:
+        if isinstance(item, str | os.PathLike) and is_open_stream(place(item)):
+            log.warning("%s is a stream: what was read of it is not hashed", item)
+            return None
         files = hashed_files(item) if isinstance(item, str | os.PathLike) else []
         for file in files:
             with open(file, "rb") as stream:
@@ -217,7 +221,7 @@ def hashed_files(source: str | os.PathLike[str]) -> list[Path]:
     if is_saved_dataset(folder):
         return sorted(file for file in Path(folder).rglob("*") if file.is_file())
     try:
-        return local_files(source) or []
+        return [] if is_open_stream(name) else local_files(source) or []
     except DataError:  # nothing there to hash: it stands for itself, as a Hub id does
         return []
 

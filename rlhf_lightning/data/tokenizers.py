@@ -6,6 +6,7 @@ from typing import Any
 
 from rlhf_lightning.data.ended_templates import unwrapped
 from rlhf_lightning.errors import ConfigError, UserError
+from rlhf_lightning.files import is_file
 from rlhf_lightning.untrusted import check_files
 
 _MISSING = (
@@ -77,7 +78,7 @@ def _template(value: str) -> str:
     if "{" in value:
         return value
     path = Path(value)
-    if not path.is_file():
+    if not is_file(path):
         raise ConfigError(f"model.chat_template {value!r}: no such file, and not a template itself (no braces)")
     try:
         text = path.read_text(encoding="utf-8-sig")

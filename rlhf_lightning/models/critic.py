@@ -1,12 +1,13 @@
 """The critic of PPO: what a policy may expect to earn, before each token it draws."""
 
 import copy
+import math
 from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from rlhf_lightning.errors import ConfigError
+from rlhf_lightning.errors import ConfigError, check_whole
 from rlhf_lightning.models.forward import Forward
 from rlhf_lightning.models.heads import task_of
 from rlhf_lightning.models.loading import (
@@ -52,8 +53,10 @@ class Critic(nn.Module):
         super().__init__()
         if shared and (model or lora):
             raise ConfigError("critic.shared stands on the policy's backbone: leave out critic.model and critic.lora")
-        if not (coefficient > 0 and warmup_rounds >= 0 and (clip is None or clip > 0)):
-            raise ConfigError("critic: coefficient and clip must be above 0, warmup_rounds not below")
+        for name, value in (("coefficient", coefficient), ("clip", clip), ("learning_rate", learning_rate)):
+            if value is not None and not 0 < value < math.inf:
+                raise ConfigError(f"critic.{name} is {value}; it must be above 0")
+        check_whole("critic.warmup_rounds", warmup_rounds, 0)
         self.source, self.shared, self.lora, self.learning_rate = model, shared, lora, learning_rate
         self.clip, self.coefficient, self.warmup_rounds = clip, coefficient, warmup_rounds
 

@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from rlhf_lightning.errors import ConfigError, UserError
-from rlhf_lightning.files import hash_folder, read_object, read_stage, write_json
+from rlhf_lightning.files import hash_folder, is_file, read_object, read_stage, write_json
 from rlhf_lightning.models.base_weights import (
     check_adapted,
     check_kind,
@@ -283,6 +283,8 @@ def check_source(source: Any, options: Mapping[str, Any] | None = None) -> str:
     if path.is_dir() and not any((path / name).exists() for name in ("config.json", "adapter_config.json")):
         inside = f"; did you mean {path / 'model'}?" if (path / "model").is_dir() else ""
         raise ConfigError(f"model {text!r}: the folder has neither config.json nor adapter_config.json{inside}")
+    if path.exists() and not path.is_dir():
+        is_file(path)
     check_files(text, options)
     return text
 

@@ -1,6 +1,7 @@
 """LoRA by the field's settings: rank, alpha, dropout, and which layers, found in any architecture by structure."""
 
 import copy
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -15,6 +16,9 @@ from rlhf_lightning.errors import ConfigError, check_whole
 HEADS = ("score", "classifier", "classification_head")
 GROUPS = ("attention", "mlp", "unembedding", "all")
 _ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
+
+MOST_RANK = 2**16
+"""Above the width of any layer."""
 
 
 @dataclass
@@ -41,8 +45,8 @@ class LoRA:
             self.target = [self.target]
         if not isinstance(self.target, list | tuple | set) or not self.target:
             raise ConfigError(f"lora.target is {self.target!r}; any of {', '.join(GROUPS)}, or names of layers")
-        check_whole("lora.rank", self.rank)
-        if not self.alpha > 0:
+        check_whole("lora.rank", self.rank, most=MOST_RANK)
+        if not 0 < self.alpha < math.inf:
             raise ConfigError(f"lora.alpha is {self.alpha}: an adapter scaled by 0 would not learn; it must be above 0")
         if not 0 <= self.dropout < 1:
             raise ConfigError(f"lora.dropout is {self.dropout}; a part of the inputs, at least 0 and below 1")

@@ -20,7 +20,7 @@ from rlhf_lightning.data.asked import Asking, recorded
 from rlhf_lightning.data.base import data_ranks
 from rlhf_lightning.data.rendering import Renderer
 from rlhf_lightning.data.tokenizers import load_tokenizer
-from rlhf_lightning.errors import ConfigError
+from rlhf_lightning.errors import ConfigError, check_whole
 from rlhf_lightning.files import FORMAT, check_format
 from rlhf_lightning.models.base_weights import check_trainable
 from rlhf_lightning.models.forward import Forward
@@ -111,8 +111,8 @@ class RLHFModule(Told):
         self.lora, self.dtype_name, self.model_options = lora, dtype, model_options or {}
         self.max_tokens_per_batch, self.gradient_checkpointing = max_tokens_per_batch, gradient_checkpointing
         self.activation_offload, self.compiles_layers = activation_offload, compile
-        if max_empty_steps is not None and max_empty_steps < 1:
-            raise ConfigError(f"model.max_empty_steps is {max_empty_steps}; at least 1, or null for never")
+        if max_empty_steps is not None:
+            check_whole("model.max_empty_steps", max_empty_steps)
         self.max_empty_steps, self.step_numbers = max_empty_steps, StepNumbers(())
         self.optimizer_factory, self.scheduler_factory = optimizer or self._default_optimizer, lr_scheduler
         self._tokenizer_source, self._chat_template = tokenizer, chat_template

@@ -6,8 +6,11 @@ from typing import Any
 from torch import nn
 
 from rlhf_lightning.data.prompts import Prompt, PromptDataModule
-from rlhf_lightning.errors import ConfigError
+from rlhf_lightning.errors import ConfigError, check_whole
 from rlhf_lightning.rollout.rewards import check_finite
+
+MOST_TIMES = 1000
+"""That a group is drawn again: where a reward is the same for all responses, it is each time."""
 
 
 def check_rewards(rewards: Any) -> None:
@@ -46,6 +49,7 @@ def check_settings(module: Any) -> None:
     if critic is not None and critic.shared and critic.warmup_rounds:
         raise ConfigError("critic.warmup_rounds: on a shared backbone the critic's learning would move the policy")
     check_finite("model.truncated_reward", module.truncated_reward)
+    check_finite("model.entropy_coefficient", module.entropy_coefficient)
     objective = type(module.objective).__name__
     if module.objective.whole_response and module.advantage.needs_values:
         raise ConfigError(f"{objective} takes the response as one action, and GAE rewards its tokens apart: use PPO")
@@ -53,8 +57,7 @@ def check_settings(module: Any) -> None:
         raise ConfigError("RLOO takes the response as one action: set kl.place to reward")
     if module.staleness not in (0, 1):
         raise ConfigError(f"model.staleness is {module.staleness}; 0, or 1 round")
-    if module.resample_groups < 0:
-        raise ConfigError(f"model.resample_groups is {module.resample_groups}; it must not be negative")
+    check_whole("model.resample_groups", module.resample_groups, 0, MOST_TIMES)
 
 
 def check_data(module: Any, data: PromptDataModule) -> None:

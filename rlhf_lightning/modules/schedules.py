@@ -32,7 +32,7 @@ class Warmup(LRScheduler):
     ) -> None:
         if shape not in SHAPES:
             raise ValueError(f"unknown shape {shape!r}; one of {', '.join(SHAPES)}")
-        if warmup_steps < 0 or not 0 <= floor <= 1:
+        if not 0 <= warmup_steps < math.inf or not 0 <= floor <= 1:
             raise ValueError(f"warmup_steps is {warmup_steps} (0 or more), floor {floor} (a part of the rate, 0 to 1)")
         self.shape, self.warmup_steps, self.floor, self.total_steps = shape, warmup_steps, floor, total_steps
         super().__init__(optimizer)

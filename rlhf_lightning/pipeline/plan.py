@@ -9,9 +9,12 @@ from typing import Any
 import yaml
 
 from rlhf_lightning.errors import ConfigError
-from rlhf_lightning.files import hash_file, repeated_key
+from rlhf_lightning.files import hash_file, is_file, repeated_key
 
 KINDS = ("sft", "preference", "policy")
+LONGEST = 200
+"""Bytes of a name of which a folder is made; file systems take 255."""
+PLAN_KEYS = {"name", "seed", "root", "stages"}
 STAGE_KEYS = {"name", "kind", "config", "overrides", "start", "reward", "critic", "on_failure"}
 SET = {
     "trainer.default_root_dir": "name the folder of the run with root or --root; a stage's is root/NAME",
@@ -83,13 +86,17 @@ def read_plan(
         plan = read_mapping(Path(plan))
     if {"model", "data", "trainer"} & set(plan) and "stages" not in plan:
         raise ConfigError("pipeline: there are no stages: it is the config of one stage (rlhf sft fit -c FILE)")
-    if unknown := set(plan) - {"name", "seed", "stages", "root"}:
+    if unknown := set(plan) - PLAN_KEYS:
         raise ConfigError(f"pipeline: unknown key {sorted(unknown)[0]!r}; known are name, seed, root, stages")
     if not isinstance(plan.get("stages"), list) or not plan["stages"]:
         raise ConfigError("pipeline: 'stages' must be a list of at least one stage")
-    if not isinstance(plan.get("seed") or 0, int) or not 0 <= (plan.get("seed") or 0) < 2**32:
-        raise ConfigError(f"pipeline: seed is {plan['seed']!r}; it must be a whole number from 0 to 4294967295")
+    seed = plan.get("seed", 0)
+    if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**32:
+        raise ConfigError(f"pipeline: seed is {seed!r}; it must be a whole number from 0 to 4294967295")
+    _check_texts(plan, ("name", "root"), "pipeline")
     name = str(plan.get("name") or name)
+    if len(name.encode(errors="replace")) > LONGEST:
+        raise ConfigError(f"pipeline: name is {name[:50]!r}…, of which no folder can be made: it is too long")
     folder = Path(root or plan.get("root") or Path("runs") / name)
     stages: list[Stage] = []
     for index, entry in enumerate(plan["stages"]):
@@ -100,7 +107,7 @@ def read_plan(
         for stage in stages:
             stage.settings = merged(stage.settings, laid_over)
             stage.configs.append(record)
-    return Plan(name, stages, folder, plan.get("seed") or 0, dict(plan))
+    return Plan(name, stages, folder, seed, dict(plan))
 
 
 def _stage(entry: Any, index: int, earlier: list[str], base: Path) -> Stage:
@@ -112,17 +119,15 @@ def _stage(entry: Any, index: int, earlier: list[str], base: Path) -> Stage:
         raise ConfigError(f"{where}: kind is {kind!r}; one of {', '.join(KINDS)}")
     if unknown := set(entry) - STAGE_KEYS:
         raise ConfigError(f"{where}: unknown key {sorted(unknown)[0]!r}; known are {', '.join(sorted(STAGE_KEYS))}")
-    for key in ("name", "start", "reward", "critic"):
-        if not isinstance(entry.get(key) or "", str):
-            raise ConfigError(f"{where}: {key} is {entry[key]!r}; it must be text")
-    files = entry.get("config") or []
-    files = files if isinstance(files, list) else [files]
-    if not all(isinstance(file, str) for file in files):
+    _check_texts(entry, ("name", "start", "reward", "critic"), where)
+    files = entry.get("config")
+    files = files if isinstance(files, list) else [] if files is None else [files]
+    if not all(isinstance(file, str) and file for file in files):
         raise ConfigError(f"{where}: config is {entry['config']!r}; it must be a file, or a list of files")
-    if not isinstance(entry.get("overrides") or {}, Mapping):
+    if not isinstance(entry.get("overrides"), Mapping | None):
         raise ConfigError(f"{where}: overrides is {entry['overrides']!r}; it must be a mapping, trainer.max_steps: 5")
     name = str(entry.get("name") or kind)
-    if name in (*earlier, ".", "..") or "/" in name:
+    if name in (*earlier, ".", "..") or "/" in name or len(name.encode(errors="replace")) > LONGEST:
         raise ConfigError(f"{where}: the name {name!r} is taken or not a folder name; every stage needs its own")
     for key in ("start", "reward", "critic"):
         _check_reference(entry.get(key), earlier, f"{where} ({name}): {key}")
@@ -142,6 +147,12 @@ def _stage(entry: Any, index: int, earlier: list[str], base: Path) -> Stage:
     handed = (entry.get("start"), entry.get("reward"), entry.get("critic"))
     configs = [_read_record(base / file) for file in files]
     return Stage(name, kind, settings, *handed, configs, _rule(entry.get("on_failure"), where))
+
+
+def _check_texts(given: Mapping[str, Any], keys: Sequence[str], where: str) -> None:
+    for key in keys:
+        if (value := given.get(key)) is not None and not (isinstance(value, str) and value):
+            raise ConfigError(f"{where}: {key} is {value!r}; it must be text")
 
 
 def _read_record(path: Path) -> dict[str, str]:
@@ -181,7 +192,11 @@ def _rule(value: Any, where: str) -> dict[str, Any] | None:
 
 def read_mapping(path: Path, where: str = "") -> dict[str, Any]:
     """A YAML or JSON file that holds a mapping; raises `ConfigError`, which begins with `where` it was named."""
-    if not path.is_file():
+    try:
+        there = is_file(path)
+    except ConfigError as error:
+        raise ConfigError(f"{where}{error}") from None
+    if not there:
         raise ConfigError(f"{where}{path}: no such file (seen from {Path.cwd()})")
     try:
         text = path.read_text(encoding="utf-8")
@@ -195,7 +210,21 @@ def read_mapping(path: Path, where: str = "") -> dict[str, Any]:
         raise ConfigError(f"{path}: is empty; it must hold a mapping of settings, see the files in configs/")
     if not isinstance(value, dict):
         raise ConfigError(f"{path}: must hold a mapping, holds {type(value).__name__}")
+    if key := _with_null(value):
+        raise ConfigError(f"{path}: {key} holds a null character, which no name of a file can have; leave it out")
     return value
+
+
+def _with_null(settings: dict[Any, Any]) -> str | None:
+    """The first key whose value has a null character in it."""
+    waiting = [(str(key), value) for key, value in settings.items()]
+    while waiting:
+        key, value = waiting.pop()
+        if isinstance(value, str) and "\0" in value:
+            return key
+        items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+        waiting += [(f"{key}.{inner}", item) for inner, item in items]
+    return None
 
 
 class RepeatedKey(ValueError):

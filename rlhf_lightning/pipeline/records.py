@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_lightning.errors import ConfigError
-from rlhf_lightning.files import check_format, read_object
+from rlhf_lightning.files import check_format, is_file, read_object
 
 NUMBER = "a number"
 LARGEST = 1e300
@@ -68,9 +68,9 @@ def read_record(path: Path, shape: Any) -> dict[str, Any]:
 
 def is_there(path: Path) -> bool:
     """Whether a file is there; raises `ConfigError` for a pipe, which would be waited for, a device, or a folder."""
-    if path.is_file() or not (path.exists() or path.is_symlink()):
-        return path.is_file()
-    raise ConfigError(f"{path}: a folder, a device, a pipe or a link that leads nowhere; restore the file")
+    if path.is_symlink() and not path.exists():
+        raise ConfigError(f"{path}: a link that leads nowhere; restore the file")
+    return is_file(path)
 
 
 def read_manifest(path: Path) -> dict[str, Any]:

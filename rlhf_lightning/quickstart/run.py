@@ -11,8 +11,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from rlhf_lightning.data.names import check_there
 from rlhf_lightning.data.records import fingerprint
-from rlhf_lightning.files import FORMAT, read_record, write_json
+from rlhf_lightning.files import FORMAT, is_file, read_record, write_json
 from rlhf_lightning.pipeline.plan import Plan, read_plan
 from rlhf_lightning.pipeline.report import write_report
 from rlhf_lightning.pipeline.run import run_pipeline
@@ -46,6 +47,9 @@ class Settings:
 def quickstart(settings: Settings) -> dict[str, Any]:
     """Run it; returns what stands in `summary.json`."""
     started = time.time()
+    for file in (settings.sft, settings.preferences, settings.prompts):
+        if file:
+            check_there(file)  # before an earlier run is moved aside
     _move_other_aside(settings)
     inputs = _inputs(settings)
     plan = read_plan(_plan(settings, inputs), settings.root)
@@ -65,7 +69,7 @@ def quickstart(settings: Settings) -> dict[str, Any]:
 def _earlier(root: Path) -> float:
     """The seconds of the first, whole run: a second one in the same folder finds its stages finished."""
     path = root / "summary.json"
-    return read_record(path).get("seconds", 0.0) if path.exists() else 0.0
+    return read_record(path).get("seconds", 0.0) if is_file(path) else 0.0
 
 
 def _move_other_aside(settings: Settings) -> None:
@@ -80,7 +84,7 @@ def _move_other_aside(settings: Settings) -> None:
         **{path.name: fingerprint(path) for path in sorted(CONFIGS.glob("*.yaml"))},
     }
     path = settings.root / "quickstart.json"
-    if path.exists() and {"format": FORMAT, **read_record(path)} != asked:
+    if is_file(path) and {"format": FORMAT, **read_record(path)} != asked:
         free = next(n for n in itertools.count(1) if not settings.root.with_name(f"{settings.root.name}.{n}").exists())
         aside = settings.root.with_name(f"{settings.root.name}.{free}")
         settings.root.rename(aside)

@@ -9,6 +9,7 @@ import inspect
 import os
 import threading
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 
 from rlhf_lightning.errors import ConfigError, UserError
+from rlhf_lightning.interrupts import no_exit
 from rlhf_lightning.models.safe_points import safe_point
 
 Call = Callable[[], Any]
@@ -76,7 +78,8 @@ async def within(call: Call, limit: float | None) -> Any:
         TimeLimitError: it did not.
     """
     if _is_async(call):
-        return await _limited(call(), limit)
+        with no_exit():
+            return await _limited(call(), limit)
     async with _loop().gate:
         value = await _limited(_in_thread(call), limit)
     return await _limited(value, limit) if inspect.isawaitable(value) else value
@@ -84,7 +87,8 @@ async def within(call: Call, limit: float | None) -> Any:
 
 def _here(call: Call) -> Outcome:
     try:
-        return Outcome(call())
+        with no_exit():
+            return Outcome(call())
     except Exception as error:  # noqa: BLE001 - kept, for the caller to decide on
         return Outcome(error=error)
 
@@ -146,7 +150,11 @@ class _EventLoop:
 
     def _run(self) -> None:
         torch.set_grad_enabled(False)
-        self.loop.run_forever()
+        while True:
+            # A task of the user's that ends the program ends the loop; whoever awaits the task is told.
+            with suppress(SystemExit, KeyboardInterrupt):
+                self.loop.run_forever()
+                break
 
     def answers(self, seconds: float) -> bool:
         """Whether it gets to run something within so many seconds."""
@@ -171,7 +179,8 @@ def _together(coroutines: Sequence[Callable[[], Awaitable[Any]]], limit: float |
 
     async def keep(i: int) -> None:
         try:
-            found[i] = Outcome(await coroutines[i]())
+            with no_exit():
+                found[i] = Outcome(await coroutines[i]())
         except Exception as error:  # noqa: BLE001 - kept, for the caller to decide on
             found[i] = Outcome(error=error)
 

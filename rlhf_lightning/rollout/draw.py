@@ -2,14 +2,17 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from math import inf
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rlhf_lightning.errors import ConfigError
+from rlhf_lightning.errors import MOST, ConfigError
 
 BLOCK = 64
+COLDEST = 1e-6
+"""Temperature that float32 can divide logits by; 0 is what lower ones mean."""
 
 
 @dataclass(frozen=True)
@@ -35,11 +38,11 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         for name, fine, wanted in (
-            ("max_tokens", self.max_tokens >= 1, "at least 1"),
+            ("max_tokens", 1 <= self.max_tokens <= MOST, f"from 1 to {MOST}"),
             ("min_tokens", 0 <= self.min_tokens <= self.max_tokens, "from 0 to max_tokens"),
-            ("temperature", self.temperature >= 0, "not negative"),
+            ("temperature", self.temperature == 0 or COLDEST <= self.temperature < inf, f"0, or from {COLDEST:g} up"),
             ("top_p", 0 < self.top_p <= 1, "in (0, 1]"),
-            ("top_k", self.top_k >= 0, "not negative"),
+            ("top_k", 0 <= self.top_k <= MOST, f"from 0 to {MOST}"),
             ("min_p", 0 <= self.min_p <= 1, "in [0, 1]"),
         ):
             if not fine:

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 from rlhf_lightning.data.conversations import Message, to_messages
 from rlhf_lightning.data.records import RowError
-from rlhf_lightning.errors import ConfigError, UserError
+from rlhf_lightning.errors import ConfigError, UserError, check_whole
 from rlhf_lightning.rollout.calls import check_limit
 
 ON_ERROR = ("fail", "retry", "drop")
@@ -71,15 +71,13 @@ class Limits:
     retries: int = 1
 
     def __post_init__(self) -> None:
-        if self.max_turns < 1:
-            raise ConfigError(f"limits.max_turns is {self.max_turns}; it must be at least 1")
-        if self.max_tokens is not None and self.max_tokens < 1:
-            raise ConfigError(f"limits.max_tokens is {self.max_tokens}; it must be at least 1, or null for no limit")
+        check_whole("limits.max_turns", self.max_turns)
+        if self.max_tokens is not None:
+            check_whole("limits.max_tokens", self.max_tokens)
         check_limit("limits.step_timeout", self.step_timeout)
         if self.on_error not in ON_ERROR:
             raise ConfigError(f"limits.on_error is {self.on_error!r}; one of {', '.join(ON_ERROR)}")
-        if self.retries < 1:
-            raise ConfigError(f"limits.retries is {self.retries}; it must be at least 1 (on_error: fail tries once)")
+        check_whole("limits.retries", self.retries)
 
 
 def environment_factory(

@@ -1,11 +1,12 @@
 """KL to the policy that the stage started from, in the reward or in the loss, fixed or adaptive."""
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from rlhf_lightning.errors import ConfigError
+from rlhf_lightning.errors import ConfigError, check_whole
 from rlhf_lightning.models.offload import check_place
 from rlhf_lightning.objectives import kl
 from rlhf_lightning.objectives.policy.importance import token_ratio
@@ -58,8 +59,8 @@ class KLPenalty:
         if estimator not in LOSS_ESTIMATORS:
             reason = " (k1 in the loss has no expected on-policy gradient)" if estimator == "k1" else ""
             raise ConfigError(f"kl.estimator is {estimator!r}{reason}; one of {', '.join(LOSS_ESTIMATORS)}")
-        if not coefficient >= 0:
-            raise ConfigError(f"kl.coefficient is {coefficient}; it must not be negative")
+        if not 0 <= coefficient < math.inf:
+            raise ConfigError(f"kl.coefficient is {coefficient}; it must not be negative, nor infinite")
         if place == "reward" and estimator != "weighted_k3":
             raise ConfigError(f"kl.estimator ({estimator}) is of the loss; in the reward it is k1: leave it out")
         if target is None and horizon != 10_000:
@@ -68,8 +69,8 @@ class KLPenalty:
             raise ConfigError(f"kl.discount is {discount}; it must be in [0, 1]")
         if target is not None and not (target > 0 and horizon > 0 and coefficient > 0):
             raise ConfigError("kl.target, kl.horizon and kl.coefficient must be above 0 for an adaptive coefficient")
-        if refresh_every is not None and refresh_every < 1:
-            raise ConfigError(f"kl.refresh_every is {refresh_every}; it must be at least 1 round")
+        if refresh_every is not None:
+            check_whole("kl.refresh_every", refresh_every)
         if reference is not None and refresh_every is not None:
             raise ConfigError(
                 "kl.reference names a model of its own, which kl.refresh_every would replace by the policy: set one"

@@ -11,6 +11,7 @@ from rlhf_lightning.data.prompts import Prompt
 from rlhf_lightning.data.records import RowError
 from rlhf_lightning.data.rendering import Renderer
 from rlhf_lightning.errors import UserError
+from rlhf_lightning.interrupts import user_line
 from rlhf_lightning.models.safe_points import safe_point
 from rlhf_lightning.rollout.calls import Call, Outcome, run_calls
 from rlhf_lightning.rollout.draw import Sample
@@ -214,7 +215,8 @@ class _Play:
 
     def _failed(self, running: Running, error: Exception) -> list[Running]:
         """By the policy: the episode to begin again, or nothing; or raise."""
-        what = f"{running.episode.label}, turn {running.turn + 1}: the environment failed: {reason(error)}"
+        where = f"{running.episode.label}, turn {running.turn + 1}"
+        what = f"{where}: the environment failed: {reason(error)}{user_line(error)}"
         if self.limits.on_error == "drop":
             running.drop(error)
             return []

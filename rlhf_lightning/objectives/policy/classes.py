@@ -38,6 +38,8 @@ class PolicyObjective(ABC):
             raise ValueError(f"aggregation is {aggregation!r}; one of {', '.join(MODES)}")
         if aggregation == "constant" and not length:
             raise ValueError("aggregation 'constant' needs length, the tokens each sequence is divided by")
+        if length is not None and (length < 1 or aggregation != "constant"):
+            raise ValueError(f"length is {length}; the tokens (at least 1) that aggregation 'constant' divides by")
         self.aggregation, self.length = aggregation, length
 
     @abstractmethod
@@ -93,6 +95,8 @@ class Clipped(PolicyObjective):
 
     def __init__(self, clip_low: float = 0.2, clip_high: float = 0.2, **kwargs: Any) -> None:
         super().__init__(**kwargs)
+        if not (0 <= clip_low <= 1 and clip_high >= 0):
+            raise ValueError(f"clip_low is {clip_low} (0 to 1), clip_high {clip_high} (0 or more): bounds must hold 1")
         self.bounds = _bounds(1 - clip_low, 1 + clip_high)
         self.clip_low, self.clip_high = clip_low, clip_high
 
@@ -110,7 +114,7 @@ class PPO(Clipped):
         self, clip_low: float = 0.2, clip_high: float = 0.2, dual_clip: float | None = None, **kwargs: Any
     ) -> None:
         super().__init__(clip_low, clip_high, **kwargs)
-        if dual_clip is not None and dual_clip <= 1 + self.clip_high:
+        if dual_clip is not None and not dual_clip > 1 + self.clip_high:
             raise ValueError(f"dual_clip is {dual_clip}; it must be above 1 + clip_high ({1 + self.clip_high})")
         self.dual_clip = dual_clip
 
@@ -230,7 +234,7 @@ class DRO(PolicyObjective):
 
     def __init__(self, beta: float = 0.05, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        if beta <= 0:
+        if not beta > 0:
             raise ValueError(f"beta is {beta}; it must be above 0, or nothing keeps the policy near the one that drew")
         self.beta = beta
 
@@ -255,7 +259,7 @@ class SAPO(PolicyObjective):
         **kwargs: Any,
     ) -> None:
         super().__init__(aggregation=aggregation, **kwargs)
-        if min(temperature_positive, temperature_negative) <= 0:
+        if not (temperature_positive > 0 and temperature_negative > 0):
             raise ValueError("the temperatures of SAPO must be above 0")
         self.temperatures = temperature_positive, temperature_negative
 

@@ -1,5 +1,6 @@
 """Losses of pairs as classes that YAML names."""
 
+import math
 from typing import Any
 
 from torch import Tensor
@@ -49,6 +50,8 @@ class BradleyTerry(PairLoss):
     """
 
     def __init__(self, label_smoothing: float = 0.0, centering: float = 0.0) -> None:
+        if not 0 <= centering < math.inf:
+            raise ValueError(f"centering is {centering}; it must not be negative: it would drive the scores apart")
         self.label_smoothing, self.centering = _smoothing(label_smoothing), centering
 
     def __call__(

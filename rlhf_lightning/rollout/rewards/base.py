@@ -13,6 +13,7 @@ from torch import nn
 from rlhf_lightning.data.prompts import Prompt
 from rlhf_lightning.data.rendering import Renderer
 from rlhf_lightning.errors import ConfigError, UserError
+from rlhf_lightning.interrupts import no_exit, raised_at
 from rlhf_lightning.models.safe_points import safe_point
 from rlhf_lightning.rollout.episodes import Episode
 from rlhf_lightning.rollout.ranks import once
@@ -146,7 +147,8 @@ def _scores(part: Reward, episodes: Sequence[Episode]) -> list[float | None]:
     if not episodes:
         return []
     try:
-        returned: Any = part.score(episodes)
+        with no_exit():
+            returned: Any = part.score(episodes)
     except UserError:
         raise
     except Exception as error:
@@ -169,11 +171,12 @@ def _failure(part: Reward, episodes: Sequence[Episode], error: Exception) -> str
     label = f"{len(episodes)} episodes together (each alone can be scored), the first {episodes[0].label}"
     for episode in episodes:
         try:
-            part.score([episode])
+            with no_exit():
+                part.score([episode])
         except Exception as alone:  # noqa: BLE001 - it is reported
             error, label = alone, episode.label
             break
-    frame = traceback.extract_tb(error.__traceback__)[-1]
+    frame = raised_at(error) or traceback.extract_tb(error.__traceback__)[-1]
     text = f"{type(error).__name__}: {error}".rstrip(": ")
     return (
         f"the reward {part.name} failed with {text} ({frame.filename}:{frame.lineno} in {frame.name}) for {label}. "

@@ -4,7 +4,8 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from rlhf_lightning.errors import ConfigError
+from rlhf_lightning.errors import ConfigError, check_whole
+from rlhf_lightning.files import is_file
 from rlhf_lightning.rollout.episodes import Episode
 from rlhf_lightning.rollout.rewards.base import Reward, check_finite
 
@@ -37,6 +38,11 @@ class KeywordReward(Reward):
     ) -> None:
         super().__init__(weight, name)
         self.skip_special_tokens = skip_special_tokens
+        if isinstance(keywords, str) or not keywords or not all(isinstance(w, str) and w.strip() for w in keywords):
+            raise ConfigError(f"the keywords of the reward {self.name} are {keywords!r}; a list of words, none empty")
+        check_whole(f"the min_words of the reward {self.name}", min_words, 0)
+        check_finite(f"the hit of the reward {self.name}", hit)
+        check_finite(f"the miss of the reward {self.name}", miss)
         self.keywords, self.min_words = [word.lower() for word in keywords], min_words
         self.hit, self.miss = hit, miss
 
@@ -110,6 +116,7 @@ def _refuse_hidden(reward: Reward, setting: str, words: Sequence[str], texts: Se
 
 def _lines(file: str) -> list[str]:
     try:
+        is_file(file)
         text = Path(file).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"the file of blocked terms {file} cannot be read: {error}") from error

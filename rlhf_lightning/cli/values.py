@@ -1,0 +1,97 @@
+"""Values that fit the type of a setting and can still not be meant: numbers that are none, nulls, empty names."""
+
+import inspect
+import math
+import types
+from collections.abc import Iterator
+from importlib import import_module
+from typing import Any, Union, get_args, get_origin
+
+from rlhf_lightning.errors import MOST, ConfigError, check_whole
+
+MAY_BE_INFINITE = ("clip_high", "dual_clip", "high", "ratio_max")
+"""Bounds: an infinite one is none."""
+MAY_BE_EMPTY = ("data.system",)
+"""Besides what is empty by default: an empty system message is none."""
+COUNTS: dict[str, tuple[int, int]] = {
+    "checkpoint_every": (0, MOST),
+    "keep": (1, MOST),
+    "trainer.accumulate_grad_batches": (1, MOST),
+    "trainer.check_val_every_n_epoch": (1, MOST),
+    "trainer.devices": (-1, 1024),
+    "trainer.log_every_n_steps": (0, MOST),
+    "trainer.max_epochs": (-1, MOST),
+    "trainer.max_steps": (-1, MOST),
+    "trainer.min_epochs": (0, MOST),
+    "trainer.min_steps": (0, MOST),
+    "trainer.num_nodes": (1, 1024),
+    "trainer.num_sanity_val_steps": (-1, MOST),
+    "trainer.reload_dataloaders_every_n_epochs": (0, MOST),
+}
+"""What Lightning says nothing of, or in a traceback."""
+KNOWN = ("rlhf_lightning.", "torch.", "lightning.")
+"""Where the classes are from whose arguments are looked at; what others take is their own affair."""
+
+
+def check_values(parser: Any, config: Any) -> None:
+    """Refuse them in the settings of a stage, those of classes within too.
+
+    Args:
+        parser: of the command. config: what it has read.
+
+    Raises:
+        ConfigError: names the setting.
+    """
+    for action in parser._actions:
+        if action.dest in config:
+            hint = getattr(action, "_typehint", None)
+            takes_none = action.default is None or (_takes_none(hint) if hint is not None else False)
+            _check(action.dest, config[action.dest], takes_none, action.default == "")
+
+
+def _check(key: str, value: Any, takes_none: bool, takes_empty: bool) -> None:
+    if value is None and not takes_none:
+        raise ConfigError(f"{key} is null; it needs a value. Leave the line out for the default")
+    unbounded = value == math.inf and key.rpartition(".")[2] in MAY_BE_INFINITE
+    if isinstance(value, float) and not math.isfinite(value) and not unbounded:
+        raise ConfigError(f"{key} is {value}; it must be a finite number")
+    if key in COUNTS and value is not None and not isinstance(value, str | list):
+        check_whole(key, value, *COUNTS[key])
+    if value == "" and isinstance(value, str) and not takes_empty and key not in MAY_BE_EMPTY:
+        raise ConfigError(f"{key} is empty; give a value, or leave the line out for the default")
+    for inner, item, none, empty in _within(key, value):
+        _check(inner, item, none, empty)
+
+
+def _within(key: str, value: Any) -> Iterator[tuple[str, Any, bool, bool]]:
+    """The settings inside a value, and whether each may be null, or empty."""
+    if isinstance(value, list | tuple):
+        yield from ((f"{key}.{i}", item, True, True) for i, item in enumerate(value))
+        return
+    if not hasattr(value, "as_dict") and not isinstance(value, dict):
+        return
+    entries = value if isinstance(value, dict) else vars(value)
+    path = entries.get("class_path")
+    if path is None or "init_args" not in entries:
+        yield from ((f"{key}.{name}", item, True, True) for name, item in entries.items())
+    elif str(path).startswith(KNOWN):
+        arguments = entries["init_args"]
+        for name, item in (arguments if isinstance(arguments, dict) else vars(arguments)).items():
+            found = _parameter(path, name)
+            none = found is None or found.default is None or _takes_none(found.annotation)
+            yield f"{key}.init_args.{name}", item, none, found is None or found.default == ""
+
+
+def _parameter(path: str, name: str) -> inspect.Parameter | None:
+    """An argument of a class, wherever among its bases it is taken."""
+    module, _, attribute = path.rpartition(".")
+    for base in getattr(import_module(module), attribute).__mro__:
+        if name in (parameters := inspect.signature(base.__init__).parameters):
+            return parameters[name]
+    return None
+
+
+def _takes_none(hint: Any) -> bool:
+    if hint in (Any, None, type(None), inspect.Parameter.empty):
+        return True
+    return get_origin(hint) in (Union, types.UnionType) and any(_takes_none(inner) for inner in get_args(hint))
