@@ -178,7 +178,7 @@ def test_links(base: str, tmp_path: Path) -> None:
                 load(base)
     (folder / "chat_template.jinja").unlink()
     os.mkfifo(folder / "chat_template.jinja")
-    with pytest.raises(ConfigError, match="a pipe"):
+    with pytest.raises(ConfigError, match="a named pipe"):
         load_tokenizer(base)
 
 
