@@ -122,17 +122,22 @@ def test_data_of_another_stage(base: str, tmp_path: Path) -> None:
             trainer(tmp_path).predict(module)
 
 
-def test_a_checkpoint_alone_does_not_say_what_it_is_of(base: str, tmp_path: Path) -> None:
+def test_a_checkpoint_without_settings_does_not_say_what_it_is_of(base: str, tmp_path: Path) -> None:
     """`load_from_checkpoint(path)`: told what to pass; with that the weights are those that were saved."""
     module = sft(base, optimizer=sgd(0.1))
     run = trainer(tmp_path, max_steps=1)
     run.fit(module, SFTDataModule(chats(4), show_example=False))
     run.save_checkpoint(tmp_path / "one.ckpt")
+    facts = torch.load(tmp_path / "one.ckpt", weights_only=True)
+    torch.save({name: value for name, value in facts.items() if name != "hyper_parameters"}, tmp_path / "bare.ckpt")
     with pytest.raises(ConfigError, match=r"SFTModule.load_from_checkpoint needs model=… and what else") as refused:
-        SFTModule.load_from_checkpoint(tmp_path / "one.ckpt")
+        SFTModule.load_from_checkpoint(tmp_path / "bare.ckpt")
     assert "SFTModule('runs/NAME/model')" in str(refused.value)
-    again = SFTModule.load_from_checkpoint(tmp_path / "one.ckpt", model=base)
-    assert all(torch.equal(again.state_dict()[name], value) for name, value in module.state_dict().items())
+    for again in (
+        SFTModule.load_from_checkpoint(tmp_path / "one.ckpt"),
+        SFTModule.load_from_checkpoint(tmp_path / "bare.ckpt", model=base),
+    ):
+        assert all(torch.equal(again.state_dict()[name], value) for name, value in module.state_dict().items())
     with pytest.raises(ConfigError, match=r"is a model folder; start from it: SFTModule\('"):
         SFTModule.load_from_checkpoint(base)
     with pytest.raises(ConfigError, match="not of this stage and settings"):
