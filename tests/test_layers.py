@@ -23,7 +23,7 @@ ROOMS = [
     {"pipeline", "types", "environments"},
     {"report", "data"},
     {"distributed", "untrusted", "rank_watch", "run_folder"},
-    {"files", "objectives", "safe_points", "interrupts"},
+    {"files", "objectives", "safe_points", "user_exits"},
     {"errors", "settings"},
 ]
 """A room imports itself and the lines below its own; on one line, only `cli` imports `quickstart`."""

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rlhf_lightning.checkpointing.relay import Relay
 
-from rlhf_lightning.interrupts import asked_to_end, note_signal, watched
+from rlhf_lightning.user_exits import asked_to_end, note_signal, watched
 
 log = logging.getLogger(__name__)
 

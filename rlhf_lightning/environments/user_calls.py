@@ -17,8 +17,8 @@ from typing import Any
 import torch
 
 from rlhf_lightning.errors import ConfigError, UserError
-from rlhf_lightning.interrupts import no_exit
 from rlhf_lightning.safe_points import safe_point
+from rlhf_lightning.user_exits import no_exit
 
 Call = Callable[[], Any]
 WORKERS = 256

@@ -14,11 +14,11 @@ from rlhf_lightning.data.prompts import Prompt
 from rlhf_lightning.data.rendering import Renderer
 from rlhf_lightning.distributed import run_on_leader
 from rlhf_lightning.errors import ConfigError, UserError
-from rlhf_lightning.interrupts import no_exit, raised_at
 from rlhf_lightning.rewards.normalization import RUNNING, Normalizer
 from rlhf_lightning.safe_points import safe_point
 from rlhf_lightning.settings import Settings
 from rlhf_lightning.types import Episode
+from rlhf_lightning.user_exits import no_exit, raised_at
 
 
 class RewardError(UserError):

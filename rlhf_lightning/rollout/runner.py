@@ -21,12 +21,12 @@ from rlhf_lightning.environments.base import (
 )
 from rlhf_lightning.environments.user_calls import Call, Outcome, run_calls
 from rlhf_lightning.errors import UserError
-from rlhf_lightning.interrupts import user_line
 from rlhf_lightning.rollout.episode_state import EpisodeState, reason
 from rlhf_lightning.safe_points import safe_point
 from rlhf_lightning.sampling.sampler import Sampler
 from rlhf_lightning.sampling.token_sampling import Completion
 from rlhf_lightning.types import Episode
+from rlhf_lightning.user_exits import user_line
 
 log = logging.getLogger(__name__)
 
