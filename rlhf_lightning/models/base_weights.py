@@ -13,7 +13,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from rlhf_lightning.errors import ConfigError
-from rlhf_lightning.models.lora import HEADS, is_quantized, of_adapter, plain_name
+from rlhf_lightning.models.lora import HEADS, is_adapted, is_quantized, of_adapter, plain_name
 
 log = logging.getLogger(__name__)
 
@@ -25,7 +25,7 @@ def check_adapted(model: Any, lora: Any) -> None:
         model: The model as given, with or without an adapter.
         lora: The stage's `LoRA` settings, or None.
     """
-    if not hasattr(model, "peft_config"):
+    if not is_adapted(model):
         return
     if lora is not None:
         raise ConfigError(
@@ -42,7 +42,7 @@ def check_adapted(model: Any, lora: Any) -> None:
 
 def check_trainable(model: Any) -> None:
     """Raise `ConfigError` if the adapter of a model passed as an object would not be trained."""
-    if not hasattr(model, "peft_config"):
+    if not is_adapted(model):
         return
     if any(getattr(module, "merged", False) for module in model.modules()):
         raise ConfigError(
@@ -84,7 +84,7 @@ def keeps_base(model: Any) -> bool:
     Raises:
         ConfigError: If they differ and are in 4 bits, so that they could not be saved.
     """
-    if not hasattr(model, "peft_config"):
+    if not is_adapted(model):
         return True
     kept = {name: p for name, p in plain_weights(model).items() if not is_quantized(model) or _is_plain(p)}
     name = str(model.peft_config["default"].base_model_name_or_path or "")

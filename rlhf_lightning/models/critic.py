@@ -16,7 +16,7 @@ from rlhf_lightning.models.loading import (
     load_for_scoring,
     merge,
 )
-from rlhf_lightning.models.lora import LoRA, base_of, is_quantized
+from rlhf_lightning.models.lora import LoRA, base_of, is_adapted, is_quantized
 from rlhf_lightning.models.packed_forward import PackedForward
 from rlhf_lightning.models.packing import prefix_lengths
 from rlhf_lightning.models.sharding import run_unsharded
@@ -117,7 +117,7 @@ class Critic(Settings, nn.Module):
         else:
             folder = check_source(self.source)
             model = load_for_scoring(folder, task_of(folder), dtype)
-        if hasattr(model, "peft_config"):
+        if is_adapted(model):
             model = merge(model)
         backbone = model.base_model.requires_grad_(self.lora is None)
         if self.lora is None:

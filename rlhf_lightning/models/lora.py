@@ -149,6 +149,11 @@ def base_of(model: Any) -> Any:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
+def is_adapted(model: Any) -> bool:
+    """True for a `PeftModel`. Some versions of peft leave `peft_config` on a base after merging."""
+    return hasattr(model, "get_base_model")
+
+
 def is_quantized(model: Any) -> bool:
     """True if linear layers of the model are in 4 bits."""
     return bool(getattr(base_of(model), "is_loaded_in_4bit", False))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from rlhf_lightning.models.loading import disable_dropout
-from rlhf_lightning.models.lora import simple
+from rlhf_lightning.models.lora import is_adapted, simple
 from rlhf_lightning.models.offload import Placement
 from rlhf_lightning.models.sharding import copy_weight, full_tensor
 from rlhf_lightning.models.token_logprobs import TokenLogprobs
@@ -52,7 +52,7 @@ class Reference(nn.Module):
         # Disabling the adapter gives the start policy, and cannot give a later one.
         disabled = fresh_adapter and not moves
         # peft cannot add a second copy of an adapter that holds more than LoRA's two matrices (embeddings, biases).
-        adapted = hasattr(model, "peft_config") and (disabled or simple(model.peft_config["default"]))
+        adapted = is_adapted(model) and (disabled or simple(model.peft_config["default"]))
         self.mode = "copy" if not adapted else "disabled" if disabled else "adapter"
         self.copy: nn.Module | None = None
         if self.mode == "copy":

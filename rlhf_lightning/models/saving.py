@@ -15,7 +15,7 @@ from rlhf_lightning.files import read_object, write_json
 from rlhf_lightning.models.base_weights import link_base, write_base
 from rlhf_lightning.models.generation import end_token_ids
 from rlhf_lightning.models.loading import is_adapter
-from rlhf_lightning.models.lora import base_of
+from rlhf_lightning.models.lora import base_of, is_adapted
 
 log = logging.getLogger(__name__)
 
@@ -51,7 +51,7 @@ def save_model(
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(parents=True)
     given = {} if weights is None else {"state_dict": weights}
-    adapted = hasattr(model, "peft_config")
+    adapted = is_adapted(model)
     with _own_generation_config_aside(base_of(model)):
         if adapted:
             # Only the adapter that was trained. Embeddings that are not the base's are saved with the base.
