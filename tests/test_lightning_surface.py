@@ -1,6 +1,5 @@
 """The modules as a Lightning user expects them: LightningCLI, hyperparameters, `load_from_checkpoint`, `forward`."""
 
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -9,17 +8,29 @@ import lightning.pytorch as pl
 import pytest
 import torch
 import yaml
+from lightning.pytorch.cli import LightningCLI
 
-from rlhf_lightning import GroupCentered, KLPenalty, LoRA, PolicyRLModule, PreferenceModule, Sampler, SFTModule
+from rlhf_lightning import (
+    GroupCentered,
+    KLPenalty,
+    LoRA,
+    PolicyRLModule,
+    PreferenceDataModule,
+    PreferenceModule,
+    PromptDataModule,
+    Sampler,
+    SFTDataModule,
+    SFTModule,
+)
 from rlhf_lightning.errors import ConfigError
 from rlhf_lightning.models.scorers import ImplicitReward, Scorer
 from rlhf_lightning.objectives import BradleyTerry, ClippedSurrogate
 from rlhf_lightning.rewards import KeywordReward
 from rlhf_lightning.settings import Settings, describe, rebuild
 from tests.conftest import trainer
+from tests.test_cli import stage_config
 from tests.test_modules import data, make
 
-ROOT = Path(__file__).parents[1]
 MODULES: dict[str, dict[str, Any]] = {
     "sft": {"lora": LoRA(4, target=["attention"]), "max_empty_steps": 7},
     "preference": {"scorer": ImplicitReward(beta=0.3), "loss": BradleyTerry(label_smoothing=0.1), "lora": LoRA(4)},
@@ -31,6 +42,7 @@ MODULES: dict[str, dict[str, Any]] = {
         "rewards": [KeywordReward(["a", "e"], min_words=1)],
     },
 }
+DATA = {"sft": SFTDataModule, "preference": PreferenceDataModule, "policy": PromptDataModule}
 CLASSES: dict[str, type] = {"sft": SFTModule, "preference": PreferenceModule, "policy": PolicyRLModule}
 
 
@@ -153,41 +165,22 @@ def test_a_subclass_overrides_hooks(base: str, tmp_path: Path) -> None:
     assert same_weights(module, Slow.load_from_checkpoint(tmp_path / "step.ckpt"))
 
 
-def test_the_stages_run_in_a_lightning_cli_of_ones_own(base: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", CLASSES)
+def test_the_stages_run_in_a_lightning_cli_of_ones_own(kind: str, base: str, tmp_path: Path) -> None:
     """`LightningCLI(SFTModule, SFTDataModule)` and the other two: fit, validate, test, predict."""
-    from tests.test_cli import stage_config
-
-    script = tmp_path / "train.py"
-    script.write_text(
-        "import sys\n"
-        "from lightning.pytorch.cli import LightningCLI\n"
-        "import rlhf_lightning as r\n"
-        "pairs = {'sft': (r.SFTModule, r.SFTDataModule), 'preference': (r.PreferenceModule, r.PreferenceDataModule),\n"
-        "         'policy': (r.PolicyRLModule, r.PromptDataModule)}\n"
-        "kind = sys.argv.pop(1)\n"
-        "LightningCLI(*pairs[kind], save_config_callback=None)\n"
-    )
-    for kind in CLASSES:
-        folder = tmp_path / kind
-        folder.mkdir()
-        settings = stage_config(kind, base, folder)
-        for name in ("validation", "test", "predict"):
-            settings["data"][name] = settings["data"]["train"]
-        if kind == "policy":
-            settings["model"]["rewards"] = [{"class_path": "KeywordReward", "init_args": {"keywords": ["a"]}}]
-        settings["trainer"] |= {"max_steps": 1, "default_root_dir": str(folder), "accelerator": "cpu", "logger": False}
-        config = folder / "c.yaml"
-        config.write_text(yaml.safe_dump(settings))
-        for command in ("fit", "validate", "test", "predict"):
-            out = subprocess.run(
-                [sys.executable, str(script), kind, command, "-c", str(config)],
-                capture_output=True,
-                text=True,
-                cwd=folder,
-                timeout=200,
-                env={"PATH": "/usr/bin:/bin", "PYTHONPATH": str(ROOT), "HOME": str(folder), "OMP_NUM_THREADS": "1"},
-            )
-            assert out.returncode == 0, f"{kind} {command}: {out.stderr[-2000:]}"
+    settings = stage_config(kind, base, tmp_path)
+    settings["data"] |= dict.fromkeys(("validation", "test", "predict"), settings["data"]["train"])
+    settings["trainer"] |= {"max_steps": 1, "default_root_dir": str(tmp_path), "accelerator": "cpu", "logger": False}
+    settings["trainer"] |= {"enable_progress_bar": False, "enable_checkpointing": False}
+    if kind == "policy":
+        settings["model"]["rewards"] = [{"class_path": "KeywordReward", "init_args": {"keywords": ["a"]}}]
+    config = tmp_path / "c.yaml"
+    config.write_text(yaml.safe_dump(settings))
+    for command in ("fit", "validate", "test", "predict"):
+        arguments = {"save_config_callback": None, "args": [command, "-c", str(config)]}
+        cli = LightningCLI(CLASSES[kind], DATA[kind], **arguments)  # type: ignore[arg-type]
+        assert cli.trainer.state.finished
+        assert (cli.trainer.global_step == 1) == (command == "fit")
 
 
 def test_hyperparameters_reach_a_logger(base: str, tmp_path: Path) -> None:
