@@ -237,6 +237,7 @@ def test_every_file_of_the_sources_exists(page: Path) -> None:
 
 
 LIBRARIES = [
+    "builtins",
     "lightning.pytorch",
     "lightning.pytorch.callbacks",
     "lightning.pytorch.strategies",

@@ -24,6 +24,7 @@ from rlhf_lightning.rewards import FunctionReward
 from rlhf_lightning.rollout.advantages import GroupCentered
 from rlhf_lightning.rollout.collector import RolloutCollector
 from rlhf_lightning.rollout.runner import run_episodes
+from rlhf_lightning.rollout.statistics import statistics
 from rlhf_lightning.sampling.local_engine import LocalEngine
 from rlhf_lightning.sampling.sampler import Sampler
 from rlhf_lightning.sampling.token_sampling import Completion, SamplingParams
@@ -154,7 +155,7 @@ def test_ten_thousand_episodes_none_lost_none_twice(tokenizer: Any, policy: str)
         members = [episode for episode in living if episode.group == group]
         mean = sum(episode.reward for episode in members) / len(members)
         assert [e.advantage for e in members] == pytest.approx([e.reward - mean for e in members])
-    sums = collector.statistics(episodes)
+    sums = statistics(episodes)
     assert sums["failed_episodes"] == (len(failed), 10_000)
     assert sums["reward"] == (sum(episode.reward for episode in living), len(living))
     ended = sum(sums[f"stop_{name}"][0] for name in ("stop", "length", "tokens", "turns", "context"))

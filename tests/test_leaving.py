@@ -19,9 +19,10 @@ from rlhf_lightning import (
     PromptDataModule,
     SFTDataModule,
     SFTModule,
+    user_exits,
 )
 from rlhf_lightning.callbacks.samples import SamplesLog
-from rlhf_lightning.checkpointing import relay, signals
+from rlhf_lightning.checkpointing import relay
 from rlhf_lightning.checkpointing.callbacks import RunCheckpoints
 from rlhf_lightning.checkpointing.io import newest_whole
 from rlhf_lightning.checkpointing.metrics_csv import MetricsCSV
@@ -44,7 +45,7 @@ def handlers_as_they_were() -> Iterator[None]:
     numbers = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
     before = {number: signal.getsignal(number) for number in numbers}
     yield
-    signals._ending["asked"] = False
+    user_exits._state["asked"] = False
     for number, handler in before.items():
         signal.signal(number, handler)
 
@@ -161,7 +162,7 @@ def interrupted(
         watch(patch, kind, work, act)
         with pytest.raises(SystemExit):
             run(kind, base, root, resume=True, **options)
-    signals._ending["asked"] = False
+    user_exits._state["asked"] = False
     for one in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
         signal.signal(one, signal.SIG_DFL if one != signal.SIGINT else signal.default_int_handler)
     return work

@@ -365,7 +365,7 @@ def test_entropy_bonus_keeps_the_policy_random(base: str, tmp_path: Path) -> Non
         ({"advantage": GAE()}, {}, "needs the values of a critic"),
         ({"critic": Critic(shared=True, warmup_rounds=1), "advantage": GAE()}, {}, "would move the policy"),
         ({"staleness": 2}, {}, "0, or 1 round"),
-        ({"resample_groups": -1}, {}, "must not be negative"),
+        ({"resample_groups": -1}, {}, "at least 0"),
         ({"objective": Reinforce()}, {"update_epochs": 2}, "neither clip nor importance ratio"),
         ({"objective": Reinforce()}, {"minibatches": 2}, "2 optimizer steps"),
         ({"objective": SequenceClippedSurrogate(normalized=False), "kl": KLPenalty(0.1)}, {}, "set kl.place to reward"),

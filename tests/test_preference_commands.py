@@ -168,7 +168,7 @@ def test_best_of_takes_the_best(by: str, base: str, judge: str, tmp_path: Path) 
         (["evaluate", "BASE", "BASE", "FILE", "--gold", GOLD, "--max_tokens", "999"], "over the model's 256 positions"),
         (["evaluate", "BASE", "./nowhere", "FILE", "--gold", GOLD], "no such folder"),
         (["evaluate", "BASE", "BASE", "missing.jsonl", "--gold", GOLD], "no such file"),
-        (["best-of", "BASE", "FILE", "--gold", GOLD, "-n", "0"], "--n is 0"),
+        (["best-of", "BASE", "FILE", "--gold", GOLD, "-n", "0"], "-n is 0"),
         (["best-of", "BASE", "FILE", "--gold", GOLD, "--temperature", "0"], "--temperature is 0"),
         (["best-of", "BASE", "FILE"], "nothing to judge by"),
     ],

@@ -88,7 +88,7 @@ def test_text_rewards_read_special_tokens_when_asked(renderer: Renderer) -> None
 def test_turns_are_read_from_the_tokens_that_were_drawn(renderer: Renderer) -> None:
     texts = ["one<|im_end|>", "two <|call|>", "three"]
     decode = renderer.tokenizer.decode
-    assert [decode(ids) for ids in sampled(renderer, *texts).sampled()] == texts
+    assert [decode(ids) for ids in sampled(renderer, *texts).sampled_turns()] == texts
     with pytest.raises(ConfigError, match="call bind first"):
         RegexReward("a", skip_special_tokens=False).score([sampled(renderer, "a")])
 

@@ -93,7 +93,7 @@ def test_plans_of_architectures(architecture: str, options: dict[str, Any], toke
     ("architecture", "options", "lora", "message"),
     [
         ("bloom", {}, None, "has no plan for BloomForCausalLM"),
-        ("qwen3", {"num_key_value_heads": 1}, None, "1 heads"),
+        ("qwen3", {"num_key_value_heads": 1}, None, "1 num_key_value_heads"),
         ("qwen3", {"attention_dropout": 0.1}, None, "dropout"),
         ("qwen3", {}, LoRA(dropout=0.1), "dropout"),
     ],

@@ -128,7 +128,7 @@ def test_tables_of_samples() -> None:
         "prompt": [{"content": HOSTILE}],
         "response": HOSTILE,
         "stop_reason": HOSTILE,
-        "parts": {HOSTILE: 1.0, "b": 2},
+        "terms": {HOSTILE: 1.0, "b": 2},
     }
     rows = {"best": {**row, "reward": 1.0, "advantage": 1.0, "kl": None}}
     assert not set(plain("title", rows)) & FORBIDDEN

@@ -109,7 +109,7 @@ def training_memory(
     kept = predicted(shape, family, precision, load.tokens)
     if checkpointing:
         kept = checkpointed_bytes(model, round(kept), load.tokens, COMPUTE)
-    head = SimpleNamespace(vocabulary=shape.vocab, model=model, head=None)
+    head = SimpleNamespace(vocabulary=shape.vocab, model=model, lm_head=None)
     gradients = tensor_bytes(parameters)
     layers = SIZE[precision] * shape.layers * shape.layer_weights
     unsharded = 2 * layers / shape.layers + gradients - layers
