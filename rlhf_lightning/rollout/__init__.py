@@ -1,1 +1,1 @@
-"""From prompts to rows that a policy loss can be computed on: sampling, environments, rewards, advantages, rounds."""
+"""Rollouts: from prompts to training samples with advantages, through sampling, environments and rewards."""

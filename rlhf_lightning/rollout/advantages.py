@@ -1,4 +1,4 @@
-"""Advantages: named baselines over `objectives.advantage`, and the function that gives every sampled token its own.
+"""Advantages: baselines over `objectives.advantage`, and the function that gives each sampled token its advantage.
 
 `Advantage.__call__` subtracts a baseline: one number per episode. `Advantage.token_advantages` spreads it over the
 sampled tokens, together with the penalties of single tokens. `compute_token_advantages` calls both and writes the
@@ -21,29 +21,54 @@ from rlhf_lightning.types import Episode, TrainingSample
 
 
 class Advantage(Settings):
-    """From rewards to the advantage of every token that was sampled."""
+    """Base class of advantages. As it is, an episode's reward is the advantage of each of its tokens.
+
+    A subclass overrides `__call__` to subtract a baseline, or `token_advantages` to spread it over tokens in another
+    way.
+
+    Example:
+        >>> class BatchCentered(Advantage):
+        ...     def __call__(self, rewards, group_ids):
+        ...         return rewards - rewards.mean()
+        >>> BatchCentered()(torch.tensor([1.0, 3.0]), torch.tensor([0, 0]))
+        tensor([-1.,  1.])
+    """
 
     needs_group = False
-    """Whether a group of one has no advantage."""
+    """True if a group of one episode has no advantage."""
     needs_values = False
-    """Whether a critic is needed."""
+    """True if a critic is needed."""
     centers_penalty = True
-    """Whether the KL penalty's mean may be taken off: something else here has to know how large the reward is."""
+    """True if the mean KL penalty may be subtracted. False where another part (a critic, whitening) is the baseline."""
     whiten = False
-    """Whether the advantages of a round's tokens get mean 0 and variance 1, over all ranks."""
+    """True if the advantages of a round's tokens are scaled to mean 0 and variance 1, over all ranks."""
 
     def __call__(self, rewards: Tensor, group_ids: Tensor) -> Tensor:
-        """Rewards `[N]` of episodes, less a baseline; `group_ids` `[N]`."""
+        """Subtract a baseline from the rewards.
+
+        Args:
+            rewards: Reward of each episode, `[N]`.
+            group_ids: Group of each episode, `[N]`.
+
+        Returns:
+            Advantage of each episode, `[N]`.
+        """
         return rewards
 
     def token_advantages(
         self, scores: Tensor, penalties: Tensor, values: Tensor, loss_mask: Tensor, discount: float
     ) -> tuple[Tensor, Tensor]:
-        """Advantages and returns, `[N, T]` each, 0 where the mask is 0.
+        """Compute the advantage, and with a critic the return, of each token.
 
         Args:
-            scores: what `__call__` gave, `[N]`. penalties: rewards of single tokens, `[N, T]`. values: the critic's,
-                `[N, T]`, zeros without one. discount: of a later token's penalty.
+            scores: Advantage of each episode, as `__call__` returns it, `[N]`.
+            penalties: Rewards of single tokens, `[N, T]`.
+            values: The critic's values, `[N, T]`; zeros without a critic.
+            loss_mask: 1 at sampled tokens, 0 elsewhere, `[N, T]`.
+            discount: Discount of the penalties of later tokens.
+
+        Returns:
+            Advantages and returns, `[N, T]` each, 0 where the mask is 0. Returns are all 0 without a critic.
         """
         return scores[:, None] * loss_mask + discounted_future_sum(penalties, loss_mask, discount), torch.zeros_like(
             loss_mask
@@ -51,7 +76,18 @@ class Advantage(Settings):
 
 
 class GroupCentered(Advantage):
-    """Reward minus the mean of its group; `scale: std` divides by the group's deviation as GRPO does."""
+    """Reward minus the mean reward of its group (GRPO, arXiv 2402.03300).
+
+    Args:
+        scale: `none`, or `std` to divide by the group's standard deviation, as GRPO does.
+
+    Raises:
+        ConfigError: If `scale` is unknown.
+
+    Example:
+        >>> GroupCentered()(torch.tensor([1.0, 0.0]), torch.tensor([0, 0]))
+        tensor([ 0.5000, -0.5000])
+    """
 
     needs_group = True
 
@@ -61,25 +97,37 @@ class GroupCentered(Advantage):
         self.scale = scale
 
     def __call__(self, rewards: Tensor, group_ids: Tensor) -> Tensor:
-        """`[N]`."""
+        """Advantage of each episode, `[N]`; see `Advantage.__call__`."""
         return group_centered(rewards, group_ids, self.scale)
 
 
 class LeaveOneOut(Advantage):
-    """Reward minus the mean of the group's others (RLOO)."""
+    """Reward minus the mean reward of the other episodes of its group (RLOO, arXiv 2402.14740).
+
+    Example:
+        >>> LeaveOneOut()(torch.tensor([1.0, 0.0]), torch.tensor([0, 0]))
+        tensor([ 1., -1.])
+    """
 
     needs_group = True
 
     def __call__(self, rewards: Tensor, group_ids: Tensor) -> Tensor:
-        """`[N]`."""
+        """Advantage of each episode, `[N]`; see `Advantage.__call__`."""
         return leave_one_out(rewards, group_ids)
 
 
 class GlobalWhitened(Advantage):
-    """The reward and the KL penalties to come, whitened over all tokens of the round (REINFORCE++, arXiv 2501.03262).
+    """Reward plus later KL penalties, whitened over all tokens of a round (REINFORCE++, arXiv 2501.03262).
 
     Args:
-        baseline: `none`, or `group`: the group's mean is taken off first (REINFORCE++-baseline), which needs groups.
+        baseline: `none`, or `group` to subtract the group's mean first (REINFORCE++-baseline), which needs groups.
+
+    Raises:
+        ConfigError: If `baseline` is unknown.
+
+    Example:
+        >>> GlobalWhitened(baseline="group").needs_group
+        True
     """
 
     whiten = True
@@ -91,19 +139,27 @@ class GlobalWhitened(Advantage):
         self.needs_group = baseline == "group"
 
     def __call__(self, rewards: Tensor, group_ids: Tensor) -> Tensor:
-        """`[N]`."""
+        """Advantage of each episode before whitening, `[N]`; see `Advantage.__call__`."""
         return group_centered(rewards, group_ids) if self.needs_group else rewards
 
 
 class GAE(Advantage):
-    """Generalized advantage estimation with a critic (arXiv 1506.02438): PPO as it was first used on language models.
+    """Generalized advantage estimation with a critic (arXiv 1506.02438), as in PPO.
 
-    The reward comes at the last token that was sampled, KL penalties at their own; the value after the end is 0.
+    The episode's reward is given at its last sampled token, each KL penalty at its own token. The value after the end
+    is 0.
 
     Args:
-        gamma: discount of rewards; 1 for answers of a few hundred tokens.
-        lam: weight of later value estimates; 1 leaves the critic as a baseline alone.
-        whiten: mean 0 and variance 1 over the tokens of a round.
+        gamma: Discount of rewards; 1 for answers of a few hundred tokens.
+        lam: Weight of later value estimates; at 1 the critic is only a baseline.
+        whiten: Scale the advantages to mean 0 and variance 1 over the tokens of a round.
+
+    Raises:
+        ConfigError: If `gamma` or `lam` is not in [0, 1].
+
+    Example:
+        >>> GAE(lam=1.0).needs_values
+        True
     """
 
     needs_values = True
@@ -117,7 +173,7 @@ class GAE(Advantage):
     def token_advantages(
         self, scores: Tensor, penalties: Tensor, values: Tensor, loss_mask: Tensor, discount: float
     ) -> tuple[Tensor, Tensor]:
-        """See `Advantage.token_advantages`; gamma discounts, not `discount`."""
+        """See `Advantage.token_advantages`. Discounts by `gamma`, not by `discount`."""
         places = torch.arange(1, loss_mask.shape[1] + 1)
         last = (loss_mask * places).argmax(-1, keepdim=True)
         return gae(penalties.scatter_add(1, last, scores[:, None]), values, loss_mask, self.gamma, self.lam)
@@ -126,18 +182,17 @@ class GAE(Advantage):
 def compute_token_advantages(
     episodes: Sequence[Episode], advantage: Advantage, kl: KLPenalty | None, sequence_level: bool = False
 ) -> None:
-    """Write `advantages`, and `returns` with a critic, into the training samples. All ranks must call this together.
+    """Write `advantages`, and with a critic `returns`, into the training samples. All ranks must call this together.
 
-    The training samples of an episode form one sequence of actions, whatever lies between them, so a token may earn a
-    reward that comes in a later sample. A KL penalty in the reward is added after the group's baseline and before
-    whitening.
+    All training samples of an episode form one sequence of actions, so a token may earn a reward that comes in a later
+    sample. A KL penalty in the reward is added after the group's baseline and before whitening.
 
     Args:
-        episodes: of a round, on this rank; those with an `advantage` of their own keep it.
-        advantage: the baseline, and how it is spread over tokens.
-        kl: a penalty with `place: reward` is added to the rewards of single tokens.
-        sequence_level: the objective takes a response as one action, which has one advantage: that of the episode plus
-            the penalties of all its tokens.
+        episodes: Episodes of a round, on this rank. Those that already have an `advantage` keep it.
+        advantage: The baseline, and how it is spread over tokens.
+        kl: With `place: reward`, this penalty is added to the rewards of single tokens.
+        sequence_level: True if the objective treats a response as one action. All its tokens then share one advantage:
+            that of the episode plus the penalties of all its tokens.
     """
     unscored = [episode for episode in episodes if episode.advantage is None]
     if unscored:
@@ -178,7 +233,7 @@ def compute_token_advantages(
 
 
 def _joined(episodes: Sequence[Episode], column: Callable[[TrainingSample], Sequence[float]]) -> Tensor:
-    """A column of all training samples of each episode, end to end, `[N, T]`; 0 where a sample has none."""
+    """A column of each episode's training samples, concatenated, `[N, T]`; 0 where a sample lacks the column."""
     rows = [
         [number for sample in episode.training_samples for number in column(sample) or [0.0] * len(sample.ids)]
         for episode in episodes
@@ -187,7 +242,7 @@ def _joined(episodes: Sequence[Episode], column: Callable[[TrainingSample], Sequ
 
 
 def _separated(episodes: Sequence[Episode], table: Tensor) -> Iterator[tuple[TrainingSample, list[float]]]:
-    """The inverse of `_joined`: each training sample with its own part of the table `[N, T]`."""
+    """The inverse of `_joined`: each training sample with its part of a table `[N, T]`."""
     for episode, numbers in zip(episodes, table.tolist(), strict=True):
         start = 0
         for sample in episode.training_samples:
@@ -196,14 +251,14 @@ def _separated(episodes: Sequence[Episode], table: Tensor) -> Iterator[tuple[Tra
 
 
 def _moments(x: Tensor, loss_mask: Tensor) -> tuple[float, float]:
-    """Mean and variance (over n, not n - 1) of the trained tokens of all ranks."""
+    """Mean and variance (divided by n, not n - 1) over the sampled tokens of all ranks."""
     count = sum(gather(float(loss_mask.sum()))) or 1.0
     mean = sum(gather(float((x * loss_mask).sum()))) / count
     return mean, sum(gather(float(((x - mean).square() * loss_mask).sum()))) / count
 
 
 def critic_explained_variance(samples: Sequence[TrainingSample]) -> float:
-    """The explained variance of the critic's values over the sampled tokens of a round, of all ranks."""
+    """Explained variance of the critic's values over the sampled tokens of a round, on all ranks."""
     pairs = [
         (value, target)
         for sample in samples

@@ -1,4 +1,4 @@
-"""Rounds of rollouts: from prompts to training samples with advantages, and the numbers that describe a round."""
+"""Collection of a round of rollouts: training samples with advantages, and the statistics of the round."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -26,16 +26,24 @@ from rlhf_lightning.sampling.sampler import Sampler
 from rlhf_lightning.types import Episode, TrainingSample
 
 SampleScorer = Callable[[Tensor, Tensor], Tensor]
-"""From `input_ids` and `loss_mask`, `[B, T]`, to a number per token, `[B, T]`."""
+"""Computes a number per token, `[B, T]`, from `input_ids` and `loss_mask`, both `[B, T]`."""
 CHUNK = 256
-"""Training samples that are scored at once."""
+"""Number of training samples that are scored at once."""
 
 
 @dataclass(frozen=True)
 class SampleScorers:
-    """What is computed for the training samples of a round, with the weights that the round starts with.
+    """Numbers to compute for the training samples of a round, with the weights at its start.
 
-    The names are those of the columns of `TrainingSample`; `None` leaves a column empty.
+    Each scorer fills the column of `TrainingSample` with its name. With None, the column stays empty.
+
+    Attributes:
+        reference_logprobs: Log-probabilities under the reference, in nats.
+        recomputed_logprobs: Log-probabilities under the policy as the trainer computes them, in nats.
+        values: The critic's values, in reward units.
+
+    Example:
+        >>> scorers = SampleScorers(values=lambda input_ids, loss_mask: torch.zeros(input_ids.shape))
     """
 
     reference_logprobs: SampleScorer | None = None
@@ -46,26 +54,30 @@ class SampleScorers:
 class RolloutCollector:
     """Collects rounds: samples and rewards episodes, and turns them into training samples with advantages.
 
-    It also holds what changes from round to round and belongs into a checkpoint: the KL coefficient, a moving
-    reference, and the weights that a stale policy samples with.
+    It also holds the state that changes from round to round and that a checkpoint must keep: the KL coefficient, a
+    moving reference, and the weights that a stale policy samples with.
 
     Args:
-        sampler: generates responses.
-        renderer: from messages to tokens.
-        rewards: terms of the reward, weighted and added.
-        advantage: from rewards to advantages.
-        seed: of every sampled token.
-        kl: the KL penalty, whose coefficient may adapt between rounds.
-        reference: the model that the KL penalty compares with; refreshed between rounds if `kl.refresh_every` is set.
-        scorers: what is computed for the training samples.
-        environment: see `PolicyRLModule`, as are limits, truncated_reward, mask_truncated.
-        limits: of an episode.
-        truncated_reward: replaces the reward of a truncated response.
-        mask_truncated: leave truncated responses out of the loss.
-        resample_groups: how often groups with equal rewards are sampled again.
-        sequence_level: the objective takes a response as one action, see `PolicyObjective`.
-        snapshot: the weights to sample with, where they are those of the round before.
-        context: in which models run, that of training.
+        sampler: Generates responses.
+        renderer: Turns messages into tokens.
+        rewards: Terms of the reward, weighted and added.
+        advantage: Turns rewards into advantages.
+        seed: Seed of all sampled tokens.
+        kl: The KL penalty, whose coefficient may adapt between rounds.
+        reference: The model that the KL penalty compares with; refreshed between rounds if `kl.refresh_every` is set.
+        scorers: Numbers to compute for the training samples.
+        environment: Makes the environment of an episode; see `PolicyRLModule`.
+        limits: Limits of an episode.
+        truncated_reward: Replaces the reward of a truncated response.
+        mask_truncated: Leave truncated responses out of the loss.
+        resample_groups: Number of times that groups with equal rewards are sampled again.
+        sequence_level: True if the objective treats a response as one action; see `PolicyObjective`.
+        snapshot: Weights of the previous round to sample with, if the policy samples one round late.
+        context: Context in which models run, the same as in training.
+
+    Example:
+        >>> collector = RolloutCollector(sampler, renderer, rewards, GroupCentered(), seed=0)  # doctest: +SKIP
+        >>> samples, sums = collector.collect(prompts, number=0, group_size=8)  # doctest: +SKIP
     """
 
     def __init__(
@@ -94,24 +106,37 @@ class RolloutCollector:
         self.resample_groups, self.sequence_level = resample_groups, sequence_level
         self.snapshot, self.context = snapshot, context
         self.resampled = 0
-        """Groups of the last round that were sampled again."""
+        """Number of times that a group of the last round was sampled again."""
         self.started = 0
-        """How many rounds have begun. Their numbers, which seeds are made of, may skip some."""
+        """Number of rounds started. The round numbers, which are part of seeds, may skip some."""
         self.episodes: list[Episode] = []
-        """Of the last round, on this rank."""
+        """Episodes of the last round, on this rank."""
 
     # -- a round --------------------------------------------------------------------------------------------------
 
     def collect(self, prompts: Sequence[Prompt], number: int, group_size: int) -> tuple[list[TrainingSample], Sums]:
-        """Collect round `number`, `group_size` episodes for each prompt. All ranks must call this together.
+        """Collect a round. All ranks must call this together.
+
+        Args:
+            prompts: Prompts of this rank.
+            number: Index of the round, part of the seed.
+            group_size: Episodes per prompt.
 
         Returns:
-            the training samples of this rank, and the sums of the round's statistics.
+            The training samples of this rank, and the sums of the round's statistics.
         """
         return self._collect(lambda: self._sample(prompts, number, group_size))
 
     def collect_recorded(self, groups: Sequence[Sequence[Recorded]], number: int) -> tuple[list[TrainingSample], Sums]:
-        """Collect a round of recorded episodes; see `collect`."""
+        """Collect a round of recorded episodes. All ranks must call this together.
+
+        Args:
+            groups: Recorded episodes of this rank, by group.
+            number: Index of the round.
+
+        Returns:
+            See `collect`.
+        """
         return self._collect(lambda: [one.episode(group[0].index) for group in groups for one in group])
 
     @torch.no_grad()
@@ -131,10 +156,10 @@ class RolloutCollector:
         return samples, sums
 
     def _sample(self, prompts: Sequence[Prompt], number: int, group_size: int) -> list[Episode]:
-        """The episodes of a round, in the order of the prompts.
+        """Sample and reward the episodes of a round, in the order of the prompts.
 
-        A group whose rewards are all equal has no gradient: it is sampled again, at most `resample_groups` times
-        (DAPO's dynamic sampling, arXiv 2503.14476 sec. 3.2, with the same prompts).
+        A group whose rewards are all equal has no gradient. It is sampled again, at most `resample_groups` times
+        (dynamic sampling of DAPO, arXiv 2503.14476 sec. 3.2, but with the same prompts).
         """
         with self.snapshot.stale() if self.snapshot else nullcontext():
             self.sampler.sync(number)
@@ -142,12 +167,12 @@ class RolloutCollector:
             self.resampled = 0
             for attempt in range(1, self.resample_groups + 1):
                 zero_variance = zero_variance_groups(episodes)
-                # Every rank must take part in every attempt: rewards may gather statistics over ranks.
+                # Every rank takes part in every attempt, because rewards may gather statistics over ranks.
                 if not any(gather(bool(zero_variance))):
                     break
                 self.resampled += len(zero_variance)
                 again = [prompt for prompt in prompts if prompt.index in zero_variance]
-                # Running statistics count a round once: else they would lean towards what is sampled again.
+                # Running statistics count a round once; otherwise they would be biased toward groups sampled again.
                 fresh = iter(self.rollout(again, group_size, (number, attempt), running="use"))
                 episodes = [next(fresh) if episode.group in zero_variance else episode for episode in episodes]
             return episodes
@@ -160,15 +185,18 @@ class RolloutCollector:
         temperature: float | None = None,
         running: str = "off",
     ) -> list[Episode]:
-        """Rewarded episodes, `group_size` for each prompt, in order.
+        """Sample and reward `group_size` episodes for each prompt, in order.
 
         Args:
-            prompts: of this rank.
-            group_size: episodes per prompt.
-            seed: numbers that set these rollouts apart from others of the run.
-            temperature: in place of the sampler's.
-            running: what rewards with running statistics do, see `total_rewards`. With `update` all ranks must call
-                this together, whether they have prompts or not.
+            prompts: Prompts of this rank.
+            group_size: Episodes per prompt.
+            seed: Numbers that distinguish these rollouts from others of the run.
+            temperature: Replaces the sampler's temperature.
+            running: What rewards with running statistics do; see `total_rewards`. With `update`, all ranks must call
+                this together, with or without prompts.
+
+        Returns:
+            The episodes, `len(prompts) * group_size` of them.
         """
         tasks = [(prompt, sample) for prompt in prompts for sample in range(group_size)]
         episodes = run_episodes(
@@ -180,7 +208,7 @@ class RolloutCollector:
         return episodes
 
     def training_samples(self, episodes: Sequence[Episode]) -> list[TrainingSample]:
-        """The training samples of episodes, scored and with advantages. All ranks must call this together."""
+        """Score episodes, compute advantages, and return the samples to train on. All ranks must call this together."""
         self.score(episodes, self.scorers)
         played = [episode for episode in episodes if not episode.failed]
         compute_token_advantages(played, self.advantage, self.kl, self.sequence_level)
@@ -190,7 +218,12 @@ class RolloutCollector:
         return _sampled([episode for episode in episodes if not episode.masked])
 
     def score(self, episodes: Sequence[Episode], scorers: SampleScorers) -> None:
-        """Fill in the columns that the scorers give. All ranks must call this together."""
+        """Fill the columns that the scorers compute. All ranks must call this together.
+
+        Args:
+            episodes: Episodes of this rank.
+            scorers: The scorers; a column without one is not changed.
+        """
         samples = _sampled(episodes)
         if scorers.reference_logprobs is not None:
             for sample, numbers in self._scored(samples, scorers.reference_logprobs):
@@ -209,7 +242,7 @@ class RolloutCollector:
         for chunk in even_chunks(samples, CHUNK):
             safe_point()
             ids, masks = [sample.ids for sample in chunk], [sample.loss_mask for sample in chunk]
-            # A rank without samples goes along with a row of weight 0.
+            # A rank without samples scores a row of weight 0, because the forward passes may be collective.
             batch = pad_tokens(ids or [[0, 0]], masks or [[0, 0]], pad_id=0)
             numbers = scorer(batch["input_ids"].to(device), batch["loss_mask"].to(device)).float().tolist()
             for sample, row in zip(chunk, numbers, strict=bool(chunk)):
@@ -225,13 +258,17 @@ class RolloutCollector:
             self.reference.refresh()
 
     def observe(self, statistics: Mapping[str, float]) -> None:
-        """Take the statistics of a round, over all ranks: an adaptive KL coefficient follows them."""
+        """Pass the statistics of a round, over all ranks, to an adaptive KL coefficient."""
         if self.kl is not None and "kl" in statistics:
             self.kl.observe(statistics["kl"], round(statistics["episodes"]))
 
     @property
     def counters(self) -> dict[str, Any]:
-        """What a round changes before the weights change; a reference that is due to move moves again."""
+        """State that a round changes before its first update: the number of rounds started and the KL controller.
+
+        It is small enough to save when a round is left early. The reference is not part of it: it is refreshed again on
+        resume.
+        """
         return {"started": self.started, "kl": self.kl.state_dict() if self.kl else None}
 
     @counters.setter
@@ -241,7 +278,7 @@ class RolloutCollector:
             self.kl.load_state_dict(found["kl"])
 
     def state_dict(self) -> dict[str, Any]:
-        """The KL coefficient, a reference that moves, the weights to sample with."""
+        """State of the KL controller, of a moving reference, and of the weights to sample with."""
         moves = self.kl is not None and self.kl.refresh_every and self.reference is not None
         return {
             "started": self.started,
@@ -251,7 +288,7 @@ class RolloutCollector:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from a `state_dict`."""
+        """Restore a `state_dict`."""
         self.started = state["started"]
         if self.kl is not None and state["kl"]:
             self.kl.load_state_dict(state["kl"])
@@ -262,12 +299,22 @@ class RolloutCollector:
 
 
 def _sampled(episodes: Sequence[Episode]) -> list[TrainingSample]:
-    """The training samples of episodes in which a token was sampled."""
+    """Training samples with at least one sampled token."""
     return [sample for episode in episodes for sample in episode.training_samples if sample.actions]
 
 
 def answers(sampler: Sampler, renderer: Renderer, prompts: Sequence[Prompt], seed: int) -> list[dict[str, Any]]:
-    """A response to each prompt, for `predict`: prompt, response, stop reason, tokens."""
+    """Sample one response to each prompt, for `predict`.
+
+    Args:
+        sampler: Generates the responses.
+        renderer: Turns messages into tokens.
+        prompts: The prompts.
+        seed: Seed of the sampled tokens.
+
+    Returns:
+        A dict per prompt with `index`, `prompt`, `response`, `stop_reason` and `response_tokens`.
+    """
     episodes = run_episodes([(prompt, 0) for prompt in prompts], sampler, renderer, (seed, 0))
     keys = ("prompt", "response", "stop_reason", "response_tokens")
     return [{"index": episode.group, **{key: episode.record()[key] for key in keys}} for episode in episodes]

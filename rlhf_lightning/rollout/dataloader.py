@@ -1,4 +1,4 @@
-"""The rollout loader: what makes on-policy RL an ordinary `Trainer.fit` with automatic optimization."""
+"""The rollout dataloader, which makes on-policy RL an ordinary `Trainer.fit` with automatic optimization."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,19 +18,37 @@ Collect = Callable[[list[Any], int], tuple[list[TrainingSample], Sums]]
 
 
 class RolloutLoader:
-    """Rounds of episodes as mini-batches: sized, so that nothing is fetched ahead of the policy, and stateful.
+    """Yields mini-batches of rounds of episodes. It has a length, so that no batch is prefetched, and a state.
 
-    An epoch is one pass over the prompts. For each round it asks `collect(prompts, round)` for rows, then yields
-    `update_epochs × minibatches` mini-batches of them, each pass in a fresh order. Their number never depends on how
-    many rows there are: a mini-batch without rows is one row of weight 0. A batch is a dict of `[B, T]` tensors
-    (`input_ids`, `loss_mask`, `old_logprobs`, `advantages`, and `reference_logprobs` with a reference) with the
-    `denominators` of its optimizer step, `first` (the policy has not been updated since it sampled these rows) and, on
-    the first of a round, its `statistics`.
+    An epoch is one pass over the prompts. For each round, the loader calls `collect(prompts, round)` for training
+    samples, then yields `update_epochs × minibatches` mini-batches of them, shuffled anew in each pass. The number of
+    mini-batches does not depend on the number of samples: a mini-batch without samples is one row of weight 0.
+
+    A batch is a dict with `[B, T]` tensors (`input_ids`, `loss_mask`, `old_logprobs`, `advantages`, and with a
+    reference `reference_logprobs`), the `denominators` of its optimizer step, `first` (True if the policy has not been
+    updated since it sampled these rows) and, on the first batch of a round, its `statistics`.
 
     Args:
-        items: prompts or recorded groups, over all ranks. collect: makes the rows of this rank's part of a round.
-        items_per_round, update_epochs, minibatches: see `PromptDataModule`. pad_id: fills rows.
-        seed: of the order. shard_spec: who asks. gather: objects of all ranks.
+        items: Prompts or recorded groups of all ranks.
+        collect: Makes the training samples of this rank's part of a round, and its statistics.
+        items_per_round: See `PromptDataModule`.
+        update_epochs: See `PromptDataModule`.
+        minibatches: See `PromptDataModule`.
+        pad_id: Token id of padding.
+        seed: Seed of the order of prompts and rows.
+        shard_spec: Returns the current rank, epoch, and number of accumulated batches.
+        gather: Collects an object from all ranks.
+
+    Raises:
+        ConfigError: On iteration, if an optimizer step would span two rounds.
+
+    Example:
+        >>> from rlhf_lightning.types import TrainingSample
+        >>> def collect(prompts, number):
+        ...     return [TrainingSample([1, 2], [0, 1], [0.0, -0.5], advantages=[0.0, 1.0]) for _ in prompts], {}
+        >>> loader = RolloutLoader(["a", "b"], collect, items_per_round=1, update_epochs=1, minibatches=1, pad_id=0)
+        >>> [batch["input_ids"].tolist() for batch in loader]
+        [[[1, 2]], [[1, 2]]]
     """
 
     def __init__(
@@ -52,25 +70,25 @@ class RolloutLoader:
         groups = [item if isinstance(item, list) else [item] for item in items]
         self._where = {one.index: one.where for group in groups for one in group if getattr(one, "where", "")}
         self.position = self._start = 0
-        """Batches taken of this epoch; 0 at its end."""
+        """Number of batches already yielded in this epoch; 0 at its end."""
         self.leaving: tuple[Callable[[], bool], Callable[[], None]] | None = None
-        """Where a round may be left before its end: whether it is to be, and what is done then."""
+        """Two callbacks if a round may be left early: one says whether to leave, the other runs when it is left."""
         self._rows: list[TrainingSample] = []
         self._restored: list[TrainingSample] | None = None
 
     @property
     def rounds(self) -> int:
-        """Rounds of an epoch."""
+        """Number of rounds in an epoch."""
         return -(-len(self.items) // self.items_per_round)
 
     @property
     def at_round(self) -> bool:
-        """Whether what comes next is a round, or has not been trained on yet."""
+        """True if the next batch begins a round, so that no part of it has been trained on."""
         return self.position % self.per_round == 0
 
     @property
     def per_round(self) -> int:
-        """Mini-batches of a round."""
+        """Number of mini-batches in a round."""
         return self.update_epochs * self.minibatches
 
     def __len__(self) -> int:
@@ -83,7 +101,7 @@ class RolloutLoader:
                 f"data.minibatches ({self.minibatches}) must be a multiple of trainer.accumulate_grad_batches "
                 f"({shard_spec.accumulate}): an optimizer step must not span two rounds"
             )
-        # Only a state that was loaded says where to begin: a pass that was left early (a limit of batches) is over.
+        # Only a loaded state sets the start. A pass that was left early (by a limit on batches) is not continued.
         start, self._start = self._start, 0
         self.position = start
         generator = torch.Generator().manual_seed(mix_seeds(self.seed, shard_spec.epoch))
@@ -101,7 +119,7 @@ class RolloutLoader:
         else:
             with self._leavable():
                 self._rows, sums = self.collect(items[shard_spec.rank :: shard_spec.world], round_seed)
-                # Merged here, where all ranks meet: one of them may have had no episodes, or other metrics.
+                # Merged at this collective point, because a rank may have no episodes, or other metrics.
                 statistics = means(self.gather(sums))
         self._restored = None
         minibatches = self._minibatches(round_seed)
@@ -133,7 +151,7 @@ class RolloutLoader:
             raise
 
     def _minibatches(self, round_seed: int) -> list[list[TrainingSample]]:
-        """The rows of each mini-batch: every pass a fresh permutation of the groups, and of the rows in each."""
+        """The rows of each mini-batch; every pass shuffles the groups and the rows within each group."""
         minibatches = []
         for epoch in range(self.update_epochs):
             generator = torch.Generator().manual_seed(mix_seeds(self.seed, round_seed, epoch, 1))
@@ -145,7 +163,7 @@ class RolloutLoader:
         return minibatches
 
     def _counts(self, minibatches: list[list[TrainingSample]], shard_spec: ShardSpec) -> list[dict[str, float]]:
-        """The denominators of each optimizer step, over all ranks."""
+        """Denominators of each optimizer step, over all ranks."""
         names = ("tokens", "sequences")
         steps = [minibatches[k : k + shard_spec.accumulate] for k in range(0, len(minibatches), shard_spec.accumulate)]
         local = [total_counts(row.counts() for rows in step for row in rows) for step in steps]
@@ -154,7 +172,7 @@ class RolloutLoader:
         return [dict(zip(names, row, strict=True)) for row in total.tolist()]
 
     def _collate(self, rows: list[TrainingSample]) -> dict[str, Any]:
-        # A row that weighs nothing keeps a rank in step that has none of its own.
+        # A rank without rows computes a row of weight 0, so that it takes part in the collective operations.
         rows = rows or [TrainingSample([self.pad_id, self.pad_id], [0, 0], [0.0, 0.0])]
         batch: dict[str, Any] = pad_tokens([row.ids for row in rows], [row.loss_mask for row in rows], self.pad_id)
         columns: dict[str, list[list[float]]] = {
@@ -171,12 +189,17 @@ class RolloutLoader:
         return batch
 
     def state_dict(self) -> dict[str, Any]:
-        """The position, and within a round the rows in hand of every rank. Called on all ranks together."""
+        """The position and, within a round, the remaining rows of every rank. All ranks must call this together."""
         inside = not self.at_round
         rows = [asdict(row) for row in self._rows] if inside else []
         return {"position": self.position, "rows": self.gather(rows)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore a `state_dict`.
+
+        Raises:
+            ConfigError: If the checkpoint was written within a round by another number of ranks.
+        """
         self.position = self._start = int(state["position"])
         shard_spec = self.shard_spec()
         inside = not self.at_round

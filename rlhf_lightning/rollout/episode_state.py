@@ -1,4 +1,4 @@
-"""An episode under way: what its policy sees next, as text and as tokens, and what it said."""
+"""State of an unfinished episode: the tokens that the policy sees next, and the responses so far."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -13,34 +13,54 @@ from rlhf_lightning.types import Episode, TrainingSample
 
 
 class EpisodeState:
-    """An episode under way."""
+    """State of an unfinished episode.
+
+    Args:
+        prompt: The prompt.
+        sample: Index of the episode in its group.
+
+    Example:
+        >>> prompt = Prompt([{"role": "user", "content": "2 + 2?"}], {}, index=0, ids=[5, 6])  # doctest: +SKIP
+        >>> EpisodeState(prompt, sample=0).turn  # doctest: +SKIP
+        0
+    """
 
     def __init__(self, prompt: Prompt, sample: int) -> None:
         self.prompt, self.sample, self.attempt = prompt, sample, 0
         self.begin()
 
     def begin(self) -> None:
-        """From the start."""
+        """Start the episode, or start it again."""
         prompt = self.prompt
         self.env: MessageEnv | None = None
         self.episode = Episode(prompt.messages, prompt.row, prompt.index, self.sample, prompt.tools, where=prompt.where)
         self.turn = 0
         self.text = ""
-        """What the template rendered for the last turn, its generation prompt included."""
+        """Rendered prompt of the last turn, including its generation prompt."""
         self.body, self.ending = "", ""
-        """The text of the last response, and what ended it."""
+        """Text of the last response, and the text of what ended it."""
         self.last = -1
-        """The last token sampled."""
+        """The last sampled token."""
 
     def seed(self, parts: Sequence[int]) -> int:
-        """Of the next sample."""
+        """Seed of the next response.
+
+        Args:
+            parts: Seed of the run and of the round.
+        """
         place = (self.prompt.index, self.sample, self.turn)
         return mix_seeds(*parts, *place, self.attempt) if self.attempt else mix_seeds(*parts, *place)
 
     def next_prompt(self, renderer: Renderer) -> tuple[list[int], bool]:
-        """Token ids that come next, and whether they go on from the row in hand or begin another.
+        """Token ids to add before the next response.
 
-        What was sampled stays as it was sampled: only what is new is tokenized.
+        Sampled tokens are kept as they were sampled; only new text is tokenized.
+
+        Args:
+            renderer: Turns messages into tokens.
+
+        Returns:
+            The ids, and True if they continue the current training sample, False if they begin another one.
         """
         if self.env is None:
             return list(self.prompt.ids), False
@@ -52,13 +72,24 @@ class EpisodeState:
         return _tokens_after(renderer, self.ending, self.last, added), True
 
     def feed(self, ids: list[int], goes_on: bool) -> list[int]:
-        """Put what comes next into the rows; the whole prompt of the next sample."""
+        """Add prompt tokens to the training samples, and return all tokens that precede the next response.
+
+        Args:
+            ids: The ids, as `next_prompt` returns them.
+            goes_on: True if they continue the current training sample.
+        """
         if not goes_on:
             self.episode.training_samples.append(TrainingSample([], [], []))
         return list(_extend(self.episode.training_samples[-1], ids, [0.0] * len(ids), sampled=0).ids)
 
     def act(self, sample: Completion, renderer: Renderer, stops: Sequence[str]) -> Message:
-        """Take a response; its text as a message."""
+        """Add a response, and return it as a message.
+
+        Args:
+            sample: The sampled response.
+            renderer: Turns tokens into text.
+            stops: The sampler's stop texts; the message ends before the first of them.
+        """
         _extend(self.episode.training_samples[-1], sample.ids, sample.logprobs, sampled=1)
         if self.env is not None:
             self.body, self.ending = _split_ending(sample, renderer, stops)
@@ -74,7 +105,7 @@ class EpisodeState:
         return message
 
     def drop(self, error: Exception) -> None:
-        """It failed, and counts for nothing but that."""
+        """Mark the episode as failed and clear its results; it then only counts as a failure."""
         episode = self.episode
         episode.stop_reason, episode.error = "failed", reason(error)
         episode.training_samples, episode.environment_reward, episode.metrics = [], 0.0, {}
@@ -88,7 +119,10 @@ def _extend(training_sample: TrainingSample, ids: list[int], logprobs: list[floa
 
 
 def _split_ending(sample: Completion, renderer: Renderer, stops: Sequence[str]) -> tuple[str, str]:
-    """The text of a response, and what ended it: a stop token, or a stop text with what its last token has beyond."""
+    """Split a response into its text and what ended it.
+
+    The ending is a stop token, or a stop text together with the rest of the token that completed it.
+    """
     decode = partial(renderer.tokenizer.decode, skip_special_tokens=False)
     if sample.ids and sample.ids[-1] in renderer.stop_token_ids:
         return decode(sample.ids[:-1]), decode(sample.ids[-1:])
@@ -99,9 +133,13 @@ def _split_ending(sample: Completion, renderer: Renderer, stops: Sequence[str]) 
 
 
 def _added(text: str, previous: str, body: str, ending: str) -> str | None:
-    """What a rendering adds to the one before it and a response, or None where it shows either of them anew.
+    """Text that a rendering adds to the previous rendering and the response.
 
-    White space around the response does not count: messages are stripped, and the policy goes on from what it sampled.
+    White space around the response is ignored: messages are stripped, and the policy continues from the tokens it
+    sampled.
+
+    Returns:
+        The added text, or None if the template rendered the previous text or the response in another way.
     """
     if not ending or not text.startswith(previous):
         return None
@@ -116,7 +154,7 @@ def _added(text: str, previous: str, body: str, ending: str) -> str | None:
 
 
 def _by_own_text(sample: Completion, renderer: Renderer) -> bool:
-    """Whether one of the sampler's stop texts ended a response, not the end that its template gives a turn."""
+    """True if one of the sampler's stop texts ended a response, not the template's end of turn."""
     if sample.stop_reason != "stop" or sample.ids[-1] in renderer.stop_token_ids:
         return False
     text = renderer.tokenizer.decode(sample.ids)
@@ -124,9 +162,10 @@ def _by_own_text(sample: Completion, renderer: Renderer) -> bool:
 
 
 def _tokens_after(renderer: Renderer, ending: str, last: int, added: str) -> list[int]:
-    """Ids of a text as they are after what ended the response: a stop token, `last`, or a text.
+    """Tokenize a text as the continuation of what ended the response: the stop token `last`, or a stop text.
 
-    By itself its first token might differ: some tokenizers put a space before a text, some end tokens swallow one.
+    Tokenized alone, its first token might differ: some tokenizers put a space before a text, and some end tokens absorb
+    a following space.
     """
     tokenizer = renderer.tokenizer
     stopped = last in renderer.stop_token_ids
@@ -138,5 +177,5 @@ def _tokens_after(renderer: Renderer, ending: str, last: int, added: str) -> lis
 
 
 def reason(error: Exception) -> str:
-    """An exception in a line."""
+    """An exception as one line."""
     return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__

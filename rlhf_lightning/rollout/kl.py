@@ -1,4 +1,4 @@
-"""KL to the policy that the stage started from, in the reward or in the loss, fixed or adaptive."""
+"""KL penalty on the distance from a reference policy: in the reward or in the loss, fixed or adaptive."""
 
 import math
 from typing import Any
@@ -16,27 +16,36 @@ LOSS_ESTIMATORS = ("weighted_k3", "k2", "k3")
 
 
 class KLPenalty(Settings):
-    """A penalty on the distance from the reference.
+    """Penalty on the KL divergence from the reference policy.
 
-    In the reward it is k1 per token, folded into the advantage of every token up to its place. In the loss it is
-    `weighted_k3` (ratio · k3, the default) or `k2`, whose gradient is that of KL(policy ‖ reference); `k3` as GRPO has
-    it has the gradient of KL(reference ‖ policy). k1 in the loss is refused: its expected on-policy gradient is zero.
+    In the reward it is k1 per token, which enters the advantage of that token and of every earlier one. In the loss it
+    is `weighted_k3` (ratio · k3, the default) or `k2`, whose gradient is that of KL(policy ‖ reference), or GRPO's
+    `k3`, which has the gradient of KL(reference ‖ policy). k1 in the loss is refused, because its expected on-policy
+    gradient is zero. The estimators are those of Schulman's "Approximating KL Divergence" (2020).
 
     Args:
-        coefficient: beta, in reward units a nat; 0 only measures.
+        coefficient: Weight beta, in reward units per nat; at 0 the KL is only measured.
         place: `reward` or `loss`.
-        estimator: of the loss: `weighted_k3`, `k2` or `k3`.
-        discount: of a later token's penalty, in the reward; 1 is the gradient of the sequence's KL, 0 is Tinker's.
-            With GAE its gamma counts instead.
-        centered: the mean penalty of a round's tokens is taken off, as Tinker does; not with a critic or whitening,
-            which see to that themselves.
-        target: KL (nats a response) that the coefficient is adapted to (Ziegler et al., arXiv 1909.08593); fixed by
-            default.
-        horizon: responses over which an adaptive coefficient may change by a factor of about e^±0.2.
-        reference: model folder or Hub id to measure from; by default the policy that the stage starts from.
-        refresh_every: rounds after which the policy becomes the reference; never by default.
-        device: where a reference with weights of its own stays and runs (`cpu`, `cuda:1`); the policy's by default.
-        offload: such a reference is in the memory of the CPU, except while it scores a round.
+        estimator: Estimator in the loss: `weighted_k3`, `k2` or `k3`.
+        discount: Discount of later tokens' penalties in the reward; 1 gives the gradient of the sequence's KL, 0 is
+            Tinker's choice. With GAE, its gamma is used instead.
+        centered: Subtract the mean penalty of a round's tokens, as Tinker does. Not used with a critic or whitening,
+            which are baselines themselves.
+        target: KL in nats per response that the coefficient adapts to (Ziegler et al., arXiv 1909.08593); by default
+            the coefficient is fixed.
+        horizon: Number of responses over which an adaptive coefficient may change by a factor of about e^±0.2.
+        reference: Model folder or Hub id of the reference; by default the policy at the start of the stage.
+        refresh_every: Number of rounds after which the policy becomes the reference; by default never.
+        device: Device of a reference with weights of its own (`cpu`, `cuda:1`); by default the policy's.
+        offload: Keep such a reference in CPU memory, except while it scores a round.
+
+    Raises:
+        ConfigError: If a setting is out of range, or two of them exclude each other.
+
+    Example:
+        >>> penalty = KLPenalty(coefficient=0.1, place="reward")
+        >>> penalty.penalties(torch.tensor([[-1.0]]), torch.tensor([[-2.0]]), torch.tensor([[1.0]]))
+        tensor([[-0.1000]])
     """
 
     def __init__(
@@ -82,7 +91,17 @@ class KLPenalty(Settings):
         self._observed: tuple[float, int] | None = None
 
     def loss(self, logprobs: Tensor, old_logprobs: Tensor, reference_logprobs: Tensor, loss_mask: Tensor) -> Tensor:
-        """coefficient · estimate of each token, `[B, T]`, 0 where the mask is 0."""
+        """Compute the penalty of each token in the loss.
+
+        Args:
+            logprobs: Log-probability of each token under the current policy, in nats, `[B, T]`.
+            old_logprobs: The same under the policy that sampled, `[B, T]`.
+            reference_logprobs: The same under the reference, `[B, T]`.
+            loss_mask: 1 at sampled tokens, 0 elsewhere, `[B, T]`.
+
+        Returns:
+            coefficient · estimate, `[B, T]`, 0 where the mask is 0.
+        """
         if self.estimator == "k2":
             estimate = kl.k2(logprobs, reference_logprobs)
         else:
@@ -92,27 +111,41 @@ class KLPenalty(Settings):
         return torch.where(loss_mask.bool(), self.coefficient * estimate, 0.0)
 
     def penalties(self, old_logprobs: Tensor, reference_logprobs: Tensor, loss_mask: Tensor) -> Tensor:
-        """The reward of each token, `[B, T]`: -coefficient · k1, 0 where the mask is 0."""
+        """Compute the penalty of each token in the reward.
+
+        Args:
+            old_logprobs: Log-probability of each token under the policy that sampled, in nats, `[B, T]`.
+            reference_logprobs: The same under the reference, `[B, T]`.
+            loss_mask: 1 at sampled tokens, 0 elsewhere, `[B, T]`.
+
+        Returns:
+            -coefficient · k1, `[B, T]`, 0 where the mask is 0.
+        """
         return torch.where(loss_mask.bool(), -self.coefficient * kl.k1(old_logprobs, reference_logprobs), 0.0)
 
     # -- the controller -------------------------------------------------------------------------------------------
 
     def observe(self, kl: float, responses: int) -> None:
-        """Take the mean KL (nats a response) of a round; it counts from the next round on."""
+        """Record the KL of a round, which changes an adaptive coefficient from the next round on.
+
+        Args:
+            kl: Mean KL, in nats per response.
+            responses: Number of responses.
+        """
         self._observed = (kl, responses)
 
     def adapt(self) -> None:
-        """Before a round: move an adaptive coefficient by what was observed in the last."""
+        """Update an adaptive coefficient from the last observed round; called before each round."""
         if self.target is not None and self._observed is not None:
             seen, responses = self._observed
             self.coefficient = kl.adapted_coefficient(self.coefficient, seen, self.target, responses, self.horizon)
         self._observed = None
 
     def state_dict(self) -> dict[str, Any]:
-        """What an adaptive coefficient has come to."""
+        """The coefficient, and the KL that it has not been adapted to yet."""
         return {"coefficient": self.coefficient, "observed": self._observed}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from there."""
+        """Restore a `state_dict`; a fixed coefficient stays as configured."""
         if self.target is not None:
             self.coefficient, self._observed = state["coefficient"], state["observed"]

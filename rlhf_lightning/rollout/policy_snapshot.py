@@ -1,4 +1,4 @@
-"""A policy one round old, to sample from: what an asynchronous run does, defined so that it can be repeated."""
+"""Sampling with a policy one round old, as an asynchronous run does, but reproducible."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,10 +11,18 @@ from rlhf_lightning.models.sharding import copy_weight, full_tensor
 
 
 class PolicySnapshot:
-    """The trained weights of a model as they were when the last round was sampled; at first, as they are.
+    """Trained weights of the policy as they were when the last round was sampled.
+
+    Before the first round they are the model's own.
 
     Args:
-        model: the policy. Its weights that require no gradient do not change, and are not kept.
+        model: The policy. Weights that require no gradient do not change and are not stored.
+
+    Example:
+        >>> policy = torch.nn.Linear(2, 2)
+        >>> snapshot = PolicySnapshot(policy)
+        >>> with snapshot.stale():
+        ...     pass  # sample here
     """
 
     def __init__(self, model: Any) -> None:
@@ -27,7 +35,10 @@ class PolicySnapshot:
     @contextmanager
     @torch.no_grad()
     def stale(self) -> Iterator[None]:
-        """The model with the weights of the round before; then its own again, which the next round will have."""
+        """Run the model with the weights of the previous round, then restore its current ones.
+
+        The current weights are stored for the next round.
+        """
         trained = self._trained()
         current = {name: weight.detach().clone() for name, weight in trained.items()}
         for name, weight in (self._weights or {}).items():
@@ -40,10 +51,10 @@ class PolicySnapshot:
         self._weights = current
 
     def state_dict(self) -> dict[str, Tensor] | None:
-        """The weights that the next round is sampled with; all ranks must call it."""
+        """The weights that the next round is sampled with. All ranks must call this together."""
         return None if self._weights is None else {name: full_tensor(weight) for name, weight in self._weights.items()}
 
     def load_state_dict(self, state: dict[str, Tensor] | None) -> None:
-        """Go on from there."""
+        """Restore a `state_dict`."""
         device = next(self._model.parameters()).device
         self._weights = None if state is None else {name: weight.to(device) for name, weight in state.items()}

@@ -1,4 +1,4 @@
-"""Recorded episodes as a source: what another sampler sampled, with its log-probabilities and rewards or advantages."""
+"""Recorded episodes: tokens that another sampler generated, with their log-probabilities and rewards or advantages."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +10,21 @@ from rlhf_lightning.types import Episode, TrainingSample
 
 @dataclass
 class Recorded:
-    """A recorded episode as an example of the data module; `group` joins episodes that answer one prompt."""
+    """A recorded episode, as an example of the data module.
+
+    Attributes:
+        training_sample: Its tokens, mask and log-probabilities.
+        group: Name that the episodes of one prompt share.
+        reward: Its reward, if its advantage is to be computed.
+        advantage: Its advantage, if it was recorded.
+        row: The data row.
+        index: Index of its group in the data.
+
+    Example:
+        >>> row = {"prompt_tokens": [1, 2], "response_tokens": [3], "logprobs": [-0.5], "reward": 1.0, "group": "a"}
+        >>> read_recorded(row, vocabulary=8).tokens
+        3
+    """
 
     training_sample: TrainingSample
     group: str
@@ -23,12 +37,12 @@ class Recorded:
 
     @property
     def tokens(self) -> int:
-        """Length of the row."""
+        """Number of tokens of the row."""
         return len(self.training_sample.ids)
 
     @property
     def trained(self) -> int:
-        """Tokens that were sampled."""
+        """Number of sampled tokens."""
         return self.training_sample.actions
 
     def counts(self) -> dict[str, float]:
@@ -36,11 +50,15 @@ class Recorded:
         return self.training_sample.counts()
 
     def show(self, tokenizer: Any) -> str:
-        """The text, what was sampled between ⟦ and ⟧."""
+        """The text, with what was sampled between ⟦ and ⟧."""
         return show_masked(tokenizer, self.training_sample.ids, self.training_sample.loss_mask)
 
     def episode(self, group: int) -> Episode:
-        """The episode, a fresh one each time."""
+        """A new episode with a copy of the recorded tokens.
+
+        Args:
+            group: Index of its group.
+        """
         training_sample = TrainingSample(
             list(self.training_sample.ids),
             list(self.training_sample.loss_mask),
@@ -53,14 +71,18 @@ class Recorded:
 
 
 def read_recorded(data: dict[str, Any], vocabulary: int) -> Recorded:
-    """Check a row of recorded episodes.
+    """Read and check a row of recorded episodes.
 
-    Wanted: `tokens`, `loss_mask` (1 on sampled tokens), `logprobs` (one for each token, or for each sampled token); or
-    `prompt_tokens`, `response_tokens`, `logprobs` (one for each response token). And `reward` with `group` (any
-    name that episodes of one prompt share), or `advantage`.
+    A row has `tokens`, `loss_mask` (1 on sampled tokens) and `logprobs` (one per token, or one per sampled token); or
+    `prompt_tokens`, `response_tokens` and `logprobs` (one per response token). It also has `reward` and `group` (any
+    name that the episodes of one prompt share), or `advantage`.
+
+    Args:
+        data: The row.
+        vocabulary: Size of the vocabulary.
 
     Raises:
-        RowError: a field is missing, lengths differ, or a token is not of the vocabulary.
+        RowError: If a field is missing, lengths differ, or a token is not in the vocabulary.
     """
     if data.get("tokens") is not None:
         require(data, "tokens", "loss_mask", "logprobs")
@@ -101,7 +123,10 @@ def _float(data: dict[str, Any], name: str) -> float | None:
 
 
 def by_group(examples: list[Recorded]) -> list[list[Recorded]]:
-    """Recorded episodes of one group side by side, in the order of their first."""
+    """Group recorded episodes, ordered by the first episode of each group.
+
+    An episode with an advantage of its own forms a group by itself.
+    """
     groups: dict[str, list[Recorded]] = {}
     for i, example in enumerate(examples):
         key = example.group if example.advantage is None else f"alone {i}"

@@ -1,4 +1,4 @@
-"""Playing episodes: the turns of all of them side by side, each sampled with its own seeds."""
+"""Runs episodes side by side, one turn of all of them at a time; each response has a seed of its own."""
 
 import inspect
 import logging
@@ -40,16 +40,22 @@ def run_episodes(
     limits: Limits | None = None,
     temperature: float | None = None,
 ) -> list[Episode]:
-    """Play one episode for each (prompt, sample number), in order.
+    """Run one episode for each pair of prompt and sample index, in order.
 
-    A sample is seeded by (seed, the prompt's index, sample number, turn, and the attempt where the episode is played
-    again): never by its place in a batch.
+    A response is seeded by `seed`, the prompt's index, the sample index, the turn and, if the episode is run again, the
+    attempt. It does not depend on its position in a batch.
 
     Args:
-        environment: none for a single turn, where the response ends the episode.
+        prompts: Pairs of a prompt and the index of the episode in its group.
+        sampler: Generates responses.
+        renderer: Turns messages into tokens.
+        seed: Numbers that seed these episodes.
+        environment: Makes an episode's environment; None for a single turn, where the response ends the episode.
+        limits: Limits of an episode.
+        temperature: Replaces the sampler's temperature.
 
     Raises:
-        EpisodeError: an environment failed, and `limits.on_error` does not put up with it.
+        EpisodeError: If an environment failed and `limits.on_error` does not allow it.
     """
     everyone = [EpisodeState(prompt, sample) for prompt, sample in prompts]
     play = EpisodeRunner(sampler, renderer, seed, environment, limits or Limits(), temperature)
@@ -62,12 +68,12 @@ def run_episodes(
 
 
 class NoRoomError(UserError):
-    """An environment's first messages leave no room for a response."""
+    """The first messages of an environment leave no room for a response in the model's context."""
 
 
 @dataclass
 class _Elsewhere:
-    """In place of an environment that another rank holds; see `distributed.run_on_leader`."""
+    """Stands for an environment that another rank holds; see `distributed.run_on_leader`."""
 
     tools: Any
 
@@ -77,7 +83,7 @@ class _Elsewhere:
 
 @dataclass
 class _Made:
-    """An environment and its first messages. What other ranks are told leaves out the environment."""
+    """An environment and its first messages. When sent to other ranks, the environment itself is left out."""
 
     env: Any
     messages: Any
@@ -87,7 +93,21 @@ class _Made:
 
 
 class EpisodeRunner:
-    """What the episodes of one call have in common."""
+    """Runs episodes together, one turn of all of them at a time.
+
+    Args:
+        sampler: Generates responses.
+        renderer: Turns messages into tokens.
+        seed: Numbers that seed the episodes.
+        environment: Makes an episode's environment; None for a single turn.
+        limits: Limits of an episode.
+        temperature: Replaces the sampler's temperature.
+
+    Example:
+        >>> runner = EpisodeRunner(sampler, renderer, (0,), None, Limits(), None)  # doctest: +SKIP
+        >>> runner.turn([EpisodeState(prompt, sample=0)])  # doctest: +SKIP
+        []
+    """
 
     def __init__(
         self,
@@ -103,7 +123,11 @@ class EpisodeRunner:
         self.retried: list[str] = []
 
     def reset(self, starting: list[EpisodeState]) -> list[EpisodeState]:
-        """Make and reset their environments; who is ready for a turn."""
+        """Create and reset the environments of episodes.
+
+        Returns:
+            The episodes that are ready for a turn.
+        """
         ready: list[EpisodeState] = []
         while starting:
             made = self._called([partial(self._made, state) for state in starting])
@@ -116,7 +140,7 @@ class EpisodeRunner:
                     state.episode.prompt = checked_messages(outcome.value.messages)
                     state.episode.tools = getattr(state.env, "tools", None) or state.prompt.tools
                     ready.append(state)
-                except Exception as error:  # noqa: BLE001 - the policy of the limits decides
+                except Exception as error:  # noqa: BLE001 - `limits.on_error` decides
                     again += self._failed(state, error)
             starting = again
         return ready
@@ -138,7 +162,11 @@ class EpisodeRunner:
         return outcomes
 
     def turn(self, active: list[EpisodeState]) -> list[EpisodeState]:
-        """A response of each, and what their environments answer; who goes on."""
+        """Run one turn: sample a response for each episode and pass it to its environment.
+
+        Returns:
+            The episodes that have another turn.
+        """
         safe_point()
         prompts, ready, again = [], [], []
         for state in active:
@@ -170,12 +198,12 @@ class EpisodeRunner:
                     raise outcome.error
                 if self._goes_on(state, checked_result(outcome.value)):
                     going.append(state)
-            except Exception as error:  # noqa: BLE001 - the policy of the limits decides
+            except Exception as error:  # noqa: BLE001 - `limits.on_error` decides
                 again += self._failed(state, error)
         return going + self.reset(again)
 
     def _prompt(self, state: EpisodeState) -> list[int] | None:
-        """The ids to sample after; None where the episode ends for want of tokens or of room."""
+        """Token ids to sample after; None if the episode ends because its token budget or the context is used up."""
         episode, budget = state.episode, self.limits.max_tokens
         if budget is not None and episode.response_tokens >= budget:
             episode.stop_reason = "tokens"
@@ -193,7 +221,10 @@ class EpisodeRunner:
         return state.feed(ids, goes_on)
 
     def _cut(self, state: EpisodeState, sample: Completion) -> Completion:
-        """Cut to the episode's budget. Tokens do not depend on later ones, so a smaller budget samples the same."""
+        """Truncate a response to the episode's token budget.
+
+        Tokens do not depend on later ones, so this equals sampling with a smaller budget.
+        """
         budget = self.limits.max_tokens
         left = len(sample.ids) if budget is None else budget - state.episode.response_tokens
         if len(sample.ids) <= left:
@@ -204,7 +235,7 @@ class EpisodeRunner:
         episode = state.episode
         episode.environment_reward += float(result.reward)
         episode.metrics.update(result.metrics)
-        # Out of tokens, the turn is unfinished: another message after it would be one the model never ended.
+        # A truncated turn is unfinished. A message after it would follow a turn that the model never ended.
         if result.done or episode.truncated:
             return False
         episode.responses += result.next_messages
@@ -214,7 +245,7 @@ class EpisodeRunner:
         return True
 
     def _failed(self, state: EpisodeState, error: Exception) -> list[EpisodeState]:
-        """By the policy: the episode to begin again, or nothing; or raise."""
+        """Handle a failure by `limits.on_error`: return the episode to run again, return nothing, or raise."""
         where = f"{state.episode.label}, turn {state.turn + 1}"
         what = f"{where}: the environment failed: {reason(error)}{user_line(error)}"
         if self.limits.on_error == "drop":
@@ -231,7 +262,7 @@ class EpisodeRunner:
         ) from error
 
     def report(self, everyone: list[EpisodeState]) -> None:
-        """Say what failed."""
+        """Log a warning about episodes that failed or were run again."""
         failed = [state.episode for state in everyone if state.episode.failed]
         if failed:
             log.warning(

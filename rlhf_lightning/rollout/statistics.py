@@ -1,4 +1,4 @@
-"""The numbers that describe a round of episodes, exact over ranks."""
+"""Statistics of a round of episodes, exact over ranks."""
 
 import math
 from collections import Counter, defaultdict
@@ -11,15 +11,22 @@ from rlhf_lightning.objectives.kl import k1
 from rlhf_lightning.types import Episode, TrainingSample
 
 Sums = dict[str, tuple[float, int]]
-"""For each number of a round: its sum over episodes, and over how many."""
+"""For each statistic of a round: its sum over episodes, and their number."""
 
 NGRAM = 4
-# Moments of length and reward, which `means` turns into their correlation; "~" keeps them apart from what is logged.
+# Moments of length and reward, from which `means` computes their correlation. "~" marks names that are not logged.
 LENGTH, REWARD, LENGTH2, REWARD2, PRODUCT = "~length", "~reward", "~length²", "~reward²", "~length·reward"
 
 
 def statistics(episodes: Sequence[Episode], kl: bool = False) -> Sums:
-    """Sums and counts over episodes: reward and its parts, length, truncation, KL (nats a response), …"""
+    """Sums and counts over episodes.
+
+    Covers the reward and its terms, length, truncation, turns, the environment's metrics and repeated n-grams.
+
+    Args:
+        episodes: Episodes of this rank.
+        kl: Include the KL from the reference, in nats per response.
+    """
     columns: dict[str, list[float]] = defaultdict(list)
     for episode in episodes:
         for name, flag in episode.counted().items():
@@ -42,7 +49,7 @@ def statistics(episodes: Sequence[Episode], kl: bool = False) -> Sums:
         for name, value in _moments(float(episode.response_tokens), episode.reward).items():
             columns[name].append(value)
     zero_variance = zero_variance_groups(episodes)
-    # A group that was meant to be one alone is not compared with anything: it lacks no signal.
+    # A group of a single episode is not compared with others, so equal rewards do not mean a lack of signal there.
     sizes = Counter(episode.group for episode in episodes)
     columns["zero_variance_groups"] = [float(group in zero_variance) for group, size in sizes.items() if size > 1]
     repeats = [repeated_ngrams(episode) for episode in episodes]
@@ -53,7 +60,7 @@ def statistics(episodes: Sequence[Episode], kl: bool = False) -> Sums:
 
 
 def episode_kl(episode: Episode) -> float:
-    """k1 of all that the policy sampled, in nats; 0 where no reference has scored it."""
+    """KL estimate k1 summed over the tokens that the policy sampled, in nats; 0 if no reference has scored them."""
     return sum(_sequence_kl(training_sample) for training_sample in episode.training_samples)
 
 
@@ -66,16 +73,24 @@ def _sequence_kl(training_sample: TrainingSample) -> float:
 
 
 def repeated_ngrams(episode: Episode, n: int = NGRAM) -> tuple[int, int]:
-    """How many of the n-grams of sampled tokens stood in the episode before, and how many n-grams there are.
+    """Count the n-grams of sampled tokens that repeat an earlier one of the episode.
 
-    1 − distinct / all is seq-rep-n of Welleck et al. 2019 (Neural Text Generation with Unlikelihood Training).
+    repeated / all = 1 - distinct / all is seq-rep-n of Welleck et al., "Neural Text Generation with Unlikelihood
+    Training" (arXiv 1908.04319).
+
+    Args:
+        episode: The episode.
+        n: Length of an n-gram.
+
+    Returns:
+        The number of repeated n-grams, and of all n-grams.
     """
     seen: set[tuple[int, ...]] = set()
     count = 0
     for training_sample in episode.training_samples:
         sampled: list[int] = []
         for token, flag in zip(training_sample.ids, training_sample.loss_mask, strict=True):
-            # What the environment said stands between two turns: no n-gram spans it.
+            # No n-gram spans the environment's messages between two turns.
             sampled = [*sampled[1 - n :], token] if flag else []
             if len(sampled) == n:
                 count += 1
@@ -94,7 +109,7 @@ def _moments(length: float, reward: float) -> dict[str, float]:
 
 
 def zero_variance_groups(episodes: Sequence[Episode]) -> set[int]:
-    """The groups whose rewards are all equal: they teach nothing."""
+    """Groups whose rewards are all equal, which therefore have no gradient."""
     rewards: dict[int, set[float]] = defaultdict(set)
     for episode in (episode for episode in episodes if not episode.failed):
         rewards[episode.group].add(episode.reward)
@@ -102,7 +117,11 @@ def zero_variance_groups(episodes: Sequence[Episode]) -> set[int]:
 
 
 def means(parts: Sequence[Sums]) -> dict[str, float]:
-    """Means over the episodes of all ranks, their number, and the correlation of length and reward if both vary."""
+    """Means over the episodes of all ranks, their number, and the correlation of length and reward if both vary.
+
+    Args:
+        parts: The sums of each rank, as `statistics` returns them.
+    """
     names = sorted({name for part in parts for name in part})
     found = {name: [part[name] for part in parts if name in part] for name in names}
     totals = {name: (sum(total for total, _ in sums), sum(n for _, n in sums)) for name, sums in found.items()}
@@ -115,7 +134,7 @@ def means(parts: Sequence[Sums]) -> dict[str, float]:
 
 
 def _correlation(mean: dict[str, float]) -> float | None:
-    """Pearson's r of length and reward from their moments; None where one of them is constant within rounding."""
+    """Pearson's r of length and reward from their moments; None if one of them is constant within rounding error."""
     length, reward = (mean[two] - mean[one] ** 2 for one, two in ((LENGTH, LENGTH2), (REWARD, REWARD2)))
     if length <= 1e-12 * mean[LENGTH2] or reward <= 1e-12 * mean[REWARD2]:
         return None
