@@ -1,1 +1,1 @@
-"""The three LightningModules: they wire parts and log."""
+"""The LightningModules for SFT, preference learning and policy RL."""

@@ -1,4 +1,4 @@
-"""What the three modules share: building the model, optimizer, normalizing a loss, checkpoints, saving."""
+"""Base class of the three modules: model and optimizer, normalization of the loss, checkpoints, and saving."""
 
 import logging
 import warnings
@@ -41,42 +41,49 @@ from rlhf_lightning.modules.usage_checks import CheckedModule, check_arguments
 log = logging.getLogger(__name__)
 
 WHERE = ("trust_remote_code", "revision", "token", "cache_dir", "local_files_only", "subfolder")
-"""Options of `from_pretrained` that say where a model is found, and its tokenizer with it."""
+"""Options of `from_pretrained` that locate a model, and its tokenizer with it."""
 OptimizerFactory = Callable[[Iterable[Any]], Optimizer]
 SchedulerFactory = Callable[[Optimizer], LRScheduler]
 
 
 class RLHFModule(CheckedModule):
-    """Base of the modules.
+    """Base class of the modules.
 
     Args:
-        model: folder, Hub id or `PreTrainedModel` to start from.
-        lora: train adapters of these settings; all weights by default.
-        optimizer: called with the trainable parameters; AdamW at 1e-4 for adapters, 1e-5 for all weights, by default.
-        lr_scheduler: called with the optimizer, stepped every optimizer step; `modules.schedules.Warmup` learns the
-            number of steps from the Trainer.
-        tokenizer: object, folder or Hub id where it is not the model's.
-        chat_template: file or text of a template to use in place of the tokenizer's.
-        dtype: of the weights as loaded.
-        model_options: further arguments of `from_pretrained`.
-        max_tokens_per_batch: tokens that the model computes at once. A step's rows run in groups under this budget
-            inside one graph; by default what was measured to be fast, 2,048 on a CPU and 16,384 elsewhere.
-        gradient_checkpointing: compute each layer's activations again in backward instead of keeping them.
-        activation_offload: keep what backward needs in the memory of the CPU, where the model is on a GPU; with
-            gradient_checkpointing that is only the input of each layer.
-        compile: compile the layers of the model with `torch.compile`.
-        max_empty_steps: optimizer steps in a row in which no token is trained (all masked, or of no advantage, or of
-            no weight) at which the run is stopped; null for never. Such a step moves no weight.
+        model: Folder, Hub id or `PreTrainedModel` to start from.
+        lora: Train LoRA adapters with these settings; by default all weights are trained.
+        optimizer: Called with the trainable parameters; by default AdamW at 1e-4 for adapters, 1e-5 for all weights.
+        lr_scheduler: Called with the optimizer, and stepped after every optimizer step. `modules.schedules.Warmup` gets
+            the number of steps from the Trainer.
+        tokenizer: Object, folder or Hub id, if the tokenizer is not the model's own.
+        chat_template: File or text of a template that replaces the tokenizer's.
+        dtype: Data type of the loaded weights.
+        model_options: Further arguments of `from_pretrained`.
+        max_tokens_per_batch: Number of tokens per forward pass. The rows of a step run in groups within this budget, in
+            one autograd graph. The defaults, 2,048 on a CPU and 16,384 elsewhere, were chosen by measurement.
+        gradient_checkpointing: Recompute the activations of each layer in the backward pass instead of storing them.
+        activation_offload: Store activations in CPU memory if the model is on a GPU; with gradient_checkpointing, only
+            the input of each layer.
+        compile: Compile the layers of the model with `torch.compile`.
+        max_empty_steps: Number of consecutive optimizer steps without a trained token (all masked, or with advantage or
+            weight 0) after which the run stops; None for no limit. Such a step changes no weight.
+
+    Raises:
+        ConfigError: If a setting is unusable.
+
+    Example:
+        >>> from rlhf_lightning import SFTModule, LoRA
+        >>> module = SFTModule("Qwen/Qwen3-0.6B", lora=LoRA(rank=16))  # doctest: +SKIP
     """
 
     task = "CAUSAL_LM"
     stage_kind = ""
     requires: tuple[str, ...] = ("input_ids", "loss_mask")
-    """What a batch of training must have."""
+    """Keys that a training batch must have."""
     measures_batches = True
-    """Whether the batches of validation and test are as those of training."""
+    """True if batches of validation and test have the form of training batches."""
     on_bar: tuple[str, ...] = ()
-    """The numbers of a step that the progress bar shows."""
+    """Metrics of a step that the progress bar shows."""
 
     def __init__(
         self,
@@ -95,7 +102,7 @@ class RLHFModule(CheckedModule):
         max_empty_steps: int | None = 50,
     ) -> None:
         super().__init__()
-        dtype = str(dtype).removeprefix("torch.")  # torch.bfloat16 is what it is called in Python
+        dtype = str(dtype).removeprefix("torch.")  # Python users write torch.bfloat16
         check_arguments(
             model,
             lora=lora,
@@ -106,7 +113,7 @@ class RLHFModule(CheckedModule):
         )
         if not isinstance(getattr(torch, dtype, None), torch.dtype):
             raise ConfigError(f"model.dtype is {dtype!r}; for example float32 or bfloat16")
-        # In a tuple, so that a model given as an object is not registered a second time beside `self.model`.
+        # A tuple, so that torch does not register a given model object a second time next to `self.model`.
         self._start = (model,)
         self.lora, self.dtype_name, self.model_options = lora, dtype, model_options or {}
         self.max_tokens_per_batch, self.gradient_checkpointing = max_tokens_per_batch, gradient_checkpointing
@@ -119,26 +126,26 @@ class RLHFModule(CheckedModule):
         self._tokenizer: Any = None
         self._renderer: Renderer | None = None
         self._renderer_is_open = True
-        """Whether that of a data module still takes the place of what was made without one."""
+        """True if the renderer of a data module still replaces the current one, which was made without it."""
         self._trained_with: dict[str, Any] | None = None
         self.model: Any = None
-        # Frozen weights are not in the checkpoint; what is missing is checked in on_load_checkpoint.
+        # Frozen weights are not in the checkpoint; on_load_checkpoint checks which weights are missing.
         self.strict_loading = False
 
     # -- parts ----------------------------------------------------------------------------------------------------
 
     @property
     def start_source(self) -> Any:
-        """The folder, Hub id or model that the stage starts from."""
+        """Folder, Hub id or model that the stage starts from."""
         return self._start[0]
 
     @property
     def tokenizer(self) -> Any:
-        """The tokenizer of the model, with its chat template."""
+        """Tokenizer of the model, with its chat template."""
         if self._tokenizer is None:
             if isinstance(self.start_source, str):
                 check_source(self.start_source)
-            own = WHERE if self._tokenizer_source is None else WHERE[:1]  # another tokenizer has another revision
+            own = WHERE if self._tokenizer_source is None else WHERE[:1]  # the revision is that of the model
             place = {k: v for k, v in self.model_options.items() if k in own}
             self._tokenizer = load_tokenizer(self.start_source, self._tokenizer_source, self._chat_template, **place)
             if self._chat_template is not None and self._tokenizer_source is None and recorded(self.start_source):
@@ -150,7 +157,7 @@ class RLHFModule(CheckedModule):
 
     @property
     def renderer(self) -> Renderer:
-        """How this module turns messages into tokens: that of its data module, else as its start was trained."""
+        """Turns messages into tokens: the data module's renderer, else one made from the record of the start model."""
         if self._renderer is not None and not self._renderer_is_open:
             return self._renderer
         shared = getattr(getattr(self._trainer, "datamodule", None), "renderer", None)
@@ -167,16 +174,16 @@ class RLHFModule(CheckedModule):
 
     @property
     def end_token_ids(self) -> list[int]:
-        """The ids that end a response by the generation config of the model that the stage starts from."""
+        """Token ids that end a response according to the generation config of the start model."""
         return end_token_ids(self.start_source, self.tokenizer)
 
     @property
     def own_tokenizer(self) -> bool:
-        """Whether the tokenizer is the model's."""
+        """True if the tokenizer is the model's own."""
         return self._tokenizer_source is None or isinstance(self.start_source, nn.Module)
 
     def rendering(self) -> dict[str, Any]:
-        """How the model was asked in training, for `stage.json`: what asks it again later does it so."""
+        """Rendering settings of training. `stage.json` records them, so that later uses prompt the model alike."""
         if self._trained_with is not None:
             return self._trained_with
         shared = getattr(getattr(self._trainer, "datamodule", None), "shared", {})
@@ -187,21 +194,21 @@ class RLHFModule(CheckedModule):
 
     def setup(self, stage: str) -> None:
         self.check_trainer(stage)
-        # True with any data module: that the hook here is used is what is meant.
+        # The warning appears with every data module; using the module's hook is intended.
         warnings.filterwarnings("ignore", message="You have overridden `on_before_batch_transfer`")
         warnings.filterwarnings("ignore", message="Total length of `list` across ranks is zero")  # no validation
         warnings.filterwarnings("ignore", message="Total length of `list` across ranks is zero")  # no validation
         weights_alone(self.trainer.precision_plugin)
 
     def heads(self) -> list[nn.Module]:
-        """Score and value heads, which stay in float32 under any precision."""
+        """Score and value heads, which stay in float32 at any precision."""
         return []
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "RLHFModule":
         return super()._apply(cast_weights_only(fn, self, self.heads()), recurse)
 
     def configure_model(self) -> None:
-        """Load the model, once: Lightning calls this before every command and when loading a checkpoint."""
+        """Load the model once. Lightning calls this before every command and when it loads a checkpoint."""
         if self.model is not None:
             return
         workdir = Path(self._trainer.default_root_dir) if self._trainer is not None else None
@@ -221,31 +228,31 @@ class RLHFModule(CheckedModule):
                 raise ConfigError("model.compile was never tried with tensor parallel: set one of them off")
             compile_layers(self.model)
         if self._device_mesh is not None:
-            # Heads first: each is a group of its own, since the weights of a group have one type.
+            # Heads first. Each is an FSDP group of its own, since all weights of a group share one data type.
             for model in (*self.heads(), *self.parts_to_split()):
                 shard(model, self._device_mesh)
             for metric in self.modules():
-                if isinstance(metric, Metric):  # which counts each row once
+                if isinstance(metric, Metric):  # so that each row is counted once
                     metric.process_group = self._device_mesh["data_parallel"].get_group()
         self.train(self.training)
 
     def parts_to_split(self) -> list[nn.Module]:
-        """Beside `heads`, what is split over ranks under `ModelParallelStrategy`: what is trained or as large."""
+        """Modules besides `heads` that `ModelParallelStrategy` shards: trained ones and equally large frozen ones."""
         return [self.model]
 
     def start(self) -> Start:
-        """What to load."""
+        """How to load the start model."""
         return Start(self.start_source, self.task, self.lora, self.dtype_name, self.model_options)
 
     @abstractmethod
     def build(self) -> None:
-        """Make what stands on the model; called once after it is loaded."""
+        """Build what uses the model; called once after the model is loaded."""
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """Logits of the model, as those of transformers; the model is loaded if it is not yet.
+        """Compute logits as transformers does. Loads the model if it is not loaded yet.
 
         Args:
-            input_ids: `[B, T]`.
+            input_ids: Token ids, `[B, T]`.
             attention_mask: 1 at tokens, 0 at padding, `[B, T]`; all ones by default.
 
         Returns:
@@ -258,22 +265,22 @@ class RLHFModule(CheckedModule):
     @property
     @abstractmethod
     def packed_forward(self) -> PackedForward:
-        """What runs the trained model."""
+        """The packed forward pass of the trained model."""
 
     def forward_passes(self) -> list[PackedForward]:
-        """What runs each model that is trained."""
+        """The packed forward passes of all trained models."""
         return [self.packed_forward]
 
     # -- optimizer ------------------------------------------------------------------------------------------------
 
     def _default_optimizer(self, parameters: Iterable[Any]) -> Optimizer:
         mixed = isinstance(getattr(self._trainer, "precision_plugin", None), MixedPrecision)
-        # Lightning refuses to clip gradients of a fused optimizer under mixed precision.
+        # Lightning cannot clip the gradients of a fused optimizer under mixed precision.
         fused = not mixed and self.device.type in ("cpu", "cuda")
         return AdamW(parameters, lr=1e-4 if self.lora else 1e-5, weight_decay=0.0, fused=fused)
 
     def parameter_groups(self) -> list[Any]:
-        """What the optimizer is called with: parameters, or groups of them with rates of their own."""
+        """What the optimizer is called with: parameters, or parameter groups with their own learning rates."""
         return [p for p in self.parameters() if p.requires_grad]
 
     def configure_optimizers(self) -> Any:
@@ -293,13 +300,13 @@ class RLHFModule(CheckedModule):
                     "model.lr_scheduler ReduceLROnPlateau needs the metric that it goes by: "
                     "lightning.pytorch.cli.ReduceLROnPlateau with init_args: {monitor: val/nll}"
                 )
-            # It looks at its metric where that is measured: after an epoch with its validation.
+            # Its metric is known after the validation at the end of an epoch, so it steps once per epoch.
             plateau = {"scheduler": scheduler, "interval": "epoch", "monitor": monitor}
             return {"optimizer": optimizer, "lr_scheduler": plateau}
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def on_fit_start(self) -> None:
-        # A `validate` before this left states behind that were made in inference mode, which training cannot update.
+        # An earlier `validate` leaves metric states created in inference mode, which training cannot update.
         for metric in self.modules():
             if isinstance(metric, Metric):
                 metric.reset()
@@ -309,31 +316,31 @@ class RLHFModule(CheckedModule):
             raise ConfigError(f"trainer.accumulate_grad_batches is {windows}: nothing would be trained; at least 1")
         if longest := self.longest_row():
             self.packed_forward.check(longest)
-        # Kept from now on: later the module may be measured with rows that are rendered otherwise.
+        # Recorded now, because the module may later be evaluated on rows with another rendering.
         self._renderer_is_open, self._trained_with = True, None
         self._trained_with = self.rendering()
 
     def configure_callbacks(self) -> list[pl.Callback]:
-        """What every run of the module has; a subclass adds to it."""
+        """Callbacks of every run of the module; a subclass adds its own."""
         forget(self._trainer)
         return [StepEnd(self.max_empty_steps)]
 
     def longest_row(self) -> int:
-        """Tokens of the longest row that will be trained on; 0 where it is not known before."""
+        """Number of tokens of the longest training row; 0 if it is not known yet."""
         prepared = getattr(getattr(self.trainer, "datamodule", None), "prepared", {}).get("train")
         return max((row.tokens for row in prepared.rows), default=0) if prepared else 0
 
     def on_train_start(self) -> None:
         end_restored_epoch(self.trainer)
-        # Not in configure_optimizers: asking for the number of steps there would set up the loaders before their
-        # state is restored, and a resumed run would start its epoch anew.
+        # Not in configure_optimizers: computing the number of steps there would set up the dataloaders before their
+        # state is restored, and a resumed run would restart its epoch.
         for config in self.trainer.lr_scheduler_configs:
             if isinstance(config.scheduler, Warmup) and config.scheduler.total_steps is None:
                 config.scheduler.set_total_steps(int(self.trainer.estimated_stepping_batches))
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """What another loader's batches say in other ways, in the way that the module computes with."""
-        if type(self).training_step.__module__.startswith("rlhf_lightning."):  # one of a user's may read anything
+        """Convert a batch of another dataloader into the module's format; see `hf_batches.fitted`."""
+        if type(self).training_step.__module__.startswith("rlhf_lightning."):  # a user's own step may read any key
             refuse_other_names(batch, getattr(self, "_wanted", ()))
         embedding = None if self.model is None else self.model.get_input_embeddings()
         return fitted(batch, self._tokenizer, None if embedding is None else embedding.weight.shape[0])
@@ -355,11 +362,19 @@ class RLHFModule(CheckedModule):
     # -- loss -----------------------------------------------------------------------------------------------------
 
     def normalized(self, total: Tensor, batch: dict[str, Any], count: str | None, local: Tensor | float) -> Tensor:
-        """`total` divided by the count of its whole optimizer step, over all ranks and accumulated micro-batches.
+        """Divide a sum by the count of the whole optimizer step, over all ranks and accumulated micro-batches.
 
-        Lightning divides by the number of micro-batches and DDP by the number of ranks; both are multiplied back, so
-        that the gradient is that of one large batch. A batch of another loader has no counts: then `local` is used.
-        Without a `count`, the step's sum is the loss.
+        Lightning divides the loss by the number of micro-batches, and DDP averages gradients over ranks. Both factors
+        are multiplied back, so that the gradient equals that of one large batch.
+
+        Args:
+            total: Sum over this micro-batch, a scalar.
+            batch: The batch, with its `denominators`; a batch of another dataloader has none.
+            count: Name of the denominator; None if the sum itself is the loss.
+            local: Count of this micro-batch, used for a batch without denominators.
+
+        Returns:
+            The loss, a scalar.
         """
         denominators = batch.get("denominators")
         if denominators is None or self._trainer is None:
@@ -368,11 +383,19 @@ class RLHFModule(CheckedModule):
 
     @property
     def _pieces(self) -> int:
-        """Into how many losses a step's is divided, over ranks and micro-batches."""
+        """Number of losses that make up that of an optimizer step: ranks times micro-batches."""
         return data_ranks(self.trainer)[1] * self.trainer.accumulate_grad_batches
 
     def share(self, loss: Tensor, batch: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
-        """What a loss, as `training_step` returns it, adds to that of the step; see `StepNumbers.add`."""
+        """Contribution of a micro-batch's loss to the loss of its step; see `StepNumbers.add`.
+
+        Args:
+            loss: The loss that `training_step` returns, a scalar.
+            batch: The batch; one of another dataloader has no `denominators`.
+
+        Returns:
+            A sum, and its count: None if the sums add up to the loss, 1 if the losses are averaged.
+        """
         if batch.get("denominators") is None or self._trainer is None:
             return loss, torch.ones_like(loss)
         return loss / self._pieces, None
@@ -384,7 +407,7 @@ class RLHFModule(CheckedModule):
     # -- checkpoints ----------------------------------------------------------------------------------------------
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
-        """What is trained; what is frozen comes from the start of the stage."""
+        """The trained weights. Frozen ones are loaded from the start model."""
         state = super().state_dict(*args, **kwargs)
         frozen = {
             name for name, parameter in self.named_parameters(remove_duplicate=False) if not parameter.requires_grad
@@ -400,13 +423,17 @@ class RLHFModule(CheckedModule):
         check_format(checkpoint.get("format"), f"the checkpoint {path}" if path else "the checkpoint")
         if self.model is None:
             self.configure_model()
-        # Where weights are split, the strategy loads them, and has asked before.
+        # With sharded weights, the strategy loads them and has checked the names already.
         if "state_dict" in checkpoint:
             self.check_names(set(checkpoint["state_dict"]))
             check_content(self, checkpoint)
 
     def check_names(self, found: set[str]) -> None:
-        """Raise `ConfigError` where a checkpoint does not hold the weights that are trained."""
+        """Raise `ConfigError` if a checkpoint does not contain exactly the trained weights.
+
+        Args:
+            found: Names of the weights in the checkpoint.
+        """
         wanted = set(self.state_dict())
         if wanted != found:
             odd = sorted(wanted ^ found)[0]
@@ -418,7 +445,11 @@ class RLHFModule(CheckedModule):
     # -- saving ---------------------------------------------------------------------------------------------------
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write the model folder; see `models.saving`. Where weights are split over ranks, all of them must call it."""
+        """Write the model folder; see `models.saving`. With sharded weights, all ranks must call this together.
+
+        Args:
+            folder: The folder to write.
+        """
         self.configure_model()
         weights = full_state_dict(self.model)
         if weights is None or self.global_rank == 0:
@@ -431,7 +462,7 @@ class RLHFModule(CheckedModule):
             save_model(self.model, self.tokenizer, Path(folder), stops, weights, kept, facts, stop, template)
 
     def stage_facts(self) -> dict[str, Any]:
-        """What `stage.json` says of the module."""
+        """Facts about the module that `stage.json` records."""
         source = self.start_source
         name = getattr(source, "name_or_path", None) if isinstance(source, nn.Module) else str(source)
         rendering = self.rendering()

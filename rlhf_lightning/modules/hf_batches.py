@@ -1,7 +1,7 @@
-"""Batches of a loader of one's own, in the form that the modules compute with: right, or refused with words.
+"""Converts batches of other dataloaders into the modules' format, or raises a clear error.
 
-The modules take right-padded rows whose positions count from 0, and a mask of what is trained. What Hugging Face
-collators make (padding on the left, `labels` with -100, `attention_mask`, other dtypes) becomes that.
+The modules take right-padded rows whose positions count from 0, and a mask of the trained tokens. What Hugging Face
+collators produce (left padding, `labels` with -100, `attention_mask`, other dtypes) is converted.
 """
 
 from collections.abc import Mapping
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from rlhf_lightning.errors import ConfigError
 
-IGNORED = -100  # what Hugging Face's labels have where nothing is trained
+IGNORED = -100  # value of Hugging Face labels at tokens that are not trained
 _PER_TOKEN = ("loss_mask", "old_logprobs", "advantages", "reference_logprobs", "sampling_logprobs", "values", "returns")
 _NOT_USED = ("inputs_embeds", "pixel_values", "input_features", "cu_seq_lens_q", "cu_seq_lens_k", "seq_idx")
 _SAID_OTHERWISE = {
@@ -20,18 +20,25 @@ _SAID_OTHERWISE = {
     "weights": ("sample_weight", "sample_weights", "loss_weights"),
     "reference_logprobs": ("ref_chosen_logps", "ref_rejected_logps", "ref_logprobs", "ref_log_prob"),
 }
-"""What other tools call the things that are read here by one name."""
+"""Names that other libraries use for the keys that the modules read."""
 _SEE = "; docs/reuse.md says how batches are made"
 
 
 def fitted(batch: Any, tokenizer: Any, rows: int | None = None) -> Any:
-    """A batch as the modules take it; one of ours, and one that is no dict with `input_ids`, as it is.
+    """Convert a batch into the modules' format.
+
+    Batches of the package's own loaders, and batches without `input_ids`, are returned unchanged.
 
     Args:
-        tokenizer: whose padding token is looked for where there is no attention_mask. rows: of the model's embeddings.
+        batch: The batch.
+        tokenizer: Its padding token is searched for if there is no attention_mask.
+        rows: Number of rows of the model's embedding matrix.
+
+    Returns:
+        The batch as the modules take it.
 
     Raises:
-        ConfigError: what would be trained on is not what the batch says.
+        ConfigError: If the module would train on something other than what the batch specifies.
     """
     if not isinstance(batch, Mapping) or "input_ids" not in batch or "denominators" in batch:
         return batch
@@ -46,7 +53,7 @@ def fitted(batch: Any, tokenizer: Any, rows: int | None = None) -> Any:
         batch["loss_mask"] = _of_labels(labels, ids, batch.get("loss_mask"))
         del batch["labels"]
     if "loss_mask" not in batch:
-        return batch  # the module says what it lacks
+        return batch  # the module reports the missing key
     loss_mask = batch["loss_mask"] = _mask(batch["loss_mask"], ids)
     for name in _PER_TOKEN:
         shape = tuple(batch[name].shape) if isinstance(batch.get(name), Tensor) else ids.shape
@@ -70,12 +77,17 @@ def fitted(batch: Any, tokenizer: Any, rows: int | None = None) -> Any:
             f"a batch's old_logprobs go up to {float(old.max()):.4g}; log-probabilities are 0 or less{_SEE}"
         )
     batch["loss_mask"] = batch["loss_mask"].clone()
-    batch["loss_mask"][:, 0] = 0  # nothing stands before the first token to predict it from
+    batch["loss_mask"][:, 0] = 0  # the first token has no context to be predicted from
     return batch
 
 
 def refuse_other_names(batch: Any, read: Any = ()) -> None:
-    """Refuse what a batch of another loader says by a name that nothing reads, as it would be lost silently."""
+    """Raise `ConfigError` if a batch uses another library's name for a key, which would otherwise be ignored silently.
+
+    Args:
+        batch: The batch.
+        read: Other keys that the module reads.
+    """
     if not isinstance(batch, Mapping) or "denominators" in batch:
         return
     for name, others in _SAID_OTHERWISE.items():
@@ -84,10 +96,11 @@ def refuse_other_names(batch: Any, read: Any = ()) -> None:
 
 
 def check_preferences(batch: Any, kind: str) -> None:
-    """Refuse a batch of another loader whose numbers for each example are not one for each.
+    """Raise `ConfigError` if a preference batch of another dataloader does not have one number per example.
 
     Args:
-        kind: what an example is: `pairs` (the chosen rows, then the rejected), `labels` or `rankings`.
+        batch: The batch.
+        kind: What an example is: `pairs` (chosen rows, then rejected ones), `labels` or `rankings`.
     """
     if not isinstance(batch, Mapping) or "denominators" in batch or not isinstance(batch.get("input_ids"), Tensor):
         return
@@ -133,7 +146,7 @@ def _ids(ids: Any, rows: int | None) -> Tensor:
 
 
 def _of_labels(labels: Tensor, ids: Tensor, loss_mask: Any) -> Tensor:
-    """The mask that Hugging Face's labels stand for: those of the tokens themselves, not shifted."""
+    """The loss mask that Hugging Face `labels` imply; labels are those of the tokens themselves, not shifted."""
     trained = labels != IGNORED
     if bool((labels.long() != ids)[trained].any()):
         raise ConfigError(
@@ -150,7 +163,7 @@ def _of_labels(labels: Tensor, ids: Tensor, loss_mask: Any) -> Tensor:
 
 
 def _shaped(name: str, value: Any, ids: Tensor) -> Tensor:
-    """A tensor with a number for each token; raises `ConfigError`."""
+    """Return a tensor after checking that it has one number per token; raises `ConfigError`."""
     if not isinstance(value, Tensor) or value.shape != ids.shape:
         shown = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
         raise ConfigError(f"a batch's {name} is {shown}, its input_ids are {list(ids.shape)}{_SEE}")
@@ -166,7 +179,7 @@ def _mask(loss_mask: Any, ids: Tensor) -> Tensor:
 
 
 def _attention(attention: Any, ids: Tensor) -> Tensor:
-    """Where there are tokens, `[B, T]`: in one piece, with padding on either side."""
+    """Where there are tokens, bool `[B, T]`; contiguous in each row, with padding on either side."""
     attention = _shaped("attention_mask", attention, ids)
     there = attention != 0
     begins = there & ~torch.nn.functional.pad(there, (1, 0))[:, :-1]
@@ -179,7 +192,7 @@ def _attention(attention: Any, ids: Tensor) -> Tensor:
 
 
 def _to_the_left(batch: dict[str, Any], there: Tensor) -> None:
-    """Padding on the left goes to the right, in everything that has a number for each token."""
+    """Move padding from the left to the right, in every tensor with one number per token."""
     first, width = there.int().argmax(-1, keepdim=True), there.shape[1]
     if not bool(first.any()):
         return
@@ -190,13 +203,13 @@ def _to_the_left(batch: dict[str, Any], there: Tensor) -> None:
 
 
 def _check_padding(ids: Tensor, loss_mask: Tensor, tokenizer: Any) -> None:
-    """Without an attention_mask: no padding before a row, and none that is trained after it."""
+    """Without an attention_mask, refuse padding before a row, and trained padding after it."""
     pad = getattr(tokenizer, "pad_token_id", None)
     if pad is None or not ids.numel():
         return
-    # One such token may begin a text, where it is the bos_token too, or ends the text before where there is none.
+    # A single padding token may be the start of the text, if it is also the bos_token, or an eos_token used as one.
     few = 2 if pad == tokenizer.bos_token_id or (pad == tokenizer.eos_token_id and not tokenizer.bos_token) else 1
-    begins = (ids[:, :few] == pad).all(-1) & (loss_mask != 0).any(-1)  # a row that is none may be padding throughout
+    begins = (ids[:, :few] == pad).all(-1) & (loss_mask != 0).any(-1)  # an untrained row may be all padding
     if ids.shape[1] > few and bool(begins.any()):
         raise ConfigError(f"a batch's rows begin with padding, and it has no attention_mask to tell by; add it{_SEE}")
     padded = (ids == pad).flip(1).long().cumprod(1).flip(1)  # the padding after each row

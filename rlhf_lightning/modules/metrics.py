@@ -1,4 +1,4 @@
-"""Metrics as torchmetrics objects: exact over batches and ranks, uneven last ones included."""
+"""Torchmetrics metrics that are exact over batches and ranks, including uneven last batches."""
 
 import math
 from typing import Any
@@ -9,7 +9,14 @@ from torchmetrics import MeanMetric, Metric
 
 
 class PairAccuracy(Metric):
-    """The part of pairs whose chosen response scores higher; a tie is wrong. `update(chosen, rejected, weights)`."""
+    """Fraction of pairs whose chosen response scores higher; a tie counts as wrong.
+
+    Example:
+        >>> accuracy = PairAccuracy()
+        >>> accuracy.update(torch.tensor([1.0, 0.0]), torch.tensor([0.0, 0.0]))
+        >>> accuracy.compute()
+        tensor(0.5000)
+    """
 
     correct: Tensor
     pairs: Tensor
@@ -21,18 +28,31 @@ class PairAccuracy(Metric):
         self.add_state("pairs", torch.zeros(()), dist_reduce_fx="sum")
 
     def update(self, chosen: Tensor, rejected: Tensor, weights: Tensor | None = None) -> None:
-        """Add pairs: scores `[B]` each; a weight of 0 leaves a pair out."""
+        """Add pairs.
+
+        Args:
+            chosen: Scores of chosen responses, `[B]`.
+            rejected: Scores of rejected responses, `[B]`.
+            weights: Weight of each pair, `[B]`; 0 excludes a pair. All ones by default.
+        """
         weights = torch.ones_like(chosen) if weights is None else weights
         self.correct += ((chosen > rejected) * weights).sum()
         self.pairs += weights.sum()
 
     def compute(self) -> Tensor:
-        """Accuracy in [0, 1]."""
+        """Accuracy in [0, 1], a scalar."""
         return self.correct / self.pairs.clamp(min=1)
 
 
 class Count(Metric):
-    """How many there are, exact beyond what a float32 can count. `update(count)`."""
+    """A sum of integers, exact beyond what a float32 can count.
+
+    Example:
+        >>> count = Count()
+        >>> count.update(torch.tensor(3))
+        >>> count.compute()
+        tensor(3.)
+    """
 
     number: Tensor
     full_state_update = False
@@ -46,20 +66,34 @@ class Count(Metric):
         self.number += count.long()
 
     def compute(self) -> Tensor:
-        """As a float, which Lightning asks for."""
+        """The sum as a float, which Lightning requires."""
         return self.number.float()
 
 
 class Perplexity(MeanMetric):
-    """exp of the mean negative log-likelihood; `update(mean, weight=tokens)`."""
+    """Perplexity: exp of the mean negative log-likelihood per token.
+
+    Example:
+        >>> perplexity = Perplexity()
+        >>> perplexity.update(torch.tensor(0.0), weight=torch.tensor(5.0))  # mean in nats, and its number of tokens
+        >>> perplexity.compute()
+        tensor(1.)
+    """
 
     def compute(self) -> Tensor:
-        """Perplexity a token."""
+        """Perplexity per token, a scalar."""
         return super().compute().exp()
 
 
 class BitsPerByte(Metric):
-    """Total negative log-likelihood in bits over the bytes of the text; `update(nll_sum, bytes)`."""
+    """Total negative log-likelihood in bits, divided by the number of bytes of the text.
+
+    Example:
+        >>> bits = BitsPerByte()
+        >>> bits.update(torch.tensor(math.log(2) * 8), torch.tensor(4))
+        >>> bits.compute()
+        tensor(2.)
+    """
 
     nats: Tensor
     bytes: Tensor
@@ -71,10 +105,15 @@ class BitsPerByte(Metric):
         self.add_state("bytes", torch.zeros(()), dist_reduce_fx="sum")
 
     def update(self, nll_sum: Tensor, bytes: Tensor) -> None:
-        """Add a batch: two scalars."""
+        """Add a batch.
+
+        Args:
+            nll_sum: Sum of the negative log-likelihood in nats, a scalar.
+            bytes: Number of bytes, a scalar.
+        """
         self.nats += nll_sum
         self.bytes += bytes
 
     def compute(self) -> Tensor:
-        """Bits a byte."""
+        """Bits per byte, a scalar."""
         return self.nats / (math.log(2) * self.bytes.clamp(min=1))

@@ -1,4 +1,4 @@
-"""What a module of any stage refuses: batches without what it takes, checkpoints of something else."""
+"""Checks that all modules share: keys of a batch, and content of a checkpoint."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -7,7 +7,15 @@ from rlhf_lightning.errors import ConfigError
 
 
 def check_batch(module: Any, batch: Any) -> None:
-    """Refuse what another loader's batches lack, by name."""
+    """Check that a batch has the keys that the module requires.
+
+    Args:
+        module: The module.
+        batch: The batch.
+
+    Raises:
+        ConfigError: If a key is missing.
+    """
     has = list(batch) if isinstance(batch, Mapping) else []
     if missing := [name for name in module.requires if name not in has]:
         raise ConfigError(
@@ -18,7 +26,15 @@ def check_batch(module: Any, batch: Any) -> None:
 
 
 def check_content(module: Any, checkpoint: Mapping[str, Any]) -> None:
-    """Raise `ConfigError` where the weights of a checkpoint have other shapes, or `fit` cannot go on from it."""
+    """Check that a checkpoint fits the module.
+
+    Args:
+        module: The module, with its model.
+        checkpoint: The checkpoint.
+
+    Raises:
+        ConfigError: If its weights have other shapes, or if `fit` cannot resume from it.
+    """
     weights = checkpoint["state_dict"]
     for name, parameter in module.named_parameters(remove_duplicate=False):
         if name in weights and weights[name].shape != parameter.shape:

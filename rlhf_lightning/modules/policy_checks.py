@@ -1,4 +1,4 @@
-"""Settings of policy RL that make no sense together: refused before anything is loaded, or before the first round."""
+"""Checks of contradictory policy RL settings, before anything is loaded or before the first round."""
 
 from collections import Counter
 from typing import Any
@@ -10,11 +10,11 @@ from rlhf_lightning.errors import ConfigError, check_whole
 from rlhf_lightning.rewards import check_finite
 
 MOST_TIMES = 1000
-"""That a group is sampled again: where a reward is the same for all responses, it is each time."""
+"""Largest `resample_groups`. A reward that is equal for all responses would be resampled that many times."""
 
 
 def check_rewards(rewards: Any) -> None:
-    """Refuse rewards that are not a list of them; raises `ConfigError`."""
+    """Raise `ConfigError` unless `rewards` is a list of rewards, or None."""
     if rewards is None:
         return
     if not isinstance(rewards, list | tuple):
@@ -37,7 +37,7 @@ def _wrapped(value: Any) -> str:
 
 
 def check_settings(module: Any) -> None:
-    """What can be said of a `PolicyRLModule` alone; raises `ConfigError`."""
+    """Raise `ConfigError` if the settings of a `PolicyRLModule` contradict each other."""
     names = [part.name for part in module.rewards]
     if len(set(names)) < len(names):
         raise ConfigError(f"model.rewards: two parts have the same name ({', '.join(names)}); set name")
@@ -64,7 +64,15 @@ def check_settings(module: Any) -> None:
 
 
 def check_data(module: Any, data: PromptDataModule) -> None:
-    """What can be said of the module and its data, before the first round; raises `ConfigError`."""
+    """Check that the module and its data fit together, before the first round.
+
+    Args:
+        module: The module.
+        data: The data module, after its setup.
+
+    Raises:
+        ConfigError: If they do not.
+    """
     loss = type(module.objective).__name__
     steps = data.update_epochs * data.minibatches // module.trainer.accumulate_grad_batches
     if steps > 1 and not module.objective.corrects:
@@ -136,6 +144,6 @@ def _check_prompts(module: Any, prompts: list[Prompt], group_size: int) -> None:
 
 
 def check_rewarded(module: Any) -> None:
-    """Raise `ConfigError` where nothing rewards the policy."""
+    """Raise `ConfigError` if there is neither a reward nor an environment."""
     if not len(module.rewards) and module.environment is None:
         raise ConfigError("nothing rewards the policy: set model.rewards, or model.environment")

@@ -1,4 +1,4 @@
-"""What policy RL measures: an optimizer step, held-out prompts, and why a step trained no token."""
+"""Metrics of policy RL: of an optimizer step, of held-out prompts, and the reason for a step without trained tokens."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -12,9 +12,9 @@ from rlhf_lightning.rollout.statistics import episode_kl
 from rlhf_lightning.types import Episode
 
 OUTPUTS = ("log_ratio_mean", "clip_fraction", "log_ratio_clamped")
-"""What a training step returns of its mini-batch beside the loss."""
+"""Numbers of the mini-batch that a training step returns besides the loss."""
 NUMBERS = ("loss", "value_loss", "entropy", "logprob_gap", *OUTPUTS)
-"""What is added up over an optimizer step."""
+"""Numbers that are summed over an optimizer step."""
 LARGEST = ("log_ratio_max",)
 ROUND_ON_BAR = ("reward", "kl", "truncated")
 WHY = {
@@ -27,7 +27,17 @@ WHY = {
 def step_sums(
     scores: TokenLogprobsOutput, batch: Mapping[str, Any], objective: PolicyObjective, clamped: Tensor
 ) -> tuple[dict[str, tuple[Tensor, Tensor]], dict[str, Tensor]]:
-    """Of a mini-batch: of each number the sum over its sampled tokens and their count; and the largest values."""
+    """Compute the metrics of a mini-batch.
+
+    Args:
+        scores: Log-probabilities and entropies under the current policy, in nats, `[B, T]`.
+        batch: The mini-batch.
+        objective: The policy loss.
+        clamped: 1 at tokens whose log-ratio is clamped, `[B, T]`.
+
+    Returns:
+        For each metric the sum over sampled tokens and their number; and the maxima.
+    """
     assert scores.entropy is not None
     loss_mask, old, logprobs = batch["loss_mask"], batch["old_logprobs"], scores.logprobs.detach()
     log_ratio = ((logprobs - old) * loss_mask).abs()
@@ -44,7 +54,7 @@ def step_sums(
 
 
 def why_empty(statistics: Mapping[str, float]) -> str:
-    """Why no token of a round was trained, as far as its statistics say, and what to change."""
+    """Explain from a round's statistics why no token was trained, and what to change."""
     found = ", ".join(f"{WHY[name]} {statistics[name]:.0%}" for name in WHY if name in statistics)
     return (
         f"Of the last round: {found or 'nothing is known'}. Where responses are cut off, raise sampler.max_tokens or "
@@ -54,7 +64,14 @@ def why_empty(statistics: Mapping[str, float]) -> str:
 
 
 class HeldOut(nn.Module):
-    """Means over prompts, exact over ranks: reward of a greedy and of a sampled answer, its length, truncation, KL."""
+    """Means over held-out prompts, exact over ranks.
+
+    Covers the reward of a greedy and of a sampled response, and the length, truncation and KL of the sampled one.
+
+    Example:
+        >>> [name for name, metric in HeldOut().logged(kl=False)]
+        ['reward_greedy', 'reward_sampled', 'response_tokens', 'truncated']
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -62,7 +79,12 @@ class HeldOut(nn.Module):
         self.response_tokens, self.truncated, self.kl = MeanMetric(), MeanMetric(), MeanMetric()
 
     def add(self, greedy: Sequence[Episode], sampled: Sequence[Episode]) -> None:
-        """Take the episodes of a batch of prompts."""
+        """Add the episodes of a batch of prompts.
+
+        Args:
+            greedy: Episodes sampled at temperature 0.
+            sampled: Episodes sampled at the sampler's temperature.
+        """
         for episode in (episode for episode in greedy if not episode.failed):
             self.reward_greedy.update(episode.reward)
         for episode in (episode for episode in sampled if not episode.failed):
@@ -72,7 +94,11 @@ class HeldOut(nn.Module):
             self.kl.update(episode_kl(episode))
 
     def logged(self, kl: bool) -> Iterator[tuple[str, Metric]]:
-        """Names and metrics; `kl` (nats a response) where there is a reference."""
+        """Names and metrics to log.
+
+        Args:
+            kl: Include the KL in nats per response, which needs a reference.
+        """
         for name, metric in self.named_children():
             if isinstance(metric, Metric) and (kl or name != "kl"):
                 yield name, metric

@@ -1,4 +1,4 @@
-"""Policy RL: rollouts, rewards, advantages, and a policy loss on what was sampled."""
+"""Policy RL: rollouts, rewards, advantages, and a policy loss on the sampled tokens."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -38,41 +38,49 @@ from rlhf_lightning.sampling.sampler import Sampler
 from rlhf_lightning.types import Episode
 
 COUNTS = {"token_sum": None, "token_mean": "tokens", "sequence_mean": "sequences", "constant": "sequences"}
-VALIDATION = 1_000_003  # keeps the samples of validation apart from those of rounds
+VALIDATION = 1_000_003  # seeds validation rollouts differently from those of the training rounds
 
 
 class PolicyRLModule(RLHFModule):
     """Reinforcement learning of a policy inside `Trainer.fit`, with automatic optimization.
 
-    Args:
-        model: the policy to start from, and the reference of KL; see `RLHFModule`, which takes the further arguments.
-        objective: policy loss; importance sampling by default.
-        rewards: parts of the reward, weighted and added.
-        advantage: from rewards to advantages; group-centered by default.
-        kl: penalty on the distance from the start; none by default. A coefficient of 0 only measures it.
-        critic: value model, which GAE needs; none by default.
-        sampler: budget and temperature of responses.
-        environment: makes a `MessageEnv` from a row of data: a class or function, or its dotted path; by default a
-            response ends its episode.
-        environment_args: given to it after the row, by name.
-        limits: turns, tokens and time of an episode, and what follows when its environment fails.
-        truncated_reward: replaces the reward of a response that ran out of tokens.
-        mask_truncated: do not train on a response that ran out of tokens; its reward still counts in its group's mean.
-        entropy_coefficient: weight of the mean entropy (nats a token), which is added to what is maximized.
-        importance_weights: for rows that the sampler's distribution, not the trainer's, has sampled: the trainer's
-            log-probabilities are computed again at the start of a round, and the difference weighs the loss.
-        staleness: 1 samples each round with the weights that the round before was sampled for; then
-            `importance_weights` are used, token by token up to 2 unless others are given.
-        resample_groups: times that a group whose rewards are all equal is sampled again; 0 by default.
-        recipe: name of an algorithm that sets objective, advantage, kl, critic and resample_groups where they are not
-            given: `dapo`, `dr_grpo`, `grpo`, `gspo`, `mint`, `ppo`, `reinforce_pp` or `rloo`. The constructors of these
-            names say what each sets, and why.
+    Logs under `train/`, for each round: `reward` and its terms, `kl` (nats per response), `response_tokens`,
+    `truncated`, `zero_variance_groups`, `kl_coefficient`, and with a critic `explained_variance`. Also
+    `reward_source_prm`, 1 if a preference model is a reward (the name is kept from the first version; it does not mean
+    a process reward model). For each optimizer step: `loss`, `entropy`, `log_ratio_max`, `log_ratio_mean`,
+    `log_ratio_clamped`, `clip_fraction`, `logprob_gap` (mean difference between sampler and trainer before the first
+    update of a round), and with a critic `value_loss`.
 
-    Logs under `train/`, of the round: `reward` and its parts, `kl` (nats a response), `response_tokens`, `truncated`,
-    `zero_variance_groups`; `kl_coefficient`; with a critic `explained_variance`; and `reward_source_prm` (1 where a
-    preference model rewards). Of the optimizer step: `loss`, `entropy`, `log_ratio_max`, `log_ratio_mean`,
-    `log_ratio_clamped`, `clip_fraction`, `logprob_gap` (mean difference of sampler and trainer before the first update
-    of a round), with a critic `value_loss`.
+    Args:
+        model: The policy to start from, which is also the reference of the KL; see `RLHFModule` for further arguments.
+        objective: Policy loss; importance sampling by default.
+        rewards: Terms of the reward, weighted and added.
+        advantage: Turns rewards into advantages; group-centered by default.
+        kl: Penalty on the KL from the reference; none by default. With coefficient 0 the KL is only measured.
+        critic: Value model, which GAE needs; none by default.
+        sampler: Token budget and temperature of responses.
+        environment: Class, function or dotted path that makes a `MessageEnv` from a data row; by default a response
+            ends its episode.
+        environment_args: Keyword arguments that follow the row.
+        limits: Turns, tokens and time of an episode, and what to do if its environment fails.
+        truncated_reward: Replaces the reward of a response that ran out of tokens.
+        mask_truncated: Do not train on a response that ran out of tokens. Its reward still counts in its group's mean.
+        entropy_coefficient: Weight of the mean entropy (nats per token), which is added to the maximized objective.
+        importance_weights: Corrects for samples of another distribution than the trainer's. The trainer recomputes the
+            log-probabilities at the start of a round, and the ratio to the sampler's weights the loss.
+        staleness: With 1, each round is sampled with the weights from the start of the previous round. Then
+            `importance_weights` are used; by default per token and truncated at 2.
+        resample_groups: Number of times that a group with equal rewards is sampled again; 0 by default.
+        recipe: Name of an algorithm that sets objective, advantage, kl, critic and resample_groups unless they are
+            given: `dapo`, `dr_grpo`, `grpo`, `gspo`, `mint`, `ppo`, `reinforce_pp` or `rloo`. The constructor of the
+            same name documents what it sets, and why.
+
+    Raises:
+        ConfigError: If settings contradict each other.
+
+    Example:
+        >>> module = PolicyRLModule.grpo("Qwen/Qwen3-0.6B", rewards=[reward])  # doctest: +SKIP
+        >>> trainer.fit(module, PromptDataModule("prompts.jsonl"))  # doctest: +SKIP
     """
 
     stage_kind = "policy"
@@ -144,8 +152,8 @@ class PolicyRLModule(RLHFModule):
         A_i = (R_i - mean(R)) / (std(R) + 1e-4) over the responses of a prompt; the loss is
         -min(r·A, clamp(r, 0.8, 1.2)·A) + 0.04·k3, averaged over the tokens of each response, then over responses.
 
-        Sets: `objective` ClippedSurrogate(clip_low=0.2, clip_high=0.2, aggregation="sequence_mean"), `advantage`
-        GroupCentered(scale="std"), `kl` KLPenalty(0.04, place="loss", estimator="k3").
+        The recipe sets `objective` ClippedSurrogate(clip_low=0.2, clip_high=0.2, aggregation="sequence_mean"),
+        `advantage` GroupCentered(scale="std"), `kl` KLPenalty(0.04, place="loss", estimator="k3").
 
         Args:
             model: See `PolicyRLModule`.
@@ -153,7 +161,7 @@ class PolicyRLModule(RLHFModule):
             **settings: Further arguments of `PolicyRLModule`; they override those of the recipe.
 
         Example:
-            >>> module = PolicyRLModule.grpo("Qwen/Qwen3-0.6B", rewards=[FunctionReward(my_reward)])  # doctest: +SKIP
+            >>> module = PolicyRLModule.grpo("Qwen/Qwen3-0.6B", rewards=[reward])  # doctest: +SKIP
         """
         return cls._of_recipe("grpo", model, rewards, settings)
 
@@ -164,8 +172,16 @@ class PolicyRLModule(RLHFModule):
         A_i = R_i - mean(R); the loss -min(r·A, clamp(r, 0.8, 1.2)·A) is summed over the tokens of each response,
         divided by the token budget `sampler.max_tokens`, and averaged over responses.
 
-        Sets: `objective` ClippedSurrogate(clip_low=0.2, clip_high=0.2, aggregation="constant"), `advantage`
-        GroupCentered(scale="none"). Arguments as those of `grpo`.
+        The recipe sets `objective` ClippedSurrogate(clip_low=0.2, clip_high=0.2, aggregation="constant"), `advantage`
+        GroupCentered(scale="none").
+
+        Args:
+            model: See `PolicyRLModule`.
+            rewards: See `PolicyRLModule`.
+            **settings: Further arguments of `PolicyRLModule`; they override those of the recipe.
+
+        Example:
+            >>> module = PolicyRLModule.dr_grpo("Qwen/Qwen3-0.6B", rewards=[reward])  # doctest: +SKIP
         """
         return cls._of_recipe("dr_grpo", model, rewards, settings)
 
@@ -177,8 +193,16 @@ class PolicyRLModule(RLHFModule):
         advantage. Groups with equal rewards are sampled again, here up to 3 times with the same prompts. The paper's
         soft overlong punishment is a reward: add `rewards.OverlongPenalty`.
 
-        Sets: `objective` ClippedSurrogate(clip_low=0.2, clip_high=0.28, aggregation="token_mean"), `advantage`
-        GroupCentered(scale="std"), `resample_groups` 3. Arguments as those of `grpo`.
+        The recipe sets `objective` ClippedSurrogate(clip_low=0.2, clip_high=0.28, aggregation="token_mean"),
+        `advantage` GroupCentered(scale="std"), `resample_groups` 3.
+
+        Args:
+            model: See `PolicyRLModule`.
+            rewards: See `PolicyRLModule`.
+            **settings: Further arguments of `PolicyRLModule`; they override those of the recipe.
+
+        Example:
+            >>> module = PolicyRLModule.dapo("Qwen/Qwen3-0.6B", rewards=[reward])  # doctest: +SKIP
         """
         return cls._of_recipe("dapo", model, rewards, settings)
 
@@ -189,8 +213,16 @@ class PolicyRLModule(RLHFModule):
         s = exp(mean over the response of log p - log q); the loss is -min(s·A, clamp(s, 1 - 3e-4, 1 + 4e-4)·A),
         averaged over responses, with GRPO's advantage.
 
-        Sets: `objective` SequenceClippedSurrogate(normalized=True, clip_low=3e-4, clip_high=4e-4,
-        aggregation="sequence_mean"), `advantage` GroupCentered(scale="std"). Arguments as those of `grpo`.
+        The recipe sets `objective` SequenceClippedSurrogate(normalized=True, clip_low=3e-4, clip_high=4e-4,
+        aggregation="sequence_mean"), `advantage` GroupCentered(scale="std").
+
+        Args:
+            model: See `PolicyRLModule`.
+            rewards: See `PolicyRLModule`.
+            **settings: Further arguments of `PolicyRLModule`; they override those of the recipe.
+
+        Example:
+            >>> module = PolicyRLModule.gspo("Qwen/Qwen3-0.6B", rewards=[reward])  # doctest: +SKIP
         """
         return cls._of_recipe("gspo", model, rewards, settings)
 
@@ -201,9 +233,16 @@ class PolicyRLModule(RLHFModule):
         A_i = R_i - mean of the other rewards of the prompt, where R includes -0.05·(log p - log p_ref) of the response;
         s = exp(Σ log p - log q), clipped to [0.8, 1.2] as in TRL, whose KL coefficient this is.
 
-        Sets: `objective` SequenceClippedSurrogate(normalized=False, clip_low=0.2, clip_high=0.2,
-        aggregation="sequence_mean"), `advantage` LeaveOneOut(), `kl` KLPenalty(0.05, place="reward"). Arguments as
-        those of `grpo`.
+        The recipe sets `objective` SequenceClippedSurrogate(normalized=False, clip_low=0.2, clip_high=0.2,
+        aggregation="sequence_mean"), `advantage` LeaveOneOut(), `kl` KLPenalty(0.05, place="reward").
+
+        Args:
+            model: See `PolicyRLModule`.
+            rewards: See `PolicyRLModule`.
+            **settings: Further arguments of `PolicyRLModule`; they override those of the recipe.
+
+        Example:
+            >>> module = PolicyRLModule.rloo("Qwen/Qwen3-0.6B", rewards=[reward])  # doctest: +SKIP
         """
         return cls._of_recipe("rloo", model, rewards, settings)
 
@@ -214,8 +253,16 @@ class PolicyRLModule(RLHFModule):
         A_t = R - 0.01·Σ over later tokens of (log p - log p_ref), then whitened over the round; the loss is
         -min(r·A, clamp(r, 0.8, 1.2)·A) over all tokens. The coefficient is OpenRLHF's default.
 
-        Sets: `objective` ClippedSurrogate(clip_low=0.2, clip_high=0.2, aggregation="token_mean"), `advantage`
-        GlobalWhitened(baseline="none"), `kl` KLPenalty(0.01, place="reward"). Arguments as those of `grpo`.
+        The recipe sets `objective` ClippedSurrogate(clip_low=0.2, clip_high=0.2, aggregation="token_mean"), `advantage`
+        GlobalWhitened(baseline="none"), `kl` KLPenalty(0.01, place="reward").
+
+        Args:
+            model: See `PolicyRLModule`.
+            rewards: See `PolicyRLModule`.
+            **settings: Further arguments of `PolicyRLModule`; they override those of the recipe.
+
+        Example:
+            >>> module = PolicyRLModule.reinforce_pp("Qwen/Qwen3-0.6B", rewards=[reward])  # doctest: +SKIP
         """
         return cls._of_recipe("reinforce_pp", model, rewards, settings)
 
@@ -227,9 +274,17 @@ class PolicyRLModule(RLHFModule):
         1506.02438), whitened over the round; the loss is -min(r·A, clamp(r, 0.8, 1.2)·A) over all tokens, plus 0.1
         times the value loss, clipped at 0.2. These are TRL's defaults.
 
-        Sets: `objective` ClippedSurrogate(clip_low=0.2, clip_high=0.2, aggregation="token_mean"), `advantage`
+        The recipe sets `objective` ClippedSurrogate(clip_low=0.2, clip_high=0.2, aggregation="token_mean"), `advantage`
         GAE(gamma=1.0, lam=0.95, whiten=True), `kl` KLPenalty(0.05, place="reward"), `critic` Critic(clip=0.2,
-        coefficient=0.1). Arguments as those of `grpo`.
+        coefficient=0.1).
+
+        Args:
+            model: See `PolicyRLModule`.
+            rewards: See `PolicyRLModule`.
+            **settings: Further arguments of `PolicyRLModule`; they override those of the recipe.
+
+        Example:
+            >>> module = PolicyRLModule.ppo("Qwen/Qwen3-0.6B", rewards=[reward])  # doctest: +SKIP
         """
         return cls._of_recipe("ppo", model, rewards, settings)
 
@@ -240,8 +295,16 @@ class PolicyRLModule(RLHFModule):
         A_t = R_i - mean(R) - 0.05·(log p - log p_ref of the token, less its mean over the round); the loss is -r·A,
         summed over tokens, as Tinker's `importance_sampling` is.
 
-        Sets: `objective` ImportanceSampling(aggregation="token_sum"), `advantage` GroupCentered(scale="none"), `kl`
-        KLPenalty(0.05, place="reward", discount=0.0). Arguments as those of `grpo`.
+        The recipe sets `objective` ImportanceSampling(aggregation="token_sum"), `advantage`
+        GroupCentered(scale="none"), `kl` KLPenalty(0.05, place="reward", discount=0.0).
+
+        Args:
+            model: See `PolicyRLModule`.
+            rewards: See `PolicyRLModule`.
+            **settings: Further arguments of `PolicyRLModule`; they override those of the recipe.
+
+        Example:
+            >>> module = PolicyRLModule.mint("Qwen/Qwen3-0.6B", rewards=[reward])  # doctest: +SKIP
         """
         return cls._of_recipe("mint", model, rewards, settings)
 
@@ -251,7 +314,7 @@ class PolicyRLModule(RLHFModule):
         disable_dropout(self.model)
         self.token_logprobs = TokenLogprobs(self.model, self.max_tokens_per_batch)
         if self.critic is not None:
-            # Before the reference, which adds an adapter to the model.
+            # Before the reference is made, because that adds an adapter to the model.
             self.critic.bind(
                 self.model, self.tokenizer, self.token_logprobs, self.max_tokens_per_batch, self.dtype_name
             )
@@ -282,7 +345,7 @@ class PolicyRLModule(RLHFModule):
         )
 
     def _make_reference(self, kl: KLPenalty) -> Reference:
-        """The policy as the stage starts it, or the model that is named; raises `ConfigError`."""
+        """The policy at the start of the stage, or the model that `kl.reference` names; raises `ConfigError`."""
         budget = self.max_tokens_per_batch
         if kl.reference is None:
             moves = bool(kl.refresh_every)
@@ -317,7 +380,7 @@ class PolicyRLModule(RLHFModule):
         return [self.packed_forward, *([self.critic.packed_forward] if self.critic is not None and own else [])]
 
     def heads(self) -> list[nn.Module]:
-        # Also asked for after a failure half-way through `build`.
+        # Also called after a failure within `build`, when the critic may lack its head.
         head = getattr(self.critic, "head", None)
         return [] if head is None else [head]
 
@@ -329,7 +392,11 @@ class PolicyRLModule(RLHFModule):
     # -- rollouts -------------------------------------------------------------------------------------------------
 
     def rollout_loader(self, data: PromptDataModule) -> RolloutLoader:
-        """The loader that plays a round of episodes whenever its mini-batches are used up; checks the settings."""
+        """Check the settings, and make the loader that collects a round whenever its mini-batches are used up.
+
+        Args:
+            data: The data module.
+        """
         from rlhf_lightning.data.base import shard_spec_of
 
         examples = data.prepared["train"].rows
@@ -353,7 +420,7 @@ class PolicyRLModule(RLHFModule):
         return self.rollouts
 
     def on_train_batch_start(self, batch: dict[str, Any], batch_idx: int) -> None:
-        """Tell the collector how the round that begins has gone, over all ranks."""
+        """Pass the statistics of a new round, over all ranks, to the collector."""
         super().on_train_batch_start(batch, batch_idx)
         if batch.get("statistics"):
             self.last_statistics = batch["statistics"]
@@ -361,15 +428,15 @@ class PolicyRLModule(RLHFModule):
 
     @property
     def last_episodes(self) -> list[Episode]:
-        """Of the last round, on this rank."""
+        """Episodes of the last round, on this rank."""
         return self.collector.episodes
 
     def sampling_context(self) -> AbstractContextManager[Any]:
-        """The precision of training: without it sampler and trainer would disagree on log-probabilities."""
+        """Context with the precision of training, so that sampler and trainer agree on log-probabilities."""
         return nullcontext() if self._trainer is None else self.trainer.precision_plugin.forward_context()
 
     def recorded_episode(self, data: dict[str, Any]) -> list[Recorded]:
-        """A row of recorded episodes, checked."""
+        """Read and check a row of recorded episodes."""
         return [read_recorded(data, len(self.tokenizer))]
 
     # -- steps ----------------------------------------------------------------------------------------------------
@@ -391,17 +458,20 @@ class PolicyRLModule(RLHFModule):
 
     @property
     def _warming_up(self) -> bool:
-        """Whether the critic learns alone."""
+        """True while only the critic is trained."""
         return self.critic is not None and 0 < self.collector.started <= self.critic.warmup_rounds
 
     def on_before_optimizer_step(self, optimizer: Any) -> None:
-        """No step on what is not trained: gradients of zero would age Adam's moments, and decay the weights."""
+        """Drop the policy's gradients during the critic's warm-up.
+
+        Zero gradients would still decay Adam's moments and, with weight decay, the weights.
+        """
         if self._warming_up:
             for parameter in self.model.parameters():
                 parameter.grad = None
 
     def _policy_loss(self, scores: TokenLogprobsOutput, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        """The loss, and the number of tokens that have something to teach."""
+        """The loss, and the number of tokens that contribute a gradient."""
         loss_mask, old, kl = batch["loss_mask"], batch["old_logprobs"], self.kl
         per_token = self.objective(scores.logprobs, old, batch["advantages"], loss_mask)
         learned = (loss_mask != 0) & (batch["advantages"] != 0)
@@ -421,7 +491,16 @@ class PolicyRLModule(RLHFModule):
         return loss, learned.sum()
 
     def critic_values(self, ids: Tensor, loss_mask: Tensor, scores: TokenLogprobsOutput | None = None) -> Tensor:
-        """The critic's values `[B, T]`; where it shares the policy's backbone, from the policy's own forward."""
+        """Compute the critic's values. With a shared backbone they come from the policy's forward pass.
+
+        Args:
+            ids: Token ids, `[B, T]`.
+            loss_mask: 1 at sampled tokens, 0 elsewhere, `[B, T]`.
+            scores: Result of the policy's forward pass on these tokens, if it has run already.
+
+        Returns:
+            Values in reward units, `[B, T]`.
+        """
         assert self.critic is not None
         if not self.critic.shared:
             values: Tensor = self.critic(ids, loss_mask)
@@ -431,7 +510,7 @@ class PolicyRLModule(RLHFModule):
         return found.values
 
     def _clamped(self, logprobs: Tensor, batch: dict[str, Any]) -> Tensor:
-        """1 at the tokens `[B, T]` with a log-ratio beyond ±20, which the loss, its KL or its weights cut off."""
+        """1 at tokens with a log-ratio beyond ±20 (in the loss, its KL or the importance weights), `[B, T]`."""
         old, loss_mask = batch["old_logprobs"], batch["loss_mask"]
         cut = self.objective.clamped(logprobs, old, loss_mask)
         if self.kl is not None and self.kl.place == "loss":
@@ -452,7 +531,10 @@ class PolicyRLModule(RLHFModule):
         return self.normalized(total, batch, COUNTS[mode], local)
 
     def _log_round(self, batch: dict[str, Any]) -> None:
-        """What is known of the round, over all ranks, with its first mini-batch; the rest is logged with the step."""
+        """Log the statistics of a round, over all ranks, with its first mini-batch.
+
+        The metrics of an optimizer step are logged at its end, by `StepEnd`.
+        """
         for name, number in (batch.get("statistics") or {}).items():
             self.log(f"train/{name}", number, on_step=True, on_epoch=False, prog_bar=name in ROUND_ON_BAR)
         source = float(any(isinstance(part, ModelReward | EnsembleReward) for part in self.rewards))
@@ -462,7 +544,7 @@ class PolicyRLModule(RLHFModule):
         return why_empty(self.last_statistics)
 
     def _sync_engine(self) -> None:
-        # One that has weights of its own would answer with those of the last round's start.
+        # An engine with its own copy of the weights would still have those from the start of the last round.
         self.sampler.sync(self.global_step)
 
     on_validation_start = on_test_start = on_predict_start = _sync_engine
@@ -500,7 +582,7 @@ class PolicyRLModule(RLHFModule):
         ]
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Beside the weights that are trained, what the collector keeps from round to round."""
+        """Save the collector's state in addition to the trained weights."""
         super().on_save_checkpoint(checkpoint)
         checkpoint["collector"] = self.collector.state_dict()
 
@@ -509,6 +591,6 @@ class PolicyRLModule(RLHFModule):
         self.collector.load_state_dict(checkpoint["collector"])
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> list[dict[str, Any]]:
-        """A response to each prompt."""
+        """Sample one response to each prompt."""
         with self.sampling_context():
             return answers(self.sampler, self.renderer, kept_prompts(batch), self.seed)

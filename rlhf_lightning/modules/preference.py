@@ -1,4 +1,4 @@
-"""Preference models: a scorer and a loss of pairs, labels or rankings."""
+"""Preference learning: a scorer, and a loss on pairs, labels or rankings."""
 
 import logging
 from collections.abc import Sequence
@@ -30,19 +30,28 @@ log = logging.getLogger(__name__)
 
 
 class PreferenceModule(RLHFModule):
-    """Learns to score better responses above worse ones.
+    """Learns to score preferred responses above others.
+
+    A batch is a dict with `input_ids` and `loss_mask` `[N, T]` (1 on the response), and optionally `lengths` `[N]` and
+    `weights` `[B]` (0 for a row that only fills up a rank's share). For pairs, N is 2B with the chosen rows first, and
+    `margin` and `ties` `[B]` are optional. For labels, N is B, with `labels` `[B]`. For rankings, `ranking` and `ranks`
+    are `[N]`.
+
+    Logs `loss`, `accuracy`, `margin`, `chosen_score`, `rejected_score` and more (docs/preference.md) under `train/`,
+    `val/` and `test/`.
 
     Args:
-        model: see `RLHFModule`, which takes the further arguments.
-        scorer: what number a response gets: `RewardHead` (default), `SequenceLogprob`, or `ImplicitReward` (DPO).
-        loss: what to do with the numbers: a loss of pairs (Bradley-Terry by default), labels or rankings.
-        freeze_backbone: train the reward head only; the remedy where it over-fits.
+        model: See `RLHFModule`, which takes the further arguments.
+        scorer: Gives a response its score: `RewardHead` (default), `SequenceLogprob`, or `ImplicitReward` (DPO).
+        loss: A loss on pairs (Bradley-Terry by default), labels or rankings.
+        freeze_backbone: Train the reward head only, if training all weights overfits.
 
-    A batch is a dict: `input_ids` and `loss_mask` `[N, T]`, 1 on the response; and, where the loader knows them,
-    `lengths` `[N]` and `weights` `[B]`, 0 for a row that only fills a rank's place. Of pairs N is 2B, chosen first;
-    `margin` and `ties`, which may be left out, are `[B]`; of labels N is B and `labels` `[B]`; of rankings `ranking`
-    and `ranks` are `[N]`. Logs `loss`, `accuracy`, `margin`, `chosen_score`, `rejected_score` and more
-    (docs/preference.md) under `train/`, `val/` and `test/`.
+    Raises:
+        ConfigError: If scorer and loss do not fit together.
+
+    Example:
+        >>> from rlhf_lightning.models.scorers import ImplicitReward
+        >>> dpo = PreferenceModule("Qwen/Qwen3-0.6B", scorer=ImplicitReward(beta=0.1))  # doctest: +SKIP
     """
 
     stage_kind = "preference"
@@ -70,7 +79,7 @@ class PreferenceModule(RLHFModule):
         self.tables = nn.ModuleDict({f"{name}_": Tables() for name in ("val", "test")})
 
     def setup(self, stage: str) -> None:
-        """Refuse, before anything is loaded, what the loss cannot be trained with."""
+        """Check, before anything is loaded, that the Trainer's settings suit the loss."""
         super().setup(stage)
         schedules = any(isinstance(c, GradientAccumulationScheduler) for c in self.trainer.callbacks)  # type: ignore[attr-defined]
         if stage == "fit" and self.loss.batch_coupled and (self.trainer.accumulate_grad_batches != 1 or schedules):
@@ -82,7 +91,7 @@ class PreferenceModule(RLHFModule):
 
     def build(self) -> None:
         source = self.start_source
-        # A model in hand is a classifier already: its head is the user's.
+        # A model passed as an object is a classifier already and keeps its head.
         if isinstance(self.scorer, RewardHead) and not (isinstance(source, nn.Module) or self._has_head()):
             init_head(self.model)
         disable_dropout(self.model)
@@ -108,10 +117,13 @@ class PreferenceModule(RLHFModule):
         return [] if head is None else [head]
 
     def _check_reference(self) -> None:
-        """The folder that `fit` writes must not be the one that scores are measured from; a trained one says what was.
+        """Check the reference of an implicit reward.
+
+        `fit` must not overwrite the reference model's folder. A trained folder records its reference in `stage.json`; a
+        warning names it if the model would be compared with itself.
 
         Raises:
-            ConfigError: the run would overwrite its reference.
+            ConfigError: If the run would overwrite its reference.
         """
         reference = getattr(self.scorer, "reference", None) or self.start_source
         if self._trainer is None or not isinstance(self.scorer, ImplicitReward) or isinstance(reference, nn.Module):
@@ -155,7 +167,7 @@ class PreferenceModule(RLHFModule):
             rows = whole_step(there)
             total = self._losses(rows).sum()
             losses = (total.detach() / len(next(iter(rows.values())))).expand(len(weights))
-            # A rank whose row only fills its place must have a gradient for every weight as well.
+            # A rank with only filler rows must still have a gradient for every weight.
             total = total + 0.0 * sum(named[name].sum() for name in self.loss.inputs[:2] if named[name].requires_grad)
         else:
             losses = self._losses(named)
@@ -168,34 +180,34 @@ class PreferenceModule(RLHFModule):
         return "Every row of these steps has weight 0, or no token of a response: see the batches' weights and masks."
 
     def _named(self, batch: dict[str, Any]) -> Named:
-        """What is known of each row."""
+        """Everything that the loss may need, by name, for each row."""
         if self.loss.kind == "pairs" and getattr(self.scorer, "tail_weight", 1.0) != 1:
             shared = torch.stack(batch["loss_mask"].sum(-1).chunk(2)).amin(0)
             batch = {**batch, "shared_lengths": torch.cat([shared, shared])}
-        # One forward for all sides, so that they are computed alike.
+        # One forward pass for all sides, so that they are computed in the same way.
         named = self._scored(batch)
         if "mismatched" in batch and "mismatched" in self._wanted:
             with torch.no_grad():
                 named["mismatched"] = self.scorer(batch["mismatched"])
-        own = self._wanted.keys() & batch.keys() - named.keys()  # columns of a loader of the user's
+        own = self._wanted.keys() & batch.keys() - named.keys()  # columns of the user's own dataloader
         return named | {
             name: batch[name].to(batch["loss_mask"].dtype) for name in own if isinstance(batch[name], Tensor)
         }
 
     def _scored(self, batch: dict[str, Any]) -> Named:
-        """Scores of each row; it is as long as its response reaches, where the batch does not say it."""
+        """Score each row. Without `lengths` in the batch, a row ends with its last response token."""
         if "lengths" not in batch:
             places = torch.arange(1, batch["loss_mask"].shape[1] + 1, device=batch["loss_mask"].device)
             batch = {**batch, "lengths": (places * (batch["loss_mask"] != 0)).amax(-1)}
         return name_rows(self.loss.kind, self.scorer.detailed(batch), batch)
 
     def _weights(self, batch: dict[str, Any], rows: Named) -> Tensor:
-        """1 for each row `[B]` that is one; a loader of the user's has no rows that only fill a rank's place."""
+        """Weight of each row, `[B]`; 1 for all rows of a dataloader that gives no weights."""
         first = rows[self.loss.inputs[0]]
         return batch["weights"] if "weights" in batch else first.new_ones(len(first))
 
     def _losses(self, rows: Named) -> Tensor:
-        """The loss of each row, `[B]`."""
+        """Loss of each row, `[B]`."""
         known = {**rows, "beta": getattr(self.scorer, "beta", None)}
         if missing := [name for name, required in self._wanted.items() if required and name not in known]:
             raise ConfigError(f"{type(self.loss).__name__} needs {missing[0]!r}, which the batch does not have")
@@ -222,7 +234,10 @@ class PreferenceModule(RLHFModule):
         self._report("test")
 
     def _report(self, name: str) -> None:
-        """Numbers of all rows at once: exact over uneven batches and ranks, of losses that couple rows too."""
+        """Log metrics that are computed on all rows at once.
+
+        They are exact over uneven batches and ranks, also for losses that couple rows.
+        """
         table: Any = self.tables[f"{name}_"]
         rows = table.compute()
         table.reset()
@@ -235,7 +250,7 @@ class PreferenceModule(RLHFModule):
             self.log(f"{name}/{key}", value, prog_bar=key in self.on_bar, sync_dist=self.trainer.world_size > 1)
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> list[dict[str, Any]]:
-        """The scores of each row."""
+        """Compute the scores of each row."""
         named = self._scored(batch)
         kept = self._weights(batch, named) > 0
         if self.loss.kind == "pairs":
@@ -248,13 +263,13 @@ class PreferenceModule(RLHFModule):
         return [{"scores": named["scores"][i][there[i]].tolist()} for i in kept.nonzero()[:, 0].tolist()]
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """Scores of rows of tokens; the model is loaded if it is not yet.
+        """Score rows of tokens. Loads the model if it is not loaded yet.
 
-        A reward head reads the last token of a row. Scorers of log-probabilities count every token but the first as
-        part of the response; to score responses to prompts use `score` or `score_tokens`.
+        A reward head reads the last token of a row. Scorers based on log-probabilities treat every token but the first
+        as response; to score responses to prompts, use `score` or `score_tokens`.
 
         Args:
-            input_ids: `[B, T]`, padded on either side.
+            input_ids: Token ids, `[B, T]`, padded on either side.
             attention_mask: 1 at tokens, 0 at padding, `[B, T]`; all ones by default.
 
         Returns:
@@ -276,12 +291,31 @@ class PreferenceModule(RLHFModule):
         tools: Sequence[list[Any] | None] | None = None,
         batch_size: int = 256,
     ) -> Tensor:
-        """Score responses, `[N]`, on the module's device; see `models.reward_model.score_texts`."""
+        """Score responses, on the module's device; see `models.reward_model.score_texts`.
+
+        Args:
+            prompts: Prompts, `N` of them.
+            responses: Responses, `N` of them.
+            tools: Tool schemas of each prompt.
+            batch_size: Number of rows per forward pass.
+
+        Returns:
+            Scores, `[N]`.
+        """
         self.configure_model()
         return score_texts(self.scorer, self.renderer, prompts, responses, tools, self.device, batch_size)
 
     def score_tokens(self, ids: list[list[int]], masks: list[list[int]], batch_size: int = 256) -> Tensor:
-        """Score rows of tokens, `[N]`; a mask is 1 on the response."""
+        """Score rows of tokens.
+
+        Args:
+            ids: Token ids of each row.
+            masks: 1 on the response, 0 elsewhere, for each row.
+            batch_size: Number of rows per forward pass.
+
+        Returns:
+            Scores, `[N]`.
+        """
         self.configure_model()
         return score_rows(self.scorer, ids, masks, self.device, batch_size)
 
@@ -297,7 +331,16 @@ class PreferenceModule(RLHFModule):
 
 
 def check_fit(scorer: Scorer, loss: PreferenceLoss) -> None:
-    """Raise `ConfigError` where a loss is not defined for a scorer's numbers, or needs what it does not compute."""
+    """Check that a loss and a scorer fit together.
+
+    Args:
+        scorer: The scorer.
+        loss: The loss.
+
+    Raises:
+        ConfigError: If the loss is not defined on the scorer's scores, or needs values that the scorer does not
+            compute.
+    """
     names = f"model.loss {type(loss).__name__} and model.scorer {type(scorer).__name__}"
     lacking = {"lengths", "logps", "reference_scores", "kl", "beta"} - set(scorer.provides)
     lacking |= {f"{side}_{name}" for side in SIDES for name in lacking}

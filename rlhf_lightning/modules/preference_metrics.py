@@ -1,4 +1,4 @@
-"""What preference learning logs: sums of a training step, and a report over all rows that were evaluated."""
+"""Metrics of preference learning: sums of a training step, and a report on all evaluated rows."""
 
 from typing import Any
 
@@ -18,26 +18,41 @@ MEANS = {
 
 
 def step_names(kind: str) -> tuple[str, ...]:
-    """What `step_sums` may give."""
+    """Names of the metrics that `step_sums` may return."""
     return (*MEANS[kind], "accuracy") if kind == "pairs" else MEANS[kind]
 
 
 def step_sums(kind: str, rows: Rows, weights: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
-    """For the rows of a batch: of each number its sum and its count."""
+    """Sum and count of each metric over the rows of a batch.
+
+    Args:
+        kind: `pairs`, `labels` or `rankings`.
+        rows: Values of each row by name, `[B]`.
+        weights: Weight of each row, `[B]`.
+    """
     rows = {name: value.detach() for name, value in rows.items()}
     found = columns(kind, rows, weights)
     if kind == "pairs":
         right = (rows["chosen"] > rows["rejected"]).to(weights.dtype)  # a tie is wrong
         found["accuracy"] = (right, weights * (1 - rows.get("ties", torch.zeros_like(weights))))
     return {
-        # A row that weighs nothing may hold anything.
+        # Rows of weight 0 may hold any value, even NaN.
         name: (torch.where(of != 0, values * of, 0.0).sum(), of.sum())
         for name, (values, of) in found.items()
     }
 
 
 def columns(kind: str, rows: Rows, weights: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
-    """What is averaged: values and their weights, `[B]` each."""
+    """Metrics to average.
+
+    Args:
+        kind: `pairs`, `labels` or `rankings`.
+        rows: Values of each row by name, `[B]`.
+        weights: Weight of each row, `[B]`.
+
+    Returns:
+        For each metric its values and their weights, `[B]` each.
+    """
     found: dict[str, tuple[Tensor, Tensor]] = {}
     if kind == "pairs":
         chosen, rejected = rows["chosen"], rows["rejected"]
@@ -58,7 +73,11 @@ def columns(kind: str, rows: Rows, weights: Tensor) -> dict[str, tuple[Tensor, T
 
 
 def ranked(rows: Rows) -> Rows:
-    """Of each ranking `[B]`: the part of its pairs that are in order (ties wrong), and whether a best one is first."""
+    """Metrics of each ranking, `[B]`.
+
+    `accuracy` is the fraction of its pairs in the right order (ties are wrong); `top1` is 1 if a best response scores
+    highest.
+    """
     if "accuracy" in rows:
         return {name: rows[name] for name in ("accuracy", "top1")}
     scores, ranks, loss_mask = rows["scores"], rows["ranks"], rows["loss_mask"].bool()
@@ -70,7 +89,14 @@ def ranked(rows: Rows) -> Rows:
 
 
 class Tables(Metric):
-    """All rows of an evaluation, of all ranks. `update(rows, weights, categories)`, `report(kind, compute())`."""
+    """All rows of an evaluation, over all ranks.
+
+    Example:
+        >>> tables = Tables()
+        >>> tables.update({"loss": torch.tensor([1.0, 3.0])}, torch.tensor([1.0, 0.0]))
+        >>> tables.compute()
+        {'loss': tensor(1.)}
+    """
 
     rows: Any
     full_state_update = False
@@ -82,7 +108,14 @@ class Tables(Metric):
         self.add_state("rows", [], dist_reduce_fx="cat")
 
     def update(self, rows: Rows, weights: Tensor, category: Tensor | None = None, categories: Any = None) -> None:
-        """Add rows: `[B]` tensors by name (of rankings what `ranked` makes of them); a weight of 0 leaves a row out."""
+        """Add rows.
+
+        Args:
+            rows: `[B]` tensors by name; rankings are reduced by `ranked` first.
+            weights: Weight of each row, `[B]`; 0 excludes a row.
+            category: Index of each row's category, `[B]`.
+            categories: Names of the categories.
+        """
         if "ranks" in rows:
             rows = {"loss": rows["loss"], **ranked(rows)}
         self.categories = list(categories or [])
@@ -94,13 +127,18 @@ class Tables(Metric):
         self.rows.append(torch.stack([value.detach().to(dtype) for value in rows.values()], -1))
 
     def compute(self) -> Rows:
-        """Every row, `[n]` by name."""
+        """All rows with a weight above 0, `[n]` by name."""
         table = dim_zero_cat(self.rows)
         rows = dict(zip(self.names, table[table[:, self.names.index("weight")] > 0].unbind(-1), strict=True))
         return {name: value for name, value in rows.items() if name != "weight"}
 
     def report(self, kind: str, rows: Rows) -> dict[str, Any]:
-        """`numbers` to log, and for pairs the `reliability` curve."""
+        """Report on all rows: `numbers` to log, and for pairs the `reliability` curve.
+
+        Args:
+            kind: `pairs`, `labels` or `rankings`.
+            rows: The rows, as `compute` returns them.
+        """
         ones = torch.ones_like(rows["loss"])
         numbers = {
             name: float((values * of).sum() / of.sum().clamp(min=1))
@@ -117,7 +155,17 @@ class Tables(Metric):
 
 
 def pair_report(rows: Rows, categories: list[str]) -> tuple[dict[str, float], list[dict[str, float]]]:
-    """Accuracy of pairs (ties of scores wrong, pairs labeled a tie left out) by parts, calibration, and its curve."""
+    """Accuracy of pairs overall and in subsets, calibration, and the reliability curve.
+
+    A tie of scores counts as wrong; pairs labeled as ties are left out.
+
+    Args:
+        rows: Scores and lengths of each pair by name, `[n]`.
+        categories: Names of the categories.
+
+    Returns:
+        The metrics, and the points of the reliability curve.
+    """
     decided = rows.get("ties", torch.zeros_like(rows["chosen"])) == 0
     if not decided.any():
         return {}, []
@@ -144,7 +192,7 @@ def pair_report(rows: Rows, categories: list[str]) -> tuple[dict[str, float], li
 
 
 def _quarters(margin: Tensor) -> dict[str, Tensor]:
-    """The pairs in quarters by how far their scores are apart, q1 the nearest."""
+    """The pairs in quarters by the distance of their scores; q1 has the smallest."""
     if len(margin) < 4:
         return {}
     quarter = margin.argsort().argsort() * 4 // len(margin)

@@ -1,4 +1,4 @@
-"""From scored rows to what a loss takes by name, and from the rows of a rank to those of the whole optimizer step."""
+"""Named inputs of a preference loss from scored rows, and the rows of all ranks for losses that couple rows."""
 
 from typing import Any
 
@@ -14,7 +14,16 @@ SIDES = ("chosen", "rejected")
 
 
 def name_rows(kind: str, scored: Scored, batch: dict[str, Any]) -> Named:
-    """What is known of each row: one entry for each of B rows in each tensor, `[B]`, or `[B, K]` of rankings."""
+    """Everything that is known of the rows, by name.
+
+    Args:
+        kind: `pairs`, `labels` or `rankings`.
+        scored: Scores and log-probabilities of the batch's rows.
+        batch: The batch.
+
+    Returns:
+        Tensors with one entry per example: `[B]`, or for rankings `[B, K]`.
+    """
     facts = _facts(scored, batch)
     if kind == "pairs":
         named = {}
@@ -28,7 +37,7 @@ def name_rows(kind: str, scored: Scored, batch: dict[str, Any]) -> Named:
 
 
 def _facts(scored: Scored, batch: dict[str, Any]) -> Named:
-    """Of each response, `[N]`."""
+    """Values of each response, `[N]`."""
     dtype = scored.scores.dtype
     facts = {"scores": scored.scores, "lengths": batch["loss_mask"].sum(-1).to(dtype).clamp(min=1)}
     if scored.logprobs is not None:
@@ -41,7 +50,7 @@ def _facts(scored: Scored, batch: dict[str, Any]) -> Named:
 
 
 def _rankings(scores: Tensor, batch: dict[str, Any]) -> Named:
-    """Answers side by side: `scores`, `ranks` and `loss_mask` (1 where there is an answer), `[B, K]`."""
+    """Responses of each ranking as a row, `[B, K]`: `scores`, `ranks`, and `loss_mask`, 1 at responses."""
     ranking, ranks = batch["ranking"], batch["ranks"]
     count = int(ranking[-1]) + 1
     sizes = torch.bincount(ranking, minlength=count)
@@ -53,9 +62,9 @@ def _rankings(scores: Tensor, batch: dict[str, Any]) -> Named:
 
 
 def whole_step(rows: Named) -> Named:
-    """The rows of all ranks in place of this one's, `[B]` each; a gradient flows to this rank's own.
+    """Concatenate the rows of all ranks, `[B]` each; gradients flow only to this rank's own rows.
 
-    All ranks must call it; a rank may have no row.
+    All ranks must call this together; a rank may have no rows.
     """
     own = torch.stack(list(rows.values()), -1)
     parts = gather(own.detach().cpu())

@@ -1,7 +1,7 @@
-"""Recipes: the settings of `PolicyRLModule` that make a named algorithm, as plain data.
+"""Recipes: the `PolicyRLModule` settings of named algorithms, as plain data.
 
-The command line takes a recipe in one line, `model.recipe: grpo`; in Python it is a constructor,
-`PolicyRLModule.grpo(model, rewards=[...])`, whose docstring says where the settings come from.
+On the command line a recipe is one line, `model.recipe: grpo`; in Python it is a constructor,
+`PolicyRLModule.grpo(model, rewards=[...])`, whose docstring documents the settings and their source.
 """
 
 from copy import deepcopy
@@ -72,11 +72,14 @@ RECIPES: dict[str, dict[str, Any]] = {
         "kl": _made(_KL, coefficient=0.05, place="reward"),
     },
 }
-"""By name, in the form of YAML: what a recipe leaves out keeps its default."""
+"""Settings by recipe, in YAML form. Settings that a recipe omits keep their defaults."""
 
 
 def recipe_settings(name: str) -> dict[str, Any]:
-    """The settings of a recipe, in the form of YAML.
+    """The settings of a recipe, in YAML form.
+
+    Args:
+        name: Name of the recipe.
 
     Raises:
         ConfigError: If there is no recipe of that name.
@@ -89,7 +92,14 @@ def recipe_settings(name: str) -> dict[str, Any]:
 
 
 def build_recipe(name: str) -> dict[str, Any]:
-    """The arguments of `PolicyRLModule` that a recipe sets, built; raises `ConfigError` as `recipe_settings` does."""
+    """Build the arguments of `PolicyRLModule` that a recipe sets.
+
+    Args:
+        name: Name of the recipe.
+
+    Raises:
+        ConfigError: If there is no recipe of that name.
+    """
     return {
         key: imported(value["class_path"], key)(**value["init_args"]) if isinstance(value, dict) else value
         for key, value in recipe_settings(name).items()

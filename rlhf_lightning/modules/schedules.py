@@ -1,4 +1,4 @@
-"""Learning-rate schedules with warm-up. Any other scheduler of torch can be named in their place."""
+"""Learning-rate schedules with warm-up. Any torch scheduler can be used instead."""
 
 import logging
 import math
@@ -12,14 +12,25 @@ SHAPES = ("constant", "linear", "cosine")
 
 
 class Warmup(LRScheduler):
-    """Linear warm-up, then constant, linear or cosine decay to `floor` times the rate; stepped every optimizer step.
+    """Linear warm-up, then a constant rate, or linear or cosine decay to `floor` times the rate.
+
+    It is stepped after every optimizer step.
 
     Args:
-        optimizer: whose rates are scheduled.
-        shape: of the decay: `constant`, `linear` or `cosine`.
-        warmup_steps: steps from 0 to the full rate; below 1 a fraction of all steps.
-        floor: the final rate as a part of the full one.
-        total_steps: the module fills it in from the Trainer.
+        optimizer: The optimizer.
+        shape: Shape after the warm-up: `constant`, `linear` or `cosine`.
+        warmup_steps: Number of steps until the full rate; a value below 1 is a fraction of all steps.
+        floor: Final rate as a fraction of the full rate, 0 to 1.
+        total_steps: Number of steps of the run; the module sets it from the Trainer.
+
+    Raises:
+        ValueError: If `shape` is unknown, or a number is out of range.
+
+    Example:
+        >>> import torch
+        >>> optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
+        >>> Warmup(optimizer, shape="linear", warmup_steps=1, total_steps=11).get_last_lr()
+        [0.5]
     """
 
     def __init__(
@@ -38,7 +49,7 @@ class Warmup(LRScheduler):
         super().__init__(optimizer)
 
     def set_total_steps(self, total_steps: int) -> None:
-        """Set the length of the run and apply the rate that the current step then has."""
+        """Set the number of steps of the run, and apply the rate of the current step."""
         self.total_steps = total_steps
         if self.warmup_steps >= max(total_steps, 1):
             log.warning(
@@ -52,7 +63,7 @@ class Warmup(LRScheduler):
         self._last_lr = rates
 
     def get_lr(self) -> list[Any]:
-        """The rate of every parameter group at the current step."""
+        """The rate of each parameter group at the current step."""
         factor = self._factor(self.last_epoch)
         return [rate * factor for rate in self.base_lrs]
 

@@ -19,14 +19,19 @@ from rlhf_lightning.sampling.sampler import Sampler
 
 
 class SFTModule(RLHFModule):
-    """Next-token prediction on the trained tokens of each row.
+    """Supervised fine-tuning: next-token prediction on the trained tokens of each row.
+
+    A batch is a dict with `input_ids` and `loss_mask` (1 at trained tokens), both `[B, T]`, padded on the right. Logs
+    `train/nll` and `val/nll` (nats per token), `val/perplexity`, `val/bits_per_byte`, and `train/tokens` (trained
+    tokens of the epoch).
 
     Args:
-        model: see `RLHFModule`, which takes the further arguments.
-        sampler: how `predict` answers prompts; 128 tokens, the likeliest each, by default.
+        model: See `RLHFModule`, which takes the further arguments.
+        sampler: Samples the responses of `predict`; by default greedy, up to 128 tokens.
 
-    A batch is a dict with `input_ids` and `loss_mask` (1 where a token is trained), both `[B, T]`, padded on the right.
-    Logs `train/nll`, `val/nll` (nats a token), `val/perplexity`, `val/bits_per_byte`, `train/tokens` (of the epoch).
+    Example:
+        >>> module = SFTModule("Qwen/Qwen3-0.6B")  # doctest: +SKIP
+        >>> trainer.fit(module, SFTDataModule("conversations.jsonl"))  # doctest: +SKIP
     """
 
     stage_kind = "sft"
@@ -79,7 +84,7 @@ class SFTModule(RLHFModule):
         self.sampler.bind(self.model, self.renderer)
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> list[dict[str, Any]]:
-        """A response to each prompt."""
+        """Sample one response to each prompt."""
         return answers(self.sampler, self.renderer, kept_prompts(batch), seed=0)
 
     def _evaluate(self, batch: dict[str, Any], name: str) -> None:

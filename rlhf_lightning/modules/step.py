@@ -1,4 +1,4 @@
-"""The numbers of a whole optimizer step, over its micro-batches and ranks, and steps in which nothing is trained."""
+"""Metrics of a whole optimizer step, over its micro-batches and ranks, and handling of steps without trained tokens."""
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
@@ -14,18 +14,24 @@ from rlhf_lightning.errors import ConfigError, UserError
 log = logging.getLogger(__name__)
 
 Sums = Mapping[str, tuple[Tensor, Tensor | None]]
-"""For each number: its sum over a micro-batch, and the count it is divided by; None for one that is the sum itself."""
+"""For each metric: its sum over a micro-batch, and the count to divide by; None if the sum itself is the metric."""
 Reduce = Callable[[Tensor, str], Tensor]
-"""A tensor with those of the other data ranks, by `sum` or `max`."""
+"""Reduces a tensor over data ranks, by `sum` or `max`."""
 TRAINED = "trained"
 
 
 class StepNumbers:
-    """Adds up the numbers of an optimizer step on the device: no micro-batch waits for it, and no rank.
+    """Sums the metrics of an optimizer step on the device, without synchronizing it or other ranks per micro-batch.
 
     Args:
-        names: what is added up, the same on all ranks, so that one collective takes all of it.
-        largest: what the maximum is taken of.
+        names: Metrics to sum; the same on all ranks, so that one collective reduces all of them.
+        largest: Metrics to take the maximum of.
+
+    Example:
+        >>> numbers = StepNumbers(["nll"])
+        >>> numbers.add(torch.tensor(2), {"nll": (torch.tensor(3.0), torch.tensor(2))})
+        >>> numbers.take(lambda value, operation: value)
+        {'nll': 1.5, 'trained': 2.0}
     """
 
     def __init__(self, names: Sequence[str], largest: Sequence[str] = ()) -> None:
@@ -39,12 +45,12 @@ class StepNumbers:
         self._given: dict[str, bool] = {}
 
     def add(self, trained: Tensor, sums: Sums, largest: Mapping[str, Tensor] | None = None) -> None:
-        """Take a micro-batch.
+        """Add a micro-batch.
 
         Args:
-            trained: how many of its tokens or rows have something to teach.
-            sums: of some of the names; one that has nothing to say of this micro-batch may be missing.
-            largest: of all that the maximum is taken of.
+            trained: Number of its tokens or rows that contribute a gradient.
+            sums: Sums and counts by name; a metric without a value for this micro-batch may be missing.
+            largest: Values of all metrics in `largest`.
         """
         sums = {**sums, TRAINED: (trained, None)}
         self._given |= {name: count is not None for name, (_, count) in sums.items()}
@@ -57,13 +63,20 @@ class StepNumbers:
             self._most = most if self._most is None else torch.maximum(self._most, most)
 
     def take(self, reduce: Reduce) -> dict[str, float | None]:
-        """The numbers of the step that ends, over all ranks, which call it together; None for a mean over nothing."""
+        """Return the metrics of the step, over all ranks, and begin another. All ranks must call this together.
+
+        Args:
+            reduce: Reduces a tensor over ranks.
+
+        Returns:
+            The metrics by name; None for a mean over nothing.
+        """
         if self._sums is None:
             return {}
         found = reduce(self._sums, "sum")
         if self._most is not None:
             found = torch.cat([found, reduce(self._most, "max")])
-        values = found.tolist()  # the one place where the device is waited for
+        values = found.tolist()  # the only device synchronization
         means, count = self._given, len(self.names)
         numbers: dict[str, float | None] = dict(zip(self.largest, values[2 * count :], strict=True))
         for name, total, weight in zip(self.names, values[:count], values[count : 2 * count], strict=True):
@@ -80,13 +93,18 @@ def _stacked(values: Sequence[Tensor]) -> Tensor:
 
 
 class StepEnd(pl.Callback):
-    """At the end of each optimizer step: logs its numbers, and lets it move nothing where no token was trained.
+    """Logs the metrics of each optimizer step, and prevents updates by steps in which no token was trained.
 
-    The modules bring it (`configure_callbacks`). A step without a trained token has no gradients, so that no optimizer
-    moves or decays a weight by it; it counts for `global_step`, `max_steps` and the schedule.
+    The modules add it in `configure_callbacks`. In a step without a trained token all gradients are removed, so that
+    the optimizer neither moves nor decays a weight. The step still counts for `global_step`, `max_steps` and the
+    schedule.
 
     Args:
-        limit: steps without a trained token in a row at which the run is stopped; None for never.
+        limit: Number of consecutive steps without a trained token after which the run stops; None for no limit.
+
+    Example:
+        >>> StepEnd(limit=50).empty
+        0
     """
 
     def __init__(self, limit: int | None = None) -> None:
@@ -100,7 +118,7 @@ class StepEnd(pl.Callback):
         self.empty, self._in_a_row = state_dict["empty"], state_dict["in_a_row"]
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        # A loader of the user's own may have another length on each rank: the longer one would wait for ever.
+        # A user's dataloader may have another length on each rank; the longer ones would wait forever.
         counts = gather((trainer.num_training_batches, trainer.num_val_batches), every=True)
         for rank, found in enumerate(counts):
             if found != counts[0]:
@@ -116,7 +134,7 @@ class StepEnd(pl.Callback):
     def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: Any, optimizer: Any) -> None:
         numbers = pl_module.step_numbers.take(_reduce(trainer, pl_module))
         if not numbers:
-            return  # the training step is the user's own
+            return  # the user overrides training_step
         empty = not numbers.pop(TRAINED) and not _has_gradient(trainer, pl_module)
         self._in_a_row = self._in_a_row + 1 if empty else 0
         self.empty += empty
@@ -143,30 +161,38 @@ class StepEnd(pl.Callback):
 
 
 def forget(trainer: Any) -> None:
-    """Take the `StepEnd` of an earlier run from a trainer; in place of it Lightning would say that it is replaced."""
+    """Remove the `StepEnd` of an earlier run from a trainer; Lightning would warn that it replaces it."""
     if trainer is not None:
         trainer.callbacks = [callback for callback in trainer.callbacks if not isinstance(callback, StepEnd)]
 
 
 def _reduce(trainer: pl.Trainer, pl_module: Any) -> Reduce:
-    # Ranks of one tensor-parallel group compute the same rows: these count once.
+    # Ranks of one tensor-parallel group compute the same rows, which must count once.
     mesh = pl_module._device_mesh
     group = None if mesh is None else mesh["data_parallel"].get_group()
     return lambda value, operation: trainer.strategy.reduce(value, group=group, reduce_op=operation)
 
 
 def _has_gradient(trainer: pl.Trainer, pl_module: Any) -> bool:
-    """Whether a loss of the user's has something to teach where ours has not: asked only there, and of all ranks."""
+    """True if any rank has a nonzero gradient, from a loss that the user added.
+
+    Only called if the module's own loss trained no token.
+    """
     found = [getattr(p.grad, "_local_tensor", p.grad) for p in pl_module.parameters() if p.grad is not None]
     mine = bool(torch.stack([gradient.count_nonzero() for gradient in found]).any()) if found else False
     return trainer.strategy.reduce_boolean_decision(mine, all=False)
 
 
 def drop_gradients(trainer: pl.Trainer, optimizer: Any) -> None:
-    """Let an optimizer step move nothing: without gradients no optimizer of torch touches a weight or its state."""
+    """Remove all gradients, so that the optimizer step changes neither weights nor optimizer state.
+
+    Args:
+        trainer: The Trainer.
+        optimizer: The optimizer, before its step.
+    """
     scaler = getattr(trainer.precision_plugin, "scaler", None)
     if scaler is not None and getattr(optimizer, "_step_supports_amp_scaling", False):
-        scaler.unscale_(optimizer)  # which such an optimizer does in its step; the scaler asks for it afterwards
+        scaler.unscale_(optimizer)  # such an optimizer unscales in its step, and the scaler checks that afterwards
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             parameter.grad = None
@@ -178,10 +204,10 @@ def _log(trainer: pl.Trainer, pl_module: Any, numbers: Mapping[str, float | None
         full = f"train/{name}"
         theirs = results.get(f"training_step.{full}")
         if theirs is not None and not theirs.has_reset:
-            continue  # a subclass logs a number of its own by this name
+            continue  # a subclass logs its own metric under this name
         if number is not None:
-            # On the CPU, where the progress bar wants it at every batch.
+            # On the CPU, because the progress bar reads it at every batch.
             value = torch.tensor(number, dtype=torch.float32)
             pl_module.log(full, value, on_step=True, on_epoch=False, prog_bar=name in pl_module.on_bar)
         elif (old := results.get(f"on_before_optimizer_step.{full}")) is not None:
-            old.reset()  # Lightning would repeat the last one
+            old.reset()  # otherwise Lightning would log the last value again

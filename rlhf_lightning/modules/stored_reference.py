@@ -1,4 +1,4 @@
-"""The reference's log-probabilities, computed once and kept in a file beside the data for this and later runs."""
+"""Log-probabilities of the reference, computed once and stored in a file next to the data for this and later runs."""
 
 import hashlib
 import logging
@@ -22,10 +22,16 @@ log = logging.getLogger(__name__)
 
 
 def store_reference(scorer: ImplicitReward, trainer: Any, device: torch.device, batch_size: int = 64) -> None:
-    """Give every prepared row its reference log-probabilities: from the file of these rows and this reference, or anew.
+    """Give every prepared row its reference log-probabilities: from the stored file if there is one, else computed.
 
-    The file is named by a hash of the reference's weights, the rows' tokens and the precision, so another model, other
-    rows or another template never find it. All ranks must call it.
+    The name of the file is a hash of the reference's weights, the rows' tokens and the precision, so that another
+    model, other rows or another template never use it. All ranks must call this together.
+
+    Args:
+        scorer: The scorer, with its reference.
+        trainer: The Trainer.
+        device: Device to compute on.
+        batch_size: Number of rows per forward pass.
     """
     assert isinstance(scorer.frozen, Reference)
     data, model = trainer.datamodule, None
@@ -36,7 +42,7 @@ def store_reference(scorer: ImplicitReward, trainer: Any, device: torch.device, 
         source = data.sources["train"] if data.sources.get(name) is None else data.sources[name]
         path = _folder(source, trainer) / f"{key[:24]}.safetensors"
         values = _read(path, sides)
-        # All ranks or none: they would wait for each other's share.
+        # All ranks compute or none does, since each needs the shares of the others.
         if not all(gather(values is not None)):
             values = _computed(scorer, sides, trainer, device, batch_size)
             if trainer.is_global_zero:
@@ -62,7 +68,7 @@ def weights_hash(reference: Reference) -> str:
 
 
 def rows_hash(sides: list[Rendered], prefix: str) -> str:
-    """SHA-256 of a text and the tokens and masks of rows."""
+    """SHA-256 of a prefix and of the tokens and masks of rows."""
     digest = hashlib.sha256(prefix.encode())
     for side in sides:
         digest.update(torch.tensor([len(side.ids), *side.ids, *side.loss_mask], dtype=torch.int64).numpy().tobytes())
@@ -70,7 +76,7 @@ def rows_hash(sides: list[Rendered], prefix: str) -> str:
 
 
 def _folder(source: Any, trainer: Any) -> Path:
-    """Beside the file that the rows come from, if there is one that can be written beside; else the run's folder."""
+    """Folder next to the file of the rows, if that can be written to; else a folder in the run's folder."""
     if isinstance(source, str | Path) and Path(source).is_file() and os.access(Path(source).parent, os.W_OK):
         return Path(f"{source}.reference")
     return Path(trainer.default_root_dir) / "reference"
@@ -80,7 +86,7 @@ def _folder(source: Any, trainer: Any) -> Path:
 def _computed(
     scorer: ImplicitReward, sides: list[Rendered], trainer: Any, device: torch.device, batch_size: int
 ) -> list[list[float]]:
-    """Each rank computes its share, rows of like length together."""
+    """Compute the log-probabilities. Each rank computes its share, rows of similar length together."""
     rank, world = data_ranks(trainer)
     order = sorted(range(len(sides)), key=lambda i: len(sides[i].ids))[rank::world]
     own: dict[int, list[float]] = {}

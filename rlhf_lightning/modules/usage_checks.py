@@ -1,4 +1,4 @@
-"""What a module says where it is used in a way that Lightning or torch would answer without saying what to do."""
+"""Errors that say what to do, for misuse of a module that Lightning or torch would report less clearly."""
 
 import logging
 import pickle
@@ -23,15 +23,20 @@ ABSENT = {
     "token_logprobs": "the model is loaded by trainer.fit, or by module.configure_model()",
     "scorer": "a PreferenceModule has one",
 }
-"""What is looked for on a module, and where it is."""
+"""Attributes that users look for on a module, and what to use instead."""
 
 
 UNUSED_BY_INFERENCE = ("optimizer", "lr_scheduler", "rewards", "environment", "environment_args", "limits")
-"""Arguments without which a loaded module computes the same."""
+"""Arguments that do not change what a loaded module computes."""
 
 
 class CheckedModule(Settings, pl.LightningModule):
-    """A LightningModule whose refusals say what to do."""
+    """A LightningModule whose errors say what to do.
+
+    Example:
+        >>> class MyModule(CheckedModule):
+        ...     stage_kind = "sft"  # `fit` without data then names SFTDataModule
+    """
 
     stage_kind = ""
 
@@ -44,15 +49,15 @@ class CheckedModule(Settings, pl.LightningModule):
             raise
 
     def train_dataloader(self) -> Any:
-        """Refuses a `fit` without data."""
+        """Refuse `fit` without data."""
         raise self._no_data("fit", "train")
 
     def test_dataloader(self) -> Any:
-        """Refuses a `test` without data."""
+        """Refuse `test` without data."""
         raise self._no_data("test", "test")
 
     def predict_dataloader(self) -> Any:
-        """Refuses a `predict` without data."""
+        """Refuse `predict` without data."""
         raise self._no_data("predict", "predict")
 
     def _no_data(self, command: str, source: str) -> ConfigError:
@@ -71,7 +76,10 @@ class CheckedModule(Settings, pl.LightningModule):
             ) from None
 
     def _constructed(self, given: Mapping[str, Any]) -> None:
-        """Keep the arguments as plain values, for loggers and checkpoints; what is not plain is named instead."""
+        """Save the arguments as plain values for loggers and checkpoints.
+
+        Of arguments that are not plain, only the names are kept.
+        """
         plain: dict[str, Any] = {}
         self.unsaved_arguments: list[str] = []
         for name, value in given.items():
@@ -79,24 +87,24 @@ class CheckedModule(Settings, pl.LightningModule):
                 plain[name] = describe(value)
             except NotPlain:
                 self.unsaved_arguments.append(name)
-        self.__dict__["_given"] = None  # the objects themselves are not held twice
+        self.__dict__["_given"] = None  # do not keep a second reference to the objects
         if plain:
             self.save_hyperparameters(plain)
 
     @classmethod
     def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Any:
-        """As Lightning's: the module with its trained weights, made with the settings that the checkpoint holds.
+        """Load a module with its trained weights and the settings in the checkpoint, as Lightning does.
 
-        What was frozen is not in a checkpoint and is loaded from the base model. Arguments that are no plain values
-        (a function, a model in memory) are not in it either; those that matter are asked for.
+        Frozen weights are not in a checkpoint; they are loaded from the base model. Arguments that are not plain values
+        (a function, a model in memory) are not in it either; an error names those that are needed.
 
         Args:
             checkpoint_path: A `.ckpt` file of this class.
             *args: See Lightning.
-            **kwargs: See Lightning; arguments of the constructor, in place of those in the checkpoint.
+            **kwargs: See Lightning. Arguments of the constructor replace those in the checkpoint.
 
         Raises:
-            ConfigError: If the file is missing or no checkpoint, or an argument is needed that it does not hold.
+            ConfigError: If the file is missing or not a checkpoint, or if a needed argument is not in it.
 
         Example:
             >>> SFTModule.load_from_checkpoint("runs/sft/checkpoints/step=10.ckpt")  # doctest: +SKIP
@@ -121,11 +129,11 @@ class CheckedModule(Settings, pl.LightningModule):
         )
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Name the arguments that the checkpoint does not hold."""
+        """Store the names of the arguments that the checkpoint does not contain."""
         checkpoint["unsaved_arguments"] = list(self.unsaved_arguments)
 
     def check_trainer(self, stage: str) -> None:
-        """Refuse data of another stage, and settings of the Trainer that would fail later; raises `ConfigError`."""
+        """Raise `ConfigError` for data of another stage, or for Trainer settings that would fail later."""
         data = getattr(self.trainer, "datamodule", None)
         wanted = DATA.get(self.stage_kind)
         kind = getattr(data, "stage_kind", "")
@@ -138,7 +146,7 @@ class CheckedModule(Settings, pl.LightningModule):
             )
 
     def warn_unseen_validation(self) -> None:
-        """Say so where rows of validation were given and the run ended before they were looked at."""
+        """Warn if there are validation rows but the run ended before any validation."""
         trainer: Any = self.trainer
         held_out = "validation" in getattr(getattr(trainer, "datamodule", None), "prepared", {})
         looked = trainer.fit_loop.epoch_loop.val_loop.batch_progress.total.completed
@@ -156,11 +164,11 @@ class CheckedModule(Settings, pl.LightningModule):
 
 
 def _check_unsaved(path: Path, name: str, given: Mapping[str, Any]) -> None:
-    """Ask for arguments that a checkpoint does not hold and that a module cannot be made without."""
+    """Raise `ConfigError` if a checkpoint lacks arguments that the module cannot be made without."""
     try:
         facts = torch.load(path, map_location="meta", mmap=True, weights_only=True)
     except (RuntimeError, OSError, ValueError, EOFError, pickle.UnpicklingError):
-        return  # what is wrong with it is told where it is loaded
+        return  # loading the file reports what is wrong with it
     unsaved = facts.get("unsaved_arguments", []) if isinstance(facts, dict) else []
     missing = [argument for argument in unsaved if argument not in given]
     if wanted := [argument for argument in missing if argument not in UNUSED_BY_INFERENCE]:
@@ -177,7 +185,12 @@ def _not_positive(every: Any) -> bool:
 
 
 def check_arguments(model: Any, **given: Any) -> None:
-    """Refuse arguments of a module that are of no use there, by name; raises `ConfigError`."""
+    """Raise `ConfigError` for unusable arguments of a module.
+
+    Args:
+        model: The model to start from.
+        **given: The other arguments, by name.
+    """
     if not isinstance(model, str | Path | nn.Module) or not str(model):
         got = f"the class {model.__name__}" if isinstance(model, type) else repr(model)
         raise ConfigError(f"model.model is {got}; a folder, a Hub id, or a model that is loaded")
@@ -208,6 +221,10 @@ def check_arguments(model: Any, **given: Any) -> None:
 
 
 def check_parts(**parts: tuple[Any, str]) -> None:
-    """Refuse names, numbers and classes as parts of a module; each with an example. Raises `ConfigError`."""
+    """Raise `ConfigError` if an argument that must be an object is a name, a number or a class.
+
+    Args:
+        **parts: The value of each argument, and an example for the message.
+    """
     for name, (value, example) in parts.items():
         check_object(f"model.{name}", value, example)
