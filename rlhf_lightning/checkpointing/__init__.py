@@ -1,1 +1,1 @@
-"""Checkpoints: written whole or not at all, resumed exactly; what ends a run, and what a run writes down as it goes."""
+"""Checkpoints that are written atomically and resume exactly, stop signals, and the records of a run."""

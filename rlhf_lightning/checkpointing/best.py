@@ -1,4 +1,4 @@
-"""The best checkpoint that has not strayed too far."""
+"""The best checkpoint within a limit on the KL."""
 
 import logging
 from pathlib import Path
@@ -16,13 +16,20 @@ log = logging.getLogger(__name__)
 class BestUnderKL(ModelCheckpoint):
     """Keeps the checkpoint with the highest held-out reward among those whose held-out KL is at most a limit.
 
-    `--export best` exports it. Each validation is a candidate, so `trainer.val_check_interval` says how many there are.
+    `--export best` exports it. Each validation is a candidate, so `trainer.val_check_interval` determines their number.
 
     Args:
-        kl_limit: nats a response.
-        monitor: what is to be high.
-        kl: the metric that is limited; the module logs it where it has a reference (`model.kl`).
-        dirpath: where the checkpoint is written; `checkpoints` in the stage's folder by default.
+        kl_limit: Largest KL, in nats per response.
+        monitor: Metric to maximize.
+        kl: Metric that is limited; the module logs it if it has a reference (`model.kl`).
+        dirpath: Folder of the checkpoint; `checkpoints` in the stage's folder by default.
+
+    Raises:
+        ConfigError: If the limit is not positive, or `model.kl` is not set.
+
+    Example:
+        >>> BestUnderKL(kl_limit=10.0).monitor
+        'val/reward_sampled'
     """
 
     def __init__(
@@ -57,11 +64,11 @@ class BestUnderKL(ModelCheckpoint):
             log.warning("no validation had %s at most %g: there is no best checkpoint", self.kl, self.kl_limit)
 
     def check_monitor_top_k(self, trainer: pl.Trainer, current: Tensor | None = None) -> bool:
-        """Whether this validation is the best so far of those under the limit."""
+        """True if this validation is the best so far among those within the limit."""
         kl = trainer.callback_metrics.get(self.kl)
         if kl is None:
             raise ConfigError(f"BestUnderKL: {self.kl} is not logged; it can have {_logged(trainer)}")
-        # Decided on one number of all ranks: the metric is already summed over them.
+        # All ranks decide alike, because the metric is already reduced over them.
         return float(kl) <= self.kl_limit and super().check_monitor_top_k(trainer, current)
 
 

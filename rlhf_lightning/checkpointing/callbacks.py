@@ -1,4 +1,4 @@
-"""The checkpoints that a run is resumed from, and stopping so that it can be."""
+"""Checkpoints to resume a run from, and stopping a run so that it can be resumed."""
 
 import logging
 import time
@@ -30,22 +30,30 @@ log = logging.getLogger(__name__)
 
 
 class RunCheckpoints(Checkpoint):
-    """Writes `step=N.ckpt`, from which the run goes on bit for bit as if it had not been interrupted.
+    """Writes `step=N.ckpt`, from which a run resumes bit for bit as if it had not been interrupted.
 
-    A checkpoint is written at the end of an optimizer step; if a validation or the end of the epoch or of the run
-    follows, after that, since Lightning does not repeat them on resume. Ctrl-C, SIGTERM and SIGHUP write that of the
-    last optimizer step as soon as the work under way is done (a micro-batch, a step of sampling, a batch of a
-    validation): a step, round or validation that is not complete is begun again. They then raise `KeyboardInterrupt`,
-    on all ranks together; a second Ctrl-C is raised at once.
+    A checkpoint is written at the end of an optimizer step. If a validation or the end of the epoch or the run follows,
+    it is written after that, since Lightning does not repeat them on resume.
 
-    It must stand behind other checkpoint callbacks, whose state it saves; `rlhf` sees to that.
+    Ctrl-C, SIGTERM and SIGHUP write the checkpoint of the last optimizer step as soon as the current piece of work (a
+    micro-batch, a step of sampling, a validation batch) is done. An incomplete step, round or validation is restarted
+    on resume. Then all ranks raise `KeyboardInterrupt` together. A second Ctrl-C is raised at once.
+
+    It must come after other checkpoint callbacks, whose state it saves; the `rlhf` command ensures that.
 
     Args:
-        dirpath: where they are written; `checkpoints` in `trainer.default_root_dir` by default.
-        every: optimizer steps from one to the next; 0 writes none by steps.
-        minutes: minutes from one to the next, beside `every`.
-        keep: how many are kept. With one, nothing is left to resume from where it is found damaged.
-        signals: heed Ctrl-C, SIGTERM and SIGHUP.
+        dirpath: Folder of the checkpoints; `checkpoints` in `trainer.default_root_dir` by default.
+        every: Number of optimizer steps between checkpoints; 0 for none by steps.
+        minutes: Number of minutes between checkpoints, in addition to `every`.
+        keep: Number of checkpoints to keep. With 1, there is none left to resume from if it is damaged.
+        signals: Handle Ctrl-C, SIGTERM and SIGHUP.
+
+    Raises:
+        ConfigError: If a number is out of range.
+
+    Example:
+        >>> RunCheckpoints(every=100, keep=3).every
+        100
     """
 
     def __init__(
@@ -63,7 +71,7 @@ class RunCheckpoints(Checkpoint):
         self.dirpath, self.every, self.minutes, self.keep = dirpath, every, minutes, keep
         self.signals = StopSignals() if signals else None
         self.inexact: list[str] = []
-        """What each resume that was not bit for bit had differently."""
+        """For each resume that was not bit-exact, what had changed."""
         self._step = self._saved = 0
         self._due = self._boundary = self._stopping = False
         self._first: bool | None = None
@@ -95,22 +103,22 @@ class RunCheckpoints(Checkpoint):
             self._changed = f"step {checkpoint['global_step']}: {', '.join(changed)}"
             log.warning("this resume is not bit for bit the run it goes on with: %s", ", ".join(changed))
         self._logged, self._rows = checkpoint.get("logged"), checkpoint.get("metrics_rows")
-        # Lightning forgets it: a run that was over would go on until something stops it again.
+        # Lightning does not restore this; a run that had stopped early would continue.
         trainer.should_stop = trainer.state.fn == "fit" and bool(checkpoint.get("stopped"))
 
     # -- hooks ----------------------------------------------------------------------------------------------------
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        # Not while it is loaded: Lightning puts back the state of callbacks, and resets what was logged, after that.
+        # Not in on_load_checkpoint: Lightning restores the callbacks' state and resets logged values after it.
         if self._changed:
             self.inexact.append(self._changed)
             self._changed = ""
         if self._logged:
             restore_last_values(trainer, self._logged)
-            trainer.num_sanity_val_steps = 0  # it was passed by the run that is resumed, and would reset those values
+            trainer.num_sanity_val_steps = 0  # the resumed run passed it already, and it would reset those values
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        self.on_fit_start(trainer, pl_module)  # some strategies load only after that
+        self.on_fit_start(trainer, pl_module)  # again, since some strategies load the checkpoint only after it
         if self._logged:
             restore_logged(trainer, pl_module, self._logged)
             files = [logger for logger in trainer.loggers if isinstance(logger, MetricsCSV)]
@@ -124,7 +132,7 @@ class RunCheckpoints(Checkpoint):
         self._time = time.monotonic()
         self.folder = Path(self.dirpath or Path(trainer.default_root_dir) / "checkpoints")
         if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
-            # Those of later steps are of a run that is now done again: damaged, or left over.
+            # Checkpoints of later steps are damaged or left over; the run repeats those steps now.
             for step, path in saved_steps(self.folder):
                 if step > trainer.global_step:
                     remove(path)
@@ -147,13 +155,13 @@ class RunCheckpoints(Checkpoint):
         self._boundary = trainer.global_step != self._step
         if not self._boundary:
             self._leave_if_asked(trainer, pl_module)
-            return  # between the micro-batches of an optimizer step: gradients are not in a checkpoint
+            return  # within an optimizer step, whose accumulated gradients are not in a checkpoint
         self._step = trainer.global_step
         self._due = self._due or self._wanted(trainer)
         loop = trainer.fit_loop.epoch_loop
         fetcher: Any = trainer.fit_loop._data_fetcher
         if self._due and not _epoch_ends(trainer) and not loop._should_check_val_fx(fetcher):
-            # Lightning logs the step after this hook; a run killed in between would lack the row.
+            # Lightning logs the step after this hook; if the run were killed in between, the row would be missing.
             with MetricsCSV.early(trainer):
                 trainer._logger_connector.update_train_step_metrics()
             self._save(trainer, pl_module)
@@ -161,7 +169,7 @@ class RunCheckpoints(Checkpoint):
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         fitting = trainer.state.fn == "fit" and not trainer.sanity_checking and bool(self.signals)
-        # One that a resumed run begins with has its checkpoint.
+        # A validation at the start of a resumed run has its checkpoint already.
         known = self._boundary or self._saved == trainer.global_step
         self._leaves_validation = fitting and known and can_leave_validation(trainer, pl_module)
         if self._leaves_validation and self._boundary:
@@ -213,20 +221,20 @@ class RunCheckpoints(Checkpoint):
     # -- leaving what is under way --------------------------------------------------------------------------------
 
     def _keep(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        """Note what the run has come to, where what follows may be left before its end."""
+        """Record the state at the end of this step, if what follows may be interrupted."""
         steps = self._leaves_steps and trainer.accumulate_grad_batches > 1
         if steps or (self._leaves_rounds and any(loader.at_round for loader in loaders(trainer))):
             self._last = LastStep(trainer, pl_module, self._first)
 
     def _leave_if_asked(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        """Before and between the micro-batches of an optimizer step; all ranks call it equally often."""
+        """Stop before or between the micro-batches of an optimizer step. All ranks call this equally often."""
         if not self._leaves_steps or trainer.accumulate_grad_batches == 1 or not self._all_heard(trainer):
             return
         if self._saved == trainer.global_step or (self._last and self._last.is_whole(trainer, pl_module)):
             self._leave(trainer, pl_module)
 
     def _all_heard(self, trainer: pl.Trainer) -> bool:
-        """Whether to stop. The first rank decides, and waits for none, as Lightning has it do for every batch."""
+        """True if the run is to stop. Rank 0 decides without waiting for the others, and broadcasts its decision."""
         heard = bool(self.signals and self.signals.heard())
         if trainer.world_size > 1:
             flag = torch.tensor(int(heard), device=trainer.strategy.root_device)
@@ -235,7 +243,7 @@ class RunCheckpoints(Checkpoint):
         return heard
 
     def _leave(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        """Stop without what has been done since the last optimizer step. All ranks call it together."""
+        """Discard what has been done since the last optimizer step, and stop. All ranks must call this together."""
         self._stopping = self._leaving = True
         if self._last and self._saved != trainer.global_step:
             self._last.go_back(trainer, pl_module)
@@ -253,7 +261,7 @@ class RunCheckpoints(Checkpoint):
         return bool(self._stopping or late or last or (self.every and step % self.every == 0))
 
     def _asked(self, trainer: pl.Trainer) -> bool:
-        """Whether to stop. Asked of all ranks: clocks differ, and a signal may reach but one of them."""
+        """True if the run is to stop, agreed on by all ranks, since a signal may reach only one of them."""
         if self.signals:
             self._stopping = trainer.strategy.reduce_boolean_decision(self.signals.heard(), all=False)
         return self._stopping
@@ -278,20 +286,20 @@ class RunCheckpoints(Checkpoint):
 
 
 def _epoch_ends(trainer: pl.Trainer) -> bool:
-    """Whether the epoch ends with the step just taken: by its length, or because the run does."""
+    """True if the epoch ends with the last step, because of its length or because the run ends."""
     loop = trainer.fit_loop
     stops = 0 < trainer.max_steps <= trainer.global_step or _stops_early(trainer)
     return stops or loop.epoch_loop._num_ready_batches_reached()
 
 
 def _stops_early(trainer: pl.Trainer) -> bool:
-    """Whether a callback has ended the run, as early stopping does."""
+    """True if a callback, such as early stopping, has ended the run."""
     return bool(trainer.should_stop and trainer.fit_loop._can_stop_early)
 
 
 @contextmanager
 def _unless_complete(loop: Any) -> Iterator[None]:
-    """An epoch that the run's end cuts off is saved as one under way, in which a run of more steps would go on."""
+    """Save an epoch that the end of the run cuts off as unfinished, so that a run of more steps would continue it."""
     cut_off = not loop.epoch_loop._num_ready_batches_reached()
     for progress in (loop.epoch_progress.current, loop.epoch_progress.total):
         progress.processed -= cut_off

@@ -1,4 +1,4 @@
-"""Checkpoint files: written whole or not at all, and known to be whole before they are read."""
+"""Checkpoint files: written atomically, and verified before they are read."""
 
 import logging
 import os
@@ -18,25 +18,38 @@ from rlhf_lightning.files import read_object, write_json
 from rlhf_lightning.rank_watch import undisturbed
 
 log = logging.getLogger(__name__)
-VERSION = "pytorch-lightning_version"  # what Lightning looks at first
+VERSION = "pytorch-lightning_version"  # the key that Lightning checks first
 CHECKSUMS = "checksums.json"
 STEP = re.compile(r"step=(\d+)\.ckpt")
 
 
 class DamagedCheckpoint(UserError):
-    """A checkpoint that was cut off or altered after it was written."""
+    """A checkpoint was truncated or altered after it was written."""
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Writes `.NAME.partial` in the same folder, syncs it to the disk and renames it; checks a file before it loads it.
+    """Writes `.NAME.partial` in the same folder, syncs it to disk and renames it; verifies a file before it loads it.
 
-    Lightning's own writes to the system's temporary folder, and copies from there where that is another disk: a run
-    that is killed meanwhile leaves half a file. The checksums are those of the zip format, which `torch.save` writes
-    and `torch.load` does not compare, so that any checkpoint can be checked, and one of ours opened without us.
+    Lightning's own writes to the system's temporary folder, and copies the file if that is on another disk, so that a
+    run killed meanwhile leaves a partial file. The checksums are those of the zip format, which `torch.save` writes and
+    `torch.load` does not verify. So any torch checkpoint can be verified, and any tool can open ours.
+
+    Example:
+        >>> io = AtomicCheckpointIO()
+        >>> trainer = Trainer(plugins=[io])  # doctest: +SKIP
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
-        """Write; raises `UserError` where the disk is full or the folder cannot be written to."""
+        """Write a checkpoint.
+
+        Args:
+            checkpoint: The content.
+            path: The file.
+            storage_options: See Lightning.
+
+        Raises:
+            UserError: If the disk is full or the folder cannot be written to.
+        """
         if "://" in str(path) or storage_options is not None:
             super().save_checkpoint(checkpoint, path, storage_options)
             return
@@ -52,7 +65,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
                 os.fsync(file.fileno())
             os.replace(scratch, target)
         except (OSError, RuntimeError) as error:
-            # What torch raises on a failed write does not say why it failed.
+            # torch's exception for a failed write does not contain the reason.
             reason = error if isinstance(error, OSError) else stream and stream.error
             if not reason:
                 raise
@@ -65,28 +78,34 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     def load_checkpoint(
         self, path: Any, map_location: Any = lambda storage, loc: storage, weights_only: bool | None = None
     ) -> dict[str, Any]:
-        """Read: tensors and plain values, unless `weights_only` is false.
+        """Read a checkpoint.
+
+        Args:
+            path: The file, or a URL.
+            map_location: See `torch.load`.
+            weights_only: Read tensors and plain values only; true unless it is False.
 
         Raises:
-            DamagedCheckpoint: cut off or altered. UserError: no checkpoint of a Lightning run.
+            DamagedCheckpoint: If the file was truncated or altered.
+            UserError: If the file is not a checkpoint of a Lightning run.
         """
         if "://" not in str(path) and Path(path).is_file() and (found := damage(Path(path))):
             raise DamagedCheckpoint(f"{path}: the checkpoint is damaged ({found}); use the one before, or start over")
-        # Lightning's own default lets a checkpoint that is named by URL run code.
+        # Lightning's default would let a checkpoint given as a URL run code.
         plain = True if weights_only is None else weights_only
         try:
             state = super().load_checkpoint(path, map_location, plain)
         except UnpicklingError as error:
             raise UserError(f"{path}: not a checkpoint of plain values, and other ones are not opened") from error
         if Path(path).name.startswith("."):
-            return state  # bare weights, in which Lightning's forking launcher hands over what its processes trained
+            return state  # bare weights, which Lightning's forking launcher uses to return what its processes trained
         if not (isinstance(state, dict) and isinstance(state.get("state_dict"), dict) and VERSION in state):
             raise UserError(f"{path}: not a checkpoint of a Lightning run; name one of runs/NAME/checkpoints")
         return state
 
 
 class _Stream:
-    """A file that remembers why a write failed."""
+    """A file that records why a write failed."""
 
     def __init__(self, file: Any) -> None:
         self.file = file
@@ -104,17 +123,21 @@ class _Stream:
 
 
 def damage(path: Path) -> str | None:
-    """What is wrong with a checkpoint, file or folder; None for one that is whole, or a folder without checksums."""
+    """Describe what is wrong with a checkpoint, a file or a folder.
+
+    Returns:
+        The fault, or None for an intact checkpoint and for a folder without checksums.
+    """
     if path.is_dir():
         return _folder_damage(path)
     if not path.is_file():
-        return "no file"  # a pipe, which nobody may ever write to
+        return "no file"  # for example a pipe, where reading could wait forever
     try:
         with zipfile.ZipFile(path) as archive:
             broken = archive.testzip()
-        torch._C.PyTorchFileReader(str(path))  # it refuses headers that Python's reader does not look at
+        torch._C.PyTorchFileReader(str(path))  # checks headers that Python's reader does not
     except (zipfile.BadZipFile, RuntimeError, OSError, EOFError, zlib.error, NotImplementedError, ValueError) as error:
-        # Whatever a damaged archive makes of the reader is the answer here, not a failure of this function.
+        # Any error of the reader means that the archive is damaged, so it is the result of this function.
         return f"{error}".partition(". ")[0].rstrip(".").lower() or type(error).__name__
     return f"the checksum of {broken} differs" if broken else None
 
@@ -143,21 +166,25 @@ def _checksum(path: Path) -> int:
 
 
 class Unfinished:
-    """A checkpoint that is a folder, until all ranks have written their share of it.
+    """A checkpoint folder that ranks still write their shares to.
 
     Args:
-        target: where it will be. It is written to `scratch`, beside it.
+        target: Final path. Until `finish`, the folder is `scratch`, next to it.
+
+    Example:
+        >>> Unfinished(Path("checkpoints/step=5.ckpt")).scratch.name
+        '.step=5.ckpt.partial'
     """
 
     def __init__(self, target: Path) -> None:
         self.target, self.scratch = target, target.with_name(f".{target.name}.partial")
 
     def clear(self) -> None:
-        """Take away what an interrupted run has left."""
+        """Remove what an interrupted run left."""
         remove(self.scratch)
 
     def finish(self) -> None:
-        """Write the checksums of all files, sync them to the disk, and give the folder its name."""
+        """Write the checksums of all files, sync the files to disk, and rename the folder to its target."""
         files = [path for path in sorted(self.scratch.iterdir()) if path.is_file()]
         write_json(self.scratch / CHECKSUMS, {path.name: _checksum(path) for path in files})
         for path in files:
@@ -168,7 +195,7 @@ class Unfinished:
 
 
 def remove(path: Path) -> None:
-    """A checkpoint, file or folder, if it is there."""
+    """Remove a checkpoint, a file or a folder, if it exists."""
     if path.is_dir():
         shutil.rmtree(path)
     else:
@@ -176,20 +203,20 @@ def remove(path: Path) -> None:
 
 
 def saved_steps(folder: Path) -> list[tuple[int, Path]]:
-    """The checkpoints `step=N.ckpt` of a folder, the newest first."""
+    """Checkpoints `step=N.ckpt` of a folder with their steps, newest first."""
     found = [(int(match[1]), path) for path in folder.glob("step=*.ckpt") if (match := STEP.fullmatch(path.name))]
     return sorted(found, reverse=True)
 
 
 def candidates(folder: Path) -> list[Path]:
-    """What a run may be resumed from, the best first: `step=N.ckpt` by step, then others by their time."""
+    """Checkpoints to resume from, best first: `step=N.ckpt` by step, then others by modification time."""
     ours = [path for _, path in saved_steps(folder)]
     others = [path for path in folder.glob("*.ckpt") if path not in ours]
     return ours + sorted(others, key=lambda path: path.stat().st_mtime, reverse=True)
 
 
 def newest_whole(folder: Path) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint that is whole, and what was wrong with each that is newer."""
+    """The newest intact checkpoint, or None, and what is wrong with each newer one."""
     wrong: list[str] = []
     for path in candidates(folder):
         found = damage(path)

@@ -1,4 +1,4 @@
-"""A file of JSON lines in the stage's folder that a resumed run goes on with where its checkpoint was written."""
+"""A JSON Lines file in the stage's folder, which a resumed run continues from the state of its checkpoint."""
 
 import os
 from collections.abc import Iterable, Mapping
@@ -11,13 +11,17 @@ from rlhf_lightning.files import as_json
 
 
 class JsonLines:
-    """Rows that are appended as a run goes on, by its first rank.
+    """A file to which rank 0 appends rows during a run.
 
-    The owner keeps `state` in the checkpoint: how many bytes were written by then. A resumed run cuts the file there,
-    so that no row stands in it twice and none is lost, wherever in a round the checkpoint was written.
+    The owner stores `state`, the number of bytes written so far, in the checkpoint. A resumed run truncates the file to
+    that size, so that no row is duplicated or lost, wherever in a round the checkpoint was written.
 
     Args:
-        name: of the file in the stage's folder.
+        name: Name of the file in the stage's folder.
+
+    Example:
+        >>> JsonLines("samples.jsonl").state
+        {'written': 0}
     """
 
     def __init__(self, name: str) -> None:
@@ -25,16 +29,16 @@ class JsonLines:
         self._resumed = False
 
     def load(self, state: Mapping[str, Any]) -> None:
-        """Take over what a checkpoint says of the file."""
+        """Restore a `state`."""
         self.written, self._resumed = int(state["written"]), True
 
     @property
     def state(self) -> dict[str, int]:
-        """For the checkpoint."""
+        """The state for the checkpoint: the number of bytes written."""
         return {"written": self.written}
 
     def start(self, trainer: pl.Trainer) -> None:
-        """Cut the file to what the checkpoint knew of; begin it anew where there is none."""
+        """Truncate the file to the restored state, or remove it at the start of a new run."""
         self._path = Path(trainer.default_root_dir) / self.name
         if self._writes(trainer) and self._path.exists():
             if self._resumed:
@@ -44,7 +48,12 @@ class JsonLines:
         self._resumed = False
 
     def append(self, trainer: pl.Trainer, rows: Iterable[Mapping[str, Any]]) -> None:
-        """Append rows in one write; nothing on other ranks than the first, nor in a trial run."""
+        """Append rows in one write. Does nothing on ranks other than 0, and in a `fast_dev_run`.
+
+        Args:
+            trainer: The Trainer.
+            rows: The rows.
+        """
         if not self._writes(trainer):
             return
         self._path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Going back to the end of the last optimizer step, to write its checkpoint in the middle of the next."""
+"""State at the end of the last optimizer step, so that its checkpoint can be written in the middle of the next step."""
 
 from collections.abc import Iterator
 from copy import deepcopy
@@ -18,10 +18,22 @@ from rlhf_lightning.rollout.dataloader import RolloutLoader
 
 
 class LastStep:
-    """What a checkpoint of the step has beside weights and optimizer, which stay as they are until the next one.
+    """State of the run at the end of an optimizer step, besides weights and optimizer state.
 
-    Kept at the end of each step that something may be left after; taking it is not to be felt there, so that it waits
-    for no device and for no rank, and copies nothing large.
+    Those do not change before the end of the next step.
+
+    It is recorded after each step that may be followed by an interruption. Recording is cheap: it synchronizes neither
+    device nor ranks, and copies no large tensors.
+
+    Args:
+        trainer: The Trainer.
+        pl_module: The module.
+        first: Lightning's flag for the first logged batch of the epoch.
+        validates: True if a validation follows that a resumed run must restart.
+
+    Example:
+        >>> last = LastStep(trainer, module, first=None)  # doctest: +SKIP
+        >>> last.go_back(trainer, module)  # doctest: +SKIP
     """
 
     def __init__(self, trainer: pl.Trainer, pl_module: Any, first: bool | None, validates: bool = False) -> None:
@@ -41,13 +53,13 @@ class LastStep:
         self._rounds = None if rounds is None else deepcopy(rounds.counters)
 
     def is_whole(self, trainer: pl.Trainer, pl_module: Any) -> bool:
-        """Whether it is of the last step, and nothing else has changed since then, a round once sampled included."""
-        # Weights one round old are replaced by those of the next round when it has been sampled.
+        """True if it belongs to the last step and nothing that it lacks has changed since."""
+        # Sampling a round replaces the stale weights, which are not recorded here.
         stale = getattr(getattr(pl_module, "collector", None), "snapshot", None) is not None
         return self.step == trainer.global_step and not (stale and self._at_round)
 
     def go_back(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        """Put back what the run has in hand."""
+        """Restore the state of the dataloaders, buffers and collector."""
         for loader, position in zip(loaders(trainer), self._positions, strict=True):
             loader.position = position
         for module, name, value in self._buffers:
@@ -56,7 +68,7 @@ class LastStep:
             pl_module.collector.counters = self._rounds
 
     def put_into(self, checkpoint: dict[str, Any]) -> None:
-        """Have a checkpoint say where the run was then."""
+        """Write the recorded state into a checkpoint."""
         checkpoint["epoch"] = self._epoch
         checkpoint["loops"]["fit_loop"] |= self._loops
         checkpoint["callbacks"] = self._callbacks
@@ -66,13 +78,13 @@ class LastStep:
 
 
 def loaders(trainer: pl.Trainer) -> list[Any]:
-    """The loaders of training."""
+    """The training dataloaders."""
     combined = trainer.fit_loop._combined_loader
     return [] if combined is None else list(combined.flattened)
 
 
 def can_leave_steps(trainer: pl.Trainer, pl_module: Any) -> bool:
-    """Whether all is known that changes between the micro-batches of an optimizer step."""
+    """True if everything that changes between the micro-batches of an optimizer step can be restored."""
     known = all(type(loader) in (RowLoader, RolloutLoader) for loader in loaders(trainer))
     others: list[Any] = [(callback, pl.Callback) for callback in trainer.callbacks]  # type: ignore[attr-defined]
     extra = any(_saves_more(one, base) for one, base in [(pl_module, RLHFModule), *others])
@@ -80,7 +92,7 @@ def can_leave_steps(trainer: pl.Trainer, pl_module: Any) -> bool:
 
 
 def can_leave_validation(trainer: pl.Trainer, pl_module: Any) -> bool:
-    """Whether a resumed run would come to this validation again, and all ranks have as many batches of it."""
+    """True if a resumed run would repeat this validation, and all ranks have equally many batches of it."""
     combined = trainer.fit_loop.epoch_loop.val_loop._combined_loader
     rows = combined is not None and all(type(loader) is RowLoader for loader in combined.flattened)
     over = trainer.should_stop or 0 < trainer.max_steps <= trainer.global_step
@@ -89,19 +101,19 @@ def can_leave_validation(trainer: pl.Trainer, pl_module: Any) -> bool:
 
 
 def can_leave_rounds(trainer: pl.Trainer, pl_module: Any) -> bool:
-    """Whether what training gets are rounds of ours."""
+    """True if all training dataloaders are rollout loaders."""
     return _ranks_are_whole(trainer, pl_module) and all(type(one) is RolloutLoader for one in loaders(trainer))
 
 
 def _ranks_are_whole(trainer: pl.Trainer, pl_module: Any) -> bool:
-    """Whether each rank runs a module of ours by itself, so that it may leave where it is."""
+    """True if each rank runs one of the package's modules unsharded, so that it can stop at any point."""
     if not isinstance(pl_module, RLHFModule) or is_sharded(pl_module.model):
         return False
     return type(trainer.strategy) is DDPStrategy or trainer.world_size == 1
 
 
 def _begin_validation(progress: dict[str, Any]) -> None:
-    """Have Lightning take a checkpoint for one from the first batch of a validation, which it then begins again."""
+    """Change the progress to that at the start of a validation, so that Lightning repeats the validation."""
     done = progress["total"]["completed"]
     progress["total"] |= {"ready": done + 1, "started": done + 1, "processed": done}
     progress["current"] |= {"ready": 1, "started": 1, "processed": 0, "completed": 0}
@@ -109,13 +121,13 @@ def _begin_validation(progress: dict[str, Any]) -> None:
 
 
 def _saves_more(one: Any, base: Any) -> bool:
-    """Whether a hook of the user's own puts into checkpoints what nobody else knows of."""
+    """True if a user's hook adds state to checkpoints that cannot be recorded here."""
     hook: Any = type(one).on_save_checkpoint
     return hook is not base.on_save_checkpoint and hook.__module__.split(".")[0] not in ("rlhf_lightning", "lightning")
 
 
 def _buffers(pl_module: nn.Module) -> Iterator[tuple[nn.Module, str, Tensor]]:
-    """Those that are saved: running statistics of rewards, for one."""
+    """Persistent buffers, such as running statistics of rewards."""
     for module in pl_module.modules():
         for name, value in module._buffers.items():
             if value is not None and name not in module._non_persistent_buffers_set:
@@ -123,7 +135,7 @@ def _buffers(pl_module: nn.Module) -> Iterator[tuple[nn.Module, str, Tensor]]:
 
 
 def _copied(value: Any) -> Any:
-    """A copy of plain values. Tensors, which may be large, are not copied: the weights of an average move by steps."""
+    """Copy plain values. Tensors, which may be large, are not copied: averaged weights only change at steps."""
     if isinstance(value, dict):
         return {key: _copied(item) for key, item in value.items()}
     if isinstance(value, list):

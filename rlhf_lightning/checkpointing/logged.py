@@ -1,4 +1,4 @@
-"""What Lightning remembers of what was logged, and leaves out of its checkpoints."""
+"""Lightning's state of logged values, which its checkpoints omit."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -12,16 +12,25 @@ from rlhf_lightning.distributed import gather
 
 
 def logged_state(trainer: pl.Trainer, pl_module: Any, first: bool | None) -> dict[str, Any]:
-    """For a checkpoint, of this rank; see `shared`. Waits for no device.
+    """Collect the logging state of this rank for a checkpoint, without synchronizing the device; see `shared`.
 
-    `callback`: the last value of each metric, by which checkpoints and early stopping decide. `sticky`: numbers that
-    are logged now and then, and stand in the rows in between too. `metrics`: of every rank, what is being summed up
-    over the epoch. `epoch`: under which names the module logs these. `first`: whether but one batch of this epoch has
-    been logged.
+    Args:
+        trainer: The Trainer.
+        pl_module: The module.
+        first: Lightning's flag for the first logged batch of the epoch.
+
+    Returns:
+        A dict with
+
+        - `callback`: the last value of each metric, which checkpoint callbacks and early stopping use,
+        - `sticky`: values that are logged occasionally, and repeated in the rows in between,
+        - `metrics`: states of the metrics that are accumulated over the epoch,
+        - `epoch`: the names under which the module logs those,
+        - `first`: the argument.
     """
     callback = {name: value.detach() for name, value in trainer.callback_metrics.items()}
     progress: Any = trainer.fit_loop.epoch_progress.current
-    if progress.processed != progress.completed:  # the epoch is over: the next begins anew
+    if progress.processed != progress.completed:  # the epoch is over, and the next one resets the metrics
         return {"callback": callback, "sticky": {}, "epoch": [], "metrics": None, "first": None}
     results = trainer.fit_loop.epoch_loop._results
     tensors = {key: item for key, item in results.items() if item.is_tensor and not item.has_reset}
@@ -48,7 +57,10 @@ def logged_state(trainer: pl.Trainer, pl_module: Any, first: bool | None) -> dic
 
 
 def shared(state: Mapping[str, Any]) -> dict[str, Any]:
-    """What `logged_state` gave, as the checkpoint has it, with the metrics of all ranks, which call it together."""
+    """The result of `logged_state` as stored in the checkpoint, with the metrics of all ranks.
+
+    All ranks must call this together.
+    """
     metrics = [] if state["metrics"] is None else gather(_on_cpu(state["metrics"]))
     return {**_on_cpu(state), "metrics": metrics}
 
@@ -62,21 +74,27 @@ def _on_cpu(value: Any) -> Any:
 
 
 def restore_last_values(trainer: pl.Trainer, state: Mapping[str, Any]) -> None:
-    """The part that holds even where no step is left to take."""
+    """Restore the last values of metrics, which are needed even if no step is left."""
     device = trainer.strategy.root_device
     for name, value in state["callback"].items():
         trainer._logger_connector._callback_metrics[name] = value.to(device)
 
 
 def restore_logged(trainer: pl.Trainer, pl_module: Any, state: Mapping[str, Any]) -> None:
-    """Go on within the epoch, before its next batch."""
+    """Restore the logging state within an epoch, before its next batch.
+
+    Args:
+        trainer: The Trainer.
+        pl_module: The module.
+        state: What `shared` returned.
+    """
     device = trainer.strategy.root_device
     results = trainer.fit_loop.epoch_loop._results
-    # With the arguments that `LightningModule.log` hands on: it refuses to log a name again with others.
+    # With the arguments that `LightningModule.log` passes on; it refuses to log a name again with others.
     same: Any = {"on_step": True, "on_epoch": False, "sync_dist_fn": trainer.strategy.reduce}
     for fx, name, bar, logger, value in state["sticky"].values():
         results.log(fx, name, value.to(device), prog_bar=bar, logger=logger, **same)
-    # No batch of this epoch may follow, which would log them.
+    # Needed because no batch that would log them may be left in this epoch.
     modules = dict(pl_module.named_modules())
     for fx, name, bar, logger, attribute, metric in state.get("epoch", []):
         results.log(
@@ -101,7 +119,7 @@ def restore_logged(trainer: pl.Trainer, pl_module: Any, state: Mapping[str, Any]
 
 
 def _is_plain(meta: Any) -> bool:
-    """Whether `self.log` was called for a step, and for nothing that a later call could contradict."""
+    """True if `self.log` was called per step, with no option that a later call could contradict."""
     step = meta.on_step and not meta.on_epoch and meta.is_mean_reduction and not meta.enable_graph
     return step and _is_alike(meta) and meta.metric_attribute is None
 

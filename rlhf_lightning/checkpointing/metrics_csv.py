@@ -1,4 +1,4 @@
-"""`metrics.csv` in the stage's folder, going on where an interrupted run stopped."""
+"""`metrics.csv` in the stage's folder, which a resumed run continues."""
 
 import csv
 import io
@@ -17,13 +17,19 @@ NAME = "metrics.csv"
 
 
 class MetricsCSV(Logger):
-    """Rows of what is logged, in `metrics.csv` straight in the folder; on the disk when the call returns.
+    """Logs metrics to `metrics.csv` in a folder; a row is on disk when the call returns.
 
-    A run may be killed at any moment: a row is appended in one write, and where a new column changes the header, the
-    file is written anew beside its place and renamed.
+    A run may be killed at any moment. So a row is appended in one write, and if a new column changes the header, the
+    file is rewritten under another name and renamed.
 
     Args:
-        folder: of the stage. resume: keep the rows that are there; those of steps that are run again are replaced.
+        folder: Folder of the stage.
+        resume: Keep existing rows; rows of steps that are repeated are replaced.
+
+    Example:
+        >>> logger = MetricsCSV("runs/sft")
+        >>> logger.path.as_posix()
+        'runs/sft/metrics.csv'
     """
 
     def __init__(self, folder: str | Path, resume: bool = False) -> None:
@@ -33,17 +39,17 @@ class MetricsCSV(Logger):
         self._columns: list[str] | None = None
         self._is_early, self._early = False, ""
         self.rows = 0
-        """How many the file has."""
+        """Number of rows in the file."""
         self._kept: int | None = None
 
     @property
     def name(self) -> str:
-        """Part of where Lightning keeps what belongs to a logger: straight in the folder."""
+        """Empty, so that Lightning stores files of the logger directly in the folder."""
         return ""
 
     @property
     def version(self) -> str:
-        """Likewise."""
+        """Empty, like `name`."""
         return ""
 
     @property
@@ -52,16 +58,21 @@ class MetricsCSV(Logger):
         return str(self.path.parent)
 
     def keep(self, rows: int) -> None:
-        """Of the rows that are there, a resumed run keeps so many, whatever their steps."""
+        """Set the number of existing rows that a resumed run keeps, regardless of their steps."""
         self._kept = rows
 
     @rank_zero_only
     def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
-        """Nothing: `config.yaml` has them."""
+        """Does nothing, because `config.yaml` has the settings."""
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
-        """Append a row; the first call tells from which step on a resumed run repeats itself."""
+        """Append a row.
+
+        Args:
+            metrics: Values by name.
+            step: Optimizer step. In a resumed run, the step of the first call tells from where on it repeats rows.
+        """
         if self._columns is None:
             self._start(step or 0)
         assert self._columns is not None
@@ -78,7 +89,7 @@ class MetricsCSV(Logger):
     @staticmethod
     @contextmanager
     def early(trainer: Any) -> Iterator[None]:
-        """What is logged within stands in the file already when Lightning logs it, a second time, a moment later."""
+        """Context in which rows are written before Lightning logs the same values again; the repetition is dropped."""
         others, ours = trainer.loggers, [logger for logger in trainer.loggers if isinstance(logger, MetricsCSV)]
         trainer.loggers = ours
         for logger in ours:
@@ -120,7 +131,7 @@ def _text(columns: Sequence[str], rows: Sequence[Mapping[str, Any]], header: boo
 
 
 def _read(path: Path) -> list[dict[str, str]]:
-    """The rows; one that was cut off is left out."""
+    """The rows of the file, without a truncated last one."""
     if not path.exists():
         return []
     whole = path.read_bytes().rpartition(b"\n")[0].decode() + "\n"

@@ -1,4 +1,4 @@
-"""What must not be trained on, saved or handed on: losses, gradients and weights that are no finite numbers."""
+"""Detection of losses, gradients and weights that are not finite, before they are trained on, saved or exported."""
 
 import logging
 import math
@@ -23,15 +23,22 @@ class NonFiniteError(UserError):
 
 
 class NonFiniteGuard(pl.Callback):
-    """Looks at the loss and the gradient of each optimizer step before it is taken; all ranks decide together.
+    """Checks the loss and the gradient before each optimizer step; all ranks decide together.
 
-    With `stop`, the run ends with the step, the rows and the likely cause; weights and checkpoints are those of the
-    step before. With `skip`, the step is left out on all ranks and counted. Under `16-mixed` an infinite gradient is
-    what the loss scale is adjusted by: there only the loss is looked at.
+    With `stop`, the run ends with an error that names the step, the rows and the likely cause; weights and checkpoints
+    are those of the previous step. With `skip`, the step is skipped on all ranks and counted. With `16-mixed` only the
+    loss is checked, because infinite gradients are how the loss scale is adjusted.
 
     Args:
         action: `stop`, or `skip` such steps.
-        limit: with `skip`, how many steps in a row may be left out before the run is stopped all the same.
+        limit: With `skip`, the number of consecutive steps that may be skipped before the run stops nevertheless.
+
+    Raises:
+        ConfigError: If `action` is unknown or `limit` below 1.
+
+    Example:
+        >>> NonFiniteGuard(action="skip").skipped
+        0
     """
 
     def __init__(self, action: str = "stop", limit: int = 10) -> None:
@@ -56,12 +63,12 @@ class NonFiniteGuard(pl.Callback):
         self._batch = batch
 
     def on_before_backward(self, trainer: pl.Trainer, pl_module: Any, loss: Tensor) -> None:
-        # Read where the step is decided on: a device is waited for once a step, not for every micro-batch.
+        # Read only before the optimizer step, so that the device is synchronized once per step.
         self._window.append((_rows(self._batch), loss.detach()))
 
     def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: Any, optimizer: Any) -> None:
         scaled = getattr(trainer.precision_plugin, "scaler", None) is not None
-        # Of weights that are split over ranks, each looks at its share, which may be empty.
+        # With sharded weights, each rank checks its shard, which may be empty.
         found = [getattr(p.grad, "_local_tensor", p.grad) for p in pl_module.parameters() if p.grad is not None]
         gradients = [] if scaled else [gradient for gradient in found if gradient.numel()]
         losses = torch.stack([loss.float() for _, loss in self._window])
@@ -79,7 +86,7 @@ class NonFiniteGuard(pl.Callback):
         log.warning("optimizer step %d left out (%d so far): %s", trainer.global_step + 1, self.skipped, what[0])
 
     def _describe(self, losses: Tensor, largest: Tensor) -> tuple[str, bool, list[str]]:
-        """What is wrong, whether it is a loss, and the rows: over all ranks."""
+        """Over all ranks: what is not finite, whether it is a loss, and the rows."""
         bad = [i for i, loss in enumerate(losses.tolist()) if not math.isfinite(loss)]
         mine = (
             [losses[i].item() for i in bad],
@@ -124,7 +131,7 @@ class NonFiniteGuard(pl.Callback):
 
 
 def _largest(gradients: list[Tensor]) -> Tensor:
-    """The largest absolute value; NaN where there is one. No sum, which could overflow where all are finite."""
+    """Largest absolute value; NaN if there is one. A sum could overflow although all values are finite."""
     if not gradients:
         return torch.zeros(())
     return torch.nn.utils.get_total_norm(gradients, norm_type=float("inf")).float()
@@ -136,18 +143,24 @@ def _rows(batch: Any) -> list[str]:
 
 
 def non_finite(module: Any) -> list[str]:
-    """The names of trained weights that hold a NaN or an infinity."""
+    """Names of the trained weights that contain NaN or infinity."""
     named = [(name, p.detach()) for name, p in module.named_parameters() if p.requires_grad and p.is_floating_point()]
     if not named:
         return []
     device = named[0][1].device
-    # One flag for each, brought to the host together.
+    # One flag per weight, copied to the host together.
     flags = torch.stack([torch.isfinite(getattr(p, "_local_tensor", p)).all().to(device) for _, p in named]).tolist()
     return [name for (name, _), fine in zip(named, flags, strict=True) if not fine]
 
 
 def require_finite(module: Any, when: str, consequence: str) -> None:
-    """Raise `NonFiniteError` on all ranks where a trained weight of any of them is not finite."""
+    """Raise `NonFiniteError` on all ranks if a trained weight on any rank is not finite.
+
+    Args:
+        module: The module.
+        when: When this was found, for the message.
+        consequence: What is not done because of it, for the message.
+    """
     names = [name for part in gather(non_finite(module), every=True) for name in part]
     if names:
         raise NonFiniteError(

@@ -1,4 +1,4 @@
-"""What a run's numbers depend on beside its settings: versions, threads, ranks, device."""
+"""What the results of a run depend on besides its settings: versions, threads, ranks and device."""
 
 import platform
 import subprocess
@@ -13,21 +13,21 @@ from rlhf_lightning import __version__
 from rlhf_lightning.data.base import data_ranks
 
 DECIDES = ("torch", "lightning", "transformers", "peft", "rlhf-lightning")
-"""Versions whose change makes a resumed run another than the uninterrupted one."""
+"""Packages whose version must not change for a bit-exact resume."""
 
 
 def versions() -> dict[str, str]:
-    """Versions of what a result depends on."""
+    """Versions of the packages that results depend on."""
     from importlib.metadata import version
 
     names = ("torch", "lightning", "transformers", "peft", "torchmetrics")
-    # Not the package's metadata: run from a copy of the tree, it has none.
+    # Not from the package's metadata, which is missing when the package runs from a source tree.
     ours = {"python": platform.python_version(), "rlhf-lightning": __version__}
     return {**ours, **{name: version(name) for name in names}}
 
 
 def environment(trainer: pl.Trainer) -> dict[str, Any]:
-    """For checkpoints and `stage.json`: plain values."""
+    """Environment of the run as plain values, for checkpoints and `stage.json`."""
     device = trainer.strategy.root_device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
     return {
@@ -42,7 +42,7 @@ def environment(trainer: pl.Trainer) -> dict[str, Any]:
 
 
 def processor() -> str:
-    """The processor's name: kernels are chosen by what it can do, and sums are then added in another order."""
+    """Name of the processor. It decides which kernels run, and so the order in which sums are added."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -51,7 +51,7 @@ def processor() -> str:
 
 
 def commit() -> dict[str, Any] | None:
-    """The git commit of the current folder, and whether files differ from it; None outside of a repository."""
+    """The git commit of the current folder, and whether files differ from it; None outside a repository."""
 
     def git(*args: str) -> subprocess.CompletedProcess:
         return subprocess.run(["git", *args], capture_output=True, text=True, timeout=10, check=False)
@@ -65,5 +65,5 @@ def commit() -> dict[str, Any] | None:
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """What differs, as `name before → now`."""
+    """What differs between two environments, as `name before → now`."""
     return [f"{name} {before[name]} → {now[name]}" for name in now if name in before and before[name] != now[name]]

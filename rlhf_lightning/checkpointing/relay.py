@@ -1,4 +1,4 @@
-"""What tells the ranks of a run that one of them was signalled."""
+"""Notifies all ranks of a run that one of them received a signal."""
 
 import itertools
 import os
@@ -11,21 +11,24 @@ import torch
 from torch.distributed import DistError
 
 EVERY = 0.5
-"""Seconds from one time that a rank looks whether another was signalled to the next."""
+"""Seconds between two checks of the store."""
 
 
 class Relay:
-    """Tells all ranks that one of them was signalled, by the store through which they found each other.
+    """Notifies all ranks that one of them received a signal, through the store of the process group.
 
-    A rank that waits for others in a collective runs no Python, no handler either: a thread is told of the signal by
-    the interpreter's wakeup descriptor. It does not take the place of one that is there (that of an event loop).
+    A rank that waits in a collective runs no Python code, so no signal handler either. The interpreter's wakeup
+    descriptor tells a thread of the signal instead. An existing wakeup descriptor (of an event loop) is left in place.
 
     Args:
-        numbers: the signals that it tells of.
+        numbers: Signals to report.
+
+    Example:
+        >>> relay = Relay.of_ranks({int(signal.SIGTERM)})  # None in a run with one process
     """
 
     _runs = itertools.count()
-    """Ranks fit equally often, so that each fit has a key of its own."""
+    """Counts relays. All ranks call `fit` equally often, so the number gives each `fit` its own key."""
     _open: "Relay | None" = None
 
     def __init__(self, numbers: set[int]) -> None:
@@ -45,21 +48,21 @@ class Relay:
 
     @classmethod
     def of_ranks(cls, numbers: set[int]) -> "Relay | None":
-        """One where there are other ranks."""
+        """Make a relay if there are other ranks."""
         several = torch.distributed.is_available() and torch.distributed.is_initialized()
         return cls(numbers) if several else None
 
     def heard(self) -> bool:
-        """Whether a rank was signalled; asked of the store now and then."""
+        """True if a rank received a signal. The store is only checked every `EVERY` seconds."""
         if not self._heard and time.monotonic() >= self._next:
-            with suppress(DistError):  # the first rank is gone: the next collective says so, in better words
+            with suppress(DistError):  # rank 0 is gone; the next collective reports that more clearly
                 self._heard = self._store.check([self._key])
             self._next = time.monotonic() + EVERY
         return self._heard
 
     def tell(self) -> None:
-        """Tell them."""
-        with suppress(DistError):  # as above
+        """Notify the other ranks."""
+        with suppress(DistError):  # rank 0 is gone; see `heard`
             self._store.set(self._key, "1")
 
     def close(self) -> None:
@@ -77,7 +80,7 @@ class Relay:
 
     @classmethod
     def _forget(cls) -> None:
-        """In a forked process, whose signals are no concern of the run."""
+        """Detach a forked process, whose signals do not concern the run."""
         if cls._open is not None:
             signal.set_wakeup_fd(-1)
             cls._open = None

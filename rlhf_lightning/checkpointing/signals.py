@@ -1,4 +1,4 @@
-"""Ctrl-C, SIGTERM and SIGHUP as a wish to stop, which a run grants where it can go on from exactly."""
+"""Ctrl-C, SIGTERM and SIGHUP as requests to stop, which a run obeys where it can be resumed exactly."""
 
 import logging
 import signal
@@ -16,7 +16,7 @@ log = logging.getLogger(__name__)
 
 
 def ends() -> list[int]:
-    """The signals by which a system ends a process; that of the terminal's end not where it is ignored (`nohup`)."""
+    """Signals by which a system ends a process: SIGTERM, and SIGHUP unless it is ignored (`nohup`)."""
     found = [int(signal.SIGTERM)]
     if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
         found.append(int(signal.SIGHUP))
@@ -25,10 +25,10 @@ def ends() -> list[int]:
 
 @contextmanager
 def ended_once() -> Iterator[None]:
-    """Around a command: Ctrl-C and the first SIGTERM or SIGHUP are `KeyboardInterrupt`, further ones change nothing.
+    """Context of a command in which Ctrl-C and the first SIGTERM or SIGHUP raise `KeyboardInterrupt`.
 
-    They come in bursts (a scheduler's, one for each process of a group). After the first, whoever caught it decides how
-    the process ends and with what code; a later one would end it in the middle of that.
+    Such signals come in bursts (a scheduler sends one to each process of a group). Further SIGTERM and SIGHUP are
+    ignored, because they would interrupt the shutdown that the first one started.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -52,7 +52,15 @@ def ended_once() -> Iterator[None]:
 
 
 class StopSignals:
-    """While it is on, the first Ctrl-C, SIGTERM or SIGHUP sets `asked`; a second Ctrl-C is raised where it falls."""
+    """While it is on, the first Ctrl-C, SIGTERM or SIGHUP sets `asked`; a second Ctrl-C raises `KeyboardInterrupt`.
+
+    Example:
+        >>> signals = StopSignals()
+        >>> signals.on()
+        >>> signals.heard()
+        False
+        >>> signals.off()
+    """
 
     def __init__(self) -> None:
         self.asked = False
@@ -60,7 +68,7 @@ class StopSignals:
         self._relay: Relay | None = None
 
     def heard(self) -> bool:
-        """Whether this rank has been asked or, as far as is known here, another one. Costs next to nothing."""
+        """True if this rank was signaled, or knows of another rank that was. Cheap enough for every batch."""
         if self._relay is None or self._relay.heard():
             return self.asked or self._relay is not None
         if self.asked:
@@ -68,18 +76,18 @@ class StopSignals:
         return self.asked
 
     def on(self) -> None:
-        """Take the place of the handlers that are there, Lightning's too: it would stop between micro-batches."""
+        """Install the handlers. They also replace Lightning's, which would stop between micro-batches."""
         self.asked = False
         if self._before or threading.current_thread() is not threading.main_thread():
             return
         self._before = {number: signal.signal(number, self._handle) for number in [int(signal.SIGINT), *ends()]}
-        # Not above: commands that train nothing have handlers too, and start without torch.
+        # Imported here, because commands that do not train use this module and start without torch.
         from rlhf_lightning.checkpointing.relay import Relay
 
         self._relay = Relay.of_ranks(set(self._before))
 
     def off(self) -> None:
-        """Put them back; one of those that end a process does nothing any more where the run is ending by it."""
+        """Restore the previous handlers. If the run ends by a signal, SIGTERM and SIGHUP are ignored from now on."""
         for number, handler in self._before.items():
             ending = self.asked and number != signal.SIGINT
             signal.signal(number, signal.SIG_IGN if ending else handler or signal.SIG_DFL)

@@ -1,4 +1,4 @@
-"""Weights split over devices, by one flag: `--trainer.strategy fsdp2`."""
+"""Sharding of weights over devices with one flag: `--trainer.strategy fsdp2`."""
 
 from pathlib import Path
 from typing import Any, Literal
@@ -14,17 +14,23 @@ from rlhf_lightning.files import check_format
 
 
 class FSDP2(ModelParallelStrategy):
-    """Lightning's `ModelParallelStrategy`, with all devices in the data-parallel group and checkpoints that hold.
+    """Lightning's `ModelParallelStrategy` with data-parallel defaults and atomic, verified checkpoints.
 
-    By default a checkpoint is one file, which rank 0 puts together: it resumes on another number of devices, and needs
-    the memory of one host for weights and optimizer state. With `save_distributed_checkpoint` it is a folder, to which
-    each rank adds its share. Either is written whole or not at all, and known to be whole before it is read.
+    By default a checkpoint is one file that rank 0 assembles. It can be resumed on another number of devices, and needs
+    host memory for all weights and optimizer state. With `save_distributed_checkpoint` it is a folder with the shards
+    of all ranks.
 
     Args:
-        data_parallel_size: devices that share the weights and have rows of their own; all that there are by default.
-        tensor_parallel_size: devices that compute each row together.
-        save_distributed_checkpoint: a folder of shares in place of a file.
-        kwargs: further arguments of `ModelParallelStrategy`.
+        data_parallel_size: Number of devices that share the weights and have different rows; by default all devices.
+        tensor_parallel_size: Number of devices that compute each row together.
+        save_distributed_checkpoint: Write a folder of shards instead of a file.
+        kwargs: Further arguments of `ModelParallelStrategy`.
+
+    Raises:
+        ConfigError: If the sizes do not fit the number of devices.
+
+    Example:
+        >>> strategy = FSDP2(tensor_parallel_size=2)
     """
 
     def __init__(
@@ -41,7 +47,7 @@ class FSDP2(ModelParallelStrategy):
     def setup_environment(self) -> None:
         devices, tensor = self.num_nodes * self.num_processes, int(self._tensor_parallel_size)
         if self._data_parallel_size == "auto":
-            # Lightning's own choice is the number of machines, and tensor parallel within each.
+            # Lightning's default is the number of machines, with tensor parallelism within each.
             self._data_parallel_size = devices // tensor
         if int(self._data_parallel_size) * tensor != devices:
             raise ConfigError(
@@ -50,7 +56,7 @@ class FSDP2(ModelParallelStrategy):
             )
         super().setup_environment()
         use_mesh(self.device_mesh)
-        for group in self.device_mesh.get_all_groups():  # those of a mesh have a limit of their own
+        for group in self.device_mesh.get_all_groups():  # groups of a mesh have their own timeout
             if self._timeout is not None:
                 _set_pg_timeout(self._timeout, group)
 
@@ -59,7 +65,7 @@ class FSDP2(ModelParallelStrategy):
         super().teardown()
 
     def setup(self, trainer: Any) -> None:
-        # Weights that are gathered in inference mode, by a validation before training, could not be trained on.
+        # Weights gathered in inference mode, by a validation before training, could not be trained.
         loops = (trainer.fit_loop.epoch_loop.val_loop, trainer.validate_loop, trainer.test_loop, trainer.predict_loop)
         for loop in loops:
             loop.inference_mode = False
@@ -89,7 +95,7 @@ class FSDP2(ModelParallelStrategy):
         return super().load_checkpoint(path, weights_only)
 
     def load_weights(self, path: Any) -> None:
-        """Load the weights of a checkpoint, and nothing of the optimizer: one of weights only has no more."""
+        """Load only the weights of a checkpoint, which need not contain an optimizer state."""
         optimizers, self.optimizers = self.optimizers, []
         try:
             self.load_checkpoint(path, weights_only=True)
@@ -98,8 +104,8 @@ class FSDP2(ModelParallelStrategy):
 
 
 def _contents(path: Path) -> tuple[set[str], Any]:
-    """Names of the weights that a checkpoint holds, and its format; no weight is read."""
-    stored = path if path.is_file() else path / "meta.pt"  # Lightning's name for what is no weight
+    """Names of the weights in a checkpoint, and its format version, without reading the weights."""
+    stored = path if path.is_file() else path / "meta.pt"  # where Lightning stores everything but the weights
     facts = torch.load(stored, mmap=True, map_location="meta", weights_only=True)
     if path.is_file():
         return set(facts["state_dict"]), facts.get("format")
