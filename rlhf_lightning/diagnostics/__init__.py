@@ -1,4 +1,4 @@
-"""Signs that a run of policy RL goes wrong: the checks by kind of failure, and the callbacks that look at them."""
+"""Diagnostics of policy RL: checks by kind of failure, and callbacks that run them."""
 
 from rlhf_lightning.diagnostics.check import Check
 from rlhf_lightning.diagnostics.critic import UselessCritic

@@ -1,4 +1,4 @@
-"""Warnings, in plain words, when the curves of policy RL show a known failure."""
+"""Warnings when the curves of policy RL show a known failure."""
 
 import logging
 import math
@@ -41,14 +41,21 @@ RECOVERED = 0.8
 
 
 class Diagnostics(RoundCallback):
-    """Looks at the curves after each round, warns once of each failure until it is over, and again if it comes back.
+    """Checks the curves after each round. Warns once of each failure, and again if it comes back after it was over.
 
-    A warning goes to the log and, with its step and numbers, to `warnings.jsonl` in the stage's folder. A failure is
-    over when its severity (1 where it is warned of) is below 0.8. `docs/diagnostics.md` lists the checks.
+    A warning goes to the log and, with its step and numbers, to `warnings.jsonl` in the stage's folder. A check warns
+    at severity 1, and its failure is over below 0.8. `docs/diagnostics.md` lists the checks.
 
     Args:
-        checks: further checks; one with the name of a default check replaces it, so that its thresholds can be set.
-        disabled: names of checks to leave out.
+        checks: Further checks. One with the name of a default check replaces it, so that its thresholds can be set.
+        disabled: Names of checks to leave out.
+
+    Raises:
+        ConfigError: If `disabled` names an unknown check.
+
+    Example:
+        >>> from rlhf_lightning.diagnostics import HighKL
+        >>> diagnostics = Diagnostics(checks=[HighKL(limit=20.0)], disabled=["clipping"])
     """
 
     def __init__(self, checks: list[Check] | None = None, disabled: list[str] | None = None) -> None:
@@ -62,6 +69,7 @@ class Diagnostics(RoundCallback):
 
     @property
     def watched(self) -> Iterable[str]:
+        """Names of all curves that the checks read."""
         return sorted({name for check in self.checks for name in check.watched})
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
@@ -91,7 +99,7 @@ class Diagnostics(RoundCallback):
         message = check.message(self.curves)
         if trainer.is_global_zero:
             log.warning("step %d: %s", trainer.global_step, message)
-        # NaN and infinity are no JSON numbers.
+        # JSON has no NaN and no infinity.
         shown = {k: v if math.isfinite(v) else str(v) for k, v in check.numbers(self.curves).items()}
         return {"step": trainer.global_step, "name": check.name, "message": message, "numbers": shown}
 

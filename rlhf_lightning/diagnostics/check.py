@@ -1,4 +1,4 @@
-"""What a check is: one failure of policy RL, told from the curves of a run."""
+"""Base classes of the checks, each of which detects one failure of policy RL in the curves of a run."""
 
 from abc import ABC, abstractmethod
 from typing import Any
@@ -10,15 +10,29 @@ Numbers = dict[str, float]
 
 
 class Check(ABC):
-    """A failure, as a function of the curves of a run.
+    """Detects a failure in the curves of a run.
 
     Args:
-        rounds: that the check looks at; one round in them that is unlike the others changes nothing.
+        rounds: Number of rounds to look at. Checks use medians, so that a single outlier changes nothing.
+
+    Raises:
+        ConfigError: If `rounds` is out of range.
+
+    Example:
+        >>> class LongResponses(Check):
+        ...     name, watched = "long_responses", ("response_tokens",)
+        ...     def severity(self, curves):
+        ...         level = curves.level("response_tokens", self.rounds)
+        ...         return None if level is None else level / 1000
+        ...     def numbers(self, curves):
+        ...         return {"response_tokens": curves.level("response_tokens", self.rounds)}
+        >>> LongResponses(rounds=1)(Curves.of(response_tokens=[2000.0]))
+        'long_responses (response_tokens 2000).  '
     """
 
     name = ""
     watched: tuple[str, ...] = ()
-    """The numbers whose curves it reads; without one of them it says nothing."""
+    """Names of the curves that it reads."""
     meaning = ""
     remedy = ""
 
@@ -28,30 +42,37 @@ class Check(ABC):
         self.rounds = rounds
 
     def applies(self, module: Any) -> bool:
-        """Whether it makes sense of a module's episodes."""
+        """True if the check is meaningful for a module's episodes."""
         return True
 
     @abstractmethod
     def severity(self, curves: Curves) -> float | None:
-        """1 or more: it happens. Below 0.8: it does not. None: cannot be told yet."""
+        """Severity of the failure: at least 1 if it occurs, below 0.8 if not, None if it cannot be decided yet."""
 
     @abstractmethod
     def numbers(self, curves: Curves) -> Numbers:
-        """What it was told from."""
+        """The numbers that the decision is based on, by name."""
 
     def message(self, curves: Curves) -> str:
-        """The numbers, what they mean, and the usual remedy."""
+        """The warning: the numbers, what they mean, and the usual remedy."""
         shown = ", ".join(f"{name} {value:.4g}" for name, value in self.numbers(curves).items())
         return f"{self.name} ({shown}). {self.meaning} {self.remedy}"
 
     def __call__(self, curves: Curves) -> str | None:
-        """The warning, if there is reason for one."""
+        """The warning if the failure occurs, else None."""
         severity = self.severity(curves)
         return self.message(curves) if severity is not None and severity >= 1 else None
 
 
 class MedianAbove(Check):
-    """The median of the last rounds of a curve is above a limit."""
+    """Warns if the median of the last rounds of a curve is above `limit`.
+
+    Example:
+        >>> class Long(MedianAbove):
+        ...     name, watched, limit = "long", ("response_tokens",), 1000.0
+        >>> Long(rounds=1).severity(Curves.of(response_tokens=[2000.0]))
+        2.0
+    """
 
     limit: float
 
@@ -65,10 +86,20 @@ class MedianAbove(Check):
 
 
 class SinceStart(Check):
-    """Compares the median of the last rounds of its last number with the mean of as many first ones."""
+    """Compares the median of the last rounds of its last curve with the mean of equally many first rounds.
+
+    Example:
+        >>> class Shrinking(SinceStart):
+        ...     name, watched = "shrinking", ("response_tokens",)
+        ...     def severity(self, curves):
+        ...         start, now = self.levels(curves)
+        ...         return start / now / 2
+        >>> Shrinking(rounds=1).severity(Curves.of(response_tokens=[40.0, 10.0]))
+        2.0
+    """
 
     def levels(self, curves: Curves) -> tuple[float, float] | None:
-        """At the start, and now."""
+        """The levels at the start and now; None before there are enough rounds."""
         start, now = (at(self.watched[-1], self.rounds) for at in (curves.start, curves.level))
         return None if start is None or now is None else (start, now)
 
@@ -78,6 +109,16 @@ class SinceStart(Check):
 
 
 def positive(check: Check, name: str, value: float) -> float:
+    """Return a setting of a check after checking that it is above 0.
+
+    Args:
+        check: The check.
+        name: Name of the setting.
+        value: Its value.
+
+    Raises:
+        ConfigError: If it is not above 0.
+    """
     if not value > 0:
         raise ConfigError(f"{type(check).__name__}.{name} is {value}; it must be above 0")
     return value

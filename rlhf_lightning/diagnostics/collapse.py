@@ -1,4 +1,4 @@
-"""Stopping a policy that has collapsed."""
+"""Stops the training of a policy that has collapsed."""
 
 import logging
 from collections.abc import Iterable
@@ -18,18 +18,27 @@ log = logging.getLogger(__name__)
 
 
 class StopOnCollapse(RoundCallback):
-    """Ends training when reward, entropy or KL have said for some rounds that the policy has collapsed.
+    """Stops training when reward, entropy or KL have shown for several rounds that the policy has collapsed.
 
-    The stage then counts as finished: what `--export` names is exported (with `best`, the best checkpoint), and
-    `stage.json` says `stopped`, with the step and the reason, and `stopped_on_collapse: 1` among its metrics.
-    `trainer.min_steps` and `min_epochs` come first, as with every early stop of Lightning. A reward, loss, KL or
-    entropy that is not finite is an error at once instead, and nothing is exported: the weights may be lost.
+    The stage then counts as finished. The model that `--export` names is exported (with `best`, the best checkpoint),
+    and `stage.json` has `stopped` with the step and the reason, and `stopped_on_collapse: 1` among its metrics.
+    `trainer.min_steps` and `min_epochs` take precedence, as with every early stop of Lightning. A reward, loss, KL or
+    entropy that is not finite raises an error at once, and nothing is exported, because the weights may be unusable.
 
     Args:
-        reward_lost: part of the reward's gain over its first 10 rounds that must be lost; none: not looked at.
-        entropy_fraction: of the entropy of the first 5 rounds, at or below which it has collapsed; none: not looked at.
-        kl_limit: nats a response from which on the policy has collapsed; none: not looked at.
-        patience: rounds in a row.
+        reward_lost: Fraction of the reward's gain over its first 10 rounds whose loss counts as a collapse; None to
+            ignore the reward.
+        entropy_fraction: Fraction of the entropy of the first 5 rounds at or below which it has collapsed; None to
+            ignore the entropy.
+        kl_limit: KL in nats per response at or above which the policy has collapsed; None to ignore the KL.
+        patience: Number of consecutive rounds.
+
+    Raises:
+        ConfigError: If a number is out of range.
+
+    Example:
+        >>> len(StopOnCollapse(kl_limit=None).checks)
+        2
     """
 
     def __init__(
@@ -53,10 +62,11 @@ class StopOnCollapse(RoundCallback):
         self._finite = NotFinite()
         self._streaks: dict[str, int] = {}
         self.stopped: dict[str, Any] | None = None
-        """The step and the reason, once training was stopped."""
+        """The step and the reason; None unless training was stopped."""
 
     @property
     def watched(self) -> Iterable[str]:
+        """Names of all curves that the checks read."""
         return sorted({name for check in [self._finite, *self.checks] for name in check.watched})
 
     def reset(self) -> None:

@@ -1,14 +1,19 @@
-"""The critic explains nothing of the returns."""
+"""Check of the critic."""
 
 from rlhf_lightning.diagnostics.check import Check, Numbers
 from rlhf_lightning.diagnostics.curves import Curves
 
 
 class UselessCritic(Check):
-    """The critic explains nothing of the returns, round after round.
+    """The critic explains none of the variance of the returns.
 
     Args:
-        rounds: in a row with an explained variance of at most 0.
+        rounds: Number of consecutive rounds with an explained variance of at most 0.
+
+    Example:
+        >>> from rlhf_lightning.diagnostics.curves import Curves
+        >>> UselessCritic(rounds=1).severity(Curves.of(explained_variance=[-0.5]))
+        1.5
     """
 
     name, watched = "useless_critic", ("explained_variance",)

@@ -1,4 +1,4 @@
-"""Recorded curves, a number a round, and what can be said of them."""
+"""Recorded curves, with one value per round, and their statistics."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -11,25 +11,30 @@ FIRST, RECENT, SMOOTH = 10, 40, 5
 
 @dataclass
 class Curve:
-    """A number a round, as much of it as the checks look at: its start, its last rounds, and its peak."""
+    """A metric with one value per round, as far as the checks need it: its start, its last rounds, and its peak.
+
+    Example:
+        >>> Curve.of([1.0, 2.0, 9.0]).level(3)
+        2.0
+    """
 
     first: list[float] = field(default_factory=list)
     """The first finite values."""
     recent: list[float | None] = field(default_factory=list)
-    """The last rounds; None where a round had no such number."""
+    """Values of the last rounds; None for a round without a value."""
     peak: float = -math.inf
-    """The highest that the median of 5 rounds has been."""
+    """The highest median of 5 consecutive rounds so far."""
 
     @classmethod
     def of(cls, values: Iterable[float | None]) -> "Curve":
-        """The curve of these rounds."""
+        """Make a curve from the values of rounds."""
         curve = cls()
         for value in values:
             curve.add(value)
         return curve
 
     def add(self, value: float | None) -> None:
-        """Add a round."""
+        """Add a round; None if it has no value."""
         self.recent = [*self.recent[1 - RECENT :], value]
         if value is not None and math.isfinite(value) and len(self.first) < FIRST:
             self.first.append(value)
@@ -41,54 +46,73 @@ class Curve:
         return [value for value in self.recent[-rounds:] if value is not None and math.isfinite(value)]
 
     def level(self, rounds: int) -> float | None:
-        """The median of the last rounds; None before there are so many."""
+        """Median of the last rounds; None if they do not all have a finite value."""
         values = self.last(rounds)
         return median(values) if len(values) == rounds else None
 
     def start(self, rounds: int) -> float | None:
-        """The mean of the first rounds; None before there are so many."""
+        """Mean of the first finite values; None if there are fewer than `rounds`."""
         return fmean(self.first[:rounds]) if len(self.first) >= rounds else None
 
 
 class Curves(dict[str, Curve]):
-    """The curves of some numbers, all of the same rounds."""
+    """Curves of several metrics over the same rounds, by name.
+
+    Example:
+        >>> Curves.of(kl=[1.0, 3.0]).start("kl", 2)
+        2.0
+    """
 
     def record(self, numbers: Mapping[str, float], names: Iterable[str]) -> None:
-        """Add a round."""
+        """Add a round.
+
+        Args:
+            numbers: Metrics of the round.
+            names: Metrics to record.
+        """
         for name in names:
             if name in self or name in numbers:
                 self.setdefault(name, Curve()).add(numbers.get(name))
 
     @classmethod
     def of(cls, **values: Iterable[float | None]) -> "Curves":
-        """These curves, each a list of numbers a round."""
+        """Make curves from lists with one value per round."""
         return cls({name: Curve.of(numbers) for name, numbers in values.items()})
 
     def level(self, name: str, rounds: int) -> float | None:
-        """See `Curve.level`; None where there is no such curve."""
+        """See `Curve.level`; None if there is no such curve."""
         return self[name].level(rounds) if name in self else None
 
     def start(self, name: str, rounds: int) -> float | None:
-        """See `Curve.start`; None where there is no such curve."""
+        """See `Curve.start`; None if there is no such curve."""
         return self[name].start(rounds) if name in self else None
 
     def last(self, name: str, rounds: int) -> list[float]:
-        """See `Curve.last`; empty where there is no such curve."""
+        """See `Curve.last`; empty if there is no such curve."""
         return self[name].last(rounds) if name in self else []
 
     @property
     def state(self) -> dict[str, Any]:
-        """Plain values for the checkpoint."""
+        """The curves as plain values, for the checkpoint."""
         return {name: asdict(curve) for name, curve in self.items()}
 
     def load(self, state: Mapping[str, Any]) -> None:
-        """Take the curves of a checkpoint."""
+        """Restore a `state`."""
         self.clear()
         self.update({name: Curve(**values) for name, values in state.items()})
 
 
 def together(one: Curve, other: Curve, rounds: int) -> tuple[list[float], list[float]]:
-    """The last rounds of two curves, those in which both have a finite number."""
+    """The last rounds of two curves, restricted to rounds in which both have a finite value.
+
+    Args:
+        one: A curve.
+        other: Another curve.
+        rounds: Number of rounds to look at.
+
+    Returns:
+        The values of both curves in these rounds.
+    """
     pairs = [
         (a, b)
         for a, b in zip(one.recent[-rounds:][::-1], other.recent[-rounds:][::-1], strict=False)
@@ -98,7 +122,7 @@ def together(one: Curve, other: Curve, rounds: int) -> tuple[list[float], list[f
 
 
 def trend(values: Sequence[float]) -> float:
-    """t of the slope of the least-squares line: how many of its standard errors it lies above 0."""
+    """t-statistic of the slope of the least-squares line: the slope divided by its standard error."""
     n = len(values)
     if n < 3:
         return 0.0
@@ -107,14 +131,14 @@ def trend(values: Sequence[float]) -> float:
     slope = sum((i - middle) * (value - mean) for i, value in enumerate(values)) / spread
     residual = sum((value - mean - slope * (i - middle)) ** 2 for i, value in enumerate(values))
     error = math.sqrt(residual / (n - 2) / spread)
-    # A change within rounding is none.
+    # Changes within rounding error count as none.
     if abs(slope) * n <= 1e-9 * max(abs(value) for value in values):
         return 0.0
     return slope / error if error else math.copysign(math.inf, slope)
 
 
 def correlation(one: Sequence[float], other: Sequence[float]) -> float | None:
-    """Pearson's r; None where one of them is constant."""
+    """Pearson's r; None if one of the sequences is constant."""
     from statistics import StatisticsError
     from statistics import correlation as pearson
 

@@ -1,4 +1,4 @@
-"""What must hold at the first update after a rollout, checked while the run goes on."""
+"""Invariants of the first update after a rollout, checked during training."""
 
 import logging
 import math
@@ -17,14 +17,19 @@ LARGEST, MEAN = 1e-4, 0.02
 
 
 class FirstStepInvariants(pl.Callback):
-    """Before the first update on fresh episodes, trainer and sampler hold the same weights: the importance ratio is 1.
+    """Checks that trainer and sampler agree before the first update of a round, when the importance ratio is 1.
 
-    In float32 the largest |log ratio| must be at most 1e-4 and nothing may be clipped; in lower precision the mean must
-    be at most 0.02, and at most 1% of the tokens clipped by rounding. Before the very first update the policy is the
-    reference, where that is the start of the stage: the same bounds hold for their log-probabilities.
+    In float32 the largest |log ratio| must be at most 1e-4, and no token may be clipped. In lower precision the mean
+    must be at most 0.02, and rounding may clip at most 1% of the tokens. Before the first update of the run, the policy
+    equals the reference if that is the start of the stage, and their log-probabilities must agree within the same
+    bounds.
 
     Args:
-        strict: raise instead of warning, once of each.
+        strict: Raise `UserError` instead of a warning, which is given once per kind.
+
+    Example:
+        >>> FirstStepInvariants(strict=True).strict
+        True
     """
 
     def __init__(self, strict: bool = False) -> None:
@@ -86,21 +91,21 @@ class FirstStepInvariants(pl.Callback):
 
 
 def _worst(*numbers: Any) -> list[float]:
-    """The largest of each over the ranks, or NaN, so that all of them warn or stop together."""
+    """The largest value of each number over ranks, or NaN, so that all ranks warn or stop together."""
     ranks = zip(*gather([float(number) for number in numbers]), strict=True)
     return [max(values, key=lambda value: (math.isnan(value), value)) for values in ranks]
 
 
 def _outside(full: bool, largest: float, mean: float) -> bool:
-    # Not `>`: NaN is outside as well.
+    # Not written with `>`, so that NaN counts as outside.
     return not (largest <= LARGEST if full else mean <= MEAN)
 
 
 def _is_start(trainer: pl.Trainer, batch_idx: int) -> bool:
-    """Whether the batch was computed before the first update of the run."""
+    """True if the batch was computed before the first update of the run."""
     return trainer.current_epoch == 0 and batch_idx < trainer.accumulate_grad_batches
 
 
 def _starts_as_reference(pl_module: Any) -> bool:
-    """Whether there is a reference, and it is the start of the stage and no model of its own."""
+    """True if there is a reference and it is the start of the stage, not a model of its own."""
     return getattr(pl_module, "reference", None) is not None and pl_module.kl.reference is None

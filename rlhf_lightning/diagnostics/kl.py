@@ -1,4 +1,4 @@
-"""The policy moves too far from the reference, too fast, or the measured KL cannot be true."""
+"""Checks of the KL: the policy moves too far from the reference or too fast, or the measured KL is impossible."""
 
 from statistics import median
 from typing import Any
@@ -10,11 +10,17 @@ from rlhf_lightning.diagnostics.curves import RECENT, Curves, correlation, toget
 class HighKL(MedianAbove):
     """The policy is far from the reference.
 
-    Learned rewards were over-optimized at some tens of nats a response (Stiennon et al. 2020, section 4.3; Gao et al.
-    2023); a verifier can bear more.
+    Learned rewards were over-optimized at some tens of nats per response (Stiennon et al. 2020, section 4.3, arXiv
+    2009.01325; Gao et al. 2023, arXiv 2210.10760). A verifier tolerates more.
 
     Args:
-        limit: nats a response. rounds: of which the median is taken.
+        limit: KL in nats per response.
+        rounds: Number of rounds for the median.
+
+    Example:
+        >>> from rlhf_lightning.diagnostics.curves import Curves
+        >>> HighKL(limit=50.0, rounds=1).severity(Curves.of(kl=[25.0]))
+        0.5
     """
 
     name, watched = "high_kl", ("kl",)
@@ -27,13 +33,18 @@ class HighKL(MedianAbove):
 
 
 class GrowingKL(Check):
-    """KL has doubled within a few rounds and bought no reward: how PPO diverges.
+    """The KL has doubled within a few rounds without a gain in reward, which is how PPO diverges.
 
     Args:
-        growth: of the median KL from the first to the second half of the rounds.
-        floor: nats a response under which growth means nothing.
-        trend: t of the slope of the reward from which on it counts as rising.
-        rounds: looked at.
+        growth: Ratio of the median KL in the second half of the rounds to that in the first half.
+        floor: KL in nats per response below which growth is ignored.
+        trend: t-statistic of the reward's slope from which on the reward counts as rising.
+        rounds: Number of rounds to look at.
+
+    Example:
+        >>> from rlhf_lightning.diagnostics.curves import Curves
+        >>> GrowingKL(rounds=2).severity(Curves.of(kl=[5.0, 20.0], reward=[1.0, 1.0]))
+        2.0
     """
 
     name, watched = "growing_kl", ("kl", "reward")
@@ -70,10 +81,16 @@ class GrowingKL(Check):
 
 
 class NegativeKL(Check):
-    """Mean k1 stays below 0, which no expectation over the policy's own samples can.
+    """The mean of k1 stays below 0, which is impossible for the expectation over the policy's own samples.
 
     Args:
-        limit: nats a response that it must be below 0, in every round. rounds: in a row.
+        limit: Distance below 0 in nats per response that every round must exceed.
+        rounds: Number of consecutive rounds.
+
+    Example:
+        >>> from rlhf_lightning.diagnostics.curves import Curves
+        >>> NegativeKL(limit=0.5, rounds=1).severity(Curves.of(kl=[-1.0]))
+        2.0
     """
 
     name, watched = "negative_kl", ("kl",)

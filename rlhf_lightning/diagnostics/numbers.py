@@ -1,4 +1,4 @@
-"""Numbers that are not finite."""
+"""Check for metrics that are not finite."""
 
 import math
 
@@ -7,7 +7,13 @@ from rlhf_lightning.diagnostics.curves import Curves
 
 
 class NotFinite(Check):
-    """The last round's reward, loss, KL or entropy is NaN or infinite."""
+    """The reward, loss, KL or entropy of the last round is NaN or infinite.
+
+    Example:
+        >>> from rlhf_lightning.diagnostics.curves import Curves
+        >>> NotFinite().severity(Curves.of(loss=[math.nan]))
+        1.0
+    """
 
     name, watched = "not_finite", ("loss", "reward", "kl", "entropy")
     meaning = "A number of training is not finite; the weights may be lost already."

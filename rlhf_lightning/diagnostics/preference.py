@@ -1,4 +1,4 @@
-"""Watches preference learning for its two usual failures, and keeps the reliability curve of validation as a file."""
+"""Watches preference learning for two common failures, and writes the reliability curve of validation to a file."""
 
 import logging
 import math
@@ -15,11 +15,15 @@ log = logging.getLogger(__name__)
 
 
 class PreferenceWatch(pl.Callback):
-    """Warns, once each, where chosen responses grow less likely, and where train and validation part.
+    """Warns if chosen responses become less likely, and if training and validation metrics diverge; once each.
 
     Args:
-        window: optimizer steps whose mean log-probability of chosen responses is one point.
-        falls: points in a row that each are below the one before, before it warns.
+        window: Number of optimizer steps that are averaged to one point.
+        falls: Number of consecutive falls of these points before it warns that chosen responses become less likely.
+
+    Example:
+        >>> PreferenceWatch(window=20).falls
+        4
     """
 
     def __init__(self, window: int = 10, falls: int = 4) -> None:
@@ -32,12 +36,11 @@ class PreferenceWatch(pl.Callback):
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         if trainer.fit_loop._should_accumulate():
-            return  # its step is still under way
+            return  # the optimizer step is not complete
         metrics = trainer.callback_metrics
         if "train/accuracy" in metrics and "train/loss" in metrics:
             self._train.append((float(metrics["train/accuracy"]), float(metrics["train/loss"])))
-        # What the policy itself makes of the responses: against the reference where there is one, since the rows of one
-        # step are longer than those of another.
+        # Relative to the reference if there is one, because log-probabilities depend on the lengths of a step's rows.
         change = metrics.get("train/chosen_score") if "train/kl" in metrics else metrics.get("train/chosen_logps")
         if change is not None:
             self._recent.append(float(change))
@@ -82,7 +85,7 @@ class PreferenceWatch(pl.Callback):
         self._train = []
         pairs = sum(part["pairs"] for part in pl_module.last_report.get("reliability", [])) or 1.0
         error = math.sqrt(held * (1 - held) / pairs)
-        # Beyond what chance does to so many pairs, and past the best: otherwise it is still learning.
+        # The gap must exceed chance for so many pairs, and the loss must be past its best; else it is still learning.
         if accuracy - held <= 2 * error or held_loss <= best or "gap" in self._warned:
             return
         self._warned.add("gap")

@@ -1,4 +1,4 @@
-"""Sampler, trainer and updates disagree on log-probabilities: gaps, wild ratios, clipping."""
+"""Checks of importance ratios: disagreement of sampler and trainer, extreme ratios, and clipping."""
 
 from typing import Any
 
@@ -7,12 +7,18 @@ from rlhf_lightning.diagnostics.curves import Curves
 
 
 class LogprobGap(MedianAbove):
-    """Sampler and trainer disagree on what was sampled.
+    """Sampler and trainer disagree on the log-probabilities of sampled tokens.
 
-    0.02 nats a token is what bf16 kernels of equal weights differ by at most in the mean.
+    With equal weights, bf16 kernels differ by at most about 0.02 nats per token on average.
 
     Args:
-        limit: mean |log ratio| before the first update of a round. rounds: of which the median is taken.
+        limit: Mean |log ratio| before the first update of a round, in nats per token.
+        rounds: Number of rounds for the median.
+
+    Example:
+        >>> from rlhf_lightning.diagnostics.curves import Curves
+        >>> LogprobGap(limit=0.02, rounds=1).severity(Curves.of(logprob_gap=[0.04]))
+        2.0
     """
 
     name, watched = "logprob_gap", ("logprob_gap",)
@@ -27,15 +33,21 @@ class LogprobGap(MedianAbove):
         self.limit = positive(self, "limit", limit)
 
     def applies(self, module: Any) -> bool:
-        # What was recorded, or sampled with the weights of a round ago, is meant to differ.
+        # Recorded episodes, and those sampled with stale weights, differ by design.
         return getattr(module, "samples_rollouts", True) and not getattr(module, "staleness", 0)
 
 
 class WildRatios(MedianAbove):
-    """Some token's importance ratio is enormous.
+    """The importance ratio of a token is extreme.
 
     Args:
-        limit: largest |log ratio| of a round, nats; 5 is a ratio of 148. rounds: of which the median is taken.
+        limit: Largest |log ratio| of a round, in nats; 5 is a ratio of 148.
+        rounds: Number of rounds for the median.
+
+    Example:
+        >>> from rlhf_lightning.diagnostics.curves import Curves
+        >>> WildRatios(limit=5.0, rounds=1).severity(Curves.of(log_ratio_max=[10.0]))
+        2.0
     """
 
     name, watched = "wild_ratios", ("log_ratio_max",)
@@ -48,7 +60,13 @@ class WildRatios(MedianAbove):
 
 
 class ClampedRatios(Check):
-    """Log ratios of the last round are beyond ±20, where the loss cuts them off."""
+    """Log-ratios of the last round are beyond ±20, where the loss clamps them.
+
+    Example:
+        >>> from rlhf_lightning.diagnostics.curves import Curves
+        >>> ClampedRatios().severity(Curves.of(log_ratio_clamped=[0.01]))
+        1.0
+    """
 
     name, watched = "clamped_ratios", ("log_ratio_clamped",)
     meaning = (
@@ -72,10 +90,16 @@ class ClampedRatios(Check):
 
 
 class Clipping(MedianAbove):
-    """The objective clips much of what it is given; 0.1 to 0.2 is usual for PPO.
+    """The objective clips a large fraction of the tokens; 0.1 to 0.2 is usual for PPO.
 
     Args:
-        limit: part of the sampled tokens. rounds: of which the median is taken.
+        limit: Fraction of the sampled tokens.
+        rounds: Number of rounds for the median.
+
+    Example:
+        >>> from rlhf_lightning.diagnostics.curves import Curves
+        >>> Clipping(limit=0.25, rounds=1).severity(Curves.of(clip_fraction=[0.5]))
+        2.0
     """
 
     name, watched = "clipping", ("clip_fraction",)

@@ -1,14 +1,20 @@
-"""What responses look like: cut off, longer for the reward, repetitive, or always the same."""
+"""Checks of responses: truncation, length as a proxy for reward, repetition, and loss of variety."""
 
 from rlhf_lightning.diagnostics.check import MedianAbove, Numbers, SinceStart, positive
 from rlhf_lightning.diagnostics.curves import Curves
 
 
 class Truncation(MedianAbove):
-    """Many responses run out of tokens.
+    """Many responses are truncated.
 
     Args:
-        limit: part of the episodes. rounds: of which the median is taken.
+        limit: Fraction of the episodes.
+        rounds: Number of rounds for the median.
+
+    Example:
+        >>> from rlhf_lightning.diagnostics.curves import Curves
+        >>> Truncation(limit=0.25, rounds=1).severity(Curves.of(truncated=[0.5]))
+        2.0
     """
 
     name, watched = "truncation", ("truncated",)
@@ -24,12 +30,18 @@ class Truncation(MedianAbove):
 
 
 class LengthHacking(SinceStart):
-    """The reward goes with length, and responses have grown.
+    """The reward correlates with length, and responses have become longer.
 
     Args:
-        correlation: of length and reward over the episodes of a round.
-        growth: of the mean length since the first rounds.
-        rounds: of which the median is taken, and that are the first.
+        correlation: Correlation of length and reward over the episodes of a round.
+        growth: Ratio of the mean length to that of the first rounds.
+        rounds: Number of rounds for the median, and number of first rounds.
+
+    Example:
+        >>> from rlhf_lightning.diagnostics.curves import Curves
+        >>> curves = Curves.of(length_reward_correlation=[0.5, 1.0], response_tokens=[10.0, 30.0])
+        >>> LengthHacking(rounds=1).severity(curves)
+        2.0
     """
 
     name, watched = "length_hacking", ("length_reward_correlation", "response_tokens")
@@ -55,12 +67,17 @@ class LengthHacking(SinceStart):
 
 
 class RepeatedText(SinceStart):
-    """Responses repeat themselves more than they did.
+    """Responses repeat themselves more than at the start.
 
     Args:
-        limit: repeated part of the 4-grams of a response (seq-rep-4 of Welleck et al. 2019).
-        rise: since the first rounds, so that a start that repeats itself is not held against RL.
-        rounds: of which the median is taken, and that are the first.
+        limit: Fraction of repeated 4-grams in a response (seq-rep-4 of Welleck et al. 2019, arXiv 1908.04319).
+        rise: Increase since the first rounds, so that a repetitive start model is not attributed to RL.
+        rounds: Number of rounds for the median, and number of first rounds.
+
+    Example:
+        >>> from rlhf_lightning.diagnostics.curves import Curves
+        >>> RepeatedText(limit=0.25, rise=0.25, rounds=1).severity(Curves.of(repeated_ngrams=[0.0, 0.5]))
+        2.0
     """
 
     name, watched = "repeated_text", ("repeated_ngrams",)
@@ -80,10 +97,16 @@ class RepeatedText(SinceStart):
 
 
 class EntropyCollapse(SinceStart):
-    """Entropy has fallen to a fraction of what it was in the first rounds.
+    """Entropy has fallen to a fraction of its level in the first rounds.
 
     Args:
-        fraction: of the mean entropy of the first rounds. rounds: of which the median is taken, and that are the first.
+        fraction: Fraction of the mean entropy of the first rounds.
+        rounds: Number of rounds for the median, and number of first rounds.
+
+    Example:
+        >>> from rlhf_lightning.diagnostics.curves import Curves
+        >>> EntropyCollapse(fraction=0.25, rounds=1).severity(Curves.of(entropy=[1.0, 0.125]))
+        2.0
     """
 
     name, watched = "entropy_collapse", ("entropy",)

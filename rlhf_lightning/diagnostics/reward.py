@@ -1,4 +1,4 @@
-"""The reward stops meaning something: no signal within groups, over-optimization, a collapse."""
+"""Checks of the reward: no signal within groups, over-optimization, and collapse."""
 
 from statistics import fmean, stdev
 
@@ -7,10 +7,16 @@ from rlhf_lightning.diagnostics.curves import FIRST, SMOOTH, Curves, together, t
 
 
 class NoSignal(MedianAbove):
-    """Most groups have one reward for all their responses.
+    """In most groups all responses have the same reward.
 
     Args:
-        limit: part of the groups. rounds: of which the median is taken.
+        limit: Fraction of the groups.
+        rounds: Number of rounds for the median.
+
+    Example:
+        >>> from rlhf_lightning.diagnostics.curves import Curves
+        >>> NoSignal(limit=0.5, rounds=1).severity(Curves.of(zero_variance_groups=[1.0]))
+        2.0
     """
 
     name, watched = "no_signal", ("zero_variance_groups",)
@@ -26,12 +32,16 @@ class NoSignal(MedianAbove):
 
 
 class OverOptimized(Check):
-    """The reward that is trained on rises, the gold reward falls.
+    """The trained reward rises while the gold reward falls.
 
     Args:
-        gold: name of the part of the reward that is only measured (`weight: 0`).
-        trend: t of the slopes, upwards and downwards, from which on they count.
-        rounds: looked at.
+        gold: Name of the reward term that is only measured (`weight: 0`).
+        trend: t-statistic of the slopes, upward and downward, from which on they count.
+        rounds: Number of rounds to look at.
+
+    Example:
+        >>> OverOptimized(gold="judge").watched
+        ('reward', 'reward_judge', 'kl')
     """
 
     name = "over_optimized"
@@ -63,11 +73,16 @@ class OverOptimized(Check):
 
 
 class RewardCollapse(Check):
-    """The reward has lost most of what it had gained, or fallen below where it started.
+    """The reward has lost most of its gain, or fallen below its start.
 
     Args:
-        lost: part of the gain from the first 10 rounds to the peak.
-        deviations: between the first 10 rounds, that a loss must have at least: a curve of noise has a peak as well.
+        lost: Fraction of the gain from the first 10 rounds to the peak.
+        deviations: Smallest loss that counts, in standard deviations of the first 10 rounds, because the curve of pure
+            noise has a peak too.
+
+    Example:
+        >>> RewardCollapse(lost=0.5).name
+        'reward_collapse'
     """
 
     name, watched = "reward_collapse", ("reward",)

@@ -1,4 +1,4 @@
-"""Callbacks that look at a round of policy RL as a whole."""
+"""Base class of callbacks that look at whole rounds of policy RL."""
 
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping
@@ -13,11 +13,18 @@ LARGEST = ("log_ratio_max",)
 
 
 class RoundCallback(pl.Callback):
-    """Gathers the numbers of each round, and hands them to `round_ended` after its last mini-batch.
+    """Collects the metrics of each round and calls `round_ended` after the round's last mini-batch.
 
-    They are the round's statistics, and what the module logs of each optimizer step: the mean over the round's sampled
-    tokens, or the largest; over all ranks, and the same on every rank. What a checkpoint within a round needs is in
-    the callback's state.
+    They are the statistics of the round, and the metrics that the module logs for each optimizer step, averaged over
+    the round's sampled tokens or as their maximum. They cover all ranks and are the same on every rank. The state
+    contains what a checkpoint within a round needs.
+
+    Example:
+        >>> class PrintReward(RoundCallback):
+        ...     watched = ("reward",)
+        ...     def round_ended(self, trainer, pl_module):
+        ...         print(self.curves.level("reward", 1))
+        >>> callback = PrintReward()
     """
 
     def __init__(self) -> None:
@@ -28,11 +35,11 @@ class RoundCallback(pl.Callback):
     @property
     @abstractmethod
     def watched(self) -> Iterable[str]:
-        """The numbers whose curves are kept."""
+        """Names of the metrics whose curves are recorded."""
 
     @abstractmethod
     def round_ended(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        """Called on all ranks with the round in `curves`."""
+        """Called on all ranks after a round, which is then in `curves`."""
 
     def state_dict(self) -> dict[str, Any]:
         return {"round": self._round, "curves": self.curves.state}
@@ -48,17 +55,17 @@ class RoundCallback(pl.Callback):
         self._resumed = False
 
     def reset(self) -> None:
-        """Forget an earlier fit."""
+        """Forget the rounds of an earlier fit."""
         self._round = {}
         self.curves.clear()
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         if not isinstance(batch, dict) or "statistics" not in batch:
-            return  # no batch of the rollout loader
+            return  # not a batch of the rollout loader
         if batch["statistics"] is not None:
             self._round = {"statistics": dict(batch["statistics"]), "sums": {}, "largest": {}}
         if not self._round:
-            return  # resumed within a round by a checkpoint that does not know this callback
+            return  # resumed within a round, from a checkpoint without this callback
         if not trainer.fit_loop._should_accumulate():
             self._add(trainer, batch)
         if (batch_idx + 1) % pl_module.rollouts.per_round == 0:
@@ -70,7 +77,7 @@ class RoundCallback(pl.Callback):
     def _add(self, trainer: pl.Trainer, batch: Mapping[str, Any]) -> None:
         tokens = batch["denominators"]["tokens"]
         if not tokens:
-            return  # nothing was trained: what was logged before still stands there
+            return  # nothing was trained, so the logged metrics are those of an earlier step
         logged = trainer.callback_metrics
         names = [name for name in (*MEANS, *LARGEST) if f"train/{name}" in logged]
         for name in names if batch.get("first") else [name for name in names if name != "logprob_gap"]:
