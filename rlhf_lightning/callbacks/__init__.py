@@ -1,1 +1,1 @@
-"""Callbacks of the stages: export, progress, samples, predictions, invariants."""
+"""Callbacks of all stages: progress, sample tables, predictions, export, and the memory estimate."""

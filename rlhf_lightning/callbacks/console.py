@@ -1,4 +1,4 @@
-"""Progress as plain lines, where the output is no terminal."""
+"""Progress as plain lines, for output that is not a terminal."""
 
 import time
 from collections.abc import Mapping
@@ -9,12 +9,12 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from rlhf_lightning.files import duration
 
-# What says how a stage goes, before anything else that is logged for the bar.
+# The metrics that matter most, shown before all others that are logged for the progress bar.
 FIRST = ("nll", "reward", "accuracy", "margin", "kl", "entropy", "truncated", "loss")
 
 
 def headline(metrics: Mapping[str, Any]) -> dict[str, Any]:
-    """The numbers of the progress bar: those that matter most first, of training before those of validation."""
+    """Metrics of the progress bar, ordered: the most important ones first, training before validation."""
 
     def place(name: str) -> tuple[bool, int]:
         split, _, key = name.rpartition("/")
@@ -25,10 +25,14 @@ def headline(metrics: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class ConsoleLines(pl.Callback):
-    """Prints a line with the numbers of the progress bar every few seconds, and at the end.
+    """Prints a line with the metrics of the progress bar every few seconds, and at the end.
 
     Args:
-        seconds: the least time between two lines.
+        seconds: Shortest time between two lines.
+
+    Example:
+        >>> ConsoleLines(seconds=60.0).seconds
+        60.0
     """
 
     def __init__(self, seconds: float = 10.0) -> None:
@@ -58,7 +62,13 @@ class ConsoleLines(pl.Callback):
 
 
 def remaining(spent: float, done: int, to_do: float) -> str:
-    """The time that is left if it goes on as before; nothing where that cannot be said, or it is over."""
+    """Text about the remaining time at the current pace; empty if it is unknown or zero.
+
+    Args:
+        spent: Seconds spent so far.
+        done: Number of steps done in that time.
+        to_do: Number of steps left.
+    """
     if done < 1 or not 0 < to_do < float("inf"):
         return ""
     return f", {duration(spent / done * to_do)} left"

@@ -1,4 +1,4 @@
-"""The end of a stage: its model folder and `stage.json`."""
+"""Export of the model folder and `stage.json` at the end of a stage."""
 
 import logging
 import shutil
@@ -28,10 +28,17 @@ log = logging.getLogger(__name__)
 
 
 class ExportModel(pl.Callback):
-    """Writes `model/` and `stage.json` into the stage's folder when `fit` is done.
+    """Writes `model/` and `stage.json` into the stage's folder at the end of `fit`.
 
     Args:
-        which: `last` weights, or those of the `best` checkpoint by the monitored metric of a ModelCheckpoint.
+        which: `last` for the last weights, `best` for the best checkpoint by the metric of a ModelCheckpoint.
+
+    Raises:
+        ConfigError: If `which` is unknown, or no ModelCheckpoint monitors a metric for `best`.
+
+    Example:
+        >>> ExportModel("best").which
+        'best'
     """
 
     def __init__(self, which: str = "last") -> None:
@@ -49,7 +56,7 @@ class ExportModel(pl.Callback):
             )
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        """Write the folder, unless the run was stopped before its end or is a trial run."""
+        """Write the folder, unless the run was interrupted or is a `fast_dev_run`."""
         if trainer.interrupted or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         if self.which == "best":
@@ -118,7 +125,7 @@ def _save(pl_module: Any, folder: Path) -> None:
 
 
 def _history(trainer: pl.Trainer) -> dict[str, Any]:
-    """What befell the run, where something did."""
+    """Irregularities of the run, if any: skipped steps, empty steps, inexact resumes."""
     facts: dict[str, Any] = {}
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(callback, NonFiniteGuard) and callback.skipped:

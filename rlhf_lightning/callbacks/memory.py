@@ -1,4 +1,4 @@
-"""Before training: how much memory it will take, and what to change where that is more than there is."""
+"""Estimate of the memory that training needs, and advice if it is more than is available."""
 
 import logging
 from contextlib import nullcontext
@@ -26,12 +26,26 @@ from rlhf_lightning.modules.policy_rl import PolicyRLModule
 
 log = logging.getLogger(__name__)
 FITS = 0.8
-"""Of the memory that is there: an estimate below is said in one line, one above with advice."""
+"""Fraction of the available memory up to which an estimate is shown in one line; above it, with advice."""
 
 
 @dataclass
 class Estimate:
-    """Bytes on one device. `total` is the larger of a training step and a round of rollouts, which alternate."""
+    """Estimated memory on one device, in bytes.
+
+    Attributes:
+        weights: Weights of the trained models, frozen backbones included.
+        gradients: Gradients of the trained weights.
+        optimizer: Optimizer state.
+        activations: Activations kept for the backward pass of a step.
+        logits: Logits and their gradients in a step.
+        available: Memory of the device; None if unknown.
+
+    Example:
+        >>> estimate = Estimate(4_000_000, 4_000_000, 8_000_000, 0, 2_000_000, 1_000_000)
+        >>> estimate.total
+        19000000
+    """
 
     weights: int
     gradients: int
@@ -41,25 +55,26 @@ class Estimate:
     activations: int
     logits: int
     cache: int = 0
-    """The sampler's keys and values."""
+    """The sampler's KV cache."""
     visiting: int = 0
-    """The largest model that is on the device for a while, see `Placement`."""
+    """The largest model that is only temporarily on the device; see `Placement`."""
     available: int | None = None
     advice: list[str] = field(default_factory=list)
-    """What to change where it does not fit: first what changes no result."""
+    """Settings to change if it does not fit; those that do not change results come first."""
 
     @property
     def total(self) -> int:
+        """Peak memory in bytes. A training step and a round of rollouts alternate, so the larger of the two counts."""
         step, round_of_rollouts = self.activations + self.logits, max(self.cache, self.visiting)
         return self.weights + self.gradients + self.optimizer + self.frozen + max(step, round_of_rollouts)
 
     @property
     def fits(self) -> bool:
-        """Whether there is room, with a margin for what is not counted."""
+        """True if there is enough memory, with a margin for what is not counted."""
         return self.available is None or self.total <= FITS * self.available
 
     def text(self) -> str:
-        """For people: one line where it fits, with advice where it does not."""
+        """The estimate as text: one line, followed by advice if it does not fit."""
         names = ("weights", "gradients", "optimizer", "frozen", "activations", "logits", "cache", "visiting")
         parts = ", ".join(f"{name} {_size(getattr(self, name))}" for name in names if getattr(self, name))
         there = f" of {_size(self.available)}" if self.available else ""
@@ -72,12 +87,15 @@ class Estimate:
 def estimate_memory(
     module: Any, tokens: int, scored: int, rows: int = 0, row_tokens: int = 0, shards: int = 1
 ) -> Estimate:
-    """What training takes on this device. The module's model must be there (`configure_model`).
+    """Estimate the memory that training needs on this device. The model must be loaded (`configure_model`).
 
     Args:
-        tokens: that a micro-batch computes. scored: of them, those whose logits are needed; 0 with a reward head.
-        rows, row_tokens: that the sampler decodes side by side, and the length that they may come to.
-        shards: devices that will share weights, gradients and optimizer state; 1 where they are parted already.
+        module: The module.
+        tokens: Number of tokens in a micro-batch.
+        scored: Number of those whose logits are needed; 0 with a reward head.
+        rows: Number of rows that the sampler decodes at once.
+        row_tokens: Largest number of tokens of such a row.
+        shards: Number of devices that will share weights, gradients and optimizer state; 1 if they are sharded already.
     """
     plugin = getattr(module._trainer, "precision_plugin", None)
     context = plugin.forward_context if plugin else nullcontext
@@ -109,7 +127,7 @@ def _activations(module: Any, tokens: int, size: int, context: Any, device: torc
         if module.gradient_checkpointing:
             needed = checkpointed_bytes(part.model, kept, tokens, size)
         if module.activation_offload and device.type == "cuda":
-            # What is on the device is what one layer works with.
+            # Only the activations of the current layer are on the device.
             needed = kept // part.config.num_hidden_layers
         total += needed
     return total
@@ -122,7 +140,7 @@ def _places(module: Any) -> list[Any]:
 
 
 def _advice(module: Any, estimate: Estimate) -> list[str]:
-    """Settings that are not yet made, those that change no result first."""
+    """Settings that would save memory and are not set; those that do not change results come first."""
     policy, found = isinstance(module, PolicyRLModule), []
     on_gpu = next(module.model.parameters()).device.type == "cuda"
     if not module.gradient_checkpointing:
@@ -136,7 +154,7 @@ def _advice(module: Any, estimate: Estimate) -> list[str]:
         found.append(f"offload: true of model.kl and of reward models, or their device: cpu ({size} less)")
     if policy and estimate.cache > estimate.activations + estimate.logits:
         found.append("lower model.sampler.batch_rows (the cache in proportion)")
-    # From here on the numbers are others.
+    # The following settings change results.
     if next(iter(module.model.parameters())).element_size() > 2:
         found.append("trainer.precision: bf16-mixed (activations), or bf16-true (weights and optimizer as well)")
     if module.lora is None:
@@ -153,7 +171,12 @@ def _size(count: int) -> str:
 
 
 class MemoryEstimate(pl.Callback):
-    """Says before training how much memory it will take: one line, or advice where it may not fit."""
+    """Logs an estimate of the required memory before training: one line, or advice if it may not fit.
+
+    Example:
+        >>> callback = MemoryEstimate()
+        >>> trainer = Trainer(callbacks=[callback])  # doctest: +SKIP
+    """
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         sizes = step_sizes(trainer, pl_module)
@@ -166,9 +189,9 @@ class MemoryEstimate(pl.Callback):
 
 
 def step_sizes(trainer: pl.Trainer, module: Any) -> tuple[int, int, int, int] | None:
-    """The arguments of `estimate_memory` for the largest micro-batch of the data; None where that is not known.
+    """The arguments of `estimate_memory` for the largest micro-batch of the data; None if the data is unknown.
 
-    What rows share is counted once: the prompt of a pair or a group.
+    The shared prompt of a pair or a group counts once.
     """
     data: Any = trainer.datamodule  # type: ignore[attr-defined]
     prepared = getattr(data, "prepared", {}).get("train")
@@ -182,7 +205,7 @@ def step_sizes(trainer: pl.Trainer, module: Any) -> tuple[int, int, int, int] | 
 
 
 def _token_scorer(module: Any) -> TokenLogprobs | None:
-    """What computes logits; None with a reward head."""
+    """The object that computes logits; None with a reward head."""
     return getattr(module, "tokens", None) or getattr(getattr(module, "scorer", None), "tokens", None)
 
 

@@ -1,4 +1,4 @@
-"""What `predict` finds, as a file."""
+"""Writes the results of `predict` to a file."""
 
 import logging
 from pathlib import Path
@@ -14,9 +14,13 @@ log = logging.getLogger(__name__)
 
 
 class PredictionsFile(pl.Callback):
-    """Writes `predictions.jsonl` into the folder of the command, a row for each row of data.
+    """Writes `predictions.jsonl` into the Trainer's `default_root_dir`, with a row for each data row.
 
-    Ranks with rows of their own have a file of their own.
+    With several data ranks, each writes its own file, `predictions.RANK.jsonl`.
+
+    Example:
+        >>> trainer = Trainer(callbacks=[PredictionsFile()])  # doctest: +SKIP
+        >>> trainer.predict(module, data)  # doctest: +SKIP
     """
 
     def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

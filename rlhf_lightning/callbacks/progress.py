@@ -1,4 +1,4 @@
-"""Progress on a terminal: Lightning's bar with the numbers that matter first, and one for rollouts under it."""
+"""Progress bars in a terminal: Lightning's bar with the most important metrics first, and one for rollouts."""
 
 import sys
 import time
@@ -13,17 +13,21 @@ from rlhf_lightning.sampling.local_engine import LocalEngine, Watch
 
 
 class StageProgress(RichProgressBar):
-    """Lightning's Rich bar. While responses are sampled, a second bar counts them and their tokens."""
+    """Lightning's Rich progress bar. While responses are sampled, a second bar counts them and their tokens.
+
+    Example:
+        >>> trainer = Trainer(callbacks=[StageProgress()])  # doctest: +SKIP
+    """
 
     def __init__(self) -> None:
         super().__init__(refresh_rate=10, theme=RichProgressBarTheme(metrics_format=".4g", metrics_text_delimiter="  "))
 
     def get_metrics(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Any]:
-        """Named shortly, the most telling ones first."""
+        """Metrics to show, with short names, the most important ones first."""
         return headline(super().get_metrics(trainer, pl_module))
 
     def _init_progress(self, trainer: pl.Trainer) -> None:
-        """Lightning calls it where any command begins; the module has its engine by then."""
+        """Create the bars. Lightning calls this at the start of every command, when the module has its engine."""
         super()._init_progress(trainer)
         engine = getattr(getattr(trainer.lightning_module, "sampler", None), "engine", None)
         if isinstance(engine, LocalEngine) and self.is_enabled:
@@ -35,10 +39,14 @@ class StageProgress(RichProgressBar):
 
 
 class RolloutProgress(Watch):
-    """The second bar: one engine call at a time, a turn of all episodes of a rank.
+    """The progress bar of rollouts. It covers one engine call at a time: a turn of all episodes of a rank.
 
     Args:
-        bar: that it is sampled in. seconds: the least time between two updates.
+        bar: Progress bar to which it is added.
+        seconds: Shortest time between two updates.
+
+    Example:
+        >>> engine.watch = RolloutProgress(bar)  # doctest: +SKIP
     """
 
     def __init__(self, bar: StageProgress, seconds: float = 0.2) -> None:
@@ -77,9 +85,14 @@ class RolloutProgress(Watch):
 
 
 def progress_callbacks(bar: bool, own: str) -> list[pl.Callback]:
-    """What shows the progress of a stage: plain lines without a bar; none where the user's callbacks name one."""
+    """Callbacks that show progress: plain lines without a bar, none if the user's callbacks include a progress bar.
+
+    Args:
+        bar: True if progress bars are enabled.
+        own: Text of the user's callbacks.
+    """
     if not bar:
         return [ConsoleLines()]
     named = "ProgressBar" in own or "StageProgress" in own
-    # Rich samples nothing into a file; Lightning adds its plain bar where there is no other.
+    # Rich draws nothing into a file. Lightning adds its plain bar if there is no other.
     return [] if named or not sys.stdout.isatty() else [StageProgress()]

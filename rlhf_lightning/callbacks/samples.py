@@ -1,4 +1,4 @@
-"""What the policy says as it learns: a row for each episode in `samples.jsonl`, and a table in the console."""
+"""Samples of the policy during training: a row per episode in `samples.jsonl`, and a table in the console."""
 
 import sys
 from statistics import fmean
@@ -15,14 +15,21 @@ from rlhf_lightning.types import Episode
 
 
 class SamplesLog(pl.Callback):
-    """Appends the episodes of rounds, of all ranks, to `samples.jsonl` in the stage's folder, and shows some of them.
+    """Appends the episodes of all ranks to `samples.jsonl` in the stage's folder, and prints some of them.
 
-    Rows stand in the order of prompt and sample within a round, whatever the number of ranks. A resumed run goes on
-    where its checkpoint was written, so that no round is missing or stands there twice.
+    Rows are ordered by prompt and sample within a round, whatever the number of ranks. A resumed run continues where
+    its checkpoint was written, so that no round is missing or duplicated.
 
     Args:
-        every: rounds from one that is written to the next.
-        table_every: rounds from one whose best, median and worst episode are printed to the next; 0 prints none.
+        every: Number of rounds between two that are written.
+        table_every: Number of rounds between two whose best, median and worst episodes are printed; 0 for no tables.
+
+    Raises:
+        ConfigError: If a number is out of range.
+
+    Example:
+        >>> SamplesLog(every=5, table_every=0).every
+        5
     """
 
     def __init__(self, every: int = 1, table_every: int = 10) -> None:
@@ -53,7 +60,7 @@ class SamplesLog(pl.Callback):
             return
         head = {"step": trainer.global_step, "round": number}
         found = gather([{**head, **_record(episode)} for episode in pl_module.last_episodes])
-        # Ranks take prompts in turn: their order must not depend on how many there are.
+        # Sorted, so that the order does not depend on the number of ranks.
         rows = sorted((row for part in found for row in part), key=lambda row: (row["group"], row["sample"]))
         if written:
             self._file.append(trainer, rows)
@@ -62,7 +69,7 @@ class SamplesLog(pl.Callback):
 
 
 def _record(episode: Episode) -> dict[str, Any]:
-    """The row of an episode; its advantage is the mean over sampled tokens of what is trained on."""
+    """The row of an episode. Its advantage is the mean over the sampled tokens of the trained advantages."""
     rows = [row for row in episode.training_samples if row.actions]
     advantages = [a for row in rows for a, flag in zip(row.advantages, row.loss_mask, strict=True) if flag]
     return {
@@ -81,4 +88,4 @@ def _show(trainer: pl.Trainer, rows: list[dict[str, Any]]) -> None:
     if bar is None:
         print(text, flush=True)
     else:
-        bar.print(text)  # above the bar, not through it
+        bar.print(text)  # above the bar

@@ -1,4 +1,4 @@
-"""Episodes of a round as a table: Rich where the output is a terminal, plain lines elsewhere."""
+"""Table of episodes: Rich in a terminal, plain lines elsewhere."""
 
 import io
 from collections.abc import Sequence
@@ -8,7 +8,7 @@ WIDTH, NARROW = 100, 80
 
 
 def choose(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """The best, the median and the worst row by reward, as many of them as there are."""
+    """The best, median and worst row by reward, as far as there are enough rows."""
     ordered = sorted(rows, key=lambda row: -row["reward"])
     chosen = {"best": ordered[0]}
     if len(ordered) > 2:
@@ -19,7 +19,12 @@ def choose(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
 
 
 def plain(title: str, rows: dict[str, dict[str, Any]]) -> str:
-    """Four lines an episode."""
+    """The rows as plain text, three lines per episode.
+
+    Args:
+        title: Title of the table.
+        rows: Rows of `samples.jsonl` by their label.
+    """
     lines = [title]
     for name, row in rows.items():
         lines.append(f"  {name:<7}{_numbers(row)}")
@@ -29,7 +34,13 @@ def plain(title: str, rows: dict[str, dict[str, Any]]) -> str:
 
 
 def rich(title: str, rows: dict[str, dict[str, Any]], width: int | None = None) -> str:
-    """A table of the width of the terminal; plain lines where that is too narrow for columns."""
+    """The rows as a table of the terminal's width, or as plain text if the terminal is too narrow.
+
+    Args:
+        title: Title of the table.
+        rows: Rows of `samples.jsonl` by their label.
+        width: Width in characters; that of the terminal by default.
+    """
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
@@ -53,13 +64,13 @@ def rich(title: str, rows: dict[str, dict[str, Any]], width: int | None = None) 
 
 
 def asked(row: dict[str, Any]) -> str:
-    """The last message of the prompt."""
+    """Content of the prompt's last message."""
     content = row["prompt"][-1]["content"] if row["prompt"] else ""
     return content if isinstance(content, str) else str(content)
 
 
 def shorten(text: str, width: int) -> str:
-    """On one line, without what a terminal would obey, and no longer than `width`."""
+    """Text on one line, without control characters, and no longer than `width`."""
     text = " ".join("".join(letter if letter.isprintable() else " " for letter in text).split())
     return text if len(text) <= width else text[: width - 1] + "…"
 
