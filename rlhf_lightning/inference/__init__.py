@@ -1,1 +1,1 @@
-"""Trained models in use: chat, generation, comparison, text metrics and export."""
+"""Use of trained models: chat, generation, comparison, text metrics and export."""

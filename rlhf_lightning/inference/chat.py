@@ -1,4 +1,4 @@
-"""A conversation with a policy, its answers shown as they are sampled."""
+"""Chat with a policy, whose answers are shown while they are sampled."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -11,12 +11,19 @@ from rlhf_lightning.sampling.sampler import Sampler
 
 
 class Conversation:
-    """Several turns with one policy.
+    """A conversation with one policy.
 
     Args:
-        policy: who answers. system: a system message before all others, in place of the policy's own.
-        max_tokens, temperature: of an answer. seed: of every sample, with the number of the turn.
-        settings: further ones of `Sampler`.
+        policy: The policy.
+        system: System message, which replaces the policy's own.
+        max_tokens: Token budget of an answer.
+        temperature: Temperature of an answer.
+        seed: Seed of the answers, combined with the number of the turn.
+        settings: Further settings of `Sampler`.
+
+    Example:
+        >>> chat = Conversation(Policy("runs/sft/model"))  # doctest: +SKIP
+        >>> chat.reply("Hello!", show=print)  # doctest: +SKIP
     """
 
     def __init__(
@@ -36,15 +43,22 @@ class Conversation:
         self.begin()
 
     def begin(self) -> None:
-        """Forget what was said."""
+        """Start a new conversation."""
         self.messages = [{"role": "system", "content": self.system}] if self.system else []
 
     def reply(self, text: str, show: Callable[[str], None]) -> str:
-        """The answer to a message; `show` gets it piece by piece.
+        """Answer a message.
+
+        Args:
+            text: The user's message.
+            show: Called with each piece of the answer as soon as it is sampled.
+
+        Returns:
+            The whole answer.
 
         Raises:
-            UserError: there is no room left for an answer, or the chat template refuses the message. The conversation
-                is then as it was before.
+            UserError: If there is no room for an answer, or the chat template refuses the message. The conversation is
+                then unchanged.
         """
         messages: list[Message] = [*self.messages, {"role": "user", "content": text}]
         ids = self.policy.renderer.prompt(messages)
@@ -64,10 +78,18 @@ class Conversation:
 
 
 class Stream(Watch):
-    """Tokens as text, as soon as it is certain.
+    """Decodes tokens to text, and shows text as soon as it is final.
 
-    Held back are a character of which a part is still to come, blanks that may be the last, and what may be the
-    beginning of a stop text.
+    It holds back incomplete characters, white space that may be at the end, and what may be the beginning of a stop
+    text.
+
+    Args:
+        renderer: Decodes tokens.
+        stops: The sampler's stop texts.
+        show: Called with each new piece of text.
+
+    Example:
+        >>> stream = Stream(renderer, stops=(), show=print)  # doctest: +SKIP
     """
 
     def __init__(self, renderer: Any, stops: Sequence[str], show: Callable[[str], None]) -> None:
@@ -76,7 +98,7 @@ class Stream(Watch):
         self.shown = ""
 
     def on_token(self, row: int, token: int, ended: bool) -> None:
-        """Take a token."""
+        """Add a token."""
         self.ids.append(token)
         text = self.renderer.decode(self.ids)
         if text.endswith("\ufffd"):
@@ -85,11 +107,11 @@ class Stream(Watch):
         self._extend(text[: len(text) - held].rstrip())
 
     def rest(self, ids: Sequence[int]) -> str:
-        """Show what is left of an answer; the whole of it."""
+        """Show the rest of an answer, and return the whole of it."""
         text = str(self.renderer.decode(ids))
         self._extend(text)
         if not text.startswith(self.shown):
-            self.show(f"\n{text}")  # later tokens changed how earlier ones are written
+            self.show(f"\n{text}")  # later tokens changed the text of earlier ones
         return text
 
     def _extend(self, text: str) -> None:

@@ -1,4 +1,4 @@
-"""Comparing policies on prompts by a reward, and best-of-N: what a reward alone buys, without any training."""
+"""Comparison of policies by a reward, and best-of-N sampling as a baseline without training."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -18,12 +18,15 @@ class SamplingOptions:
     """How responses are sampled and rewarded.
 
     Args:
-        rewards: parts of the reward, weighted and added.
-        max_tokens: budget of a response.
-        temperature: of the softmax; 0 takes the likeliest token.
-        samples: responses to each prompt.
-        seed: of the samples.
-        truncated_reward: replaces the reward of a response that ran out of tokens.
+        rewards: Terms of the reward, weighted and added.
+        max_tokens: Token budget of a response.
+        temperature: Temperature; 0 for greedy decoding.
+        samples: Number of responses per prompt.
+        seed: Seed of the samples.
+        truncated_reward: Replaces the reward of a response that ran out of tokens.
+
+    Example:
+        >>> options = SamplingOptions(rewards=[], max_tokens=64, temperature=0.0)
     """
 
     rewards: list[Reward]
@@ -34,7 +37,16 @@ class SamplingOptions:
     truncated_reward: float | None = None
 
     def sample(self, policy: Policy, prompts: Sequence[Prompt], samples: int | None = None) -> list[list[Episode]]:
-        """Rewarded responses, a list for each prompt."""
+        """Sample and reward responses.
+
+        Args:
+            policy: The policy.
+            prompts: The prompts.
+            samples: Number of responses per prompt; `self.samples` by default.
+
+        Returns:
+            A list of episodes for each prompt.
+        """
         samples = samples or self.samples
         for reward in self.rewards:
             reward.bind(policy.renderer)
@@ -46,7 +58,12 @@ class SamplingOptions:
 
 
 def make_rewards(models: Sequence[str], functions: Sequence[str]) -> list[Reward]:
-    """Rewards of model folders (any scorer) and of functions, named by dotted path, with equal weights."""
+    """Make rewards with equal weights.
+
+    Args:
+        models: Model folders with any scorer.
+        functions: Dotted paths of functions.
+    """
     rewards: list[Reward] = [
         ModelReward(folder, name="reward_model" if len(models) == 1 else f"reward_model_{i}")
         for i, folder in enumerate(models)
@@ -55,7 +72,14 @@ def make_rewards(models: Sequence[str], functions: Sequence[str]) -> list[Reward
 
 
 def figures(groups: Sequence[Sequence[Episode]], rewarded: bool = True) -> dict[str, float]:
-    """Mean reward with its interval, response length and truncated part; prompts are the independent rows."""
+    """Mean reward with its 95% interval, mean response length, and fraction of truncated responses.
+
+    The interval treats prompts, not responses, as independent.
+
+    Args:
+        groups: The episodes of each prompt.
+        rewarded: Include the reward.
+    """
     reward, half = mean_interval([sum(e.reward for e in group) / len(group) for group in groups])
     episodes = [episode for group in groups for episode in group]
     return {
@@ -66,7 +90,12 @@ def figures(groups: Sequence[Sequence[Episode]], rewarded: bool = True) -> dict[
 
 
 def wins(ours: Sequence[Sequence[Episode]], theirs: Sequence[Sequence[Episode]]) -> dict[str, float]:
-    """How often our response to a prompt is rewarded above theirs (equal ones half), with its 95% interval."""
+    """Rate at which our responses have a higher reward than theirs (ties count half), with its 95% interval.
+
+    Args:
+        ours: Our episodes of each prompt.
+        theirs: Their episodes of each prompt.
+    """
     rates = [win_rate([e.reward for e in a], [e.reward for e in b]) for a, b in zip(ours, theirs, strict=True)]
     rate = sum(rates) / len(rates)
     low, high = wilson(rate, len(rates))
@@ -81,16 +110,20 @@ def compare(
     best_of: int = 0,
     references: Sequence[Sequence[Reference]] = (),
 ) -> tuple[dict[str, dict[str, Any]], list[dict[str, Any]]]:
-    """A policy, and a baseline that it is compared with, on the same prompts.
+    """Compare a policy with a baseline on the same prompts.
 
     Args:
-        best_of: where above 1, best-of-N of the baseline stands beside them.
-        references: good answers to each prompt; those of a prompt may be empty.
+        policy: The policy.
+        baseline: The baseline, if any.
+        prompts: The prompts.
+        sampling: How responses are sampled and rewarded.
+        best_of: If above 1, best-of-N sampling from the baseline is compared too.
+        references: Good answers to each prompt; the list of a prompt may be empty.
 
     Returns:
-        Figures of `policy`, `baseline` and `best_of_N`, and a row for each prompt. `kl` is the mean over the policy's
-        responses of log π − log π_baseline, nats, at the sampling temperature; None where token ids differ. Without
-        rewards there is neither reward nor win rate; without references no perplexity, BLEU and ROUGE.
+        Metrics of `policy`, `baseline` and `best_of_N`, and a row per prompt. `kl` is the mean of log π − log
+        π_baseline over the policy's responses, in nats at the sampling temperature; None if the token ids differ.
+        Without rewards there is no reward and no win rate; without references no perplexity, BLEU and ROUGE.
     """
     rewarded = bool(sampling.rewards)
     answers = {"policy": sampling.sample(policy, prompts)}
@@ -125,7 +158,7 @@ def _measured(
     references: Sequence[Sequence[Reference]],
     rewarded: bool,
 ) -> dict[str, Any]:
-    """What one policy's answers come to, and its perplexity of the references, of prompts that have some."""
+    """Metrics of one policy's answers, and its perplexity on the references, for prompts that have some."""
     found: dict[str, Any] = figures(groups, rewarded)
     if not any(references):
         return found
@@ -141,7 +174,17 @@ def _reward(episode: Episode) -> float:
 def best_of_n(
     policy: Policy, prompts: Sequence[Prompt], sampling: SamplingOptions, count: int
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """The best of `count` responses to each prompt; the figures compare it with a single sample."""
+    """Sample `count` responses to each prompt and keep the best.
+
+    Args:
+        policy: The policy.
+        prompts: The prompts.
+        sampling: How responses are sampled and rewarded.
+        count: Number of responses per prompt.
+
+    Returns:
+        Metrics of a single sample and of the best, and a row per prompt.
+    """
     groups = sampling.sample(policy, prompts, count)
     best = [[max(group, key=_reward)] for group in groups]
     rows = [

@@ -1,4 +1,4 @@
-"""A trained model as others want it: its adapter merged, in the dtype they ask for."""
+"""Export of a trained model for other libraries: with its adapter merged, in the requested dtype."""
 
 from pathlib import Path
 from typing import Any
@@ -27,18 +27,19 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 
 def export_model(source: str, folder: Path, dtype: str | None = None) -> dict[str, Any]:
-    """Write a model without its adapter: safetensors, config, tokenizer, generation config, `stage.json`.
+    """Write a model without adapter: safetensors, config, tokenizer, generation config and `stage.json`.
 
     Args:
-        source: folder or Hub id of a model, a reward model, or an adapter of one.
-        folder: where to; it must be empty or not there.
-        dtype: of the weights; by default that of the model, or of the adapter's base. A merge is made in float32.
+        source: Folder or Hub id of a model, a reward model, or an adapter of one.
+        folder: Folder to write; it must be empty or not exist.
+        dtype: Data type of the weights; by default that of the model, or of the adapter's base. Adapters are merged in
+            float32.
 
     Returns:
-        What stands in `stage.json`.
+        The content of `stage.json`.
 
     Raises:
-        ConfigError: the source cannot be loaded, or the folder holds something.
+        ConfigError: If the source cannot be loaded, or the folder is not empty.
     """
     import torch
 
@@ -70,7 +71,7 @@ def export_model(source: str, folder: Path, dtype: str | None = None) -> dict[st
 
 
 def stored_dtype(source: str) -> str:
-    """The dtype a model is saved in; of an adapter, that of its base."""
+    """Data type in which a model is stored; for an adapter that of its base."""
     from transformers import AutoConfig
 
     with loading(f"the model {source!r}"):
@@ -80,7 +81,7 @@ def stored_dtype(source: str) -> str:
 
 
 def _facts(source: str) -> dict[str, Any]:
-    """The source's `stage.json`; what it says of places relative to itself is made absolute."""
+    """The source's `stage.json`, with paths relative to it made absolute."""
     facts = dict(read_stage(source))
     if facts.get("reference"):
         reference = getattr(scorer_of(source), "reference", None)
@@ -90,7 +91,19 @@ def _facts(source: str) -> dict[str, Any]:
 
 
 def push(folder: Path, repository: str, public: bool = False) -> str:
-    """Upload a folder to the Hugging Face Hub; its address. Raises `UserError` where the hub refuses."""
+    """Upload a folder to the Hugging Face Hub.
+
+    Args:
+        folder: The folder.
+        repository: Id of the repository; it is created if it does not exist.
+        public: Make a new repository public.
+
+    Returns:
+        The address of the repository.
+
+    Raises:
+        UserError: If the Hub refuses.
+    """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OfflineModeIsEnabled
 

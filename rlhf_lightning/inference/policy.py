@@ -1,4 +1,4 @@
-"""A trained policy at work outside training: it answers prompts, and tells how likely answers are."""
+"""A trained policy outside training: it answers prompts, and computes log-probabilities of answers."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -25,13 +25,21 @@ from rlhf_lightning.types import Episode
 
 
 class Policy:
-    """A causal LM folder, loaded to answer and to be scored.
+    """A causal language model, loaded to answer prompts and to score texts.
 
     Args:
-        folder: a model folder or Hub id.
-        dtype: of its weights.
-        device: where it computes; the CPU by default.
-        asked: settings in place of those that it was trained with, see `data.rendering_settings.RenderingSettings`.
+        folder: Model folder or Hub id.
+        dtype: Data type of the weights.
+        device: Device to compute on.
+        asked: Settings that replace those of its training; see `data.rendering_settings.RenderingSettings`.
+
+    Raises:
+        ConfigError: If the folder holds a reward model.
+
+    Example:
+        >>> policy = Policy("runs/sft/model")  # doctest: +SKIP
+        >>> prompts = policy.prompts([{"prompt": "2 + 2?"}])  # doctest: +SKIP
+        >>> policy.answer(prompts, max_tokens=16, seed=0)[0].response  # doctest: +SKIP
     """
 
     def __init__(
@@ -47,11 +55,19 @@ class Policy:
         disable_dropout(self.model)
         self.token_logprobs = TokenLogprobs(self.model)
         self.sampled = sampling_settings(folder, self.model)
-        """`temperature`, `top_p`, `top_k` and `min_p` of its generation config, where that says them."""
+        """`temperature`, `top_p`, `top_k` and `min_p`, as far as its generation config sets them."""
         self.context: int | None = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
 
     def prompts(self, file: Source, limit: int | None = None) -> list[Prompt]:
-        """The first prompts of a file or list, numbered; raises `DataError` with file and line."""
+        """Read prompts and number them.
+
+        Args:
+            file: A file, or a list of rows.
+            limit: Largest number of prompts.
+
+        Raises:
+            DataError: If a row is unusable; with file and line.
+        """
         rows = read_rows(file, "prompt")[:limit]
         prompts = convert_rows(rows, lambda data: [prompt_example(self.renderer, data)], Reading())
         for index, prompt in enumerate(prompts):
@@ -67,9 +83,20 @@ class Policy:
         temperature: float = 1.0,
         **settings: Any,
     ) -> list[Episode]:
-        """`samples` responses to each prompt, in order; a sample depends on the seed, the prompt's number, the sample.
+        """Sample responses.
 
-        Further `settings` are those of `Sampler`.
+        A response depends only on the seed, the number of its prompt, and its index.
+
+        Args:
+            prompts: The prompts.
+            max_tokens: Token budget of a response.
+            seed: Seed of the responses.
+            samples: Number of responses per prompt.
+            temperature: Temperature; 0 for greedy decoding.
+            settings: Further settings of `Sampler`.
+
+        Returns:
+            The episodes in order, `len(prompts) * samples` of them.
         """
         sampler = Sampler(max_tokens, temperature, **settings)
         sampler.bind(self.model, self.renderer)
@@ -83,16 +110,27 @@ class Policy:
         return run_episodes(tasks, sampler, self.renderer, (seed, 7))
 
     def logprobs(self, episodes: Sequence[Episode], temperature: float = 1.0, batch_size: int = 64) -> list[float]:
-        """Σ log π of each episode's response, nats."""
+        """Log-probability of each episode's response, summed over its tokens, in nats.
+
+        Args:
+            episodes: Single-turn episodes.
+            temperature: Temperature of the distribution.
+            batch_size: Number of rows per forward pass.
+        """
         return self._sums([episode.training_samples[0] for episode in episodes], temperature, batch_size)
 
     def nll(self, rows: Sequence[Rendered], batch_size: int = 16) -> float:
-        """Mean negative log-likelihood of a trained token, nats."""
+        """Mean negative log-likelihood per trained token, in nats.
+
+        Args:
+            rows: Rendered conversations.
+            batch_size: Number of rows per forward pass.
+        """
         return -sum(self._sums(rows, 1.0, batch_size)) / sum(row.trained for row in rows)
 
     @torch.no_grad()
     def _sums(self, rows: Sequence[Any], temperature: float, batch_size: int) -> list[float]:
-        """Σ log π of the masked tokens of each row, nats."""
+        """Log-probability of each row, summed over the tokens of its loss mask, in nats."""
         order = sorted(range(len(rows)), key=lambda i: len(rows[i].ids))
         sums = [0.0] * len(rows)
         device = next(self.model.parameters()).device
@@ -107,19 +145,32 @@ class Policy:
         return sums
 
     def conversations(self, file: Source, limit: int | None = None) -> list[Rendered]:
-        """The first conversations of a file, every assistant turn to be scored; raises `DataError`."""
+        """Read conversations, in which every assistant turn is to be scored.
+
+        Args:
+            file: A file, or a list of rows.
+            limit: Largest number of conversations.
+
+        Raises:
+            DataError: If a row is unusable; with file and line.
+        """
         rows = read_rows(file)[:limit]
         return convert_rows(
             rows, lambda data: self.renderer.conversation(conversation(data), tool_schemas(data)), Reading()
         )
 
     def speaks_as(self, other: "Policy") -> bool:
-        """Whether token ids mean the same to both."""
+        """True if both policies have the same vocabulary."""
         return self.tokenizer.get_vocab() == other.tokenizer.get_vocab()
 
 
 def sampling_settings(folder: str, model: Any) -> dict[str, float]:
-    """What the generation config of a folder says of sampling; that of the base where an adapter has none beside it."""
+    """Sampling settings in the generation config of a folder; those of the base model for an adapter without one.
+
+    Args:
+        folder: The model folder.
+        model: The loaded model.
+    """
     from transformers import GenerationConfig
 
     file = Path(folder).expanduser() / "generation_config.json"

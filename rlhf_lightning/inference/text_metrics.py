@@ -1,4 +1,4 @@
-"""Reference answers: how likely they are to a policy, and how near its own answers come to them."""
+"""Metrics with reference answers: their perplexity under a policy, and BLEU and ROUGE of its own answers."""
 
 import logging
 import math
@@ -22,15 +22,15 @@ def references_of(prompts: Sequence[Prompt], column: str | None = None) -> list[
     """The reference answers of each prompt, as messages.
 
     Args:
-        prompts: with the rows they were read from.
-        column: where they stand: text, messages, or a list of texts. By default a row's `completion`, `response` or
-            `chosen` beside its `prompt`, or what the assistant says at the end of its conversation.
+        prompts: Prompts with the rows that they were read from.
+        column: Column with the references: text, messages, or a list of texts. By default the `completion`, `response`
+            or `chosen` of a row with a `prompt`, or else the last assistant turn of its conversation.
 
     Returns:
-        A list for each prompt; empty where its row has none.
+        A list per prompt; empty if its row has no reference.
 
     Raises:
-        DataError: a row without `column`, or a reference that is no answer; with file and line.
+        DataError: If a row lacks `column`, or a reference is not an answer; with file and line.
     """
     found = []
     for prompt in prompts:
@@ -52,7 +52,7 @@ def _named(row: dict[str, Any], column: str) -> list[Reference]:
 def _own(prompt: Prompt) -> list[Reference]:
     row = prompt.row
     if row.get("label") is not None and not row["label"]:
-        return []  # a row for KTO, of an answer that was not liked
+        return []  # a KTO row with an undesirable answer
     if row.get("prompt") is not None:
         name = next((name for name in COLUMNS if row.get(name) is not None), "")
         said = row.get(name)
@@ -61,11 +61,11 @@ def _own(prompt: Prompt) -> list[Reference]:
     try:
         return [_answer(said, name, prompt.messages)] if said else []
     except RowError:
-        return []  # nobody said that it is one
+        return []  # the user did not name this column as a reference
 
 
 def _answer(value: Any, name: str, prompt: Sequence[Message] = ()) -> Reference:
-    """What the assistant says in it, without the prompt that some data sets repeat."""
+    """The assistant's messages in a value, without the prompt that some data sets repeat."""
     messages = without_prompt(to_messages(value, "assistant"), prompt)
     if not messages or messages[0]["role"] != "assistant" or not _text(messages):
         raise RowError(f"{name!r} is no reference answer: it must be text, or messages that begin with the assistant's")
@@ -73,18 +73,23 @@ def _answer(value: Any, name: str, prompt: Sequence[Message] = ()) -> Reference:
 
 
 def _text(reference: Reference) -> str:
-    """A reference as an episode's response is: the last text of the assistant."""
+    """Text of a reference's last assistant message, comparable to an episode's response."""
     spoken = [str(m.get("content") or "") for m in reference if m["role"] == "assistant"]
     return spoken[-1].strip()
 
 
 def perplexity(policy: Policy, prompts: Sequence[Prompt], references: Sequence[Sequence[Reference]]) -> float:
-    """exp of the mean negative log-likelihood, over tokens, of reference answers after their prompts.
+    """Perplexity of reference answers after their prompts: exp of the mean negative log-likelihood per token.
 
-    Those over the model's positions are left out, with a warning; NaN where none is left.
+    References longer than the model's context are left out, with a warning; NaN if none is left.
+
+    Args:
+        policy: The policy.
+        prompts: The prompts.
+        references: Reference answers to each prompt.
 
     Raises:
-        DataError: the chat template refuses one; with file and line.
+        DataError: If the chat template refuses a reference; with file and line.
     """
     rows, long = [], 0
     for prompt, answers in zip(prompts, references, strict=True):
@@ -103,14 +108,15 @@ def perplexity(policy: Policy, prompts: Sequence[Prompt], references: Sequence[S
 
 
 def nearness(answers: Sequence[str], references: Sequence[Sequence[Reference]]) -> dict[str, float]:
-    """BLEU of the corpus and mean ROUGE F1 of answers, both in [0, 1], by torchmetrics.
+    """BLEU of the corpus and mean ROUGE F1 of answers, both in [0, 1], computed by torchmetrics.
 
-    BLEU is that of sacreBLEU: up to 4-grams, tokenized as `13a`, with case. ROUGE compares words in lower case; a word
-    is a run of letters, marks and digits, as in rouge-score for English; scripts without spaces are not split. Of
-    several references BLEU takes the n-grams of all, ROUGE for each figure the best one.
+    BLEU is that of sacreBLEU: up to 4-grams, `13a` tokenization, case-sensitive. ROUGE compares lower-case words. A
+    word is a run of letters, marks and digits, as in rouge-score for English; scripts without spaces are not split. Of
+    several references, BLEU uses the n-grams of all, and each ROUGE score the best one.
 
     Args:
-        answers: one for each list of references. references: none of the lists may be empty.
+        answers: Answers, one per list of references.
+        references: Reference answers; no list may be empty.
     """
     from torchmetrics.text import ROUGEScore, SacreBLEUScore
 
@@ -119,8 +125,8 @@ def nearness(answers: Sequence[str], references: Sequence[Sequence[Reference]]) 
     bleu.update(list(answers), texts)
     found = {"bleu": float(bleu.compute())}
     for key in ROUGE:
-        # One by one: of several it would take for all the reference that is best by the first. And without a normalizer
-        # of ours it would leave nothing of a text that is not English.
+        # One key at a time: with several, torchmetrics selects the best reference by the first key for all of them.
+        # Its default normalizer would remove all text that is not ASCII.
         rouge = ROUGEScore(rouge_keys=key, accumulate="best", normalizer=_words)
         rouge.update(list(answers), texts)
         found[key] = float(rouge.compute()[f"{key}_fmeasure"])
