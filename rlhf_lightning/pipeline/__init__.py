@@ -1,1 +1,1 @@
-"""Several stages in a row: the plan, the run, and what is handed from one to the next."""
+"""Pipelines of several stages: the plan, its execution, and verification of a finished run."""

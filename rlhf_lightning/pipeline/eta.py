@@ -1,4 +1,4 @@
-"""What a pipeline says of time: how long it has run, which stages are left, and how long they took before."""
+"""Timing of a pipeline: elapsed time, remaining stages, and an estimate from the last run's durations."""
 
 import time
 from collections.abc import Mapping
@@ -9,10 +9,17 @@ from rlhf_lightning.pipeline.plan import Plan, Stage
 
 
 class Eta:
-    """Started with the pipeline.
+    """Tracks the time of a pipeline from its start.
 
     Args:
-        plan: its stages. entries: of the manifest as the pipeline found it, with the seconds of stages that ran before.
+        plan: The plan.
+        entries: Entries of the existing manifest, with the seconds of stages that ran before.
+
+    Example:
+        >>> from pathlib import Path
+        >>> stages = [Stage("sft", "sft", {}), Stage("policy", "policy", {})]
+        >>> Eta(Plan("mine", stages, Path("runs/mine")), {}).before(stages[0])
+        '0 s so far; then policy'
     """
 
     def __init__(self, plan: Plan, entries: Mapping[str, Mapping[str, Any]]) -> None:
@@ -21,7 +28,7 @@ class Eta:
         self.known = {name: float(entry["seconds"]) for name, entry in entries.items() if entry.get("seconds")}
 
     def before(self, stage: Stage) -> str:
-        """What to say when a stage begins: time since the start, and what is left after it, with its last duration."""
+        """Text for the start of a stage: elapsed time, the remaining stages, and estimates from the last durations."""
         rest = self.names[self.names.index(stage.name) + 1 :]
         said = [f"{duration(time.monotonic() - self.started)} so far"]
         if stage.name in self.known:

@@ -1,4 +1,4 @@
-"""A pipeline file, read and checked."""
+"""Reads and checks pipeline files."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -13,7 +13,7 @@ from rlhf_lightning.files import hash_file, is_file, repeated_key
 
 KINDS = ("sft", "preference", "policy")
 LONGEST = 200
-"""Bytes of a name of which a folder is made; file systems take 255."""
+"""Largest length in bytes of a name that becomes a folder; file systems allow 255."""
 PLAN_KEYS = {"name", "seed", "root", "stages"}
 STAGE_KEYS = {"name", "kind", "config", "overrides", "start", "reward", "critic", "on_failure"}
 SET = {
@@ -26,7 +26,20 @@ SET = {
 
 @dataclass
 class Stage:
-    """One stage of a plan: its whole configuration; `start`, `reward` and `critic` name stages or folders."""
+    """A stage of a plan, with its whole configuration.
+
+    Attributes:
+        name: Its name, which is also that of its folder.
+        kind: `sft`, `preference` or `policy`.
+        settings: Its settings, as nested dicts.
+        start: Earlier stage or model folder that it starts from.
+        reward: Earlier stage or model folder that rewards it.
+        critic: Earlier stage or model folder that its critic starts from.
+
+    Example:
+        >>> Stage("sft", "sft", {"trainer": {"max_steps": 5}}).start is None
+        True
+    """
 
     name: str
     kind: str
@@ -35,14 +48,27 @@ class Stage:
     reward: str | None = None
     critic: str | None = None
     configs: list[dict[str, str]] = field(default_factory=list)
-    """The files that the settings come from, `path` and `hash` each as they were read."""
+    """`path` and `hash` of each file that the settings were read from."""
     rule_reward: dict[str, Any] | None = None
-    """What rewards in place of this stage's model if the stage fails; None stops the pipeline."""
+    """Reward that replaces this stage's model if the stage fails; None stops the pipeline."""
 
 
 @dataclass
 class Plan:
-    """A pipeline: its stages in order. Their folders are `root/NAME`."""
+    """A pipeline: its stages in order, with their folders `root/NAME`.
+
+    Attributes:
+        name: Its name.
+        stages: Its stages.
+        root: Folder of the run.
+        seed: Seed of all stages.
+        source: The content of the pipeline file.
+
+    Example:
+        >>> plan = Plan("mine", [Stage("sft", "sft", {})], Path("runs/mine"))
+        >>> plan.model("sft")
+        'runs/mine/sft/model'
+    """
 
     name: str
     stages: list[Stage]
@@ -55,12 +81,12 @@ class Plan:
         return self.root / stage
 
     def model(self, reference: str) -> str:
-        """The model folder that a `start`, `reward` or `critic` names."""
+        """The model folder of a `start`, `reward` or `critic`, which names an earlier stage or a folder."""
         names = {stage.name for stage in self.stages}
         return str(self.folder(reference) / "model") if reference in names else reference
 
     def descendants(self, name: str) -> set[str]:
-        """A stage and all that is built on it."""
+        """Names of a stage and of all stages that depend on it."""
         found = {name}
         for stage in self.stages:
             if {stage.start, stage.reward, stage.critic} & found:
@@ -71,14 +97,16 @@ class Plan:
 def read_plan(
     plan: Mapping[str, Any] | str | Path, root: str | Path | None = None, overlays: Sequence[str | Path] = ()
 ) -> Plan:
-    """Read a pipeline file (YAML or JSON) or dict.
+    """Read a pipeline from a YAML or JSON file, or from a dict.
 
     Args:
-        plan: the file or dict. root: folder of the run, `runs/NAME` by default.
-        overlays: config files laid over the settings of every stage.
+        plan: The file or dict.
+        root: Folder of the run; `runs/NAME` by default.
+        overlays: Config files that are merged over the settings of every stage.
 
     Raises:
-        ConfigError: no such file, an unknown key or kind, a reference to a stage that does not come before.
+        ConfigError: If the file does not exist, a key or kind is unknown, or a stage refers to one that is not before
+            it.
     """
     base, name = Path(), "pipeline"
     if isinstance(plan, str | Path):
@@ -170,7 +198,7 @@ def _check_reference(reference: Any, earlier: list[str], where: str) -> None:
 
 
 def _check_reward(stages: Sequence[Stage]) -> None:
-    """Refuse a reward by an earlier stage whose model gives no score."""
+    """Raise `ConfigError` if a stage is rewarded by an earlier stage that gives no score."""
     last, kinds = stages[-1], {stage.name: stage.kind for stage in stages[:-1]}
     if last.reward is None or kinds.get(last.reward) in (None, "preference"):
         return
@@ -191,7 +219,15 @@ def _rule(value: Any, where: str) -> dict[str, Any] | None:
 
 
 def read_mapping(path: Path, where: str = "") -> dict[str, Any]:
-    """A YAML or JSON file that holds a mapping; raises `ConfigError`, which begins with `where` it was named."""
+    """Read a YAML or JSON file with a mapping.
+
+    Args:
+        path: The file.
+        where: Text that precedes the error message.
+
+    Raises:
+        ConfigError: If it cannot be read, or contains something else.
+    """
     try:
         there = is_file(path)
     except ConfigError as error:
@@ -216,7 +252,7 @@ def read_mapping(path: Path, where: str = "") -> dict[str, Any]:
 
 
 def _with_null(settings: dict[Any, Any]) -> str | None:
-    """The first key whose value has a null character in it."""
+    """The first key whose value contains a null character."""
     waiting = [(str(key), value) for key, value in settings.items()]
     while waiting:
         key, value = waiting.pop()
@@ -228,11 +264,16 @@ def _with_null(settings: dict[Any, Any]) -> str | None:
 
 
 class RepeatedKey(ValueError):
-    """A key that stands twice in one mapping: what the file says of it is ambiguous."""
+    """A key occurs twice in a mapping, which makes its value ambiguous."""
 
 
 class UniqueKeys(yaml.SafeLoader):
-    """Reads YAML as `yaml.safe_load` does; raises `RepeatedKey` where that would drop what was written first."""
+    """Loads YAML as `yaml.safe_load` does, but raises `RepeatedKey` instead of keeping the last of two values.
+
+    Example:
+        >>> yaml.load("a: 1", UniqueKeys)
+        {'a': 1}
+    """
 
     def compose_mapping_node(self, anchor: Any) -> Any:
         node = super().compose_mapping_node(anchor)
@@ -253,7 +294,12 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def find_line(path: Path, keys: Sequence[str]) -> str:
-    """`FILE:LINE` of a key, named from the outside in; `FILE` where the line is not known."""
+    """`FILE:LINE` of a key; `FILE` if the line is unknown.
+
+    Args:
+        path: The file.
+        keys: The key and the keys around it, outermost first.
+    """
     if path.suffix == ".json":
         return str(path)
     node, line = yaml.compose(path.read_text(encoding="utf-8"), yaml.SafeLoader), None
@@ -266,7 +312,7 @@ def find_line(path: Path, keys: Sequence[str]) -> str:
 
 
 def nested(flat: Mapping[str, Any]) -> dict[str, Any]:
-    """`{"trainer.max_steps": 5}` as `{"trainer": {"max_steps": 5}}`; nested mappings stay."""
+    """Expand dotted keys: `{"trainer.max_steps": 5}` becomes `{"trainer": {"max_steps": 5}}`."""
     result: dict[str, Any] = {}
     for key, value in flat.items():
         *path, last = str(key).split(".")
@@ -278,7 +324,12 @@ def nested(flat: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """`base` with `over` laid on it, mapping by mapping; another `class_path` replaces the whole entry."""
+    """Merge settings recursively. A different `class_path` replaces the whole entry.
+
+    Args:
+        base: The settings.
+        over: Settings that override them.
+    """
     result = dict(base)
     for key, value in over.items():
         old = result.get(key)

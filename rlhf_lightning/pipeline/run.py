@@ -1,4 +1,4 @@
-"""Running a plan: each stage in its own process, its model folder handed to the next."""
+"""Runs a plan: each stage in its own process, with its model folder passed to the next."""
 
 import logging
 import sys
@@ -28,17 +28,19 @@ SOURCES = ("train", "validation", "test", "episodes")
 def run_pipeline(
     plan: Plan | Mapping[str, Any] | str | Path, root: str | Path | None = None, rerun: Sequence[str] = ()
 ) -> dict[str, Any]:
-    """Run a pipeline file, dict or plan; what is finished is not run again, what was interrupted resumes.
+    """Run a pipeline. Finished stages are skipped, and an interrupted stage resumes.
 
     Args:
-        plan: see `pipeline.plan`. root: the run's folder, `runs/NAME` by default.
-        rerun: stages to run anew, with all that is built on them.
+        plan: A plan, or what `read_plan` takes.
+        root: Folder of the run; `runs/NAME` by default.
+        rerun: Stages to run again, together with the stages that depend on them.
 
     Returns:
         The manifest: for each stage its status, inputs, seconds, metrics and model folder.
 
     Raises:
-        ConfigError: the plan is wrong, or a stage that has run would now be another. UserError: a stage failed.
+        ConfigError: If the plan is invalid, or a stage that has run would now have other inputs.
+        UserError: If a stage failed.
     """
     checked = plan if isinstance(plan, Plan) else read_plan(plan, root)
     with claims(), StageProcess() as signals:
@@ -50,10 +52,15 @@ def run_pipeline(
 
 
 def stage_settings(plan: Plan, stage: Stage, failed: Mapping[str, Stage] | None = None) -> dict[str, Any]:
-    """The stage's whole configuration, with what other stages hand to it; `failed` are those that cannot.
+    """The whole configuration of a stage, including the model folders of other stages.
+
+    Args:
+        plan: The plan.
+        stage: The stage.
+        failed: Stages that failed, by name.
 
     Raises:
-        UserError: a stage that it starts from failed.
+        UserError: If the stage starts from one that failed.
     """
     failed = failed or {}
     model: dict[str, Any] = {}
@@ -74,7 +81,7 @@ def stage_settings(plan: Plan, stage: Stage, failed: Mapping[str, Stage] | None 
 
 
 def _own_scorer(plan: Plan, stage: Stage) -> dict[str, str]:
-    """The user's own scorer of the stage that rewards this one, which the settings of that stage name."""
+    """The user's own scorer class in the settings of the stage that rewards this one, if any."""
     trained = next((one for one in plan.stages if one.name == stage.reward), None)
     scorer = ((trained.settings.get("model") or {}).get("scorer") or {}) if trained else {}
     path = str(scorer.get("class_path") or "") if isinstance(scorer, Mapping) else str(scorer)
@@ -82,7 +89,7 @@ def _own_scorer(plan: Plan, stage: Stage) -> dict[str, str]:
 
 
 def check_data(plan: Plan, stage: Stage) -> None:
-    """Whether the stage's data files are there, but for those that the run itself will make; raises `DataError`."""
+    """Raise `DataError` if a data file of the stage is missing; files that the run itself creates are not checked."""
     data, root = stage.settings.get("data") or {}, plan.root.resolve()
     for name in SOURCES:
         for file in given if isinstance(given := data.get(name), list) else [given]:
@@ -106,7 +113,7 @@ class _Runner:
         self.clock = Eta(plan, self.manifest["stages"])
 
     def run(self, stage: Stage) -> None:
-        """Run one stage, unless it is finished."""
+        """Run a stage, unless it is finished."""
         place = f"[{self.plan.stages.index(stage) + 1}/{len(self.plan.stages)}] {stage.name}"
         settings = stage_settings(self.plan, stage, self.failed)
         inputs = self._inputs(stage, settings)
@@ -130,7 +137,7 @@ class _Runner:
     # -- what goes in ---------------------------------------------------------------------------------------------
 
     def _inputs(self, stage: Stage, settings: dict[str, Any]) -> dict[str, Any]:
-        """Hashes of all that the stage's result depends on."""
+        """Hashes of everything that the result of a stage depends on."""
         data = settings.get("data") or {}
         handed = {key: self._hash(value) for key in ("start", "reward", "critic") if (value := getattr(stage, key))}
         return {
@@ -187,11 +194,11 @@ class _Runner:
         entry = {"status": "finished", "inputs": inputs, "seconds": round(seconds, 1), **result}
         self._record(stage, entry)
         print(f"{visible(stage.name)}: finished in {duration(seconds)}", flush=True)
-        if self.signals.asked:  # too late for it to stop before
+        if self.signals.asked:  # the signal came too late to stop the stage
             raise KeyboardInterrupt
 
     def _fail(self, stage: Stage, inputs: dict[str, Any], code: int) -> None:
-        # A stage that was asked to stop has not failed, however it ended: nothing goes on in its place.
+        # A stage that was asked to stop has not failed, whatever its exit code, so no rule replaces it.
         if code == 130 or self.signals.asked:
             raise KeyboardInterrupt
         self._record(stage, {"status": "failed", "inputs": inputs, "exit_code": code})

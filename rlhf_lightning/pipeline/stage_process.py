@@ -1,4 +1,4 @@
-"""Signals to a pipeline are passed to the stage that runs, which stops in good order."""
+"""The process of a stage, to which the pipeline forwards its signals, so that the stage stops in an orderly way."""
 
 import os
 import signal
@@ -8,17 +8,17 @@ from contextlib import suppress
 from typing import Any
 
 PATIENCE = 10.0
-"""Seconds that a stage has after a second Ctrl-C."""
+"""Seconds that a stage has to end after a second Ctrl-C."""
 
 
 PARENT = "RLHF_PIPELINE"
-"""Environment variable of a stage: the end of a pipe that closes when its pipeline is gone."""
+"""Environment variable of a stage: descriptor of a pipe that closes when the pipeline's process ends."""
 _watched: list[int] = []
 
 
 def watch_parent() -> None:
-    """Stop as by SIGTERM when the pipeline that started this process is gone, by kill -9 too."""
-    file = os.environ.pop(PARENT, None)  # processes that this one starts do not have the pipe
+    """Stop as by SIGTERM when the pipeline that started this process is gone, even if it was killed by SIGKILL."""
+    file = os.environ.pop(PARENT, None)  # child processes do not inherit the pipe
     if file is None:
         return
     _watched.append(int(file))
@@ -31,16 +31,22 @@ def watch_parent() -> None:
 
 
 def parent_is_watched() -> bool:
-    """Whether a pipeline has started this process."""
+    """True if a pipeline started this process."""
     return bool(_watched)
 
 
 class StageProcess:
-    """While it is entered, Ctrl-C, SIGTERM and the end of the terminal go to the process that is waited for, if any.
+    """Context that forwards Ctrl-C, SIGTERM and SIGHUP to the process of the running stage.
 
-    A stage has a process group of its own, so that Ctrl-C in a terminal reaches it once, through here. The first asks
-    it to stop after its step, with a checkpoint; a second Ctrl-C stops it at once, or kills it after 10 seconds.
-    Ctrl-Z halts both, and `fg` or `bg` lets both go on.
+    The stage has its own process group, so that Ctrl-C in a terminal reaches it only once, through this process. The
+    first signal asks it to stop after its step, with a checkpoint. A second Ctrl-C stops it at once, and kills it after
+    10 seconds. Ctrl-Z suspends both processes; `fg` or `bg` resumes both.
+
+    Example:
+        >>> import sys
+        >>> with StageProcess() as process:
+        ...     process.run([sys.executable, "-c", "raise SystemExit(3)"])
+        3
     """
 
     def __init__(self) -> None:
@@ -63,7 +69,7 @@ class StageProcess:
             signal.signal(number, handler or signal.SIG_DFL)
 
     def run(self, command: list[str]) -> int:
-        """Run a command to its end; its exit code. Where this process is killed, the command is asked to stop."""
+        """Run a command and return its exit code. If this process is killed, the command is asked to stop."""
         read, write = os.pipe()
         try:
             with subprocess.Popen(
@@ -72,7 +78,7 @@ class StageProcess:
                 try:
                     return self._process.wait()
                 except BaseException:
-                    self._kill()  # nothing that was started here outlives it
+                    self._kill()  # the child must not outlive this process
                     raise
                 finally:
                     self._process = None
@@ -87,7 +93,7 @@ class StageProcess:
         if process is None or process.poll() is not None:
             raise KeyboardInterrupt
         with suppress(ProcessLookupError):
-            if number == signal.SIGINT:  # as a terminal does it: the ranks that the stage started as well
+            if number == signal.SIGINT:  # to the whole group, including the stage's ranks, as a terminal does
                 os.killpg(process.pid, number)
             else:
                 process.send_signal(signal.SIGTERM)
@@ -98,7 +104,7 @@ class StageProcess:
 
     def _halt(self, *_: Any) -> None:
         self._tell(signal.SIGSTOP)
-        os.kill(os.getpid(), signal.SIGSTOP)  # returns when something lets this process go on
+        os.kill(os.getpid(), signal.SIGSTOP)  # returns when this process is resumed
         self._tell(signal.SIGCONT)
 
     def _tell(self, number: int) -> None:

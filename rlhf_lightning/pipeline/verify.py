@@ -1,4 +1,4 @@
-"""Whether inputs and outputs of a run are still what they were: hashed again, compared with what was recorded."""
+"""Verifies a run: hashes its inputs and outputs again and compares them with the recorded hashes."""
 
 import hashlib
 import json
@@ -14,12 +14,23 @@ from rlhf_lightning.files import hash_file, hash_folder
 from rlhf_lightning.report.records import FACTS, read_manifest, read_record
 
 SAME, DIFFERS, MISSING, UNFINISHED, HUB = "same", "differs", "missing", "unfinished", "not checked"
-"""What is on the Hub is not downloaded to be compared, and fails nothing."""
+"""Results of a check. Data and models on the Hub are not downloaded for comparison; they do not count as failures."""
 
 
 @dataclass
 class Check:
-    """One input or output of a stage, and how it compares."""
+    """An input or output of a stage, and the result of its check.
+
+    Attributes:
+        stage: Name of the stage.
+        what: What is checked, for example `data.train`.
+        path: Its path.
+        status: `same`, `differs`, `missing`, `unfinished` or `not checked`.
+
+    Example:
+        >>> Check("sft", "model", "runs/mine/sft/model", SAME).status
+        'same'
+    """
 
     stage: str
     what: str
@@ -28,14 +39,14 @@ class Check:
 
 
 def verify_run(root: str | Path) -> list[Check]:
-    """The checks of a run: of each stage its configuration, data and models handed to it, and what it wrote.
+    """Check the configuration, data, input models and outputs of every stage of a run.
 
     Args:
-        root: folder of a pipeline's run, or of one stage. Data files are looked for where the run found them, relative
-            to the current folder; models of the run's own stages in `root`, wherever it was moved to.
+        root: Folder of a pipeline's run, or of a single stage. Data files are looked up at their recorded paths,
+            relative to the current folder; models of the run's own stages in `root`, even if it was moved.
 
     Raises:
-        ConfigError: the folder holds no run, or its records cannot be read.
+        ConfigError: If the folder contains no run, or its records cannot be read.
     """
     root = Path(root)
     if (root / "manifest.json").exists():
@@ -68,7 +79,7 @@ def _stage(root: Path, name: str, stages: dict[str, Any]) -> list[Check]:
 
 
 def _alone(folder: Path) -> list[Check]:
-    """A stage that was no part of a pipeline."""
+    """Checks of a stage that is not part of a pipeline."""
     facts, settings = read_record(folder / "stage.json", FACTS), _settings(folder / "config.yaml")
     found = _data(folder.name, (settings or {}).get("data") or {}, facts.get("data") or {})
     if config := facts.get("config_hash"):
@@ -98,19 +109,19 @@ def _source(source: Any, recorded: str, split: str) -> str:
         return MISSING
     gone = not is_here(source)
     if fingerprint(source, split) == recorded:
-        return HUB if gone else SAME  # what is on the Hub is known by its name alone
+        return HUB if gone else SAME  # the fingerprint of Hub data is only its name
     return MISSING if gone else DIFFERS
 
 
 def _handed(folder: Path, recorded: str) -> str:
-    """How a model that the stage was given compares; one of the run itself is looked for where the run is now."""
+    """Status of a model that the stage was given. `folder` is where it is now."""
     if recorded in (str(folder), "failed"):
-        return HUB  # no hash: an id, or a stage that failed and was replaced by a rule
+        return HUB  # no hash, because it is a Hub id, or a failed stage that a rule replaced
     return _compare(hash_folder(folder) if folder.is_dir() else None, recorded)
 
 
 def settings_hash(settings: dict[str, Any]) -> str:
-    """SHA-256 of a stage's settings, in whatever order they are written."""
+    """SHA-256 of a stage's settings, independent of their order."""
     return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()
 
 
@@ -124,7 +135,7 @@ def _settings(path: Path) -> dict[str, Any] | None:
     try:
         found = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, ValueError, RecursionError, OSError):
-        return {"unreadable": str(path)}  # another hash than any that was recorded
+        return {"unreadable": str(path)}  # differs from every recorded hash
     return found if isinstance(found, dict) else {}
 
 
