@@ -1,1 +1,1 @@
-"""The embedded default: a small model, tokenizer and data made on the spot, run through the ordinary driver."""
+"""The quickstart: a small generated model, tokenizer and data set, run through the ordinary pipeline."""

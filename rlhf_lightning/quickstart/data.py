@@ -1,7 +1,7 @@
-"""The quickstart's data: conversations of mixed quality, preference pairs with noisy labels, prompts; all seeded.
+"""Seeded data of the quickstart: conversations of mixed quality, preference pairs with noise, and prompts.
 
-A subject is an adjective and a thing ("rusty bicycle"). A fifth of all subjects is held out: no training row of any
-stage mentions them, so what is measured on them was not learnt by heart.
+A subject is an adjective and a thing ("rusty bicycle"). A fifth of all subjects is held out. No training row of any
+stage mentions them, so evaluation on them does not measure memorization.
 """
 
 import json
@@ -14,15 +14,26 @@ from rlhf_lightning.quickstart import phrases
 from rlhf_lightning.quickstart.rubric import rubric
 
 LABEL_NOISE = 0.1
-"""The part of training pairs whose label is flipped."""
+"""Fraction of training pairs whose label is flipped."""
 MIN_GAP = 0.1
-"""The least difference in rubric between the two answers of a pair."""
+"""Smallest difference in rubric between the two answers of a pair."""
 HELD_OUT = 0.2
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """Rows of each file."""
+    """Number of rows of each file.
+
+    Attributes:
+        conversations: Training conversations.
+        pairs: Training pairs.
+        prompts: Training prompts.
+        held_out: Held-out conversations and prompts; there are twice as many held-out pairs.
+
+    Example:
+        >>> Sizes(conversations=10, pairs=10, prompts=10, held_out=2).held_out
+        2
+    """
 
     conversations: int = 3000
     pairs: int = 3000
@@ -31,7 +42,7 @@ class Sizes:
 
 
 def subjects(seed: int) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
-    """(subject, material) of training and of the held-out split."""
+    """Pairs of subject and material, of the training split and of the held-out split."""
     everything = [
         (f"{adjective} {thing}", material)
         for material, things in phrases.THINGS.items()
@@ -49,7 +60,13 @@ def question(sample: random.Random, subject: str) -> str:
 
 
 def answer(sample: random.Random, subject: str, material: str) -> str:
-    """Advice of mixed quality: every part of the rubric is there in some answers only (0.45 in the mean)."""
+    """Advice of mixed quality. Each criterion of the rubric is met by some answers only; their mean rubric is 0.45.
+
+    Args:
+        sample: The random generator.
+        subject: The subject, for example "rusty bicycle".
+        material: Its material, a key of `phrases.STEPS`.
+    """
     named = sample.random() < 0.5
     sentences = [sample.choice(phrases.NAMED).format(subject) if named else sample.choice(phrases.UNNAMED)]
     if sample.random() < 0.6:
@@ -78,7 +95,16 @@ def _pair(sample: random.Random, subject: str, material: str) -> tuple[str, str]
 
 
 def write_data(folder: Path, seed: int, sizes: Sizes = Sizes()) -> dict[str, str]:
-    """Write the six files; returns their paths by name."""
+    """Write the six data files.
+
+    Args:
+        folder: Folder to write to.
+        seed: Seed of the data.
+        sizes: Number of rows.
+
+    Returns:
+        The paths by name.
+    """
     train, held_out = subjects(seed)
     sample = random.Random(seed + 1)
     rows: dict[str, list[dict[str, Any]]] = {

@@ -1,4 +1,4 @@
-"""The quickstart's figures: every model on held-out prompts."""
+"""Metrics of the quickstart's models on held-out prompts."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -12,9 +12,16 @@ Gold = Callable[[str, dict[str, Any]], float]
 def figures(
     episodes: Sequence[Episode], judge: RewardModel, kl: float | None, gold: Gold | None
 ) -> dict[str, float | None]:
-    """The row of the final table for one model."""
+    """The row of the final table for one model.
+
+    Args:
+        episodes: Its responses.
+        judge: The trained preference model.
+        kl: KL from the SFT model in nats per response, if measured.
+        gold: The gold reward of a response and its data row, if there is one.
+    """
     rewards = [gold(episode.response, episode.row) for episode in episodes] if gold else []
-    # The sampled tokens, not their text: an answer that is empty or was cut off has a score as well.
+    # Scores the sampled tokens, not their text, so that empty and truncated answers have a score too.
     training_samples = [episode.training_samples[-1] for episode in episodes]
     scores = judge.score_tokens(
         [training_sample.ids for training_sample in training_samples],

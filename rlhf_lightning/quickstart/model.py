@@ -1,4 +1,4 @@
-"""The quickstart's model: a Qwen3 of half a million parameters with a tokenizer trained on the spot."""
+"""Model of the quickstart: a Qwen3 with half a million parameters, and a tokenizer trained on the data."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ TEMPLATE = (
 
 
 def make_tokenizer(texts: list[str]) -> Any:
-    """A byte-level BPE tokenizer with a ChatML template; no text is unknown to it."""
+    """Train a byte-level BPE tokenizer with a ChatML template; it can encode any text."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -29,7 +29,7 @@ def make_tokenizer(texts: list[str]) -> Any:
 
 
 def make_model(tokenizer: Any, seed: int) -> Any:
-    """A Qwen3 causal LM with random weights."""
+    """Make a Qwen3 causal language model with random weights."""
     import torch
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
@@ -42,7 +42,7 @@ def make_model(tokenizer: Any, seed: int) -> Any:
         num_attention_heads=8,
         num_key_value_heads=8,
         head_dim=16,
-        # Larger than the usual 0.02: in so narrow a model, copying from the question is then learnt sooner.
+        # Larger than the usual 0.02, because a narrow model then learns sooner to copy from the question.
         initializer_range=0.05,
         max_position_embeddings=512,
         tie_word_embeddings=True,
@@ -54,7 +54,13 @@ def make_model(tokenizer: Any, seed: int) -> Any:
 
 
 def write_base(folder: str, conversations: str, seed: int) -> None:
-    """Make tokenizer and model from the texts of a conversations file and save them."""
+    """Train the tokenizer on a file of conversations, make the model, and save both.
+
+    Args:
+        folder: Folder to write.
+        conversations: Path of the conversations.
+        seed: Seed of the weights.
+    """
     from rlhf_lightning.data.conversations import conversation, has_conversation
     from rlhf_lightning.data.records import read_rows
 
@@ -68,7 +74,7 @@ def write_base(folder: str, conversations: str, seed: int) -> None:
 
 
 if __name__ == "__main__":
-    # A process of its own: the quickstart's own need not hold torch while the stages run.
+    # Run as its own process, so that the quickstart's process need not load torch while the stages run.
     import sys
 
     write_base(sys.argv[1], sys.argv[2], int(sys.argv[3]))

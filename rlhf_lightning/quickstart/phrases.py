@@ -1,4 +1,4 @@
-"""The words that the quickstart's conversations are made of."""
+"""Phrases of which the quickstart's conversations are composed."""
 
 # fmt: off
 ADJECTIVES = [

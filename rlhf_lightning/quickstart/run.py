@@ -1,4 +1,4 @@
-"""`rlhf quickstart`: data and model, the three stages through the ordinary driver, and the final table."""
+"""`rlhf quickstart`: generates data and model, runs the three stages through the pipeline, and measures the results."""
 
 import itertools
 import json
@@ -21,7 +21,7 @@ from rlhf_lightning.quickstart.rubric import rubric
 from rlhf_lightning.report import write_report
 
 CONFIGS = Path(__file__).parent / "configs"
-# What suits a model that has been trained before; the shipped rates are for one that starts from nothing.
+# Settings for a pretrained model; the shipped learning rates are for a model with random weights.
 OWN_MODEL = {
     "sft": {"model.lora": {"rank": 16, "target": ["all"]}, "model.optimizer.init_args.lr": 1e-4},
     "preference": {"model.lora": {"rank": 16, "target": ["attention", "mlp"]}, "model.optimizer.init_args.lr": 1e-4},
@@ -31,7 +31,21 @@ OWN_MODEL = {
 
 @dataclass
 class Settings:
-    """What `rlhf quickstart` was asked for; each of model and files is made on the spot where it is not given."""
+    """Settings of the quickstart. The model and each data file are generated unless given.
+
+    Attributes:
+        root: Folder of the run.
+        seed: Seed of data, model and training.
+        model: Folder or Hub id to start from.
+        sft: File of conversations.
+        preferences: File of preference pairs.
+        prompts: File of prompts for RL.
+        sizes: Number of generated rows.
+
+    Example:
+        >>> Settings(seed=1).root.as_posix()
+        'runs/quickstart'
+    """
 
     root: Path = Path("runs/quickstart")
     seed: int = 0
@@ -40,12 +54,19 @@ class Settings:
     preferences: str | None = None
     prompts: str | None = None
     overrides: dict[str, dict[str, Any]] | None = None
-    """Per stage, over everything else; tests use it to run small."""
+    """Settings by stage that override all others; tests use them for small runs."""
     sizes: Sizes = field(default_factory=Sizes)
 
 
 def quickstart(settings: Settings) -> dict[str, Any]:
-    """Run it; returns what stands in `summary.json`."""
+    """Run the quickstart.
+
+    Args:
+        settings: Its settings.
+
+    Returns:
+        The content of `summary.json`.
+    """
     started = time.time()
     for file in (settings.sft, settings.preferences, settings.prompts):
         if file:
@@ -54,7 +75,7 @@ def quickstart(settings: Settings) -> dict[str, Any]:
     inputs = _inputs(settings)
     plan = read_plan(_plan(settings, inputs), settings.root)
     manifest = run_pipeline(plan)
-    # The stages are over before this process loads a model: the two peaks do not coincide.
+    # This process loads models only after the stages have ended, so the two memory peaks do not add up.
     stages = _kibibytes(resource.RUSAGE_SELF) + _kibibytes(resource.RUSAGE_CHILDREN)
     print("measuring base, SFT and policy on held-out prompts …", flush=True)
     summary, samples = _measure(settings, inputs, plan, manifest)
@@ -67,13 +88,13 @@ def quickstart(settings: Settings) -> dict[str, Any]:
 
 
 def _earlier(root: Path) -> float:
-    """The seconds of the first, whole run: a second one in the same folder finds its stages finished."""
+    """Seconds of the first complete run. A second run in the same folder finds its stages finished."""
     path = root / "summary.json"
     return read_record(path).get("seconds", 0.0) if is_file(path) else 0.0
 
 
 def _move_other_aside(settings: Settings) -> None:
-    """A run with another seed, model or files starts anew; the earlier one is moved aside, never deleted."""
+    """Rename the folder of a run with another seed, model or files; it is never deleted."""
     files = {name: getattr(settings, name) for name in ("sft", "preferences", "prompts")}
     asked = {
         "format": FORMAT,
@@ -93,7 +114,7 @@ def _move_other_aside(settings: Settings) -> None:
 
 
 def _inputs(settings: Settings) -> dict[str, Any]:
-    """Paths of all files, and the base model; what is not the user's is made, the same every time."""
+    """Paths of all files, and the base model. Files that the user does not give are generated, always identically."""
     made = write_data(settings.root / "data", settings.seed, settings.sizes)
     paths: dict[str, Any] = dict(made)
     for name, file in (("sft", settings.sft), ("preference", settings.preferences), ("prompts", settings.prompts)):
@@ -107,7 +128,10 @@ def _inputs(settings: Settings) -> dict[str, Any]:
 
 
 def _split(settings: Settings, name: str, file: str) -> dict[str, str]:
-    """A user's file as training rows and a held-out tenth, at most 240 rows; all rows of a prompt on one side."""
+    """Split a user's file into training rows and a held-out tenth of at most 240 rows.
+
+    Rows of one prompt stay together.
+    """
     from rlhf_lightning.data.check import MODULES
     from rlhf_lightning.data.records import RowError, read_rows, rename_columns
     from rlhf_lightning.data.splits import held_out, row_key, together
@@ -117,7 +141,7 @@ def _split(settings: Settings, name: str, file: str) -> dict[str, str]:
         try:
             data = rename_columns(row, None).data
             keyed.append((data, module.key(data)))
-        except RowError:  # the stage names bad rows
+        except RowError:  # the stage reports bad rows
             keyed.append((row.data, row_key(row.data, None)))
     random.Random(settings.seed).shuffle(keyed)
     wanted = min(240, max(1, len(keyed) // 10))
