@@ -1,1 +1,1 @@
-"""The command line: `main` starts fast and imports a command's own file when it is called."""
+"""Command line: `main` starts fast, and imports the module of a command only when it is called."""

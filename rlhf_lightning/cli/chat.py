@@ -17,7 +17,7 @@ from rlhf_lightning.cli.rendering_flags import (
 
 
 def run(args: list[str]) -> int:
-    """Read messages until there are no more, and answer each."""
+    """Read messages until the input ends, and answer each."""
     options = _parse(args[1:])
 
     from rlhf_lightning.cli.logs import setup_logging
@@ -51,14 +51,14 @@ def run(args: list[str]) -> int:
                 talk.reply(message, show)
             except UserError as error:
                 if not sys.stdin.isatty():
-                    raise  # a script is not to take the next answer for the one to this message
+                    raise  # a script could mistake the next answer for the answer to this message
                 show(f"({error})")
             print(flush=True)
     return 0
 
 
 def _messages() -> Iterator[str]:
-    """What is typed or piped in, a line each, up to the end of it or `/quit`."""
+    """Lines that are typed or piped in, until the input ends or a line is `/quit`."""
     terminal = sys.stdin.isatty()
     if terminal:
         import readline  # noqa: F401 - gives input() a history and editing
@@ -76,7 +76,7 @@ def _messages() -> Iterator[str]:
 
 
 def _labels(models: list[str]) -> list[str]:
-    """Short names that tell the models apart: `sft` of `runs/sft/model`."""
+    """Short, distinct names of the models: `sft` for `runs/sft/model`."""
     names = [Path(model).parent.name if Path(model).name == "model" else Path(model).name for model in models]
     return names if len(set(names)) == len(names) and all(names) else models
 

@@ -1,4 +1,4 @@
-"""What can be known to be wrong with a pipeline before its first stage runs."""
+"""Checks of a pipeline before its first stage runs."""
 
 import re
 import tempfile
@@ -19,22 +19,27 @@ from rlhf_lightning.pipeline.run import check_data, stage_settings
 
 
 class Parser(StageParser):
-    """Raises what is wrong: there is more to say of it than the message."""
+    """A parser that raises errors, to which the caller adds context."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """As an error of the package's."""
+        """Raise the message as a `ConfigError`."""
         raise ConfigError(tidy(message)) from ex
 
 
 class ParsedStage(StageCLI):
-    """Parses the settings of a stage, and does no more."""
+    """Parses the settings of a stage and stops there.
+
+    Args:
+        kind: Kind of the stage.
+        args: Arguments of its command.
+    """
 
     def __init__(self, kind: str, args: list[str]) -> None:
         with suppress(Finished):
             super().__init__(kind, args, Parser)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """The end of it."""
+        """Parse and check the settings, then stop."""
         super().parse_arguments(parser, args)
         config = self.config[self.config["subcommand"]]
         check_sections(config)
@@ -43,10 +48,13 @@ class ParsedStage(StageCLI):
 
 
 def check_plan(plan: Plan) -> None:
-    """Parse the settings of every stage, and look for their data.
+    """Parse the settings of every stage, and check that its data exist.
+
+    Args:
+        plan: The plan.
 
     Raises:
-        ConfigError: names the stage, which might have come only after hours.
+        ConfigError: If a stage is invalid. Without this check, the error might only appear after hours.
     """
     with tempfile.TemporaryDirectory() as folder:
         for stage in plan.stages:
@@ -57,6 +65,6 @@ def check_plan(plan: Plan) -> None:
                 ParsedStage(stage.kind, ["fit", "-c", str(file)])
                 check_data(plan, stage)
             except UserError as error:
-                # The file is one of ours, made of those of the user.
+                # Drop the name of the temporary file, which means nothing to the user.
                 message = re.sub(rf"^{re.escape(str(file))}(:\d+)?: ", "", str(error))
                 raise ConfigError(f"pipeline: stage {stage.name}: {message}") from error

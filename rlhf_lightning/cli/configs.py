@@ -1,4 +1,4 @@
-"""The configs that travel with the package: `rlhf configs`, and `-c rlhf:NAME` in the place of a file."""
+"""Configs that come with the package: `rlhf configs`, and `-c rlhf:NAME` instead of a file."""
 
 from difflib import get_close_matches
 from pathlib import Path
@@ -18,10 +18,13 @@ def shipped() -> dict[str, Path]:
 
 
 def config_file(name: str) -> Path:
-    """The file of a config by its name, with or without `.yaml`.
+    """The file of a config.
+
+    Args:
+        name: Its name, with or without `.yaml`.
 
     Raises:
-        ConfigError: If there is none of that name; the message has the nearest one.
+        ConfigError: If there is no config of that name; the message suggests the nearest one.
     """
     files = shipped()
     short = name.removesuffix(".yaml")
@@ -33,7 +36,7 @@ def config_file(name: str) -> Path:
 
 
 def with_shipped(args: list[str]) -> list[str]:
-    """Arguments in which `-c rlhf:NAME`, `--config=rlhf:NAME` and a pipeline's `rlhf:NAME` are paths."""
+    """Replace `-c rlhf:NAME`, `--config=rlhf:NAME` and a pipeline's `rlhf:NAME` by paths."""
     found = []
     for before, arg in zip(["", *args], args, strict=False):
         flag, equals, value = arg.partition("=")
@@ -46,7 +49,7 @@ def with_shipped(args: list[str]) -> list[str]:
 
 
 def run(args: list[str]) -> int:
-    """List the configs, or copy one with the files that it names."""
+    """List the configs, or copy one together with the files that it refers to."""
     parser = Parser(
         prog="rlhf configs",
         description="The configs that come with the package. Pass one as -c rlhf:NAME, or copy it to edit it.",
@@ -69,7 +72,7 @@ def run(args: list[str]) -> int:
 
 
 def title(path: Path) -> str:
-    """The first sentence of a config's comment."""
+    """First sentence of a config's leading comment."""
     comment = []
     for line in path.read_text(encoding="utf-8").splitlines():
         if not line.startswith("#"):
@@ -80,13 +83,17 @@ def title(path: Path) -> str:
 
 
 def copy(name: str, folder: Path) -> list[Path]:
-    """Write a config, and those of its stages, into a folder.
+    """Write a config, and the configs of its stages, into a folder.
+
+    Args:
+        name: Name of the config.
+        folder: Folder to write to.
 
     Returns:
-        the files that were written.
+        The written files.
 
     Raises:
-        ConfigError: If there is no such config, a file is there already, or the folder cannot be written.
+        ConfigError: If there is no such config, a file exists already, or the folder cannot be written.
     """
     from rlhf_lightning.files import write_text
     from rlhf_lightning.pipeline.plan import read_mapping

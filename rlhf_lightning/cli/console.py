@@ -1,4 +1,4 @@
-"""Standard streams that may be closed, or go away while a run goes on."""
+"""Standard streams that are closed, or that break during a run."""
 
 import errno
 import logging
@@ -10,13 +10,16 @@ from typing import Any, TextIO
 
 log = logging.getLogger(__name__)
 GONE = (errno.EPIPE, errno.EIO, errno.EBADF)
-"""What a write gives when its reader has ended, or the terminal is closed."""
+"""Errors of a write whose reader has ended, or whose terminal is closed."""
 BROKEN_PIPE = 141
-"""Exit code of a command whose reader has ended, as a shell shows it for a process that SIGPIPE ended."""
+"""Exit code of a command whose reader has ended, equal to that of a process killed by SIGPIPE."""
 
 
 def open_standard_streams() -> None:
-    """Give those that the caller has closed (`>&-`) to the null device; a file of the run would take their place."""
+    """Open standard streams that the caller closed (`>&-`) on the null device.
+
+    Otherwise a file of the run would get their descriptor.
+    """
     for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
         try:
             os.fstat(number)
@@ -27,17 +30,21 @@ def open_standard_streams() -> None:
 
 
 class SteadyStream:
-    """A stream of text that goes nowhere once nobody reads it any more.
+    """A text stream that discards its output once nobody reads it.
 
     Args:
-        stream: standard output or standard error.
+        stream: Standard output or standard error.
+
+    Example:
+        >>> stream = SteadyStream(sys.stderr)
+        >>> stream.flush()
     """
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
 
     def write(self, text: str) -> int:
-        """Write, or lose, a text."""
+        """Write a text, or discard it."""
         try:
             return self._stream.write(text)
         except OSError as error:
@@ -50,7 +57,7 @@ class SteadyStream:
             self.write(line)
 
     def flush(self) -> None:
-        """Hand on what was written."""
+        """Flush the stream."""
         try:
             self._stream.flush()
         except OSError as error:
@@ -59,7 +66,7 @@ class SteadyStream:
     def _leave(self, error: OSError) -> None:
         if error.errno not in GONE:
             raise error
-        # Libraries in C and processes that are started write to the same descriptor.
+        # C libraries and child processes write to the same descriptor, so it is redirected.
         _lead_nowhere(self._stream)
         log.warning("%s has no reader any more; the run goes on, and its log file has what it says", self._stream.name)
 
@@ -69,7 +76,7 @@ class SteadyStream:
 
 @contextmanager
 def steady_console() -> Iterator[None]:
-    """Around a run: that its output is not read any more does not end it."""
+    """Context of a run in which a broken standard stream does not end the run."""
     before = sys.stdout, sys.stderr
     sys.stdout, sys.stderr = (SteadyStream(stream) for stream in before)
     try:
@@ -80,7 +87,7 @@ def steady_console() -> Iterator[None]:
 
 
 def silence() -> None:
-    """Send what is left of standard output nowhere: at its exit Python would complain of it."""
+    """Discard the rest of standard output, about which Python would otherwise complain at exit."""
     _lead_nowhere(sys.stdout)
 
 

@@ -13,7 +13,7 @@ TRAINED, PLAIN = "\x1b[32m", "\x1b[0m"
 
 
 def run(args: list[str]) -> int:
-    """Check a file; 1 where rows are bad."""
+    """Check a file of rows; the exit code is 1 if rows are bad."""
     options = _parse(args[1:])
 
     from rlhf_lightning.cli.logs import setup_logging
@@ -94,7 +94,7 @@ def _parse(args: list[str]) -> argparse.Namespace:
 
 
 def _settings(options: argparse.Namespace) -> dict[str, Any]:
-    """The data module's settings that were given."""
+    """The settings of the data module that were given."""
     from rlhf_lightning.errors import ConfigError
 
     length = "max_prompt_tokens" if options.kind == "prompts" else "max_length"

@@ -1,4 +1,4 @@
-"""What the data of a run were, so that it is not gone on with on other rows under the same names."""
+"""Record of a run's data, so that the run is not resumed with other rows under the same file names."""
 
 import logging
 import os
@@ -13,17 +13,18 @@ from rlhf_lightning.files import FORMAT, is_file, read_record, write_json
 log = logging.getLogger(__name__)
 SOURCES = ("train", "validation", "test", "predict", "episodes")
 RECORD = "sources.json"
-"""Of each source of a run its hash, and the size and time of each file, by which it is known without reading it."""
+"""File with the hash of each data source, and size and time of its files, which identify unchanged files quickly."""
 
 
 def check_data_record(root: Path, sources: Mapping[str, Any]) -> None:
-    """Compare the data with those that the folder's run began with; record them where it has none.
+    """Compare the data with the record in the run's folder; write the record if there is none.
 
     Args:
-        root: of the run. sources: of the data module, by name, as they are set.
+        root: Folder of the run.
+        sources: Data sources by the name of their setting.
 
     Raises:
-        ConfigError: a file, or one of a folder or a pattern, holds other rows now.
+        ConfigError: If a file, or a file of a folder or pattern, has other rows now.
     """
     path = root / RECORD
     before = read_record(path) if is_file(path) else {}

@@ -26,7 +26,7 @@ COLUMNS = {
 
 
 def run(args: list[str]) -> int:
-    """Measure a policy (against another), or sample the best of N."""
+    """Evaluate a policy, optionally against a baseline, or sample the best of N responses."""
     options = _parse(args)
     from rlhf_lightning.cli.logs import setup_logging
     from rlhf_lightning.cli.rendering_flags import rendering_options, say
@@ -70,7 +70,7 @@ def run(args: list[str]) -> int:
 
 
 def _evaluate(options: argparse.Namespace, policy: Any, prompts: Any, sampling: Any) -> tuple[Any, Any, int]:
-    """Figures, rows, and the number of prompts that have references."""
+    """Metrics, rows, and the number of prompts with references."""
     from rlhf_lightning.cli.rendering_flags import say
     from rlhf_lightning.errors import ConfigError
     from rlhf_lightning.inference.compare import compare
@@ -89,7 +89,7 @@ def _evaluate(options: argparse.Namespace, policy: Any, prompts: Any, sampling: 
 
 
 def _finite(value: Any) -> Any:
-    """JSON has no infinity, which the interval of one prompt is, and no NaN."""
+    """Replace NaN and infinity, which JSON lacks, by None; the interval of a single prompt is infinite."""
     if isinstance(value, dict):
         return {key: _finite(item) for key, item in value.items()}
     return None if isinstance(value, float) and not math.isfinite(value) else value
@@ -144,7 +144,7 @@ def _parse(args: list[str]) -> argparse.Namespace:
     parser.add_argument("--dtype", default="float32", help="of the weights")
     parser.add_argument("--device", help="cpu, cuda, mps (default: a GPU where there is one)")
     add_rendering_flags(parser)
-    # Not parse_args: it would take `MODEL --json FILE` for a baseline that is missing and a file too many.
+    # Not parse_args, which would misread the positional arguments of `MODEL --json FILE`.
     return parser.parse_intermixed_args(args[1:])
 
 
@@ -156,7 +156,7 @@ def _show(summary: dict[str, dict[str, Any]], facts: dict[str, Any]) -> None:
     title = f"{facts['prompts']} prompts"
     if facts.get("references"):
         title += f", {facts['references']} with references"
-    # A figure a row: ten columns fit no terminal.
+    # One metric per row, because ten columns do not fit a terminal.
     table = Table(title=title, caption="intervals hold in 95 of 100 cases" if "reward" in keys else None)
     table.add_column("")
     for name in summary:

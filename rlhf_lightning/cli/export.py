@@ -8,7 +8,7 @@ from rlhf_lightning.files import visible
 
 
 def run(args: list[str]) -> int:
-    """Export a model, and push it where that is asked for."""
+    """Export a model, and push it to the Hub if requested."""
     parser = Parser(
         prog="rlhf export",
         description="Write a model folder that needs nothing else: an adapter is merged into its base (in float32), "

@@ -13,7 +13,7 @@ FILES = Path(__file__).parent / "project"
 
 
 def run(args: list[str]) -> int:
-    """Write the files of a project and say what to do with them."""
+    """Write the files of a project, and print the next steps."""
     parser = Parser(
         prog="rlhf init",
         description="Write a folder to start from: a commented config of each stage, the pipeline that runs them, and "
@@ -43,7 +43,7 @@ def run(args: list[str]) -> int:
 
 
 def check_start(model: str) -> None:
-    """Refuse a path that is no folder; a Hub id is believed. Raises `ConfigError`."""
+    """Raise `ConfigError` for a path that is not a folder. A Hub id is not checked."""
     from rlhf_lightning.errors import ConfigError
     from rlhf_lightning.files import is_file
 
@@ -59,10 +59,14 @@ def check_start(model: str) -> None:
 
 
 def write_project(folder: Path, model: str) -> None:
-    """Write the files of a project that starts from a model.
+    """Write the files of a project.
+
+    Args:
+        folder: Folder to write to.
+        model: Folder or Hub id of the model that it starts from.
 
     Raises:
-        ConfigError: one of the files is there already, or the model is no model folder.
+        ConfigError: If one of the files exists already, or the model is not a model folder.
     """
     from rlhf_lightning.errors import ConfigError
 
@@ -79,7 +83,7 @@ def write_project(folder: Path, model: str) -> None:
     for file in files:
         text = (FILES / file).read_text(encoding="utf-8")
         if file.suffix == ".yaml":
-            # A JSON string is a YAML string, whatever the path holds.
+            # A JSON string is valid YAML, whatever characters the path contains.
             text = text.replace("@MODEL@", json.dumps(model, ensure_ascii=False)).replace("@NAME@", name)
         (folder / file).parent.mkdir(parents=True, exist_ok=True)
         (folder / file).write_text(text, encoding="utf-8")

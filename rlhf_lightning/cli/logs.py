@@ -20,7 +20,7 @@ class _NoAdvertising(logging.Filter):
 
 
 class _Console(logging.StreamHandler):
-    """Writes to what is stderr when it writes, not to what it was when logging was set up."""
+    """Writes to the current `sys.stderr`, not to that at the time when logging was set up."""
 
     def __init__(self) -> None:
         logging.Handler.__init__(self)
@@ -31,7 +31,10 @@ class _Console(logging.StreamHandler):
 
 
 class _Record(logging.LogRecord):
-    """Libraries have handlers of their own, and write names of files and weights that come from others."""
+    """Escapes control characters in all log messages, since other libraries have handlers of their own.
+
+    They log names of files and weights that come from others.
+    """
 
     def getMessage(self) -> str:  # noqa: N802
         message = super().getMessage()
@@ -41,14 +44,19 @@ class _Record(logging.LogRecord):
 
 
 class _Visible(logging.Formatter):
-    """Messages hold rows, answers and names that come from others: none of it is for a terminal to obey."""
+    """Escapes control characters, because messages contain rows, answers and names that come from others."""
 
     def format(self, record: logging.LogRecord) -> str:
         return visible(super().format(record))
 
 
 def setup_logging(level: str, file: Path | None) -> None:
-    """Log the project and Lightning to the console and, on the first rank, to a file that is appended to."""
+    """Log the package and Lightning to the console and, on rank 0, to a file.
+
+    Args:
+        level: Log level.
+        file: File to append to; None for none.
+    """
     handlers: list[logging.Handler] = [_Console()]
     handlers[0].setFormatter(_Visible("%(message)s"))
     if file is not None and os.environ.get("LOCAL_RANK", "0") == "0":
@@ -72,19 +80,19 @@ def setup_logging(level: str, file: Path | None) -> None:
 
 
 def _quieten() -> None:
-    """Leave out what tells a user of this project nothing: notes of the libraries on their own insides."""
+    """Hide messages of other libraries that do not concern users of this package."""
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     for message in (
-        ".*Experiment logs directory .* exists and is not empty.*",  # a stage's folder is meant to be gone on with
+        ".*Experiment logs directory .* exists and is not empty.*",  # resuming in a stage's folder is intended
         ".*LeafSpec.* is deprecated.*",
-        ".*does not have many workers.*",  # rows are in memory: workers would only copy them
+        ".*does not have many workers.*",  # rows are in memory; workers would only copy them
         ".*is_gradient_checkpointing.*",
         ".*a tied layer is part of the adapter.*",  # models.loading.merge unties it
         ".*fan_in_fan_out is set to.*",
         ".*is smaller than the logging interval.*",
-        ".*Total length of `list` across ranks is zero.*",  # no rows to validate on
+        ".*Total length of `list` across ranks is zero.*",  # no validation rows
     ):
         warnings.filterwarnings("ignore", message=message)

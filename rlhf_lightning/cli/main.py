@@ -1,4 +1,4 @@
-"""The entry point of `rlhf`. Nothing heavy is imported before it is known what is wanted."""
+"""Entry point of `rlhf`. Heavy imports wait until the command is known."""
 
 import errno
 import logging
@@ -35,7 +35,7 @@ COMMANDS = {
     "quickstart": ("rlhf_lightning.cli.quickstart", "the whole of it on a small model made on the spot, or on yours"),
 }
 RUNS = ("sft", "preference", "policy", "pipeline", "quickstart")
-"""Commands that go on where nobody reads what they print."""
+"""Commands that continue when nobody reads their output."""
 EXAMPLES = """examples:
   rlhf quickstart
   rlhf sft fit -c rlhf:sft --data.train chats.jsonl
@@ -54,10 +54,10 @@ UNWRITABLE = {
     **dict.fromkeys((errno.EROFS, errno.EACCES, errno.EPERM), "change its rights, or name another place"),
     errno.ENAMETOOLONG: "no path is as long; name another",
 }
-"""What a disk or a folder says to any command, and what to do; of stages, `refusals` says more."""
+"""Errors of a disk or folder for any command, and what to do; `refusals` has more specific ones for stages."""
 
 LONGEST = 300
-"""Letters of a path that are shown."""
+"""Largest number of characters of a path that are shown."""
 
 
 def usage() -> str:
@@ -67,15 +67,19 @@ def usage() -> str:
 
 
 def prepare_environment() -> None:
-    """Settings that PyTorch reads when it is imported.
+    """Set environment variables that PyTorch reads when it is imported.
 
-    Large pages for large tensors on a CPU: without them a step spends up to a third of its time on page faults.
+    They enable large pages for large tensors on a CPU. Without them, page faults take up to a third of a step's time.
     """
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 
 def main(args: list[str] | None = None) -> None:
-    """Run a command; exits with its code."""
+    """Run a command, and exit with its code.
+
+    Args:
+        args: Arguments; those of the process by default.
+    """
     open_standard_streams()
     sys.excepthook = _traceback
     try:
@@ -90,7 +94,7 @@ def main(args: list[str] | None = None) -> None:
         if error.errno not in UNWRITABLE:
             raise
         if error.errno != errno.ENAMETOOLONG:
-            silence()  # what is left of the output cannot be written either
+            silence()  # the rest of the output cannot be written either
         name = str(error.filename or "the output")
         shown = name if len(name) < LONGEST else f"{name[:LONGEST]}…"
         code = _fail(f"{shown}: {error.strerror}; {UNWRITABLE[error.errno]}")
@@ -98,12 +102,12 @@ def main(args: list[str] | None = None) -> None:
 
 
 def _traceback(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """What Python prints of a fault, in which an exception may repeat what a row or a model says."""
+    """Print a traceback with control characters escaped, since an exception may quote a row or a model."""
     sys.stderr.write(visible("".join(traceback.format_exception(kind, error, trace))))
 
 
 def _command(args: list[str]) -> int:
-    """Run a command; its exit code."""
+    """Run a command and return its exit code."""
     if not args or args[0] in ("-h", "--help", "help"):
         print(usage())
         return 0 if args else 2

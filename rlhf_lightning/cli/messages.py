@@ -1,4 +1,4 @@
-"""Mistakes in a whole command and its config files, looked for before anything is made of them."""
+"""Checks of a whole command and its config files, before anything is built from them."""
 
 import os
 from collections.abc import Iterable
@@ -14,7 +14,7 @@ from rlhf_lightning.files import is_file
 from rlhf_lightning.pipeline.plan import find_line, read_mapping
 
 SHARDED = ("checksums.json", "meta.pt", ".metadata", "latest", "checkpoint")
-"""What stands in the folder of a sharded checkpoint, of Lightning or of DeepSpeed."""
+"""Files in the folder of a sharded checkpoint, of Lightning or of DeepSpeed."""
 
 
 CONFIG_FLAGS = ("-c", "--config", "--model", "--data", "--trainer")
@@ -22,7 +22,7 @@ SECTIONS = ("model", "data", "trainer")
 
 
 def read_configs(args: list[str]) -> dict[str, dict[str, Any]]:
-    """What the config files hold; one with no mapping is refused by name, which the parser does not say."""
+    """Read the config files of a command, by path; raises `ConfigError` for a file without a mapping."""
     given = [part for arg in args for part in (arg.split("=", 1) if arg.startswith("-") else [arg])]
     named = [(name, value) for name, value in pairwise(given) if name in CONFIG_FLAGS]
     for name, value in named:
@@ -41,11 +41,17 @@ def read_configs(args: list[str]) -> dict[str, dict[str, Any]]:
 def check_keys(
     files: dict[str, dict[str, Any]], known: set[str], kind: str, commands: Iterable[str], kinds: dict[str, Any]
 ) -> None:
-    """Refuse what of config files is no setting, by file and line; an empty one the parser would take in silence.
+    """Refuse unknown keys in config files, by file and line.
 
     Args:
-        files: what they hold. known: all settings, dotted. kind: of the stage. commands: of which a config given before
-            the command may have sections. kinds: of stages, with the classes of each.
+        files: Content of the config files, by path.
+        known: All settings, as dotted names.
+        kind: Kind of the stage.
+        commands: Commands, for which a config before the command may have sections.
+        kinds: All kinds of stages, with their classes.
+
+    Raises:
+        ConfigError: If a key is unknown, or a section is not a mapping. The parser would ignore an empty section.
     """
     for file, settings in files.items():
         if isinstance(settings.get("stages"), list):
@@ -87,7 +93,7 @@ def _no_setting(name: str, known: set[str], kind: str, kinds: dict[str, Any]) ->
 
 
 def check_sections(config: Any) -> None:
-    """Refuse settings that are none, and values that Lightning would take though they cannot be meant."""
+    """Raise `ConfigError` for sections that are not mappings, and for contradictory values that Lightning accepts."""
     for name in ("model", "data"):
         if not hasattr(config[name], "as_dict"):
             raise ConfigError(f"{name}: {config[name]!r} is no mapping of settings; see the files in configs/")
@@ -109,7 +115,7 @@ def check_sections(config: Any) -> None:
 
 
 def check_trained(config: Any) -> None:
-    """Refuse a `fit` that takes no step: it would hand on the weights that it started from as its result."""
+    """Raise `ConfigError` for a `fit` without steps, which would export the start weights as its result."""
     trainer = config.trainer
     for name in ("max_steps", "max_epochs", "limit_train_batches"):
         if trainer.get(name) is not None and float(trainer[name]) == 0 and not isinstance(trainer[name], bool):
@@ -123,11 +129,21 @@ def check_trained(config: Any) -> None:
 
 
 NODES = ("MASTER_ADDR", "NODE_RANK", "GROUP_RANK", "WORLD_SIZE", "SLURM_JOB_ID", "LSB_JOBID", "KUBERNETES_PORT")
-"""What torchrun, Slurm, LSF or a user sets where several machines work together."""
+"""Variables that torchrun, Slurm, LSF or a user sets for runs on several machines."""
 
 
 def named_checkpoint(name: str | None, root: Path) -> str | None:
-    """The file that `--ckpt_path last` or `best` means: of the stage's own folder. Lightning knows none but its own."""
+    """The file that `--ckpt_path last` or `best` means in the stage's folder; other names are returned unchanged.
+
+    Lightning would only search among its own checkpoints.
+
+    Args:
+        name: Value of `--ckpt_path`.
+        root: The stage's folder.
+
+    Raises:
+        ConfigError: If there is no such checkpoint.
+    """
     folder = root / "checkpoints"
     if name == "last":
         found = newest_whole(folder)[0] if candidates(folder) else None
@@ -142,12 +158,12 @@ def named_checkpoint(name: str | None, root: Path) -> str | None:
 
 
 def check_seed(config: Any) -> None:
-    """Refuse a seed that numpy does not take."""
+    """Raise `ConfigError` for a seed that numpy does not accept."""
     errors.check_seed("--seed_everything", int(config.get("seed_everything") or 0))
 
 
 def check_checkpoint(path: str | None) -> None:
-    """Refuse what `--ckpt_path` cannot name: nothing there, a model folder, a file that is damaged or no checkpoint."""
+    """Raise `ConfigError` for a `--ckpt_path` that is missing, damaged, a model folder, or not a checkpoint."""
     if path in (None, "hpc") or str(path).startswith(("registry", "http")):
         return
     place = Path(str(path))

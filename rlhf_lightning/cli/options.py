@@ -1,4 +1,4 @@
-"""Options that several commands have, looked at before anything is loaded or computed."""
+"""Options that several commands share, and their checks, made before anything is loaded."""
 
 import argparse
 import os
@@ -11,9 +11,9 @@ from rlhf_lightning.errors import MOST, ConfigError, check_seed, check_whole
 from rlhf_lightning.files import visible
 
 MAY_BE_EMPTY = ("stop", "system")
-"""Flags whose empty text is none."""
+"""Flags for which an empty text means none."""
 MANY = 2**16
-"""At most so many responses to a prompt: all are held until the last is there."""
+"""Largest number of responses per prompt; all of them are kept in memory."""
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -25,10 +25,14 @@ COUNTS = (
 
 
 class Parser(argparse.ArgumentParser):
-    """Says what is wrong, without a screen of usage before it; `--help` has that."""
+    """A parser that reports errors in one line, without the usage text.
+
+    Example:
+        >>> parser = Parser(prog="rlhf score")
+    """
 
     def error(self, message: str) -> NoReturn:
-        """The message in a line, with the flag that may have been meant."""
+        """Print the message, with the flag that may have been meant, and exit with code 2."""
         if message.startswith("unrecognized arguments: "):
             flags = {flag for action in self._actions for flag in action.option_strings}
             first = message.partition(": ")[2].split()[0].partition("=")[0]
@@ -38,14 +42,21 @@ class Parser(argparse.ArgumentParser):
         sys.exit(2)
 
     def _get_value(self, action: argparse.Action, arg_string: str) -> Any:
-        names = not isinstance(action, argparse._SubParsersAction)  # whose values are those of the flags below
+        names = not isinstance(action, argparse._SubParsersAction)  # its values include those of the inner flags
         if arg_string == "" and names and action.dest not in MAY_BE_EMPTY:
             raise argparse.ArgumentError(action, "the value is empty")
         return super()._get_value(action, arg_string)
 
 
 def device_of(name: str | None) -> str:
-    """The device that is named, or a GPU where there is one; raises `ConfigError` where it is not there."""
+    """The named device, or a GPU if there is one.
+
+    Args:
+        name: Name of the device; None for the default.
+
+    Raises:
+        ConfigError: If there is no such device.
+    """
     import torch
 
     if name is None:
@@ -65,7 +76,7 @@ def device_of(name: str | None) -> str:
 
 
 def check_options(options: Any) -> None:
-    """Refuse numbers and a dtype that cannot be meant, and files that cannot be written; raises `ConfigError`."""
+    """Raise `ConfigError` for numbers and dtypes that cannot be meant, and for output files that cannot be written."""
     if getattr(options, "dtype", None) is not None and options.dtype not in DTYPES:
         raise ConfigError(f"--dtype is {options.dtype!r}; one of {', '.join(DTYPES)}")
     for name, least, most in COUNTS:
@@ -79,15 +90,20 @@ def check_options(options: Any) -> None:
 
 
 def add_overwrite(parser: argparse.ArgumentParser) -> None:
-    """The flag of commands that write a file which is named."""
+    """Add the flag of commands that write to a given file."""
     parser.add_argument("--overwrite", action="store_true", help="replace a file that is there (default: refuse)")
 
 
 def check_writable(name: str, path: Path, overwrite: bool = False) -> None:
-    """Refuse a file that is there or cannot be written, before the work whose result it would hold.
+    """Check that a file can be written, before the work whose result it will contain.
+
+    Args:
+        name: Name of the option, for the message.
+        path: The file.
+        overwrite: Allow an existing file.
 
     Raises:
-        ConfigError: says what is there.
+        ConfigError: If the file exists or cannot be written.
     """
     if path.is_dir():
         raise ConfigError(f"{name} {path}: a folder; name a file in it")

@@ -1,4 +1,4 @@
-"""The parser of a stage's flags and config files, whose messages say in few lines what is wrong and what to do."""
+"""Parser of a stage's flags and config files, with short error messages that say what to do."""
 
 import re
 from collections.abc import Iterable, Iterator
@@ -26,13 +26,13 @@ NOISE = (
 
 
 class StageParser(LightningArgumentParser):
-    """Says what is wrong, without two screens of usage before it; `--help` has them."""
+    """A parser that reports errors in a few lines, without the usage text."""
 
     def print_usage(self, file: Any = None) -> None:
-        """Nothing: an error is to be found at once."""
+        """Prints nothing, so that the error is easy to find."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """The message in few lines, with what may have been meant."""
+        """Print the message in a few lines, with what may have been meant, and exit."""
         if message.startswith("unrecognized arguments"):
             message = flags(message, self.settings())
         if "arguments are required: " in message and message.endswith("model.model"):
@@ -40,7 +40,7 @@ class StageParser(LightningArgumentParser):
         super().error(visible(tidy(message)), ex)
 
     def settings(self) -> set[str]:
-        """The dotted names of all settings of its commands."""
+        """Dotted names of all settings of its commands."""
         commands = self._subcommands_action
         parsers = commands._name_parser_map.values() if commands else [self]
         names = {action.dest for parser in parsers for action in parser._actions}
@@ -48,23 +48,23 @@ class StageParser(LightningArgumentParser):
 
 
 def tidy(message: str) -> str:
-    """The parser's message without its own types and the attempts that could not fit: key, reason, value, remedy."""
+    """Shorten a message of jsonargparse to key, reason, value and remedy, without its types and failed attempts."""
     text = re.sub(r"Type .*? expects a function or a callable class: ", "", message)
     text = re.sub(r"[.;]? Got value: (Namespace\(|Write).*", "", text)
     text = re.sub(r"Given value: \[?Namespace\(.*", "", text)
     lines = [line.strip().removeprefix("- ") for line in text.splitlines()]
     kept = [line if len(line) < 300 else f"{line[:300]}…" for line in lines if line and not line.startswith(NOISE)]
     text = "".join(line + (" " if line.endswith(":") else "; ") for line in dict.fromkeys(kept)).strip("; ")
-    if "<class 'float'>" in text or "<class 'int'>" in text:  # no class was meant, whatever else it may be
+    if "<class 'float'>" in text or "<class 'int'>" in text:  # a number was meant, not a class
         text = re.sub(r"Expected a dot import path string: [^;]*; ", "", text)
     for remedy in _remedies(text):
-        if remedy not in text:  # the parser of a class within has said it already
+        if remedy not in text:  # a nested parser may have said it already
             text += f"{'' if text.endswith('?') else '.'} {remedy}"
     return text
 
 
 def _remedies(text: str) -> Iterator[str]:
-    """What to do, where that can be told from the parser's message."""
+    """What to do, as far as it can be derived from the parser's message."""
     key = found[1] if (found := re.search(r'Parser key "([\w.]+)"', text)) else ""
     if found := re.search(r"(?:path string|path format): ([^;\s]*)", text):
         name = found[1].strip("'\".")
@@ -99,11 +99,11 @@ SECTIONS = {
     "model.sampler": "max_tokens",
     "trainer": "max_steps",
 }
-"""What is set by settings of its own, with the first of them."""
+"""Sections of settings, with the first setting of each."""
 
 
 def flags(message: str, known: Iterable[str]) -> str:
-    """The parser's message of arguments that it does not know, with what may have been meant."""
+    """Extend the parser's message about unknown arguments by what may have been meant."""
     names = message.partition(": ")[2].split()
     said = []
     for name in [name for name in names if name.startswith("-")] or names[:1]:

@@ -11,7 +11,7 @@ from rlhf_lightning.pipeline.run import run_pipeline
 
 
 def run(args: list[str]) -> int:
-    """Run a pipeline file and list what it left."""
+    """Run a pipeline file and list its results."""
     parser = Parser(
         prog="rlhf pipeline",
         description="Run the stages of a pipeline file. What is finished is not run again, what was interrupted "
@@ -55,7 +55,11 @@ def run(args: list[str]) -> int:
 
 
 def verify(run_folder: str, as_json: bool) -> int:
-    """Print what of a run is as it was; 0 where all is, 1 where something differs, is missing or unfinished."""
+    """Print which parts of a run are unchanged.
+
+    Returns:
+        The exit code: 0 if all are, 1 if something differs, is missing or unfinished.
+    """
     from rlhf_lightning.pipeline.verify import HUB, SAME, verify_run
 
     checks = verify_run(run_folder)

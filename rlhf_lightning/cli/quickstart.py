@@ -46,7 +46,7 @@ def run(args: list[str]) -> int:
 
 
 def show(summary: dict[str, Any], root: Path) -> None:
-    """The table and the sample answers."""
+    """Print the table and the sample answers."""
     from rich.console import Console
     from rich.table import Table
 

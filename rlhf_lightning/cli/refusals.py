@@ -1,4 +1,4 @@
-"""What other libraries raise for settings, disks and dead processes, as messages of the package's."""
+"""Turns exceptions of other libraries about settings, disks and dead processes into errors of this package."""
 
 import errno
 import os
@@ -23,7 +23,7 @@ REMEDIES = {
     errno.EIO: "the disk or the network share fails",
 }
 
-# What Lightning raises for a setting that does not fit, in a traceback of its own; and what to do.
+# Messages of Lightning's exceptions about unsuitable settings, and what to say instead.
 REFUSED = {
     r"`val_check_interval` \((\d+)\) must be less than or equal to the number of the training batches \((\d+)\)": (
         "trainer.val_check_interval is {0}, and an epoch has {1} batches, so that it would never be validated. Lower "
@@ -38,7 +38,7 @@ REFUSED = {
 
 
 def refusal(error: BaseException) -> UserError | None:
-    """What to say in place of an exception that Lightning itself raised over a setting; None for any other."""
+    """The error to raise instead of Lightning's exception about a setting; None for any other exception."""
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next
@@ -52,18 +52,18 @@ def refusal(error: BaseException) -> UserError | None:
 
 @contextmanager
 def unfit_settings() -> Iterator[None]:
-    """Around the making of objects from settings: what a class refuses, or lacks, in a line."""
+    """Context of building objects from settings: reports in one line what a class refuses or lacks."""
     try:
         yield
     except (ModuleNotFoundError, TypeError, ValueError) as error:
-        cause: BaseException | None = error  # jsonargparse raises its own in the place of what a class raised
+        cause: BaseException | None = error  # jsonargparse replaces the exceptions of classes by its own
         while cause is not None and not isinstance(cause, ModuleNotFoundError):
             cause = cause.__cause__ or cause.__context__
         raise ConfigError(_missing(cause) if cause else f"a setting does not fit: {tidy(str(error))}") from error
 
 
 def _missing(error: ModuleNotFoundError) -> str:
-    """What to install for a class that a setting names. Lightning's loggers say it in a sentence, without `name`."""
+    """What to install for a class that a setting names. Exceptions of Lightning's loggers lack `name`."""
     text = " ".join(str(error).split())
     extra = next((name for name in EXTRAS if name in (error.name or text).lower()), None)
     return f"{text}: " + (f'pip install "rlhf-lightning[{extra}]"' if extra else "install it, or name another class")
@@ -71,7 +71,7 @@ def _missing(error: ModuleNotFoundError) -> str:
 
 @contextmanager
 def refusals() -> Iterator[None]:
-    """Around a run of a stage. What the user's own code raises comes out as it is."""
+    """Context of a stage's run. Exceptions of the user's own code are not changed."""
     try:
         yield
     except MisconfigurationException as error:

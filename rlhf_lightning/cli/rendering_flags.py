@@ -1,4 +1,4 @@
-"""Flags of the commands that ask a model: how it is asked, where that is not as it was trained."""
+"""Flags that override how a model is prompted, which by default is as in its training."""
 
 import argparse
 import sys
@@ -12,7 +12,12 @@ RECORD = "by default as the model was trained, which its stage.json says"
 
 
 def add_rendering_flags(parser: argparse.ArgumentParser, samples: bool = True) -> None:
-    """The flags of `rendering_options`; `samples` is false for a command that samples no responses."""
+    """Add the flags that `rendering_options` reads.
+
+    Args:
+        parser: The parser.
+        samples: False for a command that samples no responses.
+    """
     group = parser.add_argument_group("how the model is asked", RECORD)
     group.add_argument("--format", choices=("chat", "raw"), help="by the chat template, or text as it is")
     group.add_argument(
@@ -27,7 +32,7 @@ def add_rendering_flags(parser: argparse.ArgumentParser, samples: bool = True) -
 
 
 def rendering_options(options: argparse.Namespace) -> dict[str, Any]:
-    """The settings that were given, for `data.rendering_settings.RenderingSettings`; raises `ConfigError`."""
+    """The given settings, for `data.rendering_settings.RenderingSettings`; raises `ConfigError`."""
     stop = getattr(options, "stop", None)
     found = {
         "format": options.format,
@@ -40,7 +45,7 @@ def rendering_options(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
-    """The flags of `sampling_of`."""
+    """Add the flags that `sampling_of` reads."""
     said = "default: what generation_config.json of the model says, else"
     parser.add_argument("--temperature", type=float, help=f"0 takes the likeliest token ({said} 1.0)")
     parser.add_argument("--top_p", type=float, help=f"sample from the likeliest tokens of this mass ({said} 1.0)")
@@ -48,7 +53,16 @@ def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def sampling_of(options: argparse.Namespace, model: str, sampled: Mapping[str, float]) -> tuple[dict[str, Any], str]:
-    """Settings of the sample, and a line that says what of them comes from the model's generation config."""
+    """Sampling settings from flags and generation config.
+
+    Args:
+        options: The parsed flags.
+        model: Name of the model.
+        sampled: Sampling settings of its generation config.
+
+    Returns:
+        The settings, and a line that says which of them come from the generation config.
+    """
     given = {name: getattr(options, name) for name in ("temperature", "top_p", "top_k")}
     given = {name: value for name, value in given.items() if value is not None}
     settings = {**sampled, **given}
@@ -60,7 +74,7 @@ def sampling_of(options: argparse.Namespace, model: str, sampled: Mapping[str, f
 
 
 def say(*lines: str) -> None:
-    """To standard error, since standard output is the command's; empty lines and repetitions are left out."""
+    """Print lines to standard error, because standard output is for results; empty and repeated lines are left out."""
     for line in dict.fromkeys(line for line in lines if line):
         print(visible(line), file=sys.stderr)
 

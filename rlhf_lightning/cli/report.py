@@ -1,4 +1,4 @@
-"""`rlhf report RUN`, and the report that is written at the end of a stage."""
+"""`rlhf report RUN`, and the report at the end of a stage."""
 
 from pathlib import Path
 from typing import Any
@@ -9,7 +9,7 @@ from rlhf_lightning.report import report_after_stage, write_report
 
 
 def run(args: list[str]) -> int:
-    """Write the report and say where it is."""
+    """Write the report and print its path."""
     parser = Parser(
         prog="rlhf report",
         description="Write report.html: one page, without scripts or network, about a pipeline's or a stage's folder: "
@@ -28,7 +28,7 @@ def run(args: list[str]) -> int:
 
 
 def after_stage(driver: Any) -> None:
-    """Write the report of a stage that was just trained, on the first rank."""
+    """On rank 0, write the report of a stage that was just trained."""
     if driver.subcommand != "fit" or driver.trainer.fast_dev_run or not driver.trainer.is_global_zero:
         return
     report_after_stage(driver.root)

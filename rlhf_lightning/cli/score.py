@@ -12,7 +12,7 @@ from rlhf_lightning.files import as_json, write_text
 
 
 def run(args: list[str]) -> int:
-    """Score a file of rows and write them with their scores."""
+    """Score a file of rows, and write them with their scores."""
     parser = Parser(
         prog="rlhf score",
         description="Score responses with a trained preference model, of any scorer. Rows with chosen and rejected get "
@@ -50,13 +50,13 @@ def run(args: list[str]) -> int:
         write_text(options.output, text)
     else:
         print(text, end="")
-    # Not among the rows: standard output is theirs.
+    # To standard error, because standard output is for the rows.
     print("  ".join(f"{name} {value:.4g}" for name, value in summary.items()), file=sys.stderr)
     return 0
 
 
 def score_file(options: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, float]]:
-    """The rows with their scores, and what there is to say of all."""
+    """The rows with their scores, and summary metrics."""
     from rlhf_lightning.data.records import Reading, Row, convert_rows, read_rows
     from rlhf_lightning.models.reward_model import RewardModel
 
@@ -65,7 +65,7 @@ def score_file(options: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[
     judge.to(device_of(options.device))
     say(judge.asking.describe())
     reading = Reading()
-    # Each example keeps its row: a bad one may have been left out.
+    # Each example keeps its row, since bad rows may have been left out.
     given: list[Row] = read_rows(options.file, reading=reading)
     examples = convert_rows(given, lambda data: [(data, responses(judge.renderer, data))], reading, options.on_bad_row)
     sides = [side for _, rendered in examples for side in rendered.values()]
@@ -80,7 +80,7 @@ def score_file(options: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[
             row = {"score": found["response"]}
         else:
             row = {"response_scores": list(found.values())}  # `scores` may be a column of the data
-        # The better responses are what a person would demonstrate.
+        # Chosen responses serve as reference demonstrations.
         singles += [found[name] for name in ("chosen", "response") if name in found]
         rows.append({**data, **row})
     summary: dict[str, float] = {"rows": len(rows), "skipped": len(reading.skipped)}

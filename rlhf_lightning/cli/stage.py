@@ -1,4 +1,4 @@
-"""`rlhf sft|preference|policy fit|validate|test|predict`: LightningCLI commands with every Trainer flag."""
+"""`rlhf sft|preference|policy fit|validate|test|predict`: LightningCLI commands with all Trainer flags."""
 
 import logging
 import sys
@@ -44,7 +44,7 @@ CLASSES = {
     ),
     "policy": ("rlhf_lightning.modules.policy_rl.PolicyRLModule", "rlhf_lightning.data.prompts.PromptDataModule"),
 }
-# A run may go on for longer than was first asked for, and on other devices; with anything else changed it would be
+# Settings that may differ on resume: a run may be extended, and may use other devices. Any other change would make it
 # another run.
 LENGTH = ("trainer.max_epochs", "trainer.max_steps", "trainer.max_time")
 MAY_CHANGE = (
@@ -85,16 +85,25 @@ HELP = {
 
 
 class SaveConfig(SaveConfigCallback):
-    """`config.yaml` in the stage's folder, whatever logger there is: it says what the folder was made with."""
+    """Saves `config.yaml` in the stage's folder, whatever the logger."""
 
     def save_config(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Write it; Lightning calls this on the first rank only."""
+        """Write the file. Lightning calls this on rank 0 only."""
         path = Path(trainer.default_root_dir) / "config.yaml"
         self.parser.save(self.config, str(path), skip_none=False, overwrite=True, multifile=False)
 
 
 class StageCLI(LightningCLI):
-    """A stage in its folder (`trainer.default_root_dir`): resumed where it was interrupted, left alone where done."""
+    """Runs a stage in its folder (`trainer.default_root_dir`): resumes an interrupted run, and skips a finished one.
+
+    Args:
+        kind: `sft`, `preference` or `policy`.
+        args: The subcommand and its flags.
+        parser: Class of the parser.
+
+    Example:
+        >>> StageCLI("sft", ["fit", "--model.model", "Qwen/Qwen3-0.6B", "--data.train", "a.jsonl"])  # doctest: +SKIP
+    """
 
     def __init__(self, kind: str, args: list[str], parser: type[StageParser] = StageParser) -> None:
         self.kind = kind
@@ -107,12 +116,12 @@ class StageCLI(LightningCLI):
             save_config_callback=SaveConfig,
             save_config_kwargs={"overwrite": True, "save_to_log_dir": False},
             load_from_checkpoint_support=False,
-            auto_configure_optimizers=False,  # --optimizer would not reach the module, which has model.optimizer
+            auto_configure_optimizers=False,  # the module has model.optimizer, which --optimizer would not set
             trainer_defaults={"enable_progress_bar": sys.stdout.isatty(), "log_every_n_steps": 1},
             parser_class=parser,
             parser_kwargs={
                 "prog": f"rlhf {kind}",
-                "allow_abbrev": False,  # a misspelt flag is to be named, not taken for one that begins like it
+                "allow_abbrev": False,  # report a misspelled flag instead of guessing from its beginning
                 **HELP[kind],
                 "fit": {"epilog": HELP[kind]["epilog"]},
             },
@@ -137,7 +146,7 @@ class StageCLI(LightningCLI):
         parser.add_argument("--fresh", action="store_true", help="discard what the folder holds of an earlier run")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Parse what was given. Lightning's own warns of `args=`, and sys.argv must stay as it is for DDP."""
+        """Parse the arguments. Lightning's method warns about `args=`, but sys.argv must be unchanged for DDP."""
         commands = parser._subcommands_action._name_parser_map  # type: ignore[union-attr]
         files = read_configs(args)
         check_keys(files, parser.settings(), self.kind, commands, CLASSES)  # type: ignore[attr-defined]
@@ -152,7 +161,7 @@ class StageCLI(LightningCLI):
         check_seed(config)
 
     def _parse_ckpt_path(self) -> None:
-        """Nothing: Lightning would take settings from the checkpoint, and import the classes that these name."""
+        """Does nothing. Lightning would take settings from the checkpoint, and import the classes that they name."""
 
     @property
     def root(self) -> Path:
@@ -173,7 +182,7 @@ class StageCLI(LightningCLI):
             self._continue_or_stop(config)
         setup_logging(config.log_level, Path(config.log_file or self.root / "logs" / "run.log"))
         if self.subcommand != "fit":
-            # Its metrics belong to no curve, and the file of the fit in the same folder must not be overwritten.
+            # Metrics of other commands must not overwrite the curves of a fit in the same folder.
             self.save_config_callback = None
             config.trainer.logger = config.trainer.logger or False
         self.trainer_defaults["callbacks"] = self._callbacks(config)
@@ -195,7 +204,7 @@ class StageCLI(LightningCLI):
         callbacks: list[Any] = [ExportModel(config.export), PredictionsFile(), MemoryEstimate()]
         own = str(config.trainer.callbacks or "")
         if self.kind == "policy":
-            # What the user names, with other settings, takes the place of the default.
+            # A callback that the user configures replaces the default one.
             kinds = (SamplesLog, FirstStepInvariants, Diagnostics)
             callbacks += [kind() for kind in kinds if f".{kind.__name__}" not in own]
         if self.kind == "preference" and ".PreferenceWatch" not in own:
@@ -215,7 +224,7 @@ class StageCLI(LightningCLI):
         return callbacks
 
     def instantiate_trainer(self, **kwargs: Any) -> Any:
-        """The Trainer, with the folder's `metrics.csv` as its logger where no other is named."""
+        """The Trainer, which logs to `metrics.csv` in the folder unless another logger is configured."""
         config = self.config[self.subcommand]
         if self.subcommand == "fit" and config.trainer.logger in (None, True):
             from rlhf_lightning.checkpointing.metrics_csv import MetricsCSV
@@ -229,16 +238,16 @@ class StageCLI(LightningCLI):
     # -- the folder -----------------------------------------------------------------------------------------------
 
     def _claim(self, config: Any) -> None:
-        """Become the folder's writer, on the first rank; refuse to replace what the user has there."""
+        """Lock the folder for this run, on rank 0; refuse to replace the user's own files."""
         refuse_inputs_in(self.root, STAGE_RESULTS, {name: config[name].as_dict() for name in ("model", "data")})
         if is_first_process() and not config.trainer.fast_dev_run:
             claim(self.root, STAGE_RESULTS, patience=60 if parent_is_watched() else 0)
 
     def _continue_or_stop(self, config: Any) -> None:
-        """Resume an interrupted run of the same settings; refuse one of others; leave a finished one alone."""
+        """Resume an interrupted run with the same settings, refuse one with others, and skip a finished one."""
         if config.fresh:
             if not is_first_process():
-                return  # the first rank clears the folder, once
+                return  # only rank 0 clears the folder
             for name in STAGE_RESULTS:
                 remove(self.root / name)
             self._check_data(config)
@@ -251,7 +260,7 @@ class StageCLI(LightningCLI):
             self._check_data(config, begins=True)
             return
         if done:
-            read_record(self.root / "stage.json")  # refuses that of another version
+            read_record(self.root / "stage.json")  # raises if another version wrote it
         before = self._before()
         if before and (kind := _kind(before)) != self.kind:
             raise ConfigError(
@@ -259,7 +268,7 @@ class StageCLI(LightningCLI):
                 "--fresh."
             )
         different = self._different(before)
-        # What is exported may be decided anew until it is.
+        # `export` may change until the model is exported.
         free = MAY_CHANGE if done else (*MAY_CHANGE, "export")
         if changed := [key for key in different if key not in free]:
             state = "a finished" if done else "an interrupted"
@@ -280,15 +289,15 @@ class StageCLI(LightningCLI):
         print(visible(f"resuming {self.root} from {last}"), file=sys.stderr)
 
     def _check_data(self, config: Any, begins: bool = False) -> None:
-        """Refuse a folder's run on other rows than it began with, on the first process."""
+        """On the first process, raise `ConfigError` if the data differ from those that the run began with."""
         if not is_first_process():
             return
         if begins:
-            remove(self.root / RECORD)  # of a run that was stopped before its first checkpoint
+            remove(self.root / RECORD)  # left by a run that was stopped before its first checkpoint
         check_data_record(self.root, config.data.as_dict())
 
     def _before(self) -> dict[str, Any]:
-        """The settings of the run that the folder holds; empty where they are not known."""
+        """Settings of the run in the folder; empty if they are unknown."""
         path = self.root / "config.yaml"
         return _flat(read_mapping(path)) if is_file(path) else {}
 
@@ -297,7 +306,7 @@ class StageCLI(LightningCLI):
             return []
         dump = yaml.safe_load(self.parser.dump(self.config, skip_none=False))
         now = _flat(dump[self.subcommand])
-        if self.kind == "policy":  # earlier versions wrote these down
+        if self.kind == "policy":  # earlier versions stored these settings
             before = {key: value for key, value in before.items() if key not in ("data.batch_size", "data.max_length")}
         return sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
 
@@ -305,7 +314,7 @@ class StageCLI(LightningCLI):
         try:
             super()._run_subcommand(subcommand)
         except SystemExit as stop:
-            # What Lightning makes of Ctrl-C (and of SIGTERM), after it has shut the run down.
+            # Lightning raises SystemExit for Ctrl-C and SIGTERM after it has shut the run down.
             if isinstance(stop.__context__, KeyboardInterrupt):
                 raise stop.__context__ from None
             raise
@@ -316,10 +325,10 @@ class StageCLI(LightningCLI):
 
 
 def _with_recipe(args: list[str], files: dict[str, dict[str, Any]], commands: dict[str, Any]) -> list[str]:
-    """The arguments, with the settings of `model.recipe` as defaults in its place.
+    """Replace `model.recipe` by its settings, as defaults.
 
-    So any setting beside the recipe overrides it, `null` too, and `--print_config` and `config.yaml` show what the
-    recipe became.
+    Any setting given beside the recipe overrides it, also by `null`, and `--print_config` and `config.yaml` show the
+    resulting settings.
     """
     sections = [settings.get("model") for settings in files.values()]
     names = [section["recipe"] for section in sections if isinstance(section, dict) and section.get("recipe")]
@@ -337,24 +346,24 @@ def _with_recipe(args: list[str], files: dict[str, dict[str, Any]], commands: di
 
 
 def _guard_checkpoints(trainer: Any) -> None:
-    """Have all checkpoints written whole, and ours last, since it holds the state of the others."""
+    """Make checkpoint writes atomic, and run RunCheckpoints last, since it saves the other callbacks' state."""
     from lightning.fabric.plugins.io import TorchCheckpointIO
 
     from rlhf_lightning.checkpointing.callbacks import RunCheckpoints
     from rlhf_lightning.checkpointing.io import AtomicCheckpointIO
 
     trainer.callbacks.sort(key=lambda callback: isinstance(callback, RunCheckpoints))
-    # Not by `trainer.plugins`, which would take the place of the user's, and which some strategies refuse.
+    # Not through `trainer.plugins`, which would replace the user's own, and which some strategies refuse.
     if type(trainer.strategy._checkpoint_io) in (type(None), TorchCheckpointIO):
         trainer.strategy._checkpoint_io = AtomicCheckpointIO()
 
 
 class Finished(Exception):
-    """The folder holds the finished run of these very settings."""
+    """The folder contains a finished run with exactly these settings."""
 
 
 def _kind(settings: dict[str, Any]) -> str:
-    """The kind of stage that settings are of."""
+    """The kind of stage that settings belong to."""
     marks = {"policy": "data.group_size", "preference": "data.kind"}
     return next((kind for kind, name in marks.items() if name in settings), "sft")
 
@@ -371,7 +380,11 @@ def _import(name: str) -> Any:
 
 
 def run(args: list[str]) -> int:
-    """Run a stage command: `args` is `[kind, subcommand, …]`."""
+    """Run a stage command.
+
+    Args:
+        args: Kind, subcommand, and flags.
+    """
     allow_user_code(args)
     watch_parent()
     try:

@@ -1,4 +1,4 @@
-"""What may have been meant by a flag, a key, a class or a command that is not there."""
+"""Suggestions for misspelled or foreign names of flags, keys, classes and commands."""
 
 import inspect
 from collections.abc import Iterable
@@ -66,9 +66,9 @@ NAMES = {
     "val_data": "data.validation",
     "weight_decay": f"{OPTIMIZER}.weight_decay",
 }
-"""Settings by the names that other trainers give them."""
+"""Settings by the names that other trainers use."""
 OF_PROMPTS = {"data.batch_size": "data.prompts_per_round", "data.max_length": "data.max_prompt_tokens"}
-"""What a policy stage has in the place of settings of the other stages."""
+"""Settings of a policy stage that correspond to those of other stages."""
 INSIDE = {
     "alpha": "alpha",
     "clip": "clip_low",
@@ -80,7 +80,7 @@ INSIDE = {
     "target_modules": "target",
     "weight": "coefficient",
 }
-"""Arguments of a class, likewise."""
+"""Arguments of classes by the names that other libraries use."""
 CLASSES = {
     "model.advantage": ("rlhf_lightning.rollout.advantages.Advantage",),
     "model.loss": ("rlhf_lightning.objectives.preference.PreferenceLoss",),
@@ -95,7 +95,7 @@ CLASSES = {
     "trainer.callbacks": ("lightning.pytorch.callbacks.Callback",),
     "trainer.logger": ("lightning.pytorch.loggers.Logger",),
 }
-"""Base classes, in the module where the ones to choose from are."""
+"""Base class for each setting, in the module with its subclasses."""
 RECIPES = {
     "dpo": "DPO is model.scorer ImplicitReward with model.loss BradleyTerry, see configs/dpo.yaml",
     **{
@@ -127,7 +127,14 @@ COMMANDS = {
 
 
 def setting(name: str, known: Iterable[str]) -> str | None:
-    """The setting that a name was meant for: of the same last word, by another trainer's name, or one much like it."""
+    """The setting that a name was meant for, or None.
+
+    It has the same last word, or the name is another trainer's name for it, or the names are similar.
+
+    Args:
+        name: The unknown name.
+        known: All settings, as dotted names.
+    """
     known = set(known)
     name = name.strip("-").replace("-", "_")
     last = name.rpartition(".")[2].lower()
@@ -156,14 +163,19 @@ def argument(name: str, known: Iterable[str]) -> str | None:
 
 
 def arguments(class_path: str) -> list[str]:
-    """What a class takes, its `**kwargs` left out."""
+    """Names of a class's arguments, without `**kwargs`."""
     module, _, name = class_path.rpartition(".")
     parameters = inspect.signature(getattr(import_module(module), name)).parameters.values()
     return [p.name for p in parameters if p.kind is not p.VAR_KEYWORD]
 
 
 def classes(key: str, name: str) -> list[str]:
-    """Classes for a setting whose names are like the given one; where none is and there are few, all of them."""
+    """Classes with names similar to a given one; all classes of the setting if none is similar and there are few.
+
+    Args:
+        key: The setting.
+        name: The unknown class.
+    """
     found: dict[str, str] = {}
     for path in CLASSES.get(key, ()):
         module, _, base = path.rpartition(".")
@@ -177,7 +189,7 @@ def classes(key: str, name: str) -> list[str]:
 
 
 def _choices(module: Any, base: str) -> dict[str, str]:
-    """Concrete classes of a module under a base, by name: how they are written in a config."""
+    """Concrete subclasses of a base in a module: their names as written in a config, by class name."""
     root, found = getattr(module, base), {}
     own = module.__name__.startswith("rlhf_lightning")
     for name, value in vars(module).items():
@@ -195,6 +207,6 @@ def command(name: str, known: Iterable[str]) -> str | None:
 
 
 def like(name: str, known: Iterable[str]) -> str | None:
-    """The one of the known names that is much like a given one."""
+    """The known name that is most similar to a given one."""
     close = get_close_matches(name, sorted(known), n=1)
     return close[0] if close else None

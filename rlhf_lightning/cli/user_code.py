@@ -1,7 +1,7 @@
-"""Code in the folder where a command is run: it can be imported where the user has named it, and not otherwise.
+"""Imports of modules in the current folder, allowed only for modules that the user has named.
 
-With that folder on `sys.path`, as `python -m` has it, whatever a library looks for could come from there: a model
-folder that was downloaded under the name of a package that is not installed would be imported as that package.
+If the folder were on `sys.path`, as with `python -m`, any import of a library could resolve to it. For example, a
+downloaded model folder with the name of a package that is not installed would be imported as that package.
 """
 
 import re
@@ -20,7 +20,15 @@ SCORER_HELP = "your own scorer class, by its dotted path, where the reward model
 
 
 class UserFolder(MetaPathFinder):
-    """Finds the modules of a folder that were named, and what these import from beside them."""
+    """Import finder for the named modules of a folder, and for modules next to them that these import.
+
+    Args:
+        folder: The folder.
+
+    Example:
+        >>> finder = UserFolder(Path("."))
+        >>> finder.named.add("my_rewards")
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -30,7 +38,7 @@ class UserFolder(MetaPathFinder):
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        """Of a top-level module only: a package finds its own."""
+        """Find a top-level module; packages find their submodules themselves."""
         if path is not None or not (fullname in self.named or _importer() in self._served):
             return None
         spec = PathFinder.find_spec(fullname, [str(self.folder)], target)
@@ -40,7 +48,7 @@ class UserFolder(MetaPathFinder):
 
 
 def _importer() -> str:
-    """Top-level name of the module whose code asked for an import."""
+    """Top-level name of the module that requested the import."""
     frame: FrameType | None = sys._getframe(2)
     while frame is not None and "importlib" in frame.f_code.co_filename:
         frame = frame.f_back
@@ -48,10 +56,10 @@ def _importer() -> str:
 
 
 def allow_user_code(texts: Iterable[str]) -> None:
-    """Let the current folder's modules be imported whose dotted names stand in `texts`, or in YAML files named there.
+    """Allow imports from the current folder of modules that are named in texts, or in YAML files that these name.
 
     Args:
-        texts: arguments of the command, or the text of settings.
+        texts: Arguments of the command, or text of settings.
     """
     here = Path.cwd()
     finder = next((one for one in sys.meta_path if isinstance(one, UserFolder) and one.folder == here), None)
@@ -62,7 +70,7 @@ def allow_user_code(texts: Iterable[str]) -> None:
 
 
 def import_scorer(path: str | None) -> None:
-    """Import the user's own scorer that a command names: only then may the folder of a model name it too."""
+    """Import the user's own scorer that a command names. Only then may a model folder name it too."""
     if path is not None:
         from rlhf_lightning.environments.base import imported
 

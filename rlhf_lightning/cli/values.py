@@ -1,4 +1,4 @@
-"""Values that fit the type of a setting and can still not be meant: numbers that are none, nulls, empty names."""
+"""Checks of values that have the right type but cannot be meant: NaN, infinity, null, empty names."""
 
 import inspect
 import math
@@ -10,9 +10,9 @@ from typing import Any, Union, get_args, get_origin
 from rlhf_lightning.errors import MOST, ConfigError, check_whole
 
 MAY_BE_INFINITE = ("clip_high", "dual_clip", "high", "ratio_max")
-"""Bounds: an infinite one is none."""
+"""Bounds, for which infinity means none."""
 MAY_BE_EMPTY = ("data.system",)
-"""Besides what is empty by default: an empty system message is none."""
+"""Settings that may be empty although their default is not; an empty system message means none."""
 COUNTS: dict[str, tuple[int, int]] = {
     "checkpoint_every": (0, MOST),
     "keep": (1, MOST),
@@ -28,19 +28,20 @@ COUNTS: dict[str, tuple[int, int]] = {
     "trainer.num_sanity_val_steps": (-1, MOST),
     "trainer.reload_dataloaders_every_n_epochs": (0, MOST),
 }
-"""What Lightning says nothing of, or in a traceback."""
+"""Ranges of settings whose values Lightning does not check, or reports with a traceback."""
 KNOWN = ("rlhf_lightning.", "torch.", "lightning.")
-"""Where the classes are from whose arguments are looked at; what others take is their own affair."""
+"""Packages of the classes whose arguments are checked."""
 
 
 def check_values(parser: Any, config: Any) -> None:
-    """Refuse them in the settings of a stage, those of classes within too.
+    """Check the settings of a stage, including those of nested classes.
 
     Args:
-        parser: of the command. config: what it has read.
+        parser: Parser of the command.
+        config: The parsed settings.
 
     Raises:
-        ConfigError: names the setting.
+        ConfigError: If a value cannot be meant.
     """
     for action in parser._actions:
         if action.dest in config:
@@ -64,7 +65,7 @@ def _check(key: str, value: Any, takes_none: bool, takes_empty: bool) -> None:
 
 
 def _within(key: str, value: Any) -> Iterator[tuple[str, Any, bool, bool]]:
-    """The settings inside a value, and whether each may be null, or empty."""
+    """The settings inside a value, and whether each may be null or empty."""
     if isinstance(value, list | tuple):
         yield from ((f"{key}.{i}", item, True, True) for i, item in enumerate(value))
         return
@@ -83,7 +84,7 @@ def _within(key: str, value: Any) -> Iterator[tuple[str, Any, bool, bool]]:
 
 
 def _parameter(path: str, name: str) -> inspect.Parameter | None:
-    """An argument of a class, wherever among its bases it is taken."""
+    """An argument of a class, from whichever of its base classes defines it."""
     module, _, attribute = path.rpartition(".")
     for base in getattr(import_module(module), attribute).__mro__:
         if name in (parameters := inspect.signature(base.__init__).parameters):
