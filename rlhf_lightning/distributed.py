@@ -18,7 +18,7 @@ _LEAVING = "leaves this round"
 
 
 class RoundLeft(KeyboardInterrupt):
-    """A round was left before its end, by all ranks together. No `Exception`, which a user's code may catch."""
+    """A round was left early, by all ranks together. Not an `Exception`, so that user code does not catch it."""
 
 
 def use_mesh(mesh: Any) -> None:
@@ -65,9 +65,9 @@ def gather(value: Any, every: bool = False) -> list[Any]:
 
 
 def leave_if(asked: bool) -> None:
-    """Where `asked`, raise `RoundLeft`; the other ranks raise it where they next call `gather`, and must do so next.
+    """Raise `RoundLeft` if `asked`; the other ranks raise it in their next call of `gather`.
 
-    So no other collective may be called between a place where this is and the end of the round.
+    So the next collective after this call must be `gather`, up to the end of the round.
     """
     if asked:
         gather(_LEAVING)

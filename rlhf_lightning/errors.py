@@ -1,24 +1,31 @@
-"""Errors that a person can mend. The command line prints them in one line and exits with code 2."""
+"""Errors that the user can fix. The command line prints them in one line and exits with code 2."""
 
 
 class UserError(Exception):
-    """Something in the user's files, flags or models is wrong; the message says what, where and what to do."""
+    """The user's files, flags or models are wrong; the message says what is wrong, where, and what to do."""
 
 
 class ConfigError(UserError):
-    """A setting, a model or a tokenizer does not fit."""
+    """A setting, a model or a tokenizer is unsuitable."""
 
 
 class DataError(UserError):
-    """A file or a row of data does not fit; the message names file and line."""
+    """A file or row of data is unusable; the message names file and line."""
 
 
 MOST = 2**31 - 1
-"""No setting counts further."""
+"""Largest value of any setting that is an integer."""
 
 
 def check_whole(name: str, value: object, least: int = 1, most: int = MOST) -> None:
-    """Refuse what is no whole number in these bounds; raises `ConfigError`."""
+    """Raise `ConfigError` unless a value is an integer within bounds.
+
+    Args:
+        name: Name of the setting.
+        value: The value.
+        least: Smallest allowed value.
+        most: Largest allowed value.
+    """
     if isinstance(value, bool) or not isinstance(value, int):
         raise ConfigError(f"{name} is {value!r}; it must be a whole number")
     if value < least:
@@ -28,13 +35,19 @@ def check_whole(name: str, value: object, least: int = 1, most: int = MOST) -> N
 
 
 def check_seed(name: str, value: int) -> None:
-    """Refuse a seed that numpy does not take; raises `ConfigError`."""
+    """Raise `ConfigError` for a seed that numpy does not accept."""
     if not 0 <= value < 2**32:
         raise ConfigError(f"{name} {value}: a seed is a whole number from 0 to 4294967295")
 
 
 def check_object(name: str, value: object, example: str) -> None:
-    """Refuse a name, a number or a class where an object of settings belongs; raises `ConfigError`."""
+    """Raise `ConfigError` if a name, a number or a class is given instead of an object.
+
+    Args:
+        name: Name of the setting.
+        value: The value.
+        example: Example of an object, for the message.
+    """
     if isinstance(value, type):
         raise ConfigError(f"{name} is the class {value.__name__}; pass an instance of it: {value.__name__}(…)")
     if isinstance(value, str | int | float | dict | list | tuple | set):

@@ -1,4 +1,4 @@
-"""Files: hashing them, and writing so that no half file is ever read; times and text to show. Imports nothing heavy."""
+"""Files: hashes, atomic writes, JSON and CSV, and text that is safe to show. It imports nothing heavy."""
 
 import csv
 import hashlib
@@ -16,7 +16,7 @@ from rlhf_lightning.errors import ConfigError
 
 
 def hash_folder(folder: Path) -> str:
-    """SHA-256 over the names and bytes of a model folder's files, `stage.json` left out."""
+    """SHA-256 of the names and contents of a model folder's files, without `stage.json`."""
     digest = hashlib.sha256()
     for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.name != "stage.json"):
         digest.update(path.relative_to(folder).as_posix().encode())
@@ -27,7 +27,7 @@ def hash_folder(folder: Path) -> str:
 
 
 def hash_file(path: str | Path) -> str:
-    """SHA-256 of the bytes of a file."""
+    """SHA-256 of a file's content."""
     with open(path, "rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
@@ -43,15 +43,15 @@ _STREAM = re.compile(r"/dev/(stdin|fd/\d+)|/proc/(self|\d+)/fd/\d+")
 
 
 def is_open_stream(path: str | os.PathLike[str]) -> bool:
-    """Whether a path is an open descriptor that is no file: what `<(…)` of a shell makes, or standard input."""
+    """True if a path is an open descriptor that is not a file, such as a shell's `<(…)` or standard input."""
     return bool(_STREAM.fullmatch(os.fspath(path))) and not os.path.isfile(path) and os.path.exists(path)
 
 
 def is_file(path: str | os.PathLike[str]) -> bool:
-    """Whether a file is there; of what is none, reading could take for ever.
+    """True if a path is a file, False if nothing is there.
 
     Raises:
-        ConfigError: a folder, a pipe, a socket or a device is there.
+        ConfigError: If a folder, pipe, socket or device is there, which could block a reader forever.
     """
     try:
         mode = os.stat(path).st_mode
@@ -66,9 +66,11 @@ def is_file(path: str | os.PathLike[str]) -> bool:
 
 
 def check_files_in(folder: Path, below: bool = False) -> None:
-    """Refuse a folder that holds what is neither file nor folder; raises `ConfigError`.
+    """Raise `ConfigError` if a folder contains something that is neither file nor folder.
 
-    `below`: in the folders within it, too.
+    Args:
+        folder: The folder.
+        below: Check its subfolders too.
     """
     for path in folder.rglob("*") if below else folder.iterdir():
         if not path.is_dir():
@@ -76,13 +78,14 @@ def check_files_in(folder: Path, below: bool = False) -> None:
 
 
 def read_object(path: Path, unique: bool = True) -> dict[str, Any]:
-    """A JSON file that holds an object.
+    """Read a JSON file that contains an object.
 
     Args:
-        path: of the file. unique: refuse a key that stands twice in an object, of which parsers keep the last.
+        path: The file.
+        unique: Refuse repeated keys, of which parsers keep the last.
 
     Raises:
-        ConfigError: it cannot be read, or holds something else.
+        ConfigError: If it cannot be read, or contains something else.
     """
     try:
         value = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_object if unique else None)
@@ -101,14 +104,18 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 FORMAT = 1
-"""Of what the records of runs and models, and checkpoints, hold; another number is read by another version."""
+"""Version of the format of checkpoints and of the records of runs and models."""
 
 
 def check_format(found: Any, what: str) -> None:
-    """Refuse what another version has written; without a number it is of before there was one.
+    """Check that this version can read a record; one without a number is from before formats had numbers.
+
+    Args:
+        found: The format of the record.
+        what: What is read, for the message.
 
     Raises:
-        ConfigError: says which format it has, and what to do.
+        ConfigError: If it has another format.
     """
     known = isinstance(found, int) and not isinstance(found, bool)
     if found is None or (known and found == FORMAT):
@@ -119,17 +126,21 @@ def check_format(found: Any, what: str) -> None:
 
 
 def read_record(path: Path) -> dict[str, Any]:
-    """A JSON object that a run has written; raises `ConfigError`, also where another version has written it."""
+    """Read a JSON object that a run wrote; raises `ConfigError` if it cannot be read or has another format."""
     value = read_object(path)
     check_format(value.get("format"), str(path))
     return value
 
 
 def read_stage(folder: Any) -> dict[str, Any]:
-    """The `stage.json` of a model folder (in it, or beside a run's `model`), or nothing."""
+    """Read the `stage.json` of a model folder, in it or next to a run's `model`; empty if there is none.
+
+    Args:
+        folder: The model folder.
+    """
     place = Path(str(folder)).expanduser()
     if str(folder) and place.is_dir():
-        # A base that lies in the folder of a run has no record, whatever that of the run says.
+        # Only for `model`: a base model inside a run's folder must not get the record of the run.
         own = place.resolve().name == "model"
         for path in (place / "stage.json", *([place.resolve().parent / "stage.json"] if own else [])):
             if is_file(path):
@@ -138,12 +149,12 @@ def read_stage(folder: Any) -> dict[str, Any]:
 
 
 def scratch_of(path: Path) -> Path:
-    """Where a file is written before it is renamed."""
+    """Temporary path to which a file is written before it is renamed."""
     return path.with_name(f".{path.name}.partial")
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Write a text under a temporary name and rename, so that no half file is ever read."""
+    """Write a text to a temporary file and rename it, so that no partial file is ever read."""
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = scratch_of(path)
     scratch.write_text(text, encoding="utf-8")
@@ -151,16 +162,20 @@ def replace_text(path: Path, text: str) -> None:
 
 
 def repeated_key(pairs: Sequence[tuple[str, Any]]) -> str | None:
-    """The first key that stands twice in a JSON object: of two values a parser keeps the last in silence."""
+    """The first repeated key of a JSON object, or None. Parsers silently keep the last of its values."""
     names = [name for name, _ in pairs]
     return next((name for name in names if names.count(name) > 1), None) if len(set(names)) < len(names) else None
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file that a person has named, whole or not at all.
+    """Write a file that the user named, atomically.
+
+    Args:
+        path: The file.
+        text: Its content.
 
     Raises:
-        ConfigError: it cannot be written (a full disk, no rights).
+        ConfigError: If it cannot be written, for example because the disk is full.
     """
     try:
         replace_text(path, text)
@@ -171,12 +186,12 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write JSON whole; see `replace_text`."""
+    """Write a JSON file atomically; see `replace_text`."""
     replace_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 def duration(seconds: Any) -> str:
-    """Seconds as a person says them; a dash for what is no number."""
+    """Seconds as readable text, such as `2 min 5 s`; a dash for anything that is not a number."""
     if not isinstance(seconds, int | float) or not math.isfinite(seconds):
         return "–"
     hours, rest = divmod(round(seconds), 3600)
@@ -185,36 +200,36 @@ def duration(seconds: Any) -> str:
 
 
 _BIDI = "\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069"
-"""Marks that turn the order of what follows: a text can show otherwise than it reads."""
+"""Characters that change the direction of text, so that it displays differently from what it says."""
 _CONTROL = re.compile(f"[\0-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff{_BIDI}]")
 
 
 def visible(text: str) -> str:
-    """Text without control characters: what a terminal would obey, or no page can hold, is shown as an escape."""
+    """Text with control characters escaped, which a terminal would interpret or a page cannot contain."""
     return _CONTROL.sub(lambda found: ascii(found.group())[1:-1], text)
 
 
 def as_json(value: Any, indent: int | None = None) -> str:
-    """JSON as people read it, with control characters in it as JSON's own escapes."""
+    """Readable JSON, with control characters as JSON escapes."""
     text = json.dumps(value, ensure_ascii=False, indent=indent, default=str)
     return _CONTROL.sub(lambda found: f"\\u{ord(found.group()):04x}", text)
 
 
 def table_cell(value: Any) -> Any:
-    """A value for a CSV file: a text that a spreadsheet would compute, as a formula, is quoted by an apostrophe.
+    """A value for a CSV file. An apostrophe is put before text that a spreadsheet would evaluate as a formula.
 
-    Numbers stay as they are, those in texts too; `table_value` gives back what was written.
+    Numbers are unchanged, also those in text. `table_value` reverses this.
     """
     return f"'{value}" if isinstance(value, str) and _is_formula(value.lstrip("'")) else value
 
 
 def table_value(text: str) -> str:
-    """What a cell of `table_cell` stands for."""
+    """The inverse of `table_cell`."""
     return text[1:] if text.startswith("'") and _is_formula(text.lstrip("'")) else text
 
 
 def read_table(stream: Iterable[str]) -> Iterator[dict[str, str]]:
-    """Rows of a CSV file by column, as `table_cell` was given them."""
+    """Rows of a CSV file by column, with the values that were given to `table_cell`."""
     lines = csv.reader(stream)
     columns = [table_value(name) for name in next(lines, [])]
     for line in lines:

@@ -1,9 +1,9 @@
-"""What befalls a rank of a run is told to all others, which then end: whoever fails, dies, stops or waits in vain.
+"""Ends all ranks of a run when one of them fails, dies, hangs, or waits in vain, and tells each of them why.
 
-PyTorch alone leaves the others waiting for the limit of the process group, with a message on sockets. Here each rank
-has a thread that holds a connection to rank 0: what a rank fails by goes to all of them, a connection that is closed
-is a process that died, and one that says nothing is a process that is stopped or a machine that cannot be reached.
-The main thread then ends by itself (gloo raises), or the process is ended from here.
+With PyTorch alone, the other ranks wait until the timeout of the process group, and then report a socket error. Here
+each rank has a thread with a connection to rank 0. Failures are sent to all ranks. A closed connection means that a
+process died; a silent one means that a process is suspended or a machine is unreachable. Then the main thread ends by
+itself (because gloo raises an error), or the thread ends the process.
 """
 
 import json
@@ -35,15 +35,15 @@ from rlhf_lightning.errors import ConfigError, UserError
 
 log = logging.getLogger(__name__)
 GRACE = 10.0
-"""Seconds that a rank has to end by itself, after it was told."""
+"""Seconds that a rank has to end by itself after it was notified."""
 SILENCE = 300.0
-"""Seconds without a sign of life; less where the process group's limit is less."""
+"""Seconds without a sign of life after which a rank counts as hanging; at most the timeout of the process group."""
 TELLING = 5.0
-"""Seconds in which the others hear of a failure, or of the end, before this process goes on."""
+"""Seconds that a process waits, before it continues, for the other ranks to be notified of a failure or of the end."""
 YEAR = 366 * 24 * 60
 PARENT = "RLHF_RANK_PARENT"
-"""Environment variable of a rank that another one started: the process id of that one."""
-# What gloo and NCCL say where the other end of a connection is gone; they raise plain RuntimeErrors.
+"""Environment variable of a rank that another rank started: process id of that one."""
+# Messages of gloo and NCCL about a lost connection, for which they raise plain RuntimeErrors.
 LOST = ("Connection reset by peer", "Connection closed by peer", "remote process exited", "Broken pipe")
 TIMED_OUT = ("Timed out waiting", "Application timeout", "collective operation timeout")
 RESUME = "The same command resumes the run."
@@ -52,7 +52,16 @@ KILLED = f"If it was killed, memory may have run out (see the system's log). {RE
 
 @dataclass(frozen=True)
 class End:
-    """Why the run is over for all ranks, and the exit code of those that did not fail themselves."""
+    """Why the run ends for all ranks.
+
+    Attributes:
+        text: The reason.
+        code: Exit code of the ranks that did not fail themselves.
+
+    Example:
+        >>> End("rank 1 was interrupted", 130).code
+        130
+    """
 
     text: str
     code: int = 2
@@ -72,10 +81,15 @@ class _Peer:
 
 
 class RankWatch:
-    """Of one rank: what it knows of the others.
+    """Watches the other ranks from one rank.
 
     Args:
-        limit: seconds that a rank waits for another in a collective, for messages; None where it is not known.
+        limit: Timeout of collectives in seconds, for messages; None if unknown.
+
+    Example:
+        >>> watch = RankWatch(limit=1800.0)
+        >>> watch.silence
+        300.0
     """
 
     def __init__(self, limit: float | None) -> None:
@@ -84,13 +98,13 @@ class RankWatch:
         self.beat = min(5.0, self.silence / 5)
         self.rank, self.world = 0, 1
         self.end: End | None = None
-        """What another rank ended by."""
+        """Why another rank ended the run; None while none has."""
         self._own: End | None = None
         self._deadline: float | None = None
         self._reaped = self._met = False
         self._parent = os.environ.pop(PARENT, None)
         self._parted: set[int | None] = set()
-        """Ranks that have done their part, or failed: that they close the connection says nothing more."""
+        """Ranks that have finished or failed, so that their closed connection has no further meaning."""
         self.children: dict[int, subprocess.Popen] = {}
         self._peers: list[_Peer] = []
         self._selector = selectors.DefaultSelector()
@@ -106,13 +120,22 @@ class RankWatch:
     # -- the main thread ------------------------------------------------------------------------------------------
 
     def begin(self, children: dict[int, subprocess.Popen]) -> None:
-        """Watch processes that this one has started, by rank, and the one that has started this one."""
+        """Watch the process that started this one, and the processes that this one started.
+
+        Args:
+            children: The started processes by rank.
+        """
         self.children = children
         if self._thread is None and (children or self._parent):
             self._start()
 
     def connect(self, rank: int, world: int) -> None:
-        """Watch all ranks, once the process group is there. All ranks call it."""
+        """Watch all ranks, after the process group was created. All ranks must call this together.
+
+        Args:
+            rank: Rank of this process.
+            world: Number of ranks.
+        """
         self.rank, self.world, self._met = rank, world, True
         if world == 1:
             return
@@ -144,12 +167,16 @@ class RankWatch:
             self._start()
 
     def fail(self, error: BaseException) -> None:
-        """Tell the others that this rank ends by an exception; returns when they were told, or cannot be."""
+        """Tell the other ranks that this one ends by an exception. Returns when they know, or cannot be reached.
+
+        Args:
+            error: The exception.
+        """
         if self._over.is_set() or self._thread is None:
             return
         waited = _says(error, TIMED_OUT)
         if _says(error, LOST):
-            self._ended.wait(TELLING)  # a consequence: whose connection it was is about to be known
+            self._ended.wait(TELLING)  # another rank caused this, and its reason is about to arrive
         if self.end is None:
             me = _name(self.rank, self.world)
             if isinstance(error, KeyboardInterrupt):
@@ -164,28 +191,35 @@ class RankWatch:
         self._until(lambda: self._all_know() and (not waited or bool(self.end)))
 
     def stop(self) -> None:
-        """This rank has done its part: nothing that becomes of it, or of rank 0, is of interest to the others."""
+        """Tell the other ranks that this one has finished, so that its end, or that of rank 0, is no failure."""
         if self._over.is_set() or self.end is not None or self._thread is None:
             return
         for peer in list(self._peers):
             self._send(peer, done=True)
         if self.rank == 0:
-            # Its end closes the connections of those that are not there yet: they must know why.
+            # The end of rank 0 closes the connections of ranks that still run, so they must be notified first.
             self._until(self._all_know)
         self._over.set()
 
     def reason(self, error: BaseException) -> End | None:
-        """Why an exception of the main thread was raised, where it was by what befell another rank."""
+        """Why an exception was raised in the main thread, if another rank caused it; None otherwise.
+
+        Args:
+            error: The exception.
+        """
         if self._thread is None or not (_says(error, LOST) or _says(error, TIMED_OUT) or self.end):
             return None
         self._ended.wait(TELLING)
         return self.end
 
     def reap(self, failed: bool) -> End | None:
-        """Wait for the ranks that this process started, then kill them. What one of them ended by.
+        """Wait for the ranks that this process started, then kill those that still run.
 
         Args:
-            failed: they end because of that; else they may have work of their own left.
+            failed: True if they end because of a failure; otherwise they may have work left.
+
+        Returns:
+            What went wrong with one of them, or None.
         """
         self._reaped = True
         until = time.monotonic() + (GRACE + TELLING if failed else self.limit or SILENCE)
@@ -199,7 +233,7 @@ class RankWatch:
                 end = End(f"rank {rank} did not end with the others, and was killed")
             elif child.returncode and not failed:
                 end = End(f"rank {rank} {_exit(child.returncode)} after the others had done their part")
-        self._deadline = time.monotonic() + GRACE if failed else None  # what is done at exit may wait for other ranks
+        self._deadline = time.monotonic() + GRACE if failed else None  # exit handlers may wait for other ranks
         self._over.set()
         return end
 
@@ -228,17 +262,17 @@ class RankWatch:
             if end is None:
                 self._look()
             elif self._deadline is None:
-                # Rank 0 last, since it ends those that do not end by themselves.
-                # Before they have met, there is nothing to end but the waiting.
+                # A rank with children ends last, since it kills those that do not end by themselves.
+                # Before the ranks have connected, there is no work to end, so the grace period is short.
                 self._deadline = time.monotonic() + ((GRACE if self._met else 1) + (2 if self.children else 0))
             elif time.monotonic() > self._deadline and not _writing and (self._over.is_set() or not self._reaped):
                 self._leave(end)
 
     def _look(self) -> None:
-        """What is to be seen without a message: a process that ended, a silence."""
+        """Check what needs no message: processes that ended, and ranks that are silent."""
         now = time.monotonic()
         if now - self._looked > self.silence / 2:
-            # It was this process that was stopped, perhaps with all others (Ctrl-Z): what they sent is still to come.
+            # This process itself was suspended, perhaps with all others (Ctrl-Z), so their messages are still unread.
             for peer in self._peers:
                 peer.seen = now
         self._looked = now
@@ -275,7 +309,7 @@ class RankWatch:
             data = peer.socket.recv(1 << 16)
         except BlockingIOError:
             return
-        except OSError:  # reset: closed by the other end, as by an empty read
+        except OSError:  # reset by the other end, which means the same as an empty read
             data = b""
         if not data:
             self._selector.unregister(peer.socket)
@@ -287,7 +321,7 @@ class RankWatch:
             return
         token, said = self._token.encode(), peer.buffer + data
         if peer.rank is None and not (said.startswith(token) or token.startswith(said)):
-            self._selector.unregister(peer.socket)  # whoever tries the ports of this machine
+            self._selector.unregister(peer.socket)  # a stranger that connected to this port
             peer.socket.close()
             return
         *lines, peer.buffer = said.split(b"\n")
@@ -323,7 +357,7 @@ class RankWatch:
         self._conclude(End(f"{name} {how}.{_last(place)} {KILLED}"))
 
     def _in_vain(self, waiting: _Peer | None) -> str:
-        """Who waited for whom, where: of rank 0, which knows where all are."""
+        """On rank 0, which knows where all ranks are: text about who waited for whom, and where."""
         who = waiting.name if waiting else _name(self.rank, self.world)
         others: list[str] = []
         for peer in self._peers:
@@ -353,13 +387,13 @@ class RankWatch:
         with self._sending:
             try:
                 peer.socket.sendall(json.dumps(message).encode() + b"\n")
-            except OSError:  # it is gone, as the reading end finds out
+            except OSError:  # the connection is lost, which the reading side detects
                 return
 
     def _leave(self, end: End) -> None:
-        """End this process, whose main thread did not end by itself."""
+        """End this process, because its main thread did not end by itself."""
         if not self._reaped:
-            # In a thread: whoever holds the console may never read from it.
+            # In a thread, because writing to the console may block forever.
             saying = threading.Thread(target=_say, args=[end], daemon=True)
             saying.start()
             saying.join(2)
@@ -401,7 +435,7 @@ def _described(error: BaseException) -> str:
 
 
 def _place(thread: int | None) -> str:
-    """Where a thread is: the innermost frame that is not in a library's code."""
+    """Where a thread is: the innermost frame outside of libraries."""
     frame: FrameType | None = sys._current_frames().get(thread or 0)
     innermost = frame
     while frame is not None and _is_library(frame.f_code.co_filename):
@@ -415,7 +449,7 @@ def _is_library(file: str) -> bool:
 
 
 def _listen(host: str) -> socket.socket:
-    """A port for the ranks of the run: of this machine only where all are on it."""
+    """A server socket for the ranks of the run, local to this machine if all of them are on it."""
     if host in ("localhost", "127.0.0.1", "::1"):
         return socket.create_server((host, 0), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
     if socket.has_dualstack_ipv6():
@@ -430,7 +464,7 @@ _writing: list[None] = []
 
 
 class _Launcher(_SubprocessScriptLauncher):
-    """Lightning's, with the watch in the place of an observer that kills this process without a word."""
+    """Lightning's launcher, with the watch instead of an observer that kills this process silently."""
 
     watch: RankWatch
 
@@ -448,13 +482,14 @@ class _Launcher(_SubprocessScriptLauncher):
 
 
 def watch_ranks(trainer: Any, minutes: float | None) -> None:
-    """Watch the ranks of a trainer's run from its start on, and set how long they wait for each other.
+    """Watch the ranks of a trainer's run from its start, and set the timeout of their collectives.
 
     Args:
-        minutes: the limit of the process group; None for the strategy's own.
+        trainer: The Trainer.
+        minutes: Timeout of the process group; None for that of the strategy.
 
     Raises:
-        ConfigError: the limit is no time, or the strategy has another.
+        ConfigError: If the timeout is out of range, or the strategy has a different one.
     """
     from datetime import timedelta
 
@@ -470,7 +505,7 @@ def watch_ranks(trainer: Any, minutes: float | None) -> None:
         strategy._timeout = timedelta(minutes=minutes)
     launcher = strategy.launcher
     if type(launcher) not in (type(None), _SubprocessScriptLauncher):
-        return  # ranks that are forked by a process which waits for them
+        return  # the ranks are forked by a process that waits for them
     timeout = getattr(strategy, "_timeout", None)
     watch = RankWatch(timeout.total_seconds() if timeout else None)
     _current[:] = [watch]
@@ -495,7 +530,7 @@ def watch_ranks(trainer: Any, minutes: float | None) -> None:
 
 
 def _alone(error: RuntimeError, limit: float | None) -> UserError | None:
-    """What torch says of a process group that did not come about, in words."""
+    """The error to raise for torch's exception about a process group that could not be created; None for any other."""
     text = str(error)
     within = f" within {limit:g} s (--rank_timeout, or the strategy's timeout)" if limit else ""
     if joined := re.search(r"(\d+)/(\d+) clients joined", text):
@@ -514,12 +549,12 @@ def _alone(error: RuntimeError, limit: float | None) -> UserError | None:
 
 @contextmanager
 def ranks_end_together() -> Iterator[None]:
-    """Around a command: an exception that another rank has caused says so, and no rank that was started is left.
+    """Context of a command that names the rank that caused an exception, and leaves no started rank running.
 
     Raises:
-        UserError: another rank failed, died, stopped or was waited for in vain, or one that this process started did
-            not end well.
-        KeyboardInterrupt: another rank was interrupted.
+        UserError: If another rank failed, died, hung, or was waited for in vain, or if a rank that this process started
+            did not end properly.
+        KeyboardInterrupt: If another rank was interrupted.
     """
     failed = True
     try:
@@ -540,7 +575,7 @@ def ranks_end_together() -> Iterator[None]:
 
 @contextmanager
 def undisturbed() -> Iterator[None]:
-    """Around the writing of a file: this process is not ended from here within it."""
+    """Context of writing a file, in which the watching thread does not end this process."""
     _writing.append(None)
     try:
         yield

@@ -1,4 +1,4 @@
-"""The folder that a run writes to: one writer at a time, and nothing in it is replaced that no run has made."""
+"""The folder that a run writes to: it has one writer at a time, and only results of runs in it are replaced."""
 
 import os
 import sys
@@ -15,7 +15,7 @@ if sys.platform != "win32":
     import fcntl
 
 MARK = "run.lock"
-"""Says that a run has made what is in the folder; locked and with the writer's process id while one writes."""
+"""File that marks a folder as written by runs. A writing process locks it, and stores its process id in it."""
 STAGE_RESULTS = (
     "model",
     "merged",
@@ -36,19 +36,20 @@ _held: dict[Path, int] = {}
 
 
 def is_first_process() -> bool:
-    """Whether this is the first of a run's processes, by what its launcher tells each of them."""
+    """True if this is the first process of a run, according to the variables that its launcher sets."""
     return not any(int(os.environ.get(name) or 0) for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID"))
 
 
 def claim(root: Path, results: Iterable[str], patience: float = 0.0) -> None:
-    """Become the writer of a folder, until `claims` or this process ends; a crash leaves no lock behind.
+    """Lock a folder for writing, until `claims` or this process ends; a crash leaves no lock.
 
     Args:
-        root: the folder, which is made. results: names that a run writes there.
-        patience: seconds to wait for a writer that is about to end.
+        root: The folder; it is created.
+        results: Names that a run writes there.
+        patience: Seconds to wait for another writer to end.
 
     Raises:
-        ConfigError: another process writes there, or one of the results is there and no run has made it.
+        ConfigError: If another process writes there, or one of the results exists that no run has written.
     """
     place = root.resolve()
     if place in _held:
@@ -92,7 +93,7 @@ def _locked(root: Path, patience: float) -> int:
 
 @contextmanager
 def claims() -> Iterator[None]:
-    """Around a command: folders that are claimed inside are free for others at its end."""
+    """Context of a command, at whose end the folders that were claimed in it are released."""
     before = set(_held)
     try:
         yield
@@ -102,13 +103,15 @@ def claims() -> Iterator[None]:
 
 
 def refuse_inputs_in(root: Path, results: Iterable[str], settings: Any) -> None:
-    """Refuse a setting that names a file or folder which the run itself would replace.
+    """Check that no setting names a file or folder that the run itself would replace.
 
     Args:
-        root: of the run. results: names that it writes there. settings: mappings and lists of them, with paths.
+        root: Folder of the run.
+        results: Names that a run writes there.
+        settings: Nested mappings and lists with paths.
 
     Raises:
-        ConfigError: names the setting and the path.
+        ConfigError: If a setting does; the message names it and the path.
     """
     places = [(root / name).resolve() for name in results]
     for key, text in _texts(settings, ""):
@@ -116,7 +119,7 @@ def refuse_inputs_in(root: Path, results: Iterable[str], settings: Any) -> None:
         try:
             if not text or not path.exists():
                 continue
-        except (OSError, ValueError):  # no path at all: too long, or with a null
+        except (OSError, ValueError):  # not a path: too long, or with a null character
             continue
         found = path.resolve()
         if taken := next((place for place in places if found.is_relative_to(place)), None):

@@ -1,4 +1,4 @@
-"""Places where nothing is half done, so that long work without a training step can be left there."""
+"""Points at which long work outside a training step can be interrupted, because nothing is incomplete there."""
 
 import threading
 from collections.abc import Callable, Iterator
@@ -9,7 +9,11 @@ _OPEN: list[tuple[Callable[[], None], int]] = []
 
 @contextmanager
 def safe_points(leave: Callable[[], None]) -> Iterator[None]:
-    """Within, each `safe_point` of this thread calls `leave`, which raises where the work is to be left."""
+    """Context in which each `safe_point` of this thread calls `leave`.
+
+    Args:
+        leave: Raises an exception if the work is to be interrupted.
+    """
     _OPEN.append((leave, threading.get_ident()))
     try:
         yield
@@ -18,7 +22,7 @@ def safe_points(leave: Callable[[], None]) -> Iterator[None]:
 
 
 def safe_point() -> None:
-    """Say that nothing is half done here."""
-    # Tools and environments may run in threads of their own, from which nothing can be left.
+    """Mark a point at which the work may be interrupted."""
+    # Only in the thread that opened them: tools and environments may run in other threads.
     if _OPEN and _OPEN[-1][1] == threading.get_ident():
         _OPEN[-1][0]()

@@ -1,4 +1,4 @@
-"""Objects that remember the arguments they were made with, so that a checkpoint can hold them as plain values."""
+"""Objects that record their constructor arguments, so that a checkpoint can store them as plain values."""
 
 import inspect
 from collections.abc import Callable, Mapping
@@ -8,22 +8,23 @@ from pathlib import Path
 from typing import Any
 
 _CLASSES: dict[str, type] = {}
-"""What `rebuild` may make: subclasses of `Settings` that are imported, by name. No name in a file imports anything."""
+"""Classes that `rebuild` may make, by name: imported subclasses of `Settings`. A name in a file never causes an import.
+"""
 
 
 class NotPlain(TypeError):
-    """An argument that cannot be written down: a function, or an object of another library."""
+    """An argument has no plain form, such as a function or an object of another library."""
 
 
 class UnknownClass(LookupError):
-    """A description names a class that is not known here."""
+    """A description names a class that is not imported."""
 
 
 class Settings:
-    """Base of the classes that configure a module: losses, advantages, rewards, scorers, samplers, …
+    """Base class of the objects that configure a module: losses, advantages, rewards, scorers, samplers, …
 
-    The arguments of the outermost constructor are kept, so that `describe` can give the object as plain values and
-    `rebuild` can make an equal one of them. Dataclasses are described by their fields.
+    It records the arguments of the outermost constructor, so that `describe` can express the object in plain values,
+    from which `rebuild` makes an equal object. Dataclasses are described by their fields.
 
     Example:
         >>> class Clip(Settings):
@@ -40,15 +41,15 @@ class Settings:
             cls.__init__ = _recording(cls.__init__)  # type: ignore[method-assign]
 
     def _arguments_given(self, given: dict[str, Any]) -> dict[str, Any]:
-        """The arguments that the constructor gets; called once, before the outermost one."""
+        """Return the arguments to call the constructor with; called once, before the outermost constructor."""
         return given
 
     def _constructed(self, given: Mapping[str, Any]) -> None:
-        """Called once, after the outermost constructor."""
+        """Called once, after the outermost constructor, with its arguments."""
 
 
 def _name(cls: type) -> str:
-    """The name of a class in a description: short for one of this package, dotted for another."""
+    """Name of a class in a description: its short name if it belongs to this package, else the dotted one."""
     own = cls.__module__.partition(".")[0] == __name__.partition(".")[0]
     return cls.__name__ if own else f"{cls.__module__}.{cls.__qualname__}"
 
@@ -75,10 +76,13 @@ def _recording(init: Callable[..., None]) -> Callable[..., None]:
 
 
 def describe(value: Any) -> Any:
-    """A value in plain terms: numbers, texts, lists, dicts, and `{class_path, init_args}` for settings.
+    """Express a value in plain terms: numbers, strings, lists, dicts, and `{class_path, init_args}` for settings.
+
+    Args:
+        value: The value.
 
     Raises:
-        NotPlain: If something in it cannot be written down.
+        NotPlain: If a part of it has no plain form.
     """
     if value is None or isinstance(value, bool | int | float | str):
         return value
@@ -99,8 +103,11 @@ def describe(value: Any) -> Any:
 def rebuild(value: Any) -> Any:
     """The inverse of `describe`.
 
+    Args:
+        value: A description.
+
     Raises:
-        UnknownClass: If a class is described that is no subclass of `Settings`, or whose module is not imported.
+        UnknownClass: If it names a class that is not an imported subclass of `Settings`.
     """
     if isinstance(value, list | tuple):
         return [rebuild(item) for item in value]

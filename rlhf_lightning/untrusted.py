@@ -1,8 +1,8 @@
-"""What the files of a model folder may ask of the libraries that open it: nothing that imports, fetches or never ends.
+"""Checks of a model folder's files before libraries open them: they must not import or fetch code, nor hang.
 
-A folder may come from anyone. What would make a library import a module or fetch a kernel is refused unless the user
-has asked for it, and so is what would keep one busy for ever: sizes that its weights do not have, and regular
-expressions that backtrack.
+A folder may come from anyone. Settings that make a library import a module or fetch a kernel are refused unless the
+user asked for them. So are those that would keep a library busy forever: sizes that the weights do not have, and
+regular expressions with exponential backtracking.
 """
 
 import json
@@ -20,51 +20,51 @@ from rlhf_lightning.errors import ConfigError
 from rlhf_lightning.files import check_files_in, read_object
 
 REPEATS = 5
-"""Unbounded repeats that a regular expression of a file may have in one sequence: each multiplies the work."""
+"""Largest number of unbounded repeats in a sequence of a regular expression; each one multiplies the work."""
 PARTS = 1000
-"""Parts of a model for which no header of weights is needed to believe in them."""
+"""Largest number of parts (layers, experts) that is accepted without comparing it with the headers of the weights."""
 _ATTENTION = re.compile(r"_?attn_implementation(_internal)?$")
 _COUNT = re.compile(
     r"(num|n)_.*(layer|block|head|expert|group)s?$|layers?$|n_(layer|head)$|(size|dim|rank)$|d_(model|ff)$"
 )
 _LARGEST = 2**32
-"""The size of a layer, or of a vocabulary, that is believed where no weights are there to compare it with."""
+"""Largest layer or vocabulary size that is accepted if there are no weights to compare it with."""
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 WHERE = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
-"""Options of `from_pretrained` that say where files are found."""
+"""Options of `from_pretrained` that locate files."""
 _QUIET = {f"_raise_exceptions_for_{what}": False for what in ("gated_repo", "missing_entries", "connection_errors")}
 INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 SUFFIXES = (".json", ".jinja", ".txt", ".model", ".safetensors", ".bin")
-"""Of the files that libraries open in a folder."""
+"""Suffixes of the files that libraries open in a folder."""
 _LISTS = {
     ("config.json", "configuration_files"): "config.json",
     ("tokenizer_config.json", "fast_tokenizer_files"): "tokenizer.json",
 }
-"""Files of further files, by the version of transformers that is to read them."""
+"""Keys that list further files, of which transformers picks the one for its version."""
 _PROPERTY = re.compile(r"\\[pP]\{[^{}]*\}")
 
 
 def check_files(source: str, options: Mapping[str, Any] | None = None, weights: bool = False) -> None:
-    """Refuse a model, an adapter or a tokenizer whose files ask for more than to be read.
+    """Check the files of a model, an adapter or a tokenizer before a library opens them.
 
     Args:
-        source: a local folder, or a name on the Hub: its small files are fetched into the cache, as the libraries do
-            it (offline they are taken from there), and looked at before any library opens them.
-        options: what the user gives to `from_pretrained`: `attn_implementation` set there counts, not the file's, and
-            `revision`, `subfolder` and others say which files are meant.
-        weights: fetch those of a model on the Hub as well: its config is compared with their headers.
+        source: Local folder, or a name on the Hub. The small files of a repository are downloaded into the cache as the
+            libraries do (offline they are taken from there).
+        options: Arguments of `from_pretrained` that the user gives. Its `attn_implementation` overrides the file's, and
+            `revision`, `subfolder` and others select the files.
+        weights: Download the weights of a model on the Hub too, to compare its config with their headers.
 
     Raises:
-        ConfigError: names the file, what it asks for, and what to do.
+        ConfigError: If a file is unsafe; the message names the file, the setting, and what to do.
     """
     if Path(source).is_dir():
         check_folder(Path(source), options)
         return
     folder = _fetched(source, options or {}, weights) if _HUB_ID.fullmatch(source) else None
     if folder is None:
-        return  # it is not there, or not reachable: the library that is asked for it says so
+        return  # it does not exist or is unreachable, which the library that opens it reports
     _check_all(folder, options)
-    if (folder / "adapter_config.json").is_file():  # transformers goes on to its base
+    if (folder / "adapter_config.json").is_file():  # transformers then opens its base
         base = str(read_object(folder / "adapter_config.json").get("base_model_name_or_path"))
         inner = Path(base) if Path(base).is_dir() else _fetched(base, {}, False) if _HUB_ID.fullmatch(base) else None
         if inner is not None:
@@ -73,10 +73,14 @@ def check_files(source: str, options: Mapping[str, Any] | None = None, weights: 
 
 
 def refuse_chain(base: Path, adapter: Any) -> None:
-    """Refuse an adapter as the base of another, which libraries would open in turn, round and round.
+    """Refuse an adapter as the base of another one, which libraries would follow without end.
+
+    Args:
+        base: Folder of the base.
+        adapter: The adapter, for the message.
 
     Raises:
-        ConfigError: `base` holds an adapter.
+        ConfigError: If `base` contains an adapter.
     """
     if (base / "adapter_config.json").exists():
         raise ConfigError(
@@ -85,7 +89,7 @@ def refuse_chain(base: Path, adapter: Any) -> None:
 
 
 def _fetched(name: str, options: Mapping[str, Any], weights: bool) -> Path | None:
-    """The folder of the cache that holds the small files of a repository; None where there are none."""
+    """Download the small files of a repository, and return their folder in the cache; None if there are none."""
     from transformers.utils.hub import cached_files
 
     place = {key: options[key] for key in WHERE if options.get(key) is not None}
@@ -94,7 +98,7 @@ def _fetched(name: str, options: Mapping[str, Any], weights: bool) -> Path | Non
         try:
             return cached_files(name, list(files), **place, **_QUIET) or []
         except OSError:
-            return []  # no such repository or revision: as above
+            return []  # no such repository or revision, which the library reports
 
     if not (found := fetch([*CHECKS, *INDEXES])):
         return None
@@ -107,7 +111,7 @@ def _fetched(name: str, options: Mapping[str, Any], weights: bool) -> Path | Non
 
 
 def _shards(folder: Path) -> list[str]:
-    """The files of weights that transformers and peft take of a folder."""
+    """Names of the weight files that transformers and peft load from a folder."""
     for index in INDEXES:
         if (folder / index).is_file():
             shards = read_object(folder / index).get("weight_map")
@@ -116,7 +120,7 @@ def _shards(folder: Path) -> list[str]:
 
 
 def check_folder(folder: Path, options: Mapping[str, Any] | None = None) -> None:
-    """Refuse a local folder whose files ask for more than to be read; see `check_files`."""
+    """Check the files of a local folder; see `check_files`."""
     _check_all(folder / str((options or {}).get("subfolder") or ""), options)
 
 
@@ -137,19 +141,19 @@ def _check_all(folder: Path, options: Mapping[str, Any] | None) -> None:
 
 @lru_cache(maxsize=64)
 def _check(path: Path, kind: str, modified: int, size: int, extent: tuple[int, int], chosen: bool) -> None:
-    """A folder is asked for by several parts of a run, and a tokenizer's file is large."""
+    """Check a file. Results are cached, since several parts of a run open the same, possibly large, files."""
     CHECKS[kind](path, read_object(path, unique=kind != "tokenizer.json"), extent, chosen)
 
 
 def _check_names(folder: Path) -> None:
-    """Refuse what in a folder leads out of it: links to other files, and names of files with a path."""
+    """Refuse files of a folder that lead out of it: links to other files, and listed names that contain a path."""
     for path in folder.iterdir() if folder.is_dir() else ():
         if path.suffix not in SUFFIXES:
             continue
         if not path.is_file():
             raise ConfigError(f"{path}: a folder, a link that leads nowhere, a device or a pipe; restore the file")
         target = path.resolve()
-        # The cache of the Hub links to its blobs; a file of the same kind elsewhere saves space.
+        # Links are allowed to the blobs of the Hub's cache, and to files of the same kind, which saves disk space.
         if target.parent.name != "blobs" and target.suffix != path.suffix and path.is_symlink():
             raise ConfigError(f"{path}: a link to another kind of file, {target}; copy what it should be")
     for listed in _LISTS:
@@ -168,7 +172,7 @@ def _check_name(name: str, where: str) -> None:
 
 
 def _listed(folder: Path, listed: tuple[str, str]) -> list[str]:
-    """Files that a config names to be read in the place of itself or of `tokenizer.json`."""
+    """Names in a config of files that are read instead of itself or of `tokenizer.json`."""
     path = folder / listed[0]
     names = read_object(path).get(listed[1]) if path.is_file() else None
     return [name for name in names if isinstance(name, str)] if isinstance(names, list) else []
@@ -200,7 +204,7 @@ def _config(path: Path, config: dict[str, Any], extent: tuple[int, int], attenti
 
 
 def _settings(config: Any) -> Iterator[tuple[str, Any]]:
-    """Every setting of a config and of the configs inside it."""
+    """All settings of a config, including those of nested configs."""
     waiting = [config]
     while waiting:
         value = waiting.pop()
@@ -212,20 +216,20 @@ def _settings(config: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _extent(folder: Path) -> tuple[int, int]:
-    """How many tensors the weights of a folder have, and how many numbers at most; (0, 0) where there are none."""
+    """Number of tensors in the weights of a folder, and an upper bound of their elements; (0, 0) if there are none."""
     parts = size = 0
     for path in sorted((*folder.glob("*.safetensors"), *folder.glob("*.bin"))):
         facts = path.stat()
         found = _parts(path.absolute(), facts.st_mtime_ns, facts.st_size)
         if found is None:
-            return 0, 0  # the library that opens it says what is wrong
+            return 0, 0  # the library that opens it reports what is wrong
         parts, size = parts + found, size + facts.st_size
-    return parts, 2 * size  # of 4 bits at least
+    return parts, 2 * size  # an element has at least 4 bits
 
 
 @lru_cache(maxsize=256)
 def _parts(path: Path, modified: int, size: int) -> int | None:
-    """How many tensors a file of weights has; None where its header cannot be read."""
+    """Number of tensors in a weight file; None if its header cannot be read."""
     if path.suffix == ".bin":
         if not zipfile.is_zipfile(path):
             return 0
@@ -254,7 +258,7 @@ def _adapter(path: Path, config: dict[str, Any], extent: tuple[int, int], _: boo
     ranks = [config.get("r"), *(_ints(config.get("rank_pattern")))]
     if extent[1] and any(isinstance(rank, int) and rank > extent[1] for rank in ranks):
         raise ConfigError(f"{path}: a rank is larger than all weights beside it; they do not belong together")
-    # Singular values in so many rounds; and layers repeated at will.
+    # The number of iterations of a singular value decomposition; and layers that are repeated arbitrarily often.
     if len(niter := str(config.get("init_lora_weights")).removeprefix("pissa_niter_")) > 2 and niter.isdigit():
         raise ConfigError(f"{path}: init_lora_weights is {config['init_lora_weights']!r}, work without end; restore it")
     if config.get("layer_replication"):
@@ -266,7 +270,7 @@ def _ints(value: Any) -> list[int]:
 
 
 def _named_files(path: Path, config: dict[str, Any], extent: tuple[int, int], _: bool) -> None:
-    """Of `tokenizer_config.json`: the files that it names are looked at before."""
+    """Check of `tokenizer_config.json`: nothing more, since the files that it names are checked before."""
 
 
 def _tekken(path: Path, config: dict[str, Any], extent: tuple[int, int], _: bool) -> None:
@@ -282,7 +286,7 @@ def _texts(value: Any) -> list[str]:
 
 
 def _tokenizer(path: Path, config: dict[str, Any], extent: tuple[int, int], _: bool) -> None:
-    # The vocabulary has no expressions, and is most of the file.
+    # Skip the vocabulary, which is most of the file and contains no expressions.
     for key, value in _settings({key: value for key, value in config.items() if key != "model"}):
         if key == "Regex" and isinstance(value, str):
             check_pattern(value, f"{path}: the expression")
@@ -298,12 +302,16 @@ CHECKS = {
 
 
 def check_pattern(pattern: str, where: str) -> None:
-    """Refuse a regular expression of a file that may take more than the time its text is long.
+    """Refuse a regular expression that may take extremely long on some texts.
 
-    Allowed in a repeat without a limit is what can be matched in one way only: a sequence of characters and classes.
+    An unbounded repeat may only contain what matches in one way: a sequence of characters and character classes.
+
+    Args:
+        pattern: The expression.
+        where: Where it comes from, for the message.
 
     Raises:
-        ConfigError: names the expression. One that cannot be read is refused too: it cannot be judged.
+        ConfigError: If it may be slow, or cannot be parsed and so not be judged.
     """
     try:
         parsed = _parsed(pattern)
@@ -317,10 +325,10 @@ def check_pattern(pattern: str, where: str) -> None:
 
 
 def _parsed(pattern: str) -> Any:
-    """A pattern of Python's, or of the tokenizers library, whose classes have properties and classes inside."""
+    """Parse a Python pattern, or one of the tokenizers library, which also has properties and nested classes."""
     plain = _PROPERTY.sub(r"\\w", pattern).replace(r"\h", " ")
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of brackets in classes
+        warnings.simplefilter("ignore")  # warnings about brackets in character classes
         try:
             return _parser.parse(plain)
         except re.error:
@@ -328,7 +336,7 @@ def _parsed(pattern: str) -> Any:
 
 
 def _flat_classes(pattern: str) -> str:
-    """The pattern with a plain class in the place of each that has others inside."""
+    """The pattern with a simple class in place of each nested one."""
     result, depth, start = [], 0, 0
     for place in re.finditer(r"\\.|\[\^?\]?|\]", pattern, re.DOTALL):
         text = place.group()
@@ -346,7 +354,7 @@ def _flat_classes(pattern: str) -> str:
 _REPEAT = (sre.MAX_REPEAT, sre.MIN_REPEAT, sre.POSSESSIVE_REPEAT)
 _ONE = (sre.LITERAL, sre.NOT_LITERAL, sre.ANY, sre.IN, sre.AT)
 _FEW = 16
-"""A repeat of at most so many is no loop."""
+"""Largest number of repetitions that does not count as unbounded."""
 
 
 def _is_simple(parsed: Any) -> bool:
@@ -370,7 +378,7 @@ def _one_way(parsed: Any) -> bool:
 
 
 def _repeats(parsed: Any) -> int:
-    """The most unbounded repeats that one way through an expression meets."""
+    """Largest number of unbounded repeats on any path through an expression."""
     count = 0
     for kind, value in parsed:
         inside = [_repeats(inner) for inner in _inside(kind, value)]

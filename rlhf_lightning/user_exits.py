@@ -1,4 +1,4 @@
-"""Who ends a program: a person or the system by a signal, or code of the user's that calls `sys.exit`."""
+"""Distinguishes a program that is ended by a signal from one that user code would end with `sys.exit`."""
 
 import sysconfig
 import threading
@@ -10,18 +10,18 @@ from pathlib import Path
 from rlhf_lightning.errors import UserError
 
 _state = {"watched": False, "asked": False}
-"""Whether a command looks at the signals that end it, and whether one has come."""
+"""`watched`: whether a command handles the signals that end it. `asked`: whether one was received."""
 _OURS = (str(Path(__file__).parent), *(sysconfig.get_path(name) for name in ("purelib", "platlib")))
 _STANDARD = (sysconfig.get_path("stdlib"), sysconfig.get_path("platstdlib"), "<frozen")
 
 
 class ProgramExit(Exception):
-    """Code of the user's would have ended the program; for whoever called it this is a failure as any other."""
+    """User code would have ended the program. Callers of that code treat it like any other failure."""
 
 
 @contextmanager
 def watched() -> Iterator[None]:
-    """Around a command whose handlers of signals call `note_signal`."""
+    """Context of a command whose signal handlers call `note_signal`."""
     _state.update(watched=True, asked=False)
     try:
         yield
@@ -30,21 +30,21 @@ def watched() -> Iterator[None]:
 
 
 def note_signal() -> None:
-    """A signal has come that ends a program."""
+    """Record that a signal was received that ends the program."""
     _state["asked"] = True
 
 
 def asked_to_end() -> bool:
-    """Whether such a signal has come to the command under way."""
+    """True if the current command received such a signal."""
     return _state["asked"]
 
 
 @contextmanager
 def no_exit() -> Iterator[None]:
-    """Around code of the user's: `sys.exit` there is an error, and so is a `KeyboardInterrupt` that nobody has sent.
+    """Context of user code, in which `sys.exit` is an error, and so is a `KeyboardInterrupt` without a signal.
 
     Raises:
-        ProgramExit: with the traceback of what was raised.
+        ProgramExit: With the traceback of the original exception.
     """
     try:
         yield
@@ -57,22 +57,22 @@ def no_exit() -> Iterator[None]:
 
 
 def _is_sent() -> bool:
-    """Whether a `KeyboardInterrupt` that was raised here may be a person's: signals come to the main thread only."""
+    """True if a `KeyboardInterrupt` in this thread may come from a signal, which only the main thread receives."""
     return threading.current_thread() is threading.main_thread() and (_state["asked"] or not _state["watched"])
 
 
 def _is_standard(file: str) -> bool:
-    return file.startswith(_STANDARD) and not file.startswith(_OURS)  # other packages are installed within
+    return file.startswith(_STANDARD) and not file.startswith(_OURS)  # site-packages is inside of stdlib
 
 
 def raised_at(error: BaseException) -> traceback.FrameSummary | None:
-    """Where an exception comes from; the line that called Python's own library, not the one within."""
+    """The innermost frame of an exception that is outside of the standard library, or None."""
     frames = traceback.extract_tb(error.__traceback__)
     return next((frame for frame in reversed(frames) if not _is_standard(frame.filename)), None)
 
 
 def user_line(error: BaseException) -> str:
-    """` (FILE:LINE in FUNCTION)` of the user's code that an exception comes from; empty where it is not the user's."""
+    """` (FILE:LINE in FUNCTION)` of the user code that raised an exception; empty if it was not user code."""
     last = raised_at(error)
     if last is None or last.filename.startswith(_OURS):
         return ""
@@ -80,7 +80,7 @@ def user_line(error: BaseException) -> str:
 
 
 def exit_of_user_code(error: BaseException) -> UserError | None:
-    """What to say of a `SystemExit` or `KeyboardInterrupt` that code of the user's has raised; None for any other."""
+    """The error to report for a `SystemExit` or `KeyboardInterrupt` of user code; None for any other exception."""
     if isinstance(error, KeyboardInterrupt) and _is_sent():
         return None
     if not (line := user_line(error)):
