@@ -122,6 +122,7 @@ def test_two_ranks_are_one(name: str, base: str, tmp_path: Path) -> None:
     for devices in (1, 2):
         torch.manual_seed(0)  # the adapters' first weights
         module = make("policy", base, dtype="float64", rewards=[FunctionReward(few_vowels)], **settings(name))
+        module.configure_model()
         strategy = "ddp_fork" if devices == 2 else "auto"
         root = tmp_path / str(devices)
         run = trainer(root, devices=devices, strategy=strategy, precision="64-true", callbacks=[Keep()])
