@@ -416,6 +416,7 @@ class PolicyRLModule(RLHFModule):
             data.seed,
             shard_spec_of(self.trainer, training=True),
             gather=gather,
+            shuffle=not self.trainer.overfit_batches,  # type: ignore[attr-defined]
         )
         return self.rollouts
 
@@ -547,7 +548,8 @@ class PolicyRLModule(RLHFModule):
         # An engine with its own copy of the weights would still have those from the start of the last round.
         self.sampler.sync(self.global_step)
 
-    on_validation_start = on_test_start = on_predict_start = _sync_engine
+    # At the start of the epoch, when WeightAveraging has put the averaged weights in place.
+    on_validation_epoch_start = on_test_epoch_start = on_predict_epoch_start = _sync_engine
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         self._evaluate(batch, "val")

@@ -36,6 +36,7 @@ class RolloutLoader:
         minibatches: See `PromptDataModule`.
         pad_id: Token id of padding.
         seed: Seed of the order of prompts and rows.
+        shuffle: Whether every epoch has a new order of the prompts.
         shard_spec: Returns the current rank, epoch, and number of accumulated batches.
         gather: Collects an object from all ranks.
 
@@ -62,11 +63,12 @@ class RolloutLoader:
         seed: int = 0,
         shard_spec: Callable[[], ShardSpec] = ShardSpec,
         gather: Callable[[Any], list[Any]] = lambda value: [value],
+        shuffle: bool = True,
     ) -> None:
         self.items, self.collect, self.pad_id, self.seed = items, collect, pad_id, seed
         self.items_per_round = min(items_per_round, len(items))
         self.update_epochs, self.minibatches = update_epochs, minibatches
-        self.shard_spec, self.gather = shard_spec, gather
+        self.shard_spec, self.gather, self.shuffle = shard_spec, gather, shuffle
         groups = [item if isinstance(item, list) else [item] for item in items]
         self._where = {one.index: one.where for group in groups for one in group if getattr(one, "where", "")}
         self.position = self._start = 0
@@ -105,7 +107,8 @@ class RolloutLoader:
         start, self._start = self._start, 0
         self.position = start
         generator = torch.Generator().manual_seed(mix_seeds(self.seed, shard_spec.epoch))
-        order = torch.randperm(len(self.items), generator=generator).tolist()
+        shuffled = torch.randperm(len(self.items), generator=generator).tolist()
+        order = shuffled if self.shuffle else list(range(len(self.items)))
         for number in range(start // self.per_round, self.rounds):
             mine = order[number * self.items_per_round : (number + 1) * self.items_per_round]
             done = max(0, start - number * self.per_round)
