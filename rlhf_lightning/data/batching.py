@@ -94,6 +94,11 @@ class RowLoader:
         self.position = self._start = 0
         """Batches taken of this epoch; 0 at its end."""
 
+    @property
+    def dataset(self) -> Sequence[Example]:
+        """The rows; Lightning's BatchSizeFinder stops when a batch holds all of them."""
+        return self.rows
+
     def __len__(self) -> int:
         return -(-len(self.rows) // (self.batch_size * self.shard_spec().world))
 
