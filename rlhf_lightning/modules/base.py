@@ -31,6 +31,7 @@ from rlhf_lightning.models.packed_forward import PackedForward
 from rlhf_lightning.models.precision import cast_weights_only, weights_alone
 from rlhf_lightning.models.saving import save_model
 from rlhf_lightning.models.sharding import full_state_dict, shard
+from rlhf_lightning.modules.callback_checks import check_accumulation, check_callbacks
 from rlhf_lightning.modules.epochs import end_restored_epoch
 from rlhf_lightning.modules.hf_batches import fitted, refuse_other_names
 from rlhf_lightning.modules.module_checks import check_batch, check_content
@@ -131,6 +132,7 @@ class RLHFModule(CheckedModule):
         self.model: Any = None
         # Frozen weights are not in the checkpoint; on_load_checkpoint checks which weights are missing.
         self.strict_loading = False
+        self.register_load_state_dict_post_hook(_frozen_may_be_missing)
 
     # -- parts ----------------------------------------------------------------------------------------------------
 
@@ -323,6 +325,7 @@ class RLHFModule(CheckedModule):
     def configure_callbacks(self) -> list[pl.Callback]:
         """Callbacks of every run of the module; a subclass adds its own."""
         forget(self._trainer)
+        check_callbacks(self, self._trainer)
         return [StepEnd(self.max_empty_steps)]
 
     def longest_row(self) -> int:
@@ -336,6 +339,7 @@ class RLHFModule(CheckedModule):
         # state is restored, and a resumed run would restart its epoch.
         for config in self.trainer.lr_scheduler_configs:
             if isinstance(config.scheduler, Warmup) and config.scheduler.total_steps is None:
+                check_accumulation(config.scheduler, self.trainer)
                 config.scheduler.set_total_steps(int(self.trainer.estimated_stepping_batches))
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
@@ -408,11 +412,11 @@ class RLHFModule(CheckedModule):
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """The trained weights. Frozen ones are loaded from the start model."""
-        state = super().state_dict(*args, **kwargs)
-        frozen = {
-            name for name, parameter in self.named_parameters(remove_duplicate=False) if not parameter.requires_grad
-        }
-        return {name: value for name, value in state.items() if name not in frozen}
+        state: dict[str, Any] = super().state_dict(*args, **kwargs)
+        # In place: if the module is a part of another, as of an averaged model, only what `state` holds is saved.
+        for name in _frozen(self):
+            state.pop(kwargs.get("prefix", "") + name, None)
+        return state
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)
@@ -473,3 +477,18 @@ class RLHFModule(CheckedModule):
             "stop_token_ids": rendering["stop_token_ids"],
         }
         return {**facts, "rendering": rendering}
+
+
+def _frozen(module: nn.Module) -> set[str]:
+    """The names of the parameters that are not trained."""
+    return {name for name, parameter in module.named_parameters(remove_duplicate=False) if not parameter.requires_grad}
+
+
+def _frozen_may_be_missing(module: nn.Module, incompatible: Any) -> None:
+    """After `load_state_dict`: a state dict of the module has no frozen weights, wherever the module stands."""
+    frozen = _frozen(module)
+    incompatible.missing_keys[:] = [
+        key
+        for key in incompatible.missing_keys
+        if key not in frozen and not any(key.endswith(f".{name}") for name in frozen)
+    ]

@@ -1,0 +1,131 @@
+"""Refuses Lightning callbacks that would do nothing with a module, or something else than their names say."""
+
+from collections.abc import Callable
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import (
+    BackboneFinetuning,
+    BatchSizeFinder,
+    GradientAccumulationScheduler,
+    LearningRateFinder,
+    StochasticWeightAveraging,
+    WeightAveraging,
+)
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.utilities.parsing import lightning_hasattr
+
+from rlhf_lightning.data.base import RowDataModule
+from rlhf_lightning.errors import ConfigError
+from rlhf_lightning.modules.schedules import Warmup
+
+
+def check_callbacks(module: Any, trainer: pl.Trainer | None) -> None:
+    """Check the trainer's callbacks before any of them is set up.
+
+    Args:
+        module: A `RLHFModule`.
+        trainer: Its trainer; nothing is checked without one.
+
+    Raises:
+        ConfigError: If a callback cannot do with this module what it is for; the message says what to use instead.
+    """
+    for callback in [] if trainer is None else trainer.callbacks:  # type: ignore[attr-defined]
+        for kind, check in _CHECKS.items():
+            if isinstance(callback, kind):
+                check(callback, module, trainer)
+
+
+def check_accumulation(scheduler: Any, trainer: Any) -> None:
+    """Raise `ConfigError` if `scheduler` needs the run's number of steps and Lightning cannot compute it."""
+    changing = any(
+        isinstance(callback, GradientAccumulationScheduler) and callback.going_to_accumulate_grad_batches()
+        for callback in trainer.callbacks
+    )
+    if changing and isinstance(scheduler, Warmup) and scheduler.total_steps is None:
+        raise ConfigError(
+            "GradientAccumulationScheduler: Warmup needs the number of optimizer steps, which is not known in advance: "
+            "set total_steps of model.lr_scheduler, or trainer.accumulate_grad_batches in place of the callback"
+        )
+
+
+def _check_swa(callback: StochasticWeightAveraging, module: Any, trainer: Any) -> None:
+    # It copies the module in setup, before the model is loaded: its average would have no parameters.
+    if trainer.state.fn == "fit":
+        raise ConfigError(
+            "StochasticWeightAveraging would average nothing, since it copies the module before the model is loaded, "
+            "and it would replace model.lr_scheduler: use lightning.pytorch.callbacks.WeightAveraging (equal weights) "
+            "or EMAWeightAveraging"
+        )
+
+
+def _check_averaging(callback: WeightAveraging, module: Any, trainer: Any) -> None:
+    name = type(callback).__name__
+    if trainer.state.fn != "fit":
+        return
+    if isinstance(trainer.strategy, ModelParallelStrategy | FSDPStrategy | DeepSpeedStrategy):
+        raise ConfigError(
+            f"{name} averages whole weights, and trainer.strategy {type(trainer.strategy).__name__} splits them: use "
+            "ddp, or leave the callback out"
+        )
+    if callback._use_buffers and any(not buffer.is_floating_point() for buffer in module.buffers()):
+        raise ConfigError(
+            f"{name} would average buffers that hold integers, such as the statistics of a normalized reward: set its "
+            "use_buffers to False"
+        )
+    # The copy that is averaged is paired with the module parameter by parameter.
+    if getattr(getattr(module, "scorer", None), "store", False):
+        raise ConfigError(
+            f"{name} copies the module with the reference model, which scorer.store removes before training: set "
+            "scorer.store to false"
+        )
+
+
+def _check_rate_finder(callback: LearningRateFinder, module: Any, trainer: Any) -> None:
+    if trainer.state.fn != "fit":
+        return
+    if module.stage_kind == "policy":
+        raise ConfigError(
+            "LearningRateFinder picks the rate at which the loss falls fastest, and the loss of policy RL does not "
+            "measure progress: compare train/reward of short runs with several rates"
+        )
+    names = [callback._attr_name] if callback._attr_name else ["lr", "learning_rate"]
+    if callback._update_attr and not any(lightning_hasattr(module, name) for name in names):
+        raise ConfigError(
+            f"LearningRateFinder sets {names[0]} of the module, and {type(module).__name__} makes its optimizer with "
+            "model.optimizer: set update_attr to False, and pass an optimizer with the rate of "
+            "optimal_lr.suggestion()"
+        )
+
+
+def _check_batch_finder(callback: BatchSizeFinder, module: Any, trainer: Any) -> None:
+    if module.stage_kind == "policy":
+        raise ConfigError(
+            "BatchSizeFinder changes data.batch_size, which a policy stage does not have: "
+            "model.max_tokens_per_batch bounds the memory of a step, and data.prompts_per_round and data.group_size "
+            "set its rows"
+        )
+    command = trainer.state.fn.value
+    name = "batch_size" if command == "fit" else "eval_batch_size"
+    if isinstance(getattr(trainer, "datamodule", None), RowDataModule) and callback._batch_arg_name != name:
+        raise ConfigError(
+            f"BatchSizeFinder changes data.{callback._batch_arg_name}, and {command} takes rows by data.{name}: set "
+            f"batch_arg_name to {name}"
+        )
+
+
+def _check_backbone(callback: BackboneFinetuning, module: Any, trainer: Any) -> None:
+    if not hasattr(module, "backbone"):
+        raise ConfigError(
+            f"BackboneFinetuning freezes module.backbone, which {type(module).__name__} does not have: "
+            "PreferenceModule(freeze_backbone=True) trains the reward head alone, and model.lora trains adapters"
+        )
+
+
+_CHECKS: dict[type[pl.Callback], Callable[[Any, Any, Any], None]] = {
+    StochasticWeightAveraging: _check_swa,
+    WeightAveraging: _check_averaging,
+    LearningRateFinder: _check_rate_finder,
+    BatchSizeFinder: _check_batch_finder,
+    BackboneFinetuning: _check_backbone,
+}
