@@ -252,19 +252,11 @@ def test_an_interrupted_run_equals_a_whole_one_bit_for_bit(
 @pytest.mark.parametrize(
     "flags",
     [
-        {"fast_dev_run": True},
-        {"limit_train_batches": 2},
-        {"overfit_batches": 1, "max_epochs": 2},
-        {"val_check_interval": 1},
         {"precision": "bf16-mixed"},
         {"precision": "bf16-true"},
         {"max_steps": 2},
-        {"detect_anomaly": True},
-        {"profiler": "simple"},
-        {"gradient_clip_val": 0.5, "gradient_clip_algorithm": "value"},
         {"reload_dataloaders_every_n_epochs": 1, "max_epochs": 2},
         {"max_time": "00:00:10:00"},
-        {"num_sanity_val_steps": 0},
     ],
 )
 @pytest.mark.parametrize("kind", KINDS)
