@@ -416,7 +416,7 @@ class RLHFModule(CheckedModule):
         # In place: if the module is a part of another, as of an averaged model, only what `state` holds is saved.
         for name in _frozen(self):
             state.pop(kwargs.get("prefix", "") + name, None)
-        return state
+        return dict(state)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)
