@@ -206,9 +206,7 @@ def step_sizes(trainer: pl.Trainer, module: Any) -> tuple[int, int, int, int] | 
 
 def _token_scorer(module: Any) -> TokenLogprobs | None:
     """The object that computes logits; None with a reward head."""
-    return getattr(module, "token_logprobs", None) or getattr(
-        getattr(module, "scorer", None), "token_logprobs", None
-    )
+    return getattr(module, "token_logprobs", None) or getattr(getattr(module, "scorer", None), "token_logprobs", None)
 
 
 def _tokens(row: Any) -> int:
