@@ -19,7 +19,7 @@ import torch
 from transformers.utils import logging as transformers_logging
 
 from rlhf_lightning.quickstart.model import make_tokenizer
-from tests.runs import forked_stages as forked_stages
+from tests.helpers.runs import forked_stages as forked_stages
 
 transformers_logging.disable_progress_bar()
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))

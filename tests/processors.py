@@ -33,19 +33,19 @@ LEVELS = {
 WAITING = {"OMP_WAIT_POLICY": "PASSIVE"}
 # Files without floats that a processor could round otherwise: texts, messages, documents, packages, drawing.
 WITHOUT_NUMBERS = {
-    "test_configs",
+    "checkpointing/test_faults",
+    "cli/test_configs",
+    "cli/test_mistakes",
+    "data/test_rendering",
+    "report/test_html",
+    "rollout/test_soak",
     "test_docs",
     "test_examples",
-    "test_faults",
     "test_fuzz",
     "test_metrics_page",
-    "test_mistakes",
     "test_packaging",
     "test_parity",
-    "test_rendering",
-    "test_report",
     "test_sizes",
-    "test_soak",
     "test_summary",
 }
 

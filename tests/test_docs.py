@@ -19,7 +19,7 @@ from rlhf_lightning.cli.stage import CLASSES, StageCLI
 from rlhf_lightning.errors import ConfigError
 from rlhf_lightning.pipeline.plan import read_plan
 from tests.conftest import TEXTS, build_model, chats, make_tokenizer, pairs, prompts, write_rows
-from tests.docs import (
+from tests.helpers.docs import (
     HUB_IDS,
     PAGES,
     ROOT,
@@ -34,7 +34,7 @@ from tests.docs import (
     tables,
     words,
 )
-from tests.runs import complete
+from tests.helpers.runs import complete
 
 DOCS = ROOT / "docs"
 # What stands on the left of their tables belongs to others.

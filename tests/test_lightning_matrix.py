@@ -1,7 +1,7 @@
 """Lightning's own callbacks, loggers, profilers and Trainer flags with each module: each works or is refused.
 
 A case asserts what the feature is for, not only that the run ends. What other files test is not repeated here: resume,
-DDP and accumulation (test_modules.py), loggers of the command (test_metrics_page.py), sharding (test_sharding.py).
+DDP and accumulation (test_invariances.py), loggers of the command (test_metrics_page.py), sharding (test_sharding.py).
 """
 
 import csv
@@ -48,7 +48,7 @@ from rlhf_lightning.rollout.kl import KLPenalty
 from rlhf_lightning.sampling.sampler import Engine, Sampler
 from rlhf_lightning.sampling.token_sampling import Completion
 from tests.conftest import build_model, chats, pairs, prompts, sgd, trainer
-from tests.test_modules import KINDS, data, make, same, vowels, weights
+from tests.modules.test_invariances import KINDS, data, make, same, vowels, weights
 
 pytestmark = pytest.mark.parametrize("kind", KINDS)
 CLASSES: dict[str, Any] = {"sft": SFTModule, "preference": PreferenceModule, "policy": PolicyRLModule}

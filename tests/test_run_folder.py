@@ -15,9 +15,9 @@ from rlhf_lightning.cli import main as entry
 from rlhf_lightning.cli.data_record import check_data_record
 from rlhf_lightning.errors import ConfigError
 from rlhf_lightning.run_folder import MARK, STAGE_RESULTS, claim, claims, refuse_inputs_in
+from tests.cli.test_commands import mistake, stage_config, write_yaml
 from tests.conftest import build_model, chats, write_rows
-from tests.runs import Run, complete
-from tests.test_cli import mistake, stage_config, write_yaml
+from tests.helpers.runs import Run, complete
 
 
 def fit(base: str, folder: Path, *further: str) -> list[str]:

@@ -24,7 +24,7 @@ from rlhf_lightning.models.loading import Start, load_for_scoring
 from rlhf_lightning.models.lora import LoRA
 from rlhf_lightning.models.scorers import RewardHead, scorer_of
 from tests.conftest import TEXTS, chats, trainer, write_rows
-from tests.test_verify import three
+from tests.pipeline.test_verify import three
 
 WATCH = """
 import os, sys

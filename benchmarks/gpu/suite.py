@@ -9,8 +9,13 @@ from typing import Any
 
 from benchmarks.gpu.sides import ROOT, Clock, environment
 
-PARTS = ("forward", "sampler", "objectives", "policy_objectives", "precision")
-FILES = [f"tests/test_{part}.py" for part in PARTS]
+FILES = [
+    "tests/models/test_packed_forward.py",
+    "tests/sampling/test_sampler.py",
+    "tests/objectives/test_worked_examples.py",
+    "tests/objectives/test_policy.py",
+    "tests/models/test_precision.py",
+]
 NOTHING_RAN = 5  # pytest's exit code
 
 

@@ -291,7 +291,7 @@ ALL = [
         "both",
         "The loss divides scores by a temperature of 0.05, and so multiplies their rounding by 20: TRL is as far from "
         "itself, to a factor of 2, when it computes the rows in other micro-batches. As functions in float64 the two "
-        "agree (tests/test_preference_trl.py).",
+        "agree (tests/objectives/test_preference_trl.py).",
         discopop,
     ),
 ]

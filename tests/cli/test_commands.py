@@ -1,0 +1,346 @@
+"""The commands as a user meets them: every config, the pipeline, resume, and what a mistake gives."""
+
+import json
+import os
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import pytest
+import yaml
+
+from rlhf_lightning.cli import main as entry
+from rlhf_lightning.cli.stage import StageCLI
+from rlhf_lightning.errors import ConfigError, UserError
+from rlhf_lightning.pipeline.plan import merged, nested, read_plan
+from rlhf_lightning.pipeline.run import run_pipeline
+from tests.conftest import chats, pairs, prompts, write_rows
+from tests.helpers.runs import complete
+
+ROOT = Path(__file__).parents[2]
+CONFIGS = sorted(
+    [*(ROOT / "configs").glob("*.yaml"), *(ROOT / "rlhf_lightning" / "quickstart" / "configs").glob("*.yaml")]
+)
+KINDS = {
+    "sft": "sft",
+    "preference": "preference",
+    "reward_model": "preference",
+    "reward": "preference",
+    "dpo": "preference",
+    "kto": "preference",
+    "model": "preference",
+    "policy": "policy",
+    "rl": "policy",
+    "ppo": "policy",
+    "grpo": "policy",
+    "gsm8k": "policy",
+}
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: f"{path.parent.parent.name}/{path.name}")
+def test_every_config_is_parsed_and_built(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    kind = KINDS.get(path.stem.rpartition("_")[2])
+    if kind is None:
+        plan = read_plan(path)
+        assert [stage.kind for stage in plan.stages][-2:] == ["preference", "policy"]
+        return
+    with pytest.raises(SystemExit) as stop:
+        StageCLI(kind, ["fit", "-c", str(path), "--print_config"])
+    assert stop.value.code == 0
+    printed = yaml.safe_load(capsys.readouterr().out)
+    for section, values in yaml.safe_load(path.read_text()).items():
+        for key in values if isinstance(values, dict) else ():
+            assert key in printed[section], f"{section}.{key} is not known"
+
+
+def mistake(args: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """What a command prints that is refused: exit code 2, no traceback."""
+    with pytest.raises(SystemExit) as stop:
+        entry.main(args)
+    out = capsys.readouterr()
+    assert stop.value.code == 2, out.err
+    assert "Traceback" not in out.err
+    return out.err
+
+
+def rlhf(*args: str, cwd: Path | None = None, code: int = 0) -> str:
+    """Run a command as a user would, forked; its output."""
+    with TemporaryDirectory() as folder:
+        return complete(list(args), Path(folder) / "output", code, partial(os.chdir, cwd) if cwd else None)
+
+
+def rlhf_process(*args: str, cwd: Path | None = None, code: int = 0) -> str:
+    """Run a command in a process of its own, with the seconds that imports take; its output."""
+    out = subprocess.run(
+        [sys.executable, "-m", "rlhf_lightning", *args], capture_output=True, text=True, cwd=cwd, timeout=200
+    )
+    text = out.stdout + out.stderr
+    assert out.returncode == code, text
+    return text
+
+
+def stage_config(kind: str, base: str, tmp_path: Path, **data: Any) -> dict[str, Any]:
+    rows = {"sft": chats, "preference": pairs, "policy": prompts}[kind](12)
+    train = write_rows(tmp_path / f"{kind}.jsonl", rows)
+    model: dict[str, Any] = {"model": base, "optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 0.01}}}
+    if kind == "policy":
+        model["sampler"] = {"max_tokens": 5}
+        data = {"prompts_per_round": 4, "group_size": 2, **data}
+    else:
+        data = {"batch_size": 4, **data}
+    run = {"max_epochs": 1, "accelerator": "cpu", "enable_model_summary": False}
+    return {"model": model, "data": {"train": train, **data}, "trainer": run}
+
+
+def write_yaml(path: Path, value: Any) -> str:
+    path.write_text(yaml.safe_dump(value))
+    return str(path)
+
+
+# -- a stage ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_stage_in_its_folder(base: str, tmp_path: Path) -> None:
+    """Run, left alone when run again, refused with other settings, started over, predicted with."""
+    config = write_yaml(tmp_path / "sft.yaml", stage_config("sft", base, tmp_path))
+    args = ["sft", "fit", "-c", config, "--trainer.default_root_dir", str(tmp_path / "run")]
+    out = rlhf_process(*args)
+    assert "12 rows read" in out
+    assert "step 3/3" in out
+    run = tmp_path / "run"
+    assert {path.name for path in run.iterdir()} >= {
+        "config.yaml",
+        "metrics.csv",
+        "checkpoints",
+        "model",
+        "stage.json",
+        "logs",
+    }
+    assert "12 rows read" in (run / "logs" / "run.log").read_text()
+    facts = json.loads((run / "stage.json").read_text())
+    assert facts["kind"] == "sft"
+    assert facts["steps"] == 3
+    assert len(facts["data"]["train"]) == 64
+
+    before = (run / "model" / "model.safetensors").stat().st_mtime_ns
+    assert "finished already" in rlhf(*args)
+    assert "other settings (model.optimizer.init_args.lr)" in rlhf(
+        *args, "--model.optimizer.init_args.lr", "0.5", code=2
+    )
+    assert (run / "model" / "model.safetensors").stat().st_mtime_ns == before
+    rlhf(*args, "--model.optimizer.init_args.lr", "0.5", "--fresh")
+    assert (run / "model" / "model.safetensors").stat().st_mtime_ns != before
+
+    asked = tmp_path / "policy.jsonl"
+    predict = ["sft", "predict", "-c", config, "--model.model", str(run / "model"), "--data.predict", str(asked)]
+    predict += ["--model.sampler.max_tokens", "4", "--trainer.default_root_dir", str(run)]
+    rlhf(*predict, code=2)
+    write_rows(asked, prompts(3))
+    rlhf(*predict)
+    rows = [json.loads(line) for line in (run / "predictions.jsonl").read_text().splitlines()]
+    assert [row["index"] for row in rows] == [0, 1, 2]
+    assert (run / "metrics.csv").exists()
+
+
+def test_a_finished_stage_goes_on_when_asked_for_more(base: str, tmp_path: Path) -> None:
+    config = write_yaml(tmp_path / "sft.yaml", stage_config("sft", base, tmp_path))
+    args = ["sft", "fit", "-c", config, "--trainer.default_root_dir", str(tmp_path / "run"), "--checkpoint_every", "1"]
+    rlhf(*args)
+    assert "step 6/6" in rlhf(*args, "--trainer.max_epochs", "2")
+    assert json.loads((tmp_path / "run" / "stage.json").read_text())["steps"] == 6
+
+
+ENVIRONMENT = """
+from rlhf_lightning.environments.base import StepResult
+
+
+class Twice:
+    def __init__(self, row, reward):
+        self.row, self.reward, self.turn = row, reward, 0
+
+    def reset(self):
+        return [{"role": "user", "content": self.row["prompt"]}]
+
+    def step(self, message):
+        self.turn += 1
+        return StepResult(self.reward, self.turn == 2, [{"role": "user", "content": "Again"}])
+"""
+
+
+def test_an_environment_named_in_yaml(base: str, tmp_path: Path) -> None:
+    settings = stage_config("policy", base, tmp_path)
+    settings["model"] |= {"environment": "my_environment.Twice", "environment_args": {"reward": 0.5}}
+    settings["trainer"]["max_steps"] = 1
+    (tmp_path / "my_environment.py").write_text(ENVIRONMENT)
+    config = write_yaml(tmp_path / "c.yaml", settings)
+    rlhf("policy", "fit", "-c", config, "--trainer.default_root_dir", str(tmp_path / "run"), cwd=tmp_path)
+    rows = [json.loads(line) for line in (tmp_path / "run" / "samples.jsonl").read_text().splitlines()]
+    assert {row["reward"] for row in rows} <= {0.5, 1.0}
+
+
+def test_an_interrupted_stage_resumes_by_the_same_command(base: str, tmp_path: Path) -> None:
+    config = write_yaml(tmp_path / "c.yaml", stage_config("policy", base, tmp_path))
+    rule = {"class_path": "rlhf_lightning.rewards.KeywordReward"}
+    reward = json.dumps([{**rule, "init_args": {"keywords": ["a", "e"], "min_words": 1}}])
+    args = [
+        "policy",
+        "fit",
+        "-c",
+        config,
+        "--model.rewards",
+        reward,
+        "--checkpoint_every",
+        "1",
+        "--trainer.max_epochs",
+        "2",
+    ]
+    rlhf(*args, "--trainer.default_root_dir", str(tmp_path / "whole"))
+    # A run that was stopped after 2 of its 6 steps leaves a checkpoint and no stage.json.
+    stopped = tmp_path / "stopped"
+    rlhf(*args, "--trainer.default_root_dir", str(stopped), "--trainer.max_steps", "2")
+    (stopped / "stage.json").unlink()
+    out = rlhf(*args, "--trainer.default_root_dir", str(stopped))
+    assert "resuming" in out
+    from safetensors.torch import load_file
+
+    one, other = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("whole", "stopped"))
+    assert all(bool((one[name] == other[name]).all()) for name in one)
+    samples = [(tmp_path / name / "samples.jsonl").read_text() for name in ("whole", "stopped")]
+    assert samples[0] == samples[1]
+    curves = [(tmp_path / name / "metrics.csv").read_text().splitlines() for name in ("whole", "stopped")]
+    assert len(curves[0]) == len(curves[1]) == 7
+
+
+# -- the pipeline -----------------------------------------------------------------------------------------------------
+
+
+def pipeline_of(base: str, tmp_path: Path, **preference: Any) -> dict[str, Any]:
+    for kind in ("sft", "preference", "policy"):
+        write_yaml(tmp_path / f"{kind}.yaml", stage_config(kind, base, tmp_path))
+    stages = [
+        {"kind": "sft", "config": str(tmp_path / "sft.yaml")},
+        {"kind": "preference", "config": str(tmp_path / "preference.yaml"), "start": "sft", **preference},
+        {
+            "kind": "policy",
+            "config": str(tmp_path / "policy.yaml"),
+            "start": "sft",
+            "reward": "preference",
+            "overrides": {"model.kl": {"coefficient": 0.1}},
+        },
+    ]
+    return {"name": "test", "seed": 3, "root": str(tmp_path / "run"), "stages": stages}
+
+
+@pytest.mark.usefixtures("forked_stages")
+@pytest.mark.parametrize("lora", [None, pytest.param({"rank": 2, "target": ["all"]}, marks=pytest.mark.slow)])
+def test_a_pipeline_hands_models_over(base: str, tmp_path: Path, lora: Any, capfd: pytest.CaptureFixture[str]) -> None:
+    plan = pipeline_of(base, tmp_path)
+    for stage in plan["stages"] if lora else []:
+        stage["overrides"] = {**stage.get("overrides", {}), "model.lora": lora}
+    manifest = run_pipeline(plan)
+    assert [entry["status"] for entry in manifest["stages"].values()] == ["finished"] * 3
+    run = tmp_path / "run"
+    facts = {name: json.loads((run / name / "stage.json").read_text()) for name in ("sft", "preference", "policy")}
+    assert facts["policy"]["parent"] == {"stage": "sft", "hash": facts["sft"]["model_hash"]}
+    assert facts["policy"]["seed"] == 3
+    metrics = (run / "policy" / "metrics.csv").read_text().splitlines()
+    row = dict(zip(metrics[0].split(","), metrics[1].split(","), strict=True))
+    assert float(row["reward_source_prm"]) == 1.0
+    assert abs(float(row["train/kl"])) < 1e-4
+    assert (run / "logs" / "run.log").read_text().count("model folder") == 3
+    if lora:
+        assert "continuing the adapter" in (run / "logs" / "run.log").read_text()
+        assert (run / "preference" / "merged" / "config.json").exists()
+
+    capfd.readouterr()
+    run_pipeline(plan)
+    assert capfd.readouterr().out.count("finished already") == 3
+    # A moved run still loads: adapters find their base relative to the folder.
+    moved = tmp_path / "elsewhere"
+    run.rename(moved)
+    if lora:
+        from rlhf_lightning.models.loading import Start
+
+        Start(str(moved / "preference" / "model"), "SEQ_CLS").load(tmp_path / "scratch")
+        return
+    plan["root"] = str(moved)
+    plan["stages"][1]["overrides"] = {"trainer.max_epochs": 2}
+    with pytest.raises(ConfigError, match=r"stage preference has run with other inputs \(changed: settings\)"):
+        run_pipeline(plan)
+    run_pipeline(plan, rerun=["preference"])
+    assert "finished already" in capfd.readouterr().out
+
+
+@pytest.mark.usefixtures("forked_stages")
+def test_a_failed_preference_stage(base: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    plan = pipeline_of(base, tmp_path, overrides={"data.train": str(tmp_path / "missing.jsonl")})
+    with pytest.raises(UserError, match="stage preference failed"):
+        run_pipeline(plan)
+    assert "missing.jsonl: no such file" in capfd.readouterr().err
+    assert "missing.jsonl: no such file" in (tmp_path / "run" / "logs" / "run.log").read_text()
+    rule = {"class_path": "rlhf_lightning.rewards.KeywordReward"}
+    plan["stages"][1]["on_failure"] = {"rule_reward": rule}
+    run_pipeline(plan)
+    out = capfd.readouterr().out
+    assert "sft: finished already" in out
+    assert "goes on with the rule reward" in out
+    metrics = (tmp_path / "run" / "policy" / "metrics.csv").read_text().splitlines()
+    row = dict(zip(metrics[0].split(","), metrics[1].split(","), strict=True))
+    assert float(row["reward_source_prm"]) == 0.0
+    assert "reward_KeywordReward" in metrics[0]
+
+
+def test_stages_can_be_left_out_and_repeated(base: str, tmp_path: Path) -> None:
+    write_yaml(tmp_path / "sft.yaml", stage_config("sft", base, tmp_path))
+    stages = [
+        {"kind": "sft", "name": "one", "config": "sft.yaml"},
+        {
+            "kind": "sft",
+            "name": "two",
+            "config": "sft.yaml",
+            "start": "one",
+            "overrides": {"trainer": {"max_epochs": 2}},
+        },
+    ]
+    path = tmp_path / "plan.json"
+    path.write_text(json.dumps({"stages": stages}))
+    plan = read_plan(path)
+    assert plan.name == "plan"
+    assert plan.stages[1].settings["trainer"]["max_epochs"] == 2
+    assert plan.descendants("one") == {"one", "two"}
+
+
+@pytest.mark.parametrize(
+    ("plan", "message"),
+    [
+        ({}, "'stages' must be a list"),
+        ({"stages": [], "x": 1}, "unknown key 'x'"),
+        ({"stages": [{"kind": "dpo"}]}, "kind is 'dpo'"),
+        ({"stages": [{"kind": "sft", "start": "x"}]}, "neither an earlier stage"),
+        ({"stages": [{"kind": "sft"}, {"kind": "sft"}]}, "is taken"),
+        ({"stages": [{"kind": "sft", "config": "no.yaml"}]}, "no.yaml: no such file"),
+        ({"stages": [{"kind": "sft"}, {"kind": "sft", "name": "b", "reward": "sft"}]}, "reward is for policy"),
+        ({"stages": [{"kind": "sft", "on_failure": "go"}]}, "on_failure must be"),
+        ({"stages": [{"kind": "sft", "color": 1}]}, "unknown key 'color'"),
+    ],
+)
+def test_plans_that_make_no_sense(plan: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        read_plan(plan)
+
+
+def test_settings_are_laid_over() -> None:
+    assert nested({"a.b": 1, "a.c": {"d": 2}}) == {"a": {"b": 1, "c": {"d": 2}}}
+    base = {"optimizer": {"class_path": "A", "init_args": {"lr": 1, "eps": 2}}, "x": [1]}
+    assert merged(base, nested({"optimizer.init_args.lr": 3}))["optimizer"]["init_args"] == {"lr": 3, "eps": 2}
+    assert merged(base, {"optimizer": {"class_path": "B"}})["optimizer"] == {"class_path": "B"}
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        entry.main(["--version"])
+    assert stop.value.code == 0
+    assert capsys.readouterr().out.startswith("rlhf-lightning 0.")

@@ -1,0 +1,123 @@
+"""Raw text begins and ends as the tokenizer itself has it; the oracle is the tokenizer, called as people call it."""
+
+import copy
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+from tokenizers.processors import TemplateProcessing
+
+from rlhf_lightning.data.preference import PreferenceDataModule
+from rlhf_lightning.data.prompts import Prompt, PromptDataModule
+from rlhf_lightning.data.rendering import Renderer
+from rlhf_lightning.data.sft import SFTDataModule
+from rlhf_lightning.rollout.episode_state import EpisodeState
+from tests.data.test_rendering import TEMPLATES
+from tests.data.test_rows import ready
+
+FRAMES = {
+    "none": "$A",  # GPT-2, Qwen
+    "bos": "<|im_start|> $A",  # Llama, Gemma, Mistral
+    "both": "<|im_start|> $A <|im_end|>",  # T5 and others that put their eos_token there
+    "bert": "<|im_start|> $A <|pad|>",  # an end that is not the eos_token
+}
+TEXTS = ["one two three", " Hello\nthere", "é😀", "one<|im_end|>", "<|im_start|>one", "<|im_start|>one two<|im_end|>"]
+
+
+def framed(tokenizer: Any, frame: str) -> Any:
+    """A tokenizer with a post-processor such as the real ones have."""
+    changed = copy.deepcopy(tokenizer)
+    changed.bos_token = "<|im_start|>"
+    changed.backend_tokenizer.post_processor = TemplateProcessing(
+        single=FRAMES[frame], special_tokens=[(t, changed.convert_tokens_to_ids(t)) for t in changed.all_special_tokens]
+    )
+    return changed
+
+
+def oracle(tokenizer: Any, text: str) -> list[int]:
+    """What the tokenizer makes of a text, and its eos_token; what the text itself writes of it is not written twice."""
+    ids = list(tokenizer(text)["input_ids"])
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    if ids[:2] == [bos, bos]:
+        ids = ids[1:]
+    while ids[-2:] == [eos, eos]:
+        ids = ids[:-1]
+    if text.endswith(tokenizer.eos_token):
+        return ids[: len(ids) - ids[::-1].index(eos)]
+    return ids if ids[-1] == eos else [*ids, eos]
+
+
+@pytest.mark.parametrize("frame", FRAMES)
+def test_text_is_what_the_tokenizer_makes_of_it(tokenizer: Any, frame: str) -> None:
+    tokenizer = framed(tokenizer, frame)
+    data = ready(SFTDataModule([{"text": text} for text in TEXTS], tokenizer=tokenizer))
+    for text, row in zip(TEXTS, data.prepared["train"].rows, strict=True):
+        assert row.ids == oracle(tokenizer, text), text
+        assert row.loss_mask == [0] + [1] * (len(row.ids) - 1)
+
+
+@pytest.mark.parametrize("frame", FRAMES)
+def test_raw_rows_of_every_kind_begin_alike(tokenizer: Any, frame: str) -> None:
+    tokenizer = framed(tokenizer, frame)
+    begin = [tokenizer.bos_token_id] * (frame != "none")
+    plain = tokenizer("one two", add_special_tokens=False)["input_ids"]
+    settings: dict[str, Any] = {"tokenizer": tokenizer, "format": "raw"}
+
+    prompt = ready(PromptDataModule([{"prompt": "one two"}], **settings)).prepared["train"].rows[0]
+    assert prompt.ids == [*begin, *plain]
+    pair = {"prompt": "one two", "chosen": " three", "rejected": " four"}
+    rows = list(ready(PreferenceDataModule([pair], **settings)).prepared["train"].rows[0].sides)
+    rows += ready(SFTDataModule([{"prompt": "one two", "completion": " three"}], **settings)).prepared["train"].rows
+    for row, answer in zip(rows, (" three", " four", " three"), strict=True):
+        assert row.ids == oracle(tokenizer, f"one two{answer}")
+        assert row.ids[: row.loss_mask.index(1)] == prompt.ids, "a response follows the prompt as the sampler has it"
+
+
+@pytest.mark.parametrize("frame", ["none", "bos"])
+def test_a_shortened_prompt_begins_with_it_too(tokenizer: Any, frame: str) -> None:
+    tokenizer = framed(tokenizer, frame)
+    pair = {"prompt": "one two " * 20, "chosen": " three", "rejected": " four"}
+    settings: dict[str, Any] = {"tokenizer": tokenizer, "format": "raw"}
+    (whole,) = ready(PreferenceDataModule([pair], **settings)).prepared["train"].rows
+    settings |= {"overlong": "truncate", "max_length": whole.tokens - 5}
+    (cut,) = ready(PreferenceDataModule([pair], **settings)).prepared["train"].rows
+    for side, before in zip(cut.sides, whole.sides, strict=True):
+        begin = 1 if frame == "bos" else 0
+        assert side.ids == before.ids[:begin] + before.ids[begin + 5 :]
+        assert side.trained == before.trained
+
+
+@pytest.mark.parametrize("frame", FRAMES)
+def test_a_template_writes_its_own_beginning(tokenizer: Any, frame: str) -> None:
+    """Where it writes none there is none, as in transformers' `apply_chat_template`."""
+    tokenizer = framed(tokenizer, frame)
+    said = [{"role": "user", "content": "one two"}]
+    for template in ("[bos]" + TEMPLATES["text end"], TEMPLATES["text end"]):
+        tokenizer.chat_template = template.replace("[bos]", "{{ bos_token }}")
+        ids = tokenizer.apply_chat_template(said, add_generation_prompt=True, return_dict=False)
+        assert Renderer(tokenizer).prompt(said) == ids
+
+
+def test_an_end_in_the_answer_is_not_doubled(tokenizer: Any) -> None:
+    tokenizer.chat_template = TEMPLATES["endless"]
+    said = [{"role": "user", "content": "one"}, {"role": "assistant", "content": "two<|im_end|>"}]
+    (row,) = Renderer(tokenizer).conversation(said)
+    assert tokenizer.decode(row.ids) == "[user]one[assistant]two<|im_end|>"
+    assert row.loss_mask[-1]
+
+
+def test_an_environment_begins_with_the_same_token(tokenizer: Any) -> None:
+    renderer = Renderer(framed(tokenizer, "bos"), format="raw")
+    running = EpisodeState(Prompt([], [], {}), sample=0)
+    running.env = cast(Any, object())
+    running.episode.prompt = [{"role": "user", "content": "one two"}]
+    assert running.next_prompt(renderer) == (renderer.tokenizer("one two")["input_ids"], False)
+
+
+def test_real_tokenizers(shared: Path) -> None:
+    from transformers import AutoTokenizer
+
+    for folder in sorted((shared / "tokenizers").iterdir()):
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        for text in ("Once upon a time", "Es war einmal é😀\n"):
+            assert Renderer(tokenizer).text(text).ids == [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]

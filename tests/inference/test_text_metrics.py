@@ -1,0 +1,173 @@
+"""`rlhf evaluate` against references: perplexity, BLEU, ROUGE, and what it is given."""
+
+import json
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rlhf_lightning import SFTDataModule, SFTModule
+from rlhf_lightning.inference.policy import Policy
+from rlhf_lightning.inference.text_metrics import nearness, perplexity, references_of
+from tests.cli.test_commands import mistake
+from tests.cli.test_models import rlhf
+from tests.conftest import build_model, chats, prompts, trainer, write_rows
+
+VOWELS = "tests.inference.test_text_metrics.vowels"
+REFERENCE_KEYS = {"perplexity", "bleu", "rouge1", "rouge2", "rougeL"}
+
+
+def vowels(completions: list[str], **_: Any) -> list[float]:
+    return [sum(c in "aeiou" for c in text) / (len(text) or 1) for text in completions]
+
+
+def figures(capsys: pytest.CaptureFixture[str], *args: str) -> dict[str, Any]:
+    rlhf("evaluate", *args, "--max_tokens", "5", "--json")
+    found: dict[str, Any] = json.loads(capsys.readouterr().out)
+    return found
+
+
+def said(*texts: str) -> list[list[dict[str, str]]]:
+    return [[{"role": "assistant", "content": text}] for text in texts]
+
+
+def test_bleu_and_rouge_worked_by_hand() -> None:
+    """6 of 7 words in place: precisions 6/7, 5/6, 4/5, 3/4 and no penalty, since both have 7 words."""
+    found = nearness(["the cat sat on the mat today"], [said("the cat sat on the mat yesterday")])
+    assert found["bleu"] == pytest.approx((6 / 7 * 5 / 6 * 4 / 5 * 3 / 4) ** 0.25, abs=1e-6)
+    assert found["rouge1"] == pytest.approx(6 / 7, abs=1e-6)
+    assert found["rouge2"] == pytest.approx(5 / 6, abs=1e-6)
+    assert found["rougeL"] == pytest.approx(6 / 7, abs=1e-6)
+    # Precision 1, recall 3/6: F1 2/3. The words are there, half of their order is: LCS 2 of 3 and 6.
+    turned = nearness(["Sat THE cat"], [said("the cat sat on a mat")])
+    assert turned["rouge1"] == pytest.approx(2 / 3, abs=1e-6)
+    assert turned["rougeL"] == pytest.approx(2 * (2 / 3) * (2 / 6) / (2 / 3 + 2 / 6), abs=1e-6)
+
+
+def test_the_best_reference_counts_and_any_script() -> None:
+    texts = ["кошка сидит на ковре", "one two three four"]
+    found = nearness(texts, [said("нет", "Кошка сидит на ковре!"), said("one two three four")])
+    assert found["rouge1"] == found["rougeL"] == 1.0
+    assert nearness([""], [said("кошка")]) == dict.fromkeys(("bleu", "rouge1", "rouge2", "rougeL"), 0.0)
+
+
+def test_perplexity_is_that_of_sft_validation(base: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The same file, validated by the stage and evaluated by the command."""
+    file = write_rows(tmp_path / "chats.jsonl", chats(9))
+    module = SFTModule(base)
+    [logged] = trainer(tmp_path).validate(module, SFTDataModule(validation=file, batch_size=4), verbose=False)
+    found = figures(capsys, base, file)
+    assert (found["prompts"], found["references"]) == (9, 9)
+    assert found["policy"]["perplexity"] == pytest.approx(logged["val/perplexity"], rel=1e-5)
+    assert set(found["policy"]) == {*REFERENCE_KEYS, "response_tokens", "truncated"}
+
+
+def test_perplexity_of_several_references_is_over_their_tokens(base: str) -> None:
+    policy = Policy(base)
+    rows = policy.prompts([{"prompt": "Count 1", "answers": ["one", "one two three"]}, {"prompt": "2", "answers": []}])
+    rows[1].row["answers"] = ["four"]
+    references = references_of(rows, "answers")
+    sides = [
+        policy.renderer.exchange(row.messages, one)
+        for row, given in zip(rows, references, strict=True)
+        for one in given
+    ]
+    total = sum(policy.nll([side]) * side.trained for side in sides)
+    assert perplexity(policy, rows, references) == pytest.approx(
+        math.exp(total / sum(side.trained for side in sides)), rel=1e-5
+    )
+
+
+def test_a_model_that_answers_with_the_reference(
+    base: str, tmp_path: Path, tokenizer: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """References that are the policy's own greedy answers: all of it 1 for the policy, less for another model."""
+    other = tmp_path / "other"
+    build_model(tokenizer, seed=5).save_pretrained(other)
+    tokenizer.save_pretrained(other)
+    policy = Policy(base)
+    rows = prompts(12)
+    for row, episode in zip(rows, policy.answer(policy.prompts(rows), 12, 0, temperature=0.0), strict=True):
+        row["best"] = [episode.response, "none of it"]
+    # Of a random model some answers have no word, of which there is no ROUGE.
+    rows = [row for row in rows if len(re.findall(r"\w+", row["best"][0])) > 1][:4]
+    file = write_rows(tmp_path / "rows.jsonl", rows)
+    args = ["--references", "best", "--temperature", "0", "--gold", VOWELS, "--summary", str(tmp_path / "s.json")]
+    rlhf("evaluate", base, *args, str(other), file, "--max_tokens", "12")
+    table = capsys.readouterr().out
+    assert "4 prompts, 4 with references" in table
+    assert all(name in table for name in ("perplexity", "BLEU", "ROUGE-L", "win rate", "KL (nats)", "baseline"))
+    found = json.loads((tmp_path / "s.json").read_text())
+    own, others = found["policy"], found["baseline"]
+    assert own["rouge1"] == own["rougeL"] == pytest.approx(1.0)
+    assert others["rougeL"] < 0.9
+    assert {"reward", "win_rate", "kl"} <= own.keys()
+
+
+def test_references_are_found_where_rows_have_them(base: str, tmp_path: Path) -> None:
+    policy = Policy(base)
+    rows: list[dict[str, Any]] = [
+        {"prompt": "a", "completion": "one"},
+        {"prompt": "a", "chosen": [{"role": "assistant", "content": "two"}], "rejected": "three"},
+        {"prompt": "a", "response": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "three"}]},
+        {"instruction": "a", "output": "four"},
+        {"messages": ["a", "b", "c", "five"]},
+        {"messages": ["a"]},
+        {"prompt": "a", "answer": "no reference unless it is asked for"},
+    ]
+    found = references_of(policy.prompts(rows))
+    texts = [[message["content"] for [message] in given] for given in found]
+    assert texts == [["one"], ["two"], ["three"], ["four"], ["five"], [], []]
+
+
+def test_only_rows_with_references_are_compared(base: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    some = figures(capsys, base, write_rows(tmp_path / "some.jsonl", [*chats(3), {"messages": ["Count 9"]}]))
+    assert (some["prompts"], some["references"]) == (4, 3)
+    three = figures(capsys, base, write_rows(tmp_path / "three.jsonl", chats(3)))
+    assert {key: some["policy"][key] for key in REFERENCE_KEYS} == pytest.approx(
+        {key: three["policy"][key] for key in REFERENCE_KEYS}, rel=1e-5
+    )
+    none = figures(capsys, base, write_rows(tmp_path / "none.jsonl", prompts(2)))
+    assert none["references"] == 0
+    assert set(none["policy"]) == {"response_tokens", "truncated"}
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--references", "gold"], "rows.jsonl:1: no 'gold' to take as reference; the row has 'prompt', 'blank'"),
+        (["--references", "blank"], "rows.jsonl:1: 'blank' is no reference answer"),
+        (["--best_of", "4"], "nothing to judge by"),
+        (["--best_of", "4", "--gold", VOWELS], "--best_of is of the baseline"),
+    ],
+)
+def test_what_cannot_be_evaluated(
+    args: list[str], message: str, base: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = write_rows(tmp_path / "rows.jsonl", [{"prompt": "a", "blank": " "}])
+    assert message in mistake(["evaluate", base, file, "--max_tokens", "4", *args], capsys)
+
+
+def test_references_that_are_too_long_are_left_out(
+    base: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And what nobody called a reference is none: an empty answer, one that was not liked."""
+    rows = [{"prompt": "a", "completion": "word " * 300}, {"prompt": "b", "completion": "a b"}]
+    both = figures(capsys, base, write_rows(tmp_path / "both.jsonl", rows))
+    short = figures(capsys, base, write_rows(tmp_path / "short.jsonl", rows[1:]))
+    assert both["references"] == 2
+    assert both["policy"]["perplexity"] == pytest.approx(short["policy"]["perplexity"], rel=1e-5)
+    assert figures(capsys, base, write_rows(tmp_path / "long.jsonl", rows[:1]))["policy"]["perplexity"] is None
+    others = [{"prompt": "c", "response": ""}, {"prompt": "d", "response": "no", "label": 0}]
+    others += [{"prompt": "e", "response": "yes", "label": 1}]
+    assert figures(capsys, base, write_rows(tmp_path / "others.jsonl", others))["references"] == 1
+
+
+def test_rouge_takes_the_best_reference_for_each_figure_and_any_script() -> None:
+    said = lambda *texts: [[{"role": "assistant", "content": text}] for text in texts]  # noqa: E731
+    found = nearness(["a b c d e f"], [said("f e d c b a", "a b c x y z")])
+    assert (found["rouge1"], found["rougeL"]) == (1.0, 0.5)
+    assert found["rouge2"] == pytest.approx(0.4)
+    assert nearness(["की का के"], [said("कि को कु")])["rouge1"] == 0.0

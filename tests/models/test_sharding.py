@@ -1,0 +1,283 @@
+"""Weights split over ranks (FSDP2): trained, resumed and saved as by one process."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from lightning.pytorch.callbacks import Callback
+from safetensors.torch import load_file
+
+from rlhf_lightning.callbacks.export import ExportModel
+from rlhf_lightning.checkpointing.strategies import FSDP2, _contents
+from rlhf_lightning.data.prompts import PromptDataModule
+from rlhf_lightning.diagnostics.invariants import FirstStepInvariants
+from rlhf_lightning.environments.base import StepResult
+from rlhf_lightning.files import FORMAT
+from rlhf_lightning.models.lora import LoRA
+from rlhf_lightning.models.scorers import ImplicitReward
+from rlhf_lightning.models.sharding import full_tensor
+from rlhf_lightning.rewards import FunctionReward
+from rlhf_lightning.rollout.kl import KLPenalty
+from rlhf_lightning.sampling.sampler import Sampler
+from tests.checkpointing.test_resume import at, config, result
+from tests.conftest import chats, pairs, prompts, trainer
+from tests.helpers.runs import complete, in_ranks
+from tests.modules.test_invariances import data, make, same, vowels
+from tests.modules.test_policy_rl import few_vowels
+from tests.modules.test_policy_rl import settings as policy_settings
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+# Model options, and what the trainer is told beside.
+PLAIN: dict[str, tuple[str, Callable[[], dict[str, Any]]]] = {
+    "sft": ("sft", lambda: {"max_tokens_per_batch": 40}),
+    "sft-lora": ("sft", lambda: {"lora": LoRA(rank=2), "gradient_checkpointing": True}),
+    "preference": ("preference", lambda: {"max_tokens_per_batch": 40}),
+    "preference-lora": ("preference", lambda: {"lora": LoRA(rank=2)}),
+    "dpo": ("preference", lambda: {"scorer": ImplicitReward()}),
+    "dpo-stored": ("preference", lambda: {"scorer": ImplicitReward(store=True), "lora": LoRA(rank=2)}),
+    "policy": ("policy", lambda: {"kl": KLPenalty(0.1), "max_tokens_per_batch": 40}),
+    "policy-lora": ("policy", lambda: {"kl": KLPenalty(0.1), "lora": LoRA(rank=2, target=["all"])}),
+    "in step": ("policy", lambda: {"kl": KLPenalty(0.1), "sampler": Sampler(max_tokens=6, gather=False)}),
+    **{
+        name: ("policy", lambda name=name: policy_settings(name))
+        for name in ("critic", "shared", "lora", "refresh", "stale", "resampled")
+    },
+}
+
+
+class Keep(Callback):
+    """All trained weights at the end, written by the first rank."""
+
+    def on_fit_end(self, run: Any, module: Any) -> None:
+        state = {name: full_tensor(value.detach()) for name, value in module.state_dict().items()}
+        if run.is_global_zero:
+            torch.save(state, Path(run.default_root_dir) / "weights.pt")
+
+
+def train(
+    name: str, base: str, root: Path, world: int = 1, accumulate: int = 1, tensor: int = 1, clip: float = 0.5
+) -> None:
+    kind, options = PLAIN[name]
+    torch.manual_seed(0)  # the first weights of adapters and of a reward head
+    extra = options()
+    if kind == "policy":
+        extra.setdefault("rewards", [FunctionReward(few_vowels if name in ("resampled", "stale") else vowels)])
+    module = make(kind, base, dtype="float64", **extra)
+    root.mkdir(parents=True, exist_ok=True)
+    run = trainer(
+        root,
+        devices=world,
+        strategy=FSDP2(tensor_parallel_size=tensor) if world > 1 else "auto",
+        accumulate_grad_batches=accumulate,
+        gradient_clip_val=clip or None,
+        max_epochs=2,
+        callbacks=[Keep(), ExportModel()],
+    )
+    minibatches = {"minibatches": accumulate} if kind == "policy" else {}
+    run.fit(module, data(kind, 7 if kind == "policy" else 11, 8 * tensor // world // accumulate, **minibatches))
+
+
+FAST = ("sft", "preference-lora", "in step")
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in PLAIN]
+)
+def test_split_weights_train_as_one_process(name: str, base: str, tmp_path: Path) -> None:
+    train(name, base, tmp_path / "one")
+    in_ranks(2, lambda: train(name, base, tmp_path / "two", 2, 2), tmp_path / "two")
+    one, two = (torch.load(tmp_path / folder / "weights.pt") for folder in ("one", "two"))
+    same(one, two, rtol=1e-6, atol=1e-8)
+    files = [next((tmp_path / folder / "model").glob("*model.safetensors")) for folder in ("one", "two")]
+    same(load_file(files[0]), load_file(files[1]), rtol=1e-6, atol=1e-8)
+    assert {path.name for path in files[0].parent.iterdir()} == {path.name for path in files[1].parent.iterdir()}
+
+
+class Questions:
+    """As many turns as the row says, so that ranks draw unequally often."""
+
+    def __init__(self, row: dict[str, Any]) -> None:
+        self.row, self.turns = row, 0
+
+    def reset(self) -> list[dict[str, str]]:
+        return [{"role": "user", "content": self.row["prompt"]}]
+
+    def step(self, message: dict[str, Any]) -> StepResult:
+        self.turns += 1
+        words = [{"role": "user", "content": "and one"}]
+        return StepResult(len(message["content"]) / 9, self.turns >= self.row["turns"], words)
+
+
+@pytest.mark.parametrize("gather", [True, False])
+def test_ranks_that_draw_unequally_do_not_wait_for_ever(gather: bool, base: str, tmp_path: Path) -> None:
+    rows = [{"prompt": row["prompt"], "turns": 1 + 2 * (i % 2) + i // 4} for i, row in enumerate(prompts(5))]
+
+    def run() -> None:
+        module = make("policy", base, rewards=[], environment=Questions, sampler=Sampler(max_tokens=4, gather=gather))
+        source = PromptDataModule(rows, rows[:3], prompts_per_round=4, group_size=2, minibatches=2, seed=1)
+        one = trainer(tmp_path, devices=2, strategy=FSDP2(), callbacks=[ExportModel()])
+        one.fit(module, source)
+        assert one.global_step == 4
+
+    in_ranks(2, run, tmp_path / "out")
+    assert (tmp_path / "model" / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize(
+    "kind", [pytest.param("sft", marks=pytest.mark.slow), pytest.param("preference", marks=pytest.mark.slow), "policy"]
+)
+def test_every_command_in_lower_precision(kind: str, base: str, tmp_path: Path) -> None:
+    rows = {"sft": chats, "preference": pairs, "policy": prompts}[kind](5)
+
+    def run() -> None:
+        module, source = make(kind, base), data(kind)
+        source.sources |= {"test": rows, "predict": rows}
+        one = trainer(tmp_path, devices=2, strategy=FSDP2(), precision="bf16-mixed", callbacks=[FirstStepInvariants()])
+        before = one.validate(module, source, verbose=False)
+        one.fit(module, source)
+        assert one.global_step == (3 if kind == "policy" else 2)
+        after = one.validate(module, source, verbose=False)
+        assert before[0].keys() == after[0].keys() != set()
+        assert before != after
+        assert one.test(module, source, verbose=False)
+        assert one.predict(module, source)
+
+    in_ranks(2, run, tmp_path / "out")
+
+
+def test_a_head_keeps_its_type_among_narrow_weights(base: str, tmp_path: Path) -> None:
+    def run() -> None:
+        module = make("preference", base, dtype="bfloat16")
+        one = trainer(tmp_path, devices=2, strategy=FSDP2(), precision="bf16-true", callbacks=[ExportModel()])
+        one.fit(module, data("preference"))
+        assert one.global_step == 2
+
+    in_ranks(2, run, tmp_path / "out")
+    weights = load_file(tmp_path / "model" / "model.safetensors")
+    assert weights.pop("score.weight").dtype == torch.float32
+    assert {weight.dtype for weight in weights.values()} == {torch.bfloat16}
+
+
+# -- commands ---------------------------------------------------------------------------------------------------------
+
+
+def command(kind: str, base: str, folder: Path, root: str, **trainer_options: Any) -> list[str]:
+    flags = {"devices": 2, "strategy": "fsdp2", "default_root_dir": folder / root, **trainer_options}
+    return [*config(kind, base, folder), *(f"--trainer.{name}={value}" for name, value in flags.items())]
+
+
+@pytest.mark.slow
+def test_shares_and_files_resume_and_export_alike(base: str, tmp_path: Path) -> None:
+    args = command("policy", base, tmp_path, "whole")
+    run_command(args, tmp_path / "out")
+    shares = tmp_path / "shares.yaml"
+    strategy = {
+        "class_path": "rlhf_lightning.checkpointing.strategies.FSDP2",
+        "init_args": {"save_distributed_checkpoint": True},
+    }
+    shares.write_text(json.dumps({"trainer": {"strategy": strategy}}))
+    folder = tmp_path / "shares"
+    args = [*command("policy", base, tmp_path, "shares")[:-2], "-c", str(shares)]
+    args = [arg for arg in args if "strategy=" not in arg] + [f"--trainer.default_root_dir={folder}"]
+    dies = at("policy", "training", 9, True, lambda: os.kill(os.getpid(), signal.SIGKILL))
+    run_command(args, tmp_path / "out", dies, code=-signal.SIGKILL)
+    saved = sorted((folder / "checkpoints").iterdir())
+    assert [(path / "checksums.json").is_file() for path in saved] == [True, True]
+    assert [_contents(path)[1] for path in saved] == [FORMAT, FORMAT]
+    share = next(saved[-1].glob("*.distcp"))
+    share.write_bytes(share.read_bytes()[:-100])
+    run_command(args, tmp_path / "out")
+    assert "is damaged" in (tmp_path / "out" / "rank0.txt").read_text()
+    assert result(folder) == result(tmp_path / "whole")
+
+
+def killed_once(kind: str, place: str, number: int, after: bool) -> Callable[[], None]:
+    return at(kind, place, number, after, lambda: os.kill(os.getpid(), signal.SIGKILL))
+
+
+def run_command(args: list[str], folder: Path, before: Callable[[], Any] | None = None, code: int = 0) -> None:
+    def both() -> None:
+        from rlhf_lightning.cli.main import main
+
+        if before:
+            before()
+        main(args)
+
+    in_ranks(2, both, folder, code=code)
+
+
+@pytest.mark.parametrize(
+    ("kind", "place", "number", "after"),
+    [
+        ("preference", "validation", 4, True),
+        pytest.param("sft", "training", 7, False, marks=pytest.mark.slow),
+        pytest.param("policy", "sampling", 3, False, marks=pytest.mark.slow),
+        pytest.param("policy", "a checkpoint's end", 2, True, marks=pytest.mark.slow),
+    ],
+)
+def test_a_killed_run_ends_as_a_whole_one(
+    kind: str, place: str, number: int, after: bool, base: str, tmp_path: Path
+) -> None:
+    run_command(command(kind, base, tmp_path, "whole"), tmp_path / "out")
+    args = command(kind, base, tmp_path, "killed")
+    run_command(args, tmp_path / "out", killed_once(kind, place, number, after), code=-signal.SIGKILL)
+    run_command(args, tmp_path / "out")
+    assert result(tmp_path / "killed") == result(tmp_path / "whole")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_two_nodes_of_torchrun(strategy: str, base: str, tmp_path: Path) -> None:
+    """As docs/many-gpus.md has it: the same command on each node, which here are two process groups of one machine."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    one = [*config("sft", base, tmp_path), "--trainer.default_root_dir", str(tmp_path / "one")]
+    complete(one, tmp_path / "one.txt")
+    root = ["--trainer.default_root_dir", str(tmp_path / "two"), "--data.batch_size", "1"]
+    trainer_flags = ["--trainer.num_nodes", "2", "--trainer.devices", "1", "--trainer.strategy", strategy]
+    nodes = []
+    for node in range(2):
+        launch = ["--nnodes", "2", "--nproc_per_node", "1", "--node_rank", str(node), "--master_port", str(port)]
+        command = [sys.executable, "-m", "torch.distributed.run", *launch, "-m", "rlhf_lightning"]
+        with open(tmp_path / f"node{node}.txt", "w") as output:
+            nodes.append(subprocess.Popen([*command, *one[:-2], *root, *trainer_flags], stdout=output, stderr=output))
+    codes = [node.wait(200) for node in nodes]
+    assert codes == [0, 0], (tmp_path / "node0.txt").read_text() + (tmp_path / "node1.txt").read_text()
+    weights = [load_file(tmp_path / run / "model" / "model.safetensors") for run in ("one", "two")]
+    same(*weights, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("path", sorted((Path(__file__).parents[2] / "configs" / "strategy").glob("*.yaml")), ids=str)
+def test_strategy_files_are_layered_on_a_recipe(path: Path, base: str, tmp_path: Path, capsys: Any) -> None:
+    from rlhf_lightning.cli.main import main
+
+    recipe = config("sft", base, tmp_path)
+    with pytest.raises(SystemExit) as end:
+        main([*recipe, "-c", str(path), "--print_config"])
+    assert not end.value.code
+    printed = yaml.safe_load(capsys.readouterr().out)
+    wanted = yaml.safe_load(path.read_text())["trainer"]["strategy"]
+    found = printed["trainer"]["strategy"]
+    assert found == wanted or found["class_path"] == wanted["class_path"]
+
+
+def test_resumes_on_another_number_of_devices(base: str, tmp_path: Path) -> None:
+    """From FSDP2 to one process, at the end of a round."""
+    args = [*config("policy", base, tmp_path), "--trainer.default_root_dir", str(tmp_path / "run")]
+    two = ["--trainer.devices", "2", "--trainer.strategy", "fsdp2"]
+    run_command([*args, *two, "--trainer.max_epochs", "1"], tmp_path / "out")
+    text = complete([*args, "--trainer.max_epochs", "2"], tmp_path / "one.txt")
+    assert "not bit for bit" in text
+    assert "ranks 2 → 1" in text
+    assert json.loads((tmp_path / "run" / "stage.json").read_text())["inexact_resumes"]
