@@ -1,7 +1,6 @@
-"""Models and tokenizers that the tests build on the spot, and the real data where it is there."""
+"""Threads, order and fixtures of all tests; a tiny model, its tokenizer, and the real data where it is there."""
 
 import gc
-import json
 import logging
 import os
 from collections.abc import Iterator
@@ -13,27 +12,20 @@ os.environ["OMP_NUM_THREADS"] = os.environ.get("RLHF_TEST_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-import lightning.pytorch as pl
 import pytest
 import torch
 from transformers.utils import logging as transformers_logging
 
 from rlhf_lightning.quickstart.model import make_tokenizer
+from tests.helpers.models import TEXTS, build_model
+from tests.helpers.paths import SHARED
 from tests.helpers.runs import forked_stages as forked_stages
+from tests.helpers.templates import THINKING
 
 transformers_logging.disable_progress_bar()
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 # Forked ranks would wait for the OpenMP threads of their parent, which they do not have.
 os.register_at_fork(after_in_child=lambda: torch.set_num_threads(1))
-
-SHARED = Path(__file__).resolve().parents[2] / "shared"
-CHAT_TEMPLATES = Path(__file__).parent / "data" / "chat_templates"
-"""Real ones, for every reader of the repository; see the README there."""
-TEXTS = [
-    "Hello there, how are you today? I am fine, thank you.",
-    "user\nassistant\nsystem\n",
-    "one two three four five",
-]
 
 
 DEVICES = [torch.device("cpu"), *([torch.device("cuda")] if torch.cuda.is_available() else [])]
@@ -96,68 +88,6 @@ def tokenizer(session_tokenizer: Any) -> Any:
     return copy.deepcopy(session_tokenizer)
 
 
-def build_model(
-    tokenizer: Any, seed: int = 0, architecture: str = "qwen3", task: str = "CAUSAL_LM", **options: Any
-) -> Any:
-    """A tiny model of an architecture, random weights large enough that outputs differ."""
-    import transformers
-
-    names = {
-        "qwen3": "Qwen3",
-        "qwen2": "Qwen2",
-        "mistral": "Mistral",
-        "gemma3": "Gemma3",
-        "phi": "Phi",
-        "phi3": "Phi3",
-        "bloom": "Bloom",
-        "mamba": "Mamba",
-        "falcon": "Falcon",
-        "llama": "Llama",
-        "gemma2": "Gemma2",
-        "gpt2": "GPT2",
-        "cohere": "Cohere",
-        "neox": "GPTNeoX",
-    }
-    config_name = "Gemma3TextConfig" if architecture == "gemma3" else f"{names[architecture]}Config"
-    config_class = getattr(transformers, config_name)
-    common: dict[str, Any] = {
-        "vocab_size": len(tokenizer),
-        "pad_token_id": tokenizer.pad_token_id,
-        "bos_token_id": None,
-    }
-    common |= {"eos_token_id": tokenizer.eos_token_id, "max_position_embeddings": 256}
-    if architecture == "gpt2":
-        sizes: dict[str, Any] = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256, "initializer_range": 0.2}
-        common.pop("max_position_embeddings")
-    elif architecture in ("bloom", "mamba", "falcon"):
-        sizes = {"hidden_size": 32, "num_hidden_layers": 2, "initializer_range": 0.2}
-        sizes |= {
-            "bloom": {"n_head": 4},
-            "mamba": {"state_size": 4, "time_step_rank": 4},
-            "falcon": {"num_attention_heads": 4, "alibi": False},
-        }[architecture]
-    else:
-        sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
-        if architecture not in ("neox", "phi"):
-            sizes["num_key_value_heads"] = 2
-        if architecture in ("mistral", "gemma2", "gemma3", "phi3"):
-            sizes["sliding_window"] = 5
-        if architecture in ("qwen3", "gemma2", "gemma3"):
-            sizes["head_dim"] = 8
-        if architecture == "gemma2":  # before transformers 5.23 it is sdpa, which leaves its cap out
-            sizes["attn_implementation"] = "eager"
-        sizes["initializer_range"] = 0.2
-        sizes["tie_word_embeddings"] = architecture != "neox"
-    config = config_class(**{**common, **sizes, **options})
-    suffix = "ForCausalLM" if task == "CAUSAL_LM" else "ForSequenceClassification"
-    if architecture == "gpt2":
-        suffix = "LMHeadModel" if task == "CAUSAL_LM" else suffix
-    if task == "SEQ_CLS":
-        config.num_labels = 1
-    torch.manual_seed(seed)
-    return getattr(transformers, f"{names[architecture]}{suffix}")(config).eval()
-
-
 @pytest.fixture
 def model(tokenizer: Any) -> Any:
     return build_model(tokenizer)
@@ -172,52 +102,10 @@ def base(tmp_path: Path, model: Any, tokenizer: Any) -> str:
     return str(folder)
 
 
-def trainer(root: Path, **options: Any) -> pl.Trainer:
-    """A quiet Trainer, on a CPU unless `accelerator` says otherwise."""
-    defaults: dict[str, Any] = {
-        "accelerator": "cpu",
-        "devices": 1,
-        "logger": False,
-        "enable_checkpointing": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        "default_root_dir": root,
-        "max_epochs": 1,
-    }
-    return pl.Trainer(**{**defaults, **options})
-
-
-def write_rows(path: Path, rows: list[Any]) -> str:
-    """Rows as JSON lines."""
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)
-
-
-WORDS = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
-
-
-def chats(count: int) -> list[dict[str, Any]]:
-    """Conversations of unlike length."""
-    rows = []
-    for i in range(count):
-        answer = " ".join(WORDS[: 1 + i % 7])
-        rows.append({"messages": [{"role": "user", "content": f"Count {i}"}, {"role": "assistant", "content": answer}]})
-    return rows
-
-
-def pairs(count: int) -> list[dict[str, Any]]:
-    """Pairs whose chosen side is the longer count."""
-    return [
-        {"prompt": f"Count {i}", "chosen": " ".join(WORDS[: 3 + i % 6]), "rejected": " ".join(WORDS[: 1 + i % 3])}
-        for i in range(count)
-    ]
-
-
-def prompts(count: int) -> list[dict[str, Any]]:
-    """Prompts with a further column."""
-    return [{"prompt": f"Count {i}", "wanted": i % 5} for i in range(count)]
-
-
-def sgd(rate: float) -> Any:
-    """Plain gradient descent: unlike Adam it does not hide a wrong loss scale."""
-    return lambda parameters: torch.optim.SGD(parameters, lr=rate)
+@pytest.fixture
+def thinker(tmp_path: Path, tokenizer: Any) -> str:
+    """A model folder with the template THINKING."""
+    tokenizer.chat_template = THINKING
+    build_model(tokenizer).save_pretrained(tmp_path / "thinker")
+    tokenizer.save_pretrained(tmp_path / "thinker")
+    return str(tmp_path / "thinker")

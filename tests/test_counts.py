@@ -28,7 +28,8 @@ from rlhf_lightning.rollout.kl import KLPenalty
 from rlhf_lightning.sampling.local_engine import LocalEngine
 from rlhf_lightning.sampling.sampler import Sampler
 from rlhf_lightning.sampling.token_sampling import SamplingParams
-from tests.conftest import chats, pairs, prompts, trainer, write_rows
+from tests.helpers.rows import chats, pairs, prompts, write_rows
+from tests.helpers.training import trainer
 
 
 class Counts(pl.Callback):

@@ -18,7 +18,7 @@ from rlhf_lightning.cli.main import COMMANDS, main
 from rlhf_lightning.cli.stage import CLASSES, StageCLI
 from rlhf_lightning.errors import ConfigError
 from rlhf_lightning.pipeline.plan import read_plan
-from tests.conftest import TEXTS, build_model, chats, make_tokenizer, pairs, prompts, write_rows
+from rlhf_lightning.quickstart.model import make_tokenizer
 from tests.helpers.docs import (
     HUB_IDS,
     PAGES,
@@ -34,6 +34,8 @@ from tests.helpers.docs import (
     tables,
     words,
 )
+from tests.helpers.models import TEXTS, build_model
+from tests.helpers.rows import chats, pairs, prompts, write_rows
 from tests.helpers.runs import complete
 
 DOCS = ROOT / "docs"

@@ -24,7 +24,7 @@ from rlhf_lightning import PolicyRLModule, PreferenceModule, SFTModule
 from rlhf_lightning.errors import ConfigError, DataError
 from rlhf_lightning.objectives.policy import importance_sampling
 from rlhf_lightning.sampling.local_engine import LocalEngine
-from tests.conftest import trainer as quiet
+from tests.helpers.training import trainer
 
 ROOT = Path(__file__).parents[1]
 
@@ -165,9 +165,9 @@ def test_batches_of_another_kind_are_refused_by_name(make: Any, base: str, tmp_p
     with pytest.raises(
         ConfigError, match=r"takes batches that are dicts with input_ids, loss_mask.*loss_mask is missing in this"
     ):
-        quiet(tmp_path).fit(make(base), loader)
+        trainer(tmp_path).fit(make(base), loader)
     with pytest.raises(ConfigError, match="input_ids is missing in this one, which is a list of no names"):
-        quiet(tmp_path).fit(make(base), DataLoader(["How are you?"], batch_size=1))
+        trainer(tmp_path).fit(make(base), DataLoader(["How are you?"], batch_size=1))
 
 
 def test_a_row_ends_with_its_response_where_the_batch_does_not_say(base: str, tmp_path: Path) -> None:

@@ -21,9 +21,10 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from rlhf_lightning.checkpointing.io import AtomicCheckpointIO, DamagedCheckpoint, newest_whole
-from tests.cli.test_commands import stage_config
-from tests.conftest import build_model, chats, pairs, prompts, write_rows
+from tests.helpers.cli import stage_config
 from tests.helpers.fuzzing import Tally, bad_rows, fuzz, refused, rlhf, write_report
+from tests.helpers.models import build_model
+from tests.helpers.rows import chats, pairs, prompts, write_rows
 from tests.helpers.runs import fork_stages
 
 TALLY = Tally()

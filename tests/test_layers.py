@@ -11,6 +11,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "rlhf_lightning"
+TESTS = ROOT / "tests"
 ROOMS = [
     {"cli", "quickstart"},
     {"callbacks"},
@@ -104,3 +105,25 @@ def test_public_names() -> None:
         assert getattr(rlhf_lightning, name)
     with pytest.raises(AttributeError):
         rlhf_lightning.nothing  # noqa: B018
+
+
+def test_test_files_import_only_helpers() -> None:
+    """What two test files use is in tests/helpers, or a fixture of a conftest.py."""
+    for path in TESTS.rglob("*.py"):
+        package = ["tests", *path.relative_to(TESTS).parent.parts]
+        for node in ast.walk(ast.parse(path.read_text())):
+            names: list[str] = []
+            if isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom):
+                start = package[: len(package) + 1 - node.level] if node.level else []
+                names = [".".join([*start, *filter(None, [node.module]), alias.name]) for alias in node.names]
+            for name in names:
+                first, *rest = name.split(".")
+                alien = first == "tests" and any(part == "conftest" or part.startswith("test_") for part in rest)
+                assert not alien, f"{path.relative_to(ROOT)} imports {name}"
+
+
+def test_folders_of_tests_are_rooms() -> None:
+    folders = {path.relative_to(TESTS).parts[0] for path in TESTS.rglob("*.py") if path.parent != TESTS}
+    assert folders - set().union(*ROOMS) == {"helpers"}

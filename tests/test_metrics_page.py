@@ -29,10 +29,10 @@ from rlhf_lightning.rollout.advantages import GAE
 from rlhf_lightning.rollout.kl import KLPenalty
 from rlhf_lightning.rollout.runner import Limits
 from rlhf_lightning.sampling.sampler import Sampler
-from tests.cli.test_commands import mistake, rlhf_process, stage_config, write_yaml
-from tests.conftest import chats, pairs, prompts, sgd, trainer
+from tests.helpers.cli import mistake, rlhf_process, stage_config, write_yaml
+from tests.helpers.rows import chats, labeled, pairs, prompts, rankings
 from tests.helpers.runs import complete
-from tests.modules.test_preference import labeled, rankings
+from tests.helpers.training import sgd, trainer
 
 PAGE = (Path(__file__).parents[1] / "docs" / "metrics.md").read_text()
 SECTIONS = {"sft": "SFT", "preference": "Preference", "policy": "Policy RL"}

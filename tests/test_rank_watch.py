@@ -37,9 +37,10 @@ from rlhf_lightning.errors import ConfigError
 from rlhf_lightning.modules.base import RLHFModule
 from rlhf_lightning.rank_watch import GRACE
 from rlhf_lightning.rewards import KeywordReward
-from tests.checkpointing.test_resume import MODULES, config, result
-from tests.conftest import chats, trainer, write_rows
+from tests.helpers.resume import MODULES, config, result
+from tests.helpers.rows import chats, write_rows
 from tests.helpers.runs import Forked, Run, _command, in_ranks
+from tests.helpers.training import trainer
 
 Act = Callable[[], Any]
 SOON = 8.0

@@ -15,9 +15,10 @@ from rlhf_lightning.cli import main as entry
 from rlhf_lightning.cli.data_record import check_data_record
 from rlhf_lightning.errors import ConfigError
 from rlhf_lightning.run_folder import MARK, STAGE_RESULTS, claim, claims, refuse_inputs_in
-from tests.cli.test_commands import mistake, stage_config, write_yaml
-from tests.conftest import build_model, chats, write_rows
-from tests.helpers.runs import Run, complete
+from tests.helpers.cli import mistake, stage_config, write_yaml
+from tests.helpers.models import build_model
+from tests.helpers.rows import chats, write_rows
+from tests.helpers.runs import Run, complete, wait_for
 
 
 def fit(base: str, folder: Path, *further: str) -> list[str]:
@@ -164,13 +165,6 @@ def alive(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except (FileNotFoundError, ProcessLookupError):
         return False
-
-
-def wait_for(condition: Any, run: Run | None = None, limit: float = 90) -> None:
-    until = time.monotonic() + limit
-    while not condition():
-        assert time.monotonic() < until, run.text if run else "it took too long"
-        time.sleep(0.05)
 
 
 # -- paths ------------------------------------------------------------------------------------------------------------

@@ -31,8 +31,9 @@ from rlhf_lightning.rewards.normalization import RunningNorm
 from rlhf_lightning.rollout.kl import KLPenalty
 from rlhf_lightning.sampling.local_engine import LocalEngine
 from rlhf_lightning.sampling.sampler import Sampler
-from tests.conftest import chats, pairs, prompts, trainer
+from tests.helpers.rows import chats, pairs, prompts
 from tests.helpers.runs import in_ranks
+from tests.helpers.training import trainer
 
 MODULES = {"sft": SFTModule, "preference": PreferenceModule, "policy": PolicyRLModule}
 Work = list[str]
@@ -171,7 +172,7 @@ def interrupted(
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory, session_tokenizer: Any) -> Callable[..., Any]:
     """The model to start from, the result of a run that is not interrupted, and its work; made once."""
-    from tests.conftest import build_model
+    from tests.helpers.models import build_model
 
     made: dict[Any, Any] = {}
 

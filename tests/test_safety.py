@@ -23,8 +23,10 @@ from rlhf_lightning.models.heads import has_head
 from rlhf_lightning.models.loading import Start, load_for_scoring
 from rlhf_lightning.models.lora import LoRA
 from rlhf_lightning.models.scorers import RewardHead, scorer_of
-from tests.conftest import TEXTS, chats, trainer, write_rows
-from tests.pipeline.test_verify import three
+from tests.helpers.cli import three_stages
+from tests.helpers.models import TEXTS
+from tests.helpers.rows import chats, write_rows
+from tests.helpers.training import trainer
 
 WATCH = """
 import os, sys
@@ -67,7 +69,7 @@ def test_stages_reach_no_network_open_nothing_and_keep_secrets(stages: int, base
     (tmp_path / "watch" / "sitecustomize.py").write_text(WATCH)
     canary = tmp_path / "canary.txt"
     canary.write_text("a file that only data names")
-    plan = three(base, tmp_path)
+    plan = three_stages(base, tmp_path)
     settings = yaml.safe_load(Path(plan).read_text())
     Path(plan).write_text(yaml.safe_dump({**settings, "stages": settings["stages"][:stages]}))
     named = {"file": str(canary), "icon": f"file://{canary}", "path": str(canary), "chat_template": str(canary)}

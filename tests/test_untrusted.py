@@ -24,7 +24,7 @@ from rlhf_lightning.models.heads import task_of
 from rlhf_lightning.models.loading import Start
 from rlhf_lightning.models.lora import LoRA
 from rlhf_lightning.untrusted import check_folder, check_pattern
-from tests.conftest import SHARED
+from tests.helpers.paths import SHARED
 
 # Of Qwen2.5, Llama 3, DeepSeek V3, GPT-4o's family, BLOOM, StarCoder, Mistral; of peft's and unsloth's adapters.
 SHIPPED = [

@@ -9,9 +9,9 @@ import pytest
 import yaml
 
 from rlhf_lightning.cli.user_code import UserFolder
-from tests.cli.test_commands import stage_config
-from tests.conftest import prompts, write_rows
+from tests.helpers.cli import stage_config
 from tests.helpers.fuzzing import refused, rlhf
+from tests.helpers.rows import prompts, write_rows
 
 CODE = """
 import asyncio, sys, torch

@@ -22,8 +22,9 @@ from rlhf_lightning.pipeline.plan import Plan, Stage
 from rlhf_lightning.rewards import FunctionReward
 from rlhf_lightning.rollout.advantages import GroupCentered
 from rlhf_lightning.sampling.sampler import Sampler
-from tests.cli.test_commands import stage_config, write_yaml
-from tests.conftest import prompts, sgd, trainer
+from tests.helpers.cli import stage_config, write_yaml
+from tests.helpers.rows import prompts
+from tests.helpers.training import sgd, trainer
 
 
 def test_numbers_that_matter_come_first() -> None:

@@ -27,13 +27,10 @@ from rlhf_lightning.data.batching import RowLoader, ShardSpec
 from rlhf_lightning.data.sft import SFTDataModule
 from rlhf_lightning.errors import ConfigError
 from rlhf_lightning.modules.sft import SFTModule
-from tests.checkpointing.test_resume import at, config, killed, result
-from tests.checkpointing.test_resume import whole as whole_runs
-from tests.conftest import chats, sgd, trainer, write_rows
+from tests.helpers.resume import at, config, killed, result
+from tests.helpers.rows import chats, write_rows
 from tests.helpers.runs import Run, complete
-
-whole = whole_runs  # the same fixture, made once for this file
-
+from tests.helpers.training import sgd, trainer
 
 # -- checkpoint files -------------------------------------------------------------------------------------------------
 

@@ -19,7 +19,8 @@ from rlhf_lightning import (
 from rlhf_lightning.checkpointing.callbacks import RunCheckpoints
 from rlhf_lightning.rewards import KeywordReward
 from rlhf_lightning.sampling.sampler import Sampler
-from tests.conftest import chats, pairs, prompts, trainer
+from tests.helpers.rows import chats, pairs, prompts
+from tests.helpers.training import trainer
 
 KINDS = ("sft", "preference", "policy")
 LENGTHS: dict[str, dict[str, Any]] = {

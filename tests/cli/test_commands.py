@@ -1,12 +1,7 @@
 """The commands as a user meets them: every config, the pipeline, resume, and what a mistake gives."""
 
 import json
-import os
-import subprocess
-import sys
-from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
@@ -17,27 +12,13 @@ from rlhf_lightning.cli.stage import StageCLI
 from rlhf_lightning.errors import ConfigError, UserError
 from rlhf_lightning.pipeline.plan import merged, nested, read_plan
 from rlhf_lightning.pipeline.run import run_pipeline
-from tests.conftest import chats, pairs, prompts, write_rows
-from tests.helpers.runs import complete
+from tests.helpers.cli import KINDS, rlhf, rlhf_process, stage_config, write_yaml
+from tests.helpers.rows import prompts, write_rows
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = sorted(
     [*(ROOT / "configs").glob("*.yaml"), *(ROOT / "rlhf_lightning" / "quickstart" / "configs").glob("*.yaml")]
 )
-KINDS = {
-    "sft": "sft",
-    "preference": "preference",
-    "reward_model": "preference",
-    "reward": "preference",
-    "dpo": "preference",
-    "kto": "preference",
-    "model": "preference",
-    "policy": "policy",
-    "rl": "policy",
-    "ppo": "policy",
-    "grpo": "policy",
-    "gsm8k": "policy",
-}
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: f"{path.parent.parent.name}/{path.name}")
@@ -54,50 +35,6 @@ def test_every_config_is_parsed_and_built(path: Path, capsys: pytest.CaptureFixt
     for section, values in yaml.safe_load(path.read_text()).items():
         for key in values if isinstance(values, dict) else ():
             assert key in printed[section], f"{section}.{key} is not known"
-
-
-def mistake(args: list[str], capsys: pytest.CaptureFixture[str]) -> str:
-    """What a command prints that is refused: exit code 2, no traceback."""
-    with pytest.raises(SystemExit) as stop:
-        entry.main(args)
-    out = capsys.readouterr()
-    assert stop.value.code == 2, out.err
-    assert "Traceback" not in out.err
-    return out.err
-
-
-def rlhf(*args: str, cwd: Path | None = None, code: int = 0) -> str:
-    """Run a command as a user would, forked; its output."""
-    with TemporaryDirectory() as folder:
-        return complete(list(args), Path(folder) / "output", code, partial(os.chdir, cwd) if cwd else None)
-
-
-def rlhf_process(*args: str, cwd: Path | None = None, code: int = 0) -> str:
-    """Run a command in a process of its own, with the seconds that imports take; its output."""
-    out = subprocess.run(
-        [sys.executable, "-m", "rlhf_lightning", *args], capture_output=True, text=True, cwd=cwd, timeout=200
-    )
-    text = out.stdout + out.stderr
-    assert out.returncode == code, text
-    return text
-
-
-def stage_config(kind: str, base: str, tmp_path: Path, **data: Any) -> dict[str, Any]:
-    rows = {"sft": chats, "preference": pairs, "policy": prompts}[kind](12)
-    train = write_rows(tmp_path / f"{kind}.jsonl", rows)
-    model: dict[str, Any] = {"model": base, "optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 0.01}}}
-    if kind == "policy":
-        model["sampler"] = {"max_tokens": 5}
-        data = {"prompts_per_round": 4, "group_size": 2, **data}
-    else:
-        data = {"batch_size": 4, **data}
-    run = {"max_epochs": 1, "accelerator": "cpu", "enable_model_summary": False}
-    return {"model": model, "data": {"train": train, **data}, "trainer": run}
-
-
-def write_yaml(path: Path, value: Any) -> str:
-    path.write_text(yaml.safe_dump(value))
-    return str(path)
 
 
 # -- a stage ----------------------------------------------------------------------------------------------------------

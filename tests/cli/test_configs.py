@@ -17,10 +17,11 @@ from rlhf_lightning.errors import DataError
 from rlhf_lightning.models.scorers import RewardHead
 from rlhf_lightning.pipeline.plan import read_mapping, read_plan
 from rlhf_lightning.pipeline.run import run_pipeline
-from tests.cli.test_commands import KINDS, rlhf
-from tests.conftest import build_model, chats, pairs, prompts, sgd, trainer, write_rows
+from tests.helpers.cli import KINDS, rlhf
+from tests.helpers.models import build_model
+from tests.helpers.rows import chats, labeled, pairs, prompts, write_rows
 from tests.helpers.runs import complete
-from tests.modules.test_preference import labeled
+from tests.helpers.training import sgd, trainer
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "configs"

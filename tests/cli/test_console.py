@@ -13,9 +13,8 @@ import pytest
 
 from rlhf_lightning.checkpointing.signals import StopSignals, ended_once
 from rlhf_lightning.run_folder import MARK
-from tests.cli.test_commands import stage_config, write_yaml
-from tests.helpers.runs import Run
-from tests.test_run_folder import wait_for
+from tests.helpers.cli import stage_config, write_yaml
+from tests.helpers.runs import Run, wait_for
 
 RLHF = [sys.executable, "-m", "rlhf_lightning"]
 

@@ -13,9 +13,8 @@ from rlhf_lightning.cli import main as entry
 from rlhf_lightning.cli.main import COMMANDS
 from rlhf_lightning.data import check
 from rlhf_lightning.data.check import histogram, statistics
-from tests.cli.test_commands import mistake
-from tests.conftest import chats, pairs, prompts, write_rows
-from tests.modules.test_preference import labeled, rankings
+from tests.helpers.cli import mistake
+from tests.helpers.rows import chats, labeled, pairs, prompts, rankings, write_rows
 
 
 def rlhf(args: list[str], code: int = 0) -> None:

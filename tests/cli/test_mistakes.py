@@ -14,9 +14,10 @@ import torch
 from rlhf_lightning.errors import DataError
 from rlhf_lightning.pipeline.plan import Plan, Stage
 from rlhf_lightning.pipeline.run import check_data
-from tests.cli.test_commands import stage_config, write_yaml
-from tests.conftest import TEXTS, build_model, chats, pairs, write_rows
+from tests.helpers.cli import stage_config, write_yaml
 from tests.helpers.fuzzing import refused, rlhf
+from tests.helpers.models import TEXTS, build_model
+from tests.helpers.rows import chats, pairs, write_rows
 
 REWARDS = "rlhf_lightning.rewards"
 KEYWORDS = {"class_path": f"{REWARDS}.KeywordReward", "init_args": {"keywords": ["a"]}}

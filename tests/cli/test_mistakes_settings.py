@@ -11,9 +11,9 @@ from rlhf_lightning.cli import suggestions as meant
 from rlhf_lightning.errors import ConfigError
 from rlhf_lightning.pipeline.plan import read_mapping, read_plan
 from rlhf_lightning.run_folder import MARK
-from tests.cli.test_commands import write_yaml
-from tests.conftest import chats, write_rows
+from tests.helpers.cli import write_yaml
 from tests.helpers.fuzzing import refused, rlhf
+from tests.helpers.rows import chats, write_rows
 
 START = ["--model.model", "./base", "--data.train", "sft.jsonl"]
 FLAGS: list[tuple[str, list[str], list[str]]] = [

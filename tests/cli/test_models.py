@@ -11,7 +11,6 @@ import yaml
 
 from rlhf_lightning import PreferenceDataModule, PreferenceModule, SFTDataModule, SFTModule
 from rlhf_lightning.callbacks.export import ExportModel
-from rlhf_lightning.cli import main as entry
 from rlhf_lightning.cli.stage import StageCLI
 from rlhf_lightning.errors import ConfigError
 from rlhf_lightning.files import visible
@@ -22,32 +21,29 @@ from rlhf_lightning.models.lora import LoRA
 from rlhf_lightning.models.reward_model import RewardModel
 from rlhf_lightning.models.scorers import ImplicitReward, RewardHead
 from rlhf_lightning.pipeline.plan import read_plan
-from tests.cli.test_commands import mistake
-from tests.conftest import build_model, chats, pairs, prompts, sgd, trainer, write_rows
-
-
-def rlhf(*args: str, code: int = 0) -> None:
-    with pytest.raises(SystemExit) as stop:
-        entry.main(list(args))
-    assert stop.value.code == code
-
+from tests.helpers.cli import mistake, rlhf_in_process
+from tests.helpers.models import build_model
+from tests.helpers.rows import chats, pairs, prompts, write_rows
+from tests.helpers.training import sgd, trainer
 
 # -- generate ---------------------------------------------------------------------------------------------------------
 
 
 def test_generate(base: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = write_rows(tmp_path / "prompts.jsonl", prompts(3))
-    rlhf("generate", base, file, "--json", "--max-tokens", "6", "--samples", "2")
+    rlhf_in_process("generate", base, file, "--json", "--max-tokens", "6", "--samples", "2")
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [(row["index"], row["sample"]) for row in rows] == [(0, 0), (0, 1), (1, 0), (1, 1), (2, 0), (2, 1)]
     assert rows[2]["prompt"] == [{"role": "user", "content": "Count 1"}]
     assert all(row["response_tokens"] <= 6 for row in rows)
 
-    rlhf("generate", base, "--prompt", "Count 1", "--max_tokens", "6", "--temperature", "0", "--json")
+    rlhf_in_process("generate", base, "--prompt", "Count 1", "--max_tokens", "6", "--temperature", "0", "--json")
     one = json.loads(capsys.readouterr().out)
-    rlhf("generate", base, "--prompt", "Count 1", "--max_tokens", "6", "--temperature", "0")
+    rlhf_in_process("generate", base, "--prompt", "Count 1", "--max_tokens", "6", "--temperature", "0")
     assert capsys.readouterr().out == f"{visible(one['response'])}\n"
-    rlhf("generate", base, "--prompt", "Count 0", "--prompt", "Count\n1", "--max_tokens", "6", "--limit", "2")
+    rlhf_in_process(
+        "generate", base, "--prompt", "Count 0", "--prompt", "Count\n1", "--max_tokens", "6", "--limit", "2"
+    )
     assert "--- Count 1\n" in capsys.readouterr().out
 
 
@@ -74,7 +70,7 @@ def piped(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
 
 def test_chat_remembers_what_was_said(base: str, capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
     piped(monkeypatch, "Count 1\n\nCount 2\n/new\nCount 2\n/quit\nnever\n")
-    rlhf("chat", base, "--max_tokens", "8", "--temperature", "0")
+    rlhf_in_process("chat", base, "--max_tokens", "8", "--temperature", "0")
     answers = capsys.readouterr().out.removesuffix("\n").split("\n")
     policy = Policy(base)
     talk = Conversation(policy, None, 8, 0.0)
@@ -96,7 +92,7 @@ def test_two_models_answer_one_after_the_other(
         tokenizer.save_pretrained(folders[-1])
     piped(monkeypatch, "Count 1\n")
     first, second = map(str, folders)
-    rlhf("chat", first, "--and", second, "--max_tokens", "6", "--temperature", "0", "--system", "Be brief.")
+    rlhf_in_process("chat", first, "--and", second, "--max_tokens", "6", "--temperature", "0", "--system", "Be brief.")
     out = capsys.readouterr().out
     talks = [Conversation(Policy(name), "Be brief.", 6, 0.0) for name in (first, second)]
     texts = [talk.reply("Count 1", lambda piece: None) for talk in talks]
@@ -160,7 +156,7 @@ def test_export_merges_an_adapter(adapter: str, base: str, tmp_path: Path, capsy
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     out = tmp_path / "out"
-    rlhf("export", adapter, str(out), "--json")
+    rlhf_in_process("export", adapter, str(out), "--json")
     found = json.loads(capsys.readouterr().out)
     assert found["dtype"] == "float32"
     assert not (out / "adapter_config.json").exists()
@@ -174,7 +170,7 @@ def test_export_merges_an_adapter(adapter: str, base: str, tmp_path: Path, capsy
     assert facts["kind"] == "sft"
     assert facts["model_hash"] == found["model_hash"]
 
-    rlhf("export", str(out), str(tmp_path / "half"), "--dtype", "bfloat16")
+    rlhf_in_process("export", str(out), str(tmp_path / "half"), "--dtype", "bfloat16")
     assert json.loads((tmp_path / "half" / "config.json").read_text())["dtype"] == "bfloat16"
     assert exporting.stored_dtype(str(tmp_path / "half")) == "bfloat16"
     assert "(bfloat16)" in capsys.readouterr().out
@@ -215,9 +211,9 @@ def test_push_happens_only_when_asked(
             calls.append(options)
 
     monkeypatch.setattr("huggingface_hub.HfApi", Hub)
-    rlhf("export", base, str(tmp_path / "a"))
+    rlhf_in_process("export", base, str(tmp_path / "a"))
     assert calls == []
-    rlhf("export", base, str(tmp_path / "b"), "--push", "me/model")
+    rlhf_in_process("export", base, str(tmp_path / "b"), "--push", "me/model")
     assert "https://hub/me/model" in capsys.readouterr().out
     assert calls == [
         ("me/model", {"private": True, "exist_ok": True}),
@@ -240,13 +236,13 @@ def test_a_new_project_passes_its_own_checks(
     base: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = tmp_path / "my project"
-    rlhf("init", str(folder), "--model", base)
+    rlhf_in_process("init", str(folder), "--model", base)
     out = capsys.readouterr().out
     assert f"cd '{folder}'" in out
     monkeypatch.chdir(folder)
     for file, kind in (("chats", "sft"), ("pairs", "preference"), ("prompts", "prompts")):
         assert f"rlhf data check data/{file}.jsonl --kind {kind} --model {base}" in out
-        rlhf("data", "check", f"data/{file}.jsonl", "--kind", kind, "--model", base)
+        rlhf_in_process("data", "check", f"data/{file}.jsonl", "--kind", kind, "--model", base)
     plan = read_plan("pipeline.yaml")
     assert plan.name == "my_project"
     assert [(stage.kind, stage.start, stage.reward) for stage in plan.stages] == [
@@ -271,12 +267,12 @@ def test_a_new_project_runs_as_it_is(
     base: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = tmp_path / "project"
-    rlhf("init", str(folder), "--model", base)
+    rlhf_in_process("init", str(folder), "--model", base)
     monkeypatch.chdir(folder)
     for stage in ("sft", "preference", "policy"):
         config = yaml.safe_load(Path(f"{stage}.yaml").read_text())
         config["trainer"] |= {"accelerator": "cpu", "max_epochs": 1, "enable_progress_bar": False}
         Path(f"{stage}.yaml").write_text(yaml.safe_dump(config))
-    rlhf("pipeline", "pipeline.yaml")
+    rlhf_in_process("pipeline", "pipeline.yaml")
     assert json.loads((folder / "runs/project/manifest.json").read_text())["stages"]["policy"]["status"] == "finished"
     assert (folder / "runs/project/report.html").exists()

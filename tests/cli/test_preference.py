@@ -17,9 +17,9 @@ from rlhf_lightning.models.scorers import ImplicitReward, RewardHead
 from rlhf_lightning.objectives.intervals import best_of_kl, mean_interval, wilson, win_rate
 from rlhf_lightning.objectives.preference import BradleyTerry
 from rlhf_lightning.pipeline.run import run_pipeline
-from tests.cli.test_commands import mistake, stage_config, write_yaml
-from tests.conftest import chats, pairs, prompts, sgd, trainer, write_rows
-from tests.modules.test_preference import labeled, rankings
+from tests.helpers.cli import mistake, stage_config, write_yaml
+from tests.helpers.rows import chats, labeled, pairs, prompts, rankings, write_rows
+from tests.helpers.training import sgd, trainer
 
 
 def vowels(completions: list[str]) -> list[float]:

@@ -12,8 +12,8 @@ from rlhf_lightning.checkpointing.io import damage
 from rlhf_lightning.data.rendering_settings import recorded
 from rlhf_lightning.errors import ConfigError
 from rlhf_lightning.files import FORMAT, check_format
-from tests.cli.test_commands import mistake, rlhf, stage_config, write_yaml
-from tests.conftest import write_rows
+from tests.helpers.cli import mistake, rlhf, stage_config, write_yaml
+from tests.helpers.rows import write_rows
 
 
 def test_the_one_number() -> None:

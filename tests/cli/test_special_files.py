@@ -12,9 +12,9 @@ import yaml
 
 from rlhf_lightning.errors import ConfigError
 from rlhf_lightning.files import is_file, is_open_stream
-from tests.cli.test_commands import stage_config
-from tests.conftest import chats, prompts, write_rows
+from tests.helpers.cli import stage_config
 from tests.helpers.fuzzing import refused, rlhf
+from tests.helpers.rows import chats, prompts, write_rows
 
 
 def pipe(path: Path) -> None:

@@ -7,14 +7,14 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import write_rows
-from tests.data.test_rendering_settings import QUIET, thinker  # noqa: F401 - a fixture
+from tests.helpers.rows import write_rows
 from tests.helpers.runs import complete
+from tests.helpers.templates import QUIET
 
 ANSWERS = {"Hi": "Hello.", "Bye": "See you.", "Thanks": "Welcome.", "Why": "Because."}
 
 
-def test_the_commands_ask_as_the_stage_was_told(thinker: str, tmp_path: Path) -> None:  # noqa: F811
+def test_the_commands_ask_as_the_stage_was_told(thinker: str, tmp_path: Path) -> None:
     rows = [
         {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
         for question, answer in ANSWERS.items()

@@ -17,8 +17,8 @@ from rlhf_lightning.cli import quickstart
 from rlhf_lightning.cli.logs import setup_logging
 from rlhf_lightning.files import as_json, read_table, table_cell, table_value, visible
 from rlhf_lightning.report.read import read_metrics
-from tests.cli.test_commands import stage_config, write_yaml
-from tests.conftest import write_rows
+from tests.helpers.cli import stage_config, write_yaml
+from tests.helpers.rows import write_rows
 from tests.helpers.runs import complete
 
 HOSTILE = "\x1b[2J\x1b]0;title\x07 \x9b31m \x08\x7f \u202egnp.exe\u2066 \r"

@@ -20,9 +20,8 @@ from rlhf_lightning.data.tool_calls import read_tools
 from rlhf_lightning.errors import ConfigError, DataError
 from rlhf_lightning.inference.text_metrics import references_of
 from rlhf_lightning.rewards.normalization import _demonstration
-from tests.conftest import write_rows
-from tests.data.test_rendering import trained
-from tests.data.test_rows import ready
+from tests.helpers.rows import ready, write_rows
+from tests.helpers.templates import trained
 
 USER, ASSISTANT = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}
 BAD = {"role": "assistant", "content": "Go away"}

@@ -12,8 +12,8 @@ from rlhf_lightning.data.prompts import Prompt, PromptDataModule
 from rlhf_lightning.data.rendering import Renderer
 from rlhf_lightning.data.sft import SFTDataModule
 from rlhf_lightning.rollout.episode_state import EpisodeState
-from tests.data.test_rendering import TEMPLATES
-from tests.data.test_rows import ready
+from tests.helpers.rows import ready
+from tests.helpers.templates import TEMPLATES
 
 FRAMES = {
     "none": "$A",  # GPT-2, Qwen

@@ -25,7 +25,7 @@ from rlhf_lightning.data.prompts import PromptDataModule
 from rlhf_lightning.data.records import Reading, check_there, fingerprint, read_rows, rename_columns
 from rlhf_lightning.data.sft import SFTDataModule
 from rlhf_lightning.errors import DataError
-from tests.conftest import chats, pairs
+from tests.helpers.rows import chats, pairs
 
 datasets.disable_progress_bars()
 

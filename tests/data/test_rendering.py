@@ -8,49 +8,20 @@ import pytest
 
 from rlhf_lightning.data.conversations import conversation, tool_schemas
 from rlhf_lightning.data.records import RowError
-from rlhf_lightning.data.rendering import Rendered, Renderer
+from rlhf_lightning.data.rendering import Renderer
 from rlhf_lightning.errors import ConfigError
-from tests.conftest import CHAT_TEMPLATES, SHARED
+from tests.helpers.paths import CHAT_TEMPLATES, SHARED
+from tests.helpers.templates import TEMPLATES, trained
 
 CONVERSATIONS = {
     "single": [("user", "Hi <there"), ("assistant", "<thanks> Hello é😀")],
     "system": [("system", "Be nice."), ("user", "Hi"), ("assistant", "Hello")],
     "multi": [("user", "a b"), ("assistant", "First answer."), ("user", "c d"), ("assistant", "Second one")],
 }
-TEMPLATES = {
-    "chatml": "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
-    # The generation prompt ends with a space, which the answer's first word would swallow.
-    "space": "{% for m in messages %}{{ m.role }}: {{ m.content }}<|im_end|>{% endfor %}"
-    "{% if add_generation_prompt %}assistant: {% endif %}",
-    # Reasoning of earlier turns is dropped, and the generation prompt opens a block that history does not have.
-    "thinking": "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' and loop.last %}<think>\n"
-    "</think>\n{% endif %}{{ m.content }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}",
-    # A marker that moves with the end of the conversation.
-    "moving": "{% for m in messages %}{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}assistant\n{% else %}<|pad|>{% endif %}",
-    "text end": "{% for m in messages %}[{{ m.role }}]{{ m.content }}[end]\n{% endfor %}"
-    "{% if add_generation_prompt %}[assistant]{% endif %}",
-    "endless": "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
-    "{% if add_generation_prompt %}[assistant]{% endif %}",
-}
 
 
 def messages(name: str) -> list[dict[str, Any]]:
     return [{"role": role, "content": content} for role, content in CONVERSATIONS[name]]
-
-
-def trained(tokenizer: Any, row: Rendered) -> list[str]:
-    """The texts of the trained stretches of a row."""
-    texts, run = [], []
-    for token, flag in [*zip(row.ids, row.loss_mask, strict=True), (0, 0)]:
-        if flag:
-            run.append(token)
-        elif run:
-            texts.append(tokenizer.decode(run))
-            run = []
-    return texts
 
 
 def check_masks(tokenizer: Any, name: str) -> None:

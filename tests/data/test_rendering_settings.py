@@ -30,31 +30,12 @@ from rlhf_lightning.models.scorers import ImplicitReward, RewardHead, SequenceLo
 from rlhf_lightning.pipeline.run import run_pipeline
 from rlhf_lightning.rewards import FunctionReward, ModelReward
 from rlhf_lightning.sampling.sampler import Sampler
-from tests.cli.test_commands import mistake
-from tests.cli.test_models import rlhf
-from tests.conftest import build_model, chats, pairs, prompts, sgd, trainer, write_rows
-from tests.data.test_rows import ready
+from tests.helpers.cli import mistake, rlhf_in_process
+from tests.helpers.rows import chats, pairs, prompts, ready, write_rows
+from tests.helpers.templates import QUIET, THINKING
+from tests.helpers.training import sgd, trainer
 
-QUIET = {"enable_thinking": False}
 TOOLS = [{"type": "function", "function": {"name": "clock", "description": "", "parameters": {"type": "object"}}}]
-THINKING = (
-    "{% if tools %}<|im_start|>tools\n{% for tool in tools %}{{ tool.function.name }} {% endfor %}<|im_end|>\n"
-    "{% endif %}"
-    "{% for message in messages %}<|im_start|>{{ message.role }}\n{% if loop.last and message.role == 'assistant' %}"
-    "<think>\n\n</think>\n\n{% endif %}{{ message.content }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n"
-    "{% if enable_thinking is defined and not enable_thinking %}<think>\n\n</think>\n\n{% endif %}{% endif %}"
-)
-"""As Qwen3's: the last answer carries an empty thought, which the generation prompt has where thinking is off."""
-
-
-@pytest.fixture
-def thinker(tmp_path: Path, tokenizer: Any) -> str:
-    """A folder with such a template."""
-    tokenizer.chat_template = THINKING
-    build_model(tokenizer).save_pretrained(tmp_path / "thinker")
-    tokenizer.save_pretrained(tmp_path / "thinker")
-    return str(tmp_path / "thinker")
 
 
 def sft(start: str, root: Path, lora: LoRA | None = None, rows: Any = None, **data: Any) -> tuple[str, float]:
@@ -70,7 +51,7 @@ def sft(start: str, root: Path, lora: LoRA | None = None, rows: Any = None, **da
 def evaluated(capsys: Any, *args: str) -> tuple[float, str]:
     """The perplexity that `rlhf evaluate` finds, and what it says on the side."""
     capsys.readouterr()
-    rlhf("evaluate", *args, "--max_tokens", "2", "--temperature", "0", "--json")
+    rlhf_in_process("evaluate", *args, "--max_tokens", "2", "--temperature", "0", "--json")
     out, said = capsys.readouterr()
     return json.loads(out)["policy"]["perplexity"], said
 
@@ -218,7 +199,7 @@ def test_stops_of_training_are_kept(base: str, tmp_path: Path, capsys: Any) -> N
     stopped = [e for e in policy.answer(made, 40, 0) if e.stop_reason == "stop"]
     assert stopped
     assert all("e" not in e.response for e in stopped)
-    rlhf("generate", folder, "--prompt", "Hi", "--stop", "", "--max_tokens", "2")
+    rlhf_in_process("generate", folder, "--prompt", "Hi", "--stop", "", "--max_tokens", "2")
     assert "stop none (trained with ['e'])" in capsys.readouterr().err
     # Stock `generate` stops there as well, and says what it needs to.
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
@@ -260,20 +241,20 @@ def test_sampling_stays_the_bases(said: dict[str, Any], lora: Any, base: str, tm
         assert {key: kept[key] for key in names if kept.get(key) is not None} == said
         assert 2 in kept["eos_token_id"]
         capsys.readouterr()
-        rlhf("generate", str(place), "--prompt", "Hi", "--max_tokens", "2")
+        rlhf_in_process("generate", str(place), "--prompt", "Hi", "--max_tokens", "2")
         line = capsys.readouterr().err
         sampled = {} if not said else {"temperature": 0} if said.get("do_sample") is False else said
         for key in ("temperature", "top_p", "top_k"):
             assert (f"{key} {sampled[key]:g}" in line) if key in sampled else key not in line
-        rlhf("generate", str(place), "--prompt", "Hi", "--max_tokens", "2", "--temperature", "0")
+        rlhf_in_process("generate", str(place), "--prompt", "Hi", "--max_tokens", "2", "--temperature", "0")
         assert "draws as" not in capsys.readouterr().err
 
 
 def test_folders_without_a_record_are_asked_by_default(base: str, tmp_path: Path, capsys: Any) -> None:
-    rlhf("generate", base, "--prompt", "Hi", "--max_tokens", "2")
+    rlhf_in_process("generate", base, "--prompt", "Hi", "--max_tokens", "2")
     assert "asks" not in capsys.readouterr().err
     assert RenderingSettings.of(base).describe() == ""
-    rlhf("generate", base, "--prompt", "Hi", "--max_tokens", "2", "--system", "Be kind.")
+    rlhf_in_process("generate", base, "--prompt", "Hi", "--max_tokens", "2", "--system", "Be kind.")
     assert f"prompts {base} with system 'Be kind.'" in capsys.readouterr().err
     (Path(base) / "stage.json").write_text(json.dumps({"kind": "sft"}))
     assert "does not record how it was prompted in training" in RenderingSettings.of(base).describe()
@@ -286,11 +267,11 @@ def test_data_check_renders_as_the_model_was_trained(thinker: str, tmp_path: Pat
     folder, _ = sft(thinker, tmp_path / "sft", template_kwargs=QUIET, system="Be brief.")
     file = write_rows(tmp_path / "prompts.jsonl", prompts(2))
     capsys.readouterr()
-    rlhf("data", "check", file, "--kind", "prompts", "--model", folder)
+    rlhf_in_process("data", "check", file, "--kind", "prompts", "--model", folder)
     out, said = capsys.readouterr()
     assert f"prompts as {folder} was trained: template_kwargs {QUIET}, system 'Be brief.'" in said
     assert "Be brief." in out
-    rlhf("data", "check", file, "--kind", "prompts", "--model", folder, "--system", "")
+    rlhf_in_process("data", "check", file, "--kind", "prompts", "--model", folder, "--system", "")
     assert "Be brief." not in capsys.readouterr().out
 
 

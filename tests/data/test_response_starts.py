@@ -9,9 +9,9 @@ import pytest
 from rlhf_lightning import PreferenceDataModule, PromptDataModule, SFTDataModule
 from rlhf_lightning.data.rendering import Renderer
 from rlhf_lightning.data.response_starts import ResponseStarts
-from tests.cli.test_models import rlhf
-from tests.conftest import chats, pairs, write_rows
-from tests.data.test_rendering_settings import QUIET, THINKING
+from tests.helpers.cli import rlhf_in_process
+from tests.helpers.rows import chats, pairs, write_rows
+from tests.helpers.templates import QUIET, THINKING
 
 TEMPLATES = Path(__file__).parents[1] / "data" / "chat_templates"
 OPENED = THINKING.replace("<think>\n\n</think>\n\n{% endif %}{{ message", "{% endif %}{{ message").replace(
@@ -87,9 +87,9 @@ def test_data_check_says_it(base: str, tmp_path: Path, capsys: Any) -> None:
     file, template = write_rows(tmp_path / "chats.jsonl", chats(3)), tmp_path / "own.jinja"
     template.write_text(THINKING)
     args = ["data", "check", file, "--kind", "sft", "--model", base, "--chat_template", str(template)]
-    rlhf(*args)
+    rlhf_in_process(*args)
     assert "3 of 3 trained answers do not begin where" in capsys.readouterr().out
-    rlhf(*args, "--json")
+    rlhf_in_process(*args, "--json")
     assert json.loads(capsys.readouterr().out)["openings"]["differing"] == 3
-    rlhf(*args, "--template_kwargs", json.dumps(QUIET))
+    rlhf_in_process(*args, "--template_kwargs", json.dumps(QUIET))
     assert "do not begin where" not in capsys.readouterr().out

@@ -15,7 +15,7 @@ from rlhf_lightning.data.prompts import PromptDataModule
 from rlhf_lightning.data.records import Reading, RowError, fingerprint, read_rows
 from rlhf_lightning.data.sft import SFTDataModule
 from rlhf_lightning.errors import ConfigError, DataError
-from tests.conftest import chats, prompts, write_rows
+from tests.helpers.rows import chats, prompts, ready, write_rows
 
 USER, ASSISTANT = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}
 
@@ -142,11 +142,6 @@ def test_fingerprints_follow_the_bytes(tmp_path: Path) -> None:
 
 
 # -- data modules -----------------------------------------------------------------------------------------------------
-
-
-def ready(data: Any) -> Any:
-    data.setup("fit")
-    return data
 
 
 def test_columns_and_bad_rows(tokenizer: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -17,7 +17,7 @@ from rlhf_lightning.data.sft import SFTDataModule
 from rlhf_lightning.data.splits import held_out, is_blank, leaks, opening, row_key, said
 from rlhf_lightning.errors import ConfigError
 from rlhf_lightning.quickstart.run import Settings, _split
-from tests.conftest import chats, pairs, prompts, write_rows
+from tests.helpers.rows import chats, pairs, prompts, write_rows
 
 
 def ready(data: Any, stage: str = "fit") -> Any:

@@ -8,7 +8,7 @@ import pytest
 from rlhf_lightning.data.template_budget import STEPS
 from rlhf_lightning.data.templates import ChatTemplate, _filled
 from rlhf_lightning.errors import ConfigError
-from tests.conftest import CHAT_TEMPLATES
+from tests.helpers.paths import CHAT_TEMPLATES
 
 GROW = "{% set ns=namespace(x='aaaaaaaaaa', y=['aaaa']) %}{% for i in range(60) %}"
 ENDLESS = {

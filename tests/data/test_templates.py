@@ -20,7 +20,9 @@ from rlhf_lightning.data.rendering import Renderer
 from rlhf_lightning.data.templates import ChatTemplate
 from rlhf_lightning.data.tokenizers import load_tokenizer
 from rlhf_lightning.errors import ConfigError
-from tests.conftest import CHAT_TEMPLATES, TEXTS, make_tokenizer
+from rlhf_lightning.quickstart.model import make_tokenizer
+from tests.helpers.models import TEXTS
+from tests.helpers.paths import CHAT_TEMPLATES
 
 NAMES = sorted(path.stem for path in CHAT_TEMPLATES.glob("*.jinja"))
 MARKERS = re.compile(r"<[|｜][^<>'\" ]*?[|｜]>|<(?:start|end)_of_turn>|\[gMASK\]|<sop>")

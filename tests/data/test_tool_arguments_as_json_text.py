@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from rlhf_lightning.data.sft import SFTDataModule
-from tests.conftest import CHAT_TEMPLATES, write_rows
+from tests.helpers.paths import CHAT_TEMPLATES
+from tests.helpers.rows import write_rows
 
 CALL = {"id": "call_1", "type": "function", "function": {"name": "book", "arguments": '{"city": "Lyon", "guests": 2}'}}
 ROW = {

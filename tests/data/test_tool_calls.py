@@ -17,8 +17,8 @@ from rlhf_lightning.data.templates import ChatTemplate
 from rlhf_lightning.data.tool_calls import Written
 from rlhf_lightning.environments.base import StepResult, checked_messages, checked_result
 from rlhf_lightning.errors import DataError
-from tests.conftest import CHAT_TEMPLATES
-from tests.data.test_rows import ready
+from tests.helpers.paths import CHAT_TEMPLATES
+from tests.helpers.rows import ready
 
 TURN = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.content %}{{ m.content }}{% endif %}"

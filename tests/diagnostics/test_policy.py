@@ -51,9 +51,10 @@ from rlhf_lightning.rollout.kl import KLPenalty
 from rlhf_lightning.rollout.statistics import means, repeated_ngrams, statistics
 from rlhf_lightning.sampling.sampler import Sampler
 from rlhf_lightning.types import Episode, TrainingSample
-from tests.cli.test_commands import rlhf, stage_config, write_yaml
-from tests.conftest import build_model, trainer
-from tests.modules.test_invariances import data, make, vowels
+from tests.helpers.cli import rlhf, stage_config, write_yaml
+from tests.helpers.models import build_model
+from tests.helpers.modules import data, make, vowels
+from tests.helpers.training import trainer
 
 # -- statistics of a round --------------------------------------------------------------------------------------------
 

@@ -232,3 +232,10 @@ def _run(function: Callable[[], Any], output: Path | None = None) -> None:
             sys.stderr.flush()
         finally:  # in no case back into the tests
             os._exit(code)
+
+
+def wait_for(condition: Any, run: Run | None = None, limit: float = 90) -> None:
+    until = time.monotonic() + limit
+    while not condition():
+        assert time.monotonic() < until, run.text if run else "it took too long"
+        time.sleep(0.05)

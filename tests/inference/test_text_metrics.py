@@ -11,9 +11,10 @@ import pytest
 from rlhf_lightning import SFTDataModule, SFTModule
 from rlhf_lightning.inference.policy import Policy
 from rlhf_lightning.inference.text_metrics import nearness, perplexity, references_of
-from tests.cli.test_commands import mistake
-from tests.cli.test_models import rlhf
-from tests.conftest import build_model, chats, prompts, trainer, write_rows
+from tests.helpers.cli import mistake, rlhf_in_process
+from tests.helpers.models import build_model
+from tests.helpers.rows import chats, prompts, write_rows
+from tests.helpers.training import trainer
 
 VOWELS = "tests.inference.test_text_metrics.vowels"
 REFERENCE_KEYS = {"perplexity", "bleu", "rouge1", "rouge2", "rougeL"}
@@ -24,7 +25,7 @@ def vowels(completions: list[str], **_: Any) -> list[float]:
 
 
 def figures(capsys: pytest.CaptureFixture[str], *args: str) -> dict[str, Any]:
-    rlhf("evaluate", *args, "--max_tokens", "5", "--json")
+    rlhf_in_process("evaluate", *args, "--max_tokens", "5", "--json")
     found: dict[str, Any] = json.loads(capsys.readouterr().out)
     return found
 
@@ -95,7 +96,7 @@ def test_a_model_that_answers_with_the_reference(
     rows = [row for row in rows if len(re.findall(r"\w+", row["best"][0])) > 1][:4]
     file = write_rows(tmp_path / "rows.jsonl", rows)
     args = ["--references", "best", "--temperature", "0", "--gold", VOWELS, "--summary", str(tmp_path / "s.json")]
-    rlhf("evaluate", base, *args, str(other), file, "--max_tokens", "12")
+    rlhf_in_process("evaluate", base, *args, str(other), file, "--max_tokens", "12")
     table = capsys.readouterr().out
     assert "4 prompts, 4 with references" in table
     assert all(name in table for name in ("perplexity", "BLEU", "ROUGE-L", "win rate", "KL (nats)", "baseline"))

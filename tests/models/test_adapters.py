@@ -19,7 +19,9 @@ from rlhf_lightning.models.loading import Start, load_for_scoring
 from rlhf_lightning.models.lora import LoRA, named_weights, simple
 from rlhf_lightning.models.reference import Reference
 from rlhf_lightning.models.scorers import ImplicitReward, RewardHead
-from tests.conftest import build_model, chats, pairs, sgd, trainer
+from tests.helpers.models import build_model
+from tests.helpers.rows import chats, pairs
+from tests.helpers.training import sgd, trainer
 
 A = ["q_proj", "v_proj"]
 OURS = LoRA(rank=4, alpha=8.0, target=A)

@@ -25,8 +25,10 @@ from rlhf_lightning.rewards import EnsembleReward, FunctionReward, ModelReward
 from rlhf_lightning.rollout.kl import KLPenalty
 from rlhf_lightning.sampling.kv_cache import SlotKVCache
 from rlhf_lightning.sampling.sampler import Sampler
-from tests.conftest import build_model, prompts, trainer
-from tests.models.test_precision import parts, thirds
+from tests.helpers.models import build_model
+from tests.helpers.modules import module_and_data, thirds
+from tests.helpers.rows import prompts
+from tests.helpers.training import trainer
 
 FACTOR = 1.3
 """By which an estimate of activations and logits may be off, see docs/memory.md."""
@@ -88,7 +90,7 @@ def test_what_is_moved_and_what_is_not() -> None:
 
 @pytest.mark.parametrize("kind", ["sft", "preference", "policy"])
 def test_the_setting_reaches_every_trained_model(kind: str, base: str, tmp_path: Path) -> None:
-    module, data = parts(kind, base, activation_offload=True, gradient_checkpointing=True)
+    module, data = module_and_data(kind, base, activation_offload=True, gradient_checkpointing=True)
     trainer(tmp_path, max_steps=1).fit(module, data)
     assert len(module.forward_passes()) == (2 if kind == "policy" else 1)  # with the critic's
     for part in module.forward_passes():
@@ -122,7 +124,7 @@ def test_a_model_rests_is_cast_and_comes_back() -> None:
 
 @pytest.fixture
 def judge(base: str, tmp_path: Path) -> str:
-    module, data = parts("preference", base)
+    module, data = module_and_data("preference", base)
     trainer(tmp_path / "judge", callbacks=[ExportModel()]).fit(module, data)
     return str(tmp_path / "judge" / "model")
 
@@ -231,7 +233,7 @@ def test_4_bits_on_a_cpu(kind: str, wide: str, tmp_path: Path, monkeypatch: pyte
 
     def fresh(source: str, rank: int = 2) -> tuple[Any, Any]:
         options = {"critic": None, "advantage": None} if kind == "policy" else {}
-        return parts(kind, source, lora=LoRA(rank=rank, quantize="nf4"), **options)
+        return module_and_data(kind, source, lora=LoRA(rank=rank, quantize="nf4"), **options)
 
     module, data = fresh(wide)
     trainer(tmp_path / "run", callbacks=[FirstStepInvariants(strict=True), ExportModel()]).fit(module, data)
@@ -279,7 +281,7 @@ OPTIMIZERS = {
 def test_weights_gradients_and_optimizer_are_exact(
     kind: str, precision: Any, lora: Any, name: str, base: str, tmp_path: Path
 ) -> None:
-    module, data = parts(kind, base, lora=lora, optimizer=OPTIMIZERS[name])
+    module, data = module_and_data(kind, base, lora=lora, optimizer=OPTIMIZERS[name])
     found, grads = MemoryEstimate(), []
 
     def size(tensors: Any) -> int:
@@ -390,7 +392,7 @@ def test_the_cache_is_that_of_the_sampler(precision: Any, base: str, tmp_path: P
 
 def test_it_is_one_line_where_it_fits_and_advice_where_not(base: str, tmp_path: Path, caplog: Any) -> None:
     caplog.set_level(logging.INFO, "rlhf_lightning")
-    module, data = parts("policy", base, activation_offload=True)
+    module, data = module_and_data("policy", base, activation_offload=True)
     trainer(tmp_path, callbacks=[MemoryEstimate()], max_steps=1).fit(module, data)
     (line,) = [record.message for record in caplog.records if record.message.startswith("memory")]
     assert "\n" not in line

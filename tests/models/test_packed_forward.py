@@ -19,7 +19,9 @@ from rlhf_lightning.models.scorers import ImplicitReward, RewardHead
 from rlhf_lightning.models.token_logprobs import TokenLogprobs
 from rlhf_lightning.rewards import FunctionReward
 from rlhf_lightning.sampling.sampler import Sampler
-from tests.conftest import build_model, chats, pairs, prompts, sgd, trainer
+from tests.helpers.models import build_model
+from tests.helpers.rows import chats, pairs, prompts
+from tests.helpers.training import sgd, trainer
 
 PACKING = ["qwen3", "qwen2", "llama", "mistral", "gemma2", "gemma3", "phi", "phi3", "gpt2", "cohere", "neox"]
 VOCABULARY = 60

@@ -9,45 +9,18 @@ import torch
 import transformers
 from torch import Tensor
 
-from rlhf_lightning import (
-    PolicyRLModule,
-    PreferenceDataModule,
-    PreferenceModule,
-    PromptDataModule,
-    SFTDataModule,
-    SFTModule,
-)
 from rlhf_lightning.callbacks.export import ExportModel
 from rlhf_lightning.checkpointing.callbacks import RunCheckpoints
 from rlhf_lightning.diagnostics.invariants import FirstStepInvariants
-from rlhf_lightning.models.critic import Critic
 from rlhf_lightning.models.loading import load_for_scoring
 from rlhf_lightning.models.lora import LoRA
-from rlhf_lightning.rewards import FunctionReward, ModelReward
-from rlhf_lightning.rollout.advantages import GAE
-from rlhf_lightning.rollout.kl import KLPenalty
-from rlhf_lightning.sampling.sampler import Sampler
-from tests.conftest import chats, pairs, prompts, trainer
+from rlhf_lightning.rewards import ModelReward
+from tests.helpers.modules import module_and_data
+from tests.helpers.training import trainer
 
 KINDS = ("sft", "preference", "policy")
 PRECISIONS = ("bf16-mixed", "bf16-true")
 LOW = (torch.bfloat16, torch.float16)
-
-
-def thirds(completions: list[str]) -> list[float]:
-    """Rewards that bfloat16 has no numbers for."""
-    return [len(text) / 3 + 0.001 for text in completions]
-
-
-def parts(kind: str, base: str, **options: Any) -> tuple[Any, Any]:
-    options = {"optimizer": lambda p: torch.optim.AdamW(p, lr=1e-3), **options}
-    if kind == "sft":
-        return SFTModule(base, **options), SFTDataModule(chats(8), batch_size=4, show_example=False)
-    if kind == "preference":
-        return PreferenceModule(base, **options), PreferenceDataModule(pairs(8), batch_size=4, show_example=False)
-    common = {"rewards": [FunctionReward(thirds)], "kl": KLPenalty(0.1), "sampler": Sampler(max_tokens=8)}
-    options = {**common, "critic": Critic(), "advantage": GAE(), **options}
-    return PolicyRLModule(base, **options), PromptDataModule(prompts(4), prompts_per_round=2, group_size=3)
 
 
 class Seen:
@@ -75,7 +48,7 @@ class Seen:
 def test_only_weights_and_activations_are_narrow(
     kind: str, precision: Any, lora: Any, device: torch.device, base: str, tmp_path: Any
 ) -> None:
-    module, data = parts(kind, base, lora=lora)
+    module, data = module_and_data(kind, base, lora=lora)
     seen, checks = Seen(module), [FirstStepInvariants(strict=True)]
     options = {"precision": precision, "accelerator": device.type, "max_epochs": 2}
     run = trainer(tmp_path, callbacks=[*checks, ExportModel()], **options)
@@ -102,7 +75,7 @@ def test_only_weights_and_activations_are_narrow(
 
 @pytest.mark.parametrize("precision", ["bf16-true", "32-true"])
 def test_what_was_drawn_reaches_the_loss_unrounded(precision: Any, base: str, tmp_path: Path) -> None:
-    module, data = parts("policy", base)
+    module, data = module_and_data("policy", base)
     seen, run = Seen(module), trainer(tmp_path, precision=precision)
     run.fit(module, data)
     for name in ("old_logprobs", "advantages"):
@@ -118,7 +91,7 @@ def test_what_was_drawn_reaches_the_loss_unrounded(precision: Any, base: str, tm
 def test_the_policy_starts_as_its_reference(
     precision: Any, lora: Any, device: torch.device, base: str, tmp_path: Path
 ) -> None:
-    module, data = parts("policy", base, lora=lora)
+    module, data = module_and_data("policy", base, lora=lora)
     seen = Seen(module)
     torch.manual_seed(0)
     trainer(tmp_path, precision=precision, accelerator=device.type, max_steps=1).fit(module, data)
@@ -130,7 +103,7 @@ def test_the_policy_starts_as_its_reference(
 
 def test_a_saved_model_computes_what_was_trained_at_any_position(base: str, tmp_path: Path) -> None:
     """Rotary frequencies rounded to bfloat16 turn far positions by whole radians."""
-    module, data = parts("sft", base)
+    module, data = module_and_data("sft", base)
     trainer(tmp_path, precision="bf16-true", callbacks=[ExportModel()]).fit(module, data)
     stock = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.bfloat16).eval()
     ids = torch.randint(0, len(module.tokenizer), (1, 250), generator=torch.Generator().manual_seed(0))
@@ -143,7 +116,7 @@ def test_a_saved_model_computes_what_was_trained_at_any_position(base: str, tmp_
 def test_a_run_in_bf16_resumes_exactly(kind: str, base: str, tmp_path: Path) -> None:
     def fit(name: str, epochs: int, resume: Any = None) -> tuple[dict[str, Tensor], Any]:
         torch.manual_seed(0)
-        module, data = parts(kind, base)
+        module, data = module_and_data(kind, base)
         saver = RunCheckpoints(every=1, keep=9)
         options = {"enable_checkpointing": True, "callbacks": [saver], "max_epochs": epochs}
         trainer(tmp_path / name, precision="bf16-true", **options).fit(
@@ -159,11 +132,11 @@ def test_a_run_in_bf16_resumes_exactly(kind: str, base: str, tmp_path: Path) -> 
 
 
 def test_a_reward_model_keeps_its_own_type(base: str, tmp_path: Path) -> None:
-    judge, data = parts("preference", base)
+    judge, data = module_and_data("preference", base)
     trainer(tmp_path / "judge", callbacks=[ExportModel()]).fit(judge, data)
     for dtype in (torch.float32, torch.bfloat16):
         reward = ModelReward(str(tmp_path / "judge" / "model"), dtype=str(dtype).removeprefix("torch."))
-        module, data = parts("policy", base, rewards=[reward])
+        module, data = module_and_data("policy", base, rewards=[reward])
         trainer(tmp_path, precision="bf16-true", max_steps=1).fit(module, data)
         assert reward.judge is not None
         assert reward.judge.model.model.embed_tokens.weight.dtype == dtype

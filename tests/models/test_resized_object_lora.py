@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from rlhf_lightning import SFTDataModule, SFTModule
 from rlhf_lightning.models.loading import Start
 from rlhf_lightning.models.lora import LoRA
-from tests.conftest import trainer
+from tests.helpers.training import trainer
 
 
 def test_resized_object_with_lora(base: str, tmp_path: Path) -> None:

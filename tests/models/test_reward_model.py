@@ -19,7 +19,8 @@ from rlhf_lightning.inference.export import export_model
 from rlhf_lightning.models.lora import LoRA
 from rlhf_lightning.models.reward_model import RewardModel
 from rlhf_lightning.models.scorers import RewardHead
-from tests.conftest import CHAT_TEMPLATES, build_model
+from tests.helpers.models import build_model
+from tests.helpers.paths import CHAT_TEMPLATES
 
 TEMPLATES = sorted(path.stem for path in CHAT_TEMPLATES.glob("*.jinja"))
 CHATML = (

@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from lightning.pytorch.callbacks import Callback
 from safetensors.torch import load_file
 
 from rlhf_lightning.callbacks.export import ExportModel
@@ -22,69 +21,15 @@ from rlhf_lightning.data.prompts import PromptDataModule
 from rlhf_lightning.diagnostics.invariants import FirstStepInvariants
 from rlhf_lightning.environments.base import StepResult
 from rlhf_lightning.files import FORMAT
-from rlhf_lightning.models.lora import LoRA
-from rlhf_lightning.models.scorers import ImplicitReward
-from rlhf_lightning.models.sharding import full_tensor
-from rlhf_lightning.rewards import FunctionReward
-from rlhf_lightning.rollout.kl import KLPenalty
 from rlhf_lightning.sampling.sampler import Sampler
-from tests.checkpointing.test_resume import at, config, result
-from tests.conftest import chats, pairs, prompts, trainer
+from tests.helpers.modules import data, make, same
+from tests.helpers.resume import at, config, result
+from tests.helpers.rows import chats, pairs, prompts
 from tests.helpers.runs import complete, in_ranks
-from tests.modules.test_invariances import data, make, same, vowels
-from tests.modules.test_policy_rl import few_vowels
-from tests.modules.test_policy_rl import settings as policy_settings
+from tests.helpers.sharding import PLAIN, run_command, train
+from tests.helpers.training import trainer
 
 pytestmark = pytest.mark.filterwarnings("ignore")
-
-# Model options, and what the trainer is told beside.
-PLAIN: dict[str, tuple[str, Callable[[], dict[str, Any]]]] = {
-    "sft": ("sft", lambda: {"max_tokens_per_batch": 40}),
-    "sft-lora": ("sft", lambda: {"lora": LoRA(rank=2), "gradient_checkpointing": True}),
-    "preference": ("preference", lambda: {"max_tokens_per_batch": 40}),
-    "preference-lora": ("preference", lambda: {"lora": LoRA(rank=2)}),
-    "dpo": ("preference", lambda: {"scorer": ImplicitReward()}),
-    "dpo-stored": ("preference", lambda: {"scorer": ImplicitReward(store=True), "lora": LoRA(rank=2)}),
-    "policy": ("policy", lambda: {"kl": KLPenalty(0.1), "max_tokens_per_batch": 40}),
-    "policy-lora": ("policy", lambda: {"kl": KLPenalty(0.1), "lora": LoRA(rank=2, target=["all"])}),
-    "in step": ("policy", lambda: {"kl": KLPenalty(0.1), "sampler": Sampler(max_tokens=6, gather=False)}),
-    **{
-        name: ("policy", lambda name=name: policy_settings(name))
-        for name in ("critic", "shared", "lora", "refresh", "stale", "resampled")
-    },
-}
-
-
-class Keep(Callback):
-    """All trained weights at the end, written by the first rank."""
-
-    def on_fit_end(self, run: Any, module: Any) -> None:
-        state = {name: full_tensor(value.detach()) for name, value in module.state_dict().items()}
-        if run.is_global_zero:
-            torch.save(state, Path(run.default_root_dir) / "weights.pt")
-
-
-def train(
-    name: str, base: str, root: Path, world: int = 1, accumulate: int = 1, tensor: int = 1, clip: float = 0.5
-) -> None:
-    kind, options = PLAIN[name]
-    torch.manual_seed(0)  # the first weights of adapters and of a reward head
-    extra = options()
-    if kind == "policy":
-        extra.setdefault("rewards", [FunctionReward(few_vowels if name in ("resampled", "stale") else vowels)])
-    module = make(kind, base, dtype="float64", **extra)
-    root.mkdir(parents=True, exist_ok=True)
-    run = trainer(
-        root,
-        devices=world,
-        strategy=FSDP2(tensor_parallel_size=tensor) if world > 1 else "auto",
-        accumulate_grad_batches=accumulate,
-        gradient_clip_val=clip or None,
-        max_epochs=2,
-        callbacks=[Keep(), ExportModel()],
-    )
-    minibatches = {"minibatches": accumulate} if kind == "policy" else {}
-    run.fit(module, data(kind, 7 if kind == "policy" else 11, 8 * tensor // world // accumulate, **minibatches))
 
 
 FAST = ("sft", "preference-lora", "in step")
@@ -203,17 +148,6 @@ def test_shares_and_files_resume_and_export_alike(base: str, tmp_path: Path) -> 
 
 def killed_once(kind: str, place: str, number: int, after: bool) -> Callable[[], None]:
     return at(kind, place, number, after, lambda: os.kill(os.getpid(), signal.SIGKILL))
-
-
-def run_command(args: list[str], folder: Path, before: Callable[[], Any] | None = None, code: int = 0) -> None:
-    def both() -> None:
-        from rlhf_lightning.cli.main import main
-
-        if before:
-            before()
-        main(args)
-
-    in_ranks(2, both, folder, code=code)
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from rlhf_lightning.models.reference import Reference
 from rlhf_lightning.models.saving import save_model
 from rlhf_lightning.models.scorers import RewardHead, SequenceLogprob
 from rlhf_lightning.models.token_logprobs import TokenLogprobs
-from tests.conftest import build_model
+from tests.helpers.models import build_model
 
 ARCHITECTURES = ["qwen3", "llama", "gemma2", "gpt2", "cohere", "neox"]
 

@@ -23,11 +23,13 @@ from rlhf_lightning.models.tensor_parallel import layer_styles
 from rlhf_lightning.rewards import FunctionReward
 from rlhf_lightning.sampling.sampler import Sampler
 from rlhf_lightning.sampling.token_sampling import Completion
-from tests.checkpointing.test_resume import at, config, result
-from tests.conftest import build_model, chats, pairs, prompts, trainer
+from tests.helpers.models import build_model
+from tests.helpers.modules import data, make, same, vowels
+from tests.helpers.resume import at, config, result
+from tests.helpers.rows import chats, pairs, prompts
 from tests.helpers.runs import in_ranks
-from tests.models.test_sharding import PLAIN, Keep, run_command, train
-from tests.modules.test_invariances import data, make, same, vowels
+from tests.helpers.sharding import PLAIN, Keep, run_command, train
+from tests.helpers.training import trainer
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 FAST = ("preference-lora",)

@@ -21,8 +21,8 @@ from rlhf_lightning.rewards import FunctionReward
 from rlhf_lightning.rollout.advantages import GlobalWhitened, LeaveOneOut
 from rlhf_lightning.rollout.kl import KLPenalty
 from rlhf_lightning.sampling.sampler import Sampler
-from tests.conftest import trainer
-from tests.modules.test_invariances import data, make, vowels
+from tests.helpers.modules import data, make, vowels
+from tests.helpers.training import trainer
 
 OPTIMIZERS: dict[str, Callable[[Any], Any]] = {
     "adamw": lambda p: torch.optim.AdamW(p, lr=1e-2, weight_decay=0.1),

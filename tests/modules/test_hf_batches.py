@@ -12,7 +12,8 @@ from rlhf_lightning.errors import ConfigError
 from rlhf_lightning.models.scorers import ImplicitReward, RewardHead
 from rlhf_lightning.modules.hf_batches import fitted
 from rlhf_lightning.objectives.preference import APOUnpaired, PlackettLuce
-from tests.conftest import build_model, trainer
+from tests.helpers.models import build_model
+from tests.helpers.training import trainer
 
 ROWS = [[5, 9, 30, 31, 32], [7, 8, 40], [11, 12, 13, 14, 15, 16, 50], [20, 60, 61, 62]]
 TRAINED = [[0, 0, 1, 1, 1], [0, 0, 1], [0, 0, 0, 1, 1, 1, 1], [0, 1, 1, 1]]

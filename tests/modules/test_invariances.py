@@ -10,11 +10,8 @@ import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 
 from rlhf_lightning import (
-    PolicyRLModule,
-    PreferenceDataModule,
     PreferenceModule,
     PromptDataModule,
-    SFTDataModule,
     SFTModule,
 )
 from rlhf_lightning.callbacks.export import ExportModel
@@ -29,47 +26,12 @@ from rlhf_lightning.rewards import FunctionReward, ModelReward
 from rlhf_lightning.rollout.advantages import LeaveOneOut
 from rlhf_lightning.rollout.kl import KLPenalty
 from rlhf_lightning.sampling.sampler import Sampler
-from tests.conftest import build_model, chats, pairs, prompts, sgd, trainer, write_rows
-
-
-def vowels(completions: list[str]) -> list[float]:
-    """A reward that differs between random texts."""
-    return [sum(letter in "aeiou" for letter in text) / 10 for text in completions]
-
-
-def make(kind: str, base: Any, tokenizer: Any = None, **options: Any) -> Any:
-    """A module of a kind with plain settings."""
-    options.setdefault("optimizer", sgd(0.1))
-    if kind == "sft":
-        return SFTModule(base, tokenizer=tokenizer, **options)
-    if kind == "preference":
-        return PreferenceModule(base, tokenizer=tokenizer, **options)
-    options.setdefault("rewards", [FunctionReward(vowels)])
-    options.setdefault("sampler", Sampler(max_tokens=6))
-    return PolicyRLModule(base, tokenizer=tokenizer, **options)
-
-
-def data(kind: str, size: int = 12, batch: int = 4, **options: Any) -> Any:
-    """Its data: for the policy, `batch` is the number of mini-batches that make the round up."""
-    if kind == "sft":
-        return SFTDataModule(chats(size), chats(5), batch_size=batch, seed=1, **options)
-    if kind == "preference":
-        return PreferenceDataModule(pairs(size), pairs(5), batch_size=batch, seed=1, **options)
-    options = {"prompts_per_round": 4, "group_size": 2, "minibatches": 12 // batch // 3 or 1, **options}
-    return PromptDataModule(prompts(size), prompts(3), seed=1, **options)
-
+from tests.helpers.models import build_model
+from tests.helpers.modules import data, make, same, vowels, weights
+from tests.helpers.rows import chats, pairs, prompts, write_rows
+from tests.helpers.training import sgd, trainer
 
 KINDS = ["sft", "preference", "policy"]
-
-
-def weights(module: Any) -> dict[str, torch.Tensor]:
-    return {name: value.detach().clone() for name, value in module.state_dict().items()}
-
-
-def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor], **tolerance: float) -> None:
-    assert a.keys() == b.keys()
-    for name in a:
-        torch.testing.assert_close(a[name], b[name], **(tolerance or {"rtol": 0, "atol": 0}))
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -27,9 +27,9 @@ from rlhf_lightning.models.scorers import ImplicitReward, Scorer
 from rlhf_lightning.objectives import BradleyTerry, ClippedSurrogate
 from rlhf_lightning.rewards import KeywordReward
 from rlhf_lightning.settings import Settings, describe, rebuild
-from tests.cli.test_commands import stage_config
-from tests.conftest import trainer
-from tests.modules.test_invariances import data, make
+from tests.helpers.cli import stage_config
+from tests.helpers.modules import data, make
+from tests.helpers.training import trainer
 
 MODULES: dict[str, dict[str, Any]] = {
     "sft": {"lora": LoRA(4, target=["attention"]), "max_empty_steps": 7},

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import chats, prompts, write_rows
+from tests.helpers.rows import chats, prompts, write_rows
 from tests.helpers.runs import complete
 
 

@@ -27,7 +27,9 @@ from rlhf_lightning.objectives.policy import ClippedSurrogate
 from rlhf_lightning.objectives.preference import BradleyTerry
 from rlhf_lightning.rewards import KeywordReward
 from rlhf_lightning.sampling.sampler import Sampler
-from tests.conftest import build_model, chats, pairs, prompts, sgd, trainer
+from tests.helpers.models import build_model
+from tests.helpers.rows import chats, pairs, prompts
+from tests.helpers.training import sgd, trainer
 
 ARGUMENTS: list[tuple[str, Callable[[], Any], list[str]]] = [
     ("no model", lambda: SFTModule(None), ["model.model is None", "folder, a Hub id"]),

@@ -20,7 +20,7 @@ from rlhf_lightning.rewards import FunctionReward
 from rlhf_lightning.rollout.advantages import GAE, GroupCentered, LeaveOneOut
 from rlhf_lightning.rollout.kl import KLPenalty
 from rlhf_lightning.sampling.sampler import Sampler
-from tests.conftest import trainer
+from tests.helpers.training import trainer
 
 WORDS = ["<pad>", "<end>", *"abcdefgh"]
 REWARDS = torch.tensor([0.0, 0.2, 1.0, 0.9, 0.0, 0.5, -0.5, 0.3, 0.8, -1.0], dtype=torch.float64)

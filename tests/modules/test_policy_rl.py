@@ -13,55 +13,17 @@ from rlhf_lightning.errors import ConfigError
 from rlhf_lightning.models.critic import Critic
 from rlhf_lightning.models.lora import LoRA
 from rlhf_lightning.models.scorers import RewardHead
-from rlhf_lightning.objectives.policy import ClippedSurrogate, ImportanceWeights, Reinforce, SequenceClippedSurrogate
+from rlhf_lightning.objectives.policy import ClippedSurrogate, Reinforce, SequenceClippedSurrogate
 from rlhf_lightning.rewards import FunctionReward
 from rlhf_lightning.rollout.advantages import GAE, GlobalWhitened
 from rlhf_lightning.rollout.kl import KLPenalty
 from rlhf_lightning.sampling.sampler import Sampler
-from tests.conftest import build_model, prompts, sgd, trainer
-from tests.modules.test_invariances import data, make, same, weights
-
-Options = dict[str, Any]
-
-
-def settings(name: str) -> Options:
-    """Arguments of PolicyRLModule, made anew: some of them keep state."""
-    adaptive = KLPenalty(0.3, "reward", target=0.01, horizon=8)
-    found: dict[str, Options] = {
-        "critic": {
-            "critic": Critic(learning_rate=0.3),
-            "advantage": GAE(),
-            "objective": ClippedSurrogate(),
-            "kl": adaptive,
-        },
-        "shared": {
-            "critic": Critic(shared=True),
-            "advantage": GAE(lam=0.9),
-            "objective": ClippedSurrogate(),
-            "kl": KLPenalty(0.1),
-        },
-        "lora": {
-            "critic": Critic(lora=LoRA(rank=2)),
-            "advantage": GAE(),
-            "lora": LoRA(rank=2),
-            "kl": KLPenalty(0.1, refresh_every=1),
-        },
-        "adaptive": {"kl": KLPenalty(0.3, target=0.01, horizon=8), "entropy_coefficient": 0.1},
-        "whitened": {"advantage": GlobalWhitened(), "kl": KLPenalty(0.1, "reward")},
-        "centered": {"kl": KLPenalty(0.3, "reward", discount=0.5)},
-        "refresh": {"kl": KLPenalty(0.3, estimator="k2", refresh_every=2)},
-        "stale": {"staleness": 1, "kl": KLPenalty(0.1)},
-        "resampled": {"resample_groups": 2, "importance_weights": ImportanceWeights("sequence", "mask", 0.5, 2.0)},
-    }
-    return found[name]
-
+from tests.helpers.models import build_model
+from tests.helpers.modules import Options, data, few_vowels, make, policy_settings, same, weights
+from tests.helpers.rows import prompts
+from tests.helpers.training import sgd, trainer
 
 NAMES = ["critic", "shared", "lora", "adaptive", "whitened", "centered", "refresh", "stale", "resampled"]
-
-
-def few_vowels(completions: list[str]) -> list[float]:
-    """A reward with many ties."""
-    return [float(sum(letter in "aeiou" for letter in text) > 1) for text in completions]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -72,7 +34,7 @@ def test_an_interrupted_run_equals_a_whole_one_bit_for_bit(name: str, base: str,
             base,
             rewards=[FunctionReward(few_vowels)],
             optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=1e-2),
-            **settings(name),
+            **policy_settings(name),
         )
         run = trainer(
             tmp_path / folder,
@@ -100,7 +62,7 @@ def test_accumulated_mini_batches_are_one_large_batch(name: str, base: str, tmp_
     results = []
     for minibatches, accumulate in ((1, 1), (4, 4)):
         torch.manual_seed(0)  # the adapters' first weights
-        module = make("policy", base, dtype="float64", rewards=[FunctionReward(few_vowels)], **settings(name))
+        module = make("policy", base, dtype="float64", rewards=[FunctionReward(few_vowels)], **policy_settings(name))
         run = trainer(tmp_path, accumulate_grad_batches=accumulate, precision="64-true", max_epochs=2)
         run.fit(module, data("policy", 8, minibatches=minibatches))
         results.append(weights(module))
@@ -121,7 +83,7 @@ def test_two_ranks_are_one(name: str, base: str, tmp_path: Path) -> None:
     results = []
     for devices in (1, 2):
         torch.manual_seed(0)  # the adapters' first weights
-        module = make("policy", base, dtype="float64", rewards=[FunctionReward(few_vowels)], **settings(name))
+        module = make("policy", base, dtype="float64", rewards=[FunctionReward(few_vowels)], **policy_settings(name))
         module.configure_model()
         strategy = "ddp_fork" if devices == 2 else "auto"
         root = tmp_path / str(devices)
@@ -161,7 +123,7 @@ def watched(module: Any, source: Any, root: Path, **options: Any) -> Watch:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_first_step_invariants(name: str, base: str, tmp_path: Path) -> None:
-    watch = watched(make("policy", base, **settings(name)), data("policy", 8), tmp_path)
+    watch = watched(make("policy", base, **policy_settings(name)), data("policy", 8), tmp_path)
     for output in watch.outputs:  # one step a round: every one is the first
         assert output["log_ratio_max"] <= 1e-4
         assert output["clip_fraction"] == 0

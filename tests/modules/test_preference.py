@@ -17,7 +17,8 @@ from rlhf_lightning.models.lora import LoRA
 from rlhf_lightning.models.scorers import ImplicitReward, RewardHead, Scorer, SequenceLogprob
 from rlhf_lightning.objectives import preference
 from rlhf_lightning.objectives.preference import PreferenceLoss
-from tests.conftest import WORDS, pairs, sgd, trainer, write_rows
+from tests.helpers.rows import WORDS, labeled, pairs, rankings, write_rows
+from tests.helpers.training import sgd, trainer
 
 BETA = 0.5
 
@@ -74,26 +75,6 @@ def sampled(names: Collection[str], slow: Collection[str] = ()) -> list[Any]:
     """The names, those outside the sample or in `slow` marked slow."""
     quick = SAMPLE.difference(slow)
     return [name if name in quick else pytest.param(name, marks=pytest.mark.slow) for name in sorted(names)]
-
-
-def labeled(count: int) -> list[dict[str, Any]]:
-    """Responses with a label, unlike in length."""
-    return [
-        {"prompt": f"Count {i}", "response": " ".join(WORDS[: 1 + (3 * i) % 7]), "label": int(i % 3 > 0)}
-        for i in range(count)
-    ]
-
-
-def rankings(count: int) -> list[dict[str, Any]]:
-    """Two to four answers to each prompt, with scores, two of them sometimes equal."""
-    return [
-        {
-            "prompt": f"Count {i}",
-            "responses": [" ".join(WORDS[k : k + 1 + i % 4]) for k in range(2 + i % 3)],
-            "scores": [k % 3 + (i % 2) * k for k in range(2 + i % 3)],
-        }
-        for i in range(count)
-    ]
 
 
 def rows_of(loss: PreferenceLoss, count: int) -> list[dict[str, Any]]:

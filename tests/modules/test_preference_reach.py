@@ -16,7 +16,9 @@ from rlhf_lightning.pipeline.plan import read_plan
 from rlhf_lightning.pipeline.run import run_pipeline
 from rlhf_lightning.quickstart.data import Sizes
 from rlhf_lightning.quickstart.run import CONFIGS, Settings, quickstart
-from tests.conftest import build_model, prompts, trainer, write_rows
+from tests.helpers.models import build_model
+from tests.helpers.rows import prompts, write_rows
+from tests.helpers.training import trainer
 
 ROOT = Path(__file__).parents[2]
 

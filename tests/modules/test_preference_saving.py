@@ -16,7 +16,9 @@ from rlhf_lightning.models.lora import LoRA
 from rlhf_lightning.models.reward_model import RewardModel
 from rlhf_lightning.models.scorers import ImplicitReward, RewardHead, SequenceLogprob
 from rlhf_lightning.rewards import ModelReward
-from tests.conftest import build_model, pairs, sgd, trainer, write_rows
+from tests.helpers.models import build_model
+from tests.helpers.rows import pairs, write_rows
+from tests.helpers.training import sgd, trainer
 
 ROWS = pairs(7)
 TEXTS = [row["prompt"] for row in ROWS], [row["chosen"] for row in ROWS]

@@ -18,7 +18,7 @@ from rlhf_lightning.rollout.advantages import compute_token_advantages
 from rlhf_lightning.rollout.kl import KLPenalty
 from rlhf_lightning.sampling.sampler import Sampler
 from rlhf_lightning.types import Episode, TrainingSample
-from tests.cli.test_commands import rlhf
+from tests.helpers.cli import rlhf
 
 BUDGET = 7
 # Two prompts with three responses each: lengths differ, and so do rewards.

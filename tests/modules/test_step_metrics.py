@@ -21,10 +21,10 @@ from rlhf_lightning.objectives.policy import ClippedSurrogate
 from rlhf_lightning.objectives.preference import KTO, PlackettLuce
 from rlhf_lightning.rollout.advantages import GAE
 from rlhf_lightning.rollout.kl import KLPenalty
-from tests.conftest import sgd, trainer
+from tests.helpers.modules import data, make
+from tests.helpers.rows import labeled, rankings
 from tests.helpers.runs import in_ranks
-from tests.modules.test_invariances import data, make
-from tests.modules.test_preference import labeled, rankings
+from tests.helpers.training import sgd, trainer
 
 
 class Steps(Callback):

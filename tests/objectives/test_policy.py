@@ -23,7 +23,7 @@ from rlhf_lightning.rollout.advantages import (
 )
 from rlhf_lightning.rollout.kl import KLPenalty
 from rlhf_lightning.types import Episode, TrainingSample
-from tests.objectives.test_worked_examples import LOGP, MASK, OLD, close, t
+from tests.helpers.numbers import LOGP, MASK, OLD, close, t
 
 OBJECTIVES: dict[str, Any] = {
     "reinforce": policy.Reinforce(),

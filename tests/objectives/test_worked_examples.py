@@ -10,21 +10,12 @@ from hypothesis import strategies as st
 from rlhf_lightning.objectives import advantage, kl, policy, preference
 from rlhf_lightning.objectives.aggregate import aggregate
 from rlhf_lightning.objectives.supervised import nll
+from tests.helpers.numbers import LOGP, MASK, OLD, close, t
 
 torch.set_default_dtype(torch.float32)
 
 
-def t(*rows: object) -> torch.Tensor:
-    return torch.tensor(rows, dtype=torch.float64)
-
-
-LOGP, OLD = t([-1.0, -2.0, -0.5]), t([-1.2, -1.5, -0.5])
-MASK = t([1.0, 1.0, 0.0])
 RATIOS = [math.exp(0.2), math.exp(-0.5)]
-
-
-def close(actual: torch.Tensor, *expected: object) -> None:
-    torch.testing.assert_close(actual, torch.tensor(expected, dtype=torch.float64), rtol=1e-9, atol=1e-9)
 
 
 def test_importance_sampling() -> None:

@@ -15,33 +15,20 @@ from rlhf_lightning.cli.pipeline import run as command
 from rlhf_lightning.errors import ConfigError
 from rlhf_lightning.pipeline.run import run_pipeline
 from rlhf_lightning.pipeline.verify import verify_run
-from tests.cli.test_commands import rlhf, stage_config, write_yaml
+from tests.helpers.cli import rlhf, stage_config, three_stages, write_yaml
 from tests.helpers.runs import Run, fork_stages
-
-
-def three(base: str, folder: Path) -> str:
-    """A pipeline file of the three stages."""
-    for kind in ("sft", "preference", "policy"):
-        write_yaml(folder / f"{kind}.yaml", stage_config(kind, base, folder))
-    stages = [
-        {"kind": "sft", "config": "sft.yaml"},
-        {"kind": "preference", "config": "preference.yaml", "start": "sft"},
-        {"kind": "policy", "config": "policy.yaml", "start": "sft", "reward": "preference"},
-    ]
-    plan = {"name": "three", "root": str(folder / "run"), "stages": stages}
-    return write_yaml(folder / "plan.yaml", plan)
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory, session_tokenizer: Any) -> Path:
-    from tests.conftest import build_model
+    from tests.helpers.models import build_model
 
     folder = tmp_path_factory.mktemp("verified")
     build_model(session_tokenizer).save_pretrained(folder / "base")
     session_tokenizer.save_pretrained(folder / "base")
     with pytest.MonkeyPatch.context() as patch:
         fork_stages(patch)
-        run_pipeline(three(str(folder / "base"), folder))
+        run_pipeline(three_stages(str(folder / "base"), folder))
     return folder
 
 

@@ -87,7 +87,7 @@ def test_a_small_run_still_learns(tmp_path: Path, capfd: pytest.CaptureFixture[s
 @pytest.mark.slow
 @pytest.mark.usefixtures("forked_stages")
 def test_own_model_and_files(base: str, tmp_path: Path) -> None:
-    from tests.conftest import chats, pairs, prompts, write_rows
+    from tests.helpers.rows import chats, pairs, prompts, write_rows
 
     small = {"trainer.max_steps": 2, "trainer.max_epochs": 1}
     settings = Settings(

@@ -16,7 +16,7 @@ from rlhf_lightning.errors import UserError
 from rlhf_lightning.report import charts, render, report_after_stage, write_report
 from rlhf_lightning.report.html import el
 from rlhf_lightning.report.read import read_metrics, read_run, read_samples
-from tests.cli.test_commands import mistake, rlhf, stage_config, write_yaml
+from tests.helpers.cli import mistake, rlhf, stage_config, write_yaml
 
 EVIL = "<script>alert('x')</script> & \"quoted\" \x1b[2J \ud800 </td>"
 VOID = {"meta", "link", "br"}

@@ -41,7 +41,9 @@ from rlhf_lightning.rewards import (
 )
 from rlhf_lightning.sampling.sampler import Sampler
 from rlhf_lightning.types import Episode, TrainingSample
-from tests.conftest import build_model, prompts, sgd, trainer
+from tests.helpers.models import build_model
+from tests.helpers.rows import prompts
+from tests.helpers.training import sgd, trainer
 
 
 def said(text: str, row: dict[str, Any] | None = None, tokens: int = 3, group: int = 0, sample: int = 0) -> Episode:

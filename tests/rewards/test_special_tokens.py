@@ -26,7 +26,8 @@ from rlhf_lightning.rollout.episode_state import EpisodeState
 from rlhf_lightning.sampling.sampler import Sampler
 from rlhf_lightning.sampling.token_sampling import Completion
 from rlhf_lightning.types import Episode
-from tests.conftest import prompts, trainer
+from tests.helpers.rows import prompts
+from tests.helpers.training import trainer
 
 TOKENS = ["<|im_end|>", "<|call|>", "<s>"]
 

@@ -13,7 +13,7 @@ from rlhf_lightning.models.token_logprobs import TokenLogprobs
 from rlhf_lightning.sampling.local_engine import LocalEngine
 from rlhf_lightning.sampling.sampler import Sampler
 from rlhf_lightning.sampling.token_sampling import SamplingParams, is_complete, sample_token
-from tests.conftest import build_model
+from tests.helpers.models import build_model
 
 PLAIN = ["qwen3", "qwen2", "llama", "mistral", "gemma2", "gemma3", "phi", "phi3", "gpt2", "cohere", "neox"]
 FALLBACK = ["bloom", "mamba", "falcon"]

@@ -11,7 +11,10 @@ from rlhf_lightning.data.rendering import Renderer
 from rlhf_lightning.data.sft import SFTDataModule
 from rlhf_lightning.modules.sft import SFTModule
 from rlhf_lightning.sampling.sampler import Sampler
-from tests.conftest import CHAT_TEMPLATES, build_model, chats, trainer
+from tests.helpers.models import build_model
+from tests.helpers.paths import CHAT_TEMPLATES
+from tests.helpers.rows import chats
+from tests.helpers.training import trainer
 
 TOOLS = [
     {

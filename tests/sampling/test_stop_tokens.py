@@ -21,7 +21,9 @@ from rlhf_lightning.modules.sft import SFTModule
 from rlhf_lightning.rollout.episode_state import _split_ending
 from rlhf_lightning.sampling.sampler import Sampler
 from rlhf_lightning.sampling.token_sampling import Completion
-from tests.conftest import build_model, chats, trainer
+from tests.helpers.models import build_model
+from tests.helpers.rows import chats
+from tests.helpers.training import trainer
 
 NAMES = ["<|end_of_text|>", "<|eom_id|>"]
 

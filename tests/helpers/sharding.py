@@ -1,0 +1,80 @@
+"""Training runs of one process or of several that hold parts of the weights."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch.callbacks import Callback
+
+from rlhf_lightning.callbacks.export import ExportModel
+from rlhf_lightning.checkpointing.strategies import FSDP2
+from rlhf_lightning.models.lora import LoRA
+from rlhf_lightning.models.scorers import ImplicitReward
+from rlhf_lightning.models.sharding import full_tensor
+from rlhf_lightning.rewards import FunctionReward
+from rlhf_lightning.rollout.kl import KLPenalty
+from rlhf_lightning.sampling.sampler import Sampler
+from tests.helpers.modules import data, few_vowels, make, policy_settings, vowels
+from tests.helpers.runs import in_ranks
+from tests.helpers.training import trainer
+
+# Model options, and what the trainer is told beside.
+PLAIN: dict[str, tuple[str, Callable[[], dict[str, Any]]]] = {
+    "sft": ("sft", lambda: {"max_tokens_per_batch": 40}),
+    "sft-lora": ("sft", lambda: {"lora": LoRA(rank=2), "gradient_checkpointing": True}),
+    "preference": ("preference", lambda: {"max_tokens_per_batch": 40}),
+    "preference-lora": ("preference", lambda: {"lora": LoRA(rank=2)}),
+    "dpo": ("preference", lambda: {"scorer": ImplicitReward()}),
+    "dpo-stored": ("preference", lambda: {"scorer": ImplicitReward(store=True), "lora": LoRA(rank=2)}),
+    "policy": ("policy", lambda: {"kl": KLPenalty(0.1), "max_tokens_per_batch": 40}),
+    "policy-lora": ("policy", lambda: {"kl": KLPenalty(0.1), "lora": LoRA(rank=2, target=["all"])}),
+    "in step": ("policy", lambda: {"kl": KLPenalty(0.1), "sampler": Sampler(max_tokens=6, gather=False)}),
+    **{
+        name: ("policy", lambda name=name: policy_settings(name))
+        for name in ("critic", "shared", "lora", "refresh", "stale", "resampled")
+    },
+}
+
+
+class Keep(Callback):
+    """All trained weights at the end, written by the first rank."""
+
+    def on_fit_end(self, run: Any, module: Any) -> None:
+        state = {name: full_tensor(value.detach()) for name, value in module.state_dict().items()}
+        if run.is_global_zero:
+            torch.save(state, Path(run.default_root_dir) / "weights.pt")
+
+
+def train(
+    name: str, base: str, root: Path, world: int = 1, accumulate: int = 1, tensor: int = 1, clip: float = 0.5
+) -> None:
+    kind, options = PLAIN[name]
+    torch.manual_seed(0)  # the first weights of adapters and of a reward head
+    extra = options()
+    if kind == "policy":
+        extra.setdefault("rewards", [FunctionReward(few_vowels if name in ("resampled", "stale") else vowels)])
+    module = make(kind, base, dtype="float64", **extra)
+    root.mkdir(parents=True, exist_ok=True)
+    run = trainer(
+        root,
+        devices=world,
+        strategy=FSDP2(tensor_parallel_size=tensor) if world > 1 else "auto",
+        accumulate_grad_batches=accumulate,
+        gradient_clip_val=clip or None,
+        max_epochs=2,
+        callbacks=[Keep(), ExportModel()],
+    )
+    minibatches = {"minibatches": accumulate} if kind == "policy" else {}
+    run.fit(module, data(kind, 7 if kind == "policy" else 11, 8 * tensor // world // accumulate, **minibatches))
+
+
+def run_command(args: list[str], folder: Path, before: Callable[[], Any] | None = None, code: int = 0) -> None:
+    def both() -> None:
+        from rlhf_lightning.cli.main import main
+
+        if before:
+            before()
+        main(args)
+
+    in_ranks(2, both, folder, code=code)

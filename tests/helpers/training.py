@@ -1,0 +1,27 @@
+"""A Trainer and an optimizer without extras."""
+
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+
+
+def trainer(root: Path, **options: Any) -> pl.Trainer:
+    """A quiet Trainer, on a CPU unless `accelerator` says otherwise."""
+    defaults: dict[str, Any] = {
+        "accelerator": "cpu",
+        "devices": 1,
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "default_root_dir": root,
+        "max_epochs": 1,
+    }
+    return pl.Trainer(**{**defaults, **options})
+
+
+def sgd(rate: float) -> Any:
+    """Plain gradient descent: unlike Adam it does not hide a wrong loss scale."""
+    return lambda parameters: torch.optim.SGD(parameters, lr=rate)
