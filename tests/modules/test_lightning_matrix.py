@@ -48,9 +48,11 @@ from rlhf_lightning.rollout.kl import KLPenalty
 from rlhf_lightning.sampling.sampler import Engine, Sampler
 from rlhf_lightning.sampling.token_sampling import Completion
 from tests.helpers.models import build_model
-from tests.helpers.modules import KINDS, data, make, same, vowels, weights
+from tests.helpers.modules import data, make, same, vowels, weights
 from tests.helpers.rows import chats, pairs, prompts
 from tests.helpers.training import sgd, trainer
+
+KINDS = ["sft", "preference", "policy"]
 
 pytestmark = pytest.mark.parametrize("kind", KINDS)
 CLASSES: dict[str, Any] = {"sft": SFTModule, "preference": PreferenceModule, "policy": PolicyRLModule}
