@@ -2,10 +2,11 @@
 
 import sys
 
-from rlhf_lightning.cli.main import main
-
 if __name__ == "__main__":
-    # `python -m` puts the current folder first on sys.path; see `cli.user_code`.
+    # `python -m` puts the current folder first on sys.path, where any file would be imported in a library's place; see
+    # `cli.user_code`. So this comes before the first import.
     if not sys.flags.safe_path:
         del sys.path[0]
+    from rlhf_lightning.cli.main import main
+
     main()

@@ -5,10 +5,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import fields, is_dataclass
 from functools import wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+T = TypeVar("T")
 
 _CLASSES: dict[str, type] = {}
-"""Classes that `rebuild` may make, by name: imported subclasses of `Settings`. A name in a file never causes an import.
+"""Classes that `rebuild` may make, by name: imported ones, of `Settings` or `plain`. A name in a file imports none.
 """
 
 
@@ -46,6 +48,15 @@ class Settings:
 
     def _constructed(self, given: Mapping[str, Any]) -> None:
         """Called once, after the outermost constructor, with its arguments."""
+
+
+def plain(cls: type[T]) -> type[T]:
+    """Decorator of a dataclass that `describe` and `rebuild` know without a base class.
+
+    jsonargparse takes a dataclass with such a base for a choice of subclasses, and wants a `class_path`.
+    """
+    _CLASSES[_name(cls)] = cls
+    return cls
 
 
 def _name(cls: type) -> str:
@@ -92,8 +103,8 @@ def describe(value: Any) -> Any:
         return {key: describe(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [describe(item) for item in value]
-    if isinstance(value, Settings):
-        given = value.__dict__.get("_given", {})
+    if _CLASSES.get(_name(type(value))) is type(value):
+        given = getattr(value, "_given", {})
         if is_dataclass(value):
             given = {field.name: getattr(value, field.name) for field in fields(value)}
         return {"class_path": _name(type(value)), "init_args": describe(given)}

@@ -21,16 +21,13 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from rlhf_lightning.checkpointing.io import AtomicCheckpointIO, DamagedCheckpoint, newest_whole
-from tests.helpers.cli import stage_config
-from tests.helpers.fuzzing import Tally, bad_rows, fuzz, refused, rlhf, write_report
-from tests.helpers.models import build_model
+from tests.helpers.fuzzing import Place, Tally, bad_rows, fuzz, refused, rlhf, write_report
 from tests.helpers.rows import chats, pairs, prompts, write_rows
 from tests.helpers.runs import fork_stages
 
 TALLY = Tally()
 ROWS = {"sft": chats, "preference": pairs, "prompts": prompts}
 COMMAND = {"sft": "sft", "preference": "preference", "prompts": "policy"}
-REWARD = [{"class_path": "rlhf_lightning.rewards.KeywordReward", "init_args": {"keywords": ["a"]}}]
 
 
 def counts(fast: int, slow: int) -> Any:
@@ -43,30 +40,6 @@ def counts(fast: int, slow: int) -> Any:
 def report() -> Iterator[None]:
     yield
     write_report(TALLY)
-
-
-class Place:
-    """A folder with good files, and one that a case spoils."""
-
-    def __init__(self, root: Path, tokenizer: Any) -> None:
-        self.root, self.case = root, root / "case"
-        self.base = str(root / "base")
-        build_model(tokenizer).save_pretrained(self.base)
-        tokenizer.save_pretrained(self.base)
-
-    def clear(self) -> Path:
-        """The folder of the case, empty."""
-        shutil.rmtree(self.case, ignore_errors=True)
-        self.case.mkdir()
-        return self.case
-
-    def config(self, kind: str, **data: Any) -> dict[str, Any]:
-        """A config that runs."""
-        settings = stage_config(kind, self.base, self.root, **data)
-        settings["trainer"] |= {"max_steps": 1, "enable_progress_bar": False}
-        if kind == "policy":
-            settings["model"]["rewards"] = REWARD
-        return settings
 
 
 @pytest.fixture(scope="module")

@@ -57,16 +57,16 @@ def run(args: list[str]) -> int:
     )
     parser.add_argument("action", nargs="?", choices=("copy",), help="write a config into a folder")
     parser.add_argument("name", nargs="?", help="as it is listed")
-    parser.add_argument("folder", nargs="?", type=Path, help="where to write it; files that are there are not replaced")
+    parser.add_argument("dir", nargs="?", type=Path, help="where to write it; files that are there are not replaced")
     options = parser.parse_args(args[1:])
     if options.action is None:
         width = max(map(len, shipped()))
         for name, path in shipped().items():
             print(f"  {name:<{width}}  {title(path)}")
         return 0
-    if options.name is None or options.folder is None:
+    if options.name is None or options.dir is None:
         parser.error("copy takes a name and a folder: rlhf configs copy mint .")
-    for path in copy(options.name, options.folder):
+    for path in copy(options.name, options.dir):
         print(path)
     return 0
 

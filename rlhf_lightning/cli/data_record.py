@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from rlhf_lightning.data.names import check_there
 from rlhf_lightning.data.records import fingerprint, hashed_files
 from rlhf_lightning.errors import ConfigError
 from rlhf_lightning.files import FORMAT, is_file, read_record, write_json
@@ -26,6 +27,9 @@ def check_data_record(root: Path, sources: Mapping[str, Any]) -> None:
     Raises:
         ConfigError: If a file, or a file of a folder or pattern, has other rows now.
     """
+    for name in ("test", "predict"):  # fit does not read them, and what comes after it would
+        if isinstance(source := sources.get(name), str):
+            check_there(source)
     path = root / RECORD
     before = read_record(path) if is_file(path) else {}
     for name in before.keys() & set(SOURCES):

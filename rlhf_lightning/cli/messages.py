@@ -98,6 +98,8 @@ def check_sections(config: Any) -> None:
         if not hasattr(config[name], "as_dict"):
             raise ConfigError(f"{name}: {config[name]!r} is no mapping of settings; see the files in configs/")
     data, trainer = config.data, config.trainer
+    if trainer.model_registry is not None:
+        raise ConfigError("trainer.model_registry is of Lightning's cloud, which nothing here writes to: leave it out")
     held_out = data.validation or getattr(data, "validation_split", None)
     if str(config.get("monitor") or "").startswith("val/") and not held_out:
         raise ConfigError(

@@ -318,6 +318,12 @@ class StageCLI(LightningCLI):
             if isinstance(stop.__context__, KeyboardInterrupt):
                 raise stop.__context__ from None
             raise
+        monitor, logged = self.config[subcommand].get("monitor"), self.trainer.callback_metrics
+        if subcommand == "fit" and monitor and monitor not in logged:
+            there = ", ".join(sorted(logged)) or "none"
+            log.warning(
+                "--monitor %s was never logged, so that no best checkpoint was kept; there are %s", monitor, there
+            )
 
     def instantiate_classes(self) -> None:
         with unfit_settings():

@@ -1,9 +1,11 @@
 """Checks of values that have the right type but cannot be meant: NaN, infinity, null, empty names."""
 
+import argparse
 import inspect
 import math
 import types
 from collections.abc import Iterator
+from dataclasses import fields, is_dataclass
 from importlib import import_module
 from typing import Any, Union, get_args, get_origin
 
@@ -29,6 +31,7 @@ COUNTS: dict[str, tuple[int, int]] = {
     "trainer.reload_dataloaders_every_n_epochs": (0, MOST),
 }
 """Ranges of settings whose values Lightning does not check, or reports with a traceback."""
+DURATIONS, UNITS = ("trainer.max_time", "trainer.val_check_interval"), ("weeks", "days", "hours", "minutes", "seconds")
 KNOWN = ("rlhf_lightning.", "torch.", "lightning.")
 """Packages of the classes whose arguments are checked."""
 
@@ -45,9 +48,15 @@ def check_values(parser: Any, config: Any) -> None:
     """
     for action in parser._actions:
         if action.dest in config:
+            if isinstance(action, argparse._StoreTrueAction) and not isinstance(config[action.dest], bool):
+                raise ConfigError(f"{action.dest} is {config[action.dest]!r}; true or false")
             hint = getattr(action, "_typehint", None)
             takes_none = action.default is None or (_takes_none(hint) if hint is not None else False)
-            _check(action.dest, config[action.dest], takes_none, action.default == "")
+            value = config[action.dest]
+            _check(action.dest, value, takes_none, action.default == "")
+            for field in fields(kind) if value is not None and (kind := _dataclass(hint)) else ():
+                if (inner := value.get(field.name)) is None and inner != field.default and not _takes_none(field.type):
+                    raise ConfigError(f"{action.dest}.{field.name} is null; it needs a value")
 
 
 def _check(key: str, value: Any, takes_none: bool, takes_empty: bool) -> None:
@@ -56,6 +65,8 @@ def _check(key: str, value: Any, takes_none: bool, takes_empty: bool) -> None:
     unbounded = value == math.inf and key.rpartition(".")[2] in MAY_BE_INFINITE
     if isinstance(value, float) and not math.isfinite(value) and not unbounded:
         raise ConfigError(f"{key} is {value}; it must be a finite number")
+    if key in DURATIONS and isinstance(value, dict) and (wrong := value.keys() - UNITS):
+        raise ConfigError(f"{key}: {sorted(map(str, wrong))[0]} is no unit of time; {', '.join(UNITS)}")
     if key in COUNTS and value is not None and not isinstance(value, str | list):
         check_whole(key, value, *COUNTS[key])
     if value == "" and isinstance(value, str) and not takes_empty and key not in MAY_BE_EMPTY:
@@ -90,6 +101,11 @@ def _parameter(path: str, name: str) -> inspect.Parameter | None:
         if name in (parameters := inspect.signature(base.__init__).parameters):
             return parameters[name]
     return None
+
+
+def _dataclass(hint: Any) -> Any:
+    """The one that a hint names, or None."""
+    return next((kind for kind in (hint, *get_args(hint)) if is_dataclass(kind)), None)
 
 
 def _takes_none(hint: Any) -> bool:

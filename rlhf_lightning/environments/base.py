@@ -11,7 +11,7 @@ from rlhf_lightning.data.conversations import Message, to_messages
 from rlhf_lightning.data.records import RowError
 from rlhf_lightning.environments.user_calls import check_limit
 from rlhf_lightning.errors import ConfigError, UserError, check_whole
-from rlhf_lightning.settings import Settings
+from rlhf_lightning.settings import plain
 
 ON_ERROR = ("fail", "retry", "drop")
 
@@ -72,8 +72,9 @@ EnvironmentFactory = Callable[[dict[str, Any]], MessageEnv]
 """Makes the environment of one episode from its data row."""
 
 
+@plain
 @dataclass(frozen=True)
-class Limits(Settings):
+class Limits:
     """Limits of an episode, and what happens if its environment fails.
 
     Args:

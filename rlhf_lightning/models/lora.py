@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from rlhf_lightning.errors import ConfigError, check_whole
-from rlhf_lightning.settings import Settings
+from rlhf_lightning.settings import plain
 
 HEADS = ("score", "classifier", "classification_head")
 GROUPS = ("attention", "mlp", "unembedding", "all")
@@ -22,8 +22,9 @@ MOST_RANK = 2**16
 """Above the width of any layer."""
 
 
+@plain
 @dataclass
-class LoRA(Settings):
+class LoRA:
     """Low-rank adapters instead of full training (LoRA, arXiv 2106.09685).
 
     Args:

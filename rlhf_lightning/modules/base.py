@@ -294,6 +294,11 @@ class RLHFModule(CheckedModule):
             raise ConfigError(f"model.optimizer or model.lr_scheduler cannot be made: {error}") from error
         if not isinstance(optimizer, Optimizer):
             raise ConfigError(f"model.optimizer returned {optimizer!r}; it must return an optimizer")
+        for name, devices in (("differentiable", ()), ("capturable", ("cuda",))):
+            if any(group.get(name) for group in optimizer.param_groups) and self.device.type not in devices:
+                raise ConfigError(
+                    f"model.optimizer: {name} is for {' '.join(devices) or 'meta-learning'}; leave it out"
+                )
         if scheduler is None:
             return optimizer
         if isinstance(scheduler, ReduceLROnPlateau):

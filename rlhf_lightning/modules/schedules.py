@@ -45,6 +45,8 @@ class Warmup(LRScheduler):
             raise ValueError(f"unknown shape {shape!r}; one of {', '.join(SHAPES)}")
         if not 0 <= warmup_steps < math.inf or not 0 <= floor <= 1:
             raise ValueError(f"warmup_steps is {warmup_steps} (0 or more), floor {floor} (a part of the rate, 0 to 1)")
+        if total_steps is not None and total_steps < 1:
+            raise ValueError(f"total_steps is {total_steps}; it must be at least 1")
         self.shape, self.warmup_steps, self.floor, self.total_steps = shape, warmup_steps, floor, total_steps
         super().__init__(optimizer)
 

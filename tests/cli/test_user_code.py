@@ -70,11 +70,13 @@ def test_a_folder_is_no_package_that_a_library_looks_for(folder: Path) -> None:
 
 @pytest.mark.parametrize("start", [["-m", "rlhf_lightning"], ["-P", "-c", f"{ENTRY}; main()"]])
 def test_the_command_does_not_import_from_where_it_is_run(start: list[str], tmp_path: Path) -> None:
-    """Whatever an import of the libraries might find: each name that is looked for in vain is a module there."""
+    """Whatever an import of the libraries might find: names of libraries, there or not, are modules there."""
     code = "import pathlib\npathlib.Path('ran').write_text(__name__)\n"
     for name in ("bitsandbytes", "flash_attn", "kernels", "megatron", "tensorflow", "jax", "apex", "deepspeed"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "__init__.py").write_text(code)
+    for name in ("math", "json", "yaml", "torch"):
+        (tmp_path / f"{name}.py").write_text(code)
     command = [sys.executable, *start, "sft", "fit", "--model.model", "nowhere/at/all", "--data.train", "rows.jsonl"]
     out = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
     assert out.returncode == 2, out.stderr

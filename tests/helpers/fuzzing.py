@@ -4,6 +4,7 @@ import io
 import json
 import os
 import re
+import shutil
 import signal
 import warnings
 from collections import Counter
@@ -18,11 +19,16 @@ from hypothesis.strategies import SearchStrategy
 
 from rlhf_lightning.cli.main import main
 from rlhf_lightning.files import write_json
+from tests.helpers.cli import stage_config
+from tests.helpers.models import build_model
 
 LIMIT = 60
 """Seconds that a case may take; none is near it."""
 FINDING = bool(os.environ.get("RLHF_FUZZ_SHRINK"))
 """Shrink a case that fails to a small one: for looking for faults by hand."""
+
+
+REWARD = [{"class_path": "rlhf_lightning.rewards.KeywordReward", "init_args": {"keywords": ["a"]}}]
 
 
 class Hang(Exception):
@@ -126,3 +132,27 @@ def fuzz(cases: SearchStrategy, check: Callable[[Any], None], count: int) -> Non
         check(case)
 
     run()
+
+
+class Place:
+    """A folder with good files, and one that a case spoils."""
+
+    def __init__(self, root: Path, tokenizer: Any) -> None:
+        self.root, self.case = root, root / "case"
+        self.base = str(root / "base")
+        build_model(tokenizer).save_pretrained(self.base)
+        tokenizer.save_pretrained(self.base)
+
+    def clear(self) -> Path:
+        """The folder of the case, empty."""
+        shutil.rmtree(self.case, ignore_errors=True)
+        self.case.mkdir()
+        return self.case
+
+    def config(self, kind: str, **data: Any) -> dict[str, Any]:
+        """A config that runs."""
+        settings = stage_config(kind, self.base, self.root, **data)
+        settings["trainer"] |= {"max_steps": 1, "enable_progress_bar": False}
+        if kind == "policy":
+            settings["model"]["rewards"] = REWARD
+        return settings
