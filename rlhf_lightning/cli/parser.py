@@ -68,7 +68,7 @@ def _remedies(text: str) -> Iterator[str]:
     key = found[1] if (found := re.search(r'Parser key "([\w.]+)"', text)) else ""
     if found := re.search(r"(?:path string|path format): ([^;\s]*)", text):
         name = found[1].strip("'\".")
-        close, recipe = meant.classes(key, name), meant.RECIPES.get(name.lower())
+        close, recipe = meant.classes(key, name), meant.in_place_of_class(name.lower())
         if recipe:
             yield recipe
         elif close:

@@ -96,16 +96,13 @@ CLASSES = {
     "trainer.logger": ("lightning.pytorch.loggers.Logger",),
 }
 """Base class for each setting, in the module with its subclasses."""
-RECIPES = {
+NO_CLASSES = {
     "dpo": "DPO is model.scorer ImplicitReward with model.loss BradleyTerry, see configs/dpo.yaml",
-    **{
-        name: f"{name} is a recipe: --model.recipe {name}"
-        for name in ("dapo", "dr_grpo", "grpo", "gspo", "mint", "ppo", "reinforce_pp", "rloo")
-    },
     "cosine": "rlhf_lightning.modules.schedules.Warmup has shape cosine, linear or constant",
     "linear": "rlhf_lightning.modules.schedules.Warmup has shape cosine, linear or constant",
     "adam8bit": "bitsandbytes.optim.AdamW8bit needs bitsandbytes",
 }
+"""What is meant by a name in the place of a class, where there is no such class."""
 COMMANDS = {
     "compare": "evaluate",
     "dpo": "preference",
@@ -124,6 +121,13 @@ COMMANDS = {
     "sample": "generate",
     "train": "sft",
 }
+
+
+def in_place_of_class(name: str) -> str | None:
+    """What to write for a name that stands in the place of a class and is none; None if nothing is known of it."""
+    from rlhf_lightning.modules.recipes import RECIPES  # needs torch, which a mistyped command does not
+
+    return f"{name} is a recipe: --model.recipe {name}" if name in RECIPES else NO_CLASSES.get(name)
 
 
 def setting(name: str, known: Iterable[str]) -> str | None:

@@ -199,7 +199,6 @@ class RLHFModule(CheckedModule):
         # The warning appears with every data module; using the module's hook is intended.
         warnings.filterwarnings("ignore", message="You have overridden `on_before_batch_transfer`")
         warnings.filterwarnings("ignore", message="Total length of `list` across ranks is zero")  # no validation
-        warnings.filterwarnings("ignore", message="Total length of `list` across ranks is zero")  # no validation
         weights_alone(self.trainer.precision_plugin)
 
     def heads(self) -> list[nn.Module]:
