@@ -1,90 +1,12 @@
 """Losses, advantages and estimators as pure tensor functions, with the classes that hold their options.
 
-The classes are here by name (`rlhf_lightning.objectives.ClippedSurrogate`); the functions stand in the modules.
+The losses are here by name (`rlhf_lightning.objectives.ClippedSurrogate`); the estimators are in the modules.
 
 This package imports nothing else from the project, so every function can be used on its own.
 """
 
-from rlhf_lightning.objectives.policy import (
-    CISPO,
-    DRO,
-    SAPO,
-    ClippedSurrogate,
-    ImportanceSampling,
-    ImportanceWeights,
-    PolicyObjective,
-    Reinforce,
-    SequenceClippedSurrogate,
-)
-from rlhf_lightning.objectives.preference import (
-    AOT,
-    BCO,
-    EXO,
-    IPO,
-    KTO,
-    NCA,
-    ORPO,
-    SFT,
-    SPPO,
-    AOTUnpaired,
-    APODown,
-    APOUnpaired,
-    APOZero,
-    BCOUnpaired,
-    BradleyTerry,
-    Centering,
-    Davidson,
-    DiscoPOP,
-    Hinge,
-    KLToStart,
-    LabelLoss,
-    PairLoss,
-    PlackettLuce,
-    PreferenceLoss,
-    RankingLoss,
-    RaoKupper,
-    Robust,
-    SimPO,
-    WeightedSum,
-)
+from rlhf_lightning.objectives import policy, preference
+from rlhf_lightning.objectives.policy import *  # noqa: F403 - the names are listed once, in the two packages
+from rlhf_lightning.objectives.preference import *  # noqa: F403
 
-__all__ = [
-    "AOT",
-    "BCO",
-    "CISPO",
-    "DRO",
-    "EXO",
-    "IPO",
-    "KTO",
-    "NCA",
-    "ORPO",
-    "SAPO",
-    "SFT",
-    "SPPO",
-    "AOTUnpaired",
-    "APODown",
-    "APOUnpaired",
-    "APOZero",
-    "BCOUnpaired",
-    "BradleyTerry",
-    "Centering",
-    "ClippedSurrogate",
-    "Davidson",
-    "DiscoPOP",
-    "Hinge",
-    "ImportanceSampling",
-    "ImportanceWeights",
-    "KLToStart",
-    "LabelLoss",
-    "PairLoss",
-    "PlackettLuce",
-    "PolicyObjective",
-    "PreferenceLoss",
-    "RankingLoss",
-    "RaoKupper",
-    "Reinforce",
-    "Robust",
-    "SequenceClippedSurrogate",
-    "SimPO",
-    "WeightedSum",
-]
+__all__ = [*policy.__all__, *preference.__all__]

@@ -2,7 +2,6 @@
 
 from abc import ABC, abstractmethod
 from math import inf
-from typing import Any
 
 from torch import Tensor
 
@@ -243,15 +242,22 @@ class CISPO(PolicyObjective):
     Args:
         ratio_min: Lower bound of a token's weight.
         ratio_max: Upper bound of a token's weight.
-        **kwargs: Arguments of `PolicyObjective`.
+        aggregation: See `PolicyObjective`.
+        length: See `PolicyObjective`.
 
     Example:
         >>> CISPO(ratio_max=5.0).bounds
         (0.0, 5.0)
     """
 
-    def __init__(self, ratio_min: float = 0.0, ratio_max: float = 4.0, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
+    def __init__(
+        self,
+        ratio_min: float = 0.0,
+        ratio_max: float = 4.0,
+        aggregation: str = "token_mean",
+        length: int | None = None,
+    ) -> None:
+        super().__init__(aggregation, length)
         self.bounds = _bounds(ratio_min, ratio_max)
 
     def __call__(self, logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, loss_mask: Tensor) -> Tensor:
@@ -264,7 +270,8 @@ class DRO(PolicyObjective):
 
     Args:
         beta: Weight of the squared log-ratio, in reward units; above 0.
-        **kwargs: Arguments of `PolicyObjective`.
+        aggregation: See `PolicyObjective`.
+        length: See `PolicyObjective`.
 
     Raises:
         ValueError: If `beta` is not above 0.
@@ -274,8 +281,8 @@ class DRO(PolicyObjective):
         0.1
     """
 
-    def __init__(self, beta: float = 0.05, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
+    def __init__(self, beta: float = 0.05, aggregation: str = "token_mean", length: int | None = None) -> None:
+        super().__init__(aggregation, length)
         if not beta > 0:
             raise ValueError(
                 f"beta is {beta}; it must be above 0, or nothing keeps the policy close to the one that sampled"
@@ -294,7 +301,7 @@ class SAPO(PolicyObjective):
         temperature_positive: τ where the advantage is positive: how fast the gate closes as the ratio leaves 1.
         temperature_negative: τ where the advantage is negative.
         aggregation: See `PolicyObjective`.
-        **kwargs: Arguments of `PolicyObjective`.
+        length: See `PolicyObjective`.
 
     Raises:
         ValueError: If a temperature is not above 0.
@@ -309,9 +316,9 @@ class SAPO(PolicyObjective):
         temperature_positive: float = 1.0,
         temperature_negative: float = 1.05,
         aggregation: str = "sequence_mean",
-        **kwargs: Any,
+        length: int | None = None,
     ) -> None:
-        super().__init__(aggregation=aggregation, **kwargs)
+        super().__init__(aggregation, length)
         if not (temperature_positive > 0 and temperature_negative > 0):
             raise ValueError("the temperatures of SAPO must be above 0")
         self.temperatures = temperature_positive, temperature_negative
@@ -347,7 +354,7 @@ class ImportanceWeights(Settings):
         if level not in ("token", "sequence") or mode not in ("truncate", "mask"):
             raise ValueError(f"level {level!r} must be 'token' or 'sequence', mode {mode!r} 'truncate' or 'mask'")
         _bounds(low, high)
-        self.options: dict[str, Any] = {"level": level, "mode": mode, "low": low, "high": high}
+        self.level, self.mode, self.low, self.high = level, mode, low, high
 
     def __call__(self, old_logprobs: Tensor, sampling_logprobs: Tensor, loss_mask: Tensor) -> Tensor:
         """Compute the weights.
@@ -360,4 +367,5 @@ class ImportanceWeights(Settings):
         Returns:
             Factors for the per-token loss, `[B, T]`, without gradient.
         """
-        return importance_weights(old_logprobs, sampling_logprobs, loss_mask, **self.options)
+        options = self.level, self.mode, self.low, self.high
+        return importance_weights(old_logprobs, sampling_logprobs, loss_mask, *options)

@@ -24,7 +24,7 @@ class PreferenceLoss(Settings, ABC):
     """Names of the positional arguments of `__call__`."""
     batch_coupled: bool = False
     """True if a row's loss depends on the other rows of the optimizer step."""
-    scores: ClassVar[str | None] = None
+    scores: str | None = None
     """The only scores that the loss is defined for, `mean_logprob` (per token, beta 1) or `log_ratio`; None for any."""
 
     @abstractmethod
@@ -44,7 +44,7 @@ class PairLoss(PreferenceLoss):
 
     Example:
         >>> class SquaredHinge(PairLoss):
-        ...     def __call__(self, chosen, rejected, *, margin=0.0, **_):
+        ...     def __call__(self, chosen, rejected, *, margin=0.0):
         ...         return (1 - (chosen - rejected - margin)).clamp(min=0).square()
         >>> SquaredHinge().keywords()
         {'margin': False}
@@ -61,7 +61,7 @@ class LabelLoss(PreferenceLoss):
 
     Example:
         >>> class SquaredError(LabelLoss):
-        ...     def __call__(self, scores, labels, **_):
+        ...     def __call__(self, scores, labels):
         ...         return (scores.sigmoid() - labels).square()
         >>> SquaredError().kind
         'labels'
@@ -81,7 +81,7 @@ class RankingLoss(PreferenceLoss):
 
     Example:
         >>> class BestOfK(RankingLoss):
-        ...     def __call__(self, scores, ranks, loss_mask, **_):
+        ...     def __call__(self, scores, ranks, loss_mask):
         ...         scores = scores.masked_fill(loss_mask == 0, -torch.inf)
         ...         return scores.logsumexp(-1) - scores.gather(-1, ranks.argmin(-1, keepdim=True)).squeeze(-1)
         >>> BestOfK().inputs

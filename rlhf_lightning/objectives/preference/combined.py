@@ -1,7 +1,7 @@
 """Losses with running state, terms for `WeightedSum`, and losses of labels and rankings, as classes."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -20,9 +20,7 @@ class SFT(PairLoss):
         >>> loss = WeightedSum([Centering(), SFT()], weights=[0.01, 1.0])
     """
 
-    def __call__(
-        self, chosen: Tensor, rejected: Tensor, *, chosen_logps: Tensor, chosen_lengths: Tensor, **_: Any
-    ) -> Tensor:
+    def __call__(self, chosen: Tensor, rejected: Tensor, *, chosen_logps: Tensor, chosen_lengths: Tensor) -> Tensor:
         return sft(chosen_logps, chosen_lengths)
 
 
@@ -45,7 +43,6 @@ class KLToStart(PairLoss):
         rejected_kl: Tensor,
         chosen_lengths: Tensor,
         rejected_lengths: Tensor,
-        **_: Any,
     ) -> Tensor:
         return 0.5 * (chosen_kl / chosen_lengths + rejected_kl / rejected_lengths)
 
@@ -58,7 +55,7 @@ class Centering(PairLoss):
         tensor([0.2500])
     """
 
-    def __call__(self, chosen: Tensor, rejected: Tensor, **_: Any) -> Tensor:
+    def __call__(self, chosen: Tensor, rejected: Tensor) -> Tensor:
         return centering(chosen, rejected)
 
 
@@ -91,7 +88,7 @@ class WeightedSum(PairLoss, nn.Module):
         wanted = {loss.scores for loss in self.losses if loss.scores}
         if len(wanted) > 1:
             raise ValueError(f"losses defined for different scores ({', '.join(sorted(wanted))}) cannot be added")
-        self.scores = next(iter(wanted), None)  # type: ignore[misc]
+        self.scores = next(iter(wanted), None)
 
     def keywords(self) -> dict[str, bool]:
         """Names that any of the losses takes; required if one of them requires it."""
@@ -101,13 +98,25 @@ class WeightedSum(PairLoss, nn.Module):
                 found[name] = found.get(name, False) or required
         return found
 
-    def __call__(self, chosen: Tensor, rejected: Tensor, **named: Any) -> Tensor:
+    def __call__(self, chosen: Tensor, rejected: Tensor, **named: Tensor | float) -> Tensor:
         """Weighted sum of the losses, `[B]`."""
         total = torch.zeros_like(chosen)
         for weight, loss in zip(self.weights, self.losses, strict=True):
             own = {name: named[name] for name in loss.keywords() if name in named}
             total = total + weight * loss(chosen, rejected, **own)
         return total
+
+
+class RunningTotals(TypedDict):
+    """State of `RunningMeans`, of the undesirable and the desirable scores in this order.
+
+    Attributes:
+        totals: Sums of the scores, in reward units.
+        counts: Numbers of scores.
+    """
+
+    totals: list[float]
+    counts: list[int]
 
 
 class RunningMeans(nn.Module):
@@ -126,10 +135,10 @@ class RunningMeans(nn.Module):
         super().__init__()
         self.totals, self.counts = [0.0, 0.0], [0, 0]
 
-    def get_extra_state(self) -> dict[str, list[Any]]:
+    def get_extra_state(self) -> RunningTotals:
         return {"totals": list(self.totals), "counts": list(self.counts)}
 
-    def set_extra_state(self, state: dict[str, list[Any]]) -> None:
+    def set_extra_state(self, state: RunningTotals) -> None:
         self.totals, self.counts = list(state["totals"]), list(state["counts"])
 
     @torch.no_grad()
@@ -168,7 +177,7 @@ class BCO(PairLoss, nn.Module):
         nn.Module.__init__(self)
         self.means = RunningMeans()
 
-    def __call__(self, chosen: Tensor, rejected: Tensor, **_: Any) -> Tensor:
+    def __call__(self, chosen: Tensor, rejected: Tensor) -> Tensor:
         if self.training:
             self.means.update(chosen.detach(), torch.ones_like(chosen))
             self.means.update(rejected.detach(), torch.zeros_like(rejected))
@@ -208,7 +217,7 @@ class KTO(_Labels):
     mismatched = True
     scores = "log_ratio"
 
-    def __call__(self, scores: Tensor, labels: Tensor, *, mismatched: Tensor, **_: Any) -> Tensor:
+    def __call__(self, scores: Tensor, labels: Tensor, *, mismatched: Tensor) -> Tensor:
         kl = mismatched.detach().mean().clamp(min=0)
         return kto(scores, labels, kl, self.desirable_weight, self.undesirable_weight)
 
@@ -223,7 +232,7 @@ class APOUnpaired(LabelLoss):
 
     scores = "log_ratio"
 
-    def __call__(self, scores: Tensor, labels: Tensor, **_: Any) -> Tensor:
+    def __call__(self, scores: Tensor, labels: Tensor) -> Tensor:
         return apo_zero_unpaired(scores, labels)
 
 
@@ -249,7 +258,7 @@ class BCOUnpaired(_Labels, nn.Module):
         super().__init__(desirable_weight, undesirable_weight)
         self.means = RunningMeans()
 
-    def __call__(self, scores: Tensor, labels: Tensor, **_: Any) -> Tensor:
+    def __call__(self, scores: Tensor, labels: Tensor) -> Tensor:
         if self.training:
             self.means.update(scores.detach(), labels)
         return bco_unpaired(scores, labels, self.means.middle(), self.desirable_weight, self.undesirable_weight)
@@ -263,5 +272,5 @@ class PlackettLuce(RankingLoss):
         tensor([0.6931])
     """
 
-    def __call__(self, scores: Tensor, ranks: Tensor, loss_mask: Tensor, **_: Any) -> Tensor:
+    def __call__(self, scores: Tensor, ranks: Tensor, loss_mask: Tensor) -> Tensor:
         return plackett_luce(scores, ranks, loss_mask) / (loss_mask.sum(-1) - 1).clamp(min=1)

@@ -1,7 +1,6 @@
 """Pair losses as the classes that YAML names. `pair_losses` has the functions and the meaning of c, r and d."""
 
 import math
-from typing import Any
 
 from torch import Tensor
 
@@ -65,7 +64,7 @@ class BradleyTerry(PairLoss):
         self.label_smoothing, self.centering = _smoothing(label_smoothing), centering
 
     def __call__(
-        self, chosen: Tensor, rejected: Tensor, *, margin: Tensor | float = 0.0, ties: Tensor | float = 0.0, **_: Any
+        self, chosen: Tensor, rejected: Tensor, *, margin: Tensor | float = 0.0, ties: Tensor | float = 0.0
     ) -> Tensor:
         """Loss `[B]`."""
         loss = bradley_terry(chosen, rejected, margin, self.label_smoothing + ties * (0.5 - self.label_smoothing))
@@ -90,7 +89,7 @@ class Robust(PairLoss):
     def __init__(self, label_smoothing: float = 0.1) -> None:
         self.label_smoothing = _smoothing(label_smoothing)
 
-    def __call__(self, chosen: Tensor, rejected: Tensor, **_: Any) -> Tensor:
+    def __call__(self, chosen: Tensor, rejected: Tensor) -> Tensor:
         return robust(chosen, rejected, self.label_smoothing)
 
 
@@ -103,7 +102,7 @@ class Hinge(PairLoss):
         tensor([0., 1.])
     """
 
-    def __call__(self, chosen: Tensor, rejected: Tensor, **_: Any) -> Tensor:
+    def __call__(self, chosen: Tensor, rejected: Tensor) -> Tensor:
         return hinge(chosen, rejected)
 
 
@@ -118,7 +117,7 @@ class IPO(PairLoss):
         tensor([0.])
     """
 
-    def __call__(self, chosen: Tensor, rejected: Tensor, *, beta: float, **_: Any) -> Tensor:
+    def __call__(self, chosen: Tensor, rejected: Tensor, *, beta: float) -> Tensor:
         return ipo(chosen, rejected, beta)
 
 
@@ -137,7 +136,7 @@ class SimPO(PairLoss):
     def __init__(self, gamma: float = 1.0) -> None:
         self.gamma = gamma
 
-    def __call__(self, chosen: Tensor, rejected: Tensor, **_: Any) -> Tensor:
+    def __call__(self, chosen: Tensor, rejected: Tensor) -> Tensor:
         return simpo(chosen, rejected, self.gamma)
 
 
@@ -156,7 +155,7 @@ class ORPO(PairLoss):
     def __init__(self, weight: float = 0.1) -> None:
         self.weight = weight
 
-    def __call__(self, chosen: Tensor, rejected: Tensor, **_: Any) -> Tensor:
+    def __call__(self, chosen: Tensor, rejected: Tensor) -> Tensor:
         return orpo(chosen, rejected, self.weight)
 
 
@@ -177,7 +176,7 @@ class EXO(PairLoss):
         _positive(label_smoothing=label_smoothing)
         self.label_smoothing = _smoothing(label_smoothing)
 
-    def __call__(self, chosen: Tensor, rejected: Tensor, **_: Any) -> Tensor:
+    def __call__(self, chosen: Tensor, rejected: Tensor) -> Tensor:
         return exo(chosen, rejected, self.label_smoothing)
 
 
@@ -194,7 +193,7 @@ class NCA(PairLoss):
 
     scores = "log_ratio"
 
-    def __call__(self, chosen: Tensor, rejected: Tensor, **_: Any) -> Tensor:
+    def __call__(self, chosen: Tensor, rejected: Tensor) -> Tensor:
         return nca(chosen, rejected)
 
 
@@ -209,7 +208,7 @@ class SPPO(PairLoss):
 
     scores = "log_ratio"
 
-    def __call__(self, chosen: Tensor, rejected: Tensor, *, beta: float, **_: Any) -> Tensor:
+    def __call__(self, chosen: Tensor, rejected: Tensor, *, beta: float) -> Tensor:
         return sppo(chosen, rejected, beta)
 
 
@@ -224,7 +223,7 @@ class APOZero(PairLoss):
 
     scores = "log_ratio"
 
-    def __call__(self, chosen: Tensor, rejected: Tensor, **_: Any) -> Tensor:
+    def __call__(self, chosen: Tensor, rejected: Tensor) -> Tensor:
         return apo_zero(chosen, rejected)
 
 
@@ -239,7 +238,7 @@ class APODown(PairLoss):
 
     scores = "log_ratio"
 
-    def __call__(self, chosen: Tensor, rejected: Tensor, **_: Any) -> Tensor:
+    def __call__(self, chosen: Tensor, rejected: Tensor) -> Tensor:
         return apo_down(chosen, rejected)
 
 
@@ -260,7 +259,7 @@ class DiscoPOP(PairLoss):
         _positive(temperature=temperature)
         self.temperature = temperature
 
-    def __call__(self, chosen: Tensor, rejected: Tensor, **_: Any) -> Tensor:
+    def __call__(self, chosen: Tensor, rejected: Tensor) -> Tensor:
         return discopop(chosen, rejected, self.temperature)
 
 
@@ -291,7 +290,6 @@ class AOT(PairLoss):
         *,
         chosen_reference_scores: Tensor,
         rejected_reference_scores: Tensor,
-        **_: Any,
     ) -> Tensor:
         return aot(chosen, rejected, chosen_reference_scores - rejected_reference_scores, self.label_smoothing)
 
@@ -316,7 +314,7 @@ class AOTUnpaired(PairLoss):
     def __init__(self, label_smoothing: float = 0.0) -> None:
         self.label_smoothing = _smoothing(label_smoothing)
 
-    def __call__(self, chosen: Tensor, rejected: Tensor, **_: Any) -> Tensor:
+    def __call__(self, chosen: Tensor, rejected: Tensor) -> Tensor:
         return aot_unpaired(chosen, rejected, self.label_smoothing)
 
 
@@ -339,7 +337,7 @@ class Davidson(PairLoss):
         _positive(nu=nu)
         self.nu = nu
 
-    def __call__(self, chosen: Tensor, rejected: Tensor, *, ties: Tensor | float = 0.0, **_: Any) -> Tensor:
+    def __call__(self, chosen: Tensor, rejected: Tensor, *, ties: Tensor | float = 0.0) -> Tensor:
         return davidson(chosen, rejected, ties, self.nu)
 
 
@@ -361,5 +359,5 @@ class RaoKupper(PairLoss):
             raise ValueError(f"nu is {nu}; it must be above 1")
         self.nu = nu
 
-    def __call__(self, chosen: Tensor, rejected: Tensor, *, ties: Tensor | float = 0.0, **_: Any) -> Tensor:
+    def __call__(self, chosen: Tensor, rejected: Tensor, *, ties: Tensor | float = 0.0) -> Tensor:
         return rao_kupper(chosen, rejected, ties, self.nu)
