@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM
 from rlhf_lightning import PolicyRLModule, PromptDataModule
 from rlhf_lightning.rewards import LengthReward
 from rlhf_lightning.sampling.sampler import Sampler
-from rlhf_lightning.sampling.token_sampling import Completion, SamplingParams, sample_token, uniforms
+from rlhf_lightning.sampling.token_sampling import SamplingParams, sample_token, uniforms
+from rlhf_lightning.types import Completion
 
 
 class PlainEngine:

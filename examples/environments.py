@@ -14,8 +14,7 @@ from rlhf_lightning.environments.base import Limits, StepResult
 from rlhf_lightning.environments.tools import ToolEnv
 from rlhf_lightning.rewards import ExactAnswer
 from rlhf_lightning.sampling.sampler import Sampler
-
-Message = dict[str, Any]
+from rlhf_lightning.types import Message
 
 
 class Guess:
@@ -36,7 +35,7 @@ class Guess:
 
     def step(self, message: Message) -> StepResult:
         """Judge a guess. The right one earns 1 / number of guesses; an answer without a number ends the game."""
-        found = re.search(r"\d+", message["content"])
+        found = re.search(r"\d+", message["content"] or "")
         if found is None:
             return StepResult(reward=0.0, done=True, metrics={"guesses": self.guesses})
         self.guesses += 1

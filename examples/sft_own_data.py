@@ -29,7 +29,7 @@ class QuestionFile(pl.LightningDataModule):
     def setup(self, stage: str) -> None:
         """Read and render the file."""
         with self.path.open(newline="", encoding="utf-8") as file:
-            rows = [
+            rows: list[list[Message]] = [
                 [{"role": "user", "content": row["question"]}, {"role": "assistant", "content": row["answer"]}]
                 for row in csv.DictReader(file)
             ]

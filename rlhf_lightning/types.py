@@ -1,11 +1,307 @@
-"""Episodes, and the training samples that they leave."""
+"""The records that pass between rooms: rows, messages, episodes, batches; and what a tokenizer and a model must have.
 
+Shapes: B examples, N rows of tokens (for pairs, 2B), T tokens of the longest row, V tokens of the vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, Protocol, Required, Self, TypeAlias, TypedDict
 
-from rlhf_lightning.data.conversations import Message
+if TYPE_CHECKING:
+    import os
 
+    import torch
+    from torch import Tensor, nn
+
+JSON: TypeAlias = bool | int | float | str | list["JSON"] | dict[str, "JSON"] | None
+"""What a JSON file can hold."""
+Row: TypeAlias = dict[str, JSON]
+"""A row of data, by column."""
+ToolCall: TypeAlias = dict[str, JSON]
+"""A tool call as in OpenAI's API, `{id, type, function: {name, arguments}}`, with arguments as an object."""
+ToolSchema: TypeAlias = dict[str, JSON]
+"""A tool as templates expect it, `{type: function, function: {name, description, parameters}}`."""
+TemplateMessage: TypeAlias = dict[str, Any]
+"""A message in the form that a chat template reads: its contents may be parts or objects."""
+Counts: TypeAlias = dict[str, float]
+"""What examples add to the denominators of their optimizer step, by name: `tokens`, `sequences`, `pairs`, …"""
 STOP_REASONS = ("stop", "length", "tokens", "turns", "context", "failed")
+ReasoningKey = Literal["reasoning_content", "thinking", "reasoning"]
+"""Keys under which data sets keep the reasoning of a turn."""
+
+
+class Message(TypedDict, total=False):
+    """A message of a conversation. A data row's may have further keys, which the chat template may read.
+
+    Example:
+        >>> message: Message = {"role": "user", "content": "What is 2 + 2?"}
+        >>> message["content"]
+        'What is 2 + 2?'
+    """
+
+    role: Required[str]
+    """`system`, `developer`, `user`, `assistant`, `tool`, or another that the template knows."""
+    content: Required[str | None]
+    """The text; None in a turn that only calls tools."""
+    tool_calls: list[ToolCall]
+    tool_call_id: str
+    """In a result: id of the call that it answers."""
+    name: str
+    """In a result: name of the tool."""
+    reasoning_content: str
+    thinking: str
+    reasoning: str
+    """The model's reasoning, under one of the three keys (`ReasoningKey`)."""
+    trainable: bool
+    """False if the message is not trained on; True if `train_on` is `trainable` and it is."""
+
+
+# -- what is asked of a tokenizer and a model -------------------------------------------------------------------------
+
+
+class Encoding(TypedDict, total=False):
+    """What a tokenizer returns for a text."""
+
+    input_ids: Required[list[int]]
+    offset_mapping: list[tuple[int, int]]
+    """First character of each token and the one after its last; only if asked for."""
+
+
+class AddedToken(Protocol):
+    """A token that was added to a tokenizer's vocabulary; `str` of it is its text."""
+
+    special: bool
+
+
+class Tokenizer(Protocol):
+    """What the package asks of a tokenizer; those of transformers have it."""
+
+    name_or_path: str
+    is_fast: bool
+    chat_template: str | dict[str, str] | None
+    bos_token: str | None
+    bos_token_id: int | None
+    eos_token: str | None
+    eos_token_id: int | None
+    pad_token: str | None
+    pad_token_id: int | None
+    unk_token: str | None
+    all_special_tokens: list[str]
+    added_tokens_decoder: dict[int, AddedToken]
+
+    def __len__(self) -> int: ...
+
+    def __call__(
+        self,
+        text: str,
+        *,
+        add_special_tokens: bool = True,
+        return_offsets_mapping: bool = False,
+        verbose: bool = True,
+    ) -> Encoding: ...
+
+    def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = False) -> str: ...
+
+    def convert_tokens_to_ids(self, tokens: str) -> int: ...
+
+    def get_vocab(self) -> dict[str, int]: ...
+
+    def get_chat_template(self, chat_template: str | None = None, tools: list[ToolSchema] | None = None) -> str: ...
+
+    def apply_chat_template(
+        self,
+        conversation: Sequence[Message] | Sequence[TemplateMessage],
+        tools: list[ToolSchema] | None = None,
+        *,
+        chat_template: str | None = None,
+        tokenize: bool = True,
+        add_generation_prompt: bool = False,
+        **variables: JSON,
+    ) -> str: ...
+
+    def add_special_tokens(self, special_tokens_dict: dict[str, str]) -> int: ...
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str]) -> tuple[str, ...]: ...
+
+
+class CausalOutput(Protocol):
+    """What a causal model returns."""
+
+    logits: Tensor
+    """`[B, T, V]`."""
+
+
+class ModelConfig(Protocol):
+    """What the package asks of a model's configuration."""
+
+    tie_word_embeddings: bool
+    pad_token_id: int | None
+
+    def get_text_config(self) -> Any:
+        """Settings of the language model; which there are depends on its architecture."""
+
+
+class CausalModel(Protocol):
+    """What the package asks of a causal language model; the `…ForCausalLM` of transformers have it."""
+
+    config: ModelConfig
+    generation_config: Any
+    """Settings of transformers' `generate`, which `save` writes and stop tokens are read from."""
+    base_model: nn.Module
+    training: bool
+
+    def __call__(
+        self, *, input_ids: Tensor, attention_mask: Tensor | None = None, use_cache: bool = True
+    ) -> CausalOutput: ...
+
+    def get_decoder(self) -> nn.Module: ...
+
+    def get_input_embeddings(self) -> nn.Embedding: ...
+
+    def get_output_embeddings(self) -> nn.Linear: ...
+
+    def resize_token_embeddings(self, new_num_tokens: int, *, mean_resizing: bool = True) -> nn.Module: ...
+
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, bool] | None = None) -> None: ...
+
+    def can_generate(self) -> bool: ...
+
+    def save_pretrained(
+        self, save_directory: str | os.PathLike[str], *, state_dict: Mapping[str, Tensor] | None = None
+    ) -> None: ...
+
+    # Of any `nn.Module`; where a function of torch wants one, `isinstance(model, nn.Module)` says that it is.
+
+    def parameters(self) -> Iterator[nn.Parameter]: ...
+
+    def named_parameters(
+        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, nn.Parameter]]: ...
+
+    def buffers(self) -> Iterator[Tensor]: ...
+
+    def modules(self) -> Iterator[nn.Module]: ...
+
+    def named_modules(self) -> Iterator[tuple[str, nn.Module]]: ...
+
+    def state_dict(self) -> dict[str, Tensor]: ...
+
+    def requires_grad_(self, requires_grad: bool = True) -> Self: ...
+
+    def train(self, mode: bool = True) -> Self: ...
+
+    def eval(self) -> Self: ...
+
+    def to(self, place: torch.device | torch.dtype | str) -> Self: ...
+
+
+# -- batches ----------------------------------------------------------------------------------------------------------
+
+
+class TokenBatch(TypedDict, total=False):
+    """Rows of tokens, padded on the right. What is not marked as required may be missing in another loader's batch."""
+
+    input_ids: Required[Tensor]
+    """Token ids, int64 `[N, T]`."""
+    loss_mask: Required[Tensor]
+    """1 on trained tokens, 0 elsewhere, float32 `[N, T]`. Token t is predicted from those before it."""
+    lengths: Tensor
+    """Tokens of each row without its padding, int64 `[N]`."""
+
+
+class StepBatch(TokenBatch, total=False):
+    """Rows of tokens of an optimizer step."""
+
+    denominators: Counts
+    """Counts of the whole optimizer step, over its micro-batches and ranks; by these losses are divided."""
+    where: list[str]
+    """File and line of each example, as far as they are known; for error messages."""
+
+
+class SFTBatch(StepBatch, total=False):
+    """A batch of supervised fine-tuning; N = B."""
+
+    text_bytes: Tensor
+    """UTF-8 bytes of each row's trained text, float32 `[B]`: the denominator of bits per byte."""
+
+
+class PreferenceTokens(TokenBatch, total=False):
+    """Rows of tokens that a preference loss scores."""
+
+    reference_logprobs: Tensor
+    """Stored log-probabilities of the reference, in nats, float32 `[N, T]`; 0 outside responses."""
+    shared_lengths: Tensor
+    """Response tokens of the shorter response of each row's pair, `[N]`."""
+
+
+class PreferenceBatch(PreferenceTokens, StepBatch, total=False):
+    """A batch of preferences: pairs (N = 2B: all chosen rows, then all rejected ones), labels (N = B), or rankings."""
+
+    weights: Tensor
+    """1 for each example, 0 for one that only fills a rank's place, float32 `[B]`."""
+    margin: Tensor
+    """Pairs: by how much chosen is better, in the score's units, float32 `[B]`; 0 if not known."""
+    ties: Tensor
+    """Pairs: 1 if neither response is better, float32 `[B]`."""
+    labels: Tensor
+    """Labels: 1 for a desirable response, 0 for an undesirable one, float32 `[B]`."""
+    mismatched: PreferenceTokens
+    """Labels: each prompt with the response to another one, for losses that estimate the KL from these."""
+    ranking: Tensor
+    """Rankings: index of each row's ranking within the batch, int64 `[N]`, ascending."""
+    ranks: Tensor
+    """Rankings: rank of each row, 0 for the best, int64 `[N]`."""
+    category: Tensor
+    """Index of each example's category in `category_names`, -1 for none, int64 `[B]`."""
+    category_names: list[str]
+    """Names of the categories of all data."""
+
+
+class RolloutBatch(StepBatch, total=False):
+    """A mini-batch of a round of policy RL; N rows, each a `TrainingSample`. Numbers are 0 where `loss_mask` is."""
+
+    sampling_logprobs: Tensor
+    """The sampler's log-probabilities of the tokens, in nats at its temperature, float32 `[N, T]`."""
+    old_logprobs: Required[Tensor]
+    """The policy's log-probabilities at the start of the round, in nats, float32 `[N, T]`: the ratio's denominator."""
+    advantages: Required[Tensor]
+    """Advantage of each token, in reward units, float32 `[N, T]`; `[N, 1]` in another loader's batch."""
+    reference_logprobs: Tensor
+    """The reference's log-probabilities, in nats, float32 `[N, T]`; 0 without a reference."""
+    values: Tensor
+    """The critic's estimates before each sampled token, in reward units, float32 `[N, T]`; 0 without a critic."""
+    returns: Tensor
+    """The critic's targets, in reward units, float32 `[N, T]`; 0 without a critic."""
+    round: int
+    """Number of the round."""
+    first: bool
+    """True if the policy has not been updated since it sampled these rows."""
+    statistics: dict[str, float] | None
+    """Means over the round's episodes, on the first batch of a round; None on the others."""
+
+
+# -- samples and episodes ---------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Completion:
+    """A sampled response.
+
+    Attributes:
+        ids: Token ids, including the stop token.
+        logprobs: Log-probability of each token when it was sampled, in nats.
+
+    Example:
+        >>> Completion(ids=[5, 2], logprobs=[-0.1, -0.7], stop_reason="stop").stop_reason
+        'stop'
+    """
+
+    ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    stop_reason: str = "length"
+    """`stop` (a stop token or text) or `length` (the budget was used up)."""
 
 
 @dataclass
@@ -51,9 +347,34 @@ class TrainingSample:
         """Number of tokens that the policy sampled."""
         return sum(self.loss_mask)
 
-    def counts(self) -> dict[str, float]:
+    def counts(self) -> Counts:
         """What the row adds to the denominators of its optimizer step."""
         return {"tokens": float(self.actions), "sequences": float(self.actions > 0)}
+
+
+class Answer(TypedDict):
+    """A response to a prompt, as `predict` and `rlhf generate` return it."""
+
+    index: int
+    """Position of the prompt in the data."""
+    prompt: list[Message]
+    response: str
+    stop_reason: str
+    response_tokens: int
+
+
+class EpisodeRecord(TypedDict, total=False):
+    """An episode as a row of `samples.jsonl`; the fields are those of `Episode`."""
+
+    prompt: Required[list[Message]]
+    response: Required[str]
+    responses: Required[list[Message]]
+    reward: Required[float]
+    terms: Required[dict[str, float | None]]
+    advantage: Required[float | None]
+    stop_reason: Required[str]
+    response_tokens: Required[int]
+    error: str
 
 
 @dataclass
@@ -78,12 +399,12 @@ class Episode:
     """
 
     prompt: list[Message]
-    row: dict[str, Any]
+    row: Row
     group: int
     """Index of the prompt in its data; episodes of one group answer the same prompt."""
     sample: int = 0
     """Index of the response within its group."""
-    tools: list[Any] | None = None
+    tools: list[ToolSchema] | None = None
     responses: list[Message] = field(default_factory=list)
     """Messages after the prompt, both the policy's and the environment's."""
     training_samples: list[TrainingSample] = field(default_factory=list)
@@ -126,7 +447,7 @@ class Episode:
     @property
     def response(self) -> str:
         """The policy's last message."""
-        spoken = [message["content"] for message in self.responses if message["role"] == "assistant"]
+        spoken = [message["content"] or "" for message in self.responses if message["role"] == "assistant"]
         return spoken[-1] if spoken else ""
 
     @property
@@ -152,9 +473,19 @@ class Episode:
                 before = sampled
         return turns
 
-    def record(self) -> dict[str, Any]:
-        """The episode as a row of `samples.jsonl`."""
+    def answer(self) -> Answer:
+        """The response, with its prompt."""
         return {
+            "index": self.group,
+            "prompt": self.prompt,
+            "response": self.response,
+            "stop_reason": self.stop_reason,
+            "response_tokens": self.response_tokens,
+        }
+
+    def record(self) -> EpisodeRecord:
+        """The episode as a row of `samples.jsonl`."""
+        record: EpisodeRecord = {
             "prompt": self.prompt,
             "response": self.response,
             "responses": self.responses,
@@ -163,8 +494,10 @@ class Episode:
             "advantage": self.advantage,
             "stop_reason": self.stop_reason,
             "response_tokens": self.response_tokens,
-            **({"error": self.error} if self.failed else {}),
         }
+        if self.error is not None:
+            record["error"] = self.error
+        return record
 
     def counted(self) -> dict[str, float]:
         """Indicators (0 or 1) of how it ended; their means over episodes are fractions."""

@@ -21,11 +21,11 @@ ROOMS = [
     {"rollout"},
     {"sampling", "rewards"},
     {"models"},
-    {"pipeline", "types", "environments"},
+    {"pipeline", "environments"},
     {"report", "data"},
     {"distributed", "untrusted", "rank_watch", "run_folder"},
     {"files", "objectives", "safe_points", "user_exits"},
-    {"errors", "settings"},
+    {"errors", "settings", "types"},
 ]
 """A room imports itself and the lines below its own; on one line, only `cli` imports `quickstart`."""
 MODULES = {

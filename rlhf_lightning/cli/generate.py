@@ -1,7 +1,7 @@
 """`rlhf generate MODEL`."""
 
 import argparse
-from typing import Any
+from typing import TYPE_CHECKING
 
 from rlhf_lightning.cli.options import Parser, check_options, device_of
 from rlhf_lightning.cli.rendering_flags import (
@@ -11,6 +11,9 @@ from rlhf_lightning.cli.rendering_flags import (
     sampling_of,
     say,
 )
+
+if TYPE_CHECKING:
+    from rlhf_lightning.types import Message
 
 
 def run(args: list[str]) -> int:
@@ -33,19 +36,16 @@ def run(args: list[str]) -> int:
     prompts = policy.prompts(source, options.limit)
     episodes = policy.answer(prompts, options.max_tokens, options.seed, options.samples, **sample)
     for episode in episodes:
-        record = episode.record()
         if options.json:
-            keys = ("prompt", "response", "stop_reason", "response_tokens")
-            row = {"index": episode.group, "sample": episode.sample, **{key: record[key] for key in keys}}
-            print(as_json(row))
+            print(as_json({"index": episode.group, "sample": episode.sample, **episode.answer()}))
             continue
         if len(episodes) > 1:
-            print(f"--- {_last(record['prompt'])}")
-        print(visible(record["response"]))
+            print(f"--- {_last(episode.prompt)}")
+        print(visible(episode.response))
     return 0
 
 
-def _last(messages: list[dict[str, Any]]) -> str:
+def _last(messages: "list[Message]") -> str:
     """The last message of a prompt on one line."""
     content = str(messages[-1]["content"]) if messages else ""
     return " ".join("".join(c if c.isprintable() else " " for c in content).split())[:100]

@@ -57,7 +57,7 @@ def run(args: list[str]) -> int:
 
 def score_file(options: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, float]]:
     """The rows with their scores, and summary metrics."""
-    from rlhf_lightning.data.records import Reading, Row, convert_rows, read_rows
+    from rlhf_lightning.data.records import LocatedRow, Reading, convert_rows, read_rows
     from rlhf_lightning.models.reward_model import RewardModel
 
     import_scorer(options.scorer)
@@ -66,7 +66,7 @@ def score_file(options: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[
     say(judge.asking.describe())
     reading = Reading()
     # Each example keeps its row, since bad rows may have been left out.
-    given: list[Row] = read_rows(options.file, reading=reading)
+    given: list[LocatedRow] = read_rows(options.file, reading=reading)
     examples = convert_rows(given, lambda data: [(data, responses(judge.renderer, data))], reading, options.on_bad_row)
     sides = [side for _, rendered in examples for side in rendered.values()]
     scores = iter(judge.score_tokens([s.ids for s in sides], [s.loss_mask for s in sides], options.batch_size).tolist())

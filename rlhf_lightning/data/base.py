@@ -15,8 +15,8 @@ from rlhf_lightning.data.batching import RowLoader, ShardSpec, run_seed
 from rlhf_lightning.data.columns import noting_unused, refuse_unused_names
 from rlhf_lightning.data.containers import settled
 from rlhf_lightning.data.records import (
+    LocatedRow,
     Reading,
-    Row,
     RowError,
     SkippedRow,
     Source,
@@ -240,7 +240,7 @@ class RowDataModule(pl.LightningDataModule):
         """Columns that a row is read from; None if the example keeps all of them."""
         return None
 
-    def read(self, source: Source, name: str, reading: Reading) -> list[Row]:
+    def read(self, source: Source, name: str, reading: Reading) -> list[LocatedRow]:
         """Read the rows of a source; `name` is what they are for.
 
         Raises:

@@ -11,13 +11,13 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from rlhf_lightning.data.conversations import Message
 from rlhf_lightning.data.records import RowError
 from rlhf_lightning.data.tool_calls import Written, as_text, holds_json, shown, with_ids
+from rlhf_lightning.types import Message, ReasoningKey, TemplateMessage, ToolSchema
 
 log = logging.getLogger(__name__)
-Render = Callable[[list[Message], list[Any] | None], str]
-REASONING = ("reasoning_content", "thinking", "reasoning")
+Render = Callable[[list[TemplateMessage], list[ToolSchema] | None], str]
+REASONING: tuple[ReasoningKey, ...] = ("reasoning_content", "thinking", "reasoning")
 PROBES: tuple[dict[str, Any], ...] = (
     {"first_key": "first value", "size": 7},
     {"second_key": "second value", "size": 8},
@@ -25,7 +25,7 @@ PROBES: tuple[dict[str, Any], ...] = (
 RESULT = {"result_key": "result value"}
 NAMES = ("probe_first", "probe_second")
 WORD, ID = "Sentinel word.", "abc123456"
-SCHEMA = {
+SCHEMA: ToolSchema = {
     "type": "function",
     "function": {
         "name": "probe_tool",
@@ -73,7 +73,7 @@ class CallForms:
         self._forms: dict[bool, Forms] = {}
         self._known: dict[Any, Any] = {}
 
-    def fit(self, messages: list[Message], tools: list[Any] | None) -> list[Message]:
+    def fit(self, messages: list[TemplateMessage], tools: list[ToolSchema] | None) -> list[TemplateMessage]:
         """Copies of messages, in the form that the template shows correctly."""
         # Copies, since templates may change their input (some pop keys).
         messages = [self._plain(message, first=not i) for i, message in enumerate(messages)]
@@ -84,7 +84,7 @@ class CallForms:
             messages = with_ids(messages, forms.ids)
         return [self._calls(message, forms) if message.get("tool_calls") else message for message in messages]
 
-    def _plain(self, message: Message, first: bool) -> Message:
+    def _plain(self, message: TemplateMessage, first: bool) -> TemplateMessage:
         """A message with its reasoning, and a result that is an object, under the keys that the template reads."""
         changed = {**message, "role": self._role(message["role"], first)}
         content = changed.get("content")
@@ -105,7 +105,7 @@ class CallForms:
             return "system"
         return role
 
-    def _calls(self, message: Message, forms: Forms) -> Message:
+    def _calls(self, message: TemplateMessage, forms: Forms) -> TemplateMessage:
         """A message with tool calls in the template's form."""
         content = message.get("content")
         said = isinstance(content, str) and not isinstance(content, Written) and content.strip()
@@ -122,7 +122,7 @@ class CallForms:
             ]
         return {**message, "tool_calls": calls, "content": content if said else forms.blank}
 
-    def left_out(self, messages: list[Message], tools: list[Any] | None) -> str | None:
+    def left_out(self, messages: list[Message], tools: list[ToolSchema] | None) -> str | None:
         """What the template silently omits of a conversation, and what to do; None if it shows everything."""
         if tools and not self.shows_tools():
             return (
@@ -182,7 +182,7 @@ class CallForms:
             self._known["tools"] = text is None or "probe_tool" in text
         return bool(self._known["tools"])
 
-    def _find(self, tools: list[Any] | None) -> Forms:
+    def _find(self, tools: list[ToolSchema] | None) -> Forms:
         """Find the best form by rendering probes."""
         best = Forms(0)
         for text in (False, True):
@@ -210,7 +210,7 @@ class CallForms:
             ids,
         )
 
-    def _shown(self, tools: list[Any] | None, as_text: bool, blank: str | None) -> int:
+    def _shown(self, tools: list[ToolSchema] | None, as_text: bool, blank: str | None) -> int:
         """How the template shows arguments in a form; 0 if it does not."""
         text = self._probe(tools, Forms(0, as_text, blank))
         if text is None or (blank is None and "None" in text):
@@ -218,19 +218,19 @@ class CallForms:
         return shown(text, PROBES[0])
 
     def _probe(
-        self, tools: list[Any] | None, forms: Forms, count: int = 1, content: str = "", ids: str | None = ID
+        self, tools: list[ToolSchema] | None, forms: Forms, count: int = 1, content: str = "", ids: str | None = ID
     ) -> str | None:
         """Rendering of a turn with calls, with results if the template takes these; None if it refuses the turn."""
         calls: list[dict[str, Any]] = []
-        results: list[Message] = []
+        results: list[TemplateMessage] = []
         for name, arguments in [*zip(NAMES, PROBES, strict=True)][:count]:
             # Ids differ in their last character.
             known = {"id": f"{ids[:-1]}{len(calls)}" if calls else ids} if ids else {}
             function = {"name": name, "arguments": as_text(arguments) if forms.as_text else arguments}
             calls.append({**known, "type": "function", "function": function})
             results.append({"role": "tool", "content": "Found."} | ({"tool_call_id": known["id"]} if known else {}))
-        turn = {"role": "assistant", "content": content or forms.blank, "tool_calls": calls}
-        said: list[Message] = [{"role": "user", "content": "Hello"}, turn]
+        turn: TemplateMessage = {"role": "assistant", "content": content or forms.blank, "tool_calls": calls}
+        said: list[TemplateMessage] = [{"role": "user", "content": "Hello"}, turn]
         found = self._try([*said, *results], tools)
         return self._try(said, tools) if found is None else found
 
@@ -255,7 +255,7 @@ class CallForms:
         if key not in self._known:
             call = {"id": ID, "type": "function", "function": {"name": NAMES[0], "arguments": {}}}
             content: Any = [RESULT, RESULT] if kind is list else RESULT
-            said: list[Message] = [
+            said: list[TemplateMessage] = [
                 {"role": "user", "content": "Hello"},
                 {"role": "assistant", "content": "", "tool_calls": [call]},
                 {"role": "tool", "tool_call_id": ID, "name": NAMES[0], "content": content},
@@ -276,7 +276,7 @@ class CallForms:
             self._known[key] = given if refused else next((n for n in names if WORD in (texts[n] or "")), None)
         return self._known[key]
 
-    def _try(self, messages: list[Message], tools: list[Any] | None) -> str | None:
+    def _try(self, messages: list[TemplateMessage], tools: list[ToolSchema] | None) -> str | None:
         """A rendering of the messages, alone or after a system message; None if the template refuses both."""
         for before in ([], [{"role": "system", "content": "Be kind."}]):
             try:
@@ -286,8 +286,8 @@ class CallForms:
         return None
 
 
-def _reasoning(message: Message) -> str | None:
+def _reasoning(message: Message | TemplateMessage) -> ReasoningKey | None:
     """The key that holds a message's reasoning, if it has any."""
     if message["role"] != "assistant":
         return None
-    return next((key for key in REASONING if isinstance(message.get(key), str) and message[key].strip()), None)
+    return next((key for key in REASONING if isinstance(said := message.get(key), str) and said.strip()), None)

@@ -10,7 +10,7 @@ from rlhf_lightning.data.columns import noting_unused, refuse_unused_names
 from rlhf_lightning.data.preference import PreferenceDataModule
 from rlhf_lightning.data.preference_rows import Pair, row_kind
 from rlhf_lightning.data.prompts import Prompt, PromptDataModule
-from rlhf_lightning.data.records import Reading, Row, RowError, SkippedRow, Source, rename_columns
+from rlhf_lightning.data.records import LocatedRow, Reading, RowError, SkippedRow, Source, rename_columns
 from rlhf_lightning.data.rendering import Rendered, masked_pieces
 from rlhf_lightning.data.response_starts import ResponseStarts
 from rlhf_lightning.data.sft import SFTDataModule
@@ -119,7 +119,7 @@ def check(module: RowDataModule, source: Source, split: str = "train") -> Checke
     return found
 
 
-def _choose_kind(module: RowDataModule, rows: Sequence[Row]) -> None:
+def _choose_kind(module: RowDataModule, rows: Sequence[LocatedRow]) -> None:
     """Without a loss that says which kind of rows is expected, take the most frequent kind."""
     if isinstance(module, PreferenceDataModule) and module._kind is None and rows:
         module._kind = Counter(row_kind(row.data) for row in rows).most_common(1)[0][0]

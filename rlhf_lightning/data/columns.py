@@ -7,6 +7,7 @@ from typing import Any
 from rlhf_lightning.data.records import RowError
 from rlhf_lightning.data.tool_calls import short
 from rlhf_lightning.errors import ConfigError
+from rlhf_lightning.types import Message, Row
 
 SYSTEM = ("system", "system_prompt", "system_message")
 TOOLS = ("tools", "functions")
@@ -103,7 +104,7 @@ def refuse_unused_names(columns: Mapping[str, str | None] | None, used: set[str]
             raise ConfigError(f"data.columns: {{{ours}: {theirs}}}: these rows are not read from {ours!r}; {hint}")
 
 
-def with_system(data: Mapping[str, Any], messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def with_system(data: Row, messages: list[Message]) -> list[Message]:
     """Put the text of a row's `system` (`system_prompt`, `system_message`) column before its messages.
 
     Raises:
@@ -162,12 +163,15 @@ def take_marks(message: dict[str, Any], where: str) -> None:
         message["trainable"] = marks.pop()
 
 
-def unmarked(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def unmarked(messages: Sequence[Message]) -> list[Message]:
     """Messages of a prompt without their marks, since nothing of a prompt is trained."""
-    return [{key: value for key, value in message.items() if key != "trainable"} for message in messages]
+    copies = [message.copy() for message in messages]
+    for message in copies:
+        message.pop("trainable", None)
+    return copies
 
 
-def refuse_untrained(messages: Sequence[dict[str, Any]], why: str) -> None:
+def refuse_untrained(messages: Sequence[Message], why: str) -> None:
     """Raise `RowError` for a turn marked as not trained where no turn can be left out."""
     if any(message.get("trainable") is False for message in messages):
         raise RowError(f"a message is marked as not trained (weight: 0, train: false), and {why}")

@@ -4,9 +4,9 @@ from collections.abc import Callable
 from typing import Any
 
 from rlhf_lightning.data.records import RowError
+from rlhf_lightning.types import TemplateMessage
 
-Message = dict[str, Any]
-Render = Callable[[list[Message]], str]
+Render = Callable[[list[TemplateMessage]], str]
 _FIRST, _SECOND = "Alpha,", "beta."
 
 
@@ -33,7 +33,7 @@ class ContentParts(str):
         return f"ContentParts({self.parts!r})"  # parts matter: a template may trim each one
 
 
-def joined(message: Message) -> Message:
+def joined(message: TemplateMessage) -> TemplateMessage:
     """A message whose content is `ContentParts` if it was a list of text parts."""
     content = message.get("content")
     if not isinstance(content, list) or not content or not all(_is_text(part) for part in content):
@@ -63,13 +63,13 @@ class ContentForms:
         """True if the template shows contents only in parts."""
         self._known: dict[str, bool] = {}
 
-    def fit(self, messages: list[Message]) -> list[Message]:
+    def fit(self, messages: list[TemplateMessage]) -> list[TemplateMessage]:
         """The messages, with contents as the template shows them."""
         if not self.only_parts and not any(isinstance(message.get("content"), ContentParts) for message in messages):
             return messages
         return [self._fitted(message) for message in messages]
 
-    def _fitted(self, message: Message) -> Message:
+    def _fitted(self, message: TemplateMessage) -> TemplateMessage:
         content = message.get("content")
         if isinstance(content, ContentParts) and (self.only_parts or self.shows_parts(message["role"])):
             return {**message, "content": content.parts}
@@ -84,11 +84,11 @@ class ContentForms:
         return self._known[role]
 
     def _probe(self, role: str) -> bool:
-        asked: Message = {"role": "user", "content": "Hello"}
+        asked: TemplateMessage = {"role": "user", "content": "Hello"}
         call = {"type": "function", "id": "abc123456", "function": {"name": "probe_tool", "arguments": {}}}
-        called: Message = {"role": "assistant", "content": "", "tool_calls": [call]}
-        before: list[Message] = {"assistant": [asked], "tool": [asked, called]}.get(role, [])
-        after: list[Message] = [] if before or role == "user" else [asked]
+        called: TemplateMessage = {"role": "assistant", "content": "", "tool_calls": [call]}
+        before: list[TemplateMessage] = {"assistant": [asked], "tool": [asked, called]}.get(role, [])
+        after: list[TemplateMessage] = [] if before or role == "user" else [asked]
         parts: Any = [{"type": "text", "text": _FIRST}, {"type": "text", "text": _SECOND}]
         try:
             in_parts, as_text = (

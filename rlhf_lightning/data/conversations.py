@@ -20,9 +20,9 @@ from rlhf_lightning.data.columns import (
 )
 from rlhf_lightning.data.contents import ContentParts
 from rlhf_lightning.data.records import RowError
+from rlhf_lightning.types import Message
 from rlhf_lightning.data.tool_calls import Written, as_text, read_calls, read_tools, short
 
-Message = dict[str, Any]
 SPEAKERS = {
     "human": "user",
     "gpt": "assistant",

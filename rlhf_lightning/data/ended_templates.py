@@ -12,9 +12,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from rlhf_lightning.data.conversations import Message
 from rlhf_lightning.data.records import RowError
 from rlhf_lightning.data.templates import FAILURES, FIXED_DATE, ChatTemplate
+from rlhf_lightning.types import Message
 
 log = logging.getLogger(__name__)
 _HEAD = "{#- rlhf-lightning: this template ends with the last turn, where the score is read. -#}\n"

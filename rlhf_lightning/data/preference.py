@@ -10,7 +10,7 @@ import torch
 from rlhf_lightning.data.base import RowDataModule
 from rlhf_lightning.data.batching import pad_right, pad_tokens
 from rlhf_lightning.data.columns import SYSTEM, TOOLS, refuse_weight
-from rlhf_lightning.data.conversations import Message, tool_schemas
+from rlhf_lightning.data.conversations import tool_schemas
 from rlhf_lightning.data.preference_rows import (
     Labeled,
     Pair,
@@ -24,6 +24,7 @@ from rlhf_lightning.data.records import RowError, Source
 from rlhf_lightning.data.rendering import Rendered
 from rlhf_lightning.data.splits import RowKey, conversation_key
 from rlhf_lightning.errors import ConfigError, DataError
+from rlhf_lightning.types import Message
 
 log = logging.getLogger(__name__)
 KINDS = ("pairs", "labels", "rankings")

@@ -5,9 +5,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from rlhf_lightning.data.columns import unmarked, with_system
-from rlhf_lightning.data.conversations import Message, apart, to_messages, without_prompt
+from rlhf_lightning.data.conversations import apart, to_messages, without_prompt
 from rlhf_lightning.data.records import RowError, require
 from rlhf_lightning.data.rendering import Rendered
+from rlhf_lightning.types import Message
 
 
 @dataclass

@@ -6,11 +6,12 @@ from typing import Any
 
 from rlhf_lightning.data.base import RowDataModule
 from rlhf_lightning.data.columns import refuse_media, refuse_weight, unmarked, with_system
-from rlhf_lightning.data.conversations import Message, conversation, has_conversation, tool_schemas
+from rlhf_lightning.data.conversations import conversation, has_conversation, tool_schemas
 from rlhf_lightning.data.records import RowError, Source, require
 from rlhf_lightning.data.rendering import Renderer, as_prompt
 from rlhf_lightning.data.splits import RowKey, conversation_key, row_key
 from rlhf_lightning.errors import MOST, ConfigError, check_whole
+from rlhf_lightning.types import Message
 
 NOT_OF_PROMPTS = {
     "batch_size": "prompts_per_round (of training), or data.eval_batch_size (of validation)",

@@ -1,6 +1,6 @@
 """Rows and their sources: files, Hub data sets, and Python objects.
 
-A `Row` keeps its file and line, so that any later error can name them.
+A `LocatedRow` keeps its file and line, so that any later error can name them.
 """
 
 import hashlib
@@ -20,8 +20,8 @@ from rlhf_lightning.errors import DataError
 from rlhf_lightning.files import is_open_stream
 
 __all__ = [
+    "LocatedRow",
     "Reading",
-    "Row",
     "RowError",
     "SkippedRow",
     "Source",
@@ -38,11 +38,11 @@ Source = str | Path | Mapping[str, Any] | Iterable[Any]
 
 
 @dataclass
-class Row:
+class LocatedRow:
     """One row of data, with the place `where` it was read: `file:line` or `list[index]`.
 
     Example:
-        >>> Row({"prompt": "Hi"}, "prompts.jsonl:1").where
+        >>> LocatedRow({"prompt": "Hi"}, "prompts.jsonl:1").where
         'prompts.jsonl:1'
     """
 
@@ -87,7 +87,7 @@ def read_rows(
     reading: Reading | None = None,
     split: str | None = None,
     lines: bool = False,
-) -> list[Row]:
+) -> list[LocatedRow]:
     """Read all rows of a source.
 
     Args:
@@ -108,7 +108,7 @@ def read_rows(
 
     Example:
         >>> read_rows([{"prompt": "Hi"}])
-        [Row(data={'prompt': 'Hi'}, where='list[0]')]
+        [LocatedRow(data={'prompt': 'Hi'}, where='list[0]')]
     """
     reading = reading or Reading()
     rows = list(_rows(_items(source, Wanted(text_key, split, lines)), reading))
@@ -123,12 +123,12 @@ def _name(source: Source) -> str:
     return "the list" if isinstance(source, list | tuple) else f"the {type(source).__name__}"
 
 
-def _rows(items: Iterable[Item], reading: Reading) -> Iterator[Row]:
+def _rows(items: Iterable[Item], reading: Reading) -> Iterator[LocatedRow]:
     for where, item in items:
         if item is None:
             reading.blank += 1
         elif not isinstance(item, DataError):
-            yield Row(item, where)
+            yield LocatedRow(item, where)
         elif reading.unreadable is None:
             raise DataError(f"{where}: {item}")
         else:
@@ -255,7 +255,7 @@ def hashed_files(source: str | os.PathLike[str]) -> list[Path]:
 # -- conversion -------------------------------------------------------------------------------------------------------
 
 
-def rename_columns(row: Row, columns: Mapping[str, str | None] | None) -> Row:
+def rename_columns(row: LocatedRow, columns: Mapping[str, str | None] | None) -> LocatedRow:
     r"""Apply a `columns:` mapping, `{our name: their name}`; their columns stay available under their own names.
 
     `{our name: None}` leaves that column out. Cells of CSV files become numbers, messages or tools, according to the
@@ -270,7 +270,7 @@ def rename_columns(row: Row, columns: Mapping[str, str | None] | None) -> Row:
             JSON can encode one (`\\ud83d`).
 
     Example:
-        >>> rename_columns(Row({"question": "Hi"}, "a.jsonl:1"), {"prompt": "question"}).data
+        >>> rename_columns(LocatedRow({"question": "Hi"}, "a.jsonl:1"), {"prompt": "question"}).data
         {'question': 'Hi', 'prompt': 'Hi'}
     """
     for column, value in row.data.items():
@@ -291,7 +291,7 @@ def rename_columns(row: Row, columns: Mapping[str, str | None] | None) -> Row:
         except ValueError as error:
             raise RowError(str(error)) from None
         named = unfilled([named])[0]
-    return Row(named, row.where)
+    return LocatedRow(named, row.where)
 
 
 def _half_character(value: Any) -> str | None:
@@ -320,7 +320,7 @@ def require(data: Mapping[str, Any], *names: str) -> None:
 
 
 def convert_rows(
-    rows: Iterable[Row],
+    rows: Iterable[LocatedRow],
     convert: Callable[[dict[str, Any]], Any],
     reading: Reading,
     on_bad_row: str = "error",

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from rlhf_lightning.data.columns import refuse_untrained
-from rlhf_lightning.data.conversations import Message, to_messages
+from rlhf_lightning.data.conversations import to_messages
 from rlhf_lightning.data.records import RowError
 from rlhf_lightning.data.response_starts import ResponseStarts
 from rlhf_lightning.data.selection import refuse_blank, select
@@ -17,6 +17,7 @@ from rlhf_lightning.data.templates import ChatTemplate
 from rlhf_lightning.data.tokenizers import added_tokens
 from rlhf_lightning.data.tool_calls import Written
 from rlhf_lightning.errors import ConfigError
+from rlhf_lightning.types import Message
 
 log = logging.getLogger(__name__)
 

@@ -2,10 +2,10 @@
 
 from dataclasses import dataclass, field
 
-from rlhf_lightning.data.conversations import Message
+from rlhf_lightning.data.call_forms import REASONING
+from rlhf_lightning.types import Message
 
 BEFORE = 24  # characters of the common text to show
-THOUGHTS = ("reasoning_content", "reasoning", "thinking")
 
 
 @dataclass
@@ -36,7 +36,7 @@ class ResponseStarts:
         opened, content = prompt[shared:].strip(), str(message.get("content") or "").strip()
         answer = row.find(content, shared) if content else -1
         # Text before an answer that is not the row's own thought was added by the template.
-        own = any(message.get(name) for name in THOUGHTS)
+        own = any(message.get(name) for name in REASONING)
         put = row[shared:answer].strip() if answer >= 0 and not own else ""
         if not opened and not put:
             return

@@ -1,8 +1,8 @@
 """Which messages of a conversation are trained."""
 
-from rlhf_lightning.data.conversations import Message
 from rlhf_lightning.data.records import RowError
 from rlhf_lightning.errors import ConfigError
+from rlhf_lightning.types import Message
 
 TRAIN_ON = ("last_assistant", "all_assistant", "all_messages", "everything", "trainable")
 

@@ -10,7 +10,7 @@ from rlhf_lightning.data.batching import pad_tokens
 from rlhf_lightning.data.columns import refuse_beside_text, refuse_unwanted
 from rlhf_lightning.data.conversations import conversation, has_conversation, tool_schemas, used_columns
 from rlhf_lightning.data.prompts import Prompt, collate_prompts, prompt_example
-from rlhf_lightning.data.records import Reading, Row, RowError, Source, read_rows
+from rlhf_lightning.data.records import LocatedRow, Reading, RowError, Source, read_rows
 from rlhf_lightning.data.rendering import Rendered
 from rlhf_lightning.data.selection import TRAIN_ON
 from rlhf_lightning.data.splits import RowKey, is_blank, opening, row_key, said
@@ -61,7 +61,7 @@ class SFTDataModule(RowDataModule):
     def examples(self, name: str) -> Callable[[dict[str, Any]], list[Any]]:
         return self._prompts if name == "predict" else self._rows
 
-    def read(self, source: Source, name: str, reading: Reading) -> list[Row]:
+    def read(self, source: Source, name: str, reading: Reading) -> list[LocatedRow]:
         # Rows of `predict` are prompts, which may be lines of text.
         return read_rows(source, "prompt" if name == "predict" else None, reading, name)
 

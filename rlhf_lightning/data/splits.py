@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
-from rlhf_lightning.data.conversations import Message
-from rlhf_lightning.data.records import Reading, Row, RowError, rename_columns
+from rlhf_lightning.data.records import LocatedRow, Reading, RowError, rename_columns
 from rlhf_lightning.errors import ConfigError
+from rlhf_lightning.types import Message
 
 log = logging.getLogger(__name__)
 
@@ -166,7 +166,7 @@ def _digest(value: Any) -> bytes:
 
 
 def keys_of(
-    rows: Sequence[Row], key: Callable[[dict[str, Any]], RowKey], columns: Mapping[str, str | None] | None
+    rows: Sequence[LocatedRow], key: Callable[[dict[str, Any]], RowKey], columns: Mapping[str, str | None] | None
 ) -> list[RowKey]:
     """Keys of rows that are not rendered; bad rows are skipped, since `fit` reports them."""
     keys = []

@@ -15,10 +15,10 @@ from typing import Any
 
 from rlhf_lightning.data.call_forms import CallForms
 from rlhf_lightning.data.contents import ContentForms, joined
-from rlhf_lightning.data.conversations import Message
 from rlhf_lightning.data.records import RowError
 from rlhf_lightning.data.template_budget import Budget, OverBudgetError
 from rlhf_lightning.errors import ConfigError
+from rlhf_lightning.types import Message, TemplateMessage, ToolSchema
 
 log = logging.getLogger(__name__)
 TEMPLATE_DATE = "2025-01-01"
@@ -42,7 +42,7 @@ _RESERVED = {
 }
 
 FAILURES = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError)
-Tools = list[Any] | None
+Tools = list[ToolSchema] | None
 
 
 class _TemplateKey(str):
@@ -141,8 +141,9 @@ class ChatTemplate:
 
     def _prints(self) -> bool:
         """True if two user messages render differently, alone or after a system message, which some require."""
-        for before in ([], [{"role": "system", "content": "Be kind."}]):
-            said = [[*before, {"role": "user", "content": text}] for text in ("Hello", "Goodbye")]
+        befores: list[list[Message]] = [[], [{"role": "system", "content": "Be kind."}]]
+        for before in befores:
+            said: list[list[Message]] = [[*before, {"role": "user", "content": text}] for text in ("Hello", "Goodbye")]
             try:
                 if self.render(said[0]) != self.render(said[1]):
                     return True
@@ -166,12 +167,12 @@ class ChatTemplate:
         # key is the messages' content rather than their identity, since a caller may change one in place.
         key = repr((messages, tools, add_generation_prompt))
         if key not in self._recent:
-            fitted = self.contents.fit(self.forms.fit([joined(message) for message in messages], tools))
+            fitted = self.contents.fit(self.forms.fit([joined(dict(message)) for message in messages], tools))
             text = self._rendered(fitted, tools, add_generation_prompt)
             self._recent = dict([*self._recent.items()][-RECENT + 1 :]) | {key: text}
         return self._recent[key]
 
-    def _rendered(self, messages: list[Message], tools: Tools, add_generation_prompt: bool = False) -> str:
+    def _rendered(self, messages: list[TemplateMessage], tools: Tools, add_generation_prompt: bool = False) -> str:
         """The template's own rendering of messages, which it may change."""
         from jinja2 import TemplateError, TemplateSyntaxError
 

@@ -5,6 +5,7 @@ import json
 from typing import Any
 
 from rlhf_lightning.data.records import RowError
+from rlhf_lightning.types import TemplateMessage
 
 CALL_KEYS = ("function", "name", "arguments", "parameters", "input", "args")
 REPR, KEYED, JSON = 1, 2, 3  # how a text shows an object: as Python's repr, key by key, as JSON
@@ -151,7 +152,7 @@ def short(value: Any) -> str:
     return f"{type(value).__name__} {text[:60]}{'…' if len(text) > 60 else ''}"
 
 
-def with_ids(messages: list[dict[str, Any]], form: str) -> list[dict[str, Any]]:
+def with_ids(messages: list[TemplateMessage], form: str) -> list[TemplateMessage]:
     """Messages with call ids in the form that a template expects; missing ids are derived from the calls."""
     known: dict[str, str] = {}
     waiting: list[tuple[str, str]] = []

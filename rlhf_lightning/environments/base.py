@@ -7,11 +7,12 @@ from functools import partial
 from importlib import import_module
 from typing import Any, Protocol
 
-from rlhf_lightning.data.conversations import Message, to_messages
+from rlhf_lightning.data.conversations import to_messages
 from rlhf_lightning.data.records import RowError
 from rlhf_lightning.environments.user_calls import check_limit
 from rlhf_lightning.errors import ConfigError, UserError, check_whole
 from rlhf_lightning.settings import plain
+from rlhf_lightning.types import Message
 
 ON_ERROR = ("fail", "retry", "drop")
 

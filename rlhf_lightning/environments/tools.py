@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Any
 
-from rlhf_lightning.data.conversations import Message
 from rlhf_lightning.data.prompts import prompt_messages
 from rlhf_lightning.environments.base import StepResult, imported
 from rlhf_lightning.environments.user_calls import TimeLimitError, check_limit, within
 from rlhf_lightning.errors import ConfigError
+from rlhf_lightning.types import Message
 
 TOOL_CALL = r"<tool_call>\s*(.*?)\s*(?:</tool_call>|$)"
 """Tool calls of Qwen and Hermes models. The closing tag may be missing if it is the sampler's stop text."""
@@ -113,7 +113,7 @@ class ToolEnv:
 
     async def step(self, message: Message) -> StepResult:
         """Run the calls in a message, one after the other."""
-        found = [match.group(1) or "" for match in self.pattern.finditer(message["content"])]
+        found = [match.group(1) or "" for match in self.pattern.finditer(message["content"] or "")]
         answers = [await self._run(text, i) for i, text in enumerate(found)]
         metrics = {"tool_calls": float(self.calls), "tool_errors": float(self.errors)}
         return StepResult(done=not found, next_messages=answers, metrics=metrics)

@@ -3,11 +3,11 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from rlhf_lightning.data.conversations import Message
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.inference.policy import Policy
 from rlhf_lightning.sampling.local_engine import LocalEngine, Watch
 from rlhf_lightning.sampling.sampler import Sampler
+from rlhf_lightning.types import Message
 
 
 class Conversation:

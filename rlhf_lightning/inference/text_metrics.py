@@ -6,11 +6,12 @@ import unicodedata
 from collections.abc import Sequence
 from typing import Any
 
-from rlhf_lightning.data.conversations import Message, conversation, to_messages, without_prompt
+from rlhf_lightning.data.conversations import conversation, to_messages, without_prompt
 from rlhf_lightning.data.prompts import Prompt
 from rlhf_lightning.data.records import RowError
 from rlhf_lightning.errors import DataError
 from rlhf_lightning.inference.policy import Policy
+from rlhf_lightning.types import Message
 
 log = logging.getLogger(__name__)
 COLUMNS = ("completion", "response", "chosen")

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from rlhf_lightning.data.batching import pad_tokens
-from rlhf_lightning.data.conversations import Message, to_messages
+from rlhf_lightning.data.conversations import to_messages
 from rlhf_lightning.data.rendering import Renderer
 from rlhf_lightning.data.rendering_settings import RenderingSettings
 from rlhf_lightning.data.tokenizers import load_tokenizer
@@ -18,9 +18,10 @@ from rlhf_lightning.models.loading import check_source, check_vocabulary, disabl
 from rlhf_lightning.models.precision import sparing
 from rlhf_lightning.models.scorers import ImplicitReward, RewardHead, Scorer, scorer_of
 from rlhf_lightning.safe_points import safe_point
+from rlhf_lightning.types import Message
 
 Text = str | list[Message]
-Row = tuple[list[int], list[int]]
+TokenRow = tuple[list[int], list[int]]
 """Token ids, and a mask that is 1 on the response."""
 _EXAMPLE_CHAT: list[Message] = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Good day."}]
 
@@ -61,7 +62,7 @@ def score_texts(
     device: Any,
     batch_size: int = 256,
     allow_blank: bool = False,
-    close: Callable[[Row], Row] | None = None,
+    close: Callable[[TokenRow], TokenRow] | None = None,
 ) -> Tensor:
     """Score responses to prompts, each a text or a list of messages.
 
@@ -189,7 +190,7 @@ class RewardModel(nn.Module):
         theirs = list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
         return theirs[len(ours) :] if theirs[: len(ours)] == ours else [], ours[:-1] == theirs
 
-    def _closed(self, row: Row) -> Row:
+    def _closed(self, row: TokenRow) -> TokenRow:
         """A row up to where its score is read; a truncated response is left as it is."""
         ids, loss_mask = row
         if not ids or ids[-1] not in self.renderer.stop_token_ids:

@@ -23,7 +23,7 @@ from rlhf_lightning.rollout.runner import run_episodes
 from rlhf_lightning.rollout.statistics import Sums, statistics, zero_variance_groups
 from rlhf_lightning.safe_points import safe_point
 from rlhf_lightning.sampling.sampler import Sampler
-from rlhf_lightning.types import Episode, TrainingSample
+from rlhf_lightning.types import Answer, Episode, TrainingSample
 
 SampleScorer = Callable[[Tensor, Tensor], Tensor]
 """Computes a number per token, `[B, T]`, from `input_ids` and `loss_mask`, both `[B, T]`."""
@@ -303,7 +303,7 @@ def _sampled(episodes: Sequence[Episode]) -> list[TrainingSample]:
     return [sample for episode in episodes for sample in episode.training_samples if sample.actions]
 
 
-def answers(sampler: Sampler, renderer: Renderer, prompts: Sequence[Prompt], seed: int) -> list[dict[str, Any]]:
+def answers(sampler: Sampler, renderer: Renderer, prompts: Sequence[Prompt], seed: int) -> list[Answer]:
     """Sample one response to each prompt, for `predict`.
 
     Args:
@@ -316,5 +316,4 @@ def answers(sampler: Sampler, renderer: Renderer, prompts: Sequence[Prompt], see
         A dict per prompt with `index`, `prompt`, `response`, `stop_reason` and `response_tokens`.
     """
     episodes = run_episodes([(prompt, 0) for prompt in prompts], sampler, renderer, (seed, 0))
-    keys = ("prompt", "response", "stop_reason", "response_tokens")
-    return [{"index": episode.group, **{key: episode.record()[key] for key in keys}} for episode in episodes]
+    return [episode.answer() for episode in episodes]

@@ -4,12 +4,10 @@ from collections.abc import Sequence
 from functools import partial
 
 from rlhf_lightning.data.batching import mix_seeds
-from rlhf_lightning.data.conversations import Message
 from rlhf_lightning.data.prompts import Prompt
 from rlhf_lightning.data.rendering import Renderer
 from rlhf_lightning.environments.base import MessageEnv
-from rlhf_lightning.sampling.token_sampling import Completion
-from rlhf_lightning.types import Episode, TrainingSample
+from rlhf_lightning.types import Completion, Episode, Message, TrainingSample
 
 
 class EpisodeState:
@@ -97,7 +95,7 @@ class EpisodeState:
         content = renderer.decode(sample.ids)
         for stop in stops:
             content = content.partition(stop)[0].strip()
-        message = {"role": "assistant", "content": content}
+        message: Message = {"role": "assistant", "content": content}
         self.episode.responses.append(message)
         self.episode.stop_reason = sample.stop_reason
         self.episode.stopped_by_text = bool(stops) and _by_own_text(sample, renderer)

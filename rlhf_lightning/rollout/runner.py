@@ -24,8 +24,7 @@ from rlhf_lightning.errors import UserError
 from rlhf_lightning.rollout.episode_state import EpisodeState, reason
 from rlhf_lightning.safe_points import safe_point
 from rlhf_lightning.sampling.sampler import Sampler
-from rlhf_lightning.sampling.token_sampling import Completion
-from rlhf_lightning.types import Episode
+from rlhf_lightning.types import Completion, Episode
 from rlhf_lightning.user_exits import user_line
 
 log = logging.getLogger(__name__)

@@ -11,7 +11,8 @@ from transformers import GenerationConfig
 
 from rlhf_lightning.distributed import broadcast
 from rlhf_lightning.safe_points import safe_point
-from rlhf_lightning.sampling.token_sampling import Completion, SamplingParams, is_complete, sample_token, uniforms
+from rlhf_lightning.sampling.token_sampling import SamplingParams, is_complete, sample_token, uniforms
+from rlhf_lightning.types import Completion
 
 
 def generate(

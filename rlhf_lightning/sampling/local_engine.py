@@ -30,7 +30,8 @@ from rlhf_lightning.safe_points import safe_point
 from rlhf_lightning.sampling.cuda_graphs import GraphedStep
 from rlhf_lightning.sampling.hf_generate import generate
 from rlhf_lightning.sampling.kv_cache import PrefillCache, SlotKVCache
-from rlhf_lightning.sampling.token_sampling import Completion, SamplingParams, is_complete, sample_token, uniforms
+from rlhf_lightning.sampling.token_sampling import SamplingParams, is_complete, sample_token, uniforms
+from rlhf_lightning.types import Completion
 
 log = logging.getLogger(__name__)
 

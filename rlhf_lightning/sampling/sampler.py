@@ -15,8 +15,9 @@ from rlhf_lightning.errors import ConfigError, check_whole
 from rlhf_lightning.models.generation import end_token_ids, stop_texts
 from rlhf_lightning.models.lora import base_of, named_weights
 from rlhf_lightning.sampling.local_engine import LocalEngine
-from rlhf_lightning.sampling.token_sampling import Completion, SamplingParams
+from rlhf_lightning.sampling.token_sampling import SamplingParams
 from rlhf_lightning.settings import Settings
+from rlhf_lightning.types import Completion
 
 log = logging.getLogger(__name__)
 

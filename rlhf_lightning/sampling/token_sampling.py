@@ -1,7 +1,7 @@
 """Sampling a token from logits with one uniform number per row, so that a row's tokens do not depend on other rows."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from math import inf
 
 import torch
@@ -63,25 +63,6 @@ class SamplingParams:
         """Names of the settings that exclude tokens from sampling."""
         given = (self.top_p < 1, self.top_k > 0, self.min_p > 0, self.min_tokens > 0)
         return [name for name, set_ in zip(("top_p", "top_k", "min_p", "min_tokens"), given, strict=True) if set_]
-
-
-@dataclass
-class Completion:
-    """A sampled response.
-
-    Attributes:
-        ids: Token ids, including the stop token.
-        logprobs: Log-probability of each token when it was sampled, in nats.
-
-    Example:
-        >>> Completion(ids=[5, 2], logprobs=[-0.1, -0.7], stop_reason="stop").stop_reason
-        'stop'
-    """
-
-    ids: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
-    stop_reason: str = "length"
-    """`stop` (a stop token or text) or `length` (the budget was used up)."""
 
 
 def is_complete(ids: list[int], params: SamplingParams, decode: Callable[[list[int]], str]) -> bool:

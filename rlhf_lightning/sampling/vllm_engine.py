@@ -13,7 +13,8 @@ from typing import Any
 from torch import Tensor
 
 from rlhf_lightning.errors import ConfigError
-from rlhf_lightning.sampling.token_sampling import Completion, SamplingParams
+from rlhf_lightning.sampling.token_sampling import SamplingParams
+from rlhf_lightning.types import Completion
 
 
 class VLLMEngine:

@@ -13,7 +13,7 @@ from rlhf_lightning.data.check import check
 from rlhf_lightning.data.conversations import to_messages
 from rlhf_lightning.data.preference import PreferenceDataModule
 from rlhf_lightning.data.prompts import PromptDataModule, prompt_example
-from rlhf_lightning.data.records import Reading, Row, RowError, convert_rows
+from rlhf_lightning.data.records import LocatedRow, Reading, RowError, convert_rows
 from rlhf_lightning.data.rendering import Renderer
 from rlhf_lightning.data.sft import SFTDataModule
 from rlhf_lightning.data.tool_calls import read_tools
@@ -76,7 +76,7 @@ def reader(request: pytest.FixtureRequest, tokenizer: Any) -> tuple[dict[str, An
 
     def convert(data: dict[str, Any]) -> list[str]:
         """The rows as text, by the reader; bad rows have where they stand."""
-        found = convert_rows([Row(data, "rows.jsonl:1")], lambda d: read(d, tokenizer), Reading())
+        found = convert_rows([LocatedRow(data, "rows.jsonl:1")], lambda d: read(d, tokenizer), Reading())
         return [tokenizer.decode(ids) for ids in found]
 
     return row, convert

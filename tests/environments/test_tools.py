@@ -14,7 +14,8 @@ from rlhf_lightning.errors import ConfigError
 from rlhf_lightning.rewards import FunctionReward
 from rlhf_lightning.sampling.local_engine import LocalEngine
 from rlhf_lightning.sampling.sampler import Sampler
-from rlhf_lightning.sampling.token_sampling import Completion, SamplingParams
+from rlhf_lightning.sampling.token_sampling import SamplingParams
+from rlhf_lightning.types import Completion
 from tests.helpers.models import build_model
 from tests.helpers.rows import prompts
 from tests.helpers.training import sgd, trainer

@@ -22,7 +22,7 @@ from rlhf_lightning.models.lora import LoRA, named_weights
 from rlhf_lightning.models.tensor_parallel import layer_styles
 from rlhf_lightning.rewards import FunctionReward
 from rlhf_lightning.sampling.sampler import Sampler
-from rlhf_lightning.sampling.token_sampling import Completion
+from rlhf_lightning.types import Completion
 from tests.helpers.models import build_model
 from tests.helpers.modules import data, make, same, vowels
 from tests.helpers.resume import at, config, result

@@ -468,7 +468,7 @@ def test_a_turn_goes_on_from_the_very_tokens_that_were_drawn(base: str, tokenize
     from rlhf_lightning.data.prompts import Prompt
     from rlhf_lightning.data.rendering import Renderer
     from rlhf_lightning.rollout.runner import run_episodes
-    from rlhf_lightning.sampling.token_sampling import Completion
+    from rlhf_lightning.types import Completion
 
     renderer = Renderer(tokenizer)
 

@@ -46,7 +46,7 @@ from rlhf_lightning.rewards import FunctionReward
 from rlhf_lightning.rewards.normalization import RunningNorm
 from rlhf_lightning.rollout.kl import KLPenalty
 from rlhf_lightning.sampling.sampler import Engine, Sampler
-from rlhf_lightning.sampling.token_sampling import Completion
+from rlhf_lightning.types import Completion
 from tests.helpers.models import build_model
 from tests.helpers.modules import data, make, same, vowels, weights
 from tests.helpers.rows import chats, pairs, prompts

@@ -24,8 +24,7 @@ from rlhf_lightning.rewards import (
 from rlhf_lightning.rewards.required_literals import required_literal
 from rlhf_lightning.rollout.episode_state import EpisodeState
 from rlhf_lightning.sampling.sampler import Sampler
-from rlhf_lightning.sampling.token_sampling import Completion
-from rlhf_lightning.types import Episode
+from rlhf_lightning.types import Completion, Episode
 from tests.helpers.rows import prompts
 from tests.helpers.training import trainer
 

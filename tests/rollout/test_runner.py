@@ -22,8 +22,8 @@ from rlhf_lightning.rollout.collector import RolloutCollector
 from rlhf_lightning.rollout.runner import run_episodes
 from rlhf_lightning.rollout.statistics import statistics
 from rlhf_lightning.sampling.sampler import Sampler
-from rlhf_lightning.sampling.token_sampling import Completion, SamplingParams
-from rlhf_lightning.types import STOP_REASONS, Episode
+from rlhf_lightning.sampling.token_sampling import SamplingParams
+from rlhf_lightning.types import STOP_REASONS, Completion, Episode
 from tests.helpers.paths import CHAT_TEMPLATES
 from tests.helpers.rows import prompts, write_rows
 from tests.helpers.training import sgd, trainer

@@ -20,7 +20,7 @@ from rlhf_lightning.modules.policy_rl import PolicyRLModule
 from rlhf_lightning.modules.sft import SFTModule
 from rlhf_lightning.rollout.episode_state import _split_ending
 from rlhf_lightning.sampling.sampler import Sampler
-from rlhf_lightning.sampling.token_sampling import Completion
+from rlhf_lightning.types import Completion
 from tests.helpers.models import build_model
 from tests.helpers.rows import chats
 from tests.helpers.training import trainer
