@@ -14,7 +14,7 @@ from rlhf_lightning.data.prompts import Prompt
 from rlhf_lightning.errors import DataError
 from rlhf_lightning.rewards import FunctionReward, Reward
 from rlhf_lightning.sampling.sampler import Sampler
-from rlhf_lightning.types import Episode
+from rlhf_lightning.types import Episode, Row
 
 
 def polite(completions: list[str], tone: list[str]) -> list[float | None]:
@@ -41,12 +41,18 @@ class Covers(Reward):
     def check(self, prompts: Sequence[Prompt]) -> None:
         """Refuse rows without key points; called before training."""
         for prompt in prompts:
-            if not prompt.row.get(self.column):
-                raise DataError(f"{prompt.where}: no {self.column!r} for the reward to look for")
+            self.points(prompt.row, prompt.where)
+
+    def points(self, row: Row, where: str) -> list[str]:
+        """The key points of a row."""
+        points = row.get(self.column)
+        if not points or not isinstance(points, list):
+            raise DataError(f"{where}: no {self.column!r} for the reward to look for")
+        return [str(point) for point in points]
 
     def score(self, episodes: Sequence[Episode]) -> list[float]:
         """A score in [0, 1] per episode."""
-        points = [episode.row[self.column] for episode in episodes]
+        points = [self.points(episode.row, episode.where) for episode in episodes]
         return [
             sum(point in episode.response.lower() for point in wanted) / len(wanted)
             for episode, wanted in zip(episodes, points, strict=True)

@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader
 from rlhf_lightning import SFTModule
 from rlhf_lightning.data.batching import pad_tokens
 from rlhf_lightning.data.rendering import Renderer
+from rlhf_lightning.types import Message
 
 
 class QuestionFile(pl.LightningDataModule):

@@ -40,7 +40,7 @@ class Forms:
     """What a template expects of the tool calls of a turn."""
 
     shown: int
-    """How it shows arguments: `JSON`, `KEYED`, `REPR`, or 0 if it shows no calls."""
+    """How it shows arguments: `AS_JSON`, `BY_KEY`, `AS_REPR`, or 0 if it shows no calls."""
     as_text: bool = False
     """True if arguments must be text."""
     blank: str | None = None

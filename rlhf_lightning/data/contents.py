@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 from rlhf_lightning.data.records import RowError
-from rlhf_lightning.types import TemplateMessage
+from rlhf_lightning.types import JSON, TemplateMessage
 
 Render = Callable[[list[TemplateMessage]], str]
 _FIRST, _SECOND = "Alpha,", "beta."
@@ -19,10 +19,10 @@ class ContentParts(str):
         ('Hello world', 2)
     """
 
-    parts: list[Any]
+    parts: list[dict[str, JSON]]
 
-    def __new__(cls, parts: list[Any]) -> "ContentParts":
-        self = super().__new__(cls, "".join(part["text"] for part in parts))
+    def __new__(cls, parts: list[dict[str, JSON]]) -> "ContentParts":
+        self = super().__new__(cls, "".join(str(part["text"]) for part in parts))
         self.parts = parts
         return self
 
@@ -41,7 +41,7 @@ def joined(message: TemplateMessage) -> TemplateMessage:
     return {**message, "content": ContentParts(content)}
 
 
-def _is_text(part: Any) -> bool:
+def _is_text(part: JSON) -> bool:
     return isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)
 
 

@@ -5,7 +5,7 @@ import json
 import re
 from collections.abc import Sequence
 from contextlib import suppress
-from typing import Any
+from typing import TypeGuard
 
 from rlhf_lightning.data.columns import (
     MEDIA,
@@ -20,8 +20,8 @@ from rlhf_lightning.data.columns import (
 )
 from rlhf_lightning.data.contents import ContentParts
 from rlhf_lightning.data.records import RowError
-from rlhf_lightning.types import Message
 from rlhf_lightning.data.tool_calls import Written, as_text, read_calls, read_tools, short
+from rlhf_lightning.types import JSON, Message, Row, ToolCall, ToolSchema
 
 SPEAKERS = {
     "human": "user",
@@ -47,7 +47,7 @@ ROLES = ("system", "developer", "user", "assistant", "tool")
 SHAPES = "messages | conversations | prompt + completion | instruction + output | text"
 
 
-def to_messages(value: Any, first_role: str = "user") -> list[Message]:
+def to_messages(value: JSON | list[Message], first_role: str = "user") -> list[Message]:
     """Convert a conversation to messages. Tool calls become `tool_calls` as in OpenAI's API, with arguments as objects.
 
     Args:
@@ -74,7 +74,7 @@ def to_messages(value: Any, first_role: str = "user") -> list[Message]:
     return messages
 
 
-def _written(text: str) -> list[Any] | None:
+def _written(text: str) -> list[JSON] | None:
     """The messages of a conversation stored as text (JSON, or a printed Python list); None for any other text."""
     if not _LISTED.match(text := text.strip()):
         return None
@@ -87,19 +87,21 @@ def _written(text: str) -> list[Any] | None:
     return None
 
 
-def _is_message(item: Any) -> bool:
-    role = (item.get("role") or item.get("from")) if isinstance(item, dict) else None
-    return isinstance(role, str) and role.lower() in (*ROLES, *SPEAKERS) and ("content" in item or "value" in item)
+def _is_message(item: JSON) -> bool:
+    if not isinstance(item, dict) or not ("content" in item or "value" in item):
+        return False
+    role = item.get("role") or item.get("from")
+    return isinstance(role, str) and role.lower() in (*ROLES, *SPEAKERS)
 
 
-def _messages(item: Any, index: int, previous: str | None, first_role: str) -> list[Message]:
+def _messages(item: JSON | Message, index: int, previous: str | None, first_role: str) -> list[Message]:
     """The messages of one item; several only if it holds the results of several calls (Anthropic)."""
     if isinstance(item, str):
         item = {"content": item}
-    if not isinstance(item, dict):
+    if not _is_object(item):
         raise RowError(f"message {index} is {short(item)}; it must be an object with role and content")
     # Parquet and Arrow fill missing keys with None.
-    message = {key: value for key, value in item.items() if value is not None and key not in ("from", "value")}
+    message: Row = {key: value for key, value in item.items() if value is not None and key not in ("from", "value")}
     if "content" not in message:
         message["content"] = item.get("value")
     role = item.get("role") or item.get("from")
@@ -108,8 +110,8 @@ def _messages(item: Any, index: int, previous: str | None, first_role: str) -> l
     if not isinstance(role, str):
         raise RowError(f"message {index}: role is {short(role)}; it must be a string")
     said = role.lower() if role.lower() in (*ROLES, *SPEAKERS) else role
-    message["role"] = SPEAKERS.get(said, said)
-    where = f"message {index} ({message['role']})"
+    message["role"] = role = SPEAKERS.get(said, said)
+    where = f"message {index} ({role})"
     take_marks(message, where)
     results = _take_calls(message, said in CALLERS, where)
     content = message["content"]
@@ -117,18 +119,26 @@ def _messages(item: Any, index: int, previous: str | None, first_role: str) -> l
         if results:
             return results
         raise RowError(f"{where} has no content")
-    if isinstance(content, list) and (message["role"] != "tool" or _is_parts(content)):
+    if isinstance(content, list) and (role != "tool" or _is_parts(content)):
         message["content"] = _joined(content, where)
-    elif message["role"] == "tool" and not isinstance(content, str):
+    elif role == "tool" and not isinstance(content, str):
         message["content"] = Written(as_text(content), content)
-    elif content is not None and not isinstance(content, str):
+    if not _has_text(message):
         raise RowError(f"{where}: content is {short(content)}; it must be text")
     return [*results, message]
 
 
-def _take_calls(message: Message, caller: bool, where: str) -> list[Message]:
+def _is_object(item: JSON | Message) -> TypeGuard[dict[str, JSON]]:
+    return isinstance(item, dict)
+
+
+def _has_text(message: Row) -> TypeGuard[Message]:
+    return isinstance(message["content"], str | None)
+
+
+def _take_calls(message: Row, caller: bool, where: str) -> list[Message]:
     """Move the calls of a message to `tool_calls`; returns the results found in its content (Anthropic)."""
-    calls: list[Any] = []
+    calls: list[ToolCall] = []
     results: list[Message] = []
     for key in ("tool_calls", "function_call", "tool_call"):
         value = message.get(key)
@@ -145,61 +155,64 @@ def _take_calls(message: Message, caller: bool, where: str) -> list[Message]:
         calls = read_calls(content, where)
         message["content"] = Written(content if isinstance(content, str) else as_text(content), calls)
     elif isinstance(content, list):
-        kinds = [part.get("type") if isinstance(part, dict) else None for part in content]
-        calls += [
-            call
-            for part, kind in zip(content, kinds, strict=True)
-            if kind == "tool_use"
-            for call in read_calls(part, where)
-        ]
-        results = [_result(part, where) for part, kind in zip(content, kinds, strict=True) if kind == "tool_result"]
+        left: list[JSON] = []
+        for part in content:
+            kind = part.get("type") if isinstance(part, dict) else None
+            if isinstance(part, dict) and kind == "tool_use":
+                calls += read_calls(part, where)
+            elif isinstance(part, dict) and kind == "tool_result":
+                results.append(_result(part, where))
+            else:
+                left.append(part)
         if calls or results:
-            left = [p for p, kind in zip(content, kinds, strict=True) if kind not in ("tool_use", "tool_result")]
             message["content"] = left or None
     if calls:
         if message["role"] != "assistant":
             raise RowError(f"{where} has tool calls; only the assistant calls tools")
-        message["tool_calls"] = calls
+        message["tool_calls"] = [*calls]
     return results
 
 
-def _result(part: dict[str, Any], where: str) -> Message:
+def _result(part: dict[str, JSON], where: str) -> Message:
     """A tool result in Anthropic's form, a part of the user's message, as a message."""
     content = part.get("content", "")
-    known = {"tool_call_id": str(part["tool_use_id"])} if part.get("tool_use_id") is not None else {}
-    message: Message = {"role": "tool", **known, "content": "" if content is None else content}
     if isinstance(content, list) and _is_parts(content):
-        message["content"] = _joined(content, where)
-    elif content is not None and not isinstance(content, str):
-        message["content"] = Written(as_text(content), content)
-    return message
+        text = _joined(content, where)
+    elif content is None or isinstance(content, str):
+        text = content or ""
+    else:
+        text = Written(as_text(content), content)
+    if part.get("tool_use_id") is None:
+        return {"role": "tool", "content": text}
+    return {"role": "tool", "tool_call_id": str(part["tool_use_id"]), "content": text}
 
 
-def _is_parts(content: list[Any]) -> bool:
+def _is_parts(content: list[JSON]) -> bool:
     """True if a list is a content in parts, rather than a tool result that is a list."""
     return bool(content) and all(isinstance(part, dict) and isinstance(part.get("type"), str) for part in content)
 
 
-def _joined(parts: list[Any], where: str) -> str:
+def _joined(parts: list[JSON], where: str) -> str:
     """The text of a content in parts, `[{"type": "text", "text": …}]`; templates that show parts get the parts."""
+    texts: list[dict[str, JSON]] = []
     for part in parts:
         kind = part.get("type", "text") if isinstance(part, dict) else None
         if isinstance(kind, str) and kind.removeprefix("input_").removesuffix("_url") in MEDIA:
             raise RowError(f"{where}: content has a part of type {kind!r}, and models here are given text only")
-        text = part.get("text") if isinstance(part, dict) and kind == "text" else None
-        if not isinstance(text, str):
+        if not isinstance(part, dict) or kind != "text" or not isinstance(part.get("text"), str):
             raise RowError(f"{where}: content has the part {short(part)}; parts must be {{type: text, text: …}}")
-    # Parquet and Arrow fill missing keys with None, and templates test which keys a part has.
-    return ContentParts([{"type": "text"} | {k: v for k, v in part.items() if v is not None} for part in parts])
+        # Parquet and Arrow fill missing keys with None, and templates test which keys a part has.
+        texts.append({"type": "text", **{key: value for key, value in part.items() if value is not None}})
+    return ContentParts(texts)
 
 
-def has_conversation(data: dict[str, Any]) -> bool:
+def has_conversation(data: Row) -> bool:
     """True if a row has one of the forms that `conversation` reads; a `text` column next to it is then a copy."""
     shapes = (("messages",), ("conversations",), ("prompt", "completion"), ("instruction", "output"))
     return any(all(data.get(key) is not None for key in shape) for shape in shapes)
 
 
-def conversation(data: dict[str, Any]) -> list[Message]:
+def conversation(data: Row) -> list[Message]:
     """The messages of a supervised row, with its `system` column as the first message.
 
     Reads `messages`, `conversations`, `prompt` + `completion`, or `instruction` (+ `input`) + `output`.
@@ -214,7 +227,7 @@ def conversation(data: dict[str, Any]) -> list[Message]:
     return with_system(data, _conversation(data))
 
 
-def _conversation(data: dict[str, Any]) -> list[Message]:
+def _conversation(data: Row) -> list[Message]:
     if data.get("messages") is not None:
         return to_messages(data["messages"])
     if data.get("conversations") is not None:
@@ -231,30 +244,33 @@ def _conversation(data: dict[str, Any]) -> list[Message]:
     )
 
 
-def _instruction(data: dict[str, Any]) -> list[Message]:
-    for key in ("instruction", "input", "output"):
-        if data.get(key) is not None and not isinstance(data[key], str):
-            raise RowError(f"{key!r} is {short(data[key])}; it must be text")
-    question = "\n\n".join(part for part in (data["instruction"], data.get("input")) if part)
+def _instruction(data: Row) -> list[Message]:
+    instruction, given, output = (_text(data, key) for key in ("instruction", "input", "output"))
     messages: list[Message] = []
     for turn in _history(data.get("history")):
         messages += to_messages(turn)
-    answer = {"role": "assistant", "content": data["output"]}
-    return [*messages, {"role": "user", "content": question}, answer]
+    messages.append({"role": "user", "content": "\n\n".join(part for part in (instruction, given) if part)})
+    return [*messages, {"role": "assistant", "content": output}]
 
 
-def _history(value: Any) -> list[list[str]]:
+def _text(data: Row, key: str) -> str:
+    """The text of a column; empty if there is none."""
+    value = data.get(key)
+    if value is not None and not isinstance(value, str):
+        raise RowError(f"{key!r} is {short(value)}; it must be text")
+    return value or ""
+
+
+def _history(value: JSON) -> list[JSON]:
     turns = value or []
-    fits = isinstance(turns, list) and all(
-        isinstance(turn, list | tuple) and len(turn) == 2 and all(isinstance(text, str) for text in turn)
-        for turn in turns
-    )
-    if not fits:
+    if not isinstance(turns, list) or not all(
+        isinstance(turn, list) and len(turn) == 2 and all(isinstance(text, str) for text in turn) for turn in turns
+    ):
         raise RowError(f"'history' is {short(value)}; it must be a list of [question, answer]")
-    return [list(turn) for turn in turns]
+    return turns
 
 
-def used_columns(data: dict[str, Any]) -> set[str]:
+def used_columns(data: Row) -> set[str]:
     """Columns that the conversation of a row is read from."""
     shape: tuple[str, ...] = ("text",)
     if data.get("messages") is not None:
@@ -289,7 +305,7 @@ def without_prompt(response: list[Message], prompt: Sequence[Message]) -> list[M
     return response
 
 
-def tool_schemas(data: dict[str, Any]) -> list[Any] | None:
+def tool_schemas(data: Row) -> list[ToolSchema] | None:
     """The `tools` (or `functions`) of a row as templates expect them; None without any.
 
     Raises:

@@ -18,7 +18,7 @@ from rlhf_lightning.data.contents import ContentForms, joined
 from rlhf_lightning.data.records import RowError
 from rlhf_lightning.data.template_budget import Budget, OverBudgetError
 from rlhf_lightning.errors import ConfigError
-from rlhf_lightning.types import Message, TemplateMessage, ToolSchema
+from rlhf_lightning.types import JSON, Message, TemplateMessage, ToolCall, ToolSchema
 
 log = logging.getLogger(__name__)
 TEMPLATE_DATE = "2025-01-01"
@@ -390,24 +390,25 @@ class ChatTemplate:
 
 def _turns() -> Iterator[tuple[list[Message], Tools]]:
     """Conversations that end with each kind of assistant turn; templates refuse those that they do not support."""
-    schema: Any = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
-    tools = [{"type": "function", "function": {"name": "weather", "description": "Weather", "parameters": schema}}]
+    schema: ToolSchema = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
+    weather: JSON = {"name": "weather", "description": "Weather", "parameters": schema}
+    tools: Tools = [{"type": "function", "function": weather}]
     plain: Message = {"role": "assistant", "content": "Hi"}
     silent: Message = {"role": "assistant", "content": ""}
-    thought = {"reasoning_content": "Hm."}
     yield [*_USER_TURN, plain], None
-    yield [*_USER_TURN, plain | thought], None
+    yield [*_USER_TURN, {**plain, "reasoning_content": "Hm."}], None
     # Most templates expect arguments as an object and some as JSON text; some check ids.
-    for arguments in ({"city": "Oslo"}, '{"city": "Oslo"}'):
-        calls = [
+    spellings: list[JSON] = [{"city": "Oslo"}, '{"city": "Oslo"}']
+    for arguments in spellings:
+        calls: list[ToolCall] = [
             {"type": "function", "id": f"call0000{i}", "function": {"name": "weather", "arguments": arguments}}
             for i in range(2)
         ]
         for called in (calls[:1], calls):
-            for turn in (silent, silent | thought):
-                yield [*_USER_TURN, turn | {"tool_calls": called}], tools
-        result = {"role": "tool", "name": "weather", "tool_call_id": "call00000", "content": "Rain"}
-        yield [*_USER_TURN, silent | {"tool_calls": calls[:1]}, result, plain], tools
+            yield [*_USER_TURN, {**silent, "tool_calls": called}], tools
+            yield [*_USER_TURN, {**silent, "reasoning_content": "Hm.", "tool_calls": called}], tools
+        result: Message = {"role": "tool", "name": "weather", "tool_call_id": "call00000", "content": "Rain"}
+        yield [*_USER_TURN, {**silent, "tool_calls": calls[:1]}, result, plain], tools
 
 
 def _common_prefix(a: str, b: str) -> int:

@@ -2,13 +2,13 @@
 
 import hashlib
 import json
-from typing import Any
+from typing import Any, NoReturn
 
 from rlhf_lightning.data.records import RowError
-from rlhf_lightning.types import TemplateMessage
+from rlhf_lightning.types import JSON, TemplateMessage, ToolCall, ToolSchema
 
 CALL_KEYS = ("function", "name", "arguments", "parameters", "input", "args")
-REPR, KEYED, JSON = 1, 2, 3  # how a text shows an object: as Python's repr, key by key, as JSON
+AS_REPR, BY_KEY, AS_JSON = 1, 2, 3  # how a text shows an object: as Python's repr, key by key, as JSON
 SCHEMA_KEYS = ("parameters", "input_schema", "inputSchema")
 
 
@@ -42,7 +42,7 @@ def as_text(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False)
 
 
-def read_calls(value: Any, where: str) -> list[dict[str, Any]]:
+def read_calls(value: JSON, where: str) -> list[ToolCall]:
     """The calls of a message, `{id, type, function: {name, arguments}}` each.
 
     Args:
@@ -63,16 +63,19 @@ def read_calls(value: Any, where: str) -> list[dict[str, Any]]:
     return [_call(call, where) for call in calls]
 
 
-def _call(value: Any, where: str) -> dict[str, Any]:
-    if isinstance(value, str):
-        value = _json(value, f"{where}: the tool call is text that is not JSON")
-    function = value.get("function") if isinstance(value, dict) else None
-    function = function if isinstance(function, dict) else value
-    if not isinstance(function, dict) or not isinstance(function.get("name"), str) or not function["name"]:
-        raise RowError(f"{where}: the tool call {short(value)} must be an object with 'name' and 'arguments'")
-    name = function["name"]
+def _call(given: JSON, where: str) -> ToolCall:
+    if isinstance(given, str):
+        given = _json(given, f"{where}: the tool call is text that is not JSON")
+    value = given if isinstance(given, dict) else {}
+    inner = value.get("function")
+    function = inner if isinstance(inner, dict) else value
+    name = function.get("name")
+    if not isinstance(name, str) or not name:
+        raise RowError(f"{where}: the tool call {short(given)} must be an object with 'name' and 'arguments'")
     found = [function[key] for key in ("arguments", "parameters", "input", "args") if function.get(key) is not None]
-    call = {key: item for key, item in value.items() if key not in (*CALL_KEYS, "type", "call_id") and item is not None}
+    call: ToolCall = {
+        key: item for key, item in value.items() if key not in (*CALL_KEYS, "type", "call_id") and item is not None
+    }
     if "id" not in call and value.get("call_id") is not None:
         call["id"] = value["call_id"]
     if "id" in call:
@@ -83,7 +86,7 @@ def _call(value: Any, where: str) -> dict[str, Any]:
     return {**call, "type": "function", "function": {"name": name, "arguments": arguments, **kept}}
 
 
-def _arguments(value: Any, name: str, where: str) -> dict[str, Any]:
+def _arguments(value: JSON, name: str, where: str) -> dict[str, JSON]:
     if value is None or (isinstance(value, str) and not value.strip()):
         return {}
     if isinstance(value, str):
@@ -93,7 +96,7 @@ def _arguments(value: Any, name: str, where: str) -> dict[str, Any]:
     return value
 
 
-def read_tools(value: Any, name: str = "tools") -> list[Any] | None:
+def read_tools(value: JSON, name: str = "tools") -> list[ToolSchema] | None:
     """Function schemas as templates expect them, `{type: function, function: {name, …}}` each; None without any.
 
     Args:
@@ -114,35 +117,41 @@ def read_tools(value: Any, name: str = "tools") -> list[Any] | None:
         value = [
             _json(tool, f"{name!r} holds text that is not JSON") if isinstance(tool, str) else tool for tool in value
         ]
-    if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
+    tools = [tool for tool in value if isinstance(tool, dict)] if isinstance(value, list) else []
+    if not isinstance(value, list) or len(tools) < len(value):
         raise RowError(
             f"{name!r} must be a list of objects, this is {short(value)}. If the column means something else, leave it "
             f"out with columns: {{{name}: null}}"
         )
-    return [schema for tool in value for schema in _schemas(tool)]
+    return [schema for tool in tools for schema in _schemas(tool)]
 
 
-def _schemas(tool: dict[str, Any]) -> list[dict[str, Any]]:
+def _schemas(tool: ToolSchema) -> list[ToolSchema]:
     for key in ("function_declarations", "functionDeclarations"):
-        if isinstance(declared := tool.get(key), list) and all(isinstance(one, dict) for one in declared):
-            return [schema for one in declared for schema in _schemas(one)]
+        declared = tool.get(key)
+        functions = [one for one in declared if isinstance(one, dict)] if isinstance(declared, list) else []
+        if isinstance(declared, list) and len(functions) == len(declared):
+            return [schema for one in functions for schema in _schemas(one)]
     if isinstance(tool.get("function"), dict):
         return [{"type": "function", **tool}]
     if not isinstance(tool.get("name"), str):
         return [tool if "type" in tool else {"type": "function", "function": tool}]
     function = {key: item for key, item in tool.items() if key not in ("type", *SCHEMA_KEYS)}
-    parameters = next((tool[key] for key in SCHEMA_KEYS if tool.get(key) is not None), None)
-    return [{"type": "function", "function": function | ({} if parameters is None else {"parameters": parameters})}]
+    for key in SCHEMA_KEYS:
+        if tool.get(key) is not None:
+            function["parameters"] = tool[key]
+            break
+    return [{"type": "function", "function": function}]
 
 
-def _json(text: str, wrong: str) -> Any:
+def _json(text: str, wrong: str) -> JSON:
     try:
         return json.loads(text, parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:
         raise RowError(f"{wrong} ({error}): {short(text)}") from None
 
 
-def _refuse_constant(name: str) -> Any:
+def _refuse_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is not JSON")
 
 
@@ -195,15 +204,15 @@ def _id(given: str | None, function: dict[str, Any], number: int, form: str) -> 
 
 
 def shown(text: str, arguments: dict[str, Any]) -> int:
-    """How a text shows an object: `JSON`, `KEYED`, `REPR`, or 0 if it does not, or encodes it twice."""
+    """How a text shows an object: `AS_JSON`, `BY_KEY`, `AS_REPR`, or 0 if it does not, or encodes it twice."""
     if holds_json(text, arguments):
-        return JSON
+        return AS_JSON
     if not all(str(part) in text for pair in arguments.items() for part in pair):
         return 0
     key, value = next(iter(arguments.items()))
     if f"{key!r}: {value!r}" in text:
-        return REPR
-    return 0 if f'\\"{key}\\"' in text else KEYED
+        return AS_REPR
+    return 0 if f'\\"{key}\\"' in text else BY_KEY
 
 
 def holds_json(text: str, value: Any) -> bool:

@@ -35,7 +35,7 @@ from rlhf_lightning.rollout.kl import KLPenalty
 from rlhf_lightning.rollout.policy_snapshot import PolicySnapshot
 from rlhf_lightning.rollout.recorded import Recorded, by_group, read_recorded
 from rlhf_lightning.sampling.sampler import Sampler
-from rlhf_lightning.types import Episode
+from rlhf_lightning.types import Answer, Episode
 
 COUNTS = {"token_sum": None, "token_mean": "tokens", "sequence_mean": "sequences", "constant": "sequences"}
 VALIDATION = 1_000_003  # seeds validation rollouts differently from those of the training rounds
@@ -592,7 +592,7 @@ class PolicyRLModule(RLHFModule):
         super().on_load_checkpoint(checkpoint)
         self.collector.load_state_dict(checkpoint["collector"])
 
-    def predict_step(self, batch: dict[str, Any], batch_idx: int) -> list[dict[str, Any]]:
+    def predict_step(self, batch: dict[str, Any], batch_idx: int) -> list[Answer]:
         """Sample one response to each prompt."""
         with self.sampling_context():
             return answers(self.sampler, self.renderer, kept_prompts(batch), self.seed)

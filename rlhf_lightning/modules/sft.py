@@ -16,6 +16,7 @@ from rlhf_lightning.modules.usage_checks import check_parts
 from rlhf_lightning.objectives.supervised import nll
 from rlhf_lightning.rollout.collector import answers
 from rlhf_lightning.sampling.sampler import Sampler
+from rlhf_lightning.types import Answer
 
 
 class SFTModule(RLHFModule):
@@ -83,7 +84,7 @@ class SFTModule(RLHFModule):
     def on_predict_start(self) -> None:
         self.sampler.bind(self.model, self.renderer)
 
-    def predict_step(self, batch: dict[str, Any], batch_idx: int) -> list[dict[str, Any]]:
+    def predict_step(self, batch: dict[str, Any], batch_idx: int) -> list[Answer]:
         """Sample one response to each prompt."""
         return answers(self.sampler, self.renderer, kept_prompts(batch), seed=0)
 

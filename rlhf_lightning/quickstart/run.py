@@ -205,7 +205,7 @@ def _measure(
     summary["sft"]["val_nll_start"] = summary["base"].pop("val_nll")
     summary["preference"] = {"pair_accuracy": manifest["stages"]["preference"]["metrics"].get("val/accuracy")}
     shown = [
-        {"prompt": prompts[i].messages[-1]["content"], "sft": answers["sft"][i], "policy": answers["policy"][i]}
+        {"prompt": prompts[i].messages[-1]["content"] or "", "sft": answers["sft"][i], "policy": answers["policy"][i]}
         for i in range(min(3, len(prompts)))
     ]
     return summary, shown
