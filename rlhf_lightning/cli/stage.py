@@ -11,6 +11,7 @@ import yaml
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
 import rlhf_lightning.checkpointing.strategies  # noqa: F401 - gives `--trainer.strategy fsdp2` its meaning
+from rlhf_lightning.checkpointing.forked_ranks import make_forked_ranks_stoppable
 from rlhf_lightning.checkpointing.io import candidates, newest_whole, remove
 from rlhf_lightning.cli.data_record import RECORD, check_data_record
 from rlhf_lightning.cli.logs import LEVELS, setup_logging
@@ -232,6 +233,7 @@ class StageCLI(LightningCLI):
             kwargs["logger"] = MetricsCSV(self.root, resume=bool(config.ckpt_path))
         trainer = super().instantiate_trainer(**kwargs)
         _guard_checkpoints(trainer)
+        make_forked_ranks_stoppable(trainer)
         watch_ranks(trainer, config.rank_timeout)
         return trainer
 

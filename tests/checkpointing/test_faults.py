@@ -398,12 +398,15 @@ def test_the_others_end_when_a_real_process_dies(rank: int, base: str, tmp_path:
     assert code == (2 if rank else -signal.SIGKILL)
 
 
-@pytest.mark.slow
+@pytest.mark.parametrize(
+    "strategy",
+    [pytest.param("ddp", marks=pytest.mark.slow), "ddp_fork", pytest.param("ddp_spawn", marks=pytest.mark.slow)],
+)
 @pytest.mark.parametrize(("number", "all_of_them"), [(signal.SIGINT, True), (signal.SIGTERM, False)])
-def test_real_processes_stop_together(number: int, all_of_them: bool, base: str, tmp_path: Path) -> None:
-    """The launcher of the command line, Ctrl-C for all processes as a terminal sends it, SIGTERM for the first."""
+def test_real_processes_stop_together(number: int, all_of_them: bool, strategy: str, base: str, tmp_path: Path) -> None:
+    """The launchers of the command line, Ctrl-C for all processes as a terminal sends it, SIGTERM for the first."""
     command = [sys.executable, "-m", "rlhf_lightning", *config("sft", base, tmp_path), "--trainer.devices", "2"]
-    command += ["--trainer.strategy", "ddp", "--trainer.max_epochs", "1000", "--checkpoint_every", "100000"]
+    command += ["--trainer.strategy", strategy, "--trainer.max_epochs", "1000", "--checkpoint_every", "100000"]
     command += ["--trainer.default_root_dir", str(tmp_path / "run")]
     logged = tmp_path / "run" / "metrics.csv"
     with open(tmp_path / "out.txt", "wb") as out:

@@ -4,6 +4,8 @@ What only a process of its own can show (`python -m rlhf_lightning` starts, prin
 `subprocess`.
 """
 
+import faulthandler
+import gc
 import os
 import signal
 import socket
@@ -19,6 +21,10 @@ from typing import Any
 
 import pytest
 import torch
+
+
+STACKS = signal.SIGUSR2
+"""On this signal, a forked process writes where its threads are."""
 
 
 class Forked:
@@ -71,9 +77,15 @@ class Run(Forked):
             if (code := self.poll()) is not None:
                 return code
             time.sleep(0.005)
+        self.end()
+        raise AssertionError(f"no end after {limit} s: {self.text}")
+
+    def end(self) -> None:
+        """Kill it, and what it started, after it has written where it is."""
+        self.send(STACKS)
+        time.sleep(1)
         self.send(signal.SIGKILL)
         self._ended(0)
-        raise AssertionError(f"no end after {limit} s: {self.text}")
 
     def gone(self, limit: float = 60) -> None:
         """Wait until nothing that it started runs; after `limit` seconds that is killed, and an error."""
@@ -212,6 +224,7 @@ def _command(args: list[str], before: Callable[[], Any] | None = None) -> None:
 
 def _run(function: Callable[[], Any], output: Path | None = None) -> None:
     """In a forked process: run to its end as the interpreter does, with what is printed in a file if one is given."""
+    gc.freeze()  # the destructors of what earlier tests left may wait for threads that a forked process has not
     code = 1
     try:
         if output:
@@ -219,6 +232,7 @@ def _run(function: Callable[[], Any], output: Path | None = None) -> None:
             os.dup2(file, 1)
             os.dup2(file, 2)
         sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1, closefd=False) for number in (1, 2))
+        faulthandler.register(STACKS, sys.stderr)
         torch.set_num_threads(1)
         function()
         code = 0

@@ -1,0 +1,78 @@
+"""A launcher of forked and spawned ranks that can be stopped by a signal and resumed."""
+
+import multiprocessing
+import signal
+import sys
+import threading
+from collections.abc import Callable
+from types import FrameType
+from typing import Any
+
+from lightning.pytorch import Trainer
+from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
+from torch.multiprocessing import ProcessExitedException
+
+from rlhf_lightning.checkpointing.signals import ends
+from rlhf_lightning.user_exits import note_signal
+
+INTERRUPTED = 130
+
+
+class _StoppableLauncher(_MultiProcessingLauncher):
+    """Lightning's launcher, which passes stop signals to the ranks and ends when they have ended by one.
+
+    torch gives an interrupted rank the exit code 0, after which Lightning waits forever for the rank's result. A
+    signal that only the first process receives would end it, and kill its ranks before they save a checkpoint.
+    """
+
+    def __init__(self, launcher: _MultiProcessingLauncher) -> None:
+        super().__init__(launcher._strategy, launcher._start_method)
+        self._handlers: dict[int, Any] = {}
+        """Handlers of stop signals, which forked ranks restore."""
+
+    def launch(self, function: Callable, *args: Any, trainer: Trainer | None = None, **kwargs: Any) -> Any:
+        if threading.current_thread() is not threading.main_thread():
+            return super().launch(function, *args, trainer=trainer, **kwargs)
+        asked = False
+
+        def pass_on(number: int, frame: FrameType | None) -> None:
+            nonlocal asked
+            asked = True
+            for rank in multiprocessing.active_children():
+                rank.terminate()  # SIGTERM also for Ctrl-C, which a terminal sends to the ranks itself
+
+        before = {number: signal.signal(number, pass_on) for number in (int(signal.SIGINT), *ends())}
+        self._handlers = before
+        try:
+            return super().launch(function, *args, trainer=trainer, **kwargs)
+        except ProcessExitedException as error:
+            if not asked and error.exit_code != INTERRUPTED:
+                raise
+            note_signal()
+            raise KeyboardInterrupt from error
+        finally:
+            self._handlers = {}
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _wrapping_function(self, *args: Any, **kwargs: Any) -> None:
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+        try:
+            super()._wrapping_function(*args, **kwargs)
+        except KeyboardInterrupt:
+            sys.exit(INTERRUPTED)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_handlers": {}}  # spawned ranks inherit no handlers
+
+
+def make_forked_ranks_stoppable(trainer: Trainer) -> None:
+    """Replace Lightning's launcher of forked or spawned ranks; others are left as they are.
+
+    Args:
+        trainer: The Trainer, before its run.
+    """
+    strategy: Any = trainer.strategy
+    if type(strategy.launcher) is _MultiProcessingLauncher:
+        strategy._launcher = _StoppableLauncher(strategy.launcher)
