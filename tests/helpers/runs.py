@@ -22,7 +22,6 @@ from typing import Any
 import pytest
 import torch
 
-
 STACKS = signal.SIGUSR2
 """On this signal, a forked process writes where its threads are."""
 
