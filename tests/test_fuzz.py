@@ -9,7 +9,7 @@ import io
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from rlhf_lightning.checkpointing.io import AtomicCheckpointIO, DamagedCheckpoint, newest_whole
-from tests.helpers.fuzzing import Place, Tally, bad_rows, fuzz, refused, rlhf, write_report
+from rlhf_lightning.files import hash_folder
+from tests.helpers.fuzzing import Place, Result, Tally, bad_rows, fuzz, refused, rlhf, write_report
 from tests.helpers.rows import chats, pairs, prompts, write_rows
 from tests.helpers.runs import fork_stages
 
@@ -430,9 +431,10 @@ def laid(settings: dict[str, Any], key: str, value: Any) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def models(place: Place) -> dict[str, tuple[Path, Any]]:
-    """A base, an adapter and a reward model, each with the command that uses it and what that says of the whole one."""
+def models(place: Place) -> tuple[dict[str, Path], Callable[[str, Path], tuple[Result, Any]]]:
+    """Folders of a base, an adapter and a reward model, and what uses one: its result, with all that it made."""
     rows = write_rows(place.root / "asked.jsonl", pairs(3))
+    conversations = write_rows(place.root / "checked.jsonl", chats(3))
     for kind, lora in (("sft", ["--model.lora.rank", "2"]), ("preference", [])):
         config = place.root / f"{kind}-model.yaml"
         config.write_text(yaml.safe_dump(place.config(kind)))
@@ -441,16 +443,35 @@ def models(place: Place) -> dict[str, tuple[Path, Any]]:
     folders = {"base": Path(place.base)}
     folders |= {"adapter": place.root / "run-sft" / "model", "reward": place.root / "run-preference" / "model"}
 
-    said = ["--prompt", "Count", "--temperature", "0", "--max_tokens", "8", "--json"]
+    greedy = ["--temperature", "0", "--max_tokens", "8"]
 
-    def use(name: str, folder: Path) -> Any:
-        if name == "reward":
-            return rlhf("score", folder, rows)
-        return rlhf("generate", folder, *said)
+    def use(command: str, folder: Path) -> tuple[Result, Any]:
+        if command == "export":
+            written = place.root / "exported"
+            shutil.rmtree(written, ignore_errors=True)
+            result = rlhf("export", folder, written)
+            return result, hash_folder(written) if result.code == 0 else None
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("sys.stdin", io.StringIO("Count\nAgain\n"))
+            args: dict[str, list[Any]] = {
+                "chat": ["chat", folder, *greedy],
+                "generate": ["generate", folder, "--prompt", "Count", *greedy, "--json"],
+                "evaluate": ["evaluate", folder, rows, *greedy, "--json"],
+                "data check": ["data", "check", conversations, "--kind", "sft", "--model", folder, "--json"],
+                "score": ["score", folder, rows],
+                "evaluate reward": ["evaluate", folders["base"], rows, *greedy, "--reward", folder, "--json"],
+            }
+            result = rlhf(*args[command])
+        return result, result.out
 
-    return {name: (folder, use) for name, folder in folders.items()}
+    return folders, use
 
 
+USES = {
+    "base": ["generate", "generate", "chat", "export", "evaluate", "data check"],
+    "adapter": ["generate", "generate", "chat", "export"],
+    "reward": ["score", "score", "evaluate reward", "export"],
+}
 FILES = {
     "base": ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"],
     "adapter": ["adapter_config.json", "adapter_model.safetensors", "tokenizer.json", "chat_template.jinja"],
@@ -481,9 +502,10 @@ VALUES = st.one_of(
 
 
 @st.composite
-def spoilt_folders(draw: st.DrawFn) -> tuple[str, str, str, Any]:
-    """Model, file, what is done to it, and with what."""
+def spoilt_folders(draw: st.DrawFn) -> tuple[str, str, str, str, Any]:
+    """Model, command, file, what is done to it, and with what."""
     model = draw(st.sampled_from(sorted(FILES)))
+    command = draw(st.sampled_from(USES[model]))
     file = draw(st.sampled_from(FILES[model]))
     ways = ["empty", "cut", "binary"]
     if model == "reward" or file != "chat_template.jinja":  # `generate` completes plain text without a template
@@ -503,7 +525,7 @@ def spoilt_folders(draw: st.DrawFn) -> tuple[str, str, str, Any]:
             st.sampled_from(["drop", "wider", "shorter", "flat", "rename", "header"]), st.integers(0, 99)
         ),
     }
-    return model, file, way, draw(details.get(way, st.none()))
+    return model, command, file, way, draw(details.get(way, st.none()))
 
 
 def spoil(path: Path, way: str, detail: Any) -> None:
@@ -586,21 +608,24 @@ def _spoil_tensors(path: Path, how: str, number: int) -> None:
     save_file(tensors, path, {"format": "pt"})
 
 
-@counts(60, 600)
-def test_model_folders(count: int, place: Place, models: dict[str, Any]) -> None:
-    whole = {name: use(name, folder) for name, (folder, use) in models.items()}
-    assert all(result.code == 0 for result in whole.values()), whole
+@counts(60, 900)
+def test_model_folders(count: int, place: Place, models: Any) -> None:
+    folders, use = models
 
-    def check(case: tuple[str, str, str, Any]) -> None:
-        name, file, way, detail = case
-        folder, use = models[name]
-        copy = place.clear() / "model"
-        shutil.copytree(folder, copy)
+    def fresh(name: str) -> Path:
+        return Path(shutil.copytree(folders[name], place.clear() / "model"))
+
+    whole = {(name, command): use(command, fresh(name)) for name in USES for command in USES[name]}
+    assert all(result.code == 0 for result, _ in whole.values()), whole
+
+    def check(case: tuple[str, str, str, str, Any]) -> None:
+        name, command, file, way, detail = case
+        copy = fresh(name)
         spoil(copy / file, way, detail)
-        result = use(name, copy)
+        result, made = use(command, copy)
         other = file.endswith(".jinja") and way in ("cut", "twice", "deep") and parses(copy / file)
         other |= file.startswith("tokenizer") and way == "value"
-        harmless = result.out == whole[name].out or other
+        harmless = made == whole[name, command][1] or other
         if result.code == 0 and harmless:
             return  # of no consequence, or another template or tokenizer that nobody can tell from a wanted one
         refused(result, str(copy), file, str(detail))
@@ -814,3 +839,50 @@ def test_checkpoints(count: int, place: Place, saved: tuple[list[Any], Path, Pat
             TALLY.add("checkpoint", "refused", case)
 
     fuzz(spoilt_checkpoints(), check, count)
+
+
+INTERRUPTED = ["config.yaml", "sources.json", "metrics.csv", "run.lock", "logs/run.log"]
+
+
+@st.composite
+def spoilt_records(draw: st.DrawFn) -> tuple[str, str, Any]:
+    """A file of an interrupted run, what is done to it, and with what."""
+    file = draw(st.sampled_from(INTERRUPTED))
+    ways = ["empty", "cut", "cut", "binary", *ODD] + (["json", *["value"] * 6] if file.endswith(".json") else [])
+    way = draw(st.sampled_from(ways))
+    details = {
+        "cut": st.floats(0.02, 0.97),
+        "binary": st.binary(min_size=1, max_size=40),
+        "json": JUNK,
+        "value": st.tuples(PLACES, VALUES),
+    }
+    return file, way, draw(details.get(way, st.none()))
+
+
+@counts(25, 250)
+def test_interrupted_runs(count: int, saved: tuple[list[Any], Path, Path]) -> None:
+    """The command again, in a folder of which one file is not as written: refused, or the same results."""
+    command, run, copy = saved
+
+    def again(spoiling: Callable[[], None] = lambda: None) -> Result:
+        shutil.rmtree(run, ignore_errors=True)
+        shutil.copytree(copy, run)
+        spoiling()
+        return rlhf(*command)
+
+    made = again()
+    assert made.code == 0, made.err
+    assert "resuming" in made.err
+    weights = hash_folder(run / "model")
+
+    def check(case: tuple[str, str, Any]) -> None:
+        file, way, detail = case
+        result = again(lambda: spoil(run / file, way, detail))
+        if result.code == 0:
+            assert "resuming" in result.err, result.err
+            assert hash_folder(run / "model") == weights
+            return
+        refused(result, Path(file).name, str(run))
+        TALLY.add("interrupted", "refused", case)
+
+    fuzz(spoilt_records(), check, count)
