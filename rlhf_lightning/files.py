@@ -15,6 +15,11 @@ from typing import Any
 from rlhf_lightning.errors import ConfigError
 
 
+def real_path(path: str | Path) -> Path:
+    """The absolute path without links. Unlike `Path.resolve`, it does not raise for links in a circle."""
+    return Path(os.path.realpath(path))
+
+
 def hash_folder(folder: Path) -> str:
     """SHA-256 of the names and contents of a model folder's files, without `stage.json`."""
     digest = hashlib.sha256()
@@ -141,8 +146,8 @@ def read_stage(folder: Any) -> dict[str, Any]:
     place = Path(str(folder)).expanduser()
     if str(folder) and place.is_dir():
         # Only for `model`: a base model inside a run's folder must not get the record of the run.
-        own = place.resolve().name == "model"
-        for path in (place / "stage.json", *([place.resolve().parent / "stage.json"] if own else [])):
+        own = real_path(place).name == "model"
+        for path in (place / "stage.json", *([real_path(place).parent / "stage.json"] if own else [])):
             if is_file(path):
                 return read_record(path)
     return {}

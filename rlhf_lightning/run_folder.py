@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_lightning.errors import ConfigError
-from rlhf_lightning.files import is_file
+from rlhf_lightning.files import is_file, real_path
 
 if sys.platform != "win32":
     import fcntl
@@ -51,7 +51,7 @@ def claim(root: Path, results: Iterable[str], patience: float = 0.0) -> None:
     Raises:
         ConfigError: If another process writes there, or one of the results exists that no run has written.
     """
-    place = root.resolve()
+    place = real_path(root)
     if place in _held:
         return
     try:
@@ -113,7 +113,7 @@ def refuse_inputs_in(root: Path, results: Iterable[str], settings: Any) -> None:
     Raises:
         ConfigError: If a setting does; the message names it and the path.
     """
-    places = [(root / name).resolve() for name in results]
+    places = [real_path(root / name) for name in results]
     for key, text in _texts(settings, ""):
         path = Path(text.partition("{")[0]).expanduser()
         try:
@@ -121,7 +121,7 @@ def refuse_inputs_in(root: Path, results: Iterable[str], settings: Any) -> None:
                 continue
         except (OSError, ValueError):  # not a path: too long, or with a null character
             continue
-        found = path.resolve()
+        found = real_path(path)
         if taken := next((place for place in places if found.is_relative_to(place)), None):
             raise ConfigError(
                 f"{key} {text}: it is in {taken}, where this run would write its own results. Name another "

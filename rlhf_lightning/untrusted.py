@@ -17,7 +17,7 @@ from re import _parser  # type: ignore[attr-defined]
 from typing import Any
 
 from rlhf_lightning.errors import ConfigError
-from rlhf_lightning.files import check_files_in, read_object
+from rlhf_lightning.files import check_files_in, read_object, real_path
 
 REPEATS = 5
 """Largest number of unbounded repeats in a sequence of a regular expression; each one multiplies the work."""
@@ -152,7 +152,7 @@ def _check_names(folder: Path) -> None:
             continue
         if not path.is_file():
             raise ConfigError(f"{path}: a folder, a link that leads nowhere, a device or a pipe; restore the file")
-        target = path.resolve()
+        target = real_path(path)
         # Links are allowed to the blobs of the Hub's cache, and to files of the same kind, which saves disk space.
         if target.parent.name != "blobs" and target.suffix != path.suffix and path.is_symlink():
             raise ConfigError(f"{path}: a link to another kind of file, {target}; copy what it should be")

@@ -6,7 +6,7 @@ import shlex
 from pathlib import Path
 
 from rlhf_lightning.cli.options import Parser
-from rlhf_lightning.files import visible
+from rlhf_lightning.files import real_path, visible
 
 HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 FILES = Path(__file__).parent / "project"
@@ -79,7 +79,7 @@ def write_project(folder: Path, model: str) -> None:
     files = sorted(path.relative_to(FILES) for path in FILES.rglob("*.*") if path.suffix in (".yaml", ".jsonl"))
     if there := [str(folder / file) for file in files if (folder / file).exists()]:
         raise ConfigError(f"{there[0]} is there already, and is not overwritten; name another folder")
-    name = "".join(c if c.isalnum() or c in "-_" else "_" for c in folder.resolve().name) or "project"
+    name = "".join(c if c.isalnum() or c in "-_" else "_" for c in real_path(folder).name) or "project"
     for file in files:
         text = (FILES / file).read_text(encoding="utf-8")
         if file.suffix == ".yaml":

@@ -30,7 +30,7 @@ from rlhf_lightning.cli.report import after_stage
 from rlhf_lightning.cli.user_code import allow_user_code
 from rlhf_lightning.cli.values import check_values
 from rlhf_lightning.errors import ConfigError
-from rlhf_lightning.files import is_file, read_record, visible
+from rlhf_lightning.files import is_file, read_record, real_path, visible
 from rlhf_lightning.pipeline.plan import read_mapping
 from rlhf_lightning.pipeline.stage_process import parent_is_watched, watch_parent
 from rlhf_lightning.rank_watch import ranks_end_together, watch_ranks
@@ -157,7 +157,7 @@ class StageCLI(LightningCLI):
         root = Path(config.trainer.default_root_dir or Path("runs") / self.kind)
         config.ckpt_path = named_checkpoint(config.ckpt_path, root)
         check_checkpoint(config.ckpt_path)
-        if config.get("fresh") and config.ckpt_path and Path(config.ckpt_path).resolve().is_relative_to(root.resolve()):
+        if config.get("fresh") and config.ckpt_path and real_path(config.ckpt_path).is_relative_to(real_path(root)):
             raise ConfigError(f"--fresh discards what is in {root}, and with it --ckpt_path {config.ckpt_path}")
         check_seed(config)
 

@@ -12,6 +12,8 @@ from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 from types import FrameType, ModuleType
 
+from rlhf_lightning.files import real_path
+
 _DOTTED = re.compile(r"(?<![\w./\\-])([A-Za-z_]\w*)\.(?=[A-Za-z_])")
 _FILE = re.compile(r"[^\s'\"\[\]{},:=]+\.ya?ml")
 
@@ -84,7 +86,7 @@ def _names(texts: Iterable[str], folder: Path) -> set[str]:
         text, place = waiting.pop()
         found |= set(_DOTTED.findall(text))
         for name in _FILE.findall(text):
-            for file in {(folder / name).resolve(), (place / name).resolve()} - seen:
+            for file in {real_path(folder / name), real_path(place / name)} - seen:
                 if file.is_file():
                     seen.add(file)
                     waiting.append((file.read_text(encoding="utf-8", errors="replace"), file.parent))

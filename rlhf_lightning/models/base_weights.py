@@ -13,6 +13,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from rlhf_lightning.errors import ConfigError
+from rlhf_lightning.files import real_path
 from rlhf_lightning.models.lora import HEADS, is_adapted, is_quantized, of_adapter, plain_name
 
 log = logging.getLogger(__name__)
@@ -180,7 +181,7 @@ def link_base(config: Any, source: Path, scratch: Path, folder: Path) -> None:
     for path in source.iterdir():
         if path.is_file() and path.name not in ("config.json", "stage.json", "merged_from.json"):
             try:
-                os.link(path.resolve(), scratch / "base" / path.name)
+                os.link(real_path(path), scratch / "base" / path.name)
             except OSError:  # another file system
                 shutil.copy2(path, scratch / "base" / path.name)
     name_base(scratch, folder)
@@ -196,7 +197,7 @@ def name_base(scratch: Path, folder: Path, **changes: Any) -> None:
             subtract it there; the saved base already has it subtracted, so `init_lora_weights` must be reset.
     """
     settings = json.loads((scratch / "adapter_config.json").read_text())
-    settings |= {"base_model_name_or_path": str(folder.resolve() / "base"), "revision": None}
+    settings |= {"base_model_name_or_path": str(real_path(folder) / "base"), "revision": None}
     settings |= {name: value for name, value in changes.items() if name in settings}
     (scratch / "adapter_config.json").write_text(json.dumps(settings, indent=2) + "\n")
 

@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from rlhf_lightning.errors import ConfigError, UserError
-from rlhf_lightning.files import hash_folder, is_file, read_object, read_stage, write_json
+from rlhf_lightning.files import hash_folder, is_file, read_object, read_stage, real_path, write_json
 from rlhf_lightning.models.base_weights import (
     check_adapted,
     check_kind,
@@ -338,9 +338,9 @@ def adapter_base(folder: Path) -> str:
         raise ConfigError(f"{folder}: adapter_config.json names no base (base_model_name_or_path is {base!r})")
     relative = read_stage(folder).get("base")
     if relative and not Path(base).exists() and (folder / relative).exists():
-        base = str((folder / relative).resolve())
+        base = str(real_path(folder / relative))
     if not Path(base).exists() and Path(base).name == "base" and (folder / "base" / "config.json").is_file():
-        base = str((folder / "base").resolve())  # inside the adapter's own folder, which was moved
+        base = str(real_path(folder / "base"))  # inside the adapter's own folder, which was moved
     refuse_chain(Path(base), folder)
     try:
         return check_source(base)

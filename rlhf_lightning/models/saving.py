@@ -11,7 +11,7 @@ from typing import Any
 
 from rlhf_lightning.data.ended_templates import ended
 from rlhf_lightning.data.templates import ChatTemplate
-from rlhf_lightning.files import read_object, write_json
+from rlhf_lightning.files import read_object, real_path, write_json
 from rlhf_lightning.models.base_weights import link_base, write_base
 from rlhf_lightning.models.generation import end_token_ids
 from rlhf_lightning.models.loading import is_adapter
@@ -151,6 +151,6 @@ def relative_base(folder: Path) -> str | None:
 
 def relative_to_run(path: Any, folder: Path) -> str | None:
     """`path` relative to the model folder `RUN/STAGE/model`, so that it survives moving RUN; None outside RUN."""
-    run = folder.resolve().parent.parent
-    inside = Path(str(path)).is_dir() and Path(str(path)).resolve().is_relative_to(run)
-    return os.path.relpath(Path(str(path)).resolve(), folder.resolve()) if inside else None
+    run = real_path(folder).parent.parent
+    inside = Path(str(path)).is_dir() and real_path(str(path)).is_relative_to(run)
+    return os.path.relpath(real_path(str(path)), real_path(folder)) if inside else None

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from rlhf_lightning.errors import ConfigError
+from rlhf_lightning.files import real_path
 from rlhf_lightning.models.heads import find_head, pad_token
 from rlhf_lightning.models.loading import check_vocabulary, load_for_scoring, read_stage
 from rlhf_lightning.models.lora import base_of
@@ -357,10 +358,10 @@ def _subclasses(of: type[Scorer]) -> Iterator[type[Scorer]]:
 
 def _reference_of(folder: Path, named: str, relative: str | None) -> str:
     """Folder of a model's reference: relative to the model folder if the run was moved or copied, else as named."""
-    neighbor = (folder / relative).resolve() if relative else None
+    neighbor = real_path(folder / relative) if relative else None
     found = str(neighbor) if neighbor is not None and neighbor.is_dir() else named
     if Path(found).is_dir():
-        if Path(found).resolve() == folder.resolve():
+        if real_path(found) == real_path(folder):
             raise ConfigError(
                 f"{folder} names itself as its reference: every score would be 0. Name the model that it started from."
             )

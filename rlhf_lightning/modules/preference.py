@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from rlhf_lightning.data.batching import pad_tokens
 from rlhf_lightning.errors import ConfigError
+from rlhf_lightning.files import real_path
 from rlhf_lightning.models.heads import has_head, init_head
 from rlhf_lightning.models.loading import disable_dropout, read_stage
 from rlhf_lightning.models.packed_forward import PackedForward
@@ -137,7 +138,7 @@ class PreferenceModule(RLHFModule):
                     reference,
                     before,
                 )
-        elif Path(reference).resolve() == (Path(self._trainer.default_root_dir) / "model").resolve():
+        elif real_path(reference) == real_path(Path(self._trainer.default_root_dir) / "model"):
             raise ConfigError(
                 f"{reference} is the reference, and the folder that this run would write its model to: name another "
                 "trainer.default_root_dir"

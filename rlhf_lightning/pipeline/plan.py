@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from rlhf_lightning.errors import ConfigError
-from rlhf_lightning.files import hash_file, is_file, repeated_key
+from rlhf_lightning.files import hash_file, is_file, real_path, repeated_key
 
 KINDS = ("sft", "preference", "policy")
 LONGEST = 200
@@ -184,7 +184,7 @@ def _check_texts(given: Mapping[str, Any], keys: Sequence[str], where: str) -> N
 
 
 def _read_record(path: Path) -> dict[str, str]:
-    return {"path": str(path.resolve()), "hash": hash_file(path)}
+    return {"path": str(real_path(path)), "hash": hash_file(path)}
 
 
 def _check_reference(reference: Any, earlier: list[str], where: str) -> None:

@@ -11,7 +11,7 @@ import yaml
 
 from rlhf_lightning.data.records import check_there, fingerprint
 from rlhf_lightning.errors import ConfigError, UserError
-from rlhf_lightning.files import FORMAT, duration, hash_folder, read_object, visible, write_json
+from rlhf_lightning.files import FORMAT, duration, hash_folder, read_object, real_path, visible, write_json
 from rlhf_lightning.pipeline.eta import Eta
 from rlhf_lightning.pipeline.plan import Plan, Stage, merged, read_plan
 from rlhf_lightning.pipeline.stage_process import StageProcess
@@ -90,10 +90,10 @@ def _own_scorer(plan: Plan, stage: Stage) -> dict[str, str]:
 
 def check_data(plan: Plan, stage: Stage) -> None:
     """Raise `DataError` if a data file of the stage is missing; files that the run itself creates are not checked."""
-    data, root = stage.settings.get("data") or {}, plan.root.resolve()
+    data, root = stage.settings.get("data") or {}, real_path(plan.root)
     for name in SOURCES:
         for file in given if isinstance(given := data.get(name), list) else [given]:
-            if isinstance(file, str) and not Path(file).resolve().is_relative_to(root):
+            if isinstance(file, str) and not real_path(file).is_relative_to(root):
                 check_there(file)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from rlhf_lightning.errors import ConfigError, UserError
-from rlhf_lightning.files import read_table
+from rlhf_lightning.files import read_table, real_path
 from rlhf_lightning.report.records import (
     FACTS,
     PREFERENCE,
@@ -107,7 +107,7 @@ def read_run(root: Path) -> Run:
         name = str(manifest.get("name") or root.name)
         return Run(name, root, stages, _text(root / "pipeline.yaml"), read_record(root / "summary.json", SUMMARY))
     if any((root / name).exists() for name in ("stage.json", "metrics.csv", "config.yaml")):
-        return Run(root.resolve().name, root, [read_stage(root, root.resolve().name)])
+        return Run(real_path(root).name, root, [read_stage(root, real_path(root).name)])
     what = "holds no run (no manifest.json, stage.json or metrics.csv)" if root.is_dir() else "no such folder"
     raise UserError(f"{root}: {what}. Give the folder of a pipeline or of a stage, for example runs/quickstart")
 
