@@ -5,7 +5,13 @@ from rlhf_lightning.diagnostics.critic import UselessCritic
 from rlhf_lightning.diagnostics.kl import GrowingKL, HighKL, NegativeKL
 from rlhf_lightning.diagnostics.numbers import NotFinite
 from rlhf_lightning.diagnostics.ratios import ClampedRatios, Clipping, LogprobGap, WildRatios
-from rlhf_lightning.diagnostics.responses import EntropyCollapse, LengthHacking, RepeatedText, Truncation
+from rlhf_lightning.diagnostics.responses import (
+    EntropyCollapse,
+    LengthCollapse,
+    LengthHacking,
+    RepeatedText,
+    Truncation,
+)
 from rlhf_lightning.diagnostics.reward import NoSignal, OverOptimized, RewardCollapse
 
 __all__ = [
@@ -15,6 +21,7 @@ __all__ = [
     "EntropyCollapse",
     "GrowingKL",
     "HighKL",
+    "LengthCollapse",
     "LengthHacking",
     "LogprobGap",
     "NegativeKL",

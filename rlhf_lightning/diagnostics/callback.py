@@ -13,7 +13,13 @@ from rlhf_lightning.diagnostics.critic import UselessCritic
 from rlhf_lightning.diagnostics.kl import GrowingKL, HighKL, NegativeKL
 from rlhf_lightning.diagnostics.numbers import NotFinite
 from rlhf_lightning.diagnostics.ratios import ClampedRatios, Clipping, LogprobGap, WildRatios
-from rlhf_lightning.diagnostics.responses import EntropyCollapse, LengthHacking, RepeatedText, Truncation
+from rlhf_lightning.diagnostics.responses import (
+    EntropyCollapse,
+    LengthCollapse,
+    LengthHacking,
+    RepeatedText,
+    Truncation,
+)
 from rlhf_lightning.diagnostics.reward import NoSignal, OverOptimized, RewardCollapse
 from rlhf_lightning.diagnostics.round_callback import RoundCallback
 from rlhf_lightning.errors import ConfigError
@@ -27,6 +33,7 @@ DEFAULT = (
     OverOptimized,
     RewardCollapse,
     LengthHacking,
+    LengthCollapse,
     NoSignal,
     EntropyCollapse,
     RepeatedText,

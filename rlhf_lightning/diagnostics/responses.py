@@ -1,7 +1,9 @@
 """Checks of responses: truncation, length as a proxy for reward, repetition, and loss of variety."""
 
+from statistics import stdev
+
 from rlhf_lightning.diagnostics.check import MedianAbove, Numbers, SinceStart, positive
-from rlhf_lightning.diagnostics.curves import Curves
+from rlhf_lightning.diagnostics.curves import FIRST, Curves
 
 
 class Truncation(MedianAbove):
@@ -64,6 +66,45 @@ class LengthHacking(SinceStart):
 
     def numbers(self, curves: Curves) -> Numbers:
         return {self.watched[0]: curves.level(self.watched[0], self.rounds) or 0.0, **super().numbers(curves)}
+
+
+class LengthCollapse(SinceStart):
+    """Responses have become much shorter while the reward rose.
+
+    Args:
+        fraction: Ratio of the mean length to that of the first rounds.
+        deviations: Smallest rise of the reward that counts, in standard deviations of the first 10 rounds.
+        rounds: Number of rounds for the median, and number of first rounds.
+
+    Example:
+        >>> from rlhf_lightning.diagnostics.curves import Curves
+        >>> curves = Curves.of(reward=[0.2, 0.4] * 5 + [0.8], response_tokens=[40.0] * 10 + [10.0])
+        >>> LengthCollapse(fraction=0.5, rounds=1).severity(curves)
+        2.0
+    """
+
+    name, watched = "length_collapse", ("reward", "response_tokens")
+    meaning = "The reward has risen while responses lost most of their length: content may be lost, too."
+    remedy = (
+        "Usual remedy: compare samples of the first and last rounds; a preference model beside the present reward, a "
+        "target length (LengthReward), a higher kl coefficient."
+    )
+
+    def __init__(self, fraction: float = 0.5, deviations: float = 2.0, rounds: int = 5) -> None:
+        super().__init__(rounds)
+        self.fraction = positive(self, "fraction", fraction)
+        self.deviations = positive(self, "deviations", deviations)
+
+    def severity(self, curves: Curves) -> float | None:
+        levels, reward, start = self.levels(curves), curves.level("reward", self.rounds), curves.start("reward", FIRST)
+        if levels is None or reward is None or start is None:
+            return None
+        rise = (reward - start) / max(self.deviations * stdev(curves["reward"].first), 1e-12)
+        return min(self.fraction * levels[0] / max(levels[1], 1e-12), rise)
+
+    def numbers(self, curves: Curves) -> Numbers:
+        rewards = {"reward_at_first": curves.start("reward", FIRST), "reward": curves.level("reward", self.rounds)}
+        return {name: value or 0.0 for name, value in rewards.items()} | super().numbers(curves)
 
 
 class RepeatedText(SinceStart):

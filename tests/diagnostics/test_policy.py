@@ -27,6 +27,7 @@ from rlhf_lightning.diagnostics import (
     EntropyCollapse,
     GrowingKL,
     HighKL,
+    LengthCollapse,
     LengthHacking,
     LogprobGap,
     NegativeKL,
@@ -171,6 +172,10 @@ FAILURES: list[tuple[Check, dict[str, Any]]] = [
     (RewardCollapse(), {"reward": noisy(lambda i: 0.2 + min(i, 30) / 50 if i < 50 else 0.25, 60, 0.02)}),
     (RewardCollapse(), {"reward": noisy(lambda i: 0.5 if i < 30 else -0.5, 40, 0.02)}),
     (LengthHacking(), {"length_reward_correlation": [0.7] * 15, "response_tokens": [100 + 10 * i for i in range(15)]}),
+    (
+        LengthCollapse(),
+        {"reward": noisy(lambda i: 0.3 + i / 60, 30, 0.05), "response_tokens": [max(14, 36 - i) for i in range(30)]},
+    ),
     (NoSignal(), {"zero_variance_groups": [0.1, 0.9, 0.9, 0.8, 0.95, 0.1, 0.9]}),
     (EntropyCollapse(), {"entropy": noisy(lambda i: max(0.1, 2 - i / 10), 30, 0.02)}),
     (RepeatedText(), {"repeated_ngrams": [0.02] * 5 + [0.3] * 3}),
@@ -197,6 +202,15 @@ HEALTHY: list[tuple[Check, dict[str, Any]]] = [
     (RewardCollapse(), {"reward": [0.0] * 20}),
     (LengthHacking(), {"length_reward_correlation": [0.7] * 15, "response_tokens": noisy(lambda i: 100, 15, 10)}),
     (LengthHacking(), {"length_reward_correlation": [0.1] * 15, "response_tokens": [100 + 10 * i for i in range(15)]}),
+    (
+        LengthCollapse(),  # the reward does not rise
+        {"reward": noisy(lambda i: 0.3, 30, 0.05), "response_tokens": [max(14, 36 - i) for i in range(30)]},
+    ),
+    (
+        LengthCollapse(),  # a third shorter
+        {"reward": noisy(lambda i: 0.3 + i / 60, 30, 0.05), "response_tokens": [max(24, 36 - i) for i in range(30)]},
+    ),
+    (LengthCollapse(), {"reward": noisy(up, 9, 0.02), "response_tokens": [40, 30, 20, 10, 5, 5, 5, 5, 5]}),  # too early
     (NoSignal(), {"zero_variance_groups": [0.5, 0.9, 0.6, 0.5, 0.95, 0.1, 0.4]}),
     (EntropyCollapse(), {"entropy": noisy(lambda i: max(1.0, 2 - i / 10), 30, 0.05)}),
     (EntropyCollapse(), {"entropy": [0.01] * 20}),  # it began like this
