@@ -1,9 +1,9 @@
-"""Compare two result files of `step.py`, or of any script whose JSON has ratios: did one fall?
+"""Compare two result files of `step.py`, or of any script whose JSON has ratios, and report ratios that fell.
 
     python benchmarks/compare.py OLD NEW
 
-Prints a table of every number whose name is a ratio where more is better. A ratio that fell by more than 15%, or that
-is no longer there, is flagged, and the exit code is 1. Seconds are not compared: they depend on the machine.
+Prints a table of every ratio for which higher is better. A ratio that fell by more than 15%, or that
+is missing in the new file, is flagged, and the exit code is 1. Seconds are not compared: they depend on the machine.
 """
 
 import argparse
@@ -20,7 +20,7 @@ NAMES = ("ratio", "ratio_fastest", "of_matmul_rate", "mfu")
 
 @dataclass
 class Row:
-    """A ratio of both files; None where a file does not have it."""
+    """A ratio in both files; None if a file does not have it."""
 
     name: str
     old: float | None
@@ -28,11 +28,11 @@ class Row:
 
     @property
     def fell(self) -> bool:
-        """By more than the limit, or is gone."""
+        """True if it fell by more than the limit, or is missing in the new file."""
         return self.old is not None and (self.new is None or self.new < (1 - LIMIT) * self.old)
 
     def text(self) -> str:
-        """A line of the table."""
+        """The row of the table."""
         if self.old is None or self.new is None:
             change = "new" if self.old is None else "GONE"
         else:
@@ -45,7 +45,7 @@ def _number(value: float | None) -> str:
 
 
 def ratios(report: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, float]]:
-    """The finite ratios above 0 of a report, by their place in it."""
+    """The finite ratios above 0 in a report, by their path in it."""
     items = report.items() if isinstance(report, dict) else enumerate(report) if isinstance(report, list) else ()
     for key, value in items:
         if key in NAMES and isinstance(value, int | float) and math.isfinite(value) and value > 0:
@@ -61,7 +61,7 @@ def compare(old: Any, new: Any) -> list[Row]:
 
 
 def read(path: str) -> Any:
-    """A result file; ends the program where there is none, or no ratio in it."""
+    """Read a result file; exits if it does not exist or has no ratio."""
     try:
         report = json.loads(Path(path).read_text())
     except (OSError, ValueError) as error:
@@ -72,7 +72,7 @@ def read(path: str) -> Any:
 
 
 def main(args: list[str] | None = None) -> int:
-    """Print the table; 1 where a ratio fell."""
+    """Print the table; returns 1 if a ratio fell."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("old")
     parser.add_argument("new")

@@ -1,11 +1,11 @@
-"""Tables of results within pages that people write."""
+"""Generated tables in hand-written pages."""
 
 
 def placed(page: str, begin: str, end: str, text: str) -> str:
-    """A page with a text between two marks.
+    """Replace the text between two markers of a page.
 
     Raises:
-        ValueError: the page has no such marks.
+        ValueError: If the page does not have these markers.
     """
     before, found, rest = page.partition(begin)
     _, closed, after = rest.partition(end)

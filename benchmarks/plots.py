@@ -1,4 +1,4 @@
-"""Curves over seeds as SVG files that stand alone, with the axes of the package's report."""
+"""Curves over seeds as self-contained SVG files, with the axes of the package's report."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -8,7 +8,7 @@ from pathlib import Path
 from rlhf_lightning.report.charts import HEIGHT, LEFT, RIGHT, WIDTH, Frame, axes, frame_of
 from rlhf_lightning.report.html import Html, el
 
-# Okabe and Ito's colors, which color-blind readers can tell apart, without the yellow that white swallows.
+# Okabe and Ito's colors, which color-blind readers can distinguish, without yellow, which is hard to see on white.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#000000")
 STYLE = (
     "text { font: 11px sans-serif; fill: #444; } .title { font-weight: bold; fill: #111; } "
@@ -17,17 +17,17 @@ STYLE = (
 )
 TITLE, ENTRY, COLUMNS, GAP = 22, 16, 3, 6
 FEW = 6
-"""So few points are marked: the line between them was not measured."""
+"""Up to this number of points, each gets a marker, since the line between them was not measured."""
 
 
 @dataclass
 class Series:
-    """A curve, and how far it spreads to both sides."""
+    """A curve with its spread."""
 
     points: Sequence[tuple[float, float]]
     spread: Sequence[float] = field(default_factory=list)
     color: str = ""
-    """Of `COLOURS`, in the order of a panel's series where it is not given."""
+    """Color; by default that of `COLOURS` at the series' position in its panel."""
 
     def around(self) -> list[tuple[float, float]]:
         """The outline of the band, from left to right above and back below; empty without spread."""
@@ -38,14 +38,14 @@ class Series:
 
 @dataclass
 class Panel:
-    """One chart of a picture."""
+    """One chart of a plot."""
 
     title: str
     series: Mapping[str, Series]
     x: str = "step"
 
     def marks(self) -> list[Html]:
-        """Title, axes, bands below lines, and below the axes what each color is."""
+        """Title, axes, bands below lines, and the legend below the axes."""
         frame = frame_of([p for one in self.series.values() for p in (*one.points, *one.around())])
         parts = [el("text", self.title, x=LEFT, y=14, class_="title")]
         drawn = [*axes(frame, self.x)]
@@ -60,18 +60,18 @@ class Panel:
         return [*parts, *(mark for i, name in enumerate(self.series) for mark in self._entry(i, name))]
 
     def _entry(self, place: int, name: str) -> list[Html]:
-        """Two entries a line."""
+        """An entry of the legend; there are two per line."""
         across = LEFT + place % 2 * (WIDTH - LEFT - RIGHT) // 2
         down = TITLE + HEIGHT + GAP + ENTRY * (place // 2)
         key = el("rect", x=across, y=down, width=10, height=10, fill=self.colors()[place])
         return [key, el("text", name, x=across + 15, y=down + 9)]
 
     def colors(self) -> list[str]:
-        """Of its curves."""
+        """Colors of its curves."""
         return [one.color or COLOURS[place] for place, one in enumerate(self.series.values())]
 
     def height(self) -> int:
-        """With title and legend."""
+        """Height with title and legend."""
         return TITLE + HEIGHT + GAP + ENTRY * math.ceil(len(self.series) / 2) + 8
 
 
@@ -80,7 +80,7 @@ def _path(frame: Frame, points: Sequence[tuple[float, float]]) -> str:
 
 
 def save(path: Path, panels: Sequence[Panel]) -> None:
-    """Write the panels, three in a row."""
+    """Write the panels, three per row."""
     columns, high = min(COLUMNS, len(panels)), max(panel.height() for panel in panels)
     width, height = columns * WIDTH, math.ceil(len(panels) / columns) * high
     placed = [

@@ -1,4 +1,4 @@
-"""One run of the quickstart, what it promises, and the machine that figures were measured on.
+"""One run of the quickstart, its requirements, and a description of the machine.
 
 The script is `python -m benchmarks.learning.quickstart_curves`, over several seeds.
 """
@@ -17,7 +17,7 @@ HEAD = ["seed", "gold: base → SFT → RL", "held-out NLL", "pair accuracy", "K
 
 
 def machine() -> dict[str, Any]:
-    """What the figures were measured on."""
+    """Description of the machine and versions."""
     return {
         "processor": platform.machine(),
         "cpu": processor() or platform.machine(),
@@ -27,9 +27,9 @@ def machine() -> dict[str, Any]:
 
 
 def run(seed: int, root: Path) -> dict[str, Any]:
-    """Run it into a folder; what stands in its `summary.json`.
+    """Run it in a folder and return its `summary.json`.
 
-    A process of its own, as a user starts it: its memory is then its own as well.
+    It runs in its own process, as for a user, so that its memory can be measured.
     """
     command = [sys.executable, "-m", "rlhf_lightning", "quickstart", "--seed", str(seed), "--root", str(root)]
     subprocess.run(command, check=True)
@@ -37,7 +37,7 @@ def run(seed: int, root: Path) -> dict[str, Any]:
 
 
 def checks(summary: dict[str, Any]) -> dict[str, bool]:
-    """What the quickstart promises."""
+    """Whether each requirement of the quickstart is met."""
     gold = {name: summary[name]["gold_reward"] for name in ("sft", "policy")}
     return {
         "nll below a quarter of its start": summary["sft"]["val_nll"] < summary["sft"]["val_nll_start"] / 4,
@@ -49,7 +49,7 @@ def checks(summary: dict[str, Any]) -> dict[str, bool]:
 
 
 def row(seed: str, summary: dict[str, Any]) -> list[str]:
-    """A line of the table, by `HEAD`."""
+    """A row of the table with the columns of `HEAD`."""
     base, sft, policy = (summary[name] for name in ("base", "sft", "policy"))
     return [
         seed,

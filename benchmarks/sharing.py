@@ -1,10 +1,10 @@
-"""What sharing prompts, packing and the size of a group cost or save: the measurements behind the defaults.
+"""Measurements behind the defaults: shared prompts, packing, and the size of token groups.
 
     python benchmarks/sharing.py
 
-Seconds of forward and backward through the token scores of a model of 5M parameters: a tree as one row with a dense
-mask, its branches side by side against the prompt's keys (what the package does), and unshared; rows packed and
-padded; budgets of tokens. Writes `benchmarks/results/sharing.json` and prints tables.
+Seconds of forward and backward of the token log-probabilities of a model with 5M parameters: a tree as one row with a
+dense mask, its branches side by side against the prompt's keys (what the package does), and unshared; rows packed and
+padded; token budgets. Writes `benchmarks/results/sharing.json` and prints tables.
 """
 
 import argparse
@@ -33,7 +33,7 @@ from rlhf_lightning.models.token_logprobs import TokenLogprobs  # noqa: E402
 
 
 def group(prompt: int, response: int, size: int, vocabulary: int, distinct: bool = False) -> dict[str, Any]:
-    """Rows of one prompt with `size` responses; `distinct` gives each a prompt of its own."""
+    """Rows of one prompt with `size` responses; with `distinct`, each has its own prompt."""
     shared = torch.randint(0, vocabulary, (prompt,)).tolist()
     rows = []
     for _ in range(size):
@@ -43,7 +43,7 @@ def group(prompt: int, response: int, size: int, vocabulary: int, distinct: bool
 
 
 def seconds(ways: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
-    """The median of each, taking turns."""
+    """Median seconds of each function, called in turns."""
     found: dict[str, list[float]] = {name: [] for name in ways}
     for turn in range(repeats + 1):
         for name, way in ways.items():
@@ -55,14 +55,14 @@ def seconds(ways: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float
 
 
 def step(scorer: TokenLogprobs, batch: dict[str, Any], shares: bool = True) -> None:
-    """Forward and backward."""
+    """Run forward and backward."""
     (attention.install if shares else attention.uninstall)(scorer.packed_forward.config)
     scorer(batch["input_ids"], batch["loss_mask"]).logprobs.sum().backward()
     scorer.backbone.model.zero_grad()
 
 
 def dense_step(scorer: TokenLogprobs, batch: dict[str, Any]) -> None:
-    """The same with attention over the whole tree under one mask."""
+    """The same, with attention over the whole tree under one mask."""
     plain, masks = attention.packed_attention, {}
 
     def dense(query: Any, key: Any, value: Any, layout: PackedLayout, scaling: Any = None, **_: Any) -> Any:
@@ -82,7 +82,7 @@ def dense_step(scorer: TokenLogprobs, batch: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    """Measure, print, write."""
+    """Measure, print and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=5)
     given = parser.parse_args()

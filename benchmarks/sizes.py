@@ -1,12 +1,12 @@
-"""`step.py` over sizes, one axis at a time: where is this project faster than TRL, and where is it not?
+"""`step.py` over sizes, one axis at a time.
 
     python benchmarks/sizes.py [--hours 2]
     python benchmarks/sizes.py --axes vocabulary length
 
-The base has 11M parameters beside its embedding, a vocabulary of 16,384, 8 rows (pairs) of about 64 + 64 tokens, and
-16 responses to 4 prompts. Finished cells are kept in `benchmarks/results/sizes.json` and skipped; where the hours are
-over the rest is left for the next run. A side may allocate `--gib`; running out of it is a result. Prints the tables,
-and draws `plots/sizes.svg`; `--hours 0` does that alone.
+The base has 11M parameters without its embedding, a vocabulary of 16,384, 8 rows (pairs) of about 64 + 64 tokens, and
+16 responses to 4 prompts. Finished cells are kept in `benchmarks/results/sizes.json` and skipped; when the hours are
+over, the rest is left for the next run. A side may allocate `--gib`; running out of memory is a result. Prints the
+tables and writes `plots/sizes.svg`; `--hours 0` only does that.
 """
 
 import argparse
@@ -39,7 +39,7 @@ Changes = dict[str, Any]
 
 
 def decoder(layers: int, hidden: int) -> Changes:
-    """A decoder with heads of 64, two of which share keys, and 12 · hidden² weights a layer."""
+    """A decoder with heads of size 64, two of which share keys, and 12 · hidden² weights per layer."""
     return {
         "layers": layers,
         "hidden": hidden,
@@ -50,7 +50,7 @@ def decoder(layers: int, hidden: int) -> Changes:
 
 
 def split(tokens: int, share: float) -> Changes:
-    """A prompt that is a share of so many tokens, and the response."""
+    """Lengths of prompt and response, for a prompt share of a number of tokens."""
     prompt = round(tokens * share)
     return {"prompt_tokens": prompt, "response_tokens": tokens - prompt, "new_tokens": tokens - prompt}
 
@@ -61,19 +61,19 @@ AXES: dict[str, tuple[tuple[str, ...], dict[str, Changes]]] = {
     "parameters": (ALL, {"3M": decoder(4, 256), "11M": decoder(6, 384), "40M": decoder(8, 640)}),
     "prompt share": (LONG, {f"{share:.0%}": split(128, share) for share in (0.2, 0.5, 0.8)}),
     "group size": (("rl",), {str(size): {"groups": 16 // size, "group_size": size} for size in (2, 4, 8, 16)}),
-    # The tokens of a batch stay while it has rows, which grow longer and fewer; RL keeps its 16 responses.
+    # The tokens per batch stay constant as long as the number of rows can fall; RL keeps its 16 responses.
     "length": (LONG, {f"{n:,}": {**split(n, 0.5), "batch": max(1, 1024 // n)} for n in (128, 256, 512, 1024, 2048)}),
 }
-"""What an axis is measured on, and the workloads along it."""
+"""The steps that an axis is measured on, and the workloads along it."""
 
 
 def workload(changes: Changes) -> Workload:
-    """The base with changes."""
+    """The base workload with changes."""
     return Workload(**{**BASE, **changes})
 
 
 def key(task: str, work: Workload) -> str:
-    """The name of a cell: what it was measured on. Axes share their base."""
+    """Name of a cell. The axes share the base's cells."""
     own = asdict(work)
     for name in ("groups", "group_size", "new_tokens") if task != "rl" else ("batch", "response_tokens"):
         del own[name]
@@ -81,7 +81,7 @@ def key(task: str, work: Workload) -> str:
 
 
 def measure(axis: str, report: dict[str, Any], given: argparse.Namespace, end: float) -> bool:
-    """Run the cells of an axis that are not there yet; False where the time was over before."""
+    """Measure the missing cells of an axis; False if the time was over before all were measured."""
     tasks, along = AXES[axis]
     for name, changes in along.items():
         work = workload({**changes, **given.changes})
@@ -115,7 +115,7 @@ def table(axis: str, report: dict[str, Any]) -> str:
 
 
 def draw(report: dict[str, Any], path: Path) -> None:
-    """How often our step fits into TRL's fastest, along each axis."""
+    """Ratio of TRL's fastest step to ours, along each axis."""
     panels = []
     for axis, (tasks, along) in AXES.items():
         series = {}
@@ -134,7 +134,7 @@ UNITS = {"parameters": " beside the embedding (M)", "prompt share": " (%)", "len
 
 
 def number(name: str) -> float:
-    """Where a point of an axis stands."""
+    """Position of a point on an axis."""
     return float(name.rstrip("M%").replace(",", ""))
 
 
@@ -153,7 +153,7 @@ def arguments(args: list[str] | None) -> argparse.Namespace:
 
 
 def main(args: list[str] | None = None) -> None:
-    """Measure what is missing, and print."""
+    """Measure the missing cells, and print."""
     given = arguments(args)
     today = date.today().isoformat()
     report: dict[str, Any] = {

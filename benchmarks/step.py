@@ -1,11 +1,11 @@
-"""Seconds a step, of this project and of TRL, side by side: the same model, rows and batch.
+"""Seconds per step of this project and of TRL, with the same model, rows and batch.
 
     python benchmarks/step.py                          # the 5M model, generated rows
     python benchmarks/step.py --size 17m --data FILE --tokenizer FOLDER --name 17m
 
-Each side runs in a process of its own and waits while the other works; they take turns, several times, and medians
-are compared. TRL (extra `benchmark`) is given its fastest settings that compute the same: no gradient checkpointing,
-the fused optimizer, and once the whole batch at once, once the micro-batch that was fastest in a trial. Writes
+Each side runs in its own process and waits while the other works; they alternate several times, and medians
+are compared. TRL (extra `benchmark`) gets the fastest settings that compute the same: no gradient checkpointing,
+the fused optimizer, once the whole batch at once, and once the micro-batch that was fastest in a trial. Writes
 `benchmarks/results/step-NAME.json` and prints the table.
 """
 
@@ -38,7 +38,7 @@ MEMORY = {"vocab": 151_669, "batch": 1, "prompt_tokens": 100, "response_tokens":
 
 
 def growth(ours: Side, work: Workload, repeats: int) -> dict[str, float]:
-    """How often the time of our RL step fits into that of one with twice as much, medians taken in turns."""
+    """Ratio of the time of our RL step with one size doubled to that of the base; medians measured in turns."""
     doubled = {
         "prompts": {"groups": 2 * work.groups},
         "group size": {"group_size": 2 * work.group_size},
@@ -53,7 +53,7 @@ def growth(ours: Side, work: Workload, repeats: int) -> dict[str, float]:
 
 
 def memory(work: Workload, threads: int, root: Path) -> dict[str, float]:
-    """GiB at the peak of SFT steps on one row of about 2,000 tokens and a vocabulary of 151,669, of each process."""
+    """Peak GiB of each process in SFT steps on one row of about 2,000 tokens, with a vocabulary of 151,669."""
     big = Workload(**{**asdict(work), **MEMORY})
     folder = root / "memory" / "model"
     folder.mkdir(parents=True)
@@ -119,7 +119,7 @@ def arguments() -> argparse.Namespace:
 
 
 def main() -> None:
-    """Run, print, write."""
+    """Run, print and write."""
     given = arguments()
     chosen = {f.name: getattr(given, f.name) for f in fields(Workload) if getattr(given, f.name) is not None}
     work = Workload(**{**SIZES[given.size], **chosen})

@@ -1,4 +1,4 @@
-"""The tables of READMEs that come from committed results; measures nothing.
+"""Tables for READMEs from the committed results; measures nothing.
 
     python benchmarks/summary.py            # prints them
     python benchmarks/summary.py --readme   # writes them into the pages
@@ -37,18 +37,18 @@ def read(name: str) -> dict[str, Any]:
 
 
 def where(report: dict[str, Any]) -> str:
-    """The machine and the day."""
+    """The machine and the date."""
     return f"{report['threads']} cores, {report['machine']['cpu']} | {report['date']}"
 
 
 def cells(row: dict[str, Any]) -> str:
-    """Seconds of both sides and the ratio, TRL with the micro-batch that is fastest for it."""
+    """Seconds of both sides and their ratio, with TRL's fastest micro-batch."""
     numbers = [f"{row[name]:.2f} s" if row[name] else "out of memory" for name in ("ours", "trl_fastest")]
     return " | ".join([*numbers, f"{row['ratio_fastest']:.1f}" if row["ratio_fastest"] else "–"])
 
 
 def rows() -> Iterator[str]:
-    """The lines below the head."""
+    """The rows below the header."""
     step, along = read("step-5m"), read("sizes")
     for task, row in step["tasks"].items():
         yield f"| {NAMES[task]}, 5M | {cells(row)} | {where(step)} | {STEP} |"
@@ -66,7 +66,7 @@ def rows() -> Iterator[str]:
 
 
 def table() -> str:
-    """Everything against TRL in one table."""
+    """One table of everything measured against TRL."""
     head = "| task | ours | TRL 1.16.0, its fastest micro-batch | ratio | machine | date | command |"
     return "\n".join([head, "|---" * 7 + "|", *rows()])
 
@@ -86,7 +86,7 @@ ROWS = {
 
 
 def speed() -> str:
-    """The steps in few words."""
+    """A short table of the steps."""
     lines = ["| | ours | TRL, whole batch at once | TRL, fastest micro-batch |", "|---" * 4 + "|"]
     for task, row in read("step-5m")["tasks"].items():
         whole = f"{row['trl_whole_batch']:.2f} s ({row['ratio']:.1f} times)"
@@ -104,11 +104,11 @@ PAGES: dict[Path, dict[str, Callable[[], str]]] = {
     ROOT / "benchmarks" / "scale" / "README.md": {"growth": lambda: growth.table(read("scale")["growth"])},
     ROOT / "README.md": {"speed": speed},
 }
-"""The tables of each page, by the name in their marks."""
+"""The tables of each page, by the name in their markers."""
 
 
 def page(path: Path) -> str:
-    """A page with its tables as the results say."""
+    """A page with its tables updated from the results."""
     text = path.read_text(encoding="utf-8")
     for name, make in PAGES[path].items():
         text = pages.placed(text, f"<!-- {name}: benchmarks/summary.py -->", f"<!-- end of {name} -->", make())
@@ -116,7 +116,7 @@ def page(path: Path) -> str:
 
 
 def main() -> None:
-    """Print the tables, or write them."""
+    """Print the tables, or write them into the pages."""
     for path, tables in PAGES.items():
         if "--readme" in sys.argv[1:]:
             path.write_text(page(path), encoding="utf-8")

@@ -37,7 +37,7 @@ def check_whole(name: str, value: object, least: int = 1, most: int = MOST) -> N
 def check_seed(name: str, value: int) -> None:
     """Raise `ConfigError` for a seed that numpy does not accept."""
     if not 0 <= value < 2**32:
-        raise ConfigError(f"{name} {value}: a seed is a whole number from 0 to 4294967295")
+        raise ConfigError(f"{name} {value}: a seed must be a whole number from 0 to 4294967295")
 
 
 def check_object(name: str, value: object, example: str) -> None:

@@ -64,9 +64,9 @@ def is_file(path: str | os.PathLike[str]) -> bool:
         return False
     if not stat.S_ISREG(mode):
         kind = (
-            "stream, which can be read once only" if is_open_stream(path) else _KINDS.get(stat.S_IFMT(mode), "device")
+            "stream, which can be read only once" if is_open_stream(path) else _KINDS.get(stat.S_IFMT(mode), "device")
         )
-        raise ConfigError(f"{os.fspath(path)}: a {kind}; it must be a file")
+        raise ConfigError(f"{os.fspath(path)}: this is a {kind}; it must be a file")
     return True
 
 
@@ -98,13 +98,13 @@ def read_object(path: Path, unique: bool = True) -> dict[str, Any]:
         reason = error.strerror if isinstance(error, OSError) else error
         raise ConfigError(f"{path}: cannot be read as JSON ({reason}); restore the file") from None
     if not isinstance(value, dict):
-        raise ConfigError(f"{path}: holds a {type(value).__name__}, not an object; restore the file")
+        raise ConfigError(f"{path}: contains a {type(value).__name__}, not an object; restore the file")
     return value
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if (name := repeated_key(pairs)) is not None:
-        raise ValueError(f"{name!r} stands twice in one object")
+        raise ValueError(f"the key {name!r} appears twice in an object")
     return dict(pairs)
 
 
@@ -126,8 +126,8 @@ def check_format(found: Any, what: str) -> None:
     if found is None or (known and found == FORMAT):
         return
     newer = known and found > FORMAT
-    remedy = "update rlhf-lightning" if newer else "use the version that wrote it, or train it anew"
-    raise ConfigError(f"{what} has format {found!r}, and this version reads {FORMAT}: {remedy}")
+    remedy = "update rlhf-lightning" if newer else "use the version that wrote it, or train again"
+    raise ConfigError(f"{what} has format {found!r}, but this version reads format {FORMAT}: {remedy}")
 
 
 def read_record(path: Path) -> dict[str, Any]:
@@ -187,7 +187,9 @@ def write_text(path: Path, text: str) -> None:
     except OSError as error:
         with suppress(OSError):
             scratch_of(path).unlink()
-        raise ConfigError(f"{path}: cannot be written ({error.strerror}); make room, or name another place") from None
+        raise ConfigError(
+            f"{path}: cannot be written ({error.strerror}); free disk space, or choose another path"
+        ) from None
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -47,7 +47,7 @@ PARENT = "RLHF_RANK_PARENT"
 LOST = ("Connection reset by peer", "Connection closed by peer", "remote process exited", "Broken pipe")
 TIMED_OUT = ("Timed out waiting", "Application timeout", "collective operation timeout")
 RESUME = "The same command resumes the run."
-KILLED = f"If it was killed, memory may have run out (see the system's log). {RESUME}"
+KILLED = f"If it was killed, the machine may have run out of memory (see the system log). {RESUME}"
 
 
 @dataclass(frozen=True)
@@ -153,8 +153,8 @@ class RankWatch:
                 hub = _Peer(socket.create_connection((host, port), timeout=10), rank=0, name=name)
             except OSError as error:
                 log.warning(
-                    "rank %d cannot reach port %d of %s (%s): if another rank stops or dies, only the limit of the "
-                    "process group ends this one",
+                    "rank %d cannot reach port %d of %s (%s): if another rank stops or dies, only the timeout of the "
+                    "process group ends this rank",
                     rank, port, host, error.strerror or error,
                 )  # fmt: skip
                 return
@@ -232,7 +232,7 @@ class RankWatch:
                 child.wait()
                 end = End(f"rank {rank} did not end with the others, and was killed")
             elif child.returncode and not failed:
-                end = End(f"rank {rank} {_exit(child.returncode)} after the others had done their part")
+                end = End(f"rank {rank} {_exit(child.returncode)} after the others had finished")
         self._deadline = time.monotonic() + GRACE if failed else None  # exit handlers may wait for other ranks
         self._over.set()
         return end
@@ -370,7 +370,7 @@ class RankWatch:
             others.insert(0, f"{_name(self.rank, self.world)} is at {_place(self._main)}")
         limit = f" for {self.limit:g} s (--rank_timeout, or the strategy's timeout)" if self.limit else ""
         more = f", and {len(others) - 8} more" if len(others) > 8 else ""
-        return f"{who} waited{limit} for the others in vain: {'; '.join(others[:8])}{more}. {RESUME}"
+        return f"{who} waited{limit} for the other ranks in vain: {'; '.join(others[:8])}{more}. {RESUME}"
 
     def _conclude(self, end: End, besides: _Peer | None = None) -> None:
         for peer in list(self._peers):
@@ -498,10 +498,12 @@ def watch_ranks(trainer: Any, minutes: float | None) -> None:
     strategy = trainer.strategy
     if minutes is not None:
         if not 0 < minutes <= YEAR:
-            raise ConfigError(f"rank_timeout is {minutes}; it must be above 0 (minutes), and at most a year")
+            raise ConfigError(f"rank_timeout is {minutes}; it must be above 0 minutes, and at most a year")
         own = getattr(strategy, "_timeout", None)
         if own not in (None, default_pg_timeout, timedelta(minutes=minutes)):
-            raise ConfigError(f"rank_timeout is {minutes:g} minutes, and trainer.strategy has timeout {own}: set one")
+            raise ConfigError(
+                f"rank_timeout is {minutes:g} minutes, but trainer.strategy has timeout {own}: set only one of them"
+            )
         strategy._timeout = timedelta(minutes=minutes)
     launcher = strategy.launcher
     if type(launcher) not in (type(None), _SubprocessScriptLauncher):
@@ -535,11 +537,11 @@ def _alone(error: RuntimeError, limit: float | None) -> UserError | None:
     within = f" within {limit:g} s (--rank_timeout, or the strategy's timeout)" if limit else ""
     if joined := re.search(r"(\d+)/(\d+) clients joined", text):
         return UserError(
-            f"only {joined[1]} of {joined[2]} ranks have come{within}. Start all of them, with the same MASTER_ADDR "
-            "and MASTER_PORT; what the others say, if they ended, is in their output."
+            f"only {joined[1]} of {joined[2]} ranks have joined{within}. Start all of them, with the same MASTER_ADDR "
+            "and MASTER_PORT; if the others ended, their output says why."
         )
     if place := re.search(r"trying to connect to \((.*?)\)", text):
-        return UserError(f"rank 0 does not answer at {place[1]}{within}. Start it, or look at what it ended by.")
+        return UserError(f"rank 0 does not answer at {place[1]}{within}. Start it, or see its output if it ended.")
     if "connectFullMesh" in text:
         return UserError(
             f"another rank ended, or cannot be reached, before the run began ({text.splitlines()[0][:200]})"

@@ -59,12 +59,12 @@ def claim(root: Path, results: Iterable[str], patience: float = 0.0) -> None:
         unmarked = not (root / MARK).exists()
         if unmarked and (foreign := [name for name in results if os.path.lexists(root / name)]):
             raise ConfigError(
-                f"{root / foreign[0]} is there, and no run of rlhf has made it: it would be replaced. Name another "
-                "folder for the run, or move it away."
+                f"{root / foreign[0]} exists, was not written by rlhf, and would be replaced. Choose another "
+                "folder for the run, or move the file away."
             )
         _held[place] = _locked(root, patience)
     except OSError as error:
-        raise ConfigError(f"{root}: cannot be written to ({error.strerror}); name another folder") from None
+        raise ConfigError(f"{root}: cannot be written to ({error.strerror}); choose another folder") from None
 
 
 def _locked(root: Path, patience: float) -> int:
@@ -82,7 +82,7 @@ def _locked(root: Path, patience: float) -> int:
             if time.monotonic() >= until:
                 os.close(file)
                 raise ConfigError(
-                    f"{root}: process {writer or '?'} is writing to it. Wait for its end, stop it, or name another "
+                    f"{root}: process {writer or '?'} is writing to it. Wait until it ends, stop it, or choose another "
                     "folder."
                 ) from None
             time.sleep(0.2)
@@ -124,7 +124,7 @@ def refuse_inputs_in(root: Path, results: Iterable[str], settings: Any) -> None:
         found = real_path(path)
         if taken := next((place for place in places if found.is_relative_to(place)), None):
             raise ConfigError(
-                f"{key} {text}: it is in {taken}, where this run would write its own results. Name another "
+                f"{key} {text}: it is in {taken}, where this run would write its own results. Choose another "
                 "trainer.default_root_dir."
             )
 

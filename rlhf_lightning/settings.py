@@ -108,7 +108,7 @@ def describe(value: Any) -> Any:
         if is_dataclass(value):
             given = {field.name: getattr(value, field.name) for field in fields(value)}
         return {"class_path": _name(type(value)), "init_args": describe(given)}
-    raise NotPlain(f"a {type(value).__name__} cannot be written down")
+    raise NotPlain(f"a {type(value).__name__} cannot be stored as plain settings")
 
 
 def rebuild(value: Any) -> Any:
@@ -128,5 +128,5 @@ def rebuild(value: Any) -> Any:
         return {key: rebuild(item) for key, item in value.items()}
     name = value["class_path"]
     if not isinstance(name, str) or name not in _CLASSES:
-        raise UnknownClass(f"{name!r} is no class that is known here")
+        raise UnknownClass(f"{name!r} is not a known class")
     return _CLASSES[name](**rebuild(value["init_args"]))

@@ -84,7 +84,7 @@ def refuse_chain(base: Path, adapter: Any) -> None:
     """
     if (base / "adapter_config.json").exists():
         raise ConfigError(
-            f"the adapter {adapter} names another adapter as its base: {base}. Merge that one (rlhf export)"
+            f"the adapter {adapter} has another adapter as its base: {base}. Merge the base first (rlhf export)"
         )
 
 
@@ -151,11 +151,13 @@ def _check_names(folder: Path) -> None:
         if path.suffix not in SUFFIXES:
             continue
         if not path.is_file():
-            raise ConfigError(f"{path}: a folder, a link that leads nowhere, a device or a pipe; restore the file")
+            raise ConfigError(f"{path}: this is a folder, a broken link, a device or a pipe; restore the file")
         target = real_path(path)
         # Links are allowed to the blobs of the Hub's cache, and to files of the same kind, which saves disk space.
         if target.parent.name != "blobs" and target.suffix != path.suffix and path.is_symlink():
-            raise ConfigError(f"{path}: a link to another kind of file, {target}; copy what it should be")
+            raise ConfigError(
+                f"{path}: this is a link to another kind of file, {target}; replace it by a copy of the right file"
+            )
     for listed in _LISTS:
         for name in _listed(folder, listed):
             _check_name(name, f"{folder / listed[0]}: {listed[1]}")
@@ -168,7 +170,7 @@ def _check_names(folder: Path) -> None:
 
 def _check_name(name: str, where: str) -> None:
     if Path(name).name != name:
-        raise ConfigError(f"{where} names {name!r}, which is no file of its folder; restore the file")
+        raise ConfigError(f"{where} names {name!r}, which is not a file in its folder; restore the file")
 
 
 def _listed(folder: Path, listed: tuple[str, str]) -> list[str]:
@@ -187,7 +189,7 @@ def _config(path: Path, config: dict[str, Any], extent: tuple[int, int], attenti
                 f"yourself with model.model_options: {{attn_implementation: …}}"
             )
         if key == "use_pretrained_backbone" and value:
-            raise ConfigError(f"{path}: {key} has another model be fetched while this one is built; remove the key")
+            raise ConfigError(f"{path}: {key} would fetch another model while this one is built; remove the key")
         if key in ("modules_to_not_convert", "llm_int8_skip_modules"):
             for pattern in _texts(value):
                 check_pattern(pattern, f"{path}: {key}")
@@ -196,10 +198,10 @@ def _config(path: Path, config: dict[str, Any], extent: tuple[int, int], attenti
         stack = "layer" in key or "block" in key or "expert" in key
         if value > (max(PARTS, parts) if stack else largest or _LARGEST):
             beside = (
-                f"the weights beside it have {parts} parts of {largest} numbers in all: they do not belong together"
+                f"the weight files next to it have {parts} tensors with {largest} numbers in all, which does not match"
             )
             raise ConfigError(
-                f"{path}: {key} is {value}, and {beside if parts else 'no model is so large'}. Restore the files."
+                f"{path}: {key} is {value}, and {beside if parts else 'no model is that large'}. Restore the files."
             )
 
 
@@ -249,7 +251,7 @@ def _parts(path: Path, modified: int, size: int) -> int | None:
 
 def _adapter(path: Path, config: dict[str, Any], extent: tuple[int, int], _: bool) -> None:
     if config.get("megatron_config") or config.get("megatron_core") not in (None, "megatron.core"):
-        raise ConfigError(f"{path}: megatron_config has a library import code of another one; remove it")
+        raise ConfigError(f"{path}: megatron_config makes a library import code of another library; remove it")
     patterns = [(key, config[key]) for key in ("target_modules", "exclude_modules") if isinstance(config.get(key), str)]
     patterns += [("layers_pattern", one) for one in _texts(config.get("layers_pattern"))]
     patterns += [(key, one) for key in ("rank_pattern", "alpha_pattern") for one in _texts(config.get(key))]
@@ -257,12 +259,14 @@ def _adapter(path: Path, config: dict[str, Any], extent: tuple[int, int], _: boo
         check_pattern(pattern, f"{path}: {key}")
     ranks = [config.get("r"), *(_ints(config.get("rank_pattern")))]
     if extent[1] and any(isinstance(rank, int) and rank > extent[1] for rank in ranks):
-        raise ConfigError(f"{path}: a rank is larger than all weights beside it; they do not belong together")
+        raise ConfigError(f"{path}: a rank is larger than the weight files next to it, which does not match")
     # The number of iterations of a singular value decomposition; and layers that are repeated arbitrarily often.
     if len(niter := str(config.get("init_lora_weights")).removeprefix("pissa_niter_")) > 2 and niter.isdigit():
-        raise ConfigError(f"{path}: init_lora_weights is {config['init_lora_weights']!r}, work without end; restore it")
+        raise ConfigError(
+            f"{path}: init_lora_weights is {config['init_lora_weights']!r}, which would take unbounded time; restore it"
+        )
     if config.get("layer_replication"):
-        raise ConfigError(f"{path}: layer_replication builds another model than its base; it is not supported")
+        raise ConfigError(f"{path}: layer_replication changes the layers of the base, which is not supported")
 
 
 def _ints(value: Any) -> list[int]:
@@ -319,8 +323,8 @@ def check_pattern(pattern: str, where: str) -> None:
         raise ConfigError(f"{where} {pattern[:80]!r} cannot be read ({error})") from None
     if not _is_simple(parsed) or _repeats(parsed) > REPEATS:
         raise ConfigError(
-            f"{where} {pattern[:80]!r} can take for ever on some texts: it repeats without a limit what can be matched "
-            f"in several ways, or has more than {REPEATS} repeats in a row. Rewrite it, or use another folder."
+            f"{where} {pattern[:80]!r} can take forever on some texts: it repeats without limit something that can be "
+            f"matched in several ways, or has more than {REPEATS} repeats in a row. Rewrite it, or use another folder."
         )
 
 

@@ -87,6 +87,6 @@ def exit_of_user_code(error: BaseException) -> UserError | None:
         return None
     what = f"sys.exit({error.code!r})" if isinstance(error, SystemExit) else "KeyboardInterrupt"
     return UserError(
-        f"{what}{line} would have ended the program in the middle of the command. Raise an exception that says what is "
-        "wrong, or return."
+        f"{what}{line} would have ended the program in the middle of the command. Raise an exception that describes "
+        "the problem instead, or return."
     )

@@ -722,7 +722,7 @@ def test_run_folders(count: int, place: Place, runs: Path) -> None:
             return
         assert "Traceback" not in result.err + result.out, result.err
         if command == "verify" and result.code == 1:
-            assert "not as recorded" in result.out
+            assert "differ from the record" in result.out
             TALLY.add("run", "listed by verify", case)
             return
         assert result.code == 0, f"{result.code} {result.out[-500:]} {result.err[-2000:]}"

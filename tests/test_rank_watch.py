@@ -303,7 +303,7 @@ def test_a_full_disk_of_rank_0_is_said_by_both(command: Any, tmp_path: Path) -> 
     ranks = in_two(command(), tmp_path, at(os, "fsync", 1, 0, full, tmp_path / "mark"))
     for found in ranks:
         assert found.code == 2
-        assert "the checkpoint cannot be written (No space left on device). Make room" in found.text
+        assert "the checkpoint cannot be written (No space left on device). Free disk space" in found.text
         assert "Traceback" not in found.text
     assert not list((tmp_path / "run" / "checkpoints").iterdir())
     assert [found.code for found in in_two(command(), tmp_path)] == [0, 0]
@@ -430,7 +430,7 @@ def test_a_rank_that_never_comes_is_waited_for_within_the_limit(rank: int, comma
     before = at(DDPStrategy, "setup_environment", 1, rank, hang, tmp_path / "mark")
     other = in_two(command(limit=LIMIT), tmp_path, before, limit=LIMIT + 2 * SOON)[1 - rank]
     assert other.code == 2, other.text
-    assert ("only 1 of 2 ranks have come" if rank else "rank 0 does not answer at 127.0.0.1, ") in other.text
+    assert ("only 1 of 2 ranks have joined" if rank else "rank 0 does not answer at 127.0.0.1, ") in other.text
     assert f"within {LIMIT:g} s (--rank_timeout" in other.text
     assert "Traceback" not in other.text
 
@@ -474,7 +474,7 @@ def test_a_limit_that_is_no_time_is_refused(minutes: float) -> None:
 
 def test_two_limits_are_refused() -> None:
     strategy = DDPStrategy(timeout=timedelta(minutes=3))
-    with pytest.raises(ConfigError, match=r"rank_timeout is 2 minutes, and trainer.strategy has timeout 0:03:00"):
+    with pytest.raises(ConfigError, match=r"rank_timeout is 2 minutes, but trainer.strategy has timeout 0:03:00"):
         rank_watch.watch_ranks(SimpleNamespace(strategy=strategy), 2)
 
 
@@ -529,7 +529,7 @@ def test_loaders_of_other_lengths_are_refused(base: str, tmp_path: Path) -> None
         data = SFTDataModule(chats(8), batch_size=2, show_example=False)
         data.train_dataloader = lambda: DataLoader(range(4 + this_rank()), batch_size=1)  # type: ignore[method-assign]
         one = trainer(tmp_path, devices=2, strategy="ddp", use_distributed_sampler=False)
-        with pytest.raises(ConfigError, match=r"rank 1 of 2 has 5 batches to train on and .* rank 0 4 "):
+        with pytest.raises(ConfigError, match=r"rank 1 of 2 has 5 training batches and .* rank 0 has 4 "):
             one.fit(MODULES["sft"](base), data)
 
     in_ranks(2, run, tmp_path / "ranks")

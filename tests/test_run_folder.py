@@ -46,7 +46,7 @@ def test_what_the_user_has_is_not_replaced(
         shutil.copytree(base, project / name)
     before = tree(project)
     args = fit(base, tmp_path, "--trainer.default_root_dir", str(project), *further)
-    assert f"{project / name} is there, and no run of rlhf has made it" in mistake(args, capsys)
+    assert f"{project / name} exists, was not written by rlhf" in mistake(args, capsys)
     assert tree(project) == before
 
 
@@ -80,7 +80,7 @@ def test_results_of_a_run_are_replaced_when_asked(base: str, tmp_path: Path) -> 
     args = fit(base, tmp_path, "--trainer.default_root_dir", str(tmp_path / "run"))
     complete(args, tmp_path / "1.txt")
     first = (tmp_path / "run" / "model" / "model.safetensors").stat().st_mtime_ns
-    assert "is finished already" in complete(args, tmp_path / "2.txt")
+    assert "is already finished" in complete(args, tmp_path / "2.txt")
     complete([*args, "--fresh"], tmp_path / "3.txt")
     assert (tmp_path / "run" / "model" / "model.safetensors").stat().st_mtime_ns > first
 
@@ -93,7 +93,7 @@ def test_a_pipeline_file_is_not_replaced_by_its_own_run(
     write_yaml(tmp_path / "sft.yaml", settings)
     text = "# with a comment\n" + yaml.safe_dump({"stages": [{"kind": "sft", "config": "sft.yaml"}]})
     (tmp_path / "pipeline.yaml").write_text(text)
-    assert "pipeline.yaml is there" in mistake(["pipeline", "pipeline.yaml", "--root", "."], capsys)
+    assert "pipeline.yaml exists" in mistake(["pipeline", "pipeline.yaml", "--root", "."], capsys)
     assert (tmp_path / "pipeline.yaml").read_text() == text
 
 
@@ -133,7 +133,7 @@ def test_the_second_of_two_runs_says_whose_the_folder_is(base: str, tmp_path: Pa
     root = tmp_path / "run"
     pid = holding(root)
     text = complete(fit(base, tmp_path, "--trainer.default_root_dir", str(root)), tmp_path / "out.txt", code=2)
-    assert f"error: {root}: process {pid} is writing to it. Wait for its end" in text
+    assert f"error: {root}: process {pid} is writing to it. Wait until it ends" in text
     assert "Traceback" not in text
     os.kill(pid, signal.SIGKILL)
     os.waitpid(pid, 0)
@@ -209,13 +209,13 @@ def test_a_run_is_not_gone_on_with_on_other_rows(base: str, tmp_path: Path, caps
     lines = data.read_text().splitlines(keepends=True)
     for text in ("".join(reversed(lines)), "".join(lines[1:]), "".join(lines).replace("Count 3", "Count 33")):
         data.write_text(text)
-        assert f"data.train {data} holds other rows than when the run in {root} began" in mistake(args, capsys)
+        assert f"data.train {data} has changed since the run in {root} began" in mistake(args, capsys)
     data.write_text("".join(lines))  # the rows as they were, at another time
     assert "resuming" in complete(args, tmp_path / "second.txt")
     data.write_text("".join(lines[1:]))
-    assert "holds other rows" in mistake(args, capsys)  # of a finished run, too
+    assert "has changed since the run" in mistake(args, capsys)  # of a finished run, too
     complete([*args, "--fresh"], tmp_path / "third.txt")
-    assert "is finished already" in complete(args, tmp_path / "fourth.txt")
+    assert "is already finished" in complete(args, tmp_path / "fourth.txt")
 
 
 def test_a_large_file_is_read_once(base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -229,4 +229,4 @@ def test_a_large_file_is_read_once(base: str, tmp_path: Path, monkeypatch: pytes
 def test_what_is_on_the_hub_is_said_not_to_be_checked(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     for _ in range(2):
         check_data_record(tmp_path, {"train": "owner/name:split"})
-    assert caplog.text.count("data.train owner/name:split is no file here") == 1
+    assert caplog.text.count("data.train owner/name:split is not a local file") == 1

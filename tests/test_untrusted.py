@@ -60,7 +60,7 @@ def test_what_real_folders_hold_is_taken(pattern: str) -> None:
 
 @pytest.mark.parametrize("pattern", HOSTILE)
 def test_an_expression_that_backtracks_is_refused(pattern: str) -> None:
-    with pytest.raises(ConfigError, match=r"can take for ever|cannot be read"):
+    with pytest.raises(ConfigError, match=r"can take forever|cannot be read"):
         check_pattern(pattern, "tokenizer.json")
 
 
@@ -84,14 +84,14 @@ MODELS: list[Change] = [
     ("config.json", lambda c: c.update(attn_implementation="owner/kernel"), "attn_implementation: …"),
     ("config.json", lambda c: c.update(_attn_implementation="owner/kernel:f"), "would be fetched from a hub"),
     ("config.json", lambda c: c.update(text_config={"attn_implementation": "owner/kernel"}), "fetched from a hub"),
-    ("config.json", lambda c: c.update(use_pretrained_backbone=True, backbone="owner/x"), "another model be fetched"),
+    ("config.json", lambda c: c.update(use_pretrained_backbone=True, backbone="owner/x"), "would fetch another model"),
     ("config.json", lambda c: c.update(num_local_experts=10**6), "num_local_experts"),
     (
         "config.json",
         lambda c: c.update(quantization_config={"quant_method": "x", "modules_to_not_convert": [r"((a+)+)+!"]}),
-        "modules_to_not_convert .* can take for ever",
+        "modules_to_not_convert .* can take forever",
     ),
-    ("config.json", lambda c: c.update(configuration_files=["../config.4.0.0.json"]), "no file of its folder"),
+    ("config.json", lambda c: c.update(configuration_files=["../config.4.0.0.json"]), "not a file in its folder"),
     ("config.json", lambda c: c.update(num_key_value_heads=0), "cannot be loaded"),
     ("config.json", lambda c: c.update(num_attention_heads=-4), "cannot be loaded"),
     ("config.json", lambda c: c.update(num_hidden_layers=-1), "cannot be loaded|lacks"),
@@ -112,9 +112,9 @@ def test_a_model_that_asks_for_more_is_refused(
 
 
 TOKENIZERS: list[Change] = [
-    ("tokenizer.json", lambda c: c.update(normalizer=replaced(r"(a+)+$")), "can take for ever"),
-    ("tokenizer.json", lambda c: c.update(pre_tokenizer=split(r"(\p{L}+)+!")), "can take for ever"),
-    ("tokenizer.json", lambda c: c.update(decoder=replaced(r"(.|\n)*x")), "can take for ever"),
+    ("tokenizer.json", lambda c: c.update(normalizer=replaced(r"(a+)+$")), "can take forever"),
+    ("tokenizer.json", lambda c: c.update(pre_tokenizer=split(r"(\p{L}+)+!")), "can take forever"),
+    ("tokenizer.json", lambda c: c.update(decoder=replaced(r"(.|\n)*x")), "can take forever"),
     ("tokenizer.json", lambda c: c.update(pre_tokenizer=split("(")), "cannot be read"),
     ("tokenizer.json", lambda c: c.update(decoder={"type": "Strip", "content": "", "start": -1}), "no tokenizer can"),
     ("tokenizer.json", lambda c: c["model"].update(merges=[["no such", "tokens"]]), "no tokenizer can be loaded"),
@@ -148,7 +148,7 @@ def test_the_files_that_are_read_in_the_place_of_others(base: str) -> None:
         shutil.copy(folder / file, folder / spoilt)
         changed(base, listing, lambda c, name=key, other=spoilt: c.update({name: [other]}))
     changed(base, "tokenizer.4.0.0.json", lambda c: c.update(normalizer=replaced(r"(a+)+$")))
-    with pytest.raises(ConfigError, match=r"tokenizer\.4\.0\.0\.json: the expression .* can take for ever"):
+    with pytest.raises(ConfigError, match=r"tokenizer\.4\.0\.0\.json: the expression .* can take forever"):
         load_tokenizer(base)
     (folder / "tokenizer.4.0.0.json").unlink()
     changed(base, "config.4.0.0.json", lambda c: c.update(_attn_implementation="owner/kernel"))
@@ -167,8 +167,8 @@ def test_links(base: str, tmp_path: Path) -> None:
     (tmp_path / "secret").write_text("{{ messages }} a secret")
     for target, words in (
         (tmp_path / "secret", "another kind of file"),
-        (tmp_path / "nothing", "leads nowhere"),
-        (folder / "chat_template.jinja", "leads nowhere"),
+        (tmp_path / "nothing", "broken link"),
+        (folder / "chat_template.jinja", "broken link"),
         (Path("/dev/zero"), "a device"),
     ):
         (folder / "chat_template.jinja").unlink(missing_ok=True)
@@ -252,7 +252,7 @@ def adapter(base: str, tmp_path: Path) -> Path:
     [
         (lambda c: c.update(megatron_config={"a": 1}, megatron_core="megatron.evil"), "megatron_config"),
         (lambda c: c.update(megatron_core="evil"), "megatron_config"),
-        (lambda c: c.update(target_modules=r"(([a-z0-9_.]+)+)+!"), "target_modules .* can take for ever"),
+        (lambda c: c.update(target_modules=r"(([a-z0-9_.]+)+)+!"), "target_modules .* can take forever"),
         (lambda c: c.update(exclude_modules=r"(a|a)*b"), "exclude_modules"),
         (lambda c: c.update(rank_pattern={r"(([a-z0-9_.]+)+)+!": 4}), "rank_pattern"),
         (lambda c: c.update(alpha_pattern={r"(.*)*(.*)*": 4}), "alpha_pattern"),
@@ -278,7 +278,7 @@ def test_an_index_without_its_shards(base: str) -> None:
     (Path(base) / "model.safetensors").unlink()
     for index in ({}, {"weight_map": {}}, {"metadata": {}, "weight_map": {"a": "../outside.safetensors"}}):
         (Path(base) / "model.safetensors.index.json").write_text(json.dumps(index))
-        with pytest.raises(ConfigError, match=r"cannot be loaded|no file of its folder"):
+        with pytest.raises(ConfigError, match=r"cannot be loaded|not a file in its folder"):
             Start(base).load()
 
 
@@ -289,13 +289,13 @@ def test_weights_that_are_a_pickle_under_another_name(base: str, tmp_path: Path)
     shutil.rmtree(base)
 
 
-@pytest.mark.parametrize(
-    ("found", "words"), [(2, "update rlhf-lightning"), (0, "train it anew"), ("x", "train it anew")]
-)
+@pytest.mark.parametrize(("found", "words"), [(2, "update rlhf-lightning"), (0, "train again"), ("x", "train again")])
 def test_another_version_of_a_record(found: Any, words: str, adapter: Path) -> None:
     assert json.loads((adapter / "stage.json").read_text())["format"] == 1
     changed(adapter, "stage.json", lambda stage: stage.update(format=found))
-    with pytest.raises(ConfigError, match=rf"stage\.json has format {found!r}, and this version reads 1: .*{words}"):
+    with pytest.raises(
+        ConfigError, match=rf"stage\.json has format {found!r}, but this version reads format 1: .*{words}"
+    ):
         read_stage(adapter)
 
 
@@ -304,7 +304,7 @@ def test_a_checkpoint_of_another_version(base: str) -> None:
     checkpoint: dict[str, Any] = {}
     module.on_save_checkpoint(checkpoint)
     assert checkpoint == {"format": 1, "unsaved_arguments": []}
-    with pytest.raises(ConfigError, match="the checkpoint has format 7, and this version reads 1: update"):
+    with pytest.raises(ConfigError, match="the checkpoint has format 7, but this version reads format 1: update"):
         module.on_load_checkpoint({"format": 7})
 
 
@@ -373,7 +373,7 @@ def test_the_revision_that_is_named_is_looked_at(base: str, hub: Path) -> None:
 def test_an_adapter_on_the_hub_and_its_base(adapter: Path, base: str, hub: Path) -> None:
     changed(adapter, "adapter_config.json", lambda c: c.update(target_modules=r"(([a-z0-9_.]+)+)+!"))
     cached(hub, "owner/adapter", adapter)
-    with pytest.raises(ConfigError, match=r"target_modules .* can take for ever"):
+    with pytest.raises(ConfigError, match=r"target_modules .* can take forever"):
         Start("owner/adapter").load()
     changed(adapter, "adapter_config.json", lambda c: c.update(target_modules=["q_proj"]))
     changed(base, "config.json", lambda c: c.update(num_hidden_layers=1_000_000))

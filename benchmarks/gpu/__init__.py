@@ -1,1 +1,1 @@
-"""What runs on a GPU: is it right, how fast is it, and why is it not faster; see the README beside this."""
+"""Correctness, speed and profiles on a GPU; see README.md in this folder."""

@@ -1,12 +1,12 @@
-"""Is what runs on a GPU right, how fast is it, and why is it not faster?
+"""Checks correctness on a GPU, measures speed, and profiles steps that miss their target.
 
-python -m benchmarks.gpu                            # all pieces that nine minutes allow; again for the rest
-python -m benchmarks.gpu --pieces check sft         # some
+python -m benchmarks.gpu                            # everything that fits into nine minutes; run it again for the rest
+python -m benchmarks.gpu --pieces check sft         # some pieces
 python -m benchmarks.gpu --device cpu --small       # tries the script without a GPU, writes nothing
 python -m benchmarks.gpu --readme                   # the table of the results into README.md
 
-Each cell of the table is written to the results as soon as it is there; what is there is not measured again, a failure
-or a lack of memory neither (`--again` does). Ends within `--seconds`.
+Each cell of the table is written to the results when it is finished. Finished cells are not measured again, and neither
+are cells that failed or ran out of memory (`--again` repeats those). Ends within `--seconds`.
 """
 
 import argparse
@@ -32,7 +32,7 @@ def run(
     save: Any,
     start: Start = Side,
 ) -> None:
-    """Fill in the cells of a report that are not there, until the time is up; `save` is called after each."""
+    """Measure the missing cells of a report until the time is up; `save` is called after each."""
     settings = report["settings"]
     folder = root / "model"
     checks = Sides(root / "checks" / "model", {"device": settings["device"]}, clock, start)
@@ -60,7 +60,7 @@ def run(
 def _result(
     cell: plan.Cell, settings: dict[str, Any], folder: Path, clock: Clock, checks: Sides, start: Start
 ) -> dict[str, Any]:
-    """What came of a cell; a failure is a result."""
+    """The result of a cell; a failure is a result too."""
     try:
         if cell.piece == "tests":
             return suite.run(clock) if settings["device"] == "cuda" else {"skipped": "needs CUDA"}
@@ -84,7 +84,7 @@ def _short(found: dict[str, Any]) -> Any:
 
 
 def opened(path: Path | None, settings: dict[str, Any], again: bool) -> dict[str, Any]:
-    """The report so far; exits where it is of other settings."""
+    """The existing report; exits if it was made with other settings."""
     if path is None or not path.exists():
         return {"settings": settings, "cells": {}}
     report = json.loads(path.read_text())
@@ -101,15 +101,17 @@ def _came_to_nothing(found: dict[str, Any]) -> bool:
 
 
 def main() -> None:
-    """Check, measure, write, print."""
+    """Check, measure, write and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pieces", nargs="+", choices=plan.PIECES, default=list(plan.PIECES), metavar="PIECE")
-    parser.add_argument("--seconds", type=float, default=540.0, help="budget of the run (540)")
+    parser.add_argument("--seconds", type=float, default=540.0, help="time budget of the run (default: 540)")
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--precision", default="bf16-true", choices=("bf16-true", "bf16-mixed", "32-true"))
     parser.add_argument("--small", action="store_true", help="a tiny model and few tokens")
-    parser.add_argument("--out", type=Path, help="results (benchmarks/results/gpu.json; with --small nothing)")
-    parser.add_argument("--again", action="store_true", help="measure again what failed or was skipped")
+    parser.add_argument(
+        "--out", type=Path, help="result file (default: benchmarks/results/gpu.json; with --small none)"
+    )
+    parser.add_argument("--again", action="store_true", help="repeat cells that failed or were skipped")
     parser.add_argument("--readme", action="store_true", help="only write the table of the results into README.md")
     given = parser.parse_args()
     out = given.out or (None if given.small or given.device == "cpu" else RESULTS)
@@ -129,7 +131,7 @@ def main() -> None:
         clock = Clock(given.seconds)
         try:
             run(report, plan.cells(tuple(given.pieces), given.small), clock, Path(scratch), save)
-        except Failed as error:  # of a cell it is a result; this is the question what the device is
+        except Failed as error:  # for a cell it is a result; here the device itself is unknown
             sys.exit(f"nothing can be measured here: {error}")
     print(table.render(report))
     if report["left"]:

@@ -1,6 +1,6 @@
-"""Is what runs on a device right? Each check gives numbers, their limits, and whether it `passed`.
+"""Checks of correctness on a device. Each returns numbers, their limits, and whether it `passed`.
 
-A check that needs CUDA, or a package that is not there, gives `skipped` and the reason.
+A check that needs CUDA, or a package that is not installed, returns `skipped` with the reason.
 """
 
 import copy
@@ -24,7 +24,7 @@ from rlhf_lightning.sampling.local_engine import LocalEngine
 from rlhf_lightning.sampling.token_sampling import SamplingParams
 
 VOCABULARY = 2000
-# A head of 64, as the kernels take it; weights so large that outputs differ.
+# Head size 64, which the kernels support; weights large enough that outputs differ.
 SIZES: dict[str, Any] = {
     "vocab_size": VOCABULARY,
     "hidden_size": 256,
@@ -38,7 +38,7 @@ SIZES: dict[str, Any] = {
 }
 OPTIONS: dict[str, dict[str, Any]] = {
     "Mistral": {"sliding_window": 64},
-    # Before transformers 5.23 its default is sdpa, which leaves the cap of the scores out.
+    # Before transformers 5.23 its default is sdpa, which ignores the soft cap of the scores.
     "Gemma2": {"sliding_window": 64, "query_pre_attn_scalar": 64, "attn_implementation": "eager"},
 }
 STEP = Workload(
@@ -59,7 +59,7 @@ STEP = Workload(
 
 
 def run(name: str, device: str, root: Path) -> dict[str, Any]:
-    """A check by its name in `plan.CHECKS`; `root` is a folder to write models in."""
+    """Run a check by its name in `plan.CHECKS`; models are written to the folder `root`."""
     kind, _, what = name.partition("-")
     if device != "cuda" and (name == "sampler-graphs" or kind in ("step", "qlora")):
         return {"skipped": "needs CUDA" + (": the other device is the CPU" if kind == "step" else "")}
@@ -73,14 +73,14 @@ def run(name: str, device: str, root: Path) -> dict[str, Any]:
 
 
 def build(name: str, device: str) -> Any:
-    """A model of an architecture, random weights."""
+    """A model of an architecture with random weights."""
     torch.manual_seed(0)
     config = getattr(transformers, f"{name}Config")(**{**SIZES, **OPTIONS.get(name, {})})
     return getattr(transformers, f"{name}ForCausalLM")(config).eval().to(device)
 
 
 def rows(device: str) -> dict[str, Tensor]:
-    """Groups that share prompts, rows of their own, one-token responses."""
+    """Rows: groups with shared prompts, single rows, and one-token responses."""
     generator = torch.Generator().manual_seed(1)
     found = []
     for prompt_length, lengths in ((300, (100, 57, 1, 128)), (40, (200, 3)), (129, (64,)), (1, (5,))):
@@ -91,7 +91,7 @@ def rows(device: str) -> dict[str, Tensor]:
 
 
 def dense(model: Any, batch: dict[str, Tensor]) -> Tensor:
-    """Log-probabilities of each row by itself: the model's own attention, all logits."""
+    """Log-probabilities of each row alone, with the model's own attention and all logits."""
     result = torch.zeros(batch["loss_mask"].shape, device=batch["loss_mask"].device)
     for i, length in enumerate(batch["lengths"].tolist()):
         ids = batch["input_ids"][i, :length]
@@ -101,7 +101,7 @@ def dense(model: Any, batch: dict[str, Tensor]) -> Tensor:
 
 
 def forward(name: str, device: str) -> dict[str, Any]:
-    """Packed rows (flex attention on CUDA) against dense ones, float32: values, and gradients over their norm."""
+    """Packed rows (flex attention on CUDA) against dense ones in float32: values, and gradients over their norm."""
     model = build(name, device)
     untouched, batch = copy.deepcopy(model), rows(device)
     scorer = TokenLogprobs(model)
@@ -118,7 +118,7 @@ def forward(name: str, device: str) -> dict[str, Any]:
 
 
 def bf16(device: str) -> dict[str, Any]:
-    """In bfloat16 packed rows must be no further from float32 than dense ones are, but for a quarter."""
+    """In bfloat16, packed rows may differ from float32 by at most 1.25 times as much as dense ones do."""
     exact, batch = build("Qwen3", device), rows(device)
     narrow = copy.deepcopy(exact).bfloat16()
     scorer = TokenLogprobs(copy.deepcopy(narrow))
@@ -134,7 +134,7 @@ def bf16(device: str) -> dict[str, Any]:
 
 
 def _sampling(device: str, half: bool, graphed: bool) -> dict[str, Any]:
-    """Sampled tokens, and the mean gap of their log-probabilities to the trainer's."""
+    """Sampled tokens, and the mean difference of their log-probabilities from the trainer's."""
     model = build("Qwen3", device)
     engine = LocalEngine(model, str, rows=8, cuda_graphs=graphed)
     prompts = [list(range(5, 5 + n)) for n in (10, 10, 40, 3, 90, 10, 7, 64, 33, 12)]
@@ -153,7 +153,7 @@ def _sampling(device: str, half: bool, graphed: bool) -> dict[str, Any]:
 
 
 def sampler(device: str, half: bool) -> dict[str, Any]:
-    """Log-probabilities recorded while drawing against the trainer's of the same tokens."""
+    """Log-probabilities recorded while sampling, against the trainer's for the same tokens."""
     found = _sampling(device, half, graphed=False)
     limit = 0.02 if half else 1e-4
     return {
@@ -165,7 +165,7 @@ def sampler(device: str, half: bool) -> dict[str, Any]:
 
 
 def graphs(device: str) -> dict[str, Any]:
-    """CUDA graphs against eager steps: the same draws, but for one row, since sums round otherwise there."""
+    """CUDA graphs against eager steps: the same tokens except in at most one row, since sums may round differently."""
     eager, replayed = (_sampling(device, half=False, graphed=graphed) for graphed in (False, True))
     same = sum(a == b for a, b in zip(eager["ids"], replayed["ids"], strict=True))
     passed = replayed["gap"] < 1e-4 and same >= 9
@@ -173,7 +173,7 @@ def graphs(device: str) -> dict[str, Any]:
 
 
 def step(task: str, device: str, root: Path) -> dict[str, Any]:
-    """One optimizer step (float32, plain gradient descent) on this device and on a CPU: the change of the weights."""
+    """Change of the weights in one optimizer step (float32, plain gradient descent), on this device and on a CPU."""
     there, here = (_weights(task, replace(STEP, device=name), root, trained=True) for name in (device, "cpu"))
     before = _weights(task, STEP, root, trained=False)
     moved = torch.stack([(here[name] - before[name]).norm() for name in here]).norm()
@@ -183,14 +183,14 @@ def step(task: str, device: str, root: Path) -> dict[str, Any]:
 
 
 def _weights(task: str, work: Workload, root: Path, trained: bool) -> dict[str, Tensor]:
-    """Weights that are trained, before or after a step, in double precision."""
+    """The trained weights, in double precision."""
     folder = root / "check-model"
     if not folder.exists():
         folder.mkdir()
         work.build(folder)
     module, data = ours.parts(task, str(folder), work)
     module.optimizer_factory = lambda parameters: torch.optim.SGD(parameters, lr=0.1)
-    torch.manual_seed(0)  # a reward head is drawn
+    torch.manual_seed(0)  # the reward head is initialized at random
     if trained:
         ours.trainer(1, root, work, []).fit(module, data)
     else:
@@ -199,7 +199,7 @@ def _weights(task: str, work: Workload, root: Path, trained: bool) -> dict[str, 
 
 
 def qlora(device: str, root: Path) -> dict[str, Any]:
-    """SFT of an adapter on weights in 4 bits (bitsandbytes): the loss falls, and the 4-bit weights stay."""
+    """SFT of an adapter on 4-bit weights (bitsandbytes): the loss falls, and the 4-bit weights do not change."""
     if find_spec("bitsandbytes") is None:
         return {"skipped": "bitsandbytes not installed"}
     work = Workload(**{**asdict(STEP), "device": device, "bf16": True})

@@ -1,4 +1,4 @@
-"""A cell from its beginning to its result: sides are started, take turns, and are compared."""
+"""Measures a cell: starts both sides, alternates between them, and compares them."""
 
 import statistics
 from collections.abc import Callable
@@ -14,7 +14,7 @@ TRL = "1.16.0"
 
 
 def trl_missing() -> str | None:
-    """Why TRL cannot be compared with; None where it can."""
+    """Why TRL cannot be measured; None if it can."""
     try:
         found = version("trl")
     except PackageNotFoundError:
@@ -23,36 +23,36 @@ def trl_missing() -> str | None:
 
 
 class Sides:
-    """The processes of a cell: started when first asked, ended together."""
+    """The processes of a cell: each is started by its first command, and all end together."""
 
     def __init__(self, folder: Path, work: dict[str, Any], clock: Clock, start: Start = Side) -> None:
         self._start = lambda name: start(name, folder, work, clock)
         self._open: dict[str, Any] = {}
 
     def ask(self, side: str, do: str, **options: Any) -> Any:
-        """The answer of a side, see `Side.ask`."""
+        """Send a command to a side and return its answer, see `Side.ask`."""
         self.open(side)
         return self._open[side].ask(do, **options)
 
     def open(self, *sides: str) -> None:
-        """Start sides that are not: they import what they need at the same time."""
+        """Start the given sides, so that they import their packages at the same time."""
         for side in sides:
             if side not in self._open:
                 self._open[side] = self._start(side)
 
     def drop(self, side: str) -> None:
-        """End a side: what failed once may be in no state to go on."""
+        """End a side that failed, since its state is unknown."""
         if side in self._open:
             self._open.pop(side).close()
 
     def close(self) -> None:
-        """End all."""
+        """End all sides."""
         for side in list(self._open):
             self.drop(side)
 
 
 def measure(cell: Cell, settings: dict[str, Any], sides: Sides) -> dict[str, Any]:
-    """Medians of a cell's steps on all sides, taking turns, and what follows from them."""
+    """Median times of a cell's steps on all sides, measured in turns, and the derived figures."""
     work = workload(cell, settings)
     ways: dict[str, dict[str, Any]] = {}
     for variant in cell.variants:
@@ -84,7 +84,7 @@ def measure(cell: Cell, settings: dict[str, Any], sides: Sides) -> dict[str, Any
 
 
 def _warm_up(cell: Cell, ways: dict[str, dict[str, Any]], sides: Sides, batch: int) -> None:
-    """A turn that is thrown away: compiling, kernels' choices, allocations. TRL falls back to micro-batches there."""
+    """A discarded turn for compilation, kernel selection and allocations. TRL falls back to micro-batches here."""
     for way in ways.values():
         _turn(cell, way, sides)
         if batch >= 4 and way.get("micro", 0) is None and "out of memory" in way.get("failed", ""):
@@ -95,7 +95,7 @@ def _warm_up(cell: Cell, ways: dict[str, dict[str, Any]], sides: Sides, batch: i
 
 
 def _turn(cell: Cell, way: dict[str, Any], sides: Sides) -> None:
-    """Some steps of one way; the first, in which a Trainer starts, does not count."""
+    """Times of some steps of one variant, without the first, in which the Trainer starts."""
     if "failed" in way:
         return
     side, options = way["side"], {name: way[name] for name in ("graphs", "micro") if name in way}
@@ -113,7 +113,7 @@ def _turn(cell: Cell, way: dict[str, Any], sides: Sides) -> None:
 
 
 def _peak(settings: dict[str, Any], sides: Sides) -> dict[str, Any]:
-    """Operations a second that count as all: the data sheet's in bf16, else those of a large product."""
+    """Operations per second that count as 100%: the data sheet's bf16 rate, or else that of a large product."""
     name, rate = sides.ask("ours", "device")["name"], sides.ask("ours", "matmul")
     known = data_sheet(name) if settings["precision"] != "32-true" else None
     source = "data sheet, dense bf16" if known else "a large product, measured"
@@ -121,7 +121,7 @@ def _peak(settings: dict[str, Any], sides: Sides) -> dict[str, Any]:
 
 
 def _figures(way: dict[str, Any], needed: dict[str, float], rate: float) -> dict[str, Any]:
-    """Of one way: its median, and that over tokens and operations."""
+    """Median time of one variant, and tokens and operations per second."""
     if not way.get("seconds"):
         return {"failed": way["failed"]}
     median = statistics.median(way["seconds"])
@@ -137,7 +137,7 @@ def _figures(way: dict[str, Any], needed: dict[str, float], rate: float) -> dict
 
 
 def _compared(cell: Cell, result: dict[str, Any]) -> dict[str, Any]:
-    """The faster of our ways, its ratio to the other side, and the target."""
+    """The faster of our variants, its ratio to the other side, and the target."""
     own = {name: result[name]["seconds"] for name in ("ours", "graphs") if "seconds" in result.get(name, {})}
     if not own:
         return {}
@@ -152,7 +152,7 @@ def _compared(cell: Cell, result: dict[str, Any]) -> dict[str, Any]:
 
 
 def _split(cell: Cell, ways: dict[str, dict[str, Any]], sides: Sides) -> dict[str, Any]:
-    """Sampling's part of a step, for each way that ran."""
+    """Fraction of a step spent on sampling, for each variant that ran."""
     found = {}
     for name, way in ways.items():
         if way.get("seconds"):
@@ -162,7 +162,7 @@ def _split(cell: Cell, ways: dict[str, dict[str, Any]], sides: Sides) -> dict[st
 
 
 def _try(sides: Sides, side: str, do: str, **options: Any) -> dict[str, Any]:
-    """An answer, or why there is none: the figures of the cell are kept."""
+    """An answer, or the reason why there is none, so that the figures of the cell are kept."""
     try:
         return sides.ask(side, do, **options)
     except Failed as error:

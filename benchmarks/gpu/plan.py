@@ -1,9 +1,9 @@
-"""What is checked and measured, at which sizes, and what is aimed at. Imports nothing heavy."""
+"""The checks and measurements, their sizes and targets. Imports nothing heavy."""
 
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-# Qwen3-0.6B as its card gives it.
+# Sizes of Qwen3-0.6B, from its model card.
 QWEN3_06B: dict[str, Any] = {
     "vocab": 151_936,
     "hidden": 1024,
@@ -38,7 +38,7 @@ CHECKS = (
     "qlora",
 )
 
-DENSE_BF16 = (  # operations a second by the vendors' data sheets, without sparsity; the first name that fits counts
+DENSE_BF16 = (  # operations per second from the vendors' data sheets, without sparsity; the first matching name counts
     ("H200 NVL", 835e12),
     ("H200", 989e12),
     ("H100 PCIe", 756e12),
@@ -49,26 +49,26 @@ DENSE_BF16 = (  # operations a second by the vendors' data sheets, without spars
 
 
 def data_sheet(name: str) -> float | None:
-    """Dense bf16 operations a second of a device by its name; None where it is not known."""
+    """Dense bf16 operations per second of a device, by its name; None if unknown."""
     return next((rate for part, rate in DENSE_BF16 if part in name), None)
 
 
 @dataclass(frozen=True)
 class Target:
-    """A figure that is to be reached: of `mfu`, or of `ratio` to the other side."""
+    """A figure to reach: an `mfu`, or a `ratio` to the other side."""
 
     figure: str
     least: float
 
     def text(self, reached: float | None) -> str:
-        """For the table."""
+        """Text for the table."""
         aim = f"{self.least:.0%} MFU" if self.figure == "mfu" else f"{self.least:g} times"
         return aim if reached is None else f"{aim}: {'reached' if reached >= self.least else 'missed'}"
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One thing that is checked or measured, in processes of its own."""
+    """One check or measurement, which runs in its own processes."""
 
     name: str
     piece: str
@@ -81,9 +81,9 @@ class Cell:
     turns: int = 3
     timed: int = 6
     least: float = 45.0
-    """Seconds that must be left for it to be begun."""
+    """Seconds that must be left to start it."""
     most: float = 240.0
-    """Seconds that it may take."""
+    """Largest number of seconds that it may take."""
 
 
 def _sft(tokens: int) -> Cell:
@@ -143,7 +143,7 @@ SMALL = {
 
 
 def cells(pieces: tuple[str, ...], small: bool) -> list[Cell]:
-    """The cells of these pieces; in `small`, a few tokens and one timed step."""
+    """The cells of these pieces; with `small`, few tokens and one timed step."""
     chosen = [cell for cell in CELLS if cell.piece in pieces]
     return [_small(cell) for cell in chosen] if small else chosen
 
@@ -156,7 +156,7 @@ def _small(cell: Cell) -> Cell:
 
 
 def workload(cell: Cell, settings: dict[str, Any]) -> dict[str, Any]:
-    """The `Workload` of a cell: the model, the rows, the device and the precision; an epoch for each turn."""
+    """The `Workload` of a cell: model, rows, device and precision; one epoch per turn."""
     sizes = TINY if settings["small"] else QWEN3_06B
     bf16 = settings["precision"] != "32-true"
     return {

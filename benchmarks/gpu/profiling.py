@@ -1,4 +1,4 @@
-"""Where the time of a step goes: kernels by kind, and how long the GPU waited. On a CPU, operations instead."""
+"""Where the time of a step goes: kernels by kind, and idle time of the GPU. On a CPU, operations instead of kernels."""
 
 import time
 from collections import defaultdict
@@ -17,9 +17,9 @@ from benchmarks.steps.workload import Workload
 
 TOP = 12
 TOKENS = {"generate": 16, "rl": 32}
-"""Tokens that are drawn under the profiler: every launch is an event, and a whole round has hundreds of thousands."""
+"""Tokens sampled under the profiler. Every launch is an event, and a whole round has hundreds of thousands."""
 
-# The first that fits a name, in lower case; of kernels and of operations.
+# The first pattern that occurs in the lower-case name of a kernel or an operation counts.
 KINDS = (
     ("copies between host and device", ("memcpy htod", "memcpy dtoh", "memcpy h2d", "memcpy d2h")),
     ("attention", ("flex", "flash", "fmha", "scaled_dot_product", "attention", "mha")),
@@ -43,15 +43,15 @@ KINDS = (
 
 
 def kind_of(name: str) -> str:
-    """The kind of a kernel or an operation, by its name."""
+    """Kind of a kernel or an operation, by its name."""
     low = name.lower()
     return next((kind for kind, parts in KINDS if any(part in low for part in parts)), "elementwise and other")
 
 
 def profile(task: str, folder: Path, work: Workload) -> dict[str, Any]:
-    """Shares of a step's seconds by kind, the largest kernels (CUDA) or operations (CPU), and what is left over.
+    """Fractions of a step's time by kind, the largest kernels (CUDA) or operations (CPU), and the rest.
 
-    The step is one after two others. With `generate` and `rl` fewer tokens are drawn, see `TOKENS`; how many is in
+    The step follows two others. With `generate` and `rl` fewer tokens are sampled, see `TOKENS`; their number is in
     `new_tokens`.
     """
     tokens = min(work.new_tokens, TOKENS.get(task, work.new_tokens))
@@ -83,21 +83,21 @@ class Third(pl.Callback):
 
 
 class Recorder:
-    """torch.profiler around a stretch of work."""
+    """torch.profiler around a part of the work."""
 
     def __init__(self, cuda: bool) -> None:
         self.cuda, self.seconds = cuda, 0.0
-        # With CUDA kernels alone: operations beside them would slow down what is measured.
+        # Only CUDA kernels, since recording operations too would slow down the measured work.
         self.profiler = torch.profiler.profile(activities=[ProfilerActivity.CUDA if cuda else ProfilerActivity.CPU])
 
     def start(self) -> None:
-        """The work begins."""
+        """Start recording."""
         ours.synchronize()
         self.profiler.start()
         self.begun = time.perf_counter()
 
     def stop(self) -> None:
-        """The work has ended."""
+        """Stop recording."""
         ours.synchronize()
         self.seconds = time.perf_counter() - self.begun
         self.profiler.stop()
@@ -115,12 +115,12 @@ class Recorder:
 
 
 def _annotation(event: Any) -> bool:
-    """A stretch that a program named, drawn on the device's line: no kernel."""
+    """True for a named range on the device's timeline, which is not a kernel."""
     return bool(getattr(event, "is_user_annotation", False)) or event.name.startswith(("ProfilerStep", "Optimizer."))
 
 
 def busy(spans: Iterable[tuple[str, float, float]]) -> float:
-    """Seconds in which at least one kernel ran; those of several streams overlap."""
+    """Seconds in which at least one kernel ran; kernels of several streams may overlap."""
     total, last = 0.0, float("-inf")
     for _, start, end in sorted(spans, key=lambda span: span[1]):
         total += max(0.0, end - max(start, last))
@@ -129,10 +129,10 @@ def busy(spans: Iterable[tuple[str, float, float]]) -> float:
 
 
 def summary(parts: list[tuple[str, float, int]], seconds: float, working: float, unit: str) -> dict[str, Any]:
-    """Shares of `seconds` by kind and by name; `idle` is what no part covers (`working` seconds are covered).
+    """Fractions of `seconds` by kind and by name; `idle` is the fraction that no part covers (`working` is covered).
 
     Args:
-        parts: name, seconds and number of calls of kernels or operations.
+        parts: Name, seconds and number of calls of kernels or operations.
     """
     kinds: dict[str, float] = defaultdict(float)
     names: dict[str, tuple[float, int]] = defaultdict(lambda: (0.0, 0))

@@ -1,4 +1,4 @@
-"""Processes that work for a cell: asked by JSON lines, ended when time is up."""
+"""Worker processes of a cell, which receive JSON lines and are ended when the time is up."""
 
 import json
 import os
@@ -16,15 +16,15 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 class Failed(Exception):
-    """A cell, or a side of it, came to nothing: its text is the result that is written down."""
+    """A cell, or a side of it, failed; the message is recorded as its result."""
 
 
 class OutOfTime(Exception):
-    """The budget of the whole run is used up: the cell is left for the next run."""
+    """The time budget of the run is used up; the cell is left for the next run."""
 
 
 class Clock:
-    """The seconds of a run, and of the cell that is under way."""
+    """The remaining time of a run and of its current cell."""
 
     def __init__(self, seconds: float) -> None:
         self.end = time.monotonic() + seconds
@@ -32,22 +32,22 @@ class Clock:
 
     @property
     def left(self) -> float:
-        """Seconds of the run."""
+        """Seconds left for the run."""
         return self.end - time.monotonic()
 
     def begin(self, most: float) -> None:
-        """A cell begins, which may take so many seconds."""
+        """Start a cell that may take this number of seconds."""
         self.cell_end = min(self.end, time.monotonic() + most)
 
     def expired(self, doing: str) -> Exception:
-        """What to raise when nothing is left."""
+        """The exception to raise when no time is left."""
         if self.left <= 0:
             return OutOfTime(doing)
         return Failed(f"{doing} had not ended when the time of its cell was up")
 
 
 def environment() -> dict[str, str]:
-    """Of every process that is started: nothing from a network, this tree first."""
+    """Environment of the started processes: no network, and this source tree first on the path."""
     paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     offline = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     return {**os.environ, **offline, "PYTHONPATH": os.pathsep.join(paths)}
@@ -67,15 +67,15 @@ class Side:
                 text=True,
                 cwd=ROOT,
                 env=environment(),
-                start_new_session=True,  # compilers that it starts end with it
+                start_new_session=True,  # so that compilers which it starts end with it
             )
 
     def ask(self, do: str, **options: Any) -> Any:
-        """The answer to a command.
+        """Send a command and return the answer.
 
         Raises:
-            Failed: the worker says so (out of memory, an error), died, or took longer than its cell may.
-            OutOfTime: the run's budget is used up.
+            Failed: If the worker reports a failure (out of memory, an error), died, or exceeded the time of its cell.
+            OutOfTime: If the run's time budget is used up.
         """
         assert self.process.stdin is not None
         assert self.process.stdout is not None
@@ -102,15 +102,15 @@ class Side:
         return f"the process ended with {code}: {' / '.join(lines[-3:])[-500:] or 'no message'}"
 
     def close(self) -> None:
-        """End the process and what it started."""
+        """End the process and its children."""
         if self.process.poll() is None:
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
         for pipe in (self.process.stdin, self.process.stdout):
             if pipe is not None:
-                with suppress(BrokenPipeError):  # what was to be sent to a process that is no more
+                with suppress(BrokenPipeError):  # unsent data for a process that has ended
                     pipe.close()
 
 
 Start = Callable[[str, Path, dict[str, Any], Clock], Any]
-"""How a side is started: `Side`, or in a test something in this process."""
+"""How a side is started: `Side`, or in a test an object in this process."""

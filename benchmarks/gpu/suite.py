@@ -20,10 +20,10 @@ NOTHING_RAN = 5  # pytest's exit code
 
 
 def run(clock: Clock) -> dict[str, Any]:
-    """Counts of pytest's last line, and the names of what failed; a run that is cut off is no result.
+    """Run the tests; returns the counts of pytest's last line and the names of failed tests.
 
     Raises:
-        Failed, OutOfTime: the time was up.
+        Failed, OutOfTime: If the time was up before the run ended.
     """
     command = [sys.executable, "-m", "pytest", "-m", "cuda", "-rf", "-p", "no:cacheprovider", *FILES]
     process = subprocess.Popen(
@@ -45,7 +45,7 @@ def run(clock: Clock) -> dict[str, Any]:
 
 
 def outcome(output: str, code: int) -> dict[str, Any]:
-    """What pytest's output says."""
+    """The counts and failed tests in pytest's output."""
     if code == NOTHING_RAN:
         return {"skipped": "needs CUDA"}
     counts = {name: int(count) for count, name in re.findall(r"(\d+) (passed|failed|errors?|skipped)", output[-400:])}

@@ -1,4 +1,4 @@
-"""The results as Markdown; a cell that was not measured says so."""
+"""The results as Markdown; cells that were not measured say so."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ NOT = "not measured"
 
 
 def render(report: dict[str, Any]) -> str:
-    """Tables of all cells, and why a target was missed."""
+    """Tables of all cells, and the profiles of steps that missed their target."""
     cells = report.get("cells", {})
     lines = [_head(report), ""]
     lines += ["| check | result | numbers |", "|---|---|---|"]
@@ -88,7 +88,7 @@ def _gib(way: dict[str, Any]) -> str:
 
 
 def _notes(cell: Cell, found: dict[str, Any]) -> list[str]:
-    """The split of the RL step; what a step that missed its target was spent on."""
+    """The fraction of sampling in the RL step, and where the time went in steps that missed their target."""
     lines = []
     for name, split in found.get("split", {}).items():
         who = {"ours": "ours", "graphs": "ours with CUDA graphs", "theirs": found["other"]}[name]
@@ -123,5 +123,5 @@ def _cell_text(text: str) -> str:
 
 
 def placed(page: str, report: dict[str, Any]) -> str:
-    """A page with the tables between its marks."""
+    """A page with the tables between its markers."""
     return pages.placed(page, BEGIN, END, render(report))

@@ -1,4 +1,4 @@
-"""One side of a cell in a process of its own: answers commands, JSON lines, until its input ends.
+"""One side of a cell in its own process: answers commands (JSON lines) until its input ends.
 
 python -m benchmarks.gpu.worker ours|trl|generate FOLDER WORKLOAD
 """
@@ -18,7 +18,7 @@ from typing import Any
 
 
 class Worker:
-    """The commands. `folder` is the model's; it is built where it is not there."""
+    """The commands. `folder` is the model's folder, which is created if it does not exist."""
 
     def __init__(self, side: str, folder: Path, work: dict[str, Any]) -> None:
         from benchmarks.steps.workload import Workload
@@ -27,7 +27,7 @@ class Worker:
         self.runners: dict[Any, Callable[[int], list[float]]] = {}
 
     def answer(self, command: dict[str, Any]) -> dict[str, Any]:
-        """The value of a command, or why there is none; memory that a failure left behind is given back."""
+        """The result of a command, or why it failed; memory that a failed command holds is released."""
         import torch
 
         options = {name: value for name, value in command.items() if name != "do"}
@@ -35,7 +35,7 @@ class Worker:
             return {"value": getattr(self, f"do_{command['do']}")(**options)}
         except torch.OutOfMemoryError as error:
             failed = f"out of memory: {str(error).splitlines()[0][:200]}"
-        except Exception as error:  # the result of this cell, written down as such
+        except Exception as error:  # recorded as the result of this cell
             logging.exception("%s", command)
             failed = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:300]}"
         self.runners.clear()
@@ -54,13 +54,13 @@ class Worker:
     def do_build(self) -> None:
         """Write the model folder, once."""
         if not self.folder.exists():
-            half = self.folder.with_name(f"{self.folder.name}-under-way")  # a run that is cut off leaves no half model
+            half = self.folder.with_name(f"{self.folder.name}-under-way")  # an interrupted run leaves no partial model
             half.mkdir(parents=True, exist_ok=True)
             self.work.build(half)
             half.rename(self.folder)
 
     def do_device(self) -> dict[str, Any]:
-        """What this runs on."""
+        """The device and the machine."""
         import torch
 
         from benchmarks.quickstart import machine
@@ -76,7 +76,7 @@ class Worker:
         }
 
     def do_matmul(self) -> float:
-        """Operations a second of a large product, measured."""
+        """Measured operations per second of a large matrix product."""
         from benchmarks.steps.worker import matmul_rate
 
         rate = matmul_rate(self.work)
@@ -84,7 +84,7 @@ class Worker:
         return rate
 
     def do_steps(self, task: str, steps: int, micro: int | None = None, graphs: bool = False) -> dict[str, Any]:
-        """Seconds of each of so many steps, the peak of memory over them in GiB (None on a CPU), whether rows pack."""
+        """Seconds of each step, peak memory in GiB (None on a CPU), and whether rows are packed."""
         import torch
 
         work = replace(self.work, cuda_graphs=graphs)
@@ -96,7 +96,7 @@ class Worker:
             torch.cuda.reset_peak_memory_stats()
         seconds = self.runners[key](steps)
         peak = torch.cuda.max_memory_allocated() / 2**30 if cuda else None
-        self._free()  # what this side only reserves, the other may need in its turn
+        self._free()  # the other side may need the memory that this one only reserves
         packs = getattr(self.runners[key], "packs", None)
         return {"seconds": seconds, "peak_gib": peak, "packs": packs}
 
@@ -110,7 +110,7 @@ class Worker:
         return trl_side.runner(task, self.folder, work, micro)
 
     def do_needed(self, task: str) -> dict[str, float]:
-        """Operations and tokens of a step: those of the rows, without padding; of `rl` and `generate` those drawn."""
+        """Operations and tokens of a step: those of rows without padding; for `rl` and `generate` the sampled ones."""
         from benchmarks.steps import ours
 
         rows = ours.prepared(task, self.folder, self.work)
@@ -124,7 +124,7 @@ class Worker:
         return {"operations": ours.operations(task, self.folder, self.work), "tokens": tokens}
 
     def do_split(self, steps: int, graphs: bool = False) -> dict[str, float]:
-        """Seconds of the last of so many RL steps, and of its sampling; after `do_steps` of as many."""
+        """Seconds of the last of several RL steps, and of its sampling; call it after as many `do_steps`."""
         owner: Any
         if self.side == "ours":
             from rlhf_lightning.sampling.local_engine import LocalEngine
@@ -141,7 +141,7 @@ class Worker:
         return {"step": seconds[-1], "sampling": calls[-1]}
 
     def do_profile(self, task: str, graphs: bool = False) -> dict[str, Any]:
-        """Where the time of a step goes, see `profiling`."""
+        """Profile a step, see `profiling`."""
         from benchmarks.gpu import profiling
 
         found = profiling.profile(task, self.folder, replace(self.work, cuda_graphs=graphs))
@@ -149,12 +149,12 @@ class Worker:
         return found
 
     def do_check(self, name: str) -> dict[str, Any]:
-        """One of `checks`."""
+        """Run one of `checks`."""
         import torch
 
         from benchmarks.gpu import checks
 
-        torch._dynamo.reset()  # the graphs of the check before count towards the limit
+        torch._dynamo.reset()  # graphs of the previous check count towards the limit
         found = checks.run(name, self.work.device, self.folder.parent)
         self._free()
         return found
@@ -186,7 +186,7 @@ def main() -> None:
     """Serve commands until the input ends."""
     side, folder, work = sys.argv[1], Path(sys.argv[2]), json.loads(sys.argv[3])
     answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what libraries print must not come between the answers
+    os.dup2(2, 1)  # output of libraries must not mix with the answers
     from rlhf_lightning.cli.main import prepare_environment
 
     prepare_environment()

@@ -1,1 +1,1 @@
-"""Does it learn what it should? Tasks with a known optimum, and what happens when a reward is pressed too hard."""
+"""Learning benchmarks: tasks with a known optimum, and over-optimization of a reward."""

@@ -1,4 +1,4 @@
-"""What every script here does with what it measured: keep finished cells, and say how sure a mean over seeds is."""
+"""Shared by the scripts in this folder: finished cells are kept, and means over seeds get intervals."""
 
 import json
 import math
@@ -12,11 +12,11 @@ PLOTS = RESULTS / "plots"
 
 
 def kept(path: Path, settings: dict[str, Any], fresh: bool = False) -> dict[str, Any]:
-    """Cells of an earlier run of the same settings, by name; none of another's, and none if `fresh`."""
+    """Finished cells of an earlier run with the same settings, by name; empty if settings differ or with `fresh`."""
     if fresh or not path.exists():
         return {}
     earlier = json.loads(path.read_text(encoding="utf-8"))
-    # As JSON has them: a tuple is a list there, a number as a key is text.
+    # Compare as JSON, where a tuple is a list and a number as a key is text.
     same = earlier.get("settings") == json.loads(json.dumps(settings))
     return earlier.get("runs", {}) if same else {}
 
@@ -46,19 +46,19 @@ def t_quantile(freedom: int, level: float = 0.95) -> float:
 
 
 def over_seeds(curves: Sequence[Sequence[float]]) -> dict[str, list[float]]:
-    """Mean and standard deviation of each point of curves that are equally long."""
+    """Mean and standard deviation of each point of curves of equal length."""
     points = list(zip(*curves, strict=True))
     deviations = [statistics.stdev(point) if len(point) > 1 else 0.0 for point in points]
     return {"mean": [statistics.fmean(point) for point in points], "deviation": deviations}
 
 
 def shown(values: Sequence[float], digits: int = 3) -> str:
-    """A mean with its interval, for a table."""
+    """A mean with its interval as text."""
     mean, half = interval(values)
     return f"{mean:.{digits}f} ± {half:.{digits}f}" if math.isfinite(half) else f"{mean:.{digits}f}"
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    """Markdown."""
+    """A Markdown table."""
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)

@@ -1,10 +1,10 @@
-"""Shortest paths in a random graph: SFT on random walks, then RL, against the optimum that is known.
+"""Shortest paths in a random graph: SFT on random walks, then RL, against the known optimum.
 
     python -m benchmarks.learning.graph_walk [--seeds 0 1 2 3 4] [--fresh]
 
-A graph of 21 nodes, each edge there with probability 0.1; a prompt is a node, an answer the nodes of a walk to node 0
-in at most 10 steps. A walk of n steps from a node at distance d scores (10 - n) / (10 - d): 1 is the optimum; one that
-leaves the graph, does not arrive or goes on scores 0. SFT learns random walks that happen to arrive, as many from each
+The graph has 21 nodes, and each edge exists with probability 0.1. A prompt is a node, an answer a walk to node 0
+in at most 10 steps. A walk of n steps from a node at distance d scores (10 - n) / (10 - d), so 1 is the optimum; one
+that leaves the graph, does not arrive or goes on scores 0. SFT learns random walks that arrive, equally many from each
 node; RL has 20 rounds of 128 rollouts. Writes `benchmarks/results/graph_walk.json` and
 `plots/graph_walk.svg`, and prints the table. Finished seeds are kept and skipped.
 
@@ -45,7 +45,7 @@ NODES, EDGE, STEPS, WALKS, ROUNDS, ROLLOUTS = 21, 0.1, 10, 1000, 20, 128
 
 
 class Graph:
-    """A random graph in which node 0 can be reached from everywhere, and how far it is."""
+    """A random graph in which node 0 can be reached from every node, with the distances to it."""
 
     def __init__(self, seed: int) -> None:
         self.draw = random.Random(seed)
@@ -72,7 +72,7 @@ class Graph:
                 return nodes
 
     def score(self, start: int, answer: str) -> float:
-        """The part of the optimum that an answer reaches."""
+        """Score of an answer, as a fraction of the optimum."""
         nodes = [start, *(int(word[1:]) for word in answer.split())]
         valid = all(b in self.edges[a] for a, b in pairwise(nodes))
         if not valid or nodes[-1] or 0 in nodes[:-1] or len(nodes) - 1 > STEPS:
@@ -81,7 +81,7 @@ class Graph:
 
 
 def make_tokenizer() -> Any:
-    """A token for each node."""
+    """A tokenizer with a token per node."""
     words = ["<pad>", "<end>", *(f"n{i}" for i in range(NODES))]
     tokens = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<pad>"))
     tokens.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -94,7 +94,7 @@ def make_tokenizer() -> Any:
 
 
 def make_model(size: int) -> Any:
-    """Random weights; 2 layers of width 64."""
+    """A model with random weights, 2 layers of width 64."""
     config = Qwen3Config(
         vocab_size=size,
         hidden_size=64,
@@ -114,13 +114,13 @@ def adam(rate: float) -> Any:
 
 
 def trainer(folder: str, **options: Any) -> pl.Trainer:
-    """A quiet one."""
+    """A Trainer without output."""
     quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
     return pl.Trainer(accelerator="cpu", default_root_dir=folder, enable_model_summary=False, **quiet, **options)
 
 
 def supervised(graph: Graph, tokenizer: Any, seed: int, folder: str, epochs: int = 12) -> str:
-    """A model that imitates the walks."""
+    """Train a model to imitate the walks."""
     walks = [graph.walk(1 + i % (NODES - 1)) for i in range(WALKS)]
     rows = [{"prompt": f"n{w[0]}", "completion": " ".join(f"n{a}" for a in w[1:])} for w in walks]
     pl.seed_everything(seed, verbose=False)
@@ -137,7 +137,7 @@ def supervised(graph: Graph, tokenizer: Any, seed: int, folder: str, epochs: int
 
 @dataclass(frozen=True)
 class Method:
-    """How a policy learns from its rounds; objects with weights of their own are made for each run."""
+    """A way of learning from the rounds; objects with weights are created for each run."""
 
     make: Callable[[], dict[str, Any]]
     """Arguments of the module: objective, advantage, critic."""
@@ -147,8 +147,8 @@ class Method:
     minibatches: int = 4
 
 
-# Settings were chosen on seeds 10 to 14: at twice the rate, or without warm-up, a run in five unlearns a node, whose
-# group then has equal rewards. The KL term still teaches it.
+# Settings were chosen on seeds 10 to 14: with twice the learning rate, or without warm-up, one run in five unlearns a
+# node, whose group then has equal rewards. Only the KL term has a gradient there.
 METHODS = {
     "group advantages": Method(lambda: {"objective": ClippedSurrogate(), "advantage": GroupCentered("std")}),
     "PPO and critic": Method(
@@ -165,7 +165,7 @@ METHODS = {
 def reinforced(
     method: Method, graph: Graph, model: str, seed: int, folder: str, rounds: int = ROUNDS, rollouts: int = ROLLOUTS
 ) -> tuple[PolicyRLModule, list[float]]:
-    """The policy after the rounds, and the mean score of each."""
+    """The trained policy, and the mean score of each round."""
     pl.seed_everything(seed, verbose=False)
 
     def score(completions: list[str], start: list[int]) -> list[float]:
@@ -191,23 +191,23 @@ def reinforced(
 
 
 class Curve(pl.Callback):
-    """The statistics of each round."""
+    """Records the statistics of each round."""
 
     def __init__(self) -> None:
         self.rounds: list[dict[str, float]] = []
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        """Take them where a round begins."""
+        """Record them when a round begins."""
         if batch["statistics"]:
             self.rounds.append(dict(batch["statistics"]))
 
     def of(self, name: str) -> list[float]:
-        """One number of every round."""
+        """One statistic of every round."""
         return [round(one[name], 4) for one in self.rounds]
 
 
 def measured(module: Any, graph: Graph, samples: int = 64) -> dict[str, float]:
-    """The mean score from every node, of drawn and of greedy answers."""
+    """Mean score over all nodes, of sampled and of greedy answers."""
     from rlhf_lightning.data.prompts import prompt_example
     from rlhf_lightning.rollout.runner import run_episodes
 
@@ -225,7 +225,7 @@ def measured(module: Any, graph: Graph, samples: int = 64) -> dict[str, float]:
 
 
 def run(seed: int) -> dict[str, Any]:
-    """SFT, and each method from it."""
+    """Run SFT, and each method from its result."""
     graph, tokenizer = Graph(seed), make_tokenizer()
     with tempfile.TemporaryDirectory() as folder:
         model = supervised(graph, tokenizer, seed, folder)
@@ -239,7 +239,7 @@ def run(seed: int) -> dict[str, Any]:
 
 
 def report(runs: dict[str, Any]) -> str:
-    """The table, with the mean of drawn answers and its 95% interval."""
+    """The table, with the mean of sampled answers and its 95% interval."""
     names = ("sft", *METHODS)
     lines = [
         [seed, *(f"{result[name]['drawn']:.3f} ({result[name]['greedy']:.3f})" for name in names)]
@@ -251,7 +251,7 @@ def report(runs: dict[str, Any]) -> str:
 
 
 def draw(runs: dict[str, Any], path: Path) -> None:
-    """The mean score of rounds, with its deviation between seeds."""
+    """The mean score of each round, with its deviation between seeds."""
     series = {}
     for name in METHODS:
         found = over_seeds([one[name]["curve"] for one in runs.values()])
@@ -261,10 +261,10 @@ def draw(runs: dict[str, Any], path: Path) -> None:
 
 
 def main() -> None:
-    """Run the seeds that have no result yet, and print the table."""
+    """Run the missing seeds, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
-    parser.add_argument("--fresh", action="store_true", help="forget the seeds of earlier runs")
+    parser.add_argument("--fresh", action="store_true", help="discard the seeds of earlier runs")
     given = parser.parse_args()
     settings = {"nodes": NODES, "edge": EDGE, "steps": STEPS, "walks": WALKS, "rounds": ROUNDS, "rollouts": ROLLOUTS}
     results: dict[str, Any] = {"machine": machine(), "settings": settings}

@@ -1,11 +1,11 @@
-"""A preference for shorter answers, through the whole path: do answers become shorter within 20 rounds?
+"""A preference for shorter answers through all stages: do answers become shorter within 20 rounds?
 
     python -m benchmarks.learning.length_preference [--seeds 0 1 2 3 4] [--fresh]
 
-The quickstart's task, whose answers have two to six sentences, its model and its settings. SFT on 1,500 conversations;
-a reward model of 800 pairs in which the shorter answer (in tokens) is chosen; 20 rounds of policy RL, 16 prompts × 8
-answers, rewarded by that model alone. Measured on answers drawn to 120 prompts about subjects that no stage has seen.
-Each seed has its own data, tokenizer, weights and draws. Writes `benchmarks/results/length_preference.json` and
+The task, model and settings are the quickstart's, with answers of two to six sentences. SFT on 1,500 conversations;
+a reward model from 800 pairs in which the shorter answer (in tokens) is chosen; 20 rounds of policy RL, 16 prompts × 8
+answers, rewarded only by that model. Measured on sampled answers to 120 prompts about subjects that no stage has seen.
+Each seed has its own data, tokenizer, weights and samples. Writes `benchmarks/results/length_preference.json` and
 `plots/length_preference.svg` and prints the tables. Finished seeds are kept and skipped.
 """
 
@@ -48,7 +48,7 @@ COLUMNS = {"tokens": "response_tokens", "score": "reward", "kl": "kl"}
 
 @dataclass(frozen=True)
 class Sizes:
-    """Rows of each stage, and how long RL lasts."""
+    """Number of rows of each stage, and of rounds of RL."""
 
     conversations: int = 1500
     sft_epochs: int = 3
@@ -60,7 +60,7 @@ class Sizes:
 
 
 class Task:
-    """Questions and answers of a seed, about subjects of training and about held-out ones."""
+    """Questions and answers of a seed, about training subjects and held-out ones."""
 
     def __init__(self, seed: int, sizes: Sizes) -> None:
         self.draw, self.seen, self.held_out = random.Random(seed), *subjects(seed)
@@ -78,7 +78,7 @@ class Task:
         return question(self.draw, subject), answer(self.draw, subject, material)
 
     def pair(self, about: list[tuple[str, str]]) -> dict[str, str]:
-        """Two answers to one question; that of fewer tokens is chosen."""
+        """Two answers to one question; the one with fewer tokens is chosen."""
         subject, material = self.draw.choice(about)
         while True:
             texts = sorted((answer(self.draw, subject, material) for _ in range(2)), key=self.tokens)
@@ -86,11 +86,11 @@ class Task:
                 return {"prompt": question(self.draw, subject), "chosen": texts[0], "rejected": texts[1]}
 
     def prompt(self, about: list[tuple[str, str]]) -> dict[str, str]:
-        """A question alone."""
+        """A question without an answer."""
         return {"prompt": question(self.draw, self.draw.choice(about)[0])}
 
     def tokens(self, text: str) -> int:
-        """How long an answer is."""
+        """Length of an answer in tokens."""
         return len(self.tokenizer(text)["input_ids"])
 
 
@@ -103,7 +103,7 @@ def options(rate: float, decay: float = 0.01) -> dict[str, Any]:
 
 
 def supervised(task: Task, seed: int, sizes: Sizes, folder: str) -> str:
-    """The start: it answers as the conversations do."""
+    """Train the SFT model that RL starts from."""
     pl.seed_everything(seed, verbose=False)
     module = SFTModule(make_model(task.tokenizer, seed), tokenizer=task.tokenizer, **options(4e-3))
     data = SFTDataModule(task.conversations, batch_size=16, seed=seed)
@@ -113,7 +113,7 @@ def supervised(task: Task, seed: int, sizes: Sizes, folder: str) -> str:
 
 
 def rewarding(task: Task, model: str, seed: int, folder: str) -> str:
-    """A reward model that was shown which of two answers is shorter, in no other way than by what was chosen."""
+    """Train a reward model on the pairs; it learns about length only from the choices."""
     pl.seed_everything(seed, verbose=False)
     module = PreferenceModule(model, **options(1e-3))
     trainer(folder, max_epochs=1, gradient_clip_val=1.0).fit(
@@ -124,14 +124,14 @@ def rewarding(task: Task, model: str, seed: int, folder: str) -> str:
 
 
 def accuracy(folder: str, pairs: list[dict[str, str]]) -> float:
-    """The part of pairs whose shorter answer scores higher."""
+    """Fraction of pairs whose shorter answer scores higher."""
     judge, prompts = RewardModel(folder), [pair["prompt"] for pair in pairs]
     chosen, rejected = (judge.score(prompts, [pair[side] for pair in pairs]) for side in ("chosen", "rejected"))
     return float((chosen > rejected).float().mean())
 
 
 def reinforced(task: Task, model: str, reward: str, seed: int, sizes: Sizes, folder: str) -> tuple[Any, Curve]:
-    """The policy after the rounds, and their statistics."""
+    """The trained policy, and the statistics of the rounds."""
     pl.seed_everything(seed, verbose=False)
     module = PolicyRLModule(
         model,
@@ -147,7 +147,7 @@ def reinforced(task: Task, model: str, reward: str, seed: int, sizes: Sizes, fol
 
 
 def measured(module: Any, task: Task) -> dict[str, float]:
-    """Answers drawn to held-out questions: their tokens, and the parts that did not end or are empty."""
+    """Sampled answers to held-out questions: mean length, and the fractions that were truncated or are empty."""
     tasks = [(prompt_example(module.renderer, row, i), 0) for i, row in enumerate(task.held_out_prompts)]
     with torch.no_grad():
         episodes = run_episodes(tasks, module.sampler, module.renderer, (12345,), temperature=1.0)
@@ -159,7 +159,7 @@ def measured(module: Any, task: Task) -> dict[str, float]:
 
 
 def run(seed: int, sizes: Sizes) -> dict[str, Any]:
-    """The three stages of a seed."""
+    """Run the three stages of a seed."""
     task = Task(seed, sizes)
     with tempfile.TemporaryDirectory() as folder:
         model = supervised(task, seed, sizes, folder)
@@ -176,7 +176,7 @@ def run(seed: int, sizes: Sizes) -> dict[str, Any]:
 
 
 def falls(runs: list[dict[str, Any]]) -> dict[str, Any]:
-    """Whether tokens per answer fall: on each seed, and in the mean beyond its 95% interval."""
+    """Whether tokens per answer fall: on each seed, and in the mean by more than its 95% interval."""
     change = [one["end"]["tokens"] - one["start"]["tokens"] for one in runs]
     mean, half = interval(change)
     return {"mean": mean, "half": half, "on_every_seed": max(change) < 0, "beyond_interval": mean + half < 0}
@@ -221,10 +221,10 @@ def draw(runs: dict[str, Any], path: Path) -> None:
 
 
 def main() -> None:
-    """Run the seeds that have no result yet, and print the tables."""
+    """Run the missing seeds, and print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
-    parser.add_argument("--fresh", action="store_true", help="forget the seeds of earlier runs")
+    parser.add_argument("--fresh", action="store_true", help="discard the seeds of earlier runs")
     parser.add_argument("--results", type=Path, default=RESULTS / "length_preference.json")
     given, sizes = parser.parse_args(), Sizes()
     settings = asdict(sizes)

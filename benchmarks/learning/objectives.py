@@ -1,14 +1,14 @@
-"""Sample efficiency of the policy objectives: the graph walk, the same start and the same rollouts for each.
+"""Sample efficiency of the policy objectives on the graph walk, with the same start and number of rollouts for each.
 
     python -m benchmarks.learning.objectives [--choose] [--seeds 0 1 2 3 4] [--fresh]
 
 Every objective first tries four learning rates on seeds 10 to 14, and takes the one whose mean score over all its
-rollouts is the highest; nothing else is chosen. With these it then runs seeds 0 to 4, each with its own graph, SFT
-model and draws. `--choose` does the choice alone. Writes `benchmarks/results/objectives.json` and
+rollouts is the highest; nothing else is tuned. With these it then runs seeds 0 to 4, each with its own graph, SFT
+model and samples. `--choose` only chooses the rates. Writes `benchmarks/results/objectives.json` and
 `plots/objectives.svg` and prints the tables. Finished cells are kept and skipped.
 
 All have 16 rounds of 128 rollouts, 32 prompts × 4 answers (with a critic 128 × 1), a KL term of 0.005 in the loss and
-8 optimizer steps a round, 2 epochs of 4 mini-batches. Importance sampling, whose ratio is not clipped, is there a
+8 optimizer steps per round, 2 epochs of 4 mini-batches. Importance sampling, whose ratio is not clipped, is run a
 second time with 1 step per round, where its ratio is 1.
 """
 
@@ -49,16 +49,16 @@ def grouped(objective: Callable[[], PolicyObjective], scale: str) -> Method:
 
 METHODS = {
     "importance sampling": grouped(ImportanceSampling, "none"),
-    # As it was meant: every step with the policy that drew.
+    # As intended: every step uses the policy that sampled.
     "importance sampling, 1 step per round": replace(grouped(ImportanceSampling, "none"), epochs=1, minibatches=1),
     "PPO": grouped(ClippedSurrogate, "none"),
     "GRPO": grouped(partial(ClippedSurrogate, aggregation="sequence_mean"), "std"),
     "CISPO": grouped(CISPO, "std"),
     "GSPO": grouped(SequenceClippedSurrogate, "std"),
-    # The critic as in graph_walk.py; its rate is not chosen again.
+    # The critic as in graph_walk.py; its learning rate is not tuned again.
     "PPO and critic": graph_walk.METHODS["PPO and critic"],
 }
-# An eighth of the steps has to go further in each.
+# With an eighth of the steps, each must be larger.
 FACTOR = {"importance sampling, 1 step per round": 2.5}
 
 
@@ -68,12 +68,12 @@ def rates(name: str) -> list[float]:
 
 
 def key(name: str, rate: float, seed: int) -> str:
-    """The name of a cell."""
+    """Name of a cell."""
     return f"{name} | {rate:g} | seed {seed}"
 
 
 def run(seed: int, wanted: Mapping[str, list[float]], cells: dict[str, Any], keep: Any, rounds: int = ROUNDS) -> None:
-    """Fill the cells of a seed that are not there yet, all from one SFT model; `keep` is called after each."""
+    """Measure the missing cells of a seed, all from one SFT model; `keep` is called after each."""
     missing = [
         (name, rate) for name, several in wanted.items() for rate in several if key(name, rate, seed) not in cells
     ]
@@ -100,17 +100,17 @@ def chosen(cells: Mapping[str, Any], name: str, seeds: tuple[int, ...] = CHOOSIN
 
 
 def rollouts_to(curve: list[float], goal: float = GOAL) -> int | None:
-    """Rollouts drawn before the first round whose mean score is at least `goal`; None where no round's is."""
+    """Number of rollouts before the first round whose mean score is at least `goal`; None if there is no such round."""
     return next((i * ROLLOUTS for i, score in enumerate(curve) if score >= goal), None)
 
 
 def ends(several: list[dict[str, Any]]) -> list[float]:
-    """The score of drawn answers after the budget, of each seed."""
+    """Score of sampled answers after the budget, for each seed."""
     return [cell["drawn"] for cell in several]
 
 
 def on_the_way(several: list[dict[str, Any]]) -> list[float]:
-    """The mean score of all rollouts of the budget, of each seed: the area under the curve."""
+    """Mean score of all rollouts of the budget, for each seed: the area under the curve."""
     return [statistics.fmean(cell["curve"]) for cell in several]
 
 
@@ -118,7 +118,7 @@ PARTS = (ends, on_the_way)
 
 
 def summary(name: str, several: list[dict[str, Any]]) -> list[str]:
-    """A line of the table: means over seeds with 95% intervals."""
+    """A row of the table: means over seeds with 95% intervals."""
     reached = [rollouts_to(cell["curve"]) for cell in several]
     there = [float(count) for count in reached if count is not None]
     needed = shown(there, 0) if there else "–"
@@ -129,7 +129,7 @@ def summary(name: str, several: list[dict[str, Any]]) -> list[str]:
 
 
 def tables(cells: Mapping[str, Any], choice: Mapping[str, Any], seeds: list[int]) -> str:
-    """What was chosen, and what it came to."""
+    """The chosen rates and the results."""
     head = ["objective", "score, sampled", "score, greedy", "mean over all rollouts", f"rollouts to {GOAL}"]
     picked = {name: [cells[key(name, choice[name]["rate"], seed)] for seed in seeds] for name in METHODS}
     start = [cells[f"SFT | seed {seed}"] for seed in seeds]
@@ -165,11 +165,11 @@ def draw(cells: Mapping[str, Any], choice: Mapping[str, Any], seeds: list[int], 
 
 
 def main() -> None:
-    """Choose, run, print."""
+    """Choose the rates, run, and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--choose", action="store_true", help="choose the learning rates, and no more")
+    parser.add_argument("--choose", action="store_true", help="only choose the learning rates")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
-    parser.add_argument("--fresh", action="store_true", help="forget the cells of earlier runs")
+    parser.add_argument("--fresh", action="store_true", help="discard the cells of earlier runs")
     parser.add_argument("--results", type=Path, default=RESULTS / "objectives.json")
     given = parser.parse_args()
     settings = {"rounds": ROUNDS, "rollouts": ROLLOUTS}

@@ -1,10 +1,10 @@
-"""A reward model of 64 noisy pairs, pressed for five times the quickstart's rounds: what becomes of the gold reward?
+"""Over-optimization of a reward model from 64 noisy pairs, with five times the quickstart's rounds.
 
-The quickstart's task and models; a round is 8 prompts with 4 answers each, a quarter of the quickstart's.
+The task and models are the quickstart's; a round is 8 prompts with 4 answers each, a quarter of the quickstart's.
 
     python -m benchmarks.learning.over_optimization [--seeds 0 1 2 3 4] [--fresh]
 
-Each seed has its own data, tokenizer, weights and draws. One SFT model and one reward model a seed; then RL from the
+Each seed has its own data, tokenizer, weights and samples. One SFT and one reward model per seed; then RL from the
 same start without KL, with a fixed and with an adaptive coefficient. Writes
 `benchmarks/results/over_optimization.json` and `plots/over_optimization.svg`, and prints the table. Finished seeds are
 kept and skipped.
@@ -41,12 +41,12 @@ SHOWN = (1, 20, 40, 80, 120, 160, 200)
 
 
 def gold(completions: list[str], subject: list[str], material: list[str]) -> list[float]:
-    """The rubric, which no stage is trained on."""
+    """The gold reward, which no stage is trained on."""
     return [rubric(*row) for row in zip(completions, subject, material, strict=True)]
 
 
 def plan(root: Path, seed: int, rounds: int, sizes: Sizes) -> dict[str, Any]:
-    """The stages: one SFT, one reward model, and a policy for each kind of KL."""
+    """The pipeline: SFT, a reward model, and a policy stage for each kind of KL control."""
     files = write_data(root / "data", seed, sizes)
     base = root / "base"
     maker = [sys.executable, "-m", "rlhf_lightning.quickstart.model", str(base), files["sft_train"], str(seed)]
@@ -64,7 +64,7 @@ def plan(root: Path, seed: int, rounds: int, sizes: Sizes) -> dict[str, Any]:
         {
             "kind": "preference",
             "config": str(CONFIGS / "preference.yaml"),
-            # As many steps as make it fit its few pairs, labels that are wrong included.
+            # Enough steps to fit its few pairs, including wrong labels.
             "overrides": {**data("preference"), "trainer.max_epochs": 20, "trainer.check_val_every_n_epoch": 20},
             "start": "sft",
         },
@@ -77,7 +77,7 @@ def plan(root: Path, seed: int, rounds: int, sizes: Sizes) -> dict[str, Any]:
 
 
 def run(seed: int, rounds: int, sizes: Sizes) -> dict[str, Any]:
-    """The curves of a seed, by kind of KL."""
+    """The curves of a seed, by kind of KL control."""
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder) / "run"
         manifest = run_pipeline(plan(root, seed, rounds, sizes), root)
@@ -92,7 +92,7 @@ def _curves(path: Path) -> dict[str, list[float]]:
 
 
 def table(runs: dict[str, Any]) -> str:
-    """Means over seeds, with the deviation between them, of ten rounds up to the one named."""
+    """Means over the ten rounds up to the given one, with the deviation between seeds."""
     lines = ["| round | KL control | reward model's score | gold reward | KL (nats) |", "|---" * 5 + "|"]
     for name in KL:
         for last in SHOWN:
@@ -110,7 +110,7 @@ def table(runs: dict[str, Any]) -> str:
 
 
 def draw(runs: dict[str, Any], path: Path, window: int = 10) -> None:
-    """Score and gold reward by round, and gold reward by the distance traveled, in means over ten rounds and seeds."""
+    """Plots of score and gold reward by round, and of gold reward by √KL, as means over ten rounds and seeds."""
     means: dict[str, dict[str, dict[str, list[float]]]] = {}
     for name in KL:
         curves = [one["curves"][name] for one in runs.values()]
@@ -138,11 +138,11 @@ def draw(runs: dict[str, Any], path: Path, window: int = 10) -> None:
 
 
 def main() -> None:
-    """Run the seeds that have no result yet, and print the table."""
+    """Run the missing seeds, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--rounds", type=int, default=ROUNDS)
-    parser.add_argument("--fresh", action="store_true", help="forget the seeds of earlier runs")
+    parser.add_argument("--fresh", action="store_true", help="discard the seeds of earlier runs")
     parser.add_argument("--results", type=Path, default=RESULTS)
     arguments = parser.parse_args()
     sizes = Sizes(pairs=PAIRS)

@@ -1,11 +1,11 @@
-"""The quickstart over several seeds: does every stage of every one improve, by how much, and along which curve?
+"""The quickstart over several seeds: how much each stage improves, and along which curve.
 
     python -m benchmarks.learning.quickstart_curves [--seeds 0 1 2 3 4] [--fresh]
 
-Each seed is `rlhf quickstart --seed N` in a process of its own, with its own data, tokenizer, weights and draws;
-nothing is picked. Curves are what its stages logged: `metrics.csv` of each, and for the gold reward, which RL never
-sees, the rubric of every answer in `samples.jsonl`. Writes `benchmarks/results/quickstart_curves.json` and
-`plots/quickstart_curves.svg`, prints the tables and says which promise was not kept. Finished seeds are kept.
+Each seed is `rlhf quickstart --seed N` in its own process, with its own data, tokenizer, weights and samples;
+none is selected. Curves are the logged values: `metrics.csv` of each stage, and for the gold reward, which RL never
+sees, the rubric's score of every answer in `samples.jsonl`. Writes `benchmarks/results/quickstart_curves.json` and
+`plots/quickstart_curves.svg`, prints the tables and the requirements that were missed. Finished seeds are kept.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from rlhf_lightning.quickstart.rubric import rubric
 
 Curve = list[tuple[int, float]]
 WINDOW = 16
-"""Steps of training whose mean is one point: one step has 16 rows only."""
+"""Number of training steps that are averaged to one point, since one step has only 16 rows."""
 RL = {"reward": "train/reward", "kl": "train/kl", "tokens": "train/response_tokens"}
 TITLES = {
     "nll": "SFT: NLL (nats per token)",
@@ -40,19 +40,19 @@ NOTES = {"held_out": "held out", "train": "training", "": "training prompts"}
 
 
 def column(path: Path, name: str) -> Curve:
-    """A logged number by the optimizer steps done when it was logged; of a step that stands there twice the last."""
+    """A logged value by optimizer step; the last one if a step was logged twice."""
     with open(path, newline="", encoding="utf-8") as stream:
         return list({int(one["step"]) + 1: float(one[name]) for one in csv.DictReader(stream) if one.get(name)}.items())
 
 
 def windowed(curve: Curve, size: int = WINDOW) -> Curve:
-    """Means of so many points each, at the last of them; a rest is left out."""
+    """Means over consecutive points, placed at the last of them; an incomplete rest is left out."""
     groups = [curve[i : i + size] for i in range(0, len(curve) - size + 1, size)]
     return [(group[-1][0], statistics.fmean(value for _, value in group)) for group in groups]
 
 
 def gold(root: Path) -> Curve:
-    """The mean rubric of the answers of each round."""
+    """Mean gold reward of the answers of each round."""
     lines = (root / "data" / "prompts_train.jsonl").read_text(encoding="utf-8").splitlines()
     rows = {one["prompt"]: one for one in map(json.loads, lines)}
     scores = defaultdict(list)
@@ -64,7 +64,7 @@ def gold(root: Path) -> Curve:
 
 
 def curves(root: Path, summary: dict[str, Any]) -> dict[str, Curve]:
-    """Everything that a finished run has logged. Rounds count from 1: round 1 is answered by the SFT model."""
+    """All curves of a finished run. Rounds count from 1; the SFT model answers in round 1."""
     sft, preference, policy = (root / stage / "metrics.csv" for stage in ("sft", "preference", "policy"))
     return {
         "nll held_out": [(0, summary["sft"]["val_nll_start"]), *column(sft, "val/nll")],
@@ -77,7 +77,7 @@ def curves(root: Path, summary: dict[str, Any]) -> dict[str, Curve]:
 
 
 def measured(seed: int) -> dict[str, Any]:
-    """A run of a seed."""
+    """Run a seed."""
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder) / "run"
         summary = run(seed, root)
@@ -86,7 +86,7 @@ def measured(seed: int) -> dict[str, Any]:
 
 
 def combined(runs: dict[str, Any]) -> dict[str, Any]:
-    """Mean and deviation over seeds, by name of the curve; every seed has logged at the same steps."""
+    """Mean and deviation over seeds, by name of the curve; all seeds must have logged at the same steps."""
     result = {}
     for name in next(iter(runs.values()))["curves"]:
         several = [one["curves"][name] for one in runs.values()]
@@ -98,7 +98,7 @@ def combined(runs: dict[str, Any]) -> dict[str, Any]:
 
 
 def points(found: dict[str, Any]) -> str:
-    """Some points of the curves, as a table."""
+    """A table of some points of the curves."""
     lines = []
     for name, curve in found.items():
         count = len(curve["steps"])
@@ -110,7 +110,7 @@ def points(found: dict[str, Any]) -> str:
 
 
 def mean_row(summaries: list[dict[str, Any]]) -> list[str]:
-    """The last line of the table of seeds: means, with 95% intervals by Student's t of what a stage gained."""
+    """The last row of the table of seeds: means, with 95% intervals of each stage's gain by Student's t."""
     gain = interval([one["policy"]["gold_reward"] - one["sft"]["gold_reward"] for one in summaries])
     mean: dict[str, Any] = {
         stage: {name: statistics.fmean(one[stage][name] for one in summaries) for name in names}
@@ -127,7 +127,7 @@ def mean_row(summaries: list[dict[str, Any]]) -> list[str]:
 
 
 def report(runs: dict[str, Any]) -> str:
-    """Both tables, and which promise was not kept."""
+    """Both tables, and the requirements that were missed."""
     seeds = table(HEAD, [*(row(seed, one) for seed, one in runs.items()), mean_row(list(runs.values()))])
     broken = [f"seed {seed}: {name}" for seed, one in runs.items() for name, held in one["checks"].items() if not held]
     promises = f"Missed requirements: {'; '.join(broken) or 'none'}."
@@ -135,7 +135,7 @@ def report(runs: dict[str, Any]) -> str:
 
 
 def draw(found: dict[str, Any], seeds: int, path: Path) -> None:
-    """A panel for each quantity."""
+    """One panel per quantity."""
     panels = []
     for title, text in TITLES.items():
         series = {}
@@ -150,10 +150,10 @@ def draw(found: dict[str, Any], seeds: int, path: Path) -> None:
 
 
 def main() -> None:
-    """Run the seeds that have no result yet, one after the other."""
+    """Run the missing seeds, one after the other."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
-    parser.add_argument("--fresh", action="store_true", help="forget the seeds of earlier runs")
+    parser.add_argument("--fresh", action="store_true", help="discard the seeds of earlier runs")
     parser.add_argument("--results", type=Path, default=RESULTS / "quickstart_curves.json")
     given = parser.parse_args()
     settings = {"threads": os.environ.get("OMP_NUM_THREADS", "one for each core"), "window": WINDOW}

@@ -1,1 +1,1 @@
-"""The same tiny model, rows and settings through this project and through TRL, step by step."""
+"""Compares optimizer steps of this project and of TRL on the same tiny model, rows and settings."""

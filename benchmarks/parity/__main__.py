@@ -1,4 +1,4 @@
-"""Parity with TRL, by whole training runs on the same model, rows and settings, without a network.
+"""Parity with TRL: whole training runs on the same model, rows and settings, without a network.
 
     python -m benchmarks.parity [--only NAME …] [--no-write]
 
@@ -63,13 +63,13 @@ def _step(name: str, ours: Any, theirs: Any) -> dict[str, Any]:
         "norm": theirs.norm,
         "difference": ours.distance(theirs),
         "same_tokens": [ids for ids, _ in ours.rows] == [ids for ids, _ in theirs.rows],
-        # A reward is read at one token: TRL's batch has no mask.
+        # A reward is read at one token, so TRL's batch has no mask.
         "same_mask": None if name.startswith("reward") else ours.rows == theirs.rows,
     }
 
 
 def main() -> None:
-    """Measure, print, write."""
+    """Measure, print and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", help="names of cases and differences, or parts of them")
     parser.add_argument("--no-write", action="store_true")

@@ -1,4 +1,4 @@
-"""The cases: the same rows and settings through both sides, whole runs of one or two optimizer steps."""
+"""The cases: runs of one or two optimizer steps on both sides, with the same rows and settings."""
 
 from pathlib import Path
 from typing import Any
@@ -11,12 +11,12 @@ from rlhf_lightning.rollout.advantages import GroupCentered, LeaveOneOut
 from rlhf_lightning.rollout.kl import KLPenalty
 
 ROWS, PROMPTS, GROUP = 6, 3, 4
-# Of gradient descent between the two steps on one round: so small that some ratios are within their bounds.
+# Learning rate between the two steps on one round, small enough that some ratios are within their bounds.
 RATES = {"rloo": 1e-3, "gspo": 1e-5}
 
 
 class StillBCO(preference.BCO):
-    """BCO with δ = 0, as TRL has it: in training too its running mean stays where it is."""
+    """BCO with δ = 0 as in TRL: its running mean does not change in training."""
 
     def train(self, mode: bool = True) -> "StillBCO":
         super().train(False)
@@ -24,14 +24,14 @@ class StillBCO(preference.BCO):
 
 
 def names() -> list[str]:
-    """Of all cases."""
+    """Names of all cases."""
     dpo = [f"dpo: {name}" for name in losses.DPO]
     rl = [f"rl: {name}" for name in losses.rl(trl_side.LENGTH)]
     return ["sft", "sft, 3 micro-batches", "reward", "reward, margins", *dpo, "kto", "kto: apo_zero_unpaired", *rl]
 
 
 def run(name: str, folders: Folders, root: Path) -> tuple[list[Step], list[Step]]:
-    """Our steps and TRL's."""
+    """Our steps and TRL's, for a case."""
     kind, _, loss = name.partition(": ")
     if kind == "rl":
         return _rl(loss, folders, root)
@@ -50,7 +50,7 @@ def run(name: str, folders: Folders, root: Path) -> tuple[list[Step], list[Step]
 def _dpo(name: str, folders: Folders, root: Path) -> tuple[list[Step], list[Step]]:
     loss, scores = losses.DPO[name]
     rows = setup.pairs(ROWS)
-    if name == "sft":  # equal where lengths are equal, see `differences`
+    if name == "sft":  # equal if lengths are equal, see `differences`
         rows = [{**row, "chosen": rows[0]["chosen"]} for row in rows]
     loss = StillBCO() if name == "bco_pair" else loss
     ours = our_side.supervised(
@@ -60,7 +60,7 @@ def _dpo(name: str, folders: Folders, root: Path) -> tuple[list[Step], list[Step
 
 
 def trl_dpo(name: str) -> dict[str, Any]:
-    """TRL's settings of a loss in `losses.DPO`."""
+    """TRL's settings for a loss in `losses.DPO`."""
     desensitized = {"ld_alpha": losses.TAIL} if name == "length_desensitized" else {}
     return {
         "beta": losses.BETA,
@@ -75,7 +75,7 @@ def trl_dpo(name: str) -> dict[str, Any]:
 def _kto(name: str, folders: Folders, root: Path) -> tuple[list[Step], list[Step]]:
     loss = preference.KTO() if name == "kto" else preference.APOUnpaired()
     rows = setup.labels(ROWS)
-    # Ours joins a prompt with the response after it in the file, TRL with the one before.
+    # We pair a prompt with the next response in the file, TRL with the previous one.
     ours = our_side.supervised(
         "kto", folders, rows[::-1], root, scorer=ImplicitReward(losses.BETA, folders.reference), loss=loss
     )
@@ -84,12 +84,12 @@ def _kto(name: str, folders: Folders, root: Path) -> tuple[list[Step], list[Step
 
 
 def prompts() -> list[dict[str, Any]]:
-    """Of policy RL."""
+    """Prompts of the policy RL cases."""
     return [{"prompt": row["prompt"]} for row in setup.pairs(PROMPTS)]
 
 
 def _rl(name: str, folders: Folders, root: Path) -> tuple[list[Step], list[Step]]:
-    """Two steps on one round that TRL has sampled; ours gets it as recorded episodes and their rewards."""
+    """Two steps on one round that TRL sampled; our side gets it as recorded episodes with rewards."""
     objective, options = losses.rl(trl_side.LENGTH)[name]
     rate = RATES.get(name, 1e-2)
     kind = "rloo" if name == "rloo" else "grpo"

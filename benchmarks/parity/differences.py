@@ -1,4 +1,4 @@
-"""Where the two sides differ: each shown by numbers of both in the situation that brings it out."""
+"""Known differences, each with an experiment that shows it with the numbers of both sides."""
 
 import tempfile
 from collections.abc import Callable
@@ -20,7 +20,7 @@ Numbers = list[tuple[str, float | str, float | str]]
 
 @dataclass
 class Difference:
-    """One difference: what is measured (name, ours, TRL's), who is right, and why."""
+    """One difference: the measured values (name, ours, TRL's), which side is right, and why."""
 
     name: str
     right: str
@@ -30,7 +30,7 @@ class Difference:
 
 
 def _moved(first: Step, second: Step) -> float:
-    """Relative change of the gradient between two ways that should give the same."""
+    """Relative difference of the gradients of two computations that should agree."""
     return second.distance(first)
 
 
@@ -58,7 +58,7 @@ def stop_line(folders: Folders, root: Path) -> Numbers:
 
 
 def stop_as_pad(folders: Folders, root: Path) -> Numbers:
-    """A reward model whose padding is the stop token, on rows that end with it."""
+    """A reward model whose padding token is the stop token, on rows that end with it."""
     with tempfile.TemporaryDirectory() as folder:
         made = setup.make_folders(Path(folder), pad_is_eos=True)
         rows = setup.pairs(cases.ROWS)
@@ -74,7 +74,7 @@ def stop_as_pad(folders: Folders, root: Path) -> Numbers:
 
 @torch.no_grad()
 def _plain_loss(folders: Folders, rows: list[Any], back: int) -> float:
-    """Bradley-Terry of rewards read at the last token but `back` - 1, each row by itself without padding."""
+    """Bradley-Terry loss of rewards read `back` tokens from the end, for each row alone without padding."""
     tokenizer = AutoTokenizer.from_pretrained(folders.classifier)
     model = AutoModelForSequenceClassification.from_pretrained(folders.classifier, num_labels=1).eval()
 
@@ -87,7 +87,7 @@ def _plain_loss(folders: Folders, rows: list[Any], back: int) -> float:
 
 
 def sft_term(folders: Folders, root: Path) -> Numbers:
-    """DPO's `sft` term on responses of unlike length, at once and in 3 micro-batches."""
+    """DPO's `sft` term on responses of different lengths, at once and in 3 micro-batches."""
     rows = setup.pairs(cases.ROWS)
     ours = [
         our_side.supervised("dpo", folders, rows, root, scorer=_scorer(folders), loss=preference.SFT(), micro=micro)[0]
@@ -97,7 +97,7 @@ def sft_term(folders: Folders, root: Path) -> Numbers:
 
 
 def _whole_and_parted(folders: Folders, rows: list[Any], root: Path, loss: Any, tokens: int) -> list[Step]:
-    """Our step, computed at once and in groups of so many tokens."""
+    """Our step, computed at once and in groups of a given number of tokens."""
     options = {"scorer": _scorer(folders), "loss": loss}
     return [
         our_side.supervised("dpo", folders, rows, root, **options, max_tokens_per_batch=budget)[0]
@@ -119,7 +119,7 @@ def _at_once_and_in_parts(ours: list[Step], theirs: list[Step]) -> Numbers:
 
 
 def aot(folders: Folders, root: Path) -> Numbers:
-    """AOT sorts scores over the batch: at once and in parts. Ours refuses accumulation; it parts the forward."""
+    """AOT, which sorts scores over the batch, at once and in parts. Ours can only split the forward."""
     rows = setup.pairs(cases.ROWS)
     loss = preference.AOTUnpaired(losses.SMOOTHING)
     ours = _whole_and_parted(folders, rows, root, loss, 64)
@@ -127,7 +127,7 @@ def aot(folders: Folders, root: Path) -> Numbers:
 
 
 def ipo(folders: Folders, root: Path) -> Numbers:
-    """IPO of the paper, whose score is a sum over the response."""
+    """IPO as in the paper, whose score is a sum over the response."""
     rows = setup.pairs(cases.ROWS)
     ours = our_side.supervised("dpo", folders, rows, root, scorer=_scorer(folders), loss=preference.IPO())[0]
     theirs = trl_side.supervised("dpo", folders, rows, root, **cases.trl_dpo("ipo"))[0]
@@ -141,7 +141,7 @@ def ipo(folders: Folders, root: Path) -> Numbers:
 
 
 def kto(folders: Folders, root: Path) -> Numbers:
-    """KTO at once and in parts; ours parts the forward."""
+    """KTO at once and in parts; ours splits only the forward."""
     rows = setup.labels(cases.ROWS)
     ours = [
         our_side.supervised(
@@ -197,7 +197,7 @@ def _accumulated(loss_type: str, objective: policy.PolicyObjective) -> Callable[
 
 
 def sft_accumulated(folders: Folders, root: Path) -> Numbers:
-    """SFT on answers of unlike length, at once and in 3 micro-batches."""
+    """SFT on answers of different lengths, at once and in 3 micro-batches."""
     rows = setup.conversations(cases.ROWS)
     sides = [
         [side.supervised("sft", folders, rows, root, micro=micro)[0] for micro in (None, 2)]
@@ -207,7 +207,7 @@ def sft_accumulated(folders: Folders, root: Path) -> Numbers:
 
 
 def discopop(folders: Folders, root: Path) -> Numbers:
-    """How far rounding alone takes DiscoPOP: ours computed in other groups of rows."""
+    """Effect of rounding alone on DiscoPOP: ours computed in other groups of rows."""
     rows = setup.pairs(cases.ROWS)
     loss = preference.DiscoPOP(losses.TEMPERATURE)
     ours = _whole_and_parted(folders, rows, root, loss, 16)

@@ -1,4 +1,4 @@
-"""TRL's names of losses, and what they are here: for the parity runs and for the tests of single functions."""
+"""TRL's names of losses and their counterparts here, for the parity runs and the tests of single functions."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ from rlhf_lightning.objectives import policy, preference
 
 BETA, SMOOTHING, TEMPERATURE, TAIL = 0.3, 0.1, 0.05, 0.4
 
-# For each of TRL's `loss_type`: our class, and how `ImplicitReward` scores.
+# For each `loss_type` of TRL: our class, and the arguments of `ImplicitReward`.
 DPO: dict[str, tuple[Any, dict[str, Any]]] = {
     "sigmoid": (preference.BradleyTerry(), {}),
     "hinge": (preference.Hinge(), {}),

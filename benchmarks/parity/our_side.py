@@ -1,4 +1,4 @@
-"""Optimizer steps of this project: `Trainer.fit` on its own data module, watched by a callback."""
+"""Optimizer steps of this project: `Trainer.fit` with its own data module, recorded by a callback."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -44,16 +44,16 @@ def _there(batch: dict[str, Any]) -> Any:
         return columns < batch["lengths"][:, None]
     return (
         columns <= (batch["loss_mask"].ne(0) * columns).amax(1)[:, None]
-    )  # a rollout row ends with its last drawn token
+    )  # a rollout row ends with its last sampled token
 
 
 def sgd(rate: float = RATE) -> Any:
-    """Plain gradient descent, as the modules take an optimizer."""
+    """Plain gradient descent, in the form that the modules take."""
     return lambda parameters: torch.optim.SGD(parameters, lr=rate)
 
 
 def fit(module: Any, data: Any, root: Path, steps: int, accumulate: int = 1) -> list[Step]:
-    """The steps of a fit."""
+    """Record the steps of a fit."""
     watch = Watch()
     pl.Trainer(
         accelerator="cpu",
@@ -75,7 +75,7 @@ def supervised(task: str, folders: Folders, rows: Sequence[Any], root: Path, **o
     """Steps of SFT (`sft`), the reward model (`reward`) and losses of preferences (any other name).
 
     Args:
-        options: `micro` and `steps`; all others go to the module.
+        options: `micro` and `steps`; all others are passed to the module.
     """
     micro, steps = options.pop("micro", None) or len(rows), options.pop("steps", 1)
     folder = folders.classifier if task == "reward" else folders.policy
@@ -89,8 +89,8 @@ def recorded(folders: Folders, episodes: list[dict[str, Any]], root: Path, **opt
     """Steps of policy RL on one round of recorded episodes.
 
     Args:
-        options: `minibatches` that a step is accumulated from, `steps` (passes over the round) and `rate`; all others
-            go to the module.
+        options: `minibatches` that are accumulated to a step, `steps` (passes over the round) and `rate`; all others
+            are passed to the module.
     """
     parts, steps, rate = options.pop("minibatches", 1), options.pop("steps", 2), options.pop("rate", RATE)
     data = PromptDataModule(

@@ -1,4 +1,4 @@
-"""What both sides get: a tokenizer, a policy, a reference some way from it, a classifier, and rows."""
+"""What both sides get: a tokenizer, a policy, a different reference, a classifier, and rows."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,7 +12,7 @@ PLAIN = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-"""ChatML that ends with the stop token; that of the quickstart has a line break after it, as ChatML has."""
+"""ChatML without the line break that it (and the quickstart) has after the stop token."""
 WORDS = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
 
 
@@ -26,7 +26,7 @@ class Folders:
 
 
 def conversations(count: int) -> list[dict[str, Any]]:
-    """Answers of 1 to 7 words, every third with a system message before."""
+    """Answers of 1 to 7 words; every third conversation has a system message."""
     return [
         {
             "messages": [
@@ -40,7 +40,7 @@ def conversations(count: int) -> list[dict[str, Any]]:
 
 
 def pairs(count: int) -> list[dict[str, Any]]:
-    """Pairs of answers of unlike length, as messages."""
+    """Pairs of answers of different lengths, as messages."""
 
     def turn(role: str, text: str) -> list[dict[str, str]]:
         return [{"role": role, "content": text}]
@@ -56,7 +56,7 @@ def pairs(count: int) -> list[dict[str, Any]]:
 
 
 def labels(count: int) -> list[dict[str, Any]]:
-    """One answer each, good or bad."""
+    """Single answers with a label."""
     return [
         {"prompt": row["prompt"], "completion": row["rejected" if i % 3 == 1 else "chosen"], "label": i % 3 != 1}
         for i, row in enumerate(pairs(count))
@@ -85,7 +85,7 @@ def model_config(tokenizer: Any) -> Any:
 
 
 def make_folders(root: Path, template: str | None = PLAIN, pad_is_eos: bool = False) -> Folders:
-    """Write the models. `template` of None is that of the quickstart."""
+    """Write the models. With `template` None the quickstart's is used."""
     from transformers import AutoModelForCausalLM, Qwen3ForSequenceClassification
 
     from rlhf_lightning.quickstart.model import make_tokenizer
@@ -112,14 +112,14 @@ def make_folders(root: Path, template: str | None = PLAIN, pad_is_eos: bool = Fa
 
 @torch.no_grad()
 def near(policy: Any, reference: Any, part: float = 0.02) -> None:
-    """Move the policy to `part` of the way from the reference."""
+    """Move the policy to the fraction `part` of its distance from the reference."""
     for a, b in zip(policy.parameters(), reference.parameters(), strict=True):
         a.copy_(b + part * (a - b))
 
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """A seed for what is made inside; the caller's random numbers are left alone."""
+    """Context with a seed; the caller's random state is restored."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         yield
@@ -127,25 +127,25 @@ def seeded(seed: int) -> Iterator[None]:
 
 @dataclass
 class Step:
-    """An optimizer step: its loss, the gradient of every weight, and the rows it learnt from."""
+    """An optimizer step: its loss, the gradient of every weight, and its rows."""
 
     loss: float
     gradient: dict[str, torch.Tensor]
     rows: list[tuple[tuple[int, ...], tuple[int, ...]]]
-    """Ids without padding and mask of each, in order of size: shuffling is not compared."""
+    """Ids (without padding) and mask of each row, sorted, since the order of rows is not compared."""
 
     @property
     def norm(self) -> float:
-        """Of the gradient."""
+        """Norm of the gradient."""
         return float(self.vector.norm())
 
     @property
     def vector(self) -> torch.Tensor:
-        """The gradient, weights in the order of their names."""
+        """The gradient as one vector, ordered by the names of the weights."""
         return torch.cat([self.gradient[name].flatten().double() for name in sorted(self.gradient)])
 
     def distance(self, other: "Step") -> float:
-        """Norm of the gradients' difference over the norm of the other's; raises where weights differ."""
+        """Norm of the gradients' difference relative to the norm of the other; raises if the sets of weights differ."""
         if set(self.gradient) != set(other.gradient):
             odd = sorted(set(self.gradient) ^ set(other.gradient))
             raise ValueError(f"gradients of unlike weights: {odd[:4]}")
@@ -153,12 +153,12 @@ class Step:
 
 
 def gradients(model: Any) -> dict[str, torch.Tensor]:
-    """Of the weights that have one, by name."""
+    """Gradients by name, of the weights that have one."""
     return {name: p.grad.detach().clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
 def rows_of(ids: Any, loss_mask: Any, attention: Any) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
-    """The rows of a batch without padding: what `attention` sees."""
+    """The rows of a batch without padding, by its attention mask."""
     there = attention.bool()
     return [
         (tuple(row[flags].tolist()), tuple(marks[flags].long().tolist()))

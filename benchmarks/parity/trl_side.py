@@ -1,4 +1,4 @@
-"""Optimizer steps of TRL: its own `Trainer.train`, watched from outside."""
+"""Optimizer steps of TRL: its own `Trainer.train`, recorded by a callback."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,11 +11,11 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from benchmarks.parity.setup import Folders, Step, gradients, rows_of
 
 RATE = 0.05
-"""Of plain gradient descent, which both sides take by default: unlike Adam it does not hide a wrong scale."""
+"""Learning rate of plain gradient descent, the default on both sides; unlike Adam it reveals a wrong scale."""
 
 
 LENGTH = 8
-"""Tokens of a sampled response, at most."""
+"""Largest number of tokens of a sampled response."""
 
 
 class Watch(TrainerCallback):
@@ -31,7 +31,7 @@ class Watch(TrainerCallback):
         self._losses, self._rows = [], []
 
     def around(self, trainer: Any) -> Any:
-        """Watch a trainer's training steps, whose value is the loss that backward has seen."""
+        """Record a trainer's training steps, which return the loss."""
         inner = trainer.training_step
         compute = trainer.compute_loss
 
@@ -63,7 +63,7 @@ def _rows(inputs: dict[str, Any]) -> list[Any]:
 
 
 def arguments(root: Path, batch: int, micro: int | None = None, steps: int = 1) -> dict[str, Any]:
-    """Settings that every TRL trainer takes; `micro` rows at once, of `batch`."""
+    """Settings of every TRL trainer; micro-batches of `micro` rows, `batch` rows per step."""
     return {
         "output_dir": str(root / "trl"),
         "use_cpu": True,
@@ -87,7 +87,7 @@ def supervised(task: str, folders: Folders, rows: Sequence[Any], root: Path, **o
     """Steps of SFT (`sft`), the reward model (`reward`), DPO (`dpo`) or KTO (`kto`).
 
     Args:
-        options: `micro` (rows at once) and `steps`; all others go to TRL's config.
+        options: `micro` (rows per micro-batch) and `steps`; all others are passed to TRL's config.
     """
     import trl
 
@@ -116,13 +116,13 @@ def supervised(task: str, folders: Folders, rows: Sequence[Any], root: Path, **o
 
 
 class Rollouts:
-    """Steps of GRPO or RLOO on one round of its own samples, and the round as rows of recorded episodes.
+    """Steps of GRPO or RLOO on one round of TRL's own samples, and the round as rows of recorded episodes.
 
-    Every 40th token and the stop token can be drawn: so responses end after unlike numbers of tokens.
+    Only every 40th token and the stop token can be sampled, so that responses have different lengths.
 
     Args:
-        options: `kind` (`grpo` or `rloo`), `micro` (rows at once), `steps` (passes over the round); all others go to
-            TRL's config.
+        options: `kind` (`grpo` or `rloo`), `micro` (rows per micro-batch), `steps` (passes over the round); others are
+            passed to TRL's config.
     """
 
     def __init__(self, folders: Folders, prompts: Sequence[Any], group: int, root: Path, **options: Any) -> None:
@@ -186,7 +186,7 @@ class Rollouts:
 
 @torch.no_grad()
 def logprobs(model: Any, prompt: list[int], response: list[int]) -> list[float]:
-    """Of each response token by a plain forward of transformers, in nats: neither side's own arithmetic."""
+    """Log-probability of each response token in nats, by a plain forward of transformers."""
     ids = torch.tensor([prompt + response])
     table = model(ids).logits[0, len(prompt) - 1 : -1].double().log_softmax(-1)
     return table.gather(-1, ids[0, len(prompt) :, None])[:, 0].tolist()

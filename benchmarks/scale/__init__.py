@@ -1,1 +1,1 @@
-"""How cost grows: a model on paper, and measurements."""
+"""How cost grows: estimates and measurements."""

@@ -1,9 +1,9 @@
-"""How cost grows: a model on paper of 0.6B, 8B and 70B on 1, 8 and 64 GPUs, and measurements on this machine.
+"""How cost grows: estimates for 0.6B, 8B and 70B models on 1, 8 and 64 GPUs, and measurements on this machine.
 
-python -m benchmarks.scale                       # paper and all axes; writes benchmarks/results/scale.json
-python -m benchmarks.scale --paper               # the tables on paper alone, seconds
-python -m benchmarks.scale --axes tokens ranks   # some axes; those of an earlier run are kept
-python -m benchmarks.scale --small --no-write    # tries everything at the smallest size
+python -m benchmarks.scale                       # estimates and all axes; writes benchmarks/results/scale.json
+python -m benchmarks.scale --paper               # only the estimates, a few seconds
+python -m benchmarks.scale --axes tokens ranks   # some axes; results of the others are kept
+python -m benchmarks.scale --small --no-write    # runs everything at the smallest size
 """
 
 import argparse
@@ -18,7 +18,7 @@ RESULTS = Path(__file__).parents[1] / "results" / "scale.json"
 
 
 def main() -> None:
-    """Compute, measure, print, write."""
+    """Compute, measure, print and write."""
     from benchmarks.quickstart import machine
     from benchmarks.scale import growth
 

@@ -1,8 +1,8 @@
-"""Activation bytes of any shape of a decoder, by a law that is measured on small models.
+"""Activation bytes of a decoder of any shape, by a linear model fitted to small models.
 
-What autograd saves is, for each layer and token, linear in the hidden size, the width of all query heads, that of all
-key heads, the intermediate size and the number of heads, and a constant; outside of layers, in the hidden size and the
-size of a head. The bytes are found by least squares from small models, whose saved bytes
+For each layer and token, the bytes that autograd saves are linear in the hidden size, the width of all query heads and
+of all key heads, the intermediate size and the number of heads, plus a constant; outside the layers, in the hidden size
+and the size of a head. The coefficients are fitted by least squares to small models, whose saved bytes
 `models.memory.activation_bytes` counts.
 """
 
@@ -33,7 +33,7 @@ FITTED = [
     Shape(64, 96, 3, 8, 4, 16, 64),
 ]
 HELD_OUT = [Shape(48, 80, 2, 6, 3, 8, 96), Shape(96, 160, 4, 8, 2, 16, 128), Shape(128, 256, 3, 16, 8, 8, 512)]
-"""Shapes that the law is not fitted to, and is checked on."""
+"""Shapes that check the fit; they are not used for it."""
 
 
 def small_model(shape: Shape, family: str) -> Any:
@@ -59,9 +59,9 @@ def config_of(shape: Shape) -> dict[str, Any]:
 
 
 def measured(shape: Shape, family: str, precision: str) -> float:
-    """Saved bytes of a further token of a small model; `precision` is `32-true`, `bf16-mixed` or `bf16-true`.
+    """Bytes that a small model saves per additional token; `precision` is `32-true`, `bf16-mixed` or `bf16-true`.
 
-    What does not grow with tokens is not in it: under autocast, copies of the weights in bfloat16.
+    Bytes that do not grow with tokens are not included, such as autocast's bfloat16 copies of the weights.
     """
     model = small_model(shape, family)
     model = model.bfloat16() if precision == "bf16-true" else model
@@ -77,7 +77,7 @@ def _context(precision: str) -> Callable[[], Any]:
 
 
 def terms(shape: Shape) -> list[float]:
-    """What the law is linear in."""
+    """The quantities that the bytes are linear in."""
     wide = [
         shape.hidden,
         shape.heads * shape.head_dim,
@@ -91,17 +91,17 @@ def terms(shape: Shape) -> list[float]:
 
 @cache
 def law(family: str, precision: str) -> tuple[float, ...]:
-    """Bytes a token for each of `terms`."""
+    """Bytes per token for each of `terms`."""
     table = torch.tensor([terms(shape) for shape in FITTED], dtype=torch.float64)
     found = torch.tensor([measured(shape, family, precision) for shape in FITTED], dtype=torch.float64)
     return tuple(torch.linalg.lstsq(table, found[:, None], driver="gelsd").solution[:, 0].tolist())
 
 
 def predicted(shape: Shape, family: str, precision: str, tokens: int) -> float:
-    """Bytes by the law."""
+    """Estimated bytes."""
     return tokens * sum(a * b for a, b in zip(law(family, precision), terms(shape), strict=True))
 
 
 def errors(family: str, precision: str, shapes: Sequence[Shape] = tuple(HELD_OUT)) -> list[float]:
-    """Relative error of the law on shapes that it was not fitted to."""
+    """Relative error on shapes that were not used for the fit."""
     return [predicted(shape, family, precision, 1) / measured(shape, family, precision) - 1 for shape in shapes]

@@ -1,4 +1,4 @@
-"""How the cost of a step grows: one axis at a time, each point in a process of its own."""
+"""How the cost of a step grows along one axis at a time; each point runs in its own process."""
 
 import json
 import math
@@ -11,7 +11,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 BASE = {"layers": 2, "hidden": 128, "heads": 4, "kv_heads": 2, "intermediate": 384, "vocab": 4096, "batch": 8}
-"""What an axis does not change; `--small` takes far less."""
+"""The settings that an axis does not change; `--small` uses smaller ones."""
 
 
 def _point(x: float, task: str = "sft", ranks: int = 1, **work: Any) -> dict[str, Any]:
@@ -19,20 +19,20 @@ def _point(x: float, task: str = "sft", ranks: int = 1, **work: Any) -> dict[str
 
 
 AXES: dict[str, list[dict[str, Any]]] = {
-    # Rows of a batch: tokens, each row as long.
+    # Number of rows per batch: more tokens in rows of the same length.
     "tokens": [_point(n, batch=n) for n in (4, 8, 16, 32)],
     "length": [_point(n, batch=4, prompt_tokens=n // 2, response_tokens=n // 2) for n in (128, 256, 512, 1024)],
     "parameters (layers)": [_point(n, layers=n) for n in (2, 4, 8)],
     "vocabulary": [_point(n, vocab=n, prompt_tokens=16, response_tokens=112) for n in (4096, 16384, 65536)],
-    # The same rows in all; each rank has one thread.
+    # The same rows in total; each rank has one thread.
     "ranks": [_point(n, ranks=n, batch=16 // n) for n in (1, 2)],
-    # Rounds of policy RL: the cost of one must not grow with those before; x is the number of the round.
+    # Rounds of policy RL: the cost of a round must not grow with earlier ones; x is the number of the round.
     "rounds": [_point(n, task="rl", groups=2, group_size=4, new_tokens=32) for n in (4, 16)],
 }
 
 
 def run(axis: str, small: bool = False, steps: int = 5) -> list[dict[str, Any]]:
-    """Measure an axis: median seconds of the steps after the first, and what memory rises by at the peak."""
+    """Measure an axis: median seconds of the steps after the first, and the increase of memory at the peak."""
     return [_measure(axis, point, small, steps) for point in AXES[axis]]
 
 
@@ -60,7 +60,7 @@ def _measure(axis: str, point: dict[str, Any], small: bool, steps: int) -> dict[
 
 
 def exponent(rows: list[dict[str, Any]], name: str) -> float:
-    """Slope of a least-squares line through logarithms: 1 where the cost grows in proportion."""
+    """Slope of a least-squares line through logarithms; 1 if the cost grows proportionally."""
     xs, ys = ([math.log(row[key]) for row in rows] for key in ("x", name))
     mean_x, mean_y = statistics.mean(xs), statistics.mean(ys)
     spread = sum((x - mean_x) ** 2 for x in xs)
@@ -68,7 +68,7 @@ def exponent(rows: list[dict[str, Any]], name: str) -> float:
 
 
 def table(found: dict[str, list[dict[str, Any]]]) -> str:
-    """All points, and how time and memory grow."""
+    """A table of all points, and the growth of time and memory."""
     lines = [
         "| axis | | seconds per step | memory, peak above the start | time grows as | memory grows as |",
         "|---|---|---|---|---|---|",

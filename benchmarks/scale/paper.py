@@ -1,8 +1,8 @@
-"""A model on paper of the memory and time of one GPU: 0.6B, 8B and 70B on 1, 8 and 64 GPUs.
+"""Estimates of the memory and time of one GPU, for 0.6B, 8B and 70B models on 1, 8 and 64 GPUs.
 
-Exact from the weights of the real configs, built without memory: weights, gradients, optimizer, cache. By a measured
-law: activations. From the hardware's figures: times, which are the least that the slowest of arithmetic, memory and
-links allows at an assumed utilization, not measurements. README.md of this folder lists the assumptions.
+Weights, gradients, optimizer and cache are exact: they come from the real configs, built without memory. Activations
+come from the fit in `activations`. Times are lower bounds by the slowest of arithmetic, memory and
+links at an assumed utilization, not measurements. README.md in this folder lists the assumptions.
 """
 
 from dataclasses import asdict, dataclass
@@ -19,31 +19,31 @@ from rlhf_lightning.models.memory import cache_bytes, checkpointed_bytes, logit_
 from rlhf_lightning.models.token_logprobs import LOGIT_BYTES
 
 COMPUTE = 2
-"""Bytes of a number that layers compute with, bfloat16."""
+"""Bytes of a number in the layers' computations (bfloat16)."""
 
 
 @dataclass(frozen=True)
 class Hardware:
-    """A GPU and its links. Rates are each GPU's, in one direction."""
+    """A GPU and its links. Rates are per GPU and direction."""
 
     name: str = "H200 SXM, 8 a node"
     memory: float = 141e9  # NVIDIA H200 data sheet
-    flops: float = 989e12  # dense bfloat16: half of the sheet's 1,979, which is with sparsity
-    bandwidth: float = 4.8e12  # of memory, bytes/s, the same sheet
-    node_link: float = 450e9  # NVLink 4: 900 GB/s in both directions together, the same sheet
-    network: float = 50e9  # NDR InfiniBand, 400 Gb/s a GPU, as in NVIDIA's DGX H200
+    flops: float = 989e12  # dense bfloat16: half of the data sheet's 1,979, which assumes sparsity
+    bandwidth: float = 4.8e12  # of memory, bytes/s, same data sheet
+    node_link: float = 450e9  # NVLink 4: 900 GB/s for both directions together, same data sheet
+    network: float = 50e9  # NDR InfiniBand, 400 Gb/s per GPU, as in NVIDIA's DGX H200
     node: int = 8
-    utilization: float = 0.4  # assumed, of `flops`: the aim of benchmarks/gpu for SFT
-    link_utilization: float = 0.8  # assumed, of the links and of the memory's bandwidth
+    utilization: float = 0.4  # assumed, of `flops`: the target of benchmarks/gpu for SFT
+    link_utilization: float = 0.8  # assumed, for the links and the memory bandwidth
 
 
 @dataclass(frozen=True)
 class Load:
-    """What one GPU does."""
+    """The work of one GPU."""
 
-    tokens: int = 8192  # of a micro-batch, in rows of
+    tokens: int = 8192  # tokens of a micro-batch, in rows of
     row: int = 2048
-    trained: float = 0.5  # share of tokens whose logits are needed
+    trained: float = 0.5  # fraction of tokens whose logits are needed
     rows: int = 64  # decoded side by side while sampling
     prompt: int = 512
     response: int = 512
@@ -66,7 +66,7 @@ SIZE = {"bf16-mixed": 4, "bf16-true": 2}
 
 @cache
 def build(name: str, precision: str) -> Any:
-    """The model without memory for its weights."""
+    """The model, without memory for its weights."""
     import transformers
 
     from benchmarks.scale.activations import config_of
@@ -86,7 +86,7 @@ class Memory:
     gradients: float
     optimizer: float
     gathered: float
-    """Of FSDP2: two layers, embedding and head. Of DDP: buckets, as much as gradients."""
+    """With FSDP2: two layers, embedding and head. With DDP: buckets, as large as the gradients."""
     activations: float
     casts: float
     """Copies of the layers' weights in bfloat16 that autocast keeps to the end of the forward, sharded or not."""
@@ -94,14 +94,14 @@ class Memory:
 
     @property
     def total(self) -> float:
-        """All together."""
+        """The total."""
         return sum(asdict(self).values())
 
 
 def training_memory(
     name: str, gpus: int, sharded: bool, checkpointing: bool, load: Load, precision: str = "bf16-mixed"
 ) -> Memory:
-    """Of a full SFT step."""
+    """Memory of a full SFT step."""
     family, facts = MODELS[name]
     shape, model = facts["shape"], build(name, precision)
     parameters = list(model.parameters())
@@ -134,26 +134,26 @@ class Times:
 
     @property
     def step(self) -> float:
-        """Communication runs beside arithmetic; the longer of the two counts."""
+        """Communication overlaps with arithmetic; the longer of the two counts."""
         return max(self.compute, self.communication) + self.optimizer
 
 
 def link(gpus: int, hardware: Hardware) -> float:
-    """Bytes a second around a ring of so many GPUs: its slowest link."""
+    """Bytes per second around a ring of GPUs, by its slowest link."""
     return (hardware.node_link if gpus <= hardware.node else hardware.network) * hardware.link_utilization
 
 
 def training_time(
     name: str, gpus: int, sharded: bool, checkpointing: bool, load: Load, hardware: Hardware, precision: str
 ) -> Times:
-    """Of a full SFT step: forward, backward of twice that, with checkpointing the forward once more."""
+    """Operations of a full SFT step: forward, twice that for backward, and with checkpointing another forward."""
     shape, parameters = MODELS[name][1]["shape"], list(build(name, precision).parameters())
     pairs = load.tokens * load.row / 2
     once = forward(shape, load.tokens, pairs, round(load.trained * load.tokens))
     size, shards = tensor_bytes(parameters), gpus if sharded else 1
     around = (gpus - 1) / gpus
-    # DDP: an all-reduce of gradients goes around twice. FSDP2: weights gathered for forward and for backward, gradients
-    # scattered; all in the type of the weights, since `fully_shard` is given no other.
+    # DDP: an all-reduce of gradients moves them twice. FSDP2: weights are gathered for forward and backward, gradients
+    # are scattered; all in the dtype of the weights, since `fully_shard` is given no other.
     sent = around * size * (3 if sharded else 2)
     state = optimizer_bytes(lambda p: AdamW(p, fused=False), parameters) / shards
     moved = 2 * (size / shards + state) + size / shards  # weights and state read and written, gradients read
@@ -169,15 +169,15 @@ class Rollout:
     """A round of samples on one GPU."""
 
     memory: float
-    """Weights, gradients and optimizer state that stay, what is gathered, and the cache."""
+    """Bytes of weights, gradients and optimizer state, gathered weights, and the cache."""
     cache: float
     gathers: str
-    """How each GPU comes to all weights: `held`, `gathered` for the round, or `in step`: gathered for each token."""
+    """How a GPU gets all weights: `held`, `gathered` for the round, or `in step` (gathered for each token)."""
     step: float
-    """Seconds of a step of all rows: the longest of reading weights and cache, arithmetic, and gathering."""
+    """Seconds of a decoding step of all rows: the longest of reading weights and cache, arithmetic, and gathering."""
 
     def rate(self, rows: int) -> float:
-        """Tokens a second."""
+        """Tokens per second."""
         return rows / self.step
 
 

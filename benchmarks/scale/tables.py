@@ -1,4 +1,4 @@
-"""The paper model's tables, as Markdown."""
+"""The tables of the estimates, as Markdown."""
 
 from typing import Any
 
@@ -17,7 +17,7 @@ PARTS = ("weights", "gradients", "optimizer", "gathered", "activations", "casts"
 
 
 def settings() -> list[tuple[str, str, int, bool]]:
-    """Model, precision, GPUs, and whether weights are split: DDP and FSDP2."""
+    """Combinations of model, precision, number of GPUs, and DDP or FSDP2."""
     layouts = [(gpus, sharded) for gpus in GPUS for sharded in (False, True) if gpus > 1 or not sharded]
     return [(name, precision, *layout) for name in MODELS for precision in SIZE for layout in layouts]
 
@@ -55,7 +55,7 @@ def rows(load: Load, hardware: Hardware) -> list[dict[str, Any]]:
 
 
 def table(found: list[dict[str, Any]]) -> str:
-    """Memory, training and sampling. What does not fit has no times."""
+    """Tables of memory, training and sampling. Combinations that do not fit have no times."""
     lines = [
         f"| model | precision | GPUs | strategy | {' | '.join(PARTS)} | total | without checkpointing | fits |",
         "|---" * (len(PARTS) + 7) + "|",

@@ -1,8 +1,8 @@
-"""One measurement in a process of its own (or one for each rank): seconds of each step, and memory. Linux only.
+"""One measurement in its own process (or one process per rank): seconds of each step, and memory. Linux only.
 
     python -m benchmarks.scale.worker '{"task": "sft", "steps": 3, "ranks": 1, "work": {…}}'
 
-Prints a line of JSON; of several ranks the first does.
+Prints a line of JSON; with several ranks, the first one does.
 """
 
 import json
@@ -16,15 +16,15 @@ from typing import Any
 
 
 def _status(name: str) -> int:
-    """Bytes of a line of /proc/self/status."""
+    """Bytes from a line of /proc/self/status."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:"))
 
 
 def measure(point: dict[str, Any], root: Path) -> dict[str, Any]:
-    """Steps of a task on the model and rows of a `Workload`: their seconds, and what memory rose by at the peak.
+    """Run steps of a task on the model and rows of a `Workload`: their seconds, and the increase of memory at the peak.
 
-    The peak is of this program alone: that of `getrusage` begins with what the parent had.
+    The peak counts this program only; that of `getrusage` starts with the parent's.
     """
     import lightning.pytorch as pl
 
@@ -36,7 +36,7 @@ def measure(point: dict[str, Any], root: Path) -> dict[str, Any]:
     work.build(folder)
     module, data = parts(point["task"], str(folder), work)
     times = StepTimes()
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     before = _status("VmRSS")
     pl.Trainer(
         accelerator="cpu",
@@ -55,7 +55,7 @@ def measure(point: dict[str, Any], root: Path) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Measure the point that is named."""
+    """Measure the given point."""
     from rlhf_lightning.cli.main import prepare_environment
 
     prepare_environment()

@@ -1,1 +1,1 @@
-"""Parts of `benchmarks/step.py`: what is computed, by this project and by TRL."""
+"""Parts of `benchmarks/step.py`: the steps of this project and of TRL."""

@@ -1,4 +1,4 @@
-"""The operations that a step needs, counted on paper: what the trained positions depend on, each token once."""
+"""Number of operations that a step needs: those that the trained positions depend on, counting each token once."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -8,7 +8,7 @@ from benchmarks.steps.workload import Workload
 
 @dataclass(frozen=True)
 class Shape:
-    """What the operations of a decoder with gated MLPs depend on."""
+    """The sizes that determine the operations of a decoder with gated MLPs."""
 
     hidden: int
     intermediate: int
@@ -20,7 +20,7 @@ class Shape:
 
     @classmethod
     def of(cls, config: Any) -> "Shape":
-        """From a transformers config."""
+        """Read the sizes from a transformers config."""
         return cls(
             config.hidden_size,
             config.intermediate_size,
@@ -33,20 +33,20 @@ class Shape:
 
     @property
     def layer_weights(self) -> int:
-        """Of the products of a layer."""
+        """Weights in the matrix products of a layer."""
         attention = 2 * self.hidden * (self.heads + self.kv_heads) * self.head_dim
         return attention + 3 * self.hidden * self.intermediate
 
 
 def forward(shape: Shape, tokens: int, pairs: float, scored: int) -> float:
-    """Operations of a forward over `tokens`, `pairs` of them attending to each other, `scored` through the head."""
+    """Operations of a forward over `tokens`, with `pairs` of attending tokens and `scored` tokens in the head."""
     products = 2 * tokens * shape.layers * shape.layer_weights
     attention = 4 * pairs * shape.layers * shape.heads * shape.head_dim
     return products + attention + 2 * scored * shape.vocab * shape.hidden
 
 
 def needed(task: str, work: Workload, rows: list[Any]) -> float:
-    """Floating point operations of one step of `task` on prepared rows (prompt lengths for `rl` and `generate`)."""
+    """Floating-point operations of one step of `task` on prepared rows (prompt lengths for `rl` and `generate`)."""
     if task == "sft":
         return 3 * sum(_forward(work, 0, [row.tokens - 1], row.trained) for row in rows)
     if task in ("reward", "dpo"):
@@ -55,7 +55,7 @@ def needed(task: str, work: Workload, rows: list[Any]) -> float:
             prompt = pair.chosen.loss_mask.index(1)
             branches = [side.tokens - prompt for side in (pair.chosen, pair.rejected)]
             total += _forward(work, prompt, branches, sum(branches) if task == "dpo" else 0)
-        return total * (3 + (task == "dpo"))  # forward, twice that in backward; DPO's reference once more
+        return total * (3 + (task == "dpo"))  # forward, twice that for backward; another forward for DPO's reference
     size = work.group_size if task == "rl" else 1
     prompts = rows if task == "rl" else [[prompt] for prompt in rows]
     lengths = [row.tokens for row in rows] if task == "rl" else [len(prompt) for (prompt,) in prompts]

@@ -1,4 +1,4 @@
-"""Steps of this project: whole `Trainer.fit` runs, each step from the end of the last to its own end."""
+"""Steps of this project in whole `Trainer.fit` runs, each timed from the end of the previous step to its own end."""
 
 import time
 from collections.abc import Sequence
@@ -26,13 +26,13 @@ from rlhf_lightning.sampling.token_sampling import SamplingParams
 
 
 def synchronize() -> None:
-    """Wait for the GPU, where there is one."""
+    """Wait for the GPU, if there is one."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 
 
 class StepTimes(pl.Callback):
-    """Seconds from the end of one step to the end of the next."""
+    """Records the seconds from the end of one step to the end of the next."""
 
     def __init__(self) -> None:
         self.marks: list[float] = []
@@ -46,7 +46,7 @@ class StepTimes(pl.Callback):
 
     @property
     def seconds(self) -> list[float]:
-        """Of each step."""
+        """Seconds of each step."""
         return [b - a for a, b in zip(self.marks, self.marks[1:], strict=False)]
 
 
@@ -76,7 +76,7 @@ def parts(task: str, folder: str, work: Workload) -> tuple[Any, Any]:
 
 
 def trainer(steps: int, root: Path, work: Workload, callbacks: list[Any]) -> pl.Trainer:
-    """A Trainer that runs so many steps and writes nothing."""
+    """A Trainer that runs a number of steps and writes nothing."""
     return pl.Trainer(
         accelerator="gpu" if work.device == "cuda" else work.device,
         devices=1,
@@ -94,7 +94,7 @@ def trainer(steps: int, root: Path, work: Workload, callbacks: list[Any]) -> pl.
 
 
 class Training:
-    """Steps of a task: calling it runs so many, and gives the seconds of each."""
+    """Steps of a task: a call runs a number of them and returns the seconds of each."""
 
     def __init__(self, task: str, folder: Path, work: Workload) -> None:
         self.module, self.data = parts(task, str(folder), work)
@@ -107,12 +107,12 @@ class Training:
 
     @property
     def packs(self) -> bool:
-        """Whether rows were packed and prompts shared, known after a call."""
+        """True if rows were packed and prompts shared; known after a call."""
         return bool(self.module.packed_forward.packs)
 
 
 class Generation:
-    """Rounds of sampling: calling it runs so many, and gives the seconds of each."""
+    """Rounds of sampling: a call runs a number of them and returns the seconds of each."""
 
     def __init__(self, folder: Path, work: Workload) -> None:
         from transformers import AutoModelForCausalLM
@@ -136,12 +136,12 @@ class Generation:
 
     @property
     def packs(self) -> bool:
-        """Whether prompts were packed, known after a call."""
+        """True if prompts were packed; known after a call."""
         return self.engine.packed_forward.packs
 
 
 def runner(task: str, folder: Path, work: Workload) -> Training | Generation:
-    """What runs steps of a task."""
+    """The object that runs steps of a task."""
     return Generation(folder, work) if task == "generate" else Training(task, folder, work)
 
 
@@ -154,7 +154,7 @@ def generation_prompts(work: Workload, tokenizer: Any) -> list[list[int]]:
 
 
 def lightning_cost(steps: int, root: Path, work: Workload) -> float:
-    """Median seconds that Lightning itself takes for a step: a module with one weight, the same Trainer."""
+    """Median seconds of Lightning's own overhead per step: the same Trainer with a module of one weight."""
 
     class Empty(pl.LightningModule):
         def __init__(self) -> None:
@@ -173,7 +173,7 @@ def lightning_cost(steps: int, root: Path, work: Workload) -> float:
 
 
 def prepared(task: str, folder: Path, work: Workload) -> list[Any]:
-    """The rows of an epoch as they are trained on; of `generate` the prompts."""
+    """The rendered rows of an epoch; for `generate` the prompts."""
     if task == "generate":
         return generation_prompts(work, work.load_tokenizer())
     module, data = parts(task, str(folder), work)
@@ -183,7 +183,7 @@ def prepared(task: str, folder: Path, work: Workload) -> list[Any]:
 
 
 def operations(task: str, folder: Path, work: Workload) -> float:
-    """Operations that a step needs, see `flops.needed`."""
+    """Number of operations that a step needs, see `flops.needed`."""
     from benchmarks.steps.flops import needed
 
     epoch = work.batches if task in ("sft", "reward", "dpo") else 1
@@ -198,7 +198,7 @@ KINDS = {
 
 
 def profile(task: str, folder: Path, work: Workload) -> dict[str, float]:
-    """Shares of a step's time by what it is spent on; `rest` is Python, Lightning and small operations' overhead."""
+    """Fractions of a step's time by kind of operation; `rest` is Python, Lightning and small operations' overhead."""
     run = runner(task, folder, work)
     run(1)
     with torch.profiler.profile() as recorded:

@@ -1,4 +1,4 @@
-"""The two sides of a comparison as processes that work in turns, and how often one fits into the other."""
+"""The two sides of a comparison, as processes that work in turns."""
 
 import json
 import os
@@ -17,11 +17,11 @@ ROOT = Path(__file__).resolve().parents[2]
 
 OUT_OF_MEMORY = "out of memory"
 ROWWISE = ("sft", "reward", "dpo")
-"""Tasks whose batch TRL can be given in parts."""
+"""Tasks for which TRL can use micro-batches."""
 
 
 class OutOfMemory(Exception):
-    """A side could not get the memory that it asked for."""
+    """A side ran out of memory."""
 
 
 class Side:
@@ -30,7 +30,7 @@ class Side:
     def __init__(
         self, name: str, folder: Path, work: Workload, threads: int, huge_pages: bool = False, gib: float | None = None
     ) -> None:
-        """Start it; `gib` limits the memory that it may allocate."""
+        """Start the process; `gib` limits the memory that it may allocate."""
         settings = json.dumps({**asdict(work), "threads": threads, "gib": gib})
         environment: dict[str, str] = {
             **os.environ,
@@ -73,9 +73,9 @@ class Side:
 
 
 def compare(task: str, ours: Side, theirs: Side, repeats: int, steps: int, batch: int) -> dict[str, Any]:
-    """Medians of a task on both sides, taking turns; the first step of every turn warms up.
+    """Median times of a task on both sides, measured in turns; the first step of every turn is a warm-up.
 
-    A side that runs out of memory has None for its seconds.
+    A side that runs out of memory has None instead of seconds.
     """
     micros = [None, *_fastest(task, theirs, batch)]
     seconds: dict[str, list[float] | None] = {"ours": [], **{f"trl {m or 'whole'}": [] for m in micros}}
@@ -106,7 +106,7 @@ def compare(task: str, ours: Side, theirs: Side, repeats: int, steps: int, batch
 
 
 def _fastest(task: str, theirs: Side, batch: int) -> list[int]:
-    """The micro-batch below the whole one that was TRL's fastest in a trial; none where no other is possible."""
+    """TRL's fastest micro-batch in a trial, other than the whole batch; None if no other is possible."""
     trials = {}
     for micro in {max(1, batch // 4), 1} - {batch} if task in ROWWISE else ():
         with suppress(OutOfMemory):
@@ -115,7 +115,7 @@ def _fastest(task: str, theirs: Side, batch: int) -> list[int]:
 
 
 def _turn(seconds: dict[str, list[float] | None], name: str, side: Side, **command: Any) -> None:
-    """Add the steps of a turn; a side that once ran out of memory is not asked again."""
+    """Add the steps of a turn; a side that ran out of memory is not run again."""
     if (values := seconds[name]) is None:
         return
     try:

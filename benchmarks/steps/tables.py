@@ -1,4 +1,4 @@
-"""A comparison of both sides as cells of a Markdown table."""
+"""A comparison of both sides as a row of a Markdown table."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ HEAD = "step | ours | TRL, whole batch | ratio | TRL, fastest micro-batch | rati
 
 
 def line(task: str, cell: dict[str, Any] | None) -> str:
-    """The cells below `HEAD`; what was not measured says so."""
+    """The cells of the columns in `HEAD`; values that were not measured say so."""
     if cell is None:
         return f"{task} | not measured | – | – | – | – | – |"
     seconds = [f"{cell[n]:.2f} s" if cell[n] else "out of memory" for n in ("ours", "trl_whole_batch", "trl_fastest")]

@@ -1,4 +1,4 @@
-"""The same steps by TRL: whole `Trainer.train` runs, timed alike, with the fastest settings that compute the same."""
+"""The same steps with TRL: whole `Trainer.train` runs, timed alike, with the fastest settings that compute the same."""
 
 import time
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from benchmarks.steps.workload import Workload, count_vowels
 
 
 class StepTimes(TrainerCallback):
-    """Seconds from the end of one step to the end of the next."""
+    """Records the seconds from the end of one step to the end of the next."""
 
     def __init__(self) -> None:
         self.marks: list[float] = []
@@ -27,12 +27,12 @@ class StepTimes(TrainerCallback):
 
     @property
     def seconds(self) -> list[float]:
-        """Of each step."""
+        """Seconds of each step."""
         return [b - a for a, b in zip(self.marks, self.marks[1:], strict=False)]
 
 
 def runner(task: str, folder: Path, work: Workload, micro: int | None = None) -> Callable[[int], list[float]]:
-    """A function that runs so many steps, and gives the seconds of each; `micro` rows at once."""
+    """A function that runs a number of steps in micro-batches of `micro` rows, and returns the seconds of each."""
     if task == "generate":
         return _generation(folder, work)
 
@@ -110,7 +110,7 @@ def _reward(completions: list[Any], **_: Any) -> list[float]:
 
 
 def _generation(folder: Path, work: Workload) -> Callable[[int], list[float]]:
-    """Transformers' `generate`, which TRL samples with."""
+    """Sampling with `generate` of transformers, which TRL uses."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=work.dtype).eval().to(work.device)
     model.generation_config.eos_token_id = None
     prompts = generation_prompts(work, work.load_tokenizer())

@@ -1,4 +1,4 @@
-"""One side of the comparison in a process of its own, which waits while the other side works.
+"""One side of the comparison in its own process, which waits while the other side works.
 
 Reads commands as JSON lines: `{"task": …, "steps": …}` and so on; answers each with a JSON line.
 """
@@ -17,11 +17,11 @@ def main() -> None:
     """Serve commands until the input ends."""
     side, folder, settings = sys.argv[1], Path(sys.argv[2]), json.loads(sys.argv[3])
     answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what libraries print must not come between the answers
+    os.dup2(2, 1)  # output of libraries must not mix with the answers
     if side == "ours":
         from rlhf_lightning.cli.main import prepare_environment
 
-        prepare_environment()  # what the `rlhf` command does before it imports torch
+        prepare_environment()  # as the `rlhf` command does before it imports torch
     import torch
     from transformers.utils import logging as transformers_logging
 
@@ -40,7 +40,7 @@ def main() -> None:
         try:
             answer = _answer(json.loads(line), side, folder, work, state)
         except (MemoryError, RuntimeError) as error:
-            # What torch raises on a CPU has no class of its own.
+            # On a CPU, torch raises a plain exception.
             if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "t allocate memory" not in str(error):
                 raise
             state.clear()
@@ -57,7 +57,7 @@ def _answer(command: dict[str, Any], side: str, folder: Path, work: Any, state: 
         if torch.cuda.is_available():
             return torch.cuda.max_memory_allocated() / 2**30
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    if task == "hold":  # tries the limit of memory
+    if task == "hold":  # tests the memory limit
         import torch
 
         return torch.ones(int(command["gib"] * 2**28)).nbytes / 2**30
@@ -89,7 +89,7 @@ def _answer(command: dict[str, Any], side: str, folder: Path, work: Any, state: 
 
 
 def matmul_rate(work: Any) -> float:
-    """Floating point operations a second of a large product at the run's precision, the median of many."""
+    """Floating-point operations per second of a large matrix product in the run's precision; a median."""
     import time
 
     import torch

@@ -110,7 +110,7 @@ WORDS = [
 
 
 MAX_LENGTH = 8192
-"""Tokens that a row of any workload stays below."""
+"""Upper bound of the tokens of a row in any workload."""
 
 
 @dataclass
@@ -123,9 +123,9 @@ class Workload:
     intermediate: int = 768
     heads: int = 4
     kv_heads: int = 2
-    head_dim: int = 0  # hidden / heads where it is 0
+    head_dim: int = 0  # 0 for hidden / heads
     batch: int = 16
-    batches: int = 1  # of an epoch
+    batches: int = 1  # per epoch
     prompt_tokens: int = 125
     response_tokens: int = 45
     groups: int = 4
@@ -133,7 +133,7 @@ class Workload:
     new_tokens: int = 128
     generate_batch: int = 32
     bf16: bool = False
-    bf16_weights: bool = False  # weights and optimizer too, not only what autocast casts
+    bf16_weights: bool = False  # also weights and optimizer, not only the computation under autocast
     device: str = "cpu"
     cuda_graphs: bool = False
     tokenizer: str = ""
@@ -141,7 +141,7 @@ class Workload:
     seed: int = 0
 
     def build(self, folder: Path) -> None:
-        """Write the model, random weights, and its tokenizer."""
+        """Write a model with random weights, and its tokenizer."""
         import torch
         from transformers import AutoModelForCausalLM, Qwen3Config
 
@@ -160,7 +160,7 @@ class Workload:
 
     @property
     def sizes(self) -> dict[str, int]:
-        """Those of the model, as its config names them."""
+        """Sizes of the model, under their names in the config."""
         return {
             "vocab_size": self.vocab,
             "hidden_size": self.hidden,
@@ -173,26 +173,26 @@ class Workload:
 
     @property
     def head_size(self) -> int:
-        """Of each head of attention."""
+        """Size of an attention head."""
         return self.head_dim or self.hidden // self.heads
 
     @property
     def dtype(self) -> str:
-        """Of the weights."""
+        """Dtype of the weights."""
         return "bfloat16" if self.bf16 and self.bf16_weights else "float32"
 
     @property
     def autocast(self) -> bool:
-        """Whether float32 weights are cast to bfloat16 as they are used."""
+        """True if float32 weights are computed with in bfloat16 (autocast)."""
         return self.bf16 and not self.bf16_weights
 
     @property
     def precision(self) -> str:
-        """As Lightning's Trainer names it."""
+        """The precision, as Lightning's Trainer names it."""
         return "bf16-mixed" if self.autocast else "bf16-true" if self.bf16 else "32-true"
 
     def load_tokenizer(self) -> Any:
-        """The one named, or one made from the generator's words."""
+        """The named tokenizer, or one made from the generator's words."""
         from transformers import AutoTokenizer
 
         if self.tokenizer:
@@ -202,16 +202,16 @@ class Workload:
         return make_tokenizer([" ".join(WORDS)] * 3)
 
     def conversations(self) -> list[dict[str, Any]]:
-        """SFT rows: the first of `data`, else generated."""
+        """SFT rows: the first ones of `data`, or generated ones."""
         if self.data:
             lines = Path(self.data).read_text().splitlines()[: self.batch * self.batches]
             return [{"messages": json.loads(line)["messages"]} for line in lines]
         return [{"messages": pair["prompt"] + pair["chosen"]} for pair in self.pairs()]
 
     def pairs(self, count: int | None = None) -> list[dict[str, Any]]:
-        """Prompts and two responses of about the given numbers of tokens, lengths within a quarter of them."""
+        """Prompts with two responses each; their lengths are within a quarter of the given numbers of tokens."""
         tokenizer, rng = self.load_tokenizer(), random.Random(self.seed)
-        # Counted word by word: all of a long text for each word of it would take minutes.
+        # Counted word by word, since tokenizing the whole text after each word would take minutes.
         counts = {word: len(tokenizer(f" {word}")["input_ids"]) for word in WORDS}
 
         def text(tokens: int) -> str:

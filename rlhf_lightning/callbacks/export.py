@@ -43,7 +43,7 @@ class ExportModel(pl.Callback):
 
     def __init__(self, which: str = "last") -> None:
         if which not in ("last", "best"):
-            raise ConfigError(f"ExportModel.which is {which!r}; 'last' or 'best'")
+            raise ConfigError(f"ExportModel.which is {which!r}; it must be 'last' or 'best'")
         self.which = which
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -51,8 +51,8 @@ class ExportModel(pl.Callback):
         monitored = any(getattr(saver, "monitor", None) for saver in trainer.checkpoint_callbacks)
         if stage == "fit" and self.which == "best" and not monitored:
             raise ConfigError(
-                "--export best needs a metric to go by: --monitor val/nll, or a ModelCheckpoint with a monitor in "
-                "trainer.callbacks"
+                "--export best needs a metric to compare checkpoints by: set --monitor, for example --monitor val/nll, "
+                "or add a ModelCheckpoint with a monitor to trainer.callbacks"
             )
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
@@ -76,7 +76,7 @@ class ExportModel(pl.Callback):
             limit = f" with {saver.kl} at most {saver.kl_limit:g}" if isinstance(saver, BestUnderKL) else ""
             raise UserError(
                 f"--export best: no checkpoint was saved by {saver.monitor}{limit}; validate at least once{limit}. "
-                "The run is there: the same command with --export last exports its last weights."
+                "The run itself is intact: the same command with --export last exports its last weights."
             )
         if is_sharded(pl_module.model):
             strategy: Any = trainer.strategy
@@ -119,8 +119,8 @@ def _save(pl_module: Any, folder: Path) -> None:
     except (OSError, SafetensorError) as error:
         shutil.rmtree(folder.with_name(f".{folder.name}.partial"), ignore_errors=True)
         raise UserError(
-            f"{folder}: the model cannot be written ({error}). Make room or mend the folder's rights; the same "
-            "command then writes it, without training again."
+            f"{folder}: the model cannot be written ({error}). Free disk space or fix the folder's permissions; the "
+            "same command then writes it, without training again."
         ) from error
 
 

@@ -78,10 +78,10 @@ class Estimate:
         names = ("weights", "gradients", "optimizer", "frozen", "activations", "logits", "cache", "visiting")
         parts = ", ".join(f"{name} {_size(getattr(self, name))}" for name in names if getattr(self, name))
         there = f" of {_size(self.available)}" if self.available else ""
-        line = f"memory, estimated: {_size(self.total)}{there} ({parts})"
+        line = f"estimated memory: {_size(self.total)}{there} ({parts})"
         if self.fits:
             return line
-        return "\n".join([f"{line}; it may not fit. In this order:", *(f"  - {one}" for one in self.advice)])
+        return "\n".join([f"{line}; it may not fit. Try, in this order:", *(f"  - {one}" for one in self.advice)])
 
 
 def estimate_memory(
@@ -144,24 +144,34 @@ def _advice(module: Any, estimate: Estimate) -> list[str]:
     policy, found = isinstance(module, PolicyRLModule), []
     on_gpu = next(module.model.parameters()).device.type == "cuda"
     if not module.gradient_checkpointing:
-        found.append("model.gradient_checkpointing: true (activations become a fraction; a third more time)")
+        found.append(
+            "model.gradient_checkpointing: true (keeps a fraction of the activations; takes about a third more time)"
+        )
     smaller = "raise data.minibatches and" if policy else "halve data.batch_size, double"
-    found.append(f"{smaller} trainer.accumulate_grad_batches (activations and logits in proportion, the same gradient)")
+    found.append(f"{smaller} trainer.accumulate_grad_batches (fewer activations and logits, same gradient)")
     if not module.activation_offload and on_gpu:
-        found.append("model.activation_offload: true (activations in the memory of the CPU)")
+        found.append("model.activation_offload: true (keeps activations in CPU memory)")
     if policy and estimate.frozen:
         size = _size(estimate.frozen)
-        found.append(f"offload: true of model.kl and of reward models, or their device: cpu ({size} less)")
+        found.append(f"set offload: true, or device: cpu, in model.kl and in reward models ({size} less)")
     if policy and estimate.cache > estimate.activations + estimate.logits:
-        found.append("lower model.sampler.batch_rows (the cache in proportion)")
+        found.append("lower model.sampler.batch_rows (smaller KV cache)")
     # The following settings change results.
     if next(iter(module.model.parameters())).element_size() > 2:
-        found.append("trainer.precision: bf16-mixed (activations), or bf16-true (weights and optimizer as well)")
+        found.append(
+            "trainer.precision: bf16-mixed (smaller activations), or bf16-true (also smaller weights and optimizer "
+            "state)"
+        )
     if module.lora is None:
-        found.append(f"model.lora: {{}} (gradients and optimizer, {_size(estimate.gradients + estimate.optimizer)})")
+        found.append(
+            f"model.lora: {{}} (saves most of the {_size(estimate.gradients + estimate.optimizer)} of gradients and "
+            "optimizer state)"
+        )
     elif not is_quantized(module.model) and on_gpu:
-        found.append(f"model.lora.quantize: nf4 (of the weights, {_size(estimate.weights)}, less than a fifth is left)")
-    found.append("more devices that share the weights: trainer.strategy, see docs/memory.md")
+        found.append(
+            f"model.lora.quantize: nf4 (shrinks the {_size(estimate.weights)} of weights to less than a fifth)"
+        )
+    found.append("shard the weights over more devices with trainer.strategy, see docs/memory.md")
     return found
 
 

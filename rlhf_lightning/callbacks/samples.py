@@ -35,7 +35,8 @@ class SamplesLog(pl.Callback):
     def __init__(self, every: int = 1, table_every: int = 10) -> None:
         if every < 1 or table_every < 0:
             raise ConfigError(
-                f"SamplesLog.every is {every}, table_every {table_every}; at least 1, and at least 0 for no table"
+                f"SamplesLog.every is {every} (must be at least 1), table_every is {table_every} (at least 0; 0 for "
+                "no table)"
             )
         self.every, self.table_every = every, table_every
         self._file = JsonLines("samples.jsonl")

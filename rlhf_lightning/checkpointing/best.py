@@ -40,7 +40,7 @@ class BestUnderKL(ModelCheckpoint):
         dirpath: str | Path | None = None,
     ) -> None:
         if not kl_limit > 0:
-            raise ConfigError(f"BestUnderKL.kl_limit is {kl_limit}; it must be above 0 nats a response")
+            raise ConfigError(f"BestUnderKL.kl_limit is {kl_limit}; it must be above 0 nats per response")
         super().__init__(
             dirpath,
             filename="best-{step}",
@@ -54,20 +54,23 @@ class BestUnderKL(ModelCheckpoint):
 
     def setup(self, trainer: pl.Trainer, pl_module: Any, stage: str) -> None:
         if stage == "fit" and getattr(pl_module, "kl", None) is None:
-            raise ConfigError("BestUnderKL needs model.kl, which measures what it limits (coefficient 0 only measures)")
+            raise ConfigError(
+                "BestUnderKL limits the KL that model.kl measures: set model.kl (coefficient: 0 measures KL without "
+                "penalizing it)"
+            )
         self.dirpath = self.dirpath or str(Path(trainer.default_root_dir) / "checkpoints")
         super().setup(trainer, pl_module, stage)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         super().on_train_end(trainer, pl_module)
         if not self.best_model_path and trainer.is_global_zero:
-            log.warning("no validation had %s at most %g: there is no best checkpoint", self.kl, self.kl_limit)
+            log.warning("no validation had %s of at most %g, so there is no best checkpoint", self.kl, self.kl_limit)
 
     def check_monitor_top_k(self, trainer: pl.Trainer, current: Tensor | None = None) -> bool:
         """True if this validation is the best so far among those within the limit."""
         kl = trainer.callback_metrics.get(self.kl)
         if kl is None:
-            raise ConfigError(f"BestUnderKL: {self.kl} is not logged; it can have {_logged(trainer)}")
+            raise ConfigError(f"BestUnderKL: {self.kl} is not logged; logged metrics are {_logged(trainer)}")
         # All ranks decide alike, because the metric is already reduced over them.
         return float(kl) <= self.kl_limit and super().check_monitor_top_k(trainer, current)
 

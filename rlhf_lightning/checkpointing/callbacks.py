@@ -101,7 +101,9 @@ class RunCheckpoints(Checkpoint):
         changed = differences(checkpoint.get("environment") or {}, environment(trainer))
         if changed and trainer.state.fn == "fit":
             self._changed = f"step {checkpoint['global_step']}: {', '.join(changed)}"
-            log.warning("this resume is not bit for bit the run it goes on with: %s", ", ".join(changed))
+            log.warning(
+                "this resume will not be bit-exact, because the environment has changed: %s", ", ".join(changed)
+            )
         self._logged, self._rows = checkpoint.get("logged"), checkpoint.get("metrics_rows")
         # Lightning does not restore this; a run that had stopped early would continue.
         trainer.should_stop = trainer.state.fn == "fit" and bool(checkpoint.get("stopped"))
@@ -218,7 +220,7 @@ class RunCheckpoints(Checkpoint):
                 for loader in loaders(trainer):
                     loader.leaving = None
 
-    # -- leaving what is under way --------------------------------------------------------------------------------
+    # -- interrupting the current work ----------------------------------------------------------------------------
 
     def _keep(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """Record the state at the end of this step, if what follows may be interrupted."""
@@ -271,7 +273,7 @@ class RunCheckpoints(Checkpoint):
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         if self._saved != trainer.global_step:
-            require_finite(pl_module, f"after step {trainer.global_step}", "no checkpoint of them is written")
+            require_finite(pl_module, f"after step {trainer.global_step}", "no checkpoint is written")
             trainer.save_checkpoint(self.folder / f"step={trainer.global_step}.ckpt", weights_only=False)
             self._saved, self._time = trainer.global_step, time.monotonic()
             if trainer.is_global_zero:
@@ -279,9 +281,9 @@ class RunCheckpoints(Checkpoint):
                     remove(path)
         if self._stopping:
             if trainer.global_step:
-                log.warning("stopped after step %d; the same command goes on from there", trainer.global_step)
+                log.warning("stopped after step %d; the same command resumes from there", trainer.global_step)
             else:
-                log.warning("stopped before the first optimizer step; the same command begins again")
+                log.warning("stopped before the first optimizer step; the same command starts over")
             raise KeyboardInterrupt
 
 

@@ -71,8 +71,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
                 raise
             scratch.unlink(missing_ok=True)
             raise UserError(
-                f"{target}: the checkpoint cannot be written ({reason.strerror}). Make room or write to another "
-                "--trainer.default_root_dir; the same command resumes from the checkpoint before."
+                f"{target}: the checkpoint cannot be written ({reason.strerror}). Free disk space or choose another "
+                "--trainer.default_root_dir; the same command resumes from the previous checkpoint."
             ) from error
 
     def load_checkpoint(

@@ -44,7 +44,7 @@ class NonFiniteGuard(pl.Callback):
     def __init__(self, action: str = "stop", limit: int = 10) -> None:
         if action not in ACTIONS or limit < 1:
             raise ConfigError(
-                f"NonFiniteGuard.action is {action!r}, limit {limit}; {' or '.join(ACTIONS)}, and at least 1"
+                f"NonFiniteGuard.action is {action!r} (must be {' or '.join(ACTIONS)}), limit is {limit} (at least 1)"
             )
         self.action, self.limit = action, limit
         self.skipped = self._in_a_row = 0
@@ -83,7 +83,7 @@ class NonFiniteGuard(pl.Callback):
             raise NonFiniteError(self._message(trainer, pl_module, what))
         self.skipped += 1
         drop_gradients(trainer, optimizer)
-        log.warning("optimizer step %d left out (%d so far): %s", trainer.global_step + 1, self.skipped, what[0])
+        log.warning("optimizer step %d skipped (%d so far): %s", trainer.global_step + 1, self.skipped, what[0])
 
     def _describe(self, losses: Tensor, largest: Tensor) -> tuple[str, bool, list[str]]:
         """Over all ranks: what is not finite, whether it is a loss, and the rows."""
@@ -100,33 +100,33 @@ class NonFiniteGuard(pl.Callback):
 
     def _message(self, trainer: pl.Trainer, pl_module: Any, found: tuple[str, bool, list[str]]) -> str:
         what, is_loss, rows = found
-        where = f" Its rows: {', '.join(rows[:SHOWN])}{f' and {len(rows) - SHOWN} more' if len(rows) > SHOWN else ''}."
+        where = f" Rows: {', '.join(rows[:SHOWN])}{f' and {len(rows) - SHOWN} more' if len(rows) > SHOWN else ''}."
         if names := non_finite(pl_module):
             cause = (
-                f"The weights were not finite before this step already (for example {names[0]}): the model that the "
-                "stage started from is damaged, or the step before was too large. Lower the learning rate "
+                f"The weights were already not finite before this step (for example {names[0]}): the model that the "
+                "stage started from is damaged, or the previous step was too large. Lower the learning rate "
                 "(model.optimizer), set trainer.gradient_clip_val: 1.0, and start over with --fresh."
             )
             if torch.float16 in {p.dtype for p in pl_module.parameters() if p.requires_grad}:
                 cause = (
                     f"The weights are float16 (trainer.precision 16-true, or model.dtype), for example {names[0]}: the "
-                    "numbers that optimizers divide by are 0 there. Train in bf16-mixed, bf16-true or 16-mixed, and "
-                    "start over with --fresh."
+                    "epsilon that optimizers divide by rounds to 0 in float16. Train in bf16-mixed, bf16-true or "
+                    "16-mixed, and start over with --fresh."
                 )
         elif is_loss:
             cause = (
-                "The weights are finite: these rows overflow. Look at them; train in bf16-mixed or 32-true in place "
-                "of 16 bit floats; lower the learning rate if the loss grew before."
+                "The weights are finite, so these rows overflow. Look at them; train in bf16-mixed or 32-true instead "
+                "of float16; lower the learning rate if the loss was growing."
             )
         else:
             cause = (
-                "The loss is finite: the backward pass overflowed. Lower the learning rate, set "
-                "trainer.gradient_clip_val: 1.0 for the steps before, or train in bf16-mixed or 32-true."
+                "The loss is finite, so the backward pass overflowed. Lower the learning rate, limit earlier steps "
+                "with trainer.gradient_clip_val: 1.0, or train in bf16-mixed or 32-true."
             )
         if self.action == "skip":
-            after = f" {self.limit} steps in a row had been left out before."
+            after = f" The {self.limit} steps before it were skipped as well."
         else:
-            after = " --on_nonfinite skip leaves such steps out and counts them."
+            after = " --on_nonfinite skip skips such steps and counts them."
         return f"step {trainer.global_step + 1}: {what}.{where if rows else ''} {cause}{after}"
 
 

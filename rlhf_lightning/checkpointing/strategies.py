@@ -51,8 +51,8 @@ class FSDP2(ModelParallelStrategy):
             self._data_parallel_size = devices // tensor
         if int(self._data_parallel_size) * tensor != devices:
             raise ConfigError(
-                f"strategy: data_parallel_size {self._data_parallel_size} × tensor_parallel_size {tensor} are not the "
-                f"{devices} devices of the run"
+                f"strategy: data_parallel_size {self._data_parallel_size} × tensor_parallel_size {tensor} must equal "
+                f"the number of devices, {devices}"
             )
         super().setup_environment()
         use_mesh(self.device_mesh)
@@ -88,7 +88,7 @@ class FSDP2(ModelParallelStrategy):
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         path = Path(self.broadcast(checkpoint_path))
         if found := damage(path):
-            raise UserError(f"{path}: the checkpoint is damaged ({found}); use the one before, or start over")
+            raise UserError(f"{path}: the checkpoint is damaged ({found}); use an earlier one, or start over")
         names, found = _contents(path)
         check_format(found, str(path))
         self.lightning_module.check_names(names)  # type: ignore[union-attr, operator]
@@ -115,4 +115,4 @@ def _contents(path: Path) -> tuple[set[str], Any]:
     return {name.removeprefix("state_dict.") for name in names if name.startswith("state_dict.")}, facts.get("format")
 
 
-StrategyRegistry.register("fsdp2", FSDP2, description="weights, gradients and optimizer state split over all devices")
+StrategyRegistry.register("fsdp2", FSDP2, description="weights, gradients and optimizer state sharded over all devices")

@@ -63,7 +63,7 @@ def _messages() -> Iterator[str]:
     if terminal:
         import readline  # noqa: F401 - gives input() a history and editing
 
-        print("/new begins anew, /quit or Ctrl-D ends", file=sys.stderr)
+        print("/new starts a new conversation, /quit or Ctrl-D exits", file=sys.stderr)
     while True:
         try:
             line = input("> " if terminal else "")
@@ -84,19 +84,27 @@ def _labels(models: list[str]) -> list[str]:
 def _parse(args: list[str]) -> argparse.Namespace:
     parser = Parser(
         prog="rlhf chat",
-        description="Talk with a model, or with several, which answer one after the other and remember each its own "
-        "answers. Answers appear as they are sampled. Messages can be piped in, a line each.",
+        description="Chat with a model, or with several side by side; each continues its own conversation.\n"
+        "Answers are printed while they are sampled. Messages can be piped in, one per line.",
         epilog="example: rlhf chat runs/policy/model --and runs/sft/model\n"
-        '         echo "How do I mend a chair?" | rlhf chat runs/policy/model --temperature 0',
+        '         echo "How do I repair a chair?" | rlhf chat runs/policy/model --temperature 0',
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("model", help="folder or Hub id of a causal language model or an adapter of one")
-    parser.add_argument("--and", dest="and_", action="append", metavar="MODEL", help="another that answers as well")
-    parser.add_argument("--max_tokens", "--max-tokens", type=int, default=256, help="budget of an answer (256)")
+    parser.add_argument("model", help="folder or Hub id of a causal language model or of an adapter")
+    parser.add_argument(
+        "--and", dest="and_", action="append", metavar="MODEL", help="a further model that answers each message too"
+    )
+    parser.add_argument(
+        "--max_tokens",
+        "--max-tokens",
+        type=int,
+        default=256,
+        help="largest number of tokens of an answer (default: 256)",
+    )
     add_sampling_flags(parser)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--dtype", default="float32", help="of the weights")
-    parser.add_argument("--device", help="cpu, cuda, mps (default: a GPU where there is one)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the sampled tokens (default: 0)")
+    parser.add_argument("--dtype", default="float32", help="dtype of the weights (default: float32)")
+    parser.add_argument("--device", help="cpu, cuda or mps (default: a GPU if there is one)")
     add_rendering_flags(parser)
     options: Any = parser.parse_args(args)
     return options

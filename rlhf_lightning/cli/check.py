@@ -19,7 +19,11 @@ from rlhf_lightning.pipeline.run import check_data, stage_settings
 
 
 class Parser(StageParser):
-    """A parser that raises errors, to which the caller adds context."""
+    """A parser that raises errors, to which the caller adds context.
+
+    Example:
+        >>> parser = Parser()
+    """
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Raise the message as a `ConfigError`."""
@@ -32,6 +36,9 @@ class ParsedStage(StageCLI):
     Args:
         kind: Kind of the stage.
         args: Arguments of its command.
+
+    Example:
+        >>> ParsedStage("sft", ["fit", "-c", "sft.yaml"])  # doctest: +SKIP
     """
 
     def __init__(self, kind: str, args: list[str]) -> None:

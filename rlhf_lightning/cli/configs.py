@@ -55,9 +55,11 @@ def run(args: list[str]) -> int:
         description="The configs that come with the package. Pass one as -c rlhf:NAME, or copy it to edit it.",
         epilog="example: rlhf configs copy mint .",
     )
-    parser.add_argument("action", nargs="?", choices=("copy",), help="write a config into a folder")
-    parser.add_argument("name", nargs="?", help="as it is listed")
-    parser.add_argument("dir", nargs="?", type=Path, help="where to write it; files that are there are not replaced")
+    parser.add_argument(
+        "action", nargs="?", choices=("copy",), help="write a config and the files it refers to into a folder"
+    )
+    parser.add_argument("name", nargs="?", help="name of the config, as listed")
+    parser.add_argument("dir", nargs="?", type=Path, help="folder to write to; existing files are not replaced")
     options = parser.parse_args(args[1:])
     if options.action is None:
         width = max(map(len, shipped()))
@@ -65,7 +67,7 @@ def run(args: list[str]) -> int:
             print(f"  {name:<{width}}  {title(path)}")
         return 0
     if options.name is None or options.dir is None:
-        parser.error("copy takes a name and a folder: rlhf configs copy mint .")
+        parser.error("copy needs the name of a config and a folder: rlhf configs copy mint .")
     for path in copy(options.name, options.dir):
         print(path)
     return 0
@@ -103,11 +105,11 @@ def copy(name: str, folder: Path) -> list[Path]:
     wanted = [source, *(source.parent / stage["config"] for stage in stages)]
     written = [folder / path.name for path in wanted]
     if there := [path for path in written if path.exists()]:
-        raise ConfigError(f"{there[0]} is there already; name another folder, or move it away")
+        raise ConfigError(f"{there[0]} exists already; choose another folder, or move the file away")
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ConfigError(f"{folder}: cannot be made ({error.strerror})") from None
+        raise ConfigError(f"{folder}: cannot be created ({error.strerror})") from None
     for path, target in zip(wanted, written, strict=True):
         write_text(target, path.read_text(encoding="utf-8"))
     return written

@@ -68,7 +68,9 @@ class SteadyStream:
             raise error
         # C libraries and child processes write to the same descriptor, so it is redirected.
         _lead_nowhere(self._stream)
-        log.warning("%s has no reader any more; the run goes on, and its log file has what it says", self._stream.name)
+        log.warning(
+            "nothing reads %s any more; the run continues, and its log file records the output", self._stream.name
+        )
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)

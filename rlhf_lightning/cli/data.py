@@ -50,7 +50,7 @@ def run(args: list[str]) -> int:
         print()
         _summary(figures["validation"])
         rows, prompts = figures["overlap"]["rows"], figures["overlap"]["prompts"]
-        print(f"overlap: {len(rows)} rows of validation are trained on, {prompts} have a prompt that is trained on")
+        print(f"overlap: {len(rows)} validation rows are also in the training data, {prompts} share a prompt with it")
         _listing("  ", [f"{row['where']} is {row['same_as']}" for row in rows])
     for file in files:
         if file.bad:
@@ -63,32 +63,38 @@ def run(args: list[str]) -> int:
 def _parse(args: list[str]) -> argparse.Namespace:
     parser = Parser(
         prog="rlhf data",
-        description="Look at a file of rows as a stage would read it.",
+        description="Check a data file the way a stage would read it.",
         epilog="example: rlhf data check chats.jsonl --kind sft --model Qwen/Qwen3-0.6B --validation held_out.jsonl",
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="check")
     check = commands.add_parser(
         "check",
         help="columns, lengths, duplicates, bad rows, rendered samples",
-        description="Columns, lengths in tokens, duplicates, overlap of training and validation data, samples as they "
-        "are trained on, and every bad row with its line and the reason. Rows are read and rendered by the code that "
-        "training uses.",
+        description="Show the columns, lengths in tokens, duplicates, overlap of training and validation data,\n"
+        "samples with their trained tokens marked, and every bad row with its line and the reason.\n"
+        "Rows are read and rendered by the code that training uses.",
         epilog="example: rlhf data check chats.jsonl --kind sft --model Qwen/Qwen3-0.6B --validation held_out.jsonl\n"
-        "Exit codes: 0 all rows are good, 1 some are bad, 2 the check could not be made.",
+        "Exit codes: 0 all rows are good, 1 some are bad, 2 the check could not run.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     check.add_argument("file", help="rows: .jsonl, .json, .csv, .parquet, .txt (prompts), a pattern or a Hub id")
-    check.add_argument("--kind", required=True, choices=KINDS, help="what the rows are for")
+    check.add_argument("--kind", required=True, choices=KINDS, help="kind of stage that the rows are for")
     check.add_argument("--model", required=True, help="folder or Hub id whose tokenizer and chat template are used")
-    check.add_argument("--validation", metavar="FILE", help="rows held out, checked too and compared with FILE")
+    check.add_argument(
+        "--validation", metavar="FILE", help="held-out rows, which are checked too and compared with FILE"
+    )
     check.add_argument("--json", action="store_true", help="print everything as one JSON object")
-    check.add_argument("--samples", type=int, default=2, help="rows shown as they are trained on (default: 2)")
-    check.add_argument("--columns", nargs="+", metavar="OURS=YOURS", help="as data.columns of a stage")
-    check.add_argument("--chat_template", help="as model.chat_template of a stage")
-    check.add_argument("--lines", action="store_true", help="as data.lines of a policy stage: each line is a prompt")
-    check.add_argument("--max_length", type=int, help="as data.max_length (prompts: max_prompt_tokens) of a stage")
-    check.add_argument("--overlong", choices=("error", "truncate", "skip"), help="as data.overlong of a stage")
-    check.add_argument("--train_on", help="as data.train_on of an SFT stage")
+    check.add_argument(
+        "--samples", type=int, default=2, help="number of rows to show with their trained tokens marked (default: 2)"
+    )
+    check.add_argument("--columns", nargs="+", metavar="OURS=YOURS", help="like data.columns of a stage")
+    check.add_argument("--chat_template", help="like model.chat_template of a stage")
+    check.add_argument("--lines", action="store_true", help="like data.lines of a policy stage: each line is a prompt")
+    check.add_argument(
+        "--max_length", type=int, help="like data.max_length of a stage (for prompts: data.max_prompt_tokens)"
+    )
+    check.add_argument("--overlong", choices=("error", "truncate", "skip"), help="like data.overlong of a stage")
+    check.add_argument("--train_on", help="like data.train_on of an SFT stage")
     add_rendering_flags(check, samples=False)
     return parser.parse_args(args)
 
@@ -136,10 +142,10 @@ def _summary(figures: dict[str, Any]) -> None:
     for part in figures["histogram"]:
         bar = "█" * round(40 * part["count"] / most) or ("▏" if part["count"] else "")
         print(f"{part['from']:>7} – {part['to']:<7} {bar} {part['count']}")
-    print(f"\nduplicates: {len(figures['duplicates'])}; prompts that repeat: {figures['repeated_prompts']}")
+    print(f"\nduplicates: {len(figures['duplicates'])}; repeated prompts: {figures['repeated_prompts']}")
     _listing("  ", [f"{row['where']} is {row['same_as']}" for row in figures["duplicates"]])
     if figures.get("reversed"):
-        print(f"pairs that an earlier pair turns round: {len(figures['reversed'])}")
+        print(f"pairs that reverse an earlier pair: {len(figures['reversed'])}")
         _listing("  ", [f"{row['where']} reverses {row['reverses']}" for row in figures["reversed"]])
 
 

@@ -35,18 +35,22 @@ def check_data_record(root: Path, sources: Mapping[str, Any]) -> None:
     for name in before.keys() & set(SOURCES):
         known = before[name] if isinstance(before[name], dict) else {}
         if not (isinstance(known.get("hash"), str) and isinstance(known.get("files"), dict)):
-            raise ConfigError(f"{path}: {name} is no record of data ({before[name]!r:.100}); restore it, or --fresh")
+            raise ConfigError(
+                f"{path}: {name} is not a valid data record ({before[name]!r:.100}); restore the file, or use --fresh"
+            )
     now = {name: _facts(source, before.get(name)) for name in SOURCES if (source := sources.get(name)) is not None}
     for name, facts in now.items():
         if facts["files"] or not isinstance(sources[name], str):
             if name in before and before[name]["hash"] != facts["hash"]:
                 raise ConfigError(
-                    f"data.{name} {sources[name]} holds other rows than when the run in {root} began. Restore it, name "
+                    f"data.{name} {sources[name]} has changed since the run in {root} began. Restore it, choose "
                     "another --trainer.default_root_dir, or start over with --fresh."
                 )
         elif name in before:
             log.warning(
-                "data.%s %s is no file here: whether its rows are still the same is not checked", name, sources[name]
+                "data.%s %s is not a local file, so it is not checked for changes since the run began",
+                name,
+                sources[name],
             )
     write_json(path, {"format": FORMAT, **now})
 

@@ -41,9 +41,9 @@ def run(args: list[str]) -> int:
     rewards = make_rewards(options.reward, options.gold)
     best = args[0] == "best-of"
     if not rewards and (best or options.best_of > 1):
-        raise ConfigError("nothing to judge by: name a reward model with --reward, or a function with --gold")
+        raise ConfigError("no reward is given: name a reward model with --reward, or a function with --gold")
     if best and options.temperature == 0:
-        raise ConfigError("--temperature is 0: all responses to a prompt would be the same")
+        raise ConfigError("--temperature is 0, so all responses to a prompt would be the same")
     sampling = SamplingOptions(
         rewards, options.max_tokens, options.temperature, getattr(options, "samples", 1), options.seed
     )
@@ -78,7 +78,9 @@ def _evaluate(options: argparse.Namespace, policy: Any, prompts: Any, sampling: 
     from rlhf_lightning.inference.text_metrics import references_of
 
     if options.best_of > 1 and not options.baseline:
-        raise ConfigError("--best_of is of the baseline: name one, rlhf evaluate POLICY BASELINE PROMPTS")
+        raise ConfigError(
+            "--best_of samples from the baseline, and there is none: rlhf evaluate POLICY BASELINE PROMPTS"
+        )
     references = references_of(prompts, options.references)
     baseline = None
     if options.baseline:
@@ -99,12 +101,12 @@ def _parse(args: list[str]) -> argparse.Namespace:
     best = args[0] == "best-of"
     parser = Parser(
         prog=f"rlhf {args[0]}",
-        description="Sample N responses to each prompt and keep the best by a reward: what the reward buys without any "
-        "training."
+        description="Sample N responses to each prompt and keep the one with the highest reward.\n"
+        "This shows what the reward achieves without training."
         if best
-        else "Measure a policy, and a baseline (the one it was trained from, say), on prompts: reward, win rate with "
-        "its 95% interval, KL, and length; where rows hold reference answers also perplexity of these, and BLEU and "
-        "ROUGE-1/2/L of what the policy answers.",
+        else "Measure a policy on prompts, optionally against a baseline such as the model it was trained from:\n"
+        "reward, win rate with its 95% interval, KL and length. If rows have reference answers, also their\n"
+        "perplexity, and BLEU and ROUGE-1/2/L of the policy's answers.",
         epilog="example: rlhf best-of runs/sft/model prompts.jsonl --reward runs/preference/model -n 8"
         if best
         else "example: rlhf evaluate runs/policy/model runs/sft/model prompts.jsonl --reward runs/preference/model\n"
@@ -116,7 +118,7 @@ def _parse(args: list[str]) -> argparse.Namespace:
         parser.add_argument("baseline", nargs="?", help="the policy to compare with")
     parser.add_argument("prompts", help="rows with prompt or messages, or a .txt file of lines")
     parser.add_argument(
-        "--reward", action="append", default=[], metavar="MODEL", help="a preference model; several are added"
+        "--reward", action="append", default=[], metavar="MODEL", help="a preference model; repeat it to add rewards"
     )
     parser.add_argument(
         "--gold", action="append", default=[], metavar="FUNCTION", help="a function's dotted path, as in FunctionReward"
@@ -124,25 +126,36 @@ def _parse(args: list[str]) -> argparse.Namespace:
     add_overwrite(parser)
     parser.add_argument("--scorer", metavar="CLASS", help=SCORER_HELP)
     if best:
-        parser.add_argument("-n", type=int, default=8, help="responses to each prompt")
+        parser.add_argument("-n", type=int, default=8, help="number of responses per prompt (default: 8)")
     else:
         parser.add_argument(
             "--references",
             metavar="COLUMN",
-            help="where reference answers stand (default: completion, response or chosen of a row with a prompt, the "
-            "last assistant turn of a conversation)",
+            help="column of the reference answers (default: completion, response or chosen of a row with a prompt, or "
+            "the last assistant turn of a conversation)",
         )
-        parser.add_argument("--samples", type=int, default=1, help="responses of each policy to each prompt")
-        parser.add_argument("--best_of", type=int, default=0, metavar="N", help="show the baseline's best of N too")
-    parser.add_argument("--max_tokens", type=int, default=128, help="budget of a response")
-    parser.add_argument("--temperature", type=float, default=1.0, help="0 takes the likeliest token")
-    parser.add_argument("--limit", type=int, help="use the first so many prompts")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", action="store_true", help="print the figures as a JSON object in place of the table")
-    parser.add_argument("--output", type=Path, help="JSONL file: the responses and their rewards")
-    parser.add_argument("--summary", type=Path, help="JSON file: the figures")
-    parser.add_argument("--dtype", default="float32", help="of the weights")
-    parser.add_argument("--device", help="cpu, cuda, mps (default: a GPU where there is one)")
+        parser.add_argument(
+            "--samples", type=int, default=1, help="number of responses per policy and prompt (default: 1)"
+        )
+        parser.add_argument(
+            "--best_of", type=int, default=0, metavar="N", help="also show the baseline's best of N responses"
+        )
+    parser.add_argument(
+        "--max_tokens", type=int, default=128, help="largest number of tokens of a response (default: 128)"
+    )
+    parser.add_argument(
+        "--temperature",
+        type=float,
+        default=1.0,
+        help="sampling temperature (default: 1.0); 0 takes the likeliest token",
+    )
+    parser.add_argument("--limit", type=int, help="use only this number of prompts, from the first on")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the sampled tokens (default: 0)")
+    parser.add_argument("--json", action="store_true", help="print the metrics as a JSON object instead of a table")
+    parser.add_argument("--output", type=Path, help="JSONL file to write with the responses and their rewards")
+    parser.add_argument("--summary", type=Path, help="JSON file to write with the metrics")
+    parser.add_argument("--dtype", default="float32", help="dtype of the weights (default: float32)")
+    parser.add_argument("--device", help="cpu, cuda or mps (default: a GPU if there is one)")
     add_rendering_flags(parser)
     # Not parse_args, which would misread the positional arguments of `MODEL --json FILE`.
     return parser.parse_intermixed_args(args[1:])
@@ -157,7 +170,7 @@ def _show(summary: dict[str, dict[str, Any]], facts: dict[str, Any]) -> None:
     if facts.get("references"):
         title += f", {facts['references']} with references"
     # One metric per row, because ten columns do not fit a terminal.
-    table = Table(title=title, caption="intervals hold in 95 of 100 cases" if "reward" in keys else None)
+    table = Table(title=title, caption="intervals are 95% confidence intervals" if "reward" in keys else None)
     table.add_column("")
     for name in summary:
         table.add_column(name.replace("_", " "), justify="right")

@@ -11,17 +11,19 @@ def run(args: list[str]) -> int:
     """Export a model, and push it to the Hub if requested."""
     parser = Parser(
         prog="rlhf export",
-        description="Write a model folder that needs nothing else: an adapter is merged into its base (in float32), "
-        "weights are cast and saved as safetensors, with config, tokenizer, chat template and stage.json. Nothing "
-        "leaves this machine without --push.",
+        description="Write a self-contained model folder: an adapter is merged into its base (in float32), weights are "
+        "cast and saved as safetensors, with config, tokenizer, chat template and stage.json. Nothing is uploaded "
+        "without --push.",
         epilog="example: rlhf export runs/policy/model exported --dtype bfloat16",
     )
     parser.add_argument("model", help="folder or Hub id of a model, a reward model or an adapter")
-    parser.add_argument("dir", type=Path, help="folder to write; it must be empty or not there")
-    parser.add_argument("--dtype", help="float32, bfloat16, float16 (default: as saved; of an adapter, its base's)")
-    parser.add_argument("--push", metavar="ID", help="upload it to this repository of the Hugging Face Hub (private)")
-    parser.add_argument("--public", action="store_true", help="with --push: a new repository is public")
-    parser.add_argument("--json", action="store_true", help="print what was written as a JSON object")
+    parser.add_argument("dir", type=Path, help="folder to write; it must be empty or not exist")
+    parser.add_argument(
+        "--dtype", help="float32, bfloat16, float16 (default: the saved dtype; for an adapter, that of its base)"
+    )
+    parser.add_argument("--push", metavar="ID", help="upload it to this private repository on the Hugging Face Hub")
+    parser.add_argument("--public", action="store_true", help="with --push: create the repository as public")
+    parser.add_argument("--json", action="store_true", help="print the result as a JSON object")
     options = parser.parse_args(args[1:])
 
     from rlhf_lightning.cli.logs import setup_logging
@@ -30,7 +32,7 @@ def run(args: list[str]) -> int:
 
     setup_logging("warning", None)
     if options.public and not options.push:
-        raise ConfigError("--public goes with --push ID")
+        raise ConfigError("--public needs --push ID")
     facts = export_model(options.model, options.dir, options.dtype)
     found = {"folder": str(options.dir), "dtype": facts["dtype"], "model_hash": facts["model_hash"]}
     if options.push:

@@ -27,7 +27,7 @@ def run(args: list[str]) -> int:
 
     setup_logging("warning", None)
     if bool(options.file) == bool(options.prompt):
-        raise ConfigError("name either a file of prompts or --prompt TEXT")
+        raise ConfigError("give either a file of prompts or --prompt TEXT")
     check_options(options)
     policy = Policy(options.model, options.dtype, device_of(options.device), rendering_options(options))
     sample, said = sampling_of(options, options.model, policy.sampled)
@@ -54,20 +54,26 @@ def _last(messages: "list[Message]") -> str:
 def _parse(args: list[str]) -> argparse.Namespace:
     parser = Parser(
         prog="rlhf generate",
-        description="Answers of a model to prompts: as text, or as JSON lines with index, sample, prompt, response, "
-        "stop_reason and response_tokens.",
-        epilog='example: rlhf generate runs/policy/model --prompt "How do I mend a chair?" --max_tokens 64',
+        description="Print a model's answers to prompts, as text or as JSON lines with index, sample, prompt, "
+        "response, stop_reason and response_tokens.",
+        epilog='example: rlhf generate runs/policy/model --prompt "How do I repair a chair?" --max_tokens 64',
     )
-    parser.add_argument("model", help="folder or Hub id of a causal language model or an adapter of one")
+    parser.add_argument("model", help="folder or Hub id of a causal language model or of an adapter")
     parser.add_argument("file", nargs="?", help="rows with prompt or messages, or a .txt file of lines")
-    parser.add_argument("--prompt", action="append", metavar="TEXT", help="a prompt; may be given several times")
-    parser.add_argument("--json", action="store_true", help="print a JSON object for each answer")
-    parser.add_argument("--max_tokens", "--max-tokens", type=int, default=256, help="budget of an answer (256)")
+    parser.add_argument("--prompt", action="append", metavar="TEXT", help="a prompt; may be repeated")
+    parser.add_argument("--json", action="store_true", help="print one JSON object per answer")
+    parser.add_argument(
+        "--max_tokens",
+        "--max-tokens",
+        type=int,
+        default=256,
+        help="largest number of tokens of an answer (default: 256)",
+    )
     add_sampling_flags(parser)
-    parser.add_argument("--samples", type=int, default=1, help="answers to each prompt (1)")
-    parser.add_argument("--limit", type=int, help="answer the first so many prompts")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--dtype", default="float32", help="of the weights")
-    parser.add_argument("--device", help="cpu, cuda, mps (default: a GPU where there is one)")
+    parser.add_argument("--samples", type=int, default=1, help="number of answers per prompt (default: 1)")
+    parser.add_argument("--limit", type=int, help="answer only this number of prompts, from the first on")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the sampled tokens (default: 0)")
+    parser.add_argument("--dtype", default="float32", help="dtype of the weights (default: float32)")
+    parser.add_argument("--device", help="cpu, cuda or mps (default: a GPU if there is one)")
     add_rendering_flags(parser)
     return parser.parse_args(args)

@@ -16,11 +16,11 @@ def run(args: list[str]) -> int:
     """Write the files of a project, and print the next steps."""
     parser = Parser(
         prog="rlhf init",
-        description="Write a folder to start from: a commented config of each stage, the pipeline that runs them, and "
-        "a few example rows of each kind to put your own in the place of.",
+        description="Create a project folder: a commented config for each stage, the pipeline that runs them, and a "
+        "few example rows of each kind to replace by your own.",
         epilog="example: rlhf init my_project --model Qwen/Qwen3-0.6B",
     )
-    parser.add_argument("dir", type=Path, help="folder to write; files that are there are never overwritten")
+    parser.add_argument("dir", type=Path, help="folder to write; existing files are never overwritten")
     parser.add_argument(
         "--model", default="Qwen/Qwen3-0.6B", help="folder or Hub id to start from (default: Qwen/Qwen3-0.6B)"
     )
@@ -31,7 +31,7 @@ def run(args: list[str]) -> int:
     write_project(folder, model)
     name = shlex.quote(model)
     print(
-        visible(f"""{folder} is ready. Put your own rows in data/, then:
+        visible(f"""{folder} is ready. Replace the example rows in data/ by your own, then:
 
   cd {shlex.quote(str(folder))}
   rlhf data check data/chats.jsonl --kind sft --model {name}
@@ -54,7 +54,7 @@ def check_start(model: str) -> None:
     if not place.exists() and not local and not HUB_ID.fullmatch(model):
         raise ConfigError(f"--model {model}: neither a folder (seen from {Path.cwd()}) nor a Hub id like owner/name")
     if place.is_file() or (local and not place.exists()):
-        what = "a file; name its folder" if place.is_file() else f"no such folder (seen from {Path.cwd()})"
+        what = "this is a file; give its folder" if place.is_file() else f"no such folder (seen from {Path.cwd()})"
         raise ConfigError(f"--model {model}: {what}")
 
 
@@ -75,10 +75,10 @@ def write_project(folder: Path, model: str) -> None:
     ):
         raise ConfigError(f"--model {model}: the folder has neither config.json nor adapter_config.json")
     if folder.exists() and not folder.is_dir():
-        raise ConfigError(f"{folder} is a file; name a folder")
+        raise ConfigError(f"{folder} is a file; give a folder")
     files = sorted(path.relative_to(FILES) for path in FILES.rglob("*.*") if path.suffix in (".yaml", ".jsonl"))
     if there := [str(folder / file) for file in files if (folder / file).exists()]:
-        raise ConfigError(f"{there[0]} is there already, and is not overwritten; name another folder")
+        raise ConfigError(f"{there[0]} exists already and is not overwritten; choose another folder")
     name = "".join(c if c.isalnum() or c in "-_" else "_" for c in real_path(folder).name) or "project"
     for file in files:
         text = (FILES / file).read_text(encoding="utf-8")

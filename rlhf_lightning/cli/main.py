@@ -19,20 +19,23 @@ from rlhf_lightning.user_exits import exit_of_user_code
 
 COMMANDS = {
     "sft": ("rlhf_lightning.cli.stage", "supervised fine-tuning: fit, validate, test, predict"),
-    "preference": ("rlhf_lightning.cli.stage", "preference or reward model: fit, validate, test, predict"),
+    "preference": (
+        "rlhf_lightning.cli.stage",
+        "preference learning (reward model, DPO, …): fit, validate, test, predict",
+    ),
     "policy": ("rlhf_lightning.cli.stage", "policy RL: fit, validate, test, predict"),
     "pipeline": ("rlhf_lightning.cli.pipeline", "run the stages of a pipeline file, one after the other"),
     "score": ("rlhf_lightning.cli.score", "score responses, or the two sides of pairs, with a preference model"),
     "evaluate": ("rlhf_lightning.cli.evaluate", "compare two policies on prompts: win rate, reward, KL, length"),
-    "best-of": ("rlhf_lightning.cli.evaluate", "the best of N responses to each prompt, by any reward"),
-    "generate": ("rlhf_lightning.cli.generate", "answers of a model to prompts, as text or JSON lines"),
-    "chat": ("rlhf_lightning.cli.chat", "talk with a model, or with two side by side"),
-    "export": ("rlhf_lightning.cli.export", "a model folder with its adapter merged, in another dtype, or on a hub"),
-    "init": ("rlhf_lightning.cli.init", "a folder with configs and example files to start a project from"),
-    "configs": ("rlhf_lightning.cli.configs", "the configs that come with the package: list them, copy one to edit"),
-    "data": ("rlhf_lightning.cli.data", "check a file of rows: lengths, duplicates, bad rows, what is trained on"),
-    "report": ("rlhf_lightning.cli.report", "write report.html about a run: curves, samples, warnings, lineage"),
-    "quickstart": ("rlhf_lightning.cli.quickstart", "the whole of it on a small model made on the spot, or on yours"),
+    "best-of": ("rlhf_lightning.cli.evaluate", "sample N responses to each prompt and keep the best by a reward"),
+    "generate": ("rlhf_lightning.cli.generate", "print a model's answers to prompts, as text or JSON lines"),
+    "chat": ("rlhf_lightning.cli.chat", "chat with a model, or with several side by side"),
+    "export": ("rlhf_lightning.cli.export", "merge an adapter, change the dtype, or push to the Hub"),
+    "init": ("rlhf_lightning.cli.init", "create a project folder with configs and example data"),
+    "configs": ("rlhf_lightning.cli.configs", "list the configs that come with the package, or copy one to edit"),
+    "data": ("rlhf_lightning.cli.data", "check a data file: lengths, duplicates, bad rows, trained tokens"),
+    "report": ("rlhf_lightning.cli.report", "write a run's report.html: curves, samples, warnings, lineage"),
+    "quickstart": ("rlhf_lightning.cli.quickstart", "run all stages on a small generated model, or on your own"),
 }
 RUNS = ("sft", "preference", "policy", "pipeline", "quickstart")
 """Commands that continue when nobody reads their output."""
@@ -45,14 +48,14 @@ EXAMPLES = """examples:
   rlhf score runs/preference/model pairs.jsonl
   rlhf evaluate runs/policy/model runs/sft/model prompts.jsonl --reward runs/preference/model
 
-`rlhf COMMAND --help` tells more of each.
-Exit codes: 0 done, 1 a fault of the program (of `data check`: bad rows, of `pipeline --verify`: a difference),
-2 something to mend in files or flags, 130 interrupted."""
+`rlhf COMMAND --help` describes each command.
+Exit codes: 0 success, 1 internal error (`data check`: bad rows, `pipeline --verify`: a difference),
+2 error in files or flags, 130 interrupted."""
 
 UNWRITABLE = {
-    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "make room, or write elsewhere"),
-    **dict.fromkeys((errno.EROFS, errno.EACCES, errno.EPERM), "change its rights, or name another place"),
-    errno.ENAMETOOLONG: "no path is as long; name another",
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "free disk space, or write elsewhere"),
+    **dict.fromkeys((errno.EROFS, errno.EACCES, errno.EPERM), "change its permissions, or choose another path"),
+    errno.ENAMETOOLONG: "the path is too long; choose a shorter one",
 }
 """Errors of a disk or folder for any command, and what to do; `refusals` has more specific ones for stages."""
 

@@ -55,14 +55,14 @@ def check_keys(
     """
     for file, settings in files.items():
         if isinstance(settings.get("stages"), list):
-            raise ConfigError(f"{file}: is the file of a pipeline: rlhf pipeline {file}")
+            raise ConfigError(f"{file}: this is a pipeline file; run it with rlhf pipeline {file}")
         of_commands = [settings[name] for name in commands if isinstance(settings.get(name), dict)]
         for section, inner in ((s, i) for part in (settings, *of_commands) for s, i in part.items()):
             of_file = isinstance(inner, str) and os.path.isfile(inner)
             if section in SECTIONS and not isinstance(inner, dict) and not of_file:
                 raise ConfigError(
                     f"{find_line(Path(file), [section])}: {section} is {inner!r}; it must be a mapping of settings, or "
-                    "a file of one"
+                    "the path of a file with one"
                 )
         for section, inner in settings.items():
             if section in commands:
@@ -81,38 +81,39 @@ def _no_setting(name: str, known: set[str], kind: str, kinds: dict[str, Any]) ->
     place = 0 if section == "model" else 1
     others = [other for other in kinds if other != kind and inner in meant.arguments(kinds[other][place])]
     if section not in known:
-        hint = f"did you mean {close}?" if close else f"there are {', '.join(sorted(k for k in known if '.' not in k))}"
+        sections = ", ".join(sorted(k for k in known if "." not in k))
+        hint = f"did you mean {close}?" if close else f"settings are {sections}"
     elif others:
-        hint = f"it is one of rlhf {' and rlhf '.join(others)}: is the file for that stage?"
+        hint = f"it is a setting of rlhf {' and rlhf '.join(others)}; is the file for that stage?"
     elif close:
         hint = f"did you mean {close}?"
     else:
         there = ", ".join(sorted(k.partition(".")[2] for k in known if k.startswith(f"{section}.")))
-        hint = f"there are {there}"
-    return f"{name} is no setting of rlhf {kind}; {hint}"
+        hint = f"settings are {there}"
+    return f"{name} is not a setting of rlhf {kind}; {hint}"
 
 
 def check_sections(config: Any) -> None:
     """Raise `ConfigError` for sections that are not mappings, and for contradictory values that Lightning accepts."""
     for name in ("model", "data"):
         if not hasattr(config[name], "as_dict"):
-            raise ConfigError(f"{name}: {config[name]!r} is no mapping of settings; see the files in configs/")
+            raise ConfigError(f"{name}: {config[name]!r} is not a mapping of settings; see the files in configs/")
     data, trainer = config.data, config.trainer
     if trainer.model_registry is not None:
-        raise ConfigError("trainer.model_registry is of Lightning's cloud, which nothing here writes to: leave it out")
+        raise ConfigError("trainer.model_registry is for Lightning's cloud, which is not supported: leave it out")
     held_out = data.validation or getattr(data, "validation_split", None)
     if str(config.get("monitor") or "").startswith("val/") and not held_out:
         raise ConfigError(
-            f"--monitor {config.monitor} is measured on validation rows, and there are none: set data.validation"
+            f"--monitor {config.monitor} is a validation metric, and there are no validation rows: set data.validation"
         )
     if config.get("monitor") and trainer.enable_checkpointing is False:
-        raise ConfigError(f"--monitor {config.monitor} keeps a checkpoint, and trainer.enable_checkpointing is false")
+        raise ConfigError(f"--monitor {config.monitor} saves checkpoints, but trainer.enable_checkpointing is false")
     if config.get("monitor_mode") == "max" and not config.get("monitor"):
-        raise ConfigError("--monitor_mode max says which value of a metric is best: name the metric with --monitor")
+        raise ConfigError("--monitor_mode max has no effect without --monitor: name the metric with --monitor")
     if trainer.num_nodes > 1 and not any(name in os.environ for name in NODES):
         raise ConfigError(
-            f"trainer.num_nodes is {trainer.num_nodes}, and nothing says where the other machines are: it would wait "
-            "for them. Start it with torchrun or Slurm on each, or set MASTER_ADDR, MASTER_PORT and NODE_RANK"
+            f"trainer.num_nodes is {trainer.num_nodes}, but the other machines are unknown, so the run would wait for "
+            "ever. Start it on each machine with torchrun or Slurm, or set MASTER_ADDR, MASTER_PORT and NODE_RANK"
         )
 
 
@@ -122,12 +123,14 @@ def check_trained(config: Any) -> None:
     for name in ("max_steps", "max_epochs", "limit_train_batches"):
         if trainer.get(name) is not None and float(trainer[name]) == 0 and not isinstance(trainer[name], bool):
             raise ConfigError(
-                f"trainer.{name} is 0: nothing would be trained, and model/ would be what the stage started from"
+                f"trainer.{name} is 0: nothing would be trained, and model/ would be a copy of the start model"
             )
     optimizer = config.model.get("optimizer")
     arguments = (optimizer or {}).get("init_args") if hasattr(optimizer, "get") else None
     if arguments and arguments.get("lr") == 0:
-        raise ConfigError("model.optimizer: lr is 0: nothing would be trained, and model/ would be the start again")
+        raise ConfigError(
+            "model.optimizer: lr is 0: nothing would be trained, and model/ would be a copy of the start model"
+        )
 
 
 NODES = ("MASTER_ADDR", "NODE_RANK", "GROUP_RANK", "WORLD_SIZE", "SLURM_JOB_ID", "LSB_JOBID", "KUBERNETES_PORT")
@@ -154,8 +157,10 @@ def named_checkpoint(name: str | None, root: Path) -> str | None:
     else:
         return name
     if found is None:
-        hint = "name the file" if name == "last" else "name the file; --monitor METRIC makes fit keep a best one"
-        raise ConfigError(f"--ckpt_path {name}: there is none in {folder}; {hint}")
+        hint = (
+            "give its path" if name == "last" else "give its path; with --monitor METRIC, fit keeps the best checkpoint"
+        )
+        raise ConfigError(f"--ckpt_path {name}: there is no such checkpoint in {folder}; {hint}")
     return str(found)
 
 
@@ -173,9 +178,9 @@ def check_checkpoint(path: str | None) -> None:
         raise ConfigError(f"--ckpt_path {path}: no such checkpoint (seen from {Path.cwd()})")
     if place.is_dir() and not any((place / name).exists() for name in SHARDED):
         raise ConfigError(
-            f"--ckpt_path {path}: a folder, and not that of a checkpoint. To start from a model folder set model.model."
+            f"--ckpt_path {path}: this folder is not a checkpoint. To start from a model folder, set model.model."
         )
     if not place.is_dir():
         is_file(place)
     if found := damage(place):
-        raise ConfigError(f"--ckpt_path {path}: damaged, or no checkpoint ({found}); name the one before it")
+        raise ConfigError(f"--ckpt_path {path}: damaged, or not a checkpoint ({found}); use an earlier one")

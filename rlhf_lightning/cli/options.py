@@ -38,7 +38,7 @@ class Parser(argparse.ArgumentParser):
             first = message.partition(": ")[2].split()[0].partition("=")[0]
             close = meant.like(first, flags) if first.startswith("-") else None
             message += f"; did you mean {close}?" if close else ""
-        print(visible(f"error: {message}. {self.prog} --help lists what there is"), file=sys.stderr)
+        print(visible(f"error: {message}. {self.prog} --help lists all options"), file=sys.stderr)
         sys.exit(2)
 
     def _get_value(self, action: argparse.Action, arg_string: str) -> Any:
@@ -64,21 +64,21 @@ def device_of(name: str | None) -> str:
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise ConfigError(f"--device {name}: no kind of device; cpu, cuda, cuda:1 or mps") from None
+        raise ConfigError(f"--device {name}: unknown device; use cpu, cuda, cuda:1 or mps") from None
     if device.type == "cuda" and not (device.index or 0) < torch.cuda.device_count():
         there = torch.cuda.device_count()
         raise ConfigError(
-            f"--device {name}: {f'there are {there} CUDA devices' if there else 'no CUDA device is here'}"
+            f"--device {name}: {f'there are {there} CUDA devices' if there else 'this machine has no CUDA device'}"
         )
     if device.type == "mps" and not torch.backends.mps.is_available():
-        raise ConfigError(f"--device {name}: no MPS device is here")
+        raise ConfigError(f"--device {name}: this machine has no MPS device")
     return name
 
 
 def check_options(options: Any) -> None:
     """Raise `ConfigError` for numbers and dtypes that cannot be meant, and for output files that cannot be written."""
     if getattr(options, "dtype", None) is not None and options.dtype not in DTYPES:
-        raise ConfigError(f"--dtype is {options.dtype!r}; one of {', '.join(DTYPES)}")
+        raise ConfigError(f"--dtype is {options.dtype!r}; it must be one of {', '.join(DTYPES)}")
     for name, least, most in COUNTS:
         if (value := getattr(options, name, None)) is not None:
             check_whole(f"{'-' if len(name) == 1 else '--'}{name}", value, least, most)
@@ -91,7 +91,7 @@ def check_options(options: Any) -> None:
 
 def add_overwrite(parser: argparse.ArgumentParser) -> None:
     """Add the flag of commands that write to a given file."""
-    parser.add_argument("--overwrite", action="store_true", help="replace a file that is there (default: refuse)")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing file (default: refuse)")
 
 
 def check_writable(name: str, path: Path, overwrite: bool = False) -> None:
@@ -106,14 +106,14 @@ def check_writable(name: str, path: Path, overwrite: bool = False) -> None:
         ConfigError: If the file exists or cannot be written.
     """
     if path.is_dir():
-        raise ConfigError(f"{name} {path}: a folder; name a file in it")
+        raise ConfigError(f"{name} {path}: this is a folder; name a file in it")
     if path.exists() and not path.is_file():
-        raise ConfigError(f"{name} {path}: a device or pipe, not a file; name a file, or leave it out to print")
+        raise ConfigError(f"{name} {path}: this is a device or pipe; name a file, or leave {name} out to print")
     if path.exists() and path.stat().st_size and not overwrite:
-        raise ConfigError(f"{name} {path}: there already; name another file, or replace it with --overwrite")
+        raise ConfigError(f"{name} {path}: the file exists; name another file, or replace it with --overwrite")
     parent = next(place for place in (path.absolute(), *path.absolute().parents) if place.exists())
     if not os.access(parent, os.W_OK) or not (parent.is_dir() or parent == path.absolute()) or _virtual(parent):
-        raise ConfigError(f"{name} {path}: cannot be written in {parent}; name another place")
+        raise ConfigError(f"{name} {path}: cannot be written in {parent}; choose another path")
 
 
 def _virtual(path: Path) -> bool:

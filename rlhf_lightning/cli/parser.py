@@ -26,7 +26,11 @@ NOISE = (
 
 
 class StageParser(LightningArgumentParser):
-    """A parser that reports errors in a few lines, without the usage text."""
+    """A parser that reports errors in a few lines, without the usage text.
+
+    Example:
+        >>> parser = StageParser()
+    """
 
     def print_usage(self, file: Any = None) -> None:
         """Prints nothing, so that the error is easy to find."""
@@ -36,7 +40,10 @@ class StageParser(LightningArgumentParser):
         if message.startswith("unrecognized arguments"):
             message = flags(message, self.settings())
         if "arguments are required: " in message and message.endswith("model.model"):
-            message = "model.model is not set: name the folder or Hub id to start from, --model.model Qwen/Qwen3-0.6B"
+            message = (
+                "model.model is not set: give the folder or Hub id to start from, for example "
+                "--model.model Qwen/Qwen3-0.6B"
+            )
         super().error(visible(tidy(message)), ex)
 
     def settings(self) -> set[str]:
@@ -84,7 +91,7 @@ def _remedies(text: str) -> Iterator[str]:
     elif any(f"Expected a <class '{name}'>" in text for name in ("list", "tuple", "collections.abc.Sequence")):
         yield "Write a list: [ … ]"
     if key in SECTIONS and "Given value: {" not in text and "Problem with" not in text:
-        yield f"{key} is a section of settings; one of them is --{key}.{SECTIONS[key]}"
+        yield f"{key} is a section of settings; set one of them, for example --{key}.{SECTIONS[key]}"
     if "is not accepted before subcommand" in text:
         yield "Write the command before its config: rlhf KIND fit -c FILE"
 
@@ -110,11 +117,13 @@ def flags(message: str, known: Iterable[str]) -> str:
         flag = name.partition("=")[0]
         close = meant.setting(flag, known) if flag.startswith("--") else None
         if close:
-            said.append(f"{flag} is no flag; did you mean --{close}?")
+            said.append(f"{flag} is not a flag; did you mean --{close}?")
         elif flag.endswith((".yaml", ".yml", ".json")) and not flag.startswith("-"):
-            said.append(f"a config file is given with -c {flag}")
+            said.append(f"pass a config file with -c {flag}")
         elif flag.startswith("-"):
-            said.append(f"{flag} is no flag; --help lists them")
+            said.append(f"{flag} is not a flag; --help lists all flags")
         else:
-            said.append(f"{flag!r} belongs to no flag: a flag takes one value, and some, like --fresh, none")
+            said.append(
+                f"{flag!r} follows no flag that takes it: a flag takes one value, and some, like --fresh, take none"
+            )
     return f"{message} ({'; '.join(said)})"

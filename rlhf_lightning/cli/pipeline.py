@@ -14,8 +14,8 @@ def run(args: list[str]) -> int:
     """Run a pipeline file and list its results."""
     parser = Parser(
         prog="rlhf pipeline",
-        description="Run the stages of a pipeline file. What is finished is not run again, what was interrupted "
-        "resumes, and a stage whose inputs changed says so.",
+        description="Run the stages of a pipeline file. Finished stages are skipped, an interrupted stage resumes,\n"
+        "and a stage whose inputs have changed is refused until you name it with --rerun.",
         epilog="example: rlhf pipeline configs/pipeline.yaml --rerun policy\n"
         "         rlhf pipeline configs/pipeline.yaml -c configs/overlays/cpu.yaml",
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -23,22 +23,30 @@ def run(args: list[str]) -> int:
     parser.add_argument("file", nargs="?", help="YAML or JSON: name, seed, stages")
     parser.add_argument("--root", help="folder of the run (default: runs/NAME)")
     parser.add_argument(
-        "--rerun", action="append", default=[], metavar="STAGE", help="run this stage and its children anew"
+        "--rerun",
+        action="append",
+        default=[],
+        metavar="STAGE",
+        help="run this stage again, and the stages that depend on it",
     )
     parser.add_argument(
-        "-c", "--config", action="append", default=[], metavar="FILE", help="laid over the settings of every stage"
+        "-c", "--config", action="append", default=[], metavar="FILE", help="merged over the settings of every stage"
     )
-    parser.add_argument("--verify", metavar="RUN", help="hash inputs and outputs of a run again; 1 where one differs")
-    parser.add_argument("--json", action="store_true", help="with --verify: as JSON")
+    parser.add_argument(
+        "--verify",
+        metavar="RUN",
+        help="check a run's inputs and outputs against their recorded hashes; exit code 1 if one differs",
+    )
+    parser.add_argument("--json", action="store_true", help="with --verify: print JSON")
     options = parser.parse_args(args[1:])
     if options.verify:
         if options.file or options.root or options.rerun or options.config:
-            parser.error("--verify takes a folder and, of the other arguments, only --json")
+            parser.error("--verify takes the folder of a run, and no other argument than --json")
         return verify(options.verify, options.json)
     if not options.file:
-        parser.error("a pipeline file is needed, or --verify RUN")
+        parser.error("give a pipeline file, or --verify RUN")
     if options.json:
-        parser.error("--json belongs to --verify")
+        parser.error("--json needs --verify")
     plan = read_plan(options.file, options.root, options.config)
     from rlhf_lightning.cli.check import check_plan  # imports what --help does not need
 
@@ -50,7 +58,7 @@ def run(args: list[str]) -> int:
         print(visible(f"report: {page}"))
     policies = [stage.name for stage in plan.stages if stage.kind != "preference"]
     if policies:
-        print(visible(f"talk to it: rlhf chat {plan.model(policies[-1])}"))
+        print(visible(f"chat with it: rlhf chat {plan.model(policies[-1])}"))
     return 0
 
 
@@ -69,5 +77,5 @@ def verify(run_folder: str, as_json: bool) -> int:
         return int(bool(bad))
     for check in checks:
         print(visible(f"{check.status:<13}{check.stage:<14}{check.what:<17}{check.path}"))
-    print(f"{len(checks)} checked, {bad} not as recorded" if bad else f"{len(checks)} checked, all as recorded")
+    print(f"{len(checks)} checked, {bad} differ from the record" if bad else f"{len(checks)} checked, all as recorded")
     return int(bool(bad))

@@ -20,17 +20,19 @@ def run(args: list[str]) -> int:
     """Run the quickstart and print its table."""
     parser = Parser(
         prog="rlhf quickstart",
-        description="SFT, a preference model and RL, one after the other, on a small model and data made on the spot; "
-        "or on your own model and files.",
+        description="Run SFT, reward model training and RL on a small model and data that it generates, or on your own "
+        "model and files.",
         epilog="example: rlhf quickstart --model Qwen/Qwen3-0.6B --sft chats.jsonl --preferences pairs.jsonl "
         "--prompts prompts.jsonl",
     )
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--seed", type=int, default=0, help="seed of the data, the weights and the samples (default: 0)"
+    )
     parser.add_argument("--root", type=Path, default=Path("runs/quickstart"), help="folder of the run")
     parser.add_argument("--model", help="folder or Hub id to start from")
-    parser.add_argument("--sft", help="conversations to fine-tune on")
-    parser.add_argument("--preferences", help="pairs: prompt, chosen, rejected")
-    parser.add_argument("--prompts", help="prompts for RL")
+    parser.add_argument("--sft", help="file of conversations to fine-tune on")
+    parser.add_argument("--preferences", help="file of pairs: prompt, chosen, rejected")
+    parser.add_argument("--prompts", help="file of prompts for RL")
     options = parser.parse_args(args[1:])
 
     check_options(options)
@@ -60,7 +62,7 @@ def show(summary: dict[str, Any], root: Path) -> None:
         table.add_row({"base": "base", "sft": "SFT", "policy": "RL"}[name], *cells)
     console.print(table)
     sft, accuracy = summary["sft"], summary["preference"]["pair_accuracy"]
-    console.print(f"SFT: held-out NLL {sft['val_nll_start']:.3f} → {sft['val_nll']:.3f} nats a token")
+    console.print(f"SFT: held-out NLL {sft['val_nll_start']:.3f} → {sft['val_nll']:.3f} nats per token")
     if accuracy is not None:
         console.print(f"preference model: held-out pair accuracy {accuracy:.3f}")
     for sample in summary["samples"]:
@@ -69,7 +71,7 @@ def show(summary: dict[str, Any], root: Path) -> None:
         console.print("  RL:  ", visible(sample["policy"]), markup=False, highlight=False)
     name = visible(str(root))
     console.print(
-        f"\n{summary['seconds']:.0f} s, peak memory {summary['peak_memory_gb']:.2f} GB; all of it in {name}",
+        f"\n{summary['seconds']:.0f} s, peak memory {summary['peak_memory_gb']:.2f} GB; results in {name}",
         markup=False,
     )
     console.print(f"report: {visible(str(root / 'report.html'))}", markup=False, highlight=False)

@@ -15,24 +15,24 @@ from rlhf_lightning.errors import ConfigError, UserError
 from rlhf_lightning.rank_watch import LOST
 
 EXTRAS = ("tensorboard", "wandb")
-FULL = "make room, or write elsewhere (--trainer.default_root_dir); the same command resumes the run"
-DENIED = "change its rights, or name another place"
+FULL = "free disk space, or write elsewhere (--trainer.default_root_dir); the same command resumes the run"
+DENIED = "change its permissions, or choose another path"
 REMEDIES = {
     **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), FULL),
     **dict.fromkeys((errno.EROFS, errno.EACCES, errno.EPERM), DENIED),
-    errno.EIO: "the disk or the network share fails",
+    errno.EIO: "the disk or the network share is failing",
 }
 
 # Messages of Lightning's exceptions about unsuitable settings, and what to say instead.
 REFUSED = {
     r"`val_check_interval` \((\d+)\) must be less than or equal to the number of the training batches \((\d+)\)": (
-        "trainer.val_check_interval is {0}, and an epoch has {1} batches, so that it would never be validated. Lower "
+        "trainer.val_check_interval is {0}, but an epoch has only {1} batches, so validation would never run. Lower "
         "it, leave it out to validate after each epoch, or set trainer.check_val_every_n_epoch: null to count batches "
-        "over epochs"
+        "across epochs"
     ),
     r"Early stopping conditioned on metric `(\S+)` which is not available.*following: (.*)": (
-        "trainer.callbacks: EarlyStopping.monitor is {0}, which is not logged; there are {1}. Metrics that begin with "
-        "val/ need data.validation"
+        "trainer.callbacks: EarlyStopping.monitor is {0}, which is not logged; logged metrics are {1}. Metrics that "
+        "begin with val/ need data.validation"
     ),
 }
 
@@ -59,14 +59,14 @@ def unfit_settings() -> Iterator[None]:
         cause: BaseException | None = error  # jsonargparse replaces the exceptions of classes by its own
         while cause is not None and not isinstance(cause, ModuleNotFoundError):
             cause = cause.__cause__ or cause.__context__
-        raise ConfigError(_missing(cause) if cause else f"a setting does not fit: {tidy(str(error))}") from error
+        raise ConfigError(_missing(cause) if cause else f"invalid setting: {tidy(str(error))}") from error
 
 
 def _missing(error: ModuleNotFoundError) -> str:
     """What to install for a class that a setting names. Exceptions of Lightning's loggers lack `name`."""
     text = " ".join(str(error).split())
     extra = next((name for name in EXTRAS if name in (error.name or text).lower()), None)
-    return f"{text}: " + (f'pip install "rlhf-lightning[{extra}]"' if extra else "install it, or name another class")
+    return f"{text}: " + (f'pip install "rlhf-lightning[{extra}]"' if extra else "install it, or choose another class")
 
 
 @contextmanager
@@ -78,8 +78,8 @@ def refusals() -> Iterator[None]:
         raise UserError(str(error)) from error
     except ProcessExitedException as error:
         raise UserError(
-            f"a process of the run died ({error}), and the others were ended. If it was killed, memory may have run "
-            "out (see the system's log); the same command resumes the run."
+            f"a process of the run died ({error}), and the others were stopped. If it was killed, the machine may have "
+            "run out of memory (see the system log); the same command resumes the run."
         ) from error
     except (ValueError, RuntimeError) as error:
         if found := refusal(error):
@@ -89,7 +89,7 @@ def refusals() -> Iterator[None]:
             raise
         raise UserError(
             f"another process of the run died, or cannot be reached ({str(error).splitlines()[0][:200]}). If it was "
-            "killed, memory may have run out (see the system's log); the same command resumes the run."
+            "killed, the machine may have run out of memory (see the system log); the same command resumes the run."
         ) from error
     except OSError as error:
         if error.errno not in REMEDIES:

@@ -8,7 +8,7 @@ from typing import Any
 from rlhf_lightning.files import visible
 
 USUAL = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0}
-RECORD = "by default as the model was trained, which its stage.json says"
+RECORD = "by default as in the model's training, which stage.json records"
 
 
 def add_rendering_flags(parser: argparse.ArgumentParser, samples: bool = True) -> None:
@@ -18,16 +18,20 @@ def add_rendering_flags(parser: argparse.ArgumentParser, samples: bool = True) -
         parser: The parser.
         samples: False for a command that samples no responses.
     """
-    group = parser.add_argument_group("how the model is asked", RECORD)
-    group.add_argument("--format", choices=("chat", "raw"), help="by the chat template, or text as it is")
+    group = parser.add_argument_group("how the model is prompted", RECORD)
     group.add_argument(
-        "--template_kwargs", metavar="JSON", help="passed to the chat template: '{\"enable_thinking\": false}'"
+        "--format", choices=("chat", "raw"), help="chat: apply the chat template; raw: use the text as it is"
     )
-    group.add_argument("--system", metavar="TEXT", help="a system message for rows without one; '' for none")
-    group.add_argument("--tools", metavar="FILE", help="a JSON file (or JSON) of tools for rows without; '[]' for none")
+    group.add_argument(
+        "--template_kwargs", metavar="JSON", help="arguments for the chat template: '{\"enable_thinking\": false}'"
+    )
+    group.add_argument("--system", metavar="TEXT", help="system message for rows that have none; '' for none")
+    group.add_argument(
+        "--tools", metavar="FILE", help="tools for rows that have none: a JSON file or JSON; '[]' for none"
+    )
     if samples:
         group.add_argument(
-            "--stop", action="append", metavar="TEXT", help="a text that ends a response; several are added, '' is none"
+            "--stop", action="append", metavar="TEXT", help="text that ends a response; may be repeated, '' for none"
         )
 
 
@@ -46,10 +50,14 @@ def rendering_options(options: argparse.Namespace) -> dict[str, Any]:
 
 def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags that `sampling_of` reads."""
-    said = "default: what generation_config.json of the model says, else"
-    parser.add_argument("--temperature", type=float, help=f"0 takes the likeliest token ({said} 1.0)")
-    parser.add_argument("--top_p", type=float, help=f"sample from the likeliest tokens of this mass ({said} 1.0)")
-    parser.add_argument("--top_k", type=int, help=f"sample from so many of the likeliest tokens, 0 for all ({said} 0)")
+    said = "default: the value in the model's generation_config.json, else"
+    parser.add_argument(
+        "--temperature", type=float, help=f"sampling temperature; 0 takes the likeliest token ({said} 1.0)"
+    )
+    parser.add_argument(
+        "--top_p", type=float, help=f"sample from the likeliest tokens up to this total probability ({said} 1.0)"
+    )
+    parser.add_argument("--top_k", type=int, help=f"sample from this number of likeliest tokens, 0 for all ({said} 0)")
 
 
 def sampling_of(options: argparse.Namespace, model: str, sampled: Mapping[str, float]) -> tuple[dict[str, Any], str]:
@@ -70,7 +78,7 @@ def sampling_of(options: argparse.Namespace, model: str, sampled: Mapping[str, f
         settings = {"temperature": 0.0}
     own = {name: value for name, value in settings.items() if name not in given and value != USUAL[name]}
     said = ", ".join(f"{name} {value:g}" for name, value in own.items())
-    return settings, f"samples as the generation_config.json of {model} says: {said}" if said else ""
+    return settings, f"sampling settings from generation_config.json of {model}: {said}" if said else ""
 
 
 def say(*lines: str) -> None:
@@ -89,7 +97,9 @@ def _mapping(text: str | None) -> dict[str, Any] | None:
     try:
         value = yaml.safe_load(text)  # JSON is YAML, and a stage's flag takes both
     except yaml.YAMLError as error:
-        raise ConfigError(f"--template_kwargs {text!r} is no JSON: {' '.join(str(error).split())}") from None
+        raise ConfigError(f"--template_kwargs {text!r} is not JSON: {' '.join(str(error).split())}") from None
     if not isinstance(value, dict):
-        raise ConfigError(f"--template_kwargs {text!r} is no mapping; for example '{{\"enable_thinking\": false}}'")
+        raise ConfigError(
+            f"--template_kwargs {text!r} is not a mapping; write for example '{{\"enable_thinking\": false}}'"
+        )
     return value

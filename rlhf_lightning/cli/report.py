@@ -12,9 +12,9 @@ def run(args: list[str]) -> int:
     """Write the report and print its path."""
     parser = Parser(
         prog="rlhf report",
-        description="Write report.html: one page, without scripts or network, about a pipeline's or a stage's folder: "
-        "curves, reward against KL, calibration, answers before and after, warnings, lineage, configs. "
-        "It is also written at the end of each stage; of a run under way it shows what there is.",
+        description="Write report.html, a page about a pipeline or a stage that needs no scripts and no network: "
+        "curves, reward against KL, calibration, answers before and after training, warnings, lineage and configs. "
+        "Each stage writes it when it ends; for a running stage it shows the progress so far.",
         epilog="example: rlhf report runs/quickstart",
     )
     parser.add_argument("run", type=Path, help="folder of a pipeline or of a stage")

@@ -15,9 +15,9 @@ def run(args: list[str]) -> int:
     """Score a file of rows, and write them with their scores."""
     parser = Parser(
         prog="rlhf score",
-        description="Score responses with a trained preference model, of any scorer. Rows with chosen and rejected get "
-        "chosen_score and rejected_score, and accuracy is printed; rows with responses get response_scores; rows with "
-        "prompt and response (or messages, whose last assistant turn is scored) get score.",
+        description="Score responses with a trained preference model of any kind. Rows with chosen and rejected get "
+        "chosen_score and rejected_score, and the accuracy is printed; rows with responses get response_scores; rows "
+        "with prompt and response get score, and so do rows with messages, whose last assistant turn is scored.",
         epilog="example: rlhf score runs/preference/model pairs.jsonl --output scored.jsonl",
     )
     parser.add_argument("model", help="model folder of a preference stage, or any sequence classifier with one label")
@@ -29,13 +29,15 @@ def run(args: list[str]) -> int:
     parser.add_argument(
         "--set_shift",
         action="store_true",
-        help="take the file's responses as reference demonstrations, and write the shift that makes their mean score 0 "
-        "into stage.json as reward_shift",
+        help="treat the file's responses as reference demonstrations: write the shift that makes their mean score 0 "
+        "to stage.json as reward_shift",
     )
-    parser.add_argument("--on_bad_row", choices=("error", "skip"), default="error", help="skip: leave out, and count")
-    parser.add_argument("--batch_size", type=int, default=64, help="rows scored at once")
-    parser.add_argument("--dtype", default="float32", help="of the weights")
-    parser.add_argument("--device", help="cpu, cuda, mps (default: a GPU where there is one)")
+    parser.add_argument(
+        "--on_bad_row", choices=("error", "skip"), default="error", help="skip: leave bad rows out and count them"
+    )
+    parser.add_argument("--batch_size", type=int, default=64, help="number of rows scored at once (default: 64)")
+    parser.add_argument("--dtype", default="float32", help="dtype of the weights (default: float32)")
+    parser.add_argument("--device", help="cpu, cuda or mps (default: a GPU if there is one)")
     add_rendering_flags(parser, samples=False)
     options = parser.parse_args(args[1:])
 
@@ -143,6 +145,6 @@ def _set_shift(folder: str, scores: list[float], applied: float) -> None:
     from rlhf_lightning.models.loading import read_stage
 
     if not scores or not Path(folder).is_dir():
-        raise ConfigError("--set_shift needs a model folder on this machine, and rows with chosen or response")
+        raise ConfigError("--set_shift needs a local model folder, and rows with chosen or response")
     shift = applied - sum(scores) / len(scores)
     write_json(Path(folder) / "stage.json", {**read_stage(folder), "reward_shift": shift})

@@ -86,7 +86,11 @@ HELP = {
 
 
 class SaveConfig(SaveConfigCallback):
-    """Saves `config.yaml` in the stage's folder, whatever the logger."""
+    """Saves `config.yaml` in the stage's folder, regardless of the logger.
+
+    Example:
+        >>> LightningCLI(SFTModule, SFTDataModule, save_config_callback=SaveConfig)  # doctest: +SKIP
+    """
 
     def save_config(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Write the file. Lightning calls this on rank 0 only."""
@@ -129,22 +133,38 @@ class StageCLI(LightningCLI):
         )
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        parser.add_argument("--log_level", default="info", choices=LEVELS, help="how much to log")
-        parser.add_argument("--log_file", type=str | None, default=None, help="default: logs/run.log in the folder")
+        parser.add_argument("--log_level", default="info", choices=LEVELS, help="lowest level that is logged")
+        parser.add_argument(
+            "--log_file", type=str | None, default=None, help="log file (default: logs/run.log in the stage's folder)"
+        )
         every = 5 if self.kind == "policy" else 50
         parser.add_argument("--checkpoint_every", type=int, default=every, help="optimizer steps between checkpoints")
-        parser.add_argument("--checkpoint_minutes", type=float | None, default=None, help="minutes likewise, beside it")
-        parser.add_argument("--keep", type=int, default=2, help="checkpoints to resume from that are kept")
-        parser.add_argument("--monitor", type=str | None, default=None, help="metric whose best checkpoint is kept too")
-        parser.add_argument("--monitor_mode", default="min", choices=("min", "max"), help="which value of it is best")
-        parser.add_argument("--export", default="last", choices=("last", "best"), help="which weights fit saves")
         parser.add_argument(
-            "--on_nonfinite", default="stop", choices=("stop", "skip"), help="at a loss or gradient that is NaN or inf"
+            "--checkpoint_minutes", type=float | None, default=None, help="also by time: minutes between two"
+        )
+        parser.add_argument("--keep", type=int, default=2, help="number of latest checkpoints to keep")
+        parser.add_argument(
+            "--monitor", type=str | None, default=None, help="also keep the best checkpoint by this metric"
         )
         parser.add_argument(
-            "--rank_timeout", type=float | None, default=None, help="minutes that a rank waits for another (default 30)"
+            "--monitor_mode", default="min", choices=("min", "max"), help="whether lower or higher is better"
         )
-        parser.add_argument("--fresh", action="store_true", help="discard what the folder holds of an earlier run")
+        parser.add_argument(
+            "--export", default="last", choices=("last", "best"), help="weights that fit exports to model/"
+        )
+        parser.add_argument(
+            "--on_nonfinite",
+            default="stop",
+            choices=("stop", "skip"),
+            help="what to do if a loss or gradient is NaN or inf",
+        )
+        parser.add_argument(
+            "--rank_timeout",
+            type=float | None,
+            default=None,
+            help="minutes that a rank waits for another (default: 30)",
+        )
+        parser.add_argument("--fresh", action="store_true", help="discard an earlier run in the folder")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse the arguments. Lightning's method warns about `args=`, but sys.argv must be unchanged for DDP."""
@@ -158,7 +178,7 @@ class StageCLI(LightningCLI):
         config.ckpt_path = named_checkpoint(config.ckpt_path, root)
         check_checkpoint(config.ckpt_path)
         if config.get("fresh") and config.ckpt_path and real_path(config.ckpt_path).is_relative_to(real_path(root)):
-            raise ConfigError(f"--fresh discards what is in {root}, and with it --ckpt_path {config.ckpt_path}")
+            raise ConfigError(f"--fresh discards the run in {root}, which --ckpt_path {config.ckpt_path} is part of")
         check_seed(config)
 
     def _parse_ckpt_path(self) -> None:
@@ -176,7 +196,7 @@ class StageCLI(LightningCLI):
         try:
             self.root.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise ConfigError(f"trainer.default_root_dir {self.root}: cannot be made ({error.strerror})") from None
+            raise ConfigError(f"trainer.default_root_dir {self.root}: cannot be created ({error.strerror})") from None
         if self.subcommand == "fit":
             check_trained(config)
             self._claim(config)
@@ -266,8 +286,8 @@ class StageCLI(LightningCLI):
         before = self._before()
         if before and (kind := _kind(before)) != self.kind:
             raise ConfigError(
-                f"{self.root} holds a run of rlhf {kind}. Name another --trainer.default_root_dir, or discard it with "
-                "--fresh."
+                f"{self.root} contains a run of rlhf {kind}. Choose another --trainer.default_root_dir, or discard it "
+                "with --fresh."
             )
         different = self._different(before)
         # `export` may change until the model is exported.
@@ -275,17 +295,17 @@ class StageCLI(LightningCLI):
         if changed := [key for key in different if key not in free]:
             state = "a finished" if done else "an interrupted"
             raise ConfigError(
-                f"{self.root} holds {state} run with other settings ({', '.join(changed[:5])}). "
-                "Name another --trainer.default_root_dir, or start over with --fresh."
+                f"{self.root} contains {state} run with other settings ({', '.join(changed[:5])}). "
+                "Choose another --trainer.default_root_dir, or start over with --fresh."
             )
         self._check_data(config)
         if done and not (saved and set(different) & set(LENGTH)):
             raise Finished(self.root)
         last, damaged = newest_whole(self.root / "checkpoints")
         for message in damaged:
-            print(visible(f"WARNING: {message}; the one before it is used"), file=sys.stderr)
+            print(visible(f"WARNING: {message}; using the previous one"), file=sys.stderr)
         if last is None:
-            print(visible(f"WARNING: no checkpoint of {self.root} is whole; starting over"), file=sys.stderr)
+            print(visible(f"WARNING: no checkpoint in {self.root} is usable; starting over"), file=sys.stderr)
             return
         config.ckpt_path = str(last)
         print(visible(f"resuming {self.root} from {last}"), file=sys.stderr)
@@ -324,7 +344,7 @@ class StageCLI(LightningCLI):
         if subcommand == "fit" and monitor and monitor not in logged:
             there = ", ".join(sorted(logged)) or "none"
             log.warning(
-                "--monitor %s was never logged, so that no best checkpoint was kept; there are %s", monitor, there
+                "--monitor %s was never logged, so no best checkpoint was kept; logged metrics are %s", monitor, there
             )
 
     def instantiate_classes(self) -> None:
@@ -399,5 +419,5 @@ def run(args: list[str]) -> int:
         with refusals(), claims(), ranks_end_together():
             after_stage(StageCLI(args[0], args[1:]))
     except Finished as done:
-        print(visible(f"{done} is finished already; --fresh runs it again"), file=sys.stderr)
+        print(visible(f"{done} is already finished; --fresh runs it again"), file=sys.stderr)
     return 0

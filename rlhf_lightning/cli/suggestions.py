@@ -97,12 +97,12 @@ CLASSES = {
 }
 """Base class for each setting, in the module with its subclasses."""
 NO_CLASSES = {
-    "dpo": "DPO is model.scorer ImplicitReward with model.loss BradleyTerry, see configs/dpo.yaml",
-    "cosine": "rlhf_lightning.modules.schedules.Warmup has shape cosine, linear or constant",
-    "linear": "rlhf_lightning.modules.schedules.Warmup has shape cosine, linear or constant",
+    "dpo": "for DPO, set model.scorer to ImplicitReward and model.loss to BradleyTerry, see configs/dpo.yaml",
+    "cosine": "use rlhf_lightning.modules.schedules.Warmup with shape cosine, linear or constant",
+    "linear": "use rlhf_lightning.modules.schedules.Warmup with shape cosine, linear or constant",
     "adam8bit": "bitsandbytes.optim.AdamW8bit needs bitsandbytes",
 }
-"""What is meant by a name in the place of a class, where there is no such class."""
+"""Names that users write instead of a class, and what to write for them."""
 COMMANDS = {
     "compare": "evaluate",
     "dpo": "preference",
@@ -124,10 +124,10 @@ COMMANDS = {
 
 
 def in_place_of_class(name: str) -> str | None:
-    """What to write for a name that stands in the place of a class and is none; None if nothing is known of it."""
+    """What to write instead of a name that is not a class; None if the name is unknown."""
     from rlhf_lightning.modules.recipes import RECIPES  # needs torch, which a mistyped command does not
 
-    return f"{name} is a recipe: --model.recipe {name}" if name in RECIPES else NO_CLASSES.get(name)
+    return f"{name} is a recipe: set --model.recipe {name}" if name in RECIPES else NO_CLASSES.get(name)
 
 
 def setting(name: str, known: Iterable[str]) -> str | None:

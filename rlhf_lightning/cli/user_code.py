@@ -18,7 +18,7 @@ _DOTTED = re.compile(r"(?<![\w./\\-])([A-Za-z_]\w*)\.(?=[A-Za-z_])")
 _FILE = re.compile(r"[^\s'\"\[\]{},:=]+\.ya?ml")
 
 
-SCORER_HELP = "your own scorer class, by its dotted path, where the reward model was trained with one"
+SCORER_HELP = "dotted path of your own scorer class, if the reward model was trained with one"
 
 
 class UserFolder(MetaPathFinder):

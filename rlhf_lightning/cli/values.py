@@ -49,7 +49,7 @@ def check_values(parser: Any, config: Any) -> None:
     for action in parser._actions:
         if action.dest in config:
             if isinstance(action, argparse._StoreTrueAction) and not isinstance(config[action.dest], bool):
-                raise ConfigError(f"{action.dest} is {config[action.dest]!r}; true or false")
+                raise ConfigError(f"{action.dest} is {config[action.dest]!r}; it must be true or false")
             hint = getattr(action, "_typehint", None)
             takes_none = action.default is None or (_takes_none(hint) if hint is not None else False)
             value = config[action.dest]
@@ -66,7 +66,7 @@ def _check(key: str, value: Any, takes_none: bool, takes_empty: bool) -> None:
     if isinstance(value, float) and not math.isfinite(value) and not unbounded:
         raise ConfigError(f"{key} is {value}; it must be a finite number")
     if key in DURATIONS and isinstance(value, dict) and (wrong := value.keys() - UNITS):
-        raise ConfigError(f"{key}: {sorted(map(str, wrong))[0]} is no unit of time; {', '.join(UNITS)}")
+        raise ConfigError(f"{key}: {sorted(map(str, wrong))[0]} is not a unit of time; units are {', '.join(UNITS)}")
     if key in COUNTS and value is not None and not isinstance(value, str | list):
         check_whole(key, value, *COUNTS[key])
     if value == "" and isinstance(value, str) and not takes_empty and key not in MAY_BE_EMPTY:

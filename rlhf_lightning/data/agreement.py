@@ -1,4 +1,4 @@
-"""Whether all ranks have the same rows: each reads its own files, and takes its share by their numbers."""
+"""Checks that all ranks have read the same rows, because each reads the files itself and takes its share by index."""
 
 import hashlib
 import os
@@ -12,13 +12,14 @@ from rlhf_lightning.errors import DataError
 
 
 def require_agreement(error: Exception | None, facts: Callable[[], dict[str, Any]]) -> None:
-    """Raise on all ranks what one of them has found wrong with its data, or what it has differently from rank 0.
+    """Raise the same error on all ranks if one of them found an error in its data, or has other data than rank 0.
 
     Args:
-        error: what this rank has found. facts: by name, what must be equal; called where there are several ranks.
+        error: The error that this rank found, if any.
+        facts: Returns the values that must be equal on all ranks, by name; only called with several ranks.
 
     Raises:
-        DataError: names the rank and its machine.
+        DataError: With the rank and its machine.
     """
     if rank_count() > 1:
         ranks = gather((socket.gethostname(), error and str(error), {} if error else facts()), every=True)
@@ -31,15 +32,15 @@ def require_agreement(error: Exception | None, facts: Callable[[], dict[str, Any
                 if found[name] != value:
                     raise DataError(
                         f"{name}: rank {rank} of {len(ranks)} ({other}) has {_shown(found[name], value)}, rank 0 "
-                        f"({host}) {_shown(value, found[name])}. All ranks must have the same: use files that all "
-                        "machines see, or copy them anew."
+                        f"({host}) {_shown(value, found[name])}. All ranks must read the same rows: use files that all "
+                        "machines see, or copy them again."
                     )
     if error:
         raise error
 
 
 def rows_facts(source: Any, name: str, rows: Iterable[Any], read: int) -> tuple[str, str]:
-    """What rows are known by: their numbers, and a hash of their lengths and, where that is quick, of the source."""
+    """Identify rows: a text with their counts, and a hash of their lengths and, if that is fast, of their source."""
     digest = hashlib.sha256()
     examples = tokens = trained = 0
     for row in rows:
@@ -54,4 +55,4 @@ def rows_facts(source: Any, name: str, rows: Iterable[Any], read: int) -> tuple[
 def _shown(value: Any, other: Any) -> str:
     if not isinstance(value, tuple):
         return str(value)
-    return value[0] if value[0] != other[0] else f"{value[0]} that are others (hash {value[1][:12]})"
+    return value[0] if value[0] != other[0] else f"{value[0]} that differ (hash {value[1][:12]})"

@@ -47,14 +47,14 @@ class RowDataModule(pl.LightningDataModule):
         test: Rows of the `test` command.
         predict: Rows of the `predict` command.
         batch_size: Rows of one training step on one device.
-        eval_batch_size: The same outside training; by default `batch_size`.
+        eval_batch_size: Rows of one validation, test or predict step on one device; by default `batch_size`.
         validation_split: Number of rows (or fraction, below 1) of `train` to hold out if there is no `validation`. All
             rows of a prompt stay on one side.
         max_length: Largest number of tokens of a row.
-        overlong: What to do with longer rows: `error`, `truncate`, or `skip` and count them.
+        overlong: What to do with rows that are too long: `error`, `truncate`, or `skip` and count them.
         on_bad_row: `error` stops at the first bad row and names file and line; `skip` leaves bad rows out and counts
             them.
-        columns: `{our name: your name}`; `{our name: null}` ignores that column.
+        columns: Names of columns, `{our name: your name}`; `{our name: null}` ignores that column.
         format: `chat` renders with the chat template, `raw` uses text as it is. This and the next three settings
             default to those recorded in the model's `stage.json`; without a record, to `chat` and nothing.
         template_kwargs: Passed to the chat template, for example `{enable_thinking: false}`.
@@ -94,7 +94,7 @@ class RowDataModule(pl.LightningDataModule):
     ) -> None:
         super().__init__()
         if overlong not in OVERLONG:
-            raise ConfigError(f"data.overlong is {overlong!r}; one of {', '.join(OVERLONG)}")
+            raise ConfigError(f"data.overlong is {overlong!r}; it must be one of {', '.join(OVERLONG)}")
         for name, size in (
             ("batch_size", batch_size),
             ("eval_batch_size", eval_batch_size),
@@ -104,16 +104,18 @@ class RowDataModule(pl.LightningDataModule):
                 check_whole(f"data.{name}", size)
         for name, value in (("columns", columns), ("template_kwargs", template_kwargs)):
             if not isinstance(value or {}, Mapping):
-                raise ConfigError(f"data.{name} is {value!r}; it must be a mapping of names")
+                raise ConfigError(f"data.{name} is {value!r}; it must be a mapping of column names")
         given = {"train": train, "validation": validation, "test": test, "predict": predict}
         self.sources: dict[str, Any] = {name: settled(source) for name, source in given.items()}
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size or batch_size
         if seed is not None:
             check_seed("data.seed", seed)
         if isinstance(validation_split, str) or not validation_split >= 0:
-            raise ConfigError(f"data.validation_split is {validation_split}; a number of rows, or a fraction below 1")
+            raise ConfigError(
+                f"data.validation_split is {validation_split}; it must be a number of rows, or a fraction below 1"
+            )
         if validation_split and validation is not None:
-            log.info("data.validation_split is not used: data.validation names the rows")
+            log.info("data.validation_split is not used, because data.validation is set")
         self.validation_split, self.max_length, self.overlong = validation_split, max_length, overlong
         self.on_bad_row, self.columns, self.format = on_bad_row, columns, format
         self.template_kwargs, self.system, self.tools, self.tokenizer = template_kwargs, system, tools, tokenizer
@@ -306,7 +308,9 @@ class RowDataModule(pl.LightningDataModule):
             tokenizer, module = self.tokenizer, self.trainer.lightning_module if self.trainer else None
             if tokenizer is None:
                 if module is None:
-                    raise ConfigError("no tokenizer: pass one to the data module, or run it by a Trainer with a module")
+                    raise ConfigError(
+                        "no tokenizer: pass one to the data module, or use it in a Trainer with a module that has one"
+                    )
                 tokenizer = module.tokenizer
             elif isinstance(tokenizer, str | Path) or not hasattr(tokenizer, "apply_chat_template"):
                 tokenizer = load_tokenizer(tokenizer)
@@ -331,7 +335,7 @@ class RowDataModule(pl.LightningDataModule):
     @rank_zero_only
     def _warn_of_differences(self, asking: RenderingSettings, openings: ResponseStarts | None) -> None:
         """Warn where settings differ from those the model was trained with, or answers start unlike prompts end."""
-        asking.warn("all rows have the {} {}, and {} was trained with {}")
+        asking.warn("all rows have the {} {}, but {} was trained with {}")
         if openings is not None and openings.message:
             log.warning("%s", openings.message)
 

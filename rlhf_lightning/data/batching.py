@@ -15,7 +15,7 @@ Counts = dict[str, float]
 
 
 class Example(Protocol):
-    """What a data module makes of a data row."""
+    """What a data module makes of a data row: a `Pair`, for example, or a `Prompt`."""
 
     @property
     def tokens(self) -> int: ...
@@ -153,7 +153,7 @@ class RowLoader:
         world = self.shard_spec().world
         if self.position and state.get("world", world) != world:
             raise ConfigError(
-                f"the checkpoint was written by {state['world']} ranks in the middle of an epoch, and this run has "
+                f"the checkpoint was written by {state['world']} ranks in the middle of an epoch, but this run has "
                 f"{world}: rows would be trained on twice or left out. Resume with the same number of devices, or from "
                 "a checkpoint at the end of an epoch (--ckpt_path)."
             )

@@ -37,7 +37,12 @@ SCHEMA: ToolSchema = {
 
 @dataclass(frozen=True)
 class Forms:
-    """What a template expects of the tool calls of a turn."""
+    """How a template expects the tool calls of a turn.
+
+    Example:
+        >>> Forms(shown=0).ids
+        'given'
+    """
 
     shown: int
     """How it shows arguments: `AS_JSON`, `BY_KEY`, `AS_REPR`, or 0 if it shows no calls."""
@@ -126,18 +131,18 @@ class CallForms:
         """What the template silently omits of a conversation, and what to do; None if it shows everything."""
         if tools and not self.shows_tools():
             return (
-                "the chat template shows no tools, and the row has some. Name a template that does with "
-                "model.chat_template, or leave them out with columns: {tools: null}"
+                "the row has tools, but the chat template does not render them. Set a template that does with "
+                "model.chat_template, or ignore them with columns: {tools: null}"
             )
         for i, message in enumerate(messages):
             role = self._role(message["role"], first=not i)
             if role not in ("user", "assistant") and self._shows_role(role, not i) is False:
-                place = "after the first message" if i else "in front"
+                place = "after the first message" if i else "at the beginning"
                 return f"the chat template leaves out a message of role {role!r} {place}: it does not know that role"
             if (given := _reasoning(message)) and self._reasoning_key(given) is None:
                 return (
-                    f"the chat template does not show {given!r} of a message: write it into the content, between the "
-                    "model's thinking marks, or leave it out of the rows"
+                    f"the chat template does not render {given!r} of a message: write it into the content, between the "
+                    "model's thinking tags, or leave it out of the rows"
                 )
             if (calls := message.get("tool_calls")) and (found := self._left_out_calls(message, calls, bool(tools))):
                 return found
@@ -147,12 +152,12 @@ class CallForms:
         forms = self.forms(tools)
         if not forms.shown and not isinstance(message["content"], Written):
             return (
-                "the chat template shows no tool calls. Name one that does with model.chat_template, or write the "
-                "calls into the content of the message"
+                "the chat template does not render tool calls. Set one that does with model.chat_template, or write "
+                "the calls into the content of the message"
             )
         if forms.shown and len(calls) > 1 and not forms.several:
             return (
-                f"the chat template shows only the first tool call of a message, and this one has {len(calls)}: "
+                f"the chat template renders only the first tool call of a message, and this one has {len(calls)}: "
                 "give each call a message of its own, before its result"
             )
         content = message["content"]

@@ -39,6 +39,10 @@ class Checked:
         blank: Number of blank lines.
         truncated: Number of rows that were truncated.
         openings: How answers begin, compared with generation prompts.
+
+    Example:
+        >>> Checked("chats.jsonl", rows=3, bad=[("chats.jsonl:2", "no 'messages'")]).truncated
+        0
     """
 
     source: str

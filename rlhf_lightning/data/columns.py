@@ -21,7 +21,7 @@ UNUSABLE = ("train_detail", "training_detail", "tools", "functions", *MEDIA)
 OPENING = ("system", "developer")
 """Roles of a message that may only come first."""
 PAIR_REMEDY = (
-    "rlhf preference learns from it. To imitate the chosen answers, set columns: {completion: chosen} (with a "
+    "rlhf preference learns from pairs. To imitate the chosen answers, set columns: {completion: chosen} (with a "
     "'prompt'), or columns: {messages: chosen}"
 )
 TRAINING_COLUMNS = (*WEIGHTS, "label", "margin", "tie", "score_chosen", "score_rejected")
@@ -33,15 +33,15 @@ def refuse_media(data: Mapping[str, Any]) -> None:
     """Raise `RowError` for images, audio and video, which no model here takes, and for per-row template settings."""
     if not is_empty(data.get("chat_template_kwargs")):
         raise RowError(
-            "the row has 'chat_template_kwargs', and all rows are rendered with the same settings: set "
-            "data.template_kwargs, and leave the column out with columns: {chat_template_kwargs: null}"
+            "the row has 'chat_template_kwargs', but all rows are rendered with the same settings: set "
+            "data.template_kwargs, and ignore the column with columns: {chat_template_kwargs: null}"
         )
     refuse_misspelled(data, (*SYSTEM, *TOOLS, *MEDIA))
     for name in MEDIA:
         if not is_empty(data.get(name)):
             raise RowError(
-                f"the row has {name!r}, and models here are given text only. Leave such rows out, or take the text "
-                f"without it with columns: {{{name}: null}}"
+                f"the row has {name!r}, but models here read text only. Leave such rows out, or use only their text "
+                f"with columns: {{{name}: null}}"
             )
 
 
@@ -51,8 +51,8 @@ def refuse_misspelled(data: Mapping[str, Any], names: Sequence[str]) -> None:
         name = column.strip().lower() if isinstance(column, str) else column
         if name != column and name in names and name not in data and not is_empty(value):
             raise RowError(
-                f"the row has {column!r}, and {name!r} is what is read: map it with columns: {{{name}: {column!r}}}, "
-                f"or leave it out with columns: {{{column!r}: null}}"
+                f"the row has {column!r}, but the column that is read is {name!r}: map it with columns: {{{name}: "
+                f"{column!r}}}, or ignore it with columns: {{{column!r}: null}}"
             )
 
 
@@ -100,7 +100,7 @@ def refuse_unused_names(columns: Mapping[str, str | None] | None, used: set[str]
     for ours, theirs in (columns or {}).items():
         if used and theirs is not None and ours not in known:
             close = get_close_matches(ours, sorted(used), n=1)
-            hint = f"did you mean {close[0]}?" if close else f"they are read from {', '.join(sorted(used))}"
+            hint = f"did you mean {close[0]}?" if close else f"they are read from the columns {', '.join(sorted(used))}"
             raise ConfigError(f"data.columns: {{{ours}: {theirs}}}: these rows are not read from {ours!r}; {hint}")
 
 
@@ -117,8 +117,8 @@ def with_system(data: Row, messages: list[Message]) -> list[Message]:
         if str(messages[0]["content"]).strip() == text.strip():
             return messages
         raise RowError(
-            f"the column {column!r} and the system message that the conversation begins with differ. Leave one of "
-            f"them out; the column with columns: {{{column}: null}}"
+            f"the column {column!r} differs from the system message that the conversation begins with. Leave one of "
+            f"them out; columns: {{{column}: null}} ignores the column"
         )
     return [{"role": "system", "content": text}, *messages]
 
@@ -135,7 +135,7 @@ def _system(data: Mapping[str, Any]) -> tuple[str, str]:
         if value.strip():
             found[column] = value
     if len({text.strip() for text in found.values()}) > 1:
-        raise RowError(f"the row has {' and '.join(map(repr, found))}, and they differ")
+        raise RowError(f"the row has {' and '.join(map(repr, found))}, which differ")
     return next(iter(found.items()), ("", ""))
 
 
@@ -147,7 +147,7 @@ def take_marks(message: dict[str, Any], where: str) -> None:
     """
     for name in UNUSABLE:
         if not is_empty(message.get(name)):
-            help = ": it belongs in a column of the row" if name in TOOLS else ""
+            help = ": put it into a column of the row" if name in TOOLS else ""
             raise RowError(f"{where} has {name!r}, which is not used there{help}")
     marks = set()
     for name in MARKS:
@@ -155,7 +155,7 @@ def take_marks(message: dict[str, Any], where: str) -> None:
             continue
         if not isinstance(value, bool | int | float) or value not in (0, 1):
             wanted = "0 (not trained) or 1" if name.endswith("weight") else "true or false"
-            raise RowError(f"{where}: {name!r} must be {wanted}, this is {short(value)}")
+            raise RowError(f"{where}: {name!r} must be {wanted}, but it is {short(value)}")
         marks.add(bool(value))
     if len(marks) > 1:
         raise RowError(f"{where} is marked both as trained and as not trained ({', '.join(MARKS)})")
@@ -185,7 +185,7 @@ def refuse_unwanted(data: Mapping[str, Any]) -> None:
         raise RowError(
             f"'label' is {label!r}: an undesirable answer, which must not be imitated. Leave such rows out (or set "
             "data.on_bad_row: skip), or train on labels with rlhf preference. If the column means something else, "
-            "leave it out with columns: {label: null}"
+            "ignore it with columns: {label: null}"
         )
     if not has_pair(data):
         return
@@ -210,8 +210,8 @@ def refuse_weight(data: Mapping[str, Any]) -> None:
             value = {"true": 1, "false": 0}.get(value.strip().lower(), _number(value))
         if isinstance(value, bool | int | float) and value != 1:
             raise RowError(
-                f"the row has {name!r} {data[name]!r}, and row weights are not supported: leave out rows of weight 0, "
-                f"or the column with columns: {{{name}: null}}"
+                f"the row has {name!r} {data[name]!r}, and row weights are not supported: remove rows of weight 0, "
+                f"or ignore the column with columns: {{{name}: null}}"
             )
 
 
@@ -228,6 +228,6 @@ def refuse_beside_text(data: Mapping[str, Any]) -> None:
         value = data.get(name)
         if not is_empty(value) and value != "[]":
             raise RowError(
-                f"the row is plain text and has {name!r}, which only a conversation can show: give 'messages', or "
-                f"leave it out with columns: {{{name}: null}}"
+                f"the row is plain text and has {name!r}, which only a conversation can render: give 'messages', or "
+                f"ignore it with columns: {{{name}: null}}"
             )

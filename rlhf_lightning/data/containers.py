@@ -46,7 +46,7 @@ def library_rows(source: Any, name: str) -> Iterator[dict[str, Any]]:
     elif of == "polars" and hasattr(source, "to_arrow") and hasattr(source, "columns"):
         yield from arrow_rows(source.to_arrow())
     elif of == "polars" and hasattr(source, "collect"):
-        raise DataError(f"{name}: a polars {kind}; pass what its collect() returns")
+        raise DataError(f"{name}: this is a polars {kind}; pass the result of its collect()")
     elif of == "pyarrow" and hasattr(source, "schema"):
         import pyarrow
 
@@ -55,7 +55,7 @@ def library_rows(source: Any, name: str) -> Iterator[dict[str, Any]]:
     elif of == "datasets":
         yield from dataset_rows(source)
     elif of == "torch" and hasattr(source, "collate_fn"):
-        raise DataError(f"{name}: a {kind}, which yields batches; pass the rows that it loads")
+        raise DataError(f"{name}: this is a {kind}, which yields batches; pass the rows that it loads")
     else:
         yield from _indexed(source, name)
 
@@ -89,7 +89,7 @@ def _frame_rows(frame: Any, name: str) -> Iterator[dict[str, Any]]:
     if wrong := [column for column in names if not isinstance(column, str)]:
         raise DataError(f"{name}: the name of column {wrong[0]!r} is not text; set names with frame.columns = [...]")
     if twice := [column for column in names if names.count(column) > 1]:
-        raise DataError(f"{name}: two columns are called {twice[0]!r}; rename one")
+        raise DataError(f"{name}: two columns have the name {twice[0]!r}; rename one")
     columns = [frame[column].tolist() for column in names]
     arrow = any(hasattr(value, "dtype") and getattr(value, "ndim", 0) for column in columns for value in column)
     rows = []
@@ -208,10 +208,12 @@ def unwrapped(given: Mapping[str, Any], split: str | None, name: str) -> Any:
     lengths = {key: len(value) for key, value in columns.items() if isinstance(value, list)}
     if given and len(lengths) == len(given) and not _holds_messages(columns):
         found = ", ".join(f"{key} {length}" for key, length in lengths.items())
-        raise DataError(f"{name}: columns of unlike lengths ({found}); every row needs a value of each")
+        raise DataError(
+            f"{name}: the columns have different lengths ({found}); every row needs a value for each column"
+        )
     raise DataError(
-        f"{name}: a dict with {_names(given)} is neither columns (a list each) nor splits (train, validation, test); "
-        "a row goes into a list: [row]"
+        f"{name}: a dict with {_names(given)} has neither columns (a list each) nor splits (train, validation, test); "
+        "put a single row into a list: [row]"
     )
 
 
@@ -234,12 +236,14 @@ def object_rows(given: dict[str, Any], split: str | None, name: str) -> list[Any
     if not lists:
         return rows_of_columns(given) if _is_columns(given) else [given]
     if len(lists) > 1:
-        raise DataError(f"{name}: several lists of objects ({', '.join(lists)}); keep the one that holds the rows")
+        raise DataError(
+            f"{name}: there are several lists of objects ({', '.join(lists)}); keep only the one with the rows"
+        )
     others = [key for key in given if key != lists[0]]
     if lost := sorted(BESIDE_ROWS.intersection(others)):
-        raise DataError(f"{name}: {lost[0]!r} is next to the rows ({lists[0]}); write it into each row")
+        raise DataError(f"{name}: {lost[0]!r} is outside the rows ({lists[0]}); write it into each row")
     if others:
-        log.info("%s: rows are those of %r; not used: %s", name, lists[0], ", ".join(others))
+        log.info("%s: rows are read from %r; not used: %s", name, lists[0], ", ".join(others))
     return given[lists[0]]
 
 
@@ -254,9 +258,9 @@ def choose_split(given: Mapping[str, Any], split: str | None, name: str) -> Any:
         wanted = list(given)
     if not wanted or (len(wanted) > 1 and wanted[0] != split):
         asked = f"no split {split!r}" if split else "several splits"
-        raise DataError(f"{name}: {asked}; it has {_names(given)}. Pass only the one to read")
+        raise DataError(f"{name}: {asked}; it has {_names(given)}. Pass only the split to read")
     if others := [key for key in given if key != wanted[0]]:
-        log.info("%s: split %r is read; not used here: %s", name, wanted[0], ", ".join(others))
+        log.info("%s: reading split %r; not used: %s", name, wanted[0], ", ".join(others))
     return given[str(wanted[0])]
 
 

@@ -67,7 +67,7 @@ def to_messages(value: JSON | list[Message], first_role: str = "user") -> list[M
             return [{"role": first_role, "content": value}]
         value = said
     if not isinstance(value, list) or not value:
-        raise RowError(f"a conversation must be a non-empty list of messages, this is {short(value)}")
+        raise RowError(f"a conversation must be a non-empty list of messages, but it is {short(value)}")
     messages: list[Message] = []
     for index, item in enumerate(value):
         messages += _messages(item, index, messages[-1]["role"] if messages else None, first_role)
@@ -83,7 +83,7 @@ def _written(text: str) -> list[JSON] | None:
             value = read(text)
             return value if all(map(_is_message, value)) else None
     if "'" in text[: text.index(":")]:
-        raise RowError(f"a conversation as text must be JSON; this is a printed Python list: {short(text)}")
+        raise RowError(f"a conversation given as text must be JSON, but this is a printed Python list: {short(text)}")
     return None
 
 
@@ -147,7 +147,7 @@ def _take_calls(message: Row, caller: bool, where: str) -> list[Message]:
         elif value:
             found = read_calls(value, where)
             if calls and found != calls:
-                raise RowError(f"{where} has its calls twice, also in {key!r}; remove one of them")
+                raise RowError(f"{where} has tool calls twice, also in {key!r}; remove one of them")
             calls = found
         message.pop(key, None)
     content = message["content"]
@@ -168,7 +168,7 @@ def _take_calls(message: Row, caller: bool, where: str) -> list[Message]:
             message["content"] = left or None
     if calls:
         if message["role"] != "assistant":
-            raise RowError(f"{where} has tool calls; only the assistant calls tools")
+            raise RowError(f"{where} has tool calls; only the assistant can call tools")
         message["tool_calls"] = [*calls]
     return results
 
@@ -198,7 +198,7 @@ def _joined(parts: list[JSON], where: str) -> str:
     for part in parts:
         kind = part.get("type", "text") if isinstance(part, dict) else None
         if isinstance(kind, str) and kind.removeprefix("input_").removesuffix("_url") in MEDIA:
-            raise RowError(f"{where}: content has a part of type {kind!r}, and models here are given text only")
+            raise RowError(f"{where}: content has a part of type {kind!r}, but models here read text only")
         if not isinstance(part, dict) or kind != "text" or not isinstance(part.get("text"), str):
             raise RowError(f"{where}: content has the part {short(part)}; parts must be {{type: text, text: …}}")
         # Parquet and Arrow fill missing keys with None, and templates test which keys a part has.
@@ -313,5 +313,5 @@ def tool_schemas(data: Row) -> list[ToolSchema] | None:
     """
     tools, functions = read_tools(data.get("tools")), read_tools(data.get("functions"), "functions")
     if tools and functions and tools != functions:
-        raise RowError("the row has 'tools' and 'functions', and they differ")
+        raise RowError("the row has 'tools' and 'functions', which differ")
     return tools or functions

@@ -34,7 +34,9 @@ OTHERS |= dict.fromkeys((".xlsx", ".xls", ".ods"), "a spreadsheet; save it as .c
 OTHERS |= dict.fromkeys(
     (".pkl", ".pickle", ".pt", ".npy", ".npz"), "Python objects; save the rows as .jsonl or .parquet"
 )
-OTHERS |= dict.fromkeys((".yaml", ".yml", ".xml", ".html", ".db", ".sqlite"), "no format of rows; save them as .jsonl")
+OTHERS |= dict.fromkeys(
+    (".yaml", ".yml", ".xml", ".html", ".db", ".sqlite"), "not a supported format; save the rows as .jsonl"
+)
 MAGIC = {b"\x1f\x8b": ".gz", b"\x28\xb5\x2f\xfd": ".zst", b"BZh": ".bz2", b"\xfd7zXZ\x00": ".xz"}
 MAGIC |= {b"PAR1": ".parquet", b"ARROW1": ".arrow", b"PK\x03\x04": ".zip"}
 MARKS = {b"\xff\xfe\x00\x00": "utf-32", b"\x00\x00\xfe\xff": "utf-32", b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16"}
@@ -48,6 +50,10 @@ class Wanted:
         text_key: Column of rows that are plain text; None if rows must be objects.
         split: The split to read.
         lines: True if every line is text.
+
+    Example:
+        >>> Wanted(text_key="prompt", split="train").lines
+        False
     """
 
     text_key: str | None = None
@@ -77,7 +83,7 @@ def local_files(source: str | os.PathLike[str]) -> list[Path] | None:
     """
     name = place(source)
     if not name.strip():
-        raise DataError(f"{source!r}: the name of a file is empty")
+        raise DataError(f"{source!r}: the file name is empty")
     if os.path.isdir(name):
         return _parts(Path(name))
     if os.path.exists(name):
@@ -100,11 +106,11 @@ def _parts(folder: Path) -> list[Path]:
     files = sorted((file for file in files if file.name.lower().endswith(SUFFIXES)), key=_in_order)
     files = [file for file in files if is_file(file)]
     if not files:
-        raise DataError(f"{folder}: a folder; give the file ({', '.join(KINDS)}), or a pattern: {folder}/*.jsonl")
+        raise DataError(f"{folder}: this is a folder; give a file ({', '.join(KINDS)}), or a pattern: {folder}/*.jsonl")
     if len({re.sub(r"\d+", "0", file.name) for file in files}) > 1:
         names = ", ".join(file.name for file in files[:6]) + (", …" if len(files) > 6 else "")
         raise DataError(
-            f"{folder}: a folder of files that are not parts of one data set ({names}); give the file, or a pattern: "
+            f"{folder}: the files in this folder do not form one data set ({names}); give a file, or a pattern: "
             f"{folder}/*{files[0].suffix}"
         )
     return files
@@ -138,7 +144,7 @@ def _unfilled(path: Path, items: Iterator[Item]) -> Iterator[Item]:
     given = [item for _, item in found if isinstance(item, dict)]
     rows = unfilled(given, only_rendered=True)
     if rows is not given:
-        log.info("%s: looks written from an Arrow table; null keys of messages and tools are dropped", path)
+        log.info("%s: seems to be written from an Arrow table; null keys of messages and tools are dropped", path)
     after = iter(rows)
     return ((where, next(after) if isinstance(item, dict) else item) for where, item in found)
 
@@ -228,7 +234,7 @@ def _text_items(path: Path, kind: str, text: str, wanted: Wanted) -> Iterator[It
         return _prompts(path, text, wanted)
     if kind not in (*JSON_KINDS, *TEXTS) and not text.lstrip().startswith(("{", "[", '"')) and text.strip():
         told = ", .txt for a prompt on each line (or set data.lines: true)" if wanted.text_key else ""
-        ending = f"the ending {kind} does not say" if kind else "no ending says"
+        ending = f"its extension {kind} does not tell" if kind else "it has no extension to tell"
         raise DataError(f"{path}: not JSON, and {ending} what it is; rename it: .csv or .tsv for a table{told}")
     return _json_items(path, kind, text, wanted)
 
@@ -258,7 +264,7 @@ def _prompts(path: Path, text: str, wanted: Wanted) -> Iterator[Item]:
     others = [number for number, kind in kinds.items() if kind is not dict]
     if objects and others:
         raise DataError(
-            f"{path}:{others[0]}: not a JSON object, but line {objects[0]} is one; a file must hold either rows or "
+            f"{path}:{others[0]}: not a JSON object, but line {objects[0]} is one; a file must contain either rows or "
             "lines of text. With data.lines: true every line is text."
         )
     every = {kind for kind in kinds.values() if kind} if None not in kinds.values() else set()
@@ -349,13 +355,13 @@ def _value_items(path: Path, value: Any, wanted: Wanted) -> Iterator[Item]:
     if isinstance(value, dict):
         value = object_rows(value, wanted.split, str(path))
     if not isinstance(value, list):
-        raise DataError(f"{path}: holds a {type(value).__name__}; a .json file must hold a list of objects")
+        raise DataError(f"{path}: contains a {type(value).__name__}; a .json file must contain a list of objects")
     for index, item in enumerate(value):
         where = f"{path}[{index}]"
         if isinstance(item, str) and wanted.text_key:
             item = {wanted.text_key: item}
         if not isinstance(item, dict):
-            raise DataError(f"{where}: a {type(item).__name__}; every row must be an object")
+            raise DataError(f"{where}: this row is a {type(item).__name__}; every row must be an object")
         yield where, item
 
 
@@ -380,8 +386,8 @@ def line_row(line: str, text_key: str | None) -> dict[str, Any]:
         raise ValueError(f"not valid JSON ({error}); each line must be one JSON object") from None
     if isinstance(value, str) and text_key:
         if value.lstrip().startswith("{") and _kind(value.strip()) is dict:
-            raise ValueError("JSON text within a JSON string: the row is encoded twice; encode it once")
+            raise ValueError("this is JSON inside a JSON string: the row is encoded twice; encode it once")
         return {text_key: value}
     if not isinstance(value, dict):
-        raise ValueError(f"a JSON {type(value).__name__}; each line must be one JSON object")
+        raise ValueError(f"this is a JSON {type(value).__name__}; each line must be one JSON object")
     return value

@@ -25,13 +25,13 @@ def load_saved(folder: str) -> Any:
         return load_from_disk(folder)
     except Exception as error:
         reason = " ".join(str(error).split())[:300]
-        raise DataError(f"{folder}: a saved datasets data set that cannot be loaded ({reason})") from error
+        raise DataError(f"{folder}: a data set saved with `datasets` that cannot be loaded ({reason})") from error
 
 
 def check_there(source: str) -> None:
     """Raise `DataError` unless the path exists, or may be a Hub id."""
     if "://" in source and not source.startswith("file://"):
-        raise DataError(f"{source}: a URL; download the file, or give a Hub id like owner/name")
+        raise DataError(f"{source}: this is a URL; download the file, or give a Hub id like owner/name")
     if local_files(source.partition(":")[0] if is_saved_dataset(place(source).partition(":")[0]) else source) is None:
         name = source.partition(":")[0]
         if name.count("/") != 1 or name.lower().endswith(SUFFIXES) or name.startswith((".", "/", "~")):

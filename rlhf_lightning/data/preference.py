@@ -73,7 +73,7 @@ class PreferenceDataModule(RowDataModule):
     ) -> None:
         super().__init__(train, validation, overlong=overlong, **kwargs)
         if kind not in (None, *KINDS):
-            raise ConfigError(f"data.kind is {kind!r}; one of {', '.join(KINDS)}")
+            raise ConfigError(f"data.kind is {kind!r}; it must be one of {', '.join(KINDS)}")
         self._kind = kind
         self.category_names: list[str] = []
         self._worse, self._margins = 0, False
@@ -89,7 +89,7 @@ class PreferenceDataModule(RowDataModule):
         """What rows are made into: `pairs`, `labels` or `rankings`."""
         wanted = getattr(self.loss, "kind", None)
         if self._kind and wanted and self._kind != wanted:
-            raise ConfigError(f"data.kind is {self._kind}, but the loss {type(self.loss).__name__} takes {wanted}")
+            raise ConfigError(f"data.kind is {self._kind}, but the loss {type(self.loss).__name__} needs {wanted}")
         return self._kind or wanted or "pairs"
 
     def examples(self, name: str) -> Callable[[dict[str, Any]], list[Any]]:
@@ -132,7 +132,9 @@ class PreferenceDataModule(RowDataModule):
 
     def _pair(self, data: dict[str, Any]) -> list[Any]:
         if (found := row_kind(data)) != "pairs":
-            raise RowError(f"the row is one of {found}, but pairs are expected: set model.loss to a loss of {found}")
+            raise RowError(
+                f"the row has the form of {found}, but pairs are expected: set model.loss to a loss for {found}"
+            )
         refuse_weight(data)
         prompt, chosen, rejected = split_pair(data)
         if chosen == rejected:
@@ -148,7 +150,9 @@ class PreferenceDataModule(RowDataModule):
         self._note_scores(data)
         if tie and self.loss is not None and "ties" not in self.loss.keywords():
             name = type(self.loss).__name__
-            raise RowError(f"the pair is a tie, which {name} cannot learn from; use BradleyTerry, Davidson, RaoKupper")
+            raise RowError(
+                f"the pair is a tie, which {name} cannot learn from; use BradleyTerry, Davidson or RaoKupper"
+            )
         return [Pair(sides, _category(data), float(margin or 0.0), bool(tie))]
 
     def _labeled(self, data: dict[str, Any]) -> list[Any]:
@@ -205,7 +209,7 @@ class PreferenceDataModule(RowDataModule):
             return sides
         if excess >= min(side.loss_mask.index(1) - self._kept(side) for side in sides):
             self._truncated -= 1
-            raise RowError(f"a response alone is longer than data.max_length {self.max_length}; raise it")
+            raise RowError(f"a response without its prompt is longer than data.max_length {self.max_length}; raise it")
         return [self._without(side, excess) for side in sides]
 
     def _kept(self, side: Rendered) -> int:
@@ -233,7 +237,7 @@ class PreferenceDataModule(RowDataModule):
             prompts = [row.messages[0] for row in rows]
         if all(prompt == prompts[0] for prompt in prompts):
             loss = type(self.loss).__name__
-            raise DataError(f"data.{name}: all rows have the same prompt; {loss} needs responses to other prompts")
+            raise DataError(f"data.{name}: all rows have the same prompt; {loss} needs responses to different prompts")
         following = [0] * len(rows)
         partner = next(i for i in range(len(rows)) if prompts[i] != prompts[-1])
         for i in reversed(range(len(rows))):

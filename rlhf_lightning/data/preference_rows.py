@@ -13,7 +13,12 @@ from rlhf_lightning.types import Message
 
 @dataclass
 class PreferenceExample:
-    """Responses to one prompt, as token rows whose mask is 1 on the response."""
+    """Responses to one prompt, as token rows whose mask is 1 on the response. Base class of pairs, labels and rankings.
+
+    Example:
+        >>> PreferenceExample([Rendered([1, 2, 3], [0, 1, 1]), Rendered([1, 4], [0, 1])]).tokens
+        3
+    """
 
     sides: list[Rendered]
     category: str | None = None
@@ -133,7 +138,7 @@ def split_pair(data: dict[str, Any]) -> tuple[list[Message], list[Message], list
         shared = _shared(*map(unmarked, sides))
         prompt, sides = sides[0][:shared], [side[shared:] for side in sides]
         if not prompt:
-            raise RowError("no 'prompt', and chosen and rejected do not begin with the same messages")
+            raise RowError("the row has no 'prompt', and chosen and rejected do not begin with the same messages")
         prompt = unmarked(with_system(data, prompt))
     asked = [[m["content"] for m in side if m["role"] in ("user", "system")] for side in sides]
     if asked[0] != asked[1]:

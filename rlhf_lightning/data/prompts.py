@@ -14,8 +14,8 @@ from rlhf_lightning.errors import MOST, ConfigError, check_whole
 from rlhf_lightning.types import Message
 
 NOT_OF_PROMPTS = {
-    "batch_size": "prompts_per_round (of training), or data.eval_batch_size (of validation)",
-    "max_length": "max_prompt_tokens, and the tokens of a response with model.sampler.max_tokens",
+    "batch_size": "prompts_per_round (for training), or data.eval_batch_size (for validation)",
+    "max_length": "max_prompt_tokens, and limit responses with model.sampler.max_tokens",
 }
 """Settings of the other stages, and what to set instead."""
 
@@ -149,7 +149,9 @@ class PromptDataModule(RowDataModule):
         **kwargs: Any,
     ) -> None:
         if train is not None and episodes is not None:
-            raise ConfigError("data.train and data.episodes are both set; give prompts to sample from, or a record")
+            raise ConfigError(
+                "data.train and data.episodes are both set; give either prompts to sample from, or recorded episodes"
+            )
         for name, ours in NOT_OF_PROMPTS.items():
             if name in kwargs:
                 raise ConfigError(f"data.{name} is not for policy stages: set data.{ours}")
@@ -164,7 +166,8 @@ class PromptDataModule(RowDataModule):
         self.recorded = episodes is not None
         if self.recorded and self.validation_split:
             raise ConfigError(
-                "data.validation_split holds prompts out, and data.episodes has none; name data.validation"
+                "data.validation_split holds out prompts of data.train, but data.episodes is used instead; set "
+                "data.validation"
             )
         self.lines = lines
         for name, value in (
@@ -188,7 +191,7 @@ class PromptDataModule(RowDataModule):
         """The trainer's policy module, which makes the episodes."""
         module = self.trainer.lightning_module if self.trainer else None
         if not hasattr(module, "rollout_loader"):
-            raise ConfigError("PromptDataModule feeds a PolicyRLModule: run both in one Trainer")
+            raise ConfigError("PromptDataModule needs a PolicyRLModule: pass both to the same Trainer")
         return module
 
     def _weighed(self, data: dict[str, Any]) -> list[Prompt]:

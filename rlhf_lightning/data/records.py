@@ -168,7 +168,7 @@ def _listed(source: Iterable[Any], wanted: Wanted, name: str) -> Iterator[Item]:
         elif library(item) in ("pandas", "polars", "pyarrow", "datasets"):
             yield from _items(item, wanted, where)
         else:
-            raise DataError(f"{where}: a row is a dict, this is {type(item).__name__}")
+            raise DataError(f"{where}: a row must be a dict, but this is a {type(item).__name__}")
 
 
 def _is_row(item: Any) -> bool:
@@ -220,14 +220,14 @@ def fingerprint(source: Source | None, split: str | None = None) -> str | None:
     if isinstance(source, Mapping):
         source = unwrapped(source, split, type(source).__name__)
     if is_stream(source):
-        log.warning("a %s is a stream: its rows are not hashed", type(source).__name__)
+        log.warning("a %s is a stream, so its rows are not hashed for the run's records", type(source).__name__)
         return None
     digest = hashlib.sha256()
     if library(source):
         source = list(library_rows(source, type(source).__name__))
     for item in [source] if isinstance(source, str | os.PathLike) else source:
         if isinstance(item, str | os.PathLike) and is_open_stream(place(item)):
-            log.warning("%s is a stream: what was read of it is not hashed", item)
+            log.warning("%s is a stream, so its rows are not hashed for the run's records", item)
             return None
         files = hashed_files(item) if isinstance(item, str | os.PathLike) else []
         for file in files:
@@ -282,7 +282,7 @@ def rename_columns(row: LocatedRow, columns: Mapping[str, str | None] | None) ->
     left_out = {ours for ours, theirs in columns.items() if theirs is None}
     mapped = {ours: theirs for ours, theirs in columns.items() if theirs is not None}
     if missing := [theirs for theirs in mapped.values() if theirs not in data]:
-        raise RowError(f"no column {missing[0]!r} (named in columns:); the row has {_names(data)}")
+        raise RowError(f"no column {missing[0]!r} (named in data.columns); the row has {_names(data)}")
     kept = {column: value for column, value in data.items() if column not in left_out}
     named = {**kept, **{ours: data[theirs] for ours, theirs in mapped.items()}}
     if isinstance(data, Cells):

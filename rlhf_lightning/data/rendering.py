@@ -109,7 +109,7 @@ class Renderer:
         self.format, self.template_kwargs = format, template_kwargs or {}
         self.system, self.tools, self.stop = system or None, tools or None, tuple(stop)
         if format == "raw" and self.tools:
-            raise ConfigError("tools need a chat template, which shows them to the model, but format is raw")
+            raise ConfigError("tools need a chat template to render them, but format is raw")
         self.template = ChatTemplate(tokenizer, template_kwargs)
         if format == "chat" and not tokenizer.chat_template:
             raise ConfigError(
@@ -159,7 +159,7 @@ class Renderer:
         if not ids and not self.stop_token_ids:
             raise ConfigError(
                 f"the tokenizer {self.tokenizer.name_or_path or ''} has no stop token (eos_token), and its template "
-                "ends turns with none: a model trained with it would never stop. Set eos_token in "
+                "ends turns without one: a model trained with it would never stop. Set eos_token in "
                 "tokenizer_config.json."
             )
         if self.format == "chat" and not self.template.ends_turns:
@@ -188,7 +188,7 @@ class Renderer:
         messages, tools = self.completed(messages, tools)
         self._note_lost(messages, tools)
         if self.format == "raw":
-            refuse_untrained(messages[-1:], "with format raw the last message is what is trained")
+            refuse_untrained(messages[-1:], "with format raw the last message is always trained")
             return [self._raw(messages)]
         if train_on == "everything":
             refuse_untrained(messages, "data.train_on is everything")
@@ -199,7 +199,7 @@ class Renderer:
         if any(message.get("trainable") and not chosen for message, chosen in zip(messages, selected, strict=True)):
             self.template.forms.once(
                 "trainable",
-                f"messages marked as trained are not trained, since data.train_on is {train_on}; set it to trainable",
+                f"messages marked as trained are not trained, because data.train_on is {train_on}; set it to trainable",
             )
         refuse_blank(messages, selected)
         return [_checked(row).trimmed() for row in self._rows(messages, tools, selected)]
@@ -254,12 +254,12 @@ class Renderer:
         prompt, tools = self.completed(prompt, tools)
         messages = prompt + response
         self._note_lost(messages, tools)
-        refuse_untrained(response, "a response is trained and scored as a whole")
+        refuse_untrained(response, "a response can only be trained and scored as a whole")
         if self.format == "raw":
             return self._raw(messages, len(prompt))
         selected = [i >= len(prompt) and m["role"] == "assistant" for i, m in enumerate(messages)]
         if not any(selected):
-            raise RowError(f"the response has no assistant message, its roles are {[m['role'] for m in response]}")
+            raise RowError(f"the response has no assistant message; its roles are {[m['role'] for m in response]}")
         if not allow_blank:
             refuse_blank(messages, selected)
         rows = self._rows(messages, tools, selected)
@@ -290,7 +290,7 @@ class Renderer:
     def _lost(self, messages: list[Message], tools: list[Any] | None) -> str | None:
         """What would be left out, as a message; None if nothing."""
         if self.format == "raw":
-            return "format raw shows no tools; leave them out with columns: {tools: null}" if tools else None
+            return "format raw does not render tools; ignore them with columns: {tools: null}" if tools else None
         return self.template.forms.left_out(messages, tools)
 
     # -- tokens ---------------------------------------------------------------------------------------------------
@@ -318,8 +318,8 @@ class Renderer:
             if lost := next((piece for piece in pieces if piece not in text), None):
                 self.template.forms.once(
                     "stripped",
-                    f"the chat template leaves out a part of what the assistant says, for example {lost[:60]!r}, "
-                    f"which is then not trained. It turns {content[:60]!r} into {text[:60]!r}. Set "
+                    f"the chat template leaves out a part of the assistant's message, for example {lost[:60]!r}, "
+                    f"which is therefore not trained. It turns {content[:60]!r} into {text[:60]!r}. Set "
                     "model.chat_template to a template that keeps it",
                 )
 
@@ -391,7 +391,7 @@ class Renderer:
 
     def _eos(self) -> int:
         if self.tokenizer.eos_token_id is None:
-            raise ConfigError("the tokenizer has no eos_token; text rows need one to end with")
+            raise ConfigError("the tokenizer has no eos_token, which text rows end with")
         return self.tokenizer.eos_token_id
 
 
@@ -407,7 +407,7 @@ def _checked(row: Rendered) -> Rendered:
 def _plain(messages: list[Message]) -> str:
     """Concatenated contents of messages."""
     if any(message.get("tool_calls") and not isinstance(message["content"], Written) for message in messages):
-        raise RowError("format raw has no template that shows tool calls; write them into the content, or use chat")
+        raise RowError("format raw cannot render tool calls; write them into the content, or use format chat")
     return "".join(message["content"] or "" for message in messages)
 
 

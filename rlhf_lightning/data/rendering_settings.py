@@ -86,7 +86,7 @@ class RenderingSettings:
             if self.given.get("template_kwargs"):
                 raise ConfigError(
                     f"template_kwargs {_shown(self.given['template_kwargs'])}: format is raw "
-                    f"({self._why_raw()}), and no template reads them. Leave them out, or set format: chat"
+                    f"({self._why_raw()}), so no template reads them. Leave them out, or set format: chat"
                 )
             settings.pop("template_kwargs", None)
         return Renderer(tokenizer, **{**settings, "stop_token_ids": ids})
@@ -110,10 +110,12 @@ class RenderingSettings:
         """The settings in one line; empty if they are the defaults."""
         differences, parts, told = self.differences(), [], []
         if not self.record and "kind" in read_stage(self.source):
-            parts.append(f"stage.json of {self.source} does not record how it was prompted in training; using defaults")
+            parts.append(
+                f"stage.json of {self.source} does not record how the model was prompted in training; using defaults"
+            )
         kept = {key: value for key, value in self.record.items() if key in DEFAULTS and key not in self.given}
         if said := ", ".join(f"{key} {_shown(value)}" for key, value in kept.items() if not _usual(key, value)):
-            parts.append(f"prompts as {self.source} was trained: {said}")
+            parts.append(f"prompting as in the training of {self.source}: {said}")
         for key, value in self.given.items():
             if key in differences:
                 told.append(f"{key} {_shown(value)} (trained with {_shown(differences[key][1])})")
@@ -129,7 +131,7 @@ class RenderingSettings:
         if said := self.describe():
             log.info("%s", said)
 
-    def warn(self, text: str = "data.{} is {}, and {} was trained with {}: the setting is used") -> None:
+    def warn(self, text: str = "data.{} is {}, but {} was trained with {}; using the setting") -> None:
         """Warn of settings that the model was not trained with.
 
         Args:

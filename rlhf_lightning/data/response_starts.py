@@ -27,7 +27,7 @@ class ResponseStarts:
     differing: int = 0
     prompt: str = field(default="", init=False)
     row: str = field(default="", init=False)
-    """Of the first turn that differs: how its prompt ends (`prompt`), and what the row has in that place (`row`)."""
+    """For the first turn that differs: how its prompt ends (`prompt`), and what the row has there instead (`row`)."""
 
     def take(self, prompt: str, row: str, message: Message) -> None:
         """Compare a prompt's text with the row that ends with `message`."""
@@ -57,10 +57,10 @@ class ResponseStarts:
             return ""
         return (
             f"{self.differing} of {self.turns} trained answers do not begin where the generation prompt ends:\n"
-            f"  a prompt ends with  {self.prompt!r}\n"
-            f"  the row has there   {self.row!r}\n"
+            f"  prompts end with     {self.prompt!r}\n"
+            f"  the row has instead  {self.row!r}\n"
             "The model would be prompted in one way and trained in another. Set data.template_kwargs so that they "
-            "agree (for many templates enable_thinking: true or false), give the rows a thought, or set another "
+            "agree (for many templates enable_thinking: true or false), add thinking to the rows, or set another "
             "model.chat_template."
         )
 

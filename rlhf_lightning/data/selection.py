@@ -35,7 +35,7 @@ def select(messages: list[Message], train_on: str) -> list[bool]:
     if train_on == "last_assistant":
         last = max(i for i, chosen in enumerate(assistant) if chosen)
         return [i == last and kept[i] for i in range(len(messages))]
-    raise ConfigError(f"train_on is {train_on!r}; one of {', '.join(TRAIN_ON)}")
+    raise ConfigError(f"train_on is {train_on!r}; it must be one of {', '.join(TRAIN_ON)}")
 
 
 def refuse_blank(messages: list[Message], selected: list[bool]) -> None:

@@ -55,7 +55,7 @@ class SFTDataModule(RowDataModule):
     ) -> None:
         super().__init__(train, validation, overlong=overlong, **kwargs)
         if train_on not in TRAIN_ON:
-            raise ConfigError(f"data.train_on is {train_on!r}; one of {', '.join(TRAIN_ON)}")
+            raise ConfigError(f"data.train_on is {train_on!r}; it must be one of {', '.join(TRAIN_ON)}")
         self.train_on = train_on
 
     def examples(self, name: str) -> Callable[[dict[str, Any]], list[Any]]:
@@ -78,14 +78,14 @@ class SFTDataModule(RowDataModule):
             refuse_unwanted(data)
         if data.get("text") is not None and not has_conversation(data):
             if not isinstance(data["text"], str) or not data["text"].strip():
-                raise RowError("'text' must be text that is not blank")
+                raise RowError("'text' must not be blank")
             refuse_beside_text(data)
             rows = [self.renderer.text(data["text"])]
         else:
             if self.renderer.format == "raw" and self.train_on not in ("all_assistant", "last_assistant"):
                 raise ConfigError(
                     f"data.train_on is {self.train_on}, but format raw trains the last message: leave it out, or give "
-                    "such rows as 'text', which is trained completely"
+                    "such rows as 'text', of which every token is trained"
                 )
             messages, tools = conversation(data), tool_schemas(data)
             self.renderer.refuse_lost(messages, tools)

@@ -67,14 +67,14 @@ class Leaks:
             f"{len(pairs)} of {self.count} rows {words} (the first: {pairs[0][0]} and {pairs[0][1]})"
             for pairs, words in (
                 (self.rows, "are trained on"),
-                (self.prompts, "have a prompt that is trained on"),
-                (self.conversations, "are of a conversation that is trained on"),
+                (self.prompts, "share a prompt with a training row"),
+                (self.conversations, "belong to a conversation of the training data"),
             )
             if pairs
         ]
         return (
             f"leakage between data.train and data.{name}: {', '.join(found)}. Metrics measured on them are too "
-            "optimistic: leave them out of one side, or use data.validation_split, which keeps a prompt on one side."
+            "optimistic: remove them from one side, or use data.validation_split, which keeps a prompt on one side."
         )
 
 
@@ -86,6 +86,11 @@ class Prepared:
         rows: Examples.
         reading: Counts of the reading.
         truncated: Number of truncated rows.
+
+    Example:
+        ```python
+        held_out = prepared.part([0, 3])  # the examples of the first and the fourth row
+        ```
     """
 
     rows: list[Any]
@@ -242,7 +247,7 @@ def hold_out(train: Prepared, split: float, seed: int) -> Prepared:
     size = len(train.keys)
     wanted = int(split if split >= 1 else max(1, split * size))
     if wanted >= size:
-        raise ConfigError(f"data.validation_split {split} leaves nothing to train on ({size} rows)")
+        raise ConfigError(f"data.validation_split {split} leaves no training rows (of {size})")
     held = held_out(together(train.keys), wanted, seed)
     if not held:
         raise ConfigError(

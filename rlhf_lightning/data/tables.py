@@ -44,7 +44,7 @@ def arrow_rows(table: Any) -> Iterator[dict[str, Any]]:
     """
     names = table.schema.names
     if twice := [name for name in names if names.count(name) > 1]:
-        raise DataError(f"two columns are called {twice[0]!r}; rename one")
+        raise DataError(f"two columns have the name {twice[0]!r}; rename one")
     clean = row_cleaner(table.schema)
     for batch in table.to_batches():
         for start in range(0, len(batch), 1000):
@@ -130,7 +130,9 @@ def csv_items(path: str, text: str, delimiter: str) -> Iterator[Item]:
     """
     first = text.lstrip().partition("\n")[0]
     if first.startswith(("{", "[")):
-        raise DataError(f"{path}:1: begins like JSON, but the name says it is a table; name it .jsonl or .json")
+        raise DataError(
+            f"{path}:1: the file begins like JSON, but its name is that of a table; rename it to .jsonl or .json"
+        )
     if delimiter == "," and "," not in first and ";" in first:
         delimiter = ";"  # spreadsheets write this in locales with a decimal comma
     limit = csv.field_size_limit(sys.maxsize)
@@ -150,7 +152,9 @@ def _records(path: str, reader: Any) -> Iterator[Item]:
         except StopIteration:
             return
         except csv.Error as error:
-            raise DataError(f"{where}: not a table ({error}); check the quotes of the row that begins here") from None
+            raise DataError(
+                f"{where}: cannot be parsed ({error}); check the quotes of the row that begins here"
+            ) from None
         if cells and cells[0].startswith("\ufeff"):
             cells[0] = cells[0].removeprefix("\ufeff")
         if not cells:
@@ -160,7 +164,10 @@ def _records(path: str, reader: Any) -> Iterator[Item]:
             index = not header[0].strip() and len(header) > 1  # written by pandas unless index=False
             _check_header(where, header[index:])
         elif [name.strip() for name in cells] == header:
-            yield where, DataError("the header again: the file seems to be joined from several; remove this line")
+            yield (
+                where,
+                DataError("this is the header again, so the file seems to be joined from several; remove this line"),
+            )
         elif len(cells) != len(header):
             yield where, DataError(f"{_count(cells)}, but the header (line 1) has {_count(header)}")
         elif index and not cells[0].strip().isdigit():
@@ -207,7 +214,7 @@ def cell(name: str, text: str) -> Any:
         if (found is not None and not written) or not MESSAGES.match(text):
             return found if written else text
     if not written:
-        raise ValueError(f"{name!r} holds {text.strip()[:40]!r}…, which is not JSON; write the cell with json.dumps")
+        raise ValueError(f"{name!r} contains {text.strip()[:40]!r}…, which is not JSON; write the cell with json.dumps")
     return found
 
 

@@ -143,7 +143,7 @@ class Budget:
 
 def _check_length(length: int) -> None:
     if length > LENGTH:
-        raise OverBudgetError(f"the chat template makes a text or list longer than {LENGTH:,}")
+        raise OverBudgetError(f"the chat template creates a text or list longer than {LENGTH:,}")
 
 
 def _check_widths(values: Iterable[Any]) -> None:

@@ -135,7 +135,7 @@ class ChatTemplate:
         self._recent.clear()
         if not self._prints():
             raise ConfigError(
-                "the chat template prints nothing of a user's message. Fix chat_template.jinja in the model "
+                "the chat template does not render user messages. Fix chat_template.jinja in the model "
                 "folder, or set another with model.chat_template."
             )
 
@@ -202,7 +202,7 @@ class ChatTemplate:
             RecursionError,
         ) as error:
             roles = " ".join(str(message.get("role")) for message in messages) or "none"
-            raise RowError(f"the chat template refuses the conversation (roles: {roles}): {error}") from None
+            raise RowError(f"the chat template rejects the conversation (roles: {roles}): {error}") from None
 
     def _source(self, tools: Tools) -> str:
         """Key of the template, with its budget reset."""
@@ -217,9 +217,7 @@ class ChatTemplate:
         from jinja2.meta import find_undeclared_variables
 
         if taken := sorted(set(options) & _RESERVED):
-            raise ConfigError(
-                f"data.template_kwargs has {taken[0]!r}, which the rendering itself sets; leave it out there"
-            )
+            raise ConfigError(f"data.template_kwargs has {taken[0]!r}, which is set automatically; leave it out")
         given = self.tokenizer.chat_template if options else None
         sources = [*given.values()] if isinstance(given, dict) else [given] if given else []
         if not sources:

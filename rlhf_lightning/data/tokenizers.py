@@ -11,7 +11,7 @@ from rlhf_lightning.untrusted import check_files
 
 _MISSING = (
     "no tokenizer can be loaded from {}: its files are missing (tokenizer.json, tokenizer_config.json and others). "
-    "Copy them from the model that it was made from, or set model.tokenizer."
+    "Copy them from the model that this one was trained from, or set model.tokenizer."
 )
 
 
@@ -46,20 +46,22 @@ def load_tokenizer(source: Any, tokenizer: Any = None, chat_template: str | None
                 raise
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             if "trust_remote_code" in str(error):
-                reason = "it brings its own code; to run that, set model.model_options: {trust_remote_code: true}"
+                reason = (
+                    "it needs code of its own; to run that code, set model.model_options: {trust_remote_code: true}"
+                )
             if reason.startswith("Couldn't instantiate the backend tokenizer"):
                 raise ConfigError(_MISSING.format(name)) from error
             raise ConfigError(f"no tokenizer can be loaded from {name}: {reason}. Set model.tokenizer.") from error
         longest = getattr(tokenizer, "model_max_length", 0)
         if isinstance(longest, bool) or not isinstance(longest, int | float):
             raise ConfigError(
-                f"{name}: model_max_length of tokenizer_config.json is {longest!r:.80}; a number of tokens"
+                f"{name}: model_max_length of tokenizer_config.json is {longest!r:.80}; it must be a number of tokens"
             )
         # Where its files are missing, transformers makes one of special tokens alone, to which every text is empty.
         if len(tokenizer) <= len(getattr(tokenizer, "added_tokens_decoder", ())):
             raise ConfigError(_MISSING.format(name))
     if not hasattr(tokenizer, "apply_chat_template"):
-        raise ConfigError(f"tokenizer is {tokenizer!r}; a folder, a Hub id, or a tokenizer of transformers")
+        raise ConfigError(f"tokenizer is {tokenizer!r}; it must be a folder, a Hub id, or a tokenizer of transformers")
     if chat_template is not None:
         tokenizer.chat_template = _template(chat_template)
     if isinstance(tokenizer.chat_template, str):  # an editor may have saved chat_template.jinja with a mark
@@ -86,7 +88,9 @@ def _template(value: str) -> str:
         return value
     path = Path(value)
     if not is_file(path):
-        raise ConfigError(f"model.chat_template {value!r}: neither a file nor a template (it has no braces)")
+        raise ConfigError(
+            f"model.chat_template {value!r}: this is neither a file nor a template (a template contains braces)"
+        )
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:

@@ -92,7 +92,9 @@ def _arguments(value: JSON, name: str, where: str) -> dict[str, JSON]:
     if isinstance(value, str):
         value = _json(value, f"{where}: the arguments of the call of {name!r} are text that is not a JSON object")
     if not isinstance(value, dict):
-        raise RowError(f"{where}: the arguments of the call of {name!r} must be a JSON object, this is {short(value)}")
+        raise RowError(
+            f"{where}: the arguments of the call of {name!r} must be a JSON object, but they are {short(value)}"
+        )
     return value
 
 
@@ -115,13 +117,13 @@ def read_tools(value: JSON, name: str = "tools") -> list[ToolSchema] | None:
         return None
     if isinstance(value, list):
         value = [
-            _json(tool, f"{name!r} holds text that is not JSON") if isinstance(tool, str) else tool for tool in value
+            _json(tool, f"{name!r} contains text that is not JSON") if isinstance(tool, str) else tool for tool in value
         ]
     tools = [tool for tool in value if isinstance(tool, dict)] if isinstance(value, list) else []
     if not isinstance(value, list) or len(tools) < len(value):
         raise RowError(
-            f"{name!r} must be a list of objects, this is {short(value)}. If the column means something else, leave it "
-            f"out with columns: {{{name}: null}}"
+            f"{name!r} must be a list of objects, but it is {short(value)}. If the column means something else, ignore "
+            f"it with columns: {{{name}: null}}"
         )
     return [schema for tool in tools for schema in _schemas(tool)]
 

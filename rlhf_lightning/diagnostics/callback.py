@@ -69,7 +69,9 @@ class Diagnostics(RoundCallback):
         super().__init__()
         found = {check.name: check for check in [*(make() for make in DEFAULT), *(checks or [])]}
         if unknown := sorted(set(disabled or []) - set(found)):
-            raise ConfigError(f"Diagnostics.disabled names {unknown[0]!r}; the checks are {', '.join(found)}")
+            raise ConfigError(
+                f"Diagnostics.disabled contains {unknown[0]!r}, which is not a check; checks are {', '.join(found)}"
+            )
         self.checks = [check for name, check in found.items() if name not in (disabled or [])]
         self._warned: list[str] = []
         self._file = JsonLines("warnings.jsonl")

@@ -38,7 +38,7 @@ class Check(ABC):
 
     def __init__(self, rounds: int = 5) -> None:
         if not 1 <= rounds <= RECENT:
-            raise ConfigError(f"{type(self).__name__}.rounds is {rounds}; between 1 and {RECENT}")
+            raise ConfigError(f"{type(self).__name__}.rounds is {rounds}; it must be between 1 and {RECENT}")
         self.rounds = rounds
 
     def applies(self, module: Any) -> bool:

@@ -50,7 +50,7 @@ class StopOnCollapse(RoundCallback):
     ) -> None:
         super().__init__()
         if patience < 1:
-            raise ConfigError(f"StopOnCollapse.patience is {patience}; at least 1 round")
+            raise ConfigError(f"StopOnCollapse.patience is {patience}; it must be at least 1 round")
         self.patience = patience
         self.checks: list[Check] = []
         if reward_lost is not None:
@@ -91,7 +91,7 @@ class StopOnCollapse(RoundCallback):
         trainer.should_stop = True
         pl_module.log("stopped_on_collapse", 1.0, on_step=True, on_epoch=False)
         if trainer.is_global_zero:
-            log.warning("step %d: training stops, %s", trainer.global_step, self.stopped["reason"])
+            log.warning("step %d: stopping the training, %s", trainer.global_step, self.stopped["reason"])
 
     def state_dict(self) -> dict[str, Any]:
         return {**super().state_dict(), "streaks": dict(self._streaks), "stopped": self.stopped}

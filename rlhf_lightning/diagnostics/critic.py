@@ -17,10 +17,12 @@ class UselessCritic(Check):
     """
 
     name, watched = "useless_critic", ("explained_variance",)
-    meaning = "The critic's values explain nothing of the returns; advantages are noisier than without a critic."
+    meaning = (
+        "The critic's values explain none of the variance of the returns; advantages are noisier than without a critic."
+    )
     remedy = (
-        "Usual remedy: value warm-up rounds, a higher learning rate of the critic, a start from the reward model; or "
-        "advantages of the group in place of a critic."
+        "Usual remedy: critic.warmup_rounds, a higher learning rate for the critic, a critic that starts from the "
+        "reward model; or group advantages instead of a critic."
     )
 
     def __init__(self, rounds: int = 10) -> None:

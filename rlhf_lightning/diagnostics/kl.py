@@ -24,7 +24,7 @@ class HighKL(MedianAbove):
     """
 
     name, watched = "high_kl", ("kl",)
-    meaning = "The policy is so far from the reference that a learned reward no longer knows what it scores."
+    meaning = "The policy is so far from the reference that the scores of a learned reward are no longer reliable."
     remedy = "Usual remedy: a higher kl coefficient, a lower learning rate, or an earlier stop."
 
     def __init__(self, limit: float = 50.0, rounds: int = 5) -> None:
@@ -50,7 +50,7 @@ class GrowingKL(Check):
     name, watched = "growing_kl", ("kl", "reward")
     meaning = "KL grows fast while the reward does not rise: the policy diverges."
     remedy = (
-        "Usual remedy: a lower learning rate of the policy, larger mini-batches, fewer update_epochs or rounds; a "
+        "Usual remedy: a lower learning rate for the policy, larger mini-batches, fewer update_epochs or rounds; a "
         "higher kl coefficient."
     )
 
@@ -95,8 +95,8 @@ class NegativeKL(Check):
 
     name, watched = "negative_kl", ("kl",)
     meaning = (
-        "The measured KL stays negative, which the KL of a policy over its own samples cannot be: sampler and trainer "
-        "disagree, or the policy is sampled at another temperature or with tokens cut off."
+        "The measured KL stays negative, which is impossible for the KL of a policy over its own samples: sampler and "
+        "trainer disagree, or the policy is sampled at another temperature or with top_p or top_k."
     )
     remedy = "Usual remedy: sampler at top_p 1, top_k 0, the same precision in both, no dropout; see logprob_gap."
 

@@ -16,10 +16,10 @@ class NotFinite(Check):
     """
 
     name, watched = "not_finite", ("loss", "reward", "kl", "entropy")
-    meaning = "A number of training is not finite; the weights may be lost already."
+    meaning = "A logged metric is not finite; the weights may already be damaged."
     remedy = (
         "Usual remedy: resume from an earlier checkpoint with a lower learning rate, gradient_clip_val, and bf16 or "
-        "float32 in place of 16-mixed; --trainer.detect_anomaly true finds where it began."
+        "float32 instead of 16-mixed; --trainer.detect_anomaly true finds the operation where it began."
     )
 
     def __init__(self) -> None:

@@ -56,9 +56,9 @@ class PreferenceWatch(pl.Callback):
             return
         self._warned.add("chosen")
         log.warning(
-            "step %d: chosen responses have grown less likely over %d steps (%.4g to %.4g): the loss is won by pushing "
-            "rejected ones down further. Remedies: a lower rate, a larger beta, an SFT term (WeightedSum with SFT), or "
-            "NCA or APOZero as the loss.",
+            "step %d: chosen responses have grown less likely over %d steps (%.4g to %.4g): the loss falls only "
+            "because rejected responses fall further. Remedies: a lower learning rate, a larger beta, an SFT term "
+            "(WeightedSum with SFT), or NCA or APOZero as the loss.",
             trainer.global_step,
             self.window * self.falls,
             points[0],
@@ -90,9 +90,9 @@ class PreferenceWatch(pl.Callback):
             return
         self._warned.add("gap")
         log.warning(
-            "step %d: it over-fits. Accuracy is %.3f in training and %.3f in validation (%d pairs, standard error "
-            "%.3f), loss %.3f and %.3f, and validation loss is above its best of %.3f. Remedies: "
-            "model.freeze_backbone: true (RewardHead without lora), a lower rate, "
+            "step %d: the model overfits. Accuracy is %.3f in training and %.3f in validation (%d pairs, standard "
+            "error %.3f), loss %.3f and %.3f, and validation loss is above its best of %.3f. Remedies: "
+            "model.freeze_backbone: true (RewardHead without lora), a lower learning rate, "
             "fewer epochs, or --export best with a ModelCheckpoint.",
             trainer.global_step,
             accuracy,

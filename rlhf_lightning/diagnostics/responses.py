@@ -20,10 +20,10 @@ class Truncation(MedianAbove):
     """
 
     name, watched = "truncation", ("truncated",)
-    meaning = "Many responses run out of tokens and are rewarded, or not, for what they did not finish saying."
+    meaning = "Many responses reach max_tokens and are truncated, so their rewards judge unfinished text."
     remedy = (
-        "Usual remedy: a larger sampler.max_tokens, truncated_reward or overlong shaping; if it began high, SFT on "
-        "conversations whose end token is trained."
+        "Usual remedy: a larger sampler.max_tokens, truncated_reward or OverlongPenalty; if it was high from the "
+        "start, SFT on conversations with a trained end token."
     )
 
     def __init__(self, limit: float = 0.3, rounds: int = 5) -> None:
@@ -47,7 +47,7 @@ class LengthHacking(SinceStart):
     """
 
     name, watched = "length_hacking", ("length_reward_correlation", "response_tokens")
-    meaning = "Longer responses are rewarded more, and responses have grown: length may be all that is learned."
+    meaning = "Longer responses are rewarded more, and responses have grown: the policy may only be learning length."
     remedy = (
         "Usual remedy: read samples.jsonl; a length term in the reward, pairs of equal length for the reward model, or "
         "an aggregation without length bias (constant)."
@@ -122,7 +122,7 @@ class RepeatedText(SinceStart):
     """
 
     name, watched = "repeated_text", ("repeated_ngrams",)
-    meaning = "Responses repeat themselves: the policy has found a loop that is rewarded, or cannot end its turn."
+    meaning = "Responses repeat themselves: the policy has found a rewarded loop, or does not end its turn."
     remedy = "Usual remedy: read samples.jsonl; a repetition term in the reward, a higher kl coefficient."
 
     def __init__(self, limit: float = 0.2, rise: float = 0.1, rounds: int = 5) -> None:
@@ -151,7 +151,7 @@ class EntropyCollapse(SinceStart):
     """
 
     name, watched = "entropy_collapse", ("entropy",)
-    meaning = "The policy hardly varies its responses any more: it explores nothing, and groups lose their signal."
+    meaning = "The policy hardly varies its responses any more: it stops exploring, and groups lose their signal."
     remedy = (
         "Usual remedy: a lower learning rate, an entropy bonus, a higher clip_high (DAPO: 0.28), a higher kl "
         "coefficient, or an earlier stop."

@@ -20,10 +20,10 @@ class NoSignal(MedianAbove):
     """
 
     name, watched = "no_signal", ("zero_variance_groups",)
-    meaning = "In most groups all rewards are equal, so that their advantages are 0 and most of a round is wasted."
+    meaning = "In most groups all rewards are equal, so their advantages are 0 and most of a round is wasted."
     remedy = (
         "Usual remedy: prompts that are neither too easy nor too hard, a larger group_size, a higher sampler "
-        "temperature, a reward with more than two values, or dynamic sampling of groups with signal."
+        "temperature, a reward with more than two values, or model.resample_groups."
     )
 
     def __init__(self, limit: float = 0.8, rounds: int = 5) -> None:
@@ -87,7 +87,9 @@ class RewardCollapse(Check):
 
     name, watched = "reward_collapse", ("reward",)
     meaning = "The reward has fallen back to where it started, or below."
-    remedy = "Usual remedy: the best checkpoint in place of the last, a lower learning rate, a higher kl coefficient."
+    remedy = (
+        "Usual remedy: export the best checkpoint instead of the last, a lower learning rate, a higher kl coefficient."
+    )
 
     def __init__(self, lost: float = 0.8, deviations: float = 6.0) -> None:
         super().__init__(rounds=SMOOTH)

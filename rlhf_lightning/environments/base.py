@@ -109,7 +109,7 @@ class Limits:
             check_whole("limits.max_tokens", self.max_tokens)
         check_limit("limits.step_timeout", self.step_timeout)
         if self.on_error not in ON_ERROR:
-            raise ConfigError(f"limits.on_error is {self.on_error!r}; one of {', '.join(ON_ERROR)}")
+            raise ConfigError(f"limits.on_error is {self.on_error!r}; it must be one of {', '.join(ON_ERROR)}")
         check_whole("limits.retries", self.retries)
 
 
@@ -143,7 +143,7 @@ def environment_factory(
 
 
 def imported(path: str, setting: str) -> Any:
-    """Import what a dotted path names.
+    """Import the object that a dotted path names.
 
     Args:
         path: For example `package.module.name`.
@@ -163,7 +163,7 @@ def checked_messages(value: Any) -> list[Message]:
     """The result of `reset`, after checking that it is a list of messages."""
     fine = isinstance(value, list | tuple) and value and all(isinstance(m, dict) and m.get("role") for m in value)
     if not fine:
-        raise TypeError(f"reset() returned {_short(value)}; it must be a list of messages, {{role, content}} each")
+        raise TypeError(f"reset() returned {_short(value)}; it must be a list of messages, each {{role, content}}")
     return _messages(list(value), "reset() returned")
 
 
@@ -175,9 +175,7 @@ def checked_result(value: Any) -> StepResult:
         if not hasattr(number, "__float__") or not math.isfinite(number):
             raise ValueError(f"step() returned {name} {number!r}; it must be a finite number")
     if not all(isinstance(message, dict) and message.get("role") for message in value.next_messages):
-        raise TypeError(
-            f"step() returned next_messages {_short(value.next_messages)}; each must have {{role, content}}"
-        )
+        raise TypeError(f"step() returned next_messages {_short(value.next_messages)}; each must be {{role, content}}")
     if value.next_messages:
         value.next_messages = _messages(list(value.next_messages), "step() returned next_messages:")
     return value

@@ -105,7 +105,9 @@ class ToolEnv:
         except re.error as error:
             raise ConfigError(f"ToolEnv.pattern {pattern!r} is not a valid regular expression: {error}") from None
         if groups < 1:
-            raise ConfigError(f"ToolEnv.pattern {pattern!r} has no group; its first group is the JSON of a call")
+            raise ConfigError(
+                f"ToolEnv.pattern {pattern!r} has no group; its first group must match the JSON of a call"
+            )
 
     def reset(self) -> list[Message]:
         """The row's prompt."""

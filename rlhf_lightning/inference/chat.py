@@ -65,7 +65,8 @@ class Conversation:
         if self.sampler.context and len(ids) + self.sampler.max_tokens > self.sampler.context:
             raise UserError(
                 f"the conversation ({len(ids)} tokens) leaves no room for an answer of {self.sampler.max_tokens} in "
-                f"the model's {self.sampler.context} positions: /new begins anew, --max_tokens asks for less"
+                f"the model's {self.sampler.context} positions: start a new conversation with /new, or lower "
+                "--max_tokens"
             )
         stream = Stream(self.policy.renderer, self.sampler.params.stop_strings, show)
         if isinstance(self.sampler.engine, LocalEngine):

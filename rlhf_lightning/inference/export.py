@@ -44,11 +44,11 @@ def export_model(source: str, folder: Path, dtype: str | None = None) -> dict[st
     import torch
 
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ConfigError(f"{folder} holds something already; name a folder that is empty or not there")
+        raise ConfigError(f"{folder} is not empty; choose a folder that is empty or does not exist")
     source = check_source(source)
     dtype = dtype or stored_dtype(source)
     if dtype not in DTYPES:
-        raise ConfigError(f"--dtype is {dtype!r}; one of {', '.join(DTYPES)}")
+        raise ConfigError(f"--dtype is {dtype!r}; it must be one of {', '.join(DTYPES)}")
     template = None
     if task_of(source) == "SEQ_CLS":
         judge = RewardModel(source)
@@ -113,5 +113,5 @@ def push(folder: Path, repository: str, public: bool = False) -> str:
         api.upload_folder(folder_path=folder, repo_id=repository)
     except (HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OfflineModeIsEnabled, OSError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"{folder} is written, but could not be pushed to {repository}: {reason}") from error
+        raise UserError(f"{folder} was written, but could not be pushed to {repository}: {reason}") from error
     return str(address)

@@ -46,7 +46,7 @@ class Policy:
         self, folder: str, dtype: str = "float32", device: str = "cpu", asked: Mapping[str, Any] | None = None
     ) -> None:
         if task_of(check_source(folder)) == "SEQ_CLS":
-            raise ConfigError(f"{folder} is a reward model, which scores and cannot answer; name a causal model")
+            raise ConfigError(f"{folder} is a reward model, which cannot generate text; give a causal language model")
         self.tokenizer = load_tokenizer(folder)
         self.asking = RenderingSettings.of(folder, **(asked or {}))
         self.renderer = self.asking.renderer(self.tokenizer, end_token_ids(folder, self.tokenizer))
@@ -103,7 +103,7 @@ class Policy:
         longest = max(prompt.tokens for prompt in prompts)
         if sampler.context and longest + max_tokens > sampler.context:
             raise ConfigError(
-                f"the longest prompt ({longest} tokens) and max_tokens {max_tokens} are over the model's "
+                f"the longest prompt ({longest} tokens) and max_tokens {max_tokens} exceed the model's "
                 f"{sampler.context} positions; lower max_tokens or leave long prompts out"
             )
         tasks = [(prompt, sample) for prompt in prompts for sample in range(samples)]

@@ -45,7 +45,7 @@ def references_of(prompts: Sequence[Prompt], column: str | None = None) -> list[
 def _named(row: dict[str, Any], column: str) -> list[Reference]:
     value = row.get(column)
     if value is None:
-        raise RowError(f"no {column!r} to take as reference; the row has {', '.join(map(repr, row))}")
+        raise RowError(f"no column {column!r} for the reference answer; the row has {', '.join(map(repr, row))}")
     texts = isinstance(value, list) and all(isinstance(item, str) for item in value)
     return [_answer(item, column) for item in (value if texts else [value])]
 
@@ -69,7 +69,9 @@ def _answer(value: Any, name: str, prompt: Sequence[Message] = ()) -> Reference:
     """The assistant's messages in a value, without the prompt that some data sets repeat."""
     messages = without_prompt(to_messages(value, "assistant"), prompt)
     if not messages or messages[0]["role"] != "assistant" or not _text(messages):
-        raise RowError(f"{name!r} is no reference answer: it must be text, or messages that begin with the assistant's")
+        raise RowError(
+            f"{name!r} is not a reference answer: it must be text, or messages that begin with an assistant message"
+        )
     return messages
 
 
@@ -104,7 +106,7 @@ def perplexity(policy: Policy, prompts: Sequence[Prompt], references: Sequence[S
             else:
                 rows.append(row)
     if long:
-        log.warning("perplexity leaves out %d references over the model's %d positions", long, policy.context)
+        log.warning("perplexity leaves out %d references that exceed the model's %d positions", long, policy.context)
     return math.exp(policy.nll(rows)) if rows else math.nan
 
 

@@ -45,7 +45,7 @@ class Backbone:
         self.separable = self.decoder is not base and self.lm_head is not None and self._agree()
         if not self.separable:
             log.info(
-                "%s computes logits in a way of its own; it is run as a whole, at every position", type(base).__name__
+                "the head of %s cannot be run separately, so logits are computed at every position", type(base).__name__
             )
 
     def logits(self, states: Tensor) -> Tensor:

@@ -60,7 +60,9 @@ def check_trainable(model: Any) -> None:
 def check_kind(config: Any, name: str = "the adapter") -> None:
     """Raise `ConfigError` for adapters that have no weights in layers, such as prompt or prefix tuning."""
     if config.is_prompt_learning:
-        raise ConfigError(f"{name} is a {config.peft_type} one, which has no weights in layers; LoRA and its like have")
+        raise ConfigError(
+            f"{name} is of type {config.peft_type}, which has no weights in the layers; use LoRA or a similar type"
+        )
 
 
 # -- weights ----------------------------------------------------------------------------------------------------------
@@ -93,8 +95,9 @@ def keeps_base(model: Any) -> bool:
         return True
     if is_quantized(model):
         raise ConfigError(
-            f"the model object is in 4 bits, and its embeddings are not those of {name or 'any folder'}: its adapter "
-            "could not be loaded again. Save the changed model first, and start from its folder with lora.quantize"
+            f"the model object is in 4 bits, and its embeddings differ from those of {name or 'any folder'}: its "
+            "adapter could not be loaded again. Save the changed model first, and start from its folder with "
+            "lora.quantize"
         )
     log.info(
         "the weights below the adapter differ from those of %s; they are saved with the adapter, in base/",
@@ -161,7 +164,7 @@ def write_base(model: Any, scratch: Path, folder: Path, weights: dict[str, Tenso
     base = model.get_base_model()
     if is_quantized(model):
         raise ConfigError(
-            "the weights below the adapter differ from those of the base it names, and in 4 bits they cannot be saved: "
+            "the weights below the adapter differ from those of its base, and 4-bit weights cannot be saved: "
             "save the changed model first, and start from its folder"
         )
     base.save_pretrained(scratch / "base", state_dict=plain_weights(model, weights))
@@ -243,9 +246,9 @@ def fit_rows(base: Any, config: Any, folder: Path | str) -> None:
     lost |= head is not None and not tied and names[head] not in brought and not _of_head(config, names[head], new)
     if lost:
         raise ConfigError(
-            f"the adapter {str(folder)!r} has a vocabulary of {wanted} tokens, its base one of {rows}, and neither "
-            "holds all of the rows in between: save them with the adapter (peft's save_embedding_layers=True), or "
-            "name the base that was resized"
+            f"the adapter {str(folder)!r} has a vocabulary of {wanted} tokens, its base has {rows}, and neither "
+            "contains all of the additional embeddings: save them with the adapter (peft's "
+            "save_embedding_layers=True), or set the resized base as base_model_name_or_path"
         )
     base.resize_token_embeddings(wanted, mean_resizing=False)
 

@@ -86,7 +86,7 @@ class Critic(Settings, nn.Module):
         if self.shared:
             if not tokens.backbone.separable:
                 raise ConfigError(
-                    f"critic.shared: the hidden states of {type(base_of(policy)).__name__} cannot be read apart from "
+                    f"critic.shared: the hidden states of {type(base_of(policy)).__name__} cannot be computed without "
                     "its head"
                 )
             tokens.value_head = self._head(config.hidden_size, policy)

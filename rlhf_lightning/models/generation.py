@@ -87,11 +87,11 @@ def _checked(named: Any, rows: int, tokenizer: Any, where: str) -> list[int]:
     if wrong:
         raise ConfigError(
             f"{where}: eos_token_id is {named!r}, and {wrong[0]!r} is not a token id. "
-            "Write an integer there, or a list of integers."
+            "Write an integer, or a list of integers."
         )
     rows = max(rows, len(tokenizer) if tokenizer is not None else 0)
     outside = [value for value in ids if value < 0 or (rows and value >= rows)]
     if outside and (said := f"{where}: eos_token_id {', '.join(map(str, outside))}") not in _WARNED:
         _WARNED.add(said)
-        log.warning("%s is outside the vocabulary (%s tokens), so no response can end there", said, rows or "some")
+        log.warning("%s is outside the vocabulary (%s tokens), so no response can end with it", said, rows or "some")
     return sorted({value for value in ids if value not in outside})

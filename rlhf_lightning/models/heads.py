@@ -22,7 +22,7 @@ def find_head(model: Any) -> nn.Module:
     for name in HEADS:
         if isinstance(getattr(model, name, None), nn.Module):
             return getattr(model, name)
-    raise ConfigError(f"{type(model).__name__} has no known score head; use SequenceLogprob as the scorer")
+    raise ConfigError(f"{type(model).__name__} has no known score head; set model.scorer to SequenceLogprob")
 
 
 def has_head(source: str, trust_remote_code: bool = False) -> bool:
@@ -63,5 +63,5 @@ def pad_token(tokenizer: Any, stop_token_ids: Sequence[int]) -> str:
         if token and tokenizer.convert_tokens_to_ids(token) not in stop_token_ids:
             return token
     tokenizer.add_special_tokens({"pad_token": "<|pad|>"})
-    log.info("the tokenizer has no padding token other than its stop tokens; <|pad|> was added")
+    log.info("the tokenizer has no padding token that is not also a stop token; added <|pad|>")
     return "<|pad|>"

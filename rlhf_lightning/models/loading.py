@@ -96,7 +96,7 @@ class Start:
         """
         if isinstance(self.source, nn.Module):
             if self._quantized and not is_quantized(self.source):
-                raise ConfigError("lora.quantize: the model is an object; load it quantized, or pass its folder")
+                raise ConfigError("lora.quantize cannot quantize a model object; load it quantized, or pass its folder")
             check_adapted(self.source, self.lora)
             heads = getattr(base_of(self.source), "get_output_embeddings", None)
             if self.task == "CAUSAL_LM" and heads is not None and heads() is None:
@@ -162,7 +162,7 @@ class Start:
         # A score head may be new. transformers initializes any other missing weight at random, with only a warning.
         if missing := [n for n in info["missing_keys"] if self.task != "SEQ_CLS" or n.split(".")[0] not in HEADS]:
             raise ConfigError(
-                f"the model {source!r} lacks {len(missing)} of its weights (for example {sorted(missing)[0]}): its "
+                f"the model {source!r} is missing {len(missing)} weights (for example {sorted(missing)[0]}): its "
                 "files are incomplete, or config.json belongs to another model"
             )
         return model
@@ -222,10 +222,10 @@ def loading(what: str) -> Iterator[None]:
     except LOAD_ERRORS as error:
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         if "ignore_mismatched_sizes" in reason:  # transformers lists them only in its log
-            reason = "its weights have other shapes than config.json says"
+            reason = "the shapes of its weights differ from config.json"
         if "trust_remote_code" in str(error):
-            reason = "it brings its own code; to run that, set model.model_options: {trust_remote_code: true}"
-        remedy = "Restore its files, or use another"
+            reason = "it needs code of its own; to run that code, set model.model_options: {trust_remote_code: true}"
+        remedy = "Restore its files, or use another model"
         if found := re.search(r"configuration class <class '[\w.]*\.(\w+)Config'> .*AutoModelFor(\w+)", reason):
             kinds = {"CausalLM": "causal language model", "SequenceClassification": "sequence classifier"}
             reason, remedy = (
@@ -233,7 +233,7 @@ def loading(what: str) -> Iterator[None]:
                 "Use another",
             )
         elif UNREACHED.search(str(error)):
-            reason = f"no such folder (seen from {Path.cwd()}), and the Hub has none of this name or cannot be reached"
+            reason = f"no such folder (seen from {Path.cwd()}), and the Hub has no such repository or cannot be reached"
             remedy = "Use a folder that exists"
         elif isinstance(error, ImportError):
             remedy = "Install it, or use a model that does not need it"
@@ -282,7 +282,7 @@ def with_adapter(base: Any, folder: Path | str, **options: Any) -> Any:
             missing = set(get_peft_model_state_dict(model, save_embedding_layers=False)) - set(stored.keys())
     if missing:
         raise ConfigError(
-            f"the adapter {str(folder)!r} lacks {len(missing)} weights (for example {sorted(missing)[0]})"
+            f"the adapter {str(folder)!r} is missing {len(missing)} weights (for example {sorted(missing)[0]})"
         )
     return model
 
@@ -306,7 +306,7 @@ def check_source(source: Any, options: Mapping[str, Any] | None = None) -> str:
     text = os.path.expanduser(str(source))
     if text.endswith(".ckpt"):
         raise ConfigError(
-            f"{text} is a Lightning checkpoint, which only resumes its own stage (--ckpt_path). "
+            f"{text} is a Lightning checkpoint, which can only resume its own stage (--ckpt_path). "
             "Start from the stage's model folder, for example runs/NAME/sft/model."
         )
     path = Path(text)
@@ -335,7 +335,7 @@ def adapter_base(folder: Path) -> str:
     """
     base = read_object(folder / "adapter_config.json").get("base_model_name_or_path")
     if not isinstance(base, str) or not base:
-        raise ConfigError(f"{folder}: adapter_config.json names no base (base_model_name_or_path is {base!r})")
+        raise ConfigError(f"{folder}: adapter_config.json names no base model (base_model_name_or_path is {base!r})")
     relative = read_stage(folder).get("base")
     if relative and not Path(base).exists() and (folder / relative).exists():
         base = str(real_path(folder / relative))
@@ -345,7 +345,7 @@ def adapter_base(folder: Path) -> str:
     try:
         return check_source(base)
     except ConfigError as error:
-        raise ConfigError(f"{folder} is an adapter, and its base cannot be used: {error}") from None
+        raise ConfigError(f"{folder} is an adapter whose base cannot be used: {error}") from None
 
 
 def merge(model: Any) -> Any:
@@ -384,8 +384,9 @@ def check_vocabulary(model: Any, tokenizer: Any, name: str = "the model") -> Non
     beyond = [token for token in beyond if token not in special or not _MEDIA.search(token)]
     if beyond:
         raise ConfigError(
-            f"the tokenizer has {len(tokenizer)} tokens, {name} embeds {rows}: they do not belong together "
-            f"(it has no embedding for {beyond[0]!r}). Use the model's own tokenizer, or a model with this vocabulary."
+            f"the tokenizer has {len(tokenizer)} tokens, but {name} has {rows} embeddings, so they do not match "
+            f"(there is no embedding for {beyond[0]!r}). Use the model's own tokenizer, or a model with this "
+            "vocabulary."
         )
 
 

@@ -54,14 +54,16 @@ class LoRA:
         if isinstance(self.target, str):
             self.target = [self.target]
         if not isinstance(self.target, list | tuple | set) or not self.target:
-            raise ConfigError(f"lora.target is {self.target!r}; any of {', '.join(GROUPS)}, or layer names")
+            raise ConfigError(
+                f"lora.target is {self.target!r}; it must list any of {', '.join(GROUPS)}, or layer names"
+            )
         check_whole("lora.rank", self.rank, most=MOST_RANK)
         if not 0 < self.alpha < math.inf:
             raise ConfigError(f"lora.alpha is {self.alpha}: an adapter scaled by 0 would not learn; it must be above 0")
         if not 0 <= self.dropout < 1:
             raise ConfigError(f"lora.dropout is {self.dropout}; it must be at least 0 and below 1")
         if self.quantize not in (None, "nf4", "fp4"):
-            raise ConfigError(f"lora.quantize is {self.quantize!r}; nf4, fp4, or nothing")
+            raise ConfigError(f"lora.quantize is {self.quantize!r}; it must be nf4, fp4, or null")
 
     def quantization(self) -> dict[str, Any]:
         """Arguments of `from_pretrained` that load the base quantized; empty without `quantize`.
@@ -73,8 +75,8 @@ class LoRA:
             return {}
         if not torch.cuda.is_available():
             raise ConfigError(
-                f"lora.quantize: {self.quantize} runs on CUDA, and there is no CUDA device here; leave it out to train "
-                "the adapter on weights that are not quantized"
+                f"lora.quantize: {self.quantize} needs CUDA, and this machine has no CUDA device; leave it out to "
+                "train the adapter on weights that are not quantized"
             )
         if find_spec("bitsandbytes") is None:
             raise ConfigError("lora.quantize needs bitsandbytes: pip install 'rlhf-lightning[cuda]'")
@@ -126,11 +128,11 @@ class LoRA:
             if not found:
                 endings = sorted({name.rpartition(".")[2] for name in layers})
                 raise ConfigError(
-                    f"lora.target {target!r} names no layer; one of {', '.join(GROUPS)} or {', '.join(endings)}"
+                    f"lora.target {target!r} matches no layer; use {', '.join(GROUPS)} or {', '.join(endings)}"
                 )
             names += found
         if not names:
-            raise ConfigError(f"lora.target {self.target} finds no layer in {type(model).__name__}")
+            raise ConfigError(f"lora.target {self.target} matches no layer of {type(model).__name__}")
         return sorted(set(names))
 
     def continues(self, adapter: Any, model: nn.Module) -> bool:

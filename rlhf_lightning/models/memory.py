@@ -69,7 +69,7 @@ def _state_of_one(factory: Callable[[Iterable[Any]], Any], dtype: torch.dtype, m
         optimizer = factory([probe])
         optimizer.step()
     except Exception as error:  # noqa: BLE001 - an optimizer may refuse anything of a lone probe: an estimate stops no run
-        log.info("memory: the optimizer cannot be probed (%s); assuming two numbers of state per weight", error)
+        log.info("memory: the optimizer cannot be probed (%s); assuming that it keeps two numbers per weight", error)
         return 2.0 * probe.element_size(), 0.0
     state = [value for value in optimizer.state[probe].values() if isinstance(value, Tensor)]
     for_value = sum(value.element_size() for value in state if value.shape == probe.shape)

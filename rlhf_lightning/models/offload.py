@@ -133,9 +133,9 @@ def check_place(name: str, device: str | None, offload: bool) -> None:
     if device is None:
         return
     if offload:
-        raise ConfigError(f"{name}: device keeps the model in one place, offload moves it; set only one of them")
+        raise ConfigError(f"{name}: device keeps the model on one device, but offload moves it; set only one of them")
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise ConfigError(f"{name}: there is no device {device!r} here ({reason})") from error
+        raise ConfigError(f"{name}: this machine has no device {device!r} ({reason})") from error

@@ -171,7 +171,7 @@ class PackedForward:
         if difference > tolerance(self.model):
             uninstall(self.config)
             name = type(base_of(self.model)).__name__
-            log.info("%s cannot pack rows (%s); it runs padded rows and does not share prompts", name, reason)
+            log.info("%s cannot run packed rows (%s); using padded rows without shared prompts", name, reason)
 
     def _difference(self, length: int, gradients: bool) -> float:
         """Largest relative difference between packed and plain rows, of hidden states and, if asked for, gradients."""

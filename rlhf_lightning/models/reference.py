@@ -71,7 +71,8 @@ class Reference(nn.Module):
             return
         if self.copy is None:
             log.info(
-                "kl.device, kl.offload: the reference is the policy with another adapter; it has no weights to move"
+                "kl.device and kl.offload have no effect here: the reference is the policy with another adapter; leave "
+                "them out"
             )
             return
         self._place = Placement(self.copy, device, offload)

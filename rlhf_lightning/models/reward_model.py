@@ -137,8 +137,8 @@ class RewardModel(nn.Module):
         check_source(folder)
         if isinstance(self.scorer, RewardHead) and not has_head(folder):
             raise ConfigError(
-                f"{folder} is no preference model: it has no score head, and no stage.json that names another scorer. "
-                "A new head would give random scores."
+                f"{folder} is not a preference model: it has neither a score head nor a stage.json that names another "
+                "scorer. A new head would give random scores."
             )
         self.model = load_for_scoring(folder, self.scorer.task, dtype)
         self.tokenizer = load_tokenizer(folder)

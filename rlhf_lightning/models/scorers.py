@@ -232,7 +232,7 @@ class ImplicitReward(_LogprobScorer):
         if not isinstance(self.frozen, Reference):
             raise ConfigError(
                 "the reference was released after its log-probabilities were stored (scorer.store), and these rows "
-                "are not among them: score them with the saved model folder"
+                "were not stored: score them with the saved model folder"
             )
         return self.frozen.logprobs(batch["input_ids"], batch["loss_mask"])
 
@@ -324,14 +324,14 @@ def scorer_of(folder: Any) -> Scorer:
     if settings is None:
         return RewardHead()
     if not (isinstance(settings, dict) and isinstance(settings.get("name"), str)):
-        raise ConfigError(f"stage.json of {folder}: its scorer is {settings!r}, which names no class")
+        raise ConfigError(f"stage.json of {folder}: its scorer is {settings!r}, which does not name a class")
     name, arguments = settings["name"], settings.get("init_args")
     known = {_name(found): found for found in _subclasses(Scorer)}  # type: ignore[type-abstract]
     if name not in known:
         raise ConfigError(
-            f"stage.json of {folder} names the scorer {name!r}, which is not part of rlhf-lightning, and code is not "
-            "imported because a folder says so. If it is your own class, name it: --scorer of the command, scorer of "
-            "the reward (init_args), or an import before this call in Python"
+            f"stage.json of {folder} names the scorer {name!r}, which is not part of rlhf-lightning. A folder "
+            "may not cause an import. If it is your own class, name it with the command's --scorer, "
+            "scorer of the reward (init_args), or import it before this call in Python"
         )
     try:
         arguments = dict(arguments or {})
@@ -363,7 +363,8 @@ def _reference_of(folder: Path, named: str, relative: str | None) -> str:
     if Path(found).is_dir():
         if real_path(found) == real_path(folder):
             raise ConfigError(
-                f"{folder} names itself as its reference: every score would be 0. Name the model that it started from."
+                f"{folder} names itself as its reference, so every score would be 0. Name the model that it was "
+                "trained from."
             )
         return found
     return _downloaded(folder, found)
@@ -381,8 +382,8 @@ def _downloaded(folder: Path, name: str) -> str:
             break
         if isinstance(found, str):
             return str(Path(found).parent)
-    remedy = f"If you trust it: hf download {name}" if name.count("/") == 1 else "Restore it, or the run it was in."
+    remedy = f"If you trust it: hf download {name}" if name.count("/") == 1 else "Restore that folder, or its run."
     raise ConfigError(
-        f"stage.json of {folder} names the reference {name!r}, which is not on this machine, and the Hub is not asked "
-        f"because a folder says so. {remedy}"
+        f"stage.json of {folder} names the reference {name!r}, which is not on this machine. A folder may "
+        f"not cause a download. {remedy}"
     )

@@ -74,9 +74,9 @@ def layer_styles(model: Any, size: int) -> dict[nn.Module, str]:
     if not plan:
         raise ConfigError(f"tensor parallel: transformers has no plan for {name}; set tensor_parallel_size: 1")
     if odd := sorted(set(plan.values()) - STYLES):
-        raise ConfigError(f"tensor parallel: the plan of {name} has {', '.join(odd)}, which is not supported here")
+        raise ConfigError(f"tensor parallel: the plan of {name} has {', '.join(odd)}, which is not supported")
     if is_quantized(model):
-        raise ConfigError("tensor parallel: lora.quantize is untested with it; leave one of them out")
+        raise ConfigError("tensor parallel: lora.quantize is untested with it; leave out one of them")
     _check(model, base.config.get_text_config(), size)
     found: dict[nn.Module, str] = {}
     for path, module in base.named_modules():

@@ -113,7 +113,7 @@ class RLHFModule(CheckedModule):
             max_tokens_per_batch=max_tokens_per_batch,
         )
         if not isinstance(getattr(torch, dtype, None), torch.dtype):
-            raise ConfigError(f"model.dtype is {dtype!r}; for example float32 or bfloat16")
+            raise ConfigError(f"model.dtype is {dtype!r}; it must be a dtype, for example float32 or bfloat16")
         # A tuple, so that torch does not register a given model object a second time next to `self.model`.
         self._start = (model,)
         self.lora, self.dtype_name, self.model_options = lora, dtype, model_options or {}
@@ -153,7 +153,7 @@ class RLHFModule(CheckedModule):
             if self._chat_template is not None and self._tokenizer_source is None and recorded(self.start_source):
                 before = load_tokenizer(self.start_source, **place).chat_template
                 if before != self._tokenizer.chat_template:
-                    warn = "model.chat_template is not the template that %s was trained with: the setting is used"
+                    warn = "model.chat_template differs from the template that %s was trained with; using the setting"
                     rank_zero_only(log.warning)(warn, self.start_source)
         return self._tokenizer
 
@@ -226,7 +226,7 @@ class RLHFModule(CheckedModule):
                 part.saving = ActivationOffload
         if self.compiles_layers:
             if self._device_mesh is not None and self._device_mesh["tensor_parallel"].size() > 1:
-                raise ConfigError("model.compile was never tried with tensor parallel: set one of them off")
+                raise ConfigError("model.compile is untested with tensor parallel: turn one of them off")
             compile_layers(self.model)
         if self._device_mesh is not None:
             # Heads first. Each is an FSDP group of its own, since all weights of a group share one data type.
@@ -290,7 +290,7 @@ class RLHFModule(CheckedModule):
             optimizer = self.optimizer_factory(self.parameter_groups())
             scheduler = self.scheduler_factory(optimizer) if self.scheduler_factory else None
         except (TypeError, ValueError) as error:
-            raise ConfigError(f"model.optimizer or model.lr_scheduler cannot be made: {error}") from error
+            raise ConfigError(f"model.optimizer or model.lr_scheduler cannot be built: {error}") from error
         if not isinstance(optimizer, Optimizer):
             raise ConfigError(f"model.optimizer returned {optimizer!r}; it must return an optimizer")
         for name, devices in (("differentiable", ()), ("capturable", ("cuda",))):
@@ -303,7 +303,7 @@ class RLHFModule(CheckedModule):
         if isinstance(scheduler, ReduceLROnPlateau):
             if not (monitor := getattr(scheduler, "monitor", None)):
                 raise ConfigError(
-                    "model.lr_scheduler ReduceLROnPlateau needs the metric that it goes by: "
+                    "model.lr_scheduler ReduceLROnPlateau needs the name of its metric: use "
                     "lightning.pytorch.cli.ReduceLROnPlateau with init_args: {monitor: val/nll}"
                 )
             # Its metric is known after the validation at the end of an epoch, so it steps once per epoch.
@@ -317,9 +317,13 @@ class RLHFModule(CheckedModule):
             if isinstance(metric, Metric):
                 metric.reset()
         if (clip := self.trainer.gradient_clip_val) is not None and clip < 0:
-            raise ConfigError(f"trainer.gradient_clip_val is {clip}: gradients would be turned round; 0 or above")
+            raise ConfigError(
+                f"trainer.gradient_clip_val is {clip}: gradients would change sign; it must be at least 0"
+            )
         if (windows := self.trainer.accumulate_grad_batches) < 1:
-            raise ConfigError(f"trainer.accumulate_grad_batches is {windows}: nothing would be trained; at least 1")
+            raise ConfigError(
+                f"trainer.accumulate_grad_batches is {windows}: nothing would be trained; it must be at least 1"
+            )
         if longest := self.longest_row():
             self.packed_forward.check(longest)
         # Recorded now, because the module may later be evaluated on rows with another rendering.
@@ -410,14 +414,15 @@ class RLHFModule(CheckedModule):
 
     def why_empty(self) -> str:
         """Why a step may have had no trained token, and what to change."""
-        return "Look at the masks of the batches."
+        return "Check the masks of the batches."
 
     # -- checkpoints ----------------------------------------------------------------------------------------------
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """The trained weights. Frozen ones are loaded from the start model."""
         state: dict[str, Any] = super().state_dict(*args, **kwargs)
-        # In place: if the module is a part of another, as of an averaged model, only what `state` holds is saved.
+        # In place: if the module is part of another one, such as an averaged model, only the contents of `state` are
+        # saved.
         for name in _frozen(self):
             state.pop(kwargs.get("prefix", "") + name, None)
         return dict(state)
@@ -446,8 +451,9 @@ class RLHFModule(CheckedModule):
         if wanted != found:
             odd = sorted(wanted ^ found)[0]
             raise ConfigError(
-                f"the checkpoint is not of this stage and settings: {len(wanted - found)} weights are missing, "
-                f"{len(found - wanted)} are unknown (for example {odd}). Start a new stage from a model folder instead."
+                f"the checkpoint does not match this stage and its settings: {len(wanted - found)} weights are "
+                f"missing, {len(found - wanted)} are unexpected (for example {odd}). Start a new stage from a model "
+                "folder instead."
             )
 
     # -- saving ---------------------------------------------------------------------------------------------------
@@ -489,7 +495,7 @@ def _frozen(module: nn.Module) -> set[str]:
 
 
 def _frozen_may_be_missing(module: nn.Module, incompatible: Any) -> None:
-    """After `load_state_dict`: a state dict of the module has no frozen weights, wherever the module stands."""
+    """`load_state_dict` hook: ignore missing frozen weights, also if the module is part of another module."""
     frozen = _frozen(module)
     incompatible.missing_keys[:] = [
         key

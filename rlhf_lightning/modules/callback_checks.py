@@ -1,4 +1,4 @@
-"""Refuses Lightning callbacks that would do nothing with a module, or something else than their names say."""
+"""Refuses Lightning callbacks that would have no effect on a module, or another effect than their names promise."""
 
 from collections.abc import Callable
 from typing import Any
@@ -24,11 +24,11 @@ def check_callbacks(module: Any, trainer: pl.Trainer | None) -> None:
     """Check the trainer's callbacks before any of them is set up.
 
     Args:
-        module: A `RLHFModule`.
+        module: An `RLHFModule`.
         trainer: Its trainer; nothing is checked without one.
 
     Raises:
-        ConfigError: If a callback cannot do with this module what it is for; the message says what to use instead.
+        ConfigError: If a callback does not work with this module; the message says what to use instead.
     """
     for callback in [] if trainer is None else trainer.callbacks:  # type: ignore[attr-defined]
         for kind, check in _CHECKS.items():
@@ -45,7 +45,7 @@ def check_accumulation(scheduler: Any, trainer: Any) -> None:
     if changing and isinstance(scheduler, Warmup) and scheduler.total_steps is None:
         raise ConfigError(
             "GradientAccumulationScheduler: Warmup needs the number of optimizer steps, which is not known in advance: "
-            "set total_steps of model.lr_scheduler, or trainer.accumulate_grad_batches in place of the callback"
+            "set total_steps of model.lr_scheduler, or trainer.accumulate_grad_batches instead of the callback"
         )
 
 
@@ -65,7 +65,7 @@ def _check_averaging(callback: WeightAveraging, module: Any, trainer: Any) -> No
         return
     if isinstance(trainer.strategy, ModelParallelStrategy | FSDPStrategy | DeepSpeedStrategy):
         raise ConfigError(
-            f"{name} averages whole weights, and trainer.strategy {type(trainer.strategy).__name__} splits them: use "
+            f"{name} averages whole weights, and trainer.strategy {type(trainer.strategy).__name__} shards them: use "
             "ddp, or leave the callback out"
         )
     if callback._use_buffers and any(not buffer.is_floating_point() for buffer in module.buffers()):
@@ -86,13 +86,13 @@ def _check_rate_finder(callback: LearningRateFinder, module: Any, trainer: Any) 
         return
     if module.stage_kind == "policy":
         raise ConfigError(
-            "LearningRateFinder picks the rate at which the loss falls fastest, and the loss of policy RL does not "
+            "LearningRateFinder picks the rate at which the loss falls fastest, but the loss of policy RL does not "
             "measure progress: compare train/reward of short runs with several rates"
         )
     names = [callback._attr_name] if callback._attr_name else ["lr", "learning_rate"]
     if callback._update_attr and not any(lightning_hasattr(module, name) for name in names):
         raise ConfigError(
-            f"LearningRateFinder sets {names[0]} of the module, and {type(module).__name__} makes its optimizer with "
+            f"LearningRateFinder sets {names[0]} of the module, but {type(module).__name__} makes its optimizer with "
             "model.optimizer: set update_attr to False, and pass an optimizer with the rate of "
             "optimal_lr.suggestion()"
         )
@@ -109,7 +109,7 @@ def _check_batch_finder(callback: BatchSizeFinder, module: Any, trainer: Any) ->
     name = "batch_size" if command == "fit" else "eval_batch_size"
     if isinstance(getattr(trainer, "datamodule", None), RowDataModule) and callback._batch_arg_name != name:
         raise ConfigError(
-            f"BatchSizeFinder changes data.{callback._batch_arg_name}, and {command} takes rows by data.{name}: set "
+            f"BatchSizeFinder changes data.{callback._batch_arg_name}, but {command} uses data.{name}: set "
             f"batch_arg_name to {name}"
         )
 

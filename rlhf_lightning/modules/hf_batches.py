@@ -21,7 +21,7 @@ _SAID_OTHERWISE = {
     "reference_logprobs": ("ref_chosen_logps", "ref_rejected_logps", "ref_logprobs", "ref_log_prob"),
 }
 """Names that other libraries use for the keys that the modules read."""
-_SEE = "; docs/reuse.md says how batches are made"
+_SEE = "; see docs/reuse.md"
 
 
 def fitted(batch: Any, tokenizer: Any, rows: int | None = None) -> Any:
@@ -45,7 +45,7 @@ def fitted(batch: Any, tokenizer: Any, rows: int | None = None) -> Any:
     batch = dict(batch)
     if unused := [name for name in _NOT_USED if batch.get(name) is not None]:
         raise ConfigError(
-            f"a batch has {unused[0]}, which is not used here: one row of token ids to each example{_SEE}"
+            f"a batch has {unused[0]}, which is not supported: give each example one row of token ids{_SEE}"
         )
     ids = batch["input_ids"] = _ids(batch["input_ids"], rows)
     labels = batch.get("labels")
@@ -58,7 +58,9 @@ def fitted(batch: Any, tokenizer: Any, rows: int | None = None) -> Any:
     for name in _PER_TOKEN:
         shape = tuple(batch[name].shape) if isinstance(batch.get(name), Tensor) else ids.shape
         if shape != ids.shape and not (name == "advantages" and shape == (len(ids), 1)):
-            raise ConfigError(f"a batch's {name} is {list(shape)}, its input_ids are {list(ids.shape)}{_SEE}")
+            raise ConfigError(
+                f"a batch's {name} has shape {list(shape)}, but its input_ids have {list(ids.shape)}{_SEE}"
+            )
     attention = batch.pop("attention_mask", None)
     positions = batch.pop("position_ids", None)
     if attention is None:
@@ -74,7 +76,7 @@ def fitted(batch: Any, tokenizer: Any, rows: int | None = None) -> Any:
     old = batch.get("old_logprobs")
     if isinstance(old, Tensor) and bool(((old > 1e-3) & (batch["loss_mask"] != 0).to(old.device)).any()):
         raise ConfigError(
-            f"a batch's old_logprobs go up to {float(old.max()):.4g}; log-probabilities are 0 or less{_SEE}"
+            f"a batch's old_logprobs go up to {float(old.max()):.4g}; log-probabilities must not be above 0{_SEE}"
         )
     batch["loss_mask"] = batch["loss_mask"].clone()
     batch["loss_mask"][:, 0] = 0  # the first token has no context to be predicted from
@@ -92,7 +94,7 @@ def refuse_other_names(batch: Any, read: Any = ()) -> None:
         return
     for name, others in _SAID_OTHERWISE.items():
         if found := [other for other in others if batch.get(other) is not None and other not in read]:
-            raise ConfigError(f"a batch has {found[0]}, which is not read: here that is {name}{_SEE}")
+            raise ConfigError(f"a batch has {found[0]}, which is not read: rename it to {name}{_SEE}")
 
 
 def check_preferences(batch: Any, kind: str) -> None:
@@ -106,7 +108,9 @@ def check_preferences(batch: Any, kind: str) -> None:
         return
     rows = len(batch["input_ids"])
     if kind == "pairs" and rows % 2:
-        raise ConfigError(f"a batch has {rows} rows; pairs are as many chosen rows, then as many rejected ones{_SEE}")
+        raise ConfigError(
+            f"a batch has {rows} rows; pairs must be the chosen rows, followed by as many rejected rows{_SEE}"
+        )
     wanted: dict[str, int | None] = {"weights": rows}
     if kind == "pairs":
         wanted = dict.fromkeys(("margin", "ties", "weights"), rows // 2)
@@ -117,30 +121,34 @@ def check_preferences(batch: Any, kind: str) -> None:
     for name, count in wanted.items():
         value = batch.get(name)
         if value is None and name in ("labels", "ranking", "ranks"):
-            raise ConfigError(f"a batch has no {name}: one number for each of its {rows} rows{_SEE}")
+            raise ConfigError(f"a batch has no {name}: it needs one number for each of its {rows} rows{_SEE}")
         if value is not None and (
             not isinstance(value, Tensor) or value.dim() != 1 or len(value) != (count or len(value))
         ):
             shown = list(value.shape) if isinstance(value, Tensor) else f"a {type(value).__name__}"
-            raise ConfigError(f"a batch's {name} is {shown}; a tensor of one number for each example{_SEE}")
+            raise ConfigError(
+                f"a batch's {name} is {shown}; it must be a tensor with one number for each example{_SEE}"
+            )
     if kind == "labels" and not bool(((batch["labels"] == 0) | (batch["labels"] == 1)).all()):
         raise ConfigError(f"a batch's labels have values other than 0 (undesirable) and 1 (desirable){_SEE}")
     if kind == "rankings":
         steps = batch["ranking"].diff()
         if int(batch["ranking"][0]) != 0 or not bool(((steps == 0) | (steps == 1)).all()):
-            raise ConfigError(f"a batch's ranking must count its examples from 0, the rows of each together{_SEE}")
+            raise ConfigError(
+                f"a batch's ranking must number its examples from 0, with the rows of each example together{_SEE}"
+            )
 
 
 def _ids(ids: Any, rows: int | None) -> Tensor:
     if not isinstance(ids, Tensor) or ids.dim() != 2 or ids.is_floating_point() or ids.dtype == torch.bool:
         shown = f"{list(ids.shape)} of {ids.dtype}" if isinstance(ids, Tensor) else type(ids).__name__
-        raise ConfigError(f"a batch's input_ids are {shown}; token ids [B, T], integers{_SEE}")
+        raise ConfigError(f"a batch's input_ids are {shown}; they must be token ids: integers of shape [B, T]{_SEE}")
     if not len(ids):
         raise ConfigError(f"a batch has no rows{_SEE}")
     ids = ids.long()
     if ids.numel() and (int(ids.min()) < 0 or (rows is not None and int(ids.max()) >= rows)):
         raise ConfigError(
-            f"a batch's input_ids go from {int(ids.min())} to {int(ids.max())}, and the model embeds {rows} tokens"
+            f"a batch's input_ids go from {int(ids.min())} to {int(ids.max())}, but the model has {rows} embeddings"
         )
     return ids
 
@@ -150,15 +158,15 @@ def _of_labels(labels: Tensor, ids: Tensor, loss_mask: Any) -> Tensor:
     trained = labels != IGNORED
     if bool((labels.long() != ids)[trained].any()):
         raise ConfigError(
-            f"a batch's labels are other tokens than its input_ids where they are not {IGNORED}; labels are those of "
-            f"the same places (each is predicted from the tokens before it), not shifted by one{_SEE}"
+            f"a batch's labels differ from its input_ids where they are not {IGNORED}; a label must be the token at "
+            f"the same position (it is predicted from the tokens before it), not shifted by one{_SEE}"
         )
     if loss_mask is not None and not (
         isinstance(loss_mask, Tensor)
         and loss_mask.shape == trained.shape
         and torch.equal((loss_mask != 0)[:, 1:].cpu(), trained[:, 1:].cpu())
     ):
-        raise ConfigError(f"a batch has labels and a mask which say different things; leave one out{_SEE}")
+        raise ConfigError(f"a batch has labels and a mask that contradict each other; leave one out{_SEE}")
     return trained
 
 
@@ -166,7 +174,7 @@ def _shaped(name: str, value: Any, ids: Tensor) -> Tensor:
     """Return a tensor after checking that it has one number per token; raises `ConfigError`."""
     if not isinstance(value, Tensor) or value.shape != ids.shape:
         shown = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
-        raise ConfigError(f"a batch's {name} is {shown}, its input_ids are {list(ids.shape)}{_SEE}")
+        raise ConfigError(f"a batch's {name} is {shown}, but its input_ids have shape {list(ids.shape)}{_SEE}")
     return value
 
 
@@ -174,7 +182,9 @@ def _mask(loss_mask: Any, ids: Tensor) -> Tensor:
     loss_mask = _shaped("loss_mask", loss_mask, ids)
     wide = loss_mask if loss_mask.dtype == torch.float64 else loss_mask.float()
     if not bool(((wide == 0) | (wide == 1)).all()):
-        raise ConfigError(f"a batch's mask has values other than 0 and 1: it says which tokens are trained{_SEE}")
+        raise ConfigError(
+            f"a batch's mask has values other than 0 and 1; it must be 1 for trained tokens, else 0{_SEE}"
+        )
     return wide
 
 
@@ -185,8 +195,8 @@ def _attention(attention: Any, ids: Tensor) -> Tensor:
     begins = there & ~torch.nn.functional.pad(there, (1, 0))[:, :-1]
     if bool((begins.sum(-1) > 1).any()) or not bool(((attention == 0) | (attention == 1)).all()):
         raise ConfigError(
-            "a batch's attention_mask has gaps, or numbers other than 0 and 1 (several packed rows?); one row to each "
-            f"example, with padding before or after it: the modules pack rows themselves{_SEE}"
+            "a batch's attention_mask has gaps, or numbers other than 0 and 1 (is it packed?); give each example one "
+            f"row, with padding before or after it: the modules pack rows themselves{_SEE}"
         )
     return there
 
@@ -211,7 +221,7 @@ def _check_padding(ids: Tensor, loss_mask: Tensor, tokenizer: Any) -> None:
     few = 2 if pad == tokenizer.bos_token_id or (pad == tokenizer.eos_token_id and not tokenizer.bos_token) else 1
     begins = (ids[:, :few] == pad).all(-1) & (loss_mask != 0).any(-1)  # an untrained row may be all padding
     if ids.shape[1] > few and bool(begins.any()):
-        raise ConfigError(f"a batch's rows begin with padding, and it has no attention_mask to tell by; add it{_SEE}")
+        raise ConfigError(f"a batch's rows begin with padding, but it has no attention_mask; add one{_SEE}")
     padded = (ids == pad).flip(1).long().cumprod(1).flip(1)  # the padding after each row
     trained = (padded * (loss_mask != 0)).sum(-1)
     if bool((trained > (1 if pad == tokenizer.eos_token_id else 0)).any()):
@@ -225,8 +235,8 @@ def _check_positions(positions: Any, there: Tensor) -> None:
     same = isinstance(positions, Tensor) and positions.shape[-2:] == there.shape
     if not same or bool((positions.to(wanted.device) != wanted)[..., there.bool()].any()):
         raise ConfigError(
-            "a batch's position_ids do not count each row's tokens from 0 (several packed rows?); one row to each "
-            f"example: the modules pack rows themselves{_SEE}"
+            "a batch's position_ids do not count each row's tokens from 0 (is it packed?); give each example one "
+            f"row: the modules pack rows themselves{_SEE}"
         )
 
 
@@ -237,5 +247,5 @@ def _check_lengths(batch: dict[str, Any]) -> None:
     places = torch.arange(1, loss_mask.shape[1] + 1, device=loss_mask.device)
     ends = (places * (loss_mask != 0)).amax(-1)
     if lengths.shape != ends.shape or bool((lengths.to(ends.device) < ends).any()) or int(lengths.max()) > len(places):
-        raise ConfigError(f"a batch's lengths do not reach to the end of its mask, or beyond its rows{_SEE}")
+        raise ConfigError(f"a batch's lengths end before its mask, or beyond its rows{_SEE}")
     batch["lengths"] = lengths.long()

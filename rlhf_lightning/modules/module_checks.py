@@ -21,7 +21,7 @@ def check_batch(module: Any, batch: Any) -> None:
         raise ConfigError(
             f"{type(module).__name__} takes batches that are dicts with {', '.join(module.requires)}; {missing[0]} is "
             f"missing in this one, which is a {type(batch).__name__} of {', '.join(map(str, has)) or 'no names'}. "
-            "docs/reuse.md says how to make them"
+            "See docs/reuse.md"
         )
 
 
@@ -39,12 +39,12 @@ def check_content(module: Any, checkpoint: Mapping[str, Any]) -> None:
     for name, parameter in module.named_parameters(remove_duplicate=False):
         if name in weights and weights[name].shape != parameter.shape:
             raise ConfigError(
-                f"the checkpoint is not of this stage and settings: {name} is "
+                f"the checkpoint does not match this stage and its settings: {name} is "
                 f"{list(weights[name].shape)} there and {list(parameter.shape)} here"
             )
     lacking = [key for key in ("loops", "optimizer_states", "lr_schedulers") if key not in checkpoint]
     if lacking and module._trainer is not None and module._trainer.state.fn == "fit":
         raise ConfigError(
-            f"the checkpoint has no {lacking[0]}: it holds weights only, and fit cannot go on from it. "
+            f"the checkpoint has no {lacking[0]}: it contains only weights, so fit cannot resume from it. "
             "Start a new stage from a model folder instead."
         )

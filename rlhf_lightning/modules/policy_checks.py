@@ -21,7 +21,7 @@ def check_rewards(rewards: Any) -> None:
         raise ConfigError(f"model.rewards is {_named(rewards)}; it must be a list of rewards: [{_wrapped(rewards)}]")
     for part in rewards:
         if not isinstance(part, nn.Module):
-            raise ConfigError(f"model.rewards holds {_named(part)}; each must be a Reward: {_wrapped(part)}")
+            raise ConfigError(f"model.rewards contains {_named(part)}; each must be a Reward: {_wrapped(part)}")
 
 
 def _named(value: Any) -> str:
@@ -40,26 +40,29 @@ def check_settings(module: Any) -> None:
     """Raise `ConfigError` if the settings of a `PolicyRLModule` contradict each other."""
     names = [part.name for part in module.rewards]
     if len(set(names)) < len(names):
-        raise ConfigError(f"model.rewards: two parts have the same name ({', '.join(names)}); set name")
+        raise ConfigError(f"model.rewards: two rewards have the same name ({', '.join(names)}); set name of one")
     advantage, critic = type(module.advantage).__name__, module.critic
     if module.advantage.needs_values and critic is None:
         raise ConfigError(f"model.advantage {advantage} needs the values of a critic: set model.critic")
     if critic is not None and not module.advantage.needs_values:
-        raise ConfigError(f"model.critic is set, but {advantage} uses no values: set model.advantage to GAE")
+        raise ConfigError(f"model.critic is set, but {advantage} does not use values: set model.advantage to GAE")
     if critic is not None and critic.shared and critic.warmup_rounds:
-        raise ConfigError("critic.warmup_rounds: on a shared backbone the critic's learning would move the policy")
+        raise ConfigError(
+            "critic.warmup_rounds must be 0 with critic.shared: training the critic would change the policy"
+        )
     check_finite("model.truncated_reward", module.truncated_reward)
     check_finite("model.entropy_coefficient", module.entropy_coefficient)
     objective = type(module.objective).__name__
     if module.objective.sequence_level and module.advantage.needs_values:
         raise ConfigError(
-            f"{objective} takes the response as one action, and GAE rewards its tokens apart: use ClippedSurrogate"
+            f"{objective} treats a response as one action, but GAE gives each token its own advantage: use "
+            "ClippedSurrogate"
         )
     of_response = module.objective.sequence_level and not getattr(module.objective, "normalized", True)
     if of_response and module.kl is not None and module.kl.place == "loss" and module.kl.coefficient:
-        raise ConfigError(f"{objective}(normalized=False) takes the response as one action: set kl.place to reward")
+        raise ConfigError(f"{objective}(normalized=False) treats a response as one action: set kl.place to reward")
     if module.staleness not in (0, 1):
-        raise ConfigError(f"model.staleness is {module.staleness}; 0, or 1 round")
+        raise ConfigError(f"model.staleness is {module.staleness}; it must be 0 or 1 (rounds)")
     check_whole("model.resample_groups", module.resample_groups, 0, MOST_TIMES)
 
 
@@ -78,20 +81,22 @@ def check_data(module: Any, data: PromptDataModule) -> None:
     if steps > 1 and not module.objective.corrects:
         raise ConfigError(
             f"a round has {steps} optimizer steps (data.update_epochs, data.minibatches), but {loss} has neither clip "
-            "nor importance ratio: after the first the policy is no longer the one that sampled. Use "
-            "ClippedSurrogate or ImportanceSampling, or one step (trainer.accumulate_grad_batches)."
+            "nor importance ratio: after the first step the policy is no longer the one that sampled. Use "
+            "ClippedSurrogate or ImportanceSampling, or one step per round (trainer.accumulate_grad_batches)."
         )
     if data.recorded and not module.objective.corrects and module.importance_weights is None:
         raise ConfigError(f"data.episodes were sampled by another sampler, which {loss} cannot correct for")
     if data.recorded and (module.resample_groups or module.staleness):
-        raise ConfigError("data.episodes are as they are: leave out model.resample_groups and model.staleness")
+        raise ConfigError("data.episodes are already sampled: leave out model.resample_groups and model.staleness")
     if data.recorded and module.objective.aggregation == "constant" and module.objective.length is None:
-        raise ConfigError("the aggregation 'constant' needs objective.length: data.episodes had another token budget")
+        raise ConfigError(
+            "the aggregation 'constant' needs objective.length, because the token budget of data.episodes is unknown"
+        )
     if data.recorded:
         _check_recorded(module, _rows(data))
     episodes = len(_rows(data)) if data.recorded else data.prompts_per_round * data.group_size
     if data.minibatches > episodes:
-        raise ConfigError(f"data.minibatches is {data.minibatches}, more than the {episodes} episodes of a round")
+        raise ConfigError(f"data.minibatches is {data.minibatches}, but a round has only {episodes} episodes")
     if not data.recorded:
         _check_prompts(module, _rows(data), data.group_size)
 
@@ -99,7 +104,7 @@ def check_data(module: Any, data: PromptDataModule) -> None:
 def _check_recorded(module: Any, rows: list[Any]) -> None:
     if any(row.advantage is not None for row in rows) and (module.critic is not None or module.advantage.whiten):
         raise ConfigError(
-            "data.episodes has rows with an advantage of their own: a critic learns nothing of them, and whitening "
+            "data.episodes has rows with their own advantage: a critic would learn nothing from them, and whitening "
             "would change them"
         )
     groups = Counter(row.group for row in rows if row.advantage is None)
@@ -112,7 +117,8 @@ def _check_recorded(module: Any, rows: list[Any]) -> None:
     if kl is not None and module.importance_weights is None and (kl.place == "reward" or kl.target is not None):
         raise ConfigError(
             "data.episodes hold the log-probabilities of another policy: a KL penalty in the reward, or an adaptive "
-            "one, would measure that. Set kl.place to loss without kl.target, or model.importance_weights."
+            "one, would measure the KL of that policy. Set kl.place to loss without kl.target, or "
+            "model.importance_weights."
         )
 
 
@@ -128,17 +134,19 @@ def _check_prompts(module: Any, prompts: list[Prompt], group_size: int) -> None:
             "every advantage would be 0. Set data.group_size to 2 or more."
         )
     if group_size == 1 and module.resample_groups:
-        raise ConfigError("model.resample_groups: a group of one never has two rewards; set data.group_size above 1")
+        raise ConfigError(
+            "model.resample_groups: a group of one response cannot have different rewards; set data.group_size above 1"
+        )
     sampler.warn_of_bias()
     if sampler.temperature == 0:
-        raise ConfigError("sampler.temperature is 0: every response of a group would be the same")
+        raise ConfigError("sampler.temperature is 0, so all responses of a group would be the same")
     check_rewarded(module)
     for part in module.rewards:
         part.check(prompts)
     longest = max(prompt.tokens for prompt in prompts)
     if sampler.context and longest + sampler.max_tokens > sampler.context:
         raise ConfigError(
-            f"the longest prompt ({longest} tokens) and sampler.max_tokens ({sampler.max_tokens}) are over "
+            f"the longest prompt ({longest} tokens) and sampler.max_tokens ({sampler.max_tokens}) exceed "
             f"the model's {sampler.context} positions; lower max_tokens or data.max_prompt_tokens"
         )
 
@@ -146,4 +154,4 @@ def _check_prompts(module: Any, prompts: list[Prompt], group_size: int) -> None:
 def check_rewarded(module: Any) -> None:
     """Raise `ConfigError` if there is neither a reward nor an environment."""
     if not len(module.rewards) and module.environment is None:
-        raise ConfigError("nothing rewards the policy: set model.rewards, or model.environment")
+        raise ConfigError("there is no reward: set model.rewards, or model.environment")

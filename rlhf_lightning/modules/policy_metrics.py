@@ -19,7 +19,7 @@ LARGEST = ("log_ratio_max",)
 ROUND_ON_BAR = ("reward", "kl", "truncated")
 WHY = {
     "truncated": "cut off",
-    "failed_episodes": "failed in their environment",
+    "failed_episodes": "episodes failed in their environment",
     "zero_variance_groups": "groups of equal rewards",
 }
 
@@ -57,8 +57,8 @@ def why_empty(statistics: Mapping[str, float]) -> str:
     """Explain from a round's statistics why no token was trained, and what to change."""
     found = ", ".join(f"{WHY[name]} {statistics[name]:.0%}" for name in WHY if name in statistics)
     return (
-        f"Of the last round: {found or 'nothing is known'}. Where responses are cut off, raise sampler.max_tokens or "
-        "leave out model.mask_truncated; where the rewards of each group are equal, take other prompts or rewards, a "
+        f"In the last round: {found or 'nothing is known'}. If responses are truncated, raise sampler.max_tokens or "
+        "leave out model.mask_truncated; if all rewards of a group are equal, use other prompts or rewards, a "
         "larger data.group_size, or model.resample_groups. See samples.jsonl."
     )
 

@@ -61,13 +61,13 @@ class PolicyRLModule(RLHFModule):
         sampler: Token budget and temperature of responses.
         environment: Class, function or dotted path that makes a `MessageEnv` from a data row; by default a response
             ends its episode.
-        environment_args: Keyword arguments that follow the row.
+        environment_args: Keyword arguments of the environment, in addition to the row.
         limits: Turns, tokens and time of an episode, and what to do if its environment fails.
         truncated_reward: Replaces the reward of a response that ran out of tokens.
         mask_truncated: Do not train on a response that ran out of tokens. Its reward still counts in its group's mean.
         entropy_coefficient: Weight of the mean entropy (nats per token), which is added to the maximized objective.
         importance_weights: Corrects for samples of another distribution than the trainer's. The trainer recomputes the
-            log-probabilities at the start of a round, and the ratio to the sampler's weights the loss.
+            log-probabilities at the start of a round, and the loss is weighted by their ratio to the sampler's.
         staleness: With 1, each round is sampled with the weights from the start of the previous round. Then
             `importance_weights` are used; by default per token and truncated at 2.
         resample_groups: Number of times that a group with equal rewards is sampled again; 0 by default.
@@ -507,7 +507,7 @@ class PolicyRLModule(RLHFModule):
             values: Tensor = self.critic(ids, loss_mask)
             return values
         found = scores or self.token_logprobs(ids, loss_mask, self.sampler.temperature, details=True)
-        assert found.values is not None, "bind() has put the value head on the policy"
+        assert found.values is not None, "bind() has added the value head to the policy"
         return found.values
 
     def _clamped(self, logprobs: Tensor, batch: dict[str, Any]) -> Tensor:

@@ -42,7 +42,7 @@ class PreferenceModule(RLHFModule):
     `val/` and `test/`.
 
     Args:
-        model: See `RLHFModule`, which takes the further arguments.
+        model: Folder, Hub id or object of the model to start from; see `RLHFModule` for further arguments.
         scorer: Gives a response its score: `RewardHead` (default), `SequenceLogprob`, or `ImplicitReward` (DPO).
         loss: A loss on pairs (Bradley-Terry by default), labels or rankings.
         freeze_backbone: Train the reward head only, if training all weights overfits.
@@ -72,7 +72,9 @@ class PreferenceModule(RLHFModule):
         self.loss = loss or BradleyTerry()
         self.freeze_backbone = freeze_backbone
         if freeze_backbone and (self.lora or not isinstance(self.scorer, RewardHead)):
-            raise ConfigError("model.freeze_backbone trains the reward head alone: it needs RewardHead and no lora")
+            raise ConfigError(
+                "model.freeze_backbone trains only the reward head: it needs the scorer RewardHead, and no model.lora"
+            )
         self.task = self.scorer.task
         check_fit(self.scorer, self.loss)
         self._wanted = self.loss.keywords()
@@ -87,7 +89,7 @@ class PreferenceModule(RLHFModule):
             raise ConfigError(
                 f"{type(self.loss).__name__} compares the rows of a whole optimizer step with each other, so they must "
                 "be in one batch: set trainer.accumulate_grad_batches to 1 and raise data.batch_size "
-                "(model.gradient_checkpointing keeps its memory small)"
+                "(model.gradient_checkpointing saves memory)"
             )
 
     def build(self) -> None:
@@ -133,14 +135,14 @@ class PreferenceModule(RLHFModule):
             before = (read_stage(reference).get("scorer") or {}).get("init_args", {}).get("reference")
             if before and self.scorer.reference is None:
                 log.warning(
-                    "%s is measured from itself, so every score is 0; it was trained against %s: set "
-                    "model.scorer.init_args.reference to that",
+                    "%s is its own reference, so every score is 0; it was trained against %s: set "
+                    "model.scorer.init_args.reference to that model",
                     reference,
                     before,
                 )
         elif real_path(reference) == real_path(Path(self._trainer.default_root_dir) / "model"):
             raise ConfigError(
-                f"{reference} is the reference, and the folder that this run would write its model to: name another "
+                f"{reference} is the reference, but this run would write its model to the same folder: choose another "
                 "trainer.default_root_dir"
             )
 
@@ -178,7 +180,7 @@ class PreferenceModule(RLHFModule):
         return self.normalized(total, batch, self.loss.kind, float(weights.sum()))
 
     def why_empty(self) -> str:
-        return "Every row of these steps has weight 0, or no token of a response: see the batches' weights and masks."
+        return "Every row of these steps has weight 0, or no response token: check the batches' weights and masks."
 
     def _named(self, batch: dict[str, Any]) -> Named:
         """Everything that the loss may need, by name, for each row."""
@@ -346,14 +348,16 @@ def check_fit(scorer: Scorer, loss: PreferenceLoss) -> None:
     lacking = {"lengths", "logps", "reference_scores", "kl", "beta"} - set(scorer.provides)
     lacking |= {f"{side}_{name}" for side in SIDES for name in lacking}
     if missing := [name for name, required in loss.keywords().items() if required and name in lacking]:
-        raise ConfigError(f"{names} do not go together: the loss needs {missing[0]!r}, which this scorer does not give")
+        raise ConfigError(
+            f"{names} do not go together: the loss needs {missing[0]!r}, which this scorer does not provide"
+        )
     if loss.scores == "log_ratio" and "reference_scores" not in scorer.provides:
-        raise ConfigError(f"{names} do not go together: the loss is of log-ratios to a reference, use ImplicitReward")
+        raise ConfigError(f"{names} do not go together: the loss needs log-ratios to a reference: use ImplicitReward")
     mean = getattr(scorer, "length_normalized", False) and getattr(scorer, "beta", None) == 1
     if loss.scores == "mean_logprob" and not (mean and "reference_scores" not in scorer.provides):
         raise ConfigError(
-            f"{names} do not go together: the loss is of mean log-probabilities, use SequenceLogprob with "
+            f"{names} do not go together: the loss needs mean log-probabilities: use SequenceLogprob with "
             "length_normalized: true and beta: 1"
         )
     if getattr(scorer, "tail_weight", 1.0) != 1 and loss.kind != "pairs":
-        raise ConfigError(f"scorer.tail_weight compares the two responses of a pair, and the loss is of {loss.kind}")
+        raise ConfigError(f"scorer.tail_weight compares the two responses of a pair, but the loss is for {loss.kind}")

@@ -86,8 +86,8 @@ def recipe_settings(name: str) -> dict[str, Any]:
     """
     if name not in RECIPES:
         close = get_close_matches(str(name).lower().replace("-", "_").replace("++", "_pp"), RECIPES, 1)
-        hint = f"Did you mean {close[0]}?" if close else f"There are {', '.join(RECIPES)}"
-        raise ConfigError(f"model.recipe is {name!r}. {hint}")
+        hint = f"Did you mean {close[0]}?" if close else f"Recipes are {', '.join(RECIPES)}"
+        raise ConfigError(f"model.recipe is {name!r}, which is not a recipe. {hint}")
     return deepcopy(RECIPES[name])
 
 

@@ -44,7 +44,10 @@ class Warmup(LRScheduler):
         if shape not in SHAPES:
             raise ValueError(f"unknown shape {shape!r}; one of {', '.join(SHAPES)}")
         if not 0 <= warmup_steps < math.inf or not 0 <= floor <= 1:
-            raise ValueError(f"warmup_steps is {warmup_steps} (0 or more), floor {floor} (a part of the rate, 0 to 1)")
+            raise ValueError(
+                f"warmup_steps is {warmup_steps} (must be at least 0), floor is {floor} (a fraction of "
+                "the learning rate, 0 to 1)"
+            )
         if total_steps is not None and total_steps < 1:
             raise ValueError(f"total_steps is {total_steps}; it must be at least 1")
         self.shape, self.warmup_steps, self.floor, self.total_steps = shape, warmup_steps, floor, total_steps
@@ -55,7 +58,8 @@ class Warmup(LRScheduler):
         self.total_steps = total_steps
         if self.warmup_steps >= max(total_steps, 1):
             log.warning(
-                "lr_scheduler: warmup_steps is %g, and the run has %d steps: the full rate is never reached",
+                "lr_scheduler: warmup_steps is %g, but the run has %d steps, so the full learning rate is never "
+                "reached",
                 self.warmup_steps,
                 total_steps,
             )

@@ -27,7 +27,7 @@ class SFTModule(RLHFModule):
     tokens of the epoch).
 
     Args:
-        model: See `RLHFModule`, which takes the further arguments.
+        model: Folder, Hub id or object of the model to start from; see `RLHFModule` for further arguments.
         sampler: Samples the responses of `predict`; by default greedy, up to 128 tokens.
 
     Example:
@@ -55,8 +55,8 @@ class SFTModule(RLHFModule):
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         if isinstance(batch, dict) and "denominators" not in batch and batch.get("weights") is not None:
             raise ConfigError(
-                "a batch has weights, and SFT weighs no rows: give a row that is not to be trained a mask of 0, and a "
-                "row that counts twice two places in the batch"
+                "a batch has weights, which SFT does not support: mask rows that must not be trained with 0, and "
+                "repeat a row that must count twice"
             )
         return super().on_before_batch_transfer(batch, dataloader_idx)
 
@@ -71,8 +71,8 @@ class SFTModule(RLHFModule):
 
     def why_empty(self) -> str:
         return (
-            "No row of these steps has a trained token: `rlhf data check sft` shows the masks, data.train_on and "
-            "data.max_length decide on them."
+            "No row of these steps has a trained token. `rlhf data check` shows the masks, which depend on "
+            "data.train_on and data.max_length."
         )
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:

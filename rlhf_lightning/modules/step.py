@@ -123,8 +123,8 @@ class StepEnd(pl.Callback):
         for rank, found in enumerate(counts):
             if found != counts[0]:
                 raise ConfigError(
-                    f"rank {rank} of {len(counts)} has {found[0]} batches to train on and {found[1]} to validate on, "
-                    f"rank 0 {counts[0][0]} and {counts[0][1]}: the rows must be shared out evenly"
+                    f"rank {rank} of {len(counts)} has {found[0]} training batches and {found[1]} validation batches, "
+                    f"but rank 0 has {counts[0][0]} and {counts[0][1]}: every rank needs the same number of rows"
                 )
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
@@ -154,7 +154,7 @@ class StepEnd(pl.Callback):
             )
         if self.empty == 1 and trainer.is_global_zero:
             log.warning(
-                "step %d: no token is trained, so the weights stay; train/empty_steps counts such steps. %s",
+                "step %d: no token is trained, so the weights do not change; train/empty_steps counts such steps. %s",
                 step,
                 pl_module.why_empty(),
             )

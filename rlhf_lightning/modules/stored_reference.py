@@ -47,9 +47,9 @@ def store_reference(scorer: ImplicitReward, trainer: Any, device: torch.device, 
             values = _computed(scorer, sides, trainer, device, batch_size)
             if trainer.is_global_zero:
                 _write(path, values)
-                log.info("%s: log-probabilities of the reference are stored in %s", name, path)
+                log.info("%s: log-probabilities of the reference were saved to %s", name, path)
         else:
-            log.info("%s: stored log-probabilities of the reference, %s", name, path)
+            log.info("%s: log-probabilities of the reference were loaded from %s", name, path)
         assert values is not None
         start = 0
         for row in prepared.rows:

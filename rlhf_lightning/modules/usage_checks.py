@@ -17,11 +17,11 @@ from rlhf_lightning.settings import NotPlain, Settings, UnknownClass, describe, 
 log = logging.getLogger(__name__)
 DATA = {"sft": "SFTDataModule", "preference": "PreferenceDataModule", "policy": "PromptDataModule"}
 ABSENT = {
-    "generate": "trainer.predict(module, data) answers the rows of data.predict; rlhf generate the saved model folder",
+    "generate": "use trainer.predict(module, data) with data.predict, or rlhf generate with the saved model folder",
     "push_to_hub": "module.save_pretrained(FOLDER), then rlhf export FOLDER DIR --push ID",
     "score": "a PreferenceModule scores",
-    "token_logprobs": "the model is loaded by trainer.fit, or by module.configure_model()",
-    "scorer": "a PreferenceModule has one",
+    "token_logprobs": "the model is not loaded yet; trainer.fit or module.configure_model() loads it",
+    "scorer": "only a PreferenceModule has one",
 }
 """Attributes that users look for on a module, and what to use instead."""
 
@@ -62,16 +62,14 @@ class CheckedModule(Settings, pl.LightningModule):
 
     def _no_data(self, command: str, source: str) -> ConfigError:
         data = DATA.get(self.stage_kind, "a data module")
-        return ConfigError(
-            f"trainer.{command} has no data: trainer.{command}(module, {data}({source}=…)), or a DataLoader"
-        )
+        return ConfigError(f"trainer.{command} has no data: pass it {data}({source}=…), or a DataLoader")
 
     def _arguments_given(self, given: dict[str, Any]) -> dict[str, Any]:
         try:
             return {name: rebuild(value) if name != "model_options" else value for name, value in given.items()}
         except UnknownClass as error:
             raise ConfigError(
-                f"the checkpoint's settings: {error}; import its module before, or pass the argument to "
+                f"the checkpoint's settings: {error}; import its module first, or pass the argument to "
                 f"{type(self).__name__}.load_from_checkpoint"
             ) from None
 
@@ -114,7 +112,10 @@ class CheckedModule(Settings, pl.LightningModule):
         if "://" not in str(checkpoint_path) and not place.exists():
             raise ConfigError(f"{name}: {place}: no such file (seen from {Path.cwd()})")
         if any((place / file).exists() for file in ("config.json", "adapter_config.json")):
-            raise ConfigError(f"{name}: {place} is a model folder; start from it: {cls.__name__}({str(place)!r})")
+            raise ConfigError(
+                f"{name}: {place} is a model folder, not a checkpoint; start from it with "
+                f"{cls.__name__}({str(place)!r})"
+            )
         kwargs.setdefault("weights_only", True)
         if place.is_file():
             _check_unsaved(place, name, kwargs)
@@ -124,7 +125,7 @@ class CheckedModule(Settings, pl.LightningModule):
             if "missing" not in str(error) or "'model'" not in str(error):
                 raise
         raise ConfigError(
-            f"{name} needs model=… and what else the module was made with (lora=…, scorer=…): this checkpoint holds no "
+            f"{name} needs model=… and the other arguments of the module (lora=…, scorer=…): this checkpoint has no "
             f"settings. To use a trained model, load the model folder of its stage: {cls.__name__}('runs/NAME/model')"
         )
 
@@ -138,11 +139,11 @@ class CheckedModule(Settings, pl.LightningModule):
         wanted = DATA.get(self.stage_kind)
         kind = getattr(data, "stage_kind", "")
         if stage == "fit" and wanted and isinstance(data, RowDataModule) and kind and kind != self.stage_kind:
-            raise ConfigError(f"{type(data).__name__} has data of another stage: {type(self).__name__} takes {wanted}")
+            raise ConfigError(f"{type(data).__name__} is for another stage: {type(self).__name__} needs {wanted}")
         if stage == "fit" and (every := self.trainer.val_check_interval) is not None and _not_positive(every):
             raise ConfigError(
-                f"trainer.val_check_interval is {every}; a part of the epoch up to 1.0, or a number of batches. To "
-                "leave validation out set trainer.limit_val_batches: 0"
+                f"trainer.val_check_interval is {every}; it must be a fraction of the epoch, or a number of batches. "
+                "To turn validation off, set trainer.limit_val_batches: 0"
             )
 
     def warn_unseen_validation(self) -> None:
@@ -158,8 +159,8 @@ class CheckedModule(Settings, pl.LightningModule):
             and not trainer.fast_dev_run
         ):
             log.warning(
-                "data.validation was never looked at: the run ended before. Validation follows each epoch; set "
-                "trainer.val_check_interval to a number of batches, or trainer.check_val_every_n_epoch lower"
+                "data.validation was never used, because the run ended before the first validation. It follows each "
+                "epoch; set trainer.val_check_interval to a number of batches, or lower trainer.check_val_every_n_epoch"
             )
 
 
@@ -173,11 +174,11 @@ def _check_unsaved(path: Path, name: str, given: Mapping[str, Any]) -> None:
     missing = [argument for argument in unsaved if argument not in given]
     if wanted := [argument for argument in missing if argument not in UNUSED_BY_INFERENCE]:
         raise ConfigError(
-            f"{name} needs {', '.join(f'{argument}=…' for argument in wanted)}: a checkpoint cannot hold an "
+            f"{name} needs {', '.join(f'{argument}=…' for argument in wanted)}: a checkpoint cannot store an "
             "object that is not made of plain values"
         )
     if missing:
-        log.warning("%s: without its %s, which a checkpoint cannot hold", name, ", ".join(missing))
+        log.warning("%s: loaded without its %s, which a checkpoint cannot store", name, ", ".join(missing))
 
 
 def _not_positive(every: Any) -> bool:
@@ -193,29 +194,34 @@ def check_arguments(model: Any, **given: Any) -> None:
     """
     if not isinstance(model, str | Path | nn.Module) or not str(model):
         got = f"the class {model.__name__}" if isinstance(model, type) else repr(model)
-        raise ConfigError(f"model.model is {got}; a folder, a Hub id, or a model that is loaded")
+        raise ConfigError(f"model.model is {got}; it must be a folder, a Hub id, or a loaded model")
     if isinstance(model, nn.Module) and not hasattr(model, "get_input_embeddings"):
-        raise ConfigError(f"model.model is a {type(model).__name__}, and no model of transformers")
+        raise ConfigError(f"model.model is a {type(model).__name__}, which is not a transformers model")
     check_object("model.lora", given["lora"], "LoRA(rank=16)")
     if type(given["lora"]).__name__ == "LoraConfig":
-        raise ConfigError("model.lora is peft's LoraConfig; pass rlhf_lightning.models.lora.LoRA(rank, alpha)")
+        raise ConfigError("model.lora is peft's LoraConfig; pass rlhf_lightning.LoRA(rank, alpha) instead")
     for name, example in (
         ("optimizer", "lambda parameters: torch.optim.AdamW(parameters, lr=1e-5)"),
         ("lr_scheduler", "lambda optimizer: Warmup(optimizer, warmup_steps=10)"),
     ):
         if given[name] is not None and not callable(given[name]):
             shown = repr(given[name]).partition("\n")[0]
-            raise ConfigError(f"model.{name} is {shown}; it must be a function that makes one, for example {example}")
+            raise ConfigError(f"model.{name} is {shown}; it must be a function that returns one, for example {example}")
     if not isinstance(options := given["model_options"] or {}, Mapping):
-        raise ConfigError(f"model.model_options is {options!r}; a mapping of from_pretrained's arguments")
+        raise ConfigError(f"model.model_options is {options!r}; it must be a mapping of from_pretrained's arguments")
     for name in ("dtype", "torch_dtype"):
         if name in options:
-            raise ConfigError(f"model.model_options: {name} is a setting of its own: model.dtype: {options[name]}")
+            raise ConfigError(f"model.model_options: {name} has its own setting: write model.dtype: {options[name]}")
     for name in ("num_labels", "id2label", "label2id"):
         if name in options and options[name] != 1:
-            raise ConfigError(f"model.model_options: {name}: a preference model has one score; leave it out")
+            raise ConfigError(
+                f"model.model_options: {name} is fixed, because a preference model has one score; leave it out"
+            )
     if isinstance(options.get("device_map"), str):
-        raise ConfigError("model.model_options: device_map: the Trainer places the model (trainer.devices, strategy)")
+        raise ConfigError(
+            "model.model_options: leave out device_map; the Trainer places the model (trainer.devices, "
+            "trainer.strategy)"
+        )
     if given["max_tokens_per_batch"] is not None:
         check_whole("model.max_tokens_per_batch", given["max_tokens_per_batch"])
 

@@ -46,7 +46,7 @@ def group_centered(rewards: Tensor, group_ids: Tensor, scale: str = "none", eps:
         tensor([ 0.5000, -0.5000,  0.0000,  0.0000])
     """
     if scale not in ("none", "std"):
-        raise ValueError(f"unknown scale {scale!r}; 'none' or 'std'")
+        raise ValueError(f"unknown scale {scale!r}; it must be 'none' or 'std'")
     sums, counts, dense = _group_sums(rewards, group_ids)
     centered = torch.where(_all_equal(rewards, dense), 0.0, rewards - sums / counts)
     if scale == "none":

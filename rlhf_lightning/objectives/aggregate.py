@@ -48,6 +48,8 @@ def aggregate(per_token: Tensor, loss_mask: Tensor, mode: str, length: int | Non
         return (masked.sum(-1) / tokens.clamp(min=1)).sum(), sequences
     if mode == "constant":
         if not length:
-            raise ValueError("aggregate(mode='constant') needs length=, the tokens each sequence is divided by")
+            raise ValueError(
+                "aggregate(mode='constant') needs length=, the number of tokens that each sequence is divided by"
+            )
         return masked.sum(), sequences * length
     raise ValueError(f"unknown aggregation {mode!r}; one of {', '.join(MODES)}")

@@ -17,10 +17,10 @@ LONGEST = 200
 PLAN_KEYS = {"name", "seed", "root", "stages"}
 STAGE_KEYS = {"name", "kind", "config", "overrides", "start", "reward", "critic", "on_failure"}
 SET = {
-    "trainer.default_root_dir": "name the folder of the run with root or --root; a stage's is root/NAME",
-    "seed_everything": "set seed, which is of all stages",
+    "trainer.default_root_dir": "set the folder of the run with root or --root; a stage's folder is root/NAME",
+    "seed_everything": "set seed in the pipeline file, for all stages",
     "log_file": "all stages write to logs/run.log in root",
-    "fresh": "run a stage anew with --rerun",
+    "fresh": "run a stage again with --rerun",
 }
 
 
@@ -113,9 +113,9 @@ def read_plan(
         base, name = Path(plan).parent, Path(plan).stem
         plan = read_mapping(Path(plan))
     if {"model", "data", "trainer"} & set(plan) and "stages" not in plan:
-        raise ConfigError("pipeline: there are no stages: it is the config of one stage (rlhf sft fit -c FILE)")
+        raise ConfigError("pipeline: no stages: this is the config of a single stage; run it with rlhf sft fit -c FILE")
     if unknown := set(plan) - PLAN_KEYS:
-        raise ConfigError(f"pipeline: unknown key {sorted(unknown)[0]!r}; known are name, seed, root, stages")
+        raise ConfigError(f"pipeline: unknown key {sorted(unknown)[0]!r}; known keys are name, seed, root, stages")
     if not isinstance(plan.get("stages"), list) or not plan["stages"]:
         raise ConfigError("pipeline: 'stages' must be a list of at least one stage")
     seed = plan.get("seed", 0)
@@ -124,7 +124,7 @@ def read_plan(
     _check_texts(plan, ("name", "root"), "pipeline")
     name = str(plan.get("name") or name)
     if len(name.encode(errors="replace")) > LONGEST:
-        raise ConfigError(f"pipeline: name is {name[:50]!r}…, of which no folder can be made: it is too long")
+        raise ConfigError(f"pipeline: name is {name[:50]!r}…, which is too long for a folder name")
     folder = Path(root or plan.get("root") or Path("runs") / name)
     stages: list[Stage] = []
     for index, entry in enumerate(plan["stages"]):
@@ -141,22 +141,28 @@ def read_plan(
 def _stage(entry: Any, index: int, earlier: list[str], base: Path) -> Stage:
     where = f"pipeline: stage {index + 1}"
     if not isinstance(entry, Mapping):
-        raise ConfigError(f"{where} is no mapping with kind and config")
+        raise ConfigError(f"{where} is not a mapping with kind and config")
     kind = entry.get("kind")
     if kind not in KINDS:
-        raise ConfigError(f"{where}: kind is {kind!r}; one of {', '.join(KINDS)}")
+        raise ConfigError(f"{where}: kind is {kind!r}; it must be one of {', '.join(KINDS)}")
     if unknown := set(entry) - STAGE_KEYS:
-        raise ConfigError(f"{where}: unknown key {sorted(unknown)[0]!r}; known are {', '.join(sorted(STAGE_KEYS))}")
+        raise ConfigError(
+            f"{where}: unknown key {sorted(unknown)[0]!r}; known keys are {', '.join(sorted(STAGE_KEYS))}"
+        )
     _check_texts(entry, ("name", "start", "reward", "critic"), where)
     files = entry.get("config")
     files = files if isinstance(files, list) else [] if files is None else [files]
     if not all(isinstance(file, str) and file for file in files):
         raise ConfigError(f"{where}: config is {entry['config']!r}; it must be a file, or a list of files")
     if not isinstance(entry.get("overrides"), Mapping | None):
-        raise ConfigError(f"{where}: overrides is {entry['overrides']!r}; it must be a mapping, trainer.max_steps: 5")
+        raise ConfigError(
+            f"{where}: overrides is {entry['overrides']!r}; it must be a mapping, for example {{trainer.max_steps: 5}}"
+        )
     name = str(entry.get("name") or kind)
     if name in (*earlier, ".", "..") or "/" in name or len(name.encode(errors="replace")) > LONGEST:
-        raise ConfigError(f"{where}: the name {name!r} is taken or not a folder name; every stage needs its own")
+        raise ConfigError(
+            f"{where}: the name {name!r} is used twice or not a valid folder name; every stage needs its own"
+        )
     for key in ("start", "reward", "critic"):
         _check_reference(entry.get(key), earlier, f"{where} ({name}): {key}")
     for key in ("reward", "critic"):
@@ -205,7 +211,7 @@ def _check_reward(stages: Sequence[Stage]) -> None:
     scoring = [name for name, kind in kinds.items() if kind == "preference"]
     raise ConfigError(
         f"pipeline: stage {len(stages)} ({last.name}): reward is {last.reward!r}, a stage of kind "
-        f"{kinds[last.reward]}, and only a preference stage gives scores (of those before: "
+        f"{kinds[last.reward]}, but only a preference stage gives scores (earlier preference stages: "
         f"{', '.join(scoring) or 'none'})"
     )
 
@@ -238,16 +244,18 @@ def read_mapping(path: Path, where: str = "") -> dict[str, Any]:
         text = path.read_text(encoding="utf-8")
         value = json.loads(text, object_pairs_hook=_object) if path.suffix == ".json" else yaml.load(text, UniqueKeys)
     except RepeatedKey as error:
-        raise ConfigError(f"{path}{error}. The parser would take the last one: leave one of them") from None
+        raise ConfigError(f"{path}{error}. Remove one of them") from None
     except (yaml.YAMLError, json.JSONDecodeError, UnicodeDecodeError) as error:
         hint = ". YAML is indented with spaces, not with tabs" if "'\\t'" in str(error) else ""
         raise ConfigError(f"{path}: not valid {'JSON' if path.suffix == '.json' else 'YAML'}: {error}{hint}") from None
     if value is None:
-        raise ConfigError(f"{path}: is empty; it must hold a mapping of settings, see the files in configs/")
+        raise ConfigError(
+            f"{path}: the file is empty; it must contain a mapping of settings, see the files in configs/"
+        )
     if not isinstance(value, dict):
-        raise ConfigError(f"{path}: must hold a mapping, holds {type(value).__name__}")
+        raise ConfigError(f"{path}: must contain a mapping, contains {type(value).__name__}")
     if key := _with_null(value):
-        raise ConfigError(f"{path}: {key} holds a null character, which no name of a file can have; leave it out")
+        raise ConfigError(f"{path}: {key} contains a null character, which no file name can have; remove it")
     return value
 
 
@@ -281,7 +289,7 @@ class UniqueKeys(yaml.SafeLoader):
         for key, _ in node.value:
             line = key.start_mark.line + 1
             if key.value in lines and isinstance(key, yaml.ScalarNode):
-                raise RepeatedKey(f":{line}: {key.value} stands twice, first in line {lines[key.value]}")
+                raise RepeatedKey(f":{line}: the key {key.value} appears twice, first in line {lines[key.value]}")
             lines[str(key.value)] = line
         return node
 
@@ -289,7 +297,7 @@ class UniqueKeys(yaml.SafeLoader):
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
-        raise RepeatedKey(f": {repeated_key(pairs)} stands twice in one object")
+        raise RepeatedKey(f": the key {repeated_key(pairs)} appears twice in an object")
     return found
 
 

@@ -122,7 +122,7 @@ class _Runner:
         if entry and not fresh and entry["status"] != "failed":
             self._refuse_changed(stage, entry["inputs"], inputs)
             if entry["status"] == "finished" and (self.plan.folder(stage.name) / "stage.json").exists():
-                print(visible(f"{place}: finished already"), flush=True)
+                print(visible(f"{place}: already finished"), flush=True)
                 return
         where = self.plan.folder(stage.name)
         print(visible(f"{place}: {stage.kind} in {where} ({self.clock.before(stage)})"), flush=True)
@@ -157,8 +157,8 @@ class _Runner:
         changed = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
         if changed:
             raise ConfigError(
-                f"stage {stage.name} has run with other inputs (changed: {', '.join(changed)}). Run it and what is "
-                f"built on it anew with --rerun {stage.name}, or give the pipeline another name."
+                f"stage {stage.name} has run with other inputs (changed: {', '.join(changed)}). Run it and the stages "
+                f"that depend on it again with --rerun {stage.name}, or give the pipeline another name."
             )
 
     # -- the process ----------------------------------------------------------------------------------------------
@@ -204,8 +204,10 @@ class _Runner:
         self._record(stage, {"status": "failed", "inputs": inputs, "exit_code": code})
         if stage.rule_reward is None:
             where = self.plan.root / "logs" / "run.log"
-            raise UserError(f"stage {stage.name} failed (exit code {code}); its error stands above and in {where}")
+            raise UserError(f"stage {stage.name} failed (exit code {code}); its error is printed above and in {where}")
         self.failed[stage.name] = stage
         rule = stage.rule_reward["class_path"]
-        said = f"stage {stage.name} failed (exit code {code}). As on_failure says, the pipeline goes on with the rule"
+        said = (
+            f"stage {stage.name} failed (exit code {code}). As set by on_failure, the pipeline continues with the rule"
+        )
         print(visible(f"WARNING: {said} reward {rule}; reward_source_prm is 0."), flush=True)

@@ -54,7 +54,7 @@ def verify_run(root: str | Path) -> list[Check]:
         return [check for name in stages for check in _stage(root, name, stages)]
     if (root / "stage.json").exists():
         return _alone(root)
-    raise ConfigError(f"--verify {root}: neither manifest.json of a pipeline nor stage.json of a stage is there")
+    raise ConfigError(f"--verify {root}: the folder has neither a pipeline's manifest.json nor a stage's stage.json")
 
 
 def _stage(root: Path, name: str, stages: dict[str, Any]) -> list[Check]:

@@ -25,7 +25,7 @@ def write_report(root: str | Path, output: str | Path | None = None) -> Path:
         The path that was written.
 
     Raises:
-        UserError: If the folder holds no run.
+        UserError: If the folder contains no run.
     """
     path = Path(output) if output else Path(root) / "report.html"
     page = render(read_run(Path(root)))

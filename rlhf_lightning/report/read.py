@@ -1,4 +1,4 @@
-"""Reading what a run left in its folder, for the report."""
+"""Reads the files in a run's folder for the report."""
 
 import csv
 import json
@@ -33,6 +33,10 @@ class Samples:
     Attributes:
         first: Rows of the first round.
         last: Rows of the last round.
+
+    Example:
+        >>> Samples(first=[{"reward": 0.1}], last=[{"reward": 0.9}]).repeated
+        []
     """
 
     first: list[dict[str, Any]] = field(default_factory=list)
@@ -100,7 +104,7 @@ class Run:
 
 
 def read_run(root: Path) -> Run:
-    """Read a folder; raises `UserError` where it holds no run."""
+    """Read a folder; raises `UserError` if it contains no run."""
     manifest = read_manifest(root / "manifest.json")
     if manifest:
         stages = [read_stage(root / name, name, entry) for name, entry in (manifest.get("stages") or {}).items()]
@@ -108,7 +112,7 @@ def read_run(root: Path) -> Run:
         return Run(name, root, stages, _text(root / "pipeline.yaml"), read_record(root / "summary.json", SUMMARY))
     if any((root / name).exists() for name in ("stage.json", "metrics.csv", "config.yaml")):
         return Run(real_path(root).name, root, [read_stage(root, real_path(root).name)])
-    what = "holds no run (no manifest.json, stage.json or metrics.csv)" if root.is_dir() else "no such folder"
+    what = "contains no run (no manifest.json, stage.json or metrics.csv)" if root.is_dir() else "no such folder"
     raise UserError(f"{root}: {what}. Give the folder of a pipeline or of a stage, for example runs/quickstart")
 
 
@@ -175,7 +179,7 @@ def read_samples(path: Path) -> Samples:
 
 
 def _located(path: Path, shape: Any) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Whole lines with where they begin; one that was being written when the run was stopped is left out."""
+    """Complete lines with their offsets; a line that was cut off when the run stopped is left out."""
     if not is_there(path):
         return
     offset = 0
@@ -211,7 +215,7 @@ def _config(path: Path) -> str:
     except (yaml.YAMLError, RecursionError, ValueError) as error:
         raise ConfigError(f"{path}: cannot be read as YAML ({' '.join(str(error).split())[:200]})") from None
     if not isinstance(settings, dict) or not isinstance(settings.get("data") or {}, dict):
-        raise ConfigError(f"{path}: holds no settings of a stage; restore the file")
+        raise ConfigError(f"{path}: contains no settings of a stage; restore the file")
     return text
 
 

@@ -1,4 +1,4 @@
-"""What the files of a run's folder hold, compared with what is written there, before anything is made of it."""
+"""Validates the JSON files in a run's folder before they are used."""
 
 import json
 from pathlib import Path
@@ -9,7 +9,7 @@ from rlhf_lightning.files import check_format, is_file, read_object
 
 NUMBER = "a number"
 LARGEST = 1e300
-"""No run has measured more, and it does not fit a float."""
+"""Largest integer that is accepted; larger ones may not fit into a float."""
 ENTRY = {
     "status!": str,
     "kind": str,
@@ -57,7 +57,7 @@ SUMMARY = {
 
 
 def read_record(path: Path, shape: Any) -> dict[str, Any]:
-    """A JSON file of a run, empty where it is not there; raises `ConfigError` where it holds something else."""
+    """Read a JSON file of a run; empty if it does not exist. Raises `ConfigError` if its content is invalid."""
     if not is_there(path):
         return {}
     found = read_object(path)
@@ -67,32 +67,34 @@ def read_record(path: Path, shape: Any) -> dict[str, Any]:
 
 
 def is_there(path: Path) -> bool:
-    """Whether a file is there; raises `ConfigError` for a pipe, which would be waited for, a device, or a folder."""
+    """True if a file exists. Raises `ConfigError` for a broken link, a device, a folder, or a pipe, which would "
+    "block."""
     if path.is_symlink() and not path.exists():
-        raise ConfigError(f"{path}: a link that leads nowhere; restore the file")
+        raise ConfigError(f"{path}: this is a broken link; restore the file")
     return is_file(path)
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
-    """`manifest.json` of a pipeline, whose stages lie in folders of their own below it; raises `ConfigError`."""
+    """Read a pipeline's `manifest.json`. Raises `ConfigError` if a stage name could lead out of the run's folder."""
     found = read_record(path, MANIFEST)
     for name in found.get("stages") or {}:
         if name in ("", ".", "..") or Path(name).name != name:
-            raise ConfigError(f"{path}: {name!r} is no name of a stage; restore the file")
+            raise ConfigError(f"{path}: {name!r} is not a valid stage name; restore the file")
     return found
 
 
 def check_shape(value: Any, shape: Any, where: str) -> None:
-    """Refuse a value of a record that is not of the kind that is written there.
+    """Check that a value of a record has the expected shape.
 
     Args:
-        value: as read.
-        shape: a type, several, `NUMBER`, `[shape]` of all items, or a mapping: of keys (one that ends with `!` must be
-            there, any other that is `null` is left out of `value`), or `*` for all of them.
-        where: for the message.
+        value: The value as read.
+        shape: A type, a tuple of types, `NUMBER`, `[shape]` for a list whose items have that shape, or a mapping from
+            keys to shapes. A key that ends with `!` is required; other keys that are null are removed from `value`. The
+            key `*` stands for all keys.
+        where: Place of the value, for the message.
 
     Raises:
-        ConfigError: says where, and what stands there.
+        ConfigError: If the shape is wrong; the message has the place and the value.
     """
     if isinstance(shape, dict):
         _check_mapping(value, shape, where)
@@ -128,4 +130,4 @@ def _check_mapping(value: Any, shape: dict[str, Any], where: str) -> None:
 
 
 def _refuse(value: Any, where: str) -> None:
-    raise ConfigError(f"{where} is {json.dumps(value)[:80]}, which is not what a run writes; restore the file")
+    raise ConfigError(f"{where} is {json.dumps(value)[:80]}, which no run writes; restore the file")

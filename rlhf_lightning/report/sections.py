@@ -116,7 +116,7 @@ def _broken(run: Run, stage: StageRun) -> str:
     parent = stage.facts.get("parent") or {}
     now = {other.name: other.facts.get("model_hash") for other in run.stages}.get(str(parent.get("stage")))
     if now and now != parent.get("hash"):
-        return f"{parent['stage']} was run again after this stage had started from it"
+        return f"{parent['stage']} was run again after this stage started from it"
     return ""
 
 
@@ -135,7 +135,7 @@ def stage_section(stage: StageRun) -> Html:
         body = [el("p", "No metrics.csv: the stage has logged nothing yet, or logs elsewhere (trainer.logger).")]
     if constant:
         told = [f"{title} {number(next(iter(given.values()))[0][1])}" for title, given in constant.items()]
-        body.append(el("p", f"The same at every step: {', '.join(told)}."))
+        body.append(el("p", f"Constant: {', '.join(told)}."))
     if others := [chart for chart in rest if chart is not None]:
         body.append(details(f"{len(others)} more curves", grid(others)))
     title = stage.name if stage.name == stage.kind else f"{stage.name} ({stage.kind})"
@@ -280,7 +280,7 @@ def what_was_run(run: Run) -> Html:
 
 
 def grid(items: Sequence[Html | None]) -> Html:
-    """Charts side by side where there is room."""
+    """Charts, side by side if there is room."""
     return el("div", join([item for item in items if item is not None]), class_="grid")
 
 

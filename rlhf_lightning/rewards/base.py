@@ -57,7 +57,7 @@ class Reward(Settings, nn.Module):
         self.weight = weight
         self.name = type(self).__name__ if name is None else name
         if not self.name:
-            raise ConfigError(f"a {type(self).__name__} has an empty name; it is logged under it")
+            raise ConfigError(f"a {type(self).__name__} has an empty name; its scores are logged under the name")
         check_finite(f"the weight of the reward {self.name}", weight)
         check_finite(f"the clip of the reward {self.name}", clip)
         if clip is not None and clip <= 0:
@@ -98,7 +98,7 @@ class Reward(Settings, nn.Module):
         """
         if text is not None and self.skip_special_tokens:
             raise ConfigError(
-                f"the reward {self.name}: {setting} can only match if a response contains {text!r}, and responses are "
+                f"the reward {self.name}: {setting} can only match if a response contains {text!r}, but responses are "
                 "read without special tokens and without the text that ended them. Set skip_special_tokens: false on "
                 "the reward, or remove that text from the setting"
             )
@@ -167,7 +167,7 @@ def total_rewards(
         ConfigError: If a term returns the wrong number of scores, or something other than finite numbers.
     """
     if running not in RUNNING:
-        raise ValueError(f"running is {running!r}; one of {', '.join(RUNNING)}")
+        raise ValueError(f"running is {running!r}; it must be one of {', '.join(RUNNING)}")
     played = [episode for episode in episodes if not episode.failed]
     totals = [episode.environment_reward for episode in played]
     for part in rewards:
@@ -223,7 +223,7 @@ def _failure(part: Reward, episodes: Sequence[Episode], error: Exception) -> str
     text = f"{type(error).__name__}: {error}".rstrip(": ")
     return (
         f"the reward {part.name} failed with {text} ({frame.filename}:{frame.lineno} in {frame.name}) for {label}. "
-        "Fix it, or return None where it does not apply; the same command then resumes the run."
+        "Fix it, or return None for episodes that it does not apply to; the same command then resumes the run."
     )
 
 

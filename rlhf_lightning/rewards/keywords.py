@@ -45,7 +45,10 @@ class KeywordReward(Reward):
         super().__init__(weight, name)
         self.skip_special_tokens = skip_special_tokens
         if isinstance(keywords, str) or not keywords or not all(isinstance(w, str) and w.strip() for w in keywords):
-            raise ConfigError(f"the keywords of the reward {self.name} are {keywords!r}; a list of words, none empty")
+            raise ConfigError(
+                f"the keywords of the reward {self.name} are {keywords!r}; they must be a list of words, "
+                "none of them empty"
+            )
         check_whole(f"the min_words of the reward {self.name}", min_words, 0)
         check_finite(f"the hit of the reward {self.name}", hit)
         check_finite(f"the miss of the reward {self.name}", miss)

@@ -149,7 +149,9 @@ class ReferenceNorm(Normalizer):
             found = run_on_leader(partial(self._score, self._episodes))
             scores = [float(score) for score in found if score is not None]
             if len(scores) < 2:
-                raise ConfigError(f"ReferenceNorm: the reward applies to {len(scores)} demonstrations; it needs 2")
+                raise ConfigError(
+                    f"ReferenceNorm: the reward applies to {len(scores)} demonstrations; it needs at least 2"
+                )
             self.merge(scores)
         mean, deviation = self.moments[1], self.deviation if self.scale else 1.0
         return [(value - mean) / deviation for value in values]

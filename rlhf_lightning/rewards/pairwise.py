@@ -54,9 +54,11 @@ class PairwiseReward(Reward):
         super().__init__(weight, name or getattr(judge, "__name__", None))
         self.skip_special_tokens = skip_special_tokens
         if outcome not in OUTCOMES:
-            raise ConfigError(f"the reward {self.name}: outcome is {outcome!r}; one of {', '.join(OUTCOMES)}")
+            raise ConfigError(
+                f"the reward {self.name}: outcome is {outcome!r}; it must be one of {', '.join(OUTCOMES)}"
+            )
         if not callable(judge):
-            raise ConfigError(f"the reward {self.name}: the judge {judge!r} cannot be called")
+            raise ConfigError(f"the reward {self.name}: the judge {judge!r} is not callable")
         check_limit(f"the timeout of the reward {self.name}", timeout)
         self.judge_of, self.outcome, self.timeout = judge, outcome, timeout
 

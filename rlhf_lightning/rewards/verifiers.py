@@ -293,4 +293,4 @@ def _check_scores(name: str, hit: float, miss: float) -> None:
     check_finite(f"the hit of the reward {name}", hit)
     check_finite(f"the miss of the reward {name}", miss)
     if hit == miss:
-        raise ConfigError(f"the reward {name}: hit and miss are both {hit}, so it could not distinguish anything")
+        raise ConfigError(f"the reward {name}: hit and miss are both {hit}, so all responses would get the same score")

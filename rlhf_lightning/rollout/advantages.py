@@ -93,7 +93,7 @@ class GroupCentered(Advantage):
 
     def __init__(self, scale: str = "none") -> None:
         if scale not in ("none", "std"):
-            raise ConfigError(f"advantage.scale is {scale!r}; 'none' or 'std'")
+            raise ConfigError(f"advantage.scale is {scale!r}; it must be 'none' or 'std'")
         self.scale = scale
 
     def __call__(self, rewards: Tensor, group_ids: Tensor) -> Tensor:
@@ -135,7 +135,7 @@ class GlobalWhitened(Advantage):
 
     def __init__(self, baseline: str = "none") -> None:
         if baseline not in ("none", "group"):
-            raise ConfigError(f"advantage.baseline is {baseline!r}; 'none' or 'group'")
+            raise ConfigError(f"advantage.baseline is {baseline!r}; it must be 'none' or 'group'")
         self.needs_group = baseline == "group"
 
     def __call__(self, rewards: Tensor, group_ids: Tensor) -> Tensor:
@@ -222,7 +222,7 @@ def compute_token_advantages(
         advantages = advantages - _moments(added, loss_mask)[0] * loss_mask
     if advantage.whiten:
         mean, variance = _moments(advantages, loss_mask)
-        # Where all advantages are equal, what is left of them is rounding error and must not be scaled up.
+        # If all advantages are equal, the centered ones are rounding error, which must not be scaled up.
         scale = (variance + 1e-8) ** -0.5 if variance > (1e-10 * mean) ** 2 else 0.0
         advantages = (advantages - mean) * scale * loss_mask
     for sample, numbers in _separated(episodes, advantages):

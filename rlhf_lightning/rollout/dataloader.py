@@ -208,9 +208,9 @@ class RolloutLoader:
         inside = not self.at_round
         if inside and len(state["rows"]) != shard_spec.world:
             raise ConfigError(
-                f"the checkpoint was written by {len(state['rows'])} ranks within a round and holds "
-                f"their episodes; this run has {shard_spec.world}. Resume it with as many devices, or from a "
-                "checkpoint at the end of a round (--ckpt_path): one is there if --checkpoint_every is a multiple of "
+                f"the checkpoint was written by {len(state['rows'])} ranks within a round and contains "
+                f"their episodes; this run has {shard_spec.world}. Resume it with the same number of devices, or from "
+                "a checkpoint at the end of a round (--ckpt_path), which exists if --checkpoint_every is a multiple of "
                 "its steps."
             )
         self._restored = [TrainingSample(**row) for row in state["rows"][shard_spec.rank]] if inside else None

@@ -65,16 +65,18 @@ class KLPenalty(Settings):
         check_place("kl", device, offload)
         self.device, self.offload = device, offload
         if place not in ("reward", "loss"):
-            raise ConfigError(f"kl.place is {place!r}; 'reward' or 'loss'")
+            raise ConfigError(f"kl.place is {place!r}; it must be 'reward' or 'loss'")
         if estimator not in LOSS_ESTIMATORS:
             reason = " (k1 in the loss has no expected on-policy gradient)" if estimator == "k1" else ""
-            raise ConfigError(f"kl.estimator is {estimator!r}{reason}; one of {', '.join(LOSS_ESTIMATORS)}")
+            raise ConfigError(f"kl.estimator is {estimator!r}{reason}; it must be one of {', '.join(LOSS_ESTIMATORS)}")
         if not 0 <= coefficient < math.inf:
-            raise ConfigError(f"kl.coefficient is {coefficient}; it must not be negative, nor infinite")
+            raise ConfigError(f"kl.coefficient is {coefficient}; it must be finite and not negative")
         if place == "reward" and estimator != "weighted_k3":
-            raise ConfigError(f"kl.estimator ({estimator}) is of the loss; in the reward it is k1: leave it out")
+            raise ConfigError(
+                f"kl.estimator ({estimator}) is for kl.place: loss; in the reward it is always k1: leave it out"
+            )
         if target is None and horizon != 10_000:
-            raise ConfigError("kl.horizon is of an adaptive coefficient: set kl.target, or leave it out")
+            raise ConfigError("kl.horizon is for an adaptive coefficient: set kl.target, or leave it out")
         if not 0 <= discount <= 1:
             raise ConfigError(f"kl.discount is {discount}; it must be in [0, 1]")
         if target is not None and not (target > 0 and horizon > 0 and coefficient > 0):
@@ -83,7 +85,8 @@ class KLPenalty(Settings):
             check_whole("kl.refresh_every", refresh_every)
         if reference is not None and refresh_every is not None:
             raise ConfigError(
-                "kl.reference names a model of its own, which kl.refresh_every would replace by the policy: set one"
+                "kl.reference names a separate model, which kl.refresh_every would replace by the policy: set only one "
+                "of them"
             )
         self.coefficient, self.place, self.estimator, self.discount = coefficient, place, estimator, discount
         self.centered, self.target, self.horizon = centered, target, horizon

@@ -50,7 +50,7 @@ class Recorded:
         return self.training_sample.counts()
 
     def show(self, tokenizer: Any) -> str:
-        """The text, with what was sampled between ⟦ and ⟧."""
+        """The text, with the sampled tokens between ⟦ and ⟧."""
         return show_masked(tokenizer, self.training_sample.ids, self.training_sample.loss_mask)
 
     def episode(self, group: int) -> Episode:
@@ -94,7 +94,7 @@ def read_recorded(data: dict[str, Any], vocabulary: int) -> Recorded:
     if len(ids) != len(loss_mask):
         raise RowError(f"{len(ids)} tokens but {len(loss_mask)} mask entries")
     if not any(loss_mask) or loss_mask[0]:
-        raise RowError("no token was sampled (mask), or the first token was, which nothing precedes")
+        raise RowError("the mask marks no token as sampled, or the very first one, which no prompt precedes")
     bad = [token for token in ids if not isinstance(token, int) or not 0 <= token < vocabulary]
     if bad:
         raise RowError(f"token {bad[0]!r} is not in the vocabulary of {vocabulary}")
@@ -106,11 +106,11 @@ def read_recorded(data: dict[str, Any], vocabulary: int) -> Recorded:
 
 def _spread(logprobs: Any, loss_mask: list[int]) -> list[float]:
     if not all(isinstance(value, int | float) and value <= 1e-3 for value in logprobs):
-        raise RowError("'logprobs' must be numbers in nats, none above 0")
+        raise RowError("'logprobs' must be natural logarithms, none above 0")
     if len(logprobs) == len(loss_mask):
         return [float(value) * flag for value, flag in zip(logprobs, loss_mask, strict=True)]
     if len(logprobs) != sum(loss_mask):
-        raise RowError(f"{len(logprobs)} logprobs for {sum(loss_mask)} sampled of {len(loss_mask)} tokens")
+        raise RowError(f"{len(logprobs)} logprobs, but {sum(loss_mask)} of the {len(loss_mask)} tokens are sampled")
     sampled = iter(logprobs)
     return [float(next(sampled)) if flag else 0.0 for flag in loss_mask]
 

@@ -257,7 +257,7 @@ class EpisodeRunner:
             return [state]
         tries = f" (tried {state.attempt + 1} times)" if state.attempt else ""
         raise EpisodeError(
-            f"{what}{tries}. limits.on_error: retry plays such episodes again, drop leaves them out"
+            f"{what}{tries}. limits.on_error: retry runs such episodes again, drop leaves them out"
         ) from error
 
     def report(self, everyone: list[EpisodeState]) -> None:
@@ -272,4 +272,4 @@ class EpisodeRunner:
                 failed[0].error,
             )
         if self.retried:
-            log.warning("%d times an episode was played again; the first: %s", len(self.retried), self.retried[0])
+            log.warning("%d failed episodes were run again; the first: %s", len(self.retried), self.retried[0])

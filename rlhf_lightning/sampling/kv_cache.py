@@ -11,7 +11,14 @@ STEP = 128
 
 
 class PrefillCache(CacheLayerMixin):
-    """Cache layer that keeps the keys and values of a prefill."""
+    """Cache layer that keeps the keys and values of a prefill.
+
+    Example:
+        >>> layer = PrefillCache()
+        >>> keys, values = layer.update(torch.zeros(1, 2, 5, 4), torch.zeros(1, 2, 5, 4))
+        >>> keys.shape  # [B, key heads, T, head size]
+        torch.Size([1, 2, 5, 4])
+    """
 
     is_sliding = False
 
@@ -38,6 +45,11 @@ class SlotLayer(CacheLayerMixin):
 
     Args:
         slots: The cache that the layer belongs to.
+
+    Example:
+        ```python
+        layers = [SlotLayer(cache) for _ in range(model.config.num_hidden_layers)]
+        ```
     """
 
     is_sliding = False

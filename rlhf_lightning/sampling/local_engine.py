@@ -169,8 +169,8 @@ class LocalEngine:
                 self._plain = self._check()
         if not self._plain:
             raise ConfigError(
-                "this model is sampled by its own generate, which cannot be synchronized over ranks, and there is not "
-                "enough memory to gather its weights: set sampler.gather: true, or shard it over fewer ranks"
+                "this model is sampled by its own generate(), which cannot be synchronized over ranks, and there is "
+                "not enough memory to gather its weights: set sampler.gather: true, or shard it over fewer ranks"
             )
 
     def _idle(self) -> None:
@@ -257,7 +257,7 @@ class LocalEngine:
                     return True
                 reason = f"its logits differ by {difference:.1e}"
         name = type(base_of(self.model)).__name__
-        log.warning("%s is sampled by its own generate: its cache is not one of plain attention (%s)", name, reason)
+        log.warning("%s is sampled by its own generate(), because its cache is not a plain KV cache (%s)", name, reason)
         return False
 
     def _difference(self) -> float:

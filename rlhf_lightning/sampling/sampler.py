@@ -154,7 +154,7 @@ class Sampler(Settings):
             self.stop = (*renderer.stop, *own)
         elif renderer.stop and set(renderer.stop) != set(self.own_stop):
             log.warning(
-                "sampler.stop is %s, but the model was trained with %s; the setting is used",
+                "sampler.stop is %s, but the model was trained with %s; using the setting",
                 list(self.own_stop),
                 list(renderer.stop),
             )
@@ -210,6 +210,6 @@ def _check_stop(stop: str, tokenizer: Any) -> None:
     written = [tokenizer.decode(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in (stop, f"a{stop}a")]
     if not any(stop in text for text in written):
         raise ConfigError(
-            f"sampler.stop: the tokenizer never writes {stop!r} (it turns that text into {written[0]!r}), "
+            f"sampler.stop: the tokenizer never produces {stop!r} (it turns that text into {written[0]!r}), "
             "so no response would end there"
         )

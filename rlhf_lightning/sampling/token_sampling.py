@@ -50,7 +50,7 @@ class SamplingParams:
         for name, fine, wanted in (
             ("max_tokens", 1 <= self.max_tokens <= MOST, f"from 1 to {MOST}"),
             ("min_tokens", 0 <= self.min_tokens <= self.max_tokens, "from 0 to max_tokens"),
-            ("temperature", self.temperature == 0 or COLDEST <= self.temperature < inf, f"0, or from {COLDEST:g} up"),
+            ("temperature", self.temperature == 0 or COLDEST <= self.temperature < inf, f"0, or at least {COLDEST:g}"),
             ("top_p", 0 < self.top_p <= 1, "in (0, 1]"),
             ("top_k", 0 <= self.top_k <= MOST, f"from 0 to {MOST}"),
             ("min_p", 0 <= self.min_p <= 1, "in [0, 1]"),

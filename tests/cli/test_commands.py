@@ -63,7 +63,7 @@ def test_a_stage_in_its_folder(base: str, tmp_path: Path) -> None:
     assert len(facts["data"]["train"]) == 64
 
     before = (run / "model" / "model.safetensors").stat().st_mtime_ns
-    assert "finished already" in rlhf(*args)
+    assert "already finished" in rlhf(*args)
     assert "other settings (model.optimizer.init_args.lr)" in rlhf(
         *args, "--model.optimizer.init_args.lr", "0.5", code=2
     )
@@ -194,7 +194,7 @@ def test_a_pipeline_hands_models_over(base: str, tmp_path: Path, lora: Any, capf
 
     capfd.readouterr()
     run_pipeline(plan)
-    assert capfd.readouterr().out.count("finished already") == 3
+    assert capfd.readouterr().out.count("already finished") == 3
     # A moved run still loads: adapters find their base relative to the folder.
     moved = tmp_path / "elsewhere"
     run.rename(moved)
@@ -208,7 +208,7 @@ def test_a_pipeline_hands_models_over(base: str, tmp_path: Path, lora: Any, capf
     with pytest.raises(ConfigError, match=r"stage preference has run with other inputs \(changed: settings\)"):
         run_pipeline(plan)
     run_pipeline(plan, rerun=["preference"])
-    assert "finished already" in capfd.readouterr().out
+    assert "already finished" in capfd.readouterr().out
 
 
 @pytest.mark.usefixtures("forked_stages")
@@ -222,8 +222,8 @@ def test_a_failed_preference_stage(base: str, tmp_path: Path, capfd: pytest.Capt
     plan["stages"][1]["on_failure"] = {"rule_reward": rule}
     run_pipeline(plan)
     out = capfd.readouterr().out
-    assert "sft: finished already" in out
-    assert "goes on with the rule reward" in out
+    assert "sft: already finished" in out
+    assert "continues with the rule reward" in out
     metrics = (tmp_path / "run" / "policy" / "metrics.csv").read_text().splitlines()
     row = dict(zip(metrics[0].split(","), metrics[1].split(","), strict=True))
     assert float(row["reward_source_prm"]) == 0.0
@@ -257,7 +257,7 @@ def test_stages_can_be_left_out_and_repeated(base: str, tmp_path: Path) -> None:
         ({"stages": [], "x": 1}, "unknown key 'x'"),
         ({"stages": [{"kind": "dpo"}]}, "kind is 'dpo'"),
         ({"stages": [{"kind": "sft", "start": "x"}]}, "neither an earlier stage"),
-        ({"stages": [{"kind": "sft"}, {"kind": "sft"}]}, "is taken"),
+        ({"stages": [{"kind": "sft"}, {"kind": "sft"}]}, "is used twice"),
         ({"stages": [{"kind": "sft", "config": "no.yaml"}]}, "no.yaml: no such file"),
         ({"stages": [{"kind": "sft"}, {"kind": "sft", "name": "b", "reward": "sft"}]}, "reward is for policy"),
         ({"stages": [{"kind": "sft", "on_failure": "go"}]}, "on_failure must be"),

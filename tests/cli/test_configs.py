@@ -275,7 +275,7 @@ def test_a_config_is_copied_with_its_stages_and_replaces_nothing(tmp_path: Path)
     for name in names:
         assert (tmp_path / "here" / name).read_bytes() == (ROOT / "configs" / name).read_bytes()
     (tmp_path / "here" / "mint.yaml").unlink()
-    assert "is there already" in rlhf("configs", "copy", "mint", str(tmp_path / "here"), code=2)
+    assert "exists already" in rlhf("configs", "copy", "mint", str(tmp_path / "here"), code=2)
     assert not (tmp_path / "here" / "mint.yaml").exists()
     assert "did you mean mint?" in rlhf("configs", "copy", "mnt", str(tmp_path), code=2)
     assert "rlhf configs copy mint ." in rlhf("configs", "copy", "mint", code=2)

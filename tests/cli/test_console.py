@@ -47,7 +47,7 @@ def test_a_run_goes_on_when_its_reader_ends(base: str, tmp_path: Path) -> None:
     assert run.wait() == 0
     assert finished(tmp_path)
     log = (tmp_path / "run" / "logs" / "run.log").read_text()
-    assert "has no reader any more; the run goes on" in log
+    assert "any more; the run continues" in log
     assert "model folder" in log
 
 
@@ -76,7 +76,7 @@ def test_an_output_without_room_is_told_in_a_line() -> None:
     with open("/dev/full", "w") as full:
         out = subprocess.run([*RLHF, "--help"], stdout=full, stderr=subprocess.PIPE, text=True, timeout=60, check=False)
     assert out.returncode == 2
-    assert out.stderr == "error: the output: No space left on device; make room, or write elsewhere\n"
+    assert out.stderr == "error: the output: No space left on device; free disk space, or write elsewhere\n"
 
 
 def steps(folder: Path) -> int:

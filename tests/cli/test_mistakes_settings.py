@@ -18,27 +18,31 @@ from tests.helpers.rows import chats, write_rows
 START = ["--model.model", "./base", "--data.train", "sft.jsonl"]
 FLAGS: list[tuple[str, list[str], list[str]]] = [
     # a flag that is none: the one that was meant
-    ("sft", ["--data.batchsize", "3"], ["--data.batchsize is no flag", "did you mean --data.batch_size?"]),
-    ("sft", ["--trainer.max_step", "3"], ["--trainer.max_step is no flag", "did you mean --trainer.max_steps?"]),
-    ("sft", ["--max_steps=3"], ["--max_steps is no flag", "did you mean --trainer.max_steps?"]),
+    ("sft", ["--data.batchsize", "3"], ["--data.batchsize is not a flag", "did you mean --data.batch_size?"]),
+    ("sft", ["--trainer.max_step", "3"], ["--trainer.max_step is not a flag", "did you mean --trainer.max_steps?"]),
+    ("sft", ["--max_steps=3"], ["--max_steps is not a flag", "did you mean --trainer.max_steps?"]),
     ("sft", ["--lr", "1e-4"], ["did you mean --model.optimizer.init_args.lr?"]),
     ("sft", ["--optimizer", "torch.optim.SGD"], ["did you mean --model.optimizer?"]),
     ("sft", ["--trainer.gpus", "1"], ["did you mean --trainer.devices?"]),
     ("policy", ["--data.num_generations", "8"], ["did you mean --data.group_size?"]),
     ("preference", ["--model.beta", "0.1"], ["did you mean --model.scorer.init_args.beta?"]),
-    ("sft", ["--nonsense", "1"], ["--nonsense is no flag; --help lists them"]),
-    ("sft", ["sft.yaml"], ["a config file is given with -c sft.yaml"]),
-    ("sft", ["--fresh", "true"], ["'true' belongs to no flag"]),
+    ("sft", ["--nonsense", "1"], ["--nonsense is not a flag; --help lists all flags"]),
+    ("sft", ["sft.yaml"], ["pass a config file with -c sft.yaml"]),
+    ("sft", ["--fresh", "true"], ["'true' follows no flag that takes it"]),
     ("sft", ["--data", "sft.jsonl"], ["--data sft.jsonl", "did you mean --data.train?"]),
     # a class that is none, an argument that a class does not take
     ("sft", ["--model.optimizer", "adamw"], ['"model.optimizer"', "torch.optim.AdamW?"]),
-    ("sft", ["--model.lr_scheduler", "cosine"], ["rlhf_lightning.modules.schedules.Warmup has shape cosine"]),
+    ("sft", ["--model.lr_scheduler", "cosine"], ["rlhf_lightning.modules.schedules.Warmup with shape cosine"]),
     ("sft", ["--model.lr_scheduler", "CosineAnnealingLR"], ["T_max", "Set model.lr_scheduler.init_args.T_max"]),
     ("sft", ["--trainer.logger", "wandb"], ["Did you mean lightning.pytorch.loggers.WandbLogger?"]),
     ("sft", ["--trainer.callbacks", "EarlyStopping"], ["required: monitor", "Set trainer.callbacks.init_args.monitor"]),
     ("sft", ["--model.optimizer", "torch.optim.AdamW", "--model.optimizer.betas", "0.9"], ['"betas"', "Write a list"]),
     ("sft", ["--model.lora.r", "8"], ["Option 'r' is not accepted", "Did you mean rank?"]),
-    ("preference", ["--model.loss", "DPO"], ["DPO is model.scorer ImplicitReward with model.loss BradleyTerry"]),
+    (
+        "preference",
+        ["--model.loss", "DPO"],
+        ["for DPO, set model.scorer to ImplicitReward and model.loss to BradleyTerry"],
+    ),
     ("preference", ["--model.scorer", "Reward"], ["Did you mean ImplicitReward or RewardHead?"]),
     ("policy", ["--model.kl", "0.1"], ["model.kl is a section of settings", "--model.kl.coefficient"]),
     ("policy", ["--model.kl.coef", "0.1"], ["Option 'coef' is not accepted", "Did you mean coefficient?"]),
@@ -59,8 +63,8 @@ FLAGS: list[tuple[str, list[str], list[str]]] = [
         ["--monitor", "train/nll", "--trainer.enable_checkpointing", "false"],
         ["--monitor train/nll", "trainer.enable_checkpointing is false"],
     ),
-    ("sft", ["--ckpt_path", "best"], ["--ckpt_path best: there is none in", "--monitor METRIC"]),
-    ("sft", ["--ckpt_path", "last"], ["--ckpt_path last: there is none in"]),
+    ("sft", ["--ckpt_path", "best"], ["--ckpt_path best: there is no such checkpoint in", "--monitor METRIC"]),
+    ("sft", ["--ckpt_path", "last"], ["--ckpt_path last: there is no such checkpoint in"]),
 ]
 
 
@@ -83,24 +87,32 @@ def test_flags(kind: str, args: list[str], parts: list[str], place: Path) -> Non
 
 MODEL = "model:\n  model: base\n"
 CONFIGS: list[tuple[str, str, list[str]]] = [
-    ("sft", f"{MODEL}trainer:\n  max_steps: 1\nmodel:\n  dtype: float32\n", ["c.yaml:5: model stands twice", "line 1"]),
-    ("sft", f"{MODEL}  dtype: float32\n  dtype: bfloat16\n", ["c.yaml:4: dtype stands twice, first in line 3"]),
-    ("sft", "model: {lora: {rank: 1, rank: 2}}", ["c.yaml:1: rank stands twice"]),
+    (
+        "sft",
+        f"{MODEL}trainer:\n  max_steps: 1\nmodel:\n  dtype: float32\n",
+        ["c.yaml:5: the key model appears twice", "line 1"],
+    ),
+    (
+        "sft",
+        f"{MODEL}  dtype: float32\n  dtype: bfloat16\n",
+        ["c.yaml:4: the key dtype appears twice, first in line 3"],
+    ),
+    ("sft", "model: {lora: {rank: 1, rank: 2}}", ["c.yaml:1: the key rank appears twice"]),
     (
         "sft",
         f"{MODEL}  train: x.jsonl\n",
-        ["c.yaml:3: model.train is no setting", "did you mean data.train"],
+        ["c.yaml:3: model.train is not a setting", "did you mean data.train"],
     ),
-    ("sft", f"{MODEL}max_steps: 3\n", ["c.yaml:3: max_steps is no setting", "did you mean trainer.max_steps?"]),
-    ("sft", f"{MODEL}data:\n  group_size: 3\n", ["c.yaml:4: data.group_size", "it is one of rlhf policy"]),
+    ("sft", f"{MODEL}max_steps: 3\n", ["c.yaml:3: max_steps is not a setting", "did you mean trainer.max_steps?"]),
+    ("sft", f"{MODEL}data:\n  group_size: 3\n", ["c.yaml:4: data.group_size", "it is a setting of rlhf policy"]),
     (
         "sft",
         f"{MODEL}trainer:\n  xyzzy: 3\n",
-        ["c.yaml:4: trainer.xyzzy", "there are accelerator, accumulate"],
+        ["c.yaml:4: trainer.xyzzy", "settings are accelerator, accumulate"],
     ),
-    ("sft", "stages: []", ["c.yaml: is the file of a pipeline: rlhf pipeline c.yaml"]),
+    ("sft", "stages: []", ["c.yaml: this is a pipeline file; run it with rlhf pipeline c.yaml"]),
     ("sft", "model:\n\tmodel: base", ["c.yaml: not valid YAML", "spaces, not with tabs"]),
-    ("sft", "# nothing\n", ["c.yaml: is empty", "configs/"]),
+    ("sft", "# nothing\n", ["c.yaml: the file is empty", "configs/"]),
     ("sft", "data: {train: sft.jsonl}", ["model.model is not set", "--model.model"]),
 ]
 
@@ -120,9 +132,9 @@ def test_the_folder_of_a_stage_of_another_kind(place: Path) -> None:
     root = ["--trainer.default_root_dir", "run"]
     for kind, settings in (("policy", {"group_size": 2}), ("preference", {"kind": None})):
         (place / "run" / "config.yaml").write_text(json.dumps({"data": settings}))
-        assert f"run holds a run of rlhf {kind}. Name another" in refused(rlhf("sft", "fit", *START, *root))
+        assert f"run contains a run of rlhf {kind}. Choose another" in refused(rlhf("sft", "fit", *START, *root))
     (place / "run" / "config.yaml").write_text(json.dumps({"data": {"batch_size": 8}}))
-    assert "run holds a run of rlhf sft. Name another" in refused(rlhf("policy", "fit", *START, *root))
+    assert "run contains a run of rlhf sft. Choose another" in refused(rlhf("policy", "fit", *START, *root))
 
 
 def test_a_config_belongs_after_its_command(place: Path) -> None:
@@ -133,7 +145,7 @@ def test_a_config_belongs_after_its_command(place: Path) -> None:
 
 def test_a_json_config_is_read_as_strictly(place: Path) -> None:
     (place / "c.json").write_text('{"model": {"model": "base", "model": "other"}}')
-    assert "c.json: model stands twice" in refused(rlhf("sft", "fit", "-c", "c.json"))
+    assert "c.json: the key model appears twice" in refused(rlhf("sft", "fit", "-c", "c.json"))
 
 
 def test_fresh_does_not_discard_what_it_starts_from(place: Path) -> None:
@@ -150,7 +162,7 @@ def test_fresh_does_not_discard_what_it_starts_from(place: Path) -> None:
 @pytest.mark.parametrize(
     ("stage", "part"),
     [
-        ({"kind": "sft", "overrides": {"trainer.default_root_dir": "x"}}, "name the folder of the run with root"),
+        ({"kind": "sft", "overrides": {"trainer.default_root_dir": "x"}}, "set the folder of the run with root"),
         ({"kind": "sft", "overrides": {"seed_everything": 3}}, "seed_everything is set by the pipeline: set seed"),
         ({"kind": "sft", "overrides": {"fresh": True}}, "--rerun"),
     ],
@@ -162,7 +174,11 @@ def test_what_a_pipeline_sets_is_not_to_be_overridden(stage: dict, part: str) ->
 
 def test_a_reward_of_a_pipeline_is_a_preference_stage() -> None:
     stages = [{"kind": "sft"}, {"kind": "preference"}, {"kind": "policy", "reward": "sft"}]
-    with pytest.raises(ConfigError, match=r"reward is 'sft', a stage of kind sft, and only .*before: preference\)"):
+    with pytest.raises(
+        ConfigError,
+        match=r"reward is 'sft', a stage of kind sft, but only .*earlier preference "
+        r"stages: preference\)",
+    ):
         read_plan({"stages": stages})
     stages[-1]["reward"] = "preference"
     assert read_plan({"stages": stages}).stages[-1].reward == "preference"
@@ -170,7 +186,7 @@ def test_a_reward_of_a_pipeline_is_a_preference_stage() -> None:
 
 def test_a_repeated_key_of_a_pipeline(tmp_path: Path) -> None:
     (tmp_path / "p.yaml").write_text("stages:\n  - kind: sft\n    kind: preference\n")
-    with pytest.raises(ConfigError, match=r"p.yaml:3: kind stands twice, first in line 2"):
+    with pytest.raises(ConfigError, match=r"p.yaml:3: the key kind appears twice, first in line 2"):
         read_plan(tmp_path / "p.yaml")
     with pytest.raises(ConfigError, match="seed is -1; it must be a whole number from 0"):
         read_plan({"seed": -1, "stages": [{"kind": "sft"}]})
@@ -219,5 +235,5 @@ def test_a_command_that_is_none(name: str, command: str) -> None:
 def test_the_word_for_a_file_of_settings(place: Path) -> None:
     write_yaml(place / "stage.yaml", {"model": {"model": "base"}})
     (place / "rows.json").write_text(json.dumps(chats(1)))
-    assert "config of one stage (rlhf sft fit -c FILE)" in refused(rlhf("pipeline", "stage.yaml"))
-    assert "rows.json: must hold a mapping, holds list" in refused(rlhf("sft", "fit", "-c", "rows.json"))
+    assert "config of a single stage; run it with rlhf sft fit -c FILE" in refused(rlhf("pipeline", "stage.yaml"))
+    assert "rows.json: must contain a mapping, contains list" in refused(rlhf("sft", "fit", "-c", "rows.json"))

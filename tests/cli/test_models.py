@@ -109,11 +109,11 @@ def test_an_answer_appears_piece_by_piece(base: str) -> None:
 
 def test_a_conversation_that_is_too_long_is_refused_and_kept(base: str, monkeypatch: Any, capsys: Any) -> None:
     talk = Conversation(Policy(base), max_tokens=200)
-    with pytest.raises(Exception, match="/new begins anew"):
+    with pytest.raises(Exception, match="start a new conversation with /new"):
         talk.reply("Count " * 100, lambda piece: None)
     assert talk.messages == []
     piped(monkeypatch, "Count " * 100 + "\n")
-    assert "/new begins anew" in mistake(["chat", base, "--max_tokens", "200"], capsys)
+    assert "start a new conversation with /new" in mistake(["chat", base, "--max_tokens", "200"], capsys)
     assert "--max_tokens" in mistake(["chat", base, "--max_tokens", "0"], capsys)
 
 
@@ -174,7 +174,7 @@ def test_export_merges_an_adapter(adapter: str, base: str, tmp_path: Path, capsy
     assert json.loads((tmp_path / "half" / "config.json").read_text())["dtype"] == "bfloat16"
     assert exporting.stored_dtype(str(tmp_path / "half")) == "bfloat16"
     assert "(bfloat16)" in capsys.readouterr().out
-    assert "holds something already" in mistake(["export", adapter, str(out)], capsys)
+    assert "is not empty" in mistake(["export", adapter, str(out)], capsys)
     assert "--dtype is 'int8'" in mistake(["export", adapter, str(tmp_path / "x"), "--dtype", "int8"], capsys)
 
 
@@ -258,7 +258,7 @@ def test_a_new_project_passes_its_own_checks(
         assert printed["model"]["model"] == base
         for section, values in stage.settings.items():
             assert set(values) <= set(printed[section])
-    assert "is there already" in mistake(["init", str(folder)], capsys)
+    assert "exists already" in mistake(["init", str(folder)], capsys)
     assert "config.json" in mistake(["init", "other", "--model", str(tmp_path)], capsys)
 
 

@@ -16,8 +16,8 @@ def test_what_is_there_is_not_replaced(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "link").symlink_to(mine)
     for path, words in (
-        (mine, "there already; name another file, or replace it with --overwrite"),
-        (tmp_path / "link", "there already"),
+        (mine, "the file exists; name another file, or replace it with --overwrite"),
+        (tmp_path / "link", "the file exists"),
         (tmp_path, "a folder"),
         (tmp_path / "pipe", "a device or pipe"),
         (Path("/dev/null"), "a device or pipe"),

@@ -165,12 +165,15 @@ def test_best_of_takes_the_best(by: str, base: str, judge: str, tmp_path: Path) 
             "--gold 'nowhere.function' cannot be imported",
         ),
         (["evaluate", "BASE", "BASE", "FILE", "--gold", GOLD, "--samples", "0"], "--samples is 0"),
-        (["evaluate", "BASE", "BASE", "FILE", "--gold", GOLD, "--max_tokens", "999"], "over the model's 256 positions"),
+        (
+            ["evaluate", "BASE", "BASE", "FILE", "--gold", GOLD, "--max_tokens", "999"],
+            "exceed the model's 256 positions",
+        ),
         (["evaluate", "BASE", "./nowhere", "FILE", "--gold", GOLD], "no such folder"),
         (["evaluate", "BASE", "BASE", "missing.jsonl", "--gold", GOLD], "no such file"),
         (["best-of", "BASE", "FILE", "--gold", GOLD, "-n", "0"], "-n is 0"),
         (["best-of", "BASE", "FILE", "--gold", GOLD, "--temperature", "0"], "--temperature is 0"),
-        (["best-of", "BASE", "FILE"], "nothing to judge by"),
+        (["best-of", "BASE", "FILE"], "no reward is given"),
     ],
 )
 def test_commands_that_cannot_be_run(
@@ -239,7 +242,7 @@ def test_it_warns_where_train_and_validation_part(base: str, tmp_path: Path, cap
     module = PreferenceModule(base, optimizer=lambda p: torch.optim.AdamW(p, lr=3e-3))
     data = PreferenceDataModule(noise(1, 16), noise(2, 64), batch_size=8, show_example=False)
     trainer(tmp_path, callbacks=[PreferenceWatch()], max_epochs=12).fit(module, data)
-    assert caplog.text.count("it over-fits") == 1
+    assert caplog.text.count("the model overfits") == 1
     assert "model.freeze_backbone: true" in caplog.text
     report = json.loads((tmp_path / "preference_report.json").read_text())
     assert sum(part["pairs"] for part in report["reliability"]) == 64

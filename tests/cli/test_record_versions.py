@@ -20,7 +20,7 @@ def test_the_one_number() -> None:
     check_format(None, "it")  # before there was one
     check_format(FORMAT, "it")
     for found in (FORMAT + 1, FORMAT - 1, -1, 1.5, True, "1", [FORMAT], {}):
-        with pytest.raises(ConfigError, match=r"it has format .*, and this version reads"):
+        with pytest.raises(ConfigError, match=r"it has format .*, but this version reads format"):
             check_format(found, "it")
 
 
@@ -40,15 +40,15 @@ def test_a_stage_is_not_gone_on_with(base: str, tmp_path: Path, capsys: pytest.C
         changed(run / name, format=2)
         for command in (args, [*args, "--trainer.max_epochs", "2"]):
             said = mistake(command, capsys)
-            assert f"{run / name} has format 2, and this version reads {FORMAT}: update rlhf-lightning" in said
+            assert f"{run / name} has format 2, but this version reads format {FORMAT}: update rlhf-lightning" in said
         (run / name).write_text(whole)
     changed(run / "sources.json", train=["x"])
-    assert "sources.json: train is no record of data (['x'])" in mistake(args, capsys)
+    assert "sources.json: train is not a valid data record (['x'])" in mistake(args, capsys)
     changed(run / "sources.json", train=None)
-    assert "sources.json: train is no record of data (None)" in mistake(args, capsys)
+    assert "sources.json: train is not a valid data record (None)" in mistake(args, capsys)
     changed(run / "stage.json", format=0)
     for command in (["report", str(run)], ["pipeline", "--verify", str(run)]):
-        assert f"{run / 'stage.json'} has format 0, and this version reads" in mistake(command, capsys)
+        assert f"{run / 'stage.json'} has format 0, but this version reads format" in mistake(command, capsys)
     for name, whole in kept.items():
         (run / name).write_text(whole)
 
@@ -56,7 +56,7 @@ def test_a_stage_is_not_gone_on_with(base: str, tmp_path: Path, capsys: pytest.C
     torch.save({**torch.load(checkpoint, weights_only=True), "format": 2}, checkpoint)
     before = checkpoint.read_bytes()
     said = rlhf(*args, "--trainer.max_epochs", "2", code=2)
-    assert f"the checkpoint {checkpoint} has format 2, and this version reads {FORMAT}: update" in said
+    assert f"the checkpoint {checkpoint} has format 2, but this version reads format {FORMAT}: update" in said
     assert "Traceback" not in said
     assert checkpoint.read_bytes() == before
 
@@ -64,10 +64,10 @@ def test_a_stage_is_not_gone_on_with(base: str, tmp_path: Path, capsys: pytest.C
 @pytest.mark.parametrize(
     ("manifest", "words"),
     [
-        ({"format": 2, "stages": {}}, "has format 2, and this version reads 1: update rlhf-lightning"),
-        ({"format": 0, "stages": {"sft": {}}}, "has format 0, and this version reads 1: use the version"),
+        ({"format": 2, "stages": {}}, "has format 2, but this version reads format 1: update rlhf-lightning"),
+        ({"format": 0, "stages": {"sft": {}}}, "has format 0, but this version reads format 1: use the version"),
         ({"stages": []}, "restore the file"),
-        ([], "holds a list, not an object"),
+        ([], "contains a list, not an object"),
     ],
 )
 def test_the_record_of_a_pipeline(
@@ -88,7 +88,7 @@ def test_the_record_of_a_pipeline(
 
 
 @pytest.mark.parametrize("name", ["quickstart.json", "summary.json"])
-@pytest.mark.parametrize(("text", "words"), [('{"format": 2}', "has format 2, and"), ("[", "cannot be read as JSON")])
+@pytest.mark.parametrize(("text", "words"), [('{"format": 2}', "has format 2, but"), ("[", "cannot be read as JSON")])
 def test_the_records_of_a_quickstart(
     name: str, text: str, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -106,7 +106,7 @@ def test_the_records_of_a_quickstart(
 def test_a_record_on_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "stage.json").write_text(json.dumps({"format": 9, "rendering": {}}))
     monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda *_: str(tmp_path / "stage.json"))
-    with pytest.raises(ConfigError, match=r"stage\.json has format 9, and this version reads"):
+    with pytest.raises(ConfigError, match=r"stage\.json has format 9, but this version reads format"):
         recorded("owner/model")
 
 

@@ -53,7 +53,7 @@ def test_what_is_a_file(kind: str, here: Path) -> None:
     place = here / "thing"
     assert not is_file(place)
     KINDS[kind](place)
-    with pytest.raises(ConfigError, match=f"thing: a {kind}; it must be a file"):
+    with pytest.raises(ConfigError, match=f"thing: this is a {kind}; it must be a file"):
         is_file(place)
     place.rmdir() if kind == "folder" else place.unlink()
     place.write_text("")
@@ -78,9 +78,9 @@ def stage(base: str, here: Path) -> Any:
 def test_data(kind: str, base: str, here: Path) -> None:
     for name in ("rows.jsonl", "rows", "rows.csv.gz"):
         KINDS[kind](here / name)
-        refused(rlhf("data", "check", name, "--kind", "sft", "--model", base), f"{name}: a {kind}")
+        refused(rlhf("data", "check", name, "--kind", "sft", "--model", base), f"{name}: this is a {kind}")
     for command in ("generate", "evaluate"):
-        refused(rlhf(command, base, "rows.jsonl"), f"rows.jsonl: a {kind}")
+        refused(rlhf(command, base, "rows.jsonl"), f"rows.jsonl: this is a {kind}")
 
 
 @pytest.mark.parametrize("source", ["part-*.jsonl", "parts"])
@@ -89,24 +89,24 @@ def test_data_in_parts(source: str, base: str, here: Path) -> None:
     place.mkdir(exist_ok=True)
     write_rows(place / "part-1.jsonl", chats(3))
     pipe(place / "part-2.jsonl")
-    refused(rlhf("data", "check", source, "--kind", "sft", "--model", base), "part-2.jsonl: a named pipe")
+    refused(rlhf("data", "check", source, "--kind", "sft", "--model", base), "part-2.jsonl: this is a named pipe")
 
 
 @pytest.mark.parametrize("name", ["train", "validation"])
 def test_data_of_a_stage(name: str, stage: Any, here: Path) -> None:
     pipe(here / "waits.jsonl")
-    refused(stage(**{name: "waits.jsonl"}), "waits.jsonl: a named pipe")
+    refused(stage(**{name: "waits.jsonl"}), "waits.jsonl: this is a named pipe")
 
 
 @pytest.mark.parametrize("kind", ["named pipe", pytest.param("folder", marks=pytest.mark.slow)])
 def test_files_of_settings(kind: str, stage: Any, base: str, here: Path) -> None:
     KINDS[kind](here / "thing")
-    said = f"thing: a {kind}"
+    said = f"thing: this is a {kind}"
     refused(rlhf("sft", "fit", "-c", "thing"), said)
     refused(rlhf("pipeline", "thing"), said)
     (here / "plan.yaml").write_text("stages: [{kind: sft, config: thing}]")
     refused(rlhf("pipeline", "plan.yaml"), said)
-    refused(stage("--ckpt_path", "thing"), said if kind != "folder" else "not that of a checkpoint")
+    refused(stage("--ckpt_path", "thing"), said if kind != "folder" else "this folder is not a checkpoint")
     refused(stage("--log_file", "thing", "--fresh"), said)
     refused(stage("--model.chat_template", "thing", "--fresh"), said)
     refused(stage("--data.tools", "thing", "--fresh"), said)
@@ -118,8 +118,8 @@ def test_a_model_folder(name: str, base: str, here: Path) -> None:
     for kind in ("named pipe", "socket", "device"):
         (Path(base) / name).unlink(missing_ok=True)
         KINDS[kind](Path(base) / name)
-        refused(rlhf("generate", base, "--prompt", "a", "--max_tokens", "2"), f"{name}: a {kind}")
-        refused(rlhf("export", base, "out"), f"{name}: a {kind}")
+        refused(rlhf("generate", base, "--prompt", "a", "--max_tokens", "2"), f"{name}: this is a {kind}")
+        refused(rlhf("export", base, "out"), f"{name}: this is a {kind}")
 
 
 def test_a_model_that_is_a_pipe(base: str, here: Path) -> None:
@@ -137,9 +137,9 @@ def test_the_folder_of_a_run(stage: Any, here: Path) -> None:
             place.rename(aside)
         pipe(place)
         if name != "run.lock":
-            refused(rlhf("report", "run", "--overwrite"), f"{name}: a named pipe")
+            refused(rlhf("report", "run", "--overwrite"), f"{name}: this is a named pipe")
         if name not in ("metrics.csv", "samples.jsonl"):
-            refused(stage(), f"{name}: a named pipe")
+            refused(stage(), f"{name}: this is a named pipe")
         place.unlink()
         if kept:
             aside.rename(place)
@@ -173,5 +173,5 @@ def test_what_a_shell_hands_over_is_read_once(base: str, here: Path) -> None:
     ends = os.pipe()
     os.write(ends[1], b"model: {model: x}")
     os.close(ends[1])
-    refused(rlhf("sft", "fit", "-c", f"/dev/fd/{ends[0]}"), "a stream, which can be read once only; it must be a file")
+    refused(rlhf("sft", "fit", "-c", f"/dev/fd/{ends[0]}"), "a stream, which can be read only once; it must be a file")
     os.close(ends[0])

@@ -31,7 +31,7 @@ def test_the_commands_ask_as_the_stage_was_told(thinker: str, tmp_path: Path) ->
     found: dict[str, Any] = json.loads(summary.read_text())["policy"]
     assert found["perplexity"] == pytest.approx(wanted, rel=1e-4)
     assert found["rougeL"] == 1.0, "it answers what it was trained to"
-    assert f"prompts as {model} was trained: template_kwargs" in said
+    assert f"prompting as in the training of {model}: template_kwargs" in said
     said = complete(
         ["generate", model, "--prompt", "Hi", "--temperature", "0", "--max_tokens", "24"], tmp_path / "g.txt"
     )

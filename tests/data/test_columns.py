@@ -97,7 +97,7 @@ def test_a_system_column_that_cannot_be_used(reader: Any) -> None:
     row, convert = reader
     with pytest.raises(DataError, match=rf"{WHERE}'system' is int 3; it must be text"):
         convert({**row, "system": 3})
-    with pytest.raises(DataError, match=rf"{WHERE}.*'system' and 'system_prompt', and they differ"):
+    with pytest.raises(DataError, match=rf"{WHERE}.*'system' and 'system_prompt', which differ"):
         convert({**row, "system": "a", "system_prompt": "b"})
 
 
@@ -105,7 +105,7 @@ def test_a_system_column_that_cannot_be_used(reader: Any) -> None:
 def test_media_are_refused(reader: Any, column: str) -> None:
     row, convert = reader
     assert convert({**row, column: []}) == convert(row)
-    with pytest.raises(DataError, match=rf"{WHERE}.*'{column}', and models here are given text only"):
+    with pytest.raises(DataError, match=rf"{WHERE}.*'{column}', but models here read text only"):
         convert({**row, column: ["a.png"]})
 
 
@@ -120,14 +120,16 @@ def test_a_system_message_in_the_conversation(tokenizer: Any) -> None:
     row = {"messages": [SYSTEM, USER, ASSISTANT]}
     same, alone = (rows_of(SFTDataModule, {**row, **more}, tokenizer)[0].ids for more in ({"system": "Be kind. "}, {}))
     assert same == alone
-    with pytest.raises(DataError, match="column 'system' and the system message that the conversation begins with"):
+    with pytest.raises(
+        DataError, match="column 'system' differs from the system message that the conversation begins with"
+    ):
         rows_of(SFTDataModule, {**row, "system": "Be terse."}, tokenizer)
 
 
 def test_tools_are_refused_where_no_template_shows_them(reader: Any) -> None:
     row, convert = reader
     for name in ("tools", "functions"):
-        with pytest.raises(DataError, match="shows no tools, and the row has some"):
+        with pytest.raises(DataError, match="the row has tools, but the chat template does not render them"):
             convert({**row, name: [{"name": "f", "parameters": {}}]})
     assert convert({**row, "tools": "[]"}) == convert(row)
 
@@ -159,7 +161,7 @@ def test_a_turn_that_is_marked_is_not_trained(tokenizer: Any, mark: dict[str, An
     asked = [USER, {**BAD, **mark}, USER]
     pair = {"prompt": asked, "chosen": "Hello", "rejected": "No"}
     assert rows_of(PreferenceDataModule, pair, tokenizer)
-    with pytest.raises(DataError, match="a response is trained and scored as a whole"):
+    with pytest.raises(DataError, match="a response can only be trained and scored as a whole"):
         rows_of(PreferenceDataModule, {**pair, "chosen": [{**ASSISTANT, **mark}]}, tokenizer)
 
 
@@ -179,7 +181,7 @@ def test_marks_that_cannot_be_used(tokenizer: Any, mark: dict[str, Any], message
 def test_a_mark_that_train_on_does_not_ask_for(tokenizer: Any, caplog: pytest.LogCaptureFixture) -> None:
     (row,) = rows_of(SFTDataModule, {"messages": [{**USER, "train": True}, ASSISTANT]}, tokenizer)
     assert trained(tokenizer, row) == ["Hello<|im_end|>"]
-    assert caplog.text.count("messages marked as trained are not trained, since data.train_on is all_assistant") == 1
+    assert caplog.text.count("messages marked as trained are not trained, because data.train_on is all_assistant") == 1
 
 
 @pytest.mark.parametrize("shape", SFT)
@@ -224,7 +226,12 @@ def test_scores_that_contradict_their_pair(tokenizer: Any, caplog: pytest.LogCap
     ("module", "row", "columns", "hint"),
     [
         (SFTDataModule, SFT["messages"], {"mesages": "messages"}, "did you mean messages?"),
-        (SFTDataModule, {**SFT["messages"], "kind": "a"}, {"category": "kind"}, "read from functions, messages"),
+        (
+            SFTDataModule,
+            {**SFT["messages"], "kind": "a"},
+            {"category": "kind"},
+            "read from the columns functions, messages",
+        ),
         (PreferenceDataModule, {**PAIRS["pair"], "gap": 1}, {"margins": "gap"}, "did you mean margin?"),
     ],
 )

@@ -297,18 +297,18 @@ def test_cells_are_what_their_columns_mean(tmp_path: Path) -> None:
     [
         ("prompt,answer\na,b,c\n", r"a\.csv:2: 3 cells, but the header \(line 1\) has 2 cells"),
         ('prompt,answer\n"a\nb",c\nd\n', r"a\.csv:4: 1 cell, but the header"),
-        ("prompt,answer\na,b\nprompt,answer\nc,d\n", r"a\.csv:3: the header again"),
+        ("prompt,answer\na,b\nprompt,answer\nc,d\n", r"a\.csv:3: this is the header again"),
         ("prompt,prompt\na,b\n", r"a\.csv:1: the header has 'prompt' twice"),
         ("prompt,,answer\na,b,c\n", r"a\.csv:1: a column of the header has no name \(after 'prompt'\)"),
         (",answer\na,b\n", r"a\.csv:1: the first column has no name"),
-        ('prompt,answer\n"a,b\n', r"a\.csv:2: not a table \(unexpected end of data\)"),
-        ('{"prompt": "a"}\n', r"a\.csv:1: begins like JSON, but the name says it is a table"),
+        ('prompt,answer\n"a,b\n', r"a\.csv:2: cannot be parsed \(unexpected end of data\)"),
+        ('{"prompt": "a"}\n', r"a\.csv:1: the file begins like JSON, but its name is that of a table"),
         ("prompt,answer\n", r"a\.csv: no rows"),
         (
             "messages\n\"[{'role': 'user'} {'role': 'user'}]\"\n",
-            r"a\.csv:2: 'messages' holds .* not JSON; .* json.dumps",
+            r"a\.csv:2: 'messages' contains .* not JSON; .* json.dumps",
         ),
-        ("prompt\n\"[{'role': 'user' 'content': 'a'}]\"\n", r"a\.csv:2: 'prompt' holds .* not JSON"),
+        ("prompt\n\"[{'role': 'user' 'content': 'a'}]\"\n", r"a\.csv:2: 'prompt' contains .* not JSON"),
     ],
 )
 def test_tables_that_are_refused(text: str, message: str, tmp_path: Path, tokenizer: Any) -> None:
@@ -358,10 +358,10 @@ def test_prompts_are_lines_where_they_plainly_are(name: str, text: str, wanted: 
         ("a.txt", '{"prompt": "Hi"}\n{"prompt": \n', r"a\.txt:2: not a JSON object"),
         ("a.txt", "{broken\n{broken\n", r"a\.txt:1: not valid JSON"),
         ("a.jsonl", "Hi\nHo\n", r"a\.jsonl:1: not valid JSON"),
-        ("a.jsonl", '"Hi"\n["Ho"]\n', r"a\.jsonl:2: a JSON list; each line must be one JSON object"),
-        ("a.jsonl", '"{\\"prompt\\": \\"Hi\\"}"\n', r"a\.jsonl:1: JSON text within a JSON string"),
-        ("a.md", "# Hi\n", r"a\.md: not JSON, and the ending \.md does not say what it is; .*\.txt for a prompt"),
-        ("prompts", "Hi\n", r"prompts: not JSON, and no ending says what it is"),
+        ("a.jsonl", '"Hi"\n["Ho"]\n', r"a\.jsonl:2: this is a JSON list; each line must be one JSON object"),
+        ("a.jsonl", '"{\\"prompt\\": \\"Hi\\"}"\n', r"a\.jsonl:1: this is JSON inside a JSON string"),
+        ("a.md", "# Hi\n", r"a\.md: not JSON, and its extension \.md does not tell what it is; .*\.txt for a prompt"),
+        ("prompts", "Hi\n", r"prompts: not JSON, and it has no extension to tell what it is"),
         ("a.txt", "H\x00i\x00", r"a\.txt:1: contains a null character"),
     ],
 )
@@ -396,7 +396,7 @@ def test_lines_can_be_told(tmp_path: Path, tokenizer: Any) -> None:
         ("a.jsonl.xz", lzma.compress(b'{"a": 1}\n' * 9)[:-5], "cannot be unpacked"),
         ("a.jsonl.bz2", bz2.compress(b'{"a": 1}\n' * 9)[:-5], "cannot be unpacked"),
         ("a.json", b'{"a": [{"x": 1}], "b": [{"y": 1}]}', r"several lists of objects \(a, b\)"),
-        ("a.json", b'{"system": "s", "rows": [{"x": 1}]}', "'system' is next to the rows"),
+        ("a.json", b'{"system": "s", "rows": [{"x": 1}]}', "'system' is outside the rows"),
         ("a.json", b'{"train": [{"x": 1}], "test": [{"y": 1}]}', "several splits; it has 'train', 'test'"),
         ("a.jsonl", b'{"a": 1, "a": 2}', ":1: not valid JSON .the key 'a' appears twice"),
         ("a.json", b'[{"a": 1},\n\n{"a": }]', ":3: not valid JSON"),
@@ -417,7 +417,7 @@ def test_files_that_are_refused(name: str, data: bytes, message: str, tmp_path: 
     ("source", "message"),
     [
         ({"prompt": "a"}, "neither columns .* nor splits"),
-        ({"prompt": ["a"], "answer": ["b", "c"]}, r"columns of unlike lengths \(prompt 1, answer 2\)"),
+        ({"prompt": ["a"], "answer": ["b", "c"]}, r"the columns have different lengths \(prompt 1, answer 2\)"),
         ({"messages": [{"role": "user", "content": "a"}]}, "neither columns .* nor splits"),
         ({"train": [{"a": 1}], "test": [{"a": 1}]}, "no split 'validation'; it has 'train', 'test'"),
         (datasets.DatasetDict(train_sft=datasets.Dataset.from_list([{"a": 1}])), "it has 'train_sft'"),
@@ -425,14 +425,14 @@ def test_files_that_are_refused(name: str, data: bytes, message: str, tmp_path: 
         (b"rows", "give the path of a file"),
         (io.StringIO("{}"), "give the path of a file"),
         (3, "no rows can be read from 3"),
-        ([["a"]], r"list\[0\]: a row is a dict, this is list"),
+        ([["a"]], r"list\[0\]: a row must be a dict, but this is a list"),
         ([], "the list: no rows"),
         (iter([]), "no rows"),
         (pd.DataFrame([[1]]), "the name of column 0 is not text"),
-        (pd.DataFrame([[1, 2]], columns=["a", "a"]), "two columns are called 'a'"),
-        (pa.table([[1], [2]], names=["a", "a"]), "two columns are called 'a'"),
+        (pd.DataFrame([[1, 2]], columns=["a", "a"]), "two columns have the name 'a'"),
+        (pa.table([[1], [2]], names=["a", "a"]), "two columns have the name 'a'"),
         ("https://host/rows.jsonl", "a URL; download the file"),
-        ("", "the name of a file is empty"),
+        ("", "the file name is empty"),
     ],
 )
 def test_containers_that_are_refused(source: Any, message: str) -> None:
@@ -466,10 +466,10 @@ def test_patterns_folders_and_homes(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert rows_of(["parts/rows-2.jsonl", "~/parts/rows-1?.jsonl"]) == wanted[1:]
     (tmp_path / "parts" / "test.jsonl").write_text("{}")
     with pytest.raises(
-        DataError, match=r"parts: a folder of files that are not parts of one data set \(rows-1\.jsonl, .*pattern"
+        DataError, match=r"parts: the files in this folder do not form one data set \(rows-1\.jsonl, .*pattern"
     ):
         read_rows("parts")
-    for name, message in (("parts/in", "a folder; give the file"), ("parts/*.csv", "no file matches")):
+    for name, message in (("parts/in", "this is a folder; give a file"), ("parts/*.csv", "no file matches")):
         with pytest.raises(DataError, match=message):
             check_there(name)
 
@@ -539,7 +539,7 @@ def test_frames_of_polars_are_read_by_arrow() -> None:
 
     assert rows_of(DataFrame()) == [ONE, TWO]
     assert rows_of({"train": DataFrame()}, split="train") == [ONE, TWO]
-    with pytest.raises(DataError, match=r"a polars LazyFrame; pass what its collect\(\) returns"):
+    with pytest.raises(DataError, match=r"this is a polars LazyFrame; pass the result of its collect\(\)"):
         read_rows(LazyFrame())
 
 

@@ -219,4 +219,4 @@ def test_a_template_that_strips_what_is_learnt_is_spoken_of(tokenizer: Any, capl
         tokenizer.chat_template = body.replace("CONTENT", content)
         caplog.clear()
         shown(tokenizer, said * 2)
-        assert caplog.text.count("leaves out a part of what the assistant says, for example 'hm'") == told
+        assert caplog.text.count("leaves out a part of the assistant's message, for example 'hm'") == told

@@ -63,7 +63,7 @@ def test_evaluate_finds_the_perplexity_of_validation(lora: Any, thinker: str, tm
     folder, wanted = sft(thinker, tmp_path / "sft", lora, file, template_kwargs=QUIET)
     found, said = evaluated(capsys, folder, file)
     assert found == pytest.approx(wanted, rel=1e-4)
-    assert f"prompts as {folder} was trained: template_kwargs {QUIET}" in said
+    assert f"prompting as in the training of {folder}: template_kwargs {QUIET}" in said
     export_model(folder, tmp_path / "exported")
     assert evaluated(capsys, str(tmp_path / "exported"), file)[0] == pytest.approx(wanted, rel=1e-4)
     other, said = evaluated(capsys, folder, file, "--template_kwargs", "{}")
@@ -137,7 +137,7 @@ def test_the_next_stage_asks_as_its_start_was_trained(thinker: str, tmp_path: Pa
     policy = PolicyRLModule(first, rewards=[reward], sampler=Sampler(4))
     sampled = PromptDataModule(prompts(2), prompts_per_round=2, group_size=2, show_example=False, system="Be kind.")
     trainer(tmp_path / "rl").fit(policy, sampled)
-    assert "data.system is 'Be kind.', and" in caplog.text
+    assert "data.system is 'Be kind.', but" in caplog.text
     assert "was trained with 'Be brief.'" in caplog.text
     # The reward asks with its own system message: what was sampled is not what it would be shown, and is shown anew.
     text = policy.tokenizer.decode(sampled.prepared["train"].rows[0].ids)
@@ -257,7 +257,7 @@ def test_folders_without_a_record_are_asked_by_default(base: str, tmp_path: Path
     rlhf_in_process("generate", base, "--prompt", "Hi", "--max_tokens", "2", "--system", "Be kind.")
     assert f"prompts {base} with system 'Be kind.'" in capsys.readouterr().err
     (Path(base) / "stage.json").write_text(json.dumps({"kind": "sft"}))
-    assert "does not record how it was prompted in training" in RenderingSettings.of(base).describe()
+    assert "does not record how the model was prompted in training" in RenderingSettings.of(base).describe()
     # Of earlier preference stages the record had two keys.
     (Path(base) / "stage.json").write_text(json.dumps({"rendering": {"format": "raw", "template_kwargs": {}}}))
     assert Policy(base).renderer.format == "raw"
@@ -269,7 +269,7 @@ def test_data_check_renders_as_the_model_was_trained(thinker: str, tmp_path: Pat
     capsys.readouterr()
     rlhf_in_process("data", "check", file, "--kind", "prompts", "--model", folder)
     out, said = capsys.readouterr()
-    assert f"prompts as {folder} was trained: template_kwargs {QUIET}, system 'Be brief.'" in said
+    assert f"prompting as in the training of {folder}: template_kwargs {QUIET}, system 'Be brief.'" in said
     assert "Be brief." in out
     rlhf_in_process("data", "check", file, "--kind", "prompts", "--model", folder, "--system", "")
     assert "Be brief." not in capsys.readouterr().out
@@ -278,8 +278,8 @@ def test_data_check_renders_as_the_model_was_trained(thinker: str, tmp_path: Pat
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--template_kwargs", "{"], "no JSON"),
-        (["--template_kwargs", "[1]"], "no mapping"),
+        (["--template_kwargs", "{"], "is not JSON"),
+        (["--template_kwargs", "[1]"], "not a mapping"),
         (["--tools", "missing.json"], "neither a file nor"),
         (["--tools", "[1]"], "tools"),
         (["--format", "raw", "--tools", json.dumps(TOOLS)], "tools need a chat template"),
@@ -292,7 +292,7 @@ def test_mistakes_in_flags(flags: list[str], message: str, base: str, capsys: An
 
 def test_options_of_a_template_where_there_is_none(tokenizer: Any) -> None:
     kwargs = {"enable_thinking": False}
-    with pytest.raises(ConfigError, match=r"format is raw \(as set\), and no template reads them"):
+    with pytest.raises(ConfigError, match=r"format is raw \(as set\), so no template reads them"):
         ready(SFTDataModule([{"text": "a"}], tokenizer=tokenizer, format="raw", template_kwargs=kwargs))
     asking = RenderingSettings("m", {"format": "raw"}, {"template_kwargs": kwargs})
     with pytest.raises(ConfigError, match=r"format is raw .as m was trained"):
@@ -352,7 +352,7 @@ def test_another_template_than_that_of_training_is_warned_of(thinker: str, tmp_p
         file.write_text(template)
         caplog.clear()
         assert SFTModule(folder, chat_template=str(file)).tokenizer.chat_template == template
-        assert ("is not the template that" in caplog.text) == (template != THINKING)
+        assert ("differs from the template that" in caplog.text) == (template != THINKING)
 
 
 @pytest.mark.usefixtures("forked_stages")

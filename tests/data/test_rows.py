@@ -108,11 +108,11 @@ def test_line_separators_within_json_are_no_line_ends(tmp_path: Path) -> None:
     [
         ("a.jsonl", b"", "no rows. The data set is empty"),
         ("a.jsonl", b'{"a": 1}\n{"a": \n', ":2: not valid JSON"),
-        ("a.jsonl", b"[1]\n", ":1: a JSON list"),
+        ("a.jsonl", b"[1]\n", ":1: this is a JSON list"),
         ("a.jsonl", b'{"a": 1}\n\xff\xfe\n', ":2: not UTF-8"),
         ("a.json", b'[{"a": 1},\n{"a": 2}', ":2: not valid JSON"),
-        ("a.json", b"3", "holds a int"),
-        ("a.json", b"[1]", r"\[0\]: a int"),
+        ("a.json", b"3", "contains a int"),
+        ("a.json", b"[1]", r"\[0\]: this row is a int"),
         ("a.parquet", b"nonsense", "not a readable Parquet file"),
     ],
 )
@@ -127,7 +127,7 @@ def test_malformed_files(tmp_path: Path, name: str, content: bytes, message: str
 def test_missing_files_and_folders(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"missing\.jsonl: no such file"):
         read_rows(str(tmp_path / "missing.jsonl"))
-    with pytest.raises(DataError, match="a folder; give the file"):
+    with pytest.raises(DataError, match="this is a folder; give a file"):
         read_rows(tmp_path)
     with pytest.raises(DataError, match="neither a local file nor a Hub data set"):
         read_rows("owner/surely-not-there")
@@ -185,7 +185,7 @@ def test_text_rows_end_with_the_stop_token(tokenizer: Any) -> None:
     (row,) = data.prepared["train"].rows
     assert tokenizer.decode(row.ids) == "one two<|im_end|>"
     assert row.loss_mask == [0] + [1] * (len(row.ids) - 1)
-    with pytest.raises(DataError, match="not blank"):
+    with pytest.raises(DataError, match="must not be blank"):
         ready(SFTDataModule([{"text": " "}], tokenizer=tokenizer))
 
 

@@ -144,7 +144,7 @@ def test_leaks_are_counted_with_the_first_of_each(tokenizer: Any, tmp_path: Any,
     (warning,) = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
     assert warning.startswith(
         f"leakage between data.train and data.validation: 2 of 4 rows are trained on (the first: {files[1]}:2 and "
-        f"{files[0]}:3), 3 of 4 rows have a prompt that is trained on (the first: {files[1]}:2 and {files[0]}:3)"
+        f"{files[0]}:3), 3 of 4 rows share a prompt with a training row (the first: {files[1]}:2 and {files[0]}:3)"
     )
     caplog.clear()
     ready(SFTDataModule(files[0], [held[0]], tokenizer=tokenizer, show_example=False))
@@ -208,7 +208,7 @@ def test_turns_of_a_conversation_that_are_rows_stay_together(kind: str, tokenize
     data = ready(make(examples, tokenizer=tokenizer, validation_split=2, show_example=False), stage)
     assert len(data.prepared["validation"].rows) == 2
     ready(make(rows[1:2], [rows[0], rows[2], rows[4]], tokenizer=tokenizer, show_example=False), stage)
-    assert "2 of 3 rows are of a conversation that is trained on" in caplog.text
+    assert "2 of 3 rows belong to a conversation of the training data" in caplog.text
 
 
 def test_prompts_given_as_text_are_compared(tokenizer: Any, caplog: Any) -> None:

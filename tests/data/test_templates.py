@@ -117,7 +117,7 @@ def test_a_rendering_is_that_of_transformers(name: str, said: list[dict[str, Any
     wanted = by_transformers(renderer.tokenizer, said, tools, prompts)
     before = copy.deepcopy(said)
     if wanted is None:
-        with pytest.raises(RowError, match="refuses the conversation"):
+        with pytest.raises(RowError, match="rejects the conversation"):
             renderer.template.render(said, tools, prompts)
     else:
         assert renderer.template.render(said, tools, prompts) == wanted
@@ -311,7 +311,7 @@ def test_everything_that_templates_use(tokenizer: Any, source: str) -> None:
     tokenizer.chat_template = source + "{% for m in messages %}{{ m.role }}{{ m.content }}{% endfor %}\n"
     wanted = by_transformers(tokenizer, said)
     if wanted is None:
-        with pytest.raises(RowError, match="refuses the conversation"):
+        with pytest.raises(RowError, match="rejects the conversation"):
             ChatTemplate(tokenizer).render(said)
     else:
         assert ChatTemplate(tokenizer).render(said) == wanted
@@ -331,7 +331,7 @@ def test_a_template_raises(tokenizer: Any) -> None:
     with pytest.raises(RowError, match="Only two turns"):
         Renderer(tokenizer).prompt([{"role": "user", "content": "Hi"}])
     tokenizer.chat_template = "{% for m in messages %}{{ m.content / 0 }}{% endfor %}"
-    with pytest.raises(RowError, match="refuses the conversation"):
+    with pytest.raises(RowError, match="rejects the conversation"):
         Renderer(tokenizer).prompt([{"role": "user", "content": "Hi"}])
 
 

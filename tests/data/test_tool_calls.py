@@ -162,7 +162,7 @@ def test_real_templates_show_the_object_once_or_say_that_they_do_not(tokenizer: 
     source = (CHAT_TEMPLATES / f"{template}.jinja").read_text()
     silent = ("tool_calls" not in source) and form not in ("sharegpt", "marked")
     if silent or "must alternate" in source or "phi3" in template:
-        lost = r"shows no tool calls|must alternate|leaves out a message of role 'tool'"
+        lost = r"does not render tool calls|must alternate|leaves out a message of role 'tool'"
         with pytest.raises(DataError, match=lost):
             learnt(tokenizer, source, stored(calls, form))
         return
@@ -204,19 +204,19 @@ def test_results_that_are_objects(tokenizer: Any) -> None:
 
 def test_what_a_template_leaves_out_is_said(tokenizer: Any, caplog: pytest.LogCaptureFixture) -> None:
     said = canonical([("book", {"a": 1}), ("book", {"a": 2})])
-    with pytest.raises(DataError, match="shows no tool calls"):
+    with pytest.raises(DataError, match="does not render tool calls"):
         ready(SFTDataModule([{"messages": said}], tokenizer=tokenizer))
     first = TEMPLATES["object"].replace("m.tool_calls or []", "(m.tool_calls or [])[:1]")
     with pytest.raises(DataError, match="only the first tool call of a message, and this one has 2"):
         learnt(tokenizer, first, said)
-    with pytest.raises(DataError, match="does not show 'thinking' of a message"):
+    with pytest.raises(DataError, match="does not render 'thinking' of a message"):
         learnt(tokenizer, TEMPLATES["object"], [said[0], {"role": "assistant", "content": "a", "thinking": "b"}])
     only = "{% for m in messages if m.role in ['user', 'assistant'] %}{{ m.content }}<|im_end|>{% endfor %}"
-    with pytest.raises(DataError, match="leaves out a message of role 'system' in front"):
+    with pytest.raises(DataError, match="leaves out a message of role 'system' at the beginning"):
         learnt(tokenizer, only, [{"role": "system", "content": "a"}, said[0], said[-1]])
-    with pytest.raises(DataError, match="shows no tools"):
+    with pytest.raises(DataError, match="the row has tools, but the chat template does not render them"):
         ready(PromptDataModule([{"prompt": "Hi", "tools": [SCHEMA]}], tokenizer=tokenizer))
-    with pytest.raises(DataError, match="format raw has no template"):
+    with pytest.raises(DataError, match="format raw cannot render tool calls"):
         Renderer(tokenizer, "raw").conversation(said)
     said[1]["content"] = "Let me see."
     beside = TEMPLATES["object"].replace("{% if m.content %}", "{% if m.content and not m.tool_calls %}")
@@ -262,12 +262,12 @@ def test_tools_in_every_form(tools: Any) -> None:
     [
         ({"tool_calls": [{"name": "f", "arguments": "{'a': 1}"}]}, "call of 'f' are text that is not a JSON object"),
         ({"tool_calls": [{"name": "f", "arguments": '{"a": NaN}'}]}, "NaN is not JSON"),
-        ({"tool_calls": [{"name": "f", "arguments": "[1]"}]}, r"must be a JSON object, this is list \[1\]"),
+        ({"tool_calls": [{"name": "f", "arguments": "[1]"}]}, r"must be a JSON object, but they are list \[1\]"),
         ({"tool_calls": [{"arguments": {}}]}, "must be an object with 'name' and 'arguments'"),
         ({"tool_calls": "["}, "the tool call is text that is not JSON"),
-        ({"tool_calls": [{"name": "f"}], "function_call": {"name": "g"}}, "its calls twice, also in 'function_call'"),
+        ({"tool_calls": [{"name": "f"}], "function_call": {"name": "g"}}, "tool calls twice, also in 'function_call'"),
         ({"tool_call": True, "content": "I call f"}, "the tool call is text that is not JSON"),
-        ({"role": "user", "tool_calls": [{"name": "f"}]}, "only the assistant calls tools"),
+        ({"role": "user", "tool_calls": [{"name": "f"}]}, "only the assistant can call tools"),
     ],
 )
 def test_malformed_calls(tokenizer: Any, turn: dict[str, Any], message: str) -> None:

@@ -15,7 +15,7 @@ from rlhf_lightning.errors import ConfigError
         ({"max_tokens": 0}, "limits.max_tokens is 0"),
         ({"step_timeout": 0.0}, "limits.step_timeout is 0.0"),
         ({"step_timeout": float("nan")}, "limits.step_timeout is nan"),
-        ({"on_error": "ignore"}, "limits.on_error is 'ignore'; one of fail, retry, drop"),
+        ({"on_error": "ignore"}, "limits.on_error is 'ignore'; it must be one of fail, retry, drop"),
         ({"on_error": "retry", "retries": 0}, "limits.retries is 0"),
     ],
 )

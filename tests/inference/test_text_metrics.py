@@ -138,10 +138,13 @@ def test_only_rows_with_references_are_compared(base: str, tmp_path: Path, capsy
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["--references", "gold"], "rows.jsonl:1: no 'gold' to take as reference; the row has 'prompt', 'blank'"),
-        (["--references", "blank"], "rows.jsonl:1: 'blank' is no reference answer"),
-        (["--best_of", "4"], "nothing to judge by"),
-        (["--best_of", "4", "--gold", VOWELS], "--best_of is of the baseline"),
+        (
+            ["--references", "gold"],
+            "rows.jsonl:1: no column 'gold' for the reference answer; the row has 'prompt', 'blank'",
+        ),
+        (["--references", "blank"], "rows.jsonl:1: 'blank' is not a reference answer"),
+        (["--best_of", "4"], "no reward is given"),
+        (["--best_of", "4", "--gold", VOWELS], "--best_of samples from the baseline"),
     ],
 )
 def test_what_cannot_be_evaluated(

@@ -94,7 +94,7 @@ def test_lora_targets_are_found_by_structure(tokenizer: Any, architecture: str) 
     assert len(groups["unembedding"]) == 1
     assert set(LoRA(target=["all"]).layer_names(model)) == set.union(*groups.values())
     assert len(Start(model, lora=LoRA(target=["all"], rank=2)).load().peft_config["default"].target_modules) > 2
-    with pytest.raises(ConfigError, match="names no layer; one of attention"):
+    with pytest.raises(ConfigError, match="matches no layer; use attention"):
         LoRA(target=["atention"]).layer_names(model)
 
 
@@ -238,7 +238,7 @@ def test_models_that_are_not_there(tmp_path: Path, source: str, message: str) ->
 
 
 def test_tokenizers_that_do_not_belong(tokenizer: Any, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="do not belong together"):
+    with pytest.raises(ConfigError, match="do not match"):
         check_vocabulary(build_model(tokenizer, vocab_size=len(tokenizer) - 1), tokenizer)
     with pytest.raises(ConfigError, match="no tokenizer can be loaded"):
         load_tokenizer(str(tmp_path))

@@ -114,37 +114,37 @@ def wrong(change: str) -> dict[str, Any]:
     ids, loss_mask, there = batch["input_ids"], batch["loss_mask"], batch["attention_mask"]
     changes: dict[str, dict[str, Any]] = {
         "mask is 1 where its attention_mask is 0": {"loss_mask": torch.ones_like(loss_mask)},
-        "its input_ids are": {"loss_mask": torch.nn.functional.pad(loss_mask, (0, 1))},
+        "its input_ids have": {"loss_mask": torch.nn.functional.pad(loss_mask, (0, 1))},
         "attention_mask has gaps": {"attention_mask": there * (torch.arange(there.shape[1]) != 1)},
         "attention_mask is": {"attention_mask": there[:, None, None]},
         "numbers other than 0 and 1": {"attention_mask": there * 2},
         "values other than 0 and 1": {"loss_mask": loss_mask * 0.5},
         "position_ids do not count": {"position_ids": torch.tensor([[0, 1, 0, 1, 2, 3, 4, 5]] * 4)},
         "not shifted by one": {"labels": torch.where(loss_mask == 1, ids, -100).roll(-1, 1)},
-        "say different things": {"labels": torch.where(loss_mask.roll(1, 1) * there == 1, ids, -100)},
+        "contradict each other": {"labels": torch.where(loss_mask.roll(1, 1) * there == 1, ids, -100)},
         "input_ids go from -100": {"input_ids": torch.where(there == 1, ids, -100)},
-        "the model embeds 100 tokens": {"input_ids": torch.where(there == 1, ids + 100, ids)},
+        "the model has 100 embeddings": {"input_ids": torch.where(there == 1, ids + 100, ids)},
         "token ids": {"input_ids": ids.float()},
-        "lengths do not reach": {"lengths": torch.tensor([2, 2, 2, 2])},
+        "lengths end before": {"lengths": torch.tensor([2, 2, 2, 2])},
         "inputs_embeds": {"inputs_embeds": ids},
         "old_logprobs go up to 1": {"old_logprobs": torch.ones(4, 8)},
         "begin with padding": {**batch_of("left", "loss_mask", torch.int64), "attention_mask": None},
         "on the padding after its rows": {"loss_mask": torch.ones_like(loss_mask), "attention_mask": None},
-        "old_logprobs is": {"old_logprobs": torch.zeros(4, 2)},
+        "old_logprobs has": {"old_logprobs": torch.zeros(4, 2)},
     }
     return {name: value for name, value in {**batch, **changes[change]}.items() if value is not None}
 
 
 REFUSED = [
-    *("mask is 1 where its attention_mask is 0", "its input_ids are", "attention_mask has gaps", "attention_mask is"),
+    *("mask is 1 where its attention_mask is 0", "its input_ids have", "attention_mask has gaps", "attention_mask is"),
     *("numbers other than 0 and 1", "values other than 0 and 1", "position_ids do not count", "not shifted by one"),
-    *("say different things", "input_ids go from -100", "the model embeds 100 tokens", "token ids"),
+    *("contradict each other", "input_ids go from -100", "the model has 100 embeddings", "token ids"),
     *(
-        "lengths do not reach",
+        "lengths end before",
         "inputs_embeds",
         "begin with padding",
         "on the padding after its rows",
-        "old_logprobs is",
+        "old_logprobs has",
         "old_logprobs go up to 1",
     ),
 ]
@@ -168,12 +168,12 @@ def preference_batch(**more: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("loss", "batch", "message"),
     [
-        ("pairs", {n: v[:3] for n, v in preference_batch().items()}, "3 rows; pairs are"),
+        ("pairs", {n: v[:3] for n, v in preference_batch().items()}, "3 rows; pairs must be"),
         ("pairs", {n: v[:0] for n, v in preference_batch().items()}, "no rows"),
         ("pairs", preference_batch(margin=torch.ones(2, 1)), r"margin is \[2, 1\]"),
         ("pairs", preference_batch(margin=torch.ones(1)), r"margin is \[1\]"),
         ("pairs", preference_batch(weights=torch.ones(4)), r"weights is \[4\]"),
-        ("pairs", preference_batch(ref_chosen_logps=torch.ones(2)), "here that is reference_logprobs"),
+        ("pairs", preference_batch(ref_chosen_logps=torch.ones(2)), "rename it to reference_logprobs"),
         ("labels", preference_batch(), "has no labels"),
         ("labels", preference_batch(labels=[1, 0, 1, 0]), "labels is a list"),
         ("labels", preference_batch(labels=torch.tensor([1, -1, 1, -1])), "other than 0"),

@@ -523,7 +523,7 @@ def test_recorded_episodes(base: str, tokenizer: Any, tmp_path: Path) -> None:
     [
         ({"logprobs": None}, "no 'logprobs'"),
         ({"logprobs": [0.5] * 3}, "none above 0"),
-        ({"logprobs": [-1.0]}, "1 logprobs for 3 sampled of 5 tokens"),
+        ({"logprobs": [-1.0]}, "1 logprobs, but 3 of the 5 tokens are sampled"),
         ({"response_tokens": [10**6] * 3}, "token 1000000 is not in the vocabulary"),
         ({"reward": None}, "no 'reward'"),
         ({"reward": "high"}, "'reward' is 'high'"),
@@ -539,9 +539,9 @@ def test_malformed_episodes(change: dict[str, Any], message: str, base: str, tmp
     ("options", "source", "message"),
     [
         ({}, {"group_size": 1}, "group_size is 1"),
-        ({"rewards": []}, {}, "nothing rewards the policy"),
+        ({"rewards": []}, {}, "there is no reward"),
         ({"sampler": Sampler(temperature=0.0)}, {}, "temperature is 0"),
-        ({"sampler": Sampler(max_tokens=250)}, {}, "over the model's 256 positions"),
+        ({"sampler": Sampler(max_tokens=250)}, {}, "exceed the model's 256 positions"),
         ({"rewards": [FunctionReward(vowels), FunctionReward(vowels)]}, {}, "same name"),
     ],
 )
@@ -586,7 +586,7 @@ def test_kl_settings_are_checked() -> None:
     for options, message in (
         ({"estimator": "k1"}, "k1 in the loss has no"),
         ({"place": "data"}, "place is"),
-        ({"coefficient": -1.0}, "not be negative"),
+        ({"coefficient": -1.0}, "not negative"),
     ):
         with pytest.raises(ConfigError, match=message):
             KLPenalty(**options)
@@ -601,7 +601,7 @@ def test_a_checkpoint_of_another_stage_is_refused(base: str, tmp_path: Path) -> 
     run = trainer(tmp_path)
     run.fit(make("sft", base), data("sft"))
     run.save_checkpoint(tmp_path / "sft.ckpt")
-    with pytest.raises(ConfigError, match="not of this stage"):
+    with pytest.raises(ConfigError, match="does not match this stage"):
         trainer(tmp_path).fit(make("preference", base), data("preference"), ckpt_path=str(tmp_path / "sft.ckpt"))
 
 

@@ -114,7 +114,7 @@ def test_a_class_that_a_file_names_is_not_imported(name: Any, base: str, tmp_pat
     facts["hyper_parameters"]["lora"] = {"class_path": name, "init_args": {"command": "touch evil"}}
     torch.save(facts, path)
     before = set(sys.modules)
-    with pytest.raises(ConfigError, match="no class that is known here"):
+    with pytest.raises(ConfigError, match="not a known class"):
         SFTModule.load_from_checkpoint(path)
     assert set(sys.modules) == before
     assert not (tmp_path / "evil").exists()

@@ -34,12 +34,12 @@ from tests.helpers.training import sgd, trainer
 ARGUMENTS: list[tuple[str, Callable[[], Any], list[str]]] = [
     ("no model", lambda: SFTModule(None), ["model.model is None", "folder, a Hub id"]),
     ("a class for a model", lambda: SFTModule(torch.nn.Linear), ["model.model is the class Linear"]),
-    ("another module", lambda: SFTModule(torch.nn.Linear(1, 1)), ["is a Linear, and no model of transformers"]),
+    ("another module", lambda: SFTModule(torch.nn.Linear(1, 1)), ["is a Linear, which is not a transformers model"]),
     ("lora as a dict", lambda: SFTModule("m", lora={"rank": 8}), ["model.lora is {'rank': 8}", "LoRA(rank=16)"]),
     ("lora as a number", lambda: SFTModule("m", lora=8), ["model.lora is 8", "LoRA(rank=16)"]),
     ("peft's lora", lambda: SFTModule("m", lora=LoraConfig()), ["peft's LoraConfig", "LoRA(rank, alpha)"]),
     ("a rank in quotes", lambda: LoRA("8"), ["lora.rank is '8'; it must be a whole number"]),
-    ("no target", lambda: LoRA(target=None), ["lora.target is None; any of attention, mlp"]),
+    ("no target", lambda: LoRA(target=None), ["lora.target is None; it must list any of attention, mlp"]),
     ("alpha 0", lambda: LoRA(alpha=0), ["lora.alpha is 0", "above 0"]),
     ("much dropout", lambda: LoRA(dropout=1.5), ["lora.dropout is 1.5", "below 1"]),
     ("an optimizer's name", lambda: SFTModule("m", optimizer="adamw"), ["model.optimizer is 'adamw'", "lambda"]),
@@ -47,7 +47,11 @@ ARGUMENTS: list[tuple[str, Callable[[], Any], list[str]]] = [
     ("options as text", lambda: SFTModule("m", model_options="x"), ["model.model_options is 'x'"]),
     ("dtype twice", lambda: SFTModule("m", model_options={"torch_dtype": "auto"}), ["model.dtype: auto"]),
     ("device_map", lambda: SFTModule("m", model_options={"device_map": "auto"}), ["the Trainer places the model"]),
-    ("labels", lambda: SFTModule("m", model_options={"num_labels": 2}), ["num_labels: a preference model has one"]),
+    (
+        "labels",
+        lambda: SFTModule("m", model_options={"num_labels": 2}),
+        ["num_labels is fixed, because a preference model has one"],
+    ),
     ("a length of rows", lambda: PromptDataModule([], max_length=9), ["data.max_length is not for", "max_prompt_toke"]),
     ("a batch of prompts", lambda: PromptDataModule([], batch_size=9), ["data.batch_size", "data.prompts_per_round"]),
     ("a budget in quotes", lambda: SFTModule("m", max_tokens_per_batch="9"), ["'9'; it must be a whole number"]),
@@ -67,7 +71,7 @@ ARGUMENTS: list[tuple[str, Callable[[], Any], list[str]]] = [
     (
         "a reward's name",
         lambda: PolicyRLModule("m", rewards=["KeywordReward"]),
-        ["holds 'KeywordReward'; each must"],
+        ["contains 'KeywordReward'; each must"],
     ),
     (
         "an engine's name",
@@ -113,7 +117,7 @@ def test_data_of_another_stage(base: str, tmp_path: Path) -> None:
     }
     for wanted, module in modules.items():
         for given in data.keys() - {wanted}:
-            with pytest.raises(ConfigError, match=f"^{given}DataModule has data of another stage.* {wanted}Data"):
+            with pytest.raises(ConfigError, match=f"^{given}DataModule is for another stage.* {wanted}Data"):
                 trainer(tmp_path).fit(module, data[given]())
         assert module.model is None  # said before anything is loaded
         with pytest.raises(ConfigError, match=f"trainer.fit has no data: .*{wanted}DataModule"):
@@ -132,7 +136,9 @@ def test_a_checkpoint_without_settings_does_not_say_what_it_is_of(base: str, tmp
     run.save_checkpoint(tmp_path / "one.ckpt")
     facts = torch.load(tmp_path / "one.ckpt", weights_only=True)
     torch.save({name: value for name, value in facts.items() if name != "hyper_parameters"}, tmp_path / "bare.ckpt")
-    with pytest.raises(ConfigError, match=r"SFTModule.load_from_checkpoint needs model=… and what else") as refused:
+    with pytest.raises(
+        ConfigError, match=r"SFTModule.load_from_checkpoint needs model=… and the other arguments"
+    ) as refused:
         SFTModule.load_from_checkpoint(tmp_path / "bare.ckpt")
     assert "SFTModule('runs/NAME/model')" in str(refused.value)
     for again in (
@@ -140,9 +146,9 @@ def test_a_checkpoint_without_settings_does_not_say_what_it_is_of(base: str, tmp
         SFTModule.load_from_checkpoint(tmp_path / "bare.ckpt", model=base),
     ):
         assert all(torch.equal(again.state_dict()[name], value) for name, value in module.state_dict().items())
-    with pytest.raises(ConfigError, match=r"is a model folder; start from it: SFTModule\('"):
+    with pytest.raises(ConfigError, match=r"is a model folder, not a checkpoint; start from it with SFTModule\('"):
         SFTModule.load_from_checkpoint(base)
-    with pytest.raises(ConfigError, match="not of this stage and settings"):
+    with pytest.raises(ConfigError, match="does not match this stage and its settings"):
         PreferenceModule.load_from_checkpoint(tmp_path / "one.ckpt", model=base)
 
 
@@ -168,9 +174,12 @@ def test_scores_are_of_lists(base: str) -> None:
     ("options", "parts"),
     [
         ({"optimizer": lambda parameters: None}, ["model.optimizer returned None"]),
-        ({"lr_scheduler": ReduceLROnPlateau}, ["needs the metric", "lightning.pytorch.cli.ReduceLROnPlateau"]),
-        ({"lr_scheduler": lambda o: Warmup(o, warmup_steps=-1)}, ["warmup_steps is -1 (0 or more)"]),
-        ({"tokenizer": 3}, ["tokenizer is 3; a folder, a Hub id"]),
+        (
+            {"lr_scheduler": ReduceLROnPlateau},
+            ["needs the name of its metric", "lightning.pytorch.cli.ReduceLROnPlateau"],
+        ),
+        ({"lr_scheduler": lambda o: Warmup(o, warmup_steps=-1)}, ["warmup_steps is -1 (must be at least 0)"]),
+        ({"tokenizer": 3}, ["tokenizer is 3; it must be a folder, a Hub id"]),
     ],
 )
 def test_what_shows_when_training_begins(base: str, tmp_path: Path, options: Any, parts: list[str]) -> None:
@@ -198,7 +207,7 @@ def test_validation_that_never_comes_is_told(base: str, tmp_path: Path, caplog: 
         rows = SFTDataModule(chats(4), validation=chats(2), batch_size=1, show_example=False)
         with caplog.at_level(logging.WARNING, "rlhf_lightning"):
             trainer(tmp_path, **options).fit(sft(base, optimizer=sgd(0.1)), rows)
-        return [record.getMessage() for record in caplog.records if "never looked at" in record.getMessage()]
+        return [record.getMessage() for record in caplog.records if "never used" in record.getMessage()]
 
     assert len(fit(max_steps=1)) == 1
     assert not fit(max_steps=1, val_check_interval=1)
@@ -211,7 +220,7 @@ def test_a_warm_up_longer_than_the_run_is_told(caplog: pytest.LogCaptureFixture)
         schedule.set_total_steps(11)
         assert not caplog.records
         schedule.set_total_steps(10)
-    assert "warmup_steps is 10, and the run has 10 steps: the full rate is never reached" in caplog.text
+    assert "warmup_steps is 10, but the run has 10 steps, so the full learning rate is never reached" in caplog.text
 
 
 def test_models_that_do_not_write(tokenizer: Any, tmp_path: Path) -> None:

@@ -210,7 +210,7 @@ def test_a_critic_with_another_vocabulary_is_refused(base: str, tokenizer: Any, 
     )
     other.save_pretrained(tmp_path / "small")
     module = make("policy", base, critic=Critic(str(tmp_path / "small")), advantage=GAE())
-    with pytest.raises(ConfigError, match="the critic embeds 10"):
+    with pytest.raises(ConfigError, match="the critic has 10 embeddings"):
         module.configure_model()
     module = make("policy", base, kl=KLPenalty(reference=str(tmp_path / "small")))
     with pytest.raises(ConfigError, match="the reference embeds 10"):
@@ -324,17 +324,17 @@ def test_entropy_bonus_keeps_the_policy_random(base: str, tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("module", "source", "message"),
     [
-        ({"critic": Critic()}, {}, "uses no values: set model.advantage to GAE"),
+        ({"critic": Critic()}, {}, "does not use values: set model.advantage to GAE"),
         ({"advantage": GAE()}, {}, "needs the values of a critic"),
-        ({"critic": Critic(shared=True, warmup_rounds=1), "advantage": GAE()}, {}, "would move the policy"),
-        ({"staleness": 2}, {}, "0, or 1 round"),
+        ({"critic": Critic(shared=True, warmup_rounds=1), "advantage": GAE()}, {}, "would change the policy"),
+        ({"staleness": 2}, {}, "it must be 0 or 1"),
         ({"resample_groups": -1}, {}, "at least 0"),
         ({"objective": Reinforce()}, {"update_epochs": 2}, "neither clip nor importance ratio"),
         ({"objective": Reinforce()}, {"minibatches": 2}, "2 optimizer steps"),
         ({"objective": SequenceClippedSurrogate(normalized=False), "kl": KLPenalty(0.1)}, {}, "set kl.place to reward"),
         ({"objective": SequenceClippedSurrogate(), "critic": Critic(), "advantage": GAE()}, {}, "one action"),
-        ({}, {"minibatches": 9}, "more than the 8 episodes"),
-        ({"advantage": GlobalWhitened(), "resample_groups": 1}, {"group_size": 1}, "never has two rewards"),
+        ({}, {"minibatches": 9}, "but a round has only 8 episodes"),
+        ({"advantage": GlobalWhitened(), "resample_groups": 1}, {"group_size": 1}, "cannot have different rewards"),
         ({"advantage": GlobalWhitened("group")}, {"group_size": 1}, "every advantage would be 0"),
         ({}, {"group_size": 1}, "every advantage would be 0"),
     ],
@@ -376,10 +376,10 @@ def test_a_critic_learns_from_recorded_episodes(base: str, tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("options", "advantage", "message"),
     [
-        ({"resample_groups": 1}, None, "as they are"),
-        ({"staleness": 1}, None, "as they are"),
+        ({"resample_groups": 1}, None, "are already sampled"),
+        ({"staleness": 1}, None, "are already sampled"),
         ({"objective": Reinforce()}, None, "cannot correct for"),
-        ({"critic": Critic(), "advantage": GAE()}, 1.0, "a critic learns nothing"),
+        ({"critic": Critic(), "advantage": GAE()}, 1.0, "a critic would learn nothing"),
         ({"advantage": GlobalWhitened()}, 1.0, "whitening would change"),
         ({"kl": KLPenalty(0.1, "reward")}, None, "of another policy"),
     ],

@@ -177,7 +177,7 @@ def test_an_interrupted_run_equals_a_whole_one_bit_for_bit(name: str, base: str,
 @pytest.mark.parametrize(
     ("scorer", "loss", "message"),
     [
-        (RewardHead(), preference.SFT(), "needs 'chosen_logps', which this scorer does not give"),
+        (RewardHead(), preference.SFT(), "needs 'chosen_logps', which this scorer does not provide"),
         (RewardHead(), preference.IPO(), "needs 'beta'"),
         (SequenceLogprob(), preference.NCA(), "use ImplicitReward"),
         (RewardHead(), preference.KTO(), "use ImplicitReward"),
@@ -208,7 +208,7 @@ def test_a_run_may_not_overwrite_its_reference(base: str, tmp_path: Path) -> Non
     ):
         reference = options.pop("reference", None)
         module = PreferenceModule(options["model"], ImplicitReward(reference=reference and str(reference)))
-        with pytest.raises(ConfigError, match="is the reference, and the folder that this run would write"):
+        with pytest.raises(ConfigError, match="is the reference, but this run would write"):
             trainer(tmp_path / "run").fit(module, PreferenceDataModule(pairs(4), show_example=False))
 
 
@@ -249,7 +249,11 @@ def answer(text: str) -> list[dict[str, str]]:
         ("pairs", {"prompt": "a", "chosen": "b", "rejected": "c", "margin": "much"}, "'margin' is 'much'"),
         ("pairs", {"prompt": "a", "chosen": "b", "rejected": "c", "margin": float("nan")}, "'margin' is nan"),
         ("pairs", {"prompt": "a", "chosen": "b", "rejected": "c", "tie": "no"}, "'tie' is 'no'"),
-        ("pairs", {"prompt": "a", "response": "b", "label": 1}, "the row is one of labels, but pairs are expected"),
+        (
+            "pairs",
+            {"prompt": "a", "response": "b", "label": 1},
+            "the row has the form of labels, but pairs are expected",
+        ),
         ("pairs", {"prompt": "a", "chosen": "b", "rejected": "one " * 400}, "tokens, above data.max_length 128"),
         ("labels", {"prompt": "a", "response": "b", "label": 2}, "'label' is 2; it must be 1"),
         ("labels", {"prompt": "a", "response": "b", "label": "good"}, "'label' is 'good'"),
@@ -297,7 +301,7 @@ def test_rows_over_the_budget_are_counted(tokenizer: Any) -> None:
     skipped = PreferenceDataModule([*pairs(2), long], overlong="skip", **options)
     skipped.setup("fit")
     assert len(skipped.prepared["train"].reading.skipped) == 1
-    with pytest.raises(DataError, match="a response alone is longer than"):
+    with pytest.raises(DataError, match="a response without its prompt is longer than"):
         PreferenceDataModule([{**long, "chosen": long["prompt"]}], overlong="truncate", **options).setup("fit")
 
 
@@ -317,7 +321,7 @@ def test_all_rows_with_one_prompt_have_no_mismatched_responses(base: str, tmp_pa
 
 def test_the_kind_of_rows_must_be_the_loss_own(base: str, tmp_path: Path) -> None:
     module = PreferenceModule(base, implicit(), preference.KTO())
-    with pytest.raises(ConfigError, match=r"data\.kind is rankings, but the loss KTO takes labels"):
+    with pytest.raises(ConfigError, match=r"data\.kind is rankings, but the loss KTO needs labels"):
         trainer(tmp_path).fit(module, PreferenceDataModule(pairs(4), kind="rankings", show_example=False))
     with pytest.raises(ConfigError, match=r"data\.kind is 'lists'"):
         PreferenceDataModule(pairs(4), kind="lists")
@@ -410,7 +414,7 @@ def test_stored_references_are_the_references(lora: LoRA | None, base: str, tmp_
     folder = tmp_path / "pairs.jsonl.reference"
     (first,) = folder.iterdir()
     stamp = first.stat().st_mtime_ns
-    assert "train: log-probabilities of the reference are stored in" in caplog.text
+    assert "train: log-probabilities of the reference were saved to" in caplog.text
     for row in again.datamodule.prepared["train"].rows:  # computed together, and kept as float32
         for side, values in zip(row.sides, row.reference, strict=True):
             alone = pad_tokens([side.ids], [side.loss_mask], pad_id=0)
@@ -424,7 +428,7 @@ def test_stored_references_are_the_references(lora: LoRA | None, base: str, tmp_
 
     caplog.clear()
     reused, _ = once("reused", store=True)
-    assert "train: stored log-probabilities of the reference" in caplog.text
+    assert "train: log-probabilities of the reference were loaded" in caplog.text
     assert first.stat().st_mtime_ns == stamp
     for key, value in weights(stored).items():
         assert torch.equal(weights(reused)[key], value)

@@ -181,14 +181,14 @@ def test_evaluating_a_policy_against_itself_says_so(base: str, tmp_path: Path, c
         module = PreferenceModule(folder, ImplicitReward(0.5, reference))
         data = PreferenceDataModule(validation=ROWS, batch_size=4, show_example=False)
         found = trainer(tmp_path / "dpo").validate(module, data, verbose=False)[0]
-        assert ("is measured from itself" in caplog.text) == warns
+        assert ("is its own reference" in caplog.text) == warns
         assert (abs(found["val/margin"]) < 1e-6) == warns
 
 
 def test_a_model_without_a_head_is_no_reward_model(base: str, tmp_path: Path) -> None:
     """Scored all the same, it would give random numbers."""
     for folder in (base, _sft_adapter(base, tmp_path)):
-        with pytest.raises(ConfigError, match="is no preference model"):
+        with pytest.raises(ConfigError, match="is not a preference model"):
             RewardModel(folder)
 
 

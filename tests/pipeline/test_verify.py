@@ -70,7 +70,7 @@ def test_a_byte_that_changed_is_found(path: str, expected: dict[str, str], finis
         file.write_bytes(before[:place] + b"f" + before[place + 1 :])
         assert wrong(finished / "run") == expected
         assert command(["pipeline", "--verify", str(finished / "run")]) == 1
-        assert "not as recorded" in capsys.readouterr().out
+        assert "differ from the record" in capsys.readouterr().out
         file.unlink()
         assert set(wrong(finished / "run")) >= set(expected)
         if "model/" not in path:
@@ -94,7 +94,7 @@ def test_a_run_that_was_moved_and_one_stage_alone(finished: Path, tmp_path: Path
 
 
 def test_what_is_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(ConfigError, match="neither manifest"):
+    with pytest.raises(ConfigError, match="neither a pipeline's manifest"):
         verify_run(tmp_path)
     (tmp_path / "manifest.json").write_text("{half")
     with pytest.raises(ConfigError, match="cannot be read"):

@@ -81,7 +81,7 @@ def test_a_small_run_still_learns(tmp_path: Path, capfd: pytest.CaptureFixture[s
     assert all(keys <= set(stored[name]) for name in ("base", "sft", "policy"))
     capfd.readouterr()
     assert quickstart(settings)["policy"] == summary["policy"]
-    assert capfd.readouterr().out.count("finished already") == 3
+    assert capfd.readouterr().out.count("already finished") == 3
 
 
 @pytest.mark.slow

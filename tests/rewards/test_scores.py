@@ -151,10 +151,10 @@ def test_what_is_no_score_is_refused_with_its_row(scores: Any, message: str) -> 
         (lambda: EnsembleReward(["a"]), "at least two different"),
         (lambda: EnsembleReward(["a", "a"]), "at least two different"),
         (lambda: EnsembleReward(["a", "b"], coefficient=-1.0), "would reward disagreement"),
-        (lambda: ModelReward("a", device="nonsense"), "there is no device 'nonsense' here"),
+        (lambda: ModelReward("a", device="nonsense"), "this machine has no device 'nonsense'"),
         (lambda: PairwiseReward(len, outcome="score"), "outcome is 'score'"),
         (lambda: ReferenceNorm([], limit=1), "limit is 1"),
-        (lambda: PolicyRLModule("x", rewards=[KeywordReward(), KeywordReward()]), "two parts have the same name"),
+        (lambda: PolicyRLModule("x", rewards=[KeywordReward(), KeywordReward()]), "two rewards have the same name"),
         (lambda: PolicyRLModule("x", truncated_reward=math.nan), "truncated_reward is nan"),
     ],
 )

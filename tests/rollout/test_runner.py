@@ -203,7 +203,7 @@ def test_another_try_has_seeds_of_its_own_and_is_the_same_every_time(
     clean = played(tokenizer, {}, limits)
     with caplog.at_level(logging.WARNING):
         once, again = (played(tokenizer, {2: 1}, limits) for _ in range(2))
-    assert "1 times an episode was played again; the first: prompt 2, sample 0, turn 3" in caplog.text
+    assert "1 failed episodes were run again; the first: prompt 2, sample 0, turn 3" in caplog.text
     assert [tokens(a) for a in once] == [tokens(a) for a in again]
     assert [tokens(a) == tokens(b) for a, b in zip(clean, once, strict=True)] == [True, True, False, True]
     assert tokens(played(tokenizer, {2: 2}, limits)[2]) not in (tokens(clean[2]), tokens(once[2]))
@@ -588,7 +588,7 @@ def test_a_stop_text_that_the_tokenizer_never_writes(tokenizer: Any, model: Any)
         Sampler(stop=[stop]).bind(model, Renderer(tokenizer))
     tokenizer.backend_tokenizer.normalizer = normalizers.Lowercase()
     with pytest.raises(
-        ConfigError, match=r"sampler.stop: the tokenizer never writes 'END' \(it turns that text into 'end'\)"
+        ConfigError, match=r"sampler.stop: the tokenizer never produces 'END' \(it turns that text into 'end'\)"
     ):
         Sampler(stop=["END"]).bind(model, Renderer(tokenizer))
 
