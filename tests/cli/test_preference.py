@@ -252,7 +252,7 @@ def test_it_warns_where_train_and_validation_part(base: str, tmp_path: Path, cap
     module = PreferenceModule(base, optimizer=lambda p: torch.optim.AdamW(p, lr=3e-3))
     data = PreferenceDataModule(pairs(24), pairs(24), batch_size=8, show_example=False)
     trainer(tmp_path, callbacks=[PreferenceWatch()], max_epochs=12).fit(module, data)
-    assert "over-fits" not in caplog.text
+    assert "overfits" not in caplog.text
 
 
 # -- the pipeline -----------------------------------------------------------------------------------------------------

@@ -863,7 +863,7 @@ def test_callbacks_named_in_yaml_take_the_place_of_the_defaults(base: str, tmp_p
     for out in (rlhf(*args), rlhf(*args, "--fresh")):
         assert "truncation (truncated 1, limit 0.01)" in out
         assert "episodes" not in out  # no table
-        assert "step 5: training stops, entropy_collapse" in out
+        assert "step 5: stopping the training, entropy_collapse" in out
     run = tmp_path / "run"
     rows = [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()]
     assert [row["round"] for row in rows] == [0] * 8 + [2] * 8 + [4] * 8
