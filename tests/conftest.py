@@ -1,4 +1,4 @@
-"""Threads, order and fixtures of all tests; a tiny model, its tokenizer, and the real data where it is there."""
+"""Threads, order and fixtures of all tests; a tiny model, its tokenizer, and the real data if it is available."""
 
 import gc
 import logging
@@ -36,13 +36,13 @@ LAST = ["test_packaging", "test_docs", "test_fuzz", "test_resume", "test_soak"]
 
 
 def pytest_collection_finish() -> None:
-    """Garbage collections leave out the libraries' million objects, which forked ranks would copy for them."""
+    """Exclude the libraries' million objects from garbage collection, since it would make forked ranks copy them."""
     gc.collect()
     gc.freeze()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Whole runs after the rest."""
+    """Run whole runs after the other tests."""
 
     def place(item: pytest.Item) -> int:
         slow = item.get_closest_marker("slow") and item.path.stem in LAST
@@ -53,13 +53,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(params=[pytest.param(d, marks=[pytest.mark.cuda] * (d.type == "cuda"), id=d.type) for d in DEVICES])
 def device(request: pytest.FixtureRequest) -> torch.device:
-    """A CPU, and a GPU where there is one."""
+    """A CPU, and a GPU if there is one."""
     return request.param
 
 
 @pytest.fixture(autouse=True)
 def loggers_as_they_were() -> Iterator[None]:
-    """A command sets logging up for its process; here the next test has the same one."""
+    """Restore the logging that a command sets up for its process."""
     loggers = [logging.getLogger(name) for name in ("rlhf_lightning", "lightning.pytorch", "py.warnings")]
     before = [(list(one.handlers), one.level, one.propagate) for one in loggers]
     yield
@@ -70,7 +70,7 @@ def loggers_as_they_were() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def shared() -> Path:
-    """The folder of real data and tokenizers; users do not have it."""
+    """The folder of real data and tokenizers, which users do not have."""
     if not SHARED.is_dir():
         pytest.skip("the folder shared/ with real data and tokenizers is not here")
     return SHARED

@@ -1,4 +1,4 @@
-"""The fast tests with the oldest libraries that pyproject.toml allows, and with newer Pythons.
+"""Runs the fast tests with the oldest libraries that pyproject.toml allows, and with newer Pythons.
 
     python -m tests.lowest [--lowest PYTHON ...] [--newest PYTHON ...] [--report FILE] [pytest arguments]
 
@@ -25,14 +25,14 @@ CHOICES = {"lowest": ["--resolution", "lowest-direct"], "newest": ["--constraint
 
 
 def requirements() -> list[str]:
-    """Names of what pyproject.toml asks for, the tests' tools included."""
+    """Names of the requirements in pyproject.toml, including those of the tests."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     given = [*project["dependencies"], *project["optional-dependencies"]["dev"]]
     return [re.split(r"[^\w.-]", requirement)[0].lower() for requirement in given]
 
 
 def install(python: str, choice: str) -> Path:
-    """A new environment with this project in it; its interpreter."""
+    """Create an environment with this project; returns its interpreter."""
     folder = ROOT / ".venv-lowest" / f"{Path(python).name}-{choice}"
     subprocess.run(
         [*UV, "venv", "--quiet", "--clear", "--seed", "--no-python-downloads", "--python", python, folder], check=True
@@ -44,7 +44,7 @@ def install(python: str, choice: str) -> Path:
 
 
 def versions(interpreter: Path) -> dict[str, str]:
-    """Python's and those of the requirements."""
+    """Versions of Python and of the requirements."""
     listing = [*UV, "pip", "list", "--quiet", "--format", "json", "--python", interpreter]
     there = {one["name"].lower(): one["version"] for one in json.loads(subprocess.check_output(listing))}
     said = subprocess.check_output([interpreter, "--version"], text=True)

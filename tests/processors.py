@@ -1,4 +1,4 @@
-"""The fast tests that compute, run with the kernels and the threads of other processors.
+"""Runs the numerical fast tests with the kernels and thread counts of other processors.
 
     python -m tests.processors [--report FILE] [--only NAME ...] [pytest arguments]
 
@@ -51,7 +51,7 @@ WITHOUT_NUMBERS = {
 
 
 def configurations() -> dict[str, dict[str, str]]:
-    """The environment of each; `own-1` is what `make test` runs."""
+    """The environment of each configuration; `own-1` is what `make test` uses."""
     order = ["DEFAULT", "AVX2", "AVX512"]
     own = torch.backends.cpu.get_cpu_capability()
     there = ["sse", "avx2", "avx512"][: order.index(own) + 1 if own in order else 1]
@@ -69,7 +69,7 @@ def run(
     ignored_files: Collection[str] = (),
     python: str = sys.executable,
 ) -> tuple[dict[str, int], list[str], float]:
-    """How many of the fast tests ended how, the names of those that failed, and the seconds."""
+    """Counts of the fast tests by outcome, the names of failed tests, and the seconds."""
     started = time.monotonic()
     ignored = [f"--ignore=tests/{name}.py" for name in sorted(ignored_files)]
     # As many processes as there are cores for their threads.

@@ -15,7 +15,7 @@ STEP = ROOT / "benchmarks" / "results" / "step-5m.json"
 
 
 def changed(tmp_path: Path, task: str, factor: float | None) -> list[str]:
-    """The committed result, and the same with one ratio multiplied, or left out."""
+    """The committed result, and the same with one ratio multiplied or removed."""
     report = json.loads(STEP.read_text())
     if factor is None:
         del report["tasks"][task]["ratio"]

@@ -1,6 +1,6 @@
-"""Work that does not depend on the machine, counted from outside: so that speed cannot be lost unseen.
+"""Amounts of work that do not depend on the machine, counted from outside, so that speed cannot be lost unnoticed.
 
-What is expected is worked out from the rows by hand here, not taken from the package.
+Expected values are computed from the rows by hand here, not taken from the package.
 """
 
 import sys
@@ -69,7 +69,7 @@ class Counts(pl.Callback):
 
 
 def branches(sides: list[Any], last: int = 1) -> int:
-    """Tokens of responses to one prompt, the prompt once; the `last` of each row predicts nothing."""
+    """Tokens of responses to one prompt, counting the prompt once; the `last` token of each row predicts nothing."""
     prompt = min(side.loss_mask.index(1) for side in sides)
     return prompt + sum(len(side.ids) - last - prompt for side in sides)
 
@@ -144,7 +144,7 @@ def test_a_policy_step_computes_the_prompt_of_a_group_once_and_the_reference_onc
 
 
 def makespan(lengths: list[int], slots: int) -> int:
-    """Steps of rows that take a slot as soon as one is free; the first token of a row comes with its prompt."""
+    """Number of steps if rows take a slot as soon as one is free; a row's first token comes with its prompt."""
     ends = [0] * slots
     for length in lengths:
         ends[ends.index(min(ends))] += length - 1
@@ -181,7 +181,7 @@ def test_prompts_that_are_equal_are_computed_once(model: Any, tokenizer: Any) ->
 
 
 class Copies(TorchDispatchMode):
-    """Bytes of every tensor of at least `size` bytes that an operation writes anew, by operation."""
+    """Bytes of every tensor of at least `size` bytes that an operation creates, by operation."""
 
     def __init__(self, size: int) -> None:
         super().__init__()
@@ -229,7 +229,7 @@ def test_a_step_of_the_sampler_copies_nothing_of_the_cache(model: Any, tokenizer
 
 
 def renders(build: Any, count: int, monkeypatch: pytest.MonkeyPatch) -> tuple[int, int]:
-    """Templates rendered and texts tokenized to prepare so many rows."""
+    """Templates rendered and texts tokenized to prepare a number of rows."""
     data = build(count)
     data.renderer  # noqa: B018 - what is done once for a template is not counted
     kind = type(data.renderer.tokenizer)
@@ -260,7 +260,7 @@ BUILD = {
 
 @pytest.mark.parametrize(("kind", "most"), [("sft", (3, 1)), ("preference", (4, 2)), ("prompts", (1, 1))])
 def test_renders_a_row(kind: str, most: tuple[int, int], tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of further rows: with and without the turn, and its end; one text is tokenized for each row that is trained."""
+    """For each further row: with and without the turn, and its end; one text is tokenized per trained row."""
     few, many = (renders(lambda n: BUILD[kind](tokenizer, n), count, monkeypatch) for count in (4, 10))
     assert tuple(b - a for a, b in zip(few, many, strict=True)) == tuple(6 * number for number in most)
 
@@ -276,7 +276,7 @@ def _audit(event: str, args: Any) -> None:
 
 @contextmanager
 def opened(*paths: str) -> Iterator[dict[str, int]]:
-    """How often each file is opened meanwhile; an audit hook cannot be taken away, so it is put in place once."""
+    """How often each file is opened in the meantime; an audit hook cannot be removed, so it is installed once."""
     if not hasattr(sys, "_rlhf_counts"):
         sys.addaudithook(_audit)
         sys._rlhf_counts = True  # type: ignore[attr-defined]

@@ -1,4 +1,4 @@
-"""The pages: their commands run, their examples too, and every name, flag, setting and link in them exists."""
+"""The pages: their commands and examples run, and every name, flag, setting and link in them exists."""
 
 import dataclasses
 import importlib
@@ -44,7 +44,7 @@ FOREIGN = ("from-trl.md", "from-tinker.md", "from-config.md")
 
 
 def parts_of(language: str, *, slow: bool = False) -> list[Any]:
-    """Parameters of a test: the blocks of a language that run."""
+    """Test parameters: the blocks of a language that are run."""
     found = [block for page in PAGES for block in blocks(page) if block.language == language]
     for block in found:
         assert re.fullmatch(r"|slow|skip .{8,}|file: \S+", block.mark), f"{block}: {block.mark!r} says nothing"
@@ -55,7 +55,7 @@ def parts_of(language: str, *, slow: bool = False) -> list[Any]:
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A model folder that stands for any Hub id."""
+    """A model folder that replaces any Hub id."""
     folder = tmp_path_factory.mktemp("hub") / "tiny"
     tokenizer = make_tokenizer(TEXTS * 5)
     build_model(tokenizer, max_position_embeddings=2048).save_pretrained(folder)
@@ -65,7 +65,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="session")
 def ready(tiny: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder as a reader has it after the three stages: rows of each kind, configs, examples, runs."""
+    """A folder like a reader's after the three stages: rows of each kind, configs, examples, runs."""
     folder = tmp_path_factory.mktemp("reader")
     labels = [{"prompt": f"Count {i}", "response": "one two", "label": i % 2} for i in range(8)]
     for place in (folder, folder / "data"):
@@ -93,13 +93,13 @@ def ready(tiny: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def place(ready: Path, tmp_path: Path) -> Path:
-    """That folder, for one block to do with what it will."""
+    """A copy of that folder for one block."""
     return Path(shutil.copytree(ready, tmp_path / "reader", symlinks=True))
 
 
 @pytest.fixture
 def earlier(request: pytest.FixtureRequest, place: Path, tiny: str, tmp_path: Path) -> list[str]:
-    """Where a page begins a project, its later blocks stand in that project."""
+    """If a page creates a project, its later blocks run in that project."""
     block: Block = request.getfixturevalue("block")
     before = [one for one in blocks(block.page) if one.language == "bash" and one.line < block.line]
     return [line for one in before if not one.mark for line in commands(one) if line.startswith(("rlhf init", "cd "))]
@@ -185,7 +185,7 @@ def test_every_flag_exists(page: Path, flags: set[str]) -> None:
 
 
 def own_words(page: Path) -> list[str]:
-    """What stands between backticks and is meant to be ours: on some pages the left column of tables is not."""
+    """Texts between backticks that refer to this project; on some pages the left column of tables does not."""
     text = prose(page)
     if page.name in FOREIGN:
         text = re.sub(r"^\|.*? \| ", "", text, flags=re.MULTILINE)
@@ -193,7 +193,7 @@ def own_words(page: Path) -> list[str]:
 
 
 def foreign(word: str, page: Path) -> bool:
-    """On the pages for those who come from elsewhere: whether the word stands on the left of a table."""
+    """On the pages for users of other tools: whether the word is on the left side of a table."""
     rows = [row for rows in tables(page).values() for row in rows] if page.name in FOREIGN else []
     return any(word in re.findall(r"\w+", row[0]) for row in rows)
 
@@ -257,7 +257,7 @@ LIBRARIES = [
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_every_class_and_word_exists(page: Path) -> None:
-    """A word in backticks is a class or function of ours, one of the libraries', or stands in the sources."""
+    """A word in backticks is a class or function of ours or of the libraries, or occurs in the sources."""
     classes, known = defined_names(), words()
     for word in own_words(page):
         if name := re.fullmatch(r"([A-Z][A-Za-z0-9]*[a-z][A-Za-z0-9]*)(\(.*\))?", word):
@@ -322,7 +322,7 @@ def test_shared_options_are_options_of_trl() -> None:
 
 
 def test_losses_of_trl_have_their_class_here() -> None:
-    """What the page says of `loss_type` names every value that TRL's help names."""
+    """The page's entry for `loss_type` names every value that TRL's help names."""
     trl = pytest.importorskip("trl", reason="TRL is not installed (extra: benchmark)")
     under = tables(DOCS / "from-trl.md")
     for config, values in {
@@ -342,7 +342,7 @@ def test_losses_of_trl_have_their_class_here() -> None:
 
 
 def test_fields_of_a_pipeline_file_are_those_of_its_page() -> None:
-    """`from-config.md` names the files that hold each field, and each setting stands in its file."""
+    """`from-config.md` names the file of each field, and each setting is in its file."""
     place = None
     for row in tables(DOCS / "from-config.md")["Coming from an RLHFConfig-style pipeline"]:
         if len(row) < 3 or not row[0].startswith("`"):

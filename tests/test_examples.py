@@ -1,4 +1,4 @@
-"""Every program of examples/ runs, and does what it says."""
+"""Every program in examples/ runs and has the described effect."""
 
 from pathlib import Path
 from typing import Any

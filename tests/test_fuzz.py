@@ -32,7 +32,7 @@ COMMAND = {"sft": "sft", "preference": "preference", "prompts": "policy"}
 
 
 def counts(fast: int, slow: int) -> Any:
-    """A test with `fast` cases, and in the slow run with `slow`."""
+    """A test with `fast` cases, and `slow` cases in the slow run."""
     marks = [pytest.mark.slow, pytest.mark.timeout(1800)]
     return pytest.mark.parametrize("count", [fast, pytest.param(slow, marks=marks)])
 
@@ -256,7 +256,7 @@ ADAMW, WARMUP = "torch.optim.AdamW", "rlhf_lightning.modules.schedules.Warmup"
 
 
 def made_by(name: str, **arguments: st.SearchStrategy) -> st.SearchStrategy:
-    """A class with one argument that does not fit."""
+    """A class with one unsuitable argument."""
     pairs = [values.map(lambda value, k=key: {k: value}) for key, values in arguments.items()]
     return st.one_of(pairs).map(lambda init_args: {"class_path": name, "init_args": init_args})
 
@@ -432,7 +432,7 @@ def laid(settings: dict[str, Any], key: str, value: Any) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def models(place: Place) -> tuple[dict[str, Path], Callable[[str, Path], tuple[Result, Any]]]:
-    """Folders of a base, an adapter and a reward model, and what uses one: its result, with all that it made."""
+    """A base, an adapter and a reward model, each with the command that uses it and its output if it is intact."""
     rows = write_rows(place.root / "asked.jsonl", pairs(3))
     conversations = write_rows(place.root / "checked.jsonl", chats(3))
     for kind, lora in (("sft", ["--model.lora.rank", "2"]), ("preference", [])):
@@ -503,7 +503,7 @@ VALUES = st.one_of(
 
 @st.composite
 def spoilt_folders(draw: st.DrawFn) -> tuple[str, str, str, str, Any]:
-    """Model, command, file, what is done to it, and with what."""
+    """Model, file, kind of damage, and its details."""
     model = draw(st.sampled_from(sorted(FILES)))
     command = draw(st.sampled_from(USES[model]))
     file = draw(st.sampled_from(FILES[model]))
@@ -555,7 +555,7 @@ def spoil(path: Path, way: str, detail: Any) -> None:
 
 
 def _replace(path: Path, way: str) -> None:
-    """Something else in the place of a file, or a text that no parser should take."""
+    """Something else in place of a file, or a text that no parser should accept."""
     before = path.read_bytes()
     path.unlink()
     outside = path.parent.parent / "secret"
@@ -574,7 +574,7 @@ def _replace(path: Path, way: str) -> None:
 
 
 def _at(settings: Any, places: list[int], value: Any) -> Any:
-    """Settings with a value in the place that numbers lead to."""
+    """Settings with one value replaced, at the position that numbers select."""
     if not places or not isinstance(settings, dict | list) or not settings:
         return value
     keys = sorted(settings) if isinstance(settings, dict) else range(len(settings))
@@ -585,7 +585,7 @@ def _at(settings: Any, places: list[int], value: Any) -> Any:
 
 
 def parses(path: Path) -> bool:
-    """Whether what is left of a chat template is a template."""
+    """True if the rest of a chat template is a valid template."""
     try:
         jinja2.Environment().parse(path.read_text())
     except jinja2.TemplateSyntaxError:
@@ -639,7 +639,7 @@ def test_model_folders(count: int, place: Place, models: Any) -> None:
 
 @pytest.fixture(scope="module")
 def runs(place: Place) -> Path:
-    """A pipeline of two stages and a stage alone, finished, with samples, warnings and reports."""
+    """A finished pipeline of two stages and a single stage, with samples, warnings and reports."""
     folder = place.root / "runs"
     folder.mkdir()
     for kind in ("sft", "preference"):
@@ -677,7 +677,7 @@ RUN_FILES = {
 
 @st.composite
 def spoilt_runs(draw: st.DrawFn) -> tuple[str, str, str, Any]:
-    """Command, file, what is done to it, and with what."""
+    """Command, file, kind of damage, and its details."""
     command = draw(st.sampled_from(["report"] * 6 + ["verify"] * 5 + ["again"]))
     file = draw(st.sampled_from(RUN_FILES[command]))
     ways = ["binary", *ODD] + (["cut", "empty", "json", "json"] + ["value"] * 8 if file.endswith(".json") else [])
@@ -696,7 +696,7 @@ def spoilt_runs(draw: st.DrawFn) -> tuple[str, str, str, Any]:
 @pytest.mark.usefixtures("forked_stages")
 @counts(40, 300)
 def test_run_folders(count: int, place: Place, runs: Path) -> None:
-    """`report`, `pipeline --verify` and the same pipeline again, on a folder with one file that is not as written."""
+    """`report`, `pipeline --verify` and the same pipeline again, on a folder with one altered file."""
     run = place.case / "run"
 
     def use(command: str) -> Any:
@@ -738,7 +738,7 @@ def test_run_folders(count: int, place: Place, runs: Path) -> None:
 
 @pytest.fixture(scope="module")
 def saved(place: Place) -> tuple[list[Any], Path, Path]:
-    """The command of a run of two steps that was stopped after one, its folder, and a copy of that."""
+    """The command of a run of two steps that was stopped after one, its folder, and a copy of it."""
     config = place.root / "resumed.yaml"
     config.write_text(yaml.safe_dump(place.config("sft", batch_size=6)))
     run, copy = place.root / "stopped", place.root / "stopped-copy"
@@ -753,7 +753,7 @@ def saved(place: Place) -> tuple[list[Any], Path, Path]:
 
 @st.composite
 def spoilt_checkpoints(draw: st.DrawFn) -> tuple[str, Any]:
-    """What is done to a checkpoint, and where or with what."""
+    """Kind of damage to a checkpoint, and its details."""
     way = draw(st.sampled_from(["flip"] * 10 + ["cut"] * 5 + ["zeros"] * 4 + ["replace"] * 3 + ["content"] * 4))
     places = st.floats(0, 0.999999)
     contents = {
@@ -768,7 +768,7 @@ def spoilt_checkpoints(draw: st.DrawFn) -> tuple[str, Any]:
 
 
 def altered(good: bytes, path: Path, way: str, detail: Any) -> None:
-    """Write a checkpoint that is spoilt."""
+    """Write a damaged checkpoint."""
     if way == "flip":
         at = int(detail[0] * len(good))
         path.write_bytes(good[:at] + bytes([good[at] ^ 1 << detail[1]]) + good[at + 1 :])
@@ -803,7 +803,7 @@ def _content(state: dict[str, Any], detail: Any) -> Any:
 
 @counts(45, 500)
 def test_checkpoints(count: int, place: Place, saved: tuple[list[Any], Path, Path]) -> None:
-    """Bits and cuts are found by the checksums and the run starts over, saying so; other content is refused."""
+    """Flipped bits and truncation are detected by checksums, and the run starts over; other content is refused."""
     command, run, copy = saved
     good = (copy / "checkpoints" / "step=1.ckpt").read_bytes()
     state = repr(torch.load(io.BytesIO(good), weights_only=True))

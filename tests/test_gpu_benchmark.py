@@ -1,4 +1,4 @@
-"""`python -m benchmarks.gpu` without a GPU: its small mode, what it does when things fail, and its table."""
+"""`python -m benchmarks.gpu` without a GPU: its small mode, its handling of failures, and its table."""
 
 import json
 from pathlib import Path
@@ -36,7 +36,7 @@ class Here:
 
 
 class Scripted:
-    """A side that answers with made-up steps; `failures` by side, each used once."""
+    """A side that answers with invented steps; `failures` by side, each used once."""
 
     failures: ClassVar[dict[str, list[str]]] = {}
     asked: ClassVar[list[tuple[str, str, Any]]] = []
@@ -276,7 +276,7 @@ def test_a_check_sees_an_attention_that_is_off(tiny: None, tmp_path: Path, monke
 
 
 def test_a_step_is_compared_with_a_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """CPU against CPU here: nothing differs, unless the rate does."""
+    """CPU against CPU here: nothing differs, unless the learning rate does."""
     found = checks.step("sft", "cpu", tmp_path)
     assert (found["passed"], found["relative_difference"]) == (True, 0.0)
     rates = iter((0.1, 0.11))

@@ -1,4 +1,4 @@
-"""The house: imports run one way, and nothing heavy is imported before it is needed."""
+"""The order of the rooms: imports go one way, and heavy packages are imported only when needed."""
 
 import ast
 import subprocess
@@ -35,7 +35,7 @@ MODULES = {
 
 
 def imports(path: Path) -> set[str]:
-    """The modules of the package that a file imports, those within functions included."""
+    """The modules of the package that a file imports, including imports within functions."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -65,7 +65,7 @@ def test_no_module_imports_itself_through_others() -> None:
 
 
 def test_every_file_is_used() -> None:
-    """Imported, or named as a class path: by the table of commands, a config, a page or an example."""
+    """Imported, or named as a class path in the table of commands, a config, a page or an example."""
     named = [*PACKAGE.rglob("*.py"), *PACKAGE.rglob("*.yaml")]
     named += [path for folder in ("docs", "configs", "examples") for path in (ROOT / folder).rglob("*")]
     text = "".join(path.read_text() for path in named if path.suffix in (".py", ".md", ".yaml"))
@@ -108,7 +108,7 @@ def test_public_names() -> None:
 
 
 def test_test_files_import_only_helpers() -> None:
-    """What two test files use is in tests/helpers, or a fixture of a conftest.py."""
+    """Code that two test files share is in tests/helpers, or is a fixture of a conftest.py."""
     for path in TESTS.rglob("*.py"):
         package = ["tests", *path.relative_to(TESTS).parent.parts]
         for node in ast.walk(ast.parse(path.read_text())):

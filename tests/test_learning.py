@@ -1,4 +1,4 @@
-"""The benchmarks of learning at their smallest, and what a wrong one would get wrong."""
+"""The learning benchmarks at their smallest size, and checks that would catch a wrong one."""
 
 import json
 import math
@@ -31,7 +31,7 @@ SMALL = length_preference.Sizes(
 
 
 def test_intervals_are_those_of_student() -> None:
-    """Quantiles from the printed tables of the t distribution; the half width by hand."""
+    """Quantiles from printed tables of the t distribution; the half width by hand."""
     for freedom, quantile in ((1, 12.7062), (2, 4.3027), (4, 2.7764), (9, 2.2622), (30, 2.0423)):
         assert evidence.t_quantile(freedom) == pytest.approx(quantile, abs=1e-4)
     mean, half = evidence.interval([1.0, 2.0, 3.0, 4.0, 5.0])
@@ -145,7 +145,7 @@ def test_a_finished_cell_is_skipped(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_curves_are_what_the_stages_logged(tmp_path: Path) -> None:
-    """Files as the package writes them: by its own logger, with a validation that is logged a second time."""
+    """Files written by the package's own logger, with a validation that is logged twice."""
     for stage, rows in {
         "sft": [*((step, {"train/nll": 1.0 + step % 2}) for step in range(32)), (31, {"val/nll": 0.5})],
         "preference": [(step, {"train/accuracy": step / 16}) for step in range(16)] + [(15, {"val/accuracy": 0.9})],

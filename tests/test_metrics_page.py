@@ -1,4 +1,4 @@
-"""docs/metrics.md against what runs really log: every name is on the page, and every name of the page is logged."""
+"""docs/metrics.md against the metrics that runs log: every logged name is on the page, and vice versa."""
 
 import re
 from collections.abc import Callable
@@ -48,7 +48,7 @@ def listed(kind: str) -> set[str]:
 
 
 class Names(Logger):
-    """Keeps what is logged."""
+    """Records the names of logged metrics."""
 
     name, version = "names", ""
 
@@ -63,7 +63,7 @@ class Names(Logger):
 
 
 def logged(module: Any, data: Any, root: Path, **options: Any) -> set[str]:
-    """The names that fit and test log, those of the test under `val/`."""
+    """The names that fit and test log; those of test are listed under `val/`."""
     names = Names()
     run = trainer(root, logger=names, log_every_n_steps=1, **options)
     run.fit(module, data)
@@ -96,7 +96,7 @@ def preference(base: str, root: Path) -> set[str]:
 
 
 class Counting:
-    """Two turns, a metric of its own; the row of 3 fails."""
+    """An environment of two turns with its own metric; it fails for row 3."""
 
     def __init__(self, row: dict[str, Any]) -> None:
         if row["wanted"] == 3:

@@ -72,7 +72,7 @@ def place(tmp_path_factory: pytest.TempPathFactory, session_tokenizer: Any) -> P
 
 @pytest.fixture
 def case(place: Place, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Empties the folder of a case, in which its command is run."""
+    """Empty the folder in which a case's command runs."""
 
     def clear() -> Path:
         folder = place.clear()
@@ -85,18 +85,18 @@ def case(place: Place, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def some(everything: list[tuple[Any, ...]], count: int | None) -> list[tuple[Any, ...]]:
-    """All, or so many of them, the same ones every time."""
+    """All cases, or a number of them, the same ones in every run."""
     return everything if count is None else random.Random(0).sample(everything, count)
 
 
 def of_counts(fast: int) -> Any:
-    """A test of so many cases, and in the slow run of all."""
+    """A test of a number of cases, or of all in the slow run."""
     marks = [pytest.mark.slow, pytest.mark.timeout(5400)]
     return pytest.mark.parametrize("count", [fast, pytest.param(None, marks=marks)])
 
 
 def judge(kind: str, name: str, value: str, result: Result, names: list[str], meant: bool) -> str | None:
-    """Count a case; what is wrong with its outcome, or None."""
+    """Count a case; returns what is wrong with its outcome, or None."""
     if result.code == 0:
         if not meant:
             return f"{name} {value}: went through"
@@ -114,14 +114,14 @@ def judge(kind: str, name: str, value: str, result: Result, names: list[str], me
 
 
 def reset_torch() -> None:
-    """What `trainer.deterministic` and the like leave behind in a process."""
+    """Undo what `trainer.deterministic` and similar settings leave behind in a process."""
     torch.use_deterministic_algorithms(False)
     torch.backends.cudnn.benchmark = False
     torch._dynamo.reset()
 
 
 def tried(run: Any, name: str, value: str) -> Result | str:
-    """What a command does, or what it raised."""
+    """The result of a command, or the exception that it raised."""
     try:
         return run()
     except Exception as error:  # noqa: BLE001 - each is a finding, all of which are shown
@@ -129,7 +129,7 @@ def tried(run: Any, name: str, value: str) -> Result | str:
 
 
 def named(key: str) -> list[str]:
-    """Words of which one is in a message about a setting."""
+    """Words of which at least one must be in a message about a setting."""
     parts = [part for part in key.split(".") if part != "init_args" and not part.isdigit()]
     return [parts[-1], *NAMED_OTHERWISE.get(key, ())]
 
@@ -173,7 +173,7 @@ def test_settings(kind: str, count: int | None, place: Place, case: Any) -> None
 
 
 def refused_by_parser(parser: Any, settings: dict[str, Any]) -> str:
-    """What the parser says of settings; empty where it takes them."""
+    """The parser's message about settings; empty if it accepts them."""
     with redirect_stderr(io.StringIO()) as said:
         try:
             parser.parse_object(deepcopy(settings))
@@ -183,7 +183,7 @@ def refused_by_parser(parser: Any, settings: dict[str, Any]) -> str:
 
 
 class Started(Exception):
-    """A command has looked at all it was given and begins the stages."""
+    """The command has checked its input and begins the stages."""
 
 
 @of_counts(10)
@@ -211,7 +211,7 @@ def test_pipeline_files(count: int | None, place: Place, case: Any) -> None:
 
 @pytest.fixture(scope="module")
 def commands(place: Place, session_tokenizer: Any) -> dict[tuple[str, ...], dict[str, Any]]:
-    """Commands that run, with their arguments by name."""
+    """Working commands, with their arguments by name."""
     root = place.root
     reward = root / "reward"
     build_model(session_tokenizer, task="SEQ_CLS").save_pretrained(reward)
@@ -255,7 +255,7 @@ def argv(command: tuple[str, ...], arguments: dict[str, Any], order: list[str]) 
 
 
 def as_text(value: Any) -> str:
-    """A value as it is written on a command line."""
+    """A value as written on a command line."""
     return "null" if value is None else json.dumps(value) if isinstance(value, list | dict) else str(value)
 
 

@@ -1,4 +1,4 @@
-"""The wheel: what is in it, what it says of itself, and that it works where the repository is not."""
+"""The wheel: its contents, its metadata, and that it works without the repository."""
 
 import email
 import re
@@ -74,7 +74,7 @@ def test_what_the_wheel_says_of_itself(wheel: Path) -> None:
 
 @pytest.mark.slow
 def test_the_wheel_works_where_the_repository_is_not(wheel: Path, tmp_path: Path) -> None:
-    """In a virtual environment that sees this one's libraries, and not the repository."""
+    """In a virtual environment with this one's libraries and without the repository."""
     venv = tmp_path / "venv"
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(venv)], check=True, timeout=100)
     pip = [sys.executable, "-m", "pip", "--python", str(venv), "install", "--quiet", "--no-deps", "--no-index"]

@@ -36,7 +36,7 @@ def test_a_step_equals_trl(name: str, folders: setup.Folders, tmp_path: Path) ->
 
 
 def test_a_wrong_rate_or_mask_would_show(folders: setup.Folders, tmp_path: Path) -> None:
-    """The comparison is not blind: other settings on one side are seen in loss, gradient and rows."""
+    """The comparison detects other settings on one side in loss, gradient and rows."""
     from benchmarks.parity import our_side
 
     rows = setup.conversations(4)

@@ -1,6 +1,6 @@
-"""Two ranks, of which one is killed, fails, stops or hangs: both end within the stated time, and say why.
+"""Two ranks, one of which is killed, fails, stops or hangs: both end within the stated time and say why.
 
-Ranks are forked, and find what `torchrun` gives; with `launch`, the first starts the other, as by default.
+Ranks are forked, with the environment that `torchrun` sets; with `launch`, the first starts the other, as by default.
 """
 
 import errno
@@ -51,7 +51,7 @@ LIMIT = 3.0
 
 @dataclass
 class Rank:
-    """What became of one rank: its exit code (None where it had not ended), what it said, seconds from the fault."""
+    """The result of one rank: its exit code (None if it had not ended), its output, seconds since the fault."""
 
     code: int | None
     text: str
@@ -63,7 +63,7 @@ def this_rank() -> int:
 
 
 def at(owner: Any, name: str, number: int, rank: int, act: Act, mark: Path) -> Act:
-    """Installs that one rank does something at the `number`th call of a method, and writes down when."""
+    """Install an action of one rank at the `number`th call of a method, and record the time."""
 
     def install() -> None:
         original, calls = getattr(owner, name), []
@@ -81,7 +81,7 @@ def at(owner: Any, name: str, number: int, rank: int, act: Act, mark: Path) -> A
 
 
 class Child(Forked):
-    """A rank that the first one started, forked: what is used of `subprocess.Popen`."""
+    """A forked rank that the first one started, with the used part of the interface of `subprocess.Popen`."""
 
     def __init__(self, command: list[str], env: dict[str, str], cwd: str | None) -> None:
         def child() -> None:
@@ -109,7 +109,7 @@ class Child(Forked):
 
 
 def in_two(args: list[str], folder: Path, before: Act | None = None, limit: float = 60) -> list[Rank]:
-    """Run a command as two ranks; of their output and the fault, files in `folder`."""
+    """Run a command as two ranks; their output and the fault are recorded in files in `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -129,7 +129,7 @@ def in_two(args: list[str], folder: Path, before: Act | None = None, limit: floa
 
 
 def launch(args: list[str], folder: Path, before: Act | None = None, limit: float = 60) -> Rank:
-    """Run a command of which the first rank starts the second; both say what they say in one file."""
+    """Run a command whose first rank starts the second; both write their output to one file."""
 
     def prepare() -> None:
         subprocess_script.subprocess = SimpleNamespace(Popen=Child)
@@ -157,7 +157,7 @@ def ended(runs: list[Run], folder: Path, limit: float) -> list[Rank]:
 
 
 def whole_files(root: Path) -> None:
-    """No checkpoint is damaged, and nothing is half written."""
+    """Check that no checkpoint is damaged and no file is partial."""
     for path in (root / "checkpoints").glob("*"):
         assert not path.name.endswith(".partial")
         assert damage(path) is None
@@ -182,7 +182,7 @@ def hold() -> None:
 
 @pytest.fixture
 def command(base: str, tmp_path: Path) -> Callable[..., list[str]]:
-    """The command of two ranks in `run`, of a kind of stage."""
+    """The command of two ranks in `run`, for a kind of stage."""
 
     def make(kind: str = "sft", strategy: str = "ddp", limit: float | None = None) -> list[str]:
         args = [*config(kind, base, tmp_path), "--trainer.devices", "2", "--trainer.strategy", strategy]
@@ -482,7 +482,7 @@ def test_two_limits_are_refused() -> None:
 
 
 def rank_file(tmp_path: Path, of: dict[int, list[Any] | None]) -> Act:
-    """Installs that `rows.jsonl` is another file on each rank, as on machines of their own."""
+    """Make `rows.jsonl` another file on each rank, as on different machines."""
 
     def install() -> None:
         place = tmp_path / f"machine{this_rank()}"

@@ -1,4 +1,4 @@
-"""The folder of a run: one writer at a time, and nothing in it that no run has made is replaced."""
+"""The folder of a run: one writer at a time, and only results of runs are replaced."""
 
 import json
 import os
@@ -29,7 +29,7 @@ def fit(base: str, folder: Path, *further: str) -> list[str]:
 
 
 def tree(folder: Path) -> dict[str, bytes]:
-    """What a folder holds."""
+    """The contents of a folder."""
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
@@ -101,7 +101,7 @@ def test_a_pipeline_file_is_not_replaced_by_its_own_run(
 
 
 def holding(root: Path) -> int:
-    """The id of a process that holds a folder until it is killed."""
+    """The id of a process that locks a folder until it is killed."""
     ready, tell = os.pipe()
     pid = os.fork()
     if not pid:
@@ -140,7 +140,7 @@ def test_the_second_of_two_runs_says_whose_the_folder_is(base: str, tmp_path: Pa
 
 
 def test_a_stage_ends_when_its_pipeline_is_killed(base: str, tmp_path: Path) -> None:
-    """With kill -9 the parent says nothing: the stage sees the end of a pipe, stops, and the same command goes on."""
+    """With kill -9 the parent sends nothing: the stage sees a pipe close and stops, and the same command resumes."""
     settings = stage_config("sft", base, tmp_path)
     settings["trainer"] |= {"max_steps": 200_000, "max_epochs": -1, "enable_progress_bar": False}
     write_yaml(tmp_path / "sft.yaml", settings)
@@ -160,7 +160,7 @@ def test_a_stage_ends_when_its_pipeline_is_killed(base: str, tmp_path: Path) -> 
 
 
 def alive(pid: int) -> bool:
-    """Whether a process runs: one that has ended and that nobody has waited for does not."""
+    """True if a process runs; a zombie does not count."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except (FileNotFoundError, ProcessLookupError):
@@ -194,7 +194,7 @@ def test_the_mark_names_the_writer(base: str, tmp_path: Path) -> None:
 
 
 def interrupted(base: str, folder: Path) -> tuple[list[str], Path, Path]:
-    """The command of a run that was stopped after a step, its folder, and its data."""
+    """The command of a run that was stopped after one step, its folder, and its data."""
     settings = stage_config("sft", base, folder)
     settings["trainer"] |= {"max_epochs": 2, "enable_progress_bar": False}
     root = folder / "run"

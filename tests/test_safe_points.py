@@ -1,4 +1,4 @@
-"""A run that is asked to stop leaves a round or an optimizer step under way, and does it again when it goes on."""
+"""A run that is asked to stop drops its current round or optimizer step, and repeats it on resume."""
 
 import os
 import signal
@@ -42,7 +42,7 @@ Work = list[str]
 
 @pytest.fixture(autouse=True)
 def handlers_as_they_were() -> Iterator[None]:
-    """A run that a signal ends leaves its handlers to the end of the process."""
+    """Restore the signal handlers that a run ended by a signal leaves installed."""
     numbers = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
     before = {number: signal.getsignal(number) for number in numbers}
     yield
@@ -52,14 +52,14 @@ def handlers_as_they_were() -> Iterator[None]:
 
 
 class Vowels(Reward):
-    """How many a response has; each call is work."""
+    """Counts the vowels of a response; each call counts as work."""
 
     def score(self, episodes: Any) -> Any:
         return [float(sum(text.count(vowel) for vowel in "aeiou")) for text in map(self.text, episodes)]
 
 
 def parts(kind: str, base: str, **options: Any) -> tuple[Any, Any]:
-    """A module with all that changes in a round, and its data: four optimizer steps an epoch, of two micro-batches."""
+    """A module with everything that changes in a round, and its data: four steps per epoch of two micro-batches."""
 
     def adamw(parameters: Any) -> Any:
         return torch.optim.AdamW(parameters, lr=0.01)
@@ -91,7 +91,7 @@ PLACES: dict[str, Callable[[str], tuple[type, str]]] = {
 
 
 def watch(monkeypatch: pytest.MonkeyPatch, kind: str, work: Work, act: Callable[[str, int], None]) -> None:
-    """Note the work, and `act` in each piece of it, with its place and number; not in the pieces of a validation."""
+    """Record the work, and call `act` in each piece of it with its place and number; not for pieces of a validation."""
     validating: list[bool] = []
 
     def count(place: str, owner: type, name: str) -> None:
@@ -123,7 +123,7 @@ def watch(monkeypatch: pytest.MonkeyPatch, kind: str, work: Work, act: Callable[
 
 
 def run(kind: str, base: str, root: Path, resume: bool = False, every: int = 0, **options: Any) -> dict[str, Any]:
-    """What a run comes to: its weights and files; from the newest checkpoint where it is to `resume`."""
+    """Weights and files of a run; from the newest checkpoint with `resume`."""
     pl.seed_everything(3, verbose=False)
     own = {name: options.pop(name) for name in ("staleness",) if name in options}
     module, data = parts(kind, base, **own)
@@ -151,7 +151,7 @@ def both(one: dict[str, Any], other: dict[str, Any]) -> list[tuple[str, Any, Any
 def interrupted(
     kind: str, base: str, root: Path, place: str, number: int, by: int = signal.SIGTERM, **options: Any
 ) -> Work:
-    """Run, signalled in the `number`th piece of work of a place, until it stops; what it did."""
+    """Run until it stops, signaled in the `number`th piece of work of a place; returns the work done."""
     work: Work = []
 
     def act(found: str, count: int) -> None:
@@ -171,7 +171,7 @@ def interrupted(
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory, session_tokenizer: Any) -> Callable[..., Any]:
-    """The model to start from, the result of a run that is not interrupted, and its work; made once."""
+    """The start model, the result of an uninterrupted run, and its work; computed once."""
     from tests.helpers.models import build_model
 
     made: dict[Any, Any] = {}
@@ -192,7 +192,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory, session_tokenizer: Any) -> C
 
 
 def check(kind: str, base: str, expected: Any, root: Path, place: str, number: int, by: int, **options: Any) -> None:
-    """Interrupt a run in the `number`th piece of work of a place, see what it still does, let it go on, compare."""
+    """Interrupt a run in the `number`th piece of work of a place, check the work done after, resume, and compare."""
     work = interrupted(kind, base, root, place, number, by, **options)
     before, after = work[: work.index("signal")], work[work.index("signal") + 1 :]
     steps = before.count("training") // 2  # that of the micro-batch under way too, where it completes one
@@ -249,7 +249,7 @@ def test_a_validation_is_left_and_done_again(kind: str, place: str, number: int,
     ],
 )
 def test_one_of_two_ranks_is_signalled(kind: str, signalled: int, after: str, base: str, tmp_path: Path) -> None:
-    """The other one leaves too, and all ranks leave at one step."""
+    """The other one stops too, and all ranks stop at one step."""
     two = {"devices": 2, "strategy": "ddp", "accumulate_grad_batches": 4, "limit_val_batches": 0}
     slow = 0.1
 

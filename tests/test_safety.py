@@ -1,4 +1,4 @@
-"""What a run must not do: run code of others, reach the network, open what data names, write secrets down."""
+"""What a run must not do: run foreign code, use the network, open files that data names, write secrets."""
 
 import json
 import os
@@ -64,7 +64,7 @@ SECRETS = {
 
 @pytest.mark.parametrize("stages", [1, pytest.param(3, marks=[pytest.mark.slow, pytest.mark.timeout(600)])])
 def test_stages_reach_no_network_open_nothing_and_keep_secrets(stages: int, base: str, tmp_path: Path) -> None:
-    """The hub is not forbidden, but nothing is named by a Hub id; paths in the rows lead to a file that is watched."""
+    """The Hub is not disabled, but nothing is named by a Hub id; paths in the rows lead to a watched file."""
     (tmp_path / "watch").mkdir()
     (tmp_path / "watch" / "sitecustomize.py").write_text(WATCH)
     canary = tmp_path / "canary.txt"
@@ -115,7 +115,7 @@ def test_the_watch_sees(tmp_path: Path) -> None:
 
 
 class Payload:
-    """Unpickled, it writes a file."""
+    """Writes a file when it is unpickled."""
 
     def __init__(self, file: Path) -> None:
         self.file = file
@@ -156,7 +156,7 @@ def test_a_pickle_runs_no_code(what: str, base: str, tmp_path: Path) -> None:
 
 @pytest.fixture
 def custom(base: str, tmp_path: Path) -> Path:
-    """A model that brings its own code, which says so when it runs."""
+    """A model with code of its own, which leaves a trace when it runs."""
     folder = tmp_path / "custom"
     shutil.copytree(base, folder)
     mark = tmp_path / "ran"
@@ -199,7 +199,7 @@ def test_code_of_a_model_runs_only_where_it_is_asked_for(
 @pytest.mark.parametrize("path", ["payload.S", "model.payload.S", "os.system", "pathlib.Path", "antigravity.S", ""])
 @pytest.mark.parametrize("compiled", [False, True])
 def test_a_folder_imports_no_scorer(path: str, compiled: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Not from itself, the folder it is in, or the libraries: whatever it names, nothing is looked for."""
+    """Not from itself, its parent folder or the libraries: no name is looked up."""
     folder = tmp_path / "model"
     folder.mkdir()
     mark = tmp_path / "ran"
@@ -221,7 +221,7 @@ def test_a_folder_imports_no_scorer(path: str, compiled: bool, tmp_path: Path, m
 
 def test_a_scorer_that_the_user_has_named_is_known(tmp_path: Path) -> None:
     class Mine(RewardHead):
-        """A user's own."""
+        """A user's scorer."""
 
     settings = Mine().settings()
     assert settings["name"].endswith("Mine")

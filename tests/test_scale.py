@@ -1,4 +1,4 @@
-"""The model on paper against what can be counted here."""
+"""The estimates of benchmarks/scale against what can be counted here."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -17,7 +17,7 @@ SHAPE = Shape(48, 80, 2, 6, 3, 8, 96)
 
 @pytest.mark.parametrize("family", ["Qwen3", "Llama"])
 def test_flops_are_those_of_a_counted_forward(family: str) -> None:
-    """The counter takes attention as a full square; in a causal one half of the pairs are there."""
+    """The counter treats attention as a full square; causal attention has half of the pairs."""
     model, tokens = activations.small_model(SHAPE, family).eval(), 40
     model.set_attn_implementation("eager")
     with FlopCounterMode(display=False) as counter, torch.no_grad():
@@ -36,7 +36,7 @@ def test_backward_is_twice_the_forward() -> None:
 
 
 def test_state_of_training_is_exact() -> None:
-    """Weights, gradients and optimizer state, as they are after a step, against the paper's way without memory."""
+    """Weights, gradients and optimizer state after a step, against the estimate without memory."""
     real = activations.small_model(SHAPE, "Qwen3")
     optimizer = AdamW(real.parameters(), fused=False)
     real(torch.zeros(1, 8, dtype=torch.long)).logits.sum().backward()
@@ -71,7 +71,7 @@ def test_autocast_keeps_a_copy_of_the_layers_weights() -> None:
 
 
 def test_the_models_have_their_published_sizes() -> None:
-    """Parameters as the model cards give them, in billions."""
+    """Parameters as in the model cards, in billions."""
     for name, published in (("0.6B", 0.6), ("8B", 8.2), ("70B", 70.6)):
         model = paper.build(name, "bf16-mixed")
         assert sum(p.numel() for p in model.parameters()) / 1e9 == pytest.approx(published, abs=0.06)

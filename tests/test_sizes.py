@@ -1,4 +1,4 @@
-"""The steps over sizes: cells, turns, memory that runs out."""
+"""Steps over sizes: cells, turns, and running out of memory."""
 
 import json
 import statistics
@@ -14,7 +14,7 @@ from benchmarks.steps.workload import Workload
 
 
 class FakeSide:
-    """Steps of given seconds, by micro-batch; None runs out of memory."""
+    """Steps with given seconds, by micro-batch; None runs out of memory."""
 
     asked: list[tuple[str, Any]] = []  # noqa: RUF012 - of all sides, in order
 
@@ -64,7 +64,7 @@ def test_what_runs_out_of_memory_is_a_result(trl: Any, whole: Any, fastest: Any,
 
 
 def test_a_process_that_asks_for_too_much_says_so_and_goes_on(tmp_path: Path) -> None:
-    """A real worker and its limit."""
+    """A real worker with a memory limit."""
     work = Workload(vocab=64, hidden=8, heads=1, kv_heads=1, layers=1, intermediate=8)
     (tmp_path / "model").mkdir()
     side = Side("trl", tmp_path / "model", work, threads=1, gib=0.4)

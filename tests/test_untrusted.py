@@ -1,4 +1,4 @@
-"""Folders that others made: what their files may ask of the libraries, and how it is told where they ask for more."""
+"""Folders from others: what their files may make the libraries do, and how more than that is refused."""
 
 import hashlib
 import json
@@ -221,7 +221,7 @@ def test_nothing_of_a_folder_is_imported_or_unpickled(adapter: Path, base: str) 
 
 
 class Bomb:
-    """A pickle that leaves a mark where it is opened."""
+    """A pickle that leaves a mark when it is opened."""
 
     def __init__(self, mark: str) -> None:
         self.mark = mark
@@ -314,7 +314,7 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 def cached(cache: Path, name: str, folder: Path, commit: str = COMMIT, ref: str = "main") -> None:
-    """Lay a folder into a cache as `huggingface_hub` does: blobs, and snapshots that link to them."""
+    """Put a folder into a cache as `huggingface_hub` does: blobs, and snapshots that link to them."""
     repository = cache / f"models--{name.replace('/', '--')}"
     snapshot = repository / "snapshots" / commit
     for part in (snapshot, repository / "blobs", repository / "refs"):
@@ -328,7 +328,7 @@ def cached(cache: Path, name: str, folder: Path, commit: str = COMMIT, ref: str 
 
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The cache of the Hub, which is not reached."""
+    """The cache of the Hub, without a network."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     return tmp_path / "hub"
 
@@ -387,7 +387,7 @@ def test_an_adapter_on_the_hub_and_its_base(adapter: Path, base: str, hub: Path)
 
 
 class Server(ThreadingHTTPServer):
-    """A hub of one repository, which notes what is asked of it."""
+    """A hub with one repository, which records the requests."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__(("127.0.0.1", 0), Answers)

@@ -1,4 +1,4 @@
-"""Code of the user's that would end the program is reported as its own failure, with its line."""
+"""User code that would end the program is reported as a failure of that code, with its line."""
 
 import sys
 from collections.abc import Iterator
@@ -55,7 +55,7 @@ REWARD = {"class_path": "rlhf_lightning.rewards.FunctionReward", "init_args": {"
 
 @pytest.fixture
 def project(base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """Writes the user's module; runs a policy stage with settings laid over."""
+    """Writes the user's module, and runs a policy stage with changed settings."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.meta_path", [one for one in sys.meta_path if not isinstance(one, UserFolder)])
 

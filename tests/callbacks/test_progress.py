@@ -1,4 +1,4 @@
-"""What is shown while a stage or a pipeline runs."""
+"""Progress of a stage and of a pipeline: bars in a terminal, plain lines elsewhere."""
 
 import io
 import os
@@ -56,7 +56,7 @@ def letters(completions: list[str]) -> list[float]:
 
 
 def test_rollouts_have_a_bar_of_their_own(base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a terminal, as the stage command sets it up; each rollout is counted to its end."""
+    """In a terminal, as the stage command sets it up; the bar counts each rollout to its end."""
     out = io.StringIO()
     bar = StageProgress()
     bar._console_kwargs = {"file": out, "force_terminal": True, "width": 140}
@@ -91,7 +91,7 @@ def test_rollouts_have_a_bar_of_their_own(base: str, tmp_path: Path, monkeypatch
 
 @pytest.mark.slow
 def test_a_stage_on_a_terminal(base: str, tmp_path: Path) -> None:
-    """Through a pseudo-terminal: the bar, its numbers in order, and no plain lines."""
+    """In a pseudo-terminal: the bar, its metrics in order, and no plain lines."""
     config = stage_config("policy", base, tmp_path)
     config["model"]["rewards"] = [{"class_path": "rlhf_lightning.rewards.KeywordReward"}]
     file = write_yaml(tmp_path / "policy.yaml", config)

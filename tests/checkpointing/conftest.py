@@ -1,4 +1,4 @@
-"""Fixtures of interrupted runs."""
+"""Fixtures for interrupted runs."""
 
 import json
 import time
@@ -22,7 +22,7 @@ from tests.helpers.runs import complete
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory, session_tokenizer: Any) -> Callable[..., Any]:
-    """The command of a setting, its uninterrupted result, and what was called in it; made once."""
+    """The command of a setting, its uninterrupted result, and the calls made in it; computed once."""
     made: dict[Setting, Any] = {}
 
     def make(*of: Any) -> Any:

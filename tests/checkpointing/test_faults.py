@@ -1,4 +1,4 @@
-"""What goes wrong outside the code: signals, damaged files, full disks, NaN, rewards that raise, processes that die."""
+"""Faults outside the code: signals, damaged files, full disks, NaN, rewards that raise, processes that die."""
 
 import json
 import logging
@@ -163,7 +163,7 @@ def interrupt(number: int, times: int = 1) -> Callable[[], None]:
 def test_a_signal_stops_the_run_where_it_can_go_on(
     kind: str, place: str, call: int, number: int, whole: Any, tmp_path: Path
 ) -> None:
-    """At the end of the optimizer step that it fell into, though checkpoints are far apart."""
+    """At the end of the current optimizer step, although checkpoints are far apart."""
     args, expected, _ = whole(kind, 1)
     command = [*args, "--trainer.default_root_dir", str(tmp_path / "run")]
     far = [] if place == "writing a checkpoint" else ["--checkpoint_every", "1000"]
@@ -193,7 +193,7 @@ def test_a_second_ctrl_c_stops_at_once(whole: Any, tmp_path: Path) -> None:
 
 
 class Spoilt(SFTModule):
-    """Its loss, or its gradient, is spoilt in some micro-batches of some rank."""
+    """A module whose loss or gradient is not finite in some micro-batches of some rank."""
 
     def __init__(self, *args: Any, batches: tuple[int, ...], rank: int = 0, by: str = "loss", **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -369,7 +369,7 @@ def test_the_others_end_when_a_process_dies(whole: Any, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("rank", [1, pytest.param(0, marks=pytest.mark.slow)])
 def test_the_others_end_when_a_real_process_dies(rank: int, base: str, tmp_path: Path) -> None:
-    """The launcher of the command line (`strategy: ddp`): the others end within a bounded time, with the reason."""
+    """With the command line's launcher (`strategy: ddp`), the others end within a bounded time, with the reason."""
     command = [sys.executable, "-m", "rlhf_lightning", *config("sft", base, tmp_path), "--trainer.devices", "2"]
     command += ["--trainer.strategy", "ddp", "--trainer.max_epochs", "1000", "--checkpoint_every", "100000"]
     command += ["--trainer.default_root_dir", str(tmp_path / "run")]
@@ -404,7 +404,7 @@ def test_the_others_end_when_a_real_process_dies(rank: int, base: str, tmp_path:
 )
 @pytest.mark.parametrize(("number", "all_of_them"), [(signal.SIGINT, True), (signal.SIGTERM, False)])
 def test_real_processes_stop_together(number: int, all_of_them: bool, strategy: str, base: str, tmp_path: Path) -> None:
-    """The launchers of the command line, Ctrl-C for all processes as a terminal sends it, SIGTERM for the first."""
+    """With the command line's launcher: Ctrl-C to all processes as from a terminal, and SIGTERM to the first."""
     command = [sys.executable, "-m", "rlhf_lightning", *config("sft", base, tmp_path), "--trainer.devices", "2"]
     command += ["--trainer.strategy", strategy, "--trainer.max_epochs", "1000", "--checkpoint_every", "100000"]
     command += ["--trainer.default_root_dir", str(tmp_path / "run")]

@@ -1,4 +1,4 @@
-"""Whatever interrupts a run, the same command ends with the weights, metrics and samples of one that was not."""
+"""An interrupted run that the same command resumes ends with the weights, metrics and samples of a whole one."""
 
 import json
 import os
@@ -48,7 +48,7 @@ PIPELINES = [
 
 
 def strike(number: int, target: str) -> None:
-    """A signal from within a run: to this process, its stage, the first process, or all of the command's."""
+    """Send a signal from within a run to this process, its stage, the first process, or all of the command's."""
     if target == "the first process":
         os.kill(os.getsid(0), number)
     elif target == "the stage":
@@ -62,14 +62,14 @@ def strike(number: int, target: str) -> None:
 
 
 def targets(setting: Setting) -> list[str]:
-    """Whom a signal may reach."""
+    """The processes that a signal may reach."""
     stage = ["the stage"] if setting.kind == "pipeline" else []
     first = ["the first process"] if setting.kind == "pipeline" or setting.devices > 1 else []
     return ["all", *stage, *first, *(f"rank {rank}" for rank in range(setting.devices) if setting.devices > 1)]
 
 
 class Moment(NamedTuple):
-    """When a run is interrupted: its name, what to install (`Run(before=…)`), and the exit codes that may follow."""
+    """When a run is interrupted: its name, what to install (`Run(before=…)`), and the possible exit codes."""
 
     name: str
     install: Callable[[], None]
@@ -77,7 +77,7 @@ class Moment(NamedTuple):
 
 
 def moment(setting: Setting, seen: dict[str, Any], draw: random.Random, number: int, resumed: int) -> Moment:
-    """A sampled moment of a run that was resumed so many times before, and so has fewer calls left."""
+    """A random moment of a run that was resumed several times before, and so has fewer calls left."""
     target = draw.choice(targets(setting))
     name = "kill -9" if number == signal.SIGKILL else "SIGTERM"
     alone = target in ("all", "the first process")
@@ -104,7 +104,7 @@ def moment(setting: Setting, seen: dict[str, Any], draw: random.Random, number: 
 
 
 def record(setting: Setting, seed: str, moments: list[str], equal: bool) -> None:
-    """With RLHF_KILLS_REPORT set to a path: note a point there, and count points and interruptions."""
+    """If RLHF_KILLS_REPORT is set to a path, record a point there, and count points and interruptions."""
     if not (path := os.environ.get("RLHF_KILLS_REPORT")):
         return
     file = Path(path)
@@ -120,7 +120,7 @@ def record(setting: Setting, seed: str, moments: list[str], equal: bool) -> None
 
 
 def counted(points: list[dict[str, Any]]) -> dict[str, Any]:
-    """How many points there are, how many are equal, and the interruptions that fell into a run, by signal."""
+    """Number of points, how many are equal, and the interruptions that hit a run, by signal."""
     each = [point for some in points for point in some.values()]
     fell = [one for point in each for one in point["interrupted"] if not one.endswith("had ended")]
     struck = {kind: sum(one.startswith(kind) for one in fell) for kind in ("kill -9", "SIGTERM")}
@@ -128,7 +128,7 @@ def counted(points: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def interrupted_as_whole(setting: Setting, number: int, seed: int, whole: Any, folder: Path) -> None:
-    """Interrupt a run one to three times, first by the signal `number`, and compare its end with the whole one's."""
+    """Interrupt a run one to three times, first by the signal `number`, and compare its result with the whole run's."""
     args, expected, seen = whole(*setting)
     name = "kill -9" if number == signal.SIGKILL else "SIGTERM"
     draw = random.Random(f"{setting} {name} {seed}")
@@ -179,7 +179,7 @@ def test_an_interrupted_run_ends_as_a_whole_one(
     ids=str,
 )
 def test_killed_after_its_last_checkpoint_it_ends_as_a_whole_one(setting: Setting, whole: Any, tmp_path: Path) -> None:
-    """No step is left to take: what the end of the epoch that `max_steps` cuts off logs must be there by then."""
+    """No step is left, so the checkpoint must contain what the end of the epoch logs."""
     args, expected, seen = whole(*setting)
     command = [*args, setting.flag, str(tmp_path / "run")]
     last = seen["calls"][setting.kind, 0]["a checkpoint's end"]

@@ -1,4 +1,4 @@
-"""A run that is resumed from any step of three epochs ends with the weights of the whole one, by `max_steps` too."""
+"""A run resumed from any step of three epochs ends with the weights of the whole one, also with `max_steps`."""
 
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ LENGTHS: dict[str, dict[str, Any]] = {
 
 
 def parts(kind: str, base: str) -> tuple[Any, Any]:
-    """A module and its data: three batches an epoch (policy: four), validated where there is something held out."""
+    """A module and its data: three batches per epoch (policy: four), with validation if rows are held out."""
 
     def adamw(parameters: Any) -> Any:
         return torch.optim.AdamW(parameters, lr=0.01)
@@ -50,7 +50,7 @@ def parts(kind: str, base: str) -> tuple[Any, Any]:
 
 
 class Seen(pl.Callback):
-    """The rows of each batch, by step, epoch and place in the epoch."""
+    """Records the rows of each batch, by step, epoch and position in the epoch."""
 
     def __init__(self) -> None:
         self.batches: list[Any] = []
@@ -60,7 +60,7 @@ class Seen(pl.Callback):
 
 
 def run(kind: str, base: str, root: Path, saver: Any, checkpoint: Path | None = None, **options: Any) -> Any:
-    """The weights at the end, the steps taken, and the batches seen."""
+    """The final weights, the number of steps, and the batches seen."""
     pl.seed_everything(3, verbose=False)
     module, data = parts(kind, base)
     seen = Seen()
@@ -74,7 +74,7 @@ def ours(folder: Path) -> Any:
 
 
 def lightnings(folder: Path) -> Any:
-    """As a user of Lightning saves: after each step, or after each epoch."""
+    """Checkpoints as Lightning users save them: after each step, or after each epoch."""
     return ModelCheckpoint(folder, filename="{step}", save_top_k=-1, every_n_train_steps=1)
 
 
@@ -97,7 +97,7 @@ def test_resumed_at_any_step_it_ends_as_the_whole_run(kind: str, base: str, tmp_
 
 @pytest.mark.parametrize("kind", ["policy", *(pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS[:2])])
 def test_a_run_that_max_steps_ended_goes_on_with_more(kind: str, base: str, tmp_path: Path) -> None:
-    """Within the second epoch, as if it had not ended there."""
+    """It continues within the second epoch, as if it had not ended there."""
     more, fewer = ({**LENGTHS["steps"], "max_steps": steps} for steps in (7, 5))
     weights, _, batches = run(kind, base, tmp_path / "whole", ours(tmp_path / "all"), **more)
     run(kind, base, tmp_path / "fewer", ours(tmp_path / "some"), **fewer)

@@ -1,4 +1,4 @@
-"""The commands as a user meets them: every config, the pipeline, resume, and what a mistake gives."""
+"""The commands as a user runs them: every config, the pipeline, resume, and errors."""
 
 import json
 from pathlib import Path
@@ -41,7 +41,7 @@ def test_every_config_is_parsed_and_built(path: Path, capsys: pytest.CaptureFixt
 
 
 def test_a_stage_in_its_folder(base: str, tmp_path: Path) -> None:
-    """Run, left alone when run again, refused with other settings, started over, predicted with."""
+    """Run, skipped when run again, refused with other settings, started over, and used for predictions."""
     config = write_yaml(tmp_path / "sft.yaml", stage_config("sft", base, tmp_path))
     args = ["sft", "fit", "-c", config, "--trainer.default_root_dir", str(tmp_path / "run")]
     out = rlhf_process(*args)

@@ -1,4 +1,4 @@
-"""The recipes of `configs/`: each is built and run small, with a tiny model in place of the one it names."""
+"""The recipes in `configs/`: each is built and run at a small size, with a tiny model instead of its own."""
 
 import json
 from collections.abc import Iterator
@@ -71,7 +71,7 @@ def data(tmp_path: Path) -> dict[str, str]:
 
 
 def small(value: Any, base: str, judge: str, data: dict[str, str], key: str = "") -> Any:
-    """A config with local names in place of the Hub's and of earlier runs, and small numbers."""
+    """A config with local names instead of Hub ids and earlier runs, and small numbers."""
     if isinstance(value, dict):
         return {name: small(inner, base, judge, data, name) for name, inner in value.items()}
     if isinstance(value, list):
@@ -84,7 +84,7 @@ def small(value: Any, base: str, judge: str, data: dict[str, str], key: str = ""
 
 
 def run_small(kind: str, files: list[Path], base: str, judge: str, data: dict[str, str], tmp_path: Path) -> Path:
-    """Run a recipe with what is laid over it, each file made small by itself; the folder of the run."""
+    """Run a recipe with its overlays, each file reduced in size separately; returns the folder of the run."""
     root = tmp_path / "run"
     args = [kind, "fit"]
     for number, file in enumerate(files):
@@ -171,7 +171,7 @@ def test_every_pipeline_runs(path: Path, base: str, judge: str, data: dict[str, 
 
 
 def keys(node: yaml.Node) -> Iterator[tuple[str, int]]:
-    """Every key of a YAML file with its line, from 0."""
+    """Every key of a YAML file with its line number, from 0."""
     if isinstance(node, yaml.MappingNode):
         for key, value in node.value:
             yield key.value, key.start_mark.line
@@ -182,7 +182,7 @@ def keys(node: yaml.Node) -> Iterator[tuple[str, int]]:
 
 
 def test_every_key_is_commented_once() -> None:
-    """On its line, or on the line before it, in one of the files."""
+    """On its line, or on the line before it, in at least one of the files."""
     found: dict[str, bool] = {}
     for path in [*RECIPES, *PIPELINES, *FULL, *(CONFIGS / "overlays").glob("*.yaml")]:
         lines = path.read_text().splitlines()
@@ -224,7 +224,7 @@ def test_a_configuration_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatc
 
 
 def test_the_verifier_of_gsm8k_on_real_rows(shared: Path) -> None:
-    """Every solution of the data set is right by it, and none with another row's answer."""
+    """It accepts every solution of the data set, and none with another row's answer."""
     from rlhf_lightning.rewards import ExactAnswer
     from rlhf_lightning.types import Episode
 

@@ -1,4 +1,4 @@
-"""A console that is closed, or that nobody reads any more; signals that end a process, alone and in bursts."""
+"""A console that is closed or that nobody reads; signals that end a process, alone and in bursts."""
 
 import json
 import os
@@ -31,7 +31,7 @@ def finished(folder: Path) -> bool:
 
 
 def test_a_run_goes_on_when_its_reader_ends(base: str, tmp_path: Path) -> None:
-    """As `rlhf sft fit … 2>&1 | head -1` does."""
+    """As with `rlhf sft fit … 2>&1 | head -1`."""
     read, write = os.pipe()
 
     def piped() -> None:

@@ -1,4 +1,4 @@
-"""`rlhf data check`: what it finds in a file, and what a script gets of it."""
+"""`rlhf data check`: what it finds in a file, and its output for scripts."""
 
 import json
 import subprocess
@@ -24,7 +24,7 @@ def rlhf(args: list[str], code: int = 0) -> None:
 
 
 def checked(args: list[str], capsys: pytest.CaptureFixture[str], code: int = 0) -> dict[str, Any]:
-    """The JSON of `rlhf data check`."""
+    """The JSON output of `rlhf data check`."""
     rlhf(["data", "check", *args, "--json"], code)
     found: dict[str, Any] = json.loads(capsys.readouterr().out)
     assert found["ok"] is (code == 0)
@@ -146,7 +146,7 @@ def test_mistakes_of_data_check(
 def test_a_row_is_rendered_and_tokenized_once(
     kind: str, rows: list[Any], renderings: int, tokenized: int, base: str, tmp_path: Path, monkeypatch: Any
 ) -> None:
-    """What a check of many rows spends its time on: the row, what stands around its response, and its tokens."""
+    """Renderings and tokenizations in a check of many rows."""
     calls: Counter[str] = Counter()
     module = check.data_module(kind, base)
     template, tokenizer = module.renderer.template, type(module.renderer.tokenizer)

@@ -1,4 +1,4 @@
-"""Mistakes that a newcomer makes: each gives one message that names the thing and says what to do."""
+"""Mistakes of newcomers: each gives one message that names the problem and says what to do."""
 
 import json
 import shutil
@@ -35,7 +35,7 @@ def reward(name: str, **arguments: Any) -> list[str]:
 
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory: pytest.TempPathFactory, session_tokenizer: Any) -> Path:
-    """A folder with what is mistaken for something else."""
+    """A folder with files that are used for the wrong purpose."""
     from rlhf_lightning.quickstart.model import make_tokenizer
 
     place = tmp_path_factory.mktemp("mistakes")

@@ -1,4 +1,4 @@
-"""Mistakes in flags and config files: named with what was meant, before any model is loaded."""
+"""Mistakes in flags and config files: reported with a suggestion before any model is loaded."""
 
 import json
 import os
@@ -70,7 +70,7 @@ FLAGS: list[tuple[str, list[str], list[str]]] = [
 
 @pytest.fixture
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with rows and no model: nothing here comes to loading one."""
+    """A folder with rows and without a model, since no case gets as far as loading one."""
     for name in [name for name in os.environ if name.startswith(("MASTER_", "SLURM_", "NODE_", "GROUP_"))]:
         monkeypatch.delenv(name)
     monkeypatch.chdir(tmp_path)
@@ -193,7 +193,7 @@ def test_a_repeated_key_of_a_pipeline(tmp_path: Path) -> None:
 
 
 def test_anchors_and_merges_are_no_repetition(tmp_path: Path) -> None:
-    """`<<` takes another mapping's keys, which the mapping's own replace: that is what it is for."""
+    """`<<` takes another mapping's keys, which the mapping's own keys override, as intended."""
     text = "base: &base {lr: 1, eps: 2}\none: &one\n  <<: *base\n  lr: 3\n"
     text += "two:\n  <<: [*one, *base]\n  eps: 5\nthree: *one\n"
     (tmp_path / "m.yaml").write_text(text)
@@ -203,7 +203,7 @@ def test_anchors_and_merges_are_no_repetition(tmp_path: Path) -> None:
 
 
 def test_every_name_of_other_trainers_leads_to_a_setting() -> None:
-    """The names that are suggested exist, in one of the stages."""
+    """The suggested names exist in one of the stages."""
     from rlhf_lightning.cli.stage import CLASSES
 
     inside = {"init_args", "optimizer", "sampler", "scorer"}

@@ -1,4 +1,4 @@
-"""`rlhf generate`, `chat`, `export` and `init`, as a person and as a script meet them."""
+"""`rlhf generate`, `chat`, `export` and `init`, as used by people and by scripts."""
 
 import io
 import json
@@ -118,7 +118,7 @@ def test_a_conversation_that_is_too_long_is_refused_and_kept(base: str, monkeypa
 
 
 class Letters:
-    """A renderer whose ids are bytes, and whose stop text is 'END'."""
+    """A renderer whose ids are bytes and whose stop text is 'END'."""
 
     def decode(self, ids: list[int]) -> str:
         return bytes(ids).decode("utf-8", "replace").partition("END")[0].strip()
@@ -140,7 +140,7 @@ def test_a_stream_holds_back_what_is_not_certain() -> None:
 
 @pytest.fixture
 def adapter(base: str, tmp_path: Path) -> str:
-    """An SFT model with LoRA on everything, the tied unembedding too."""
+    """An SFT model with LoRA on all layers, including the tied unembedding."""
     torch.manual_seed(0)
     module = SFTModule(base, lora=LoRA(rank=4, target=["all"]), optimizer=sgd(1.0))
     trainer(tmp_path / "sft", callbacks=[ExportModel()]).fit(module, SFTDataModule(chats(8), show_example=False))

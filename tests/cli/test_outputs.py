@@ -1,4 +1,4 @@
-"""Files that a command is told to write: nothing that is there is replaced unless that is asked for."""
+"""Output files of commands: an existing file is only replaced on request."""
 
 import os
 from pathlib import Path

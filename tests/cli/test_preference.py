@@ -1,4 +1,4 @@
-"""`rlhf score`, `rlhf evaluate`, `rlhf best-of`, the watch, and DPO in a pipeline."""
+"""`rlhf score`, `rlhf evaluate`, `rlhf best-of`, the preference watch, and DPO in a pipeline."""
 
 import json
 import logging
@@ -23,7 +23,7 @@ from tests.helpers.training import sgd, trainer
 
 
 def vowels(completions: list[str]) -> list[float]:
-    """A gold function that differs between random texts."""
+    """A gold reward that differs between random texts."""
     return [sum(letter in "aeiou" for letter in text) / 10 for text in completions]
 
 
@@ -84,7 +84,7 @@ def test_score_says_which_row_is_wrong(judge: str, tmp_path: Path, capsys: pytes
 def test_evaluate_compares_two_policies(
     base: str, judge: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A policy against itself: half of all comparisons, KL 0; another one by a gold function, with rows and figures."""
+    """A policy against itself: win rate one half, KL 0; another one by a gold function, with rows and metrics."""
     file = write_rows(tmp_path / "prompts.jsonl", prompts(6))
     common = ["--max_tokens", "6", "--device", "cpu", "--summary", str(tmp_path / "s.json")]
     rlhf("evaluate", base, base, file, "--reward", judge, *common)
@@ -201,7 +201,7 @@ def test_intervals_worked_by_hand() -> None:
 
 
 def test_it_warns_where_chosen_responses_grow_less_likely(base: str, tmp_path: Path, caplog: Any) -> None:
-    """Both sides pushed down, the rejected further: the loss falls all the same. Once, with the numbers."""
+    """Both sides become less likely, the rejected one more so; the loss falls. One warning, with the numbers."""
 
     class Down(BradleyTerry):
         def __call__(self, chosen: torch.Tensor, rejected: torch.Tensor, **_: Any) -> torch.Tensor:
@@ -226,7 +226,7 @@ class SFTOnly(BradleyTerry):
 
 
 def test_it_warns_where_train_and_validation_part(base: str, tmp_path: Path, caplog: Any) -> None:
-    """Labels that say nothing: what is learnt of them by heart does not hold."""
+    """Random labels, which the model can only memorize."""
     caplog.set_level(logging.WARNING, "rlhf_lightning")
 
     def noise(seed: int, count: int) -> list[dict[str, Any]]:
@@ -261,7 +261,7 @@ def test_it_warns_where_train_and_validation_part(base: str, tmp_path: Path, cap
 @pytest.mark.slow
 @pytest.mark.usefixtures("forked_stages")
 def test_dpo_in_a_pipeline(base: str, tmp_path: Path) -> None:
-    """SFT, DPO, RL from the DPO policy, rewarded by what DPO learnt: each from the folder of the one before."""
+    """SFT, DPO, and RL from the DPO policy with the DPO model as reward, each from the previous folder."""
     configs = {kind: stage_config(kind, base, tmp_path) for kind in ("sft", "preference", "policy")}
     configs["preference"]["model"]["scorer"] = {
         "class_path": "rlhf_lightning.models.scorers.ImplicitReward",

@@ -1,4 +1,4 @@
-"""Records of another version, and records that hold something else, get a clear answer wherever they are read."""
+"""Records of another version, and invalid records, are refused with a clear message wherever they are read."""
 
 import json
 from collections.abc import Callable
@@ -25,12 +25,12 @@ def test_the_one_number() -> None:
 
 
 def changed(path: Path, **values: Any) -> None:
-    """Other values in a JSON object, as another version or another hand would leave them."""
+    """Change values in a JSON object, as another version or another program would."""
     path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
 
 
 def test_a_stage_is_not_gone_on_with(base: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Its data's record, its result's, its checkpoint: each is refused by name, and left as it is."""
+    """Its data record, its result and its checkpoint: each is refused by name and left unchanged."""
     config, run = write_yaml(tmp_path / "sft.yaml", stage_config("sft", base, tmp_path)), tmp_path / "run"
     args = ["sft", "fit", "-c", config, "--trainer.default_root_dir", str(run), "--checkpoint_every", "1"]
     rlhf(*args)

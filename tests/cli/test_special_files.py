@@ -1,4 +1,4 @@
-"""Pipes, sockets, devices and folders where a file belongs: refused at once, never waited for."""
+"""Pipes, sockets, devices and folders where a file is expected: refused immediately, without waiting for them."""
 
 import os
 import shutil
@@ -63,7 +63,7 @@ def test_what_is_a_file(kind: str, here: Path) -> None:
 
 @pytest.fixture
 def stage(base: str, here: Path) -> Any:
-    """Runs an SFT stage with settings laid over, and flags."""
+    """Run an SFT stage with changed settings and flags."""
 
     def run(*flags: Any, **data: Any) -> Any:
         config = stage_config("sft", base, here, **data)
@@ -158,7 +158,7 @@ def test_a_checkpoint_that_is_a_pipe(stage: Any, here: Path) -> None:
 
 
 def test_what_a_shell_hands_over_is_read_once(base: str, here: Path) -> None:
-    """`<(…)` is the name of a pipe that is open already: its rows are those of a file."""
+    """`<(…)` is the name of an open pipe, whose rows are read like those of a file."""
     text = Path(write_rows(here / "rows.jsonl", prompts(2))).read_bytes()
     asked = ("--max_tokens", "2", "--temperature", "0", "--json")
     found = {}

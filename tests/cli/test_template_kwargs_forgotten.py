@@ -1,4 +1,4 @@
-"""Case template-kwargs-forgotten: `rlhf evaluate` and `generate` ask as `rlhf sft fit` was told to."""
+"""Case template-kwargs-forgotten: `rlhf evaluate` and `generate` prompt as `rlhf sft fit` did."""
 
 import csv
 import json

@@ -1,4 +1,4 @@
-"""What comes with rows, models and answers is shown, and never obeyed, by terminals."""
+"""Control characters in rows, models and answers are shown, and never interpreted, by terminals."""
 
 import csv
 import json
@@ -49,7 +49,7 @@ def test_logs_hold_no_sequences(tmp_path: Path, capsys: pytest.CaptureFixture[st
 
 @pytest.fixture
 def rows(tmp_path: Path) -> str:
-    """A good row, and bad ones that are named with what they hold."""
+    """A good row, and bad ones whose contents appear in the messages."""
     said = [{"role": "user", "content": f"Hi {HOSTILE}"}, {"role": "assistant", "content": f"Yo {HOSTILE}"}]
     return write_rows(tmp_path / "rows.jsonl", [{"messages": said, HOSTILE: 1}, {HOSTILE: 1}, {"messages": HOSTILE}])
 

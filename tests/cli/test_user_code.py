@@ -1,4 +1,4 @@
-"""Code in the current folder: what the user has named can be imported, and what that imports; nothing else."""
+"""Code in the current folder: only what the user named can be imported, and what that imports."""
 
 import importlib
 import json
@@ -61,7 +61,7 @@ def test_names_stand_in_configs_and_the_files_these_name(folder: Path) -> None:
 
 
 def test_a_folder_is_no_package_that_a_library_looks_for(folder: Path) -> None:
-    """As a downloaded adapter is, whose config has a library import `megatron`."""
+    """As with a downloaded adapter, whose config makes a library import `megatron`."""
     (folder / "megatron").mkdir()
     (folder / "megatron" / "__init__.py").write_text("raise SystemExit('code of the model has run')")
     allow_user_code(["sft", "fit", "--model.model", "megatron"])
@@ -70,7 +70,7 @@ def test_a_folder_is_no_package_that_a_library_looks_for(folder: Path) -> None:
 
 @pytest.mark.parametrize("start", [["-m", "rlhf_lightning"], ["-P", "-c", f"{ENTRY}; main()"]])
 def test_the_command_does_not_import_from_where_it_is_run(start: list[str], tmp_path: Path) -> None:
-    """Whatever an import of the libraries might find: names of libraries, there or not, are modules there."""
+    """Modules in the folder have the names of libraries that may or may not be installed."""
     code = "import pathlib\npathlib.Path('ran').write_text(__name__)\n"
     for name in ("bitsandbytes", "flash_attn", "kernels", "megatron", "tensorflow", "jax", "apex", "deepspeed"):
         (tmp_path / name).mkdir()

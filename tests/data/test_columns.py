@@ -1,4 +1,4 @@
-"""Columns with a common meaning, beside every shape of rows: used, or refused with file and line and a remedy."""
+"""Columns with a common meaning, in every row format: used, or refused with file, line and a remedy."""
 
 import json
 import logging
@@ -75,7 +75,7 @@ def reader(request: pytest.FixtureRequest, tokenizer: Any) -> tuple[dict[str, An
     row, read = READERS[request.param]
 
     def convert(data: dict[str, Any]) -> list[str]:
-        """The rows as text, by the reader; bad rows have where they stand."""
+        """The rows as text, as read; bad rows with their location."""
         found = convert_rows([LocatedRow(data, "rows.jsonl:1")], lambda d: read(d, tokenizer), Reading())
         return [tokenizer.decode(ids) for ids in found]
 

@@ -1,4 +1,4 @@
-"""Files of prompts that are not JSON lines are read as what they are, or refused by name."""
+"""Files of prompts that are not JSON lines are read according to their content, or refused by name."""
 
 from pathlib import Path
 from typing import Any

@@ -1,4 +1,4 @@
-"""`validation_split` holds whole rows out: no conversation, and no prompt of a pair, is on both sides."""
+"""`validation_split` holds out whole rows: no conversation and no prompt of a pair is on both sides."""
 
 from typing import Any
 

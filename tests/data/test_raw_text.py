@@ -1,4 +1,4 @@
-"""Raw text begins and ends as the tokenizer itself has it; the oracle is the tokenizer, called as people call it."""
+"""Raw text begins and ends as the tokenizer adds it; the oracle is the tokenizer, called in the usual way."""
 
 import copy
 from pathlib import Path
@@ -25,7 +25,7 @@ TEXTS = ["one two three", " Hello\nthere", "é😀", "one<|im_end|>", "<|im_star
 
 
 def framed(tokenizer: Any, frame: str) -> Any:
-    """A tokenizer with a post-processor such as the real ones have."""
+    """A tokenizer with a post-processor like those of real models."""
     changed = copy.deepcopy(tokenizer)
     changed.bos_token = "<|im_start|>"
     changed.backend_tokenizer.post_processor = TemplateProcessing(
@@ -35,7 +35,7 @@ def framed(tokenizer: Any, frame: str) -> Any:
 
 
 def oracle(tokenizer: Any, text: str) -> list[int]:
-    """What the tokenizer makes of a text, and its eos_token; what the text itself writes of it is not written twice."""
+    """The tokenizer's ids of a text, and its eos_token; tokens that the text itself contains are not added twice."""
     ids = list(tokenizer(text)["input_ids"])
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     if ids[:2] == [bos, bos]:
@@ -89,7 +89,7 @@ def test_a_shortened_prompt_begins_with_it_too(tokenizer: Any, frame: str) -> No
 
 @pytest.mark.parametrize("frame", FRAMES)
 def test_a_template_writes_its_own_beginning(tokenizer: Any, frame: str) -> None:
-    """Where it writes none there is none, as in transformers' `apply_chat_template`."""
+    """If it writes none there is none, as in `apply_chat_template` of transformers."""
     tokenizer = framed(tokenizer, frame)
     said = [{"role": "user", "content": "one two"}]
     for template in ("[bos]" + TEMPLATES["text end"], TEMPLATES["text end"]):

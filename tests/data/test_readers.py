@@ -1,4 +1,4 @@
-"""Whatever rows come in, they are read as what they are, with the same tokens, or refused with what to do."""
+"""Rows from any source are read according to their content, with the same tokens, or refused with advice."""
 
 import bz2
 import csv
@@ -51,7 +51,7 @@ ARGUMENTS = st.sets(KEYS, min_size=1).flatmap(lambda keys: st.fixed_dictionaries
 
 @st.composite
 def tool_rows(draw: st.DrawFn) -> list[dict[str, Any]]:
-    """Rows of a tool call each, with unlike arguments."""
+    """Rows with one tool call each, with different arguments."""
     rows = []
     for _ in range(draw(st.integers(1, 4))):
         call = {"function": {"name": draw(st.sampled_from(["f", "g"])), "arguments": draw(ARGUMENTS)}}
@@ -181,7 +181,7 @@ def test_a_list_made_of_a_data_set_is_as_the_data_set(form: Callable[[Any], Any]
 
 
 def test_nulls_that_a_user_wrote_stay(tmp_path: Path) -> None:
-    """In JSON always; in a list unless it looks as Arrow makes one; through Arrow as maps or JSON."""
+    """In JSON always; in a list unless it looks like Arrow's; through Arrow as maps or JSON."""
     call = {"name": "f", "arguments": {"city": None, "item": "x"}}
     other = {"name": "f", "arguments": {"city": "y", "item": None, "count": None}}
     rows = [{"tools": [{"a": None}], **asked(one)} for one in (call, other)]
@@ -523,7 +523,7 @@ def test_every_unreadable_line_is_told_to_a_check(tmp_path: Path) -> None:
 
 def test_frames_of_polars_are_read_by_arrow() -> None:
     class DataFrame:
-        """What is used of polars, which the tests do without."""
+        """The part of polars that is used, since the tests run without polars."""
 
         __module__ = "polars.dataframe.frame"
         columns = ("messages",)
@@ -568,7 +568,7 @@ def test_lines_of_text_are_prompts_to_predict_for(tmp_path: Path, tokenizer: Any
 
 
 def test_json_and_tables_written_of_arrow_train_as_the_rows_themselves(tmp_path: Path, caplog: Any) -> None:
-    """`to_json` of datasets and pandas, and cells that pandas prints, have Arrow's nulls; other columns keep them."""
+    """`to_json` of datasets and pandas, and cells printed by pandas, have Arrow's nulls; other columns keep theirs."""
     rows = [{**ONE, "answer": {"unit": None}}, {**TWO, "answer": {"unit": "C"}}]
     dataset = datasets.Dataset.from_list(rows)
     dataset.to_json(tmp_path / "a.jsonl")
@@ -583,7 +583,7 @@ def test_json_and_tables_written_of_arrow_train_as_the_rows_themselves(tmp_path:
 
 
 def test_columns_that_are_misspelt_are_refused(tokenizer: Any, tmp_path: Path) -> None:
-    """Blanks around the names of a table are none of its author's; other spellings are refused, or mapped."""
+    """White space around a table's column names is ignored; other spellings are refused, or mapped."""
     (tmp_path / "a.csv").write_text("prompt, system\nhi,Be kind\n")
     assert rows_of(tmp_path / "a.csv") == [{"prompt": "hi", "system": "Be kind"}]
     for column in ("System", "TOOLS", " images", "Functions"):
@@ -609,7 +609,7 @@ def test_numbers_beyond_floats(tokenizer: Any) -> None:
 
 @pytest.mark.parametrize("orient", ["columns", "index", "split", "records", "table"])
 def test_frames_written_as_json_are_their_rows(orient: Any, tmp_path: Path) -> None:
-    """`to_json` by its default has columns of objects; `to_dict` has the same in Python."""
+    """`to_json` writes columns of objects by default; `to_dict` returns the same in Python."""
     rows = [{"prompt": f"Question {i}?", "answer": str(i)} for i in range(12)]
     pd.DataFrame(rows).to_json(tmp_path / "a.json", orient=orient)
     found = rows_of(tmp_path / "a.json")

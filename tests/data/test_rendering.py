@@ -1,4 +1,4 @@
-"""Tokens and masks: what is trained is what a model has to write, for any template and tokenizer."""
+"""Tokens and masks: exactly what the model has to write is trained, for any template and tokenizer."""
 
 import json
 from pathlib import Path
@@ -25,7 +25,7 @@ def messages(name: str) -> list[dict[str, Any]]:
 
 
 def check_masks(tokenizer: Any, name: str) -> None:
-    """Every assistant turn is trained once, its stop with it, and no other turn's words are."""
+    """Check that every assistant turn is trained once with its stop token, and no other turn's text."""
     renderer = Renderer(tokenizer)
     wanted = [content for role, content in CONVERSATIONS[name] if role == "assistant"]
     rows = renderer.conversation(messages(name))

@@ -1,4 +1,4 @@
-"""How a model was asked in training is kept in its folder: every command and the next stage ask it so."""
+"""A model's folder records how it was prompted in training; every command and the next stage prompt the same way."""
 
 import json
 from pathlib import Path
@@ -39,7 +39,7 @@ TOOLS = [{"type": "function", "function": {"name": "clock", "description": "", "
 
 
 def sft(start: str, root: Path, lora: LoRA | None = None, rows: Any = None, **data: Any) -> tuple[str, float]:
-    """A stage as the driver runs it; its model folder and its perplexity of what it was trained on."""
+    """Run a stage like the command does; its model folder, and its perplexity on its training rows."""
     torch.manual_seed(0)
     rows = rows or chats(6)
     module = SFTModule(start, lora=lora, optimizer=sgd(0.3))
@@ -49,7 +49,7 @@ def sft(start: str, root: Path, lora: LoRA | None = None, rows: Any = None, **da
 
 
 def evaluated(capsys: Any, *args: str) -> tuple[float, str]:
-    """The perplexity that `rlhf evaluate` finds, and what it says on the side."""
+    """The perplexity that `rlhf evaluate` reports, and its other output."""
     capsys.readouterr()
     rlhf_in_process("evaluate", *args, "--max_tokens", "2", "--temperature", "0", "--json")
     out, said = capsys.readouterr()
@@ -58,7 +58,7 @@ def evaluated(capsys: Any, *args: str) -> tuple[float, str]:
 
 @pytest.mark.parametrize("lora", [None, LoRA(rank=2, target=["attention"])])
 def test_evaluate_finds_the_perplexity_of_validation(lora: Any, thinker: str, tmp_path: Path, capsys: Any) -> None:
-    """Of the stage's folder and of an export of it; with a flag against the record, another one."""
+    """For the stage's folder and an export of it; with a flag that overrides the record, another one."""
     file = write_rows(tmp_path / "chats.jsonl", chats(6))
     folder, wanted = sft(thinker, tmp_path / "sft", lora, file, template_kwargs=QUIET)
     found, said = evaluated(capsys, folder, file)
@@ -72,7 +72,7 @@ def test_evaluate_finds_the_perplexity_of_validation(lora: Any, thinker: str, tm
 
 
 def test_a_template_of_ones_own_goes_with_the_model(base: str, tmp_path: Path) -> None:
-    """Through an adapter's folder, what it is merged into for the next adapter, and an export."""
+    """Through an adapter's folder, the merged base of the next adapter, and an export."""
     file = tmp_path / "own.jinja"
     file.write_text(THINKING)
     small, other = LoRA(rank=2, target=["attention"]), LoRA(rank=3, target=["mlp"])
@@ -89,7 +89,7 @@ def test_a_template_of_ones_own_goes_with_the_model(base: str, tmp_path: Path) -
 
 
 def test_python_saves_the_record_too(thinker: str, tmp_path: Path) -> None:
-    """Of every module and scorer, with `save_pretrained` alone; what reads the folder gives the scores of training."""
+    """For every module and scorer, by `save_pretrained` alone; readers of the folder give the scores of training."""
     for name, scorer in (("head", RewardHead()), ("logprob", SequenceLogprob()), ("dpo", ImplicitReward(beta=0.5))):
         module = PreferenceModule(thinker, scorer, optimizer=sgd(0.1))
         data = PreferenceDataModule(pairs(4), batch_size=4, show_example=False, template_kwargs=QUIET)
@@ -109,7 +109,7 @@ def test_python_saves_the_record_too(thinker: str, tmp_path: Path) -> None:
 
 
 def test_what_comes_before_and_after_training_does_not_count(thinker: str, tmp_path: Path) -> None:
-    """Scored by hand before it has data, and measured with other settings afterwards."""
+    """Scored before it has data, and evaluated with other settings afterwards."""
     module = PreferenceModule(thinker, SequenceLogprob(), optimizer=sgd(0.1))
     module.score(["Hi"], ["Hello."])
     said: dict[str, Any] = {"batch_size": 4, "show_example": False}
@@ -122,7 +122,7 @@ def test_what_comes_before_and_after_training_does_not_count(thinker: str, tmp_p
 
 
 def test_the_next_stage_asks_as_its_start_was_trained(thinker: str, tmp_path: Path, caplog: Any) -> None:
-    """SFT, then DPO, then policy RL with the DPO folder as reward; another setting is used, and warned about."""
+    """SFT, then DPO, then policy RL with the DPO folder as reward; another setting is used, with a warning."""
     first, _ = sft(thinker, tmp_path / "sft", template_kwargs=QUIET, system="Be brief.")
     record = read_stage(first)["rendering"]
     assert (record["template_kwargs"], record["system"], record["format"]) == (QUIET, "Be brief.", "chat")
@@ -186,7 +186,7 @@ def test_a_row_comes_before_a_flag_and_a_flag_before_the_record(thinker: str, tm
 
 
 def test_stops_of_training_are_kept(base: str, tmp_path: Path, capsys: Any) -> None:
-    """A stop text of the sampler: in the folder, in stock `generate`, in the commands, in the next stage."""
+    """A stop text of the sampler is in the folder, in stock `generate`, in the commands and in the next stage."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     reward = FunctionReward(lambda completions, **_: [float(len(text)) for text in completions])
@@ -370,7 +370,7 @@ def test_a_pipeline_hands_it_over(thinker: str, tmp_path: Path) -> None:
 
 
 def test_perplexity_is_that_of_the_reference_by_hand(thinker: str, tmp_path: Path) -> None:
-    """What `RenderingSettings` renders is what transformers renders with the settings of the record."""
+    """`RenderingSettings` renders like transformers with the settings of the record."""
     folder, _ = sft(thinker, tmp_path / "sft", template_kwargs=QUIET, system="Be brief.", tools=TOOLS)
     policy = Policy(folder)
     said = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]
@@ -381,7 +381,7 @@ def test_perplexity_is_that_of_the_reference_by_hand(thinker: str, tmp_path: Pat
 
 
 def test_a_base_within_the_folder_of_a_run_has_no_record(thinker: str, tmp_path: Path) -> None:
-    """A run in the folder where the base lies: its stage.json is that of `model`, and of nothing else."""
+    """A run in the folder of the base: its stage.json belongs to `model` and to nothing else."""
     sft(thinker, tmp_path, template_kwargs=QUIET)
     assert RenderingSettings.of(str(tmp_path / "model")).record["template_kwargs"] == QUIET
     assert RenderingSettings.of(thinker).record == {}

@@ -1,4 +1,4 @@
-"""Where a generation prompt ends and trained rows begin otherwise, both are shown; where they agree, nothing is."""
+"""If trained rows begin differently from the end of the generation prompt, both are shown; otherwise nothing is."""
 
 import json
 from pathlib import Path
@@ -64,7 +64,7 @@ def test_prompts_have_nothing_to_compare(tokenizer: Any, caplog: Any) -> None:
 
 @pytest.mark.parametrize("template", [f.stem for f in sorted(TEMPLATES.glob("*.jinja"))])
 def test_of_the_real_templates_those_that_think_are_told(template: str, tokenizer: Any) -> None:
-    """The oracle is what transformers renders: whether the text up to the answer is the prompt, white space aside."""
+    """The oracle is transformers: whether the text before the answer is the prompt, apart from white space."""
     tokenizer.chat_template = (TEMPLATES / f"{template}.jinja").read_text()
     asked = [{"role": "user", "content": "Hi"}]
     thinks = "reasoning_content" in tokenizer.chat_template

@@ -1,4 +1,4 @@
-"""Rows: the shapes they come in, the errors they give, and the batches they become."""
+"""Rows: their formats, their errors, and the batches made from them."""
 
 import json
 import logging

@@ -1,4 +1,4 @@
-"""What is held out of the training data, and rows that stand on both sides."""
+"""Held-out rows, and rows that occur on both sides."""
 
 import logging
 from pathlib import Path
@@ -116,7 +116,7 @@ def test_one_prompt_cannot_be_split(tokenizer: Any) -> None:
 
 
 def test_mismatched_sides_stay_on_their_side(tokenizer: Any) -> None:
-    """KTO's estimate of the KL takes responses to other prompts: no held-out response comes into training by it."""
+    """KTO's KL estimate uses responses to other prompts; no held-out response may enter training that way."""
     from rlhf_lightning.objectives.preference import KTO
 
     class Labels(PreferenceDataModule):
@@ -191,7 +191,7 @@ def test_the_quickstart_holds_whole_prompts_out_of_a_users_file(name: str, tmp_p
 
 @pytest.mark.parametrize("kind", ["preference", "policy"])
 def test_turns_of_a_conversation_that_are_rows_stay_together(kind: str, tokenizer: Any, caplog: Any) -> None:
-    """Each turn of a conversation as a row; conversations that share their first turns only (examples) are apart."""
+    """Each turn of a conversation is a row; conversations that only share their first turns (examples) are separate."""
 
     def row(*turns: str) -> dict[str, Any]:
         messages = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(turns)]

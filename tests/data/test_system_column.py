@@ -1,4 +1,4 @@
-"""Case system-column: a `system` column is used with every shape of rows."""
+"""Case system-column: a `system` column works with every row format."""
 
 from typing import Any
 

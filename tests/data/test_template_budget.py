@@ -1,4 +1,4 @@
-"""Chat templates come with models: what one may do is counted, and real ones do not come near the limits."""
+"""Chat templates come with models, so their work is limited; real ones stay far below the limits."""
 
 import time
 from typing import Any

@@ -1,4 +1,4 @@
-"""Real chat templates: rendered as transformers does, trained where the assistant speaks, ended where it ends."""
+"""Real chat templates: rendered like transformers does, with the assistant's turns trained up to their end."""
 
 import copy
 import json
@@ -43,7 +43,7 @@ TEXT = st.one_of(
 
 
 def renderer_of(name: str) -> Renderer:
-    """A renderer of a real template, with a tokenizer that has the template's special tokens."""
+    """A renderer of a real template, with a tokenizer that has its special tokens."""
     if name not in _MADE:
         tokenizer = make_tokenizer(TEXTS * 5)
         tokenizer.chat_template = (CHAT_TEMPLATES / f"{name}.jinja").read_text()
@@ -57,7 +57,7 @@ def renderer_of(name: str) -> Renderer:
 
 
 class FixedDate(datetime):
-    """The clock of transformers, standing still."""
+    """A fixed clock for transformers."""
 
     @classmethod
     def now(cls, tz: Any = None) -> "FixedDate":
@@ -73,7 +73,7 @@ def fixed_clock() -> Any:
 
 
 def by_transformers(tokenizer: Any, messages: Any, tools: Any = None, prompts: bool = False, **options: Any) -> Any:
-    """What transformers makes of messages, or None where the template refuses them."""
+    """The rendering by transformers; None if the template refuses the messages."""
     known = {"bos_token": tokenizer.bos_token or "", "eos_token": tokenizer.eos_token or ""}
     try:
         return tokenizer.apply_chat_template(
@@ -89,7 +89,7 @@ def by_transformers(tokenizer: Any, messages: Any, tools: Any = None, prompts: b
 
 @st.composite
 def talks(draw: Any) -> list[dict[str, Any]]:
-    """A conversation that ends with an assistant turn which says something."""
+    """A conversation that ends with a nonempty assistant turn."""
     said = [{"role": "system", "content": draw(TEXT)}] if draw(st.booleans()) else []
     for _ in range(draw(st.integers(0, 2))):
         said += [{"role": "user", "content": draw(TEXT)}, {"role": "assistant", "content": draw(TEXT)}]
@@ -98,7 +98,7 @@ def talks(draw: Any) -> list[dict[str, Any]]:
 
 
 def each_template(count: int) -> Any:
-    """So many examples for each template, the same ones every time."""
+    """A number of examples for each template, the same ones in every run."""
 
     def decorate(function: Any) -> Any:
         checks = list(HealthCheck)
@@ -127,7 +127,7 @@ def test_a_rendering_is_that_of_transformers(name: str, said: list[dict[str, Any
 @each_template(15)
 @given(texts=st.lists(TEXT, min_size=1, max_size=3), role=st.sampled_from(["system", "user", "assistant"]))
 def test_contents_in_parts(name: str, texts: list[str], role: str) -> None:
-    """As transformers shows the parts; as text where the template prints the list, fails, or drops one of them."""
+    """Like transformers shows the parts; as text if the template prints the list, fails, or drops one of them."""
     renderer = renderer_of(name)
     parts = [{"type": "text", "text": text} for text in texts]
     said = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
@@ -167,7 +167,7 @@ def test_parts_stay_parts_where_rows_are_copied_and_stored() -> None:
 @pytest.mark.parametrize("tools", [None, TOOLS], ids=["", "tools"])
 @pytest.mark.parametrize("name", NAMES)
 def test_tool_turns_are_rendered_as_by_transformers(name: str, tools: Any) -> None:
-    """Arguments as an object, or as JSON text where the template fails on an object."""
+    """Arguments as an object, or as JSON text if the template fails on an object."""
     renderer = renderer_of(name)
     function = {**CALL["function"], "arguments": json.dumps(CALL["function"]["arguments"], ensure_ascii=False)}
 
@@ -368,7 +368,7 @@ def test_template_kwargs_are_used_or_spoken_of(tokenizer: Any, caplog: pytest.Lo
 
 @pytest.mark.slow
 def test_rendering_is_as_fast_as_that_of_transformers() -> None:
-    """CPU seconds of a file of rows, the least of five; rows with spans need several renderings each."""
+    """CPU seconds for a file of rows, the minimum of five; rows with spans need several renderings each."""
     renderer = renderer_of("qwen3")
     rows = [[{"role": "user", "content": f"Count {i}"}, {"role": "assistant", "content": "one"}] for i in range(300)]
 

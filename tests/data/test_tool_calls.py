@@ -1,5 +1,6 @@
-"""Tool calls in the forms that people store them in: every template shows each call's object once, and never twice
-encoded. The oracle is transformers' own rendering of the form that a template is written for."""
+"""Tool calls in the forms that people store: every template shows each call's object once, and never encodes it twice.
+
+The oracle is transformers' own rendering of the form that a template is written for."""
 
 import copy
 import json
@@ -60,7 +61,7 @@ CALLS = st.lists(st.tuples(st.sampled_from(["book", "search_web"]), ARGUMENTS), 
 
 
 def canonical(calls: list[tuple[str, dict[str, Any]]], ids: bool = True) -> list[dict[str, Any]]:
-    """A conversation as OpenAI has it, arguments as objects."""
+    """A conversation in OpenAI's format, with arguments as objects."""
     turn = [
         {**({"id": f"call_{i}"} if ids else {}), "type": "function", "function": {"name": n, "arguments": a}}
         for i, (n, a) in enumerate(calls)
@@ -109,7 +110,7 @@ FORMS = ("object", "text", "all text", "flat", "function_call", "sharegpt", "mar
 
 
 def objects(text: str) -> list[Any]:
-    """Every JSON object that stands in a text, those within others too."""
+    """Every JSON object in a text, including nested ones."""
     decoder, found = json.JSONDecoder(), []
     for start in (i for i, character in enumerate(text) if character == "{"):
         try:

@@ -1,4 +1,4 @@
-"""What a policy run says of itself: statistics, warnings, the stop on collapse, the best checkpoint, samples."""
+"""Diagnostics of policy runs: statistics, warnings, the stop on collapse, the best checkpoint, samples."""
 
 import itertools
 import json
@@ -251,7 +251,7 @@ def test_every_check_is_silent_where_nothing_is_known() -> None:
 
 
 def healthy_run(seed: int, rounds: int = 300) -> dict[str, list[float]]:
-    """A run that learns: noisy, as small rounds are."""
+    """A run that learns, with the noise of small rounds."""
 
     def saturating(start: float, end: float, rate: float) -> Callable[[int], float]:
         return lambda i: end + (start - end) * math.exp(-i / rate)
@@ -396,7 +396,7 @@ def checkpoints(folder: Path) -> ModelCheckpoint:
 
 
 class Watch(Diagnostics):
-    """Keeps the rounds that it saw."""
+    """Records the rounds that it saw."""
 
     def on_train_start(self, run: Any, module: Any) -> None:
         super().on_train_start(run, module)
@@ -408,7 +408,7 @@ class Watch(Diagnostics):
 
 
 def strict_checks() -> list[Check]:
-    """So strict that random models raise them."""
+    """Checks so strict that random models trigger them."""
     return [Truncation(limit=0.01, rounds=1), HighKL(limit=1e-4, rounds=2), EntropyCollapse(fraction=0.9999, rounds=1)]
 
 
@@ -451,7 +451,7 @@ def test_a_run_resumed_anywhere_leaves_the_same_files(accumulate: int, base: str
 
 
 class SaveAt(pl.Callback):
-    """A checkpoint after a mini-batch, in the middle of an optimizer step."""
+    """Saves a checkpoint after a mini-batch, in the middle of an optimizer step."""
 
     def __init__(self, batch: int, path: Path) -> None:
         self.batch, self.path = batch, path
@@ -509,7 +509,7 @@ def test_two_ranks_say_what_one_says(base: str, tmp_path: Path) -> None:
 
 
 class Numbers(Watch):
-    """Writes the rounds that it saw: a forked rank's memory is lost."""
+    """Writes the rounds to a file, since the memory of a forked rank is lost."""
 
     @property
     def state_key(self) -> str:
@@ -575,7 +575,7 @@ def test_stale_rollouts_are_meant_to_differ(base: str, tmp_path: Path) -> None:
 
 
 class Falling:
-    """A reward that is random about 1, and about 0 from some round on."""
+    """A reward that is random around 1, and around 0 from some round on."""
 
     __name__ = "falling"
 
@@ -652,7 +652,7 @@ def test_a_resumed_run_stops_where_a_whole_one_does(base: str, tmp_path: Path) -
 
 
 class Scripted(PolicyRLModule):
-    """Validates as it is told to."""
+    """A module that logs given validation metrics."""
 
     script: tuple[tuple[float, float], ...] = ()
 

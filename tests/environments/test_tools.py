@@ -1,4 +1,4 @@
-"""Tools: calls and their answers, tools that cannot work, and a run that uses one."""
+"""Tools: calls and their answers, unusable tools, and a run with a tool."""
 
 import asyncio
 import time
@@ -135,7 +135,7 @@ def test_tools_that_cannot_work_are_refused_when_the_module_is_made(arguments: d
 
 
 class CallsFirst(LocalEngine):
-    """Begins every episode by a call, and then draws."""
+    """A sampler that begins every episode with a call."""
 
     text = call('{"name": "add", "arguments": {"a": 20, "b": 22}}') + "<|im_end|>"
 

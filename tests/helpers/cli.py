@@ -1,4 +1,4 @@
-"""Commands as the tests run them, and the files that they are given."""
+"""Runs commands for the tests, and makes the files that they read."""
 
 import os
 import subprocess
@@ -32,7 +32,7 @@ KINDS = {
 
 
 def mistake(args: list[str], capsys: pytest.CaptureFixture[str]) -> str:
-    """What a command prints that is refused: exit code 2, no traceback."""
+    """The output of a command that is refused: exit code 2, no traceback."""
     with pytest.raises(SystemExit) as stop:
         entry.main(args)
     out = capsys.readouterr()
@@ -42,13 +42,13 @@ def mistake(args: list[str], capsys: pytest.CaptureFixture[str]) -> str:
 
 
 def rlhf(*args: str, cwd: Path | None = None, code: int = 0) -> str:
-    """Run a command as a user would, forked; its output."""
+    """Run a command as a user would, forked; returns its output."""
     with TemporaryDirectory() as folder:
         return complete(list(args), Path(folder) / "output", code, partial(os.chdir, cwd) if cwd else None)
 
 
 def rlhf_process(*args: str, cwd: Path | None = None, code: int = 0) -> str:
-    """Run a command in a process of its own, with the seconds that imports take; its output."""
+    """Run a command in its own process, including the seconds that imports take; returns its output."""
     out = subprocess.run(
         [sys.executable, "-m", "rlhf_lightning", *args], capture_output=True, text=True, cwd=cwd, timeout=200
     )
@@ -82,7 +82,7 @@ def rlhf_in_process(*args: str, code: int = 0) -> None:
 
 
 def three_stages(base: str, folder: Path) -> str:
-    """A pipeline file of the three stages."""
+    """A pipeline file with the three stages."""
     for kind in ("sft", "preference", "policy"):
         write_yaml(folder / f"{kind}.yaml", stage_config(kind, base, folder))
     stages = [

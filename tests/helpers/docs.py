@@ -1,4 +1,4 @@
-"""What the pages say, taken apart for tests/test_docs.py: their blocks, tables, links and the names they use.
+"""Parses the pages for tests/test_docs.py: their blocks, tables, links and the names they use.
 
 A comment on the line before a fenced block says how the block is tested:
 
@@ -51,7 +51,7 @@ class Block:
 
 
 def blocks(page: Path) -> list[Block]:
-    """All of a page."""
+    """All blocks of a page."""
     found: list[Block] = []
     lines = page.read_text().splitlines()
     start, indent = None, ""
@@ -76,12 +76,12 @@ def prose(page: Path) -> str:
 
 
 def quoted(text: str) -> list[str]:
-    """What stands between backticks."""
+    """The texts between backticks."""
     return re.findall(r"`([^`\n]+)`", text)
 
 
 def tables(page: Path) -> dict[str, list[list[str]]]:
-    """Rows of the tables under each heading, their cells; the header and the rule are left out."""
+    """Cells of the tables under each heading, without header and rule."""
     found: dict[str, list[list[str]]] = {}
     heading, header = "", True
     for line in prose(page).splitlines():
@@ -100,13 +100,13 @@ def tables(page: Path) -> dict[str, list[list[str]]]:
 
 
 def commands(block: Block) -> list[str]:
-    """The lines of a block, those that end in a backslash joined."""
+    """The commands of a block; lines that end with a backslash are joined."""
     joined = block.text.replace("\\\n", " ")
     return [line.strip() for line in joined.splitlines() if line.strip() and not line.strip().startswith("#")]
 
 
 def run_commands(lines: list[str], folder: Path, model: str, output: Path) -> None:
-    """Run lines one after the other, as a shell would; each must exit with 0."""
+    """Run commands one after the other as a shell would; each must exit with 0."""
     where = folder
     for line in lines:
         for name in HUB_IDS:
@@ -136,7 +136,7 @@ def _enter(folder: Path) -> None:
 
 
 def setting_exists(name: str) -> bool:
-    """Whether `model.kl.coefficient`, `data.train`, `trainer.precision` … is a constructor's argument somewhere."""
+    """True if `model.kl.coefficient`, `data.train`, `trainer.precision` … is an argument of some constructor."""
     import lightning.pytorch as pl
 
     import rlhf_lightning as package
@@ -190,7 +190,7 @@ def defined_names() -> set[str]:
 
 
 def words() -> set[str]:
-    """All words of the sources."""
+    """All words in the sources."""
     found: set[str] = set()
     for folder in ("rlhf_lightning", "examples", "configs", "benchmarks", "tests"):
         for path in (ROOT / folder).rglob("*"):

@@ -1,4 +1,4 @@
-"""Commands run in this process on malformed input: what counts as a clear error, counted by kind and outcome."""
+"""Runs commands in this process on malformed input: defines a clear error, and counts cases by kind and outcome."""
 
 import io
 import json
@@ -32,12 +32,12 @@ REWARD = [{"class_path": "rlhf_lightning.rewards.KeywordReward", "init_args": {"
 
 
 class Hang(Exception):
-    """A case that did not end."""
+    """A case that did not end in time."""
 
 
 @dataclass
 class Result:
-    """What a command did."""
+    """Exit code and output of a command."""
 
     code: int
     out: str
@@ -46,7 +46,7 @@ class Result:
 
 @dataclass
 class Tally:
-    """Cases by kind and outcome; a case that was seen before is not counted again."""
+    """Cases by kind and outcome; repeated cases count once."""
 
     counts: dict[str, Counter[str]] = field(default_factory=dict)
     seen: set[str] = field(default_factory=set)
@@ -59,7 +59,7 @@ class Tally:
 
 
 def write_report(tally: Tally) -> None:
-    """The counts into the report that RLHF_FUZZ_REPORT names, in the place of those of the same kinds there."""
+    """Write the counts into the report that RLHF_FUZZ_REPORT names, replacing those of the same kinds."""
     if not (place := os.environ.get("RLHF_FUZZ_REPORT")):
         return
     path = Path(place)
@@ -71,7 +71,7 @@ def write_report(tally: Tally) -> None:
 
 @contextmanager
 def time_limit(seconds: int) -> Iterator[None]:
-    """Raise `Hang` where the block takes longer."""
+    """Raise `Hang` if the block takes longer."""
 
     def ring(*_: Any) -> None:
         raise Hang(f"no end after {seconds} s")
@@ -86,7 +86,7 @@ def time_limit(seconds: int) -> Iterator[None]:
 
 
 def rlhf(*args: Any) -> Result:
-    """A command, in this process: its exit code and what it wrote. An exception that is not the project's comes out."""
+    """Run a command in this process: its exit code and output. Exceptions that are not the project's are raised."""
     out, err = io.StringIO(), io.StringIO()
     with time_limit(LIMIT), redirect_stdout(out), redirect_stderr(err), warnings.catch_warnings():
         try:
@@ -97,7 +97,7 @@ def rlhf(*args: Any) -> Result:
 
 
 def refused(result: Result, *names: str) -> str:
-    """The message of a command that was refused: exit code 2, no traceback, and one of `names` in the message."""
+    """The message of a refused command: exit code 2, no traceback, and one of `names` in the message."""
     assert result.code == 2, f"exit code {result.code}\n{result.out[-2000:]}\n{result.err[-2000:]}"
     assert "Traceback" not in result.err + result.out, result.err
     _, *found = re.split(r"^error: ", result.err, flags=re.MULTILINE)
@@ -109,14 +109,14 @@ def refused(result: Result, *names: str) -> str:
 
 
 def bad_rows(result: Result) -> list[dict[str, str]]:
-    """The rows that `data check --json` lists as bad; empty where it refuses the file as a whole."""
+    """The rows that `data check --json` lists as bad; empty if it refuses the whole file."""
     if result.code == 2:
         return []
     return json.loads(result.out)["bad"]
 
 
 def fuzz(cases: SearchStrategy, check: Callable[[Any], None], count: int) -> None:
-    """Check so many cases, the same ones every time."""
+    """Check a number of cases, the same ones in every run."""
 
     @settings(
         max_examples=count,
@@ -135,7 +135,7 @@ def fuzz(cases: SearchStrategy, check: Callable[[Any], None], count: int) -> Non
 
 
 class Place:
-    """A folder with good files, and one that a case spoils."""
+    """A folder with good files and one damaged file."""
 
     def __init__(self, root: Path, tokenizer: Any) -> None:
         self.root, self.case = root, root / "case"

@@ -14,7 +14,7 @@ TEXTS = [
 def build_model(
     tokenizer: Any, seed: int = 0, architecture: str = "qwen3", task: str = "CAUSAL_LM", **options: Any
 ) -> Any:
-    """A tiny model of an architecture, random weights large enough that outputs differ."""
+    """A tiny model of an architecture, with random weights large enough that outputs differ."""
     import transformers
 
     names = {

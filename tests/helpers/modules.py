@@ -41,7 +41,7 @@ def make(kind: str, base: Any, tokenizer: Any = None, **options: Any) -> Any:
 
 
 def data(kind: str, size: int = 12, batch: int = 4, **options: Any) -> Any:
-    """The data of a kind; for the policy, `batch` is the number of mini-batches that make the round up."""
+    """The data of a kind; for the policy, `batch` is the number of mini-batches per round."""
     if kind == "sft":
         return SFTDataModule(chats(size), chats(5), batch_size=batch, seed=1, **options)
     if kind == "preference":
@@ -64,7 +64,7 @@ Options = dict[str, Any]
 
 
 def policy_settings(name: str) -> Options:
-    """Arguments of PolicyRLModule, made anew: some of them keep state."""
+    """New arguments of PolicyRLModule, since some of them keep state."""
     adaptive = KLPenalty(0.3, "reward", target=0.01, horizon=8)
     found: dict[str, Options] = {
         "critic": {
@@ -101,7 +101,7 @@ def few_vowels(completions: list[str]) -> list[float]:
 
 
 def thirds(completions: list[str]) -> list[float]:
-    """Rewards that bfloat16 has no numbers for."""
+    """Rewards that bfloat16 cannot represent."""
     return [len(text) / 3 + 0.001 for text in completions]
 
 

@@ -1,4 +1,4 @@
-"""Values that do not fit, for every setting and flag: both are taken from the parsers themselves."""
+"""Unsuitable values for every setting and flag, both taken from the parsers themselves."""
 
 import argparse
 import math
@@ -37,7 +37,7 @@ VALUES: dict[str, Any] = {
 
 
 class _Parser(StageCLI):
-    """Makes the parser, and does no more."""
+    """Stops after the parser was made."""
 
     def parse_arguments(self, parser: Any, args: Any) -> None:
         self.fit = parser._subcommands_action._name_parser_map["fit"]
@@ -55,7 +55,7 @@ def stage_parser(kind: str) -> Any:
 
 
 def setting_keys(parser: Any, settings: dict[str, Any]) -> list[str]:
-    """Every key of `--print_config` where `settings` are given, those of classes within too."""
+    """Every key of `--print_config` with the given `settings`, including those of nested classes."""
     whole = parser.parse_object(deepcopy(settings)).as_dict()  # the parser changes what it is given
     for name in ("config", "print_config"):
         whole.pop(name, None)
@@ -73,7 +73,7 @@ def _keys(value: Any, at: str) -> Iterator[str]:
 
 
 def laid(settings: Any, path: list[str], value: Any) -> Any:
-    """A copy of the settings with one value in the place of what is there."""
+    """A copy of the settings with one value replaced."""
     if not path:
         return value
     if isinstance(settings, list):
@@ -90,7 +90,7 @@ class _Caught(Exception):
 
 
 def command_parser(*command: str) -> argparse.ArgumentParser:
-    """The parser of a command that is no stage."""
+    """The parser of a command that is not a stage."""
 
     def caught(parser: argparse.ArgumentParser, *_: Any, **__: Any) -> Any:
         raise _Caught(parser)
@@ -114,7 +114,7 @@ def command_parser(*command: str) -> argparse.ArgumentParser:
 
 
 def value_flags(parser: argparse.ArgumentParser) -> list[str]:
-    """The arguments of a command that take a value: flags by their first name, the others by their own."""
+    """The arguments of a command that take a value: flags by their first name, others by their own."""
     taking = [a for a in parser._actions if a.nargs != 0 and not isinstance(a, argparse._SubParsersAction)]
     return [action.option_strings[0] if action.option_strings else action.dest for action in taking]
 

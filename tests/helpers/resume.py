@@ -1,4 +1,4 @@
-"""Runs that are interrupted and resumed: their settings, their results, and where a signal falls."""
+"""Runs that are interrupted and resumed: their settings, their results, and where a signal hits."""
 
 import json
 import os
@@ -28,7 +28,7 @@ FILES = ("metrics.csv", "samples.jsonl", "warnings.jsonl")
 
 
 class Setting(NamedTuple):
-    """What is interrupted; a pipeline has the three modules, one after another."""
+    """A run to interrupt; a pipeline has the three modules, one after another."""
 
     kind: str
     devices: int = 1
@@ -41,12 +41,12 @@ class Setting(NamedTuple):
 
     @property
     def stages(self) -> list[str]:
-        """The modules that are trained, in order."""
+        """The trained modules, in order."""
         return list(MODULES) if self.kind == "pipeline" else [self.kind]
 
     @property
     def flag(self) -> str:
-        """The flag of the command for the folder of the results."""
+        """The command's flag for the folder of the results."""
         return "--root" if self.kind == "pipeline" else "--trainer.default_root_dir"
 
 
@@ -59,7 +59,7 @@ STEPS = {1: 20, 2: 10}
 def config(
     kind: str, base: str, folder: Path, devices: int = 1, length: str = "max_epochs", accumulate: int = 2
 ) -> list[str]:
-    """A command with all that a kill may fall into: micro-batches, validations within epochs, rounds, checkpoints."""
+    """A config with everything that a kill may hit: micro-batches, validations within epochs, rounds, checkpoints."""
     settings = stage_config(kind, base, folder)
     settings["data"]["validation"] = write_rows(folder / f"{kind}-held.jsonl", ROWS[kind](5))
     settings["data"]["train"] = write_rows(folder / f"{kind}-train.jsonl", ROWS[kind](14))
@@ -83,7 +83,7 @@ def config(
 
 
 def command_of(setting: Setting, base: str, folder: Path) -> list[str]:
-    """The command of a setting, but for its flag for the folder of the results."""
+    """The command of a setting, without its flag for the folder of the results."""
     if setting.kind != "pipeline":
         return config(setting.kind, base, folder, *setting[1:])
     files = {kind: config(kind, base, folder, *setting[1:])[3] for kind in MODULES}
@@ -97,7 +97,7 @@ def command_of(setting: Setting, base: str, folder: Path) -> list[str]:
 
 
 def result(folder: Path) -> dict[str, Any]:
-    """What must be equal, byte for byte."""
+    """The files that must be equal, byte for byte."""
     facts = json.loads((folder / "stage.json").read_text())
     files = {name: (folder / name).read_bytes() if (folder / name).exists() else None for name in FILES}
     return {"model": hash_folder(folder / "model"), "steps": facts["steps"], "metrics": facts["metrics"], **files}
@@ -134,7 +134,7 @@ def places(kind: str) -> dict[str, tuple[Any, str]]:
 def at(
     kind: str, place: str, number: int, after: bool, act: Callable[[], Any], rank: int | None = None
 ) -> Callable[[], None]:
-    """For `Run(before=…)`: `act` before or after the `number`th call of a place, in one rank if that is given."""
+    """For `Run(before=…)`: call `act` before or after the `number`th call of a place, in one rank if that is given."""
 
     def install() -> None:
         owner, name = places(kind)[place]
@@ -156,7 +156,7 @@ def at(
 
 
 def within(setting: Setting, installs: dict[str, Callable[[], None]]) -> Callable[[], None]:
-    """For `Run(before=…)`: install something in the process of a stage, by kind; a pipeline's are forked."""
+    """For `Run(before=…)`: install something in the process of a stage, by kind; those of a pipeline are forked."""
 
     def install() -> None:
         if sys.argv[1] in installs:
@@ -166,7 +166,7 @@ def within(setting: Setting, installs: dict[str, Callable[[], None]]) -> Callabl
 
 
 def counting(kind: str, folder: Path) -> Callable[[], None]:
-    """For `Run(before=…)`: writes how often each rank called each place, a file for each rank."""
+    """For `Run(before=…)`: write how often each rank called each place, one file per rank."""
 
     def install() -> None:
         calls: Counter[str] = Counter()
@@ -188,5 +188,5 @@ def counting(kind: str, folder: Path) -> Callable[[], None]:
 
 
 def killed() -> None:
-    """As by kill -9, with all processes of the run."""
+    """As with kill -9, together with all processes of the run."""
     os.killpg(0, signal.SIGKILL)

@@ -1,4 +1,4 @@
-"""Rows of every kind of data, and data modules that are set up."""
+"""Rows of every kind of data, and prepared data modules."""
 
 import json
 from pathlib import Path
@@ -6,7 +6,7 @@ from typing import Any
 
 
 def labeled(count: int) -> list[dict[str, Any]]:
-    """Responses with a label, unlike in length."""
+    """Labeled responses of different lengths."""
     return [
         {"prompt": f"Count {i}", "response": " ".join(WORDS[: 1 + (3 * i) % 7]), "label": int(i % 3 > 0)}
         for i in range(count)
@@ -14,7 +14,7 @@ def labeled(count: int) -> list[dict[str, Any]]:
 
 
 def rankings(count: int) -> list[dict[str, Any]]:
-    """Two to four answers to each prompt, with scores, two of them sometimes equal."""
+    """Two to four answers to each prompt, with scores, some of them equal."""
     return [
         {
             "prompt": f"Count {i}",
@@ -31,7 +31,7 @@ def ready(data: Any) -> Any:
 
 
 def write_rows(path: Path, rows: list[Any]) -> str:
-    """Rows as JSON lines."""
+    """Write rows as JSON lines."""
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return str(path)
 
@@ -40,7 +40,7 @@ WORDS = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine",
 
 
 def chats(count: int) -> list[dict[str, Any]]:
-    """Conversations of unlike length."""
+    """Conversations of different lengths."""
     rows = []
     for i in range(count):
         answer = " ".join(WORDS[: 1 + i % 7])
@@ -49,7 +49,7 @@ def chats(count: int) -> list[dict[str, Any]]:
 
 
 def pairs(count: int) -> list[dict[str, Any]]:
-    """Pairs whose chosen side is the longer count."""
+    """Pairs whose chosen side counts further."""
     return [
         {"prompt": f"Count {i}", "chosen": " ".join(WORDS[: 3 + i % 6]), "rejected": " ".join(WORDS[: 1 + i % 3])}
         for i in range(count)
@@ -57,5 +57,5 @@ def pairs(count: int) -> list[dict[str, Any]]:
 
 
 def prompts(count: int) -> list[dict[str, Any]]:
-    """Prompts with a further column."""
+    """Prompts with another column."""
     return [{"prompt": f"Count {i}", "wanted": i % 5} for i in range(count)]

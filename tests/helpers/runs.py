@@ -1,4 +1,4 @@
-"""Runs of the command in forked processes: `rlhf` as a user starts it, without the seconds that imports take.
+"""Runs commands in forked processes: `rlhf` as a user starts it, without the seconds that imports take.
 
 What only a process of its own can show (`python -m rlhf_lightning` starts, prints and ends) is in the tests that call
 `subprocess`.
@@ -27,7 +27,7 @@ STACKS = signal.SIGUSR2
 
 
 class Forked:
-    """A forked process: what is used of `subprocess.Popen`."""
+    """A forked process with the used part of the interface of `subprocess.Popen`."""
 
     def __init__(self, child: Callable[[], Any], output: Path | None = None, group: Callable[[], Any] = os.setsid):
         self.code: int | None = None
@@ -43,7 +43,7 @@ class Forked:
         return self._ended(os.WNOHANG)
 
     def send_signal(self, number: int) -> None:
-        """A signal to the process, if it has not ended."""
+        """Send a signal to the process, if it has not ended."""
         if self.poll() is None:
             os.kill(self.pid, number)
 
@@ -55,14 +55,14 @@ class Forked:
 
 
 class Run(Forked):
-    """A command under way in a process of its own, at the head of a group of its own."""
+    """A running command in its own process, at the head of its own process group."""
 
     def __init__(self, args: list[str], output: Path, before: Callable[[], Any] | None = None) -> None:
         super().__init__(lambda: _command(args, before), output)
         self.output = output
 
     def send(self, number: int) -> None:
-        """A signal to the process and what it started."""
+        """Send a signal to the process and its children."""
         try:
             os.killpg(self.pid, number)
         except ProcessLookupError:
@@ -153,7 +153,7 @@ def fork_stages(monkeypatch: pytest.MonkeyPatch, before: Callable[[], Any] | Non
 
 
 def members(session: int) -> list[tuple[int, int]]:
-    """The processes of a session that run, each with its process group: all that a `Run` has started."""
+    """The running processes of a session with their process groups: all that a `Run` has started."""
     found = []
     for path in Path("/proc").glob("[0-9]*/stat"):
         with suppress(OSError):  # it has ended meanwhile
@@ -166,7 +166,7 @@ def members(session: int) -> list[tuple[int, int]]:
 def complete(
     args: list[str], output: Path, code: int = 0, before: Callable[[], Any] | None = None, limit: float = 120
 ) -> str:
-    """Run a command to its end; what it wrote."""
+    """Run a command to its end; returns its output."""
     run = Run(args, output, before)
     found = run.wait(limit)
     assert found == code, run.text

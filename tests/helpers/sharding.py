@@ -1,4 +1,4 @@
-"""Training runs of one process or of several that hold parts of the weights."""
+"""Training runs in one process, or in several that hold shards of the weights."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -38,7 +38,7 @@ PLAIN: dict[str, tuple[str, Callable[[], dict[str, Any]]]] = {
 
 
 class Keep(Callback):
-    """All trained weights at the end, written by the first rank."""
+    """Writes all final trained weights, on the first rank."""
 
     def on_fit_end(self, run: Any, module: Any) -> None:
         state = {name: full_tensor(value.detach()) for name, value in module.state_dict().items()}

@@ -1,4 +1,4 @@
-"""Chat templates written for the tests, and what is trained under them."""
+"""Chat templates written for the tests, and the texts trained under them."""
 
 from typing import Any
 
@@ -25,7 +25,7 @@ TEMPLATES = {
 
 
 def trained(tokenizer: Any, row: Rendered) -> list[str]:
-    """The texts of the trained stretches of a row."""
+    """The texts of a row's trained stretches."""
     texts, run = [], []
     for token, flag in [*zip(row.ids, row.loss_mask, strict=True), (0, 0)]:
         if flag:

@@ -23,5 +23,5 @@ def trainer(root: Path, **options: Any) -> pl.Trainer:
 
 
 def sgd(rate: float) -> Any:
-    """Plain gradient descent: unlike Adam it does not hide a wrong loss scale."""
+    """Plain gradient descent, which unlike Adam does not hide a wrong scale of the loss."""
     return lambda parameters: torch.optim.SGD(parameters, lr=rate)

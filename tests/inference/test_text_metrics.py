@@ -1,4 +1,4 @@
-"""`rlhf evaluate` against references: perplexity, BLEU, ROUGE, and what it is given."""
+"""`rlhf evaluate` with references: perplexity, BLEU, ROUGE, and its input."""
 
 import json
 import math
@@ -84,7 +84,7 @@ def test_perplexity_of_several_references_is_over_their_tokens(base: str) -> Non
 def test_a_model_that_answers_with_the_reference(
     base: str, tmp_path: Path, tokenizer: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """References that are the policy's own greedy answers: all of it 1 for the policy, less for another model."""
+    """References are the policy's own greedy answers: all metrics are 1 for the policy, less for another model."""
     other = tmp_path / "other"
     build_model(tokenizer, seed=5).save_pretrained(other)
     tokenizer.save_pretrained(other)
@@ -157,7 +157,7 @@ def test_what_cannot_be_evaluated(
 def test_references_that_are_too_long_are_left_out(
     base: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """And what nobody called a reference is none: an empty answer, one that was not liked."""
+    """Also left out: empty answers, and answers that were not preferred."""
     rows = [{"prompt": "a", "completion": "word " * 300}, {"prompt": "b", "completion": "a b"}]
     both = figures(capsys, base, write_rows(tmp_path / "both.jsonl", rows))
     short = figures(capsys, base, write_rows(tmp_path / "short.jsonl", rows[1:]))

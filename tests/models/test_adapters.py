@@ -1,4 +1,4 @@
-"""Adapters of every kind, ours and others': stock peft is the oracle, and what is saved loads with equal logits."""
+"""Adapters of every kind, ours and others': stock peft is the oracle, and saved adapters load with equal logits."""
 
 import copy
 import json
@@ -54,7 +54,7 @@ SHARED = ("embedding", "head", "save_both", "save_embedding", "tokens", "tokens_
 
 
 def matrix(*fast: str) -> list[Any]:
-    """Every kind, tied and not; those that are not named run with the slow tests."""
+    """Every kind, tied and untied; those that are not named run with the slow tests."""
     cases = [(kind, tied) for kind in KINDS for tied in (True, False)]
     return [
         pytest.param(kind, tied, marks=[] if kind in fast and (tied or kind in SHARED) else [pytest.mark.slow])
@@ -72,7 +72,7 @@ def close(found: Any, wanted: torch.Tensor) -> None:
 
 
 def adapted(base: Any, kind: str, trained: bool = True) -> Any:
-    """peft's own adapter on a model, some steps away from its start."""
+    """peft's own adapter on a model, a few steps away from its start."""
     torch.manual_seed(0)
     model = get_peft_model(
         base, LoraConfig(**{"r": 4, "lora_alpha": 8, "target_modules": A, "task_type": "CAUSAL_LM", **KINDS[kind]})
@@ -102,7 +102,7 @@ def loaded(folder: Path) -> Any:
     ("kind", "tied"), matrix("plain", "embedding", "head", "save_both", "tokens", "dora", "pissa", "patterns", "bias")
 )
 def test_adapters_of_other_tools(kind: str, tied: bool, tokenizer: Any, tmp_path: Path) -> None:
-    """Unmerged, merged, merged below a new adapter, exported, and as an engine gets them: the logits of stock peft."""
+    """Unmerged, merged, merged below a new adapter, exported, and as sent to an engine: the logits of stock peft."""
     base = loaded(folder_of(tokenizer, tmp_path / "base", tie_word_embeddings=tied))
     plain = logits(base)
     model = adapted(base, kind)
@@ -136,7 +136,7 @@ RESIZED: dict[str, dict[str, Any]] = {
 
 
 def resized(tokenizer: Any, folder: Path) -> Any:
-    """A model in memory, whose two new rows are nowhere on disk; and the tokenizer that has them."""
+    """A model in memory with two new rows that are nowhere on disk, and the tokenizer that has them."""
     model = loaded(folder)
     tokenizer.add_tokens(["<unit>", "</unit>"])
     model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
@@ -148,7 +148,7 @@ def resized(tokenizer: Any, folder: Path) -> Any:
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("kind", RESIZED)
 def test_adapters_of_other_tools_on_a_resized_base(kind: str, tied: bool, tokenizer: Any, tmp_path: Path) -> None:
-    """Whose new rows are in the adapter's file, as peft saves them by itself; or nowhere, which is refused."""
+    """Its new rows are in the adapter's file, as peft saves them; or nowhere, which is refused."""
     base = resized(tokenizer, folder_of(tokenizer, tmp_path / "base", tie_word_embeddings=tied))
     rows = len(tokenizer)
     settings = {"r": 4, "lora_alpha": 8, "target_modules": A, "task_type": "CAUSAL_LM", **RESIZED[kind]}
@@ -201,7 +201,7 @@ CHANGES: dict[str, Callable[[Any, Any], None]] = {
 def test_an_object_that_is_in_no_folder_is_saved_with_its_adapter(
     change: str, tied: bool, tokenizer: Any, tmp_path: Path
 ) -> None:
-    """Resized, changed in memory, or without a name: the base lies beside the adapter, in ours and in stock peft."""
+    """Resized, changed in memory, or without a name: the base is saved beside the adapter, also for stock peft."""
     folder = folder_of(tokenizer, tmp_path / "base", tie_word_embeddings=tied)
     model = resized(tokenizer, folder) if change == "resized" else loaded(folder)
     CHANGES[change](model, tokenizer)
@@ -242,7 +242,7 @@ def test_an_object_as_its_folder_has_it_is_not_saved_again(tokenizer: Any, tmp_p
 def test_a_model_that_has_an_adapter_is_trained_and_saved_as_it_is(
     kind: str, tied: bool, tokenizer: Any, tmp_path: Path
 ) -> None:
-    """Any kind of peft's, given as an object: its reference stays, what is saved has the logits of training."""
+    """Any kind of peft's, passed as an object: its reference stays, and the saved folder has the logits of training."""
     folder = folder_of(tokenizer, tmp_path / "base", tie_word_embeddings=tied)
     start = adapted(loaded(folder), kind)
     before = logits(start)
@@ -287,7 +287,7 @@ def test_only_an_adapter_like_ours_is_continued(kind: str) -> None:
 
 
 def test_the_stops_of_training_lie_beside_an_adapter(tokenizer: Any, tmp_path: Path, caplog: Any) -> None:
-    """Stock peft takes the base's generation config, which may know fewer: it is said, and how to use ours."""
+    """Stock peft uses the base's generation config, which may have fewer; a log line says how to use ours."""
     from transformers import GenerationConfig
 
     folder = folder_of(tokenizer, tmp_path / "base")
@@ -346,7 +346,7 @@ def test_an_adapter_that_would_not_be_trained_is_refused(tokenizer: Any, tmp_pat
 
 
 def test_a_tokenizer_of_more_tokens_than_the_base_of_an_adapter(tokenizer: Any, tmp_path: Path) -> None:
-    """As other tools leave it where new tokens were added and no rows for them saved."""
+    """As other tools leave it if new tokens were added without saving their embeddings."""
     folder = folder_of(tokenizer, tmp_path / "base")
     larger = copy.deepcopy(tokenizer)
     larger.add_tokens(["<unit>"])
@@ -361,7 +361,7 @@ def test_a_tokenizer_of_more_tokens_than_the_base_of_an_adapter(tokenizer: Any, 
 
 
 def test_a_token_for_images_needs_no_row(tokenizer: Any) -> None:
-    """Gemma 3 1B: its tokenizer has <image_soft_token>, which the model does not embed, and no row of text has."""
+    """Gemma 3 1B: its tokenizer has <image_soft_token>, which has no embedding and occurs in no row of text."""
     model = build_model(tokenizer)
     tokenizer.add_special_tokens({"additional_special_tokens": ["<image_soft_token>"]})
     SFTModule(model, tokenizer=tokenizer).configure_model()

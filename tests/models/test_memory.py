@@ -1,4 +1,4 @@
-"""What training takes: offloading that changes no number, 4-bit bases, and an estimate compared with what is."""
+"""Memory of training: offloading without changed results, 4-bit bases, and the estimate against measurements."""
 
 import json
 import logging
@@ -211,7 +211,7 @@ def test_what_is_asked_of_bitsandbytes(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def wide(tokenizer: Any, tmp_path: Path) -> str:
-    """A model whose widths bitsandbytes can pack."""
+    """A model with widths that bitsandbytes can pack."""
     sizes = {"hidden_size": 128, "intermediate_size": 256, "head_dim": 32, "initializer_range": 0.05}
     build_model(tokenizer, **sizes).save_pretrained(tmp_path / "wide")
     tokenizer.save_pretrained(tmp_path / "wide")
@@ -221,7 +221,7 @@ def wide(tokenizer: Any, tmp_path: Path) -> str:
 @pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="needs bitsandbytes, which has kernels for a CPU as well")
 @pytest.mark.parametrize("kind", ["sft", "preference", "policy"])
 def test_4_bits_on_a_cpu(kind: str, wide: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The way of a QLoRA run, from start to export; only the refusal of CPUs is taken out."""
+    """A QLoRA run from start to export; only the refusal of CPUs is disabled."""
     asked = LoRA.quantization
 
     def anywhere(self: LoRA) -> dict[str, Any]:
@@ -302,7 +302,7 @@ def test_weights_gradients_and_optimizer_are_exact(
 
 
 def peak(step: Any) -> int:
-    """The most bytes that a call had allocated at once."""
+    """Largest number of bytes allocated at once during a call."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         step()
     events = sorted((e for e in recorded.profiler.kineto_results.events() if e.name() == "[memory]"), key=_start)

@@ -1,4 +1,4 @@
-"""The forward that computes only what is asked for, against the plain one: each row by itself, all of it."""
+"""The packed forward against the plain one, which computes each row alone and completely."""
 
 import logging
 import multiprocessing
@@ -32,7 +32,7 @@ def model_of(architecture: str, tokenizer: Any, **options: Any) -> Any:
 
 
 def rows_of(*trees: tuple[int, tuple[int, ...]], seed: int = 3) -> dict[str, torch.Tensor]:
-    """Rows by (prompt length, response lengths), mixed up; mask 1 on responses."""
+    """Shuffled rows by (prompt length, response lengths); mask 1 on responses."""
     generator = torch.Generator().manual_seed(seed)
 
     def draw(count: int) -> list[int]:
@@ -48,7 +48,7 @@ def rows_of(*trees: tuple[int, tuple[int, ...]], seed: int = 3) -> dict[str, tor
 
 
 def plain(model: Any, batch: dict[str, torch.Tensor], temperature: float = 1.0) -> torch.Tensor:
-    """Each row by itself, with the whole logits: slow and plain."""
+    """Each row alone, with all logits."""
     result = []
     for ids, loss_mask, length in zip(batch["input_ids"], batch["loss_mask"], batch["lengths"].tolist(), strict=True):
         logits = model(ids[None, :length]).logits[0, :-1].double() / temperature
@@ -109,7 +109,7 @@ def test_shared_rows_equal_plain_ones(
 
 @pytest.mark.parametrize("architecture", ["qwen3", "mistral", "gemma2"])
 def test_shared_rows_in_float32(architecture: str, device: torch.device, tokenizer: Any) -> None:
-    """By flex attention on CUDA, which has no float64, and no heads below 16."""
+    """With flex attention on CUDA, which has no float64 and no heads below 16."""
     model = model_of(architecture, tokenizer, hidden_size=64, head_dim=16).to(device)
     scorer = TokenLogprobs(model)
     batch = on(device, rows_of(*CASES["mixed"], *CASES["long prompts"]))
@@ -179,7 +179,7 @@ def test_an_attention_that_lies_is_found_out(tokenizer: Any, monkeypatch: pytest
 
 
 def test_neighbours_do_not_leak(tokenizer: Any) -> None:
-    """A row beside others whose values are extreme has, to the last bit, the numbers it has beside tame ones."""
+    """A row next to rows with extreme values has, to the last bit, the numbers that it has next to normal ones."""
     model = model_of("qwen3", tokenizer)
     scorer = TokenLogprobs(model)
     batch = rows_of((6, (4, 7)), (9, (3, 3)))
@@ -424,7 +424,7 @@ def test_a_row_of_one_token_has_nothing_to_score(tokenizer: Any) -> None:
 
 
 def test_weights_for_another_engine_are_the_merged_ones(tokenizer: Any) -> None:
-    """A tied head with an adapter of its own comes after the embeddings, with its update."""
+    """A tied head with its own adapter follows the embeddings, with its update."""
     from rlhf_lightning.models.loading import Start
     from rlhf_lightning.models.lora import named_weights
 
@@ -445,7 +445,7 @@ def test_weights_for_another_engine_are_the_merged_ones(tokenizer: Any) -> None:
 
 
 def _serve(connection: Any) -> None:
-    """An engine in another process: it knows the weights by what it was sent."""
+    """An engine in another process, which only knows the weights that were sent to it."""
     torch.set_num_threads(1)
     from transformers import AutoModelForCausalLM
 
@@ -462,7 +462,7 @@ def _serve(connection: Any) -> None:
 
 
 class Elsewhere:
-    """Asks an engine in another process."""
+    """Calls an engine in another process."""
 
     def __init__(self, folder: str) -> None:
         self.connection, there = multiprocessing.get_context("spawn").Pipe()

@@ -1,4 +1,4 @@
-"""Lower precision: what is rounded, and what never is."""
+"""Lower precision: what is rounded and what stays in float32."""
 
 import json
 from pathlib import Path
@@ -24,7 +24,7 @@ LOW = (torch.bfloat16, torch.float16)
 
 
 class Seen:
-    """The types of what goes into and comes out of a module's steps."""
+    """Dtypes of the inputs and outputs of a module's steps."""
 
     def __init__(self, module: Any) -> None:
         self.batches: list[Any] = []
@@ -102,7 +102,7 @@ def test_the_policy_starts_as_its_reference(
 
 
 def test_a_saved_model_computes_what_was_trained_at_any_position(base: str, tmp_path: Path) -> None:
-    """Rotary frequencies rounded to bfloat16 turn far positions by whole radians."""
+    """Rotary frequencies rounded to bfloat16 would rotate distant positions by whole radians."""
     module, data = module_and_data("sft", base)
     trainer(tmp_path, precision="bf16-true", callbacks=[ExportModel()]).fit(module, data)
     stock = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.bfloat16).eval()

@@ -1,4 +1,4 @@
-"""A model object whose embeddings were resized for added tokens, trained with LoRA: what is saved can be loaded."""
+"""A model object with embeddings resized for new tokens, trained with LoRA: the saved folder can be loaded."""
 
 from pathlib import Path
 from typing import Any

@@ -1,6 +1,6 @@
-"""A reward model's folder in stock transformers and peft, which know nothing of us: they give our score.
+"""A reward model's folder in stock transformers and peft, which do not know this package, gives the same score.
 
-They are fed what everybody feeds them: `apply_chat_template` of user and assistant as it is, padded on either side.
+Their input is that of every user: `apply_chat_template` of user and assistant, unchanged, padded on either side.
 """
 
 import re
@@ -40,7 +40,7 @@ ANSWERS = ["I am fine, thank you.", "three\n\nfour", "four five."]
 
 
 def tokenizer_for(tokenizer: Any, source: str) -> Any:
-    """A small tokenizer that knows the special tokens of a template."""
+    """A small tokenizer with the special tokens of a template."""
     tokenizer.chat_template = source
     names = set(re.findall(r"<[|｜][^<>\s{}'\"]+[|｜]>|<(?:start|end)_of_turn>", source)) | {"<|endoftext|>"}
     tokenizer.add_special_tokens({"additional_special_tokens": sorted(names), "bos_token": "<|endoftext|>"})
@@ -49,7 +49,7 @@ def tokenizer_for(tokenizer: Any, source: str) -> Any:
 
 
 def saved(tokenizer: Any, root: Path, lora: LoRA | None) -> PreferenceModule:
-    """A reward model of random weights, saved as a stage saves it."""
+    """A reward model with random weights, saved as a stage saves it."""
     base = root / "base"
     build_model(tokenizer, architecture="llama").save_pretrained(base)
     tokenizer.save_pretrained(base)
@@ -65,7 +65,7 @@ def saved(tokenizer: Any, root: Path, lora: LoRA | None) -> PreferenceModule:
 
 
 def stock_scores(folder: Path, lora: bool, side: str) -> torch.Tensor:
-    """What somebody who has never heard of us computes."""
+    """Scores as computed without this package."""
     from peft import AutoPeftModelForSequenceClassification
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
@@ -79,7 +79,7 @@ def stock_scores(folder: Path, lora: bool, side: str) -> torch.Tensor:
 
 
 def cases() -> list[Any]:
-    """Every template, whole and with LoRA; of these some run with the fast tests."""
+    """Every template, with all weights and with LoRA; some of them run with the fast tests."""
     names = [*TEMPLATES, "chatml", "endless"]
     fast = ("chatml", "llama3_2", "phi3")
     return [pytest.param(name, None) for name in names] + [
@@ -123,7 +123,7 @@ def test_exported_and_saved_again_it_ends_there_too(tokenizer: Any, tmp_path: Pa
 
 
 def test_settings_of_the_template_are_those_of_training(tokenizer: Any, tmp_path: Path) -> None:
-    """Stock libraries do not know `template_kwargs`: they are in the template that is saved."""
+    """Stock libraries do not know `template_kwargs`, so the saved template contains them."""
     source = "{% if mood is defined %}{{ mood.name ~ (mood.calm | string) }}{% endif %}" + CHATML
     tokenizer = tokenizer_for(tokenizer, source)
     options = {"mood": {"name": 'so "so"', "calm": True, "more": [1, None, 0.5]}}
@@ -138,7 +138,7 @@ def test_settings_of_the_template_are_those_of_training(tokenizer: Any, tmp_path
 @pytest.mark.parametrize("end", ["", "\n", "\n\n", "  ", "\n  ", "{% if true %}\n{% endif %}\n"])
 @pytest.mark.parametrize("start", ["", "\n", "  ", "\n\n  {% if true %}\n {% endif %}"])
 def test_a_wrapped_template_renders_as_before(start: str, end: str, tokenizer: Any) -> None:
-    """White space at its edges included; and what was wrapped is found again as it was."""
+    """Including white space at its edges; and unwrapping restores the original."""
     source = start + CHATML.removesuffix("\n") + end
     tokenizer = tokenizer_for(tokenizer, source)
     template = ChatTemplate(tokenizer)
@@ -170,7 +170,7 @@ def test_a_template_that_cannot_be_wrapped_is_kept(tokenizer: Any, caplog: Any) 
 def test_a_reward_model_of_another_tool_is_read_where_its_template_ends(
     name: str, tokenizer: Any, tmp_path: Path
 ) -> None:
-    """Trained with stock pooling on whole texts, ChatML's line break included: ours gives the score of its authors."""
+    """Trained with stock pooling on whole texts, including ChatML's line break; we give the same score."""
     endless = "{% for m in messages %}{{ '[' + m.role + ']' + m.content + '\n' }}{% endfor %}"
     endless += "{% if add_generation_prompt %}[assistant]{% endif %}"
     own = {"chatml": CHATML, "endless": endless}

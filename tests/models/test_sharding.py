@@ -1,4 +1,4 @@
-"""Weights split over ranks (FSDP2): trained, resumed and saved as by one process."""
+"""Weights sharded over ranks (FSDP2): trained, resumed and saved as with one process."""
 
 import json
 import os
@@ -49,7 +49,7 @@ def test_split_weights_train_as_one_process(name: str, base: str, tmp_path: Path
 
 
 class Questions:
-    """As many turns as the row says, so that ranks draw unequally often."""
+    """An environment with as many turns as the row says, so that ranks sample unequally often."""
 
     def __init__(self, row: dict[str, Any]) -> None:
         self.row, self.turns = row, 0
@@ -172,7 +172,7 @@ def test_a_killed_run_ends_as_a_whole_one(
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
 def test_two_nodes_of_torchrun(strategy: str, base: str, tmp_path: Path) -> None:
-    """As docs/many-gpus.md has it: the same command on each node, which here are two process groups of one machine."""
+    """As in docs/many-gpus.md: the same command on each node; here, two process groups on one machine."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]

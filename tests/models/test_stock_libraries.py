@@ -29,7 +29,7 @@ def random_rows(tokenizer: Any, lengths: list[int]) -> dict[str, torch.Tensor]:
 
 
 def plain_logprobs(model: Any, batch: dict[str, torch.Tensor], temperature: float = 1.0) -> torch.Tensor:
-    """Each row by itself, with the whole logits: slow and plain."""
+    """Each row alone, with all logits."""
     result = torch.zeros(batch["loss_mask"].shape, dtype=torch.float64)
     for i, length in enumerate(batch["lengths"].tolist()):
         ids = batch["input_ids"][i : i + 1, :length]
@@ -99,7 +99,7 @@ def test_lora_targets_are_found_by_structure(tokenizer: Any, architecture: str) 
 
 
 def perturb(model: Any, scale: float = 0.3) -> None:
-    """Give trainable weights values, so that an adapter is not the identity."""
+    """Change trainable weights, so that an adapter is not the identity."""
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
         for parameter in model.parameters():

@@ -1,4 +1,4 @@
-"""Layers computed by several ranks together (tensor parallel): trained, resumed and saved as by one process."""
+"""Layers computed by several ranks together (tensor parallel): trained, resumed and saved as with one process."""
 
 import json
 import os
@@ -55,7 +55,7 @@ def test_four_ranks_in_two_groups_train_as_one_process(name: str, base: str, tmp
 @pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", ["sft", *(pytest.param(n, marks=pytest.mark.slow) for n in ("preference", "policy"))])
 def test_gradients_are_not_scaled(name: str, world: int, base: str, tmp_path: Path) -> None:
-    """Clipping hides a factor that all gradients have."""
+    """Clipping would hide a common factor of all gradients."""
     train(name, base, tmp_path / "one", clip=0)
     in_ranks(world, lambda: train(name, base, tmp_path / "two", world, 2, 2, clip=0), tmp_path / "two", limit=200)
     assert_same_runs(tmp_path)
@@ -134,7 +134,7 @@ def test_groups_that_do_not_fill_the_devices_are_refused(size: int, base: str, t
 
 
 class Moody:
-    """An environment that no two processes agree with: what it says, how long it goes on, and when it fails."""
+    """An environment that answers, ends and fails differently in every process."""
 
     def __init__(self, row: dict[str, Any]) -> None:
         self.row = row
@@ -157,7 +157,7 @@ def noise(completions: list[str]) -> list[float]:
 @pytest.mark.slow
 @pytest.mark.parametrize("world", [2, 4])
 def test_outside_answers_are_those_of_one_rank(world: int, base: str, tmp_path: Path) -> None:
-    """Ranks of a group hold the same whole weights at the end, though rewards and environments differ."""
+    """Ranks of a group have the same weights at the end, although rewards and environments differ."""
 
     def run() -> None:
         random.seed(os.getpid())
@@ -184,7 +184,7 @@ def test_outside_answers_are_those_of_one_rank(world: int, base: str, tmp_path: 
 
 
 class Recorded:
-    """An engine that runs elsewhere: keeps the weights it is given, and answers as no other process does."""
+    """An external engine that keeps the weights it receives and answers differently in every process."""
 
     def __init__(self) -> None:
         self.weights: dict[str, torch.Tensor] = {}
@@ -226,7 +226,7 @@ def test_engine_elsewhere_gets_whole_weights(base: str, tmp_path: Path) -> None:
     "kind", ["sft", pytest.param("preference", marks=pytest.mark.slow), pytest.param("policy", marks=pytest.mark.slow)]
 )
 def test_rows_are_counted_once(kind: str, base: str, tmp_path: Path) -> None:
-    """Metrics of an evaluation, and the rows of `predict`, are those of one process."""
+    """Metrics of an evaluation, and the rows of `predict`, equal those of one process."""
     rows = {"sft": chats, "preference": pairs, "policy": prompts}[kind](7)
 
     def run(world: int, folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""A step in which no token is trained moves no weight and nothing of the optimizer, counts, and is said."""
+"""A step without a trained token changes neither weights nor optimizer state, is counted, and is logged."""
 
 import json
 from collections.abc import Callable
@@ -32,7 +32,7 @@ OPTIMIZERS: dict[str, Callable[[Any], Any]] = {
 
 
 class State(Callback):
-    """Weights, state of the optimizer and rate after each optimizer step, and whether it moved them, in a file."""
+    """Writes weights, optimizer state and learning rate after each optimizer step to a file, with whether they changed."""
 
     def __init__(self) -> None:
         self.moved: list[bool] = []
@@ -65,7 +65,7 @@ class State(Callback):
 
 
 class Batches:
-    """Micro-batches of one's own; on each rank `empty` says of which no token is trained."""
+    """Micro-batches of a user's loader; `empty` says on each rank which of them have no trained token."""
 
     def __init__(self, kind: str, empty: Callable[[int, int], bool], count: int = 4) -> None:
         self.kind, self.empty, self.count = kind, empty, count
@@ -93,7 +93,7 @@ def run_of(root: Path, devices: int, accumulate: int = 1, **options: Any) -> Any
 
 
 def states(root: Path, devices: int) -> dict[str, Any]:
-    """What was found, on all ranks alike."""
+    """The recorded states, which are the same on all ranks."""
     found = [json.loads((root / f"state{rank}.json").read_text()) for rank in range(devices)]
     assert all(one == found[0] for one in found)
     return found[0]
@@ -107,7 +107,7 @@ def schedule(optimizer: Any) -> Any:
 @pytest.mark.parametrize("devices", [1, 2])
 @pytest.mark.parametrize("kind", ["sft", "preference"])
 def test_nothing_moves_in_an_empty_step(kind: str, devices: int, optimizer: str, base: str, tmp_path: Path) -> None:
-    """Steps of two micro-batches. The second step is empty; of the third a rank or a micro-batch alone is."""
+    """Steps of two micro-batches. The second step is empty; in the third, only one rank or micro-batch is."""
 
     def empty(rank: int, k: int) -> bool:
         return k in (2, 3) or (k in (4, 5) if rank else k == 4)
@@ -124,7 +124,7 @@ def test_nothing_moves_in_an_empty_step(kind: str, devices: int, optimizer: str,
 
 
 class Rounds:
-    """A reward that tells answers apart in all rounds but the second."""
+    """A reward that distinguishes answers in all rounds but the second."""
 
     __name__ = "rounds"
 
@@ -171,7 +171,7 @@ def test_a_round_of_which_every_response_is_masked(base: str, tmp_path: Path) ->
 
 
 def test_weights_that_drop_every_token(base: str, tmp_path: Path) -> None:
-    """Episodes whose every token another policy found far likelier or less likely."""
+    """Episodes whose tokens another policy found far more or far less likely."""
     rows = [
         {"prompt_tokens": [5, 6], "response_tokens": [7, 8, 9], "logprobs": [-90.0] * 3, "advantage": float(k)}
         for k in (1, -1)
@@ -226,7 +226,7 @@ def test_no_optimizer_of_torch_moves_without_gradients(name: str) -> None:
 
 
 def test_equal_rewards_have_no_advantage_at_all() -> None:
-    """Not even the rounding of their mean, which Adam would scale up."""
+    """Not even the rounding error of their mean, which Adam would scale up."""
     rewards, groups = (
         torch.tensor([0.1, 0.1, 0.1, 0.7, 0.1, 0.4], dtype=torch.float64),
         torch.tensor([3, 3, 3, 1, 1, 1]),

@@ -1,4 +1,4 @@
-"""Batches of another loader against a plain transformers forward with attention_mask and cross entropy."""
+"""Batches of other loaders against a plain transformers forward with attention_mask and cross entropy."""
 
 from typing import Any
 
@@ -27,7 +27,7 @@ def padded(rows: list[list[int]], value: int, side: str) -> Tensor:
 
 
 def batch_of(side: str, form: str, dtype: torch.dtype) -> dict[str, Any]:
-    """One batch, as different people write it."""
+    """One batch in different common forms."""
     ids, loss_mask = padded(ROWS, PAD, side), padded(TRAINED, 0, side)
     there = padded([[1] * len(row) for row in ROWS], 0, side)
     batch: dict[str, Any] = {"input_ids": ids.to(torch.int32), "attention_mask": there.to(dtype)}
@@ -47,7 +47,7 @@ FORMS = [
 
 
 def oracle(model: Any) -> Tensor:
-    """The loss of each trained token, in the order of the rows, by transformers alone."""
+    """The loss of each trained token, in the order of the rows, computed by transformers alone."""
     ids, there = padded(ROWS, PAD, "right"), padded([[1] * len(row) for row in ROWS], 0, "right")
     labels = torch.where(padded(TRAINED, 0, "right") == 1, ids, -100)[:, 1:]
     logits = model(input_ids=ids, attention_mask=there).logits[:, :-1]

@@ -1,4 +1,4 @@
-"""The three modules by themselves and under the Trainer: invariances, resume, hand-over."""
+"""The three modules alone and with the Trainer: invariances, resume, passing on of models."""
 
 import json
 from contextlib import nullcontext
@@ -88,7 +88,7 @@ def test_accumulated_mini_batches_are_one_large_batch_in_policy_rl(base: str, tm
 
 
 class Losses(Callback):
-    """The loss of each optimizer step on this rank, in a file of its own: a forked run leaves nothing in memory."""
+    """Writes the loss of each optimizer step on this rank to a file, since the memory of a forked run is lost."""
 
     def __init__(self) -> None:
         self.curve: dict[int, float] = {}
@@ -105,7 +105,7 @@ class Losses(Callback):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_ranks_and_micro_batches_are_one_large_batch(kind: str, base: str, tmp_path: Path) -> None:
-    """1 rank × 8, 2 × 4, 2 × 2 × 2 micro-batches: equal losses and weights, with rows of unlike length."""
+    """1 rank × 8, 2 × 4, 2 × 2 × 2 micro-batches: equal losses and weights, with rows of different lengths."""
     from safetensors.torch import load_file
 
     models, curves = [], []
@@ -296,7 +296,7 @@ def test_preference_learns(scorer: Any, base: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("scorer", [RewardHead(), SequenceLogprob(), SequenceLogprob(length_normalized=True, beta=2.0)])
 @pytest.mark.parametrize("lora", [None, LoRA(rank=2, target=["all"])])
 def test_scores_are_the_same_everywhere(scorer: Any, lora: Any, base: str, tmp_path: Path) -> None:
-    """In training's batch, alone, through `score`, after saving, and as the reward of RL."""
+    """In a training batch, alone, through `score`, after saving, and as the reward of RL."""
     torch.manual_seed(0)
     module = make("preference", base, scorer=type(scorer)(**scorer.arguments()), lora=lora, optimizer=sgd(0.5))
     source = data("preference", 6)
@@ -427,7 +427,7 @@ def test_rewards_are_weighted_and_kept_apart(base: str, tmp_path: Path) -> None:
 
 
 class Guess:
-    """Counts to three turns; async steps, a reward on the way."""
+    """An environment of three turns, with async steps and an intermediate reward."""
 
     def __init__(self, row: dict[str, Any]) -> None:
         self.row, self.turn = row, 0
@@ -473,7 +473,7 @@ def test_a_turn_goes_on_from_the_very_tokens_that_were_drawn(base: str, tokenize
     renderer = Renderer(tokenizer)
 
     class Scripted:
-        """Says the same thing, in tokens that its text would not be cut into."""
+        """Samples a fixed text, in tokens that the tokenizer would not produce from it."""
 
         context, max_tokens, session = None, 8, staticmethod(nullcontext)
 

@@ -1,4 +1,4 @@
-"""The modules as a Lightning user expects them: LightningCLI, hyperparameters, `load_from_checkpoint`, `forward`."""
+"""The modules as Lightning users expect them: LightningCLI, hyperparameters, `load_from_checkpoint`, `forward`."""
 
 import sys
 from pathlib import Path
@@ -47,7 +47,7 @@ CLASSES: dict[str, type] = {"sft": SFTModule, "preference": PreferenceModule, "p
 
 
 def fitted(kind: str, base: str, folder: Path, **settings: Any) -> tuple[Any, Path]:
-    """A module after a step, and its checkpoint."""
+    """A module after one step, and its checkpoint."""
     module = CLASSES[kind](base, **{**MODULES[kind], **settings})
     run = trainer(folder, max_steps=1)
     run.fit(module, data(kind))
@@ -80,7 +80,7 @@ def test_a_checkpoint_loads_with_nothing_beside_its_path(kind: str, base: str, t
 
 def test_what_is_no_plain_value_is_asked_for_where_it_matters(base: str, tmp_path: Path, caplog: Any) -> None:
     class Mine:
-        """No settings of ours."""
+        """A class that is not one of our settings."""
 
     _, path = fitted("sft", base, tmp_path, optimizer=lambda p: torch.optim.SGD(p, lr=0.1))
     SFTModule.load_from_checkpoint(path)
@@ -94,7 +94,7 @@ def test_what_is_no_plain_value_is_asked_for_where_it_matters(base: str, tmp_pat
 
 
 class Doubled(ImplicitReward):
-    """A scorer of a user's."""
+    """A user's scorer."""
 
     def __init__(self, factor: float = 2.0) -> None:
         super().__init__(beta=0.1)
@@ -145,7 +145,7 @@ def test_forward_gives_logits_and_scores(base: str) -> None:
 
 
 class Slow(SFTModule):
-    """A subclass that overrides hooks of Lightning."""
+    """A subclass that overrides Lightning's hooks."""
 
     def configure_optimizers(self) -> Any:
         return torch.optim.SGD(self.parameter_groups(), lr=0.5)

@@ -1,4 +1,4 @@
-"""The same run on one rank and on two logs the same numbers of training."""
+"""The same run on one rank and on two logs the same training metrics."""
 
 import csv
 import json

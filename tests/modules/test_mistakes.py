@@ -1,4 +1,4 @@
-"""Mistakes in a script of one's own, with the three modules and a plain Trainer: told before anything is trained."""
+"""Mistakes in a user's script with the three modules and a plain Trainer: reported before anything is trained."""
 
 import logging
 from collections.abc import Callable
@@ -129,7 +129,7 @@ def test_data_of_another_stage(base: str, tmp_path: Path) -> None:
 
 
 def test_a_checkpoint_without_settings_does_not_say_what_it_is_of(base: str, tmp_path: Path) -> None:
-    """`load_from_checkpoint(path)`: told what to pass; with that the weights are those that were saved."""
+    """`load_from_checkpoint(path)` says what to pass; with that, the weights are the saved ones."""
     module = sft(base, optimizer=sgd(0.1))
     run = trainer(tmp_path, max_steps=1)
     run.fit(module, SFTDataModule(chats(4), show_example=False))
@@ -224,7 +224,7 @@ def test_a_warm_up_longer_than_the_run_is_told(caplog: pytest.LogCaptureFixture)
 
 
 def test_models_that_do_not_write(tokenizer: Any, tmp_path: Path) -> None:
-    """An encoder, whose tokens see those after them; a model of another kind; a classifier in hand."""
+    """An encoder, whose tokens attend to later ones; a model of another kind; a classifier object."""
     import transformers
 
     sizes = {"vocab_size": len(tokenizer), "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -246,7 +246,7 @@ def test_models_that_do_not_write(tokenizer: Any, tmp_path: Path) -> None:
 
 
 def test_a_metric_that_is_kept_by_a_callback_of_the_users(base: str, tmp_path: Path) -> None:
-    """What Lightning says itself is left as it is: a ModelCheckpoint of a metric that is not logged."""
+    """Lightning's own message is unchanged: a ModelCheckpoint with a metric that is not logged."""
     keep = ModelCheckpoint(tmp_path / "best", monitor="val/los")
     run = trainer(tmp_path, callbacks=[keep], enable_checkpointing=True)
     with pytest.raises(Exception, match=r"could not find the monitored key"):

@@ -1,4 +1,4 @@
-"""A task whose best policy is known: one token is sampled and rewarded, and the distance from the start is paid for.
+"""A task with a known best policy: one token is sampled and rewarded, with a penalty on the KL from the start.
 
 Under reward - beta·KL(policy ‖ start) it is start·exp(reward / beta), normalized; under plain k3 in the loss, whose
 gradient is that of KL(start ‖ policy), it is beta·start / (λ - reward), with the λ that normalizes it.
@@ -66,7 +66,7 @@ def distribution(model: Any) -> torch.Tensor:
 
 
 def best(start: torch.Tensor, forward: bool) -> torch.Tensor:
-    """The optimum; `forward` for the penalty KL(start ‖ policy)."""
+    """The optimum; with `forward`, for the penalty KL(start ‖ policy)."""
     if not forward:
         return (start.log() + REWARDS / BETA).softmax(-1)
     low, high = float(REWARDS.max()), float(REWARDS.max()) + 10 * BETA
@@ -81,7 +81,7 @@ def variation(a: torch.Tensor, b: torch.Tensor) -> float:
 
 
 def learned(root: Path, updates: int = 4, **options: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """What the policy was, and what it has become."""
+    """The policy before and after training."""
     model = bandit_model()
     start = distribution(model)
     options.setdefault("kl", KLPenalty(BETA))

@@ -1,4 +1,4 @@
-"""PolicyRLModule with a critic, KL control, stale and resampled rollouts: invariances, resume, what is refused."""
+"""PolicyRLModule with a critic, KL control, stale and resampled rollouts: invariances, resume, refusals."""
 
 from pathlib import Path
 from typing import Any
@@ -70,7 +70,7 @@ def test_accumulated_mini_batches_are_one_large_batch(name: str, base: str, tmp_
 
 
 class Keep(Callback):
-    """The trained weights at the end, written by the first rank: a forked run leaves nothing in memory."""
+    """Writes the final trained weights on the first rank, since the memory of a forked run is lost."""
 
     def on_fit_end(self, run: Any, module: Any) -> None:
         if run.is_global_zero:
@@ -94,7 +94,7 @@ def test_two_ranks_are_one(name: str, base: str, tmp_path: Path) -> None:
 
 
 class Watch(Callback):
-    """What was logged, and the weights, after each training batch."""
+    """Records the logged metrics and the weights after each training batch."""
 
     def __init__(self) -> None:
         self.logged: list[dict[str, float]] = []
@@ -132,7 +132,7 @@ def test_first_step_invariants(name: str, base: str, tmp_path: Path) -> None:
 
 
 def test_a_critic_learns_what_is_earned(base: str, tmp_path: Path) -> None:
-    """A reward that the prompt alone decides: the critic comes to explain it, and warm-up leaves the policy alone."""
+    """The prompt alone decides the reward: the critic learns to explain it, and warm-up does not change the policy."""
     rewards = [FunctionReward(lambda completions, wanted: [2.0 * (value % 2) - 0.5 for value in wanted], name="parity")]
     critic = Critic(learning_rate=1e-2, warmup_rounds=16, clip=None, coefficient=1.0)
     module = make(
@@ -186,7 +186,7 @@ def test_a_critic_starts_from_the_reward_model(lora: LoRA | None, base: str, tmp
 
 
 def test_values_are_those_of_the_state_before_a_token(base: str) -> None:
-    """Equal to a plain forward, alone, in a batch and with a shared prompt; separate and shared backbone alike."""
+    """Equal to a plain forward, alone, in a batch and with a shared prompt; for separate and shared backbones."""
     for critic in (Critic(), Critic(shared=True)):
         module = make("policy", base, critic=critic, advantage=GAE())
         module.configure_model()
@@ -218,7 +218,7 @@ def test_a_critic_with_another_vocabulary_is_refused(base: str, tokenizer: Any, 
 
 
 def test_a_stale_round_is_drawn_with_the_weights_of_the_round_before(base: str, tmp_path: Path) -> None:
-    """Rounds 0 and 1 by the start, round 2 by what round 0 made of it; the trained weights are never disturbed."""
+    """Rounds 0 and 1 use the start, round 2 the result of round 0; the trained weights are never disturbed."""
 
     def fit(folder: str, **options: Any) -> tuple[Any, Watch]:
         module = make("policy", base, optimizer=sgd(2.0), **options)
@@ -247,7 +247,7 @@ def _prompt(module: Any, episode: Any) -> Any:
 
 
 class Toss:
-    """Rewards that are equal in a group until its `good`-th draw."""
+    """Rewards that are equal in a group until it was sampled `good` times."""
 
     def __init__(self, good: int) -> None:
         self.good, self.calls, self.seen = good, {}, []
@@ -279,7 +279,7 @@ def test_groups_without_signal_are_drawn_again(
 
 
 def test_the_reference_moves(base: str, tmp_path: Path) -> None:
-    """After a refresh the policy's own weights are the reference, and the distance begins at 0 again."""
+    """After a refresh the policy's own weights are the reference, and the KL starts at 0 again."""
     for lora in (None, LoRA(rank=2)):
         module = make("policy", base, kl=KLPenalty(0.01, refresh_every=2), optimizer=sgd(3.0), lora=lora)
         watch = watched(module, data("policy", 24), tmp_path)
@@ -400,7 +400,7 @@ def test_recorded_rows_without_a_group_to_compare_with(base: str, tmp_path: Path
 
 @pytest.mark.parametrize("refresh", [None, 1])
 def test_a_reference_has_no_dropout(refresh: int | None, base: str, tmp_path: Path) -> None:
-    """A second adapter comes with the dropout of its config: KL would be measured against noise."""
+    """peft creates a second adapter with its config's dropout, which would add noise to the KL."""
     kl = KLPenalty(0.1, refresh_every=refresh)
     module = make("policy", base, kl=kl, lora=LoRA(rank=2, dropout=0.5), optimizer=sgd(0.0))
     watch = watched(module, data("policy", 12), tmp_path)
@@ -421,7 +421,7 @@ def test_held_out_answers_are_those_of_the_newest_weights(base: str, tmp_path: P
 
 
 def test_rounds_are_counted_where_epochs_are_cut_short(base: str, tmp_path: Path) -> None:
-    """Their numbers, which seeds are made of, leave rounds out; a reference still moves every second round."""
+    """Round numbers, which seeds depend on, may have gaps; a reference still moves every second round."""
     module = make("policy", base, kl=KLPenalty(0.01, refresh_every=2), optimizer=sgd(3.0))
     watch = watched(module, data("policy", 40), tmp_path, limit_train_batches=2, max_epochs=3)
     distance = [abs(numbers["train/kl"]) for numbers in watch.logged]
@@ -429,7 +429,7 @@ def test_rounds_are_counted_where_epochs_are_cut_short(base: str, tmp_path: Path
 
 
 def test_a_batch_of_the_users_own(base: str, tmp_path: Path) -> None:
-    """The keys that the objective needs are enough: no loader of ours, no rounds."""
+    """The keys that the objective needs are enough, without our loader or rounds."""
     batch = {
         "input_ids": torch.tensor([[5, 6, 7, 8]]),
         "loss_mask": torch.tensor([[0.0, 0.0, 1.0, 1.0]]),

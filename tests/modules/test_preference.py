@@ -72,7 +72,7 @@ SAMPLE = COUPLED | {"bradley_terry", "dpo", "davidson", "sum_with_sft", "placket
 
 
 def sampled(names: Collection[str], slow: Collection[str] = ()) -> list[Any]:
-    """The names, those outside the sample or in `slow` marked slow."""
+    """The names; those outside the sample or in `slow` are marked slow."""
     quick = SAMPLE.difference(slow)
     return [name if name in quick else pytest.param(name, marks=pytest.mark.slow) for name in sorted(names)]
 
@@ -87,7 +87,7 @@ def rows_of(loss: PreferenceLoss, count: int) -> list[dict[str, Any]]:
 
 
 def fit(name: str, base: str, root: Path, batch: int, size: int = 13, **options: Any) -> tuple[Any, Any]:
-    """Two epochs in float64; the module and its trainer."""
+    """Train two epochs in float64; returns the module and its trainer."""
     scorer, loss = (make() for make in EVERY_LOSS[name])
     torch.manual_seed(0)  # the reward head's first weights
     rate = 1e-3 if name in ("ipo", "sppo") else 0.05  # squares of scores over beta: steep
@@ -110,7 +110,7 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
 
 @pytest.mark.parametrize("name", sampled(EVERY_LOSS.keys() - COUPLED))
 def test_accumulated_small_batches_are_one_large_batch(name: str, base: str, tmp_path: Path) -> None:
-    """Past the first step, and with a last step of fewer rows."""
+    """Over several steps, the last one with fewer rows."""
     results = []
     for batch, accumulate in ((8, 1), (1, 8), (4, 2)):
         module, run = fit(name, base, tmp_path, batch, accumulate_grad_batches=accumulate)
@@ -123,7 +123,7 @@ def test_accumulated_small_batches_are_one_large_batch(name: str, base: str, tmp
 
 @pytest.mark.parametrize("name", sampled(EVERY_LOSS.keys()))
 def test_two_ranks_are_one(name: str, base: str, tmp_path: Path) -> None:
-    """A last step of one row leaves a rank without any."""
+    """In the last step, with one row, a rank has none."""
     results = []
     for devices in (1, 2):
         root = tmp_path / str(devices)
@@ -269,7 +269,7 @@ def answer(text: str) -> list[dict[str, str]]:
     ],
 )
 def test_rows_that_do_not_fit(kind: str, row: dict[str, Any], message: str, tokenizer: Any, tmp_path: Path) -> None:
-    """An error with file and line, or counted skips, by choice."""
+    """An error with file and line, or counted skips, depending on the setting."""
     good = {"pairs": pairs, "labels": labeled, "rankings": rankings}[kind](2)
     file = write_rows(tmp_path / "rows.jsonl", [*good, row])
     options: dict[str, Any] = {"kind": kind, "tokenizer": tokenizer, "max_length": 128, "show_example": False}
@@ -399,7 +399,7 @@ def test_stored_references_are_the_references(lora: LoRA | None, base: str, tmp_
     file = write_rows(tmp_path / "pairs.jsonl", pairs(9))
 
     def once(root: str, store: bool, epochs: int = 2, file: str = file, model: str = base) -> Any:
-        """At a rate at which a last bit stays one: at 0.1 the adapter diverges, and makes 1e-2 of it."""
+        """Train at a rate at which a difference in the last bit stays small; at 0.1 the adapter diverges."""
         torch.manual_seed(0)
         scorer = ImplicitReward(BETA, store=store)
         module = PreferenceModule(model, scorer, lora=lora, optimizer=sgd(0.01), dtype="float64")
@@ -524,7 +524,7 @@ def test_dpo_starts_at_log_two_and_logs_what_it_is_made_of(base: str, tmp_path: 
 
 
 def test_a_loss_of_the_users_own_is_handed_what_it_names(base: str, tmp_path: Path) -> None:
-    """From the batches of any loader: a column of its own, and what the scorer knows."""
+    """From the batches of any loader: its own column, and what the scorer provides."""
 
     class Weighted(preference.PairLoss):
         def __call__(self, chosen: Any, rejected: Any, *, trust: Any, chosen_lengths: Any, **_: Any) -> Any:
@@ -542,7 +542,7 @@ def test_a_loss_of_the_users_own_is_handed_what_it_names(base: str, tmp_path: Pa
 
 @pytest.mark.parametrize("name", ["kto", "plackett_luce_implicit"])
 def test_stored_references_of_other_kinds(name: str, base: str, tmp_path: Path) -> None:
-    """Mismatched responses and all answers of a ranking have theirs as well."""
+    """Mismatched responses and all answers of a ranking have stored log-probabilities too."""
     results = []
     for store in (False, True):
         loss = preference.KTO() if name == "kto" else preference.PlackettLuce()

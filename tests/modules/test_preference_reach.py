@@ -1,4 +1,4 @@
-"""What preference learning is to reach: over-fitting real pairs, the simpler MinT recipe, RL driven by every scorer."""
+"""Targets of preference learning: overfitting real pairs, the simpler MinT recipe, RL with every scorer."""
 
 import csv
 import json
@@ -25,7 +25,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.mark.slow
 def test_real_pairs_are_over_fitted_and_scored_alike(shared: Path, tmp_path: Path) -> None:
-    """64 pairs to accuracy 1.0 in under 2 minutes; every way to score a text agrees."""
+    """64 pairs to accuracy 1.0 in under 2 minutes; all ways of scoring a text agree."""
     from peft import AutoPeftModelForSequenceClassification
     from transformers import AutoTokenizer
 
@@ -76,7 +76,7 @@ HANDFUL = [
 
 @pytest.mark.usefixtures("forked_stages")
 def test_the_simpler_mint_recipe(base: str, tmp_path: Path) -> None:
-    """Its file, with a small model: DPO loss from 0.69 below 0.15, every pair in order, then RL with real rollouts."""
+    """Its file with a small model: DPO loss from 0.69 to below 0.15, all pairs in order, then RL with real rollouts."""
     pairs = [dict(zip(("prompt", "chosen", "rejected"), row, strict=True)) for row in HANDFUL]
     file = write_rows(tmp_path / "pairs.jsonl", pairs)
     source = read_plan(ROOT / "configs" / "mint_simple.yaml").source
@@ -120,7 +120,7 @@ def test_the_simpler_mint_recipe(base: str, tmp_path: Path) -> None:
 @pytest.mark.usefixtures("forked_stages")
 @pytest.mark.parametrize("scorer", ["SequenceLogprob", "ImplicitReward"])
 def test_every_scorer_drives_rl_in_the_quickstart(scorer: str, tmp_path: Path) -> None:
-    """One line of YAML differs from the shipped quickstart, whose own scorer is `RewardHead`."""
+    """One line of YAML differs from the shipped quickstart, whose scorer is `RewardHead`."""
     line = "class_path: rlhf_lightning.models.scorers.RewardHead"
     assert line in (CONFIGS / "preference.yaml").read_text()
     settings = Settings(

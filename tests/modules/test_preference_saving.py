@@ -1,4 +1,4 @@
-"""What a preference stage leaves behind: every reader gives the score that training gave."""
+"""The folder of a preference stage: every reader gives the score of training."""
 
 import json
 import shutil
@@ -25,7 +25,7 @@ TEXTS = [row["prompt"] for row in ROWS], [row["chosen"] for row in ROWS]
 
 
 def train(root: Path, model: Any, scorer: Any, lora: LoRA | None = None, **options: Any) -> PreferenceModule:
-    """A stage as the driver runs it, weights far enough from the start."""
+    """Run a stage like the command does, with weights far enough from the start."""
     torch.manual_seed(0)
     module = PreferenceModule(model, scorer, lora=lora, optimizer=sgd(0.3), **options)
     data = PreferenceDataModule(ROWS, batch_size=4, show_example=False)
@@ -104,7 +104,7 @@ SCORERS = {
 def test_every_reader_of_a_folder_gives_the_score(
     name: str, lora: Any, base: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The module, a row that shares its prompt, a fresh load, `rlhf score`, the reward of RL, merged, moved."""
+    """The module, a row with a shared prompt, a fresh load, `rlhf score`, the reward of RL, merged, moved."""
     module = train(tmp_path / "run" / "rm", base, SCORERS[name](), lora)
     folder = tmp_path / "run" / "rm" / "model"
     wanted = module.score(*TEXTS)
@@ -140,7 +140,7 @@ def responses_file(root: Path) -> str:
 
 
 def test_a_moved_run_finds_its_reference(base: str, tmp_path: Path) -> None:
-    """A reference inside the run is found beside the model, also where the old place holds another model now."""
+    """A reference inside the run is found beside the model, even if the old path now has another model."""
     shutil.copytree(base, tmp_path / "run" / "sft" / "model")
     start = str(tmp_path / "run" / "sft" / "model")
     module = train(tmp_path / "run" / "dpo", start, ImplicitReward(0.5))
@@ -186,7 +186,7 @@ def test_evaluating_a_policy_against_itself_says_so(base: str, tmp_path: Path, c
 
 
 def test_a_model_without_a_head_is_no_reward_model(base: str, tmp_path: Path) -> None:
-    """Scored all the same, it would give random numbers."""
+    """Scoring it would give random numbers."""
     for folder in (base, _sft_adapter(base, tmp_path)):
         with pytest.raises(ConfigError, match="is not a preference model"):
             RewardModel(folder)
@@ -229,7 +229,7 @@ def test_a_policy_from_dpo_is_an_ordinary_causal_model(base: str, tmp_path: Path
 
 @pytest.mark.parametrize("options", [{"format": "raw"}, {"template_kwargs": {"calm": True}}])
 def test_the_way_rows_were_rendered_is_saved(options: dict[str, Any], base: str, tmp_path: Path) -> None:
-    """A model trained on plain text, or with settings of its template, is scored on the same."""
+    """A model trained on plain text, or with template settings, is scored on the same rendering."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(base)

@@ -1,4 +1,4 @@
-"""Recipes: each is its paper's loss, written out here in plain Python, and one line of YAML that any key overrides."""
+"""Recipes: each equals its paper's loss, written in plain Python here, and is one YAML line that any key overrides."""
 
 import json
 import math
@@ -159,7 +159,7 @@ def padded(rows: Rows) -> torch.Tensor:
 
 
 def policy_loss(module: Any) -> float:
-    """The loss of one mini-batch with all rows, by the module's own advantages, objective, KL and aggregation."""
+    """Loss of one mini-batch with all rows, by the module's own advantages, objective, KL and aggregation."""
     episodes = []
     for i, length in enumerate(LENGTHS):
         sample = TrainingSample([0] * (1 + length), [0] + [1] * length, [0.0, *OLD[i]])

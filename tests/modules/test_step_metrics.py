@@ -1,4 +1,4 @@
-"""What is logged of an optimizer step is of all its rows: those of every rank and of every accumulated micro-batch."""
+"""Logged metrics of an optimizer step cover all its rows, of every rank and every accumulated micro-batch."""
 
 import json
 import math
@@ -28,7 +28,7 @@ from tests.helpers.training import sgd, trainer
 
 
 class Steps(Callback):
-    """The numbers after each optimizer step, in a file: a forked run leaves nothing in memory."""
+    """Writes the metrics after each optimizer step to a file, since the memory of a forked run is lost."""
 
     def __init__(self) -> None:
         self.seen: list[dict[str, float]] = []
@@ -48,7 +48,7 @@ Parts = tuple[Callable[[str, dict[str, Any]], Any], Callable[[int, int], Any]]
 
 
 def policy(**options: Callable[[], Any]) -> Parts:
-    """A round is a step of PPO on what was sampled, then a second one, off policy; 7 prompts leave an uneven round."""
+    """A round is one on-policy step of PPO, then a second, off-policy one; 7 prompts leave an uneven round."""
     return (
         lambda base, more: make("policy", base, **{name: value() for name, value in options.items()}, **more),
         lambda batch, accumulate: data("policy", 7, minibatches=accumulate, update_epochs=2),
@@ -123,7 +123,7 @@ def test_in_float32_as_well(base: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("tensor", [1, 2])
 @pytest.mark.parametrize("name", ["sft", "dpo", "policy"])
 def test_where_weights_are_split(name: str, tensor: int, base: str, tmp_path: Path) -> None:
-    """Two ranks with rows of their own, or two that compute the same rows, which count once."""
+    """Two ranks with different rows, or two that compute the same rows, which count once."""
     build, source = RUNS[name]
     one = steps(name, (1, 4, 2), base, tmp_path / "one")
 
@@ -218,7 +218,7 @@ def test_preference_by_hand(base: str, tmp_path: Path) -> None:
 
 
 def test_policy_by_hand(base: str, tmp_path: Path) -> None:
-    """Recorded tokens whose log-probabilities are off by known differences."""
+    """Recorded tokens whose log-probabilities differ by known amounts."""
     model: Any = make("policy", base)
     model.configure_model()
     rows, ratios = [], []

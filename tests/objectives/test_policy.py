@@ -1,4 +1,4 @@
-"""Policy losses, advantages, KL control and critic losses against numbers worked by hand."""
+"""Policy losses, advantages, KL control and critic losses against values computed by hand."""
 
 import math
 from typing import Any
@@ -59,7 +59,7 @@ def test_on_policy_every_objective_has_the_gradient_of_reinforce(name: str, devi
 @pytest.mark.parametrize("name", OBJECTIVES)
 @pytest.mark.parametrize("gap", [-1e4, -100.0, 100.0, 1e4])
 def test_log_ratios_of_wrong_weights_do_not_overflow(name: str, gap: float) -> None:
-    """Cut off at ±20, as verl has it: the losses are finite, and there is no gradient through the ratio."""
+    """Clamped at ±20 as in verl: the losses are finite, and the ratio has no gradient."""
     for advantage in (2.0, -3.0):
         old, loss_mask = t([-gap - 1.0, -gap - 1.0, 0.0]), t([1.0, 1.0, 0.0])
         logp = t([-1.0, -1.0, 0.0]).requires_grad_()
@@ -289,7 +289,7 @@ def test_kl_penalty_in_the_reward(discount: float, centered: bool, first: float,
 
 
 def test_a_centred_penalty_pays_for_no_further_token() -> None:
-    """Two responses as far from the reference at every token, one twice as long: no token is to gain by its place."""
+    """Two responses equally far from the reference at every token, one twice as long: no position may gain."""
     short, long = ([0, 1], [0.0, -1.0], [0.0, -2.0], []), ([0, 1, 1], [0.0, -1.0, -1.0], [0.0, -2.0, -2.0], [])
     episodes = [episode(0, 0.0, short), episode(0, 0.0, long)]
     compute_token_advantages(episodes, GroupCentered(), KLPenalty(1.0, "reward", discount=1.0))

@@ -1,4 +1,4 @@
-"""The GRPO family and RLOO against TRL 1.16.0 as functions, in float64, whose own loss methods are called.
+"""The GRPO family and RLOO against the loss methods of TRL 1.16.0, as functions in float64.
 
 Whole steps of both through a model: `benchmarks/parity`, tests/test_parity.py. Needs the `benchmark` extra.
 """
@@ -23,7 +23,7 @@ CASES = losses.rl(LENGTH)
 
 
 def inputs(dtype: torch.dtype) -> dict[str, Any]:
-    """A batch as TRL holds it: prompts and completions, the completions of unequal length."""
+    """A batch in TRL's form: prompts and completions of different lengths."""
     generator = torch.Generator().manual_seed(0)
     lengths = torch.tensor([7, 5, 1, 7, 3, 6])
     loss_mask = (torch.arange(LENGTH) < lengths[:, None]).to(dtype)
@@ -41,7 +41,7 @@ def inputs(dtype: torch.dtype) -> dict[str, Any]:
 
 
 def theirs(name: str, batch: dict[str, Any], options: dict[str, Any], logprobs: Any, model: Any) -> torch.Tensor:
-    """TRL's loss, by its own method on what that method reads of the trainer."""
+    """TRL's loss, by its own method on the attributes that it reads from the trainer."""
     from trl.trainer.grpo_trainer import GRPOTrainer
     from trl.trainer.rloo_trainer import RLOOTrainer
 
@@ -101,7 +101,7 @@ def _add_old(batch: dict[str, Any], logprobs: torch.Tensor) -> None:
 
 
 def test_advantages_are_theirs() -> None:
-    """TRL's own lines: GRPO divides by the group's deviation + 1e-4, RLOO takes off the mean of the others."""
+    """TRL's own lines: GRPO divides by the group's deviation + 1e-4, RLOO subtracts the mean of the others."""
     rewards, groups = torch.tensor([1.0, 0.0, 0.0, 1.0, 2.0, 6.0]).double(), torch.tensor([0, 0, 0, 1, 1, 1])
     table = rewards.view(-1, 3)
     theirs = (table - table.mean(1, keepdim=True)) / (table.std(1, keepdim=True) + 1e-4)

@@ -1,4 +1,4 @@
-"""Losses of preference learning against numbers worked by hand, and against TRL's where TRL has them."""
+"""Preference losses against values computed by hand, and against TRL's if TRL has them."""
 
 import math
 from collections.abc import Callable

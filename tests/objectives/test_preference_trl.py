@@ -1,4 +1,4 @@
-"""Values and gradients against TRL 1.16.0 as functions, in float64: its list of DPO losses and KTO.
+"""Values and gradients against TRL 1.16.0, as functions in float64: its DPO losses and KTO.
 
 Whole steps of both through a model, and where the two differ: `benchmarks/parity`, tests/test_parity.py.
 """
@@ -19,7 +19,7 @@ LOSSES, BETA, SMOOTHING, TEMPERATURE = losses.DPO, losses.BETA, losses.SMOOTHING
 
 
 def fake_trainer(kind: str, loss_type: str, ld_alpha: float | None = None) -> Any:
-    """What a TRL trainer's `_compute_loss` reads of itself."""
+    """The attributes that a TRL trainer's `_compute_loss` reads."""
     same = SimpleNamespace(device=torch.device("cpu"), gather_for_metrics=lambda x: x, gather=lambda x: x)
     common = {
         "accelerator": same,
@@ -52,7 +52,7 @@ def outputs(logprobs: torch.Tensor) -> Any:
 
 
 def responses(rows: int, equal: bool) -> torch.Tensor:
-    """Masks of responses of unlike length after prompts of unlike length, `[rows, 12]`."""
+    """Masks of responses of different lengths after prompts of different lengths, `[rows, 12]`."""
     loss_mask = torch.zeros(rows, 12)
     for i in range(rows):
         start = 1 + i % 3
@@ -61,7 +61,7 @@ def responses(rows: int, equal: bool) -> torch.Tensor:
 
 
 def ours(loss: Any, scorer: ImplicitReward, loss_mask: torch.Tensor, logprobs: torch.Tensor, ref: torch.Tensor) -> Any:
-    """Our loss of per-token log-probabilities, by the path that the module takes."""
+    """Our loss from token log-probabilities, by the module's code path."""
     from rlhf_lightning.models.scorers import Scored
     from rlhf_lightning.modules.preference_rows import name_rows
 

@@ -31,7 +31,7 @@ MODES = {
 
 @dataclass
 class Batch:
-    """Random inputs; log-probabilities `[B, T]` and values carry a gradient, groups have at least two rows."""
+    """Random inputs; log-probabilities `[B, T]` and values require gradients, and groups have at least two rows."""
 
     logprobs: Tensor
     values: Tensor
@@ -63,7 +63,7 @@ class Batch:
 
 
 def batch(seed: int) -> Batch:
-    """Ratios between e^-2 and e^2: on both sides of every clip, within the ±20 that verl and OpenRLHF cut at."""
+    """Ratios between e^-2 and e^2, on both sides of every clip and within the ±20 at which verl and OpenRLHF clamp."""
     generator = torch.Generator().manual_seed(seed)
 
     def whole(low: int, high: int) -> int:
@@ -144,7 +144,7 @@ def _verl_ppo(mode: str, length: Callable[[Batch], int | None] = lambda b: None,
 
 
 def _verl_own(name: str, objective: policy.PolicyObjective) -> Comparison:
-    """Of a function that reads verl's configuration, which polgrad has written anew with verl's defaults."""
+    """A function that reads verl's configuration, which polgrad rewrote with verl's defaults."""
 
     def compare(b: Batch) -> Both:
         advantages = b.advantages.expand_as(b.logprobs)
@@ -214,7 +214,7 @@ def _openrlhf_value(clipped: bool) -> Comparison:
 
 
 def _algorithm(name: str, objective: Callable[[Batch], policy.PolicyObjective]) -> Comparison:
-    """Ours without options against polgrad's record of a paper's settings; the KL term of GRPO with its coefficient."""
+    """Ours with defaults against polgrad's settings of a paper; the KL term of GRPO with its coefficient."""
 
     def compare(b: Batch) -> Both:
         config = polgrad.get_algorithm(name).loss
@@ -248,7 +248,7 @@ def _surrogate(
 
 
 def _clipped(objective: Callable[[Batch], policy.PolicyObjective], cap: float | None, ratio: RatioKind) -> Comparison:
-    """Which tokens count as clipped."""
+    """The tokens that count as clipped."""
 
     def compare(b: Batch) -> Both:
         clip = ClipConfig(b.low, b.high, cap)
@@ -319,7 +319,7 @@ def _whiten(shift_mean: bool) -> Comparison:
 
 
 def _reinforce_plus_plus(grouped: bool) -> Comparison:
-    """Of responses of one token, where both whiten the same numbers; n and n - 1 as above."""
+    """For responses of one token, where both whiten the same numbers; n and n - 1 as above."""
 
     def compare(b: Batch) -> Both:
         centered = group_centered(b.rewards, b.groups) if grouped else b.rewards
@@ -398,7 +398,7 @@ FAST = 4
 
 
 def check(name: str, seed: int) -> None:
-    """Values, and gradients of log-probabilities and values."""
+    """Compare values, and gradients of log-probabilities and values."""
     b = batch(seed)
     found = COMPARISONS[name](b)
     torch.testing.assert_close(*found, rtol=1e-6, atol=1e-6)

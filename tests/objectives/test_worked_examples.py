@@ -1,4 +1,4 @@
-"""Every objective against numbers worked by hand."""
+"""Every objective against values computed by hand."""
 
 import math
 

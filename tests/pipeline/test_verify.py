@@ -1,4 +1,4 @@
-"""A pipeline's record of a run: hashed again; and signals, which are passed to its stage."""
+"""Verification of a pipeline's run by its hashes; signals, which are passed to its stage."""
 
 import json
 import os
@@ -137,7 +137,7 @@ def stuck(completions):
 
 
 class Started:
-    """A pipeline of one policy stage under way, in a session of its own, as from a terminal; or forked."""
+    """A running pipeline with one policy stage, in its own session as from a terminal, or forked."""
 
     def __init__(self, base: str, folder: Path, function: str = "slow", forked: bool = False) -> None:
         (folder / "mine.py").write_text(SLOW)
@@ -174,7 +174,7 @@ class Started:
             time.sleep(0.05)
 
     def gone(self) -> bool:
-        """Whether no process is left in its folder."""
+        """True if no process is left in its folder."""
         return not [process for process in Path("/proc").glob("[0-9]*") if folder_of(process) == self.folder]
 
 
@@ -187,7 +187,7 @@ def folder_of(process: Path) -> Path | None:
 
 @pytest.fixture
 def started() -> Any:
-    """Ends what a test that fails leaves running."""
+    """Ends the processes that a failing test leaves running."""
     runs: list[Started] = []
     yield lambda run: runs.append(run) or run
     for run in runs:

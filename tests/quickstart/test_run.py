@@ -56,7 +56,7 @@ def test_the_data(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("forked_stages")
 def test_a_small_run_still_learns(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    """A third of the data, fewer rounds and a simpler promise: every stage improves on the one before."""
+    """A third of the data, fewer rounds and a weaker requirement: every stage improves on the previous one."""
     settings = Settings(
         tmp_path / "run",
         seed=1,

@@ -1,4 +1,4 @@
-"""`report.html`: what it says of a run, that it is safe and whole, and that a browser shows it at any width."""
+"""`report.html`: its contents, that it is safe and complete, and that a browser shows it at any width."""
 
 import csv
 import json
@@ -23,7 +23,7 @@ VOID = {"meta", "link", "br"}
 
 
 class Page(HTMLParser):
-    """The page's tree: texts, tags with attributes; refuses a tag that is closed in the wrong place."""
+    """The page's tree of texts and tags; raises for a tag that is closed in the wrong place."""
 
     def __init__(self, page: str) -> None:
         super().__init__(convert_charrefs=True)
@@ -51,7 +51,7 @@ class Page(HTMLParser):
         return "\n".join(self.texts)
 
     def charts(self) -> list[str]:
-        """What each chart tells those who cannot see it."""
+        """The text alternative of each chart."""
         return [str(attrs["aria-label"]) for tag, attrs in self.tags if tag == "svg"]
 
 
@@ -77,7 +77,7 @@ def write_stage(folder: Path, kind: str, **facts: Any) -> None:
 
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
-    """A finished pipeline of three stages, with hostile text wherever there is text."""
+    """A finished pipeline of three stages, with hostile text in every text field."""
     root = tmp_path / "runs" / "mine"
     write_stage(root / "sft", "sft")
     write_metrics(root / "sft" / "metrics.csv", {"train/nll": [3.0 - 0.05 * i for i in range(50)]})
@@ -132,7 +132,7 @@ def test_a_run_from_end_to_end(run: Path, capsys: pytest.CaptureFixture[str]) ->
 
 
 def test_the_main_figures_come_first(run: Path) -> None:
-    """Large, and a curve that never moves is a sentence, not a chart."""
+    """In large type; a constant curve is a sentence, not a chart."""
     write_report(run)
     page = (run / "report.html").read_text()
     shown = re.findall(r'class="tile"><b>([^<]*)</b><span>([^<]*)</span><small>([^<]*)</small>', page)

@@ -1,4 +1,4 @@
-"""Rewards: each by numbers worked by hand, what is refused, and statistics that ranks and resumes do not change."""
+"""Rewards: each against values computed by hand, refusals, and statistics that do not depend on ranks and resumes."""
 
 import asyncio
 import json
@@ -47,7 +47,7 @@ from tests.helpers.training import sgd, trainer
 
 
 def said(text: str, row: dict[str, Any] | None = None, tokens: int = 3, group: int = 0, sample: int = 0) -> Episode:
-    """A finished episode of one response."""
+    """A finished episode with one response."""
     training_sample = TrainingSample([1] + [2] * tokens, [0] + [1] * tokens, [0.0] * (tokens + 1))
     answer = [{"role": "assistant", "content": text}]
     return Episode(
@@ -56,7 +56,7 @@ def said(text: str, row: dict[str, Any] | None = None, tokens: int = 3, group: i
 
 
 class Fixed(Reward):
-    """Returns what it was given."""
+    """Returns given scores."""
 
     def __init__(self, scores: Any, **options: Any) -> None:
         super().__init__(**{"name": "fixed", **options})
@@ -289,7 +289,7 @@ def test_an_error_in_a_function_is_its_own() -> None:
 
 
 def longer(prompt: Any, a: str, b: str) -> float:
-    """The longer is better; the first place is worth something too."""
+    """Prefers the longer response, and also the first position."""
     return min(1.0, max(0.0, 0.5 + (len(a) - len(b)) / 10 + 0.1))
 
 
@@ -581,7 +581,7 @@ def test_groups_drawn_again_do_not_count_twice_in_running_statistics(base: str, 
 
 
 def blocks(language: str) -> list[str]:
-    """The examples of docs/rewards.md in a language."""
+    """The code blocks of docs/rewards.md in a language."""
     text = (Path(__file__).parents[2] / "docs" / "rewards.md").read_text()
     return re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)
 

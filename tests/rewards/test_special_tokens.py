@@ -1,4 +1,4 @@
-"""Special tokens as rewards see them: left out by default, read on request, and patterns that wait for them in vain."""
+"""Special tokens in rewards: left out by default, read on request, and patterns that could never match."""
 
 import re
 from typing import Any
@@ -38,7 +38,7 @@ def renderer(tokenizer: Any) -> Renderer:
 
 
 def sampled(renderer: Renderer, *texts: str, row: Any = None) -> Episode:
-    """An episode of which each turn was sampled so."""
+    """An episode whose turns were sampled as given."""
     running = EpisodeState(Prompt([{"role": "user", "content": "Hi"}], [1, 2], row or {}), 0)
     for text in texts:
         running.feed([3], goes_on=bool(running.episode.training_samples))

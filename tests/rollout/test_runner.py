@@ -1,4 +1,4 @@
-"""Episodes: turns, time, budgets, failures; none is lost, and each goes on from the very tokens it drew."""
+"""Episodes: turns, time, budgets, failures; none is lost, and each continues from exactly the tokens it sampled."""
 
 import asyncio
 import logging
@@ -35,7 +35,7 @@ def tasks(count: int, group: int = 1) -> list[tuple[Prompt, int]]:
 
 
 class Fake:
-    """A sampler without a model: what it draws follows from the seed alone."""
+    """A sampler without a model, whose tokens depend on the seed only."""
 
     context, max_tokens, temperature, stop = None, 8, 1.0, ()
     session = staticmethod(nullcontext)
@@ -58,7 +58,7 @@ class Fake:
 
 
 class Several:
-    """As many turns as the row says; a wait that may be async; an exception at the turn the row says."""
+    """An environment with as many turns as the row says, a wait that may be async, and an exception at a given turn."""
 
     def __init__(self, row: dict[str, Any]) -> None:
         self.row, self.turn = row, 0
@@ -75,7 +75,7 @@ class Several:
 
 
 class Failing(Several):
-    """Fails with chance 0.1 a step, in reset too; which attempts of which episodes is sampled from one stream."""
+    """Fails with probability 0.1 per step and reset; one random stream decides which attempts fail."""
 
     chance = random.Random(0)
     raised: list[str] = []  # noqa: RUF012
@@ -163,7 +163,7 @@ def test_without_failures_every_drawn_token_is_kept(tokenizer: Any) -> None:
 
 
 class Unlucky(Several):
-    """Fails in its second turn where the row says so, as often as the row says."""
+    """Fails in its second turn as often as the row says."""
 
     tries: Counter[int] = Counter()  # noqa: RUF012
 
@@ -414,7 +414,7 @@ def test_turns_and_context(tokenizer: Any) -> None:
 
 
 class Scripted:
-    """Says given texts, letter by letter: in other tokens than their text would be cut into."""
+    """Samples given texts letter by letter, so not in the tokens that the tokenizer would produce."""
 
     context, max_tokens, temperature, stop = None, 400, 1.0, ()
     session = staticmethod(nullcontext)
@@ -563,7 +563,7 @@ def test_a_response_ends_where_a_stop_text_is_complete(tokenizer: Any, model: An
 
 
 class Words:
-    """Says a text; a stop text is in it."""
+    """Samples a text that contains a stop text."""
 
     context, max_tokens, temperature, stop = None, 24, 1.0, ("o thr",)
     session = staticmethod(nullcontext)

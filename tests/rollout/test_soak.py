@@ -1,11 +1,11 @@
-"""An hour of policy RL: 500 rounds of real rollouts, after which the process holds no more memory than before.
+"""An hour of policy RL: after 500 rounds of real rollouts the process uses no more memory than before.
 
-`python -m tests.rollout.test_soak FOLDER [ROUNDS]` plays them and writes `FOLDER/soak.json`, which the test reads.
+`python -m tests.rollout.test_soak FOLDER [ROUNDS]` runs them and writes `FOLDER/soak.json`, which the test reads.
 With RLHF_SOAK_REPORT set to a path the report is copied there; RLHF_SOAK_PROMPTS sets the prompts of a round (16, with
 12 answers to each, take about an hour on one core).
 
-How much a process holds at a moment depends on the lengths of the last answers and on what the allocator keeps for
-later. So what is free is handed back first (`malloc_trim`), and the trend of the rest is looked at.
+The memory of a process depends on the lengths of the last answers and on what the allocator keeps for
+later. Free memory is therefore returned first (`malloc_trim`), and the trend of the rest is measured.
 """
 
 import ctypes
@@ -35,7 +35,7 @@ GROWTH = 20.0
 
 
 class Guessing:
-    """Rows of one, two and three turns; every third turn's answer takes a moment, in a thread."""
+    """Episodes of one, two and three turns; every third turn's answer takes some time, in a thread."""
 
     def __init__(self, row: dict[str, Any]) -> None:
         self.row, self.turn = row, 0
@@ -56,12 +56,12 @@ class Guessing:
 
 
 def spread(completions: list[str]) -> list[float]:
-    """Many different letters are better."""
+    """Rewards many different letters."""
     return [len(set(text)) / 30 for text in completions]
 
 
 def rows(count: int) -> list[dict[str, Any]]:
-    """Prompts of 1 to 40 words that ask for answers of unlike length."""
+    """Prompts of 1 to 40 words that ask for answers of different lengths."""
     draw = random.Random(0)
     words = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
     return [
@@ -71,13 +71,13 @@ def rows(count: int) -> list[dict[str, Any]]:
 
 
 def resident() -> float:
-    """MB of memory that the process holds, shared libraries among it."""
+    """Resident memory of the process in MB, including shared libraries."""
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE") / 1e6
 
 
 def play(folder: Path, rounds: int) -> None:
-    """The rounds, by an ordinary Trainer with what `rlhf policy fit` gives one; one optimizer step each."""
+    """Run the rounds in an ordinary Trainer with what `rlhf policy fit` adds; one optimizer step each."""
     import lightning.pytorch as pl
     import torch
 
@@ -167,7 +167,7 @@ def play(folder: Path, rounds: int) -> None:
 
 
 def summary(measured: list[dict[str, Any]]) -> dict[str, Any]:
-    """The trend after warming up (the median of the slopes between all pairs, Theil-Sen), as MB in 500 rounds."""
+    """The trend after warm-up (Theil-Sen: the median of the slopes between all pairs), as MB per 500 rounds."""
     late = [row for row in measured if row["round"] >= WARM]
     slopes = [
         (b["rss_mb"] - a["rss_mb"]) / (b["round"] - a["round"]) for i, a in enumerate(late) for b in late[i + 1 :]

@@ -1,4 +1,4 @@
-"""The sampler: what it draws, how it ends, and that neighbors, batches and engines do not matter."""
+"""The sampler: its tokens and stops do not depend on neighboring rows, batches and engines."""
 
 import logging
 from typing import Any

@@ -1,4 +1,4 @@
-"""Case several-eos: a model ends its responses at each token that its generation config names, before and after SFT."""
+"""Case several-eos: responses end at each token that the model's generation config names, before and after SFT."""
 
 from pathlib import Path
 from typing import Any
@@ -74,7 +74,7 @@ def test_the_sampler_and_the_saved_folder_keep_every_end(tokenizer: Any, tmp_pat
 def test_a_turn_that_calls_a_tool_ends_in_a_stop_token(
     tokenizer: Any, name: str, special: list[str], options: dict[str, Any]
 ) -> None:
-    """Rows by hand, so that templates without tools are warned of: from a file such a row is refused."""
+    """Rows made in Python, so that templates without tools only warn; from a file such a row is refused."""
     tokenizer.chat_template = (CHAT_TEMPLATES / f"{name}.jinja").read_text()
     tokenizer.add_special_tokens({"additional_special_tokens": special})
     renderer = Renderer(tokenizer, template_kwargs=options)

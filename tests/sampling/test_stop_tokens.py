@@ -1,4 +1,4 @@
-"""What ends a response: the template's ends of turns, the tokenizer's eos_token, the model's generation config."""
+"""Ends of responses: the template's ends of turns, the tokenizer's eos_token, the model's generation config."""
 
 import json
 import logging
@@ -30,7 +30,7 @@ NAMES = ["<|end_of_text|>", "<|eom_id|>"]
 
 @pytest.fixture
 def several(tokenizer: Any, tmp_path: Path) -> tuple[str, Any, list[int]]:
-    """A folder like that of Llama 3.1: its generation config has three ends, its template shows one of them."""
+    """A folder like Llama 3.1's: its generation config has three ends, and its template shows one of them."""
     tokenizer.add_special_tokens({"additional_special_tokens": NAMES})
     ends = sorted([tokenizer.eos_token_id, *tokenizer.convert_tokens_to_ids(NAMES)])
     model = build_model(tokenizer)
