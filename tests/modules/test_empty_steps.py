@@ -32,7 +32,7 @@ OPTIMIZERS: dict[str, Callable[[Any], Any]] = {
 
 
 class State(Callback):
-    """Writes weights, optimizer state and learning rate after each optimizer step to a file, with whether they changed."""
+    """Writes weights, optimizer state and learning rate after each step to a file, with whether they changed."""
 
     def __init__(self) -> None:
         self.moved: list[bool] = []
