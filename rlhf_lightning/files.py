@@ -8,7 +8,7 @@ import os
 import re
 import stat
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -153,17 +153,39 @@ def read_stage(folder: Any) -> dict[str, Any]:
     return {}
 
 
-def scratch_of(path: Path) -> Path:
-    """Temporary path to which a file is written before it is renamed."""
-    return path.with_name(f".{path.name}.partial")
+def scratch_of(path: Path, tag: str = "partial") -> Path:
+    """Temporary path to which a file or folder is written before it is renamed.
+
+    Args:
+        path: Its final path.
+        tag: Distinguishes temporary files of processes that may write the same file.
+    """
+    return path.with_name(f".{path.name}.{tag}")
+
+
+@contextmanager
+def replacing(path: Path, tag: str = "partial") -> Iterator[Path]:
+    """Context whose temporary file is renamed to `path` at its end, so that no partial file is ever read.
+
+    Args:
+        path: The file.
+        tag: See `scratch_of`.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = scratch_of(path, tag)
+    try:
+        yield scratch
+        os.replace(scratch, path)
+    except BaseException:
+        with suppress(OSError):
+            scratch.unlink()
+        raise
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Write a text to a temporary file and rename it, so that no partial file is ever read."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = scratch_of(path)
-    scratch.write_text(text, encoding="utf-8")
-    os.replace(scratch, path)
+    """Write a file atomically; see `replacing`."""
+    with replacing(path) as scratch:
+        scratch.write_bytes(text.encode())
 
 
 def repeated_key(pairs: Sequence[tuple[str, Any]]) -> str | None:
@@ -185,15 +207,13 @@ def write_text(path: Path, text: str) -> None:
     try:
         replace_text(path, text)
     except OSError as error:
-        with suppress(OSError):
-            scratch_of(path).unlink()
         raise ConfigError(
             f"{path}: cannot be written ({error.strerror}); free disk space, or choose another path"
         ) from None
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file atomically; see `replace_text`."""
+    """Write a JSON file atomically; see `replacing`."""
     replace_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 

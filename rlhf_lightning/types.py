@@ -27,6 +27,8 @@ TemplateMessage: TypeAlias = dict[str, Any]
 """A message in the form that a chat template reads: its contents may be parts or objects."""
 Counts: TypeAlias = dict[str, float]
 """What examples add to the denominators of their optimizer step, by name: `tokens`, `sequences`, `pairs`, …"""
+StateDict: TypeAlias = dict[str, Any]
+"""Plain values and tensors by name: a checkpoint, or the state of a callback in it, as Lightning types them."""
 STOP_REASONS = ("stop", "length", "tokens", "turns", "context", "failed")
 ReasoningKey = Literal["reasoning_content", "thinking", "reasoning"]
 """Keys under which data sets keep the reasoning of a turn."""

@@ -1,13 +1,18 @@
 """Distinguishes a program that is ended by a signal from one that user code would end with `sys.exit`."""
 
+import signal
 import sysconfig
 import threading
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rlhf_lightning.errors import UserError
+
+if TYPE_CHECKING:
+    from signal import _HANDLER
 
 _state = {"watched": False, "asked": False}
 """`watched`: whether a command handles the signals that end it. `asked`: whether one was received."""
@@ -17,6 +22,27 @@ _STANDARD = (sysconfig.get_path("stdlib"), sysconfig.get_path("platstdlib"), "<f
 
 class ProgramExit(Exception):
     """User code would have ended the program. Callers of that code treat it like any other failure."""
+
+
+def stop_signals() -> list[int]:
+    """Signals by which a system ends a process: SIGTERM, and SIGHUP unless it is ignored (`nohup`)."""
+    found = [int(signal.SIGTERM)]
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+        found.append(int(signal.SIGHUP))
+    return found
+
+
+def restore_handlers(before: "Mapping[int, _HANDLER]", ends: bool = False) -> None:
+    """Restore signal handlers.
+
+    Args:
+        before: What `signal.signal` returned for each signal.
+        ends: The program ends by a signal: SIGTERM and SIGHUP are ignored from now on, because they would interrupt
+            the shutdown.
+    """
+    for number, handler in before.items():
+        ignored = ends and number != signal.SIGINT
+        signal.signal(number, signal.SIG_IGN if ignored else handler or signal.SIG_DFL)
 
 
 @contextmanager

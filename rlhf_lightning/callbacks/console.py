@@ -2,18 +2,25 @@
 
 import time
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, TypeVar
 
 import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities.types import STEP_OUTPUT
 
 from rlhf_lightning.files import duration
+
+if TYPE_CHECKING:
+    from rlhf_lightning.types import StepBatch
 
 # The metrics that matter most, shown before all others that are logged for the progress bar.
 FIRST = ("nll", "reward", "accuracy", "margin", "kl", "entropy", "truncated", "loss")
 
 
-def headline(metrics: Mapping[str, Any]) -> dict[str, Any]:
+T = TypeVar("T")
+
+
+def headline(metrics: Mapping[str, T]) -> dict[str, T]:
     """Metrics of the progress bar, ordered: the most important ones first, training before validation."""
 
     def place(name: str) -> tuple[bool, int]:
@@ -42,7 +49,14 @@ class ConsoleLines(pl.Callback):
         self._started = self._printed = time.time()
         self._first = trainer.global_step
 
-    def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
+    def on_train_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: STEP_OUTPUT,
+        batch: "StepBatch",
+        batch_idx: int,
+    ) -> None:
         if time.time() - self._printed >= self.seconds:
             self._line(trainer)
 

@@ -5,10 +5,11 @@ import shutil
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_only
 from safetensors import SafetensorError
 
@@ -16,13 +17,19 @@ from rlhf_lightning.checkpointing.best import BestUnderKL
 from rlhf_lightning.checkpointing.callbacks import RunCheckpoints
 from rlhf_lightning.checkpointing.nonfinite import NonFiniteGuard, require_finite
 from rlhf_lightning.checkpointing.provenance import commit, environment, versions
+from rlhf_lightning.checkpointing.strategies import FSDP2
 from rlhf_lightning.data.templates import TEMPLATE_DATE
 from rlhf_lightning.diagnostics.collapse import StopOnCollapse
 from rlhf_lightning.errors import ConfigError, UserError
-from rlhf_lightning.files import hash_file, hash_folder, write_json
+from rlhf_lightning.files import hash_file, hash_folder, scratch_of, write_json
 from rlhf_lightning.models.saving import relative_base
 from rlhf_lightning.models.sharding import is_sharded
+from rlhf_lightning.modules.base import RLHFModule
 from rlhf_lightning.modules.step import StepEnd
+from rlhf_lightning.modules.trainer_state import callbacks_of, is_trial, row_data_of
+
+if TYPE_CHECKING:
+    from rlhf_lightning.types import JSON
 
 log = logging.getLogger(__name__)
 
@@ -48,16 +55,18 @@ class ExportModel(pl.Callback):
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         self._started = time.time()
-        monitored = any(getattr(saver, "monitor", None) for saver in trainer.checkpoint_callbacks)
+        monitored = any(isinstance(one, ModelCheckpoint) and one.monitor for one in trainer.checkpoint_callbacks)
         if stage == "fit" and self.which == "best" and not monitored:
             raise ConfigError(
                 "--export best needs a metric to compare checkpoints by: set --monitor, for example --monitor val/nll, "
                 "or add a ModelCheckpoint with a monitor to trainer.callbacks"
             )
 
-    def on_fit_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Write the folder, unless the run was interrupted or is a `fast_dev_run`."""
-        if trainer.interrupted or trainer.fast_dev_run:  # type: ignore[attr-defined]
+        if not isinstance(pl_module, RLHFModule):
+            raise ConfigError(f"ExportModel writes the package's modules, not a {type(pl_module).__name__}")
+        if trainer.interrupted or is_trial(trainer):
             return
         if self.which == "best":
             self._load_best(trainer, pl_module)
@@ -69,8 +78,8 @@ class ExportModel(pl.Callback):
         self._describe(trainer, pl_module, folder)
         trainer.strategy.barrier("exported")
 
-    def _load_best(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        saver: Any = next(saver for saver in trainer.checkpoint_callbacks if getattr(saver, "monitor", None))
+    def _load_best(self, trainer: pl.Trainer, pl_module: RLHFModule) -> None:
+        saver = next(one for one in trainer.checkpoint_callbacks if isinstance(one, ModelCheckpoint) and one.monitor)
         path = saver.best_model_path
         if not path:
             limit = f" with {saver.kl} at most {saver.kl_limit:g}" if isinstance(saver, BestUnderKL) else ""
@@ -79,28 +88,28 @@ class ExportModel(pl.Callback):
                 "The run itself is intact: the same command with --export last exports its last weights."
             )
         if is_sharded(pl_module.model):
-            strategy: Any = trainer.strategy
-            strategy.load_weights(path)
+            assert isinstance(trainer.strategy, FSDP2)
+            trainer.strategy.load_weights(path)
         else:
             state = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
             pl_module.load_state_dict(state, strict=False)
         log.info("exporting the best checkpoint, %s", path)
 
     @rank_zero_only
-    def _describe(self, trainer: pl.Trainer, pl_module: Any, folder: Path) -> None:
-        data = trainer.datamodule  # type: ignore[attr-defined]
-        facts = {
+    def _describe(self, trainer: pl.Trainer, pl_module: RLHFModule, folder: Path) -> None:
+        data = row_data_of(trainer)
+        facts: dict[str, JSON] = {
             **pl_module.stage_facts(),
             "base": relative_base(folder),
             "steps": trainer.global_step,
             "metrics": {name: float(value) for name, value in trainer.callback_metrics.items()},
-            "data": data.fingerprints() if hasattr(data, "fingerprints") else {},
+            "data": {**data.fingerprints()} if data else {},
             "template_date": TEMPLATE_DATE,
             "seed": _seed(),
             "seconds": round(time.time() - self._started, 2),
             "versions": versions(),
             "environment": environment(trainer),
-            "command": sys.argv,
+            "command": [*sys.argv],
             "config_hash": hash_file(config) if (config := folder.parent / "config.yaml").is_file() else None,
             "git": commit(),
             "model_hash": hash_folder(folder),
@@ -113,32 +122,32 @@ class ExportModel(pl.Callback):
         log.info("model folder: %s", folder)
 
 
-def _save(pl_module: Any, folder: Path) -> None:
+def _save(pl_module: RLHFModule, folder: Path) -> None:
     try:
         pl_module.save_pretrained(folder)
     except (OSError, SafetensorError) as error:
-        shutil.rmtree(folder.with_name(f".{folder.name}.partial"), ignore_errors=True)
+        shutil.rmtree(scratch_of(folder), ignore_errors=True)
         raise UserError(
             f"{folder}: the model cannot be written ({error}). Free disk space or fix the folder's permissions; the "
             "same command then writes it, without training again."
         ) from error
 
 
-def _history(trainer: pl.Trainer) -> dict[str, Any]:
+def _history(trainer: pl.Trainer) -> "dict[str, JSON]":
     """Irregularities of the run, if any: skipped steps, empty steps, inexact resumes."""
-    facts: dict[str, Any] = {}
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+    facts: dict[str, JSON] = {}
+    for callback in callbacks_of(trainer):
         if isinstance(callback, NonFiniteGuard) and callback.skipped:
             facts["skipped_steps"] = callback.skipped
         if isinstance(callback, StepEnd) and callback.empty:
             facts["empty_steps"] = callback.empty
         if isinstance(callback, RunCheckpoints) and callback.inexact:
-            facts["inexact_resumes"] = callback.inexact
+            facts["inexact_resumes"] = [*callback.inexact]
     return facts
 
 
 def _stoppers(trainer: pl.Trainer) -> list[StopOnCollapse]:
-    return [callback for callback in trainer.callbacks if isinstance(callback, StopOnCollapse)]  # type: ignore[attr-defined]
+    return [callback for callback in callbacks_of(trainer) if isinstance(callback, StopOnCollapse)]
 
 
 def _seed() -> int | None:

@@ -1,14 +1,17 @@
 """Estimate of the memory that training needs, and advice if it is more than is available."""
 
 import logging
-from contextlib import nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any
 
 import lightning.pytorch as pl
 import torch
 
 from rlhf_lightning.data.base import data_ranks
+from rlhf_lightning.data.preference_rows import PreferenceExample
+from rlhf_lightning.data.prompts import Prompt, PromptDataModule
+from rlhf_lightning.data.rendering import Rendered
 from rlhf_lightning.models.lora import is_quantized
 from rlhf_lightning.models.memory import (
     activation_bytes,
@@ -21,8 +24,13 @@ from rlhf_lightning.models.memory import (
     tensor_bytes,
     trained,
 )
+from rlhf_lightning.models.offload import Placement
+from rlhf_lightning.models.reference import Reference
 from rlhf_lightning.models.token_logprobs import TokenLogprobs
+from rlhf_lightning.modules.base import RLHFModule
 from rlhf_lightning.modules.policy_rl import PolicyRLModule
+from rlhf_lightning.modules.trainer_state import row_data_of
+from rlhf_lightning.rewards import ModelReward
 
 log = logging.getLogger(__name__)
 FITS = 0.8
@@ -85,7 +93,7 @@ class Estimate:
 
 
 def estimate_memory(
-    module: Any, tokens: int, scored: int, rows: int = 0, row_tokens: int = 0, shards: int = 1
+    module: RLHFModule, tokens: int, scored: int, rows: int = 0, row_tokens: int = 0, shards: int = 1
 ) -> Estimate:
     """Estimate the memory that training needs on this device. The model must be loaded (`configure_model`).
 
@@ -97,8 +105,7 @@ def estimate_memory(
         row_tokens: Largest number of tokens of such a row.
         shards: Number of devices that will share weights, gradients and optimizer state; 1 if they are sharded already.
     """
-    plugin = getattr(module._trainer, "precision_plugin", None)
-    context = plugin.forward_context if plugin else nullcontext
+    context = module._trainer.precision_plugin.forward_context if module._trainer else nullcontext
     size, device = compute_size(module.model, context), next(module.model.parameters()).device
     parameters, scorer = trained(module), _token_scorer(module)
     ours = {id(p) for part in module.forward_passes() for p in part.model.parameters()} | {id(p) for p in parameters}
@@ -120,7 +127,13 @@ def estimate_memory(
     return estimate
 
 
-def _activations(module: Any, tokens: int, size: int, context: Any, device: torch.device) -> int:
+def _activations(
+    module: RLHFModule,
+    tokens: int,
+    size: int,
+    context: Callable[[], AbstractContextManager[None]],
+    device: torch.device,
+) -> int:
     total = 0
     for part in module.forward_passes():
         needed = kept = activation_bytes(part, tokens, context)
@@ -133,13 +146,12 @@ def _activations(module: Any, tokens: int, size: int, context: Any, device: torc
     return total
 
 
-def _places(module: Any) -> list[Any]:
-    holders = [getattr(module, "reference", None), *getattr(module, "rewards", [])]
-    holders += [member for holder in holders for member in getattr(holder, "members", [])]
-    return [holder._place for holder in holders if getattr(holder, "_place", None) is not None]
+def _places(module: RLHFModule) -> list[Placement]:
+    holders = [part for part in module.modules() if isinstance(part, Reference | ModelReward)]
+    return [holder._place for holder in holders if holder._place is not None]
 
 
-def _advice(module: Any, estimate: Estimate) -> list[str]:
+def _advice(module: RLHFModule, estimate: Estimate) -> list[str]:
     """Settings that would save memory and are not set; those that do not change results come first."""
     policy, found = isinstance(module, PolicyRLModule), []
     on_gpu = next(module.model.parameters()).device.type == "cuda"
@@ -188,9 +200,8 @@ class MemoryEstimate(pl.Callback):
         >>> trainer = Trainer(callbacks=[callback])  # doctest: +SKIP
     """
 
-    def on_fit_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        sizes = step_sizes(trainer, pl_module)
-        if sizes is None:
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if not isinstance(pl_module, RLHFModule) or (sizes := step_sizes(trainer, pl_module)) is None:
             return
         self.estimate = estimate_memory(pl_module, *sizes)
         if trainer.is_global_zero:
@@ -198,36 +209,37 @@ class MemoryEstimate(pl.Callback):
             tell(self.estimate.text())
 
 
-def step_sizes(trainer: pl.Trainer, module: Any) -> tuple[int, int, int, int] | None:
+def step_sizes(trainer: pl.Trainer, module: RLHFModule) -> tuple[int, int, int, int] | None:
     """The arguments of `estimate_memory` for the largest micro-batch of the data; None if the data is unknown.
 
     The shared prompt of a pair or a group counts once.
     """
-    data: Any = trainer.datamodule  # type: ignore[attr-defined]
-    prepared = getattr(data, "prepared", {}).get("train")
-    if not prepared or not prepared.rows:
+    data = row_data_of(trainer)
+    prepared = data.prepared.get("train") if data else None
+    if data is None or not prepared or not prepared.rows:
         return None
-    if isinstance(module, PolicyRLModule):
+    if isinstance(module, PolicyRLModule) and isinstance(data, PromptDataModule):
         return None if data.recorded else _round_sizes(trainer, module, data, prepared.rows)
     sizes = sorted((_tokens(row) for row in prepared.rows), reverse=True)[: data.batch_size]
     scored = sum(sorted((row.trained for row in prepared.rows), reverse=True)[: data.batch_size])
     return sum(sizes), scored if _token_scorer(module) else 0, 0, 0
 
 
-def _token_scorer(module: Any) -> TokenLogprobs | None:
+def _token_scorer(module: RLHFModule) -> TokenLogprobs | None:
     """The object that computes logits; None with a reward head."""
     return getattr(module, "token_logprobs", None) or getattr(getattr(module, "scorer", None), "token_logprobs", None)
 
 
-def _tokens(row: Any) -> int:
-    sides = getattr(row, "sides", None)
-    if sides is None:
+def _tokens(row: Rendered | PreferenceExample) -> int:
+    if isinstance(row, Rendered):
         return row.tokens
-    shared = min(side.loss_mask.index(1) if 1 in side.loss_mask else 0 for side in sides)
-    return shared + sum(side.tokens - shared for side in sides)
+    shared = min(side.loss_mask.index(1) if 1 in side.loss_mask else 0 for side in row.sides)
+    return shared + sum(side.tokens - shared for side in row.sides)
 
 
-def _round_sizes(trainer: pl.Trainer, module: Any, data: Any, rows: list[Any]) -> tuple[int, int, int, int]:
+def _round_sizes(
+    trainer: pl.Trainer, module: PolicyRLModule, data: PromptDataModule, rows: Sequence[Prompt]
+) -> tuple[int, int, int, int]:
     prompt, sampled = max(row.tokens for row in rows), module.sampler.max_tokens
     prompts = -(-min(data.prompts_per_round, len(rows)) // data_ranks(trainer)[1])
     batch = -(-prompts * data.group_size // data.minibatches)

@@ -2,13 +2,16 @@
 
 import logging
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import lightning.pytorch as pl
 
 from rlhf_lightning.data.base import data_ranks
 from rlhf_lightning.distributed import is_leader
 from rlhf_lightning.files import as_json, is_file
+
+if TYPE_CHECKING:
+    from rlhf_lightning.types import Row, StepBatch
 
 log = logging.getLogger(__name__)
 
@@ -33,7 +36,13 @@ class PredictionsFile(pl.Callback):
             self._path.write_text("")
 
     def on_predict_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, *args: Any
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: "list[Row]",
+        batch: "StepBatch",
+        batch_idx: int,
+        dataloader_idx: int = 0,
     ) -> None:
         if not is_leader():
             return

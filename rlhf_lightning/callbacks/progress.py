@@ -2,7 +2,7 @@
 
 import sys
 import time
-from typing import Any
+from typing import TYPE_CHECKING
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import RichProgressBar
@@ -10,6 +10,9 @@ from lightning.pytorch.callbacks.progress.rich_progress import RichProgressBarTh
 
 from rlhf_lightning.callbacks.console import ConsoleLines, headline
 from rlhf_lightning.sampling.local_engine import LocalEngine, Watch
+
+if TYPE_CHECKING:
+    from rich.progress import TaskID
 
 
 class StageProgress(RichProgressBar):
@@ -22,7 +25,9 @@ class StageProgress(RichProgressBar):
     def __init__(self) -> None:
         super().__init__(refresh_rate=10, theme=RichProgressBarTheme(metrics_format=".4g", metrics_text_delimiter="  "))
 
-    def get_metrics(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Any]:
+    def get_metrics(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule
+    ) -> dict[str, int | str | float | dict[str, float]]:
         """Metrics to show, with short names, the most important ones first."""
         return headline(super().get_metrics(trainer, pl_module))
 
@@ -35,7 +40,7 @@ class StageProgress(RichProgressBar):
 
     def _reset_progress_bar_ids(self) -> None:
         super()._reset_progress_bar_ids()
-        self.rollout_id: Any = None
+        self.rollout_id: TaskID | None = None
 
 
 class RolloutProgress(Watch):

@@ -2,16 +2,20 @@
 
 import sys
 from statistics import fmean
-from typing import Any
+from typing import TYPE_CHECKING
 
 import lightning.pytorch as pl
 
-from rlhf_lightning.callbacks.table import choose, plain, rich
+from rlhf_lightning.callbacks.table import SampleRow, choose, plain, rich
 from rlhf_lightning.checkpointing.jsonl import JsonLines
 from rlhf_lightning.distributed import gather
 from rlhf_lightning.errors import ConfigError
+from rlhf_lightning.modules.policy_rl import PolicyRLModule
 from rlhf_lightning.rollout.statistics import episode_kl
 from rlhf_lightning.types import Episode
+
+if TYPE_CHECKING:
+    from rlhf_lightning.types import RolloutBatch, StateDict
 
 
 class SamplesLog(pl.Callback):
@@ -41,17 +45,19 @@ class SamplesLog(pl.Callback):
         self.every, self.table_every = every, table_every
         self._file = JsonLines("samples.jsonl")
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> "StateDict":
         return self._file.state
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def load_state_dict(self, state_dict: "StateDict") -> None:
         self._file.load(state_dict)
 
-    def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._file.start(trainer)
 
-    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        if not isinstance(batch, dict) or batch.get("statistics") is None:
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: "RolloutBatch", batch_idx: int
+    ) -> None:
+        if not isinstance(pl_module, PolicyRLModule) or batch.get("statistics") is None:
             return
         rollouts = pl_module.rollouts
         number = trainer.current_epoch * rollouts.rounds + batch_idx // rollouts.per_round
@@ -59,8 +65,9 @@ class SamplesLog(pl.Callback):
         shown = bool(self.table_every) and number % self.table_every == 0
         if not written and not shown:
             return
-        head = {"step": trainer.global_step, "round": number}
-        found = gather([{**head, **_record(episode)} for episode in pl_module.last_episodes])
+        found: list[list[SampleRow]] = gather(
+            [_row(episode, trainer.global_step, number) for episode in pl_module.last_episodes]
+        )
         # Sorted, so that the order does not depend on the number of ranks.
         rows = sorted((row for part in found for row in part), key=lambda row: (row["group"], row["sample"]))
         if written:
@@ -69,11 +76,13 @@ class SamplesLog(pl.Callback):
             _show(trainer, rows)
 
 
-def _record(episode: Episode) -> dict[str, Any]:
-    """The row of an episode. Its advantage is the mean over the sampled tokens of the trained advantages."""
+def _row(episode: Episode, step: int, number: int) -> SampleRow:
+    """The row of an episode of a round. Its advantage is the mean over the sampled tokens of the trained advantages."""
     rows = [row for row in episode.training_samples if row.actions]
     advantages = [a for row in rows for a, flag in zip(row.advantages, row.loss_mask, strict=True) if flag]
     return {
+        "step": step,
+        "round": number,
         "group": episode.group,
         "sample": episode.sample,
         **episode.record(),
@@ -82,7 +91,7 @@ def _record(episode: Episode) -> dict[str, Any]:
     }
 
 
-def _show(trainer: pl.Trainer, rows: list[dict[str, Any]]) -> None:
+def _show(trainer: pl.Trainer, rows: list[SampleRow]) -> None:
     title = f"round {rows[0]['round']} (step {rows[0]['step']}): {len(rows)} episodes"
     text = (rich if sys.stdout.isatty() else plain)(title, choose(rows))
     bar = trainer.progress_bar_callback

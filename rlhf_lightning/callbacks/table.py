@@ -2,12 +2,26 @@
 
 import io
 from collections.abc import Sequence
-from typing import Any
+from typing import Required
+
+from rlhf_lightning.types import EpisodeRecord
 
 WIDTH, NARROW = 100, 80
 
 
-def choose(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+class SampleRow(EpisodeRecord, total=False):
+    """A row of `samples.jsonl`."""
+
+    step: Required[int]
+    """Optimizer steps before the round."""
+    round: Required[int]
+    group: Required[int]
+    sample: Required[int]
+    kl: Required[float | None]
+    """KL of the response from the reference, in nats; None without a reference."""
+
+
+def choose(rows: Sequence[SampleRow]) -> dict[str, SampleRow]:
     """The best, median and worst row by reward, as far as there are enough rows."""
     ordered = sorted(rows, key=lambda row: -row["reward"])
     chosen = {"best": ordered[0]}
@@ -18,7 +32,7 @@ def choose(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     return chosen
 
 
-def plain(title: str, rows: dict[str, dict[str, Any]]) -> str:
+def plain(title: str, rows: dict[str, SampleRow]) -> str:
     """The rows as plain text, three lines per episode.
 
     Args:
@@ -33,7 +47,7 @@ def plain(title: str, rows: dict[str, dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def rich(title: str, rows: dict[str, dict[str, Any]], width: int | None = None) -> str:
+def rich(title: str, rows: dict[str, SampleRow], width: int | None = None) -> str:
     """The rows as a table of the terminal's width, or as plain text if the terminal is too narrow.
 
     Args:
@@ -56,14 +70,14 @@ def rich(title: str, rows: dict[str, dict[str, Any]], width: int | None = None) 
     table.add_column("stop", no_wrap=True)
     for name, row in rows.items():
         texts = [Text(shorten(text, 2 * width)) for text in (asked(row), row["response"])]
-        numbers = [_number(row[key]) for key in ("reward", "advantage", "kl")]
+        numbers = map(_number, (row["reward"], row["advantage"], row["kl"]))
         table.add_row(name, *texts, *numbers, shorten(row["stop_reason"], WIDTH))
     out = io.StringIO()
     Console(file=out, width=width, force_terminal=True).print(table)
     return out.getvalue().rstrip("\n")
 
 
-def asked(row: dict[str, Any]) -> str:
+def asked(row: SampleRow) -> str:
     """Content of the prompt's last message."""
     content = row["prompt"][-1]["content"] if row["prompt"] else ""
     return content if isinstance(content, str) else str(content)
@@ -75,7 +89,7 @@ def shorten(text: str, width: int) -> str:
     return text if len(text) <= width else text[: width - 1] + "…"
 
 
-def _numbers(row: dict[str, Any]) -> str:
+def _numbers(row: SampleRow) -> str:
     parts = [f"{shorten(name, WIDTH)} {value:.4g}" for name, value in row["terms"].items() if value is not None]
     shown = f" ({', '.join(parts)})" if len(parts) > 1 else ""
     rest = f"advantage {_number(row['advantage'])}  KL {_number(row['kl'])}  {shorten(row['stop_reason'], WIDTH)}"

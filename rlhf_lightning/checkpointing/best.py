@@ -2,7 +2,6 @@
 
 import logging
 from pathlib import Path
-from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -52,7 +51,7 @@ class BestUnderKL(ModelCheckpoint):
         )
         self.kl_limit, self.kl = kl_limit, kl
 
-    def setup(self, trainer: pl.Trainer, pl_module: Any, stage: str) -> None:
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if stage == "fit" and getattr(pl_module, "kl", None) is None:
             raise ConfigError(
                 "BestUnderKL limits the KL that model.kl measures: set model.kl (coefficient: 0 measures KL without "
@@ -61,7 +60,7 @@ class BestUnderKL(ModelCheckpoint):
         self.dirpath = self.dirpath or str(Path(trainer.default_root_dir) / "checkpoints")
         super().setup(trainer, pl_module, stage)
 
-    def on_train_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_train_end(trainer, pl_module)
         if not self.best_model_path and trainer.is_global_zero:
             log.warning("no validation had %s of at most %g, so there is no best checkpoint", self.kl, self.kl_limit)

@@ -5,11 +5,12 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.loops.progress import _ProcessedTracker
 
 from rlhf_lightning.checkpointing.io import remove, saved_steps
 from rlhf_lightning.checkpointing.last_step import (
@@ -17,14 +18,21 @@ from rlhf_lightning.checkpointing.last_step import (
     can_leave_rounds,
     can_leave_steps,
     can_leave_validation,
-    loaders,
+    rollout_loaders,
 )
-from rlhf_lightning.checkpointing.logged import logged_state, restore_last_values, restore_logged, shared
+from rlhf_lightning.checkpointing.logged import StoredLogs, logged_state, restore_last_values, restore_logged, shared
 from rlhf_lightning.checkpointing.metrics_csv import MetricsCSV
 from rlhf_lightning.checkpointing.nonfinite import require_finite
 from rlhf_lightning.checkpointing.provenance import differences, environment
 from rlhf_lightning.checkpointing.signals import StopSignals
 from rlhf_lightning.errors import ConfigError
+from rlhf_lightning.modules.trainer_state import is_trial
+
+if TYPE_CHECKING:
+    from lightning.pytorch.loops.fit_loop import _FitLoop
+    from lightning.pytorch.utilities.types import STEP_OUTPUT
+
+    from rlhf_lightning.types import StateDict, StepBatch
 
 log = logging.getLogger(__name__)
 
@@ -78,18 +86,18 @@ class RunCheckpoints(Checkpoint):
         self._last: LastStep | None = None
         self._leaving = self._leaves_steps = self._leaves_rounds = self._leaves_validation = False
         self._changed = ""
-        self._logged: dict[str, Any] | None = None
+        self._logged: StoredLogs | None = None
         self._rows: list[int] | None = None
 
     # -- state ----------------------------------------------------------------------------------------------------
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> "StateDict":
         return {"inexact": self.inexact}
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def load_state_dict(self, state_dict: "StateDict") -> None:
         self.inexact = list(state_dict["inexact"])
 
-    def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+    def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: "StateDict") -> None:
         checkpoint["environment"] = environment(trainer)
         checkpoint["stopped"] = _stops_early(trainer)
         if self._leaving and self._last:
@@ -97,7 +105,7 @@ class RunCheckpoints(Checkpoint):
         else:
             checkpoint["logged"] = shared(logged_state(trainer, pl_module, self._first))
 
-    def on_load_checkpoint(self, trainer: pl.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+    def on_load_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: "StateDict") -> None:
         changed = differences(checkpoint.get("environment") or {}, environment(trainer))
         if changed and trainer.state.fn == "fit":
             self._changed = f"step {checkpoint['global_step']}: {', '.join(changed)}"
@@ -110,7 +118,7 @@ class RunCheckpoints(Checkpoint):
 
     # -- hooks ----------------------------------------------------------------------------------------------------
 
-    def on_fit_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         # Not in on_load_checkpoint: Lightning restores the callbacks' state and resets logged values after it.
         if self._changed:
             self.inexact.append(self._changed)
@@ -119,7 +127,7 @@ class RunCheckpoints(Checkpoint):
             restore_last_values(trainer, self._logged)
             trainer.num_sanity_val_steps = 0  # the resumed run passed it already, and it would reset those values
 
-    def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.on_fit_start(trainer, pl_module)  # again, since some strategies load the checkpoint only after it
         if self._logged:
             restore_logged(trainer, pl_module, self._logged)
@@ -133,7 +141,7 @@ class RunCheckpoints(Checkpoint):
         self._last = None
         self._time = time.monotonic()
         self.folder = Path(self.dirpath or Path(trainer.default_root_dir) / "checkpoints")
-        if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+        if trainer.is_global_zero and not is_trial(trainer):
             # Checkpoints of later steps are damaged or left over; the run repeats those steps now.
             for step, path in saved_steps(self.folder):
                 if step > trainer.global_step:
@@ -145,14 +153,23 @@ class RunCheckpoints(Checkpoint):
             heard = self.signals.heard
             self._leaves_steps = can_leave_steps(trainer, pl_module)
             self._leaves_rounds = can_leave_rounds(trainer, pl_module)
-            for loader in loaders(trainer) if self._leaves_rounds else []:
+            for loader in rollout_loaders(trainer) if self._leaves_rounds else []:
                 loader.leaving = heard, lambda: self._leave(trainer, pl_module)
 
-    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: "StepBatch", batch_idx: int
+    ) -> None:
         if batch_idx % trainer.accumulate_grad_batches == 0:
             self._leave_if_asked(trainer, pl_module)
 
-    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: "STEP_OUTPUT",
+        batch: "StepBatch",
+        batch_idx: int,
+    ) -> None:
         self._first = trainer._logger_connector._first_loop_iter
         self._boundary = trainer.global_step != self._step
         if not self._boundary:
@@ -161,7 +178,8 @@ class RunCheckpoints(Checkpoint):
         self._step = trainer.global_step
         self._due = self._due or self._wanted(trainer)
         loop = trainer.fit_loop.epoch_loop
-        fetcher: Any = trainer.fit_loop._data_fetcher
+        fetcher = trainer.fit_loop._data_fetcher
+        assert fetcher is not None
         if self._due and not _epoch_ends(trainer) and not loop._should_check_val_fx(fetcher):
             # Lightning logs the step after this hook; if the run were killed in between, the row would be missing.
             with MetricsCSV.early(trainer):
@@ -169,7 +187,7 @@ class RunCheckpoints(Checkpoint):
             self._save(trainer, pl_module)
         self._keep(trainer, pl_module)
 
-    def on_validation_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         fitting = trainer.state.fn == "fit" and not trainer.sanity_checking and bool(self.signals)
         # A validation at the start of a resumed run has its checkpoint already.
         known = self._boundary or self._saved == trainer.global_step
@@ -178,12 +196,17 @@ class RunCheckpoints(Checkpoint):
             self._last = LastStep(trainer, pl_module, self._first, validates=True)
 
     def on_validation_batch_start(
-        self, trainer: pl.Trainer, pl_module: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        batch: "StepBatch",
+        batch_idx: int,
+        dataloader_idx: int = 0,
     ) -> None:
         if self._leaves_validation and self._all_heard(trainer):
             self._leave(trainer, pl_module)
 
-    def on_validation_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.state.fn != "fit" or trainer.sanity_checking or not self._boundary:
             return
         if not _epoch_ends(trainer):
@@ -191,9 +214,10 @@ class RunCheckpoints(Checkpoint):
                 self._save(trainer, pl_module)
             self._keep(trainer, pl_module)
 
-    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         loop, connector = trainer.fit_loop, trainer._logger_connector
-        progress: Any = loop.epoch_progress.current
+        progress = loop.epoch_progress.current
+        assert isinstance(progress, _ProcessedTracker)
         if loop.max_epochs not in (None, -1) and progress.processed >= loop.max_epochs:
             self._due = self._due or self._saved != trainer.global_step
         if self._boundary and (self._asked(trainer) or self._due):
@@ -206,10 +230,10 @@ class RunCheckpoints(Checkpoint):
                 self._save(trainer, pl_module)
         self._keep(trainer, pl_module)
 
-    def on_train_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._end(trainer)
 
-    def on_exception(self, trainer: pl.Trainer, pl_module: Any, exception: BaseException) -> None:
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         self._end(trainer)
 
     def _end(self, trainer: pl.Trainer) -> None:
@@ -217,18 +241,18 @@ class RunCheckpoints(Checkpoint):
         if self.signals:
             self.signals.off()
             if self._leaves_rounds:
-                for loader in loaders(trainer):
+                for loader in rollout_loaders(trainer):
                     loader.leaving = None
 
     # -- interrupting the current work ----------------------------------------------------------------------------
 
-    def _keep(self, trainer: pl.Trainer, pl_module: Any) -> None:
+    def _keep(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Record the state at the end of this step, if what follows may be interrupted."""
         steps = self._leaves_steps and trainer.accumulate_grad_batches > 1
-        if steps or (self._leaves_rounds and any(loader.at_round for loader in loaders(trainer))):
+        if steps or (self._leaves_rounds and any(loader.at_round for loader in rollout_loaders(trainer))):
             self._last = LastStep(trainer, pl_module, self._first)
 
-    def _leave_if_asked(self, trainer: pl.Trainer, pl_module: Any) -> None:
+    def _leave_if_asked(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Stop before or between the micro-batches of an optimizer step. All ranks call this equally often."""
         if not self._leaves_steps or trainer.accumulate_grad_batches == 1 or not self._all_heard(trainer):
             return
@@ -244,7 +268,7 @@ class RunCheckpoints(Checkpoint):
             heard = bool(flag)
         return heard
 
-    def _leave(self, trainer: pl.Trainer, pl_module: Any) -> None:
+    def _leave(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Discard what has been done since the last optimizer step, and stop. All ranks must call this together."""
         self._stopping = self._leaving = True
         if self._last and self._saved != trainer.global_step:
@@ -268,9 +292,9 @@ class RunCheckpoints(Checkpoint):
             self._stopping = trainer.strategy.reduce_boolean_decision(self.signals.heard(), all=False)
         return self._stopping
 
-    def _save(self, trainer: pl.Trainer, pl_module: Any) -> None:
+    def _save(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._due = False
-        if trainer.fast_dev_run:  # type: ignore[attr-defined]
+        if is_trial(trainer):
             return
         if self._saved != trainer.global_step:
             require_finite(pl_module, f"after step {trainer.global_step}", "no checkpoint is written")
@@ -300,13 +324,14 @@ def _stops_early(trainer: pl.Trainer) -> bool:
 
 
 @contextmanager
-def _unless_complete(loop: Any) -> Iterator[None]:
+def _unless_complete(loop: "_FitLoop") -> Iterator[None]:
     """Save an epoch that the end of the run cuts off as unfinished, so that a run of more steps would continue it."""
     cut_off = not loop.epoch_loop._num_ready_batches_reached()
-    for progress in (loop.epoch_progress.current, loop.epoch_progress.total):
+    trackers = [t for t in (loop.epoch_progress.current, loop.epoch_progress.total) if isinstance(t, _ProcessedTracker)]
+    for progress in trackers:
         progress.processed -= cut_off
     try:
         yield
     finally:
-        for progress in (loop.epoch_progress.current, loop.epoch_progress.total):
+        for progress in trackers:
             progress.processed += cut_off

@@ -1,21 +1,29 @@
 """Checkpoint files: written atomically, and verified before they are read."""
 
+import io
 import logging
 import os
 import re
 import shutil
 import zipfile
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.fabric.plugins.io import TorchCheckpointIO
 
 from rlhf_lightning.errors import ConfigError, UserError
-from rlhf_lightning.files import read_object, write_json
+from rlhf_lightning.files import read_object, replacing, scratch_of, write_json
 from rlhf_lightning.rank_watch import undisturbed
+
+if TYPE_CHECKING:
+    from _typeshed import ReadableBuffer
+    from lightning.fabric.utilities.types import _PATH
+
+    from rlhf_lightning.types import StateDict
 
 log = logging.getLogger(__name__)
 VERSION = "pytorch-lightning_version"  # the key that Lightning checks first
@@ -39,7 +47,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         >>> trainer = Trainer(plugins=[io])  # doctest: +SKIP
     """
 
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
+    def save_checkpoint(self, checkpoint: "StateDict", path: "_PATH", storage_options: Any | None = None) -> None:
         """Write a checkpoint.
 
         Args:
@@ -54,30 +62,28 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             super().save_checkpoint(checkpoint, path, storage_options)
             return
         target = Path(path)
-        scratch = target.with_name(f".{target.name}.partial")
-        stream: Any = None
+        stream: _Stream | None = None
         try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            with undisturbed(), open(scratch, "wb") as file:
-                stream = _Stream(file)
+            with undisturbed(), replacing(target) as scratch, _Stream(io.FileIO(scratch, "wb")) as stream:
                 torch.save(checkpoint, stream)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(scratch, target)
+                stream.flush()
+                os.fsync(stream.fileno())
         except (OSError, RuntimeError) as error:
             # torch's exception for a failed write does not contain the reason.
             reason = error if isinstance(error, OSError) else stream and stream.error
             if not reason:
                 raise
-            scratch.unlink(missing_ok=True)
             raise UserError(
                 f"{target}: the checkpoint cannot be written ({reason.strerror}). Free disk space or choose another "
                 "--trainer.default_root_dir; the same command resumes from the previous checkpoint."
             ) from error
 
     def load_checkpoint(
-        self, path: Any, map_location: Any = lambda storage, loc: storage, weights_only: bool | None = None
-    ) -> dict[str, Any]:
+        self,
+        path: "_PATH",
+        map_location: Callable | None = lambda storage, loc: storage,
+        weights_only: bool | None = None,
+    ) -> "StateDict":
         """Read a checkpoint.
 
         Args:
@@ -104,22 +110,17 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         return state
 
 
-class _Stream:
+class _Stream(io.BufferedWriter):
     """A file that records why a write failed."""
 
-    def __init__(self, file: Any) -> None:
-        self.file = file
-        self.error: OSError | None = None
+    error: OSError | None = None
 
-    def write(self, data: Any) -> int:
+    def write(self, data: "ReadableBuffer") -> int:
         try:
-            return self.file.write(data)
+            return super().write(data)
         except OSError as error:
             self.error = error
             raise
-
-    def flush(self) -> None:
-        self.file.flush()
 
 
 def damage(path: Path) -> str | None:
@@ -177,7 +178,7 @@ class Unfinished:
     """
 
     def __init__(self, target: Path) -> None:
-        self.target, self.scratch = target, target.with_name(f".{target.name}.partial")
+        self.target, self.scratch = target, scratch_of(target)
 
     def clear(self) -> None:
         """Remove what an interrupted run left."""

@@ -3,11 +3,11 @@
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
 import lightning.pytorch as pl
 
 from rlhf_lightning.files import as_json
+from rlhf_lightning.modules.trainer_state import is_trial
 
 
 class JsonLines:
@@ -28,7 +28,7 @@ class JsonLines:
         self.name, self.written = name, 0
         self._resumed = False
 
-    def load(self, state: Mapping[str, Any]) -> None:
+    def load(self, state: Mapping[str, int]) -> None:
         """Restore a `state`."""
         self.written, self._resumed = int(state["written"]), True
 
@@ -47,7 +47,7 @@ class JsonLines:
                 self._path.unlink()
         self._resumed = False
 
-    def append(self, trainer: pl.Trainer, rows: Iterable[Mapping[str, Any]]) -> None:
+    def append(self, trainer: pl.Trainer, rows: Iterable[Mapping[str, object]]) -> None:
         """Append rows in one write. Does nothing on ranks other than 0, and in a `fast_dev_run`.
 
         Args:
@@ -64,4 +64,4 @@ class JsonLines:
 
     @staticmethod
     def _writes(trainer: pl.Trainer) -> bool:
-        return trainer.is_global_zero and not trainer.fast_dev_run  # type: ignore[attr-defined]
+        return trainer.is_global_zero and not is_trial(trainer)

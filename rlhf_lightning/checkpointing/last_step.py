@@ -2,19 +2,34 @@
 
 from collections.abc import Iterator
 from copy import deepcopy
-from typing import Any
+from typing import TYPE_CHECKING, TypedDict
 
 import lightning.pytorch as pl
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer.call import _call_callbacks_state_dict
+from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from rlhf_lightning.checkpointing.logged import logged_state, shared
 from rlhf_lightning.checkpointing.metrics_csv import MetricsCSV
 from rlhf_lightning.data.batching import RowLoader
 from rlhf_lightning.models.sharding import is_sharded
 from rlhf_lightning.modules.base import RLHFModule
+from rlhf_lightning.modules.policy_rl import PolicyRLModule
+from rlhf_lightning.modules.trainer_state import callbacks_of
 from rlhf_lightning.rollout.dataloader import RolloutLoader
+
+if TYPE_CHECKING:
+    from rlhf_lightning.types import StateDict
+
+
+class _BatchProgress(TypedDict):
+    """The state of Lightning's progress tracker of batches."""
+
+    total: dict[str, int]
+    current: dict[str, int]
+    is_last_batch: bool
 
 
 class LastStep:
@@ -36,7 +51,9 @@ class LastStep:
         >>> last.go_back(trainer, module)  # doctest: +SKIP
     """
 
-    def __init__(self, trainer: pl.Trainer, pl_module: Any, first: bool | None, validates: bool = False) -> None:
+    def __init__(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, first: bool | None, validates: bool = False
+    ) -> None:
         loop = trainer.fit_loop
         self.step, self._epoch = trainer.global_step, trainer.current_epoch
         self._loops = loop.epoch_loop.state_dict(prefix="epoch_loop.")
@@ -44,30 +61,32 @@ class LastStep:
         if validates:
             _begin_validation(self._loops["epoch_loop.val_loop.batch_progress"])
         self._rows = [one.rows for one in trainer.loggers if isinstance(one, MetricsCSV)] if validates else None
-        self._callbacks = _copied(_call_callbacks_state_dict(trainer))
+        # Tensors, which may be large, are not copied: averaged weights only change at steps.
+        self._callbacks = tree_map(
+            lambda value: value if isinstance(value, Tensor) else deepcopy(value), _call_callbacks_state_dict(trainer)
+        )
         self._logged = logged_state(trainer, pl_module, first)
-        self._at_round = any(getattr(loader, "at_round", False) for loader in loaders(trainer))
-        self._positions = [loader.position for loader in loaders(trainer)]
+        self._at_round = any(loader.at_round for loader in rollout_loaders(trainer))
+        self._positions = [loader.position for loader in _loaders(trainer)]
         self._buffers = [(module, name, value.clone()) for module, name, value in _buffers(pl_module)]
-        rounds = getattr(pl_module, "collector", None)
-        self._rounds = None if rounds is None else deepcopy(rounds.counters)
+        self._rounds = deepcopy(pl_module.collector.counters) if isinstance(pl_module, PolicyRLModule) else None
 
-    def is_whole(self, trainer: pl.Trainer, pl_module: Any) -> bool:
+    def is_whole(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> bool:
         """True if it belongs to the last step and nothing that it lacks has changed since."""
         # Sampling a round replaces the stale weights, which are not recorded here.
-        stale = getattr(getattr(pl_module, "collector", None), "snapshot", None) is not None
+        stale = isinstance(pl_module, PolicyRLModule) and pl_module.collector.snapshot is not None
         return self.step == trainer.global_step and not (stale and self._at_round)
 
-    def go_back(self, trainer: pl.Trainer, pl_module: Any) -> None:
+    def go_back(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Restore the state of the dataloaders, buffers and collector."""
-        for loader, position in zip(loaders(trainer), self._positions, strict=True):
+        for loader, position in zip(_loaders(trainer), self._positions, strict=True):
             loader.position = position
         for module, name, value in self._buffers:
             getattr(module, name).copy_(value)
-        if self._rounds is not None:
+        if isinstance(pl_module, PolicyRLModule) and self._rounds is not None:
             pl_module.collector.counters = self._rounds
 
-    def put_into(self, checkpoint: dict[str, Any]) -> None:
+    def put_into(self, checkpoint: "StateDict") -> None:
         """Write the recorded state into a checkpoint."""
         checkpoint["epoch"] = self._epoch
         checkpoint["loops"]["fit_loop"] |= self._loops
@@ -77,42 +96,52 @@ class LastStep:
             checkpoint["metrics_rows"] = self._rows
 
 
-def loaders(trainer: pl.Trainer) -> list[Any]:
-    """The training dataloaders."""
+def _loaders(trainer: pl.Trainer) -> list[RowLoader | RolloutLoader]:
+    """The training dataloaders of the package."""
     combined = trainer.fit_loop._combined_loader
-    return [] if combined is None else list(combined.flattened)
+    found = [] if combined is None else combined.flattened
+    return [loader for loader in found if isinstance(loader, RowLoader | RolloutLoader)]
 
 
-def can_leave_steps(trainer: pl.Trainer, pl_module: Any) -> bool:
+def rollout_loaders(trainer: pl.Trainer) -> list[RolloutLoader]:
+    """The training dataloaders that collect rollouts."""
+    return [loader for loader in _loaders(trainer) if isinstance(loader, RolloutLoader)]
+
+
+def _are_all(combined: CombinedLoader | None, *kinds: type) -> bool:
+    """True if all dataloaders are exactly of these classes."""
+    return combined is None or all(type(loader) in kinds for loader in combined.flattened)
+
+
+def can_leave_steps(trainer: pl.Trainer, pl_module: pl.LightningModule) -> bool:
     """True if everything that changes between the micro-batches of an optimizer step can be restored."""
-    known = all(type(loader) in (RowLoader, RolloutLoader) for loader in loaders(trainer))
-    others: list[Any] = [(callback, pl.Callback) for callback in trainer.callbacks]  # type: ignore[attr-defined]
-    extra = any(_saves_more(one, base) for one, base in [(pl_module, RLHFModule), *others])
+    known = _are_all(trainer.fit_loop._combined_loader, RowLoader, RolloutLoader)
+    extra = _saves_more(pl_module, RLHFModule) or any(_saves_more(one, pl.Callback) for one in callbacks_of(trainer))
     return _ranks_are_whole(trainer, pl_module) and known and not extra
 
 
-def can_leave_validation(trainer: pl.Trainer, pl_module: Any) -> bool:
+def can_leave_validation(trainer: pl.Trainer, pl_module: pl.LightningModule) -> bool:
     """True if a resumed run would repeat this validation, and all ranks have equally many batches of it."""
     combined = trainer.fit_loop.epoch_loop.val_loop._combined_loader
-    rows = combined is not None and all(type(loader) is RowLoader for loader in combined.flattened)
+    rows = combined is not None and _are_all(combined, RowLoader)
     over = trainer.should_stop or 0 < trainer.max_steps <= trainer.global_step
     timed = getattr(trainer, "_val_check_time_interval", None) is not None
     return rows and not over and not timed and can_leave_steps(trainer, pl_module)
 
 
-def can_leave_rounds(trainer: pl.Trainer, pl_module: Any) -> bool:
+def can_leave_rounds(trainer: pl.Trainer, pl_module: pl.LightningModule) -> bool:
     """True if all training dataloaders are rollout loaders."""
-    return _ranks_are_whole(trainer, pl_module) and all(type(one) is RolloutLoader for one in loaders(trainer))
+    return _ranks_are_whole(trainer, pl_module) and _are_all(trainer.fit_loop._combined_loader, RolloutLoader)
 
 
-def _ranks_are_whole(trainer: pl.Trainer, pl_module: Any) -> bool:
+def _ranks_are_whole(trainer: pl.Trainer, pl_module: pl.LightningModule) -> bool:
     """True if each rank runs one of the package's modules unsharded, so that it can stop at any point."""
     if not isinstance(pl_module, RLHFModule) or is_sharded(pl_module.model):
         return False
     return type(trainer.strategy) is DDPStrategy or trainer.world_size == 1
 
 
-def _begin_validation(progress: dict[str, Any]) -> None:
+def _begin_validation(progress: _BatchProgress) -> None:
     """Change the progress to that at the start of a validation, so that Lightning repeats the validation."""
     done = progress["total"]["completed"]
     progress["total"] |= {"ready": done + 1, "started": done + 1, "processed": done}
@@ -120,9 +149,9 @@ def _begin_validation(progress: dict[str, Any]) -> None:
     progress["is_last_batch"] = False
 
 
-def _saves_more(one: Any, base: Any) -> bool:
+def _saves_more(one: pl.LightningModule | pl.Callback, base: type[pl.LightningModule] | type[pl.Callback]) -> bool:
     """True if a user's hook adds state to checkpoints that cannot be recorded here."""
-    hook: Any = type(one).on_save_checkpoint
+    hook = type(one).on_save_checkpoint
     return hook is not base.on_save_checkpoint and hook.__module__.split(".")[0] not in ("rlhf_lightning", "lightning")
 
 
@@ -132,12 +161,3 @@ def _buffers(pl_module: nn.Module) -> Iterator[tuple[nn.Module, str, Tensor]]:
         for name, value in module._buffers.items():
             if value is not None and name not in module._non_persistent_buffers_set:
                 yield module, name, value
-
-
-def _copied(value: Any) -> Any:
-    """Copy plain values. Tensors, which may be large, are not copied: averaged weights only change at steps."""
-    if isinstance(value, dict):
-        return {key: _copied(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_copied(item) for item in value]
-    return value if isinstance(value, Tensor) else deepcopy(value)

@@ -2,16 +2,16 @@
 
 import csv
 import io
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as pl
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
-from rlhf_lightning.files import read_table, table_cell
+from rlhf_lightning.files import read_table, replace_text, table_cell
 
 NAME = "metrics.csv"
 
@@ -62,11 +62,11 @@ class MetricsCSV(Logger):
         self._kept = rows
 
     @rank_zero_only
-    def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
+    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
         """Does nothing, because `config.yaml` has the settings."""
 
     @rank_zero_only
-    def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         """Append a row.
 
         Args:
@@ -88,10 +88,10 @@ class MetricsCSV(Logger):
 
     @staticmethod
     @contextmanager
-    def early(trainer: Any) -> Iterator[None]:
+    def early(trainer: pl.Trainer) -> Iterator[None]:
         """Context in which rows are written before Lightning logs the same values again; the repetition is dropped."""
         others, ours = trainer.loggers, [logger for logger in trainer.loggers if isinstance(logger, MetricsCSV)]
-        trainer.loggers = ours
+        trainer.loggers = list(ours)
         for logger in ours:
             logger._is_early = True
         try:
@@ -113,15 +113,12 @@ class MetricsCSV(Logger):
         else:
             self._columns = []
 
-    def _rewrite(self, columns: list[str], rows: Sequence[Mapping[str, Any]]) -> None:
+    def _rewrite(self, columns: list[str], rows: Sequence[Mapping[str, float | str]]) -> None:
         self._columns = columns
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        scratch = self.path.with_name(f".{NAME}.partial")
-        scratch.write_bytes(_text(columns, rows, header=True).encode())
-        os.replace(scratch, self.path)
+        replace_text(self.path, _text(columns, rows, header=True))
 
 
-def _text(columns: Sequence[str], rows: Sequence[Mapping[str, Any]], header: bool = False) -> str:
+def _text(columns: Sequence[str], rows: Sequence[Mapping[str, float | str]], header: bool = False) -> str:
     stream = io.StringIO()
     writer = csv.writer(stream)
     if header:

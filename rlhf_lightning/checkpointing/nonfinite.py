@@ -3,15 +3,19 @@
 import logging
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING
 
 import lightning.pytorch as pl
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from rlhf_lightning.distributed import gather
 from rlhf_lightning.errors import ConfigError, UserError
 from rlhf_lightning.modules.step import drop_gradients
+
+if TYPE_CHECKING:
+    from rlhf_lightning.types import StepBatch
 
 log = logging.getLogger(__name__)
 ACTIONS = ("stop", "skip")
@@ -48,8 +52,8 @@ class NonFiniteGuard(pl.Callback):
             )
         self.action, self.limit = action, limit
         self.skipped = self._in_a_row = 0
-        self._window: list[tuple[Any, Tensor]] = []
-        self._batch: Any = None
+        self._window: list[tuple[list[str], Tensor]] = []
+        self._batch: StepBatch | None = None
 
     def state_dict(self) -> dict[str, int]:
         return {"skipped": self.skipped, "in_a_row": self._in_a_row}
@@ -57,16 +61,20 @@ class NonFiniteGuard(pl.Callback):
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
         self.skipped, self._in_a_row = state_dict["skipped"], state_dict["in_a_row"]
 
-    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: "StepBatch", batch_idx: int
+    ) -> None:
         if batch_idx % trainer.accumulate_grad_batches == 0:
             self._window = []
         self._batch = batch
 
-    def on_before_backward(self, trainer: pl.Trainer, pl_module: Any, loss: Tensor) -> None:
+    def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
         # Read only before the optimizer step, so that the device is synchronized once per step.
         self._window.append((_rows(self._batch), loss.detach()))
 
-    def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: Any, optimizer: Any) -> None:
+    def on_before_optimizer_step(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
+    ) -> None:
         scaled = getattr(trainer.precision_plugin, "scaler", None) is not None
         # With sharded weights, each rank checks its shard, which may be empty.
         found = [getattr(p.grad, "_local_tensor", p.grad) for p in pl_module.parameters() if p.grad is not None]
@@ -98,7 +106,7 @@ class NonFiniteGuard(pl.Callback):
         what = f"the loss is {values[0]}" if values else f"the gradient is not finite (largest {largest.item()})"
         return what, bool(values), rows
 
-    def _message(self, trainer: pl.Trainer, pl_module: Any, found: tuple[str, bool, list[str]]) -> str:
+    def _message(self, trainer: pl.Trainer, pl_module: pl.LightningModule, found: tuple[str, bool, list[str]]) -> str:
         what, is_loss, rows = found
         where = f" Rows: {', '.join(rows[:SHOWN])}{f' and {len(rows) - SHOWN} more' if len(rows) > SHOWN else ''}."
         if names := non_finite(pl_module):
@@ -137,12 +145,12 @@ def _largest(gradients: list[Tensor]) -> Tensor:
     return torch.nn.utils.get_total_norm(gradients, norm_type=float("inf")).float()
 
 
-def _rows(batch: Any) -> list[str]:
+def _rows(batch: "StepBatch | None") -> list[str]:
     where = batch.get("where") if isinstance(batch, Mapping) else None
     return list(dict.fromkeys(name for name in where if name)) if where else []
 
 
-def non_finite(module: Any) -> list[str]:
+def non_finite(module: nn.Module) -> list[str]:
     """Names of the trained weights that contain NaN or infinity."""
     named = [(name, p.detach()) for name, p in module.named_parameters() if p.requires_grad and p.is_floating_point()]
     if not named:
@@ -153,7 +161,7 @@ def non_finite(module: Any) -> list[str]:
     return [name for (name, _), fine in zip(named, flags, strict=True) if not fine]
 
 
-def require_finite(module: Any, when: str, consequence: str) -> None:
+def require_finite(module: nn.Module, when: str, consequence: str) -> None:
     """Raise `NonFiniteError` on all ranks if a trained weight on any rank is not finite.
 
     Args:

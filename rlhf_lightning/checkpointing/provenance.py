@@ -4,7 +4,7 @@ import platform
 import subprocess
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import lightning.pytorch as pl
 import torch
@@ -12,11 +12,14 @@ import torch
 from rlhf_lightning import __version__
 from rlhf_lightning.data.base import data_ranks
 
+if TYPE_CHECKING:
+    from rlhf_lightning.types import JSON
+
 DECIDES = ("torch", "lightning", "transformers", "peft", "rlhf-lightning")
 """Packages whose version must not change for a bit-exact resume."""
 
 
-def versions() -> dict[str, str]:
+def versions() -> "dict[str, JSON]":
     """Versions of the packages that results depend on."""
     from importlib.metadata import version
 
@@ -26,7 +29,7 @@ def versions() -> dict[str, str]:
     return {**ours, **{name: version(name) for name in names}}
 
 
-def environment(trainer: pl.Trainer) -> dict[str, Any]:
+def environment(trainer: pl.Trainer) -> "dict[str, JSON]":
     """Environment of the run as plain values, for checkpoints and `stage.json`."""
     device = trainer.strategy.root_device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
@@ -50,10 +53,10 @@ def processor() -> str:
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
 
 
-def commit() -> dict[str, Any] | None:
+def commit() -> "dict[str, JSON] | None":
     """The git commit of the current folder, and whether files differ from it; None outside a repository."""
 
-    def git(*args: str) -> subprocess.CompletedProcess:
+    def git(*args: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(["git", *args], capture_output=True, text=True, timeout=10, check=False)
 
     try:
@@ -64,6 +67,6 @@ def commit() -> dict[str, Any] | None:
     return {"commit": found.stdout.strip(), "changed": changed} if found.returncode == 0 else None
 
 
-def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+def differences(before: "Mapping[str, JSON]", now: "Mapping[str, JSON]") -> list[str]:
     """What differs between two environments, as `name before → now`."""
     return [f"{name} {before[name]} → {now[name]}" for name in now if name in before and before[name] != now[name]]

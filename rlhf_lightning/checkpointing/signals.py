@@ -5,22 +5,17 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from types import FrameType
+from typing import TYPE_CHECKING
+
+from rlhf_lightning.user_exits import asked_to_end, note_signal, restore_handlers, stop_signals, watched
 
 if TYPE_CHECKING:
+    from signal import _HANDLER
+
     from rlhf_lightning.checkpointing.relay import Relay
 
-from rlhf_lightning.user_exits import asked_to_end, note_signal, watched
-
 log = logging.getLogger(__name__)
-
-
-def ends() -> list[int]:
-    """Signals by which a system ends a process: SIGTERM, and SIGHUP unless it is ignored (`nohup`)."""
-    found = [int(signal.SIGTERM)]
-    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
-        found.append(int(signal.SIGHUP))
-    return found
 
 
 @contextmanager
@@ -34,21 +29,19 @@ def ended_once() -> Iterator[None]:
         yield
         return
 
-    def handle(number: int, frame: Any) -> None:
+    def handle(number: int, frame: FrameType | None) -> None:
         first = not asked_to_end()
         note_signal()
         if first or number == signal.SIGINT:
             raise KeyboardInterrupt
 
     keys = [signal.SIGINT] if signal.getsignal(signal.SIGINT) is signal.default_int_handler else []
-    before = {number: signal.signal(number, handle) for number in (*keys, *ends())}
+    before = {number: signal.signal(number, handle) for number in (*keys, *stop_signals())}
     try:
         with watched():
             yield
     finally:
-        for number, handler in before.items():
-            ending = asked_to_end() and number != signal.SIGINT
-            signal.signal(number, signal.SIG_IGN if ending else handler or signal.SIG_DFL)
+        restore_handlers(before, ends=asked_to_end())
 
 
 class StopSignals:
@@ -64,7 +57,7 @@ class StopSignals:
 
     def __init__(self) -> None:
         self.asked = False
-        self._before: dict[int, Any] = {}
+        self._before: dict[int, _HANDLER] = {}
         self._relay: Relay | None = None
 
     def heard(self) -> bool:
@@ -80,7 +73,7 @@ class StopSignals:
         self.asked = False
         if self._before or threading.current_thread() is not threading.main_thread():
             return
-        self._before = {number: signal.signal(number, self._handle) for number in [int(signal.SIGINT), *ends()]}
+        self._before = {number: signal.signal(number, self._handle) for number in [int(signal.SIGINT), *stop_signals()]}
         # Imported here, because commands that do not train use this module and start without torch.
         from rlhf_lightning.checkpointing.relay import Relay
 
@@ -88,15 +81,13 @@ class StopSignals:
 
     def off(self) -> None:
         """Restore the previous handlers. If the run ends by a signal, SIGTERM and SIGHUP are ignored from now on."""
-        for number, handler in self._before.items():
-            ending = self.asked and number != signal.SIGINT
-            signal.signal(number, signal.SIG_IGN if ending else handler or signal.SIG_DFL)
+        restore_handlers(self._before, ends=self.asked)
         self._before = {}
         if self._relay is not None:
             self._relay.close()
             self._relay = None
 
-    def _handle(self, number: int, frame: Any) -> None:
+    def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.asked and number == signal.SIGINT:
             raise KeyboardInterrupt
         if not self.asked:

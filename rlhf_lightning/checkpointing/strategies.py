@@ -1,8 +1,9 @@
 """Sharding of weights over devices with one flag: `--trainer.strategy fsdp2`."""
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
+import lightning.pytorch as pl
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
 from torch.distributed.distributed_c10d import _set_pg_timeout
@@ -11,6 +12,12 @@ from rlhf_lightning.checkpointing.io import Unfinished, damage
 from rlhf_lightning.distributed import use_mesh
 from rlhf_lightning.errors import ConfigError, UserError
 from rlhf_lightning.files import check_format
+from rlhf_lightning.modules.base import RLHFModule
+
+if TYPE_CHECKING:
+    from lightning.fabric.utilities.types import _PATH
+
+    from rlhf_lightning.types import StateDict
 
 
 class FSDP2(ModelParallelStrategy):
@@ -64,14 +71,14 @@ class FSDP2(ModelParallelStrategy):
         use_mesh(None)
         super().teardown()
 
-    def setup(self, trainer: Any) -> None:
+    def setup(self, trainer: pl.Trainer) -> None:
         # Weights gathered in inference mode, by a validation before training, could not be trained.
         loops = (trainer.fit_loop.epoch_loop.val_loop, trainer.validate_loop, trainer.test_loop, trainer.predict_loop)
         for loop in loops:
             loop.inference_mode = False
         super().setup(trainer)
 
-    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
+    def save_checkpoint(self, checkpoint: "StateDict", filepath: "_PATH", storage_options: Any | None = None) -> None:
         if not self._save_distributed_checkpoint:
             super().save_checkpoint(checkpoint, filepath, storage_options)
             return
@@ -85,16 +92,17 @@ class FSDP2(ModelParallelStrategy):
             folder.finish()
         self.barrier("finished")
 
-    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+    def load_checkpoint(self, checkpoint_path: "_PATH", weights_only: bool | None = None) -> "StateDict":
         path = Path(self.broadcast(checkpoint_path))
         if found := damage(path):
             raise UserError(f"{path}: the checkpoint is damaged ({found}); use an earlier one, or start over")
-        names, found = _contents(path)
-        check_format(found, str(path))
-        self.lightning_module.check_names(names)  # type: ignore[union-attr, operator]
+        names, version = _contents(path)
+        check_format(version, str(path))
+        if isinstance(self.lightning_module, RLHFModule):
+            self.lightning_module.check_names(names)
         return super().load_checkpoint(path, weights_only)
 
-    def load_weights(self, path: Any) -> None:
+    def load_weights(self, path: "_PATH") -> None:
         """Load only the weights of a checkpoint, which need not contain an optimizer state."""
         optimizers, self.optimizers = self.optimizers, []
         try:
@@ -103,7 +111,7 @@ class FSDP2(ModelParallelStrategy):
             self.optimizers = optimizers
 
 
-def _contents(path: Path) -> tuple[set[str], Any]:
+def _contents(path: Path) -> tuple[set[str], int | None]:
     """Names of the weights in a checkpoint, and its format version, without reading the weights."""
     stored = path if path.is_file() else path / "meta.pt"  # where Lightning stores everything but the weights
     facts = torch.load(stored, mmap=True, map_location="meta", weights_only=True)

@@ -3,7 +3,7 @@
 import logging
 import math
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING
 
 import lightning.pytorch as pl
 
@@ -23,6 +23,10 @@ from rlhf_lightning.diagnostics.responses import (
 from rlhf_lightning.diagnostics.reward import NoSignal, OverOptimized, RewardCollapse
 from rlhf_lightning.diagnostics.round_callback import RoundCallback
 from rlhf_lightning.errors import ConfigError
+
+if TYPE_CHECKING:
+    from rlhf_lightning.modules.policy_rl import PolicyRLModule
+    from rlhf_lightning.types import JSON, StateDict
 
 log = logging.getLogger(__name__)
 DEFAULT = (
@@ -81,7 +85,7 @@ class Diagnostics(RoundCallback):
         """Names of all curves that the checks read."""
         return sorted({name for check in self.checks for name in check.watched})
 
-    def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
         self._file.start(trainer)
 
@@ -89,7 +93,7 @@ class Diagnostics(RoundCallback):
         super().reset()
         self._warned = []
 
-    def round_ended(self, trainer: pl.Trainer, pl_module: Any) -> None:
+    def round_ended(self, trainer: pl.Trainer, pl_module: "PolicyRLModule") -> None:
         rows = []
         for check in self.checks:
             severity = check.severity(self.curves) if check.applies(pl_module) else None
@@ -104,18 +108,18 @@ class Diagnostics(RoundCallback):
         if rows:
             self._file.append(trainer, rows)
 
-    def _warn(self, trainer: pl.Trainer, check: Check) -> dict[str, Any]:
+    def _warn(self, trainer: pl.Trainer, check: Check) -> "dict[str, JSON]":
         message = check.message(self.curves)
         if trainer.is_global_zero:
             log.warning("step %d: %s", trainer.global_step, message)
         # JSON has no NaN and no infinity.
-        shown = {k: v if math.isfinite(v) else str(v) for k, v in check.numbers(self.curves).items()}
+        shown: dict[str, JSON] = {k: v if math.isfinite(v) else str(v) for k, v in check.numbers(self.curves).items()}
         return {"step": trainer.global_step, "name": check.name, "message": message, "numbers": shown}
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> "StateDict":
         return {**super().state_dict(), "warned": list(self._warned), "file": self._file.state}
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def load_state_dict(self, state_dict: "StateDict") -> None:
         super().load_state_dict(state_dict)
         self._warned = list(state_dict["warned"])
         self._file.load(state_dict["file"])

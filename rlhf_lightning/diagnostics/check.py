@@ -1,10 +1,13 @@
 """Base classes of the checks, each of which detects one failure of policy RL in the curves of a run."""
 
 from abc import ABC, abstractmethod
-from typing import Any
+from typing import TYPE_CHECKING
 
 from rlhf_lightning.diagnostics.curves import RECENT, Curves
 from rlhf_lightning.errors import ConfigError
+
+if TYPE_CHECKING:
+    from rlhf_lightning.modules.policy_rl import PolicyRLModule
 
 Numbers = dict[str, float]
 
@@ -41,7 +44,7 @@ class Check(ABC):
             raise ConfigError(f"{type(self).__name__}.rounds is {rounds}; it must be between 1 and {RECENT}")
         self.rounds = rounds
 
-    def applies(self, module: Any) -> bool:
+    def applies(self, module: "PolicyRLModule") -> bool:
         """True if the check is meaningful for a module's episodes."""
         return True
 

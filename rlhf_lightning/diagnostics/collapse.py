@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING
 
 import lightning.pytorch as pl
 
@@ -13,6 +13,10 @@ from rlhf_lightning.diagnostics.responses import EntropyCollapse
 from rlhf_lightning.diagnostics.reward import RewardCollapse
 from rlhf_lightning.diagnostics.round_callback import RoundCallback
 from rlhf_lightning.errors import ConfigError, UserError
+
+if TYPE_CHECKING:
+    from rlhf_lightning.modules.policy_rl import PolicyRLModule
+    from rlhf_lightning.types import JSON, StateDict
 
 log = logging.getLogger(__name__)
 
@@ -61,7 +65,7 @@ class StopOnCollapse(RoundCallback):
             self.checks.append(HighKL(kl_limit))
         self._finite = NotFinite()
         self._streaks: dict[str, int] = {}
-        self.stopped: dict[str, Any] | None = None
+        self.stopped: dict[str, JSON] | None = None
         """The step and the reason; None unless training was stopped."""
 
     @property
@@ -73,11 +77,11 @@ class StopOnCollapse(RoundCallback):
         super().reset()
         self._streaks = {}
 
-    def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
         self.stopped = None
 
-    def round_ended(self, trainer: pl.Trainer, pl_module: Any) -> None:
+    def round_ended(self, trainer: pl.Trainer, pl_module: "PolicyRLModule") -> None:
         if lost := self._finite(self.curves):
             raise UserError(f"step {trainer.global_step}: stopped, {lost}")
         for check in self.checks:
@@ -86,17 +90,17 @@ class StopOnCollapse(RoundCallback):
             if self._streaks[check.name] >= self.patience and self.stopped is None:
                 self._stop(trainer, pl_module, check)
 
-    def _stop(self, trainer: pl.Trainer, pl_module: Any, check: Check) -> None:
+    def _stop(self, trainer: pl.Trainer, pl_module: "PolicyRLModule", check: Check) -> None:
         self.stopped = {"step": trainer.global_step, "reason": check.message(self.curves)}
         trainer.should_stop = True
         pl_module.log("stopped_on_collapse", 1.0, on_step=True, on_epoch=False)
         if trainer.is_global_zero:
             log.warning("step %d: stopping the training, %s", trainer.global_step, self.stopped["reason"])
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> "StateDict":
         return {**super().state_dict(), "streaks": dict(self._streaks), "stopped": self.stopped}
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def load_state_dict(self, state_dict: "StateDict") -> None:
         super().load_state_dict(state_dict)
         self._streaks = dict(state_dict["streaks"])
         self.stopped = state_dict.get("stopped")

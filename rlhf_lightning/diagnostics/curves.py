@@ -2,11 +2,19 @@
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from statistics import fmean, median
-from typing import Any
+from typing import TypedDict
 
 FIRST, RECENT, SMOOTH = 10, 40, 5
+
+
+class CurveState(TypedDict):
+    """The fields of a `Curve`, for the checkpoint."""
+
+    first: list[float]
+    recent: list[float | None]
+    peak: float
 
 
 @dataclass
@@ -92,11 +100,14 @@ class Curves(dict[str, Curve]):
         return self[name].last(rounds) if name in self else []
 
     @property
-    def state(self) -> dict[str, Any]:
+    def state(self) -> dict[str, CurveState]:
         """The curves as plain values, for the checkpoint."""
-        return {name: asdict(curve) for name, curve in self.items()}
+        return {
+            name: {"first": list(curve.first), "recent": list(curve.recent), "peak": curve.peak}
+            for name, curve in self.items()
+        }
 
-    def load(self, state: Mapping[str, Any]) -> None:
+    def load(self, state: Mapping[str, CurveState]) -> None:
         """Restore a `state`."""
         self.clear()
         self.update({name: Curve(**values) for name, values in state.items()})

@@ -2,15 +2,20 @@
 
 import logging
 import math
-from typing import Any
+from typing import TYPE_CHECKING
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor
 
 from rlhf_lightning.distributed import gather
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.models.lora import is_quantized
+from rlhf_lightning.modules.policy_rl import PolicyRLModule
+
+if TYPE_CHECKING:
+    from rlhf_lightning.types import RolloutBatch
 
 log = logging.getLogger(__name__)
 LARGEST, MEAN = 1e-4, 0.02
@@ -36,9 +41,17 @@ class FirstStepInvariants(pl.Callback):
         self.strict = strict
         self._warned: set[str] = set()
 
-    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        fresh = isinstance(batch, dict) and batch.get("first") and getattr(pl_module, "samples_rollouts", False)
-        if not fresh or not isinstance(outputs, dict) or "log_ratio_max" not in outputs:
+    def on_train_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: STEP_OUTPUT,
+        batch: "RolloutBatch",
+        batch_idx: int,
+    ) -> None:
+        if not isinstance(pl_module, PolicyRLModule) or not pl_module.samples_rollouts or not batch.get("first"):
+            return
+        if not isinstance(outputs, dict) or "log_ratio_max" not in outputs:
             return
         dtype = next(pl_module.parameters()).dtype
         full = dtype in (torch.float32, torch.float64) and "16" not in str(trainer.precision)
@@ -68,7 +81,7 @@ class FirstStepInvariants(pl.Callback):
                 "whether sampler and trainer agree, and whether the clip range holds 1.",
             )
 
-    def _kl(self, trainer: pl.Trainer, full: bool, batch: dict[str, Any]) -> None:
+    def _kl(self, trainer: pl.Trainer, full: bool, batch: "RolloutBatch") -> None:
         loss_mask: Tensor = batch["loss_mask"]
         distance = ((batch["old_logprobs"] - batch["reference_logprobs"]) * loss_mask).abs()
         largest, mean = _worst(distance.max(), distance.sum() / loss_mask.sum().clamp(min=1))
@@ -90,7 +103,7 @@ class FirstStepInvariants(pl.Callback):
         log.warning(message)
 
 
-def _worst(*numbers: Any) -> list[float]:
+def _worst(*numbers: Tensor | float) -> list[float]:
     """The largest value of each number over ranks, or NaN, so that all ranks warn or stop together."""
     ranks = zip(*gather([float(number) for number in numbers]), strict=True)
     return [max(values, key=lambda value: (math.isnan(value), value)) for values in ranks]
@@ -106,6 +119,6 @@ def _is_start(trainer: pl.Trainer, batch_idx: int) -> bool:
     return trainer.current_epoch == 0 and batch_idx < trainer.accumulate_grad_batches
 
 
-def _starts_as_reference(pl_module: Any) -> bool:
+def _starts_as_reference(module: PolicyRLModule) -> bool:
     """True if there is a reference and it is the start of the stage, not a model of its own."""
-    return getattr(pl_module, "reference", None) is not None and pl_module.kl.reference is None
+    return module.reference is not None and module.kl is not None and module.kl.reference is None

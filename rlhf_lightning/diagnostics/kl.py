@@ -1,10 +1,13 @@
 """Checks of the KL: the policy moves too far from the reference or too fast, or the measured KL is impossible."""
 
 from statistics import median
-from typing import Any
+from typing import TYPE_CHECKING
 
 from rlhf_lightning.diagnostics.check import Check, MedianAbove, Numbers, positive
 from rlhf_lightning.diagnostics.curves import RECENT, Curves, correlation, together, trend
+
+if TYPE_CHECKING:
+    from rlhf_lightning.modules.policy_rl import PolicyRLModule
 
 
 class HighKL(MedianAbove):
@@ -104,8 +107,8 @@ class NegativeKL(Check):
         super().__init__(rounds)
         self.limit = positive(self, "limit", limit)
 
-    def applies(self, module: Any) -> bool:
-        return getattr(module, "samples_rollouts", True)
+    def applies(self, module: "PolicyRLModule") -> bool:
+        return module.samples_rollouts
 
     def severity(self, curves: Curves) -> float | None:
         values = curves.last("kl", self.rounds)

@@ -5,11 +5,17 @@ import math
 from collections import deque
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import lightning.pytorch as pl
+from lightning.pytorch.utilities.types import STEP_OUTPUT
 
 from rlhf_lightning.files import write_json
+from rlhf_lightning.modules.preference import PreferenceModule
+
+if TYPE_CHECKING:
+    from rlhf_lightning.modules.preference_metrics import Report
+    from rlhf_lightning.types import PreferenceBatch, StateDict
 
 log = logging.getLogger(__name__)
 
@@ -34,7 +40,14 @@ class PreferenceWatch(pl.Callback):
         self._best = math.inf
         self._warned: set[str] = set()
 
-    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: STEP_OUTPUT,
+        batch: "PreferenceBatch",
+        batch_idx: int,
+    ) -> None:
         if trainer.fit_loop._should_accumulate():
             return  # the optimizer step is not complete
         metrics = trainer.callback_metrics
@@ -65,25 +78,25 @@ class PreferenceWatch(pl.Callback):
             points[-1],
         )
 
-    def on_validation_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.sanity_checking:
             return
-        report = getattr(pl_module, "last_report", None)
+        report = pl_module.last_report if isinstance(pl_module, PreferenceModule) else None
         if report and trainer.is_global_zero:
             write_json(
                 Path(trainer.default_root_dir) / "preference_report.json", {"step": trainer.global_step, **report}
             )
-        self._check_gap(trainer, pl_module)
+        self._check_gap(trainer, report)
 
-    def _check_gap(self, trainer: pl.Trainer, pl_module: Any) -> None:
+    def _check_gap(self, trainer: pl.Trainer, report: "Report | None") -> None:
         metrics, train = trainer.callback_metrics, self._train
-        if not train or "val/accuracy" not in metrics:
+        if not train or report is None or "val/accuracy" not in metrics:
             return
         accuracy, loss = (sum(values) / len(train) for values in zip(*train, strict=True))
         held, held_loss = float(metrics["val/accuracy"]), float(metrics["val/loss"])
         best, self._best = self._best, min(self._best, held_loss)
         self._train = []
-        pairs = sum(part["pairs"] for part in pl_module.last_report.get("reliability", [])) or 1.0
+        pairs = sum(part["pairs"] for part in report.get("reliability", [])) or 1.0
         error = math.sqrt(held * (1 - held) / pairs)
         # The gap must exceed chance for so many pairs, and the loss must be past its best; else it is still learning.
         if accuracy - held <= 2 * error or held_loss <= best or "gap" in self._warned:
@@ -104,7 +117,7 @@ class PreferenceWatch(pl.Callback):
             best,
         )
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> "StateDict":
         return {
             "recent": list(self._recent),
             "points": list(self._points),
@@ -113,7 +126,7 @@ class PreferenceWatch(pl.Callback):
             "warned": sorted(self._warned),
         }
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def load_state_dict(self, state_dict: "StateDict") -> None:
         self._recent, self._best = list(state_dict["recent"]), state_dict["best"]
         self._points = deque(state_dict["points"], maxlen=self.falls + 1)
         self._train = [(a, b) for a, b in state_dict["train"]]

@@ -1,9 +1,12 @@
 """Checks of importance ratios: disagreement of sampler and trainer, extreme ratios, and clipping."""
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 from rlhf_lightning.diagnostics.check import Check, MedianAbove, Numbers, positive
 from rlhf_lightning.diagnostics.curves import Curves
+
+if TYPE_CHECKING:
+    from rlhf_lightning.modules.policy_rl import PolicyRLModule
 
 
 class LogprobGap(MedianAbove):
@@ -32,9 +35,9 @@ class LogprobGap(MedianAbove):
         super().__init__(rounds)
         self.limit = positive(self, "limit", limit)
 
-    def applies(self, module: Any) -> bool:
+    def applies(self, module: "PolicyRLModule") -> bool:
         # Recorded episodes, and those sampled with stale weights, differ by design.
-        return getattr(module, "samples_rollouts", True) and not getattr(module, "staleness", 0)
+        return module.samples_rollouts and not module.staleness
 
 
 class WildRatios(MedianAbove):

@@ -11,7 +11,7 @@ from typing import Any
 
 from rlhf_lightning.data.ended_templates import ended
 from rlhf_lightning.data.templates import ChatTemplate
-from rlhf_lightning.files import read_object, real_path, write_json
+from rlhf_lightning.files import read_object, real_path, scratch_of, write_json
 from rlhf_lightning.models.base_weights import link_base, write_base
 from rlhf_lightning.models.generation import end_token_ids
 from rlhf_lightning.models.loading import is_adapter
@@ -47,7 +47,7 @@ def save_model(
         stop: Texts that end a response.
         template: Of a reward model: the chat template that ends a response's text.
     """
-    scratch = folder.with_name(f".{folder.name}.partial")
+    scratch = scratch_of(folder)
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(parents=True)
     given = {} if weights is None else {"state_dict": weights}

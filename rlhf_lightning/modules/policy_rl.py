@@ -137,6 +137,8 @@ class PolicyRLModule(RLHFModule):
         self.seed, self.last_statistics = run_seed(), dict[str, float]()
         self.step_numbers = StepNumbers(NUMBERS, LARGEST)
         self.reference: Reference | None = None
+        self.samples_rollouts = False
+        """True if the policy samples the episodes that it is trained on; False if they are recorded."""
         self.heldout = nn.ModuleDict({f"{name}_": HeldOut() for name in ("val", "test")})
 
     # -- recipes --------------------------------------------------------------------------------------------------

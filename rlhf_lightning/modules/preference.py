@@ -20,7 +20,7 @@ from rlhf_lightning.models.saving import relative_to_run
 from rlhf_lightning.models.scorers import ImplicitReward, RewardHead, Scorer
 from rlhf_lightning.modules.base import RLHFModule
 from rlhf_lightning.modules.hf_batches import check_preferences
-from rlhf_lightning.modules.preference_metrics import Tables, step_names, step_sums
+from rlhf_lightning.modules.preference_metrics import Report, Tables, step_names, step_sums
 from rlhf_lightning.modules.preference_rows import SIDES, Named, name_rows, whole_step
 from rlhf_lightning.modules.step import StepNumbers
 from rlhf_lightning.modules.stored_reference import store_reference
@@ -79,6 +79,7 @@ class PreferenceModule(RLHFModule):
         check_fit(self.scorer, self.loss)
         self._wanted = self.loss.keywords()
         self.step_numbers = StepNumbers(step_names(self.loss.kind))
+        self.last_report: Report | None = None
         self.tables = nn.ModuleDict({f"{name}_": Tables() for name in ("val", "test")})
 
     def setup(self, stage: str) -> None:

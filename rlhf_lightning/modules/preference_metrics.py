@@ -1,6 +1,7 @@
 """Metrics of preference learning: sums of a training step, and a report on all evaluated rows."""
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Required, TypedDict
 
 import torch
 from torch import Tensor
@@ -88,6 +89,15 @@ def ranked(rows: Rows) -> Rows:
     return {"accuracy": right.sum((1, 2)) / better.sum((1, 2)).clamp(min=1), "top1": top.to(scores.dtype)}
 
 
+class Report(TypedDict, total=False):
+    """What preference learning is found to have learned, over all rows of an evaluation."""
+
+    numbers: Required[dict[str, float]]
+    """Metrics to log, by name."""
+    reliability: list[dict[str, float]]
+    """Of pairs: `confidence`, `accuracy` and number of `pairs` at each point of the reliability curve."""
+
+
 class Tables(Metric):
     """All rows of an evaluation, over all ranks.
 
@@ -98,7 +108,7 @@ class Tables(Metric):
         {'loss': tensor(1.)}
     """
 
-    rows: Any
+    rows: list[Tensor]
     full_state_update = False
 
     def __init__(self, **kwargs: Any) -> None:
@@ -107,7 +117,9 @@ class Tables(Metric):
         self.categories: list[str] = []
         self.add_state("rows", [], dist_reduce_fx="cat")
 
-    def update(self, rows: Rows, weights: Tensor, category: Tensor | None = None, categories: Any = None) -> None:
+    def update(
+        self, rows: Rows, weights: Tensor, category: Tensor | None = None, categories: Sequence[str] | None = None
+    ) -> None:
         """Add rows.
 
         Args:
@@ -132,8 +144,8 @@ class Tables(Metric):
         rows = dict(zip(self.names, table[table[:, self.names.index("weight")] > 0].unbind(-1), strict=True))
         return {name: value for name, value in rows.items() if name != "weight"}
 
-    def report(self, kind: str, rows: Rows) -> dict[str, Any]:
-        """Report on all rows: `numbers` to log, and for pairs the `reliability` curve.
+    def report(self, kind: str, rows: Rows) -> Report:
+        """Report on all rows.
 
         Args:
             kind: `pairs`, `labels` or `rankings`.

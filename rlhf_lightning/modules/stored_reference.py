@@ -14,6 +14,7 @@ from rlhf_lightning.data.base import data_ranks
 from rlhf_lightning.data.batching import pad_tokens
 from rlhf_lightning.data.rendering import Rendered
 from rlhf_lightning.distributed import even_chunks, gather
+from rlhf_lightning.files import replacing
 from rlhf_lightning.models.reference import Reference
 from rlhf_lightning.models.scorers import ImplicitReward
 from rlhf_lightning.models.sharding import full_tensor
@@ -104,10 +105,9 @@ def _computed(
 
 
 def _write(path: Path, values: list[list[float]]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(f".{path.name}.{os.getpid()}")
-    save_file({"logprobs": torch.tensor([value for row in values for value in row], dtype=torch.float32)}, scratch)
-    os.replace(scratch, path)
+    flat = torch.tensor([value for row in values for value in row], dtype=torch.float32)
+    with replacing(path, f"{os.getpid()}") as scratch:
+        save_file({"logprobs": flat}, scratch)
 
 
 def _read(path: Path, sides: list[Rendered]) -> list[list[float]] | None:

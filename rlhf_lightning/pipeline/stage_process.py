@@ -5,7 +5,13 @@ import signal
 import subprocess
 import threading
 from contextlib import suppress
-from typing import Any
+from types import FrameType, TracebackType
+from typing import TYPE_CHECKING
+
+from rlhf_lightning.user_exits import restore_handlers, stop_signals
+
+if TYPE_CHECKING:
+    from signal import _HANDLER
 
 PATIENCE = 10.0
 """Seconds that a stage has to end after a second Ctrl-C."""
@@ -53,20 +59,18 @@ class StageProcess:
         self.asked = False
         self._interrupts = 0
         self._process: subprocess.Popen | None = None
-        self._before: dict[int, Any] = {}
+        self._before: dict[int, _HANDLER] = {}
 
     def __enter__(self) -> "StageProcess":
         if threading.current_thread() is threading.main_thread():
-            heeded = [signal.SIGINT, signal.SIGTERM]
-            if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as under nohup
-                heeded.append(signal.SIGHUP)
-            self._before = {number: signal.signal(number, self._handle) for number in heeded}
+            self._before = {number: signal.signal(number, self._handle) for number in [signal.SIGINT, *stop_signals()]}
             self._before[signal.SIGTSTP] = signal.signal(signal.SIGTSTP, self._halt)
         return self
 
-    def __exit__(self, *_: Any) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler or signal.SIG_DFL)
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        restore_handlers(self._before)
 
     def run(self, command: list[str]) -> int:
         """Run a command and return its exit code. If this process is killed, the command is asked to stop."""
@@ -86,7 +90,7 @@ class StageProcess:
             os.close(read)
             os.close(write)
 
-    def _handle(self, number: int, frame: Any) -> None:
+    def _handle(self, number: int, frame: FrameType | None) -> None:
         self.asked = True
         self._interrupts += number == signal.SIGINT
         process = self._process
@@ -102,7 +106,7 @@ class StageProcess:
             timer.daemon = True
             timer.start()
 
-    def _halt(self, *_: Any) -> None:
+    def _halt(self, number: int, frame: FrameType | None) -> None:
         self._tell(signal.SIGSTOP)
         os.kill(os.getpid(), signal.SIGSTOP)  # returns when this process is resumed
         self._tell(signal.SIGCONT)

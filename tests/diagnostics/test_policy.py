@@ -286,7 +286,7 @@ class Rounds:
         self.fast_dev_run = False
 
     def play(self, callback: Diagnostics, values: dict[str, list[float]], first: int = 0) -> list[tuple[int, str]]:
-        module: Any = type("Module", (), {"samples_rollouts": True})()
+        module: Any = type("Module", (), {"samples_rollouts": True, "staleness": 0})()
         self.global_step = first
         callback.on_train_start(self, module)  # type: ignore[arg-type]
         for i in range(first, len(next(iter(values.values())))):
@@ -362,7 +362,7 @@ def test_checks_can_be_replaced_left_out_and_added(tmp_path: Path) -> None:
 
 def test_recorded_episodes_are_not_expected_to_be_the_policys_own(tmp_path: Path) -> None:
     callback, run = Diagnostics(), Rounds(tmp_path)
-    module: Any = type("Module", (), {"samples_rollouts": False})()
+    module: Any = type("Module", (), {"samples_rollouts": False, "staleness": 0})()
     callback.on_train_start(run, module)  # type: ignore[arg-type]
     for _ in range(6):
         callback.curves.record({"logprob_gap": 0.5, "kl": -3.0}, callback.watched)

@@ -1,0 +1,22 @@
+"""Attributes of the Trainer that Lightning sets outside of its class, where type checkers do not see them."""
+
+import lightning.pytorch as pl
+
+from rlhf_lightning.data.base import RowDataModule
+
+
+def callbacks_of(trainer: pl.Trainer) -> list[pl.Callback]:
+    """The callbacks of a trainer."""
+    callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    return callbacks
+
+
+def is_trial(trainer: pl.Trainer) -> bool:
+    """True in a `fast_dev_run`, which must leave no files."""
+    return bool(trainer.fast_dev_run)  # type: ignore[attr-defined]
+
+
+def row_data_of(trainer: pl.Trainer | None) -> RowDataModule | None:
+    """The trainer's data module if it is one of the package; None without a trainer."""
+    data = getattr(trainer, "datamodule", None)
+    return data if isinstance(data, RowDataModule) else None
