@@ -11,12 +11,13 @@ from rlhf_lightning import PolicyRLModule, PromptDataModule
 from rlhf_lightning.rewards import FunctionReward
 from rlhf_lightning.rollout.kl import KLPenalty
 from rlhf_lightning.sampling.sampler import Sampler
+from rlhf_lightning.types import RolloutBatch
 
 
 class Brief(PolicyRLModule):
     """Policy RL that also logs the length of the longest answer of each round."""
 
-    def training_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Tensor]:
+    def training_step(self, batch: RolloutBatch, batch_idx: int) -> dict[str, Tensor]:
         """The usual step, with one more logged value."""
         outputs = super().training_step(batch, batch_idx)
         longest = max(episode.response_tokens for episode in self.last_episodes)

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypedDict
 
 from rlhf_lightning.data.base import RowDataModule
 from rlhf_lightning.data.columns import refuse_media, refuse_weight, unmarked, with_system
@@ -100,7 +100,15 @@ def collate_prompts(rows: list[Prompt], weights: list[float]) -> dict[str, Any]:
     return {"prompts": rows, "weights": weights}
 
 
-def kept_prompts(batch: dict[str, Any]) -> list[Prompt]:
+class PromptBatch(TypedDict):
+    """A batch of prompts, to sample responses to."""
+
+    prompts: list[Prompt]
+    weights: list[float]
+    """0 for a prompt that only fills a rank's place, else 1."""
+
+
+def kept_prompts(batch: PromptBatch) -> list[Prompt]:
     """The prompts of a batch, without those that only fill a rank's place."""
     return [prompt for prompt, weight in zip(batch["prompts"], batch["weights"], strict=True) if weight]
 

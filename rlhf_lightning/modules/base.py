@@ -3,17 +3,19 @@
 import logging
 import warnings
 from abc import abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor, nn
+from torch.nn.modules.module import _IncompatibleKeys
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+from torch.optim.optimizer import ParamsT
 from torchmetrics import Metric
 
 from rlhf_lightning.data.base import data_ranks
@@ -26,6 +28,7 @@ from rlhf_lightning.models.base_weights import check_trainable
 from rlhf_lightning.models.generation import end_token_ids
 from rlhf_lightning.models.loading import Start, check_source, check_vocabulary, compile_layers
 from rlhf_lightning.models.lora import LoRA
+from rlhf_lightning.models.memory import trained
 from rlhf_lightning.models.offload import ActivationOffload
 from rlhf_lightning.models.packed_forward import PackedForward
 from rlhf_lightning.models.precision import cast_weights_only, weights_alone
@@ -33,17 +36,24 @@ from rlhf_lightning.models.saving import save_model
 from rlhf_lightning.models.sharding import full_state_dict, shard
 from rlhf_lightning.modules.callback_checks import check_accumulation, check_callbacks
 from rlhf_lightning.modules.epochs import end_restored_epoch
-from rlhf_lightning.modules.hf_batches import fitted, refuse_other_names
+from rlhf_lightning.modules.hf_batches import Columns, fitted, refuse_other_names
 from rlhf_lightning.modules.module_checks import check_batch, check_content
 from rlhf_lightning.modules.schedules import Warmup
 from rlhf_lightning.modules.step import StepEnd, StepNumbers, forget
+from rlhf_lightning.modules.trainer_state import row_data_of
 from rlhf_lightning.modules.usage_checks import CheckedModule, check_arguments
+
+if TYPE_CHECKING:
+    from lightning.pytorch.utilities.types import OptimizerLRScheduler
+    from transformers import PreTrainedModel
+
+    from rlhf_lightning.types import JSON, StateDict, StepBatch, Tokenizer
 
 log = logging.getLogger(__name__)
 
 WHERE = ("trust_remote_code", "revision", "token", "cache_dir", "local_files_only", "subfolder")
 """Options of `from_pretrained` that locate a model, and its tokenizer with it."""
-OptimizerFactory = Callable[[Iterable[Any]], Optimizer]
+OptimizerFactory = Callable[[ParamsT], Optimizer]
 SchedulerFactory = Callable[[Optimizer], LRScheduler]
 
 
@@ -124,12 +134,13 @@ class RLHFModule(CheckedModule):
         self.max_empty_steps, self.step_numbers = max_empty_steps, StepNumbers(())
         self.optimizer_factory, self.scheduler_factory = optimizer or self._default_optimizer, lr_scheduler
         self._tokenizer_source, self._chat_template = tokenizer, chat_template
-        self._tokenizer: Any = None
+        self._tokenizer: Tokenizer | None = None
         self._renderer: Renderer | None = None
         self._renderer_is_open = True
         """True if the renderer of a data module still replaces the current one, which was made without it."""
         self._trained_with: dict[str, Any] | None = None
-        self.model: Any = None
+        self.model: PreTrainedModel = None
+        """The model; None until `configure_model` has loaded it."""
         # Frozen weights are not in the checkpoint; on_load_checkpoint checks which weights are missing.
         self.strict_loading = False
         self.register_load_state_dict_post_hook(_frozen_may_be_missing)
@@ -137,12 +148,12 @@ class RLHFModule(CheckedModule):
     # -- parts ----------------------------------------------------------------------------------------------------
 
     @property
-    def start_source(self) -> Any:
+    def start_source(self) -> "str | Path | PreTrainedModel":
         """Folder, Hub id or model that the stage starts from."""
         return self._start[0]
 
     @property
-    def tokenizer(self) -> Any:
+    def tokenizer(self) -> "Tokenizer":
         """Tokenizer of the model, with its chat template."""
         if self._tokenizer is None:
             if isinstance(self.start_source, str):
@@ -162,9 +173,8 @@ class RLHFModule(CheckedModule):
         """Turns messages into tokens: the data module's renderer, else one made from the record of the start model."""
         if self._renderer is not None and not self._renderer_is_open:
             return self._renderer
-        shared = getattr(getattr(self._trainer, "datamodule", None), "renderer", None)
-        if shared is not None:
-            self._renderer, self._renderer_is_open = shared, False
+        if data := row_data_of(self._trainer):
+            self._renderer, self._renderer_is_open = data.renderer, False
         elif self._renderer is None:
             asking = RenderingSettings.of(self.start_source)
             rank_zero_only(asking.log)()
@@ -188,7 +198,8 @@ class RLHFModule(CheckedModule):
         """Rendering settings of training. `stage.json` records them, so that later uses prompt the model alike."""
         if self._trained_with is not None:
             return self._trained_with
-        shared = getattr(getattr(self._trainer, "datamodule", None), "shared", {})
+        data = row_data_of(self._trainer)
+        shared = data.shared if data else {}
         sampler = getattr(self, "sampler", None)
         own_stop = getattr(sampler, "own_stop", None)
         stop = {} if own_stop is None else {"stop": list(own_stop)}
@@ -274,17 +285,17 @@ class RLHFModule(CheckedModule):
 
     # -- optimizer ------------------------------------------------------------------------------------------------
 
-    def _default_optimizer(self, parameters: Iterable[Any]) -> Optimizer:
+    def _default_optimizer(self, parameters: ParamsT) -> Optimizer:
         mixed = isinstance(getattr(self._trainer, "precision_plugin", None), MixedPrecision)
         # Lightning cannot clip the gradients of a fused optimizer under mixed precision.
         fused = not mixed and self.device.type in ("cpu", "cuda")
         return AdamW(parameters, lr=1e-4 if self.lora else 1e-5, weight_decay=0.0, fused=fused)
 
-    def parameter_groups(self) -> list[Any]:
+    def parameter_groups(self) -> ParamsT:
         """What the optimizer is called with: parameters, or parameter groups with their own learning rates."""
-        return [p for p in self.parameters() if p.requires_grad]
+        return trained(self)
 
-    def configure_optimizers(self) -> Any:
+    def configure_optimizers(self) -> "OptimizerLRScheduler":
         check_trainable(self.model)
         try:
             optimizer = self.optimizer_factory(self.parameter_groups())
@@ -307,8 +318,10 @@ class RLHFModule(CheckedModule):
                     "lightning.pytorch.cli.ReduceLROnPlateau with init_args: {monitor: val/nll}"
                 )
             # Its metric is known after the validation at the end of an epoch, so it steps once per epoch.
-            plateau = {"scheduler": scheduler, "interval": "epoch", "monitor": monitor}
-            return {"optimizer": optimizer, "lr_scheduler": plateau}
+            return {
+                "optimizer": optimizer,
+                "lr_scheduler": {"scheduler": scheduler, "interval": "epoch", "monitor": monitor},
+            }
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def on_fit_start(self) -> None:
@@ -332,13 +345,15 @@ class RLHFModule(CheckedModule):
 
     def configure_callbacks(self) -> list[pl.Callback]:
         """Callbacks of every run of the module; a subclass adds its own."""
-        forget(self._trainer)
-        check_callbacks(self, self._trainer)
-        return [StepEnd(self.max_empty_steps)]
+        if self._trainer is not None:
+            forget(self._trainer)
+            check_callbacks(self, self._trainer)
+        return [StepEnd(self.step_numbers, self.why_empty, self.on_bar, self.max_empty_steps)]
 
     def longest_row(self) -> int:
         """Number of tokens of the longest training row; 0 if it is not known yet."""
-        prepared = getattr(getattr(self.trainer, "datamodule", None), "prepared", {}).get("train")
+        data = row_data_of(self.trainer)
+        prepared = data.prepared.get("train") if data else None
         return max((row.tokens for row in prepared.rows), default=0) if prepared else 0
 
     def on_train_start(self) -> None:
@@ -350,7 +365,7 @@ class RLHFModule(CheckedModule):
                 check_accumulation(config.scheduler, self.trainer)
                 config.scheduler.set_total_steps(int(self.trainer.estimated_stepping_batches))
 
-    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+    def on_before_batch_transfer(self, batch: Columns, dataloader_idx: int) -> Columns:
         """Convert a batch of another dataloader into the module's format; see `hf_batches.fitted`."""
         if type(self).training_step.__module__.startswith("rlhf_lightning."):  # a user's own step may read any key
             refuse_other_names(batch, getattr(self, "_wanted", ()))
@@ -360,20 +375,20 @@ class RLHFModule(CheckedModule):
     def on_train_end(self) -> None:
         self.warn_unseen_validation()
 
-    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        check_batch(self, batch)
+    def on_train_batch_start(self, batch: Columns, batch_idx: int) -> None:
+        check_batch(batch, self.requires, type(self).__name__)
 
-    def on_validation_batch_start(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+    def on_validation_batch_start(self, batch: Columns, batch_idx: int, dataloader_idx: int = 0) -> None:
         if self.measures_batches:
-            check_batch(self, batch)
+            check_batch(batch, self.requires, type(self).__name__)
 
-    def on_test_batch_start(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+    def on_test_batch_start(self, batch: Columns, batch_idx: int, dataloader_idx: int = 0) -> None:
         if self.measures_batches:
-            check_batch(self, batch)
+            check_batch(batch, self.requires, type(self).__name__)
 
     # -- loss -----------------------------------------------------------------------------------------------------
 
-    def normalized(self, total: Tensor, batch: dict[str, Any], count: str | None, local: Tensor | float) -> Tensor:
+    def normalized(self, total: Tensor, batch: "StepBatch", count: str | None, local: Tensor | float) -> Tensor:
         """Divide a sum by the count of the whole optimizer step, over all ranks and accumulated micro-batches.
 
         Lightning divides the loss by the number of micro-batches, and DDP averages gradients over ranks. Both factors
@@ -398,7 +413,7 @@ class RLHFModule(CheckedModule):
         """Number of losses that make up that of an optimizer step: ranks times micro-batches."""
         return data_ranks(self.trainer)[1] * self.trainer.accumulate_grad_batches
 
-    def share(self, loss: Tensor, batch: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
+    def share(self, loss: Tensor, batch: "StepBatch") -> tuple[Tensor, Tensor | None]:
         """Contribution of a micro-batch's loss to the loss of its step; see `StepNumbers.add`.
 
         Args:
@@ -418,20 +433,23 @@ class RLHFModule(CheckedModule):
 
     # -- checkpoints ----------------------------------------------------------------------------------------------
 
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
+    def state_dict(  # type: ignore[override]
+        self, *, destination: dict[str, Tensor] | None = None, prefix: str = "", keep_vars: bool = False
+    ) -> dict[str, Tensor]:
         """The trained weights. Frozen ones are loaded from the start model."""
-        state: dict[str, Any] = super().state_dict(*args, **kwargs)
+        state = {} if destination is None else destination
+        super().state_dict(destination=state, prefix=prefix, keep_vars=keep_vars)
         # In place: if the module is part of another one, such as an averaged model, only the contents of `state` are
         # saved.
         for name in _frozen(self):
-            state.pop(kwargs.get("prefix", "") + name, None)
+            state.pop(prefix + name, None)
         return dict(state)
 
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+    def on_save_checkpoint(self, checkpoint: "StateDict") -> None:
         super().on_save_checkpoint(checkpoint)
         checkpoint["format"] = FORMAT
 
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+    def on_load_checkpoint(self, checkpoint: "StateDict") -> None:
         path = self._trainer.ckpt_path if self._trainer is not None else None
         check_format(checkpoint.get("format"), f"the checkpoint {path}" if path else "the checkpoint")
         if self.model is None:
@@ -439,7 +457,8 @@ class RLHFModule(CheckedModule):
         # With sharded weights, the strategy loads them and has checked the names already.
         if "state_dict" in checkpoint:
             self.check_names(set(checkpoint["state_dict"]))
-            check_content(self, checkpoint)
+            resumes = self._trainer is not None and self._trainer.state.fn == "fit"
+            check_content(self, checkpoint, resumes)
 
     def check_names(self, found: set[str]) -> None:
         """Raise `ConfigError` if a checkpoint does not contain exactly the trained weights.
@@ -472,10 +491,10 @@ class RLHFModule(CheckedModule):
             facts, rendering = self.stage_facts(), self.rendering()
             stop = (*self.renderer.stop_strings, *rendering["stop"])
             template = self.renderer.template if self.task == "SEQ_CLS" and self.renderer.format == "chat" else None
-            stops = facts["stop_token_ids"]
+            stops = rendering["stop_token_ids"]
             save_model(self.model, self.tokenizer, Path(folder), stops, weights, kept, facts, stop, template)
 
-    def stage_facts(self) -> dict[str, Any]:
+    def stage_facts(self) -> "dict[str, JSON]":
         """Facts about the module that `stage.json` records."""
         source = self.start_source
         name = getattr(source, "name_or_path", None) if isinstance(source, nn.Module) else str(source)
@@ -494,7 +513,7 @@ def _frozen(module: nn.Module) -> set[str]:
     return {name for name, parameter in module.named_parameters(remove_duplicate=False) if not parameter.requires_grad}
 
 
-def _frozen_may_be_missing(module: nn.Module, incompatible: Any) -> None:
+def _frozen_may_be_missing(module: nn.Module, incompatible: _IncompatibleKeys) -> None:
     """`load_state_dict` hook: ignore missing frozen weights, also if the module is part of another module."""
     frozen = _frozen(module)
     incompatible.missing_keys[:] = [

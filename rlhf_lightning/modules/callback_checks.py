@@ -1,7 +1,6 @@
 """Refuses Lightning callbacks that would have no effect on a module, or another effect than their names promise."""
 
-from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import (
@@ -14,33 +13,44 @@ from lightning.pytorch.callbacks import (
 )
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities.parsing import lightning_hasattr
+from torch.optim.lr_scheduler import LRScheduler
 
-from rlhf_lightning.data.base import RowDataModule
 from rlhf_lightning.errors import ConfigError
 from rlhf_lightning.modules.schedules import Warmup
+from rlhf_lightning.modules.trainer_state import callbacks_of, row_data_of
+
+if TYPE_CHECKING:
+    from rlhf_lightning.modules.base import RLHFModule
 
 
-def check_callbacks(module: Any, trainer: pl.Trainer | None) -> None:
+def check_callbacks(module: "RLHFModule", trainer: pl.Trainer) -> None:
     """Check the trainer's callbacks before any of them is set up.
 
     Args:
-        module: An `RLHFModule`.
-        trainer: Its trainer; nothing is checked without one.
+        module: The module.
+        trainer: Its trainer.
 
     Raises:
         ConfigError: If a callback does not work with this module; the message says what to use instead.
     """
-    for callback in [] if trainer is None else trainer.callbacks:  # type: ignore[attr-defined]
-        for kind, check in _CHECKS.items():
-            if isinstance(callback, kind):
-                check(callback, module, trainer)
+    for callback in callbacks_of(trainer):
+        if isinstance(callback, StochasticWeightAveraging):
+            _check_swa(trainer)
+        if isinstance(callback, WeightAveraging):
+            _check_averaging(callback, module, trainer)
+        if isinstance(callback, LearningRateFinder):
+            _check_rate_finder(callback, module, trainer)
+        if isinstance(callback, BatchSizeFinder):
+            _check_batch_finder(callback, module, trainer)
+        if isinstance(callback, BackboneFinetuning):
+            _check_backbone(module)
 
 
-def check_accumulation(scheduler: Any, trainer: Any) -> None:
+def check_accumulation(scheduler: LRScheduler, trainer: pl.Trainer) -> None:
     """Raise `ConfigError` if `scheduler` needs the run's number of steps and Lightning cannot compute it."""
     changing = any(
         isinstance(callback, GradientAccumulationScheduler) and callback.going_to_accumulate_grad_batches()
-        for callback in trainer.callbacks
+        for callback in callbacks_of(trainer)
     )
     if changing and isinstance(scheduler, Warmup) and scheduler.total_steps is None:
         raise ConfigError(
@@ -49,7 +59,7 @@ def check_accumulation(scheduler: Any, trainer: Any) -> None:
         )
 
 
-def _check_swa(callback: StochasticWeightAveraging, module: Any, trainer: Any) -> None:
+def _check_swa(trainer: pl.Trainer) -> None:
     # It copies the module in setup, before the model is loaded: its average would have no parameters.
     if trainer.state.fn == "fit":
         raise ConfigError(
@@ -59,7 +69,7 @@ def _check_swa(callback: StochasticWeightAveraging, module: Any, trainer: Any) -
         )
 
 
-def _check_averaging(callback: WeightAveraging, module: Any, trainer: Any) -> None:
+def _check_averaging(callback: WeightAveraging, module: "RLHFModule", trainer: pl.Trainer) -> None:
     name = type(callback).__name__
     if trainer.state.fn != "fit":
         return
@@ -81,7 +91,7 @@ def _check_averaging(callback: WeightAveraging, module: Any, trainer: Any) -> No
         )
 
 
-def _check_rate_finder(callback: LearningRateFinder, module: Any, trainer: Any) -> None:
+def _check_rate_finder(callback: LearningRateFinder, module: "RLHFModule", trainer: pl.Trainer) -> None:
     if trainer.state.fn != "fit":
         return
     if module.stage_kind == "policy":
@@ -98,34 +108,25 @@ def _check_rate_finder(callback: LearningRateFinder, module: Any, trainer: Any) 
         )
 
 
-def _check_batch_finder(callback: BatchSizeFinder, module: Any, trainer: Any) -> None:
+def _check_batch_finder(callback: BatchSizeFinder, module: "RLHFModule", trainer: pl.Trainer) -> None:
     if module.stage_kind == "policy":
         raise ConfigError(
             "BatchSizeFinder changes data.batch_size, which a policy stage does not have: "
             "model.max_tokens_per_batch bounds the memory of a step, and data.prompts_per_round and data.group_size "
             "set its rows"
         )
-    command = trainer.state.fn.value
+    command = trainer.state.fn
     name = "batch_size" if command == "fit" else "eval_batch_size"
-    if isinstance(getattr(trainer, "datamodule", None), RowDataModule) and callback._batch_arg_name != name:
+    if row_data_of(trainer) is not None and callback._batch_arg_name != name:
         raise ConfigError(
             f"BatchSizeFinder changes data.{callback._batch_arg_name}, but {command} uses data.{name}: set "
             f"batch_arg_name to {name}"
         )
 
 
-def _check_backbone(callback: BackboneFinetuning, module: Any, trainer: Any) -> None:
+def _check_backbone(module: "RLHFModule") -> None:
     if not hasattr(module, "backbone"):
         raise ConfigError(
             f"BackboneFinetuning freezes module.backbone, which {type(module).__name__} does not have: "
             "PreferenceModule(freeze_backbone=True) trains the reward head alone, and model.lora trains adapters"
         )
-
-
-_CHECKS: dict[type[pl.Callback], Callable[[Any, Any, Any], None]] = {
-    StochasticWeightAveraging: _check_swa,
-    WeightAveraging: _check_averaging,
-    LearningRateFinder: _check_rate_finder,
-    BatchSizeFinder: _check_batch_finder,
-    BackboneFinetuning: _check_backbone,
-}

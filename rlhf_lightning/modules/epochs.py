@@ -1,11 +1,10 @@
 """Resuming from a checkpoint that was written at the end of an epoch."""
 
-from typing import Any
-
+import lightning.pytorch as pl
 from lightning.pytorch.loops.loop import _Loop
 
 
-def end_restored_epoch(trainer: Any) -> None:
+def end_restored_epoch(trainer: pl.Trainer) -> None:
     """Complete the epoch at whose end the checkpoint was written, so that the next one begins.
 
     With `max_steps`, Lightning 2.6 treats such a checkpoint as one within the epoch (`_FitLoop.restarting` has `or`

@@ -4,14 +4,19 @@ The modules take right-padded rows whose positions count from 0, and a mask of t
 collators produce (left padding, `labels` with -100, `attention_mask`, other dtypes) is converted.
 """
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Container, Mapping
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from rlhf_lightning.errors import ConfigError
 
+if TYPE_CHECKING:
+    from rlhf_lightning.types import Tokenizer
+
+Columns = dict[str, Any]
+"""A batch of any dataloader, by name. What the user's has in it is known only once it is checked."""
 IGNORED = -100  # value of Hugging Face labels at tokens that are not trained
 _PER_TOKEN = ("loss_mask", "old_logprobs", "advantages", "reference_logprobs", "sampling_logprobs", "values", "returns")
 _NOT_USED = ("inputs_embeds", "pixel_values", "input_features", "cu_seq_lens_q", "cu_seq_lens_k", "seq_idx")
@@ -24,7 +29,7 @@ _SAID_OTHERWISE = {
 _SEE = "; see docs/reuse.md"
 
 
-def fitted(batch: Any, tokenizer: Any, rows: int | None = None) -> Any:
+def fitted(batch: Columns, tokenizer: "Tokenizer | None", rows: int | None = None) -> Columns:
     """Convert a batch into the modules' format.
 
     Batches of the package's own loaders, and batches without `input_ids`, are returned unchanged.
@@ -83,7 +88,7 @@ def fitted(batch: Any, tokenizer: Any, rows: int | None = None) -> Any:
     return batch
 
 
-def refuse_other_names(batch: Any, read: Any = ()) -> None:
+def refuse_other_names(batch: Columns, read: Container[str] = ()) -> None:
     """Raise `ConfigError` if a batch uses another library's name for a key, which would otherwise be ignored silently.
 
     Args:
@@ -97,7 +102,7 @@ def refuse_other_names(batch: Any, read: Any = ()) -> None:
             raise ConfigError(f"a batch has {found[0]}, which is not read: rename it to {name}{_SEE}")
 
 
-def check_preferences(batch: Any, kind: str) -> None:
+def check_preferences(batch: Columns, kind: str) -> None:
     """Raise `ConfigError` if a preference batch of another dataloader does not have one number per example.
 
     Args:
@@ -139,7 +144,7 @@ def check_preferences(batch: Any, kind: str) -> None:
             )
 
 
-def _ids(ids: Any, rows: int | None) -> Tensor:
+def _ids(ids: Tensor, rows: int | None) -> Tensor:
     if not isinstance(ids, Tensor) or ids.dim() != 2 or ids.is_floating_point() or ids.dtype == torch.bool:
         shown = f"{list(ids.shape)} of {ids.dtype}" if isinstance(ids, Tensor) else type(ids).__name__
         raise ConfigError(f"a batch's input_ids are {shown}; they must be token ids: integers of shape [B, T]{_SEE}")
@@ -153,7 +158,7 @@ def _ids(ids: Any, rows: int | None) -> Tensor:
     return ids
 
 
-def _of_labels(labels: Tensor, ids: Tensor, loss_mask: Any) -> Tensor:
+def _of_labels(labels: Tensor, ids: Tensor, loss_mask: Tensor | None) -> Tensor:
     """The loss mask that Hugging Face `labels` imply; labels are those of the tokens themselves, not shifted."""
     trained = labels != IGNORED
     if bool((labels.long() != ids)[trained].any()):
@@ -170,7 +175,7 @@ def _of_labels(labels: Tensor, ids: Tensor, loss_mask: Any) -> Tensor:
     return trained
 
 
-def _shaped(name: str, value: Any, ids: Tensor) -> Tensor:
+def _shaped(name: str, value: Tensor, ids: Tensor) -> Tensor:
     """Return a tensor after checking that it has one number per token; raises `ConfigError`."""
     if not isinstance(value, Tensor) or value.shape != ids.shape:
         shown = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
@@ -178,7 +183,7 @@ def _shaped(name: str, value: Any, ids: Tensor) -> Tensor:
     return value
 
 
-def _mask(loss_mask: Any, ids: Tensor) -> Tensor:
+def _mask(loss_mask: Tensor, ids: Tensor) -> Tensor:
     loss_mask = _shaped("loss_mask", loss_mask, ids)
     wide = loss_mask if loss_mask.dtype == torch.float64 else loss_mask.float()
     if not bool(((wide == 0) | (wide == 1)).all()):
@@ -188,7 +193,7 @@ def _mask(loss_mask: Any, ids: Tensor) -> Tensor:
     return wide
 
 
-def _attention(attention: Any, ids: Tensor) -> Tensor:
+def _attention(attention: Tensor, ids: Tensor) -> Tensor:
     """Where there are tokens, bool `[B, T]`; contiguous in each row, with padding on either side."""
     attention = _shaped("attention_mask", attention, ids)
     there = attention != 0
@@ -201,7 +206,7 @@ def _attention(attention: Any, ids: Tensor) -> Tensor:
     return there
 
 
-def _to_the_left(batch: dict[str, Any], there: Tensor) -> None:
+def _to_the_left(batch: Columns, there: Tensor) -> None:
     """Move padding from the left to the right, in every tensor with one number per token."""
     first, width = there.int().argmax(-1, keepdim=True), there.shape[1]
     if not bool(first.any()):
@@ -212,10 +217,9 @@ def _to_the_left(batch: dict[str, Any], there: Tensor) -> None:
             batch[name] = batch[name].gather(1, columns.to(batch[name].device))
 
 
-def _check_padding(ids: Tensor, loss_mask: Tensor, tokenizer: Any) -> None:
+def _check_padding(ids: Tensor, loss_mask: Tensor, tokenizer: "Tokenizer | None") -> None:
     """Without an attention_mask, refuse padding before a row, and trained padding after it."""
-    pad = getattr(tokenizer, "pad_token_id", None)
-    if pad is None or not ids.numel():
+    if tokenizer is None or (pad := tokenizer.pad_token_id) is None or not ids.numel():
         return
     # A single padding token may be the start of the text, if it is also the bos_token, or an eos_token used as one.
     few = 2 if pad == tokenizer.bos_token_id or (pad == tokenizer.eos_token_id and not tokenizer.bos_token) else 1
@@ -228,7 +232,7 @@ def _check_padding(ids: Tensor, loss_mask: Tensor, tokenizer: Any) -> None:
         raise ConfigError(f"a batch's mask is 1 on the padding after its rows: that would be trained{_SEE}")
 
 
-def _check_positions(positions: Any, there: Tensor) -> None:
+def _check_positions(positions: Tensor | None, there: Tensor) -> None:
     if positions is None:
         return
     wanted = there.cumsum(-1) - 1
@@ -240,7 +244,7 @@ def _check_positions(positions: Any, there: Tensor) -> None:
         )
 
 
-def _check_lengths(batch: dict[str, Any]) -> None:
+def _check_lengths(batch: Columns) -> None:
     lengths, loss_mask = batch.get("lengths"), batch["loss_mask"]
     if lengths is None:
         return

@@ -1,7 +1,6 @@
 """Torchmetrics metrics that are exact over batches and ranks, including uneven last batches."""
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,8 +21,8 @@ class PairAccuracy(Metric):
     pairs: Tensor
     full_state_update = False
 
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
+    def __init__(self) -> None:
+        super().__init__()
         self.add_state("correct", torch.zeros(()), dist_reduce_fx="sum")
         self.add_state("pairs", torch.zeros(()), dist_reduce_fx="sum")
 
@@ -57,8 +56,8 @@ class Count(Metric):
     number: Tensor
     full_state_update = False
 
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
+    def __init__(self) -> None:
+        super().__init__()
         self.add_state("number", torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
 
     def update(self, count: Tensor) -> None:
@@ -99,8 +98,8 @@ class BitsPerByte(Metric):
     bytes: Tensor
     full_state_update = False
 
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
+    def __init__(self) -> None:
+        super().__init__()
         self.add_state("nats", torch.zeros(()), dist_reduce_fx="sum")
         self.add_state("bytes", torch.zeros(()), dist_reduce_fx="sum")
 

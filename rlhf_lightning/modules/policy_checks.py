@@ -1,26 +1,30 @@
 """Checks of contradictory policy RL settings, before anything is loaded or before the first round."""
 
 from collections import Counter
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from rlhf_lightning.data.prompts import Prompt, PromptDataModule
 from rlhf_lightning.errors import ConfigError, check_whole
-from rlhf_lightning.rewards import check_finite
+from rlhf_lightning.rewards import Reward, check_finite
+
+if TYPE_CHECKING:
+    from rlhf_lightning.modules.policy_rl import PolicyRLModule
+    from rlhf_lightning.rollout.recorded import Recorded
 
 MOST_TIMES = 1000
 """Largest `resample_groups`. A reward that is equal for all responses would be resampled that many times."""
 
 
-def check_rewards(rewards: Any) -> None:
+def check_rewards(rewards: list[Reward] | None) -> None:
     """Raise `ConfigError` unless `rewards` is a list of rewards, or None."""
     if rewards is None:
         return
     if not isinstance(rewards, list | tuple):
         raise ConfigError(f"model.rewards is {_named(rewards)}; it must be a list of rewards: [{_wrapped(rewards)}]")
     for part in rewards:
-        if not isinstance(part, nn.Module):
+        if not isinstance(part, Reward):
             raise ConfigError(f"model.rewards contains {_named(part)}; each must be a Reward: {_wrapped(part)}")
 
 
@@ -36,9 +40,9 @@ def _wrapped(value: Any) -> str:
     return f"{type(value).__name__}(…)" if isinstance(value, nn.Module) else "FunctionReward(my_function)"
 
 
-def check_settings(module: Any) -> None:
+def check_settings(module: "PolicyRLModule") -> None:
     """Raise `ConfigError` if the settings of a `PolicyRLModule` contradict each other."""
-    names = [part.name for part in module.rewards]
+    names = [part.name for part in module.rewards if isinstance(part, Reward)]
     if len(set(names)) < len(names):
         raise ConfigError(f"model.rewards: two rewards have the same name ({', '.join(names)}); set name of one")
     advantage, critic = type(module.advantage).__name__, module.critic
@@ -66,7 +70,7 @@ def check_settings(module: Any) -> None:
     check_whole("model.resample_groups", module.resample_groups, 0, MOST_TIMES)
 
 
-def check_data(module: Any, data: PromptDataModule) -> None:
+def check_data(module: "PolicyRLModule", data: PromptDataModule) -> None:
     """Check that the module and its data fit together, before the first round.
 
     Args:
@@ -76,7 +80,7 @@ def check_data(module: Any, data: PromptDataModule) -> None:
     Raises:
         ConfigError: If they do not.
     """
-    loss = type(module.objective).__name__
+    loss, rows = type(module.objective).__name__, data.prepared["train"].rows
     steps = data.update_epochs * data.minibatches // module.trainer.accumulate_grad_batches
     if steps > 1 and not module.objective.corrects:
         raise ConfigError(
@@ -93,15 +97,15 @@ def check_data(module: Any, data: PromptDataModule) -> None:
             "the aggregation 'constant' needs objective.length, because the token budget of data.episodes is unknown"
         )
     if data.recorded:
-        _check_recorded(module, _rows(data))
-    episodes = len(_rows(data)) if data.recorded else data.prompts_per_round * data.group_size
+        _check_recorded(module, rows)
+    episodes = len(rows) if data.recorded else data.prompts_per_round * data.group_size
     if data.minibatches > episodes:
         raise ConfigError(f"data.minibatches is {data.minibatches}, but a round has only {episodes} episodes")
     if not data.recorded:
-        _check_prompts(module, _rows(data), data.group_size)
+        _check_prompts(module, rows, data.group_size)
 
 
-def _check_recorded(module: Any, rows: list[Any]) -> None:
+def _check_recorded(module: "PolicyRLModule", rows: "list[Recorded]") -> None:
     if any(row.advantage is not None for row in rows) and (module.critic is not None or module.advantage.whiten):
         raise ConfigError(
             "data.episodes has rows with their own advantage: a critic would learn nothing from them, and whitening "
@@ -122,11 +126,7 @@ def _check_recorded(module: Any, rows: list[Any]) -> None:
         )
 
 
-def _rows(data: PromptDataModule) -> Any:
-    return data.prepared["train"].rows
-
-
-def _check_prompts(module: Any, prompts: list[Prompt], group_size: int) -> None:
+def _check_prompts(module: "PolicyRLModule", prompts: list[Prompt], group_size: int) -> None:
     sampler = module.sampler
     if group_size == 1 and module.advantage.needs_group:
         raise ConfigError(
@@ -142,6 +142,7 @@ def _check_prompts(module: Any, prompts: list[Prompt], group_size: int) -> None:
         raise ConfigError("sampler.temperature is 0, so all responses of a group would be the same")
     check_rewarded(module)
     for part in module.rewards:
+        assert isinstance(part, Reward)
         part.check(prompts)
     longest = max(prompt.tokens for prompt in prompts)
     if sampler.context and longest + sampler.max_tokens > sampler.context:
@@ -151,7 +152,7 @@ def _check_prompts(module: Any, prompts: list[Prompt], group_size: int) -> None:
         )
 
 
-def check_rewarded(module: Any) -> None:
+def check_rewarded(module: "PolicyRLModule") -> None:
     """Raise `ConfigError` if there is neither a reward nor an environment."""
     if not len(module.rewards) and module.environment is None:
         raise ConfigError("there is no reward: set model.rewards, or model.environment")

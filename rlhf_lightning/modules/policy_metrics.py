@@ -1,7 +1,7 @@
 """Metrics of policy RL: of an optimizer step, of held-out prompts, and the reason for a step without trained tokens."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 from torchmetrics import MeanMetric, Metric
@@ -10,6 +10,9 @@ from rlhf_lightning.models.token_logprobs import TokenLogprobsOutput
 from rlhf_lightning.objectives.policy import PolicyObjective
 from rlhf_lightning.rollout.statistics import episode_kl
 from rlhf_lightning.types import Episode
+
+if TYPE_CHECKING:
+    from rlhf_lightning.types import RolloutBatch
 
 OUTPUTS = ("log_ratio_mean", "clip_fraction", "log_ratio_clamped")
 """Numbers of the mini-batch that a training step returns besides the loss."""
@@ -25,7 +28,7 @@ WHY = {
 
 
 def step_sums(
-    scores: TokenLogprobsOutput, batch: Mapping[str, Any], objective: PolicyObjective, clamped: Tensor
+    scores: TokenLogprobsOutput, batch: "RolloutBatch", objective: PolicyObjective, clamped: Tensor
 ) -> tuple[dict[str, tuple[Tensor, Tensor]], dict[str, Tensor]]:
     """Compute the metrics of a mini-batch.
 

@@ -3,25 +3,30 @@
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.optimizer import ParamsT
 
 from rlhf_lightning.data.batching import run_seed
-from rlhf_lightning.data.prompts import PromptDataModule, kept_prompts
+from rlhf_lightning.data.prompts import PromptBatch, PromptDataModule, kept_prompts
 from rlhf_lightning.distributed import gather
 from rlhf_lightning.environments.base import Limits, environment_factory
+from rlhf_lightning.errors import check_object
 from rlhf_lightning.models.critic import Critic
 from rlhf_lightning.models.loading import check_vocabulary, disable_dropout, load_for_scoring
+from rlhf_lightning.models.memory import trained
 from rlhf_lightning.models.packed_forward import PackedForward
 from rlhf_lightning.models.reference import Reference
 from rlhf_lightning.models.token_logprobs import TokenLogprobs, TokenLogprobsOutput
 from rlhf_lightning.modules.base import RLHFModule
+from rlhf_lightning.modules.hf_batches import Columns
 from rlhf_lightning.modules.policy_checks import check_data, check_rewarded, check_rewards, check_settings
 from rlhf_lightning.modules.policy_metrics import LARGEST, NUMBERS, OUTPUTS, ROUND_ON_BAR, HeldOut, step_sums, why_empty
 from rlhf_lightning.modules.recipes import build_recipe
 from rlhf_lightning.modules.step import StepNumbers
-from rlhf_lightning.modules.usage_checks import check_parts
+from rlhf_lightning.modules.trainer_state import overfits, row_data_of
 from rlhf_lightning.objectives.aggregate import aggregate
 from rlhf_lightning.objectives.kl import beyond
 from rlhf_lightning.objectives.policy import ImportanceSampling, ImportanceWeights, PolicyObjective
@@ -36,6 +41,9 @@ from rlhf_lightning.rollout.policy_snapshot import PolicySnapshot
 from rlhf_lightning.rollout.recorded import Recorded, by_group, read_recorded
 from rlhf_lightning.sampling.sampler import Sampler
 from rlhf_lightning.types import Answer, Episode
+
+if TYPE_CHECKING:
+    from rlhf_lightning.types import RolloutBatch, Row, StateDict
 
 COUNTS = {"token_sum": None, "token_mean": "tokens", "sequence_mean": "sequences", "constant": "sequences"}
 VALIDATION = 1_000_003  # seeds validation rollouts differently from those of the training rounds
@@ -115,14 +123,12 @@ class PolicyRLModule(RLHFModule):
             objective, advantage = objective or made["objective"], advantage or made["advantage"]
             kl, critic = kl or made.get("kl"), critic or made.get("critic")
             resample_groups = made.get("resample_groups") if resample_groups is None else resample_groups
-        check_parts(
-            objective=(objective, "ClippedSurrogate()"),
-            advantage=(advantage, "GroupCentered()"),
-            kl=(kl, "KLPenalty(0.1)"),
-            sampler=(sampler, "Sampler(max_tokens=64)"),
-            critic=(critic, "Critic()"),
-            limits=(limits, "Limits()"),
-        )
+        check_object("model.objective", objective, "ClippedSurrogate()")
+        check_object("model.advantage", advantage, "GroupCentered()")
+        check_object("model.kl", kl, "KLPenalty(0.1)")
+        check_object("model.sampler", sampler, "Sampler(max_tokens=64)")
+        check_object("model.critic", critic, "Critic()")
+        check_object("model.limits", limits, "Limits()")
         check_rewards(rewards)
         self.objective, self.advantage = objective or ImportanceSampling(), advantage or GroupCentered()
         self.rewards = nn.ModuleList(rewards or [])
@@ -369,7 +375,7 @@ class PolicyRLModule(RLHFModule):
             None if self.critic is None else self.critic_values,
         )
 
-    def parts_to_split(self) -> list[Any]:
+    def parts_to_split(self) -> list[nn.Module]:
         own = [] if self.critic is None or self.critic.shared else [self.critic.backbone]
         return [self.model, *own, *(self.reference.parts_to_split if self.reference else [])]
 
@@ -388,7 +394,8 @@ class PolicyRLModule(RLHFModule):
 
     def longest_row(self) -> int:
         longest = super().longest_row()
-        recorded = getattr(getattr(self.trainer, "datamodule", None), "recorded", False)
+        data = row_data_of(self.trainer)
+        recorded = isinstance(data, PromptDataModule) and data.recorded
         return longest + self.sampler.max_tokens if longest and not recorded else longest
 
     # -- rollouts -------------------------------------------------------------------------------------------------
@@ -418,11 +425,11 @@ class PolicyRLModule(RLHFModule):
             data.seed,
             shard_spec_of(self.trainer, training=True),
             gather=gather,
-            shuffle=not self.trainer.overfit_batches,  # type: ignore[attr-defined]
+            shuffle=not overfits(self.trainer),
         )
         return self.rollouts
 
-    def on_train_batch_start(self, batch: dict[str, Any], batch_idx: int) -> None:
+    def on_train_batch_start(self, batch: Columns, batch_idx: int) -> None:
         """Pass the statistics of a new round, over all ranks, to the collector."""
         super().on_train_batch_start(batch, batch_idx)
         if batch.get("statistics"):
@@ -434,17 +441,17 @@ class PolicyRLModule(RLHFModule):
         """Episodes of the last round, on this rank."""
         return self.collector.episodes
 
-    def sampling_context(self) -> AbstractContextManager[Any]:
+    def sampling_context(self) -> AbstractContextManager[None]:
         """Context with the precision of training, so that sampler and trainer agree on log-probabilities."""
         return nullcontext() if self._trainer is None else self.trainer.precision_plugin.forward_context()
 
-    def recorded_episode(self, data: dict[str, Any]) -> list[Recorded]:
+    def recorded_episode(self, data: "Row") -> list[Recorded]:
         """Read and check a row of recorded episodes."""
         return [read_recorded(data, len(self.tokenizer))]
 
     # -- steps ----------------------------------------------------------------------------------------------------
 
-    def training_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Tensor]:
+    def training_step(self, batch: "RolloutBatch", batch_idx: int) -> dict[str, Tensor]:
         ids, loss_mask = batch["input_ids"], batch["loss_mask"]
         scores = self.token_logprobs(ids, loss_mask, self.sampler.temperature, details=True)
         sums, largest = step_sums(scores, batch, self.objective, self._clamped(scores.logprobs.detach(), batch))
@@ -464,7 +471,7 @@ class PolicyRLModule(RLHFModule):
         """True while only the critic is trained."""
         return self.critic is not None and 0 < self.collector.started <= self.critic.warmup_rounds
 
-    def on_before_optimizer_step(self, optimizer: Any) -> None:
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Drop the policy's gradients during the critic's warm-up.
 
         Zero gradients would still decay Adam's moments and, with weight decay, the weights.
@@ -473,7 +480,7 @@ class PolicyRLModule(RLHFModule):
             for parameter in self.model.parameters():
                 parameter.grad = None
 
-    def _policy_loss(self, scores: TokenLogprobsOutput, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    def _policy_loss(self, scores: TokenLogprobsOutput, batch: "RolloutBatch") -> tuple[Tensor, Tensor]:
         """The loss, and the number of tokens that contribute a gradient."""
         loss_mask, old, kl = batch["loss_mask"], batch["old_logprobs"], self.kl
         per_token = self.objective(scores.logprobs, old, batch["advantages"], loss_mask)
@@ -512,7 +519,7 @@ class PolicyRLModule(RLHFModule):
         assert found.values is not None, "bind() has added the value head to the policy"
         return found.values
 
-    def _clamped(self, logprobs: Tensor, batch: dict[str, Any]) -> Tensor:
+    def _clamped(self, logprobs: Tensor, batch: "RolloutBatch") -> Tensor:
         """1 at tokens with a log-ratio beyond ±20 (in the loss, its KL or the importance weights), `[B, T]`."""
         old, loss_mask = batch["old_logprobs"], batch["loss_mask"]
         cut = self.objective.clamped(logprobs, old, loss_mask)
@@ -522,18 +529,18 @@ class PolicyRLModule(RLHFModule):
             cut = cut | beyond(token_log_ratio(old, batch["sampling_logprobs"], loss_mask))
         return cut.to(loss_mask.dtype)
 
-    def _value_losses(self, values: Tensor, batch: dict[str, Any]) -> Tensor:
+    def _value_losses(self, values: Tensor, batch: "RolloutBatch") -> Tensor:
         assert self.critic is not None
         return value_loss(values, batch["values"], batch["returns"], batch["loss_mask"], self.critic.clip)
 
-    def _aggregated(self, per_token: Tensor, batch: dict[str, Any]) -> Tensor:
+    def _aggregated(self, per_token: Tensor, batch: "RolloutBatch") -> Tensor:
         mode, length = self.objective.aggregation, self.objective.length or self.sampler.max_tokens
         total, local = aggregate(per_token, batch["loss_mask"], mode, length)
         if mode == "constant":
             total, local = total / length, local / length
         return self.normalized(total, batch, COUNTS[mode], local)
 
-    def _log_round(self, batch: dict[str, Any]) -> None:
+    def _log_round(self, batch: "RolloutBatch") -> None:
         """Log the statistics of a round, over all ranks, with its first mini-batch.
 
         The metrics of an optimizer step are logged at its end, by `StepEnd`.
@@ -553,16 +560,17 @@ class PolicyRLModule(RLHFModule):
     # At the start of the epoch, when WeightAveraging has put the averaged weights in place.
     on_validation_epoch_start = on_test_epoch_start = on_predict_epoch_start = _sync_engine
 
-    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+    def validation_step(self, batch: PromptBatch, batch_idx: int) -> None:
         self._evaluate(batch, "val")
 
-    def test_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+    def test_step(self, batch: PromptBatch, batch_idx: int) -> None:
         self._evaluate(batch, "test")
 
-    def _evaluate(self, batch: dict[str, Any], name: str) -> None:
+    def _evaluate(self, batch: PromptBatch, name: str) -> None:
         check_rewarded(self)
         prompts = kept_prompts(batch)
-        metrics: Any = self.heldout[f"{name}_"]
+        metrics = self.heldout[f"{name}_"]
+        assert isinstance(metrics, HeldOut)
         with self.sampling_context():
             greedy = self.collector.rollout(prompts, 1, (VALIDATION,), temperature=0.0)
             sampled = self.collector.rollout(prompts, 1, (VALIDATION,))
@@ -575,26 +583,26 @@ class PolicyRLModule(RLHFModule):
 
     # -- checkpoints ----------------------------------------------------------------------------------------------
 
-    def parameter_groups(self) -> list[Any]:
-        policy = super().parameter_groups()
+    def parameter_groups(self) -> ParamsT:
         if self.critic is None or self.critic.learning_rate is None:
-            return policy
+            return super().parameter_groups()
         own = {id(p) for p in self.critic.parameters()}
-        return [
-            {"params": [p for p in policy if id(p) not in own]},
-            {"params": [p for p in policy if id(p) in own], "lr": self.critic.learning_rate},
+        groups: list[dict[str, list[nn.Parameter] | float]] = [
+            {"params": [p for p in trained(self) if id(p) not in own]},
+            {"params": [p for p in trained(self) if id(p) in own], "lr": self.critic.learning_rate},
         ]
+        return groups
 
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+    def on_save_checkpoint(self, checkpoint: "StateDict") -> None:
         """Save the collector's state in addition to the trained weights."""
         super().on_save_checkpoint(checkpoint)
         checkpoint["collector"] = self.collector.state_dict()
 
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+    def on_load_checkpoint(self, checkpoint: "StateDict") -> None:
         super().on_load_checkpoint(checkpoint)
         self.collector.load_state_dict(checkpoint["collector"])
 
-    def predict_step(self, batch: dict[str, Any], batch_idx: int) -> list[Answer]:
+    def predict_step(self, batch: PromptBatch, batch_idx: int) -> list[Answer]:
         """Sample one response to each prompt."""
         with self.sampling_context():
             return answers(self.sampler, self.renderer, kept_prompts(batch), self.seed)

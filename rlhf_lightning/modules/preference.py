@@ -3,14 +3,14 @@
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from torch import Tensor, nn
 
 from rlhf_lightning.data.batching import pad_tokens
-from rlhf_lightning.errors import ConfigError
+from rlhf_lightning.errors import ConfigError, check_object
 from rlhf_lightning.files import real_path
 from rlhf_lightning.models.heads import has_head, init_head
 from rlhf_lightning.models.loading import disable_dropout, read_stage
@@ -19,13 +19,16 @@ from rlhf_lightning.models.reward_model import Text, score_rows, score_texts
 from rlhf_lightning.models.saving import relative_to_run
 from rlhf_lightning.models.scorers import ImplicitReward, RewardHead, Scorer
 from rlhf_lightning.modules.base import RLHFModule
-from rlhf_lightning.modules.hf_batches import check_preferences
+from rlhf_lightning.modules.hf_batches import Columns, check_preferences
 from rlhf_lightning.modules.preference_metrics import Report, Tables, step_names, step_sums
 from rlhf_lightning.modules.preference_rows import SIDES, Named, name_rows, whole_step
 from rlhf_lightning.modules.step import StepNumbers
 from rlhf_lightning.modules.stored_reference import store_reference
-from rlhf_lightning.modules.usage_checks import check_parts
+from rlhf_lightning.modules.trainer_state import callbacks_of
 from rlhf_lightning.objectives.preference import BradleyTerry, PreferenceLoss
+
+if TYPE_CHECKING:
+    from rlhf_lightning.types import JSON, PreferenceBatch, Row, ToolSchema
 
 log = logging.getLogger(__name__)
 
@@ -67,7 +70,8 @@ class PreferenceModule(RLHFModule):
         **kwargs: Any,
     ) -> None:
         super().__init__(model, **kwargs)
-        check_parts(scorer=(scorer, "ImplicitReward(beta=0.1)"), loss=(loss, "BradleyTerry()"))
+        check_object("model.scorer", scorer, "ImplicitReward(beta=0.1)")
+        check_object("model.loss", loss, "BradleyTerry()")
         self.scorer = scorer or RewardHead()
         self.loss = loss or BradleyTerry()
         self.freeze_backbone = freeze_backbone
@@ -85,7 +89,7 @@ class PreferenceModule(RLHFModule):
     def setup(self, stage: str) -> None:
         """Check, before anything is loaded, that the Trainer's settings suit the loss."""
         super().setup(stage)
-        schedules = any(isinstance(c, GradientAccumulationScheduler) for c in self.trainer.callbacks)  # type: ignore[attr-defined]
+        schedules = any(isinstance(c, GradientAccumulationScheduler) for c in callbacks_of(self.trainer))
         if stage == "fit" and self.loss.batch_coupled and (self.trainer.accumulate_grad_batches != 1 or schedules):
             raise ConfigError(
                 f"{type(self.loss).__name__} compares the rows of a whole optimizer step with each other, so they must "
@@ -109,7 +113,7 @@ class PreferenceModule(RLHFModule):
     def _has_head(self) -> bool:
         return has_head(str(self.start_source), bool(self.model_options.get("trust_remote_code")))
 
-    def parts_to_split(self) -> list[Any]:
+    def parts_to_split(self) -> list[nn.Module]:
         return [self.model, *getattr(self.frozen, "parts_to_split", [])]
 
     @property
@@ -149,7 +153,7 @@ class PreferenceModule(RLHFModule):
 
     # -- steps ----------------------------------------------------------------------------------------------------
 
-    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+    def on_before_batch_transfer(self, batch: Columns, dataloader_idx: int) -> Columns:
         batch = super().on_before_batch_transfer(batch, dataloader_idx)
         check_preferences(batch, self.loss.kind)
         return batch
@@ -162,7 +166,7 @@ class PreferenceModule(RLHFModule):
                 self.scorer.release()
                 self.frozen = self.scorer.frozen
 
-    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+    def training_step(self, batch: "PreferenceBatch", batch_idx: int) -> Tensor:
         named = self._named(batch)
         weights = self._weights(batch, named)
         if self.loss.batch_coupled:
@@ -183,7 +187,7 @@ class PreferenceModule(RLHFModule):
     def why_empty(self) -> str:
         return "Every row of these steps has weight 0, or no response token: check the batches' weights and masks."
 
-    def _named(self, batch: dict[str, Any]) -> Named:
+    def _named(self, batch: "PreferenceBatch") -> Named:
         """Everything that the loss may need, by name, for each row."""
         if self.loss.kind == "pairs" and getattr(self.scorer, "tail_weight", 1.0) != 1:
             shared = torch.stack(batch["loss_mask"].sum(-1).chunk(2)).amin(0)
@@ -194,18 +198,17 @@ class PreferenceModule(RLHFModule):
             with torch.no_grad():
                 named["mismatched"] = self.scorer(batch["mismatched"])
         own = self._wanted.keys() & batch.keys() - named.keys()  # columns of the user's own dataloader
-        return named | {
-            name: batch[name].to(batch["loss_mask"].dtype) for name in own if isinstance(batch[name], Tensor)
-        }
+        dtype = batch["loss_mask"].dtype
+        return named | {n: value.to(dtype) for n, value in batch.items() if n in own and isinstance(value, Tensor)}
 
-    def _scored(self, batch: dict[str, Any]) -> Named:
+    def _scored(self, batch: "PreferenceBatch") -> Named:
         """Score each row. Without `lengths` in the batch, a row ends with its last response token."""
         if "lengths" not in batch:
             places = torch.arange(1, batch["loss_mask"].shape[1] + 1, device=batch["loss_mask"].device)
             batch = {**batch, "lengths": (places * (batch["loss_mask"] != 0)).amax(-1)}
         return name_rows(self.loss.kind, self.scorer.detailed(batch), batch)
 
-    def _weights(self, batch: dict[str, Any], rows: Named) -> Tensor:
+    def _weights(self, batch: "PreferenceBatch", rows: Named) -> Tensor:
         """Weight of each row, `[B]`; 1 for all rows of a dataloader that gives no weights."""
         first = rows[self.loss.inputs[0]]
         return batch["weights"] if "weights" in batch else first.new_ones(len(first))
@@ -218,15 +221,16 @@ class PreferenceModule(RLHFModule):
         named = {name: known[name] for name in self._wanted if name in known}
         return self.loss(*(rows[name] for name in self.loss.inputs), **named)
 
-    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+    def validation_step(self, batch: "PreferenceBatch", batch_idx: int) -> None:
         self._evaluate(batch, "val")
 
-    def test_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+    def test_step(self, batch: "PreferenceBatch", batch_idx: int) -> None:
         self._evaluate(batch, "test")
 
-    def _evaluate(self, batch: dict[str, Any], name: str) -> None:
+    def _evaluate(self, batch: "PreferenceBatch", name: str) -> None:
         named = self._named(batch)
-        table: Any = self.tables[f"{name}_"]
+        table = self.tables[f"{name}_"]
+        assert isinstance(table, Tables)
         if self.loss.kind == "rankings":
             named = {**named, "loss": self._losses(named)}
         table.update(named, self._weights(batch, named), batch.get("category"), batch.get("category_names"))
@@ -242,7 +246,8 @@ class PreferenceModule(RLHFModule):
 
         They are exact over uneven batches and ranks, also for losses that couple rows.
         """
-        table: Any = self.tables[f"{name}_"]
+        table = self.tables[f"{name}_"]
+        assert isinstance(table, Tables)
         rows = table.compute()
         table.reset()
         if not rows:
@@ -253,7 +258,7 @@ class PreferenceModule(RLHFModule):
         for key, value in self.last_report["numbers"].items():
             self.log(f"{name}/{key}", value, prog_bar=key in self.on_bar, sync_dist=self.trainer.world_size > 1)
 
-    def predict_step(self, batch: dict[str, Any], batch_idx: int) -> list[dict[str, Any]]:
+    def predict_step(self, batch: "PreferenceBatch", batch_idx: int) -> "list[Row]":
         """Compute the scores of each row."""
         named = self._scored(batch)
         kept = self._weights(batch, named) > 0
@@ -292,7 +297,7 @@ class PreferenceModule(RLHFModule):
         self,
         prompts: Sequence[Text],
         responses: Sequence[Text],
-        tools: Sequence[list[Any] | None] | None = None,
+        tools: "Sequence[list[ToolSchema] | None] | None" = None,
         batch_size: int = 256,
     ) -> Tensor:
         """Score responses, on the module's device; see `models.reward_model.score_texts`.
@@ -323,7 +328,7 @@ class PreferenceModule(RLHFModule):
         self.configure_model()
         return score_rows(self.scorer, ids, masks, self.device, batch_size)
 
-    def stage_facts(self) -> dict[str, Any]:
+    def stage_facts(self) -> "dict[str, JSON]":
         facts = super().stage_facts()
         scorer = self.scorer.settings()
         if isinstance(self.scorer, ImplicitReward):

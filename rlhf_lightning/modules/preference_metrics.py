@@ -1,7 +1,7 @@
 """Metrics of preference learning: sums of a training step, and a report on all evaluated rows."""
 
 from collections.abc import Sequence
-from typing import Any, Required, TypedDict
+from typing import Required, TypedDict
 
 import torch
 from torch import Tensor
@@ -111,8 +111,8 @@ class Tables(Metric):
     rows: list[Tensor]
     full_state_update = False
 
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
+    def __init__(self) -> None:
+        super().__init__()
         self.names: list[str] = []
         self.categories: list[str] = []
         self.add_state("rows", [], dist_reduce_fx="cat")

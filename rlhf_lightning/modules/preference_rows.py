@@ -1,6 +1,6 @@
 """Named inputs of a preference loss from scored rows, and the rows of all ranks for losses that couple rows."""
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -9,11 +9,14 @@ from rlhf_lightning.distributed import data_rank, gather
 from rlhf_lightning.models.scorers import Scored
 from rlhf_lightning.objectives.kl import k2
 
+if TYPE_CHECKING:
+    from rlhf_lightning.types import PreferenceBatch
+
 Named = dict[str, Tensor]
 SIDES = ("chosen", "rejected")
 
 
-def name_rows(kind: str, scored: Scored, batch: dict[str, Any]) -> Named:
+def name_rows(kind: str, scored: Scored, batch: "PreferenceBatch") -> Named:
     """Everything that is known of the rows, by name.
 
     Args:
@@ -36,7 +39,7 @@ def name_rows(kind: str, scored: Scored, batch: dict[str, Any]) -> Named:
     return _rankings(scored.scores, batch)
 
 
-def _facts(scored: Scored, batch: dict[str, Any]) -> Named:
+def _facts(scored: Scored, batch: "PreferenceBatch") -> Named:
     """Values of each response, `[N]`."""
     dtype = scored.scores.dtype
     facts = {"scores": scored.scores, "lengths": batch["loss_mask"].sum(-1).to(dtype).clamp(min=1)}
@@ -49,7 +52,7 @@ def _facts(scored: Scored, batch: dict[str, Any]) -> Named:
     return facts
 
 
-def _rankings(scores: Tensor, batch: dict[str, Any]) -> Named:
+def _rankings(scores: Tensor, batch: "PreferenceBatch") -> Named:
     """Responses of each ranking as a row, `[B, K]`: `scores`, `ranks`, and `loss_mask`, 1 at responses."""
     ranking, ranks = batch["ranking"], batch["ranks"]
     count = int(ranking[-1]) + 1

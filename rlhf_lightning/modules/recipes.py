@@ -6,32 +6,46 @@ On the command line a recipe is one line, `model.recipe: grpo`; in Python it is 
 
 from copy import deepcopy
 from difflib import get_close_matches
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 from rlhf_lightning.environments.base import imported
 from rlhf_lightning.errors import ConfigError
+
+if TYPE_CHECKING:
+    from rlhf_lightning.types import JSON
 
 _OBJECTIVES, _ADVANTAGES = "rlhf_lightning.objectives.policy", "rlhf_lightning.rollout.advantages"
 _KL, _CRITIC = "rlhf_lightning.rollout.kl.KLPenalty", "rlhf_lightning.models.critic.Critic"
 
 
-def _made(class_path: str, **init_args: Any) -> dict[str, Any]:
+class ClassSettings(TypedDict):
+    """An object in YAML form."""
+
+    class_path: str
+    init_args: "dict[str, JSON]"
+
+
+RecipeSettings = dict[str, ClassSettings | int]
+"""Arguments of `PolicyRLModule`, in YAML form."""
+
+
+def _made(class_path: str, **init_args: "JSON") -> ClassSettings:
     return {"class_path": class_path, "init_args": init_args}
 
 
-def _clipped(**init_args: Any) -> dict[str, Any]:
+def _clipped(**init_args: "JSON") -> ClassSettings:
     return _made(f"{_OBJECTIVES}.ClippedSurrogate", **init_args)
 
 
-def _of_responses(**init_args: Any) -> dict[str, Any]:
+def _of_responses(**init_args: "JSON") -> ClassSettings:
     return _made(f"{_OBJECTIVES}.SequenceClippedSurrogate", **init_args)
 
 
-def _advantage(name: str, **init_args: Any) -> dict[str, Any]:
+def _advantage(name: str, **init_args: "JSON") -> ClassSettings:
     return _made(f"{_ADVANTAGES}.{name}", **init_args)
 
 
-RECIPES: dict[str, dict[str, Any]] = {
+RECIPES: dict[str, RecipeSettings] = {
     "dapo": {
         "objective": _clipped(clip_low=0.2, clip_high=0.28, aggregation="token_mean"),
         "advantage": _advantage("GroupCentered", scale="std"),
@@ -75,7 +89,7 @@ RECIPES: dict[str, dict[str, Any]] = {
 """Settings by recipe, in YAML form. Settings that a recipe omits keep their defaults."""
 
 
-def recipe_settings(name: str) -> dict[str, Any]:
+def recipe_settings(name: str) -> RecipeSettings:
     """The settings of a recipe, in YAML form.
 
     Args:
@@ -101,6 +115,6 @@ def build_recipe(name: str) -> dict[str, Any]:
         ConfigError: If there is no recipe of that name.
     """
     return {
-        key: imported(value["class_path"], key)(**value["init_args"]) if isinstance(value, dict) else value
+        key: value if isinstance(value, int) else imported(value["class_path"], key)(**value["init_args"])
         for key, value in recipe_settings(name).items()
     }

@@ -2,8 +2,8 @@
 
 import logging
 import math
-from typing import Any
 
+from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
@@ -68,7 +68,7 @@ class Warmup(LRScheduler):
             group["lr"] = rate
         self._last_lr = rates
 
-    def get_lr(self) -> list[Any]:
+    def get_lr(self) -> list[float | Tensor]:
         """The rate of each parameter group at the current step."""
         factor = self._factor(self.last_epoch)
         return [rate * factor for rate in self.base_lrs]

@@ -1,22 +1,39 @@
 """Supervised fine-tuning."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
-from rlhf_lightning.data.prompts import kept_prompts
-from rlhf_lightning.errors import ConfigError
+from rlhf_lightning.data.prompts import PromptBatch, kept_prompts
+from rlhf_lightning.errors import ConfigError, check_object
 from rlhf_lightning.models.packed_forward import PackedForward
 from rlhf_lightning.models.token_logprobs import TokenLogprobs
 from rlhf_lightning.modules.base import RLHFModule
+from rlhf_lightning.modules.hf_batches import Columns
 from rlhf_lightning.modules.metrics import BitsPerByte, Count, Perplexity
 from rlhf_lightning.modules.step import StepNumbers
-from rlhf_lightning.modules.usage_checks import check_parts
 from rlhf_lightning.objectives.supervised import nll
 from rlhf_lightning.rollout.collector import answers
 from rlhf_lightning.sampling.sampler import Sampler
 from rlhf_lightning.types import Answer
+
+if TYPE_CHECKING:
+    from rlhf_lightning.types import SFTBatch
+
+
+class HeldOut(nn.Module):
+    """Metrics of held-out rows, exact over batches and ranks.
+
+    Example:
+        >>> [name for name, metric in HeldOut().named_children()]
+        ['nll', 'perplexity', 'bits_per_byte', 'tokens']
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.nll, self.perplexity = MeanMetric(), Perplexity()
+        self.bits_per_byte, self.tokens = BitsPerByte(), Count()
 
 
 class SFTModule(RLHFModule):
@@ -40,10 +57,10 @@ class SFTModule(RLHFModule):
 
     def __init__(self, model: Any, sampler: Sampler | None = None, **kwargs: Any) -> None:
         super().__init__(model, **kwargs)
-        check_parts(sampler=(sampler, "Sampler(max_tokens=64)"))
+        check_object("model.sampler", sampler, "Sampler(max_tokens=64)")
         self.sampler = sampler or Sampler(temperature=0.0)
         self.step_numbers, self.train_tokens = StepNumbers(("nll",)), Count()
-        self.heldout = nn.ModuleDict({name: _heldout_metrics() for name in ("val", "test")})
+        self.heldout = nn.ModuleDict({name: HeldOut() for name in ("val", "test")})
 
     def build(self) -> None:
         self.token_logprobs = TokenLogprobs(self.model, self.max_tokens_per_batch)
@@ -52,7 +69,7 @@ class SFTModule(RLHFModule):
     def packed_forward(self) -> PackedForward:
         return self.token_logprobs.packed_forward
 
-    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+    def on_before_batch_transfer(self, batch: Columns, dataloader_idx: int) -> Columns:
         if isinstance(batch, dict) and "denominators" not in batch and batch.get("weights") is not None:
             raise ConfigError(
                 "a batch has weights, which SFT does not support: mask rows that must not be trained with 0, and "
@@ -60,7 +77,7 @@ class SFTModule(RLHFModule):
             )
         return super().on_before_batch_transfer(batch, dataloader_idx)
 
-    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+    def training_step(self, batch: "SFTBatch", batch_idx: int) -> Tensor:
         loss_mask = batch["loss_mask"]
         total = nll(self.token_logprobs(batch["input_ids"], loss_mask).logprobs, loss_mask).sum()
         count = loss_mask.sum()
@@ -75,37 +92,32 @@ class SFTModule(RLHFModule):
             "data.train_on and data.max_length."
         )
 
-    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+    def validation_step(self, batch: "SFTBatch", batch_idx: int) -> None:
         self._evaluate(batch, "val")
 
-    def test_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+    def test_step(self, batch: "SFTBatch", batch_idx: int) -> None:
         self._evaluate(batch, "test")
 
     def on_predict_start(self) -> None:
         self.sampler.bind(self.model, self.renderer)
 
-    def predict_step(self, batch: dict[str, Any], batch_idx: int) -> list[Answer]:
+    def predict_step(self, batch: PromptBatch, batch_idx: int) -> list[Answer]:
         """Sample one response to each prompt."""
         return answers(self.sampler, self.renderer, kept_prompts(batch), seed=0)
 
-    def _evaluate(self, batch: dict[str, Any], name: str) -> None:
+    def _evaluate(self, batch: "SFTBatch", name: str) -> None:
         loss_mask = batch["loss_mask"]
         total = nll(self.token_logprobs(batch["input_ids"], loss_mask).logprobs, loss_mask).sum()
         count = loss_mask.sum()
-        metrics: Any = self.heldout[name]
+        metrics = self.heldout[name]
+        assert isinstance(metrics, HeldOut)
         mean = total / count.clamp(min=1)
-        metrics["nll"].update(mean, weight=count)
-        metrics["perplexity"].update(mean, weight=count)
-        metrics["tokens"].update(count)
+        metrics.nll.update(mean, weight=count)
+        metrics.perplexity.update(mean, weight=count)
+        metrics.tokens.update(count)
         if "text_bytes" in batch:
-            metrics["bits_per_byte"].update(total, batch["text_bytes"].sum())
-            self.log(f"{name}/bits_per_byte", metrics["bits_per_byte"])
-        self.log(f"{name}/nll", metrics["nll"], prog_bar=True)
-        self.log(f"{name}/perplexity", metrics["perplexity"])
-        self.log(f"{name}/tokens", metrics["tokens"])
-
-
-def _heldout_metrics() -> nn.ModuleDict:
-    return nn.ModuleDict(
-        {"nll": MeanMetric(), "perplexity": Perplexity(), "bits_per_byte": BitsPerByte(), "tokens": Count()}
-    )
+            metrics.bits_per_byte.update(total, batch["text_bytes"].sum())
+            self.log(f"{name}/bits_per_byte", metrics.bits_per_byte)
+        self.log(f"{name}/nll", metrics.nll, prog_bar=True)
+        self.log(f"{name}/perplexity", metrics.perplexity)
+        self.log(f"{name}/tokens", metrics.tokens)

@@ -2,14 +2,19 @@
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 import lightning.pytorch as pl
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 from rlhf_lightning.distributed import gather
 from rlhf_lightning.errors import ConfigError, UserError
+from rlhf_lightning.modules.trainer_state import callbacks_of
+
+if TYPE_CHECKING:
+    from rlhf_lightning.types import StepBatch
 
 log = logging.getLogger(__name__)
 
@@ -100,15 +105,24 @@ class StepEnd(pl.Callback):
     schedule.
 
     Args:
+        numbers: The module's metrics of the current step.
+        why_empty: Returns why a step may have had no trained token, and what to change.
+        on_bar: Metrics that the progress bar shows.
         limit: Number of consecutive steps without a trained token after which the run stops; None for no limit.
 
     Example:
-        >>> StepEnd(limit=50).empty
+        >>> StepEnd(StepNumbers(["nll"]), why_empty=lambda: "All masks are 0.", limit=50).empty
         0
     """
 
-    def __init__(self, limit: int | None = None) -> None:
-        self.limit = limit
+    def __init__(
+        self,
+        numbers: StepNumbers,
+        why_empty: Callable[[], str],
+        on_bar: Sequence[str] = (),
+        limit: int | None = None,
+    ) -> None:
+        self.numbers, self.why_empty, self.on_bar, self.limit = numbers, why_empty, on_bar, limit
         self.empty = self._in_a_row = 0
 
     def state_dict(self) -> dict[str, int]:
@@ -117,7 +131,7 @@ class StepEnd(pl.Callback):
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
         self.empty, self._in_a_row = state_dict["empty"], state_dict["in_a_row"]
 
-    def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         # A user's dataloader may have another length on each rank; the longer ones would wait forever.
         counts = gather((trainer.num_training_batches, trainer.num_val_batches), every=True)
         for rank, found in enumerate(counts):
@@ -127,12 +141,16 @@ class StepEnd(pl.Callback):
                     f"but rank 0 has {counts[0][0]} and {counts[0][1]}: every rank needs the same number of rows"
                 )
 
-    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: "StepBatch", batch_idx: int
+    ) -> None:
         if batch_idx % trainer.accumulate_grad_batches == 0:
-            pl_module.step_numbers.clear()
+            self.numbers.clear()
 
-    def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: Any, optimizer: Any) -> None:
-        numbers = pl_module.step_numbers.take(_reduce(trainer, pl_module))
+    def on_before_optimizer_step(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
+    ) -> None:
+        numbers = self.numbers.take(_reduce(trainer, pl_module))
         if not numbers:
             return  # the user overrides training_step
         empty = not numbers.pop(TRAINED) and not _has_gradient(trainer, pl_module)
@@ -140,40 +158,55 @@ class StepEnd(pl.Callback):
         self.empty += empty
         if empty:
             drop_gradients(trainer, optimizer)
-            self._tell(trainer, pl_module)
+            self._tell(trainer)
         if self.empty:
             numbers["empty_steps"] = float(self.empty)
-        _log(trainer, pl_module, numbers)
+        self._log(trainer, pl_module, numbers)
 
-    def _tell(self, trainer: pl.Trainer, pl_module: Any) -> None:
+    def _tell(self, trainer: pl.Trainer) -> None:
         step = trainer.global_step + 1
         if self.limit is not None and self._in_a_row >= self.limit:
             raise UserError(
                 f"step {step}: no token was trained in {self._in_a_row} optimizer steps in a row "
-                f"(model.max_empty_steps). {pl_module.why_empty()}"
+                f"(model.max_empty_steps). {self.why_empty()}"
             )
         if self.empty == 1 and trainer.is_global_zero:
             log.warning(
                 "step %d: no token is trained, so the weights do not change; train/empty_steps counts such steps. %s",
                 step,
-                pl_module.why_empty(),
+                self.why_empty(),
             )
 
+    def _log(self, trainer: pl.Trainer, pl_module: pl.LightningModule, numbers: Mapping[str, float | None]) -> None:
+        results = trainer._results
+        assert results is not None
+        for name, number in numbers.items():
+            full = f"train/{name}"
+            theirs = results.get(f"training_step.{full}")
+            if theirs is not None and not theirs.has_reset:
+                continue  # a subclass logs its own metric under this name
+            if number is not None:
+                # On the CPU, because the progress bar reads it at every batch.
+                value = torch.tensor(number, dtype=torch.float32)
+                pl_module.log(full, value, on_step=True, on_epoch=False, prog_bar=name in self.on_bar)
+            elif (old := results.get(f"on_before_optimizer_step.{full}")) is not None:
+                old.reset()  # otherwise Lightning would log the last value again
 
-def forget(trainer: Any) -> None:
+
+def forget(trainer: pl.Trainer) -> None:
     """Remove the `StepEnd` of an earlier run from a trainer; Lightning would warn that it replaces it."""
-    if trainer is not None:
-        trainer.callbacks = [callback for callback in trainer.callbacks if not isinstance(callback, StepEnd)]
+    callbacks = callbacks_of(trainer)
+    callbacks[:] = [callback for callback in callbacks if not isinstance(callback, StepEnd)]
 
 
-def _reduce(trainer: pl.Trainer, pl_module: Any) -> Reduce:
+def _reduce(trainer: pl.Trainer, pl_module: pl.LightningModule) -> Reduce:
     # Ranks of one tensor-parallel group compute the same rows, which must count once.
     mesh = pl_module._device_mesh
     group = None if mesh is None else mesh["data_parallel"].get_group()
     return lambda value, operation: trainer.strategy.reduce(value, group=group, reduce_op=operation)
 
 
-def _has_gradient(trainer: pl.Trainer, pl_module: Any) -> bool:
+def _has_gradient(trainer: pl.Trainer, pl_module: pl.LightningModule) -> bool:
     """True if any rank has a nonzero gradient, from a loss that the user added.
 
     Only called if the module's own loss trained no token.
@@ -183,7 +216,7 @@ def _has_gradient(trainer: pl.Trainer, pl_module: Any) -> bool:
     return trainer.strategy.reduce_boolean_decision(mine, all=False)
 
 
-def drop_gradients(trainer: pl.Trainer, optimizer: Any) -> None:
+def drop_gradients(trainer: pl.Trainer, optimizer: Optimizer) -> None:
     """Remove all gradients, so that the optimizer step changes neither weights nor optimizer state.
 
     Args:
@@ -196,18 +229,3 @@ def drop_gradients(trainer: pl.Trainer, optimizer: Any) -> None:
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             parameter.grad = None
-
-
-def _log(trainer: pl.Trainer, pl_module: Any, numbers: Mapping[str, float | None]) -> None:
-    results: Any = trainer._results
-    for name, number in numbers.items():
-        full = f"train/{name}"
-        theirs = results.get(f"training_step.{full}")
-        if theirs is not None and not theirs.has_reset:
-            continue  # a subclass logs its own metric under this name
-        if number is not None:
-            # On the CPU, because the progress bar reads it at every batch.
-            value = torch.tensor(number, dtype=torch.float32)
-            pl_module.log(full, value, on_step=True, on_epoch=False, prog_bar=name in pl_module.on_bar)
-        elif (old := results.get(f"on_before_optimizer_step.{full}")) is not None:
-            old.reset()  # otherwise Lightning would log the last value again

@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as pl
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -18,11 +19,12 @@ from rlhf_lightning.files import replacing
 from rlhf_lightning.models.reference import Reference
 from rlhf_lightning.models.scorers import ImplicitReward
 from rlhf_lightning.models.sharding import full_tensor
+from rlhf_lightning.modules.trainer_state import row_data_of
 
 log = logging.getLogger(__name__)
 
 
-def store_reference(scorer: ImplicitReward, trainer: Any, device: torch.device, batch_size: int = 64) -> None:
+def store_reference(scorer: ImplicitReward, trainer: pl.Trainer, device: torch.device, batch_size: int = 64) -> None:
     """Give every prepared row its reference log-probabilities: from the stored file if there is one, else computed.
 
     The name of the file is a hash of the reference's weights, the rows' tokens and the precision, so that another
@@ -35,8 +37,10 @@ def store_reference(scorer: ImplicitReward, trainer: Any, device: torch.device, 
         batch_size: Number of rows per forward pass.
     """
     assert isinstance(scorer.frozen, Reference)
-    data, model = trainer.datamodule, None
-    for name, prepared in getattr(data, "prepared", {}).items():
+    if (data := row_data_of(trainer)) is None:
+        return
+    model = None
+    for name, prepared in data.prepared.items():
         sides = [side for row in prepared.rows for side in row.sides]
         model = model or weights_hash(scorer.frozen)
         key = rows_hash(sides, f"{model} {trainer.precision}")
@@ -76,7 +80,7 @@ def rows_hash(sides: list[Rendered], prefix: str) -> str:
     return digest.hexdigest()
 
 
-def _folder(source: Any, trainer: Any) -> Path:
+def _folder(source: Any, trainer: pl.Trainer) -> Path:
     """Folder next to the file of the rows, if that can be written to; else a folder in the run's folder."""
     if isinstance(source, str | Path) and Path(source).is_file() and os.access(Path(source).parent, os.W_OK):
         return Path(f"{source}.reference")
@@ -85,7 +89,7 @@ def _folder(source: Any, trainer: Any) -> Path:
 
 @torch.no_grad()
 def _computed(
-    scorer: ImplicitReward, sides: list[Rendered], trainer: Any, device: torch.device, batch_size: int
+    scorer: ImplicitReward, sides: list[Rendered], trainer: pl.Trainer, device: torch.device, batch_size: int
 ) -> list[list[float]]:
     """Compute the log-probabilities. Each rank computes its share, rows of similar length together."""
     rank, world = data_ranks(trainer)

@@ -16,6 +16,11 @@ def is_trial(trainer: pl.Trainer) -> bool:
     return bool(trainer.fast_dev_run)  # type: ignore[attr-defined]
 
 
+def overfits(trainer: pl.Trainer) -> bool:
+    """True with `overfit_batches`."""
+    return bool(trainer.overfit_batches)  # type: ignore[attr-defined]
+
+
 def row_data_of(trainer: pl.Trainer | None) -> RowDataModule | None:
     """The trainer's data module if it is one of the package; None without a trainer."""
     data = getattr(trainer, "datamodule", None)

@@ -2,17 +2,25 @@
 
 import logging
 import pickle
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, TYPE_CHECKING, Any, Self
 
 import lightning.pytorch as pl
 import torch
-from torch import nn
+from lightning.pytorch.utilities.types import EVAL_DATALOADERS, TRAIN_DATALOADERS
+from torch import Tensor, nn
 
-from rlhf_lightning.data.base import RowDataModule
 from rlhf_lightning.errors import ConfigError, check_object, check_whole
+from rlhf_lightning.models.lora import LoRA
+from rlhf_lightning.modules.trainer_state import is_trial, row_data_of
 from rlhf_lightning.settings import NotPlain, Settings, UnknownClass, describe, rebuild
+
+if TYPE_CHECKING:
+    from lightning.fabric.utilities.types import _MAP_LOCATION_TYPE, _PATH
+
+    from rlhf_lightning.modules.base import OptimizerFactory, SchedulerFactory
+    from rlhf_lightning.types import JSON, StateDict
 
 log = logging.getLogger(__name__)
 DATA = {"sft": "SFTDataModule", "preference": "PreferenceDataModule", "policy": "PromptDataModule"}
@@ -40,7 +48,7 @@ class CheckedModule(Settings, pl.LightningModule):
 
     stage_kind = ""
 
-    def __getattr__(self, name: str) -> Any:
+    def __getattr__(self, name: str) -> Tensor | nn.Module:
         try:
             return super().__getattr__(name)
         except AttributeError as error:
@@ -48,15 +56,15 @@ class CheckedModule(Settings, pl.LightningModule):
                 raise AttributeError(f"{error}: {ABSENT[name]}") from None
             raise
 
-    def train_dataloader(self) -> Any:
+    def train_dataloader(self) -> TRAIN_DATALOADERS:
         """Refuse `fit` without data."""
         raise self._no_data("fit", "train")
 
-    def test_dataloader(self) -> Any:
+    def test_dataloader(self) -> EVAL_DATALOADERS:
         """Refuse `test` without data."""
         raise self._no_data("test", "test")
 
-    def predict_dataloader(self) -> Any:
+    def predict_dataloader(self) -> EVAL_DATALOADERS:
         """Refuse `predict` without data."""
         raise self._no_data("predict", "predict")
 
@@ -78,7 +86,7 @@ class CheckedModule(Settings, pl.LightningModule):
 
         Of arguments that are not plain, only the names are kept.
         """
-        plain: dict[str, Any] = {}
+        plain: dict[str, JSON] = {}
         self.unsaved_arguments: list[str] = []
         for name, value in given.items():
             try:
@@ -90,7 +98,15 @@ class CheckedModule(Settings, pl.LightningModule):
             self.save_hyperparameters(plain)
 
     @classmethod
-    def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Any:
+    def load_from_checkpoint(
+        cls,
+        checkpoint_path: "_PATH | IO",
+        map_location: "_MAP_LOCATION_TYPE" = None,
+        hparams_file: "_PATH | None" = None,
+        strict: bool | None = None,
+        weights_only: bool | None = True,
+        **kwargs: Any,
+    ) -> Self:
         """Load a module with its trained weights and the settings in the checkpoint, as Lightning does.
 
         Frozen weights are not in a checkpoint; they are loaded from the base model. Arguments that are not plain values
@@ -98,8 +114,11 @@ class CheckedModule(Settings, pl.LightningModule):
 
         Args:
             checkpoint_path: A `.ckpt` file of this class.
-            *args: See Lightning.
-            **kwargs: See Lightning. Arguments of the constructor replace those in the checkpoint.
+            map_location: See Lightning.
+            hparams_file: See Lightning.
+            strict: See Lightning.
+            weights_only: See Lightning.
+            **kwargs: Arguments of the constructor, which replace those in the checkpoint.
 
         Raises:
             ConfigError: If the file is missing or not a checkpoint, or if a needed argument is not in it.
@@ -116,11 +135,12 @@ class CheckedModule(Settings, pl.LightningModule):
                 f"{name}: {place} is a model folder, not a checkpoint; start from it with "
                 f"{cls.__name__}({str(place)!r})"
             )
-        kwargs.setdefault("weights_only", True)
         if place.is_file():
             _check_unsaved(place, name, kwargs)
         try:
-            return super().load_from_checkpoint(checkpoint_path, *args, **kwargs)
+            return super().load_from_checkpoint(
+                checkpoint_path, map_location, hparams_file, strict, weights_only, **kwargs
+            )
         except TypeError as error:
             if "missing" not in str(error) or "'model'" not in str(error):
                 raise
@@ -129,18 +149,17 @@ class CheckedModule(Settings, pl.LightningModule):
             f"settings. To use a trained model, load the model folder of its stage: {cls.__name__}('runs/NAME/model')"
         )
 
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+    def on_save_checkpoint(self, checkpoint: "StateDict") -> None:
         """Store the names of the arguments that the checkpoint does not contain."""
         checkpoint["unsaved_arguments"] = list(self.unsaved_arguments)
 
     def check_trainer(self, stage: str) -> None:
         """Raise `ConfigError` for data of another stage, or for Trainer settings that would fail later."""
-        data = getattr(self.trainer, "datamodule", None)
-        wanted = DATA.get(self.stage_kind)
-        kind = getattr(data, "stage_kind", "")
-        if stage == "fit" and wanted and isinstance(data, RowDataModule) and kind and kind != self.stage_kind:
+        data, wanted = row_data_of(self.trainer), DATA.get(self.stage_kind)
+        if stage == "fit" and wanted and data and data.stage_kind not in ("", self.stage_kind):
             raise ConfigError(f"{type(data).__name__} is for another stage: {type(self).__name__} needs {wanted}")
-        if stage == "fit" and (every := self.trainer.val_check_interval) is not None and _not_positive(every):
+        every = self.trainer.val_check_interval
+        if stage == "fit" and isinstance(every, int | float) and every <= 0:
             raise ConfigError(
                 f"trainer.val_check_interval is {every}; it must be a fraction of the epoch, or a number of batches. "
                 "To turn validation off, set trainer.limit_val_batches: 0"
@@ -148,23 +167,17 @@ class CheckedModule(Settings, pl.LightningModule):
 
     def warn_unseen_validation(self) -> None:
         """Warn if there are validation rows but the run ended before any validation."""
-        trainer: Any = self.trainer
-        held_out = "validation" in getattr(getattr(trainer, "datamodule", None), "prepared", {})
-        looked = trainer.fit_loop.epoch_loop.val_loop.batch_progress.total.completed
-        if (
-            held_out
-            and not looked
-            and trainer.limit_val_batches
-            and trainer.is_global_zero
-            and not trainer.fast_dev_run
-        ):
+        trainer, data = self.trainer, row_data_of(self.trainer)
+        missed = data is not None and "validation" in data.prepared and bool(trainer.limit_val_batches)
+        missed = missed and not trainer.fit_loop.epoch_loop.val_loop.batch_progress.total.completed
+        if missed and trainer.is_global_zero and not is_trial(trainer):
             log.warning(
                 "data.validation was never used, because the run ended before the first validation. It follows each "
                 "epoch; set trainer.val_check_interval to a number of batches, or lower trainer.check_val_every_n_epoch"
             )
 
 
-def _check_unsaved(path: Path, name: str, given: Mapping[str, Any]) -> None:
+def _check_unsaved(path: Path, name: str, given: Container[str]) -> None:
     """Raise `ConfigError` if a checkpoint lacks arguments that the module cannot be made without."""
     try:
         facts = torch.load(path, map_location="meta", mmap=True, weights_only=True)
@@ -181,33 +194,31 @@ def _check_unsaved(path: Path, name: str, given: Mapping[str, Any]) -> None:
         log.warning("%s: loaded without its %s, which a checkpoint cannot store", name, ", ".join(missing))
 
 
-def _not_positive(every: Any) -> bool:
-    return isinstance(every, int | float) and every <= 0
-
-
-def check_arguments(model: Any, **given: Any) -> None:
-    """Raise `ConfigError` for unusable arguments of a module.
-
-    Args:
-        model: The model to start from.
-        **given: The other arguments, by name.
-    """
+def check_arguments(
+    model: str | Path | nn.Module,
+    lora: LoRA | None,
+    optimizer: "OptimizerFactory | None",
+    lr_scheduler: "SchedulerFactory | None",
+    model_options: Mapping[str, Any] | None,
+    max_tokens_per_batch: int | None,
+) -> None:
+    """Raise `ConfigError` for unusable arguments of `RLHFModule`."""
     if not isinstance(model, str | Path | nn.Module) or not str(model):
         got = f"the class {model.__name__}" if isinstance(model, type) else repr(model)
         raise ConfigError(f"model.model is {got}; it must be a folder, a Hub id, or a loaded model")
     if isinstance(model, nn.Module) and not hasattr(model, "get_input_embeddings"):
         raise ConfigError(f"model.model is a {type(model).__name__}, which is not a transformers model")
-    check_object("model.lora", given["lora"], "LoRA(rank=16)")
-    if type(given["lora"]).__name__ == "LoraConfig":
+    check_object("model.lora", lora, "LoRA(rank=16)")
+    if type(lora).__name__ == "LoraConfig":
         raise ConfigError("model.lora is peft's LoraConfig; pass rlhf_lightning.LoRA(rank, alpha) instead")
-    for name, example in (
-        ("optimizer", "lambda parameters: torch.optim.AdamW(parameters, lr=1e-5)"),
-        ("lr_scheduler", "lambda optimizer: Warmup(optimizer, warmup_steps=10)"),
+    for name, factory, example in (
+        ("optimizer", optimizer, "lambda parameters: torch.optim.AdamW(parameters, lr=1e-5)"),
+        ("lr_scheduler", lr_scheduler, "lambda optimizer: Warmup(optimizer, warmup_steps=10)"),
     ):
-        if given[name] is not None and not callable(given[name]):
-            shown = repr(given[name]).partition("\n")[0]
+        if factory is not None and not callable(factory):
+            shown = repr(factory).partition("\n")[0]
             raise ConfigError(f"model.{name} is {shown}; it must be a function that returns one, for example {example}")
-    if not isinstance(options := given["model_options"] or {}, Mapping):
+    if not isinstance(options := model_options or {}, Mapping):
         raise ConfigError(f"model.model_options is {options!r}; it must be a mapping of from_pretrained's arguments")
     for name in ("dtype", "torch_dtype"):
         if name in options:
