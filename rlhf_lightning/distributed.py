@@ -30,7 +30,7 @@ def data_rank() -> int:
     """Index of this rank's value in the result of `gather`."""
     if _MESH:
         return int(_MESH[0]["data_parallel"].get_local_rank())
-    return torch.distributed.get_rank() if _is_distributed() else 0
+    return torch.distributed.get_rank() if is_distributed() else 0
 
 
 def is_leader() -> bool:
@@ -40,7 +40,7 @@ def is_leader() -> bool:
 
 def rank_count() -> int:
     """The number of ranks, those of tensor-parallel groups too."""
-    return torch.distributed.get_world_size() if _is_distributed() else 1
+    return torch.distributed.get_world_size() if is_distributed() else 1
 
 
 def gather(value: Any, every: bool = False) -> list[Any]:
@@ -55,7 +55,7 @@ def gather(value: Any, every: bool = False) -> list[Any]:
         RoundLeft: If a rank leaves the round that all of them are in.
     """
     values: list[Any] = [value]
-    if _is_distributed():
+    if is_distributed():
         group = _MESH[0]["data_parallel"].get_group() if _MESH and not every else None
         values = [None] * torch.distributed.get_world_size(group)
         torch.distributed.all_gather_object(values, value, group=group)
@@ -106,7 +106,8 @@ def broadcast(value: Tensor) -> Tensor:
     return value
 
 
-def _is_distributed() -> bool:
+def is_distributed() -> bool:
+    """True in a run of several processes."""
     return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from rlhf_lightning.distributed import gather
 from rlhf_lightning.errors import ConfigError, UserError
-from rlhf_lightning.modules.step import drop_gradients
+from rlhf_lightning.modules.step import drop_gradients, local_gradients
 
 if TYPE_CHECKING:
     from rlhf_lightning.types import StepBatch
@@ -76,9 +76,7 @@ class NonFiniteGuard(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
     ) -> None:
         scaled = getattr(trainer.precision_plugin, "scaler", None) is not None
-        # With sharded weights, each rank checks its shard, which may be empty.
-        found = [getattr(p.grad, "_local_tensor", p.grad) for p in pl_module.parameters() if p.grad is not None]
-        gradients = [] if scaled else [gradient for gradient in found if gradient.numel()]
+        gradients = [] if scaled else [gradient for gradient in local_gradients(pl_module) if gradient.numel()]
         losses = torch.stack([loss.float() for _, loss in self._window])
         largest = _largest(gradients).to(losses.device)
         fine = bool(torch.isfinite(losses).all() & torch.isfinite(largest))

@@ -10,6 +10,8 @@ from contextlib import suppress
 import torch
 from torch.distributed import DistError
 
+from rlhf_lightning.distributed import is_distributed
+
 EVERY = 0.5
 """Seconds between two checks of the store."""
 
@@ -49,8 +51,7 @@ class Relay:
     @classmethod
     def of_ranks(cls, numbers: set[int]) -> "Relay | None":
         """Make a relay if there are other ranks."""
-        several = torch.distributed.is_available() and torch.distributed.is_initialized()
-        return cls(numbers) if several else None
+        return cls(numbers) if is_distributed() else None
 
     def heard(self) -> bool:
         """True if a rank received a signal. The store is only checked every `EVERY` seconds."""

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from rlhf_lightning.types import RolloutBatch
 
 log = logging.getLogger(__name__)
-LARGEST, MEAN = 1e-4, 0.02
+MAX_DISTANCE, MEAN_DISTANCE = 1e-4, 0.02
 
 
 class FirstStepInvariants(pl.Callback):
@@ -111,7 +111,7 @@ def _worst(*numbers: Tensor | float) -> list[float]:
 
 def _outside(full: bool, largest: float, mean: float) -> bool:
     # Not written with `>`, so that NaN counts as outside.
-    return not (largest <= LARGEST if full else mean <= MEAN)
+    return not (largest <= MAX_DISTANCE if full else mean <= MEAN_DISTANCE)
 
 
 def _is_start(trainer: pl.Trainer, batch_idx: int) -> bool:

@@ -8,13 +8,11 @@ import lightning.pytorch as pl
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 
 from rlhf_lightning.diagnostics.curves import Curves
+from rlhf_lightning.modules.policy_metrics import LARGEST, NUMBERS
 from rlhf_lightning.modules.policy_rl import PolicyRLModule
 
 if TYPE_CHECKING:
     from rlhf_lightning.types import RolloutBatch, StateDict
-
-MEANS = ("loss", "value_loss", "entropy", "logprob_gap", "clip_fraction", "log_ratio_clamped")
-LARGEST = ("log_ratio_max",)
 
 
 class RoundSums(TypedDict):
@@ -22,7 +20,7 @@ class RoundSums(TypedDict):
 
     statistics: dict[str, float]
     sums: dict[str, tuple[float, float]]
-    """For each of `MEANS`: its sum over the sampled tokens, and their number."""
+    """For each of `NUMBERS`: its sum over the sampled tokens, and their number."""
     largest: dict[str, float]
 
 
@@ -102,7 +100,7 @@ def _add(sums: RoundSums, trainer: pl.Trainer, batch: "RolloutBatch") -> None:
     if not tokens:
         return  # nothing was trained, so the logged metrics are those of an earlier step
     logged = trainer.callback_metrics
-    names = [name for name in (*MEANS, *LARGEST) if f"train/{name}" in logged]
+    names = [name for name in (*NUMBERS, *LARGEST) if f"train/{name}" in logged]
     for name in names if batch.get("first") else [name for name in names if name != "logprob_gap"]:
         value = float(logged[f"train/{name}"])
         if name in LARGEST:

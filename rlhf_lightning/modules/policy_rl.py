@@ -27,7 +27,7 @@ from rlhf_lightning.modules.policy_metrics import LARGEST, NUMBERS, OUTPUTS, ROU
 from rlhf_lightning.modules.recipes import build_recipe
 from rlhf_lightning.modules.step import StepNumbers
 from rlhf_lightning.modules.trainer_state import overfits, row_data_of
-from rlhf_lightning.objectives.aggregate import aggregate
+from rlhf_lightning.objectives.aggregate import DENOMINATORS, aggregate
 from rlhf_lightning.objectives.kl import beyond
 from rlhf_lightning.objectives.policy import ImportanceSampling, ImportanceWeights, PolicyObjective
 from rlhf_lightning.objectives.policy.importance import token_log_ratio
@@ -45,7 +45,6 @@ from rlhf_lightning.types import Answer, Episode
 if TYPE_CHECKING:
     from rlhf_lightning.types import RolloutBatch, Row, StateDict
 
-COUNTS = {"token_sum": None, "token_mean": "tokens", "sequence_mean": "sequences", "constant": "sequences"}
 VALIDATION = 1_000_003  # seeds validation rollouts differently from those of the training rounds
 
 
@@ -538,7 +537,7 @@ class PolicyRLModule(RLHFModule):
         total, local = aggregate(per_token, batch["loss_mask"], mode, length)
         if mode == "constant":
             total, local = total / length, local / length
-        return self.normalized(total, batch, COUNTS[mode], local)
+        return self.normalized(total, batch, DENOMINATORS[mode], local)
 
     def _log_round(self, batch: "RolloutBatch") -> None:
         """Log the statistics of a round, over all ranks, with its first mini-batch.

@@ -196,7 +196,7 @@ class PreferenceModule(RLHFModule):
         named = self._scored(batch)
         if "mismatched" in batch and "mismatched" in self._wanted:
             with torch.no_grad():
-                named["mismatched"] = self.scorer(batch["mismatched"])
+                named["mismatched"] = self.scorer(dict(batch["mismatched"]))
         own = self._wanted.keys() & batch.keys() - named.keys()  # columns of the user's own dataloader
         dtype = batch["loss_mask"].dtype
         return named | {n: value.to(dtype) for n, value in batch.items() if n in own and isinstance(value, Tensor)}
@@ -206,7 +206,7 @@ class PreferenceModule(RLHFModule):
         if "lengths" not in batch:
             places = torch.arange(1, batch["loss_mask"].shape[1] + 1, device=batch["loss_mask"].device)
             batch = {**batch, "lengths": (places * (batch["loss_mask"] != 0)).amax(-1)}
-        return name_rows(self.loss.kind, self.scorer.detailed(batch), batch)
+        return name_rows(self.loss.kind, self.scorer.detailed(dict(batch)), batch)
 
     def _weights(self, batch: "PreferenceBatch", rows: Named) -> Tensor:
         """Weight of each row, `[B]`; 1 for all rows of a dataloader that gives no weights."""

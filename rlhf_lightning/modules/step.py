@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import lightning.pytorch as pl
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from rlhf_lightning.distributed import gather
@@ -211,9 +211,14 @@ def _has_gradient(trainer: pl.Trainer, pl_module: pl.LightningModule) -> bool:
 
     Only called if the module's own loss trained no token.
     """
-    found = [getattr(p.grad, "_local_tensor", p.grad) for p in pl_module.parameters() if p.grad is not None]
+    found = local_gradients(pl_module)
     mine = bool(torch.stack([gradient.count_nonzero() for gradient in found]).any()) if found else False
     return trainer.strategy.reduce_boolean_decision(mine, all=False)
+
+
+def local_gradients(module: nn.Module) -> list[Tensor]:
+    """The gradients of a module's weights; of sharded ones this rank's shards, which may be empty."""
+    return [getattr(p.grad, "_local_tensor", p.grad) for p in module.parameters() if p.grad is not None]
 
 
 def drop_gradients(trainer: pl.Trainer, optimizer: Optimizer) -> None:

@@ -2,7 +2,9 @@
 
 from torch import Tensor
 
-MODES = ("token_sum", "token_mean", "sequence_mean", "constant")
+DENOMINATORS = {"token_sum": None, "token_mean": "tokens", "sequence_mean": "sequences", "constant": "sequences"}
+"""For each mode, which count of a whole optimizer step divides the total; `constant` also divides by `length`."""
+MODES = tuple(DENOMINATORS)
 
 
 def aggregate(per_token: Tensor, loss_mask: Tensor, mode: str, length: int | None = None) -> tuple[Tensor, Tensor]:
