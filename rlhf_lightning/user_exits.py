@@ -1,4 +1,4 @@
-"""Distinguishes a program that is ended by a signal from one that user code would end with `sys.exit`."""
+"""Stop signals, and the difference between a program that one ends and one that user code would end with `sys.exit`."""
 
 import signal
 import sysconfig

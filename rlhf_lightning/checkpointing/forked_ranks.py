@@ -6,14 +6,18 @@ import sys
 import threading
 from collections.abc import Callable
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
 from torch.multiprocessing import ProcessExitedException
 
-from rlhf_lightning.checkpointing.signals import ends
-from rlhf_lightning.user_exits import note_signal
+from rlhf_lightning.user_exits import note_signal, restore_handlers, stop_signals
+
+if TYPE_CHECKING:
+    from signal import _HANDLER
+
+    from rlhf_lightning.types import StateDict
 
 INTERRUPTED = 130
 
@@ -27,7 +31,7 @@ class _StoppableLauncher(_MultiProcessingLauncher):
 
     def __init__(self, launcher: _MultiProcessingLauncher) -> None:
         super().__init__(launcher._strategy, launcher._start_method)
-        self._handlers: dict[int, Any] = {}
+        self._handlers: dict[int, _HANDLER] = {}
         """Handlers of stop signals, which forked ranks restore."""
 
     def launch(self, function: Callable, *args: Any, trainer: Trainer | None = None, **kwargs: Any) -> Any:
@@ -41,7 +45,7 @@ class _StoppableLauncher(_MultiProcessingLauncher):
             for rank in multiprocessing.active_children():
                 rank.terminate()  # SIGTERM also for Ctrl-C, which a terminal sends to the ranks itself
 
-        before = {number: signal.signal(number, pass_on) for number in (int(signal.SIGINT), *ends())}
+        before = {number: signal.signal(number, pass_on) for number in (int(signal.SIGINT), *stop_signals())}
         self._handlers = before
         try:
             return super().launch(function, *args, trainer=trainer, **kwargs)
@@ -52,18 +56,16 @@ class _StoppableLauncher(_MultiProcessingLauncher):
             raise KeyboardInterrupt from error
         finally:
             self._handlers = {}
-            for number, handler in before.items():
-                signal.signal(number, handler)
+            restore_handlers(before)
 
     def _wrapping_function(self, *args: Any, **kwargs: Any) -> None:
-        for number, handler in self._handlers.items():
-            signal.signal(number, handler)
+        restore_handlers(self._handlers)
         try:
             super()._wrapping_function(*args, **kwargs)
         except KeyboardInterrupt:
             sys.exit(INTERRUPTED)
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> "StateDict":
         return {**super().__getstate__(), "_handlers": {}}  # spawned ranks inherit no handlers
 
 
@@ -73,6 +75,6 @@ def make_forked_ranks_stoppable(trainer: Trainer) -> None:
     Args:
         trainer: The Trainer, before its run.
     """
-    strategy: Any = trainer.strategy
+    strategy = trainer.strategy
     if type(strategy.launcher) is _MultiProcessingLauncher:
         strategy._launcher = _StoppableLauncher(strategy.launcher)
