@@ -233,8 +233,8 @@ def check_arguments(
             "model.model_options: leave out device_map; the Trainer places the model (trainer.devices, "
             "trainer.strategy)"
         )
-    if given["max_tokens_per_batch"] is not None:
-        check_whole("model.max_tokens_per_batch", given["max_tokens_per_batch"])
+    if max_tokens_per_batch is not None:
+        check_whole("model.max_tokens_per_batch", max_tokens_per_batch)
 
 
 def check_parts(**parts: tuple[Any, str]) -> None:
