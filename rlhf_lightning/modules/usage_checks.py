@@ -235,13 +235,3 @@ def check_arguments(
         )
     if max_tokens_per_batch is not None:
         check_whole("model.max_tokens_per_batch", max_tokens_per_batch)
-
-
-def check_parts(**parts: tuple[Any, str]) -> None:
-    """Raise `ConfigError` if an argument that must be an object is a name, a number or a class.
-
-    Args:
-        **parts: The value of each argument, and an example for the message.
-    """
-    for name, (value, example) in parts.items():
-        check_object(f"model.{name}", value, example)
