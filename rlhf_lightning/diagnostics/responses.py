@@ -84,9 +84,9 @@ class LengthCollapse(SinceStart):
     """
 
     name, watched = "length_collapse", ("reward", "response_tokens")
-    meaning = "The reward has risen while responses lost most of their length: content may be lost, too."
+    meaning = "The reward has risen while responses lost most of their length, and perhaps content with it."
     remedy = (
-        "Usual remedy: compare samples of the first and last rounds; a preference model beside the present reward, a "
+        "Usual remedy: compare samples of the first and last rounds; an additional reward from a preference model, a "
         "target length (LengthReward), a higher kl coefficient."
     )
 
