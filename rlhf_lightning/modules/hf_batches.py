@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from rlhf_lightning.types import Tokenizer
 
 Columns = dict[str, Any]
-"""A batch of any dataloader, by name. What the user's has in it is known only once it is checked."""
+"""A batch of any dataloader, by name. The contents of a user's batch are known only after it was checked."""
 IGNORED = -100  # value of Hugging Face labels at tokens that are not trained
 _PER_TOKEN = ("loss_mask", "old_logprobs", "advantages", "reference_logprobs", "sampling_logprobs", "values", "returns")
 _NOT_USED = ("inputs_embeds", "pixel_values", "input_features", "cu_seq_lens_q", "cu_seq_lens_k", "seq_idx")

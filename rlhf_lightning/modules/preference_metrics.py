@@ -90,12 +90,12 @@ def ranked(rows: Rows) -> Rows:
 
 
 class Report(TypedDict, total=False):
-    """What preference learning is found to have learned, over all rows of an evaluation."""
+    """Results of an evaluation of preference learning, over all its rows."""
 
     numbers: Required[dict[str, float]]
     """Metrics to log, by name."""
     reliability: list[dict[str, float]]
-    """Of pairs: `confidence`, `accuracy` and number of `pairs` at each point of the reliability curve."""
+    """For pairs: `confidence`, `accuracy` and number of `pairs` at each point of the reliability curve."""
 
 
 class Tables(Metric):
