@@ -1,6 +1,6 @@
 # `make quickstart` and `make test` do all the set-up on a fresh machine.
 PYTHON ?= python3
-# Of `make test-lowest`, by name or path.
+# Pythons for `make test-lowest`, by name or path.
 PYTHON311 ?= python3.11
 PYTHON312 ?= python3.12
 PYTHON313 ?= python3.13
@@ -19,7 +19,7 @@ test: $(STAMP)
 	$(BIN)/pytest -n 2 --dist worksteal -m "not slow" $(ARGS)
 
 test-slow: $(STAMP)
-	# What `make test` leaves out, one after another; then what it runs, as on other processors.
+	# The slow tests, one after another; then the numerical tests with the kernels of other processors.
 	$(BIN)/pytest -m slow $(ARGS)
 	$(if $(ARGS),,$(BIN)/python -m tests.processors)
 
@@ -27,7 +27,7 @@ test-processors: $(STAMP)
 	$(BIN)/python -m tests.processors $(ARGS)
 
 test-lowest: $(STAMP)
-	# The oldest libraries that pyproject.toml allows, and newer Pythons: each in an environment of its own (7 GB).
+	# The oldest libraries that pyproject.toml allows, and newer Pythons, each in its own environment (7 GB).
 	$(BIN)/pip install --quiet "uv>=0.9"
 	$(BIN)/python -m tests.lowest --lowest $(PYTHON311) --newest $(PYTHON312) $(PYTHON313) $(ARGS)
 
@@ -53,7 +53,7 @@ $(DOCS): pyproject.toml constraints.txt
 
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	# torch first and alone: with it installed, nothing else pulls another build of it.
+	# torch first, so that no other package pulls another build of it.
 	$(BIN)/pip install --quiet --constraint constraints.txt torch
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[dev]"
 	touch $(STAMP)

@@ -56,7 +56,7 @@ def multiply(a: float, b: float) -> float:
 
 
 def main(model: str, folder: str = "runs/examples") -> tuple[PolicyRLModule, PolicyRLModule]:
-    """A round of each."""
+    """Train one round with each."""
     game = PolicyRLModule(
         model,
         environment=Guess,

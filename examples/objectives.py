@@ -69,7 +69,7 @@ class RDPO(PairLoss):
 
 
 def main(model: str, folder: str = "runs/examples") -> tuple[pl.Trainer, pl.Trainer]:
-    """A pass of each."""
+    """Train with each."""
     flags: dict[str, Any] = {"default_root_dir": folder, "logger": False, "enable_checkpointing": False}
     policy = pl.Trainer(max_epochs=1, **flags)
     policy.fit(

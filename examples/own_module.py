@@ -1,8 +1,8 @@
-"""A LightningModule of your own made of `PolicyRLModule`'s parts: policy RL and SFT in one loss (PPO-ptx).
+"""Your own LightningModule from the components of `PolicyRLModule`: policy RL and SFT in one loss (PPO-ptx).
 
-The batches are yours: prompts to answer and demonstrations to keep likely. Sampler, token scorer, objective, advantage
-and aggregation are the package's; the model is any causal model of transformers. It is one round a step, on one device:
-what `PolicyRLModule` has beyond that (several passes, ranks, environments, resume within a round) it does not have.
+The batches are your own: prompts to answer and demonstrations to imitate. Sampler, token scorer, objective, advantage
+and aggregation are the package's; the model is any causal model of transformers. Each step is one round, on one device,
+without the further features of `PolicyRLModule` (several passes, ranks, environments, resume within a round).
 """
 
 import sys
@@ -37,14 +37,14 @@ class PolicyWithDemonstrations(pl.LightningModule):
     Args:
         model: folder or Hub id.
         group_size: answers to each prompt.
-        sft_weight: of the demonstrations' negative log-likelihood (arXiv 2203.02155, eq. 2).
+        sft_weight: weight of the demonstrations' negative log-likelihood (arXiv 2203.02155, eq. 2).
     """
 
     def __init__(self, model: str, group_size: int = 4, sft_weight: float = 0.1) -> None:
         super().__init__()
         self.tokenizer = AutoTokenizer.from_pretrained(model)
         self.model = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
-        disable_dropout(self.model)  # or sampler and trainer would not be the same policy
+        disable_dropout(self.model)  # otherwise sampler and trainer would not be the same policy
         self.renderer = Renderer(self.tokenizer)
         self.group_size, self.sft_weight = group_size, sft_weight
         self.token_logprobs = TokenLogprobs(self.model)
@@ -52,7 +52,7 @@ class PolicyWithDemonstrations(pl.LightningModule):
         self.sampler.bind(self.model, self.renderer)
 
     def reward(self, prompt: str, response: str) -> float:
-        """Yours; here a preference for short answers."""
+        """Your reward; here a preference for short answers."""
         return -float(len(response.split()))
 
     def training_step(self, rows: list[dict[str, str]], batch_idx: int) -> Tensor:
@@ -85,15 +85,15 @@ class PolicyWithDemonstrations(pl.LightningModule):
         return self.here(batch), rewards, group_centered(rewards, groups).to(self.device)
 
     def batch(self, rendered: list[Any]) -> dict[str, Tensor]:
-        """`[B, T]`, padded on the right."""
+        """Rows padded on the right, `[B, T]`."""
         return self.here(pad_tokens([row.ids for row in rendered], [row.loss_mask for row in rendered], 0))
 
     def here(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """On the module's device."""
+        """A tensor on the module's device."""
         return {name: value.to(self.device) for name, value in batch.items()}
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """Any of torch's."""
+        """Any optimizer of torch."""
         return torch.optim.AdamW(self.parameters(), lr=1e-4)
 
 
@@ -103,7 +103,7 @@ def exchange(prompt: str, answer: str) -> tuple[list[Any], list[Any]]:
 
 
 def main(model: str, folder: str = "runs/examples") -> pl.Trainer:
-    """Three rounds."""
+    """Train three rounds."""
     trainer = pl.Trainer(
         max_epochs=3, gradient_clip_val=1.0, default_root_dir=folder, logger=False, enable_checkpointing=False
     )

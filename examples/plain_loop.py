@@ -1,7 +1,7 @@
 """The objectives alone in a plain PyTorch loop: no Lightning, no model, a policy over four answers.
 
 Each answer is one token with a fixed reward, so that the best policy under a KL penalty is known:
-π* ∝ π_ref · exp(reward / β). The loop comes to it by any objective; here PPO, with k1 in the reward.
+π* ∝ π_ref · exp(reward / β). The loop reaches it with any objective; here PPO's, with k1 in the reward.
 """
 
 import torch
@@ -17,7 +17,7 @@ BETA = 0.5
 
 
 def train(rounds: int = 300, answers: int = 256, seed: int = 0) -> Tensor:
-    """The probabilities `[4]` that the policy ends with."""
+    """The final probabilities of the policy, `[4]`."""
     generator = torch.Generator().manual_seed(seed)
     logits = torch.zeros(4, requires_grad=True)
     reference = torch.zeros(4).log_softmax(-1)

@@ -1,4 +1,4 @@
-"""A trained reward model in a program that knows nothing of this project: transformers alone.
+"""A trained reward model in a program that uses only transformers.
 
 The folder is that of `rlhf preference fit` (`runs/preference/model`) or of `module.save_pretrained`.
 """

@@ -60,7 +60,7 @@ class Covers(Reward):
 
 
 def main(model: str, folder: str = "runs/examples") -> pl.Trainer:
-    """Two rounds of policy RL, rewarded by both."""
+    """Train two rounds of policy RL with both rewards."""
     rows = [
         {"prompt": "How do I make tea?", "tone": "polite", "points": ["water", "leaves"]},
         {"prompt": "How do I boil an egg?", "tone": "brief", "points": ["water", "minutes"]},

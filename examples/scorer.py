@@ -1,7 +1,7 @@
-"""A scorer of your own: a language model that says how good a response is by the odds of Yes after it.
+"""A scorer of your own: a language model whose score is the log-odds of Yes against No after the response.
 
-In YAML `scorer: {class_path: examples.scorer.YesNo}`. What it trains is an ordinary causal model; `stage.json` names
-the scorer, so that `rlhf score`, `rlhf evaluate` and the reward of RL score with it, where it can be imported.
+In YAML `scorer: {class_path: examples.scorer.YesNo}`. The trained model is an ordinary causal model; `stage.json` names
+the scorer, so that `rlhf score`, `rlhf evaluate` and the reward of RL use it if it can be imported.
 """
 
 import sys
@@ -57,7 +57,7 @@ class YesNo(Scorer):
 
 
 def main(model: str, folder: str = "runs/examples/yes_no") -> Tensor:
-    """Train it on a pair, and score with what was saved."""
+    """Train it on a pair, and score with the saved model."""
     pairs = [{"prompt": "Is it raining?", "chosen": "Yes, take a coat.", "rejected": "Weather is a wide field."}]
     trainer = pl.Trainer(
         max_epochs=1, default_root_dir=folder, logger=False, enable_checkpointing=False, callbacks=[ExportModel()]

@@ -15,7 +15,7 @@ from rlhf_lightning.types import Message
 
 
 class QuestionFile(pl.LightningDataModule):
-    """Batches of `input_ids` and `loss_mask` (1 where a token is trained), all that `SFTModule` asks for.
+    """Batches of `input_ids` and `loss_mask` (1 where a token is trained), which is all that `SFTModule` needs.
 
     Args:
         path: CSV with the columns `question` and `answer`.
@@ -37,15 +37,15 @@ class QuestionFile(pl.LightningDataModule):
         self.rows: Any = [rendered for messages in rows for rendered in self.renderer.conversation(messages)]
 
     def train_dataloader(self) -> DataLoader:
-        """In a new order every epoch."""
+        """Training rows, in a new order every epoch."""
         return DataLoader(self.rows, self.batch_size, shuffle=True, collate_fn=self.collate)
 
     def val_dataloader(self) -> DataLoader:
-        """The same rows, to see the NLL fall."""
+        """The same rows, to watch the NLL fall."""
         return DataLoader(self.rows, self.batch_size, collate_fn=self.collate)
 
     def collate(self, rows: list[Any]) -> dict[str, Any]:
-        """`[B, T]`, padded on the right; the mask keeps padding out, so any id will do."""
+        """Pad rows on the right to `[B, T]`; the mask excludes padding, so any id works."""
         return pad_tokens([row.ids for row in rows], [row.loss_mask for row in rows], pad_id=0)
 
 

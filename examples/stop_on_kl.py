@@ -1,4 +1,4 @@
-"""`PolicyRLModule` as a base class, and a callback of your own beside it: the run ends where the KL is spent."""
+"""`PolicyRLModule` as a base class, and a callback of your own that ends the run when the KL reaches a limit."""
 
 import sys
 from typing import Any
@@ -43,7 +43,7 @@ class StopOnKL(pl.Callback):
 
 
 def short(completions: list[str]) -> list[float]:
-    """A reward that is easily overdone."""
+    """A reward that is easily over-optimized."""
     return [-float(len(text)) for text in completions]
 
 

@@ -10,7 +10,7 @@ picture=$(mktemp --suffix .png)
 trap 'rm -f "$picture"' EXIT
 chromium --headless --no-sandbox --disable-gpu --hide-scrollbars --window-size=1200,1515 \
   --screenshot="$picture" "file://$page"
-# Few colours are enough for it, and a quarter of the bytes.
+# 64 colors suffice and take a quarter of the bytes.
 python - "$picture" docs/images/report.png <<'PYTHON'
 import sys
 from PIL import Image
