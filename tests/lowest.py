@@ -21,6 +21,8 @@ from rlhf_lightning.checkpointing.provenance import processor
 from tests.processors import ROOT, run
 
 UV = [sys.executable, "-m", "uv"]
+# The oldest torch on PyPI is built for CUDA, which a process cannot use after a fork if it only asked for a device.
+WITHOUT_CUDA = {"CUDA_VISIBLE_DEVICES": "", "PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
 CHOICES = {"lowest": ["--resolution", "lowest-direct"], "newest": ["--constraint", "constraints.txt"]}
 
 
@@ -64,7 +66,7 @@ def main() -> None:
             interpreter = install(python, choice)
             libraries = ", ".join(f"{name} {version}" for name, version in versions(interpreter).items())
             print(f"== {choice}: {libraries}", flush=True)
-            counts, bad, seconds = run({}, arguments, python=str(interpreter))
+            counts, bad, seconds = run(WITHOUT_CUDA, arguments, python=str(interpreter))
             failed = failed or bool(bad)
             ended = f"{choice}: {', '.join(f'{value} {key}' for key, value in counts.items())}; {seconds / 60:.0f} min"
             lines += [ended, f"    {libraries}", *(f"    failed: {test}" for test in bad)]
