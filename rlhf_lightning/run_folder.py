@@ -49,7 +49,8 @@ def claim(root: Path, results: Iterable[str], patience: float = 0.0) -> None:
         patience: Seconds to wait for another writer to end.
 
     Raises:
-        ConfigError: If another process writes there, or one of the results exists that no run has written.
+        ConfigError: If another process writes there, one of the results exists that no run has written, or something
+            else is in the place of a file.
     """
     place = real_path(root)
     if place in _held:
@@ -62,6 +63,9 @@ def claim(root: Path, results: Iterable[str], patience: float = 0.0) -> None:
                 f"{root / foreign[0]} exists, was not written by rlhf, and would be replaced. Choose another "
                 "folder for the run, or move the file away."
             )
+        for name in results:
+            if Path(name).suffix:
+                is_file(root / name)
         _held[place] = _locked(root, patience)
     except OSError as error:
         raise ConfigError(f"{root}: cannot be written to ({error.strerror}); choose another folder") from None

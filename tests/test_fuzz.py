@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from rlhf_lightning.checkpointing.io import AtomicCheckpointIO, DamagedCheckpoint, newest_whole
-from rlhf_lightning.files import hash_folder
+from rlhf_lightning.files import hash_file, hash_folder
 from tests.helpers.fuzzing import Place, Result, Tally, bad_rows, fuzz, refused, rlhf, write_report
 from tests.helpers.rows import chats, pairs, prompts, write_rows
 from tests.helpers.runs import fork_stages
@@ -450,7 +450,8 @@ def models(place: Place) -> tuple[dict[str, Path], Callable[[str, Path], tuple[R
             written = place.root / "exported"
             shutil.rmtree(written, ignore_errors=True)
             result = rlhf("export", folder, written)
-            return result, hash_folder(written) if result.code == 0 else None
+            weights = sorted(written.glob("*.safetensors")) if result.code == 0 else []
+            return result, [(path.name, hash_file(path)) for path in weights]
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("sys.stdin", io.StringIO("Count\nAgain\n"))
             args: dict[str, list[Any]] = {

@@ -22,7 +22,8 @@ def test_flops_are_those_of_a_counted_forward(family: str) -> None:
     model.set_attn_implementation("eager")
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(torch.zeros(1, tokens, dtype=torch.long), use_cache=False)
-    assert counter.get_total_flops() == forward(SHAPE, tokens, tokens**2, tokens)
+    rotary = 2 * tokens * SHAPE.head_dim // 2  # angles, which older transformers compute as a matrix product
+    assert counter.get_total_flops() - forward(SHAPE, tokens, tokens**2, tokens) in (0, rotary)
 
 
 def test_backward_is_twice_the_forward() -> None:

@@ -2,6 +2,7 @@
 
 import csv
 import io
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,8 +12,9 @@ import lightning.pytorch as pl
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
-from rlhf_lightning.files import read_table, replace_text, table_cell
+from rlhf_lightning.files import is_file, read_table, replace_text, table_cell
 
+log = logging.getLogger(__name__)
 NAME = "metrics.csv"
 
 
@@ -106,6 +108,8 @@ class MetricsCSV(Logger):
         if self._kept is None:
             rows = [row for row in rows if row["step"].isdigit() and int(row["step"]) < step]
         else:
+            if len(rows) < self._kept:
+                log.warning("%s has %d of the %d rows that it had at the checkpoint", self.path, len(rows), self._kept)
             rows = rows[: self._kept]
         self._resuming, self._kept, self.rows = False, None, len(rows)
         if rows or self.path.exists():
@@ -129,8 +133,8 @@ def _text(columns: Sequence[str], rows: Sequence[Mapping[str, float | str]], hea
 
 def _read(path: Path) -> list[dict[str, str]]:
     """The rows of the file, without a truncated last one."""
-    if not path.exists():
+    if not is_file(path):
         return []
-    whole = path.read_bytes().rpartition(b"\n")[0].decode() + "\n"
+    whole = path.read_bytes().rpartition(b"\n")[0].decode(errors="replace") + "\n"
     rows = read_table(io.StringIO(whole, newline=""))
     return [{key: value for key, value in row.items() if value} for row in rows if row.get("step")]
