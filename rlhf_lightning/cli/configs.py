@@ -98,7 +98,7 @@ def copy(name: str, folder: Path) -> list[Path]:
         ConfigError: If there is no such config, a file exists already, or the folder cannot be written.
     """
     from rlhf_lightning.files import write_text
-    from rlhf_lightning.pipeline.plan import read_mapping
+    from rlhf_lightning.yaml_files import read_mapping
 
     source = config_file(name)
     stages: Any = read_mapping(source).get("stages") or []

@@ -11,7 +11,7 @@ from rlhf_lightning.checkpointing.io import candidates, damage, newest_whole
 from rlhf_lightning.cli import suggestions as meant
 from rlhf_lightning.errors import ConfigError
 from rlhf_lightning.files import is_file
-from rlhf_lightning.pipeline.plan import find_line, read_mapping
+from rlhf_lightning.yaml_files import find_line, read_mapping
 
 SHARDED = ("checksums.json", "meta.pt", ".metadata", "latest", "checkpoint")
 """Files in the folder of a sharded checkpoint, of Lightning or of DeepSpeed."""

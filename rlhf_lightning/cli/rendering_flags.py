@@ -96,8 +96,8 @@ def _mapping(text: str | None) -> dict[str, Any] | None:
 
     try:
         value = yaml.safe_load(text)  # JSON is YAML, and a stage's flag takes both
-    except yaml.YAMLError as error:
-        raise ConfigError(f"--template_kwargs {text!r} is not JSON: {' '.join(str(error).split())}") from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise ConfigError(f"--template_kwargs {text[:200]!r} is not JSON: {' '.join(str(error).split())}") from None
     if not isinstance(value, dict):
         raise ConfigError(
             f"--template_kwargs {text!r} is not a mapping; write for example '{{\"enable_thinking\": false}}'"

@@ -31,10 +31,10 @@ from rlhf_lightning.cli.user_code import allow_user_code
 from rlhf_lightning.cli.values import check_values
 from rlhf_lightning.errors import ConfigError
 from rlhf_lightning.files import is_file, read_record, real_path, visible
-from rlhf_lightning.pipeline.plan import read_mapping
 from rlhf_lightning.pipeline.stage_process import parent_is_watched, watch_parent
 from rlhf_lightning.rank_watch import ranks_end_together, watch_ranks
 from rlhf_lightning.run_folder import STAGE_RESULTS, claim, claims, is_first_process, refuse_inputs_in
+from rlhf_lightning.yaml_files import read_mapping
 
 log = logging.getLogger(__name__)
 CLASSES = {

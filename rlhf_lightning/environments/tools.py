@@ -165,7 +165,7 @@ def read_call(text: str) -> tuple[str, dict[str, Any]]:
     if isinstance(arguments, str):
         try:
             arguments = json.loads(arguments)
-        except json.JSONDecodeError as error:
+        except (json.JSONDecodeError, RecursionError) as error:
             raise ValueError(f"the arguments are not valid JSON ({error})") from None
     if not isinstance(arguments, dict):
         raise ValueError("the arguments must be an object")

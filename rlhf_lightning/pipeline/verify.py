@@ -6,12 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from rlhf_lightning.data.records import fingerprint, is_here
 from rlhf_lightning.errors import ConfigError
 from rlhf_lightning.files import hash_file, hash_folder
 from rlhf_lightning.report.records import FACTS, read_manifest, read_record
+from rlhf_lightning.yaml_files import read_mapping
 
 SAME, DIFFERS, MISSING, UNFINISHED, HUB = "same", "differs", "missing", "unfinished", "not checked"
 """Results of a check. Data and models on the Hub are not downloaded for comparison; they do not count as failures."""
@@ -133,10 +132,9 @@ def _settings(path: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     try:
-        found = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, ValueError, RecursionError, OSError):
+        return read_mapping(path)
+    except ConfigError:
         return {"unreadable": str(path)}  # differs from every recorded hash
-    return found if isinstance(found, dict) else {}
 
 
 def _short(source: Any) -> str:

@@ -21,6 +21,7 @@ from rlhf_lightning.report.records import (
     read_manifest,
     read_record,
 )
+from rlhf_lightning.yaml_files import read_mapping
 
 Points = list[tuple[float, float]]
 COMPARED = 6
@@ -210,11 +211,8 @@ def _text(path: Path) -> str:
 
 def _config(path: Path) -> str:
     text = _text(path)
-    try:
-        settings = yaml.safe_load(text) or {}
-    except (yaml.YAMLError, RecursionError, ValueError) as error:
-        raise ConfigError(f"{path}: cannot be read as YAML ({' '.join(str(error).split())[:200]})") from None
-    if not isinstance(settings, dict) or not isinstance(settings.get("data") or {}, dict):
+    settings = read_mapping(path) if text.strip() else {}
+    if not isinstance(settings.get("data") or {}, dict):
         raise ConfigError(f"{path}: contains no settings of a stage; restore the file")
     return text
 

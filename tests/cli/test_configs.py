@@ -15,8 +15,9 @@ from rlhf_lightning.cli.stage import StageCLI
 from rlhf_lightning.data.records import read_rows
 from rlhf_lightning.errors import DataError
 from rlhf_lightning.models.scorers import RewardHead
-from rlhf_lightning.pipeline.plan import read_mapping, read_plan
+from rlhf_lightning.pipeline.plan import read_plan
 from rlhf_lightning.pipeline.run import run_pipeline
+from rlhf_lightning.yaml_files import read_mapping
 from tests.helpers.cli import KINDS, rlhf
 from tests.helpers.models import build_model
 from tests.helpers.rows import chats, labeled, pairs, prompts, write_rows

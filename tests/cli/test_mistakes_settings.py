@@ -9,8 +9,9 @@ import pytest
 
 from rlhf_lightning.cli import suggestions as meant
 from rlhf_lightning.errors import ConfigError
-from rlhf_lightning.pipeline.plan import read_mapping, read_plan
+from rlhf_lightning.pipeline.plan import read_plan
 from rlhf_lightning.run_folder import MARK
+from rlhf_lightning.yaml_files import read_mapping
 from tests.helpers.cli import write_yaml
 from tests.helpers.fuzzing import refused, rlhf
 from tests.helpers.rows import chats, write_rows

@@ -1,0 +1,110 @@
+"""Reads files of settings, YAML or JSON, that may come from anyone."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from rlhf_lightning.errors import ConfigError
+from rlhf_lightning.files import is_file, repeated_key
+
+MOST = 100_000
+"""Largest number of values in a file. A few lines of aliases can stand for billions, which would take forever."""
+
+
+def read_mapping(path: Path, where: str = "") -> dict[str, Any]:
+    """Read a YAML or JSON file with a mapping.
+
+    Args:
+        path: The file.
+        where: Text that precedes the error message.
+
+    Raises:
+        ConfigError: If it cannot be read, or contains something else.
+    """
+    try:
+        there = is_file(path)
+    except ConfigError as error:
+        raise ConfigError(f"{where}{error}") from None
+    if not there:
+        raise ConfigError(f"{where}{path}: no such file (seen from {Path.cwd()})")
+    try:
+        text = path.read_text(encoding="utf-8")
+        value = json.loads(text, object_pairs_hook=_object) if path.suffix == ".json" else yaml.load(text, UniqueKeys)
+    except RepeatedKey as error:
+        raise ConfigError(f"{path}{error}. Remove one of them") from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        hint = ". YAML is indented with spaces, not with tabs" if "'\\t'" in str(error) else ""
+        raise ConfigError(f"{path}: not valid {'JSON' if path.suffix == '.json' else 'YAML'}: {error}{hint}") from None
+    if value is None:
+        raise ConfigError(
+            f"{path}: the file is empty; it must contain a mapping of settings, see the files in configs/"
+        )
+    if not isinstance(value, dict):
+        raise ConfigError(f"{path}: must contain a mapping, contains {type(value).__name__}")
+    _check_values(value, path)
+    return value
+
+
+def _check_values(settings: dict[Any, Any], path: Path) -> None:
+    """Refuse null characters, which no file name can have, and aliases that multiply to more values than `MOST`."""
+    waiting, count = [(str(key), value) for key, value in settings.items()], 0
+    while waiting:
+        key, value = waiting.pop()
+        count += 1
+        if isinstance(value, str) and "\0" in value:
+            raise ConfigError(f"{path}: {key} contains a null character, which no file name can have; remove it")
+        if count + len(waiting) > MOST:
+            raise ConfigError(f"{path}: more than {MOST:,} values, counting those that aliases (*name) repeat")
+        items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+        waiting += [(f"{key}.{inner}", item) for inner, item in items]
+
+
+class RepeatedKey(ValueError):
+    """A key occurs twice in a mapping, which makes its value ambiguous."""
+
+
+class UniqueKeys(yaml.SafeLoader):
+    """Loads YAML as `yaml.safe_load` does, but raises `RepeatedKey` instead of keeping the last of two values.
+
+    Example:
+        >>> yaml.load("a: 1", UniqueKeys)
+        {'a': 1}
+    """
+
+    def compose_mapping_node(self, anchor: Any) -> Any:
+        node = super().compose_mapping_node(anchor)
+        lines: dict[str, int] = {}
+        for key, _ in node.value:
+            line = key.start_mark.line + 1
+            if key.value in lines and isinstance(key, yaml.ScalarNode):
+                raise RepeatedKey(f":{line}: the key {key.value} appears twice, first in line {lines[key.value]}")
+            lines[str(key.value)] = line
+        return node
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise RepeatedKey(f": the key {repeated_key(pairs)} appears twice in an object")
+    return found
+
+
+def find_line(path: Path, keys: Sequence[str]) -> str:
+    """`FILE:LINE` of a key; `FILE` if the line is unknown.
+
+    Args:
+        path: The file.
+        keys: The key and the keys around it, outermost first.
+    """
+    if path.suffix == ".json":
+        return str(path)
+    node, line = yaml.compose(path.read_text(encoding="utf-8"), yaml.SafeLoader), None
+    for key in keys:
+        found = [pair for pair in getattr(node, "value", ()) if isinstance(pair, tuple) and pair[0].value == key]
+        if not found:
+            break
+        line, node = found[0][0].start_mark.line + 1, found[0][1]
+    return f"{path}:{line}" if line else str(path)
