@@ -22,7 +22,7 @@ LARGEST = ("log_ratio_max",)
 ROUND_ON_BAR = ("reward", "kl", "truncated")
 WHY = {
     "truncated": "cut off",
-    "failed_episodes": "episodes failed in their environment",
+    "failed_episodes": "failed in their environment",
     "zero_variance_groups": "groups of equal rewards",
 }
 

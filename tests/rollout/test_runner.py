@@ -263,7 +263,7 @@ def test_a_template_that_refuses_a_turn_is_a_failure_of_its_episode(tokenizer: A
             return StepResult(1.0, False, [{"role": "tool", "content": "1"}])
 
     run: Any = (tasks(2), Fake(tokenizer.eos_token_id, 0.0), Renderer(tokenizer), (0,), Answers)
-    with pytest.raises(EpisodeError, match="turn 2: the environment failed: RowError: the chat template refuses"):
+    with pytest.raises(EpisodeError, match="turn 2: the environment failed: RowError: the chat template rejects"):
         run_episodes(*run)
     assert all(episode.failed for episode in run_episodes(*run, Limits(on_error="drop")))
 
