@@ -291,7 +291,7 @@ class RankWatch:
             return
         for peer in self._peers:
             if peer.rank not in self._parted and now - peer.seen > self.silence:
-                text = f"{peer.name} has given no sign of life for {self.silence:g} s: it is stopped, or in a "
+                text = f"{peer.name} has given no sign of life for {self.silence:g} s: it was stopped, is in a "
                 text += "call that holds Python's interpreter, or its machine cannot be reached."
                 text += f"{_last(peer.place)} {RESUME}"
                 self._conclude(End(text))

@@ -122,7 +122,7 @@ def _command(args: list[str]) -> int:
 
         close = command(args[0], COMMANDS)
         hint = f"; did you mean rlhf {close}?" if close else ""
-        return _fail(f"no command {args[0]!r}; one of {', '.join(COMMANDS)}{hint}")
+        return _fail(f"unknown command {args[0]!r}; commands are {', '.join(COMMANDS)}{hint}")
     prepare_environment()
     with ExitStack() as around:
         if args[0] in RUNS:

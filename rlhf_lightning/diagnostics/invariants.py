@@ -66,10 +66,9 @@ class FirstStepInvariants(pl.Callback):
         if _outside(full, largest, mean):
             self._tell(
                 "ratio",
-                f"step {trainer.global_step}: sampler and trainer disagree on fresh episodes, |log ratio| is "
-                f"{largest:.2e} at most and {mean:.2e} in the mean (precision {trainer.precision}). Their "
-                "log-probabilities should be equal within rounding; look for dropout, padding or a model whose cache "
-                "is not exact.",
+                f"step {trainer.global_step}: sampler and trainer disagree on fresh episodes: |log ratio| is at most "
+                f"{largest:.2e}, and {mean:.2e} on average (precision {trainer.precision}). Their log-probabilities "
+                "should be equal within rounding; check for dropout, padding, or a model whose cache is not exact.",
             )
 
     def _clipped(self, trainer: pl.Trainer, full: bool, fraction: float) -> None:
@@ -77,8 +76,8 @@ class FirstStepInvariants(pl.Callback):
             self._tell(
                 "clip",
                 f"step {trainer.global_step}: {fraction:.2%} of the tokens of fresh episodes are clipped (precision "
-                f"{trainer.precision}). Before the first update the importance ratio is 1, and nothing can be; see "
-                "whether sampler and trainer agree, and whether the clip range holds 1.",
+                f"{trainer.precision}). Before the first update the importance ratio is 1, so no token should be "
+                "clipped; check whether sampler and trainer agree, and whether the clip range contains 1.",
             )
 
     def _kl(self, trainer: pl.Trainer, full: bool, batch: "RolloutBatch") -> None:
@@ -88,10 +87,10 @@ class FirstStepInvariants(pl.Callback):
         if _outside(full, largest, mean):
             self._tell(
                 "kl",
-                f"step {trainer.global_step}: before any update the policy is not its reference, their "
-                f"log-probabilities differ by {largest:.2e} at most and {mean:.2e} in the mean (precision "
-                f"{trainer.precision}). KL should be 0 here; look for a reference with other weights or another "
-                "precision, or dropout.",
+                f"step {trainer.global_step}: before any update the policy differs from its reference: their "
+                f"log-probabilities differ by at most {largest:.2e}, and by {mean:.2e} on average (precision "
+                f"{trainer.precision}). KL should be 0 here; check for a reference with other weights or another "
+                "precision, and for dropout.",
             )
 
     def _tell(self, kind: str, message: str) -> None:

@@ -129,7 +129,7 @@ class ToolEnv:
                 raise ValueError(f"a message may make at most {self.max_calls} calls")
             name, arguments = read_call(text)
             if name not in self.available:
-                raise ValueError(f"there is no tool {name!r}; there are {', '.join(self.available)}")
+                raise ValueError(f"there is no tool {name!r}; tools are {', '.join(self.available)}")
             result = await within(partial(self.available[name].function, **arguments), self.timeout)
             content = result if isinstance(result, str) else json.dumps(result, ensure_ascii=False, default=str)
         except Exception as error:  # noqa: BLE001 - the policy made the call, so it gets the error

@@ -42,7 +42,7 @@ class Warmup(LRScheduler):
         total_steps: int | None = None,
     ) -> None:
         if shape not in SHAPES:
-            raise ValueError(f"unknown shape {shape!r}; one of {', '.join(SHAPES)}")
+            raise ValueError(f"unknown shape {shape!r}; it must be one of {', '.join(SHAPES)}")
         if not 0 <= warmup_steps < math.inf or not 0 <= floor <= 1:
             raise ValueError(
                 f"warmup_steps is {warmup_steps} (must be at least 0), floor is {floor} (a fraction of "

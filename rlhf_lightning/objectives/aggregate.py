@@ -54,4 +54,4 @@ def aggregate(per_token: Tensor, loss_mask: Tensor, mode: str, length: int | Non
                 "aggregate(mode='constant') needs length=, the number of tokens that each sequence is divided by"
             )
         return masked.sum(), sequences * length
-    raise ValueError(f"unknown aggregation {mode!r}; one of {', '.join(MODES)}")
+    raise ValueError(f"unknown aggregation {mode!r}; it must be one of {', '.join(MODES)}")

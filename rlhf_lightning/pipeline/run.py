@@ -102,7 +102,9 @@ class _Runner:
         self.plan, self.signals = plan, signals
         names = {stage.name for stage in plan.stages}
         if unknown := set(rerun) - names:
-            raise ConfigError(f"--rerun {sorted(unknown)[0]}: no such stage; one of {', '.join(sorted(names))}")
+            raise ConfigError(
+                f"--rerun {sorted(unknown)[0]}: there is no such stage; stages are {', '.join(sorted(names))}"
+            )
         self.rerun: set[str] = set().union(*(plan.descendants(name) for name in rerun))
         self.failed: dict[str, Stage] = {}
         self.path = plan.root / "manifest.json"

@@ -109,7 +109,7 @@ def _move_other_aside(settings: Settings) -> None:
         free = next(n for n in itertools.count(1) if not settings.root.with_name(f"{settings.root.name}.{n}").exists())
         aside = settings.root.with_name(f"{settings.root.name}.{free}")
         settings.root.rename(aside)
-        print(f"{settings.root} held a quickstart of other settings; it is now {aside}", flush=True)
+        print(f"{settings.root} contained a quickstart with other settings, which was moved to {aside}", flush=True)
     write_json(path, asked)
 
 

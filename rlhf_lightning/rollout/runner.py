@@ -77,7 +77,7 @@ class _Elsewhere:
     tools: Any
 
     def step(self, message: Any) -> StepResult:
-        raise RuntimeError("an environment is stepped by the rank that holds it")
+        raise RuntimeError("only the rank that holds an environment may step it")
 
 
 @dataclass

@@ -201,7 +201,7 @@ def test_mistakes(
     ("args", "part"),
     [
         ([], "usage: rlhf COMMAND"),
-        (["sfft"], "no command 'sfft'; one of sft, preference"),
+        (["sfft"], "unknown command 'sfft'; commands are sft, preference"),
         (["sft"], 'expected "subcommand" to be one of {fit,validate,test,predict}'),
         (["sft", "train"], "choose from 'fit', 'validate'"),
         (["pipeline", "missing.yaml"], "missing.yaml: no such file"),

@@ -734,7 +734,7 @@ def test_invariants_see_a_reference_that_is_not_the_start(base: str, tmp_path: P
     module.configure_model()
     with torch.no_grad():
         next(module.reference.copy.parameters()).mul_(1.5)
-    with pytest.raises(UserError, match="before any update the policy is not its reference"):
+    with pytest.raises(UserError, match="before any update the policy differs from its reference"):
         trainer(tmp_path, callbacks=[FirstStepInvariants(strict=True)]).fit(module, data("policy"))
 
 

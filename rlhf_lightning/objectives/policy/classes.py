@@ -48,7 +48,7 @@ class PolicyObjective(Settings, ABC):
 
     def __init__(self, aggregation: str = "token_mean", length: int | None = None) -> None:
         if aggregation not in MODES:
-            raise ValueError(f"aggregation is {aggregation!r}; one of {', '.join(MODES)}")
+            raise ValueError(f"aggregation is {aggregation!r}; it must be one of {', '.join(MODES)}")
         if length is not None and (aggregation != "constant" or length < 1):
             raise ValueError(f"length is {length}; the tokens (at least 1) that aggregation 'constant' divides by")
         self.aggregation, self.length = aggregation, length
