@@ -5,14 +5,18 @@ reward, an environment, an engine that runs elsewhere) are computed by the group
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from rlhf_lightning.errors import UserError
 
-_MESH: list[Any] = []
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+T = TypeVar("T")
+_MESH: "list[DeviceMesh]" = []
 _LEAVING = "leaves this round"
 """What a rank gives to `gather` that leaves a round; see `leave_if`."""
 
@@ -21,7 +25,7 @@ class RoundLeft(KeyboardInterrupt):
     """A round was left early, by all ranks together. Not an `Exception`, so that user code does not catch it."""
 
 
-def use_mesh(mesh: Any) -> None:
+def use_mesh(mesh: "DeviceMesh | None") -> None:
     """Set the `data_parallel` × `tensor_parallel` mesh of the current run; None after a run, or without a mesh."""
     _MESH[:] = [] if mesh is None or mesh["tensor_parallel"].size() == 1 else [mesh]
 
@@ -43,7 +47,7 @@ def rank_count() -> int:
     return torch.distributed.get_world_size() if is_distributed() else 1
 
 
-def gather(value: Any, every: bool = False) -> list[Any]:
+def gather(value: T, every: bool = False) -> list[T]:
     """The values of all data ranks, in order, on every rank. All ranks must call it.
 
     Args:
@@ -54,10 +58,10 @@ def gather(value: Any, every: bool = False) -> list[Any]:
     Raises:
         RoundLeft: If a rank leaves the round that all of them are in.
     """
-    values: list[Any] = [value]
+    values = [value]
     if is_distributed():
         group = _MESH[0]["data_parallel"].get_group() if _MESH and not every else None
-        values = [None] * torch.distributed.get_world_size(group)
+        values = [value] * torch.distributed.get_world_size(group)  # each is replaced
         torch.distributed.all_gather_object(values, value, group=group)
     if any(isinstance(found, str) and found == _LEAVING for found in values):
         raise RoundLeft
@@ -73,7 +77,7 @@ def leave_if(asked: bool) -> None:
         gather(_LEAVING)
 
 
-def run_on_leader(function: Callable[[], Any]) -> Any:
+def run_on_leader(function: Callable[[], T]) -> T:
     """Run `function` on the leader; all ranks of its group get its result or raise its error.
 
     Args:
@@ -111,7 +115,7 @@ def is_distributed() -> bool:
     return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
-def even_chunks(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
+def even_chunks(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
     """Split `items` into chunks of `size`, padded with empty chunks so that all ranks get the same number.
 
     A sharded model (`models.sharding`) must run equally often on all ranks.

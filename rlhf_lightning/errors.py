@@ -40,6 +40,20 @@ def check_seed(name: str, value: int) -> None:
         raise ConfigError(f"{name} {value}: a seed must be a whole number from 0 to 4294967295")
 
 
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def check_dtype(dtype: str) -> None:
+    """Raise `ConfigError` for a `--dtype` that weights are not loaded or saved in."""
+    if dtype not in DTYPES:
+        raise ConfigError(f"--dtype is {dtype!r}; it must be one of {', '.join(DTYPES)}")
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an exception's message; the name of its class if it has none."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def check_object(name: str, value: object, example: str) -> None:
     """Raise `ConfigError` if a name, a number or a class is given instead of an object.
 

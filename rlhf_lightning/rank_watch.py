@@ -24,7 +24,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 
 from lightning.pytorch.strategies.launchers.subprocess_script import (
     _set_num_threads_if_needed,
@@ -32,6 +32,9 @@ from lightning.pytorch.strategies.launchers.subprocess_script import (
 )
 
 from rlhf_lightning.errors import ConfigError, UserError
+
+if TYPE_CHECKING:
+    import lightning.pytorch as pl
 
 log = logging.getLogger(__name__)
 GRACE = 10.0
@@ -65,6 +68,30 @@ class End:
 
     text: str
     code: int = 2
+
+
+class Note(TypedDict, total=False):
+    """What one rank tells another.
+
+    Attributes:
+        rank: The sender's rank, in its first note.
+        name: The sender's name in messages, in its first note.
+        beat: Where the sender's main thread is; a sign of life.
+        told: True if the receiver knows how the run ends.
+        done: True if the sender has finished.
+        end: Why the run ends.
+        code: Exit code of the ranks that did not fail themselves.
+        waited: True if the sender waited for the other ranks in vain.
+    """
+
+    rank: int
+    name: str
+    beat: str
+    told: bool
+    done: bool
+    end: str
+    code: int
+    waited: bool
 
 
 @dataclass
@@ -186,8 +213,9 @@ class RankWatch:
             elif not waited:
                 self._own = End(f"{me} failed: {_described(error)}")
             end = self._own or self.end
+            note: Note = {"end": end.text, "code": end.code} if end else {"waited": True}
             for peer in list(self._peers):
-                self._send(peer, **({"end": end.text, "code": end.code} if end else {"waited": True}))
+                self._send(peer, **note)
         self._until(lambda: self._all_know() and (not waited or bool(self.end)))
 
     def stop(self) -> None:
@@ -333,7 +361,7 @@ class RankWatch:
             peer.seen = time.monotonic()
             self._heed(peer, message)
 
-    def _heed(self, peer: _Peer, message: dict[str, Any]) -> None:
+    def _heed(self, peer: _Peer, message: Note) -> None:
         peer.place = message.get("beat", peer.place)
         peer.told = peer.told or "told" in message
         if "done" in message or "end" in message:
@@ -383,7 +411,7 @@ class RankWatch:
             self.end = end
             self._ended.set()
 
-    def _send(self, peer: _Peer, **message: Any) -> None:
+    def _send(self, peer: _Peer, **message: Unpack[Note]) -> None:
         with self._sending:
             try:
                 peer.socket.sendall(json.dumps(message).encode() + b"\n")
@@ -468,7 +496,7 @@ class _Launcher(_SubprocessScriptLauncher):
 
     watch: RankWatch
 
-    def launch(self, function: Callable, *args: Any, trainer: Any = None, **kwargs: Any) -> Any:
+    def launch(self, function: Callable, *args: Any, trainer: "pl.Trainer | None" = None, **kwargs: Any) -> Any:
         environment = self.cluster_environment
         environment.validate_settings(num_devices=self.num_processes, num_nodes=self.num_nodes)
         if not environment.creates_processes_externally:
@@ -481,7 +509,7 @@ class _Launcher(_SubprocessScriptLauncher):
         return function(*args, **kwargs)
 
 
-def watch_ranks(trainer: Any, minutes: float | None) -> None:
+def watch_ranks(trainer: "pl.Trainer", minutes: float | None) -> None:
     """Watch the ranks of a trainer's run from its start, and set the timeout of their collectives.
 
     Args:
@@ -495,7 +523,7 @@ def watch_ranks(trainer: Any, minutes: float | None) -> None:
 
     from lightning.fabric.plugins.collectives.torch_collective import default_pg_timeout
 
-    strategy = trainer.strategy
+    strategy: Any = trainer.strategy
     if minutes is not None:
         if not 0 < minutes <= YEAR:
             raise ConfigError(f"rank_timeout is {minutes}; it must be above 0 minutes, and at most a year")

@@ -3,13 +3,13 @@
 import os
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from rlhf_lightning.errors import ConfigError
 from rlhf_lightning.files import is_file, real_path
+from rlhf_lightning.types import JSON
 
 if sys.platform != "win32":
     import fcntl
@@ -32,6 +32,8 @@ STAGE_RESULTS = (
     "report.html",
 )
 PIPELINE_RESULTS = ("manifest.json", "pipeline.yaml", "report.html")
+Nested = JSON | Mapping[str, "Nested"] | Sequence["Nested"] | os.PathLike[str]
+"""Settings with paths."""
 _held: dict[Path, int] = {}
 
 
@@ -106,7 +108,7 @@ def claims() -> Iterator[None]:
             os.close(_held.pop(place))
 
 
-def refuse_inputs_in(root: Path, results: Iterable[str], settings: Any) -> None:
+def refuse_inputs_in(root: Path, results: Iterable[str], settings: Nested) -> None:
     """Check that no setting names a file or folder that the run itself would replace.
 
     Args:
@@ -133,7 +135,7 @@ def refuse_inputs_in(root: Path, results: Iterable[str], settings: Any) -> None:
             )
 
 
-def _texts(value: Any, key: str) -> Iterator[tuple[str, str]]:
+def _texts(value: Nested, key: str) -> Iterator[tuple[str, str]]:
     if isinstance(value, Mapping):
         for name, inner in value.items():
             yield from _texts(inner, f"{key}.{name}" if key else str(name))

@@ -18,6 +18,7 @@ from typing import Any
 
 from rlhf_lightning.errors import ConfigError
 from rlhf_lightning.files import check_files_in, read_object, real_path
+from rlhf_lightning.types import JSON
 
 REPEATS = 5
 """Largest number of unbounded repeats in a sequence of a regular expression; each one multiplies the work."""
@@ -44,7 +45,7 @@ _LISTS = {
 _PROPERTY = re.compile(r"\\[pP]\{[^{}]*\}")
 
 
-def check_files(source: str, options: Mapping[str, Any] | None = None, weights: bool = False) -> None:
+def check_files(source: str, options: Mapping[str, JSON] | None = None, weights: bool = False) -> None:
     """Check the files of a model, an adapter or a tokenizer before a library opens them.
 
     Args:
@@ -72,7 +73,7 @@ def check_files(source: str, options: Mapping[str, Any] | None = None, weights: 
         check_files(base, weights=weights)
 
 
-def refuse_chain(base: Path, adapter: Any) -> None:
+def refuse_chain(base: Path, adapter: str | Path) -> None:
     """Refuse an adapter as the base of another one, which libraries would follow without end.
 
     Args:
@@ -88,7 +89,7 @@ def refuse_chain(base: Path, adapter: Any) -> None:
         )
 
 
-def _fetched(name: str, options: Mapping[str, Any], weights: bool) -> Path | None:
+def _fetched(name: str, options: Mapping[str, JSON], weights: bool) -> Path | None:
     """Download the small files of a repository, and return their folder in the cache; None if there are none."""
     from transformers.utils.hub import cached_files
 
@@ -119,12 +120,12 @@ def _shards(folder: Path) -> list[str]:
     return ["model.safetensors", "adapter_model.safetensors"]
 
 
-def check_folder(folder: Path, options: Mapping[str, Any] | None = None) -> None:
+def check_folder(folder: Path, options: Mapping[str, JSON] | None = None) -> None:
     """Check the files of a local folder; see `check_files`."""
     _check_all(folder / str((options or {}).get("subfolder") or ""), options)
 
 
-def _check_all(folder: Path, options: Mapping[str, Any] | None) -> None:
+def _check_all(folder: Path, options: Mapping[str, JSON] | None) -> None:
     check_files_in(folder)
     _check_names(folder)
     chosen = "attn_implementation" in (options or {})
@@ -180,7 +181,7 @@ def _listed(folder: Path, listed: tuple[str, str]) -> list[str]:
     return [name for name in names if isinstance(name, str)] if isinstance(names, list) else []
 
 
-def _config(path: Path, config: dict[str, Any], extent: tuple[int, int], attention_chosen: bool) -> None:
+def _config(path: Path, config: dict[str, JSON], extent: tuple[int, int], attention_chosen: bool) -> None:
     parts, largest = extent
     for key, value in _settings(config):
         if _ATTENTION.fullmatch(key) and not attention_chosen and "/" in str(value):
@@ -205,7 +206,7 @@ def _config(path: Path, config: dict[str, Any], extent: tuple[int, int], attenti
             )
 
 
-def _settings(config: Any) -> Iterator[tuple[str, Any]]:
+def _settings(config: JSON) -> Iterator[tuple[str, JSON]]:
     """All settings of a config, including those of nested configs."""
     waiting = [config]
     while waiting:
@@ -249,10 +250,11 @@ def _parts(path: Path, modified: int, size: int) -> int | None:
     return len(header) if isinstance(header, dict) else 0
 
 
-def _adapter(path: Path, config: dict[str, Any], extent: tuple[int, int], _: bool) -> None:
+def _adapter(path: Path, config: dict[str, JSON], extent: tuple[int, int], _: bool) -> None:
     if config.get("megatron_config") or config.get("megatron_core") not in (None, "megatron.core"):
         raise ConfigError(f"{path}: megatron_config makes a library import code of another library; remove it")
-    patterns = [(key, config[key]) for key in ("target_modules", "exclude_modules") if isinstance(config.get(key), str)]
+    names = ("target_modules", "exclude_modules")
+    patterns = [(key, pattern) for key in names if isinstance(pattern := config.get(key), str)]
     patterns += [("layers_pattern", one) for one in _texts(config.get("layers_pattern"))]
     patterns += [(key, one) for key in ("rank_pattern", "alpha_pattern") for one in _texts(config.get(key))]
     for key, pattern in patterns:
@@ -269,27 +271,27 @@ def _adapter(path: Path, config: dict[str, Any], extent: tuple[int, int], _: boo
         raise ConfigError(f"{path}: layer_replication changes the layers of the base, which is not supported")
 
 
-def _ints(value: Any) -> list[int]:
+def _ints(value: JSON) -> list[int]:
     return [one for one in value.values() if isinstance(one, int)] if isinstance(value, dict) else []
 
 
-def _named_files(path: Path, config: dict[str, Any], extent: tuple[int, int], _: bool) -> None:
+def _named_files(path: Path, config: dict[str, JSON], extent: tuple[int, int], _: bool) -> None:
     """Check of `tokenizer_config.json`: nothing more, since the files that it names are checked before."""
 
 
-def _tekken(path: Path, config: dict[str, Any], extent: tuple[int, int], _: bool) -> None:
+def _tekken(path: Path, config: dict[str, JSON], extent: tuple[int, int], _: bool) -> None:
     inner = config.get("config")
-    if isinstance(inner, dict) and isinstance(inner.get("pattern"), str):
-        check_pattern(inner["pattern"], f"{path}: pattern")
+    if isinstance(inner, dict) and isinstance(pattern := inner.get("pattern"), str):
+        check_pattern(pattern, f"{path}: pattern")
 
 
-def _texts(value: Any) -> list[str]:
+def _texts(value: JSON) -> list[str]:
     if isinstance(value, list | dict):
         return [one for one in value if isinstance(one, str)]
     return [value] if isinstance(value, str) else []
 
 
-def _tokenizer(path: Path, config: dict[str, Any], extent: tuple[int, int], _: bool) -> None:
+def _tokenizer(path: Path, config: dict[str, JSON], extent: tuple[int, int], _: bool) -> None:
     # Skip the vocabulary, which is most of the file and contains no expressions.
     for key, value in _settings({key: value for key, value in config.items() if key != "model"}):
         if key == "Regex" and isinstance(value, str):
@@ -328,7 +330,7 @@ def check_pattern(pattern: str, where: str) -> None:
         )
 
 
-def _parsed(pattern: str) -> Any:
+def _parsed(pattern: str) -> _parser.SubPattern:
     """Parse a Python pattern, or one of the tokenizers library, which also has properties and nested classes."""
     plain = _PROPERTY.sub(r"\\w", pattern).replace(r"\h", " ")
     with warnings.catch_warnings():
@@ -361,7 +363,7 @@ _FEW = 16
 """Largest number of repetitions that does not count as unbounded."""
 
 
-def _is_simple(parsed: Any) -> bool:
+def _is_simple(parsed: _parser.SubPattern) -> bool:
     for kind, value in parsed:
         if kind in _REPEAT:
             _, most, body = value
@@ -372,7 +374,7 @@ def _is_simple(parsed: Any) -> bool:
     return True
 
 
-def _one_way(parsed: Any) -> bool:
+def _one_way(parsed: _parser.SubPattern) -> bool:
     return all(
         kind in _ONE
         or (kind is sre.SUBPATTERN and _one_way(value[-1]))
@@ -381,7 +383,7 @@ def _one_way(parsed: Any) -> bool:
     )
 
 
-def _repeats(parsed: Any) -> int:
+def _repeats(parsed: _parser.SubPattern) -> int:
     """Largest number of unbounded repeats on any path through an expression."""
     count = 0
     for kind, value in parsed:
@@ -391,7 +393,7 @@ def _repeats(parsed: Any) -> int:
     return count
 
 
-def _inside(kind: Any, value: Any) -> list[Any]:
+def _inside(kind: Any, value: Any) -> list[_parser.SubPattern]:
     if kind in _REPEAT:
         return [value[2]]
     if kind is sre.SUBPATTERN:

@@ -9,12 +9,13 @@ import yaml
 
 from rlhf_lightning.errors import ConfigError
 from rlhf_lightning.files import is_file, repeated_key
+from rlhf_lightning.types import JSON
 
 MOST = 100_000
 """Largest number of values in a file. A few lines of aliases can stand for billions, which would take forever."""
 
 
-def read_mapping(path: Path, where: str = "") -> dict[str, Any]:
+def read_mapping(path: Path, where: str = "") -> dict[str, JSON]:
     """Read a YAML or JSON file with a mapping.
 
     Args:
@@ -48,7 +49,7 @@ def read_mapping(path: Path, where: str = "") -> dict[str, Any]:
     return value
 
 
-def _check_values(settings: dict[Any, Any], path: Path) -> None:
+def _check_values(settings: dict[str, JSON], path: Path) -> None:
     """Refuse null characters, which no file name can have, and aliases that multiply to more values than `MOST`."""
     waiting, count = [(str(key), value) for key, value in settings.items()], 0
     while waiting:
@@ -74,7 +75,7 @@ class UniqueKeys(yaml.SafeLoader):
         {'a': 1}
     """
 
-    def compose_mapping_node(self, anchor: Any) -> Any:
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         node = super().compose_mapping_node(anchor)
         lines: dict[str, int] = {}
         for key, _ in node.value:
@@ -85,7 +86,7 @@ class UniqueKeys(yaml.SafeLoader):
         return node
 
 
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _object(pairs: list[tuple[str, JSON]]) -> dict[str, JSON]:
     found = dict(pairs)
     if len(found) < len(pairs):
         raise RepeatedKey(f": the key {repeated_key(pairs)} appears twice in an object")

@@ -4,7 +4,6 @@ import argparse
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from rlhf_lightning.cli.options import Parser, check_options, device_of
 from rlhf_lightning.cli.rendering_flags import (
@@ -106,5 +105,4 @@ def _parse(args: list[str]) -> argparse.Namespace:
     parser.add_argument("--dtype", default="float32", help="dtype of the weights (default: float32)")
     parser.add_argument("--device", help="cpu, cuda or mps (default: a GPU if there is one)")
     add_rendering_flags(parser)
-    options: Any = parser.parse_args(args)
-    return options
+    return parser.parse_args(args)

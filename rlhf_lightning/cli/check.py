@@ -4,10 +4,10 @@ import re
 import tempfile
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import yaml
-from lightning.pytorch.cli import LightningArgumentParser
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser
 
 from rlhf_lightning.cli.messages import check_sections, check_trained
 from rlhf_lightning.cli.parser import StageParser, tidy
@@ -45,7 +45,7 @@ class ParsedStage(StageCLI):
         with suppress(Finished):
             super().__init__(kind, args, Parser)
 
-    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Parse and check the settings, then stop."""
         super().parse_arguments(parser, args)
         config = self.config[self.config["subcommand"]]

@@ -2,7 +2,6 @@
 
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
 
 from rlhf_lightning.cli.options import Parser
 from rlhf_lightning.errors import ConfigError
@@ -101,8 +100,9 @@ def copy(name: str, folder: Path) -> list[Path]:
     from rlhf_lightning.yaml_files import read_mapping
 
     source = config_file(name)
-    stages: Any = read_mapping(source).get("stages") or []
-    wanted = [source, *(source.parent / stage["config"] for stage in stages)]
+    stages = read_mapping(source).get("stages")
+    named = [stage["config"] for stage in stages if isinstance(stage, dict)] if isinstance(stages, list) else []
+    wanted = [source, *(source.parent / str(name) for name in named)]
     written = [folder / path.name for path in wanted]
     if there := [path for path in written if path.exists()]:
         raise ConfigError(f"{there[0]} exists already; choose another folder, or move the file away")

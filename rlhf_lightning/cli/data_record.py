@@ -4,10 +4,10 @@ import logging
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 from rlhf_lightning.data.names import check_there
-from rlhf_lightning.data.records import fingerprint, hashed_files
+from rlhf_lightning.data.records import Source, fingerprint, hashed_files
 from rlhf_lightning.errors import ConfigError
 from rlhf_lightning.files import FORMAT, is_file, read_record, write_json
 
@@ -17,7 +17,19 @@ RECORD = "sources.json"
 """File with the hash of each data source, and size and time of its files, which identify unchanged files quickly."""
 
 
-def check_data_record(root: Path, sources: Mapping[str, Any]) -> None:
+class SourceRecord(TypedDict):
+    """Identifies the rows of a data source.
+
+    Attributes:
+        hash: Hash of the rows; None for a stream, which cannot be read twice.
+        files: Size in bytes and time of modification in nanoseconds of each file, by path.
+    """
+
+    hash: str | None
+    files: dict[str, list[int]]
+
+
+def check_data_record(root: Path, sources: Mapping[str, Source | None]) -> None:
     """Compare the data with the record in the run's folder; write the record if there is none.
 
     Args:
@@ -55,7 +67,7 @@ def check_data_record(root: Path, sources: Mapping[str, Any]) -> None:
     write_json(path, {"format": FORMAT, **now})
 
 
-def _facts(source: Any, before: dict[str, Any] | None) -> dict[str, Any]:
+def _facts(source: Source, before: SourceRecord | None) -> SourceRecord:
     items = source if isinstance(source, list) else [source]
     files = [file for item in items if isinstance(item, str | os.PathLike) for file in hashed_files(item)]
     stats = {str(file): [(facts := file.stat()).st_size, facts.st_mtime_ns] for file in files}

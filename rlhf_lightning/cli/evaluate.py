@@ -4,12 +4,17 @@ import argparse
 import json
 import math
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from rlhf_lightning.cli.options import Parser, add_overwrite, check_options, device_of
 from rlhf_lightning.cli.rendering_flags import add_rendering_flags
 from rlhf_lightning.cli.user_code import SCORER_HELP, allow_user_code, import_scorer
 from rlhf_lightning.files import as_json, write_text
+
+if TYPE_CHECKING:
+    from rlhf_lightning.data.prompts import Prompt
+    from rlhf_lightning.inference.compare import Figures, SamplingOptions
+    from rlhf_lightning.inference.policy import Policy
 
 COLUMNS = {
     "reward": "reward",
@@ -52,12 +57,14 @@ def run(args: list[str]) -> int:
     policy = Policy(options.policy, options.dtype, options.device, options.asked)
     say(policy.asking.describe())
     prompts = policy.prompts(options.prompts, options.limit)
-    facts: dict[str, Any] = {"prompts": len(prompts)}
+    facts = {"prompts": len(prompts)}
     if best:
-        summary, rows = best_of_n(policy, prompts, sampling, options.n)
+        summary, best_answers = best_of_n(policy, prompts, sampling, options.n)
+        lines = [as_json(row) for row in best_answers]
     else:
-        summary, rows, facts["references"] = _evaluate(options, policy, prompts, sampling)
-    text = json.dumps(_finite({**facts, **summary}), indent=2, allow_nan=False) + "\n"
+        summary, lines, facts["references"] = _evaluate(options, policy, prompts, sampling)
+    measured = {name: _finite(found) for name, found in summary.items()}
+    text = json.dumps({**facts, **measured}, indent=2, allow_nan=False) + "\n"
     if options.json:
         print(text, end="")
     else:
@@ -65,12 +72,14 @@ def run(args: list[str]) -> int:
     if options.summary:
         write_text(options.summary, text)
     if options.output:
-        write_text(options.output, "".join(as_json(row) + "\n" for row in rows))
+        write_text(options.output, "".join(line + "\n" for line in lines))
     return 0
 
 
-def _evaluate(options: argparse.Namespace, policy: Any, prompts: Any, sampling: Any) -> tuple[Any, Any, int]:
-    """Metrics, rows, and the number of prompts with references."""
+def _evaluate(
+    options: argparse.Namespace, policy: "Policy", prompts: "list[Prompt]", sampling: "SamplingOptions"
+) -> tuple["dict[str, Figures]", list[str], int]:
+    """Metrics, rows as JSON, and the number of prompts with references."""
     from rlhf_lightning.cli.rendering_flags import say
     from rlhf_lightning.errors import ConfigError
     from rlhf_lightning.inference.compare import compare
@@ -87,14 +96,12 @@ def _evaluate(options: argparse.Namespace, policy: Any, prompts: Any, sampling: 
         baseline = Policy(options.baseline, options.dtype, options.device, options.asked)
         say(baseline.asking.describe())
     summary, rows = compare(policy, baseline, prompts, sampling, options.best_of, references)
-    return summary, rows, sum(map(bool, references))
+    return summary, [as_json(row) for row in rows], sum(map(bool, references))
 
 
-def _finite(value: Any) -> Any:
+def _finite(found: "Figures") -> "Figures":
     """Replace NaN and infinity, which JSON lacks, by None; the interval of a single prompt is infinite."""
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    return {name: value if value is None or math.isfinite(value) else None for name, value in found.items()}
 
 
 def _parse(args: list[str]) -> argparse.Namespace:
@@ -161,7 +168,7 @@ def _parse(args: list[str]) -> argparse.Namespace:
     return parser.parse_intermixed_args(args[1:])
 
 
-def _show(summary: dict[str, dict[str, Any]], facts: dict[str, Any]) -> None:
+def _show(summary: "dict[str, Figures]", facts: dict[str, int]) -> None:
     from rich.console import Console
     from rich.table import Table
 
@@ -179,7 +186,7 @@ def _show(summary: dict[str, dict[str, Any]], facts: dict[str, Any]) -> None:
     Console().print(table)
 
 
-def _cell(found: dict[str, Any], key: str) -> str:
+def _cell(found: "Figures", key: str) -> str:
     if found.get(key) is None:
         return "–"
     if key == "reward":

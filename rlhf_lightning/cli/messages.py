@@ -1,16 +1,18 @@
 """Checks of a whole command and its config files, before anything is built from them."""
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+
+from jsonargparse import Namespace
 
 from rlhf_lightning import errors
 from rlhf_lightning.checkpointing.io import candidates, damage, newest_whole
 from rlhf_lightning.cli import suggestions as meant
 from rlhf_lightning.errors import ConfigError
 from rlhf_lightning.files import is_file
+from rlhf_lightning.types import JSON
 from rlhf_lightning.yaml_files import find_line, read_mapping
 
 SHARDED = ("checksums.json", "meta.pt", ".metadata", "latest", "checkpoint")
@@ -21,7 +23,7 @@ CONFIG_FLAGS = ("-c", "--config", "--model", "--data", "--trainer")
 SECTIONS = ("model", "data", "trainer")
 
 
-def read_configs(args: list[str]) -> dict[str, dict[str, Any]]:
+def read_configs(args: list[str]) -> dict[str, dict[str, JSON]]:
     """Read the config files of a command, by path; raises `ConfigError` for a file without a mapping."""
     given = [part for arg in args for part in (arg.split("=", 1) if arg.startswith("-") else [arg])]
     named = [(name, value) for name, value in pairwise(given) if name in CONFIG_FLAGS]
@@ -39,7 +41,11 @@ def read_configs(args: list[str]) -> dict[str, dict[str, Any]]:
 
 
 def check_keys(
-    files: dict[str, dict[str, Any]], known: set[str], kind: str, commands: Iterable[str], kinds: dict[str, Any]
+    files: Mapping[str, dict[str, JSON]],
+    known: set[str],
+    kind: str,
+    commands: Iterable[str],
+    kinds: Mapping[str, tuple[str, str]],
 ) -> None:
     """Refuse unknown keys in config files, by file and line.
 
@@ -48,7 +54,7 @@ def check_keys(
         known: All settings, as dotted names.
         kind: Kind of the stage.
         commands: Commands, for which a config before the command may have sections.
-        kinds: All kinds of stages, with their classes.
+        kinds: All kinds of stages, with the classes of their module and data module.
 
     Raises:
         ConfigError: If a key is unknown, or a section is not a mapping. The parser would ignore an empty section.
@@ -56,7 +62,7 @@ def check_keys(
     for file, settings in files.items():
         if isinstance(settings.get("stages"), list):
             raise ConfigError(f"{file}: this is a pipeline file; run it with rlhf pipeline {file}")
-        of_commands = [settings[name] for name in commands if isinstance(settings.get(name), dict)]
+        of_commands = [inner for name in commands if isinstance(inner := settings.get(name), dict)]
         for section, inner in ((s, i) for part in (settings, *of_commands) for s, i in part.items()):
             of_file = isinstance(inner, str) and os.path.isfile(inner)
             if section in SECTIONS and not isinstance(inner, dict) and not of_file:
@@ -76,7 +82,7 @@ def check_keys(
                     raise ConfigError(f"{find_line(Path(file), path)}: {_no_setting(name, known, kind, kinds)}")
 
 
-def _no_setting(name: str, known: set[str], kind: str, kinds: dict[str, Any]) -> str:
+def _no_setting(name: str, known: set[str], kind: str, kinds: Mapping[str, tuple[str, str]]) -> str:
     close, (section, _, inner) = meant.setting(name, known), name.partition(".")
     place = 0 if section == "model" else 1
     others = [other for other in kinds if other != kind and inner in meant.arguments(kinds[other][place])]
@@ -93,7 +99,7 @@ def _no_setting(name: str, known: set[str], kind: str, kinds: dict[str, Any]) ->
     return f"{name} is not a setting of rlhf {kind}; {hint}"
 
 
-def check_sections(config: Any) -> None:
+def check_sections(config: Namespace) -> None:
     """Raise `ConfigError` for sections that are not mappings, and for contradictory values that Lightning accepts."""
     for name in ("model", "data"):
         if not hasattr(config[name], "as_dict"):
@@ -117,7 +123,7 @@ def check_sections(config: Any) -> None:
         )
 
 
-def check_trained(config: Any) -> None:
+def check_trained(config: Namespace) -> None:
     """Raise `ConfigError` for a `fit` without steps, which would export the start weights as its result."""
     trainer = config.trainer
     for name in ("max_steps", "max_epochs", "limit_train_batches"):
@@ -164,7 +170,7 @@ def named_checkpoint(name: str | None, root: Path) -> str | None:
     return str(found)
 
 
-def check_seed(config: Any) -> None:
+def check_seed(config: Namespace) -> None:
     """Raise `ConfigError` for a seed that numpy does not accept."""
     errors.check_seed("--seed_everything", int(config.get("seed_everything") or 0))
 

@@ -7,14 +7,13 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from rlhf_lightning.cli import suggestions as meant
-from rlhf_lightning.errors import MOST, ConfigError, check_seed, check_whole
+from rlhf_lightning.errors import MOST, ConfigError, check_dtype, check_seed, check_whole
 from rlhf_lightning.files import visible
 
 MAY_BE_EMPTY = ("stop", "system")
 """Flags for which an empty text means none."""
 MANY = 2**16
 """Largest number of responses per prompt; all of them are kept in memory."""
-DTYPES = ("float32", "bfloat16", "float16")
 
 
 COUNTS = (
@@ -75,10 +74,10 @@ def device_of(name: str | None) -> str:
     return name
 
 
-def check_options(options: Any) -> None:
+def check_options(options: argparse.Namespace) -> None:
     """Raise `ConfigError` for numbers and dtypes that cannot be meant, and for output files that cannot be written."""
-    if getattr(options, "dtype", None) is not None and options.dtype not in DTYPES:
-        raise ConfigError(f"--dtype is {options.dtype!r}; it must be one of {', '.join(DTYPES)}")
+    if (dtype := getattr(options, "dtype", None)) is not None:
+        check_dtype(dtype)
     for name, least, most in COUNTS:
         if (value := getattr(options, name, None)) is not None:
             check_whole(f"{'-' if len(name) == 1 else '--'}{name}", value, least, most)

@@ -1,13 +1,17 @@
 """Parser of a stage's flags and config files, with short error messages that say what to do."""
 
 import re
-from collections.abc import Iterable, Iterator
-from typing import Any, NoReturn
+from collections.abc import Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, NoReturn
 
+from jsonargparse import ArgumentParser
 from lightning.pytorch.cli import LightningArgumentParser
 
 from rlhf_lightning.cli import suggestions as meant
 from rlhf_lightning.files import visible
+
+if TYPE_CHECKING:
+    from _typeshed import SupportsWrite
 
 NOISE = (
     "Does not validate against",
@@ -32,7 +36,7 @@ class StageParser(LightningArgumentParser):
         >>> parser = StageParser()
     """
 
-    def print_usage(self, file: Any = None) -> None:
+    def print_usage(self, file: "SupportsWrite[str] | None" = None) -> None:
         """Prints nothing, so that the error is easy to find."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
@@ -46,11 +50,13 @@ class StageParser(LightningArgumentParser):
             )
         super().error(visible(tidy(message)), ex)
 
+    def commands(self) -> Mapping[str, ArgumentParser]:
+        """The parsers of its commands, by name; none for the parser of one command."""
+        return self._subcommands_action._name_parser_map if self._subcommands_action else {}
+
     def settings(self) -> set[str]:
         """Dotted names of all settings of its commands."""
-        commands = self._subcommands_action
-        parsers = commands._name_parser_map.values() if commands else [self]
-        names = {action.dest for parser in parsers for action in parser._actions}
+        names = {action.dest for parser in self.commands().values() or [self] for action in parser._actions}
         return {name for name in names if not name.endswith((".help", "help"))}
 
 

@@ -1,11 +1,14 @@
 """`rlhf quickstart`."""
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from rlhf_lightning.cli.init import check_start
 from rlhf_lightning.cli.options import Parser, check_options
 from rlhf_lightning.files import visible
+
+if TYPE_CHECKING:
+    from rlhf_lightning.report.records import Summary
 
 COLUMNS = {
     "gold_reward": "gold reward",
@@ -47,7 +50,7 @@ def run(args: list[str]) -> int:
     return 0
 
 
-def show(summary: dict[str, Any], root: Path) -> None:
+def show(summary: "Summary", root: Path) -> None:
     """Print the table and the sample answers."""
     from rich.console import Console
     from rich.table import Table
@@ -57,9 +60,8 @@ def show(summary: dict[str, Any], root: Path) -> None:
     table.add_column("")
     for title in COLUMNS.values():
         table.add_column(title, justify="right")
-    for name in ("base", "sft", "policy"):
-        cells = ["–" if summary[name][key] is None else f"{summary[name][key]:.3f}" for key in COLUMNS]
-        table.add_row({"base": "base", "sft": "SFT", "policy": "RL"}[name], *cells)
+    for name, found in (("base", summary["base"]), ("SFT", summary["sft"]), ("RL", summary["policy"])):
+        table.add_row(name, *("–" if (value := found[key]) is None else f"{value:.3f}" for key in COLUMNS))
     console.print(table)
     sft, accuracy = summary["sft"], summary["preference"]["pair_accuracy"]
     console.print(f"SFT: held-out NLL {sft['val_nll_start']:.3f} → {sft['val_nll']:.3f} nats per token")

@@ -2,10 +2,13 @@
 
 import argparse
 import sys
-from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Literal
 
 from rlhf_lightning.files import visible
+from rlhf_lightning.types import JSON
+
+if TYPE_CHECKING:
+    from rlhf_lightning.inference.policy import SamplingSettings
 
 USUAL = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0}
 RECORD = "by default as in the model's training, which stage.json records"
@@ -35,7 +38,7 @@ def add_rendering_flags(parser: argparse.ArgumentParser, samples: bool = True) -
         )
 
 
-def rendering_options(options: argparse.Namespace) -> dict[str, Any]:
+def rendering_options(options: argparse.Namespace) -> dict[str, JSON]:
     """The given settings, for `data.rendering_settings.RenderingSettings`; raises `ConfigError`."""
     stop = getattr(options, "stop", None)
     found = {
@@ -60,7 +63,7 @@ def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--top_k", type=int, help=f"sample from this number of likeliest tokens, 0 for all ({said} 0)")
 
 
-def sampling_of(options: argparse.Namespace, model: str, sampled: Mapping[str, float]) -> tuple[dict[str, Any], str]:
+def sampling_of(options: argparse.Namespace, model: str, sampled: "SamplingSettings") -> tuple["SamplingSettings", str]:
     """Sampling settings from flags and generation config.
 
     Args:
@@ -71,9 +74,11 @@ def sampling_of(options: argparse.Namespace, model: str, sampled: Mapping[str, f
     Returns:
         The settings, and a line that says which of them come from the generation config.
     """
-    given = {name: getattr(options, name) for name in ("temperature", "top_p", "top_k")}
-    given = {name: value for name, value in given.items() if value is not None}
-    settings = {**sampled, **given}
+    settings = sampled.copy()
+    names: tuple[Literal["temperature", "top_p", "top_k"], ...] = ("temperature", "top_p", "top_k")
+    given = {name: value for name in names if (value := getattr(options, name)) is not None}
+    for name, value in given.items():
+        settings[name] = value
     if settings.get("temperature") == 0:
         settings = {"temperature": 0.0}
     own = {name: value for name, value in settings.items() if name not in given and value != USUAL[name]}
@@ -87,7 +92,7 @@ def say(*lines: str) -> None:
         print(visible(line), file=sys.stderr)
 
 
-def _mapping(text: str | None) -> dict[str, Any] | None:
+def _mapping(text: str | None) -> dict[str, JSON] | None:
     if text is None:
         return None
     import yaml

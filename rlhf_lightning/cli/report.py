@@ -1,11 +1,10 @@
 """`rlhf report RUN`, and the report at the end of a stage."""
 
 from pathlib import Path
-from typing import Any
 
 from rlhf_lightning.cli.options import Parser, add_overwrite, check_writable
 from rlhf_lightning.files import visible
-from rlhf_lightning.report import report_after_stage, write_report
+from rlhf_lightning.report import write_report
 
 
 def run(args: list[str]) -> int:
@@ -25,10 +24,3 @@ def run(args: list[str]) -> int:
         check_writable("--output", options.output, options.overwrite)
     print(visible(str(write_report(options.run, options.output))))
     return 0
-
-
-def after_stage(driver: Any) -> None:
-    """On rank 0, write the report of a stage that was just trained."""
-    if driver.subcommand != "fit" or driver.trainer.fast_dev_run or not driver.trainer.is_global_zero:
-        return
-    report_after_stage(driver.root)

@@ -3,12 +3,16 @@
 import argparse
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from rlhf_lightning.cli.options import Parser, add_overwrite, check_options, device_of
 from rlhf_lightning.cli.rendering_flags import add_rendering_flags, rendering_options, say
 from rlhf_lightning.cli.user_code import SCORER_HELP, allow_user_code, import_scorer
 from rlhf_lightning.files import as_json, write_text
+from rlhf_lightning.types import Row
+
+if TYPE_CHECKING:
+    from rlhf_lightning.data.rendering import Rendered, Renderer
 
 
 def run(args: list[str]) -> int:
@@ -57,7 +61,7 @@ def run(args: list[str]) -> int:
     return 0
 
 
-def score_file(options: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, float]]:
+def score_file(options: argparse.Namespace) -> tuple[list[Row], dict[str, float]]:
     """The rows with their scores, and summary metrics."""
     from rlhf_lightning.data.records import LocatedRow, Reading, convert_rows, read_rows
     from rlhf_lightning.models.reward_model import RewardModel
@@ -77,7 +81,7 @@ def score_file(options: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[
         found = {name: next(scores) for name in rendered}
         if "chosen" in found:
             pairs.append((found, rendered, str(data.get("category") or "")))
-            row = {"chosen_score": found["chosen"], "rejected_score": found["rejected"]}
+            row: Row = {"chosen_score": found["chosen"], "rejected_score": found["rejected"]}
         elif "response" in found:
             row = {"score": found["response"]}
         else:
@@ -95,7 +99,7 @@ def score_file(options: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[
     return rows, summary
 
 
-def responses(renderer: Any, data: dict[str, Any]) -> dict[str, Any]:
+def responses(renderer: "Renderer", data: Row) -> "dict[str, Rendered]":
     """The responses of a row by name, rendered; raises `RowError`."""
     from rlhf_lightning.data.columns import refuse_media
     from rlhf_lightning.data.conversations import conversation, tool_schemas
@@ -124,7 +128,7 @@ def responses(renderer: Any, data: dict[str, Any]) -> dict[str, Any]:
     return {name: renderer.exchange(prompt, response, tools) for name, response in named.items()}
 
 
-def _pairs(pairs: list[tuple[dict[str, float], dict[str, Any], str]]) -> dict[str, float]:
+def _pairs(pairs: "list[tuple[dict[str, float], dict[str, Rendered], str]]") -> dict[str, float]:
     import torch
 
     from rlhf_lightning.modules.preference_metrics import pair_report

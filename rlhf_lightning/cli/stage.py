@@ -2,13 +2,15 @@
 
 import logging
 import sys
-from importlib import import_module
+from collections.abc import Mapping
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as pl
 import yaml
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from jsonargparse import ArgumentParser, Namespace
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 
 import rlhf_lightning.checkpointing.strategies  # noqa: F401 - gives `--trainer.strategy fsdp2` its meaning
 from rlhf_lightning.checkpointing.forked_ranks import make_forked_ranks_stoppable
@@ -26,14 +28,16 @@ from rlhf_lightning.cli.messages import (
 )
 from rlhf_lightning.cli.parser import StageParser
 from rlhf_lightning.cli.refusals import refusals, unfit_settings
-from rlhf_lightning.cli.report import after_stage
 from rlhf_lightning.cli.user_code import allow_user_code
 from rlhf_lightning.cli.values import check_values
+from rlhf_lightning.environments.base import imported
 from rlhf_lightning.errors import ConfigError
 from rlhf_lightning.files import is_file, read_record, real_path, visible
 from rlhf_lightning.pipeline.stage_process import parent_is_watched, watch_parent
 from rlhf_lightning.rank_watch import ranks_end_together, watch_ranks
+from rlhf_lightning.report import report_after_stage
 from rlhf_lightning.run_folder import STAGE_RESULTS, claim, claims, is_first_process, refuse_inputs_in
+from rlhf_lightning.types import JSON
 from rlhf_lightning.yaml_files import read_mapping
 
 log = logging.getLogger(__name__)
@@ -92,7 +96,7 @@ class SaveConfig(SaveConfigCallback):
         >>> LightningCLI(SFTModule, SFTDataModule, save_config_callback=SaveConfig)  # doctest: +SKIP
     """
 
-    def save_config(self, trainer: Any, pl_module: Any, stage: str) -> None:
+    def save_config(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Write the file. Lightning calls this on rank 0 only."""
         path = Path(trainer.default_root_dir) / "config.yaml"
         self.parser.save(self.config, str(path), skip_none=False, overwrite=True, multifile=False)
@@ -112,7 +116,7 @@ class StageCLI(LightningCLI):
 
     def __init__(self, kind: str, args: list[str], parser: type[StageParser] = StageParser) -> None:
         self.kind = kind
-        module, data = (_import(name) for name in CLASSES[kind])
+        module, data = (imported(name, kind) for name in CLASSES[kind])
         super().__init__(
             module,
             data,
@@ -166,11 +170,12 @@ class StageCLI(LightningCLI):
         )
         parser.add_argument("--fresh", action="store_true", help="discard an earlier run in the folder")
 
-    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Parse the arguments. Lightning's method warns about `args=`, but sys.argv must be unchanged for DDP."""
-        commands = parser._subcommands_action._name_parser_map  # type: ignore[union-attr]
-        files = read_configs(args)
-        check_keys(files, parser.settings(), self.kind, commands, CLASSES)  # type: ignore[attr-defined]
+        assert isinstance(parser, StageParser)
+        assert isinstance(args, list)
+        files, commands = read_configs(args), parser.commands()
+        check_keys(files, parser.settings(), self.kind, commands, CLASSES)
         self.config = parser.parse_args(_with_recipe(args, files, commands))
         config = self.config[self.config["subcommand"]]
         check_values(commands[self.config["subcommand"]], config)
@@ -208,7 +213,7 @@ class StageCLI(LightningCLI):
             config.trainer.logger = config.trainer.logger or False
         self.trainer_defaults["callbacks"] = self._callbacks(config)
 
-    def _callbacks(self, config: Any) -> list[Any]:
+    def _callbacks(self, config: Namespace) -> list[pl.Callback]:
         from lightning.pytorch.callbacks import ModelCheckpoint
 
         from rlhf_lightning.callbacks.export import ExportModel
@@ -222,7 +227,7 @@ class StageCLI(LightningCLI):
         from rlhf_lightning.diagnostics.invariants import FirstStepInvariants
         from rlhf_lightning.diagnostics.preference import PreferenceWatch
 
-        callbacks: list[Any] = [ExportModel(config.export), PredictionsFile(), MemoryEstimate()]
+        callbacks: list[pl.Callback] = [ExportModel(config.export), PredictionsFile(), MemoryEstimate()]
         own = str(config.trainer.callbacks or "")
         if self.kind == "policy":
             # A callback that the user configures replaces the default one.
@@ -244,7 +249,7 @@ class StageCLI(LightningCLI):
             callbacks.append(RunCheckpoints(folder, every, minutes, config.keep))
         return callbacks
 
-    def instantiate_trainer(self, **kwargs: Any) -> Any:
+    def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         """The Trainer, which logs to `metrics.csv` in the folder unless another logger is configured."""
         config = self.config[self.subcommand]
         if self.subcommand == "fit" and config.trainer.logger in (None, True):
@@ -259,13 +264,13 @@ class StageCLI(LightningCLI):
 
     # -- the folder -----------------------------------------------------------------------------------------------
 
-    def _claim(self, config: Any) -> None:
+    def _claim(self, config: Namespace) -> None:
         """Lock the folder for this run, on rank 0; refuse to replace the user's own files."""
         refuse_inputs_in(self.root, STAGE_RESULTS, {name: config[name].as_dict() for name in ("model", "data")})
         if is_first_process() and not config.trainer.fast_dev_run:
             claim(self.root, STAGE_RESULTS, patience=60 if parent_is_watched() else 0)
 
-    def _continue_or_stop(self, config: Any) -> None:
+    def _continue_or_stop(self, config: Namespace) -> None:
         """Resume an interrupted run with the same settings, refuse one with others, and skip a finished one."""
         if config.fresh:
             if not is_first_process():
@@ -310,7 +315,7 @@ class StageCLI(LightningCLI):
         config.ckpt_path = str(last)
         print(visible(f"resuming {self.root} from {last}"), file=sys.stderr)
 
-    def _check_data(self, config: Any, begins: bool = False) -> None:
+    def _check_data(self, config: Namespace, begins: bool = False) -> None:
         """On the first process, raise `ConfigError` if the data differ from those that the run began with."""
         if not is_first_process():
             return
@@ -318,12 +323,12 @@ class StageCLI(LightningCLI):
             remove(self.root / RECORD)  # left by a run that was stopped before its first checkpoint
         check_data_record(self.root, config.data.as_dict())
 
-    def _before(self) -> dict[str, Any]:
+    def _before(self) -> dict[str, JSON]:
         """Settings of the run in the folder; empty if they are unknown."""
         path = self.root / "config.yaml"
         return _flat(read_mapping(path)) if is_file(path) else {}
 
-    def _different(self, before: dict[str, Any]) -> list[str]:
+    def _different(self, before: dict[str, JSON]) -> list[str]:
         if not before:
             return []
         dump = yaml.safe_load(self.parser.dump(self.config, skip_none=False))
@@ -351,19 +356,27 @@ class StageCLI(LightningCLI):
         with unfit_settings():
             super().instantiate_classes()
 
+    def report(self) -> None:
+        """On rank 0, write the report of a stage that was just trained."""
+        fast = self.config[self.subcommand].trainer.fast_dev_run
+        if self.subcommand == "fit" and self.trainer.is_global_zero and not fast:
+            report_after_stage(self.root)
 
-def _with_recipe(args: list[str], files: dict[str, dict[str, Any]], commands: dict[str, Any]) -> list[str]:
+
+def _with_recipe(
+    args: list[str], files: Mapping[str, dict[str, JSON]], commands: Mapping[str, ArgumentParser]
+) -> list[str]:
     """Replace `model.recipe` by its settings, as defaults.
 
     Any setting given beside the recipe overrides it, also by `null`, and `--print_config` and `config.yaml` show the
     resulting settings.
     """
     sections = [settings.get("model") for settings in files.values()]
-    names = [section["recipe"] for section in sections if isinstance(section, dict) and section.get("recipe")]
+    names = [str(section["recipe"]) for section in sections if isinstance(section, dict) and section.get("recipe")]
     for flag, value in pairwise([part for arg in args for part in arg.split("=", 1)]):
         if flag == "--model.recipe":
-            names.append(None if value in ("null", "None", "") else value)
-    if not names or names[-1] is None:
+            names.append("" if value in ("null", "None") else value)
+    if not names or not names[-1]:
         return args
     from rlhf_lightning.modules.recipes import recipe_settings
 
@@ -373,14 +386,15 @@ def _with_recipe(args: list[str], files: dict[str, dict[str, Any]], commands: di
     return [*args, "--model.recipe", "null"]
 
 
-def _guard_checkpoints(trainer: Any) -> None:
+def _guard_checkpoints(trainer: pl.Trainer) -> None:
     """Make checkpoint writes atomic, and run RunCheckpoints last, since it saves the other callbacks' state."""
     from lightning.fabric.plugins.io import TorchCheckpointIO
 
     from rlhf_lightning.checkpointing.callbacks import RunCheckpoints
     from rlhf_lightning.checkpointing.io import AtomicCheckpointIO
 
-    trainer.callbacks.sort(key=lambda callback: isinstance(callback, RunCheckpoints))
+    callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    callbacks.sort(key=lambda callback: isinstance(callback, RunCheckpoints))
     # Not through `trainer.plugins`, which would replace the user's own, and which some strategies refuse.
     if type(trainer.strategy._checkpoint_io) in (type(None), TorchCheckpointIO):
         trainer.strategy._checkpoint_io = AtomicCheckpointIO()
@@ -390,21 +404,16 @@ class Finished(Exception):
     """The folder contains a finished run with exactly these settings."""
 
 
-def _kind(settings: dict[str, Any]) -> str:
+def _kind(settings: Mapping[str, JSON]) -> str:
     """The kind of stage that settings belong to."""
     marks = {"policy": "data.group_size", "preference": "data.kind"}
     return next((kind for kind, name in marks.items() if name in settings), "sft")
 
 
-def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+def _flat(value: JSON, prefix: str = "") -> dict[str, JSON]:
     if not isinstance(value, dict) or not value:
         return {prefix: value}
     return {k: v for key, item in value.items() for k, v in _flat(item, f"{prefix}.{key}" if prefix else key).items()}
-
-
-def _import(name: str) -> Any:
-    module, _, attribute = name.rpartition(".")
-    return getattr(import_module(module), attribute)
 
 
 def run(args: list[str]) -> int:
@@ -417,7 +426,7 @@ def run(args: list[str]) -> int:
     watch_parent()
     try:
         with refusals(), claims(), ranks_end_together():
-            after_stage(StageCLI(args[0], args[1:]))
+            StageCLI(args[0], args[1:]).report()
     except Finished as done:
         print(visible(f"{done} is already finished; --fresh runs it again"), file=sys.stderr)
     return 0

@@ -4,7 +4,7 @@ import inspect
 from collections.abc import Iterable
 from difflib import get_close_matches
 from importlib import import_module
-from typing import Any
+from types import ModuleType
 
 OPTIMIZER, SAMPLER, SCORER = (f"model.{name}.init_args" for name in ("optimizer", "sampler", "scorer"))
 NAMES = {
@@ -168,8 +168,9 @@ def argument(name: str, known: Iterable[str]) -> str | None:
 
 def arguments(class_path: str) -> list[str]:
     """Names of a class's arguments, without `**kwargs`."""
-    module, _, name = class_path.rpartition(".")
-    parameters = inspect.signature(getattr(import_module(module), name)).parameters.values()
+    from rlhf_lightning.environments.base import imported  # imports more than a mistyped command needs
+
+    parameters = inspect.signature(imported(class_path, "class_path")).parameters.values()
     return [p.name for p in parameters if p.kind is not p.VAR_KEYWORD]
 
 
@@ -192,7 +193,7 @@ def classes(key: str, name: str) -> list[str]:
     return [found[short] for short in chosen or (sorted(found) if len(found) <= 12 else [])]
 
 
-def _choices(module: Any, base: str) -> dict[str, str]:
+def _choices(module: ModuleType, base: str) -> dict[str, str]:
     """Concrete subclasses of a base in a module: their names as written in a config, by class name."""
     root, found = getattr(module, base), {}
     own = module.__name__.startswith("rlhf_lightning")

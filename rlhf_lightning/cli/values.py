@@ -4,12 +4,15 @@ import argparse
 import inspect
 import math
 import types
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import fields, is_dataclass
-from importlib import import_module
 from typing import Any, Union, get_args, get_origin
 
+from jsonargparse import Namespace
+
+from rlhf_lightning.environments.base import imported
 from rlhf_lightning.errors import MOST, ConfigError, check_whole
+from rlhf_lightning.types import JSON
 
 MAY_BE_INFINITE = ("clip_high", "dual_clip", "high", "ratio_max")
 """Bounds, for which infinity means none."""
@@ -36,7 +39,11 @@ KNOWN = ("rlhf_lightning.", "torch.", "lightning.")
 """Packages of the classes whose arguments are checked."""
 
 
-def check_values(parser: Any, config: Any) -> None:
+Setting = JSON | Namespace
+"""A parsed value; a class is a `Namespace` of `class_path` and `init_args`."""
+
+
+def check_values(parser: argparse.ArgumentParser, config: Namespace) -> None:
     """Check the settings of a stage, including those of nested classes.
 
     Args:
@@ -59,7 +66,7 @@ def check_values(parser: Any, config: Any) -> None:
                     raise ConfigError(f"{action.dest}.{field.name} is null; it needs a value")
 
 
-def _check(key: str, value: Any, takes_none: bool, takes_empty: bool) -> None:
+def _check(key: str, value: Setting, takes_none: bool, takes_empty: bool) -> None:
     if value is None and not takes_none:
         raise ConfigError(f"{key} is null; it needs a value. Leave the line out for the default")
     unbounded = value == math.inf and key.rpartition(".")[2] in MAY_BE_INFINITE
@@ -75,40 +82,41 @@ def _check(key: str, value: Any, takes_none: bool, takes_empty: bool) -> None:
         _check(inner, item, none, empty)
 
 
-def _within(key: str, value: Any) -> Iterator[tuple[str, Any, bool, bool]]:
+def _within(key: str, value: Setting) -> Iterator[tuple[str, Setting, bool, bool]]:
     """The settings inside a value, and whether each may be null or empty."""
     if isinstance(value, list | tuple):
         yield from ((f"{key}.{i}", item, True, True) for i, item in enumerate(value))
         return
-    if not hasattr(value, "as_dict") and not isinstance(value, dict):
-        return
-    entries = value if isinstance(value, dict) else vars(value)
+    entries = _entries(value)
     path = entries.get("class_path")
     if path is None or "init_args" not in entries:
         yield from ((f"{key}.{name}", item, True, True) for name, item in entries.items())
     elif str(path).startswith(KNOWN):
-        arguments = entries["init_args"]
-        for name, item in (arguments if isinstance(arguments, dict) else vars(arguments)).items():
-            found = _parameter(path, name)
+        for name, item in _entries(entries["init_args"]).items():
+            found = _parameter(str(path), name)
             none = found is None or found.default is None or _takes_none(found.annotation)
             yield f"{key}.init_args.{name}", item, none, found is None or found.default == ""
 
 
+def _entries(value: Setting) -> Mapping[str, Setting]:
+    """The settings inside a section or a class; empty for any other value."""
+    return value if isinstance(value, dict) else vars(value) if isinstance(value, Namespace) else {}
+
+
 def _parameter(path: str, name: str) -> inspect.Parameter | None:
     """An argument of a class, from whichever of its base classes defines it."""
-    module, _, attribute = path.rpartition(".")
-    for base in getattr(import_module(module), attribute).__mro__:
+    for base in imported(path, "class_path").__mro__:
         if name in (parameters := inspect.signature(base.__init__).parameters):
             return parameters[name]
     return None
 
 
-def _dataclass(hint: Any) -> Any:
+def _dataclass(hint: type | types.UnionType | None) -> type | None:
     """The one that a hint names, or None."""
-    return next((kind for kind in (hint, *get_args(hint)) if is_dataclass(kind)), None)
+    return next((kind for kind in (hint, *get_args(hint)) if isinstance(kind, type) and is_dataclass(kind)), None)
 
 
-def _takes_none(hint: Any) -> bool:
+def _takes_none(hint: type | types.UnionType | str | None) -> bool:
     if hint in (Any, None, type(None), inspect.Parameter.empty):
         return True
     return get_origin(hint) in (Union, types.UnionType) and any(_takes_none(inner) for inner in get_args(hint))

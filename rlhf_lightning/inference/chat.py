@@ -1,10 +1,11 @@
 """Chat with a policy, whose answers are shown while they are sampled."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Unpack
 
+from rlhf_lightning.data.rendering import Renderer
 from rlhf_lightning.errors import UserError
-from rlhf_lightning.inference.policy import Policy
+from rlhf_lightning.inference.policy import Policy, SamplingFilters
 from rlhf_lightning.sampling.local_engine import LocalEngine, Watch
 from rlhf_lightning.sampling.sampler import Sampler
 from rlhf_lightning.types import Message
@@ -19,7 +20,7 @@ class Conversation:
         max_tokens: Token budget of an answer.
         temperature: Temperature of an answer.
         seed: Seed of the answers, combined with the number of the turn.
-        settings: Further settings of `Sampler`.
+        **filters: `top_p`, `top_k` and `min_p` of `Sampler`.
 
     Example:
         >>> chat = Conversation(Policy("runs/sft/model"))  # doctest: +SKIP
@@ -33,10 +34,10 @@ class Conversation:
         max_tokens: int = 256,
         temperature: float = 1.0,
         seed: int = 0,
-        **settings: Any,
+        **filters: Unpack[SamplingFilters],
     ) -> None:
         self.policy, self.system, self.seed = policy, system, seed
-        self.sampler = Sampler(max_tokens, temperature, **settings)
+        self.sampler = Sampler(max_tokens, temperature, **filters)
         self.sampler.bind(policy.model, policy.renderer)
         self.turn = 0
         self.messages: list[Message] = []
@@ -93,7 +94,7 @@ class Stream(Watch):
         >>> stream = Stream(renderer, stops=(), show=print)  # doctest: +SKIP
     """
 
-    def __init__(self, renderer: Any, stops: Sequence[str], show: Callable[[str], None]) -> None:
+    def __init__(self, renderer: Renderer, stops: Sequence[str], show: Callable[[str], None]) -> None:
         self.renderer, self.stops, self.show = renderer, stops, show
         self.ids: list[int] = []
         self.shown = ""
@@ -109,7 +110,7 @@ class Stream(Watch):
 
     def rest(self, ids: Sequence[int]) -> str:
         """Show the rest of an answer, and return the whole of it."""
-        text = str(self.renderer.decode(ids))
+        text = self.renderer.decode(ids)
         self._extend(text)
         if not text.startswith(self.shown):
             self.show(f"\n{text}")  # later tokens changed the text of earlier ones

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Required, TypedDict
 
 from rlhf_lightning.data.prompts import Prompt
 from rlhf_lightning.environments.base import imported
@@ -10,7 +10,27 @@ from rlhf_lightning.inference.policy import Policy
 from rlhf_lightning.inference.text_metrics import Reference, nearness, perplexity
 from rlhf_lightning.objectives.intervals import best_of_kl, mean_interval, wilson, win_rate
 from rlhf_lightning.rewards import FunctionReward, ModelReward, Reward, total_rewards
-from rlhf_lightning.types import Episode
+from rlhf_lightning.types import Episode, Message
+
+Figures = dict[str, float | None]
+"""Metrics of a policy by name; None for one that cannot be measured."""
+
+
+class Answer(TypedDict, total=False):
+    """A response to a prompt, with its reward if it was rewarded."""
+
+    response: Required[str]
+    reward: float
+
+
+class BestAnswer(TypedDict):
+    """The best of several responses to a prompt, and the rewards of all of them."""
+
+    prompt: list[Message]
+    response: str
+    reward: float
+    rewards: list[float]
+    stop_reason: str
 
 
 @dataclass
@@ -71,7 +91,7 @@ def make_rewards(models: Sequence[str], functions: Sequence[str]) -> list[Reward
     return rewards + [FunctionReward(imported(path, "--gold")) for path in functions]
 
 
-def figures(groups: Sequence[Sequence[Episode]], rewarded: bool = True) -> dict[str, float]:
+def figures(groups: Sequence[Sequence[Episode]], rewarded: bool = True) -> Figures:
     """Mean reward with its 95% interval, mean response length, and fraction of truncated responses.
 
     The interval treats prompts, not responses, as independent.
@@ -109,7 +129,7 @@ def compare(
     sampling: SamplingOptions,
     best_of: int = 0,
     references: Sequence[Sequence[Reference]] = (),
-) -> tuple[dict[str, dict[str, Any]], list[dict[str, Any]]]:
+) -> tuple[dict[str, Figures], list[dict[str, list[Message] | list[Answer]]]]:
     """Compare a policy with a baseline on the same prompts.
 
     Args:
@@ -127,7 +147,7 @@ def compare(
     """
     rewarded = bool(sampling.rewards)
     answers = {"policy": sampling.sample(policy, prompts)}
-    found: dict[str, dict[str, Any]] = {"policy": _measured(policy, prompts, answers["policy"], references, rewarded)}
+    found: dict[str, Figures] = {"policy": _measured(policy, prompts, answers["policy"], references, rewarded)}
     if baseline is not None:
         asked = [_own(baseline, prompt) for prompt in prompts]
         theirs = answers["baseline"] = sampling.sample(baseline, asked)
@@ -138,17 +158,17 @@ def compare(
         if best_of > 1:
             best = [[max(group, key=_reward)] for group in sampling.sample(baseline, asked, best_of)]
             found[f"best_of_{best_of}"] = {**figures(best), **wins(best, theirs), "kl": best_of_kl(best_of)}
-    rows = [
+    return found, [
         {
             "prompt": prompt.messages,
-            **{
-                name: [{"response": e.response, **({"reward": e.reward} if rewarded else {})} for e in groups[i]]
-                for name, groups in answers.items()
-            },
+            **{name: [_answer(e, rewarded) for e in groups[i]] for name, groups in answers.items()},
         }
         for i, prompt in enumerate(prompts)
     ]
-    return found, rows
+
+
+def _answer(episode: Episode, rewarded: bool) -> Answer:
+    return {"response": episode.response, "reward": episode.reward} if rewarded else {"response": episode.response}
 
 
 def _measured(
@@ -157,9 +177,9 @@ def _measured(
     groups: Sequence[Sequence[Episode]],
     references: Sequence[Sequence[Reference]],
     rewarded: bool,
-) -> dict[str, Any]:
+) -> Figures:
     """Metrics of one policy's answers, and its perplexity on the references, for prompts that have some."""
-    found: dict[str, Any] = figures(groups, rewarded)
+    found = figures(groups, rewarded)
     if not any(references):
         return found
     pairs = [(e.response, given) for group, given in zip(groups, references, strict=True) for e in group if given]
@@ -173,7 +193,7 @@ def _reward(episode: Episode) -> float:
 
 def best_of_n(
     policy: Policy, prompts: Sequence[Prompt], sampling: SamplingOptions, count: int
-) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+) -> tuple[dict[str, Figures], list[BestAnswer]]:
     """Sample `count` responses to each prompt and keep the best.
 
     Args:
@@ -187,7 +207,7 @@ def best_of_n(
     """
     groups = sampling.sample(policy, prompts, count)
     best = [[max(group, key=_reward)] for group in groups]
-    rows = [
+    rows: list[BestAnswer] = [
         {
             "prompt": prompt.messages,
             "response": chosen.response,
@@ -208,7 +228,4 @@ def _own(policy: Policy, prompt: Prompt) -> Prompt:
 def _kl(policy: Policy, baseline: Policy, groups: Sequence[Sequence[Episode]], temperature: float) -> float | None:
     if not policy.speaks_as(baseline):
         return None
-    episodes = [episode for group in groups for episode in group]
-    heat = temperature or 1.0
-    gaps = zip(policy.logprobs(episodes, heat), baseline.logprobs(episodes, heat), strict=True)
-    return sum(a - b for a, b in gaps) / len(episodes)
+    return policy.kl(baseline, [episode for group in groups for episode in group], temperature or 1.0)

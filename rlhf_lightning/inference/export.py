@@ -1,11 +1,10 @@
 """Export of a trained model for other libraries: with its adapter merged, in the requested dtype."""
 
 from pathlib import Path
-from typing import Any
 
 from rlhf_lightning.data.rendering_settings import RenderingSettings
 from rlhf_lightning.data.tokenizers import load_tokenizer
-from rlhf_lightning.errors import ConfigError, UserError
+from rlhf_lightning.errors import ConfigError, UserError, check_dtype, first_line
 from rlhf_lightning.files import hash_folder, write_json
 from rlhf_lightning.models.generation import end_token_ids
 from rlhf_lightning.models.heads import task_of
@@ -22,11 +21,10 @@ from rlhf_lightning.models.loading import (
 from rlhf_lightning.models.reward_model import RewardModel
 from rlhf_lightning.models.saving import save_model
 from rlhf_lightning.models.scorers import scorer_of
+from rlhf_lightning.types import JSON
 
-DTYPES = ("float32", "bfloat16", "float16")
 
-
-def export_model(source: str, folder: Path, dtype: str | None = None) -> dict[str, Any]:
+def export_model(source: str, folder: Path, dtype: str | None = None) -> dict[str, JSON]:
     """Write a model without adapter: safetensors, config, tokenizer, generation config and `stage.json`.
 
     Args:
@@ -47,8 +45,7 @@ def export_model(source: str, folder: Path, dtype: str | None = None) -> dict[st
         raise ConfigError(f"{folder} is not empty; choose a folder that is empty or does not exist")
     source = check_source(source)
     dtype = dtype or stored_dtype(source)
-    if dtype not in DTYPES:
-        raise ConfigError(f"--dtype is {dtype!r}; it must be one of {', '.join(DTYPES)}")
+    check_dtype(dtype)
     template = None
     if task_of(source) == "SEQ_CLS":
         judge = RewardModel(source)
@@ -80,9 +77,9 @@ def stored_dtype(source: str) -> str:
     return str(getattr(config, "dtype", None) or "float32").removeprefix("torch.")
 
 
-def _facts(source: str) -> dict[str, Any]:
+def _facts(source: str) -> dict[str, JSON]:
     """The source's `stage.json`, with paths relative to it made absolute."""
-    facts = dict(read_stage(source))
+    facts = read_stage(source)
     if facts.get("reference"):
         reference = getattr(scorer_of(source), "reference", None)
         facts["scorer"] = {**facts["scorer"], "init_args": {**facts["scorer"]["init_args"], "reference": reference}}
@@ -112,6 +109,7 @@ def push(folder: Path, repository: str, public: bool = False) -> str:
         address = api.create_repo(repository, private=not public, exist_ok=True)
         api.upload_folder(folder_path=folder, repo_id=repository)
     except (HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OfflineModeIsEnabled, OSError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"{folder} was written, but could not be pushed to {repository}: {reason}") from error
+        raise UserError(
+            f"{folder} was written, but could not be pushed to {repository}: {first_line(error)}"
+        ) from error
     return str(address)

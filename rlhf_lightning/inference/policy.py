@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Literal, TypedDict, Unpack
 
 import torch
 
@@ -21,7 +21,24 @@ from rlhf_lightning.models.lora import base_of
 from rlhf_lightning.models.token_logprobs import TokenLogprobs
 from rlhf_lightning.rollout.runner import run_episodes
 from rlhf_lightning.sampling.sampler import Sampler
-from rlhf_lightning.types import Episode
+from rlhf_lightning.types import JSON, Episode, TrainingSample
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+class SamplingFilters(TypedDict, total=False):
+    """Which tokens are sampled from; arguments of `Sampler`."""
+
+    top_p: float
+    top_k: int
+    min_p: float
+
+
+class SamplingSettings(SamplingFilters, total=False):
+    """How responses are sampled; arguments of `Sampler`."""
+
+    temperature: float
 
 
 class Policy:
@@ -43,7 +60,7 @@ class Policy:
     """
 
     def __init__(
-        self, folder: str, dtype: str = "float32", device: str = "cpu", asked: Mapping[str, Any] | None = None
+        self, folder: str, dtype: str = "float32", device: str = "cpu", asked: Mapping[str, JSON] | None = None
     ) -> None:
         if task_of(check_source(folder)) == "SEQ_CLS":
             raise ConfigError(f"{folder} is a reward model, which cannot generate text; give a causal language model")
@@ -81,7 +98,7 @@ class Policy:
         seed: int,
         samples: int = 1,
         temperature: float = 1.0,
-        **settings: Any,
+        **filters: Unpack[SamplingFilters],
     ) -> list[Episode]:
         """Sample responses.
 
@@ -93,12 +110,12 @@ class Policy:
             seed: Seed of the responses.
             samples: Number of responses per prompt.
             temperature: Temperature; 0 for greedy decoding.
-            settings: Further settings of `Sampler`.
+            **filters: `top_p`, `top_k` and `min_p` of `Sampler`.
 
         Returns:
             The episodes in order, `len(prompts) * samples` of them.
         """
-        sampler = Sampler(max_tokens, temperature, **settings)
+        sampler = Sampler(max_tokens, temperature, **filters)
         sampler.bind(self.model, self.renderer)
         longest = max(prompt.tokens for prompt in prompts)
         if sampler.context and longest + max_tokens > sampler.context:
@@ -119,6 +136,17 @@ class Policy:
         """
         return self._sums([episode.training_samples[0] for episode in episodes], temperature, batch_size)
 
+    def kl(self, other: "Policy", episodes: Sequence[Episode], temperature: float = 1.0) -> float:
+        """KL to another policy of the same vocabulary: the mean of log π − log π_other over responses, in nats.
+
+        Args:
+            other: The other policy.
+            episodes: Single-turn episodes of this policy.
+            temperature: Temperature of both distributions.
+        """
+        gaps = zip(self.logprobs(episodes, temperature), other.logprobs(episodes, temperature), strict=True)
+        return sum(ours - theirs for ours, theirs in gaps) / len(episodes)
+
     def nll(self, rows: Sequence[Rendered], batch_size: int = 16) -> float:
         """Mean negative log-likelihood per trained token, in nats.
 
@@ -129,7 +157,7 @@ class Policy:
         return -sum(self._sums(rows, 1.0, batch_size)) / sum(row.trained for row in rows)
 
     @torch.no_grad()
-    def _sums(self, rows: Sequence[Any], temperature: float, batch_size: int) -> list[float]:
+    def _sums(self, rows: Sequence[TrainingSample | Rendered], temperature: float, batch_size: int) -> list[float]:
         """Log-probability of each row, summed over the tokens of its loss mask, in nats."""
         order = sorted(range(len(rows)), key=lambda i: len(rows[i].ids))
         sums = [0.0] * len(rows)
@@ -164,7 +192,7 @@ class Policy:
         return self.tokenizer.get_vocab() == other.tokenizer.get_vocab()
 
 
-def sampling_settings(folder: str, model: Any) -> dict[str, float]:
+def sampling_settings(folder: str, model: "PreTrainedModel") -> SamplingSettings:
     """Sampling settings in the generation config of a folder; those of the base model for an adapter without one.
 
     Args:
@@ -177,5 +205,9 @@ def sampling_settings(folder: str, model: Any) -> dict[str, float]:
     own = GenerationConfig.from_pretrained(file.parent) if file.is_file() else base_of(model).generation_config
     if own.do_sample is False:
         return {"temperature": 0.0}
-    names = ("temperature", "top_p", "top_k", "min_p")
-    return {name: value for name in names if (value := getattr(own, name, None)) is not None}
+    found: SamplingSettings = {}
+    names: tuple[Literal["temperature", "top_p", "top_k", "min_p"], ...] = ("temperature", "top_p", "top_k", "min_p")
+    for name in names:
+        if (value := getattr(own, name, None)) is not None:
+            found[name] = value
+    return found

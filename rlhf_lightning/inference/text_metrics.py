@@ -4,14 +4,13 @@ import logging
 import math
 import unicodedata
 from collections.abc import Sequence
-from typing import Any
 
 from rlhf_lightning.data.conversations import conversation, to_messages, without_prompt
 from rlhf_lightning.data.prompts import Prompt
 from rlhf_lightning.data.records import RowError
 from rlhf_lightning.errors import DataError
 from rlhf_lightning.inference.policy import Policy
-from rlhf_lightning.types import Message
+from rlhf_lightning.types import JSON, Message, Row
 
 log = logging.getLogger(__name__)
 COLUMNS = ("completion", "response", "chosen")
@@ -42,12 +41,12 @@ def references_of(prompts: Sequence[Prompt], column: str | None = None) -> list[
     return found
 
 
-def _named(row: dict[str, Any], column: str) -> list[Reference]:
+def _named(row: Row, column: str) -> list[Reference]:
     value = row.get(column)
     if value is None:
         raise RowError(f"no column {column!r} for the reference answer; the row has {', '.join(map(repr, row))}")
-    texts = isinstance(value, list) and all(isinstance(item, str) for item in value)
-    return [_answer(item, column) for item in (value if texts else [value])]
+    texts = value if isinstance(value, list) and all(isinstance(item, str) for item in value) else [value]
+    return [_answer(text, column) for text in texts]
 
 
 def _own(prompt: Prompt) -> list[Reference]:
@@ -65,7 +64,7 @@ def _own(prompt: Prompt) -> list[Reference]:
         return []  # the user did not name this column as a reference
 
 
-def _answer(value: Any, name: str, prompt: Sequence[Message] = ()) -> Reference:
+def _answer(value: JSON, name: str, prompt: Sequence[Message] = ()) -> Reference:
     """The assistant's messages in a value, without the prompt that some data sets repeat."""
     messages = without_prompt(to_messages(value, "assistant"), prompt)
     if not messages or messages[0]["role"] != "assistant" or not _text(messages):

@@ -9,18 +9,37 @@ import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import islice
-from typing import Any
+from typing import TYPE_CHECKING, TypedDict, Unpack
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from rlhf_lightning.models.packing import PackedLayout, within_window
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 PREFIX = "packed_over_"
 
 
-def install(config: Any) -> bool:
+class AttentionOptions(TypedDict, total=False):
+    """What is read of the options that transformers passes to an attention function; there are others.
+
+    Attributes:
+        scaling: Factor on the scores.
+        dropout: Probability on the attention weights.
+        sliding_window: Number of most recent keys that are visible.
+        softcap: Soft cap on the scores.
+    """
+
+    scaling: float | None
+    dropout: float
+    sliding_window: int | None
+    softcap: float | None
+
+
+def install(config: "PretrainedConfig") -> bool:
     """Make a model's attention accept layouts.
 
     Args:
@@ -43,32 +62,37 @@ def install(config: Any) -> bool:
     return True
 
 
-def uninstall(config: Any) -> None:
+def uninstall(config: "PretrainedConfig") -> None:
     """Restore the model's own attention."""
     config._attn_implementation = str(config._attn_implementation).removeprefix(PREFIX)
 
 
-def installed(config: Any) -> bool:
+def installed(config: "PretrainedConfig") -> bool:
     """True if the model's attention accepts layouts."""
     return str(config._attn_implementation).startswith(PREFIX)
 
 
 def _attention(
     own: str,
-    module: Any,
+    module: nn.Module,
     query: Tensor,
     key: Tensor,
     value: Tensor,
     attention_mask: Tensor | None,
     layout: "PackedLayout | Decoding | None" = None,
-    **options: Any,
+    **options: Unpack[AttentionOptions],
 ) -> tuple[Tensor, Tensor | None]:
     """Entry point that transformers calls: dispatches on the kind of layout."""
     if layout is None:
         return _model_attention(own, module)(module, query, key, value, attention_mask, **options)
     if isinstance(layout, Decoding):
-        return decoding_attention(query, key, value, layout, **options), None
-    return packed_attention(query, key, value, layout, **options), None
+        return decoding_attention(query, key, value, layout, *_scores(options)), None
+    return packed_attention(query, key, value, layout, *_scores(options), options.get("dropout", 0.0)), None
+
+
+def _scores(options: AttentionOptions) -> tuple[float | None, int | None, float | None]:
+    """`scaling`, `sliding_window` and `softcap`."""
+    return options.get("scaling"), options.get("sliding_window"), options.get("softcap")
 
 
 class Decoding:
@@ -115,7 +139,6 @@ def decoding_attention(
     scaling: float | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
-    **_: Any,
 ) -> Tensor:
     """Attend from one token of each row to the row's keys.
 
@@ -149,7 +172,7 @@ def decoding_attention(
     return out.reshape(rows, 1, heads, value.shape[-1])
 
 
-def _model_attention(name: str, module: Any) -> Callable[..., tuple[Tensor, Tensor | None]]:
+def _model_attention(name: str, module: nn.Module) -> Callable[..., tuple[Tensor, Tensor | None]]:
     """The model's own attention function."""
     if name == "eager":  # each model's file defines its own
         return sys.modules[type(module).__module__].eager_attention_forward
@@ -165,10 +188,9 @@ def packed_attention(
     value: Tensor,
     layout: PackedLayout,
     scaling: float | None = None,
-    dropout: float = 0.0,
     sliding_window: int | None = None,
     softcap: float | None = None,
-    **_: Any,
+    dropout: float = 0.0,
 ) -> Tensor:
     """Attend within each tree of a layout.
 
@@ -178,9 +200,9 @@ def packed_attention(
         value: `[1, key heads, n, size]`.
         layout: Where each token of the packed row belongs.
         scaling: Factor on the scores; 1/√size by default.
-        dropout: Probability on the attention weights.
         sliding_window: Number of most recent keys that are visible; None for all.
         softcap: Soft cap on the scores; None for none.
+        dropout: Probability on the attention weights.
 
     Returns:
         `[1, n, heads, size]`.

@@ -1,10 +1,10 @@
 """A causal model as its decoder, which runs at every position, and its head, which runs where logits are needed."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +12,9 @@ from torch import Tensor, nn
 
 from rlhf_lightning.models.lora import base_of
 from rlhf_lightning.models.sharding import run_unsharded
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 log = logging.getLogger(__name__)
 FEW = 64
@@ -35,7 +38,7 @@ class Backbone:
         ```
     """
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: nn.Module) -> None:
         base = base_of(model)
         self.model = model
         self.decoder = base.get_decoder() if hasattr(base, "get_decoder") else base.base_model
@@ -62,7 +65,7 @@ class Backbone:
         return ours.shape == theirs.shape and torch.allclose(ours.float(), theirs.float(), rtol=1e-3, atol=1e-3)
 
 
-def _logit_adjustment(config: Any) -> Any:
+def _logit_adjustment(config: "PretrainedConfig") -> Callable[[Tensor], Tensor]:
     """What some models apply to logits after the head: a soft cap (Gemma 2), a factor (Cohere), a divisor (Granite)."""
     cap = getattr(config, "final_logit_softcapping", None)
     scale = getattr(config, "logit_scale", None) or 1.0

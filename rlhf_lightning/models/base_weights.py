@@ -6,7 +6,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors import safe_open
@@ -14,12 +14,17 @@ from torch import Tensor, nn
 
 from rlhf_lightning.errors import ConfigError
 from rlhf_lightning.files import real_path
-from rlhf_lightning.models.lora import HEADS, is_adapted, is_quantized, of_adapter, plain_name
+from rlhf_lightning.models.lora import HEADS, LoRA, is_adapted, is_quantized, of_adapter, plain_name
+from rlhf_lightning.types import JSON
+
+if TYPE_CHECKING:
+    from peft import PeftConfig, PeftModel
+    from transformers import PretrainedConfig, PreTrainedModel
 
 log = logging.getLogger(__name__)
 
 
-def check_adapted(model: Any, lora: Any) -> None:
+def check_adapted(model: nn.Module, lora: LoRA | None) -> None:
     """Raise `ConfigError` if a model passed with an adapter cannot be trained or saved as it is.
 
     Args:
@@ -41,7 +46,7 @@ def check_adapted(model: Any, lora: Any) -> None:
     check_kind(model.peft_config["default"])
 
 
-def check_trainable(model: Any) -> None:
+def check_trainable(model: nn.Module) -> None:
     """Raise `ConfigError` if the adapter of a model passed as an object would not be trained."""
     if not is_adapted(model):
         return
@@ -57,7 +62,7 @@ def check_trainable(model: Any) -> None:
         )
 
 
-def check_kind(config: Any, name: str = "the adapter") -> None:
+def check_kind(config: "PeftConfig", name: str = "the adapter") -> None:
     """Raise `ConfigError` for adapters that have no weights in layers, such as prompt or prefix tuning."""
     if config.is_prompt_learning:
         raise ConfigError(
@@ -68,7 +73,7 @@ def check_kind(config: Any, name: str = "the adapter") -> None:
 # -- weights ----------------------------------------------------------------------------------------------------------
 
 
-def plain_weights(model: Any, weights: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
+def plain_weights(model: "PeftModel", weights: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
     """Weights of the model below an adapter, by the names they have without it.
 
     Args:
@@ -81,7 +86,7 @@ def plain_weights(model: Any, weights: dict[str, Tensor] | None = None) -> dict[
     return {plain_name(name): value for name, value in named.items() if not of_adapter(name, model.peft_config)}
 
 
-def keeps_base(model: Any) -> bool:
+def keeps_base(model: nn.Module) -> bool:
     """True if the weights below a model's adapter are those of the base that the adapter names, or there is no adapter.
 
     Raises:
@@ -149,7 +154,7 @@ def _local(source: str) -> Path | None:
         return None  # cannot be compared, so the weights are saved with the adapter
 
 
-def write_base(model: Any, scratch: Path, folder: Path, weights: dict[str, Tensor] | None = None) -> None:
+def write_base(model: "PeftModel", scratch: Path, folder: Path, weights: dict[str, Tensor] | None = None) -> None:
     """Save the model below an adapter in full to `base/` in the adapter's folder, and point the adapter to it.
 
     Args:
@@ -171,7 +176,7 @@ def write_base(model: Any, scratch: Path, folder: Path, weights: dict[str, Tenso
     name_base(scratch, folder, init_lora_weights=True)
 
 
-def link_base(config: Any, source: Path, scratch: Path, folder: Path) -> None:
+def link_base(config: "PretrainedConfig", source: Path, scratch: Path, folder: Path) -> None:
     """Hard-link the files of `source` into `base/` in an adapter's folder, with another config.
 
     Args:
@@ -190,7 +195,7 @@ def link_base(config: Any, source: Path, scratch: Path, folder: Path) -> None:
     name_base(scratch, folder)
 
 
-def name_base(scratch: Path, folder: Path, **changes: Any) -> None:
+def name_base(scratch: Path, folder: Path, **changes: JSON) -> None:
     """Point the adapter in `scratch` to the `base/` folder inside it.
 
     Args:
@@ -208,7 +213,7 @@ def name_base(scratch: Path, folder: Path, **changes: Any) -> None:
 # -- vocabulary -------------------------------------------------------------------------------------------------------
 
 
-def stored_embeddings(config: Any, folder: Path | str) -> bool:
+def stored_embeddings(config: "PeftConfig", folder: Path | str) -> bool:
     """True if an adapter's file brings embeddings of the model below it (peft's `save_embedding_layers`)."""
     names = [name.replace(".base_layer", "") for name, _ in _shapes(folder)]
     own = set(getattr(config, "modules_to_save", None) or ())
@@ -219,7 +224,7 @@ def stored_embeddings(config: Any, folder: Path | str) -> bool:
     )
 
 
-def fit_rows(base: Any, config: Any, folder: Path | str) -> None:
+def fit_rows(base: "PreTrainedModel", config: "PeftConfig", folder: Path | str) -> None:
     """Resize a base to the vocabulary of an adapter.
 
     Raises:
@@ -253,14 +258,14 @@ def fit_rows(base: Any, config: Any, folder: Path | str) -> None:
     base.resize_token_embeddings(wanted, mean_resizing=False)
 
 
-def _of_head(config: Any, name: str, rows: set[int]) -> bool:
+def _of_head(config: "PeftConfig", name: str, rows: set[int]) -> bool:
     """True if the trainable tokens of an untied head include these rows."""
     indices = getattr(config, "trainable_token_indices", None)
     found = [part for key, part in indices.items() if name.endswith(key)] if isinstance(indices, dict) else []
     return rows <= {index for part in found for index in part}
 
 
-def _token_indices(config: Any) -> Iterator[int]:
+def _token_indices(config: "PeftConfig") -> Iterator[int]:
     """Ids of the adapter's trainable tokens."""
     indices = getattr(config, "trainable_token_indices", None) or ()
     for part in indices.values() if isinstance(indices, dict) else [indices]:
@@ -276,7 +281,7 @@ def _shapes(folder: Path | str) -> list[tuple[str, list[int]]]:
         return [(name, list(stored.get_slice(name).get_shape())) for name in stored.keys()]  # noqa: SIM118
 
 
-def untie(base: Any) -> None:
+def untie(base: "PreTrainedModel") -> None:
     """Give a tied head its own weights, and record that in the config."""
     head, embedding = base.get_output_embeddings(), base.get_input_embeddings()
     inner = head.base_layer if hasattr(head, "base_layer") else head

@@ -1,22 +1,21 @@
 """What a model's own generation config says about the end of its responses."""
 
 import logging
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from rlhf_lightning.errors import ConfigError
 from rlhf_lightning.files import read_object
 from rlhf_lightning.models.loading import adapter_base, is_adapter, loading
 from rlhf_lightning.models.lora import base_of
+from rlhf_lightning.types import JSON, Tokenizer
 
 log = logging.getLogger(__name__)
 _WARNED: set[str] = set()
 
 
-def end_token_ids(source: Any, tokenizer: Any = None) -> list[int]:
+def end_token_ids(source: nn.Module | str | Path, tokenizer: Tokenizer | None = None) -> list[int]:
     """Ids that end a response according to a model's generation config, as `generate` and vLLM read them.
 
     Args:
@@ -48,13 +47,13 @@ def end_token_ids(source: Any, tokenizer: Any = None) -> list[int]:
     return _named(config, read_object(own) if own.is_file() else None, tokenizer, str(folder))
 
 
-def stop_texts(model: Any) -> list[str]:
+def stop_texts(model: nn.Module) -> list[str]:
     """Texts that end a response according to a model's generation config (`stop_strings`)."""
     found = getattr(getattr(base_of(model), "generation_config", None), "stop_strings", None) or []
     return [found] if isinstance(found, str) else [text for text in found if isinstance(text, str) and text]
 
 
-def _of_hub(name: str, tokenizer: Any) -> list[int]:
+def _of_hub(name: str, tokenizer: Tokenizer | None) -> list[int]:
     """End-of-response ids of a model on the Hub."""
     from transformers import GenerationConfig, PretrainedConfig
 
@@ -67,31 +66,35 @@ def _of_hub(name: str, tokenizer: Any) -> list[int]:
     return _named(config, generation, tokenizer, name)
 
 
-def _named(config: dict[str, Any], generation: dict[str, Any] | None, tokenizer: Any, where: str) -> list[int]:
+def _named(
+    config: dict[str, JSON], generation: dict[str, JSON] | None, tokenizer: Tokenizer | None, where: str
+) -> list[int]:
     """Ids from a generation config, or from the model's config if there is none, as in transformers."""
-    text = config["text_config"] if isinstance(config.get("text_config"), dict) else {}
-    rows = config.get("vocab_size") or text.get("vocab_size") or 0
+    inner = config.get("text_config")
+    text = inner if isinstance(inner, dict) else {}
+    size = config.get("vocab_size") or text.get("vocab_size")
+    rows = size if isinstance(size, int) else 0
     if generation is not None:
         return _checked(generation.get("eos_token_id"), rows, tokenizer, f"{where}/generation_config.json")
     named = text.get("eos_token_id") if config.get("eos_token_id") is None else config["eos_token_id"]
     return _checked(named, rows, tokenizer, f"{where}/config.json")
 
 
-def _checked(named: Any, rows: int, tokenizer: Any, where: str) -> list[int]:
+def _checked(named: JSON | Tensor, rows: int, tokenizer: Tokenizer | None, where: str) -> list[int]:
     """Valid ids of an `eos_token_id`, which may be an integer, a list of integers, or None."""
     if named is None:
         return []
-    ids: Sequence[Any] = named.tolist() if hasattr(named, "tolist") else named
-    ids = [ids] if not isinstance(ids, list | tuple) else ids
-    wrong = [value for value in ids if isinstance(value, bool) or not isinstance(value, int)]
-    if wrong:
+    listed = named.tolist() if isinstance(named, Tensor) else named
+    ids = list(listed) if isinstance(listed, list | tuple) else [listed]
+    valid = [value for value in ids if isinstance(value, int) and not isinstance(value, bool)]
+    if wrong := [value for value in ids if isinstance(value, bool) or not isinstance(value, int)]:
         raise ConfigError(
             f"{where}: eos_token_id is {named!r}, and {wrong[0]!r} is not a token id. "
             "Write an integer, or a list of integers."
         )
     rows = max(rows, len(tokenizer) if tokenizer is not None else 0)
-    outside = [value for value in ids if value < 0 or (rows and value >= rows)]
+    outside = [value for value in valid if value < 0 or (rows and value >= rows)]
     if outside and (said := f"{where}: eos_token_id {', '.join(map(str, outside))}") not in _WARNED:
         _WARNED.add(said)
         log.warning("%s is outside the vocabulary (%s tokens), so no response can end with it", said, rows or "some")
-    return sorted({value for value in ids if value not in outside})
+    return sorted({value for value in valid if value not in outside})

@@ -2,26 +2,26 @@
 
 import logging
 from collections.abc import Sequence
-from typing import Any
 
 from torch import nn
 
 from rlhf_lightning.errors import ConfigError
 from rlhf_lightning.models.loading import adapter_config, is_adapter, loading
 from rlhf_lightning.models.lora import HEADS, base_of
+from rlhf_lightning.types import Tokenizer
 
 log = logging.getLogger(__name__)
 
 
-def find_head(model: Any) -> nn.Module:
+def find_head(model: nn.Module) -> nn.Module:
     """The score head of a sequence classifier.
 
     Raises:
         ConfigError: If the model has none under a known name.
     """
     for name in HEADS:
-        if isinstance(getattr(model, name, None), nn.Module):
-            return getattr(model, name)
+        if isinstance(head := getattr(model, name, None), nn.Module):
+            return head
     raise ConfigError(f"{type(model).__name__} has no known score head; set model.scorer to SequenceLogprob")
 
 
@@ -41,7 +41,7 @@ def task_of(source: str) -> str:
     return "SEQ_CLS" if has_head(source) else "CAUSAL_LM"
 
 
-def init_head(model: Any) -> None:
+def init_head(model: nn.Module) -> None:
     """Initialize the score head with standard deviation 1/√(hidden + 1) and no bias."""
     head = find_head(base_of(model))
     # peft keeps the head twice, as loaded and as trained; both get the same weights.
@@ -53,7 +53,7 @@ def init_head(model: Any) -> None:
             nn.init.zeros_(layer.bias)
 
 
-def pad_token(tokenizer: Any, stop_token_ids: Sequence[int]) -> str:
+def pad_token(tokenizer: Tokenizer, stop_token_ids: Sequence[int]) -> str:
     """A padding token that never ends a response; added to the tokenizer if it has none."""
     candidates = [tokenizer.pad_token, tokenizer.unk_token]
     special = sorted(tokenizer.added_tokens_decoder.items())

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -27,7 +27,12 @@ from rlhf_lightning.models.base_weights import (
 )
 from rlhf_lightning.models.lora import HEADS, LoRA, base_of, is_quantized
 from rlhf_lightning.models.sharding import layers_of
+from rlhf_lightning.types import Tokenizer
 from rlhf_lightning.untrusted import check_files, refuse_chain
+
+if TYPE_CHECKING:
+    from peft import PeftConfig, PeftModel
+    from transformers import PretrainedConfig, PreTrainedModel
 
 log = logging.getLogger(__name__)
 AUTO_CLASSES = {
@@ -70,7 +75,7 @@ class Start:
         ```
     """
 
-    source: Any
+    source: "str | Path | PreTrainedModel | PeftModel"
     task: str = "CAUSAL_LM"
     lora: LoRA | None = None
     dtype: str = "float32"
@@ -139,7 +144,7 @@ class Start:
         _write_once(merged, workdir / "merged", folder)
         return self._with_lora(self._pretrained(str(workdir / "merged")))
 
-    def _pretrained(self, source: str) -> Any:
+    def _pretrained(self, source: str) -> "PreTrainedModel":
         import transformers
 
         auto = getattr(transformers, AUTO_CLASSES[self.task])
@@ -167,7 +172,7 @@ class Start:
             )
         return model
 
-    def _with_lora(self, model: Any) -> nn.Module:
+    def _with_lora(self, model: nn.Module) -> nn.Module:
         if self.lora is None:
             return model
         from peft import get_peft_model
@@ -176,7 +181,7 @@ class Start:
         return get_peft_model(model, self.lora.config(model, self.task))
 
 
-def _sees_ahead(config: Any) -> bool:
+def _sees_ahead(config: "PretrainedConfig") -> bool:
     """True if the architecture is bidirectional and not configured as a decoder."""
     from transformers.models.auto import modeling_auto as auto
 
@@ -184,7 +189,7 @@ def _sees_ahead(config: Any) -> bool:
     return config.model_type in kinds and not getattr(config, "is_decoder", False)
 
 
-def _write_once(model: Any, folder: Path, adapter: Path) -> None:
+def _write_once(model: "PreTrainedModel", folder: Path, adapter: Path) -> None:
     """Save a merged model, unless another rank or run already wrote it from this same adapter (by hash).
 
     The tokenizer, chat template, generation config and rendering settings next to the adapter are copied along.
@@ -242,7 +247,7 @@ def loading(what: str) -> Iterator[None]:
         raise ConfigError(f"{what} cannot be loaded: {reason.rstrip('. ')}. {remedy}.") from error
 
 
-def adapter_config(folder: Path | str) -> Any:
+def adapter_config(folder: Path | str) -> "PeftConfig":
     """peft's config of an adapter folder.
 
     Raises:
@@ -258,13 +263,13 @@ def adapter_config(folder: Path | str) -> Any:
     return config
 
 
-def with_adapter(base: Any, folder: Path | str, **options: Any) -> Any:
+def with_adapter(base: "PreTrainedModel", folder: Path | str, is_trainable: bool = False) -> "PeftModel":
     """Load an adapter onto a base.
 
     Args:
         base: The model below the adapter; resized if the adapter's vocabulary is larger.
         folder: The adapter's folder.
-        **options: Further arguments of `PeftModel.from_pretrained`.
+        is_trainable: Train the adapter.
 
     Raises:
         ConfigError: If the adapter does not fit, or lacks weights.
@@ -275,7 +280,7 @@ def with_adapter(base: Any, folder: Path | str, **options: Any) -> Any:
     weights = Path(folder) / "adapter_model.safetensors"
     with loading(f"the adapter {str(folder)!r}"):
         fit_rows(base, adapter_config(folder), folder)
-        model = PeftModel.from_pretrained(base, folder, **options)
+        model = PeftModel.from_pretrained(base, folder, is_trainable=is_trainable)
         if not weights.exists():
             return model
         with safe_open(weights, "pt") as stored:
@@ -293,7 +298,7 @@ def _merged_from(folder: Path) -> str | None:
     return read_object(path).get("adapter") if path.is_file() else None
 
 
-def check_source(source: Any, options: Mapping[str, Any] | None = None) -> str:
+def check_source(source: str | Path, options: Mapping[str, Any] | None = None) -> str:
     """Return a model source as text, after checking for common mistakes and for folders that would run code.
 
     Args:
@@ -348,7 +353,7 @@ def adapter_base(folder: Path) -> str:
         raise ConfigError(f"{folder} is an adapter whose base cannot be used: {error}") from None
 
 
-def merge(model: Any) -> Any:
+def merge(model: "PeftModel") -> "PreTrainedModel":
     """Merge an adapter into its base. If it adapts one of two tied weights they are untied first, in the config too."""
     base = model.get_base_model()
     head, embedding = base.get_output_embeddings(), base.get_input_embeddings()
@@ -358,7 +363,7 @@ def merge(model: Any) -> Any:
     return model.merge_and_unload()
 
 
-def load_for_scoring(folder: str, task: str, dtype: str = "float32") -> Any:
+def load_for_scoring(folder: str, task: str, dtype: str = "float32") -> "PreTrainedModel | PeftModel":
     """Load a saved model in eval mode. An adapter stays unmerged, so that scores equal those in training.
 
     Args:
@@ -375,7 +380,7 @@ def load_for_scoring(folder: str, task: str, dtype: str = "float32") -> Any:
 _MEDIA = re.compile(r"image|audio|video|vision", re.IGNORECASE)
 
 
-def check_vocabulary(model: Any, tokenizer: Any, name: str = "the model") -> None:
+def check_vocabulary(model: "PreTrainedModel", tokenizer: Tokenizer, name: str = "the model") -> None:
     """Raise `ConfigError` if the tokenizer has ids that the model has no embedding for."""
     rows = model.get_input_embeddings().weight.shape[0]
     # By id, since ids may have gaps. Gemma 3 1B has no embedding for its image token, which text rows never hold.
@@ -400,7 +405,7 @@ def disable_dropout(model: nn.Module) -> None:
                 setattr(module, name, 0.0)
 
 
-def compile_layers(model: Any, backend: str = "inductor") -> None:
+def compile_layers(model: nn.Module, backend: str = "inductor") -> None:
     """Compile each decoder layer separately: one graph serves all of them, and weights keep their names.
 
     Raises:

@@ -62,7 +62,9 @@ class TokenLogprobsFunction(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor | None, grad_entropy: Tensor | None, _: Tensor | None) -> Any:
+    def backward(
+        ctx: Any, grad: Tensor | None, grad_entropy: Tensor | None, _: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
         """Overwrite the buffer with the gradient of the logits.
 
         With z the logits over the temperature: ∂ log p(t) / ∂z = (1 at t) − p, and ∂H / ∂z = −p · (log p + H).

@@ -3,16 +3,22 @@
 import copy
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import dataclass, field
 from importlib.util import find_spec
-from typing import Any
+from typing import TYPE_CHECKING, TypeGuard
 
 import torch
 from torch import Tensor, nn
 
 from rlhf_lightning.errors import ConfigError, check_whole
 from rlhf_lightning.settings import plain
+
+if TYPE_CHECKING:
+    from peft import LoraConfig, PeftConfig, PeftModel
+    from peft.tuners.lora import LoraLayer
+    from peft.tuners.trainable_tokens import TrainableTokensLayer
+    from transformers import BitsAndBytesConfig, PreTrainedModel
 
 HEADS = ("score", "classifier", "classification_head")
 GROUPS = ("attention", "mlp", "unembedding", "all")
@@ -65,7 +71,7 @@ class LoRA:
         if self.quantize not in (None, "nf4", "fp4"):
             raise ConfigError(f"lora.quantize is {self.quantize!r}; it must be nf4, fp4, or null")
 
-    def quantization(self) -> dict[str, Any]:
+    def quantization(self) -> "dict[str, BitsAndBytesConfig]":
         """Arguments of `from_pretrained` that load the base quantized; empty without `quantize`.
 
         Raises:
@@ -90,7 +96,7 @@ class LoRA:
         )
         return {"quantization_config": config}
 
-    def config(self, model: nn.Module, task_type: str) -> Any:
+    def config(self, model: nn.Module, task_type: str) -> "LoraConfig":
         """peft's `LoraConfig` for a model.
 
         Args:
@@ -135,7 +141,7 @@ class LoRA:
             raise ConfigError(f"lora.target {self.target} matches no layer of {type(model).__name__}")
         return sorted(set(names))
 
-    def continues(self, adapter: Any, model: nn.Module) -> bool:
+    def continues(self, adapter: "PeftConfig", model: nn.Module) -> bool:
         """True if an adapter of this `LoraConfig` can be trained on: plain LoRA of the same rank, alpha and targets."""
         if not simple(adapter):
             return False
@@ -147,17 +153,17 @@ class LoRA:
         return adapter.r == self.rank and adapter.lora_alpha == self.alpha and matched == names
 
 
-def base_of(model: Any) -> Any:
+def base_of(model: nn.Module) -> "PreTrainedModel":
     """The Hugging Face model inside a `PeftModel`, or the model itself. Its layers include any adapters."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
+    return model.get_base_model() if is_adapted(model) else model
 
 
-def is_adapted(model: Any) -> bool:
+def is_adapted(model: nn.Module) -> "TypeGuard[PeftModel]":
     """True for a `PeftModel`. Some versions of peft leave `peft_config` on a base after merging."""
     return hasattr(model, "get_base_model")
 
 
-def is_quantized(model: Any) -> bool:
+def is_quantized(model: nn.Module) -> bool:
     """True if linear layers of the model are in 4 bits."""
     return bool(getattr(base_of(model), "is_loaded_in_4bit", False))
 
@@ -171,7 +177,7 @@ def _dequantized(parameter: nn.Parameter) -> Tensor:
     return dequantize_bnb_weight(parameter).detach()
 
 
-def named_weights(model: Any) -> Iterator[tuple[str, Tensor]]:
+def named_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Iterate over the weights by their Hugging Face names, one at a time, with adapters merged in.
 
     Of sharded weights, one at a time is gathered; all ranks must iterate.
@@ -200,11 +206,11 @@ def _trained(modules: dict[str, nn.Module], name: str, parameter: nn.Parameter) 
         return modules[f"{owner}.modules_to_save.default"].get_parameter(rest).detach()
     owner, wrapped, rest = name.partition(".token_adapter.base_layer.")
     if wrapped:
-        tokens: Any = modules[f"{owner}.token_adapter"]
+        tokens: TrainableTokensLayer = modules[f"{owner}.token_adapter"]
         return tokens.get_merged_weights(["default"]).detach()
     # peft wraps several parameters of one module in nested layers.
     parts = name.split(".base_layer")
-    owners: list[Any] = [modules[".base_layer".join(parts[:end])] for end in range(1, len(parts))]
+    owners: list[LoraLayer] = [modules[".base_layer".join(parts[:end])] for end in range(1, len(parts))]
     rest = parts[-1].removeprefix(".")
     own = [one for one in owners if getattr(one, "parameter_name", "weight") == rest and "default" in one.scaling]
     if not own:
@@ -219,7 +225,7 @@ def _trained(modules: dict[str, nn.Module], name: str, parameter: nn.Parameter) 
     return value
 
 
-def of_adapter(name: str, adapters: Any) -> bool:
+def of_adapter(name: str, adapters: Container[str]) -> bool:
     """True if a weight belongs to an adapter: peft puts the adapter's name into the weight's name."""
     return any(part in adapters for part in name.split("."))
 
@@ -231,7 +237,7 @@ def plain_name(name: str) -> str:
     return name
 
 
-def simple(config: Any) -> bool:
+def simple(config: "PeftConfig") -> bool:
     """True if an adapter is plain LoRA on layers, and its initialization changed no other weight."""
     unlike = {"bias": "none", "init_lora_weights": True}
     extra = (
@@ -271,7 +277,7 @@ def _group(name: str) -> str | None:
     return "attention" if any(_ATTENTION.search(part) for part in parts) else "mlp"
 
 
-def _unembedding(model: Any) -> str | None:
+def _unembedding(model: "PreTrainedModel") -> str | None:
     """Name of the language-model head, if there is one."""
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     return next((name for name, module in model.named_modules() if module is head), None) if head else None

@@ -6,7 +6,6 @@ Sizes are in bytes on one device. docs/memory.md has the formulas.
 import contextlib
 import logging
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +19,9 @@ from rlhf_lightning.models.precision import NARROW
 from rlhf_lightning.models.sharding import run_unsharded
 
 log = logging.getLogger(__name__)
+OptimizerFactory = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
+Precision = Callable[[], contextlib.AbstractContextManager[None]]
+"""Makes the context in which a forward runs with the precision of training."""
 PROBES = (32, 96)
 """Token counts of the two forwards from which activations are extrapolated."""
 
@@ -28,9 +30,14 @@ def tensor_bytes(tensors: Iterable[Tensor]) -> int:
     """Bytes of tensors, counting each storage once and only the local shard of sharded ones."""
     found: dict[int, int] = {}
     for tensor in tensors:
-        local: Any = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+        local = _local(tensor)
         found[local.untyped_storage().data_ptr() or id(tensor)] = local.numel() * local.element_size()
     return sum(found.values())
+
+
+def _local(tensor: Tensor) -> Tensor:
+    """This rank's shard of a tensor; the tensor itself if it is not sharded."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
 def trained(module: nn.Module) -> list[nn.Parameter]:
@@ -38,7 +45,7 @@ def trained(module: nn.Module) -> list[nn.Parameter]:
     return [parameter for parameter in module.parameters() if parameter.requires_grad]
 
 
-def optimizer_bytes(factory: Callable[[Iterable[Any]], Any], parameters: Iterable[nn.Parameter]) -> int:
+def optimizer_bytes(factory: OptimizerFactory, parameters: Iterable[nn.Parameter]) -> int:
     """Bytes of an optimizer's state after its first step.
 
     The factory is tried on a small matrix and a small vector of each dtype. State in the shape of its parameter is
@@ -48,10 +55,10 @@ def optimizer_bytes(factory: Callable[[Iterable[Any]], Any], parameters: Iterabl
         factory: Makes an optimizer from parameters, as the modules take it.
         parameters: The trained parameters.
     """
-    rates: dict[Any, tuple[float, float]] = {}
+    rates: dict[tuple[torch.dtype, bool], tuple[float, float]] = {}
     total = 0.0
     for parameter in parameters:
-        local: Any = parameter.to_local() if hasattr(parameter, "to_local") else parameter
+        local = _local(parameter)
         matrix = local.ndim > 1
         if (local.dtype, matrix) not in rates:
             rates[local.dtype, matrix] = _state_of_one(factory, local.dtype, matrix)
@@ -61,7 +68,7 @@ def optimizer_bytes(factory: Callable[[Iterable[Any]], Any], parameters: Iterabl
 
 
 @torch.enable_grad()
-def _state_of_one(factory: Callable[[Iterable[Any]], Any], dtype: torch.dtype, matrix: bool) -> tuple[float, float]:
+def _state_of_one(factory: OptimizerFactory, dtype: torch.dtype, matrix: bool) -> tuple[float, float]:
     """`(bytes per value, further bytes per parameter)` of an optimizer's state."""
     probe = nn.Parameter(torch.zeros((5, 7) if matrix else (35,), dtype=dtype))
     probe.grad = torch.zeros_like(probe)
@@ -76,7 +83,7 @@ def _state_of_one(factory: Callable[[Iterable[Any]], Any], dtype: torch.dtype, m
     return for_value, sum(value.numel() * value.element_size() for value in state if value.shape != probe.shape)
 
 
-def activation_bytes(forward: PackedForward, tokens: int, context: Callable[[], Any] = contextlib.nullcontext) -> int:
+def activation_bytes(forward: PackedForward, tokens: int, context: Precision = contextlib.nullcontext) -> int:
     """Bytes of the activations that backward needs, without gradient checkpointing.
 
     The model is run twice on few tokens, and what autograd saves is counted: each storage once, without weights. The
@@ -93,14 +100,13 @@ def activation_bytes(forward: PackedForward, tokens: int, context: Callable[[], 
     return round(max(0.0, few + slope * (tokens - PROBES[0])))
 
 
-def _saved(forward: PackedForward, tokens: int, context: Callable[[], Any]) -> int:
+def _saved(forward: PackedForward, tokens: int, context: Precision) -> int:
     """Bytes that autograd saves in a forward of `tokens` tokens."""
     sizes: dict[int, int] = {}
     kept: list[Tensor] = []  # keeps storages alive, so that none is reused while they are counted
 
     def keep(tensor: Tensor) -> Tensor:
-        local: Any = tensor
-        storage = (local.to_local() if hasattr(local, "to_local") else local).untyped_storage()
+        storage = _local(tensor).untyped_storage()
         if not any(isinstance(one, nn.Parameter) for one in (tensor, tensor._base)):
             kept.append(tensor)
             sizes[storage.data_ptr()] = storage.nbytes()
@@ -140,7 +146,7 @@ def _training_without_checkpointing(model: nn.Module) -> Iterator[None]:
             part.training = mode
 
 
-def checkpointed_bytes(model: Any, activations: int, tokens: int, size: int) -> int:
+def checkpointed_bytes(model: nn.Module, activations: int, tokens: int, size: int) -> int:
     """Bytes of activations with gradient checkpointing: each layer's input, and all of one recomputed layer.
 
     Args:
@@ -173,7 +179,7 @@ def logit_bytes(backbone: Backbone, rows: int, size: int, limit: int) -> int:
     return buffer * (3 if capped else 1) + 2 * 4 * min(rows * vocabulary, max(vocabulary, chunk)) + head
 
 
-def cache_bytes(model: Any, rows: int, tokens: int, size: int) -> int:
+def cache_bytes(model: nn.Module, rows: int, tokens: int, size: int) -> int:
     """Bytes of the sampler's keys and values.
 
     Args:
@@ -190,7 +196,7 @@ def cache_bytes(model: Any, rows: int, tokens: int, size: int) -> int:
     return 2 * config.num_hidden_layers * rows * heads * width * tokens * size
 
 
-def compute_size(model: Any, context: Callable[[], Any]) -> int:
+def compute_size(model: nn.Module, context: Precision) -> int:
     """Bytes of a number in the layers' computations, within a precision context."""
     weight = next(p for p in model.parameters() if p.is_floating_point())
     with context():

@@ -1,17 +1,16 @@
 """Offloading to CPU memory: activations until backward needs them, and frozen models while they do not run."""
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from types import MethodType
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from rlhf_lightning.errors import ConfigError
+from rlhf_lightning.errors import ConfigError, first_line
 
 log = logging.getLogger(__name__)
 LEAST = 2**20
@@ -43,7 +42,7 @@ class ActivationOffload(saved_tensors_hooks):
         self.device, self.least = device, least
         self.moved = 0
         """Bytes copied so far."""
-        self._copies: dict[Any, tuple[StorageWeakRef, Packed]] = {}
+        self._copies: dict[tuple[Hashable, ...], tuple[StorageWeakRef, Packed]] = {}
         super().__init__(self._pack, self._unpack)
 
     def _pack(self, tensor: Tensor) -> Packed:
@@ -73,7 +72,7 @@ class ActivationOffload(saved_tensors_hooks):
         super().__enter__()
         return self
 
-    def __exit__(self, *args: Any) -> None:
+    def __exit__(self, *args: object) -> None:
         self._copies.clear()
         super().__exit__(*args)
 
@@ -137,5 +136,4 @@ def check_place(name: str, device: str | None, offload: bool) -> None:
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ConfigError(f"{name}: this machine has no device {device!r} ({reason})") from error
+        raise ConfigError(f"{name}: this machine has no device {device!r} ({first_line(error)})") from error

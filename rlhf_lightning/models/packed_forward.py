@@ -3,17 +3,24 @@
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from rlhf_lightning.errors import first_line
 from rlhf_lightning.models.attention import install, installed, uninstall
 from rlhf_lightning.models.backbone import evaluating
 from rlhf_lightning.models.lora import base_of, is_quantized
 from rlhf_lightning.models.packing import PackedLayout, SharedPrefix, find_shared_prefixes, group_by_token_budget
 from rlhf_lightning.models.precision import NARROW
 from rlhf_lightning.models.sharding import full_tensor, is_sharded, max_over_ranks, run_unsharded, runs_unsharded
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel
+
+    from rlhf_lightning.models.offload import ActivationOffload
 
 log = logging.getLogger(__name__)
 CPU_TOKENS, GPU_TOKENS = 2048, 16384
@@ -63,10 +70,10 @@ class PackedForward:
         ```
     """
 
-    def __init__(self, model: Any, decoder: Any, max_tokens: int | None = None) -> None:
+    def __init__(self, model: "PreTrainedModel | PeftModel", decoder: nn.Module, max_tokens: int | None = None) -> None:
         self.model, self.decoder, self.max_tokens = model, decoder, max_tokens
         self.config = base_of(model).config.get_text_config()
-        self.saving: Callable[[], AbstractContextManager[Any]] = nullcontext
+        self.saving: Callable[[], AbstractContextManager[ActivationOffload | None]] = nullcontext
         """Context in which the model runs, which decides where activations for backward are kept."""
         self._checked = {False: 0, True: 0}
         """Row length in tokens up to which packed rows were compared, by whether gradients were too."""
@@ -165,7 +172,7 @@ class PackedForward:
         except torch.OutOfMemoryError:
             raise
         except FAILURES as error:
-            difference, reason = torch.inf, str(error).strip().splitlines()[0]
+            difference, reason = torch.inf, first_line(error)
         else:
             reason = f"relative difference {difference:.1e} at {length} tokens"
         if difference > tolerance(self.model):
@@ -206,7 +213,7 @@ class PackedForward:
         return [states.detach(), *_gradients(self.model, (states * direction).sum())]
 
 
-def _gradients(model: Any, total: Tensor) -> list[Tensor]:
+def _gradients(model: nn.Module, total: Tensor) -> list[Tensor]:
     """Gradients of `total` by the trained weights that it depends on; `grad` is left unchanged."""
     trained = [p for p in model.parameters() if p.requires_grad]
     if not is_sharded(model):
@@ -223,7 +230,7 @@ def _gradients(model: Any, total: Tensor) -> list[Tensor]:
     return [full_tensor(gradient).float() for gradient in split_ones]
 
 
-def tolerance(model: Any) -> float:
+def tolerance(model: nn.Module) -> float:
     """Relative difference that rounding can explain."""
     coarse = next(iter(model.parameters())).dtype in NARROW or is_quantized(model)
     return 0.1 if coarse else 1e-3

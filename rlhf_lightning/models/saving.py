@@ -4,10 +4,12 @@ import copy
 import logging
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
+
+from torch import Tensor, nn
 
 from rlhf_lightning.data.ended_templates import ended
 from rlhf_lightning.data.templates import ChatTemplate
@@ -16,18 +18,23 @@ from rlhf_lightning.models.base_weights import link_base, write_base
 from rlhf_lightning.models.generation import end_token_ids
 from rlhf_lightning.models.loading import is_adapter
 from rlhf_lightning.models.lora import base_of, is_adapted
+from rlhf_lightning.types import JSON, Tokenizer
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel
 
 log = logging.getLogger(__name__)
 
 
 def save_model(
-    model: Any,
-    tokenizer: Any,
+    model: "PreTrainedModel | PeftModel",
+    tokenizer: Tokenizer,
     folder: Path,
     stop_token_ids: Sequence[int],
-    weights: dict[str, Any] | None = None,
+    weights: dict[str, Tensor] | None = None,
     base_kept: bool = True,
-    facts: dict[str, Any] | None = None,
+    facts: Mapping[str, JSON] | None = None,
     stop: Sequence[str] = (),
     template: ChatTemplate | None = None,
 ) -> None:
@@ -72,7 +79,7 @@ def save_model(
     os.replace(scratch, folder)
 
 
-def _save_base(model: Any, scratch: Path, folder: Path, kept: bool, weights: dict[str, Any] | None) -> None:
+def _save_base(model: "PeftModel", scratch: Path, folder: Path, kept: bool, weights: dict[str, Tensor] | None) -> None:
     """Write `base/` into an adapter's folder, if the base that it names is not what stock libraries need.
 
     Weights that are in no folder (a model passed as an object, an in-memory merge, new vocabulary rows) are written.
@@ -91,7 +98,9 @@ def _save_base(model: Any, scratch: Path, folder: Path, kept: bool, weights: dic
             link_base(config, base, scratch, folder)
 
 
-def _save_generation(model: Any, tokenizer: Any, stop_token_ids: Sequence[int], stop: Sequence[str], to: Path) -> None:
+def _save_generation(
+    model: nn.Module, tokenizer: Tokenizer, stop_token_ids: Sequence[int], stop: Sequence[str], to: Path
+) -> None:
     """Save the base's generation config with the end-of-response ids and texts of training, also next to an adapter.
 
     This bypasses transformers' validation, which refuses a changed config that has a temperature while sampling is off,
@@ -111,7 +120,7 @@ def _save_generation(model: Any, tokenizer: Any, stop_token_ids: Sequence[int], 
 
 
 @contextmanager
-def _own_generation_config_aside(model: Any) -> Iterator[None]:
+def _own_generation_config_aside(model: "PreTrainedModel") -> Iterator[None]:
     """Detach the model's generation config while the model is saved; `_save_generation` writes it."""
     own = getattr(model, "generation_config", None)
     try:
@@ -123,7 +132,7 @@ def _own_generation_config_aside(model: Any) -> Iterator[None]:
             model.generation_config = own
 
 
-def _tell_stock_peft(model: Any, scratch: Path) -> None:
+def _tell_stock_peft(model: "PeftModel", scratch: Path) -> None:
     """Log where stock peft would not stop as trained: it reads the base's generation config, not the adapter's."""
     own = scratch / "generation_config.json"
     if not own.is_file():
@@ -149,7 +158,7 @@ def relative_base(folder: Path) -> str | None:
     return os.path.relpath(base, folder) if base.is_dir() else None
 
 
-def relative_to_run(path: Any, folder: Path) -> str | None:
+def relative_to_run(path: str | Path, folder: Path) -> str | None:
     """`path` relative to the model folder `RUN/STAGE/model`, so that it survives moving RUN; None outside RUN."""
     run = real_path(folder).parent.parent
     inside = Path(str(path)).is_dir() and real_path(str(path)).is_relative_to(run)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from types import MethodType
-from typing import Any
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeGuard, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -17,8 +17,21 @@ from torch import Tensor, nn
 from rlhf_lightning.models.lora import base_of
 from rlhf_lightning.models.tensor_parallel import parallelize
 
+P = ParamSpec("P")
+R = TypeVar("R")
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
-def layers_of(model: Any) -> list[nn.Module]:
+    class ShardedModel(nn.Module):
+        """What `shard` adds to a model."""
+
+        inside: bool
+        """True while the weights outside the layers are gathered."""
+
+        def run_inside(self, function: Callable[[], R]) -> R: ...
+
+
+def layers_of(model: nn.Module) -> list[nn.Module]:
     """The decoder's layers, found as the stack of `num_hidden_layers` modules; empty if there is none."""
     base = base_of(model)
     if not hasattr(base, "config"):
@@ -33,7 +46,7 @@ def layers_of(model: Any) -> list[nn.Module]:
     return []
 
 
-def shard(model: nn.Module, mesh: Any) -> None:
+def shard(model: nn.Module, mesh: "DeviceMesh") -> None:
     """Shard the weights over the ranks of a mesh: layer by layer, then what is outside the layers.
 
     Args:
@@ -54,32 +67,32 @@ def shard(model: nn.Module, mesh: Any) -> None:
     model.inside = False  # type: ignore[assignment]
 
 
-def _call(model: nn.Module, function: Callable[[], Any]) -> Any:
+def _call(model: nn.Module, function: Callable[[], R]) -> R:
     """Call `function`; a method of the model, so that FSDP gathers the outer weights around it."""
     return function()
 
 
-def is_sharded(model: Any) -> bool:
+def is_sharded(model: nn.Module) -> "TypeGuard[ShardedModel]":
     """True if `shard` was called on the model."""
     return hasattr(model, "run_inside")
 
 
-def run_unsharded(model: Any, function: Callable[..., Any], *args: Any) -> Any:
-    """Call `function(*args)`, which uses submodules of `model` directly, such as its decoder or its head.
+def run_unsharded(model: nn.Module, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+    """Call `function(*args, **kwargs)`, which uses submodules of `model` directly, such as its decoder or its head.
 
     FSDP gathers the weights outside the layers only when the model is called through a registered method. This call
     goes through one.
     """
     if not is_sharded(model) or model.inside:
-        return function(*args)
+        return function(*args, **kwargs)
     model.inside = True
     try:
-        return model.run_inside(partial(function, *args))
+        return model.run_inside(partial(function, *args, **kwargs))
     finally:
         model.inside = False
 
 
-def runs_unsharded(model: Any) -> bool:
+def runs_unsharded(model: nn.Module) -> bool:
     """True within `run_unsharded`, while the weights outside the layers of a sharded model are gathered."""
     return is_sharded(model) and model.inside
 
@@ -87,7 +100,7 @@ def runs_unsharded(model: Any) -> bool:
 # -- synchronization ----------------------------------------------------------------------------------------------
 
 
-def max_over_ranks(number: int, model: Any) -> int:
+def max_over_ranks(number: int, model: nn.Module) -> int:
     """The maximum of `number` over ranks if `model` is sharded, so that they run it equally often; else `number`."""
     if not is_sharded(model) or torch.distributed.get_world_size() == 1:
         return number
@@ -96,7 +109,7 @@ def max_over_ranks(number: int, model: Any) -> int:
     return int(value)
 
 
-def fits_unsharded(model: Any, wanted: bool | None) -> bool:
+def fits_unsharded(model: nn.Module, wanted: bool | None) -> bool:
     """Whether to gather a sharded model on every rank.
 
     Args:
@@ -119,12 +132,14 @@ def fits_unsharded(model: Any, wanted: bool | None) -> bool:
 
 
 @contextmanager
-def unsharded(model: Any) -> Iterator[None]:
+def unsharded(model: nn.Module) -> Iterator[None]:
     """Gather all weights on every rank, so that each may run the model as often as it likes.
 
     All ranks must enter together. Within the context, gradients must be off and weights must not change.
     """
-    parts = [module for module in model.modules() if hasattr(module, "set_reshard_after_forward")]
+    from torch.distributed.fsdp import FSDPModule
+
+    parts = [module for module in model.modules() if isinstance(module, FSDPModule)]
     for part in parts:
         part.set_reshard_after_forward(False, recurse=False)
         part.unshard()
@@ -153,7 +168,7 @@ class SynchronizedCalls:
         ```
     """
 
-    def __init__(self, model: Any, idle: Callable[[], Any]) -> None:
+    def __init__(self, model: nn.Module, idle: Callable[[], None]) -> None:
         self.model, self.idle = model, idle
 
     def call(self) -> None:
@@ -168,7 +183,7 @@ class SynchronizedCalls:
 
 @contextmanager
 def unsharded_or_synchronized(
-    model: Any, gather: bool | None, idle: Callable[[], Any]
+    model: nn.Module, gather: bool | None, idle: Callable[[], None]
 ) -> Iterator[SynchronizedCalls | None]:
     """Context in which each rank runs `model` as often as it likes.
 
@@ -201,17 +216,16 @@ def full_tensor(value: Tensor) -> Tensor:
 
 def copy_weight(weight: Tensor, value: Tensor) -> None:
     """Copy a tensor into a weight; either may be sharded. All ranks must call it."""
-    if hasattr(weight, "device_mesh") and not hasattr(value, "device_mesh"):
+    if hasattr(weight, "placements") and hasattr(weight, "device_mesh") and not hasattr(value, "device_mesh"):
         from torch.distributed.tensor import distribute_tensor
 
-        split_weight: Any = weight
-        value = distribute_tensor(value.to(weight.device), split_weight.device_mesh, split_weight.placements)
+        value = distribute_tensor(value.to(weight.device), weight.device_mesh, weight.placements)
     elif hasattr(value, "device_mesh") and not hasattr(weight, "device_mesh"):
         value = full_tensor(value)
     weight.copy_(value)
 
 
-def full_state_dict(model: Any) -> dict[str, Tensor] | None:
+def full_state_dict(model: nn.Module) -> dict[str, Tensor] | None:
     """The gathered state dict of a sharded model, on the CPU of rank 0; empty on other ranks, None if not sharded."""
     if not is_sharded(model):
         return None

@@ -6,13 +6,18 @@ weights become DTensors of one mesh, as gradient clipping and optimizers require
 
 import re
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from torch import Tensor, nn
 
 from rlhf_lightning.errors import ConfigError
 from rlhf_lightning.models.lora import base_of, is_quantized
 
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+    from transformers import PretrainedConfig
+
+T = TypeVar("T", bound=Tensor | None)
 WHOLE, SUMMED = "replicate", "replicated_with_grad_allreduce"
 """Styles of replicated weights. With the second, each rank sees only its own heads, so gradients must be summed.
 transformers (5.23) sums them in a hook, which sums gradients of earlier micro-batches again; here a DTensor does it."""
@@ -27,7 +32,7 @@ STYLES = {*ADAPTERS, "embedding_rowwise", WHOLE, SUMMED}
 """Supported styles of a plan. Those of experts, latent attention and packed weights are untested and refused."""
 
 
-def parallelize(model: Any, mesh: Any) -> None:
+def parallelize(model: nn.Module, mesh: "DeviceMesh") -> None:
     """Split a model over a one-dimensional mesh.
 
     All ranks must have loaded the same weights and call this together.
@@ -57,7 +62,7 @@ def parallelize(model: Any, mesh: Any) -> None:
             ALL_PARALLEL_STYLES[style].install_forward(module, mesh)
 
 
-def layer_styles(model: Any, size: int) -> dict[nn.Module, str]:
+def layer_styles(model: nn.Module, size: int) -> dict[nn.Module, str]:
     """Style of each layer that is split, including adapters'; all others are replicated.
 
     Args:
@@ -94,7 +99,7 @@ def layer_styles(model: Any, size: int) -> dict[nn.Module, str]:
     return found
 
 
-def _check(model: Any, config: Any, size: int) -> None:
+def _check(model: nn.Module, config: "PretrainedConfig", size: int) -> None:
     """Raise `ConfigError` if heads do not divide by the number of ranks, or dropout is on."""
     for name in ("num_attention_heads", "num_key_value_heads"):
         heads = getattr(config, name, None) or size
@@ -108,14 +113,14 @@ def _check(model: Any, config: Any, size: int) -> None:
             raise ConfigError("tensor parallel: dropout is not supported; set lora.dropout and the model's own to 0")
 
 
-def _split_weight(places: list[tuple[nn.Module, str]], styles: list[str], mesh: Any) -> None:
+def _split_weight(places: list[tuple[nn.Module, str]], styles: list[str], mesh: "DeviceMesh") -> None:
     """Replace a weight by a DTensor, at all places that it is tied to."""
     from torch.distributed.tensor import Replicate, distribute_tensor
     from transformers.distributed.tensor_parallel import ALL_PARALLEL_STYLES
 
     made = []
     for (module, name), style in zip(places, styles, strict=True):
-        before: Any = module._parameters[name]
+        before = module.get_parameter(name)
         if style in (WHOLE, SUMMED):
             # Broadcasts the first rank's values, since a new adapter or head is initialized at random.
             module._parameters[name] = nn.Parameter(distribute_tensor(before.detach(), mesh, [Replicate()]))
@@ -129,13 +134,14 @@ def _split_weight(places: list[tuple[nn.Module, str]], styles: list[str], mesh: 
         module._parameters[name] = made[0]
 
 
-def _run_local(module: Any, summed: bool) -> None:
+def _run_local(module: nn.Module, summed: bool) -> None:
     """Make a module run with its replicated weights as plain tensors, like its inputs and outputs."""
-    forward: Callable[..., Any] = module.forward
+    forward: Callable[..., Tensor] = module.forward
 
-    def run(*args: Any, **kwargs: Any) -> Any:
+    def run(*args: Tensor, **kwargs: Tensor) -> Tensor:
         own = dict(module._parameters)
-        module._parameters.update({name: local(weight, summed) for name, weight in own.items()})
+        plain: dict[str, Any] = {name: local(weight, summed) for name, weight in own.items()}
+        module._parameters.update(plain)
         try:
             return forward(*args, **kwargs)
         finally:
@@ -144,7 +150,7 @@ def _run_local(module: Any, summed: bool) -> None:
     module.forward = run
 
 
-def local(weight: Any, summed: bool = False) -> Any:
+def local(weight: T, summed: bool = False) -> T | Tensor:
     """A replicated weight as a plain tensor.
 
     Args:
@@ -155,5 +161,4 @@ def local(weight: Any, summed: bool = False) -> Any:
 
     if not isinstance(weight, DTensor):
         return weight
-    plain: Tensor = weight.to_local(grad_placements=[Partial() if summed else Replicate()])
-    return plain
+    return weight.to_local(grad_placements=[Partial() if summed else Replicate()])

@@ -4,7 +4,7 @@ The head runs only at the positions whose next token is trained or scored. Beyon
 chunks and recomputed in backward, so memory does not grow with vocabulary × length.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -56,7 +56,7 @@ class TokenLogprobs:
         ```
     """
 
-    def __init__(self, model: Any, max_tokens: int | None = None, logit_bytes: int = LOGIT_BYTES) -> None:
+    def __init__(self, model: nn.Module, max_tokens: int | None = None, logit_bytes: int = LOGIT_BYTES) -> None:
         self.backbone, self.logit_bytes = Backbone(model), logit_bytes
         self.packed_forward = PackedForward(model, self.backbone.decoder, max_tokens)
         self.value_head: nn.Linear | None = None

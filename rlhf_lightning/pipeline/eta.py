@@ -2,10 +2,10 @@
 
 import time
 from collections.abc import Mapping
-from typing import Any
 
 from rlhf_lightning.files import duration
 from rlhf_lightning.pipeline.plan import Plan, Stage
+from rlhf_lightning.report.records import StageEntry
 
 
 class Eta:
@@ -22,7 +22,7 @@ class Eta:
         '0 s so far; then policy'
     """
 
-    def __init__(self, plan: Plan, entries: Mapping[str, Mapping[str, Any]]) -> None:
+    def __init__(self, plan: Plan, entries: Mapping[str, StageEntry]) -> None:
         self.started = time.monotonic()
         self.names = [stage.name for stage in plan.stages]
         self.known = {name: float(entry["seconds"]) for name, entry in entries.items() if entry.get("seconds")}

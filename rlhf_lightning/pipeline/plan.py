@@ -3,15 +3,18 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from rlhf_lightning.errors import ConfigError
 from rlhf_lightning.files import hash_file, real_path
+from rlhf_lightning.report.records import ConfigFile, Handed
+from rlhf_lightning.types import JSON
 from rlhf_lightning.yaml_files import read_mapping
 
 KINDS = ("sft", "preference", "policy")
 LONGEST = 200
 """Largest length in bytes of a name that becomes a folder; file systems allow 255."""
+HANDED: tuple[Handed, ...] = ("start", "reward", "critic")
+"""Keys of a stage that name an earlier stage or a model folder."""
 PLAN_KEYS = {"name", "seed", "root", "stages"}
 STAGE_KEYS = {"name", "kind", "config", "overrides", "start", "reward", "critic", "on_failure"}
 SET = {
@@ -41,14 +44,19 @@ class Stage:
 
     name: str
     kind: str
-    settings: dict[str, Any]
+    settings: dict[str, JSON]
     start: str | None = None
     reward: str | None = None
     critic: str | None = None
-    configs: list[dict[str, str]] = field(default_factory=list)
-    """`path` and `hash` of each file that the settings were read from."""
-    rule_reward: dict[str, Any] | None = None
+    configs: list[ConfigFile] = field(default_factory=list)
+    """Files that the settings were read from."""
+    rule_reward: dict[str, JSON] | None = None
     """Reward that replaces this stage's model if the stage fails; None stops the pipeline."""
+
+    @property
+    def handed(self) -> dict[Handed, str]:
+        """The earlier stages or model folders that it is given."""
+        return {key: value for key in HANDED if (value := getattr(self, key))}
 
 
 @dataclass
@@ -72,7 +80,7 @@ class Plan:
     stages: list[Stage]
     root: Path
     seed: int = 0
-    source: dict[str, Any] = field(default_factory=dict)
+    source: dict[str, JSON] = field(default_factory=dict)
 
     def folder(self, stage: str) -> Path:
         """The folder of a stage."""
@@ -87,13 +95,13 @@ class Plan:
         """Names of a stage and of all stages that depend on it."""
         found = {name}
         for stage in self.stages:
-            if {stage.start, stage.reward, stage.critic} & found:
+            if found.intersection(stage.handed.values()):
                 found.add(stage.name)
         return found
 
 
 def read_plan(
-    plan: Mapping[str, Any] | str | Path, root: str | Path | None = None, overlays: Sequence[str | Path] = ()
+    plan: Mapping[str, JSON] | str | Path, root: str | Path | None = None, overlays: Sequence[str | Path] = ()
 ) -> Plan:
     """Read a pipeline from a YAML or JSON file, or from a dict.
 
@@ -114,7 +122,8 @@ def read_plan(
         raise ConfigError("pipeline: no stages: this is the config of a single stage; run it with rlhf sft fit -c FILE")
     if unknown := set(plan) - PLAN_KEYS:
         raise ConfigError(f"pipeline: unknown key {sorted(unknown)[0]!r}; known keys are name, seed, root, stages")
-    if not isinstance(plan.get("stages"), list) or not plan["stages"]:
+    entries = plan.get("stages")
+    if not isinstance(entries, list) or not entries:
         raise ConfigError("pipeline: 'stages' must be a list of at least one stage")
     seed = plan.get("seed", 0)
     if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**32:
@@ -123,9 +132,9 @@ def read_plan(
     name = str(plan.get("name") or name)
     if len(name.encode(errors="replace")) > LONGEST:
         raise ConfigError(f"pipeline: name is {name[:50]!r}…, which is too long for a folder name")
-    folder = Path(root or plan.get("root") or Path("runs") / name)
+    folder = Path(root or str(plan.get("root") or Path("runs") / name))
     stages: list[Stage] = []
-    for index, entry in enumerate(plan["stages"]):
+    for index, entry in enumerate(entries):
         stages.append(_stage(entry, index, [stage.name for stage in stages], base))
         _check_reward(stages)
     for file in overlays:
@@ -136,7 +145,7 @@ def read_plan(
     return Plan(name, stages, folder, seed, dict(plan))
 
 
-def _stage(entry: Any, index: int, earlier: list[str], base: Path) -> Stage:
+def _stage(entry: JSON, index: int, earlier: list[str], base: Path) -> Stage:
     where = f"pipeline: stage {index + 1}"
     if not isinstance(entry, Mapping):
         raise ConfigError(f"{where} is not a mapping with kind and config")
@@ -148,50 +157,52 @@ def _stage(entry: Any, index: int, earlier: list[str], base: Path) -> Stage:
             f"{where}: unknown key {sorted(unknown)[0]!r}; known keys are {', '.join(sorted(STAGE_KEYS))}"
         )
     _check_texts(entry, ("name", "start", "reward", "critic"), where)
-    files = entry.get("config")
-    files = files if isinstance(files, list) else [] if files is None else [files]
-    if not all(isinstance(file, str) and file for file in files):
+    given = entry.get("config")
+    given = given if isinstance(given, list) else [] if given is None else [given]
+    files = [file for file in given if isinstance(file, str) and file]
+    if len(files) < len(given):
         raise ConfigError(f"{where}: config is {entry['config']!r}; it must be a file, or a list of files")
-    if not isinstance(entry.get("overrides"), Mapping | None):
+    overrides = entry.get("overrides")
+    if not isinstance(overrides, dict | None):
         raise ConfigError(
-            f"{where}: overrides is {entry['overrides']!r}; it must be a mapping, for example {{trainer.max_steps: 5}}"
+            f"{where}: overrides is {overrides!r}; it must be a mapping, for example {{trainer.max_steps: 5}}"
         )
     name = str(entry.get("name") or kind)
     if name in (*earlier, ".", "..") or "/" in name or len(name.encode(errors="replace")) > LONGEST:
         raise ConfigError(
             f"{where}: the name {name!r} is used twice or not a valid folder name; every stage needs its own"
         )
-    for key in ("start", "reward", "critic"):
+    for key in HANDED:
         _check_reference(entry.get(key), earlier, f"{where} ({name}): {key}")
-    for key in ("reward", "critic"):
+    for key in HANDED[1:]:
         if entry.get(key) and kind != "policy":
             raise ConfigError(f"{where} ({name}): {key} is for policy stages; this is {kind}")
-    settings: dict[str, Any] = {}
+    settings: dict[str, JSON] = {}
     for file in files:
         settings = merged(settings, read_mapping(base / file, f"{where}: config: "))
-    overrides = nested(entry.get("overrides") or {})
-    for key, remedy in SET.items():
-        section, _, inner = key.rpartition(".")
-        part = overrides.get(section) if section else overrides
+    overrides = nested(overrides or {})
+    for setting, remedy in SET.items():
+        outer, _, inner = setting.rpartition(".")
+        part = overrides.get(outer) if outer else overrides
         if isinstance(part, Mapping) and inner in part:
-            raise ConfigError(f"{where} ({name}): overrides: {key} is set by the pipeline: {remedy}")
+            raise ConfigError(f"{where} ({name}): overrides: {setting} is set by the pipeline: {remedy}")
     settings = merged(settings, overrides)
-    handed = (entry.get("start"), entry.get("reward"), entry.get("critic"))
+    start, reward, critic = (value if isinstance(value := entry.get(key), str) else None for key in HANDED)
     configs = [_read_record(base / file) for file in files]
-    return Stage(name, kind, settings, *handed, configs, _rule(entry.get("on_failure"), where))
+    return Stage(name, kind, settings, start, reward, critic, configs, _rule(entry.get("on_failure"), where))
 
 
-def _check_texts(given: Mapping[str, Any], keys: Sequence[str], where: str) -> None:
+def _check_texts(given: Mapping[str, JSON], keys: Sequence[str], where: str) -> None:
     for key in keys:
         if (value := given.get(key)) is not None and not (isinstance(value, str) and value):
             raise ConfigError(f"{where}: {key} is {value!r}; it must be text")
 
 
-def _read_record(path: Path) -> dict[str, str]:
+def _read_record(path: Path) -> ConfigFile:
     return {"path": str(real_path(path)), "hash": hash_file(path)}
 
 
-def _check_reference(reference: Any, earlier: list[str], where: str) -> None:
+def _check_reference(reference: JSON, earlier: list[str], where: str) -> None:
     if reference is None or reference in earlier or Path(str(reference)).exists():
         return
     if str(reference).count("/") == 1:
@@ -214,27 +225,34 @@ def _check_reward(stages: Sequence[Stage]) -> None:
     )
 
 
-def _rule(value: Any, where: str) -> dict[str, Any] | None:
+def _rule(value: JSON, where: str) -> dict[str, JSON] | None:
     if value in (None, "stop"):
         return None
-    if isinstance(value, Mapping) and set(value) == {"rule_reward"} and "class_path" in (value["rule_reward"] or {}):
-        return dict(value["rule_reward"])
+    rule = value.get("rule_reward") if isinstance(value, dict) and len(value) == 1 else None
+    if isinstance(rule, dict) and "class_path" in rule:
+        return dict(rule)
     raise ConfigError(f"{where}: on_failure must be 'stop' or {{rule_reward: {{class_path: …, init_args: …}}}}")
 
 
-def nested(flat: Mapping[str, Any]) -> dict[str, Any]:
+def nested(flat: Mapping[str, JSON]) -> dict[str, JSON]:
     """Expand dotted keys: `{"trainer.max_steps": 5}` becomes `{"trainer": {"max_steps": 5}}`."""
-    result: dict[str, Any] = {}
+    result: dict[str, JSON] = {}
     for key, value in flat.items():
         *path, last = str(key).split(".")
-        inner: dict[str, Any] = {last: value}
+        inner: dict[str, JSON] = {last: value}
         for part in reversed(path):
             inner = {part: inner}
         result = merged(result, inner)
     return result
 
 
-def merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+def section(settings: Mapping[str, JSON], name: str) -> dict[str, JSON]:
+    """A section of a stage's settings, such as `data`; empty if there is none."""
+    found = settings.get(name)
+    return found if isinstance(found, dict) else {}
+
+
+def merged(base: Mapping[str, JSON], over: Mapping[str, JSON]) -> dict[str, JSON]:
     """Merge settings recursively. A different `class_path` replaces the whole entry.
 
     Args:
@@ -244,12 +262,12 @@ def merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     result = dict(base)
     for key, value in over.items():
         old = result.get(key)
-        if isinstance(old, Mapping) and isinstance(value, Mapping) and _same_class(old, value):
+        if isinstance(old, dict) and isinstance(value, dict) and _same_class(old, value):
             result[key] = merged(old, value)
         else:
             result[key] = value
     return result
 
 
-def _same_class(old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
+def _same_class(old: Mapping[str, JSON], new: Mapping[str, JSON]) -> bool:
     return "class_path" not in new or new["class_path"] == old.get("class_path")

@@ -5,7 +5,6 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import yaml
 
@@ -13,12 +12,13 @@ from rlhf_lightning.data.records import check_there, fingerprint
 from rlhf_lightning.errors import ConfigError, UserError
 from rlhf_lightning.files import FORMAT, duration, hash_folder, read_object, real_path, visible, write_json
 from rlhf_lightning.pipeline.eta import Eta
-from rlhf_lightning.pipeline.plan import Plan, Stage, merged, read_plan
+from rlhf_lightning.pipeline.plan import Plan, Stage, merged, read_plan, section
 from rlhf_lightning.pipeline.stage_process import StageProcess
 from rlhf_lightning.pipeline.verify import settings_hash
 from rlhf_lightning.report import report_after_stage
-from rlhf_lightning.report.records import read_manifest
+from rlhf_lightning.report.records import Manifest, StageEntry, StageInputs, read_manifest
 from rlhf_lightning.run_folder import PIPELINE_RESULTS, claim, claims
+from rlhf_lightning.types import JSON
 
 log = logging.getLogger(__name__)
 MODEL_REWARD = "rlhf_lightning.rewards.ModelReward"
@@ -26,8 +26,8 @@ SOURCES = ("train", "validation", "test", "episodes")
 
 
 def run_pipeline(
-    plan: Plan | Mapping[str, Any] | str | Path, root: str | Path | None = None, rerun: Sequence[str] = ()
-) -> dict[str, Any]:
+    plan: Plan | Mapping[str, JSON] | str | Path, root: str | Path | None = None, rerun: Sequence[str] = ()
+) -> Manifest:
     """Run a pipeline. Finished stages are skipped, and an interrupted stage resumes.
 
     Args:
@@ -51,7 +51,7 @@ def run_pipeline(
     return runner.manifest
 
 
-def stage_settings(plan: Plan, stage: Stage, failed: Mapping[str, Stage] | None = None) -> dict[str, Any]:
+def stage_settings(plan: Plan, stage: Stage, failed: Mapping[str, Stage] | None = None) -> dict[str, JSON]:
     """The whole configuration of a stage, including the model folders of other stages.
 
     Args:
@@ -63,16 +63,17 @@ def stage_settings(plan: Plan, stage: Stage, failed: Mapping[str, Stage] | None 
         UserError: If the stage starts from one that failed.
     """
     failed = failed or {}
-    model: dict[str, Any] = {}
+    model: dict[str, JSON] = {}
     if stage.start:
         if stage.start in failed:
             raise UserError(f"stage {stage.name} starts from {stage.start}, which failed")
         model["model"] = plan.model(stage.start)
     if stage.reward:
-        arguments = {"model": plan.model(stage.reward), **_own_scorer(plan, stage)}
-        given = {"class_path": MODEL_REWARD, "init_args": arguments}
+        arguments: dict[str, JSON] = {"model": plan.model(stage.reward), **_own_scorer(plan, stage)}
+        given: dict[str, JSON] = {"class_path": MODEL_REWARD, "init_args": arguments}
         part = failed[stage.reward].rule_reward if stage.reward in failed else given
-        model["rewards"] = [*((stage.settings.get("model") or {}).get("rewards") or []), part]
+        own = section(stage.settings, "model").get("rewards")
+        model["rewards"] = [*(own if isinstance(own, list) else []), part]
     if stage.critic:
         if stage.critic in failed:
             raise UserError(f"the critic of stage {stage.name} starts from {stage.critic}, which failed")
@@ -83,14 +84,14 @@ def stage_settings(plan: Plan, stage: Stage, failed: Mapping[str, Stage] | None 
 def _own_scorer(plan: Plan, stage: Stage) -> dict[str, str]:
     """The user's own scorer class in the settings of the stage that rewards this one, if any."""
     trained = next((one for one in plan.stages if one.name == stage.reward), None)
-    scorer = ((trained.settings.get("model") or {}).get("scorer") or {}) if trained else {}
-    path = str(scorer.get("class_path") or "") if isinstance(scorer, Mapping) else str(scorer)
+    scorer = section(trained.settings, "model").get("scorer") if trained else None
+    path = str((scorer.get("class_path") if isinstance(scorer, dict) else scorer) or "")
     return {"scorer": path} if "." in path and not path.startswith("rlhf_lightning.") else {}
 
 
 def check_data(plan: Plan, stage: Stage) -> None:
     """Raise `DataError` if a data file of the stage is missing; files that the run itself creates are not checked."""
-    data, root = stage.settings.get("data") or {}, real_path(plan.root)
+    data, root = section(stage.settings, "data"), real_path(plan.root)
     for name in SOURCES:
         for file in given if isinstance(given := data.get(name), list) else [given]:
             if isinstance(file, str) and not real_path(file).is_relative_to(root):
@@ -111,7 +112,7 @@ class _Runner:
         plan.root.mkdir(parents=True, exist_ok=True)
         before = read_manifest(self.path).get("stages") or {}
         (plan.root / "pipeline.yaml").write_text(yaml.safe_dump(plan.source, sort_keys=False, allow_unicode=True))
-        self.manifest: dict[str, Any] = {"format": FORMAT, "name": plan.name, "seed": plan.seed, "stages": before}
+        self.manifest: Manifest = {"format": FORMAT, "name": plan.name, "seed": plan.seed, "stages": before}
         self.clock = Eta(plan, self.manifest["stages"])
 
     def run(self, stage: Stage) -> None:
@@ -138,16 +139,21 @@ class _Runner:
 
     # -- what goes in ---------------------------------------------------------------------------------------------
 
-    def _inputs(self, stage: Stage, settings: dict[str, Any]) -> dict[str, Any]:
+    def _inputs(self, stage: Stage, settings: dict[str, JSON]) -> StageInputs:
         """Hashes of everything that the result of a stage depends on."""
-        data = settings.get("data") or {}
-        handed = {key: self._hash(value) for key in ("start", "reward", "critic") if (value := getattr(stage, key))}
-        return {
+        sources = {name: section(settings, "data").get(name) for name in SOURCES}
+        inputs: StageInputs = {
             "settings": settings_hash(settings),
-            "data": {name: fingerprint(data[name], name) for name in SOURCES if data.get(name)},
+            "data": {
+                name: digest
+                for name, source in sources.items()
+                if isinstance(source, str | list | dict) and source and (digest := fingerprint(source, name))
+            },
             "seed": self.plan.seed,
-            **handed,
         }
+        for key, reference in stage.handed.items():
+            inputs[key] = self._hash(reference)
+        return inputs
 
     def _hash(self, reference: str) -> str:
         if reference in self.failed:
@@ -155,7 +161,7 @@ class _Runner:
         folder = Path(self.plan.model(reference))
         return hash_folder(folder) if folder.is_dir() else reference
 
-    def _refuse_changed(self, stage: Stage, before: dict[str, Any], now: dict[str, Any]) -> None:
+    def _refuse_changed(self, stage: Stage, before: StageInputs, now: StageInputs) -> None:
         changed = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
         if changed:
             raise ConfigError(
@@ -165,7 +171,7 @@ class _Runner:
 
     # -- the process ----------------------------------------------------------------------------------------------
 
-    def _process(self, stage: Stage, settings: dict[str, Any], fresh: bool) -> int:
+    def _process(self, stage: Stage, settings: dict[str, JSON], fresh: bool) -> int:
         folder = self.plan.folder(stage.name)
         folder.mkdir(parents=True, exist_ok=True)
         config = folder / "input.yaml"
@@ -177,29 +183,28 @@ class _Runner:
 
     # -- what comes out -------------------------------------------------------------------------------------------
 
-    def _record(self, stage: Stage, entry: dict[str, Any]) -> None:
-        handed = {key: value for key in ("start", "reward", "critic") if (value := getattr(stage, key))}
-        facts = {"kind": stage.kind, "configs": stage.configs, "handed": handed}
-        self.manifest["stages"][stage.name] = {**facts, **entry}
+    def _record(self, stage: Stage, entry: StageEntry) -> None:
+        entry = {"kind": stage.kind, "configs": stage.configs, "handed": stage.handed, **entry}
+        self.manifest["stages"][stage.name] = entry
         write_json(self.path, self.manifest)
         if entry["status"] != "running":
             report_after_stage(self.plan.root)
 
-    def _finish(self, stage: Stage, inputs: dict[str, Any], seconds: float) -> None:
+    def _finish(self, stage: Stage, inputs: StageInputs, seconds: float) -> None:
         folder = self.plan.folder(stage.name)
         facts = read_object(folder / "stage.json")
         parent = {"stage": stage.start, "hash": inputs["start"]} if stage.start else None
         facts |= {"name": stage.name, "parent": parent, "inputs": inputs}
         for path in (folder / "stage.json", folder / "model" / "stage.json"):
             write_json(path, facts)
-        result = {"model": str(folder / "model"), "model_hash": facts["model_hash"], "metrics": facts["metrics"]}
-        entry = {"status": "finished", "inputs": inputs, "seconds": round(seconds, 1), **result}
+        entry: StageEntry = {"status": "finished", "inputs": inputs, "seconds": round(seconds, 1)}
+        entry |= {"model": str(folder / "model"), "model_hash": facts["model_hash"], "metrics": facts["metrics"]}
         self._record(stage, entry)
         print(f"{visible(stage.name)}: finished in {duration(seconds)}", flush=True)
         if self.signals.asked:  # the signal came too late to stop the stage
             raise KeyboardInterrupt
 
-    def _fail(self, stage: Stage, inputs: dict[str, Any], code: int) -> None:
+    def _fail(self, stage: Stage, inputs: StageInputs, code: int) -> None:
         # A stage that was asked to stop has not failed, whatever its exit code, so no rule replaces it.
         if code == 130 or self.signals.asked:
             raise KeyboardInterrupt

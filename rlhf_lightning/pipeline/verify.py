@@ -4,12 +4,13 @@ import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from rlhf_lightning.data.records import fingerprint, is_here
 from rlhf_lightning.errors import ConfigError
 from rlhf_lightning.files import hash_file, hash_folder
-from rlhf_lightning.report.records import FACTS, read_manifest, read_record
+from rlhf_lightning.pipeline.plan import HANDED, section
+from rlhf_lightning.report.records import StageEntry, StageFacts, read_manifest, read_record
+from rlhf_lightning.types import JSON
 from rlhf_lightning.yaml_files import read_mapping
 
 SAME, DIFFERS, MISSING, UNFINISHED, HUB = "same", "differs", "missing", "unfinished", "not checked"
@@ -56,7 +57,7 @@ def verify_run(root: str | Path) -> list[Check]:
     raise ConfigError(f"--verify {root}: the folder has neither a pipeline's manifest.json nor a stage's stage.json")
 
 
-def _stage(root: Path, name: str, stages: dict[str, Any]) -> list[Check]:
+def _stage(root: Path, name: str, stages: dict[str, StageEntry]) -> list[Check]:
     entry = stages[name]
     folder, inputs = root / name, entry["inputs"]
     settings = _settings(folder / "input.yaml")
@@ -66,12 +67,12 @@ def _stage(root: Path, name: str, stages: dict[str, Any]) -> list[Check]:
         found.append(Check(name, "config", config["path"], status))
     now = None if settings is None else settings_hash(settings)
     found.append(Check(name, "settings", str(folder / "input.yaml"), _compare(now, inputs.get("settings", ""))))
-    found += _data(name, (settings or {}).get("data") or {}, inputs.get("data") or {})
-    for key in ("start", "reward", "critic"):
-        if inputs.get(key):
+    found += _data(name, section(settings or {}, "data"), inputs.get("data") or {})
+    for key in HANDED:
+        if recorded := inputs.get(key):
             source = (entry.get("handed") or {}).get(key) or ""
             path = root / source / "model" if source in stages else Path(source)
-            found.append(Check(name, key, str(path), _handed(path, inputs[key])))
+            found.append(Check(name, key, str(path), _handed(path, recorded)))
     if entry["status"] != "finished":
         return [*found, Check(name, "model", str(folder / "model"), UNFINISHED)]
     return [*found, *_outputs(name, folder, entry.get("model_hash") or "")]
@@ -79,8 +80,8 @@ def _stage(root: Path, name: str, stages: dict[str, Any]) -> list[Check]:
 
 def _alone(folder: Path) -> list[Check]:
     """Checks of a stage that is not part of a pipeline."""
-    facts, settings = read_record(folder / "stage.json", FACTS), _settings(folder / "config.yaml")
-    found = _data(folder.name, (settings or {}).get("data") or {}, facts.get("data") or {})
+    facts, settings = read_record(folder / "stage.json", StageFacts), _settings(folder / "config.yaml")
+    found = _data(folder.name, section(settings or {}, "data"), facts.get("data") or {})
     if config := facts.get("config_hash"):
         path = folder / "config.yaml"
         found.append(Check(folder.name, "config", str(path), _compare(hash_file(path) if settings else None, config)))
@@ -89,22 +90,22 @@ def _alone(folder: Path) -> list[Check]:
 
 def _outputs(name: str, folder: Path, recorded: str) -> list[Check]:
     model, facts = folder / "model", folder / "stage.json"
-    said = read_record(facts, FACTS).get("model_hash")
+    said = read_record(facts, StageFacts).get("model_hash")
     return [
         Check(name, "model", str(model), _compare(hash_folder(model) if model.is_dir() else None, recorded)),
         Check(name, "stage.json", str(facts), _compare(said, recorded)),
     ]
 
 
-def _data(name: str, settings: dict[str, Any], recorded: dict[str, str]) -> list[Check]:
+def _data(name: str, settings: dict[str, JSON], recorded: dict[str, str]) -> list[Check]:
     return [
         Check(name, f"data.{key}", _short(settings.get(key)), _source(settings.get(key), recorded[key], key))
         for key in recorded
     ]
 
 
-def _source(source: Any, recorded: str, split: str) -> str:
-    if source is None:
+def _source(source: JSON, recorded: str, split: str) -> str:
+    if not isinstance(source, str | list | dict):
         return MISSING
     gone = not is_here(source)
     if fingerprint(source, split) == recorded:
@@ -119,7 +120,7 @@ def _handed(folder: Path, recorded: str) -> str:
     return _compare(hash_folder(folder) if folder.is_dir() else None, recorded)
 
 
-def settings_hash(settings: dict[str, Any]) -> str:
+def settings_hash(settings: dict[str, JSON]) -> str:
     """SHA-256 of a stage's settings, independent of their order."""
     return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()
 
@@ -128,7 +129,7 @@ def _compare(now: str | None, recorded: str) -> str:
     return MISSING if now is None else SAME if now == recorded else DIFFERS
 
 
-def _settings(path: Path) -> dict[str, Any] | None:
+def _settings(path: Path) -> dict[str, JSON] | None:
     if not path.is_file():
         return None
     try:
@@ -137,5 +138,5 @@ def _settings(path: Path) -> dict[str, Any] | None:
         return {"unreadable": str(path)}  # differs from every recorded hash
 
 
-def _short(source: Any) -> str:
+def _short(source: JSON) -> str:
     return source if isinstance(source, str) else json.dumps(source, default=str)[:80]

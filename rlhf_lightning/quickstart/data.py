@@ -8,10 +8,10 @@ import json
 import random
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from rlhf_lightning.quickstart import phrases
 from rlhf_lightning.quickstart.rubric import rubric
+from rlhf_lightning.types import Row
 
 LABEL_NOISE = 0.1
 """Fraction of training pairs whose label is flipped."""
@@ -107,7 +107,7 @@ def write_data(folder: Path, seed: int, sizes: Sizes = Sizes()) -> dict[str, str
     """
     train, held_out = subjects(seed)
     sample = random.Random(seed + 1)
-    rows: dict[str, list[dict[str, Any]]] = {
+    rows = {
         "sft_train": [_conversation(sample, *sample.choice(train)) for _ in range(sizes.conversations)],
         "sft_validation": [_conversation(sample, *sample.choice(held_out)) for _ in range(sizes.held_out)],
         "preference_train": [_preference(sample, LABEL_NOISE, *sample.choice(train)) for _ in range(sizes.pairs)],
@@ -123,20 +123,21 @@ def write_data(folder: Path, seed: int, sizes: Sizes = Sizes()) -> dict[str, str
     return {name: str(folder / f"{name}.jsonl") for name in rows}
 
 
-def _conversation(sample: random.Random, subject: str, material: str) -> dict[str, Any]:
-    messages = [
-        {"role": "user", "content": question(sample, subject)},
-        {"role": "assistant", "content": answer(sample, subject, material)},
-    ]
-    return {"messages": messages}
+def _conversation(sample: random.Random, subject: str, material: str) -> Row:
+    return {
+        "messages": [
+            {"role": "user", "content": question(sample, subject)},
+            {"role": "assistant", "content": answer(sample, subject, material)},
+        ]
+    }
 
 
-def _preference(sample: random.Random, noise: float, subject: str, material: str) -> dict[str, Any]:
+def _preference(sample: random.Random, noise: float, subject: str, material: str) -> Row:
     better, worse = _pair(sample, subject, material)
     if sample.random() < noise:
         better, worse = worse, better
     return {"prompt": question(sample, subject), "chosen": better, "rejected": worse}
 
 
-def _prompt(sample: random.Random, subject: str, material: str) -> dict[str, Any]:
+def _prompt(sample: random.Random, subject: str, material: str) -> Row:
     return {"prompt": question(sample, subject), "subject": subject, "material": material}

@@ -1,12 +1,11 @@
 """Metrics of the quickstart's models on held-out prompts."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 from rlhf_lightning.models.reward_model import RewardModel
-from rlhf_lightning.types import Episode
+from rlhf_lightning.types import Episode, Row
 
-Gold = Callable[[str, dict[str, Any]], float]
+Gold = Callable[[str, Row], float]
 
 
 def figures(

@@ -1,6 +1,11 @@
 """Model of the quickstart: a Qwen3 with half a million parameters, and a tokenizer trained on the data."""
 
-from typing import Any
+from typing import TYPE_CHECKING
+
+from rlhf_lightning.types import Tokenizer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 VOCABULARY = 768
 TEMPLATE = (
@@ -9,12 +14,13 @@ TEMPLATE = (
 )
 
 
-def make_tokenizer(texts: list[str]) -> Any:
+def make_tokenizer(texts: list[str]) -> Tokenizer:
     """Train a byte-level BPE tokenizer with a ChatML template; it can encode any text."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    import tokenizers
+    from tokenizers import decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
-    tokenizer = Tokenizer(models.BPE())
+    tokenizer = tokenizers.Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     special = ["<|pad|>", "<|im_start|>", "<|im_end|>"]
@@ -28,7 +34,7 @@ def make_tokenizer(texts: list[str]) -> Any:
     return fast
 
 
-def make_model(tokenizer: Any, seed: int) -> Any:
+def make_model(tokenizer: Tokenizer, seed: int) -> "PreTrainedModel":
     """Make a Qwen3 causal language model with random weights."""
     import torch
     from transformers import Qwen3Config, Qwen3ForCausalLM

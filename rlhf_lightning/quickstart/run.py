@@ -9,20 +9,21 @@ import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from rlhf_lightning.data.names import check_there
 from rlhf_lightning.data.records import fingerprint
 from rlhf_lightning.files import FORMAT, is_file, read_record, write_json
-from rlhf_lightning.pipeline.plan import Plan, read_plan
+from rlhf_lightning.pipeline.plan import Plan, read_plan, section
 from rlhf_lightning.pipeline.run import run_pipeline
 from rlhf_lightning.quickstart.data import Sizes, write_data
 from rlhf_lightning.quickstart.rubric import rubric
 from rlhf_lightning.report import write_report
+from rlhf_lightning.report.records import AnswerPair, Manifest, Summary
+from rlhf_lightning.types import JSON, Row
 
 CONFIGS = Path(__file__).parent / "configs"
 # Settings for a pretrained model; the shipped learning rates are for a model with random weights.
-OWN_MODEL = {
+OWN_MODEL: dict[str, dict[str, JSON]] = {
     "sft": {"model.lora": {"rank": 16, "target": ["all"]}, "model.optimizer.init_args.lr": 1e-4},
     "preference": {"model.lora": {"rank": 16, "target": ["attention", "mlp"]}, "model.optimizer.init_args.lr": 1e-4},
     "policy": {"model.lora": {"rank": 16, "target": ["all"]}, "model.optimizer.init_args.lr": 2e-5},
@@ -53,12 +54,12 @@ class Settings:
     sft: str | None = None
     preferences: str | None = None
     prompts: str | None = None
-    overrides: dict[str, dict[str, Any]] | None = None
+    overrides: dict[str, dict[str, JSON]] | None = None
     """Settings by stage that override all others; tests use them for small runs."""
     sizes: Sizes = field(default_factory=Sizes)
 
 
-def quickstart(settings: Settings) -> dict[str, Any]:
+def quickstart(settings: Settings) -> Summary:
     """Run the quickstart.
 
     Args:
@@ -78,13 +79,19 @@ def quickstart(settings: Settings) -> dict[str, Any]:
     # This process loads models only after the stages have ended, so the two memory peaks do not add up.
     stages = _kibibytes(resource.RUSAGE_SELF) + _kibibytes(resource.RUSAGE_CHILDREN)
     print("measuring base, SFT and policy on held-out prompts …", flush=True)
-    summary, samples = _measure(settings, inputs, plan, manifest)
-    earlier = _earlier(settings.root)
-    summary["seconds"] = max(round(time.time() - started, 1), earlier)
-    summary["peak_memory_gb"] = round(max(stages, _kibibytes(resource.RUSAGE_SELF)) * 1024 / 1e9, 2)
-    write_json(settings.root / "summary.json", {"format": FORMAT, "seed": settings.seed, **summary, "samples": samples})
+    figures, samples = _measure(settings, inputs, plan, manifest)
+    summary = Summary(
+        base=figures["base"],
+        sft=figures["sft"],
+        policy=figures["policy"],
+        preference={"pair_accuracy": manifest["stages"]["preference"]["metrics"].get("val/accuracy")},
+        seconds=max(round(time.time() - started, 1), _earlier(settings.root)),
+        peak_memory_gb=round(max(stages, _kibibytes(resource.RUSAGE_SELF)) * 1024 / 1e9, 2),
+        samples=samples,
+    )
+    write_json(settings.root / "summary.json", {"format": FORMAT, "seed": settings.seed, **summary})
     write_report(settings.root)
-    return {**summary, "samples": samples}
+    return summary
 
 
 def _earlier(root: Path) -> float:
@@ -113,10 +120,9 @@ def _move_other_aside(settings: Settings) -> None:
     write_json(path, asked)
 
 
-def _inputs(settings: Settings) -> dict[str, Any]:
+def _inputs(settings: Settings) -> dict[str, str]:
     """Paths of all files, and the base model. Files that the user does not give are generated, always identically."""
-    made = write_data(settings.root / "data", settings.seed, settings.sizes)
-    paths: dict[str, Any] = dict(made)
+    paths = write_data(settings.root / "data", settings.seed, settings.sizes)
     for name, file in (("sft", settings.sft), ("preference", settings.preferences), ("prompts", settings.prompts)):
         if file:
             paths |= _split(settings, name, file)
@@ -157,11 +163,11 @@ def _split(settings: Settings, name: str, file: str) -> dict[str, str]:
     return paths
 
 
-def _plan(settings: Settings, inputs: dict[str, Any]) -> dict[str, Any]:
+def _plan(settings: Settings, inputs: dict[str, str]) -> dict[str, JSON]:
     files = {"sft": "sft", "preference": "preference", "policy": "prompts"}
-    stages = []
+    stages: list[JSON] = []
     for kind in ("sft", "preference", "policy"):
-        overrides = {
+        overrides: dict[str, JSON] = {
             "data.train": inputs[f"{files[kind]}_train"],
             "data.validation": inputs[f"{files[kind]}_validation"],
             **(OWN_MODEL[kind] if settings.model else {}),
@@ -174,8 +180,9 @@ def _plan(settings: Settings, inputs: dict[str, Any]) -> dict[str, Any]:
 
 
 def _measure(
-    settings: Settings, inputs: dict[str, Any], plan: Plan, manifest: dict[str, Any]
-) -> tuple[dict[str, Any], list[dict[str, str]]]:
+    settings: Settings, inputs: dict[str, str], plan: Plan, manifest: Manifest
+) -> tuple[dict[str, dict[str, float | None]], list[AnswerPair]]:
+    """Figures of the base, SFT and RL models by name, and some answers."""
     from rlhf_lightning.inference.policy import Policy
     from rlhf_lightning.models.reward_model import RewardModel
     from rlhf_lightning.quickstart.evaluate import figures
@@ -184,8 +191,10 @@ def _measure(
     folders |= {name: manifest["stages"][name]["model"] for name in ("sft", "policy")}
     judge = RewardModel(manifest["stages"]["preference"]["model"])
     gold = None if settings.prompts else _gold
-    limit, max_tokens = settings.sizes.held_out, plan.stages[-1].settings["model"]["sampler"]["max_tokens"]
-    summary: dict[str, Any] = {}
+    limit, sampler = settings.sizes.held_out, section(section(plan.stages[-1].settings, "model"), "sampler")
+    max_tokens = sampler["max_tokens"]
+    assert isinstance(max_tokens, int)
+    found: dict[str, dict[str, float | None]] = {}
     answers: dict[str, list[str]] = {}
     start: Policy | None = None
     for name, folder in folders.items():
@@ -195,24 +204,22 @@ def _measure(
         kl = None
         if name != "base":
             start = start or policy
-            gaps = [a - b for a, b in zip(policy.logprobs(episodes), start.logprobs(episodes), strict=True)]
-            kl = sum(gaps) / len(gaps)
-        summary[name] = figures(episodes, judge, kl, gold)
+            kl = policy.kl(start, episodes)
+        found[name] = figures(episodes, judge, kl, gold)
         answers[name] = [episode.response for episode in episodes]
         if name != "policy":
             nll = policy.nll(policy.conversations(inputs["sft_validation"], limit))
-            summary["sft" if name == "sft" else "base"]["val_nll"] = nll
-    summary["sft"]["val_nll_start"] = summary["base"].pop("val_nll")
-    summary["preference"] = {"pair_accuracy": manifest["stages"]["preference"]["metrics"].get("val/accuracy")}
-    shown = [
+            found["sft" if name == "sft" else "base"]["val_nll"] = nll
+    found["sft"]["val_nll_start"] = found["base"].pop("val_nll")
+    shown: list[AnswerPair] = [
         {"prompt": prompts[i].messages[-1]["content"] or "", "sft": answers["sft"][i], "policy": answers["policy"][i]}
         for i in range(min(3, len(prompts)))
     ]
-    return summary, shown
+    return found, shown
 
 
-def _gold(answer: str, row: dict[str, Any]) -> float:
-    return rubric(answer, row["subject"], row["material"])
+def _gold(answer: str, row: Row) -> float:
+    return rubric(answer, str(row["subject"]), str(row["material"]))
 
 
 def _kibibytes(who: int) -> float:

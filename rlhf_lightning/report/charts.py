@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from rlhf_lightning.report.html import Html, el, number
+from rlhf_lightning.report.records import ReliabilityBin
 
 Points = Sequence[tuple[float, float]]
 WIDTH, HEIGHT = 360, 220
@@ -120,7 +121,7 @@ def distribution(title: str, values: Mapping[str, Sequence[float]], x: str, bins
     return figure(title, [*axes(frame, x), *bars], legend)
 
 
-def calibration(title: str, curve: Sequence[Mapping[str, float]], note: str = "") -> Html | None:
+def calibration(title: str, curve: Sequence[ReliabilityBin], note: str = "") -> Html | None:
     """A reliability curve: accuracy in each bin of confidence; a dot's area is its number of pairs."""
     bins = [b for b in curve if b["pairs"] > 0]
     if not bins:

@@ -1,9 +1,10 @@
 """HTML built from elements, so that no text reaches the page unescaped."""
 
 import html
-from typing import Any
+from collections.abc import Sequence
 
 from rlhf_lightning.files import visible
+from rlhf_lightning.types import JSON
 
 
 class Html(str):
@@ -17,14 +18,18 @@ class Html(str):
     __slots__ = ()
 
 
-def text(value: Any) -> Html:
+Content = str | float | None
+"""What an element may contain: `Html`, or a value that is escaped."""
+
+
+def text(value: Content) -> Html:
     """A value as text of the page: escaped, with characters that no page can hold made visible."""
     if isinstance(value, Html):
         return value
     return Html(html.escape(visible(str(value))))
 
 
-def el(tag: str, *children: Any, **attributes: Any) -> Html:
+def el(tag: str, *children: Content, **attributes: Content) -> Html:
     """An HTML element.
 
     Args:
@@ -44,7 +49,7 @@ def join(parts: list[Html]) -> Html:
     return Html("\n".join(parts))
 
 
-def table(head: list[Any], rows: list[list[Any]], class_: str | None = None) -> Html:
+def table(head: Sequence[Content], rows: Sequence[Sequence[Content]], class_: str | None = None) -> Html:
     """A table that scrolls on its own where the screen is narrow.
 
     Args:
@@ -58,12 +63,12 @@ def table(head: list[Any], rows: list[list[Any]], class_: str | None = None) -> 
     return el("div", el("table", top, el("tbody", *body), class_=class_), class_="scroll")
 
 
-def details(title: str, *children: Any) -> Html:
+def details(title: str, *children: Content) -> Html:
     """Content that is collapsed until it is opened."""
     return el("details", el("summary", title), *children)
 
 
-def number(value: Any, digits: int = 4) -> str:
+def number(value: JSON, digits: int = 4) -> str:
     """A number with `digits` significant digits; a dash for None."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return "–" if value is None else str(value)

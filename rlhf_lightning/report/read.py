@@ -5,24 +5,27 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 import yaml
 
 from rlhf_lightning.errors import ConfigError, UserError
 from rlhf_lightning.files import read_table, real_path
 from rlhf_lightning.report.records import (
-    FACTS,
-    PREFERENCE,
-    SAMPLE,
-    SUMMARY,
+    PreferenceReport,
+    SampleRow,
+    StageEntry,
+    StageFacts,
+    Summary,
     check_shape,
     is_there,
     read_manifest,
     read_record,
 )
+from rlhf_lightning.types import JSON, Row
 from rlhf_lightning.yaml_files import read_mapping
 
+T = TypeVar("T")
 Points = list[tuple[float, float]]
 COMPARED = 6
 
@@ -36,13 +39,13 @@ class Samples:
         last: Rows of the last round.
 
     Example:
-        >>> Samples(first=[{"reward": 0.1}], last=[{"reward": 0.9}]).repeated
+        >>> Samples().repeated
         []
     """
 
-    first: list[dict[str, Any]] = field(default_factory=list)
-    last: list[dict[str, Any]] = field(default_factory=list)
-    repeated: list[tuple[dict[str, Any], dict[str, Any]]] = field(default_factory=list)
+    first: list[SampleRow] = field(default_factory=list)
+    last: list[SampleRow] = field(default_factory=list)
+    repeated: list[tuple[SampleRow, SampleRow]] = field(default_factory=list)
     """Earliest and latest answer to prompts of several rounds, those furthest apart first."""
 
 
@@ -59,14 +62,14 @@ class StageRun:
 
     name: str
     folder: Path
-    entry: dict[str, Any] = field(default_factory=dict)
-    """Entry of the manifest, if a pipeline ran the stage."""
-    facts: dict[str, Any] = field(default_factory=dict)
+    entry: StageEntry = field(default_factory=lambda: StageEntry(status="", inputs={}))
+    """Entry of the manifest; without status if no pipeline ran the stage."""
+    facts: StageFacts = field(default_factory=StageFacts)
     config: str = ""
     metrics: dict[str, Points] = field(default_factory=dict)
     """Points `(step, value)` of each metric."""
-    warnings: list[dict[str, Any]] = field(default_factory=list)
-    preference: dict[str, Any] = field(default_factory=dict)
+    warnings: list[Row] = field(default_factory=list)
+    preference: PreferenceReport = field(default_factory=PreferenceReport)
     samples: Samples = field(default_factory=Samples)
 
     @property
@@ -80,7 +83,7 @@ class StageRun:
         return str(self.entry.get("status") or ("finished" if self.facts else "not finished"))
 
     @property
-    def settings(self) -> dict[str, Any]:
+    def settings(self) -> dict[str, JSON]:
         """Contents of its `config.yaml`."""
         return yaml.safe_load(self.config) or {}
 
@@ -100,7 +103,7 @@ class Run:
     root: Path
     stages: list[StageRun]
     plan: str = ""
-    summary: dict[str, Any] = field(default_factory=dict)
+    summary: Summary = field(default_factory=Summary)
     """Of a quickstart: numbers and answers of the base, SFT and RL models."""
 
 
@@ -110,14 +113,14 @@ def read_run(root: Path) -> Run:
     if manifest:
         stages = [read_stage(root / name, name, entry) for name, entry in (manifest.get("stages") or {}).items()]
         name = str(manifest.get("name") or root.name)
-        return Run(name, root, stages, _text(root / "pipeline.yaml"), read_record(root / "summary.json", SUMMARY))
+        return Run(name, root, stages, _text(root / "pipeline.yaml"), read_record(root / "summary.json", Summary))
     if any((root / name).exists() for name in ("stage.json", "metrics.csv", "config.yaml")):
         return Run(real_path(root).name, root, [read_stage(root, real_path(root).name)])
     what = "contains no run (no manifest.json, stage.json or metrics.csv)" if root.is_dir() else "no such folder"
     raise UserError(f"{root}: {what}. Give the folder of a pipeline or of a stage, for example runs/quickstart")
 
 
-def read_stage(folder: Path, name: str, entry: dict[str, Any] | None = None) -> StageRun:
+def read_stage(folder: Path, name: str, entry: StageEntry | None = None) -> StageRun:
     """Read a stage's folder.
 
     Args:
@@ -128,12 +131,12 @@ def read_stage(folder: Path, name: str, entry: dict[str, Any] | None = None) -> 
     return StageRun(
         name,
         folder,
-        entry or {},
-        read_record(folder / "stage.json", FACTS),
+        entry or StageEntry(status="", inputs={}),
+        read_record(folder / "stage.json", StageFacts),
         _config(folder / "config.yaml"),
         read_metrics(folder / "metrics.csv"),
-        [row for _, row in _located(folder / "warnings.jsonl", {})],
-        read_record(folder / "preference_report.json", PREFERENCE),
+        [row for _, row in _located(folder / "warnings.jsonl", Row)],
+        read_record(folder / "preference_report.json", PreferenceReport),
         read_samples(folder / "samples.jsonl"),
     )
 
@@ -161,8 +164,8 @@ def read_samples(path: Path) -> Samples:
     """Read samples in one pass, keeping only the first and last round and the position of each prompt's answers."""
     found = Samples()
     places: dict[int, list[tuple[int, int]]] = {}
-    for offset, row in _located(path, SAMPLE):
-        number = int(row["step"])  # a round's own
+    for offset, row in _located(path, SampleRow):
+        number = row["step"]  # a round's own
         if not found.first or found.first[0]["step"] == number:
             found.first.append(row)
         if found.last and found.last[0]["step"] != number:
@@ -179,7 +182,7 @@ def read_samples(path: Path) -> Samples:
     return found
 
 
-def _located(path: Path, shape: Any) -> Iterator[tuple[int, dict[str, Any]]]:
+def _located(path: Path, kind: type[T]) -> Iterator[tuple[int, T]]:
     """Complete lines with their offsets; a line that was cut off when the run stopped is left out."""
     if not is_there(path):
         return
@@ -191,15 +194,16 @@ def _located(path: Path, shape: Any) -> Iterator[tuple[int, dict[str, Any]]]:
                     row = json.loads(line)
                 except (ValueError, RecursionError) as error:
                     raise ConfigError(f"{path}:{number}: cannot be read as JSON ({error}); restore the file") from None
-                check_shape(row, shape, f"{path}:{number}")
+                check_shape(row, kind, f"{path}:{number}")
                 yield offset, row
             offset += len(line)
 
 
-def _at(path: Path, offset: int) -> dict[str, Any]:
+def _at(path: Path, offset: int) -> SampleRow:
     with open(path, "rb") as stream:
         stream.seek(offset)
-        return dict(json.loads(stream.readline()))
+        row: SampleRow = json.loads(stream.readline())
+    return row
 
 
 def _text(path: Path) -> str:

@@ -1,133 +1,313 @@
-"""Validates the JSON files in a run's folder before they are used."""
+"""The files of a run's folder as types, and their check against these types before they are used."""
 
 import json
+import types
 from pathlib import Path
-from typing import Any
+from typing import (
+    Any,
+    Literal,
+    NoReturn,
+    Required,
+    TypedDict,
+    TypeVar,
+    get_args,
+    get_origin,
+    get_type_hints,
+    is_typeddict,
+)
 
 from rlhf_lightning.errors import ConfigError
 from rlhf_lightning.files import check_format, is_file, read_object
+from rlhf_lightning.types import JSON, Message
 
-NUMBER = "a number"
+T = TypeVar("T")
+Handed = Literal["start", "reward", "critic"]
+"""What a stage may be given: a model to start from, one that rewards it, and one that its critic starts from."""
+Kind = type | types.GenericAlias | types.UnionType
 LARGEST = 1e300
 """Largest integer that is accepted; larger ones may not fit into a float."""
-ENTRY = {
-    "status!": str,
-    "kind": str,
-    "inputs!": {"settings": str, "data": {"*": str}, "start": str, "reward": str, "critic": str},
-    "configs": [{"path!": str, "hash!": str}],
-    "handed": {"*": str},
-    "metrics": {"*": NUMBER},
-    "seconds": NUMBER,
-    "model": str,
-    "model_hash": str,
-}
-MANIFEST = {"name": str, "stages": {"*": ENTRY}}
-FACTS = {
-    "kind": str,
-    "metrics": {"*": NUMBER},
-    "steps": NUMBER,
-    "seconds": NUMBER,
-    "parent": {"stage": str, "hash": str},
-    "data": {"*": str},
-    "versions": dict,
-    "model_hash": str,
-    "config_hash": str,
-    "start": str,
-    "stopped": (str, dict),
-}
-SAMPLE = {
-    "step!": int,
-    "prompt!": (str, list),
-    "reward!": NUMBER,
-    "response!": str,
-    "response_tokens!": NUMBER,
-    "stop_reason!": str,
-}
-PREFERENCE = {
-    "numbers": {"*": NUMBER},
-    "reliability": [{"pairs!": NUMBER, "confidence!": NUMBER, "accuracy!": NUMBER}],
-}
-FIGURES = {"*": NUMBER}
-SUMMARY = {
-    "base": dict,
-    "sft": dict,
-    "policy": dict,
-    "samples": [{"prompt!": str, "sft!": str, "policy!": str}],
-}
 
 
-def read_record(path: Path, shape: Any) -> dict[str, Any]:
-    """Read a JSON file of a run; empty if it does not exist. Raises `ConfigError` if its content is invalid."""
+class ConfigFile(TypedDict):
+    """A config file that the settings of a stage were read from.
+
+    Attributes:
+        path: Its absolute path.
+        hash: SHA-256 of its content.
+    """
+
+    path: str
+    hash: str
+
+
+class StageInputs(TypedDict, total=False):
+    """What the result of a stage depends on, as SHA-256 hashes; a Hub id stands for itself.
+
+    Attributes:
+        settings: Hash of its settings.
+        data: Hash of each data source.
+        seed: Seed of the pipeline.
+        start: Hash of the model that it starts from.
+        reward: Hash of the model that rewards it.
+        critic: Hash of the model that its critic starts from.
+    """
+
+    settings: str
+    data: dict[str, str]
+    seed: int
+    start: str
+    reward: str
+    critic: str
+
+
+class StageEntry(TypedDict, total=False):
+    """A stage in the manifest of a pipeline.
+
+    Attributes:
+        status: `running`, `finished` or `failed`.
+        kind: `sft`, `preference` or `policy`.
+        inputs: What it was run with.
+        configs: Files that its settings were read from.
+        handed: Stages or folders that it was given, by `start`, `reward` and `critic`.
+        metrics: Last value of each metric.
+        seconds: Duration.
+        model: Its model folder.
+        model_hash: SHA-256 of the model folder.
+        exit_code: Exit code of its process, if it failed.
+    """
+
+    status: Required[str]
+    kind: str
+    inputs: Required[StageInputs]
+    configs: list[ConfigFile]
+    handed: dict[Handed, str]
+    metrics: dict[str, float]
+    seconds: float
+    model: str
+    model_hash: str
+    exit_code: int
+
+
+class Manifest(TypedDict, total=False):
+    """`manifest.json` of a pipeline.
+
+    Attributes:
+        format: Version of the format.
+        name: Name of the pipeline.
+        seed: Seed of all stages.
+        stages: The stages that were begun, by name.
+    """
+
+    format: int
+    name: str
+    seed: int
+    stages: dict[str, StageEntry]
+
+
+class Parent(TypedDict, total=False):
+    """The earlier stage that a stage started from.
+
+    Attributes:
+        stage: Its name.
+        hash: SHA-256 of its model folder.
+    """
+
+    stage: str
+    hash: str
+
+
+class StageFacts(TypedDict, total=False):
+    """`stage.json` of a stage, as far as it is read here.
+
+    Attributes:
+        kind: `sft`, `preference` or `policy`.
+        metrics: Last value of each metric.
+        steps: Optimizer steps.
+        seconds: Duration.
+        parent: The earlier stage that it started from.
+        data: SHA-256 of each data source.
+        versions: Versions of the libraries.
+        model_hash: SHA-256 of the model folder.
+        config_hash: SHA-256 of `config.yaml`.
+        start: Model that it started from.
+        stopped: Why and when it was stopped early.
+    """
+
+    kind: str
+    metrics: dict[str, float]
+    steps: float
+    seconds: float
+    parent: Parent
+    data: dict[str, str]
+    versions: dict[str, str]
+    model_hash: str
+    config_hash: str
+    start: str
+    stopped: str | dict[str, JSON]
+
+
+class SampleRow(TypedDict):
+    """A row of `samples.jsonl`, as far as it is read here.
+
+    Attributes:
+        step: Optimizer steps before the row's round.
+        prompt: Messages, or text.
+        reward: The total reward.
+        response: The policy's last message.
+        response_tokens: Tokens that the policy sampled.
+        stop_reason: See `Episode.stop_reason`.
+    """
+
+    step: int
+    prompt: str | list[Message]
+    reward: float
+    response: str
+    response_tokens: float
+    stop_reason: str
+
+
+class ReliabilityBin(TypedDict):
+    """A bin of the reliability curve.
+
+    Attributes:
+        pairs: Number of pairs.
+        confidence: Their mean predicted probability.
+        accuracy: Fraction of them that the model orders as labeled.
+    """
+
+    pairs: float
+    confidence: float
+    accuracy: float
+
+
+class PreferenceReport(TypedDict, total=False):
+    """`preference_report.json`.
+
+    Attributes:
+        numbers: Metrics on the validation rows.
+        reliability: The reliability curve.
+    """
+
+    numbers: dict[str, float]
+    reliability: list[ReliabilityBin]
+
+
+class AnswerPair(TypedDict):
+    """Answers of the quickstart's SFT model and of its policy to a held-out prompt."""
+
+    prompt: str
+    sft: str
+    policy: str
+
+
+class Summary(TypedDict, total=False):
+    """`summary.json` of the quickstart; for the figures of a model see `quickstart.evaluate.figures`.
+
+    Attributes:
+        base: Figures of the base model.
+        sft: Figures of the SFT model; also `val_nll_start` and `val_nll`, in nats per token.
+        policy: Figures of the policy after RL.
+        preference: `pair_accuracy` of the preference model.
+        seconds: Duration of the first complete run.
+        peak_memory_gb: Peak memory of its processes.
+        samples: Some answers.
+    """
+
+    base: dict[str, float | None]
+    sft: dict[str, float | None]
+    policy: dict[str, float | None]
+    preference: dict[str, float | None]
+    seconds: float
+    peak_memory_gb: float
+    samples: list[AnswerPair]
+
+
+def read_record(path: Path, kind: type[T]) -> T:
+    """Read a JSON file of a run.
+
+    Args:
+        path: The file.
+        kind: The type of its content, a TypedDict.
+
+    Returns:
+        Its content, empty if there is no file.
+
+    Raises:
+        ConfigError: If it contains something else.
+    """
     if not is_there(path):
-        return {}
-    found = read_object(path)
+        return kind()
+    found: Any = read_object(path)
     check_format(found.get("format"), str(path))
-    check_shape(found, shape, str(path))
+    check_shape(found, kind, str(path))
     return found
 
 
 def is_there(path: Path) -> bool:
-    """True if a file exists. Raises `ConfigError` for a broken link, a device, a folder, or a pipe, which would "
-    "block."""
+    """True if a file exists. Raises `ConfigError` for a broken link, a device, a folder, or a pipe, which blocks."""
     if path.is_symlink() and not path.exists():
         raise ConfigError(f"{path}: this is a broken link; restore the file")
     return is_file(path)
 
 
-def read_manifest(path: Path) -> dict[str, Any]:
+def read_manifest(path: Path) -> Manifest:
     """Read a pipeline's `manifest.json`. Raises `ConfigError` if a stage name could lead out of the run's folder."""
-    found = read_record(path, MANIFEST)
+    found = read_record(path, Manifest)
     for name in found.get("stages") or {}:
         if name in ("", ".", "..") or Path(name).name != name:
             raise ConfigError(f"{path}: {name!r} is not a valid stage name; restore the file")
     return found
 
 
-def check_shape(value: Any, shape: Any, where: str) -> None:
-    """Check that a value of a record has the expected shape.
+def check_shape(value: JSON, kind: Kind, where: str) -> None:
+    """Check that a value of a record is what a run writes there.
 
     Args:
-        value: The value as read.
-        shape: A type, a tuple of types, `NUMBER`, `[shape]` for a list whose items have that shape, or a mapping from
-            keys to shapes. A key that ends with `!` is required; other keys that are null are removed from `value`. The
-            key `*` stands for all keys.
-        where: Place of the value, for the message.
+        value: The value, as read. A field that is null but need not be there is removed from it.
+        kind: Its type. Of a union only the outermost types are checked.
+        where: Where it is, for the message.
 
     Raises:
-        ConfigError: If the shape is wrong; the message has the place and the value.
+        ConfigError: If it is something else.
     """
-    if isinstance(shape, dict):
-        _check_mapping(value, shape, where)
-    elif isinstance(shape, list):
-        if not isinstance(value, list):
+    origin, arguments = get_origin(kind) or kind, get_args(kind)
+    if is_typeddict(kind):
+        _check_fields(value, kind, where)
+    elif origin is types.UnionType:
+        if not any(
+            _is_number(value) if one is float else isinstance(value, get_origin(one) or one) for one in arguments
+        ):
             _refuse(value, where)
-        for number, item in enumerate(value):
-            check_shape(item, shape[0], f"{where}[{number}]")
-    elif shape == NUMBER:
-        if isinstance(value, bool) or not isinstance(value, int | float):
+    elif kind is float:
+        if not _is_number(value):
             _refuse(value, where)
-        if isinstance(value, int) and abs(value) > LARGEST:
-            _refuse(value, where)
-    elif isinstance(value, bool) or not isinstance(value, shape):
+    elif isinstance(value, bool) or not (isinstance(origin, type) and isinstance(value, origin)):
         _refuse(value, where)
+    elif isinstance(value, list):
+        for number, item in enumerate(value):
+            check_shape(item, arguments[0], f"{where}[{number}]")
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            check_shape(item, arguments[1], f"{where}: {key}")
 
 
-def _check_mapping(value: Any, shape: dict[str, Any], where: str) -> None:
+def _is_number(value: JSON) -> bool:
+    whole = isinstance(value, int) and not isinstance(value, bool) and abs(value) <= LARGEST
+    return whole or isinstance(value, float)
+
+
+def _check_fields(value: JSON, kind: Kind, where: str) -> None:
     if not isinstance(value, dict):
         _refuse(value, where)
-    if "*" in shape:
-        for key, item in value.items():
-            check_shape(item, shape["*"], f"{where}: {key}")
-        return
-    for key, inner in shape.items():
-        name, needed = key.removesuffix("!"), key.endswith("!")
-        if needed and name not in value:
+    required = vars(kind)["__required_keys__"]
+    for name, inner in get_type_hints(kind).items():
+        if name in required and name not in value:
             raise ConfigError(f"{where}: {name} is missing; restore the file")
-        if value.get(name) is not None or needed:
+        if value.get(name) is not None or name in required:
             check_shape(value[name], inner, f"{where}: {name}")
         else:
             value.pop(name, None)
 
 
-def _refuse(value: Any, where: str) -> None:
+def _refuse(value: JSON, where: str) -> NoReturn:
     raise ConfigError(f"{where} is {json.dumps(value)[:80]}, which no run writes; restore the file")

@@ -2,12 +2,13 @@
 
 import json
 from collections.abc import Sequence
-from typing import Any
 
 from rlhf_lightning.files import duration
 from rlhf_lightning.report import charts
 from rlhf_lightning.report.html import Html, details, el, join, number, table
 from rlhf_lightning.report.read import Points, Run, StageRun
+from rlhf_lightning.report.records import SampleRow
+from rlhf_lightning.types import Message
 
 # Title of a chart and its metrics; metrics that a stage did not log are left out.
 CURVES: dict[str, list[tuple[str, list[str]]]] = {
@@ -83,8 +84,9 @@ def tiles(run: Run) -> Html | None:
         for name, title in TILES.get(stage.kind, {}).items():
             if points := charts.finite(stage.metrics.get(name, [])):
                 found.append(_tile(charts.change([value for _, value in points], 3), title, stage.name))
-    gold = [run.summary.get(name, {}).get("gold_reward") for name in ("sft", "policy")]
-    if None not in gold:
+    trained = run.summary.get("sft", {}), run.summary.get("policy", {})
+    gold = [value for figures in trained if (value := figures.get("gold_reward")) is not None]
+    if len(gold) == len(trained):
         found.append(_tile(charts.change(gold, 2), "held-out gold reward", "sft, policy"))
     return el("div", *found, class_="tiles") if found else None
 
@@ -198,13 +200,13 @@ def samples(stage: StageRun) -> list[Html]:
     return [el("h3", title), table(head, rows, "stack answers")]
 
 
-def worst_median_best(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def worst_median_best(rows: Sequence[SampleRow]) -> list[SampleRow]:
     """The worst, the median and the best row by reward."""
     ordered = sorted(rows, key=lambda row: row["reward"])
     return [ordered[i] for i in sorted({0, len(ordered) // 2, len(ordered) - 1})]
 
 
-def prompt_block(prompt: Any) -> Html:
+def prompt_block(prompt: str | list[Message]) -> Html:
     """A prompt's messages, with their roles if there are several."""
     messages = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
     lines = [m["content"] if isinstance(m["content"], str) else json.dumps(m["content"]) for m in messages]
@@ -212,7 +214,7 @@ def prompt_block(prompt: Any) -> Html:
     return el("div", "\n".join(named), class_="text")
 
 
-def answer_block(row: dict[str, Any]) -> Html:
+def answer_block(row: SampleRow) -> Html:
     """A response with its step, reward, length and stop reason."""
     small = [f"step {row['step']}", f"reward {number(row['reward'])}", f"{row['response_tokens']} tokens"]
     small.append(str(row["stop_reason"]))
@@ -259,7 +261,8 @@ def what_was_run(run: Run) -> Html:
     """Data, versions and the complete configuration."""
     rows = []
     for stage in run.stages:
-        sources = stage.settings.get("data") or {}
+        data = stage.settings.get("data")
+        sources = data if isinstance(data, dict) else {}
         for name, digest in (stage.facts.get("data") or {}).items():
             rows.append([stage.name, name, json.dumps(sources.get(name)) if sources.get(name) else "–", digest[:12]])
     given = [stage.facts["versions"] for stage in run.stages if stage.facts.get("versions")]
