@@ -394,7 +394,7 @@ def test_it_is_one_line_where_it_fits_and_advice_where_not(base: str, tmp_path: 
     caplog.set_level(logging.INFO, "rlhf_lightning")
     module, data = module_and_data("policy", base, activation_offload=True)
     trainer(tmp_path, callbacks=[MemoryEstimate()], max_steps=1).fit(module, data)
-    (line,) = [record.message for record in caplog.records if record.message.startswith("memory")]
+    (line,) = [record.message for record in caplog.records if record.message.startswith("estimated memory")]
     assert "\n" not in line
     assert "cache" in line
     few = estimate_memory(module, 100, 50)
