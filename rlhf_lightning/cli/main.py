@@ -56,6 +56,9 @@ UNWRITABLE = {
     **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "free disk space, or write elsewhere"),
     **dict.fromkeys((errno.EROFS, errno.EACCES, errno.EPERM), "change its permissions, or choose another path"),
     errno.ENAMETOOLONG: "the path is too long; choose a shorter one",
+    errno.ELOOP: "links that lead in a circle; remove them",
+    errno.ENOTDIR: "a file is in the place of a folder; choose another path",
+    errno.EISDIR: "a folder is in the place of a file; choose another path",
 }
 """Errors of a disk or folder for any command, and what to do; `refusals` has more specific ones for stages."""
 

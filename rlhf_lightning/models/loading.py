@@ -170,6 +170,12 @@ class Start:
                 f"the model {source!r} is missing {len(missing)} weights (for example {sorted(missing)[0]}): its "
                 "files are incomplete, or config.json belongs to another model"
             )
+        heads = [name for name in info["unexpected_keys"] if name.split(".")[0] in HEADS]
+        if heads and not any(name.endswith("Classification") for name in model.config.architectures or ()):
+            raise ConfigError(
+                f"the model {source!r} has a score head ({heads[0]}), but the architectures in its config.json are "
+                f"{model.config.architectures}: restore that file"
+            )
         return model
 
     def _with_lora(self, model: nn.Module) -> nn.Module:
