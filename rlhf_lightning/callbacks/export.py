@@ -1,6 +1,7 @@
 """Export of the model folder and `stage.json` at the end of a stage."""
 
 import logging
+import os
 import shutil
 import sys
 import time
@@ -151,7 +152,5 @@ def _stoppers(trainer: pl.Trainer) -> list[StopOnCollapse]:
 
 
 def _seed() -> int | None:
-    import os
-
     seed = os.environ.get("PL_GLOBAL_SEED")
     return int(seed) if seed else None

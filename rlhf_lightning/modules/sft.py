@@ -78,13 +78,17 @@ class SFTModule(RLHFModule):
         return super().on_before_batch_transfer(batch, dataloader_idx)
 
     def training_step(self, batch: "SFTBatch", batch_idx: int) -> Tensor:
-        loss_mask = batch["loss_mask"]
-        total = nll(self.token_logprobs(batch["input_ids"], loss_mask).logprobs, loss_mask).sum()
-        count = loss_mask.sum()
+        total, count = self._nll(batch)
         self.step_numbers.add(count, {"nll": (total, count)})
         self.train_tokens.update(count)
         self.log("train/tokens", self.train_tokens, on_step=False, on_epoch=True)
         return self.normalized(total, batch, "tokens", count)
+
+    def _nll(self, batch: "SFTBatch") -> tuple[Tensor, Tensor]:
+        """Negative log-likelihood of the trained tokens, summed, in nats; and their number."""
+        loss_mask = batch["loss_mask"]
+        total = nll(self.token_logprobs(batch["input_ids"], loss_mask).logprobs, loss_mask).sum()
+        return total, loss_mask.sum()
 
     def why_empty(self) -> str:
         return (
@@ -106,9 +110,7 @@ class SFTModule(RLHFModule):
         return answers(self.sampler, self.renderer, kept_prompts(batch), seed=0)
 
     def _evaluate(self, batch: "SFTBatch", name: str) -> None:
-        loss_mask = batch["loss_mask"]
-        total = nll(self.token_logprobs(batch["input_ids"], loss_mask).logprobs, loss_mask).sum()
-        count = loss_mask.sum()
+        total, count = self._nll(batch)
         metrics = self.heldout[name]
         assert isinstance(metrics, HeldOut)
         mean = total / count.clamp(min=1)
