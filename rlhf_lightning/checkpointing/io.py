@@ -10,7 +10,7 @@ import zlib
 from collections.abc import Callable
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from lightning.fabric.plugins.io import TorchCheckpointIO
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from _typeshed import ReadableBuffer
     from lightning.fabric.utilities.types import _PATH
 
-    from rlhf_lightning.types import StateDict
+    from rlhf_lightning.types import JSON, StateDict
 
 log = logging.getLogger(__name__)
 VERSION = "pytorch-lightning_version"  # the key that Lightning checks first
@@ -47,7 +47,9 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         >>> trainer = Trainer(plugins=[io])  # doctest: +SKIP
     """
 
-    def save_checkpoint(self, checkpoint: "StateDict", path: "_PATH", storage_options: Any | None = None) -> None:
+    def save_checkpoint(
+        self, checkpoint: "StateDict", path: "_PATH", storage_options: "dict[str, JSON] | None" = None
+    ) -> None:
         """Write a checkpoint.
 
         Args:

@@ -17,7 +17,7 @@ from rlhf_lightning.modules.base import RLHFModule
 if TYPE_CHECKING:
     from lightning.fabric.utilities.types import _PATH
 
-    from rlhf_lightning.types import StateDict
+    from rlhf_lightning.types import JSON, StateDict
 
 
 class FSDP2(ModelParallelStrategy):
@@ -78,7 +78,9 @@ class FSDP2(ModelParallelStrategy):
             loop.inference_mode = False
         super().setup(trainer)
 
-    def save_checkpoint(self, checkpoint: "StateDict", filepath: "_PATH", storage_options: Any | None = None) -> None:
+    def save_checkpoint(
+        self, checkpoint: "StateDict", filepath: "_PATH", storage_options: "dict[str, JSON] | None" = None
+    ) -> None:
         if not self._save_distributed_checkpoint:
             super().save_checkpoint(checkpoint, filepath, storage_options)
             return
