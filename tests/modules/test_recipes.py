@@ -203,7 +203,7 @@ def test_a_misspelt_recipe_is_answered_with_the_right_one(name: str, hint: str, 
         PolicyRLModule("m", recipe=name)
     said = rlhf("policy", "fit", "--model.recipe", name, "--model.model", "m", cwd=tmp_path, code=2)
     assert f"Did you mean {hint}" in said
-    with pytest.raises(ConfigError, match="There are dapo, dr_grpo"):
+    with pytest.raises(ConfigError, match="Recipes are dapo, dr_grpo"):
         PolicyRLModule("m", recipe="xyz")
 
 
