@@ -183,6 +183,9 @@ def _listed(folder: Path, listed: tuple[str, str]) -> list[str]:
 
 def _config(path: Path, config: dict[str, JSON], extent: tuple[int, int], attention_chosen: bool) -> None:
     parts, largest = extent
+    names = config.get("architectures")
+    if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+        raise ConfigError(f"{path}: architectures must be a list of names; restore the file")
     for key, value in _settings(config):
         if _ATTENTION.fullmatch(key) and not attention_chosen and "/" in str(value):
             raise ConfigError(

@@ -52,8 +52,9 @@ EXAMPLES = """examples:
 Exit codes: 0 success, 1 internal error (`data check`: bad rows, `pipeline --verify`: a difference),
 2 error in files or flags, 130 interrupted."""
 
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 UNWRITABLE = {
-    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "free disk space, or write elsewhere"),
+    **dict.fromkeys(FULL, "free disk space, or write elsewhere"),
     **dict.fromkeys((errno.EROFS, errno.EACCES, errno.EPERM), "change its permissions, or choose another path"),
     errno.ENAMETOOLONG: "the path is too long; choose a shorter one",
     errno.ELOOP: "links that lead in a circle; remove them",
@@ -99,7 +100,7 @@ def main(args: list[str] | None = None) -> None:
     except OSError as error:
         if error.errno not in UNWRITABLE:
             raise
-        if error.errno != errno.ENAMETOOLONG:
+        if error.errno in FULL:
             silence()  # the rest of the output cannot be written either
         name = str(error.filename or "the output")
         shown = name if len(name) < LONGEST else f"{name[:LONGEST]}…"

@@ -33,7 +33,7 @@ def has_head(source: str, trust_remote_code: bool = False) -> bool:
 
     with loading(f"the model {source!r}"):
         names = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code).architectures or []
-    return any(name.endswith("ForSequenceClassification") for name in names)
+        return any(name.endswith("ForSequenceClassification") for name in names)
 
 
 def task_of(source: str) -> str:
