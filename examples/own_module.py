@@ -48,8 +48,7 @@ class PolicyWithDemonstrations(pl.LightningModule):
         self.renderer = Renderer(self.tokenizer)
         self.group_size, self.sft_weight = group_size, sft_weight
         self.token_logprobs = TokenLogprobs(self.model)
-        self.sampler = Sampler(max_tokens=16)
-        self.sampler.bind(self.model, self.renderer)
+        self.sampler = Sampler(max_tokens=16).build(self.model, self.renderer)
 
     def reward(self, prompt: str, response: str) -> float:
         """Your reward; here a preference for short answers."""

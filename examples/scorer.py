@@ -5,8 +5,6 @@ the scorer, so that `rlhf score`, `rlhf evaluate` and the reward of RL use it if
 """
 
 import sys
-from collections.abc import Sequence
-from typing import Any
 
 import lightning.pytorch as pl
 import torch
@@ -16,8 +14,9 @@ from rlhf_lightning import PreferenceDataModule, PreferenceModule
 from rlhf_lightning.callbacks.export import ExportModel
 from rlhf_lightning.errors import ConfigError
 from rlhf_lightning.models.reward_model import RewardModel
-from rlhf_lightning.models.scorers import Scorer
+from rlhf_lightning.models.scorers import LoadedModel, ModelScorer, Scorer
 from rlhf_lightning.models.token_logprobs import TokenLogprobs
+from rlhf_lightning.types import PreferenceTokens
 
 
 class YesNo(Scorer):
@@ -31,24 +30,27 @@ class YesNo(Scorer):
     task = "CAUSAL_LM"
 
     def __init__(self, yes: str = "Yes", no: str = "No") -> None:
-        self.words = yes, no
+        self.yes, self.no = yes, no
 
-    def arguments(self) -> dict[str, Any]:
-        """Constructor arguments, stored in `stage.json`."""
-        return dict(zip(("yes", "no"), self.words, strict=True))
+    def build(self, loaded: LoadedModel) -> ModelScorer:
+        """Make what scores, with the loaded model."""
+        words = [loaded.tokenizer(word, add_special_tokens=False)["input_ids"][0] for word in (self.yes, self.no)]
+        if words[0] == words[1]:
+            raise ConfigError(f"YesNo: {self.yes!r} and {self.no!r} begin with the same token; name others")
+        return YesNoScores(TokenLogprobs(loaded.model, loaded.max_tokens), words)
 
-    def bind(self, model: Any, tokenizer: Any, stop_token_ids: Sequence[int], fresh_adapter: bool = False) -> None:
-        """Attach the model; called once, after it is loaded."""
-        self.token_logprobs = TokenLogprobs(model, self.max_tokens)
-        self.packed_forward = self.token_logprobs.packed_forward
-        self.ids = [tokenizer(word, add_special_tokens=False)["input_ids"][0] for word in self.words]
-        if self.ids[0] == self.ids[1]:
-            raise ConfigError(f"YesNo: {self.words[0]!r} and {self.words[1]!r} begin with the same token; name others")
 
-    def __call__(self, batch: dict[str, Any]) -> Tensor:
+class YesNoScores(ModelScorer):
+    """The scores of `YesNo`."""
+
+    def __init__(self, token_logprobs: TokenLogprobs, words: list[int]) -> None:
+        super().__init__(token_logprobs.packed_forward)
+        self.token_logprobs, self.words = token_logprobs, words
+
+    def __call__(self, batch: PreferenceTokens) -> Tensor:
         """Scores `[N]` of `input_ids` `[N, T]`; the responses end at `lengths` `[N]`."""
         ids, ends = batch["input_ids"], batch["lengths"].repeat(2)[:, None]
-        words = torch.tensor(self.ids, device=ids.device).repeat_interleave(len(ids))[:, None]
+        words = torch.tensor(self.words, device=ids.device).repeat_interleave(len(ids))[:, None]
         rows = nn.functional.pad(ids, (0, 1)).repeat(2, 1).scatter(1, ends, words)
         loss_mask = torch.zeros(rows.shape, device=ids.device).scatter(1, ends, 1.0)
         # The two rows of a response differ only in their last token; the rest is computed once.

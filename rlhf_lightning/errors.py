@@ -17,6 +17,12 @@ MOST = 2**31 - 1
 """Largest value of any setting that is an integer."""
 
 
+def short(value: object) -> str:
+    """A value as a message shows it: at most 80 characters."""
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:80]}…"
+
+
 def check_whole(name: str, value: object, least: int = 1, most: int = MOST) -> None:
     """Raise `ConfigError` unless a value is an integer within bounds.
 

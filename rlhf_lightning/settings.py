@@ -26,7 +26,8 @@ class Settings:
     """Base class of the objects that configure a module: losses, advantages, rewards, scorers, samplers, …
 
     It records the arguments of the outermost constructor, so that `describe` can express the object in plain values,
-    from which `rebuild` makes an equal object. Dataclasses are described by their fields.
+    from which `rebuild` makes an equal object. Dataclasses are described by their fields. After the constructor it is
+    frozen, unless it has a state (`state_dict`).
 
     Example:
         >>> class Clip(Settings):
@@ -42,12 +43,22 @@ class Settings:
         if "__init__" in vars(cls):
             cls.__init__ = _recording(cls.__init__)  # type: ignore[method-assign]
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if "_complete" in self.__dict__ and not name.startswith("_"):
+            raise AttributeError(
+                f"{type(self).__name__}.{name} cannot be set: settings do not change once they are made. Make another "
+                "object, or keep what changes in what the settings build (an attribute with a leading _ may cache)"
+            )
+        super().__setattr__(name, value)
+
     def _arguments_given(self, given: dict[str, Any]) -> dict[str, Any]:
         """Return the arguments to call the constructor with; called once, before the outermost constructor."""
         return given
 
     def _constructed(self, given: Mapping[str, Any]) -> None:
         """Called once, after the outermost constructor, with its arguments."""
+        if not hasattr(self, "state_dict"):  # what has a state, such as a loss with running statistics, changes
+            object.__setattr__(self, "_complete", True)
 
 
 def plain(cls: type[T]) -> type[T]:
@@ -109,6 +120,21 @@ def describe(value: Any) -> Any:
             given = {field.name: getattr(value, field.name) for field in fields(value)}
         return {"class_path": _name(type(value)), "init_args": describe(given)}
     raise NotPlain(f"a {type(value).__name__} cannot be stored as plain settings")
+
+
+def arguments(value: Settings) -> dict[str, Any]:
+    """All arguments of an object's constructor in plain terms, including those left at their defaults.
+
+    Args:
+        value: The object.
+
+    Raises:
+        NotPlain: If one of them has no plain form.
+    """
+    parameters = inspect.signature(type(value)).parameters.values()
+    defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
+    given: dict[str, Any] = describe({**defaults, **getattr(value, "_given", {})})
+    return given
 
 
 def rebuild(value: Any) -> Any:

@@ -429,6 +429,8 @@ class Episode:
     metrics: dict[str, float] = field(default_factory=dict)
     details: dict[str, float] = field(default_factory=dict)
     """What rewards measured besides their scores, by name; logged as `reward_NAME`."""
+    sampled_texts: list[str] | None = None
+    """The policy's messages exactly as it sampled them, with special tokens; None until a reward reads them."""
     where: str = ""
     """File and line of the prompt, if known."""
     masked: bool = False

@@ -48,7 +48,7 @@ class Counts(pl.Callback):
     def on_train_start(self, trainer: Any, module: Any) -> None:
         model = module.model
         if self.reference:
-            model = (getattr(module, "reference", None) or module.frozen).copy
+            model = module.reference.copy
         decoder = model.get_decoder() if hasattr(model, "get_decoder") else model.base_model
         head = model.get_output_embeddings() or model.score
         decoder.register_forward_pre_hook(self._decoder, with_kwargs=True)

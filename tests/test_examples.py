@@ -22,6 +22,7 @@ from examples import (
 )
 from rlhf_lightning import PolicyRLModule, PreferenceModule, SFTModule
 from rlhf_lightning.errors import ConfigError, DataError
+from rlhf_lightning.models.scorers import LoadedModel
 from rlhf_lightning.objectives.policy import importance_sampling
 from rlhf_lightning.sampling.local_engine import LocalEngine
 from tests.helpers.training import trainer
@@ -63,10 +64,10 @@ def test_engine(base: str, tmp_path: Path) -> None:
     assert module.trainer.global_step > 0
     assert len(module.last_episodes) == 8
     # With the policy's weights it samples the tokens of the built-in engine.
-    module.sampler.sync(1)
+    module.model_sampler.sync(1)
     prompts, seeds = [[5, 6, 7], [5, 6, 7], [8, 9]], [1, 2, 3]
-    found = module.sampler.generate(prompts, seeds)
-    expected = LocalEngine(module.model, module.renderer.decode).generate(prompts, module.sampler.params, seeds)
+    found = module.model_sampler.generate(prompts, seeds)
+    expected = LocalEngine(module.model, module.renderer.decode).generate(prompts, module.model_sampler.params, seeds)
     assert [one.ids for one in found] == [one.ids for one in expected]
     assert [one.stop_reason for one in found] == [one.stop_reason for one in expected]
     for one, other in zip(found, expected, strict=True):
@@ -116,7 +117,7 @@ def test_scorer(base: str, tmp_path: Path, tokenizer: object) -> None:
     yes, no = (words(word, add_special_tokens=False)["input_ids"][0] for word in ("Yes", "No"))
     torch.testing.assert_close(scores[0], logprobs[yes] - logprobs[no], rtol=1e-4, atol=1e-4)
     with pytest.raises(ConfigError, match="same token"):
-        scorer.YesNo("Yes", "Yes").bind(model, words, [])
+        scorer.YesNo("Yes", "Yes").build(LoadedModel(model, words, []))
 
 
 def test_sft_with_data_of_ones_own(base: str, tmp_path: Path) -> None:

@@ -209,7 +209,7 @@ class Curve(pl.Callback):
 def measured(module: Any, graph: Graph, samples: int = 64) -> dict[str, float]:
     """Mean score over all nodes, of sampled and of greedy answers."""
     from rlhf_lightning.data.prompts import prompt_example
-    from rlhf_lightning.rollout.runner import run_episodes
+    from rlhf_lightning.rollout.runner import EpisodeRunner
 
     found = {}
     for name, temperature, count in (("drawn", 1.0, samples), ("greedy", 0.0, 1)):
@@ -219,7 +219,8 @@ def measured(module: Any, graph: Graph, samples: int = 64) -> dict[str, float]:
             for sample in range(count)
         ]
         with torch.no_grad():
-            episodes = run_episodes(tasks, module.sampler, module.renderer, (12345,), temperature=temperature)
+            runner = EpisodeRunner(module.model_sampler, module.renderer, (12345,), temperature=temperature)
+            episodes = runner.run(tasks)
         found[name] = round(statistics.mean(graph.score(episode.group, episode.response) for episode in episodes), 4)
     return found
 

@@ -40,7 +40,7 @@ from rlhf_lightning.quickstart.data import answer, question, subjects
 from rlhf_lightning.quickstart.model import make_model, make_tokenizer
 from rlhf_lightning.rewards import ModelReward
 from rlhf_lightning.rollout.kl import KLPenalty
-from rlhf_lightning.rollout.runner import run_episodes
+from rlhf_lightning.rollout.runner import EpisodeRunner
 from rlhf_lightning.sampling.sampler import Sampler
 
 COLUMNS = {"tokens": "response_tokens", "score": "reward", "kl": "kl"}
@@ -150,7 +150,7 @@ def measured(module: Any, task: Task) -> dict[str, float]:
     """Sampled answers to held-out questions: mean length, and the fractions that were truncated or are empty."""
     tasks = [(prompt_example(module.renderer, row, i), 0) for i, row in enumerate(task.held_out_prompts)]
     with torch.no_grad():
-        episodes = run_episodes(tasks, module.sampler, module.renderer, (12345,), temperature=1.0)
+        episodes = EpisodeRunner(module.model_sampler, module.renderer, (12345,), temperature=1.0).run(tasks)
     return {
         "tokens": statistics.fmean(episode.response_tokens for episode in episodes),
         "truncated": statistics.fmean(episode.truncated for episode in episodes),

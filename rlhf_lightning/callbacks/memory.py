@@ -24,13 +24,11 @@ from rlhf_lightning.models.memory import (
     tensor_bytes,
     trained,
 )
-from rlhf_lightning.models.offload import Placement
-from rlhf_lightning.models.reference import Reference
+from rlhf_lightning.models.offload import placements
 from rlhf_lightning.models.token_logprobs import TokenLogprobs
 from rlhf_lightning.modules.base import RLHFModule
 from rlhf_lightning.modules.policy_rl import PolicyRLModule
 from rlhf_lightning.modules.trainer_state import row_data_of
-from rlhf_lightning.rewards import ModelReward
 
 log = logging.getLogger(__name__)
 FITS = 0.8
@@ -109,7 +107,7 @@ def estimate_memory(
     size, device = compute_size(module.model, context), next(module.model.parameters()).device
     parameters, scorer = trained(module), _token_scorer(module)
     ours = {id(p) for part in module.forward_passes() for p in part.model.parameters()} | {id(p) for p in parameters}
-    places = _places(module)
+    places = placements(module)
     away = {id(p) for place in places for p in place.model.parameters()}
     there = [p for p in module.parameters() if id(p) in ours]
     estimate = Estimate(
@@ -144,11 +142,6 @@ def _activations(
             needed = kept // part.config.num_hidden_layers
         total += needed
     return total
-
-
-def _places(module: RLHFModule) -> list[Placement]:
-    holders = [part for part in module.modules() if isinstance(part, Reference | ModelReward)]
-    return [holder._place for holder in holders if holder._place is not None]
 
 
 def _advice(module: RLHFModule, estimate: Estimate) -> list[str]:
@@ -227,7 +220,7 @@ def step_sizes(trainer: pl.Trainer, module: RLHFModule) -> tuple[int, int, int, 
 
 def _token_scorer(module: RLHFModule) -> TokenLogprobs | None:
     """The object that computes logits; None with a reward head."""
-    return getattr(module, "token_logprobs", None) or getattr(getattr(module, "scorer", None), "token_logprobs", None)
+    return getattr(getattr(module, "model_scorer", module), "token_logprobs", None)
 
 
 def _tokens(row: Rendered | PreferenceExample) -> int:
@@ -244,5 +237,5 @@ def _round_sizes(
     prompts = -(-min(data.prompts_per_round, len(rows)) // data_ranks(trainer)[1])
     batch = -(-prompts * data.group_size // data.minibatches)
     tokens = min(prompts, batch) * prompt + batch * sampled
-    decoded = min(prompts * data.group_size, module.sampler.batch_rows) if module.sampler._local else 0
+    decoded = min(prompts * data.group_size, module.sampler.batch_rows) if module.sampler.engine is None else 0
     return tokens, batch * sampled, decoded, prompt + sampled

@@ -2,10 +2,11 @@
 
 import sys
 import time
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import lightning.pytorch as pl
-from lightning.pytorch.callbacks import RichProgressBar
+from lightning.pytorch.callbacks import ProgressBar, RichProgressBar
 from lightning.pytorch.callbacks.progress.rich_progress import RichProgressBarTheme
 
 from rlhf_lightning.callbacks.console import ConsoleLines, headline
@@ -34,7 +35,7 @@ class StageProgress(RichProgressBar):
     def _init_progress(self, trainer: pl.Trainer) -> None:
         """Create the bars. Lightning calls this at the start of every command, when the module has its engine."""
         super()._init_progress(trainer)
-        engine = getattr(getattr(trainer.lightning_module, "sampler", None), "engine", None)
+        engine = getattr(getattr(trainer.lightning_module, "model_sampler", None), "engine", None)
         if isinstance(engine, LocalEngine) and self.is_enabled:
             engine.watch = RolloutProgress(self)
 
@@ -89,15 +90,15 @@ class RolloutProgress(Watch):
             self.bar.refresh()
 
 
-def progress_callbacks(bar: bool, own: str) -> list[pl.Callback]:
+def progress_callbacks(bar: bool, own: Sequence[type]) -> list[pl.Callback]:
     """Callbacks that show progress: plain lines without a bar, none if the user's callbacks include a progress bar.
 
     Args:
         bar: True if progress bars are enabled.
-        own: Text of the user's callbacks.
+        own: Classes of the user's callbacks.
     """
     if not bar:
         return [ConsoleLines()]
-    named = "ProgressBar" in own or "StageProgress" in own
+    has_bar = any(issubclass(one, ProgressBar) for one in own)
     # Rich draws nothing into a file. Lightning adds its plain bar if there is no other.
-    return [] if named or not sys.stdout.isatty() else [StageProgress()]
+    return [] if has_bar or not sys.stdout.isatty() else [StageProgress()]

@@ -18,7 +18,7 @@ from rlhf_lightning.models.sharding import is_sharded
 from rlhf_lightning.modules.base import RLHFModule
 from rlhf_lightning.modules.policy_rl import PolicyRLModule
 from rlhf_lightning.modules.trainer_state import callbacks_of
-from rlhf_lightning.rollout.dataloader import RolloutLoader
+from rlhf_lightning.rollout.dataloader import RolloutDataLoader
 
 if TYPE_CHECKING:
     from rlhf_lightning.types import StateDict
@@ -96,16 +96,16 @@ class LastStep:
             checkpoint["metrics_rows"] = self._rows
 
 
-def _loaders(trainer: pl.Trainer) -> list[RowLoader | RolloutLoader]:
+def _loaders(trainer: pl.Trainer) -> list[RowLoader | RolloutDataLoader]:
     """The training dataloaders of the package."""
     combined = trainer.fit_loop._combined_loader
     found = [] if combined is None else combined.flattened
-    return [loader for loader in found if isinstance(loader, RowLoader | RolloutLoader)]
+    return [loader for loader in found if isinstance(loader, RowLoader | RolloutDataLoader)]
 
 
-def rollout_loaders(trainer: pl.Trainer) -> list[RolloutLoader]:
+def rollout_loaders(trainer: pl.Trainer) -> list[RolloutDataLoader]:
     """The training dataloaders that collect rollouts."""
-    return [loader for loader in _loaders(trainer) if isinstance(loader, RolloutLoader)]
+    return [loader for loader in _loaders(trainer) if isinstance(loader, RolloutDataLoader)]
 
 
 def _are_all(combined: CombinedLoader | None, *kinds: type) -> bool:
@@ -115,7 +115,7 @@ def _are_all(combined: CombinedLoader | None, *kinds: type) -> bool:
 
 def can_leave_steps(trainer: pl.Trainer, pl_module: pl.LightningModule) -> bool:
     """True if everything that changes between the micro-batches of an optimizer step can be restored."""
-    known = _are_all(trainer.fit_loop._combined_loader, RowLoader, RolloutLoader)
+    known = _are_all(trainer.fit_loop._combined_loader, RowLoader, RolloutDataLoader)
     extra = _saves_more(pl_module, RLHFModule) or any(_saves_more(one, pl.Callback) for one in callbacks_of(trainer))
     return _ranks_are_whole(trainer, pl_module) and known and not extra
 
@@ -131,7 +131,7 @@ def can_leave_validation(trainer: pl.Trainer, pl_module: pl.LightningModule) -> 
 
 def can_leave_rounds(trainer: pl.Trainer, pl_module: pl.LightningModule) -> bool:
     """True if all training dataloaders are rollout loaders."""
-    return _ranks_are_whole(trainer, pl_module) and _are_all(trainer.fit_loop._combined_loader, RolloutLoader)
+    return _ranks_are_whole(trainer, pl_module) and _are_all(trainer.fit_loop._combined_loader, RolloutDataLoader)
 
 
 def _ranks_are_whole(trainer: pl.Trainer, pl_module: pl.LightningModule) -> bool:

@@ -228,15 +228,12 @@ class StageCLI(LightningCLI):
         from rlhf_lightning.diagnostics.preference import PreferenceWatch
 
         callbacks: list[pl.Callback] = [ExportModel(config.export), PredictionsFile(), MemoryEstimate()]
-        own = str(config.trainer.callbacks or "")
-        if self.kind == "policy":
-            # A callback that the user configures replaces the default one.
-            kinds = (SamplesLog, FirstStepInvariants, Diagnostics)
-            callbacks += [kind() for kind in kinds if f".{kind.__name__}" not in own]
-        if self.kind == "preference" and ".PreferenceWatch" not in own:
-            callbacks.append(PreferenceWatch())
+        own = _callback_classes(config.trainer.callbacks)
+        # A callback that the user configures replaces the default one.
+        kinds = {"policy": (SamplesLog, FirstStepInvariants, Diagnostics), "preference": (PreferenceWatch,)}
+        callbacks += [kind() for kind in kinds.get(self.kind, ()) if not _has(own, kind)]
         callbacks += progress_callbacks(config.trainer.enable_progress_bar, own)
-        if ".NonFiniteGuard" not in own:
+        if not _has(own, NonFiniteGuard):
             callbacks.append(NonFiniteGuard(config.on_nonfinite))
         if config.trainer.enable_checkpointing is False:
             return callbacks
@@ -244,7 +241,7 @@ class StageCLI(LightningCLI):
         if config.monitor:
             best = {"monitor": config.monitor, "mode": config.monitor_mode, "filename": "best-{step}"}
             callbacks.append(ModelCheckpoint(folder, enable_version_counter=False, **best))
-        if ".RunCheckpoints" not in own:
+        if not _has(own, RunCheckpoints):
             every, minutes = config.checkpoint_every, config.checkpoint_minutes
             callbacks.append(RunCheckpoints(folder, every, minutes, config.keep))
         return callbacks
@@ -384,6 +381,23 @@ def _with_recipe(
     for parser in commands.values():
         parser.set_defaults({f"model.{key}": value for key, value in settings.items()})
     return [*args, "--model.recipe", "null"]
+
+
+def _callback_classes(callbacks: pl.Callback | Namespace | list[pl.Callback | Namespace] | None) -> list[type]:
+    """Classes of the callbacks that the user configures: one or a list, each as an object or by its `class_path`."""
+    from rlhf_lightning.environments.base import imported
+
+    listed = callbacks if isinstance(callbacks, list) else [callbacks] if callbacks else []
+    paths = [getattr(one, "class_path", None) for one in listed]
+    return [
+        type(one) if path is None else imported(path, "trainer.callbacks")
+        for one, path in zip(listed, paths, strict=True)
+    ]
+
+
+def _has(classes: list[type], kind: type) -> bool:
+    """True if `kind` or a subclass of it is among the classes."""
+    return any(isinstance(one, type) and issubclass(one, kind) for one in classes)
 
 
 def _guard_checkpoints(trainer: pl.Trainer) -> None:

@@ -10,9 +10,9 @@ from typing import Any, Protocol
 from rlhf_lightning.data.conversations import to_messages
 from rlhf_lightning.data.records import RowError
 from rlhf_lightning.environments.user_calls import check_limit
-from rlhf_lightning.errors import ConfigError, UserError, check_whole
+from rlhf_lightning.errors import ConfigError, UserError, check_whole, short
 from rlhf_lightning.settings import plain
-from rlhf_lightning.types import Message
+from rlhf_lightning.types import Message, Row
 
 ON_ERROR = ("fail", "retry", "drop")
 
@@ -69,7 +69,7 @@ class MessageEnv(Protocol):
         """Respond to the policy's message."""
 
 
-EnvironmentFactory = Callable[[dict[str, Any]], MessageEnv]
+EnvironmentFactory = Callable[[Row], MessageEnv]
 """Makes the environment of one episode from its data row."""
 
 
@@ -159,23 +159,26 @@ def imported(path: str, setting: str) -> Any:
         raise ConfigError(f"{setting} {path!r} cannot be imported: {error}") from error
 
 
-def checked_messages(value: Any) -> list[Message]:
+def checked_messages(value: object) -> list[Message]:
     """The result of `reset`, after checking that it is a list of messages."""
-    fine = isinstance(value, list | tuple) and value and all(isinstance(m, dict) and m.get("role") for m in value)
-    if not fine:
-        raise TypeError(f"reset() returned {_short(value)}; it must be a list of messages, each {{role, content}}")
+    if (
+        not isinstance(value, list | tuple)
+        or not value
+        or not all(isinstance(message, dict) and message.get("role") for message in value)
+    ):
+        raise TypeError(f"reset() returned {short(value)}; it must be a list of messages, each {{role, content}}")
     return _messages(list(value), "reset() returned")
 
 
-def checked_result(value: Any) -> StepResult:
+def checked_result(value: object) -> StepResult:
     """The result of `step`, after checking that it is a `StepResult` of finite numbers and messages."""
     if not isinstance(value, StepResult):
-        raise TypeError(f"step() returned {_short(value)}; it must be a StepResult")
+        raise TypeError(f"step() returned {short(value)}; it must be a StepResult")
     for name, number in (("reward", value.reward), *((f"metrics[{key!r}]", n) for key, n in value.metrics.items())):
         if not hasattr(number, "__float__") or not math.isfinite(number):
             raise ValueError(f"step() returned {name} {number!r}; it must be a finite number")
     if not all(isinstance(message, dict) and message.get("role") for message in value.next_messages):
-        raise TypeError(f"step() returned next_messages {_short(value.next_messages)}; each must be {{role, content}}")
+        raise TypeError(f"step() returned next_messages {short(value.next_messages)}; each must be {{role, content}}")
     if value.next_messages:
         value.next_messages = _messages(list(value.next_messages), "step() returned next_messages:")
     return value
@@ -187,8 +190,3 @@ def _messages(value: list[Message], what: str) -> list[Message]:
         return to_messages(value)
     except RowError as error:
         raise TypeError(f"{what} {error}") from None
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:80]}…"

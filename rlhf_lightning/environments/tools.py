@@ -5,13 +5,12 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from typing import Any
 
 from rlhf_lightning.data.prompts import prompt_messages
 from rlhf_lightning.environments.base import StepResult, imported
 from rlhf_lightning.environments.user_calls import TimeLimitError, check_limit, within
 from rlhf_lightning.errors import ConfigError
-from rlhf_lightning.types import Message
+from rlhf_lightning.types import JSON, Message, Row, ToolSchema
 
 TOOL_CALL = r"<tool_call>\s*(.*?)\s*(?:</tool_call>|$)"
 """Tool calls of Qwen and Hermes models. The closing tag may be missing if it is the sampler's stop text."""
@@ -28,8 +27,8 @@ class Tool:
     """
 
     name: str
-    function: Callable[..., Any]
-    schema: dict[str, Any]
+    function: Callable[..., object]
+    schema: ToolSchema
 
 
 class ToolEnv:
@@ -65,8 +64,8 @@ class ToolEnv:
 
     def __init__(
         self,
-        row: dict[str, Any],
-        tools: Sequence[str | Callable[..., Any]],
+        row: Row,
+        tools: Sequence[str | Callable[..., object]],
         pattern: str = TOOL_CALL,
         timeout: float | None = 30.0,
         max_calls: int = 16,
@@ -80,7 +79,7 @@ class ToolEnv:
     @classmethod
     def check(
         cls,
-        tools: Sequence[str | Callable[..., Any]] = (),
+        tools: Sequence[str | Callable[..., object]] = (),
         pattern: str = TOOL_CALL,
         timeout: float | None = 30.0,
         max_calls: int = 16,
@@ -139,7 +138,7 @@ class ToolEnv:
         return {"role": "tool", "name": name, "content": content}
 
 
-def read_call(text: str) -> tuple[str, dict[str, Any]]:
+def read_call(text: str) -> tuple[str, dict[str, JSON]]:
     """Parse a tool call.
 
     Args:
@@ -173,12 +172,12 @@ def read_call(text: str) -> tuple[str, dict[str, Any]]:
 
 
 @lru_cache(maxsize=64)
-def _tools(functions: tuple[str | Callable[..., Any], ...]) -> tuple[Tool, ...]:
+def _tools(functions: tuple[str | Callable[..., object], ...]) -> tuple[Tool, ...]:
     """Tools from functions or dotted paths, cached."""
     return tuple(_tool(function) for function in functions)
 
 
-def _tool(function: str | Callable[..., Any]) -> Tool:
+def _tool(function: str | Callable[..., object]) -> Tool:
     from transformers.utils import get_json_schema
     from transformers.utils.chat_template_utils import DocstringParsingException, TypeHintParsingException
 

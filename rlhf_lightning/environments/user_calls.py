@@ -12,7 +12,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 
@@ -20,7 +20,8 @@ from rlhf_lightning.errors import ConfigError, UserError
 from rlhf_lightning.safe_points import safe_point
 from rlhf_lightning.user_exits import no_exit
 
-Call = Callable[[], Any]
+T = TypeVar("T")
+Call = Callable[[], T | Awaitable[T]]
 WORKERS = 256
 """Largest number of plain functions that run in threads at once."""
 
@@ -30,7 +31,7 @@ class TimeLimitError(UserError):
 
 
 @dataclass
-class Outcome:
+class Outcome(Generic[T]):
     """The result of a call: its value, or the exception that it raised.
 
     Example:
@@ -42,7 +43,14 @@ class Outcome:
     value: Any = None
     error: Exception | None = None
 
-    def __getstate__(self) -> dict[str, Any]:
+    def result(self) -> T:
+        """The value; raises the exception that the call raised."""
+        if self.error is not None:
+            raise self.error
+        value: T = self.value
+        return value
+
+    def __getstate__(self) -> dict[str, T | UserError | None]:
         # Sent to other ranks as text, since many exceptions cannot be unpickled.
         return {"value": self.value, "error": self.error and UserError(f"{type(self.error).__name__}: {self.error}")}
 
@@ -53,7 +61,7 @@ def check_limit(name: str, limit: float | None) -> None:
         raise ConfigError(f"{name} is {limit}; it must be above 0 (seconds), or null for no limit")
 
 
-def run_calls(calls: Sequence[Call], limit: float | None = None) -> list[Outcome]:
+def run_calls(calls: Sequence[Call[T]], limit: float | None = None) -> list[Outcome[T]]:
     """Run every call, and return its value or exception.
 
     Without a limit, plain functions run one after the other in this thread, and awaitables are awaited concurrently.
@@ -77,15 +85,12 @@ def run_calls(calls: Sequence[Call], limit: float | None = None) -> list[Outcome
     for call in calls:
         safe_point()
         outcomes.append(_here(call))
-    waiting = [i for i, outcome in enumerate(outcomes) if inspect.isawaitable(outcome.value)]
-    if waiting:
-        settled = _together([partial(_settle, outcomes[i].value) for i in waiting], None)
-        for i, outcome in zip(waiting, settled, strict=True):
-            outcomes[i] = outcome
-    return outcomes
+    waiting = {i: one.value for i, one in enumerate(outcomes) if isinstance(one.value, Awaitable)}
+    settled = iter(_together([partial(_settle, value) for value in waiting.values()], None) if waiting else ())
+    return [next(settled) if i in waiting else Outcome(one.value, one.error) for i, one in enumerate(outcomes)]
 
 
-async def within(call: Call, limit: float | None) -> Any:
+async def within(call: Call[T], limit: float | None) -> T:
     """Run a call that must end within `limit` seconds; a plain function runs in a thread.
 
     Args:
@@ -100,13 +105,14 @@ async def within(call: Call, limit: float | None) -> Any:
     """
     if _is_async(call):
         with no_exit():
-            return await _limited(call(), limit)
-    async with _loop().gate:
-        value = await _limited(_in_thread(call), limit)
-    return await _limited(value, limit) if inspect.isawaitable(value) else value
+            value = call()
+    else:
+        async with _loop().gate:
+            value = await _limited(_in_thread(call), limit)
+    return await _limited(value, limit) if isinstance(value, Awaitable) else value
 
 
-def _here(call: Call) -> Outcome:
+def _here(call: Callable[[], T]) -> Outcome[T]:
     """Run a call in this thread."""
     try:
         with no_exit():
@@ -115,12 +121,12 @@ def _here(call: Call) -> Outcome:
         return Outcome(error=error)
 
 
-async def _settle(value: Awaitable[Any]) -> Any:
+async def _settle(value: Awaitable[T]) -> T:
     """Await a value."""
     return await value
 
 
-async def _limited(value: Awaitable[Any], limit: float | None) -> Any:
+async def _limited(value: Awaitable[T], limit: float | None) -> T:
     """Await a value for at most `limit` seconds."""
     try:
         async with asyncio.timeout(limit) as scope:
@@ -131,20 +137,20 @@ async def _limited(value: Awaitable[Any], limit: float | None) -> Any:
         raise
 
 
-def _is_async(call: Call) -> bool:
+def _is_async(call: Call[T]) -> bool:
     """True if calling it returns a coroutine."""
-    function: Any = call
+    function: Callable[..., T | Awaitable[T]] = call
     while isinstance(function, partial):
         function = function.func
     return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(getattr(function, "__call__", None))  # noqa: B004
 
 
-async def _in_thread(call: Call) -> Any:
+async def _in_thread(call: Callable[[], T]) -> T:
     """Run a call in a new daemon thread: one that hangs blocks neither a pool nor the exit of the process."""
     loop = asyncio.get_running_loop()
-    future: asyncio.Future[Outcome] = loop.create_future()
+    future: asyncio.Future[Outcome[T]] = loop.create_future()
 
-    def deliver(outcome: Outcome) -> None:
+    def deliver(outcome: Outcome[T]) -> None:
         if not future.done():
             future.set_result(outcome)
 
@@ -155,10 +161,7 @@ async def _in_thread(call: Call) -> Any:
             loop.call_soon_threadsafe(deliver, outcome)
 
     threading.Thread(target=work, daemon=True).start()
-    outcome = await future
-    if outcome.error is not None:
-        raise outcome.error
-    return outcome.value
+    return (await future).result()
 
 
 # -- the event loop ---------------------------------------------------------------------------------------------------
@@ -199,12 +202,12 @@ def _loop() -> _EventLoop:
     return _CURRENT[0]
 
 
-def _together(coroutines: Sequence[Callable[[], Awaitable[Any]]], limit: float | None) -> list[Outcome]:
+def _together(coroutines: Sequence[Callable[[], Awaitable[T]]], limit: float | None) -> list[Outcome[T]]:
     """Await all of them concurrently on the event loop.
 
     If one blocks the loop for longer than the limit, all that are unfinished fail.
     """
-    found: list[Outcome | None] = [None] * len(coroutines)
+    found: list[Outcome[T] | None] = [None] * len(coroutines)
 
     async def keep(i: int) -> None:
         try:

@@ -37,8 +37,7 @@ class Conversation:
         **filters: Unpack[SamplingFilters],
     ) -> None:
         self.policy, self.system, self.seed = policy, system, seed
-        self.sampler = Sampler(max_tokens, temperature, **filters)
-        self.sampler.bind(policy.model, policy.renderer)
+        self.sampler = Sampler(max_tokens, temperature, **filters).build(policy.model, policy.renderer)
         self.turn = 0
         self.messages: list[Message] = []
         self.begin()
@@ -63,9 +62,10 @@ class Conversation:
         """
         messages: list[Message] = [*self.messages, {"role": "user", "content": text}]
         ids = self.policy.renderer.prompt(messages)
-        if self.sampler.context and len(ids) + self.sampler.max_tokens > self.sampler.context:
+        budget = self.sampler.params.max_tokens
+        if self.sampler.context and len(ids) + budget > self.sampler.context:
             raise UserError(
-                f"the conversation ({len(ids)} tokens) leaves no room for an answer of {self.sampler.max_tokens} in "
+                f"the conversation ({len(ids)} tokens) leaves no room for an answer of {budget} in "
                 f"the model's {self.sampler.context} positions: start a new conversation with /new, or lower "
                 "--max_tokens"
             )

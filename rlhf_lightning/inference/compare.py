@@ -9,7 +9,7 @@ from rlhf_lightning.environments.base import imported
 from rlhf_lightning.inference.policy import Policy
 from rlhf_lightning.inference.text_metrics import Reference, nearness, perplexity
 from rlhf_lightning.objectives.intervals import best_of_kl, mean_interval, wilson, win_rate
-from rlhf_lightning.rewards import FunctionReward, ModelReward, Reward, total_rewards
+from rlhf_lightning.rewards import FunctionReward, ModelReward, Reward, RewardTerm, total_rewards
 from rlhf_lightning.types import Episode, Message
 
 Figures = dict[str, float | None]
@@ -68,12 +68,12 @@ class SamplingOptions:
             A list of episodes for each prompt.
         """
         samples = samples or self.samples
-        for reward in self.rewards:
-            reward.bind(policy.renderer)
-            reward.to(next(policy.model.parameters()).device)
-            reward.check(prompts)
+        device = next(policy.model.parameters()).device
+        terms = [RewardTerm(reward, policy.renderer).to(device) for reward in self.rewards]
+        for term in terms:
+            term.check(prompts)
         episodes = policy.answer(prompts, self.max_tokens, self.seed, samples, self.temperature)
-        total_rewards(episodes, self.rewards, self.truncated_reward)
+        total_rewards(episodes, terms, self.truncated_reward)
         return [episodes[start : start + samples] for start in range(0, len(episodes), samples)]
 
 

@@ -19,7 +19,7 @@ from rlhf_lightning.models.heads import task_of
 from rlhf_lightning.models.loading import check_source, check_vocabulary, disable_dropout, load_for_scoring
 from rlhf_lightning.models.lora import base_of
 from rlhf_lightning.models.token_logprobs import TokenLogprobs
-from rlhf_lightning.rollout.runner import run_episodes
+from rlhf_lightning.rollout.runner import EpisodeRunner
 from rlhf_lightning.sampling.sampler import Sampler
 from rlhf_lightning.types import JSON, Episode, TrainingSample
 
@@ -115,8 +115,7 @@ class Policy:
         Returns:
             The episodes in order, `len(prompts) * samples` of them.
         """
-        sampler = Sampler(max_tokens, temperature, **filters)
-        sampler.bind(self.model, self.renderer)
+        sampler = Sampler(max_tokens, temperature, **filters).build(self.model, self.renderer)
         longest = max(prompt.tokens for prompt in prompts)
         if sampler.context and longest + max_tokens > sampler.context:
             raise ConfigError(
@@ -124,7 +123,7 @@ class Policy:
                 f"{sampler.context} positions; lower max_tokens or leave long prompts out"
             )
         tasks = [(prompt, sample) for prompt in prompts for sample in range(samples)]
-        return run_episodes(tasks, sampler, self.renderer, (seed, 7))
+        return EpisodeRunner(sampler, self.renderer, (seed, 7)).run(tasks)
 
     def logprobs(self, episodes: Sequence[Episode], temperature: float = 1.0, batch_size: int = 64) -> list[float]:
         """Log-probability of each episode's response, summed over its tokens, in nats.

@@ -2,8 +2,9 @@
 
 import copy
 import math
-from typing import Any
+from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
@@ -18,16 +19,19 @@ from rlhf_lightning.models.loading import (
 )
 from rlhf_lightning.models.lora import LoRA, base_of, is_adapted, is_quantized
 from rlhf_lightning.models.packed_forward import PackedForward
-from rlhf_lightning.models.packing import prefix_lengths
+from rlhf_lightning.models.packing import prefix_lengths, scored_positions
 from rlhf_lightning.models.sharding import run_unsharded
-from rlhf_lightning.models.token_logprobs import TokenLogprobs, state_values
+from rlhf_lightning.models.token_logprobs import state_values
 from rlhf_lightning.settings import Settings
+from rlhf_lightning.types import Tokenizer
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel
 
 
-class Critic(Settings, nn.Module):
-    """A value head on its own backbone or on the policy's.
-
-    The head starts at zero, so an untrained critic predicts 0 everywhere.
+class Critic(Settings):
+    """Settings of the critic: a value head on its own backbone or on the policy's.
 
     Args:
         model: Model folder or Hub id that its backbone starts from, for example a reward model; by default the policy
@@ -59,7 +63,6 @@ class Critic(Settings, nn.Module):
         coefficient: float = 0.1,
         warmup_rounds: int = 0,
     ) -> None:
-        super().__init__()
         if shared and (model or lora):
             raise ConfigError("critic.shared uses the policy's backbone: leave out critic.model and critic.lora")
         for name, value in (("coefficient", coefficient), ("clip", clip), ("learning_rate", learning_rate)):
@@ -69,43 +72,29 @@ class Critic(Settings, nn.Module):
         self.source, self.shared, self.lora, self.learning_rate = model, shared, lora, learning_rate
         self.clip, self.coefficient, self.warmup_rounds = clip, coefficient, warmup_rounds
 
-    def bind(self, policy: Any, tokenizer: Any, tokens: TokenLogprobs, max_tokens: int | None, dtype: str) -> None:
-        """Build the head, and the backbone if it is not shared; called once, before training.
+    def build(
+        self, policy: "PreTrainedModel | PeftModel", tokenizer: Tokenizer, max_tokens: int | None, dtype: str
+    ) -> "ValueModel":
+        """Make the value model; called once, before training.
 
         Args:
             policy: The policy as the stage starts it.
             tokenizer: The policy's tokenizer.
-            tokens: The policy's `TokenLogprobs`, which computes the values of a shared critic.
             max_tokens: See `PackedForward`.
             dtype: Type of the backbone's weights, for example `float32`.
 
         Raises:
-            ConfigError: If the critic's model has another vocabulary, or the policy cannot share its backbone.
+            ConfigError: If the critic's model has another vocabulary, or the policy's weights cannot be trained.
         """
-        config = base_of(policy).config.get_text_config()
+        device = next(policy.parameters()).device
         if self.shared:
-            if not tokens.backbone.separable:
-                raise ConfigError(
-                    f"critic.shared: the hidden states of {type(base_of(policy)).__name__} cannot be computed without "
-                    "its head"
-                )
-            tokens.value_head = self._head(config.hidden_size, policy)
-            return
-        self.backbone = self._backbone(policy, dtype)
-        check_vocabulary(self.backbone, tokenizer, "the critic")
-        base = base_of(self.backbone)
-        disable_dropout(base)
-        self._head(base.config.get_text_config().hidden_size, policy)
-        self.packed_forward = PackedForward(self.backbone, base, max_tokens)
+            return ValueModel(None, base_of(policy).config.get_text_config().hidden_size, device)
+        backbone = self._backbone(policy, dtype)
+        check_vocabulary(backbone, tokenizer, "the critic")
+        disable_dropout(base_of(backbone))
+        return ValueModel(backbone, base_of(backbone).config.get_text_config().hidden_size, device, max_tokens)
 
-    def _head(self, width: int, policy: Any) -> nn.Linear:
-        """Make the zero-initialized head, on the policy's device."""
-        self.head = nn.Linear(width, 1, device=next(policy.parameters()).device)
-        nn.init.zeros_(self.head.weight)
-        nn.init.zeros_(self.head.bias)
-        return self.head
-
-    def _backbone(self, policy: Any, dtype: str) -> Any:
+    def _backbone(self, policy: "PreTrainedModel | PeftModel", dtype: str) -> "PreTrainedModel | PeftModel":
         """Load or copy the backbone, trainable, with adapters if so configured."""
         if self.source is None:
             if is_quantized(policy):
@@ -126,8 +115,42 @@ class Critic(Settings, nn.Module):
 
         return get_peft_model(backbone, self.lora.config(backbone, "FEATURE_EXTRACTION"))
 
+
+class ValueModel(nn.Module):
+    """A value head, and its backbone if that is not the policy's.
+
+    The head starts at zero, so an untrained critic predicts 0 everywhere. Values of a head on the policy's backbone
+    come from `TokenLogprobs`, which is given the head.
+
+    Args:
+        backbone: What computes hidden states; None for the policy's.
+        width: Size of a hidden state.
+        device: Where the head is.
+        max_tokens: Tokens computed at once, see `PackedForward`.
+
+    Example:
+        ```python
+        value_model = Critic().build(policy, tokenizer, max_tokens=None, dtype="float32")
+        values = value_model(input_ids, loss_mask)  # [B, T]
+        ```
+    """
+
+    def __init__(
+        self,
+        backbone: "PreTrainedModel | PeftModel | None",
+        width: int,
+        device: torch.device,
+        max_tokens: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.head = nn.Linear(width, 1, device=device)
+        nn.init.zeros_(self.head.weight)
+        nn.init.zeros_(self.head.bias)
+        self.packed_forward = None if backbone is None else PackedForward(backbone, base_of(backbone), max_tokens)
+
     def forward(self, input_ids: Tensor, loss_mask: Tensor) -> Tensor:
-        """Values before each token whose mask is 1; only for a critic with its own backbone.
+        """Values before each token whose mask is 1; only with a backbone of its own.
 
         Args:
             input_ids: Right-padded, `[B, T]`.
@@ -136,12 +159,11 @@ class Critic(Settings, nn.Module):
         Returns:
             Values in reward units, `[B, T]`, 0 where the mask is 0.
         """
-        kept = loss_mask[:, 1:] != 0
-        if nothing := not kept.any():
-            # Keep one token and multiply by 0: all ranks must run the model, and every weight must get a gradient.
-            kept[0, 0] = True
+        assert self.backbone is not None, "values of a shared backbone come from TokenLogprobs"
+        assert self.packed_forward is not None
+        kept, counts = scored_positions(loss_mask)
         hidden = run_unsharded(
             self.backbone, self.packed_forward, input_ids, pad(kept, (0, 1)), prefix_lengths(loss_mask)
         )
-        values = state_values(self.head, hidden.states) * (not nothing)
+        values = state_values(self.head, hidden.states) * counts
         return values.new_zeros(loss_mask.shape).index_put((hidden.rows, hidden.columns + 1), values)

@@ -266,7 +266,9 @@ def simple(config: "PeftConfig") -> bool:
 
 def _is_linear(module: nn.Module) -> bool:
     # GPT-2's linear layers are Conv1D. Mixture-of-experts blocks with fused weights are not linear layers.
-    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+    from transformers.pytorch_utils import Conv1D
+
+    return isinstance(module, nn.Linear | Conv1D)
 
 
 def _group(name: str) -> str | None:

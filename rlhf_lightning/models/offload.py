@@ -127,6 +127,12 @@ class Placement:
                 tensor.data = data
 
 
+def placements(module: nn.Module) -> list[Placement]:
+    """The placements of a module's submodules."""
+    owners = (getattr(vars(one).get("_apply"), "__self__", None) for one in module.modules())
+    return [owner for owner in owners if isinstance(owner, Placement)]
+
+
 def check_place(name: str, device: str | None, offload: bool) -> None:
     """Raise `ConfigError` if a device does not exist, or is given together with `offload`."""
     if device is None:

@@ -43,6 +43,25 @@ def prefix_lengths(loss_mask: Tensor) -> Tensor:
     return loss_mask.ne(0).int().argmax(1)
 
 
+def scored_positions(loss_mask: Tensor) -> tuple[Tensor, bool]:
+    """Positions whose next token is scored.
+
+    Without one, the first position is kept all the same, and its result must count 0 times: all ranks must run the
+    model, and every weight must get a gradient.
+
+    Args:
+        loss_mask: `[N, T]`.
+
+    Returns:
+        Bool `[N, T - 1]`, and True if the results count.
+    """
+    kept = loss_mask[:, 1:] != 0
+    counts = bool(kept.any())
+    if not counts:
+        kept[0, 0] = True
+    return kept, counts
+
+
 def find_shared_prefixes(
     input_ids: Tensor, prefixes: Sequence[int], ends: Sequence[int], share: bool = True
 ) -> list[SharedPrefix]:

@@ -6,7 +6,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rlhf_lightning.data.batching import pad_tokens
 from rlhf_lightning.data.conversations import to_messages
 from rlhf_lightning.data.rendering import Renderer
 from rlhf_lightning.data.rendering_settings import RenderingSettings
@@ -16,9 +15,10 @@ from rlhf_lightning.models.generation import end_token_ids
 from rlhf_lightning.models.heads import has_head
 from rlhf_lightning.models.loading import check_source, check_vocabulary, disable_dropout, load_for_scoring, read_stage
 from rlhf_lightning.models.precision import sparing
-from rlhf_lightning.models.scorers import ImplicitReward, RewardHead, Scorer, scorer_of
+from rlhf_lightning.models.reference import load_reference
+from rlhf_lightning.models.scorers import LoadedModel, ModelScorer, padded, recorded_reference, scorer_of
 from rlhf_lightning.safe_points import safe_point
-from rlhf_lightning.types import Message
+from rlhf_lightning.types import Message, ToolSchema
 
 Text = str | list[Message]
 TokenRow = tuple[list[int], list[int]]
@@ -28,7 +28,11 @@ _EXAMPLE_CHAT: list[Message] = [{"role": "user", "content": "Hello"}, {"role": "
 
 @torch.no_grad()
 def score_rows(
-    scorer: Scorer, ids: Sequence[list[int]], masks: Sequence[list[int]], device: Any, batch_size: int = 16
+    scorer: ModelScorer,
+    ids: Sequence[list[int]],
+    masks: Sequence[list[int]],
+    device: torch.device,
+    batch_size: int = 16,
 ) -> Tensor:
     """Score rows of tokens. Rows of similar length are scored together.
 
@@ -48,18 +52,18 @@ def score_rows(
     for start in range(0, len(order), batch_size):
         safe_point()
         part = order[start : start + batch_size]
-        batch = pad_tokens([ids[i] for i in part], [masks[i] for i in part], pad_id=0)
-        scores[part] = scorer({name: value.to(device) for name, value in batch.items()}).to(scores.dtype)
+        tokens = padded([ids[i] for i in part], [masks[i] for i in part], device)
+        scores[part] = scorer(tokens).to(scores.dtype)
     return scores
 
 
 def score_texts(
-    scorer: Scorer,
+    scorer: ModelScorer,
     renderer: Renderer,
     prompts: Sequence[Text],
     responses: Sequence[Text],
-    tools: Sequence[list[Any] | None] | None,
-    device: Any,
+    tools: Sequence[list[ToolSchema] | None] | None,
+    device: torch.device,
     batch_size: int = 256,
     allow_blank: bool = False,
     close: Callable[[TokenRow], TokenRow] | None = None,
@@ -132,10 +136,11 @@ class RewardModel(nn.Module):
                 f"{folder}: stage.json has no reward_shift; `rlhf score {folder} FILE --set_shift` adds it"
             )
         self.scorer = scorer_of(folder)
-        if isinstance(self.scorer, ImplicitReward) and not self.scorer.reference:
+        source = recorded_reference(folder) if "reference" in self.scorer.requires else None
+        if "reference" in self.scorer.requires and source is None:
             raise ConfigError(f"{folder} scores against a reference model, which stage.json does not name")
         check_source(folder)
-        if isinstance(self.scorer, RewardHead) and not has_head(folder):
+        if "head" in self.scorer.requires and not has_head(folder):
             raise ConfigError(
                 f"{folder} is not a preference model: it has neither a score head nor a stage.json that names another "
                 "scorer. A new head would give random scores."
@@ -147,12 +152,15 @@ class RewardModel(nn.Module):
         disable_dropout(self.model)
         self.renderer.also_stop_at(end_token_ids(folder, self.tokenizer))
         # Before the vocabulary check: `RewardHead` adds the padding token that its tokenizer was saved with.
-        self.scorer.bind(self.model, self.tokenizer, self.renderer.turn_end_ids)
-        self.frozen = self.scorer.frozen
+        reference = None if source is None else load_reference(source, self.tokenizer, dtype)
+        self.reference_copy = None if reference is None else reference.copy
+        self.model_scorer = self.scorer.build(
+            LoadedModel(self.model, self.tokenizer, self.renderer.turn_end_ids, reference=reference)
+        )
         check_vocabulary(self.model, self.tokenizer, f"the reward model {folder}")
         self.model.requires_grad_(False).eval()
         # A reward model from elsewhere is read at the end of its template, as in its training and by other tools.
-        foreign = isinstance(self.scorer, RewardHead) and "scorer" not in stage and not self.tokenizer.was_ended
+        foreign = "head" in self.scorer.requires and "scorer" not in stage and not self.tokenizer.was_ended
         self._after, self._unended = self._closing() if foreign else ([], False)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "RewardModel":
@@ -200,16 +208,20 @@ class RewardModel(nn.Module):
         return [*ids, *self._after], [*loss_mask, *[0] * len(self._after)]
 
     def score(
-        self, prompts: Sequence[Text], responses: Sequence[Text], tools: Any = None, allow_blank: bool = False
+        self,
+        prompts: Sequence[Text],
+        responses: Sequence[Text],
+        tools: Sequence[list[ToolSchema] | None] | None = None,
+        allow_blank: bool = False,
     ) -> Tensor:
         """Scores `[N]` of responses to prompts; see `score_texts`."""
-        given = (prompts, responses, tools, self.device)
-        return score_texts(self.scorer, self.renderer, *given, allow_blank=allow_blank, close=self._closed) + self.shift
+        given = (self.model_scorer, self.renderer, prompts, responses, tools, self.device)
+        return score_texts(*given, allow_blank=allow_blank, close=self._closed) + self.shift
 
     def score_tokens(self, ids: Sequence[list[int]], masks: Sequence[list[int]], batch_size: int = 16) -> Tensor:
         """Scores `[N]` of rows of tokens; see `score_rows`."""
         rows = [self._closed(row) for row in zip(ids, masks, strict=True)]
         found = score_rows(
-            self.scorer, [row for row, _ in rows], [loss_mask for _, loss_mask in rows], self.device, batch_size
+            self.model_scorer, [row for row, _ in rows], [loss_mask for _, loss_mask in rows], self.device, batch_size
         )
         return found + self.shift

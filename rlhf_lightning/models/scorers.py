@@ -1,17 +1,20 @@
 """Scorers assign a number to a response. The same object scores in training, by hand, and as an RL reward."""
 
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypedDict
 
 import torch
 from torch import Tensor, nn
 
+from rlhf_lightning.data.batching import pad_tokens
 from rlhf_lightning.errors import ConfigError
 from rlhf_lightning.files import real_path
 from rlhf_lightning.models.heads import find_head, pad_token
-from rlhf_lightning.models.loading import check_vocabulary, load_for_scoring, read_stage
+from rlhf_lightning.models.loading import read_stage
 from rlhf_lightning.models.lora import base_of
 from rlhf_lightning.models.packed_forward import PackedForward
 from rlhf_lightning.models.packing import prefix_lengths
@@ -19,7 +22,12 @@ from rlhf_lightning.models.precision import NARROW
 from rlhf_lightning.models.reference import Reference
 from rlhf_lightning.models.sharding import run_unsharded
 from rlhf_lightning.models.token_logprobs import TokenLogprobs
-from rlhf_lightning.settings import Settings
+from rlhf_lightning.settings import Settings, arguments
+from rlhf_lightning.types import JSON, PreferenceTokens
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 class Scored(NamedTuple):
@@ -42,19 +50,55 @@ class Scored(NamedTuple):
     """The reference's part of each score, `[N]`."""
 
 
-class Scorer(Settings, ABC):
-    """Base class of scorers.
+class ScorerRecord(TypedDict):
+    """A scorer in `stage.json`."""
 
-    A batch has `input_ids` and `loss_mask`, `[N, T]` with mask 1 on the response, and `lengths`, `[N]`.
+    name: str
+    """Its class."""
+    init_args: dict[str, JSON]
+    """The arguments of its constructor."""
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A loaded model, and what else a scorer may be built from.
+
+    Args:
+        model: A Hugging Face model of the scorer's `task`, or a `PeftModel` around one.
+        tokenizer: Its tokenizer.
+        stop_token_ids: Ids that end a response.
+        max_tokens: Tokens that the model computes at once, see `PackedForward`.
+        reference: The reference, for a scorer that requires one.
 
     Example:
         ```python
-        class LastLogprob(Scorer):  # the log-probability of the last token
-            task = "CAUSAL_LM"
+        loaded = LoadedModel(model, tokenizer, stop_token_ids=[tokenizer.eos_token_id])
+        scores = SequenceLogprob().build(loaded)(batch)  # [N]
+        ```
+    """
 
-            def bind(self, model, tokenizer, stop_token_ids, fresh_adapter=False):
-                self.token_logprobs = TokenLogprobs(model, self.max_tokens)
-                self.packed_forward = self.token_logprobs.packed_forward
+    model: "PreTrainedModel | PeftModel"
+    tokenizer: "PreTrainedTokenizerBase"
+    stop_token_ids: Sequence[int]
+    max_tokens: int | None = None
+    reference: Reference | None = None
+
+
+class ModelScorer(ABC):
+    """A scorer with its model, as `Scorer.build` makes it.
+
+    A batch has `input_ids` and `loss_mask`, `[N, T]` with mask 1 on the response, and `lengths`, `[N]`.
+
+    Args:
+        packed_forward: What runs the model.
+        reference: The reference, if the scorer requires one.
+
+    Example:
+        ```python
+        class LastLogprobScores(ModelScorer):
+            def __init__(self, loaded):
+                self.token_logprobs = TokenLogprobs(loaded.model, loaded.max_tokens)
+                super().__init__(self.token_logprobs.packed_forward)
 
             def __call__(self, batch):
                 logprobs = self.token_logprobs(batch["input_ids"], batch["loss_mask"]).logprobs
@@ -62,49 +106,88 @@ class Scorer(Settings, ABC):
         ```
     """
 
-    task: str
-    """Which Hugging Face class the model is: `CAUSAL_LM` or `SEQ_CLS`."""
-    max_tokens: int | None = None
-    """Tokens that the model computes at once, see `PackedForward`; set before `bind`."""
-    packed_forward: PackedForward
-    """What runs the model; set by `bind`."""
-    frozen: nn.Module | None = None
-    """Another model that the scorer needs, if any. The module that binds the scorer registers it, so it moves along."""
-    provides: tuple[str, ...] = ("lengths",)
-    """Tensors that a loss may ask for by name and that this scorer's `detailed` provides."""
+    head: nn.Module | None = None
+    """The score head, which stays in float32, if there is one."""
+
+    def __init__(self, packed_forward: PackedForward, reference: Reference | None = None) -> None:
+        self.packed_forward, self.reference = packed_forward, reference
 
     @abstractmethod
-    def bind(self, model: Any, tokenizer: Any, stop_token_ids: Sequence[int], fresh_adapter: bool = False) -> None:
-        """Attach the model; called once, after loading.
-
-        Args:
-            model: A Hugging Face model or a `PeftModel`.
-            tokenizer: Its tokenizer.
-            stop_token_ids: Ids that end a response.
-            fresh_adapter: True if the adapter is new and does not change the model yet.
-        """
-
-    @abstractmethod
-    def __call__(self, batch: dict[str, Any]) -> Tensor:
+    def __call__(self, batch: PreferenceTokens) -> Tensor:
         """Scores of a batch, `[N]`, float32 or wider."""
 
-    def detailed(self, batch: dict[str, Any]) -> Scored:
+    def detailed(self, batch: PreferenceTokens) -> Scored:
         """Scores with the log-probabilities behind them."""
         return Scored(self(batch))
 
-    def settings(self) -> dict[str, Any]:
-        """What `stage.json` stores to build the scorer again."""
-        return {"name": _name(type(self)), "init_args": self.arguments()}
+    def reference_logprobs(self, batch: PreferenceTokens) -> Tensor:
+        """The reference's log-probabilities of the response tokens, in nats, `[N, T]`.
 
-    def arguments(self) -> dict[str, Any]:
-        """The constructor's arguments."""
-        return {}
+        Raises:
+            ConfigError: If there is no reference, or no longer.
+        """
+        if self.reference is None:
+            raise ConfigError(
+                "the reference was released after its log-probabilities were stored (scorer.store), and these rows "
+                "were not stored: score them with the saved model folder"
+            )
+        return self.reference.logprobs(batch["input_ids"], batch["loss_mask"])
+
+    def release_reference(self) -> None:
+        """Let go of the reference, once its log-probabilities are stored; its memory is then free."""
+        self.reference = None
+
+
+class Scorer(Settings, ABC):
+    """Base class of scorers: the settings, from which `build` makes what scores.
+
+    The arguments of its constructor must be plain values; `stage.json` stores them.
+
+    Example:
+        ```python
+        class LastLogprob(Scorer):  # the log-probability of the last token
+            task = "CAUSAL_LM"
+
+            def build(self, loaded):
+                return LastLogprobScores(loaded)  # see ModelScorer
+        ```
+    """
+
+    task: str
+    """Which Hugging Face class the model is: `CAUSAL_LM` or `SEQ_CLS`."""
+    requires: tuple[str, ...] = ()
+    """What a model must have to be scored: `head`, a score head; `reference`, a reference model."""
+    provides: tuple[str, ...] = ("lengths",)
+    """Tensors that a loss may ask for by name and that `ModelScorer.detailed` provides."""
+    beta: float | None = None
+    """Factor of the log-probabilities, if the score is made of them."""
+    length_normalized = False
+    """True if the score is a mean over tokens instead of a sum."""
+    tail_weight = 1.0
+    """Weight of the tokens of a pair's longer response past the length of the shorter one."""
+    reference: str | None = None
+    """Model folder of the reference; None for the model that the stage starts from."""
+    store = False
+    """True if the reference's log-probabilities are stored before training."""
+
+    @abstractmethod
+    def build(self, loaded: LoadedModel) -> ModelScorer:
+        """Make what scores responses with a model; called once, after the model is loaded.
+
+        Args:
+            loaded: The model, and what `requires` asks for.
+        """
+
+    def settings(self) -> ScorerRecord:
+        """What `stage.json` stores to build the scorer again."""
+        return {"name": _name(type(self)), "init_args": arguments(self)}
 
 
 class _LogprobScorer(Scorer):
-    """Common part of the scorers that sum token log-probabilities."""
+    """Common settings of the scorers that sum token log-probabilities."""
 
     task = "CAUSAL_LM"
+    beta: float
 
     def __init__(self, beta: float, length_normalized: bool, tail_weight: float) -> None:
         if not beta > 0:
@@ -113,30 +196,8 @@ class _LogprobScorer(Scorer):
             raise ValueError(f"tail_weight is {tail_weight}; it must be in [0, 1]")
         self.beta, self.length_normalized, self.tail_weight = beta, length_normalized, tail_weight
 
-    def arguments(self) -> dict[str, Any]:
-        names = ("beta", "length_normalized", "tail_weight")
-        return {name: getattr(self, name) for name in names}
-
-    def bind(self, model: Any, tokenizer: Any, stop_token_ids: Sequence[int], fresh_adapter: bool = False) -> None:
-        self.token_logprobs = TokenLogprobs(model, self.max_tokens)
-        self.packed_forward = self.token_logprobs.packed_forward
-
-    def __call__(self, batch: dict[str, Any]) -> Tensor:
-        return self.detailed(batch).scores
-
-    def number(self, logprobs: Tensor, batch: dict[str, Any]) -> Tensor:
-        """Reduce token log-probabilities to a score per row: beta times their sum or mean.
-
-        Args:
-            logprobs: In nats, `[N, T]`, 0 outside the response.
-            batch: Its `shared_lengths` `[N]`, if present, say after how many response tokens `tail_weight` applies.
-        """
-        loss_mask = batch["loss_mask"]
-        if self.tail_weight != 1 and "shared_lengths" in batch:
-            tail = loss_mask.cumsum(-1) > batch["shared_lengths"][:, None]
-            logprobs = torch.where(tail, self.tail_weight * logprobs, logprobs)
-        total = logprobs.sum(-1)
-        return self.beta * (total / loss_mask.sum(-1).clamp(min=1) if self.length_normalized else total)
+    def build(self, loaded: LoadedModel) -> ModelScorer:
+        return LogprobScores(self, loaded)
 
 
 class SequenceLogprob(_LogprobScorer):
@@ -163,10 +224,6 @@ class SequenceLogprob(_LogprobScorer):
     def __init__(self, length_normalized: bool = False, beta: float = 1.0, tail_weight: float = 1.0) -> None:
         super().__init__(beta, length_normalized, tail_weight)
 
-    def detailed(self, batch: dict[str, Any]) -> Scored:
-        logprobs = self.token_logprobs(batch["input_ids"], batch["loss_mask"]).logprobs
-        return Scored(self.number(logprobs, batch), logprobs)
-
 
 class ImplicitReward(_LogprobScorer):
     """beta · Σ_t (log π − log π_reference) over the response; with the Bradley-Terry loss this is DPO.
@@ -188,10 +245,11 @@ class ImplicitReward(_LogprobScorer):
 
     Example:
         >>> scorer = ImplicitReward(beta=0.1, store=True)
-        >>> scorer.task
-        'CAUSAL_LM'
+        >>> scorer.requires
+        ('reference',)
     """
 
+    requires = ("reference",)
     provides = ("lengths", "logps", "reference_scores", "kl", "beta")
 
     def __init__(
@@ -205,41 +263,46 @@ class ImplicitReward(_LogprobScorer):
         super().__init__(beta, length_normalized, tail_weight)
         self.reference, self.store = reference, store
 
-    def arguments(self) -> dict[str, Any]:
-        return {**super().arguments(), "reference": self.reference}
 
-    def bind(self, model: Any, tokenizer: Any, stop_token_ids: Sequence[int], fresh_adapter: bool = False) -> None:
-        super().bind(model, tokenizer, stop_token_ids, fresh_adapter)
-        if self.reference is None:
-            self.frozen = Reference(model, fresh_adapter, self.max_tokens)
-        else:
-            dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
-            reference = load_for_scoring(self.reference, self.task, dtype)
-            check_vocabulary(reference, tokenizer, f"the reference {self.reference}")
-            self.frozen = Reference.of(reference, self.max_tokens)
+class LogprobScores(ModelScorer):
+    """Sums of token log-probabilities, or with a reference of their differences from the reference's.
 
-    def detailed(self, batch: dict[str, Any]) -> Scored:
-        reference = batch.get("reference_logprobs")
-        if reference is None:
-            reference = self.reference_logprobs(batch)
+    Args:
+        scorer: The settings; if they require a reference, so do the scores.
+        loaded: The model, and the reference.
+    """
+
+    def __init__(self, scorer: _LogprobScorer, loaded: LoadedModel) -> None:
+        self.scorer, self.token_logprobs = scorer, TokenLogprobs(loaded.model, loaded.max_tokens)
+        super().__init__(self.token_logprobs.packed_forward, loaded.reference)
+
+    def __call__(self, batch: PreferenceTokens) -> Tensor:
+        return self.detailed(batch).scores
+
+    def detailed(self, batch: PreferenceTokens) -> Scored:
+        """Scores, the log-probabilities behind them, and the reference's part of each."""
+        if "reference" not in self.scorer.requires:
+            logprobs = self.token_logprobs(batch["input_ids"], batch["loss_mask"]).logprobs
+            return Scored(self._score(logprobs, batch), logprobs)
+        reference = batch["reference_logprobs"] if "reference_logprobs" in batch else self.reference_logprobs(batch)
         logprobs = self.token_logprobs(batch["input_ids"], batch["loss_mask"]).logprobs
         reference = reference.to(logprobs.dtype)
-        scores = self.number(logprobs - reference, batch)
-        return Scored(scores, logprobs, reference, self.number(reference, batch))
+        scores = self._score(logprobs - reference, batch)
+        return Scored(scores, logprobs, reference, self._score(reference, batch))
 
-    def reference_logprobs(self, batch: dict[str, Any]) -> Tensor:
-        """The reference's log-probabilities of the response tokens, in nats, `[N, T]`."""
-        if not isinstance(self.frozen, Reference):
-            raise ConfigError(
-                "the reference was released after its log-probabilities were stored (scorer.store), and these rows "
-                "were not stored: score them with the saved model folder"
-            )
-        return self.frozen.logprobs(batch["input_ids"], batch["loss_mask"])
+    def _score(self, logprobs: Tensor, batch: PreferenceTokens) -> Tensor:
+        """Reduce token log-probabilities to a score per row: beta times their sum or mean.
 
-    def release(self) -> None:
-        """Release a reference that holds a copy of the weights; from now on its stored log-probabilities are used."""
-        if isinstance(self.frozen, Reference) and self.frozen.copy is not None:
-            self.frozen = None
+        Args:
+            logprobs: In nats, `[N, T]`, 0 outside the response.
+            batch: Its `shared_lengths` `[N]`, if present, say after how many response tokens `tail_weight` applies.
+        """
+        loss_mask, scorer = batch["loss_mask"], self.scorer
+        if scorer.tail_weight != 1 and "shared_lengths" in batch:
+            tail = loss_mask.cumsum(-1) > batch["shared_lengths"][:, None]
+            logprobs = torch.where(tail, scorer.tail_weight * logprobs, logprobs)
+        total = logprobs.sum(-1)
+        return scorer.beta * (total / loss_mask.sum(-1).clamp(min=1) if scorer.length_normalized else total)
 
 
 class RewardHead(Scorer):
@@ -261,34 +324,44 @@ class RewardHead(Scorer):
     """
 
     task = "SEQ_CLS"
+    requires = ("head",)
 
     def __init__(self, last_k: int = 1) -> None:
         if last_k < 1:
             raise ValueError(f"last_k is {last_k}; it must be at least 1")
         self.last_k = last_k
 
-    def arguments(self) -> dict[str, Any]:
-        return {"last_k": self.last_k}
+    def build(self, loaded: LoadedModel) -> ModelScorer:
+        return HeadScores(loaded, self.last_k)
 
-    def bind(self, model: Any, tokenizer: Any, stop_token_ids: Sequence[int], fresh_adapter: bool = False) -> None:
-        base = base_of(model)
-        self.backbone = base.base_model
-        self.head = find_head(base)
+
+class HeadScores(ModelScorer):
+    """What a score head gives at the last tokens of the response.
+
+    Args:
+        loaded: The model.
+        last_k: See `RewardHead`.
+    """
+
+    head: nn.Module
+
+    def __init__(self, loaded: LoadedModel, last_k: int) -> None:
+        base, tokenizer = base_of(loaded.model), loaded.tokenizer
+        super().__init__(PackedForward(loaded.model, base.base_model, loaded.max_tokens))
+        self.head, self.last_k = find_head(base), last_k
         if next(self.head.parameters()).dtype in NARROW:
             self.head.float()
-        self.packed_forward = PackedForward(model, self.backbone, self.max_tokens)
         # Stock pooling reads the last token that is not padding, so the padding token must not end responses.
-        pad = pad_token(tokenizer, stop_token_ids)
-        tokenizer.pad_token = pad
+        tokenizer.pad_token = pad_token(tokenizer, loaded.stop_token_ids)
         base.config.get_text_config().pad_token_id = base.config.pad_token_id = tokenizer.pad_token_id
         rows = base.get_input_embeddings().weight.shape[0]
         if tokenizer.pad_token_id >= rows:
             base.resize_token_embeddings(tokenizer.pad_token_id + 1, mean_resizing=False)
 
-    def __call__(self, batch: dict[str, Any]) -> Tensor:
+    def __call__(self, batch: PreferenceTokens) -> Tensor:
         return run_unsharded(self.packed_forward.model, self._scores, batch)
 
-    def _scores(self, batch: dict[str, Any]) -> Tensor:
+    def _scores(self, batch: PreferenceTokens) -> Tensor:
         ids, loss_mask, ends = batch["input_ids"], batch["loss_mask"], batch["lengths"][:, None]
         places = torch.arange(ids.shape[1], device=ids.device)
         read = places == ends - 1
@@ -304,10 +377,27 @@ class RewardHead(Scorer):
         return grid.sum(-1) / read.sum(-1)
 
     def _read(self, states: Tensor) -> Tensor:
-        return self.head(states.to(next(self.head.parameters()).dtype)).squeeze(-1)
+        scores: Tensor = self.head(states.to(next(self.head.parameters()).dtype))
+        return scores.squeeze(-1)
 
 
-def scorer_of(folder: Any) -> Scorer:
+def padded(ids: Sequence[Sequence[int]], masks: Sequence[Sequence[int]], device: torch.device) -> PreferenceTokens:
+    """A batch that scorers take.
+
+    Args:
+        ids: Token ids of each row.
+        masks: 1 on the response, 0 elsewhere, for each row.
+        device: Where the model is.
+    """
+    tokens = pad_tokens(ids, masks, pad_id=0)
+    return {
+        "input_ids": tokens["input_ids"].to(device),
+        "loss_mask": tokens["loss_mask"].to(device),
+        "lengths": tokens["lengths"].to(device),
+    }
+
+
+def scorer_of(folder: str | Path) -> Scorer:
     """The scorer that a saved preference model was trained with; `RewardHead` for any other reward model.
 
     A folder may come from anyone, so the scorer's name never triggers an import: it must be a class of this module, or
@@ -319,13 +409,10 @@ def scorer_of(folder: Any) -> Scorer:
     Raises:
         ConfigError: If the name is unknown, or the scorer does not accept the stored arguments.
     """
-    stage = read_stage(folder)
-    settings = stage.get("scorer")
+    settings = _recorded(folder)
     if settings is None:
         return RewardHead()
-    if not (isinstance(settings, dict) and isinstance(settings.get("name"), str)):
-        raise ConfigError(f"stage.json of {folder}: its scorer is {settings!r}, which does not name a class")
-    name, arguments = settings["name"], settings.get("init_args")
+    name = settings["name"]
     known = {_name(found): found for found in _subclasses(Scorer)}  # type: ignore[type-abstract]
     if name not in known:
         raise ConfigError(
@@ -333,13 +420,43 @@ def scorer_of(folder: Any) -> Scorer:
             "may not cause an import. If it is your own class, name it with the command's --scorer, "
             "scorer of the reward (init_args), or import it before this call in Python"
         )
+    given = dict(settings["init_args"])
+    if "reference" in given:
+        # A scorer without this argument is measured from the model that the stage started from.
+        accepted = inspect.signature(known[name]).parameters
+        given = {**given, "reference": recorded_reference(folder)}
+        given = {key: value for key, value in given.items() if key != "reference" or key in accepted}
     try:
-        arguments = dict(arguments or {})
-        if arguments.get("reference"):
-            arguments["reference"] = _reference_of(Path(folder), arguments["reference"], stage.get("reference"))
-        return known[name](**arguments)
+        return known[name](**given)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"stage.json of {folder}: the scorer {name} cannot be built: {error}") from None
+
+
+def recorded_reference(folder: str | Path) -> str | None:
+    """Folder of the reference that a saved preference model was trained against; None if it names none.
+
+    Args:
+        folder: Model folder.
+
+    Raises:
+        ConfigError: If it names itself, or a reference that is not on this machine.
+    """
+    settings = _recorded(folder)
+    named = settings["init_args"].get("reference") if settings is not None else None
+    return _reference_of(Path(folder), str(named), read_stage(folder).get("reference")) if named else None
+
+
+def _recorded(folder: str | Path) -> ScorerRecord | None:
+    """The scorer that the folder's `stage.json` names; None if it names none."""
+    settings = read_stage(folder).get("scorer")
+    if settings is None:
+        return None
+    if not (isinstance(settings, dict) and isinstance(settings.get("name"), str)):
+        raise ConfigError(f"stage.json of {folder}: its scorer is {settings!r}, which does not name a class")
+    try:
+        return {"name": settings["name"], "init_args": dict(settings.get("init_args") or {})}
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"stage.json of {folder}: the scorer {settings['name']} cannot be built: {error}") from None
 
 
 def _name(scorer: type[Scorer]) -> str:

@@ -10,10 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from rlhf_lightning.errors import ConfigError
 from rlhf_lightning.models.backbone import Backbone
 from rlhf_lightning.models.logits import TokenLogprobsFunction
+from rlhf_lightning.models.lora import base_of
 from rlhf_lightning.models.packed_forward import PackedForward
-from rlhf_lightning.models.packing import prefix_lengths
+from rlhf_lightning.models.packing import prefix_lengths, scored_positions
 from rlhf_lightning.models.sharding import run_unsharded
 from rlhf_lightning.models.tensor_parallel import local
 
@@ -48,6 +50,10 @@ class TokenLogprobs:
             run as a whole.
         max_tokens: Tokens that the decoder computes at once, see `PackedForward`.
         logit_bytes: Bytes of logits that are held; more are recomputed in backward.
+        value_head: Value head of a critic that shares the model.
+
+    Raises:
+        ConfigError: If a value head is given, and the model's head cannot be run separately.
 
     Example:
         ```python
@@ -56,10 +62,20 @@ class TokenLogprobs:
         ```
     """
 
-    def __init__(self, model: nn.Module, max_tokens: int | None = None, logit_bytes: int = LOGIT_BYTES) -> None:
-        self.backbone, self.logit_bytes = Backbone(model), logit_bytes
+    def __init__(
+        self,
+        model: nn.Module,
+        max_tokens: int | None = None,
+        logit_bytes: int = LOGIT_BYTES,
+        value_head: nn.Linear | None = None,
+    ) -> None:
+        self.backbone, self.logit_bytes, self.value_head = Backbone(model), logit_bytes, value_head
         self.packed_forward = PackedForward(model, self.backbone.decoder, max_tokens)
-        self.value_head: nn.Linear | None = None
+        if value_head is not None and not self.backbone.separable:
+            raise ConfigError(
+                f"critic.shared: the hidden states of {type(base_of(model)).__name__} cannot be computed without its "
+                "head"
+            )
 
     def __call__(
         self, input_ids: Tensor, loss_mask: Tensor, temperature: float = 1.0, details: bool = False
@@ -80,10 +96,7 @@ class TokenLogprobs:
                 nn.functional.pad(input_ids, (0, 1)), nn.functional.pad(loss_mask, (0, 1)), temperature, details
             )
             return TokenLogprobsOutput(*[None if part is None else part[:, :1] for part in wide])  # type: ignore[arg-type]
-        kept = loss_mask[:, 1:] != 0
-        if nothing := not kept.any():
-            # Keep one token and multiply by 0: all ranks must run the model, and every weight must get a gradient.
-            kept[0, 0] = True
+        kept, counts = scored_positions(loss_mask)
         if self.backbone.separable:
             rows, columns, parts = run_unsharded(
                 self.backbone.model, self._apart, input_ids, loss_mask, kept, temperature, details
@@ -93,7 +106,7 @@ class TokenLogprobs:
             logits = self.backbone.model(input_ids=input_ids, use_cache=False).logits[rows, columns - 1]
             parts = TokenLogprobsFunction.apply(logits, input_ids[rows, columns], temperature, details)
         full = [
-            None if part is None else part.new_zeros(loss_mask.shape).index_put((rows, columns), part * (not nothing))
+            None if part is None else part.new_zeros(loss_mask.shape).index_put((rows, columns), part * counts)
             for part in parts
         ]
         return TokenLogprobsOutput(*full)  # type: ignore[arg-type]

@@ -4,6 +4,7 @@ import logging
 import warnings
 from abc import abstractmethod
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -124,8 +125,7 @@ class RLHFModule(CheckedModule):
         )
         if not isinstance(getattr(torch, dtype, None), torch.dtype):
             raise ConfigError(f"model.dtype is {dtype!r}; it must be a dtype, for example float32 or bfloat16")
-        # A tuple, so that torch does not register a given model object a second time next to `self.model`.
-        self._start = (model,)
+        self._start = Start(model, lora=lora, dtype=dtype, options=model_options or {})
         self.lora, self.dtype_name, self.model_options = lora, dtype, model_options or {}
         self.max_tokens_per_batch, self.gradient_checkpointing = max_tokens_per_batch, gradient_checkpointing
         self.activation_offload, self.compiles_layers = activation_offload, compile
@@ -150,7 +150,7 @@ class RLHFModule(CheckedModule):
     @property
     def start_source(self) -> "str | Path | PreTrainedModel":
         """Folder, Hub id or model that the stage starts from."""
-        return self._start[0]
+        return self._start.source
 
     @property
     def tokenizer(self) -> "Tokenizer":
@@ -201,7 +201,7 @@ class RLHFModule(CheckedModule):
         data = row_data_of(self._trainer)
         shared = data.shared if data else {}
         sampler = getattr(self, "sampler", None)
-        own_stop = getattr(sampler, "own_stop", None)
+        own_stop = getattr(sampler, "stop", None)
         stop = {} if own_stop is None else {"stop": list(own_stop)}
         return {**self.renderer.settings(), **shared, **stop}
 
@@ -254,7 +254,7 @@ class RLHFModule(CheckedModule):
 
     def start(self) -> Start:
         """How to load the start model."""
-        return Start(self.start_source, self.task, self.lora, self.dtype_name, self.model_options)
+        return replace(self._start, task=self.task)
 
     @abstractmethod
     def build(self) -> None:

@@ -78,7 +78,10 @@ def _check_averaging(callback: WeightAveraging, module: "RLHFModule", trainer: p
             f"{name} averages whole weights, and trainer.strategy {type(trainer.strategy).__name__} shards them: use "
             "ddp, or leave the callback out"
         )
-    if callback._use_buffers and any(not buffer.is_floating_point() for buffer in module.buffers()):
+    # The statistics of normalized rewards are integer buffers, made when the model is loaded.
+    normalized = any(reward.normalize is not None for reward in getattr(module, "rewards", ()))
+    integers = normalized or any(not buffer.is_floating_point() for buffer in module.buffers())
+    if callback._use_buffers and integers:
         raise ConfigError(
             f"{name} would average buffers that hold integers, such as the statistics of a normalized reward: set its "
             "use_buffers to False"

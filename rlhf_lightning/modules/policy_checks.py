@@ -1,24 +1,26 @@
 """Checks of contradictory policy RL settings, before anything is loaded or before the first round."""
 
 from collections import Counter
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
 
 from torch import nn
 
 from rlhf_lightning.data.prompts import Prompt, PromptDataModule
-from rlhf_lightning.errors import ConfigError, check_whole
-from rlhf_lightning.rewards import Reward, check_finite
-
-if TYPE_CHECKING:
-    from rlhf_lightning.modules.policy_rl import PolicyRLModule
-    from rlhf_lightning.rollout.recorded import Recorded
+from rlhf_lightning.errors import ConfigError
+from rlhf_lightning.models.critic import Critic
+from rlhf_lightning.objectives.policy import PolicyObjective
+from rlhf_lightning.rewards import Reward
+from rlhf_lightning.rollout.advantages import Advantage
+from rlhf_lightning.rollout.kl import KLPenalty
+from rlhf_lightning.rollout.recorded import Recorded
+from rlhf_lightning.sampling.sampler import Sampler
 
 MOST_TIMES = 1000
 """Largest `resample_groups`. A reward that is equal for all responses would be resampled that many times."""
 
 
-def check_rewards(rewards: list[Reward] | None) -> None:
-    """Raise `ConfigError` unless `rewards` is a list of rewards, or None."""
+def check_rewards(rewards: Sequence[Reward] | None) -> None:
+    """Raise `ConfigError` unless `rewards` is a list of rewards with different names, or None."""
     if rewards is None:
         return
     if not isinstance(rewards, list | tuple):
@@ -26,99 +28,119 @@ def check_rewards(rewards: list[Reward] | None) -> None:
     for part in rewards:
         if not isinstance(part, Reward):
             raise ConfigError(f"model.rewards contains {_named(part)}; each must be a Reward: {_wrapped(part)}")
+    names = [part.name for part in rewards]
+    if len(set(names)) < len(names):
+        raise ConfigError(f"model.rewards: two rewards have the same name ({', '.join(names)}); set name of one")
 
 
-def _named(value: Any) -> str:
+def _named(value: object) -> str:
     if isinstance(value, type):
         return f"the class {value.__name__}"
     return repr(value)[:80] if isinstance(value, str) else f"a {type(value).__name__}"
 
 
-def _wrapped(value: Any) -> str:
+def _wrapped(value: object) -> str:
     if isinstance(value, type):
         return f"{value.__name__}(…)"
-    return f"{type(value).__name__}(…)" if isinstance(value, nn.Module) else "FunctionReward(my_function)"
+    return f"{type(value).__name__}(…)" if isinstance(value, Reward | nn.Module) else "FunctionReward(my_function)"
 
 
-def check_settings(module: "PolicyRLModule") -> None:
-    """Raise `ConfigError` if the settings of a `PolicyRLModule` contradict each other."""
-    names = [part.name for part in module.rewards if isinstance(part, Reward)]
-    if len(set(names)) < len(names):
-        raise ConfigError(f"model.rewards: two rewards have the same name ({', '.join(names)}); set name of one")
-    advantage, critic = type(module.advantage).__name__, module.critic
-    if module.advantage.needs_values and critic is None:
-        raise ConfigError(f"model.advantage {advantage} needs the values of a critic: set model.critic")
-    if critic is not None and not module.advantage.needs_values:
-        raise ConfigError(f"model.critic is set, but {advantage} does not use values: set model.advantage to GAE")
+def check_algorithm(
+    objective: PolicyObjective, advantage: Advantage, kl: KLPenalty | None, critic: Critic | None
+) -> None:
+    """Raise `ConfigError` if the parts of an algorithm contradict each other.
+
+    Args:
+        objective: The policy loss.
+        advantage: Turns rewards into advantages.
+        kl: The KL penalty, if there is one.
+        critic: The critic, if there is one.
+    """
+    name = type(advantage).__name__
+    if advantage.needs_values and critic is None:
+        raise ConfigError(f"model.advantage {name} needs the values of a critic: set model.critic")
+    if critic is not None and not advantage.needs_values:
+        raise ConfigError(f"model.critic is set, but {name} does not use values: set model.advantage to GAE")
     if critic is not None and critic.shared and critic.warmup_rounds:
         raise ConfigError(
             "critic.warmup_rounds must be 0 with critic.shared: training the critic would change the policy"
         )
-    check_finite("model.truncated_reward", module.truncated_reward)
-    check_finite("model.entropy_coefficient", module.entropy_coefficient)
-    objective = type(module.objective).__name__
-    if module.objective.sequence_level and module.advantage.needs_values:
+    loss = type(objective).__name__
+    if objective.sequence_level and advantage.needs_values:
         raise ConfigError(
-            f"{objective} treats a response as one action, but GAE gives each token its own advantage: use "
-            "ClippedSurrogate"
+            f"{loss} treats a response as one action, but GAE gives each token its own advantage: use ClippedSurrogate"
         )
-    of_response = module.objective.sequence_level and not getattr(module.objective, "normalized", True)
-    if of_response and module.kl is not None and module.kl.place == "loss" and module.kl.coefficient:
-        raise ConfigError(f"{objective}(normalized=False) treats a response as one action: set kl.place to reward")
-    if module.staleness not in (0, 1):
-        raise ConfigError(f"model.staleness is {module.staleness}; it must be 0 or 1 (rounds)")
-    check_whole("model.resample_groups", module.resample_groups, 0, MOST_TIMES)
+    of_response = objective.sequence_level and not getattr(objective, "normalized", True)
+    if of_response and kl is not None and kl.place == "loss" and kl.coefficient:
+        raise ConfigError(f"{loss}(normalized=False) treats a response as one action: set kl.place to reward")
 
 
-def check_data(module: "PolicyRLModule", data: PromptDataModule) -> None:
-    """Check that the module and its data fit together, before the first round.
+def check_rounds(data: PromptDataModule, objective: PolicyObjective, accumulate: int) -> None:
+    """Raise `ConfigError` if the rounds of the data do not fit the loss.
 
     Args:
-        module: The module.
         data: The data module, after its setup.
-
-    Raises:
-        ConfigError: If they do not.
+        objective: The policy loss.
+        accumulate: Number of micro-batches of an optimizer step.
     """
-    loss, rows = type(module.objective).__name__, data.prepared["train"].rows
-    steps = data.update_epochs * data.minibatches // module.trainer.accumulate_grad_batches
-    if steps > 1 and not module.objective.corrects:
+    steps = data.update_epochs * data.minibatches // accumulate
+    if steps > 1 and not objective.corrects:
         raise ConfigError(
-            f"a round has {steps} optimizer steps (data.update_epochs, data.minibatches), but {loss} has neither clip "
+            f"a round has {steps} optimizer steps (data.update_epochs, data.minibatches), but "
+            f"{type(objective).__name__} has neither clip "
             "nor importance ratio: after the first step the policy is no longer the one that sampled. Use "
             "ClippedSurrogate or ImportanceSampling, or one step per round (trainer.accumulate_grad_batches)."
         )
-    if data.recorded and not module.objective.corrects and module.importance_weights is None:
-        raise ConfigError(f"data.episodes were sampled by another sampler, which {loss} cannot correct for")
-    if data.recorded and (module.resample_groups or module.staleness):
+
+
+def check_minibatches(minibatches: int, episodes: int) -> None:
+    """Raise `ConfigError` if a round has more mini-batches than episodes."""
+    if minibatches > episodes:
+        raise ConfigError(f"data.minibatches is {minibatches}, but a round has only {episodes} episodes")
+
+
+def check_recorded(
+    rows: Sequence[Recorded],
+    objective: PolicyObjective,
+    advantage: Advantage,
+    kl: KLPenalty | None,
+    critic: Critic | None,
+    recomputes: bool,
+    samples_again: bool,
+) -> None:
+    """Raise `ConfigError` if recorded episodes do not fit the algorithm.
+
+    Args:
+        rows: The recorded episodes.
+        objective: See `check_algorithm`.
+        advantage: See `check_algorithm`.
+        kl: See `check_algorithm`.
+        critic: See `check_algorithm`.
+        recomputes: True if importance weights correct for another sampler.
+        samples_again: True if groups would be sampled again, or with older weights.
+    """
+    if not objective.corrects and not recomputes:
+        raise ConfigError(
+            f"data.episodes were sampled by another sampler, which {type(objective).__name__} cannot correct for"
+        )
+    if samples_again:
         raise ConfigError("data.episodes are already sampled: leave out model.resample_groups and model.staleness")
-    if data.recorded and module.objective.aggregation == "constant" and module.objective.length is None:
+    if objective.aggregation == "constant" and objective.length is None:
         raise ConfigError(
             "the aggregation 'constant' needs objective.length, because the token budget of data.episodes is unknown"
         )
-    if data.recorded:
-        _check_recorded(module, rows)
-    episodes = len(rows) if data.recorded else data.prompts_per_round * data.group_size
-    if data.minibatches > episodes:
-        raise ConfigError(f"data.minibatches is {data.minibatches}, but a round has only {episodes} episodes")
-    if not data.recorded:
-        _check_prompts(module, rows, data.group_size)
-
-
-def _check_recorded(module: "PolicyRLModule", rows: "list[Recorded]") -> None:
-    if any(row.advantage is not None for row in rows) and (module.critic is not None or module.advantage.whiten):
+    if any(row.advantage is not None for row in rows) and (critic is not None or advantage.whiten):
         raise ConfigError(
             "data.episodes has rows with their own advantage: a critic would learn nothing from them, and whitening "
             "would change them"
         )
     groups = Counter(row.group for row in rows if row.advantage is None)
-    if module.advantage.needs_group and groups and max(groups.values()) == 1:
+    if advantage.needs_group and groups and max(groups.values()) == 1:
         raise ConfigError(
-            f"no two rows of data.episodes share a group, but {type(module.advantage).__name__} compares the responses "
+            f"no two rows of data.episodes share a group, but {type(advantage).__name__} compares the responses "
             "of a group: every advantage would be 0. Give rows of one prompt the same group, or use GlobalWhitened."
         )
-    kl = module.kl
-    if kl is not None and module.importance_weights is None and (kl.place == "reward" or kl.target is not None):
+    if kl is not None and not recomputes and (kl.place == "reward" or kl.target is not None):
         raise ConfigError(
             "data.episodes hold the log-probabilities of another policy: a KL penalty in the reward, or an adaptive "
             "one, would measure the KL of that policy. Set kl.place to loss without kl.target, or "
@@ -126,33 +148,33 @@ def _check_recorded(module: "PolicyRLModule", rows: "list[Recorded]") -> None:
         )
 
 
-def _check_prompts(module: "PolicyRLModule", prompts: list[Prompt], group_size: int) -> None:
-    sampler = module.sampler
-    if group_size == 1 and module.advantage.needs_group:
+def check_groups(group_size: int, advantage: Advantage, resample_groups: int) -> None:
+    """Raise `ConfigError` if groups of one response are to be compared or sampled again."""
+    if group_size == 1 and advantage.needs_group:
         raise ConfigError(
-            f"data.group_size is 1, but {type(module.advantage).__name__} compares the responses of a group: "
+            f"data.group_size is 1, but {type(advantage).__name__} compares the responses of a group: "
             "every advantage would be 0. Set data.group_size to 2 or more."
         )
-    if group_size == 1 and module.resample_groups:
+    if group_size == 1 and resample_groups:
         raise ConfigError(
             "model.resample_groups: a group of one response cannot have different rewards; set data.group_size above 1"
         )
+
+
+def check_sampling(sampler: Sampler, prompts: Sequence[Prompt], context: int | None) -> None:
+    """Raise `ConfigError` if the sampler cannot give different responses, or has no room for them.
+
+    Args:
+        sampler: The settings of sampling.
+        prompts: The prompts.
+        context: Number of positions of the model; None if it has no limit.
+    """
     sampler.warn_of_bias()
     if sampler.temperature == 0:
         raise ConfigError("sampler.temperature is 0, so all responses of a group would be the same")
-    check_rewarded(module)
-    for part in module.rewards:
-        assert isinstance(part, Reward)
-        part.check(prompts)
     longest = max(prompt.tokens for prompt in prompts)
-    if sampler.context and longest + sampler.max_tokens > sampler.context:
+    if context and longest + sampler.max_tokens > context:
         raise ConfigError(
             f"the longest prompt ({longest} tokens) and sampler.max_tokens ({sampler.max_tokens}) exceed "
-            f"the model's {sampler.context} positions; lower max_tokens or data.max_prompt_tokens"
+            f"the model's {context} positions; lower max_tokens or data.max_prompt_tokens"
         )
-
-
-def check_rewarded(module: "PolicyRLModule") -> None:
-    """Raise `ConfigError` if there is neither a reward nor an environment."""
-    if not len(module.rewards) and module.environment is None:
-        raise ConfigError("there is no reward: set model.rewards, or model.environment")

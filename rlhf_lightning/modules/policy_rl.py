@@ -9,20 +9,29 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
+from rlhf_lightning.data.base import shard_spec_of
 from rlhf_lightning.data.batching import run_seed
-from rlhf_lightning.data.prompts import PromptBatch, PromptDataModule, kept_prompts
-from rlhf_lightning.distributed import gather
+from rlhf_lightning.data.prompts import Prompt, PromptBatch, PromptDataModule, kept_prompts
 from rlhf_lightning.environments.base import Limits, environment_factory
-from rlhf_lightning.errors import check_object
-from rlhf_lightning.models.critic import Critic
-from rlhf_lightning.models.loading import check_vocabulary, disable_dropout, load_for_scoring
+from rlhf_lightning.errors import ConfigError, check_object, check_whole
+from rlhf_lightning.models.critic import Critic, ValueModel
+from rlhf_lightning.models.loading import disable_dropout
 from rlhf_lightning.models.memory import trained
 from rlhf_lightning.models.packed_forward import PackedForward
-from rlhf_lightning.models.reference import Reference
+from rlhf_lightning.models.reference import Reference, load_reference
 from rlhf_lightning.models.token_logprobs import TokenLogprobs, TokenLogprobsOutput
 from rlhf_lightning.modules.base import RLHFModule
 from rlhf_lightning.modules.hf_batches import Columns
-from rlhf_lightning.modules.policy_checks import check_data, check_rewarded, check_rewards, check_settings
+from rlhf_lightning.modules.policy_checks import (
+    MOST_TIMES,
+    check_algorithm,
+    check_groups,
+    check_minibatches,
+    check_recorded,
+    check_rewards,
+    check_rounds,
+    check_sampling,
+)
 from rlhf_lightning.modules.policy_metrics import LARGEST, NUMBERS, OUTPUTS, ROUND_ON_BAR, HeldOut, step_sums, why_empty
 from rlhf_lightning.modules.recipes import build_recipe
 from rlhf_lightning.modules.step import StepNumbers
@@ -32,11 +41,11 @@ from rlhf_lightning.objectives.kl import beyond
 from rlhf_lightning.objectives.policy import ImportanceSampling, ImportanceWeights, PolicyObjective
 from rlhf_lightning.objectives.policy.importance import token_log_ratio
 from rlhf_lightning.objectives.value import value_loss
-from rlhf_lightning.rewards import EnsembleReward, ModelReward, Reward
+from rlhf_lightning.rewards import Reward, RewardTerm, check_finite
 from rlhf_lightning.rollout.advantages import Advantage, GroupCentered
 from rlhf_lightning.rollout.collector import RolloutCollector, SampleScorers, answers
-from rlhf_lightning.rollout.dataloader import RolloutLoader
-from rlhf_lightning.rollout.kl import KLPenalty
+from rlhf_lightning.rollout.dataloader import RolloutDataLoader
+from rlhf_lightning.rollout.kl import KLController, KLPenalty
 from rlhf_lightning.rollout.policy_snapshot import PolicySnapshot
 from rlhf_lightning.rollout.recorded import Recorded, by_group, read_recorded
 from rlhf_lightning.sampling.sampler import Sampler
@@ -130,15 +139,23 @@ class PolicyRLModule(RLHFModule):
         check_object("model.limits", limits, "Limits()")
         check_rewards(rewards)
         self.objective, self.advantage = objective or ImportanceSampling(), advantage or GroupCentered()
-        self.rewards = nn.ModuleList(rewards or [])
+        self.rewards = list(rewards or [])
         self.kl, self.critic, self.sampler = kl, critic, sampler or Sampler()
+        self.kl_controller = None if kl is None else KLController(kl)
         self.environment = environment_factory(environment, environment_args)
         self.limits = limits or Limits()
         self.truncated_reward, self.mask_truncated = truncated_reward, mask_truncated
         self.entropy_coefficient, self.resample_groups = entropy_coefficient, resample_groups or 0
         self.staleness = staleness
         self.importance_weights = importance_weights or (ImportanceWeights() if staleness else None)
-        check_settings(self)
+        check_algorithm(self.objective, self.advantage, self.kl, self.critic)
+        check_finite("model.truncated_reward", truncated_reward)
+        check_finite("model.entropy_coefficient", entropy_coefficient)
+        if staleness not in (0, 1):
+            raise ConfigError(f"model.staleness is {staleness}; it must be 0 or 1 (rounds)")
+        check_whole("model.resample_groups", self.resample_groups, 0, MOST_TIMES)
+        self.value_model: ValueModel | None
+        self.register_module("value_model", None)  # so that its parameters come before the policy's
         self.seed, self.last_statistics = run_seed(), dict[str, float]()
         self.step_numbers = StepNumbers(NUMBERS, LARGEST)
         self.reference: Reference | None = None
@@ -319,26 +336,25 @@ class PolicyRLModule(RLHFModule):
 
     def build(self) -> None:
         disable_dropout(self.model)
-        self.token_logprobs = TokenLogprobs(self.model, self.max_tokens_per_batch)
+        budget, shared_head = self.max_tokens_per_batch, None
         if self.critic is not None:
             # Before the reference is made, because that adds an adapter to the model.
-            self.critic.bind(
-                self.model, self.tokenizer, self.token_logprobs, self.max_tokens_per_batch, self.dtype_name
-            )
+            self.value_model = self.critic.build(self.model, self.tokenizer, budget, self.dtype_name)
+            shared_head = self.value_model.head if self.critic.shared else None
+        self.token_logprobs = TokenLogprobs(self.model, budget, value_head=shared_head)
         if self.kl is not None:
             self.reference = self._make_reference(self.kl)
-        self.sampler.bind(self.model, self.renderer, self.max_tokens_per_batch)
-        rewards: list[Any] = list(self.rewards)
-        for reward in rewards:
-            reward.bind(self.renderer)
-            reward.hide(self.sampler.stop)
+            self.reference_copy = self.reference.copy
+        self.model_sampler = self.sampler.build(self.model, self.renderer, budget)
+        terms = [RewardTerm(reward, self.renderer, self.model_sampler.stop) for reward in self.rewards]
+        self.reward_terms = nn.ModuleList(terms)
         self.collector = RolloutCollector(
-            self.sampler,
+            self.model_sampler,
             self.renderer,
-            rewards,
+            terms,
             self.advantage,
             self.seed,
-            self.kl,
+            self.kl_controller,
             self.reference,
             self._sample_scorers(),
             self.environment,
@@ -357,9 +373,7 @@ class PolicyRLModule(RLHFModule):
         if kl.reference is None:
             moves = bool(kl.refresh_every)
             return Reference(self.model, self.fresh_adapter, budget, moves, kl.device, kl.offload)
-        model = load_for_scoring(kl.reference, self.task, self.dtype_name)
-        check_vocabulary(model, self.tokenizer, "the reference")
-        return Reference.of(model, budget, kl.device, kl.offload)
+        return load_reference(kl.reference, self.tokenizer, self.dtype_name, budget, kl.device, kl.offload)
 
     def _sample_scorers(self) -> SampleScorers:
         temperature = self.sampler.temperature
@@ -371,25 +385,24 @@ class PolicyRLModule(RLHFModule):
         return SampleScorers(
             None if reference is None else lambda ids, loss_mask: reference.logprobs(ids, loss_mask, temperature),
             recomputed if recompute else None,
-            None if self.critic is None else self.critic_values,
+            None if self.value_model is None else self.critic_values,
         )
 
     def parts_to_split(self) -> list[nn.Module]:
-        own = [] if self.critic is None or self.critic.shared else [self.critic.backbone]
-        return [self.model, *own, *(self.reference.parts_to_split if self.reference else [])]
+        critic = None if self.value_model is None else self.value_model.backbone
+        reference = [] if self.reference is None else self.reference.parts_to_split
+        return [self.model, *([] if critic is None else [critic]), *reference]
 
     @property
     def packed_forward(self) -> PackedForward:
         return self.token_logprobs.packed_forward
 
     def forward_passes(self) -> list[PackedForward]:
-        own = self.critic is not None and not self.critic.shared
-        return [self.packed_forward, *([self.critic.packed_forward] if self.critic is not None and own else [])]
+        own = None if self.value_model is None else self.value_model.packed_forward
+        return [self.packed_forward, *([] if own is None else [own])]
 
     def heads(self) -> list[nn.Module]:
-        # Also called after a failure within `build`, when the critic may lack its head.
-        head = getattr(self.critic, "head", None)
-        return [] if head is None else [head]
+        return [] if self.value_model is None else [self.value_model.head]
 
     def longest_row(self) -> int:
         longest = super().longest_row()
@@ -399,34 +412,52 @@ class PolicyRLModule(RLHFModule):
 
     # -- rollouts -------------------------------------------------------------------------------------------------
 
-    def rollout_loader(self, data: PromptDataModule) -> RolloutLoader:
+    def rollout_loader(self, data: PromptDataModule) -> RolloutDataLoader[Prompt] | RolloutDataLoader[list[Recorded]]:
         """Check the settings, and make the loader that collects a round whenever its mini-batches are used up.
 
         Args:
             data: The data module.
         """
-        from rlhf_lightning.data.base import shard_spec_of
-
-        examples = data.prepared["train"].rows
-        items: list[Any] = by_group(examples) if data.recorded else examples
-        check_data(self, data)
-        collect = self.collector.collect_recorded
-        if not data.recorded:
-            collect = partial(self.collector.collect, group_size=data.group_size)
+        self._check_data(data)
         self.samples_rollouts = not data.recorded
-        self.rollouts = RolloutLoader(
-            items,
-            collect,
-            data.prompts_per_round,
-            data.update_epochs,
-            data.minibatches,
-            data.pad_id,
-            data.seed,
-            shard_spec_of(self.trainer, training=True),
-            gather=gather,
-            shuffle=not overfits(self.trainer),
-        )
+        rows: Any = data.prepared["train"].rows
+        settings: dict[str, Any] = {
+            "items_per_round": data.prompts_per_round,
+            "update_epochs": data.update_epochs,
+            "minibatches": data.minibatches,
+            "pad_id": data.pad_id,
+            "seed": data.seed,
+            "shard_spec": shard_spec_of(self.trainer, training=True),
+            "shuffle": not overfits(self.trainer),
+            "where": {row.index: row.where for row in rows if row.where},
+        }
+        if data.recorded:
+            self.rollouts = RolloutDataLoader(by_group(rows), self.collector.collect_recorded, **settings)
+        else:
+            collect = partial(self.collector.collect, group_size=data.group_size)
+            self.rollouts = RolloutDataLoader(rows, collect, **settings)
         return self.rollouts
+
+    def _check_data(self, data: PromptDataModule) -> None:
+        """Raise `ConfigError` if the module and its data do not fit together."""
+        rows: Any = data.prepared["train"].rows
+        check_rounds(data, self.objective, self.trainer.accumulate_grad_batches)
+        if data.recorded:
+            recomputes = self.importance_weights is not None
+            samples_again = bool(self.resample_groups or self.staleness)
+            check_recorded(rows, self.objective, self.advantage, self.kl, self.critic, recomputes, samples_again)
+            check_minibatches(data.minibatches, len(rows))
+            return
+        check_minibatches(data.minibatches, data.prompts_per_round * data.group_size)
+        check_groups(data.group_size, self.advantage, self.resample_groups)
+        check_sampling(self.sampler, rows, self.model_sampler.context)
+        self._check_rewarded()
+        for term in self.collector.terms:
+            term.check(rows)
+
+    def _check_rewarded(self) -> None:
+        if not self.rewards and self.environment is None:
+            raise ConfigError("there is no reward: set model.rewards, or model.environment")
 
     def on_train_batch_start(self, batch: Columns, batch_idx: int) -> None:
         """Pass the statistics of a new round, over all ranks, to the collector."""
@@ -481,7 +512,8 @@ class PolicyRLModule(RLHFModule):
 
     def _policy_loss(self, scores: TokenLogprobsOutput, batch: "RolloutBatch") -> tuple[Tensor, Tensor]:
         """The loss, and the number of tokens that contribute a gradient."""
-        loss_mask, old, kl = batch["loss_mask"], batch["old_logprobs"], self.kl
+        loss_mask, old = batch["loss_mask"], batch["old_logprobs"]
+        kl = None if self.kl_controller is None else self.kl_controller.penalty
         per_token = self.objective(scores.logprobs, old, batch["advantages"], loss_mask)
         learned = (loss_mask != 0) & (batch["advantages"] != 0)
         if kl is not None and kl.place == "loss":
@@ -510,12 +542,12 @@ class PolicyRLModule(RLHFModule):
         Returns:
             Values in reward units, `[B, T]`.
         """
-        assert self.critic is not None
-        if not self.critic.shared:
-            values: Tensor = self.critic(ids, loss_mask)
+        assert self.value_model is not None
+        if self.value_model.backbone is not None:
+            values: Tensor = self.value_model(ids, loss_mask)
             return values
         found = scores or self.token_logprobs(ids, loss_mask, self.sampler.temperature, details=True)
-        assert found.values is not None, "bind() has added the value head to the policy"
+        assert found.values is not None, "TokenLogprobs has the value head"
         return found.values
 
     def _clamped(self, logprobs: Tensor, batch: "RolloutBatch") -> Tensor:
@@ -546,7 +578,7 @@ class PolicyRLModule(RLHFModule):
         """
         for name, number in (batch.get("statistics") or {}).items():
             self.log(f"train/{name}", number, on_step=True, on_epoch=False, prog_bar=name in ROUND_ON_BAR)
-        source = float(any(isinstance(part, ModelReward | EnsembleReward) for part in self.rewards))
+        source = float(any(reward.scored_by_model for reward in self.rewards))
         self.log("reward_source_prm", source, on_step=True, on_epoch=False)
 
     def why_empty(self) -> str:
@@ -554,7 +586,7 @@ class PolicyRLModule(RLHFModule):
 
     def _sync_engine(self) -> None:
         # An engine with its own copy of the weights would still have those from the start of the last round.
-        self.sampler.sync(self.global_step)
+        self.model_sampler.sync(self.global_step)
 
     # At the start of the epoch, when WeightAveraging has put the averaged weights in place.
     on_validation_epoch_start = on_test_epoch_start = on_predict_epoch_start = _sync_engine
@@ -566,7 +598,7 @@ class PolicyRLModule(RLHFModule):
         self._evaluate(batch, "test")
 
     def _evaluate(self, batch: PromptBatch, name: str) -> None:
-        check_rewarded(self)
+        self._check_rewarded()
         prompts = kept_prompts(batch)
         metrics = self.heldout[f"{name}_"]
         assert isinstance(metrics, HeldOut)
@@ -583,9 +615,9 @@ class PolicyRLModule(RLHFModule):
     # -- checkpoints ----------------------------------------------------------------------------------------------
 
     def parameter_groups(self) -> ParamsT:
-        if self.critic is None or self.critic.learning_rate is None:
+        if self.critic is None or self.value_model is None or self.critic.learning_rate is None:
             return super().parameter_groups()
-        own = {id(p) for p in self.critic.parameters()}
+        own = {id(p) for p in self.value_model.parameters()}
         groups: list[dict[str, list[nn.Parameter] | float]] = [
             {"params": [p for p in trained(self) if id(p) not in own]},
             {"params": [p for p in trained(self) if id(p) in own], "lr": self.critic.learning_rate},
@@ -604,4 +636,4 @@ class PolicyRLModule(RLHFModule):
     def predict_step(self, batch: PromptBatch, batch_idx: int) -> list[Answer]:
         """Sample one response to each prompt."""
         with self.sampling_context():
-            return answers(self.sampler, self.renderer, kept_prompts(batch), self.seed)
+            return answers(self.model_sampler, self.renderer, kept_prompts(batch), self.seed)

@@ -9,15 +9,15 @@ import torch
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from torch import Tensor, nn
 
-from rlhf_lightning.data.batching import pad_tokens
 from rlhf_lightning.errors import ConfigError, check_object
 from rlhf_lightning.files import real_path
 from rlhf_lightning.models.heads import has_head, init_head
 from rlhf_lightning.models.loading import disable_dropout, read_stage
 from rlhf_lightning.models.packed_forward import PackedForward
+from rlhf_lightning.models.reference import Reference, load_reference
 from rlhf_lightning.models.reward_model import Text, score_rows, score_texts
 from rlhf_lightning.models.saving import relative_to_run
-from rlhf_lightning.models.scorers import ImplicitReward, RewardHead, Scorer
+from rlhf_lightning.models.scorers import LoadedModel, ModelScorer, RewardHead, Scorer, padded
 from rlhf_lightning.modules.base import RLHFModule
 from rlhf_lightning.modules.hf_batches import Columns, check_preferences
 from rlhf_lightning.modules.preference_metrics import Report, Tables, step_names, step_sums
@@ -60,6 +60,8 @@ class PreferenceModule(RLHFModule):
 
     stage_kind = "preference"
     on_bar = ("accuracy", "margin", "loss")
+    model_scorer: ModelScorer
+    """The scorer with its model, once that is loaded."""
 
     def __init__(
         self,
@@ -75,12 +77,13 @@ class PreferenceModule(RLHFModule):
         self.scorer = scorer or RewardHead()
         self.loss = loss or BradleyTerry()
         self.freeze_backbone = freeze_backbone
-        if freeze_backbone and (self.lora or not isinstance(self.scorer, RewardHead)):
+        if freeze_backbone and (self.lora or "head" not in self.scorer.requires):
             raise ConfigError(
                 "model.freeze_backbone trains only the reward head: it needs the scorer RewardHead, and no model.lora"
             )
         self.task = self.scorer.task
         check_fit(self.scorer, self.loss)
+        self.reference: Reference | None = None
         self._wanted = self.loss.keywords()
         self.step_numbers = StepNumbers(step_names(self.loss.kind))
         self.last_report: Report | None = None
@@ -100,32 +103,43 @@ class PreferenceModule(RLHFModule):
     def build(self) -> None:
         source = self.start_source
         # A model passed as an object is a classifier already and keeps its head.
-        if isinstance(self.scorer, RewardHead) and not (isinstance(source, nn.Module) or self._has_head()):
+        if "head" in self.scorer.requires and not (isinstance(source, nn.Module) or self._has_head()):
             init_head(self.model)
         disable_dropout(self.model)
-        self._check_reference()
-        self.scorer.max_tokens = self.max_tokens_per_batch
-        self.scorer.bind(self.model, self.tokenizer, self.renderer.turn_end_ids, self.fresh_adapter)
-        self.frozen = self.scorer.frozen
+        budget = self.max_tokens_per_batch
+        if "reference" in self.scorer.requires:
+            self._check_reference()
+            self.reference = self._make_reference()
+            self.reference_copy = self.reference.copy
+        loaded = LoadedModel(self.model, self.tokenizer, self.renderer.turn_end_ids, budget, self.reference)
+        self.model_scorer = self.scorer.build(loaded)
         if self.freeze_backbone:
             self.model.base_model.requires_grad_(False)
 
     def _has_head(self) -> bool:
         return has_head(str(self.start_source), bool(self.model_options.get("trust_remote_code")))
 
+    def _make_reference(self) -> Reference:
+        """The policy at the start of the stage, or the model that `scorer.reference` names; raises `ConfigError`."""
+        if self.scorer.reference is None:
+            return Reference(self.model, self.fresh_adapter, self.max_tokens_per_batch)
+        dtype = str(next(self.model.parameters()).dtype).removeprefix("torch.")
+        return load_reference(self.scorer.reference, self.tokenizer, dtype, self.max_tokens_per_batch)
+
     def parts_to_split(self) -> list[nn.Module]:
-        return [self.model, *getattr(self.frozen, "parts_to_split", [])]
+        return [self.model, *(self.reference.parts_to_split if self.reference else [])]
 
     @property
     def packed_forward(self) -> PackedForward:
-        return self.scorer.packed_forward
+        return self.model_scorer.packed_forward
 
     def heads(self) -> list[nn.Module]:
-        head = getattr(self.scorer, "head", None)
+        # Also called after a failure within `build`, when there is no head yet.
+        head = self.model_scorer.head if hasattr(self, "model_scorer") else None
         return [] if head is None else [head]
 
     def _check_reference(self) -> None:
-        """Check the reference of an implicit reward.
+        """Check the reference of the scorer.
 
         `fit` must not overwrite the reference model's folder. A trained folder records its reference in `stage.json`; a
         warning names it if the model would be compared with itself.
@@ -133,8 +147,8 @@ class PreferenceModule(RLHFModule):
         Raises:
             ConfigError: If the run would overwrite its reference.
         """
-        reference = getattr(self.scorer, "reference", None) or self.start_source
-        if self._trainer is None or not isinstance(self.scorer, ImplicitReward) or isinstance(reference, nn.Module):
+        reference = self.scorer.reference or self.start_source
+        if self._trainer is None or isinstance(reference, nn.Module):
             return
         if self._trainer.state.fn != "fit":
             before = (read_stage(reference).get("scorer") or {}).get("init_args", {}).get("reference")
@@ -160,11 +174,12 @@ class PreferenceModule(RLHFModule):
 
     def on_fit_start(self) -> None:
         super().on_fit_start()
-        if isinstance(self.scorer, ImplicitReward) and self.scorer.store:
-            store_reference(self.scorer, self.trainer, self.device)
-            if not isinstance(self.start_source, nn.Module):
-                self.scorer.release()
-                self.frozen = self.scorer.frozen
+        if self.scorer.store and self.reference is not None:
+            store_reference(self.model_scorer, self.reference, self.trainer, self.device)
+            # One that is the policy with another adapter takes no memory.
+            if self.reference.copy is not None and not isinstance(self.start_source, nn.Module):
+                self.model_scorer.release_reference()
+                self.reference = self.reference_copy = None
 
     def training_step(self, batch: "PreferenceBatch", batch_idx: int) -> Tensor:
         named = self._named(batch)
@@ -189,14 +204,14 @@ class PreferenceModule(RLHFModule):
 
     def _named(self, batch: "PreferenceBatch") -> Named:
         """Everything that the loss may need, by name, for each row."""
-        if self.loss.kind == "pairs" and getattr(self.scorer, "tail_weight", 1.0) != 1:
+        if self.loss.kind == "pairs" and self.scorer.tail_weight != 1:
             shared = torch.stack(batch["loss_mask"].sum(-1).chunk(2)).amin(0)
             batch = {**batch, "shared_lengths": torch.cat([shared, shared])}
         # One forward pass for all sides, so that they are computed in the same way.
         named = self._scored(batch)
         if "mismatched" in batch and "mismatched" in self._wanted:
             with torch.no_grad():
-                named["mismatched"] = self.scorer(dict(batch["mismatched"]))
+                named["mismatched"] = self.model_scorer(batch["mismatched"])
         own = self._wanted.keys() & batch.keys() - named.keys()  # columns of the user's own dataloader
         dtype = batch["loss_mask"].dtype
         return named | {n: value.to(dtype) for n, value in batch.items() if n in own and isinstance(value, Tensor)}
@@ -206,7 +221,7 @@ class PreferenceModule(RLHFModule):
         if "lengths" not in batch:
             places = torch.arange(1, batch["loss_mask"].shape[1] + 1, device=batch["loss_mask"].device)
             batch = {**batch, "lengths": (places * (batch["loss_mask"] != 0)).amax(-1)}
-        return name_rows(self.loss.kind, self.scorer.detailed(dict(batch)), batch)
+        return name_rows(self.loss.kind, self.model_scorer.detailed(batch), batch)
 
     def _weights(self, batch: "PreferenceBatch", rows: Named) -> Tensor:
         """Weight of each row, `[B]`; 1 for all rows of a dataloader that gives no weights."""
@@ -215,7 +230,7 @@ class PreferenceModule(RLHFModule):
 
     def _losses(self, rows: Named) -> Tensor:
         """Loss of each row, `[B]`."""
-        known = {**rows, "beta": getattr(self.scorer, "beta", None)}
+        known = {**rows, "beta": self.scorer.beta}
         if missing := [name for name, required in self._wanted.items() if required and name not in known]:
             raise ConfigError(f"{type(self.loss).__name__} needs {missing[0]!r}, which the batch does not have")
         named = {name: known[name] for name in self._wanted if name in known}
@@ -287,9 +302,8 @@ class PreferenceModule(RLHFModule):
         self.configure_model()
         there = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         rows = [ids[mask != 0].tolist() for ids, mask in zip(input_ids, there, strict=True)]
-        batch = pad_tokens(rows, [[0, *[1] * (len(row) - 1)] for row in rows], pad_id=0)
-        scores: Tensor = self.scorer({name: value.to(input_ids.device) for name, value in batch.items()})
-        return scores
+        masks = [[0, *[1] * (len(row) - 1)] for row in rows]
+        return self.model_scorer(padded(rows, masks, input_ids.device))
 
     # -- scoring without a Trainer --------------------------------------------------------------------------------
 
@@ -312,7 +326,7 @@ class PreferenceModule(RLHFModule):
             Scores, `[N]`.
         """
         self.configure_model()
-        return score_texts(self.scorer, self.renderer, prompts, responses, tools, self.device, batch_size)
+        return score_texts(self.model_scorer, self.renderer, prompts, responses, tools, self.device, batch_size)
 
     def score_tokens(self, ids: list[list[int]], masks: list[list[int]], batch_size: int = 256) -> Tensor:
         """Score rows of tokens.
@@ -326,17 +340,17 @@ class PreferenceModule(RLHFModule):
             Scores, `[N]`.
         """
         self.configure_model()
-        return score_rows(self.scorer, ids, masks, self.device, batch_size)
+        return score_rows(self.model_scorer, ids, masks, self.device, batch_size)
 
     def stage_facts(self) -> "dict[str, JSON]":
         facts = super().stage_facts()
         scorer = self.scorer.settings()
-        if isinstance(self.scorer, ImplicitReward):
+        if "reference" in self.scorer.requires:
             start = str(self.scorer.reference or facts["start"] or "")
             scorer["init_args"]["reference"] = str(Path(start).resolve()) if Path(start).is_dir() else start
             if self._trainer is not None:
                 facts["reference"] = relative_to_run(start, Path(self._trainer.default_root_dir) / "model")
-        return {**facts, "scorer": scorer}
+        return {**facts, "scorer": {"name": scorer["name"], "init_args": scorer["init_args"]}}
 
 
 def check_fit(scorer: Scorer, loss: PreferenceLoss) -> None:
@@ -359,11 +373,11 @@ def check_fit(scorer: Scorer, loss: PreferenceLoss) -> None:
         )
     if loss.scores == "log_ratio" and "reference_scores" not in scorer.provides:
         raise ConfigError(f"{names} do not go together: the loss needs log-ratios to a reference: use ImplicitReward")
-    mean = getattr(scorer, "length_normalized", False) and getattr(scorer, "beta", None) == 1
+    mean = scorer.length_normalized and scorer.beta == 1
     if loss.scores == "mean_logprob" and not (mean and "reference_scores" not in scorer.provides):
         raise ConfigError(
             f"{names} do not go together: the loss needs mean log-probabilities: use SequenceLogprob with "
             "length_normalized: true and beta: 1"
         )
-    if getattr(scorer, "tail_weight", 1.0) != 1 and loss.kind != "pairs":
+    if scorer.tail_weight != 1 and loss.kind != "pairs":
         raise ConfigError(f"scorer.tail_weight compares the two responses of a pair, but the loss is for {loss.kind}")

@@ -103,11 +103,11 @@ class SFTModule(RLHFModule):
         self._evaluate(batch, "test")
 
     def on_predict_start(self) -> None:
-        self.sampler.bind(self.model, self.renderer)
+        self.model_sampler = self.sampler.build(self.model, self.renderer)
 
     def predict_step(self, batch: PromptBatch, batch_idx: int) -> list[Answer]:
         """Sample one response to each prompt."""
-        return answers(self.sampler, self.renderer, kept_prompts(batch), seed=0)
+        return answers(self.model_sampler, self.renderer, kept_prompts(batch), seed=0)
 
     def _evaluate(self, batch: "SFTBatch", name: str) -> None:
         total, count = self._nll(batch)

@@ -12,37 +12,38 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from rlhf_lightning.data.base import data_ranks
-from rlhf_lightning.data.batching import pad_tokens
 from rlhf_lightning.data.rendering import Rendered
 from rlhf_lightning.distributed import even_chunks, gather
 from rlhf_lightning.files import replacing
 from rlhf_lightning.models.reference import Reference
-from rlhf_lightning.models.scorers import ImplicitReward
+from rlhf_lightning.models.scorers import ModelScorer, padded
 from rlhf_lightning.models.sharding import full_tensor
 from rlhf_lightning.modules.trainer_state import row_data_of
 
 log = logging.getLogger(__name__)
 
 
-def store_reference(scorer: ImplicitReward, trainer: pl.Trainer, device: torch.device, batch_size: int = 64) -> None:
+def store_reference(
+    scorer: ModelScorer, reference: Reference, trainer: pl.Trainer, device: torch.device, batch_size: int = 64
+) -> None:
     """Give every prepared row its reference log-probabilities: from the stored file if there is one, else computed.
 
     The name of the file is a hash of the reference's weights, the rows' tokens and the precision, so that another
     model, other rows or another template never use it. All ranks must call this together.
 
     Args:
-        scorer: The scorer, with its reference.
+        scorer: Computes the log-probabilities.
+        reference: The reference that it computes them with.
         trainer: The Trainer.
         device: Device to compute on.
         batch_size: Number of rows per forward pass.
     """
-    assert isinstance(scorer.frozen, Reference)
     if (data := row_data_of(trainer)) is None:
         return
     model = None
     for name, prepared in data.prepared.items():
         sides = [side for row in prepared.rows for side in row.sides]
-        model = model or weights_hash(scorer.frozen)
+        model = model or weights_hash(reference)
         key = rows_hash(sides, f"{model} {trainer.precision}")
         source = data.sources["train"] if data.sources.get(name) is None else data.sources[name]
         path = _folder(source, trainer) / f"{key[:24]}.safetensors"
@@ -89,7 +90,7 @@ def _folder(source: Any, trainer: pl.Trainer) -> Path:
 
 @torch.no_grad()
 def _computed(
-    scorer: ImplicitReward, sides: list[Rendered], trainer: pl.Trainer, device: torch.device, batch_size: int
+    scorer: ModelScorer, sides: list[Rendered], trainer: pl.Trainer, device: torch.device, batch_size: int
 ) -> list[list[float]]:
     """Compute the log-probabilities. Each rank computes its share, rows of similar length together."""
     rank, world = data_ranks(trainer)
@@ -99,9 +100,8 @@ def _computed(
         ids, masks = (
             zip(*((sides[i].ids, sides[i].loss_mask) for i in part), strict=True) if part else ([[0, 0]], [[0, 0]])
         )
-        batch = pad_tokens(ids, masks, pad_id=0)
         with trainer.precision_plugin.forward_context():
-            found = scorer.reference_logprobs({name: value.to(device) for name, value in batch.items()})
+            found = scorer.reference_logprobs(padded(ids, masks, device))
         for i, values in zip(part, found.float().tolist(), strict=bool(part)):
             own[i] = values[: len(sides[i].ids)]
     everyone = {i: values for share in gather(own) for i, values in share.items()}

@@ -29,6 +29,7 @@ ABSENT = {
     "push_to_hub": "module.save_pretrained(FOLDER), then rlhf export FOLDER DIR --push ID",
     "score": "a PreferenceModule scores",
     "token_logprobs": "the model is not loaded yet; trainer.fit or module.configure_model() loads it",
+    "model_scorer": "the model is not loaded yet; trainer.fit or module.configure_model() loads it",
     "scorer": "only a PreferenceModule has one",
 }
 """Attributes that users look for on a module, and what to use instead."""
@@ -209,8 +210,9 @@ def check_arguments(
     if isinstance(model, nn.Module) and not hasattr(model, "get_input_embeddings"):
         raise ConfigError(f"model.model is a {type(model).__name__}, which is not a transformers model")
     check_object("model.lora", lora, "LoRA(rank=16)")
-    if type(lora).__name__ == "LoraConfig":
-        raise ConfigError("model.lora is peft's LoraConfig; pass rlhf_lightning.LoRA(rank, alpha) instead")
+    if lora is not None and not isinstance(lora, LoRA):
+        got = f"{type(lora).__module__.partition('.')[0]}'s {type(lora).__name__}"
+        raise ConfigError(f"model.lora is {got}; pass rlhf_lightning.LoRA(rank, alpha) instead")
     for name, factory, example in (
         ("optimizer", optimizer, "lambda parameters: torch.optim.AdamW(parameters, lr=1e-5)"),
         ("lr_scheduler", lr_scheduler, "lambda optimizer: Warmup(optimizer, warmup_steps=10)"),

@@ -1,12 +1,13 @@
 """Rewards: each maps finished episodes to one number per episode. YAML names them `rlhf_lightning.rewards.NAME`."""
 
-from rlhf_lightning.rewards.base import Reward, check_finite, total_rewards
+from rlhf_lightning.rewards.base import Reward, check_finite
 from rlhf_lightning.rewards.function import FunctionReward
 from rlhf_lightning.rewards.keywords import BlockedTerms, KeywordReward
 from rlhf_lightning.rewards.length import LengthReward, OverlongPenalty
 from rlhf_lightning.rewards.model import EnsembleReward, ModelReward
-from rlhf_lightning.rewards.normalization import Normalizer, ReferenceNorm, RunningNorm
+from rlhf_lightning.rewards.normalization import Normalizer, ReferenceNorm, RunningNorm, ScoreStatistics
 from rlhf_lightning.rewards.pairwise import PairwiseReward
+from rlhf_lightning.rewards.term import RewardTerm, total_rewards
 from rlhf_lightning.rewards.verifiers import ExactAnswer, RegexReward
 
 __all__ = [
@@ -23,7 +24,9 @@ __all__ = [
     "ReferenceNorm",
     "RegexReward",
     "Reward",
+    "RewardTerm",
     "RunningNorm",
+    "ScoreStatistics",
     "check_finite",
     "total_rewards",
 ]

@@ -1,32 +1,35 @@
-"""The base class of rewards, and the sum of their weighted scores."""
+"""The base class of rewards: what a user writes to score episodes."""
 
 import math
-import traceback
-from abc import abstractmethod
 from collections.abc import Sequence
-from contextlib import suppress
-from functools import partial
-from typing import Any
+from typing import Protocol
 
 from torch import nn
 
 from rlhf_lightning.data.prompts import Prompt
 from rlhf_lightning.data.rendering import Renderer
-from rlhf_lightning.distributed import run_on_leader
-from rlhf_lightning.errors import ConfigError, UserError
-from rlhf_lightning.rewards.normalization import RUNNING, Normalizer
-from rlhf_lightning.safe_points import safe_point
+from rlhf_lightning.errors import ConfigError
+from rlhf_lightning.rewards.normalization import Normalizer
 from rlhf_lightning.settings import Settings
-from rlhf_lightning.types import Episode
-from rlhf_lightning.user_exits import no_exit, raised_at
+from rlhf_lightning.types import Episode, Row
 
 
-class RewardError(UserError):
-    """A reward raised an exception."""
+class EpisodeScorer(Protocol):
+    """What gives episodes their scores: a reward itself, or what its `build` makes."""
+
+    @property
+    def models(self) -> Sequence[nn.Module]:
+        """Models that move with the module that is trained."""
+
+    def score(self, episodes: Sequence[Episode]) -> Sequence[float | None]:
+        """See `Reward.score`."""
 
 
-class Reward(Settings, nn.Module):
+class Reward(Settings):
     """Base class of rewards. A subclass scores episodes; the terms are weighted and added.
+
+    A reward is settings. `RewardTerm` adds what belongs to a run: models, statistics, the policy's renderer. A subclass
+    that needs no more than its settings implements `score`; one that loads something implements `build`.
 
     Args:
         weight: Weight of this term; at 0 it is only logged.
@@ -46,6 +49,12 @@ class Reward(Settings, nn.Module):
         [1.0]
     """
 
+    skip_special_tokens = True
+    """True if responses are read without special tokens and the text that ended them, as environments see them."""
+    scored_by_model = False
+    """True if a preference model scores."""
+    models: Sequence[nn.Module] = ()
+
     def __init__(
         self,
         weight: float = 1.0,
@@ -53,7 +62,6 @@ class Reward(Settings, nn.Module):
         normalize: Normalizer | None = None,
         clip: float | None = None,
     ) -> None:
-        super().__init__()
         self.weight = weight
         self.name = type(self).__name__ if name is None else name
         if not self.name:
@@ -64,29 +72,40 @@ class Reward(Settings, nn.Module):
             raise ConfigError(f"the clip of the reward {self.name} is {clip}; it must be above 0")
         self.normalize, self.clip = normalize, clip
 
-    skip_special_tokens = True
-    """True if responses are read without special tokens and the text that ended them, as environments see them."""
-    _renderer: Renderer | None = None
+    def build(self, renderer: Renderer) -> EpisodeScorer:
+        """Load what the reward needs, and return what scores: by default the reward itself.
 
-    def bind(self, renderer: Renderer) -> None:
-        """Load what the reward needs; called once, before the first episode.
+        Called once, before the first episode.
 
         Args:
             renderer: The policy's renderer.
         """
-        self._renderer = renderer
-        self.hide([text for text in (*renderer.template.markers, *renderer.stop_strings) if text.strip()])
-        if self.normalize is not None:
-            self.normalize.bind(renderer, self.score)
+        return self
 
-    def hide(self, texts: Sequence[str]) -> None:
-        """Record texts that responses are read without.
+    def score(self, episodes: Sequence[Episode]) -> Sequence[float | None]:
+        """Score episodes.
+
+        Args:
+            episodes: Finished episodes, `N` of them.
+
+        Returns:
+            `N` numbers; None where this term does not apply.
+        """
+        raise NotImplementedError(f"{type(self).__name__} scores only with what it loads: RewardTerm(reward, renderer)")
+
+    def check(self, prompts: Sequence[Prompt]) -> None:
+        """Raise `DataError` or `ConfigError` if prompts of the training data cannot be scored."""
+
+    def check_hidden(self, texts: Sequence[str], rows: Sequence[tuple[Row, str]] = ()) -> None:
+        """Check that no score depends on a text that responses are read without.
 
         Args:
             texts: The texts, for example special tokens of the template.
+            rows: Data rows whose columns the score may depend on, each with its place for messages.
 
         Raises:
-            ConfigError: If a score depends on one of them.
+            ConfigError: If a setting depends on one of them.
+            DataError: If a column of a row does.
         """
 
     def refuse_hidden(self, setting: str, text: str | None) -> None:
@@ -107,156 +126,21 @@ class Reward(Settings, nn.Module):
         """The policy's message in each of its turns, as this reward reads it."""
         if self.skip_special_tokens:
             return [message["content"] or "" for message in episode.responses if message["role"] == "assistant"]
-        if self._renderer is None:
-            raise ConfigError(f"the reward {self.name}: call bind first; reading special tokens needs a tokenizer")
-        return [self._renderer.tokenizer.decode(ids, skip_special_tokens=False) for ids in episode.sampled_turns()]
+        if episode.sampled_texts is None:
+            raise ConfigError(
+                f"the reward {self.name}: reading special tokens needs a tokenizer: score with RewardTerm(reward, "
+                "renderer)"
+            )
+        return episode.sampled_texts
 
     def text(self, episode: Episode) -> str:
         """The policy's last message, as this reward reads it."""
         return next(reversed(self.texts(episode)), "")
 
-    def check(self, prompts: Sequence[Prompt]) -> None:
-        """Raise `DataError` or `ConfigError` if prompts of the training data cannot be scored."""
 
-    @abstractmethod
-    def score(self, episodes: Sequence[Episode]) -> Sequence[float | None]:
-        """Score episodes.
-
-        Args:
-            episodes: Finished episodes, `N` of them.
-
-        Returns:
-            `N` numbers; None where this term does not apply.
-        """
-
-    def amounts(self, scores: Sequence[float | None], running: str) -> list[float | None]:
-        """What scores contribute to the reward: normalized, clipped, weighted.
-
-        Args:
-            scores: As `score` returns them.
-            running: See `total_rewards`.
-        """
-        values = [score for score in scores if score is not None]
-        if self.normalize is not None:
-            values = self.normalize.normalized(values, running)
-        if self.clip is not None:
-            values = [min(self.clip, max(-self.clip, value)) for value in values]
-        found = iter(values)
-        return [None if score is None else self.weight * next(found) for score in scores]
-
-
-def total_rewards(
-    episodes: Sequence[Episode],
-    rewards: Sequence[Reward],
-    truncated_reward: float | None = None,
-    running: str = "off",
-) -> None:
-    """Score every term, store the scores in `episode.terms`, and set `episode.reward` to their weighted sum.
-
-    Failed episodes are not scored.
-
-    Args:
-        episodes: Finished episodes.
-        rewards: The terms.
-        truncated_reward: Replaces the reward of an episode that ran out of tokens.
-        running: What rewards with running normalization do: `update` the statistics with these scores (all ranks
-            together), `use` them as they are, or `off` for raw scores, so that held-out scores stay comparable over
-            time.
-
-    Raises:
-        ConfigError: If a term returns the wrong number of scores, or something other than finite numbers.
-    """
-    if running not in RUNNING:
-        raise ValueError(f"running is {running!r}; it must be one of {', '.join(RUNNING)}")
-    played = [episode for episode in episodes if not episode.failed]
-    totals = [episode.environment_reward for episode in played]
-    for part in rewards:
-        safe_point()
-        scores, details = run_on_leader(partial(_scores_and_details, part, played))
-        for i, amount in enumerate(part.amounts(scores, running)):
-            played[i].terms[part.name], played[i].details = scores[i], details[i]
-            totals[i] += 0.0 if amount is None else amount
-    for episode, total in zip(played, totals, strict=True):
-        episode.reward = truncated_reward if episode.truncated and truncated_reward is not None else total
-
-
-def _scores_and_details(part: Reward, episodes: Sequence[Episode]) -> tuple[list[float | None], list[dict[str, Any]]]:
-    """A term's scores, and the details that it recorded on the episodes."""
-    return _scores(part, episodes), [episode.details for episode in episodes]
-
-
-def _scores(part: Reward, episodes: Sequence[Episode]) -> list[float | None]:
-    """A term's scores, checked."""
-    if not episodes:
-        return []
-    try:
-        with no_exit():
-            returned: Any = part.score(episodes)
-    except UserError:
-        raise
-    except Exception as error:
-        raise RewardError(_failure(part, episodes, error)) from error
-    if isinstance(returned, str) or not hasattr(returned, "__iter__"):
-        raise ConfigError(
-            f"the reward {part.name} returned {_short(returned)}; it must return a list with one number per episode"
-        )
-    try:
-        scores = list(returned)
-    except TypeError:  # a zero-dimensional tensor
-        scores = [returned]
-    if len(scores) != len(episodes):
-        raise ConfigError(f"the reward {part.name} returned {len(scores)} numbers for {len(episodes)} episodes")
-    return [_number(score, part.name, episode) for score, episode in zip(scores, episodes, strict=True)]
-
-
-def _failure(part: Reward, episodes: Sequence[Episode], error: Exception) -> str:
-    """Message about an exception in a reward: where it was raised, and for which episode (found one by one)."""
-    label = f"{len(episodes)} episodes together (each can be scored alone), the first being {episodes[0].label}"
-    for episode in episodes:
-        try:
-            with no_exit():
-                part.score([episode])
-        except Exception as alone:  # noqa: BLE001 - it is reported
-            error, label = alone, episode.label
-            break
-    frame = raised_at(error) or traceback.extract_tb(error.__traceback__)[-1]
-    text = f"{type(error).__name__}: {error}".rstrip(": ")
-    return (
-        f"the reward {part.name} failed with {text} ({frame.filename}:{frame.lineno} in {frame.name}) for {label}. "
-        "Fix it, or return None for episodes that it does not apply to; the same command then resumes the run."
-    )
-
-
-def _number(score: Any, name: str, episode: Episode) -> float | None:
-    """A score as a finite float, or None."""
-    if score is None:
-        return None
-    value = score
-    if hasattr(score, "item"):  # converts tensors and numpy numbers; booleans become Python ones and are refused
-        with suppress(ValueError, RuntimeError):
-            value = score.item()
-    if isinstance(value, bool) or not hasattr(value, "__float__") or not _finite(value):
-        raise ConfigError(
-            f"the reward {name} returned {_short(score)} for {episode.label}; it must be a finite number, or None"
-        )
-    return float(value)
-
-
-def _finite(value: Any) -> bool:
-    try:
-        return math.isfinite(value)
-    except (TypeError, ValueError, RuntimeError):
-        return False
-
-
-def check_finite(name: str, value: Any) -> None:
+def check_finite(name: str, value: float | None) -> None:
     """Raise `ConfigError` unless a setting is None or a finite number."""
     if value is not None and (
         isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value)
     ):
         raise ConfigError(f"{name} is {value!r}; it must be a finite number")
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:80]}…"

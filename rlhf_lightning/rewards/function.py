@@ -3,14 +3,13 @@
 import inspect
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
 
 from rlhf_lightning.data.prompts import Prompt
 from rlhf_lightning.environments.user_calls import TimeLimitError, check_limit, run_calls
 from rlhf_lightning.errors import ConfigError
 from rlhf_lightning.rewards.base import Reward
 from rlhf_lightning.rewards.normalization import Normalizer
-from rlhf_lightning.types import Episode
+from rlhf_lightning.types import JSON, Episode, Message
 
 OFFERED = ("prompts", "completions", "episodes")
 
@@ -74,8 +73,8 @@ class FunctionReward(Reward):
     def score(self, episodes: Sequence[Episode]) -> Sequence[float | None]:
         columns = {key for episode in episodes for key in episode.row}
         self._check(columns)
-        offered: dict[str, Any] = {key: [episode.row.get(key) for episode in episodes] for key in columns}
-        offered |= {
+        offered: dict[str, Sequence[JSON | list[Message] | Episode]] = {
+            **{key: [episode.row.get(key) for episode in episodes] for key in columns},
             "prompts": [episode.prompt for episode in episodes],
             "completions": [self.text(episode) for episode in episodes],
             "episodes": list(episodes),
@@ -84,6 +83,5 @@ class FunctionReward(Reward):
         (outcome,) = run_calls([partial(self.function, **given)], self.timeout)
         if isinstance(outcome.error, TimeLimitError):
             raise TimeLimitError(f"the reward {self.name}: {outcome.error}") from outcome.error
-        if outcome.error is not None:
-            raise outcome.error
-        return outcome.value
+        scores: Sequence[float | None] = outcome.result()
+        return scores

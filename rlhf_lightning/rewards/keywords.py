@@ -7,7 +7,7 @@ from pathlib import Path
 from rlhf_lightning.errors import ConfigError, check_whole
 from rlhf_lightning.files import is_file
 from rlhf_lightning.rewards.base import Reward, check_finite
-from rlhf_lightning.types import Episode
+from rlhf_lightning.types import Episode, Row
 
 
 class KeywordReward(Reward):
@@ -58,7 +58,7 @@ class KeywordReward(Reward):
     def score(self, episodes: Sequence[Episode]) -> Sequence[float | None]:
         return [self._one(self.text(episode).lower()) for episode in episodes]
 
-    def hide(self, texts: Sequence[str]) -> None:
+    def check_hidden(self, texts: Sequence[str], rows: Sequence[tuple[Row, str]] = ()) -> None:
         _refuse_hidden(self, "keywords", self.keywords, texts)
 
     def _one(self, text: str) -> float:
@@ -122,7 +122,7 @@ class BlockedTerms(Reward):
     def _one(self, episode: Episode) -> float:
         return self.penalty if any(self.pattern.search(text) for text in self.texts(episode)) else 0.0
 
-    def hide(self, texts: Sequence[str]) -> None:
+    def check_hidden(self, texts: Sequence[str], rows: Sequence[tuple[Row, str]] = ()) -> None:
         _refuse_hidden(self, "terms", self.terms, texts)
 
 

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from contextlib import nullcontext
-from typing import Any
 
 import torch
 from torch import nn
@@ -12,12 +11,44 @@ from rlhf_lightning.environments.base import imported
 from rlhf_lightning.errors import ConfigError
 from rlhf_lightning.models.offload import Placement, check_place
 from rlhf_lightning.models.reward_model import RewardModel
-from rlhf_lightning.rewards.base import Reward, check_finite
+from rlhf_lightning.rewards.base import EpisodeScorer, Reward, check_finite
 from rlhf_lightning.rewards.normalization import Normalizer
 from rlhf_lightning.types import Episode
 
 
-class ModelReward(Reward):
+class _ModelBased(Reward):
+    """Common settings of the rewards whose scores come from preference models."""
+
+    scored_by_model = True
+
+    def __init__(
+        self,
+        weight: float,
+        name: str,
+        dtype: str,
+        device: str | None,
+        normalize: Normalizer | None,
+        clip: float | None,
+        offload: bool,
+        scorer: str | None,
+    ) -> None:
+        super().__init__(weight, name, normalize, clip)
+        if scorer is not None:
+            imported(scorer, f"the scorer of the reward {name}:")
+        check_place(f"the reward {name}", device, offload)
+        self.dtype, self.device, self.offload = dtype, device, offload
+
+    def load(self, folder: str, renderer: Renderer) -> "RewardModelScores":
+        """Load a model.
+
+        Args:
+            folder: The model folder.
+            renderer: The policy's renderer.
+        """
+        return RewardModelScores(RewardModel(folder, self.dtype), renderer, self.device, self.offload)
+
+
+class ModelReward(_ModelBased):
     """A trained preference model with any scorer.
 
     If its tokenizer and template are the policy's, it scores the sampled tokens themselves. Otherwise it renders the
@@ -55,71 +86,14 @@ class ModelReward(Reward):
         offload: bool = False,
         scorer: str | None = None,
     ) -> None:
-        super().__init__(weight, name, normalize, clip)
-        if scorer is not None:
-            imported(scorer, f"the scorer of the reward {name}:")
-        self.source, self.dtype_name, self.device_name, self.offload = model, dtype, device, offload
-        check_place(f"the reward {name}", device, offload)
-        self._place: Placement | None = None
-        self._judge: RewardModel | None = None
-        self._apart: tuple[RewardModel, ...] = ()
-        self._policy: Renderer | None = None
+        super().__init__(weight, name, dtype, device, normalize, clip, offload, scorer)
+        self.model = model
 
-    @property
-    def judge(self) -> RewardModel | None:
-        """The model, once it is loaded."""
-        return self._apart[0] if self._apart else self._judge
-
-    def bind(self, renderer: Renderer) -> None:
-        judge = RewardModel(self.source, self.dtype_name)
-        if self.device_name is None:
-            self._judge = judge
-            self._place = Placement(judge, offload=True) if self.offload else None
-        else:  # in a tuple, so that torch does not register it and move it with the module
-            self._apart = (judge.to(self.device_name),)
-        self._policy, self._by_tokens = renderer, judge.same_tokens(renderer)
-        super().bind(renderer)
-
-    def score(self, episodes: Sequence[Episode]) -> Sequence[float | None]:
-        assert self.judge is not None, "bind() comes first"
-        # An episode without room for a response has nothing to score.
-        answered = [i for i, episode in enumerate(episodes) if episode.response_tokens]
-        sampled = [i for i in answered if self._sees_same_tokens(episodes[i])]
-        shown = sorted(set(answered) - set(sampled))
-        found: list[float | None] = [None] * len(episodes)
-        with self._place.on_device() if self._place else nullcontext():
-            for places, scorer in ((sampled, self._score_tokens), (shown, self._score_messages)):
-                if places:
-                    for i, score in zip(places, scorer([episodes[i] for i in places]), strict=True):
-                        found[i] = score
-        return found
-
-    def _sees_same_tokens(self, episode: Episode) -> bool:
-        """True if the tokens that the policy saw and sampled are exactly those that the model would be shown."""
-        assert self.judge is not None
-        assert self._policy is not None
-        if not self._by_tokens or episode.stopped_by_text:
-            return False
-        seen = (episode.prompt, episode.tools)
-        return self._policy.completed(*seen) == self.judge.renderer.completed(*seen)
-
-    def _score_tokens(self, episodes: Sequence[Episode]) -> list[float]:
-        """Score the sampled tokens."""
-        assert self.judge is not None
-        rows = [last_turn(episode) for episode in episodes]
-        return self.judge.score_tokens([ids for ids, _ in rows], [loss_mask for _, loss_mask in rows]).tolist()
-
-    def _score_messages(self, episodes: Sequence[Episode]) -> list[float]:
-        """Score the messages, rendered with the model's own template."""
-        assert self.judge is not None
-        last = [max(i for i, m in enumerate(e.responses) if m["role"] == "assistant") for e in episodes]
-        prompts = [episode.prompt + episode.responses[:i] for episode, i in zip(episodes, last, strict=True)]
-        answers = [[episode.responses[i]] for episode, i in zip(episodes, last, strict=True)]
-        tools = [episode.tools for episode in episodes]
-        return self.judge.score(prompts, answers, tools, allow_blank=True).tolist()
+    def build(self, renderer: Renderer) -> EpisodeScorer:
+        return self.load(self.model, renderer)
 
 
-class EnsembleReward(Reward):
+class EnsembleReward(_ModelBased):
     """Mean of several preference models minus their disagreement: mean − coefficient · standard deviation (over n).
 
     A policy that exploits an error of one model seldom finds one that all share (Coste et al., arXiv 2310.02743). The
@@ -159,7 +133,7 @@ class EnsembleReward(Reward):
         offload: bool = False,
         scorer: str | None = None,
     ) -> None:
-        super().__init__(weight, name, normalize, clip)
+        super().__init__(weight, name, dtype, device, normalize, clip, offload, scorer)
         if isinstance(models, str) or len(set(models)) < 2 or len(set(models)) < len(models):
             raise ConfigError(f"the reward {name}: models is {models}; it must list at least two different folders")
         check_finite(f"the coefficient of the reward {name}", coefficient)
@@ -167,20 +141,88 @@ class EnsembleReward(Reward):
             raise ConfigError(
                 f"the coefficient of the reward {name} is {coefficient}; a negative one would reward disagreement"
             )
-        self.coefficient = coefficient
-        self.members = nn.ModuleList(
-            ModelReward(model, dtype=dtype, device=device, offload=offload, scorer=scorer) for model in models
-        )
+        self.folders, self.coefficient = models, coefficient
 
-    def bind(self, renderer: Renderer) -> None:
-        members: list[Any] = list(self.members)
-        for member in members:
-            member.bind(renderer)
-        super().bind(renderer)
+    def build(self, renderer: Renderer) -> EpisodeScorer:
+        members = [self.load(folder, renderer) for folder in self.folders]
+        return EnsembleScores(members, self.coefficient, f"{self.name}_std")
+
+
+class RewardModelScores:
+    """The scores of a preference model.
+
+    Args:
+        judge: The model.
+        renderer: The policy's renderer.
+        device: Where the model stays and runs; by default the policy's device.
+        offload: Keep the weights in CPU memory except while a round is scored.
+
+    Attributes:
+        models: The model, unless it has a device of its own: it then does not move with the module.
+        by_tokens: True if the policy's tokens mean the same to the model.
+    """
+
+    def __init__(
+        self, judge: RewardModel, renderer: Renderer, device: str | None = None, offload: bool = False
+    ) -> None:
+        self.judge = judge if device is None else judge.to(device)
+        self.models: Sequence[nn.Module] = [judge] if device is None else []
+        self.placement = Placement(judge, offload=True) if offload else None
+        self.policy, self.by_tokens = renderer, judge.same_tokens(renderer)
 
     def score(self, episodes: Sequence[Episode]) -> Sequence[float | None]:
-        members: list[Any] = list(self.members)
-        columns = [member.score(episodes) for member in members]
+        """See `Reward.score`; None for an episode without a response."""
+        # An episode without room for a response has nothing to score.
+        answered = [i for i, episode in enumerate(episodes) if episode.response_tokens]
+        sampled = [i for i in answered if self._sees_same_tokens(episodes[i])]
+        shown = sorted(set(answered) - set(sampled))
+        found: list[float | None] = [None] * len(episodes)
+        with self.placement.on_device() if self.placement else nullcontext():
+            for places, scorer in ((sampled, self._score_tokens), (shown, self._score_messages)):
+                if places:
+                    for i, score in zip(places, scorer([episodes[i] for i in places]), strict=True):
+                        found[i] = score
+        return found
+
+    def _sees_same_tokens(self, episode: Episode) -> bool:
+        """True if the tokens that the policy saw and sampled are exactly those that the model would be shown."""
+        if not self.by_tokens or episode.stopped_by_text:
+            return False
+        seen = (episode.prompt, episode.tools)
+        return self.policy.completed(*seen) == self.judge.renderer.completed(*seen)
+
+    def _score_tokens(self, episodes: Sequence[Episode]) -> list[float]:
+        """Score the sampled tokens."""
+        rows = [last_turn(episode) for episode in episodes]
+        scores: list[float] = self.judge.score_tokens([ids for ids, _ in rows], [mask for _, mask in rows]).tolist()
+        return scores
+
+    def _score_messages(self, episodes: Sequence[Episode]) -> list[float]:
+        """Score the messages, rendered with the model's own template."""
+        last = [max(i for i, m in enumerate(e.responses) if m["role"] == "assistant") for e in episodes]
+        prompts = [episode.prompt + episode.responses[:i] for episode, i in zip(episodes, last, strict=True)]
+        answers = [[episode.responses[i]] for episode, i in zip(episodes, last, strict=True)]
+        tools = [episode.tools for episode in episodes]
+        scores: list[float] = self.judge.score(prompts, answers, tools, allow_blank=True).tolist()
+        return scores
+
+
+class EnsembleScores:
+    """The scores of an ensemble.
+
+    Args:
+        members: The scores of its models.
+        coefficient: Weight of the standard deviation.
+        detail: Name under which the deviation is recorded on the episodes.
+    """
+
+    def __init__(self, members: Sequence[RewardModelScores], coefficient: float, detail: str) -> None:
+        self.members, self.coefficient, self.detail = members, coefficient, detail
+        self.models: Sequence[nn.Module] = [model for member in members for model in member.models]
+
+    def score(self, episodes: Sequence[Episode]) -> Sequence[float | None]:
+        """See `Reward.score`; None for an episode without a response."""
+        columns = [member.score(episodes) for member in self.members]
         found: list[float | None] = []
         for episode, scores in zip(episodes, zip(*columns, strict=True), strict=True):
             if any(score is None for score in scores):
@@ -188,7 +230,7 @@ class EnsembleReward(Reward):
                 continue
             values = torch.tensor(scores, dtype=torch.float64)
             deviation = float(values.std(correction=0))
-            episode.details[f"{self.name}_std"] = deviation
+            episode.details[self.detail] = deviation
             found.append(float(values.mean()) - self.coefficient * deviation)
         return found
 

@@ -1,10 +1,9 @@
 """Normalization of scores by running statistics, or by those of reference demonstrations."""
 
 import math
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,23 +15,94 @@ from rlhf_lightning.data.records import Reading, RowError, Source, convert_rows,
 from rlhf_lightning.data.rendering import Renderer
 from rlhf_lightning.distributed import gather, run_on_leader
 from rlhf_lightning.errors import ConfigError
-from rlhf_lightning.types import Episode, TrainingSample
+from rlhf_lightning.settings import Settings
+from rlhf_lightning.types import Episode, Row, TrainingSample
 
 RUNNING = ("off", "use", "update")
 Score = Callable[[Sequence[Episode]], Sequence[float | None]]
 
 
-class Normalizer(nn.Module):
-    """Base class of normalizers, with the count, mean and standard deviation (over n) of scores, kept in checkpoints.
+class Normalizer(Settings, ABC):
+    """Base class of normalizers: the settings, from which `build` makes the statistics.
+
+    Example:
+        >>> class HalfScale(Normalizer):
+        ...     def build(self, renderer, score):
+        ...         return HalfScores()  # see ScoreStatistics
+    """
+
+    @abstractmethod
+    def build(self, renderer: Renderer, score: Score) -> "ScoreStatistics":
+        """Make the statistics; called once, before the first episode.
+
+        Args:
+            renderer: The policy's renderer.
+            score: Scores episodes, as the reward does.
+        """
+
+
+class RunningNorm(Normalizer):
+    """(score − mean) / deviation over all scores of all rounds so far, on all ranks.
+
+    Held-out scores (`val/`, `test/`) are not normalized, since a scale that moves with training would hide progress.
+
+    Args:
+        center: Subtract the mean.
+
+    Example:
+        >>> RunningNorm().center
+        True
+    """
+
+    def __init__(self, center: bool = True) -> None:
+        self.center = center
+
+    def build(self, renderer: Renderer, score: Score) -> "ScoreStatistics":
+        return RunningStatistics(self.center)
+
+
+class ReferenceNorm(Normalizer):
+    """score − mean score of reference demonstrations, so that these average 0 (and, with `scale`, have deviation 1).
+
+    The demonstrations are scored once, before the first episodes, on the device where the reward then is.
+
+    Args:
+        data: The demonstrations: rows of supervised data (a file, a Hub id, or a list of dicts).
+        scale: Also divide by their standard deviation.
+        limit: Use only the first `limit` rows.
+
+    Raises:
+        ConfigError: If `limit` is below 2.
+
+    Example:
+        >>> messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}]
+        >>> norm = ReferenceNorm([{"messages": messages}] * 2, scale=True)
+    """
+
+    def __init__(self, data: Source, scale: bool = False, limit: int | None = None) -> None:
+        if limit is not None and limit < 2:
+            raise ConfigError(f"ReferenceNorm.limit is {limit}; it must be at least 2")
+        self.data, self.scale, self.limit = settled(data), scale, limit
+
+    def build(self, renderer: Renderer, score: Score) -> "ScoreStatistics":
+        rows = read_rows(self.data)[: self.limit]
+        episodes = convert_rows(rows, lambda data: [_demonstration(renderer, data)], Reading())
+        for index, episode in enumerate(episodes):
+            episode.group = index
+        return ReferenceStatistics(episodes, score, self.scale)
+
+
+class ScoreStatistics(nn.Module):
+    """Count, mean and standard deviation (over n) of scores, kept in checkpoints, and how they normalize scores.
 
     The statistics are float64, stored as their bits in an integer buffer: a float buffer would be rounded under
     `bf16-true`, and MPS has no float64.
 
     Example:
-        >>> class HalfScale(Normalizer):
+        >>> class HalfScores(ScoreStatistics):
         ...     def normalized(self, values, running):
         ...         return [value / 2 for value in values]
-        >>> HalfScale().normalized([1.0, 3.0], running="off")
+        >>> HalfScores().normalized([1.0, 3.0], running="off")
         [0.5, 1.5]
     """
 
@@ -68,14 +138,6 @@ class Normalizer(nn.Module):
         deviation = math.sqrt(squares / count) if count else 0.0
         return deviation if deviation > 1e-8 * max(1.0, abs(mean)) else 1.0
 
-    def bind(self, renderer: Renderer, score: Score) -> None:
-        """Prepare for use; called once.
-
-        Args:
-            renderer: The policy's renderer.
-            score: The reward's `score`.
-        """
-
     @abstractmethod
     def normalized(self, values: Sequence[float], running: str) -> list[float]:
         """Normalize values.
@@ -86,16 +148,14 @@ class Normalizer(nn.Module):
         """
 
 
-class RunningNorm(Normalizer):
-    """(score − mean) / deviation over all scores of all rounds so far, on all ranks.
-
-    Held-out scores (`val/`, `test/`) are not normalized, since a scale that moves with training would hide progress.
+class RunningStatistics(ScoreStatistics):
+    """The statistics of `RunningNorm`.
 
     Args:
         center: Subtract the mean.
 
     Example:
-        >>> RunningNorm().normalized([0.0, 2.0], running="update")
+        >>> RunningStatistics().normalized([0.0, 2.0], running="update")
         [-1.0, 1.0]
     """
 
@@ -113,36 +173,18 @@ class RunningNorm(Normalizer):
         return [(value - mean) / deviation for value in values]
 
 
-class ReferenceNorm(Normalizer):
-    """score − mean score of reference demonstrations, so that these average 0 (and, with `scale`, have deviation 1).
-
-    The demonstrations are scored once, before the first episodes, on the device where the reward then is.
+class ReferenceStatistics(ScoreStatistics):
+    """The statistics of `ReferenceNorm`.
 
     Args:
-        data: The demonstrations: rows of supervised data (a file, a Hub id, or a list of dicts).
+        episodes: The demonstrations.
+        score: Scores them.
         scale: Also divide by their standard deviation.
-        limit: Use only the first `limit` rows.
-
-    Raises:
-        ConfigError: If `limit` is below 2.
-
-    Example:
-        >>> messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}]
-        >>> norm = ReferenceNorm([{"messages": messages}] * 2, scale=True)
     """
 
-    def __init__(self, data: Source, scale: bool = False, limit: int | None = None) -> None:
+    def __init__(self, episodes: Sequence[Episode], score: Score, scale: bool) -> None:
         super().__init__()
-        if limit is not None and limit < 2:
-            raise ConfigError(f"ReferenceNorm.limit is {limit}; it must be at least 2")
-        self.data, self.scale, self.limit = settled(data), scale, limit
-
-    def bind(self, renderer: Renderer, score: Score) -> None:
-        self._score = score
-        rows = read_rows(self.data)[: self.limit]
-        self._episodes = convert_rows(rows, lambda data: [_demonstration(renderer, data)], Reading())
-        for index, episode in enumerate(self._episodes):
-            episode.group = index
+        self._episodes, self._score, self.scale = episodes, score, scale
 
     def normalized(self, values: Sequence[float], running: str) -> list[float]:
         if not self.moments[0]:
@@ -157,7 +199,7 @@ class ReferenceNorm(Normalizer):
         return [(value - mean) / deviation for value in values]
 
 
-def _demonstration(renderer: Renderer, data: dict[str, Any]) -> Episode:
+def _demonstration(renderer: Renderer, data: Row) -> Episode:
     """A row of supervised data as an episode, as if the policy had sampled its last message."""
     refuse_media(data)
     refuse_unwanted(data)

@@ -4,7 +4,6 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import combinations
-from typing import Any
 
 from rlhf_lightning.environments.user_calls import TimeLimitError, check_limit, run_calls
 from rlhf_lightning.errors import ConfigError
@@ -98,7 +97,7 @@ class PairwiseReward(Reward):
         # Equal texts are a tie without asking the judge.
         return [next(verdicts) if said[id(a)] != said[id(b)] else (0.0, 0.0) for a, b in pairs]
 
-    def _checked(self, value: Any, about: str) -> float:
+    def _checked(self, value: float, about: str) -> float:
         """A verdict as a number from −1 to 1."""
         value = value.item() if hasattr(value, "item") else value
         check_finite(f"{about}: the judge's verdict", 0.5 if value is None else value)

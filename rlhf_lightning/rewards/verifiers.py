@@ -1,9 +1,9 @@
 """Verifiers: rewards that compare a response with the right answer in the row."""
 
 import re
+from abc import abstractmethod
 from collections.abc import Sequence
 from fractions import Fraction
-from typing import Any
 
 import regex
 
@@ -11,10 +11,53 @@ from rlhf_lightning.data.prompts import Prompt
 from rlhf_lightning.errors import ConfigError, DataError
 from rlhf_lightning.rewards.base import Reward, check_finite
 from rlhf_lightning.rewards.required_literals import required_literal
-from rlhf_lightning.types import Episode
+from rlhf_lightning.types import JSON, Episode, Row
 
 
-class ExactAnswer(Reward):
+class _Verifier(Reward):
+    """Common part of the rewards that are `hit` or `miss`."""
+
+    def __init__(
+        self,
+        column: str,
+        pattern: str,
+        flags: int,
+        hit: float,
+        miss: float,
+        weight: float,
+        name: str | None,
+        skip_special_tokens: bool,
+    ) -> None:
+        super().__init__(weight, name)
+        self.skip_special_tokens = skip_special_tokens
+        check_finite(f"the hit of the reward {self.name}", hit)
+        check_finite(f"the miss of the reward {self.name}", miss)
+        if hit == miss:
+            raise ConfigError(
+                f"the reward {self.name}: hit and miss are both {hit}, so all responses would get the same score"
+            )
+        self.column, self.hit, self.miss = column, hit, miss
+        self.pattern = compiled(pattern, f"the reward {self.name}: pattern", flags) if pattern else None
+
+    def check_column(self, prompts: Sequence[Prompt]) -> None:
+        """Raise `ConfigError` if no row has the column."""
+        if prompts and all(_absent(prompt.row.get(self.column)) for prompt in prompts):
+            columns = sorted({key for prompt in prompts for key in prompt.row})
+            raise ConfigError(
+                f"the reward {self.name}: no row has the column {self.column!r}, so it would never apply; "
+                f"the data has {', '.join(columns)}"
+            )
+
+    def score(self, episodes: Sequence[Episode]) -> Sequence[float | None]:
+        found = [self.is_right(episode) for episode in episodes]
+        return [None if right is None else self.hit if right else self.miss for right in found]
+
+    @abstractmethod
+    def is_right(self, episode: Episode) -> bool | None:
+        """True for a hit, False for a miss; None where the reward does not apply."""
+
+
+class ExactAnswer(_Verifier):
     """`hit` if the response's answer equals the row's, else `miss`.
 
     Args:
@@ -57,36 +100,29 @@ class ExactAnswer(Reward):
         name: str | None = None,
         skip_special_tokens: bool = True,
     ) -> None:
-        super().__init__(weight, name)
-        self.skip_special_tokens = skip_special_tokens
-        _check_scores(self.name, hit, miss)
-        self.column, self.hit, self.miss = column, hit, miss
-        self.pattern = compiled(pattern, f"the reward {self.name}: pattern") if pattern else None
+        super().__init__(column, pattern, 0, hit, miss, weight, name, skip_special_tokens)
         self.answer_pattern = (
             compiled(answer_pattern, f"the reward {self.name}: answer_pattern") if answer_pattern else None
         )
         self.ignore_case, self.ignore_space, self.numbers = ignore_case, ignore_space, numbers
 
-    def hide(self, texts: Sequence[str]) -> None:
+    def check_hidden(self, texts: Sequence[str], rows: Sequence[tuple[Row, str]] = ()) -> None:
         if self.pattern is not None:
             self.refuse_hidden(f"its pattern {self.pattern.pattern!r}", required_literal(self.pattern, texts))
 
     def check(self, prompts: Sequence[Prompt]) -> None:
-        _check_column(self.name, self.column, prompts)
+        self.check_column(prompts)
         for prompt in prompts:
             self._answers(prompt.row, prompt.where)
 
-    def score(self, episodes: Sequence[Episode]) -> Sequence[float | None]:
-        return [self._one(episode) for episode in episodes]
-
-    def _one(self, episode: Episode) -> float | None:
+    def is_right(self, episode: Episode) -> bool | None:
         right = self._answers(episode.row, episode.where or episode.label)
         if right is None:
             return None
         given = _find(self.pattern, self.text(episode))
-        return self.hit if given is not None and self._normal(given) in right else self.miss
+        return given is not None and self._normal(given) in right
 
-    def _answers(self, row: dict[str, Any], where: str) -> set[Any] | None:
+    def _answers(self, row: Row, where: str) -> set[str | Fraction] | None:
         """The row's right answers, normalized; None if it has none."""
         value = row.get(self.column)
         if _absent(value):
@@ -99,7 +135,7 @@ class ExactAnswer(Reward):
             raise DataError(f"{where}: the reward {self.name}: answer_pattern does not match {self.column!r} {value!r}")
         return {self._normal(answer) for answer in found if answer is not None}
 
-    def _normal(self, text: str) -> Any:
+    def _normal(self, text: str) -> str | Fraction:
         """The form in which answers are compared."""
         if self.numbers and (number := as_number(text)) is not None:
             return number
@@ -112,7 +148,7 @@ MATCH_SECONDS = 5.0
 """Seconds that a regular expression may take on one response."""
 
 
-class RegexReward(Reward):
+class RegexReward(_Verifier):
     """`hit` if a regular expression matches the response, else `miss`: a format check, or a verifier per row.
 
     Set exactly one of `pattern` and `column`. A dot also matches line ends.
@@ -152,42 +188,36 @@ class RegexReward(Reward):
         name: str | None = None,
         skip_special_tokens: bool = True,
     ) -> None:
-        super().__init__(weight, name)
-        self.skip_special_tokens = skip_special_tokens
-        _check_scores(self.name, hit, miss)
+        # A dot matches line ends, since responses often have several lines.
+        flags = re.DOTALL | (re.IGNORECASE if ignore_case else 0)
+        super().__init__(column, pattern, flags, hit, miss, weight, name, skip_special_tokens)
         if bool(pattern) == bool(column):
             raise ConfigError(
                 f"the reward {self.name} needs a pattern (not empty) or a column that holds one, not both"
             )
-        # A dot matches line ends, since responses often have several lines.
-        self.flags = re.DOTALL | (re.IGNORECASE if ignore_case else 0)
-        self.pattern = compiled(pattern, f"the reward {self.name}: pattern", self.flags) if pattern else None
-        self.column, self.whole, self.hit, self.miss = column, whole, hit, miss
-        self.hidden: list[str] = []
+        self.flags, self.whole = flags, whole
 
-    def hide(self, texts: Sequence[str]) -> None:
-        self.hidden += [text for text in texts if text not in self.hidden]
+    def check_hidden(self, texts: Sequence[str], rows: Sequence[tuple[Row, str]] = ()) -> None:
         if self.pattern is not None:
-            self._refuse(self.pattern)
-
-    def _refuse(self, pattern: re.Pattern[str]) -> None:
-        """Refuse a pattern that needs a text that responses are read without."""
-        self.refuse_hidden(f"the pattern {pattern.pattern!r}", required_literal(pattern, self.hidden))
+            self.refuse_hidden(f"the pattern {self.pattern.pattern!r}", required_literal(self.pattern, texts))
+        for row, where in rows if self.column else ():
+            pattern = self._of(row, where)
+            if pattern is None:
+                continue
+            try:
+                self.refuse_hidden(f"the pattern {pattern.pattern!r}", required_literal(pattern, texts))
+            except ConfigError as error:
+                raise DataError(f"{where}: {error}") from None
 
     def check(self, prompts: Sequence[Prompt]) -> None:
         if self.column:
-            _check_column(self.name, self.column, prompts)
+            self.check_column(prompts)
             for prompt in prompts:
                 self._of(prompt.row, prompt.where)
 
-    def score(self, episodes: Sequence[Episode]) -> Sequence[float | None]:
-        return [self._one(episode) for episode in episodes]
-
-    def _one(self, episode: Episode) -> float | None:
+    def is_right(self, episode: Episode) -> bool | None:
         pattern = self._of(episode.row, episode.where or episode.label)
-        if pattern is None:
-            return None
-        return self.hit if self._matches(pattern, self.text(episode), episode) else self.miss
+        return None if pattern is None else self._matches(pattern, self.text(episode), episode)
 
     def _matches(self, pattern: re.Pattern[str], text: str, episode: Episode) -> bool:
         # `regex` has a timeout and `re` has none: an expression from the data may backtrack forever.
@@ -202,7 +232,7 @@ class RegexReward(Reward):
                 f"takes longer than {MATCH_SECONDS:g} s on a response; avoid nested repetition in it"
             ) from None
 
-    def _of(self, row: dict[str, Any], where: str) -> re.Pattern[str] | None:
+    def _of(self, row: Row, where: str) -> re.Pattern[str] | None:
         """The row's pattern; None if it has none."""
         if not self.column:
             return self.pattern
@@ -212,9 +242,7 @@ class RegexReward(Reward):
         if not isinstance(value, str):
             raise DataError(f"{where}: {self.column!r} is {value!r}; it must be a regular expression")
         try:
-            pattern = compiled(value, f"{self.column!r}", self.flags)
-            self._refuse(pattern)
-            return pattern
+            return compiled(value, f"{self.column!r}", self.flags)
         except ConfigError as error:
             raise DataError(f"{where}: {error}") from None
 
@@ -273,24 +301,6 @@ def _find(pattern: re.Pattern[str] | None, text: str) -> str | None:
     return match.group(1) if pattern.groups else match.group()
 
 
-def _absent(value: Any) -> bool:
+def _absent(value: JSON) -> bool:
     """True for null, empty text and the empty list."""
     return value is None or value in ("", [])
-
-
-def _check_column(name: str, column: str, prompts: Sequence[Prompt]) -> None:
-    """Raise `ConfigError` if no row has the column."""
-    if prompts and all(_absent(prompt.row.get(column)) for prompt in prompts):
-        columns = sorted({key for prompt in prompts for key in prompt.row})
-        raise ConfigError(
-            f"the reward {name}: no row has the column {column!r}, so it would never apply; "
-            f"the data has {', '.join(columns)}"
-        )
-
-
-def _check_scores(name: str, hit: float, miss: float) -> None:
-    """Raise `ConfigError` unless `hit` and `miss` are different finite numbers."""
-    check_finite(f"the hit of the reward {name}", hit)
-    check_finite(f"the miss of the reward {name}", miss)
-    if hit == miss:
-        raise ConfigError(f"the reward {name}: hit and miss are both {hit}, so all responses would get the same score")

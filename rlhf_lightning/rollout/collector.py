@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import TypedDict
 
 import torch
 from torch import Tensor
@@ -14,15 +14,15 @@ from rlhf_lightning.data.rendering import Renderer
 from rlhf_lightning.distributed import even_chunks, gather
 from rlhf_lightning.environments.base import EnvironmentFactory, Limits
 from rlhf_lightning.models.reference import Reference
-from rlhf_lightning.rewards import Reward, total_rewards
+from rlhf_lightning.rewards import RewardTerm, total_rewards
 from rlhf_lightning.rollout.advantages import Advantage, compute_token_advantages, critic_explained_variance
-from rlhf_lightning.rollout.kl import KLPenalty
+from rlhf_lightning.rollout.kl import KLController, KLState
 from rlhf_lightning.rollout.policy_snapshot import PolicySnapshot
 from rlhf_lightning.rollout.recorded import Recorded
-from rlhf_lightning.rollout.runner import run_episodes
+from rlhf_lightning.rollout.runner import EpisodeRunner
 from rlhf_lightning.rollout.statistics import Sums, statistics, zero_variance_groups
 from rlhf_lightning.safe_points import safe_point
-from rlhf_lightning.sampling.sampler import Sampler
+from rlhf_lightning.sampling.sampler import ModelSampler
 from rlhf_lightning.types import Answer, Episode, TrainingSample
 
 SampleScorer = Callable[[Tensor, Tensor], Tensor]
@@ -60,7 +60,7 @@ class RolloutCollector:
     Args:
         sampler: Generates responses.
         renderer: Turns messages into tokens.
-        rewards: Terms of the reward, weighted and added.
+        terms: Terms of the reward, weighted and added.
         advantage: Turns rewards into advantages.
         seed: Seed of all sampled tokens.
         kl: The KL penalty, whose coefficient may adapt between rounds.
@@ -76,18 +76,18 @@ class RolloutCollector:
         context: Context in which models run, the same as in training.
 
     Example:
-        >>> collector = RolloutCollector(sampler, renderer, rewards, GroupCentered(), seed=0)  # doctest: +SKIP
+        >>> collector = RolloutCollector(sampler, renderer, terms, GroupCentered(), seed=0)  # doctest: +SKIP
         >>> samples, sums = collector.collect(prompts, number=0, group_size=8)  # doctest: +SKIP
     """
 
     def __init__(
         self,
-        sampler: Sampler,
+        sampler: ModelSampler,
         renderer: Renderer,
-        rewards: Sequence[Reward],
+        terms: Sequence[RewardTerm],
         advantage: Advantage,
         seed: int,
-        kl: KLPenalty | None = None,
+        kl: KLController | None = None,
         reference: Reference | None = None,
         scorers: SampleScorers | None = None,
         environment: EnvironmentFactory | None = None,
@@ -97,9 +97,9 @@ class RolloutCollector:
         resample_groups: int = 0,
         sequence_level: bool = False,
         snapshot: PolicySnapshot | None = None,
-        context: Callable[[], AbstractContextManager[Any]] = nullcontext,
+        context: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
-        self.sampler, self.renderer, self.rewards, self.advantage = sampler, renderer, rewards, advantage
+        self.sampler, self.renderer, self.terms, self.advantage = sampler, renderer, terms, advantage
         self.seed, self.kl, self.reference, self.scorers = seed, kl, reference, scorers or SampleScorers()
         self.environment, self.limits = environment, limits or Limits()
         self.truncated_reward, self.mask_truncated = truncated_reward, mask_truncated
@@ -125,7 +125,11 @@ class RolloutCollector:
         Returns:
             The training samples of this rank, and the sums of the round's statistics.
         """
-        return self._collect(lambda: self._sample(prompts, number, group_size))
+        self._begin_round()
+        with torch.no_grad(), self.context():
+            self.episodes = self._sample(prompts, number, group_size)
+            samples = self.training_samples(self.episodes)
+        return samples, self._statistics(samples)
 
     def collect_recorded(self, groups: Sequence[Sequence[Recorded]], number: int) -> tuple[list[TrainingSample], Sums]:
         """Collect a round of recorded episodes. All ranks must call this together.
@@ -137,23 +141,32 @@ class RolloutCollector:
         Returns:
             See `collect`.
         """
-        return self._collect(lambda: [one.episode(group[0].index) for group in groups for one in group])
+        self._begin_round()
+        with torch.no_grad(), self.context():
+            self.episodes = [one.episode(group[0].index) for group in groups for one in group]
+            samples = self.training_samples(self.episodes)
+        return samples, self._statistics(samples)
 
     @torch.no_grad()
-    def _collect(self, episodes: Callable[[], list[Episode]]) -> tuple[list[TrainingSample], Sums]:
-        self._update_reference()
+    def _begin_round(self) -> None:
+        """Adapt the KL coefficient to the last round, and refresh a moving reference."""
+        if self.kl is not None and self.reference is not None:
+            self.kl.adapt()
+            every = self.kl.penalty.refresh_every
+            if every and self.started and self.started % every == 0:
+                self.reference.refresh()
         self.started += 1
-        with self.context():
-            self.episodes = episodes()
-            samples = self.training_samples(self.episodes)
+
+    def _statistics(self, samples: list[TrainingSample]) -> Sums:
+        """Sums of the round's statistics on this rank."""
         sums = statistics(self.episodes, kl=self.scorers.reference_logprobs is not None)
         if self.resample_groups:
             sums["resampled_groups"] = (float(self.resampled), sums["zero_variance_groups"][1])
         if self.kl is not None:
-            sums["kl_coefficient"] = (self.kl.coefficient, 1)
+            sums["kl_coefficient"] = (self.kl.penalty.coefficient, 1)
         if self.advantage.needs_values:
             sums["explained_variance"] = (critic_explained_variance(samples), 1)
-        return samples, sums
+        return sums
 
     def _sample(self, prompts: Sequence[Prompt], number: int, group_size: int) -> list[Episode]:
         """Sample and reward the episodes of a round, in the order of the prompts.
@@ -199,10 +212,10 @@ class RolloutCollector:
             The episodes, `len(prompts) * group_size` of them.
         """
         tasks = [(prompt, sample) for prompt in prompts for sample in range(group_size)]
-        episodes = run_episodes(
-            tasks, self.sampler, self.renderer, (self.seed, *seed), self.environment, self.limits, temperature
-        )
-        total_rewards(episodes, self.rewards, self.truncated_reward, running)
+        episodes = EpisodeRunner(
+            self.sampler, self.renderer, (self.seed, *seed), self.environment, self.limits, temperature
+        ).run(tasks)
+        total_rewards(episodes, self.terms, self.truncated_reward, running)
         for episode in episodes:
             episode.masked = episode.failed or (self.mask_truncated and episode.truncated)
         return episodes
@@ -211,7 +224,9 @@ class RolloutCollector:
         """Score episodes, compute advantages, and return the samples to train on. All ranks must call this together."""
         self.score(episodes, self.scorers)
         played = [episode for episode in episodes if not episode.failed]
-        compute_token_advantages(played, self.advantage, self.kl, self.sequence_level)
+        compute_token_advantages(
+            played, self.advantage, None if self.kl is None else self.kl.penalty, self.sequence_level
+        )
         for episode in episodes:
             for sample in episode.training_samples:
                 sample.group = episode.group
@@ -250,20 +265,13 @@ class RolloutCollector:
 
     # -- between rounds -------------------------------------------------------------------------------------------
 
-    def _update_reference(self) -> None:
-        if self.kl is None or self.reference is None:
-            return
-        self.kl.adapt()
-        if self.kl.refresh_every and self.started and self.started % self.kl.refresh_every == 0:
-            self.reference.refresh()
-
     def observe(self, statistics: Mapping[str, float]) -> None:
         """Pass the statistics of a round, over all ranks, to an adaptive KL coefficient."""
         if self.kl is not None and "kl" in statistics:
             self.kl.observe(statistics["kl"], round(statistics["episodes"]))
 
     @property
-    def counters(self) -> dict[str, Any]:
+    def counters(self) -> "RoundCounters":
         """State that a round changes before its first update: the number of rounds started and the KL controller.
 
         It is small enough to save when a round is left early. The reference is not part of it: it is refreshed again on
@@ -272,30 +280,44 @@ class RolloutCollector:
         return {"started": self.started, "kl": self.kl.state_dict() if self.kl else None}
 
     @counters.setter
-    def counters(self, found: Mapping[str, Any]) -> None:
+    def counters(self, found: "RoundCounters") -> None:
         self.started = found["started"]
-        if self.kl is not None:
+        if self.kl is not None and found["kl"] is not None:
             self.kl.load_state_dict(found["kl"])
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> "CollectorState":
         """State of the KL controller, of a moving reference, and of the weights to sample with."""
-        moves = self.kl is not None and self.kl.refresh_every and self.reference is not None
+        moves = self.kl is not None and self.kl.penalty.refresh_every is not None
         return {
-            "started": self.started,
-            "kl": self.kl.state_dict() if self.kl else None,
-            "reference": self.reference.weights() if moves and self.reference else None,
+            **self.counters,
+            "reference": self.reference.weights() if moves and self.reference is not None else None,
             "snapshot": self.snapshot.state_dict() if self.snapshot else None,
         }
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: "CollectorState") -> None:
         """Restore a `state_dict`."""
-        self.started = state["started"]
-        if self.kl is not None and state["kl"]:
-            self.kl.load_state_dict(state["kl"])
+        self.counters = {"started": state["started"], "kl": state["kl"]}
         if self.reference is not None and state["reference"]:
             self.reference.load_weights(state["reference"])
         if self.snapshot is not None:
             self.snapshot.load_state_dict(state["snapshot"])
+
+
+class RoundCounters(TypedDict):
+    """What a round changes before its first update."""
+
+    started: int
+    """Number of rounds started."""
+    kl: KLState | None
+
+
+class CollectorState(RoundCounters):
+    """What a checkpoint keeps of a collector."""
+
+    reference: dict[str, Tensor] | None
+    """Weights of a moving reference."""
+    snapshot: dict[str, Tensor] | None
+    """Weights of the previous round, with which the next one is sampled."""
 
 
 def _sampled(episodes: Sequence[Episode]) -> list[TrainingSample]:
@@ -303,7 +325,7 @@ def _sampled(episodes: Sequence[Episode]) -> list[TrainingSample]:
     return [sample for episode in episodes for sample in episode.training_samples if sample.actions]
 
 
-def answers(sampler: Sampler, renderer: Renderer, prompts: Sequence[Prompt], seed: int) -> list[Answer]:
+def answers(sampler: ModelSampler, renderer: Renderer, prompts: Sequence[Prompt], seed: int) -> list[Answer]:
     """Sample one response to each prompt, for `predict`.
 
     Args:
@@ -315,5 +337,5 @@ def answers(sampler: Sampler, renderer: Renderer, prompts: Sequence[Prompt], see
     Returns:
         A dict per prompt with `index`, `prompt`, `response`, `stop_reason` and `response_tokens`.
     """
-    episodes = run_episodes([(prompt, 0) for prompt in prompts], sampler, renderer, (seed, 0))
+    episodes = EpisodeRunner(sampler, renderer, (seed, 0)).run([(prompt, 0) for prompt in prompts])
     return [episode.answer() for episode in episodes]

@@ -3,21 +3,31 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
-from typing import Any
+from typing import Any, Generic, TypedDict, TypeVar
 
 import torch
+from torch import Tensor
 
 from rlhf_lightning.data.batching import ShardSpec, mix_seeds, pad_right, pad_tokens, split_evenly, total_counts
-from rlhf_lightning.distributed import RoundLeft, leave_if
+from rlhf_lightning.distributed import RoundLeft, gather, leave_if
 from rlhf_lightning.errors import ConfigError
 from rlhf_lightning.rollout.statistics import Sums, means
 from rlhf_lightning.safe_points import safe_points
-from rlhf_lightning.types import TrainingSample
+from rlhf_lightning.types import Counts, RolloutBatch, TrainingSample
 
-Collect = Callable[[list[Any], int], tuple[list[TrainingSample], Sums]]
+T = TypeVar("T")
 
 
-class RolloutLoader:
+class LoaderState(TypedDict):
+    """State of the loader in a checkpoint."""
+
+    position: int
+    """Number of batches already yielded in this epoch; 0 at its end."""
+    rows: list[list[dict[str, Any]]]
+    """Within a round, the training samples of every rank, as plain values."""
+
+
+class RolloutDataLoader(Generic[T]):
     """Yields mini-batches of rounds of episodes. It has a length, so that no batch is prefetched, and a state.
 
     An epoch is one pass over the prompts. For each round, the loader calls `collect(prompts, round)` for training
@@ -36,9 +46,9 @@ class RolloutLoader:
         minibatches: See `PromptDataModule`.
         pad_id: Token id of padding.
         seed: Seed of the order of prompts and rows.
-        shuffle: Whether every epoch has a new order of the prompts.
         shard_spec: Returns the current rank, epoch, and number of accumulated batches.
-        gather: Collects an object from all ranks.
+        shuffle: True if every epoch has a new order of the prompts.
+        where: File and line of each prompt by its index, for error messages.
 
     Raises:
         ConfigError: On iteration, if an optimizer step would span two rounds.
@@ -47,30 +57,28 @@ class RolloutLoader:
         >>> from rlhf_lightning.types import TrainingSample
         >>> def collect(prompts, number):
         ...     return [TrainingSample([1, 2], [0, 1], [0.0, -0.5], advantages=[0.0, 1.0]) for _ in prompts], {}
-        >>> loader = RolloutLoader(["a", "b"], collect, items_per_round=1, update_epochs=1, minibatches=1, pad_id=0)
+        >>> loader = RolloutDataLoader(["a", "b"], collect, items_per_round=1, update_epochs=1, minibatches=1, pad_id=0)
         >>> [batch["input_ids"].tolist() for batch in loader]
         [[[1, 2]], [[1, 2]]]
     """
 
     def __init__(
         self,
-        items: Sequence[Any],
-        collect: Collect,
+        items: Sequence[T],
+        collect: Callable[[list[T], int], tuple[list[TrainingSample], Sums]],
         items_per_round: int,
         update_epochs: int,
         minibatches: int,
         pad_id: int,
         seed: int = 0,
         shard_spec: Callable[[], ShardSpec] = ShardSpec,
-        gather: Callable[[Any], list[Any]] = lambda value: [value],
         shuffle: bool = True,
+        where: Mapping[int, str] | None = None,
     ) -> None:
         self.items, self.collect, self.pad_id, self.seed = items, collect, pad_id, seed
         self.items_per_round = min(items_per_round, len(items))
         self.update_epochs, self.minibatches = update_epochs, minibatches
-        self.shard_spec, self.gather, self.shuffle = shard_spec, gather, shuffle
-        groups = [item if isinstance(item, list) else [item] for item in items]
-        self._where = {one.index: one.where for group in groups for one in group if getattr(one, "where", "")}
+        self.shard_spec, self.shuffle, self.where = shard_spec, shuffle, where or {}
         self.position = self._start = 0
         """Number of batches already yielded in this epoch; 0 at its end."""
         self.leaving: tuple[Callable[[], bool], Callable[[], None]] | None = None
@@ -96,7 +104,7 @@ class RolloutLoader:
     def __len__(self) -> int:
         return self.rounds * self.per_round
 
-    def __iter__(self) -> Iterator[dict[str, Any]]:
+    def __iter__(self) -> Iterator[RolloutBatch]:
         shard_spec = self.shard_spec()
         if self.minibatches % shard_spec.accumulate:
             raise ConfigError(
@@ -114,7 +122,15 @@ class RolloutLoader:
             done = max(0, start - number * self.per_round)
             yield from self._round([self.items[i] for i in mine], number, done, shard_spec)
 
-    def _round(self, items: list[Any], number: int, done: int, shard_spec: ShardSpec) -> Iterator[dict[str, Any]]:
+    def _round(self, items: list[T], number: int, done: int, shard_spec: ShardSpec) -> Iterator[RolloutBatch]:
+        """The mini-batches of a round.
+
+        Args:
+            items: Prompts or recorded groups of all ranks.
+            number: Number of the round in its epoch.
+            done: Number of its mini-batches that were yielded before a checkpoint.
+            shard_spec: See `__init__`.
+        """
         round_seed = shard_spec.epoch * self.rounds + number
         statistics: dict[str, float] | None = None
         if done and self._restored is not None:
@@ -123,21 +139,20 @@ class RolloutLoader:
             with self._leavable():
                 self._rows, sums = self.collect(items[shard_spec.rank :: shard_spec.world], round_seed)
                 # Merged at this collective point, because a rank may have no episodes, or other metrics.
-                statistics = means(self.gather(sums))
+                statistics = means(gather(sums))
         self._restored = None
         minibatches = self._minibatches(round_seed)
         counts = self._counts(minibatches, shard_spec)
         for k in range(done, self.per_round):
             taken = min(len(self), shard_spec.limit or len(self))
             self.position = (number * self.per_round + k + 1) % taken
-            yield {
-                **self._collate(minibatches[k]),
-                "denominators": counts[k // shard_spec.accumulate],
-                "round": round_seed,
-                "where": [self._where.get(row.group, f"prompt {row.group}") for row in minibatches[k]],
-                "first": k < shard_spec.accumulate,
-                "statistics": statistics if k == 0 else None,
-            }
+            batch = self._collate(minibatches[k])
+            batch["denominators"] = counts[k // shard_spec.accumulate]
+            batch["round"] = round_seed
+            batch["where"] = [self.where.get(row.group, f"prompt {row.group}") for row in minibatches[k]]
+            batch["first"] = k < shard_spec.accumulate
+            batch["statistics"] = statistics if k == 0 else None
+            yield batch
         self._rows = []
 
     @contextmanager
@@ -165,45 +180,49 @@ class RolloutLoader:
             minibatches += split_evenly(sorted(rows, key=lambda row: place[row.group]), self.minibatches)
         return minibatches
 
-    def _counts(self, minibatches: list[list[TrainingSample]], shard_spec: ShardSpec) -> list[dict[str, float]]:
+    def _counts(self, minibatches: list[list[TrainingSample]], shard_spec: ShardSpec) -> list[Counts]:
         """Denominators of each optimizer step, over all ranks."""
         names = ("tokens", "sequences")
         steps = [minibatches[k : k + shard_spec.accumulate] for k in range(0, len(minibatches), shard_spec.accumulate)]
         local = [total_counts(row.counts() for rows in step for row in rows) for step in steps]
         table = torch.tensor([[count.get(name, 0.0) for name in names] for count in local], dtype=torch.float64)
-        total = torch.stack(self.gather(table)).sum(0)
+        total = torch.stack(gather(table)).sum(0)
         return [dict(zip(names, row, strict=True)) for row in total.tolist()]
 
-    def _collate(self, rows: list[TrainingSample]) -> dict[str, Any]:
+    def _collate(self, rows: list[TrainingSample]) -> RolloutBatch:
         # A rank without rows computes a row of weight 0, so that it takes part in the collective operations.
         rows = rows or [TrainingSample([self.pad_id, self.pad_id], [0, 0], [0.0, 0.0])]
-        batch: dict[str, Any] = pad_tokens([row.ids for row in rows], [row.loss_mask for row in rows], self.pad_id)
-        columns: dict[str, list[list[float]]] = {
-            "sampling_logprobs": [row.sampling_logprobs for row in rows],
-            "old_logprobs": [row.old_logprobs for row in rows],
-            "advantages": [row.advantages for row in rows],
-            "reference_logprobs": [row.reference_logprobs for row in rows],
-            "values": [row.values for row in rows],
-            "returns": [row.returns for row in rows],
-        }
-        for name, column in columns.items():
-            filled = [numbers or [0.0] * len(row.ids) for numbers, row in zip(column, rows, strict=True)]
-            batch[name] = pad_right(filled, 0.0, torch.float32)
-        return batch
+        tokens = pad_tokens([row.ids for row in rows], [row.loss_mask for row in rows], self.pad_id)
 
-    def state_dict(self) -> dict[str, Any]:
+        def column(numbers: Callable[[TrainingSample], list[float]]) -> Tensor:
+            """A column of the rows, `[B, T]`; 0 where it was not computed."""
+            return pad_right([numbers(row) or [0.0] * len(row.ids) for row in rows], 0.0, torch.float32)
+
+        return {
+            "input_ids": tokens["input_ids"],
+            "loss_mask": tokens["loss_mask"],
+            "lengths": tokens["lengths"],
+            "sampling_logprobs": column(lambda row: row.sampling_logprobs),
+            "old_logprobs": column(lambda row: row.old_logprobs),
+            "advantages": column(lambda row: row.advantages),
+            "reference_logprobs": column(lambda row: row.reference_logprobs),
+            "values": column(lambda row: row.values),
+            "returns": column(lambda row: row.returns),
+        }
+
+    def state_dict(self) -> LoaderState:
         """The position and, within a round, the remaining rows of every rank. All ranks must call this together."""
         inside = not self.at_round
         rows = [asdict(row) for row in self._rows] if inside else []
-        return {"position": self.position, "rows": self.gather(rows)}
+        return {"position": self.position, "rows": gather(rows)}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: LoaderState) -> None:
         """Restore a `state_dict`.
 
         Raises:
             ConfigError: If the checkpoint was written within a round by another number of ranks.
         """
-        self.position = self._start = int(state["position"])
+        self.position = self._start = state["position"]
         shard_spec = self.shard_spec()
         inside = not self.at_round
         if inside and len(state["rows"]) != shard_spec.world:

@@ -1,7 +1,8 @@
 """KL penalty on the distance from a reference policy: in the reward or in the loss, fixed or adaptive."""
 
+import copy
 import math
-from typing import Any
+from typing import Self, TypedDict
 
 import torch
 from torch import Tensor
@@ -91,7 +92,6 @@ class KLPenalty(Settings):
         self.coefficient, self.place, self.estimator, self.discount = coefficient, place, estimator, discount
         self.centered, self.target, self.horizon = centered, target, horizon
         self.reference, self.refresh_every = reference, refresh_every
-        self._observed: tuple[float, int] | None = None
 
     def loss(self, logprobs: Tensor, old_logprobs: Tensor, reference_logprobs: Tensor, loss_mask: Tensor) -> Tensor:
         """Compute the penalty of each token in the loss.
@@ -126,7 +126,41 @@ class KLPenalty(Settings):
         """
         return torch.where(loss_mask.bool(), -self.coefficient * kl.k1(old_logprobs, reference_logprobs), 0.0)
 
-    # -- the controller -------------------------------------------------------------------------------------------
+    def at(self, coefficient: float) -> Self:
+        """The same penalty with another coefficient."""
+        other = copy.copy(self)
+        object.__setattr__(other, "coefficient", coefficient)
+        return other
+
+
+class KLState(TypedDict):
+    """State of a `KLController` in a checkpoint."""
+
+    coefficient: float
+    observed: tuple[float, int] | None
+    """KL in nats per response and number of responses that the coefficient has not been adapted to yet."""
+
+
+class KLController:
+    """The KL penalty in a run, whose coefficient may adapt from round to round.
+
+    Args:
+        penalty: The settings.
+
+    Attributes:
+        penalty: The penalty with its current coefficient.
+
+    Example:
+        >>> controller = KLController(KLPenalty(0.1, target=6.0, horizon=1000))
+        >>> controller.observe(kl=60.0, responses=100)
+        >>> controller.adapt()
+        >>> round(controller.penalty.coefficient, 6)
+        0.102
+    """
+
+    def __init__(self, penalty: KLPenalty) -> None:
+        self.penalty = penalty
+        self._observed: tuple[float, int] | None = None
 
     def observe(self, kl: float, responses: int) -> None:
         """Record the KL of a round, which changes an adaptive coefficient from the next round on.
@@ -139,16 +173,17 @@ class KLPenalty(Settings):
 
     def adapt(self) -> None:
         """Update an adaptive coefficient from the last observed round; called before each round."""
-        if self.target is not None and self._observed is not None:
+        now = self.penalty
+        if now.target is not None and self._observed is not None:
             seen, responses = self._observed
-            self.coefficient = kl.adapted_coefficient(self.coefficient, seen, self.target, responses, self.horizon)
+            self.penalty = now.at(kl.adapted_coefficient(now.coefficient, seen, now.target, responses, now.horizon))
         self._observed = None
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> KLState:
         """The coefficient, and the KL that it has not been adapted to yet."""
-        return {"coefficient": self.coefficient, "observed": self._observed}
+        return {"coefficient": self.penalty.coefficient, "observed": self._observed}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: KLState) -> None:
         """Restore a `state_dict`; a fixed coefficient stays as configured."""
-        if self.target is not None:
-            self.coefficient, self._observed = state["coefficient"], state["observed"]
+        if self.penalty.target is not None:
+            self.penalty, self._observed = self.penalty.at(state["coefficient"]), state["observed"]

@@ -2,10 +2,9 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rlhf_lightning.models.sharding import copy_weight, full_tensor
 
@@ -25,7 +24,7 @@ class PolicySnapshot:
         ...     pass  # sample here
     """
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: nn.Module) -> None:
         self._model = model
         self._weights: dict[str, Tensor] | None = None
 

@@ -1,11 +1,12 @@
 """Recorded episodes: tokens that another sampler generated, with their log-probabilities and rewards or advantages."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
 
 from rlhf_lightning.data.records import RowError, require
 from rlhf_lightning.data.rendering import show_masked
-from rlhf_lightning.types import Episode, TrainingSample
+from rlhf_lightning.errors import short
+from rlhf_lightning.types import JSON, Episode, Row, Tokenizer, TrainingSample
 
 
 @dataclass
@@ -30,7 +31,7 @@ class Recorded:
     group: str
     reward: float | None
     advantage: float | None
-    row: dict[str, Any]
+    row: Row
     index: int = 0
     where: str = ""
     """File and line that it was read from."""
@@ -49,7 +50,7 @@ class Recorded:
         """See `TrainingSample.counts`."""
         return self.training_sample.counts()
 
-    def show(self, tokenizer: Any) -> str:
+    def show(self, tokenizer: Tokenizer) -> str:
         """The text, with the sampled tokens between ⟦ and ⟧."""
         return show_masked(tokenizer, self.training_sample.ids, self.training_sample.loss_mask)
 
@@ -70,7 +71,7 @@ class Recorded:
         return episode
 
 
-def read_recorded(data: dict[str, Any], vocabulary: int) -> Recorded:
+def read_recorded(data: Row, vocabulary: int) -> Recorded:
     """Read and check a row of recorded episodes.
 
     A row has `tokens`, `loss_mask` (1 on sampled tokens) and `logprobs` (one per token, or one per sampled token); or
@@ -86,36 +87,45 @@ def read_recorded(data: dict[str, Any], vocabulary: int) -> Recorded:
     """
     if data.get("tokens") is not None:
         require(data, "tokens", "loss_mask", "logprobs")
-        ids, loss_mask = list(data["tokens"]), [int(bool(flag)) for flag in data["loss_mask"]]
+        ids, loss_mask = _list(data, "tokens"), [int(bool(flag)) for flag in _list(data, "loss_mask")]
     else:
         require(data, "prompt_tokens", "response_tokens", "logprobs")
-        prompt, response = list(data["prompt_tokens"]), list(data["response_tokens"])
+        prompt, response = _list(data, "prompt_tokens"), _list(data, "response_tokens")
         ids, loss_mask = prompt + response, [0] * len(prompt) + [1] * len(response)
     if len(ids) != len(loss_mask):
         raise RowError(f"{len(ids)} tokens but {len(loss_mask)} mask entries")
     if not any(loss_mask) or loss_mask[0]:
         raise RowError("the mask marks no token as sampled, or the very first one, which no prompt precedes")
-    bad = [token for token in ids if not isinstance(token, int) or not 0 <= token < vocabulary]
-    if bad:
+    if bad := [token for token in ids if not isinstance(token, int) or not 0 <= token < vocabulary]:
         raise RowError(f"token {bad[0]!r} is not in the vocabulary of {vocabulary}")
+    tokens = [token for token in ids if isinstance(token, int)]
     if data.get("advantage") is None:
         require(data, "reward", "group")
-    training_sample = TrainingSample(ids, loss_mask, _spread(data["logprobs"], loss_mask))
+    training_sample = TrainingSample(tokens, loss_mask, _spread(_list(data, "logprobs"), loss_mask))
     return Recorded(training_sample, str(data.get("group")), _float(data, "reward"), _float(data, "advantage"), data)
 
 
-def _spread(logprobs: Any, loss_mask: list[int]) -> list[float]:
-    if not all(isinstance(value, int | float) and value <= 1e-3 for value in logprobs):
+def _list(data: Row, name: str) -> list[JSON]:
+    """A column that is a list."""
+    value = data[name]
+    if isinstance(value, str) or not isinstance(value, Iterable):
+        raise RowError(f"{name!r} is {short(value)}; it must be a list")
+    return list(value)
+
+
+def _spread(given: list[JSON], loss_mask: list[int]) -> list[float]:
+    logprobs = [float(value) for value in given if isinstance(value, int | float) and value <= 1e-3]
+    if len(logprobs) < len(given):
         raise RowError("'logprobs' must be natural logarithms, none above 0")
     if len(logprobs) == len(loss_mask):
-        return [float(value) * flag for value, flag in zip(logprobs, loss_mask, strict=True)]
+        return [value * flag for value, flag in zip(logprobs, loss_mask, strict=True)]
     if len(logprobs) != sum(loss_mask):
         raise RowError(f"{len(logprobs)} logprobs, but {sum(loss_mask)} of the {len(loss_mask)} tokens are sampled")
     sampled = iter(logprobs)
-    return [float(next(sampled)) if flag else 0.0 for flag in loss_mask]
+    return [next(sampled) if flag else 0.0 for flag in loss_mask]
 
 
-def _float(data: dict[str, Any], name: str) -> float | None:
+def _float(data: Row, name: str) -> float | None:
     value = data.get(name)
     if value is not None and (isinstance(value, bool) or not isinstance(value, int | float) or value != value):
         raise RowError(f"{name!r} is {value!r}; it must be a number")

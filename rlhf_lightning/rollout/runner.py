@@ -1,11 +1,10 @@
 """Runs episodes side by side, one turn of all of them at a time; each response has a seed of its own."""
 
-import inspect
 import logging
-from collections.abc import Sequence
+from collections.abc import Awaitable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import TypeVar
 
 from rlhf_lightning.data.prompts import Prompt
 from rlhf_lightning.data.records import RowError
@@ -15,6 +14,7 @@ from rlhf_lightning.environments.base import (
     EnvironmentFactory,
     EpisodeError,
     Limits,
+    MessageEnv,
     StepResult,
     checked_messages,
     checked_result,
@@ -23,47 +23,12 @@ from rlhf_lightning.environments.user_calls import Call, Outcome, run_calls
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.rollout.episode_state import EpisodeState, reason
 from rlhf_lightning.safe_points import safe_point
-from rlhf_lightning.sampling.sampler import Sampler
-from rlhf_lightning.types import Completion, Episode
+from rlhf_lightning.sampling.sampler import ModelSampler
+from rlhf_lightning.types import Completion, Episode, Message, ToolSchema
 from rlhf_lightning.user_exits import user_line
 
+T = TypeVar("T")
 log = logging.getLogger(__name__)
-
-
-def run_episodes(
-    prompts: Sequence[tuple[Prompt, int]],
-    sampler: Sampler,
-    renderer: Renderer,
-    seed: Sequence[int],
-    environment: EnvironmentFactory | None = None,
-    limits: Limits | None = None,
-    temperature: float | None = None,
-) -> list[Episode]:
-    """Run one episode for each pair of prompt and sample index, in order.
-
-    A response is seeded by `seed`, the prompt's index, the sample index, the turn and, if the episode is run again, the
-    attempt. It does not depend on its position in a batch.
-
-    Args:
-        prompts: Pairs of a prompt and the index of the episode in its group.
-        sampler: Generates responses.
-        renderer: Turns messages into tokens.
-        seed: Numbers that seed these episodes.
-        environment: Makes an episode's environment; None for a single turn, where the response ends the episode.
-        limits: Limits of an episode.
-        temperature: Replaces the sampler's temperature.
-
-    Raises:
-        EpisodeError: If an environment failed and `limits.on_error` does not allow it.
-    """
-    everyone = [EpisodeState(prompt, sample) for prompt, sample in prompts]
-    play = EpisodeRunner(sampler, renderer, seed, environment, limits or Limits(), temperature)
-    active = play.reset(everyone) if environment else everyone
-    with sampler.session():
-        while active:
-            active = play.turn(active)
-    play.report(everyone)
-    return [state.episode for state in everyone]
 
 
 class NoRoomError(UserError):
@@ -74,9 +39,12 @@ class NoRoomError(UserError):
 class _Elsewhere:
     """Stands for an environment that another rank holds; see `distributed.run_on_leader`."""
 
-    tools: Any
+    tools: list[ToolSchema] | None
 
-    def step(self, message: Any) -> StepResult:
+    def reset(self) -> list[Message]:
+        raise RuntimeError("only the rank that holds an environment may reset it")
+
+    def step(self, message: Message) -> StepResult:
         raise RuntimeError("only the rank that holds an environment may step it")
 
 
@@ -84,44 +52,63 @@ class _Elsewhere:
 class _Made:
     """An environment and its first messages. When sent to other ranks, the environment itself is left out."""
 
-    env: Any
-    messages: Any
+    env: MessageEnv
+    messages: list[Message]
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> "dict[str, _Elsewhere | list[Message]]":
         return {"env": _Elsewhere(getattr(self.env, "tools", None)), "messages": self.messages}
 
 
 class EpisodeRunner:
     """Runs episodes together, one turn of all of them at a time.
 
+    A response is seeded by `seed`, the prompt's index, the sample index, the turn and, if the episode is run again, the
+    attempt. It does not depend on its position in a batch.
+
     Args:
         sampler: Generates responses.
         renderer: Turns messages into tokens.
         seed: Numbers that seed the episodes.
-        environment: Makes an episode's environment; None for a single turn.
+        environment: Makes an episode's environment; None for a single turn, where the response ends the episode.
         limits: Limits of an episode.
         temperature: Replaces the sampler's temperature.
 
     Example:
-        >>> runner = EpisodeRunner(sampler, renderer, (0,), None, Limits(), None)  # doctest: +SKIP
-        >>> runner.turn([EpisodeState(prompt, sample=0)])  # doctest: +SKIP
-        []
+        >>> runner = EpisodeRunner(sampler, renderer, seed=(0,))  # doctest: +SKIP
+        >>> (episode,) = runner.run([(prompt, 0)])  # doctest: +SKIP
     """
 
     def __init__(
         self,
-        sampler: Sampler,
+        sampler: ModelSampler,
         renderer: Renderer,
         seed: Sequence[int],
-        environment: EnvironmentFactory | None,
-        limits: Limits,
-        temperature: float | None,
+        environment: EnvironmentFactory | None = None,
+        limits: Limits | None = None,
+        temperature: float | None = None,
     ) -> None:
         self.sampler, self.renderer, self.seed = sampler, renderer, seed
-        self.environment, self.limits, self.temperature = environment, limits, temperature
+        self.environment, self.limits, self.params = environment, limits or Limits(), sampler.params.at(temperature)
         self.retried: list[str] = []
 
-    def reset(self, starting: list[EpisodeState]) -> list[EpisodeState]:
+    def run(self, prompts: Sequence[tuple[Prompt, int]]) -> list[Episode]:
+        """Run one episode for each pair of prompt and sample index, in order.
+
+        Args:
+            prompts: Pairs of a prompt and the index of the episode in its group.
+
+        Raises:
+            EpisodeError: If an environment failed and `limits.on_error` does not allow it.
+        """
+        states = [EpisodeState(prompt, sample) for prompt, sample in prompts]
+        active = self._reset(states) if self.environment else states
+        with self.sampler.engine.session():
+            while active:
+                active = self._turn(active)
+        self._report(states)
+        return [state.episode for state in states]
+
+    def _reset(self, starting: list[EpisodeState]) -> list[EpisodeState]:
         """Create and reset the environments of episodes.
 
         Returns:
@@ -129,14 +116,13 @@ class EpisodeRunner:
         """
         ready: list[EpisodeState] = []
         while starting:
-            made = self._called([partial(self._made, state) for state in starting])
+            outcomes = self._called([partial(self._made, state) for state in starting])
             again = []
-            for state, outcome in zip(starting, made, strict=True):
+            for state, outcome in zip(starting, outcomes, strict=True):
                 try:
-                    if outcome.error is not None:
-                        raise outcome.error
-                    state.env = outcome.value.env
-                    state.episode.prompt = checked_messages(outcome.value.messages)
+                    made = outcome.result()
+                    state.env = made.env
+                    state.episode.prompt = checked_messages(made.messages)
                     state.episode.tools = getattr(state.env, "tools", None) or state.prompt.tools
                     ready.append(state)
                 except Exception as error:  # noqa: BLE001 - `limits.on_error` decides
@@ -144,11 +130,11 @@ class EpisodeRunner:
             starting = again
         return ready
 
-    def _made(self, state: EpisodeState) -> Any:
+    def _made(self, state: EpisodeState) -> _Made | Awaitable[_Made]:
         assert self.environment is not None
         env = self.environment(state.prompt.row)
-        messages: Any = env.reset()
-        if not inspect.isawaitable(messages):
+        messages = env.reset()
+        if not isinstance(messages, Awaitable):
             return _Made(env, messages)
 
         async def settled() -> _Made:
@@ -156,11 +142,11 @@ class EpisodeRunner:
 
         return settled()
 
-    def _called(self, calls: Sequence[Call]) -> list[Outcome]:
-        outcomes: list[Outcome] = run_on_leader(partial(run_calls, calls, self.limits.step_timeout))
+    def _called(self, calls: Sequence[Call[T]]) -> list[Outcome[T]]:
+        outcomes: list[Outcome[T]] = run_on_leader(partial(run_calls, calls, self.limits.step_timeout))
         return outcomes
 
-    def turn(self, active: list[EpisodeState]) -> list[EpisodeState]:
+    def _turn(self, active: list[EpisodeState]) -> list[EpisodeState]:
         """Run one turn: sample a response for each episode and pass it to its environment.
 
         Returns:
@@ -177,29 +163,23 @@ class EpisodeRunner:
             if ids is not None:
                 ready.append(state)
                 prompts.append(ids)
-        samples = (
-            self.sampler.generate(prompts, [state.seed(self.seed) for state in ready], self.temperature)
-            if ready
-            else []
-        )
-        stops = getattr(self.sampler, "stop", ())
+        seeds = [state.seed(self.seed) for state in ready]
+        completions = self.sampler.engine.generate(prompts, self.params, seeds) if ready else []
         messages = [
-            state.act(self._cut(state, sample), self.renderer, stops)
-            for state, sample in zip(ready, samples, strict=True)
+            state.act(self._cut(state, completion), self.renderer, self.sampler.stop)
+            for state, completion in zip(ready, completions, strict=True)
         ]
         if self.environment is None:
             return []
-        calls: list[Any] = [partial(r.env.step, message) for r, message in zip(ready, messages, strict=True) if r.env]
+        calls = [partial(state.env.step, said) for state, said in zip(ready, messages, strict=True) if state.env]
         going = []
         for state, outcome in zip(ready, self._called(calls), strict=True):
             try:
-                if outcome.error is not None:
-                    raise outcome.error
-                if self._goes_on(state, checked_result(outcome.value)):
+                if self._goes_on(state, checked_result(outcome.result())):
                     going.append(state)
             except Exception as error:  # noqa: BLE001 - `limits.on_error` decides
                 again += self._failed(state, error)
-        return going + self.reset(again)
+        return going + self._reset(again)
 
     def _prompt(self, state: EpisodeState) -> list[int] | None:
         """Token ids to sample after; None if the episode ends because its token budget or the context is used up."""
@@ -209,11 +189,11 @@ class EpisodeRunner:
             return None
         ids, goes_on = state.next_prompt(self.renderer)
         length = len(ids) + (len(episode.training_samples[-1].ids) if goes_on else 0)
-        if self.sampler.context is not None and length + self.sampler.max_tokens > self.sampler.context:
+        if self.sampler.context is not None and length + self.params.max_tokens > self.sampler.context:
             if state.env is not None and not state.turn:
                 raise NoRoomError(
                     f"no room for a response: the prompt has {length} tokens, sampler.max_tokens is "
-                    f"{self.sampler.max_tokens}, and the model has {self.sampler.context} positions"
+                    f"{self.params.max_tokens}, and the model has {self.sampler.context} positions"
                 )
             episode.stop_reason = "context"
             return None
@@ -260,7 +240,7 @@ class EpisodeRunner:
             f"{what}{tries}. limits.on_error: retry runs such episodes again, drop leaves them out"
         ) from error
 
-    def report(self, everyone: list[EpisodeState]) -> None:
+    def _report(self, everyone: list[EpisodeState]) -> None:
         """Log a warning about episodes that failed or were run again."""
         failed = [state.episode for state in everyone if state.episode.failed]
         if failed:

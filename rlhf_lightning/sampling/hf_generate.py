@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import groupby
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -14,9 +14,13 @@ from rlhf_lightning.safe_points import safe_point
 from rlhf_lightning.sampling.token_sampling import SamplingParams, is_complete, sample_token, uniforms
 from rlhf_lightning.types import Completion
 
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel
+
 
 def generate(
-    model: Any,
+    model: "PreTrainedModel | PeftModel",
     prompts: Sequence[Sequence[int]],
     params: SamplingParams,
     seeds: Sequence[int],
@@ -59,7 +63,7 @@ def generate(
 
 
 @contextmanager
-def _plain_settings(model: Any) -> Iterator[None]:
+def _plain_settings(model: "PreTrainedModel | PeftModel") -> Iterator[None]:
     """Set the model's generation config aside: its penalties and minimum lengths would change what is sampled."""
     own, model.generation_config = model.generation_config, GenerationConfig()
     try:
@@ -93,6 +97,6 @@ class _SamplingProcessor:
         self.step += 1
         return torch.full_like(scores, -torch.inf).scatter(-1, tokens[:, None], 0.0)
 
-    def finished(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
+    def finished(self, input_ids: Tensor, scores: Tensor, **_: Any) -> Tensor:
         """Stopping criterion: True for rows whose response is complete, `[rows]`."""
         return ~torch.tensor(self.open, device=input_ids.device)

@@ -6,7 +6,7 @@ Shared prompts are computed once, keys are written in place, and waiting rows ta
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -33,6 +33,12 @@ from rlhf_lightning.sampling.kv_cache import PrefillCache, SlotKVCache
 from rlhf_lightning.sampling.token_sampling import SamplingParams, is_complete, sample_token, uniforms
 from rlhf_lightning.types import Completion
 
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel
+
+P = ParamSpec("P")
+T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 
@@ -83,7 +89,7 @@ class LocalEngine:
 
     def __init__(
         self,
-        model: Any,
+        model: "PreTrainedModel | PeftModel",
         decode: Callable[[list[int]], str],
         rows: int = 256,
         cuda_graphs: bool = False,
@@ -148,7 +154,10 @@ class LocalEngine:
 
     @contextmanager
     def session(self) -> Iterator[None]:
-        """See `Sampler.session`. A sharded model is gathered on every rank if memory allows; else ranks decode in step.
+        """Context around the sampling of a round, which all ranks enter and leave together.
+
+        Within it, each rank may sample as often as it likes: a sharded model is gathered on every rank if memory
+        allows; else ranks decode in step.
 
         Raises:
             ConfigError: If it cannot be gathered and is sampled by its own `generate`.
@@ -224,13 +233,14 @@ class LocalEngine:
         states = self._decoder(tokens[:, None], slots.positions[:, None], slots.cache, layout)[:, -1]
         return self.backbone.logits(states)
 
-    def _run(self, function: Callable[..., Any], *args: Any) -> Any:
+    def _run(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Call `function(*args)` with the weights outside the layers gathered, in step with other ranks if needed."""
         if self._synchronized:
             self._synchronized.call()
-        return run_unsharded(self.model, function, *args)
+        result: T = run_unsharded(self.model, function, *args, **kwargs)
+        return result
 
-    def _decoder(self, ids: Tensor, positions: Tensor, cache: Cache, layout: Any) -> Tensor:
+    def _decoder(self, ids: Tensor, positions: Tensor, cache: Cache, layout: PackedLayout | Decoding) -> Tensor:
         """Hidden states of the decoder with a cache and a layout."""
         mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=ids.device)
         return self.backbone.decoder(

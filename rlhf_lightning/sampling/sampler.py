@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from torch import Tensor
 
@@ -17,7 +17,11 @@ from rlhf_lightning.models.lora import base_of, named_weights
 from rlhf_lightning.sampling.local_engine import LocalEngine
 from rlhf_lightning.sampling.token_sampling import SamplingParams
 from rlhf_lightning.settings import Settings
-from rlhf_lightning.types import Completion
+from rlhf_lightning.types import Completion, Tokenizer
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel
 
 log = logging.getLogger(__name__)
 
@@ -66,7 +70,7 @@ class Engine(Protocol):
 
 
 class Sampler(Settings):
-    r"""Samples responses to prompts.
+    r"""Settings of sampling; `build` makes what samples from a model.
 
     Recorded log-probabilities are those of the full softmax at the sampling temperature. A row's tokens do not depend
     on the other rows of the batch, the batch size, or the rank, since each row has its own seed.
@@ -107,7 +111,7 @@ class Sampler(Settings):
         min_p: float = 0.0,
         min_tokens: int = 0,
         batch_rows: int = 256,
-        engine: Any = None,
+        engine: Engine | None = None,
         cuda_graphs: bool = False,
         stop: Sequence[str] | None = None,
         gather: bool | None = None,
@@ -119,13 +123,10 @@ class Sampler(Settings):
                 f"sampler.engine is {engine!r}; it must be an object with generate and sync, for example "
                 "class_path: rlhf_lightning.sampling.vllm_engine.VLLMEngine"
             )
-        self.batch_rows, self.engine, self.cuda_graphs = batch_rows, engine, cuda_graphs
-        self._local, self.gather = engine is None, gather
+        self.batch_rows, self.engine, self.cuda_graphs, self.gather = batch_rows, engine, cuda_graphs, gather
         if isinstance(stop, str) or not all(isinstance(text, str) and text for text in stop or ()):
             raise ConfigError(f"sampler.stop is {stop!r}; it must be a list of texts, none of them empty")
-        self.own_stop = None if stop is None else tuple(stop)
-        self.stop = self.own_stop or ()
-        """Texts that end a response; `bind` adds those of the model."""
+        self.stop = None if stop is None else tuple(stop)
 
     @property
     def max_tokens(self) -> int:
@@ -137,39 +138,6 @@ class Sampler(Settings):
         """Temperature of the softmax."""
         return self.params.temperature
 
-    def bind(self, model: Any, renderer: Renderer, max_tokens: int | None = None) -> None:
-        """Attach the model.
-
-        Ends of responses that the model's generation config names are added to the renderer.
-
-        Args:
-            model: The policy.
-            renderer: The policy's renderer, which knows what ends a turn.
-            max_tokens: Tokens of prompts computed at once, see `PackedForward`.
-        """
-        self.model = model
-        renderer.also_stop_at(end_token_ids(model, renderer.tokenizer))
-        if self.own_stop is None:
-            own = [text for text in stop_texts(model) if text not in (*renderer.stop, *renderer.stop_strings)]
-            self.stop = (*renderer.stop, *own)
-        elif renderer.stop and set(renderer.stop) != set(self.own_stop):
-            log.warning(
-                "sampler.stop is %s, but the model was trained with %s; using the setting",
-                list(self.own_stop),
-                list(renderer.stop),
-            )
-        self.params = replace(
-            self.params,
-            stop_token_ids=tuple(renderer.stop_token_ids),
-            stop_strings=(*renderer.stop_strings, *self.stop),
-        )
-        for text in self.stop:
-            _check_stop(text, renderer.tokenizer)
-        if self._local:
-            decode = renderer.tokenizer.decode
-            self.engine = LocalEngine(model, decode, self.batch_rows, self.cuda_graphs, max_tokens, self.gather)
-        self.context = getattr(base_of(model).config.get_text_config(), "max_position_embeddings", None)
-
     def warn_of_bias(self) -> None:
         """Warn if settings exclude tokens, so that importance ratios are not those of the sampling distribution."""
         if cuts := self.params.cuts:
@@ -179,16 +147,72 @@ class Sampler(Settings):
                 " and sampler.".join(cuts),
             )
 
+    def build(
+        self, model: "PreTrainedModel | PeftModel", renderer: Renderer, max_tokens: int | None = None
+    ) -> "ModelSampler":
+        """Make what samples from a model.
+
+        Args:
+            model: The policy.
+            renderer: The policy's renderer, which knows what ends a turn. Ends of responses that the model's generation
+                config names are added to it.
+            max_tokens: Tokens of prompts computed at once, see `PackedForward`.
+
+        Raises:
+            ConfigError: If the tokenizer can never produce a stop text.
+        """
+        return ModelSampler(self, model, renderer, max_tokens)
+
+
+class ModelSampler:
+    """A sampler with its model, as `Sampler.build` makes it.
+
+    Args:
+        sampler: The settings.
+        model: See `Sampler.build`.
+        renderer: See `Sampler.build`.
+        max_tokens: See `Sampler.build`.
+
+    Attributes:
+        engine: Samples the tokens.
+        params: How it samples, with all that ends a response.
+        stop: Texts that end a response besides the template's end of turn: those of the settings, or the model's.
+        context: Number of positions of the model; None if it has no limit.
+
+    Example:
+        >>> sampler = Sampler(max_tokens=64).build(model, Renderer(tokenizer))  # doctest: +SKIP
+        >>> (completion,) = sampler.generate([prompt_ids], seeds=[0])  # doctest: +SKIP
+    """
+
+    def __init__(
+        self,
+        sampler: Sampler,
+        model: "PreTrainedModel | PeftModel",
+        renderer: Renderer,
+        max_tokens: int | None = None,
+    ) -> None:
+        self.model = model
+        renderer.also_stop_at(end_token_ids(model, renderer.tokenizer))
+        self.stop = _stop_texts(sampler.stop, model, renderer)
+        self.params = replace(
+            sampler.params,
+            stop_token_ids=tuple(renderer.stop_token_ids),
+            stop_strings=(*renderer.stop_strings, *self.stop),
+        )
+        self.engine: LocalEngine | LeaderEngine
+        if sampler.engine is not None:
+            self.engine = LeaderEngine(sampler.engine)
+        else:
+            decode = renderer.tokenizer.decode
+            self.engine = LocalEngine(
+                model, decode, sampler.batch_rows, sampler.cuda_graphs, max_tokens, sampler.gather
+            )
+        config = base_of(model).config.get_text_config()
+        self.context: int | None = getattr(config, "max_position_embeddings", None)
+
     def sync(self, version: int) -> None:
         """Pass the policy's weights to an engine that has its own copy; `version` is the round's number."""
-        self.engine.sync(() if self._local else named_weights(self.model), version)
-
-    def session(self) -> AbstractContextManager[None]:
-        """Context around the sampling of a round.
-
-        All ranks enter and leave together; within it, each may sample as often as it likes.
-        """
-        return self.engine.session() if self._local else nullcontext()
+        self.engine.sync(named_weights(self.model), version)
 
     def generate(
         self, prompts: Sequence[list[int]], seeds: Sequence[int], temperature: float | None = None
@@ -200,12 +224,53 @@ class Sampler(Settings):
             seeds: One seed per prompt.
             temperature: Replaces the sampler's temperature.
         """
-        params = self.params if temperature is None else replace(self.params, temperature=temperature)
-        sample = partial(self.engine.generate, prompts, params, seeds)
-        return sample() if self._local else run_on_leader(sample)
+        return self.engine.generate(prompts, self.params.at(temperature), seeds)
 
 
-def _check_stop(stop: str, tokenizer: Any) -> None:
+class LeaderEngine:
+    """An engine with its own copy of the weights: the leader of the ranks with the same rows asks it.
+
+    Args:
+        engine: The engine.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], params: SamplingParams, seeds: Sequence[int]
+    ) -> list[Completion]:
+        """See `Engine.generate`."""
+        return run_on_leader(partial(self.engine.generate, prompts, params, seeds))
+
+    def sync(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
+        """See `Engine.sync`."""
+        self.engine.sync(named_tensors, version)
+
+    def session(self) -> AbstractContextManager[None]:
+        """See `LocalEngine.session`; nothing to prepare."""
+        return nullcontext()
+
+
+def _stop_texts(
+    own: tuple[str, ...] | None, model: "PreTrainedModel | PeftModel", renderer: Renderer
+) -> tuple[str, ...]:
+    """Texts that end a response: those of the settings, else those the model was trained with and its config's."""
+    if own is None:
+        found = [text for text in stop_texts(model) if text not in (*renderer.stop, *renderer.stop_strings)]
+        own = (*renderer.stop, *found)
+    elif renderer.stop and set(renderer.stop) != set(own):
+        log.warning(
+            "sampler.stop is %s, but the model was trained with %s; using the setting",
+            list(own),
+            list(renderer.stop),
+        )
+    for text in own:
+        _check_stop(text, renderer.tokenizer)
+    return own
+
+
+def _check_stop(stop: str, tokenizer: Tokenizer) -> None:
     """Raise `ConfigError` for a stop text that the tokenizer can never produce, so that no response would end there."""
     written = [tokenizer.decode(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in (stop, f"a{stop}a")]
     if not any(stop in text for text in written):

@@ -1,7 +1,7 @@
 """Sampling a token from logits with one uniform number per row, so that a row's tokens do not depend on other rows."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import inf
 
 import torch
@@ -57,6 +57,10 @@ class SamplingParams:
         ):
             if not fine:
                 raise ConfigError(f"sampler.{name} is {getattr(self, name)}; it must be {wanted}")
+
+    def at(self, temperature: float | None) -> "SamplingParams":
+        """The same at another temperature; at this one for None."""
+        return self if temperature is None else replace(self, temperature=temperature)
 
     @property
     def cuts(self) -> list[str]:

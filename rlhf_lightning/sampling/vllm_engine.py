@@ -8,13 +8,16 @@ model:
 
 import os
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from rlhf_lightning.errors import ConfigError
 from rlhf_lightning.sampling.token_sampling import SamplingParams
 from rlhf_lightning.types import Completion
+
+if TYPE_CHECKING:
+    from vllm.outputs import CompletionOutput
 
 
 class VLLMEngine:
@@ -88,7 +91,7 @@ class VLLMEngine:
         return [_sample(result.outputs[0]) for result in self.llm.generate(rows, settings, use_tqdm=False)]
 
 
-def _sample(output: Any) -> Completion:
+def _sample(output: "CompletionOutput") -> Completion:
     ids = list(output.token_ids)
     logprobs = [step[token].logprob for token, step in zip(ids, output.logprobs, strict=True)]
     return Completion(ids, logprobs, "length" if output.finish_reason == "length" else "stop")

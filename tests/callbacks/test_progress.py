@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from lightning.pytorch.callbacks import TQDMProgressBar
 
 from rlhf_lightning import PolicyRLModule, PromptDataModule
 from rlhf_lightning.callbacks import progress as progress_module
@@ -42,12 +43,12 @@ def test_times() -> None:
 
 
 def test_lines_without_a_terminal_and_a_bar_with_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert isinstance(progress_callbacks(False, "")[0], ConsoleLines)
+    assert isinstance(progress_callbacks(False, [])[0], ConsoleLines)
     monkeypatch.setattr("sys.stdout", io.StringIO())
-    assert progress_callbacks(True, "") == []
+    assert progress_callbacks(True, []) == []
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
-    assert isinstance(progress_callbacks(True, "")[0], StageProgress)
-    assert progress_callbacks(True, "[class_path=lightning.pytorch.callbacks.TQDMProgressBar]") == []
+    assert isinstance(progress_callbacks(True, [])[0], StageProgress)
+    assert progress_callbacks(True, [TQDMProgressBar]) == []
 
 
 def letters(completions: list[str]) -> list[float]:
@@ -144,8 +145,7 @@ def test_an_engine_is_watched_and_draws_the_same(model: Any, tokenizer: Any) -> 
         def end(self) -> None:
             self.told.append("end")
 
-    sampler = Sampler(5)
-    sampler.bind(model, Renderer(tokenizer))
+    sampler = Sampler(5).build(model, Renderer(tokenizer))
     before = sampler.generate([[1, 4, 5], [1, 6]], [1, 2])
     assert isinstance(sampler.engine, LocalEngine)
     sampler.engine.watch = record = Record()

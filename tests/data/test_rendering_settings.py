@@ -133,8 +133,7 @@ def test_the_next_stage_asks_as_its_start_was_trained(thinker: str, tmp_path: Pa
     second = str(tmp_path / "dpo" / "model")
     assert read_stage(second)["rendering"] == record
     assert "trained with" not in caplog.text
-    reward = ModelReward(second)
-    policy = PolicyRLModule(first, rewards=[reward], sampler=Sampler(4))
+    policy = PolicyRLModule(first, rewards=[ModelReward(second)], sampler=Sampler(4))
     sampled = PromptDataModule(prompts(2), prompts_per_round=2, group_size=2, show_example=False, system="Be kind.")
     trainer(tmp_path / "rl").fit(policy, sampled)
     assert "data.system is 'Be kind.', but" in caplog.text
@@ -143,7 +142,8 @@ def test_the_next_stage_asks_as_its_start_was_trained(thinker: str, tmp_path: Pa
     text = policy.tokenizer.decode(sampled.prepared["train"].rows[0].ids)
     assert "Be kind." in text
     assert text.endswith("</think>\n\n")
-    assert reward.judge is not None
+    (term,) = policy.reward_terms
+    reward: Any = term.scorer
     assert reward.judge.renderer.system == "Be brief."
     [episode] = policy.collector.rollout(sampled.prepared["train"].rows[:1], 1, (0,))
     wanted = reward.judge.score([episode.prompt], [episode.responses], allow_blank=True).tolist()
@@ -213,7 +213,7 @@ def test_stops_of_training_are_kept(base: str, tmp_path: Path, capsys: Any) -> N
     assert "e" not in text[:-2] or len(sampled) < 3
     again = PolicyRLModule(folder, rewards=[reward], sampler=Sampler(4))
     trainer(tmp_path / "next").fit(again, PromptDataModule(prompts(2), prompts_per_round=2, show_example=False))
-    assert again.sampler.stop == ("e",)
+    assert again.model_sampler.stop == ("e",)
     assert again.rendering()["stop"] == ["e"]
     export_model(folder, tmp_path / "exported")
     assert Policy(str(tmp_path / "exported")).renderer.stop == ("e",)

@@ -253,8 +253,8 @@ def test_a_model_that_has_an_adapter_is_trained_and_saved_as_it_is(
     assert (wanted - before).abs().max() > 1e-3
     ids, loss_mask = IDS, torch.ones_like(IDS).float()
     loss_mask[:, 0] = 0
-    assert isinstance(module.scorer.frozen, Reference)
-    reference = module.scorer.frozen.logprobs(ids, loss_mask)[:, 1:]
+    assert isinstance(module.reference, Reference)
+    reference = module.reference.logprobs(ids, loss_mask)[:, 1:]
     expected = before.log_softmax(-1)[:, :-1].gather(-1, ids[:, 1:, None]).squeeze(-1)
     torch.testing.assert_close(reference, expected, rtol=1e-4, atol=1e-4)
     module.save_pretrained(tmp_path / "adapter")

@@ -293,7 +293,9 @@ def test_weights_gradients_and_optimizer_are_exact(
     module.on_before_optimizer_step = measure
     trainer(tmp_path, callbacks=[found], max_steps=1, precision=precision).fit(module, data)
     estimate = found.estimate
-    reference = set(map(id, module.reference.parameters())) if kind == "policy" else set()
+    reference = (
+        set(map(id, module.reference.copy.parameters())) if kind == "policy" and module.reference.copy else set()
+    )
     assert estimate.weights == size(p for p in module.parameters() if id(p) not in reference)
     assert estimate.frozen == size(p for p in module.parameters() if id(p) in reference)
     assert estimate.gradients == grads[0]

@@ -414,7 +414,7 @@ def test_the_reference_from_a_folder_has_no_dropout(base: str, tokenizer: Any, t
     batch = rows_of(*CASES["pairs"])
     batch["input_ids"] %= len(tokenizer)
     with torch.no_grad():
-        assert torch.equal(module.scorer(batch), module.scorer(batch))
+        assert torch.equal(module.model_scorer(batch), module.model_scorer(batch))
 
 
 def test_a_row_of_one_token_has_nothing_to_score(tokenizer: Any) -> None:

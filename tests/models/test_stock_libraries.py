@@ -15,7 +15,7 @@ from rlhf_lightning.models.loading import Start, check_vocabulary
 from rlhf_lightning.models.lora import LoRA
 from rlhf_lightning.models.reference import Reference
 from rlhf_lightning.models.saving import save_model
-from rlhf_lightning.models.scorers import RewardHead, SequenceLogprob
+from rlhf_lightning.models.scorers import LoadedModel, RewardHead, SequenceLogprob
 from rlhf_lightning.models.token_logprobs import TokenLogprobs
 from tests.helpers.models import build_model
 
@@ -179,9 +179,8 @@ def test_the_reference_is_the_start_whatever_is_trained(base: str, tokenizer: An
 @pytest.mark.parametrize("architecture", ["qwen3", "llama", "gemma2", "gpt2"])
 def test_reward_head_equals_stock_pooling(tokenizer: Any, architecture: str) -> None:
     model = build_model(tokenizer, architecture=architecture, task="SEQ_CLS")
-    scorer = RewardHead()
     init_head(model)
-    scorer.bind(model, tokenizer, [tokenizer.eos_token_id])
+    scorer = RewardHead().build(LoadedModel(model, tokenizer, [tokenizer.eos_token_id]))
     batch = random_rows(tokenizer, [9, 4, 7])
     attention = (torch.arange(9)[None] < batch["lengths"][:, None]).long()
     stock = model(batch["input_ids"], attention_mask=attention).logits[:, 0]
@@ -203,8 +202,7 @@ def test_sequence_logprob(tokenizer: Any) -> None:
     batch = random_rows(tokenizer, [9, 4])
     plain = plain_logprobs(model, batch)
     for normalized in (False, True):
-        scorer = SequenceLogprob(length_normalized=normalized, beta=2.0)
-        scorer.bind(model, tokenizer, [2])
+        scorer = SequenceLogprob(length_normalized=normalized, beta=2.0).build(LoadedModel(model, tokenizer, [2]))
         wanted = 2 * plain.sum(-1) / (batch["loss_mask"].sum(-1) if normalized else 1)
         torch.testing.assert_close(scorer(batch).double(), wanted, rtol=1e-5, atol=1e-5)
 

@@ -26,6 +26,7 @@ from rlhf_lightning.rewards import FunctionReward, ModelReward
 from rlhf_lightning.rollout.advantages import LeaveOneOut
 from rlhf_lightning.rollout.kl import KLPenalty
 from rlhf_lightning.sampling.sampler import Sampler
+from rlhf_lightning.settings import arguments
 from tests.helpers.models import build_model
 from tests.helpers.modules import data, make, same, vowels, weights
 from tests.helpers.rows import chats, pairs, prompts, write_rows
@@ -157,7 +158,7 @@ def test_a_reward_model_with_another_tokenizer_scores_the_text(scorer: Any, tmp_
     reward = ModelReward(str(tmp_path / "rm"))
     module = make("policy", base, rewards=[reward], sampler=Sampler(max_tokens=3))
     trainer(tmp_path).fit(module, data("policy", 4))
-    assert not reward._by_tokens
+    assert not module.reward_terms[0].scorer.by_tokens
     for episode in module.last_episodes:
         if episode.response:
             wanted = judge.score([episode.prompt], [episode.response])[0]
@@ -298,23 +299,22 @@ def test_preference_learns(scorer: Any, base: str, tmp_path: Path) -> None:
 def test_scores_are_the_same_everywhere(scorer: Any, lora: Any, base: str, tmp_path: Path) -> None:
     """In a training batch, alone, through `score`, after saving, and as the reward of RL."""
     torch.manual_seed(0)
-    module = make("preference", base, scorer=type(scorer)(**scorer.arguments()), lora=lora, optimizer=sgd(0.5))
+    module = make("preference", base, scorer=type(scorer)(**arguments(scorer)), lora=lora, optimizer=sgd(0.5))
     source = data("preference", 6)
     run = trainer(tmp_path / "rm", callbacks=[ExportModel()])
     run.fit(module, source)
     rows = source.prepared["train"].rows
     batch = source.collate(rows, [1.0] * len(rows))
     with torch.no_grad():
-        trained = module.scorer(batch)[: len(rows)]
+        trained = module.model_scorer(batch)[: len(rows)]
     texts = [row["prompt"] for row in pairs(6)], [row["chosen"] for row in pairs(6)]
     same_scores = [module.score(*texts)]
     alone = [module.score([p], [r])[0] for p, r in zip(*texts, strict=True)]
     same_scores.append(torch.stack(alone))
-    judge = ModelReward(str(tmp_path / "rm" / "model"))
-    policy = make("policy", base, rewards=[judge])
+    policy = make("policy", base, rewards=[ModelReward(str(tmp_path / "rm" / "model"))])
     policy.configure_model()
-    assert judge._by_tokens
-    assert judge.judge is not None
+    judge = policy.reward_terms[0].scorer
+    assert judge.by_tokens
     same_scores.append(judge.judge.score(*texts))
     same_scores.append(judge.judge.score_tokens([r.chosen.ids for r in rows], [r.chosen.loss_mask for r in rows]))
     for scores in same_scores:
@@ -467,7 +467,8 @@ def test_several_turns_train_on_what_was_drawn(base: str, tokenizer: Any, tmp_pa
 def test_a_turn_goes_on_from_the_very_tokens_that_were_drawn(base: str, tokenizer: Any) -> None:
     from rlhf_lightning.data.prompts import Prompt
     from rlhf_lightning.data.rendering import Renderer
-    from rlhf_lightning.rollout.runner import run_episodes
+    from rlhf_lightning.rollout.runner import EpisodeRunner
+    from rlhf_lightning.sampling.token_sampling import SamplingParams
     from rlhf_lightning.types import Completion
 
     renderer = Renderer(tokenizer)
@@ -475,15 +476,16 @@ def test_a_turn_goes_on_from_the_very_tokens_that_were_drawn(base: str, tokenize
     class Scripted:
         """Samples a fixed text, in tokens that the tokenizer would not produce from it."""
 
-        context, max_tokens, session = None, 8, staticmethod(nullcontext)
+        context, params, stop, session = None, SamplingParams(8), (), staticmethod(nullcontext)
+        engine = property(lambda self: self)
 
-        def generate(self, prompts: list[list[int]], seeds: list[int], temperature: float | None) -> list[Completion]:
+        def generate(self, prompts: list[list[int]], params: SamplingParams, seeds: list[int]) -> list[Completion]:
             self.prompts = prompts
             letters = [token for letter in "one" for token in tokenizer(letter)["input_ids"]]
             return [Completion([*letters, tokenizer.eos_token_id], [-1.0] * 4, "stop") for _ in prompts]
 
     sampler: Any = Scripted()
-    (episode,) = run_episodes([(Prompt([], [], {"prompt": "Hi"}), 0)], sampler, renderer, (0,), Guess)
+    (episode,) = EpisodeRunner(sampler, renderer, (0,), Guess).run([(Prompt([], [], {"prompt": "Hi"}), 0)])
     (training_sample,) = episode.training_samples
     assert len(tokenizer("one")["input_ids"]) < 3
     assert sum(training_sample.loss_mask) == 12

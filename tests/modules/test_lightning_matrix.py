@@ -232,7 +232,7 @@ def test_weight_averaging_refusals(kind: str, base: str, tmp_path: Path) -> None
         with pytest.raises(ConfigError, match="use_buffers to False"):
             fit(kind, base, tmp_path, EMAWeightAveraging(), settings=normed)
         module, _ = fit(kind, base, tmp_path, EMAWeightAveraging(use_buffers=False), settings=normed)
-        assert module.rewards[0].normalize.moments[0] == 24
+        assert module.reward_terms[0].statistics.moments[0] == 24
 
 
 def test_stochastic_weight_averaging_is_refused(kind: str, base: str, tmp_path: Path) -> None:

@@ -53,7 +53,7 @@ def test_an_interrupted_run_equals_a_whole_one_bit_for_bit(name: str, base: str,
         assert again.global_step == run.global_step
         same(weights(whole), weights(resumed))
         if whole.kl is not None:
-            assert whole.kl.coefficient == resumed.kl.coefficient
+            assert whole.kl_controller.penalty.coefficient == resumed.kl_controller.penalty.coefficient
         assert [e.response for e in whole.last_episodes] == [e.response for e in resumed.last_episodes] or stop == 7
 
 
@@ -109,7 +109,7 @@ class Watch(Callback):
         self.logged.append({key: float(value) for key, value in run.logged_metrics.items()})
         self.policy.append(torch.cat([p.detach().flatten().clone() for p in module.model.parameters()]))
         if module.critic is not None:
-            self.critic.append(torch.cat([p.detach().flatten().clone() for p in module.critic.parameters()]))
+            self.critic.append(torch.cat([p.detach().flatten().clone() for p in module.value_model.parameters()]))
         self.episodes.append(module.last_episodes)
         self.rounds.append(batch.get("round", 0))
         self.outputs.append({key: float(value) for key, value in outputs.items()})
@@ -161,7 +161,7 @@ def test_the_critic_has_its_own_rate(base: str) -> None:
     module.configure_model()
     groups = module.configure_optimizers().param_groups
     assert [group["lr"] for group in groups] == [0.1, 0.7]
-    own = {id(p) for p in module.critic.parameters()}
+    own = {id(p) for p in module.value_model.parameters()}
     assert {id(p) for p in groups[1]["params"]} == own
     assert {id(p) for p in groups[0]["params"]} == {id(p) for p in module.model.parameters()}
 
@@ -177,8 +177,8 @@ def test_a_critic_starts_from_the_reward_model(lora: LoRA | None, base: str, tmp
         from rlhf_lightning.models.loading import merge
 
         wanted = (merge(judge.model) if lora else judge.model).base_model(input_ids=ids)[0]
-        found = module.critic.backbone(input_ids=ids)[0]
-        values = module.critic(ids, torch.tensor([[0.0, 0, 1, 1, 1]]))
+        found = module.value_model.backbone(input_ids=ids)[0]
+        values = module.value_model(ids, torch.tensor([[0.0, 0, 1, 1, 1]]))
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
     assert values.tolist() == [[0.0] * 5]
     watch = watched(module, data("policy"), tmp_path / "rl")
@@ -190,15 +190,16 @@ def test_values_are_those_of_the_state_before_a_token(base: str) -> None:
     for critic in (Critic(), Critic(shared=True)):
         module = make("policy", base, critic=critic, advantage=GAE())
         module.configure_model()
-        torch.nn.init.normal_(critic.head.weight)
+        head = module.value_model.head
+        torch.nn.init.normal_(head.weight)
         ids = torch.tensor([[5, 6, 7, 8, 9], [5, 6, 7, 3, 0], [4, 4, 2, 1, 0]])
         loss_mask = torch.tensor([[0.0, 0, 0, 1, 1], [0, 0, 0, 1, 0], [0, 1, 0, 1, 0]])
         values = module.critic_values(ids, loss_mask)
-        backbone = module.model.base_model if critic.shared else critic.backbone
+        backbone = module.model.base_model if critic.shared else module.value_model.backbone
         for row in range(3):
             length = int((ids[row] > 0).sum())
             states = backbone(input_ids=ids[row : row + 1, :length])[0]
-            plain = torch.nn.functional.pad(critic.head(states[0, :-1])[:, 0], (1, 5 - length))
+            plain = torch.nn.functional.pad(head(states[0, :-1])[:, 0], (1, 5 - length))
             torch.testing.assert_close(values[row], plain * loss_mask[row], rtol=1e-4, atol=1e-5)
 
 
@@ -409,10 +410,12 @@ def test_a_reference_has_no_dropout(refresh: int | None, base: str, tmp_path: Pa
 
 def test_held_out_answers_are_those_of_the_newest_weights(base: str, tmp_path: Path) -> None:
     module = make("policy", base)
+    module.configure_model()
     called: list[str] = []
-    sync, generate = module.sampler.sync, module.sampler.generate
-    module.sampler.sync = lambda version: (called.append("sync"), sync(version))[1]
-    module.sampler.generate = lambda *a, **k: (called.append("generate"), generate(*a, **k))[1]
+    sampler = module.model_sampler
+    sync, generate = sampler.sync, sampler.engine.generate
+    sampler.sync = lambda version: (called.append("sync"), sync(version))[1]
+    sampler.engine.generate = lambda *a, **k: (called.append("generate"), generate(*a, **k))[1]
     run = trainer(tmp_path, num_sanity_val_steps=0)
     run.fit(module, data("policy", 4))
     assert called == ["sync", "generate", "sync", "generate", "generate"]

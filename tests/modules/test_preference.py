@@ -418,13 +418,15 @@ def test_stored_references_are_the_references(lora: LoRA | None, base: str, tmp_
     for row in again.datamodule.prepared["train"].rows:  # computed together, and kept as float32
         for side, values in zip(row.sides, row.reference, strict=True):
             alone = pad_tokens([side.ids], [side.loss_mask], pad_id=0)
-            wanted = plain.scorer.reference_logprobs(alone)[0]
+            wanted = plain.model_scorer.reference_logprobs(alone)[0]
             torch.testing.assert_close(torch.tensor(values).double(), wanted, rtol=1e-6, atol=1e-6)
     for key, value in weights(plain).items():
         torch.testing.assert_close(weights(stored)[key], value, rtol=1e-6, atol=1e-7)
     for key in ("val/loss", "val/accuracy", "val/kl"):
         assert float(run.callback_metrics[key]) == pytest.approx(float(again.callback_metrics[key]), rel=1e-6)
-    assert (stored.frozen is None) == (lora is None)  # a copy of the weights is let go, a disabled adapter costs none
+    assert (stored.reference is None) == (
+        lora is None
+    )  # a copy of the weights is let go, a disabled adapter costs none
 
     caplog.clear()
     reused, _ = once("reused", store=True)
@@ -550,7 +552,7 @@ def test_stored_references_of_other_kinds(name: str, base: str, tmp_path: Path) 
         module = PreferenceModule(base, scorer, loss, optimizer=sgd(0.01), dtype="float64")
         data = PreferenceDataModule(rows_of(loss, 9), batch_size=4, seed=1, show_example=False)
         trainer(tmp_path / str(store), max_epochs=2, precision="64-true").fit(module, data)
-        assert (module.frozen is None) == store  # the reference is gone, and was not asked
+        assert (module.reference is None) == store  # the reference is gone, and was not asked
         results.append(weights(module))
     for key, value in results[0].items():
         torch.testing.assert_close(results[1][key], value, rtol=1e-6, atol=1e-7)

@@ -52,7 +52,9 @@ def test_real_pairs_are_over_fitted_and_scored_alike(shared: Path, tmp_path: Pat
     sides = [side for pair in examples for side in (pair.chosen, pair.rejected)]
     batch = data.collate(examples, [1.0] * len(examples))
     with torch.no_grad():
-        together = torch.stack(module.scorer(batch).chunk(2), -1).flatten()  # both sides of a pair share its prompt
+        together = torch.stack(
+            module.model_scorer(batch).chunk(2), -1
+        ).flatten()  # both sides of a pair share its prompt
     alone = torch.cat([module.score_tokens([side.ids], [side.loss_mask]) for side in sides])
     torch.testing.assert_close(alone, together, rtol=1e-5, atol=1e-5)
     judge = RewardModel(str(tmp_path / "rm" / "model"))

@@ -15,7 +15,9 @@ from rlhf_lightning.errors import ConfigError
 from rlhf_lightning.models.lora import LoRA
 from rlhf_lightning.models.reward_model import RewardModel
 from rlhf_lightning.models.scorers import ImplicitReward, RewardHead, SequenceLogprob
-from rlhf_lightning.rewards import ModelReward
+from rlhf_lightning.rewards import ModelReward, RewardTerm
+from rlhf_lightning.rewards.model import RewardModelScores
+from rlhf_lightning.settings import arguments
 from tests.helpers.models import build_model
 from tests.helpers.rows import pairs, write_rows
 from tests.helpers.training import sgd, trainer
@@ -118,7 +120,7 @@ def test_every_reader_of_a_folder_gives_the_score(
     close(judge.score(*TEXTS), wanted)
     # A second stage could start from it and score alike.
     reference = {"reference": base} if isinstance(module.scorer, ImplicitReward) else {}
-    again = PreferenceModule(str(folder), type(module.scorer)(**{**module.scorer.arguments(), **reference}))
+    again = PreferenceModule(str(folder), type(module.scorer)(**{**arguments(module.scorer), **reference}))
     if not lora:
         close(again.score(*TEXTS), wanted)
     file = responses_file(tmp_path)
@@ -128,9 +130,9 @@ def test_every_reader_of_a_folder_gives_the_score(
     printed = capsys.readouterr()
     close(torch.tensor([json.loads(line)["score"] for line in printed.out.splitlines()]), wanted)
     assert "rows 7" in printed.err
-    reward = ModelReward(str(folder))
-    reward.bind(module.renderer)
-    assert reward._by_tokens
+    scorer = RewardTerm(ModelReward(str(folder)), module.renderer).scorer
+    assert isinstance(scorer, RewardModelScores)
+    assert scorer.by_tokens
     shutil.move(tmp_path / "run", tmp_path / "moved")
     close(RewardModel(str(tmp_path / "moved" / "rm" / "model")).score(*TEXTS), wanted)
 

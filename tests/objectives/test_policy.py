@@ -21,7 +21,7 @@ from rlhf_lightning.rollout.advantages import (
     compute_token_advantages,
     critic_explained_variance,
 )
-from rlhf_lightning.rollout.kl import KLPenalty
+from rlhf_lightning.rollout.kl import KLController, KLPenalty
 from rlhf_lightning.types import Episode, TrainingSample
 from tests.helpers.numbers import LOGP, MASK, OLD, close, t
 
@@ -209,21 +209,21 @@ def test_adaptive_coefficient() -> None:
     )
     assert adapted_coefficient(0.1, kl=60.0, target=6.0, samples=100, horizon=1000) == pytest.approx(0.1 * 1.02)
     assert adapted_coefficient(0.1, kl=-1.0, target=6.0, samples=100, horizon=1000) == pytest.approx(0.1 * 0.98)
-    control = KLPenalty(0.1, target=6.0, horizon=1000)
+    control = KLController(KLPenalty(0.1, target=6.0, horizon=1000))
     control.observe(60.0, 100)
-    assert control.coefficient == 0.1
+    assert control.penalty.coefficient == 0.1
     control.adapt()
     control.adapt()
-    assert control.coefficient == pytest.approx(0.102)
+    assert control.penalty.coefficient == pytest.approx(0.102)
     control.observe(60.0, 100)
-    again = KLPenalty(0.1, target=6.0, horizon=1000)
+    again = KLController(KLPenalty(0.1, target=6.0, horizon=1000))
     again.load_state_dict(control.state_dict())
     again.adapt()
-    assert again.coefficient == pytest.approx(0.102 * 1.02)
-    fixed = KLPenalty(0.1)
+    assert again.penalty.coefficient == pytest.approx(0.102 * 1.02)
+    fixed = KLController(KLPenalty(0.1))
     fixed.observe(60.0, 100)
     fixed.adapt()
-    assert fixed.coefficient == 0.1
+    assert fixed.penalty.coefficient == 0.1
 
 
 def test_value_loss_clips_around_the_old_value() -> None:

@@ -36,12 +36,16 @@ from rlhf_lightning.rewards import (
     ReferenceNorm,
     RegexReward,
     Reward,
+    RewardTerm,
     RunningNorm,
     total_rewards,
 )
+from rlhf_lightning.rewards.model import RewardModelScores
+from rlhf_lightning.rewards.normalization import RunningStatistics
 from rlhf_lightning.sampling.sampler import Sampler
 from rlhf_lightning.types import Episode, TrainingSample
 from tests.helpers.models import build_model
+from tests.helpers.rewards import terms
 from tests.helpers.rows import prompts
 from tests.helpers.training import sgd, trainer
 
@@ -68,7 +72,7 @@ class Fixed(Reward):
 
 def total(scores: Any, *episodes: Episode, **options: Any) -> list[float]:
     found = list(episodes) or [said("", group=i) for i in range(len(scores))]
-    total_rewards(found, [Fixed(scores, **options)])
+    total_rewards(found, terms(Fixed(scores, **options)))
     return [episode.reward for episode in found]
 
 
@@ -79,7 +83,9 @@ def test_parts_are_weighted_added_and_kept_apart() -> None:
     episodes = [said("a"), said("b"), said("c")]
     episodes[0].environment_reward = 10.0
     episodes[2].stop_reason = "length"
-    parts = [Fixed([1.0, None, 3.0], weight=2.0, name="x"), Fixed([0.5, 0.25, 9.0], weight=-1.0, name="y", clip=4.0)]
+    parts = terms(
+        Fixed([1.0, None, 3.0], weight=2.0, name="x"), Fixed([0.5, 0.25, 9.0], weight=-1.0, name="y", clip=4.0)
+    )
     total_rewards(episodes, parts, truncated_reward=-7.0)
     assert [episode.reward for episode in episodes] == [10 + 2 - 0.5, -0.25, -7.0]
     assert [episode.terms for episode in episodes] == [{"x": 1.0, "y": 0.5}, {"x": None, "y": 0.25}, {"x": 3.0, "y": 9}]
@@ -354,10 +360,8 @@ def answered(renderer: Renderer, texts: list[str]) -> list[Episode]:
 def test_an_ensemble_pays_for_its_disagreement(judges: list[str], tokenizer: Any) -> None:
     renderer = Renderer(tokenizer)
     episodes = answered(renderer, ["one", "two three", "four"])
-    alone = [ModelReward(folder) for folder in judges]
-    ensemble = EnsembleReward(judges, coefficient=0.5)
-    for part in (*alone, ensemble):
-        part.bind(renderer)
+    alone = [RewardTerm(ModelReward(folder), renderer) for folder in judges]
+    ensemble = RewardTerm(EnsembleReward(judges, coefficient=0.5), renderer)
     a, b = (part.score(episodes) for part in alone)
     for episode, x, y, score in zip(episodes, a, b, ensemble.score(episodes), strict=True):
         # Two values: mean (x + y)/2, deviation |x - y|/2.
@@ -368,21 +372,18 @@ def test_an_ensemble_pays_for_its_disagreement(judges: list[str], tokenizer: Any
 
 def test_a_model_on_a_device_of_its_own_is_no_part_of_the_module(judges: list[str], tokenizer: Any) -> None:
     renderer = Renderer(tokenizer)
-    here, apart = ModelReward(judges[0]), ModelReward(judges[0], device="cpu")
-    for part in (here, apart):
-        part.bind(renderer)
+    here, apart = (RewardTerm(ModelReward(judges[0], device=device), renderer) for device in (None, "cpu"))
     assert list(here.parameters())
     assert not list(apart.parameters())
-    assert apart.judge is not None
-    assert apart.judge.device.type == "cpu"
+    assert isinstance(apart.scorer, RewardModelScores)
+    assert apart.scorer.judge.device.type == "cpu"
     episodes = answered(renderer, ["one", "two three"])
     assert here.score(episodes) == apart.score(episodes)
 
 
 def test_a_response_ended_by_a_stop_text_is_scored_as_a_message(judges: list[str], tokenizer: Any) -> None:
     renderer = Renderer(tokenizer)
-    reward = ModelReward(judges[0])
-    reward.bind(renderer)
+    reward = RewardTerm(ModelReward(judges[0]), renderer)
     whole, cut, last = answered(renderer, ["one", "one", "two"])
     cut.stopped_by_text = True
     cut.training_samples[0].ids[-1] = tokenizer("#")["input_ids"][0]
@@ -396,12 +397,10 @@ def test_demonstrations_set_the_scale(judges: list[str], tokenizer: Any) -> None
     renderer = Renderer(tokenizer)
     texts = ["one", "two three", "four five six"]
     rows = [{"prompt": "Count", "completion": text} for text in texts]
-    raw = ModelReward(judges[0])
-    raw.bind(renderer)
+    raw = RewardTerm(ModelReward(judges[0]), renderer)
     scores = torch.tensor(raw.score(answered(renderer, texts)), dtype=torch.float64)
     for scale in (False, True):
-        reward = ModelReward(judges[0], normalize=ReferenceNorm(rows, scale))
-        reward.bind(renderer)
+        reward = RewardTerm(ModelReward(judges[0], normalize=ReferenceNorm(rows, scale)), renderer)
         for _ in range(2):
             episodes = answered(renderer, [*texts, "seven"])
             total_rewards(episodes, [reward])
@@ -410,45 +409,51 @@ def test_demonstrations_set_the_scale(judges: list[str], tokenizer: Any) -> None
         torch.testing.assert_close(found[:3], wanted, rtol=1e-5, atol=1e-5)  # scored in other batches
         assert episodes[3].terms["reward_model"] == pytest.approx(raw.score(episodes[3:])[0], abs=1e-5)
     with pytest.raises(DataError, match=r"list\[1\]: a demonstration must end with an answer"):
-        ReferenceNorm([rows[0], {"messages": [{"role": "user", "content": "a"}]}]).bind(renderer, raw.score)
+        ReferenceNorm([rows[0], {"messages": [{"role": "user", "content": "a"}]}]).build(renderer, raw.score)
 
 
 # -- running statistics -----------------------------------------------------------------------------------------------
 
 
 def test_running_statistics_by_hand() -> None:
-    norm = RunningNorm()
-    options = {"normalize": norm, "clip": 1.1, "weight": 2.0}
+    norm = RunningStatistics()
+    options = {"normalize": RunningNorm(), "clip": 1.1, "weight": 2.0}
     episodes = [said("") for _ in range(4)]
-    total_rewards(episodes, [Fixed([1.0, 3.0, None, 5.0], **options)], running="update")
+
+    def total(scores: Any, running: str = "off", **more: Any) -> None:
+        (term,) = terms(Fixed(scores, **{**options, **more}))
+        term.statistics = norm  # those of the scores before
+        total_rewards(episodes, [term], running=running)
+
+    total([1.0, 3.0, None, 5.0], "update")
     # mean 3, variance (4 + 0 + 4)/3
     deviation = math.sqrt(8 / 3)
     assert [e.reward for e in episodes] == pytest.approx([2 * -1.1, 0.0, 0.0, 2 * 1.1])
     assert episodes[0].terms["fixed"] == 1.0, "parts are logged as they were scored"
-    total_rewards(episodes, [Fixed([7.0, 3.0, 3.0, 3.0], **{**options, "clip": None})], running="use")
+    total([7.0, 3.0, 3.0, 3.0], "use", clip=None)
     assert episodes[0].reward == pytest.approx(2 * (7 - 3) / deviation)
-    total_rewards(episodes, [Fixed([7.0, 3.0, 3.0, 3.0], **options)])
+    total([7.0, 3.0, 3.0, 3.0])
     assert episodes[0].reward == pytest.approx(2 * 1.1), "held out: as they are, but for the clip"
-    total_rewards(episodes, [Fixed([7.0, 9.0, 11.0, 13.0], **options)], running="update")
+    total([7.0, 9.0, 11.0, 13.0], "update")
     every = torch.tensor([1, 3, 5, 7, 9, 11, 13], dtype=torch.float64)
     assert norm.moments[:2] == (7, pytest.approx(7.0))
     assert norm.deviation == pytest.approx(float(every.std(correction=0)))
 
 
 def test_equal_scores_leave_nothing_to_divide() -> None:
-    norm = RunningNorm()
+    norm = RunningStatistics()
     assert norm.normalized([0.1] * 7, "update") == pytest.approx([0.0] * 7, abs=1e-12)
-    assert RunningNorm(center=False).normalized([0.0, 0.0], "update") == [0.0, 0.0]
+    assert RunningStatistics(center=False).normalized([0.0, 0.0], "update") == [0.0, 0.0]
 
 
 def test_statistics_survive_other_precisions() -> None:
-    holder = nn.ModuleList([RunningNorm()])
+    holder = nn.ModuleList([RunningStatistics()])
     norm: Any = holder[0]
     norm.merge([0.1, 0.7, 12345.678])
     before = norm.moments
     holder.to(torch.bfloat16)
     assert norm.moments == before
-    fresh = nn.ModuleList([RunningNorm()])
+    fresh = nn.ModuleList([RunningStatistics()])
     fresh.load_state_dict(holder.state_dict())
     assert fresh[0].moments == before  # type: ignore[union-attr, operator]
 
@@ -458,7 +463,7 @@ def test_the_split_over_ranks_does_not_matter() -> None:
     orders = (values, values[::-1], values[::2] + values[1::2])
     merged = []
     for order in orders:
-        norm = RunningNorm()
+        norm = RunningStatistics()
         norm.merge(order)
         norm.merge(order[:10] if order is values else [value for value in order if value in values[:10]])
         merged.append(norm.moments)
@@ -576,8 +581,10 @@ def test_groups_drawn_again_do_not_count_twice_in_running_statistics(base: str, 
     module = PolicyRLModule(base, rewards=[reward], sampler=Sampler(max_tokens=3), resample_groups=2)
     trainer(tmp_path).fit(module, source(4))
     assert module.collector.resampled == 8
-    assert reward.normalize is not None
-    assert reward.normalize.moments[:2] == (8, 2.5)
+    (term,) = module.reward_terms
+    assert isinstance(term, RewardTerm)
+    assert term.statistics is not None
+    assert term.statistics.moments[:2] == (8, 2.5)
 
 
 def blocks(language: str) -> list[str]:

@@ -20,6 +20,7 @@ from rlhf_lightning.rewards import (
     PairwiseReward,
     RegexReward,
     Reward,
+    RewardTerm,
 )
 from rlhf_lightning.rewards.required_literals import required_literal
 from rlhf_lightning.rollout.episode_state import EpisodeState
@@ -48,8 +49,7 @@ def sampled(renderer: Renderer, *texts: str, row: Any = None) -> Episode:
 
 
 def scored(reward: Reward, renderer: Renderer, *episodes: Episode) -> list[float | None]:
-    reward.bind(renderer)
-    return list(reward.score(episodes))
+    return RewardTerm(reward, renderer).score(episodes)
 
 
 def test_text_rewards_read_special_tokens_when_asked(renderer: Renderer) -> None:
@@ -89,7 +89,7 @@ def test_turns_are_read_from_the_tokens_that_were_drawn(renderer: Renderer) -> N
     texts = ["one<|im_end|>", "two <|call|>", "three"]
     decode = renderer.tokenizer.decode
     assert [decode(ids) for ids in sampled(renderer, *texts).sampled_turns()] == texts
-    with pytest.raises(ConfigError, match="call bind first"):
+    with pytest.raises(ConfigError, match="needs a tokenizer"):
         RegexReward("a", skip_special_tokens=False).score([sampled(renderer, "a")])
 
 
@@ -154,13 +154,12 @@ def test_a_pattern_that_matches_without_a_token_does_not_need_it(pattern: str, t
 )
 def test_what_can_never_match_is_refused(renderer: Renderer, reward: Any, setting: str) -> None:
     with pytest.raises(ConfigError, match=rf"{setting}.*Set skip_special_tokens: false"):
-        reward().bind(renderer)
-    reward(skip_special_tokens=False).bind(renderer)
+        RewardTerm(reward(), renderer)
+    RewardTerm(reward(skip_special_tokens=False), renderer)
 
 
 def test_patterns_of_a_column_are_refused_with_their_row(renderer: Renderer) -> None:
-    reward = RegexReward(column="want")
-    reward.bind(renderer)
+    reward = RewardTerm(RegexReward(column="want"), renderer)
     rows = [Prompt([], [1], {"want": want}, where=f"rows.jsonl:{i}") for i, want in enumerate(["a", r"b<\|im_end\|>"])]
     reward.check(rows[:1])
     with pytest.raises(DataError, match=r"rows.jsonl:1: .*<\|im_end\|>.*Set skip_special_tokens: false"):

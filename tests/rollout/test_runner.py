@@ -19,12 +19,13 @@ from rlhf_lightning.errors import ConfigError
 from rlhf_lightning.rewards import FunctionReward
 from rlhf_lightning.rollout.advantages import GroupCentered
 from rlhf_lightning.rollout.collector import RolloutCollector
-from rlhf_lightning.rollout.runner import run_episodes
+from rlhf_lightning.rollout.runner import EpisodeRunner
 from rlhf_lightning.rollout.statistics import statistics
 from rlhf_lightning.sampling.sampler import Sampler
 from rlhf_lightning.sampling.token_sampling import SamplingParams
 from rlhf_lightning.types import STOP_REASONS, Completion, Episode
 from tests.helpers.paths import CHAT_TEMPLATES
+from tests.helpers.rewards import terms
 from tests.helpers.rows import prompts, write_rows
 from tests.helpers.training import sgd, trainer
 
@@ -34,16 +35,21 @@ def tasks(count: int, group: int = 1) -> list[tuple[Prompt, int]]:
     return [(row, sample) for row in rows for sample in range(group)]
 
 
+def run_episodes(work: list[tuple[Prompt, int]], *settings: Any, **options: Any) -> list[Episode]:
+    return EpisodeRunner(*settings, **options).run(work)
+
+
 class Fake:
     """A sampler without a model, whose tokens depend on the seed only."""
 
-    context, max_tokens, temperature, stop = None, 8, 1.0, ()
+    context, max_tokens, params, stop = None, 8, SamplingParams(8), ()
     session = staticmethod(nullcontext)
+    engine = property(lambda self: self)
 
     def __init__(self, stop_token: int, truncated: float = 0.1) -> None:
         self.stop_token, self.truncated, self.sampled = stop_token, truncated, 0
 
-    def generate(self, prompts: Any, seeds: Any, temperature: Any = None) -> list[Completion]:
+    def generate(self, prompts: Any, params: Any, seeds: Any) -> list[Completion]:
         samples = [self._one(seed) for seed in seeds]
         self.sampled += sum(len(sample.ids) for sample in samples)
         return samples
@@ -107,7 +113,7 @@ def test_ten_thousand_episodes_none_lost_none_twice(tokenizer: Any, policy: str)
     collector = RolloutCollector(
         sampler,
         Renderer(tokenizer),
-        [FunctionReward(lambda completions: [1.0] * len(completions), name="one")],
+        terms(FunctionReward(lambda completions: [1.0] * len(completions), name="one")),
         GroupCentered(),
         0,
         environment=Failing,
@@ -213,8 +219,7 @@ def test_another_try_has_seeds_of_its_own_and_is_the_same_every_time(
 def test_a_dropped_episode_changes_no_other(tokenizer: Any, model: Any, caplog: pytest.LogCaptureFixture) -> None:
     renderer = Renderer(tokenizer)
     # The tiny model seldom ends a turn by itself.
-    sampler = Sampler(max_tokens=20, stop=list("aeiou nt"))
-    sampler.bind(model.double(), renderer)
+    sampler = Sampler(max_tokens=20, stop=list("aeiou nt")).build(model.double(), renderer)
     clean = played(tokenizer, {}, Limits(), sampler)
     with caplog.at_level(logging.WARNING):
         dropped = played(tokenizer, {1: 9}, Limits(on_error="drop"), sampler)
@@ -371,8 +376,8 @@ def test_what_hangs_is_ended(tokenizer: Any, kind: str, reason: str) -> None:
 
 @pytest.mark.parametrize("budget", [1, 5, 9, 13])
 def test_a_token_budget_cuts_what_would_be_drawn_anyway(tokenizer: Any, model: Any, budget: int) -> None:
-    renderer, sampler = Renderer(tokenizer), Sampler(max_tokens=6)
-    sampler.bind(model.double(), renderer)
+    renderer = Renderer(tokenizer)
+    sampler = Sampler(max_tokens=6).build(model.double(), renderer)
     free = run_episodes(tasks(12), sampler, renderer, (0,), Several)
     bound = run_episodes(tasks(12), sampler, renderer, (0,), Several, Limits(max_tokens=budget))
     for a, b in zip(free, bound, strict=True):
@@ -416,8 +421,9 @@ def test_turns_and_context(tokenizer: Any) -> None:
 class Scripted:
     """Samples given texts letter by letter, so not in the tokens that the tokenizer would produce."""
 
-    context, max_tokens, temperature, stop = None, 400, 1.0, ()
+    context, max_tokens, params, stop = None, 400, SamplingParams(400), ()
     session = staticmethod(nullcontext)
+    engine = property(lambda self: self)
 
     def __init__(self, texts: list[str], renderer: Renderer, stop: str | None = None) -> None:
         self.texts, self.renderer, self.turn = texts, renderer, 0
@@ -425,7 +431,7 @@ class Scripted:
         self.sampled: list[int] = []
         self.ending = stop
 
-    def generate(self, prompts: Any, seeds: Any, temperature: Any = None) -> list[Completion]:
+    def generate(self, prompts: Any, params: Any, seeds: Any) -> list[Completion]:
         self.prompts.append(list(prompts[0]))
         tokenizer = self.renderer.tokenizer
         ids = [token for letter in self.texts[self.turn] for token in tokenizer(letter)["input_ids"]]
@@ -540,9 +546,8 @@ def test_an_end_by_another_stop_token_begins_a_row(tokenizer: Any) -> None:
 
 def test_a_response_ends_where_a_stop_text_is_complete(tokenizer: Any, model: Any) -> None:
     renderer = Renderer(tokenizer)
-    free, bound = Sampler(max_tokens=24, temperature=1.5), Sampler(max_tokens=24, temperature=1.5, stop=["e", "o"])
-    for sampler in (free, bound):
-        sampler.bind(model.double(), renderer)
+    settings = Sampler(max_tokens=24, temperature=1.5), Sampler(max_tokens=24, temperature=1.5, stop=["e", "o"])
+    free, bound = (one.build(model.double(), renderer) for one in settings)
     prompts = [row.ids for row, _ in tasks(40)]
     stopped = 0
     seeds = list(range(40))
@@ -565,13 +570,14 @@ def test_a_response_ends_where_a_stop_text_is_complete(tokenizer: Any, model: An
 class Words:
     """Samples a text that contains a stop text."""
 
-    context, max_tokens, temperature, stop = None, 24, 1.0, ("o thr",)
+    context, max_tokens, params, stop = None, 24, SamplingParams(24), ("o thr",)
     session = staticmethod(nullcontext)
+    engine = property(lambda self: self)
 
     def __init__(self, text: str, tokenizer: Any) -> None:
         self.ids = tokenizer(text)["input_ids"]
 
-    def generate(self, prompts: Any, seeds: Any, temperature: Any = None) -> list[Completion]:
+    def generate(self, prompts: Any, params: Any, seeds: Any) -> list[Completion]:
         return [Completion(list(self.ids), [-1.0] * len(self.ids), "stop")]
 
 
@@ -585,12 +591,12 @@ def test_a_stop_text_that_the_tokenizer_never_writes(tokenizer: Any, model: Any)
     from tokenizers import normalizers
 
     for stop in ("\n\n", "END", "é😀", " lead", "<|im_start|>", "</tool_call>"):
-        Sampler(stop=[stop]).bind(model, Renderer(tokenizer))
+        Sampler(stop=[stop]).build(model, Renderer(tokenizer))
     tokenizer.backend_tokenizer.normalizer = normalizers.Lowercase()
     with pytest.raises(
         ConfigError, match=r"sampler.stop: the tokenizer never produces 'END' \(it turns that text into 'end'\)"
     ):
-        Sampler(stop=["END"]).bind(model, Renderer(tokenizer))
+        Sampler(stop=["END"]).build(model, Renderer(tokenizer))
 
 
 def test_a_long_stop_text_is_seen_to_its_end(tokenizer: Any) -> None:

@@ -11,7 +11,7 @@ from rlhf_lightning.data.rendering import Renderer
 from rlhf_lightning.errors import ConfigError
 from rlhf_lightning.models.token_logprobs import TokenLogprobs
 from rlhf_lightning.sampling.local_engine import LocalEngine
-from rlhf_lightning.sampling.sampler import Sampler
+from rlhf_lightning.sampling.sampler import ModelSampler, Sampler
 from rlhf_lightning.sampling.token_sampling import SamplingParams, is_complete, sample_token
 from tests.helpers.models import build_model
 
@@ -19,10 +19,8 @@ PLAIN = ["qwen3", "qwen2", "llama", "mistral", "gemma2", "gemma3", "phi", "phi3"
 FALLBACK = ["bloom", "mamba", "falcon"]
 
 
-def bound(model: Any, tokenizer: Any, **options: Any) -> Sampler:
-    sampler = Sampler(**options)
-    sampler.bind(model, Renderer(tokenizer))
-    return sampler
+def built(model: Any, tokenizer: Any, **options: Any) -> ModelSampler:
+    return Sampler(**options).build(model, Renderer(tokenizer))
 
 
 @pytest.mark.parametrize("architecture", PLAIN + FALLBACK)
@@ -32,8 +30,8 @@ def test_greedy_equals_generate(
     # In float64, so that rounding does not decide which token is the likeliest.
     model, untouched = (build_model(tokenizer, architecture=architecture).double().to(device) for _ in range(2))
     tokenizer.chat_template = None
-    sampler = Sampler(max_tokens=12, temperature=0.0, batch_rows=3)
-    sampler.bind(model, Renderer(tokenizer, format="raw"))
+    settings = Sampler(max_tokens=12, temperature=0.0, batch_rows=3)
+    sampler = settings.build(model, Renderer(tokenizer, format="raw"))
     prompts = [[5, 6, 7], [9, 10, 11, 12, 13, 14, 15, 16], [5, 6, 7], [40], [9, 9]]
     with caplog.at_level(logging.WARNING, "rlhf_lightning"):
         samples = sampler.generate(prompts, [0] * 5)
@@ -57,7 +55,7 @@ def test_draws_depend_on_their_seed_alone_and_their_logprobs_are_the_trainers(
     prompts = [renderer.prompt([{"role": "user", "content": text}]) for text in texts]
     seeds = list(range(1, 8))
     together, few, alone = (
-        bound(model, tokenizer, max_tokens=10, temperature=0.8, batch_rows=rows).generate(prompts, seeds)
+        built(model, tokenizer, max_tokens=10, temperature=0.8, batch_rows=rows).generate(prompts, seeds)
         for rows in (256, 3, 1)  # rows wait for a slot, and take those of others
     )
     assert [sample.ids for sample in together] == [sample.ids for sample in alone] == [sample.ids for sample in few]
@@ -98,16 +96,16 @@ def test_a_short_buffer_grows(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -
     from rlhf_lightning.sampling import kv_cache as slots
 
     model = build_model(tokenizer).double()
-    wanted = bound(model, tokenizer, max_tokens=20).generate([[5, 6], [7]], [1, 2])
+    wanted = built(model, tokenizer, max_tokens=20).generate([[5, 6], [7]], [1, 2])
     monkeypatch.setattr(slots, "STEP", 2)
-    found = bound(model, tokenizer, max_tokens=20).generate([[5, 6], [7]], [1, 2])
+    found = built(model, tokenizer, max_tokens=20).generate([[5, 6], [7]], [1, 2])
     assert [s.ids for s in found] == [s.ids for s in wanted]
 
 
 def test_the_model_is_left_as_it_was(tokenizer: Any) -> None:
     model = build_model(tokenizer).train()
     model.model.layers[0].eval()
-    bound(model, tokenizer, max_tokens=3).generate([[5]], [0])
+    built(model, tokenizer, max_tokens=3).generate([[5]], [0])
     assert model.training
     assert not model.model.layers[0].training
     ids = torch.tensor([[5, 6, 7]])
@@ -117,7 +115,7 @@ def test_the_model_is_left_as_it_was(tokenizer: Any) -> None:
 def test_bf16_draws_are_those_of_the_trainers_precision(tokenizer: Any, device: torch.device) -> None:
     model = build_model(tokenizer, head_dim=16).to(device)
     with torch.autocast(device.type, dtype=torch.bfloat16):
-        (sample,) = bound(model, tokenizer, max_tokens=12).generate([[5, 6, 7]], [3])
+        (sample,) = built(model, tokenizer, max_tokens=12).generate([[5, 6, 7]], [3])
         batch = pad_tokens([[5, 6, 7, *sample.ids]], [[0, 0, 0] + [1] * len(sample.ids)], 0)
         scores = (
             TokenLogprobs(model)(batch["input_ids"].to(device), batch["loss_mask"].to(device)).logprobs[0, 3:].cpu()
@@ -128,8 +126,7 @@ def test_bf16_draws_are_those_of_the_trainers_precision(tokenizer: Any, device: 
 
 def test_draws_follow_the_distribution(tokenizer: Any) -> None:
     model = build_model(tokenizer)
-    sampler = Sampler(max_tokens=1, temperature=1.5, batch_rows=4096)
-    sampler.bind(model, Renderer(tokenizer))
+    sampler = built(model, tokenizer, max_tokens=1, temperature=1.5, batch_rows=4096)
     sampled = torch.tensor([s.ids[0] for s in sampler.generate([[5, 6]] * 4000, list(range(4000)))])
     wanted = (model(torch.tensor([[5, 6]])).logits[0, -1] / 1.5).softmax(-1).detach()
     found = torch.bincount(sampled, minlength=len(tokenizer)) / 4000
@@ -148,7 +145,7 @@ def test_what_is_cut_is_never_drawn(tokenizer: Any) -> None:
         ({"min_p": third}, 3),
         ({"top_k": 5, "min_p": third}, 3),
     ):
-        sampler = bound(model, tokenizer, max_tokens=1, **options)
+        sampler = built(model, tokenizer, max_tokens=1, **options)
         samples = sampler.generate([[5, 6]] * 200, list(range(200)))
         assert {s.ids[0] for s in samples} == set(top.indices[:allowed].tolist())
         # What is recorded is of the full softmax.
@@ -192,17 +189,16 @@ def test_settings_that_make_no_sense(options: dict[str, Any]) -> None:
 
 def test_a_biased_draw_is_warned_of(tokenizer: Any, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING, "rlhf_lightning"):
-        bound(build_model(tokenizer), tokenizer).warn_of_bias()
+        Sampler().warn_of_bias()
         assert not caplog.messages
-        bound(build_model(tokenizer), tokenizer, top_p=0.9, min_p=0.1).warn_of_bias()
+        Sampler(top_p=0.9, min_p=0.1).warn_of_bias()
     assert "sampler.top_p and sampler.min_p" in caplog.messages[0]
 
 
 def test_stop_texts_end_a_response(tokenizer: Any) -> None:
     tokenizer.chat_template = "{% for m in messages %}{{ m.content }}[end]{% endfor %}"
     renderer = Renderer(tokenizer)
-    sampler = Sampler(max_tokens=40)
-    sampler.bind(build_model(tokenizer), renderer)
+    sampler = Sampler(max_tokens=40).build(build_model(tokenizer), renderer)
     assert sampler.params.stop_strings == ("[end]",)
     assert not is_complete(tokenizer("one two")["input_ids"], sampler.params, tokenizer.decode)
     assert is_complete(tokenizer("one two[end]")["input_ids"], sampler.params, tokenizer.decode)

@@ -48,8 +48,7 @@ def test_the_sampler_and_the_saved_folder_keep_every_end(tokenizer: Any, tmp_pat
 
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "model").eval()
     renderer = Renderer(AutoTokenizer.from_pretrained(tmp_path / "model"))
-    sampler = Sampler(max_tokens=64)
-    sampler.bind(loaded, renderer)
+    sampler = Sampler(max_tokens=64).build(loaded, renderer)
     asked = [renderer.prompt([{"role": "user", "content": f"Tell me about {i}."}]) for i in range(32)]
     samples = sampler.generate(asked, list(range(32)))
     assert any(sample.ids[-1] == 0 for sample in samples)

@@ -53,11 +53,11 @@ def test_everything_that_holds_a_model_stops_at_all_its_ends(
     module = PolicyRLModule(folder, rewards=[])
     module.configure_model()
     plain = Renderer(tokenizer)
-    Sampler().bind(AutoModelForCausalLM.from_pretrained(folder), plain)
+    Sampler().build(AutoModelForCausalLM.from_pretrained(folder), plain)
     for renderer in (policy.renderer, module.renderer, plain):
         assert renderer.stop_token_ids == ends
         assert renderer.turn_end_ids == [tokenizer.eos_token_id]
-    assert list(module.sampler.params.stop_token_ids) == ends
+    assert list(module.model_sampler.params.stop_token_ids) == ends
     assert end_token_ids(AutoModelForCausalLM.from_pretrained(folder)) == ends
     export_model(folder, tmp_path / "exported")
     assert saved_ends(tmp_path / "exported") == ends
@@ -107,8 +107,7 @@ def test_a_reward_model_pads_with_what_ends_no_turn_that_it_sees(
 def test_a_response_stops_at_each_of_them(several: tuple[str, Any, list[int]]) -> None:
     folder, tokenizer, ends = several
     policy = Policy(folder)
-    sampler = Sampler(max_tokens=40)
-    sampler.bind(policy.model, policy.renderer)
+    sampler = Sampler(max_tokens=40).build(policy.model, policy.renderer)
     prompts = [policy.renderer.prompt([{"role": "user", "content": f"Count {i}"}]) for i in range(200)]
     samples = sampler.generate(prompts, range(200))
     assert {sample.ids[-1] for sample in samples if sample.stop_reason == "stop"} == set(ends)
@@ -182,10 +181,8 @@ def test_texts_that_end_a_response_by_the_generation_config(tokenizer: Any) -> N
         (["one"], ["two"], ["two"]),
     ):
         model.generation_config.stop_strings = named
-        sampler = Sampler(max_tokens=4, stop=own)
-        sampler.bind(model, Renderer(tokenizer))
+        sampler = Sampler(max_tokens=4, stop=own).build(model, Renderer(tokenizer))
         assert list(sampler.stop) == wanted
         assert set(wanted) <= set(sampler.params.stop_strings)
-    sampler = Sampler(max_tokens=4)
-    sampler.bind(model, Renderer(tokenizer, stop=["one"]))
+    sampler = Sampler(max_tokens=4).build(model, Renderer(tokenizer, stop=["one"]))
     assert list(sampler.stop) == ["one"]

@@ -1,0 +1,185 @@
+"""A reward in a run, with what it loads and the statistics of its normalization; and the sum of the terms."""
+
+import math
+import traceback
+from collections.abc import Sequence
+from contextlib import suppress
+from functools import partial
+
+from torch import nn
+
+from rlhf_lightning.data.prompts import Prompt
+from rlhf_lightning.data.rendering import Renderer
+from rlhf_lightning.distributed import run_on_leader
+from rlhf_lightning.errors import ConfigError, UserError, short
+from rlhf_lightning.rewards.base import Reward
+from rlhf_lightning.rewards.normalization import RUNNING
+from rlhf_lightning.safe_points import safe_point
+from rlhf_lightning.types import Episode
+from rlhf_lightning.user_exits import no_exit, raised_at
+
+
+class RewardError(UserError):
+    """A reward raised an exception."""
+
+
+class RewardTerm(nn.Module):
+    """A reward with what a run adds to its settings.
+
+    Args:
+        reward: The settings.
+        renderer: The policy's renderer.
+        stop: Texts that end a response besides the template's end of turn.
+
+    Raises:
+        ConfigError: If the reward cannot be built, or depends on a text that responses are read without.
+
+    Example:
+        >>> term = RewardTerm(KeywordReward(["risk"]), Renderer(tokenizer))  # doctest: +SKIP
+        >>> total_rewards(episodes, [term])  # doctest: +SKIP
+    """
+
+    def __init__(self, reward: Reward, renderer: Renderer, stop: Sequence[str] = ()) -> None:
+        super().__init__()
+        self.reward, self.name, self._tokenizer = reward, reward.name, renderer.tokenizer
+        markers = (*renderer.template.markers, *renderer.stop_strings)
+        self._hidden = [*(text for text in markers if text.strip()), *stop]
+        """Texts that responses are read without."""
+        reward.check_hidden(self._hidden)
+        self.scorer = reward.build(renderer)
+        self.models = nn.ModuleList(self.scorer.models)
+        self.statistics = None if reward.normalize is None else reward.normalize.build(renderer, self.score)
+
+    def check(self, prompts: Sequence[Prompt]) -> None:
+        """Raise `DataError` or `ConfigError` if prompts of the training data cannot be scored."""
+        self.reward.check(prompts)
+        self.reward.check_hidden(self._hidden, [(prompt.row, prompt.where) for prompt in prompts])
+
+    def score(self, episodes: Sequence[Episode]) -> list[float | None]:
+        """Score episodes, and check the scores.
+
+        Args:
+            episodes: Finished episodes, `N` of them.
+
+        Returns:
+            `N` finite numbers; None where this term does not apply.
+
+        Raises:
+            RewardError: If the reward raised an exception.
+            ConfigError: If it returned the wrong number of scores, or something other than finite numbers.
+        """
+        if not episodes:
+            return []
+        self.reward.check_hidden(self._hidden, [(e.row, e.where or e.label) for e in episodes])
+        if not self.reward.skip_special_tokens:
+            for episode in episodes:
+                turns = episode.sampled_turns()
+                episode.sampled_texts = [self._tokenizer.decode(ids, skip_special_tokens=False) for ids in turns]
+        try:
+            with no_exit():
+                returned = self.scorer.score(episodes)
+        except UserError:
+            raise
+        except Exception as error:
+            raise RewardError(self._failure(episodes, error)) from error
+        if isinstance(returned, str) or not hasattr(returned, "__iter__"):
+            raise ConfigError(
+                f"the reward {self.name} returned {short(returned)}; it must return a list with one number per episode"
+            )
+        scores: list[object]
+        try:
+            scores = list(returned)
+        except TypeError:  # a zero-dimensional tensor
+            scores = [returned]
+        if len(scores) != len(episodes):
+            raise ConfigError(f"the reward {self.name} returned {len(scores)} numbers for {len(episodes)} episodes")
+        return [_number(score, self.name, episode) for score, episode in zip(scores, episodes, strict=True)]
+
+    def scores_and_details(self, episodes: Sequence[Episode]) -> tuple[list[float | None], list[dict[str, float]]]:
+        """See `score`; and the details that it recorded on the episodes."""
+        return self.score(episodes), [episode.details for episode in episodes]
+
+    def amounts(self, scores: Sequence[float | None], running: str) -> list[float | None]:
+        """What scores contribute to the reward: normalized, clipped, weighted.
+
+        Args:
+            scores: As `score` returns them.
+            running: See `total_rewards`.
+        """
+        values, clip = [score for score in scores if score is not None], self.reward.clip
+        if self.statistics is not None:
+            values = self.statistics.normalized(values, running)
+        if clip is not None:
+            values = [min(clip, max(-clip, value)) for value in values]
+        found = iter(values)
+        return [None if score is None else self.reward.weight * next(found) for score in scores]
+
+    def _failure(self, episodes: Sequence[Episode], error: Exception) -> str:
+        """Message about an exception in the reward: where it was raised, and for which episode (found one by one)."""
+        label = f"{len(episodes)} episodes together (each can be scored alone), the first being {episodes[0].label}"
+        for episode in episodes:
+            try:
+                with no_exit():
+                    self.scorer.score([episode])
+            except Exception as alone:  # noqa: BLE001 - it is reported
+                error, label = alone, episode.label
+                break
+        frame = raised_at(error) or traceback.extract_tb(error.__traceback__)[-1]
+        text = f"{type(error).__name__}: {error}".rstrip(": ")
+        return (
+            f"the reward {self.name} failed with {text} ({frame.filename}:{frame.lineno} in {frame.name}) for {label}. "
+            "Fix it, or return None for episodes that it does not apply to; the same command then resumes the run."
+        )
+
+
+def total_rewards(
+    episodes: Sequence[Episode],
+    terms: Sequence[RewardTerm],
+    truncated_reward: float | None = None,
+    running: str = "off",
+) -> None:
+    """Score every term, store the scores in `episode.terms`, and set `episode.reward` to their weighted sum.
+
+    Failed episodes are not scored.
+
+    Args:
+        episodes: Finished episodes.
+        terms: The terms.
+        truncated_reward: Replaces the reward of an episode that ran out of tokens.
+        running: What rewards with running normalization do: `update` the statistics with these scores (all ranks
+            together), `use` them as they are, or `off` for raw scores, so that held-out scores stay comparable over
+            time.
+
+    Raises:
+        ConfigError: If a term returns the wrong number of scores, or something other than finite numbers.
+    """
+    if running not in RUNNING:
+        raise ValueError(f"running is {running!r}; it must be one of {', '.join(RUNNING)}")
+    played = [episode for episode in episodes if not episode.failed]
+    totals = [episode.environment_reward for episode in played]
+    for term in terms:
+        safe_point()
+        scores, details = run_on_leader(partial(term.scores_and_details, played))
+        for i, amount in enumerate(term.amounts(scores, running)):
+            played[i].terms[term.name], played[i].details = scores[i], details[i]
+            totals[i] += 0.0 if amount is None else amount
+    for episode, total in zip(played, totals, strict=True):
+        episode.reward = truncated_reward if episode.truncated and truncated_reward is not None else total
+
+
+def _number(score: object, name: str, episode: Episode) -> float | None:
+    """A score as a finite float, or None."""
+    if score is None:
+        return None
+    value, number = score, math.nan
+    if hasattr(score, "item"):  # converts tensors and numpy numbers; booleans become Python ones and are refused
+        with suppress(ValueError, RuntimeError):
+            value = score.item()
+    if hasattr(value, "__float__") and not isinstance(value, bool):
+        with suppress(TypeError, ValueError, RuntimeError):
+            number = float(value)
+    if not math.isfinite(number):
+        raise ConfigError(
+            f"the reward {name} returned {short(score)} for {episode.label}; it must be a finite number, or None"
+        )
+    return number
