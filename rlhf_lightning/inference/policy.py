@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Literal, TypedDict, Unpack
 
 import torch
 
-from rlhf_lightning.data.batching import pad_tokens
 from rlhf_lightning.data.conversations import conversation, tool_schemas
 from rlhf_lightning.data.prompts import Prompt, prompt_example
 from rlhf_lightning.data.records import Reading, Source, convert_rows, read_rows
@@ -18,6 +17,7 @@ from rlhf_lightning.models.generation import end_token_ids
 from rlhf_lightning.models.heads import task_of
 from rlhf_lightning.models.loading import check_source, check_vocabulary, disable_dropout, load_for_scoring
 from rlhf_lightning.models.lora import base_of
+from rlhf_lightning.models.scorers import padded_batches
 from rlhf_lightning.models.token_logprobs import TokenLogprobs
 from rlhf_lightning.rollout.runner import EpisodeRunner
 from rlhf_lightning.sampling.sampler import Sampler
@@ -158,15 +158,10 @@ class Policy:
     @torch.no_grad()
     def _sums(self, rows: Sequence[TrainingSample | Rendered], temperature: float, batch_size: int) -> list[float]:
         """Log-probability of each row, summed over the tokens of its loss mask, in nats."""
-        order = sorted(range(len(rows)), key=lambda i: len(rows[i].ids))
+        ids, masks = [row.ids for row in rows], [row.loss_mask for row in rows]
         sums = [0.0] * len(rows)
-        device = next(self.model.parameters()).device
-        for start in range(0, len(rows), batch_size):
-            part = order[start : start + batch_size]
-            batch = pad_tokens([rows[i].ids for i in part], [rows[i].loss_mask for i in part], pad_id=0)
-            found = self.token_logprobs(
-                batch["input_ids"].to(device), batch["loss_mask"].to(device), temperature
-            ).logprobs.sum(-1)
+        for part, tokens in padded_batches(ids, masks, batch_size, next(self.model.parameters()).device):
+            found = self.token_logprobs(tokens["input_ids"], tokens["loss_mask"], temperature).logprobs.sum(-1)
             for i, value in zip(part, found.tolist(), strict=True):
                 sums[i] = value
         return sums

@@ -16,8 +16,7 @@ from rlhf_lightning.models.heads import has_head
 from rlhf_lightning.models.loading import check_source, check_vocabulary, disable_dropout, load_for_scoring, read_stage
 from rlhf_lightning.models.precision import sparing
 from rlhf_lightning.models.reference import load_reference
-from rlhf_lightning.models.scorers import LoadedModel, ModelScorer, padded, recorded_reference, scorer_of
-from rlhf_lightning.safe_points import safe_point
+from rlhf_lightning.models.scorers import LoadedModel, ModelScorer, padded_batches, recorded_reference, scorer_of
 from rlhf_lightning.types import Message, ToolSchema
 
 Text = str | list[Message]
@@ -47,13 +46,9 @@ def score_rows(
         Scores, `[N]`.
     """
     check_whole("batch_size", batch_size)
-    order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
     scores = torch.zeros(len(ids), device=device)
-    for start in range(0, len(order), batch_size):
-        safe_point()
-        part = order[start : start + batch_size]
-        tokens = padded([ids[i] for i in part], [masks[i] for i in part], device)
-        scores[part] = scorer(tokens).to(scores.dtype)
+    for rows, tokens in padded_batches(ids, masks, batch_size, device):
+        scores[list(rows)] = scorer(tokens).to(scores.dtype)
     return scores
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from rlhf_lightning.data.batching import pad_tokens
+from rlhf_lightning.distributed import even_chunks
 from rlhf_lightning.errors import ConfigError
 from rlhf_lightning.files import real_path
 from rlhf_lightning.models.heads import find_head, pad_token
@@ -22,6 +23,7 @@ from rlhf_lightning.models.precision import NARROW
 from rlhf_lightning.models.reference import Reference
 from rlhf_lightning.models.sharding import run_unsharded
 from rlhf_lightning.models.token_logprobs import TokenLogprobs
+from rlhf_lightning.safe_points import safe_point
 from rlhf_lightning.settings import Settings, arguments
 from rlhf_lightning.types import JSON, PreferenceTokens
 
@@ -395,6 +397,37 @@ def padded(ids: Sequence[Sequence[int]], masks: Sequence[Sequence[int]], device:
         "loss_mask": tokens["loss_mask"].to(device),
         "lengths": tokens["lengths"].to(device),
     }
+
+
+def by_length(ids: Sequence[Sequence[int]]) -> list[int]:
+    """Indices of rows in the order of their lengths."""
+    return sorted(range(len(ids)), key=lambda i: len(ids[i]))
+
+
+def padded_batches(
+    ids: Sequence[Sequence[int]],
+    masks: Sequence[Sequence[int]],
+    size: int,
+    device: torch.device,
+    order: Sequence[int] | None = None,
+    even: bool = False,
+) -> Iterator[tuple[Sequence[int], PreferenceTokens]]:
+    """Batches of rows to score, each with the indices of its rows.
+
+    Args:
+        ids: Token ids of each row.
+        masks: 1 on the tokens to score, 0 elsewhere, for each row.
+        size: Number of rows per batch.
+        device: Where the model is.
+        order: Indices of the rows to take; by default all, those of similar length together.
+        even: Give every rank the same number of batches, since the forward passes may be collective. A batch without
+            rows is a row whose mask is 0.
+    """
+    order = by_length(ids) if order is None else order
+    chunks = even_chunks(order, size) if even else (order[k : k + size] for k in range(0, len(order), size))
+    for chunk in chunks:
+        safe_point()
+        yield chunk, padded([ids[i] for i in chunk] or [[0, 0]], [masks[i] for i in chunk] or [[0, 0]], device)
 
 
 def scorer_of(folder: str | Path) -> Scorer:

@@ -13,10 +13,10 @@ from torch import Tensor
 
 from rlhf_lightning.data.base import data_ranks
 from rlhf_lightning.data.rendering import Rendered
-from rlhf_lightning.distributed import even_chunks, gather
+from rlhf_lightning.distributed import gather
 from rlhf_lightning.files import replacing
 from rlhf_lightning.models.reference import Reference
-from rlhf_lightning.models.scorers import ModelScorer, padded
+from rlhf_lightning.models.scorers import ModelScorer, by_length, padded_batches
 from rlhf_lightning.models.sharding import full_tensor
 from rlhf_lightning.modules.trainer_state import row_data_of
 
@@ -94,16 +94,13 @@ def _computed(
 ) -> list[list[float]]:
     """Compute the log-probabilities. Each rank computes its share, rows of similar length together."""
     rank, world = data_ranks(trainer)
-    order = sorted(range(len(sides)), key=lambda i: len(sides[i].ids))[rank::world]
+    ids, masks = [side.ids for side in sides], [side.loss_mask for side in sides]
     own: dict[int, list[float]] = {}
-    for part in even_chunks(order, batch_size):
-        ids, masks = (
-            zip(*((sides[i].ids, sides[i].loss_mask) for i in part), strict=True) if part else ([[0, 0]], [[0, 0]])
-        )
+    for rows, tokens in padded_batches(ids, masks, batch_size, device, by_length(ids)[rank::world], even=True):
         with trainer.precision_plugin.forward_context():
-            found = scorer.reference_logprobs(padded(ids, masks, device))
-        for i, values in zip(part, found.float().tolist(), strict=bool(part)):
-            own[i] = values[: len(sides[i].ids)]
+            found = scorer.reference_logprobs(tokens)
+        for i, values in zip(rows, found.float().tolist(), strict=bool(rows)):
+            own[i] = values[: len(ids[i])]
     everyone = {i: values for share in gather(own) for i, values in share.items()}
     return [everyone[i] for i in range(len(sides))]
 

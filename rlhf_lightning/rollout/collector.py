@@ -8,12 +8,12 @@ from typing import TypedDict
 import torch
 from torch import Tensor
 
-from rlhf_lightning.data.batching import pad_tokens
 from rlhf_lightning.data.prompts import Prompt
 from rlhf_lightning.data.rendering import Renderer
-from rlhf_lightning.distributed import even_chunks, gather
+from rlhf_lightning.distributed import gather
 from rlhf_lightning.environments.base import EnvironmentFactory, Limits
 from rlhf_lightning.models.reference import Reference
+from rlhf_lightning.models.scorers import padded_batches
 from rlhf_lightning.rewards import RewardTerm, total_rewards
 from rlhf_lightning.rollout.advantages import Advantage, compute_token_advantages, critic_explained_variance
 from rlhf_lightning.rollout.kl import KLController, KLState
@@ -21,7 +21,6 @@ from rlhf_lightning.rollout.policy_snapshot import PolicySnapshot
 from rlhf_lightning.rollout.recorded import Recorded
 from rlhf_lightning.rollout.runner import EpisodeRunner
 from rlhf_lightning.rollout.statistics import Sums, statistics, zero_variance_groups
-from rlhf_lightning.safe_points import safe_point
 from rlhf_lightning.sampling.sampler import ModelSampler
 from rlhf_lightning.types import Answer, Episode, TrainingSample
 
@@ -254,14 +253,11 @@ class RolloutCollector:
         self, samples: Sequence[TrainingSample], scorer: SampleScorer
     ) -> Iterator[tuple[TrainingSample, list[float]]]:
         device = next(self.sampler.model.parameters()).device
-        for chunk in even_chunks(samples, CHUNK):
-            safe_point()
-            ids, masks = [sample.ids for sample in chunk], [sample.loss_mask for sample in chunk]
-            # A rank without samples scores a row of weight 0, because the forward passes may be collective.
-            batch = pad_tokens(ids or [[0, 0]], masks or [[0, 0]], pad_id=0)
-            numbers = scorer(batch["input_ids"].to(device), batch["loss_mask"].to(device)).float().tolist()
-            for sample, row in zip(chunk, numbers, strict=bool(chunk)):
-                yield sample, row[: len(sample.ids)]
+        ids, masks = [sample.ids for sample in samples], [sample.loss_mask for sample in samples]
+        for rows, tokens in padded_batches(ids, masks, CHUNK, device, range(len(samples)), even=True):
+            numbers = scorer(tokens["input_ids"], tokens["loss_mask"]).float().tolist()
+            for i, row in zip(rows, numbers, strict=bool(rows)):
+                yield samples[i], row[: len(ids[i])]
 
     # -- between rounds -------------------------------------------------------------------------------------------
 
