@@ -214,7 +214,7 @@ def test_a_critic_with_another_vocabulary_is_refused(base: str, tokenizer: Any, 
     with pytest.raises(ConfigError, match="the critic has 10 embeddings"):
         module.configure_model()
     module = make("policy", base, kl=KLPenalty(reference=str(tmp_path / "small")))
-    with pytest.raises(ConfigError, match="the reference embeds 10"):
+    with pytest.raises(ConfigError, match="the reference has 10 embeddings"):
         module.configure_model()
 
 
