@@ -93,7 +93,10 @@ def read_object(path: Path, unique: bool = True) -> dict[str, Any]:
         ConfigError: If it cannot be read, or contains something else.
     """
     try:
-        value = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_object if unique else None)
+        text = path.read_text(encoding="utf-8")
+        value = json.loads(text, object_pairs_hook=_object if unique else None)
+        if "\\ud" in text.lower():  # half of a pair that stands for one character, which no file can hold
+            json.dumps(value, ensure_ascii=False).encode()
     except (OSError, ValueError, RecursionError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         raise ConfigError(f"{path}: cannot be read as JSON ({reason}); restore the file") from None

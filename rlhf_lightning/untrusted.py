@@ -270,6 +270,10 @@ def _adapter(path: Path, config: dict[str, JSON], extent: tuple[int, int], _: bo
         raise ConfigError(
             f"{path}: init_lora_weights is {config['init_lora_weights']!r}, which would take unbounded time; restore it"
         )
+    if config.get("alora_invocation_tokens") is not None:
+        raise ConfigError(
+            f"{path}: alora_invocation_tokens makes the adapter active from a text on, which is not supported"
+        )
     if config.get("layer_replication"):
         raise ConfigError(f"{path}: layer_replication changes the layers of the base, which is not supported")
 

@@ -1,6 +1,7 @@
 """Reads files of settings, YAML or JSON, that may come from anyone."""
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -50,13 +51,13 @@ def read_mapping(path: Path, where: str = "") -> dict[str, JSON]:
 
 
 def _check_values(settings: dict[str, JSON], path: Path) -> None:
-    """Refuse null characters, which no file name can have, and aliases that multiply to more values than `MOST`."""
+    """Refuse texts that no file name or file can hold, and aliases that multiply to more values than `MOST`."""
     waiting, count = [(str(key), value) for key, value in settings.items()], 0
     while waiting:
         key, value = waiting.pop()
         count += 1
-        if isinstance(value, str) and "\0" in value:
-            raise ConfigError(f"{path}: {key} contains a null character, which no file name can have; remove it")
+        if isinstance(value, str) and (found := re.search("[\0\ud800-\udfff]", value)):
+            raise ConfigError(f"{path}: {key} contains {found[0]!r}, which no file name can have; remove it")
         if count + len(waiting) > MOST:
             raise ConfigError(f"{path}: more than {MOST:,} values, counting those that aliases (*name) repeat")
         items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()

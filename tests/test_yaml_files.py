@@ -1,5 +1,6 @@
 """Files of settings that no parser or reader should take: refused in one line, in no time."""
 
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ import pytest
 
 from rlhf_lightning.environments.tools import read_call
 from rlhf_lightning.errors import ConfigError
+from rlhf_lightning.files import read_object
 from rlhf_lightning.yaml_files import read_mapping
 from tests.helpers.fuzzing import Result, refused, rlhf
 
@@ -21,6 +23,7 @@ BAD = {
     "aliases": ALIASES,
     "an alias of itself": "data: &a [*a]",
     "null character": 'data: {train: "a\\0b"}',
+    "half a character": 'data: {train: "\\ud800"}',
     "no text": b"\xff\xfe\x00",
 }
 COMMANDS: dict[str, Any] = {
@@ -44,6 +47,19 @@ def test_a_file_of_settings(what: str, command: str, tmp_path: Path) -> None:
 def test_what_aliases_are_for_is_read(tmp_path: Path) -> None:
     (tmp_path / "a.yaml").write_text("one: &one {lr: 0.1}\ntwo: {<<: *one, steps: 3}\n")
     assert read_mapping(tmp_path / "a.yaml")["two"] == {"lr": 0.1, "steps": 3}
+
+
+def test_bytes_that_no_config_can_hold(tmp_path: Path) -> None:
+    refused(rlhf("sft", "fit", "--data.train", tmp_path / os.fsdecode(b"\xff.jsonl")), "not UTF-8")
+
+
+@pytest.mark.parametrize("text", ['{"a": "\\ud800"}', '{"\\uDfff": 1}'])
+def test_half_a_character_in_a_record(text: str, tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text(text)
+    with pytest.raises(ConfigError, match=r"a\.json: cannot be read"):
+        read_object(tmp_path / "a.json")
+    (tmp_path / "a.json").write_text('{"a": "\\ud83d\\ude00"}')
+    assert read_object(tmp_path / "a.json") == {"a": "\U0001f600"}
 
 
 def test_json_has_the_same_limits(tmp_path: Path) -> None:

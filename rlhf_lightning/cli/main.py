@@ -127,6 +127,8 @@ def _command(args: list[str]) -> int:
         close = command(args[0], COMMANDS)
         hint = f"; did you mean rlhf {close}?" if close else ""
         return _fail(f"unknown command {args[0]!r}; commands are {', '.join(COMMANDS)}{hint}")
+    if args[0] in RUNS and (odd := [arg for arg in args if any("\ud800" <= char <= "\udfff" for char in arg)]):
+        return _fail(f"{odd[0]}: these bytes are not UTF-8, so that no config file can hold them; rename the file")
     prepare_environment()
     with ExitStack() as around:
         if args[0] in RUNS:
