@@ -163,6 +163,7 @@ class PromptDataModule(RowDataModule):
         for name, ours in NOT_OF_PROMPTS.items():
             if name in kwargs:
                 raise ConfigError(f"data.{name} is not for policy stages: set data.{ours}")
+        check_whole("data.max_prompt_tokens", max_prompt_tokens)
         # A fixed batch_size: the rows of a step follow from prompts_per_round and group_size.
         super().__init__(
             train if episodes is None else episodes,
@@ -179,7 +180,6 @@ class PromptDataModule(RowDataModule):
             )
         self.lines = lines
         for name, value in (
-            ("max_prompt_tokens", max_prompt_tokens),
             ("prompts_per_round", prompts_per_round),
             ("group_size", group_size),
             ("update_epochs", update_epochs),
