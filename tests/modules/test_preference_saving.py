@@ -1,6 +1,7 @@
 """The folder of a preference stage: every reader gives the score of training."""
 
 import json
+import pickle
 import shutil
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from rlhf_lightning.models.reward_model import RewardModel
 from rlhf_lightning.models.scorers import ImplicitReward, RewardHead, SequenceLogprob
 from rlhf_lightning.rewards import ModelReward, RewardTerm
 from rlhf_lightning.rewards.model import RewardModelScores
-from rlhf_lightning.settings import arguments
+from rlhf_lightning.settings import arguments, describe
 from tests.helpers.models import build_model
 from tests.helpers.rows import pairs, write_rows
 from tests.helpers.training import sgd, trainer
@@ -247,3 +248,31 @@ def test_the_way_rows_were_rendered_is_saved(options: dict[str, Any], base: str,
     judge = RewardModel(str(tmp_path / "run" / "model"))
     close(judge.score(*TEXTS), wanted)
     assert judge.same_tokens(module.renderer)
+
+
+class Scaled(ImplicitReward):
+    """A user's scorer: another argument, and none for the reference."""
+
+    def __init__(self, factor: float = 2.0) -> None:
+        super().__init__(beta=0.25 * factor)
+        self.factor = factor
+
+
+class Twice(ModelReward):
+    """A user's reward."""
+
+
+def test_a_subclass_of_ones_own_is_saved_read_and_frozen_as_its_base_is(base: str, tmp_path: Path) -> None:
+    module = train(tmp_path / "run", base, Scaled(3.0))
+    folder = str(tmp_path / "run" / "model")
+    judge = RewardModel(folder)
+    assert judge.scorer.factor == 3.0  # type: ignore[attr-defined]
+    close(judge.score(*TEXTS), module.score(*TEXTS))
+    with pytest.raises(AttributeError, match="settings do not change"):
+        judge.scorer.beta = 1.0
+    reward = Twice(folder)
+    assert reward.scored_by_model
+    assert describe(reward)["init_args"] == {"model": folder}
+    assert pickle.loads(pickle.dumps(reward)).model == folder
+    (model,) = RewardTerm(reward, module.renderer).models
+    assert isinstance(model, RewardModel)
