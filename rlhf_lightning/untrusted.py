@@ -16,7 +16,7 @@ from re import _constants as sre  # type: ignore[attr-defined]
 from re import _parser  # type: ignore[attr-defined]
 from typing import Any
 
-from rlhf_lightning.errors import ConfigError
+from rlhf_lightning.errors import ConfigError, first_line
 from rlhf_lightning.files import check_files_in, read_object, real_path
 from rlhf_lightning.types import JSON
 
@@ -71,6 +71,13 @@ def check_files(source: str, options: Mapping[str, JSON] | None = None, weights:
         if inner is not None:
             refuse_chain(inner, source)
         check_files(base, weights=weights)
+
+
+def load_failure(error: BaseException) -> str:
+    """Why a library could not load a model or a tokenizer, in one line."""
+    if "trust_remote_code" in str(error):
+        return "it needs code of its own; to run that code, set model.model_options: {trust_remote_code: true}"
+    return first_line(error)
 
 
 def refuse_chain(base: Path, adapter: str | Path) -> None:

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from rlhf_lightning.cli.options import Parser, check_options, device_of
+from rlhf_lightning.cli.options import Parser, add_weight_flags, check_options, device_of
 from rlhf_lightning.cli.rendering_flags import (
     add_rendering_flags,
     add_sampling_flags,
@@ -102,7 +102,6 @@ def _parse(args: list[str]) -> argparse.Namespace:
     )
     add_sampling_flags(parser)
     parser.add_argument("--seed", type=int, default=0, help="seed of the sampled tokens (default: 0)")
-    parser.add_argument("--dtype", default="float32", help="dtype of the weights (default: float32)")
-    parser.add_argument("--device", help="cpu, cuda or mps (default: a GPU if there is one)")
+    add_weight_flags(parser)
     add_rendering_flags(parser)
     return parser.parse_args(args)

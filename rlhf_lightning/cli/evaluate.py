@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rlhf_lightning.cli.options import Parser, add_overwrite, check_options, device_of
+from rlhf_lightning.cli.options import Parser, add_overwrite, add_weight_flags, check_options, device_of
 from rlhf_lightning.cli.rendering_flags import add_rendering_flags
 from rlhf_lightning.cli.user_code import SCORER_HELP, allow_user_code, import_scorer
 from rlhf_lightning.files import as_json, write_text
@@ -161,8 +161,7 @@ def _parse(args: list[str]) -> argparse.Namespace:
     parser.add_argument("--json", action="store_true", help="print the metrics as a JSON object instead of a table")
     parser.add_argument("--output", type=Path, help="JSONL file to write with the responses and their rewards")
     parser.add_argument("--summary", type=Path, help="JSON file to write with the metrics")
-    parser.add_argument("--dtype", default="float32", help="dtype of the weights (default: float32)")
-    parser.add_argument("--device", help="cpu, cuda or mps (default: a GPU if there is one)")
+    add_weight_flags(parser)
     add_rendering_flags(parser)
     # Not parse_args, which would misread the positional arguments of `MODEL --json FILE`.
     return parser.parse_intermixed_args(args[1:])

@@ -3,7 +3,7 @@
 import argparse
 from typing import TYPE_CHECKING
 
-from rlhf_lightning.cli.options import Parser, check_options, device_of
+from rlhf_lightning.cli.options import Parser, add_weight_flags, check_options, device_of
 from rlhf_lightning.cli.rendering_flags import (
     add_rendering_flags,
     add_sampling_flags,
@@ -73,7 +73,6 @@ def _parse(args: list[str]) -> argparse.Namespace:
     parser.add_argument("--samples", type=int, default=1, help="number of answers per prompt (default: 1)")
     parser.add_argument("--limit", type=int, help="answer only this number of prompts, from the first on")
     parser.add_argument("--seed", type=int, default=0, help="seed of the sampled tokens (default: 0)")
-    parser.add_argument("--dtype", default="float32", help="dtype of the weights (default: float32)")
-    parser.add_argument("--device", help="cpu, cuda or mps (default: a GPU if there is one)")
+    add_weight_flags(parser)
     add_rendering_flags(parser)
     return parser.parse_args(args)

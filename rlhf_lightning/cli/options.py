@@ -88,6 +88,12 @@ def check_options(options: argparse.Namespace) -> None:
             check_writable(f"--{name}", path, options.overwrite)
 
 
+def add_weight_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags for dtype and device of a model's weights."""
+    parser.add_argument("--dtype", default="float32", help="dtype of the weights (default: float32)")
+    parser.add_argument("--device", help="cpu, cuda or mps (default: a GPU if there is one)")
+
+
 def add_overwrite(parser: argparse.ArgumentParser) -> None:
     """Add the flag of commands that write to a given file."""
     parser.add_argument("--overwrite", action="store_true", help="replace an existing file (default: refuse)")

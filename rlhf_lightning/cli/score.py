@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rlhf_lightning.cli.options import Parser, add_overwrite, check_options, device_of
+from rlhf_lightning.cli.options import Parser, add_overwrite, add_weight_flags, check_options, device_of
 from rlhf_lightning.cli.rendering_flags import add_rendering_flags, rendering_options, say
 from rlhf_lightning.cli.user_code import SCORER_HELP, allow_user_code, import_scorer
 from rlhf_lightning.files import as_json, write_text
@@ -40,8 +40,7 @@ def run(args: list[str]) -> int:
         "--on_bad_row", choices=("error", "skip"), default="error", help="skip: leave bad rows out and count them"
     )
     parser.add_argument("--batch_size", type=int, default=64, help="number of rows scored at once (default: 64)")
-    parser.add_argument("--dtype", default="float32", help="dtype of the weights (default: float32)")
-    parser.add_argument("--device", help="cpu, cuda or mps (default: a GPU if there is one)")
+    add_weight_flags(parser)
     add_rendering_flags(parser, samples=False)
     options = parser.parse_args(args[1:])
 

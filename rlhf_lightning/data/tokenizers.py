@@ -7,7 +7,7 @@ from typing import Any
 from rlhf_lightning.data.ended_templates import unwrapped
 from rlhf_lightning.errors import ConfigError, UserError
 from rlhf_lightning.files import is_file
-from rlhf_lightning.untrusted import check_files
+from rlhf_lightning.untrusted import check_files, load_failure
 
 _MISSING = (
     "no tokenizer can be loaded from {}: its files are missing (tokenizer.json, tokenizer_config.json and others). "
@@ -44,11 +44,7 @@ def load_tokenizer(source: Any, tokenizer: Any = None, chat_template: str | None
             # A broken tokenizer.json raises plain `Exception`, or its library's panic, which is a BaseException.
             if not (isinstance(error, Exception) or type(error).__name__ == "PanicException"):
                 raise
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            if "trust_remote_code" in str(error):
-                reason = (
-                    "it needs code of its own; to run that code, set model.model_options: {trust_remote_code: true}"
-                )
+            reason = load_failure(error)
             if reason.startswith("Couldn't instantiate the backend tokenizer"):
                 raise ConfigError(_MISSING.format(name)) from error
             raise ConfigError(f"no tokenizer can be loaded from {name}: {reason}. Set model.tokenizer.") from error

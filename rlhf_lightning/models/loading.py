@@ -28,7 +28,7 @@ from rlhf_lightning.models.base_weights import (
 from rlhf_lightning.models.lora import HEADS, LoRA, base_of, is_quantized
 from rlhf_lightning.models.sharding import layers_of
 from rlhf_lightning.types import Tokenizer
-from rlhf_lightning.untrusted import check_files, refuse_chain
+from rlhf_lightning.untrusted import check_files, load_failure, refuse_chain
 
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
@@ -231,11 +231,9 @@ def loading(what: str) -> Iterator[None]:
     except UserError:
         raise
     except LOAD_ERRORS as error:
-        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        reason = load_failure(error)
         if "ignore_mismatched_sizes" in reason:  # transformers lists them only in its log
             reason = "the shapes of its weights differ from config.json"
-        if "trust_remote_code" in str(error):
-            reason = "it needs code of its own; to run that code, set model.model_options: {trust_remote_code: true}"
         remedy = "Restore its files, or use another model"
         if found := re.search(r"configuration class <class '[\w.]*\.(\w+)Config'> .*AutoModelFor(\w+)", reason):
             kinds = {"CausalLM": "causal language model", "SequenceClassification": "sequence classifier"}
