@@ -10,9 +10,12 @@ import stat
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from rlhf_lightning.errors import ConfigError
+from rlhf_lightning.types import JSON
+
+T = TypeVar("T")
 
 
 def real_path(path: str | Path) -> Path:
@@ -82,7 +85,7 @@ def check_files_in(folder: Path, below: bool = False) -> None:
             is_file(path)
 
 
-def read_object(path: Path, unique: bool = True) -> dict[str, Any]:
+def read_object(path: Path, unique: bool = True) -> dict[str, JSON]:
     """Read a JSON file that contains an object.
 
     Args:
@@ -94,7 +97,7 @@ def read_object(path: Path, unique: bool = True) -> dict[str, Any]:
     """
     try:
         text = path.read_text(encoding="utf-8")
-        value = json.loads(text, object_pairs_hook=_object if unique else None)
+        value = json.loads(text, object_pairs_hook=unique_keys if unique else None)
         if "\\ud" in text.lower():  # half of a pair that stands for one character, which no file can hold
             json.dumps(value, ensure_ascii=False).encode()
     except (OSError, ValueError, RecursionError) as error:
@@ -105,17 +108,25 @@ def read_object(path: Path, unique: bool = True) -> dict[str, Any]:
     return value
 
 
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    if (name := repeated_key(pairs)) is not None:
-        raise ValueError(f"the key {name!r} appears twice in an object")
-    return dict(pairs)
+class RepeatedKey(ValueError):
+    """A key occurs twice in a mapping, which makes its value ambiguous."""
+
+
+def unique_keys(pairs: Sequence[tuple[str, JSON]]) -> dict[str, JSON]:
+    """Hook of `json.loads` that raises `RepeatedKey`; by default the last of the values is kept silently."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise RepeatedKey(f"the key {twice!r} appears twice in an object")
+    return found
 
 
 FORMAT = 1
 """Version of the format of checkpoints and of the records of runs and models."""
 
 
-def check_format(found: Any, what: str) -> None:
+def check_format(found: JSON, what: str) -> None:
     """Check that this version can read a record; one without a number is from before formats had numbers.
 
     Args:
@@ -125,22 +136,22 @@ def check_format(found: Any, what: str) -> None:
     Raises:
         ConfigError: If it has another format.
     """
-    known = isinstance(found, int) and not isinstance(found, bool)
-    if found is None or (known and found == FORMAT):
+    number = found if isinstance(found, int) and not isinstance(found, bool) else None
+    if found is None or number == FORMAT:
         return
-    newer = known and found > FORMAT
+    newer = number is not None and number > FORMAT
     remedy = "update rlhf-lightning" if newer else "use the version that wrote it, or train again"
     raise ConfigError(f"{what} has format {found!r}, but this version reads format {FORMAT}: {remedy}")
 
 
-def read_record(path: Path) -> dict[str, Any]:
+def read_record(path: Path) -> dict[str, JSON]:
     """Read a JSON object that a run wrote; raises `ConfigError` if it cannot be read or has another format."""
     value = read_object(path)
     check_format(value.get("format"), str(path))
     return value
 
 
-def read_stage(folder: Any) -> dict[str, Any]:
+def read_stage(folder: str | Path) -> dict[str, Any]:
     """Read the `stage.json` of a model folder, in it or next to a run's `model`; empty if there is none.
 
     Args:
@@ -191,12 +202,6 @@ def replace_text(path: Path, text: str) -> None:
         scratch.write_bytes(text.encode())
 
 
-def repeated_key(pairs: Sequence[tuple[str, Any]]) -> str | None:
-    """The first repeated key of a JSON object, or None. Parsers silently keep the last of its values."""
-    names = [name for name, _ in pairs]
-    return next((name for name in names if names.count(name) > 1), None) if len(set(names)) < len(names) else None
-
-
 def write_text(path: Path, text: str) -> None:
     """Write a file that the user named, atomically.
 
@@ -220,7 +225,7 @@ def write_json(path: Path, value: Any) -> None:
     replace_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
-def duration(seconds: Any) -> str:
+def duration(seconds: JSON) -> str:
     """Seconds as readable text, such as `2 min 5 s`; a dash for anything that is not a number."""
     if not isinstance(seconds, int | float) or not math.isfinite(seconds):
         return "–"
@@ -245,7 +250,7 @@ def as_json(value: Any, indent: int | None = None) -> str:
     return _CONTROL.sub(lambda found: f"\\u{ord(found.group()):04x}", text)
 
 
-def table_cell(value: Any) -> Any:
+def table_cell(value: T) -> T | str:
     """A value for a CSV file. An apostrophe is put before text that a spreadsheet would evaluate as a formula.
 
     Numbers are unchanged, also those in text. `table_value` reverses this.

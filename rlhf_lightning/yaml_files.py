@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from rlhf_lightning.errors import ConfigError
-from rlhf_lightning.files import is_file, repeated_key
+from rlhf_lightning.files import RepeatedKey, is_file, unique_keys
 from rlhf_lightning.types import JSON
 
 MOST = 100_000
@@ -26,6 +26,7 @@ def read_mapping(path: Path, where: str = "") -> dict[str, JSON]:
     Raises:
         ConfigError: If it cannot be read, or contains something else.
     """
+    is_json = path.suffix == ".json"
     try:
         there = is_file(path)
     except ConfigError as error:
@@ -34,12 +35,12 @@ def read_mapping(path: Path, where: str = "") -> dict[str, JSON]:
         raise ConfigError(f"{where}{path}: no such file (seen from {Path.cwd()})")
     try:
         text = path.read_text(encoding="utf-8")
-        value = json.loads(text, object_pairs_hook=_object) if path.suffix == ".json" else yaml.load(text, UniqueKeys)
+        value = json.loads(text, object_pairs_hook=unique_keys) if is_json else yaml.load(text, UniqueKeys)
     except RepeatedKey as error:
-        raise ConfigError(f"{path}{error}. Remove one of them") from None
+        raise ConfigError(f"{path}:{' ' if is_json else ''}{error}. Remove one of them") from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         hint = ". YAML is indented with spaces, not with tabs" if "'\\t'" in str(error) else ""
-        raise ConfigError(f"{path}: not valid {'JSON' if path.suffix == '.json' else 'YAML'}: {error}{hint}") from None
+        raise ConfigError(f"{path}: not valid {'JSON' if is_json else 'YAML'}: {error}{hint}") from None
     if value is None:
         raise ConfigError(
             f"{path}: the file is empty; it must contain a mapping of settings, see the files in configs/"
@@ -64,10 +65,6 @@ def _check_values(settings: dict[str, JSON], path: Path) -> None:
         waiting += [(f"{key}.{inner}", item) for inner, item in items]
 
 
-class RepeatedKey(ValueError):
-    """A key occurs twice in a mapping, which makes its value ambiguous."""
-
-
 class UniqueKeys(yaml.SafeLoader):
     """Loads YAML as `yaml.safe_load` does, but raises `RepeatedKey` instead of keeping the last of two values.
 
@@ -82,16 +79,9 @@ class UniqueKeys(yaml.SafeLoader):
         for key, _ in node.value:
             line = key.start_mark.line + 1
             if key.value in lines and isinstance(key, yaml.ScalarNode):
-                raise RepeatedKey(f":{line}: the key {key.value} appears twice, first in line {lines[key.value]}")
+                raise RepeatedKey(f"{line}: the key {key.value} appears twice, first in line {lines[key.value]}")
             lines[str(key.value)] = line
         return node
-
-
-def _object(pairs: list[tuple[str, JSON]]) -> dict[str, JSON]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        raise RepeatedKey(f": the key {repeated_key(pairs)} appears twice in an object")
-    return found
 
 
 def find_line(path: Path, keys: Sequence[str]) -> str:

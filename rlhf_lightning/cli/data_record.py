@@ -10,6 +10,7 @@ from rlhf_lightning.data.names import check_there
 from rlhf_lightning.data.records import Source, fingerprint, hashed_files
 from rlhf_lightning.errors import ConfigError
 from rlhf_lightning.files import FORMAT, is_file, read_record, write_json
+from rlhf_lightning.types import JSON
 
 log = logging.getLogger(__name__)
 SOURCES = ("train", "validation", "test", "predict", "episodes")
@@ -26,7 +27,7 @@ class SourceRecord(TypedDict):
     """
 
     hash: str | None
-    files: dict[str, list[int]]
+    files: dict[str, JSON]
 
 
 def check_data_record(root: Path, sources: Mapping[str, Source | None]) -> None:
@@ -43,13 +44,16 @@ def check_data_record(root: Path, sources: Mapping[str, Source | None]) -> None:
         if isinstance(source := sources.get(name), str):
             check_there(source)
     path = root / RECORD
-    before = read_record(path) if is_file(path) else {}
-    for name in before.keys() & set(SOURCES):
-        known = before[name] if isinstance(before[name], dict) else {}
-        if not (isinstance(known.get("hash"), str) and isinstance(known.get("files"), dict)):
+    record = read_record(path) if is_file(path) else {}
+    before: dict[str, SourceRecord] = {}
+    for name in record.keys() & set(SOURCES):
+        known = record[name]
+        digest, files = (known.get("hash"), known.get("files")) if isinstance(known, dict) else (None, None)
+        if not (isinstance(digest, str) and isinstance(files, dict)):
             raise ConfigError(
-                f"{path}: {name} is not a valid data record ({before[name]!r:.100}); restore the file, or use --fresh"
+                f"{path}: {name} is not a valid data record ({known!r:.100}); restore the file, or use --fresh"
             )
+        before[name] = {"hash": digest, "files": files}
     now = {name: _facts(source, before.get(name)) for name in SOURCES if (source := sources.get(name)) is not None}
     for name, facts in now.items():
         if facts["files"] or not isinstance(sources[name], str):
@@ -70,6 +74,6 @@ def check_data_record(root: Path, sources: Mapping[str, Source | None]) -> None:
 def _facts(source: Source, before: SourceRecord | None) -> SourceRecord:
     items = source if isinstance(source, list) else [source]
     files = [file for item in items if isinstance(item, str | os.PathLike) for file in hashed_files(item)]
-    stats = {str(file): [(facts := file.stat()).st_size, facts.st_mtime_ns] for file in files}
+    stats: dict[str, JSON] = {str(file): [(facts := file.stat()).st_size, facts.st_mtime_ns] for file in files}
     known = before is not None and before["files"] == stats
     return {"hash": before["hash"] if known and before else fingerprint(source), "files": stats}

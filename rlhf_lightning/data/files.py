@@ -18,7 +18,7 @@ from urllib.parse import unquote, urlsplit
 from rlhf_lightning.data.containers import object_rows, unfilled
 from rlhf_lightning.data.tables import Item, arrow_rows, csv_items
 from rlhf_lightning.errors import DataError
-from rlhf_lightning.files import is_file, is_open_stream, repeated_key
+from rlhf_lightning.files import is_file, is_open_stream, unique_keys
 
 log = logging.getLogger(__name__)
 JSON_KINDS = (".jsonl", ".ndjson", ".json")
@@ -283,16 +283,9 @@ def load_json(text: str) -> Any:
         ValueError: If it is invalid, or an object has a key twice.
     """
     try:
-        return json.loads(text, object_pairs_hook=_object)
+        return json.loads(text, object_pairs_hook=unique_keys)
     except RecursionError as error:
         raise ValueError(str(error)) from None
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        raise ValueError(f"the key {repeated_key(pairs)!r} appears twice in an object")
-    return found
 
 
 def _kind(line: str) -> type | None:
@@ -331,7 +324,7 @@ def _rows_only(value: Any, wanted: Wanted) -> bool:
 
 def _stream(path: Path, text: str) -> list[Item]:
     """Concatenated objects, each over several lines; empty if the text is something else."""
-    decoder, found = json.JSONDecoder(object_pairs_hook=_object), []
+    decoder, found = json.JSONDecoder(object_pairs_hook=unique_keys), []
     position, line = 0, 1
     while position < len(text):
         if text[position].isspace() or text[position] == "\ufeff":

@@ -299,7 +299,8 @@ def with_adapter(base: "PreTrainedModel", folder: Path | str, is_trainable: bool
 def _merged_from(folder: Path) -> str | None:
     """Hash of the adapter that a merged folder was made from; None if there is no such folder."""
     path = folder / "merged_from.json"
-    return read_object(path).get("adapter") if path.is_file() else None
+    found = read_object(path).get("adapter") if path.is_file() else None
+    return found if isinstance(found, str) else None
 
 
 def check_source(source: str | Path, options: Mapping[str, Any] | None = None) -> str:

@@ -137,10 +137,8 @@ def _tell_stock_peft(model: "PeftModel", scratch: Path) -> None:
     own = scratch / "generation_config.json"
     if not own.is_file():
         return
-    ends = read_object(own)["eos_token_id"]
     stored = Path(str(model.peft_config["default"].base_model_name_or_path)) / "generation_config.json"
-    before = read_object(stored).get("eos_token_id") if stored.is_file() else None
-    before = before if isinstance(before, list) else [before]
+    ends, before = _eos_token_ids(own), _eos_token_ids(stored)
     if not set(ends) <= set(before):
         log.info(
             "stock peft stops at the tokens of the base's generation config (%s), not at those of training (%s), which "
@@ -148,6 +146,12 @@ def _tell_stock_peft(model: "PeftModel", scratch: Path) -> None:
             before,
             ends,
         )
+
+
+def _eos_token_ids(path: Path) -> list[JSON]:
+    """`eos_token_id` of a generation config; None for a missing one."""
+    found = read_object(path).get("eos_token_id") if path.is_file() else None
+    return found if isinstance(found, list) else [found]
 
 
 def relative_base(folder: Path) -> str | None:

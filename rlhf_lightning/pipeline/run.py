@@ -16,7 +16,7 @@ from rlhf_lightning.pipeline.plan import Plan, Stage, merged, read_plan, section
 from rlhf_lightning.pipeline.stage_process import StageProcess
 from rlhf_lightning.pipeline.verify import settings_hash
 from rlhf_lightning.report import report_after_stage
-from rlhf_lightning.report.records import Manifest, StageEntry, StageInputs, read_manifest
+from rlhf_lightning.report.records import Manifest, StageEntry, StageFacts, StageInputs, read_manifest, read_record
 from rlhf_lightning.run_folder import PIPELINE_RESULTS, claim, claims
 from rlhf_lightning.types import JSON
 
@@ -192,11 +192,11 @@ class _Runner:
 
     def _finish(self, stage: Stage, inputs: StageInputs, seconds: float) -> None:
         folder = self.plan.folder(stage.name)
-        facts = read_object(folder / "stage.json")
+        facts = read_record(folder / "stage.json", StageFacts)
         parent = {"stage": stage.start, "hash": inputs["start"]} if stage.start else None
-        facts |= {"name": stage.name, "parent": parent, "inputs": inputs}
+        written = {**read_object(folder / "stage.json"), "name": stage.name, "parent": parent, "inputs": inputs}
         for path in (folder / "stage.json", folder / "model" / "stage.json"):
-            write_json(path, facts)
+            write_json(path, written)
         entry: StageEntry = {"status": "finished", "inputs": inputs, "seconds": round(seconds, 1)}
         entry |= {"model": str(folder / "model"), "model_hash": facts["model_hash"], "metrics": facts["metrics"]}
         self._record(stage, entry)

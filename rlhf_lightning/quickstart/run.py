@@ -17,7 +17,7 @@ from rlhf_lightning.pipeline.plan import Plan, read_plan, section
 from rlhf_lightning.pipeline.run import run_pipeline
 from rlhf_lightning.quickstart.data import Sizes, write_data
 from rlhf_lightning.quickstart.rubric import rubric
-from rlhf_lightning.report import write_report
+from rlhf_lightning.report import records, write_report
 from rlhf_lightning.report.records import AnswerPair, Manifest, Summary
 from rlhf_lightning.types import JSON, Row
 
@@ -97,7 +97,7 @@ def quickstart(settings: Settings) -> Summary:
 def _earlier(root: Path) -> float:
     """Seconds of the first complete run. A second run in the same folder finds its stages finished."""
     path = root / "summary.json"
-    return read_record(path).get("seconds", 0.0) if is_file(path) else 0.0
+    return records.read_record(path, Summary).get("seconds", 0.0)
 
 
 def _move_other_aside(settings: Settings) -> None:
