@@ -146,7 +146,7 @@ def test_a_config_belongs_after_its_command(place: Path) -> None:
 
 def test_a_json_config_is_read_as_strictly(place: Path) -> None:
     (place / "c.json").write_text('{"model": {"model": "base", "model": "other"}}')
-    assert "c.json: the key model appears twice" in refused(rlhf("sft", "fit", "-c", "c.json"))
+    assert "c.json: the key 'model' appears twice" in refused(rlhf("sft", "fit", "-c", "c.json"))
 
 
 def test_fresh_does_not_discard_what_it_starts_from(place: Path) -> None:
