@@ -24,9 +24,12 @@ def real_path(path: str | Path) -> Path:
 
 
 def hash_folder(folder: Path) -> str:
-    """SHA-256 of the names and contents of a model folder's files, without `stage.json`."""
+    """SHA-256 of the names and contents of a model folder's files, without `stage.json` and the model card.
+
+    People may edit the card without changing the model.
+    """
     digest = hashlib.sha256()
-    for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.name != "stage.json"):
+    for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.name not in ("stage.json", "README.md")):
         digest.update(path.relative_to(folder).as_posix().encode())
         with open(path, "rb") as stream:
             while block := stream.read(1 << 20):
@@ -38,6 +41,11 @@ def hash_file(path: str | Path) -> str:
     """SHA-256 of a file's content."""
     with open(path, "rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def hash_model(place: Path) -> str | None:
+    """SHA-256 of a model folder or of a model's only file; None if nothing is there."""
+    return hash_folder(place) if place.is_dir() else hash_file(place) if is_file(place) else None
 
 
 _KINDS = {

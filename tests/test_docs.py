@@ -168,7 +168,8 @@ def flags() -> set[str]:
     text = io.StringIO()
     with contextlib.redirect_stdout(text):
         for name in COMMANDS:
-            for more in (["fit"], ["predict"]) if name in CLASSES else (["check"],) if name == "data" else ([],):
+            inner = {"data": (["check"],), "evaluate": ([], ["--task", "gsm8k"])}.get(name, ([],))
+            for more in (["fit"], ["predict"]) if name in CLASSES else inner:
                 with contextlib.suppress(SystemExit):
                     main([name, *more, "--help"])
     return set(re.findall(r"(?<![\w-])--?[a-z][\w.-]*", text.getvalue()))

@@ -23,7 +23,7 @@ ROOMS = [
     {"models"},
     {"pipeline", "environments"},
     {"report", "data"},
-    {"distributed", "untrusted", "rank_watch", "run_folder", "yaml_files"},
+    {"distributed", "gguf", "untrusted", "rank_watch", "run_folder", "yaml_files"},
     {"files", "objectives", "safe_points", "user_exits"},
     {"errors", "settings", "types"},
 ]

@@ -23,11 +23,13 @@ from rlhf_lightning.data.templates import TEMPLATE_DATE
 from rlhf_lightning.diagnostics.collapse import StopOnCollapse
 from rlhf_lightning.errors import ConfigError, UserError
 from rlhf_lightning.files import hash_file, hash_folder, scratch_of, write_json
+from rlhf_lightning.models.model_card import write_card
 from rlhf_lightning.models.saving import relative_base
 from rlhf_lightning.models.sharding import is_sharded
 from rlhf_lightning.modules.base import RLHFModule
 from rlhf_lightning.modules.step import StepEnd
 from rlhf_lightning.modules.trainer_state import callbacks_of, is_trial, row_data_of
+from rlhf_lightning.yaml_files import read_mapping
 
 if TYPE_CHECKING:
     from rlhf_lightning.types import JSON
@@ -113,11 +115,13 @@ class ExportModel(pl.Callback):
             "command": [*sys.argv],
             "config_hash": hash_file(config) if (config := folder.parent / "config.yaml").is_file() else None,
             "git": commit(),
-            "model_hash": hash_folder(folder),
+            "rows": {**data.row_counts()} if data else {},
         }
         if stopped := [callback.stopped for callback in _stoppers(trainer) if callback.stopped]:
             facts["stopped"] = stopped[0]
         facts |= _history(trainer)
+        write_card(folder, facts, _settings(trainer, pl_module))
+        facts["model_hash"] = hash_folder(folder)
         write_json(folder / "stage.json", facts)
         write_json(folder.parent / "stage.json", facts)
         log.info("model folder: %s", folder)
@@ -132,6 +136,15 @@ def _save(pl_module: RLHFModule, folder: Path) -> None:
             f"{folder}: the model cannot be written ({error}). Free disk space or fix the folder's permissions; the "
             "same command then writes it, without training again."
         ) from error
+
+
+def _settings(trainer: pl.Trainer, pl_module: RLHFModule) -> "dict[str, JSON]":
+    """Settings of the run: of the command from `config.yaml`, of a script the module's hyperparameters."""
+    config = Path(trainer.default_root_dir) / "config.yaml"
+    if not config.is_file():
+        return {"model": {**pl_module.hparams}}
+    found = read_mapping(config)
+    return {name: found[name] for name in ("model", "data", "trainer") if name in found}
 
 
 def _history(trainer: pl.Trainer) -> "dict[str, JSON]":

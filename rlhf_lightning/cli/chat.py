@@ -89,7 +89,7 @@ def _parse(args: list[str]) -> argparse.Namespace:
         '         echo "How do I repair a chair?" | rlhf chat runs/policy/model --temperature 0',
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("model", help="folder or Hub id of a causal language model or of an adapter")
+    parser.add_argument("model", help="folder, Hub id or GGUF file of a causal language model, or an adapter")
     parser.add_argument(
         "--and", dest="and_", action="append", metavar="MODEL", help="a further model that answers each message too"
     )

@@ -79,7 +79,9 @@ def _parse(args: list[str]) -> argparse.Namespace:
     )
     check.add_argument("file", help="rows: .jsonl, .json, .csv, .parquet, .txt (prompts), a pattern or a Hub id")
     check.add_argument("--kind", required=True, choices=KINDS, help="kind of stage that the rows are for")
-    check.add_argument("--model", required=True, help="folder or Hub id whose tokenizer and chat template are used")
+    check.add_argument(
+        "--model", required=True, help="folder, Hub id or GGUF file whose tokenizer and chat template are used"
+    )
     check.add_argument(
         "--validation", metavar="FILE", help="held-out rows, which are checked too and compared with FILE"
     )

@@ -6,8 +6,10 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from rlhf_lightning.cli import task
 from rlhf_lightning.cli.options import Parser, add_overwrite, add_weight_flags, check_options, device_of
 from rlhf_lightning.cli.rendering_flags import add_rendering_flags
+from rlhf_lightning.cli.task import is_task
 from rlhf_lightning.cli.user_code import SCORER_HELP, allow_user_code, import_scorer
 from rlhf_lightning.files import as_json, write_text
 
@@ -32,6 +34,8 @@ COLUMNS = {
 
 def run(args: list[str]) -> int:
     """Evaluate a policy, optionally against a baseline, or sample the best of N responses."""
+    if args[0] == "evaluate" and is_task(args):
+        return task.run(args)
     options = _parse(args)
     from rlhf_lightning.cli.logs import setup_logging
     from rlhf_lightning.cli.rendering_flags import rendering_options, say
@@ -117,11 +121,15 @@ def _parse(args: list[str]) -> argparse.Namespace:
         epilog="example: rlhf best-of runs/sft/model prompts.jsonl --reward runs/preference/model -n 8"
         if best
         else "example: rlhf evaluate runs/policy/model runs/sft/model prompts.jsonl --reward runs/preference/model\n"
+        "         rlhf evaluate runs/sft/model gsm8k_test.jsonl --task gsm8k\n"
         "         rlhf evaluate runs/sft/model chats_validation.jsonl --temperature 0 --json",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("policy", help="folder or Hub id of a causal language model")
+    parser.add_argument("policy", help="folder, Hub id or GGUF file of a causal language model")
     if not best:
+        parser.add_argument(
+            "--task", metavar="NAME", help="a benchmark on a file of its rows: rlhf evaluate --task gsm8k --help"
+        )
         parser.add_argument("baseline", nargs="?", help="the policy to compare with")
     parser.add_argument("prompts", help="rows with prompt or messages, or a .txt file of lines")
     parser.add_argument(

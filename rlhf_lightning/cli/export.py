@@ -16,7 +16,7 @@ def run(args: list[str]) -> int:
         "without --push.",
         epilog="example: rlhf export runs/policy/model exported --dtype bfloat16",
     )
-    parser.add_argument("model", help="folder or Hub id of a model, a reward model or an adapter")
+    parser.add_argument("model", help="folder, Hub id or GGUF file of a model, a reward model or an adapter")
     parser.add_argument("dir", type=Path, help="folder to write; it must be empty or not exist")
     parser.add_argument(
         "--dtype", help="float32, bfloat16, float16 (default: the saved dtype; for an adapter, that of its base)"

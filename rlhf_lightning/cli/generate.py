@@ -58,7 +58,7 @@ def _parse(args: list[str]) -> argparse.Namespace:
         "response, stop_reason and response_tokens.",
         epilog='example: rlhf generate runs/policy/model --prompt "How do I repair a chair?" --max_tokens 64',
     )
-    parser.add_argument("model", help="folder or Hub id of a causal language model or of an adapter")
+    parser.add_argument("model", help="folder, Hub id or GGUF file of a causal language model, or an adapter")
     parser.add_argument("file", nargs="?", help="rows with prompt or messages, or a .txt file of lines")
     parser.add_argument("--prompt", action="append", metavar="TEXT", help="a prompt; may be repeated")
     parser.add_argument("--json", action="store_true", help="print one JSON object per answer")

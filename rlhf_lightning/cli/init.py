@@ -22,7 +22,9 @@ def run(args: list[str]) -> int:
     )
     parser.add_argument("dir", type=Path, help="folder to write; existing files are never overwritten")
     parser.add_argument(
-        "--model", default="Qwen/Qwen3-0.6B", help="folder or Hub id to start from (default: Qwen/Qwen3-0.6B)"
+        "--model",
+        default="Qwen/Qwen3-0.6B",
+        help="folder, Hub id or GGUF file to start from (default: Qwen/Qwen3-0.6B)",
     )
     options = parser.parse_args(args[1:])
     folder: Path = options.dir
@@ -46,14 +48,15 @@ def check_start(model: str) -> None:
     """Raise `ConfigError` for a path that is not a folder. A Hub id is not checked."""
     from rlhf_lightning.errors import ConfigError
     from rlhf_lightning.files import is_file
+    from rlhf_lightning.gguf.folder import names_gguf
 
     place = Path(model).expanduser()
     if place.exists() and not place.is_dir():
         is_file(place)
     local = place.is_absolute() or model.startswith((".", "~")) or model.count("/") > 1
-    if not place.exists() and not local and not HUB_ID.fullmatch(model):
+    if not place.exists() and not local and not HUB_ID.fullmatch(model) and not names_gguf(model):
         raise ConfigError(f"--model {model}: neither a folder (seen from {Path.cwd()}) nor a Hub id like owner/name")
-    if place.is_file() or (local and not place.exists()):
+    if (place.is_file() and not names_gguf(model)) or (local and not place.exists()):
         what = "this is a file; give its folder" if place.is_file() else f"no such folder (seen from {Path.cwd()})"
         raise ConfigError(f"--model {model}: {what}")
 

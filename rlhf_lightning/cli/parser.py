@@ -45,7 +45,7 @@ class StageParser(LightningArgumentParser):
             message = flags(message, self.settings())
         if "arguments are required: " in message and message.endswith("model.model"):
             message = (
-                "model.model is not set: give the folder or Hub id to start from, for example "
+                "model.model is not set: give the folder, Hub id or GGUF file to start from, for example "
                 "--model.model Qwen/Qwen3-0.6B"
             )
         super().error(visible(tidy(message)), ex)

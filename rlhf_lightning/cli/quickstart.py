@@ -32,7 +32,7 @@ def run(args: list[str]) -> int:
         "--seed", type=int, default=0, help="seed of the data, the weights and the samples (default: 0)"
     )
     parser.add_argument("--root", type=Path, default=Path("runs/quickstart"), help="folder of the run")
-    parser.add_argument("--model", help="folder or Hub id to start from")
+    parser.add_argument("--model", help="folder, Hub id or GGUF file to start from")
     parser.add_argument("--sft", help="file of conversations to fine-tune on")
     parser.add_argument("--preferences", help="file of pairs: prompt, chosen, rejected")
     parser.add_argument("--prompts", help="file of prompts for RL")

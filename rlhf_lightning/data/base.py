@@ -31,6 +31,7 @@ from rlhf_lightning.data.response_starts import ResponseStarts
 from rlhf_lightning.data.splits import Prepared, RowKey, hold_out, keys_of, leaks, row_key
 from rlhf_lightning.data.tokenizers import load_tokenizer
 from rlhf_lightning.errors import ConfigError, DataError, UserError, check_seed, check_whole
+from rlhf_lightning.types import JSON
 
 log = logging.getLogger(__name__)
 OVERLONG = ("error", "truncate", "skip")
@@ -379,6 +380,18 @@ class RowDataModule(pl.LightningDataModule):
         """SHA-256 of each source, for `stage.json`."""
         return {name: digest for name, source in self.sources.items() if (digest := fingerprint(source, name))}
 
+    def row_counts(self) -> dict[str, JSON]:
+        """For each source that was read its name, and its numbers of rows and examples, for the model card."""
+        return {
+            name: {
+                "source": _named(self.sources.get(name), f"held out of train ({self.validation_split})"),
+                "rows": prepared.reading.rows,
+                "examples": len(prepared.rows),
+            }
+            for name, prepared in self.prepared.items()
+            if name != "predict"
+        }
+
     @rank_zero_only
     def _summarize(self, name: str, source: Source) -> None:
         prepared = self.prepared[name]
@@ -401,6 +414,18 @@ class RowDataModule(pl.LightningDataModule):
             log.warning("skipped %s", message)
         if self.show_example and name in ("train", "predict"):
             log.info("one example, trained tokens between ⟦ and ⟧:\n%s", examples[0].show(self.renderer.tokenizer))
+
+
+def _named(source: Source | None, otherwise: str) -> str:
+    """A source in words: the name of a file, several, or the kind of object."""
+    if source is None:
+        return otherwise
+    if isinstance(source, str | Path):
+        return str(source)
+    files = list(source) if isinstance(source, list | tuple) else []
+    if files and all(isinstance(one, str | Path) for one in files):
+        return ", ".join(map(str, files))
+    return f"rows of a {type(source).__name__}"
 
 
 _VERBS = {"train": "train on", "validation": "validate on", "test": "test on", "predict": "predict for"}

@@ -7,6 +7,7 @@ from typing import Any
 from rlhf_lightning.data.ended_templates import unwrapped
 from rlhf_lightning.errors import ConfigError, UserError
 from rlhf_lightning.files import is_file
+from rlhf_lightning.gguf.folder import model_folder
 from rlhf_lightning.untrusted import check_files, load_failure
 
 _MISSING = (
@@ -70,6 +71,7 @@ def load_tokenizer(source: Any, tokenizer: Any = None, chat_template: str | None
 
 def _checked(name: Any, options: Mapping[str, Any]) -> str:
     """A tokenizer source as text; raises `ConfigError` for a path that is not there."""
+    name = model_folder(str(name), options)
     path = Path(name).expanduser()
     if (path.is_absolute() or str(name).startswith(".")) and not path.exists():
         raise ConfigError(f"tokenizer {str(name)!r}: no such folder (seen from {Path.cwd()})")

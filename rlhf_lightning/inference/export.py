@@ -18,6 +18,7 @@ from rlhf_lightning.models.loading import (
     merge,
     read_stage,
 )
+from rlhf_lightning.models.model_card import CARD, edited_card, write_card
 from rlhf_lightning.models.reward_model import RewardModel
 from rlhf_lightning.models.saving import save_model
 from rlhf_lightning.models.scorers import scorer_of
@@ -62,7 +63,11 @@ def export_model(source: str, folder: Path, dtype: str | None = None) -> dict[st
         model.to(getattr(torch, dtype)), tokenizer, folder, renderer.stop_token_ids, stop=stop, template=template
     )
     facts = {**_facts(source), "exported_from": str(Path(source).resolve()) if Path(source).exists() else source}
-    facts |= {"dtype": dtype, "base": None, "model_hash": hash_folder(folder)}
+    facts |= {"dtype": dtype, "base": None}
+    if (edited := edited_card(Path(source))) is not None:
+        (folder / CARD).write_text(edited, encoding="utf-8", errors="surrogateescape")
+    write_card(folder, facts)
+    facts["model_hash"] = hash_folder(folder)
     write_json(folder / "stage.json", facts)
     return facts
 

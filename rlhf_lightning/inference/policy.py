@@ -45,7 +45,7 @@ class Policy:
     """A causal language model, loaded to answer prompts and to score texts.
 
     Args:
-        folder: Model folder or Hub id.
+        source: Model folder, Hub id or GGUF file.
         dtype: Data type of the weights.
         device: Device to compute on.
         asked: Settings that replace those of its training; see `data.rendering_settings.RenderingSettings`.
@@ -60,15 +60,16 @@ class Policy:
     """
 
     def __init__(
-        self, folder: str, dtype: str = "float32", device: str = "cpu", asked: Mapping[str, JSON] | None = None
+        self, source: str, dtype: str = "float32", device: str = "cpu", asked: Mapping[str, JSON] | None = None
     ) -> None:
-        if task_of(check_source(folder)) == "SEQ_CLS":
-            raise ConfigError(f"{folder} is a reward model, which cannot generate text; give a causal language model")
+        folder = check_source(source)
+        if task_of(folder) == "SEQ_CLS":
+            raise ConfigError(f"{source} is a reward model, which cannot generate text; give a causal language model")
         self.tokenizer = load_tokenizer(folder)
-        self.asking = RenderingSettings.of(folder, **(asked or {}))
+        self.asking = RenderingSettings.of(source, **(asked or {}))
         self.renderer = self.asking.renderer(self.tokenizer, end_token_ids(folder, self.tokenizer))
         self.model = load_for_scoring(folder, "CAUSAL_LM", dtype).to(device)
-        check_vocabulary(self.model, self.tokenizer, f"the model {folder}")
+        check_vocabulary(self.model, self.tokenizer, f"the model {source}")
         disable_dropout(self.model)
         self.token_logprobs = TokenLogprobs(self.model)
         self.sampled = sampling_settings(folder, self.model)
@@ -98,6 +99,7 @@ class Policy:
         seed: int,
         samples: int = 1,
         temperature: float = 1.0,
+        stop: Sequence[str] | None = None,
         **filters: Unpack[SamplingFilters],
     ) -> list[Episode]:
         """Sample responses.
@@ -110,12 +112,13 @@ class Policy:
             seed: Seed of the responses.
             samples: Number of responses per prompt.
             temperature: Temperature; 0 for greedy decoding.
+            stop: Texts that end a response; by default those of the model's training.
             **filters: `top_p`, `top_k` and `min_p` of `Sampler`.
 
         Returns:
             The episodes in order, `len(prompts) * samples` of them.
         """
-        sampler = Sampler(max_tokens, temperature, **filters).build(self.model, self.renderer)
+        sampler = Sampler(max_tokens, temperature, stop=stop, **filters).build(self.model, self.renderer)
         longest = max(prompt.tokens for prompt in prompts)
         if sampler.context and longest + max_tokens > sampler.context:
             raise ConfigError(

@@ -17,6 +17,7 @@ from torch import nn
 
 from rlhf_lightning.errors import ConfigError, UserError
 from rlhf_lightning.files import hash_folder, is_file, read_object, read_stage, real_path, write_json
+from rlhf_lightning.gguf.folder import cache_root, model_folder
 from rlhf_lightning.models.base_weights import (
     check_adapted,
     check_kind,
@@ -307,13 +308,13 @@ def check_source(source: str | Path, options: Mapping[str, Any] | None = None) -
     """Return a model source as text, after checking for common mistakes and for folders that would run code.
 
     Args:
-        source: Folder or Hub id.
+        source: Folder, Hub id or GGUF file, which is converted to a folder.
         options: Arguments of `from_pretrained`; see `untrusted.check_files`.
 
     Raises:
         ConfigError: If the folder does not exist, is no model, or is refused by `untrusted.check_files`.
     """
-    text = os.path.expanduser(str(source))
+    text = os.path.expanduser(model_folder(str(source), options))
     if text.endswith(".ckpt"):
         raise ConfigError(
             f"{text} is a Lightning checkpoint, which can only resume its own stage (--ckpt_path). "
@@ -321,6 +322,11 @@ def check_source(source: str | Path, options: Mapping[str, Any] | None = None) -
         )
     path = Path(text)
     looks_local = path.is_absolute() or text.startswith((".", "~")) or text.count("/") > 1
+    if looks_local and not path.exists() and path.is_relative_to(cache_root()):
+        raise ConfigError(
+            f"model {text!r}: the folder of a converted GGUF file, which is no longer in the cache. Any command with "
+            "that file writes it again: rlhf chat FILE.gguf"
+        )
     if looks_local and not path.exists():
         raise ConfigError(f"model {text!r}: no such folder (seen from {Path.cwd()})")
     if path.is_dir() and not any((path / name).exists() for name in ("config.json", "adapter_config.json")):

@@ -11,6 +11,7 @@ from rlhf_lightning.data.rendering import Renderer
 from rlhf_lightning.data.rendering_settings import RenderingSettings
 from rlhf_lightning.data.tokenizers import load_tokenizer
 from rlhf_lightning.errors import ConfigError, check_whole
+from rlhf_lightning.gguf.folder import model_folder
 from rlhf_lightning.models.generation import end_token_ids
 from rlhf_lightning.models.heads import has_head
 from rlhf_lightning.models.loading import check_source, check_vocabulary, disable_dropout, load_for_scoring, read_stage
@@ -124,6 +125,7 @@ class RewardModel(nn.Module):
         self, folder: str, dtype: str = "float32", shifted: bool = False, asked: Mapping[str, Any] | None = None
     ) -> None:
         super().__init__()
+        folder = model_folder(folder)
         stage = read_stage(folder)
         self.shift = float(stage.get("reward_shift") or 0.0) if shifted else 0.0
         if shifted and "reward_shift" not in stage:

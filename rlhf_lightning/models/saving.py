@@ -18,6 +18,7 @@ from rlhf_lightning.models.base_weights import link_base, write_base
 from rlhf_lightning.models.generation import end_token_ids
 from rlhf_lightning.models.loading import is_adapter
 from rlhf_lightning.models.lora import base_of, is_adapted
+from rlhf_lightning.models.model_card import CARD, edited_card, write_card
 from rlhf_lightning.types import JSON, Tokenizer
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ def save_model(
     stop: Sequence[str] = (),
     template: ChatTemplate | None = None,
 ) -> None:
-    """Write weights (safetensors), config, tokenizer with chat template, and generation config.
+    """Write weights (safetensors), config, tokenizer with chat template, generation config and model card.
 
     The folder is written next to its final place and renamed, so it is never incomplete.
 
@@ -73,7 +74,11 @@ def save_model(
         _tell_stock_peft(model, scratch)
     with ended(tokenizer, template):
         tokenizer.save_pretrained(scratch)
+    (scratch / CARD).unlink(missing_ok=True)  # peft's, which is empty
+    if (edited := edited_card(folder)) is not None:
+        (scratch / CARD).write_text(edited, encoding="utf-8", errors="surrogateescape")
     if facts is not None:
+        write_card(scratch, facts)
         write_json(scratch / "stage.json", {**facts, "base": relative_base(scratch)})
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(scratch, folder)

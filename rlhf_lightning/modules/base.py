@@ -25,6 +25,7 @@ from rlhf_lightning.data.rendering_settings import RenderingSettings, recorded
 from rlhf_lightning.data.tokenizers import load_tokenizer
 from rlhf_lightning.errors import ConfigError, check_whole
 from rlhf_lightning.files import FORMAT, check_format
+from rlhf_lightning.gguf.folder import model_folder, names_gguf
 from rlhf_lightning.models.base_weights import check_trainable
 from rlhf_lightning.models.generation import end_token_ids
 from rlhf_lightning.models.loading import Start, check_source, check_vocabulary, compile_layers
@@ -62,7 +63,7 @@ class RLHFModule(CheckedModule):
     """Base class of the modules.
 
     Args:
-        model: Folder, Hub id or `PreTrainedModel` to start from.
+        model: Folder, Hub id, GGUF file or `PreTrainedModel` to start from.
         lora: Train LoRA adapters with these settings; by default all weights are trained.
         optimizer: Called with the trainable parameters; by default AdamW at 1e-4 for adapters, 1e-5 for all weights.
         lr_scheduler: Called with the optimizer, and stepped after every optimizer step. `modules.schedules.Warmup` gets
@@ -149,8 +150,9 @@ class RLHFModule(CheckedModule):
 
     @property
     def start_source(self) -> "str | Path | PreTrainedModel":
-        """Folder, Hub id or model that the stage starts from."""
-        return self._start.source
+        """Folder, Hub id or model that the stage starts from; for a GGUF file the folder that it is converted to."""
+        source = self._start.source
+        return model_folder(str(source), self.model_options) if names_gguf(source) else source
 
     @property
     def tokenizer(self) -> "Tokenizer":

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from rlhf_lightning.errors import ConfigError, check_object
 from rlhf_lightning.files import real_path
+from rlhf_lightning.gguf.folder import model_folder
 from rlhf_lightning.models.heads import has_head, init_head
 from rlhf_lightning.models.loading import disable_dropout, read_stage
 from rlhf_lightning.models.packed_forward import PackedForward
@@ -346,7 +347,7 @@ class PreferenceModule(RLHFModule):
         facts = super().stage_facts()
         scorer = self.scorer.settings()
         if "reference" in self.scorer.requires:
-            start = str(self.scorer.reference or facts["start"] or "")
+            start = model_folder(str(self.scorer.reference or facts["start"] or ""))
             scorer["init_args"]["reference"] = str(Path(start).resolve()) if Path(start).is_dir() else start
             if self._trainer is not None:
                 facts["reference"] = relative_to_run(start, Path(self._trainer.default_root_dir) / "model")

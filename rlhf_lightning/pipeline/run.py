@@ -10,7 +10,7 @@ import yaml
 
 from rlhf_lightning.data.records import check_there, fingerprint
 from rlhf_lightning.errors import ConfigError, UserError
-from rlhf_lightning.files import FORMAT, duration, hash_folder, read_object, real_path, visible, write_json
+from rlhf_lightning.files import FORMAT, duration, hash_model, read_object, real_path, visible, write_json
 from rlhf_lightning.pipeline.eta import Eta
 from rlhf_lightning.pipeline.plan import Plan, Stage, merged, read_plan, section
 from rlhf_lightning.pipeline.stage_process import StageProcess
@@ -158,8 +158,7 @@ class _Runner:
     def _hash(self, reference: str) -> str:
         if reference in self.failed:
             return "failed"
-        folder = Path(self.plan.model(reference))
-        return hash_folder(folder) if folder.is_dir() else reference
+        return hash_model(Path(self.plan.model(reference))) or reference
 
     def _refuse_changed(self, stage: Stage, before: StageInputs, now: StageInputs) -> None:
         changed = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from rlhf_lightning.data.records import fingerprint, is_here
 from rlhf_lightning.errors import ConfigError
-from rlhf_lightning.files import hash_file, hash_folder
+from rlhf_lightning.files import hash_file, hash_folder, hash_model
 from rlhf_lightning.pipeline.plan import HANDED, section
 from rlhf_lightning.report.records import StageEntry, StageFacts, read_manifest, read_record
 from rlhf_lightning.types import JSON
@@ -117,7 +117,7 @@ def _handed(folder: Path, recorded: str) -> str:
     """Status of a model that the stage was given. `folder` is where it is now."""
     if recorded in (str(folder), "failed"):
         return HUB  # no hash, because it is a Hub id, or a failed stage that a rule replaced
-    return _compare(hash_folder(folder) if folder.is_dir() else None, recorded)
+    return _compare(hash_model(folder), recorded)
 
 
 def settings_hash(settings: dict[str, JSON]) -> str:

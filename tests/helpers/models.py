@@ -28,6 +28,7 @@ def build_model(
         "mamba": "Mamba",
         "falcon": "Falcon",
         "llama": "Llama",
+        "gemma": "Gemma",
         "gemma2": "Gemma2",
         "gpt2": "GPT2",
         "cohere": "Cohere",
@@ -57,7 +58,7 @@ def build_model(
             sizes["num_key_value_heads"] = 2
         if architecture in ("mistral", "gemma2", "gemma3", "phi3"):
             sizes["sliding_window"] = 5
-        if architecture in ("qwen3", "gemma2", "gemma3"):
+        if architecture in ("qwen3", "gemma", "gemma2", "gemma3"):
             sizes["head_dim"] = 8
         if architecture == "gemma2":  # before transformers 5.23 it is sdpa, which leaves its cap out
             sizes["attn_implementation"] = "eager"

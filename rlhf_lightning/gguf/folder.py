@@ -1,0 +1,282 @@
+"""A GGUF file as an ordinary model folder: converted once, into a cache."""
+
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+import sys
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import lru_cache
+from math import prod
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rlhf_lightning.errors import ConfigError
+from rlhf_lightning.files import is_file, real_path, write_json
+from rlhf_lightning.gguf.header import Header, Tensor, is_gguf, read_header
+
+if sys.platform != "win32":
+    import fcntl
+
+if TYPE_CHECKING:
+    import torch
+
+log = logging.getLogger(__name__)
+CONVERSION = 1
+"""Number of the conversion, which is raised when it gives other folders."""
+SHARD = 2 << 30
+"""Size in bytes above which the weights go to a further file."""
+RECORD = "gguf.json"
+"""File that says which GGUF file a folder was made from."""
+_ON_HUB = re.compile(r"([\w.-]+/[\w.-]+):([^:]+\.gguf)", re.IGNORECASE)
+_FLOATS = ("F32", "F16", "BF16")
+
+
+def cache_root() -> Path:
+    """Folder of the converted files: `RLHF_CACHE`, or `rlhf-lightning` in the user's cache folder."""
+    user = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return Path(os.environ.get("RLHF_CACHE") or user / "rlhf-lightning") / "gguf"
+
+
+def names_gguf(source: object) -> bool:
+    """True if a model's source is a GGUF file: `FILE.gguf`, `owner/name:file.gguf`, or a file with its magic number."""
+    if not isinstance(source, str | Path) or not str(source):
+        return False
+    path = Path(str(source)).expanduser()
+    try:
+        if path.is_dir():
+            return False
+        return path.suffix.lower() == ".gguf" or (path.is_file() and is_gguf(path))
+    except (OSError, ValueError):  # no path: too long, or with a null character
+        return False
+
+
+def model_folder(source: str, options: Mapping[str, Any] | None = None) -> str:
+    """The folder of a model: of a GGUF file the one that it is converted to, any other source as it is.
+
+    Args:
+        source: Folder, Hub id, `FILE.gguf`, or `owner/name:file.gguf` for a file on the Hub.
+        options: Options of `from_pretrained` that locate files on the Hub.
+
+    Raises:
+        ConfigError: If the file does not exist, is damaged or is not read.
+    """
+    if not names_gguf(source):
+        return source
+    path = Path(source).expanduser()
+    if not path.exists() and (named := _ON_HUB.fullmatch(source)):
+        path = _downloaded(named[1], named[2], options or {})
+    if not is_file(path):
+        raise ConfigError(f"model {source!r}: no such file (seen from {Path.cwd()})")
+    facts = path.stat()
+    return _converted(real_path(path), facts.st_size, facts.st_mtime_ns)
+
+
+def _downloaded(repository: str, file: str, options: Mapping[str, Any]) -> Path:
+    """A file of the Hub, in the cache of its library."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    place = {key: options[key] for key in ("revision", "token", "cache_dir", "local_files_only") if options.get(key)}
+    try:
+        return Path(hf_hub_download(repository, file, **place))
+    except (HfHubHTTPError, HFValidationError, OSError, ValueError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ConfigError(f"the GGUF file {repository}:{file} cannot be fetched from the Hub: {reason}") from None
+
+
+@lru_cache(maxsize=64)
+def _converted(path: Path, size: int, modified: int) -> str:
+    """Convert a file, unless its folder is there. The arguments beside the path tell a changed file from the same."""
+    quants = _quants(path)
+    header = read_header(path, quants.sizes)
+    with open(path, "rb") as stream:
+        begin = stream.read(header.length)
+    key = hashlib.sha256(f"{CONVERSION} {size} {modified} ".encode() + begin).hexdigest()[:16]
+    stem = re.sub(r"[^\w.-]+", "_", path.stem, flags=re.ASCII).strip("._")[:60] or "model"
+    folder = cache_root() / f"{stem}-{key}"
+    with _locked(folder):
+        if not (folder / "config.json").is_file():
+            _convert(header, quants, folder)
+    kind, dtype = storage(header, quants)
+    done = f"{kind} is read as {dtype}" if kind in _FLOATS else f"{kind} was dequantized to {dtype}"
+    log.warning("%s: %s; the model folder is %s", path.name, done, folder)
+    return str(folder)
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Let one process at a time convert into a folder; others wait for it."""
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        lock = os.open(folder.with_name(f".{folder.name}.lock"), os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        raise ConfigError(f"{folder}: cannot be written ({error.strerror}); name another cache in RLHF_CACHE") from None
+    try:
+        if sys.platform != "win32":
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(lock)
+
+
+class Quants:
+    """What the package gguf knows of the types of weights."""
+
+    def __init__(self) -> None:
+        from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+        from gguf.quants import dequantize
+
+        self.sizes: dict[int, tuple[int, int]] = {int(kind): size for kind, size in GGML_QUANT_SIZES.items()}
+        self.names: dict[int, str] = {int(kind): kind.name for kind in GGMLQuantizationType}
+        self.kinds, self.dequantize = GGMLQuantizationType, dequantize
+
+    def read(self, header: Header, tensor: Tensor) -> "torch.Tensor":
+        """A tensor of the file: floating-point numbers as they are stored, quantized ones in float32."""
+        import numpy
+        import torch
+
+        with open(header.path, "rb") as stream:
+            stream.seek(tensor.offset)
+            raw = numpy.frombuffer(stream.read(tensor.size), numpy.uint8).copy()
+        name = self.names[tensor.kind]
+        plain = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
+        if name in plain:
+            return torch.from_numpy(raw).view(plain[name]).reshape(tensor.shape)
+        try:
+            found = self.dequantize(raw.reshape(*tensor.shape[:-1], -1), self.kinds(tensor.kind))
+        except NotImplementedError:
+            raise header.refuse(f"has weights of type {name}, which the package gguf does not dequantize") from None
+        return torch.from_numpy(numpy.ascontiguousarray(found, dtype=numpy.float32)).reshape(tensor.shape)
+
+
+def _quants(path: Path) -> Quants:
+    try:
+        return Quants()
+    except ImportError as error:
+        raise ConfigError(
+            f"the GGUF file {str(path)!r} is read with the package gguf, which cannot be imported ({error}). Install "
+            "it: pip install 'rlhf-lightning[gguf]'"
+        ) from None
+
+
+def storage(header: Header, quants: Quants) -> tuple[str, str]:
+    """The type of most weights of a file, and the data type of the weights in its folder.
+
+    Args:
+        header: The file's header.
+        quants: Names of the types.
+    """
+    counts: Counter[str] = Counter()
+    for tensor in header.tensors.values():
+        if len(tensor.shape) > 1:
+            counts[quants.names[tensor.kind]] += prod(tensor.shape)
+    kind = counts.most_common(1)[0][0] if counts else "F32"
+    halves = {"F16": "float16", "BF16": "bfloat16"}
+    plain = set(counts) <= set(_FLOATS)
+    return kind, halves.get(kind, "float32") if plain else "float32"
+
+
+def _convert(header: Header, quants: Quants, folder: Path) -> None:
+    """Write the folder next to its place and rename it, so that it is never incomplete."""
+    scratch = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(scratch, ignore_errors=True)
+    try:
+        scratch.mkdir()
+        _write(header, quants, scratch)
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(scratch, folder)
+    except OSError as error:
+        raise ConfigError(
+            f"{folder}: cannot be written ({error.strerror or error}); make room, or name another cache in RLHF_CACHE"
+        ) from None
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _write(header: Header, quants: Quants, folder: Path) -> None:
+    import torch
+    from huggingface_hub.errors import StrictDataclassError
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+
+    from rlhf_lightning.gguf.config import ROPE_FACTORS, config_of, restored, weight_names
+    from rlhf_lightning.gguf.tokenizer import stop_ids, tokenizer_of
+
+    rope = header.tensors.get(ROPE_FACTORS)
+    kind, dtype = storage(header, quants)
+    # Before the sizes: the error for a foreign architecture says more.
+    settings = config_of(header, quants.read(header, rope).float() if rope else None)
+    names = weight_names(header)
+    tokenizer, stops = tokenizer_of(header), stop_ids(header)
+    if outside := [one for one in stops if one >= header.tensors["token_embd.weight"].shape[0]]:
+        raise header.refuse(f"a response ends at the token {outside[0]}, which is not in its vocabulary")
+    try:
+        config = AutoConfig.for_model(**settings, dtype=dtype)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+    except (ArithmeticError, AssertionError, RuntimeError, TypeError, ValueError, StrictDataclassError) as error:
+        reason = " ".join(str(error).split())
+        raise header.refuse(f"its metadata are not those of a model: {reason:.200}") from None
+    _check_shapes(header, names, {name: tuple(weight.shape) for name, weight in model.state_dict().items()})
+    restore = restored(str(header.text("general.architecture")), config)
+    target = getattr(torch, dtype)
+    index: dict[str, str] = {}
+
+    def flush(weights: dict[str, torch.Tensor]) -> None:
+        name = f"model-{len(set(index.values())) + 1:05}.safetensors"
+        save_file(weights, folder / name, metadata={"format": "pt"})
+        index.update(dict.fromkeys(weights, name))
+
+    weights: dict[str, torch.Tensor] = {}
+    try:
+        for name, tensor in ((name, header.tensors[name]) for name in names):
+            weights[names[name]] = restore(names[name], quants.read(header, tensor)).to(target).contiguous()
+            if sum(one.nbytes for one in weights.values()) > SHARD:
+                flush(weights)
+                weights = {}
+        if weights:
+            flush(weights)
+    except SafetensorError as error:
+        raise OSError(str(error)) from error
+    if len(set(index.values())) == 1:
+        os.rename(folder / next(iter(index.values())), folder / "model.safetensors")
+    else:
+        total = sum(prod(header.tensors[name].shape) for name in names) * target.itemsize
+        write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": index})
+    config.architectures = [type(model).__name__]
+    config.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    generation = GenerationConfig.from_model_config(config)
+    generation.eos_token_id = stops or None
+    generation.save_pretrained(folder)
+    write_json(folder / RECORD, {"file": str(header.path), "quantization": kind, "dtype": dtype})
+
+
+def _check_shapes(header: Header, names: Mapping[str, str], wanted: dict[str, tuple[int, ...]]) -> None:
+    """Raise `ConfigError` unless the file has exactly the model's weights in their shapes."""
+    if "output.weight" not in header.tensors:
+        wanted.pop("lm_head.weight", None)  # tied to the embedding
+    found = {names[name]: header.tensors[name].shape for name in names}
+    if missing := sorted(wanted.keys() - found.keys()):
+        raise header.refuse(f"lacks {len(missing)} of the model's weights (for example {missing[0]})")
+    if beyond := sorted(found.keys() - wanted.keys()):
+        raise header.refuse(f"has weights that the model lacks (for example {beyond[0]})")
+    for name, shape in found.items():
+        if shape != wanted[name]:
+            raise header.refuse(f"{name} has the shape {shape}, and the model of its metadata {wanted[name]}")
+
+
+def source_of(folder: str | Path) -> str | None:
+    """The GGUF file that a folder was made from; None for any other folder.
+
+    Args:
+        folder: A model folder.
+    """
+    record = Path(folder) / RECORD
+    return str(json.loads(record.read_text())["file"]) if record.is_file() else None
