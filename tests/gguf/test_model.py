@@ -21,6 +21,7 @@ from rlhf_lightning.models.reward_model import RewardModel
 from tests.helpers.cli import rlhf
 from tests.helpers.gguf import write_gguf
 from tests.helpers.models import TEXTS, build_model
+from tests.helpers.rows import chats, pairs, write_rows
 
 pytest.importorskip("gguf", reason="the extra gguf is not installed: pip install 'rlhf-lightning[gguf]'")
 ARCHITECTURES = ("llama", "qwen2", "qwen3", "gemma", "gemma2", "gemma3")
@@ -226,6 +227,29 @@ def test_it_answers_and_scores_nothing(tokenizer: Any, tmp_path: Path) -> None:
     assert policy.renderer.stop_token_ids
     with pytest.raises(ConfigError, match="is not a preference model"):
         RewardModel(str(source))
+
+
+def test_stages_start_from_a_file(tokenizer: Any, tmp_path: Path) -> None:
+    """SFT with an adapter, DPO against the file, and export: ordinary folders, which stock libraries open."""
+    from peft import AutoPeftModelForCausalLM
+
+    source = write_gguf(tmp_path / "tiny.gguf", build_model(tokenizer, architecture="qwen3"), tokenizer, "qwen3")
+    write_rows(tmp_path / "chats.jsonl", chats(6))
+    write_rows(tmp_path / "pairs.jsonl", pairs(6))
+    flags = ["--model.model", "tiny.gguf", "--trainer.max_steps", "2", "--trainer.accelerator", "cpu"]
+    rlhf("sft", "fit", *flags, "--data.train", "chats.jsonl", "--model.lora.rank", "2", cwd=tmp_path)
+    folder = tmp_path / "runs" / "sft" / "model"
+    base = json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
+    assert base == model_folder(str(source))
+    assert torch.isfinite(logits(AutoPeftModelForCausalLM.from_pretrained(folder), tokenizer)).all()
+    assert "the GGUF file tiny.gguf: F32 weights" in (folder / "README.md").read_text()
+    dpo = ["--model.scorer", "ImplicitReward", "--data.train", "pairs.jsonl"]
+    rlhf("preference", "fit", *flags, *dpo, cwd=tmp_path)
+    rlhf("score", "runs/preference/model", "pairs.jsonl", cwd=tmp_path)
+    rlhf("export", "tiny.gguf", "exported", cwd=tmp_path)
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "exported").config.model_type == "qwen3"
+    out = rlhf("generate", "runs/sft/model", "--prompt", "Hi", "--max_tokens", "2", cwd=tmp_path)
+    assert "Traceback" not in out
 
 
 def test_without_the_package(tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
