@@ -57,8 +57,8 @@ class ResponseStarts:
             return ""
         return (
             f"{self.differing} of {self.turns} trained answers do not begin where the generation prompt ends:\n"
-            f"  prompts end with     {self.prompt!r}\n"
-            f"  the row has instead  {self.row!r}\n"
+            f"  the prompt ends with  {self.prompt!r}\n"
+            f"  the row has instead   {self.row!r}\n"
             "The model would be prompted in one way and trained in another. Set data.template_kwargs so that they "
             "agree (for many templates enable_thinking: true or false), add thinking to the rows, or set another "
             "model.chat_template."
