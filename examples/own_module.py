@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rlhf_lightning.data.batching import mix_seeds, pad_right, pad_tokens
 from rlhf_lightning.data.conversations import to_messages
-from rlhf_lightning.data.rendering import Renderer
+from rlhf_lightning.data.rendering import Rendered, Renderer
 from rlhf_lightning.models.loading import disable_dropout
 from rlhf_lightning.models.token_logprobs import TokenLogprobs
 from rlhf_lightning.objectives.advantage import group_centered
@@ -24,11 +24,18 @@ from rlhf_lightning.objectives.aggregate import aggregate
 from rlhf_lightning.objectives.policy import clipped_surrogate
 from rlhf_lightning.objectives.supervised import nll
 from rlhf_lightning.sampling.sampler import Sampler
+from rlhf_lightning.types import TokenBatch
 
 ROWS: Any = [
     {"prompt": "How are you?", "answer": "Fine, thank you."},
     {"prompt": "What is 2 + 3?", "answer": "2 + 3 is 5."},
 ]
+
+
+class Sampled(TokenBatch):
+    """Rows of answers."""
+
+    old_logprobs: Tensor
 
 
 class PolicyWithDemonstrations(pl.LightningModule):
@@ -69,7 +76,7 @@ class PolicyWithDemonstrations(pl.LightningModule):
         return total / count + self.sft_weight * sft
 
     @torch.no_grad()
-    def play(self, rows: list[dict[str, str]]) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+    def play(self, rows: list[dict[str, str]]) -> tuple[Sampled, Tensor, Tensor]:
         """Rows of answers with their `old_logprobs`, `[B, T]`, their rewards and their advantages, `[B]`."""
         prompts = [self.renderer.prompt(to_messages(row["prompt"])) for row in rows for _ in range(self.group_size)]
         seeds = [mix_seeds(self.global_step, i) for i in range(len(prompts))]
@@ -80,16 +87,13 @@ class PolicyWithDemonstrations(pl.LightningModule):
         ids = [prompt + list(sample.ids) for prompt, sample in zip(prompts, samples, strict=True)]
         masks = [[0] * len(prompt) + [1] * len(sample.ids) for prompt, sample in zip(prompts, samples, strict=True)]
         old = [[0.0] * len(prompt) + list(sample.logprobs) for prompt, sample in zip(prompts, samples, strict=True)]
-        batch = {**pad_tokens(ids, masks, 0), "old_logprobs": pad_right(old, 0.0, torch.float32)}
-        return self.here(batch), rewards, group_centered(rewards, groups).to(self.device)
+        old_logprobs = pad_right(old, 0.0, torch.float32, self.device)
+        batch: Sampled = {**pad_tokens(ids, masks, 0, self.device), "old_logprobs": old_logprobs}
+        return batch, rewards, group_centered(rewards, groups).to(self.device)
 
-    def batch(self, rendered: list[Any]) -> dict[str, Tensor]:
+    def batch(self, rendered: list[Rendered]) -> TokenBatch:
         """Rows padded on the right, `[B, T]`."""
-        return self.here(pad_tokens([row.ids for row in rendered], [row.loss_mask for row in rendered], 0))
-
-    def here(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """A tensor on the module's device."""
-        return {name: value.to(self.device) for name, value in batch.items()}
+        return pad_tokens([row.ids for row in rendered], [row.loss_mask for row in rendered], 0, self.device)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Any optimizer of torch."""

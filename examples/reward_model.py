@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 from rlhf_lightning import PreferenceModule
 from rlhf_lightning.data.batching import pad_tokens
 from rlhf_lightning.data.conversations import to_messages
+from rlhf_lightning.types import TokenBatch
 
 ROWS: Any = [
     {"question": "Is it raining?", "better": "Yes, take a coat.", "worse": "Weather is a wide field."},
@@ -27,7 +28,7 @@ class Pairs:
     def __init__(self, module: PreferenceModule) -> None:
         self.renderer = module.renderer
 
-    def __call__(self, rows: list[dict[str, str]]) -> dict[str, Any]:
+    def __call__(self, rows: list[dict[str, str]]) -> TokenBatch:
         sides = [
             self.renderer.exchange(to_messages(row["question"]), to_messages(row[side], "assistant"))
             for side in ("better", "worse")

@@ -10,8 +10,8 @@ from torch.utils.data import DataLoader
 
 from rlhf_lightning import SFTModule
 from rlhf_lightning.data.batching import pad_tokens
-from rlhf_lightning.data.rendering import Renderer
-from rlhf_lightning.types import Message
+from rlhf_lightning.data.rendering import Rendered, Renderer
+from rlhf_lightning.types import Message, TokenBatch
 
 
 class QuestionFile(pl.LightningDataModule):
@@ -44,7 +44,7 @@ class QuestionFile(pl.LightningDataModule):
         """The same rows, to watch the NLL fall."""
         return DataLoader(self.rows, self.batch_size, collate_fn=self.collate)
 
-    def collate(self, rows: list[Any]) -> dict[str, Any]:
+    def collate(self, rows: list[Rendered]) -> TokenBatch:
         """Pad rows on the right to `[B, T]`; the mask excludes padding, so any id works."""
         return pad_tokens([row.ids for row in rows], [row.loss_mask for row in rows], pad_id=0)
 

@@ -1,5 +1,7 @@
 """Errors that the user can fix. The command line prints them in one line and exits with code 2."""
 
+from collections.abc import Iterable
+
 
 class UserError(Exception):
     """The user's files, flags or models are wrong; the message says what is wrong, where, and what to do."""
@@ -11,6 +13,11 @@ class ConfigError(UserError):
 
 class DataError(UserError):
     """A file or row of data is unusable; the message names file and line."""
+
+
+def quoted(names: Iterable[str], none: str = "nothing") -> str:
+    """Names in a message, each in quotes; `none` if there are none."""
+    return ", ".join(map(repr, names)) or none
 
 
 MOST = 2**31 - 1

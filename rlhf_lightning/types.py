@@ -202,8 +202,17 @@ class CausalModel(Protocol):
 # -- batches ----------------------------------------------------------------------------------------------------------
 
 
+class StepBatch(TypedDict, total=False):
+    """What the package's loaders add to a batch. What is not marked as required may be missing in another loader's."""
+
+    denominators: Counts
+    """Counts of the whole optimizer step, over its micro-batches and ranks; by these losses are divided."""
+    where: list[str]
+    """File and line of each example, as far as they are known; for error messages."""
+
+
 class TokenBatch(TypedDict, total=False):
-    """Rows of tokens, padded on the right. What is not marked as required may be missing in another loader's batch."""
+    """Rows of tokens, padded on the right."""
 
     input_ids: Required[Tensor]
     """Token ids, int64 `[N, T]`."""
@@ -213,16 +222,7 @@ class TokenBatch(TypedDict, total=False):
     """Tokens of each row without its padding, int64 `[N]`."""
 
 
-class StepBatch(TokenBatch, total=False):
-    """Rows of tokens of an optimizer step."""
-
-    denominators: Counts
-    """Counts of the whole optimizer step, over its micro-batches and ranks; by these losses are divided."""
-    where: list[str]
-    """File and line of each example, as far as they are known; for error messages."""
-
-
-class SFTBatch(StepBatch, total=False):
+class SFTBatch(TokenBatch, StepBatch, total=False):
     """A batch of supervised fine-tuning; N = B."""
 
     text_bytes: Tensor
@@ -261,7 +261,7 @@ class PreferenceBatch(PreferenceTokens, StepBatch, total=False):
     """Names of the categories of all data."""
 
 
-class RolloutBatch(StepBatch, total=False):
+class RolloutBatch(TokenBatch, StepBatch, total=False):
     """A mini-batch of a round of policy RL; N rows, each a `TrainingSample`. Numbers are 0 where `loss_mask` is."""
 
     sampling_logprobs: Tensor

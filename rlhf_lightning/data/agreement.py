@@ -4,14 +4,17 @@ import hashlib
 import os
 import socket
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import TypeAlias
 
-from rlhf_lightning.data.records import fingerprint, is_stream, library
+from rlhf_lightning.data.batching import Example
+from rlhf_lightning.data.records import Source, fingerprint, is_stream, library
 from rlhf_lightning.distributed import gather, rank_count
 from rlhf_lightning.errors import DataError
 
+Fact: TypeAlias = int | tuple[str, str]
+"""A number, or a text with a hash."""
 
-def require_agreement(error: Exception | None, facts: Callable[[], dict[str, Any]]) -> None:
+def require_agreement(error: Exception | None, facts: Callable[[], dict[str, Fact]]) -> None:
     """Raise the same error on all ranks if one of them found an error in its data, or has other data than rank 0.
 
     Args:
@@ -39,7 +42,7 @@ def require_agreement(error: Exception | None, facts: Callable[[], dict[str, Any
         raise error
 
 
-def rows_facts(source: Any, name: str, rows: Iterable[Any], read: int) -> tuple[str, str]:
+def rows_facts(source: Source | None, name: str, rows: Iterable[Example], read: int) -> tuple[str, str]:
     """Identify rows: a text with their counts, and a hash of their lengths and, if that is fast, of their source."""
     digest = hashlib.sha256()
     examples = tokens = trained = 0
@@ -52,7 +55,7 @@ def rows_facts(source: Any, name: str, rows: Iterable[Any], read: int) -> tuple[
     return f"{read} rows ({examples} examples, {tokens} tokens, {trained} trained)", digest.hexdigest()
 
 
-def _shown(value: Any, other: Any) -> str:
-    if not isinstance(value, tuple):
+def _shown(value: Fact, other: Fact) -> str:
+    if isinstance(value, int) or isinstance(other, int):
         return str(value)
     return value[0] if value[0] != other[0] else f"{value[0]} that differ (hash {value[1][:12]})"

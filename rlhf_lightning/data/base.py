@@ -2,17 +2,23 @@
 
 import logging
 from abc import abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic
 
 import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_only
 
-from rlhf_lightning.data.agreement import require_agreement, rows_facts
-from rlhf_lightning.data.batching import RowLoader, ShardSpec, run_seed
-from rlhf_lightning.data.columns import noting_unused, refuse_unused_names
+from rlhf_lightning.data.agreement import Fact, require_agreement, rows_facts
+from rlhf_lightning.data.batching import BatchT, ExampleT, RowLoader, ShardSpec, run_seed
+from rlhf_lightning.data.columns import (
+    TRAINING_COLUMNS,
+    is_empty,
+    refuse_media,
+    refuse_misspelled,
+    refuse_unused_names,
+)
 from rlhf_lightning.data.containers import settled
 from rlhf_lightning.data.records import (
     LocatedRow,
@@ -31,13 +37,13 @@ from rlhf_lightning.data.response_starts import ResponseStarts
 from rlhf_lightning.data.splits import Prepared, RowKey, hold_out, keys_of, leaks, row_key
 from rlhf_lightning.data.tokenizers import load_tokenizer
 from rlhf_lightning.errors import ConfigError, DataError, UserError, check_seed, check_whole
-from rlhf_lightning.types import JSON
+from rlhf_lightning.types import JSON, Row, StepBatch
 
 log = logging.getLogger(__name__)
 OVERLONG = ("error", "truncate", "skip")
 
 
-class RowDataModule(pl.LightningDataModule):
+class RowDataModule(pl.LightningDataModule, Generic[ExampleT, BatchT]):
     """Base class of the data modules. A subclass turns a row into examples, and examples into a batch.
 
     Args:
@@ -107,7 +113,7 @@ class RowDataModule(pl.LightningDataModule):
             if not isinstance(value or {}, Mapping):
                 raise ConfigError(f"data.{name} is {value!r}; it must be a mapping of column names")
         given = {"train": train, "validation": validation, "test": test, "predict": predict}
-        self.sources: dict[str, Any] = {name: settled(source) for name, source in given.items()}
+        self.sources: dict[str, Source | None] = {name: settled(source) for name, source in given.items()}
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size or batch_size
         if seed is not None:
             check_seed("data.seed", seed)
@@ -122,10 +128,10 @@ class RowDataModule(pl.LightningDataModule):
         self.template_kwargs, self.system, self.tools, self.tokenizer = template_kwargs, system, tools, tokenizer
         self.seed = run_seed() if seed is None else seed
         self.show_example = show_example
-        self.prepared: dict[str, Prepared] = {}
-        self.start: Any = None
+        self.prepared: dict[str, Prepared[ExampleT]] = {}
+        self.start: str | Path | None = None
         """The model that rows are rendered for, if there is no trainer with a module."""
-        self.shared: dict[str, Any] = {}
+        self.shared: Row = {}
         """`system` and `tools`, if all rows of `train` have the same."""
         self._renderer: Renderer | None = None
 
@@ -139,14 +145,14 @@ class RowDataModule(pl.LightningDataModule):
     """True if every line of a file is text, whatever the file's name."""
 
     @abstractmethod
-    def examples(self, name: str) -> Callable[[dict[str, Any]], list[Any]]:
+    def examples(self, name: str) -> Callable[[Row], Sequence[ExampleT]]:
         """The function that turns one row of a source into examples; it raises `RowError` for a bad row.
 
         Args:
             name: The source: `train`, `validation`, `test` or `predict`.
         """
 
-    def key(self, data: dict[str, Any]) -> RowKey:
+    def key(self, data: Row) -> RowKey:
         """Key by which rows of `train`, `validation` and `test` are compared; by default the whole row.
 
         Raises:
@@ -158,7 +164,7 @@ class RowDataModule(pl.LightningDataModule):
         """Called with the name of each source after it was read and any validation split was held out."""
 
     @abstractmethod
-    def collate(self, rows: list[Any], weights: list[float]) -> dict[str, Any]:
+    def collate(self, rows: list[ExampleT], weights: list[float]) -> BatchT:
         """Make a batch.
 
         Args:
@@ -191,9 +197,9 @@ class RowDataModule(pl.LightningDataModule):
                 if name in ("validation", "test") and self.sources[name] is not None:
                     self._compare(name)
 
-    def _facts(self, before: set[str]) -> dict[str, Any]:
+    def _facts(self, before: set[str]) -> dict[str, Fact]:
         """What must be the same on all ranks of the sources that were prepared since."""
-        facts: dict[str, Any] = {"data.seed": self.seed}
+        facts: dict[str, Fact] = {"data.seed": self.seed}
         for name, found in self.prepared.items():
             if name not in before:
                 facts[f"data.{name}"] = rows_facts(self.sources[name], name, found.rows, found.reading.rows)
@@ -215,11 +221,11 @@ class RowDataModule(pl.LightningDataModule):
             self.renderer.asked, self.renderer.openings = set(), ResponseStarts()
         unused: dict[str, None] = {}
         used: set[str] = set()
-        convert = noting_unused(self, name, unused, used)
+        convert = self.converter(name, unused, used)
         keys: list[RowKey] = []
         row_of: list[int] = []
 
-        def keyed(data: dict[str, Any]) -> list[Any]:
+        def keyed(data: Row) -> Sequence[ExampleT]:
             examples = convert(data)
             if name != "predict":
                 row_of.extend([len(keys)] * len(examples))
@@ -239,7 +245,30 @@ class RowDataModule(pl.LightningDataModule):
         if unused:
             log.info("%s: columns not used: %s", name, ", ".join(unused))
 
-    def used_columns(self, name: str, data: dict[str, Any]) -> set[str] | None:
+    def converter(
+        self, name: str, unused: dict[str, None], used: set[str] | None = None
+    ) -> Callable[[Row], Sequence[ExampleT]]:
+        """The function of `examples`, which also records columns that are not used.
+
+        Args:
+            name: The source.
+            unused: Receives the names of columns that hold something and are not used.
+            used: Receives the names of columns that are used, for `refuse_unused_names`.
+        """
+        convert, mapped = self.examples(name), set((self.columns or {}).values())
+
+        def noting(data: Row) -> Sequence[ExampleT]:
+            refuse_media(data)
+            if (names := self.used_columns(name, data)) is not None:
+                refuse_misspelled(data, TRAINING_COLUMNS)
+                unused.update(dict.fromkeys(k for k, v in data.items() if k not in names | mapped and not is_empty(v)))
+                if used is not None:
+                    used.update(names)
+            return convert(data)
+
+        return noting
+
+    def used_columns(self, name: str, data: Row) -> set[str] | None:
         """Columns that a row is read from; None if the example keeps all of them."""
         return None
 
@@ -276,19 +305,19 @@ class RowDataModule(pl.LightningDataModule):
             return []
         return keys_of(rows, self.key, self.columns)
 
-    def train_dataloader(self) -> Any:
+    def train_dataloader(self) -> Iterable[StepBatch]:
         return self._loader("train", self.batch_size, shuffle=not getattr(self.trainer, "overfit_batches", 0))
 
-    def val_dataloader(self) -> Any:
+    def val_dataloader(self) -> Iterable[StepBatch]:
         return self._loader("validation", self.eval_batch_size) if "validation" in self.prepared else []
 
-    def test_dataloader(self) -> Any:
+    def test_dataloader(self) -> Iterable[StepBatch]:
         return self._loader("test", self.eval_batch_size)
 
-    def predict_dataloader(self) -> Any:
+    def predict_dataloader(self) -> Iterable[StepBatch]:
         return self._loader("predict", self.eval_batch_size)
 
-    def _loader(self, name: str, batch_size: int, shuffle: bool = False) -> RowLoader:
+    def _loader(self, name: str, batch_size: int, shuffle: bool = False) -> RowLoader[ExampleT, BatchT]:
         if name not in self.prepared:
             raise ConfigError(f"the rows of data.{name} are not read yet: call setup(), as the Trainer does")
         return RowLoader(
@@ -431,13 +460,13 @@ def _named(source: Source | None, otherwise: str) -> str:
 _VERBS = {"train": "train on", "validation": "validate on", "test": "test on", "predict": "predict for"}
 
 
-def data_ranks(trainer: Any) -> tuple[int, int]:
+def data_ranks(trainer: pl.Trainer) -> tuple[int, int]:
     """Index of this rank among those that have different rows, and their number."""
     known = trainer.distributed_sampler_kwargs
     return (known["rank"], known["num_replicas"]) if known else (trainer.global_rank, trainer.world_size)
 
 
-def shard_spec_of(trainer: Any, training: bool) -> Callable[[], ShardSpec]:
+def shard_spec_of(trainer: pl.Trainer | None, training: bool) -> Callable[[], ShardSpec]:
     """A function that returns the trainer's `ShardSpec` at the start of an epoch; a single process if there is none."""
 
     def shard_spec() -> ShardSpec:
@@ -445,12 +474,13 @@ def shard_spec_of(trainer: Any, training: bool) -> Callable[[], ShardSpec]:
             return ShardSpec()
         limit = trainer.num_training_batches if training else None
         rank, world = data_ranks(trainer)
+        epochs: Any = trainer.fit_loop.epoch_progress.current
         return ShardSpec(
             rank=rank,
             world=world,
             accumulate=trainer.accumulate_grad_batches if training else 1,
             # The epoch that Lightning passes to samplers; `current_epoch` lags behind it after some resumes.
-            epoch=trainer.fit_loop.epoch_progress.current.processed if training else 0,
+            epoch=epochs.processed if training else 0,
             limit=int(limit) if limit and limit != float("inf") else None,
         )
 

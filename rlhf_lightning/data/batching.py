@@ -4,14 +4,13 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, Protocol
+from typing import Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 from rlhf_lightning.errors import ConfigError
-
-Counts = dict[str, float]
+from rlhf_lightning.types import Counts, StepBatch, TokenBatch, Tokenizer
 
 
 class Example(Protocol):
@@ -26,8 +25,13 @@ class Example(Protocol):
     def counts(self) -> Counts:
         """What the example adds to the denominators of its optimizer step."""
 
-    def show(self, tokenizer: Any) -> str:
+    def show(self, tokenizer: Tokenizer) -> str:
         """The example's text, with the trained part marked."""
+
+
+T = TypeVar("T")
+ExampleT = TypeVar("ExampleT", bound=Example)
+BatchT = TypeVar("BatchT", bound=StepBatch)
 
 
 @dataclass(frozen=True)
@@ -53,7 +57,7 @@ class ShardSpec:
     """Number of batches of an epoch that will be taken, if fewer than there are (`limit_train_batches`)."""
 
 
-class RowLoader:
+class RowLoader(Generic[ExampleT, BatchT]):
     """A sized and stateful loader over rows in memory.
 
     It has a length, so that Lightning does not prefetch, and a state, so that a run interrupted within an epoch resumes
@@ -82,8 +86,8 @@ class RowLoader:
 
     def __init__(
         self,
-        rows: Sequence[Example],
-        collate: Callable[[list[Any], list[float]], dict[str, Any]],
+        rows: Sequence[ExampleT],
+        collate: Callable[[list[ExampleT], list[float]], BatchT],
         batch_size: int,
         shuffle: bool = False,
         seed: int = 0,
@@ -95,14 +99,14 @@ class RowLoader:
         """Batches taken of this epoch; 0 at its end."""
 
     @property
-    def dataset(self) -> Sequence[Example]:
+    def dataset(self) -> Sequence[ExampleT]:
         """The rows; Lightning's BatchSizeFinder stops when a batch holds all of them."""
         return self.rows
 
     def __len__(self) -> int:
         return -(-len(self.rows) // (self.batch_size * self.shard_spec().world))
 
-    def __iter__(self) -> Iterator[dict[str, Any]]:
+    def __iter__(self) -> Iterator[BatchT]:
         # Only a loaded state sets the start: an epoch that was left early (sanity check, limited batches) must not be
         # continued.
         start, self._start = self._start, 0
@@ -127,7 +131,7 @@ class RowLoader:
 
     def _window(
         self, order: list[int], first: int, micro: int, shard_spec: ShardSpec, start: int
-    ) -> Iterator[tuple[int, dict[str, Any]]]:
+    ) -> Iterator[tuple[int, BatchT]]:
         """This rank's batches of one optimizer step, with their numbers."""
         per_micro = self.batch_size * shard_spec.world
         window = [self.rows[i] for i in order[first * per_micro : (first + micro) * per_micro]]
@@ -140,8 +144,9 @@ class RowLoader:
                 continue
             rows = parts[k * shard_spec.world + shard_spec.rank]
             batch = self.collate(rows, [1.0] * len(rows)) if rows else self.collate(window[:1], [0.0])
-            where = [getattr(row, "where", "") for row in rows]
-            yield first + k, {**batch, "denominators": denominators, "where": where}
+            batch["denominators"] = denominators
+            batch["where"] = [getattr(row, "where", "") for row in rows]
+            yield first + k, batch
 
     def state_dict(self) -> dict[str, int]:
         """Batches taken of this epoch and, within it, by each of how many ranks."""
@@ -159,7 +164,7 @@ class RowLoader:
             )
 
 
-def split_evenly(rows: Sequence[Any], parts: int) -> list[list[Any]]:
+def split_evenly(rows: Sequence[T], parts: int) -> list[list[T]]:
     """Split into `parts` consecutive lists whose sizes differ by at most one.
 
     Example:
@@ -195,13 +200,16 @@ def mix_seeds(*parts: int) -> int:
     return state & 0x7FFFFFFFFFFFFFFF
 
 
-def pad_right(rows: Sequence[Sequence[float]], fill: float, dtype: torch.dtype) -> Tensor:
+def pad_right(
+    rows: Sequence[Sequence[float]], fill: float, dtype: torch.dtype, device: torch.device | None = None
+) -> Tensor:
     """Pad rows on the right.
 
     Args:
         rows: `B` lists of numbers.
         fill: Value of the padding.
         dtype: Type of the result.
+        device: Its device; by default the CPU.
 
     Returns:
         `[B, T]`, T being the longest row. Causal models never attend to right padding, so no attention mask is needed.
@@ -212,22 +220,25 @@ def pad_right(rows: Sequence[Sequence[float]], fill: float, dtype: torch.dtype) 
                 [3, 0]])
     """
     width = max(len(row) for row in rows)
-    return torch.tensor([[*row, *[fill] * (width - len(row))] for row in rows], dtype=dtype)
+    return torch.tensor([[*row, *[fill] * (width - len(row))] for row in rows], dtype=dtype, device=device)
 
 
-def pad_tokens(ids: Sequence[Sequence[int]], masks: Sequence[Sequence[int]], pad_id: int) -> dict[str, Tensor]:
+def pad_tokens(
+    ids: Sequence[Sequence[int]], masks: Sequence[Sequence[int]], pad_id: int, device: torch.device | None = None
+) -> TokenBatch:
     """A padded batch of token rows.
 
     Args:
         ids: Token ids of each row.
         masks: Loss mask of each row.
         pad_id: Token id of the padding.
+        device: Device of the batch; by default the CPU.
 
     Returns:
         `input_ids` and `loss_mask`, `[B, T]`, and the `lengths` without padding, `[B]`.
     """
     return {
-        "input_ids": pad_right(ids, pad_id, torch.long),
-        "loss_mask": pad_right(masks, 0, torch.float32),
-        "lengths": torch.tensor([len(row) for row in ids]),
+        "input_ids": pad_right(ids, pad_id, torch.long, device),
+        "loss_mask": pad_right(masks, 0, torch.float32, device),
+        "lengths": torch.tensor([len(row) for row in ids], device=device),
     }

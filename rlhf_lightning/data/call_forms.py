@@ -6,23 +6,23 @@ What a template prints for a probe tells which; its source is never parsed for t
 
 import copy
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 from rlhf_lightning.data.records import RowError
 from rlhf_lightning.data.tool_calls import Written, as_text, holds_json, shown, with_ids
-from rlhf_lightning.types import Message, ReasoningKey, TemplateMessage, ToolSchema
+from rlhf_lightning.types import JSON, Message, ReasoningKey, TemplateMessage, ToolCall, ToolSchema
 
 log = logging.getLogger(__name__)
 Render = Callable[[list[TemplateMessage], list[ToolSchema] | None], str]
 REASONING: tuple[ReasoningKey, ...] = ("reasoning_content", "thinking", "reasoning")
-PROBES: tuple[dict[str, Any], ...] = (
+PROBES: tuple[dict[str, JSON], ...] = (
     {"first_key": "first value", "size": 7},
     {"second_key": "second value", "size": 8},
 )
-RESULT = {"result_key": "result value"}
+RESULT: JSON = {"result_key": "result value"}
 NAMES = ("probe_first", "probe_second")
 WORD, ID = "Sentinel word.", "abc123456"
 SCHEMA: ToolSchema = {
@@ -78,20 +78,22 @@ class CallForms:
         self._forms: dict[bool, Forms] = {}
         self._known: dict[Any, Any] = {}
 
-    def fit(self, messages: list[TemplateMessage], tools: list[ToolSchema] | None) -> list[TemplateMessage]:
+    def fit(
+        self, messages: Sequence[Message | TemplateMessage], tools: list[ToolSchema] | None
+    ) -> list[TemplateMessage]:
         """Copies of messages, in the form that the template shows correctly."""
         # Copies, since templates may change their input (some pop keys).
-        messages = [self._plain(message, first=not i) for i, message in enumerate(messages)]
-        if not any(message.get("tool_calls") for message in messages):
-            return messages
+        fitted = [self._plain(message, first=not i) for i, message in enumerate(messages)]
+        if not any(message.get("tool_calls") for message in fitted):
+            return fitted
         forms = self.forms(bool(tools))
         if forms.ids != "given" or forms.needs_ids:
-            messages = with_ids(messages, forms.ids)
-        return [self._calls(message, forms) if message.get("tool_calls") else message for message in messages]
+            fitted = with_ids(fitted, forms.ids)
+        return [self._calls(message, forms) if message.get("tool_calls") else message for message in fitted]
 
-    def _plain(self, message: TemplateMessage, first: bool) -> TemplateMessage:
+    def _plain(self, message: Message | TemplateMessage, first: bool) -> TemplateMessage:
         """A message with its reasoning, and a result that is an object, under the keys that the template reads."""
-        changed = {**message, "role": self._role(message["role"], first)}
+        changed: TemplateMessage = {**message, "role": self._role(message["role"], first)}
         content = changed.get("content")
         if message.get("role") == "tool" and isinstance(content, Written):
             changed["content"] = content.value if self._shows_result(type(content.value)) else str(content)
@@ -148,7 +150,7 @@ class CallForms:
                 return found
         return None
 
-    def _left_out_calls(self, message: Message, calls: list[Any], tools: bool) -> str | None:
+    def _left_out_calls(self, message: Message, calls: list[ToolCall], tools: bool) -> str | None:
         forms = self.forms(tools)
         if not forms.shown and not isinstance(message["content"], Written):
             return (
@@ -226,12 +228,12 @@ class CallForms:
         self, tools: list[ToolSchema] | None, forms: Forms, count: int = 1, content: str = "", ids: str | None = ID
     ) -> str | None:
         """Rendering of a turn with calls, with results if the template takes these; None if it refuses the turn."""
-        calls: list[dict[str, Any]] = []
+        calls: list[ToolCall] = []
         results: list[TemplateMessage] = []
         for name, arguments in [*zip(NAMES, PROBES, strict=True)][:count]:
             # Ids differ in their last character.
             known = {"id": f"{ids[:-1]}{len(calls)}" if calls else ids} if ids else {}
-            function = {"name": name, "arguments": as_text(arguments) if forms.as_text else arguments}
+            function: JSON = {"name": name, "arguments": as_text(arguments) if forms.as_text else arguments}
             calls.append({**known, "type": "function", "function": function})
             results.append({"role": "tool", "content": "Found."} | ({"tool_call_id": known["id"]} if known else {}))
         turn: TemplateMessage = {"role": "assistant", "content": content or forms.blank, "tool_calls": calls}
@@ -259,7 +261,7 @@ class CallForms:
         key = ("result", kind)
         if key not in self._known:
             call = {"id": ID, "type": "function", "function": {"name": NAMES[0], "arguments": {}}}
-            content: Any = [RESULT, RESULT] if kind is list else RESULT
+            content: JSON = [RESULT, RESULT] if kind is list else RESULT
             said: list[TemplateMessage] = [
                 {"role": "user", "content": "Hello"},
                 {"role": "assistant", "content": "", "tool_calls": [call]},

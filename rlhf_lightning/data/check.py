@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from rlhf_lightning.data.base import RowDataModule
-from rlhf_lightning.data.columns import noting_unused, refuse_unused_names
+from rlhf_lightning.data.columns import refuse_unused_names
 from rlhf_lightning.data.preference import PreferenceDataModule
 from rlhf_lightning.data.preference_rows import Pair, row_kind
 from rlhf_lightning.data.prompts import Prompt, PromptDataModule
@@ -18,6 +18,7 @@ from rlhf_lightning.data.splits import RowKey, leaks
 from rlhf_lightning.data.tokenizers import load_tokenizer
 from rlhf_lightning.errors import ConfigError
 from rlhf_lightning.files import visible
+from rlhf_lightning.types import JSON, Tokenizer
 
 MODULES: dict[str, type[RowDataModule]] = {
     "sft": SFTDataModule,
@@ -101,7 +102,7 @@ def check(module: RowDataModule, source: Source, split: str = "train") -> Checke
     module._truncated = 0
     module.renderer.openings = found.openings
     used: set[str] = set()
-    convert = noting_unused(module, "train", found.unused, used)
+    convert = module.converter("train", found.unused, used)
     for row in rows:
         for name, value in row.data.items():
             found.columns.setdefault(name, Counter())[_type(value)] += 1
@@ -135,7 +136,7 @@ def _line(where: str) -> int:
     return int(digits) if digits.isdigit() else 0
 
 
-def _type(value: Any) -> str:
+def _type(value: JSON) -> str:
     names = {str: "text", bool: "bool", int: "number", float: "number", list: "list", dict: "object"}
     return "null" if value is None else names.get(type(value), type(value).__name__)
 
@@ -143,7 +144,7 @@ def _type(value: Any) -> str:
 # -- the report -------------------------------------------------------------------------------------------------------
 
 
-def report(found: Checked, tokenizer: Any, samples: int = 2) -> dict[str, Any]:
+def report(found: Checked, tokenizer: Tokenizer, samples: int = 2) -> dict[str, Any]:
     """Summary of a file, ready for JSON: rows, columns, tokens, duplicates, bad rows and rendered samples.
 
     Args:
@@ -262,7 +263,7 @@ def _prompt(example: Any) -> tuple[int, ...]:
     return tuple(side.ids[: side.loss_mask.index(1)]) if side.loss_mask.index(1) > 1 else ()
 
 
-def pieces(example: Any, tokenizer: Any) -> list[tuple[str, list[tuple[str, bool]]]]:
+def pieces(example: Any, tokenizer: Tokenizer) -> list[tuple[str, list[tuple[str, bool]]]]:
     """Text of an example for display: per side a name and stretches of text, each with whether it is trained."""
     if isinstance(example, Prompt):
         return [("", [(tokenizer.decode(example.ids, skip_special_tokens=False), False)])]

@@ -1,13 +1,12 @@
 """Columns with a common meaning: each is used, or the row is refused. Nothing is dropped silently."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
-from typing import Any
 
 from rlhf_lightning.data.records import RowError
 from rlhf_lightning.data.tool_calls import short
 from rlhf_lightning.errors import ConfigError
-from rlhf_lightning.types import Message, Row
+from rlhf_lightning.types import JSON, Message, Row
 
 SYSTEM = ("system", "system_prompt", "system_message")
 TOOLS = ("tools", "functions")
@@ -29,7 +28,7 @@ TRAINING_COLUMNS = (*WEIGHTS, "label", "margin", "tie", "score_chosen", "score_r
 UNWANTED = (0, False, "0", "false", "undesirable")
 
 
-def refuse_media(data: Mapping[str, Any]) -> None:
+def refuse_media(data: Row) -> None:
     """Raise `RowError` for images, audio and video, which no model here takes, and for per-row template settings."""
     if not is_empty(data.get("chat_template_kwargs")):
         raise RowError(
@@ -45,7 +44,7 @@ def refuse_media(data: Mapping[str, Any]) -> None:
             )
 
 
-def refuse_misspelled(data: Mapping[str, Any], names: Sequence[str]) -> None:
+def refuse_misspelled(data: Row, names: Sequence[str]) -> None:
     """Raise `RowError` for `System` where `system` has a meaning, since the column would not be used."""
     for column, value in data.items():
         name = column.strip().lower() if isinstance(column, str) else column
@@ -56,37 +55,9 @@ def refuse_misspelled(data: Mapping[str, Any], names: Sequence[str]) -> None:
             )
 
 
-def is_empty(value: Any) -> bool:
+def is_empty(value: JSON) -> bool:
     """True if a column holds nothing."""
     return value is None or (isinstance(value, str | list | tuple | dict) and not value)
-
-
-def noting_unused(
-    module: Any, name: str, unused: dict[str, None], used: set[str] | None = None
-) -> Callable[[dict[str, Any]], list[Any]]:
-    """Wrap a data module's conversion of rows so that it records columns that are not used.
-
-    Args:
-        module: The data module.
-        name: Name of its source.
-        unused: Receives the names of columns that hold something and are not used.
-        used: Receives the names of columns that are used, for `refuse_unused_names`.
-
-    Returns:
-        A function that turns a row into examples.
-    """
-    convert, mapped = module.examples(name), set((module.columns or {}).values())
-
-    def noting(data: dict[str, Any]) -> list[Any]:
-        refuse_media(data)
-        if (names := module.used_columns(name, data)) is not None:
-            refuse_misspelled(data, TRAINING_COLUMNS)
-            unused.update(dict.fromkeys(k for k, v in data.items() if k not in names | mapped and not is_empty(v)))
-            if used is not None:
-                used.update(names)
-        return list(convert(data))
-
-    return noting
 
 
 def refuse_unused_names(columns: Mapping[str, str | None] | None, used: set[str]) -> None:
@@ -123,7 +94,7 @@ def with_system(data: Row, messages: list[Message]) -> list[Message]:
     return [{"role": "system", "content": text}, *messages]
 
 
-def _system(data: Mapping[str, Any]) -> tuple[str, str]:
+def _system(data: Row) -> tuple[str, str]:
     """Name and text of the row's system column; empty if there is none."""
     found: dict[str, str] = {}
     for column in SYSTEM:
@@ -139,7 +110,7 @@ def _system(data: Mapping[str, Any]) -> tuple[str, str]:
     return next(iter(found.items()), ("", ""))
 
 
-def take_marks(message: dict[str, Any], where: str) -> None:
+def take_marks(message: Row, where: str) -> None:
     """Replace the `MARKS` of a message by one key, `trainable`.
 
     Raises:
@@ -177,7 +148,7 @@ def refuse_untrained(messages: Sequence[Message], why: str) -> None:
         raise RowError(f"a message is marked as not trained (weight: 0, train: false), and {why}")
 
 
-def refuse_unwanted(data: Mapping[str, Any]) -> None:
+def refuse_unwanted(data: Row) -> None:
     """Raise `RowError` for a row that is not meant to be imitated: a bad answer, a pair, or a weighted row."""
     refuse_weight(data)
     label = data.get("label")
@@ -197,12 +168,12 @@ def refuse_unwanted(data: Mapping[str, Any]) -> None:
     raise RowError(f"the row has 'chosen' and 'rejected': {PAIR_REMEDY}")
 
 
-def has_pair(data: Mapping[str, Any]) -> bool:
+def has_pair(data: Row) -> bool:
     """True if a row has the two responses of preference data."""
     return not is_empty(data.get("chosen")) and not is_empty(data.get("rejected"))
 
 
-def refuse_weight(data: Mapping[str, Any]) -> None:
+def refuse_weight(data: Row) -> None:
     """Raise `RowError` for a weight of a whole row."""
     for name in WEIGHTS:
         value = data.get(name)
@@ -222,7 +193,7 @@ def _number(text: str) -> float | None:
         return None
 
 
-def refuse_beside_text(data: Mapping[str, Any]) -> None:
+def refuse_beside_text(data: Row) -> None:
     """Raise `RowError` for columns that need a chat template in a row of plain text."""
     for name in (*SYSTEM, *TOOLS):
         value = data.get(name)

@@ -6,7 +6,7 @@ from decimal import Decimal
 from typing import Any
 
 from rlhf_lightning.data.tables import arrow_rows, number, row_cleaner
-from rlhf_lightning.errors import DataError
+from rlhf_lightning.errors import DataError, quoted
 
 log = logging.getLogger(__name__)
 SPLITS = {"train": (), "validation": ("valid", "val", "dev", "eval"), "test": (), "predict": ()}
@@ -212,7 +212,7 @@ def unwrapped(given: Mapping[str, Any], split: str | None, name: str) -> Any:
             f"{name}: the columns have different lengths ({found}); every row needs a value for each column"
         )
     raise DataError(
-        f"{name}: a dict with {_names(given)} has neither columns (a list each) nor splits (train, validation, test); "
+        f"{name}: a dict with {quoted(given)} has neither columns (a list each) nor splits (train, validation, test); "
         "put a single row into a list: [row]"
     )
 
@@ -258,7 +258,7 @@ def choose_split(given: Mapping[str, Any], split: str | None, name: str) -> Any:
         wanted = list(given)
     if not wanted or (len(wanted) > 1 and wanted[0] != split):
         asked = f"no split {split!r}" if split else "several splits"
-        raise DataError(f"{name}: {asked}; it has {_names(given)}. Pass only the split to read")
+        raise DataError(f"{name}: {asked}; it has {quoted(given)}. Pass only the split to read")
     if others := [key for key in given if key != wanted[0]]:
         log.info("%s: reading split %r; not used: %s", name, wanted[0], ", ".join(others))
     return given[str(wanted[0])]
@@ -314,7 +314,3 @@ def _of_pandas(given: Mapping[Any, Any]) -> list[Any] | None:
 def rows_of_columns(columns: Mapping[str, list[Any]]) -> list[dict[str, Any]]:
     """`{"a": [1, 2]}` as `[{"a": 1}, {"a": 2}]`."""
     return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
-
-
-def _names(given: Mapping[str, Any]) -> str:
-    return ", ".join(repr(key) for key in given) or "nothing"

@@ -1,10 +1,9 @@
 """Message contents in parts, `[{type: text, text: …}]`, for templates that show parts and for those that need text."""
 
 from collections.abc import Callable
-from typing import Any
 
 from rlhf_lightning.data.records import RowError
-from rlhf_lightning.types import JSON, TemplateMessage
+from rlhf_lightning.types import JSON, Message, TemplateMessage
 
 Render = Callable[[list[TemplateMessage]], str]
 _FIRST, _SECOND = "Alpha,", "beta."
@@ -26,14 +25,14 @@ class ContentParts(str):
         self.parts = parts
         return self
 
-    def __reduce__(self) -> tuple[Any, ...]:
+    def __reduce__(self) -> tuple[type["ContentParts"], tuple[list[dict[str, JSON]]]]:
         return ContentParts, (self.parts,)
 
     def __repr__(self) -> str:
         return f"ContentParts({self.parts!r})"  # parts matter: a template may trim each one
 
 
-def joined(message: TemplateMessage) -> TemplateMessage:
+def joined(message: Message | TemplateMessage) -> Message | TemplateMessage:
     """A message whose content is `ContentParts` if it was a list of text parts."""
     content = message.get("content")
     if not isinstance(content, list) or not content or not all(_is_text(part) for part in content):
@@ -89,7 +88,7 @@ class ContentForms:
         called: TemplateMessage = {"role": "assistant", "content": "", "tool_calls": [call]}
         before: list[TemplateMessage] = {"assistant": [asked], "tool": [asked, called]}.get(role, [])
         after: list[TemplateMessage] = [] if before or role == "user" else [asked]
-        parts: Any = [{"type": "text", "text": _FIRST}, {"type": "text", "text": _SECOND}]
+        parts = [{"type": "text", "text": _FIRST}, {"type": "text", "text": _SECOND}]
         try:
             in_parts, as_text = (
                 self.render([*before, {"role": role, "content": content}, *after])

@@ -2,7 +2,6 @@
 
 import ast
 import json
-import re
 from collections.abc import Sequence
 from contextlib import suppress
 from typing import TypeGuard
@@ -20,7 +19,9 @@ from rlhf_lightning.data.columns import (
 )
 from rlhf_lightning.data.contents import ContentParts
 from rlhf_lightning.data.records import RowError
+from rlhf_lightning.data.tables import MESSAGE_LIST
 from rlhf_lightning.data.tool_calls import Written, as_text, read_calls, read_tools, short
+from rlhf_lightning.errors import quoted
 from rlhf_lightning.types import JSON, Message, Row, ToolCall, ToolSchema
 
 SPEAKERS = {
@@ -40,7 +41,6 @@ SPEAKERS = {
     "tool_response": "tool",
     "tool_result": "tool",
 }
-_LISTED = re.compile(r"""\[\s*\{\s*['"](role|from|content|value)['"]\s*:""")
 CALLERS = ("function_call", "tool_call", "tool_calls")
 """Roles whose text is a tool call."""
 ROLES = ("system", "developer", "user", "assistant", "tool")
@@ -76,7 +76,7 @@ def to_messages(value: JSON | list[Message], first_role: str = "user") -> list[M
 
 def _written(text: str) -> list[JSON] | None:
     """The messages of a conversation stored as text (JSON, or a printed Python list); None for any other text."""
-    if not _LISTED.match(text := text.strip()):
+    if not MESSAGE_LIST.match(text := text.strip()):
         return None
     for read in (json.loads, ast.literal_eval):
         with suppress(ValueError, SyntaxError, RecursionError, MemoryError):
@@ -153,7 +153,7 @@ def _take_calls(message: Row, caller: bool, where: str) -> list[Message]:
     content = message["content"]
     if caller and not calls and isinstance(content, str | dict | list):
         calls = read_calls(content, where)
-        message["content"] = Written(content if isinstance(content, str) else as_text(content), calls)
+        message["content"] = Written(content if isinstance(content, str) else as_text(content), [*calls])
     elif isinstance(content, list):
         left: list[JSON] = []
         for part in content:
@@ -237,10 +237,9 @@ def _conversation(data: Row) -> list[Message]:
         return prompt + completion
     if data.get("instruction") is not None and data.get("output") is not None:
         return _instruction(data)
-    found = ", ".join(repr(key) for key in data) or "nothing"
     pair = f". This is a pair: {PAIR_REMEDY}" if has_pair(data) else ""
     raise RowError(
-        f"no conversation in the row: it has {found}; it needs {SHAPES}. Map other names with `columns:`{pair}"
+        f"no conversation in the row: it has {quoted(data)}; it needs {SHAPES}. Map other names with `columns:`{pair}"
     )
 
 

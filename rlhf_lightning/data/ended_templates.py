@@ -13,8 +13,8 @@ from contextlib import contextmanager
 from typing import Any
 
 from rlhf_lightning.data.records import RowError
-from rlhf_lightning.data.templates import FAILURES, FIXED_DATE, ChatTemplate
-from rlhf_lightning.types import Message
+from rlhf_lightning.data.templates import FIXED_DATE, TEMPLATE_FAILURES, ChatTemplate
+from rlhf_lightning.types import JSON, Message, Tokenizer
 
 log = logging.getLogger(__name__)
 _HEAD = "{#- rlhf-lightning: this template ends with the last turn, where the score is read. -#}\n"
@@ -30,7 +30,7 @@ _SAMPLES: list[list[Message]] = [
 
 
 @contextmanager
-def ended(tokenizer: Any, template: ChatTemplate | None) -> Iterator[None]:
+def ended(tokenizer: Tokenizer, template: ChatTemplate | None) -> Iterator[None]:
     """Make a tokenizer's template end with the last turn while it is saved, within the context.
 
     Args:
@@ -103,7 +103,7 @@ def _cut(template: ChatTemplate) -> str:
     )
 
 
-def _literal(value: Any) -> str:
+def _literal(value: JSON) -> str:
     """A value as a Jinja literal."""
     if isinstance(value, list | tuple):
         return "[" + ", ".join(map(_literal, value)) + "]"
@@ -112,7 +112,7 @@ def _literal(value: Any) -> str:
     return "none" if value is None else json.dumps(value, ensure_ascii=False)
 
 
-def _agrees(tokenizer: Any, wrapped: Any, template: ChatTemplate) -> bool:
+def _agrees(tokenizer: Tokenizer, wrapped: Any, template: ChatTemplate) -> bool:
     """True if the wrapped template ends texts with the turn, and is unchanged with a generation prompt."""
     from jinja2 import TemplateError
 
@@ -123,11 +123,11 @@ def _agrees(tokenizer: Any, wrapped: Any, template: ChatTemplate) -> bool:
             asked = template.render(messages[:-1], add_generation_prompt=True)
         except RowError:
             continue  # for example, a template without system messages
-        wanted = whole[:end] if template.ends_turns else whole + tokenizer.eos_token
+        wanted = whole[:end] if template.ends_turns else whole + (tokenizer.eos_token or "")
         try:
             found = _stock(tokenizer, messages, wrapped, False)
             prompt = _stock(tokenizer, messages[:-1], wrapped, True)
-        except (TemplateError, *FAILURES) as error:
+        except (TemplateError, *TEMPLATE_FAILURES) as error:
             log.debug("the wrapped chat template fails: %s", error)
             return False
         if found != wanted or prompt != asked:
@@ -135,6 +135,6 @@ def _agrees(tokenizer: Any, wrapped: Any, template: ChatTemplate) -> bool:
     return True
 
 
-def _stock(tokenizer: Any, messages: list[Message], source: Any, prompt: bool) -> str:
+def _stock(tokenizer: Tokenizer, messages: list[Message], source: Any, prompt: bool) -> str:
     source = source.get("default", next(iter(source.values()))) if isinstance(source, dict) else source
     return tokenizer.apply_chat_template(messages, chat_template=source, tokenize=False, add_generation_prompt=prompt)

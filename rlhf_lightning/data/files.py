@@ -12,13 +12,13 @@ import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from rlhf_lightning.data.containers import object_rows, unfilled
 from rlhf_lightning.data.tables import Item, arrow_rows, csv_items
 from rlhf_lightning.errors import DataError
 from rlhf_lightning.files import is_file, is_open_stream, unique_keys
+from rlhf_lightning.types import JSON, Row
 
 log = logging.getLogger(__name__)
 JSON_KINDS = (".jsonl", ".ndjson", ".json")
@@ -116,7 +116,7 @@ def _parts(folder: Path) -> list[Path]:
     return files
 
 
-def _in_order(file: Path) -> list[Any]:
+def _in_order(file: Path) -> list[str | int]:
     """Sort key that puts part 2 before part 10."""
     return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", str(file))]
 
@@ -276,7 +276,7 @@ def _prompts(path: Path, text: str, wanted: Wanted) -> Iterator[Item]:
 # -- JSON -------------------------------------------------------------------------------------------------------------
 
 
-def load_json(text: str) -> Any:
+def load_json(text: str) -> JSON:
     """Parse JSON.
 
     Raises:
@@ -316,7 +316,7 @@ def _json_items(path: Path, kind: str, text: str, wanted: Wanted) -> Iterator[It
     return (_line_item(f"{path}:{number}", line, wanted) for number, line in enumerate(lines, 1))
 
 
-def _rows_only(value: Any, wanted: Wanted) -> bool:
+def _rows_only(value: JSON, wanted: Wanted) -> bool:
     """True for a list that holds only rows."""
     kinds = (dict, str) if wanted.text_key else (dict,)
     return isinstance(value, list) and all(isinstance(item, kinds) for item in value)
@@ -324,7 +324,8 @@ def _rows_only(value: Any, wanted: Wanted) -> bool:
 
 def _stream(path: Path, text: str) -> list[Item]:
     """Concatenated objects, each over several lines; empty if the text is something else."""
-    decoder, found = json.JSONDecoder(object_pairs_hook=unique_keys), []
+    decoder = json.JSONDecoder(object_pairs_hook=unique_keys)
+    found: list[Item] = []
     position, line = 0, 1
     while position < len(text):
         if text[position].isspace() or text[position] == "\ufeff":
@@ -343,7 +344,7 @@ def _stream(path: Path, text: str) -> list[Item]:
     return found
 
 
-def _value_items(path: Path, value: Any, wanted: Wanted) -> Iterator[Item]:
+def _value_items(path: Path, value: JSON, wanted: Wanted) -> Iterator[Item]:
     """Rows of a single JSON value: a list of objects, or an object that holds them."""
     if isinstance(value, dict):
         value = object_rows(value, wanted.split, str(path))
@@ -367,7 +368,7 @@ def _line_item(where: str, line: str, wanted: Wanted) -> Item:
         return where, DataError(str(error))
 
 
-def line_row(line: str, text_key: str | None) -> dict[str, Any]:
+def line_row(line: str, text_key: str | None) -> Row:
     """The row of one line of JSON.
 
     Raises:

@@ -2,8 +2,8 @@
 
 import logging
 import math
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 
@@ -14,6 +14,7 @@ from rlhf_lightning.data.conversations import tool_schemas
 from rlhf_lightning.data.preference_rows import (
     Labeled,
     Pair,
+    PreferenceExample,
     Ranking,
     row_kind,
     split_labeled,
@@ -24,14 +25,17 @@ from rlhf_lightning.data.records import RowError, Source
 from rlhf_lightning.data.rendering import Rendered
 from rlhf_lightning.data.splits import RowKey, conversation_key
 from rlhf_lightning.errors import ConfigError, DataError
-from rlhf_lightning.types import Message
+from rlhf_lightning.types import JSON, Message, PreferenceBatch, PreferenceTokens, Row
 
 log = logging.getLogger(__name__)
+if TYPE_CHECKING:
+    from rlhf_lightning.objectives.preference.base import PreferenceLoss
+
 KINDS = ("pairs", "labels", "rankings")
 LARGEST = torch.finfo(torch.float32).max
 
 
-class PreferenceDataModule(RowDataModule):
+class PreferenceDataModule(RowDataModule[PreferenceExample, PreferenceBatch]):
     """Data module of pairs, labeled responses or rankings.
 
     - pairs: `prompt`, `chosen`, `rejected`, each a string or messages, and optionally `margin` and `tie`. Without
@@ -80,7 +84,7 @@ class PreferenceDataModule(RowDataModule):
         """Number of pairs whose scores prefer the rejected response, and whether rows have margins."""
 
     @property
-    def loss(self) -> Any:
+    def loss(self) -> "PreferenceLoss | None":
         """The loss of the trainer's module; None if there is none."""
         return getattr(self.trainer.lightning_module, "loss", None) if self.trainer is not None else None
 
@@ -92,8 +96,10 @@ class PreferenceDataModule(RowDataModule):
             raise ConfigError(f"data.kind is {self._kind}, but the loss {type(self.loss).__name__} needs {wanted}")
         return self._kind or wanted or "pairs"
 
-    def examples(self, name: str) -> Callable[[dict[str, Any]], list[Any]]:
-        return {"pairs": self._pair, "labels": self._labeled, "rankings": self._ranking}[self.kind]
+    def examples(self, name: str) -> Callable[[Row], Sequence[PreferenceExample]]:
+        ways: dict[str, Callable[[Row], Sequence[PreferenceExample]]]
+        ways = {"pairs": self._pair, "labels": self._labeled, "rankings": self._ranking}
+        return ways[self.kind]
 
     def _prepare(self, name: str, required: bool) -> None:
         self._worse, self._margins = 0, False
@@ -114,12 +120,18 @@ class PreferenceDataModule(RowDataModule):
             if name == "train":
                 self._check_balance()
 
-    def key(self, data: dict[str, Any]) -> RowKey:
-        split: Any = {"pairs": split_pair, "labels": split_labeled, "rankings": split_ranking}[row_kind(data)]
-        prompt, *rest = split(data)
-        return conversation_key(prompt, tool_schemas(data), rest)
+    def key(self, data: Row) -> RowKey:
+        kind, tools = row_kind(data), tool_schemas(data)
+        if kind == "pairs":
+            prompt, chosen, rejected = split_pair(data)
+            return conversation_key(prompt, tools, [chosen, rejected])
+        if kind == "labels":
+            prompt, response, label = split_labeled(data)
+            return conversation_key(prompt, tools, [response, label])
+        prompt, responses, ranks = split_ranking(data)
+        return conversation_key(prompt, tools, [responses, ranks])
 
-    def used_columns(self, name: str, data: dict[str, Any]) -> set[str] | None:
+    def used_columns(self, name: str, data: Row) -> set[str] | None:
         kind = row_kind(data)
         shape = {
             "pairs": ("chosen", "rejected", "margin", "tie", "score_chosen", "score_rejected"),
@@ -130,7 +142,7 @@ class PreferenceDataModule(RowDataModule):
 
     # -- rows -----------------------------------------------------------------------------------------------------
 
-    def _pair(self, data: dict[str, Any]) -> list[Any]:
+    def _pair(self, data: Row) -> list[Pair]:
         if (found := row_kind(data)) != "pairs":
             raise RowError(
                 f"the row has the form of {found}, but pairs are expected: set model.loss to a loss for {found}"
@@ -153,9 +165,9 @@ class PreferenceDataModule(RowDataModule):
             raise RowError(
                 f"the pair is a tie, which {name} cannot learn from; use BradleyTerry, Davidson or RaoKupper"
             )
-        return [Pair(sides, _category(data), float(margin or 0.0), bool(tie))]
+        return [Pair(sides, _category(data), float(margin) if _is_number(margin) else 0.0, bool(tie))]
 
-    def _labeled(self, data: dict[str, Any]) -> list[Any]:
+    def _labeled(self, data: Row) -> list[Labeled]:
         if row_kind(data) == "pairs":
             refuse_weight(data)
             prompt, chosen, rejected = split_pair(data)
@@ -164,20 +176,20 @@ class PreferenceDataModule(RowDataModule):
             if data.get("tie"):
                 raise RowError("the pair is a tie: neither response can be labeled the better one")
             self._note_scores(data)
-            parts = [(chosen, 1), (rejected, 0)]
+            labeled = [(chosen, 1), (rejected, 0)]
         else:
             refuse_weight(data)
             prompt, response, label = split_labeled(data)
-            parts = [(response, label)]
+            labeled = [(response, label)]
         tools = tool_schemas(data)
         return [
             Labeled(
                 self._sides(data, prompt, {"response": response}), _category(data), label, (prompt, response, tools)
             )
-            for response, label in parts
+            for response, label in labeled
         ]
 
-    def _ranking(self, data: dict[str, Any]) -> list[Any]:
+    def _ranking(self, data: Row) -> list[Ranking]:
         if row_kind(data) == "pairs":
             pair = self._pair(data)[0]
             return [Ranking(pair.sides, pair.category, [0, int(not pair.tie)])]
@@ -186,16 +198,14 @@ class PreferenceDataModule(RowDataModule):
         sides = self._sides(data, prompt, {f"response {i}": response for i, response in enumerate(responses)})
         return [Ranking(sides, _category(data), ranks)]
 
-    def _note_scores(self, data: dict[str, Any]) -> None:
+    def _note_scores(self, data: Row) -> None:
         """Count pairs whose scores contradict them, and note whether rows have margins."""
-        scores: list[Any] = [data.get(name) for name in ("score_chosen", "score_rejected")]
+        scores = [data.get(name) for name in ("score_chosen", "score_rejected")]
         chosen, rejected = (float(score) if _is_number(score) else math.nan for score in scores)
         self._worse += int(chosen < rejected and not data.get("tie"))
         self._margins = self._margins or bool(data.get("margin"))
 
-    def _sides(
-        self, data: dict[str, Any], prompt: list[Message], responses: dict[str, list[Message]]
-    ) -> list[Rendered]:
+    def _sides(self, data: Row, prompt: list[Message], responses: dict[str, list[Message]]) -> list[Rendered]:
         """Render all responses. If the longest is too long, all prompts lose its excess of tokens on the left."""
         tools, sides = tool_schemas(data), []
         for name, response in responses.items():
@@ -230,10 +240,11 @@ class PreferenceDataModule(RowDataModule):
 
         The partner is determined by the file, not by the batch, so that neither batch size nor ranks change the loss.
         """
-        rows: list[Labeled] = self.prepared[name].rows
+        own = self._labels(name)
+        rows = own
         prompts = [row.messages[0] for row in rows]
         if self.sources[name] is None and all(prompt == prompts[0] for prompt in prompts):
-            rows = [*rows, *self.prepared["train"].rows]  # only one prompt was held out; training rows have others
+            rows = [*rows, *self._labels("train")]  # only one prompt was held out; training rows have others
             prompts = [row.messages[0] for row in rows]
         if all(prompt == prompts[0] for prompt in prompts):
             loss = type(self.loss).__name__
@@ -244,18 +255,23 @@ class PreferenceDataModule(RowDataModule):
             following[i] = partner
             if prompts[i - 1] != prompts[i]:
                 partner = i
-        for row, other in zip(self.prepared[name].rows, following, strict=False):
+        for row, other in zip(own, following, strict=False):
             prompt, _, tools = row.messages
             side = self.renderer.exchange(prompt, rows[other].messages[1], tools)
             side = self._without(side, max(0, side.tokens - self.max_length))
             side.loss_mask[0] = 0
             row.sides = [row.sides[0], side]
 
+    def _labels(self, name: str) -> list[Labeled]:
+        """The labeled responses of a source."""
+        return [row for row in self.prepared[name].rows if isinstance(row, Labeled)]
+
     def _check_balance(self) -> None:
         """Warn if the balance of the two labels is not what KTO's paper recommends (arXiv 2402.01306)."""
-        labels = [row.label for row in self.prepared["train"].rows]
+        labels = [row.label for row in self._labels("train")]
         good, bad = sum(labels), len(labels) - sum(labels)
-        ratio = self.loss.desirable_weight * good / max(self.loss.undesirable_weight * bad, 1e-9)
+        desirable, undesirable = (getattr(self.loss, name) for name in ("desirable_weight", "undesirable_weight"))
+        ratio = desirable * good / max(undesirable * bad, 1e-9)
         if good and bad and not 1 <= ratio <= 4 / 3:
             log.warning(
                 "%d desirable and %d undesirable rows are weighted %.2f to 1; between 1 and 1.33 to 1 works best: set "
@@ -263,47 +279,52 @@ class PreferenceDataModule(RowDataModule):
                 good,
                 bad,
                 ratio,
-                self.loss.undesirable_weight * bad / good,
-                self.loss.desirable_weight * good / bad,
+                undesirable * bad / good,
+                desirable * good / bad,
             )
 
     # -- batches --------------------------------------------------------------------------------------------------
 
-    def collate(self, rows: list[Any], weights: list[float]) -> dict[str, Any]:
-        collate: Any = {"pairs": _collate_pairs, "labels": _collate_labels, "rankings": _collate_rankings}[self.kind]
-        batch: dict[str, Any] = collate(rows, self.pad_id)
+    def collate(self, rows: list[PreferenceExample], weights: list[float]) -> PreferenceBatch:
+        if self.kind == "pairs":
+            batch = _collate_pairs([row for row in rows if isinstance(row, Pair)], self.pad_id)
+        elif self.kind == "labels":
+            batch = _collate_labels([row for row in rows if isinstance(row, Labeled)], self.pad_id)
+        else:
+            batch = _collate_rankings([row for row in rows if isinstance(row, Ranking)], self.pad_id)
         if names := self.category_names:
             batch["category"] = torch.tensor([names.index(row.category) if row.category else -1 for row in rows])
             batch["category_names"] = names
-        return {**batch, "weights": torch.tensor(weights)}
+        batch["weights"] = torch.tensor(weights)
+        return batch
 
 
-def _is_number(value: Any) -> bool:
+def _is_number(value: JSON) -> TypeGuard[float]:
     return isinstance(value, int | float) and not isinstance(value, bool) and -LARGEST <= value <= LARGEST
 
 
-def _category(data: dict[str, Any]) -> str | None:
+def _category(data: Row) -> str | None:
     value = data.get("category")
     if value is not None and not isinstance(value, str | int | bool):
         raise RowError(f"'category' is {value!r}; it must be text")
     return None if value is None else str(value)
 
 
-def _tokens(sides: list[Rendered], references: list[list[float]] | None, pad_id: int) -> dict[str, Any]:
+def _tokens(sides: list[Rendered], references: list[list[float]] | None, pad_id: int) -> PreferenceTokens:
     """Padded tokens of sides, with stored reference log-probabilities if there are any."""
-    batch: dict[str, Any] = pad_tokens([side.ids for side in sides], [side.loss_mask for side in sides], pad_id)
+    batch: PreferenceTokens = {**pad_tokens([side.ids for side in sides], [side.loss_mask for side in sides], pad_id)}
     if references is not None:
         batch["reference_logprobs"] = pad_right(references, 0.0, torch.float32)
     return batch
 
 
-def _side(rows: list[Any], number: int) -> tuple[list[Rendered], list[list[float]] | None]:
-    """Side `number` of each row, and its stored log-probabilities."""
-    stored = all(row.reference is not None for row in rows)
-    return [row.sides[number] for row in rows], [row.reference[number] for row in rows] if stored else None
+def _side(rows: Sequence[PreferenceExample], number: int) -> tuple[list[Rendered], list[list[float]] | None]:
+    """Side `number` of each row, and its stored log-probabilities if all rows have some."""
+    stored = [row.reference[number] for row in rows if row.reference is not None]
+    return [row.sides[number] for row in rows], stored if len(stored) == len(rows) else None
 
 
-def _collate_pairs(rows: list[Pair], pad_id: int) -> dict[str, Any]:
+def _collate_pairs(rows: list[Pair], pad_id: int) -> PreferenceBatch:
     (chosen, one), (rejected, other) = _side(rows, 0), _side(rows, 1)
     references = one + other if one is not None and other is not None else None
     return {
@@ -313,14 +334,17 @@ def _collate_pairs(rows: list[Pair], pad_id: int) -> dict[str, Any]:
     }
 
 
-def _collate_labels(rows: list[Labeled], pad_id: int) -> dict[str, Any]:
-    batch = {**_tokens(*_side(rows, 0), pad_id), "labels": torch.tensor([float(row.label) for row in rows])}
+def _collate_labels(rows: list[Labeled], pad_id: int) -> PreferenceBatch:
+    batch: PreferenceBatch = {
+        **_tokens(*_side(rows, 0), pad_id),
+        "labels": torch.tensor([float(row.label) for row in rows]),
+    }
     if all(len(row.sides) > 1 for row in rows):
         batch["mismatched"] = _tokens(*_side(rows, 1), pad_id)
     return batch
 
 
-def _collate_rankings(rows: list[Ranking], pad_id: int) -> dict[str, Any]:
+def _collate_rankings(rows: list[Ranking], pad_id: int) -> PreferenceBatch:
     sides = [side for row in rows for side in row.sides]
     stored = all(row.reference is not None for row in rows)
     references = [values for row in rows for values in row.reference or []] if stored else None

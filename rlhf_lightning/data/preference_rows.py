@@ -1,5 +1,6 @@
 """Rows of preference data: pairs, labeled responses and rankings, parsed from file rows."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -8,15 +9,15 @@ from rlhf_lightning.data.columns import unmarked, with_system
 from rlhf_lightning.data.conversations import apart, to_messages, without_prompt
 from rlhf_lightning.data.records import RowError, require
 from rlhf_lightning.data.rendering import Rendered
-from rlhf_lightning.types import Message
+from rlhf_lightning.types import Counts, Message, Row, Tokenizer
 
 
 @dataclass
-class PreferenceExample:
+class PreferenceExample(ABC):
     """Responses to one prompt, as token rows whose mask is 1 on the response. Base class of pairs, labels and rankings.
 
     Example:
-        >>> PreferenceExample([Rendered([1, 2, 3], [0, 1, 1]), Rendered([1, 4], [0, 1])]).tokens
+        >>> Ranking([Rendered([1, 2, 3], [0, 1, 1]), Rendered([1, 4], [0, 1])], ranks=[0, 1]).tokens
         3
     """
 
@@ -36,6 +37,14 @@ class PreferenceExample:
     def trained(self) -> int:
         """Number of response tokens of all sides."""
         return sum(side.trained for side in self.sides)
+
+    @abstractmethod
+    def counts(self) -> Counts:
+        """See `Example`."""
+
+    @abstractmethod
+    def show(self, tokenizer: Tokenizer) -> str:
+        """See `Example`."""
 
 
 @dataclass
@@ -62,11 +71,11 @@ class Pair(PreferenceExample):
         """The other response."""
         return self.sides[1]
 
-    def counts(self) -> dict[str, float]:
+    def counts(self) -> Counts:
         """One pair."""
         return {"pairs": 1.0}
 
-    def show(self, tokenizer: Any) -> str:
+    def show(self, tokenizer: Tokenizer) -> str:
         """Both sides, the responses between ⟦ and ⟧."""
         return f"chosen: {self.chosen.show(tokenizer)}\nrejected: {self.rejected.show(tokenizer)}"
 
@@ -84,11 +93,11 @@ class Labeled(PreferenceExample):
     messages: tuple[list[Message], list[Message], list[Any] | None] = field(default=([], [], None), repr=False)
     """Prompt, response and tools, from which mismatched sides are rendered."""
 
-    def counts(self) -> dict[str, float]:
+    def counts(self) -> Counts:
         """One labeled response."""
         return {"labels": 1.0}
 
-    def show(self, tokenizer: Any) -> str:
+    def show(self, tokenizer: Tokenizer) -> str:
         """The response between ⟦ and ⟧."""
         return f"label {self.label}: {self.sides[0].show(tokenizer)}"
 
@@ -105,24 +114,24 @@ class Ranking(PreferenceExample):
 
     ranks: list[int] = field(default_factory=list)
 
-    def counts(self) -> dict[str, float]:
+    def counts(self) -> Counts:
         """One ranking."""
         return {"rankings": 1.0}
 
-    def show(self, tokenizer: Any) -> str:
+    def show(self, tokenizer: Tokenizer) -> str:
         """All responses between ⟦ and ⟧."""
         shown = zip(self.ranks, self.sides, strict=True)
         return "\n".join(f"rank {rank}: {side.show(tokenizer)}" for rank, side in shown)
 
 
-def row_kind(data: dict[str, Any]) -> str:
+def row_kind(data: Row) -> str:
     """`pairs`, `labels` or `rankings`, according to a row's columns."""
     if data.get("label") is not None:
         return "labels"
     return "rankings" if data.get("responses") is not None else "pairs"
 
 
-def split_pair(data: dict[str, Any]) -> tuple[list[Message], list[Message], list[Message]]:
+def split_pair(data: Row) -> tuple[list[Message], list[Message], list[Message]]:
     """Prompt, chosen and rejected messages of a row.
 
     Raises:
@@ -151,7 +160,7 @@ def split_pair(data: dict[str, Any]) -> tuple[list[Message], list[Message], list
     return prompt, sides[0], sides[1]
 
 
-def split_response(data: dict[str, Any]) -> tuple[list[Message], list[Message]]:
+def split_response(data: Row) -> tuple[list[Message], list[Message]]:
     """Prompt and `response` (or `completion`) messages of a row.
 
     Raises:
@@ -165,7 +174,7 @@ def split_response(data: dict[str, Any]) -> tuple[list[Message], list[Message]]:
     return prompt, response
 
 
-def split_labeled(data: dict[str, Any]) -> tuple[list[Message], list[Message], int]:
+def split_labeled(data: Row) -> tuple[list[Message], list[Message], int]:
     """Prompt messages, response messages and label of a row.
 
     Raises:
@@ -179,7 +188,7 @@ def split_labeled(data: dict[str, Any]) -> tuple[list[Message], list[Message], i
     return prompt, response, int(label)
 
 
-def split_ranking(data: dict[str, Any]) -> tuple[list[Message], list[list[Message]], list[int]]:
+def split_ranking(data: Row) -> tuple[list[Message], list[list[Message]], list[int]]:
     """Prompt, responses and ranks (0 for the best) of a row, by its `ranks` or `scores`; without these, best first.
 
     Raises:
@@ -201,20 +210,19 @@ def split_ranking(data: dict[str, Any]) -> tuple[list[Message], list[list[Messag
     return prompt, responses, [order.index(grade) for grade in grades]
 
 
-def _grades(data: dict[str, Any], count: int) -> list[float]:
+def _grades(data: Row, count: int) -> list[float]:
     """A number per response, higher for a better one."""
     for name, sign in (("scores", 1), ("ranks", -1)):
         if (values := data.get(name)) is not None:
-            numbers = isinstance(values, list) and all(
-                isinstance(v, int | float) and not isinstance(v, bool) and v == v for v in values
-            )
-            if not numbers or len(values) != count:
+            given = values if isinstance(values, list) else []
+            numbers = [v for v in given if isinstance(v, int | float) and not isinstance(v, bool) and v == v]
+            if not len(numbers) == len(given) == count:
                 raise RowError(f"{name!r} must be a list of {count} numbers, one for each response")
-            return [sign * value for value in values]  # not floats: JSON integers may exceed their precision
+            return [sign * value for value in numbers]  # not floats: JSON integers may exceed their precision
     return [float(-i) for i in range(count)]
 
 
-def _apart(data: dict[str, Any], responses: Sequence[list[Message]]) -> tuple[list[Message], list[list[Message]]]:
+def _apart(data: Row, responses: Sequence[list[Message]]) -> tuple[list[Message], list[list[Message]]]:
     """The prompt of a row with its `system` column, and the responses without it."""
     prompt, responses = apart(to_messages(data["prompt"]), responses)
     prompt = with_system(data, prompt)

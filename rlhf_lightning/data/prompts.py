@@ -1,17 +1,18 @@
 """Data of policy RL: prompts to answer, or recorded episodes to learn from."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, TypedDict
+from typing import Any, Protocol, runtime_checkable
 
 from rlhf_lightning.data.base import RowDataModule
+from rlhf_lightning.data.batching import Example
 from rlhf_lightning.data.columns import refuse_media, refuse_weight, unmarked, with_system
 from rlhf_lightning.data.conversations import conversation, has_conversation, tool_schemas
-from rlhf_lightning.data.records import RowError, Source, require
+from rlhf_lightning.data.records import RowError, Source, require, require_list
 from rlhf_lightning.data.rendering import Renderer, as_prompt
 from rlhf_lightning.data.splits import RowKey, conversation_key, row_key
 from rlhf_lightning.errors import MOST, ConfigError, check_whole
-from rlhf_lightning.types import Message
+from rlhf_lightning.types import Counts, Message, RolloutBatch, Row, StepBatch, Tokenizer, ToolSchema
 
 NOT_OF_PROMPTS = {
     "batch_size": "prompts_per_round (for training), or data.eval_batch_size (for validation)",
@@ -34,8 +35,8 @@ class Prompt:
 
     messages: list[Message]
     ids: list[int]
-    row: dict[str, Any]
-    tools: list[Any] | None = None
+    row: Row
+    tools: list[ToolSchema] | None = None
     index: int = 0
     """Position in the data set."""
     where: str = ""
@@ -51,16 +52,35 @@ class Prompt:
         """0, since nothing of a prompt is trained."""
         return 0
 
-    def counts(self) -> dict[str, float]:
+    def counts(self) -> Counts:
         """One prompt."""
         return {"prompts": 1.0}
 
-    def show(self, tokenizer: Any) -> str:
+    def show(self, tokenizer: Tokenizer) -> str:
         """Its text, up to where the response begins."""
         return f"{tokenizer.decode(self.ids, skip_special_tokens=False)}⟦"
 
 
-def prompt_messages(data: dict[str, Any]) -> list[Message]:
+class PromptBatch(StepBatch):
+    """A batch of prompts, as lists; the sampler batches their tokens."""
+
+    prompts: list[Prompt]
+    weights: list[float]
+    """1 for each prompt, 0 for one that only fills a rank's place."""
+
+
+@runtime_checkable
+class RolloutSource(Protocol):
+    """What is asked of the module that makes the episodes."""
+
+    def recorded_episode(self, data: Row) -> Sequence[Example]:
+        """The example of a recorded episode."""
+
+    def rollout_loader(self, data: "PromptDataModule") -> Iterable[RolloutBatch]:
+        """The loader of a round's batches around the prompts of the data module."""
+
+
+def prompt_messages(data: Row) -> list[Message]:
     """The messages of a row to answer: its `prompt`, or a conversation up to its last assistant turn.
 
     Raises:
@@ -78,7 +98,7 @@ def prompt_messages(data: dict[str, Any]) -> list[Message]:
     return unmarked(messages)
 
 
-def prompt_example(renderer: Renderer, data: dict[str, Any], index: int = 0) -> Prompt:
+def prompt_example(renderer: Renderer, data: Row, index: int = 0) -> Prompt:
     """The prompt of a row; see `prompt_messages`.
 
     Args:
@@ -95,17 +115,9 @@ def prompt_example(renderer: Renderer, data: dict[str, Any], index: int = 0) -> 
     return Prompt(messages, renderer.prompt(messages, tools), data, tools, index)
 
 
-def collate_prompts(rows: list[Prompt], weights: list[float]) -> dict[str, Any]:
-    """A batch of prompts, as a list; the sampler batches their tokens."""
+def collate_prompts(rows: list[Prompt], weights: list[float]) -> PromptBatch:
+    """A batch of prompts."""
     return {"prompts": rows, "weights": weights}
-
-
-class PromptBatch(TypedDict):
-    """A batch of prompts, to sample responses to."""
-
-    prompts: list[Prompt]
-    weights: list[float]
-    """0 for a prompt that only fills a rank's place, else 1."""
 
 
 def kept_prompts(batch: PromptBatch) -> list[Prompt]:
@@ -113,7 +125,7 @@ def kept_prompts(batch: PromptBatch) -> list[Prompt]:
     return [prompt for prompt, weight in zip(batch["prompts"], batch["weights"], strict=True) if weight]
 
 
-class PromptDataModule(RowDataModule):
+class PromptDataModule(RowDataModule[Example, PromptBatch]):
     """Data module of prompts for policy RL: JSON rows with `prompt` (string or messages) and other columns, or lines.
 
     In `fit`, its loader is the module's rollout loader, which requests episodes from the module round by round.
@@ -189,29 +201,29 @@ class PromptDataModule(RowDataModule):
         self.prompts_per_round, self.group_size = prompts_per_round, group_size
         self.update_epochs, self.minibatches = update_epochs, minibatches
 
-    def examples(self, name: str) -> Callable[[dict[str, Any]], list[Any]]:
+    def examples(self, name: str) -> Callable[[Row], Sequence[Example]]:
         if name == "train" and self.recorded:
             return self.module.recorded_episode
         return self._prompt if name == "predict" else self._weighed
 
     @property
-    def module(self) -> Any:
+    def module(self) -> RolloutSource:
         """The trainer's policy module, which makes the episodes."""
         module = self.trainer.lightning_module if self.trainer else None
-        if not hasattr(module, "rollout_loader"):
+        if not isinstance(module, RolloutSource):
             raise ConfigError("PromptDataModule needs a PolicyRLModule: pass both to the same Trainer")
         return module
 
-    def _weighed(self, data: dict[str, Any]) -> list[Prompt]:
+    def _weighed(self, data: Row) -> list[Prompt]:
         refuse_weight(data)
         return self._prompt(data)
 
-    def _prompt(self, data: dict[str, Any]) -> list[Prompt]:
+    def _prompt(self, data: Row) -> list[Prompt]:
         prompt = prompt_example(self.renderer, data)
         self.too_long(prompt.tokens, name="data.max_prompt_tokens", can_truncate=False)
         return [prompt]
 
-    def key(self, data: dict[str, Any]) -> RowKey:
+    def key(self, data: Row) -> RowKey:
         """Key of a row: by its tokens for recorded episodes that hold only tokens, else by its messages."""
         if not self.recorded:
             messages = prompt_messages(data)
@@ -219,15 +231,15 @@ class PromptDataModule(RowDataModule):
         if data.get("prompt") is not None or has_conversation(data):
             return row_key(prompt_example(self.renderer, data).ids, None)
         if data.get("tokens") is not None:
-            require(data, "loss_mask")
-            sampled = next((i for i, flag in enumerate(data["loss_mask"]) if flag), 0)
-            return row_key(data["tokens"][:sampled], data["tokens"][sampled:])
+            tokens, loss_mask = require_list(data, "tokens"), require_list(data, "loss_mask")
+            sampled = next((i for i, flag in enumerate(loss_mask) if flag), 0)
+            return row_key(tokens[:sampled], tokens[sampled:])
         require(data, "prompt_tokens", "response_tokens")
         return row_key(data["prompt_tokens"], data["response_tokens"])
 
-    def collate(self, rows: list[Prompt], weights: list[float]) -> dict[str, Any]:
-        return collate_prompts(rows, weights)
+    def collate(self, rows: list[Example], weights: list[float]) -> PromptBatch:
+        return collate_prompts([row for row in rows if isinstance(row, Prompt)], weights)
 
-    def train_dataloader(self) -> Any:
+    def train_dataloader(self) -> Iterable[RolloutBatch]:
         """The module's rollout loader around the prompts."""
         return self.module.rollout_loader(self)

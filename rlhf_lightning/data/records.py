@@ -7,17 +7,18 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from rlhf_lightning.data.containers import dataset_rows, library, library_rows, plain, settled, unfilled, unwrapped
 from rlhf_lightning.data.files import SUFFIXES, Wanted, file_items, is_saved_dataset, line_row, local_files, place
 from rlhf_lightning.data.names import check_there, hub_dataset, is_here, is_stream, load_saved
 from rlhf_lightning.data.tables import Cells, Item, cell
-from rlhf_lightning.errors import DataError
+from rlhf_lightning.errors import DataError, quoted
 from rlhf_lightning.files import is_open_stream
+from rlhf_lightning.types import JSON, Row
 
 __all__ = [
     "LocatedRow",
@@ -32,8 +33,10 @@ __all__ = [
     "read_rows",
     "rename_columns",
     "require",
+    "require_list",
 ]
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 Source = str | Path | Mapping[str, Any] | Iterable[Any]
 
 
@@ -46,7 +49,7 @@ class LocatedRow:
         'prompts.jsonl:1'
     """
 
-    data: dict[str, Any]
+    data: Row
     where: str
 
 
@@ -282,19 +285,19 @@ def rename_columns(row: LocatedRow, columns: Mapping[str, str | None] | None) ->
     left_out = {ours for ours, theirs in columns.items() if theirs is None}
     mapped = {ours: theirs for ours, theirs in columns.items() if theirs is not None}
     if missing := [theirs for theirs in mapped.values() if theirs not in data]:
-        raise RowError(f"no column {missing[0]!r} (named in data.columns); the row has {_names(data)}")
+        raise RowError(f"no column {missing[0]!r} (named in data.columns); the row has {quoted(data, none='no columns')}")
     kept = {column: value for column, value in data.items() if column not in left_out}
     named = {**kept, **{ours: data[theirs] for ours, theirs in mapped.items()}}
     if isinstance(data, Cells):
         try:
-            named = {key: value if value is None else cell(key, value) for key, value in named.items()}
+            named = {key: cell(key, value) if isinstance(value, str) else value for key, value in named.items()}
         except ValueError as error:
             raise RowError(str(error)) from None
         named = unfilled([named])[0]
     return LocatedRow(named, row.where)
 
 
-def _half_character(value: Any) -> str | None:
+def _half_character(value: JSON) -> str | None:
     """The first text in a row that cannot be encoded as UTF-8."""
     if isinstance(value, str):
         try:
@@ -306,26 +309,32 @@ def _half_character(value: Any) -> str | None:
     return next((found for item in items if (found := _half_character(item)) is not None), None)
 
 
-def _names(data: Mapping[str, Any]) -> str:
-    return ", ".join(repr(k) for k in data) or "no columns"
-
-
-def require(data: Mapping[str, Any], *names: str) -> None:
+def require(data: Row, *names: str) -> None:
     """Raise `RowError` for the first of `names` that a row lacks."""
     for name in names:
         if data.get(name) is None:
             raise RowError(
-                f"no {name!r}; the row has {_names(data)}. Add it, or map yours with `columns: {{{name}: your_name}}`"
+                f"no {name!r}; the row has {quoted(data, none='no columns')}. Add it, or map yours with `columns: "
+                f"{{{name}: your_name}}`"
             )
+
+
+def require_list(data: Row, name: str) -> list[JSON]:
+    """The list in a column; raises `RowError` if there is none."""
+    require(data, name)
+    value = data[name]
+    if not isinstance(value, list):
+        raise RowError(f"{name!r} is a {type(value).__name__}; it must be a list")
+    return value
 
 
 def convert_rows(
     rows: Iterable[LocatedRow],
-    convert: Callable[[dict[str, Any]], Any],
+    convert: Callable[[Row], Sequence[T]],
     reading: Reading,
     on_bad_row: str = "error",
     columns: Mapping[str, str | None] | None = None,
-) -> list[Any]:
+) -> list[T]:
     """Convert rows with `convert`; bad rows raise, or are skipped and counted.
 
     Args:
@@ -343,7 +352,7 @@ def convert_rows(
     """
     if on_bad_row not in ("error", "skip"):
         raise DataError(f"on_bad_row is {on_bad_row!r}; it must be 'error' or 'skip'")
-    result: list[Any] = []
+    result: list[T] = []
     for row in rows:
         reading.rows += 1
         try:

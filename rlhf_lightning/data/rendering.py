@@ -17,7 +17,7 @@ from rlhf_lightning.data.templates import ChatTemplate
 from rlhf_lightning.data.tokenizers import added_tokens
 from rlhf_lightning.data.tool_calls import Written
 from rlhf_lightning.errors import ConfigError
-from rlhf_lightning.types import Message
+from rlhf_lightning.types import JSON, Counts, Message, Tokenizer, ToolSchema
 
 log = logging.getLogger(__name__)
 
@@ -49,11 +49,11 @@ class Rendered:
         """Number of trained tokens."""
         return sum(self.loss_mask)
 
-    def counts(self) -> dict[str, float]:
+    def counts(self) -> Counts:
         """What the row adds to the denominators of its optimizer step."""
         return {"tokens": float(self.trained)}
 
-    def show(self, tokenizer: Any) -> str:
+    def show(self, tokenizer: Tokenizer) -> str:
         """The row's text, with trained stretches between ⟦ and ⟧."""
         return show_masked(tokenizer, self.ids, self.loss_mask)
 
@@ -95,12 +95,12 @@ class Renderer:
 
     def __init__(
         self,
-        tokenizer: Any,
+        tokenizer: Tokenizer,
         format: str = "chat",
         template_kwargs: dict[str, Any] | None = None,
         stop_token_ids: Iterable[int] = (),
         system: str | None = None,
-        tools: list[Any] | None = None,
+        tools: list[ToolSchema] | None = None,
         stop: Sequence[str] = (),
     ) -> None:
         if format not in ("chat", "raw"):
@@ -139,7 +139,7 @@ class Renderer:
             "stop_token_ids": list(self.stop_token_ids),
         }
 
-    def completed(self, messages: list[Message], tools: list[Any] | None = None) -> tuple[list[Message], Any]:
+    def completed(self, messages: list[Message], tools: list[ToolSchema] | None = None) -> tuple[list[Message], Any]:
         """A conversation as the model sees it: with the default system message and tools if it has none."""
         system = next((m["content"] for m in messages if m["role"] in ("system", "developer")), None)
         if system is None and self.system is not None:
@@ -170,7 +170,7 @@ class Renderer:
     # -- rendering ------------------------------------------------------------------------------------------------
 
     def conversation(
-        self, messages: list[Message], tools: list[Any] | None = None, train_on: str = "all_assistant"
+        self, messages: list[Message], tools: list[ToolSchema] | None = None, train_on: str = "all_assistant"
     ) -> list[Rendered]:
         """Rows of a conversation.
 
@@ -211,7 +211,7 @@ class Renderer:
         ids = self._ended(self._begun(self._ids(text)))
         return _checked(Rendered(ids, [1] * len(ids), len(text.encode())))
 
-    def prompt(self, messages: list[Message], tools: list[Any] | None = None) -> list[int]:
+    def prompt(self, messages: list[Message], tools: list[ToolSchema] | None = None) -> list[int]:
         """Token ids of a prompt with the generation prompt, which the sampler starts from.
 
         Raises:
@@ -225,7 +225,7 @@ class Renderer:
         """Token ids of a prompt's text. Templates write their own bos_token; raw text gets the tokenizer's."""
         return self._begun(self._ids(text)) if self.format == "raw" else self._ids(text)
 
-    def prompt_text(self, messages: list[Message], tools: list[Any] | None = None) -> str:
+    def prompt_text(self, messages: list[Message], tools: list[ToolSchema] | None = None) -> str:
         """The text of a prompt with the generation prompt."""
         messages, tools = self.completed(messages, tools)
         if self.format == "raw":
@@ -237,7 +237,7 @@ class Renderer:
         self,
         prompt: list[Message],
         response: list[Message],
-        tools: list[Any] | None = None,
+        tools: list[ToolSchema] | None = None,
         allow_blank: bool = False,
     ) -> Rendered:
         """Prompt and response as one row whose mask is 1 on the response, and which ends with it.
@@ -277,17 +277,17 @@ class Renderer:
             text = text.partition(stop)[0]
         return text.strip()
 
-    def refuse_lost(self, messages: list[Message], tools: list[Any] | None) -> None:
+    def refuse_lost(self, messages: list[Message], tools: list[ToolSchema] | None) -> None:
         """Raise `RowError` for a row of which the template would silently leave out a part."""
         if lost := self._lost(messages, tools):
             raise RowError(lost)
 
-    def _note_lost(self, messages: list[Message], tools: list[Any] | None) -> None:
+    def _note_lost(self, messages: list[Message], tools: list[ToolSchema] | None) -> None:
         """Warn of it once instead, for conversations with a policy or an environment, which are not rows to refuse."""
         if lost := self._lost(messages, tools):
             self.template.forms.once(lost, lost)
 
-    def _lost(self, messages: list[Message], tools: list[Any] | None) -> str | None:
+    def _lost(self, messages: list[Message], tools: list[ToolSchema] | None) -> str | None:
         """What would be left out, as a message; None if nothing."""
         if self.format == "raw":
             return "format raw does not render tools; ignore them with columns: {tools: null}" if tools else None
@@ -295,7 +295,7 @@ class Renderer:
 
     # -- tokens ---------------------------------------------------------------------------------------------------
 
-    def _rows(self, messages: list[Message], tools: list[Any] | None, selected: list[bool]) -> list[Rendered]:
+    def _rows(self, messages: list[Message], tools: list[ToolSchema] | None, selected: list[bool]) -> list[Rendered]:
         """Tokenized rows of the selected turns."""
         rows, found = [], self.template.spans(messages, tools, selected)
         self._note_stripped(messages, selected, [text[start:end] for text, spans, _ in found for start, end in spans])
@@ -323,7 +323,7 @@ class Renderer:
                     "model.chat_template to a template that keeps it",
                 )
 
-    def _show_opening(self, messages: list[Message], tools: list[Any] | None, selected: list[bool]) -> None:
+    def _show_opening(self, messages: list[Message], tools: list[ToolSchema] | None, selected: list[bool]) -> None:
         """Show `openings` the last trained answer; its surroundings were just rendered, so this costs little."""
         last = max((i for i, chosen in enumerate(selected) if chosen), default=-1)
         if self.openings is None or last < 1 or messages[last]["role"] != "assistant":
@@ -411,7 +411,7 @@ def _plain(messages: list[Message]) -> str:
     return "".join(message["content"] or "" for message in messages)
 
 
-def as_prompt(value: Any) -> list[Message]:
+def as_prompt(value: JSON) -> list[Message]:
     """The messages of a prompt column (string or messages).
 
     Raises:
@@ -423,7 +423,7 @@ def as_prompt(value: Any) -> list[Message]:
     return messages
 
 
-def masked_pieces(tokenizer: Any, ids: list[int], loss_mask: list[int]) -> list[tuple[str, bool]]:
+def masked_pieces(tokenizer: Tokenizer, ids: list[int], loss_mask: list[int]) -> list[tuple[str, bool]]:
     """Text of a row in stretches, each with whether it is trained."""
     pieces, start = [], 0
     for i in range(1, len(ids) + 1):
@@ -433,6 +433,6 @@ def masked_pieces(tokenizer: Any, ids: list[int], loss_mask: list[int]) -> list[
     return pieces
 
 
-def show_masked(tokenizer: Any, ids: list[int], loss_mask: list[int]) -> str:
+def show_masked(tokenizer: Tokenizer, ids: list[int], loss_mask: list[int]) -> str:
     """Text of a row, with trained stretches between ⟦ and ⟧."""
     return "".join(f"⟦{text}⟧" if trained else text for text, trained in masked_pieces(tokenizer, ids, loss_mask))

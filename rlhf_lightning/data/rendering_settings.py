@@ -13,6 +13,7 @@ from rlhf_lightning.data.records import RowError
 from rlhf_lightning.data.rendering import Renderer
 from rlhf_lightning.errors import ConfigError
 from rlhf_lightning.files import is_file, read_record, read_stage
+from rlhf_lightning.types import JSON, Tokenizer
 
 log = logging.getLogger(__name__)
 _ON_HUB = re.compile(r"[\w.-]+/[\w.-]+")
@@ -59,11 +60,11 @@ class RenderingSettings:
         name = source if isinstance(source, str | Path) else getattr(source, "name_or_path", None) or ""
         wanted = {key: value for key, value in given.items() if value is not None}
         if "tools" in wanted:
-            wanted["tools"] = read_tools(wanted["tools"])
+            wanted["tools"] = load_tools(wanted["tools"])
         return cls(str(name), recorded(name), wanted)
 
     def renderer(
-        self, tokenizer: Any, stop_token_ids: Iterable[int] = (), plain: bool = True, own_tokenizer: bool = True
+        self, tokenizer: Tokenizer, stop_token_ids: Iterable[int] = (), plain: bool = True, own_tokenizer: bool = True
     ) -> Renderer:
         """The renderer with these settings.
 
@@ -173,7 +174,7 @@ def _stage_on_hub(name: str) -> dict[str, Any]:
         return {}
 
 
-def read_tools(value: Any) -> list[Any]:
+def load_tools(value: JSON) -> list[Any]:
     """Tool schemas from a list, JSON text or a JSON file; empty for none.
 
     Raises:
@@ -201,16 +202,16 @@ def shared_by_all(asked: set[tuple[str | None, str]]) -> dict[str, Any]:
     return found
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: JSON) -> Any:
     return value or None
 
 
-def _usual(key: str, value: Any) -> bool:
+def _usual(key: str, value: JSON) -> bool:
     """True if a setting has its default value."""
     return bool(_plain(value) == _plain(DEFAULTS[key]))
 
 
-def _shown(value: Any) -> str:
+def _shown(value: JSON) -> str:
     """A value for a message, shortened."""
     text = repr(value) if value or value == {} else "none"
     return f"{text[:200]}…" if len(text) > 200 else text

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 
 from rlhf_lightning.data.call_forms import REASONING
+from rlhf_lightning.data.templates import common_prefix
 from rlhf_lightning.types import Message
 
 BEFORE = 24  # characters of the common text to show
@@ -32,7 +33,7 @@ class ResponseStarts:
     def take(self, prompt: str, row: str, message: Message) -> None:
         """Compare a prompt's text with the row that ends with `message`."""
         self.turns += 1
-        shared = _shared(prompt, row)
+        shared = common_prefix(prompt, row)
         opened, content = prompt[shared:].strip(), str(message.get("content") or "").strip()
         answer = row.find(content, shared) if content else -1
         # Text before an answer that is not the row's own thought was added by the template.
@@ -63,8 +64,3 @@ class ResponseStarts:
             "agree (for many templates enable_thinking: true or false), add thinking to the rows, or set another "
             "model.chat_template."
         )
-
-
-def _shared(a: str, b: str) -> int:
-    """Length of the common prefix."""
-    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))

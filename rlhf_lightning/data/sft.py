@@ -1,6 +1,6 @@
 """Data of supervised fine-tuning."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -9,15 +9,16 @@ from rlhf_lightning.data.base import RowDataModule
 from rlhf_lightning.data.batching import pad_tokens
 from rlhf_lightning.data.columns import refuse_beside_text, refuse_unwanted
 from rlhf_lightning.data.conversations import conversation, has_conversation, tool_schemas, used_columns
-from rlhf_lightning.data.prompts import Prompt, collate_prompts, prompt_example
+from rlhf_lightning.data.prompts import Prompt, PromptBatch, collate_prompts, prompt_example
 from rlhf_lightning.data.records import LocatedRow, Reading, RowError, Source, read_rows
 from rlhf_lightning.data.rendering import Rendered
 from rlhf_lightning.data.selection import TRAIN_ON
 from rlhf_lightning.data.splits import RowKey, is_blank, opening, row_key, said
 from rlhf_lightning.errors import ConfigError
+from rlhf_lightning.types import Row, SFTBatch
 
 
-class SFTDataModule(RowDataModule):
+class SFTDataModule(RowDataModule[Rendered | Prompt, SFTBatch | PromptBatch]):
     """Data module of conversations, prompts with completions, or plain text.
 
     A row has one of: `messages`; `conversations` (from/value); `prompt` + `completion`; `instruction` (+ `input`) +
@@ -58,22 +59,22 @@ class SFTDataModule(RowDataModule):
             raise ConfigError(f"data.train_on is {train_on!r}; it must be one of {', '.join(TRAIN_ON)}")
         self.train_on = train_on
 
-    def examples(self, name: str) -> Callable[[dict[str, Any]], list[Any]]:
+    def examples(self, name: str) -> Callable[[Row], Sequence[Rendered | Prompt]]:
         return self._prompts if name == "predict" else self._rows
 
     def read(self, source: Source, name: str, reading: Reading) -> list[LocatedRow]:
         # Rows of `predict` are prompts, which may be lines of text.
         return read_rows(source, "prompt" if name == "predict" else None, reading, name)
 
-    def _prompts(self, data: dict[str, Any]) -> list[Prompt]:
+    def _prompts(self, data: Row) -> list[Prompt]:
         prompt = prompt_example(self.renderer, data)
         self.too_long(prompt.tokens, can_truncate=False)
         return [prompt]
 
-    def used_columns(self, name: str, data: dict[str, Any]) -> set[str] | None:
+    def used_columns(self, name: str, data: Row) -> set[str] | None:
         return None if name == "predict" else used_columns(data)
 
-    def _rows(self, data: dict[str, Any]) -> list[Rendered]:
+    def _rows(self, data: Row) -> list[Rendered]:
         if has_conversation(data) or data.get("text") is not None:
             refuse_unwanted(data)
         if data.get("text") is not None and not has_conversation(data):
@@ -92,13 +93,13 @@ class SFTDataModule(RowDataModule):
             rows = self.renderer.conversation(messages, tools, self.train_on)
         return [self._fit(row) for row in rows]
 
-    def key(self, data: dict[str, Any]) -> RowKey:
+    def key(self, data: Row) -> RowKey:
         if data.get("text") is not None and not has_conversation(data):
             return row_key(str(data["text"]).strip(), None)
         messages = conversation(data)
-        asked = opening(messages)
-        prompt = messages[:asked]
-        return row_key([said(prompt), tool_schemas(data)], said(messages[asked:]), is_blank(prompt))
+        start = opening(messages)
+        prompt = messages[:start]
+        return row_key([said(prompt), tool_schemas(data)], said(messages[start:]), is_blank(prompt))
 
     def _fit(self, row: Rendered) -> Rendered:
         if not self.too_long(row.tokens):
@@ -110,11 +111,11 @@ class SFTDataModule(RowDataModule):
         cut.text_bytes = round(row.text_bytes * cut.trained / row.trained)
         return cut
 
-    def collate(self, rows: list[Any], weights: list[float]) -> dict[str, Any]:
+    def collate(self, rows: list[Rendered | Prompt], weights: list[float]) -> SFTBatch | PromptBatch:
         if isinstance(rows[0], Prompt):
-            return collate_prompts(rows, weights)
-        batch: dict[str, Any] = pad_tokens([row.ids for row in rows], [row.loss_mask for row in rows], self.pad_id)
+            return collate_prompts([row for row in rows if isinstance(row, Prompt)], weights)
+        rendered = [row for row in rows if isinstance(row, Rendered)]
         weight = torch.tensor(weights)
-        batch["loss_mask"] *= weight[:, None]
-        batch["text_bytes"] = torch.tensor([float(row.text_bytes) for row in rows]) * weight
-        return batch
+        tokens = pad_tokens([row.ids for row in rendered], [row.loss_mask for row in rendered], self.pad_id)
+        tokens["loss_mask"] *= weight[:, None]
+        return {**tokens, "text_bytes": torch.tensor([float(row.text_bytes) for row in rendered]) * weight}

@@ -5,14 +5,17 @@ import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Generic, TypeAlias
 
 import torch
 
+from rlhf_lightning.data.batching import ExampleT
 from rlhf_lightning.data.records import LocatedRow, Reading, RowError, rename_columns
 from rlhf_lightning.errors import ConfigError
-from rlhf_lightning.types import Message
+from rlhf_lightning.types import JSON, Message, Row, ToolSchema
 
+Keyed: TypeAlias = JSON | Message | Sequence["Keyed"]
+"""What rows are compared by."""
 log = logging.getLogger(__name__)
 
 
@@ -79,7 +82,7 @@ class Leaks:
 
 
 @dataclass
-class Prepared:
+class Prepared(Generic[ExampleT]):
     """Rows ready for batching, and what happened while they were read.
 
     Attributes:
@@ -93,7 +96,7 @@ class Prepared:
         ```
     """
 
-    rows: list[Any]
+    rows: list[ExampleT]
     reading: Reading
     lengths: list[int] = field(default_factory=list)
     trained: int = 0
@@ -103,9 +106,9 @@ class Prepared:
     row_of: list[int] = field(default_factory=list)
     """For each example, the index of its row in `keys`."""
 
-    def part(self, rows: list[int]) -> "Prepared":
+    def part(self, rows: list[int]) -> "Prepared[ExampleT]":
         """The examples of some rows, in that order."""
-        examples: dict[int, list[Any]] = {}
+        examples: dict[int, list[ExampleT]] = {}
         for example, row in zip(self.rows, self.row_of, strict=True):
             examples.setdefault(row, []).append(example)
         chosen = [examples[row] for row in rows]
@@ -117,7 +120,7 @@ class Prepared:
         )
 
 
-def row_key(prompt: Any, rest: Any, blank: bool = False) -> RowKey:
+def row_key(prompt: Keyed, rest: Keyed, blank: bool = False) -> RowKey:
     """Key of a row.
 
     Args:
@@ -129,7 +132,7 @@ def row_key(prompt: Any, rest: Any, blank: bool = False) -> RowKey:
     return RowKey(row, row if blank else _digest(prompt))
 
 
-def conversation_key(prompt: Sequence[Message], tools: Any, rest: Any) -> RowKey:
+def conversation_key(prompt: Sequence[Message], tools: list[ToolSchema] | None, rest: Keyed) -> RowKey:
     """Key of a row that answers a prompt, which may be a later turn of a conversation."""
     key = row_key([said(prompt), tools], rest, is_blank(prompt))
     turns = [i for i in range(opening(prompt), len(prompt)) if prompt[i]["role"] == "assistant"]
@@ -154,7 +157,7 @@ def together(keys: Sequence[RowKey]) -> list[bytes]:
     return [root(key.prompt) for key in keys]
 
 
-def said(messages: Sequence[Message]) -> list[Any]:
+def said(messages: Sequence[Message]) -> Keyed:
     """Roles, texts and calls of messages, for comparison: without surrounding white space and training marks."""
     return [
         [
@@ -166,12 +169,12 @@ def said(messages: Sequence[Message]) -> list[Any]:
     ]
 
 
-def _digest(value: Any) -> bytes:
+def _digest(value: Keyed) -> bytes:
     return hashlib.blake2b(json.dumps(value, sort_keys=True, default=str).encode(), digest_size=16).digest()
 
 
 def keys_of(
-    rows: Sequence[LocatedRow], key: Callable[[dict[str, Any]], RowKey], columns: Mapping[str, str | None] | None
+    rows: Sequence[LocatedRow], key: Callable[[Row], RowKey], columns: Mapping[str, str | None] | None
 ) -> list[RowKey]:
     """Keys of rows that are not rendered; bad rows are skipped, since `fit` reports them."""
     keys = []
@@ -230,7 +233,7 @@ def held_out(prompts: Sequence[bytes], wanted: int, seed: int | None) -> list[in
     return held or min((parts[i] for i in order), key=len)
 
 
-def hold_out(train: Prepared, split: float, seed: int) -> Prepared:
+def hold_out(train: Prepared[ExampleT], split: float, seed: int) -> Prepared[ExampleT]:
     """Move rows from the training data to a validation set.
 
     Args:

@@ -8,22 +8,28 @@ import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from decimal import Decimal
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from rlhf_lightning.errors import DataError
+from rlhf_lightning.types import JSON, Row
 
-Item = tuple[str, Any]
+if TYPE_CHECKING:
+    import pyarrow
+
+Item = tuple[str, Row | DataError | None]
 """A location, and what was read there: a row, None for a blank line, or a `DataError` for a line that is not a row."""
 
+ArrowValue: TypeAlias = Any
+"""A value of an Arrow table in Python, such as a list, a number, a decimal or the pairs of a map."""
 NUMBERS = {"label", "margin", "tie", "score", "weight", "train", "reward", "advantage"}
 STRUCTURES = {"messages", "conversations", "tools", "responses", "scores", "ranks", "history"}
 STRUCTURES |= {"tokens", "loss_mask", "logprobs", "prompt_tokens", "response_tokens"}
 TEXTS_OR_MESSAGES = {"prompt", "completion", "chosen", "rejected", "response"}
-MESSAGES = re.compile(r"\s*\[\s*\{\s*['\"](role|from|content|value)['\"]\s*:")
+MESSAGE_LIST = re.compile(r"""\s*\[\s*\{\s*['"](role|from|content|value)['"]\s*:""")
 """How a list of messages begins, well-formed or not."""
 
 
-class Cells(dict[str, Any]):
+class Cells(dict[str, JSON]):
     """A row whose values are text or null, as in CSV; `cell` converts them according to their columns.
 
     Example:
@@ -36,7 +42,7 @@ class Cells(dict[str, Any]):
 # -- Arrow ------------------------------------------------------------------------------------------------------------
 
 
-def arrow_rows(table: Any) -> Iterator[dict[str, Any]]:
+def arrow_rows(table: "pyarrow.Table") -> Iterator[Row]:
     """Rows of an Arrow table.
 
     Raises:
@@ -52,7 +58,7 @@ def arrow_rows(table: Any) -> Iterator[dict[str, Any]]:
                 yield clean(item)
 
 
-def row_cleaner(schema: Any, decoded: bool = False) -> Callable[[Mapping[str, Any]], dict[str, Any]]:
+def row_cleaner(schema: "pyarrow.Schema", decoded: bool = False) -> Callable[[Row], Row]:
     """Make a function that converts rows with an Arrow schema to plain rows.
 
     An Arrow struct has the keys of all rows, with null for those that a row lacks; such keys are dropped. Arrow maps
@@ -65,20 +71,20 @@ def row_cleaner(schema: Any, decoded: bool = False) -> Callable[[Mapping[str, An
     cleaners = {field.name: _cleaner(field.type, decoded) for field in schema}
     needed = {name: clean for name, clean in cleaners.items() if clean is not None}
 
-    def clean(row: Mapping[str, Any]) -> dict[str, Any]:
+    def clean(row: Row) -> Row:
         return {k: v if v is None or k not in needed else needed[k](v) for k, v in row.items()}
 
     return clean
 
 
-def _cleaner(kind: Any, decoded: bool) -> Callable[[Any], Any] | None:
+def _cleaner(kind: "pyarrow.DataType", decoded: bool) -> Callable[[ArrowValue], JSON] | None:
     """Converter for values of an Arrow type; None if they are plain already. It is never called with None."""
     from pyarrow import types
 
     if types.is_struct(kind):
         inner = {field.name: _cleaner(field.type, decoded) for field in kind}
 
-        def struct(value: Any) -> Any:
+        def struct(value: ArrowValue) -> JSON:
             if not isinstance(value, Mapping):  # decoded by `datasets`, for example an image
                 return value
             found = ((key, item, inner.get(key)) for key, item in value.items() if item is not None)
@@ -88,7 +94,7 @@ def _cleaner(kind: Any, decoded: bool) -> Callable[[Any], Any] | None:
     if types.is_map(kind):
         clean_item = _cleaner(kind.item_type, decoded) or _same
 
-        def mapping(value: Any) -> dict[Any, Any]:
+        def mapping(value: ArrowValue) -> JSON:
             pairs = value.items() if isinstance(value, Mapping) else value
             return {key: None if item is None else clean_item(item) for key, item in pairs}
 
@@ -105,7 +111,7 @@ def _cleaner(kind: Any, decoded: bool) -> Callable[[Any], Any] | None:
     return None
 
 
-def _same(value: Any) -> Any:
+def _same(value: ArrowValue) -> JSON:
     return value
 
 
@@ -137,12 +143,13 @@ def csv_items(path: str, text: str, delimiter: str) -> Iterator[Item]:
         delimiter = ";"  # spreadsheets write this in locales with a decimal comma
     limit = csv.field_size_limit(sys.maxsize)
     try:
-        yield from _records(path, csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True))
+        yield from _records(path, text, delimiter)
     finally:
         csv.field_size_limit(limit)
 
 
-def _records(path: str, reader: Any) -> Iterator[Item]:
+def _records(path: str, text: str, delimiter: str) -> Iterator[Item]:
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     header: list[str] = []
     index = False
     while True:
@@ -173,7 +180,7 @@ def _records(path: str, reader: Any) -> Iterator[Item]:
         elif index and not cells[0].strip().isdigit():
             raise DataError(f"{path}:1: the first column has no name; name it in the header")
         else:
-            yield where, Cells(zip(header[index:], (text or None for text in cells[index:]), strict=True))
+            yield where, Cells(zip(header[index:], (value or None for value in cells[index:]), strict=True))
 
 
 def _count(cells: list[str]) -> str:
@@ -188,7 +195,7 @@ def _check_header(where: str, header: list[str]) -> None:
             raise DataError(f"{where}: the header has {name!r} twice; rename one")
 
 
-def cell(name: str, text: str) -> Any:
+def cell(name: str, text: str) -> JSON:
     """Convert a cell's text according to its column: numbers for labels and margins, JSON for messages and tools.
 
     Args:
@@ -211,14 +218,14 @@ def cell(name: str, text: str) -> Any:
         written = found is not None
     else:
         written = _is_messages(found)
-        if (found is not None and not written) or not MESSAGES.match(text):
+        if (found is not None and not written) or not MESSAGE_LIST.match(text):
             return found if written else text
     if not written:
         raise ValueError(f"{name!r} contains {text.strip()[:40]!r}…, which is not JSON; write the cell with json.dumps")
     return found
 
 
-def _number(text: str) -> Any:
+def _number(text: str) -> bool | float | str:
     word = text.strip()
     if word.lower() in ("true", "false"):
         return word.lower() == "true"
@@ -230,7 +237,7 @@ def _number(text: str) -> Any:
     return text
 
 
-def _structure(text: str) -> Any:
+def _structure(text: str) -> JSON:
     """The value of JSON, or of a printed Python list or dict, as pandas writes one to a cell; None for other text."""
     try:
         return json.loads(text)
@@ -244,7 +251,7 @@ def _structure(text: str) -> Any:
     return found if repr(found) == text else None
 
 
-def _is_messages(value: Any) -> bool:
+def _is_messages(value: JSON) -> bool:
     return (
         isinstance(value, list)
         and bool(value)

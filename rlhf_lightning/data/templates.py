@@ -18,7 +18,7 @@ from rlhf_lightning.data.contents import ContentForms, joined
 from rlhf_lightning.data.records import RowError
 from rlhf_lightning.data.template_budget import Budget, OverBudgetError
 from rlhf_lightning.errors import ConfigError
-from rlhf_lightning.types import JSON, Message, TemplateMessage, ToolCall, ToolSchema
+from rlhf_lightning.types import JSON, Message, TemplateMessage, Tokenizer, ToolCall, ToolSchema
 
 log = logging.getLogger(__name__)
 TEMPLATE_DATE = "2025-01-01"
@@ -41,7 +41,7 @@ _RESERVED = {
     *("return_assistant_tokens_mask", "sanitize_control_tokens"),
 }
 
-FAILURES = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError)
+TEMPLATE_FAILURES = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError)
 Tools = list[ToolSchema] | None
 
 
@@ -96,7 +96,7 @@ class ChatTemplate:
         ```
     """
 
-    def __init__(self, tokenizer: Any, options: dict[str, Any] | None = None) -> None:
+    def __init__(self, tokenizer: Tokenizer, options: dict[str, Any] | None = None) -> None:
         self.tokenizer, self.given = tokenizer, options or {}
         # Some templates begin with a bos_token although their tokenizer has none.
         self.options = {
@@ -167,7 +167,7 @@ class ChatTemplate:
         # key is the messages' content rather than their identity, since a caller may change one in place.
         key = repr((messages, tools, add_generation_prompt))
         if key not in self._recent:
-            fitted = self.contents.fit(self.forms.fit([joined(dict(message)) for message in messages], tools))
+            fitted = self.contents.fit(self.forms.fit([joined(message) for message in messages], tools))
             text = self._rendered(fitted, tools, add_generation_prompt)
             self._recent = dict([*self._recent.items()][-RECENT + 1 :]) | {key: text}
         return self._recent[key]
@@ -192,15 +192,7 @@ class ChatTemplate:
             ) from None
         except OverBudgetError as error:
             raise ConfigError(f"{error}. Fix it, or set another with model.chat_template.") from None
-        except (
-            TemplateError,
-            TypeError,
-            ValueError,
-            LookupError,
-            AttributeError,
-            ArithmeticError,
-            RecursionError,
-        ) as error:
+        except (TemplateError, *TEMPLATE_FAILURES) as error:
             roles = " ".join(str(message.get("role")) for message in messages) or "none"
             raise RowError(f"the chat template rejects the conversation (roles: {roles}): {error}") from None
 
@@ -284,22 +276,22 @@ class ChatTemplate:
     def _start(self, before: list[Message], role: str, upto: str, tools: Tools) -> int:
         """Where the last message of the text `upto` begins."""
         if role != "assistant":
-            return _common_prefix(self._with_sentinel(before, role, tools), upto)
+            return common_prefix(self._with_sentinel(before, role, tools), upto)
         try:
             prompt = self.render(before, tools, add_generation_prompt=True)
         except RowError:
             prompt = ""  # the conversation begins with the assistant, which many templates do not allow
-        shared = _common_prefix(prompt, upto)
+        shared = common_prefix(prompt, upto)
         if prompt and shared == len(prompt):
             return shared
-        spoken = _common_prefix(self._with_sentinel(before, role, tools), upto)
+        spoken = common_prefix(self._with_sentinel(before, role, tools), upto)
         opening = prompt[len(self._conversation_part(before, prompt, tools)) :].lstrip()
         opened = upto.find(opening, shared, spoken) if opening else -1
         if opened >= 0:  # the text differs from the prompt only before the opening
             return opened + len(opening)
         if prompt and not opening:
             bare, asked = upto[:spoken].rstrip(), prompt.rstrip()
-            return len(bare) + _common_prefix(prompt[len(asked) :], upto[len(bare) : spoken])
+            return len(bare) + common_prefix(prompt[len(asked) :], upto[len(bare) : spoken])
         # The generation prompt has something that the turn lacks (an opened <think>). Their common prefix might reach
         # into the content by chance; the common prefix with another content cannot.
         return min(shared or len(upto), spoken)
@@ -307,7 +299,7 @@ class ChatTemplate:
     def _conversation_part(self, before: list[Message], prompt: str, tools: Tools) -> str:
         """The part of a prompt that is the conversation, without what opens the answer."""
         try:
-            return prompt[: _common_prefix(self.render(before, tools), prompt)]
+            return prompt[: common_prefix(self.render(before, tools), prompt)]
         except RowError:
             return prompt
 
@@ -320,7 +312,7 @@ class ChatTemplate:
             prompt = self.render(before, tools, add_generation_prompt=True)
         except RowError:
             return ""
-        shared = _common_prefix(prompt, upto)
+        shared = common_prefix(prompt, upto)
         said = self._conversation_part(before, prompt, tools) if shared < min(start, len(prompt)) else ""
         return prompt if said[shared:].strip() else ""
 
@@ -352,7 +344,7 @@ class ChatTemplate:
         if self.render(_USER_TURN) != self.render(_USER_TURN, add_generation_prompt=True):  # else it may always prompt
             with suppress(RowError):
                 followed = self.closing(_USER_TURN, "assistant", prompts=True).lstrip()
-                shared = closing[: _common_prefix(closing, followed)]
+                shared = closing[: common_prefix(closing, followed)]
                 end = max([end, *(shared.rindex(m) + len(m) for m in self.markers if m in shared)])
         return closing[:end]
 
@@ -409,7 +401,7 @@ def _turns() -> Iterator[tuple[list[Message], Tools]]:
         yield [*_USER_TURN, {**silent, "tool_calls": calls[:1]}, result, plain], tools
 
 
-def _common_prefix(a: str, b: str) -> int:
+def common_prefix(a: str, b: str) -> int:
     """Length of the common prefix."""
     low, high = 0, min(len(a), len(b))
     while low < high:  # binary search: comparing slices is many times faster than comparing characters

@@ -8,6 +8,7 @@ from rlhf_lightning.data.ended_templates import unwrapped
 from rlhf_lightning.errors import ConfigError, UserError
 from rlhf_lightning.files import is_file
 from rlhf_lightning.gguf.folder import model_folder
+from rlhf_lightning.types import Tokenizer
 from rlhf_lightning.untrusted import check_files, load_failure
 
 _MISSING = (
@@ -98,7 +99,7 @@ def _template(value: str) -> str:
     return text
 
 
-def added_tokens(tokenizer: Any) -> tuple[list[int], list[int]]:
+def added_tokens(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
     """Ids that a tokenizer puts before and after a text by itself (`add_special_tokens`)."""
     for text in ("a", "1", "."):
         plain = list(tokenizer(text, add_special_tokens=False)["input_ids"])

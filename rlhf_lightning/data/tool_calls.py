@@ -2,10 +2,10 @@
 
 import hashlib
 import json
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from rlhf_lightning.data.records import RowError
-from rlhf_lightning.types import JSON, TemplateMessage, ToolCall, ToolSchema
+from rlhf_lightning.types import JSON, Message, TemplateMessage, ToolCall, ToolSchema
 
 CALL_KEYS = ("function", "name", "arguments", "parameters", "input", "args")
 AS_REPR, BY_KEY, AS_JSON = 1, 2, 3  # how a text shows an object: as Python's repr, key by key, as JSON
@@ -23,21 +23,21 @@ class Written(str):
         ('Oslo', '{"city": "Oslo"}')
     """
 
-    value: Any
+    value: JSON
 
-    def __new__(cls, text: str, value: Any) -> "Written":
+    def __new__(cls, text: str, value: JSON) -> "Written":
         self = super().__new__(cls, text)
         self.value = value
         return self
 
-    def __reduce__(self) -> tuple[Any, ...]:
+    def __reduce__(self) -> tuple[type["Written"], tuple[str, JSON]]:
         return Written, (str(self), self.value)
 
     def __repr__(self) -> str:
         return f"Written({str(self)!r})"  # unlike str, since a template may render the value differently
 
 
-def as_text(value: Any) -> str:
+def as_text(value: JSON) -> str:
     """An object as JSON text, as templates write it."""
     return json.dumps(value, ensure_ascii=False)
 
@@ -157,7 +157,7 @@ def _refuse_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is not JSON")
 
 
-def short(value: Any) -> str:
+def short(value: JSON | Message | list[Message]) -> str:
     """A value in a few words, for a message."""
     text = repr(value)
     return f"{type(value).__name__} {text[:60]}{'…' if len(text) > 60 else ''}"
@@ -192,7 +192,7 @@ def with_ids(messages: list[TemplateMessage], form: str) -> list[TemplateMessage
     return result
 
 
-def _id(given: str | None, function: dict[str, Any], number: int, form: str) -> str:
+def _id(given: str | None, function: dict[str, JSON], number: int, form: str) -> str:
     """The id of a call in that form."""
     if form == "named":
         return f"functions.{function['name']}:{number}"
@@ -205,7 +205,7 @@ def _id(given: str | None, function: dict[str, Any], number: int, form: str) -> 
     return hashlib.sha256(source.encode()).hexdigest()[:9]
 
 
-def shown(text: str, arguments: dict[str, Any]) -> int:
+def shown(text: str, arguments: dict[str, JSON]) -> int:
     """How a text shows an object: `AS_JSON`, `BY_KEY`, `AS_REPR`, or 0 if it does not, or encodes it twice."""
     if holds_json(text, arguments):
         return AS_JSON
@@ -217,7 +217,7 @@ def shown(text: str, arguments: dict[str, Any]) -> int:
     return 0 if f'\\"{key}\\"' in text else BY_KEY
 
 
-def holds_json(text: str, value: Any) -> bool:
+def holds_json(text: str, value: JSON) -> bool:
     """True if a text contains the JSON of a value."""
     decoder = json.JSONDecoder()
     opening = "[" if isinstance(value, list) else "{"

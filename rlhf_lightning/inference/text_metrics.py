@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from rlhf_lightning.data.conversations import conversation, to_messages, without_prompt
 from rlhf_lightning.data.prompts import Prompt
 from rlhf_lightning.data.records import RowError
-from rlhf_lightning.errors import DataError
+from rlhf_lightning.errors import DataError, quoted
 from rlhf_lightning.inference.policy import Policy
 from rlhf_lightning.types import JSON, Message, Row
 
@@ -44,7 +44,7 @@ def references_of(prompts: Sequence[Prompt], column: str | None = None) -> list[
 def _named(row: Row, column: str) -> list[Reference]:
     value = row.get(column)
     if value is None:
-        raise RowError(f"no column {column!r} for the reference answer; the row has {', '.join(map(repr, row))}")
+        raise RowError(f"no column {column!r} for the reference answer; the row has {quoted(row)}")
     texts = value if isinstance(value, list) and all(isinstance(item, str) for item in value) else [value]
     return [_answer(text, column) for text in texts]
 
@@ -55,7 +55,7 @@ def _own(prompt: Prompt) -> list[Reference]:
         return []  # a KTO row with an undesirable answer
     if row.get("prompt") is not None:
         name = next((name for name in COLUMNS if row.get(name) is not None), "")
-        said = row.get(name)
+        said: JSON | list[Message] = row.get(name)
     else:
         name, said = "the last assistant turn", conversation(row)[len(prompt.messages) :]
     try:
@@ -64,7 +64,7 @@ def _own(prompt: Prompt) -> list[Reference]:
         return []  # the user did not name this column as a reference
 
 
-def _answer(value: JSON, name: str, prompt: Sequence[Message] = ()) -> Reference:
+def _answer(value: JSON | list[Message], name: str, prompt: Sequence[Message] = ()) -> Reference:
     """The assistant's messages in a value, without the prompt that some data sets repeat."""
     messages = without_prompt(to_messages(value, "assistant"), prompt)
     if not messages or messages[0]["role"] != "assistant" or not _text(messages):

@@ -55,7 +55,7 @@ class StageRun:
 
     Example:
         ```python
-        stage = read_stage(Path("runs/quickstart/sft"), "sft")
+        stage = read_stage_run(Path("runs/quickstart/sft"), "sft")
         step, nll = stage.metrics["train/nll"][-1]
         ```
     """
@@ -111,16 +111,16 @@ def read_run(root: Path) -> Run:
     """Read a folder; raises `UserError` if it contains no run."""
     manifest = read_manifest(root / "manifest.json")
     if manifest:
-        stages = [read_stage(root / name, name, entry) for name, entry in (manifest.get("stages") or {}).items()]
+        stages = [read_stage_run(root / name, name, entry) for name, entry in (manifest.get("stages") or {}).items()]
         name = str(manifest.get("name") or root.name)
         return Run(name, root, stages, _text(root / "pipeline.yaml"), read_record(root / "summary.json", Summary))
     if any((root / name).exists() for name in ("stage.json", "metrics.csv", "config.yaml")):
-        return Run(real_path(root).name, root, [read_stage(root, real_path(root).name)])
+        return Run(real_path(root).name, root, [read_stage_run(root, real_path(root).name)])
     what = "contains no run (no manifest.json, stage.json or metrics.csv)" if root.is_dir() else "no such folder"
     raise UserError(f"{root}: {what}. Give the folder of a pipeline or of a stage, for example runs/quickstart")
 
 
-def read_stage(folder: Path, name: str, entry: StageEntry | None = None) -> StageRun:
+def read_stage_run(folder: Path, name: str, entry: StageEntry | None = None) -> StageRun:
     """Read a stage's folder.
 
     Args:

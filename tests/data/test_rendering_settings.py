@@ -18,7 +18,7 @@ from rlhf_lightning import (
 from rlhf_lightning.callbacks.export import ExportModel
 from rlhf_lightning.data.records import RowError
 from rlhf_lightning.data.rendering import Renderer
-from rlhf_lightning.data.rendering_settings import RenderingSettings, read_tools
+from rlhf_lightning.data.rendering_settings import RenderingSettings, load_tools
 from rlhf_lightning.data.tokenizers import load_tokenizer
 from rlhf_lightning.errors import ConfigError
 from rlhf_lightning.files import read_stage
@@ -328,7 +328,7 @@ def test_a_record_that_is_none(rendering: Any, base: str) -> None:
 def test_tools_in_every_form(tmp_path: Path) -> None:
     (tmp_path / "tools.json").write_text(json.dumps(TOOLS))
     for given in (TOOLS, json.dumps(TOOLS), str(tmp_path / "tools.json"), [TOOLS[0]["function"]]):
-        assert read_tools(given) == TOOLS
+        assert load_tools(given) == TOOLS
 
 
 def test_the_record_of_a_hub_repository(tmp_path: Path, monkeypatch: Any) -> None:
