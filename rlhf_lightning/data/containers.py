@@ -1,14 +1,21 @@
 """Rows in memory: lists, columns, data frames, Arrow tables and `datasets` data sets, as plain Python values."""
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from decimal import Decimal
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeGuard
 
 from rlhf_lightning.data.tables import arrow_rows, number, row_cleaner
 from rlhf_lightning.errors import DataError, quoted
+from rlhf_lightning.types import JSON, Row
+
+if TYPE_CHECKING:
+    import datasets
+    import pandas
 
 log = logging.getLogger(__name__)
+Container: TypeAlias = Any
+"""Rows in any form of any library: a frame, a table, a data set, a mapping, an iterable. They share no base class."""
 SPLITS = {"train": (), "validation": ("valid", "val", "dev", "eval"), "test": (), "predict": ()}
 """Splits by what they are read for, with further names in use for them."""
 ALL_SPLITS = {name for key, names in SPLITS.items() for name in (key, *names)}
@@ -18,13 +25,13 @@ BESIDE_ROWS = {"system", "tools", "label", "weight", "train", "margin", "score",
 """Columns with a meaning, which would be lost next to a list of rows."""
 
 
-def library(value: Any) -> str | None:
+def library(value: Container) -> str | None:
     """`pandas`, `polars`, `pyarrow`, `datasets` or `torch` if the container's class, or a base of it, is theirs."""
     names = [kind.__module__.partition(".")[0] for kind in type(value).__mro__]
     return next((name for name in names if name in ("pandas", "polars", "pyarrow", "datasets", "torch")), None)
 
 
-def settled(source: Any) -> Any:
+def settled(source: Container) -> Container:
     """A source that can be read repeatedly; an iterator is read into memory."""
     if library(source) == "pyarrow" and hasattr(source, "read_all"):
         return source.read_all()
@@ -33,7 +40,7 @@ def settled(source: Any) -> Any:
     return source
 
 
-def library_rows(source: Any, name: str) -> Iterator[dict[str, Any]]:
+def library_rows(source: Container, name: str) -> Iterator[Row]:
     """Rows of a data frame, an Arrow table or a data set of another library.
 
     Raises:
@@ -60,7 +67,7 @@ def library_rows(source: Any, name: str) -> Iterator[dict[str, Any]]:
         yield from _indexed(source, name)
 
 
-def _indexed(source: Any, name: str) -> Iterator[Any]:
+def _indexed(source: Container, name: str) -> Iterator[Row]:
     if hasattr(source, "__len__") and hasattr(source, "__getitem__") and library(source) == "torch":
         yield from (source[i] for i in range(len(source)))
     elif hasattr(source, "__iter__"):
@@ -69,19 +76,19 @@ def _indexed(source: Any, name: str) -> Iterator[Any]:
         raise DataError(f"{name}: no rows can be read from a {type(source).__name__}; give a file or a list of dicts")
 
 
-def dataset_rows(dataset: Any) -> Iterator[dict[str, Any]]:
+def dataset_rows(dataset: "datasets.Dataset | datasets.IterableDataset") -> Iterator[Row]:
     """Rows of a `datasets.Dataset` or `IterableDataset`, without the nulls that Arrow fills in."""
     given = getattr(dataset, "format", None) or {"type": None}
     if given["type"] not in (None, "custom"):  # tensors would only have to be converted back
         dataset = dataset.with_format(None, columns=given["columns"])
     if getattr(dataset, "features", None) is None or given["type"] == "custom":
-        yield from (without_nulls(plain(row)) for row in dataset)
+        yield from (without_nulls(plain_row(row)) for row in dataset)
         return
     clean = row_cleaner(dataset.features.arrow_schema, decoded=True)
-    yield from (plain(clean(row)) for row in dataset)
+    yield from (plain_row(clean(row)) for row in dataset)
 
 
-def _frame_rows(frame: Any, name: str) -> Iterator[dict[str, Any]]:
+def _frame_rows(frame: "pandas.DataFrame", name: str) -> Iterator[Row]:
     """Rows of a pandas frame. Empty cells are null. Cells that are arrays come from Arrow, and so do their nulls."""
     import pandas
 
@@ -102,12 +109,12 @@ def _frame_rows(frame: Any, name: str) -> Iterator[dict[str, Any]]:
 # -- plain values -----------------------------------------------------------------------------------------------------
 
 
-def plain(value: Any) -> Any:
+def plain(value: Container) -> JSON:
     """Convert arrays, tensors, numpy numbers, tuples and mappings to JSON-like values; anything else is unchanged."""
     if value is None or type(value) in (str, int, float, bool):
         return value
     if isinstance(value, Mapping):
-        return {plain(key): plain(item) for key, item in value.items()}
+        return plain_row(value)
     if isinstance(value, list | tuple):
         return [plain(item) for item in value]
     if isinstance(value, str):
@@ -120,12 +127,18 @@ def plain(value: Any) -> Any:
     return value
 
 
-def without_nulls(row: Mapping[str, Any]) -> dict[str, Any]:
+def plain_row(row: Mapping[str, Container]) -> Row:
+    """A row with plain names and values; see `plain`."""
+    named: dict[Container, JSON] = {plain(name): plain(value) for name, value in row.items()}
+    return named
+
+
+def without_nulls(row: Row) -> Row:
     """A row without the null-valued keys of its inner objects."""
     return {key: _dropped(value) for key, value in row.items()}
 
 
-def _dropped(value: Any) -> Any:
+def _dropped(value: JSON) -> JSON:
     if isinstance(value, dict):
         return {key: _dropped(item) for key, item in value.items() if item is not None}
     return [_dropped(item) for item in value] if isinstance(value, list) else value
@@ -135,12 +148,12 @@ class _Shapes:
     """Keys of the objects at each place of the rows (`messages[].tool_calls[]`), and whether they always agree."""
 
     def __init__(self) -> None:
-        self.keys: dict[str, tuple[Any, ...]] = {}
-        self.nulls: dict[str, set[Any]] = {}
-        self.values: dict[str, set[Any]] = {}
+        self.keys: dict[str, tuple[str, ...]] = {}
+        self.nulls: dict[str, set[str]] = {}
+        self.values: dict[str, set[str]] = {}
         self.alike = True
 
-    def look(self, value: Any, place: str = "") -> None:
+    def look(self, value: JSON, place: str = "") -> None:
         if not self.alike:
             return
         if isinstance(value, list):
@@ -157,7 +170,7 @@ class _Shapes:
                 self.look(item, f"{place}.{key}")
 
 
-def unfilled(rows: list[dict[str, Any]], only_rendered: bool = False) -> list[dict[str, Any]]:
+def unfilled(rows: list[Row], only_rendered: bool = False) -> list[Row]:
     """Rows without the nulls that Arrow fills in, if the rows look as if they came from Arrow (`list(dataset)`).
 
     They do if the objects at each place have the same keys in the same order in every row, and a key that is null in
@@ -181,7 +194,7 @@ def unfilled(rows: list[dict[str, Any]], only_rendered: bool = False) -> list[di
     return [without_nulls(row) for row in rows]
 
 
-def _is_rendered(name: str, value: Any) -> bool:
+def _is_rendered(name: str, value: JSON) -> bool:
     """True for columns that templates render: messages and tools."""
     messages = isinstance(value, list) and any(
         isinstance(item, dict) and {"role", "from"} & item.keys() for item in value
@@ -192,7 +205,7 @@ def _is_rendered(name: str, value: Any) -> bool:
 # -- columns and splits -----------------------------------------------------------------------------------------------
 
 
-def unwrapped(given: Mapping[str, Any], split: str | None, name: str) -> Any:
+def of_mapping(given: Mapping[str, Container], split: str | None, name: str) -> Container:
     """What a mapping holds for a split: its columns as a list of rows, or another source.
 
     Raises:
@@ -217,14 +230,14 @@ def unwrapped(given: Mapping[str, Any], split: str | None, name: str) -> Any:
     )
 
 
-def object_rows(given: dict[str, Any], split: str | None, name: str) -> list[Any]:
+def object_rows(given: Row, split: str | None, name: str) -> Sequence[JSON]:
     """Rows of one JSON object: of a split, of columns, of the list that it holds, or the object as a single row.
 
     Raises:
         DataError: If it holds several lists of rows and none is the split, or settings next to the list.
     """
-    if (rows := _of_pandas(given)) is not None:
-        return rows
+    if (frame := _of_pandas(given)) is not None:
+        return frame
     if _is_splits(given):
         found = choose_split(given, split, name)
         if not isinstance(found, list):
@@ -232,22 +245,27 @@ def object_rows(given: dict[str, Any], split: str | None, name: str) -> list[Any
         return found
     if given.keys() & ROW_COLUMNS:
         return rows_of_columns(given) if _is_columns(given) else [given]
-    lists = [key for key, value in given.items() if isinstance(value, list) and all(isinstance(i, dict) for i in value)]
+    lists = {
+        key: value
+        for key, value in given.items()
+        if isinstance(value, list) and all(isinstance(i, dict) for i in value)
+    }
     if not lists:
         return rows_of_columns(given) if _is_columns(given) else [given]
     if len(lists) > 1:
         raise DataError(
             f"{name}: there are several lists of objects ({', '.join(lists)}); keep only the one with the rows"
         )
-    others = [key for key in given if key != lists[0]]
+    ((column, rows),) = lists.items()
+    others = [key for key in given if key != column]
     if lost := sorted(BESIDE_ROWS.intersection(others)):
-        raise DataError(f"{name}: {lost[0]!r} is outside the rows ({lists[0]}); write it into each row")
+        raise DataError(f"{name}: {lost[0]!r} is outside the rows ({column}); write it into each row")
     if others:
-        log.info("%s: rows are read from %r; not used: %s", name, lists[0], ", ".join(others))
-    return given[lists[0]]
+        log.info("%s: rows are read from %r; not used: %s", name, column, ", ".join(others))
+    return rows
 
 
-def choose_split(given: Mapping[str, Any], split: str | None, name: str) -> Any:
+def choose_split(given: Mapping[str, Container], split: str | None, name: str) -> Container:
     """The split of that name, or the only one if no name is given.
 
     Raises:
@@ -264,7 +282,7 @@ def choose_split(given: Mapping[str, Any], split: str | None, name: str) -> Any:
     return given[str(wanted[0])]
 
 
-def _is_splits(given: Mapping[str, Any]) -> bool:
+def _is_splits(given: Mapping[str, Container]) -> bool:
     """True for a mapping of splits: by its keys, or if it holds containers or lists of rows."""
     if not given:
         return False
@@ -278,39 +296,41 @@ def _is_splits(given: Mapping[str, Any]) -> bool:
     )
 
 
-def _is_series(value: Any) -> bool:
+def _is_series(value: Container) -> bool:
     return not hasattr(value, "columns") and not hasattr(value, "column_names")
 
 
-def _is_columns(given: Mapping[str, Any]) -> bool:
+def _is_columns(given: Row) -> TypeGuard[dict[str, list[JSON]]]:
     lengths = {len(value) if isinstance(value, list) else -1 for value in given.values()}
     return len(lengths) == 1 and -1 not in lengths and not _holds_messages(given)
 
 
-def _holds_messages(given: Mapping[str, Any]) -> bool:
+def _holds_messages(given: Row) -> bool:
     """True if a column is a list of messages or tools, and so belongs to one row rather than many."""
     lists = [given[key] for key in ("messages", "conversations", "tools", *ROW_COLUMNS) if key in given]
     return any(isinstance(value, list) and any(isinstance(item, dict) for item in value) for value in lists)
 
 
-def _of_pandas(given: Mapping[Any, Any]) -> list[Any] | None:
+def _of_pandas(given: Row) -> list[Row] | None:
     """Rows of what `to_dict` and `to_json` of a pandas frame return: by columns (the default), `index` or `split`."""
     if given.keys() >= {"columns", "data"} and given.keys() <= {"columns", "data", "index"}:
-        names, rows = given["columns"], given["data"]
-        lists = isinstance(names, list) and isinstance(rows, list) and all(isinstance(row, list) for row in rows)
-        if lists and all(len(row) == len(names) for row in rows) and all(isinstance(name, str) for name in names):
-            return [dict(zip(names, row, strict=True)) for row in rows]
-    inner = list(given.values())
-    if not inner or not all(isinstance(value, dict) and value for value in inner):
+        columns, data = given["columns"], given["data"]
+        if isinstance(columns, list) and isinstance(data, list):
+            names = [name for name in columns if isinstance(name, str)]
+            rows = [row for row in data if isinstance(row, list) and len(row) == len(columns)]
+            if len(names) == len(columns) and len(rows) == len(data):
+                return [dict(zip(names, row, strict=True)) for row in rows]
+    inner = [value for value in given.values() if isinstance(value, dict) and value]
+    if not inner or len(inner) < len(given):
         return None
     if all(value.keys() == inner[0].keys() for value in inner):
         if all(str(key).isdecimal() for key in inner[0]) and all(isinstance(key, str) for key in given):
-            return rows_of_columns({key: list(value.values()) for key, value in given.items()})
+            return rows_of_columns({key: list(value.values()) for key, value in zip(given, inner, strict=True)})
         if all(str(key).isdecimal() for key in given):
             return inner
     return None
 
 
-def rows_of_columns(columns: Mapping[str, list[Any]]) -> list[dict[str, Any]]:
+def rows_of_columns(columns: Mapping[str, list[JSON]]) -> list[Row]:
     """`{"a": [1, 2]}` as `[{"a": 1}, {"a": 2}]`."""
     return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]

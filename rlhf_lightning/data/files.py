@@ -346,11 +346,10 @@ def _stream(path: Path, text: str) -> list[Item]:
 
 def _value_items(path: Path, value: JSON, wanted: Wanted) -> Iterator[Item]:
     """Rows of a single JSON value: a list of objects, or an object that holds them."""
-    if isinstance(value, dict):
-        value = object_rows(value, wanted.split, str(path))
-    if not isinstance(value, list):
-        raise DataError(f"{path}: contains a {type(value).__name__}; a .json file must contain a list of objects")
-    for index, item in enumerate(value):
+    items = object_rows(value, wanted.split, str(path)) if isinstance(value, dict) else value
+    if not isinstance(items, list):
+        raise DataError(f"{path}: contains a {type(items).__name__}; a .json file must contain a list of objects")
+    for index, item in enumerate(items):
         where = f"{path}[{index}]"
         if isinstance(item, str) and wanted.text_key:
             item = {wanted.text_key: item}

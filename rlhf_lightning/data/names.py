@@ -4,15 +4,18 @@ import glob
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-from rlhf_lightning.data.containers import library
+from rlhf_lightning.data.containers import Container, library
 from rlhf_lightning.data.files import SUFFIXES, is_saved_dataset, local_files, place
 from rlhf_lightning.errors import DataError
 from rlhf_lightning.files import check_files_in
 
+if TYPE_CHECKING:
+    import datasets
 
-def load_saved(folder: str) -> Any:
+
+def load_saved(folder: str) -> "datasets.Dataset | datasets.DatasetDict":
     """Load what `save_to_disk` wrote.
 
     Raises:
@@ -38,7 +41,7 @@ def check_there(source: str) -> None:
             raise DataError(f"{source}: no such file (seen from {Path.cwd()}); give a path or a Hub id like owner/name")
 
 
-def is_here(source: Any, texts: bool = False) -> bool:
+def is_here(source: Container, texts: bool = False) -> bool:
     """True if a source can be read without the Hub, because all files that it names exist.
 
     Args:
@@ -55,12 +58,12 @@ def is_here(source: Any, texts: bool = False) -> bool:
     return all(is_here(name) for name in names) and not is_stream(source)
 
 
-def is_stream(source: Any) -> bool:
+def is_stream(source: Container) -> bool:
     """True if a source is read lazily, again for every reading."""
     return hasattr(source, "__next__") or (library(source) == "datasets" and not hasattr(source, "__len__"))
 
 
-def hub_dataset(source: str) -> Any:
+def hub_dataset(source: str) -> "datasets.Dataset":
     """Load a data set from the Hub.
 
     Raises:

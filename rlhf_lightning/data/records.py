@@ -12,7 +12,17 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from rlhf_lightning.data.containers import dataset_rows, library, library_rows, plain, settled, unfilled, unwrapped
+from rlhf_lightning.data.containers import (
+    Container,
+    dataset_rows,
+    library,
+    library_rows,
+    of_mapping,
+    plain,
+    plain_row,
+    settled,
+    unfilled,
+)
 from rlhf_lightning.data.files import SUFFIXES, Wanted, file_items, is_saved_dataset, line_row, local_files, place
 from rlhf_lightning.data.names import check_there, hub_dataset, is_here, is_stream, load_saved
 from rlhf_lightning.data.tables import Cells, Item, cell
@@ -146,7 +156,7 @@ def _items(source: Source, wanted: Wanted, name: str = "") -> Iterator[Item]:
         advice = "it has no order; give a list" if isinstance(source, set | frozenset) else "give the path of a file"
         raise DataError(f"a {name} is not a source of rows: {advice}")
     elif isinstance(source, Mapping):
-        inner = unwrapped(source, wanted.split, name)
+        inner = of_mapping(source, wanted.split, name)
         yield from _items(inner, wanted, name if isinstance(inner, list) else "")
     elif library(source):
         yield from _listed(library_rows(source, name), wanted, name)
@@ -154,12 +164,12 @@ def _items(source: Source, wanted: Wanted, name: str = "") -> Iterator[Item]:
         yield from _listed(source, wanted, name)
 
 
-def _listed(source: Iterable[Any], wanted: Wanted, name: str) -> Iterator[Item]:
+def _listed(source: Iterable[Container], wanted: Wanted, name: str) -> Iterator[Item]:
     """Rows of a list, and of the files and containers in it."""
     if not isinstance(source, Iterable):
         raise DataError(f"no rows can be read from {source!r}; give a file or a list of dicts")
     items = list(source)
-    rows = iter(unfilled([plain(item) for item in items if _is_row(item)]))
+    rows = iter(unfilled([plain_row(item) for item in items if _is_row(item)]))
     for index, item in enumerate(items):
         where = f"{name}[{index}]"
         if _is_row(item):
@@ -174,7 +184,7 @@ def _listed(source: Iterable[Any], wanted: Wanted, name: str) -> Iterator[Item]:
             raise DataError(f"{where}: a row must be a dict, but this is a {type(item).__name__}")
 
 
-def _is_row(item: Any) -> bool:
+def _is_row(item: Container) -> bool:
     return isinstance(item, Mapping) and not library(item)
 
 
@@ -221,7 +231,7 @@ def fingerprint(source: Source | None, split: str | None = None) -> str | None:
     if source is None:
         return None
     if isinstance(source, Mapping):
-        source = unwrapped(source, split, type(source).__name__)
+        source = of_mapping(source, split, type(source).__name__)
     if is_stream(source):
         log.warning("a %s is a stream, so its rows are not hashed for the run's records", type(source).__name__)
         return None

@@ -3,21 +3,26 @@
 import json
 import logging
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias, Union
 
 from rlhf_lightning.data.conversations import tool_schemas
 from rlhf_lightning.data.records import RowError
 from rlhf_lightning.data.rendering import Renderer
 from rlhf_lightning.errors import ConfigError
 from rlhf_lightning.files import is_file, read_record, read_stage
-from rlhf_lightning.types import JSON, Tokenizer
+from rlhf_lightning.types import JSON, Row, Tokenizer, ToolSchema
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 log = logging.getLogger(__name__)
+ModelSource: TypeAlias = Union[str, Path, "PreTrainedModel", None]
+"""A model's folder or Hub id, or the model."""
 _ON_HUB = re.compile(r"[\w.-]+/[\w.-]+")
-DEFAULTS: dict[str, Any] = {"format": "chat", "template_kwargs": {}, "system": None, "tools": None, "stop": []}
+DEFAULTS: Row = {"format": "chat", "template_kwargs": {}, "system": None, "tools": None, "stop": []}
 """Values of the settings that neither the user nor a record specifies."""
 
 _KINDS: dict[str, tuple[type, type | None]] = {
@@ -46,11 +51,11 @@ class RenderingSettings:
     """
 
     source: str
-    record: Mapping[str, Any]
-    given: Mapping[str, Any]
+    record: Row
+    given: Row
 
     @classmethod
-    def of(cls, source: Any, **given: Any) -> "RenderingSettings":
+    def of(cls, source: ModelSource, **given: JSON) -> "RenderingSettings":
         """The record of a model, with settings that replace it.
 
         Args:
@@ -58,9 +63,9 @@ class RenderingSettings:
             **given: Settings by the keys of `DEFAULTS`; None for those that are not set.
         """
         name = source if isinstance(source, str | Path) else getattr(source, "name_or_path", None) or ""
-        wanted = {key: value for key, value in given.items() if value is not None}
+        wanted: Row = {key: value for key, value in given.items() if value is not None}
         if "tools" in wanted:
-            wanted["tools"] = load_tools(wanted["tools"])
+            wanted["tools"] = [*load_tools(wanted["tools"])]
         return cls(str(name), recorded(name), wanted)
 
     def renderer(
@@ -77,7 +82,7 @@ class RenderingSettings:
         Raises:
             ConfigError: If the settings contradict each other or the tokenizer.
         """
-        settings = {**self.record, **self.given}
+        settings: dict[str, Any] = {**self.record, **self.given}
         ids = {*stop_token_ids, *(settings.pop("stop_token_ids", []) if own_tokenizer else [])}
         if "format" not in settings and plain and not tokenizer.chat_template:
             settings["format"] = "raw"
@@ -98,7 +103,7 @@ class RenderingSettings:
             return "as set"
         return f"as {self.source} was trained" if "format" in self.record else "the tokenizer has no chat template"
 
-    def differences(self) -> dict[str, tuple[Any, Any]]:
+    def differences(self) -> dict[str, tuple[JSON, JSON]]:
         """Settings that differ from the record, as (given, recorded)."""
         found = {}
         for key, value in self.given.items():
@@ -142,7 +147,7 @@ class RenderingSettings:
             log.warning("%s", text.format(key, _shown(value), self.source, _shown(before)))
 
 
-def recorded(source: Any) -> dict[str, Any]:
+def recorded(source: ModelSource) -> Row:
     """How a model's prompts were rendered in training, as arguments of `Renderer`.
 
     Raises:
@@ -154,16 +159,16 @@ def recorded(source: Any) -> dict[str, Any]:
     rendering = stage.get("rendering") or {}
     if not isinstance(rendering, dict):
         raise ConfigError(f"stage.json of {source}: rendering is {rendering!r}, not a mapping; restore the file")
-    found: dict[str, Any] = {key: rendering[key] for key in _KINDS if rendering.get(key) is not None}
+    found: Row = {key: rendering[key] for key in _KINDS if rendering.get(key) is not None}
     for key, value in found.items():
         kind, inner = _KINDS[key]
-        items: list[Any] = list(value) if inner and isinstance(value, list | dict) else []
+        items: list[JSON] = list(value) if inner and isinstance(value, list | dict) else []
         if not isinstance(value, kind) or (inner and not all(isinstance(item, inner) for item in items)):
             raise ConfigError(f"stage.json of {source}: rendering.{key} is {value!r:.100}; restore the file")
     return found
 
 
-def _stage_on_hub(name: str) -> dict[str, Any]:
+def _stage_on_hub(name: str) -> Row:
     """The `stage.json` of a Hub repository; empty if there is none. Loading the model reports a missing repository."""
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
@@ -174,7 +179,7 @@ def _stage_on_hub(name: str) -> dict[str, Any]:
         return {}
 
 
-def load_tools(value: JSON) -> list[Any]:
+def load_tools(value: JSON) -> list[ToolSchema]:
     """Tool schemas from a list, JSON text or a JSON file; empty for none.
 
     Raises:
@@ -191,10 +196,10 @@ def load_tools(value: JSON) -> list[Any]:
         raise ConfigError(str(error)) from None
 
 
-def shared_by_all(asked: set[tuple[str | None, str]]) -> dict[str, Any]:
+def shared_by_all(asked: set[tuple[str | None, str]]) -> Row:
     """The system message and the tools that all conversations in `Renderer.asked` have in common."""
     systems, tools = {system for system, _ in asked}, {schemas for _, schemas in asked}
-    found: dict[str, Any] = {}
+    found: Row = {}
     if len(systems) == 1 and (system := systems.pop()):
         found["system"] = system
     if len(tools) == 1 and (schemas := json.loads(tools.pop())):
@@ -202,7 +207,7 @@ def shared_by_all(asked: set[tuple[str | None, str]]) -> dict[str, Any]:
     return found
 
 
-def _plain(value: JSON) -> Any:
+def _plain(value: JSON) -> JSON:
     return value or None
 
 
