@@ -63,6 +63,14 @@ class Message(TypedDict, total=False):
 # -- what is asked of a tokenizer and a model -------------------------------------------------------------------------
 
 
+TemplateSource: TypeAlias = str | dict[str, str] | None
+"""A chat template, or several by name."""
+
+
+ModelSource: TypeAlias = "str | os.PathLike[str] | nn.Module | None"
+"""A model's folder or Hub id, or the model."""
+
+
 class Encoding(TypedDict, total=False):
     """What a tokenizer returns for a text."""
 
@@ -82,7 +90,7 @@ class Tokenizer(Protocol):
 
     name_or_path: str
     is_fast: bool
-    chat_template: str | dict[str, str] | None
+    chat_template: TemplateSource
     bos_token: str | None
     bos_token_id: int | None
     eos_token: str | None
@@ -126,6 +134,13 @@ class Tokenizer(Protocol):
     def add_special_tokens(self, special_tokens_dict: dict[str, str]) -> int: ...
 
     def save_pretrained(self, save_directory: str | os.PathLike[str]) -> tuple[str, ...]: ...
+
+
+class LoadedTokenizer(Tokenizer, Protocol):
+    """A tokenizer that `load_tokenizer` has returned."""
+
+    was_ended: bool
+    """True if its template ended with the last turn, as a reward model's does (`ended_templates`)."""
 
 
 class CausalOutput(Protocol):

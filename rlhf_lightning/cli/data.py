@@ -2,11 +2,14 @@
 
 import argparse
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rlhf_lightning.cli.options import Parser
 from rlhf_lightning.cli.rendering_flags import add_rendering_flags, rendering_options, say
 from rlhf_lightning.files import as_json, visible
+
+if TYPE_CHECKING:
+    from rlhf_lightning.data.check import FileFigures
 
 KINDS = ("sft", "preference", "prompts")
 TRAINED, PLAIN = "\x1b[32m", "\x1b[0m"
@@ -27,8 +30,11 @@ def run(args: list[str]) -> int:
     say(module.asking.describe())
     train = check.check(module, options.file)
     tokenizer = module.renderer.tokenizer
-    figures: dict[str, Any] = {"kind": options.kind, "model": options.model}
-    figures |= check.report(train, tokenizer, options.samples)
+    figures: check.Figures = {
+        "kind": options.kind,
+        "model": options.model,
+        **check.report(train, tokenizer, options.samples),
+    }
     files = [train]
     if options.validation:
         files.append(check.check(module, options.validation, "validation"))
@@ -117,7 +123,7 @@ def _settings(options: argparse.Namespace) -> dict[str, Any]:
     return {name: value for name, value in settings.items() if value is not None}
 
 
-def _summary(figures: dict[str, Any]) -> None:
+def _summary(figures: "FileFigures") -> None:
     bad, skipped = len(figures["bad"]), len(figures["skipped"])
     print(
         f"{visible(str(figures['file']))}: {figures['rows']} rows, {figures['examples']} examples, {bad} bad, "

@@ -9,7 +9,6 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 from rlhf_lightning.data.records import RowError
 from rlhf_lightning.data.tool_calls import Written, as_text, holds_json, shown, with_ids
@@ -76,7 +75,12 @@ class CallForms:
     def __init__(self, render: Render) -> None:
         self.render = render
         self._forms: dict[bool, Forms] = {}
-        self._known: dict[Any, Any] = {}
+        self._told: set[str] = set()
+        self._tools: bool | None = None
+        self._roles: dict[tuple[str, bool], bool | None] = {}
+        self._results: dict[type, bool] = {}
+        self._reasoning_keys: dict[ReasoningKey, ReasoningKey | None] = {}
+        """What probes have told of the template."""
 
     def fit(
         self, messages: Sequence[Message | TemplateMessage], tools: list[ToolSchema] | None
@@ -167,11 +171,11 @@ class CallForms:
             self.once("text", "the chat template leaves out the text of messages that have tool calls")
         return None
 
-    def once(self, key: Any, text: str) -> None:
+    def once(self, key: str, text: str) -> None:
         """Log a warning once per template and key."""
-        if key not in self._known:
+        if key not in self._told:
             log.warning(text)
-        self._known[key] = True
+        self._told.add(key)
 
     # -- probes ---------------------------------------------------------------------------------------------------
 
@@ -183,11 +187,10 @@ class CallForms:
 
     def shows_tools(self) -> bool:
         """True if the template shows tools."""
-        if "tools" not in self._known:
-            said = [{"role": "user", "content": "Hello"}]
-            text = self._try(said, [SCHEMA])
-            self._known["tools"] = text is None or "probe_tool" in text
-        return bool(self._known["tools"])
+        if self._tools is None:
+            text = self._try([{"role": "user", "content": "Hello"}], [SCHEMA])
+            self._tools = text is None or "probe_tool" in text
+        return self._tools
 
     def _find(self, tools: list[ToolSchema] | None) -> Forms:
         """Find the best form by rendering probes."""
@@ -243,23 +246,21 @@ class CallForms:
 
     def _shows_role(self, role: str, first: bool) -> bool | None:
         """True if the template shows a message of a role in that place; None if it refuses the probe."""
-        key = ("role", role, first)
-        if key not in self._known:
+        if (role, first) not in self._roles:
             user, answer = {"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Yes."}
             one = {"role": role, "content": WORD}
             said = [one, user] if first else [user, answer, one, *([] if role == "tool" else [user])]
             try:
-                self._known[key] = WORD in self.render(copy.deepcopy(said), None)
+                self._roles[role, first] = WORD in self.render(copy.deepcopy(said), None)
             except RowError:
-                self._known[key] = None
-        return self._known[key]
+                self._roles[role, first] = None
+        return self._roles[role, first]
 
     def _shows_result(self, kind: type) -> bool:
         """True if the template shows a result that is an object (or a list of them) as JSON."""
         if kind not in (dict, list):
             return False
-        key = ("result", kind)
-        if key not in self._known:
+        if kind not in self._results:
             call = {"id": ID, "type": "function", "function": {"name": NAMES[0], "arguments": {}}}
             content: JSON = [RESULT, RESULT] if kind is list else RESULT
             said: list[TemplateMessage] = [
@@ -267,21 +268,21 @@ class CallForms:
                 {"role": "assistant", "content": "", "tool_calls": [call]},
                 {"role": "tool", "tool_call_id": ID, "name": NAMES[0], "content": content},
             ]
-            self._known[key] = holds_json(self._try(said, None) or "", content)
-        return bool(self._known[key])
+            self._results[kind] = holds_json(self._try(said, None) or "", content)
+        return self._results[kind]
 
-    def _reasoning_key(self, given: str) -> str | None:
+    def _reasoning_key(self, given: ReasoningKey) -> ReasoningKey | None:
         """The key under which the template shows reasoning: the given one or another common name; None if none."""
-        key = ("reasoning", given)
-        if key not in self._known:
+        if given not in self._reasoning_keys:
             names = [given, *(name for name in REASONING if name != given)]
             said = {"role": "user", "content": "Hello"}
             texts = {
                 name: self._try([said, {"role": "assistant", "content": "Yes.", name: WORD}], None) for name in names
             }
             refused = texts[given] is None  # it expects other messages than the probe; rendering rows will tell
-            self._known[key] = given if refused else next((n for n in names if WORD in (texts[n] or "")), None)
-        return self._known[key]
+            shown = next((name for name in names if WORD in (texts[name] or "")), None)
+            self._reasoning_keys[given] = given if refused else shown
+        return self._reasoning_keys[given]
 
     def _try(self, messages: list[TemplateMessage], tools: list[ToolSchema] | None) -> str | None:
         """A rendering of the messages, alone or after a system message; None if the template refuses both."""

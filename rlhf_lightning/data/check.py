@@ -3,16 +3,15 @@
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Required, TypeAlias, TypedDict
 
-from rlhf_lightning.data.base import RowDataModule
 from rlhf_lightning.data.columns import refuse_unused_names
 from rlhf_lightning.data.preference import PreferenceDataModule
-from rlhf_lightning.data.preference_rows import Pair, row_kind
+from rlhf_lightning.data.preference_rows import Pair, PreferenceExample, row_kind
 from rlhf_lightning.data.prompts import Prompt, PromptDataModule
 from rlhf_lightning.data.records import LocatedRow, Reading, RowError, SkippedRow, Source, rename_columns
 from rlhf_lightning.data.rendering import Rendered, masked_pieces
-from rlhf_lightning.data.response_starts import ResponseStarts
+from rlhf_lightning.data.response_starts import ResponseStarts, StartFigures
 from rlhf_lightning.data.sft import SFTDataModule
 from rlhf_lightning.data.splits import RowKey, leaks
 from rlhf_lightning.data.tokenizers import load_tokenizer
@@ -20,7 +19,9 @@ from rlhf_lightning.errors import ConfigError
 from rlhf_lightning.files import visible
 from rlhf_lightning.types import JSON, Tokenizer
 
-MODULES: dict[str, type[RowDataModule]] = {
+StageData: TypeAlias = SFTDataModule | PreferenceDataModule | PromptDataModule
+Checkable: TypeAlias = Rendered | PreferenceExample | Prompt
+MODULES: dict[str, type[StageData]] = {
     "sft": SFTDataModule,
     "preference": PreferenceDataModule,
     "prompts": PromptDataModule,
@@ -47,7 +48,7 @@ class Checked:
     """
 
     source: str
-    examples: list[tuple[str, Any]] = field(default_factory=list)
+    examples: list[tuple[str, Checkable]] = field(default_factory=list)
     keys: list[RowKey] = field(default_factory=list)
     """Keys of the rows that became examples."""
     bad: list[tuple[str, str]] = field(default_factory=list)
@@ -63,7 +64,7 @@ class Checked:
     openings: ResponseStarts = field(default_factory=ResponseStarts)
 
 
-def data_module(kind: str, model: str, chat_template: str | None = None, **settings: Any) -> RowDataModule:
+def data_module(kind: str, model: str, chat_template: str | None = None, **settings: Any) -> StageData:
     """The data module of a stage, with a model's tokenizer, as `rlhf KIND fit` builds it from `data.…`.
 
     Args:
@@ -84,7 +85,7 @@ def data_module(kind: str, model: str, chat_template: str | None = None, **setti
     return module
 
 
-def check(module: RowDataModule, source: Source, split: str = "train") -> Checked:
+def check(module: StageData, source: Source, split: str = "train") -> Checked:
     """Read and render every row. Bad rows are collected and never end the check.
 
     Args:
@@ -108,7 +109,7 @@ def check(module: RowDataModule, source: Source, split: str = "train") -> Checke
             found.columns.setdefault(name, Counter())[_type(value)] += 1
         try:
             data = rename_columns(row, module.columns).data
-            found.examples += [(row.where, example) for example in convert(data)]
+            found.examples += [(row.where, example) for example in convert(data) if isinstance(example, Checkable)]
             key = module.key(data)
             key.where = row.where
             found.keys.append(key)
@@ -124,7 +125,7 @@ def check(module: RowDataModule, source: Source, split: str = "train") -> Checke
     return found
 
 
-def _choose_kind(module: RowDataModule, rows: Sequence[LocatedRow]) -> None:
+def _choose_kind(module: StageData, rows: Sequence[LocatedRow]) -> None:
     """Without a loss that says which kind of rows is expected, take the most frequent kind."""
     if isinstance(module, PreferenceDataModule) and module._kind is None and rows:
         module._kind = Counter(row_kind(row.data) for row in rows).most_common(1)[0][0]
@@ -141,10 +142,60 @@ def _type(value: JSON) -> str:
     return "null" if value is None else names.get(type(value), type(value).__name__)
 
 
+class Overlap(TypedDict):
+    """Validation rows that are also training rows."""
+
+    rows: list[dict[str, str]]
+    """The location of each, as `where`, and of the training row, as `same_as`."""
+    prompts: int
+    """Number of rows whose prompt is in the training data."""
+
+
+class Duplicates(TypedDict, total=False):
+    """Rows that say the same as earlier ones."""
+
+    duplicates: list[dict[str, str]]
+    reversed: list[dict[str, str]]
+    """Pairs that prefer the response that an earlier one rejects."""
+    repeated_prompts: int
+
+
+class FileFigures(Duplicates, total=False):
+    """What is known of a file; the keys from `lengths` on only if it has an example."""
+
+    file: Required[str]
+    rows: Required[int]
+    examples: Required[int]
+    blank_lines: Required[int]
+    truncated: Required[int]
+    skipped: Required[list[dict[str, str]]]
+    bad: Required[list[dict[str, str]]]
+    columns: Required[dict[str, dict[str, int]]]
+    """Count of each value type, per column."""
+    columns_not_used: Required[list[str]]
+    lengths: dict[str, dict[str, float]]
+    """Figures of `statistics`, in tokens."""
+    chosen_longer: float
+    """Fraction of pairs whose chosen response is longer."""
+    histogram: list[dict[str, int]]
+    openings: StartFigures
+    samples: list[dict[str, str]]
+
+
+class Figures(FileFigures, total=False):
+    """The output of `rlhf data check --json`."""
+
+    kind: str
+    model: str
+    validation: FileFigures
+    overlap: Overlap
+    ok: bool
+
+
 # -- the report -------------------------------------------------------------------------------------------------------
 
 
-def report(found: Checked, tokenizer: Tokenizer, samples: int = 2) -> dict[str, Any]:
+def report(found: Checked, tokenizer: Tokenizer, samples: int = 2) -> FileFigures:
     """Summary of a file, ready for JSON: rows, columns, tokens, duplicates, bad rows and rendered samples.
 
     Args:
@@ -153,7 +204,7 @@ def report(found: Checked, tokenizer: Tokenizer, samples: int = 2) -> dict[str, 
         samples: Number of rendered samples.
     """
     examples = [example for _, example in found.examples]
-    figures: dict[str, Any] = {
+    figures: FileFigures = {
         "file": found.source,
         "rows": found.rows,
         "examples": len(examples),
@@ -170,15 +221,16 @@ def report(found: Checked, tokenizer: Tokenizer, samples: int = 2) -> dict[str, 
     if not isinstance(examples[0], Prompt):
         lengths["trained"] = [example.trained for example in examples]
     if isinstance(examples[0], Pair):
-        lengths["chosen"] = [example.chosen.trained for example in examples]
-        lengths["rejected"] = [example.rejected.trained for example in examples]
+        pairs = [example for example in examples if isinstance(example, Pair)]
+        lengths["chosen"] = [pair.chosen.trained for pair in pairs]
+        lengths["rejected"] = [pair.rejected.trained for pair in pairs]
         longer = sum(c > r for c, r in zip(lengths["chosen"], lengths["rejected"], strict=True))
         figures["chosen_longer"] = longer / len(examples)
     figures["lengths"] = {name: statistics(values) for name, values in lengths.items()}
     figures["histogram"] = histogram(lengths["tokens"])
     if found.openings.message:
         figures["openings"] = found.openings.figures()
-    figures |= duplicates(found)
+    figures.update(duplicates(found))
     figures["samples"] = [
         {"where": where, "text": show(pieces(example, tokenizer))} for where, example in found.examples[:samples]
     ]
@@ -218,7 +270,7 @@ def histogram(values: Sequence[int], bins: int = 10) -> list[dict[str, int]]:
     ]
 
 
-def duplicates(found: Checked) -> dict[str, Any]:
+def duplicates(found: Checked) -> Duplicates:
     """Rows with the same tokens as an earlier one, pairs that reverse an earlier one, and repeated prompts."""
     first: dict[Key, str] = {}
     same, reversed_pairs = [], []
@@ -231,14 +283,13 @@ def duplicates(found: Checked) -> dict[str, Any]:
             reversed_pairs.append({"where": where, "reverses": first[key[1], key[0]]})
         first[key] = where
     prompts = Counter(_prompt(example) for _, example in found.examples)
-    return {
-        "duplicates": same,
-        **({"reversed": reversed_pairs} if isinstance(found.examples[0][1], Pair) else {}),
-        "repeated_prompts": sum(count - 1 for prompt, count in prompts.items() if prompt),
-    }
+    repeated = sum(count - 1 for prompt, count in prompts.items() if prompt)
+    if isinstance(found.examples[0][1], Pair):
+        return {"duplicates": same, "reversed": reversed_pairs, "repeated_prompts": repeated}
+    return {"duplicates": same, "repeated_prompts": repeated}
 
 
-def overlap(train: Checked, validation: Checked) -> dict[str, Any]:
+def overlap(train: Checked, validation: Checked) -> Overlap:
     """Validation rows that also appear in the training data, and the number of those whose prompt does.
 
     Rows are compared by `RowDataModule.key`.
@@ -247,7 +298,7 @@ def overlap(train: Checked, validation: Checked) -> dict[str, Any]:
     return {"rows": [{"where": a, "same_as": b} for a, b in found.rows], "prompts": len(found.prompts)}
 
 
-def _key(example: Any) -> Key:
+def _key(example: Checkable) -> Key:
     """An example's tokens and where its response begins."""
     if isinstance(example, Prompt):
         return (tuple(example.ids),)
@@ -255,7 +306,7 @@ def _key(example: Any) -> Key:
     return tuple((*side.ids, -1 - side.loss_mask.index(1)) for side in sides)
 
 
-def _prompt(example: Any) -> tuple[int, ...]:
+def _prompt(example: Checkable) -> tuple[int, ...]:
     """The ids before the first trained token; empty for plain text."""
     if isinstance(example, Prompt):
         return tuple(example.ids)
@@ -263,7 +314,7 @@ def _prompt(example: Any) -> tuple[int, ...]:
     return tuple(side.ids[: side.loss_mask.index(1)]) if side.loss_mask.index(1) > 1 else ()
 
 
-def pieces(example: Any, tokenizer: Tokenizer) -> list[tuple[str, list[tuple[str, bool]]]]:
+def pieces(example: Checkable, tokenizer: Tokenizer) -> list[tuple[str, list[tuple[str, bool]]]]:
     """Text of an example for display: per side a name and stretches of text, each with whether it is trained."""
     if isinstance(example, Prompt):
         return [("", [(tokenizer.decode(example.ids, skip_special_tokens=False), False)])]

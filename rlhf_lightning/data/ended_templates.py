@@ -10,11 +10,10 @@ import json
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 from rlhf_lightning.data.records import RowError
 from rlhf_lightning.data.templates import FIXED_DATE, TEMPLATE_FAILURES, ChatTemplate
-from rlhf_lightning.types import JSON, Message, Tokenizer
+from rlhf_lightning.types import JSON, Message, TemplateSource, Tokenizer
 
 log = logging.getLogger(__name__)
 _HEAD = "{#- rlhf-lightning: this template ends with the last turn, where the score is read. -#}\n"
@@ -55,11 +54,15 @@ def ended(tokenizer: Tokenizer, template: ChatTemplate | None) -> Iterator[None]
         tokenizer.chat_template = before
 
 
-def unwrapped(template: Any) -> Any:
+def unwrapped(template: TemplateSource) -> TemplateSource:
     """A chat template as it was before `ended`; any other template is returned unchanged."""
     if isinstance(template, dict):
-        return {name: unwrapped(source) for name, source in template.items()}
-    if not isinstance(template, str) or not template.startswith(_HEAD):
+        return {name: _inner(source) for name, source in template.items()}
+    return None if template is None else _inner(template)
+
+
+def _inner(template: str) -> str:
+    if not template.startswith(_HEAD):
         return template
     inner, _, rest = template.partition(_OPEN)[2].rpartition(_CLOSE)
     return inner + "\n" * rest.startswith(_NEWLINE)
@@ -112,7 +115,7 @@ def _literal(value: JSON) -> str:
     return "none" if value is None else json.dumps(value, ensure_ascii=False)
 
 
-def _agrees(tokenizer: Tokenizer, wrapped: Any, template: ChatTemplate) -> bool:
+def _agrees(tokenizer: Tokenizer, wrapped: str | dict[str, str], template: ChatTemplate) -> bool:
     """True if the wrapped template ends texts with the turn, and is unchanged with a generation prompt."""
     from jinja2 import TemplateError
 
@@ -135,6 +138,6 @@ def _agrees(tokenizer: Tokenizer, wrapped: Any, template: ChatTemplate) -> bool:
     return True
 
 
-def _stock(tokenizer: Tokenizer, messages: list[Message], source: Any, prompt: bool) -> str:
+def _stock(tokenizer: Tokenizer, messages: list[Message], source: str | dict[str, str], prompt: bool) -> str:
     source = source.get("default", next(iter(source.values()))) if isinstance(source, dict) else source
     return tokenizer.apply_chat_template(messages, chat_template=source, tokenize=False, add_generation_prompt=prompt)

@@ -3,13 +3,12 @@
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from rlhf_lightning.data.columns import unmarked, with_system
 from rlhf_lightning.data.conversations import apart, to_messages, without_prompt
 from rlhf_lightning.data.records import RowError, require
 from rlhf_lightning.data.rendering import Rendered
-from rlhf_lightning.types import Counts, Message, Row, Tokenizer
+from rlhf_lightning.types import Counts, Message, Row, Tokenizer, ToolSchema
 
 
 @dataclass
@@ -90,7 +89,7 @@ class Labeled(PreferenceExample):
     """
 
     label: int = 0
-    messages: tuple[list[Message], list[Message], list[Any] | None] = field(default=([], [], None), repr=False)
+    messages: tuple[list[Message], list[Message], list[ToolSchema] | None] = field(default=([], [], None), repr=False)
     """Prompt, response and tools, from which mismatched sides are rendered."""
 
     def counts(self) -> Counts:

@@ -6,7 +6,6 @@ import re
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any
 
 from rlhf_lightning.data.columns import refuse_untrained
 from rlhf_lightning.data.conversations import to_messages
@@ -17,7 +16,7 @@ from rlhf_lightning.data.templates import ChatTemplate
 from rlhf_lightning.data.tokenizers import added_tokens
 from rlhf_lightning.data.tool_calls import Written
 from rlhf_lightning.errors import ConfigError
-from rlhf_lightning.types import JSON, Counts, Message, Tokenizer, ToolSchema
+from rlhf_lightning.types import JSON, Counts, Message, Row, Tokenizer, ToolSchema
 
 log = logging.getLogger(__name__)
 
@@ -97,7 +96,7 @@ class Renderer:
         self,
         tokenizer: Tokenizer,
         format: str = "chat",
-        template_kwargs: dict[str, Any] | None = None,
+        template_kwargs: Row | None = None,
         stop_token_ids: Iterable[int] = (),
         system: str | None = None,
         tools: list[ToolSchema] | None = None,
@@ -128,18 +127,20 @@ class Renderer:
         """Add ids that end a response."""
         self.stop_token_ids = sorted({*self.stop_token_ids, *ids})
 
-    def settings(self) -> dict[str, Any]:
+    def settings(self) -> Row:
         """What `stage.json` records, to render the same way again with the same tokenizer."""
         return {
             "format": self.format,
             "template_kwargs": self.template_kwargs,
             "system": self.system,
-            "tools": self.tools,
-            "stop": list(self.stop),
-            "stop_token_ids": list(self.stop_token_ids),
+            "tools": None if self.tools is None else [*self.tools],
+            "stop": [*self.stop],
+            "stop_token_ids": [*self.stop_token_ids],
         }
 
-    def completed(self, messages: list[Message], tools: list[ToolSchema] | None = None) -> tuple[list[Message], Any]:
+    def completed(
+        self, messages: list[Message], tools: list[ToolSchema] | None = None
+    ) -> tuple[list[Message], list[ToolSchema] | None]:
         """A conversation as the model sees it: with the default system message and tools if it has none."""
         system = next((m["content"] for m in messages if m["role"] in ("system", "developer")), None)
         if system is None and self.system is not None:

@@ -6,21 +6,16 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias, Union
+from typing import Any
 
 from rlhf_lightning.data.conversations import tool_schemas
 from rlhf_lightning.data.records import RowError
 from rlhf_lightning.data.rendering import Renderer
 from rlhf_lightning.errors import ConfigError
 from rlhf_lightning.files import is_file, read_record, read_stage
-from rlhf_lightning.types import JSON, Row, Tokenizer, ToolSchema
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+from rlhf_lightning.types import JSON, ModelSource, Row, Tokenizer, ToolSchema
 
 log = logging.getLogger(__name__)
-ModelSource: TypeAlias = Union[str, Path, "PreTrainedModel", None]
-"""A model's folder or Hub id, or the model."""
 _ON_HUB = re.compile(r"[\w.-]+/[\w.-]+")
 DEFAULTS: Row = {"format": "chat", "template_kwargs": {}, "system": None, "tools": None, "stop": []}
 """Values of the settings that neither the user nor a record specifies."""

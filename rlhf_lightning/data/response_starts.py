@@ -1,12 +1,22 @@
 """Whether answers begin in training as they do at inference, that is, where the generation prompt ends."""
 
 from dataclasses import dataclass, field
+from typing import TypedDict
 
 from rlhf_lightning.data.call_forms import REASONING
 from rlhf_lightning.data.templates import common_prefix
 from rlhf_lightning.types import Message
 
 BEFORE = 24  # characters of the common text to show
+
+
+class StartFigures(TypedDict):
+    """What `rlhf data check --json` reports of `ResponseStarts`."""
+
+    answers: int
+    differing: int
+    prompt_ends: str
+    row_has: str
 
 
 @dataclass
@@ -47,7 +57,7 @@ class ResponseStarts:
             end = answer + len(content) if answer >= 0 else len(row)
             self.prompt, self.row = prompt[start:], row[start : min(end, start + 4 * BEFORE)]
 
-    def figures(self) -> dict[str, object]:
+    def figures(self) -> StartFigures:
         """The numbers that `rlhf data check --json` reports."""
         return {"answers": self.turns, "differing": self.differing, "prompt_ends": self.prompt, "row_has": self.row}
 

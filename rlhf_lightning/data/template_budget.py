@@ -3,12 +3,15 @@
 import re
 from collections.abc import Callable, Iterable, Iterator, Sized
 from functools import wraps
-from typing import Any
+from typing import Any, TypeAlias
 
 from jinja2 import Template, nodes, pass_context
 from jinja2.exceptions import TemplateRuntimeError
+from jinja2.runtime import Context
 from jinja2.visitor import NodeTransformer
 
+Value: TypeAlias = Any
+"""A value in a template; Jinja types none."""
 STEPS = 3_000_000
 """Loop iterations and calls allowed in one rendering."""
 LENGTH = 5_000_000
@@ -71,7 +74,7 @@ class Budget:
         if self.steps > STEPS:
             raise OverBudgetError(f"the chat template runs for more than {STEPS:,} steps; it may never end")
 
-    def counted(self, items: Iterable[Any], cost: int) -> Iterator[Any]:
+    def counted(self, items: Iterable[Value], cost: int) -> Iterator[Value]:
         """Items of a loop, counted."""
         for item in items:
             self.steps += cost
@@ -79,13 +82,13 @@ class Budget:
                 self.spend()
             yield item
 
-    def shown(self, value: Any) -> Any:
+    def shown(self, value: Value) -> Value:
         """A printed value, counted."""
         if isinstance(value, str) and len(value) > CHARACTERS:
             self.spend(len(value) // CHARACTERS)
         return value
 
-    def call(self, context: Any, function: Any, *args: Any, **kwargs: Any) -> Any:
+    def call(self, context: Context, function: Value, *args: Value, **kwargs: Value) -> Value:
         """Call a function or method in the sandbox, counted."""
         self.spend(10)
         if (name := getattr(function, "__name__", "")) in _WIDE_METHODS:
@@ -94,7 +97,7 @@ class Budget:
                 _check_widths(_DIGITS.findall(getattr(getattr(function, "__wrapped__", None), "__self__", "")))
         return self.sized(self._call(context, function, *args, **kwargs))
 
-    def operate(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+    def operate(self, context: Context, operator: str, left: Value, right: Value) -> Value:
         """Apply an operator whose result can be much larger than its operands."""
         numbers = [abs(value) for value in (left, right) if isinstance(value, int)]
         if operator == "**" and numbers and max(numbers) > 1000:
@@ -106,14 +109,14 @@ class Budget:
             _check_widths(_DIGITS.findall(left))
         return self.sized(self._operate(context, operator, left, right))
 
-    def concatenate(self, parts: Iterable[Any]) -> str:
+    def concatenate(self, parts: Iterable[Value]) -> str:
         """Concatenate texts, `a ~ b`, counted."""
         self.spend()
         texts = [str(part) for part in parts]
         _check_length(sum(map(len, texts)))
         return "".join(texts)
 
-    def sized(self, value: Any) -> Any:
+    def sized(self, value: Value) -> Value:
         """Return a created value after checking its size."""
         if isinstance(value, str | list | tuple | dict):
             _check_length(len(value))
@@ -121,11 +124,11 @@ class Budget:
             self.spend(len(value))
         return value
 
-    def _filter(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    def _filter(self, name: str, function: Callable[..., Value]) -> Callable[..., Value]:
         """A Jinja filter, counted."""
 
         @wraps(function)  # keeps the attributes that tell Jinja to pass the context
-        def limited(*args: Any, **kwargs: Any) -> Any:
+        def limited(*args: Value, **kwargs: Value) -> Value:
             for value in args:
                 if isinstance(value, str):
                     if len(value) > CHARACTERS:
@@ -146,7 +149,7 @@ def _check_length(length: int) -> None:
         raise OverBudgetError(f"the chat template creates a text or list longer than {LENGTH:,}")
 
 
-def _check_widths(values: Iterable[Any]) -> None:
+def _check_widths(values: Iterable[Value]) -> None:
     """Check numbers that determine the size of a result, as integers or as digits in a format."""
     for value in values:
         if isinstance(value, int | str) and str(value).lstrip("-").isdigit():

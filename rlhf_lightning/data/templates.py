@@ -11,14 +11,17 @@ from collections.abc import Iterator
 from contextlib import suppress
 from datetime import datetime
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING
 
 from rlhf_lightning.data.call_forms import CallForms
 from rlhf_lightning.data.contents import ContentForms, joined
 from rlhf_lightning.data.records import RowError
 from rlhf_lightning.data.template_budget import Budget, OverBudgetError
 from rlhf_lightning.errors import ConfigError
-from rlhf_lightning.types import JSON, Message, TemplateMessage, Tokenizer, ToolCall, ToolSchema
+from rlhf_lightning.types import JSON, Message, Row, TemplateMessage, Tokenizer, ToolCall, ToolSchema
+
+if TYPE_CHECKING:
+    from jinja2 import Template
 
 log = logging.getLogger(__name__)
 TEMPLATE_DATE = "2025-01-01"
@@ -53,7 +56,7 @@ class _TemplateKey(str):
     """
 
 
-def _compiled(source: str) -> Any:
+def _compiled(source: str) -> "Template":
     """A template as transformers compiles it, in a sandbox of its own; cached by its text."""
     from transformers.utils.chat_template_utils import _compile_jinja_template
 
@@ -96,7 +99,7 @@ class ChatTemplate:
         ```
     """
 
-    def __init__(self, tokenizer: Tokenizer, options: dict[str, Any] | None = None) -> None:
+    def __init__(self, tokenizer: Tokenizer, options: Row | None = None) -> None:
         self.tokenizer, self.given = tokenizer, options or {}
         # Some templates begin with a bos_token although their tokenizer has none.
         self.options = {
@@ -203,7 +206,7 @@ class ChatTemplate:
         budget.begin()
         return name
 
-    def _check_options(self, options: dict[str, Any]) -> None:
+    def _check_options(self, options: Row) -> None:
         """Refuse options that are arguments of the rendering itself; warn of those that the template does not read."""
         from jinja2 import TemplateError
         from jinja2.meta import find_undeclared_variables
@@ -228,7 +231,9 @@ class ChatTemplate:
                 ", ".join(known) or "no such settings",
             )
 
-    def spans(self, messages: list[Message], tools: Tools, selected: list[bool]) -> list[tuple[str, list[Any], bool]]:
+    def spans(
+        self, messages: list[Message], tools: Tools, selected: list[bool]
+    ) -> list[tuple[str, list[tuple[int, int]], bool]]:
         """Texts with the (start, end) of each selected message in them, and whether the texts end their turns.
 
         Returns one text if possible. If an earlier turn renders differently once more turns follow (templates that drop

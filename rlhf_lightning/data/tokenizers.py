@@ -2,14 +2,17 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rlhf_lightning.data.ended_templates import unwrapped
 from rlhf_lightning.errors import ConfigError, UserError
 from rlhf_lightning.files import is_file
 from rlhf_lightning.gguf.folder import model_folder
-from rlhf_lightning.types import Tokenizer
+from rlhf_lightning.types import LoadedTokenizer, ModelSource, Tokenizer
 from rlhf_lightning.untrusted import check_files, load_failure
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 _MISSING = (
     "no tokenizer can be loaded from {}: its files are missing (tokenizer.json, tokenizer_config.json and others). "
@@ -17,7 +20,12 @@ _MISSING = (
 )
 
 
-def load_tokenizer(source: Any, tokenizer: Any = None, chat_template: str | None = None, **options: Any) -> Any:
+def load_tokenizer(
+    source: ModelSource,
+    tokenizer: "PreTrainedTokenizerBase | str | Path | None" = None,
+    chat_template: str | None = None,
+    **options: Any,
+) -> LoadedTokenizer:
     """Load a tokenizer.
 
     Args:
@@ -29,6 +37,7 @@ def load_tokenizer(source: Any, tokenizer: Any = None, chat_template: str | None
     Raises:
         ConfigError: If the tokenizer or the template file cannot be loaded.
     """
+    loaded: PreTrainedTokenizerBase = tokenizer
     if tokenizer is None or isinstance(tokenizer, str | Path):
         from transformers import AutoTokenizer
 
@@ -37,9 +46,7 @@ def load_tokenizer(source: Any, tokenizer: Any = None, chat_template: str | None
             raise ConfigError("a model passed as an object needs its tokenizer: pass tokenizer=")
         try:
             # Said, since transformers would otherwise ask at the terminal.
-            tokenizer = AutoTokenizer.from_pretrained(
-                _checked(name, options), **{"trust_remote_code": False, **options}
-            )
+            loaded = AutoTokenizer.from_pretrained(_checked(name, options), **{"trust_remote_code": False, **options})
         except UserError:
             raise
         except BaseException as error:
@@ -50,27 +57,27 @@ def load_tokenizer(source: Any, tokenizer: Any = None, chat_template: str | None
             if reason.startswith("Couldn't instantiate the backend tokenizer"):
                 raise ConfigError(_MISSING.format(name)) from error
             raise ConfigError(f"no tokenizer can be loaded from {name}: {reason}. Set model.tokenizer.") from error
-        longest = getattr(tokenizer, "model_max_length", 0)
+        longest = getattr(loaded, "model_max_length", 0)
         if isinstance(longest, bool) or not isinstance(longest, int | float):
             raise ConfigError(
                 f"{name}: model_max_length of tokenizer_config.json is {longest!r:.80}; it must be a number of tokens"
             )
         # Where its files are missing, transformers makes one of special tokens alone, to which every text is empty.
-        if len(tokenizer) <= len(getattr(tokenizer, "added_tokens_decoder", ())):
+        if len(loaded) <= len(getattr(loaded, "added_tokens_decoder", ())):
             raise ConfigError(_MISSING.format(name))
-    if not hasattr(tokenizer, "apply_chat_template"):
-        raise ConfigError(f"tokenizer is {tokenizer!r}; it must be a folder, a Hub id, or a tokenizer of transformers")
+    if not hasattr(loaded, "apply_chat_template"):
+        raise ConfigError(f"tokenizer is {loaded!r}; it must be a folder, a Hub id, or a tokenizer of transformers")
     if chat_template is not None:
-        tokenizer.chat_template = _template(chat_template)
-    if isinstance(tokenizer.chat_template, str):  # an editor may have saved chat_template.jinja with a mark
-        tokenizer.chat_template = tokenizer.chat_template.removeprefix("\ufeff")
-    before, tokenizer.chat_template = tokenizer.chat_template, unwrapped(tokenizer.chat_template)
+        loaded.chat_template = _template(chat_template)
+    if isinstance(loaded.chat_template, str):  # an editor may have saved chat_template.jinja with a mark
+        loaded.chat_template = loaded.chat_template.removeprefix("\ufeff")
+    before, loaded.chat_template = loaded.chat_template, unwrapped(loaded.chat_template)
     # Tells `RewardModel` whether the score is read at the end of the turn, or at the end of the template.
-    tokenizer.was_ended = getattr(tokenizer, "was_ended", False) or tokenizer.chat_template != before
-    return tokenizer
+    loaded.was_ended = getattr(loaded, "was_ended", False) or loaded.chat_template != before
+    return loaded
 
 
-def _checked(name: Any, options: Mapping[str, Any]) -> str:
+def _checked(name: str | Path, options: Mapping[str, Any]) -> str:
     """A tokenizer source as text; raises `ConfigError` for a path that is not there."""
     name = model_folder(str(name), options)
     path = Path(name).expanduser()
