@@ -264,7 +264,7 @@ class RowDataModule(pl.LightningDataModule, Generic[ExampleT, BatchT]):
                 unused.update(dict.fromkeys(k for k, v in data.items() if k not in names | mapped and not is_empty(v)))
                 if used is not None:
                     used.update(names)
-            return convert(data)
+            return list(convert(data))
 
         return noting
 
