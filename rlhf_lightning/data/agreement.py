@@ -14,6 +14,7 @@ from rlhf_lightning.errors import DataError
 Fact: TypeAlias = int | tuple[str, str]
 """A number, or a text with a hash."""
 
+
 def require_agreement(error: Exception | None, facts: Callable[[], dict[str, Fact]]) -> None:
     """Raise the same error on all ranks if one of them found an error in its data, or has other data than rank 0.
 

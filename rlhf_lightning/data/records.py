@@ -295,7 +295,9 @@ def rename_columns(row: LocatedRow, columns: Mapping[str, str | None] | None) ->
     left_out = {ours for ours, theirs in columns.items() if theirs is None}
     mapped = {ours: theirs for ours, theirs in columns.items() if theirs is not None}
     if missing := [theirs for theirs in mapped.values() if theirs not in data]:
-        raise RowError(f"no column {missing[0]!r} (named in data.columns); the row has {quoted(data, none='no columns')}")
+        raise RowError(
+            f"no column {missing[0]!r} (named in data.columns); the row has {quoted(data, none='no columns')}"
+        )
     kept = {column: value for column, value in data.items() if column not in left_out}
     named = {**kept, **{ours: data[theirs] for ours, theirs in mapped.items()}}
     if isinstance(data, Cells):
