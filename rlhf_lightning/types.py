@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, Required, Self, TypeAl
 
 if TYPE_CHECKING:
     import os
+    from pathlib import Path
 
     import torch
     from torch import Tensor, nn
@@ -67,7 +68,7 @@ TemplateSource: TypeAlias = str | dict[str, str] | None
 """A chat template, or several by name."""
 
 
-ModelSource: TypeAlias = "str | os.PathLike[str] | nn.Module | None"
+ModelSource: TypeAlias = "str | Path | nn.Module | None"
 """A model's folder or Hub id, or the model."""
 
 

@@ -148,7 +148,7 @@ def recorded(source: ModelSource) -> Row:
     Raises:
         ConfigError: If its `stage.json` is damaged.
     """
-    stage = read_stage(source)
+    stage = read_stage(source) if isinstance(source, str | Path) else {}
     if not stage and isinstance(source, str) and _ON_HUB.fullmatch(source) and not Path(source).exists():
         stage = _stage_on_hub(source)
     rendering = stage.get("rendering") or {}
