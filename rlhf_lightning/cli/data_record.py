@@ -49,7 +49,7 @@ def check_data_record(root: Path, sources: Mapping[str, Source | None]) -> None:
     for name in record.keys() & set(SOURCES):
         known = record[name]
         digest, files = (known.get("hash"), known.get("files")) if isinstance(known, dict) else (None, None)
-        if not (isinstance(digest, str) and isinstance(files, dict)):
+        if not (isinstance(digest, str | None) and isinstance(files, dict)) or (files and digest is None):
             raise ConfigError(
                 f"{path}: {name} is not a valid data record ({known!r:.100}); restore the file, or use --fresh"
             )
@@ -57,7 +57,7 @@ def check_data_record(root: Path, sources: Mapping[str, Source | None]) -> None:
     now = {name: _facts(source, before.get(name)) for name in SOURCES if (source := sources.get(name)) is not None}
     for name, facts in now.items():
         if facts["files"] or not isinstance(sources[name], str):
-            if name in before and before[name]["hash"] != facts["hash"]:
+            if name in before and before[name]["hash"] is not None and before[name]["hash"] != facts["hash"]:
                 raise ConfigError(
                     f"data.{name} {sources[name]} has changed since the run in {root} began. Restore it, choose "
                     "another --trainer.default_root_dir, or start over with --fresh."

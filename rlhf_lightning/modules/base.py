@@ -15,7 +15,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor, nn
 from torch.nn.modules.module import _IncompatibleKeys
 from torch.optim import AdamW, Optimizer
-from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torch.optim.optimizer import ParamsT
 from torchmetrics import Metric
 
@@ -43,7 +43,7 @@ from rlhf_lightning.modules.module_checks import check_batch, check_content
 from rlhf_lightning.modules.schedules import Warmup
 from rlhf_lightning.modules.step import StepEnd, StepNumbers, forget
 from rlhf_lightning.modules.trainer_state import row_data_of
-from rlhf_lightning.modules.usage_checks import CheckedModule, check_arguments
+from rlhf_lightning.modules.usage_checks import CheckedModule, OptimizerFactory, SchedulerFactory, check_arguments
 
 if TYPE_CHECKING:
     from lightning.pytorch.utilities.types import OptimizerLRScheduler
@@ -55,8 +55,6 @@ log = logging.getLogger(__name__)
 
 WHERE = ("trust_remote_code", "revision", "token", "cache_dir", "local_files_only", "subfolder")
 """Options of `from_pretrained` that locate a model, and its tokenizer with it."""
-OptimizerFactory = Callable[[ParamsT], Optimizer]
-SchedulerFactory = Callable[[Optimizer], LRScheduler]
 
 
 class RLHFModule(CheckedModule):

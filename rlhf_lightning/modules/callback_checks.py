@@ -1,7 +1,5 @@
 """Refuses Lightning callbacks that would have no effect on a module, or another effect than their names promise."""
 
-from typing import TYPE_CHECKING
-
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import (
     BackboneFinetuning,
@@ -18,12 +16,10 @@ from torch.optim.lr_scheduler import LRScheduler
 from rlhf_lightning.errors import ConfigError
 from rlhf_lightning.modules.schedules import Warmup
 from rlhf_lightning.modules.trainer_state import callbacks_of, row_data_of
-
-if TYPE_CHECKING:
-    from rlhf_lightning.modules.base import RLHFModule
+from rlhf_lightning.modules.usage_checks import CheckedModule
 
 
-def check_callbacks(module: "RLHFModule", trainer: pl.Trainer) -> None:
+def check_callbacks(module: CheckedModule, trainer: pl.Trainer) -> None:
     """Check the trainer's callbacks before any of them is set up.
 
     Args:
@@ -69,7 +65,7 @@ def _check_swa(trainer: pl.Trainer) -> None:
         )
 
 
-def _check_averaging(callback: WeightAveraging, module: "RLHFModule", trainer: pl.Trainer) -> None:
+def _check_averaging(callback: WeightAveraging, module: CheckedModule, trainer: pl.Trainer) -> None:
     name = type(callback).__name__
     if trainer.state.fn != "fit":
         return
@@ -94,7 +90,7 @@ def _check_averaging(callback: WeightAveraging, module: "RLHFModule", trainer: p
         )
 
 
-def _check_rate_finder(callback: LearningRateFinder, module: "RLHFModule", trainer: pl.Trainer) -> None:
+def _check_rate_finder(callback: LearningRateFinder, module: CheckedModule, trainer: pl.Trainer) -> None:
     if trainer.state.fn != "fit":
         return
     if module.stage_kind == "policy":
@@ -111,7 +107,7 @@ def _check_rate_finder(callback: LearningRateFinder, module: "RLHFModule", train
         )
 
 
-def _check_batch_finder(callback: BatchSizeFinder, module: "RLHFModule", trainer: pl.Trainer) -> None:
+def _check_batch_finder(callback: BatchSizeFinder, module: CheckedModule, trainer: pl.Trainer) -> None:
     if module.stage_kind == "policy":
         raise ConfigError(
             "BatchSizeFinder changes data.batch_size, which a policy stage does not have: "
@@ -127,7 +123,7 @@ def _check_batch_finder(callback: BatchSizeFinder, module: "RLHFModule", trainer
         )
 
 
-def _check_backbone(module: "RLHFModule") -> None:
+def _check_backbone(module: CheckedModule) -> None:
     if not hasattr(module, "backbone"):
         raise ConfigError(
             f"BackboneFinetuning freezes module.backbone, which {type(module).__name__} does not have: "

@@ -2,7 +2,7 @@
 
 import logging
 import pickle
-from collections.abc import Container, Mapping
+from collections.abc import Callable, Container, Mapping
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Self
 
@@ -10,6 +10,9 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities.types import EVAL_DATALOADERS, TRAIN_DATALOADERS
 from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.optimizer import ParamsT
 
 from rlhf_lightning.errors import ConfigError, check_object, check_whole
 from rlhf_lightning.models.lora import LoRA
@@ -19,10 +22,11 @@ from rlhf_lightning.settings import NotPlain, Settings, UnknownClass, describe, 
 if TYPE_CHECKING:
     from lightning.fabric.utilities.types import _MAP_LOCATION_TYPE, _PATH
 
-    from rlhf_lightning.modules.base import OptimizerFactory, SchedulerFactory
     from rlhf_lightning.types import JSON, StateDict
 
 log = logging.getLogger(__name__)
+OptimizerFactory = Callable[[ParamsT], Optimizer]
+SchedulerFactory = Callable[[Optimizer], LRScheduler]
 DATA = {"sft": "SFTDataModule", "preference": "PreferenceDataModule", "policy": "PromptDataModule"}
 ABSENT = {
     "generate": "use trainer.predict(module, data) with data.predict, or rlhf generate with the saved model folder",
@@ -198,8 +202,8 @@ def _check_unsaved(path: Path, name: str, given: Container[str]) -> None:
 def check_arguments(
     model: str | Path | nn.Module,
     lora: LoRA | None,
-    optimizer: "OptimizerFactory | None",
-    lr_scheduler: "SchedulerFactory | None",
+    optimizer: OptimizerFactory | None,
+    lr_scheduler: SchedulerFactory | None,
     model_options: Mapping[str, Any] | None,
     max_tokens_per_batch: int | None,
 ) -> None:
