@@ -106,8 +106,6 @@ def read_object(path: Path, unique: bool = True) -> dict[str, JSON]:
     try:
         text = path.read_text(encoding="utf-8")
         value = json.loads(text, object_pairs_hook=unique_keys if unique else None)
-        if "\\ud" in text.lower():  # half of a pair that stands for one character, which no file can hold
-            json.dumps(value, ensure_ascii=False).encode()
     except (OSError, ValueError, RecursionError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         raise ConfigError(f"{path}: cannot be read as JSON ({reason}); restore the file") from None

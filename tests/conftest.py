@@ -41,6 +41,16 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
+@pytest.fixture(autouse=True)
+def environment() -> Iterator[None]:
+    """Lightning's launcher leaves variables behind by which a later run would take itself for one of several ranks."""
+    before = dict(os.environ)
+    yield
+    if os.environ != before:
+        os.environ.clear()
+        os.environ.update(before)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Run whole runs after the other tests."""
 

@@ -89,7 +89,7 @@ class Child(Forked):
             os.environ.update(env)
             _command(sys.argv[1:])
 
-        super().__init__(child)
+        super().__init__(child, group=lambda: None)
 
     @property
     def returncode(self) -> int | None:

@@ -9,7 +9,6 @@ import pytest
 
 from rlhf_lightning.environments.tools import read_call
 from rlhf_lightning.errors import ConfigError
-from rlhf_lightning.files import read_object
 from rlhf_lightning.yaml_files import read_mapping
 from tests.helpers.fuzzing import Result, refused, rlhf
 
@@ -51,15 +50,6 @@ def test_what_aliases_are_for_is_read(tmp_path: Path) -> None:
 
 def test_bytes_that_no_config_can_hold(tmp_path: Path) -> None:
     refused(rlhf("sft", "fit", "--data.train", tmp_path / os.fsdecode(b"\xff.jsonl")), "not UTF-8")
-
-
-@pytest.mark.parametrize("text", ['{"a": "\\ud800"}', '{"\\uDfff": 1}'])
-def test_half_a_character_in_a_record(text: str, tmp_path: Path) -> None:
-    (tmp_path / "a.json").write_text(text)
-    with pytest.raises(ConfigError, match=r"a\.json: cannot be read"):
-        read_object(tmp_path / "a.json")
-    (tmp_path / "a.json").write_text('{"a": "\\ud83d\\ude00"}')
-    assert read_object(tmp_path / "a.json") == {"a": "\U0001f600"}
 
 
 def test_json_has_the_same_limits(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TypedDict
@@ -49,7 +50,8 @@ def check_data_record(root: Path, sources: Mapping[str, Source | None]) -> None:
     for name in record.keys() & set(SOURCES):
         known = record[name]
         digest, files = (known.get("hash"), known.get("files")) if isinstance(known, dict) else (None, None)
-        if not (isinstance(digest, str | None) and isinstance(files, dict)) or (files and digest is None):
+        hashed = isinstance(digest, str) and re.fullmatch("[0-9a-f]{64}", digest)
+        if not (isinstance(files, dict) and isinstance(digest, str | None) and (hashed or not (digest or files))):
             raise ConfigError(
                 f"{path}: {name} is not a valid data record ({known!r:.100}); restore the file, or use --fresh"
             )

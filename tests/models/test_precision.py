@@ -138,6 +138,6 @@ def test_a_reward_model_keeps_its_own_type(base: str, tmp_path: Path) -> None:
         reward = ModelReward(str(tmp_path / "judge" / "model"), dtype=str(dtype).removeprefix("torch."))
         module, data = module_and_data("policy", base, rewards=[reward])
         trainer(tmp_path, precision="bf16-true", max_steps=1).fit(module, data)
-        assert reward.judge is not None
-        assert reward.judge.model.model.embed_tokens.weight.dtype == dtype
-        assert reward.judge.scorer.head.weight.dtype == torch.float32
+        judge = module.reward_terms[0].scorer.judge
+        assert judge.model.model.embed_tokens.weight.dtype == dtype
+        assert judge.model_scorer.head.weight.dtype == torch.float32

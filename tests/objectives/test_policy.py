@@ -195,7 +195,7 @@ def test_importance_weights() -> None:
         (lambda: KLPenalty(refresh_every=0), "at least 1"),
         (lambda: KLPenalty(place="reward", estimator="k2"), "leave it out"),
         (lambda: KLPenalty(horizon=100), "set kl.target"),
-        (lambda: KLPenalty(reference="base", refresh_every=2), "set one"),
+        (lambda: KLPenalty(reference="base", refresh_every=2), "set only one"),
     ],
 )
 def test_options_that_make_no_sense(make: Any, message: str) -> None:
