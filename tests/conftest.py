@@ -3,6 +3,7 @@
 import gc
 import logging
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -42,13 +43,21 @@ def pytest_collection_finish() -> None:
 
 
 @pytest.fixture(autouse=True)
-def environment() -> Iterator[None]:
-    """Lightning's launcher leaves variables behind by which a later run would take itself for one of several ranks."""
-    before = dict(os.environ)
+def process() -> Iterator[None]:
+    """What a run leaves behind in a process that goes on would reach the next one.
+
+    Lightning's launcher sets variables by which a run takes itself for one of several ranks; a run that was signaled
+    ignores further signals.
+    """
+    variables = dict(os.environ)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     yield
-    if os.environ != before:
+    if os.environ != variables:
         os.environ.clear()
-        os.environ.update(before)
+        os.environ.update(variables)
+    for number, handler in handlers.items():
+        if handler is not None and signal.getsignal(number) != handler:
+            signal.signal(number, handler)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
