@@ -148,6 +148,11 @@ def both(one: dict[str, Any], other: dict[str, Any]) -> list[tuple[str, Any, Any
     return [(name, one[name], other[name]) for name in one]
 
 
+def default_handlers() -> None:
+    for one in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
+        signal.signal(one, signal.SIG_DFL if one != signal.SIGINT else signal.default_int_handler)
+
+
 def interrupted(
     kind: str, base: str, root: Path, place: str, number: int, by: int = signal.SIGTERM, **options: Any
 ) -> Work:
@@ -159,13 +164,13 @@ def interrupted(
             work.append("signal")
             os.kill(os.getpid(), by)
 
+    default_handlers()  # `nohup` ignores SIGHUP
     with pytest.MonkeyPatch.context() as patch:
         watch(patch, kind, work, act)
         with pytest.raises(SystemExit):
             run(kind, base, root, resume=True, **options)
     user_exits._state["asked"] = False
-    for one in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
-        signal.signal(one, signal.SIG_DFL if one != signal.SIGINT else signal.default_int_handler)
+    default_handlers()
     return work
 
 
