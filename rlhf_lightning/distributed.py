@@ -4,7 +4,9 @@ Ranks of one tensor-parallel group compute the same rows, so together they are o
 reward, an environment, an engine that runs elsewhere) are computed by the group's leader and shared.
 """
 
+import threading
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -17,6 +19,8 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 _MESH: "list[DeviceMesh]" = []
+_OPEN: list[tuple[Callable[[], None], int]] = []
+"""What the `safe_point`s of a thread call, innermost last."""
 _LEAVING = "leaves this round"
 """What a rank gives to `gather` that leaves a round; see `leave_if`."""
 
@@ -75,6 +79,27 @@ def leave_if(asked: bool) -> None:
     """
     if asked:
         gather(_LEAVING)
+
+
+@contextmanager
+def safe_points(leave: Callable[[], None]) -> Iterator[None]:
+    """Context in which each `safe_point` of this thread calls `leave`.
+
+    Args:
+        leave: Raises an exception if the work is to be interrupted.
+    """
+    _OPEN.append((leave, threading.get_ident()))
+    try:
+        yield
+    finally:
+        _OPEN.pop()
+
+
+def safe_point() -> None:
+    """Mark a point at which the work may be interrupted."""
+    # Only in the thread that opened them: tools and environments may run in other threads.
+    if _OPEN and _OPEN[-1][1] == threading.get_ident():
+        _OPEN[-1][0]()
 
 
 def run_on_leader(function: Callable[[], T]) -> T:

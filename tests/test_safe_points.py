@@ -19,7 +19,7 @@ from rlhf_lightning import (
     PromptDataModule,
     SFTDataModule,
     SFTModule,
-    user_exits,
+    sys_exit,
 )
 from rlhf_lightning.callbacks.samples import SamplesLog
 from rlhf_lightning.checkpointing import relay
@@ -46,7 +46,7 @@ def handlers_as_they_were() -> Iterator[None]:
     numbers = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
     before = {number: signal.getsignal(number) for number in numbers}
     yield
-    user_exits._state["asked"] = False
+    sys_exit._state["asked"] = False
     for number, handler in before.items():
         signal.signal(number, handler)
 
@@ -169,7 +169,7 @@ def interrupted(
         watch(patch, kind, work, act)
         with pytest.raises(SystemExit):
             run(kind, base, root, resume=True, **options)
-    user_exits._state["asked"] = False
+    sys_exit._state["asked"] = False
     default_handlers()
     return work
 

@@ -12,7 +12,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
 from torch.multiprocessing import ProcessExitedException
 
-from rlhf_lightning.user_exits import note_signal, restore_handlers, stop_signals
+from rlhf_lightning.sys_exit import note_signal, restore_handlers, stop_signals
 
 if TYPE_CHECKING:
     from signal import _HANDLER

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import TYPE_CHECKING
 
-from rlhf_lightning.user_exits import asked_to_end, note_signal, restore_handlers, stop_signals, watched
+from rlhf_lightning.sys_exit import asked_to_end, note_signal, restore_handlers, stop_signals, watched
 
 if TYPE_CHECKING:
     from signal import _HANDLER

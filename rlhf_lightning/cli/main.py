@@ -15,7 +15,7 @@ from rlhf_lightning.cli.configs import with_shipped
 from rlhf_lightning.cli.console import BROKEN_PIPE, open_standard_streams, silence, steady_console
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.files import visible
-from rlhf_lightning.user_exits import exit_of_user_code
+from rlhf_lightning.sys_exit import exit_of_user_code
 
 COMMANDS = {
     "sft": ("rlhf_lightning.cli.stage", "supervised fine-tuning: fit, validate, test, predict"),

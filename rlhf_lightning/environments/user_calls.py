@@ -16,9 +16,9 @@ from typing import Any, Generic, TypeVar
 
 import torch
 
+from rlhf_lightning.distributed import safe_point
 from rlhf_lightning.errors import ConfigError, UserError
-from rlhf_lightning.safe_points import safe_point
-from rlhf_lightning.user_exits import no_exit
+from rlhf_lightning.sys_exit import no_exit
 
 T = TypeVar("T")
 Call = Callable[[], T | Awaitable[T]]

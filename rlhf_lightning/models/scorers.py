@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from rlhf_lightning.data.batching import pad_tokens
-from rlhf_lightning.distributed import even_chunks
+from rlhf_lightning.distributed import even_chunks, safe_point
 from rlhf_lightning.errors import ConfigError
 from rlhf_lightning.files import real_path
 from rlhf_lightning.models.heads import find_head, pad_token
@@ -23,7 +23,6 @@ from rlhf_lightning.models.precision import NARROW
 from rlhf_lightning.models.reference import Reference
 from rlhf_lightning.models.sharding import run_unsharded
 from rlhf_lightning.models.token_logprobs import TokenLogprobs
-from rlhf_lightning.safe_points import safe_point
 from rlhf_lightning.settings import Settings, arguments
 from rlhf_lightning.types import JSON, PreferenceTokens
 

@@ -8,7 +8,7 @@ from contextlib import suppress
 from types import FrameType, TracebackType
 from typing import TYPE_CHECKING
 
-from rlhf_lightning.user_exits import restore_handlers, stop_signals
+from rlhf_lightning.sys_exit import restore_handlers, stop_signals
 
 if TYPE_CHECKING:
     from signal import _HANDLER

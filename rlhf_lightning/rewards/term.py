@@ -10,13 +10,12 @@ from torch import nn
 
 from rlhf_lightning.data.prompts import Prompt
 from rlhf_lightning.data.rendering import Renderer
-from rlhf_lightning.distributed import run_on_leader
+from rlhf_lightning.distributed import run_on_leader, safe_point
 from rlhf_lightning.errors import ConfigError, UserError, short
 from rlhf_lightning.rewards.base import Reward
 from rlhf_lightning.rewards.normalization import RUNNING
-from rlhf_lightning.safe_points import safe_point
+from rlhf_lightning.sys_exit import no_exit, raised_at
 from rlhf_lightning.types import Episode
-from rlhf_lightning.user_exits import no_exit, raised_at
 
 
 class RewardError(UserError):

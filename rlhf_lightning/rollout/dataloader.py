@@ -9,10 +9,9 @@ import torch
 from torch import Tensor
 
 from rlhf_lightning.data.batching import ShardSpec, mix_seeds, pad_right, pad_tokens, split_evenly, total_counts
-from rlhf_lightning.distributed import RoundLeft, gather, leave_if
+from rlhf_lightning.distributed import RoundLeft, gather, leave_if, safe_points
 from rlhf_lightning.errors import ConfigError
 from rlhf_lightning.rollout.statistics import Sums, means
-from rlhf_lightning.safe_points import safe_points
 from rlhf_lightning.types import Counts, RolloutBatch, TrainingSample
 
 T = TypeVar("T")

@@ -9,7 +9,7 @@ from typing import TypeVar
 from rlhf_lightning.data.prompts import Prompt
 from rlhf_lightning.data.records import RowError
 from rlhf_lightning.data.rendering import Renderer
-from rlhf_lightning.distributed import run_on_leader
+from rlhf_lightning.distributed import run_on_leader, safe_point
 from rlhf_lightning.environments.base import (
     EnvironmentFactory,
     EpisodeError,
@@ -22,10 +22,9 @@ from rlhf_lightning.environments.base import (
 from rlhf_lightning.environments.user_calls import Call, Outcome, run_calls
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.rollout.episode_state import EpisodeState, reason
-from rlhf_lightning.safe_points import safe_point
 from rlhf_lightning.sampling.sampler import ModelSampler
+from rlhf_lightning.sys_exit import user_line
 from rlhf_lightning.types import Completion, Episode, Message, ToolSchema
-from rlhf_lightning.user_exits import user_line
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)

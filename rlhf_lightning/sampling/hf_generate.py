@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig
 
-from rlhf_lightning.distributed import broadcast
-from rlhf_lightning.safe_points import safe_point
+from rlhf_lightning.distributed import broadcast, safe_point
 from rlhf_lightning.sampling.token_sampling import SamplingParams, is_complete, sample_token, uniforms
 from rlhf_lightning.types import Completion
 

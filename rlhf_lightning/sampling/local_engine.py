@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
-from rlhf_lightning.distributed import broadcast
+from rlhf_lightning.distributed import broadcast, safe_point
 from rlhf_lightning.errors import ConfigError
 from rlhf_lightning.models.attention import Decoding
 from rlhf_lightning.models.backbone import Backbone, evaluating, few_rows
@@ -26,7 +26,6 @@ from rlhf_lightning.models.sharding import (
     run_unsharded,
     unsharded_or_synchronized,
 )
-from rlhf_lightning.safe_points import safe_point
 from rlhf_lightning.sampling.cuda_graphs import GraphedStep
 from rlhf_lightning.sampling.hf_generate import generate
 from rlhf_lightning.sampling.kv_cache import PrefillCache, SlotKVCache
