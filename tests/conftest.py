@@ -76,13 +76,17 @@ def device(request: pytest.FixtureRequest) -> torch.device:
     return request.param
 
 
-@pytest.fixture(autouse=True)
-def loggers_as_they_were() -> Iterator[None]:
-    """Restore the logging that a command sets up for its process."""
+@pytest.fixture(scope="session")
+def loggers_at_first() -> list[tuple[logging.Logger, list[logging.Handler], int, bool]]:
+    """Loggers that a command sets up, as they are before any fixture of a module has run one."""
     loggers = [logging.getLogger(name) for name in ("rlhf_lightning", "lightning.pytorch", "py.warnings")]
-    before = [(list(one.handlers), one.level, one.propagate) for one in loggers]
-    yield
-    for one, (handlers, level, propagate) in zip(loggers, before, strict=True):
+    return [(one, list(one.handlers), one.level, one.propagate) for one in loggers]
+
+
+@pytest.fixture(autouse=True)
+def loggers_as_they_were(loggers_at_first: Any) -> None:
+    """Restore the logging that a command has set up for its process."""
+    for one, handlers, level, propagate in loggers_at_first:
         one.handlers[:], one.propagate = handlers, propagate
         one.setLevel(level)
 
