@@ -34,6 +34,9 @@ def headline(metrics: Mapping[str, T]) -> dict[str, T]:
 class ConsoleLines(pl.Callback):
     """Prints a line with the metrics of the progress bar every few seconds, and at the end.
 
+    A line follows an optimizer step, never a micro-batch within one: by then the bar's metrics may already be those of
+    the next step.
+
     Args:
         seconds: Shortest time between two lines.
 
@@ -48,6 +51,7 @@ class ConsoleLines(pl.Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._started = self._printed = time.time()
         self._first = trainer.global_step
+        self._last: tuple[int, str] | None = None
 
     def on_train_batch_end(
         self,
@@ -57,7 +61,7 @@ class ConsoleLines(pl.Callback):
         batch: "StepBatch",
         batch_idx: int,
     ) -> None:
-        if time.time() - self._printed >= self.seconds:
+        if time.time() - self._printed >= self.seconds and not trainer.fit_loop._should_accumulate():
             self._line(trainer)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -65,11 +69,13 @@ class ConsoleLines(pl.Callback):
 
     @rank_zero_only
     def _line(self, trainer: pl.Trainer) -> None:
-        self._printed = time.time()
         total, step = trainer.estimated_stepping_batches, trainer.global_step
         shown = "  ".join(
             f"{name} {float(value):.4g}" for name, value in headline(trainer.progress_bar_metrics).items()
         )
+        if (step, shown) == self._last:
+            return  # the last step's line, at the end of the run, without a validation in between
+        self._printed, self._last = time.time(), (step, shown)
         spent = self._printed - self._started
         left = remaining(spent, step - self._first, float(total) - step)
         print(f"step {step}/{total}  {duration(spent)}{left}  {shown}", flush=True)

@@ -1,12 +1,14 @@
 """Progress of a stage and of a pipeline: bars in a terminal, plain lines elsewhere."""
 
 import io
+import json
 import os
 import pty
 import re
 import subprocess
 import sys
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import pytest
@@ -16,6 +18,7 @@ from rlhf_lightning import PolicyRLModule, PromptDataModule
 from rlhf_lightning.callbacks import progress as progress_module
 from rlhf_lightning.callbacks.console import ConsoleLines, headline, remaining
 from rlhf_lightning.callbacks.progress import StageProgress, progress_callbacks
+from rlhf_lightning.callbacks.samples import SamplesLog
 from rlhf_lightning.files import duration
 from rlhf_lightning.objectives.policy import ImportanceSampling
 from rlhf_lightning.pipeline.eta import Eta
@@ -49,6 +52,21 @@ def test_lines_without_a_terminal_and_a_bar_with_one(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
     assert isinstance(progress_callbacks(True, [])[0], StageProgress)
     assert progress_callbacks(True, [TQDMProgressBar]) == []
+
+
+def test_a_line_for_each_optimizer_step(base: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """With four micro-batches per optimizer step and a round per step, each step has one line, with its round's reward."""
+    module = PolicyRLModule(base, rewards=[FunctionReward(letters)], sampler=Sampler(6), optimizer=sgd(0.01))
+    data = PromptDataModule(prompts(6), prompts_per_round=2, group_size=4, minibatches=4, show_example=False)
+    run = trainer(tmp_path, accumulate_grad_batches=4, callbacks=[ConsoleLines(seconds=0.0), SamplesLog(table_every=0)])
+    run.fit(module, data)
+    lines = re.findall(r"^step (\d)/3 .*?  reward (\S+)", capsys.readouterr().out, re.MULTILINE)
+    rewards: dict[int, list[float]] = {}
+    for line in (tmp_path / "samples.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        rewards.setdefault(row["step"], []).append(row["reward"])
+    assert len({f"{fmean(found):.4g}" for found in rewards.values()}) == 3
+    assert lines == [(str(step + 1), f"{fmean(found):.4g}") for step, found in sorted(rewards.items())]
 
 
 def letters(completions: list[str]) -> list[float]:
