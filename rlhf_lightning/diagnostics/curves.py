@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from statistics import fmean, median
 from typing import TypedDict
 
@@ -130,6 +131,15 @@ def together(one: Curve, other: Curve, rounds: int) -> tuple[list[float], list[f
         if a is not None and b is not None and math.isfinite(a) and math.isfinite(b)
     ]
     return [a for a, _ in reversed(pairs)], [b for _, b in reversed(pairs)]
+
+
+def noise(values: Sequence[float]) -> float:
+    """Standard deviation of the values around their trend, from differences of consecutive ones; 0 for a single value.
+
+    √(Σ (x_{i+1} - x_i)² / (2 (n - 1))), after von Neumann 1941 ("Distribution of the ratio of the mean square
+    successive difference to the variance"). Unlike the standard deviation it hardly grows when the values rise.
+    """
+    return math.sqrt(sum((b - a) ** 2 for a, b in pairwise(values)) / (2 * max(1, len(values) - 1)))
 
 
 def trend(values: Sequence[float]) -> float:

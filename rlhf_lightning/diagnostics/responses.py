@@ -1,9 +1,7 @@
 """Checks of responses: truncation, length as a proxy for reward, repetition, and loss of variety."""
 
-from statistics import stdev
-
 from rlhf_lightning.diagnostics.check import MedianAbove, Numbers, SinceStart, positive
-from rlhf_lightning.diagnostics.curves import FIRST, Curves
+from rlhf_lightning.diagnostics.curves import FIRST, RECENT, Curves, noise
 
 
 class Truncation(MedianAbove):
@@ -73,12 +71,13 @@ class LengthCollapse(SinceStart):
 
     Args:
         fraction: Ratio of the mean length to that of the first rounds.
-        deviations: Smallest rise of the reward that counts, in standard deviations of the first 10 rounds.
+        deviations: Smallest rise of the reward over its first rounds that counts, in standard deviations of the reward
+            around its trend (`curves.noise` of the last 40 rounds; at least 10 are needed).
         rounds: Number of rounds for the median, and number of first rounds.
 
     Example:
         >>> from rlhf_lightning.diagnostics.curves import Curves
-        >>> curves = Curves.of(reward=[0.2, 0.4] * 5 + [0.8], response_tokens=[40.0] * 10 + [10.0])
+        >>> curves = Curves.of(reward=[i / 20 for i in range(11)], response_tokens=[40.0] * 10 + [10.0])
         >>> LengthCollapse(fraction=0.5, rounds=1).severity(curves)
         2.0
     """
@@ -90,21 +89,27 @@ class LengthCollapse(SinceStart):
         "target length (LengthReward), a higher kl coefficient."
     )
 
-    def __init__(self, fraction: float = 0.5, deviations: float = 2.0, rounds: int = 5) -> None:
+    def __init__(self, fraction: float = 0.5, deviations: float = 3.0, rounds: int = 5) -> None:
         super().__init__(rounds)
         self.fraction = positive(self, "fraction", fraction)
         self.deviations = positive(self, "deviations", deviations)
 
     def severity(self, curves: Curves) -> float | None:
-        levels, reward, start = self.levels(curves), curves.level("reward", self.rounds), curves.start("reward", FIRST)
-        if levels is None or reward is None or start is None:
+        levels, rewards, recent = self.levels(curves), self._rewards(curves), curves.last("reward", RECENT)
+        if levels is None or rewards is None or len(recent) < FIRST:
             return None
-        rise = (reward - start) / max(self.deviations * stdev(curves["reward"].first), 1e-12)
+        # Not the deviation of the first rounds: a reward that rises within them would hide its own rise.
+        rise = (rewards[1] - rewards[0]) / max(self.deviations * noise(recent), 1e-12)
         return min(self.fraction * levels[0] / max(levels[1], 1e-12), rise)
 
     def numbers(self, curves: Curves) -> Numbers:
-        rewards = {"reward_at_first": curves.start("reward", FIRST), "reward": curves.level("reward", self.rounds)}
-        return {name: value or 0.0 for name, value in rewards.items()} | super().numbers(curves)
+        start, now = self._rewards(curves) or (0.0, 0.0)
+        return {"reward_at_first": start, "reward": now, **super().numbers(curves)}
+
+    def _rewards(self, curves: Curves) -> tuple[float, float] | None:
+        """The reward at the start and now; None before there are enough rounds."""
+        start, now = curves.start("reward", self.rounds), curves.level("reward", self.rounds)
+        return None if start is None or now is None else (start, now)
 
 
 class RepeatedText(SinceStart):

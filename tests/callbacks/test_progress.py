@@ -55,7 +55,7 @@ def test_lines_without_a_terminal_and_a_bar_with_one(monkeypatch: pytest.MonkeyP
 
 
 def test_a_line_for_each_optimizer_step(base: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """With four micro-batches per optimizer step and a round per step, each step has one line, with its round's reward."""
+    """With four micro-batches per step and a round per step, each step has one line, with its round's reward."""
     module = PolicyRLModule(base, rewards=[FunctionReward(letters)], sampler=Sampler(6), optimizer=sgd(0.01))
     data = PromptDataModule(prompts(6), prompts_per_round=2, group_size=4, minibatches=4, show_example=False)
     run = trainer(tmp_path, accumulate_grad_batches=4, callbacks=[ConsoleLines(seconds=0.0), SamplesLog(table_every=0)])

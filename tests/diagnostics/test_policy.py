@@ -46,6 +46,7 @@ from rlhf_lightning.diagnostics.curves import Curve, Curves, together, trend
 from rlhf_lightning.diagnostics.invariants import FirstStepInvariants
 from rlhf_lightning.errors import ConfigError, UserError
 from rlhf_lightning.models.critic import Critic
+from rlhf_lightning.report import write_report
 from rlhf_lightning.rewards import FunctionReward
 from rlhf_lightning.rollout.advantages import GAE
 from rlhf_lightning.rollout.kl import KLPenalty
@@ -310,6 +311,55 @@ def test_a_run_that_over_optimizes_is_warned_of_in_time(tmp_path: Path) -> None:
     raised = Rounds(tmp_path).play(Diagnostics(), values)
     assert {name for _, name in raised} == {"over_optimized"}
     assert 105 <= raised[0][0] <= 125
+
+
+def learned(
+    rate: float, rewards: tuple[float, float], lengths: tuple[float, float], seed: int
+) -> dict[str, list[float]]:
+    """40 rounds of a run whose reward and length approach their last level, each with the noise of 64 episodes."""
+
+    def shape(start: float, end: float) -> Callable[[int], float]:
+        return lambda i: end + (start - end) * math.exp(-i / rate)
+
+    return {
+        "reward": noisy(shape(*rewards), 40, 0.08, seed),
+        "response_tokens": noisy(shape(*lengths), 40, 2.0, seed + 1000),
+    }
+
+
+@pytest.mark.parametrize("rate", [5, 8, 12])
+def test_answers_that_lose_two_thirds_of_their_length_for_a_reward_are_warned_of(rate: float, tmp_path: Path) -> None:
+    """A reward of the format alone, 0.30 to 0.78, while answers shrink from 36 tokens to 13, slowly or fast."""
+    spoke = []
+    for seed in range(20):
+        raised = Rounds(tmp_path / str(seed)).play(Diagnostics(), learned(rate, (0.3, 0.78), (36, 13), seed))
+        assert {name for _, name in raised} <= {"length_collapse"}
+        spoke += [step for step, _ in raised[:1]]
+    assert len(spoke) >= 19
+    assert min(spoke) >= 9
+    assert max(spoke) < 40
+
+
+@pytest.mark.parametrize(
+    ("rewards", "lengths"),
+    [((0.5, 0.5), (36, 13)), ((0.5, 0.3), (36, 13)), ((0.3, 0.78), (36, 24)), ((0.3, 0.78), (36, 50))],
+    ids=["flat reward", "falling reward", "a third shorter", "longer"],
+)
+def test_other_runs_are_not_warned_of_a_length_that_collapses(
+    rewards: tuple[float, float], lengths: tuple[float, float], tmp_path: Path
+) -> None:
+    for seed in range(20):
+        values = learned(8, rewards, lengths, seed)
+        raised = Rounds(tmp_path / str(seed)).play(Diagnostics(), values)
+        assert "length_collapse" not in {name for _, name in raised}
+
+
+def test_the_report_shows_that_length_collapses(tmp_path: Path) -> None:
+    Rounds(tmp_path).play(Diagnostics(), learned(8, (0.3, 0.78), (36, 13), 0))
+    (tmp_path / "metrics.csv").write_text("epoch,step,train/reward\n0,0,0.3\n")
+    page = write_report(tmp_path).read_text()
+    assert "Warnings (1)" in page
+    assert page.index("length_collapse") < page.index(LengthCollapse.meaning)
 
 
 TRUNCATED = [0.0] * 6 + [0.5] * 10 + [0.28] * 10 + [0.5] * 10 + [0.1] * 10 + [0.5] * 10
