@@ -1,1 +1,1 @@
-"""GGUF files, as llama.cpp writes them: read with bounds, and converted once to an ordinary model folder."""
+"""Loads GGUF files of llama.cpp: reads them with bounds checks, and converts each one once to a model folder."""

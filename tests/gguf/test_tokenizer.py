@@ -1,4 +1,4 @@
-"""The tokenizer of a file gives the ids of the one that it was written from."""
+"""The tokenizer of a file gives the same ids as the one that it was written from."""
 
 import json
 from pathlib import Path
@@ -38,7 +38,7 @@ def texts(shared: Path) -> list[str]:
 
 
 @pytest.mark.parametrize(("name", "pre"), [("smollm2-135m-instruct", "smollm"), ("qwen3", "qwen2")])
-def test_real_ones(name: str, pre: str, shared: Path) -> None:
+def test_real_tokenizers(name: str, pre: str, shared: Path) -> None:
     folder = shared / "tokenizers" / name
     theirs = AutoTokenizer.from_pretrained(folder)
     metadata = vocabulary(theirs, len(theirs) + 9) | {
@@ -60,7 +60,7 @@ def test_real_ones(name: str, pre: str, shared: Path) -> None:
 
 
 def sentencepiece(**more: Any) -> dict[str, Any]:
-    """A vocabulary as llama.cpp writes one of sentencepiece."""
+    """A vocabulary as llama.cpp writes it for sentencepiece."""
     pieces = ["▁", "a", "b", "c", "▁a", "bc", "▁abc", "ab", "<turn>"]
     tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *pieces]
     return {
@@ -88,7 +88,7 @@ def sentencepiece(**more: Any) -> dict[str, Any]:
     ],
 )
 def test_sentencepiece(text: str, more: dict[str, Any], expected: list[str]) -> None:
-    """Merged by score, `bc` (-2) before `ab` (-4); unknown characters as bytes."""
+    """Pairs are merged by score, `bc` (-2) before `ab` (-4), and unknown characters become bytes."""
     tokenizer = tokenizer_of(header(sentencepiece(**more)))
     ids = tokenizer(text)["input_ids"]
     assert tokenizer.convert_ids_to_tokens(ids) == expected
@@ -96,7 +96,7 @@ def test_sentencepiece(text: str, more: dict[str, Any], expected: list[str]) -> 
         assert tokenizer.decode(ids, skip_special_tokens=True) == text
 
 
-def test_spaces_of_gemma() -> None:
+def test_gemma_tokenizes_runs_of_spaces() -> None:
     metadata = sentencepiece()
     metadata["tokenizer.ggml.tokens"][-1] = "  "
     tokenizer = tokenizer_of(header(metadata, "gemma"))
