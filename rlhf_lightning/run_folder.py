@@ -26,6 +26,7 @@ STAGE_RESULTS = (
     "sources.json",
     "metrics.csv",
     "samples.jsonl",
+    "heldout.jsonl",
     "warnings.jsonl",
     "predictions.jsonl",
     "preference_report.json",

@@ -40,6 +40,8 @@ class JsonLines:
     def start(self, trainer: pl.Trainer) -> None:
         """Truncate the file to the restored state, or remove it at the start of a new run."""
         self._path = Path(trainer.default_root_dir) / self.name
+        if not self._resumed and not trainer.global_step:
+            self.written = 0
         if self._writes(trainer) and self._path.exists():
             if self._resumed:
                 os.truncate(self._path, min(self.written, self._path.stat().st_size))

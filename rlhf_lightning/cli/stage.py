@@ -217,6 +217,7 @@ class StageCLI(LightningCLI):
         from lightning.pytorch.callbacks import ModelCheckpoint
 
         from rlhf_lightning.callbacks.export import ExportModel
+        from rlhf_lightning.callbacks.heldout import HeldOutAnswers
         from rlhf_lightning.callbacks.memory import MemoryEstimate
         from rlhf_lightning.callbacks.predictions import PredictionsFile
         from rlhf_lightning.callbacks.progress import progress_callbacks
@@ -230,7 +231,8 @@ class StageCLI(LightningCLI):
         callbacks: list[pl.Callback] = [ExportModel(config.export), PredictionsFile(), MemoryEstimate()]
         own = _callback_classes(config.trainer.callbacks)
         # A callback that the user configures replaces the default one.
-        kinds = {"policy": (SamplesLog, FirstStepInvariants, Diagnostics), "preference": (PreferenceWatch,)}
+        policy = (SamplesLog, HeldOutAnswers, FirstStepInvariants, Diagnostics)
+        kinds = {"policy": policy, "preference": (PreferenceWatch,)}
         callbacks += [kind() for kind in kinds.get(self.kind, ()) if not _has(own, kind)]
         callbacks += progress_callbacks(config.trainer.enable_progress_bar, own)
         if not _has(own, NonFiniteGuard):

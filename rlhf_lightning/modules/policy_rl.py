@@ -1,6 +1,6 @@
 """Policy RL: rollouts, rewards, advantages, and a policy loss on the sampled tokens."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Any, Self
@@ -455,8 +455,13 @@ class PolicyRLModule(RLHFModule):
         for term in self.collector.terms:
             term.check(rows)
 
+    @property
+    def rewarded(self) -> bool:
+        """True if episodes get a reward, from `rewards` or from their environment."""
+        return bool(self.rewards) or self.environment is not None
+
     def _check_rewarded(self) -> None:
-        if not self.rewards and self.environment is None:
+        if not self.rewarded:
             raise ConfigError("there is no reward: set model.rewards, or model.environment")
 
     def on_train_batch_start(self, batch: Columns, batch_idx: int) -> None:
@@ -583,6 +588,18 @@ class PolicyRLModule(RLHFModule):
 
     def why_empty(self) -> str:
         return why_empty(self.last_statistics)
+
+    def answer_greedily(self, prompts: Sequence[Prompt]) -> list[Episode]:
+        """Answer held-out prompts at temperature 0 with the current weights, one rewarded episode each.
+
+        All ranks must call this together.
+
+        Args:
+            prompts: Prompts of this rank.
+        """
+        self._sync_engine()
+        with self.sampling_context():
+            return self.collector.rollout(prompts, 1, (VALIDATION,), temperature=0.0)
 
     def _sync_engine(self) -> None:
         # An engine with its own copy of the weights would still have those from the start of the last round.

@@ -71,6 +71,8 @@ class StageRun:
     warnings: list[Row] = field(default_factory=list)
     preference: PreferenceReport = field(default_factory=PreferenceReport)
     samples: Samples = field(default_factory=Samples)
+    held_out: list[tuple[SampleRow, SampleRow]] = field(default_factory=list)
+    """Earliest and latest answer to each held-out prompt that was answered at several steps."""
 
     @property
     def kind(self) -> str:
@@ -138,6 +140,7 @@ def read_stage_run(folder: Path, name: str, entry: StageEntry | None = None) -> 
         [row for _, row in _located(folder / "warnings.jsonl", Row)],
         read_record(folder / "preference_report.json", PreferenceReport),
         read_samples(folder / "samples.jsonl"),
+        read_held_out(folder / "heldout.jsonl"),
     )
 
 
@@ -180,6 +183,15 @@ def read_samples(path: Path) -> Samples:
     distant = sorted((p for p in places.values() if len(p) > 1), key=lambda p: (p[0][0] - p[1][0], p[0][1]))[:COMPARED]
     found.repeated = [(_at(path, before[1]), _at(path, after[1])) for before, after in distant]
     return found
+
+
+def read_held_out(path: Path) -> list[tuple[SampleRow, SampleRow]]:
+    """Read answers to held-out prompts: the earliest and the latest to each prompt, in the order of the prompts."""
+    answers: dict[int, list[SampleRow]] = {}
+    for _, row in _located(path, SampleRow):
+        answers.setdefault(row.get("group", 0), []).append(row)
+    pairs = [(rows[0], rows[-1]) for _, rows in sorted(answers.items())]
+    return [(before, after) for before, after in pairs if before["step"] != after["step"]]
 
 
 def _located(path: Path, kind: type[T]) -> Iterator[tuple[int, T]]:

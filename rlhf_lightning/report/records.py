@@ -146,8 +146,8 @@ class StageFacts(TypedDict, total=False):
     stopped: str | dict[str, JSON]
 
 
-class SampleRow(TypedDict):
-    """A row of `samples.jsonl`, as far as it is read here.
+class SampleRow(TypedDict, total=False):
+    """A row of `samples.jsonl` or `heldout.jsonl`, as far as it is read here.
 
     Attributes:
         step: Optimizer steps before the row's round.
@@ -156,14 +156,18 @@ class SampleRow(TypedDict):
         response: The policy's last message.
         response_tokens: Tokens that the policy sampled.
         stop_reason: See `Episode.stop_reason`.
+        group: Position of the prompt in its data.
+        terms: Score of each reward by name, unweighted; None where it does not apply.
     """
 
-    step: int
-    prompt: str | list[Message]
-    reward: float
-    response: str
-    response_tokens: float
-    stop_reason: str
+    step: Required[int]
+    prompt: Required[str | list[Message]]
+    reward: Required[float]
+    response: Required[str]
+    response_tokens: Required[float]
+    stop_reason: Required[str]
+    group: int
+    terms: dict[str, float | None]
 
 
 class ReliabilityBin(TypedDict):

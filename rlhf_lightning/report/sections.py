@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from statistics import fmean
 
 from rlhf_lightning.files import duration
 from rlhf_lightning.report import charts
@@ -183,14 +184,16 @@ def _preference(stage: StageRun) -> list[Html | None]:
 
 
 def samples(stage: StageRun) -> list[Html]:
-    """Answers before and after: to repeated prompts if there are any, else of the first and the last round."""
+    """Answers before and after training: to held-out prompts, and to repeated prompts of training.
+
+    Without either, those of the first and the last round, which answer different prompts.
+    """
     found = stage.samples
+    parts = held_out_answers(stage)
     if found.repeated:
-        rows = [[prompt_block(b["prompt"]), answer_block(b), answer_block(a)] for b, a in found.repeated]
-        head = ["prompt", "earlier", "later"]
-        return [el("h3", "Answers to repeated prompts"), table(head, rows, "stack answers")]
-    if not found.last:
-        return []
+        parts += [el("h3", "Answers to repeated prompts of training"), side_by_side(found.repeated)]
+    if parts or not found.last:
+        return parts
     rows = [
         [prompt_block(b["prompt"]), answer_block(b), prompt_block(a["prompt"]), answer_block(a)]
         for b, a in zip(worst_median_best(found.first), worst_median_best(found.last), strict=False)
@@ -198,6 +201,31 @@ def samples(stage: StageRun) -> list[Html]:
     head = ["prompt", "first round", "prompt", "last round"]
     title = "Worst, median and best answers of the first and the last round (no prompt was repeated)"
     return [el("h3", title), table(head, rows, "stack answers")]
+
+
+def held_out_answers(stage: StageRun) -> list[Html]:
+    """Greedy answers to the same held-out prompts before and after training, and the means over them."""
+    pairs = stage.held_out
+    if not pairs:
+        return []
+    shown = {"reward": [(b["reward"], a["reward"]) for b, a in pairs]}
+    for name in dict.fromkeys(name for b, _ in pairs for name in b.get("terms", {})):
+        both = [(b.get("terms", {}).get(name), a.get("terms", {}).get(name)) for b, a in pairs]
+        shown[name] = [(before, after) for before, after in both if before is not None and after is not None]
+    shown["response tokens"] = [(b["response_tokens"], a["response_tokens"]) for b, a in pairs]
+    means = [
+        f"{name} {charts.change([fmean(values) for values in zip(*both, strict=True)], 3)}"
+        for name, both in shown.items()
+        if both
+    ]
+    title = f"Greedy answers to {len(pairs)} held-out prompts, before and after"
+    return [el("h3", title), el("p", f"Means: {', '.join(means)}."), side_by_side(pairs)]
+
+
+def side_by_side(pairs: Sequence[tuple[SampleRow, SampleRow]]) -> Html:
+    """Table of prompts, each with an earlier and a later answer."""
+    rows = [[prompt_block(b["prompt"]), answer_block(b), answer_block(a)] for b, a in pairs]
+    return table(["prompt", "earlier", "later"], rows, "stack answers")
 
 
 def worst_median_best(rows: Sequence[SampleRow]) -> list[SampleRow]:
@@ -215,9 +243,10 @@ def prompt_block(prompt: str | list[Message]) -> Html:
 
 
 def answer_block(row: SampleRow) -> Html:
-    """A response with its step, reward, length and stop reason."""
-    small = [f"step {row['step']}", f"reward {number(row['reward'])}", f"{row['response_tokens']} tokens"]
-    small.append(str(row["stop_reason"]))
+    """A response with its step, its reward and the terms of it, its length and stop reason."""
+    terms = [f"{name} {number(value)}" for name, value in row.get("terms", {}).items() if value is not None]
+    reward = f"reward {number(row['reward'])}" + (f" ({', '.join(terms)})" if terms else "")
+    small = [f"step {row['step']}", reward, f"{row['response_tokens']} tokens", str(row["stop_reason"])]
     return Html(el("div", row["response"], class_="text") + el("small", " · ".join(small)))
 
 

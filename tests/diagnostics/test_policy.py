@@ -19,6 +19,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from rlhf_lightning import PolicyRLModule
 from rlhf_lightning.callbacks import table
 from rlhf_lightning.callbacks.export import ExportModel
+from rlhf_lightning.callbacks.heldout import HeldOutAnswers
 from rlhf_lightning.callbacks.samples import SamplesLog
 from rlhf_lightning.checkpointing.best import BestUnderKL
 from rlhf_lightning.diagnostics import (
@@ -480,13 +481,18 @@ def fit(
 @pytest.mark.parametrize("accumulate", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_a_run_resumed_anywhere_leaves_the_same_files(accumulate: int, base: str, tmp_path: Path) -> None:
     def callbacks() -> list[pl.Callback]:
-        return [SamplesLog(every=2, table_every=0), Diagnostics(strict_checks()), checkpoints(tmp_path / "ckpt")]
+        samples = [SamplesLog(every=2, table_every=0), HeldOutAnswers(2)]
+        return [*samples, Diagnostics(strict_checks()), checkpoints(tmp_path / "ckpt")]
 
     _, run = fit(base, tmp_path / "run", callbacks(), accumulate_grad_batches=accumulate)
-    names = ("samples.jsonl", "warnings.jsonl")
+    names = ("samples.jsonl", "heldout.jsonl", "warnings.jsonl")
     wanted = {name: (tmp_path / "run" / name).read_bytes() for name in names}
     rows = [json.loads(line) for line in wanted["samples.jsonl"].splitlines()]
     assert [row["round"] for row in rows] == [0] * 8 + [2] * 8 + [4] * 8
+    answers = [json.loads(line) for line in wanted["heldout.jsonl"].splitlines()]
+    assert [(row["step"], row["group"]) for row in answers] == [
+        (step, i) for step in (0, run.global_step) for i in (0, 1)
+    ]
     assert len(wanted["warnings.jsonl"].splitlines()) >= 3
     for stop in range(1, run.global_step):
         # The files hold the whole run: what came after the checkpoint is cut off, and written again.
@@ -514,18 +520,24 @@ class SaveAt(pl.Callback):
 @pytest.mark.parametrize("batch", [0, 2, 4])
 def test_samples_of_a_round_whose_first_step_was_not_done(batch: int, base: str, tmp_path: Path) -> None:
     flags: dict[str, Any] = {"accumulate_grad_batches": 2, "rate": 0.0}  # a lost part of a gradient changes nothing
-    fit(base, tmp_path, [SamplesLog(), SaveAt(batch, tmp_path / "x.ckpt")], **flags)
-    wanted = (tmp_path / "samples.jsonl").read_bytes()
-    fit(base, tmp_path, [SamplesLog()], tmp_path / "x.ckpt", **flags)
-    assert (tmp_path / "samples.jsonl").read_bytes() == wanted
+    names = ("samples.jsonl", "heldout.jsonl")
+    fit(base, tmp_path, [SamplesLog(), HeldOutAnswers(), SaveAt(batch, tmp_path / "x.ckpt")], **flags)
+    wanted = [(tmp_path / name).read_bytes() for name in names]
+    fit(base, tmp_path, [SamplesLog(), HeldOutAnswers()], tmp_path / "x.ckpt", **flags)
+    assert [(tmp_path / name).read_bytes() for name in names] == wanted
 
 
 def test_a_new_run_begins_the_files_anew(base: str, tmp_path: Path) -> None:
+    callbacks = [SamplesLog(), HeldOutAnswers()]
+
+    def lines() -> list[int]:
+        return [len((tmp_path / name).read_text().splitlines()) for name in ("samples.jsonl", "heldout.jsonl")]
+
     for _ in range(2):
-        fit(base, tmp_path, [SamplesLog()], max_epochs=1)
-        assert len((tmp_path / "samples.jsonl").read_text().splitlines()) == 24
-    fit(base, tmp_path, [SamplesLog()], fast_dev_run=True)  # a trial leaves what is there
-    assert len((tmp_path / "samples.jsonl").read_text().splitlines()) == 24
+        fit(base, tmp_path, callbacks, max_epochs=1)
+        assert lines() == [24, 6]
+    fit(base, tmp_path, callbacks, fast_dev_run=True)  # a trial leaves what is there
+    assert lines() == [24, 6]
 
 
 def test_two_ranks_say_what_one_says(base: str, tmp_path: Path) -> None:
@@ -535,11 +547,12 @@ def test_two_ranks_say_what_one_says(base: str, tmp_path: Path) -> None:
         folder = tmp_path / str(devices)
         flags: dict[str, Any] = {"devices": devices, "strategy": strategy, "precision": "64-true"}
         module = make("policy", base, dtype="float64", kl=KLPenalty(0.1))
-        run = trainer(folder, callbacks=[SamplesLog(), Numbers(), Diagnostics(strict_checks())], **flags)
+        watch = [SamplesLog(), HeldOutAnswers(), Numbers(), Diagnostics(strict_checks())]
+        run = trainer(folder, callbacks=watch, **flags)
         run.fit(module, data("policy", 7, prompts_per_round=4, update_epochs=2))  # rounds of 4 and 3 prompts
         files[devices] = [
             [json.loads(line) for line in (folder / name).read_text().splitlines()]
-            for name in ("samples.jsonl", "rounds.jsonl", "warnings.jsonl")
+            for name in ("samples.jsonl", "rounds.jsonl", "warnings.jsonl", "heldout.jsonl")
         ]
     samples = [files[devices][0] for devices in (1, 2)]
     assert [(row["round"], row["sample"]) for row in samples[0]] == [(0, k % 2) for k in range(8)] + [
@@ -556,6 +569,8 @@ def test_two_ranks_say_what_one_says(base: str, tmp_path: Path) -> None:
         for name in one.keys() - {"loss"}:  # a rank's loss is its share of the step's
             assert one[name] == pytest.approx(other[name], rel=1e-5, abs=1e-6), name
     assert [row["name"] for row in files[1][2]] == [row["name"] for row in files[2][2]] != []
+    assert [(row["step"], row["group"]) for row in files[1][3]] == [(step, i) for step in (0, 4) for i in range(3)]
+    assert files[1][3] == files[2][3]
 
 
 class Numbers(Watch):

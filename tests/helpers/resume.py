@@ -24,7 +24,7 @@ from tests.helpers.runs import fork_stages
 assert rlhf_lightning.cli.stage
 MODULES = {"sft": SFTModule, "preference": PreferenceModule, "policy": PolicyRLModule}
 ROWS = {"sft": chats, "preference": pairs, "policy": prompts}
-FILES = ("metrics.csv", "samples.jsonl", "warnings.jsonl")
+FILES = ("metrics.csv", "samples.jsonl", "heldout.jsonl", "warnings.jsonl")
 
 
 class Setting(NamedTuple):

@@ -225,6 +225,32 @@ def test_samples_are_compared_on_equal_prompts(tmp_path: Path) -> None:
     assert read_samples(tmp_path / "none").first == []
 
 
+def test_held_out_prompts_are_shown_before_and_after(tmp_path: Path) -> None:
+    """The same prompts on both sides, with the terms of the reward; not the prompts of the first and last round."""
+    write_stage(tmp_path / "policy", "policy")
+    rounds = [episode(0, "trained first", 0, "x"), episode(9, "trained last", 0, "y")]
+    (tmp_path / "policy" / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rounds))
+    told = {0: (0.25, {"asked": 0.0, "style": 0.5}), 4: (0.3, {}), 9: (0.75, {"asked": 1.0, "style": None})}
+    rows = [
+        {**episode(step, f"question {i}", reward, f"reply {i} at {step}"), "group": i, "terms": terms}
+        for step, (reward, terms) in told.items()
+        for i in (1, 0)
+    ]
+    (tmp_path / "policy" / "heldout.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"step"')
+    page = Page(write_report(tmp_path / "policy").read_text()).text
+    assert "Greedy answers to 2 held-out prompts, before and after" in page
+    assert "Means: reward 0.25 → 0.75, asked 0 → 1, response tokens 7 → 7." in page
+    places = [page.index(f"reply {i} at {step}") for i in (0, 1) for step in (0, 9)]
+    assert places == sorted(places)
+    assert "step 0 · reward 0.25 (asked 0, style 0.5) · 7 tokens" in page
+    assert "step 9 · reward 0.75 (asked 1) · 7 tokens" in page
+    assert "at 4" not in page
+    assert "trained" not in page
+    (tmp_path / "policy" / "heldout.jsonl").write_text(json.dumps({**rows[0], "terms": [1.0]}) + "\n")
+    with pytest.raises(UserError, match=r"heldout\.jsonl:1: terms is \[1\.0\], which no run writes"):
+        write_report(tmp_path / "policy")
+
+
 def test_metrics_are_read_by_column(tmp_path: Path) -> None:
     path = tmp_path / "metrics.csv"
     path.write_text("epoch,step,a,b\n0,0,1.5,\n0,2,,-inf\n0,")
