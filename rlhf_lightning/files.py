@@ -157,7 +157,7 @@ def read_record(path: Path) -> dict[str, JSON]:
     return value
 
 
-def read_stage(folder: str | Path) -> dict[str, Any]:
+def read_stage(folder: str | Path) -> dict[str, JSON]:
     """Read the `stage.json` of a model folder, in it or next to a run's `model`; empty if there is none.
 
     Args:

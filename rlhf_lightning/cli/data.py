@@ -2,7 +2,7 @@
 
 import argparse
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rlhf_lightning.cli.options import Parser
 from rlhf_lightning.cli.rendering_flags import add_rendering_flags, rendering_options, say
@@ -10,6 +10,7 @@ from rlhf_lightning.files import as_json, visible
 
 if TYPE_CHECKING:
     from rlhf_lightning.data.check import FileFigures
+    from rlhf_lightning.types import JSON, Row
 
 KINDS = ("sft", "preference", "prompts")
 TRAINED, PLAIN = "\x1b[32m", "\x1b[0m"
@@ -107,19 +108,21 @@ def _parse(args: list[str]) -> argparse.Namespace:
     return parser.parse_args(args)
 
 
-def _settings(options: argparse.Namespace) -> dict[str, Any]:
+def _settings(options: argparse.Namespace) -> "Row":
     """The settings of the data module that were given."""
     from rlhf_lightning.errors import ConfigError
 
     length = "max_prompt_tokens" if options.kind == "prompts" else "max_length"
-    settings = {"overlong": options.overlong, "train_on": options.train_on, **rendering_options(options)}
+    settings: Row = {"overlong": options.overlong, "train_on": options.train_on, **rendering_options(options)}
     settings[length] = options.max_length
     settings["lines"] = options.lines or None
+    columns: dict[str, JSON] = {}
     for pair in options.columns or []:
         ours, separator, theirs = pair.partition("=")
         if not (ours and separator and theirs):
             raise ConfigError(f"--columns {pair}: write OURS=YOURS, for example prompt=question")
-        settings.setdefault("columns", {})[ours] = theirs
+        columns[ours] = theirs
+    settings["columns"] = columns or None
     return {name: value for name, value in settings.items() if value is not None}
 
 

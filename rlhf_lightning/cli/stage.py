@@ -408,9 +408,9 @@ def _guard_checkpoints(trainer: pl.Trainer) -> None:
 
     from rlhf_lightning.checkpointing.callbacks import RunCheckpoints
     from rlhf_lightning.checkpointing.io import AtomicCheckpointIO
+    from rlhf_lightning.modules.trainer_state import callbacks_of
 
-    callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
-    callbacks.sort(key=lambda callback: isinstance(callback, RunCheckpoints))
+    callbacks_of(trainer).sort(key=lambda callback: isinstance(callback, RunCheckpoints))
     # Not through `trainer.plugins`, which would replace the user's own, and which some strategies refuse.
     if type(trainer.strategy._checkpoint_io) in (type(None), TorchCheckpointIO):
         trainer.strategy._checkpoint_io = AtomicCheckpointIO()

@@ -18,7 +18,7 @@ from rlhf_lightning.files import as_json, visible, write_text
 
 if TYPE_CHECKING:
     from rlhf_lightning.inference.tasks import Estimate, Scores, Task
-    from rlhf_lightning.types import Row
+    from rlhf_lightning.types import JSON, Row
 
 CHUNK = 32
 """Rows that are answered before they are written."""
@@ -84,7 +84,7 @@ class Results:
         {}
     """
 
-    def __init__(self, path: Path | None, settings: Mapping[str, object], overwrite: bool) -> None:
+    def __init__(self, path: Path | None, settings: "Mapping[str, JSON]", overwrite: bool) -> None:
         self.path = path
         self.run = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()[:16]
         self.done: dict[int, Row] = {}

@@ -2,13 +2,13 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rlhf_lightning.data.ended_templates import unwrapped
 from rlhf_lightning.errors import ConfigError, UserError
 from rlhf_lightning.files import is_file
 from rlhf_lightning.gguf.folder import model_folder
-from rlhf_lightning.types import LoadedTokenizer, ModelSource, Tokenizer
+from rlhf_lightning.types import JSON, LoadedTokenizer, ModelSource, Tokenizer
 from rlhf_lightning.untrusted import check_files, load_failure
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ def load_tokenizer(
     source: ModelSource,
     tokenizer: "PreTrainedTokenizerBase | str | Path | None" = None,
     chat_template: str | None = None,
-    **options: Any,
+    **options: JSON,
 ) -> LoadedTokenizer:
     """Load a tokenizer.
 
@@ -77,7 +77,7 @@ def load_tokenizer(
     return loaded
 
 
-def _checked(name: str | Path, options: Mapping[str, Any]) -> str:
+def _checked(name: str | Path, options: Mapping[str, JSON]) -> str:
     """A tokenizer source as text; raises `ConfigError` for a path that is not there."""
     name = model_folder(str(name), options)
     path = Path(name).expanduser()

@@ -159,7 +159,7 @@ def imported(path: str, setting: str) -> Any:
         raise ConfigError(f"{setting} {path!r} cannot be imported: {error}") from error
 
 
-def checked_messages(value: object) -> list[Message]:
+def checked_messages(value: list[Message]) -> list[Message]:
     """The result of `reset`, after checking that it is a list of messages."""
     if (
         not isinstance(value, list | tuple)
@@ -170,7 +170,7 @@ def checked_messages(value: object) -> list[Message]:
     return _messages(list(value), "reset() returned")
 
 
-def checked_result(value: object) -> StepResult:
+def checked_result(value: StepResult) -> StepResult:
     """The result of `step`, after checking that it is a `StepResult` of finite numbers and messages."""
     if not isinstance(value, StepResult):
         raise TypeError(f"step() returned {short(value)}; it must be a StepResult")

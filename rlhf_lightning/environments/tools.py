@@ -5,6 +5,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
+from typing import TypeAlias
 
 from rlhf_lightning.data.prompts import prompt_messages
 from rlhf_lightning.environments.base import StepResult, imported
@@ -14,6 +15,8 @@ from rlhf_lightning.types import JSON, Message, Row, ToolSchema
 
 TOOL_CALL = r"<tool_call>\s*(.*?)\s*(?:</tool_call>|$)"
 """Tool calls of Qwen and Hermes models. The closing tag may be missing if it is the sampler's stop text."""
+ToolFunction: TypeAlias = Callable[..., object]
+"""A tool: what it returns is given to the policy as it is (text), as JSON, or as `str` of it."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +30,7 @@ class Tool:
     """
 
     name: str
-    function: Callable[..., object]
+    function: ToolFunction
     schema: ToolSchema
 
 
@@ -65,7 +68,7 @@ class ToolEnv:
     def __init__(
         self,
         row: Row,
-        tools: Sequence[str | Callable[..., object]],
+        tools: Sequence[str | ToolFunction],
         pattern: str = TOOL_CALL,
         timeout: float | None = 30.0,
         max_calls: int = 16,
@@ -79,7 +82,7 @@ class ToolEnv:
     @classmethod
     def check(
         cls,
-        tools: Sequence[str | Callable[..., object]] = (),
+        tools: Sequence[str | ToolFunction] = (),
         pattern: str = TOOL_CALL,
         timeout: float | None = 30.0,
         max_calls: int = 16,
@@ -172,12 +175,12 @@ def read_call(text: str) -> tuple[str, dict[str, JSON]]:
 
 
 @lru_cache(maxsize=64)
-def _tools(functions: tuple[str | Callable[..., object], ...]) -> tuple[Tool, ...]:
+def _tools(functions: tuple[str | ToolFunction, ...]) -> tuple[Tool, ...]:
     """Tools from functions or dotted paths, cached."""
     return tuple(_tool(function) for function in functions)
 
 
-def _tool(function: str | Callable[..., object]) -> Tool:
+def _tool(function: str | ToolFunction) -> Tool:
     from transformers.utils import get_json_schema
     from transformers.utils.chat_template_utils import DocstringParsingException, TypeHintParsingException
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from rlhf_lightning.gguf.header import Header
+from rlhf_lightning.types import JSON
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -53,7 +54,7 @@ ROPE_FACTORS = "rope_freqs.weight"
 """Tensor with divisors of the rotary frequencies; llama.cpp stores the RoPE scaling of Llama 3 in it."""
 
 
-def config_of(header: Header, rope_factors: Tensor | None = None) -> dict[str, object]:
+def config_of(header: Header, rope_factors: Tensor | None = None) -> dict[str, JSON]:
     """Build the arguments of `AutoConfig.for_model` for the model in a file.
 
     Args:
@@ -78,7 +79,7 @@ def config_of(header: Header, rope_factors: Tensor | None = None) -> dict[str, o
     settings = _sizes(header, kind)
     rope = _rope(header, kind, rope_factors, settings["head_dim"])
     bias = {part: f"blk.0.{part}.bias" in header.tensors for part in ("attn_q", "ffn_up")}
-    common: dict[str, object] = {
+    common: dict[str, JSON] = {
         "model_type": ARCHITECTURES[kind],
         **settings,
         "rms_norm_eps": _decimal(header.number(f"{kind}.attention.layer_norm_rms_epsilon") or 1e-6),
@@ -131,12 +132,12 @@ def _sizes(header: Header, kind: str) -> dict[str, int]:
     }
 
 
-def _gemma(header: Header, kind: str, settings: dict[str, int], rope: dict[str, object]) -> dict[str, object]:
+def _gemma(header: Header, kind: str, settings: dict[str, int], rope: dict[str, JSON]) -> dict[str, JSON]:
     """Additional settings of Gemma 2 and 3."""
     # Only the 27B models scale attention by hidden_size / heads; llama.cpp recognizes them by their layers, too.
     largest = settings["num_hidden_layers"] == {"gemma2": 46, "gemma3": 62}[kind]
     scale = settings["hidden_size"] // settings["num_attention_heads"] if largest else settings["head_dim"]
-    found: dict[str, object] = {"query_pre_attn_scalar": scale}
+    found: dict[str, JSON] = {"query_pre_attn_scalar": scale}
     if window := header.whole(f"{kind}.attention.sliding_window"):
         found["sliding_window"] = window
     if kind == "gemma2":
@@ -151,7 +152,7 @@ def _gemma(header: Header, kind: str, settings: dict[str, int], rope: dict[str, 
     return found
 
 
-def _rope(header: Header, kind: str, factors: Tensor | None, head_dim: int) -> dict[str, object]:
+def _rope(header: Header, kind: str, factors: Tensor | None, head_dim: int) -> dict[str, JSON]:
     """Settings of the rotary position embedding."""
     theta = _decimal(header.number(f"{kind}.rope.freq_base") or 10000.0)
     scaling = header.text(f"{kind}.rope.scaling.type") or "none"
@@ -162,13 +163,13 @@ def _rope(header: Header, kind: str, factors: Tensor | None, head_dim: int) -> d
         return {"rope_type": "default", "rope_theta": theta}
     if scaling not in ("linear", "yarn"):
         raise header.refuse(f"{kind}.rope.scaling.type is {scaling!r}; supported are linear and yarn")
-    rope: dict[str, object] = {"rope_type": scaling, "rope_theta": theta, "factor": factor}
+    rope: dict[str, JSON] = {"rope_type": scaling, "rope_theta": theta, "factor": factor}
     if original := header.whole(f"{kind}.rope.scaling.original_context_length"):
         rope["original_max_position_embeddings"] = original
     return rope
 
 
-def _llama3(header: Header, factors: Tensor, theta: float, head_dim: int) -> dict[str, object]:
+def _llama3(header: Header, factors: Tensor, theta: float, head_dim: int) -> dict[str, JSON]:
     """Settings of Llama 3's RoPE scaling that result in the given divisors of the frequencies."""
     low, high, original = 1.0, 4.0, 8192
     factor = float(f"{factors.max():.4g}")

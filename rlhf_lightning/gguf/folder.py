@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from rlhf_lightning.errors import ConfigError
 from rlhf_lightning.files import is_file, real_path, write_json
 from rlhf_lightning.gguf.header import Header, Tensor, is_gguf, read_header
+from rlhf_lightning.types import JSON, ModelSource
 
 if sys.platform != "win32":
     import fcntl
@@ -42,7 +43,7 @@ def cache_root() -> Path:
     return Path(os.environ.get("RLHF_CACHE") or user / "rlhf-lightning") / "gguf"
 
 
-def names_gguf(source: object) -> bool:
+def names_gguf(source: ModelSource) -> bool:
     """True if a model's source is a GGUF file: `FILE.gguf`, `owner/name:file.gguf`, or a file with its magic number."""
     if not isinstance(source, str | Path) or not str(source):
         return False
@@ -55,7 +56,7 @@ def names_gguf(source: object) -> bool:
         return False
 
 
-def model_folder(source: str, options: Mapping[str, Any] | None = None) -> str:
+def model_folder(source: str, options: Mapping[str, JSON] | None = None) -> str:
     """Convert a GGUF file if necessary, and return its model folder; other sources are returned unchanged.
 
     Args:

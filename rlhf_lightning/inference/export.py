@@ -21,7 +21,7 @@ from rlhf_lightning.models.loading import (
 from rlhf_lightning.models.model_card import CARD, edited_card, write_card
 from rlhf_lightning.models.reward_model import RewardModel
 from rlhf_lightning.models.saving import save_model
-from rlhf_lightning.models.scorers import scorer_of
+from rlhf_lightning.models.scorers import recorded_scorer, scorer_of
 from rlhf_lightning.types import JSON
 
 
@@ -87,7 +87,8 @@ def _facts(source: str) -> dict[str, JSON]:
     facts = read_stage(source)
     if facts.get("reference"):
         reference = getattr(scorer_of(source), "reference", None)
-        facts["scorer"] = {**facts["scorer"], "init_args": {**facts["scorer"]["init_args"], "reference": reference}}
+        if named := recorded_scorer(source):
+            facts["scorer"] = {"name": named["name"], "init_args": {**named["init_args"], "reference": reference}}
         facts["reference"] = None
     return facts
 

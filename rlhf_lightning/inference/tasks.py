@@ -4,6 +4,7 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from fractions import Fraction
 from pathlib import Path
 
 from rlhf_lightning.environments.base import imported
@@ -148,7 +149,7 @@ def _solution(row: Row) -> str:
     return str(text).strip()
 
 
-def _gold(row: Row) -> object:
+def _gold(row: Row) -> str | Fraction:
     text = str(row.get("answer", ""))
     marked = _MARKED.search(text)
     right = _value(marked[1] if marked else text)
@@ -157,7 +158,7 @@ def _gold(row: Row) -> object:
     return right
 
 
-def _value(text: str) -> object:
+def _value(text: str) -> str | Fraction:
     """A number as it is compared: without commas, dollars and a final point."""
     plain = text.replace(",", "").replace("$", "").rstrip(".")
     number = as_number(plain)

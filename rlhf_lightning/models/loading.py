@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -28,7 +28,7 @@ from rlhf_lightning.models.base_weights import (
 )
 from rlhf_lightning.models.lora import HEADS, LoRA, base_of, is_quantized
 from rlhf_lightning.models.sharding import layers_of
-from rlhf_lightning.types import Tokenizer
+from rlhf_lightning.types import JSON, Tokenizer
 from rlhf_lightning.untrusted import check_files, load_failure, refuse_chain
 
 if TYPE_CHECKING:
@@ -80,7 +80,7 @@ class Start:
     task: str = "CAUSAL_LM"
     lora: LoRA | None = None
     dtype: str = "float32"
-    options: dict[str, Any] = field(default_factory=dict)
+    options: dict[str, JSON] = field(default_factory=dict)
     fresh_adapter: bool = field(default=False, init=False)
     """Set by `load`: True if the adapter was newly created, so that it does not change the model yet."""
     base_kept: bool = field(default=True, init=False)
@@ -304,7 +304,7 @@ def _merged_from(folder: Path) -> str | None:
     return found if isinstance(found, str) else None
 
 
-def check_source(source: str | Path, options: Mapping[str, Any] | None = None) -> str:
+def check_source(source: str | Path, options: Mapping[str, JSON] | None = None) -> str:
     """Return a model source as text, after checking for common mistakes and for folders that would run code.
 
     Args:
@@ -353,7 +353,7 @@ def adapter_base(folder: Path) -> str:
     if not isinstance(base, str) or not base:
         raise ConfigError(f"{folder}: adapter_config.json names no base model (base_model_name_or_path is {base!r})")
     relative = read_stage(folder).get("base")
-    if relative and not Path(base).exists() and (folder / relative).exists():
+    if isinstance(relative, str) and relative and not Path(base).exists() and (folder / relative).exists():
         base = str(real_path(folder / relative))
     if not Path(base).exists() and Path(base).name == "base" and (folder / "base" / "config.json").is_file():
         base = str(real_path(folder / "base"))  # inside the adapter's own folder, which was moved

@@ -127,7 +127,7 @@ def _on_hub(name: str) -> bool:
     return bool(_HUB_ID.fullmatch(name)) and not name.endswith(_FILES) and not Path(name).exists()
 
 
-def _plain(value: object) -> str:
+def _plain(value: JSON) -> str:
     """A value as text without markup: no links, no tags, nothing that ends a table's cell, no control characters."""
     text = " ".join(visible(str(value)).split())
     text = f"{text[:LONGEST]}…" if len(text) > LONGEST else text
@@ -135,7 +135,7 @@ def _plain(value: object) -> str:
     return _MARKUP.sub(r"\\\g<0>", text).replace("://", "&#58;//").replace("www.", "www&#46;")
 
 
-def _table(head: tuple[str, ...], rows: Sequence[tuple[object, ...]]) -> list[str]:
+def _table(head: tuple[str, ...], rows: Sequence[tuple[JSON, ...]]) -> list[str]:
     lines = [head, tuple("---" for _ in head), *[tuple(_plain(cell) for cell in row) for row in rows]]
     return ["\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"]
 

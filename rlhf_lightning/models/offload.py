@@ -31,7 +31,8 @@ class ActivationOffload(saved_tensors_hooks):
 
     Example:
         ```python
-        with ActivationOffload() as offload:
+        offload = ActivationOffload()
+        with offload:
             loss = model(input_ids).logits.float().mean()
         loss.backward()
         print(offload.moved)
@@ -67,10 +68,6 @@ class ActivationOffload(saved_tensors_hooks):
             return packed
         copy, device = packed
         return copy.to(device, non_blocking=True)
-
-    def __enter__(self) -> "ActivationOffload":  # type: ignore[override]
-        super().__enter__()
-        return self
 
     def __exit__(self, *args: object) -> None:
         self._copies.clear()

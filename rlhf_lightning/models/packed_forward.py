@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel
 
-    from rlhf_lightning.models.offload import ActivationOffload
 
 log = logging.getLogger(__name__)
 CPU_TOKENS, GPU_TOKENS = 2048, 16384
@@ -73,7 +72,7 @@ class PackedForward:
     def __init__(self, model: "PreTrainedModel | PeftModel", decoder: nn.Module, max_tokens: int | None = None) -> None:
         self.model, self.decoder, self.max_tokens = model, decoder, max_tokens
         self.config = base_of(model).config.get_text_config()
-        self.saving: Callable[[], AbstractContextManager[ActivationOffload | None]] = nullcontext
+        self.saving: Callable[[], AbstractContextManager[None]] = nullcontext
         """Context in which the model runs, which decides where activations for backward are kept."""
         self._checked = {False: 0, True: 0}
         """Row length in tokens up to which packed rows were compared, by whether gradients were too."""

@@ -2,9 +2,13 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
 
 
 @dataclass(frozen=True)
@@ -161,7 +165,7 @@ class PackedLayout:
         self.rows, self.columns = torch.cat(rows).to(device), torch.cat(columns).to(device)
         self._tree, self._branch = torch.cat(tree_ids).to(device), torch.cat(branch_ids).to(device)
         self._masks: dict[tuple[int, int | None], Tensor] = {}
-        self.blocks: dict[int | None, object] = {}
+        self.blocks: dict[int | None, BlockMask] = {}
 
     def places(self, wanted: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Find the wanted tokens of this group.
@@ -183,7 +187,8 @@ class PackedLayout:
                 columns.append(column)
                 branch += length
             start += tree.tokens
-        return tuple(torch.cat(part).to(self.device) for part in (places, rows, columns))  # type: ignore[return-value]
+        found = torch.stack([torch.cat(part) for part in (places, rows, columns)]).to(self.device)
+        return found[0], found[1], found[2]
 
     def allowed(self, query: Tensor, key: Tensor, window: int | None) -> Tensor:
         """True where query may attend to key: an earlier token of its own branch or its prefix.

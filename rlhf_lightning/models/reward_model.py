@@ -1,7 +1,6 @@
 """Scoring texts or tokens with a scorer: in the preference module, by hand, and as a reward."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +17,7 @@ from rlhf_lightning.models.loading import check_source, check_vocabulary, disabl
 from rlhf_lightning.models.precision import sparing
 from rlhf_lightning.models.reference import load_reference
 from rlhf_lightning.models.scorers import LoadedModel, ModelScorer, padded_batches, recorded_reference, scorer_of
-from rlhf_lightning.types import Message, ToolSchema
+from rlhf_lightning.types import JSON, Message, ToolSchema
 
 Text = str | list[Message]
 TokenRow = tuple[list[int], list[int]]
@@ -122,12 +121,15 @@ class RewardModel(nn.Module):
     """
 
     def __init__(
-        self, folder: str, dtype: str = "float32", shifted: bool = False, asked: Mapping[str, Any] | None = None
+        self, folder: str, dtype: str = "float32", shifted: bool = False, asked: Mapping[str, JSON] | None = None
     ) -> None:
         super().__init__()
         folder = model_folder(folder)
         stage = read_stage(folder)
-        self.shift = float(stage.get("reward_shift") or 0.0) if shifted else 0.0
+        shift = stage.get("reward_shift") or 0.0
+        if not isinstance(shift, int | float):
+            raise ConfigError(f"{folder}: stage.json has the reward_shift {shift!r:.100}, which is no number")
+        self.shift = float(shift) if shifted else 0.0
         if shifted and "reward_shift" not in stage:
             raise ConfigError(
                 f"{folder}: stage.json has no reward_shift; `rlhf score {folder} FILE --set_shift` adds it"

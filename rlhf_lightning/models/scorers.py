@@ -441,7 +441,7 @@ def scorer_of(folder: str | Path) -> Scorer:
     Raises:
         ConfigError: If the name is unknown, or the scorer does not accept the stored arguments.
     """
-    settings = _recorded(folder)
+    settings = recorded_scorer(folder)
     if settings is None:
         return RewardHead()
     name = settings["name"]
@@ -473,22 +473,26 @@ def recorded_reference(folder: str | Path) -> str | None:
     Raises:
         ConfigError: If it names itself, or a reference that is not on this machine.
     """
-    settings = _recorded(folder)
+    settings = recorded_scorer(folder)
     named = settings["init_args"].get("reference") if settings is not None else None
-    return _reference_of(Path(folder), str(named), read_stage(folder).get("reference")) if named else None
+    if not named:
+        return None
+    relative = read_stage(folder).get("reference")
+    return _reference_of(Path(folder), str(named), relative if isinstance(relative, str) else None)
 
 
-def _recorded(folder: str | Path) -> ScorerRecord | None:
+def recorded_scorer(folder: str | Path) -> ScorerRecord | None:
     """The scorer that the folder's `stage.json` names; None if it names none."""
     settings = read_stage(folder).get("scorer")
     if settings is None:
         return None
-    if not (isinstance(settings, dict) and isinstance(settings.get("name"), str)):
+    name = settings.get("name") if isinstance(settings, dict) else None
+    if not isinstance(settings, dict) or not isinstance(name, str):
         raise ConfigError(f"stage.json of {folder}: its scorer is {settings!r}, which does not name a class")
-    try:
-        return {"name": settings["name"], "init_args": dict(settings.get("init_args") or {})}
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"stage.json of {folder}: the scorer {settings['name']} cannot be built: {error}") from None
+    init_args = settings.get("init_args") or {}
+    if not isinstance(init_args, dict):
+        raise ConfigError(f"stage.json of {folder}: the scorer {name} has init_args {init_args!r}, not a mapping")
+    return {"name": name, "init_args": init_args}
 
 
 def _name(scorer: type[Scorer]) -> str:

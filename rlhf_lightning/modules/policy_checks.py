@@ -33,13 +33,13 @@ def check_rewards(rewards: Sequence[Reward] | None) -> None:
         raise ConfigError(f"model.rewards: two rewards have the same name ({', '.join(names)}); set name of one")
 
 
-def _named(value: object) -> str:
+def _named(value: Reward | Sequence[Reward]) -> str:
     if isinstance(value, type):
         return f"the class {value.__name__}"
     return repr(value)[:80] if isinstance(value, str) else f"a {type(value).__name__}"
 
 
-def _wrapped(value: object) -> str:
+def _wrapped(value: Reward | Sequence[Reward]) -> str:
     if isinstance(value, type):
         return f"{value.__name__}(…)"
     return f"{type(value).__name__}(…)" if isinstance(value, Reward | nn.Module) else "FunctionReward(my_function)"

@@ -13,12 +13,12 @@ from rlhf_lightning.errors import ConfigError, check_object
 from rlhf_lightning.files import real_path
 from rlhf_lightning.gguf.folder import model_folder
 from rlhf_lightning.models.heads import has_head, init_head
-from rlhf_lightning.models.loading import disable_dropout, read_stage
+from rlhf_lightning.models.loading import disable_dropout
 from rlhf_lightning.models.packed_forward import PackedForward
 from rlhf_lightning.models.reference import Reference, load_reference
 from rlhf_lightning.models.reward_model import Text, score_rows, score_texts
 from rlhf_lightning.models.saving import relative_to_run
-from rlhf_lightning.models.scorers import LoadedModel, ModelScorer, RewardHead, Scorer, padded
+from rlhf_lightning.models.scorers import LoadedModel, ModelScorer, RewardHead, Scorer, padded, recorded_scorer
 from rlhf_lightning.modules.base import RLHFModule
 from rlhf_lightning.modules.hf_batches import Columns, check_preferences
 from rlhf_lightning.modules.preference_metrics import Report, Tables, step_names, step_sums
@@ -152,7 +152,8 @@ class PreferenceModule(RLHFModule):
         if self._trainer is None or isinstance(reference, nn.Module):
             return
         if self._trainer.state.fn != "fit":
-            before = (read_stage(reference).get("scorer") or {}).get("init_args", {}).get("reference")
+            trained_with = recorded_scorer(reference)
+            before = trained_with and trained_with["init_args"].get("reference")
             if before and self.scorer.reference is None:
                 log.warning(
                     "%s is its own reference, so every score is 0; it was trained against %s: set "

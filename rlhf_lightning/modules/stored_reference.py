@@ -4,7 +4,6 @@ import hashlib
 import logging
 import os
 from pathlib import Path
-from typing import Any
 
 import lightning.pytorch as pl
 import torch
@@ -12,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from rlhf_lightning.data.base import data_ranks
+from rlhf_lightning.data.records import Source
 from rlhf_lightning.data.rendering import Rendered
 from rlhf_lightning.distributed import gather
 from rlhf_lightning.files import replacing
@@ -81,7 +81,7 @@ def rows_hash(sides: list[Rendered], prefix: str) -> str:
     return digest.hexdigest()
 
 
-def _folder(source: Any, trainer: pl.Trainer) -> Path:
+def _folder(source: Source | None, trainer: pl.Trainer) -> Path:
     """Folder next to the file of the rows, if that can be written to; else a folder in the run's folder."""
     if isinstance(source, str | Path) and Path(source).is_file() and os.access(Path(source).parent, os.W_OK):
         return Path(f"{source}.reference")

@@ -204,7 +204,7 @@ def check_arguments(
     lora: LoRA | None,
     optimizer: OptimizerFactory | None,
     lr_scheduler: SchedulerFactory | None,
-    model_options: Mapping[str, Any] | None,
+    model_options: "Mapping[str, JSON] | None",
     max_tokens_per_batch: int | None,
 ) -> None:
     """Raise `ConfigError` for unusable arguments of `RLHFModule`."""
