@@ -1,19 +1,18 @@
-"""The records that pass between rooms: rows, messages, episodes, batches; and what a tokenizer and a model must have.
+"""The records that pass between rooms: rows, messages, episodes, batches; and what a tokenizer must have.
 
 Shapes: B examples, N rows of tokens (for pairs, 2B), T tokens of the longest row, V tokens of the vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, Protocol, Required, Self, TypeAlias, TypedDict
+from typing import TYPE_CHECKING, Any, Literal, Protocol, Required, TypeAlias, TypedDict
 
 if TYPE_CHECKING:
     import os
     from pathlib import Path
 
-    import torch
     from torch import Tensor, nn
 
 JSON: TypeAlias = bool | int | float | str | list["JSON"] | dict[str, "JSON"] | None
@@ -61,7 +60,7 @@ class Message(TypedDict, total=False):
     """False if the message is not trained on; True if `train_on` is `trainable` and it is."""
 
 
-# -- what is asked of a tokenizer and a model -------------------------------------------------------------------------
+# -- tokenizers --------------------------------------------------------------------------------------------------------
 
 
 TemplateSource: TypeAlias = str | dict[str, str] | None
@@ -142,77 +141,6 @@ class LoadedTokenizer(Tokenizer, Protocol):
 
     was_ended: bool
     """True if its template ended with the last turn, as a reward model's does (`ended_templates`)."""
-
-
-class CausalOutput(Protocol):
-    """What a causal model returns."""
-
-    logits: Tensor
-    """`[B, T, V]`."""
-
-
-class ModelConfig(Protocol):
-    """What the package asks of a model's configuration."""
-
-    tie_word_embeddings: bool
-    pad_token_id: int | None
-
-    def get_text_config(self) -> Any:
-        """Settings of the language model; which there are depends on its architecture."""
-
-
-class CausalModel(Protocol):
-    """What the package asks of a causal language model; the `…ForCausalLM` of transformers have it."""
-
-    config: ModelConfig
-    generation_config: Any
-    """Settings of transformers' `generate`, which `save` writes and stop tokens are read from."""
-    base_model: nn.Module
-    training: bool
-
-    def __call__(
-        self, *, input_ids: Tensor, attention_mask: Tensor | None = None, use_cache: bool = True
-    ) -> CausalOutput: ...
-
-    def get_decoder(self) -> nn.Module: ...
-
-    def get_input_embeddings(self) -> nn.Embedding: ...
-
-    def get_output_embeddings(self) -> nn.Linear: ...
-
-    def resize_token_embeddings(self, new_num_tokens: int, *, mean_resizing: bool = True) -> nn.Module: ...
-
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, bool] | None = None) -> None: ...
-
-    def can_generate(self) -> bool: ...
-
-    def save_pretrained(
-        self, save_directory: str | os.PathLike[str], *, state_dict: Mapping[str, Tensor] | None = None
-    ) -> None: ...
-
-    # Of any `nn.Module`; where a function of torch wants one, `isinstance(model, nn.Module)` says that it is.
-
-    def parameters(self) -> Iterator[nn.Parameter]: ...
-
-    def named_parameters(
-        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
-    ) -> Iterator[tuple[str, nn.Parameter]]: ...
-
-    def buffers(self) -> Iterator[Tensor]: ...
-
-    def modules(self) -> Iterator[nn.Module]: ...
-
-    def named_modules(self) -> Iterator[tuple[str, nn.Module]]: ...
-
-    def state_dict(self) -> dict[str, Tensor]: ...
-
-    def requires_grad_(self, requires_grad: bool = True) -> Self: ...
-
-    def train(self, mode: bool = True) -> Self: ...
-
-    def eval(self) -> Self: ...
-
-    def to(self, place: torch.device | torch.dtype | str) -> Self: ...
 
 
 # -- batches ----------------------------------------------------------------------------------------------------------

@@ -1,9 +1,9 @@
 """Policy RL: rollouts, rewards, advantages, and a policy loss on the sampled tokens."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -48,12 +48,14 @@ from rlhf_lightning.rollout.dataloader import RolloutDataLoader
 from rlhf_lightning.rollout.kl import KLController, KLPenalty
 from rlhf_lightning.rollout.policy_snapshot import PolicySnapshot
 from rlhf_lightning.rollout.recorded import Recorded, by_group, read_recorded
+from rlhf_lightning.rollout.statistics import Sums
 from rlhf_lightning.sampling.sampler import Sampler
-from rlhf_lightning.types import Answer, Episode
+from rlhf_lightning.types import Answer, Episode, TrainingSample
 
 if TYPE_CHECKING:
     from rlhf_lightning.types import RolloutBatch, Row, StateDict
 
+T = TypeVar("T")
 VALIDATION = 1_000_003  # seeds validation rollouts differently from those of the training rounds
 
 
@@ -418,42 +420,56 @@ class PolicyRLModule(RLHFModule):
         Args:
             data: The data module.
         """
-        self._check_data(data)
+        prepared = data.prepared["train"].rows
+        recorded = [row for row in prepared if isinstance(row, Recorded)]
+        prompts = [row for row in prepared if isinstance(row, Prompt)]
+        self._check_data(data, recorded, prompts)
         self.samples_rollouts = not data.recorded
-        rows: Any = data.prepared["train"].rows
-        settings: dict[str, Any] = {
-            "items_per_round": data.prompts_per_round,
-            "update_epochs": data.update_epochs,
-            "minibatches": data.minibatches,
-            "pad_id": data.pad_id,
-            "seed": data.seed,
-            "shard_spec": shard_spec_of(self.trainer, training=True),
-            "shuffle": not overfits(self.trainer),
-            "where": {row.index: row.where for row in rows if row.where},
-        }
+        rows: list[Recorded | Prompt] = [*recorded, *prompts]
+        where = {row.index: row.where for row in rows if row.where}
+        self.rollouts: RolloutDataLoader[Prompt] | RolloutDataLoader[list[Recorded]]
         if data.recorded:
-            self.rollouts = RolloutDataLoader(by_group(rows), self.collector.collect_recorded, **settings)
+            self.rollouts = self._loader(data, by_group(recorded), self.collector.collect_recorded, where)
         else:
             collect = partial(self.collector.collect, group_size=data.group_size)
-            self.rollouts = RolloutDataLoader(rows, collect, **settings)
+            self.rollouts = self._loader(data, prompts, collect, where)
         return self.rollouts
 
-    def _check_data(self, data: PromptDataModule) -> None:
+    def _loader(
+        self,
+        data: PromptDataModule,
+        items: Sequence[T],
+        collect: Callable[[list[T], int], tuple[list[TrainingSample], Sums]],
+        where: Mapping[int, str],
+    ) -> RolloutDataLoader[T]:
+        return RolloutDataLoader(
+            items,
+            collect,
+            data.prompts_per_round,
+            data.update_epochs,
+            data.minibatches,
+            data.pad_id,
+            data.seed,
+            shard_spec_of(self.trainer, training=True),
+            shuffle=not overfits(self.trainer),
+            where=where,
+        )
+
+    def _check_data(self, data: PromptDataModule, recorded: Sequence[Recorded], prompts: Sequence[Prompt]) -> None:
         """Raise `ConfigError` if the module and its data do not fit together."""
-        rows: Any = data.prepared["train"].rows
         check_rounds(data, self.objective, self.trainer.accumulate_grad_batches)
         if data.recorded:
             recomputes = self.importance_weights is not None
             samples_again = bool(self.resample_groups or self.staleness)
-            check_recorded(rows, self.objective, self.advantage, self.kl, self.critic, recomputes, samples_again)
-            check_minibatches(data.minibatches, len(rows))
+            check_recorded(recorded, self.objective, self.advantage, self.kl, self.critic, recomputes, samples_again)
+            check_minibatches(data.minibatches, len(recorded))
             return
         check_minibatches(data.minibatches, data.prompts_per_round * data.group_size)
         check_groups(data.group_size, self.advantage, self.resample_groups)
-        check_sampling(self.sampler, rows, self.model_sampler.context)
+        check_sampling(self.sampler, prompts, self.model_sampler.context)
         self._check_rewarded()
         for term in self.collector.terms:
-            term.check(rows)
+            term.check(prompts)
 
     @property
     def rewarded(self) -> bool:
