@@ -5,13 +5,11 @@ In YAML `class_path: rlhf_lightning.rewards.FunctionReward` with `function: exam
 """
 
 import sys
-from collections.abc import Sequence
 
 import lightning.pytorch as pl
 
 from rlhf_lightning import PolicyRLModule, PromptDataModule
-from rlhf_lightning.data.prompts import Prompt
-from rlhf_lightning.errors import DataError
+from rlhf_lightning.data.records import RowError, require_list
 from rlhf_lightning.rewards import FunctionReward, Reward
 from rlhf_lightning.sampling.sampler import Sampler
 from rlhf_lightning.types import Episode, Row
@@ -38,25 +36,15 @@ class Covers(Reward):
         super().__init__(weight, name="covers")
         self.column = column
 
-    def check(self, prompts: Sequence[Prompt]) -> None:
-        """Refuse rows without key points; called before training."""
-        for prompt in prompts:
-            self.points(prompt.row, prompt.where)
+    def check_row(self, row: Row) -> None:
+        """Refuse a row without key points; called before training, which names file and line."""
+        if not require_list(row, self.column):
+            raise RowError(f"{self.column!r} is empty, so there is nothing to look for")
 
-    def points(self, row: Row, where: str) -> list[str]:
-        """The key points of a row."""
-        points = row.get(self.column)
-        if not points or not isinstance(points, list):
-            raise DataError(f"{where}: no {self.column!r} for the reward to look for")
-        return [str(point) for point in points]
-
-    def score(self, episodes: Sequence[Episode]) -> list[float]:
-        """A score in [0, 1] per episode."""
-        points = [self.points(episode.row, episode.where) for episode in episodes]
-        return [
-            sum(point in episode.response.lower() for point in wanted) / len(wanted)
-            for episode, wanted in zip(episodes, points, strict=True)
-        ]
+    def score_one(self, episode: Episode) -> float:
+        """A score in [0, 1]."""
+        points = require_list(episode.row, self.column)
+        return sum(str(point) in episode.response.lower() for point in points) / len(points)
 
 
 def main(model: str, folder: str = "runs/examples") -> pl.Trainer:

@@ -47,10 +47,11 @@ def check_whole(name: str, value: object, least: int = 1, most: int = MOST) -> N
         raise ConfigError(f"{name} is {value}; it must be at most {most}")
 
 
-def check_seed(name: str, value: int) -> None:
-    """Raise `ConfigError` for a seed that numpy does not accept."""
-    if not 0 <= value < 2**32:
-        raise ConfigError(f"{name} {value}: a seed must be a whole number from 0 to 4294967295")
+def check_seed(name: str, value: object) -> int:
+    """Return a seed; raise `ConfigError` for one that numpy does not accept."""
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**32:
+        raise ConfigError(f"{name} is {value!r}; it must be a whole number from 0 to 4294967295")
+    return value
 
 
 DTYPES = ("float32", "bfloat16", "float16")

@@ -1,6 +1,7 @@
 """Files: hashes, atomic writes, JSON and CSV, and text that is safe to show. It imports nothing heavy."""
 
 import csv
+import errno
 import hashlib
 import json
 import math
@@ -16,6 +17,9 @@ from rlhf_lightning.errors import ConfigError
 from rlhf_lightning.types import JSON
 
 T = TypeVar("T")
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+MODEL_CONFIGS = ("config.json", "adapter_config.json")
+"""Files of which a model folder has one: the config of a model, or of an adapter."""
 
 
 def real_path(path: str | Path) -> Path:
@@ -79,6 +83,45 @@ def is_file(path: str | os.PathLike[str]) -> bool:
         )
         raise ConfigError(f"{os.fspath(path)}: this is a {kind}; it must be a file")
     return True
+
+
+def is_model_folder(folder: Path) -> bool:
+    """True if a folder has the config of a model or of an adapter."""
+    return any((folder / name).exists() for name in MODEL_CONFIGS)
+
+
+def check_there(what: str, source: str) -> Path:
+    """Return the path of a model or tokenizer, if it is one; a Hub id passes.
+
+    Args:
+        what: What is named, for the message.
+        source: Path or Hub id.
+
+    Raises:
+        ConfigError: If it can only be a path, and nothing is there.
+    """
+    path = Path(source).expanduser()
+    if (path.is_absolute() or source.startswith((".", "~")) or source.count("/") > 1) and not path.exists():
+        raise ConfigError(f"{what}: no such folder (seen from {Path.cwd()})")
+    return path
+
+
+def check_model_path(what: str, source: str) -> None:
+    """Check that a model's source, if it is a path, is a model folder or a file.
+
+    Args:
+        what: What is named, for the message.
+        source: Path or Hub id.
+
+    Raises:
+        ConfigError: If nothing is there, or a folder without a config, a pipe, or a device.
+    """
+    path = check_there(what, source)
+    if path.is_dir() and not is_model_folder(path):
+        inside = f"; did you mean {path / 'model'}?" if (path / "model").is_dir() else ""
+        raise ConfigError(f"{what}: the folder has neither config.json nor adapter_config.json{inside}")
+    if path.exists() and not path.is_dir():
+        is_file(path)
 
 
 def check_files_in(folder: Path, below: bool = False) -> None:

@@ -21,10 +21,12 @@ from examples import (
     stop_on_kl,
 )
 from rlhf_lightning import PolicyRLModule, PreferenceModule, SFTModule
+from rlhf_lightning.data.prompts import Prompt
 from rlhf_lightning.errors import ConfigError, DataError
 from rlhf_lightning.models.scorers import LoadedModel
 from rlhf_lightning.objectives.policy import importance_sampling
 from rlhf_lightning.sampling.local_engine import LocalEngine
+from rlhf_lightning.types import Row
 from tests.helpers.training import trainer
 
 ROOT = Path(__file__).parents[1]
@@ -43,8 +45,10 @@ def test_rewards(base: str, tmp_path: Path) -> None:
     assert {"train/reward_polite", "train/reward_covers"} <= logged.keys()
     assert trainer.global_step == 2
     assert rewards.polite(["Thank you!", "No.", "No."], ["polite", "polite", "brief"]) == [1.0, 0.0, None]
-    with pytest.raises(DataError, match="no 'points'"):
-        rewards.Covers().check([rewards.Prompt([1], [{"role": "user", "content": "Hi"}], {"prompt": "Hi"})])
+    unfit: list[tuple[Row, str]] = [({}, "no 'points'"), ({"points": []}, "is empty"), ({"points": "tea"}, "be a list")]
+    for row, wrong in unfit:
+        with pytest.raises(DataError, match=f"^rows.jsonl:3: .*{wrong}"):
+            rewards.Covers().check([Prompt([{"role": "user", "content": "Hi"}], [1], row, where="rows.jsonl:3")])
 
 
 def test_environments(base: str, tmp_path: Path) -> None:

@@ -93,13 +93,6 @@ def _parse(args: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--and", dest="and_", action="append", metavar="MODEL", help="a further model that answers each message too"
     )
-    parser.add_argument(
-        "--max_tokens",
-        "--max-tokens",
-        type=int,
-        default=256,
-        help="largest number of tokens of an answer (default: 256)",
-    )
     add_sampling_flags(parser)
     parser.add_argument("--seed", type=int, default=0, help="seed of the sampled tokens (default: 0)")
     add_weight_flags(parser)

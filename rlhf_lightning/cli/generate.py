@@ -62,13 +62,6 @@ def _parse(args: list[str]) -> argparse.Namespace:
     parser.add_argument("file", nargs="?", help="rows with prompt or messages, or a .txt file of lines")
     parser.add_argument("--prompt", action="append", metavar="TEXT", help="a prompt; may be repeated")
     parser.add_argument("--json", action="store_true", help="print one JSON object per answer")
-    parser.add_argument(
-        "--max_tokens",
-        "--max-tokens",
-        type=int,
-        default=256,
-        help="largest number of tokens of an answer (default: 256)",
-    )
     add_sampling_flags(parser)
     parser.add_argument("--samples", type=int, default=1, help="number of answers per prompt (default: 1)")
     parser.add_argument("--limit", type=int, help="answer only this number of prompts, from the first on")

@@ -45,20 +45,19 @@ def run(args: list[str]) -> int:
 
 
 def check_start(model: str) -> None:
-    """Raise `ConfigError` for a path that is not a folder. A Hub id is not checked."""
+    """Raise `ConfigError` for a path that is not a model folder. A Hub id is not checked."""
     from rlhf_lightning.errors import ConfigError
-    from rlhf_lightning.files import is_file
+    from rlhf_lightning.files import check_model_path
     from rlhf_lightning.gguf.folder import names_gguf
 
+    check_model_path(f"--model {model}", model)
     place = Path(model).expanduser()
-    if place.exists() and not place.is_dir():
-        is_file(place)
-    local = place.is_absolute() or model.startswith((".", "~")) or model.count("/") > 1
-    if not place.exists() and not local and not HUB_ID.fullmatch(model) and not names_gguf(model):
+    if names_gguf(model):
+        return
+    if not place.exists() and not HUB_ID.fullmatch(model):
         raise ConfigError(f"--model {model}: neither a folder (seen from {Path.cwd()}) nor a Hub id like owner/name")
-    if (place.is_file() and not names_gguf(model)) or (local and not place.exists()):
-        what = "this is a file; give its folder" if place.is_file() else f"no such folder (seen from {Path.cwd()})"
-        raise ConfigError(f"--model {model}: {what}")
+    if place.is_file():
+        raise ConfigError(f"--model {model}: this is a file; give its folder")
 
 
 def write_project(folder: Path, model: str) -> None:
@@ -69,14 +68,10 @@ def write_project(folder: Path, model: str) -> None:
         model: Folder or Hub id of the model that it starts from.
 
     Raises:
-        ConfigError: If one of the files exists already, or the model is not a model folder.
+        ConfigError: If one of the files exists already.
     """
     from rlhf_lightning.errors import ConfigError
 
-    if Path(model).is_dir() and not any(
-        (Path(model) / name).exists() for name in ("config.json", "adapter_config.json")
-    ):
-        raise ConfigError(f"--model {model}: the folder has neither config.json nor adapter_config.json")
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"{folder} is a file; give a folder")
     files = sorted(path.relative_to(FILES) for path in FILES.rglob("*.*") if path.suffix in (".yaml", ".jsonl"))

@@ -14,7 +14,7 @@ from rlhf_lightning.checkpointing.signals import ended_once
 from rlhf_lightning.cli.configs import with_shipped
 from rlhf_lightning.cli.console import BROKEN_PIPE, open_standard_streams, silence, steady_console
 from rlhf_lightning.errors import UserError
-from rlhf_lightning.files import visible
+from rlhf_lightning.files import DISK_FULL, visible
 from rlhf_lightning.sys_exit import exit_of_user_code
 
 COMMANDS = {
@@ -52,16 +52,15 @@ EXAMPLES = """examples:
 Exit codes: 0 success, 1 internal error (`data check`: bad rows, `pipeline --verify`: a difference),
 2 error in files or flags, 130 interrupted."""
 
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 UNWRITABLE = {
-    **dict.fromkeys(FULL, "free disk space, or write elsewhere"),
+    **dict.fromkeys(DISK_FULL, "free disk space, or write elsewhere"),
     **dict.fromkeys((errno.EROFS, errno.EACCES, errno.EPERM), "change its permissions, or choose another path"),
     errno.ENAMETOOLONG: "the path is too long; choose a shorter one",
     errno.ELOOP: "links that lead in a circle; remove them",
     errno.ENOTDIR: "a file is in the place of a folder; choose another path",
     errno.EISDIR: "a folder is in the place of a file; choose another path",
 }
-"""Errors of a disk or folder for any command, and what to do; `refusals` has more specific ones for stages."""
+"""Errors of a disk or folder, and what to do; `refusals` has those of which a stage says more."""
 
 LONGEST = 300
 """Largest number of characters of a path that are shown."""
@@ -100,7 +99,7 @@ def main(args: list[str] | None = None) -> None:
     except OSError as error:
         if error.errno not in UNWRITABLE:
             raise
-        if error.errno in FULL:
+        if error.errno in DISK_FULL:
             silence()  # the rest of the output cannot be written either
         name = str(error.filename or "the output")
         shown = name if len(name) < LONGEST else f"{name[:LONGEST]}…"

@@ -12,16 +12,13 @@ from torch.multiprocessing import ProcessExitedException
 
 from rlhf_lightning.cli.parser import tidy
 from rlhf_lightning.errors import ConfigError, UserError
+from rlhf_lightning.files import DISK_FULL
 from rlhf_lightning.rank_watch import LOST
 
 EXTRAS = ("tensorboard", "wandb")
 FULL = "free disk space, or write elsewhere (--trainer.default_root_dir); the same command resumes the run"
-DENIED = "change its permissions, or choose another path"
-REMEDIES = {
-    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), FULL),
-    **dict.fromkeys((errno.EROFS, errno.EACCES, errno.EPERM), DENIED),
-    errno.EIO: "the disk or the network share is failing",
-}
+REMEDIES = {**dict.fromkeys(DISK_FULL, FULL), errno.EIO: "the disk or the network share is failing"}
+"""Errors of a disk of which a stage says more than `main`."""
 
 # Messages of Lightning's exceptions about unsuitable settings, and what to say instead.
 REFUSED = {

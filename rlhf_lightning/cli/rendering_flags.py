@@ -52,7 +52,14 @@ def rendering_options(options: argparse.Namespace) -> dict[str, JSON]:
 
 
 def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
-    """Add the flags that `sampling_of` reads."""
+    """Add `--max_tokens`, and the flags that `sampling_of` reads."""
+    parser.add_argument(
+        "--max_tokens",
+        "--max-tokens",
+        type=int,
+        default=256,
+        help="largest number of tokens of an answer (default: 256)",
+    )
     said = "default: the value in the model's generation_config.json, else"
     parser.add_argument(
         "--temperature", type=float, help=f"sampling temperature; 0 takes the likeliest token ({said} 1.0)"

@@ -8,6 +8,7 @@ import json
 import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -40,6 +41,7 @@ __all__ = [
     "convert_rows",
     "fingerprint",
     "is_here",
+    "located",
     "read_rows",
     "rename_columns",
     "require",
@@ -65,6 +67,19 @@ class LocatedRow:
 
 class RowError(DataError):
     """A row that cannot be used; whoever reads the file adds file and line."""
+
+
+@contextmanager
+def located(where: str) -> Iterator[None]:
+    """Turn a `RowError` within the context into a `DataError` that names the row's place.
+
+    Args:
+        where: File and line of the row.
+    """
+    try:
+        yield
+    except RowError as error:
+        raise DataError(f"{where}: {error}") from None
 
 
 class SkippedRow(RowError):

@@ -15,7 +15,6 @@ from rlhf_lightning.yaml_files import read_mapping
 
 Scores = dict[str, list[float]]
 """Scores of a response by metric, each 0 or 1 (or a number of the user's function); several where a row has several."""
-Turns = list[dict[str, str]]
 NAMES = ("gsm8k", "ifeval", "rewardbench")
 
 

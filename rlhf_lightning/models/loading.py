@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from rlhf_lightning.errors import ConfigError, UserError
-from rlhf_lightning.files import hash_folder, is_file, read_object, read_stage, real_path, write_json
+from rlhf_lightning.files import check_model_path, hash_folder, read_object, read_stage, real_path, write_json
 from rlhf_lightning.gguf.folder import cache_root, model_folder
 from rlhf_lightning.models.base_weights import (
     check_adapted,
@@ -320,20 +320,12 @@ def check_source(source: str | Path, options: Mapping[str, JSON] | None = None) 
             f"{text} is a Lightning checkpoint, which can only resume its own stage (--ckpt_path). "
             "Start from the stage's model folder, for example runs/NAME/sft/model."
         )
-    path = Path(text)
-    looks_local = path.is_absolute() or text.startswith((".", "~")) or text.count("/") > 1
-    if looks_local and not path.exists() and path.is_relative_to(cache_root()):
+    if not os.path.exists(text) and Path(text).is_relative_to(cache_root()):
         raise ConfigError(
             f"model {text!r}: the folder of a converted GGUF file, which is no longer in the cache. Any command with "
             "that file writes it again: rlhf chat FILE.gguf"
         )
-    if looks_local and not path.exists():
-        raise ConfigError(f"model {text!r}: no such folder (seen from {Path.cwd()})")
-    if path.is_dir() and not any((path / name).exists() for name in ("config.json", "adapter_config.json")):
-        inside = f"; did you mean {path / 'model'}?" if (path / "model").is_dir() else ""
-        raise ConfigError(f"model {text!r}: the folder has neither config.json nor adapter_config.json{inside}")
-    if path.exists() and not path.is_dir():
-        is_file(path)
+    check_model_path(f"model {text!r}", text)
     check_files(text, options)
     return text
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from rlhf_lightning.data.batching import pad_tokens
 from rlhf_lightning.distributed import even_chunks, safe_point
 from rlhf_lightning.errors import ConfigError
-from rlhf_lightning.files import real_path
+from rlhf_lightning.files import MODEL_CONFIGS, real_path
 from rlhf_lightning.models.heads import find_head, pad_token
 from rlhf_lightning.models.loading import read_stage
 from rlhf_lightning.models.lora import base_of
@@ -528,7 +528,7 @@ def _downloaded(folder: Path, name: str) -> str:
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
 
-    for file in ("config.json", "adapter_config.json"):
+    for file in MODEL_CONFIGS:
         try:
             found = try_to_load_from_cache(name, file)
         except HFValidationError:  # a path that does not exist

@@ -6,7 +6,7 @@ from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import lightning.pytorch as pl
 import torch
@@ -52,12 +52,13 @@ if TYPE_CHECKING:
     from rlhf_lightning.types import JSON, StateDict, StepBatch, Tokenizer
 
 log = logging.getLogger(__name__)
+BatchT = TypeVar("BatchT", bound="StepBatch")
 
 WHERE = ("trust_remote_code", "revision", "token", "cache_dir", "local_files_only", "subfolder")
 """Options of `from_pretrained` that locate a model, and its tokenizer with it."""
 
 
-class RLHFModule(CheckedModule):
+class RLHFModule(CheckedModule, Generic[BatchT]):
     """Base class of the modules.
 
     Args:
@@ -382,9 +383,24 @@ class RLHFModule(CheckedModule):
         if self.measures_batches:
             check_batch(batch, self.requires, type(self).__name__)
 
-    def on_test_batch_start(self, batch: Columns, batch_idx: int, dataloader_idx: int = 0) -> None:
-        if self.measures_batches:
-            check_batch(batch, self.requires, type(self).__name__)
+    on_test_batch_start = on_validation_batch_start
+
+    # -- evaluation -----------------------------------------------------------------------------------------------
+
+    def validation_step(self, batch: BatchT, batch_idx: int) -> None:
+        self.evaluate(batch, "val")
+
+    def test_step(self, batch: BatchT, batch_idx: int) -> None:
+        self.evaluate(batch, "test")
+
+    @abstractmethod
+    def evaluate(self, batch: BatchT, name: str) -> None:
+        """Add a batch of validation or test to the metrics, and log these.
+
+        Args:
+            batch: The batch.
+            name: `val` or `test`.
+        """
 
     # -- loss -----------------------------------------------------------------------------------------------------
 

@@ -7,42 +7,6 @@ from torch import Tensor
 from torchmetrics import MeanMetric, Metric
 
 
-class PairAccuracy(Metric):
-    """Fraction of pairs whose chosen response scores higher; a tie counts as wrong.
-
-    Example:
-        >>> accuracy = PairAccuracy()
-        >>> accuracy.update(torch.tensor([1.0, 0.0]), torch.tensor([0.0, 0.0]))
-        >>> accuracy.compute()
-        tensor(0.5000)
-    """
-
-    correct: Tensor
-    pairs: Tensor
-    full_state_update = False
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.add_state("correct", torch.zeros(()), dist_reduce_fx="sum")
-        self.add_state("pairs", torch.zeros(()), dist_reduce_fx="sum")
-
-    def update(self, chosen: Tensor, rejected: Tensor, weights: Tensor | None = None) -> None:
-        """Add pairs.
-
-        Args:
-            chosen: Scores of chosen responses, `[B]`.
-            rejected: Scores of rejected responses, `[B]`.
-            weights: Weight of each pair, `[B]`; 0 excludes a pair. All ones by default.
-        """
-        weights = torch.ones_like(chosen) if weights is None else weights
-        self.correct += ((chosen > rejected) * weights).sum()
-        self.pairs += weights.sum()
-
-    def compute(self) -> Tensor:
-        """Accuracy in [0, 1], a scalar."""
-        return self.correct / self.pairs.clamp(min=1)
-
-
 class Count(Metric):
     """A sum of integers, exact beyond what a float32 can count.
 

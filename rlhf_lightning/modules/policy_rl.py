@@ -59,7 +59,7 @@ T = TypeVar("T")
 VALIDATION = 1_000_003  # seeds validation rollouts differently from those of the training rounds
 
 
-class PolicyRLModule(RLHFModule):
+class PolicyRLModule(RLHFModule[PromptBatch]):
     """Reinforcement learning of a policy inside `Trainer.fit`, with automatic optimization.
 
     Logs under `train/`, for each round: `reward` and its terms, `kl` (nats per response), `response_tokens`,
@@ -624,13 +624,7 @@ class PolicyRLModule(RLHFModule):
     # At the start of the epoch, when WeightAveraging has put the averaged weights in place.
     on_validation_epoch_start = on_test_epoch_start = on_predict_epoch_start = _sync_engine
 
-    def validation_step(self, batch: PromptBatch, batch_idx: int) -> None:
-        self._evaluate(batch, "val")
-
-    def test_step(self, batch: PromptBatch, batch_idx: int) -> None:
-        self._evaluate(batch, "test")
-
-    def _evaluate(self, batch: PromptBatch, name: str) -> None:
+    def evaluate(self, batch: PromptBatch, name: str) -> None:
         self._check_rewarded()
         prompts = kept_prompts(batch)
         metrics = self.heldout[f"{name}_"]

@@ -27,14 +27,15 @@ from rlhf_lightning.modules.step import StepNumbers
 from rlhf_lightning.modules.stored_reference import store_reference
 from rlhf_lightning.modules.trainer_state import callbacks_of
 from rlhf_lightning.objectives.preference import BradleyTerry, PreferenceLoss
+from rlhf_lightning.types import PreferenceBatch
 
 if TYPE_CHECKING:
-    from rlhf_lightning.types import JSON, PreferenceBatch, Row, ToolSchema
+    from rlhf_lightning.types import JSON, Row, ToolSchema
 
 log = logging.getLogger(__name__)
 
 
-class PreferenceModule(RLHFModule):
+class PreferenceModule(RLHFModule[PreferenceBatch]):
     """Learns to score preferred responses above others.
 
     A batch is a dict with `input_ids` and `loss_mask` `[N, T]` (1 on the response), and optionally `lengths` `[N]` and
@@ -183,7 +184,7 @@ class PreferenceModule(RLHFModule):
                 self.model_scorer.release_reference()
                 self.reference = self.reference_copy = None
 
-    def training_step(self, batch: "PreferenceBatch", batch_idx: int) -> Tensor:
+    def training_step(self, batch: PreferenceBatch, batch_idx: int) -> Tensor:
         named = self._named(batch)
         weights = self._weights(batch, named)
         if self.loss.batch_coupled:
@@ -204,7 +205,7 @@ class PreferenceModule(RLHFModule):
     def why_empty(self) -> str:
         return "Every row of these steps has weight 0, or no response token: check the batches' weights and masks."
 
-    def _named(self, batch: "PreferenceBatch") -> Named:
+    def _named(self, batch: PreferenceBatch) -> Named:
         """Everything that the loss may need, by name, for each row."""
         if self.loss.kind == "pairs" and self.scorer.tail_weight != 1:
             shared = torch.stack(batch["loss_mask"].sum(-1).chunk(2)).amin(0)
@@ -218,14 +219,14 @@ class PreferenceModule(RLHFModule):
         dtype = batch["loss_mask"].dtype
         return named | {n: value.to(dtype) for n, value in batch.items() if n in own and isinstance(value, Tensor)}
 
-    def _scored(self, batch: "PreferenceBatch") -> Named:
+    def _scored(self, batch: PreferenceBatch) -> Named:
         """Score each row. Without `lengths` in the batch, a row ends with its last response token."""
         if "lengths" not in batch:
             places = torch.arange(1, batch["loss_mask"].shape[1] + 1, device=batch["loss_mask"].device)
             batch = {**batch, "lengths": (places * (batch["loss_mask"] != 0)).amax(-1)}
         return name_rows(self.loss.kind, self.model_scorer.detailed(batch), batch)
 
-    def _weights(self, batch: "PreferenceBatch", rows: Named) -> Tensor:
+    def _weights(self, batch: PreferenceBatch, rows: Named) -> Tensor:
         """Weight of each row, `[B]`; 1 for all rows of a dataloader that gives no weights."""
         first = rows[self.loss.inputs[0]]
         return batch["weights"] if "weights" in batch else first.new_ones(len(first))
@@ -238,13 +239,7 @@ class PreferenceModule(RLHFModule):
         named = {name: known[name] for name in self._wanted if name in known}
         return self.loss(*(rows[name] for name in self.loss.inputs), **named)
 
-    def validation_step(self, batch: "PreferenceBatch", batch_idx: int) -> None:
-        self._evaluate(batch, "val")
-
-    def test_step(self, batch: "PreferenceBatch", batch_idx: int) -> None:
-        self._evaluate(batch, "test")
-
-    def _evaluate(self, batch: "PreferenceBatch", name: str) -> None:
+    def evaluate(self, batch: PreferenceBatch, name: str) -> None:
         named = self._named(batch)
         table = self.tables[f"{name}_"]
         assert isinstance(table, Tables)
@@ -275,7 +270,7 @@ class PreferenceModule(RLHFModule):
         for key, value in self.last_report["numbers"].items():
             self.log(f"{name}/{key}", value, prog_bar=key in self.on_bar, sync_dist=self.trainer.world_size > 1)
 
-    def predict_step(self, batch: "PreferenceBatch", batch_idx: int) -> "list[Row]":
+    def predict_step(self, batch: PreferenceBatch, batch_idx: int) -> "list[Row]":
         """Compute the scores of each row."""
         named = self._scored(batch)
         kept = self._weights(batch, named) > 0

@@ -1,6 +1,6 @@
 """Supervised fine-tuning."""
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
@@ -16,10 +16,7 @@ from rlhf_lightning.modules.step import StepNumbers
 from rlhf_lightning.objectives.supervised import nll
 from rlhf_lightning.rollout.collector import answers
 from rlhf_lightning.sampling.sampler import Sampler
-from rlhf_lightning.types import Answer
-
-if TYPE_CHECKING:
-    from rlhf_lightning.types import SFTBatch
+from rlhf_lightning.types import Answer, SFTBatch
 
 
 class HeldOut(nn.Module):
@@ -36,7 +33,7 @@ class HeldOut(nn.Module):
         self.bits_per_byte, self.tokens = BitsPerByte(), Count()
 
 
-class SFTModule(RLHFModule):
+class SFTModule(RLHFModule[SFTBatch]):
     """Supervised fine-tuning: next-token prediction on the trained tokens of each row.
 
     A batch is a dict with `input_ids` and `loss_mask` (1 at trained tokens), both `[B, T]`, padded on the right. Logs
@@ -77,14 +74,14 @@ class SFTModule(RLHFModule):
             )
         return super().on_before_batch_transfer(batch, dataloader_idx)
 
-    def training_step(self, batch: "SFTBatch", batch_idx: int) -> Tensor:
+    def training_step(self, batch: SFTBatch, batch_idx: int) -> Tensor:
         total, count = self._nll(batch)
         self.step_numbers.add(count, {"nll": (total, count)})
         self.train_tokens.update(count)
         self.log("train/tokens", self.train_tokens, on_step=False, on_epoch=True)
         return self.normalized(total, batch, "tokens", count)
 
-    def _nll(self, batch: "SFTBatch") -> tuple[Tensor, Tensor]:
+    def _nll(self, batch: SFTBatch) -> tuple[Tensor, Tensor]:
         """Negative log-likelihood of the trained tokens, summed, in nats; and their number."""
         loss_mask = batch["loss_mask"]
         total = nll(self.token_logprobs(batch["input_ids"], loss_mask).logprobs, loss_mask).sum()
@@ -96,12 +93,6 @@ class SFTModule(RLHFModule):
             "data.train_on and data.max_length."
         )
 
-    def validation_step(self, batch: "SFTBatch", batch_idx: int) -> None:
-        self._evaluate(batch, "val")
-
-    def test_step(self, batch: "SFTBatch", batch_idx: int) -> None:
-        self._evaluate(batch, "test")
-
     def on_predict_start(self) -> None:
         self.model_sampler = self.sampler.build(self.model, self.renderer)
 
@@ -109,7 +100,7 @@ class SFTModule(RLHFModule):
         """Sample one response to each prompt."""
         return answers(self.model_sampler, self.renderer, kept_prompts(batch), seed=0)
 
-    def _evaluate(self, batch: "SFTBatch", name: str) -> None:
+    def evaluate(self, batch: SFTBatch, name: str) -> None:
         total, count = self._nll(batch)
         metrics = self.heldout[name]
         assert isinstance(metrics, HeldOut)

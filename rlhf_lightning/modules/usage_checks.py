@@ -15,6 +15,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from torch.optim.optimizer import ParamsT
 
 from rlhf_lightning.errors import ConfigError, check_object, check_whole
+from rlhf_lightning.files import is_model_folder
 from rlhf_lightning.models.lora import LoRA
 from rlhf_lightning.modules.trainer_state import is_trial, row_data_of
 from rlhf_lightning.settings import NotPlain, Settings, UnknownClass, describe, rebuild
@@ -135,7 +136,7 @@ class CheckedModule(Settings, pl.LightningModule):
         place = Path(str(checkpoint_path))
         if "://" not in str(checkpoint_path) and not place.exists():
             raise ConfigError(f"{name}: {place}: no such file (seen from {Path.cwd()})")
-        if any((place / file).exists() for file in ("config.json", "adapter_config.json")):
+        if is_model_folder(place):
             raise ConfigError(
                 f"{name}: {place} is a model folder, not a checkpoint; start from it with "
                 f"{cls.__name__}({str(place)!r})"

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from rlhf_lightning.errors import ConfigError
+from rlhf_lightning.errors import ConfigError, check_seed
 from rlhf_lightning.files import hash_file, real_path
 from rlhf_lightning.report.records import ConfigFile, Handed
 from rlhf_lightning.types import JSON
@@ -125,9 +125,7 @@ def read_plan(
     entries = plan.get("stages")
     if not isinstance(entries, list) or not entries:
         raise ConfigError("pipeline: 'stages' must be a list of at least one stage")
-    seed = plan.get("seed", 0)
-    if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**32:
-        raise ConfigError(f"pipeline: seed is {seed!r}; it must be a whole number from 0 to 4294967295")
+    seed = check_seed("pipeline: seed", plan.get("seed", 0))
     _check_texts(plan, ("name", "root"), "pipeline")
     name = str(plan.get("name") or name)
     if len(name.encode(errors="replace")) > LONGEST:

@@ -7,6 +7,7 @@ from typing import Protocol
 from torch import nn
 
 from rlhf_lightning.data.prompts import Prompt
+from rlhf_lightning.data.records import located
 from rlhf_lightning.data.rendering import Renderer
 from rlhf_lightning.errors import ConfigError
 from rlhf_lightning.rewards.normalization import Normalizer
@@ -29,7 +30,8 @@ class Reward(Settings):
     """Base class of rewards. A subclass scores episodes; the terms are weighted and added.
 
     A reward is settings. `RewardTerm` adds what belongs to a run: models, statistics, the policy's renderer. A subclass
-    that needs no more than its settings implements `score`; one that loads something implements `build`.
+    that scores each episode by itself implements `score_one`, one that compares or batches episodes `score`, and one
+    that loads something `build`.
 
     Args:
         weight: Weight of this term; at 0 it is only logged.
@@ -42,8 +44,8 @@ class Reward(Settings):
 
     Example:
         >>> class Brevity(Reward):
-        ...     def score(self, episodes):
-        ...         return [1.0 if len(self.text(episode)) < 100 else 0.0 for episode in episodes]
+        ...     def score_one(self, episode):
+        ...         return 1.0 if len(self.text(episode)) < 100 else 0.0
         >>> reward = Brevity(weight=0.5)
         >>> reward.score([Episode(prompt=[], row={}, group=0)])
         [1.0]
@@ -90,11 +92,38 @@ class Reward(Settings):
 
         Returns:
             `N` numbers; None where this term does not apply.
+
+        Raises:
+            DataError: If a row cannot be scored; with file and line.
+        """
+        found = []
+        for episode in episodes:
+            with located(episode.where or episode.label):
+                found.append(self.score_one(episode))
+        return found
+
+    def score_one(self, episode: Episode) -> float | None:
+        """Score an episode.
+
+        Args:
+            episode: A finished episode.
+
+        Returns:
+            A number; None if this term does not apply.
+
+        Raises:
+            RowError: If its row cannot be scored.
         """
         raise NotImplementedError(f"{type(self).__name__} scores only with what it loads: RewardTerm(reward, renderer)")
 
     def check(self, prompts: Sequence[Prompt]) -> None:
         """Raise `DataError` or `ConfigError` if prompts of the training data cannot be scored."""
+        for prompt in prompts:
+            with located(prompt.where):
+                self.check_row(prompt.row)
+
+    def check_row(self, row: Row) -> None:
+        """Raise `RowError` if a row of the training data cannot be scored."""
 
     def check_hidden(self, texts: Sequence[str], rows: Sequence[tuple[Row, str]] = ()) -> None:
         """Check that no score depends on a text that responses are read without.

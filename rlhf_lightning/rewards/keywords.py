@@ -55,13 +55,11 @@ class KeywordReward(Reward):
         self.keywords, self.min_words = [word.lower() for word in keywords], min_words
         self.hit, self.miss = hit, miss
 
-    def score(self, episodes: Sequence[Episode]) -> Sequence[float | None]:
-        return [self._one(self.text(episode).lower()) for episode in episodes]
-
     def check_hidden(self, texts: Sequence[str], rows: Sequence[tuple[Row, str]] = ()) -> None:
         _refuse_hidden(self, "keywords", self.keywords, texts)
 
-    def _one(self, text: str) -> float:
+    def score_one(self, episode: Episode) -> float:
+        text = self.text(episode).lower()
         enough = len(text.split()) >= self.min_words
         return self.hit if enough and any(word in text for word in self.keywords) else self.miss
 
@@ -116,10 +114,7 @@ class BlockedTerms(Reward):
         words = "|".join(r"\s+".join(re.escape(word) for word in term.split()) for term in longest_first)
         self.pattern = re.compile(rf"(?<!\w)(?:{words})(?!\w)", re.IGNORECASE)
 
-    def score(self, episodes: Sequence[Episode]) -> Sequence[float | None]:
-        return [self._one(episode) for episode in episodes]
-
-    def _one(self, episode: Episode) -> float:
+    def score_one(self, episode: Episode) -> float:
         return self.penalty if any(self.pattern.search(text) for text in self.texts(episode)) else 0.0
 
     def check_hidden(self, texts: Sequence[str], rows: Sequence[tuple[Row, str]] = ()) -> None:

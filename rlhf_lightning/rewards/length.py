@@ -1,7 +1,5 @@
 """Rewards for length, in tokens that the policy sampled, including the stop token."""
 
-from collections.abc import Sequence
-
 from rlhf_lightning.errors import ConfigError
 from rlhf_lightning.rewards.base import Reward, check_finite
 from rlhf_lightning.types import Episode
@@ -50,15 +48,10 @@ class LengthReward(Reward):
                 raise ConfigError(f"the {setting} of the reward {self.name} is {number}; it must be above 0")
         self.target, self.maximum, self.slope, self.limit = target, maximum, slope, limit
 
-    def score(self, episodes: Sequence[Episode]) -> Sequence[float | None]:
-        return [-min(self.limit, self.slope * self._over(episode.response_tokens)) for episode in episodes]
-
-    def _over(self, length: int) -> int:
-        """Number of tokens that are penalized."""
-        if self.target is not None:
-            return abs(length - self.target)
-        assert self.maximum is not None
-        return max(0, length - self.maximum)
+    def score_one(self, episode: Episode) -> float:
+        length = episode.response_tokens
+        over = abs(length - self.target) if self.target is not None else max(0, length - (self.maximum or 0))
+        return -min(self.limit, self.slope * over)
 
 
 class OverlongPenalty(Reward):
@@ -87,9 +80,5 @@ class OverlongPenalty(Reward):
             )
         self.maximum, self.buffer = maximum, buffer
 
-    def score(self, episodes: Sequence[Episode]) -> Sequence[float | None]:
-        return [self._one(episode.response_tokens) for episode in episodes]
-
-    def _one(self, length: int) -> float:
-        """Penalty of a response of `length` tokens."""
-        return max(-1.0, min(0.0, (self.maximum - self.buffer - length) / self.buffer))
+    def score_one(self, episode: Episode) -> float:
+        return max(-1.0, min(0.0, (self.maximum - self.buffer - episode.response_tokens) / self.buffer))

@@ -8,7 +8,8 @@ from fractions import Fraction
 import regex
 
 from rlhf_lightning.data.prompts import Prompt
-from rlhf_lightning.errors import ConfigError, DataError
+from rlhf_lightning.data.records import RowError, located
+from rlhf_lightning.errors import ConfigError
 from rlhf_lightning.rewards.base import Reward, check_finite
 from rlhf_lightning.rewards.required_literals import required_literal
 from rlhf_lightning.types import JSON, Episode, Row
@@ -39,18 +40,19 @@ class _Verifier(Reward):
         self.column, self.hit, self.miss = column, hit, miss
         self.pattern = compiled(pattern, f"the reward {self.name}: pattern", flags) if pattern else None
 
-    def check_column(self, prompts: Sequence[Prompt]) -> None:
-        """Raise `ConfigError` if no row has the column."""
-        if prompts and all(_absent(prompt.row.get(self.column)) for prompt in prompts):
+    def check(self, prompts: Sequence[Prompt]) -> None:
+        """Raise `ConfigError` if no row has the column, `DataError` for one with an unsuitable value in it."""
+        super().check(prompts)
+        if self.column and prompts and all(_absent(prompt.row.get(self.column)) for prompt in prompts):
             columns = sorted({key for prompt in prompts for key in prompt.row})
             raise ConfigError(
                 f"the reward {self.name}: no row has the column {self.column!r}, so it would never apply; "
                 f"the data has {', '.join(columns)}"
             )
 
-    def score(self, episodes: Sequence[Episode]) -> Sequence[float | None]:
-        found = [self.is_right(episode) for episode in episodes]
-        return [None if right is None else self.hit if right else self.miss for right in found]
+    def score_one(self, episode: Episode) -> float | None:
+        right = self.is_right(episode)
+        return None if right is None else self.hit if right else self.miss
 
     @abstractmethod
     def is_right(self, episode: Episode) -> bool | None:
@@ -110,29 +112,27 @@ class ExactAnswer(_Verifier):
         if self.pattern is not None:
             self.refuse_hidden(f"its pattern {self.pattern.pattern!r}", required_literal(self.pattern, texts))
 
-    def check(self, prompts: Sequence[Prompt]) -> None:
-        self.check_column(prompts)
-        for prompt in prompts:
-            self._answers(prompt.row, prompt.where)
+    def check_row(self, row: Row) -> None:
+        self._answers(row)
 
     def is_right(self, episode: Episode) -> bool | None:
-        right = self._answers(episode.row, episode.where or episode.label)
+        right = self._answers(episode.row)
         if right is None:
             return None
         given = _find(self.pattern, self.text(episode))
         return given is not None and self._normal(given) in right
 
-    def _answers(self, row: Row, where: str) -> set[str | Fraction] | None:
+    def _answers(self, row: Row) -> set[str | Fraction] | None:
         """The row's right answers, normalized; None if it has none."""
         value = row.get(self.column)
         if _absent(value):
             return None
         answers = value if isinstance(value, list) else [value]
         if not all(isinstance(answer, str | int | float) for answer in answers):
-            raise DataError(f"{where}: {self.column!r} is {value!r}; it must be text, a number, or a list of them")
+            raise RowError(f"{self.column!r} is {value!r}; it must be text, a number, or a list of them")
         found = [_find(self.answer_pattern, str(answer)) for answer in answers]
         if None in found:
-            raise DataError(f"{where}: the reward {self.name}: answer_pattern does not match {self.column!r} {value!r}")
+            raise RowError(f"the reward {self.name}: answer_pattern does not match {self.column!r} {value!r}")
         return {self._normal(answer) for answer in found if answer is not None}
 
     def _normal(self, text: str) -> str | Fraction:
@@ -201,25 +201,23 @@ class RegexReward(_Verifier):
         if self.pattern is not None:
             self.refuse_hidden(f"the pattern {self.pattern.pattern!r}", required_literal(self.pattern, texts))
         for row, where in rows if self.column else ():
-            pattern = self._of(row, where)
-            if pattern is None:
-                continue
-            try:
-                self.refuse_hidden(f"the pattern {pattern.pattern!r}", required_literal(pattern, texts))
-            except ConfigError as error:
-                raise DataError(f"{where}: {error}") from None
+            with located(where):
+                pattern = self._of(row)
+                if pattern is None:
+                    continue
+                try:
+                    self.refuse_hidden(f"the pattern {pattern.pattern!r}", required_literal(pattern, texts))
+                except ConfigError as error:
+                    raise RowError(str(error)) from None
 
-    def check(self, prompts: Sequence[Prompt]) -> None:
-        if self.column:
-            self.check_column(prompts)
-            for prompt in prompts:
-                self._of(prompt.row, prompt.where)
+    def check_row(self, row: Row) -> None:
+        self._of(row)
 
     def is_right(self, episode: Episode) -> bool | None:
-        pattern = self._of(episode.row, episode.where or episode.label)
-        return None if pattern is None else self._matches(pattern, self.text(episode), episode)
+        pattern = self._of(episode.row)
+        return None if pattern is None else self._matches(pattern, self.text(episode))
 
-    def _matches(self, pattern: re.Pattern[str], text: str, episode: Episode) -> bool:
+    def _matches(self, pattern: re.Pattern[str], text: str) -> bool:
         # `regex` has a timeout and `re` has none: an expression from the data may backtrack forever.
         """True if the pattern matches within `MATCH_SECONDS`."""
         limited = regex.compile(pattern.pattern, pattern.flags & (re.DOTALL | re.IGNORECASE))
@@ -227,12 +225,12 @@ class RegexReward(_Verifier):
         try:
             return match(text, timeout=MATCH_SECONDS) is not None
         except TimeoutError:
-            raise DataError(
-                f"{episode.where or episode.label}: the expression {pattern.pattern[:80]!r} of the reward {self.name} "
-                f"takes longer than {MATCH_SECONDS:g} s on a response; avoid nested repetition in it"
+            raise RowError(
+                f"the expression {pattern.pattern[:80]!r} of the reward {self.name} takes longer than "
+                f"{MATCH_SECONDS:g} s on a response; avoid nested repetition in it"
             ) from None
 
-    def _of(self, row: Row, where: str) -> re.Pattern[str] | None:
+    def _of(self, row: Row) -> re.Pattern[str] | None:
         """The row's pattern; None if it has none."""
         if not self.column:
             return self.pattern
@@ -240,11 +238,11 @@ class RegexReward(_Verifier):
         if _absent(value):
             return None
         if not isinstance(value, str):
-            raise DataError(f"{where}: {self.column!r} is {value!r}; it must be a regular expression")
+            raise RowError(f"{self.column!r} is {value!r}; it must be a regular expression")
         try:
             return compiled(value, f"{self.column!r}", self.flags)
         except ConfigError as error:
-            raise DataError(f"{where}: {error}") from None
+            raise RowError(str(error)) from None
 
 
 # Exponents are limited to three digits: evaluating a huge one that the policy writes must not take forever.

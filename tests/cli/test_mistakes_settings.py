@@ -56,7 +56,7 @@ FLAGS: list[tuple[str, list[str], list[str]]] = [
     # values that the Trainer would take, or answer with a traceback
     ("sft", ["--trainer.max_steps", "0"], ["trainer.max_steps is 0: nothing would be trained"]),
     ("sft", ["--trainer.limit_train_batches", "0.0"], ["trainer.limit_train_batches is 0"]),
-    ("sft", ["--seed_everything", "-1"], ["--seed_everything -1", "from 0 to 4294967295"]),
+    ("sft", ["--seed_everything", "-1"], ["--seed_everything is -1", "from 0 to 4294967295"]),
     ("sft", ["--trainer.num_nodes", "2"], ["trainer.num_nodes is 2", "MASTER_ADDR"]),
     ("sft", ["--monitor_mode", "max"], ["name the metric with --monitor"]),
     (

@@ -721,7 +721,7 @@ class Scripted(PolicyRLModule):
 
     script: tuple[tuple[float, float], ...] = ()
 
-    def _evaluate(self, batch: dict[str, Any], name: str) -> None:
+    def evaluate(self, batch: dict[str, Any], name: str) -> None:
         reward, kl = self.script[min(self.global_step, len(self.script)) - 1]
         self.log("val/reward_sampled", reward, batch_size=1)
         self.log("val/kl", kl, batch_size=1)

@@ -20,7 +20,6 @@ from rlhf_lightning.environments.base import StepResult
 from rlhf_lightning.errors import ConfigError, UserError
 from rlhf_lightning.models.lora import LoRA
 from rlhf_lightning.models.scorers import RewardHead, SequenceLogprob
-from rlhf_lightning.modules.metrics import PairAccuracy
 from rlhf_lightning.modules.schedules import Warmup
 from rlhf_lightning.rewards import FunctionReward, ModelReward
 from rlhf_lightning.rollout.advantages import LeaveOneOut
@@ -348,13 +347,6 @@ def test_frozen_backbone(base: str, tmp_path: Path) -> None:
     assert changed == ["score.weight"]
     with pytest.raises(ConfigError, match="freeze_backbone"):
         make("preference", base, freeze_backbone=True, scorer=SequenceLogprob())
-
-
-def test_pair_accuracy_counts_ties_as_wrong_and_weighs_by_pairs() -> None:
-    metric = PairAccuracy()
-    metric.update(torch.tensor([1.0, 1.0, 2.0]), torch.tensor([0.0, 1.0, 3.0]))
-    metric.update(torch.tensor([5.0, 5.0]), torch.tensor([0.0, 0.0]), torch.tensor([1.0, 0.0]))
-    assert float(metric.compute()) == 2 / 4
 
 
 # -- policy RL --------------------------------------------------------------------------------------------------------
