@@ -1,7 +1,7 @@
 """RLHF as plain PyTorch Lightning: supervised fine-tuning, preference models and policy RL.
 
-The public names are imported on first use, so that `import rlhf_lightning` and `rlhf --help` cost nothing. Rewards are
-in `rlhf_lightning.rewards`, losses in `rlhf_lightning.objectives`, checks in `rlhf_lightning.diagnostics`.
+The public names are imported on first use, so that `import rlhf_lightning` and `rlhf --help` are fast. Rewards are in
+`rlhf_lightning.rewards`, losses in `rlhf_lightning.objectives`, diagnostic checks in `rlhf_lightning.diagnostics`.
 """
 
 from importlib import import_module

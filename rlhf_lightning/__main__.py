@@ -3,8 +3,8 @@
 import sys
 
 if __name__ == "__main__":
-    # `python -m` puts the current folder first on sys.path, where any file would be imported in a library's place; see
-    # `cli.user_code`. So this comes before the first import.
+    # `python -m` puts the current folder first on sys.path, where any file could shadow a library; see `cli.user_code`.
+    # It must be removed before the first import.
     if not sys.flags.safe_path:
         del sys.path[0]
     from rlhf_lightning.cli.main import main

@@ -1,7 +1,7 @@
 """Communication between the ranks of a run.
 
-Ranks of one tensor-parallel group compute the same rows, so together they are one data rank. Results from outside (a
-reward, an environment, an engine that runs elsewhere) are computed by the group's leader and shared.
+Ranks of one tensor-parallel group compute the same rows, so together they count as one data rank. Outside code (a
+reward, an environment, an external engine) runs on the group's leader only, which sends the result to the others.
 """
 
 import threading
@@ -20,17 +20,17 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 _MESH: "list[DeviceMesh]" = []
 _OPEN: list[tuple[Callable[[], None], int]] = []
-"""What the `safe_point`s of a thread call, innermost last."""
+"""The callback and the thread of each open `safe_points` context, innermost last."""
 _LEAVING = "leaves this round"
-"""What a rank gives to `gather` that leaves a round; see `leave_if`."""
+"""The value that a rank passes to `gather` to leave a round; see `leave_if`."""
 
 
 class RoundLeft(KeyboardInterrupt):
-    """A round was left early, by all ranks together. Not an `Exception`, so that user code does not catch it."""
+    """All ranks leave a round early. Not an `Exception`, so that user code does not catch it."""
 
 
 def use_mesh(mesh: "DeviceMesh | None") -> None:
-    """Set the `data_parallel` × `tensor_parallel` mesh of the current run; None after a run, or without a mesh."""
+    """Set the `data_parallel` × `tensor_parallel` mesh of the current run; None to unset it."""
     _MESH[:] = [] if mesh is None or mesh["tensor_parallel"].size() == 1 else [mesh]
 
 
@@ -42,12 +42,12 @@ def data_rank() -> int:
 
 
 def is_leader() -> bool:
-    """True on the first rank of those that compute the same rows."""
+    """True on the first of the ranks that compute the same rows."""
     return not _MESH or _MESH[0]["tensor_parallel"].get_local_rank() == 0
 
 
 def rank_count() -> int:
-    """The number of ranks, those of tensor-parallel groups too."""
+    """Number of ranks, counting every rank of a tensor-parallel group."""
     return torch.distributed.get_world_size() if is_distributed() else 1
 
 
@@ -60,12 +60,12 @@ def gather(value: T, every: bool = False) -> list[T]:
             of the weights.
 
     Raises:
-        RoundLeft: If a rank leaves the round that all of them are in.
+        RoundLeft: If a rank leaves the current round (`leave_if`).
     """
     values = [value]
     if is_distributed():
         group = _MESH[0]["data_parallel"].get_group() if _MESH and not every else None
-        values = [value] * torch.distributed.get_world_size(group)  # each is replaced
+        values = [value] * torch.distributed.get_world_size(group)  # placeholders
         torch.distributed.all_gather_object(values, value, group=group)
     if any(isinstance(found, str) and found == _LEAVING for found in values):
         raise RoundLeft
@@ -75,7 +75,7 @@ def gather(value: T, every: bool = False) -> list[T]:
 def leave_if(asked: bool) -> None:
     """Raise `RoundLeft` if `asked`; the other ranks raise it in their next call of `gather`.
 
-    So the next collective after this call must be `gather`, up to the end of the round.
+    The next collective operation of the round must therefore be `gather`.
     """
     if asked:
         gather(_LEAVING)
@@ -83,10 +83,10 @@ def leave_if(asked: bool) -> None:
 
 @contextmanager
 def safe_points(leave: Callable[[], None]) -> Iterator[None]:
-    """Context in which each `safe_point` of this thread calls `leave`.
+    """Context manager in which each `safe_point` of this thread calls `leave`.
 
     Args:
-        leave: Raises an exception if the work is to be interrupted.
+        leave: Called at each safe point; raises an exception to interrupt the work.
     """
     _OPEN.append((leave, threading.get_ident()))
     try:
@@ -97,7 +97,7 @@ def safe_points(leave: Callable[[], None]) -> Iterator[None]:
 
 def safe_point() -> None:
     """Mark a point at which the work may be interrupted."""
-    # Only in the thread that opened them: tools and environments may run in other threads.
+    # Only in the thread that opened the context, because tools and environments may run in other threads.
     if _OPEN and _OPEN[-1][1] == threading.get_ident():
         _OPEN[-1][0]()
 
@@ -119,7 +119,7 @@ def run_on_leader(function: Callable[[], T]) -> T:
     if is_leader():
         try:
             found[0] = function()
-        except Exception as raised:  # noqa: BLE001 - raised below, after the other ranks were informed
+        except Exception as raised:  # noqa: BLE001 - raised below, after the other ranks were told
             error, found[1] = raised, f"{type(raised).__name__}: {raised}"
     torch.distributed.broadcast_object_list(found, group=group, group_src=0)
     if found[1] is not None:
@@ -128,7 +128,7 @@ def run_on_leader(function: Callable[[], T]) -> T:
 
 
 def broadcast(value: Tensor) -> Tensor:
-    """The leader's tensor, on all ranks that compute the same rows."""
+    """Return the leader's tensor on all ranks that compute the same rows."""
     if _MESH:
         value = value.contiguous()
         torch.distributed.broadcast(value, group=_MESH[0]["tensor_parallel"].get_group(), group_src=0)
@@ -141,9 +141,9 @@ def is_distributed() -> bool:
 
 
 def even_chunks(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
-    """Split `items` into chunks of `size`, padded with empty chunks so that all ranks get the same number.
+    """Split `items` into chunks of `size`, with empty chunks added so that all ranks get the same number.
 
-    A sharded model (`models.sharding`) must run equally often on all ranks.
+    A sharded model (`models.sharding`) must run the same number of times on all ranks.
 
     Args:
         items: This rank's items.

@@ -1,9 +1,9 @@
-"""Ends all ranks of a run when one of them fails, dies, hangs, or waits in vain, and tells each of them why.
+"""Ends all ranks of a run when one of them fails, dies, hangs or times out, and reports the reason on each of them.
 
-With PyTorch alone, the other ranks wait until the timeout of the process group, and then report a socket error. Here
+With PyTorch alone, the other ranks wait until the timeout of the process group and then report a socket error. Here
 each rank has a thread with a connection to rank 0. Failures are sent to all ranks. A closed connection means that a
-process died; a silent one means that a process is suspended or a machine is unreachable. Then the main thread ends by
-itself (because gloo raises an error), or the thread ends the process.
+process died; a silent connection means that a process is suspended or a machine is unreachable. The main thread then
+ends by itself (because gloo raises an error), or the watching thread ends the process.
 """
 
 import json
@@ -40,13 +40,13 @@ log = logging.getLogger(__name__)
 GRACE = 10.0
 """Seconds that a rank has to end by itself after it was notified."""
 SILENCE = 300.0
-"""Seconds without a sign of life after which a rank counts as hanging; at most the timeout of the process group."""
+"""Seconds without a message after which a rank counts as hanging; at most the timeout of the process group."""
 TELLING = 5.0
-"""Seconds that a process waits, before it continues, for the other ranks to be notified of a failure or of the end."""
+"""Seconds that a process waits for the other ranks to acknowledge its failure or its end."""
 YEAR = 366 * 24 * 60
 PARENT = "RLHF_RANK_PARENT"
-"""Environment variable of a rank that another rank started: process id of that one."""
-# Messages of gloo and NCCL about a lost connection, for which they raise plain RuntimeErrors.
+"""Environment variable of a rank that another rank started: the process id of that other rank."""
+# Messages of gloo and NCCL about a lost connection or a timeout, for which they raise plain RuntimeErrors.
 LOST = ("Connection reset by peer", "Connection closed by peer", "remote process exited", "Broken pipe")
 TIMED_OUT = ("Timed out waiting", "Application timeout", "collective operation timeout")
 RESUME = "The same command resumes the run."
@@ -71,17 +71,17 @@ class End:
 
 
 class Note(TypedDict, total=False):
-    """What one rank tells another.
+    """A message from one rank to another.
 
     Attributes:
-        rank: The sender's rank, in its first note.
-        name: The sender's name in messages, in its first note.
-        beat: Where the sender's main thread is; a sign of life.
-        told: True if the receiver knows how the run ends.
+        rank: The sender's rank, in its first message.
+        name: The sender's name for error messages, in its first message.
+        beat: Code location of the sender's main thread, sent regularly.
+        told: True to acknowledge the receiver's `done` or `end`.
         done: True if the sender has finished.
         end: Why the run ends.
         code: Exit code of the ranks that did not fail themselves.
-        waited: True if the sender waited for the other ranks in vain.
+        waited: True if the sender timed out waiting for the other ranks.
     """
 
     rank: int
@@ -125,13 +125,13 @@ class RankWatch:
         self.beat = min(5.0, self.silence / 5)
         self.rank, self.world = 0, 1
         self.end: End | None = None
-        """Why another rank ended the run; None while none has."""
+        """Why another rank ended the run; None while the run goes on."""
         self._own: End | None = None
         self._deadline: float | None = None
         self._reaped = self._met = False
         self._parent = os.environ.pop(PARENT, None)
-        self._parted: set[int | None] = set()
-        """Ranks that have finished or failed, so that their closed connection has no further meaning."""
+        self._finished: set[int | None] = set()
+        """Ranks that have finished or failed; when their connection closes, nothing has gone wrong."""
         self.children: dict[int, subprocess.Popen] = {}
         self._peers: list[_Peer] = []
         self._selector = selectors.DefaultSelector()
@@ -147,17 +147,17 @@ class RankWatch:
     # -- the main thread ------------------------------------------------------------------------------------------
 
     def begin(self, children: dict[int, subprocess.Popen]) -> None:
-        """Watch the process that started this one, and the processes that this one started.
+        """Watch the parent process, if it is a rank, and the child processes.
 
         Args:
-            children: The started processes by rank.
+            children: The processes that this one started, by rank.
         """
         self.children = children
         if self._thread is None and (children or self._parent):
             self._start()
 
     def connect(self, rank: int, world: int) -> None:
-        """Watch all ranks, after the process group was created. All ranks must call this together.
+        """Watch all ranks once the process group exists. All ranks must call this together.
 
         Args:
             rank: Rank of this process.
@@ -180,8 +180,8 @@ class RankWatch:
                 hub = _Peer(socket.create_connection((host, port), timeout=10), rank=0, name=name)
             except OSError as error:
                 log.warning(
-                    "rank %d cannot reach port %d of %s (%s): if another rank stops or dies, only the timeout of the "
-                    "process group ends this rank",
+                    "rank %d cannot connect to port %d of %s (%s): if another rank stops or dies, this rank ends only "
+                    "at the timeout of the process group",
                     rank, port, host, error.strerror or error,
                 )  # fmt: skip
                 return
@@ -194,22 +194,22 @@ class RankWatch:
             self._start()
 
     def fail(self, error: BaseException) -> None:
-        """Tell the other ranks that this one ends by an exception. Returns when they know, or cannot be reached.
+        """Tell the other ranks about an exception; return once they know, or after `TELLING` seconds.
 
         Args:
             error: The exception.
         """
         if self._over.is_set() or self._thread is None:
             return
-        waited = _says(error, TIMED_OUT)
-        if _says(error, LOST):
+        waited = _mentions(error, TIMED_OUT)
+        if _mentions(error, LOST):
             self._ended.wait(TELLING)  # another rank caused this, and its reason is about to arrive
         if self.end is None:
             me = _name(self.rank, self.world)
             if isinstance(error, KeyboardInterrupt):
                 self._own = End(f"{me} was interrupted", 130)
             elif waited and self.rank == 0:
-                self._settle(End(self._in_vain(None)))
+                self._settle(End(self._timeout_message(None)))
             elif not waited:
                 self._own = End(f"{me} failed: {_described(error)}")
             end = self._own or self.end
@@ -219,23 +219,23 @@ class RankWatch:
         self._until(lambda: self._all_know() and (not waited or bool(self.end)))
 
     def stop(self) -> None:
-        """Tell the other ranks that this one has finished, so that its end, or that of rank 0, is no failure."""
+        """Tell the other ranks that this one has finished, so that its end does not count as a failure."""
         if self._over.is_set() or self.end is not None or self._thread is None:
             return
         for peer in list(self._peers):
             self._send(peer, done=True)
         if self.rank == 0:
-            # The end of rank 0 closes the connections of ranks that still run, so they must be notified first.
+            # When rank 0 ends, it closes the connections of ranks that are still running, so they must know first.
             self._until(self._all_know)
         self._over.set()
 
     def reason(self, error: BaseException) -> End | None:
-        """Why an exception was raised in the main thread, if another rank caused it; None otherwise.
+        """The reason for an exception in the main thread if another rank caused it, else None.
 
         Args:
             error: The exception.
         """
-        if self._thread is None or not (_says(error, LOST) or _says(error, TIMED_OUT) or self.end):
+        if self._thread is None or not (_mentions(error, LOST) or _mentions(error, TIMED_OUT) or self.end):
             return None
         self._ended.wait(TELLING)
         return self.end
@@ -244,10 +244,10 @@ class RankWatch:
         """Wait for the ranks that this process started, then kill those that still run.
 
         Args:
-            failed: True if they end because of a failure; otherwise they may have work left.
+            failed: True if they end because of a failure; otherwise they may still have work to do.
 
         Returns:
-            What went wrong with one of them, or None.
+            The failure of one of these ranks, or None.
         """
         self._reaped = True
         until = time.monotonic() + (GRACE + TELLING if failed else self.limit or SILENCE)
@@ -258,7 +258,7 @@ class RankWatch:
             if child.poll() is None:
                 child.kill()
                 child.wait()
-                end = End(f"rank {rank} did not end with the others, and was killed")
+                end = End(f"rank {rank} did not exit with the others, and was killed")
             elif child.returncode and not failed:
                 end = End(f"rank {rank} {_exit(child.returncode)} after the others had finished")
         self._deadline = time.monotonic() + GRACE if failed else None  # exit handlers may wait for other ranks
@@ -266,7 +266,7 @@ class RankWatch:
         return end
 
     def _all_know(self) -> bool:
-        return all(peer.told or peer.rank in self._parted for peer in self._peers)
+        return all(peer.told or peer.rank in self._finished for peer in self._peers)
 
     def _until(self, condition: Callable[[], bool]) -> None:
         until = time.monotonic() + TELLING
@@ -290,14 +290,14 @@ class RankWatch:
             if end is None:
                 self._look()
             elif self._deadline is None:
-                # A rank with children ends last, since it kills those that do not end by themselves.
+                # A rank with children ends last, because it kills those that do not end by themselves.
                 # Before the ranks have connected, there is no work to end, so the grace period is short.
                 self._deadline = time.monotonic() + ((GRACE if self._met else 1) + (2 if self.children else 0))
             elif time.monotonic() > self._deadline and not _writing and (self._over.is_set() or not self._reaped):
                 self._leave(end)
 
     def _look(self) -> None:
-        """Check what needs no message: processes that ended, and ranks that are silent."""
+        """Send a heartbeat, and check for processes that ended and ranks that are silent."""
         now = time.monotonic()
         if now - self._looked > self.silence / 2:
             # This process itself was suspended, perhaps with all others (Ctrl-Z), so their messages are still unread.
@@ -309,18 +309,18 @@ class RankWatch:
             for peer in list(self._peers):
                 self._send(peer, beat=_place(self._main))
         for rank, child in self.children.items():
-            if child.poll() and rank not in self._parted:
+            if child.poll() and rank not in self._finished:
                 known = next((peer for peer in self._peers if peer.rank == rank), None)
                 name = known.name if known else f"rank {rank} (process {child.pid})"
                 self._died(rank, name, known.place if known else "")
                 return
-        if self._parent and os.getppid() != int(self._parent) and 0 not in self._parted:
+        if self._parent and os.getppid() != int(self._parent) and 0 not in self._finished:
             self._conclude(End(f"the process that started this rank (process {self._parent}) died. {KILLED}"))
             return
         for peer in self._peers:
-            if peer.rank not in self._parted and now - peer.seen > self.silence:
-                text = f"{peer.name} has given no sign of life for {self.silence:g} s: it was stopped, is in a "
-                text += "call that holds Python's interpreter, or its machine cannot be reached."
+            if peer.rank not in self._finished and now - peer.seen > self.silence:
+                text = f"{peer.name} has not responded for {self.silence:g} s: it was suspended, is in a call that "
+                text += "holds Python's interpreter lock, or its machine is unreachable."
                 text += f"{_last(peer.place)} {RESUME}"
                 self._conclude(End(text))
                 return
@@ -344,35 +344,35 @@ class RankWatch:
             peer.socket.close()
             if peer in self._peers:
                 self._peers.remove(peer)
-                if peer.rank not in self._parted and not (self.end or self._own or self._over.is_set()):
+                if peer.rank not in self._finished and not (self.end or self._own or self._over.is_set()):
                     self._died(peer.rank, peer.name, peer.place)
             return
-        token, said = self._token.encode(), peer.buffer + data
-        if peer.rank is None and not (said.startswith(token) or token.startswith(said)):
-            self._selector.unregister(peer.socket)  # a stranger that connected to this port
+        token, received = self._token.encode(), peer.buffer + data
+        if peer.rank is None and not (received.startswith(token) or token.startswith(received)):
+            self._selector.unregister(peer.socket)  # not a rank of this run
             peer.socket.close()
             return
-        *lines, peer.buffer = said.split(b"\n")
+        *lines, peer.buffer = received.split(b"\n")
         for line in lines:
             message = json.loads(line.removeprefix(token))
             if peer.rank is None:
                 peer.rank, peer.name = message["rank"], message["name"]
                 self._peers.append(peer)
             peer.seen = time.monotonic()
-            self._heed(peer, message)
+            self._handle(peer, message)
 
-    def _heed(self, peer: _Peer, message: Note) -> None:
+    def _handle(self, peer: _Peer, message: Note) -> None:
         peer.place = message.get("beat", peer.place)
         peer.told = peer.told or "told" in message
         if "done" in message or "end" in message:
-            self._parted.add(peer.rank)
+            self._finished.add(peer.rank)
             self._send(peer, told=True)
         if self.end or self._own or self._over.is_set():
             return
         if "end" in message:
             self._conclude(End(message["end"], message["code"]), besides=peer)
         elif "waited" in message:
-            self._conclude(End(self._in_vain(peer)))
+            self._conclude(End(self._timeout_message(peer)))
 
     def _died(self, rank: int | None, name: str, place: str) -> None:
         child = self.children.get(rank) if rank is not None else None
@@ -384,21 +384,25 @@ class RankWatch:
                 how = "closed its connection"
         self._conclude(End(f"{name} {how}.{_last(place)} {KILLED}"))
 
-    def _in_vain(self, waiting: _Peer | None) -> str:
-        """On rank 0, which knows where all ranks are: text about who waited for whom, and where."""
+    def _timeout_message(self, waiting: _Peer | None) -> str:
+        """Message about a rank that timed out, and where the others are; composed on rank 0, which knows all of them.
+
+        Args:
+            waiting: The rank that timed out; None for this one.
+        """
         who = waiting.name if waiting else _name(self.rank, self.world)
         others: list[str] = []
         for peer in self._peers:
             silent = time.monotonic() - peer.seen
             if silent > 3 * self.beat:
-                others.insert(0, f"{peer.name} has given no sign of life for {silent:.0f} s.{_last(peer.place)}")
+                others.insert(0, f"{peer.name} has not responded for {silent:.0f} s.{_last(peer.place)}")
             elif peer is not waiting:
                 others.append(f"{peer.name} is at {peer.place or 'an unknown place'}")
         if waiting:
             others.insert(0, f"{_name(self.rank, self.world)} is at {_place(self._main)}")
-        limit = f" for {self.limit:g} s (--rank_timeout, or the strategy's timeout)" if self.limit else ""
+        limit = f" after {self.limit:g} s (--rank_timeout, or the strategy's timeout)" if self.limit else ""
         more = f", and {len(others) - 8} more" if len(others) > 8 else ""
-        return f"{who} waited{limit} for the other ranks in vain: {'; '.join(others[:8])}{more}. {RESUME}"
+        return f"{who} timed out{limit} waiting for the other ranks: {'; '.join(others[:8])}{more}. {RESUME}"
 
     def _conclude(self, end: End, besides: _Peer | None = None) -> None:
         for peer in list(self._peers):
@@ -415,30 +419,30 @@ class RankWatch:
         with self._sending:
             try:
                 peer.socket.sendall(json.dumps(message).encode() + b"\n")
-            except OSError:  # the connection is lost, which the reading side detects
+            except OSError:  # the connection is lost; the reading side reports it
                 return
 
     def _leave(self, end: End) -> None:
         """End this process, because its main thread did not end by itself."""
         if not self._reaped:
             # In a thread, because writing to the console may block forever.
-            saying = threading.Thread(target=_say, args=[end], daemon=True)
-            saying.start()
-            saying.join(2)
+            logging_thread = threading.Thread(target=_log_end, args=[end], daemon=True)
+            logging_thread.start()
+            logging_thread.join(2)
         for child in self.children.values():
             if child.poll() is None:
                 child.kill()
         os._exit(end.code)
 
 
-def _say(end: End) -> None:
+def _log_end(end: End) -> None:
     logger = logging.getLogger("rlhf_lightning")
     logger.error("%s", "interrupted" if end.code == 130 else f"error: {end.text}")
     for handler in logger.handlers:
         handler.flush()
 
 
-def _says(error: BaseException, signs: tuple[str, ...]) -> bool:
+def _mentions(error: BaseException, signs: tuple[str, ...]) -> bool:
     return isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
 
 
@@ -463,7 +467,7 @@ def _described(error: BaseException) -> str:
 
 
 def _place(thread: int | None) -> str:
-    """Where a thread is: the innermost frame outside of libraries."""
+    """Code location of a thread: the innermost frame outside libraries."""
     frame: FrameType | None = sys._current_frames().get(thread or 0)
     innermost = frame
     while frame is not None and _is_library(frame.f_code.co_filename):
@@ -477,7 +481,7 @@ def _is_library(file: str) -> bool:
 
 
 def _listen(host: str) -> socket.socket:
-    """A server socket for the ranks of the run, local to this machine if all of them are on it."""
+    """A server socket for the ranks of the run; only for this machine if all ranks are on it."""
     if host in ("localhost", "127.0.0.1", "::1"):
         return socket.create_server((host, 0), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
     if socket.has_dualstack_ipv6():
@@ -526,16 +530,16 @@ def watch_ranks(trainer: "pl.Trainer", minutes: float | None) -> None:
     strategy: Any = trainer.strategy
     if minutes is not None:
         if not 0 < minutes <= YEAR:
-            raise ConfigError(f"rank_timeout is {minutes}; it must be above 0 minutes, and at most a year")
+            raise ConfigError(f"rank_timeout is {minutes} minutes; it must be above 0 and at most a year")
         own = getattr(strategy, "_timeout", None)
         if own not in (None, default_pg_timeout, timedelta(minutes=minutes)):
             raise ConfigError(
-                f"rank_timeout is {minutes:g} minutes, but trainer.strategy has timeout {own}: set only one of them"
+                f"rank_timeout is {minutes:g} minutes, but trainer.strategy has a timeout of {own}: set only one of them"
             )
         strategy._timeout = timedelta(minutes=minutes)
     launcher = strategy.launcher
     if type(launcher) not in (type(None), _SubprocessScriptLauncher):
-        return  # the ranks are forked by a process that waits for them
+        return  # a parent process forks the ranks and waits for them
     timeout = getattr(strategy, "_timeout", None)
     watch = RankWatch(timeout.total_seconds() if timeout else None)
     _current[:] = [watch]
@@ -560,30 +564,34 @@ def watch_ranks(trainer: "pl.Trainer", minutes: float | None) -> None:
 
 
 def _alone(error: RuntimeError, limit: float | None) -> UserError | None:
-    """The error to raise for torch's exception about a process group that could not be created; None for any other."""
+    """The error for torch's exception about a process group that could not be created; None for other exceptions."""
     text = str(error)
     within = f" within {limit:g} s (--rank_timeout, or the strategy's timeout)" if limit else ""
     if joined := re.search(r"(\d+)/(\d+) clients joined", text):
         return UserError(
-            f"only {joined[1]} of {joined[2]} ranks have joined{within}. Start all of them, with the same MASTER_ADDR "
-            "and MASTER_PORT; if the others ended, their output says why."
+            f"only {joined[1]} of {joined[2]} ranks joined{within}. Start all ranks with the same MASTER_ADDR and "
+            "MASTER_PORT. If a rank has already exited, see its output for the reason."
         )
     if place := re.search(r"trying to connect to \((.*?)\)", text):
-        return UserError(f"rank 0 does not answer at {place[1]}{within}. Start it, or see its output if it ended.")
+        return UserError(
+            f"rank 0 does not respond at {place[1]}{within}. Start it, or if it has exited, see its output for the "
+            "reason."
+        )
     if "connectFullMesh" in text:
         return UserError(
-            f"another rank ended, or cannot be reached, before the run began ({text.splitlines()[0][:200]})"
+            f"another rank exited or is unreachable before the run began ({text.splitlines()[0][:200]}). See its "
+            "output for the reason."
         )
     return None
 
 
 @contextmanager
 def ranks_end_together() -> Iterator[None]:
-    """Context of a command that names the rank that caused an exception, and leaves no started rank running.
+    """Context manager for a command: reports the rank that caused an exception, and leaves no child rank running.
 
     Raises:
-        UserError: If another rank failed, died, hung, or was waited for in vain, or if a rank that this process started
-            did not end properly.
+        UserError: If another rank failed, died, hung or timed out, or if a rank that this process started did not exit
+            properly.
         KeyboardInterrupt: If another rank was interrupted.
     """
     failed = True
@@ -605,7 +613,7 @@ def ranks_end_together() -> Iterator[None]:
 
 @contextmanager
 def undisturbed() -> Iterator[None]:
-    """Context of writing a file, in which the watching thread does not end this process."""
+    """Context manager for writing a file, in which the watching thread does not end this process."""
     _writing.append(None)
     try:
         yield

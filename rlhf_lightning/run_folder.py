@@ -1,4 +1,4 @@
-"""The folder that a run writes to: it has one writer at a time, and only results of runs in it are replaced."""
+"""Protection of a run's folder: one writer at a time, and only results of earlier runs are overwritten."""
 
 import os
 import sys
@@ -15,7 +15,8 @@ if sys.platform != "win32":
     import fcntl
 
 MARK = "run.lock"
-"""File that marks a folder as written by runs. A writing process locks it, and stores its process id in it."""
+"""File that marks a folder as a run's. The process that writes to the folder locks it and stores its process id in it.
+"""
 STAGE_RESULTS = (
     "model",
     "merged",
@@ -39,21 +40,21 @@ _held: dict[Path, int] = {}
 
 
 def is_first_process() -> bool:
-    """True if this is the first process of a run, according to the variables that its launcher sets."""
+    """True if this is the first process of a run, according to the environment variables that launchers set."""
     return not any(int(os.environ.get(name) or 0) for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID"))
 
 
 def claim(root: Path, results: Iterable[str], patience: float = 0.0) -> None:
-    """Lock a folder for writing, until `claims` or this process ends; a crash leaves no lock.
+    """Lock a folder for writing until the `claims` context or this process ends; a crash leaves no lock.
 
     Args:
-        root: The folder; it is created.
-        results: Names that a run writes there.
+        root: The folder; created if missing.
+        results: Names of the files and folders that a run writes there.
         patience: Seconds to wait for another writer to end.
 
     Raises:
-        ConfigError: If another process writes there, one of the results exists that no run has written, or something
-            else is in the place of a file.
+        ConfigError: If another process is writing there, a result exists that no run has written, or a path of a file
+            is not a regular file.
     """
     place = real_path(root)
     if place in _held:
@@ -63,7 +64,7 @@ def claim(root: Path, results: Iterable[str], patience: float = 0.0) -> None:
         unmarked = not (root / MARK).exists()
         if unmarked and (foreign := [name for name in results if os.path.lexists(root / name)]):
             raise ConfigError(
-                f"{root / foreign[0]} exists, was not written by rlhf, and would be replaced. Choose another "
+                f"{root / foreign[0]} exists, was not written by rlhf, and would be overwritten. Choose another "
                 "folder for the run, or move the file away."
             )
         for name in results:
@@ -100,7 +101,7 @@ def _locked(root: Path, patience: float) -> int:
 
 @contextmanager
 def claims() -> Iterator[None]:
-    """Context of a command, at whose end the folders that were claimed in it are released."""
+    """Context manager that releases the folders claimed inside it."""
     before = set(_held)
     try:
         yield
@@ -110,15 +111,15 @@ def claims() -> Iterator[None]:
 
 
 def refuse_inputs_in(root: Path, results: Iterable[str], settings: Nested) -> None:
-    """Check that no setting names a file or folder that the run itself would replace.
+    """Check that no setting names a file or folder that the run itself would overwrite.
 
     Args:
         root: Folder of the run.
-        results: Names that a run writes there.
+        results: Names of the files and folders that a run writes there.
         settings: Nested mappings and lists with paths.
 
     Raises:
-        ConfigError: If a setting does; the message names it and the path.
+        ConfigError: If a setting does; the message has its name and the path.
     """
     places = [real_path(root / name) for name in results]
     for key, text in _texts(settings, ""):
@@ -131,7 +132,7 @@ def refuse_inputs_in(root: Path, results: Iterable[str], settings: Nested) -> No
         found = real_path(path)
         if taken := next((place for place in places if found.is_relative_to(place)), None):
             raise ConfigError(
-                f"{key} {text}: it is in {taken}, where this run would write its own results. Choose another "
+                f"{key} is {text}, which is inside {taken}, where this run writes its results. Choose another "
                 "trainer.default_root_dir."
             )
 

@@ -10,7 +10,9 @@ from typing import Any, TypeVar
 T = TypeVar("T")
 
 _CLASSES: dict[str, type] = {}
-"""Classes that `rebuild` may make, by name: imported ones, of `Settings` or `plain`. A name in a file imports none.
+"""Classes that `rebuild` may instantiate, by name: subclasses of `Settings` and classes marked `plain`.
+
+Only classes that are already imported are listed; `rebuild` never imports a module because a file names it.
 """
 
 
@@ -19,15 +21,15 @@ class NotPlain(TypeError):
 
 
 class UnknownClass(LookupError):
-    """A description names a class that is not imported."""
+    """A description names a class that is unknown or not imported."""
 
 
 class Settings:
     """Base class of the objects that configure a module: losses, advantages, rewards, scorers, samplers, …
 
     It records the arguments of the outermost constructor, so that `describe` can express the object in plain values,
-    from which `rebuild` makes an equal object. Dataclasses are described by their fields. After the constructor it is
-    frozen, unless it has a state (`state_dict`).
+    from which `rebuild` creates an equal object. Dataclasses are described by their fields. After construction the
+    object is frozen, unless it has state (`state_dict`).
 
     Example:
         >>> class Clip(Settings):
@@ -46,8 +48,9 @@ class Settings:
     def __setattr__(self, name: str, value: Any) -> None:
         if "_complete" in self.__dict__ and not name.startswith("_"):
             raise AttributeError(
-                f"{type(self).__name__}.{name} cannot be set: settings do not change once they are made. Make another "
-                "object, or keep what changes in what the settings build (an attribute with a leading _ may cache)"
+                f"{type(self).__name__}.{name} cannot be set: settings are frozen after construction. Create a new "
+                "object with the other value, keep mutable state in the object that the settings build, or cache "
+                "values in an attribute with a leading underscore"
             )
         super().__setattr__(name, value)
 
@@ -57,21 +60,21 @@ class Settings:
 
     def _constructed(self, given: Mapping[str, Any]) -> None:
         """Called once, after the outermost constructor, with its arguments."""
-        if not hasattr(self, "state_dict"):  # what has a state, such as a loss with running statistics, changes
+        if not hasattr(self, "state_dict"):  # an object with state, such as running statistics, stays mutable
             object.__setattr__(self, "_complete", True)
 
 
 def plain(cls: type[T]) -> type[T]:
-    """Decorator of a dataclass that `describe` and `rebuild` know without a base class.
+    """Decorator that makes a dataclass known to `describe` and `rebuild` without the base class `Settings`.
 
-    jsonargparse takes a dataclass with such a base for a choice of subclasses, and wants a `class_path`.
+    With the base class, jsonargparse would ask for a `class_path`, to choose among subclasses.
     """
     _CLASSES[_name(cls)] = cls
     return cls
 
 
 def _name(cls: type) -> str:
-    """Name of a class in a description: its short name if it belongs to this package, else the dotted one."""
+    """Name of a class in a description: the short name for classes of this package, the dotted name for others."""
     own = cls.__module__.partition(".")[0] == __name__.partition(".")[0]
     return cls.__name__ if own else f"{cls.__module__}.{cls.__qualname__}"
 
@@ -98,7 +101,7 @@ def _recording(init: Callable[..., None]) -> Callable[..., None]:
 
 
 def describe(value: Any) -> Any:
-    """Express a value in plain terms: numbers, strings, lists, dicts, and `{class_path, init_args}` for settings.
+    """Express a value in plain values: numbers, strings, lists, dicts, and `{class_path, init_args}` for settings.
 
     Args:
         value: The value.
@@ -119,11 +122,11 @@ def describe(value: Any) -> Any:
         if is_dataclass(value):
             given = {field.name: getattr(value, field.name) for field in fields(value)}
         return {"class_path": _name(type(value)), "init_args": describe(given)}
-    raise NotPlain(f"a {type(value).__name__} cannot be stored as plain settings")
+    raise NotPlain(f"an object of type {type(value).__name__} cannot be stored as plain settings")
 
 
 def arguments(value: Settings) -> dict[str, Any]:
-    """All arguments of an object's constructor in plain terms, including those left at their defaults.
+    """All arguments of an object's constructor in plain values, including defaults.
 
     Args:
         value: The object.

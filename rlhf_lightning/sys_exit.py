@@ -1,4 +1,4 @@
-"""Stop signals, and the difference between a program that one ends and one that user code would end with `sys.exit`."""
+"""Stop signals, and how to tell them apart from user code that calls `sys.exit`."""
 
 import signal
 import sysconfig
@@ -15,17 +15,17 @@ if TYPE_CHECKING:
     from signal import _HANDLER
 
 _state = {"watched": False, "asked": False}
-"""`watched`: whether a command handles the signals that end it. `asked`: whether one was received."""
+"""`watched`: True while a command handles stop signals. `asked`: True once it received one."""
 _OURS = (str(Path(__file__).parent), *(sysconfig.get_path(name) for name in ("purelib", "platlib")))
 _STANDARD = (sysconfig.get_path("stdlib"), sysconfig.get_path("platstdlib"), "<frozen")
 
 
 class ProgramExit(Exception):
-    """User code would have ended the program. Callers of that code treat it like any other failure."""
+    """User code tried to exit the program. Callers handle it like any other failure of user code."""
 
 
 def stop_signals() -> list[int]:
-    """Signals by which a system ends a process: SIGTERM, and SIGHUP unless it is ignored (`nohup`)."""
+    """Signals with which the system ends a process: SIGTERM, and SIGHUP unless it is ignored (`nohup`)."""
     found = [int(signal.SIGTERM)]
     if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
         found.append(int(signal.SIGHUP))
@@ -36,9 +36,9 @@ def restore_handlers(before: "Mapping[int, _HANDLER]", ends: bool = False) -> No
     """Restore signal handlers.
 
     Args:
-        before: What `signal.signal` returned for each signal.
-        ends: The program ends by a signal: SIGTERM and SIGHUP are ignored from now on, because they would interrupt
-            the shutdown.
+        before: The handler that `signal.signal` returned for each signal.
+        ends: True if a signal is ending the program. SIGTERM and SIGHUP are then ignored from now on, because they
+            would interrupt the shutdown.
     """
     for number, handler in before.items():
         ignored = ends and number != signal.SIGINT
@@ -47,7 +47,7 @@ def restore_handlers(before: "Mapping[int, _HANDLER]", ends: bool = False) -> No
 
 @contextmanager
 def watched() -> Iterator[None]:
-    """Context of a command whose signal handlers call `note_signal`."""
+    """Context manager for a command whose signal handlers call `note_signal`."""
     _state.update(watched=True, asked=False)
     try:
         yield
@@ -56,18 +56,18 @@ def watched() -> Iterator[None]:
 
 
 def note_signal() -> None:
-    """Record that a signal was received that ends the program."""
+    """Record that a stop signal was received."""
     _state["asked"] = True
 
 
 def asked_to_end() -> bool:
-    """True if the current command received such a signal."""
+    """True if the current command received a stop signal."""
     return _state["asked"]
 
 
 @contextmanager
 def no_exit() -> Iterator[None]:
-    """Context of user code, in which `sys.exit` is an error, and so is a `KeyboardInterrupt` without a signal.
+    """Context manager for user code that turns `sys.exit`, and a `KeyboardInterrupt` without a signal, into an error.
 
     Raises:
         ProgramExit: With the traceback of the original exception.
@@ -88,17 +88,17 @@ def _is_sent() -> bool:
 
 
 def _is_standard(file: str) -> bool:
-    return file.startswith(_STANDARD) and not file.startswith(_OURS)  # site-packages is inside of stdlib
+    return file.startswith(_STANDARD) and not file.startswith(_OURS)  # site-packages is inside stdlib
 
 
 def raised_at(error: BaseException) -> traceback.FrameSummary | None:
-    """The innermost frame of an exception that is outside of the standard library, or None."""
+    """The innermost frame of an exception outside the standard library, or None."""
     frames = traceback.extract_tb(error.__traceback__)
     return next((frame for frame in reversed(frames) if not _is_standard(frame.filename)), None)
 
 
 def user_line(error: BaseException) -> str:
-    """` (FILE:LINE in FUNCTION)` of the user code that raised an exception; empty if it was not user code."""
+    """` (FILE:LINE in FUNCTION)` of the user code that raised an exception; empty if other code raised it."""
     last = raised_at(error)
     if last is None or last.filename.startswith(_OURS):
         return ""

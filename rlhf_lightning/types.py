@@ -1,4 +1,4 @@
-"""The records that pass between rooms: rows, messages, episodes, batches; and what a tokenizer must have.
+"""Records shared by all subpackages (rows, messages, episodes, batches), and the protocol for tokenizers.
 
 Shapes: B examples, N rows of tokens (for pairs, 2B), T tokens of the longest row, V tokens of the vocabulary.
 """
@@ -24,18 +24,18 @@ ToolCall: TypeAlias = dict[str, JSON]
 ToolSchema: TypeAlias = dict[str, JSON]
 """A tool as templates expect it, `{type: function, function: {name, description, parameters}}`."""
 TemplateMessage: TypeAlias = dict[str, Any]
-"""A message in the form that a chat template reads: its contents may be parts or objects."""
+"""A message as it is passed to a chat template; its content may be a list of parts or an object."""
 Counts: TypeAlias = dict[str, float]
-"""What examples add to the denominators of their optimizer step, by name: `tokens`, `sequences`, `pairs`, …"""
+"""Contributions of examples to the denominators of an optimizer step, by name: `tokens`, `sequences`, `pairs`, …"""
 StateDict: TypeAlias = dict[str, Any]
 """Plain values and tensors by name: a checkpoint, or the state of a callback in it, as Lightning types them."""
 STOP_REASONS = ("stop", "length", "tokens", "turns", "context", "failed")
 ReasoningKey = Literal["reasoning_content", "thinking", "reasoning"]
-"""Keys under which data sets keep the reasoning of a turn."""
+"""Keys under which datasets store the reasoning of a turn."""
 
 
 class Message(TypedDict, total=False):
-    """A message of a conversation. A data row's may have further keys, which the chat template may read.
+    """A message of a conversation. Messages of data rows may have further keys for the chat template.
 
     Example:
         >>> message: Message = {"role": "user", "content": "What is 2 + 2?"}
@@ -44,31 +44,31 @@ class Message(TypedDict, total=False):
     """
 
     role: Required[str]
-    """`system`, `developer`, `user`, `assistant`, `tool`, or another that the template knows."""
+    """`system`, `developer`, `user`, `assistant`, `tool`, or another role that the template supports."""
     content: Required[str | None]
     """The text; None in a turn that only calls tools."""
     tool_calls: list[ToolCall]
     tool_call_id: str
-    """In a result: id of the call that it answers."""
+    """In a tool result: the id of the call."""
     name: str
-    """In a result: name of the tool."""
+    """In a tool result: the name of the tool."""
     reasoning_content: str
     thinking: str
     reasoning: str
     """The model's reasoning, under one of the three keys (`ReasoningKey`)."""
     trainable: bool
-    """False if the message is not trained on; True if `train_on` is `trainable` and it is."""
+    """False to exclude the message from training. True to train on it with `train_on: trainable`."""
 
 
 # -- tokenizers --------------------------------------------------------------------------------------------------------
 
 
 TemplateSource: TypeAlias = str | dict[str, str] | None
-"""A chat template, or several by name."""
+"""A chat template, or several templates by name."""
 
 
 ModelSource: TypeAlias = "str | Path | nn.Module | None"
-"""A model's folder or Hub id, or the model."""
+"""A model's folder or Hub id, or the model itself."""
 
 
 class Encoding(TypedDict, total=False):
@@ -76,17 +76,17 @@ class Encoding(TypedDict, total=False):
 
     input_ids: Required[list[int]]
     offset_mapping: list[tuple[int, int]]
-    """First character of each token and the one after its last; only if asked for."""
+    """Start and end (exclusive) of each token in characters, if requested."""
 
 
 class AddedToken(Protocol):
-    """A token that was added to a tokenizer's vocabulary; `str` of it is its text."""
+    """A token that was added to a tokenizer's vocabulary; `str(token)` is its text."""
 
     special: bool
 
 
 class Tokenizer(Protocol):
-    """What the package asks of a tokenizer; those of transformers have it."""
+    """The interface that the package requires of a tokenizer; the tokenizers of transformers implement it."""
 
     name_or_path: str
     is_fast: bool
@@ -137,22 +137,25 @@ class Tokenizer(Protocol):
 
 
 class LoadedTokenizer(Tokenizer, Protocol):
-    """A tokenizer that `load_tokenizer` has returned."""
+    """A tokenizer returned by `load_tokenizer`."""
 
     was_ended: bool
-    """True if its template ended with the last turn, as a reward model's does (`ended_templates`)."""
+    """True if its template ends with the last turn, as the template of a reward model does (`ended_templates`)."""
 
 
 # -- batches ----------------------------------------------------------------------------------------------------------
 
 
 class StepBatch(TypedDict, total=False):
-    """What the package's loaders add to a batch. What is not marked as required may be missing in another loader's."""
+    """Keys that the package's dataloaders add to a batch.
+
+    A batch of another dataloader needs only the keys that are marked as required.
+    """
 
     denominators: Counts
-    """Counts of the whole optimizer step, over its micro-batches and ranks; by these losses are divided."""
+    """Counts over all micro-batches and ranks of the optimizer step; the losses are divided by them."""
     where: list[str]
-    """File and line of each example, as far as they are known; for error messages."""
+    """File and line of each example if known, for error messages."""
 
 
 class TokenBatch(TypedDict, total=False):
@@ -161,9 +164,9 @@ class TokenBatch(TypedDict, total=False):
     input_ids: Required[Tensor]
     """Token ids, int64 `[N, T]`."""
     loss_mask: Required[Tensor]
-    """1 on trained tokens, 0 elsewhere, float32 `[N, T]`. Token t is predicted from those before it."""
+    """1 on trained tokens, 0 elsewhere, float32 `[N, T]`. Token t is predicted from the tokens before it."""
     lengths: Tensor
-    """Tokens of each row without its padding, int64 `[N]`."""
+    """Number of tokens of each row without padding, int64 `[N]`."""
 
 
 class SFTBatch(TokenBatch, StepBatch, total=False):
@@ -179,22 +182,22 @@ class PreferenceTokens(TokenBatch, total=False):
     reference_logprobs: Tensor
     """Stored log-probabilities of the reference, in nats, float32 `[N, T]`; 0 outside responses."""
     shared_lengths: Tensor
-    """Response tokens of the shorter response of each row's pair, `[N]`."""
+    """Number of tokens of the shorter response of each row's pair, `[N]`."""
 
 
 class PreferenceBatch(PreferenceTokens, StepBatch, total=False):
     """A batch of preferences: pairs (N = 2B: all chosen rows, then all rejected ones), labels (N = B), or rankings."""
 
     weights: Tensor
-    """1 for each example, 0 for one that only fills a rank's place, float32 `[B]`."""
+    """1 for each example, 0 for a filler that keeps the ranks in step, float32 `[B]`."""
     margin: Tensor
-    """Pairs: by how much chosen is better, in the score's units, float32 `[B]`; 0 if not known."""
+    """Pairs: how much better the chosen response is, in units of the score, float32 `[B]`; 0 if unknown."""
     ties: Tensor
     """Pairs: 1 if neither response is better, float32 `[B]`."""
     labels: Tensor
     """Labels: 1 for a desirable response, 0 for an undesirable one, float32 `[B]`."""
     mismatched: PreferenceTokens
-    """Labels: each prompt with the response to another one, for losses that estimate the KL from these."""
+    """Labels: each prompt with the response to another prompt, for losses that estimate the KL from such rows."""
     ranking: Tensor
     """Rankings: index of each row's ranking within the batch, int64 `[N]`, ascending."""
     ranks: Tensor
@@ -202,11 +205,11 @@ class PreferenceBatch(PreferenceTokens, StepBatch, total=False):
     category: Tensor
     """Index of each example's category in `category_names`, -1 for none, int64 `[B]`."""
     category_names: list[str]
-    """Names of the categories of all data."""
+    """Names of all categories in the data."""
 
 
 class RolloutBatch(TokenBatch, StepBatch, total=False):
-    """A mini-batch of a round of policy RL; N rows, each a `TrainingSample`. Numbers are 0 where `loss_mask` is."""
+    """A mini-batch of a round of policy RL with N rows, each a `TrainingSample`. Values are 0 where `loss_mask` is 0."""
 
     sampling_logprobs: Tensor
     """The sampler's log-probabilities of the tokens, in nats at its temperature, float32 `[N, T]`."""
@@ -221,7 +224,7 @@ class RolloutBatch(TokenBatch, StepBatch, total=False):
     returns: Tensor
     """The critic's targets, in reward units, float32 `[N, T]`; 0 without a critic."""
     round: int
-    """Number of the round."""
+    """Index of the round."""
     first: bool
     """True if the policy has not been updated since it sampled these rows."""
     statistics: dict[str, float] | None
@@ -247,14 +250,14 @@ class Completion:
     ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     stop_reason: str = "length"
-    """`stop` (a stop token or text) or `length` (the budget was used up)."""
+    """`stop` (a stop token or stop text) or `length` (the token budget was used up)."""
 
 
 @dataclass
 class TrainingSample:
-    """One row of tokens of an episode. A conversation whose template re-renders earlier turns leaves several.
+    """One row of tokens of an episode. An episode has several if the chat template re-renders earlier turns.
 
-    All lists have the length of `ids`, or are empty if not computed; numbers are 0 where `loss_mask` is 0.
+    Each list is as long as `ids`, or empty if it was not computed. Values are 0 where `loss_mask` is 0.
 
     Attributes:
         ids: Token ids of prompt, responses and the environment's messages.
@@ -275,17 +278,17 @@ class TrainingSample:
     advantages: list[float] = field(default_factory=list)
     reference_logprobs: list[float] = field(default_factory=list)
     recomputed_logprobs: list[float] = field(default_factory=list)
-    """The trainer's log-probabilities before its first update of the round, in nats; empty if they are not needed."""
+    """The trainer's log-probabilities before the first update of the round, in nats; empty if not needed."""
     values: list[float] = field(default_factory=list)
     """The critic's estimates before each sampled token, in reward units."""
     returns: list[float] = field(default_factory=list)
     """The critic's targets, in reward units."""
     group: int = 0
-    """Group of its episode. Rows of a group are kept together, so that their common prompt is computed once."""
+    """Group of the episode. Rows of a group are kept adjacent, so that their common prompt is computed once."""
 
     @property
     def old_logprobs(self) -> list[float]:
-        """Log-probabilities of the policy at the start of the round, in nats: recomputed ones, else the sampler's."""
+        """Log-probabilities of the policy at the start of the round, in nats: recomputed, or else the sampler's."""
         return self.recomputed_logprobs or self.sampling_logprobs
 
     @property
@@ -294,7 +297,7 @@ class TrainingSample:
         return sum(self.loss_mask)
 
     def counts(self) -> Counts:
-        """What the row adds to the denominators of its optimizer step."""
+        """The row's contribution to the denominators of its optimizer step."""
         return {"tokens": float(self.actions), "sequences": float(self.actions > 0)}
 
 
@@ -331,10 +334,10 @@ class Episode:
         prompt: Messages that the policy saw first.
         row: The data row.
         tools: Schemas of the tools that the template shows.
-        environment_reward: Sum of the rewards that the environment gave.
-        terms: Score of each reward by name, unweighted; None where it does not apply.
+        environment_reward: Sum of the environment's rewards.
+        terms: Score of each reward term by name, unweighted; None where a term does not apply.
         reward: The total reward.
-        advantage: The episode's advantage, once it is computed.
+        advantage: The episode's advantage; None until it is computed.
         metrics: Metrics that the environment reported.
 
     Example:
@@ -347,7 +350,7 @@ class Episode:
     prompt: list[Message]
     row: Row
     group: int
-    """Index of the prompt in its data; episodes of one group answer the same prompt."""
+    """Index of the prompt in the data; the episodes of a group answer the same prompt."""
     sample: int = 0
     """Index of the response within its group."""
     tools: list[ToolSchema] | None = None
@@ -365,26 +368,26 @@ class Episode:
     - `failed`: its environment failed, and the episode was dropped.
     """
     stopped_by_text: bool = False
-    """True if one of the sampler's stop texts ended the last response, which then lacks the template's end of turn."""
+    """True if a stop text of the sampler ended the last response, which then lacks the template's end of turn."""
     environment_reward: float = 0.0
     terms: dict[str, float | None] = field(default_factory=dict)
     reward: float = 0.0
     advantage: float | None = None
     metrics: dict[str, float] = field(default_factory=dict)
     details: dict[str, float] = field(default_factory=dict)
-    """What rewards measured besides their scores, by name; logged as `reward_NAME`."""
+    """Additional measurements of the rewards, by name; logged as `reward_NAME`."""
     sampled_texts: list[str] | None = None
-    """The policy's messages exactly as it sampled them, with special tokens; None until a reward reads them."""
+    """The policy's messages exactly as sampled, with special tokens; None until a reward reads them."""
     where: str = ""
     """File and line of the prompt, if known."""
     masked: bool = False
-    """True if the episode is not trained on; its reward still counts in its group."""
+    """True if the episode is left out of the loss; its reward still counts in the baseline of its group."""
     error: str | None = None
-    """Why it failed; None if it did not."""
+    """The error that made the episode fail; None if it did not fail."""
 
     @property
     def failed(self) -> bool:
-        """True if its environment failed; it then has no rows and no reward, and is not counted."""
+        """True if its environment failed. The episode then has no training samples and no reward."""
         return self.error is not None
 
     @property
@@ -395,8 +398,8 @@ class Episode:
     @property
     def response(self) -> str:
         """The policy's last message."""
-        spoken = [message["content"] or "" for message in self.responses if message["role"] == "assistant"]
-        return spoken[-1] if spoken else ""
+        contents = [message["content"] or "" for message in self.responses if message["role"] == "assistant"]
+        return contents[-1] if contents else ""
 
     @property
     def truncated(self) -> bool:
@@ -409,16 +412,16 @@ class Episode:
         return sum(training_sample.actions for training_sample in self.training_samples)
 
     def sampled_turns(self) -> list[list[int]]:
-        """Tokens that the policy sampled in each of its turns, including what ended the turn."""
+        """Tokens that the policy sampled in each of its turns, including those that ended the turn."""
         turns: list[list[int]] = []
         for training_sample in self.training_samples:
-            before = 0
+            previous = 0
             for token, sampled in zip(training_sample.ids, training_sample.loss_mask, strict=True):
-                if sampled and not before:
+                if sampled and not previous:
                     turns.append([])
                 if sampled:
                     turns[-1].append(token)
-                before = sampled
+                previous = sampled
         return turns
 
     def answer(self) -> Answer:
@@ -448,6 +451,6 @@ class Episode:
         return record
 
     def counted(self) -> dict[str, float]:
-        """Indicators (0 or 1) of how it ended; their means over episodes are fractions."""
+        """Indicators (0 or 1) of how the episode ended; their means over episodes are fractions."""
         ended = {f"stop_{reason}": float(self.stop_reason == reason) for reason in STOP_REASONS if reason != "failed"}
         return {**ended, "failed_episodes": float(self.failed)}

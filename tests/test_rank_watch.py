@@ -196,7 +196,7 @@ def command(base: str, tmp_path: Path) -> Callable[..., list[str]]:
 
 
 @pytest.mark.parametrize("rank", [1, pytest.param(0, marks=pytest.mark.slow)])
-def test_a_killed_rank_ends_the_other(rank: int, command: Any, tmp_path: Path) -> None:
+def test_killed_rank_ends_the_other_rank(rank: int, command: Any, tmp_path: Path) -> None:
     args = command()
     before = at(MODULES["sft"], "training_step", 6, rank, die, tmp_path / "mark")
     ranks = in_two(args, tmp_path, before)
@@ -211,7 +211,7 @@ def test_a_killed_rank_ends_the_other(rank: int, command: Any, tmp_path: Path) -
     whole_files(tmp_path / "run")
 
 
-def test_the_launcher_says_by_what_its_rank_was_killed(command: Any, tmp_path: Path) -> None:
+def test_launcher_reports_the_signal_that_killed_a_rank(command: Any, tmp_path: Path) -> None:
     before = at(MODULES["sft"], "training_step", 6, 1, die, tmp_path / "mark")
     found = launch(command(), tmp_path, before)
     assert found.code == 2, found.text
@@ -237,7 +237,7 @@ PLACES = {
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
 @pytest.mark.parametrize("rank", [0, 1])
 @pytest.mark.parametrize("kind", list(PLACES))
-def test_the_same_command_goes_on_to_the_same_results(
+def test_same_command_resumes_to_the_same_results(
     kind: str, rank: int, strategy: str, command: Any, tmp_path: Path
 ) -> None:
     args = command(kind, strategy)
@@ -280,7 +280,7 @@ FAILS = {
 @pytest.mark.parametrize(
     "where", [name if name == "a reward" else pytest.param(name, marks=pytest.mark.slow) for name in FAILS]
 )
-def test_what_one_rank_fails_by_is_said_by_both(where: str, rank: int, command: Any, tmp_path: Path) -> None:
+def test_both_ranks_report_the_failure_of_one(where: str, rank: int, command: Any, tmp_path: Path) -> None:
     kind, owner, name, number = FAILS[where]
     ranks = in_two(command(kind), tmp_path, at(owner, name, number, rank, fail, tmp_path / "mark"))
     own, other = ranks[rank], ranks[1 - rank]
@@ -296,7 +296,7 @@ def test_what_one_rank_fails_by_is_said_by_both(where: str, rank: int, command: 
 
 
 @pytest.mark.slow
-def test_a_full_disk_of_rank_0_is_said_by_both(command: Any, tmp_path: Path) -> None:
+def test_both_ranks_report_a_full_disk_on_rank_0(command: Any, tmp_path: Path) -> None:
     def full() -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
@@ -310,7 +310,7 @@ def test_a_full_disk_of_rank_0_is_said_by_both(command: Any, tmp_path: Path) -> 
 
 
 @pytest.mark.slow
-def test_an_interrupted_rank_interrupts_the_other(command: Any, tmp_path: Path) -> None:
+def test_interrupted_rank_interrupts_the_other(command: Any, tmp_path: Path) -> None:
     def interrupt() -> None:
         raise KeyboardInterrupt
 
@@ -320,7 +320,7 @@ def test_an_interrupted_rank_interrupts_the_other(command: Any, tmp_path: Path) 
 
 
 @pytest.mark.slow
-def test_a_rank_that_is_busy_is_ended_after_its_grace(command: Any, tmp_path: Path) -> None:
+def test_busy_rank_is_ended_after_the_grace_period(command: Any, tmp_path: Path) -> None:
     (tmp_path / "one").mkdir()
     both = at(MODULES["sft"], "training_step", 6, 1, die, tmp_path / "mark")
 
@@ -338,7 +338,7 @@ def test_a_rank_that_is_busy_is_ended_after_its_grace(command: Any, tmp_path: Pa
 
 
 @pytest.mark.parametrize("rank", [1, pytest.param(0, marks=pytest.mark.slow)])
-def test_a_stopped_rank_ends_the_other_within_the_limit(rank: int, command: Any, tmp_path: Path) -> None:
+def test_suspended_rank_ends_the_other_within_the_limit(rank: int, command: Any, tmp_path: Path) -> None:
     def stop() -> None:
         (tmp_path / "stopped").write_text(str(os.getpid()))
         os.kill(os.getpid(), signal.SIGSTOP)
@@ -350,7 +350,7 @@ def test_a_stopped_rank_ends_the_other_within_the_limit(rank: int, command: Any,
     assert LIMIT - 1 < other.seconds < LIMIT + GRACE + SOON
     said = other.text[other.text.index("error: ") :]
     assert f"rank {rank} of 2 (" in said
-    assert "has given no sign of life for" in said
+    assert "has not responded for" in said
     assert "Traceback" not in other.text
     # Let go on, it finds that the other has ended.
     assert ranks[rank].code == 2
@@ -359,7 +359,7 @@ def test_a_stopped_rank_ends_the_other_within_the_limit(rank: int, command: Any,
 
 
 @pytest.mark.slow
-def test_ranks_that_were_stopped_together_go_on(command: Any, tmp_path: Path) -> None:
+def test_ranks_suspended_together_continue(command: Any, tmp_path: Path) -> None:
     def stop() -> None:
         os.system(f"(sleep 5; kill -CONT {os.getpid()}) &")
         os.kill(os.getpid(), signal.SIGSTOP)
@@ -374,7 +374,7 @@ def test_ranks_that_were_stopped_together_go_on(command: Any, tmp_path: Path) ->
     assert [found.code for found in ranks] == [0, 0], ranks
 
 
-def test_a_stranger_at_the_port_is_sent_away() -> None:
+def test_connection_without_the_token_is_closed() -> None:
     watch = rank_watch.RankWatch(None)
     watch._token = "secret"
     watch._server = rank_watch._listen("127.0.0.1")
@@ -393,7 +393,7 @@ def test_a_stranger_at_the_port_is_sent_away() -> None:
 
 
 @pytest.mark.slow
-def test_the_launcher_ends_a_stopped_rank(command: Any, tmp_path: Path) -> None:
+def test_launcher_ends_a_suspended_rank(command: Any, tmp_path: Path) -> None:
     def stop() -> None:
         (tmp_path / "pid").write_text(str(os.getpid()))
         os.kill(os.getpid(), signal.SIGSTOP)
@@ -401,7 +401,7 @@ def test_the_launcher_ends_a_stopped_rank(command: Any, tmp_path: Path) -> None:
     found = launch(command(limit=LIMIT), tmp_path, at(MODULES["sft"], "training_step", 6, 1, stop, tmp_path / "mark"))
     assert found.code == 2
     assert found.seconds < LIMIT + 2 * GRACE + SOON
-    assert "has given no sign of life for" in found.text
+    assert "has not responded for" in found.text
     with pytest.raises(ProcessLookupError):
         os.kill(int((tmp_path / "pid").read_text()), 0)
     assert launch(command(), tmp_path).code == 0
@@ -410,14 +410,14 @@ def test_the_launcher_ends_a_stopped_rank(command: Any, tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
 @pytest.mark.parametrize("rank", [0, 1])
-def test_a_reward_that_hangs_on_one_rank_ends_both(rank: int, strategy: str, command: Any, tmp_path: Path) -> None:
+def test_hanging_reward_on_one_rank_ends_both(rank: int, strategy: str, command: Any, tmp_path: Path) -> None:
     before = at(KeywordReward, "score", 2, rank, hang, tmp_path / "mark")
     ranks = in_two(command("policy", strategy, LIMIT), tmp_path, before)
     for found in ranks:
         assert found.code == 2
         assert found.seconds < LIMIT + GRACE + SOON
         assert f"error: rank {1 - rank} of 2" in found.text
-        assert f"waited for {LIMIT:g} s (--rank_timeout" in found.text
+        assert f"timed out after {LIMIT:g} s (--rank_timeout" in found.text
         assert f"rank {rank} of 2 ({socket.gethostname()}" in found.text
         assert "test_rank_watch.py:" in found.text
         assert "in hang" in found.text
@@ -426,18 +426,18 @@ def test_a_reward_that_hangs_on_one_rank_ends_both(rank: int, strategy: str, com
 
 @pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 1])
-def test_a_rank_that_never_comes_is_waited_for_within_the_limit(rank: int, command: Any, tmp_path: Path) -> None:
+def test_missing_rank_is_reported_after_the_limit(rank: int, command: Any, tmp_path: Path) -> None:
     before = at(DDPStrategy, "setup_environment", 1, rank, hang, tmp_path / "mark")
     other = in_two(command(limit=LIMIT), tmp_path, before, limit=LIMIT + 2 * SOON)[1 - rank]
     assert other.code == 2, other.text
-    assert ("only 1 of 2 ranks have joined" if rank else "rank 0 does not answer at 127.0.0.1, ") in other.text
+    assert ("only 1 of 2 ranks joined" if rank else "rank 0 does not respond at 127.0.0.1, ") in other.text
     assert f"within {LIMIT:g} s (--rank_timeout" in other.text
     assert "Traceback" not in other.text
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("act", [die, fail])
-def test_a_rank_that_ends_before_all_have_met_is_told(act: Act, command: Any, tmp_path: Path) -> None:
+def test_rank_that_ends_before_all_have_joined_is_reported(act: Act, command: Any, tmp_path: Path) -> None:
     # The second call: it is forked of a process that has come as far.
     found = launch(command(), tmp_path, at(StageCLI, "instantiate_trainer", 2, 1, act, tmp_path / "mark"))
     assert found.code == 2, found.text
@@ -447,7 +447,7 @@ def test_a_rank_that_ends_before_all_have_met_is_told(act: Act, command: Any, tm
 
 
 @pytest.mark.slow
-def test_a_rank_whose_starter_dies_before_all_have_met_ends(command: Any, tmp_path: Path) -> None:
+def test_rank_ends_if_its_parent_dies_before_all_have_joined(command: Any, tmp_path: Path) -> None:
     def late() -> None:
         (tmp_path / "pid").write_text(str(os.getpid()))
         time.sleep(2)
@@ -467,14 +467,14 @@ def test_a_rank_whose_starter_dies_before_all_have_met_ends(command: Any, tmp_pa
 
 
 @pytest.mark.parametrize("minutes", [0, -1, math.nan, math.inf, 1e300])
-def test_a_limit_that_is_no_time_is_refused(minutes: float) -> None:
-    with pytest.raises(ConfigError, match=r"rank_timeout is .*; it must be above 0"):
+def test_invalid_rank_timeout_is_rejected(minutes: float) -> None:
+    with pytest.raises(ConfigError, match=r"rank_timeout is .* minutes; it must be above 0"):
         rank_watch.watch_ranks(SimpleNamespace(strategy=DDPStrategy()), minutes)
 
 
-def test_two_limits_are_refused() -> None:
+def test_conflicting_timeouts_are_rejected() -> None:
     strategy = DDPStrategy(timeout=timedelta(minutes=3))
-    with pytest.raises(ConfigError, match=r"rank_timeout is 2 minutes, but trainer.strategy has timeout 0:03:00"):
+    with pytest.raises(ConfigError, match=r"rank_timeout is 2 minutes, but trainer.strategy has a timeout of 0:03:00"):
         rank_watch.watch_ranks(SimpleNamespace(strategy=strategy), 2)
 
 
@@ -506,7 +506,9 @@ OTHERS: dict[str, tuple[Any, str]] = {
 @pytest.mark.parametrize(
     "other", ["none", "another order", *(pytest.param(x, marks=pytest.mark.slow) for x in ("fewer", "bad"))]
 )
-def test_other_data_on_one_rank_is_refused_before_training(other: str, rank: int, command: Any, tmp_path: Path) -> None:
+def test_different_data_on_one_rank_is_rejected_before_training(
+    other: str, rank: int, command: Any, tmp_path: Path
+) -> None:
     rows, words = OTHERS[other]
     before = rank_file(tmp_path, {rank: rows, 1 - rank: chats(8)})
     ranks = in_two([*command(), "--data.train", "rows.jsonl"], tmp_path, before)
@@ -524,7 +526,7 @@ def test_other_data_on_one_rank_is_refused_before_training(other: str, rank: int
 
 
 @pytest.mark.slow
-def test_loaders_of_other_lengths_are_refused(base: str, tmp_path: Path) -> None:
+def test_dataloaders_of_different_lengths_are_rejected(base: str, tmp_path: Path) -> None:
     def run() -> None:
         data = SFTDataModule(chats(8), batch_size=2, show_example=False)
         data.train_dataloader = lambda: DataLoader(range(4 + this_rank()), batch_size=1)  # type: ignore[method-assign]

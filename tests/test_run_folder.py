@@ -35,7 +35,7 @@ def tree(folder: Path) -> dict[str, bytes]:
 
 @pytest.mark.parametrize("further", [[], ["--fresh"]])
 @pytest.mark.parametrize("name", ["model", "config.yaml", "checkpoints", "metrics.csv", "samples.jsonl"])
-def test_what_the_user_has_is_not_replaced(
+def test_files_of_the_user_are_not_overwritten(
     name: str, further: list[str], base: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     project = tmp_path / "project"
@@ -64,7 +64,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory, session_tokenizer: Any) -
 
 @pytest.mark.parametrize("further", [[], ["--fresh"]])
 @pytest.mark.parametrize("key", ["model.model", "data.train", "data.validation", "model.tokenizer"])
-def test_a_start_inside_the_results_is_refused(
+def test_start_model_inside_the_results_is_rejected(
     key: str, further: list[str], finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     base, project = str(finished / "base"), finished / "run"
@@ -76,7 +76,7 @@ def test_a_start_inside_the_results_is_refused(
     assert tree(project) == before
 
 
-def test_results_of_a_run_are_replaced_when_asked(base: str, tmp_path: Path) -> None:
+def test_results_of_a_run_are_replaced_on_request(base: str, tmp_path: Path) -> None:
     args = fit(base, tmp_path, "--trainer.default_root_dir", str(tmp_path / "run"))
     complete(args, tmp_path / "1.txt")
     first = (tmp_path / "run" / "model" / "model.safetensors").stat().st_mtime_ns
@@ -85,7 +85,7 @@ def test_results_of_a_run_are_replaced_when_asked(base: str, tmp_path: Path) -> 
     assert (tmp_path / "run" / "model" / "model.safetensors").stat().st_mtime_ns > first
 
 
-def test_a_pipeline_file_is_not_replaced_by_its_own_run(
+def test_pipeline_file_is_not_overwritten_by_its_own_run(
     base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -113,7 +113,7 @@ def holding(root: Path) -> int:
     return pid
 
 
-def test_a_second_writer_is_refused_and_a_killed_one_leaves_no_lock(tmp_path: Path) -> None:
+def test_second_writer_is_rejected_and_a_killed_writer_leaves_no_lock(tmp_path: Path) -> None:
     root = tmp_path / "run"
     pid = holding(root)
     with pytest.raises(ConfigError, match=f"process {pid} is writing to it"):
@@ -129,7 +129,7 @@ def test_a_second_writer_is_refused_and_a_killed_one_leaves_no_lock(tmp_path: Pa
     os.waitpid(other, 0)
 
 
-def test_the_second_of_two_runs_says_whose_the_folder_is(base: str, tmp_path: Path) -> None:
+def test_second_run_names_the_process_that_uses_the_folder(base: str, tmp_path: Path) -> None:
     root = tmp_path / "run"
     pid = holding(root)
     text = complete(fit(base, tmp_path, "--trainer.default_root_dir", str(root)), tmp_path / "out.txt", code=2)
@@ -139,7 +139,7 @@ def test_the_second_of_two_runs_says_whose_the_folder_is(base: str, tmp_path: Pa
     os.waitpid(pid, 0)
 
 
-def test_a_stage_ends_when_its_pipeline_is_killed(base: str, tmp_path: Path) -> None:
+def test_stage_ends_when_its_pipeline_is_killed(base: str, tmp_path: Path) -> None:
     """With kill -9 the parent sends nothing: the stage sees a pipe close and stops, and the same command resumes."""
     settings = stage_config("sft", base, tmp_path)
     settings["trainer"] |= {"max_steps": 200_000, "max_epochs": -1, "enable_progress_bar": False}
@@ -170,7 +170,7 @@ def alive(pid: int) -> bool:
 # -- paths ------------------------------------------------------------------------------------------------------------
 
 
-def test_paths_are_found_in_any_setting(tmp_path: Path) -> None:
+def test_paths_are_found_in_nested_settings(tmp_path: Path) -> None:
     root = tmp_path / "run"
     (root / "model").mkdir(parents=True)
     (tmp_path / "link").symlink_to(root / "model")
@@ -181,7 +181,7 @@ def test_paths_are_found_in_any_setting(tmp_path: Path) -> None:
             refuse_inputs_in(root, STAGE_RESULTS, {"rewards": [{"init_args": {"model": bad}}]})
 
 
-def test_the_mark_names_the_writer(base: str, tmp_path: Path) -> None:
+def test_lock_file_names_the_writer(base: str, tmp_path: Path) -> None:
     entry_args = fit(base, tmp_path, "--trainer.default_root_dir", str(tmp_path / "run"), "--trainer.fast_dev_run", "1")
     with pytest.raises(SystemExit) as stop:
         entry.main(entry_args)
@@ -204,7 +204,7 @@ def interrupted(base: str, folder: Path) -> tuple[list[str], Path, Path]:
     return args, root, Path(settings["data"]["train"])
 
 
-def test_a_run_is_not_gone_on_with_on_other_rows(base: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_run_is_not_resumed_with_different_rows(base: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     args, root, data = interrupted(base, tmp_path)
     lines = data.read_text().splitlines(keepends=True)
     for text in ("".join(reversed(lines)), "".join(lines[1:]), "".join(lines).replace("Count 3", "Count 33")):
@@ -218,7 +218,7 @@ def test_a_run_is_not_gone_on_with_on_other_rows(base: str, tmp_path: Path, caps
     assert "is already finished" in complete(args, tmp_path / "fourth.txt")
 
 
-def test_a_large_file_is_read_once(base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_large_file_is_read_once(base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data = tmp_path / "rows.jsonl"
     write_rows(data, chats(3))
     check_data_record(tmp_path, {"train": str(data), "validation": [str(data)], "test": None})
@@ -226,7 +226,7 @@ def test_a_large_file_is_read_once(base: str, tmp_path: Path, monkeypatch: pytes
     check_data_record(tmp_path, {"train": str(data), "validation": [str(data)]})
 
 
-def test_what_is_on_the_hub_is_said_not_to_be_checked(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_warns_that_hub_files_are_not_checked(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     for _ in range(2):
         check_data_record(tmp_path, {"train": "owner/name:split"})
     assert caplog.text.count("data.train owner/name:split is not a local file") == 1

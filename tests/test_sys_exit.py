@@ -73,7 +73,7 @@ def project(base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Itera
 
 
 @pytest.mark.parametrize("leave", WAYS)
-def test_a_reward(project: Any, leave: str) -> None:
+def test_exit_in_a_reward(project: Any, leave: str) -> None:
     message = project(leave, model={"rewards": [REWARD]})
     assert "the reward reward failed with ProgramExit: " in message
     assert "leaving.py:8 in leave" in message
@@ -82,7 +82,7 @@ def test_a_reward(project: Any, leave: str) -> None:
 
 @pytest.mark.parametrize("limit", [None, 5.0])
 @pytest.mark.parametrize("where", ["reset", "step", "task"])
-def test_an_environment(project: Any, where: str, limit: float | None) -> None:
+def test_exit_in_an_environment(project: Any, where: str, limit: float | None) -> None:
     settings = {"environment": "leaving.Env", "environment_args": {"where": where}, "limits": {"step_timeout": limit}}
     message = project(WAYS[0], model=settings)
     assert "the environment failed: ProgramExit: sys.exit(3)" in message
@@ -90,19 +90,21 @@ def test_an_environment(project: Any, where: str, limit: float | None) -> None:
 
 
 @pytest.mark.parametrize("leave", WAYS)
-def test_a_callback(project: Any, leave: str) -> None:
+def test_exit_in_a_callback(project: Any, leave: str) -> None:
     message = project(leave, "sft", trainer={"callbacks": [{"class_path": "leaving.Callback"}]})
     assert "leaving.py:8 in leave) would have ended the program" in message
 
 
-def test_what_is_made_or_imported(project: Any) -> None:
+def test_exit_in_a_constructor_or_an_import(project: Any) -> None:
     message = project(WAYS[0], "sft", model={"optimizer": {"class_path": "leaving.Optimizer"}})
     assert "leaving.py:8 in leave" in message
     message = project("pass", at_import="sys.exit(4)", model={"rewards": [REWARD]})
     assert "sys.exit(4)" in message
 
 
-def test_a_judge_of_a_command(base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, project: Any) -> None:
+def test_exit_in_the_judge_of_a_command(
+    base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, project: Any
+) -> None:
     Path("leaving.py").write_text(CODE.format(leave=WAYS[0], at_import=""))
     rows = write_rows(tmp_path / "prompts.jsonl", prompts(2))
     result = rlhf("evaluate", base, rows, "--gold", "leaving.reward", "--max_tokens", "4")

@@ -1,8 +1,8 @@
 """Losses, advantages and estimators as pure tensor functions, with the classes that hold their options.
 
-The losses are here by name (`rlhf_lightning.objectives.ClippedSurrogate`); the estimators are in the modules.
+Losses can be imported from here (`rlhf_lightning.objectives.ClippedSurrogate`), estimators from the submodules.
 
-This package imports nothing else from the project, so every function can be used on its own.
+Of the rest of the project, this package imports only `settings`, so every function can be used on its own.
 """
 
 from rlhf_lightning.objectives import policy, preference

@@ -1,17 +1,17 @@
-"""Reduce per-token losses to a total and the denominator that it is divided by."""
+"""Reduction of per-token losses to a total and its denominator."""
 
 from torch import Tensor
 
 DENOMINATORS = {"token_sum": None, "token_mean": "tokens", "sequence_mean": "sequences", "constant": "sequences"}
-"""For each mode, which count of a whole optimizer step divides the total; `constant` also divides by `length`."""
+"""The count of a whole optimizer step that each mode divides by; `constant` also divides by `length`."""
 MODES = tuple(DENOMINATORS)
 
 
 def aggregate(per_token: Tensor, loss_mask: Tensor, mode: str, length: int | None = None) -> tuple[Tensor, Tensor]:
     """Sum a per-token loss and return its denominator; the loss is `total / denominator`.
 
-    The two are returned separately so that a caller who accumulates micro-batches, or trains on several ranks, can
-    add up totals and denominators before dividing.
+    Both are returned, so that a caller can add up the totals and denominators of several micro-batches or ranks before
+    dividing.
 
     Args:
         per_token: Loss of each token, float `[B, T]`.
@@ -51,7 +51,7 @@ def aggregate(per_token: Tensor, loss_mask: Tensor, mode: str, length: int | Non
     if mode == "constant":
         if not length:
             raise ValueError(
-                "aggregate(mode='constant') needs length=, the number of tokens that each sequence is divided by"
+                "aggregate(mode='constant') requires length, the number of tokens to divide each sequence by"
             )
         return masked.sum(), sequences * length
     raise ValueError(f"unknown aggregation {mode!r}; it must be one of {', '.join(MODES)}")

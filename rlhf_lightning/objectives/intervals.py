@@ -12,7 +12,7 @@ def wilson(rate: float, count: int) -> tuple[float, float]:
 
     Args:
         rate: Observed rate, in [0, 1].
-        count: Number of independent rows behind it.
+        count: Number of independent rows that the rate was measured on.
 
     Returns:
         `(lower, upper)`; `(0, 1)` if `count` is 0.

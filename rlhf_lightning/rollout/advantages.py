@@ -1,8 +1,8 @@
-"""Advantages: baselines over `objectives.advantage`, and the function that gives each sampled token its advantage.
+"""Advantages of episodes and tokens, as settings over the functions of `objectives.advantage`.
 
-`Advantage.__call__` subtracts a baseline: one number per episode. `Advantage.token_advantages` spreads it over the
-sampled tokens, together with the penalties of single tokens. `compute_token_advantages` calls both and writes the
-result into the training samples.
+`Advantage.__call__` subtracts a baseline from the reward, which gives one number per episode.
+`Advantage.token_advantages` distributes it over the sampled tokens, together with per-token penalties.
+`compute_token_advantages` calls both and writes the result into the training samples.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -21,10 +21,10 @@ from rlhf_lightning.types import Episode, TrainingSample
 
 
 class Advantage(Settings):
-    """Base class of advantages. As it is, an episode's reward is the advantage of each of its tokens.
+    """Base class of advantages. Used directly, the advantage of each token is the reward of its episode.
 
-    A subclass overrides `__call__` to subtract a baseline, or `token_advantages` to spread it over tokens in another
-    way.
+    A subclass overrides `__call__` to subtract a baseline, or `token_advantages` to change how advantages are
+    distributed over tokens.
 
     Example:
         >>> class BatchCentered(Advantage):
@@ -35,13 +35,13 @@ class Advantage(Settings):
     """
 
     needs_group = False
-    """True if a group of one episode has no advantage."""
+    """True if the baseline compares the episodes of a group, so that a group of one episode has no advantage."""
     needs_values = False
-    """True if a critic is needed."""
+    """True if a critic is required."""
     centers_penalty = True
-    """True if the mean KL penalty may be subtracted. False where another part (a critic, whitening) is the baseline."""
+    """True if the mean KL penalty may be subtracted; False if a critic or whitening already acts as its baseline."""
     whiten = False
-    """True if the advantages of a round's tokens are scaled to mean 0 and variance 1, over all ranks."""
+    """True to scale the advantages of a round's tokens to mean 0 and variance 1, over all ranks."""
 
     def __call__(self, rewards: Tensor, group_ids: Tensor) -> Tensor:
         """Subtract a baseline from the rewards.
@@ -62,17 +62,16 @@ class Advantage(Settings):
 
         Args:
             scores: Advantage of each episode, as `__call__` returns it, `[N]`.
-            penalties: Rewards of single tokens, `[N, T]`.
+            penalties: Rewards of individual tokens, `[N, T]`.
             values: The critic's values, `[N, T]`; zeros without a critic.
             loss_mask: 1 at sampled tokens, 0 elsewhere, `[N, T]`.
-            discount: Discount of the penalties of later tokens.
+            discount: Discount factor for the penalties of later tokens.
 
         Returns:
             Advantages and returns, `[N, T]` each, 0 where the mask is 0. Returns are all 0 without a critic.
         """
-        return scores[:, None] * loss_mask + discounted_future_sum(penalties, loss_mask, discount), torch.zeros_like(
-            loss_mask
-        )
+        advantages = scores[:, None] * loss_mask + discounted_future_sum(penalties, loss_mask, discount)
+        return advantages, torch.zeros_like(loss_mask)
 
 
 class GroupCentered(Advantage):
@@ -146,13 +145,13 @@ class GlobalWhitened(Advantage):
 class GAE(Advantage):
     """Generalized advantage estimation with a critic (arXiv 1506.02438), as in PPO.
 
-    The episode's reward is given at its last sampled token, each KL penalty at its own token. The value after the end
-    is 0.
+    The reward of an episode is given at its last sampled token, each KL penalty at its own token. The value after the
+    last token is 0.
 
     Args:
-        gamma: Discount of rewards; 1 for answers of a few hundred tokens.
-        lam: Weight of later value estimates; at 1 the critic is only a baseline.
-        whiten: Scale the advantages to mean 0 and variance 1 over the tokens of a round.
+        gamma: Discount factor of rewards; 1 is usual for responses of a few hundred tokens.
+        lam: λ, the weight of longer-horizon estimates; at 1 the critic only serves as a baseline.
+        whiten: True to scale the advantages to mean 0 and variance 1 over the tokens of a round.
 
     Raises:
         ConfigError: If `gamma` or `lam` is not in [0, 1].
@@ -173,10 +172,11 @@ class GAE(Advantage):
     def token_advantages(
         self, scores: Tensor, penalties: Tensor, values: Tensor, loss_mask: Tensor, discount: float
     ) -> tuple[Tensor, Tensor]:
-        """See `Advantage.token_advantages`. Discounts by `gamma`, not by `discount`."""
-        places = torch.arange(1, loss_mask.shape[1] + 1)
-        last = (loss_mask * places).argmax(-1, keepdim=True)
-        return gae(penalties.scatter_add(1, last, scores[:, None]), values, loss_mask, self.gamma, self.lam)
+        """See `Advantage.token_advantages`. Uses `gamma` instead of `discount`."""
+        positions = torch.arange(1, loss_mask.shape[1] + 1)
+        last = (loss_mask * positions).argmax(-1, keepdim=True)
+        rewards = penalties.scatter_add(1, last, scores[:, None])
+        return gae(rewards, values, loss_mask, self.gamma, self.lam)
 
 
 def compute_token_advantages(
@@ -184,73 +184,83 @@ def compute_token_advantages(
 ) -> None:
     """Write `advantages`, and with a critic `returns`, into the training samples. All ranks must call this together.
 
-    All training samples of an episode form one sequence of actions, so a token may earn a reward that comes in a later
-    sample. A KL penalty in the reward is added after the group's baseline and before whitening.
+    All training samples of an episode form one sequence of actions, so a penalty in a later sample also counts for the
+    tokens of earlier ones. A KL penalty in the reward is added after the group's baseline and before whitening.
 
     Args:
-        episodes: Episodes of a round, on this rank. Those that already have an `advantage` keep it.
-        advantage: The baseline, and how it is spread over tokens.
-        kl: With `place: reward`, this penalty is added to the rewards of single tokens.
+        episodes: Episodes of a round, on this rank. Episodes that already have an `advantage` keep it.
+        advantage: Computes the advantages.
+        kl: The KL penalty; with `place: reward` it is added to the rewards of individual tokens.
         sequence_level: True if the objective treats a response as one action. All its tokens then share one advantage:
             that of the episode plus the penalties of all its tokens.
     """
+    _compute_episode_advantages(episodes, advantage)
+    scores = torch.tensor([episode.advantage for episode in episodes], dtype=torch.float64)
+    loss_mask = _concatenate(episodes, lambda sample: sample.loss_mask)
+    values = torch.zeros_like(loss_mask)
+    if advantage.needs_values:
+        values = _concatenate(episodes, lambda sample: sample.values)
+
+    penalty = kl if kl is not None and kl.place == "reward" else None
+    token_penalties, discount = torch.zeros_like(loss_mask), 1.0
+    if penalty is not None:
+        old = _concatenate(episodes, lambda sample: sample.old_logprobs)
+        reference = _concatenate(episodes, lambda sample: sample.reference_logprobs)
+        token_penalties, discount = penalty.penalties(old, reference, loss_mask), penalty.discount
+    episode_penalties = torch.zeros_like(scores)
+    if sequence_level:
+        episode_penalties, token_penalties = token_penalties.sum(-1), torch.zeros_like(loss_mask)
+
+    advantages, returns = advantage.token_advantages(
+        scores + episode_penalties, token_penalties, values, loss_mask, discount
+    )
+    if penalty is not None and penalty.centered and advantage.centers_penalty:
+        # The mean over the round's tokens is a valid baseline, because it depends on no single action. Centering before
+        # the return would reward longer responses; center after it.
+        from_penalties, _ = advantage.token_advantages(episode_penalties, token_penalties, values, loss_mask, discount)
+        advantages = advantages - _mean_and_variance(from_penalties, loss_mask)[0] * loss_mask
+    if advantage.whiten:
+        mean, variance = _mean_and_variance(advantages, loss_mask)
+        # If all advantages are equal, the centered ones are rounding errors, which must not be scaled up.
+        scale = (variance + 1e-8) ** -0.5 if variance > (1e-10 * mean) ** 2 else 0.0
+        advantages = (advantages - mean) * scale * loss_mask
+
+    for sample, row in _split(episodes, advantages):
+        sample.advantages = row
+    if advantage.needs_values:
+        for sample, row in _split(episodes, returns):
+            sample.returns = row
+
+
+def _compute_episode_advantages(episodes: Sequence[Episode], advantage: Advantage) -> None:
+    """Write `Episode.advantage` where it is None."""
     unscored = [episode for episode in episodes if episode.advantage is None]
     if unscored:
         rewards = torch.tensor([episode.reward for episode in unscored], dtype=torch.float64)
         groups = torch.tensor([episode.group for episode in unscored])
         for episode, value in zip(unscored, advantage(rewards, groups).tolist(), strict=True):
             episode.advantage = value
-    loss_mask = _joined(episodes, lambda sample: sample.loss_mask)
-    scores = torch.tensor([episode.advantage for episode in episodes], dtype=torch.float64)
-    in_reward = kl is not None and kl.place == "reward"
-    penalties, discount = torch.zeros_like(loss_mask), 1.0
-    if kl is not None and in_reward:
-        old = _joined(episodes, lambda sample: sample.old_logprobs)
-        reference = _joined(episodes, lambda sample: sample.reference_logprobs)
-        penalties, discount = kl.penalties(old, reference, loss_mask), kl.discount
-    extra = torch.zeros_like(scores)
-    if sequence_level:
-        extra, penalties = penalties.sum(-1), torch.zeros_like(loss_mask)
-    values = torch.zeros_like(loss_mask)
-    if advantage.needs_values:
-        values = _joined(episodes, lambda sample: sample.values)
-    advantages, returns = advantage.token_advantages(scores + extra, penalties, values, loss_mask, discount)
-    if kl is not None and in_reward and kl.centered and advantage.centers_penalty:
-        # The mean over the round's tokens is a baseline: it depends on no action. Centering before the return would
-        # reward longer responses, so it is done after it.
-        added, _ = advantage.token_advantages(extra, penalties, values, loss_mask, discount)
-        advantages = advantages - _moments(added, loss_mask)[0] * loss_mask
-    if advantage.whiten:
-        mean, variance = _moments(advantages, loss_mask)
-        # If all advantages are equal, the centered ones are rounding error, which must not be scaled up.
-        scale = (variance + 1e-8) ** -0.5 if variance > (1e-10 * mean) ** 2 else 0.0
-        advantages = (advantages - mean) * scale * loss_mask
-    for sample, numbers in _separated(episodes, advantages):
-        sample.advantages = numbers
-    if advantage.needs_values:
-        for sample, numbers in _separated(episodes, returns):
-            sample.returns = numbers
 
 
-def _joined(episodes: Sequence[Episode], column: Callable[[TrainingSample], Sequence[float]]) -> Tensor:
-    """A column of each episode's training samples, concatenated, `[N, T]`; 0 where a sample lacks the column."""
+def _concatenate(episodes: Sequence[Episode], column: Callable[[TrainingSample], Sequence[float]]) -> Tensor:
+    """Concatenate a column of each episode's training samples, `[N, T]`; 0 where a sample lacks the column."""
     rows = [
-        [number for sample in episode.training_samples for number in column(sample) or [0.0] * len(sample.ids)]
+        [value for sample in episode.training_samples for value in column(sample) or [0.0] * len(sample.ids)]
         for episode in episodes
     ]
     return pad_right(rows or [[0.0]], 0.0, torch.float64)[: len(rows)]
 
 
-def _separated(episodes: Sequence[Episode], table: Tensor) -> Iterator[tuple[TrainingSample, list[float]]]:
-    """The inverse of `_joined`: each training sample with its part of a table `[N, T]`."""
-    for episode, numbers in zip(episodes, table.tolist(), strict=True):
+def _split(episodes: Sequence[Episode], table: Tensor) -> Iterator[tuple[TrainingSample, list[float]]]:
+    """The inverse of `_concatenate`: each training sample with its part of a table `[N, T]`."""
+    for episode, row in zip(episodes, table.tolist(), strict=True):
         start = 0
         for sample in episode.training_samples:
-            yield sample, numbers[start : start + len(sample.ids)]
+            yield sample, row[start : start + len(sample.ids)]
             start += len(sample.ids)
 
 
-def _moments(x: Tensor, loss_mask: Tensor) -> tuple[float, float]:
+def _mean_and_variance(x: Tensor, loss_mask: Tensor) -> tuple[float, float]:
     """Mean and variance (divided by n, not n - 1) over the sampled tokens of all ranks."""
     count = sum(gather(float(loss_mask.sum()))) or 1.0
     mean = sum(gather(float((x * loss_mask).sum()))) / count

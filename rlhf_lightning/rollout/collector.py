@@ -25,16 +25,16 @@ from rlhf_lightning.sampling.sampler import ModelSampler
 from rlhf_lightning.types import Answer, Episode, TrainingSample
 
 SampleScorer = Callable[[Tensor, Tensor], Tensor]
-"""Computes a number per token, `[B, T]`, from `input_ids` and `loss_mask`, both `[B, T]`."""
+"""Computes one value per token, `[B, T]`, from `input_ids` and `loss_mask`, both `[B, T]`."""
 CHUNK = 256
 """Number of training samples that are scored at once."""
 
 
 @dataclass(frozen=True)
 class SampleScorers:
-    """Numbers to compute for the training samples of a round, with the weights at its start.
+    """Functions that score the training samples of a round with the weights at its start.
 
-    Each scorer fills the column of `TrainingSample` with its name. With None, the column stays empty.
+    Each fills the field of `TrainingSample` that has its name. With None, the field stays empty.
 
     Attributes:
         reference_logprobs: Log-probabilities under the reference, in nats.
@@ -53,26 +53,26 @@ class SampleScorers:
 class RolloutCollector:
     """Collects rounds: samples and rewards episodes, and turns them into training samples with advantages.
 
-    It also holds the state that changes from round to round and that a checkpoint must keep: the KL coefficient, a
-    moving reference, and the weights that a stale policy samples with.
+    It also holds the state that changes between rounds and is saved in checkpoints: the KL coefficient, the weights of
+    a moving reference, and the weights that a stale policy samples with.
 
     Args:
         sampler: Generates responses.
         renderer: Turns messages into tokens.
-        terms: Terms of the reward, weighted and added.
+        terms: Terms of the reward, to be weighted and added.
         advantage: Turns rewards into advantages.
         seed: Seed of all sampled tokens.
-        kl: The KL penalty, whose coefficient may adapt between rounds.
-        reference: The model that the KL penalty compares with; refreshed between rounds if `kl.refresh_every` is set.
-        scorers: Numbers to compute for the training samples.
-        environment: Makes the environment of an episode; see `PolicyRLModule`.
+        kl: The KL penalty; its coefficient may adapt between rounds.
+        reference: The reference of the KL penalty; refreshed between rounds if `kl.refresh_every` is set.
+        scorers: Functions that score the training samples.
+        environment: Creates the environment of an episode; see `PolicyRLModule`.
         limits: Limits of an episode.
         truncated_reward: Replaces the reward of a truncated response.
-        mask_truncated: Leave truncated responses out of the loss.
-        resample_groups: Number of times that groups with equal rewards are sampled again.
+        mask_truncated: True to leave truncated responses out of the loss.
+        resample_groups: Maximum number of times that a group with equal rewards is sampled again.
         sequence_level: True if the objective treats a response as one action; see `PolicyObjective`.
-        snapshot: Weights of the previous round to sample with, if the policy samples one round late.
-        context: Context in which models run, the same as in training.
+        snapshot: Weights of the previous round, if rounds are sampled with them.
+        context: Context manager in which models run, the same as in training.
 
     Example:
         >>> collector = RolloutCollector(sampler, renderer, terms, GroupCentered(), seed=0)  # doctest: +SKIP
@@ -107,7 +107,7 @@ class RolloutCollector:
         self.resampled = 0
         """Number of times that a group of the last round was sampled again."""
         self.started = 0
-        """Number of rounds started. The round numbers, which are part of seeds, may skip some."""
+        """Number of rounds started. Round indices, which are part of seeds, may skip numbers."""
         self.episodes: list[Episode] = []
         """Episodes of the last round, on this rank."""
 
@@ -142,13 +142,13 @@ class RolloutCollector:
         """
         self._begin_round()
         with torch.no_grad(), self.context():
-            self.episodes = [one.episode(group[0].index) for group in groups for one in group]
+            self.episodes = [recorded.episode(group[0].index) for group in groups for recorded in group]
             samples = self.training_samples(self.episodes)
         return samples, self._statistics(samples)
 
     @torch.no_grad()
     def _begin_round(self) -> None:
-        """Adapt the KL coefficient to the last round, and refresh a moving reference."""
+        """Adapt the KL coefficient to the last round, and refresh a moving reference when due."""
         if self.kl is not None and self.reference is not None:
             self.kl.adapt()
             every = self.kl.penalty.refresh_every
@@ -170,8 +170,8 @@ class RolloutCollector:
     def _sample(self, prompts: Sequence[Prompt], number: int, group_size: int) -> list[Episode]:
         """Sample and reward the episodes of a round, in the order of the prompts.
 
-        A group whose rewards are all equal has no gradient. It is sampled again, at most `resample_groups` times
-        (dynamic sampling of DAPO, arXiv 2503.14476 sec. 3.2, but with the same prompts).
+        A group with equal rewards contributes no gradient. It is sampled again, at most `resample_groups` times (as in
+        the dynamic sampling of DAPO, arXiv 2503.14476 sec. 3.2, but with the same prompts).
         """
         with self.snapshot.stale() if self.snapshot else nullcontext():
             self.sampler.sync(number)
@@ -179,14 +179,14 @@ class RolloutCollector:
             self.resampled = 0
             for attempt in range(1, self.resample_groups + 1):
                 zero_variance = zero_variance_groups(episodes)
-                # Every rank takes part in every attempt, because rewards may gather statistics over ranks.
+                # All ranks take part in every attempt, because rewards may gather statistics over ranks.
                 if not any(gather(bool(zero_variance))):
                     break
                 self.resampled += len(zero_variance)
                 again = [prompt for prompt in prompts if prompt.index in zero_variance]
-                # Running statistics count a round once; otherwise they would be biased toward groups sampled again.
-                fresh = iter(self.rollout(again, group_size, (number, attempt), running="use"))
-                episodes = [next(fresh) if episode.group in zero_variance else episode for episode in episodes]
+                # Running statistics count each group once; otherwise groups sampled again would bias them.
+                replacements = iter(self.rollout(again, group_size, (number, attempt), running="use"))
+                episodes = [next(replacements) if episode.group in zero_variance else episode for episode in episodes]
             return episodes
 
     def rollout(
@@ -202,13 +202,13 @@ class RolloutCollector:
         Args:
             prompts: Prompts of this rank.
             group_size: Episodes per prompt.
-            seed: Numbers that distinguish these rollouts from others of the run.
+            seed: Integers that distinguish these rollouts from others of the run.
             temperature: Replaces the sampler's temperature.
-            running: What rewards with running statistics do; see `total_rewards`. With `update`, all ranks must call
-                this together, with or without prompts.
+            running: What rewards do with their running statistics; see `total_rewards`. With `update`, all ranks must
+                call this together, even without prompts.
 
         Returns:
-            The episodes, `len(prompts) * group_size` of them.
+            `len(prompts) * group_size` episodes.
         """
         tasks = [(prompt, sample) for prompt in prompts for sample in range(group_size)]
         episodes = EpisodeRunner(
@@ -222,47 +222,47 @@ class RolloutCollector:
     def training_samples(self, episodes: Sequence[Episode]) -> list[TrainingSample]:
         """Score episodes, compute advantages, and return the samples to train on. All ranks must call this together."""
         self.score(episodes, self.scorers)
-        played = [episode for episode in episodes if not episode.failed]
-        compute_token_advantages(
-            played, self.advantage, None if self.kl is None else self.kl.penalty, self.sequence_level
-        )
+        completed = [episode for episode in episodes if not episode.failed]
+        penalty = None if self.kl is None else self.kl.penalty
+        compute_token_advantages(completed, self.advantage, penalty, self.sequence_level)
         for episode in episodes:
             for sample in episode.training_samples:
                 sample.group = episode.group
-        return _sampled([episode for episode in episodes if not episode.masked])
+        return _with_actions([episode for episode in episodes if not episode.masked])
 
     def score(self, episodes: Sequence[Episode], scorers: SampleScorers) -> None:
-        """Fill the columns that the scorers compute. All ranks must call this together.
+        """Fill the fields of the training samples that the scorers compute. All ranks must call this together.
 
         Args:
             episodes: Episodes of this rank.
-            scorers: The scorers; a column without one is not changed.
+            scorers: The scorers; a field without a scorer is not changed.
         """
-        samples = _sampled(episodes)
+        samples = _with_actions(episodes)
         if scorers.reference_logprobs is not None:
-            for sample, numbers in self._scored(samples, scorers.reference_logprobs):
-                sample.reference_logprobs = numbers
+            for sample, values in self._scored(samples, scorers.reference_logprobs):
+                sample.reference_logprobs = values
         if scorers.recomputed_logprobs is not None:
-            for sample, numbers in self._scored(samples, scorers.recomputed_logprobs):
-                sample.recomputed_logprobs = numbers
+            for sample, values in self._scored(samples, scorers.recomputed_logprobs):
+                sample.recomputed_logprobs = values
         if scorers.values is not None:
-            for sample, numbers in self._scored(samples, scorers.values):
-                sample.values = numbers
+            for sample, values in self._scored(samples, scorers.values):
+                sample.values = values
 
     def _scored(
         self, samples: Sequence[TrainingSample], scorer: SampleScorer
     ) -> Iterator[tuple[TrainingSample, list[float]]]:
+        """Each sample, in order, with the scorer's value of each token."""
         device = next(self.sampler.model.parameters()).device
         ids, masks = [sample.ids for sample in samples], [sample.loss_mask for sample in samples]
-        for rows, tokens in padded_batches(ids, masks, CHUNK, device, range(len(samples)), even=True):
-            numbers = scorer(tokens["input_ids"], tokens["loss_mask"]).float().tolist()
-            for i, row in zip(rows, numbers, strict=bool(rows)):
+        for indices, tokens in padded_batches(ids, masks, CHUNK, device, range(len(samples)), even=True):
+            values = scorer(tokens["input_ids"], tokens["loss_mask"]).float().tolist()
+            for i, row in zip(indices, values, strict=bool(indices)):
                 yield samples[i], row[: len(ids[i])]
 
     # -- between rounds -------------------------------------------------------------------------------------------
 
     def observe(self, statistics: Mapping[str, float]) -> None:
-        """Pass the statistics of a round, over all ranks, to an adaptive KL coefficient."""
+        """Pass the statistics of a round, over all ranks, to the controller of the KL coefficient."""
         if self.kl is not None and "kl" in statistics:
             self.kl.observe(statistics["kl"], round(statistics["episodes"]))
 
@@ -270,19 +270,19 @@ class RolloutCollector:
     def counters(self) -> "RoundCounters":
         """State that a round changes before its first update: the number of rounds started and the KL controller.
 
-        It is small enough to save when a round is left early. The reference is not part of it: it is refreshed again on
-        resume.
+        It is small enough to save when a round is left early. The reference is not included, because it is refreshed
+        again on resume.
         """
         return {"started": self.started, "kl": self.kl.state_dict() if self.kl else None}
 
     @counters.setter
-    def counters(self, found: "RoundCounters") -> None:
-        self.started = found["started"]
-        if self.kl is not None and found["kl"] is not None:
-            self.kl.load_state_dict(found["kl"])
+    def counters(self, counters: "RoundCounters") -> None:
+        self.started = counters["started"]
+        if self.kl is not None and counters["kl"] is not None:
+            self.kl.load_state_dict(counters["kl"])
 
     def state_dict(self) -> "CollectorState":
-        """State of the KL controller, of a moving reference, and of the weights to sample with."""
+        """State of the KL controller, a moving reference, and the weights to sample with."""
         moves = self.kl is not None and self.kl.penalty.refresh_every is not None
         return {
             **self.counters,
@@ -300,7 +300,7 @@ class RolloutCollector:
 
 
 class RoundCounters(TypedDict):
-    """What a round changes before its first update."""
+    """State that a round changes before its first update."""
 
     started: int
     """Number of rounds started."""
@@ -308,15 +308,15 @@ class RoundCounters(TypedDict):
 
 
 class CollectorState(RoundCounters):
-    """What a checkpoint keeps of a collector."""
+    """State of a `RolloutCollector` in a checkpoint."""
 
     reference: dict[str, Tensor] | None
     """Weights of a moving reference."""
     snapshot: dict[str, Tensor] | None
-    """Weights of the previous round, with which the next one is sampled."""
+    """Weights of the previous round, which the next round is sampled with."""
 
 
-def _sampled(episodes: Sequence[Episode]) -> list[TrainingSample]:
+def _with_actions(episodes: Sequence[Episode]) -> list[TrainingSample]:
     """Training samples with at least one sampled token."""
     return [sample for episode in episodes for sample in episode.training_samples if sample.actions]
 
@@ -331,7 +331,7 @@ def answers(sampler: ModelSampler, renderer: Renderer, prompts: Sequence[Prompt]
         seed: Seed of the sampled tokens.
 
     Returns:
-        A dict per prompt with `index`, `prompt`, `response`, `stop_reason` and `response_tokens`.
+        One `Answer` per prompt.
     """
     episodes = EpisodeRunner(sampler, renderer, (seed, 0)).run([(prompt, 0) for prompt in prompts])
     return [episode.answer() for episode in episodes]

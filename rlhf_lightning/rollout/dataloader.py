@@ -27,11 +27,11 @@ class LoaderState(TypedDict):
 
 
 class RolloutDataLoader(Generic[T]):
-    """Yields mini-batches of rounds of episodes. It has a length, so that no batch is prefetched, and a state.
+    """Yields mini-batches of rounds of episodes. It has a length, so that Lightning prefetches nothing, and a state.
 
-    An epoch is one pass over the prompts. For each round, the loader calls `collect(prompts, round)` for training
-    samples, then yields `update_epochs × minibatches` mini-batches of them, shuffled anew in each pass. The number of
-    mini-batches does not depend on the number of samples: a mini-batch without samples is one row of weight 0.
+    An epoch is one pass over the prompts. In each round, the loader calls `collect(prompts, round)` to get training
+    samples, and yields `update_epochs × minibatches` mini-batches of them, shuffled again in each update epoch. The
+    number of mini-batches does not depend on the number of samples: one without samples contains a row of weight 0.
 
     A batch is a dict with `[B, T]` tensors (`input_ids`, `loss_mask`, `old_logprobs`, `advantages`, and with a
     reference `reference_logprobs`), the `denominators` of its optimizer step, `first` (True if the policy has not been
@@ -39,14 +39,14 @@ class RolloutDataLoader(Generic[T]):
 
     Args:
         items: Prompts or recorded groups of all ranks.
-        collect: Makes the training samples of this rank's part of a round, and its statistics.
+        collect: Returns the training samples of this rank's items in a round, and the statistics of the round.
         items_per_round: See `PromptDataModule`.
         update_epochs: See `PromptDataModule`.
         minibatches: See `PromptDataModule`.
         pad_id: Token id of padding.
-        seed: Seed of the order of prompts and rows.
+        seed: Seed for shuffling prompts and rows.
         shard_spec: Returns the current rank, epoch, and number of accumulated batches.
-        shuffle: True if every epoch has a new order of the prompts.
+        shuffle: True to shuffle the prompts in each epoch.
         where: File and line of each prompt by its index, for error messages.
 
     Raises:
@@ -81,7 +81,7 @@ class RolloutDataLoader(Generic[T]):
         self.position = self._start = 0
         """Number of batches already yielded in this epoch; 0 at its end."""
         self.leaving: tuple[Callable[[], bool], Callable[[], None]] | None = None
-        """Two callbacks if a round may be left early: one says whether to leave, the other runs when it is left."""
+        """Set if a round may be left early: a function that returns True to leave, and one to call when leaving."""
         self._rows: list[TrainingSample] = []
         self._restored: list[TrainingSample] | None = None
 
@@ -108,26 +108,26 @@ class RolloutDataLoader(Generic[T]):
         if self.minibatches % shard_spec.accumulate:
             raise ConfigError(
                 f"data.minibatches ({self.minibatches}) must be a multiple of trainer.accumulate_grad_batches "
-                f"({shard_spec.accumulate}): an optimizer step must not span two rounds"
+                f"({shard_spec.accumulate}), because an optimizer step must not span two rounds"
             )
-        # Only a loaded state sets the start. A pass that was left early (by a limit on batches) is not continued.
+        # Only a loaded state sets the start. An epoch that was cut short (limit_train_batches) is not continued.
         start, self._start = self._start, 0
         self.position = start
         generator = torch.Generator().manual_seed(mix_seeds(self.seed, shard_spec.epoch))
         shuffled = torch.randperm(len(self.items), generator=generator).tolist()
         order = shuffled if self.shuffle else list(range(len(self.items)))
         for number in range(start // self.per_round, self.rounds):
-            mine = order[number * self.items_per_round : (number + 1) * self.items_per_round]
+            indices = order[number * self.items_per_round : (number + 1) * self.items_per_round]
             done = max(0, start - number * self.per_round)
-            yield from self._round([self.items[i] for i in mine], number, done, shard_spec)
+            yield from self._round([self.items[i] for i in indices], number, done, shard_spec)
 
     def _round(self, items: list[T], number: int, done: int, shard_spec: ShardSpec) -> Iterator[RolloutBatch]:
         """The mini-batches of a round.
 
         Args:
             items: Prompts or recorded groups of all ranks.
-            number: Number of the round in its epoch.
-            done: Number of its mini-batches that were yielded before a checkpoint.
+            number: Index of the round in its epoch.
+            done: Number of its mini-batches that were yielded before the checkpoint.
             shard_spec: See `__init__`.
         """
         round_seed = shard_spec.epoch * self.rounds + number
@@ -137,16 +137,16 @@ class RolloutDataLoader(Generic[T]):
         else:
             with self._leavable():
                 self._rows, sums = self.collect(items[shard_spec.rank :: shard_spec.world], round_seed)
-                # Merged at this collective point, because a rank may have no episodes, or other metrics.
+                # Merged here, on all ranks, because a rank may have no episodes or different metrics.
                 statistics = means(gather(sums))
         self._restored = None
         minibatches = self._minibatches(round_seed)
-        counts = self._counts(minibatches, shard_spec)
+        denominators = self._denominators(minibatches, shard_spec)
+        batches_per_epoch = min(len(self), shard_spec.limit or len(self))
         for k in range(done, self.per_round):
-            taken = min(len(self), shard_spec.limit or len(self))
-            self.position = (number * self.per_round + k + 1) % taken
+            self.position = (number * self.per_round + k + 1) % batches_per_epoch
             batch = self._collate(minibatches[k])
-            batch["denominators"] = counts[k // shard_spec.accumulate]
+            batch["denominators"] = denominators[k // shard_spec.accumulate]
             batch["round"] = round_seed
             batch["where"] = [self.where.get(row.group, f"prompt {row.group}") for row in minibatches[k]]
             batch["first"] = k < shard_spec.accumulate
@@ -156,30 +156,31 @@ class RolloutDataLoader(Generic[T]):
 
     @contextmanager
     def _leavable(self) -> Iterator[None]:
+        """Context manager for collecting a round, which may be left early at its safe points."""
         if self.leaving is None:
             yield
             return
-        asked, left = self.leaving
+        should_leave, on_leave = self.leaving
         try:
-            with safe_points(lambda: leave_if(asked())):
+            with safe_points(lambda: leave_if(should_leave())):
                 yield
         except RoundLeft:
-            left()
+            on_leave()
             raise
 
     def _minibatches(self, round_seed: int) -> list[list[TrainingSample]]:
-        """The rows of each mini-batch; every pass shuffles the groups and the rows within each group."""
+        """The rows of each mini-batch; each update epoch shuffles the groups, and the rows within each group."""
         minibatches = []
         for epoch in range(self.update_epochs):
             generator = torch.Generator().manual_seed(mix_seeds(self.seed, round_seed, epoch, 1))
             rows = [self._rows[i] for i in torch.randperm(len(self._rows), generator=generator).tolist()]
-            place: dict[int, int] = {}
+            group_order: dict[int, int] = {}
             for row in rows:
-                place.setdefault(row.group, len(place))
-            minibatches += split_evenly(sorted(rows, key=lambda row: place[row.group]), self.minibatches)
+                group_order.setdefault(row.group, len(group_order))
+            minibatches += split_evenly(sorted(rows, key=lambda row: group_order[row.group]), self.minibatches)
         return minibatches
 
-    def _counts(self, minibatches: list[list[TrainingSample]], shard_spec: ShardSpec) -> list[Counts]:
+    def _denominators(self, minibatches: list[list[TrainingSample]], shard_spec: ShardSpec) -> list[Counts]:
         """Denominators of each optimizer step, over all ranks."""
         names = ("tokens", "sequences")
         steps = [minibatches[k : k + shard_spec.accumulate] for k in range(0, len(minibatches), shard_spec.accumulate)]
@@ -189,13 +190,13 @@ class RolloutDataLoader(Generic[T]):
         return [dict(zip(names, row, strict=True)) for row in total.tolist()]
 
     def _collate(self, rows: list[TrainingSample]) -> RolloutBatch:
-        # A rank without rows computes a row of weight 0, so that it takes part in the collective operations.
+        # A rank without rows computes one row of weight 0, so that it takes part in collective operations.
         rows = rows or [TrainingSample([self.pad_id, self.pad_id], [0, 0], [0.0, 0.0])]
         tokens = pad_tokens([row.ids for row in rows], [row.loss_mask for row in rows], self.pad_id)
 
-        def column(numbers: Callable[[TrainingSample], list[float]]) -> Tensor:
+        def column(values: Callable[[TrainingSample], list[float]]) -> Tensor:
             """A column of the rows, `[B, T]`; 0 where it was not computed."""
-            return pad_right([numbers(row) or [0.0] * len(row.ids) for row in rows], 0.0, torch.float32)
+            return pad_right([values(row) or [0.0] * len(row.ids) for row in rows], 0.0, torch.float32)
 
         return {
             "input_ids": tokens["input_ids"],
@@ -219,16 +220,16 @@ class RolloutDataLoader(Generic[T]):
         """Restore a `state_dict`.
 
         Raises:
-            ConfigError: If the checkpoint was written within a round by another number of ranks.
+            ConfigError: If the checkpoint was written within a round by a different number of ranks.
         """
         self.position = self._start = state["position"]
         shard_spec = self.shard_spec()
         inside = not self.at_round
         if inside and len(state["rows"]) != shard_spec.world:
             raise ConfigError(
-                f"the checkpoint was written by {len(state['rows'])} ranks within a round and contains "
-                f"their episodes; this run has {shard_spec.world}. Resume it with the same number of devices, or from "
-                "a checkpoint at the end of a round (--ckpt_path), which exists if --checkpoint_every is a multiple of "
-                "its steps."
+                f"the checkpoint was written within a round and contains the episodes of {len(state['rows'])} ranks, "
+                f"but this run has {shard_spec.world}. Resume with the same number of devices, or from a checkpoint at "
+                "the end of a round (--ckpt_path), which exists if --checkpoint_every is a multiple of the optimizer "
+                "steps per round."
             )
         self._restored = [TrainingSample(**row) for row in state["rows"][shard_spec.rank]] if inside else None

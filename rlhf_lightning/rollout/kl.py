@@ -19,29 +19,29 @@ LOSS_ESTIMATORS = ("weighted_k3", "k2", "k3")
 class KLPenalty(Settings):
     """Penalty on the KL divergence from the reference policy.
 
-    In the reward it is k1 per token, which enters the advantage of that token and of every earlier one. In the loss it
-    is `weighted_k3` (ratio · k3, the default) or `k2`, whose gradient is that of KL(policy ‖ reference), or GRPO's
-    `k3`, which has the gradient of KL(reference ‖ policy). k1 in the loss is refused, because its expected on-policy
-    gradient is zero. The estimators are those of Schulman's "Approximating KL Divergence" (2020).
+    In the reward, the penalty is k1 per token, which enters the advantage of that token and of all earlier ones. In
+    the loss, it is `weighted_k3` (ratio · k3, the default) or `k2`, which have the gradient of KL(policy ‖ reference),
+    or GRPO's `k3`, which has the gradient of KL(reference ‖ policy). k1 in the loss is rejected, because its expected
+    on-policy gradient is zero. Source: J. Schulman, "Approximating KL Divergence" (2020).
 
     Args:
         coefficient: Weight beta, in reward units per nat; at 0 the KL is only measured.
         place: `reward` or `loss`.
         estimator: Estimator in the loss: `weighted_k3`, `k2` or `k3`.
-        discount: Discount of later tokens' penalties in the reward; 1 gives the gradient of the sequence's KL, 0 is
-            Tinker's choice. With GAE, its gamma is used instead.
-        centered: Subtract the mean penalty of a round's tokens, as Tinker does. Not used with a critic or whitening,
-            which are baselines themselves.
-        target: KL in nats per response that the coefficient adapts to (Ziegler et al., arXiv 1909.08593); by default
-            the coefficient is fixed.
+        discount: Discount factor for the penalties of later tokens, in the reward: 1 gives the gradient of the
+            sequence's KL, 0 is Tinker's choice. With GAE, its gamma is used instead.
+        centered: True to subtract the mean penalty of a round's tokens, as Tinker does. Ignored with a critic or
+            whitening, which already act as a baseline.
+        target: KL in nats per response that the coefficient adapts to (Ziegler et al., arXiv 1909.08593); None for a
+            fixed coefficient.
         horizon: Number of responses over which an adaptive coefficient may change by a factor of about e^±0.2.
-        reference: Model folder or Hub id of the reference; by default the policy at the start of the stage.
-        refresh_every: Number of rounds after which the policy becomes the reference; by default never.
-        device: Device of a reference with weights of its own (`cpu`, `cuda:1`); by default the policy's.
-        offload: Keep such a reference in CPU memory, except while it scores a round.
+        reference: Model folder or Hub id of the reference; None for the policy at the start of the stage.
+        refresh_every: Number of rounds after which the policy becomes the reference; None for never.
+        device: Device of a reference that is a separate model (`cpu`, `cuda:1`); None for the policy's device.
+        offload: True to keep such a reference in CPU memory, except while it scores a round.
 
     Raises:
-        ConfigError: If a setting is out of range, or two of them exclude each other.
+        ConfigError: If a setting is out of range, or two settings conflict.
 
     Example:
         >>> penalty = KLPenalty(coefficient=0.1, place="reward")
@@ -68,26 +68,33 @@ class KLPenalty(Settings):
         if place not in ("reward", "loss"):
             raise ConfigError(f"kl.place is {place!r}; it must be 'reward' or 'loss'")
         if estimator not in LOSS_ESTIMATORS:
-            reason = " (k1 in the loss has no expected on-policy gradient)" if estimator == "k1" else ""
+            reason = " (in the loss, the expected on-policy gradient of k1 is zero)" if estimator == "k1" else ""
             raise ConfigError(f"kl.estimator is {estimator!r}{reason}; it must be one of {', '.join(LOSS_ESTIMATORS)}")
         if not 0 <= coefficient < math.inf:
             raise ConfigError(f"kl.coefficient is {coefficient}; it must be finite and not negative")
         if place == "reward" and estimator != "weighted_k3":
             raise ConfigError(
-                f"kl.estimator ({estimator}) is for kl.place: loss; in the reward it is always k1: leave it out"
+                f"kl.estimator is {estimator!r}, but with kl.place: reward the estimator is always k1. Remove "
+                "kl.estimator, or set kl.place: loss"
             )
         if target is None and horizon != 10_000:
-            raise ConfigError("kl.horizon is for an adaptive coefficient: set kl.target, or leave it out")
+            raise ConfigError(
+                "kl.horizon has no effect without kl.target (an adaptive coefficient). Set kl.target, or remove "
+                "kl.horizon"
+            )
         if not 0 <= discount <= 1:
             raise ConfigError(f"kl.discount is {discount}; it must be in [0, 1]")
         if target is not None and not (target > 0 and horizon > 0 and coefficient > 0):
-            raise ConfigError("kl.target, kl.horizon and kl.coefficient must be above 0 for an adaptive coefficient")
+            raise ConfigError(
+                f"kl.target is {target}, kl.horizon is {horizon} and kl.coefficient is {coefficient}; for an adaptive "
+                "coefficient all three must be above 0"
+            )
         if refresh_every is not None:
             check_whole("kl.refresh_every", refresh_every)
         if reference is not None and refresh_every is not None:
             raise ConfigError(
-                "kl.reference names a separate model, which kl.refresh_every would replace by the policy: set only one "
-                "of them"
+                "kl.reference names a separate model, but kl.refresh_every would replace it with the policy. Set only "
+                "one of them"
             )
         self.coefficient, self.place, self.estimator, self.discount = coefficient, place, estimator, discount
         self.centered, self.target, self.horizon = centered, target, horizon
@@ -138,7 +145,7 @@ class KLState(TypedDict):
 
     coefficient: float
     observed: tuple[float, int] | None
-    """KL in nats per response and number of responses that the coefficient has not been adapted to yet."""
+    """KL in nats per response, and number of responses, that the coefficient has not been adapted to yet."""
 
 
 class KLController:
@@ -173,10 +180,13 @@ class KLController:
 
     def adapt(self) -> None:
         """Update an adaptive coefficient from the last observed round; called before each round."""
-        now = self.penalty
-        if now.target is not None and self._observed is not None:
-            seen, responses = self._observed
-            self.penalty = now.at(kl.adapted_coefficient(now.coefficient, seen, now.target, responses, now.horizon))
+        penalty = self.penalty
+        if penalty.target is not None and self._observed is not None:
+            observed_kl, responses = self._observed
+            coefficient = kl.adapted_coefficient(
+                penalty.coefficient, observed_kl, penalty.target, responses, penalty.horizon
+            )
+            self.penalty = penalty.at(coefficient)
         self._observed = None
 
     def state_dict(self) -> KLState:

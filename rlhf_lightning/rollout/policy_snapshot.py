@@ -1,4 +1,4 @@
-"""Sampling with a policy one round old, as an asynchronous run does, but reproducible."""
+"""Sampling with the policy of the previous round, as in asynchronous RL, but reproducible."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,9 +10,9 @@ from rlhf_lightning.models.sharding import copy_weight, full_tensor
 
 
 class PolicySnapshot:
-    """Trained weights of the policy as they were when the last round was sampled.
+    """The policy's trained weights at the time when the last round was sampled.
 
-    Before the first round they are the model's own.
+    Before the first round, they are the model's current weights.
 
     Args:
         model: The policy. Weights that require no gradient do not change and are not stored.
@@ -50,7 +50,7 @@ class PolicySnapshot:
         self._weights = current
 
     def state_dict(self) -> dict[str, Tensor] | None:
-        """The weights that the next round is sampled with. All ranks must call this together."""
+        """The weights that the next round is sampled with; None before the first. All ranks must call this together."""
         return None if self._weights is None else {name: full_tensor(weight) for name, weight in self._weights.items()}
 
     def load_state_dict(self, state: dict[str, Tensor] | None) -> None:

@@ -1,4 +1,4 @@
-"""Recorded episodes: tokens that another sampler generated, with their log-probabilities and rewards or advantages."""
+"""Recorded episodes: tokens sampled elsewhere, with their log-probabilities and rewards or advantages."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -15,9 +15,9 @@ class Recorded:
 
     Attributes:
         training_sample: Its tokens, mask and log-probabilities.
-        group: Name that the episodes of one prompt share.
-        reward: Its reward, if its advantage is to be computed.
-        advantage: Its advantage, if it was recorded.
+        group: Name shared by the episodes of one prompt.
+        reward: Its reward, if the advantage is to be computed.
+        advantage: Its advantage, if recorded.
         row: The data row.
         index: Index of its group in the data.
 
@@ -34,7 +34,7 @@ class Recorded:
     row: Row
     index: int = 0
     where: str = ""
-    """File and line that it was read from."""
+    """File and line of the data row."""
 
     @property
     def tokens(self) -> int:
@@ -75,8 +75,8 @@ def read_recorded(data: Row, vocabulary: int) -> Recorded:
     """Read and check a row of recorded episodes.
 
     A row has `tokens`, `loss_mask` (1 on sampled tokens) and `logprobs` (one per token, or one per sampled token); or
-    `prompt_tokens`, `response_tokens` and `logprobs` (one per response token). It also has `reward` and `group` (any
-    name that the episodes of one prompt share), or `advantage`.
+    `prompt_tokens`, `response_tokens` and `logprobs` (one per response token). It also has `reward` and `group` (a name
+    shared by the episodes of one prompt), or `advantage`.
 
     Args:
         data: The row.
@@ -93,11 +93,11 @@ def read_recorded(data: Row, vocabulary: int) -> Recorded:
         prompt, response = _list(data, "prompt_tokens"), _list(data, "response_tokens")
         ids, loss_mask = prompt + response, [0] * len(prompt) + [1] * len(response)
     if len(ids) != len(loss_mask):
-        raise RowError(f"{len(ids)} tokens but {len(loss_mask)} mask entries")
+        raise RowError(f"'tokens' has {len(ids)} entries, but 'loss_mask' has {len(loss_mask)}")
     if not any(loss_mask) or loss_mask[0]:
-        raise RowError("the mask marks no token as sampled, or the very first one, which no prompt precedes")
+        raise RowError("at least one token must be sampled, and the first token must belong to the prompt")
     if bad := [token for token in ids if not isinstance(token, int) or not 0 <= token < vocabulary]:
-        raise RowError(f"token {bad[0]!r} is not in the vocabulary of {vocabulary}")
+        raise RowError(f"token {bad[0]!r} is not in the vocabulary, which has {vocabulary} tokens")
     tokens = [token for token in ids if isinstance(token, int)]
     if data.get("advantage") is None:
         require(data, "reward", "group")
@@ -116,11 +116,14 @@ def _list(data: Row, name: str) -> list[JSON]:
 def _spread(given: list[JSON], loss_mask: list[int]) -> list[float]:
     logprobs = [float(value) for value in given if isinstance(value, int | float) and value <= 1e-3]
     if len(logprobs) < len(given):
-        raise RowError("'logprobs' must be natural logarithms, none above 0")
+        raise RowError("'logprobs' must be log-probabilities in nats, none above 0")
     if len(logprobs) == len(loss_mask):
         return [value * flag for value, flag in zip(logprobs, loss_mask, strict=True)]
     if len(logprobs) != sum(loss_mask):
-        raise RowError(f"{len(logprobs)} logprobs, but {sum(loss_mask)} of the {len(loss_mask)} tokens are sampled")
+        raise RowError(
+            f"'logprobs' has {len(logprobs)} entries; it must have one per sampled token ({sum(loss_mask)}) or one per "
+            f"token ({len(loss_mask)})"
+        )
     sampled = iter(logprobs)
     return [next(sampled) if flag else 0.0 for flag in loss_mask]
 
@@ -135,7 +138,7 @@ def _float(data: Row, name: str) -> float | None:
 def by_group(examples: list[Recorded]) -> list[list[Recorded]]:
     """Group recorded episodes, ordered by the first episode of each group.
 
-    An episode with an advantage of its own forms a group by itself.
+    An episode with a recorded advantage forms its own group.
     """
     groups: dict[str, list[Recorded]] = {}
     for i, example in enumerate(examples):

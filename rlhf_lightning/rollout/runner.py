@@ -1,4 +1,4 @@
-"""Runs episodes side by side, one turn of all of them at a time; each response has a seed of its own."""
+"""Runs episodes in parallel, one turn at a time; each response has its own seed."""
 
 import logging
 from collections.abc import Awaitable, Sequence
@@ -35,31 +35,31 @@ class NoRoomError(UserError):
 
 
 @dataclass
-class _Elsewhere:
-    """Stands for an environment that another rank holds; see `distributed.run_on_leader`."""
+class _RemoteEnvironment:
+    """Placeholder for an environment that lives on another rank; see `distributed.run_on_leader`."""
 
     tools: list[ToolSchema] | None
 
     def reset(self) -> list[Message]:
-        raise RuntimeError("only the rank that holds an environment may reset it")
+        raise RuntimeError("an environment can only be reset on the rank that created it")
 
     def step(self, message: Message) -> StepResult:
-        raise RuntimeError("only the rank that holds an environment may step it")
+        raise RuntimeError("an environment can only be stepped on the rank that created it")
 
 
 @dataclass
-class _Made:
-    """An environment and its first messages. When sent to other ranks, the environment itself is left out."""
+class _NewEnvironment:
+    """An environment and its first messages. When sent to other ranks, the environment becomes a placeholder."""
 
     env: MessageEnv
     messages: list[Message]
 
-    def __getstate__(self) -> "dict[str, _Elsewhere | list[Message]]":
-        return {"env": _Elsewhere(getattr(self.env, "tools", None)), "messages": self.messages}
+    def __getstate__(self) -> "dict[str, _RemoteEnvironment | list[Message]]":
+        return {"env": _RemoteEnvironment(getattr(self.env, "tools", None)), "messages": self.messages}
 
 
 class EpisodeRunner:
-    """Runs episodes together, one turn of all of them at a time.
+    """Runs episodes in parallel, one turn at a time.
 
     A response is seeded by `seed`, the prompt's index, the sample index, the turn and, if the episode is run again, the
     attempt. It does not depend on its position in a batch.
@@ -67,8 +67,8 @@ class EpisodeRunner:
     Args:
         sampler: Generates responses.
         renderer: Turns messages into tokens.
-        seed: Numbers that seed the episodes.
-        environment: Makes an episode's environment; None for a single turn, where the response ends the episode.
+        seed: Integers that seed the episodes.
+        environment: Creates the environment of an episode; None if the first response ends the episode.
         limits: Limits of an episode.
         temperature: Replaces the sampler's temperature.
 
@@ -91,13 +91,16 @@ class EpisodeRunner:
         self.retried: list[str] = []
 
     def run(self, prompts: Sequence[tuple[Prompt, int]]) -> list[Episode]:
-        """Run one episode for each pair of prompt and sample index, in order.
+        """Run one episode for each pair of a prompt and a sample index.
 
         Args:
             prompts: Pairs of a prompt and the index of the episode in its group.
 
+        Returns:
+            The episodes, in the order of the pairs.
+
         Raises:
-            EpisodeError: If an environment failed and `limits.on_error` does not allow it.
+            EpisodeError: If an environment failed, and `limits.on_error` is `fail` or the retries are used up.
         """
         states = [EpisodeState(prompt, sample) for prompt, sample in prompts]
         active = self._reset(states) if self.environment else states
@@ -115,49 +118,49 @@ class EpisodeRunner:
         """
         ready: list[EpisodeState] = []
         while starting:
-            outcomes = self._called([partial(self._made, state) for state in starting])
-            again = []
+            outcomes = self._run_calls([partial(self._create_environment, state) for state in starting])
+            restarted = []
             for state, outcome in zip(starting, outcomes, strict=True):
                 try:
-                    made = outcome.result()
-                    state.env = made.env
-                    state.episode.prompt = checked_messages(made.messages)
+                    new = outcome.result()
+                    state.env = new.env
+                    state.episode.prompt = checked_messages(new.messages)
                     state.episode.tools = getattr(state.env, "tools", None) or state.prompt.tools
                     ready.append(state)
-                except Exception as error:  # noqa: BLE001 - `limits.on_error` decides
-                    again += self._failed(state, error)
-            starting = again
+                except Exception as error:  # noqa: BLE001 - handled as `limits.on_error` says
+                    restarted += self._handle_failure(state, error)
+            starting = restarted
         return ready
 
-    def _made(self, state: EpisodeState) -> _Made | Awaitable[_Made]:
+    def _create_environment(self, state: EpisodeState) -> _NewEnvironment | Awaitable[_NewEnvironment]:
         assert self.environment is not None
         env = self.environment(state.prompt.row)
         messages = env.reset()
         if not isinstance(messages, Awaitable):
-            return _Made(env, messages)
+            return _NewEnvironment(env, messages)
 
-        async def settled() -> _Made:
-            return _Made(env, await messages)
+        async def awaited() -> _NewEnvironment:
+            return _NewEnvironment(env, await messages)
 
-        return settled()
+        return awaited()
 
-    def _called(self, calls: Sequence[Call[T]]) -> list[Outcome[T]]:
+    def _run_calls(self, calls: Sequence[Call[T]]) -> list[Outcome[T]]:
         outcomes: list[Outcome[T]] = run_on_leader(partial(run_calls, calls, self.limits.step_timeout))
         return outcomes
 
     def _turn(self, active: list[EpisodeState]) -> list[EpisodeState]:
-        """Run one turn: sample a response for each episode and pass it to its environment.
+        """Run one turn: sample a response for each episode, and pass it to its environment.
 
         Returns:
             The episodes that have another turn.
         """
         safe_point()
-        prompts, ready, again = [], [], []
+        prompts, ready, restarted = [], [], []
         for state in active:
             try:
                 ids = self._prompt(state)
             except (RowError, NoRoomError) as error:
-                again += self._failed(state, error)
+                restarted += self._handle_failure(state, error)
                 continue
             if ids is not None:
                 ready.append(state)
@@ -165,20 +168,20 @@ class EpisodeRunner:
         seeds = [state.seed(self.seed) for state in ready]
         completions = self.sampler.engine.generate(prompts, self.params, seeds) if ready else []
         messages = [
-            state.act(self._cut(state, completion), self.renderer, self.sampler.stop)
+            state.add_response(self._truncate(state, completion), self.renderer, self.sampler.stop)
             for state, completion in zip(ready, completions, strict=True)
         ]
         if self.environment is None:
             return []
-        calls = [partial(state.env.step, said) for state, said in zip(ready, messages, strict=True) if state.env]
-        going = []
-        for state, outcome in zip(ready, self._called(calls), strict=True):
+        steps = [partial(state.env.step, message) for state, message in zip(ready, messages, strict=True) if state.env]
+        continuing = []
+        for state, outcome in zip(ready, self._run_calls(steps), strict=True):
             try:
-                if self._goes_on(state, checked_result(outcome.result())):
-                    going.append(state)
-            except Exception as error:  # noqa: BLE001 - `limits.on_error` decides
-                again += self._failed(state, error)
-        return going + self._reset(again)
+                if self._add_result(state, checked_result(outcome.result())):
+                    continuing.append(state)
+            except Exception as error:  # noqa: BLE001 - handled as `limits.on_error` says
+                restarted += self._handle_failure(state, error)
+        return continuing + self._reset(restarted)
 
     def _prompt(self, state: EpisodeState) -> list[int] | None:
         """Token ids to sample after; None if the episode ends because its token budget or the context is used up."""
@@ -186,34 +189,35 @@ class EpisodeRunner:
         if budget is not None and episode.response_tokens >= budget:
             episode.stop_reason = "tokens"
             return None
-        ids, goes_on = state.next_prompt(self.renderer)
-        length = len(ids) + (len(episode.training_samples[-1].ids) if goes_on else 0)
+        ids, continues = state.next_prompt(self.renderer)
+        length = len(ids) + (len(episode.training_samples[-1].ids) if continues else 0)
         if self.sampler.context is not None and length + self.params.max_tokens > self.sampler.context:
             if state.env is not None and not state.turn:
                 raise NoRoomError(
-                    f"no room for a response: the prompt has {length} tokens, sampler.max_tokens is "
-                    f"{self.params.max_tokens}, and the model has {self.sampler.context} positions"
+                    f"no room for a response: the prompt has {length} tokens and sampler.max_tokens is "
+                    f"{self.params.max_tokens}, but the model has only {self.sampler.context} positions"
                 )
             episode.stop_reason = "context"
             return None
-        return state.feed(ids, goes_on)
+        return state.add_prompt(ids, continues)
 
-    def _cut(self, state: EpisodeState, sample: Completion) -> Completion:
+    def _truncate(self, state: EpisodeState, completion: Completion) -> Completion:
         """Truncate a response to the episode's token budget.
 
         Tokens do not depend on later ones, so this equals sampling with a smaller budget.
         """
         budget = self.limits.max_tokens
-        left = len(sample.ids) if budget is None else budget - state.episode.response_tokens
-        if len(sample.ids) <= left:
-            return sample
-        return Completion(sample.ids[:left], sample.logprobs[:left], "length")
+        left = len(completion.ids) if budget is None else budget - state.episode.response_tokens
+        if len(completion.ids) <= left:
+            return completion
+        return Completion(completion.ids[:left], completion.logprobs[:left], "length")
 
-    def _goes_on(self, state: EpisodeState, result: StepResult) -> bool:
+    def _add_result(self, state: EpisodeState, result: StepResult) -> bool:
+        """Add the result of a step to the episode; True if another turn follows."""
         episode = state.episode
         episode.environment_reward += float(result.reward)
         episode.metrics.update(result.metrics)
-        # A truncated turn is unfinished. A message after it would follow a turn that the model never ended.
+        # A truncated turn has no end, so no message can follow it.
         if result.done or episode.truncated:
             return False
         episode.responses += result.next_messages
@@ -222,8 +226,8 @@ class EpisodeRunner:
             return False
         return True
 
-    def _failed(self, state: EpisodeState, error: Exception) -> list[EpisodeState]:
-        """Handle a failure by `limits.on_error`: return the episode to run again, return nothing, or raise."""
+    def _handle_failure(self, state: EpisodeState, error: Exception) -> list[EpisodeState]:
+        """Handle a failure as `limits.on_error` says: return the episode to run again, return nothing, or raise."""
         where = f"{state.episode.label}, turn {state.turn + 1}"
         what = f"{where}: the environment failed: {reason(error)}{user_line(error)}"
         if self.limits.on_error == "drop":
@@ -236,19 +240,19 @@ class EpisodeRunner:
             return [state]
         tries = f" (tried {state.attempt + 1} times)" if state.attempt else ""
         raise EpisodeError(
-            f"{what}{tries}. limits.on_error: retry runs such episodes again, drop leaves them out"
+            f"{what}{tries}. To run such episodes again, set limits.on_error: retry; to leave them out, set it to drop"
         ) from error
 
-    def _report(self, everyone: list[EpisodeState]) -> None:
+    def _report(self, states: list[EpisodeState]) -> None:
         """Log a warning about episodes that failed or were run again."""
-        failed = [state.episode for state in everyone if state.episode.failed]
+        failed = [state.episode for state in states if state.episode.failed]
         if failed:
             log.warning(
-                "%d of %d episodes failed and were dropped; the first: %s: %s",
+                "%d of %d episodes failed and were dropped. The first: %s: %s",
                 len(failed),
-                len(everyone),
+                len(states),
                 failed[0].label,
                 failed[0].error,
             )
         if self.retried:
-            log.warning("%d failed episodes were run again; the first: %s", len(self.retried), self.retried[0])
+            log.warning("%d episodes failed and were run again. The first: %s", len(self.retried), self.retried[0])

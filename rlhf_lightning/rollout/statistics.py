@@ -49,7 +49,7 @@ def statistics(episodes: Sequence[Episode], kl: bool = False) -> Sums:
         for name, value in _moments(float(episode.response_tokens), episode.reward).items():
             columns[name].append(value)
     zero_variance = zero_variance_groups(episodes)
-    # A group of a single episode is not compared with others, so equal rewards do not mean a lack of signal there.
+    # Groups with a single episode are not counted: their rewards are equal by definition.
     sizes = Counter(episode.group for episode in episodes)
     columns["zero_variance_groups"] = [float(group in zero_variance) for group, size in sizes.items() if size > 1]
     repeats = [repeated_ngrams(episode) for episode in episodes]
@@ -60,7 +60,7 @@ def statistics(episodes: Sequence[Episode], kl: bool = False) -> Sums:
 
 
 def episode_kl(episode: Episode) -> float:
-    """KL estimate k1 summed over the tokens that the policy sampled, in nats; 0 if no reference has scored them."""
+    """KL estimate k1, summed over the tokens that the policy sampled, in nats; 0 without reference log-probabilities."""
     return sum(_sequence_kl(training_sample) for training_sample in episode.training_samples)
 
 
@@ -109,22 +109,22 @@ def _moments(length: float, reward: float) -> dict[str, float]:
 
 
 def zero_variance_groups(episodes: Sequence[Episode]) -> set[int]:
-    """Groups whose rewards are all equal, which therefore have no gradient."""
+    """Groups in which all rewards are equal, so that they contribute no gradient."""
     rewards: dict[int, set[float]] = defaultdict(set)
     for episode in (episode for episode in episodes if not episode.failed):
         rewards[episode.group].add(episode.reward)
     return {group for group, values in rewards.items() if len(values) == 1}
 
 
-def means(parts: Sequence[Sums]) -> dict[str, float]:
+def means(sums_of_ranks: Sequence[Sums]) -> dict[str, float]:
     """Means over the episodes of all ranks, their number, and the correlation of length and reward if both vary.
 
     Args:
-        parts: The sums of each rank, as `statistics` returns them.
+        sums_of_ranks: The sums of each rank, as `statistics` returns them.
     """
-    names = sorted({name for part in parts for name in part})
-    found = {name: [part[name] for part in parts if name in part] for name in names}
-    totals = {name: (sum(total for total, _ in sums), sum(n for _, n in sums)) for name, sums in found.items()}
+    names = sorted({name for sums in sums_of_ranks for name in sums})
+    by_name = {name: [sums[name] for sums in sums_of_ranks if name in sums] for name in names}
+    totals = {name: (sum(total for total, _ in sums), sum(n for _, n in sums)) for name, sums in by_name.items()}
     averages = {name: total / count for name, (total, count) in totals.items() if count}
     result = {name: value for name, value in averages.items() if not name.startswith("~")}
     if "reward" in totals:

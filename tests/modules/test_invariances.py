@@ -578,7 +578,7 @@ def test_rewards_that_are_none(function: Any, message: str, base: str, tmp_path:
 
 def test_kl_settings_are_checked() -> None:
     for options, message in (
-        ({"estimator": "k1"}, "k1 in the loss has no"),
+        ({"estimator": "k1"}, "expected on-policy gradient of k1 is zero"),
         ({"place": "data"}, "place is"),
         ({"coefficient": -1.0}, "not negative"),
     ):

@@ -268,7 +268,7 @@ def test_a_subclass_of_ones_own_is_saved_read_and_frozen_as_its_base_is(base: st
     judge = RewardModel(folder)
     assert judge.scorer.factor == 3.0  # type: ignore[attr-defined]
     close(judge.score(*TEXTS), module.score(*TEXTS))
-    with pytest.raises(AttributeError, match="settings do not change"):
+    with pytest.raises(AttributeError, match="settings are frozen after construction"):
         judge.scorer.beta = 1.0
     reward = Twice(folder)
     assert reward.scored_by_model

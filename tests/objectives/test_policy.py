@@ -43,7 +43,7 @@ OBJECTIVES: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
-def test_on_policy_every_objective_has_the_gradient_of_reinforce(name: str, device: torch.device) -> None:
+def test_every_objective_has_the_reinforce_gradient_on_policy(name: str, device: torch.device) -> None:
     logp, old, loss_mask = LOGP.to(device, copy=True).requires_grad_(), LOGP.to(device), MASK.to(device)
     for advantage in (2.0, -3.0):
         OBJECTIVES[name](logp, old, t([advantage]).to(device), loss_mask).sum().backward()
@@ -58,7 +58,7 @@ def test_on_policy_every_objective_has_the_gradient_of_reinforce(name: str, devi
 
 @pytest.mark.parametrize("name", OBJECTIVES)
 @pytest.mark.parametrize("gap", [-1e4, -100.0, 100.0, 1e4])
-def test_log_ratios_of_wrong_weights_do_not_overflow(name: str, gap: float) -> None:
+def test_extreme_log_ratios_do_not_overflow(name: str, gap: float) -> None:
     """Clamped at ±20 as in verl: the losses are finite, and the ratio has no gradient."""
     for advantage in (2.0, -3.0):
         old, loss_mask = t([-gap - 1.0, -gap - 1.0, 0.0]), t([1.0, 1.0, 0.0])
@@ -77,7 +77,7 @@ def test_log_ratios_of_wrong_weights_do_not_overflow(name: str, gap: float) -> N
         assert not OBJECTIVES[name].clamped(logp.detach(), logp.detach() - clamped / 2, loss_mask).any()
 
 
-def test_ratios_within_the_limit_are_bit_for_bit_the_exponential() -> None:
+def test_ratios_below_the_limit_equal_exp_exactly() -> None:
     generator = torch.Generator().manual_seed(0)
     gap = torch.empty(1, 1000).uniform_(-20, 20, generator=generator)
     old, loss_mask = torch.zeros_like(gap), torch.ones_like(gap)
@@ -91,7 +91,7 @@ def test_ratios_within_the_limit_are_bit_for_bit_the_exponential() -> None:
 
 @pytest.mark.parametrize("estimator", ["weighted_k3", "k3", "k2"])
 @pytest.mark.parametrize("gap", [-1e3, 1e3])
-def test_kl_to_a_wrong_reference_does_not_overflow(estimator: str, gap: float) -> None:
+def test_kl_to_a_distant_reference_does_not_overflow(estimator: str, gap: float) -> None:
     logp = t([-1.0, -1.0]).requires_grad_()
     loss_mask = t([1.0, 0.0])
     loss = KLPenalty(1.0, estimator=estimator).loss(logp, t([-1.0 - gap, 0.0]), t([-1.0 - gap, 0.0]), loss_mask)
@@ -103,7 +103,7 @@ def test_kl_to_a_wrong_reference_does_not_overflow(estimator: str, gap: float) -
 
 
 @pytest.mark.parametrize("level", ["token", "sequence"])
-def test_importance_weights_of_a_wrong_sampler_do_not_overflow(level: str) -> None:
+def test_extreme_importance_weights_do_not_overflow(level: str) -> None:
     wild = policy.ImportanceWeights(level, "truncate", 0.0, float("inf"))(t([1e3, 0.0]), t([0.0, 0.0]), t([1.0, 1.0]))
     close(wild / math.exp(20.0), [1.0, math.exp(-20.0) if level == "token" else 1.0])
 
@@ -122,7 +122,7 @@ def test_reinforce() -> None:
     close(policy.reinforce(LOGP, OLD, t([2.0]), MASK), [2.0, 4.0, 0.0])
 
 
-def test_dual_clip_bounds_the_loss_of_a_bad_token() -> None:
+def test_dual_clip_bounds_the_loss_at_negative_advantage() -> None:
     logp, old = t([0.0, -1.0]), t([-3.0, -1.0])
     loss_mask = t([1.0, 1.0])
     ratio = math.exp(3)
@@ -134,7 +134,7 @@ def test_dual_clip_bounds_the_loss_of_a_bad_token() -> None:
     close(leaf.grad, [0.0, 2.0])
 
 
-def test_rloo_takes_the_response_as_one_action() -> None:
+def test_rloo_treats_the_response_as_one_action() -> None:
     ratio = math.exp(0.2 - 0.5)
     close(policy.sequence_clipped_surrogate(LOGP, OLD, t([1.0]), MASK, False, 0.2, 0.2), [-ratio, -ratio, 0.0])
     close(policy.sequence_clipped_surrogate(LOGP, OLD, t([-1.0]), MASK, False, 0.2, 0.2), [0.8, 0.8, 0.0])
@@ -146,7 +146,7 @@ def test_rloo_takes_the_response_as_one_action() -> None:
     close(logp.grad, [-ratio, -ratio, 0.0])
 
 
-def test_clipped_tokens_are_counted_on_the_side_that_is_cut() -> None:
+def test_clipped_counts_tokens_by_the_sign_of_the_advantage() -> None:
     ppo = policy.ClippedSurrogate()
     close(ppo.clipped(LOGP, OLD, t([1.0]), MASK), [1.0, 0.0, 0.0])
     close(ppo.clipped(LOGP, OLD, t([-1.0]), MASK), [0.0, 1.0, 0.0])
@@ -154,7 +154,7 @@ def test_clipped_tokens_are_counted_on_the_side_that_is_cut() -> None:
     close(policy.ImportanceSampling().clipped(LOGP, OLD, t([-1.0]), MASK), [0.0, 0.0, 0.0])
 
 
-def test_the_dual_clip_counts_as_a_clip() -> None:
+def test_clipped_counts_tokens_of_the_dual_clip() -> None:
     logp, old, loss_mask = t([0.0, -1.0]), t([-2.0, -1.0]), t([1.0, 1.0])
     close(policy.ClippedSurrogate(dual_clip=3.0).clipped(logp, old, t([-1.0]), loss_mask), [1.0, 0.0])
     close(policy.ClippedSurrogate().clipped(logp, old, t([-1.0]), loss_mask), [0.0, 0.0])
@@ -174,20 +174,20 @@ def test_importance_weights() -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: policy.ClippedSurrogate(clip_low=1.5), "must contain 1"),
-        (lambda: policy.ClippedSurrogate(clip_high=-0.1), "must contain 1"),
+        (lambda: policy.ClippedSurrogate(clip_low=1.5), "clip_low must be in \\[0, 1\\]"),
+        (lambda: policy.ClippedSurrogate(clip_high=-0.1), "clip_high at least 0"),
         (lambda: policy.ClippedSurrogate(dual_clip=1.1), "above 1 \\+ clip_high"),
         (lambda: policy.CISPO(ratio_max=0.5), "must contain 1"),
         (lambda: policy.DRO(beta=0), "above 0"),
         (lambda: policy.SAPO(temperature_positive=0), "above 0"),
         (lambda: policy.ClippedSurrogate(aggregation="mean"), "one of"),
-        (lambda: policy.ClippedSurrogate(length=8), "that aggregation 'constant' divides"),
+        (lambda: policy.ClippedSurrogate(length=8), "only for aggregation 'constant'"),
         (lambda: policy.ImportanceWeights(level="word"), "'token' or 'sequence'"),
         (lambda: policy.ImportanceWeights(high=0.5), "must contain 1"),
         (lambda: GAE(gamma=1.5), "in \\[0, 1\\]"),
         (lambda: GroupCentered("variance"), "'none' or 'std'"),
         (lambda: GlobalWhitened("mean"), "'none' or 'group'"),
-        (lambda: KLPenalty(estimator="k1"), "no expected on-policy gradient"),
+        (lambda: KLPenalty(estimator="k1"), "expected on-policy gradient of k1 is zero"),
         (lambda: KLPenalty(target=0.0), "above 0"),
         (lambda: KLPenalty(coefficient=0.0, target=1.0), "above 0"),
         (lambda: KLPenalty(coefficient=float("nan")), "negative"),
@@ -198,7 +198,7 @@ def test_importance_weights() -> None:
         (lambda: KLPenalty(reference="base", refresh_every=2), "set only one"),
     ],
 )
-def test_options_that_make_no_sense(make: Any, message: str) -> None:
+def test_invalid_options_are_rejected(make: Any, message: str) -> None:
     with pytest.raises((ValueError, ConfigError), match=message):
         make()
 
@@ -259,7 +259,7 @@ def advantages(episodes: list[Episode]) -> list[list[float]]:
     return [[round(x, 9) for x in row.advantages] for one in episodes for row in one.training_samples]
 
 
-def test_a_group_baseline_reaches_every_drawn_token() -> None:
+def test_group_baseline_applies_to_every_sampled_token() -> None:
     row = ([0, 1, 0, 1], [0.0, -1.0, 0.0, -2.0], [0.0, -1.5, 0.0, -1.0], [])
     episodes = [episode(0, 1.0, row), episode(0, 0.0, row), episode(1, 5.0, row), episode(1, 5.0, row)]
     compute_token_advantages(episodes, GroupCentered(), None)
@@ -288,7 +288,7 @@ def test_kl_penalty_in_the_reward(discount: float, centered: bool, first: float,
     assert advantages(episodes) == [[0.0, first, 0.0, second]] * 2
 
 
-def test_a_centred_penalty_pays_for_no_further_token() -> None:
+def test_centered_penalty_does_not_reward_longer_responses() -> None:
     """Two responses equally far from the reference at every token, one twice as long: no position may gain."""
     short, long = ([0, 1], [0.0, -1.0], [0.0, -2.0], []), ([0, 1, 1], [0.0, -1.0, -1.0], [0.0, -2.0, -2.0], [])
     episodes = [episode(0, 0.0, short), episode(0, 0.0, long)]
@@ -297,7 +297,7 @@ def test_a_centred_penalty_pays_for_no_further_token() -> None:
     assert advantages(episodes) == [[0.0, round(1 / 3, 9)], [0.0, round(-2 / 3, 9), round(1 / 3, 9)]]
 
 
-def test_a_response_that_is_one_action_has_one_advantage() -> None:
+def test_sequence_level_objective_gets_one_advantage_per_response() -> None:
     # k1 is 0.5 and -1: -0.1 and +0.2 at the two sampled tokens, 0.1 in all.
     row = ([0, 1, 0, 1], [0.0, -1.0, 0.0, -2.0], [0.0, -1.5, 0.0, -1.0], [])
     episodes = [episode(0, 4.0, row), episode(0, 2.0, row)]
@@ -305,7 +305,7 @@ def test_a_response_that_is_one_action_has_one_advantage() -> None:
     assert advantages(episodes) == [[0.0, 2.1, 0.0, 2.1], [0.0, -1.9, 0.0, -1.9]]
 
 
-def test_the_penalty_is_that_of_the_trainers_own_numbers() -> None:
+def test_kl_penalty_uses_recomputed_logprobs() -> None:
     row = ([0, 1], [0.0, -1.0], [0.0, -1.0], [])
     episodes = [episode(0, 1.0, row), episode(0, 1.0, row)]
     episodes[0].training_samples[0].recomputed_logprobs = [0.0, -0.5]
@@ -313,7 +313,7 @@ def test_the_penalty_is_that_of_the_trainers_own_numbers() -> None:
     assert advantages(episodes) == [[0.0, -0.1], [0.0, 0.0]]
 
 
-def test_gae_gives_the_reward_to_the_last_drawn_token_of_all_rows() -> None:
+def test_gae_gives_the_reward_at_the_last_sampled_token() -> None:
     worked = ([0, 1, 1, 0], [0.0] * 4, [0.0] * 4, [0.0, 0.5, 0.5, 0.0])
     rest = ([0, 1, 0], [0.0] * 3, [0.0] * 3, [0.0, 0.5, 0.0])
     episodes = [episode(0, 1.0, worked, rest)]
@@ -348,7 +348,7 @@ def test_global_whitening() -> None:
     assert [row[1] for row in advantages(episodes)] == pytest.approx([-1, 1, -1, 1], abs=1e-6)
 
 
-def test_a_rank_without_episodes() -> None:
+def test_rank_without_episodes() -> None:
     for advantage in (GroupCentered(), GAE(), GlobalWhitened()):
         compute_token_advantages([], advantage, KLPenalty(0.1, "reward"))
     assert critic_explained_variance([]) == 0.0

@@ -79,7 +79,7 @@ def ours(case: policy.PolicyObjective, batch: dict[str, Any], options: dict[str,
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_values_and_gradients_as_functions(name: str) -> None:
+def test_loss_functions_equal_trl_in_value_and_gradient(name: str) -> None:
     case, options = CASES[name]
     batch = inputs(torch.float64)
     start = -3 * torch.rand(ROWS, LENGTH, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
@@ -100,7 +100,7 @@ def _add_old(batch: dict[str, Any], logprobs: torch.Tensor) -> None:
     batch["old_logps"] = (batch["old_per_token_logps"] * batch["completion_mask"]).sum(1)
 
 
-def test_advantages_are_theirs() -> None:
+def test_advantages_equal_trl() -> None:
     """TRL's own lines: GRPO divides by the group's deviation + 1e-4, RLOO subtracts the mean of the others."""
     rewards, groups = torch.tensor([1.0, 0.0, 0.0, 1.0, 2.0, 6.0]).double(), torch.tensor([0, 0, 0, 1, 1, 1])
     table = rewards.view(-1, 3)

@@ -80,7 +80,7 @@ HAND: dict[str, tuple[Callable[..., Any], float]] = {
 
 
 @pytest.mark.parametrize("name", HAND)
-def test_a_pair_worked_by_hand(name: str) -> None:
+def test_pair_losses_worked_by_hand(name: str) -> None:
     loss, wanted = HAND[name]
     torch.testing.assert_close(loss(t(C, C), t(R, R)), t(wanted, wanted), rtol=1e-12, atol=0)
 
@@ -137,7 +137,7 @@ def test_plackett_luce_worked_by_hand() -> None:
 
 @given(st.floats(-20, 20), st.floats(-20, 20))
 @settings(max_examples=50, deadline=None)
-def test_what_must_hold_of_any_pair(c: float, r: float) -> None:
+def test_properties_of_pair_losses(c: float, r: float) -> None:
     chosen, rejected = t(c), t(r)
     plain = preference.bradley_terry(chosen, rejected)
     two = torch.stack([chosen, rejected], -1)
@@ -152,7 +152,7 @@ def test_what_must_hold_of_any_pair(c: float, r: float) -> None:
 
 
 @pytest.mark.parametrize("size", [1.0, 30.0, 300.0])
-def test_losses_and_gradients_are_finite_far_out(size: float) -> None:
+def test_losses_and_gradients_are_finite_for_extreme_scores(size: float) -> None:
     for name, (loss, _) in HAND.items():
         for sign in (1, -1):
             c, r = torch.tensor([sign * size], requires_grad=True), torch.tensor([-sign * size], requires_grad=True)
@@ -165,7 +165,7 @@ def test_losses_and_gradients_are_finite_far_out(size: float) -> None:
             assert torch.isfinite(c.grad).all(), name
 
 
-def test_classes_call_their_functions() -> None:
+def test_loss_classes_equal_their_functions() -> None:
     c, r = t(C, 1.0), t(R, 2.0)
     torch.testing.assert_close(
         preference.BradleyTerry(0.1)(c, r, ties=t(0.0, 1.0)),
@@ -187,7 +187,7 @@ def test_classes_call_their_functions() -> None:
     )
 
 
-def test_bco_remembers_the_rewards_of_training() -> None:
+def test_bco_keeps_running_means_of_training_scores() -> None:
     loss = preference.BCO()
     first = loss(t(1.0, 2.0), t(0.0, -1.0))
     torch.testing.assert_close(first, preference.bco(t(1.0, 2.0), t(0.0, -1.0), 0.5))
@@ -212,11 +212,11 @@ def test_bco_remembers_the_rewards_of_training() -> None:
         (lambda: preference.DiscoPOP(0.0), "temperature is 0.0"),
         (lambda: preference.KTO(-1.0), "desirable_weight is -1.0"),
         (lambda: preference.WeightedSum([]), "at least one"),
-        (lambda: preference.WeightedSum([preference.Hinge()], [1.0, 2.0]), "2 weights for 1 losses"),
+        (lambda: preference.WeightedSum([preference.Hinge()], [1.0, 2.0]), "got 1 losses and 2 weights"),
         (lambda: preference.WeightedSum([preference.ORPO(), preference.NCA()]), "different scores"),
     ],
 )
-def test_options_that_make_no_sense(make: Callable[[], Any], message: str) -> None:
+def test_invalid_options_are_rejected(make: Callable[[], Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make()
 

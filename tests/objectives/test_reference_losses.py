@@ -411,19 +411,19 @@ def check(name: str, seed: int) -> None:
 
 @pytest.mark.parametrize("seed", range(FAST))
 @pytest.mark.parametrize("name", COMPARISONS)
-def test_the_same_as_elsewhere(name: str, seed: int) -> None:
+def test_losses_equal_reference_implementations(name: str, seed: int) -> None:
     check(name, seed)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", COMPARISONS)
-def test_the_same_as_elsewhere_on_many_inputs(name: str) -> None:
+def test_losses_equal_reference_implementations_on_many_inputs(name: str) -> None:
     for seed in range(FAST, 60):
         check(name, seed)
 
 
 @pytest.mark.parametrize("seed", range(FAST))
-def test_aggregations_are_the_same_with_a_row_that_is_not_trained(seed: int) -> None:
+def test_aggregation_ignores_untrained_rows(seed: int) -> None:
     b = batch(seed)
     b.loss_mask[0] = 0.0
     for mode, (verl, own) in MODES.items():

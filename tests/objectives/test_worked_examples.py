@@ -28,7 +28,7 @@ def test_importance_sampling_gradient_is_reinforce_on_policy() -> None:
     close(logp.grad, [-3.0, -3.0, 0.0])
 
 
-def test_ppo_clips_on_the_side_that_would_gain() -> None:
+def test_ppo_clips_only_where_the_objective_would_improve() -> None:
     close(policy.clipped_surrogate(LOGP, OLD, t([1.0, 1.0, 1.0]), MASK), [-1.2, -RATIOS[1], 0.0])
     close(policy.clipped_surrogate(LOGP, OLD, t([-1.0, -1.0, -1.0]), MASK), [RATIOS[0], 0.8, 0.0])
     close(policy.clipped_surrogate(LOGP, OLD, t([1.0]), MASK, clip_high=0.1), [-1.1, -RATIOS[1], 0.0])
@@ -66,7 +66,7 @@ def test_sapo_equals_the_plain_gradient_at_ratio_one() -> None:
 @pytest.mark.parametrize(
     "name", ["importance_sampling", "clipped_surrogate", "cispo", "sequence_clipped_surrogate", "sapo"]
 )
-def test_masked_positions_carry_neither_loss_nor_gradient(name: str, device: torch.device) -> None:
+def test_masked_positions_have_no_loss_and_no_gradient(name: str, device: torch.device) -> None:
     logp = t([-1.0, -2.0, 900.0]).to(device).requires_grad_()
     old, advantages, loss_mask = (tensor.to(device) for tensor in (t([-1.2, -1.5, -900.0]), t([1.0]), MASK))
     loss = getattr(policy, name)(logp, old, advantages, loss_mask)
@@ -78,7 +78,7 @@ def test_masked_positions_carry_neither_loss_nor_gradient(name: str, device: tor
     assert logp.grad[0, 2] == 0
 
 
-def test_kl_estimators_of_the_worked_example() -> None:
+def test_kl_estimators() -> None:
     logp, ref = t([-1.0]), t([-1.2])
     close(kl.k1(logp, ref), [0.2])
     close(kl.k2(logp, ref), [0.02])
@@ -88,7 +88,7 @@ def test_kl_estimators_of_the_worked_example() -> None:
 
 @given(st.lists(st.floats(-3, 3), min_size=3, max_size=6), st.lists(st.floats(-3, 3), min_size=3, max_size=6))
 @settings(max_examples=30, deadline=None)
-def test_k1_and_k3_have_the_kl_as_expectation(a: list[float], b: list[float]) -> None:
+def test_k1_and_k3_are_unbiased(a: list[float], b: list[float]) -> None:
     size = min(len(a), len(b))
     p, q = t(a[:size]).log_softmax(-1), t(b[:size]).log_softmax(-1)
     exact = (p.exp() * (p - q)).sum()
@@ -126,7 +126,7 @@ def test_group_advantages() -> None:
     close(advantage.leave_one_out(t(4.0), torch.tensor([0])), 0.0)
 
 
-def test_gae_of_the_worked_example_and_skipped_positions() -> None:
+def test_gae_with_skipped_positions() -> None:
     rewards, values = t([0.0, 0.0, 1.0]), t([0.5, 0.5, 0.5])
     advantages, returns = advantage.gae(rewards, values, torch.ones_like(rewards), 1.0, 0.95)
     close(advantages, [0.45125, 0.475, 0.5])

@@ -42,9 +42,9 @@ def sampled(renderer: Renderer, *texts: str, row: Any = None) -> Episode:
     """An episode whose turns were sampled as given."""
     running = EpisodeState(Prompt([{"role": "user", "content": "Hi"}], [1, 2], row or {}), 0)
     for text in texts:
-        running.feed([3], goes_on=bool(running.episode.training_samples))
+        running.add_prompt([3], continues=bool(running.episode.training_samples))
         ids = renderer.tokenizer(text, add_special_tokens=False)["input_ids"]
-        running.act(Completion(ids, [-1.0] * len(ids), "stop"), renderer, ())
+        running.add_response(Completion(ids, [-1.0] * len(ids), "stop"), renderer, ())
     return running.episode
 
 

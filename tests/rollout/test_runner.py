@@ -101,7 +101,7 @@ class Failing(Several):
 
 
 @pytest.mark.parametrize("policy", ["retry", pytest.param("drop", marks=pytest.mark.slow)])
-def test_ten_thousand_episodes_none_lost_none_twice(tokenizer: Any, policy: str) -> None:
+def test_ten_thousand_episodes_are_each_returned_once(tokenizer: Any, policy: str) -> None:
     Failing.chance, Failing.raised = random.Random(1), []
     chance = random.Random(2)
     rows = [
@@ -159,7 +159,7 @@ def test_ten_thousand_episodes_none_lost_none_twice(tokenizer: Any, policy: str)
     assert ended + len(failed) == 10_000
 
 
-def test_without_failures_every_drawn_token_is_kept(tokenizer: Any) -> None:
+def test_every_sampled_token_is_kept_without_failures(tokenizer: Any) -> None:
     sampler: Any = Fake(tokenizer.eos_token_id)
     episodes = run_episodes(tasks(500, 4), sampler, Renderer(tokenizer), (0,), Several)
     assert sum(episode.response_tokens for episode in episodes) == sampler.sampled
@@ -193,7 +193,7 @@ def tokens(episode: Episode) -> list[list[int]]:
     return [training_sample.ids for training_sample in episode.training_samples]
 
 
-def test_a_failure_ends_the_run_and_names_the_episode(tokenizer: Any) -> None:
+def test_failure_ends_the_run_and_names_the_episode(tokenizer: Any) -> None:
     said = r"prompt 2, sample 0, turn 3: the environment failed: ValueError: no luck \(.*test_runner.py:"
     with pytest.raises(EpisodeError, match=said) as e:
         played(tokenizer, {2: 1}, Limits())
@@ -202,28 +202,28 @@ def test_a_failure_ends_the_run_and_names_the_episode(tokenizer: Any) -> None:
         played(tokenizer, {2: 3}, Limits(on_error="retry", retries=2))
 
 
-def test_another_try_has_seeds_of_its_own_and_is_the_same_every_time(
-    tokenizer: Any, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_retry_has_its_own_reproducible_seeds(tokenizer: Any, caplog: pytest.LogCaptureFixture) -> None:
     limits = Limits(on_error="retry", retries=2)
     clean = played(tokenizer, {}, limits)
     with caplog.at_level(logging.WARNING):
         once, again = (played(tokenizer, {2: 1}, limits) for _ in range(2))
-    assert "1 failed episodes were run again; the first: prompt 2, sample 0, turn 3" in caplog.text
+    assert "1 episodes failed and were run again. The first: prompt 2, sample 0, turn 3" in caplog.text
     assert [tokens(a) for a in once] == [tokens(a) for a in again]
     assert [tokens(a) == tokens(b) for a, b in zip(clean, once, strict=True)] == [True, True, False, True]
     assert tokens(played(tokenizer, {2: 2}, limits)[2]) not in (tokens(clean[2]), tokens(once[2]))
     assert once[2].environment_reward == 3.0
 
 
-def test_a_dropped_episode_changes_no_other(tokenizer: Any, model: Any, caplog: pytest.LogCaptureFixture) -> None:
+def test_dropped_episode_does_not_change_the_others(
+    tokenizer: Any, model: Any, caplog: pytest.LogCaptureFixture
+) -> None:
     renderer = Renderer(tokenizer)
     # The tiny model seldom ends a turn by itself.
     sampler = Sampler(max_tokens=20, stop=list("aeiou nt")).build(model.double(), renderer)
     clean = played(tokenizer, {}, Limits(), sampler)
     with caplog.at_level(logging.WARNING):
         dropped = played(tokenizer, {1: 9}, Limits(on_error="drop"), sampler)
-    assert "1 of 4 episodes failed and were dropped; the first: prompt 1, sample 0: ValueError: no luck" in caplog.text
+    assert "1 of 4 episodes failed and were dropped. The first: prompt 1, sample 0: ValueError: no luck" in caplog.text
     assert len(clean[1].responses) > 1, "it would have come to its second turn"
     for i in (0, 2, 3):
         assert tokens(dropped[i]) == tokens(clean[i])
@@ -246,7 +246,7 @@ def test_a_dropped_episode_changes_no_other(tokenizer: Any, model: Any, caplog: 
         ({"step": StepResult(done=False, next_messages=["Hi"])}, r"next_messages \['Hi'\]"),  # type: ignore[list-item]
     ],
 )
-def test_environments_that_return_something_else(tokenizer: Any, returned: dict[str, Any], message: str) -> None:
+def test_invalid_results_of_environments(tokenizer: Any, returned: dict[str, Any], message: str) -> None:
     class Odd(Several):
         def reset(self) -> Any:
             return returned["reset"] if "reset" in returned else super().reset()
@@ -258,7 +258,7 @@ def test_environments_that_return_something_else(tokenizer: Any, returned: dict[
         run_episodes(tasks(1), Fake(tokenizer.eos_token_id, 0.0), Renderer(tokenizer), (0,), Odd)  # type: ignore[arg-type]
 
 
-def test_a_template_that_refuses_a_turn_is_a_failure_of_its_episode(tokenizer: Any) -> None:
+def test_template_error_in_a_turn_fails_only_that_episode(tokenizer: Any) -> None:
     tokenizer.chat_template = "{% if messages[-1].role == 'tool' %}{{ raise_exception('no tools') }}{% endif %}" + (
         tokenizer.chat_template
     )
@@ -279,7 +279,7 @@ def boom(row: dict[str, Any]) -> Any:
     return Several(row)
 
 
-def test_a_failure_in_training_names_file_and_line(base: str, tmp_path: Path) -> None:
+def test_failure_in_training_names_file_and_line(base: str, tmp_path: Path) -> None:
     path = write_rows(tmp_path / "d.jsonl", prompts(5))
     module = PolicyRLModule(base, environment=boom, sampler=Sampler(max_tokens=4), optimizer=sgd(0.1))
     with pytest.raises(
@@ -288,7 +288,7 @@ def test_a_failure_in_training_names_file_and_line(base: str, tmp_path: Path) ->
         trainer(tmp_path).fit(module, PromptDataModule(path, group_size=2, prompts_per_round=5))
 
 
-def test_training_goes_on_without_the_dropped(base: str, tmp_path: Path) -> None:
+def test_training_continues_without_dropped_episodes(base: str, tmp_path: Path) -> None:
     module = PolicyRLModule(
         base,
         environment=boom,
@@ -308,7 +308,7 @@ def test_training_goes_on_without_the_dropped(base: str, tmp_path: Path) -> None
 # -- time -------------------------------------------------------------------------------------------------------------
 
 
-def test_steps_run_side_by_side_on_one_loop(tokenizer: Any) -> None:
+def test_async_steps_run_concurrently(tokenizer: Any) -> None:
     loops: set[int] = set()
 
     class Waits(Several):
@@ -359,7 +359,7 @@ def hangs(kind: str) -> type:
         ("blocking", "it does not await"),
     ],
 )
-def test_what_hangs_is_ended(tokenizer: Any, kind: str, reason: str) -> None:
+def test_hanging_environment_times_out(tokenizer: Any, kind: str, reason: str) -> None:
     run: Any = (tasks(3), Fake(tokenizer.eos_token_id, 0.0), Renderer(tokenizer), (0,), hangs(kind))
     started = time.perf_counter()
     with pytest.raises(EpisodeError, match=f"prompt 1, sample 0, turn 2: .*{reason}"):
@@ -375,7 +375,7 @@ def test_what_hangs_is_ended(tokenizer: Any, kind: str, reason: str) -> None:
 
 
 @pytest.mark.parametrize("budget", [1, 5, 9, 13])
-def test_a_token_budget_cuts_what_would_be_drawn_anyway(tokenizer: Any, model: Any, budget: int) -> None:
+def test_token_budget_truncates_the_same_tokens(tokenizer: Any, model: Any, budget: int) -> None:
     renderer = Renderer(tokenizer)
     sampler = Sampler(max_tokens=6).build(model.double(), renderer)
     free = run_episodes(tasks(12), sampler, renderer, (0,), Several)
@@ -481,7 +481,7 @@ TEMPLATES = [
 
 @pytest.mark.parametrize("name", ["qwen3", "smollm2-135m-instruct"])
 @pytest.mark.parametrize(("template", "environment", "texts", "rows"), TEMPLATES)
-def test_one_row_where_the_template_allows_and_several_where_not(
+def test_episode_is_one_row_unless_the_template_rerenders_turns(
     shared: Path, name: str, template: str, environment: Any, texts: list[str], rows: int
 ) -> None:
     from transformers import AutoTokenizer
@@ -504,7 +504,7 @@ def test_one_row_where_the_template_allows_and_several_where_not(
             assert ids == renderer.prompt(before)
 
 
-def test_white_space_around_a_response_stays_as_it_was_drawn(tokenizer: Any) -> None:
+def test_whitespace_around_a_response_is_kept_as_sampled(tokenizer: Any) -> None:
     renderer = Renderer(tokenizer)
     sampler: Any = Scripted([" one \n", "\n two", "x"], renderer)
     (episode,) = run_episodes(tasks(1), sampler, renderer, (0,), Asks)
@@ -513,7 +513,7 @@ def test_white_space_around_a_response_stays_as_it_was_drawn(tokenizer: Any) -> 
     assert episode.responses[0]["content"] == "one"
 
 
-def test_an_end_that_swallows_white_space_is_followed_as_at_inference(tokenizer: Any) -> None:
+def test_end_token_that_absorbs_whitespace_is_tokenized_as_at_inference(tokenizer: Any) -> None:
     from tokenizers import AddedToken
 
     # As Phi-3's <|end|>: the line end that the template puts after it is part of it.
@@ -528,7 +528,7 @@ def test_an_end_that_swallows_white_space_is_followed_as_at_inference(tokenizer:
     assert all(b != line for a, b in zip(training_sample.ids, training_sample.ids[1:], strict=False) if a == end)
 
 
-def test_an_end_by_another_stop_token_begins_a_row(tokenizer: Any) -> None:
+def test_ending_with_another_stop_token_starts_a_new_row(tokenizer: Any) -> None:
     # The policy ends its turns by a stop token that the template never shows: history would differ from inference.
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|other|>"]})
     renderer = Renderer(tokenizer)
@@ -544,7 +544,7 @@ def test_an_end_by_another_stop_token_begins_a_row(tokenizer: Any) -> None:
 # -- stop texts -------------------------------------------------------------------------------------------------------
 
 
-def test_a_response_ends_where_a_stop_text_is_complete(tokenizer: Any, model: Any) -> None:
+def test_response_ends_as_soon_as_a_stop_text_is_complete(tokenizer: Any, model: Any) -> None:
     renderer = Renderer(tokenizer)
     settings = Sampler(max_tokens=24, temperature=1.5), Sampler(max_tokens=24, temperature=1.5, stop=["e", "o"])
     free, bound = (one.build(model.double(), renderer) for one in settings)
@@ -582,12 +582,12 @@ class Words:
 
 
 @pytest.mark.parametrize("stop", [[""], "word", [3], ["a", ""]])
-def test_stop_texts_that_are_none(stop: Any) -> None:
+def test_invalid_stop_texts_are_rejected(stop: Any) -> None:
     with pytest.raises(ConfigError, match=r"sampler.stop is .*; it must be a list of texts, none of them empty"):
         Sampler(stop=stop)
 
 
-def test_a_stop_text_that_the_tokenizer_never_writes(tokenizer: Any, model: Any) -> None:
+def test_stop_text_that_the_tokenizer_cannot_produce(tokenizer: Any, model: Any) -> None:
     from tokenizers import normalizers
 
     for stop in ("\n\n", "END", "é😀", " lead", "<|im_start|>", "</tool_call>"):
@@ -599,7 +599,7 @@ def test_a_stop_text_that_the_tokenizer_never_writes(tokenizer: Any, model: Any)
         Sampler(stop=["END"]).build(model, Renderer(tokenizer))
 
 
-def test_a_long_stop_text_is_seen_to_its_end(tokenizer: Any) -> None:
+def test_long_stop_text_is_matched_completely(tokenizer: Any) -> None:
     from rlhf_lightning.sampling.token_sampling import is_complete
 
     stop = "z" * 50

@@ -186,7 +186,7 @@ def summary(measured: list[dict[str, Any]]) -> dict[str, Any]:
 # -- the test ---------------------------------------------------------------------------------------------------------
 
 
-def test_the_trend_sees_a_leak_and_no_noise() -> None:
+def test_trend_detects_a_leak_but_not_noise() -> None:
     draw = random.Random(3)
 
     def found(leak: float) -> float:

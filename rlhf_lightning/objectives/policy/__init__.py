@@ -1,4 +1,4 @@
-"""Policy-gradient losses: pure functions (`losses`, `importance`) and the classes that YAML names (`classes`)."""
+"""Policy-gradient losses: pure functions (`losses`, `importance`), and classes for configs (`classes`)."""
 
 from rlhf_lightning.objectives.policy.classes import (
     CISPO,

@@ -25,11 +25,12 @@ class PolicyObjective(Settings, ABC):
 
     Args:
         aggregation: A mode of `objectives.aggregate.aggregate`.
-        length: Tokens that the aggregation `constant` divides each sequence by; `PolicyRLModule` takes the sampler's
-            `max_tokens` where there is none.
+        length: Number of tokens that the aggregation `constant` divides each sequence by. With None, `PolicyRLModule`
+            uses the sampler's `max_tokens`.
 
     Raises:
-        ValueError: If `aggregation` is unknown, or `length` is given for another one than `constant`.
+        ValueError: If `aggregation` is unknown, `length` is below 1, or `length` is given for an aggregation other
+            than `constant`.
 
     Example:
         >>> class SquaredRatio(PolicyObjective):
@@ -40,7 +41,10 @@ class PolicyObjective(Settings, ABC):
     """
 
     corrects = True
-    """True if a ratio or an anchor keeps the loss valid after the policy moved; needed for several epochs per round."""
+    """True if the loss stays valid after the policy was updated, through a ratio or an anchor.
+
+    Required for more than one update per round.
+    """
     bounds: tuple[float, float] = (0.0, inf)
     """Bounds of the ratio; tokens outside them are clipped."""
     sequence_level = False
@@ -50,7 +54,7 @@ class PolicyObjective(Settings, ABC):
         if aggregation not in MODES:
             raise ValueError(f"aggregation is {aggregation!r}; it must be one of {', '.join(MODES)}")
         if length is not None and (aggregation != "constant" or length < 1):
-            raise ValueError(f"length is {length}; the tokens (at least 1) that aggregation 'constant' divides by")
+            raise ValueError(f"length is {length}; it must be at least 1, and is only for aggregation 'constant'")
         self.aggregation, self.length = aggregation, length
 
     @abstractmethod
@@ -85,14 +89,16 @@ class PolicyObjective(Settings, ABC):
 def _bounds(low: float, high: float) -> tuple[float, float]:
     """Return `(low, high)` after checking 0 ≤ low ≤ 1 ≤ high."""
     if not 0 <= low <= 1 <= high:
-        raise ValueError(f"the ratio's bounds are [{low}, {high}]; they must contain 1 and not be negative")
+        raise ValueError(f"the bounds of the ratio are [{low}, {high}]; they must contain 1 and not be negative")
     return low, high
 
 
 def _clip_bounds(low: float, high: float) -> tuple[float, float]:
-    """Return `(1 - low, 1 + high)` after checking that clips are distances from 1."""
+    """Return `(1 - low, 1 + high)` after checking that the bounds contain 1 and are not negative."""
     if not (0 <= low <= 1 and high >= 0):
-        raise ValueError(f"clip_low is {low} (0 to 1), clip_high {high} (0 or more): the bounds must contain 1")
+        raise ValueError(
+            f"clip_low is {low} and clip_high is {high}; clip_low must be in [0, 1], and clip_high at least 0"
+        )
     return 1 - low, 1 + high
 
 
@@ -146,7 +152,7 @@ class ClippedSurrogate(PolicyObjective):
         length: See `PolicyObjective`.
 
     Raises:
-        ValueError: If the bounds do not hold 1, or `dual_clip` is not above 1 + clip_high.
+        ValueError: If `clip_low` or `clip_high` is out of range, or `dual_clip` is not above 1 + clip_high.
 
     Example:
         >>> import torch
@@ -196,7 +202,7 @@ class SequenceClippedSurrogate(PolicyObjective):
         length: See `PolicyObjective`.
 
     Raises:
-        ValueError: If the bounds do not hold 1.
+        ValueError: If `clip_low` or `clip_high` is out of range.
 
     Example:
         >>> SequenceClippedSurrogate().bounds
@@ -285,7 +291,8 @@ class DRO(PolicyObjective):
         super().__init__(aggregation, length)
         if not beta > 0:
             raise ValueError(
-                f"beta is {beta}; it must be above 0, or nothing keeps the policy close to the one that sampled"
+                f"beta is {beta}; it must be above 0, because only the penalty keeps the policy close to the one that "
+                "sampled the responses"
             )
         self.beta = beta
 
@@ -320,7 +327,10 @@ class SAPO(PolicyObjective):
     ) -> None:
         super().__init__(aggregation, length)
         if not (temperature_positive > 0 and temperature_negative > 0):
-            raise ValueError("the temperatures of SAPO must be above 0")
+            raise ValueError(
+                f"temperature_positive is {temperature_positive} and temperature_negative is {temperature_negative}; "
+                "both must be above 0"
+            )
         self.temperatures = temperature_positive, temperature_negative
 
     def __call__(self, logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, loss_mask: Tensor) -> Tensor:
@@ -331,8 +341,9 @@ class SAPO(PolicyObjective):
 class ImportanceWeights(Settings):
     """Correction for tokens sampled from another distribution: a stale policy, another engine, or another precision.
 
-    With it, `PolicyRLModule` recomputes log-probabilities at the start of each round. The loss's ratio is taken to
-    those, and this weight corrects from those to the sampler's (`importance_weights`).
+    With it, `PolicyRLModule` recomputes the log-probabilities of all sampled tokens at the start of each round. They
+    become the denominator of the loss's ratio, and these weights correct their difference from the log-probabilities of
+    the sampler (`importance_weights`).
 
     Args:
         level: `token` or `sequence`.
@@ -352,7 +363,10 @@ class ImportanceWeights(Settings):
 
     def __init__(self, level: str = "token", mode: str = "truncate", low: float = 0.0, high: float = 2.0) -> None:
         if level not in ("token", "sequence") or mode not in ("truncate", "mask"):
-            raise ValueError(f"level {level!r} must be 'token' or 'sequence', mode {mode!r} 'truncate' or 'mask'")
+            raise ValueError(
+                f"level is {level!r} and mode is {mode!r}; level must be 'token' or 'sequence', and mode 'truncate' or "
+                "'mask'"
+            )
         _bounds(low, high)
         self.level, self.mode, self.low, self.high = level, mode, low, high
 
@@ -360,8 +374,8 @@ class ImportanceWeights(Settings):
         """Compute the weights.
 
         Args:
-            old_logprobs: The trainer's at the start of the round, in nats, `[B, T]`.
-            sampling_logprobs: The sampler's, in nats, `[B, T]`.
+            old_logprobs: Log-probabilities computed by the trainer at the start of the round, in nats, `[B, T]`.
+            sampling_logprobs: Log-probabilities recorded by the sampler, in nats, `[B, T]`.
             loss_mask: 1 at the policy's tokens, 0 elsewhere, `[B, T]`.
 
         Returns:

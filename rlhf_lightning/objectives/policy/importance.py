@@ -60,7 +60,7 @@ def importance_weights(
     """Weights w = exp(log q_old - log q_sampler) that correct for rows sampled from another distribution.
 
     Args:
-        old_logprobs: Under the policy that the loss's ratio starts from, `[B, T]`.
+        old_logprobs: Under the policy in the denominator of the loss's ratio, `[B, T]`.
         sampling_logprobs: Under the distribution that sampled the tokens, `[B, T]`.
         loss_mask: 1 at the policy's tokens, 0 elsewhere, `[B, T]`.
         level: `token` for a weight per token, `sequence` for the product over the row at all its tokens.
@@ -76,7 +76,10 @@ def importance_weights(
         ValueError: If `level` or `mode` is unknown.
     """
     if level not in ("token", "sequence") or mode not in ("truncate", "mask"):
-        raise ValueError(f"level {level!r} must be 'token' or 'sequence', mode {mode!r} 'truncate' or 'mask'")
+        raise ValueError(
+            f"level is {level!r} and mode is {mode!r}; level must be 'token' or 'sequence', and mode 'truncate' or "
+            "'mask'"
+        )
     if level == "token":
         weight = token_ratio(old_logprobs, sampling_logprobs, loss_mask)
     else:

@@ -1,6 +1,6 @@
-"""Losses of preference learning: pure functions of scores, and the classes that YAML names.
+"""Losses of preference learning: pure functions of scores, and classes for configs.
 
-A class declares the tensors that it needs besides the scores as keyword-only arguments of `__call__`, and
+A class declares the tensors that it needs besides the scores as keyword-only arguments of `__call__`.
 `PreferenceModule` passes them by name, `[B]` each:
 
 - `margin`, `ties`: columns of the data.

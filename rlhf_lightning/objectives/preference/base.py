@@ -1,4 +1,4 @@
-"""Interfaces of the preference losses: which scores a loss takes, and which further tensors it asks for by name."""
+"""Interfaces of the preference losses: the scores that a loss takes, and the additional tensors it requests by name."""
 
 import inspect
 from abc import ABC, abstractmethod
@@ -19,7 +19,7 @@ class PreferenceLoss(Settings, ABC):
     """
 
     kind: ClassVar[str]
-    """The kind of rows that it learns from: `pairs`, `labels` or `rankings`."""
+    """The kind of data that the loss is for: `pairs`, `labels` or `rankings`."""
     inputs: ClassVar[tuple[str, ...]]
     """Names of the positional arguments of `__call__`."""
     batch_coupled: bool = False
@@ -32,7 +32,7 @@ class PreferenceLoss(Settings, ABC):
         """Loss of each row, `[B]`."""
 
     def keywords(self) -> dict[str, bool]:
-        """Names of the further tensors that `__call__` takes, each with whether it is required."""
+        """Names of the additional tensors that `__call__` takes, each with True if it is required."""
         parameters = inspect.signature(self.__call__).parameters.values()
         return {p.name: p.default is p.empty for p in parameters if p.kind is p.KEYWORD_ONLY}
 

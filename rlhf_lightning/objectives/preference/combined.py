@@ -67,8 +67,7 @@ class WeightedSum(PairLoss, nn.Module):
         weights: One per loss; all 1 by default.
 
     Raises:
-        ValueError: If there is no loss, the numbers of losses and weights differ, or the losses are defined for
-            different scores.
+        ValueError: If `losses` is empty, `weights` has another length, or the losses are defined for different scores.
 
     Example:
         >>> from rlhf_lightning.objectives.preference import BradleyTerry
@@ -81,8 +80,11 @@ class WeightedSum(PairLoss, nn.Module):
         nn.Module.__init__(self)
         self.losses, self.weights = list(losses), [1.0] * len(losses) if weights is None else list(weights)
         if not self.losses or len(self.weights) != len(self.losses):
-            raise ValueError(f"{len(self.weights)} weights for {len(self.losses)} losses; give one each, at least one")
-        # Registered as submodules, so that the state of the losses that have one enters the checkpoint.
+            raise ValueError(
+                f"got {len(self.losses)} losses and {len(self.weights)} weights; give at least one loss, and one "
+                "weight per loss"
+            )
+        # Registered as submodules, so that checkpoints contain the state of losses that have one.
         self.states = nn.ModuleList([loss for loss in self.losses if isinstance(loss, nn.Module)])
         self.batch_coupled = any(loss.batch_coupled for loss in self.losses)
         wanted = {loss.scores for loss in self.losses if loss.scores}
@@ -91,7 +93,7 @@ class WeightedSum(PairLoss, nn.Module):
         self.scores = next(iter(wanted), None)
 
     def keywords(self) -> dict[str, bool]:
-        """Names that any of the losses takes; required if one of them requires it."""
+        """Names of the tensors that any of the losses takes, each with True if one of them requires it."""
         found: dict[str, bool] = {}
         for loss in self.losses:
             for name, required in loss.keywords().items():
@@ -120,9 +122,9 @@ class RunningTotals(TypedDict):
 
 
 class RunningMeans(nn.Module):
-    """Running means of the desirable and the undesirable scores seen in training, kept in the checkpoint.
+    """Running means of the desirable and the undesirable scores seen in training, saved in checkpoints.
 
-    They are Python floats, since a buffer would be rounded when the module is cast to a lower precision.
+    The totals are Python floats, because a buffer would be rounded when the module is cast to a lower precision.
 
     Example:
         >>> means = RunningMeans()
@@ -155,7 +157,7 @@ class RunningMeans(nn.Module):
             self.counts[side] += len(own)
 
     def middle(self) -> float:
-        """Midpoint of the two means; the one that exists if the other has no scores yet, and 0 if neither has."""
+        """Midpoint of the two means. If only one side has scores, the mean of that side; 0 without any scores."""
         means = [total / count for total, count in zip(self.totals, self.counts, strict=True) if count]
         return sum(means) / len(means) if means else 0.0
 

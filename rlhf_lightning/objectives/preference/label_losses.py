@@ -61,7 +61,7 @@ def bco_unpaired(
 def plackett_luce(scores: Tensor, ranks: Tensor, loss_mask: Tensor) -> Tensor:
     """-Σ_i (s_i - log Σ_{j: rank_j ≥ rank_i} e^(s_j)): the negative log-likelihood of a ranking.
 
-    Each answer wins against itself and the answers ranked below it. With two answers it is Bradley-Terry. Answers of
+    Each answer competes with itself and the answers ranked below it. For two answers this is Bradley-Terry. Answers of
     equal rank appear in each other's sum (Breslow's approximation). Sources: Plackett 1975; Luce 1959; for DPO, arXiv
     2305.18290, appendix A.3.
 
@@ -73,12 +73,12 @@ def plackett_luce(scores: Tensor, ranks: Tensor, loss_mask: Tensor) -> Tensor:
     Returns:
         Loss of each ranking, `[B]`.
     """
-    there = loss_mask.bool()
-    allowed = (ranks[:, None, :] >= ranks[:, :, None]) & there[:, None, :]
-    # A missing answer competes with itself alone, which keeps its term finite; the mask then drops it.
+    present = loss_mask.bool()
+    allowed = (ranks[:, None, :] >= ranks[:, :, None]) & present[:, None, :]
+    # A missing answer competes only with itself, which keeps its term finite; the mask then drops it.
     allowed |= torch.eye(scores.shape[1], dtype=torch.bool, device=scores.device)
     rivals = scores[:, None, :].expand(allowed.shape).masked_fill(~allowed, -torch.inf).logsumexp(-1)
-    return ((rivals - scores) * there).sum(-1)
+    return ((rivals - scores) * present).sum(-1)
 
 
 def _signed(scores: Tensor, labels: Tensor) -> Tensor:

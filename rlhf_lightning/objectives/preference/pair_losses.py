@@ -130,12 +130,12 @@ def bco(chosen: Tensor, rejected: Tensor, shift: float | Tensor = 0.0) -> Tensor
 def aot(chosen: Tensor, rejected: Tensor, reference_margin: Tensor, label_smoothing: float = 0.0) -> Tensor:
     """`bradley_terry` of the k-th smallest policy margin against the k-th smallest reference margin.
 
-    Asks that the distribution of the policy's margins dominate that of the reference's. The rows are coupled by the
-    sort. Source: AOT, paired, arXiv 2406.05882.
+    Minimizing it makes the policy's margins stochastically dominate those of the reference. The sort couples the rows
+    of the batch. Source: AOT, paired, arXiv 2406.05882.
 
     Args:
         chosen: beta·(log π - log π_ref) of the chosen responses, `[B]`.
-        rejected: The same of the rejected responses, `[B]`.
+        rejected: The same for the rejected responses, `[B]`.
         reference_margin: m = beta·(log π_ref(chosen) - log π_ref(rejected)), `[B]`; c - r + m is the policy's margin.
         label_smoothing: As in `bradley_terry`.
 
@@ -147,9 +147,9 @@ def aot(chosen: Tensor, rejected: Tensor, reference_margin: Tensor, label_smooth
 
 
 def aot_unpaired(chosen: Tensor, rejected: Tensor, label_smoothing: float = 0.0) -> Tensor:
-    """`bradley_terry` of the k-th smallest c against the k-th smallest r. The rows are coupled by the sort.
+    """`bradley_terry` of the k-th smallest c against the k-th smallest r.
 
-    Source: AOT, unpaired, arXiv 2406.05882.
+    The sort couples the rows of the batch. Source: AOT, unpaired, arXiv 2406.05882.
     """
     return bradley_terry(chosen.sort().values, rejected.sort().values, label_smoothing=label_smoothing)
 

@@ -1,4 +1,4 @@
-"""Pair losses as the classes that YAML names. `pair_losses` has the functions and the meaning of c, r and d."""
+"""Pair losses as classes for configs. `pair_losses` has the functions, and defines c, r and d."""
 
 import math
 
@@ -50,7 +50,7 @@ class BradleyTerry(PairLoss):
         centering: Weight of (c + r)², which keeps the mean score near 0 (arXiv 2312.09244); 0 for none.
 
     Raises:
-        ValueError: If `label_smoothing` is out of range.
+        ValueError: If `label_smoothing` or `centering` is out of range.
 
     Example:
         >>> import torch
@@ -60,7 +60,10 @@ class BradleyTerry(PairLoss):
 
     def __init__(self, label_smoothing: float = 0.0, centering: float = 0.0) -> None:
         if not 0 <= centering < math.inf:
-            raise ValueError(f"centering is {centering}; it must not be negative: it would drive the scores apart")
+            raise ValueError(
+                f"centering is {centering}; it must be finite and not negative (a negative weight would drive the mean "
+                "score away from 0)"
+            )
         self.label_smoothing, self.centering = _smoothing(label_smoothing), centering
 
     def __call__(
@@ -243,10 +246,10 @@ class APODown(PairLoss):
 
 
 class DiscoPOP(PairLoss):
-    """A blend of the logistic and the exponential loss, found by automated search (arXiv 2406.08414).
+    """A mixture of the logistic and the exponential loss, discovered by an LLM-driven search (arXiv 2406.08414).
 
     Args:
-        temperature: τ of the blend, above 0.
+        temperature: τ of the mixture, above 0.
 
     Raises:
         ValueError: If `temperature` is not above 0.
@@ -345,7 +348,7 @@ class RaoKupper(PairLoss):
     """Bradley-Terry in which a small difference is a tie (`tie: true`; Rao & Kupper 1967; arXiv 2409.17431).
 
     Args:
-        nu: ν, above 1; log ν is the difference below which a tie becomes likely.
+        nu: ν, above 1; a tie becomes likely when the scores differ by less than log ν.
 
     Raises:
         ValueError: If `nu` is not above 1.
