@@ -534,7 +534,7 @@ def watch_ranks(trainer: "pl.Trainer", minutes: float | None) -> None:
         own = getattr(strategy, "_timeout", None)
         if own not in (None, default_pg_timeout, timedelta(minutes=minutes)):
             raise ConfigError(
-                f"rank_timeout is {minutes:g} minutes, but trainer.strategy has a timeout of {own}: set only one of them"
+                f"rank_timeout is {minutes:g} minutes, but trainer.strategy has a timeout of {own}; set only one"
             )
         strategy._timeout = timedelta(minutes=minutes)
     launcher = strategy.launcher

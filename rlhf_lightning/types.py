@@ -209,7 +209,7 @@ class PreferenceBatch(PreferenceTokens, StepBatch, total=False):
 
 
 class RolloutBatch(TokenBatch, StepBatch, total=False):
-    """A mini-batch of a round of policy RL with N rows, each a `TrainingSample`. Values are 0 where `loss_mask` is 0."""
+    """A mini-batch of a round of policy RL; each row is a `TrainingSample`. Values are 0 where `loss_mask` is 0."""
 
     sampling_logprobs: Tensor
     """The sampler's log-probabilities of the tokens, in nats at its temperature, float32 `[N, T]`."""

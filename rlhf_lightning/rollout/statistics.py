@@ -60,7 +60,7 @@ def statistics(episodes: Sequence[Episode], kl: bool = False) -> Sums:
 
 
 def episode_kl(episode: Episode) -> float:
-    """KL estimate k1, summed over the tokens that the policy sampled, in nats; 0 without reference log-probabilities."""
+    """KL estimate k1, summed over the sampled tokens, in nats; 0 without reference log-probabilities."""
     return sum(_sequence_kl(training_sample) for training_sample in episode.training_samples)
 
 

@@ -193,9 +193,9 @@ def test_importance_weights() -> None:
         (lambda: KLPenalty(coefficient=float("nan")), "negative"),
         (lambda: KLPenalty(discount=2.0), "in \\[0, 1\\]"),
         (lambda: KLPenalty(refresh_every=0), "at least 1"),
-        (lambda: KLPenalty(place="reward", estimator="k2"), "leave it out"),
-        (lambda: KLPenalty(horizon=100), "set kl.target"),
-        (lambda: KLPenalty(reference="base", refresh_every=2), "set only one"),
+        (lambda: KLPenalty(place="reward", estimator="k2"), "Remove kl.estimator"),
+        (lambda: KLPenalty(horizon=100), "Set kl.target"),
+        (lambda: KLPenalty(reference="base", refresh_every=2), "Set only one"),
     ],
 )
 def test_invalid_options_are_rejected(make: Any, message: str) -> None:
