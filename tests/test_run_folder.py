@@ -72,7 +72,7 @@ def test_start_model_inside_the_results_is_rejected(
     value = project / ("samples.jsonl" if key.startswith("data") else "model")
     args = fit(base, tmp_path, f"--{key}", str(value), "--trainer.default_root_dir", str(project), *further)
     message = mistake(args, capsys)
-    assert f"{key} {value}: it is in {value.resolve()}, where this run would write" in message
+    assert f"{key} is {value}, which is inside {value.resolve()}, where this run writes" in message
     assert tree(project) == before
 
 
@@ -177,7 +177,7 @@ def test_paths_are_found_in_nested_settings(tmp_path: Path) -> None:
     good = {"model": str(tmp_path), "rewards": [{"init_args": {"model": "owner/name", "n": 3}}], "text": "x" * 5000}
     refuse_inputs_in(root, STAGE_RESULTS, {**good, "root": str(root), "null": "a\0b", "empty": ""})
     for bad in (str(tmp_path / "link"), str(root / "model" / ".." / "model"), os.path.relpath(root / "model")):
-        with pytest.raises(ConfigError, match=r"rewards\.init_args\.model .*: it is in"):
+        with pytest.raises(ConfigError, match=r"rewards\.init_args\.model is .*, which is inside"):
             refuse_inputs_in(root, STAGE_RESULTS, {"rewards": [{"init_args": {"model": bad}}]})
 
 
