@@ -24,10 +24,14 @@ MOST = 2**31 - 1
 """Largest value of any setting that is an integer."""
 
 
+def cut(text: str, length: int) -> str:
+    """A text in a message, cut off after `length` characters."""
+    return text if len(text) <= length else f"{text[:length]}…"
+
+
 def short(value: object) -> str:
     """A value as a message shows it: at most 80 characters."""
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:80]}…"
+    return cut(repr(value), 80)
 
 
 def check_whole(name: str, value: object, least: int = 1, most: int = MOST) -> None:

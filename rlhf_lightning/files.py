@@ -90,7 +90,12 @@ def is_model_folder(folder: Path) -> bool:
     return any((folder / name).exists() for name in MODEL_CONFIGS)
 
 
-def check_there(what: str, source: str) -> Path:
+def adapted_base(folder: Path) -> JSON:
+    """The base model that the `adapter_config.json` of a folder names; None for none."""
+    return read_object(folder / "adapter_config.json").get("base_model_name_or_path")
+
+
+def check_path(what: str, source: str) -> Path:
     """Return the path of a model or tokenizer, if it is one; a Hub id passes.
 
     Args:
@@ -116,7 +121,7 @@ def check_model_path(what: str, source: str) -> None:
     Raises:
         ConfigError: If nothing is there, or a folder without a config, a pipe, or a device.
     """
-    path = check_there(what, source)
+    path = check_path(what, source)
     if path.is_dir() and not is_model_folder(path):
         inside = f"; did you mean {path / 'model'}?" if (path / "model").is_dir() else ""
         raise ConfigError(f"{what}: the folder has neither config.json nor adapter_config.json{inside}")

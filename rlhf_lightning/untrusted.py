@@ -17,7 +17,7 @@ from re import _parser  # type: ignore[attr-defined]
 from typing import Any
 
 from rlhf_lightning.errors import ConfigError, first_line
-from rlhf_lightning.files import check_files_in, read_object, real_path
+from rlhf_lightning.files import adapted_base, check_files_in, read_object, real_path
 from rlhf_lightning.types import JSON
 
 REPEATS = 5
@@ -66,7 +66,7 @@ def check_files(source: str, options: Mapping[str, JSON] | None = None, weights:
         return  # it does not exist or is unreachable, which the library that opens it reports
     _check_all(folder, options)
     if (folder / "adapter_config.json").is_file():  # transformers then opens its base
-        base = str(read_object(folder / "adapter_config.json").get("base_model_name_or_path"))
+        base = str(adapted_base(folder))
         inner = Path(base) if Path(base).is_dir() else _fetched(base, {}, False) if _HUB_ID.fullmatch(base) else None
         if inner is not None:
             refuse_chain(inner, source)

@@ -36,7 +36,7 @@ FITS = 0.8
 
 
 @dataclass
-class Estimate:
+class MemoryUse:
     """Estimated memory on one device, in bytes.
 
     Attributes:
@@ -48,7 +48,7 @@ class Estimate:
         available: Memory of the device; None if unknown.
 
     Example:
-        >>> estimate = Estimate(4_000_000, 4_000_000, 8_000_000, 0, 2_000_000, 1_000_000)
+        >>> estimate = MemoryUse(4_000_000, 4_000_000, 8_000_000, 0, 2_000_000, 1_000_000)
         >>> estimate.total
         19000000
     """
@@ -92,7 +92,7 @@ class Estimate:
 
 def estimate_memory(
     module: RLHFModule, tokens: int, scored: int, rows: int = 0, row_tokens: int = 0, shards: int = 1
-) -> Estimate:
+) -> MemoryUse:
     """Estimate the memory that training needs on this device. The model must be loaded (`configure_model`).
 
     Args:
@@ -110,7 +110,7 @@ def estimate_memory(
     places = placements(module)
     away = {id(p) for place in places for p in place.model.parameters()}
     there = [p for p in module.parameters() if id(p) in ours]
-    estimate = Estimate(
+    estimate = MemoryUse(
         weights=-(-tensor_bytes(there) // shards),
         gradients=-(-tensor_bytes(parameters) // shards),
         optimizer=-(-optimizer_bytes(module.optimizer_factory, parameters) // shards),
@@ -144,7 +144,7 @@ def _activations(
     return total
 
 
-def _advice(module: RLHFModule, estimate: Estimate) -> list[str]:
+def _advice(module: RLHFModule, estimate: MemoryUse) -> list[str]:
     """Settings that would save memory and are not set; those that do not change results come first."""
     policy, found = isinstance(module, PolicyRLModule), []
     on_gpu = next(module.model.parameters()).device.type == "cuda"

@@ -13,7 +13,7 @@ from rlhf_lightning import __version__
 from rlhf_lightning.checkpointing.signals import ended_once
 from rlhf_lightning.cli.configs import with_shipped
 from rlhf_lightning.cli.console import BROKEN_PIPE, open_standard_streams, silence, steady_console
-from rlhf_lightning.errors import UserError
+from rlhf_lightning.errors import UserError, cut
 from rlhf_lightning.files import DISK_FULL, visible
 from rlhf_lightning.sys_exit import exit_of_user_code
 
@@ -101,9 +101,8 @@ def main(args: list[str] | None = None) -> None:
             raise
         if error.errno in DISK_FULL:
             silence()  # the rest of the output cannot be written either
-        name = str(error.filename or "the output")
-        shown = name if len(name) < LONGEST else f"{name[:LONGEST]}…"
-        code = _fail(f"{shown}: {error.strerror}; {UNWRITABLE[error.errno]}")
+        name = cut(str(error.filename or "the output"), LONGEST)
+        code = _fail(f"{name}: {error.strerror}; {UNWRITABLE[error.errno]}")
     sys.exit(code)
 
 

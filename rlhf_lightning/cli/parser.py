@@ -8,6 +8,7 @@ from jsonargparse import ArgumentParser
 from lightning.pytorch.cli import LightningArgumentParser
 
 from rlhf_lightning.cli import suggestions as meant
+from rlhf_lightning.errors import cut
 from rlhf_lightning.files import visible
 
 if TYPE_CHECKING:
@@ -66,7 +67,7 @@ def tidy(message: str) -> str:
     text = re.sub(r"[.;]? Got value: (Namespace\(|Write).*", "", text)
     text = re.sub(r"Given value: \[?Namespace\(.*", "", text)
     lines = [line.strip().removeprefix("- ") for line in text.splitlines()]
-    kept = [line if len(line) < 300 else f"{line[:300]}…" for line in lines if line and not line.startswith(NOISE)]
+    kept = [cut(line, 300) for line in lines if line and not line.startswith(NOISE)]
     text = "".join(line + (" " if line.endswith(":") else "; ") for line in dict.fromkeys(kept)).strip("; ")
     if "<class 'float'>" in text or "<class 'int'>" in text:  # a number was meant, not a class
         text = re.sub(r"Expected a dot import path string: [^;]*; ", "", text)

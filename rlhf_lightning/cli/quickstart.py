@@ -42,10 +42,10 @@ def run(args: list[str]) -> int:
     if options.model:
         check_start(options.model)
     from rlhf_lightning.cli.logs import setup_logging
-    from rlhf_lightning.quickstart.run import Settings, quickstart
+    from rlhf_lightning.quickstart.run import QuickstartSettings, quickstart
 
     setup_logging("warning", None)
-    summary = quickstart(Settings(**vars(options)))
+    summary = quickstart(QuickstartSettings(**vars(options)))
     show(summary, options.root)
     return 0
 

@@ -1,7 +1,6 @@
 """`rlhf evaluate MODEL FILE --task NAME`: a benchmark on a file of its rows."""
 
 import argparse
-import hashlib
 import json
 import math
 import os
@@ -15,6 +14,7 @@ from rlhf_lightning.cli.rendering_flags import add_rendering_flags, rendering_op
 from rlhf_lightning.cli.user_code import SCORER_HELP, allow_user_code, import_scorer
 from rlhf_lightning.errors import ConfigError
 from rlhf_lightning.files import as_json, visible, write_text
+from rlhf_lightning.pipeline.verify import settings_hash
 
 if TYPE_CHECKING:
     from rlhf_lightning.inference.tasks import Estimate, Scores, Task
@@ -86,7 +86,7 @@ class Results:
 
     def __init__(self, path: Path | None, settings: "Mapping[str, JSON]", overwrite: bool) -> None:
         self.path = path
-        self.run = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()[:16]
+        self.run = settings_hash(settings)[:16]
         self.done: dict[int, Row] = {}
         if path is None:
             return

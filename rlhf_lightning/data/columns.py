@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 
 from rlhf_lightning.data.records import RowError
-from rlhf_lightning.data.tool_calls import short
+from rlhf_lightning.data.tool_calls import described
 from rlhf_lightning.errors import ConfigError
 from rlhf_lightning.types import JSON, Message, Row
 
@@ -102,7 +102,7 @@ def _system(data: Row) -> tuple[str, str]:
         if is_empty(value):
             continue
         if not isinstance(value, str):
-            raise RowError(f"{column!r} is {short(value)}; it must be text")
+            raise RowError(f"{column!r} is {described(value)}; it must be text")
         if value.strip():
             found[column] = value
     if len({text.strip() for text in found.values()}) > 1:
@@ -126,7 +126,7 @@ def take_marks(message: Row, where: str) -> None:
             continue
         if not isinstance(value, bool | int | float) or value not in (0, 1):
             wanted = "0 (not trained) or 1" if name.endswith("weight") else "true or false"
-            raise RowError(f"{where}: {name!r} must be {wanted}, but it is {short(value)}")
+            raise RowError(f"{where}: {name!r} must be {wanted}, but it is {described(value)}")
         marks.add(bool(value))
     if len(marks) > 1:
         raise RowError(f"{where} is marked both as trained and as not trained ({', '.join(MARKS)})")

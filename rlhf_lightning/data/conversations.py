@@ -20,7 +20,7 @@ from rlhf_lightning.data.columns import (
 from rlhf_lightning.data.contents import ContentParts
 from rlhf_lightning.data.records import RowError
 from rlhf_lightning.data.tables import MESSAGE_LIST
-from rlhf_lightning.data.tool_calls import Written, as_text, read_calls, read_tools, short
+from rlhf_lightning.data.tool_calls import Written, as_text, described, read_calls, read_tools
 from rlhf_lightning.errors import quoted
 from rlhf_lightning.types import JSON, Message, Row, ToolCall, ToolSchema
 
@@ -67,7 +67,7 @@ def to_messages(value: JSON | list[Message], first_role: str = "user") -> list[M
             return [{"role": first_role, "content": value}]
         value = said
     if not isinstance(value, list) or not value:
-        raise RowError(f"a conversation must be a non-empty list of messages, but it is {short(value)}")
+        raise RowError(f"a conversation must be a non-empty list of messages, but it is {described(value)}")
     messages: list[Message] = []
     for index, item in enumerate(value):
         messages += _messages(item, index, messages[-1]["role"] if messages else None, first_role)
@@ -83,7 +83,9 @@ def _written(text: str) -> list[JSON] | None:
             value = read(text)
             return value if all(map(_is_message, value)) else None
     if "'" in text[: text.index(":")]:
-        raise RowError(f"a conversation given as text must be JSON, but this is a printed Python list: {short(text)}")
+        raise RowError(
+            f"a conversation given as text must be JSON, but this is a printed Python list: {described(text)}"
+        )
     return None
 
 
@@ -99,7 +101,7 @@ def _messages(item: JSON | Message, index: int, previous: str | None, first_role
     if isinstance(item, str):
         item = {"content": item}
     if not _is_object(item):
-        raise RowError(f"message {index} is {short(item)}; it must be an object with role and content")
+        raise RowError(f"message {index} is {described(item)}; it must be an object with role and content")
     # Parquet and Arrow fill missing keys with None.
     message: Row = {key: value for key, value in item.items() if value is not None and key not in ("from", "value")}
     if "content" not in message:
@@ -108,7 +110,7 @@ def _messages(item: JSON | Message, index: int, previous: str | None, first_role
     if role is None:
         role = first_role if previous in (None, "system") else {"user": "assistant"}.get(previous, "user")
     if not isinstance(role, str):
-        raise RowError(f"message {index}: role is {short(role)}; it must be a string")
+        raise RowError(f"message {index}: role is {described(role)}; it must be a string")
     said = role.lower() if role.lower() in (*ROLES, *SPEAKERS) else role
     message["role"] = role = SPEAKERS.get(said, said)
     where = f"message {index} ({role})"
@@ -124,7 +126,7 @@ def _messages(item: JSON | Message, index: int, previous: str | None, first_role
     elif role == "tool" and not isinstance(content, str):
         message["content"] = Written(as_text(content), content)
     if not _has_text(message):
-        raise RowError(f"{where}: content is {short(content)}; it must be text")
+        raise RowError(f"{where}: content is {described(content)}; it must be text")
     return [*results, message]
 
 
@@ -200,7 +202,7 @@ def _joined(parts: list[JSON], where: str) -> str:
         if isinstance(kind, str) and kind.removeprefix("input_").removesuffix("_url") in MEDIA:
             raise RowError(f"{where}: content has a part of type {kind!r}, but models here read text only")
         if not isinstance(part, dict) or kind != "text" or not isinstance(part.get("text"), str):
-            raise RowError(f"{where}: content has the part {short(part)}; parts must be {{type: text, text: …}}")
+            raise RowError(f"{where}: content has the part {described(part)}; parts must be {{type: text, text: …}}")
         # Parquet and Arrow fill missing keys with None, and templates test which keys a part has.
         texts.append({"type": "text", **{key: value for key, value in part.items() if value is not None}})
     return ContentParts(texts)
@@ -256,7 +258,7 @@ def _text(data: Row, key: str) -> str:
     """The text of a column; empty if there is none."""
     value = data.get(key)
     if value is not None and not isinstance(value, str):
-        raise RowError(f"{key!r} is {short(value)}; it must be text")
+        raise RowError(f"{key!r} is {described(value)}; it must be text")
     return value or ""
 
 
@@ -265,7 +267,7 @@ def _history(value: JSON) -> list[JSON]:
     if not isinstance(turns, list) or not all(
         isinstance(turn, list) and len(turn) == 2 and all(isinstance(text, str) for text in turn) for turn in turns
     ):
-        raise RowError(f"'history' is {short(value)}; it must be a list of [question, answer]")
+        raise RowError(f"'history' is {described(value)}; it must be a list of [question, answer]")
     return turns
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from rlhf_lightning.data.conversations import tool_schemas
 from rlhf_lightning.data.records import RowError
 from rlhf_lightning.data.rendering import Renderer
-from rlhf_lightning.errors import ConfigError
+from rlhf_lightning.errors import ConfigError, cut
 from rlhf_lightning.files import is_file, read_record, read_stage
 from rlhf_lightning.types import JSON, ModelSource, Row, Tokenizer, ToolSchema
 
@@ -213,5 +213,4 @@ def _usual(key: str, value: JSON) -> bool:
 
 def _shown(value: JSON) -> str:
     """A value for a message, shortened."""
-    text = repr(value) if value or value == {} else "none"
-    return f"{text[:200]}…" if len(text) > 200 else text
+    return cut(repr(value), 200) if value or value == {} else "none"

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from rlhf_lightning.data.ended_templates import unwrapped
 from rlhf_lightning.errors import ConfigError, UserError
-from rlhf_lightning.files import check_there, is_file
+from rlhf_lightning.files import check_path, is_file
 from rlhf_lightning.gguf.folder import model_folder
 from rlhf_lightning.types import JSON, LoadedTokenizer, ModelSource, Tokenizer
 from rlhf_lightning.untrusted import check_files, load_failure
@@ -80,7 +80,7 @@ def load_tokenizer(
 def _checked(name: str | Path, options: Mapping[str, JSON]) -> str:
     """A tokenizer source as text; raises `ConfigError` for a path that is not there."""
     name = model_folder(str(name), options)
-    path = check_there(f"tokenizer {name!r}", name)
+    path = check_path(f"tokenizer {name!r}", name)
     source = str(path) if path.exists() else name
     check_files(source, options)
     return source

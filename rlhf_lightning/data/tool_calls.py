@@ -5,6 +5,7 @@ import json
 from typing import NoReturn
 
 from rlhf_lightning.data.records import RowError
+from rlhf_lightning.errors import cut
 from rlhf_lightning.types import JSON, Message, TemplateMessage, ToolCall, ToolSchema
 
 CALL_KEYS = ("function", "name", "arguments", "parameters", "input", "args")
@@ -71,7 +72,7 @@ def _call(given: JSON, where: str) -> ToolCall:
     function = inner if isinstance(inner, dict) else value
     name = function.get("name")
     if not isinstance(name, str) or not name:
-        raise RowError(f"{where}: the tool call {short(given)} must be an object with 'name' and 'arguments'")
+        raise RowError(f"{where}: the tool call {described(given)} must be an object with 'name' and 'arguments'")
     found = [function[key] for key in ("arguments", "parameters", "input", "args") if function.get(key) is not None]
     call: ToolCall = {
         key: item for key, item in value.items() if key not in (*CALL_KEYS, "type", "call_id") and item is not None
@@ -93,7 +94,7 @@ def _arguments(value: JSON, name: str, where: str) -> dict[str, JSON]:
         value = _json(value, f"{where}: the arguments of the call of {name!r} are text that is not a JSON object")
     if not isinstance(value, dict):
         raise RowError(
-            f"{where}: the arguments of the call of {name!r} must be a JSON object, but they are {short(value)}"
+            f"{where}: the arguments of the call of {name!r} must be a JSON object, but they are {described(value)}"
         )
     return value
 
@@ -122,8 +123,8 @@ def read_tools(value: JSON, name: str = "tools") -> list[ToolSchema] | None:
     tools = [tool for tool in value if isinstance(tool, dict)] if isinstance(value, list) else []
     if not isinstance(value, list) or len(tools) < len(value):
         raise RowError(
-            f"{name!r} must be a list of objects, but it is {short(value)}. If the column means something else, ignore "
-            f"it with columns: {{{name}: null}}"
+            f"{name!r} must be a list of objects, but it is {described(value)}. If the column means something else, "
+            f"ignore it with columns: {{{name}: null}}"
         )
     return [schema for tool in tools for schema in _schemas(tool)]
 
@@ -150,17 +151,16 @@ def _json(text: str, wrong: str) -> JSON:
     try:
         return json.loads(text, parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:
-        raise RowError(f"{wrong} ({error}): {short(text)}") from None
+        raise RowError(f"{wrong} ({error}): {described(text)}") from None
 
 
 def _refuse_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is not JSON")
 
 
-def short(value: JSON | Message | list[Message]) -> str:
-    """A value in a few words, for a message."""
-    text = repr(value)
-    return f"{type(value).__name__} {text[:60]}{'…' if len(text) > 60 else ''}"
+def described(value: JSON | Message | list[Message]) -> str:
+    """The type of a value and the value, for a message."""
+    return f"{type(value).__name__} {cut(repr(value), 60)}"
 
 
 def with_ids(messages: list[TemplateMessage], form: str) -> list[TemplateMessage]:

@@ -15,7 +15,7 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rlhf_lightning.errors import ConfigError
+from rlhf_lightning.errors import ConfigError, first_line
 from rlhf_lightning.files import is_file, real_path, write_json
 from rlhf_lightning.gguf.header import Header, Tensor, is_gguf, read_header
 from rlhf_lightning.types import JSON, ModelSource
@@ -86,8 +86,9 @@ def _downloaded(repository: str, file: str, options: Mapping[str, Any]) -> Path:
     try:
         return Path(hf_hub_download(repository, file, **place))
     except (HfHubHTTPError, HFValidationError, OSError, ValueError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ConfigError(f"the GGUF file {repository}:{file} cannot be downloaded from the Hub: {reason}") from None
+        raise ConfigError(
+            f"the GGUF file {repository}:{file} cannot be downloaded from the Hub: {first_line(error)}"
+        ) from None
 
 
 @lru_cache(maxsize=64)

@@ -7,7 +7,7 @@ from typing import Required, TypedDict
 from rlhf_lightning.data.prompts import Prompt
 from rlhf_lightning.environments.base import imported
 from rlhf_lightning.inference.policy import Policy
-from rlhf_lightning.inference.text_metrics import Reference, nearness, perplexity
+from rlhf_lightning.inference.text_metrics import ReferenceAnswer, nearness, perplexity
 from rlhf_lightning.objectives.intervals import best_of_kl, mean_interval, wilson, win_rate
 from rlhf_lightning.rewards import FunctionReward, ModelReward, Reward, RewardTerm, total_rewards
 from rlhf_lightning.types import Episode, Message
@@ -16,7 +16,7 @@ Figures = dict[str, float | None]
 """Metrics of a policy by name; None for one that cannot be measured."""
 
 
-class Answer(TypedDict, total=False):
+class ScoredAnswer(TypedDict, total=False):
     """A response to a prompt, with its reward if it was rewarded."""
 
     response: Required[str]
@@ -128,8 +128,8 @@ def compare(
     prompts: Sequence[Prompt],
     sampling: SamplingOptions,
     best_of: int = 0,
-    references: Sequence[Sequence[Reference]] = (),
-) -> tuple[dict[str, Figures], list[dict[str, list[Message] | list[Answer]]]]:
+    references: Sequence[Sequence[ReferenceAnswer]] = (),
+) -> tuple[dict[str, Figures], list[dict[str, list[Message] | list[ScoredAnswer]]]]:
     """Compare a policy with a baseline on the same prompts.
 
     Args:
@@ -167,7 +167,7 @@ def compare(
     ]
 
 
-def _answer(episode: Episode, rewarded: bool) -> Answer:
+def _answer(episode: Episode, rewarded: bool) -> ScoredAnswer:
     return {"response": episode.response, "reward": episode.reward} if rewarded else {"response": episode.response}
 
 
@@ -175,7 +175,7 @@ def _measured(
     policy: Policy,
     prompts: Sequence[Prompt],
     groups: Sequence[Sequence[Episode]],
-    references: Sequence[Sequence[Reference]],
+    references: Sequence[Sequence[ReferenceAnswer]],
     rewarded: bool,
 ) -> Figures:
     """Metrics of one policy's answers, and its perplexity on the references, for prompts that have some."""

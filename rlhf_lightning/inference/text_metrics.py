@@ -15,10 +15,10 @@ from rlhf_lightning.types import JSON, Message, Row
 log = logging.getLogger(__name__)
 COLUMNS = ("completion", "response", "chosen")
 ROUGE = ("rouge1", "rouge2", "rougeL")  # not rougeLsum, whose sentence splitter is downloaded
-Reference = list[Message]
+ReferenceAnswer = list[Message]
 
 
-def references_of(prompts: Sequence[Prompt], column: str | None = None) -> list[list[Reference]]:
+def references_of(prompts: Sequence[Prompt], column: str | None = None) -> list[list[ReferenceAnswer]]:
     """The reference answers of each prompt, as messages.
 
     Args:
@@ -41,7 +41,7 @@ def references_of(prompts: Sequence[Prompt], column: str | None = None) -> list[
     return found
 
 
-def _named(row: Row, column: str) -> list[Reference]:
+def _named(row: Row, column: str) -> list[ReferenceAnswer]:
     value = row.get(column)
     if value is None:
         raise RowError(f"no column {column!r} for the reference answer; the row has {quoted(row)}")
@@ -49,7 +49,7 @@ def _named(row: Row, column: str) -> list[Reference]:
     return [_answer(text, column) for text in texts]
 
 
-def _own(prompt: Prompt) -> list[Reference]:
+def _own(prompt: Prompt) -> list[ReferenceAnswer]:
     row = prompt.row
     if row.get("label") is not None and not row["label"]:
         return []  # a KTO row with an undesirable answer
@@ -64,7 +64,7 @@ def _own(prompt: Prompt) -> list[Reference]:
         return []  # the user did not name this column as a reference
 
 
-def _answer(value: JSON | list[Message], name: str, prompt: Sequence[Message] = ()) -> Reference:
+def _answer(value: JSON | list[Message], name: str, prompt: Sequence[Message] = ()) -> ReferenceAnswer:
     """The assistant's messages in a value, without the prompt that some data sets repeat."""
     messages = without_prompt(to_messages(value, "assistant"), prompt)
     if not messages or messages[0]["role"] != "assistant" or not _text(messages):
@@ -74,13 +74,13 @@ def _answer(value: JSON | list[Message], name: str, prompt: Sequence[Message] = 
     return messages
 
 
-def _text(reference: Reference) -> str:
+def _text(reference: ReferenceAnswer) -> str:
     """Text of a reference's last assistant message, comparable to an episode's response."""
     spoken = [str(m.get("content") or "") for m in reference if m["role"] == "assistant"]
     return spoken[-1].strip()
 
 
-def perplexity(policy: Policy, prompts: Sequence[Prompt], references: Sequence[Sequence[Reference]]) -> float:
+def perplexity(policy: Policy, prompts: Sequence[Prompt], references: Sequence[Sequence[ReferenceAnswer]]) -> float:
     """Perplexity of reference answers after their prompts: exp of the mean negative log-likelihood per token.
 
     References longer than the model's context are left out, with a warning; NaN if none is left.
@@ -109,7 +109,7 @@ def perplexity(policy: Policy, prompts: Sequence[Prompt], references: Sequence[S
     return math.exp(policy.nll(rows)) if rows else math.nan
 
 
-def nearness(answers: Sequence[str], references: Sequence[Sequence[Reference]]) -> dict[str, float]:
+def nearness(answers: Sequence[str], references: Sequence[Sequence[ReferenceAnswer]]) -> dict[str, float]:
     """BLEU of the corpus and mean ROUGE F1 of answers, both in [0, 1], computed by torchmetrics.
 
     BLEU is that of sacreBLEU: up to 4-grams, `13a` tokenization, case-sensitive. ROUGE compares lower-case words. A

@@ -16,7 +16,15 @@ from safetensors import SafetensorError
 from torch import nn
 
 from rlhf_lightning.errors import ConfigError, UserError
-from rlhf_lightning.files import check_model_path, hash_folder, read_object, read_stage, real_path, write_json
+from rlhf_lightning.files import (
+    adapted_base,
+    check_model_path,
+    hash_folder,
+    read_object,
+    read_stage,
+    real_path,
+    write_json,
+)
 from rlhf_lightning.gguf.folder import cache_root, model_folder
 from rlhf_lightning.models.base_weights import (
     check_adapted,
@@ -341,7 +349,7 @@ def adapter_base(folder: Path) -> str:
     Raises:
         ConfigError: If no base is named, or it does not exist.
     """
-    base = read_object(folder / "adapter_config.json").get("base_model_name_or_path")
+    base = adapted_base(folder)
     if not isinstance(base, str) or not base:
         raise ConfigError(f"{folder}: adapter_config.json names no base model (base_model_name_or_path is {base!r})")
     relative = read_stage(folder).get("base")

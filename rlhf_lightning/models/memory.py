@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
+from torch.optim.optimizer import ParamsT
 
 from rlhf_lightning.models.backbone import Backbone
 from rlhf_lightning.models.logits import CPU_CHUNK, GPU_CHUNK
@@ -19,7 +20,7 @@ from rlhf_lightning.models.precision import NARROW
 from rlhf_lightning.models.sharding import run_unsharded
 
 log = logging.getLogger(__name__)
-OptimizerFactory = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
+OptimizerFactory = Callable[[ParamsT], torch.optim.Optimizer]
 Precision = Callable[[], contextlib.AbstractContextManager[None]]
 """Makes the context in which a forward runs with the precision of training."""
 PROBES = (32, 96)

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
+from rlhf_lightning.errors import cut
 from rlhf_lightning.files import duration, is_file, read_object, real_path, replace_text, visible
 from rlhf_lightning.gguf.folder import source_of
 from rlhf_lightning.types import JSON
@@ -129,8 +130,7 @@ def _on_hub(name: str) -> bool:
 
 def _plain(value: JSON) -> str:
     """A value as text without markup: no links, no tags, nothing that ends a table's cell, no control characters."""
-    text = " ".join(visible(str(value)).split())
-    text = f"{text[:LONGEST]}…" if len(text) > LONGEST else text
+    text = cut(" ".join(visible(str(value)).split()), LONGEST)
     text = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;").replace("@", "&#64;")
     return _MARKUP.sub(r"\\\g<0>", text).replace("://", "&#58;//").replace("www.", "www&#46;")
 

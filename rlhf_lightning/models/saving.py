@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from rlhf_lightning.data.ended_templates import ended
 from rlhf_lightning.data.templates import ChatTemplate
-from rlhf_lightning.files import read_object, real_path, scratch_of, write_json
+from rlhf_lightning.files import adapted_base, read_object, real_path, scratch_of, write_json
 from rlhf_lightning.models.base_weights import link_base, write_base
 from rlhf_lightning.models.generation import end_token_ids
 from rlhf_lightning.models.loading import is_adapter
@@ -163,7 +163,7 @@ def relative_base(folder: Path) -> str | None:
     """The base of an adapter folder, relative to it, if the base is a folder on this machine."""
     if not is_adapter(str(folder)):
         return None
-    base = Path(str(read_object(folder / "adapter_config.json").get("base_model_name_or_path")))
+    base = Path(str(adapted_base(folder)))
     return os.path.relpath(base, folder) if base.is_dir() else None
 
 

@@ -19,11 +19,11 @@ from rlhf_lightning.sampling.sampler import Sampler
 from rlhf_lightning.types import Answer, SFTBatch
 
 
-class HeldOut(nn.Module):
+class HeldOutLikelihood(nn.Module):
     """Metrics of held-out rows, exact over batches and ranks.
 
     Example:
-        >>> [name for name, metric in HeldOut().named_children()]
+        >>> [name for name, metric in HeldOutLikelihood().named_children()]
         ['nll', 'perplexity', 'bits_per_byte', 'tokens']
     """
 
@@ -57,7 +57,7 @@ class SFTModule(RLHFModule[SFTBatch]):
         check_object("model.sampler", sampler, "Sampler(max_tokens=64)")
         self.sampler = sampler or Sampler(temperature=0.0)
         self.step_numbers, self.train_tokens = StepNumbers(("nll",)), Count()
-        self.heldout = nn.ModuleDict({name: HeldOut() for name in ("val", "test")})
+        self.heldout = nn.ModuleDict({name: HeldOutLikelihood() for name in ("val", "test")})
 
     def build(self) -> None:
         self.token_logprobs = TokenLogprobs(self.model, self.max_tokens_per_batch)
@@ -103,7 +103,7 @@ class SFTModule(RLHFModule[SFTBatch]):
     def evaluate(self, batch: SFTBatch, name: str) -> None:
         total, count = self._nll(batch)
         metrics = self.heldout[name]
-        assert isinstance(metrics, HeldOut)
+        assert isinstance(metrics, HeldOutLikelihood)
         mean = total / count.clamp(min=1)
         metrics.nll.update(mean, weight=count)
         metrics.perplexity.update(mean, weight=count)

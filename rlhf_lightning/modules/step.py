@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-Sums = Mapping[str, tuple[Tensor, Tensor | None]]
+MetricSums = Mapping[str, tuple[Tensor, Tensor | None]]
 """For each metric: its sum over a micro-batch, and the count to divide by; None if the sum itself is the metric."""
 Reduce = Callable[[Tensor, str], Tensor]
 """Reduces a tensor over data ranks, by `sum` or `max`."""
@@ -49,7 +49,7 @@ class StepNumbers:
         self._most: Tensor | None = None
         self._given: dict[str, bool] = {}
 
-    def add(self, trained: Tensor, sums: Sums, largest: Mapping[str, Tensor] | None = None) -> None:
+    def add(self, trained: Tensor, sums: MetricSums, largest: Mapping[str, Tensor] | None = None) -> None:
         """Add a micro-batch.
 
         Args:

@@ -12,11 +12,11 @@ from lightning.pytorch.utilities.types import EVAL_DATALOADERS, TRAIN_DATALOADER
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
-from torch.optim.optimizer import ParamsT
 
 from rlhf_lightning.errors import ConfigError, check_object, check_whole
 from rlhf_lightning.files import is_model_folder
 from rlhf_lightning.models.lora import LoRA
+from rlhf_lightning.models.memory import OptimizerFactory
 from rlhf_lightning.modules.trainer_state import is_trial, row_data_of
 from rlhf_lightning.settings import NotPlain, Settings, UnknownClass, describe, rebuild
 
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from rlhf_lightning.types import JSON, StateDict
 
 log = logging.getLogger(__name__)
-OptimizerFactory = Callable[[ParamsT], Optimizer]
 SchedulerFactory = Callable[[Optimizer], LRScheduler]
 DATA = {"sft": "SFTDataModule", "preference": "PreferenceDataModule", "policy": "PromptDataModule"}
 ABSENT = {

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +19,7 @@ SAME, DIFFERS, MISSING, UNFINISHED, HUB = "same", "differs", "missing", "unfinis
 
 
 @dataclass
-class Check:
+class StageCheck:
     """An input or output of a stage, and the result of its check.
 
     Attributes:
@@ -28,7 +29,7 @@ class Check:
         status: `same`, `differs`, `missing`, `unfinished` or `not checked`.
 
     Example:
-        >>> Check("sft", "model", "runs/mine/sft/model", SAME).status
+        >>> StageCheck("sft", "model", "runs/mine/sft/model", SAME).status
         'same'
     """
 
@@ -38,7 +39,7 @@ class Check:
     status: str
 
 
-def verify_run(root: str | Path) -> list[Check]:
+def verify_run(root: str | Path) -> list[StageCheck]:
     """Check the configuration, data, input models and outputs of every stage of a run.
 
     Args:
@@ -57,49 +58,51 @@ def verify_run(root: str | Path) -> list[Check]:
     raise ConfigError(f"--verify {root}: the folder has neither a pipeline's manifest.json nor a stage's stage.json")
 
 
-def _stage(root: Path, name: str, stages: dict[str, StageEntry]) -> list[Check]:
+def _stage(root: Path, name: str, stages: dict[str, StageEntry]) -> list[StageCheck]:
     entry = stages[name]
     folder, inputs = root / name, entry["inputs"]
     settings = _settings(folder / "input.yaml")
     found = []
     for config in entry.get("configs") or ():
         status = _compare(hash_file(config["path"]), config["hash"]) if Path(config["path"]).is_file() else MISSING
-        found.append(Check(name, "config", config["path"], status))
+        found.append(StageCheck(name, "config", config["path"], status))
     now = None if settings is None else settings_hash(settings)
-    found.append(Check(name, "settings", str(folder / "input.yaml"), _compare(now, inputs.get("settings", ""))))
+    found.append(StageCheck(name, "settings", str(folder / "input.yaml"), _compare(now, inputs.get("settings", ""))))
     found += _data(name, section(settings or {}, "data"), inputs.get("data") or {})
     for key in HANDED:
         if recorded := inputs.get(key):
             source = (entry.get("handed") or {}).get(key) or ""
             path = root / source / "model" if source in stages else Path(source)
-            found.append(Check(name, key, str(path), _handed(path, recorded)))
+            found.append(StageCheck(name, key, str(path), _handed(path, recorded)))
     if entry["status"] != "finished":
-        return [*found, Check(name, "model", str(folder / "model"), UNFINISHED)]
+        return [*found, StageCheck(name, "model", str(folder / "model"), UNFINISHED)]
     return [*found, *_outputs(name, folder, entry.get("model_hash") or "")]
 
 
-def _alone(folder: Path) -> list[Check]:
+def _alone(folder: Path) -> list[StageCheck]:
     """Checks of a stage that is not part of a pipeline."""
     facts, settings = read_record(folder / "stage.json", StageFacts), _settings(folder / "config.yaml")
     found = _data(folder.name, section(settings or {}, "data"), facts.get("data") or {})
     if config := facts.get("config_hash"):
         path = folder / "config.yaml"
-        found.append(Check(folder.name, "config", str(path), _compare(hash_file(path) if settings else None, config)))
+        found.append(
+            StageCheck(folder.name, "config", str(path), _compare(hash_file(path) if settings else None, config))
+        )
     return [*found, *_outputs(folder.name, folder, facts.get("model_hash") or "")]
 
 
-def _outputs(name: str, folder: Path, recorded: str) -> list[Check]:
+def _outputs(name: str, folder: Path, recorded: str) -> list[StageCheck]:
     model, facts = folder / "model", folder / "stage.json"
     said = read_record(facts, StageFacts).get("model_hash")
     return [
-        Check(name, "model", str(model), _compare(hash_folder(model) if model.is_dir() else None, recorded)),
-        Check(name, "stage.json", str(facts), _compare(said, recorded)),
+        StageCheck(name, "model", str(model), _compare(hash_folder(model) if model.is_dir() else None, recorded)),
+        StageCheck(name, "stage.json", str(facts), _compare(said, recorded)),
     ]
 
 
-def _data(name: str, settings: dict[str, JSON], recorded: dict[str, str]) -> list[Check]:
+def _data(name: str, settings: dict[str, JSON], recorded: dict[str, str]) -> list[StageCheck]:
     return [
-        Check(name, f"data.{key}", _short(settings.get(key)), _source(settings.get(key), recorded[key], key))
+        StageCheck(name, f"data.{key}", _short(settings.get(key)), _source(settings.get(key), recorded[key], key))
         for key in recorded
     ]
 
@@ -120,8 +123,8 @@ def _handed(folder: Path, recorded: str) -> str:
     return _compare(hash_model(folder), recorded)
 
 
-def settings_hash(settings: dict[str, JSON]) -> str:
-    """SHA-256 of a stage's settings, independent of their order."""
+def settings_hash(settings: Mapping[str, JSON]) -> str:
+    """SHA-256 of settings, independent of their order."""
     return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()
 
 

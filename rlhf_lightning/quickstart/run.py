@@ -31,7 +31,7 @@ OWN_MODEL: dict[str, dict[str, JSON]] = {
 
 
 @dataclass
-class Settings:
+class QuickstartSettings:
     """Settings of the quickstart. The model and each data file are generated unless given.
 
     Attributes:
@@ -44,7 +44,7 @@ class Settings:
         sizes: Number of generated rows.
 
     Example:
-        >>> Settings(seed=1).root.as_posix()
+        >>> QuickstartSettings(seed=1).root.as_posix()
         'runs/quickstart'
     """
 
@@ -59,7 +59,7 @@ class Settings:
     sizes: Sizes = field(default_factory=Sizes)
 
 
-def quickstart(settings: Settings) -> Summary:
+def quickstart(settings: QuickstartSettings) -> Summary:
     """Run the quickstart.
 
     Args:
@@ -100,7 +100,7 @@ def _earlier(root: Path) -> float:
     return records.read_record(path, Summary).get("seconds", 0.0)
 
 
-def _move_other_aside(settings: Settings) -> None:
+def _move_other_aside(settings: QuickstartSettings) -> None:
     """Rename the folder of a run with another seed, model or files; it is never deleted."""
     files = {name: getattr(settings, name) for name in ("sft", "preferences", "prompts")}
     asked = {
@@ -120,7 +120,7 @@ def _move_other_aside(settings: Settings) -> None:
     write_json(path, asked)
 
 
-def _inputs(settings: Settings) -> dict[str, str]:
+def _inputs(settings: QuickstartSettings) -> dict[str, str]:
     """Paths of all files, and the base model. Files that the user does not give are generated, always identically."""
     paths = write_data(settings.root / "data", settings.seed, settings.sizes)
     for name, file in (("sft", settings.sft), ("preference", settings.preferences), ("prompts", settings.prompts)):
@@ -133,7 +133,7 @@ def _inputs(settings: Settings) -> dict[str, str]:
     return {**paths, "base": settings.model or str(base)}
 
 
-def _split(settings: Settings, name: str, file: str) -> dict[str, str]:
+def _split(settings: QuickstartSettings, name: str, file: str) -> dict[str, str]:
     """Split a user's file into training rows and a held-out tenth of at most 240 rows.
 
     Rows of one prompt stay together.
@@ -163,7 +163,7 @@ def _split(settings: Settings, name: str, file: str) -> dict[str, str]:
     return paths
 
 
-def _plan(settings: Settings, inputs: dict[str, str]) -> dict[str, JSON]:
+def _plan(settings: QuickstartSettings, inputs: dict[str, str]) -> dict[str, JSON]:
     files = {"sft": "sft", "preference": "preference", "policy": "prompts"}
     stages: list[JSON] = []
     for kind in ("sft", "preference", "policy"):
@@ -180,7 +180,7 @@ def _plan(settings: Settings, inputs: dict[str, str]) -> dict[str, JSON]:
 
 
 def _measure(
-    settings: Settings, inputs: dict[str, str], plan: Plan, manifest: Manifest
+    settings: QuickstartSettings, inputs: dict[str, str], plan: Plan, manifest: Manifest
 ) -> tuple[dict[str, dict[str, float | None]], list[AnswerPair]]:
     """Figures of the base, SFT and RL models by name, and some answers."""
     from rlhf_lightning.inference.policy import Policy

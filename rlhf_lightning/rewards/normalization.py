@@ -19,7 +19,7 @@ from rlhf_lightning.settings import Settings
 from rlhf_lightning.types import Episode, Row, TrainingSample
 
 RUNNING = ("off", "use", "update")
-Score = Callable[[Sequence[Episode]], Sequence[float | None]]
+ScoreFunction = Callable[[Sequence[Episode]], Sequence[float | None]]
 
 
 class Normalizer(Settings, ABC):
@@ -32,7 +32,7 @@ class Normalizer(Settings, ABC):
     """
 
     @abstractmethod
-    def build(self, renderer: Renderer, score: Score) -> "ScoreStatistics":
+    def build(self, renderer: Renderer, score: ScoreFunction) -> "ScoreStatistics":
         """Make the statistics; called once, before the first episode.
 
         Args:
@@ -57,7 +57,7 @@ class RunningNorm(Normalizer):
     def __init__(self, center: bool = True) -> None:
         self.center = center
 
-    def build(self, renderer: Renderer, score: Score) -> "ScoreStatistics":
+    def build(self, renderer: Renderer, score: ScoreFunction) -> "ScoreStatistics":
         return RunningStatistics(self.center)
 
 
@@ -84,7 +84,7 @@ class ReferenceNorm(Normalizer):
             raise ConfigError(f"ReferenceNorm.limit is {limit}; it must be at least 2")
         self.data, self.scale, self.limit = settled(data), scale, limit
 
-    def build(self, renderer: Renderer, score: Score) -> "ScoreStatistics":
+    def build(self, renderer: Renderer, score: ScoreFunction) -> "ScoreStatistics":
         rows = read_rows(self.data)[: self.limit]
         episodes = convert_rows(rows, lambda data: [_demonstration(renderer, data)], Reading())
         for index, episode in enumerate(episodes):
@@ -182,7 +182,7 @@ class ReferenceStatistics(ScoreStatistics):
         scale: Also divide by their standard deviation.
     """
 
-    def __init__(self, episodes: Sequence[Episode], score: Score, scale: bool) -> None:
+    def __init__(self, episodes: Sequence[Episode], score: ScoreFunction, scale: bool) -> None:
         super().__init__()
         self._episodes, self._score, self.scale = episodes, score, scale
 

@@ -17,7 +17,7 @@ from rlhf_lightning.rewards.normalization import RUNNING
 from rlhf_lightning.sys_exit import no_exit, raised_at
 from rlhf_lightning.types import Episode
 
-Score = float | Tensor | Sequence[float | None] | None
+UncheckedScore = float | Tensor | Sequence[float | None] | None
 """What a user's reward may return for an episode; `_number` refuses what is not one number or None."""
 
 
@@ -88,7 +88,7 @@ class RewardTerm(nn.Module):
             raise ConfigError(
                 f"the reward {self.name} returned {short(returned)}; it must return a list with one number per episode"
             )
-        scores: list[Score]
+        scores: list[UncheckedScore]
         try:
             scores = list(returned)
         except TypeError:  # a zero-dimensional tensor
@@ -169,7 +169,7 @@ def total_rewards(
         episode.reward = truncated_reward if episode.truncated and truncated_reward is not None else total
 
 
-def _number(score: Score, name: str, episode: Episode) -> float | None:
+def _number(score: UncheckedScore, name: str, episode: Episode) -> float | None:
     """A score as a finite float, or None."""
     if score is None:
         return None

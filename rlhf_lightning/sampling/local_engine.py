@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from rlhf_lightning.distributed import broadcast, safe_point
-from rlhf_lightning.errors import ConfigError
+from rlhf_lightning.errors import ConfigError, first_line
 from rlhf_lightning.models.attention import Decoding
 from rlhf_lightning.models.backbone import Backbone, evaluating, few_rows
 from rlhf_lightning.models.lora import base_of
@@ -260,7 +260,7 @@ class LocalEngine:
             try:
                 difference = self._difference()
             except FAILURES as error:
-                reason = str(error).strip().splitlines()[0]
+                reason = first_line(error)
             else:
                 if difference < tolerance(self.model):
                     return True

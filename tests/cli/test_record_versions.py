@@ -96,7 +96,7 @@ def test_the_records_of_a_quickstart(
 
     (tmp_path / name).write_text(text)
     read: dict[str, Callable[[], Any]] = {
-        "quickstart.json": lambda: run._move_other_aside(run.Settings(root=tmp_path)),
+        "quickstart.json": lambda: run._move_other_aside(run.QuickstartSettings(root=tmp_path)),
         "summary.json": lambda: run._earlier(tmp_path),
     }
     with pytest.raises(ConfigError, match=rf"{name}:? {words}"):

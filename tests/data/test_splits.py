@@ -16,7 +16,7 @@ from rlhf_lightning.data.records import read_rows
 from rlhf_lightning.data.sft import SFTDataModule
 from rlhf_lightning.data.splits import held_out, is_blank, leaks, opening, row_key, said
 from rlhf_lightning.errors import ConfigError
-from rlhf_lightning.quickstart.run import Settings, _split
+from rlhf_lightning.quickstart.run import QuickstartSettings, _split
 from tests.helpers.rows import chats, pairs, prompts, write_rows
 
 
@@ -182,7 +182,7 @@ def test_the_quickstart_holds_whole_prompts_out_of_a_users_file(name: str, tmp_p
     rows = [{"prompt": f"q{i % 12}", "completion": f"a{i}"} for i in range(60)]
     pd.DataFrame(rows).to_csv(tmp_path / "rows.csv", index=False)
     (tmp_path / "data").mkdir()
-    paths = _split(Settings(root=tmp_path, seed=3), name, str(tmp_path / "rows.csv"))
+    paths = _split(QuickstartSettings(root=tmp_path, seed=3), name, str(tmp_path / "rows.csv"))
     train, held = ([row.data for row in read_rows(paths[f"{name}_{part}"])] for part in ("train", "validation"))
     assert len(held) == 5
     assert not {row["prompt"] for row in held} & {row["prompt"] for row in train}

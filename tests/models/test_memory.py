@@ -13,7 +13,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from rlhf_lightning import PolicyRLModule, PromptDataModule, SFTModule
 from rlhf_lightning.callbacks.export import ExportModel
-from rlhf_lightning.callbacks.memory import Estimate, MemoryEstimate, estimate_memory
+from rlhf_lightning.callbacks.memory import MemoryEstimate, MemoryUse, estimate_memory
 from rlhf_lightning.diagnostics.invariants import FirstStepInvariants
 from rlhf_lightning.errors import ConfigError
 from rlhf_lightning.models.loading import load_for_scoring
@@ -422,7 +422,7 @@ def test_it_is_one_line_where_it_fits_and_advice_where_not(base: str, tmp_path: 
 
 
 def test_the_total_takes_the_larger_phase() -> None:
-    step = Estimate(10, 10, 20, 5, activations=100, logits=50, cache=120, visiting=30)
+    step = MemoryUse(10, 10, 20, 5, activations=100, logits=50, cache=120, visiting=30)
     assert step.total == 45 + 150
     step.cache = 400
     assert step.total == 45 + 400

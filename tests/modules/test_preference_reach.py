@@ -15,7 +15,7 @@ from rlhf_lightning.models.reward_model import RewardModel
 from rlhf_lightning.pipeline.plan import read_plan
 from rlhf_lightning.pipeline.run import run_pipeline
 from rlhf_lightning.quickstart.data import Sizes
-from rlhf_lightning.quickstart.run import CONFIGS, Settings, quickstart
+from rlhf_lightning.quickstart.run import CONFIGS, QuickstartSettings, quickstart
 from tests.helpers.models import build_model
 from tests.helpers.rows import prompts, write_rows
 from tests.helpers.training import trainer
@@ -125,7 +125,7 @@ def test_every_scorer_drives_rl_in_the_quickstart(scorer: str, tmp_path: Path) -
     """One line of YAML differs from the shipped quickstart, whose scorer is `RewardHead`."""
     line = "class_path: rlhf_lightning.models.scorers.RewardHead"
     assert line in (CONFIGS / "preference.yaml").read_text()
-    settings = Settings(
+    settings = QuickstartSettings(
         tmp_path / "run",
         overrides={
             "sft": {"trainer.max_epochs": 3},

@@ -9,7 +9,7 @@ import pytest
 from rlhf_lightning.quickstart import phrases
 from rlhf_lightning.quickstart.data import LABEL_NOISE, Sizes, subjects, write_data
 from rlhf_lightning.quickstart.rubric import WEIGHTS, rubric, rubric_parts
-from rlhf_lightning.quickstart.run import Settings, quickstart
+from rlhf_lightning.quickstart.run import QuickstartSettings, quickstart
 
 BEST = (
     "Let us take care of the rusty gate. First, put a drop of oil on every joint. "
@@ -57,7 +57,7 @@ def test_the_data(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("forked_stages")
 def test_a_small_run_still_learns(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """A third of the data, fewer rounds and a weaker requirement: every stage improves on the previous one."""
-    settings = Settings(
+    settings = QuickstartSettings(
         tmp_path / "run",
         seed=1,
         sizes=Sizes(1200, 600, 400, 100),
@@ -90,7 +90,7 @@ def test_own_model_and_files(base: str, tmp_path: Path) -> None:
     from tests.helpers.rows import chats, pairs, prompts, write_rows
 
     small = {"trainer.max_steps": 2, "trainer.max_epochs": 1}
-    settings = Settings(
+    settings = QuickstartSettings(
         tmp_path / "run",
         model=base,
         sft=write_rows(tmp_path / "sft.jsonl", chats(30)),
