@@ -30,6 +30,8 @@ from rlhf_lightning.rollout.kl import KLPenalty
 from rlhf_lightning.rollout.runner import Limits
 from rlhf_lightning.sampling.sampler import Sampler
 from tests.helpers.cli import mistake, rlhf_process, stage_config, write_yaml
+from tests.helpers.environments import PromptEnv
+from tests.helpers.modules import length
 from tests.helpers.rows import chats, labeled, pairs, prompts, rankings
 from tests.helpers.runs import complete
 from tests.helpers.training import sgd, trainer
@@ -95,24 +97,17 @@ def preference(base: str, root: Path) -> set[str]:
     return found
 
 
-class Counting:
+class Counting(PromptEnv):
     """An environment of two turns with its own metric; it fails for row 3."""
 
     def __init__(self, row: dict[str, Any]) -> None:
         if row["wanted"] == 3:
             raise RuntimeError("no room")
-        self.row, self.turn = row, 0
-
-    def reset(self) -> list[dict[str, Any]]:
-        return [{"role": "user", "content": self.row["prompt"]}]
+        super().__init__(row)
 
     def step(self, message: dict[str, Any]) -> StepResult:
         self.turn += 1
         return StepResult(0.0, self.turn == 2, [{"role": "user", "content": "and"}], metrics={"asked": 1.0})
-
-
-def length(completions: list[str]) -> list[float]:
-    return [float(len(text)) for text in completions]
 
 
 def policy(base: str, root: Path) -> set[str]:

@@ -39,7 +39,7 @@ from rlhf_lightning.rank_watch import GRACE
 from rlhf_lightning.rewards import KeywordReward
 from tests.helpers.resume import MODULES, config, result
 from tests.helpers.rows import chats, write_rows
-from tests.helpers.runs import Forked, Run, _command, in_ranks
+from tests.helpers.runs import Forked, Run, _command, free_port, in_ranks
 from tests.helpers.training import trainer
 
 Act = Callable[[], Any]
@@ -111,9 +111,7 @@ class Child(Forked):
 def in_two(args: list[str], folder: Path, before: Act | None = None, limit: float = 60) -> list[Rank]:
     """Run a command as two ranks; their output and the fault are recorded in files in `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
 
     def prepared(rank: int) -> Act:
         def prepare() -> None:

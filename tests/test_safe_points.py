@@ -33,7 +33,7 @@ from rlhf_lightning.sampling.local_engine import LocalEngine
 from rlhf_lightning.sampling.sampler import Sampler
 from tests.helpers.rows import chats, pairs, prompts
 from tests.helpers.runs import in_ranks
-from tests.helpers.training import trainer
+from tests.helpers.training import adamw, trainer
 
 MODULES = {"sft": SFTModule, "preference": PreferenceModule, "policy": PolicyRLModule}
 Work = list[str]
@@ -60,18 +60,15 @@ class Vowels(Reward):
 
 def parts(kind: str, base: str, **options: Any) -> tuple[Any, Any]:
     """A module with everything that changes in a round, and its data: four steps per epoch of two micro-batches."""
-
-    def adamw(parameters: Any) -> Any:
-        return torch.optim.AdamW(parameters, lr=0.01)
-
+    adam = adamw(0.01)
     quiet: dict[str, Any] = {"show_example": False, "seed": 3}
     if kind == "sft":
-        return SFTModule(base, optimizer=adamw), SFTDataModule(chats(15), chats(4), batch_size=2, **quiet)
+        return SFTModule(base, optimizer=adam), SFTDataModule(chats(15), chats(4), batch_size=2, **quiet)
     if kind == "preference":
-        return PreferenceModule(base, optimizer=adamw), PreferenceDataModule(pairs(15), pairs(4), batch_size=2, **quiet)
+        return PreferenceModule(base, optimizer=adam), PreferenceDataModule(pairs(15), pairs(4), batch_size=2, **quiet)
     policy = PolicyRLModule(
         base,
-        optimizer=adamw,
+        optimizer=adam,
         rewards=[Vowels(normalize=RunningNorm())],
         kl=KLPenalty(0.05, target=0.1, horizon=4, refresh_every=2),
         sampler=Sampler(max_tokens=6, batch_rows=2),

@@ -10,13 +10,9 @@ from rlhf_lightning.callbacks.heldout import HeldOutAnswers
 from rlhf_lightning.errors import ConfigError
 from rlhf_lightning.rewards import FunctionReward
 from rlhf_lightning.sampling.sampler import Sampler
-from tests.helpers.modules import vowels
+from tests.helpers.modules import length, vowels
 from tests.helpers.rows import prompts
 from tests.helpers.training import sgd, trainer
-
-
-def length(completions: list[str]) -> list[float]:
-    return [float(len(text)) for text in completions]
 
 
 def module(base: str) -> PolicyRLModule:

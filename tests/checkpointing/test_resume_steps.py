@@ -20,7 +20,7 @@ from rlhf_lightning.checkpointing.callbacks import RunCheckpoints
 from rlhf_lightning.rewards import KeywordReward
 from rlhf_lightning.sampling.sampler import Sampler
 from tests.helpers.rows import chats, pairs, prompts
-from tests.helpers.training import trainer
+from tests.helpers.training import adamw, trainer
 
 KINDS = ("sft", "preference", "policy")
 LENGTHS: dict[str, dict[str, Any]] = {
@@ -33,17 +33,14 @@ LENGTHS: dict[str, dict[str, Any]] = {
 
 def parts(kind: str, base: str) -> tuple[Any, Any]:
     """A module and its data: three batches per epoch (policy: four), with validation if rows are held out."""
-
-    def adamw(parameters: Any) -> Any:
-        return torch.optim.AdamW(parameters, lr=0.01)
-
+    adam = adamw(0.01)
     quiet: dict[str, Any] = {"show_example": False}
     if kind == "sft":
-        return SFTModule(base, optimizer=adamw), SFTDataModule(chats(6), chats(2), batch_size=2, **quiet)
+        return SFTModule(base, optimizer=adam), SFTDataModule(chats(6), chats(2), batch_size=2, **quiet)
     if kind == "preference":
-        return PreferenceModule(base, optimizer=adamw), PreferenceDataModule(pairs(6), pairs(2), batch_size=2, **quiet)
+        return PreferenceModule(base, optimizer=adam), PreferenceDataModule(pairs(6), pairs(2), batch_size=2, **quiet)
     policy = PolicyRLModule(
-        base, optimizer=adamw, rewards=[KeywordReward(["a", "e"], min_words=1)], sampler=Sampler(max_tokens=4)
+        base, optimizer=adam, rewards=[KeywordReward(["a", "e"], min_words=1)], sampler=Sampler(max_tokens=4)
     )
     rounds = {"prompts_per_round": 2, "group_size": 2, "minibatches": 2}
     return policy, PromptDataModule(prompts(4), prompts(2), **rounds, **quiet)

@@ -6,23 +6,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import yaml
 
-from rlhf_lightning import PreferenceDataModule, PreferenceModule
-from rlhf_lightning.callbacks.export import ExportModel
 from rlhf_lightning.cli.stage import StageCLI
 from rlhf_lightning.data.records import read_rows
 from rlhf_lightning.errors import DataError
-from rlhf_lightning.models.scorers import RewardHead
 from rlhf_lightning.pipeline.plan import read_plan
 from rlhf_lightning.pipeline.run import run_pipeline
 from rlhf_lightning.yaml_files import read_mapping
 from tests.helpers.cli import KINDS, rlhf
 from tests.helpers.models import build_model
+from tests.helpers.modules import reward_model
 from tests.helpers.rows import chats, labeled, pairs, prompts, write_rows
 from tests.helpers.runs import complete
-from tests.helpers.training import sgd, trainer
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "configs"
@@ -49,11 +45,7 @@ def kind_of(path: Path) -> str:
 
 @pytest.fixture
 def judge(base: str, tmp_path: Path) -> str:
-    torch.manual_seed(0)
-    module = PreferenceModule(base, RewardHead(), optimizer=sgd(0.1))
-    data = PreferenceDataModule(pairs(4), batch_size=4, show_example=False)
-    trainer(tmp_path / "judge", callbacks=[ExportModel()]).fit(module, data)
-    return str(tmp_path / "judge" / "model")
+    return reward_model(base, tmp_path / "judge", 4)
 
 
 @pytest.fixture

@@ -13,21 +13,16 @@ from rlhf_lightning import PreferenceDataModule, PreferenceModule
 from rlhf_lightning.callbacks.export import ExportModel
 from rlhf_lightning.cli import main as entry
 from rlhf_lightning.diagnostics.preference import PreferenceWatch
-from rlhf_lightning.models.scorers import ImplicitReward, RewardHead
+from rlhf_lightning.models.scorers import ImplicitReward
 from rlhf_lightning.objectives.intervals import best_of_kl, mean_interval, wilson, win_rate
 from rlhf_lightning.objectives.preference import BradleyTerry
 from rlhf_lightning.pipeline.run import run_pipeline
 from tests.helpers.cli import mistake, stage_config, write_yaml
+from tests.helpers.modules import reward_model, vowels
 from tests.helpers.rows import chats, labeled, pairs, prompts, rankings, write_rows
 from tests.helpers.training import sgd, trainer
 
-
-def vowels(completions: list[str]) -> list[float]:
-    """A gold reward that differs between random texts."""
-    return [sum(letter in "aeiou" for letter in text) / 10 for text in completions]
-
-
-GOLD = "tests.cli.test_preference.vowels"
+GOLD = "tests.helpers.modules.vowels"
 
 
 def rlhf(*args: str) -> None:
@@ -39,11 +34,7 @@ def rlhf(*args: str) -> None:
 @pytest.fixture
 def judge(base: str, tmp_path: Path) -> str:
     """A small reward model."""
-    torch.manual_seed(0)
-    module = PreferenceModule(base, RewardHead(), optimizer=sgd(0.1))
-    data = PreferenceDataModule(pairs(8), batch_size=4, show_example=False)
-    trainer(tmp_path / "rm", callbacks=[ExportModel()]).fit(module, data)
-    return str(tmp_path / "rm" / "model")
+    return reward_model(base, tmp_path / "rm", 8)
 
 
 def test_score_takes_every_kind_of_row(judge: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

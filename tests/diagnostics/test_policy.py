@@ -252,12 +252,13 @@ def test_every_check_is_silent_where_nothing_is_known() -> None:
         assert check(Curves.of(**{key: [value] for key in check.watched})) is None
 
 
+def saturating(start: float, end: float, rate: float) -> Callable[[int], float]:
+    """A curve that approaches its last level."""
+    return lambda i: end + (start - end) * math.exp(-i / rate)
+
+
 def healthy_run(seed: int, rounds: int = 300) -> dict[str, list[float]]:
     """A run that learns, with the noise of small rounds."""
-
-    def saturating(start: float, end: float, rate: float) -> Callable[[int], float]:
-        return lambda i: end + (start - end) * math.exp(-i / rate)
-
     shapes: dict[str, tuple[Callable[[int], float], float]] = {
         "reward": (saturating(0.2, 0.8, 60), 0.05),
         "reward_gold": (saturating(0.1, 0.6, 60), 0.05),
@@ -318,13 +319,9 @@ def learned(
     rate: float, rewards: tuple[float, float], lengths: tuple[float, float], seed: int
 ) -> dict[str, list[float]]:
     """40 rounds of a run whose reward and length approach their last level, each with the noise of 64 episodes."""
-
-    def shape(start: float, end: float) -> Callable[[int], float]:
-        return lambda i: end + (start - end) * math.exp(-i / rate)
-
     return {
-        "reward": noisy(shape(*rewards), 40, 0.08, seed),
-        "response_tokens": noisy(shape(*lengths), 40, 2.0, seed + 1000),
+        "reward": noisy(saturating(*rewards, rate), 40, 0.08, seed),
+        "response_tokens": noisy(saturating(*lengths, rate), 40, 2.0, seed + 1000),
     }
 
 

@@ -1,5 +1,6 @@
 """The three modules and their data with plain settings, and comparisons of weights."""
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from rlhf_lightning import (
     SFTDataModule,
     SFTModule,
 )
+from rlhf_lightning.callbacks.export import ExportModel
 from rlhf_lightning.models.critic import Critic
 from rlhf_lightning.models.lora import LoRA
 from rlhf_lightning.objectives.policy import ClippedSurrogate, ImportanceWeights
@@ -20,12 +22,17 @@ from rlhf_lightning.rollout.advantages import GAE, GlobalWhitened
 from rlhf_lightning.rollout.kl import KLPenalty
 from rlhf_lightning.sampling.sampler import Sampler
 from tests.helpers.rows import chats, pairs, prompts
-from tests.helpers.training import sgd
+from tests.helpers.training import sgd, trainer
 
 
 def vowels(completions: list[str]) -> list[float]:
     """A reward that differs between random texts."""
     return [sum(letter in "aeiou" for letter in text) / 10 for text in completions]
+
+
+def length(completions: list[str]) -> list[float]:
+    """A reward of long texts."""
+    return [float(len(text)) for text in completions]
 
 
 def make(kind: str, base: Any, tokenizer: Any = None, **options: Any) -> Any:
@@ -48,6 +55,14 @@ def data(kind: str, size: int = 12, batch: int = 4, **options: Any) -> Any:
         return PreferenceDataModule(pairs(size), pairs(5), batch_size=batch, seed=1, **options)
     options = {"prompts_per_round": 4, "group_size": 2, "minibatches": 12 // batch // 3 or 1, **options}
     return PromptDataModule(prompts(size), prompts(3), seed=1, **options)
+
+
+def reward_model(base: str, root: Path, rows: int) -> str:
+    """The folder of a small reward model that was trained on some pairs."""
+    torch.manual_seed(0)
+    source = PreferenceDataModule(pairs(rows), batch_size=4, show_example=False)
+    trainer(root, callbacks=[ExportModel()]).fit(make("preference", base), source)
+    return str(root / "model")
 
 
 def weights(module: Any) -> dict[str, torch.Tensor]:

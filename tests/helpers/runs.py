@@ -173,16 +173,21 @@ def complete(
     return run.text
 
 
+def free_port() -> int:
+    """A port of this machine that nothing listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+    return port
+
+
 def in_ranks(world: int, function: Callable[[], Any], folder: Path, limit: float = 100, code: int = 0) -> None:
     """Run a function in forked processes that find what `torchrun` gives; all must end with `code`, within `limit` s.
 
     Where one has ended otherwise than well, the others are ended as well.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    common = {"WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world, "GROUP_RANK": 0, "MASTER_PORT": port}
+    common = {"WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world, "GROUP_RANK": 0, "MASTER_PORT": free_port()}
     outputs = [folder / f"rank{rank}.txt" for rank in range(world)]
     sys.stdout.flush()
     sys.stderr.flush()

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback
 
 from rlhf_lightning.callbacks.export import ExportModel
@@ -16,6 +17,7 @@ from rlhf_lightning.rewards import FunctionReward
 from rlhf_lightning.rollout.kl import KLPenalty
 from rlhf_lightning.sampling.sampler import Sampler
 from tests.helpers.modules import data, few_vowels, make, policy_settings, vowels
+from tests.helpers.rows import chats, pairs, prompts
 from tests.helpers.runs import in_ranks
 from tests.helpers.training import trainer
 
@@ -35,6 +37,20 @@ PLAIN: dict[str, tuple[str, Callable[[], dict[str, Any]]]] = {
         for name in ("critic", "shared", "lora", "refresh", "stale", "resampled")
     },
 }
+
+
+def run_every_command(kind: str, base: str, one: Trainer, **options: Any) -> None:
+    """Validate, fit, validate, test and predict; training changes what is measured."""
+    rows = {"sft": chats, "preference": pairs, "policy": prompts}[kind](5)
+    module, source = make(kind, base, **options), data(kind)
+    source.sources |= {"test": rows, "predict": rows}
+    before = one.validate(module, source, verbose=False)
+    one.fit(module, source)
+    after = one.validate(module, source, verbose=False)
+    assert before[0].keys() == after[0].keys() != set()
+    assert before != after
+    assert one.test(module, source, verbose=False)
+    assert one.predict(module, source)
 
 
 class Keep(Callback):

@@ -25,3 +25,8 @@ def trainer(root: Path, **options: Any) -> pl.Trainer:
 def sgd(rate: float) -> Any:
     """Plain gradient descent, which unlike Adam does not hide a wrong scale of the loss."""
     return lambda parameters: torch.optim.SGD(parameters, lr=rate)
+
+
+def adamw(rate: float) -> Any:
+    """An optimizer with a state."""
+    return lambda parameters: torch.optim.AdamW(parameters, lr=rate)

@@ -20,6 +20,7 @@ from rlhf_lightning.models.token_logprobs import TokenLogprobs
 from rlhf_lightning.rewards import FunctionReward
 from rlhf_lightning.sampling.sampler import Sampler
 from tests.helpers.models import build_model
+from tests.helpers.modules import vowels
 from tests.helpers.rows import chats, pairs, prompts
 from tests.helpers.training import sgd, trainer
 
@@ -322,10 +323,6 @@ def module_of(kind: str, base: str, **options: Any) -> tuple[Any, Any]:
         return module, PromptDataModule(prompts(4), prompts_per_round=2, group_size=3, seed=1)
     scorer = ImplicitReward(beta=0.5) if kind == "dpo" else RewardHead()
     return PreferenceModule(base, scorer=scorer, **options), PreferenceDataModule(pairs(8), batch_size=4, seed=1)
-
-
-def vowels(completions: list[str]) -> list[float]:
-    return [sum(letter in "aeiou" for letter in text) / 10 for text in completions]
 
 
 def trained(kind: str, base: str, root: Any, **options: Any) -> dict[str, torch.Tensor]:

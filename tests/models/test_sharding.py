@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -22,11 +21,12 @@ from rlhf_lightning.diagnostics.invariants import FirstStepInvariants
 from rlhf_lightning.environments.base import StepResult
 from rlhf_lightning.files import FORMAT
 from rlhf_lightning.sampling.sampler import Sampler
+from tests.helpers.environments import PromptEnv
 from tests.helpers.modules import data, make, same
 from tests.helpers.resume import at, config, result
-from tests.helpers.rows import chats, pairs, prompts
-from tests.helpers.runs import complete, in_ranks
-from tests.helpers.sharding import PLAIN, run_command, train
+from tests.helpers.rows import prompts
+from tests.helpers.runs import complete, free_port, in_ranks
+from tests.helpers.sharding import PLAIN, run_command, run_every_command, train
 from tests.helpers.training import trainer
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -48,19 +48,13 @@ def test_split_weights_train_as_one_process(name: str, base: str, tmp_path: Path
     assert {path.name for path in files[0].parent.iterdir()} == {path.name for path in files[1].parent.iterdir()}
 
 
-class Questions:
+class Questions(PromptEnv):
     """An environment with as many turns as the row says, so that ranks sample unequally often."""
 
-    def __init__(self, row: dict[str, Any]) -> None:
-        self.row, self.turns = row, 0
-
-    def reset(self) -> list[dict[str, str]]:
-        return [{"role": "user", "content": self.row["prompt"]}]
-
     def step(self, message: dict[str, Any]) -> StepResult:
-        self.turns += 1
+        self.turn += 1
         words = [{"role": "user", "content": "and one"}]
-        return StepResult(len(message["content"]) / 9, self.turns >= self.row["turns"], words)
+        return StepResult(len(message["content"]) / 9, self.turn >= self.row["turns"], words)
 
 
 @pytest.mark.parametrize("gather", [True, False])
@@ -82,20 +76,10 @@ def test_ranks_that_draw_unequally_do_not_wait_for_ever(gather: bool, base: str,
     "kind", [pytest.param("sft", marks=pytest.mark.slow), pytest.param("preference", marks=pytest.mark.slow), "policy"]
 )
 def test_every_command_in_lower_precision(kind: str, base: str, tmp_path: Path) -> None:
-    rows = {"sft": chats, "preference": pairs, "policy": prompts}[kind](5)
-
     def run() -> None:
-        module, source = make(kind, base), data(kind)
-        source.sources |= {"test": rows, "predict": rows}
         one = trainer(tmp_path, devices=2, strategy=FSDP2(), precision="bf16-mixed", callbacks=[FirstStepInvariants()])
-        before = one.validate(module, source, verbose=False)
-        one.fit(module, source)
+        run_every_command(kind, base, one)
         assert one.global_step == (3 if kind == "policy" else 2)
-        after = one.validate(module, source, verbose=False)
-        assert before[0].keys() == after[0].keys() != set()
-        assert before != after
-        assert one.test(module, source, verbose=False)
-        assert one.predict(module, source)
 
     in_ranks(2, run, tmp_path / "out")
 
@@ -173,9 +157,7 @@ def test_a_killed_run_ends_as_a_whole_one(
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
 def test_two_nodes_of_torchrun(strategy: str, base: str, tmp_path: Path) -> None:
     """As in docs/many-gpus.md: the same command on each node; here, two process groups on one machine."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     one = [*config("sft", base, tmp_path), "--trainer.default_root_dir", str(tmp_path / "one")]
     complete(one, tmp_path / "one.txt")
     root = ["--trainer.default_root_dir", str(tmp_path / "two"), "--data.batch_size", "1"]

@@ -28,7 +28,7 @@ from tests.helpers.modules import data, make, same, vowels
 from tests.helpers.resume import at, config, result
 from tests.helpers.rows import chats, pairs, prompts
 from tests.helpers.runs import in_ranks
-from tests.helpers.sharding import PLAIN, Keep, run_command, train
+from tests.helpers.sharding import PLAIN, Keep, run_command, run_every_command, train
 from tests.helpers.training import trainer
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -278,20 +278,10 @@ def test_a_killed_run_ends_as_a_whole_one(
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["sft", "preference", "policy"])
 def test_every_command_in_lower_precision(kind: str, base: str, tmp_path: Path) -> None:
-    rows = {"sft": chats, "preference": pairs, "policy": prompts}[kind](5)
-
     def run() -> None:
-        module, source = make(kind, base, gradient_checkpointing=True), data(kind)
-        source.sources |= {"test": rows, "predict": rows}
         strategy = FSDP2(tensor_parallel_size=2)
         checks = [FirstStepInvariants(strict=True)]
         one = trainer(tmp_path, devices=2, strategy=strategy, precision="bf16-mixed", callbacks=checks)
-        before = one.validate(module, source, verbose=False)
-        one.fit(module, source)
-        after = one.validate(module, source, verbose=False)
-        assert before[0].keys() == after[0].keys() != set()
-        assert before != after
-        assert one.test(module, source, verbose=False)
-        assert one.predict(module, source)
+        run_every_command(kind, base, one, gradient_checkpointing=True)
 
     in_ranks(2, run, tmp_path / "out")

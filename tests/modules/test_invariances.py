@@ -26,6 +26,7 @@ from rlhf_lightning.rollout.advantages import LeaveOneOut
 from rlhf_lightning.rollout.kl import KLPenalty
 from rlhf_lightning.sampling.sampler import Sampler
 from rlhf_lightning.settings import arguments
+from tests.helpers.environments import PromptEnv
 from tests.helpers.models import build_model
 from tests.helpers.modules import data, make, same, vowels, weights
 from tests.helpers.rows import chats, pairs, prompts, write_rows
@@ -418,14 +419,8 @@ def test_rewards_are_weighted_and_kept_apart(base: str, tmp_path: Path) -> None:
         assert (parts["wanted"] is None) == (episode.row["wanted"] == 0)
 
 
-class Guess:
+class Guess(PromptEnv):
     """An environment of three turns, with async steps and an intermediate reward."""
-
-    def __init__(self, row: dict[str, Any]) -> None:
-        self.row, self.turn = row, 0
-
-    def reset(self) -> list[dict[str, Any]]:
-        return [{"role": "user", "content": self.row["prompt"]}]
 
     async def step(self, message: dict[str, Any]) -> StepResult:
         self.turn += 1

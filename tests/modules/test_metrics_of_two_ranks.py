@@ -11,15 +11,11 @@ from tests.helpers.rows import chats, prompts, write_rows
 from tests.helpers.runs import complete
 
 
-def length(completions: list[str]) -> list[float]:
-    return [float(len(text)) for text in completions]
-
-
 def policy(root: Path, devices: int) -> list[str]:
     data = {"prompts_per_round": 2, "group_size": 3, "minibatches": 2}
     reward = {
         "class_path": "rlhf_lightning.rewards.FunctionReward",
-        "init_args": {"function": f"{__name__}.length"},
+        "init_args": {"function": "tests.helpers.modules.length"},
     }
     more = [f"--data.{name}={value}" for name, value in data.items()]
     more += ["--data.train", write_rows(root / "p.jsonl", prompts(5)), "--data.validation", str(root / "p.jsonl")]

@@ -73,6 +73,17 @@ def ours(loss: Any, scorer: ImplicitReward, loss_mask: torch.Tensor, logprobs: t
     return loss(named["chosen"], named["rejected"], **{key: known[key] for key in loss.keywords() if key in known})
 
 
+def same_value_and_gradient(found: Any, own: Any, value: Any, theirs: Any, loss_mask: torch.Tensor) -> None:
+    """Compare our loss and the gradient of our log-probabilities with TRL's, which has no first column."""
+    value.backward()
+    found.backward()
+    torch.testing.assert_close(found, value.double(), rtol=1e-6, atol=1e-12)
+    assert own.grad is not None
+    assert theirs.grad is not None
+    inside = loss_mask[:, 1:]  # a scorer gives 0 outside, and nothing flows there
+    torch.testing.assert_close(own.grad[:, 1:] * inside, theirs.grad * inside, rtol=1e-6, atol=1e-12)
+
+
 @pytest.mark.parametrize("name", LOSSES)
 def test_functions_equal_trl_in_value_and_gradient(name: str) -> None:
     loss, options = LOSSES[name]
@@ -96,15 +107,9 @@ def test_functions_equal_trl_in_value_and_gradient(name: str) -> None:
         "ref_rejected_logps": weighted.sum(-1)[5:],
     }
     value = trl.DPOTrainer._compute_loss(fake, lambda **_: outputs(theirs), inputs, False)
-    value.backward()
     own = first.clone().requires_grad_()
     found = ours(loss, scorer, loss_mask, own, ref).mean()
-    found.backward()
-    torch.testing.assert_close(found, value.double(), rtol=1e-6, atol=1e-12)
-    assert own.grad is not None
-    assert theirs.grad is not None
-    inside = loss_mask[:, 1:]  # a scorer gives 0 outside, and nothing flows there
-    torch.testing.assert_close(own.grad[:, 1:] * inside, theirs.grad * inside, rtol=1e-6, atol=1e-12)
+    same_value_and_gradient(found, own, value, theirs, loss_mask)
 
 
 @pytest.mark.parametrize("name", ["kto", "apo_zero_unpaired"])
@@ -128,14 +133,8 @@ def test_kto_equals_trl_in_value_and_gradient(name: str) -> None:
         "ref_KL_logps": mismatched_ref.sum(-1),
     }
     value = trl.KTOTrainer._compute_loss(fake, lambda **_: outputs(theirs), inputs, False)
-    value.backward()
     own = first.clone().requires_grad_()
     loss = preference.KTO(1.2, 0.7) if name == "kto" else preference.APOUnpaired()
     named = {"mismatched": BETA * (mismatched - mismatched_ref).sum(-1)} if name == "kto" else {}
     found = loss(BETA * (own - ref).sum(-1), labels.double(), **named).mean()
-    found.backward()
-    torch.testing.assert_close(found, value.double(), rtol=1e-6, atol=1e-12)
-    assert own.grad is not None
-    assert theirs.grad is not None
-    inside = loss_mask[:, 1:]  # a scorer gives 0 outside, and nothing flows there
-    torch.testing.assert_close(own.grad[:, 1:] * inside, theirs.grad * inside, rtol=1e-6, atol=1e-12)
+    same_value_and_gradient(found, own, value, theirs, loss_mask)

@@ -24,6 +24,7 @@ from rlhf_lightning.rollout.statistics import statistics
 from rlhf_lightning.sampling.sampler import Sampler
 from rlhf_lightning.sampling.token_sampling import SamplingParams
 from rlhf_lightning.types import STOP_REASONS, Completion, Episode
+from tests.helpers.environments import PromptEnv
 from tests.helpers.paths import CHAT_TEMPLATES
 from tests.helpers.rewards import terms
 from tests.helpers.rows import prompts, write_rows
@@ -63,14 +64,8 @@ class Fake:
         return Completion([*ids, self.stop_token], [-1.0] * (len(ids) + 1), "stop")
 
 
-class Several:
+class Several(PromptEnv):
     """An environment with as many turns as the row says, a wait that may be async, and an exception at a given turn."""
-
-    def __init__(self, row: dict[str, Any]) -> None:
-        self.row, self.turn = row, 0
-
-    def reset(self) -> list[dict[str, Any]]:
-        return [{"role": "user", "content": self.row["prompt"]}]
 
     def step(self, message: dict[str, Any]) -> StepResult:
         self.turn += 1
