@@ -75,7 +75,8 @@ def test_activations_that_were_away_give_the_same_gradients(
 
 def test_what_is_moved_and_what_is_not() -> None:
     weight, x = nn.Parameter(torch.randn(30, 30)), torch.randn(40, 30, requires_grad=True)
-    with ActivationOffload("cpu", least=2000) as offload:
+    offload = ActivationOffload("cpu", least=2000)
+    with offload:
         y = x * 2
         total = (y @ weight.t()).sum() + (y @ weight).sum() + (y[:1] ** 2).sum()
         copies = [copy for _, copy in offload._copies.values()]
