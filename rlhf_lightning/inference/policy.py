@@ -10,12 +10,8 @@ from rlhf_lightning.data.conversations import conversation, tool_schemas
 from rlhf_lightning.data.prompts import Prompt, prompt_example
 from rlhf_lightning.data.records import Reading, Source, convert_rows, read_rows
 from rlhf_lightning.data.rendering import Rendered
-from rlhf_lightning.data.rendering_settings import RenderingSettings
-from rlhf_lightning.data.tokenizers import load_tokenizer
 from rlhf_lightning.errors import ConfigError
-from rlhf_lightning.models.generation import end_token_ids
-from rlhf_lightning.models.heads import task_of
-from rlhf_lightning.models.loading import check_source, check_vocabulary, disable_dropout, load_for_scoring
+from rlhf_lightning.models.language_model import LanguageModel
 from rlhf_lightning.models.lora import base_of
 from rlhf_lightning.models.scorers import padded_batches
 from rlhf_lightning.models.token_logprobs import TokenLogprobs
@@ -62,17 +58,11 @@ class Policy:
     def __init__(
         self, source: str, dtype: str = "float32", device: str = "cpu", asked: Mapping[str, JSON] | None = None
     ) -> None:
-        folder = check_source(source)
-        if task_of(folder) == "SEQ_CLS":
-            raise ConfigError(f"{source} is a reward model, which cannot generate text; give a causal language model")
-        self.tokenizer = load_tokenizer(folder)
-        self.asking = RenderingSettings.of(source, **(asked or {}))
-        self.renderer = self.asking.renderer(self.tokenizer, end_token_ids(folder, self.tokenizer))
-        self.model = load_for_scoring(folder, "CAUSAL_LM", dtype).to(device)
-        check_vocabulary(self.model, self.tokenizer, f"the model {source}")
-        disable_dropout(self.model)
+        loaded = LanguageModel(source, dtype, asked).to(device)
+        self.tokenizer, self.asking, self.renderer = loaded.tokenizer, loaded.asking, loaded.renderer
+        self.model = loaded.model
         self.token_logprobs = TokenLogprobs(self.model)
-        self.sampled = sampling_settings(folder, self.model)
+        self.sampled = sampling_settings(loaded.folder, self.model)
         """`temperature`, `top_p`, `top_k` and `min_p`, as far as its generation config sets them."""
         self.context: int | None = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
 

@@ -5,6 +5,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TypeGuard
 
 import yaml
 
@@ -22,6 +23,7 @@ from rlhf_lightning.types import JSON
 
 log = logging.getLogger(__name__)
 MODEL_REWARD = "rlhf_lightning.rewards.ModelReward"
+BY_ONE_MODEL = ("ModelReward", "GenerativeReward")
 SOURCES = ("train", "validation", "test", "episodes")
 
 
@@ -69,16 +71,37 @@ def stage_settings(plan: Plan, stage: Stage, failed: Mapping[str, Stage] | None 
             raise UserError(f"stage {stage.name} starts from {stage.start}, which failed")
         model["model"] = plan.model(stage.start)
     if stage.reward:
-        arguments: dict[str, JSON] = {"model": plan.model(stage.reward), **_own_scorer(plan, stage)}
-        given: dict[str, JSON] = {"class_path": MODEL_REWARD, "init_args": arguments}
-        part = failed[stage.reward].rule_reward if stage.reward in failed else given
-        own = section(stage.settings, "model").get("rewards")
-        model["rewards"] = [*(own if isinstance(own, list) else []), part]
+        model["rewards"] = _rewards(plan, stage, stage.reward, failed)
     if stage.critic:
         if stage.critic in failed:
             raise UserError(f"the critic of stage {stage.name} starts from {stage.critic}, which failed")
         model["critic"] = {"model": plan.model(stage.critic)}
     return merged(stage.settings, {"model": model} if model else {})
+
+
+def _rewards(plan: Plan, stage: Stage, source: str, failed: Mapping[str, Stage]) -> list[JSON]:
+    """A stage's rewards with the model of `source`: in those that lack a model, or else in a `ModelReward` besides."""
+    given = section(stage.settings, "model").get("rewards")
+    own: list[JSON] = given if isinstance(given, list) else []
+    if source in failed:
+        return [*(reward for reward in own if not _lacks_model(reward)), failed[source].rule_reward]
+    if not any(_lacks_model(reward) for reward in own):
+        own = [*own, {"class_path": MODEL_REWARD}]
+    return [_with_model(plan, stage, source, reward) if _lacks_model(reward) else reward for reward in own]
+
+
+def _lacks_model(reward: JSON) -> TypeGuard[dict[str, JSON]]:
+    """True for a reward by one model that its settings do not name."""
+    return (
+        isinstance(reward, dict)
+        and str(reward.get("class_path")).rpartition(".")[2] in BY_ONE_MODEL
+        and "model" not in section(reward, "init_args")
+    )
+
+
+def _with_model(plan: Plan, stage: Stage, source: str, reward: dict[str, JSON]) -> JSON:
+    scorer = {} if str(reward["class_path"]).endswith("GenerativeReward") else _own_scorer(plan, stage)
+    return {**reward, "init_args": {"model": plan.model(source), **scorer, **section(reward, "init_args")}}
 
 
 def _own_scorer(plan: Plan, stage: Stage) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 from rlhf_lightning.rewards.base import Reward, check_finite
 from rlhf_lightning.rewards.function import FunctionReward
+from rlhf_lightning.rewards.generative import GenerativeReward
 from rlhf_lightning.rewards.keywords import BlockedTerms, KeywordReward
 from rlhf_lightning.rewards.length import LengthReward, OverlongPenalty
 from rlhf_lightning.rewards.model import EnsembleReward, ModelReward
@@ -15,6 +16,7 @@ __all__ = [
     "EnsembleReward",
     "ExactAnswer",
     "FunctionReward",
+    "GenerativeReward",
     "KeywordReward",
     "LengthReward",
     "ModelReward",

@@ -1,7 +1,7 @@
-"""Rewards from trained preference models: one model, or an ensemble."""
+"""Rewards from trained preference models: one model, or an ensemble; and what all models that score share."""
 
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import nn
@@ -16,8 +16,8 @@ from rlhf_lightning.rewards.normalization import Normalizer
 from rlhf_lightning.types import Episode
 
 
-class _ModelBased(Reward):
-    """Common settings of the rewards whose scores come from preference models."""
+class ModelBased(Reward):
+    """Common settings of the rewards whose scores come from models."""
 
     scored_by_model = True
 
@@ -30,7 +30,7 @@ class _ModelBased(Reward):
         normalize: Normalizer | None,
         clip: float | None,
         offload: bool,
-        scorer: str | None,
+        scorer: str | None = None,
     ) -> None:
         super().__init__(weight, name, normalize, clip)
         if scorer is not None:
@@ -48,7 +48,7 @@ class _ModelBased(Reward):
         return RewardModelScores(RewardModel(folder, self.dtype), renderer, self.device, self.offload)
 
 
-class ModelReward(_ModelBased):
+class ModelReward(ModelBased):
     """A trained preference model with any scorer.
 
     If its tokenizer and template are the policy's, it scores the sampled tokens themselves. Otherwise it renders the
@@ -93,7 +93,7 @@ class ModelReward(_ModelBased):
         return self.load(self.model, renderer)
 
 
-class EnsembleReward(_ModelBased):
+class EnsembleReward(ModelBased):
     """Mean of several preference models minus their disagreement: mean − coefficient · standard deviation (over n).
 
     A policy that exploits an error of one model seldom finds one that all share (Coste et al., arXiv 2310.02743). The
@@ -148,26 +148,47 @@ class EnsembleReward(_ModelBased):
         return EnsembleScores(members, self.coefficient, f"{self.name}_std")
 
 
-class RewardModelScores:
+class PlacedModel:
+    """A model that scores, where it stays and runs.
+
+    Args:
+        model: The model.
+        device: Where it stays and runs; by default the policy's device.
+        offload: Keep the weights in CPU memory except while a round is scored.
+
+    Attributes:
+        models: The model, unless it has a device of its own: it then does not move with the module.
+    """
+
+    def __init__(self, model: nn.Module, device: str | None, offload: bool) -> None:
+        self.models: Sequence[nn.Module] = [model] if device is None else []
+        if device is not None:
+            model.to(device)
+        self.placement = Placement(model, offload=True) if offload else None
+
+    def on_device(self) -> AbstractContextManager[torch.device | None]:
+        """The model on the device where it runs, within the context."""
+        return self.placement.on_device() if self.placement else nullcontext()
+
+
+class RewardModelScores(PlacedModel):
     """The scores of a preference model.
 
     Args:
         judge: The model.
         renderer: The policy's renderer.
-        device: Where the model stays and runs; by default the policy's device.
-        offload: Keep the weights in CPU memory except while a round is scored.
+        device: See `PlacedModel`.
+        offload: See `PlacedModel`.
 
     Attributes:
-        models: The model, unless it has a device of its own: it then does not move with the module.
         by_tokens: True if the policy's tokens mean the same to the model.
     """
 
     def __init__(
         self, judge: RewardModel, renderer: Renderer, device: str | None = None, offload: bool = False
     ) -> None:
-        self.judge = judge if device is None else judge.to(device)
-        self.models: Sequence[nn.Module] = [judge] if device is None else []
-        self.placement = Placement(judge, offload=True) if offload else None
+        super().__init__(judge, device, offload)
+        self.judge = judge
         self.policy, self.by_tokens = renderer, judge.same_tokens(renderer)
 
     def score(self, episodes: Sequence[Episode]) -> Sequence[float | None]:
@@ -177,7 +198,7 @@ class RewardModelScores:
         sampled = [i for i in answered if self._sees_same_tokens(episodes[i])]
         shown = sorted(set(answered) - set(sampled))
         found: list[float | None] = [None] * len(episodes)
-        with self.placement.on_device() if self.placement else nullcontext():
+        with self.on_device():
             for places, scorer in ((sampled, self._score_tokens), (shown, self._score_messages)):
                 if places:
                     for i, score in zip(places, scorer([episodes[i] for i in places]), strict=True):

@@ -43,7 +43,7 @@ class _Verifier(Reward):
     def check(self, prompts: Sequence[Prompt]) -> None:
         """Raise `ConfigError` if no row has the column, `DataError` for one with an unsuitable value in it."""
         super().check(prompts)
-        if self.column and prompts and all(_absent(prompt.row.get(self.column)) for prompt in prompts):
+        if self.column and prompts and all(absent(prompt.row.get(self.column)) for prompt in prompts):
             columns = sorted({key for prompt in prompts for key in prompt.row})
             raise ConfigError(
                 f"the reward {self.name}: no row has the column {self.column!r}, so it would never apply; "
@@ -119,18 +119,18 @@ class ExactAnswer(_Verifier):
         right = self._answers(episode.row)
         if right is None:
             return None
-        given = _find(self.pattern, self.text(episode))
+        given = find_answer(self.pattern, self.text(episode))
         return given is not None and self._normal(given) in right
 
     def _answers(self, row: Row) -> set[str | Fraction] | None:
         """The row's right answers, normalized; None if it has none."""
         value = row.get(self.column)
-        if _absent(value):
+        if absent(value):
             return None
         answers = value if isinstance(value, list) else [value]
         if not all(isinstance(answer, str | int | float) for answer in answers):
             raise RowError(f"{self.column!r} is {value!r}; it must be text, a number, or a list of them")
-        found = [_find(self.answer_pattern, str(answer)) for answer in answers]
+        found = [find_answer(self.answer_pattern, str(answer)) for answer in answers]
         if None in found:
             raise RowError(f"the reward {self.name}: answer_pattern does not match {self.column!r} {value!r}")
         return {self._normal(answer) for answer in found if answer is not None}
@@ -235,7 +235,7 @@ class RegexReward(_Verifier):
         if not self.column:
             return self.pattern
         value = row.get(self.column)
-        if _absent(value):
+        if absent(value):
             return None
         if not isinstance(value, str):
             raise RowError(f"{self.column!r} is {value!r}; it must be a regular expression")
@@ -287,7 +287,7 @@ def as_number(text: str) -> Fraction | None:
         return None
 
 
-def _find(pattern: re.Pattern[str] | None, text: str) -> str | None:
+def find_answer(pattern: re.Pattern[str] | None, text: str) -> str | None:
     """The pattern's last match, or that match's first group; the whole text without a pattern."""
     if pattern is None:
         return text
@@ -299,6 +299,6 @@ def _find(pattern: re.Pattern[str] | None, text: str) -> str | None:
     return match.group(1) if pattern.groups else match.group()
 
 
-def _absent(value: JSON) -> bool:
+def absent(value: JSON) -> bool:
     """True for null, empty text and the empty list."""
     return value is None or value in ("", [])
