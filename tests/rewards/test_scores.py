@@ -28,6 +28,7 @@ from rlhf_lightning.rewards import (
     EnsembleReward,
     ExactAnswer,
     FunctionReward,
+    GenerativeReward,
     KeywordReward,
     LengthReward,
     ModelReward,
@@ -607,10 +608,11 @@ def test_documented_settings_build_the_parts_they_name(tmp_path: Path, monkeypat
         given = yaml.safe_load(block)
         given["model"]["model"] = "x"
         built.append(parser.instantiate_classes(parser.parse_object(given)).model)
-    first, ended, second = built
+    first, graded, ended, second = built
     assert [part.skip_special_tokens for part in ended.rewards] == [False]
     assert [type(part) for part in first.rewards] == [ModelReward, ExactAnswer, OverlongPenalty, BlockedTerms]
     assert isinstance(first.rewards[0].normalize, RunningNorm)
+    assert [(type(part), part.columns, part.maximum) for part in graded.rewards] == [(GenerativeReward, ["answer"], 10)]
     assert first.rewards[1].score([said("so 1,234.0", {"answer": "x #### 1234"})]) == [1.0]
     assert second.limits.max_turns == 4
     assert list(second.environment({"prompt": "Hi"}).available) == ["add"]
