@@ -21,6 +21,8 @@ T = TypeVar("T")
 _MESH: "list[DeviceMesh]" = []
 _OPEN: list[tuple[Callable[[], None], int]] = []
 """The callback and the thread of each open `safe_points` context, innermost last."""
+_ALONE: list[bool] = []
+"""Not empty while the leader computes what the other ranks of its group wait for."""
 _LEAVING = "leaves this round"
 """The value that a rank passes to `gather` to leave a round; see `leave_if`."""
 
@@ -117,10 +119,13 @@ def run_on_leader(function: Callable[[], T]) -> T:
     found: list[Any] = [None, None]
     error: Exception | None = None
     if is_leader():
+        _ALONE.append(True)
         try:
             found[0] = function()
         except Exception as raised:  # noqa: BLE001 - raised below, after the other ranks were told
             error, found[1] = raised, f"{type(raised).__name__}: {raised}"
+        finally:
+            _ALONE.pop()
     torch.distributed.broadcast_object_list(found, group=group, group_src=0)
     if found[1] is not None:
         raise error or UserError(found[1])
@@ -128,8 +133,8 @@ def run_on_leader(function: Callable[[], T]) -> T:
 
 
 def broadcast(value: Tensor) -> Tensor:
-    """Return the leader's tensor on all ranks that compute the same rows."""
-    if _MESH:
+    """Return the leader's tensor on all ranks that compute the same rows; within `run_on_leader`, `value` itself."""
+    if _MESH and not _ALONE:
         value = value.contiguous()
         torch.distributed.broadcast(value, group=_MESH[0]["tensor_parallel"].get_group(), group_src=0)
     return value

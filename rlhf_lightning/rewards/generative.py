@@ -116,6 +116,7 @@ class GenerativeReward(ModelBased):
         self.columns = sorted({*_NAME.findall(prompt)} - {*_KNOWN})
 
     def check(self, prompts: Sequence[Prompt]) -> None:
+        super().check(prompts)
         known = sorted({key for prompt in prompts for key in prompt.row})
         for column in self.columns:
             if prompts and all(absent(prompt.row.get(column)) for prompt in prompts):

@@ -10,6 +10,7 @@ import torch
 
 from rlhf_lightning import PolicyRLModule, PromptDataModule, SFTDataModule, SFTModule
 from rlhf_lightning.callbacks.export import ExportModel
+from rlhf_lightning.checkpointing.strategies import FSDP2
 from rlhf_lightning.data.prompts import Prompt
 from rlhf_lightning.data.rendering import Renderer
 from rlhf_lightning.errors import ConfigError, UserError
@@ -18,6 +19,7 @@ from rlhf_lightning.rewards import GenerativeReward, KeywordReward, RewardTerm
 from rlhf_lightning.sampling.sampler import Sampler
 from rlhf_lightning.types import Completion, Episode
 from tests.helpers.rows import prompts
+from tests.helpers.runs import in_ranks
 from tests.helpers.training import sgd, trainer
 
 GRADE = "Grade: {response}"
@@ -236,6 +238,23 @@ def test_policy_rl_with_a_judge(judge: str, base: str, tmp_path: Path) -> None:
     assert 0 <= metrics["train/reward_generative"] <= 1
     assert 0 <= metrics["train/reward_generative_failed"] <= 1
     assert metrics["train/reward"] == pytest.approx(metrics["train/reward_generative"])
+
+
+def test_under_tensor_parallel_the_leader_asks_the_judge(judge: str, base: str, tmp_path: Path) -> None:
+    """The other rank of its group waits, and does not take part in the judge's sampling."""
+
+    def run(folder: str, **options: Any) -> None:
+        rewards = [GenerativeReward(judge, prompt=GRADE, answer_start="", pattern=r"\w", on_failure="lowest")]
+        module = PolicyRLModule(base, rewards=rewards, sampler=Sampler(max_tokens=4), optimizer=sgd(0.01))
+        data = PromptDataModule(prompts(4), prompts_per_round=2, group_size=2, show_example=False)
+        one = trainer(tmp_path / folder, max_steps=2, max_epochs=-1, **options)
+        one.fit(module, data)
+        (tmp_path / f"{folder}{one.global_rank}").write_text(str(float(one.logged_metrics["train/reward"])))
+
+    run("alone")
+    in_ranks(2, lambda: run("split", devices=2, strategy=FSDP2(tensor_parallel_size=2)), tmp_path / "out")
+    found = [(tmp_path / name).read_text() for name in ("alone0", "split0", "split1")]
+    assert len(set(found)) == 1
 
 
 def test_from_yaml(judge: str) -> None:
