@@ -56,7 +56,7 @@ class StopSignals:
     """
 
     def __init__(self) -> None:
-        self.asked = False
+        self.asked = self._interrupted = False
         self._before: dict[int, _HANDLER] = {}
         self._relay: Relay | None = None
 
@@ -70,7 +70,7 @@ class StopSignals:
 
     def on(self) -> None:
         """Install the handlers. They also replace Lightning's, which would stop between micro-batches."""
-        self.asked = False
+        self.asked = self._interrupted = False
         if self._before or threading.current_thread() is not threading.main_thread():
             return
         self._before = {number: signal.signal(number, self._handle) for number in [int(signal.SIGINT), *stop_signals()]}
@@ -88,10 +88,13 @@ class StopSignals:
             self._relay = None
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.asked and number == signal.SIGINT:
+        interrupt = number == signal.SIGINT
+        # A launcher passes a terminal's Ctrl-C on as SIGTERM, which may arrive before the Ctrl-C itself.
+        if interrupt and self._interrupted:
             raise KeyboardInterrupt
+        self._interrupted = self._interrupted or interrupt
         if not self.asked:
-            name = signal.Signals(number).name
-            log.warning("%s: stopping at the next safe point, with a checkpoint; Ctrl-C stops at once", name)
+            more = "; a second Ctrl-C stops at once" if interrupt else ""
+            log.warning("%s: stopping at the next safe point, with a checkpoint%s", signal.Signals(number).name, more)
         self.asked = True
         note_signal()

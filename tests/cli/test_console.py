@@ -112,6 +112,19 @@ def test_nohup_keeps_a_run_going(base: str, tmp_path: Path) -> None:
     assert finished(tmp_path)
 
 
+def test_a_forwarded_signal_does_not_count_as_the_first_ctrl_c() -> None:
+    stops = StopSignals()
+    stops.on()
+    try:
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stops.heard()
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    finally:
+        stops.off()
+
+
 def test_handlers_are_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
     def own(*_: Any) -> None:
         raise AssertionError("the user's own handler")
