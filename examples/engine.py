@@ -9,24 +9,21 @@ from collections.abc import Iterable, Sequence
 import lightning.pytorch as pl
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rlhf_lightning import PolicyRLModule, PromptDataModule
 from rlhf_lightning.rewards import LengthReward
 from rlhf_lightning.sampling.sampler import Sampler
-from rlhf_lightning.sampling.token_sampling import SamplingParams, sample_token, uniforms
+from rlhf_lightning.sampling.token_sampling import SamplingParams, record_token, sample_token, uniforms
 from rlhf_lightning.types import Completion
 
 
 class PlainEngine:
-    """Samples token by token without a KV cache: the minimum that an engine has to do.
-
-    Args:
-        model: Folder or Hub id with the policy's architecture.
-    """
+    """Samples token by token, without a KV cache, from its own copy of the model."""
 
     def __init__(self, model: str) -> None:
         self.model = AutoModelForCausalLM.from_pretrained(model).eval()
+        self.decode = AutoTokenizer.from_pretrained(model).decode
 
     def sync(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
         """Copy the policy's weights; called before every round."""
@@ -37,18 +34,13 @@ class PlainEngine:
         self, prompts: Sequence[Sequence[int]], params: SamplingParams, seeds: Sequence[int]
     ) -> list[Completion]:
         """Sample a response to each prompt, with random numbers from its own seed."""
-        completions = []
-        for prompt, numbers in zip(prompts, uniforms(seeds, params.max_tokens), strict=True):
-            completion = Completion()
+        completions = [Completion() for _ in prompts]
+        for prompt, numbers, made in zip(prompts, uniforms(seeds, params.max_tokens), completions, strict=True):
             for number in numbers:
-                logits = self.model(torch.tensor([[*prompt, *completion.ids]])).logits[:, -1]
+                logits = self.model(torch.tensor([[*prompt, *made.ids]])).logits[:, -1]
                 token, logprob = sample_token(logits, number[None], params)
-                completion.ids.append(int(token))
-                completion.logprobs.append(float(logprob))
-                if completion.ids[-1] in params.stop_token_ids:
-                    completion.stop_reason = "stop"
+                if record_token(made, int(token), float(logprob), params, self.decode):
                     break
-            completions.append(completion)
         return completions
 
 

@@ -1,4 +1,4 @@
-"""Losses of your own: one of policy RL, one of pairs. Each is a function of tensors and a class that YAML can name.
+"""Losses of your own: one of policy RL, one of pairs. Each is a class that YAML can name.
 
 In YAML `objective: {class_path: examples.objectives.TOPR}` and `loss: {class_path: examples.objectives.RDPO}`.
 """
@@ -19,24 +19,11 @@ from rlhf_lightning.rewards import LengthReward
 from rlhf_lightning.sampling.sampler import Sampler
 
 
-def topr(
-    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, loss_mask: Tensor, ratio_max: float = 1.0
-) -> Tensor:
+class TOPR(PolicyObjective):
     """Tapered off-policy REINFORCE (arXiv 2503.14286), with the ratio r of each token.
 
     -A·log p where A > 0, -clamp(r, 0, ratio_max)·A·log p elsewhere, without a gradient through r. Good tokens are
     learned even if they have become unlikely; bad ones are unlearned only as far as the policy still samples them.
-
-    Returns:
-        Loss per token, `[B, T]`.
-    """
-    ratio = token_ratio(logprobs, old_logprobs, loss_mask).detach().clamp(max=ratio_max)
-    weight = torch.where(advantages > 0, 1.0, ratio)
-    return masked(-weight * advantages * logprobs, loss_mask)
-
-
-class TOPR(PolicyObjective):
-    """The `topr` loss.
 
     Args:
         ratio_max: largest weight of a token with a negative advantage.
@@ -48,7 +35,9 @@ class TOPR(PolicyObjective):
 
     def __call__(self, logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, loss_mask: Tensor) -> Tensor:
         """Per-token loss `[B, T]`."""
-        return topr(logprobs, old_logprobs, advantages, loss_mask, self.ratio_max)
+        ratio = token_ratio(logprobs, old_logprobs, loss_mask).detach().clamp(max=self.ratio_max)
+        weight = torch.where(advantages > 0, 1.0, ratio)
+        return masked(-weight * advantages * logprobs, loss_mask)
 
 
 class RDPO(PairLoss):

@@ -1,5 +1,6 @@
 """Every program in examples/ runs and has the described effect."""
 
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,11 @@ def test_rewards(base: str, tmp_path: Path) -> None:
             rewards.Covers().check([Prompt([{"role": "user", "content": "Hi"}], [1], row, where="rows.jsonl:3")])
 
 
+def test_an_extension_takes_few_lines() -> None:
+    for extension in (rewards.polite, rewards.Covers, objectives.TOPR, objectives.RDPO, engine.PlainEngine):
+        assert len(inspect.getsource(extension).splitlines()) < 25
+
+
 def test_environments(base: str, tmp_path: Path) -> None:
     game, tools = environments.main(base, str(tmp_path))
     assert len(game.last_episodes) == len(tools.last_episodes) == 8
@@ -89,14 +95,14 @@ def test_objectives(base: str, tmp_path: Path) -> None:
     old = torch.tensor([[-1.0, -2.0, -0.5]])
     advantages, loss_mask = torch.tensor([[1.0, -1.0, 2.0]]), torch.tensor([[1.0, 1.0, 0.0]])
     gradients = []
-    for loss in (objectives.topr, importance_sampling):
+    for loss in (objectives.TOPR(), importance_sampling):
         new = old.clone().requires_grad_()
         loss(new, old, advantages, loss_mask).sum().backward()
         gradients.append(new.grad)
     torch.testing.assert_close(*gradients)
     # What was bad and has become unlikely is left alone; what was good is not.
     far = (old - 5).requires_grad_()
-    objectives.topr(far, old, advantages, loss_mask).sum().backward()
+    objectives.TOPR()(far, old, advantages, loss_mask).sum().backward()
     assert far.grad is not None
     assert far.grad[0, 0] == -1
     assert 0 < far.grad[0, 1] < 0.01

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from rlhf_lightning.distributed import broadcast, safe_point
-from rlhf_lightning.sampling.token_sampling import SamplingParams, is_complete, sample_token, uniforms
+from rlhf_lightning.sampling.token_sampling import SamplingParams, record_token, sample_token, uniforms
 from rlhf_lightning.types import Completion
 
 if TYPE_CHECKING:
@@ -89,10 +89,7 @@ class _SamplingProcessor:
         tokens, logprobs = broadcast(tokens), broadcast(logprobs)
         for i, (token, logprob) in enumerate(zip(tokens.tolist(), logprobs.tolist(), strict=True)):
             if self.open[i]:
-                self.samples[i].ids.append(token)
-                self.samples[i].logprobs.append(logprob)
-                if is_complete(self.samples[i].ids, self.params, self.decode):
-                    self.samples[i].stop_reason, self.open[i] = "stop", False
+                self.open[i] = not record_token(self.samples[i], token, logprob, self.params, self.decode)
         self.step += 1
         return torch.full_like(scores, -torch.inf).scatter(-1, tokens[:, None], 0.0)
 

@@ -29,7 +29,7 @@ from rlhf_lightning.models.sharding import (
 from rlhf_lightning.sampling.cuda_graphs import GraphedStep
 from rlhf_lightning.sampling.hf_generate import generate
 from rlhf_lightning.sampling.kv_cache import PrefillCache, SlotKVCache
-from rlhf_lightning.sampling.token_sampling import SamplingParams, is_complete, sample_token, uniforms
+from rlhf_lightning.sampling.token_sampling import SamplingParams, record_token, sample_token, uniforms
 from rlhf_lightning.types import Completion
 
 if TYPE_CHECKING:
@@ -381,12 +381,7 @@ class _Batch:
             row = self.rows[slot]
             if row is None:
                 continue
-            sample = self.samples[row]
-            sample.ids.append(token)
-            sample.logprobs.append(logprob)
-            if is_complete(sample.ids, self.params, self.engine.decode):
-                sample.stop_reason = "stop"
-            ended = sample.stop_reason == "stop" or len(sample.ids) == self.params.max_tokens
+            ended = record_token(self.samples[row], token, logprob, self.params, self.engine.decode)
             if ended:
                 self.rows[slot] = None
             self.engine.watch.on_token(row, token, ended)

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rlhf_lightning.errors import MOST, ConfigError
+from rlhf_lightning.types import Completion
 
 BLOCK = 64
 COLDEST = 1e-6
@@ -78,6 +79,28 @@ def is_complete(ids: list[int], params: SamplingParams, decode: Callable[[list[i
     # Decoding the tail suffices to see a stop text end, since a token is at least one byte.
     tail = decode(ids[-max(32, *(len(stop.encode()) + 1 for stop in params.stop_strings)) :])
     return any(stop in tail for stop in params.stop_strings)
+
+
+def record_token(
+    completion: Completion, token: int, logprob: float, params: SamplingParams, decode: Callable[[list[int]], str]
+) -> bool:
+    """Append a sampled token to a response.
+
+    Args:
+        completion: The response so far.
+        token: Token id.
+        logprob: Its log-probability, in nats.
+        params: How the response is sampled.
+        decode: Maps token ids to text, for stop texts.
+
+    Returns:
+        True if the token ends the response.
+    """
+    completion.ids.append(token)
+    completion.logprobs.append(logprob)
+    if is_complete(completion.ids, params, decode):
+        completion.stop_reason = "stop"
+    return completion.stop_reason == "stop" or len(completion.ids) == params.max_tokens
 
 
 def uniforms(seeds: Sequence[int], tokens: int) -> Tensor:
