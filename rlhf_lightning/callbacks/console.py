@@ -9,6 +9,8 @@ from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 
 from rlhf_lightning.files import duration
+from rlhf_lightning.modules.policy_rl import PolicyRLModule
+from rlhf_lightning.sampling.local_engine import LocalEngine, Watch
 
 if TYPE_CHECKING:
     from rlhf_lightning.types import StepBatch
@@ -31,11 +33,38 @@ def headline(metrics: Mapping[str, T]) -> dict[str, T]:
     return {name.removeprefix("train/"): metrics[name] for name in names}
 
 
+class SamplingLines(Watch):
+    """Prints how far the sampling of responses has come, if it takes longer than a few seconds.
+
+    Args:
+        seconds: Shortest time between two lines.
+
+    Example:
+        >>> engine.watch = SamplingLines(seconds=10.0)  # doctest: +SKIP
+    """
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+        self.begin(0)
+
+    def begin(self, rows: int) -> None:
+        self.rows, self.ended, self.tokens = rows, 0, 0
+        self._started = self._printed = time.time()
+
+    def on_token(self, row: int, token: int, ended: bool) -> None:
+        self.tokens += 1
+        self.ended += ended
+        if time.time() - self._printed >= self.seconds:
+            self._printed = time.time()
+            spent = duration(self._printed - self._started)
+            print(f"sampling: {self.ended} of {self.rows} responses, {self.tokens} tokens, {spent}", flush=True)
+
+
 class ConsoleLines(pl.Callback):
     """Prints a line with the metrics of the progress bar every few seconds, and at the end.
 
     A line follows an optimizer step, never a micro-batch within one: by then the bar's metrics may already be those of
-    the next step.
+    the next step. Sampling that takes longer has its own lines.
 
     Args:
         seconds: Shortest time between two lines.
@@ -47,11 +76,19 @@ class ConsoleLines(pl.Callback):
 
     def __init__(self, seconds: float = 10.0) -> None:
         self.seconds = seconds
+        self._sampling = SamplingLines(seconds)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._started = self._printed = time.time()
         self._first = trainer.global_step
         self._last: tuple[int, str] | None = None
+
+    def _watch(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.is_global_zero:
+            watch_sampling(pl_module, self._sampling)
+
+    # Not `setup`, which comes before the model is loaded.
+    on_fit_start = on_validation_start = on_test_start = on_predict_start = _watch
 
     def on_train_batch_end(
         self,
@@ -79,6 +116,12 @@ class ConsoleLines(pl.Callback):
         spent = self._printed - self._started
         left = remaining(spent, step - self._first, float(total) - step)
         print(f"step {step}/{total}  {duration(spent)}{left}  {shown}", flush=True)
+
+
+def watch_sampling(module: pl.LightningModule, watch: Watch) -> None:
+    """Report the progress of a policy's built-in sampling engine to `watch`."""
+    if isinstance(module, PolicyRLModule) and isinstance(module.model_sampler.engine, LocalEngine):
+        module.model_sampler.engine.watch = watch
 
 
 def remaining(spent: float, done: int, to_do: float) -> str:

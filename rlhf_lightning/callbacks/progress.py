@@ -9,8 +9,8 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import ProgressBar, RichProgressBar
 from lightning.pytorch.callbacks.progress.rich_progress import RichProgressBarTheme
 
-from rlhf_lightning.callbacks.console import ConsoleLines, headline
-from rlhf_lightning.sampling.local_engine import LocalEngine, Watch
+from rlhf_lightning.callbacks.console import ConsoleLines, headline, watch_sampling
+from rlhf_lightning.sampling.local_engine import Watch
 
 if TYPE_CHECKING:
     from rich.progress import TaskID
@@ -35,9 +35,8 @@ class StageProgress(RichProgressBar):
     def _init_progress(self, trainer: pl.Trainer) -> None:
         """Create the bars. Lightning calls this at the start of every command, when the module has its engine."""
         super()._init_progress(trainer)
-        engine = getattr(getattr(trainer.lightning_module, "model_sampler", None), "engine", None)
-        if isinstance(engine, LocalEngine) and self.is_enabled:
-            engine.watch = RolloutProgress(self)
+        if self.is_enabled:
+            watch_sampling(trainer.lightning_module, RolloutProgress(self))
 
     def _reset_progress_bar_ids(self) -> None:
         super()._reset_progress_bar_ids()

@@ -139,6 +139,8 @@ class PromptDataModule(RowDataModule[Example, PromptBatch]):
         update_epochs: Number of passes over the episodes of a round.
         minibatches: Number of training steps in each pass; a multiple of `accumulate_grad_batches`.
         max_prompt_tokens: Longer prompts are refused, or skipped with `overlong: skip`.
+        eval_batch_size: Prompts of one validation, test or predict step on one device; by default as many as a round
+            has responses. The sampler decodes up to `sampler.batch_rows` of them side by side.
         lines: Every line of a file is a prompt, whatever the file's name; by default only for `.txt`.
         **kwargs: Arguments of `RowDataModule`.
 
@@ -165,6 +167,7 @@ class PromptDataModule(RowDataModule[Example, PromptBatch]):
         update_epochs: int = 1,
         minibatches: int = 1,
         max_prompt_tokens: int = 1024,
+        eval_batch_size: int | None = None,
         lines: bool = False,
         **kwargs: Any,
     ) -> None:
@@ -182,6 +185,7 @@ class PromptDataModule(RowDataModule[Example, PromptBatch]):
             validation,
             batch_size=8,
             max_length=max_prompt_tokens,
+            eval_batch_size=eval_batch_size,
             **kwargs,
         )
         self.recorded = episodes is not None
@@ -200,6 +204,7 @@ class PromptDataModule(RowDataModule[Example, PromptBatch]):
             check_whole(f"data.{name}", value, most=MOST_RESPONSES if name == "group_size" else MOST)
         self.prompts_per_round, self.group_size = prompts_per_round, group_size
         self.update_epochs, self.minibatches = update_epochs, minibatches
+        self.eval_batch_size = eval_batch_size or prompts_per_round * group_size
 
     def examples(self, name: str) -> Callable[[Row], Sequence[Example]]:
         if name == "train" and self.recorded:

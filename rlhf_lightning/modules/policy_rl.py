@@ -65,6 +65,8 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 VALIDATION = 1_000_003  # seeds validation rollouts differently from those of the training rounds
+SANITY_PROMPTS = 8
+"""Prompts that are answered in each batch of Lightning's check before training, which looks only for errors."""
 
 
 class PolicyRLModule(RLHFModule[PromptBatch]):
@@ -635,6 +637,8 @@ class PolicyRLModule(RLHFModule[PromptBatch]):
     def evaluate(self, batch: PromptBatch, name: str) -> None:
         self._check_rewarded()
         prompts = kept_prompts(batch)
+        if self.trainer.sanity_checking:
+            prompts = prompts[:SANITY_PROMPTS]
         metrics = self.heldout[f"{name}_"]
         assert isinstance(metrics, HeldOutRewards)
         with self.sampling_context():

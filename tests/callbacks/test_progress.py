@@ -69,6 +69,28 @@ def test_a_line_for_each_optimizer_step(base: str, tmp_path: Path, capsys: pytes
     assert lines == [(str(step + 1), f"{fmean(found):.4g}") for step, found in sorted(rewards.items())]
 
 
+@pytest.mark.parametrize("command", ["fit", "validate", "predict"])
+def test_long_sampling_has_lines(command: str, base: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A line for each token where every token is long; none within the usual ten seconds."""
+    shown = {}
+    for seconds in (0.0, 10.0):
+        module = PolicyRLModule(base, rewards=[FunctionReward(letters)], sampler=Sampler(6))
+        rows: dict[str, Any] = {"train": prompts(3), "validation": prompts(5), "predict": prompts(5)}
+        data = PromptDataModule(**rows, prompts_per_round=3, group_size=2, show_example=False)
+        run = trainer(tmp_path, callbacks=[ConsoleLines(seconds=seconds)], num_sanity_val_steps=0)
+        getattr(run, command)(module, data)
+        pattern = r"^sampling: (\d) of (\d) responses, (\d+) tokens, \d s$"
+        shown[seconds] = [
+            tuple(map(int, found)) for found in re.findall(pattern, capsys.readouterr().out, re.MULTILINE)
+        ]
+    assert shown[10.0] == []
+    ends = [line for line in shown[0.0] if line[0] == line[1]]
+    # The round of 3 prompts with 2 responses each; 5 held-out prompts at once, greedily and sampled; or 5 answers.
+    wanted = {"fit": [6, 5, 5], "validate": [5, 5], "predict": [5]}[command]
+    assert [rows for _, rows, _ in ends] == wanted
+    assert len(shown[0.0]) == sum(tokens for *_, tokens in ends)
+
+
 def letters(completions: list[str]) -> list[float]:
     """A reward that differs between random texts."""
     return [len(set(text)) / 10 for text in completions]

@@ -423,6 +423,25 @@ def test_held_out_answers_are_those_of_the_newest_weights(base: str, tmp_path: P
     assert called[5:] == ["sync", "generate", "generate"]
 
 
+@pytest.mark.parametrize(("size", "batches"), [(None, [12, 5]), (3, [3, 3, 3, 3, 3, 2])])
+def test_held_out_prompts_are_answered_many_at_a_time(
+    size: int | None, batches: list[int], base: str, tmp_path: Path
+) -> None:
+    """As many as a round has responses, unless set; Lightning's check before training answers only a few."""
+    module = make("policy", base)
+    source = PromptDataModule(prompts(3), prompts(17), prompts_per_round=3, group_size=4, eval_batch_size=size)
+    assert source.eval_batch_size == batches[0]
+    counts: list[int] = []
+    module.configure_model()
+    generate = module.model_sampler.engine.generate
+    module.model_sampler.engine.generate = lambda rows, *a, **k: (counts.append(len(rows)), generate(rows, *a, **k))[1]
+    trainer(tmp_path).validate(module, source)
+    assert counts == [count for count in batches for _ in ("greedy", "sampled")]
+    counts.clear()
+    trainer(tmp_path, num_sanity_val_steps=1, limit_train_batches=0).fit(module, source)
+    assert counts == [min(8, batches[0])] * 2
+
+
 def test_rounds_are_counted_where_epochs_are_cut_short(base: str, tmp_path: Path) -> None:
     """Round numbers, which seeds depend on, may have gaps; a reference still moves every second round."""
     module = make("policy", base, kl=KLPenalty(0.01, refresh_every=2), optimizer=sgd(3.0))
