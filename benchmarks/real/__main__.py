@@ -149,7 +149,8 @@ class Runs:
 def main() -> None:
     """Run, and print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("kinds", nargs="*", metavar="KIND", help=f"of {', '.join(KINDS)}; all by default")
+    names = (*KINDS, *(name for name in PARTS if name not in KINDS))
+    parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(names)}; all by default")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, help="steps of each run instead of the plan's")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
@@ -159,11 +160,11 @@ def main() -> None:
     parser.add_argument("--fresh", action="store_true", help="discard the runs of earlier calls")
     parser.add_argument("--results", type=Path, default=RESULTS)
     given = parser.parse_args()
-    if unknown := set(given.kinds) - set(KINDS):
-        parser.error(f"{sorted(unknown)[0]!r} is not of {', '.join(KINDS)}")
+    if unknown := set(given.parts) - set(names):
+        parser.error(f"{sorted(unknown)[0]!r} is not of {', '.join(names)}")
     model = model_folder(given.model or shipped_model())
     for name, part in PARTS.items():
-        if part.kind in (given.kinds or KINDS):
+        if {name, part.kind} & set(given.parts or names):
             settings = replace(part, steps=given.steps or part.steps)
             first = Cell(name, settings, "ours", given.seeds[0], model, str(given.data), given.threads)
             with tempfile.TemporaryDirectory() as root:
