@@ -16,6 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks import pages, sizes, step  # noqa: E402
+from benchmarks.real import table as real  # noqa: E402
 from benchmarks.scale import growth  # noqa: E402
 from benchmarks.steps.sides import ROWWISE  # noqa: E402
 
@@ -102,6 +103,7 @@ PAGES: dict[Path, dict[str, Callable[[], str]]] = {
         "sizes": along,
     },
     ROOT / "benchmarks" / "scale" / "README.md": {"growth": lambda: growth.table(read("scale")["growth"])},
+    ROOT / "benchmarks" / "real" / "README.md": {"real": lambda: real.render(real.read(RESULTS / "real"))},
     ROOT / "README.md": {"speed": speed},
 }
 """The tables of each page, by the name in their markers."""
