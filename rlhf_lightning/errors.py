@@ -4,7 +4,7 @@ from collections.abc import Iterable
 
 
 class UserError(Exception):
-    """The user's files, flags or models are wrong; the message says what is wrong, where, and what to do."""
+    """A file, flag or model of the user is wrong; the message says what is wrong, where, and what to do."""
 
 
 class ConfigError(UserError):
@@ -12,25 +12,25 @@ class ConfigError(UserError):
 
 
 class DataError(UserError):
-    """A file or row of data is unusable; the message names file and line."""
+    """A data file or row is unusable; the message names the file and line."""
 
 
 def quoted(names: Iterable[str], none: str = "nothing") -> str:
-    """Names in a message, each in quotes; `none` if there are none."""
+    """Names for a message, each in quotes; `none` if there are no names."""
     return ", ".join(map(repr, names)) or none
 
 
 MOST = 2**31 - 1
-"""Largest value of any setting that is an integer."""
+"""Largest value of an integer setting."""
 
 
 def cut(text: str, length: int) -> str:
-    """A text in a message, cut off after `length` characters."""
+    """A text for a message, cut off after `length` characters."""
     return text if len(text) <= length else f"{text[:length]}…"
 
 
 def short(value: object) -> str:
-    """A value as a message shows it: at most 80 characters."""
+    """The `repr` of a value for a message, cut to 80 characters."""
     return cut(repr(value), 80)
 
 
@@ -52,7 +52,7 @@ def check_whole(name: str, value: object, least: int = 1, most: int = MOST) -> N
 
 
 def check_seed(name: str, value: object) -> int:
-    """Return a seed; raise `ConfigError` for one that numpy does not accept."""
+    """Return a seed; raise `ConfigError` if numpy does not accept it."""
     if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**32:
         raise ConfigError(f"{name} is {value!r}; it must be a whole number from 0 to 4294967295")
     return value
@@ -62,7 +62,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 
 def check_dtype(dtype: str) -> None:
-    """Raise `ConfigError` for a `--dtype` that weights are not loaded or saved in."""
+    """Raise `ConfigError` unless a `--dtype` is one of `DTYPES`."""
     if dtype not in DTYPES:
         raise ConfigError(f"--dtype is {dtype!r}; it must be one of {', '.join(DTYPES)}")
 

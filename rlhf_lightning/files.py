@@ -1,4 +1,4 @@
-"""Files: hashes, atomic writes, JSON and CSV, and text that is safe to show. It imports nothing heavy."""
+"""File utilities: hashes, atomic writes, JSON, CSV and text that is safe to print. Imports no heavy libraries."""
 
 import csv
 import errno
@@ -19,11 +19,11 @@ from rlhf_lightning.types import JSON
 T = TypeVar("T")
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 MODEL_CONFIGS = ("config.json", "adapter_config.json")
-"""Files of which a model folder has one: the config of a model, or of an adapter."""
+"""Config files of models and adapters; a model folder has one of them."""
 
 
 def real_path(path: str | Path) -> Path:
-    """The absolute path without links. Unlike `Path.resolve`, it does not raise for links in a circle."""
+    """The absolute path with links resolved. Unlike `Path.resolve`, it does not raise for circular links."""
     return Path(os.path.realpath(path))
 
 
@@ -48,7 +48,7 @@ def hash_file(path: str | Path) -> str:
 
 
 def hash_model(place: Path) -> str | None:
-    """SHA-256 of a model folder or of a model's only file; None if nothing is there."""
+    """SHA-256 of a model folder, or of a model that is a single file; None if it does not exist."""
     return hash_folder(place) if place.is_dir() else hash_file(place) if is_file(place) else None
 
 
@@ -63,15 +63,15 @@ _STREAM = re.compile(r"/dev/(stdin|fd/\d+)|/proc/(self|\d+)/fd/\d+")
 
 
 def is_open_stream(path: str | os.PathLike[str]) -> bool:
-    """True if a path is an open descriptor that is not a file, such as a shell's `<(…)` or standard input."""
+    """True if a path is an open descriptor other than a file, such as a shell's `<(…)` or standard input."""
     return bool(_STREAM.fullmatch(os.fspath(path))) and not os.path.isfile(path) and os.path.exists(path)
 
 
 def is_file(path: str | os.PathLike[str]) -> bool:
-    """True if a path is a file, False if nothing is there.
+    """True if a path is a file, False if it does not exist.
 
     Raises:
-        ConfigError: If a folder, pipe, socket or device is there, which could block a reader forever.
+        ConfigError: If the path is a folder, pipe, socket or device. Reading from some of these could block forever.
     """
     try:
         mode = os.stat(path).st_mode
@@ -91,19 +91,19 @@ def is_model_folder(folder: Path) -> bool:
 
 
 def adapted_base(folder: Path) -> JSON:
-    """The base model that the `adapter_config.json` of a folder names; None for none."""
+    """The base model named in the `adapter_config.json` of a folder, or None."""
     return read_object(folder / "adapter_config.json").get("base_model_name_or_path")
 
 
 def check_path(what: str, source: str) -> Path:
-    """Return the path of a model or tokenizer, if it is one; a Hub id passes.
+    """Return the source of a model or tokenizer as a path, after checking that it exists if it cannot be a Hub id.
 
     Args:
-        what: What is named, for the message.
+        what: Name of the setting, for the message.
         source: Path or Hub id.
 
     Raises:
-        ConfigError: If it can only be a path, and nothing is there.
+        ConfigError: If the source can only be a path, and it does not exist.
     """
     path = Path(source).expanduser()
     if (path.is_absolute() or source.startswith((".", "~")) or source.count("/") > 1) and not path.exists():
@@ -112,14 +112,14 @@ def check_path(what: str, source: str) -> Path:
 
 
 def check_model_path(what: str, source: str) -> None:
-    """Check that a model's source, if it is a path, is a model folder or a file.
+    """Check that the source of a model is a Hub id, a model folder or a file.
 
     Args:
-        what: What is named, for the message.
+        what: Name of the setting, for the message.
         source: Path or Hub id.
 
     Raises:
-        ConfigError: If nothing is there, or a folder without a config, a pipe, or a device.
+        ConfigError: If the path does not exist, or is a folder without a config, a pipe, or a device.
     """
     path = check_path(what, source)
     if path.is_dir() and not is_model_folder(path):
@@ -130,7 +130,7 @@ def check_model_path(what: str, source: str) -> None:
 
 
 def check_files_in(folder: Path, below: bool = False) -> None:
-    """Raise `ConfigError` if a folder contains something that is neither file nor folder.
+    """Raise `ConfigError` if a folder contains anything other than files and folders.
 
     Args:
         folder: The folder.
@@ -146,10 +146,10 @@ def read_object(path: Path, unique: bool = True) -> dict[str, JSON]:
 
     Args:
         path: The file.
-        unique: Refuse repeated keys, of which parsers keep the last.
+        unique: Refuse repeated keys; parsers keep only the last of them.
 
     Raises:
-        ConfigError: If it cannot be read, or contains something else.
+        ConfigError: If the file cannot be read, or contains something other than an object.
     """
     try:
         text = path.read_text(encoding="utf-8")
@@ -163,11 +163,11 @@ def read_object(path: Path, unique: bool = True) -> dict[str, JSON]:
 
 
 class RepeatedKey(ValueError):
-    """A key occurs twice in a mapping, which makes its value ambiguous."""
+    """A key appears twice in a mapping, so its value is ambiguous."""
 
 
 def unique_keys(pairs: Sequence[tuple[str, JSON]]) -> dict[str, JSON]:
-    """Hook of `json.loads` that raises `RepeatedKey`; by default the last of the values is kept silently."""
+    """Hook for `json.loads` that raises `RepeatedKey` for repeated keys; by default the last value wins silently."""
     found = dict(pairs)
     if len(found) < len(pairs):
         names = [name for name, _ in pairs]
@@ -181,14 +181,14 @@ FORMAT = 1
 
 
 def check_format(found: JSON, what: str) -> None:
-    """Check that this version can read a record; one without a number is from before formats had numbers.
+    """Check that this version can read a record. A record without a number is older than format numbers, and is read.
 
     Args:
-        found: The format of the record.
-        what: What is read, for the message.
+        found: The format number in the record, or None.
+        what: Name of the record, for the message.
 
     Raises:
-        ConfigError: If it has another format.
+        ConfigError: If the record has another format.
     """
     number = found if isinstance(found, int) and not isinstance(found, bool) else None
     if found is None or number == FORMAT:
@@ -206,14 +206,14 @@ def read_record(path: Path) -> dict[str, JSON]:
 
 
 def read_stage(folder: str | Path) -> dict[str, JSON]:
-    """Read the `stage.json` of a model folder, in it or next to a run's `model`; empty if there is none.
+    """Read the `stage.json` inside a model folder, or next to a run's `model` folder; empty if there is none.
 
     Args:
         folder: The model folder.
     """
     place = Path(str(folder)).expanduser()
     if str(folder) and place.is_dir():
-        # Only for `model`: a base model inside a run's folder must not get the record of the run.
+        # Only for `model`: a base model in a run's folder must not get the record of the run.
         own = real_path(place).name == "model"
         for path in (place / "stage.json", *([real_path(place).parent / "stage.json"] if own else [])):
             if is_file(path):
@@ -226,14 +226,14 @@ def scratch_of(path: Path, tag: str = "partial") -> Path:
 
     Args:
         path: Its final path.
-        tag: Distinguishes temporary files of processes that may write the same file.
+        tag: Distinguishes the temporary files of processes that may write the same file.
     """
     return path.with_name(f".{path.name}.{tag}")
 
 
 @contextmanager
 def replacing(path: Path, tag: str = "partial") -> Iterator[Path]:
-    """Context whose temporary file is renamed to `path` at its end, so that no partial file is ever read.
+    """Context manager that yields a temporary path and finally renames it, so that no reader sees a partial file.
 
     Args:
         path: The file.
@@ -289,25 +289,25 @@ def duration(seconds: JSON) -> str:
 
 
 _BIDI = "\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069"
-"""Characters that change the direction of text, so that it displays differently from what it says."""
+"""Characters that change the direction of text, so that it is displayed in another order than it is stored."""
 _CONTROL = re.compile(f"[\0-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff{_BIDI}]")
 
 
 def visible(text: str) -> str:
-    """Text with control characters escaped, which a terminal would interpret or a page cannot contain."""
+    """Escape control characters, which a terminal would interpret and an HTML page cannot contain."""
     return _CONTROL.sub(lambda found: ascii(found.group())[1:-1], text)
 
 
 def as_json(value: Any, indent: int | None = None) -> str:
-    """Readable JSON, with control characters as JSON escapes."""
+    """Readable JSON, with control characters escaped."""
     text = json.dumps(value, ensure_ascii=False, indent=indent, default=str)
     return _CONTROL.sub(lambda found: f"\\u{ord(found.group()):04x}", text)
 
 
 def table_cell(value: T) -> T | str:
-    """A value for a CSV file. An apostrophe is put before text that a spreadsheet would evaluate as a formula.
+    """Make a value safe for a CSV file: prefix text that a spreadsheet would evaluate as a formula with an apostrophe.
 
-    Numbers are unchanged, also those in text. `table_value` reverses this.
+    Numbers stay unchanged, including numbers given as text. `table_value` reverses this.
     """
     return f"'{value}" if isinstance(value, str) and _is_formula(value.lstrip("'")) else value
 
@@ -318,7 +318,7 @@ def table_value(text: str) -> str:
 
 
 def read_table(stream: Iterable[str]) -> Iterator[dict[str, str]]:
-    """Rows of a CSV file by column, with the values that were given to `table_cell`."""
+    """Read the rows of a CSV file as dicts, with the values that were given to `table_cell`."""
     lines = csv.reader(stream)
     columns = [table_value(name) for name in next(lines, [])]
     for line in lines:

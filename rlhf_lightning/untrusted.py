@@ -1,8 +1,8 @@
-"""Checks of a model folder's files before libraries open them: they must not import or fetch code, nor hang.
+"""Checks the files of a model folder before libraries open them: they must not import or download code, or hang.
 
-A folder may come from anyone. Settings that make a library import a module or fetch a kernel are refused unless the
-user asked for them. So are those that would keep a library busy forever: sizes that the weights do not have, and
-regular expressions with exponential backtracking.
+A folder may come from an untrusted source. Settings that make a library import a module or download a kernel are
+refused unless the user set them. So are settings that would keep a library busy forever: sizes that do not match the
+weights, and regular expressions with exponential backtracking.
 """
 
 import json
@@ -21,7 +21,7 @@ from rlhf_lightning.files import adapted_base, check_files_in, read_object, real
 from rlhf_lightning.types import JSON
 
 REPEATS = 5
-"""Largest number of unbounded repeats in a sequence of a regular expression; each one multiplies the work."""
+"""Largest number of consecutive unbounded repeats in a regular expression; each one multiplies the matching time."""
 PARTS = 1000
 """Largest number of parts (layers, experts) that is accepted without comparing it with the headers of the weights."""
 _ATTENTION = re.compile(r"_?attn_implementation(_internal)?$")
@@ -51,21 +51,21 @@ def check_files(source: str, options: Mapping[str, JSON] | None = None, weights:
     Args:
         source: Local folder, or a name on the Hub. The small files of a repository are downloaded into the cache as the
             libraries do (offline they are taken from there).
-        options: Arguments of `from_pretrained` that the user gives. Its `attn_implementation` overrides the file's, and
+        options: The user's arguments of `from_pretrained`. `attn_implementation` overrides that of the config;
             `revision`, `subfolder` and others select the files.
-        weights: Download the weights of a model on the Hub too, to compare its config with their headers.
+        weights: Also download the weights of a model on the Hub, to compare its config with their headers.
 
     Raises:
-        ConfigError: If a file is unsafe; the message names the file, the setting, and what to do.
+        ConfigError: If a file is unsafe; the message names the file, the setting and what to do.
     """
     if Path(source).is_dir():
         check_folder(Path(source), options)
         return
     folder = _fetched(source, options or {}, weights) if _HUB_ID.fullmatch(source) else None
     if folder is None:
-        return  # it does not exist or is unreachable, which the library that opens it reports
+        return  # it does not exist or is unreachable; the library that opens it reports that
     _check_all(folder, options)
-    if (folder / "adapter_config.json").is_file():  # transformers then opens its base
+    if (folder / "adapter_config.json").is_file():  # transformers then opens the adapter's base
         base = str(adapted_base(folder))
         inner = Path(base) if Path(base).is_dir() else _fetched(base, {}, False) if _HUB_ID.fullmatch(base) else None
         if inner is not None:
@@ -74,17 +74,17 @@ def check_files(source: str, options: Mapping[str, JSON] | None = None, weights:
 
 
 def load_failure(error: BaseException) -> str:
-    """Why a library could not load a model or a tokenizer, in one line."""
+    """The reason why a library could not load a model or a tokenizer, in one line."""
     if "trust_remote_code" in str(error):
-        return "it needs code of its own; to run that code, set model.model_options: {trust_remote_code: true}"
+        return "it needs custom code; to run that code, set model.model_options: {trust_remote_code: true}"
     return first_line(error)
 
 
 def refuse_chain(base: Path, adapter: str | Path) -> None:
-    """Refuse an adapter as the base of another one, which libraries would follow without end.
+    """Refuse an adapter as the base of another adapter; libraries would follow such a chain without limit.
 
     Args:
-        base: Folder of the base.
+        base: Folder of the base model.
         adapter: The adapter, for the message.
 
     Raises:
@@ -92,12 +92,12 @@ def refuse_chain(base: Path, adapter: str | Path) -> None:
     """
     if (base / "adapter_config.json").exists():
         raise ConfigError(
-            f"the adapter {adapter} has another adapter as its base: {base}. Merge the base first (rlhf export)"
+            f"the adapter {adapter} has another adapter as its base: {base}. First merge that one (rlhf export)"
         )
 
 
 def _fetched(name: str, options: Mapping[str, JSON], weights: bool) -> Path | None:
-    """Download the small files of a repository, and return their folder in the cache; None if there are none."""
+    """Download the small files of a repository and return their folder in the cache; None if there are none."""
     from transformers.utils.hub import cached_files
 
     place = {key: options[key] for key in WHERE if options.get(key) is not None}
@@ -106,7 +106,7 @@ def _fetched(name: str, options: Mapping[str, JSON], weights: bool) -> Path | No
         try:
             return cached_files(name, list(files), **place, **_QUIET) or []
         except OSError:
-            return []  # no such repository or revision, which the library reports
+            return []  # no such repository or revision; the library reports that
 
     if not (found := fetch([*CHECKS, *INDEXES])):
         return None
@@ -149,22 +149,24 @@ def _check_all(folder: Path, options: Mapping[str, JSON] | None) -> None:
 
 @lru_cache(maxsize=64)
 def _check(path: Path, kind: str, modified: int, size: int, extent: tuple[int, int], chosen: bool) -> None:
-    """Check a file. Results are cached, since several parts of a run open the same, possibly large, files."""
+    """Check a file. Results are cached, because several parts of a run open the same, possibly large, files."""
     CHECKS[kind](path, read_object(path, unique=kind != "tokenizer.json"), extent, chosen)
 
 
 def _check_names(folder: Path) -> None:
-    """Refuse files of a folder that lead out of it: links to other files, and listed names that contain a path."""
+    """Refuse files that lead out of their folder: links to other kinds of files, and listed names that are paths."""
     for path in folder.iterdir() if folder.is_dir() else ():
         if path.suffix not in SUFFIXES:
             continue
         if not path.is_file():
-            raise ConfigError(f"{path}: this is a folder, a broken link, a device or a pipe; restore the file")
+            raise ConfigError(
+                f"{path}: this is a folder, a broken link, a device or a pipe; it must be a file. Restore it"
+            )
         target = real_path(path)
-        # Links are allowed to the blobs of the Hub's cache, and to files of the same kind, which saves disk space.
+        # Links to the blobs of the Hub's cache are allowed, and links to files of the same kind, which save disk space.
         if target.parent.name != "blobs" and target.suffix != path.suffix and path.is_symlink():
             raise ConfigError(
-                f"{path}: this is a link to another kind of file, {target}; replace it by a copy of the right file"
+                f"{path}: this is a link to another kind of file, {target}; replace it with a copy of the right file"
             )
     for listed in _LISTS:
         for name in _listed(folder, listed):
@@ -178,11 +180,11 @@ def _check_names(folder: Path) -> None:
 
 def _check_name(name: str, where: str) -> None:
     if Path(name).name != name:
-        raise ConfigError(f"{where} names {name!r}, which is not a file in its folder; restore the file")
+        raise ConfigError(f"{where} contains {name!r}, which is not a file in its folder; restore the file")
 
 
 def _listed(folder: Path, listed: tuple[str, str]) -> list[str]:
-    """Names in a config of files that are read instead of itself or of `tokenizer.json`."""
+    """Names of the files that a config lists, and that libraries read instead of it or of `tokenizer.json`."""
     path = folder / listed[0]
     names = read_object(path).get(listed[1]) if path.is_file() else None
     return [name for name in names if isinstance(name, str)] if isinstance(names, list) else []
@@ -196,11 +198,11 @@ def _config(path: Path, config: dict[str, JSON], extent: tuple[int, int], attent
     for key, value in _settings(config):
         if _ATTENTION.fullmatch(key) and not attention_chosen and "/" in str(value):
             raise ConfigError(
-                f"{path}: {key} is {value!r}, code that would be fetched from a hub. Remove the key, or choose it "
-                f"yourself with model.model_options: {{attn_implementation: …}}"
+                f"{path}: {key} is {value!r}, which would download code from a hub. Remove the key, or set it yourself "
+                f"with model.model_options: {{attn_implementation: …}}"
             )
         if key == "use_pretrained_backbone" and value:
-            raise ConfigError(f"{path}: {key} would fetch another model while this one is built; remove the key")
+            raise ConfigError(f"{path}: {key} would download another model; remove the key")
         if key in ("modules_to_not_convert", "llm_int8_skip_modules"):
             for pattern in _texts(value):
                 check_pattern(pattern, f"{path}: {key}")
@@ -208,9 +210,7 @@ def _config(path: Path, config: dict[str, JSON], extent: tuple[int, int], attent
             continue
         stack = "layer" in key or "block" in key or "expert" in key
         if value > (max(PARTS, parts) if stack else largest or _LARGEST):
-            beside = (
-                f"the weight files next to it have {parts} tensors with {largest} numbers in all, which does not match"
-            )
+            beside = f"the weight files next to it have only {parts} tensors with {largest} numbers in all"
             raise ConfigError(
                 f"{path}: {key} is {value}, and {beside if parts else 'no model is that large'}. Restore the files."
             )
@@ -229,7 +229,7 @@ def _settings(config: JSON) -> Iterator[tuple[str, JSON]]:
 
 
 def _extent(folder: Path) -> tuple[int, int]:
-    """Number of tensors in the weights of a folder, and an upper bound of their elements; (0, 0) if there are none."""
+    """Number of tensors in the weights of a folder, and an upper bound of their elements; (0, 0) without weights."""
     parts = size = 0
     for path in sorted((*folder.glob("*.safetensors"), *folder.glob("*.bin"))):
         facts = path.stat()
@@ -262,7 +262,7 @@ def _parts(path: Path, modified: int, size: int) -> int | None:
 
 def _adapter(path: Path, config: dict[str, JSON], extent: tuple[int, int], _: bool) -> None:
     if config.get("megatron_config") or config.get("megatron_core") not in (None, "megatron.core"):
-        raise ConfigError(f"{path}: megatron_config makes a library import code of another library; remove it")
+        raise ConfigError(f"{path}: megatron_config makes peft import a module that the file names; remove it")
     names = ("target_modules", "exclude_modules")
     patterns = [(key, pattern) for key in names if isinstance(pattern := config.get(key), str)]
     patterns += [("layers_pattern", one) for one in _texts(config.get("layers_pattern"))]
@@ -271,18 +271,21 @@ def _adapter(path: Path, config: dict[str, JSON], extent: tuple[int, int], _: bo
         check_pattern(pattern, f"{path}: {key}")
     ranks = [config.get("r"), *(_ints(config.get("rank_pattern")))]
     if extent[1] and any(isinstance(rank, int) and rank > extent[1] for rank in ranks):
-        raise ConfigError(f"{path}: a rank is larger than the weight files next to it, which does not match")
-    # The number of iterations of a singular value decomposition; and layers that are repeated arbitrarily often.
+        raise ConfigError(f"{path}: a rank is larger than the weight files next to it; restore the files")
+    # pissa_niter_N runs N iterations of a singular value decomposition.
     if len(niter := str(config.get("init_lora_weights")).removeprefix("pissa_niter_")) > 2 and niter.isdigit():
         raise ConfigError(
-            f"{path}: init_lora_weights is {config['init_lora_weights']!r}, which would take unbounded time; restore it"
+            f"{path}: init_lora_weights is {config['init_lora_weights']!r}, which could take unlimited time; restore it"
         )
     if config.get("alora_invocation_tokens") is not None:
         raise ConfigError(
-            f"{path}: alora_invocation_tokens makes the adapter active from a text on, which is not supported"
+            f"{path}: alora_invocation_tokens (an adapter that is active only after certain tokens) is not supported; "
+            "use another adapter"
         )
     if config.get("layer_replication"):
-        raise ConfigError(f"{path}: layer_replication changes the layers of the base, which is not supported")
+        raise ConfigError(
+            f"{path}: layer_replication (repeated layers of the base model) is not supported; use another adapter"
+        )
 
 
 def _ints(value: JSON) -> list[int]:
@@ -290,7 +293,7 @@ def _ints(value: JSON) -> list[int]:
 
 
 def _named_files(path: Path, config: dict[str, JSON], extent: tuple[int, int], _: bool) -> None:
-    """Check of `tokenizer_config.json`: nothing more, since the files that it names are checked before."""
+    """Check `tokenizer_config.json`: nothing to do, because the files that it lists have been checked before."""
 
 
 def _tekken(path: Path, config: dict[str, JSON], extent: tuple[int, int], _: bool) -> None:
@@ -306,10 +309,10 @@ def _texts(value: JSON) -> list[str]:
 
 
 def _tokenizer(path: Path, config: dict[str, JSON], extent: tuple[int, int], _: bool) -> None:
-    # Skip the vocabulary, which is most of the file and contains no expressions.
+    # Skip the vocabulary, which is most of the file and contains no regular expressions.
     for key, value in _settings({key: value for key, value in config.items() if key != "model"}):
         if key == "Regex" and isinstance(value, str):
-            check_pattern(value, f"{path}: the expression")
+            check_pattern(value, f"{path}: the regular expression")
 
 
 CHECKS = {
@@ -324,14 +327,15 @@ CHECKS = {
 def check_pattern(pattern: str, where: str) -> None:
     """Refuse a regular expression that may take extremely long on some texts.
 
-    An unbounded repeat may only contain what matches in one way: a sequence of characters and character classes.
+    The body of an unbounded repeat must match in only one way: it must be a sequence of characters and character
+    classes.
 
     Args:
-        pattern: The expression.
-        where: Where it comes from, for the message.
+        pattern: The regular expression.
+        where: Its origin, for the message.
 
     Raises:
-        ConfigError: If it may be slow, or cannot be parsed and so not be judged.
+        ConfigError: If the expression may be slow, or cannot be parsed.
     """
     try:
         parsed = _parsed(pattern)
@@ -339,13 +343,14 @@ def check_pattern(pattern: str, where: str) -> None:
         raise ConfigError(f"{where} {pattern[:80]!r} cannot be read ({error})") from None
     if not _is_simple(parsed) or _repeats(parsed) > REPEATS:
         raise ConfigError(
-            f"{where} {pattern[:80]!r} can take forever on some texts: it repeats without limit something that can be "
-            f"matched in several ways, or has more than {REPEATS} repeats in a row. Rewrite it, or use another folder."
+            f"{where} {pattern[:80]!r} can take forever on some texts: an unlimited repeat contains something that "
+            f"matches in several ways, or more than {REPEATS} repeats follow each other. Rewrite it, or use another "
+            "folder."
         )
 
 
 def _parsed(pattern: str) -> _parser.SubPattern:
-    """Parse a Python pattern, or one of the tokenizers library, which also has properties and nested classes."""
+    """Parse a regular expression of Python or of the tokenizers library, which adds properties and nested classes."""
     plain = _PROPERTY.sub(r"\\w", pattern).replace(r"\h", " ")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # warnings about brackets in character classes
@@ -356,7 +361,7 @@ def _parsed(pattern: str) -> _parser.SubPattern:
 
 
 def _flat_classes(pattern: str) -> str:
-    """The pattern with a simple class in place of each nested one."""
+    """Replace each nested character class by a simple one."""
     result, depth, start = [], 0, 0
     for place in re.finditer(r"\\.|\[\^?\]?|\]", pattern, re.DOTALL):
         text = place.group()
@@ -398,7 +403,7 @@ def _one_way(parsed: _parser.SubPattern) -> bool:
 
 
 def _repeats(parsed: _parser.SubPattern) -> int:
-    """Largest number of unbounded repeats on any path through an expression."""
+    """Largest number of unbounded repeats on any path through a regular expression."""
     count = 0
     for kind, value in parsed:
         inside = [_repeats(inner) for inner in _inside(kind, value)]

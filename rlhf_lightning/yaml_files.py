@@ -1,4 +1,4 @@
-"""Reads files of settings, YAML or JSON, that may come from anyone."""
+"""Reads settings files (YAML or JSON), which may come from untrusted sources."""
 
 import json
 import re
@@ -13,7 +13,7 @@ from rlhf_lightning.files import RepeatedKey, is_file, unique_keys
 from rlhf_lightning.types import JSON
 
 MOST = 100_000
-"""Largest number of values in a file. A few lines of aliases can stand for billions, which would take forever."""
+"""Largest number of values in a file. A few lines with YAML aliases can expand to billions of values."""
 
 
 def read_mapping(path: Path, where: str = "") -> dict[str, JSON]:
@@ -21,10 +21,10 @@ def read_mapping(path: Path, where: str = "") -> dict[str, JSON]:
 
     Args:
         path: The file.
-        where: Text that precedes the error message.
+        where: Prefix of the error message.
 
     Raises:
-        ConfigError: If it cannot be read, or contains something else.
+        ConfigError: If the file cannot be read, or contains something other than a mapping.
     """
     is_json = path.suffix == ".json"
     try:
@@ -46,27 +46,30 @@ def read_mapping(path: Path, where: str = "") -> dict[str, JSON]:
             f"{path}: the file is empty; it must contain a mapping of settings, see the files in configs/"
         )
     if not isinstance(value, dict):
-        raise ConfigError(f"{path}: must contain a mapping, contains {type(value).__name__}")
+        raise ConfigError(f"{path}: contains a {type(value).__name__}; it must contain a mapping of settings")
     _check_values(value, path)
     return value
 
 
 def _check_values(settings: dict[str, JSON], path: Path) -> None:
-    """Refuse texts that no file name or file can hold, and aliases that multiply to more values than `MOST`."""
+    """Refuse text that cannot be stored in files or file names, and aliases that expand to more than `MOST` values."""
     waiting, count = [(str(key), value) for key, value in settings.items()], 0
     while waiting:
         key, value = waiting.pop()
         count += 1
         if isinstance(value, str) and (found := re.search("[\0\ud800-\udfff]", value)):
-            raise ConfigError(f"{path}: {key} contains {found[0]!r}, which no file name can have; remove it")
+            raise ConfigError(f"{path}: {key} contains the character {found[0]!r}, which is not allowed; remove it")
         if count + len(waiting) > MOST:
-            raise ConfigError(f"{path}: more than {MOST:,} values, counting those that aliases (*name) repeat")
+            raise ConfigError(
+                f"{path}: the file has more than {MOST:,} values, counting each repetition by an alias (*name); "
+                "shorten it"
+            )
         items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
         waiting += [(f"{key}.{inner}", item) for inner, item in items]
 
 
 class UniqueKeys(yaml.SafeLoader):
-    """Loads YAML as `yaml.safe_load` does, but raises `RepeatedKey` instead of keeping the last of two values.
+    """Loads YAML like `yaml.safe_load`, but raises `RepeatedKey` for repeated keys instead of keeping the last value.
 
     Example:
         >>> yaml.load("a: 1", UniqueKeys)
@@ -89,7 +92,7 @@ def find_line(path: Path, keys: Sequence[str]) -> str:
 
     Args:
         path: The file.
-        keys: The key and the keys around it, outermost first.
+        keys: The enclosing keys and the key itself, outermost first.
     """
     if path.suffix == ".json":
         return str(path)

@@ -1,4 +1,4 @@
-"""What a run must not do: run foreign code, use the network, open files that data names, write secrets."""
+"""A run must not run code from a model folder, use the network, open files named in data, or write secrets."""
 
 import json
 import os
@@ -63,8 +63,8 @@ SECRETS = {
 
 
 @pytest.mark.parametrize("stages", [1, pytest.param(3, marks=[pytest.mark.slow, pytest.mark.timeout(600)])])
-def test_stages_reach_no_network_open_nothing_and_keep_secrets(stages: int, base: str, tmp_path: Path) -> None:
-    """The Hub is not disabled, but nothing is named by a Hub id; paths in the rows lead to a watched file."""
+def test_stages_use_no_network_open_no_named_files_and_write_no_secrets(stages: int, base: str, tmp_path: Path) -> None:
+    """The Hub is enabled, but no setting is a Hub id. Paths in the rows lead to a watched file."""
     (tmp_path / "watch").mkdir()
     (tmp_path / "watch" / "sitecustomize.py").write_text(WATCH)
     canary = tmp_path / "canary.txt"
@@ -102,7 +102,7 @@ def test_stages_reach_no_network_open_nothing_and_keep_secrets(stages: int, base
             assert secret.encode() not in path.read_bytes(), path
 
 
-def test_the_watch_sees(tmp_path: Path) -> None:
+def test_audit_hook_reports_opened_files_and_connections(tmp_path: Path) -> None:
     (tmp_path / "sitecustomize.py").write_text(WATCH)
     code = "import socket, os; open(os.environ['CANARY']).close()\nsocket.create_connection(('192.0.2.1', 80), 1)"
     environment = {**os.environ, "PYTHONPATH": str(tmp_path), "WATCHED": str(tmp_path / "log"), "CANARY": __file__}
@@ -111,7 +111,7 @@ def test_the_watch_sees(tmp_path: Path) -> None:
     assert (tmp_path / "log").read_text().startswith(f"opened {__file__}\nsocket.")
 
 
-# -- code of others ---------------------------------------------------------------------------------------------------
+# -- untrusted code ---------------------------------------------------------------------------------------------------
 
 
 class Payload:
@@ -125,13 +125,13 @@ class Payload:
 
 
 @pytest.mark.parametrize("what", ["model", "adapter", "checkpoint"])
-def test_a_pickle_runs_no_code(what: str, base: str, tmp_path: Path) -> None:
+def test_pickles_run_no_code(what: str, base: str, tmp_path: Path) -> None:
     mark = tmp_path / "ran"
     folder = tmp_path / "hostile"
     if what == "checkpoint":
         path = tmp_path / "step=1.ckpt"
         torch.save({"state_dict": {}, "payload": Payload(mark)}, path)
-        with pytest.raises(UserError, match="not a checkpoint of plain values"):
+        with pytest.raises(UserError, match="contains more than tensors and plain values"):
             AtomicCheckpointIO().load_checkpoint(path)
     else:
         if what == "model":
@@ -151,12 +151,12 @@ def test_a_pickle_runs_no_code(what: str, base: str, tmp_path: Path) -> None:
     with open(tmp_path / "plain", "wb") as stream:
         pickle.dump(Payload(mark), stream)
     pickle.loads((tmp_path / "plain").read_bytes())
-    assert mark.exists()  # it is one that would have run
+    assert mark.exists()  # the payload does run when it is unpickled
 
 
 @pytest.fixture
 def custom(base: str, tmp_path: Path) -> Path:
-    """A model with code of its own, which leaves a trace when it runs."""
+    """A model with custom code, which creates a file when it runs."""
     folder = tmp_path / "custom"
     shutil.copytree(base, folder)
     mark = tmp_path / "ran"
@@ -174,11 +174,11 @@ def custom(base: str, tmp_path: Path) -> Path:
     return folder
 
 
-def test_code_of_a_model_runs_only_where_it_is_asked_for(
+def test_custom_model_code_runs_only_with_trust_remote_code(
     custom: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     mark = tmp_path / "ran"
-    monkeypatch.setattr("builtins.input", lambda *_: "y")  # nobody may be asked in passing
+    monkeypatch.setattr("builtins.input", lambda *_: "y")  # a prompt of transformers must not be enough
     with pytest.raises(ConfigError, match=r"model_options: \{trust_remote_code: true\}"):
         Start(str(custom)).load()
     with pytest.raises(ConfigError, match="trust_remote_code"):
@@ -198,8 +198,10 @@ def test_code_of_a_model_runs_only_where_it_is_asked_for(
 
 @pytest.mark.parametrize("path", ["payload.S", "model.payload.S", "os.system", "pathlib.Path", "antigravity.S", ""])
 @pytest.mark.parametrize("compiled", [False, True])
-def test_a_folder_imports_no_scorer(path: str, compiled: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Not from itself, its parent folder or the libraries: no name is looked up."""
+def test_model_folder_cannot_import_a_scorer_class(
+    path: str, compiled: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither from the folder, its parent, nor installed libraries: no name is looked up."""
     folder = tmp_path / "model"
     folder.mkdir()
     mark = tmp_path / "ran"
@@ -219,7 +221,7 @@ def test_a_folder_imports_no_scorer(path: str, compiled: bool, tmp_path: Path, m
     assert not {"payload", "model", "antigravity"} & (set(sys.modules) - before)
 
 
-def test_a_scorer_that_the_user_has_named_is_known(tmp_path: Path) -> None:
+def test_imported_scorer_class_is_found_by_name(tmp_path: Path) -> None:
     class Mine(RewardHead):
         """A user's scorer."""
 
@@ -237,7 +239,7 @@ def test_a_scorer_that_the_user_has_named_is_known(tmp_path: Path) -> None:
             scorer_of(tmp_path)
 
 
-def test_a_chat_template_cannot_leave_its_sandbox(tokenizer: Any) -> None:
+def test_chat_templates_are_sandboxed(tokenizer: Any) -> None:
     from jinja2.exceptions import SecurityError
 
     tokenizer.chat_template = "{{ ''.__class__.__mro__[1].__subclasses__() }}"
@@ -245,7 +247,7 @@ def test_a_chat_template_cannot_leave_its_sandbox(tokenizer: Any) -> None:
         tokenizer.apply_chat_template([{"role": "user", "content": TEXTS[0]}], tokenize=False)
 
 
-def test_what_is_written_is_safetensors(base: str, tmp_path: Path) -> None:
+def test_exports_contain_only_safetensors(base: str, tmp_path: Path) -> None:
     for name, lora in (("full", None), ("lora", LoRA(rank=2))):
         module = SFTModule(base, lora=lora)
         trainer(tmp_path / name, callbacks=[ExportModel()]).fit(module, SFTDataModule(chats(4), batch_size=4))
@@ -254,7 +256,7 @@ def test_what_is_written_is_safetensors(base: str, tmp_path: Path) -> None:
         assert not names & {".bin", ".pt", ".pth", ".pkl", ".ckpt"}
 
 
-def test_the_hub_is_not_asked_for_a_reference_that_a_folder_names(
+def test_reference_named_in_a_folder_is_not_downloaded(
     base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import huggingface_hub.file_download as hub

@@ -1,4 +1,4 @@
-"""Files of settings that no parser or reader should take: refused in one line, in no time."""
+"""Settings files that cannot or must not be parsed are refused quickly, with a one-line error."""
 
 import os
 import time
@@ -22,7 +22,7 @@ BAD = {
     "aliases": ALIASES,
     "an alias of itself": "data: &a [*a]",
     "null character": 'data: {train: "a\\0b"}',
-    "half a character": 'data: {train: "\\ud800"}',
+    "unpaired surrogate": 'data: {train: "\\ud800"}',
     "no text": b"\xff\xfe\x00",
 }
 COMMANDS: dict[str, Any] = {
@@ -34,7 +34,7 @@ COMMANDS: dict[str, Any] = {
 
 @pytest.mark.parametrize("command", list(COMMANDS))
 @pytest.mark.parametrize("what", list(BAD))
-def test_a_file_of_settings(what: str, command: str, tmp_path: Path) -> None:
+def test_bad_settings_file_is_refused_quickly(what: str, command: str, tmp_path: Path) -> None:
     path = tmp_path / "config.yaml"
     path.write_bytes(text if isinstance(text := BAD[what], bytes) else text.encode())
     begun = time.monotonic()
@@ -43,25 +43,25 @@ def test_a_file_of_settings(what: str, command: str, tmp_path: Path) -> None:
     assert time.monotonic() - begun < 20
 
 
-def test_what_aliases_are_for_is_read(tmp_path: Path) -> None:
+def test_yaml_aliases_and_merge_keys_are_read(tmp_path: Path) -> None:
     (tmp_path / "a.yaml").write_text("one: &one {lr: 0.1}\ntwo: {<<: *one, steps: 3}\n")
     assert read_mapping(tmp_path / "a.yaml")["two"] == {"lr": 0.1, "steps": 3}
 
 
-def test_bytes_that_no_config_can_hold(tmp_path: Path) -> None:
-    refused(rlhf("sft", "fit", "--data.train", tmp_path / os.fsdecode(b"\xff.jsonl")), "not UTF-8")
+def test_path_that_is_not_utf8_is_refused(tmp_path: Path) -> None:
+    refused(rlhf("sft", "fit", "--data.train", tmp_path / os.fsdecode(b"\xff.jsonl")), "not valid UTF-8")
 
 
-def test_json_has_the_same_limits(tmp_path: Path) -> None:
+def test_deeply_nested_json_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text('{"a": ' + "[" * 10**5)
     with pytest.raises(ConfigError, match=r"a\.json: not valid JSON"):
         read_mapping(tmp_path / "a.json")
 
 
-def test_a_call_with_deep_arguments_is_malformed() -> None:
+def test_deeply_nested_tool_call_arguments_are_refused() -> None:
     with pytest.raises(ValueError, match="the arguments are not valid JSON"):
         read_call('{"name": "add", "arguments": "' + "[" * 10**5 + '"}')
 
 
-def test_template_kwargs_that_are_too_deep() -> None:
+def test_deeply_nested_template_kwargs_are_refused() -> None:
     refused(rlhf("chat", "nowhere", "--template_kwargs", "[" * 10**4), "--template_kwargs")

@@ -1,1 +1,1 @@
-"""Checkpoints that are written atomically and resume exactly, stop signals, and the records of a run."""
+"""Atomic checkpoints that resume exactly, stop signals, and the records of a run."""

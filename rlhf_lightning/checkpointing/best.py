@@ -1,4 +1,4 @@
-"""The best checkpoint within a limit on the KL."""
+"""Keeps the best checkpoint within a limit on the KL."""
 
 import logging
 from pathlib import Path
@@ -20,7 +20,7 @@ class BestUnderKL(ModelCheckpoint):
     Args:
         kl_limit: Largest KL, in nats per response.
         monitor: Metric to maximize.
-        kl: Metric that is limited; the module logs it if it has a reference (`model.kl`).
+        kl: Metric to limit; the module logs it if `model.kl` is set.
         dirpath: Folder of the checkpoint; `checkpoints` in the stage's folder by default.
 
     Raises:
@@ -54,8 +54,8 @@ class BestUnderKL(ModelCheckpoint):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if stage == "fit" and getattr(pl_module, "kl", None) is None:
             raise ConfigError(
-                "BestUnderKL limits the KL that model.kl measures: set model.kl (coefficient: 0 measures KL without "
-                "penalizing it)"
+                "BestUnderKL needs the KL that model.kl measures: set model.kl (coefficient: 0 measures KL without a "
+                "penalty)"
             )
         self.dirpath = self.dirpath or str(Path(trainer.default_root_dir) / "checkpoints")
         super().setup(trainer, pl_module, stage)
@@ -63,14 +63,22 @@ class BestUnderKL(ModelCheckpoint):
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_train_end(trainer, pl_module)
         if not self.best_model_path and trainer.is_global_zero:
-            log.warning("no validation had %s of at most %g, so there is no best checkpoint", self.kl, self.kl_limit)
+            log.warning("no best checkpoint: no validation had %s of at most %g", self.kl, self.kl_limit)
 
     def check_monitor_top_k(self, trainer: pl.Trainer, current: Tensor | None = None) -> bool:
-        """True if this validation is the best so far among those within the limit."""
+        """True if this validation is the best so far among those within the limit.
+
+        Args:
+            trainer: The Trainer.
+            current: Current value of `monitor`.
+
+        Raises:
+            ConfigError: If the metric `kl` is not logged.
+        """
         kl = trainer.callback_metrics.get(self.kl)
         if kl is None:
-            raise ConfigError(f"BestUnderKL: {self.kl} is not logged; logged metrics are {_logged(trainer)}")
-        # All ranks decide alike, because the metric is already reduced over them.
+            raise ConfigError(f"BestUnderKL.kl is {self.kl!r}, which is not logged; logged metrics: {_logged(trainer)}")
+        # All ranks decide the same, because the metric is already reduced over the ranks.
         return float(kl) <= self.kl_limit and super().check_monitor_top_k(trainer, current)
 
 

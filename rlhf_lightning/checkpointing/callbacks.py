@@ -1,4 +1,4 @@
-"""Checkpoints to resume a run from, and stopping a run so that it can be resumed."""
+"""Writes checkpoints to resume a run from, and stops a run so that it can be resumed."""
 
 import logging
 import time
@@ -47,17 +47,17 @@ class RunCheckpoints(Checkpoint):
     micro-batch, a step of sampling, a validation batch) is done. An incomplete step, round or validation is restarted
     on resume. Then all ranks raise `KeyboardInterrupt` together. A second Ctrl-C is raised at once.
 
-    It must come after other checkpoint callbacks, whose state it saves; the `rlhf` command ensures that.
+    It must come after other checkpoint callbacks, because it saves their state; the `rlhf` command ensures this.
 
     Args:
         dirpath: Folder of the checkpoints; `checkpoints` in `trainer.default_root_dir` by default.
-        every: Number of optimizer steps between checkpoints; 0 for none by steps.
+        every: Number of optimizer steps between checkpoints; 0 to write none by steps.
         minutes: Number of minutes between checkpoints, in addition to `every`.
-        keep: Number of checkpoints to keep. With 1, there is none left to resume from if it is damaged.
+        keep: Number of checkpoints to keep. With 1, a run cannot resume if that checkpoint is damaged.
         signals: Handle Ctrl-C, SIGTERM and SIGHUP.
 
     Raises:
-        ConfigError: If a number is out of range.
+        ConfigError: If `every`, `minutes` or `keep` is out of range.
 
     Example:
         >>> RunCheckpoints(every=100, keep=3).every
@@ -74,12 +74,13 @@ class RunCheckpoints(Checkpoint):
     ) -> None:
         if every < 0 or keep < 1 or (minutes is not None and not minutes > 0):
             raise ConfigError(
-                f"checkpoints: every is {every} (at least 0), minutes {minutes} (above 0), keep {keep} (at least 1)"
+                f"RunCheckpoints: every is {every} (must be at least 0), minutes is {minutes} (must be above 0), keep "
+                f"is {keep} (must be at least 1)"
             )
         self.dirpath, self.every, self.minutes, self.keep = dirpath, every, minutes, keep
         self.signals = StopSignals() if signals else None
         self.inexact: list[str] = []
-        """For each resume that was not bit-exact, what had changed."""
+        """What had changed at each resume that was not bit-exact."""
         self._step = self._saved = 0
         self._due = self._boundary = self._stopping = False
         self._first: bool | None = None
@@ -113,22 +114,22 @@ class RunCheckpoints(Checkpoint):
                 "this resume will not be bit-exact, because the environment has changed: %s", ", ".join(changed)
             )
         self._logged, self._rows = checkpoint.get("logged"), checkpoint.get("metrics_rows")
-        # Lightning does not restore this; a run that had stopped early would continue.
+        # Lightning does not restore this, so a run that had stopped early would continue.
         trainer.should_stop = trainer.state.fn == "fit" and bool(checkpoint.get("stopped"))
 
     # -- hooks ----------------------------------------------------------------------------------------------------
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        # Not in on_load_checkpoint: Lightning restores the callbacks' state and resets logged values after it.
+        # Not in on_load_checkpoint: after it, Lightning restores the state of callbacks and resets logged values.
         if self._changed:
             self.inexact.append(self._changed)
             self._changed = ""
         if self._logged:
             restore_last_values(trainer, self._logged)
-            trainer.num_sanity_val_steps = 0  # the resumed run passed it already, and it would reset those values
+            trainer.num_sanity_val_steps = 0  # the run has passed this check before; it would reset the logged values
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self.on_fit_start(trainer, pl_module)  # again, since some strategies load the checkpoint only after it
+        self.on_fit_start(trainer, pl_module)  # again, because some strategies load the checkpoint only after it
         if self._logged:
             restore_logged(trainer, pl_module, self._logged)
             files = [logger for logger in trainer.loggers if isinstance(logger, MetricsCSV)]
@@ -142,7 +143,7 @@ class RunCheckpoints(Checkpoint):
         self._time = time.monotonic()
         self.folder = Path(self.dirpath or Path(trainer.default_root_dir) / "checkpoints")
         if trainer.is_global_zero and not is_trial(trainer):
-            # Checkpoints of later steps are damaged or left over; the run repeats those steps now.
+            # Checkpoints of later steps are damaged or left over from another run; this run repeats those steps.
             for step, path in saved_steps(self.folder):
                 if step > trainer.global_step:
                     remove(path)
@@ -174,14 +175,14 @@ class RunCheckpoints(Checkpoint):
         self._boundary = trainer.global_step != self._step
         if not self._boundary:
             self._leave_if_asked(trainer, pl_module)
-            return  # within an optimizer step, whose accumulated gradients are not in a checkpoint
+            return  # within an optimizer step: a checkpoint does not contain accumulated gradients
         self._step = trainer.global_step
         self._due = self._due or self._wanted(trainer)
         loop = trainer.fit_loop.epoch_loop
         fetcher = trainer.fit_loop._data_fetcher
         assert fetcher is not None
         if self._due and not _epoch_ends(trainer) and not loop._should_check_val_fx(fetcher):
-            # Lightning logs the step after this hook; if the run were killed in between, the row would be missing.
+            # Lightning logs the step only after this hook; if the run were killed in between, the row would be lost.
             with MetricsCSV.early(trainer):
                 trainer._logger_connector.update_train_step_metrics()
             self._save(trainer, pl_module)
@@ -189,7 +190,7 @@ class RunCheckpoints(Checkpoint):
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         fitting = trainer.state.fn == "fit" and not trainer.sanity_checking and bool(self.signals)
-        # A validation at the start of a resumed run has its checkpoint already.
+        # For a validation at the start of a resumed run, the checkpoint exists already.
         known = self._boundary or self._saved == trainer.global_step
         self._leaves_validation = fitting and known and can_leave_validation(trainer, pl_module)
         if self._leaves_validation and self._boundary:
@@ -222,7 +223,7 @@ class RunCheckpoints(Checkpoint):
             self._due = self._due or self._saved != trainer.global_step
         if self._boundary and (self._asked(trainer) or self._due):
             with MetricsCSV.early(trainer):
-                # As Lightning does after this hook.
+                # Lightning does the same after this hook.
                 loop.epoch_loop._batches_that_stepped -= 1
                 connector.log_metrics(connector.metrics["log"])
                 loop.epoch_loop._batches_that_stepped += 1
@@ -247,20 +248,20 @@ class RunCheckpoints(Checkpoint):
     # -- interrupting the current work ----------------------------------------------------------------------------
 
     def _keep(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Record the state at the end of this step, if what follows may be interrupted."""
+        """Record the state at the end of this step, if the work that follows may be interrupted."""
         steps = self._leaves_steps and trainer.accumulate_grad_batches > 1
         if steps or (self._leaves_rounds and any(loader.at_round for loader in rollout_loaders(trainer))):
             self._last = LastStep(trainer, pl_module, self._first)
 
     def _leave_if_asked(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Stop before or between the micro-batches of an optimizer step. All ranks call this equally often."""
+        """Stop before or between micro-batches of an optimizer step. All ranks must call this equally often."""
         if not self._leaves_steps or trainer.accumulate_grad_batches == 1 or not self._all_heard(trainer):
             return
         if self._saved == trainer.global_step or (self._last and self._last.is_whole(trainer, pl_module)):
             self._leave(trainer, pl_module)
 
     def _all_heard(self, trainer: pl.Trainer) -> bool:
-        """True if the run is to stop. Rank 0 decides without waiting for the others, and broadcasts its decision."""
+        """True if the run should stop. Rank 0 decides without waiting for the others, and broadcasts its decision."""
         heard = bool(self.signals and self.signals.heard())
         if trainer.world_size > 1:
             flag = torch.tensor(int(heard), device=trainer.strategy.root_device)
@@ -287,7 +288,7 @@ class RunCheckpoints(Checkpoint):
         return bool(self._stopping or late or last or (self.every and step % self.every == 0))
 
     def _asked(self, trainer: pl.Trainer) -> bool:
-        """True if the run is to stop, agreed on by all ranks, since a signal may reach only one of them."""
+        """True if any rank was asked to stop; a signal may reach only one of them."""
         if self.signals:
             self._stopping = trainer.strategy.reduce_boolean_decision(self.signals.heard(), all=False)
         return self._stopping
@@ -325,7 +326,7 @@ def _stops_early(trainer: pl.Trainer) -> bool:
 
 @contextmanager
 def _unless_complete(loop: "_FitLoop") -> Iterator[None]:
-    """Save an epoch that the end of the run cuts off as unfinished, so that a run of more steps would continue it."""
+    """Save an epoch that the end of the run cuts short as unfinished, so that a run with more steps continues it."""
     cut_off = not loop.epoch_loop._num_ready_batches_reached()
     trackers = [t for t in (loop.epoch_progress.current, loop.epoch_progress.total) if isinstance(t, _ProcessedTracker)]
     for progress in trackers:

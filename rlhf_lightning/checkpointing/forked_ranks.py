@@ -1,4 +1,4 @@
-"""A launcher of forked and spawned ranks that can be stopped by a signal and resumed."""
+"""A launcher of forked and spawned ranks that stops them on a signal, so that the run can be resumed."""
 
 import multiprocessing
 import signal
@@ -23,16 +23,16 @@ INTERRUPTED = 130
 
 
 class _StoppableLauncher(_MultiProcessingLauncher):
-    """Lightning's launcher, which passes stop signals to the ranks and ends when they have ended by one.
+    """Lightning's launcher, extended to forward stop signals to the ranks, and to end once the ranks have stopped.
 
-    torch gives an interrupted rank the exit code 0, after which Lightning waits forever for the rank's result. A
-    signal that only the first process receives would end it, and kill its ranks before they save a checkpoint.
+    Without this, torch gives an interrupted rank the exit code 0, and Lightning waits forever for its result. And a
+    signal to the main process only would end it and kill its ranks before they save a checkpoint.
     """
 
     def __init__(self, launcher: _MultiProcessingLauncher) -> None:
         super().__init__(launcher._strategy, launcher._start_method)
         self._handlers: dict[int, _HANDLER] = {}
-        """Handlers of stop signals, which forked ranks restore."""
+        """Signal handlers that forked ranks restore."""
 
     def launch(self, function: Callable, *args: Any, trainer: Trainer | None = None, **kwargs: Any) -> Any:
         if threading.current_thread() is not threading.main_thread():
@@ -43,7 +43,7 @@ class _StoppableLauncher(_MultiProcessingLauncher):
             nonlocal asked
             asked = True
             for rank in multiprocessing.active_children():
-                rank.terminate()  # SIGTERM also for Ctrl-C, which a terminal sends to the ranks itself
+                rank.terminate()  # SIGTERM even for Ctrl-C: a terminal sends SIGINT to the ranks itself
 
         before = {number: signal.signal(number, pass_on) for number in (int(signal.SIGINT), *stop_signals())}
         self._handlers = before
@@ -70,7 +70,7 @@ class _StoppableLauncher(_MultiProcessingLauncher):
 
 
 def make_forked_ranks_stoppable(trainer: Trainer) -> None:
-    """Replace Lightning's launcher of forked or spawned ranks; others are left as they are.
+    """Replace Lightning's launcher of forked or spawned ranks; other launchers stay unchanged.
 
     Args:
         trainer: The Trainer, before its run.

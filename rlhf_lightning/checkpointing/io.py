@@ -1,4 +1,4 @@
-"""Checkpoint files: written atomically, and verified before they are read."""
+"""Writes checkpoint files atomically, and verifies them before reading."""
 
 import io
 import logging
@@ -36,11 +36,12 @@ class DamagedCheckpoint(UserError):
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Writes `.NAME.partial` in the same folder, syncs it to disk and renames it; verifies a file before it loads it.
+    """Writes `.NAME.partial` in the same folder, syncs it to disk and renames it; verifies a file before loading it.
 
-    Lightning's own writes to the system's temporary folder, and copies the file if that is on another disk, so that a
-    run killed meanwhile leaves a partial file. The checksums are those of the zip format, which `torch.save` writes and
-    `torch.load` does not verify. So any torch checkpoint can be verified, and any tool can open ours.
+    Lightning's own `CheckpointIO` writes to the system's temporary folder, and copies the file if that is on another
+    disk; a run killed during the copy leaves a partial file. The checksums are those of the zip format, which
+    `torch.save` writes and `torch.load` does not verify. So any torch checkpoint can be verified, and checkpoints
+    written by this class can be opened by any tool.
 
     Example:
         >>> io = AtomicCheckpointIO()
@@ -91,24 +92,27 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         Args:
             path: The file, or a URL.
             map_location: See `torch.load`.
-            weights_only: Read tensors and plain values only; true unless it is False.
+            weights_only: Read only tensors and plain values; None counts as True.
 
         Raises:
             DamagedCheckpoint: If the file was truncated or altered.
             UserError: If the file is not a checkpoint of a Lightning run.
         """
         if "://" not in str(path) and Path(path).is_file() and (found := damage(Path(path))):
-            raise DamagedCheckpoint(f"{path}: the checkpoint is damaged ({found}); use the one before, or start over")
-        # Lightning's default would let a checkpoint given as a URL run code.
+            raise DamagedCheckpoint(f"{path}: the checkpoint is damaged ({found}); use an earlier one, or start over")
+        # With Lightning's default, a checkpoint from a URL could run code.
         plain = True if weights_only is None else weights_only
         try:
             state = super().load_checkpoint(path, map_location, plain)
         except UnpicklingError as error:
-            raise UserError(f"{path}: not a checkpoint of plain values, and other ones are not opened") from error
+            raise UserError(
+                f"{path}: the checkpoint contains more than tensors and plain values; it is not opened, because it "
+                "could run code"
+            ) from error
         if Path(path).name.startswith("."):
             return state  # bare weights, which Lightning's forking launcher uses to return what its processes trained
         if not (isinstance(state, dict) and isinstance(state.get("state_dict"), dict) and VERSION in state):
-            raise UserError(f"{path}: not a checkpoint of a Lightning run; name one of runs/NAME/checkpoints")
+            raise UserError(f"{path}: not a checkpoint of a Lightning run; give one from runs/NAME/checkpoints")
         return state
 
 
@@ -126,10 +130,10 @@ class _Stream(io.BufferedWriter):
 
 
 def damage(path: Path) -> str | None:
-    """Describe what is wrong with a checkpoint, a file or a folder.
+    """Check a checkpoint file or folder for damage.
 
     Returns:
-        The fault, or None for an intact checkpoint and for a folder without checksums.
+        A description of the damage; None for an intact checkpoint and for a folder without checksums.
     """
     if path.is_dir():
         return _folder_damage(path)
@@ -140,7 +144,7 @@ def damage(path: Path) -> str | None:
             broken = archive.testzip()
         torch._C.PyTorchFileReader(str(path))  # checks headers that Python's reader does not
     except (zipfile.BadZipFile, RuntimeError, OSError, EOFError, zlib.error, NotImplementedError, ValueError) as error:
-        # Any error of the reader means that the archive is damaged, so it is the result of this function.
+        # Any error of the reader means that the archive is damaged.
         return f"{error}".partition(". ")[0].rstrip(".").lower() or type(error).__name__
     return f"the checksum of {broken} differs" if broken else None
 
@@ -169,10 +173,10 @@ def _checksum(path: Path) -> int:
 
 
 class Unfinished:
-    """A checkpoint folder that ranks still write their shares to.
+    """A checkpoint folder that is incomplete until all ranks have written their shards.
 
     Args:
-        target: Final path. Until `finish`, the folder is `scratch`, next to it.
+        target: Final path. Until `finish`, the folder is at `scratch` next to it.
 
     Example:
         >>> Unfinished(Path("checkpoints/step=5.ckpt")).scratch.name
@@ -183,7 +187,7 @@ class Unfinished:
         self.target, self.scratch = target, scratch_of(target)
 
     def clear(self) -> None:
-        """Remove what an interrupted run left."""
+        """Remove the files of an interrupted run."""
         remove(self.scratch)
 
     def finish(self) -> None:
@@ -198,7 +202,7 @@ class Unfinished:
 
 
 def remove(path: Path) -> None:
-    """Remove a checkpoint, a file or a folder, if it exists."""
+    """Remove a checkpoint file or folder if it exists."""
     if path.is_dir():
         shutil.rmtree(path)
     else:
@@ -219,7 +223,7 @@ def candidates(folder: Path) -> list[Path]:
 
 
 def newest_whole(folder: Path) -> tuple[Path | None, list[str]]:
-    """The newest intact checkpoint, or None, and what is wrong with each newer one."""
+    """The newest intact checkpoint or None, and a description of the damage of each newer one."""
     wrong: list[str] = []
     for path in candidates(folder):
         found = damage(path)

@@ -1,4 +1,4 @@
-"""A JSON Lines file in the stage's folder, which a resumed run continues from the state of its checkpoint."""
+"""A JSON Lines file in the stage's folder that a resumed run continues at the position of its checkpoint."""
 
 import os
 from collections.abc import Iterable, Mapping
@@ -14,7 +14,7 @@ class JsonLines:
     """A file to which rank 0 appends rows during a run.
 
     The owner stores `state`, the number of bytes written so far, in the checkpoint. A resumed run truncates the file to
-    that size, so that no row is duplicated or lost, wherever in a round the checkpoint was written.
+    that size, so that no row is duplicated or lost.
 
     Args:
         name: Name of the file in the stage's folder.

@@ -1,4 +1,4 @@
-"""State at the end of the last optimizer step, so that its checkpoint can be written in the middle of the next step."""
+"""Records the state after an optimizer step, so that its checkpoint can be written in the middle of the next step."""
 
 from collections.abc import Iterator
 from copy import deepcopy
@@ -33,12 +33,12 @@ class _BatchProgress(TypedDict):
 
 
 class LastStep:
-    """State of the run at the end of an optimizer step, besides weights and optimizer state.
+    """State of the run at the end of an optimizer step, except for weights and optimizer state.
 
-    Those do not change before the end of the next step.
+    Weights and optimizer state do not change before the end of the next step, so they need no copy.
 
-    It is recorded after each step that may be followed by an interruption. Recording is cheap: it synchronizes neither
-    device nor ranks, and copies no large tensors.
+    The state is recorded after each step that may be followed by an interruption. Recording is cheap: it synchronizes
+    neither the device nor the ranks, and copies no large tensors.
 
     Args:
         trainer: The Trainer.
@@ -61,7 +61,7 @@ class LastStep:
         if validates:
             _begin_validation(self._loops["epoch_loop.val_loop.batch_progress"])
         self._rows = [one.rows for one in trainer.loggers if isinstance(one, MetricsCSV)] if validates else None
-        # Tensors, which may be large, are not copied: averaged weights only change at steps.
+        # Tensors are not copied, because they may be large; averaged weights change only at steps.
         self._callbacks = tree_map(
             lambda value: value if isinstance(value, Tensor) else deepcopy(value), _call_callbacks_state_dict(trainer)
         )
@@ -72,8 +72,8 @@ class LastStep:
         self._rounds = deepcopy(pl_module.collector.counters) if isinstance(pl_module, PolicyRLModule) else None
 
     def is_whole(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> bool:
-        """True if it belongs to the last step and nothing that it lacks has changed since."""
-        # Sampling a round replaces the stale weights, which are not recorded here.
+        """True if this is the state of the last step, and no state that it does not record has changed since."""
+        # Sampling a round replaces the stale weights, and they are not recorded here.
         stale = isinstance(pl_module, PolicyRLModule) and pl_module.collector.snapshot is not None
         return self.step == trainer.global_step and not (stale and self._at_round)
 
@@ -114,14 +114,14 @@ def _are_all(combined: CombinedLoader | None, *kinds: type) -> bool:
 
 
 def can_leave_steps(trainer: pl.Trainer, pl_module: pl.LightningModule) -> bool:
-    """True if everything that changes between the micro-batches of an optimizer step can be restored."""
+    """True if all state that changes between the micro-batches of an optimizer step can be restored."""
     known = _are_all(trainer.fit_loop._combined_loader, RowLoader, RolloutDataLoader)
     extra = _saves_more(pl_module, RLHFModule) or any(_saves_more(one, pl.Callback) for one in callbacks_of(trainer))
     return _ranks_are_whole(trainer, pl_module) and known and not extra
 
 
 def can_leave_validation(trainer: pl.Trainer, pl_module: pl.LightningModule) -> bool:
-    """True if a resumed run would repeat this validation, and all ranks have equally many batches of it."""
+    """True if a resumed run would repeat this validation, and all ranks have the same number of batches."""
     combined = trainer.fit_loop.epoch_loop.val_loop._combined_loader
     rows = combined is not None and _are_all(combined, RowLoader)
     over = trainer.should_stop or 0 < trainer.max_steps <= trainer.global_step
@@ -135,14 +135,14 @@ def can_leave_rounds(trainer: pl.Trainer, pl_module: pl.LightningModule) -> bool
 
 
 def _ranks_are_whole(trainer: pl.Trainer, pl_module: pl.LightningModule) -> bool:
-    """True if each rank runs one of the package's modules unsharded, so that it can stop at any point."""
+    """True if the module is one of the package's and is not sharded, so that a rank can stop at any point."""
     if not isinstance(pl_module, RLHFModule) or is_sharded(pl_module.model):
         return False
     return type(trainer.strategy) is DDPStrategy or trainer.world_size == 1
 
 
 def _begin_validation(progress: _BatchProgress) -> None:
-    """Change the progress to that at the start of a validation, so that Lightning repeats the validation."""
+    """Set the progress to the start of a validation, so that Lightning repeats the validation."""
     done = progress["total"]["completed"]
     progress["total"] |= {"ready": done + 1, "started": done + 1, "processed": done}
     progress["current"] |= {"ready": 1, "started": 1, "processed": 0, "completed": 0}

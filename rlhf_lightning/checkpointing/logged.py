@@ -1,4 +1,4 @@
-"""Lightning's state of logged values, which its checkpoints omit."""
+"""Saves and restores Lightning's state of logged values, which its checkpoints omit."""
 
 from functools import partial
 from typing import TYPE_CHECKING, TypedDict
@@ -18,18 +18,19 @@ if TYPE_CHECKING:
 
 class _Logs(TypedDict):
     callback: dict[str, Tensor]
-    """The last value of each metric, which checkpoint callbacks and early stopping use."""
+    """The last value of each metric, as used by checkpoint callbacks and early stopping."""
     sticky: dict[str, tuple[str, str, bool, bool, Tensor]]
-    """Values that are logged occasionally, and repeated in the rows in between: hook, name, on the bar, in the loggers,
-    value."""
+    """Values that are logged occasionally and repeated in the rows in between: hook, name, whether on the progress bar,
+    whether in the loggers, value."""
     epoch: list[tuple[str, str, bool, bool, str | None, str]]
-    """Metrics that are accumulated over the epoch: hook, name, on the bar, in the loggers, attribute, module."""
+    """Metrics that are accumulated over the epoch: hook, name, whether on the progress bar, whether in the loggers,
+    attribute, module."""
     first: bool | None
     """Lightning's flag for the first logged batch of the epoch."""
 
 
 class RankLogs(_Logs):
-    """Logging state of a rank."""
+    """Logging state of one rank."""
 
     metrics: dict[str, dict[str, Tensor]] | None
     """States of the metrics of `epoch` by module and name; None at the end of the epoch."""
@@ -39,7 +40,7 @@ class StoredLogs(_Logs):
     """Logging state in a checkpoint."""
 
     metrics: list[dict[str, dict[str, Tensor]]]
-    """States of the metrics of every data rank; empty at the end of the epoch."""
+    """States of the metrics of all data ranks; empty at the end of the epoch."""
 
 
 def logged_state(trainer: pl.Trainer, pl_module: pl.LightningModule, first: bool | None) -> RankLogs:
@@ -80,7 +81,7 @@ def logged_state(trainer: pl.Trainer, pl_module: pl.LightningModule, first: bool
 
 
 def shared(state: RankLogs) -> StoredLogs:
-    """The result of `logged_state` as stored in the checkpoint, with the metrics of all ranks.
+    """Gather the results of `logged_state` of all ranks for the checkpoint.
 
     All ranks must call this together.
     """
@@ -106,11 +107,11 @@ def restore_logged(trainer: pl.Trainer, pl_module: pl.LightningModule, state: St
     """
     device = trainer.strategy.root_device
     results = trainer.fit_loop.epoch_loop._results
-    # With the arguments that `LightningModule.log` passes on; it refuses to log a name again with others.
+    # The arguments must be those of `LightningModule.log`; a name cannot be logged again with other arguments.
     log = partial(results.log, sync_dist_fn=trainer.strategy.reduce)
     for fx, name, bar, logger, value in state["sticky"].values():
         log(fx, name, value.to(device), prog_bar=bar, logger=logger, on_step=True, on_epoch=False)
-    # Needed because no batch that would log them may be left in this epoch.
+    # Needed because there may be no batch left in this epoch that would log them.
     modules = dict(pl_module.named_modules())
     for fx, name, bar, logger, attribute, metric in state["epoch"]:
         options = {"prog_bar": bar, "logger": logger, "on_step": False, "on_epoch": True}
@@ -128,7 +129,7 @@ def restore_logged(trainer: pl.Trainer, pl_module: pl.LightningModule, state: St
 
 
 def _is_plain(meta: "_Metadata") -> bool:
-    """True if `self.log` was called per step, with no option that a later call could contradict."""
+    """True if `self.log` was called per step, without options that a later call could contradict."""
     step = meta.on_step and not meta.on_epoch and meta.is_mean_reduction and not meta.enable_graph
     return step and _is_alike(meta) and meta.metric_attribute is None
 

@@ -1,4 +1,4 @@
-"""`metrics.csv` in the stage's folder, which a resumed run continues."""
+"""Logger to `metrics.csv` in the stage's folder, which a resumed run continues."""
 
 import csv
 import io
@@ -19,14 +19,14 @@ NAME = "metrics.csv"
 
 
 class MetricsCSV(Logger):
-    """Logs metrics to `metrics.csv` in a folder; a row is on disk when the call returns.
+    """Logs metrics to `metrics.csv` in a folder; a row is in the file when the call returns.
 
-    A run may be killed at any moment. So a row is appended in one write, and if a new column changes the header, the
+    Because a run may be killed at any moment, a row is appended in one write. If a new column changes the header, the
     file is rewritten under another name and renamed.
 
     Args:
         folder: Folder of the stage.
-        resume: Keep existing rows; rows of steps that are repeated are replaced.
+        resume: Keep existing rows; rows of repeated steps are replaced.
 
     Example:
         >>> logger = MetricsCSV("runs/sft")
@@ -46,7 +46,7 @@ class MetricsCSV(Logger):
 
     @property
     def name(self) -> str:
-        """Empty, so that Lightning stores files of the logger directly in the folder."""
+        """Empty, so that Lightning stores the logger's files directly in the folder."""
         return ""
 
     @property
@@ -60,12 +60,12 @@ class MetricsCSV(Logger):
         return str(self.path.parent)
 
     def keep(self, rows: int) -> None:
-        """Set the number of existing rows that a resumed run keeps, regardless of their steps."""
+        """Set the number of existing rows that a resumed run keeps, whatever their steps."""
         self._kept = rows
 
     @rank_zero_only
     def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
-        """Does nothing, because `config.yaml` has the settings."""
+        """Do nothing, because `config.yaml` contains the settings."""
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
@@ -73,7 +73,7 @@ class MetricsCSV(Logger):
 
         Args:
             metrics: Values by name.
-            step: Optimizer step. In a resumed run, the step of the first call tells from where on it repeats rows.
+            step: Optimizer step. In a resumed run, existing rows from the step of the first call on are replaced.
         """
         if self._columns is None:
             self._start(step or 0)
@@ -91,7 +91,7 @@ class MetricsCSV(Logger):
     @staticmethod
     @contextmanager
     def early(trainer: pl.Trainer) -> Iterator[None]:
-        """Context in which rows are written before Lightning logs the same values again; the repetition is dropped."""
+        """Context manager that writes rows before Lightning logs the same values; that second call is then dropped."""
         others, ours = trainer.loggers, [logger for logger in trainer.loggers if isinstance(logger, MetricsCSV)]
         trainer.loggers = list(ours)
         for logger in ours:
@@ -109,7 +109,12 @@ class MetricsCSV(Logger):
             rows = [row for row in rows if row["step"].isdigit() and int(row["step"]) < step]
         else:
             if len(rows) < self._kept:
-                log.warning("%s has %d of the %d rows that it had at the checkpoint", self.path, len(rows), self._kept)
+                log.warning(
+                    "%s: only %d rows, but it had %d at the checkpoint; metrics of some earlier steps are lost",
+                    self.path,
+                    len(rows),
+                    self._kept,
+                )
             rows = rows[: self._kept]
         self._resuming, self._kept, self.rows = False, None, len(rows)
         if rows or self.path.exists():
@@ -132,7 +137,7 @@ def _text(columns: Sequence[str], rows: Sequence[Mapping[str, float | str]], hea
 
 
 def _read(path: Path) -> list[dict[str, str]]:
-    """The rows of the file, without a truncated last one."""
+    """The rows of the file, without a truncated last row."""
     if not is_file(path):
         return []
     whole = path.read_bytes().rpartition(b"\n")[0].decode(errors="replace") + "\n"

@@ -1,4 +1,4 @@
-"""Detection of losses, gradients and weights that are not finite, before they are trained on, saved or exported."""
+"""Detects losses, gradients and weights that are not finite before they are used, saved or exported."""
 
 import logging
 import math
@@ -27,15 +27,15 @@ class NonFiniteError(UserError):
 
 
 class NonFiniteGuard(pl.Callback):
-    """Checks the loss and the gradient before each optimizer step; all ranks decide together.
+    """Checks the loss and the gradient before each optimizer step; all ranks make the same decision.
 
     With `stop`, the run ends with an error that names the step, the rows and the likely cause; weights and checkpoints
-    are those of the previous step. With `skip`, the step is skipped on all ranks and counted. With `16-mixed` only the
-    loss is checked, because infinite gradients are how the loss scale is adjusted.
+    are those of the previous step. With `skip`, the step is skipped on all ranks and counted. In `16-mixed` only the
+    loss is checked, because the gradient scaler skips steps with infinite gradients itself.
 
     Args:
-        action: `stop`, or `skip` such steps.
-        limit: With `skip`, the number of consecutive steps that may be skipped before the run stops nevertheless.
+        action: `stop` the run, or `skip` the step.
+        limit: With `skip`, the largest number of consecutive skipped steps; after that the run stops.
 
     Raises:
         ConfigError: If `action` is unknown or `limit` below 1.
@@ -48,7 +48,8 @@ class NonFiniteGuard(pl.Callback):
     def __init__(self, action: str = "stop", limit: int = 10) -> None:
         if action not in ACTIONS or limit < 1:
             raise ConfigError(
-                f"NonFiniteGuard.action is {action!r} (must be {' or '.join(ACTIONS)}), limit is {limit} (at least 1)"
+                f"NonFiniteGuard: action is {action!r} (must be {' or '.join(ACTIONS)}), limit is {limit} (must be at "
+                "least 1)"
             )
         self.action, self.limit = action, limit
         self.skipped = self._in_a_row = 0
@@ -69,7 +70,7 @@ class NonFiniteGuard(pl.Callback):
         self._batch = batch
 
     def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
-        # Read only before the optimizer step, so that the device is synchronized once per step.
+        # The value is read only before the optimizer step, so that the device is synchronized once per step.
         self._window.append((_rows(self._batch), loss.detach()))
 
     def on_before_optimizer_step(
@@ -92,7 +93,7 @@ class NonFiniteGuard(pl.Callback):
         log.warning("optimizer step %d skipped (%d so far): %s", trainer.global_step + 1, self.skipped, what[0])
 
     def _describe(self, losses: Tensor, largest: Tensor) -> tuple[str, bool, list[str]]:
-        """Over all ranks: what is not finite, whether it is a loss, and the rows."""
+        """Describe what is not finite on any rank; return also whether it is a loss, and the rows."""
         bad = [i for i, loss in enumerate(losses.tolist()) if not math.isfinite(loss)]
         mine = (
             [losses[i].item() for i in bad],
@@ -109,9 +110,9 @@ class NonFiniteGuard(pl.Callback):
         where = f" Rows: {', '.join(rows[:SHOWN])}{f' and {len(rows) - SHOWN} more' if len(rows) > SHOWN else ''}."
         if names := non_finite(pl_module):
             cause = (
-                f"The weights were already not finite before this step (for example {names[0]}): the model that the "
-                "stage started from is damaged, or the previous step was too large. Lower the learning rate "
-                "(model.optimizer), set trainer.gradient_clip_val: 1.0, and start over with --fresh."
+                f"Weights were not finite before this step (for example {names[0]}): the model that the stage started "
+                "from is damaged, or the previous step was too large. Lower the learning rate (model.optimizer), set "
+                "trainer.gradient_clip_val: 1.0, and start over with --fresh."
             )
             if torch.float16 in {p.dtype for p in pl_module.parameters() if p.requires_grad}:
                 cause = (
@@ -121,13 +122,13 @@ class NonFiniteGuard(pl.Callback):
                 )
         elif is_loss:
             cause = (
-                "The weights are finite, so these rows overflow. Look at them; train in bf16-mixed or 32-true instead "
-                "of float16; lower the learning rate if the loss was growing."
+                "The weights are finite, so these rows cause an overflow. Check them; train in bf16-mixed or 32-true "
+                "instead of float16; lower the learning rate if the loss was growing."
             )
         else:
             cause = (
-                "The loss is finite, so the backward pass overflowed. Lower the learning rate, limit earlier steps "
-                "with trainer.gradient_clip_val: 1.0, or train in bf16-mixed or 32-true."
+                "The loss is finite, so the backward pass overflowed. Lower the learning rate, set "
+                "trainer.gradient_clip_val: 1.0 to limit earlier steps, or train in bf16-mixed or 32-true."
             )
         if self.action == "skip":
             after = f" The {self.limit} steps before it were skipped as well."
@@ -137,7 +138,7 @@ class NonFiniteGuard(pl.Callback):
 
 
 def _largest(gradients: list[Tensor]) -> Tensor:
-    """Largest absolute value; NaN if there is one. A sum could overflow although all values are finite."""
+    """Largest absolute value; NaN if any value is NaN. A sum could overflow even if all values are finite."""
     if not gradients:
         return torch.zeros(())
     return torch.nn.utils.get_total_norm(gradients, norm_type=float("inf")).float()
@@ -154,7 +155,7 @@ def non_finite(module: nn.Module) -> list[str]:
     if not named:
         return []
     device = named[0][1].device
-    # One flag per weight, copied to the host together.
+    # One flag per weight, copied to the host in one transfer.
     flags = torch.stack([torch.isfinite(getattr(p, "_local_tensor", p)).all().to(device) for _, p in named]).tolist()
     return [name for (name, _), fine in zip(named, flags, strict=True) if not fine]
 
@@ -164,8 +165,8 @@ def require_finite(module: nn.Module, when: str, consequence: str) -> None:
 
     Args:
         module: The module.
-        when: When this was found, for the message.
-        consequence: What is not done because of it, for the message.
+        when: When the weights were checked, for the message.
+        consequence: What is not done as a result, for the message.
     """
     names = [name for part in gather(non_finite(module), every=True) for name in part]
     if names:

@@ -1,4 +1,4 @@
-"""What the results of a run depend on besides its settings: versions, threads, ranks and device."""
+"""Records what results depend on besides the settings: versions, threads, ranks and device."""
 
 import platform
 import subprocess
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from rlhf_lightning.types import JSON
 
 DECIDES = ("torch", "lightning", "transformers", "peft", "rlhf-lightning")
-"""Packages whose version must not change for a bit-exact resume."""
+"""Packages that must keep their version for a bit-exact resume."""
 
 
 def versions() -> "dict[str, JSON]":
@@ -24,7 +24,7 @@ def versions() -> "dict[str, JSON]":
     from importlib.metadata import version
 
     names = ("torch", "lightning", "transformers", "peft", "torchmetrics")
-    # Not from the package's metadata, which is missing when the package runs from a source tree.
+    # Not read from the package's metadata, which do not exist when it runs from a source tree.
     ours = {"python": platform.python_version(), "rlhf-lightning": __version__}
     return {**ours, **{name: version(name) for name in names}}
 
@@ -45,7 +45,7 @@ def environment(trainer: pl.Trainer) -> "dict[str, JSON]":
 
 
 def processor() -> str:
-    """Name of the processor. It decides which kernels run, and so the order in which sums are added."""
+    """Name of the processor. It determines the kernels, and thereby the order of summation."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -68,5 +68,5 @@ def commit() -> "dict[str, JSON] | None":
 
 
 def differences(before: "Mapping[str, JSON]", now: "Mapping[str, JSON]") -> list[str]:
-    """What differs between two environments, as `name before → now`."""
+    """The differences between two environments, each as `name before → now`."""
     return [f"{name} {before[name]} → {now[name]}" for name in now if name in before and before[name] != now[name]]

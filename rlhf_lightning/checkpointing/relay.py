@@ -19,8 +19,8 @@ EVERY = 0.5
 class Relay:
     """Notifies all ranks that one of them received a signal, through the store of the process group.
 
-    A rank that waits in a collective runs no Python code, so no signal handler either. The interpreter's wakeup
-    descriptor tells a thread of the signal instead. An existing wakeup descriptor (of an event loop) is left in place.
+    A rank that waits in a collective runs no Python code, and so no signal handler. Instead, the interpreter's wakeup
+    descriptor notifies a thread of the signal. An existing wakeup descriptor (of an event loop) stays in place.
 
     Args:
         numbers: Signals to report.
@@ -30,7 +30,7 @@ class Relay:
     """
 
     _runs = itertools.count()
-    """Counts relays. All ranks call `fit` equally often, so the number gives each `fit` its own key."""
+    """Counts relays. All ranks call `fit` the same number of times, so this gives each `fit` its own key."""
     _open: "Relay | None" = None
 
     def __init__(self, numbers: set[int]) -> None:
@@ -56,7 +56,7 @@ class Relay:
     def heard(self) -> bool:
         """True if a rank received a signal. The store is only checked every `EVERY` seconds."""
         if not self._heard and time.monotonic() >= self._next:
-            with suppress(DistError):  # rank 0 is gone; the next collective reports that more clearly
+            with suppress(DistError):  # rank 0 is gone; the next collective gives a clearer error
                 self._heard = self._store.check([self._key])
             self._next = time.monotonic() + EVERY
         return self._heard
@@ -81,7 +81,7 @@ class Relay:
 
     @classmethod
     def _forget(cls) -> None:
-        """Detach a forked process, whose signals do not concern the run."""
+        """Detach a forked process; its signals do not concern the run."""
         if cls._open is not None:
             signal.set_wakeup_fd(-1)
             cls._open = None

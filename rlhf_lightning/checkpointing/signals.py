@@ -1,4 +1,4 @@
-"""Ctrl-C, SIGTERM and SIGHUP as requests to stop, which a run obeys where it can be resumed exactly."""
+"""Handles Ctrl-C, SIGTERM and SIGHUP as requests to stop at a point where the run can be resumed exactly."""
 
 import logging
 import signal
@@ -20,10 +20,10 @@ log = logging.getLogger(__name__)
 
 @contextmanager
 def ended_once() -> Iterator[None]:
-    """Context of a command in which Ctrl-C and the first SIGTERM or SIGHUP raise `KeyboardInterrupt`.
+    """Context manager for a command, in which Ctrl-C and the first SIGTERM or SIGHUP raise `KeyboardInterrupt`.
 
-    Such signals come in bursts (a scheduler sends one to each process of a group). Further SIGTERM and SIGHUP are
-    ignored, because they would interrupt the shutdown that the first one started.
+    Schedulers may send several signals in a row (one to each process of a group). Further SIGTERM and SIGHUP are
+    ignored, because they would interrupt the shutdown that the first signal started.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -45,7 +45,7 @@ def ended_once() -> Iterator[None]:
 
 
 class StopSignals:
-    """While it is on, the first Ctrl-C, SIGTERM or SIGHUP sets `asked`; a second Ctrl-C raises `KeyboardInterrupt`.
+    """While on, the first Ctrl-C, SIGTERM or SIGHUP sets `asked`, and a second Ctrl-C raises `KeyboardInterrupt`.
 
     Example:
         >>> signals = StopSignals()
@@ -61,7 +61,7 @@ class StopSignals:
         self._relay: Relay | None = None
 
     def heard(self) -> bool:
-        """True if this rank was signaled, or knows of another rank that was. Cheap enough for every batch."""
+        """True if this rank received a signal, or knows that another rank did. Cheap enough to call for every batch."""
         if self._relay is None or self._relay.heard():
             return self.asked or self._relay is not None
         if self.asked:
@@ -69,12 +69,12 @@ class StopSignals:
         return self.asked
 
     def on(self) -> None:
-        """Install the handlers. They also replace Lightning's, which would stop between micro-batches."""
+        """Install the handlers. They also replace Lightning's handlers, which would stop between micro-batches."""
         self.asked = self._interrupted = False
         if self._before or threading.current_thread() is not threading.main_thread():
             return
         self._before = {number: signal.signal(number, self._handle) for number in [int(signal.SIGINT), *stop_signals()]}
-        # Imported here, because commands that do not train use this module and start without torch.
+        # Imported here, because commands that do not train use this module without importing torch.
         from rlhf_lightning.checkpointing.relay import Relay
 
         self._relay = Relay.of_ranks(set(self._before))

@@ -1,4 +1,4 @@
-"""Sharding of weights over devices with one flag: `--trainer.strategy fsdp2`."""
+"""Shards weights over devices with one flag: `--trainer.strategy fsdp2`."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -23,9 +23,9 @@ if TYPE_CHECKING:
 class FSDP2(ModelParallelStrategy):
     """Lightning's `ModelParallelStrategy` with data-parallel defaults and atomic, verified checkpoints.
 
-    By default a checkpoint is one file that rank 0 assembles. It can be resumed on another number of devices, and needs
-    host memory for all weights and optimizer state. With `save_distributed_checkpoint` it is a folder with the shards
-    of all ranks.
+    By default a checkpoint is one file that rank 0 assembles. It can be resumed on another number of devices, but needs
+    host memory for all weights and optimizer state. With `save_distributed_checkpoint`, a checkpoint is a folder with
+    the shards of all ranks.
 
     Args:
         data_parallel_size: Number of devices that share the weights and have different rows; by default all devices.
@@ -72,7 +72,7 @@ class FSDP2(ModelParallelStrategy):
         super().teardown()
 
     def setup(self, trainer: pl.Trainer) -> None:
-        # Weights gathered in inference mode, by a validation before training, could not be trained.
+        # Weights that a validation before training gathers in inference mode could not be trained.
         loops = (trainer.fit_loop.epoch_loop.val_loop, trainer.validate_loop, trainer.test_loop, trainer.predict_loop)
         for loop in loops:
             loop.inference_mode = False

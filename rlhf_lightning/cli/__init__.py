@@ -1,1 +1,1 @@
-"""Command line: `main` starts fast, and imports the module of a command only when it is called."""
+"""The command line. `main` starts fast, because it imports the module of a command only when the command is called."""

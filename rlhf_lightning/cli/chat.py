@@ -16,7 +16,7 @@ from rlhf_lightning.cli.rendering_flags import (
 
 
 def run(args: list[str]) -> int:
-    """Read messages until the input ends, and answer each."""
+    """Read messages until the end of the input, and answer each one."""
     options = _parse(args[1:])
 
     from rlhf_lightning.cli.logs import setup_logging
@@ -50,17 +50,17 @@ def run(args: list[str]) -> int:
                 talk.reply(message, show)
             except UserError as error:
                 if not sys.stdin.isatty():
-                    raise  # a script could mistake the next answer for the answer to this message
+                    raise  # a script could take the next answer for the answer to this message
                 show(f"({error})")
             print(flush=True)
     return 0
 
 
 def _messages() -> Iterator[str]:
-    """Lines that are typed or piped in, until the input ends or a line is `/quit`."""
+    """Lines that are typed or piped in, until the end of the input or `/quit`."""
     terminal = sys.stdin.isatty()
     if terminal:
-        import readline  # noqa: F401 - gives input() a history and editing
+        import readline  # noqa: F401 - adds a history and editing to input()
 
         print("/new starts a new conversation, /quit or Ctrl-D exits", file=sys.stderr)
     while True:
@@ -83,7 +83,7 @@ def _labels(models: list[str]) -> list[str]:
 def _parse(args: list[str]) -> argparse.Namespace:
     parser = Parser(
         prog="rlhf chat",
-        description="Chat with a model, or with several side by side; each continues its own conversation.\n"
+        description="Chat with one or several models; each model continues its own conversation.\n"
         "Answers are printed while they are sampled. Messages can be piped in, one per line.",
         epilog="example: rlhf chat runs/policy/model --and runs/sft/model\n"
         '         echo "How do I repair a chair?" | rlhf chat runs/policy/model --temperature 0',
@@ -91,7 +91,7 @@ def _parse(args: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("model", help="folder, Hub id or GGUF file of a causal language model, or an adapter")
     parser.add_argument(
-        "--and", dest="and_", action="append", metavar="MODEL", help="a further model that answers each message too"
+        "--and", dest="and_", action="append", metavar="MODEL", help="another model to chat with; may be repeated"
     )
     add_sampling_flags(parser)
     parser.add_argument("--seed", type=int, default=0, help="seed of the sampled tokens (default: 0)")

@@ -19,7 +19,7 @@ from rlhf_lightning.pipeline.run import check_data, stage_settings
 
 
 class Parser(StageParser):
-    """A parser that raises errors, to which the caller adds context.
+    """A parser that raises errors, so that the caller can add context.
 
     Example:
         >>> parser = Parser()
@@ -31,7 +31,7 @@ class Parser(StageParser):
 
 
 class ParsedStage(StageCLI):
-    """Parses the settings of a stage and stops there.
+    """Parses and checks the settings of a stage, without running it.
 
     Args:
         kind: Kind of the stage.
@@ -61,7 +61,7 @@ def check_plan(plan: Plan) -> None:
         plan: The plan.
 
     Raises:
-        ConfigError: If a stage is invalid. Without this check, the error might only appear after hours.
+        ConfigError: If a stage is invalid. Without this check, the error might appear only after hours.
     """
     with tempfile.TemporaryDirectory() as folder:
         for stage in plan.stages:
@@ -72,6 +72,6 @@ def check_plan(plan: Plan) -> None:
                 ParsedStage(stage.kind, ["fit", "-c", str(file)])
                 check_data(plan, stage)
             except UserError as error:
-                # Drop the name of the temporary file, which means nothing to the user.
+                # Remove the name of the temporary file, which the user does not know.
                 message = re.sub(rf"^{re.escape(str(file))}(:\d+)?: ", "", str(error))
                 raise ConfigError(f"pipeline: stage {stage.name}: {message}") from error

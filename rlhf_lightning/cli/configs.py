@@ -23,13 +23,13 @@ def config_file(name: str) -> Path:
         name: Its name, with or without `.yaml`.
 
     Raises:
-        ConfigError: If there is no config of that name; the message suggests the nearest one.
+        ConfigError: If there is no config with that name; the message suggests the most similar one.
     """
     files = shipped()
     short = name.removesuffix(".yaml")
     if short not in files:
         close = get_close_matches(short, files, n=1, cutoff=0.5)
-        hint = f"did you mean {close[0]}?" if close else "`rlhf configs` lists them"
+        hint = f"did you mean {close[0]}?" if close else "`rlhf configs` lists all configs"
         raise ConfigError(f"there is no config {name!r}; {hint}")
     return files[short]
 
@@ -51,14 +51,15 @@ def run(args: list[str]) -> int:
     """List the configs, or copy one together with the files that it refers to."""
     parser = Parser(
         prog="rlhf configs",
-        description="The configs that come with the package. Pass one as -c rlhf:NAME, or copy it to edit it.",
+        description="List the configs that come with the package, or copy one to edit it. A config is used with "
+        "-c rlhf:NAME; no copy is needed.",
         epilog="example: rlhf configs copy mint .",
     )
     parser.add_argument(
-        "action", nargs="?", choices=("copy",), help="write a config and the files it refers to into a folder"
+        "action", nargs="?", choices=("copy",), help="copy a config and the files that it refers to into a folder"
     )
     parser.add_argument("name", nargs="?", help="name of the config, as listed")
-    parser.add_argument("dir", nargs="?", type=Path, help="folder to write to; existing files are not replaced")
+    parser.add_argument("dir", nargs="?", type=Path, help="folder to copy to; existing files are not replaced")
     options = parser.parse_args(args[1:])
     if options.action is None:
         width = max(map(len, shipped()))
@@ -73,7 +74,7 @@ def run(args: list[str]) -> int:
 
 
 def title(path: Path) -> str:
-    """First sentence of a config's leading comment."""
+    """First sentence of the comment at the top of a config."""
     comment = []
     for line in path.read_text(encoding="utf-8").splitlines():
         if not line.startswith("#"):
@@ -94,7 +95,7 @@ def copy(name: str, folder: Path) -> list[Path]:
         The written files.
 
     Raises:
-        ConfigError: If there is no such config, a file exists already, or the folder cannot be written.
+        ConfigError: If there is no such config, a file exists already, or the folder cannot be created.
     """
     from rlhf_lightning.files import write_text
     from rlhf_lightning.yaml_files import read_mapping
@@ -105,7 +106,7 @@ def copy(name: str, folder: Path) -> list[Path]:
     wanted = [source, *(source.parent / str(name) for name in named)]
     written = [folder / path.name for path in wanted]
     if there := [path for path in written if path.exists()]:
-        raise ConfigError(f"{there[0]} exists already; choose another folder, or move the file away")
+        raise ConfigError(f"{there[0]}: the file exists already; choose another folder, or move the file")
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

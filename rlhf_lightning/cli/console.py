@@ -1,4 +1,4 @@
-"""Standard streams that are closed, or that break during a run."""
+"""Handles standard streams that are closed at the start or break during a run."""
 
 import errno
 import logging
@@ -10,15 +10,15 @@ from typing import Any, TextIO
 
 log = logging.getLogger(__name__)
 GONE = (errno.EPIPE, errno.EIO, errno.EBADF)
-"""Errors of a write whose reader has ended, or whose terminal is closed."""
+"""Errors of writing to a pipe whose reader has exited, or to a closed terminal."""
 BROKEN_PIPE = 141
-"""Exit code of a command whose reader has ended, equal to that of a process killed by SIGPIPE."""
+"""Exit code of a command whose reader has exited, as for a process killed by SIGPIPE."""
 
 
 def open_standard_streams() -> None:
     """Open standard streams that the caller closed (`>&-`) on the null device.
 
-    Otherwise a file of the run would get their descriptor.
+    Otherwise a file of the run would get the descriptor of the stream.
     """
     for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
         try:
@@ -30,7 +30,7 @@ def open_standard_streams() -> None:
 
 
 class SteadyStream:
-    """A text stream that discards its output once nobody reads it.
+    """A text stream that discards its output once its reader has exited.
 
     Args:
         stream: Standard output or standard error.
@@ -69,7 +69,7 @@ class SteadyStream:
         # C libraries and child processes write to the same descriptor, so it is redirected.
         _lead_nowhere(self._stream)
         log.warning(
-            "nothing reads %s any more; the run continues, and its log file records the output", self._stream.name
+            "the reader of %s has exited; the run continues, and its log file contains the log", self._stream.name
         )
 
     def __getattr__(self, name: str) -> Any:
@@ -78,7 +78,7 @@ class SteadyStream:
 
 @contextmanager
 def steady_console() -> Iterator[None]:
-    """Context of a run in which a broken standard stream does not end the run."""
+    """Context manager in which a broken standard stream does not end the run."""
     before = sys.stdout, sys.stderr
     sys.stdout, sys.stderr = (SteadyStream(stream) for stream in before)
     try:
@@ -89,7 +89,7 @@ def steady_console() -> Iterator[None]:
 
 
 def silence() -> None:
-    """Discard the rest of standard output, about which Python would otherwise complain at exit."""
+    """Discard the rest of standard output; otherwise Python prints an error at exit."""
     _lead_nowhere(sys.stdout)
 
 

@@ -26,7 +26,7 @@ def run(args: list[str]) -> int:
 
     setup_logging("warning", None)
     if options.samples < 0 or (options.max_length is not None and options.max_length < 1):
-        raise ConfigError("--samples must be at least 0, --max_length at least 1")
+        raise ConfigError("--samples must be at least 0, and --max_length at least 1")
     module = check.data_module(options.kind, options.model, options.chat_template, **_settings(options))
     say(module.asking.describe())
     train = check.check(module, options.file)
@@ -57,7 +57,9 @@ def run(args: list[str]) -> int:
         print()
         _summary(figures["validation"])
         rows, prompts = figures["overlap"]["rows"], figures["overlap"]["prompts"]
-        print(f"overlap: {len(rows)} validation rows are also in the training data, {prompts} share a prompt with it")
+        print(
+            f"overlap: {len(rows)} validation rows are also training rows, {prompts} have the prompt of a training row"
+        )
         _listing("  ", [f"{row['where']} is {row['same_as']}" for row in rows])
     for file in files:
         if file.bad:
@@ -70,46 +72,54 @@ def run(args: list[str]) -> int:
 def _parse(args: list[str]) -> argparse.Namespace:
     parser = Parser(
         prog="rlhf data",
-        description="Check a data file the way a stage would read it.",
-        epilog="example: rlhf data check chats.jsonl --kind sft --model Qwen/Qwen3-0.6B --validation held_out.jsonl",
+        description="Check a data file before training on it.",
+        epilog="example: rlhf data check chats.jsonl --kind sft --model Qwen/Qwen3-0.6B",
     )
-    commands = parser.add_subparsers(dest="command", required=True, metavar="check")
+    commands = parser.add_subparsers(title="commands", dest="command", required=True, metavar="COMMAND")
     check = commands.add_parser(
         "check",
-        help="columns, lengths, duplicates, bad rows, rendered samples",
+        help="show columns, lengths, duplicates, bad rows and rendered samples",
         description="Show the columns, lengths in tokens, duplicates, overlap of training and validation data,\n"
         "samples with their trained tokens marked, and every bad row with its line and the reason.\n"
-        "Rows are read and rendered by the code that training uses.",
+        "Rows are read and rendered as in training.",
         epilog="example: rlhf data check chats.jsonl --kind sft --model Qwen/Qwen3-0.6B --validation held_out.jsonl\n"
-        "Exit codes: 0 all rows are good, 1 some are bad, 2 the check could not run.",
+        "Exit codes: 0 all rows are good, 1 some rows are bad, 2 the check could not run.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    check.add_argument("file", help="rows: .jsonl, .json, .csv, .parquet, .txt (prompts), a pattern or a Hub id")
+    check.add_argument(
+        "file", help="rows: a .jsonl, .json, .csv, .parquet or .txt (prompts) file, a glob pattern or a Hub id"
+    )
     check.add_argument("--kind", required=True, choices=KINDS, help="kind of stage that the rows are for")
     check.add_argument(
         "--model", required=True, help="folder, Hub id or GGUF file whose tokenizer and chat template are used"
     )
     check.add_argument(
-        "--validation", metavar="FILE", help="held-out rows, which are checked too and compared with FILE"
+        "--validation", metavar="FILE", help="held-out rows; they are checked too, and compared with the training rows"
     )
     check.add_argument("--json", action="store_true", help="print everything as one JSON object")
     check.add_argument(
         "--samples", type=int, default=2, help="number of rows to show with their trained tokens marked (default: 2)"
     )
-    check.add_argument("--columns", nargs="+", metavar="OURS=YOURS", help="like data.columns of a stage")
-    check.add_argument("--chat_template", help="like model.chat_template of a stage")
-    check.add_argument("--lines", action="store_true", help="like data.lines of a policy stage: each line is a prompt")
     check.add_argument(
-        "--max_length", type=int, help="like data.max_length of a stage (for prompts: data.max_prompt_tokens)"
+        "--columns", nargs="+", metavar="OURS=YOURS", help="column names (data.columns), for example prompt=question"
     )
-    check.add_argument("--overlong", choices=("error", "truncate", "skip"), help="like data.overlong of a stage")
-    check.add_argument("--train_on", help="like data.train_on of an SFT stage")
+    check.add_argument("--chat_template", help="file or text of a chat template (model.chat_template)")
+    check.add_argument("--lines", action="store_true", help="prompts: each line of the file is a prompt (data.lines)")
+    check.add_argument(
+        "--max_length",
+        type=int,
+        help="maximum number of tokens per row (data.max_length; for prompts, data.max_prompt_tokens)",
+    )
+    check.add_argument(
+        "--overlong", choices=("error", "truncate", "skip"), help="what to do with longer rows (data.overlong)"
+    )
+    check.add_argument("--train_on", help="sft: which messages are trained (data.train_on)")
     add_rendering_flags(check, samples=False)
     return parser.parse_args(args)
 
 
 def _settings(options: argparse.Namespace) -> "Row":
-    """The settings of the data module that were given."""
+    """The given settings of the data module."""
     from rlhf_lightning.errors import ConfigError
 
     length = "max_prompt_tokens" if options.kind == "prompts" else "max_length"

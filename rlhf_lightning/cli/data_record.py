@@ -1,4 +1,4 @@
-"""Record of a run's data, so that the run is not resumed with other rows under the same file names."""
+"""Records the data of a run, so that it is not resumed with changed files of the same name."""
 
 import logging
 import os
@@ -16,7 +16,7 @@ from rlhf_lightning.types import JSON
 log = logging.getLogger(__name__)
 SOURCES = ("train", "validation", "test", "predict", "episodes")
 RECORD = "sources.json"
-"""File with the hash of each data source, and size and time of its files, which identify unchanged files quickly."""
+"""File with the hash of each data source, and size and modification time of its files, to detect changes quickly."""
 
 
 class SourceRecord(TypedDict):
@@ -39,9 +39,9 @@ def check_data_record(root: Path, sources: Mapping[str, Source | None]) -> None:
         sources: Data sources by the name of their setting.
 
     Raises:
-        ConfigError: If a file, or a file of a folder or pattern, has other rows now.
+        ConfigError: If the rows of a source have changed.
     """
-    for name in ("test", "predict"):  # fit does not read them, and what comes after it would
+    for name in ("test", "predict"):  # not read by fit
         if isinstance(source := sources.get(name), str):
             check_there(source)
     path = root / RECORD
@@ -66,7 +66,7 @@ def check_data_record(root: Path, sources: Mapping[str, Source | None]) -> None:
                 )
         elif name in before:
             log.warning(
-                "data.%s %s is not a local file, so it is not checked for changes since the run began",
+                "data.%s %s is not a local file; it is not checked for changes since the run began",
                 name,
                 sources[name],
             )

@@ -50,9 +50,9 @@ def run(args: list[str]) -> int:
     rewards = make_rewards(options.reward, options.gold)
     best = args[0] == "best-of"
     if not rewards and (best or options.best_of > 1):
-        raise ConfigError("no reward is given: name a reward model with --reward, or a function with --gold")
+        raise ConfigError("no reward: give a reward model with --reward, or a function with --gold")
     if best and options.temperature == 0:
-        raise ConfigError("--temperature is 0, so all responses to a prompt would be the same")
+        raise ConfigError("--temperature is 0, so all responses to a prompt would be the same; set it above 0")
     sampling = SamplingOptions(
         rewards, options.max_tokens, options.temperature, getattr(options, "samples", 1), options.seed
     )
@@ -92,7 +92,7 @@ def _evaluate(
 
     if options.best_of > 1 and not options.baseline:
         raise ConfigError(
-            "--best_of samples from the baseline, and there is none: rlhf evaluate POLICY BASELINE PROMPTS"
+            "--best_of samples from the baseline, but none is given: rlhf evaluate POLICY BASELINE PROMPTS"
         )
     references = references_of(prompts, options.references)
     baseline = None
@@ -104,7 +104,7 @@ def _evaluate(
 
 
 def _finite(found: "Figures") -> "Figures":
-    """Replace NaN and infinity, which JSON lacks, by None; the interval of a single prompt is infinite."""
+    """Replace NaN and infinity, which JSON lacks, with None; the interval of a single prompt is infinite."""
     return {name: value if value is None or math.isfinite(value) else None for name, value in found.items()}
 
 
@@ -115,9 +115,9 @@ def _parse(args: list[str]) -> argparse.Namespace:
         description="Sample N responses to each prompt and keep the one with the highest reward.\n"
         "This shows what the reward achieves without training."
         if best
-        else "Measure a policy on prompts, optionally against a baseline such as the model it was trained from:\n"
-        "reward, win rate with its 95% interval, KL and length. If rows have reference answers, also their\n"
-        "perplexity, and BLEU and ROUGE-1/2/L of the policy's answers.",
+        else "Measure a policy on prompts, optionally against a baseline such as the model that it was trained from:\n"
+        "reward, win rate with its 95% interval, KL and length. For rows with reference answers, measure also\n"
+        "their perplexity, and BLEU and ROUGE-1/2/L of the policy's answers.",
         epilog="example: rlhf best-of runs/sft/model prompts.jsonl --reward runs/preference/model -n 8"
         if best
         else "example: rlhf evaluate runs/policy/model runs/sft/model prompts.jsonl --reward runs/preference/model\n"
@@ -128,15 +128,23 @@ def _parse(args: list[str]) -> argparse.Namespace:
     parser.add_argument("policy", help="folder, Hub id or GGUF file of a causal language model")
     if not best:
         parser.add_argument(
-            "--task", metavar="NAME", help="a benchmark on a file of its rows: rlhf evaluate --task gsm8k --help"
+            "--task", metavar="NAME", help="run a benchmark instead; see rlhf evaluate --task gsm8k --help"
         )
-        parser.add_argument("baseline", nargs="?", help="the policy to compare with")
-    parser.add_argument("prompts", help="rows with prompt or messages, or a .txt file of lines")
+        parser.add_argument("baseline", nargs="?", help="policy to compare with")
+    parser.add_argument("prompts", help="file of rows with prompt or messages, or a .txt file with a prompt per line")
     parser.add_argument(
-        "--reward", action="append", default=[], metavar="MODEL", help="a preference model; repeat it to add rewards"
+        "--reward",
+        action="append",
+        default=[],
+        metavar="MODEL",
+        help="preference model that gives the reward; may be repeated, rewards are added",
     )
     parser.add_argument(
-        "--gold", action="append", default=[], metavar="FUNCTION", help="a function's dotted path, as in FunctionReward"
+        "--gold",
+        action="append",
+        default=[],
+        metavar="FUNCTION",
+        help="dotted path of a reward function, as in FunctionReward; may be repeated",
     )
     add_overwrite(parser)
     parser.add_argument("--scorer", metavar="CLASS", help=SCORER_HELP)
@@ -146,32 +154,32 @@ def _parse(args: list[str]) -> argparse.Namespace:
         parser.add_argument(
             "--references",
             metavar="COLUMN",
-            help="column of the reference answers (default: completion, response or chosen of a row with a prompt, or "
-            "the last assistant turn of a conversation)",
+            help="column with the reference answers (default: completion, response or chosen of a row with a prompt, "
+            "else the last assistant turn of a conversation)",
         )
         parser.add_argument(
             "--samples", type=int, default=1, help="number of responses per policy and prompt (default: 1)"
         )
         parser.add_argument(
-            "--best_of", type=int, default=0, metavar="N", help="also show the baseline's best of N responses"
+            "--best_of", type=int, default=0, metavar="N", help="compare also with the baseline's best of N responses"
         )
     parser.add_argument(
-        "--max_tokens", type=int, default=128, help="largest number of tokens of a response (default: 128)"
+        "--max_tokens", type=int, default=128, help="maximum number of tokens per response (default: 128)"
     )
     parser.add_argument(
         "--temperature",
         type=float,
         default=1.0,
-        help="sampling temperature (default: 1.0); 0 takes the likeliest token",
+        help="sampling temperature, 0 for greedy decoding (default: 1.0)",
     )
-    parser.add_argument("--limit", type=int, help="use only this number of prompts, from the first on")
+    parser.add_argument("--limit", type=int, help="use only the first LIMIT prompts")
     parser.add_argument("--seed", type=int, default=0, help="seed of the sampled tokens (default: 0)")
     parser.add_argument("--json", action="store_true", help="print the metrics as a JSON object instead of a table")
-    parser.add_argument("--output", type=Path, help="JSONL file to write with the responses and their rewards")
-    parser.add_argument("--summary", type=Path, help="JSON file to write with the metrics")
+    parser.add_argument("--output", type=Path, help="write the responses and their rewards to this JSONL file")
+    parser.add_argument("--summary", type=Path, help="write the metrics to this JSON file")
     add_weight_flags(parser)
     add_rendering_flags(parser)
-    # Not parse_args, which would misread the positional arguments of `MODEL --json FILE`.
+    # parse_args would misread the positional arguments of `MODEL --json FILE`.
     return parser.parse_intermixed_args(args[1:])
 
 

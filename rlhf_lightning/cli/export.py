@@ -8,21 +8,24 @@ from rlhf_lightning.files import visible
 
 
 def run(args: list[str]) -> int:
-    """Export a model, and push it to the Hub if requested."""
+    """Export a model, and upload it to the Hub if requested."""
     parser = Parser(
         prog="rlhf export",
-        description="Write a self-contained model folder: an adapter is merged into its base (in float32), weights are "
-        "cast and saved as safetensors, with config, tokenizer, chat template and stage.json. Nothing is uploaded "
-        "without --push.",
+        description="Write a self-contained model folder: weights as safetensors, config, tokenizer, chat template and "
+        "stage.json. An adapter is merged into its base model in float32. Nothing is uploaded without --push.",
         epilog="example: rlhf export runs/policy/model exported --dtype bfloat16",
     )
     parser.add_argument("model", help="folder, Hub id or GGUF file of a model, a reward model or an adapter")
     parser.add_argument("dir", type=Path, help="folder to write; it must be empty or not exist")
     parser.add_argument(
-        "--dtype", help="float32, bfloat16, float16 (default: the saved dtype; for an adapter, that of its base)"
+        "--dtype",
+        help="dtype of the written weights: float32, bfloat16 or float16 (default: that of the model; for an adapter, "
+        "that of its base)",
     )
-    parser.add_argument("--push", metavar="ID", help="upload it to this private repository on the Hugging Face Hub")
-    parser.add_argument("--public", action="store_true", help="with --push: create the repository as public")
+    parser.add_argument(
+        "--push", metavar="ID", help="upload the folder to this repository on the Hugging Face Hub (private if new)"
+    )
+    parser.add_argument("--public", action="store_true", help="with --push: make a new repository public")
     parser.add_argument("--json", action="store_true", help="print the result as a JSON object")
     options = parser.parse_args(args[1:])
 
@@ -32,7 +35,7 @@ def run(args: list[str]) -> int:
 
     setup_logging("warning", None)
     if options.public and not options.push:
-        raise ConfigError("--public needs --push ID")
+        raise ConfigError("--public has no effect without --push; add --push ID")
     facts = export_model(options.model, options.dir, options.dtype)
     found = {"folder": str(options.dir), "dtype": facts["dtype"], "model_hash": facts["model_hash"]}
     if options.push:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def run(args: list[str]) -> int:
-    """Answer prompts and print the answers."""
+    """Sample answers to prompts and print them."""
     options = _parse(args[1:])
 
     from rlhf_lightning.cli.logs import setup_logging
@@ -27,7 +27,7 @@ def run(args: list[str]) -> int:
 
     setup_logging("warning", None)
     if bool(options.file) == bool(options.prompt):
-        raise ConfigError("give either a file of prompts or --prompt TEXT")
+        raise ConfigError("give either a file of prompts, or --prompt TEXT")
     check_options(options)
     policy = Policy(options.model, options.dtype, device_of(options.device), rendering_options(options))
     sample, said = sampling_of(options, options.model, policy.sampled)
@@ -56,15 +56,17 @@ def _parse(args: list[str]) -> argparse.Namespace:
         prog="rlhf generate",
         description="Print a model's answers to prompts, as text or as JSON lines with index, sample, prompt, "
         "response, stop_reason and response_tokens.",
-        epilog='example: rlhf generate runs/policy/model --prompt "How do I repair a chair?" --max_tokens 64',
+        epilog='example: rlhf generate runs/policy/model --prompt "How do I repair a chair?"',
     )
     parser.add_argument("model", help="folder, Hub id or GGUF file of a causal language model, or an adapter")
-    parser.add_argument("file", nargs="?", help="rows with prompt or messages, or a .txt file of lines")
+    parser.add_argument(
+        "file", nargs="?", help="file of rows with prompt or messages, or a .txt file with a prompt per line"
+    )
     parser.add_argument("--prompt", action="append", metavar="TEXT", help="a prompt; may be repeated")
     parser.add_argument("--json", action="store_true", help="print one JSON object per answer")
     add_sampling_flags(parser)
     parser.add_argument("--samples", type=int, default=1, help="number of answers per prompt (default: 1)")
-    parser.add_argument("--limit", type=int, help="answer only this number of prompts, from the first on")
+    parser.add_argument("--limit", type=int, help="answer only the first LIMIT prompts")
     parser.add_argument("--seed", type=int, default=0, help="seed of the sampled tokens (default: 0)")
     add_weight_flags(parser)
     add_rendering_flags(parser)

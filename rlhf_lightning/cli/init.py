@@ -16,8 +16,8 @@ def run(args: list[str]) -> int:
     """Write the files of a project, and print the next steps."""
     parser = Parser(
         prog="rlhf init",
-        description="Create a project folder: a commented config for each stage, the pipeline that runs them, and a "
-        "few example rows of each kind to replace by your own.",
+        description="Create a project folder: a commented config for each stage, a pipeline that runs the stages, and "
+        "a few example rows of each kind, to be replaced by your own data.",
         epilog="example: rlhf init my_project --model Qwen/Qwen3-0.6B",
     )
     parser.add_argument("dir", type=Path, help="folder to write; existing files are never overwritten")
@@ -33,7 +33,7 @@ def run(args: list[str]) -> int:
     write_project(folder, model)
     name = shlex.quote(model)
     print(
-        visible(f"""{folder} is ready. Replace the example rows in data/ by your own, then:
+        visible(f"""{folder} is ready. Replace the example rows in data/ with your own, then:
 
   cd {shlex.quote(str(folder))}
   rlhf data check data/chats.jsonl --kind sft --model {name}
@@ -57,7 +57,7 @@ def check_start(model: str) -> None:
     if not place.exists() and not HUB_ID.fullmatch(model):
         raise ConfigError(f"--model {model}: neither a folder (seen from {Path.cwd()}) nor a Hub id like owner/name")
     if place.is_file():
-        raise ConfigError(f"--model {model}: this is a file; give its folder")
+        raise ConfigError(f"--model {model}: this is a file; give a folder")
 
 
 def write_project(folder: Path, model: str) -> None:
@@ -65,7 +65,7 @@ def write_project(folder: Path, model: str) -> None:
 
     Args:
         folder: Folder to write to.
-        model: Folder or Hub id of the model that it starts from.
+        model: Folder or Hub id of the model to start from.
 
     Raises:
         ConfigError: If one of the files exists already.
@@ -73,15 +73,15 @@ def write_project(folder: Path, model: str) -> None:
     from rlhf_lightning.errors import ConfigError
 
     if folder.exists() and not folder.is_dir():
-        raise ConfigError(f"{folder} is a file; give a folder")
+        raise ConfigError(f"{folder}: this is a file; give a folder")
     files = sorted(path.relative_to(FILES) for path in FILES.rglob("*.*") if path.suffix in (".yaml", ".jsonl"))
     if there := [str(folder / file) for file in files if (folder / file).exists()]:
-        raise ConfigError(f"{there[0]} exists already and is not overwritten; choose another folder")
+        raise ConfigError(f"{there[0]}: the file exists already and is not overwritten; choose another folder")
     name = "".join(c if c.isalnum() or c in "-_" else "_" for c in real_path(folder).name) or "project"
     for file in files:
         text = (FILES / file).read_text(encoding="utf-8")
         if file.suffix == ".yaml":
-            # A JSON string is valid YAML, whatever characters the path contains.
+            # A JSON string is valid YAML, whichever characters the path contains.
             text = text.replace("@MODEL@", json.dumps(model, ensure_ascii=False)).replace("@NAME@", name)
         (folder / file).parent.mkdir(parents=True, exist_ok=True)
         (folder / file).write_text(text, encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Logging of a run: the console, and one file per run."""
+"""Logging of a run to the console and to a file."""
 
 import logging
 import os
@@ -20,7 +20,7 @@ class _NoAdvertising(logging.Filter):
 
 
 class _Console(logging.StreamHandler):
-    """Writes to the current `sys.stderr`, not to that at the time when logging was set up."""
+    """Writes to the current `sys.stderr`, not to the one at the time when logging was set up."""
 
     def __init__(self) -> None:
         logging.Handler.__init__(self)
@@ -31,20 +31,20 @@ class _Console(logging.StreamHandler):
 
 
 class _Record(logging.LogRecord):
-    """Escapes control characters in all log messages, since other libraries have handlers of their own.
+    """Escapes control characters in all log messages.
 
-    They log names of files and weights that come from others.
+    Other libraries have their own handlers, and log names of files and weights from untrusted sources.
     """
 
     def getMessage(self) -> str:  # noqa: N802
         message = super().getMessage()
-        if self.name.startswith("transformers."):  # its tables of weights are colored in a terminal
+        if self.name.startswith("transformers."):  # it colors its tables of weights in a terminal
             message = _COLOR.sub("", message)
         return visible(message)
 
 
 class _Visible(logging.Formatter):
-    """Escapes control characters, because messages contain rows, answers and names that come from others."""
+    """Escapes control characters, because messages contain rows, answers and names from untrusted sources."""
 
     def format(self, record: logging.LogRecord) -> str:
         return visible(super().format(record))
@@ -80,7 +80,7 @@ def setup_logging(level: str, file: Path | None) -> None:
 
 
 def _quieten() -> None:
-    """Hide messages of other libraries that do not concern users of this package."""
+    """Hide messages of other libraries that are not relevant to users of this package."""
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.set_verbosity_error()
@@ -88,7 +88,7 @@ def _quieten() -> None:
     for message in (
         ".*Experiment logs directory .* exists and is not empty.*",  # resuming in a stage's folder is intended
         ".*LeafSpec.* is deprecated.*",
-        ".*does not have many workers.*",  # rows are in memory; workers would only copy them
+        ".*does not have many workers.*",  # rows are in memory, so workers would only copy them
         ".*is_gradient_checkpointing.*",
         ".*a tied layer is part of the adapter.*",  # models.loading.merge unties it
         ".*fan_in_fan_out is set to.*",

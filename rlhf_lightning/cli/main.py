@@ -26,11 +26,14 @@ COMMANDS = {
     "policy": ("rlhf_lightning.cli.stage", "policy RL: fit, validate, test, predict"),
     "pipeline": ("rlhf_lightning.cli.pipeline", "run the stages of a pipeline file, one after the other"),
     "score": ("rlhf_lightning.cli.score", "score responses, or the two sides of pairs, with a preference model"),
-    "evaluate": ("rlhf_lightning.cli.evaluate", "compare two policies on prompts: win rate, reward, KL, length"),
-    "best-of": ("rlhf_lightning.cli.evaluate", "sample N responses to each prompt and keep the best by a reward"),
+    "evaluate": ("rlhf_lightning.cli.evaluate", "measure a policy on prompts or a benchmark, or compare two policies"),
+    "best-of": (
+        "rlhf_lightning.cli.evaluate",
+        "sample N responses to each prompt and keep the one with the best reward",
+    ),
     "generate": ("rlhf_lightning.cli.generate", "print a model's answers to prompts, as text or JSON lines"),
-    "chat": ("rlhf_lightning.cli.chat", "chat with a model, or with several side by side"),
-    "export": ("rlhf_lightning.cli.export", "merge an adapter, change the dtype, or push to the Hub"),
+    "chat": ("rlhf_lightning.cli.chat", "chat with one or several models"),
+    "export": ("rlhf_lightning.cli.export", "merge an adapter, change the dtype, or upload to the Hub"),
     "init": ("rlhf_lightning.cli.init", "create a project folder with configs and example data"),
     "configs": ("rlhf_lightning.cli.configs", "list the configs that come with the package, or copy one to edit"),
     "data": ("rlhf_lightning.cli.data", "check a data file: lengths, duplicates, bad rows, trained tokens"),
@@ -38,7 +41,7 @@ COMMANDS = {
     "quickstart": ("rlhf_lightning.cli.quickstart", "run all stages on a small generated model, or on your own"),
 }
 RUNS = ("sft", "preference", "policy", "pipeline", "quickstart")
-"""Commands that continue when nobody reads their output."""
+"""Commands that continue when the reader of their output has exited."""
 EXAMPLES = """examples:
   rlhf quickstart
   rlhf sft fit -c rlhf:sft --data.train chats.jsonl
@@ -49,21 +52,21 @@ EXAMPLES = """examples:
   rlhf evaluate runs/policy/model runs/sft/model prompts.jsonl --reward runs/preference/model
 
 `rlhf COMMAND --help` describes each command.
-Exit codes: 0 success, 1 internal error (`data check`: bad rows, `pipeline --verify`: a difference),
-2 error in files or flags, 130 interrupted."""
+Exit codes: 0 success, 1 internal error (`data check`: some rows are bad; `pipeline --verify`: something has
+changed), 2 error in files or flags, 130 interrupted."""
 
 UNWRITABLE = {
-    **dict.fromkeys(DISK_FULL, "free disk space, or write elsewhere"),
+    **dict.fromkeys(DISK_FULL, "free disk space, or write to another disk"),
     **dict.fromkeys((errno.EROFS, errno.EACCES, errno.EPERM), "change its permissions, or choose another path"),
     errno.ENAMETOOLONG: "the path is too long; choose a shorter one",
-    errno.ELOOP: "links that lead in a circle; remove them",
-    errno.ENOTDIR: "a file is in the place of a folder; choose another path",
-    errno.EISDIR: "a folder is in the place of a file; choose another path",
+    errno.ELOOP: "the links are circular; remove them",
+    errno.ENOTDIR: "a part of the path is a file, not a folder; choose another path",
+    errno.EISDIR: "the path is a folder, not a file; choose another path",
 }
-"""Errors of a disk or folder, and what to do; `refusals` has those of which a stage says more."""
+"""What to do about errors of a disk or folder, for any command; `refusals` has more specific advice for stages."""
 
 LONGEST = 300
-"""Largest number of characters of a path that are shown."""
+"""Number of characters at which a path is cut off in messages."""
 
 
 def usage() -> str:
@@ -75,7 +78,7 @@ def usage() -> str:
 def prepare_environment() -> None:
     """Set environment variables that PyTorch reads when it is imported.
 
-    They enable large pages for large tensors on a CPU. Without them, page faults take up to a third of a step's time.
+    They enable large pages for large tensors on a CPU; otherwise page faults take up to a third of a step's time.
     """
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
@@ -107,7 +110,7 @@ def main(args: list[str] | None = None) -> None:
 
 
 def _traceback(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """Print a traceback with control characters escaped, since an exception may quote a row or a model."""
+    """Print a traceback with control characters escaped, because an exception may quote a row or a model."""
     sys.stderr.write(visible("".join(traceback.format_exception(kind, error, trace))))
 
 
@@ -126,7 +129,7 @@ def _command(args: list[str]) -> int:
         hint = f"; did you mean rlhf {close}?" if close else ""
         return _fail(f"unknown command {args[0]!r}; commands are {', '.join(COMMANDS)}{hint}")
     if args[0] in RUNS and (odd := [arg for arg in args if any("\ud800" <= char <= "\udfff" for char in arg)]):
-        return _fail(f"{odd[0]}: these bytes are not UTF-8, so that no config file can hold them; rename the file")
+        return _fail(f"{odd[0]}: not valid UTF-8, so it cannot be stored in a config file; rename the file")
     prepare_environment()
     with ExitStack() as around:
         if args[0] in RUNS:

@@ -1,4 +1,4 @@
-"""Checks of a whole command and its config files, before anything is built from them."""
+"""Checks a command and its config files before anything is built from them."""
 
 import os
 from collections.abc import Iterable, Mapping
@@ -16,7 +16,7 @@ from rlhf_lightning.types import JSON
 from rlhf_lightning.yaml_files import find_line, read_mapping
 
 SHARDED = ("checksums.json", "meta.pt", ".metadata", "latest", "checkpoint")
-"""Files in the folder of a sharded checkpoint, of Lightning or of DeepSpeed."""
+"""Files that identify the folder of a sharded checkpoint, of Lightning or DeepSpeed."""
 
 
 CONFIG_FLAGS = ("-c", "--config", "--model", "--data", "--trainer")
@@ -24,7 +24,7 @@ SECTIONS = ("model", "data", "trainer")
 
 
 def read_configs(args: list[str]) -> dict[str, dict[str, JSON]]:
-    """Read the config files of a command, by path; raises `ConfigError` for a file without a mapping."""
+    """Read the config files of a command, by path; raises `ConfigError` for a file that is not a mapping."""
     given = [part for arg in args for part in (arg.split("=", 1) if arg.startswith("-") else [arg])]
     named = [(name, value) for name, value in pairwise(given) if name in CONFIG_FLAGS]
     for name, value in named:
@@ -34,7 +34,7 @@ def read_configs(args: list[str]) -> dict[str, dict[str, JSON]]:
             and Path(value).suffix not in (".yaml", ".yml", ".json")
         ):
             inner = "data.train" if name == "--data" else "model.model"
-            raise ConfigError(f"{name} {value}: {name} is a section of settings (a YAML file); did you mean --{inner}?")
+            raise ConfigError(f"{name} {value}: {name} needs a YAML file with a section; did you mean --{inner}?")
     there = {name: os.path.exists if name in CONFIG_FLAGS[:2] else os.path.isfile for name in CONFIG_FLAGS}
     files = {value: read_mapping(Path(value)) for name, value in named if there[name](value)}
     return {value: files[value] for name, value in named if value in files and name in CONFIG_FLAGS[:2]}
@@ -47,13 +47,13 @@ def check_keys(
     commands: Iterable[str],
     kinds: Mapping[str, tuple[str, str]],
 ) -> None:
-    """Refuse unknown keys in config files, by file and line.
+    """Refuse unknown keys in config files; the message names file and line.
 
     Args:
         files: Content of the config files, by path.
         known: All settings, as dotted names.
         kind: Kind of the stage.
-        commands: Commands, for which a config before the command may have sections.
+        commands: Commands; a config file that precedes the command may have a section for each.
         kinds: All kinds of stages, with the classes of their module and data module.
 
     Raises:
@@ -90,7 +90,7 @@ def _no_setting(name: str, known: set[str], kind: str, kinds: Mapping[str, tuple
         sections = ", ".join(sorted(k for k in known if "." not in k))
         hint = f"did you mean {close}?" if close else f"settings are {sections}"
     elif others:
-        hint = f"it is a setting of rlhf {' and rlhf '.join(others)}; is the file for that stage?"
+        hint = f"it is a setting of rlhf {' and rlhf '.join(others)}; is the config for that stage?"
     elif close:
         hint = f"did you mean {close}?"
     else:
@@ -100,26 +100,30 @@ def _no_setting(name: str, known: set[str], kind: str, kinds: Mapping[str, tuple
 
 
 def check_sections(config: Namespace) -> None:
-    """Raise `ConfigError` for sections that are not mappings, and for contradictory values that Lightning accepts."""
+    """Raise `ConfigError` for sections that are not mappings, and for contradictory settings that Lightning accepts."""
     for name in ("model", "data"):
         if not hasattr(config[name], "as_dict"):
-            raise ConfigError(f"{name}: {config[name]!r} is not a mapping of settings; see the files in configs/")
+            raise ConfigError(
+                f"{name} is {config[name]!r}; it must be a mapping of settings, see the files in configs/"
+            )
     data, trainer = config.data, config.trainer
     if trainer.model_registry is not None:
-        raise ConfigError("trainer.model_registry is for Lightning's cloud, which is not supported: leave it out")
+        raise ConfigError("trainer.model_registry needs Lightning's cloud, which is not supported; remove it")
     held_out = data.validation or getattr(data, "validation_split", None)
     if str(config.get("monitor") or "").startswith("val/") and not held_out:
         raise ConfigError(
-            f"--monitor {config.monitor} is a validation metric, and there are no validation rows: set data.validation"
+            f"--monitor {config.monitor} is a validation metric, but there are no validation rows; set data.validation"
         )
     if config.get("monitor") and trainer.enable_checkpointing is False:
-        raise ConfigError(f"--monitor {config.monitor} saves checkpoints, but trainer.enable_checkpointing is false")
+        raise ConfigError(
+            f"--monitor {config.monitor} saves checkpoints, but trainer.enable_checkpointing is false; leave out one"
+        )
     if config.get("monitor_mode") == "max" and not config.get("monitor"):
-        raise ConfigError("--monitor_mode max has no effect without --monitor: name the metric with --monitor")
+        raise ConfigError("--monitor_mode max has no effect without --monitor; give the metric with --monitor")
     if trainer.num_nodes > 1 and not any(name in os.environ for name in NODES):
         raise ConfigError(
-            f"trainer.num_nodes is {trainer.num_nodes}, but the other machines are unknown, so the run would wait for "
-            "ever. Start it on each machine with torchrun or Slurm, or set MASTER_ADDR, MASTER_PORT and NODE_RANK"
+            f"trainer.num_nodes is {trainer.num_nodes}, but the other machines are unknown, so the run would wait "
+            "forever. Start it on each machine with torchrun or Slurm, or set MASTER_ADDR, MASTER_PORT and NODE_RANK"
         )
 
 
@@ -129,13 +133,15 @@ def check_trained(config: Namespace) -> None:
     for name in ("max_steps", "max_epochs", "limit_train_batches"):
         if trainer.get(name) is not None and float(trainer[name]) == 0 and not isinstance(trainer[name], bool):
             raise ConfigError(
-                f"trainer.{name} is 0: nothing would be trained, and model/ would be a copy of the start model"
+                f"trainer.{name} is 0: nothing would be trained, and model/ would be a copy of the start model; set it "
+                "above 0"
             )
     optimizer = config.model.get("optimizer")
     arguments = (optimizer or {}).get("init_args") if hasattr(optimizer, "get") else None
     if arguments and arguments.get("lr") == 0:
         raise ConfigError(
-            "model.optimizer: lr is 0: nothing would be trained, and model/ would be a copy of the start model"
+            "model.optimizer: lr is 0: nothing would be trained, and model/ would be a copy of the start model; set it "
+            "above 0"
         )
 
 
@@ -144,9 +150,9 @@ NODES = ("MASTER_ADDR", "NODE_RANK", "GROUP_RANK", "WORLD_SIZE", "SLURM_JOB_ID",
 
 
 def named_checkpoint(name: str | None, root: Path) -> str | None:
-    """The file that `--ckpt_path last` or `best` means in the stage's folder; other names are returned unchanged.
+    """The checkpoint in the stage's folder for `--ckpt_path last` or `best`; other values are returned unchanged.
 
-    Lightning would only search among its own checkpoints.
+    Lightning would search only among its own checkpoints.
 
     Args:
         name: Value of `--ckpt_path`.
@@ -189,4 +195,4 @@ def check_checkpoint(path: str | None) -> None:
     if not place.is_dir():
         is_file(place)
     if found := damage(place):
-        raise ConfigError(f"--ckpt_path {path}: damaged, or not a checkpoint ({found}); use an earlier one")
+        raise ConfigError(f"--ckpt_path {path}: damaged, or not a checkpoint ({found}); use an earlier checkpoint")

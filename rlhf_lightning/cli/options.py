@@ -1,4 +1,4 @@
-"""Options that several commands share, and their checks, made before anything is loaded."""
+"""Options that several commands share, and checks of their values before anything is loaded."""
 
 import argparse
 import os
@@ -11,7 +11,7 @@ from rlhf_lightning.errors import MOST, ConfigError, check_dtype, check_seed, ch
 from rlhf_lightning.files import visible
 
 MAY_BE_EMPTY = ("stop", "system")
-"""Flags for which an empty text means none."""
+"""Flags whose value may be empty, which means none."""
 MANY = 2**16
 """Largest number of responses per prompt; all of them are kept in memory."""
 
@@ -24,14 +24,14 @@ COUNTS = (
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser that reports errors in one line, without the usage text.
+    """A parser that reports errors in one line, without the usage.
 
     Example:
         >>> parser = Parser(prog="rlhf score")
     """
 
     def error(self, message: str) -> NoReturn:
-        """Print the message, with the flag that may have been meant, and exit with code 2."""
+        """Print the message with a suggestion for a misspelled flag, and exit with code 2."""
         if message.startswith("unrecognized arguments: "):
             flags = {flag for action in self._actions for flag in action.option_strings}
             first = message.partition(": ")[2].split()[0].partition("=")[0]
@@ -41,17 +41,17 @@ class Parser(argparse.ArgumentParser):
         sys.exit(2)
 
     def _get_value(self, action: argparse.Action, arg_string: str) -> Any:
-        names = not isinstance(action, argparse._SubParsersAction)  # its values include those of the inner flags
+        names = not isinstance(action, argparse._SubParsersAction)  # its values are all arguments of the subcommand
         if arg_string == "" and names and action.dest not in MAY_BE_EMPTY:
             raise argparse.ArgumentError(action, "the value is empty")
         return super()._get_value(action, arg_string)
 
 
 def device_of(name: str | None) -> str:
-    """The named device, or a GPU if there is one.
+    """The device with a name.
 
     Args:
-        name: Name of the device; None for the default.
+        name: Name of the device; by default a GPU if there is one.
 
     Raises:
         ConfigError: If there is no such device.
@@ -67,7 +67,7 @@ def device_of(name: str | None) -> str:
     if device.type == "cuda" and not (device.index or 0) < torch.cuda.device_count():
         there = torch.cuda.device_count()
         raise ConfigError(
-            f"--device {name}: {f'there are {there} CUDA devices' if there else 'this machine has no CUDA device'}"
+            f"--device {name}: this machine has {f'only {there} CUDA devices' if there else 'no CUDA device'}"
         )
     if device.type == "mps" and not torch.backends.mps.is_available():
         raise ConfigError(f"--device {name}: this machine has no MPS device")
@@ -75,7 +75,7 @@ def device_of(name: str | None) -> str:
 
 
 def check_options(options: argparse.Namespace) -> None:
-    """Raise `ConfigError` for numbers and dtypes that cannot be meant, and for output files that cannot be written."""
+    """Raise `ConfigError` for numbers and dtypes that are not valid, and for output files that cannot be written."""
     if (dtype := getattr(options, "dtype", None)) is not None:
         check_dtype(dtype)
     for name, least, most in COUNTS:
@@ -90,17 +90,19 @@ def check_options(options: argparse.Namespace) -> None:
 
 def add_weight_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags for dtype and device of a model's weights."""
-    parser.add_argument("--dtype", default="float32", help="dtype of the weights (default: float32)")
+    parser.add_argument(
+        "--dtype", default="float32", help="dtype of the weights: float32, bfloat16 or float16 (default: float32)"
+    )
     parser.add_argument("--device", help="cpu, cuda or mps (default: a GPU if there is one)")
 
 
 def add_overwrite(parser: argparse.ArgumentParser) -> None:
-    """Add the flag of commands that write to a given file."""
-    parser.add_argument("--overwrite", action="store_true", help="replace an existing file (default: refuse)")
+    """Add `--overwrite`, for commands that write to a given file."""
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing output file (default: refuse)")
 
 
 def check_writable(name: str, path: Path, overwrite: bool = False) -> None:
-    """Check that a file can be written, before the work whose result it will contain.
+    """Check that an output file can be written, before the work begins.
 
     Args:
         name: Name of the option, for the message.
@@ -111,14 +113,14 @@ def check_writable(name: str, path: Path, overwrite: bool = False) -> None:
         ConfigError: If the file exists or cannot be written.
     """
     if path.is_dir():
-        raise ConfigError(f"{name} {path}: this is a folder; name a file in it")
+        raise ConfigError(f"{name} {path}: this is a folder; give a file in it")
     if path.exists() and not path.is_file():
-        raise ConfigError(f"{name} {path}: this is a device or pipe; name a file, or leave {name} out to print")
+        raise ConfigError(f"{name} {path}: this is a device or pipe; give a file, or leave out {name} to print")
     if path.exists() and path.stat().st_size and not overwrite:
-        raise ConfigError(f"{name} {path}: the file exists; name another file, or replace it with --overwrite")
+        raise ConfigError(f"{name} {path}: the file exists; give another file, or replace it with --overwrite")
     parent = next(place for place in (path.absolute(), *path.absolute().parents) if place.exists())
     if not os.access(parent, os.W_OK) or not (parent.is_dir() or parent == path.absolute()) or _virtual(parent):
-        raise ConfigError(f"{name} {path}: cannot be written in {parent}; choose another path")
+        raise ConfigError(f"{name} {path}: {parent} is not a writable folder; choose another path")
 
 
 def _virtual(path: Path) -> bool:

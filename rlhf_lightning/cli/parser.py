@@ -1,4 +1,4 @@
-"""Parser of a stage's flags and config files, with short error messages that say what to do."""
+"""Parses the flags and config files of a stage, with short error messages that say what to do."""
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -31,17 +31,17 @@ NOISE = (
 
 
 class StageParser(LightningArgumentParser):
-    """A parser that reports errors in a few lines, without the usage text.
+    """A parser that reports errors in a few lines, without the usage.
 
     Example:
         >>> parser = StageParser()
     """
 
     def print_usage(self, file: "SupportsWrite[str] | None" = None) -> None:
-        """Prints nothing, so that the error is easy to find."""
+        """Print nothing, so that the error is easy to find."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Print the message in a few lines, with what may have been meant, and exit."""
+        """Print the message in a few lines with suggestions, and exit with code 2."""
         if message.startswith("unrecognized arguments"):
             message = flags(message, self.settings())
         if "arguments are required: " in message and message.endswith("model.model"):
@@ -52,20 +52,33 @@ class StageParser(LightningArgumentParser):
         super().error(visible(tidy(message)), ex)
 
     def commands(self) -> Mapping[str, ArgumentParser]:
-        """The parsers of its commands, by name; none for the parser of one command."""
+        """The parsers of the commands by name; empty for the parser of a single command."""
         return self._subcommands_action._name_parser_map if self._subcommands_action else {}
 
     def settings(self) -> set[str]:
-        """Dotted names of all settings of its commands."""
+        """Dotted names of all settings of the commands."""
         names = {action.dest for parser in self.commands().values() or [self] for action in parser._actions}
         return {name for name in names if not name.endswith((".help", "help"))}
 
 
+PLAIN = (
+    (r"Problem with given class_path '([\w.]+)': Option '([\w.]+)' is not accepted", r"\1 has no argument '\2'"),
+    (r"Problem with given class_path '([\w.]+)': the following arguments are required: ", r"\1 needs the argument "),
+    (r"Expected a dot import path string: ([^;]*); Given value: \1", r"there is no class or function \1"),
+    (r"Expected an? <class '(?:\w+\.)*(\w+)'>", r"expected \1"),
+    (r"Expected an? typing\.Literal\[([^\]]*)\]", r"expected one of \1"),
+    (r"[.;] (?:Got|Given) value: ", ", got "),
+    (r'Parser key "([\w.]+)": ', r"\1: "),
+)
+"""Phrases of jsonargparse, and plainer ones that replace them."""
+
+
 def tidy(message: str) -> str:
-    """Shorten a message of jsonargparse to key, reason, value and remedy, without its types and failed attempts."""
+    """Shorten a message of jsonargparse to key, reason, value and remedy, without types and failed attempts."""
     text = re.sub(r"Type .*? expects a function or a callable class: ", "", message)
     text = re.sub(r"[.;]? Got value: (Namespace\(|Write).*", "", text)
     text = re.sub(r"Given value: \[?Namespace\(.*", "", text)
+    text = re.sub(r'load config "([^"]*)"', r"load config '\1'", text)
     lines = [line.strip().removeprefix("- ") for line in text.splitlines()]
     kept = [cut(line, 300) for line in lines if line and not line.startswith(NOISE)]
     text = "".join(line + (" " if line.endswith(":") else "; ") for line in dict.fromkeys(kept)).strip("; ")
@@ -74,11 +87,13 @@ def tidy(message: str) -> str:
     for remedy in _remedies(text):
         if remedy not in text:  # a nested parser may have said it already
             text += f"{'' if text.endswith('?') else '.'} {remedy}"
+    for phrase, plain in PLAIN:
+        text = re.sub(phrase, plain, text)
     return text
 
 
 def _remedies(text: str) -> Iterator[str]:
-    """What to do, as far as it can be derived from the parser's message."""
+    """Suggestions derived from the parser's message."""
     key = found[1] if (found := re.search(r'Parser key "([\w.]+)"', text)) else ""
     if found := re.search(r"(?:path string|path format): ([^;\s]*)", text):
         name = found[1].strip("'\".")
@@ -86,13 +101,13 @@ def _remedies(text: str) -> Iterator[str]:
         if recipe:
             yield recipe
         elif close:
-            yield f"Did you mean {' or '.join(close)}?" if len(close) <= 3 else f"There are {', '.join(close)}"
+            yield f"Did you mean {' or '.join(close)}?" if len(close) <= 3 else f"Choose one of {', '.join(close)}"
         if "Write a class" not in text:
             yield "Write a class or function with its module, for example torch.optim.AdamW"
     if found := re.search(r"class_path '([\w.]+)': Option '([\w.]+)' is not accepted", text):
         names = meant.arguments(found[1])
         alike = meant.argument(found[2], names)
-        yield f"Did you mean {alike}?" if alike else f"There are {', '.join(names) or 'no arguments'}"
+        yield f"Did you mean {alike}?" if alike else f"Its arguments are {', '.join(names) or 'none'}"
     if key and (found := re.search(r"the following arguments are required: (\w+)", text)):
         yield f"Set {key}.init_args.{found[1]}"
     elif any(f"Expected a <class '{name}'>" in text for name in ("list", "tuple", "collections.abc.Sequence")):
@@ -113,11 +128,11 @@ SECTIONS = {
     "model.sampler": "max_tokens",
     "trainer": "max_steps",
 }
-"""Sections of settings, with the first setting of each."""
+"""Sections of settings, each with one of its settings as an example."""
 
 
 def flags(message: str, known: Iterable[str]) -> str:
-    """Extend the parser's message about unknown arguments by what may have been meant."""
+    """Extend the parser's message about unknown arguments with suggestions."""
     names = message.partition(": ")[2].split()
     said = []
     for name in [name for name in names if name.startswith("-")] or names[:1]:
@@ -131,6 +146,6 @@ def flags(message: str, known: Iterable[str]) -> str:
             said.append(f"{flag} is not a flag; --help lists all flags")
         else:
             said.append(
-                f"{flag!r} follows no flag that takes it: a flag takes one value, and some, like --fresh, take none"
+                f"{flag!r} does not belong to a flag: a flag takes one value, and some, such as --fresh, take none"
             )
     return f"{message} ({'; '.join(said)})"

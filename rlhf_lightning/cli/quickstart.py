@@ -1,5 +1,6 @@
 """`rlhf quickstart`."""
 
+import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,15 +24,19 @@ def run(args: list[str]) -> int:
     """Run the quickstart and print its table."""
     parser = Parser(
         prog="rlhf quickstart",
-        description="Run SFT, reward model training and RL on a small model and data that it generates, or on your own "
-        "model and files.",
-        epilog="example: rlhf quickstart --model Qwen/Qwen3-0.6B --sft chats.jsonl --preferences pairs.jsonl "
-        "--prompts prompts.jsonl",
+        description="Run SFT, reward model training and RL. By default, the model and data are small and generated;\n"
+        "pass your own with the flags below.",
+        epilog="example: rlhf quickstart\n"
+        "         rlhf quickstart --model Qwen/Qwen3-0.6B --sft chats.jsonl --preferences pairs.jsonl \\\n"
+        "             --prompts prompts.jsonl",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "--seed", type=int, default=0, help="seed of the data, the weights and the samples (default: 0)"
+        "--seed", type=int, default=0, help="seed of the data, the weights and the sampled tokens (default: 0)"
     )
-    parser.add_argument("--root", type=Path, default=Path("runs/quickstart"), help="folder of the run")
+    parser.add_argument(
+        "--root", type=Path, default=Path("runs/quickstart"), help="folder of the run (default: runs/quickstart)"
+    )
     parser.add_argument("--model", help="folder, Hub id or GGUF file to start from")
     parser.add_argument("--sft", help="file of conversations to fine-tune on")
     parser.add_argument("--preferences", help="file of pairs: prompt, chosen, rejected")

@@ -1,4 +1,4 @@
-"""Turns exceptions of other libraries about settings, disks and dead processes into errors of this package."""
+"""Converts exceptions of other libraries about settings, disks and dead processes to errors with advice."""
 
 import errno
 import os
@@ -16,11 +16,11 @@ from rlhf_lightning.files import DISK_FULL
 from rlhf_lightning.rank_watch import LOST
 
 EXTRAS = ("tensorboard", "wandb")
-FULL = "free disk space, or write elsewhere (--trainer.default_root_dir); the same command resumes the run"
+FULL = "free disk space, or set another folder (--trainer.default_root_dir); the same command resumes the run"
 REMEDIES = {**dict.fromkeys(DISK_FULL, FULL), errno.EIO: "the disk or the network share is failing"}
-"""Errors of a disk of which a stage says more than `main`."""
+"""What to do about errors of a disk for which a stage has more specific advice than `main`."""
 
-# Messages of Lightning's exceptions about unsuitable settings, and what to say instead.
+# Patterns of Lightning's messages about unsuitable settings, and the messages that replace them.
 REFUSED = {
     r"`val_check_interval` \((\d+)\) must be less than or equal to the number of the training batches \((\d+)\)": (
         "trainer.val_check_interval is {0}, but an epoch has only {1} batches, so validation would never run. Lower "
@@ -35,7 +35,7 @@ REFUSED = {
 
 
 def refusal(error: BaseException) -> UserError | None:
-    """The error to raise instead of Lightning's exception about a setting; None for any other exception."""
+    """The error that replaces Lightning's exception about a setting; None for any other exception."""
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next
@@ -49,18 +49,18 @@ def refusal(error: BaseException) -> UserError | None:
 
 @contextmanager
 def unfit_settings() -> Iterator[None]:
-    """Context of building objects from settings: reports in one line what a class refuses or lacks."""
+    """Context manager for building objects from settings; converts the exceptions of classes to one-line errors."""
     try:
         yield
     except (ModuleNotFoundError, TypeError, ValueError) as error:
-        cause: BaseException | None = error  # jsonargparse replaces the exceptions of classes by its own
+        cause: BaseException | None = error  # jsonargparse replaces the exceptions of classes with its own
         while cause is not None and not isinstance(cause, ModuleNotFoundError):
             cause = cause.__cause__ or cause.__context__
         raise ConfigError(_missing(cause) if cause else f"invalid setting: {tidy(str(error))}") from error
 
 
 def _missing(error: ModuleNotFoundError) -> str:
-    """What to install for a class that a setting names. Exceptions of Lightning's loggers lack `name`."""
+    """Message about a missing package that a configured class needs. Exceptions of Lightning's loggers lack `name`."""
     text = " ".join(str(error).split())
     extra = next((name for name in EXTRAS if name in (error.name or text).lower()), None)
     return f"{text}: " + (f'pip install "rlhf-lightning[{extra}]"' if extra else "install it, or choose another class")
@@ -68,7 +68,7 @@ def _missing(error: ModuleNotFoundError) -> str:
 
 @contextmanager
 def refusals() -> Iterator[None]:
-    """Context of a stage's run. Exceptions of the user's own code are not changed."""
+    """Context manager for a stage's run. Exceptions of the user's own code are not changed."""
     try:
         yield
     except MisconfigurationException as error:

@@ -1,4 +1,4 @@
-"""Flags that override how a model is prompted, which by default is as in its training."""
+"""Flags that override how a model is prompted; by default it is prompted as in its training."""
 
 import argparse
 import sys
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from rlhf_lightning.inference.policy import SamplingSettings
 
 USUAL = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0}
-RECORD = "by default as in the model's training, which stage.json records"
+RECORD = "The defaults are the settings that the model was trained with, as recorded in its stage.json."
 
 
 def add_rendering_flags(parser: argparse.ArgumentParser, samples: bool = True) -> None:
@@ -21,20 +21,22 @@ def add_rendering_flags(parser: argparse.ArgumentParser, samples: bool = True) -
         parser: The parser.
         samples: False for a command that samples no responses.
     """
-    group = parser.add_argument_group("how the model is prompted", RECORD)
+    group = parser.add_argument_group("prompting options", RECORD)
     group.add_argument(
-        "--format", choices=("chat", "raw"), help="chat: apply the chat template; raw: use the text as it is"
+        "--format", choices=("chat", "raw"), help="chat: apply the chat template; raw: use the text unchanged"
     )
     group.add_argument(
-        "--template_kwargs", metavar="JSON", help="arguments for the chat template: '{\"enable_thinking\": false}'"
+        "--template_kwargs",
+        metavar="JSON",
+        help="arguments of the chat template, for example '{\"enable_thinking\": false}'",
     )
-    group.add_argument("--system", metavar="TEXT", help="system message for rows that have none; '' for none")
+    group.add_argument("--system", metavar="TEXT", help="system message for rows without one; '' for none")
     group.add_argument(
-        "--tools", metavar="FILE", help="tools for rows that have none: a JSON file or JSON; '[]' for none"
+        "--tools", metavar="FILE", help="tools for rows without any: a JSON file or JSON text; '[]' for none"
     )
     if samples:
         group.add_argument(
-            "--stop", action="append", metavar="TEXT", help="text that ends a response; may be repeated, '' for none"
+            "--stop", action="append", metavar="TEXT", help="text that ends a response, '' for none; may be repeated"
         )
 
 
@@ -58,16 +60,14 @@ def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
         "--max-tokens",
         type=int,
         default=256,
-        help="largest number of tokens of an answer (default: 256)",
+        help="maximum number of tokens per answer (default: 256)",
     )
-    said = "default: the value in the model's generation_config.json, else"
+    said = "default: that of the model's generation_config.json, else"
+    parser.add_argument("--temperature", type=float, help=f"sampling temperature, 0 for greedy decoding ({said} 1.0)")
     parser.add_argument(
-        "--temperature", type=float, help=f"sampling temperature; 0 takes the likeliest token ({said} 1.0)"
+        "--top_p", type=float, help=f"sample from the most likely tokens up to this total probability ({said} 1.0)"
     )
-    parser.add_argument(
-        "--top_p", type=float, help=f"sample from the likeliest tokens up to this total probability ({said} 1.0)"
-    )
-    parser.add_argument("--top_k", type=int, help=f"sample from this number of likeliest tokens, 0 for all ({said} 0)")
+    parser.add_argument("--top_k", type=int, help=f"sample from the TOP_K most likely tokens, 0 for all ({said} 0)")
 
 
 def sampling_of(options: argparse.Namespace, model: str, sampled: "SamplingSettings") -> tuple["SamplingSettings", str]:
@@ -79,7 +79,7 @@ def sampling_of(options: argparse.Namespace, model: str, sampled: "SamplingSetti
         sampled: Sampling settings of its generation config.
 
     Returns:
-        The settings, and a line that says which of them come from the generation config.
+        The settings, and a message about those that come from the generation config.
     """
     settings = sampled.copy()
     names: tuple[Literal["temperature", "top_p", "top_k"], ...] = ("temperature", "top_p", "top_k")
@@ -94,7 +94,7 @@ def sampling_of(options: argparse.Namespace, model: str, sampled: "SamplingSetti
 
 
 def say(*lines: str) -> None:
-    """Print lines to standard error, because standard output is for results; empty and repeated lines are left out."""
+    """Print lines to standard error, because standard output is for results; skip empty and repeated lines."""
     for line in dict.fromkeys(line for line in lines if line):
         print(visible(line), file=sys.stderr)
 
@@ -107,11 +107,13 @@ def _mapping(text: str | None) -> dict[str, JSON] | None:
     from rlhf_lightning.errors import ConfigError
 
     try:
-        value = yaml.safe_load(text)  # JSON is YAML, and a stage's flag takes both
+        value = yaml.safe_load(text)  # JSON is YAML, and the flag of a stage takes both
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise ConfigError(f"--template_kwargs {text[:200]!r} is not JSON: {' '.join(str(error).split())}") from None
+        raise ConfigError(
+            f"--template_kwargs {text[:200]!r} is not valid JSON: {' '.join(str(error).split())}"
+        ) from None
     if not isinstance(value, dict):
         raise ConfigError(
-            f"--template_kwargs {text!r} is not a mapping; write for example '{{\"enable_thinking\": false}}'"
+            f"--template_kwargs {text!r} must be a JSON object, for example '{{\"enable_thinking\": false}}'"
         )
     return value

@@ -16,28 +16,33 @@ if TYPE_CHECKING:
 
 
 def run(args: list[str]) -> int:
-    """Score a file of rows, and write them with their scores."""
+    """Score the responses in a file of rows, and write the rows with their scores."""
     parser = Parser(
         prog="rlhf score",
         description="Score responses with a trained preference model of any kind. Rows with chosen and rejected get "
-        "chosen_score and rejected_score, and the accuracy is printed; rows with responses get response_scores; rows "
-        "with prompt and response get score, and so do rows with messages, whose last assistant turn is scored.",
+        "chosen_score and rejected_score, and the accuracy is printed. Rows with responses get response_scores. Rows "
+        "with prompt and response get score, and so do rows with messages (for the last assistant turn).",
         epilog="example: rlhf score runs/preference/model pairs.jsonl --output scored.jsonl",
     )
     parser.add_argument("model", help="model folder of a preference stage, or any sequence classifier with one label")
-    parser.add_argument("file", help="rows: .jsonl, .json, .parquet or a Hub id")
+    parser.add_argument("file", help="rows: a .jsonl, .json or .parquet file, or a Hub id")
     parser.add_argument("--output", type=Path, help="JSONL file to write (default: standard output)")
     add_overwrite(parser)
     parser.add_argument("--scorer", metavar="CLASS", help=SCORER_HELP)
-    parser.add_argument("--shifted", action="store_true", help="add the reward_shift of the model's stage.json")
+    parser.add_argument(
+        "--shifted", action="store_true", help="add the reward_shift in the model's stage.json to the scores"
+    )
     parser.add_argument(
         "--set_shift",
         action="store_true",
-        help="treat the file's responses as reference demonstrations: write the shift that makes their mean score 0 "
-        "to stage.json as reward_shift",
+        help="write reward_shift to the model's stage.json, such that the mean score of this file's responses "
+        "(reference demonstrations) becomes 0",
     )
     parser.add_argument(
-        "--on_bad_row", choices=("error", "skip"), default="error", help="skip: leave bad rows out and count them"
+        "--on_bad_row",
+        choices=("error", "skip"),
+        default="error",
+        help="error: stop at the first bad row (default); skip: leave out bad rows and count them",
     )
     parser.add_argument("--batch_size", type=int, default=64, help="number of rows scored at once (default: 64)")
     add_weight_flags(parser)
@@ -55,13 +60,13 @@ def run(args: list[str]) -> int:
         write_text(options.output, text)
     else:
         print(text, end="")
-    # To standard error, because standard output is for the rows.
+    # Printed to standard error, because standard output is for the rows.
     print("  ".join(f"{name} {value:.4g}" for name, value in summary.items()), file=sys.stderr)
     return 0
 
 
 def score_file(options: argparse.Namespace) -> tuple[list[Row], dict[str, float]]:
-    """The rows with their scores, and summary metrics."""
+    """Score the rows of a file; return them with their scores, and summary metrics."""
     from rlhf_lightning.data.records import LocatedRow, Reading, convert_rows, read_rows
     from rlhf_lightning.models.reward_model import RewardModel
 
@@ -70,7 +75,7 @@ def score_file(options: argparse.Namespace) -> tuple[list[Row], dict[str, float]
     judge.to(device_of(options.device))
     say(judge.asking.describe())
     reading = Reading()
-    # Each example keeps its row, since bad rows may have been left out.
+    # Each example keeps its row, because bad rows may have been left out.
     given: list[LocatedRow] = read_rows(options.file, reading=reading)
     examples = convert_rows(given, lambda data: [(data, responses(judge.renderer, data))], reading, options.on_bad_row)
     sides = [side for _, rendered in examples for side in rendered.values()]
@@ -99,7 +104,7 @@ def score_file(options: argparse.Namespace) -> tuple[list[Row], dict[str, float]
 
 
 def responses(renderer: "Renderer", data: Row) -> "dict[str, Rendered]":
-    """The responses of a row by name, rendered; raises `RowError`."""
+    """Render the responses of a row, by name; raises `RowError`."""
     from rlhf_lightning.data.columns import refuse_media
     from rlhf_lightning.data.conversations import conversation, tool_schemas
     from rlhf_lightning.data.preference_rows import row_kind, split_pair, split_ranking, split_response
@@ -117,7 +122,7 @@ def responses(renderer: "Renderer", data: Row) -> "dict[str, Rendered]":
         messages = conversation(data)
         last = max((i for i, m in enumerate(messages) if m["role"] == "assistant"), default=0)
         if not last:
-            raise RowError("the conversation has no assistant turn after its first message to score")
+            raise RowError("the conversation has no assistant turn to score after its first message")
         prompt, named = messages[:last], {"response": messages[last : last + 1]}
     else:
         prompt, response = split_response(data)
@@ -148,6 +153,6 @@ def _set_shift(folder: str, scores: list[float], applied: float) -> None:
     from rlhf_lightning.models.loading import read_stage
 
     if not scores or not Path(folder).is_dir():
-        raise ConfigError("--set_shift needs a local model folder, and rows with chosen or response")
+        raise ConfigError("--set_shift needs a local model folder, and rows with a chosen or response column")
     shift = applied - sum(scores) / len(scores)
     write_json(Path(folder) / "stage.json", {**read_stage(folder), "reward_shift": shift})

@@ -1,4 +1,4 @@
-"""`rlhf sft|preference|policy fit|validate|test|predict`: LightningCLI commands with all Trainer flags."""
+"""`rlhf sft|preference|policy fit|validate|test|predict`: LightningCLI commands with all flags of the Trainer."""
 
 import logging
 import sys
@@ -12,7 +12,7 @@ import yaml
 from jsonargparse import ArgumentParser, Namespace
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 
-import rlhf_lightning.checkpointing.strategies  # noqa: F401 - gives `--trainer.strategy fsdp2` its meaning
+import rlhf_lightning.checkpointing.strategies  # noqa: F401 - registers `--trainer.strategy fsdp2`
 from rlhf_lightning.checkpointing.forked_ranks import make_forked_ranks_stoppable
 from rlhf_lightning.checkpointing.io import candidates, newest_whole, remove
 from rlhf_lightning.cli.data_record import RECORD, check_data_record
@@ -49,8 +49,8 @@ CLASSES = {
     ),
     "policy": ("rlhf_lightning.modules.policy_rl.PolicyRLModule", "rlhf_lightning.data.prompts.PromptDataModule"),
 }
-# Settings that may differ on resume: a run may be extended, and may use other devices. Any other change would make it
-# another run.
+# Settings that may change on resume: a run may be extended, and may use other devices. With any other change, it would
+# be another run.
 LENGTH = ("trainer.max_epochs", "trainer.max_steps", "trainer.max_time")
 MAY_CHANGE = (
     *LENGTH,
@@ -76,17 +76,33 @@ MAY_CHANGE = (
 HELP = {
     "sft": {
         "description": "Supervised fine-tuning of a chat model.",
-        "epilog": "example: rlhf sft fit -c configs/sft.yaml --data.train chats.jsonl",
+        "epilog": "example: rlhf sft fit -c rlhf:sft --data.train chats.jsonl",
     },
     "preference": {
-        "description": "A preference model from pairs, labels or rankings: a reward model, DPO, KTO, …",
-        "epilog": "example: rlhf preference fit -c configs/reward_model.yaml --data.train pairs.jsonl",
+        "description": "Training on preferences (pairs, labels or rankings): reward models, DPO, KTO, …",
+        "epilog": "example: rlhf preference fit -c rlhf:reward_model --data.train pairs.jsonl",
     },
     "policy": {
-        "description": "RL of a policy: importance sampling, GRPO, PPO, …",
-        "epilog": "example: rlhf policy fit -c configs/policy.yaml --data.train prompts.jsonl",
+        "description": "Policy RL: importance sampling, GRPO, PPO, …",
+        "epilog": "example: rlhf policy fit -c rlhf:policy --data.train prompts.jsonl",
     },
 }
+
+
+COMMANDS = {
+    "fit": "train, and write the trained model to model/ in the stage's folder",
+    "validate": "compute the metrics on data.validation",
+    "test": "compute the metrics on data.test",
+    "predict": "write predictions for the rows of data.predict",
+}
+RESUME = (
+    "checkpoint to continue from: a path, or last or best for those in the stage's folder. The same command resumes an "
+    "interrupted run without this flag."
+)
+WEIGHTS = (
+    "checkpoint with the weights to use: a path, or last or best for those in the stage's folder (default: the weights "
+    "of model.model)"
+)
 
 
 class SaveConfig(SaveConfigCallback):
@@ -130,48 +146,69 @@ class StageCLI(LightningCLI):
             parser_class=parser,
             parser_kwargs={
                 "prog": f"rlhf {kind}",
-                "allow_abbrev": False,  # report a misspelled flag instead of guessing from its beginning
+                "allow_abbrev": False,  # a misspelled flag is an error, not an abbreviation of another one
                 **HELP[kind],
                 "fit": {"epilog": HELP[kind]["epilog"]},
             },
         )
 
+    def _add_subcommands(self, parser: LightningArgumentParser, **kwargs: Any) -> None:
+        """Add the commands, with help of our own: Lightning's is cut off, and describes features of its cloud."""
+        super()._add_subcommands(parser, **kwargs)
+        assert parser._subcommands_action is not None
+        for choice in parser._subcommands_action._choices_actions:
+            choice.help = COMMANDS[choice.dest]
+        for name, command in self._subcommand_parsers.items():
+            command.description = f"{COMMANDS[name][0].upper()}{COMMANDS[name][1:]}."
+            command._option_string_actions["--ckpt_path"].help = RESUME if name == "fit" else WEIGHTS
+
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        parser.add_argument("--log_level", default="info", choices=LEVELS, help="lowest level that is logged")
+        parser.add_argument("--log_level", default="info", choices=LEVELS, help="lowest level of logged messages")
         parser.add_argument(
             "--log_file", type=str | None, default=None, help="log file (default: logs/run.log in the stage's folder)"
         )
         every = 5 if self.kind == "policy" else 50
-        parser.add_argument("--checkpoint_every", type=int, default=every, help="optimizer steps between checkpoints")
         parser.add_argument(
-            "--checkpoint_minutes", type=float | None, default=None, help="also by time: minutes between two"
+            "--checkpoint_every", type=int, default=every, help="number of optimizer steps between checkpoints"
+        )
+        parser.add_argument(
+            "--checkpoint_minutes",
+            type=float | None,
+            default=None,
+            help="minutes between checkpoints, in addition to --checkpoint_every",
         )
         parser.add_argument("--keep", type=int, default=2, help="number of latest checkpoints to keep")
         parser.add_argument(
-            "--monitor", type=str | None, default=None, help="also keep the best checkpoint by this metric"
+            "--monitor",
+            type=str | None,
+            default=None,
+            help="metric by which the best checkpoint is kept, in addition to the latest",
         )
         parser.add_argument(
-            "--monitor_mode", default="min", choices=("min", "max"), help="whether lower or higher is better"
+            "--monitor_mode",
+            default="min",
+            choices=("min", "max"),
+            help="whether lower or higher values of --monitor are better",
         )
         parser.add_argument(
-            "--export", default="last", choices=("last", "best"), help="weights that fit exports to model/"
+            "--export", default="last", choices=("last", "best"), help="which weights fit exports to model/"
         )
         parser.add_argument(
             "--on_nonfinite",
             default="stop",
             choices=("stop", "skip"),
-            help="what to do if a loss or gradient is NaN or inf",
+            help="what to do if a loss or gradient is NaN or infinite: stop the run, or skip the step",
         )
         parser.add_argument(
             "--rank_timeout",
             type=float | None,
             default=None,
-            help="minutes that a rank waits for another (default: 30)",
+            help="minutes that a rank waits for the other ranks (default: 30)",
         )
-        parser.add_argument("--fresh", action="store_true", help="discard an earlier run in the folder")
+        parser.add_argument("--fresh", action="store_true", help="discard an earlier run in the stage's folder")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
-        """Parse the arguments. Lightning's method warns about `args=`, but sys.argv must be unchanged for DDP."""
+        """Parse the arguments. Lightning's method warns about `args=`, but sys.argv must not change because of DDP."""
         assert isinstance(parser, StageParser)
         assert isinstance(args, list)
         files, commands = read_configs(args), parser.commands()
@@ -183,11 +220,13 @@ class StageCLI(LightningCLI):
         config.ckpt_path = named_checkpoint(config.ckpt_path, root)
         check_checkpoint(config.ckpt_path)
         if config.get("fresh") and config.ckpt_path and real_path(config.ckpt_path).is_relative_to(real_path(root)):
-            raise ConfigError(f"--fresh discards the run in {root}, which --ckpt_path {config.ckpt_path} is part of")
+            raise ConfigError(
+                f"--fresh discards the run in {root}, but --ckpt_path {config.ckpt_path} is part of it; leave out one"
+            )
         check_seed(config)
 
     def _parse_ckpt_path(self) -> None:
-        """Does nothing. Lightning would take settings from the checkpoint, and import the classes that they name."""
+        """Do nothing. Lightning would read settings from the checkpoint, and import the classes that they name."""
 
     @property
     def root(self) -> Path:
@@ -208,7 +247,7 @@ class StageCLI(LightningCLI):
             self._continue_or_stop(config)
         setup_logging(config.log_level, Path(config.log_file or self.root / "logs" / "run.log"))
         if self.subcommand != "fit":
-            # Metrics of other commands must not overwrite the curves of a fit in the same folder.
+            # Metrics of other commands must not overwrite those of a fit in the same folder.
             self.save_config_callback = None
             config.trainer.logger = config.trainer.logger or False
         self.trainer_defaults["callbacks"] = self._callbacks(config)
@@ -230,7 +269,7 @@ class StageCLI(LightningCLI):
 
         callbacks: list[pl.Callback] = [ExportModel(config.export), PredictionsFile(), MemoryEstimate()]
         own = _callback_classes(config.trainer.callbacks)
-        # A callback that the user configures replaces the default one.
+        # A callback in the user's config replaces the default one.
         policy = (SamplesLog, HeldOutAnswers, FirstStepInvariants, Diagnostics)
         kinds = {"policy": policy, "preference": (PreferenceWatch,)}
         callbacks += [kind() for kind in kinds.get(self.kind, ()) if not _has(own, kind)]
@@ -249,7 +288,7 @@ class StageCLI(LightningCLI):
         return callbacks
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
-        """The Trainer, which logs to `metrics.csv` in the folder unless another logger is configured."""
+        """Make the Trainer, which logs to `metrics.csv` in the folder unless another logger is configured."""
         config = self.config[self.subcommand]
         if self.subcommand == "fit" and config.trainer.logger in (None, True):
             from rlhf_lightning.checkpointing.metrics_csv import MetricsCSV
@@ -264,13 +303,13 @@ class StageCLI(LightningCLI):
     # -- the folder -----------------------------------------------------------------------------------------------
 
     def _claim(self, config: Namespace) -> None:
-        """Lock the folder for this run, on rank 0; refuse to replace the user's own files."""
+        """Lock the folder for this run on rank 0, and refuse to replace the user's own files."""
         refuse_inputs_in(self.root, STAGE_RESULTS, {name: config[name].as_dict() for name in ("model", "data")})
         if is_first_process() and not config.trainer.fast_dev_run:
             claim(self.root, STAGE_RESULTS, patience=60 if parent_is_watched() else 0)
 
     def _continue_or_stop(self, config: Namespace) -> None:
-        """Resume an interrupted run with the same settings, refuse one with others, and skip a finished one."""
+        """Resume an interrupted run with equal settings, refuse one with other settings, and skip a finished run."""
         if config.fresh:
             if not is_first_process():
                 return  # only rank 0 clears the folder
@@ -286,12 +325,12 @@ class StageCLI(LightningCLI):
             self._check_data(config, begins=True)
             return
         if done:
-            read_record(self.root / "stage.json")  # raises if another version wrote it
+            read_record(self.root / "stage.json")  # raises if it has the format of another version
         before = self._before()
         if before and (kind := _kind(before)) != self.kind:
             raise ConfigError(
-                f"{self.root} contains a run of rlhf {kind}. Choose another --trainer.default_root_dir, or discard it "
-                "with --fresh."
+                f"{self.root} contains a run of rlhf {kind}. Choose another --trainer.default_root_dir, or discard "
+                "that run with --fresh."
             )
         different = self._different(before)
         # `export` may change until the model is exported.
@@ -315,11 +354,11 @@ class StageCLI(LightningCLI):
         print(visible(f"resuming {self.root} from {last}"), file=sys.stderr)
 
     def _check_data(self, config: Namespace, begins: bool = False) -> None:
-        """On the first process, raise `ConfigError` if the data differ from those that the run began with."""
+        """In the first process, raise `ConfigError` if the data have changed since the run began."""
         if not is_first_process():
             return
         if begins:
-            remove(self.root / RECORD)  # left by a run that was stopped before its first checkpoint
+            remove(self.root / RECORD)  # left over from a run that was stopped before its first checkpoint
         check_data_record(self.root, config.data.as_dict())
 
     def _before(self) -> dict[str, JSON]:
@@ -340,7 +379,7 @@ class StageCLI(LightningCLI):
         try:
             super()._run_subcommand(subcommand)
         except SystemExit as stop:
-            # Lightning raises SystemExit for Ctrl-C and SIGTERM after it has shut the run down.
+            # After it has shut down the run, Lightning raises SystemExit for Ctrl-C and SIGTERM.
             if isinstance(stop.__context__, KeyboardInterrupt):
                 raise stop.__context__ from None
             raise
@@ -348,7 +387,7 @@ class StageCLI(LightningCLI):
         if subcommand == "fit" and monitor and monitor not in logged:
             there = ", ".join(sorted(logged)) or "none"
             log.warning(
-                "--monitor %s was never logged, so no best checkpoint was kept; logged metrics are %s", monitor, there
+                "--monitor %s was never logged, so no best checkpoint was kept; logged metrics: %s", monitor, there
             )
 
     def instantiate_classes(self) -> None:
@@ -356,7 +395,7 @@ class StageCLI(LightningCLI):
             super().instantiate_classes()
 
     def report(self) -> None:
-        """On rank 0, write the report of a stage that was just trained."""
+        """Write the report after training, on rank 0."""
         fast = self.config[self.subcommand].trainer.fast_dev_run
         if self.subcommand == "fit" and self.trainer.is_global_zero and not fast:
             report_after_stage(self.root)
@@ -365,9 +404,9 @@ class StageCLI(LightningCLI):
 def _with_recipe(
     args: list[str], files: Mapping[str, dict[str, JSON]], commands: Mapping[str, ArgumentParser]
 ) -> list[str]:
-    """Replace `model.recipe` by its settings, as defaults.
+    """Replace `model.recipe` with its settings, as defaults.
 
-    Any setting given beside the recipe overrides it, also by `null`, and `--print_config` and `config.yaml` show the
+    Any other given setting overrides the recipe, even if it is `null`. `--print_config` and `config.yaml` show the
     resulting settings.
     """
     sections = [settings.get("model") for settings in files.values()]
@@ -386,7 +425,7 @@ def _with_recipe(
 
 
 def _callback_classes(callbacks: pl.Callback | Namespace | list[pl.Callback | Namespace] | None) -> list[type]:
-    """Classes of the callbacks that the user configures: one or a list, each as an object or by its `class_path`."""
+    """Classes of the configured callbacks: one or a list, each an object or settings with a `class_path`."""
     from rlhf_lightning.environments.base import imported
 
     listed = callbacks if isinstance(callbacks, list) else [callbacks] if callbacks else []
@@ -403,7 +442,7 @@ def _has(classes: list[type], kind: type) -> bool:
 
 
 def _guard_checkpoints(trainer: pl.Trainer) -> None:
-    """Make checkpoint writes atomic, and run RunCheckpoints last, since it saves the other callbacks' state."""
+    """Make checkpoint writes atomic, and run RunCheckpoints last, because it saves the state of other callbacks."""
     from lightning.fabric.plugins.io import TorchCheckpointIO
 
     from rlhf_lightning.checkpointing.callbacks import RunCheckpoints
@@ -411,17 +450,17 @@ def _guard_checkpoints(trainer: pl.Trainer) -> None:
     from rlhf_lightning.modules.trainer_state import callbacks_of
 
     callbacks_of(trainer).sort(key=lambda callback: isinstance(callback, RunCheckpoints))
-    # Not through `trainer.plugins`, which would replace the user's own, and which some strategies refuse.
+    # Not with `trainer.plugins`: that would replace the user's own plugins, and some strategies refuse it.
     if type(trainer.strategy._checkpoint_io) in (type(None), TorchCheckpointIO):
         trainer.strategy._checkpoint_io = AtomicCheckpointIO()
 
 
 class Finished(Exception):
-    """The folder contains a finished run with exactly these settings."""
+    """The folder contains a finished run with equal settings."""
 
 
 def _kind(settings: Mapping[str, JSON]) -> str:
-    """The kind of stage that settings belong to."""
+    """The kind of stage that has these settings."""
     marks = {"policy": "data.group_size", "preference": "data.kind"}
     return next((kind for kind, name in marks.items() if name in settings), "sft")
 
@@ -436,7 +475,7 @@ def run(args: list[str]) -> int:
     """Run a stage command.
 
     Args:
-        args: Kind, subcommand, and flags.
+        args: Kind of stage, subcommand, and flags.
     """
     allow_user_code(args)
     watch_parent()

@@ -1,4 +1,4 @@
-"""Suggestions for misspelled or foreign names of flags, keys, classes and commands."""
+"""Suggestions for misspelled flags, keys, classes and commands, and for names used by other libraries."""
 
 import inspect
 from collections.abc import Iterable
@@ -66,7 +66,7 @@ NAMES = {
     "val_data": "data.validation",
     "weight_decay": f"{OPTIMIZER}.weight_decay",
 }
-"""Settings by the names that other trainers use."""
+"""Settings by their names in other trainers."""
 OF_PROMPTS = {"data.batch_size": "data.prompts_per_round", "data.max_length": "data.max_prompt_tokens"}
 """Settings of a policy stage that correspond to those of other stages."""
 INSIDE = {
@@ -80,7 +80,7 @@ INSIDE = {
     "target_modules": "target",
     "weight": "coefficient",
 }
-"""Arguments of classes by the names that other libraries use."""
+"""Arguments of classes by their names in other libraries."""
 CLASSES = {
     "model.advantage": ("rlhf_lightning.rollout.advantages.Advantage",),
     "model.loss": ("rlhf_lightning.objectives.preference.PreferenceLoss",),
@@ -102,7 +102,7 @@ NO_CLASSES = {
     "linear": "use rlhf_lightning.modules.schedules.Warmup with shape cosine, linear or constant",
     "adam8bit": "bitsandbytes.optim.AdamW8bit needs bitsandbytes",
 }
-"""Names that users write instead of a class, and what to write for them."""
+"""Names that users may write instead of a class, and what to write instead."""
 COMMANDS = {
     "compare": "evaluate",
     "dpo": "preference",
@@ -124,16 +124,16 @@ COMMANDS = {
 
 
 def in_place_of_class(name: str) -> str | None:
-    """What to write instead of a name that is not a class; None if the name is unknown."""
-    from rlhf_lightning.modules.recipes import RECIPES  # needs torch, which a mistyped command does not
+    """Advice for a name that is not a class; None if the name is unknown."""
+    from rlhf_lightning.modules.recipes import RECIPES  # imported late, because it imports torch
 
     return f"{name} is a recipe: set --model.recipe {name}" if name in RECIPES else NO_CLASSES.get(name)
 
 
 def setting(name: str, known: Iterable[str]) -> str | None:
-    """The setting that a name was meant for, or None.
+    """The setting that an unknown name was probably meant to be, or None.
 
-    It has the same last word, or the name is another trainer's name for it, or the names are similar.
+    It has the same last part, or the name is another trainer's name for it, or the names are similar.
 
     Args:
         name: The unknown name.
@@ -159,7 +159,7 @@ def _by_last(last: str, known: set[str]) -> str | None:
 
 
 def argument(name: str, known: Iterable[str]) -> str | None:
-    """The argument of a class that a name was meant for."""
+    """The argument of a class that an unknown name was probably meant to be."""
     known = list(known)
     there = INSIDE.get(name.lower())
     close = [there] if there in known else get_close_matches(name, known, n=1, cutoff=0.6)
@@ -168,14 +168,14 @@ def argument(name: str, known: Iterable[str]) -> str | None:
 
 def arguments(class_path: str) -> list[str]:
     """Names of a class's arguments, without `**kwargs`."""
-    from rlhf_lightning.environments.base import imported  # imports more than a mistyped command needs
+    from rlhf_lightning.environments.base import imported  # imported late, because it imports torch
 
     parameters = inspect.signature(imported(class_path, "class_path")).parameters.values()
     return [p.name for p in parameters if p.kind is not p.VAR_KEYWORD]
 
 
 def classes(key: str, name: str) -> list[str]:
-    """Classes with names similar to a given one; all classes of the setting if none is similar and there are few.
+    """Classes with similar names; all classes of the setting if none is similar and there are only a few.
 
     Args:
         key: The setting.
@@ -194,7 +194,7 @@ def classes(key: str, name: str) -> list[str]:
 
 
 def _choices(module: ModuleType, base: str) -> dict[str, str]:
-    """Concrete subclasses of a base in a module: their names as written in a config, by class name."""
+    """Concrete subclasses of a base class in a module: their names in a config, by class name."""
     root, found = getattr(module, base), {}
     own = module.__name__.startswith("rlhf_lightning")
     for name, value in vars(module).items():
@@ -205,7 +205,7 @@ def _choices(module: ModuleType, base: str) -> dict[str, str]:
 
 
 def command(name: str, known: Iterable[str]) -> str | None:
-    """The command that was meant."""
+    """The command that was probably meant."""
     word = name.lower().replace("_", "-")
     close = get_close_matches(word, list(known), n=1)
     return COMMANDS.get(word) or (close[0] if close else None)

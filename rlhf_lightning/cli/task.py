@@ -1,4 +1,4 @@
-"""`rlhf evaluate MODEL FILE --task NAME`: a benchmark on a file of its rows."""
+"""`rlhf evaluate MODEL FILE --task NAME`: runs a benchmark on a local file of its rows."""
 
 import argparse
 import json
@@ -21,11 +21,11 @@ if TYPE_CHECKING:
     from rlhf_lightning.types import JSON, Row
 
 CHUNK = 32
-"""Rows that are answered before they are written."""
+"""Number of rows that are answered before their results are written."""
 
 
 def is_task(args: Sequence[str]) -> bool:
-    """True if the arguments of `rlhf evaluate` name a task."""
+    """True if the arguments of `rlhf evaluate` contain `--task`."""
     return any(arg == "--task" or arg.startswith("--task=") for arg in args)
 
 
@@ -42,7 +42,7 @@ def run(args: list[str]) -> int:
     check_options(options)
     rows = read_rows(options.file)[: options.limit]
     if not rows:
-        raise ConfigError(f"{options.file} has no rows")
+        raise ConfigError(f"{options.file}: the file has no rows")
     settings = {
         **{key: vars(options)[key] for key in ("task", "max_tokens", "shots", "limit", "seed", "dtype", "scorer")},
         "temperature": options.temperature,
@@ -69,15 +69,15 @@ def run(args: list[str]) -> int:
 
 
 class Results:
-    """The rows of an evaluation, appended to a file as they come, from which the same command goes on.
+    """Results of an evaluation. They are appended to a file, so that an interrupted evaluation can continue.
 
     Args:
-        path: The file; None to keep them in memory.
-        settings: What the rows depend on; rows of other settings are not mixed with these.
-        overwrite: Begin anew.
+        path: The file; None to keep the results in memory.
+        settings: Settings that the results depend on; a file has results of one set of settings only.
+        overwrite: Replace an existing file.
 
     Raises:
-        ConfigError: If the file has rows of another run, or is not of a run.
+        ConfigError: If the file has results with other settings, or no results at all.
 
     Example:
         >>> Results(None, {}, False).done
@@ -100,28 +100,30 @@ class Results:
         with open(path, "rb") as stream:
             for line in stream:
                 if not line.endswith(b"\n"):
-                    break  # cut off when it was written
+                    break  # the evaluation was killed while it wrote this line
                 try:
                     row = json.loads(line)
                     same = row["run"] == self.run
                     self.done[int(row["index"])] = row
                 except (ValueError, KeyError, TypeError):
-                    raise ConfigError(f"--output {path}: there already, and of no task; name another") from None
+                    raise ConfigError(
+                        f"--output {path}: the file exists and has no results of a task; give another file"
+                    ) from None
                 if not same:
                     raise ConfigError(
-                        f"--output {path}: has results of another model, file or settings; name another file, or "
-                        "replace it with --overwrite"
+                        f"--output {path}: the file has results of another model, file or settings; give another file, "
+                        "or replace it with --overwrite"
                     )
                 whole += len(line)
         os.truncate(path, whole)
         if self.done:
-            print(visible(f"{path}: {len(self.done)} rows are there already"), file=sys.stderr)
+            print(visible(f"{path}: {len(self.done)} rows are done already"), file=sys.stderr)
 
     def missing(self, count: int) -> Iterator[list[int]]:
-        """The numbers of rows without a result, in chunks.
+        """The indices of rows without a result, in chunks.
 
         Args:
-            count: Number of rows in all.
+            count: Total number of rows.
         """
         left = [number for number in range(count) if number not in self.done]
         for start in range(0, len(left), CHUNK):
@@ -132,10 +134,13 @@ class Results:
             print(file=sys.stderr)
 
     def scores(self, number: int) -> "Scores":
-        """The scores of a row; raises `ConfigError` if the file holds something else.
+        """The scores of a row.
 
         Args:
-            number: Its index.
+            number: Index of the row.
+
+        Raises:
+            ConfigError: If the file has no valid scores for the row.
         """
         found = self.done[number].get("scores")
         scores = {
@@ -145,7 +150,7 @@ class Results:
         }
         if not scores or not all(scores.values()):
             raise ConfigError(
-                f"--output {self.path}: the row with index {number} has no scores; begin with --overwrite"
+                f"--output {self.path}: the row with index {number} has no scores; start over with --overwrite"
             )
         return scores
 
@@ -165,24 +170,26 @@ def _task(options: argparse.Namespace) -> "Task":
 
     if bool(options.shots) != bool(options.shots_from):
         raise ConfigError(
-            "--shots N and --shots_from FILE go together: the first N rows of the file are solved examples"
+            "--shots N and --shots_from FILE must be given together: the first N rows of the file are solved examples"
         )
     shots = read_rows(options.shots_from)[: options.shots] if options.shots else []
     if len(shots) < options.shots:
-        raise ConfigError(f"--shots {options.shots}: {options.shots_from} has {len(shots)} rows")
+        raise ConfigError(f"--shots is {options.shots}, but {options.shots_from} has only {len(shots)} rows")
     if options.task == "gsm8k":
         return tasks.gsm8k([row.data for row in shots])
     if options.shots:
-        raise ConfigError(f"--shots is for gsm8k; the task {options.task} has no solved examples")
+        raise ConfigError(f"--shots is only for gsm8k; the task {options.task} takes no solved examples")
     if options.task == "ifeval":
         return tasks.ifeval()
     if not Path(options.task).is_file():
-        raise ConfigError(f"--task {options.task}: one of {', '.join(tasks.NAMES)}, or a YAML file of a task")
+        raise ConfigError(
+            f"--task {options.task}: no such task or file; give one of {', '.join(tasks.NAMES)}, or a YAML file"
+        )
     return tasks.read_task(Path(options.task))
 
 
 def _answers(options: argparse.Namespace, given: Sequence, results: Results) -> "dict[str, Estimate]":
-    """Ask a policy, score what it answers."""
+    """Sample the policy's answers and score them."""
     from rlhf_lightning.errors import DataError
     from rlhf_lightning.inference.policy import Policy
 
@@ -229,12 +236,14 @@ def _pairs(options: argparse.Namespace, given: Sequence, results: Results) -> "d
 
     if options.shots or options.max_tokens:
         raise ConfigError(
-            "--shots and --max_tokens are for tasks that are answered; rewardbench scores given responses"
+            "--shots and --max_tokens have no effect on rewardbench, which scores given responses; leave them out"
         )
     for one in given:
         for key in ("prompt", "chosen", "rejected"):
             if one.data.get(key) is None:
-                raise DataError(f"{one.where}: a row has no {key}; RewardBench has prompt, chosen, rejected and subset")
+                raise DataError(
+                    f"{one.where}: the row has no {key}; rows of RewardBench have prompt, chosen, rejected and subset"
+                )
     rows = [one.data for one in given]
     if left := list(results.missing(len(rows))):
         import_scorer(options.scorer)
@@ -243,7 +252,7 @@ def _pairs(options: argparse.Namespace, given: Sequence, results: Results) -> "d
         say(judge.asking.describe())
         for numbers in left:
             part = [rows[number] for number in numbers]
-            # Together, so that equal responses are of one batch and get equal scores.
+            # Scored in one call, so that equal responses are in the same batch and get equal scores.
             responses = [row[side] for side in ("chosen", "rejected") for row in part]
             scores = judge.score([row["prompt"] for row in part] * 2, responses).tolist()
             results.add(
@@ -287,29 +296,36 @@ def _show(task: str, found: "Mapping[str, Estimate]") -> None:
 
 def _parse(args: list[str]) -> argparse.Namespace:
     parser = Parser(
-        prog="rlhf evaluate --task",
-        description="Measure a model on the rows of a benchmark, which are in a file: gsm8k (question, answer), ifeval "
-        "(prompt, instruction_id_list, kwargs), rewardbench (prompt, chosen, rejected, subset; of a preference model), "
-        "or a task of your own in a YAML file. Answers are greedy. With --output, the same command goes on where it "
-        "was stopped.",
-        epilog="example: rlhf evaluate runs/sft/model gsm8k_test.jsonl --task gsm8k --shots 5 --shots_from "
-        "gsm8k_train.jsonl --output gsm8k.jsonl",
+        prog="rlhf evaluate",
+        description="Run a benchmark on a file of its rows. Tasks, and the columns of their rows:\n"
+        "  gsm8k        question, answer\n"
+        "  ifeval       prompt, instruction_id_list, kwargs\n"
+        "  rewardbench  prompt, chosen, rejected, subset (for preference models)\n"
+        "  FILE.yaml    your own task\n"
+        "With --output, the same command continues an interrupted evaluation.",
+        epilog="example: rlhf evaluate runs/sft/model gsm8k_test.jsonl --task gsm8k --output gsm8k.jsonl \\\n"
+        "             --shots 5 --shots_from gsm8k_train.jsonl",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("model", help="folder, Hub id or GGUF file of a model")
-    parser.add_argument("file", help="the rows of the benchmark: .jsonl, .json, .parquet or a Hub id")
+    parser.add_argument("file", help="rows of the benchmark: a .jsonl, .json or .parquet file, or a Hub id")
     parser.add_argument("--task", required=True, metavar="NAME", help="gsm8k, ifeval, rewardbench, or a YAML file")
     parser.add_argument(
-        "--shots", type=int, default=0, metavar="N", help="gsm8k: solved examples before a question (0)"
+        "--shots", type=int, default=0, metavar="N", help="gsm8k: number of solved examples per prompt (default: 0)"
     )
-    parser.add_argument("--shots_from", metavar="FILE", help="rows of which the first N are these examples")
-    parser.add_argument("--max_tokens", type=int, help="budget of a response (default: that of the task)")
-    parser.add_argument("--temperature", type=float, default=0.0, help="0, the default, takes the likeliest token")
-    parser.add_argument("--limit", type=int, help="use the first so many rows")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", action="store_true", help="print a JSON object in place of the table")
-    parser.add_argument("--output", type=Path, help="JSONL file: a row for each response, with its scores")
-    parser.add_argument("--summary", type=Path, help="JSON file: the metrics")
-    parser.add_argument("--overwrite", action="store_true", help="begin anew, and replace files that are there")
+    parser.add_argument("--shots_from", metavar="FILE", help="file whose first N rows are the solved examples")
+    parser.add_argument(
+        "--max_tokens", type=int, help="maximum number of tokens per response (default: that of the task)"
+    )
+    parser.add_argument(
+        "--temperature", type=float, default=0.0, help="sampling temperature (default: 0, greedy decoding)"
+    )
+    parser.add_argument("--limit", type=int, help="use only the first LIMIT rows")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the sampled tokens (default: 0)")
+    parser.add_argument("--json", action="store_true", help="print the metrics as a JSON object instead of a table")
+    parser.add_argument("--output", type=Path, help="write each response and its scores to this JSONL file")
+    parser.add_argument("--summary", type=Path, help="write the metrics to this JSON file")
+    parser.add_argument("--overwrite", action="store_true", help="start over, and replace existing output files")
     parser.add_argument("--scorer", metavar="CLASS", help=SCORER_HELP)
     add_weight_flags(parser)
     add_rendering_flags(parser)

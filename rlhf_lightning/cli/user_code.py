@@ -1,6 +1,6 @@
-"""Imports of modules in the current folder, allowed only for modules that the user has named.
+"""Imports modules from the current folder, but only those that the user has named.
 
-If the folder were on `sys.path`, as with `python -m`, any import of a library could resolve to it. For example, a
+If the folder were on `sys.path`, as with `python -m`, any import in a library could resolve to it. For example, a
 downloaded model folder with the name of a package that is not installed would be imported as that package.
 """
 
@@ -18,11 +18,11 @@ _DOTTED = re.compile(r"(?<![\w./\\-])([A-Za-z_]\w*)\.(?=[A-Za-z_])")
 _FILE = re.compile(r"[^\s'\"\[\]{},:=]+\.ya?ml")
 
 
-SCORER_HELP = "dotted path of your own scorer class, if the reward model was trained with one"
+SCORER_HELP = "dotted path of your own scorer class, if the preference model was trained with one"
 
 
 class UserFolder(MetaPathFinder):
-    """Import finder for the named modules of a folder, and for modules next to them that these import.
+    """Import finder for named modules of a folder, and for modules next to them that they import.
 
     Args:
         folder: The folder.
@@ -58,10 +58,10 @@ def _importer() -> str:
 
 
 def allow_user_code(texts: Iterable[str]) -> None:
-    """Allow imports from the current folder of modules that are named in texts, or in YAML files that these name.
+    """Allow imports from the current folder of modules that are named in texts, or in YAML files named there.
 
     Args:
-        texts: Arguments of the command, or text of settings.
+        texts: Arguments of the command, or the text of settings.
     """
     here = Path.cwd()
     finder = next((one for one in sys.meta_path if isinstance(one, UserFolder) and one.folder == here), None)
@@ -72,7 +72,7 @@ def allow_user_code(texts: Iterable[str]) -> None:
 
 
 def import_scorer(path: str | None) -> None:
-    """Import the user's own scorer that a command names. Only then may a model folder name it too."""
+    """Import the user's own scorer class. Model folders may only name scorers that were imported like this."""
     if path is not None:
         from rlhf_lightning.environments.base import imported
 

@@ -1,4 +1,4 @@
-"""Checks of values that have the right type but cannot be meant: NaN, infinity, null, empty names."""
+"""Checks values that have the right type but are not valid: NaN, infinity, null, empty names."""
 
 import argparse
 import inspect
@@ -15,9 +15,9 @@ from rlhf_lightning.errors import MOST, ConfigError, check_whole
 from rlhf_lightning.types import JSON
 
 MAY_BE_INFINITE = ("clip_high", "dual_clip", "high", "ratio_max")
-"""Bounds, for which infinity means none."""
+"""Bounds that may be infinite, which means no bound."""
 MAY_BE_EMPTY = ("data.system",)
-"""Settings that may be empty although their default is not; an empty system message means none."""
+"""Settings that may be empty although their default is not empty; an empty system message means none."""
 COUNTS: dict[str, tuple[int, int]] = {
     "checkpoint_every": (0, MOST),
     "keep": (1, MOST),
@@ -33,10 +33,10 @@ COUNTS: dict[str, tuple[int, int]] = {
     "trainer.num_sanity_val_steps": (-1, MOST),
     "trainer.reload_dataloaders_every_n_epochs": (0, MOST),
 }
-"""Ranges of settings whose values Lightning does not check, or reports with a traceback."""
+"""Ranges of settings that Lightning does not check, or reports with a traceback."""
 DURATIONS, UNITS = ("trainer.max_time", "trainer.val_check_interval"), ("weeks", "days", "hours", "minutes", "seconds")
 KNOWN = ("rlhf_lightning.", "torch.", "lightning.")
-"""Packages of the classes whose arguments are checked."""
+"""Packages with classes whose arguments are checked."""
 
 
 Setting = JSON | Namespace
@@ -51,7 +51,7 @@ def check_values(parser: argparse.ArgumentParser, config: Namespace) -> None:
         config: The parsed settings.
 
     Raises:
-        ConfigError: If a value cannot be meant.
+        ConfigError: If a value is not valid.
     """
     for action in parser._actions:
         if action.dest in config:
@@ -68,12 +68,12 @@ def check_values(parser: argparse.ArgumentParser, config: Namespace) -> None:
 
 def _check(key: str, value: Setting, takes_none: bool, takes_empty: bool) -> None:
     if value is None and not takes_none:
-        raise ConfigError(f"{key} is null; it needs a value. Leave the line out for the default")
+        raise ConfigError(f"{key} is null; give a value, or leave the line out for the default")
     unbounded = value == math.inf and key.rpartition(".")[2] in MAY_BE_INFINITE
     if isinstance(value, float) and not math.isfinite(value) and not unbounded:
         raise ConfigError(f"{key} is {value}; it must be a finite number")
     if key in DURATIONS and isinstance(value, dict) and (wrong := value.keys() - UNITS):
-        raise ConfigError(f"{key}: {sorted(map(str, wrong))[0]} is not a unit of time; units are {', '.join(UNITS)}")
+        raise ConfigError(f"{key}: unknown unit of time {sorted(map(str, wrong))[0]}; units are {', '.join(UNITS)}")
     if key in COUNTS and value is not None and not isinstance(value, str | list):
         check_whole(key, value, *COUNTS[key])
     if value == "" and isinstance(value, str) and not takes_empty and key not in MAY_BE_EMPTY:
@@ -104,7 +104,7 @@ def _entries(value: Setting) -> Mapping[str, Setting]:
 
 
 def _parameter(path: str, name: str) -> inspect.Parameter | None:
-    """An argument of a class, from whichever of its base classes defines it."""
+    """An argument of a class, from the base class that defines it."""
     for base in imported(path, "class_path").__mro__:
         if name in (parameters := inspect.signature(base.__init__).parameters):
             return parameters[name]
@@ -112,7 +112,7 @@ def _parameter(path: str, name: str) -> inspect.Parameter | None:
 
 
 def _dataclass(hint: type | types.UnionType | None) -> type | None:
-    """The one that a hint names, or None."""
+    """The dataclass in a type hint, or None."""
     return next((kind for kind in (hint, *get_args(hint)) if isinstance(kind, type) and is_dataclass(kind)), None)
 
 

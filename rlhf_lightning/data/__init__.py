@@ -1,1 +1,1 @@
-"""From files to batches: rows, rendering, batching, and the three data modules."""
+"""Data from files to batches: rows, rendering, batching, and the three data modules."""

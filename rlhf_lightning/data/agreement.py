@@ -1,4 +1,4 @@
-"""Checks that all ranks have read the same rows, because each reads the files itself and takes its share by index."""
+"""Checks that all ranks have read the same rows: each rank reads the files itself, and selects its rows by index."""
 
 import hashlib
 import os
@@ -16,14 +16,14 @@ Fact: TypeAlias = int | tuple[str, str]
 
 
 def require_agreement(error: Exception | None, facts: Callable[[], dict[str, Fact]]) -> None:
-    """Raise the same error on all ranks if one of them found an error in its data, or has other data than rank 0.
+    """Raise the same error on all ranks if the data of one rank are bad, or differ from those of rank 0.
 
     Args:
         error: The error that this rank found, if any.
-        facts: Returns the values that must be equal on all ranks, by name; only called with several ranks.
+        facts: Returns the values that must be equal on all ranks, by name; called only if there are several ranks.
 
     Raises:
-        DataError: With the rank and its machine.
+        DataError: If a rank found an error, or the data differ. The message names the rank and its machine.
     """
     if rank_count() > 1:
         ranks = gather((socket.gethostname(), error and str(error), {} if error else facts()), every=True)
@@ -35,16 +35,23 @@ def require_agreement(error: Exception | None, facts: Callable[[], dict[str, Fac
             for name, value in first.items():
                 if found[name] != value:
                     raise DataError(
-                        f"{name}: rank {rank} of {len(ranks)} ({other}) has {_shown(found[name], value)}, rank 0 "
-                        f"({host}) {_shown(value, found[name])}. All ranks must read the same rows: use files that all "
-                        "machines see, or copy them again."
+                        f"{name}: rank {rank} of {len(ranks)} ({other}) has {_shown(found[name], value)}, but rank 0 "
+                        f"({host}) has {_shown(value, found[name])}. All ranks must read the same rows: use a file "
+                        "system that all machines share, or copy the files again."
                     )
     if error:
         raise error
 
 
 def rows_facts(source: Source | None, name: str, rows: Iterable[Example], read: int) -> tuple[str, str]:
-    """Identify rows: a text with their counts, and a hash of their lengths and, if that is fast, of their source."""
+    """Identify rows by a text with their counts, and a hash of their lengths and, if that is fast, of their source.
+
+    Args:
+        source: Source of the rows.
+        name: Name of the split.
+        rows: The examples.
+        read: Number of rows that were read.
+    """
     digest = hashlib.sha256()
     examples = tokens = trained = 0
     for row in rows:

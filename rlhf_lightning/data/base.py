@@ -49,26 +49,29 @@ class RowDataModule(pl.LightningDataModule, Generic[ExampleT, BatchT]):
     Args:
         train: Rows to train on: a file (`.jsonl`, `.json`, `.csv`, `.parquet` and others), a Hub id
             (`owner/name:split`, `owner/name:configuration/split`), a list of these, a list of dicts, a data frame, a
-            `datasets` data set, a dict of columns or of splits. Only what a command needs is read.
+            dataset of `datasets`, a dict of columns or of splits. A command reads only the rows that it needs.
         validation: Rows to validate on, in the same forms.
         test: Rows of the `test` command.
         predict: Rows of the `predict` command.
-        batch_size: Rows of one training step on one device.
-        eval_batch_size: Rows of one validation, test or predict step on one device; by default `batch_size`.
+        batch_size: Number of rows per training step on one device.
+        eval_batch_size: Number of rows per validation, test or predict step on one device; by default `batch_size`.
         validation_split: Number of rows (or fraction, below 1) of `train` to hold out if there is no `validation`. All
             rows of a prompt stay on one side.
-        max_length: Largest number of tokens of a row.
+        max_length: Maximum number of tokens of a row.
         overlong: What to do with rows that are too long: `error`, `truncate`, or `skip` and count them.
         on_bad_row: `error` stops at the first bad row and names file and line; `skip` leaves bad rows out and counts
             them.
         columns: Names of columns, `{our name: your name}`; `{our name: null}` ignores that column.
-        format: `chat` renders with the chat template, `raw` uses text as it is. This and the next three settings
-            default to those recorded in the model's `stage.json`; without a record, to `chat` and nothing.
-        template_kwargs: Passed to the chat template, for example `{enable_thinking: false}`.
-        system: System message for rows without one; `''` for none.
-        tools: Tools for rows without any: a list, JSON text or a JSON file of tool schemas; `[]` for none.
-        tokenizer: Tokenizer, or its folder or Hub id, if it is not the model's.
-        seed: Seed of the row order; by default the run's.
+        format: `chat` renders with the chat template, `raw` uses the text unchanged. By default as recorded in the
+            model's `stage.json`, else `chat`.
+        template_kwargs: Arguments of the chat template, for example `{enable_thinking: false}`; by default as recorded
+            in the model's `stage.json`, else none.
+        system: System message for rows without one, `''` for none; by default as recorded in the model's `stage.json`,
+            else none.
+        tools: Tools for rows without any: a list, JSON text or a JSON file of tool schemas, `[]` for none; by default
+            as recorded in the model's `stage.json`, else none.
+        tokenizer: Tokenizer, or its folder or Hub id; by default that of the model.
+        seed: Seed of the row order; by default that of the run.
         show_example: Log one rendered row with its loss mask.
 
     Raises:
@@ -130,30 +133,30 @@ class RowDataModule(pl.LightningDataModule, Generic[ExampleT, BatchT]):
         self.show_example = show_example
         self.prepared: dict[str, Prepared[ExampleT]] = {}
         self.start: str | Path | None = None
-        """The model that rows are rendered for, if there is no trainer with a module."""
+        """Model that rows are rendered for, if there is no trainer with a module."""
         self.shared: Row = {}
-        """`system` and `tools`, if all rows of `train` have the same."""
+        """`system` and `tools`, if all rows of `train` share them."""
         self._renderer: Renderer | None = None
 
     # -- for subclasses -------------------------------------------------------------------------------------------
 
     stage_kind = ""
-    """Kind of the stage that takes these batches."""
+    """Kind of the stage that these batches are for."""
     text_key: str | None = None
     """If set, a line of a text file becomes the row `{text_key: line}`."""
     lines: bool = False
-    """True if every line of a file is text, whatever the file's name."""
+    """True if every line of a file is text, whatever its name."""
 
     @abstractmethod
     def examples(self, name: str) -> Callable[[Row], Sequence[ExampleT]]:
-        """The function that turns one row of a source into examples; it raises `RowError` for a bad row.
+        """Return a function that converts a row of a source to examples; it raises `RowError` for a bad row.
 
         Args:
             name: The source: `train`, `validation`, `test` or `predict`.
         """
 
     def key(self, data: Row) -> RowKey:
-        """Key by which rows of `train`, `validation` and `test` are compared; by default the whole row.
+        """The key by which rows of `train`, `validation` and `test` are compared; by default the whole row.
 
         Raises:
             RowError: If the row is bad.
@@ -161,22 +164,22 @@ class RowDataModule(pl.LightningDataModule, Generic[ExampleT, BatchT]):
         return row_key(data, None)
 
     def completed(self, name: str) -> None:
-        """Called with the name of each source after it was read and any validation split was held out."""
+        """Hook that is called with the name of each source once it is read and any validation split is held out."""
 
     @abstractmethod
     def collate(self, rows: list[ExampleT], weights: list[float]) -> BatchT:
         """Make a batch.
 
         Args:
-            rows: Examples, `B` of them.
-            weights: 1 for each example, or 0 for one that only fills a rank's place.
+            rows: `B` examples.
+            weights: 1 for each example; 0 for an example that is only there so that each rank has one.
         """
 
     # -- Lightning ------------------------------------------------------------------------------------------------
 
     def setup(self, stage: str) -> None:
-        """Read and render what the command needs, the same on all ranks; raises `DataError` or `ConfigError`."""
-        stage = getattr(stage, "value", stage)  # Lightning's is an enumeration, which prints as TrainerFn.…
+        """Read and render the rows that the command needs; raises `DataError` or `ConfigError` on all ranks."""
+        stage = getattr(stage, "value", stage)  # Lightning passes an enumeration, which prints as TrainerFn.…
         before, error = set(self.prepared), None
         try:
             self._setup(stage)
@@ -198,7 +201,7 @@ class RowDataModule(pl.LightningDataModule, Generic[ExampleT, BatchT]):
                     self._compare(name)
 
     def _facts(self, before: set[str]) -> dict[str, Fact]:
-        """What must be the same on all ranks of the sources that were prepared since."""
+        """Values that must be equal on all ranks, for the sources that were prepared since `before`."""
         facts: dict[str, Fact] = {"data.seed": self.seed}
         for name, found in self.prepared.items():
             if name not in before:
@@ -210,7 +213,7 @@ class RowDataModule(pl.LightningDataModule, Generic[ExampleT, BatchT]):
         source = self.sources[name]
         if source is None:
             if required and not (name == "validation" and self.validation_split):
-                raise ConfigError(f"data.{name} is not set: give the file to {_VERBS[name]} with data.{name}: FILE")
+                raise ConfigError(f"data.{name} is not set; give the file to {_VERBS[name]} with data.{name}: FILE")
             if required:
                 self._prepare("train", required=True)
             return
@@ -236,7 +239,7 @@ class RowDataModule(pl.LightningDataModule, Generic[ExampleT, BatchT]):
         refuse_unused_names(self.columns, used)
         self._record_shared()
         for index, example in enumerate(converted):
-            if hasattr(example, "index"):  # seeds random numbers, so that these do not depend on batch or rank
+            if hasattr(example, "index"):  # a seed, so that random numbers do not depend on the batch or rank
                 example.index = index
             if keys:
                 keys[row_of[index]].where = getattr(example, "where", "")
@@ -248,11 +251,11 @@ class RowDataModule(pl.LightningDataModule, Generic[ExampleT, BatchT]):
     def converter(
         self, name: str, unused: dict[str, None], used: set[str] | None = None
     ) -> Callable[[Row], Sequence[ExampleT]]:
-        """The function of `examples`, which also records columns that are not used.
+        """The function of `examples`, extended to record which columns are used.
 
         Args:
             name: The source.
-            unused: Receives the names of columns that hold something and are not used.
+            unused: Receives the names of columns that have values but are not used.
             used: Receives the names of columns that are used, for `refuse_unused_names`.
         """
         convert, mapped = self.examples(name), set((self.columns or {}).values())
@@ -269,14 +272,19 @@ class RowDataModule(pl.LightningDataModule, Generic[ExampleT, BatchT]):
         return noting
 
     def used_columns(self, name: str, data: Row) -> set[str] | None:
-        """Columns that a row is read from; None if the example keeps all of them."""
+        """Columns that the example is made from; None if it keeps all columns."""
         return None
 
     def read(self, source: Source, name: str, reading: Reading) -> list[LocatedRow]:
-        """Read the rows of a source; `name` is what they are for.
+        """Read the rows of a source.
+
+        Args:
+            source: The source.
+            name: `train`, `validation`, `test` or `predict`.
+            reading: Receives counts.
 
         Raises:
-            DataError: If they cannot be read.
+            DataError: If the rows cannot be read.
         """
         return read_rows(source, self.text_key, reading, name, self.lines)
 
@@ -294,14 +302,14 @@ class RowDataModule(pl.LightningDataModule, Generic[ExampleT, BatchT]):
             log.warning("%s", found.message(name))
 
     def _train_keys(self) -> list[RowKey]:
-        """Keys of training rows, if this command does not read them itself; empty if they are not on this machine."""
+        """Keys of the training rows for a command that does not read them; empty if they are not on this machine."""
         source = self.sources["train"]
         if source is None or not is_here(source, texts=self.text_key is not None):
             return []
         try:
             rows = self.read(source, "train", Reading(unreadable=[]))
         except DataError as error:
-            log.warning("cannot compare with data.train, which cannot be read: %s", error)
+            log.warning("rows are not compared with data.train, because it cannot be read: %s", error)
             return []
         return keys_of(rows, self.key, self.columns)
 
@@ -319,7 +327,7 @@ class RowDataModule(pl.LightningDataModule, Generic[ExampleT, BatchT]):
 
     def _loader(self, name: str, batch_size: int, shuffle: bool = False) -> RowLoader[ExampleT, BatchT]:
         if name not in self.prepared:
-            raise ConfigError(f"the rows of data.{name} are not read yet: call setup(), as the Trainer does")
+            raise ConfigError(f"the rows of data.{name} are not read yet; call setup() first, as the Trainer does")
         return RowLoader(
             self.prepared[name].rows,
             self.collate,
@@ -333,13 +341,17 @@ class RowDataModule(pl.LightningDataModule, Generic[ExampleT, BatchT]):
 
     @property
     def renderer(self) -> Renderer:
-        """Renders with `tokenizer` or that of the trainer's module, by the settings its model was trained with."""
+        """The renderer with `tokenizer` or that of the trainer's module, and the settings of its model's training.
+
+        Raises:
+            ConfigError: If there is no tokenizer.
+        """
         if self._renderer is None:
             tokenizer, module = self.tokenizer, self.trainer.lightning_module if self.trainer else None
             if tokenizer is None:
                 if module is None:
                     raise ConfigError(
-                        "no tokenizer: pass one to the data module, or use it in a Trainer with a module that has one"
+                        "the data module has no tokenizer; pass one, or use it in a Trainer with a module that has one"
                     )
                 tokenizer = module.tokenizer
             elif isinstance(tokenizer, str | Path) or not hasattr(tokenizer, "apply_chat_template"):
@@ -357,20 +369,20 @@ class RowDataModule(pl.LightningDataModule, Generic[ExampleT, BatchT]):
 
     @property
     def asking(self) -> RenderingSettings:
-        """The rendering settings that the trainer's model was trained with, and the ones set here that replace them."""
+        """The rendering settings that the trainer's model was trained with, and those set here that replace them."""
         module = self.trainer.lightning_module if self.trainer else None
         given = {name: getattr(self, name) for name in ("format", "template_kwargs", "system", "tools")}
         return RenderingSettings.of(getattr(module, "start_source", self.start), **given)
 
     @rank_zero_only
     def _warn_of_differences(self, asking: RenderingSettings, openings: ResponseStarts | None) -> None:
-        """Warn where settings differ from those the model was trained with, or answers start unlike prompts end."""
+        """Warn if settings differ from those of the model's training, or answers do not begin where prompts end."""
         asking.warn("all rows have the {} {}, but {} was trained with {}")
         if openings is not None and openings.message:
             log.warning("%s", openings.message)
 
     def _record_shared(self) -> None:
-        """Record what all training rows have in common, and warn where the model was trained with something else."""
+        """Record the system message and tools that all training rows share; warn if the model's training had others."""
         asked, openings = self.renderer.asked, self.renderer.openings
         self.renderer.asked = self.renderer.openings = None
         if asked is None:
@@ -381,20 +393,21 @@ class RowDataModule(pl.LightningDataModule, Generic[ExampleT, BatchT]):
 
     @property
     def pad_id(self) -> int:
-        """Token id that fills up rows. Masks never depend on it, so any id works."""
+        """Token id of the padding. Masks never depend on it, so any id works."""
         pad = self.renderer.tokenizer.pad_token_id
         return self.renderer.stop_token_ids[0] if pad is None else pad
 
     def too_long(self, length: int, name: str = "data.max_length", can_truncate: bool = True) -> bool:
-        """True if a row must be truncated, which is counted.
+        """True if a row must be truncated; counts such rows.
 
         Args:
-            length: Tokens of the row.
-            name: The limit, as the message names it.
+            length: Number of tokens of the row.
+            name: Name of the limit, for the message.
             can_truncate: False if rows of this kind cannot be truncated.
 
         Raises:
-            RowError: If the row is too long and is not to be truncated; `SkippedRow` if it is to be skipped.
+            RowError: If the row is too long and must not be truncated.
+            SkippedRow: If the row is too long and must be skipped.
         """
         if length <= self.max_length:
             return False
@@ -403,14 +416,14 @@ class RowDataModule(pl.LightningDataModule, Generic[ExampleT, BatchT]):
             return True
         ways = "truncate or skip" if can_truncate else "skip"
         kind = SkippedRow if self.overlong == "skip" else RowError
-        raise kind(f"{length} tokens, above {name} {self.max_length}; raise it, or set data.overlong: {ways}")
+        raise kind(f"{length} tokens exceed {name} {self.max_length}; raise it, or set data.overlong: {ways}")
 
     def fingerprints(self) -> dict[str, str]:
         """SHA-256 of each source, for `stage.json`."""
         return {name: digest for name, source in self.sources.items() if (digest := fingerprint(source, name))}
 
     def row_counts(self) -> dict[str, JSON]:
-        """For each source that was read its name, and its numbers of rows and examples, for the model card."""
+        """Name, number of rows and number of examples of each source that was read, for the model card."""
         return {
             name: {
                 "source": _named(self.sources.get(name), f"held out of train ({self.validation_split})"),
@@ -442,11 +455,11 @@ class RowDataModule(pl.LightningDataModule, Generic[ExampleT, BatchT]):
         for message in prepared.reading.skipped[:3]:
             log.warning("skipped %s", message)
         if self.show_example and name in ("train", "predict"):
-            log.info("one example, trained tokens between ⟦ and ⟧:\n%s", examples[0].show(self.renderer.tokenizer))
+            log.info("an example, with trained tokens between ⟦ and ⟧:\n%s", examples[0].show(self.renderer.tokenizer))
 
 
 def _named(source: Source | None, otherwise: str) -> str:
-    """A source in words: the name of a file, several, or the kind of object."""
+    """Name of a source: that of the file or files, or the type of the object."""
     if source is None:
         return otherwise
     if isinstance(source, str | Path):
@@ -461,13 +474,14 @@ _VERBS = {"train": "train on", "validation": "validate on", "test": "test on", "
 
 
 def data_ranks(trainer: pl.Trainer) -> tuple[int, int]:
-    """Index of this rank among those that have different rows, and their number."""
+    """Index of this rank among the ranks that have different rows, and the number of such ranks."""
     known = trainer.distributed_sampler_kwargs
     return (known["rank"], known["num_replicas"]) if known else (trainer.global_rank, trainer.world_size)
 
 
 def shard_spec_of(trainer: pl.Trainer | None, training: bool) -> Callable[[], ShardSpec]:
-    """A function that returns the trainer's `ShardSpec` at the start of an epoch; a single process if there is none."""
+    """A function that returns the trainer's `ShardSpec` at the start of an epoch; without a trainer, that of a single
+    process."""
 
     def shard_spec() -> ShardSpec:
         if trainer is None:
@@ -479,7 +493,7 @@ def shard_spec_of(trainer: pl.Trainer | None, training: bool) -> Callable[[], Sh
             rank=rank,
             world=world,
             accumulate=trainer.accumulate_grad_batches if training else 1,
-            # The epoch that Lightning passes to samplers; `current_epoch` lags behind it after some resumes.
+            # The epoch that Lightning passes to samplers; after some resumes, `current_epoch` lags behind it.
             epoch=epochs.processed if training else 0,
             limit=int(limit) if limit and limit != float("inf") else None,
         )

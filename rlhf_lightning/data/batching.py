@@ -1,4 +1,4 @@
-"""Batches from rows: padding, the order of an epoch, and the counts that losses are divided by."""
+"""Makes batches from rows: padding, the order of an epoch, and the denominators of losses."""
 
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,7 +14,7 @@ from rlhf_lightning.types import Counts, StepBatch, TokenBatch, Tokenizer
 
 
 class Example(Protocol):
-    """What a data module makes of a data row: a `Pair`, for example, or a `Prompt`."""
+    """What a data module makes from a data row, for example a `Pair` or a `Prompt`."""
 
     @property
     def tokens(self) -> int: ...
@@ -23,10 +23,10 @@ class Example(Protocol):
     def trained(self) -> int: ...
 
     def counts(self) -> Counts:
-        """What the example adds to the denominators of its optimizer step."""
+        """The example's contribution to the denominators of its optimizer step."""
 
     def show(self, tokenizer: Tokenizer) -> str:
-        """The example's text, with the trained part marked."""
+        """Text of the example, with the trained part marked."""
 
 
 T = TypeVar("T")
@@ -36,13 +36,13 @@ BatchT = TypeVar("BatchT", bound=StepBatch)
 
 @dataclass(frozen=True)
 class ShardSpec:
-    """Which part of each epoch a rank takes.
+    """The part of each epoch that a rank takes.
 
     Attributes:
         rank: Index of this rank.
         world: Number of ranks.
-        accumulate: Micro-batches per optimizer step.
-        epoch: Number of the epoch.
+        accumulate: Number of micro-batches per optimizer step.
+        epoch: Index of the epoch.
 
     Example:
         >>> ShardSpec(rank=1, world=4, accumulate=2).limit is None
@@ -54,7 +54,7 @@ class ShardSpec:
     accumulate: int = 1
     epoch: int = 0
     limit: int | None = None
-    """Number of batches of an epoch that will be taken, if fewer than there are (`limit_train_batches`)."""
+    """Number of batches per epoch if the Trainer limits it (`limit_train_batches`)."""
 
 
 class RowLoader(Generic[ExampleT, BatchT]):
@@ -63,18 +63,18 @@ class RowLoader(Generic[ExampleT, BatchT]):
     It has a length, so that Lightning does not prefetch, and a state, so that a run interrupted within an epoch resumes
     at the next batch.
 
-    One optimizer step takes a window of `batch_size × accumulate × world` rows. Within the window rows are distributed
-    by length, so that a micro-batch holds rows of similar length and ranks have similar work; the step's gradient does
-    not depend on this. Each batch carries `denominators`, the counts of its whole window. A rank without a row gets one
-    with weight 0, so that all ranks take the same number of steps and no row is repeated or lost.
+    One optimizer step takes a window of `batch_size × accumulate × world` rows. Within the window, rows are distributed
+    by length, so that a micro-batch has rows of similar length and ranks have similar work; the gradient of the step
+    does not depend on this. Each batch has `denominators`, the counts of its whole window. A rank without a row gets
+    one with weight 0, so that all ranks take the same number of steps and no row is repeated or lost.
 
     Args:
-        rows: Examples.
-        collate: `(rows, weights) -> batch`.
-        batch_size: Rows per rank and micro-batch.
-        shuffle: Use a new order in every epoch, which depends on the seed and the epoch.
+        rows: The examples.
+        collate: Function `(rows, weights) -> batch`.
+        batch_size: Number of rows per rank and micro-batch.
+        shuffle: Use a new order in each epoch, determined by the seed and the epoch.
         seed: Seed of the order.
-        shard_spec: Called at the start of every epoch.
+        shard_spec: Called at the start of each epoch.
 
     Example:
         ```python
@@ -96,18 +96,18 @@ class RowLoader(Generic[ExampleT, BatchT]):
         self.rows, self.collate, self.batch_size = rows, collate, batch_size
         self.shuffle, self.seed, self.shard_spec = shuffle, seed, shard_spec
         self.position = self._start = 0
-        """Batches taken of this epoch; 0 at its end."""
+        """Number of batches of this epoch that were taken; 0 at its end."""
 
     @property
     def dataset(self) -> Sequence[ExampleT]:
-        """The rows; Lightning's BatchSizeFinder stops when a batch holds all of them."""
+        """The rows; Lightning's BatchSizeFinder stops when a batch contains all of them."""
         return self.rows
 
     def __len__(self) -> int:
         return -(-len(self.rows) // (self.batch_size * self.shard_spec().world))
 
     def __iter__(self) -> Iterator[BatchT]:
-        # Only a loaded state sets the start: an epoch that was left early (sanity check, limited batches) must not be
+        # Only a loaded state sets the start: an epoch that ended early (sanity check, limited batches) must not be
         # continued.
         start, self._start = self._start, 0
         self.position = start
@@ -123,7 +123,7 @@ class RowLoader(Generic[ExampleT, BatchT]):
                 yield batch
 
     def _order(self, epoch: int) -> list[int]:
-        """Indices of the rows in the order of an epoch."""
+        """Row indices in the order of an epoch."""
         if not self.shuffle:
             return list(range(len(self.rows)))
         generator = torch.Generator().manual_seed(mix_seeds(self.seed, epoch))
@@ -132,7 +132,7 @@ class RowLoader(Generic[ExampleT, BatchT]):
     def _window(
         self, order: list[int], first: int, micro: int, shard_spec: ShardSpec, start: int
     ) -> Iterator[tuple[int, BatchT]]:
-        """This rank's batches of one optimizer step, with their numbers."""
+        """This rank's batches of one optimizer step, with their indices."""
         per_micro = self.batch_size * shard_spec.world
         window = [self.rows[i] for i in order[first * per_micro : (first + micro) * per_micro]]
         denominators = total_counts(row.counts() for row in window)
@@ -149,7 +149,7 @@ class RowLoader(Generic[ExampleT, BatchT]):
             yield first + k, batch
 
     def state_dict(self) -> dict[str, int]:
-        """Batches taken of this epoch and, within it, by each of how many ranks."""
+        """Number of batches of this epoch that were taken and, within an epoch, the number of ranks."""
         inside = {"world": self.shard_spec().world} if self.position else {}
         return {"position": self.position, **inside}
 
@@ -159,8 +159,8 @@ class RowLoader(Generic[ExampleT, BatchT]):
         if self.position and state.get("world", world) != world:
             raise ConfigError(
                 f"the checkpoint was written by {state['world']} ranks in the middle of an epoch, but this run has "
-                f"{world}: rows would be trained on twice or left out. Resume with the same number of devices, or from "
-                "a checkpoint at the end of an epoch (--ckpt_path)."
+                f"{world} ranks, so rows would be repeated or left out. Resume with the same number of devices, or "
+                "from a checkpoint at the end of an epoch (--ckpt_path)."
             )
 
 
@@ -190,7 +190,7 @@ def run_seed() -> int:
 
 
 def mix_seeds(*parts: int) -> int:
-    """Combine several numbers into one seed, one splitmix64 step each, so that (1, 0) and (0, 1) differ."""
+    """Combine numbers into one seed, with a splitmix64 step for each, so that (1, 0) and (0, 1) differ."""
     state = 0
     for part in parts:
         state = (state ^ (part & 0xFFFFFFFFFFFFFFFF)) + 0x9E3779B97F4A7C15 & 0xFFFFFFFFFFFFFFFF
@@ -208,11 +208,12 @@ def pad_right(
     Args:
         rows: `B` lists of numbers.
         fill: Value of the padding.
-        dtype: Type of the result.
-        device: Its device; by default the CPU.
+        dtype: Data type of the result.
+        device: Device of the result; by default the CPU.
 
     Returns:
-        `[B, T]`, T being the longest row. Causal models never attend to right padding, so no attention mask is needed.
+        `[B, T]`, where T is the length of the longest row. Causal models never attend to right padding, so no attention
+        mask is needed.
 
     Example:
         >>> pad_right([[1, 2], [3]], fill=0, dtype=torch.long)
@@ -226,7 +227,7 @@ def pad_right(
 def pad_tokens(
     ids: Sequence[Sequence[int]], masks: Sequence[Sequence[int]], pad_id: int, device: torch.device | None = None
 ) -> TokenBatch:
-    """A padded batch of token rows.
+    """Make a padded batch of token rows.
 
     Args:
         ids: Token ids of each row.

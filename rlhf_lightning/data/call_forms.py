@@ -1,7 +1,7 @@
-"""The form in which a chat template shows tool calls, their results and reasoning correctly, found by rendering probes.
+"""Finds the form in which a chat template renders tool calls, their results and reasoning correctly.
 
 Templates differ in what they expect: arguments as an object or as text, ids or none, `reasoning_content` or `thinking`.
-What a template prints for a probe tells which; its source is never parsed for this.
+The form is found by rendering probes; the source of a template is never parsed for this.
 """
 
 import copy
@@ -44,26 +44,26 @@ class Forms:
     """
 
     shown: int
-    """How it shows arguments: `AS_JSON`, `BY_KEY`, `AS_REPR`, or 0 if it shows no calls."""
+    """How the template shows arguments: `AS_JSON`, `BY_KEY`, `AS_REPR`, or 0 if it shows no calls."""
     as_text: bool = False
     """True if arguments must be text."""
     blank: str | None = None
-    """The content of a turn that has none: None or an empty text."""
+    """Content of a turn without text: None or an empty text."""
     several: bool = True
-    """True if it shows all calls of a turn, not only the first."""
+    """True if the template shows all calls of a turn, not only the first."""
     with_text: bool = True
-    """True if it shows the text next to calls."""
+    """True if the template shows the text next to calls."""
     needs_ids: bool = False
-    """True if it shows ids, or refuses calls without them."""
+    """True if the template shows ids, or refuses calls without ids."""
     ids: str = "given"
     """Ids as `given`, of `nine` letters and digits (Mistral), or `named` after the function (Kimi)."""
 
 
 class CallForms:
-    """Converts messages to the form that one template shows correctly.
+    """Converts messages to the form that a template shows correctly.
 
     Args:
-        render: The template's own rendering of messages and tools; raises `RowError`.
+        render: Renders messages and tools with the template; raises `RowError`.
 
     Example:
         ```python
@@ -80,13 +80,13 @@ class CallForms:
         self._roles: dict[tuple[str, bool], bool | None] = {}
         self._results: dict[type, bool] = {}
         self._reasoning_keys: dict[ReasoningKey, ReasoningKey | None] = {}
-        """What probes have told of the template."""
+        """Results of the probes."""
 
     def fit(
         self, messages: Sequence[Message | TemplateMessage], tools: list[ToolSchema] | None
     ) -> list[TemplateMessage]:
-        """Copies of messages, in the form that the template shows correctly."""
-        # Copies, since templates may change their input (some pop keys).
+        """Copy messages in the form that the template shows correctly."""
+        # Copies, because templates may change their input (some pop keys).
         fitted = [self._plain(message, first=not i) for i, message in enumerate(messages)]
         if not any(message.get("tool_calls") for message in fitted):
             return fitted
@@ -96,7 +96,7 @@ class CallForms:
         return [self._calls(message, forms) if message.get("tool_calls") else message for message in fitted]
 
     def _plain(self, message: Message | TemplateMessage, first: bool) -> TemplateMessage:
-        """A message with its reasoning, and a result that is an object, under the keys that the template reads."""
+        """Copy a message, with reasoning and results that are objects under the keys that the template reads."""
         changed: TemplateMessage = {**message, "role": self._role(message["role"], first)}
         content = changed.get("content")
         if message.get("role") == "tool" and isinstance(content, Written):
@@ -109,7 +109,7 @@ class CallForms:
         return changed if texts else copy.deepcopy(changed)  # a deep copy only if there is something mutable
 
     def _role(self, role: str, first: bool) -> str:
-        """The role under which the template shows a message: `developer` becomes `system` if only that is known."""
+        """The role under which the template shows a message: `developer` becomes `system` if only that is supported."""
         if role in ("user", "assistant") or self._shows_role(role, first) is True:
             return role
         if role == "developer" and self._shows_role("system", first):
@@ -123,7 +123,7 @@ class CallForms:
         if not forms.shown:
             if not isinstance(content, Written):
                 return message
-            # The row stores the call as the text of a turn, which is shown instead.
+            # The row stores the call as the text of a turn, so that text is shown.
             return {**{key: value for key, value in message.items() if key != "tool_calls"}, "content": str(content)}
         calls = message["tool_calls"]
         if forms.as_text:
@@ -134,21 +134,24 @@ class CallForms:
         return {**message, "tool_calls": calls, "content": content if said else forms.blank}
 
     def left_out(self, messages: list[Message], tools: list[ToolSchema] | None) -> str | None:
-        """What the template silently omits of a conversation, and what to do; None if it shows everything."""
+        """A message about the part of a conversation that the template omits; None if it shows everything."""
         if tools and not self.shows_tools():
             return (
-                "the row has tools, but the chat template does not render them. Set a template that does with "
-                "model.chat_template, or ignore them with columns: {tools: null}"
+                "the row has tools, but the chat template does not render tools. Set another template with "
+                "model.chat_template, or ignore the column with columns: {tools: null}"
             )
         for i, message in enumerate(messages):
             role = self._role(message["role"], first=not i)
             if role not in ("user", "assistant") and self._shows_role(role, not i) is False:
                 place = "after the first message" if i else "at the beginning"
-                return f"the chat template leaves out a message of role {role!r} {place}: it does not know that role"
+                return (
+                    f"the chat template leaves out a message of role {role!r} {place}, because it does not support "
+                    "that role. Set another template with model.chat_template, or change the role"
+                )
             if (given := _reasoning(message)) and self._reasoning_key(given) is None:
                 return (
-                    f"the chat template does not render {given!r} of a message: write it into the content, between the "
-                    "model's thinking tags, or leave it out of the rows"
+                    f"the chat template does not render {given!r} of a message. Write it into the content between the "
+                    "model's thinking tags, or remove it from the rows"
                 )
             if (calls := message.get("tool_calls")) and (found := self._left_out_calls(message, calls, bool(tools))):
                 return found
@@ -158,13 +161,13 @@ class CallForms:
         forms = self.forms(tools)
         if not forms.shown and not isinstance(message["content"], Written):
             return (
-                "the chat template does not render tool calls. Set one that does with model.chat_template, or write "
+                "the chat template does not render tool calls. Set another template with model.chat_template, or write "
                 "the calls into the content of the message"
             )
         if forms.shown and len(calls) > 1 and not forms.several:
             return (
-                f"the chat template renders only the first tool call of a message, and this one has {len(calls)}: "
-                "give each call a message of its own, before its result"
+                f"the chat template renders only the first tool call of a message, but this message has {len(calls)}. "
+                "Put each call into a separate message, before its result"
             )
         content = message["content"]
         if forms.shown and not forms.with_text and content and not isinstance(content, Written):
@@ -180,7 +183,7 @@ class CallForms:
     # -- probes ---------------------------------------------------------------------------------------------------
 
     def forms(self, tools: bool) -> Forms:
-        """What the template expects, with or without tools passed along."""
+        """The form that the template expects, with or without tools."""
         if tools not in self._forms:
             self._forms[tools] = self._find([SCHEMA] if tools else None)
         return self._forms[tools]
@@ -230,7 +233,7 @@ class CallForms:
     def _probe(
         self, tools: list[ToolSchema] | None, forms: Forms, count: int = 1, content: str = "", ids: str | None = ID
     ) -> str | None:
-        """Rendering of a turn with calls, with results if the template takes these; None if it refuses the turn."""
+        """Rendering of a turn with calls, and results if the template accepts them; None if it refuses the turn."""
         calls: list[ToolCall] = []
         results: list[TemplateMessage] = []
         for name, arguments in [*zip(NAMES, PROBES, strict=True)][:count]:
@@ -245,7 +248,7 @@ class CallForms:
         return self._try(said, tools) if found is None else found
 
     def _shows_role(self, role: str, first: bool) -> bool | None:
-        """True if the template shows a message of a role in that place; None if it refuses the probe."""
+        """True if the template shows a message of a role at this position; None if it refuses the probe."""
         if (role, first) not in self._roles:
             user, answer = {"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Yes."}
             one = {"role": role, "content": WORD}
@@ -272,20 +275,20 @@ class CallForms:
         return self._results[kind]
 
     def _reasoning_key(self, given: ReasoningKey) -> ReasoningKey | None:
-        """The key under which the template shows reasoning: the given one or another common name; None if none."""
+        """The key under which the template shows reasoning: the given key or another common name, or None."""
         if given not in self._reasoning_keys:
             names = [given, *(name for name in REASONING if name != given)]
             said = {"role": "user", "content": "Hello"}
             texts = {
                 name: self._try([said, {"role": "assistant", "content": "Yes.", name: WORD}], None) for name in names
             }
-            refused = texts[given] is None  # it expects other messages than the probe; rendering rows will tell
+            refused = texts[given] is None  # it expects other messages than the probe; the rows show whether it works
             shown = next((name for name in names if WORD in (texts[name] or "")), None)
             self._reasoning_keys[given] = given if refused else shown
         return self._reasoning_keys[given]
 
     def _try(self, messages: list[TemplateMessage], tools: list[ToolSchema] | None) -> str | None:
-        """A rendering of the messages, alone or after a system message; None if the template refuses both."""
+        """Render the messages, alone or after a system message; None if the template refuses both."""
         for before in ([], [{"role": "system", "content": "Be kind."}]):
             try:
                 return self.render(copy.deepcopy([*before, *messages]), tools)

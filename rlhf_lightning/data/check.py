@@ -1,4 +1,4 @@
-"""Checking a file of rows as a stage would read it: its contents, its errors, and its duplicates."""
+"""Checks a file of rows as a stage would read it: contents, errors and duplicates."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -35,12 +35,12 @@ class Checked:
 
     Attributes:
         source: The file.
-        examples: Examples, each with where its row was read.
-        bad: Bad rows: where each was read, and the reason.
+        examples: Examples, each with the location of its row.
+        bad: Bad rows: the location of each, and the reason.
         rows: Number of rows.
         blank: Number of blank lines.
         truncated: Number of rows that were truncated.
-        openings: How answers begin, compared with generation prompts.
+        openings: Comparison of the beginnings of answers with generation prompts.
 
     Example:
         >>> Checked("chats.jsonl", rows=3, bad=[("chats.jsonl:2", "no 'messages'")]).truncated
@@ -50,14 +50,14 @@ class Checked:
     source: str
     examples: list[tuple[str, Checkable]] = field(default_factory=list)
     keys: list[RowKey] = field(default_factory=list)
-    """Keys of the rows that became examples."""
+    """Keys of the rows that were converted to examples."""
     bad: list[tuple[str, str]] = field(default_factory=list)
     skipped: list[tuple[str, str]] = field(default_factory=list)
-    """Rows left out because the user asked for it (`overlong: skip`), with the reason."""
+    """Rows that were left out as set by the user (`overlong: skip`), with the reason."""
     columns: dict[str, Counter[str]] = field(default_factory=dict)
     """Count of each value type, per column."""
     unused: dict[str, None] = field(default_factory=dict)
-    """Columns that rows of this kind are not read from."""
+    """Columns that are not used for rows of this kind."""
     rows: int = 0
     blank: int = 0
     truncated: int = 0
@@ -65,7 +65,7 @@ class Checked:
 
 
 def data_module(kind: str, model: str, chat_template: str | None = None, **settings: Any) -> StageData:
-    """The data module of a stage, with a model's tokenizer, as `rlhf KIND fit` builds it from `data.…`.
+    """Build the data module of a stage with a model's tokenizer, as `rlhf KIND fit` does.
 
     Args:
         kind: `sft`, `preference` or `prompts`.
@@ -74,7 +74,7 @@ def data_module(kind: str, model: str, chat_template: str | None = None, **setti
         **settings: Arguments of the data module.
 
     Raises:
-        ConfigError: If there is no tokenizer, or this kind of data does not have one of the settings.
+        ConfigError: If there is no tokenizer, or a setting is not valid for this kind of data.
     """
     tokenizer = load_tokenizer(model, chat_template=chat_template)
     try:
@@ -86,15 +86,15 @@ def data_module(kind: str, model: str, chat_template: str | None = None, **setti
 
 
 def check(module: StageData, source: Source, split: str = "train") -> Checked:
-    """Read and render every row. Bad rows are collected and never end the check.
+    """Read and render every row. Bad rows are collected, and do not stop the check.
 
     Args:
-        module: The data module that a stage would read the rows with.
+        module: The data module of a stage.
         source: The rows.
-        split: Which of several splits to read.
+        split: The split to read.
 
     Raises:
-        DataError: If the file does not exist or cannot be read at all.
+        DataError: If the file does not exist or cannot be read.
     """
     reading = Reading(unreadable=[])
     found = Checked(str(source))
@@ -126,7 +126,7 @@ def check(module: StageData, source: Source, split: str = "train") -> Checked:
 
 
 def _choose_kind(module: StageData, rows: Sequence[LocatedRow]) -> None:
-    """Without a loss that says which kind of rows is expected, take the most frequent kind."""
+    """Use the most frequent kind of rows, because there is no loss that determines the kind."""
     if isinstance(module, PreferenceDataModule) and module._kind is None and rows:
         module._kind = Counter(row_kind(row.data) for row in rows).most_common(1)[0][0]
 
@@ -146,13 +146,13 @@ class Overlap(TypedDict):
     """Validation rows that are also training rows."""
 
     rows: list[dict[str, str]]
-    """The location of each, as `where`, and of the training row, as `same_as`."""
+    """Location of each row, as `where`, and of the equal training row, as `same_as`."""
     prompts: int
     """Number of rows whose prompt is in the training data."""
 
 
 class Duplicates(TypedDict, total=False):
-    """Rows that say the same as earlier ones."""
+    """Rows that repeat earlier rows."""
 
     duplicates: list[dict[str, str]]
     reversed: list[dict[str, str]]
@@ -161,7 +161,7 @@ class Duplicates(TypedDict, total=False):
 
 
 class FileFigures(Duplicates, total=False):
-    """What is known of a file; the keys from `lengths` on only if it has an example."""
+    """Statistics of a file; the keys from `lengths` on exist only if the file has an example."""
 
     file: Required[str]
     rows: Required[int]
@@ -174,7 +174,7 @@ class FileFigures(Duplicates, total=False):
     """Count of each value type, per column."""
     columns_not_used: Required[list[str]]
     lengths: dict[str, dict[str, float]]
-    """Figures of `statistics`, in tokens."""
+    """Results of `statistics`, in tokens."""
     chosen_longer: float
     """Fraction of pairs whose chosen response is longer."""
     histogram: list[dict[str, int]]
@@ -192,11 +192,11 @@ class Figures(FileFigures, total=False):
     ok: bool
 
 
-# -- the report -------------------------------------------------------------------------------------------------------
+# -- report -----------------------------------------------------------------------------------------------------------
 
 
 def report(found: Checked, tokenizer: Tokenizer, samples: int = 2) -> FileFigures:
-    """Summary of a file, ready for JSON: rows, columns, tokens, duplicates, bad rows and rendered samples.
+    """Summarize a file as JSON values: rows, columns, tokens, duplicates, bad rows and rendered samples.
 
     Args:
         found: Result of `check`.
@@ -260,7 +260,7 @@ def statistics(values: Sequence[int]) -> dict[str, float]:
 
 
 def histogram(values: Sequence[int], bins: int = 10) -> list[dict[str, int]]:
-    """Counts of lengths in bins of equal width; `from` and `to` are inclusive."""
+    """Count lengths in bins of equal width; `from` and `to` are inclusive."""
     low, high = min(values), max(values)
     width = max(1, -(-(high - low + 1) // bins))
     counts = Counter((value - low) // width for value in values)
@@ -271,7 +271,7 @@ def histogram(values: Sequence[int], bins: int = 10) -> list[dict[str, int]]:
 
 
 def duplicates(found: Checked) -> Duplicates:
-    """Rows with the same tokens as an earlier one, pairs that reverse an earlier one, and repeated prompts."""
+    """Find rows with the same tokens as an earlier row, pairs that reverse an earlier pair, and repeated prompts."""
     first: dict[Key, str] = {}
     same, reversed_pairs = [], []
     for where, example in found.examples:
@@ -290,7 +290,7 @@ def duplicates(found: Checked) -> Duplicates:
 
 
 def overlap(train: Checked, validation: Checked) -> Overlap:
-    """Validation rows that also appear in the training data, and the number of those whose prompt does.
+    """Find validation rows that are also in the training data, and count those with a prompt of the training data.
 
     Rows are compared by `RowDataModule.key`.
     """
@@ -299,7 +299,7 @@ def overlap(train: Checked, validation: Checked) -> Overlap:
 
 
 def _key(example: Checkable) -> Key:
-    """An example's tokens and where its response begins."""
+    """The tokens of an example, and the position at which its response begins."""
     if isinstance(example, Prompt):
         return (tuple(example.ids),)
     sides = [example] if isinstance(example, Rendered) else example.sides
@@ -315,7 +315,7 @@ def _prompt(example: Checkable) -> tuple[int, ...]:
 
 
 def pieces(example: Checkable, tokenizer: Tokenizer) -> list[tuple[str, list[tuple[str, bool]]]]:
-    """Text of an example for display: per side a name and stretches of text, each with whether it is trained."""
+    """Text of an example for display: for each side a name and pieces of text, each with a flag if it is trained."""
     if isinstance(example, Prompt):
         return [("", [(tokenizer.decode(example.ids, skip_special_tokens=False), False)])]
     if isinstance(example, Rendered):
@@ -330,7 +330,7 @@ def pieces(example: Checkable, tokenizer: Tokenizer) -> list[tuple[str, list[tup
 
 
 def show(sides: list[tuple[str, list[tuple[str, bool]]]], marks: tuple[str, str] = ("⟦", "⟧")) -> str:
-    """An example as text with its trained stretches between `marks`; control characters are made visible."""
+    """Text of an example with the trained pieces between `marks`; control characters are escaped."""
     lines = []
     for name, stretches in sides:
         text = "".join(f"{marks[0]}{visible(t)}{marks[1]}" if trained else visible(t) for t, trained in stretches)

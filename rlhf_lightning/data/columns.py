@@ -1,4 +1,4 @@
-"""Columns with a common meaning: each is used, or the row is refused. Nothing is dropped silently."""
+"""Columns with a common meaning. Each one is used, or the row is refused; no column is dropped silently."""
 
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
@@ -12,24 +12,24 @@ SYSTEM = ("system", "system_prompt", "system_message")
 TOOLS = ("tools", "functions")
 MEDIA = ("image", "images", "audio", "audios", "video", "videos")
 MARKS = ("trainable", "train", "training", "loss", "weight", "loss_weight")
-"""Keys under which data sets mark a message as trained or not."""
+"""Keys by which datasets mark a message as trained or not."""
 WEIGHTS = ("weight", "loss_weight", "train", "trainable")
-"""Columns under which data sets keep the weight of a row, which is not supported here."""
+"""Columns with the weight of a row, which is not supported."""
 UNUSABLE = ("train_detail", "training_detail", "tools", "functions", *MEDIA)
-"""Keys that a message may have but that cannot be used there."""
+"""Keys that messages may have, but that are not supported there."""
 OPENING = ("system", "developer")
-"""Roles of a message that may only come first."""
+"""Roles that only the first message may have."""
 PAIR_REMEDY = (
     "rlhf preference learns from pairs. To imitate the chosen answers, set columns: {completion: chosen} (with a "
     "'prompt'), or columns: {messages: chosen}"
 )
 TRAINING_COLUMNS = (*WEIGHTS, "label", "margin", "tie", "score_chosen", "score_rejected")
-"""Columns that say how a row is trained on; they do not apply to prompts."""
+"""Columns that determine how a row is trained on; they do not apply to prompts."""
 UNWANTED = (0, False, "0", "false", "undesirable")
 
 
 def refuse_media(data: Row) -> None:
-    """Raise `RowError` for images, audio and video, which no model here takes, and for per-row template settings."""
+    """Raise `RowError` for images, audio, video and per-row template settings, which are not supported."""
     if not is_empty(data.get("chat_template_kwargs")):
         raise RowError(
             "the row has 'chat_template_kwargs', but all rows are rendered with the same settings: set "
@@ -39,24 +39,24 @@ def refuse_media(data: Row) -> None:
     for name in MEDIA:
         if not is_empty(data.get(name)):
             raise RowError(
-                f"the row has {name!r}, but models here read text only. Leave such rows out, or use only their text "
-                f"with columns: {{{name}: null}}"
+                f"the row has {name!r}, but only text is supported. Leave out such rows, or use only their text with "
+                f"columns: {{{name}: null}}"
             )
 
 
 def refuse_misspelled(data: Row, names: Sequence[str]) -> None:
-    """Raise `RowError` for `System` where `system` has a meaning, since the column would not be used."""
+    """Raise `RowError` for a column such as `System` where `system` has a meaning; it would not be used."""
     for column, value in data.items():
         name = column.strip().lower() if isinstance(column, str) else column
         if name != column and name in names and name not in data and not is_empty(value):
             raise RowError(
-                f"the row has {column!r}, but the column that is read is {name!r}: map it with columns: {{{name}: "
+                f"the row has {column!r}, but the column must be named {name!r}. Map it with columns: {{{name}: "
                 f"{column!r}}}, or ignore it with columns: {{{column!r}: null}}"
             )
 
 
 def is_empty(value: JSON) -> bool:
-    """True if a column holds nothing."""
+    """True if a column has no value."""
     return value is None or (isinstance(value, str | list | tuple | dict) and not value)
 
 
@@ -71,12 +71,12 @@ def refuse_unused_names(columns: Mapping[str, str | None] | None, used: set[str]
     for ours, theirs in (columns or {}).items():
         if used and theirs is not None and ours not in known:
             close = get_close_matches(ours, sorted(used), n=1)
-            hint = f"did you mean {close[0]}?" if close else f"they are read from the columns {', '.join(sorted(used))}"
-            raise ConfigError(f"data.columns: {{{ours}: {theirs}}}: these rows are not read from {ours!r}; {hint}")
+            hint = f"did you mean {close[0]}?" if close else f"columns that are used: {', '.join(sorted(used))}"
+            raise ConfigError(f"data.columns: {{{ours}: {theirs}}}: these rows do not use a column {ours!r}; {hint}")
 
 
 def with_system(data: Row, messages: list[Message]) -> list[Message]:
-    """Put the text of a row's `system` (`system_prompt`, `system_message`) column before its messages.
+    """Add the text of a row's `system` (`system_prompt`, `system_message`) column before its messages.
 
     Raises:
         RowError: If the column is not text, or the messages begin with another system message.
@@ -88,8 +88,8 @@ def with_system(data: Row, messages: list[Message]) -> list[Message]:
         if str(messages[0]["content"]).strip() == text.strip():
             return messages
         raise RowError(
-            f"the column {column!r} differs from the system message that the conversation begins with. Leave one of "
-            f"them out; columns: {{{column}: null}} ignores the column"
+            f"the column {column!r} differs from the system message at the beginning of the conversation. Remove one "
+            f"of them; columns: {{{column}: null}} ignores the column"
         )
     return [{"role": "system", "content": text}, *messages]
 
@@ -106,27 +106,27 @@ def _system(data: Row) -> tuple[str, str]:
         if value.strip():
             found[column] = value
     if len({text.strip() for text in found.values()}) > 1:
-        raise RowError(f"the row has {' and '.join(map(repr, found))}, which differ")
+        raise RowError(f"the row has {' and '.join(map(repr, found))}, but they differ; remove one of them")
     return next(iter(found.items()), ("", ""))
 
 
 def take_marks(message: Row, where: str) -> None:
-    """Replace the `MARKS` of a message by one key, `trainable`.
+    """Replace the `MARKS` of a message with one key, `trainable`.
 
     Raises:
         RowError: If the message has a mark or another key that cannot be used.
     """
     for name in UNUSABLE:
         if not is_empty(message.get(name)):
-            help = ": put it into a column of the row" if name in TOOLS else ""
-            raise RowError(f"{where} has {name!r}, which is not used there{help}")
+            help = "; put it into a column of the row" if name in TOOLS else "; remove it"
+            raise RowError(f"{where} has {name!r}, which is not supported in a message{help}")
     marks = set()
     for name in MARKS:
         if (value := message.pop(name, None)) is None:
             continue
         if not isinstance(value, bool | int | float) or value not in (0, 1):
             wanted = "0 (not trained) or 1" if name.endswith("weight") else "true or false"
-            raise RowError(f"{where}: {name!r} must be {wanted}, but it is {described(value)}")
+            raise RowError(f"{where}: {name!r} is {described(value)}; it must be {wanted}")
         marks.add(bool(value))
     if len(marks) > 1:
         raise RowError(f"{where} is marked both as trained and as not trained ({', '.join(MARKS)})")
@@ -135,7 +135,7 @@ def take_marks(message: Row, where: str) -> None:
 
 
 def unmarked(messages: Sequence[Message]) -> list[Message]:
-    """Messages of a prompt without their marks, since nothing of a prompt is trained."""
+    """Messages of a prompt without their marks, because no part of a prompt is trained."""
     copies = [message.copy() for message in messages]
     for message in copies:
         message.pop("trainable", None)
@@ -143,19 +143,19 @@ def unmarked(messages: Sequence[Message]) -> list[Message]:
 
 
 def refuse_untrained(messages: Sequence[Message], why: str) -> None:
-    """Raise `RowError` for a turn marked as not trained where no turn can be left out."""
+    """Raise `RowError` for a message that is marked as not trained where this is not possible."""
     if any(message.get("trainable") is False for message in messages):
-        raise RowError(f"a message is marked as not trained (weight: 0, train: false), and {why}")
+        raise RowError(f"a message is marked as not trained (weight: 0, train: false), but {why}")
 
 
 def refuse_unwanted(data: Row) -> None:
-    """Raise `RowError` for a row that is not meant to be imitated: a bad answer, a pair, or a weighted row."""
+    """Raise `RowError` for a row that must not be imitated: a bad answer, a pair, or a weighted row."""
     refuse_weight(data)
     label = data.get("label")
     if isinstance(label, bool | int | float | str) and (label.lower() if isinstance(label, str) else label) in UNWANTED:
         raise RowError(
-            f"'label' is {label!r}: an undesirable answer, which must not be imitated. Leave such rows out (or set "
-            "data.on_bad_row: skip), or train on labels with rlhf preference. If the column means something else, "
+            f"'label' is {label!r}, which marks a bad answer, and SFT would imitate it. Leave out such rows (or set "
+            "data.on_bad_row: skip), or train on labels with rlhf preference. If the column has another meaning, "
             "ignore it with columns: {label: null}"
         )
     if not has_pair(data):
@@ -177,12 +177,12 @@ def refuse_weight(data: Row) -> None:
     """Raise `RowError` for a weight of a whole row."""
     for name in WEIGHTS:
         value = data.get(name)
-        if isinstance(value, str):  # in tables, weights are text
+        if isinstance(value, str):  # weights in tables are text
             value = {"true": 1, "false": 0}.get(value.strip().lower(), _number(value))
         if isinstance(value, bool | int | float) and value != 1:
             raise RowError(
-                f"the row has {name!r} {data[name]!r}, and row weights are not supported: remove rows of weight 0, "
-                f"or ignore the column with columns: {{{name}: null}}"
+                f"{name!r} is {data[name]!r}, but row weights are not supported. Remove rows with weight 0, or ignore "
+                f"the column with columns: {{{name}: null}}"
             )
 
 
@@ -194,11 +194,11 @@ def _number(text: str) -> float | None:
 
 
 def refuse_beside_text(data: Row) -> None:
-    """Raise `RowError` for columns that need a chat template in a row of plain text."""
+    """Raise `RowError` if a row of plain text has columns that need a chat template."""
     for name in (*SYSTEM, *TOOLS):
         value = data.get(name)
         if not is_empty(value) and value != "[]":
             raise RowError(
-                f"the row is plain text and has {name!r}, which only a conversation can render: give 'messages', or "
-                f"ignore it with columns: {{{name}: null}}"
+                f"the row is plain text, but has {name!r}, which only conversations can use. Give 'messages', or "
+                f"ignore the column with columns: {{{name}: null}}"
             )

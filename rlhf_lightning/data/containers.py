@@ -1,4 +1,4 @@
-"""Rows in memory: lists, columns, data frames, Arrow tables and `datasets` data sets, as plain Python values."""
+"""Rows in memory: converts lists, columns, data frames, Arrow tables and datasets to plain Python values."""
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,24 +15,25 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 Container: TypeAlias = Any
-"""Rows in any form of any library: a frame, a table, a data set, a mapping, an iterable. They share no base class."""
+"""Rows in a form of any library: a frame, table, dataset, mapping or iterable. They have no common base class."""
 SPLITS = {"train": (), "validation": ("valid", "val", "dev", "eval"), "test": (), "predict": ()}
-"""Splits by what they are read for, with further names in use for them."""
+"""Names of splits by their use."""
 ALL_SPLITS = {name for key, names in SPLITS.items() for name in (key, *names)}
 ROW_COLUMNS = {"messages", "conversations", "prompt", "completion", "instruction", "text", "chosen", "rejected"}
 ROW_COLUMNS |= {"response", "responses", "tokens", "prompt_tokens"}
 BESIDE_ROWS = {"system", "tools", "label", "weight", "train", "margin", "score", "tie", "category"}
-"""Columns with a meaning, which would be lost next to a list of rows."""
+"""Columns with a meaning, which would be lost if they were next to a list of rows."""
 
 
 def library(value: Container) -> str | None:
-    """`pandas`, `polars`, `pyarrow`, `datasets` or `torch` if the container's class, or a base of it, is theirs."""
+    """The library that defines the container's class or a base class: `pandas`, `polars`, `pyarrow`, `datasets`,
+    `torch`, or None."""
     names = [kind.__module__.partition(".")[0] for kind in type(value).__mro__]
     return next((name for name in names if name in ("pandas", "polars", "pyarrow", "datasets", "torch")), None)
 
 
 def settled(source: Container) -> Container:
-    """A source that can be read repeatedly; an iterator is read into memory."""
+    """Return a source that can be read repeatedly; an iterator is read into memory."""
     if library(source) == "pyarrow" and hasattr(source, "read_all"):
         return source.read_all()
     if hasattr(source, "__next__") and not hasattr(source, "readline"):
@@ -41,7 +42,7 @@ def settled(source: Container) -> Container:
 
 
 def library_rows(source: Container, name: str) -> Iterator[Row]:
-    """Rows of a data frame, an Arrow table or a data set of another library.
+    """Rows of a data frame, an Arrow table or a dataset of another library.
 
     Raises:
         DataError: If no rows can be read from it.
@@ -62,7 +63,7 @@ def library_rows(source: Container, name: str) -> Iterator[Row]:
     elif of == "datasets":
         yield from dataset_rows(source)
     elif of == "torch" and hasattr(source, "collate_fn"):
-        raise DataError(f"{name}: this is a {kind}, which yields batches; pass the rows that it loads")
+        raise DataError(f"{name}: this is a {kind}, which yields batches; pass the dataset that it loads")
     else:
         yield from _indexed(source, name)
 
@@ -77,7 +78,7 @@ def _indexed(source: Container, name: str) -> Iterator[Row]:
 
 
 def dataset_rows(dataset: "datasets.Dataset | datasets.IterableDataset") -> Iterator[Row]:
-    """Rows of a `datasets.Dataset` or `IterableDataset`, without the nulls that Arrow fills in."""
+    """Rows of a `datasets.Dataset` or `IterableDataset`, without the nulls that Arrow adds."""
     given = getattr(dataset, "format", None) or {"type": None}
     if given["type"] not in (None, "custom"):  # tensors would only have to be converted back
         dataset = dataset.with_format(None, columns=given["columns"])
@@ -89,7 +90,7 @@ def dataset_rows(dataset: "datasets.Dataset | datasets.IterableDataset") -> Iter
 
 
 def _frame_rows(frame: "pandas.DataFrame", name: str) -> Iterator[Row]:
-    """Rows of a pandas frame. Empty cells are null. Cells that are arrays come from Arrow, and so do their nulls."""
+    """Rows of a pandas frame. Empty cells become null. Arrays in cells come from Arrow, which adds nulls to them."""
     import pandas
 
     names = list(frame.columns)
@@ -145,7 +146,7 @@ def _dropped(value: JSON) -> JSON:
 
 
 class _Shapes:
-    """Keys of the objects at each place of the rows (`messages[].tool_calls[]`), and whether they always agree."""
+    """Collects the keys of the objects at each place in the rows (`messages[].tool_calls[]`)."""
 
     def __init__(self) -> None:
         self.keys: dict[str, tuple[str, ...]] = {}
@@ -171,13 +172,13 @@ class _Shapes:
 
 
 def unfilled(rows: list[Row], only_rendered: bool = False) -> list[Row]:
-    """Rows without the nulls that Arrow fills in, if the rows look as if they came from Arrow (`list(dataset)`).
+    """Remove the nulls that Arrow adds, if the rows look as if they came from Arrow (`list(dataset)`).
 
     They do if the objects at each place have the same keys in the same order in every row, and a key that is null in
-    one inner object has a value in another. In rows written by hand, each object has only the keys that it needs.
+    one inner object has a value in another. In rows written by hand, an object has only the keys that it needs.
 
     Args:
-        rows: The rows; returned unchanged if nothing was filled in.
+        rows: The rows; returned unchanged if they do not come from Arrow.
         only_rendered: Change only the columns of messages and tools.
     """
     shapes = _Shapes()
@@ -185,7 +186,7 @@ def unfilled(rows: list[Row], only_rendered: bool = False) -> list[Row]:
         shapes.look(row)
         if not shapes.alike:
             return rows
-    # A turn of tool calls has null content in handwritten rows too.
+    # A turn with tool calls has null content in handwritten rows, too.
     filled = any((shapes.nulls[place] & shapes.values[place]) - {"content"} for place in shapes.keys if place)
     if not filled:
         return rows
@@ -206,10 +207,15 @@ def _is_rendered(name: str, value: JSON) -> bool:
 
 
 def of_mapping(given: Mapping[str, Container], split: str | None, name: str) -> Container:
-    """What a mapping holds for a split: its columns as a list of rows, or another source.
+    """The content of a mapping for a split: its columns as a list of rows, or another source.
+
+    Args:
+        given: The mapping.
+        split: Name of the split; None for the only one.
+        name: Name of the source, for messages.
 
     Raises:
-        DataError: If there is no such split, columns differ in length, or it is a single row.
+        DataError: If there is no such split, columns differ in length, or the mapping is a single row.
     """
     if library(given) == "datasets" or _is_splits(given):
         return choose_split(given, split, name)
@@ -222,19 +228,24 @@ def of_mapping(given: Mapping[str, Container], split: str | None, name: str) -> 
     if given and len(lengths) == len(given) and not _holds_messages(columns):
         found = ", ".join(f"{key} {length}" for key, length in lengths.items())
         raise DataError(
-            f"{name}: the columns have different lengths ({found}); every row needs a value for each column"
+            f"{name}: the columns have different lengths ({found}); each row must have a value in every column"
         )
     raise DataError(
-        f"{name}: a dict with {quoted(given)} has neither columns (a list each) nor splits (train, validation, test); "
-        "put a single row into a list: [row]"
+        f"{name}: a dict must contain columns (lists) or splits (train, validation, test), but it contains "
+        f"{quoted(given)}; put a single row into a list: [row]"
     )
 
 
 def object_rows(given: Row, split: str | None, name: str) -> Sequence[JSON]:
-    """Rows of one JSON object: of a split, of columns, of the list that it holds, or the object as a single row.
+    """Rows of one JSON object: its split, columns or list of rows, or the object as a single row.
+
+    Args:
+        given: The object.
+        split: Name of the split; None for the only one.
+        name: Name of the source, for messages.
 
     Raises:
-        DataError: If it holds several lists of rows and none is the split, or settings next to the list.
+        DataError: If it has several lists of rows and none is the split, or a column with a meaning next to the list.
     """
     if (frame := _of_pandas(given)) is not None:
         return frame
@@ -259,31 +270,36 @@ def object_rows(given: Row, split: str | None, name: str) -> Sequence[JSON]:
     ((column, rows),) = lists.items()
     others = [key for key in given if key != column]
     if lost := sorted(BESIDE_ROWS.intersection(others)):
-        raise DataError(f"{name}: {lost[0]!r} is outside the rows ({column}); write it into each row")
+        raise DataError(f"{name}: {lost[0]!r} is outside the rows ({column}); put it into each row")
     if others:
         log.info("%s: rows are read from %r; not used: %s", name, column, ", ".join(others))
     return rows
 
 
 def choose_split(given: Mapping[str, Container], split: str | None, name: str) -> Container:
-    """The split of that name, or the only one if no name is given.
+    """The split with a name, or the only split if no name is given.
+
+    Args:
+        given: The splits by name.
+        split: Name of the split; None for the only one.
+        name: Name of the source, for messages.
 
     Raises:
-        DataError: If there is no such split, or several to choose from; the message names them.
+        DataError: If there is no such split, or there are several; the message names them.
     """
     wanted = [key for key in (split, *SPLITS.get(split or "", ())) if key in given]
     if split is None and len(given) == 1:
         wanted = list(given)
     if not wanted or (len(wanted) > 1 and wanted[0] != split):
-        asked = f"no split {split!r}" if split else "several splits"
-        raise DataError(f"{name}: {asked}; it has {quoted(given)}. Pass only the split to read")
+        asked = f"there is no split {split!r}" if split else "there are several splits"
+        raise DataError(f"{name}: {asked}; splits are {quoted(given)}. Pass only the split to read")
     if others := [key for key in given if key != wanted[0]]:
         log.info("%s: reading split %r; not used: %s", name, wanted[0], ", ".join(others))
     return given[str(wanted[0])]
 
 
 def _is_splits(given: Mapping[str, Container]) -> bool:
-    """True for a mapping of splits: by its keys, or if it holds containers or lists of rows."""
+    """True for a mapping of splits: by its keys, or because its values are containers or lists of rows."""
     if not given:
         return False
     if all(key in ALL_SPLITS for key in given):
@@ -306,13 +322,13 @@ def _is_columns(given: Row) -> TypeGuard[dict[str, list[JSON]]]:
 
 
 def _holds_messages(given: Row) -> bool:
-    """True if a column is a list of messages or tools, and so belongs to one row rather than many."""
+    """True if a column is a list of messages or tools, so that the mapping is a single row."""
     lists = [given[key] for key in ("messages", "conversations", "tools", *ROW_COLUMNS) if key in given]
     return any(isinstance(value, list) and any(isinstance(item, dict) for item in value) for value in lists)
 
 
 def _of_pandas(given: Row) -> list[Row] | None:
-    """Rows of what `to_dict` and `to_json` of a pandas frame return: by columns (the default), `index` or `split`."""
+    """Rows of the output of a pandas frame's `to_dict` or `to_json`, by columns (the default), `index` or `split`."""
     if given.keys() >= {"columns", "data"} and given.keys() <= {"columns", "data", "index"}:
         columns, data = given["columns"], given["data"]
         if isinstance(columns, list) and isinstance(data, list):
@@ -332,5 +348,5 @@ def _of_pandas(given: Row) -> list[Row] | None:
 
 
 def rows_of_columns(columns: Mapping[str, list[JSON]]) -> list[Row]:
-    """`{"a": [1, 2]}` as `[{"a": 1}, {"a": 2}]`."""
+    """Convert columns to rows: `{"a": [1, 2]}` becomes `[{"a": 1}, {"a": 2}]`."""
     return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]

@@ -1,4 +1,4 @@
-"""Message contents in parts, `[{type: text, text: …}]`, for templates that show parts and for those that need text."""
+"""Message contents in parts, `[{type: text, text: …}]`: kept for templates that support them, else joined to text."""
 
 from collections.abc import Callable
 
@@ -10,7 +10,7 @@ _FIRST, _SECOND = "Alpha,", "beta."
 
 
 class ContentParts(str):
-    """Text of a content in parts. Templates that show parts get `parts`; everything else reads the text.
+    """Text of a content in parts. Templates that support parts get `parts`; all other code reads the text.
 
     Example:
         >>> content = ContentParts([{"type": "text", "text": "Hello "}, {"type": "text", "text": "world"}])
@@ -29,11 +29,11 @@ class ContentParts(str):
         return ContentParts, (self.parts,)
 
     def __repr__(self) -> str:
-        return f"ContentParts({self.parts!r})"  # parts matter: a template may trim each one
+        return f"ContentParts({self.parts!r})"  # with the parts, because a template may trim each one
 
 
 def joined(message: Message | TemplateMessage) -> Message | TemplateMessage:
-    """A message whose content is `ContentParts` if it was a list of text parts."""
+    """Convert the content of a message to `ContentParts` if it is a list of text parts."""
     content = message.get("content")
     if not isinstance(content, list) or not content or not all(_is_text(part) for part in content):
         return message
@@ -45,10 +45,10 @@ def _is_text(part: JSON) -> bool:
 
 
 class ContentForms:
-    """Converts message contents to the form that one template shows.
+    """Converts message contents to the form that a template shows.
 
     Args:
-        render: The template's own rendering of messages; raises `RowError`.
+        render: Renders messages with the template; raises `RowError`.
 
     Example:
         >>> forms = ContentForms(lambda messages: "".join(str(message["content"]) for message in messages))
@@ -63,7 +63,7 @@ class ContentForms:
         self._known: dict[str, bool] = {}
 
     def fit(self, messages: list[TemplateMessage]) -> list[TemplateMessage]:
-        """The messages, with contents as the template shows them."""
+        """The messages, with contents in the form that the template shows."""
         if not self.only_parts and not any(isinstance(message.get("content"), ContentParts) for message in messages):
             return messages
         return [self._fitted(message) for message in messages]

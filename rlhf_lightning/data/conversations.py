@@ -1,4 +1,4 @@
-"""The forms in which conversations are stored, converted to one: a list of `{role, content, …}` messages."""
+"""Converts the forms in which conversations are stored to a list of `{role, content, …}` messages."""
 
 import ast
 import json
@@ -42,7 +42,7 @@ SPEAKERS = {
     "tool_result": "tool",
 }
 CALLERS = ("function_call", "tool_call", "tool_calls")
-"""Roles whose text is a tool call."""
+"""Roles of messages whose text is a tool call."""
 ROLES = ("system", "developer", "user", "assistant", "tool")
 SHAPES = "messages | conversations | prompt + completion | instruction + output | text"
 
@@ -67,7 +67,7 @@ def to_messages(value: JSON | list[Message], first_role: str = "user") -> list[M
             return [{"role": first_role, "content": value}]
         value = said
     if not isinstance(value, list) or not value:
-        raise RowError(f"a conversation must be a non-empty list of messages, but it is {described(value)}")
+        raise RowError(f"a conversation must be a non-empty list of messages, but is {described(value)}")
     messages: list[Message] = []
     for index, item in enumerate(value):
         messages += _messages(item, index, messages[-1]["role"] if messages else None, first_role)
@@ -75,7 +75,11 @@ def to_messages(value: JSON | list[Message], first_role: str = "user") -> list[M
 
 
 def _written(text: str) -> list[JSON] | None:
-    """The messages of a conversation stored as text (JSON, or a printed Python list); None for any other text."""
+    """The messages of a conversation that is stored as JSON text; None for other text.
+
+    Raises:
+        RowError: If the text is a printed Python list.
+    """
     if not MESSAGE_LIST.match(text := text.strip()):
         return None
     for read in (json.loads, ast.literal_eval):
@@ -83,9 +87,7 @@ def _written(text: str) -> list[JSON] | None:
             value = read(text)
             return value if all(map(_is_message, value)) else None
     if "'" in text[: text.index(":")]:
-        raise RowError(
-            f"a conversation given as text must be JSON, but this is a printed Python list: {described(text)}"
-        )
+        raise RowError(f"a conversation in a string must be JSON, but this is a printed Python list: {described(text)}")
     return None
 
 
@@ -97,7 +99,7 @@ def _is_message(item: JSON) -> bool:
 
 
 def _messages(item: JSON | Message, index: int, previous: str | None, first_role: str) -> list[Message]:
-    """The messages of one item; several only if it holds the results of several calls (Anthropic)."""
+    """The messages of one item; several only if it contains the results of several calls (Anthropic)."""
     if isinstance(item, str):
         item = {"content": item}
     if not _is_object(item):
@@ -139,7 +141,7 @@ def _has_text(message: Row) -> TypeGuard[Message]:
 
 
 def _take_calls(message: Row, caller: bool, where: str) -> list[Message]:
-    """Move the calls of a message to `tool_calls`; returns the results found in its content (Anthropic)."""
+    """Move the calls of a message to `tool_calls`, and return the results in its content (Anthropic)."""
     calls: list[ToolCall] = []
     results: list[Message] = []
     for key in ("tool_calls", "function_call", "tool_call"):
@@ -149,7 +151,7 @@ def _take_calls(message: Row, caller: bool, where: str) -> list[Message]:
         elif value:
             found = read_calls(value, where)
             if calls and found != calls:
-                raise RowError(f"{where} has tool calls twice, also in {key!r}; remove one of them")
+                raise RowError(f"{where} has different tool calls in two places, one of them {key!r}; remove one")
             calls = found
         message.pop(key, None)
     content = message["content"]
@@ -176,7 +178,7 @@ def _take_calls(message: Row, caller: bool, where: str) -> list[Message]:
 
 
 def _result(part: dict[str, JSON], where: str) -> Message:
-    """A tool result in Anthropic's form, a part of the user's message, as a message."""
+    """Convert a tool result in Anthropic's form (a part of the user's message) to a message."""
     content = part.get("content", "")
     if isinstance(content, list) and _is_parts(content):
         text = _joined(content, where)
@@ -190,7 +192,7 @@ def _result(part: dict[str, JSON], where: str) -> Message:
 
 
 def _is_parts(content: list[JSON]) -> bool:
-    """True if a list is a content in parts, rather than a tool result that is a list."""
+    """True if a list is a content in parts, not a tool result that is a list."""
     return bool(content) and all(isinstance(part, dict) and isinstance(part.get("type"), str) for part in content)
 
 
@@ -200,7 +202,7 @@ def _joined(parts: list[JSON], where: str) -> str:
     for part in parts:
         kind = part.get("type", "text") if isinstance(part, dict) else None
         if isinstance(kind, str) and kind.removeprefix("input_").removesuffix("_url") in MEDIA:
-            raise RowError(f"{where}: content has a part of type {kind!r}, but models here read text only")
+            raise RowError(f"{where}: content has a part of type {kind!r}, but only text is supported")
         if not isinstance(part, dict) or kind != "text" or not isinstance(part.get("text"), str):
             raise RowError(f"{where}: content has the part {described(part)}; parts must be {{type: text, text: …}}")
         # Parquet and Arrow fill missing keys with None, and templates test which keys a part has.
@@ -209,7 +211,7 @@ def _joined(parts: list[JSON], where: str) -> str:
 
 
 def has_conversation(data: Row) -> bool:
-    """True if a row has one of the forms that `conversation` reads; a `text` column next to it is then a copy."""
+    """True if a row has one of the forms that `conversation` reads; a `text` column is then only a copy."""
     shapes = (("messages",), ("conversations",), ("prompt", "completion"), ("instruction", "output"))
     return any(all(data.get(key) is not None for key in shape) for shape in shapes)
 
@@ -241,7 +243,8 @@ def _conversation(data: Row) -> list[Message]:
         return _instruction(data)
     pair = f". This is a pair: {PAIR_REMEDY}" if has_pair(data) else ""
     raise RowError(
-        f"no conversation in the row: it has {quoted(data)}; it needs {SHAPES}. Map other names with `columns:`{pair}"
+        f"the row has no conversation: its columns are {quoted(data)}, but it needs {SHAPES}. Map other names with "
+        f"`columns:`{pair}"
     )
 
 
@@ -286,10 +289,10 @@ def used_columns(data: Row) -> set[str]:
 
 
 def apart(prompt: list[Message], responses: Sequence[list[Message]]) -> tuple[list[Message], list[list[Message]]]:
-    """Separate a prompt from responses that repeat it, with or without a system message.
+    """Remove a prompt from responses that repeat it, with or without a system message.
 
     Returns:
-        The prompt, and the responses without it.
+        The prompt, and the responses without the prompt.
     """
     leads = [response[0] for response in responses if response and response[0]["role"] in OPENING]
     if len(leads) == len(responses) and all(lead == leads[0] for lead in leads) and prompt[0]["role"] not in OPENING:
@@ -298,7 +301,7 @@ def apart(prompt: list[Message], responses: Sequence[list[Message]]) -> tuple[li
 
 
 def without_prompt(response: list[Message], prompt: Sequence[Message]) -> list[Message]:
-    """A response without the prompt, if it repeats the prompt at its beginning, with or without the system message."""
+    """Remove the prompt from a response that begins with it, with or without the system message."""
     said = [list(prompt), *([list(prompt[1:])] if prompt and prompt[0]["role"] in OPENING else [])]
     for repeated in said:
         if repeated and unmarked(response[: len(repeated)]) == unmarked(repeated):
@@ -314,5 +317,5 @@ def tool_schemas(data: Row) -> list[ToolSchema] | None:
     """
     tools, functions = read_tools(data.get("tools")), read_tools(data.get("functions"), "functions")
     if tools and functions and tools != functions:
-        raise RowError("the row has 'tools' and 'functions', which differ")
+        raise RowError("the row has 'tools' and 'functions', but they differ; remove one of them")
     return tools or functions

@@ -1,9 +1,10 @@
-"""The chat template of a reward model's folder, which ends with the last turn, where the score is read.
+"""Makes the chat template of a reward model's folder end with the last turn, where the score is read.
 
-Stock pooling reads the score at the last non-padding token. Many templates write more after the end of a turn (ChatML a
-line break), while the score was trained at the end of the turn. A reward model's folder therefore gets a wrapped
-template: if a conversation ends with the assistant and no generation prompt is requested, everything after the end of
-that turn is cut off. Otherwise it renders as before. This package unwraps the template when it reads such a folder.
+Stock pooling reads the score at the last non-padding token. Many templates write more text after the end of a turn
+(ChatML a line break), but the score was trained at the end of the turn. A reward model's folder therefore gets a
+wrapped template: if a conversation ends with the assistant and no generation prompt is requested, it cuts off
+everything after the end of that turn. Otherwise it renders as before. This package unwraps the template when it reads
+such a folder.
 """
 
 import json
@@ -30,7 +31,7 @@ _SAMPLES: list[list[Message]] = [
 
 @contextmanager
 def ended(tokenizer: Tokenizer, template: ChatTemplate | None) -> Iterator[None]:
-    """Make a tokenizer's template end with the last turn while it is saved, within the context.
+    """Context manager in which a tokenizer's template ends with the last turn, to save it.
 
     Args:
         tokenizer: The tokenizer.
@@ -45,8 +46,8 @@ def ended(tokenizer: Tokenizer, template: ChatTemplate | None) -> Iterator[None]
             tokenizer.chat_template = after
         else:
             log.warning(
-                "the chat template could not be made to end with the turn: before scoring with stock libraries, cut "
-                "the text after the end of the answer, see docs/preference.md"
+                "the chat template cannot be changed to end with the turn; before scoring with stock libraries, cut "
+                "off the text after the end of the answer, see docs/preference.md"
             )
     try:
         yield
@@ -76,7 +77,7 @@ def _wrapped(source: str, template: ChatTemplate) -> str:
         f"{{%- if {name} is not defined %}}{{% set {name} = {_literal(value)} %}}{{% endif %}}\n"
         for name, value in template.given.items()
     )
-    # Jinja drops one line break at the end of a template, which is no longer the end.
+    # Jinja drops a line break at the end of a template, but here the template continues.
     broken = source.endswith("\n")
     return (
         _HEAD

@@ -1,4 +1,4 @@
-"""Files of rows: which files a name refers to, their formats, and their rows with file and line."""
+"""Reads files of rows: finds the files for a name, detects their formats, and yields rows with file and line."""
 
 import bz2
 import glob
@@ -28,8 +28,8 @@ ARROW = (".parquet", ".arrow", ".feather")
 KINDS = (*JSON_KINDS, ".parquet", ".arrow", ".feather", *TABLES, *TEXTS)
 COMPRESSIONS = (".gz", ".zst", ".bz2", ".xz")
 SUFFIXES = (*KINDS, *(kind + end for kind in KINDS for end in COMPRESSIONS))
-"""Endings of the names of files of rows."""
-OTHERS = dict.fromkeys((".zip", ".tar", ".tgz", ".7z", ".rar"), "an archive; unpack it, and name the file of rows")
+"""Extensions of files of rows."""
+OTHERS = dict.fromkeys((".zip", ".tar", ".tgz", ".7z", ".rar"), "an archive; unpack it, and give the file of rows")
 OTHERS |= dict.fromkeys((".xlsx", ".xls", ".ods"), "a spreadsheet; save it as .csv")
 OTHERS |= dict.fromkeys(
     (".pkl", ".pickle", ".pt", ".npy", ".npz"), "Python objects; save the rows as .jsonl or .parquet"
@@ -44,7 +44,7 @@ MARKS = {b"\xff\xfe\x00\x00": "utf-32", b"\x00\x00\xfe\xff": "utf-32", b"\xff\xf
 
 @dataclass(frozen=True)
 class Wanted:
-    """How rows are requested.
+    """How rows are to be read.
 
     Attributes:
         text_key: Column of rows that are plain text; None if rows must be objects.
@@ -65,7 +65,7 @@ class Wanted:
 
 
 def place(source: str | os.PathLike[str]) -> str:
-    """A path with `~` and `file://` resolved."""
+    """Resolve `~` and `file://` in a path."""
     name = os.fspath(source)
     if name.startswith("file://"):
         name = unquote(urlsplit(name).path)
@@ -73,13 +73,13 @@ def place(source: str | os.PathLike[str]) -> str:
 
 
 def local_files(source: str | os.PathLike[str]) -> list[Path] | None:
-    """The local files that a name refers to; those of a pattern or a folder in order.
+    """The local files that a name refers to; the files of a pattern or a folder are sorted.
 
     Returns:
-        The files; None if nothing of that name is here.
+        The files; None if there is no local file or folder of that name.
 
     Raises:
-        DataError: If a folder or a pattern has no files of rows, or a folder's files are not parts of one data set.
+        DataError: If a folder or a pattern has no files of rows, or the files of a folder are not parts of one dataset.
     """
     name = place(source)
     if not name.strip():
@@ -110,7 +110,7 @@ def _parts(folder: Path) -> list[Path]:
     if len({re.sub(r"\d+", "0", file.name) for file in files}) > 1:
         names = ", ".join(file.name for file in files[:6]) + (", …" if len(files) > 6 else "")
         raise DataError(
-            f"{folder}: the files in this folder do not form one data set ({names}); give a file, or a pattern: "
+            f"{folder}: the files in this folder are not parts of one dataset ({names}); give a file, or a pattern: "
             f"{folder}/*{files[0].suffix}"
         )
     return files
@@ -128,7 +128,7 @@ def file_items(path: Path, wanted: Wanted) -> Iterator[Item]:
     """Rows of a file with their locations.
 
     Raises:
-        DataError: If it cannot be read.
+        DataError: If the file cannot be read.
     """
     kind, data = _content(path)
     if kind in OTHERS:
@@ -139,25 +139,25 @@ def file_items(path: Path, wanted: Wanted) -> Iterator[Item]:
 
 
 def _unfilled(path: Path, items: Iterator[Item]) -> Iterator[Item]:
-    """Items of a JSON file without the nulls of Arrow, if `datasets` or pandas wrote the file from an Arrow table."""
+    """Remove Arrow's nulls from the items of a JSON file that `datasets` or pandas wrote from an Arrow table."""
     found = list(items)
     given = [item for _, item in found if isinstance(item, dict)]
     rows = unfilled(given, only_rendered=True)
     if rows is not given:
-        log.info("%s: seems to be written from an Arrow table; null keys of messages and tools are dropped", path)
+        log.info("%s: the file seems to come from an Arrow table; null keys of messages and tools are dropped", path)
     after = iter(rows)
     return ((where, next(after) if isinstance(item, dict) else item) for where, item in found)
 
 
 def _content(path: Path) -> tuple[str, bytes]:
-    """The ending that says what the file is, and its unpacked bytes. Magic bytes take precedence over the name."""
+    """Extension for the format of a file, and its uncompressed bytes. Magic bytes take precedence over the name."""
     endings = [ending.lower() for ending in path.suffixes]
     try:
         data = path.read_bytes()
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror})") from None
     packed = _magic(data)
-    while packed in COMPRESSIONS:  # a loop, since some files are compressed twice
+    while packed in COMPRESSIONS:  # a loop, because some files are compressed twice
         data = _unpacked(path, packed, data)
         packed = _magic(data)
     while endings and endings[-1] in COMPRESSIONS:
@@ -183,7 +183,7 @@ def _unpacked(path: Path, packed: str, data: bytes) -> bytes:
         openers = {".gz": gzip.decompress, ".bz2": bz2.decompress, ".xz": lzma.decompress}
         return openers[packed](data)
     except (OSError, EOFError, ValueError, zlib.error, lzma.LZMAError) as error:
-        raise DataError(f"{path}: cannot be unpacked ({packed[1:]}: {error}); is the file complete?") from None
+        raise DataError(f"{path}: cannot be decompressed ({packed[1:]}: {error}); is the file complete?") from None
 
 
 def _decoded(path: Path, data: bytes) -> str:
@@ -199,7 +199,7 @@ def _decoded(path: Path, data: bytes) -> str:
         line = text[: text.index("\x00")].count("\n") + 1
         raise DataError(
             f"{path}:{line}: contains a null character, so it is not UTF-8 text; save the file as UTF-8 (UTF-16 is "
-            "read if it begins with a byte order mark)"
+            "supported with a byte order mark)"
         )
     return text
 
@@ -234,13 +234,15 @@ def _text_items(path: Path, kind: str, text: str, wanted: Wanted) -> Iterator[It
         return _prompts(path, text, wanted)
     if kind not in (*JSON_KINDS, *TEXTS) and not text.lstrip().startswith(("{", "[", '"')) and text.strip():
         told = ", .txt for a prompt on each line (or set data.lines: true)" if wanted.text_key else ""
-        ending = f"its extension {kind} does not tell" if kind else "it has no extension to tell"
-        raise DataError(f"{path}: not JSON, and {ending} what it is; rename it: .csv or .tsv for a table{told}")
+        ending = f"its extension {kind} is unknown" if kind else "it has no extension"
+        raise DataError(
+            f"{path}: the format is unknown: not JSON, and {ending}; rename it: .csv or .tsv for a table{told}"
+        )
     return _json_items(path, kind, text, wanted)
 
 
 def _lines(text: str) -> list[str]:
-    """Lines with any kind of line end, each without a byte order mark, which files joined from several may have inside.
+    """Split a text at any kind of line end, and remove byte order marks, which concatenated files may have inside.
 
     Not `splitlines()`, which also splits at U+2028 and similar characters that JSON strings may contain.
     """
@@ -265,7 +267,7 @@ def _prompts(path: Path, text: str, wanted: Wanted) -> Iterator[Item]:
     if objects and others:
         raise DataError(
             f"{path}:{others[0]}: not a JSON object, but line {objects[0]} is one; a file must contain either rows or "
-            "lines of text. With data.lines: true every line is text."
+            "lines of text. With data.lines: true, every line is text."
         )
     every = {kind for kind in kinds.values() if kind} if None not in kinds.values() else set()
     if objects or every == {str} or every == {list} or (others and all(lines[n - 1].startswith("{") for n in others)):
@@ -297,7 +299,7 @@ def _kind(line: str) -> type | None:
 
 
 def _json_items(path: Path, kind: str, text: str, wanted: Wanted) -> Iterator[Item]:
-    """Rows of JSON lines, of one JSON value, or of several concatenated values, whatever the file's name."""
+    """Rows of JSON lines, of one JSON value, or of several concatenated values, whatever the name of the file."""
     lines = _lines(text)
     first = next((line for line in lines if line), "")
     found = _kind(first)
@@ -317,13 +319,13 @@ def _json_items(path: Path, kind: str, text: str, wanted: Wanted) -> Iterator[It
 
 
 def _rows_only(value: JSON, wanted: Wanted) -> bool:
-    """True for a list that holds only rows."""
+    """True for a list that contains only rows."""
     kinds = (dict, str) if wanted.text_key else (dict,)
     return isinstance(value, list) and all(isinstance(item, kinds) for item in value)
 
 
 def _stream(path: Path, text: str) -> list[Item]:
-    """Concatenated objects, each over several lines; empty if the text is something else."""
+    """Parse concatenated objects that each span several lines; empty if the text is something else."""
     decoder = json.JSONDecoder(object_pairs_hook=unique_keys)
     found: list[Item] = []
     position, line = 0, 1
@@ -345,7 +347,7 @@ def _stream(path: Path, text: str) -> list[Item]:
 
 
 def _value_items(path: Path, value: JSON, wanted: Wanted) -> Iterator[Item]:
-    """Rows of a single JSON value: a list of objects, or an object that holds them."""
+    """Rows of a single JSON value: a list of objects, or an object that contains them."""
     items = object_rows(value, wanted.split, str(path)) if isinstance(value, dict) else value
     if not isinstance(items, list):
         raise DataError(f"{path}: contains a {type(items).__name__}; a .json file must contain a list of objects")
@@ -354,7 +356,7 @@ def _value_items(path: Path, value: JSON, wanted: Wanted) -> Iterator[Item]:
         if isinstance(item, str) and wanted.text_key:
             item = {wanted.text_key: item}
         if not isinstance(item, dict):
-            raise DataError(f"{where}: this row is a {type(item).__name__}; every row must be an object")
+            raise DataError(f"{where}: the row is a {type(item).__name__}; it must be an object")
         yield where, item
 
 
@@ -375,11 +377,11 @@ def line_row(line: str, text_key: str | None) -> Row:
     """
     try:
         value = load_json(line)
-    except ValueError as error:  # not JSONDecodeError: a number with thousands of digits raises a plain ValueError
+    except ValueError as error:  # a number with thousands of digits raises a plain ValueError, not JSONDecodeError
         raise ValueError(f"not valid JSON ({error}); each line must be one JSON object") from None
     if isinstance(value, str) and text_key:
         if value.lstrip().startswith("{") and _kind(value.strip()) is dict:
-            raise ValueError("this is JSON inside a JSON string: the row is encoded twice; encode it once")
+            raise ValueError("the row is encoded twice (JSON inside a JSON string); encode it once")
         return {text_key: value}
     if not isinstance(value, dict):
         raise ValueError(f"this is a JSON {type(value).__name__}; each line must be one JSON object")

@@ -1,4 +1,4 @@
-"""Names of data: whether they are on this machine, and data sets on the Hub or on disk that `datasets` loads."""
+"""Names of data: checks if they are on this machine, and loads datasets from the Hub or from disk."""
 
 import glob
 import os
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def load_saved(folder: str) -> "datasets.Dataset | datasets.DatasetDict":
-    """Load what `save_to_disk` wrote.
+    """Load a dataset that `save_to_disk` wrote.
 
     Raises:
         DataError: If it cannot be loaded.
@@ -28,7 +28,7 @@ def load_saved(folder: str) -> "datasets.Dataset | datasets.DatasetDict":
         return load_from_disk(folder)
     except Exception as error:
         reason = " ".join(str(error).split())[:300]
-        raise DataError(f"{folder}: a data set saved with `datasets` that cannot be loaded ({reason})") from error
+        raise DataError(f"{folder}: a dataset saved with save_to_disk, but it cannot be loaded ({reason})") from error
 
 
 def check_there(source: str) -> None:
@@ -46,7 +46,7 @@ def is_here(source: Container, texts: bool = False) -> bool:
 
     Args:
         source: The source.
-        texts: If True, strings in a list that do not end like files are rows.
+        texts: If True, strings in a list are rows unless they end like file names.
     """
     if isinstance(source, str | os.PathLike):
         saved = is_saved_dataset(place(source).partition(":")[0])
@@ -59,12 +59,12 @@ def is_here(source: Container, texts: bool = False) -> bool:
 
 
 def is_stream(source: Container) -> bool:
-    """True if a source is read lazily, again for every reading."""
+    """True if a source is read lazily, and again each time."""
     return hasattr(source, "__next__") or (library(source) == "datasets" and not hasattr(source, "__len__"))
 
 
 def hub_dataset(source: str) -> "datasets.Dataset":
-    """Load a data set from the Hub.
+    """Load a dataset from the Hub.
 
     Raises:
         DataError: If it cannot be loaded.
@@ -77,9 +77,9 @@ def hub_dataset(source: str) -> "datasets.Dataset":
     try:
         return load_dataset(name, configuration or None, split=split or "train")
     except Exception as error:
-        # Joined into one line: configurations and splits are listed on further lines.
+        # Joined into one line, because the message lists configurations and splits on further lines.
         reason = " ".join((str(error).strip() or type(error).__name__).split())[:300]
         raise DataError(
-            f"{source}: neither a local file nor a Hub data set that can be loaded ({reason}); "
+            f"{source}: neither a local file nor a dataset on the Hub that can be loaded ({reason}); "
             "write a configuration and a split as owner/name:configuration/split"
         ) from error

@@ -1,4 +1,4 @@
-"""Data of preference learning: pairs, labeled responses and rankings."""
+"""Data module for preference learning: pairs, labeled responses and rankings."""
 
 import logging
 import math
@@ -39,24 +39,24 @@ class PreferenceDataModule(RowDataModule[PreferenceExample, PreferenceBatch]):
     """Data module of pairs, labeled responses or rankings.
 
     - pairs: `prompt`, `chosen`, `rejected`, each a string or messages, and optionally `margin` and `tie`. Without
-      `prompt`, `chosen` and `rejected` are whole conversations, whose common beginning is the prompt.
+      `prompt`, `chosen` and `rejected` are whole conversations; their common beginning is the prompt.
     - labels: `prompt`, `response` (or `completion`), `label` (1 or 0). A pair becomes two labeled responses.
     - rankings: `prompt`, `responses`, and `scores` or `ranks`; without these, best first. A pair is a ranking of two.
 
-    Any row may have `tools`, and a `category` that accuracy is reported by. A batch is a dict with `input_ids` and
+    Any row may have `tools`, and a `category` by which accuracy is reported. A batch is a dict with `input_ids` and
     `loss_mask` `[N, T]`, `lengths` `[N]` and `weights` `[B]`; for pairs, the N = 2B rows are all chosen responses, then
-    all rejected ones.
+    all rejected ones. Further arguments are those of `RowDataModule`.
 
     Args:
-        train: Rows to train on; see `RowDataModule` for further arguments.
+        train: Rows to train on.
         validation: Rows to validate on.
         overlong: What to do with rows above `max_length`: `error`, `truncate` (cuts the prompt on the left), or `skip`
             and count them.
-        kind: `pairs`, `labels` or `rankings`; by default what the module's loss learns from.
+        kind: `pairs`, `labels` or `rankings`; by default the kind that the module's loss needs.
         **kwargs: Arguments of `RowDataModule`.
 
     Raises:
-        ConfigError: If `kind` is unknown, or differs from what the loss takes.
+        ConfigError: If `kind` is unknown, or differs from the kind that the loss needs.
 
     Example:
         >>> rows = [{"prompt": "What is 2 + 2?", "chosen": "4", "rejected": "5"}]
@@ -81,7 +81,7 @@ class PreferenceDataModule(RowDataModule[PreferenceExample, PreferenceBatch]):
         self._kind = kind
         self.category_names: list[str] = []
         self._worse, self._margins = 0, False
-        """Number of pairs whose scores prefer the rejected response, and whether rows have margins."""
+        """Number of pairs in which the rejected response has the higher score, and whether rows have margins."""
 
     @property
     def loss(self) -> "PreferenceLoss | None":
@@ -90,10 +90,16 @@ class PreferenceDataModule(RowDataModule[PreferenceExample, PreferenceBatch]):
 
     @property
     def kind(self) -> str:
-        """What rows are made into: `pairs`, `labels` or `rankings`."""
+        """Kind of the examples: `pairs`, `labels` or `rankings`.
+
+        Raises:
+            ConfigError: If the configured kind is not that of the loss.
+        """
         wanted = getattr(self.loss, "kind", None)
         if self._kind and wanted and self._kind != wanted:
-            raise ConfigError(f"data.kind is {self._kind}, but the loss {type(self.loss).__name__} needs {wanted}")
+            raise ConfigError(
+                f"data.kind is {self._kind}, but the loss {type(self.loss).__name__} needs {wanted}; change one of them"
+            )
         return self._kind or wanted or "pairs"
 
     def examples(self, name: str) -> Callable[[Row], Sequence[PreferenceExample]]:
@@ -105,10 +111,10 @@ class PreferenceDataModule(RowDataModule[PreferenceExample, PreferenceBatch]):
         self._worse, self._margins = 0, False
         super()._prepare(name, required)
         if self._worse and name in self.prepared:
-            log.warning("data.%s: in %d pairs the rejected response has the higher score_rejected", name, self._worse)
+            log.warning("data.%s: score_rejected is higher than score_chosen in %d pairs", name, self._worse)
         unused = self.kind != "pairs" or (self.loss is not None and "margin" not in self.loss.keywords())
         if self._margins and self.loss is not None and unused and name in self.prepared:
-            log.warning("data.%s has margins, which %s does not use", name, type(self.loss).__name__)
+            log.warning("data.%s has margins, but the loss %s does not use them", name, type(self.loss).__name__)
         found = {row.category for prepared in self.prepared.values() for row in prepared.rows}
         self.category_names = sorted(category for category in found if category is not None)
 
@@ -145,7 +151,7 @@ class PreferenceDataModule(RowDataModule[PreferenceExample, PreferenceBatch]):
     def _pair(self, data: Row) -> list[Pair]:
         if (found := row_kind(data)) != "pairs":
             raise RowError(
-                f"the row has the form of {found}, but pairs are expected: set model.loss to a loss for {found}"
+                f"the row has the columns of {found}, but pairs are needed; set model.loss to a loss for {found}"
             )
         refuse_weight(data)
         prompt, chosen, rejected = split_pair(data)
@@ -153,7 +159,7 @@ class PreferenceDataModule(RowDataModule[PreferenceExample, PreferenceBatch]):
             raise RowError("chosen equals rejected: there is nothing to prefer")
         sides = self._sides(data, prompt, {"chosen": chosen, "rejected": rejected})
         if sides[0].ids == sides[1].ids:
-            raise RowError("chosen and rejected are the same tokens: there is nothing to prefer")
+            raise RowError("chosen and rejected have the same tokens: there is nothing to prefer")
         margin, tie = data.get("margin"), data.get("tie")
         if margin is not None and not _is_number(margin):
             raise RowError(f"'margin' is {margin!r}; it must be a number")
@@ -163,7 +169,7 @@ class PreferenceDataModule(RowDataModule[PreferenceExample, PreferenceBatch]):
         if tie and self.loss is not None and "ties" not in self.loss.keywords():
             name = type(self.loss).__name__
             raise RowError(
-                f"the pair is a tie, which {name} cannot learn from; use BradleyTerry, Davidson or RaoKupper"
+                f"the pair is a tie, but {name} cannot learn from ties; use BradleyTerry, Davidson or RaoKupper"
             )
         return [Pair(sides, _category(data), float(margin) if _is_number(margin) else 0.0, bool(tie))]
 
@@ -174,7 +180,7 @@ class PreferenceDataModule(RowDataModule[PreferenceExample, PreferenceBatch]):
             if chosen == rejected:
                 raise RowError("chosen equals rejected: there is nothing to prefer")
             if data.get("tie"):
-                raise RowError("the pair is a tie: neither response can be labeled the better one")
+                raise RowError("the pair is a tie: neither response can be labeled as the better one")
             self._note_scores(data)
             labeled = [(chosen, 1), (rejected, 0)]
         else:
@@ -199,14 +205,14 @@ class PreferenceDataModule(RowDataModule[PreferenceExample, PreferenceBatch]):
         return [Ranking(sides, _category(data), ranks)]
 
     def _note_scores(self, data: Row) -> None:
-        """Count pairs whose scores contradict them, and note whether rows have margins."""
+        """Count pairs that contradict their scores, and record whether rows have margins."""
         scores = [data.get(name) for name in ("score_chosen", "score_rejected")]
         chosen, rejected = (float(score) if _is_number(score) else math.nan for score in scores)
         self._worse += int(chosen < rejected and not data.get("tie"))
         self._margins = self._margins or bool(data.get("margin"))
 
     def _sides(self, data: Row, prompt: list[Message], responses: dict[str, list[Message]]) -> list[Rendered]:
-        """Render all responses. If the longest is too long, all prompts lose its excess of tokens on the left."""
+        """Render all responses. If the longest is too long, its excess of tokens is cut off all prompts on the left."""
         tools, sides = tool_schemas(data), []
         for name, response in responses.items():
             try:
@@ -219,11 +225,11 @@ class PreferenceDataModule(RowDataModule[PreferenceExample, PreferenceBatch]):
             return sides
         if excess >= min(side.loss_mask.index(1) - self._kept(side) for side in sides):
             self._truncated -= 1
-            raise RowError(f"a response without its prompt is longer than data.max_length {self.max_length}; raise it")
+            raise RowError(f"a response alone is longer than data.max_length {self.max_length}; raise it")
         return [self._without(side, excess) for side in sides]
 
     def _kept(self, side: Rendered) -> int:
-        """Number of ids at the beginning that are the tokenizer's own (bos_token), which a shortened prompt keeps."""
+        """Number of ids at the beginning that the tokenizer adds (bos_token); a shortened prompt keeps them."""
         begin = self.renderer.prefix_ids
         return len(begin) if side.ids[: len(begin)] == begin else 0
 
@@ -244,11 +250,11 @@ class PreferenceDataModule(RowDataModule[PreferenceExample, PreferenceBatch]):
         rows = own
         prompts = [row.messages[0] for row in rows]
         if self.sources[name] is None and all(prompt == prompts[0] for prompt in prompts):
-            rows = [*rows, *self._labels("train")]  # only one prompt was held out; training rows have others
+            rows = [*rows, *self._labels("train")]  # only one prompt was held out; the training rows have others
             prompts = [row.messages[0] for row in rows]
         if all(prompt == prompts[0] for prompt in prompts):
             loss = type(self.loss).__name__
-            raise DataError(f"data.{name}: all rows have the same prompt; {loss} needs responses to different prompts")
+            raise DataError(f"data.{name}: all rows have the same prompt, but {loss} needs different prompts")
         following = [0] * len(rows)
         partner = next(i for i in range(len(rows)) if prompts[i] != prompts[-1])
         for i in reversed(range(len(rows))):
@@ -267,14 +273,14 @@ class PreferenceDataModule(RowDataModule[PreferenceExample, PreferenceBatch]):
         return [row for row in self.prepared[name].rows if isinstance(row, Labeled)]
 
     def _check_balance(self) -> None:
-        """Warn if the balance of the two labels is not what KTO's paper recommends (arXiv 2402.01306)."""
+        """Warn if the balance of the two labels is not as recommended for KTO (arXiv 2402.01306)."""
         labels = [row.label for row in self._labels("train")]
         good, bad = sum(labels), len(labels) - sum(labels)
         desirable, undesirable = (getattr(self.loss, name) for name in ("desirable_weight", "undesirable_weight"))
         ratio = desirable * good / max(undesirable * bad, 1e-9)
         if good and bad and not 1 <= ratio <= 4 / 3:
             log.warning(
-                "%d desirable and %d undesirable rows are weighted %.2f to 1; between 1 and 1.33 to 1 works best: set "
+                "%d desirable and %d undesirable rows have weights of %.2f to 1; 1 to 1.33 to 1 is recommended. Set "
                 "model.loss.init_args.desirable_weight to %.2f, or undesirable_weight to %.2f",
                 good,
                 bad,
@@ -311,7 +317,7 @@ def _category(data: Row) -> str | None:
 
 
 def _tokens(sides: list[Rendered], references: list[list[float]] | None, pad_id: int) -> PreferenceTokens:
-    """Padded tokens of sides, with stored reference log-probabilities if there are any."""
+    """Pad the tokens of sides, with stored reference log-probabilities if there are any."""
     batch: PreferenceTokens = {**pad_tokens([side.ids for side in sides], [side.loss_mask for side in sides], pad_id)}
     if references is not None:
         batch["reference_logprobs"] = pad_right(references, 0.0, torch.float32)
@@ -319,7 +325,7 @@ def _tokens(sides: list[Rendered], references: list[list[float]] | None, pad_id:
 
 
 def _side(rows: Sequence[PreferenceExample], number: int) -> tuple[list[Rendered], list[list[float]] | None]:
-    """Side `number` of each row, and its stored log-probabilities if all rows have some."""
+    """Side `number` of each row, and its stored log-probabilities if all rows have them."""
     stored = [row.reference[number] for row in rows if row.reference is not None]
     return [row.sides[number] for row in rows], stored if len(stored) == len(rows) else None
 

@@ -1,4 +1,4 @@
-"""Rows of preference data: pairs, labeled responses and rankings, parsed from file rows."""
+"""Parses rows of preference data: pairs, labeled responses and rankings."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ from rlhf_lightning.types import Counts, Message, Row, Tokenizer, ToolSchema
 
 @dataclass
 class PreferenceExample(ABC):
-    """Responses to one prompt, as token rows whose mask is 1 on the response. Base class of pairs, labels and rankings.
+    """Base class of pairs, labels and rankings: responses to one prompt, as token rows with mask 1 on the response.
 
     Example:
         >>> Ranking([Rendered([1, 2, 3], [0, 1, 1]), Rendered([1, 4], [0, 1])], ranks=[0, 1]).tokens
@@ -23,7 +23,7 @@ class PreferenceExample(ABC):
     sides: list[Rendered]
     category: str | None = None
     reference: list[list[float]] | None = field(default=None, init=False, repr=False)
-    """Stored log-probabilities of the reference, in nats: one list per side, as long as its ids."""
+    """Stored log-probabilities of the reference, in nats: a list per side, with a value for each id."""
     where: str = field(default="", init=False, compare=False, repr=False)
     """File and line of the row, if known."""
 
@@ -75,13 +75,13 @@ class Pair(PreferenceExample):
         return {"pairs": 1.0}
 
     def show(self, tokenizer: Tokenizer) -> str:
-        """Both sides, the responses between ⟦ and ⟧."""
+        """Text of both sides, with the responses between ⟦ and ⟧."""
         return f"chosen: {self.chosen.show(tokenizer)}\nrejected: {self.rejected.show(tokenizer)}"
 
 
 @dataclass
 class Labeled(PreferenceExample):
-    """A response with a label. A second side, if any, is the prompt with another prompt's response.
+    """A response with a label. A second side, if any, is the prompt with the response to another prompt.
 
     Example:
         >>> Labeled([Rendered([1, 2, 3], [0, 1, 1])], label=1).counts()
@@ -93,11 +93,11 @@ class Labeled(PreferenceExample):
     """Prompt, response and tools, from which mismatched sides are rendered."""
 
     def counts(self) -> Counts:
-        """One labeled response."""
+        """One label."""
         return {"labels": 1.0}
 
     def show(self, tokenizer: Tokenizer) -> str:
-        """The response between ⟦ and ⟧."""
+        """Text of the row, with the response between ⟦ and ⟧."""
         return f"label {self.label}: {self.sides[0].show(tokenizer)}"
 
 
@@ -118,13 +118,13 @@ class Ranking(PreferenceExample):
         return {"rankings": 1.0}
 
     def show(self, tokenizer: Tokenizer) -> str:
-        """All responses between ⟦ and ⟧."""
+        """Text of all sides, with the responses between ⟦ and ⟧."""
         shown = zip(self.ranks, self.sides, strict=True)
         return "\n".join(f"rank {rank}: {side.show(tokenizer)}" for rank, side in shown)
 
 
 def row_kind(data: Row) -> str:
-    """`pairs`, `labels` or `rankings`, according to a row's columns."""
+    """The kind of a row by its columns: `pairs`, `labels` or `rankings`."""
     if data.get("label") is not None:
         return "labels"
     return "rankings" if data.get("responses") is not None else "pairs"
@@ -146,7 +146,7 @@ def split_pair(data: Row) -> tuple[list[Message], list[Message], list[Message]]:
         shared = _shared(*map(unmarked, sides))
         prompt, sides = sides[0][:shared], [side[shared:] for side in sides]
         if not prompt:
-            raise RowError("the row has no 'prompt', and chosen and rejected do not begin with the same messages")
+            raise RowError("the row has no 'prompt', but chosen and rejected do not begin with the same messages")
         prompt = unmarked(with_system(data, prompt))
     asked = [[m["content"] for m in side if m["role"] in ("user", "system")] for side in sides]
     if asked[0] != asked[1]:
@@ -183,12 +183,12 @@ def split_labeled(data: Row) -> tuple[list[Message], list[Message], int]:
     prompt, response = split_response(data)
     label = data["label"]
     if not (isinstance(label, bool) or (isinstance(label, int | float) and label in (0, 1))):
-        raise RowError(f"'label' is {label!r}; it must be 1 (or true) for a desirable response, else 0 (or false)")
+        raise RowError(f"'label' is {label!r}; it must be 1 or true for a desirable response, else 0 or false")
     return prompt, response, int(label)
 
 
 def split_ranking(data: Row) -> tuple[list[Message], list[list[Message]], list[int]]:
-    """Prompt, responses and ranks (0 for the best) of a row, by its `ranks` or `scores`; without these, best first.
+    """Prompt, responses and ranks (0 for the best) of a row, by its `ranks` or `scores`; by default best first.
 
     Raises:
         RowError: If the row is not a valid ranking.
@@ -210,7 +210,7 @@ def split_ranking(data: Row) -> tuple[list[Message], list[list[Message]], list[i
 
 
 def _grades(data: Row, count: int) -> list[float]:
-    """A number per response, higher for a better one."""
+    """A number for each response, higher for better responses."""
     for name, sign in (("scores", 1), ("ranks", -1)):
         if (values := data.get(name)) is not None:
             given = values if isinstance(values, list) else []
@@ -232,13 +232,13 @@ def check_response(response: list[Message], name: str) -> None:
     """Raise `RowError` for a response that does not begin with an assistant message."""
     if response and response[0]["role"] in ("user", "system"):
         raise RowError(
-            f"{name} begins with a {response[0]['role']} message that is not in the prompt: a response must begin with "
-            "an assistant message"
+            f"{name} begins with a {response[0]['role']} message that is not in the prompt; it must begin with an "
+            "assistant message"
         )
 
 
 def _shared(a: list[Message], b: list[Message]) -> int:
-    """Number of messages that both conversations begin with, at least one message short of either."""
+    """Number of equal messages at the beginning of both conversations, excluding the last message of each."""
     same = [x == y for x, y in zip(a, b, strict=False)]
     count = same.index(False) if False in same else min(len(a), len(b)) - 1
     # Leave at least one message for each response, even if the sides share it.

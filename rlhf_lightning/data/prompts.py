@@ -1,4 +1,4 @@
-"""Data of policy RL: prompts to answer, or recorded episodes to learn from."""
+"""Data module for policy RL: prompts to answer, or recorded episodes to learn from."""
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -18,10 +18,10 @@ NOT_OF_PROMPTS = {
     "batch_size": "prompts_per_round (for training), or data.eval_batch_size (for validation)",
     "max_length": "max_prompt_tokens, and limit responses with model.sampler.max_tokens",
 }
-"""Settings of the other stages, and what to set instead."""
+"""Settings of other stages, and what to set instead."""
 
 MOST_RESPONSES = 2**16
-"""To one prompt: each is held, with the others of its group, until all are there."""
+"""Largest number of responses to a prompt; a group is kept in memory until it is complete."""
 
 
 @dataclass
@@ -38,7 +38,7 @@ class Prompt:
     row: Row
     tools: list[ToolSchema] | None = None
     index: int = 0
-    """Position in the data set."""
+    """Position in the dataset."""
     where: str = ""
     """File and line of the row."""
 
@@ -49,7 +49,7 @@ class Prompt:
 
     @property
     def trained(self) -> int:
-        """0, since nothing of a prompt is trained."""
+        """0, because no part of a prompt is trained."""
         return 0
 
     def counts(self) -> Counts:
@@ -57,7 +57,7 @@ class Prompt:
         return {"prompts": 1.0}
 
     def show(self, tokenizer: Tokenizer) -> str:
-        """Its text, up to where the response begins."""
+        """Text of the prompt, up to the beginning of the response."""
         return f"{tokenizer.decode(self.ids, skip_special_tokens=False)}⟦"
 
 
@@ -66,12 +66,12 @@ class PromptBatch(StepBatch):
 
     prompts: list[Prompt]
     weights: list[float]
-    """1 for each prompt, 0 for one that only fills a rank's place."""
+    """1 for each prompt; 0 for a prompt that is only there so that each rank has one."""
 
 
 @runtime_checkable
 class RolloutSource(Protocol):
-    """What is asked of the module that makes the episodes."""
+    """Interface of the module that makes the episodes."""
 
     def recorded_episode(self, data: Row) -> Sequence[Example]:
         """The example of a recorded episode."""
@@ -81,7 +81,7 @@ class RolloutSource(Protocol):
 
 
 def prompt_messages(data: Row) -> list[Message]:
-    """The messages of a row to answer: its `prompt`, or a conversation up to its last assistant turn.
+    """The messages of a row to answer: its `prompt`, or its conversation up to the last assistant turn.
 
     Raises:
         RowError: If there is nothing to answer.
@@ -104,7 +104,7 @@ def prompt_example(renderer: Renderer, data: Row, index: int = 0) -> Prompt:
     Args:
         renderer: Turns messages into tokens.
         data: The row.
-        index: Its position in the data set.
+        index: Position of the row in the dataset.
 
     Raises:
         RowError: If the row cannot be used as a prompt.
@@ -121,27 +121,29 @@ def collate_prompts(rows: list[Prompt], weights: list[float]) -> PromptBatch:
 
 
 def kept_prompts(batch: PromptBatch) -> list[Prompt]:
-    """The prompts of a batch, without those that only fill a rank's place."""
+    """The prompts of a batch with weight 1."""
     return [prompt for prompt, weight in zip(batch["prompts"], batch["weights"], strict=True) if weight]
 
 
 class PromptDataModule(RowDataModule[Example, PromptBatch]):
     """Data module of prompts for policy RL: JSON rows with `prompt` (string or messages) and other columns, or lines.
 
-    In `fit`, its loader is the module's rollout loader, which requests episodes from the module round by round.
+    In `fit`, its loader is the module's rollout loader, which collects episodes round by round. Further arguments are
+    those of `RowDataModule`.
 
     Args:
-        train: Rows to train on; blank lines are skipped and counted. See `RowDataModule` for further arguments.
+        train: Rows to train on; blank lines are skipped and counted.
         validation: Rows to validate on.
         episodes: Recorded episodes (JSONL) to learn from instead of sampling; see `rollout.recorded`.
         prompts_per_round: Number of prompts answered with one state of the policy, over all devices.
         group_size: Number of responses to each prompt.
         update_epochs: Number of passes over the episodes of a round.
         minibatches: Number of training steps in each pass; a multiple of `accumulate_grad_batches`.
-        max_prompt_tokens: Longer prompts are refused, or skipped with `overlong: skip`.
-        eval_batch_size: Prompts of one validation, test or predict step on one device; by default as many as a round
-            has responses. The sampler decodes up to `sampler.batch_rows` of them side by side.
-        lines: Every line of a file is a prompt, whatever the file's name; by default only for `.txt`.
+        max_prompt_tokens: Maximum number of tokens of a prompt. Longer prompts are refused, or skipped with `overlong:
+            skip`.
+        eval_batch_size: Number of prompts per validation, test or predict step on one device; by default the number of
+            responses in a round. The sampler decodes up to `sampler.batch_rows` of them together.
+        lines: Read every line of a file as a prompt, whatever its name; by default only for `.txt`.
         **kwargs: Arguments of `RowDataModule`.
 
     Raises:
@@ -177,9 +179,9 @@ class PromptDataModule(RowDataModule[Example, PromptBatch]):
             )
         for name, ours in NOT_OF_PROMPTS.items():
             if name in kwargs:
-                raise ConfigError(f"data.{name} is not for policy stages: set data.{ours}")
+                raise ConfigError(f"data.{name} has no meaning in policy stages; set data.{ours}")
         check_whole("data.max_prompt_tokens", max_prompt_tokens)
-        # A fixed batch_size: the rows of a step follow from prompts_per_round and group_size.
+        # A fixed batch_size: prompts_per_round and group_size determine the rows of a step.
         super().__init__(
             train if episodes is None else episodes,
             validation,
@@ -191,8 +193,8 @@ class PromptDataModule(RowDataModule[Example, PromptBatch]):
         self.recorded = episodes is not None
         if self.recorded and self.validation_split:
             raise ConfigError(
-                "data.validation_split holds out prompts of data.train, but data.episodes is used instead; set "
-                "data.validation"
+                "data.validation_split holds out prompts of data.train, but data.episodes is set; use data.validation "
+                "instead"
             )
         self.lines = lines
         for name, value in (
@@ -213,10 +215,14 @@ class PromptDataModule(RowDataModule[Example, PromptBatch]):
 
     @property
     def module(self) -> RolloutSource:
-        """The trainer's policy module, which makes the episodes."""
+        """The trainer's policy module, which makes the episodes.
+
+        Raises:
+            ConfigError: If the Trainer has no such module.
+        """
         module = self.trainer.lightning_module if self.trainer else None
         if not isinstance(module, RolloutSource):
-            raise ConfigError("PromptDataModule needs a PolicyRLModule: pass both to the same Trainer")
+            raise ConfigError("PromptDataModule needs a PolicyRLModule; pass both to the same Trainer")
         return module
 
     def _weighed(self, data: Row) -> list[Prompt]:
@@ -229,7 +235,7 @@ class PromptDataModule(RowDataModule[Example, PromptBatch]):
         return [prompt]
 
     def key(self, data: Row) -> RowKey:
-        """Key of a row: by its tokens for recorded episodes that hold only tokens, else by its messages."""
+        """Key of a row: its messages, or its tokens for recorded episodes that have only tokens."""
         if not self.recorded:
             messages = prompt_messages(data)
             return conversation_key(messages, tool_schemas(data), None)
@@ -246,5 +252,5 @@ class PromptDataModule(RowDataModule[Example, PromptBatch]):
         return collate_prompts([row for row in rows if isinstance(row, Prompt)], weights)
 
     def train_dataloader(self) -> Iterable[RolloutBatch]:
-        """The module's rollout loader around the prompts."""
+        """The module's rollout loader, which wraps the loader of prompts."""
         return self.module.rollout_loader(self)

@@ -1,6 +1,6 @@
-"""Rows and their sources: files, Hub data sets, and Python objects.
+"""Rows and their sources: files, datasets on the Hub, and Python objects.
 
-A `LocatedRow` keeps its file and line, so that any later error can name them.
+A `LocatedRow` keeps its file and line, so that later errors can name them.
 """
 
 import hashlib
@@ -54,7 +54,7 @@ Source = str | Path | Mapping[str, Any] | Iterable[Any]
 
 @dataclass
 class LocatedRow:
-    """One row of data, with the place `where` it was read: `file:line` or `list[index]`.
+    """One row of data, with its location `where`: `file:line` or `list[index]`.
 
     Example:
         >>> LocatedRow({"prompt": "Hi"}, "prompts.jsonl:1").where
@@ -66,12 +66,12 @@ class LocatedRow:
 
 
 class RowError(DataError):
-    """A row that cannot be used; whoever reads the file adds file and line."""
+    """A row cannot be used. The code that reads the file adds file and line."""
 
 
 @contextmanager
 def located(where: str) -> Iterator[None]:
-    """Turn a `RowError` within the context into a `DataError` that names the row's place.
+    """Context manager that converts a `RowError` to a `DataError` with the location of the row.
 
     Args:
         where: File and line of the row.
@@ -83,12 +83,12 @@ def located(where: str) -> Iterator[None]:
 
 
 class SkippedRow(RowError):
-    """A row that the user's settings leave out; it is counted and never an error."""
+    """The user's settings leave out a row; it is counted, and is not an error."""
 
 
 @dataclass
 class Reading:
-    """What happened while rows were read.
+    """Counts and skipped rows of reading a source.
 
     Attributes:
         rows: Number of rows.
@@ -106,7 +106,7 @@ class Reading:
     blank: int = 0
     skipped: list[str] = field(default_factory=list)
     unreadable: list[tuple[str, str]] | None = None
-    """If it is a list, lines that are not rows are added to it with the reason, and reading continues."""
+    """If a list, lines that are not rows are added to it with the reason; if None, they raise `DataError`."""
 
 
 def read_rows(
@@ -121,18 +121,18 @@ def read_rows(
     Args:
         source: A file name, a pattern, a folder of parts, or a Hub id (`owner/name`, `owner/name:split` or
             `owner/name:configuration/split`); a list of dicts, of such names, or of strings (with `text_key`); a dict
-            of columns or of splits; a pandas or polars frame, an Arrow table, or a `datasets` data set.
-        text_key: If set, a line of a text file, or a string in place of a row, becomes `{text_key: line}`.
+            of columns or of splits; a pandas or polars frame, an Arrow table, or a dataset of `datasets`.
+        text_key: If set, a line of a text file, or a string instead of a row, becomes `{text_key: line}`.
         reading: Receives counts.
-        split: Which of several splits to read.
+        split: The split to read.
         lines: If True, every line of a file is text.
 
     Returns:
         The rows.
 
     Raises:
-        DataError: If the file does not exist, is of an unknown kind, has an unreadable line (the message has file and
-            line), or has no rows.
+        DataError: If the file does not exist, has an unknown format, an invalid line (the message has file and line),
+            or no rows.
 
     Example:
         >>> read_rows([{"prompt": "Hi"}])
@@ -141,7 +141,7 @@ def read_rows(
     reading = reading or Reading()
     rows = list(_rows(_items(source, Wanted(text_key, split, lines)), reading))
     if not rows and not reading.unreadable:
-        raise DataError(f"{_name(source)}: no rows. The data set is empty; give a file with at least one row.")
+        raise DataError(f"{_name(source)}: there are no rows; give data with at least one row")
     return rows
 
 
@@ -169,7 +169,7 @@ def _items(source: Source, wanted: Wanted, name: str = "") -> Iterator[Item]:
         yield from _named(source, wanted)
     elif isinstance(source, bytes | bytearray | set | frozenset) or hasattr(source, "readline"):
         advice = "it has no order; give a list" if isinstance(source, set | frozenset) else "give the path of a file"
-        raise DataError(f"a {name} is not a source of rows: {advice}")
+        raise DataError(f"rows cannot be read from a {name}: {advice}")
     elif isinstance(source, Mapping):
         inner = of_mapping(source, wanted.split, name)
         yield from _items(inner, wanted, name if isinstance(inner, list) else "")
@@ -196,7 +196,7 @@ def _listed(source: Iterable[Container], wanted: Wanted, name: str) -> Iterator[
         elif library(item) in ("pandas", "polars", "pyarrow", "datasets"):
             yield from _items(item, wanted, where)
         else:
-            raise DataError(f"{where}: a row must be a dict, but this is a {type(item).__name__}")
+            raise DataError(f"{where}: the row is a {type(item).__name__}; it must be a dict")
 
 
 def _is_row(item: Container) -> bool:
@@ -215,7 +215,7 @@ def _text(text: str, where: str, text_key: str) -> Iterator[Item]:
 
 
 def _is_file_name(text: str) -> bool:
-    """True if an item of a list of prompts is a file: it ends like one, and is a single word or exists."""
+    """True if an item of a list of prompts is a file: it ends like a file name, and is a single word or exists."""
     return text.lower().endswith(SUFFIXES) and (len(text.split()) == 1 or os.path.isfile(text))
 
 
@@ -238,10 +238,10 @@ def _named(source: str | os.PathLike[str], wanted: Wanted) -> Iterator[Item]:
 
 
 def fingerprint(source: Source | None, split: str | None = None) -> str | None:
-    """SHA-256 of a source: of the bytes of files, or of the JSON of rows. A Hub id is hashed as its name.
+    """SHA-256 of a source: of the bytes of files, of the JSON of rows, or of the name of a Hub id.
 
     Returns:
-        The digest; None, with a warning, for a stream, which would have to be read again.
+        The digest; None, with a warning, for a stream, because it would have to be read again.
     """
     if source is None:
         return None
@@ -269,14 +269,14 @@ def fingerprint(source: Source | None, split: str | None = None) -> str | None:
 
 
 def hashed_files(source: str | os.PathLike[str]) -> list[Path]:
-    """The files of a source whose bytes are hashed; empty for a Hub id, which is hashed as its name."""
+    """The files of a source; `fingerprint` hashes their bytes. Empty for a Hub id."""
     name = place(source)
     folder = name if is_saved_dataset(name) else name.partition(":")[0]
     if is_saved_dataset(folder):
         return sorted(file for file in Path(folder).rglob("*") if file.is_file())
     try:
         return [] if is_open_stream(name) else local_files(source) or []
-    except DataError:  # there are no files: the name is hashed, as for a Hub id
+    except DataError:  # there are no files; the name is hashed, as for a Hub id
         return []
 
 
@@ -304,14 +304,14 @@ def rename_columns(row: LocatedRow, columns: Mapping[str, str | None] | None) ->
     for column, value in row.data.items():
         if (broken := _half_character({column: value})) is not None:
             raise RowError(
-                f"{column}: {broken[:60]!a} contains half a character (an unpaired surrogate), which is not text"
+                f"{column}: {broken[:60]!a} contains an unpaired surrogate, so it is not valid text; fix the encoding"
             )
     data, columns = row.data, columns or {}
     left_out = {ours for ours, theirs in columns.items() if theirs is None}
     mapped = {ours: theirs for ours, theirs in columns.items() if theirs is not None}
     if missing := [theirs for theirs in mapped.values() if theirs not in data]:
         raise RowError(
-            f"no column {missing[0]!r} (named in data.columns); the row has {quoted(data, none='no columns')}"
+            f"the row has no column {missing[0]!r} (named in data.columns); its columns are {quoted(data, none='none')}"
         )
     kept = {column: value for column, value in data.items() if column not in left_out}
     named = {**kept, **{ours: data[theirs] for ours, theirs in mapped.items()}}
@@ -341,8 +341,8 @@ def require(data: Row, *names: str) -> None:
     for name in names:
         if data.get(name) is None:
             raise RowError(
-                f"no {name!r}; the row has {quoted(data, none='no columns')}. Add it, or map yours with `columns: "
-                f"{{{name}: your_name}}`"
+                f"the row has no {name!r}; its columns are {quoted(data, none='none')}. Add it, or map another column "
+                f"with `columns: {{{name}: your_name}}`"
             )
 
 
@@ -362,11 +362,11 @@ def convert_rows(
     on_bad_row: str = "error",
     columns: Mapping[str, str | None] | None = None,
 ) -> list[T]:
-    """Convert rows with `convert`; bad rows raise, or are skipped and counted.
+    """Convert rows with a function. Bad rows raise an error, or are skipped and counted.
 
     Args:
         rows: The rows.
-        convert: Makes a list of examples of a row, raising `RowError` for a bad one.
+        convert: Converts a row to a list of examples; raises `RowError` for a bad row.
         reading: Receives counts.
         on_bad_row: `error` or `skip`.
         columns: See `rename_columns`.
@@ -375,7 +375,7 @@ def convert_rows(
         The examples of all rows.
 
     Raises:
-        DataError: At the first bad row, with file and line, unless `on_bad_row` is `skip`; or if nothing is left.
+        DataError: At the first bad row, with file and line, unless `on_bad_row` is `skip`; or if no row is left.
     """
     if on_bad_row not in ("error", "skip"):
         raise DataError(f"on_bad_row is {on_bad_row!r}; it must be 'error' or 'skip'")
@@ -390,8 +390,8 @@ def convert_rows(
         except RowError as error:
             message = f"{row.where}: {error}"
             if on_bad_row == "error" and not isinstance(error, SkippedRow):
-                raise DataError(f"{message}\n(or set data.on_bad_row: skip to leave such rows out)") from None
+                raise DataError(f"{message}\n(or set data.on_bad_row: skip to leave out such rows)") from None
             reading.skipped.append(message)
     if not result:
-        raise DataError(f"none of {reading.rows} rows could be used; the first: {reading.skipped[0]}")
+        raise DataError(f"none of the {reading.rows} rows can be used; the first is {reading.skipped[0]}")
     return result

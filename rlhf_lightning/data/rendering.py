@@ -1,4 +1,4 @@
-"""Conversations to tokens and a loss mask: the only place where text becomes tokens."""
+"""Renders conversations to tokens and a loss mask. All text is tokenized here."""
 
 import json
 import logging
@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class Rendered:
-    """A row of tokens. `loss_mask[t]` is 1 if token t is trained, that is, predicted from the tokens before it.
+    """A row of tokens. `loss_mask[t]` is 1 if token t is trained (predicted from the tokens before it), else 0.
 
     Example:
         >>> row = Rendered(ids=[1, 5, 6, 2], loss_mask=[0, 0, 1, 1])
@@ -34,7 +34,7 @@ class Rendered:
     ids: list[int]
     loss_mask: list[int]
     text_bytes: int = 0
-    """UTF-8 bytes of the trained text without markers: the denominator of bits per byte."""
+    """Number of UTF-8 bytes of the trained text without markers; the denominator of bits per byte."""
     where: str = field(default="", compare=False, repr=False)
     """File and line of the row, if known."""
 
@@ -49,15 +49,15 @@ class Rendered:
         return sum(self.loss_mask)
 
     def counts(self) -> Counts:
-        """What the row adds to the denominators of its optimizer step."""
+        """The row's contribution to the denominators of its optimizer step."""
         return {"tokens": float(self.trained)}
 
     def show(self, tokenizer: Tokenizer) -> str:
-        """The row's text, with trained stretches between ⟦ and ⟧."""
+        """Text of the row, with trained pieces between ⟦ and ⟧."""
         return show_masked(tokenizer, self.ids, self.loss_mask)
 
     def trimmed(self) -> "Rendered":
-        """The row without the tokens after the last trained one, which would be computed for nothing."""
+        """The row without the tokens after the last trained token, which no loss depends on."""
         end = len(self.loss_mask) - self.loss_mask[::-1].index(1) if 1 in self.loss_mask else 0
         return Rendered(self.ids[:end], self.loss_mask[:end], self.text_bytes)
 
@@ -68,15 +68,16 @@ class Renderer:
     Args:
         tokenizer: A Hugging Face tokenizer.
         format: `chat` renders with the chat template (a string is one user message); `raw` concatenates text.
-        template_kwargs: Passed to the template, for example `{"enable_thinking": False}`.
-        stop_token_ids: Further ids that end a response, usually those of the model's generation config.
+        template_kwargs: Arguments of the template, for example `{"enable_thinking": False}`.
+        stop_token_ids: Additional ids that end a response, usually those of the model's generation config.
         system: System message for conversations without one.
         tools: Tools for conversations without any.
-        stop: Texts, besides the template's own end of a turn, that a sampler stops at unless it is given others.
+        stop: Default stop texts of a sampler, in addition to the template's end of a turn.
+
+    If the template does not end assistant turns, the tokenizer's eos_token is appended to them.
 
     Raises:
-        ConfigError: If there is no chat template (for `chat`), or no token that ends a turn. If a template does not end
-            assistant turns, the tokenizer's eos_token is appended to them.
+        ConfigError: If there is no chat template (for `chat`), or no token that ends a turn.
 
     Example:
         ```python
@@ -88,9 +89,9 @@ class Renderer:
     """
 
     asked: set[tuple[str | None, str]] | None = None
-    """If it is a set, the system message and the tools (as JSON) of each conversation are added to it."""
+    """If a set, the system message and the tools (as JSON) of each conversation are added to it."""
     openings: ResponseStarts | None = None
-    """If set, it is shown how each trained answer begins and how the prompt for it ends."""
+    """If set, it compares the beginning of each trained answer with the end of its prompt."""
 
     def __init__(
         self,
@@ -108,7 +109,7 @@ class Renderer:
         self.format, self.template_kwargs = format, template_kwargs or {}
         self.system, self.tools, self.stop = system or None, tools or None, tuple(stop)
         if format == "raw" and self.tools:
-            raise ConfigError("tools need a chat template to render them, but format is raw")
+            raise ConfigError("tools need a chat template, but format is raw; leave out the tools, or set format: chat")
         self.template = ChatTemplate(tokenizer, template_kwargs)
         if format == "chat" and not tokenizer.chat_template:
             raise ConfigError(
@@ -116,7 +117,7 @@ class Renderer:
                 "Set model.chat_template: FILE.jinja, or data.format: raw for plain text."
             )
         self.stop_token_ids: list[int] = []
-        """Ids that end a response: the ends of turns, the tokenizer's eos_token, and the given ones."""
+        """Ids that end a response: those at the end of turns, the tokenizer's eos_token, and the given ids."""
         self.also_stop_at(stop_token_ids)
         self.turn_end_ids, self.stop_strings = self._stops()
         """Ids and texts that rendered turns end with."""
@@ -128,7 +129,7 @@ class Renderer:
         self.stop_token_ids = sorted({*self.stop_token_ids, *ids})
 
     def settings(self) -> Row:
-        """What `stage.json` records, to render the same way again with the same tokenizer."""
+        """Settings for `stage.json`, with which the same tokenizer renders in the same way."""
         return {
             "format": self.format,
             "template_kwargs": self.template_kwargs,
@@ -141,7 +142,7 @@ class Renderer:
     def completed(
         self, messages: list[Message], tools: list[ToolSchema] | None = None
     ) -> tuple[list[Message], list[ToolSchema] | None]:
-        """A conversation as the model sees it: with the default system message and tools if it has none."""
+        """Add the default system message and tools to a conversation that has none."""
         system = next((m["content"] for m in messages if m["role"] in ("system", "developer")), None)
         if system is None and self.system is not None:
             system, messages = self.system, [{"role": "system", "content": self.system}, *messages]
@@ -159,8 +160,8 @@ class Renderer:
         ids |= {self.tokenizer.convert_tokens_to_ids(marker) for marker in markers}
         if not ids and not self.stop_token_ids:
             raise ConfigError(
-                f"the tokenizer {self.tokenizer.name_or_path or ''} has no stop token (eos_token), and its template "
-                "ends turns without one: a model trained with it would never stop. Set eos_token in "
+                f"the tokenizer {self.tokenizer.name_or_path or ''} has no eos_token, and its template does not end "
+                "turns with a special token, so a model trained with it would never stop. Set eos_token in "
                 "tokenizer_config.json."
             )
         if self.format == "chat" and not self.template.ends_turns:
@@ -173,11 +174,11 @@ class Renderer:
     def conversation(
         self, messages: list[Message], tools: list[ToolSchema] | None = None, train_on: str = "all_assistant"
     ) -> list[Rendered]:
-        """Rows of a conversation.
+        """Render a conversation.
 
         Args:
             messages: The conversation.
-            tools: Its tools.
+            tools: Tools of the conversation.
             train_on: See `SFTDataModule`.
 
         Returns:
@@ -200,30 +201,30 @@ class Renderer:
         if any(message.get("trainable") and not chosen for message, chosen in zip(messages, selected, strict=True)):
             self.template.forms.once(
                 "trainable",
-                f"messages marked as trained are not trained, because data.train_on is {train_on}; set it to trainable",
+                f"the marks of trained messages are ignored, because data.train_on is {train_on}; set it to trainable",
             )
         refuse_blank(messages, selected)
         return [_checked(row).trimmed() for row in self._rows(messages, tools, selected)]
 
     def text(self, text: str) -> Rendered:
-        """Plain text with every token trained: the tokenizer's own ids, ended by the eos_token."""
+        """Render plain text with every token trained, followed by the eos_token."""
         if self.asked is not None:
             self.asked.add((None, "null"))
         ids = self._ended(self._begun(self._ids(text)))
         return _checked(Rendered(ids, [1] * len(ids), len(text.encode())))
 
     def prompt(self, messages: list[Message], tools: list[ToolSchema] | None = None) -> list[int]:
-        """Token ids of a prompt with the generation prompt, which the sampler starts from.
+        """Token ids of a prompt with the generation prompt, from which the sampler continues.
 
         Raises:
-            RowError: If the prompt has no token.
+            RowError: If the prompt has no tokens.
         """
         if not (ids := self.prompt_ids(self.prompt_text(messages, tools))):
-            raise RowError("the prompt is empty: there is no token for the model to continue from")
+            raise RowError("the prompt is empty: the model needs at least one token to continue from")
         return ids
 
     def prompt_ids(self, text: str) -> list[int]:
-        """Token ids of a prompt's text. Templates write their own bos_token; raw text gets the tokenizer's."""
+        """Token ids of a prompt's text. A template writes the bos_token itself; to raw text, the tokenizer adds it."""
         return self._begun(self._ids(text)) if self.format == "raw" else self._ids(text)
 
     def prompt_text(self, messages: list[Message], tools: list[ToolSchema] | None = None) -> str:
@@ -241,7 +242,7 @@ class Renderer:
         tools: list[ToolSchema] | None = None,
         allow_blank: bool = False,
     ) -> Rendered:
-        """Prompt and response as one row whose mask is 1 on the response, and which ends with it.
+        """Render prompt and response as one row, which ends with the response; the mask is 1 on the response.
 
         Args:
             prompt: Messages of the prompt.
@@ -255,7 +256,7 @@ class Renderer:
         prompt, tools = self.completed(prompt, tools)
         messages = prompt + response
         self._note_lost(messages, tools)
-        refuse_untrained(response, "a response can only be trained and scored as a whole")
+        refuse_untrained(response, "a response is always trained and scored as a whole")
         if self.format == "raw":
             return self._raw(messages, len(prompt))
         selected = [i >= len(prompt) and m["role"] == "assistant" for i, m in enumerate(messages)]
@@ -265,7 +266,7 @@ class Renderer:
             refuse_blank(messages, selected)
         rows = self._rows(messages, tools, selected)
         if len(rows) > 1:
-            raise RowError("the response has several turns, and this chat template renders earlier turns differently")
+            raise RowError("the response has several turns, but this chat template renders earlier turns differently")
         return _checked(rows[0]).trimmed()
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -279,25 +280,25 @@ class Renderer:
         return text.strip()
 
     def refuse_lost(self, messages: list[Message], tools: list[ToolSchema] | None) -> None:
-        """Raise `RowError` for a row of which the template would silently leave out a part."""
+        """Raise `RowError` if the template would silently leave out a part of the row."""
         if lost := self._lost(messages, tools):
             raise RowError(lost)
 
     def _note_lost(self, messages: list[Message], tools: list[ToolSchema] | None) -> None:
-        """Warn of it once instead, for conversations with a policy or an environment, which are not rows to refuse."""
+        """Warn once instead, for conversations with a policy or an environment, which cannot be refused."""
         if lost := self._lost(messages, tools):
             self.template.forms.once(lost, lost)
 
     def _lost(self, messages: list[Message], tools: list[ToolSchema] | None) -> str | None:
-        """What would be left out, as a message; None if nothing."""
+        """A message about the part that would be left out; None if there is none."""
         if self.format == "raw":
-            return "format raw does not render tools; ignore them with columns: {tools: null}" if tools else None
+            return "format raw does not render tools; ignore the column with columns: {tools: null}" if tools else None
         return self.template.forms.left_out(messages, tools)
 
     # -- tokens ---------------------------------------------------------------------------------------------------
 
     def _rows(self, messages: list[Message], tools: list[ToolSchema] | None, selected: list[bool]) -> list[Rendered]:
-        """Tokenized rows of the selected turns."""
+        """Tokenize the selected turns."""
         rows, found = [], self.template.spans(messages, tools, selected)
         self._note_stripped(messages, selected, [text[start:end] for text, spans, _ in found for start, end in spans])
         for text, spans, ended in found:
@@ -309,7 +310,7 @@ class Renderer:
         return rows
 
     def _note_stripped(self, messages: list[Message], selected: list[bool], trained_texts: list[str]) -> None:
-        """Warn once if the template leaves out a part of a trained turn itself, usually a thought."""
+        """Warn once if the template leaves out a part of a trained turn, usually reasoning."""
         chosen = [message for message, flag in zip(messages, selected, strict=True) if flag]
         for message, text in zip(chosen, trained_texts, strict=True):
             content = message["content"]
@@ -320,27 +321,27 @@ class Renderer:
                 self.template.forms.once(
                     "stripped",
                     f"the chat template leaves out a part of the assistant's message, for example {lost[:60]!r}, "
-                    f"which is therefore not trained. It turns {content[:60]!r} into {text[:60]!r}. Set "
+                    f"so it is not trained. The template renders {content[:60]!r} as {text[:60]!r}. Set "
                     "model.chat_template to a template that keeps it",
                 )
 
     def _show_opening(self, messages: list[Message], tools: list[ToolSchema] | None, selected: list[bool]) -> None:
-        """Show `openings` the last trained answer; its surroundings were just rendered, so this costs little."""
+        """Compare the last trained answer in `openings`. This is cheap, because the renderings are cached."""
         last = max((i for i, chosen in enumerate(selected) if chosen), default=-1)
         if self.openings is None or last < 1 or messages[last]["role"] != "assistant":
             return
-        with suppress(RowError):  # the template has no generation prompt in this place
+        with suppress(RowError):  # the template has no generation prompt at this position
             prompt = self.template.render(messages[:last], tools, add_generation_prompt=True)
             self.openings.take(prompt, self.template.render(messages[: last + 1], tools), messages[last])
 
     def _tokenize(self, text: str, spans: list[tuple[int, int]]) -> Rendered:
-        """Tokens of a text, trained within the (start, end) spans."""
+        """Tokenize a text, with the tokens within the (start, end) spans trained."""
         spans = [(start, end) for start, end in spans if start < end]
         text_bytes = sum(self.template.content_bytes(text[start:end]) for start, end in spans)
         return self._whole(text, spans, text_bytes) or self._pieces(text, spans, text_bytes)
 
     def _whole(self, text: str, spans: list[tuple[int, int]], text_bytes: int) -> Rendered | None:
-        """The text tokenized at once; None if a token crosses the edge of a span, or there are no offsets."""
+        """Tokenize the text as a whole; None if a token crosses the edge of a span, or there are no offsets."""
         if not self.tokenizer.is_fast:
             return None
         encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
@@ -356,7 +357,7 @@ class Renderer:
         return Rendered(list(encoded["input_ids"]), loss_mask, text_bytes)
 
     def _pieces(self, text: str, spans: list[tuple[int, int]], text_bytes: int) -> Rendered:
-        """Spans tokenized separately, so that the prompt has the same ids as at inference."""
+        """Tokenize spans separately, so that the prompt has the same ids as at inference."""
         row = Rendered([], [], text_bytes)
         position = 0
         for start, end in [*spans, (len(text), len(text))]:
@@ -368,7 +369,7 @@ class Renderer:
         return row
 
     def _raw(self, messages: list[Message], response_from: int | None = None) -> Rendered:
-        """A row of concatenated text, trained from message `response_from` on (by default the last)."""
+        """Render concatenated text, trained from message `response_from` on (by default the last message)."""
         split = len(messages) - 1 if response_from is None else response_from
         completion = _plain(messages[split:])
         context, target = self._ids(_plain(messages[:split])), self._ids(completion)
@@ -381,27 +382,27 @@ class Renderer:
         return list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]) if text else []
 
     def _begun(self, ids: list[int]) -> list[int]:
-        """Ids of raw text, after the tokenizer's own prefix (a bos_token) unless they begin with it."""
+        """Add the tokenizer's own prefix (a bos_token) to the ids of raw text, unless they begin with it."""
         return ids if ids[: len(self.prefix_ids)] == self.prefix_ids else [*self.prefix_ids, *ids]
 
     def _ended(self, ids: list[int]) -> list[int]:
-        """Ids of raw text, followed by the tokenizer's own suffix and the eos_token unless they end with it."""
+        """Add the tokenizer's own suffix and the eos_token to the ids of raw text, unless they end with it."""
         if ids[-1:] != [self._eos()]:
             ids = [*ids, *self.suffix_ids]
         return ids if ids[-1:] == [self._eos()] else [*ids, self._eos()]
 
     def _eos(self) -> int:
         if self.tokenizer.eos_token_id is None:
-            raise ConfigError("the tokenizer has no eos_token, which text rows end with")
+            raise ConfigError("the tokenizer has no eos_token, but rows of text must end with it; set one")
         return self.tokenizer.eos_token_id
 
 
 def _checked(row: Rendered) -> Rendered:
-    """The row, with its first token not trained, after checking that any token is."""
+    """Mask the first token of a row, and check that any token is trained."""
     if row.loss_mask:
-        row.loss_mask[0] = 0  # there is nothing to predict the first token from
+        row.loss_mask[0] = 0  # the first token has no tokens before it to be predicted from
     if 1 not in row.loss_mask:
-        raise RowError("no token is trained: the part to learn from is empty")
+        raise RowError("no token is trained: the trained text is empty")
     return row
 
 
@@ -416,16 +417,22 @@ def as_prompt(value: JSON) -> list[Message]:
     """The messages of a prompt column (string or messages).
 
     Raises:
-        RowError: If they end with an assistant turn, which leaves nothing to answer.
+        RowError: If they end with an assistant turn, so that there is nothing to answer.
     """
     messages = to_messages(value)
     if messages[-1]["role"] == "assistant":
-        raise RowError("the prompt ends with an assistant message: there is nothing left to answer")
+        raise RowError("the prompt ends with an assistant message, so there is nothing to answer")
     return messages
 
 
 def masked_pieces(tokenizer: Tokenizer, ids: list[int], loss_mask: list[int]) -> list[tuple[str, bool]]:
-    """Text of a row in stretches, each with whether it is trained."""
+    """Text of a row in pieces, each with a flag if it is trained.
+
+    Args:
+        tokenizer: The tokenizer.
+        ids: Token ids of the row.
+        loss_mask: 1 for trained tokens, 0 elsewhere.
+    """
     pieces, start = [], 0
     for i in range(1, len(ids) + 1):
         if i == len(ids) or loss_mask[i] != loss_mask[start]:
@@ -435,5 +442,5 @@ def masked_pieces(tokenizer: Tokenizer, ids: list[int], loss_mask: list[int]) ->
 
 
 def show_masked(tokenizer: Tokenizer, ids: list[int], loss_mask: list[int]) -> str:
-    """Text of a row, with trained stretches between ⟦ and ⟧."""
+    """Text of a row, with trained pieces between ⟦ and ⟧; see `masked_pieces`."""
     return "".join(f"⟦{text}⟧" if trained else text for text, trained in masked_pieces(tokenizer, ids, loss_mask))

@@ -1,4 +1,4 @@
-"""How a saved model's prompts were rendered in training: recorded in its `stage.json`, used when it runs again."""
+"""Rendering settings of a saved model: recorded in its `stage.json` in training, and used when it runs again."""
 
 import json
 import logging
@@ -18,7 +18,7 @@ from rlhf_lightning.types import JSON, ModelSource, Row, Tokenizer, ToolSchema
 log = logging.getLogger(__name__)
 _ON_HUB = re.compile(r"[\w.-]+/[\w.-]+")
 DEFAULTS: Row = {"format": "chat", "template_kwargs": {}, "system": None, "tools": None, "stop": []}
-"""Values of the settings that neither the user nor a record specifies."""
+"""Default values, for settings that neither the user nor a record specifies."""
 
 _KINDS: dict[str, tuple[type, type | None]] = {
     "format": (str, None),
@@ -32,12 +32,12 @@ _KINDS: dict[str, tuple[type, type | None]] = {
 
 @dataclass(frozen=True)
 class RenderingSettings:
-    """How a model's conversations are rendered: by its folder's record, and the user's settings that replace it.
+    """How a model's conversations are rendered: by the record in its folder, and the user's settings that replace it.
 
     Args:
         source: The model's folder or Hub id, or the model.
-        record: What `stage.json` has under `rendering`; empty for a model that was not trained by this package.
-        given: Settings that replace the record's.
+        record: `rendering` in `stage.json`; empty for a model that was not trained by this package.
+        given: Settings that replace those of the record.
 
     Example:
         >>> settings = RenderingSettings.of("no-such-folder", format="raw")
@@ -51,11 +51,11 @@ class RenderingSettings:
 
     @classmethod
     def of(cls, source: ModelSource, **given: JSON) -> "RenderingSettings":
-        """The record of a model, with settings that replace it.
+        """Read the record of a model, and combine it with settings that replace it.
 
         Args:
             source: The model's folder or Hub id, or the model.
-            **given: Settings by the keys of `DEFAULTS`; None for those that are not set.
+            **given: Settings with the keys of `DEFAULTS`; None for settings that are not set.
         """
         name = source if isinstance(source, str | Path) else getattr(source, "name_or_path", None) or ""
         wanted: Row = {key: value for key, value in given.items() if value is not None}
@@ -66,12 +66,12 @@ class RenderingSettings:
     def renderer(
         self, tokenizer: Tokenizer, stop_token_ids: Iterable[int] = (), plain: bool = True, own_tokenizer: bool = True
     ) -> Renderer:
-        """The renderer with these settings.
+        """Make a renderer with these settings.
 
         Args:
             tokenizer: The model's tokenizer.
-            stop_token_ids: Further ids that end a response, those of the model's generation config.
-            plain: Use text as it is, if no format is set and the tokenizer has no chat template.
+            stop_token_ids: Additional ids that end a response, usually those of the model's generation config.
+            plain: Use format `raw` if no format is set and the tokenizer has no chat template.
             own_tokenizer: True if it is the tokenizer of the record, so that recorded token ids are valid.
 
         Raises:
@@ -86,14 +86,14 @@ class RenderingSettings:
                 settings.pop("tools", None)
             if self.given.get("template_kwargs"):
                 raise ConfigError(
-                    f"template_kwargs {_shown(self.given['template_kwargs'])}: format is raw "
-                    f"({self._why_raw()}), so no template reads them. Leave them out, or set format: chat"
+                    f"template_kwargs {_shown(self.given['template_kwargs'])} have no effect, because format is raw "
+                    f"({self._why_raw()}). Leave them out, or set format: chat"
                 )
             settings.pop("template_kwargs", None)
         return Renderer(tokenizer, **{**settings, "stop_token_ids": ids})
 
     def _why_raw(self) -> str:
-        """Why the format is raw, for a message."""
+        """The reason why the format is raw, for a message."""
         if "format" in self.given:
             return "as set"
         return f"as {self.source} was trained" if "format" in self.record else "the tokenizer has no chat template"
@@ -127,13 +127,13 @@ class RenderingSettings:
         return ", ".join(parts)
 
     def log(self) -> None:
-        """Log settings that are not the defaults, and warn of differences from the record."""
+        """Log settings that are not the defaults, and warn about differences from the record."""
         self.warn()
         if said := self.describe():
             log.info("%s", said)
 
     def warn(self, text: str = "data.{} is {}, but {} was trained with {}; using the setting") -> None:
-        """Warn of settings that the model was not trained with.
+        """Warn about settings that the model was not trained with.
 
         Args:
             text: The message, with places for setting, value, source and recorded value.
@@ -143,7 +143,7 @@ class RenderingSettings:
 
 
 def recorded(source: ModelSource) -> Row:
-    """How a model's prompts were rendered in training, as arguments of `Renderer`.
+    """The recorded rendering settings of a model's training, as arguments of `Renderer`.
 
     Raises:
         ConfigError: If its `stage.json` is damaged.
@@ -153,13 +153,15 @@ def recorded(source: ModelSource) -> Row:
         stage = _stage_on_hub(source)
     rendering = stage.get("rendering") or {}
     if not isinstance(rendering, dict):
-        raise ConfigError(f"stage.json of {source}: rendering is {rendering!r}, not a mapping; restore the file")
+        raise ConfigError(f"stage.json of {source}: rendering is {rendering!r}; it must be a mapping. Restore the file")
     found: Row = {key: rendering[key] for key in _KINDS if rendering.get(key) is not None}
     for key, value in found.items():
         kind, inner = _KINDS[key]
         items: list[JSON] = list(value) if inner and isinstance(value, list | dict) else []
         if not isinstance(value, kind) or (inner and not all(isinstance(item, inner) for item in items)):
-            raise ConfigError(f"stage.json of {source}: rendering.{key} is {value!r:.100}; restore the file")
+            raise ConfigError(
+                f"stage.json of {source}: rendering.{key} is {value!r:.100}, which is not valid; restore the file"
+            )
     return found
 
 
@@ -170,7 +172,7 @@ def _stage_on_hub(name: str) -> Row:
 
     try:
         return read_record(Path(hf_hub_download(name, "stage.json")))
-    except (EntryNotFoundError, HfHubHTTPError, HFValidationError):  # also: not in the cache, and no network
+    except (EntryNotFoundError, HfHubHTTPError, HFValidationError):  # also if not in the cache and without a network
         return {}
 
 
@@ -192,7 +194,7 @@ def load_tools(value: JSON) -> list[ToolSchema]:
 
 
 def shared_by_all(asked: set[tuple[str | None, str]]) -> Row:
-    """The system message and the tools that all conversations in `Renderer.asked` have in common."""
+    """The system message and the tools that all conversations in `Renderer.asked` share."""
     systems, tools = {system for system, _ in asked}, {schemas for _, schemas in asked}
     found: Row = {}
     if len(systems) == 1 and (system := systems.pop()):

@@ -1,4 +1,4 @@
-"""Whether answers begin in training as they do at inference, that is, where the generation prompt ends."""
+"""Checks that answers begin in training where the generation prompt ends, as they do at inference."""
 
 from dataclasses import dataclass, field
 from typing import TypedDict
@@ -11,7 +11,7 @@ BEFORE = 24  # characters of the common text to show
 
 
 class StartFigures(TypedDict):
-    """What `rlhf data check --json` reports of `ResponseStarts`."""
+    """Results of `ResponseStarts` in `rlhf data check --json`."""
 
     answers: int
     differing: int
@@ -21,11 +21,11 @@ class StartFigures(TypedDict):
 
 @dataclass
 class ResponseStarts:
-    """Comparison of trained turns with the generation prompts that would request them.
+    """Compares trained turns with the generation prompts that would request them.
 
     Attributes:
         turns: Number of turns.
-        differing: Number of turns that begin otherwise than their prompt ends.
+        differing: Number of turns that do not begin where their prompt ends.
 
     Example:
         >>> starts = ResponseStarts()
@@ -38,15 +38,21 @@ class ResponseStarts:
     differing: int = 0
     prompt: str = field(default="", init=False)
     row: str = field(default="", init=False)
-    """For the first turn that differs: how its prompt ends (`prompt`), and what the row has there instead (`row`)."""
+    """For the first turn that differs: the end of its prompt (`prompt`), and the text in the row instead (`row`)."""
 
     def take(self, prompt: str, row: str, message: Message) -> None:
-        """Compare a prompt's text with the row that ends with `message`."""
+        """Compare the end of a prompt with the row.
+
+        Args:
+            prompt: Text of the prompt, with the generation prompt.
+            row: Text of the row, which ends with the answer.
+            message: The answer.
+        """
         self.turns += 1
         shared = common_prefix(prompt, row)
         opened, content = prompt[shared:].strip(), str(message.get("content") or "").strip()
         answer = row.find(content, shared) if content else -1
-        # Text before an answer that is not the row's own thought was added by the template.
+        # If the row has no reasoning, the template added the text before the answer.
         own = any(message.get(name) for name in REASONING)
         put = row[shared:answer].strip() if answer >= 0 and not own else ""
         if not opened and not put:
@@ -70,7 +76,7 @@ class ResponseStarts:
             f"{self.differing} of {self.turns} trained answers do not begin where the generation prompt ends:\n"
             f"  the prompt ends with  {self.prompt!r}\n"
             f"  the row has instead   {self.row!r}\n"
-            "The model would be prompted in one way and trained in another. Set data.template_kwargs so that they "
-            "agree (for many templates enable_thinking: true or false), add thinking to the rows, or set another "
+            "The model would be trained in one way and prompted in another. Set data.template_kwargs so that they "
+            "agree (for many templates enable_thinking: true or false), add reasoning to the rows, or set another "
             "model.chat_template."
         )

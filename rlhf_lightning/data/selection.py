@@ -1,4 +1,4 @@
-"""Which messages of a conversation are trained."""
+"""Selects the messages of a conversation that are trained."""
 
 from rlhf_lightning.data.records import RowError
 from rlhf_lightning.errors import ConfigError
@@ -8,10 +8,13 @@ TRAIN_ON = ("last_assistant", "all_assistant", "all_messages", "everything", "tr
 
 
 def select(messages: list[Message], train_on: str) -> list[bool]:
-    """Whether each message is trained, by `data.train_on` and the messages' own marks.
+    """Select the messages to train, by `data.train_on` and the marks of messages.
+
+    Returns:
+        For each message, True if it is trained.
 
     Raises:
-        RowError: If none is trained.
+        RowError: If no message is trained.
 
     Example:
         >>> select([{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}], "all_assistant")
@@ -26,10 +29,10 @@ def select(messages: list[Message], train_on: str) -> list[bool]:
         if not all(isinstance(flag, bool) for flag in chosen):
             raise RowError("'trainable' must be true or false")
         if not any(chosen):
-            raise RowError("no message has trainable: true (train_on is 'trainable')")
+            raise RowError("no message has trainable: true, but data.train_on is trainable")
         return chosen
     if not any(assistant):
-        raise RowError(f"no assistant turn to learn from (roles: {' '.join(m['role'] for m in messages)})")
+        raise RowError(f"there is no assistant turn to train on (roles: {' '.join(m['role'] for m in messages)})")
     if train_on == "all_assistant":
         return [chosen and keep for chosen, keep in zip(assistant, kept, strict=True)]
     if train_on == "last_assistant":
@@ -39,9 +42,9 @@ def select(messages: list[Message], train_on: str) -> list[bool]:
 
 
 def refuse_blank(messages: list[Message], selected: list[bool]) -> None:
-    """Raise `RowError` if all selected turns are empty, since training on only an end marker teaches saying nothing."""
+    """Raise `RowError` if all selected turns are empty: training on an end marker alone teaches empty answers."""
     chosen = [message for message, flag in zip(messages, selected, strict=True) if flag]
     if not chosen:
-        raise RowError("no token is trained: every turn to learn from is marked as not trained (weight 0, train false)")
+        raise RowError("no token is trained: all turns are marked as not trained (weight: 0, train: false)")
     if not any(str(m.get("content") or "").strip() or m.get("tool_calls") for m in chosen):
-        raise RowError("no token is trained: every turn to learn from is empty")
+        raise RowError("no token is trained: all turns to train on are empty")

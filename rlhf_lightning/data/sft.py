@@ -1,4 +1,4 @@
-"""Data of supervised fine-tuning."""
+"""Data module for supervised fine-tuning."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -24,10 +24,11 @@ class SFTDataModule(RowDataModule[Rendered | Prompt, SFTBatch | PromptBatch]):
     A row has one of: `messages`; `conversations` (from/value); `prompt` + `completion`; `instruction` (+ `input`) +
     `output`; `text`. Messages are objects with role and content, or alternating strings. A batch is a dict with
     `input_ids` and `loss_mask` `[B, T]`, `lengths` and `text_bytes` `[B]`, and `denominators`. Rows of `predict` are
-    prompts to answer: `prompt`, or a conversation whose last assistant turn is generated again.
+    prompts to answer: `prompt`, or a conversation, for which the last assistant turn is generated again. Further
+    arguments are those of `RowDataModule`.
 
     Args:
-        train: Rows to train on; see `RowDataModule` for further arguments.
+        train: Rows to train on.
         validation: Rows to validate on.
         train_on: `all_assistant` turns, `last_assistant`, `all_messages`, `everything` (including the template's own
             tokens), or `trainable` (messages with `trainable: true`).
@@ -63,7 +64,7 @@ class SFTDataModule(RowDataModule[Rendered | Prompt, SFTBatch | PromptBatch]):
         return self._prompts if name == "predict" else self._rows
 
     def read(self, source: Source, name: str, reading: Reading) -> list[LocatedRow]:
-        # Rows of `predict` are prompts, which may be lines of text.
+        # Rows of `predict` are prompts, and may be lines of text.
         return read_rows(source, "prompt" if name == "predict" else None, reading, name)
 
     def _prompts(self, data: Row) -> list[Prompt]:
@@ -85,8 +86,8 @@ class SFTDataModule(RowDataModule[Rendered | Prompt, SFTBatch | PromptBatch]):
         else:
             if self.renderer.format == "raw" and self.train_on not in ("all_assistant", "last_assistant"):
                 raise ConfigError(
-                    f"data.train_on is {self.train_on}, but format raw trains the last message: leave it out, or give "
-                    "such rows as 'text', of which every token is trained"
+                    f"data.train_on is {self.train_on}, but format raw always trains the last message. Leave it out, "
+                    "or use the column 'text', which trains every token"
                 )
             messages, tools = conversation(data), tool_schemas(data)
             self.renderer.refuse_lost(messages, tools)
@@ -106,8 +107,8 @@ class SFTDataModule(RowDataModule[Rendered | Prompt, SFTBatch | PromptBatch]):
             return row
         cut = Rendered(row.ids[: self.max_length], row.loss_mask[: self.max_length])
         if not cut.trained:
-            raise RowError(f"no trained token within data.max_length {self.max_length}: the prompt alone fills it")
-        # Estimate the remaining bytes from the fraction of tokens; only bits per byte depends on it.
+            raise RowError(f"no token is trained: the prompt alone exceeds data.max_length {self.max_length}; raise it")
+        # Estimate the remaining bytes from the fraction of tokens; only bits per byte depends on them.
         cut.text_bytes = round(row.text_bytes * cut.trained / row.trained)
         return cut
 

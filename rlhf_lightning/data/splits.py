@@ -1,4 +1,4 @@
-"""Which rows belong together: validation splits by prompt, and leakage between sets of rows."""
+"""Groups rows by prompt: validation splits, and leakage between sets of rows."""
 
 import hashlib
 import json
@@ -15,17 +15,17 @@ from rlhf_lightning.errors import ConfigError
 from rlhf_lightning.types import JSON, Message, Row, ToolSchema
 
 Keyed: TypeAlias = JSON | Message | Sequence["Keyed"]
-"""What rows are compared by."""
+"""Values by which rows are compared."""
 log = logging.getLogger(__name__)
 
 
 @dataclass
 class RowKey:
-    """Hashes by which a row is compared with others.
+    """Hashes by which a row is compared with other rows.
 
     Attributes:
-        row: Of everything the row says.
-        prompt: Of its prompt.
+        row: Hash of the whole row.
+        prompt: Hash of its prompt.
         where: File and line of the row.
 
     Example:
@@ -37,14 +37,14 @@ class RowKey:
     prompt: bytes
     where: str = ""
     earlier: tuple[bytes, ...] = ()
-    """Of the conversation's earlier prompts, which may be rows of their own."""
+    """Hashes of the earlier prompts of its conversation, which may be separate rows."""
 
 
 @dataclass
 class Leaks:
     """Evaluation rows that also appear in the training data.
 
-    Each is listed with its own location and that of the first such training row.
+    Each row is listed with its location and that of the first such training row.
 
     Attributes:
         count: Number of evaluation rows.
@@ -69,25 +69,26 @@ class Leaks:
         found = [
             f"{len(pairs)} of {self.count} rows {words} (the first: {pairs[0][0]} and {pairs[0][1]})"
             for pairs, words in (
-                (self.rows, "are trained on"),
-                (self.prompts, "share a prompt with a training row"),
+                (self.rows, "are also training rows"),
+                (self.prompts, "have the prompt of a training row"),
                 (self.conversations, "belong to a conversation of the training data"),
             )
             if pairs
         ]
         return (
-            f"leakage between data.train and data.{name}: {', '.join(found)}. Metrics measured on them are too "
-            "optimistic: remove them from one side, or use data.validation_split, which keeps a prompt on one side."
+            f"leakage between data.train and data.{name}: {', '.join(found)}. Metrics on these rows are too "
+            "optimistic: remove them from one side, or use data.validation_split, which keeps the rows of a prompt "
+            "together."
         )
 
 
 @dataclass
 class Prepared(Generic[ExampleT]):
-    """Rows ready for batching, and what happened while they were read.
+    """Examples that are ready for batching, and counts of reading them.
 
     Attributes:
-        rows: Examples.
-        reading: Counts of the reading.
+        rows: The examples.
+        reading: Counts of reading.
         truncated: Number of truncated rows.
 
     Example:
@@ -102,12 +103,12 @@ class Prepared(Generic[ExampleT]):
     trained: int = 0
     truncated: int = 0
     keys: list[RowKey] = field(default_factory=list)
-    """Key of each row that was read and used."""
+    """Key of each used row."""
     row_of: list[int] = field(default_factory=list)
-    """For each example, the index of its row in `keys`."""
+    """Index in `keys` of the row of each example."""
 
     def part(self, rows: list[int]) -> "Prepared[ExampleT]":
-        """The examples of some rows, in that order."""
+        """The examples of the given rows, in that order."""
         examples: dict[int, list[ExampleT]] = {}
         for example, row in zip(self.rows, self.row_of, strict=True):
             examples.setdefault(row, []).append(example)
@@ -125,15 +126,21 @@ def row_key(prompt: Keyed, rest: Keyed, blank: bool = False) -> RowKey:
 
     Args:
         prompt: Its prompt, as JSON.
-        rest: What follows the prompt.
-        blank: True if the prompt is blank, which does not group rows.
+        rest: The content after the prompt.
+        blank: True if the prompt is blank; rows with blank prompts are not grouped.
     """
     row = _digest([prompt, rest])
     return RowKey(row, row if blank else _digest(prompt))
 
 
 def conversation_key(prompt: Sequence[Message], tools: list[ToolSchema] | None, rest: Keyed) -> RowKey:
-    """Key of a row that answers a prompt, which may be a later turn of a conversation."""
+    """Key of a row that answers a prompt, which may be a later turn of a conversation.
+
+    Args:
+        prompt: Messages of the prompt.
+        tools: Tools of the conversation.
+        rest: The content after the prompt.
+    """
     key = row_key([said(prompt), tools], rest, is_blank(prompt))
     turns = [i for i in range(opening(prompt), len(prompt)) if prompt[i]["role"] == "assistant"]
     key.earlier = tuple(_digest([said(prompt[:i]), tools]) for i in turns)
@@ -141,7 +148,7 @@ def conversation_key(prompt: Sequence[Message], tools: list[ToolSchema] | None, 
 
 
 def together(keys: Sequence[RowKey]) -> list[bytes]:
-    """For each row, what it is grouped by: its prompt, or an earlier prompt of its conversation that is a row too."""
+    """The group of each row: its prompt, or an earlier prompt of its conversation that is also a row."""
     parent = {key.prompt: key.prompt for key in keys}
 
     def root(prompt: bytes) -> bytes:
@@ -158,7 +165,7 @@ def together(keys: Sequence[RowKey]) -> list[bytes]:
 
 
 def said(messages: Sequence[Message]) -> Keyed:
-    """Roles, texts and calls of messages, for comparison: without surrounding white space and training marks."""
+    """Roles, texts and calls of messages for comparison, without surrounding white space and training marks."""
     return [
         [
             message["role"],
@@ -176,7 +183,13 @@ def _digest(value: Keyed) -> bytes:
 def keys_of(
     rows: Sequence[LocatedRow], key: Callable[[Row], RowKey], columns: Mapping[str, str | None] | None
 ) -> list[RowKey]:
-    """Keys of rows that are not rendered; bad rows are skipped, since `fit` reports them."""
+    """Keys of rows that are not rendered; bad rows are skipped, because `fit` reports them.
+
+    Args:
+        rows: The rows.
+        key: Returns the key of a row.
+        columns: See `rename_columns`.
+    """
     keys = []
     for row in rows:
         try:
@@ -189,7 +202,7 @@ def keys_of(
 
 
 def opening(messages: Sequence[Message]) -> int:
-    """Number of messages in a conversation's prompt: those before the first answer to a user."""
+    """Number of messages in the prompt of a conversation: those before the first answer to a user."""
     asked = False
     for index, message in enumerate(messages):
         if message["role"] == "assistant" and asked:
@@ -209,13 +222,13 @@ def held_out(prompts: Sequence[bytes], wanted: int, seed: int | None) -> list[in
     """Choose rows to hold out, keeping all rows of a prompt together.
 
     Args:
-        prompts: What each row is grouped by.
+        prompts: The group of each row.
         wanted: Number of rows to hold out.
         seed: Seed of the order in which prompts are considered; None for their own order.
 
     Returns:
-        Indices of rows. If whole prompts do not add up to `wanted`, as many as fit, and at least one prompt; empty if
-        all rows have the same prompt.
+        Indices of rows. If the sizes of groups do not add up to `wanted`, as many groups as fit, but at least one;
+        empty if all rows have the same prompt.
     """
     groups: dict[bytes, list[int]] = {}
     for row, prompt in enumerate(prompts):
@@ -237,7 +250,7 @@ def hold_out(train: Prepared[ExampleT], split: float, seed: int) -> Prepared[Exa
     """Move rows from the training data to a validation set.
 
     Args:
-        train: The training data, which is changed.
+        train: The training data; it is changed in place.
         split: Number of rows, or a fraction below 1.
         seed: See `held_out`.
 
@@ -245,17 +258,19 @@ def hold_out(train: Prepared[ExampleT], split: float, seed: int) -> Prepared[Exa
         The validation data.
 
     Raises:
-        ConfigError: If nothing would be left, or all rows have the same prompt.
+        ConfigError: If no training rows would be left, or all rows have the same prompt.
     """
     size = len(train.keys)
     wanted = int(split if split >= 1 else max(1, split * size))
     if wanted >= size:
-        raise ConfigError(f"data.validation_split {split} leaves no training rows (of {size})")
+        raise ConfigError(
+            f"data.validation_split is {split}, which leaves none of the {size} rows for training; lower it"
+        )
     held = held_out(together(train.keys), wanted, seed)
     if not held:
         raise ConfigError(
-            f"data.validation_split {split}: all {size} rows have the same prompt, and the rows of a prompt stay "
-            "together; give rows with other prompts as data.validation"
+            f"data.validation_split is {split}, but all {size} rows have the same prompt, and the rows of a prompt "
+            "stay together; give rows with other prompts as data.validation"
         )
     validation, kept = train.part(held), train.part(sorted(set(range(size)) - set(held)))
     validation.reading = Reading(len(held))
@@ -272,7 +287,7 @@ def hold_out(train: Prepared[ExampleT], split: float, seed: int) -> Prepared[Exa
 
 
 def leaks(train: Sequence[RowKey], other: Sequence[RowKey]) -> Leaks:
-    """Rows of another set that are in the training data, or whose prompt is."""
+    """Find rows of another set that are in the training data, or that have a prompt of the training data."""
     rows = {key.row: key.where for key in reversed(train)}
     prompts = {key.prompt: key.where for key in reversed(train)}
     later = {earlier: key.where for key in reversed(train) for earlier in key.earlier}

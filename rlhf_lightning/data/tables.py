@@ -1,4 +1,4 @@
-"""Tables as plain rows: Arrow tables without the nulls that Arrow fills in, and cells of CSV files."""
+"""Reads tables as plain rows: Arrow tables without the nulls that Arrow adds, and CSV files."""
 
 import ast
 import csv
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import pyarrow
 
 Item = tuple[str, Row | DataError | None]
-"""A location, and what was read there: a row, None for a blank line, or a `DataError` for a line that is not a row."""
+"""A location with its content: a row, None for a blank line, or a `DataError` for a line that is not a row."""
 
 ArrowValue: TypeAlias = Any
 """A value of an Arrow table in Python, such as a list, a number, a decimal or the pairs of a map."""
@@ -26,11 +26,11 @@ STRUCTURES = {"messages", "conversations", "tools", "responses", "scores", "rank
 STRUCTURES |= {"tokens", "loss_mask", "logprobs", "prompt_tokens", "response_tokens"}
 TEXTS_OR_MESSAGES = {"prompt", "completion", "chosen", "rejected", "response"}
 MESSAGE_LIST = re.compile(r"""\s*\[\s*\{\s*['"](role|from|content|value)['"]\s*:""")
-"""How a list of messages begins, well-formed or not."""
+"""Beginning of a list of messages, whether well-formed or not."""
 
 
 class Cells(dict[str, JSON]):
-    """A row whose values are text or null, as in CSV; `cell` converts them according to their columns.
+    """A row with values that are text or null, as in CSV; `cell` converts them by column.
 
     Example:
         >>> (_, row), *_ = csv_items("rows.csv", "prompt,label\\nHi,1\\n", ",")
@@ -62,7 +62,7 @@ def row_cleaner(schema: "pyarrow.Schema", decoded: bool = False) -> Callable[[Ro
     """Make a function that converts rows with an Arrow schema to plain rows.
 
     An Arrow struct has the keys of all rows, with null for those that a row lacks; such keys are dropped. Arrow maps
-    and JSON text keep exactly the keys that were written, including nulls.
+    and JSON text keep the keys that were written, including nulls.
 
     Args:
         schema: The Arrow schema.
@@ -78,7 +78,7 @@ def row_cleaner(schema: "pyarrow.Schema", decoded: bool = False) -> Callable[[Ro
 
 
 def _cleaner(kind: "pyarrow.DataType", decoded: bool) -> Callable[[ArrowValue], JSON] | None:
-    """Converter for values of an Arrow type; None if they are plain already. It is never called with None."""
+    """Converter for values of an Arrow type; None if they are already plain. It is never called with None."""
     from pyarrow import types
 
     if types.is_struct(kind):
@@ -116,7 +116,7 @@ def _same(value: ArrowValue) -> JSON:
 
 
 def number(value: Decimal) -> int | float:
-    """A decimal as the number that JSON would have."""
+    """Convert a decimal to the number that JSON would have."""
     return int(value) if value == value.to_integral_value() else float(value)
 
 
@@ -124,11 +124,11 @@ def number(value: Decimal) -> int | float:
 
 
 def csv_items(path: str, text: str, delimiter: str) -> Iterator[Item]:
-    """Rows of a CSV file by its header; empty cells are null, all others text (see `cell`).
+    """Rows of a CSV file with a header; empty cells are null, all others are text (see `cell`).
 
     Args:
         path: The file, for locations.
-        text: Its text.
+        text: Text of the file.
         delimiter: Separator of cells.
 
     Raises:
@@ -137,7 +137,7 @@ def csv_items(path: str, text: str, delimiter: str) -> Iterator[Item]:
     first = text.lstrip().partition("\n")[0]
     if first.startswith(("{", "[")):
         raise DataError(
-            f"{path}:1: the file begins like JSON, but its name is that of a table; rename it to .jsonl or .json"
+            f"{path}:1: the file has the name of a table, but begins like JSON; rename it to .jsonl or .json"
         )
     if delimiter == "," and "," not in first and ";" in first:
         delimiter = ";"  # spreadsheets write this in locales with a decimal comma
@@ -159,9 +159,7 @@ def _records(path: str, text: str, delimiter: str) -> Iterator[Item]:
         except StopIteration:
             return
         except csv.Error as error:
-            raise DataError(
-                f"{where}: cannot be parsed ({error}); check the quotes of the row that begins here"
-            ) from None
+            raise DataError(f"{where}: the row that begins here cannot be parsed ({error}); check its quotes") from None
         if cells and cells[0].startswith("\ufeff"):
             cells[0] = cells[0].removeprefix("\ufeff")
         if not cells:
@@ -173,7 +171,7 @@ def _records(path: str, text: str, delimiter: str) -> Iterator[Item]:
         elif [name.strip() for name in cells] == header:
             yield (
                 where,
-                DataError("this is the header again, so the file seems to be joined from several; remove this line"),
+                DataError("this line repeats the header; the file seems to be concatenated. Remove this line"),
             )
         elif len(cells) != len(header):
             yield where, DataError(f"{_count(cells)}, but the header (line 1) has {_count(header)}")
@@ -196,7 +194,7 @@ def _check_header(where: str, header: list[str]) -> None:
 
 
 def cell(name: str, text: str) -> JSON:
-    """Convert a cell's text according to its column: numbers for labels and margins, JSON for messages and tools.
+    """Convert the text of a cell by its column: numbers for labels and margins, JSON for messages and tools.
 
     Args:
         name: Name of the column.
@@ -238,7 +236,7 @@ def _number(text: str) -> bool | float | str:
 
 
 def _structure(text: str) -> JSON:
-    """The value of JSON, or of a printed Python list or dict, as pandas writes one to a cell; None for other text."""
+    """The value of JSON, or of a printed Python list or dict (pandas writes these to cells); None for other text."""
     try:
         return json.loads(text)
     except (ValueError, RecursionError):
@@ -247,7 +245,7 @@ def _structure(text: str) -> JSON:
         found = ast.literal_eval(text)
     except (ValueError, SyntaxError, RecursionError, MemoryError):
         return None
-    # Only if it prints the same: Python would parse ['a' 'b'], as numpy prints two texts, as one text 'ab'.
+    # Only if it prints the same: numpy prints two texts as ['a' 'b'], which Python would parse as one text 'ab'.
     return found if repr(found) == text else None
 
 

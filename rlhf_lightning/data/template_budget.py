@@ -1,4 +1,4 @@
-"""A limit on the work of a chat template: it comes with a model, and its loops might never end."""
+"""Limits the work of a chat template, which may come from an untrusted source and never end."""
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Sized
@@ -11,13 +11,13 @@ from jinja2.runtime import Context
 from jinja2.visitor import NodeTransformer
 
 Value: TypeAlias = Any
-"""A value in a template; Jinja types none."""
+"""A value in a template, which Jinja does not type."""
 STEPS = 3_000_000
-"""Loop iterations and calls allowed in one rendering."""
+"""Largest number of loop iterations and calls in one rendering."""
 LENGTH = 5_000_000
-"""Characters of a text, or items of a list, that a template may create."""
+"""Largest number of characters of a text, or items of a list, that a template may create."""
 CHARACTERS = 100
-"""Characters of a text that count as one step."""
+"""Number of characters that count as one step."""
 _LOOP, _TEXT, _SHOWN = "rlhf_loop", "rlhf_text", "rlhf_shown"
 _SLOW = {"wordwrap", "urlize", "pprint"}
 _QUICK = {"length", "count", "first", "last", "default", "d"}
@@ -28,15 +28,15 @@ _LIMITED = ("*", "+", "**", "%")
 
 
 class OverBudgetError(TemplateRuntimeError):
-    """A template exceeded what one rendering may use."""
+    """A template exceeded the budget of one rendering."""
 
 
 class Budget:
-    """Counts what a template does, in an environment of its own.
+    """Counts the work of a template.
 
     Args:
         template: The template as transformers compiles it; it is recompiled with counting.
-        source: Its text.
+        source: Text of the template.
 
     Example:
         ```python
@@ -68,14 +68,14 @@ class Budget:
         """Count steps.
 
         Raises:
-            OverBudgetError: If there are too many.
+            OverBudgetError: If there are too many steps.
         """
         self.steps += steps
         if self.steps > STEPS:
             raise OverBudgetError(f"the chat template runs for more than {STEPS:,} steps; it may never end")
 
     def counted(self, items: Iterable[Value], cost: int) -> Iterator[Value]:
-        """Items of a loop, counted."""
+        """Count the items of a loop."""
         for item in items:
             self.steps += cost
             if self.steps > STEPS:
@@ -83,13 +83,13 @@ class Budget:
             yield item
 
     def shown(self, value: Value) -> Value:
-        """A printed value, counted."""
+        """Count a printed value."""
         if isinstance(value, str) and len(value) > CHARACTERS:
             self.spend(len(value) // CHARACTERS)
         return value
 
     def call(self, context: Context, function: Value, *args: Value, **kwargs: Value) -> Value:
-        """Call a function or method in the sandbox, counted."""
+        """Count a call, and make it in the sandbox."""
         self.spend(10)
         if (name := getattr(function, "__name__", "")) in _WIDE_METHODS:
             _check_widths((*args, *kwargs.values()))
@@ -98,10 +98,20 @@ class Budget:
         return self.sized(self._call(context, function, *args, **kwargs))
 
     def operate(self, context: Context, operator: str, left: Value, right: Value) -> Value:
-        """Apply an operator whose result can be much larger than its operands."""
+        """Apply an operator, the result of which may be much larger than its operands.
+
+        Args:
+            context: Jinja's context.
+            operator: The operator, for example `*`.
+            left: Left operand.
+            right: Right operand.
+
+        Raises:
+            OverBudgetError: If the result would be too large.
+        """
         numbers = [abs(value) for value in (left, right) if isinstance(value, int)]
         if operator == "**" and numbers and max(numbers) > 1000:
-            raise OverBudgetError("the chat template computes powers of numbers larger than any prompt needs")
+            raise OverBudgetError("the chat template computes powers of numbers above 1000, which is not allowed")
         if operator == "*" and len(numbers) == 1:
             sequence = right if isinstance(left, int) else left
             _check_length(len(sequence) * numbers[0] if isinstance(sequence, Sized) else 0)
@@ -110,7 +120,7 @@ class Budget:
         return self.sized(self._operate(context, operator, left, right))
 
     def concatenate(self, parts: Iterable[Value]) -> str:
-        """Concatenate texts, `a ~ b`, counted."""
+        """Count and concatenate texts, `a ~ b`."""
         self.spend()
         texts = [str(part) for part in parts]
         _check_length(sum(map(len, texts)))
@@ -125,9 +135,9 @@ class Budget:
         return value
 
     def _filter(self, name: str, function: Callable[..., Value]) -> Callable[..., Value]:
-        """A Jinja filter, counted."""
+        """Make a Jinja filter that is counted."""
 
-        @wraps(function)  # keeps the attributes that tell Jinja to pass the context
+        @wraps(function)  # keeps the attributes by which Jinja passes the context
         def limited(*args: Value, **kwargs: Value) -> Value:
             for value in args:
                 if isinstance(value, str):
@@ -150,7 +160,7 @@ def _check_length(length: int) -> None:
 
 
 def _check_widths(values: Iterable[Value]) -> None:
-    """Check numbers that determine the size of a result, as integers or as digits in a format."""
+    """Check numbers that determine the size of a result: integers, and digits in a format."""
     for value in values:
         if isinstance(value, int | str) and str(value).lstrip("-").isdigit():
             _check_length(abs(int(value)))

@@ -1,8 +1,8 @@
-"""Chat templates as text: where a turn begins and ends, for any template.
+"""Finds where a turn begins and ends in the text of any chat template.
 
 The only assumption about a template is that it renders. The start of an assistant turn is found by rendering the
-conversation before it with the generation prompt: what the turn adds to this is what a model has to produce. Its end is
-found by rendering the same turn with a sentinel as content: what follows the sentinel closes a turn.
+conversation before it with the generation prompt: the text that the turn adds is what a model has to produce. The end
+is found by rendering the same turn with a sentinel as content: the text after the sentinel closes a turn.
 """
 
 import hashlib
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 TEMPLATE_DATE = "2025-01-01"
-RECENT = 4  # renderings kept: a turn, what precedes it with and without the generation prompt, and the sentinel
+RECENT = 4  # cached renderings: a turn, the text before it with and without generation prompt, and the sentinel
 # A macro of the same name hides transformers' own function.
 FIXED_DATE = (
     "{%- macro strftime_now(format) -%}{{ format"
@@ -49,15 +49,15 @@ Tools = list[ToolSchema] | None
 
 
 class _TemplateKey(str):
-    """The key of a template: an empty template that transformers compiles in its sandbox and that is then filled.
+    """The key of a template: an empty template that transformers compiles in its sandbox, and that is then filled.
 
-    transformers must not compile the text itself, since Jinja evaluates constant expressions, however large, while it
+    transformers must not compile the text itself, because Jinja evaluates constant expressions of any size while it
     compiles.
     """
 
 
 def _compiled(source: str) -> "Template":
-    """A template as transformers compiles it, in a sandbox of its own; cached by its text."""
+    """Compile a template as transformers does, in a separate sandbox; cached by its text."""
     from transformers.utils.chat_template_utils import _compile_jinja_template
 
     return _compile_jinja_template(source)
@@ -65,14 +65,14 @@ def _compiled(source: str) -> "Template":
 
 @lru_cache(maxsize=16)
 def _filled(source: str) -> tuple[_TemplateKey, Budget]:
-    """Key by which `apply_chat_template` finds a template with its budget and a fixed date.
+    """Compile a template with a budget and a fixed date, and return the key by which `apply_chat_template` finds it.
 
     Raises:
-        TemplateSyntaxError: If the text is not a template.
+        TemplateSyntaxError: If the text is not a valid template.
     """
     name = _TemplateKey(f"{{# {hashlib.sha256(source.encode(errors='surrogatepass')).hexdigest()} #}}")
     template = _compiled(name)
-    # `apply_chat_template` passes only data to templates, so the function is replaced where transformers keeps it.
+    # `apply_chat_template` passes only data to templates, so the function is replaced in the environment.
     template.environment.globals["strftime_now"] = _fixed_now
     return name, Budget(template, source)
 
@@ -86,10 +86,10 @@ class ChatTemplate:
 
     Args:
         tokenizer: A Hugging Face tokenizer.
-        options: Passed to the template, for example `{"enable_thinking": False}`.
+        options: Arguments of the template, for example `{"enable_thinking": False}`.
 
     Raises:
-        ConfigError: If the template is invalid, prints nothing of a message, or an option is reserved.
+        ConfigError: If the template is invalid, does not render messages, or an option is reserved.
 
     Example:
         ```python
@@ -101,7 +101,7 @@ class ChatTemplate:
 
     def __init__(self, tokenizer: Tokenizer, options: Row | None = None) -> None:
         self.tokenizer, self.given = tokenizer, options or {}
-        # Some templates begin with a bos_token although their tokenizer has none.
+        # Some templates begin with a bos_token even if their tokenizer has none.
         self.options = {
             "bos_token": tokenizer.bos_token or "",
             "eos_token": tokenizer.eos_token or "",
@@ -116,9 +116,9 @@ class ChatTemplate:
         self._check_options(options or {})
         self._check_prints()
         self.turn_end: str | None = None
-        """What closes an assistant turn; None if the template expects other roles, which its rows will tell."""
+        """Text that closes an assistant turn; None if the template expects other roles."""
         self._ending = ""
-        """The part of it that ends the turn, up to its last special token; the rest ends the conversation."""
+        """The part of that text that ends the turn, up to its last special token; the rest ends the conversation."""
         with suppress(RowError):
             self.turn_end = self.closing(_USER_TURN, "assistant").strip()
             self._ending = self._ends_with(self.turn_end)
@@ -127,11 +127,11 @@ class ChatTemplate:
 
     @property
     def after_turn(self) -> str:
-        """What the template writes after the end of the last turn, such as an end-of-text token."""
+        """Text that the template writes after the end of the last turn, such as an end-of-text token."""
         return (self.turn_end or "").removeprefix(self._ending).strip() if self._ending else ""
 
     def _check_prints(self) -> None:
-        """Refuse a template that prints nothing of a message, since all prompts would be the same."""
+        """Refuse a template that does not render messages, because all prompts would be the same."""
         if self._prints():
             return
         self.contents.only_parts = True
@@ -143,7 +143,7 @@ class ChatTemplate:
             )
 
     def _prints(self) -> bool:
-        """True if two user messages render differently, alone or after a system message, which some require."""
+        """True if two user messages render differently, alone or after a system message (some templates need one)."""
         befores: list[list[Message]] = [[], [{"role": "system", "content": "Be kind."}]]
         for before in befores:
             said: list[list[Message]] = [[*before, {"role": "user", "content": text}] for text in ("Hello", "Goodbye")]
@@ -151,23 +151,23 @@ class ChatTemplate:
                 if self.render(said[0]) != self.render(said[1]):
                     return True
             except RowError:
-                return True  # the template expects other roles, which rendering rows will tell
+                return True  # the template expects other roles; rendering the rows shows whether it works
         return False
 
     def render(self, messages: list[Message], tools: Tools = None, add_generation_prompt: bool = False) -> str:
-        """The text of a conversation.
+        """Render a conversation as text.
 
         Args:
             messages: The conversation.
-            tools: Its tools.
-            add_generation_prompt: Append what requests an answer.
+            tools: Tools of the conversation.
+            add_generation_prompt: Append the generation prompt.
 
         Raises:
             RowError: If the template refuses the conversation.
             ConfigError: If the template is invalid or exceeds its budget.
         """
-        # The two sides of a pair, and the steps of `span`, render the same prompts, so recent renderings are kept. The
-        # key is the messages' content rather than their identity, since a caller may change one in place.
+        # The two sides of a pair, and the steps of `span`, render the same prompts, so recent renderings are cached.
+        # The key is the content of the messages, because a caller may change a message in place.
         key = repr((messages, tools, add_generation_prompt))
         if key not in self._recent:
             fitted = self.contents.fit(self.forms.fit([joined(message) for message in messages], tools))
@@ -176,7 +176,7 @@ class ChatTemplate:
         return self._recent[key]
 
     def _rendered(self, messages: list[TemplateMessage], tools: Tools, add_generation_prompt: bool = False) -> str:
-        """The template's own rendering of messages, which it may change."""
+        """Render messages with the template, which may change them."""
         from jinja2 import TemplateError, TemplateSyntaxError
 
         try:
@@ -202,12 +202,12 @@ class ChatTemplate:
     def _source(self, tools: Tools) -> str:
         """Key of the template, with its budget reset."""
         text = self.tokenizer.get_chat_template(None, tools)
-        name, budget = _filled(text.removeprefix("\ufeff"))  # a byte order mark belongs to the file, not the template
+        name, budget = _filled(text.removeprefix("\ufeff"))  # the byte order mark of a file is not part of the template
         budget.begin()
         return name
 
     def _check_options(self, options: Row) -> None:
-        """Refuse options that are arguments of the rendering itself; warn of those that the template does not read."""
+        """Refuse options that are arguments of the rendering itself; warn about those that the template ignores."""
         from jinja2 import TemplateError
         from jinja2.meta import find_undeclared_variables
 
@@ -234,11 +234,19 @@ class ChatTemplate:
     def spans(
         self, messages: list[Message], tools: Tools, selected: list[bool]
     ) -> list[tuple[str, list[tuple[int, int]], bool]]:
-        """Texts with the (start, end) of each selected message in them, and whether the texts end their turns.
+        """Find the selected messages in the rendered text.
 
-        Returns one text if possible. If an earlier turn renders differently once more turns follow (templates that drop
-        earlier reasoning or move a marker), there is one text for each selected message, rendered up to it. The same
-        holds if nothing ends a turn: each text then ends with its turn, and an end token can be appended.
+        Args:
+            messages: The conversation.
+            tools: Tools of the conversation.
+            selected: For each message, True if it is selected.
+
+        Returns:
+            Texts, each with the (start, end) of its selected messages, and whether it ends its turns. There is one text
+            if possible. If an earlier turn renders differently once more turns follow (templates that drop earlier
+            reasoning or move a marker), there is one text for each selected message, rendered up to it. The same is
+            true if the template does not end turns: each text then ends with its turn, so that an end token can be
+            appended.
         """
         text, found = "", []
         for i in (i for i, chosen in enumerate(selected) if chosen):
@@ -247,7 +255,7 @@ class ChatTemplate:
             if messages[i]["role"] == "assistant" and (asked := self._dropped_prompt(messages[:i], upto, start, tools)):
                 upto, start, end = asked + upto[start:], len(asked), len(asked) + end - start
             ended = self.ends_turns and self._ended(messages[i]["role"], upto[:end])
-            # The end token is appended to the text, so white space before it must be trained as well.
+            # The end token is appended to the text, so white space before it must be trained, too.
             end = end if ended or upto[end:].strip() else len(upto)
             found.append((upto, [(start, end)], ended))
             text = upto
@@ -256,13 +264,20 @@ class ChatTemplate:
         return found
 
     def _ended(self, role: str, upto: str) -> bool:
-        """True if a text ends its turn; some templates end a turn with tool calls by nothing."""
+        """True if a text ends its turn; some templates do not end a turn with tool calls."""
         if role != "assistant" or self.turn_end is None:
             return True
         return upto.endswith((*self.end_markers, self.turn_end))
 
     def span(self, messages: list[Message], i: int, upto: str, tools: Tools) -> tuple[int, int]:
-        """Where message i, the last in the text `upto`, begins and ends, including its closing marker."""
+        """Start and end of a message in a text, including its closing marker.
+
+        Args:
+            messages: The conversation.
+            i: Index of the message.
+            upto: The conversation up to this message, as text.
+            tools: Tools of the conversation.
+        """
         before, message = messages[:i], messages[i]
         try:
             closing = self.closing(before, message["role"], tools)
@@ -271,7 +286,7 @@ class ChatTemplate:
         tail, shown = closing.rstrip(), upto.rstrip()
         end = len(shown)
         if self._ending and tail.startswith(self._ending):
-            rest = tail[len(self._ending) :].strip()  # ends the conversation, not the turn
+            rest = tail[len(self._ending) :].strip()  # this ends the conversation, not the turn
             end = len(shown.removesuffix(rest).rstrip()) if rest else end
         elif tail and shown.endswith(tail):
             marker = self.first_marker(tail)
@@ -279,13 +294,13 @@ class ChatTemplate:
         return min(self._start(before, message["role"], upto, tools), end), end
 
     def _start(self, before: list[Message], role: str, upto: str, tools: Tools) -> int:
-        """Where the last message of the text `upto` begins."""
+        """Start of the last message in the text `upto`."""
         if role != "assistant":
             return common_prefix(self._with_sentinel(before, role, tools), upto)
         try:
             prompt = self.render(before, tools, add_generation_prompt=True)
         except RowError:
-            prompt = ""  # the conversation begins with the assistant, which many templates do not allow
+            prompt = ""  # the conversation begins with the assistant, and many templates do not allow that
         shared = common_prefix(prompt, upto)
         if prompt and shared == len(prompt):
             return shared
@@ -297,21 +312,21 @@ class ChatTemplate:
         if prompt and not opening:
             bare, asked = upto[:spoken].rstrip(), prompt.rstrip()
             return len(bare) + common_prefix(prompt[len(asked) :], upto[len(bare) : spoken])
-        # The generation prompt has something that the turn lacks (an opened <think>). Their common prefix might reach
-        # into the content by chance; the common prefix with another content cannot.
+        # The generation prompt has text that the turn lacks (an opened <think>). Their common prefix might reach into
+        # the content by chance; the common prefix with another content cannot.
         return min(shared or len(upto), spoken)
 
     def _conversation_part(self, before: list[Message], prompt: str, tools: Tools) -> str:
-        """The part of a prompt that is the conversation, without what opens the answer."""
+        """The part of a prompt that is the conversation, without the opening of the answer."""
         try:
             return prompt[: common_prefix(self.render(before, tools), prompt)]
         except RowError:
             return prompt
 
     def _dropped_prompt(self, before: list[Message], upto: str, start: int, tools: Tools) -> str:
-        """The prompt of a turn, if the template leaves out a part of it once the answer is there; else an empty text.
+        """The prompt of a turn, if the template leaves out a part of it once the answer follows; else an empty text.
 
-        Some templates put a system message, or tools, into the user's message only while it is the last (Mistral).
+        Some templates put the system message or tools into the user's message only if it is the last one (Mistral).
         """
         try:
             prompt = self.render(before, tools, add_generation_prompt=True)
@@ -322,11 +337,17 @@ class ChatTemplate:
         return prompt if said[shared:].strip() else ""
 
     def _with_sentinel(self, before: list[Message], role: str, tools: Tools, prompts: bool = False) -> str:
-        """The conversation with a last message whose content is the sentinel."""
+        """Render the conversation with the sentinel as the content of a last message."""
         return self.render([*before, {"role": role, "content": _SENTINEL}], tools, prompts)
 
     def closing(self, before: list[Message], role: str, tools: Tools = None, prompts: bool = False) -> str:
-        """What the template writes after the content of a message of this role in this place.
+        """Text that the template writes after the content of a message.
+
+        Args:
+            before: Messages before it.
+            role: Role of the message.
+            tools: Tools of the conversation.
+            prompts: Add the generation prompt.
 
         Raises:
             RowError: If the template does not render the content.
@@ -337,10 +358,11 @@ class ChatTemplate:
         return closing
 
     def _ends_with(self, closing: str) -> str:
-        """The part of a conversation's closing that ends the assistant turn; empty without a special token.
+        """The part of a conversation's closing text that ends the assistant turn; empty without a special token.
 
-        At the end of a conversation a template may close more than the turn (with an end of text). The turn itself is
-        closed by what also appears when another turn follows: up to the last special token that both have.
+        At the end of a conversation, a template may close more than the turn (with an end-of-text token). The turn
+        itself is closed by the text that also appears if another turn follows, up to the last special token that both
+        have.
         """
         first = self.first_marker(closing)
         if first is None:
@@ -354,9 +376,9 @@ class ChatTemplate:
         return closing[:end]
 
     def _find_ends(self) -> list[str]:
-        """Special tokens that end assistant turns: plain ones, with a thought, and with tool calls.
+        """Special tokens that end assistant turns: plain turns, turns with reasoning, and turns with tool calls.
 
-        A token that also appears within a turn (between two calls) does not end one.
+        A token that also appears within a turn (between two calls) does not end a turn.
         """
         ends, inside = [], []
         for messages, tools in _turns():
@@ -371,12 +393,12 @@ class ChatTemplate:
         return sorted({marker for marker in (plain, *ends) if marker and (marker == plain or marker not in within)})
 
     def first_marker(self, closing: str) -> str | None:
-        """The first special token in a closing text; None if there is none."""
+        """The first special token in a closing text, or None."""
         found = [(closing.index(marker), -len(marker), marker) for marker in self.markers if marker in closing]
         return min(found)[2] if found else None
 
     def content_bytes(self, text: str) -> int:
-        """UTF-8 bytes of a text without its special tokens."""
+        """Number of UTF-8 bytes of a text without its special tokens."""
         for marker in self.markers:
             if marker in text:
                 text = text.replace(marker, "")
@@ -409,7 +431,7 @@ def _turns() -> Iterator[tuple[list[Message], Tools]]:
 def common_prefix(a: str, b: str) -> int:
     """Length of the common prefix."""
     low, high = 0, min(len(a), len(b))
-    while low < high:  # binary search: comparing slices is many times faster than comparing characters
+    while low < high:  # binary search, because comparing slices is much faster than comparing characters
         middle = (low + high + 1) // 2
         if a[low:middle] == b[low:middle]:
             low = middle

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _MISSING = (
-    "no tokenizer can be loaded from {}: its files are missing (tokenizer.json, tokenizer_config.json and others). "
+    "no tokenizer can be loaded from {}: files are missing (tokenizer.json, tokenizer_config.json and others). "
     "Copy them from the model that this one was trained from, or set model.tokenizer."
 )
 
@@ -31,7 +31,7 @@ def load_tokenizer(
     Args:
         source: The model: its folder, Hub id or object.
         tokenizer: The tokenizer, its folder or Hub id; by default the model's.
-        chat_template: A chat template that replaces the tokenizer's: a file, or the text itself.
+        chat_template: A chat template that replaces the tokenizer's: a file, or its text.
         **options: Arguments of `from_pretrained`.
 
     Raises:
@@ -43,14 +43,14 @@ def load_tokenizer(
 
         name = tokenizer or getattr(source, "name_or_path", None) or source
         if not isinstance(name, str | Path) or not str(name):
-            raise ConfigError("a model passed as an object needs its tokenizer: pass tokenizer=")
+            raise ConfigError("a model object has no tokenizer; pass it with tokenizer=")
         try:
-            # Said, since transformers would otherwise ask at the terminal.
+            # Set explicitly; otherwise transformers asks at the terminal.
             loaded = AutoTokenizer.from_pretrained(_checked(name, options), **{"trust_remote_code": False, **options})
         except UserError:
             raise
         except BaseException as error:
-            # A broken tokenizer.json raises plain `Exception`, or its library's panic, which is a BaseException.
+            # A broken tokenizer.json raises a plain `Exception`, or a panic of the library, which is a BaseException.
             if not (isinstance(error, Exception) or type(error).__name__ == "PanicException"):
                 raise
             reason = load_failure(error)
@@ -62,23 +62,23 @@ def load_tokenizer(
             raise ConfigError(
                 f"{name}: model_max_length of tokenizer_config.json is {longest!r:.80}; it must be a number of tokens"
             )
-        # Where its files are missing, transformers makes one of special tokens alone, to which every text is empty.
+        # If files are missing, transformers makes a tokenizer of special tokens only, for which every text is empty.
         if len(loaded) <= len(getattr(loaded, "added_tokens_decoder", ())):
             raise ConfigError(_MISSING.format(name))
     if not hasattr(loaded, "apply_chat_template"):
         raise ConfigError(f"tokenizer is {loaded!r}; it must be a folder, a Hub id, or a tokenizer of transformers")
     if chat_template is not None:
         loaded.chat_template = _template(chat_template)
-    if isinstance(loaded.chat_template, str):  # an editor may have saved chat_template.jinja with a mark
+    if isinstance(loaded.chat_template, str):  # an editor may have saved chat_template.jinja with a byte order mark
         loaded.chat_template = loaded.chat_template.removeprefix("\ufeff")
     before, loaded.chat_template = loaded.chat_template, unwrapped(loaded.chat_template)
-    # Tells `RewardModel` whether the score is read at the end of the turn, or at the end of the template.
+    # `RewardModel` uses this to read the score at the end of the turn or at the end of the template.
     loaded.was_ended = getattr(loaded, "was_ended", False) or loaded.chat_template != before
     return loaded
 
 
 def _checked(name: str | Path, options: Mapping[str, JSON]) -> str:
-    """A tokenizer source as text; raises `ConfigError` for a path that is not there."""
+    """A tokenizer source as text; raises `ConfigError` for a path that does not exist."""
     name = model_folder(str(name), options)
     path = check_path(f"tokenizer {name!r}", name)
     source = str(path) if path.exists() else name
@@ -87,7 +87,7 @@ def _checked(name: str | Path, options: Mapping[str, JSON]) -> str:
 
 
 def _template(value: str) -> str:
-    """A chat template from a file, or the text itself."""
+    """Read a chat template from a file, or return a text that is a template."""
     if "{" in value:
         return value
     path = Path(value)
@@ -100,12 +100,12 @@ def _template(value: str) -> str:
     except UnicodeDecodeError as error:
         raise ConfigError(f"model.chat_template {value!r} is not UTF-8 text ({error}); save it as UTF-8") from None
     if not text.strip():
-        raise ConfigError(f"model.chat_template {value!r} is empty")
+        raise ConfigError(f"model.chat_template {value!r} is empty; give a file with a template")
     return text
 
 
 def added_tokens(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
-    """Ids that a tokenizer puts before and after a text by itself (`add_special_tokens`)."""
+    """Ids that a tokenizer adds before and after a text (`add_special_tokens`)."""
     for text in ("a", "1", "."):
         plain = list(tokenizer(text, add_special_tokens=False)["input_ids"])
         whole = list(tokenizer(text)["input_ids"])

@@ -1,4 +1,4 @@
-"""Tool calls and tool schemas in their various forms, converted to OpenAI's, with arguments as objects."""
+"""Converts the various forms of tool calls and tool schemas to OpenAI's, with arguments as objects."""
 
 import hashlib
 import json
@@ -9,14 +9,14 @@ from rlhf_lightning.errors import cut
 from rlhf_lightning.types import JSON, Message, TemplateMessage, ToolCall, ToolSchema
 
 CALL_KEYS = ("function", "name", "arguments", "parameters", "input", "args")
-AS_REPR, BY_KEY, AS_JSON = 1, 2, 3  # how a text shows an object: as Python's repr, key by key, as JSON
+AS_REPR, BY_KEY, AS_JSON = 1, 2, 3  # how a text shows an object: as Python's repr, key by key, or as JSON
 SCHEMA_KEYS = ("parameters", "input_schema", "inputSchema")
 
 
 class Written(str):
-    """Text that stands for an object, its `value`: a tool's result, or the calls of a turn.
+    """Text of an object, with the object as `value`: a tool's result, or the calls of a turn.
 
-    Templates that show objects get the value; everything else reads the text.
+    Templates that support objects get the value; all other code reads the text.
 
     Example:
         >>> result = Written('{"city": "Oslo"}', {"city": "Oslo"})
@@ -35,21 +35,21 @@ class Written(str):
         return Written, (str(self), self.value)
 
     def __repr__(self) -> str:
-        return f"Written({str(self)!r})"  # unlike str, since a template may render the value differently
+        return f"Written({str(self)!r})"  # unlike str, because a template may render the value differently
 
 
 def as_text(value: JSON) -> str:
-    """An object as JSON text, as templates write it."""
+    """Convert an object to JSON text as templates write it."""
     return json.dumps(value, ensure_ascii=False)
 
 
 def read_calls(value: JSON, where: str) -> list[ToolCall]:
-    """The calls of a message, `{id, type, function: {name, arguments}}` each.
+    """Convert the calls of a message to `{id, type, function: {name, arguments}}` each.
 
     Args:
         value: A call, a list of calls, or JSON text of either. A call is `{name, arguments}`, flat or under `function`;
             arguments are an object or JSON text.
-        where: The message, for errors.
+        where: Location of the message, for errors.
 
     Raises:
         RowError: If a call is malformed.
@@ -72,7 +72,9 @@ def _call(given: JSON, where: str) -> ToolCall:
     function = inner if isinstance(inner, dict) else value
     name = function.get("name")
     if not isinstance(name, str) or not name:
-        raise RowError(f"{where}: the tool call {described(given)} must be an object with 'name' and 'arguments'")
+        raise RowError(
+            f"{where}: the tool call is {described(given)}; it must be an object with 'name' and 'arguments'"
+        )
     found = [function[key] for key in ("arguments", "parameters", "input", "args") if function.get(key) is not None]
     call: ToolCall = {
         key: item for key, item in value.items() if key not in (*CALL_KEYS, "type", "call_id") and item is not None
@@ -94,21 +96,24 @@ def _arguments(value: JSON, name: str, where: str) -> dict[str, JSON]:
         value = _json(value, f"{where}: the arguments of the call of {name!r} are text that is not a JSON object")
     if not isinstance(value, dict):
         raise RowError(
-            f"{where}: the arguments of the call of {name!r} must be a JSON object, but they are {described(value)}"
+            f"{where}: the arguments of the call of {name!r} are {described(value)}; they must be a JSON object"
         )
     return value
 
 
 def read_tools(value: JSON, name: str = "tools") -> list[ToolSchema] | None:
-    """Function schemas as templates expect them, `{type: function, function: {name, …}}` each; None without any.
+    """Convert function schemas to the form that templates expect, `{type: function, function: {name, …}}` each.
 
     Args:
         value: A list of schemas (each may be JSON text), or JSON text of one. A schema may be the bare function, flat
             next to its type, Anthropic's (`input_schema`) or Gemini's (`function_declarations`).
         name: Name of the column, for errors.
 
+    Returns:
+        The schemas; None if there are none.
+
     Raises:
-        RowError: If they are malformed.
+        RowError: If the schemas are malformed.
     """
     if isinstance(value, str):
         value = _json(value, f"{name!r} is text that is not JSON") if value.strip() else None
@@ -123,8 +128,8 @@ def read_tools(value: JSON, name: str = "tools") -> list[ToolSchema] | None:
     tools = [tool for tool in value if isinstance(tool, dict)] if isinstance(value, list) else []
     if not isinstance(value, list) or len(tools) < len(value):
         raise RowError(
-            f"{name!r} must be a list of objects, but it is {described(value)}. If the column means something else, "
-            f"ignore it with columns: {{{name}: null}}"
+            f"{name!r} is {described(value)}; it must be a list of objects. If the column has another meaning, ignore "
+            f"it with columns: {{{name}: null}}"
         )
     return [schema for tool in tools for schema in _schemas(tool)]
 
@@ -159,12 +164,12 @@ def _refuse_constant(name: str) -> NoReturn:
 
 
 def described(value: JSON | Message | list[Message]) -> str:
-    """The type of a value and the value, for a message."""
+    """Type and beginning of a value, for a message."""
     return f"{type(value).__name__} {cut(repr(value), 60)}"
 
 
 def with_ids(messages: list[TemplateMessage], form: str) -> list[TemplateMessage]:
-    """Messages with call ids in the form that a template expects; missing ids are derived from the calls."""
+    """Add call ids to messages in the form that a template expects; missing ids are derived from the calls."""
     known: dict[str, str] = {}
     waiting: list[tuple[str, str]] = []
     result, number = [], 0
@@ -193,20 +198,20 @@ def with_ids(messages: list[TemplateMessage], form: str) -> list[TemplateMessage
 
 
 def _id(given: str | None, function: dict[str, JSON], number: int, form: str) -> str:
-    """The id of a call in that form."""
+    """The id of a call in the given form."""
     if form == "named":
         return f"functions.{function['name']}:{number}"
     if form == "given" and given:
         return given
     if given and len(given) == 9 and given.isascii() and given.isalnum():
         return given
-    # A hash rather than a counter, since the model would learn constant ids by heart.
+    # A hash instead of a counter, because the model would memorize constant ids.
     source = given or f"{number} {function['name']} {as_text(function['arguments'])}"
     return hashlib.sha256(source.encode()).hexdigest()[:9]
 
 
 def shown(text: str, arguments: dict[str, JSON]) -> int:
-    """How a text shows an object: `AS_JSON`, `BY_KEY`, `AS_REPR`, or 0 if it does not, or encodes it twice."""
+    """How a text shows an object: `AS_JSON`, `BY_KEY`, `AS_REPR`; 0 if it does not show it, or encodes it twice."""
     if holds_json(text, arguments):
         return AS_JSON
     if not all(str(part) in text for pair in arguments.items() for part in pair):

@@ -202,7 +202,13 @@ class _Reader:
     def table(
         self, entries: list[tuple[str, tuple[int, ...], int, int]], start: int, block_sizes: dict[int, tuple[int, int]]
     ) -> dict[str, Tensor]:
-        """The tensors by name. Checks that each is within the file and that none overlap."""
+        """The tensors by name, after checking that each is within the file and that none overlap.
+
+        Args:
+            entries: Name, shape, ggml type and offset of each tensor.
+            start: Start of the tensor data in bytes.
+            block_sizes: See `read_header`.
+        """
         found: dict[str, Tensor] = {}
         for name, shape, kind, offset in entries:
             if name in found:
@@ -268,7 +274,14 @@ class _Reader:
         return int.from_bytes(self.take(size), "little")
 
     def count(self, what: str, value: int, least: int, most: int | None = None) -> int:
-        """Return a count, if the rest of the file has room for that many entries of at least `least` bytes each."""
+        """Return a count, after checking that the rest of the file has room for that many entries.
+
+        Args:
+            what: Name of the entries, for the message.
+            value: The count.
+            least: Smallest size of an entry in bytes.
+            most: Largest count that is allowed.
+        """
         if value * least > self.length - self.position or (most is not None and value > most):
             raise self.refuse(
                 f"its header declares {value} {what}, too many for a file of {self.length} bytes: it is damaged or "

@@ -1,1 +1,1 @@
-"""Use of trained models: chat, generation, comparison, text metrics and export."""
+"""Using trained models: chat, generation, evaluation, comparison, text metrics and export."""

@@ -1,4 +1,4 @@
-"""Chat with a policy, whose answers are shown while they are sampled."""
+"""Chat with a policy. Answers are shown while they are sampled."""
 
 from collections.abc import Callable, Sequence
 from typing import Unpack
@@ -16,7 +16,7 @@ class Conversation:
 
     Args:
         policy: The policy.
-        system: System message, which replaces the policy's own.
+        system: System message; by default that of the policy.
         max_tokens: Token budget of an answer.
         temperature: Temperature of an answer.
         seed: Seed of the answers, combined with the number of the turn.
@@ -57,17 +57,16 @@ class Conversation:
             The whole answer.
 
         Raises:
-            UserError: If there is no room for an answer, or the chat template refuses the message. The conversation is
-                then unchanged.
+            UserError: If the context has no room for an answer, or the chat template refuses the message. The
+                conversation is then unchanged.
         """
         messages: list[Message] = [*self.messages, {"role": "user", "content": text}]
         ids = self.policy.renderer.prompt(messages)
         budget = self.sampler.params.max_tokens
         if self.sampler.context and len(ids) + budget > self.sampler.context:
             raise UserError(
-                f"the conversation ({len(ids)} tokens) leaves no room for an answer of {budget} in "
-                f"the model's {self.sampler.context} positions: start a new conversation with /new, or lower "
-                "--max_tokens"
+                f"the conversation ({len(ids)} tokens) and an answer of {budget} tokens exceed the model's context of "
+                f"{self.sampler.context} tokens: start a new conversation with /new, or lower --max_tokens"
             )
         stream = Stream(self.policy.renderer, self.sampler.params.stop_strings, show)
         if isinstance(self.sampler.engine, LocalEngine):
@@ -80,13 +79,12 @@ class Conversation:
 
 
 class Stream(Watch):
-    """Decodes tokens to text, and shows text as soon as it is final.
+    """Decodes tokens, and shows text as soon as it is final.
 
-    It holds back incomplete characters, white space that may be at the end, and what may be the beginning of a stop
-    text.
+    It holds back incomplete characters, white space that may be at the end, and text that may begin a stop text.
 
     Args:
-        renderer: Decodes tokens.
+        renderer: Renderer that decodes the tokens.
         stops: The sampler's stop texts.
         show: Called with each new piece of text.
 
@@ -100,7 +98,7 @@ class Stream(Watch):
         self.shown = ""
 
     def on_token(self, row: int, token: int, ended: bool) -> None:
-        """Add a token."""
+        """Add a token, and show the text that is final."""
         self.ids.append(token)
         text = self.renderer.decode(self.ids)
         if text.endswith("\ufffd"):
@@ -109,7 +107,7 @@ class Stream(Watch):
         self._extend(text[: len(text) - held].rstrip())
 
     def rest(self, ids: Sequence[int]) -> str:
-        """Show the rest of an answer, and return the whole of it."""
+        """Show the rest of an answer, and return the whole answer."""
         text = self.renderer.decode(ids)
         self._extend(text)
         if not text.startswith(self.shown):

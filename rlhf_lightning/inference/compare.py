@@ -13,11 +13,11 @@ from rlhf_lightning.rewards import FunctionReward, ModelReward, Reward, RewardTe
 from rlhf_lightning.types import Episode, Message
 
 Figures = dict[str, float | None]
-"""Metrics of a policy by name; None for one that cannot be measured."""
+"""Metrics of a policy by name; None for a metric that cannot be measured."""
 
 
 class ScoredAnswer(TypedDict, total=False):
-    """A response to a prompt, with its reward if it was rewarded."""
+    """A response to a prompt, with its reward if there is one."""
 
     response: Required[str]
     reward: float
@@ -38,12 +38,12 @@ class SamplingOptions:
     """How responses are sampled and rewarded.
 
     Args:
-        rewards: Terms of the reward, weighted and added.
+        rewards: Terms of the reward, which are weighted and added.
         max_tokens: Token budget of a response.
         temperature: Temperature; 0 for greedy decoding.
         samples: Number of responses per prompt.
         seed: Seed of the samples.
-        truncated_reward: Replaces the reward of a response that ran out of tokens.
+        truncated_reward: Reward of a truncated response, instead of its own.
 
     Example:
         >>> options = SamplingOptions(rewards=[], max_tokens=64, temperature=0.0)
@@ -82,7 +82,7 @@ def make_rewards(models: Sequence[str], functions: Sequence[str]) -> list[Reward
 
     Args:
         models: Model folders with any scorer.
-        functions: Dotted paths of functions.
+        functions: Dotted paths of reward functions.
     """
     rewards: list[Reward] = [
         ModelReward(folder, name="reward_model" if len(models) == 1 else f"reward_model_{i}")
@@ -110,11 +110,13 @@ def figures(groups: Sequence[Sequence[Episode]], rewarded: bool = True) -> Figur
 
 
 def wins(ours: Sequence[Sequence[Episode]], theirs: Sequence[Sequence[Episode]]) -> dict[str, float]:
-    """Rate at which our responses have a higher reward than theirs (ties count half), with its 95% interval.
+    """Fraction of the pairs in which the first policy's response has the higher reward, with its 95% interval.
+
+    Ties count half.
 
     Args:
-        ours: Our episodes of each prompt.
-        theirs: Their episodes of each prompt.
+        ours: Episodes of the first policy for each prompt.
+        theirs: Episodes of the second policy for each prompt.
     """
     rates = [win_rate([e.reward for e in a], [e.reward for e in b]) for a, b in zip(ours, theirs, strict=True)]
     rate = sum(rates) / len(rates)
@@ -142,8 +144,8 @@ def compare(
 
     Returns:
         Metrics of `policy`, `baseline` and `best_of_N`, and a row per prompt. `kl` is the mean of log π − log
-        π_baseline over the policy's responses, in nats at the sampling temperature; None if the token ids differ.
-        Without rewards there is no reward and no win rate; without references no perplexity, BLEU and ROUGE.
+        π_baseline over the policy's responses, in nats at the sampling temperature; None if the vocabularies differ.
+        Without rewards there is no reward and no win rate; without references there is no perplexity, BLEU or ROUGE.
     """
     rewarded = bool(sampling.rewards)
     answers = {"policy": sampling.sample(policy, prompts)}
@@ -178,7 +180,7 @@ def _measured(
     references: Sequence[Sequence[ReferenceAnswer]],
     rewarded: bool,
 ) -> Figures:
-    """Metrics of one policy's answers, and its perplexity on the references, for prompts that have some."""
+    """Metrics of one policy's answers, and its perplexity on the references of prompts that have them."""
     found = figures(groups, rewarded)
     if not any(references):
         return found
@@ -194,7 +196,7 @@ def _reward(episode: Episode) -> float:
 def best_of_n(
     policy: Policy, prompts: Sequence[Prompt], sampling: SamplingOptions, count: int
 ) -> tuple[dict[str, Figures], list[BestAnswer]]:
-    """Sample `count` responses to each prompt and keep the best.
+    """Sample `count` responses to each prompt and keep the one with the highest reward.
 
     Args:
         policy: The policy.
@@ -221,7 +223,7 @@ def best_of_n(
 
 
 def _own(policy: Policy, prompt: Prompt) -> Prompt:
-    """The same prompt in another policy's tokens."""
+    """The same prompt, tokenized for another policy."""
     return replace(prompt, ids=policy.renderer.prompt(prompt.messages, prompt.tools))
 
 

@@ -1,4 +1,4 @@
-"""Export of a trained model for other libraries: with its adapter merged, in the requested dtype."""
+"""Exports a trained model for other libraries, with its adapter merged and in the requested dtype."""
 
 from pathlib import Path
 
@@ -26,7 +26,7 @@ from rlhf_lightning.types import JSON
 
 
 def export_model(source: str, folder: Path, dtype: str | None = None) -> dict[str, JSON]:
-    """Write a model without adapter: safetensors, config, tokenizer, generation config and `stage.json`.
+    """Write a model with its adapter merged: safetensors, config, tokenizer, generation config and `stage.json`.
 
     Args:
         source: Folder or Hub id of a model, a reward model, or an adapter of one.
@@ -43,7 +43,7 @@ def export_model(source: str, folder: Path, dtype: str | None = None) -> dict[st
     import torch
 
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ConfigError(f"{folder} is not empty; choose a folder that is empty or does not exist")
+        raise ConfigError(f"{folder}: the folder is not empty; choose one that is empty or does not exist")
     source = check_source(source)
     dtype = dtype or stored_dtype(source)
     check_dtype(dtype)
@@ -115,7 +115,5 @@ def push(folder: Path, repository: str, public: bool = False) -> str:
         address = api.create_repo(repository, private=not public, exist_ok=True)
         api.upload_folder(folder_path=folder, repo_id=repository)
     except (HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OfflineModeIsEnabled, OSError) as error:
-        raise UserError(
-            f"{folder} was written, but could not be pushed to {repository}: {first_line(error)}"
-        ) from error
+        raise UserError(f"{folder} was written, but cannot be uploaded to {repository}: {first_line(error)}") from error
     return str(address)

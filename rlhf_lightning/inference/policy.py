@@ -1,4 +1,4 @@
-"""A trained policy outside training: it answers prompts, and computes log-probabilities of answers."""
+"""A trained policy outside training: answers prompts, and computes log-probabilities of answers."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 class SamplingFilters(TypedDict, total=False):
-    """Which tokens are sampled from; arguments of `Sampler`."""
+    """Limits on the tokens that are sampled; arguments of `Sampler`."""
 
     top_p: float
     top_k: int
@@ -44,10 +44,10 @@ class Policy:
         source: Model folder, Hub id or GGUF file.
         dtype: Data type of the weights.
         device: Device to compute on.
-        asked: Settings that replace those of its training; see `data.rendering_settings.RenderingSettings`.
+        asked: Rendering settings that replace those of its training; see `data.rendering_settings.RenderingSettings`.
 
     Raises:
-        ConfigError: If the folder holds a reward model.
+        ConfigError: If the source is a reward model.
 
     Example:
         >>> policy = Policy("runs/sft/model")  # doctest: +SKIP
@@ -63,7 +63,7 @@ class Policy:
         self.model = loaded.model
         self.token_logprobs = TokenLogprobs(self.model)
         self.sampled = sampling_settings(loaded.folder, self.model)
-        """`temperature`, `top_p`, `top_k` and `min_p`, as far as its generation config sets them."""
+        """Those of `temperature`, `top_p`, `top_k` and `min_p` that the generation config sets."""
         self.context: int | None = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
 
     def prompts(self, file: Source, limit: int | None = None) -> list[Prompt]:
@@ -107,13 +107,16 @@ class Policy:
 
         Returns:
             The episodes in order, `len(prompts) * samples` of them.
+
+        Raises:
+            ConfigError: If a prompt and `max_tokens` exceed the model's context.
         """
         sampler = Sampler(max_tokens, temperature, stop=stop, **filters).build(self.model, self.renderer)
         longest = max(prompt.tokens for prompt in prompts)
         if sampler.context and longest + max_tokens > sampler.context:
             raise ConfigError(
-                f"the longest prompt ({longest} tokens) and max_tokens {max_tokens} exceed the model's "
-                f"{sampler.context} positions; lower max_tokens or leave long prompts out"
+                f"the longest prompt ({longest} tokens) and max_tokens ({max_tokens}) exceed the model's context of "
+                f"{sampler.context} tokens; lower max_tokens, or leave out long prompts"
             )
         tasks = [(prompt, sample) for prompt in prompts for sample in range(samples)]
         return EpisodeRunner(sampler, self.renderer, (seed, 7)).run(tasks)
@@ -160,7 +163,7 @@ class Policy:
         return sums
 
     def conversations(self, file: Source, limit: int | None = None) -> list[Rendered]:
-        """Read conversations, in which every assistant turn is to be scored.
+        """Read conversations, in which every assistant turn counts.
 
         Args:
             file: A file, or a list of rows.
@@ -180,7 +183,7 @@ class Policy:
 
 
 def sampling_settings(folder: str, model: "PreTrainedModel") -> SamplingSettings:
-    """Sampling settings in the generation config of a folder; those of the base model for an adapter without one.
+    """Sampling settings from the generation config of a folder; from the base model for an adapter without one.
 
     Args:
         folder: The model folder.

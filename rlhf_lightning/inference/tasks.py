@@ -1,4 +1,4 @@
-"""Benchmarks on files that are there: the prompt of each row, the scores of a response, and what they sum up to."""
+"""Benchmarks on local files: the prompt of each row, the scores of a response, and their summary."""
 
 import math
 import re
@@ -14,7 +14,8 @@ from rlhf_lightning.types import JSON, Row
 from rlhf_lightning.yaml_files import read_mapping
 
 Scores = dict[str, list[float]]
-"""Scores of a response by metric, each 0 or 1 (or a number of the user's function); several where a row has several."""
+"""Scores of a response by metric, a list because a row may have several instructions. A score is 0 or 1, or the number
+that a user's function returns."""
 NAMES = ("gsm8k", "ifeval", "rewardbench")
 
 
@@ -25,7 +26,7 @@ class Estimate:
     Attributes:
         value: The mean.
         error: Its standard error; NaN for a single row.
-        count: Number of rows, or of instructions.
+        count: Number of scores that the mean is over: rows or instructions.
     """
 
     value: float
@@ -39,14 +40,15 @@ class Task:
 
     Attributes:
         name: Its name.
-        ask: The prompt of a row, as text; raises `DataError` for a row that is not of the benchmark.
-        score: The scores of a response to a row.
-        max_tokens: Token budget of a response, unless the user sets another.
-        shots: Solved rows that stand before each prompt.
-        reply: The answer of a solved row, as text.
+        ask: Makes the prompt of a row, as text; raises `DataError` for a row that does not fit the benchmark.
+        score: Computes the scores of a response to a row.
+        max_tokens: Default token budget of a response.
+        shots: Solved rows (few-shot examples) that precede each prompt.
+        reply: Makes the answer of a solved row, as text.
         stop: Texts that end a response.
-        whole: Metrics of which a row also counts as a whole, all its scores being 1; by the name of that metric.
-        system: A system message of each prompt.
+        whole: For metrics with several scores per row, the name of a second metric: the fraction of rows whose scores
+            are all 1.
+        system: System message of each prompt.
     """
 
     name: str
@@ -60,7 +62,12 @@ class Task:
     system: str | None = None
 
     def prompt(self, row: Row, chat: bool) -> "Row":
-        """The row that a policy is asked, with the solved rows before it as turns or, without a template, as text."""
+        """Make the row that the policy answers, after the solved rows.
+
+        Args:
+            row: A row of the benchmark.
+            chat: Make a conversation, in which solved rows are turns; otherwise make text.
+        """
         solved = [(self.ask(shot), self.reply(shot)) for shot in self.shots] if self.reply else []
         if not chat:
             return {"prompt": "".join(f"{asked} {told}\n\n" for asked, told in solved) + self.ask(row)}
@@ -70,7 +77,7 @@ class Task:
         return {"prompt": [*turns, {"role": "user", "content": self.ask(row)}]}
 
     def summarize(self, rows: Sequence[Scores]) -> dict[str, Estimate]:
-        """The metrics of scored rows.
+        """Compute the metrics of scored rows.
 
         Args:
             rows: The scores of each row.
@@ -112,12 +119,12 @@ _MARKED = re.compile(r"####\s*(\-?[0-9.,]+)")
 
 
 def gsm8k(shots: Sequence[Row] = ()) -> Task:
-    """Grade-school mathematics, with the prompt and the two ways of scoring of lm-evaluation-harness.
+    """Grade-school mathematics, with the prompt and the two metrics of lm-evaluation-harness.
 
     `strict` takes the number after `####`, `flexible` the last number of the response.
 
     Args:
-        shots: Solved rows that stand before each question; 5 of the training rows in the field's numbers.
+        shots: Solved rows that precede each question; published results usually use 5 rows of the training set.
     """
 
     def score(response: str, row: Row) -> Scores:
@@ -137,7 +144,7 @@ def _question(row: Row) -> str:
     first = messages[0] if isinstance(messages, list) and messages else None
     text = first.get("content") if isinstance(first, dict) else row.get("question", row.get("prompt"))
     if not isinstance(text, str) or not text.strip():
-        raise DataError("a row has no question; GSM8K has question and answer, or messages and answer")
+        raise DataError("the row has no question; rows of GSM8K have question and answer, or messages and answer")
     return text.strip()
 
 
@@ -153,12 +160,12 @@ def _gold(row: Row) -> str | Fraction:
     marked = _MARKED.search(text)
     right = _value(marked[1] if marked else text)
     if as_number(str(right)) is None:
-        raise DataError(f"a row's answer is {text[-40:]!r}, which has no number after ####")
+        raise DataError(f"answer is {text[-40:]!r}; it must end with #### and a number")
     return right
 
 
 def _value(text: str) -> str | Fraction:
-    """A number as it is compared: without commas, dollars and a final point."""
+    """The value of a number, without commas, dollar signs and a final period; other text is returned unchanged."""
     plain = text.replace(",", "").replace("$", "").rstrip(".")
     number = as_number(plain)
     return plain if number is None else number
@@ -168,10 +175,10 @@ def _value(text: str) -> str | Fraction:
 
 
 def ifeval() -> Task:
-    """Instructions that can be checked, with Google's checkers (package if-verifiable), strict and loose.
+    """Verifiable instructions, with Google's checkers (package if-verifiable), strict and loose.
 
-    Strict checks the response as it is. Loose accepts it if any of eight variants passes: without its first line, its
-    last line or both, and each of these without asterisks (Zhou et al. 2023, arXiv:2311.07911).
+    Strict checks the response as it is. Loose accepts a response if any of eight variants passes: whole, without its
+    first line, its last line or both, and each of these without asterisks (Zhou et al. 2023, arXiv:2311.07911).
 
     Raises:
         ConfigError: If the package is missing.
@@ -181,22 +188,24 @@ def ifeval() -> Task:
         from if_verifiable.ifeval.instructions_registry import INSTRUCTION_DICT
     except ImportError as error:
         raise ConfigError(
-            f"--task ifeval checks with the package if-verifiable, which cannot be imported ({error}). Install it: "
-            "pip install 'rlhf-lightning[ifeval]'"
+            f"--task ifeval needs the package if-verifiable, which cannot be imported ({error}). Install it with pip "
+            "install 'rlhf-lightning[ifeval]'"
         ) from None
-    langdetect.DetectorFactory.seed = 0  # else the same text may be of another language the next time
+    langdetect.DetectorFactory.seed = 0  # otherwise the detected language of a text may vary between calls
 
     def checkers(row: Row) -> list[Callable[[str], bool]]:
         names, arguments = row.get("instruction_id_list"), row.get("kwargs")
         if not isinstance(names, list) or not names:
-            raise DataError("a row has no instruction_id_list; IFEval has prompt, instruction_id_list and kwargs")
+            raise DataError(
+                "the row has no instruction_id_list; rows of IFEval have prompt, instruction_id_list and kwargs"
+            )
         found = []
         for number, name in enumerate(names):
             if name not in INSTRUCTION_DICT:
-                raise DataError(f"IFEval has no instruction {name!r:.60}")
+                raise DataError(f"the row has the instruction {name!r:.60}, which IFEval does not have")
             given = arguments[number] if isinstance(arguments, list) and number < len(arguments) else {}
             checker = INSTRUCTION_DICT[name](name)
-            # Rows from Parquet have all keys of all instructions, as nulls.
+            # Rows from Parquet have the keys of all instructions, null where they are not used.
             named = given if isinstance(given, dict) else {}
             checker.build_description(**{key: value for key, value in named.items() if value is not None})
             if "prompt" in (checker.get_instruction_args() or {}):
@@ -207,15 +216,15 @@ def ifeval() -> Task:
     def ask(row: Row) -> str:
         text = row.get("prompt")
         if not isinstance(text, str):
-            raise DataError("a row has no prompt; IFEval has prompt, instruction_id_list and kwargs")
+            raise DataError("the row has no prompt; rows of IFEval have prompt, instruction_id_list and kwargs")
         try:
             for check in checkers(row):
                 check("Hello.")
         except LookupError as error:
             data = re.search(r"Resource '?\W*([\w/]+)", str(error))
             raise ConfigError(
-                f"IFEval splits sentences with data of NLTK that is not here; get it once: python -m nltk.downloader "
-                f"{data[1] if data else 'punkt_tab'}"
+                f"IFEval needs data of NLTK to split sentences, and they are not installed; download them once with "
+                f"python -m nltk.downloader {data[1] if data else 'punkt_tab'}"
             ) from None
         return text
 
@@ -232,7 +241,7 @@ def ifeval() -> Task:
 
 
 def loose_variants(response: str) -> list[str]:
-    """A response without its first line, its last line or both, and each with and without asterisks."""
+    """A response whole, without its first line, its last line or both, each with and without asterisks."""
     lines = response.split("\n")
     parts = [response, *("\n".join(part).strip() for part in (lines[1:], lines[:-1], lines[1:-1]))]
     return [text for part in parts for text in (part, part.replace("*", ""))]
@@ -268,14 +277,15 @@ SECTIONS: dict[str, dict[str, int]] = {
         **dict.fromkeys(("hep-cpp", "hep-go", "hep-java", "hep-js", "hep-python", "hep-rust"), 164),
     },
 }
-"""Subsets of each section of RewardBench with their weights; `math-prm` counts as much as code (arXiv:2403.13787)."""
+"""Subsets of each section of RewardBench with their weights; `math-prm` counts as much as all code subsets together
+(arXiv:2403.13787)."""
 
 
 def rewardbench(subsets: Sequence[str], right: Sequence[float]) -> dict[str, Estimate]:
     """Accuracy on pairs by section and subset; `overall` is the mean of the sections.
 
     Args:
-        subsets: The subset of each pair; empty for none.
+        subsets: The subset of each pair; an empty string for none.
         right: 1 where the chosen response has the higher score; a tie is 0.
     """
     groups: dict[str, list[float]] = {}
@@ -297,27 +307,28 @@ def rewardbench(subsets: Sequence[str], right: Sequence[float]) -> dict[str, Est
     return {**found, "all pairs": mean(right), **{name: one for name, one in sorted(each.items()) if name}}
 
 
-# -- a task of one's own --------------------------------------------------------------------------------------------
+# -- tasks from YAML files ------------------------------------------------------------------------------------------
 
 _PLACE = re.compile(r"\{(\w+)\}")
 _KEYS = ("prompt", "answer", "score", "max_tokens", "system")
 
 
 def read_task(path: Path) -> Task:
-    """A task from a YAML file: `prompt` with columns in braces, `answer` (a column), `score`, `max_tokens`, `system`.
+    """Read a task from a YAML file with the keys `prompt`, `answer`, `score`, `max_tokens` and `system`.
 
-    `score` is `exact`, `number` (the last number of the response), `contains`, or the dotted name of a function of the
-    response and the row that returns a number.
+    `prompt` is a text with names of columns in braces, and `answer` a column. `score` is `exact`, `number` (compares
+    the last number of the response), `contains`, or the dotted name of a function that takes the response and the row
+    and returns a number.
 
     Args:
         path: The file.
 
     Raises:
-        ConfigError: If a key is unknown, missing or of the wrong kind.
+        ConfigError: If a key is unknown, missing or has a value of the wrong type.
     """
     settings = read_mapping(path)
     if unknown := set(settings) - set(_KEYS):
-        raise ConfigError(f"{path}: unknown key {sorted(unknown)[0]!r}; known are {', '.join(_KEYS)}")
+        raise ConfigError(f"{path}: unknown key {sorted(unknown)[0]!r}; known keys are {', '.join(_KEYS)}")
 
     def text(key: str) -> str | None:
         value = settings.get(key)
@@ -327,11 +338,13 @@ def read_task(path: Path) -> Task:
 
     template, column, system, how = text("prompt"), text("answer"), text("system"), text("score") or "exact"
     if not template:
-        raise ConfigError(f"{path}: prompt is missing; for example prompt: 'Question: {{question}}'")
+        raise ConfigError(f"{path}: prompt is missing; set it, for example prompt: 'Question: {{question}}'")
     if how in _MATCHES and not column:
-        raise ConfigError(f"{path}: score {how} compares with a column of the row: name it with answer")
+        raise ConfigError(f"{path}: score {how} compares the response with a column; set answer to its name")
     if how not in _MATCHES and "." not in how:
-        raise ConfigError(f"{path}: score is {how!r}; one of {', '.join(_MATCHES)}, or a function as module.name")
+        raise ConfigError(
+            f"{path}: score is {how!r}; it must be one of {', '.join(_MATCHES)}, or a function as module.name"
+        )
     budget = settings.get("max_tokens", 256)
     if not isinstance(budget, int):
         raise ConfigError(f"{path}: max_tokens is {budget!r:.60}; it must be a whole number")
@@ -340,7 +353,7 @@ def read_task(path: Path) -> Task:
 
     def cell(row: Row, name: str) -> str:
         if row.get(name) is None:
-            raise DataError(f"{path}: a row has no column {name!r}; it has {', '.join(map(str, row))}")
+            raise DataError(f"{path}: the row has no column {name!r}; its columns are {', '.join(map(str, row))}")
         return str(row[name])
 
     def ask(row: Row) -> str:

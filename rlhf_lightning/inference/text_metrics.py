@@ -1,4 +1,4 @@
-"""Metrics with reference answers: their perplexity under a policy, and BLEU and ROUGE of its own answers."""
+"""Metrics with reference answers: perplexity of the references under a policy, and BLEU and ROUGE of its answers."""
 
 import logging
 import math
@@ -14,7 +14,7 @@ from rlhf_lightning.types import JSON, Message, Row
 
 log = logging.getLogger(__name__)
 COLUMNS = ("completion", "response", "chosen")
-ROUGE = ("rouge1", "rouge2", "rougeL")  # not rougeLsum, whose sentence splitter is downloaded
+ROUGE = ("rouge1", "rouge2", "rougeL")  # not rougeLsum, because it needs a sentence splitter that is downloaded
 ReferenceAnswer = list[Message]
 
 
@@ -27,10 +27,10 @@ def references_of(prompts: Sequence[Prompt], column: str | None = None) -> list[
             or `chosen` of a row with a `prompt`, or else the last assistant turn of its conversation.
 
     Returns:
-        A list per prompt; empty if its row has no reference.
+        A list of references per prompt; empty if its row has none.
 
     Raises:
-        DataError: If a row lacks `column`, or a reference is not an answer; with file and line.
+        DataError: If a row lacks `column`, or a reference is not an answer; the message has file and line.
     """
     found = []
     for prompt in prompts:
@@ -44,7 +44,7 @@ def references_of(prompts: Sequence[Prompt], column: str | None = None) -> list[
 def _named(row: Row, column: str) -> list[ReferenceAnswer]:
     value = row.get(column)
     if value is None:
-        raise RowError(f"no column {column!r} for the reference answer; the row has {quoted(row)}")
+        raise RowError(f"the row has no column {column!r} with the reference answer; its columns are {quoted(row)}")
     texts = value if isinstance(value, list) and all(isinstance(item, str) for item in value) else [value]
     return [_answer(text, column) for text in texts]
 
@@ -52,7 +52,7 @@ def _named(row: Row, column: str) -> list[ReferenceAnswer]:
 def _own(prompt: Prompt) -> list[ReferenceAnswer]:
     row = prompt.row
     if row.get("label") is not None and not row["label"]:
-        return []  # a KTO row with an undesirable answer
+        return []  # a KTO row with a bad answer
     if row.get("prompt") is not None:
         name = next((name for name in COLUMNS if row.get(name) is not None), "")
         said: JSON | list[Message] = row.get(name)
@@ -65,7 +65,7 @@ def _own(prompt: Prompt) -> list[ReferenceAnswer]:
 
 
 def _answer(value: JSON | list[Message], name: str, prompt: Sequence[Message] = ()) -> ReferenceAnswer:
-    """The assistant's messages in a value, without the prompt that some data sets repeat."""
+    """The assistant's messages in a value, without the prompt that some datasets repeat."""
     messages = without_prompt(to_messages(value, "assistant"), prompt)
     if not messages or messages[0]["role"] != "assistant" or not _text(messages):
         raise RowError(
@@ -83,7 +83,7 @@ def _text(reference: ReferenceAnswer) -> str:
 def perplexity(policy: Policy, prompts: Sequence[Prompt], references: Sequence[Sequence[ReferenceAnswer]]) -> float:
     """Perplexity of reference answers after their prompts: exp of the mean negative log-likelihood per token.
 
-    References longer than the model's context are left out, with a warning; NaN if none is left.
+    References longer than the model's context are left out with a warning; the result is NaN if none is left.
 
     Args:
         policy: The policy.
@@ -105,12 +105,16 @@ def perplexity(policy: Policy, prompts: Sequence[Prompt], references: Sequence[S
             else:
                 rows.append(row)
     if long:
-        log.warning("perplexity leaves out %d references that exceed the model's %d positions", long, policy.context)
+        log.warning(
+            "perplexity: %d references are left out, because they exceed the model's context of %d tokens",
+            long,
+            policy.context,
+        )
     return math.exp(policy.nll(rows)) if rows else math.nan
 
 
 def nearness(answers: Sequence[str], references: Sequence[Sequence[ReferenceAnswer]]) -> dict[str, float]:
-    """BLEU of the corpus and mean ROUGE F1 of answers, both in [0, 1], computed by torchmetrics.
+    """Corpus BLEU and mean ROUGE F1 of answers, both in [0, 1], computed by torchmetrics.
 
     BLEU is that of sacreBLEU: up to 4-grams, `13a` tokenization, case-sensitive. ROUGE compares lower-case words. A
     word is a run of letters, marks and digits, as in rouge-score for English; scripts without spaces are not split. Of
@@ -127,8 +131,8 @@ def nearness(answers: Sequence[str], references: Sequence[Sequence[ReferenceAnsw
     bleu.update(list(answers), texts)
     found = {"bleu": float(bleu.compute())}
     for key in ROUGE:
-        # One key at a time: with several, torchmetrics selects the best reference by the first key for all of them.
-        # Its default normalizer would remove all text that is not ASCII.
+        # One key at a time: with several keys, torchmetrics selects the best reference by the first key for all keys.
+        # Its default normalizer would remove all characters that are not ASCII.
         rouge = ROUGEScore(rouge_keys=key, accumulate="best", normalizer=_words)
         rouge.update(list(answers), texts)
         found[key] = float(rouge.compute()[f"{key}_fmeasure"])

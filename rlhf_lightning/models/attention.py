@@ -1,8 +1,8 @@
 """Attention over packed rows, registered with transformers next to its own implementations.
 
-Every layer except attention treats tokens independently. Replacing this one function therefore suffices to run rows
-without padding and to compute shared prefixes once. The function follows the `PackedLayout` that it is given; without
-one it calls the model's own attention.
+All layers except attention treat tokens independently. Therefore, replacing this one function is enough to run rows
+without padding and to compute shared prefixes once. The function follows the given `PackedLayout`; without a layout, it
+calls the model's own attention.
 """
 
 import sys
@@ -24,7 +24,7 @@ PREFIX = "packed_over_"
 
 
 class AttentionOptions(TypedDict, total=False):
-    """What is read of the options that transformers passes to an attention function; there are others.
+    """The options of transformers' attention functions that are used here.
 
     Attributes:
         scaling: Factor on the scores.
@@ -46,7 +46,7 @@ def install(config: "PretrainedConfig") -> bool:
         config: The model's text config; its `_attn_implementation` is changed.
 
     Returns:
-        False if the attention is neither `sdpa` nor `eager`, which have no packed counterpart here.
+        False if the attention is neither `sdpa` nor `eager`; other kinds have no packed counterpart.
     """
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
@@ -82,7 +82,7 @@ def _attention(
     layout: "PackedLayout | Decoding | None" = None,
     **options: Unpack[AttentionOptions],
 ) -> tuple[Tensor, Tensor | None]:
-    """Entry point that transformers calls: dispatches on the kind of layout."""
+    """Entry point for transformers; dispatches on the kind of layout."""
     if layout is None:
         return _model_attention(own, module)(module, query, key, value, attention_mask, **options)
     if isinstance(layout, Decoding):
@@ -115,7 +115,17 @@ class Decoding:
         self._biases: dict[tuple[int | None, int, int], Tensor] = {}
 
     def bias(self, window: int | None, heads: int, queries: int, dtype: torch.dtype) -> Tensor:
-        """The mask as an additive bias: 0 where attention is allowed, -inf elsewhere, `[B · heads, queries, width]`."""
+        """The mask as an additive bias: 0 where attention is allowed, -inf elsewhere.
+
+        Args:
+            window: Number of most recent keys that are visible; None for all.
+            heads: Number of key heads.
+            queries: Number of queries per key head.
+            dtype: Data type of the bias.
+
+        Returns:
+            `[B · heads, queries, width]`.
+        """
         key = (window, heads, queries)
         if key not in self._biases:
             mask = self.mask(window)
@@ -140,9 +150,9 @@ def decoding_attention(
     sliding_window: int | None = None,
     softcap: float | None = None,
 ) -> Tensor:
-    """Attend from one token of each row to the row's keys.
+    """Attend from one token of each row to the keys of the row.
 
-    Query heads that share keys (grouped-query attention) are laid out along the query dimension, so that keys are not
+    Query heads that share keys (grouped-query attention) are arranged along the query dimension, so that keys are not
     copied for each head.
 
     Args:
@@ -174,7 +184,7 @@ def decoding_attention(
 
 def _model_attention(name: str, module: nn.Module) -> Callable[..., tuple[Tensor, Tensor | None]]:
     """The model's own attention function."""
-    if name == "eager":  # each model's file defines its own
+    if name == "eager":  # each model's file defines its own eager attention
         return sys.modules[type(module).__module__].eager_attention_forward
     from transformers import AttentionInterface
 
@@ -198,7 +208,7 @@ def packed_attention(
         query: `[1, heads, n, size]`.
         key: `[1, key heads, n, size]`.
         value: `[1, key heads, n, size]`.
-        layout: Where each token of the packed row belongs.
+        layout: Layout of the packed row.
         scaling: Factor on the scores; 1/√size by default.
         sliding_window: Number of most recent keys that are visible; None for all.
         softcap: Soft cap on the scores; None for none.
@@ -215,7 +225,7 @@ def packed_attention(
     limit = sys.maxsize if sliding_window is None else sliding_window
     attend = partial(_attend, scaling=scaling, dropout=dropout, softcap=softcap)
     sizes = [size for tree in layout.trees for size in (tree.prefix, *tree.branches)]
-    # One split: the backward of separate slices would add a gradient of the full length for every piece.
+    # One split, because the backward of separate slices would add a gradient of the full length for every piece.
     pieces = zip(query.split(sizes, 2), key.split(sizes, 2), value.split(sizes, 2), strict=True)
     out: list[Tensor] = []
     for number, tree in enumerate(layout.trees):
@@ -237,10 +247,10 @@ def _branches(
     mask: Tensor,
     attend: Callable[..., Tensor],
 ) -> list[Tensor]:
-    """Attend from all branches at once, batched, each to the prefix's keys and its own.
+    """Attend from all branches in one batch, each to the keys of the prefix and to its own.
 
-    One row with a mask over the whole tree would compute every branch against every other. That saves milliseconds on
-    trees of a hundred tokens, and takes three times as long for 32 branches (benchmarks/sharing.py).
+    One row with a mask over the whole tree would compute every branch against every other branch. That is milliseconds
+    faster for trees of a hundred tokens, but takes three times as long for 32 branches (benchmarks/sharing.py).
     """
     longest = max(lengths)
     q, k, v = (
@@ -294,7 +304,7 @@ def _by_scores(
 ) -> Tensor:
     scores = query @ key.transpose(2, 3) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
     scores = (torch.tanh(scores / softcap) * softcap).masked_fill(~mask, -torch.inf)
-    # Softmax in float32 regardless of the model's dtype, as in transformers' eager attention, the only one with a cap.
+    # Softmax in float32 whatever the model's dtype, as in transformers' eager attention, the only one with a soft cap.
     weights = scores.softmax(-1, dtype=torch.float32).to(value.dtype)
     return F.dropout(weights, dropout, training=bool(dropout)) @ value
 
@@ -313,7 +323,7 @@ def _flex(
     window: int | None,
     softcap: float | None,
 ) -> Tensor:
-    """Attend with one FlexAttention kernel for all trees, on CUDA; empty blocks of the mask are skipped."""
+    """Attend with one FlexAttention kernel for all trees on CUDA; empty blocks of the mask are skipped."""
     from torch.nn.attention.flex_attention import create_block_mask
 
     if window not in layout.blocks:
@@ -321,7 +331,7 @@ def _flex(
             lambda b, h, q, k: layout.allowed(q, k, window), None, None, query.shape[2], query.shape[2], query.device
         )
 
-    # A tensor, since a captured Python number breaks the compiled graph in backward.
+    # A tensor, because a captured Python number breaks the compiled graph in backward.
     cap = torch.full((), softcap, device=query.device) if softcap else None
 
     def capped(score: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
@@ -330,9 +340,9 @@ def _flex(
 
     kind = query.device.type
     if torch.is_autocast_enabled(kind):
-        # Norms leave queries and keys in float32 while values are bfloat16; only later PyTorch versions cast them.
+        # Norms leave queries and keys in float32, but values are bfloat16; only newer versions of PyTorch cast them.
         query, key, value = (states.to(torch.get_autocast_dtype(kind)) for states in (query, key, value))
-    # Sampling and checks disable compilation. Here it must stay on: uncompiled, FlexAttention materializes all scores.
+    # Sampling and checks disable compilation. It must stay on here: uncompiled, FlexAttention materializes all scores.
     with torch.compiler.set_stance("default"):
         return _compiled_flex()(
             query,
@@ -351,11 +361,11 @@ GRAPHS = 64
 
 
 def _compiled_flex() -> Callable[..., Tensor]:
-    """`flex_attention`, compiled once. Raises if it cannot compile, since uncompiled it materializes all scores."""
+    """Compile `flex_attention` once; raises if it cannot be compiled, because uncompiled it materializes all scores."""
     from torch.nn.attention.flex_attention import flex_attention
 
     if not _FLEX:
-        # Sampling and training together exceed the default limit of 8, beyond which it would run uncompiled.
+        # Sampling and training together exceed the default limit of 8; beyond the limit, it would run uncompiled.
         torch._dynamo.config.recompile_limit = max(GRAPHS, torch._dynamo.config.recompile_limit)
         _FLEX.append(torch.compile(flex_attention, dynamic=True, fullgraph=True))
     return _FLEX[0]

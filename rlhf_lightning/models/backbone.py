@@ -1,4 +1,4 @@
-"""A causal model as its decoder, which runs at every position, and its head, which runs where logits are needed."""
+"""Splits a causal model into its decoder, which runs at all positions, and its head, which runs only where needed."""
 
 import logging
 from collections.abc import Callable, Iterator
@@ -22,10 +22,10 @@ FEW = 64
 
 
 class Backbone:
-    """Decoder and head of a `…ForCausalLM`, with or without peft around it.
+    """Decoder and head of a `…ForCausalLM`, with or without a `PeftModel` around it.
 
-    `separable` says whether decoder and head, with the model's logit scale or cap, reproduce the model's own logits.
-    The constructor checks this numerically. A model that fails is run as a whole, at every position.
+    `separable` is True if decoder and head, with the model's logit scale or cap, reproduce the model's own logits. The
+    constructor checks this numerically. A model that fails the check is run as a whole, at every position.
 
     Args:
         model: A Hugging Face causal model, or a `PeftModel` around one.
@@ -57,7 +57,7 @@ class Backbone:
 
     @torch.no_grad()
     def _agree(self) -> bool:
-        """Compare decoder plus head with the model's own logits on a few tokens."""
+        """Compare the logits of decoder and head with the model's own logits on a few tokens."""
         ids = torch.arange(6, device=self.lm_head.weight.device)[None] * 7919 % self.vocabulary
         with evaluating(self.model):
             ours = run_unsharded(self.model, lambda: self.logits(self.decoder(input_ids=ids, use_cache=False)[0]))
@@ -66,7 +66,7 @@ class Backbone:
 
 
 def _logit_adjustment(config: "PretrainedConfig") -> Callable[[Tensor], Tensor]:
-    """What some models apply to logits after the head: a soft cap (Gemma 2), a factor (Cohere), a divisor (Granite)."""
+    """The function that a model applies to logits: a soft cap (Gemma 2), a factor (Cohere), a divisor (Granite)."""
     cap = getattr(config, "final_logit_softcapping", None)
     scale = getattr(config, "logit_scale", None) or 1.0
     divisor = getattr(config, "logits_scaling", None) or 1.0
@@ -81,7 +81,7 @@ def _logit_adjustment(config: "PretrainedConfig") -> Callable[[Tensor], Tensor]:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Put a model in eval mode within the context; afterwards every submodule's mode is restored."""
+    """Context manager that puts a model in eval mode, and afterwards restores the mode of every submodule."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -93,9 +93,9 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def few_rows(model: nn.Module) -> Iterator[None]:
-    """Speed up linear layers for decoding on a CPU by multiplying in the order that is faster for few rows.
+    """Context manager that speeds up linear layers for decoding on a CPU, with the order of factors for few rows.
 
-    Applies only on a CPU in full precision, to at most `FEW` rows; everything else runs unchanged. Gradients are not
+    Applies only on a CPU in full precision, to at most `FEW` rows; all other cases run unchanged. Gradients are not
     supported within the context.
     """
     weight = next(model.parameters())

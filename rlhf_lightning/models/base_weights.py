@@ -1,4 +1,4 @@
-"""The model below an adapter: whether the base that the adapter names holds its weights, and its vocabulary size."""
+"""The model below an adapter: its weights, compared with the base that the adapter names, and its vocabulary."""
 
 import json
 import logging
@@ -25,23 +25,23 @@ log = logging.getLogger(__name__)
 
 
 def check_adapted(model: nn.Module, lora: LoRA | None) -> None:
-    """Raise `ConfigError` if a model passed with an adapter cannot be trained or saved as it is.
+    """Raise `ConfigError` if a model object with an adapter cannot be trained or saved.
 
     Args:
-        model: The model as given, with or without an adapter.
+        model: The given model, with or without an adapter.
         lora: The stage's `LoRA` settings, or None.
     """
     if not is_adapted(model):
         return
     if lora is not None:
         raise ConfigError(
-            "model.lora: the model already has an adapter; leave out lora to train that one, or merge it first "
+            "model.lora: the model already has an adapter; leave out lora to train that adapter, or merge it first "
             "(model.merge_and_unload())"
         )
     if list(model.peft_config) != ["default"]:
         raise ConfigError(
-            f"the model has the adapters {', '.join(model.peft_config)}; give it exactly one, named 'default', which "
-            "is then trained and saved"
+            f"the model has the adapters {', '.join(model.peft_config)}; it must have exactly one, named 'default', "
+            "which is trained and saved"
         )
     check_kind(model.peft_config["default"])
 
@@ -52,18 +52,18 @@ def check_trainable(model: nn.Module) -> None:
         return
     if any(getattr(module, "merged", False) for module in model.modules()):
         raise ConfigError(
-            "the model's adapter is merged (merge_adapter), so no gradient reaches it: call unmerge_adapter() to "
-            "continue training it, or merge_and_unload() to train all weights"
+            "the model's adapter is merged (merge_adapter), so it gets no gradient; call unmerge_adapter() to continue "
+            "training it, or merge_and_unload() to train all weights"
         )
     if not any(p.requires_grad for name, p in model.named_parameters() if of_adapter(name, model.peft_config)):
         raise ConfigError(
-            "no weight of the model's adapter is trained: load it with PeftModel.from_pretrained(..., "
+            "the model's adapter has no trainable weight; load it with PeftModel.from_pretrained(..., "
             "is_trainable=True), and leave it enabled"
         )
 
 
 def check_kind(config: "PeftConfig", name: str = "the adapter") -> None:
-    """Raise `ConfigError` for adapters that have no weights in layers, such as prompt or prefix tuning."""
+    """Raise `ConfigError` for adapters without weights in layers, such as prompt or prefix tuning."""
     if config.is_prompt_learning:
         raise ConfigError(
             f"{name} is of type {config.peft_type}, which has no weights in the layers; use LoRA or a similar type"
@@ -74,7 +74,7 @@ def check_kind(config: "PeftConfig", name: str = "the adapter") -> None:
 
 
 def plain_weights(model: "PeftModel", weights: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
-    """Weights of the model below an adapter, by the names they have without it.
+    """Weights of the model below an adapter, by their names without the adapter.
 
     Args:
         model: A `PeftModel`.
@@ -87,10 +87,10 @@ def plain_weights(model: "PeftModel", weights: dict[str, Tensor] | None = None) 
 
 
 def keeps_base(model: nn.Module) -> bool:
-    """True if the weights below a model's adapter are those of the base that the adapter names, or there is no adapter.
+    """True if the weights below a model's adapter equal those of the base that it names, or there is no adapter.
 
     Raises:
-        ConfigError: If they differ and are in 4 bits, so that they could not be saved.
+        ConfigError: If they differ but are in 4 bits, so that they cannot be saved.
     """
     if not is_adapted(model):
         return True
@@ -100,12 +100,12 @@ def keeps_base(model: nn.Module) -> bool:
         return True
     if is_quantized(model):
         raise ConfigError(
-            f"the model object is in 4 bits, and its embeddings differ from those of {name or 'any folder'}: its "
+            f"the model object is in 4 bits, and its embeddings differ from those of {name or 'any folder'}, so its "
             "adapter could not be loaded again. Save the changed model first, and start from its folder with "
             "lora.quantize"
         )
     log.info(
-        "the weights below the adapter differ from those of %s; they are saved with the adapter, in base/",
+        "the weights below the adapter differ from those of %s; they are saved in base/ in the adapter's folder",
         name or "any folder",
     )
     return False
@@ -117,7 +117,7 @@ def _is_plain(value: Tensor) -> bool:
 
 
 def stored_in(source: str, weights: dict[str, Tensor]) -> bool:
-    """True if the files of a model folder, or of a downloaded Hub id, hold these weights, up to a cast.
+    """True if the files of a model folder, or of a downloaded Hub id, contain these weights, up to a cast.
 
     Args:
         source: Folder or Hub id.
@@ -142,7 +142,7 @@ def stored_in(source: str, weights: dict[str, Tensor]) -> bool:
 
 
 def _local(source: str) -> Path | None:
-    """Local folder of a source; None if it was never downloaded."""
+    """Local folder of a source; None if it is not on this machine."""
     if not source or Path(source).is_dir():
         return Path(source) if source else None
     from huggingface_hub import snapshot_download
@@ -151,7 +151,7 @@ def _local(source: str) -> Path | None:
     try:
         return Path(snapshot_download(source, local_files_only=True))
     except (LocalEntryNotFoundError, HFValidationError):
-        return None  # cannot be compared, so the weights are saved with the adapter
+        return None  # the weights cannot be compared, so they are saved with the adapter
 
 
 def write_base(model: "PeftModel", scratch: Path, folder: Path, weights: dict[str, Tensor] | None = None) -> None:
@@ -159,18 +159,18 @@ def write_base(model: "PeftModel", scratch: Path, folder: Path, weights: dict[st
 
     Args:
         model: A `PeftModel`.
-        scratch: Where the folder is being written.
-        folder: Where it will be moved to.
+        scratch: Temporary path of the adapter's folder.
+        folder: Final path of the adapter's folder.
         weights: The model's gathered state dict, if it is sharded.
 
     Raises:
-        ConfigError: If the weights are quantized and cannot be written as they were.
+        ConfigError: If the weights are quantized, so that they cannot be saved.
     """
     base = model.get_base_model()
     if is_quantized(model):
         raise ConfigError(
-            "the weights below the adapter differ from those of its base, and 4-bit weights cannot be saved: "
-            "save the changed model first, and start from its folder"
+            "the weights below the adapter differ from those of its base, but 4-bit weights cannot be saved; save the "
+            "changed model first, and start from its folder"
         )
     base.save_pretrained(scratch / "base", state_dict=plain_weights(model, weights))
     name_base(scratch, folder, init_lora_weights=True)
@@ -190,7 +190,7 @@ def link_base(config: "PretrainedConfig", source: Path, scratch: Path, folder: P
         if path.is_file() and path.name not in ("config.json", "stage.json", "merged_from.json"):
             try:
                 os.link(real_path(path), scratch / "base" / path.name)
-            except OSError:  # another file system
+            except OSError:  # on another file system
                 shutil.copy2(path, scratch / "base" / path.name)
     name_base(scratch, folder)
 
@@ -199,10 +199,10 @@ def name_base(scratch: Path, folder: Path, **changes: JSON) -> None:
     """Point the adapter in `scratch` to the `base/` folder inside it.
 
     Args:
-        scratch: Where the adapter's folder is being written.
-        folder: Where it will be moved to.
-        **changes: Further keys of `adapter_config.json`. PiSSA and OLoRA take an initial update from the base and
-            subtract it there; the saved base already has it subtracted, so `init_lora_weights` must be reset.
+        scratch: Temporary path of the adapter's folder.
+        folder: Final path of the adapter's folder.
+        **changes: Other keys of `adapter_config.json` to change. PiSSA and OLoRA subtract an initial update from the
+            base. It is already subtracted from the saved base, so `init_lora_weights` must be reset.
     """
     settings = json.loads((scratch / "adapter_config.json").read_text())
     settings |= {"base_model_name_or_path": str(real_path(folder) / "base"), "revision": None}
@@ -214,7 +214,7 @@ def name_base(scratch: Path, folder: Path, **changes: JSON) -> None:
 
 
 def stored_embeddings(config: "PeftConfig", folder: Path | str) -> bool:
-    """True if an adapter's file brings embeddings of the model below it (peft's `save_embedding_layers`)."""
+    """True if an adapter's file contains embeddings of the model below it (peft's `save_embedding_layers`)."""
     names = [name.replace(".base_layer", "") for name, _ in _shapes(folder)]
     own = set(getattr(config, "modules_to_save", None) or ())
     return any(
@@ -227,14 +227,19 @@ def stored_embeddings(config: "PeftConfig", folder: Path | str) -> bool:
 def fit_rows(base: "PreTrainedModel", config: "PeftConfig", folder: Path | str) -> None:
     """Resize a base to the vocabulary of an adapter.
 
+    Args:
+        base: The base model.
+        config: Config of the adapter.
+        folder: Folder of the adapter.
+
     Raises:
-        ConfigError: If neither the adapter nor the base holds some of the new rows.
+        ConfigError: If some of the new rows are neither in the adapter nor in the base.
     """
     embedding = base.get_input_embeddings()
     head = base.get_output_embeddings() if hasattr(base, "get_output_embeddings") else None
     rows, tied = embedding.weight.shape[0], head is not None and head.weight is embedding.weight
     names = {module: name for name, module in base.named_modules()}
-    brought: dict[str, int] = {}  # rows that the adapter's file has of the embedding and of the head
+    brought: dict[str, int] = {}  # number of rows of the embedding and of the head in the adapter's file
     wanted = rows
     for name, shape in _shapes(folder):
         place, _, rest = name.removeprefix("base_model.model.").replace(".base_layer", "").rpartition(".")
@@ -245,15 +250,15 @@ def fit_rows(base: "PreTrainedModel", config: "PeftConfig", folder: Path | str) 
     wanted = max([max(brought.values(), default=wanted), *(index + 1 for index in _token_indices(config))])
     if wanted == rows:
         return
-    # Trainable tokens hold their rows of the embedding, and of a head that is tied to it.
+    # Trainable tokens contain their rows of the embedding, and of a head that is tied to it.
     tokens, new = set(_token_indices(config)), set(range(rows, wanted))
     lost = names[embedding] not in brought and not (tied and brought) and bool(new - tokens)
     lost |= head is not None and not tied and names[head] not in brought and not _of_head(config, names[head], new)
     if lost:
         raise ConfigError(
-            f"the adapter {str(folder)!r} has a vocabulary of {wanted} tokens, its base has {rows}, and neither "
-            "contains all of the additional embeddings: save them with the adapter (peft's "
-            "save_embedding_layers=True), or set the resized base as base_model_name_or_path"
+            f"the adapter {str(folder)!r} has a vocabulary of {wanted} tokens, but its base has {rows}, and neither "
+            "contains all of the additional embeddings. Save them with the adapter (peft's "
+            "save_embedding_layers=True), or set base_model_name_or_path to the resized base"
         )
     base.resize_token_embeddings(wanted, mean_resizing=False)
 
@@ -282,7 +287,7 @@ def _shapes(folder: Path | str) -> list[tuple[str, list[int]]]:
 
 
 def untie(base: "PreTrainedModel") -> None:
-    """Give a tied head its own weights, and record that in the config."""
+    """Give a tied head its own weights, and record this in the config."""
     head, embedding = base.get_output_embeddings(), base.get_input_embeddings()
     inner = head.base_layer if hasattr(head, "base_layer") else head
     inner.weight = nn.Parameter(embedding.weight.detach().clone())

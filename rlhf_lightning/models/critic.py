@@ -1,4 +1,4 @@
-"""The critic of PPO: it estimates the reward to expect before each token that the policy samples."""
+"""The critic of PPO: estimates the expected return before each token that the policy samples."""
 
 import copy
 import math
@@ -35,12 +35,12 @@ class Critic(Settings):
 
     Args:
         model: Model folder or Hub id that its backbone starts from, for example a reward model; by default the policy
-            as the stage starts it.
-        shared: Put the head on the policy's backbone, which then learns from both losses. Takes less memory and one
-            forward for both.
-        lora: Train adapters of its own backbone instead of all its weights.
-        learning_rate: Learning rate of the critic; by default the optimizer's.
-        clip: Value clipping: largest step from the value at sampling time, in reward units; None for none.
+            at the start of the stage.
+        shared: Put the head on the policy's backbone, which then learns from both losses. This takes less memory, and
+            one forward pass for both.
+        lora: Train adapters of its own backbone instead of all weights.
+        learning_rate: Learning rate of the critic; by default that of the optimizer.
+        clip: Value clipping: largest change from the value at sampling time, in reward units; None for no clipping.
         coefficient: Weight of the value loss.
         warmup_rounds: Number of first rounds that train only the critic.
 
@@ -64,7 +64,7 @@ class Critic(Settings):
         warmup_rounds: int = 0,
     ) -> None:
         if shared and (model or lora):
-            raise ConfigError("critic.shared uses the policy's backbone: leave out critic.model and critic.lora")
+            raise ConfigError("critic.shared uses the policy's backbone; leave out critic.model and critic.lora")
         for name, value in (("coefficient", coefficient), ("clip", clip), ("learning_rate", learning_rate)):
             if value is not None and not 0 < value < math.inf:
                 raise ConfigError(f"critic.{name} is {value}; it must be above 0")
@@ -78,10 +78,10 @@ class Critic(Settings):
         """Make the value model; called once, before training.
 
         Args:
-            policy: The policy as the stage starts it.
+            policy: The policy at the start of the stage.
             tokenizer: The policy's tokenizer.
             max_tokens: See `PackedForward`.
-            dtype: Type of the backbone's weights, for example `float32`.
+            dtype: Data type of the backbone's weights, for example `float32`.
 
         Raises:
             ConfigError: If the critic's model has another vocabulary, or the policy's weights cannot be trained.
@@ -95,11 +95,11 @@ class Critic(Settings):
         return ValueModel(backbone, base_of(backbone).config.get_text_config().hidden_size, device, max_tokens)
 
     def _backbone(self, policy: "PreTrainedModel | PeftModel", dtype: str) -> "PreTrainedModel | PeftModel":
-        """Load or copy the backbone, trainable, with adapters if so configured."""
+        """Load or copy the trainable backbone, with adapters if configured."""
         if self.source is None:
             if is_quantized(policy):
                 raise ConfigError(
-                    "the critic starts from the policy, whose 4-bit weights (lora.quantize) cannot be trained: set "
+                    "the critic starts from the policy, but its 4-bit weights (lora.quantize) cannot be trained; set "
                     "critic.model or critic.shared"
                 )
             model = copy.deepcopy(policy)
@@ -117,16 +117,16 @@ class Critic(Settings):
 
 
 class ValueModel(nn.Module):
-    """A value head, and its backbone if that is not the policy's.
+    """A value head, and its backbone if it has its own.
 
-    The head starts at zero, so an untrained critic predicts 0 everywhere. Values of a head on the policy's backbone
-    come from `TokenLogprobs`, which is given the head.
+    The head starts at zero, so an untrained critic predicts 0 everywhere. The values of a head on the policy's backbone
+    are computed by `TokenLogprobs`, which gets the head.
 
     Args:
-        backbone: What computes hidden states; None for the policy's.
+        backbone: Model that computes hidden states; None for that of the policy.
         width: Size of a hidden state.
-        device: Where the head is.
-        max_tokens: Tokens computed at once, see `PackedForward`.
+        device: Device of the head.
+        max_tokens: Number of tokens computed at once, see `PackedForward`.
 
     Example:
         ```python
@@ -150,7 +150,7 @@ class ValueModel(nn.Module):
         self.packed_forward = None if backbone is None else PackedForward(backbone, base_of(backbone), max_tokens)
 
     def forward(self, input_ids: Tensor, loss_mask: Tensor) -> Tensor:
-        """Values before each token whose mask is 1; only with a backbone of its own.
+        """Values before each token with mask 1. Needs a critic with its own backbone.
 
         Args:
             input_ids: Right-padded, `[B, T]`.

@@ -1,4 +1,4 @@
-"""What a model's own generation config says about the end of its responses."""
+"""Reads the tokens and texts that end a response from a model's generation config."""
 
 import logging
 from pathlib import Path
@@ -16,11 +16,12 @@ _WARNED: set[str] = set()
 
 
 def end_token_ids(source: nn.Module | str | Path, tokenizer: Tokenizer | None = None) -> list[int]:
-    """Ids that end a response according to a model's generation config, as `generate` and vLLM read them.
+    """Ids that end a response according to a model's generation config, as `generate` and vLLM read it.
 
     Args:
-        source: A model, its folder or Hub id, or the folder of an adapter, whose ids are added to those of its base.
-        tokenizer: Ids that it has are valid even if the base embeds fewer.
+        source: A model, its folder or Hub id, or the folder of an adapter; an adapter's ids are added to those of its
+            base.
+        tokenizer: Its ids are valid even if the base has fewer embeddings.
 
     Returns:
         Sorted ids. Ids outside the vocabulary are dropped with a warning.
@@ -38,7 +39,7 @@ def end_token_ids(source: nn.Module | str | Path, tokenizer: Tokenizer | None = 
         own = folder / "generation_config.json"
         found = end_token_ids(adapter_base(folder), tokenizer)
         named = read_object(own).get("eos_token_id") if own.is_file() else None
-        # An adapter may bring tokens that its base has no rows for, so its own ids are not held to the base's rows.
+        # An adapter may have tokens without rows in its base, so its own ids are not compared with the base's rows.
         return sorted({*found, *_checked(named, 0, tokenizer, str(own))})
     if not folder.is_dir():
         return _of_hub(str(source), tokenizer)
@@ -58,10 +59,10 @@ def _of_hub(name: str, tokenizer: Tokenizer | None) -> list[int]:
     from transformers import GenerationConfig, PretrainedConfig
 
     with loading(f"the configuration of the model {name!r}"):
-        config = PretrainedConfig.get_config_dict(name)[0]  # the raw dictionary: none of the model's code runs
+        config = PretrainedConfig.get_config_dict(name)[0]  # the raw dictionary, so that no code of the model runs
     try:
         generation = {"eos_token_id": GenerationConfig.from_pretrained(name).eos_token_id}
-    except OSError:  # it has none
+    except OSError:  # there is no generation config
         generation = None
     return _named(config, generation, tokenizer, name)
 
@@ -89,12 +90,12 @@ def _checked(named: JSON | Tensor, rows: int, tokenizer: Tokenizer | None, where
     valid = [value for value in ids if isinstance(value, int) and not isinstance(value, bool)]
     if wrong := [value for value in ids if isinstance(value, bool) or not isinstance(value, int)]:
         raise ConfigError(
-            f"{where}: eos_token_id is {named!r}, and {wrong[0]!r} is not a token id. "
-            "Write an integer, or a list of integers."
+            f"{where}: eos_token_id is {named!r}, but {wrong[0]!r} is not a token id; it must be an integer, or a list "
+            "of integers"
         )
     rows = max(rows, len(tokenizer) if tokenizer is not None else 0)
     outside = [value for value in valid if value < 0 or (rows and value >= rows)]
     if outside and (said := f"{where}: eos_token_id {', '.join(map(str, outside))}") not in _WARNED:
         _WARNED.add(said)
-        log.warning("%s is outside the vocabulary (%s tokens), so no response can end with it", said, rows or "some")
+        log.warning("%s is outside the vocabulary of %s tokens; it is ignored", said, rows or "the tokenizer's")
     return sorted({value for value in valid if value not in outside})

@@ -1,4 +1,4 @@
-"""Score heads: finding and initializing them, and the padding token that stock pooling skips."""
+"""Score heads: finds and initializes them, and provides the padding token that stock pooling skips."""
 
 import logging
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ def find_head(model: nn.Module) -> nn.Module:
     """The score head of a sequence classifier.
 
     Raises:
-        ConfigError: If the model has none under a known name.
+        ConfigError: If the model has no score head with a known name.
     """
     for name in HEADS:
         if isinstance(head := getattr(model, name, None), nn.Module):
@@ -26,7 +26,7 @@ def find_head(model: nn.Module) -> nn.Module:
 
 
 def has_head(source: str, trust_remote_code: bool = False) -> bool:
-    """True if a model folder or Hub id holds a trained score head."""
+    """True if a model folder or Hub id has a trained score head."""
     if is_adapter(source):
         return adapter_config(source).task_type == "SEQ_CLS"
     from transformers import AutoConfig
@@ -44,7 +44,7 @@ def task_of(source: str) -> str:
 def init_head(model: nn.Module) -> None:
     """Initialize the score head with standard deviation 1/√(hidden + 1) and no bias."""
     head = find_head(base_of(model))
-    # peft keeps the head twice, as loaded and as trained; both get the same weights.
+    # peft keeps the head twice, the loaded and the trained one; both get the same weights.
     layers = [module for module in head.modules() if isinstance(module, nn.Linear)]
     nn.init.normal_(layers[0].weight, std=(layers[0].in_features + 1) ** -0.5)
     for layer in layers:
@@ -63,5 +63,5 @@ def pad_token(tokenizer: Tokenizer, stop_token_ids: Sequence[int]) -> str:
         if token and tokenizer.convert_tokens_to_ids(token) not in stop_token_ids:
             return token
     tokenizer.add_special_tokens({"pad_token": "<|pad|>"})
-    log.info("the tokenizer has no padding token that is not also a stop token; added <|pad|>")
+    log.info("the tokenizer has no padding token other than stop tokens; <|pad|> was added")
     return "<|pad|>"

@@ -19,16 +19,16 @@ class LanguageModel(nn.Module):
 
     Args:
         source: Model folder, Hub id or GGUF file.
-        dtype: Type of its weights.
-        asked: Rendering settings that replace those it was trained with, see
+        dtype: Data type of its weights.
+        asked: Rendering settings that replace those of its training, see
             `data.rendering_settings.RenderingSettings`.
 
     Attributes:
-        folder: Its folder or Hub id; of a GGUF file, the folder that it was converted to.
+        folder: Folder or Hub id; for a GGUF file, the folder that it was converted to.
         model: The model.
-        tokenizer: Its tokenizer.
-        asking: Its rendering settings.
-        renderer: Turns messages into its tokens, and knows what ends its responses.
+        tokenizer: The tokenizer.
+        asking: The rendering settings.
+        renderer: The renderer, with the ids and texts that end a response.
 
     Raises:
         ConfigError: If the source is a reward model or cannot be loaded.
@@ -42,7 +42,7 @@ class LanguageModel(nn.Module):
         super().__init__()
         self.folder = check_source(source)
         if task_of(self.folder) == "SEQ_CLS":
-            raise ConfigError(f"{source} is a reward model, which cannot generate text; give a causal language model")
+            raise ConfigError(f"{source} is a reward model and cannot generate text; give a causal language model")
         self.tokenizer = load_tokenizer(self.folder)
         self.asking = RenderingSettings.of(source, **(asked or {}))
         self.renderer = self.asking.renderer(self.tokenizer, end_token_ids(self.folder, self.tokenizer))

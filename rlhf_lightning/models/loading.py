@@ -1,4 +1,4 @@
-"""Loading models and adapters from a folder, a Hub id, or an object, with or without LoRA."""
+"""Loads models and adapters from a folder, a Hub id, or an object, with or without LoRA."""
 
 import logging
 import os
@@ -64,7 +64,7 @@ LOAD_ERRORS = (
 UNREACHED = re.compile(
     "couldn't connect to 'https|is not a local folder and is not a valid model identifier|offline mode"
 )
-"""What the libraries say of a name that is neither a local folder nor found on the Hub."""
+"""Messages of the libraries for a name that is neither a local folder nor a repository on the Hub."""
 
 
 @dataclass
@@ -75,7 +75,8 @@ class Start:
         source: Folder, Hub id or `PreTrainedModel`.
         task: `CAUSAL_LM` or `SEQ_CLS`.
         lora: Train adapters instead of all weights.
-        dtype: Type of the weights, float32 by default whatever the checkpoint has, since bfloat16 weights train badly.
+        dtype: Data type of the weights; float32 by default, even if the checkpoint has another, because bfloat16
+            weights train badly.
         options: Further arguments of `from_pretrained` (`attn_implementation`, `trust_remote_code`, …).
 
     Example:
@@ -90,17 +91,17 @@ class Start:
     dtype: str = "float32"
     options: dict[str, JSON] = field(default_factory=dict)
     fresh_adapter: bool = field(default=False, init=False)
-    """Set by `load`: True if the adapter was newly created, so that it does not change the model yet."""
+    """True if `load` created a new adapter, which does not change the model yet."""
     base_kept: bool = field(default=True, init=False)
-    """Set by `load` with an adapter: True if the weights below it are those of the base that it names."""
+    """Set by `load`: True if the weights below the adapter equal those of the base that it names."""
 
     def load(self, workdir: Path | None = None) -> nn.Module:
         """Load the model, ready to train.
 
-        An adapter of equal rank and targets is continued. Any other adapter is merged first.
+        An adapter with equal rank, alpha and targets is trained further. Any other adapter is merged first.
 
         Args:
-            workdir: Where a merged model is written, which a new adapter then names as its base.
+            workdir: Folder for a merged model, which a new adapter then has as its base.
 
         Returns:
             The model, or a `PeftModel` around it.
@@ -110,7 +111,7 @@ class Start:
         """
         if isinstance(self.source, nn.Module):
             if self._quantized and not is_quantized(self.source):
-                raise ConfigError("lora.quantize cannot quantize a model object; load it quantized, or pass its folder")
+                raise ConfigError("lora.quantize cannot quantize a model object; load it in 4 bits, or pass its folder")
             check_adapted(self.source, self.lora)
             heads = getattr(base_of(self.source), "get_output_embeddings", None)
             if self.task == "CAUSAL_LM" and heads is not None and heads() is None:
@@ -136,7 +137,7 @@ class Start:
                 log.info("continuing the adapter of %s", folder)
                 return with_adapter(quantized, folder, is_trainable=True)
             del quantized
-        # Merged in float32: in a lower precision the sum of base and update would be rounded twice.
+        # Merged in float32: in a lower precision, the sum of base and update would be rounded twice.
         base = Start(base_path, task, dtype="float32", options=self.options)._pretrained(base_path)
         dtype = getattr(torch, self.dtype)
         if self.lora and not self._quantized and task == self.task and self.lora.continues(config, base):
@@ -145,7 +146,7 @@ class Start:
             return with_adapter(base.to(dtype), folder, is_trainable=True)
         merged = merge(with_adapter(base, folder)).to(dtype)
         if workdir is None and task == self.task and not self._quantized:
-            self.base_kept = False  # the merged weights are in no folder
+            self.base_kept = False  # no folder contains the merged weights
             return self._with_lora(merged)
         if workdir is None:
             raise ConfigError(f"{folder} is an adapter; merge it first (rlhf export) to use it as {self.task}")
@@ -157,9 +158,9 @@ class Start:
         import transformers
 
         auto = getattr(transformers, AUTO_CLASSES[self.task])
-        # An adapter records the path of its base; a relative one would be valid only in this working directory.
+        # An adapter records the path of its base; a relative path would be valid only in this working directory.
         source = str(Path(source).resolve()) if Path(source).is_dir() else source
-        # Set explicitly, since transformers would otherwise prompt at the terminal.
+        # Set explicitly; otherwise transformers asks at the terminal.
         options = {"trust_remote_code": False, **self.options, **(self.lora.quantization() if self.lora else {})}
         if self.task == "SEQ_CLS":
             options["num_labels"] = 1
@@ -170,10 +171,11 @@ class Start:
             )
         if self.task == "CAUSAL_LM" and _sees_ahead(model.config):
             raise ConfigError(
-                f"the model {source!r} is an encoder ({model.config.model_type}), whose tokens attend to later ones: "
-                "it cannot generate text. Use a causal model; if it is one, model.model_options: {is_decoder: true}"
+                f"the model {source!r} is an encoder ({model.config.model_type}), whose tokens attend to later tokens, "
+                "so it cannot generate text. Use a causal model; if this is one, set model.model_options: {is_decoder: "
+                "true}"
             )
-        # A score head may be new. transformers initializes any other missing weight at random, with only a warning.
+        # A score head may be new. transformers only warns about other missing weights, and initializes them at random.
         if missing := [n for n in info["missing_keys"] if self.task != "SEQ_CLS" or n.split(".")[0] not in HEADS]:
             raise ConfigError(
                 f"the model {source!r} is missing {len(missing)} weights (for example {sorted(missing)[0]}): its "
@@ -182,8 +184,8 @@ class Start:
         heads = [name for name in info["unexpected_keys"] if name.split(".")[0] in HEADS]
         if heads and not any(name.endswith("Classification") for name in model.config.architectures or ()):
             raise ConfigError(
-                f"the model {source!r} has a score head ({heads[0]}), but the architectures in its config.json are "
-                f"{model.config.architectures}: restore that file"
+                f"the model {source!r} has a score head ({heads[0]}), but architectures in its config.json is "
+                f"{model.config.architectures}; restore the file"
             )
         return model
 
@@ -205,9 +207,9 @@ def _sees_ahead(config: "PretrainedConfig") -> bool:
 
 
 def _write_once(model: "PreTrainedModel", folder: Path, adapter: Path) -> None:
-    """Save a merged model, unless another rank or run already wrote it from this same adapter (by hash).
+    """Save a merged model, unless another rank or run has already written it from the same adapter (by hash).
 
-    The tokenizer, chat template, generation config and rendering settings next to the adapter are copied along.
+    The tokenizer, chat template, generation config and rendering settings next to the adapter are copied.
     """
     source = hash_folder(adapter)
     if _merged_from(folder) == source:
@@ -231,9 +233,9 @@ def _write_once(model: "PreTrainedModel", folder: Path, adapter: Path) -> None:
 
 @contextmanager
 def loading(what: str) -> Iterator[None]:
-    """Turn errors within the context into a `ConfigError` that says what could not be loaded, and how to fix it.
+    """Context manager that converts errors to a `ConfigError` that says what cannot be loaded, and what to do.
 
-    The libraries raise almost any exception for a damaged folder.
+    The libraries may raise almost any exception for a damaged folder.
     """
     try:
         yield
@@ -241,7 +243,7 @@ def loading(what: str) -> Iterator[None]:
         raise
     except LOAD_ERRORS as error:
         reason = load_failure(error)
-        if "ignore_mismatched_sizes" in reason:  # transformers lists them only in its log
+        if "ignore_mismatched_sizes" in reason:  # transformers lists the shapes only in its log
             reason = "the shapes of its weights differ from config.json"
         remedy = "Restore its files, or use another model"
         if found := re.search(r"configuration class <class '[\w.]*\.(\w+)Config'> .*AutoModelFor(\w+)", reason):
@@ -280,7 +282,7 @@ def with_adapter(base: "PreTrainedModel", folder: Path | str, is_trainable: bool
     """Load an adapter onto a base.
 
     Args:
-        base: The model below the adapter; resized if the adapter's vocabulary is larger.
+        base: The base model; it is resized if the adapter's vocabulary is larger.
         folder: The adapter's folder.
         is_trainable: Train the adapter.
 
@@ -300,38 +302,39 @@ def with_adapter(base: "PreTrainedModel", folder: Path | str, is_trainable: bool
             missing = set(get_peft_model_state_dict(model, save_embedding_layers=False)) - set(stored.keys())
     if missing:
         raise ConfigError(
-            f"the adapter {str(folder)!r} is missing {len(missing)} weights (for example {sorted(missing)[0]})"
+            f"the adapter {str(folder)!r} is missing {len(missing)} weights (for example {sorted(missing)[0]}); "
+            "restore its files"
         )
     return model
 
 
 def _merged_from(folder: Path) -> str | None:
-    """Hash of the adapter that a merged folder was made from; None if there is no such folder."""
+    """Hash of the adapter in a merged folder; None if there is no such folder."""
     path = folder / "merged_from.json"
     found = read_object(path).get("adapter") if path.is_file() else None
     return found if isinstance(found, str) else None
 
 
 def check_source(source: str | Path, options: Mapping[str, JSON] | None = None) -> str:
-    """Return a model source as text, after checking for common mistakes and for folders that would run code.
+    """Return a model source as text, after checking for common mistakes and for unsafe folders.
 
     Args:
-        source: Folder, Hub id or GGUF file, which is converted to a folder.
+        source: Folder, Hub id or GGUF file. A GGUF file is converted to a folder.
         options: Arguments of `from_pretrained`; see `untrusted.check_files`.
 
     Raises:
-        ConfigError: If the folder does not exist, is no model, or is refused by `untrusted.check_files`.
+        ConfigError: If the folder does not exist, is not a model, or is refused by `untrusted.check_files`.
     """
     text = os.path.expanduser(model_folder(str(source), options))
     if text.endswith(".ckpt"):
         raise ConfigError(
-            f"{text} is a Lightning checkpoint, which can only resume its own stage (--ckpt_path). "
-            "Start from the stage's model folder, for example runs/NAME/sft/model."
+            f"model {text!r}: this is a Lightning checkpoint, which can only resume its own stage (--ckpt_path). Start "
+            "from the stage's model folder, for example runs/NAME/sft/model"
         )
     if not os.path.exists(text) and Path(text).is_relative_to(cache_root()):
         raise ConfigError(
-            f"model {text!r}: the folder of a converted GGUF file, which is no longer in the cache. Any command with "
-            "that file writes it again: rlhf chat FILE.gguf"
+            f"model {text!r}: the folder of a converted GGUF file is no longer in the cache. Any command with the file "
+            "writes it again, for example rlhf chat FILE.gguf"
         )
     check_model_path(f"model {text!r}", text)
     check_files(text, options)
@@ -339,15 +342,15 @@ def check_source(source: str | Path, options: Mapping[str, JSON] | None = None) 
 
 
 def is_adapter(source: str) -> bool:
-    """True if a folder holds a peft adapter."""
+    """True if a folder contains a peft adapter."""
     return (Path(source) / "adapter_config.json").exists()
 
 
 def adapter_base(folder: Path) -> str:
-    """The base of an adapter: the path it names; if the run was moved, the one in `stage.json`, relative to the folder.
+    """The base of an adapter: the path in its config or, if the run was moved, the relative path in `stage.json`.
 
     Raises:
-        ConfigError: If no base is named, or it does not exist.
+        ConfigError: If the adapter names no base, or the base does not exist.
     """
     base = adapted_base(folder)
     if not isinstance(base, str) or not base:
@@ -356,31 +359,31 @@ def adapter_base(folder: Path) -> str:
     if isinstance(relative, str) and relative and not Path(base).exists() and (folder / relative).exists():
         base = str(real_path(folder / relative))
     if not Path(base).exists() and Path(base).name == "base" and (folder / "base" / "config.json").is_file():
-        base = str(real_path(folder / "base"))  # inside the adapter's own folder, which was moved
+        base = str(real_path(folder / "base"))  # the base is inside the adapter's folder, which was moved
     refuse_chain(Path(base), folder)
     try:
         return check_source(base)
     except ConfigError as error:
-        raise ConfigError(f"{folder} is an adapter whose base cannot be used: {error}") from None
+        raise ConfigError(f"the base of the adapter {folder} cannot be used: {error}") from None
 
 
 def merge(model: "PeftModel") -> "PreTrainedModel":
-    """Merge an adapter into its base. If it adapts one of two tied weights they are untied first, in the config too."""
+    """Merge an adapter into its base; if one of two tied weights is adapted, untie them first, also in the config."""
     base = model.get_base_model()
     head, embedding = base.get_output_embeddings(), base.get_input_embeddings()
     adapted = [part for part in (head, embedding) if hasattr(part, "base_layer")]
     if adapted and head is not None and head.weight is embedding.weight:
-        untie(base)  # merging into one would also change the other
+        untie(base)  # merging into one of the tied weights would also change the other
     return model.merge_and_unload()
 
 
 def load_for_scoring(folder: str, task: str, dtype: str = "float32") -> "PreTrainedModel | PeftModel":
-    """Load a saved model in eval mode. An adapter stays unmerged, so that scores equal those in training.
+    """Load a saved model in eval mode. An adapter is not merged, so that scores equal those in training.
 
     Args:
         folder: Model or adapter folder, or Hub id.
         task: `CAUSAL_LM` or `SEQ_CLS`.
-        dtype: Type of the weights.
+        dtype: Data type of the weights.
     """
     if not is_adapter(folder):
         return Start(folder, task, dtype=dtype).load().eval()
@@ -392,9 +395,18 @@ _MEDIA = re.compile(r"image|audio|video|vision", re.IGNORECASE)
 
 
 def check_vocabulary(model: "PreTrainedModel", tokenizer: Tokenizer, name: str = "the model") -> None:
-    """Raise `ConfigError` if the tokenizer has ids that the model has no embedding for."""
+    """Check that the model has an embedding for every id of the tokenizer.
+
+    Args:
+        model: The model.
+        tokenizer: The tokenizer.
+        name: Name of the model, for the message.
+
+    Raises:
+        ConfigError: If the tokenizer has an id without an embedding.
+    """
     rows = model.get_input_embeddings().weight.shape[0]
-    # By id, since ids may have gaps. Gemma 3 1B has no embedding for its image token, which text rows never hold.
+    # By id, because ids may have gaps. Gemma 3 1B has no embedding for its image token, which rows never contain.
     beyond = sorted(token for token, number in tokenizer.get_vocab().items() if number >= rows)
     special = [str(t) for t in tokenizer.added_tokens_decoder.values() if t.special]
     beyond = [token for token in beyond if token not in special or not _MEDIA.search(token)]
@@ -407,7 +419,7 @@ def check_vocabulary(model: "PreTrainedModel", tokenizer: Tokenizer, name: str =
 
 
 def disable_dropout(model: nn.Module) -> None:
-    """Set every dropout to 0, since sampler, trainer, reference and reward model must compute the same function."""
+    """Set every dropout to 0, because sampler, trainer, reference and reward model must compute the same function."""
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
@@ -420,10 +432,12 @@ def compile_layers(model: nn.Module, backend: str = "inductor") -> None:
     """Compile each decoder layer separately: one graph serves all of them, and weights keep their names.
 
     Raises:
-        ConfigError: If the stack of layers is not found.
+        ConfigError: If the stack of decoder layers is not found.
     """
     layers = layers_of(model)
     if not layers:
-        raise ConfigError(f"model.compile: no stack of layers was found in {type(base_of(model)).__name__}")
+        raise ConfigError(
+            f"model.compile: no stack of decoder layers was found in {type(base_of(model)).__name__}; set it to false"
+        )
     for layer in layers:
         layer.compile(dynamic=True, backend=backend)

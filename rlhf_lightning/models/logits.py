@@ -1,7 +1,7 @@
-"""Log-probabilities and entropies of tokens from logits, computed in place, a few rows at a time.
+"""Computes log-probabilities and entropies of tokens from logits, in place and a few rows at a time.
 
-Plain autograd holds the logits, their log-softmax and its gradient, each rows × vocabulary. Here a single buffer serves
-as all three: probabilities overwrite the logits, and their gradient overwrites the probabilities.
+Plain autograd keeps the logits, their log-softmax and its gradient, each of size rows × vocabulary. Here, a single
+buffer is used for all three: probabilities overwrite the logits, and the gradient overwrites the probabilities.
 """
 
 from typing import Any
@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 CPU_CHUNK, GPU_CHUNK = 2**20, 2**26
-"""Number of logits processed at once; on a CPU, few enough to stay in its cache."""
+"""Number of logits processed at once; on a CPU, small enough for its cache."""
 
 
 class TokenLogprobsFunction(torch.autograd.Function):
@@ -35,7 +35,7 @@ class TokenLogprobsFunction(torch.autograd.Function):
     def forward(
         ctx: Any, logits: Tensor, targets: Tensor, temperature: float, details: bool
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        # Detached, since autograd forbids in-place writes to views that a custom function returned.
+        # Detached, because autograd forbids in-place writes to views that a custom function returned.
         """Compute the results and keep the probabilities in the buffer of the logits."""
         logits = logits.detach()
         dtype = torch.promote_types(logits.dtype, torch.float32)
@@ -46,7 +46,7 @@ class TokenLogprobsFunction(torch.autograd.Function):
             scaled = scaled.div_(temperature) if temperature != 1.0 else scaled
             target, top = scaled.gather(-1, targets[part, None]).squeeze(-1), scaled.amax(-1)
             probabilities = scaled.softmax(-1)
-            # Computed from the largest probability, which cannot underflow as the target's can.
+            # Computed from the largest probability, because that of the target may underflow.
             logprobs[part] = target - top + probabilities.amax(-1).log()
             if entropy is not None and correct is not None:
                 normalizer = logprobs[part].neg() + target
@@ -79,7 +79,7 @@ class TokenLogprobsFunction(torch.autograd.Function):
                 bend = torch.xlogy(p, p).addcmul_(p, entropy[part, None])
                 bend.mul_(-grad_entropy[part, None] / ctx.temperature)
             probabilities.mul_(-grad[part, None])
-            # From log p rather than as 1 − p from the buffer, which a narrow type rounds.
+            # Computed from log p, because 1 − p from the buffer would be rounded in a narrow type.
             at_target = grad[part] * -torch.expm1(logprobs[part])
             probabilities.scatter_(-1, targets[part, None], at_target[:, None].to(probabilities.dtype))
             if bend is not None:

@@ -1,4 +1,4 @@
-"""LoRA with the usual settings; target layers are found by structure in any architecture."""
+"""LoRA with the usual settings. Target layers are found by structure, in any architecture."""
 
 import copy
 import math
@@ -25,7 +25,7 @@ GROUPS = ("attention", "mlp", "unembedding", "all")
 _ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
 
 MOST_RANK = 2**16
-"""Above the width of any layer."""
+"""Largest rank; above the width of any layer."""
 
 
 @plain
@@ -36,8 +36,8 @@ class LoRA:
     Args:
         rank: Rank of the update.
         alpha: The update is scaled by alpha / rank.
-        dropout: Probability on the input of the adapters in SFT; the other stages compute without dropout.
-        target: Any of `attention`, `mlp`, `unembedding`, `all` (all three), or layer names; one, or a list.
+        dropout: Dropout probability on the input of the adapters in SFT; the other stages do not use dropout.
+        target: One or a list of `attention`, `mlp`, `unembedding`, `all` (all three), or layer names.
         quantize: `nf4` or `fp4` keeps the frozen linear layers in 4 bits (QLoRA, arXiv 2305.14314), with their scales
             in 8 bits, and computes in bfloat16. Requires CUDA and bitsandbytes.
 
@@ -65,7 +65,7 @@ class LoRA:
             )
         check_whole("lora.rank", self.rank, most=MOST_RANK)
         if not 0 < self.alpha < math.inf:
-            raise ConfigError(f"lora.alpha is {self.alpha}: an adapter scaled by 0 would not learn; it must be above 0")
+            raise ConfigError(f"lora.alpha is {self.alpha}; it must be above 0 and finite")
         if not 0 <= self.dropout < 1:
             raise ConfigError(f"lora.dropout is {self.dropout}; it must be at least 0 and below 1")
         if self.quantize not in (None, "nf4", "fp4"):
@@ -81,7 +81,7 @@ class LoRA:
             return {}
         if not torch.cuda.is_available():
             raise ConfigError(
-                f"lora.quantize: {self.quantize} needs CUDA, and this machine has no CUDA device; leave it out to "
+                f"lora.quantize: {self.quantize} needs CUDA, but this machine has no CUDA device; leave it out to "
                 "train the adapter on weights that are not quantized"
             )
         if find_spec("bitsandbytes") is None:
@@ -124,7 +124,7 @@ class LoRA:
         """
         head = _unembedding(model)
         linear = [name for name, module in model.named_modules() if _is_linear(module)]
-        layers = {name: _group(name) for name in linear if name not in (head, *HEADS)}  # score heads train in full
+        layers = {name: _group(name) for name in linear if name not in (head, *HEADS)}  # score heads are fully trained
         wanted = set(GROUPS[:3]) if "all" in self.target else set(self.target)
         names = [name for name, group in layers.items() if group in wanted]
         if "unembedding" in wanted and head:
@@ -138,11 +138,13 @@ class LoRA:
                 )
             names += found
         if not names:
-            raise ConfigError(f"lora.target {self.target} matches no layer of {type(model).__name__}")
+            raise ConfigError(
+                f"lora.target {self.target} matches no layer of {type(model).__name__}; give names of its linear layers"
+            )
         return sorted(set(names))
 
     def continues(self, adapter: "PeftConfig", model: nn.Module) -> bool:
-        """True if an adapter of this `LoraConfig` can be trained on: plain LoRA of the same rank, alpha and targets."""
+        """True if an adapter with this config can be trained further: plain LoRA with equal rank, alpha and targets."""
         if not simple(adapter):
             return False
         names = set(self.layer_names(model))
@@ -178,9 +180,9 @@ def _dequantized(parameter: nn.Parameter) -> Tensor:
 
 
 def named_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Iterate over the weights by their Hugging Face names, one at a time, with adapters merged in.
+    """Iterate over the weights by their Hugging Face names, with adapters merged.
 
-    Of sharded weights, one at a time is gathered; all ranks must iterate.
+    Sharded weights are gathered one at a time; all ranks must iterate.
     """
     base, adapters = base_of(model), getattr(model, "peft_config", {})
     modules = dict(base.named_modules())
@@ -190,7 +192,7 @@ def named_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
             continue
         value = _trained(modules, name, parameter)
         if value is None:
-            # A tied head is yielded once, with the embeddings, unless one of the two is adapted.
+            # A tied head is yielded once, with the embeddings, unless one of them is adapted.
             if id(parameter) in seen:
                 continue
             seen.add(id(parameter))
@@ -208,7 +210,7 @@ def _trained(modules: dict[str, nn.Module], name: str, parameter: nn.Parameter) 
     if wrapped:
         tokens: TrainableTokensLayer = modules[f"{owner}.token_adapter"]
         return tokens.get_merged_weights(["default"]).detach()
-    # peft wraps several parameters of one module in nested layers.
+    # peft wraps several parameters of a module in nested layers.
     parts = name.split(".base_layer")
     owners: list[LoraLayer] = [modules[".base_layer".join(parts[:end])] for end in range(1, len(parts))]
     rest = parts[-1].removeprefix(".")
@@ -226,7 +228,7 @@ def _trained(modules: dict[str, nn.Module], name: str, parameter: nn.Parameter) 
 
 
 def of_adapter(name: str, adapters: Container[str]) -> bool:
-    """True if a weight belongs to an adapter: peft puts the adapter's name into the weight's name."""
+    """True if a weight belongs to an adapter; peft adds the adapter's name to the weight's name."""
     return any(part in adapters for part in name.split("."))
 
 
@@ -238,7 +240,7 @@ def plain_name(name: str) -> str:
 
 
 def simple(config: "PeftConfig") -> bool:
-    """True if an adapter is plain LoRA on layers, and its initialization changed no other weight."""
+    """True if an adapter is plain LoRA on layers, and its initialization changes no other weight."""
     unlike = {"bias": "none", "init_lora_weights": True}
     extra = (
         "use_rslora",
@@ -265,7 +267,7 @@ def simple(config: "PeftConfig") -> bool:
 
 
 def _is_linear(module: nn.Module) -> bool:
-    # GPT-2's linear layers are Conv1D. Mixture-of-experts blocks with fused weights are not linear layers.
+    # The linear layers of GPT-2 are Conv1D. Mixture-of-experts blocks with fused weights are not linear layers.
     from transformers.pytorch_utils import Conv1D
 
     return isinstance(module, nn.Linear | Conv1D)

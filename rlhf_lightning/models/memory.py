@@ -1,4 +1,4 @@
-"""Memory that training takes: weights, gradients and optimizer state exactly, activations from a small measurement.
+"""Estimates the memory of training: weights, gradients and optimizer state exactly, activations by measurement.
 
 Sizes are in bytes on one device. docs/memory.md has the formulas.
 """
@@ -22,13 +22,13 @@ from rlhf_lightning.models.sharding import run_unsharded
 log = logging.getLogger(__name__)
 OptimizerFactory = Callable[[ParamsT], torch.optim.Optimizer]
 Precision = Callable[[], contextlib.AbstractContextManager[None]]
-"""Makes the context in which a forward runs with the precision of training."""
+"""Makes the context manager in which a forward runs with the precision of training."""
 PROBES = (32, 96)
-"""Token counts of the two forwards from which activations are extrapolated."""
+"""Numbers of tokens of the two forward passes from which activations are extrapolated."""
 
 
 def tensor_bytes(tensors: Iterable[Tensor]) -> int:
-    """Bytes of tensors, counting each storage once and only the local shard of sharded ones."""
+    """Bytes of tensors; each storage is counted once, and of sharded tensors only the local shard."""
     found: dict[int, int] = {}
     for tensor in tensors:
         local = _local(tensor)
@@ -49,11 +49,11 @@ def trained(module: nn.Module) -> list[nn.Parameter]:
 def optimizer_bytes(factory: OptimizerFactory, parameters: Iterable[nn.Parameter]) -> int:
     """Bytes of an optimizer's state after its first step.
 
-    The factory is tried on a small matrix and a small vector of each dtype. State in the shape of its parameter is
-    counted per value; any other state, such as a step count, once per parameter.
+    The factory is called with a small matrix and a small vector of each dtype. State with the shape of its parameter is
+    counted per value; other state, such as a step count, is counted once per parameter.
 
     Args:
-        factory: Makes an optimizer from parameters, as the modules take it.
+        factory: Makes an optimizer from parameters, as in the modules.
         parameters: The trained parameters.
     """
     rates: dict[tuple[torch.dtype, bool], tuple[float, float]] = {}
@@ -70,14 +70,14 @@ def optimizer_bytes(factory: OptimizerFactory, parameters: Iterable[nn.Parameter
 
 @torch.enable_grad()
 def _state_of_one(factory: OptimizerFactory, dtype: torch.dtype, matrix: bool) -> tuple[float, float]:
-    """`(bytes per value, further bytes per parameter)` of an optimizer's state."""
+    """Bytes per value, and additional bytes per parameter, of an optimizer's state."""
     probe = nn.Parameter(torch.zeros((5, 7) if matrix else (35,), dtype=dtype))
     probe.grad = torch.zeros_like(probe)
     try:
         optimizer = factory([probe])
         optimizer.step()
     except Exception as error:  # noqa: BLE001 - an optimizer may refuse anything of a lone probe: an estimate stops no run
-        log.info("memory: the optimizer cannot be probed (%s); assuming that it keeps two numbers per weight", error)
+        log.info("memory: the state of the optimizer cannot be measured (%s); assuming two numbers per weight", error)
         return 2.0 * probe.element_size(), 0.0
     state = [value for value in optimizer.state[probe].values() if isinstance(value, Tensor)]
     for_value = sum(value.element_size() for value in state if value.shape == probe.shape)
@@ -87,9 +87,9 @@ def _state_of_one(factory: OptimizerFactory, dtype: torch.dtype, matrix: bool) -
 def activation_bytes(forward: PackedForward, tokens: int, context: Precision = contextlib.nullcontext) -> int:
     """Bytes of the activations that backward needs, without gradient checkpointing.
 
-    The model is run twice on few tokens, and what autograd saves is counted: each storage once, without weights. The
-    result is extrapolated linearly, which is right for attention that does not materialize scores; `eager`
-    attention needs more the longer the rows are.
+    The model is run twice on a few tokens, and the tensors that autograd saves are counted: each storage once, without
+    weights. The result is extrapolated linearly. This is correct for attention that does not materialize scores;
+    `eager` attention needs more memory for longer rows.
 
     Args:
         forward: The model.
@@ -102,7 +102,7 @@ def activation_bytes(forward: PackedForward, tokens: int, context: Precision = c
 
 
 def _saved(forward: PackedForward, tokens: int, context: Precision) -> int:
-    """Bytes that autograd saves in a forward of `tokens` tokens."""
+    """Bytes that autograd saves in a forward pass of `tokens` tokens."""
     sizes: dict[int, int] = {}
     kept: list[Tensor] = []  # keeps storages alive, so that none is reused while they are counted
 
@@ -115,11 +115,11 @@ def _saved(forward: PackedForward, tokens: int, context: Precision) -> int:
 
     device = next(forward.model.parameters()).device
     vocabulary = base_of(forward.model).get_input_embeddings().weight.shape[0]
-    # Short rows without shared prefixes, which fit any table of positions.
+    # Short rows without shared prefixes, which fit into any table of positions.
     ids = (torch.arange(tokens, device=device) * 7919 % vocabulary).view(-1, 16)
     wanted, prefixes = torch.ones_like(ids, dtype=torch.bool), torch.zeros(len(ids), dtype=torch.long)
     saving, forward.saving = forward.saving, lambda: saved_tensors_hooks(keep, lambda tensor: tensor)
-    # Dropout saves masks, so it must be on as in training; the caller's random state is not advanced.
+    # Dropout saves masks, so it must be on as in training; the caller's random state is not changed.
     devices = [device] if device.type == "cuda" else []
     try:
         without_checkpointing = _training_without_checkpointing(forward.model)
@@ -132,7 +132,7 @@ def _saved(forward: PackedForward, tokens: int, context: Precision) -> int:
 
 @contextlib.contextmanager
 def _training_without_checkpointing(model: nn.Module) -> Iterator[None]:
-    """Training mode without gradient checkpointing, within the context."""
+    """Context manager with training mode on and gradient checkpointing off."""
     flags = [(part, part.gradient_checkpointing) for part in model.modules() if hasattr(part, "gradient_checkpointing")]
     modes = [(part, part.training) for part in model.modules()]
     model.train()
@@ -148,7 +148,7 @@ def _training_without_checkpointing(model: nn.Module) -> Iterator[None]:
 
 
 def checkpointed_bytes(model: nn.Module, activations: int, tokens: int, size: int) -> int:
-    """Bytes of activations with gradient checkpointing: each layer's input, and all of one recomputed layer.
+    """Bytes of activations with gradient checkpointing: the input of each layer, and one whole recomputed layer.
 
     Args:
         model: The model.
@@ -161,10 +161,10 @@ def checkpointed_bytes(model: nn.Module, activations: int, tokens: int, size: in
 
 
 def logit_bytes(backbone: Backbone, rows: int, size: int, limit: int) -> int:
-    """Bytes of the logits: one buffer, capped at `limit`, and working copies.
+    """Bytes of the logits: one buffer of at most `limit` bytes, and working copies.
 
     The copies are those of one chunk: in float32, and its softmax. A soft cap keeps two more buffers for its gradient.
-    The gradient of a trained head is computed separately before it is added.
+    The gradient of a trained head is computed in a separate buffer before it is added.
 
     Args:
         backbone: Decoder and head.
@@ -191,14 +191,14 @@ def cache_bytes(model: nn.Module, rows: int, tokens: int, size: int) -> int:
     """
     config = base_of(model).config.get_text_config()
     if not hasattr(config, "num_attention_heads"):
-        return 0  # a recurrent model's state has a fixed size
+        return 0  # the state of a recurrent model has a fixed size
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return 2 * config.num_hidden_layers * rows * heads * width * tokens * size
 
 
 def compute_size(model: nn.Module, context: Precision) -> int:
-    """Bytes of a number in the layers' computations, within a precision context."""
+    """Bytes of a number in the computations of layers, within a precision context."""
     weight = next(p for p in model.parameters() if p.is_floating_point())
     with context():
         mixed = torch.is_autocast_enabled(weight.device.type)
@@ -207,7 +207,7 @@ def compute_size(model: nn.Module, context: Precision) -> int:
 
 
 def device_bytes(device: torch.device) -> int | None:
-    """Bytes that a run may use on a device: what is free plus what this process holds already; None if unknown."""
+    """Bytes that a run may use on a device: free memory and memory that this process already holds; None if unknown."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
     if device.type == "mps":

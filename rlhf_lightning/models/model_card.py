@@ -20,7 +20,7 @@ _SECRET = re.compile(r"token$|password|secret|api_?key|credential", re.IGNORECAS
 LONGEST = 200
 """Largest number of characters of a name or a value."""
 MOST = 80
-"""Largest number of settings that are listed; all of them are in `config.yaml`."""
+"""Largest number of listed settings; `config.yaml` has all of them."""
 KINDS = {
     "sft": "supervised fine-tuning",
     "preference": "preference model",
@@ -28,12 +28,12 @@ KINDS = {
 }
 _TRAINER = ("precision", "max_epochs", "max_steps", "max_time", "accumulate_grad_batches", "gradient_clip_val")
 _SHOWN = re.compile(r"train/(loss|nll|accuracy|margin|reward|kl|entropy|response_tokens|truncated)")
-"""Metrics of the last training step that are shown if nothing was held out."""
+"""Metrics of the last training step that are shown if there were no held-out rows."""
 _FILES = (".json", ".jsonl", ".csv", ".tsv", ".parquet", ".arrow", ".txt", ".gz", ".bz2", ".xz", ".zst")
 
 
 def write_card(folder: Path, facts: Mapping[str, JSON], settings: Mapping[str, JSON] | None = None) -> None:
-    """Write the model card of a folder, unless a person has edited the one that is there.
+    """Write the model card of a folder, unless it has a card that a person has edited.
 
     Args:
         folder: The model folder.
@@ -47,7 +47,7 @@ def write_card(folder: Path, facts: Mapping[str, JSON], settings: Mapping[str, J
 def edited_card(folder: Path) -> str | None:
     """The model card of a folder, if a person has written or edited it.
 
-    Neither our own card, known by the hash in its last line, nor peft's empty one counts.
+    Cards of this package (recognized by the hash in the last line) and peft's empty card do not count.
 
     Args:
         folder: The model folder.
@@ -117,19 +117,19 @@ def _object(value: JSON) -> dict[str, JSON]:
 
 
 def _name(folder: Path) -> str:
-    """The name of a folder, which may still be written; of `RUN/STAGE/model` that of the stage."""
+    """Name of a folder, which may still be temporary; for `RUN/STAGE/model`, the name of the stage."""
     place = real_path(folder)
     name = place.name.removeprefix(".").removesuffix(".partial")
     return place.parent.name if name == "model" else name
 
 
 def _on_hub(name: str) -> bool:
-    """True for a name that the Hub may have, and that is no file or folder of this machine."""
+    """True for a name that may be on the Hub, and that is not a file or folder on this machine."""
     return bool(_HUB_ID.fullmatch(name)) and not name.endswith(_FILES) and not Path(name).exists()
 
 
 def _plain(value: JSON) -> str:
-    """A value as text without markup: no links, no tags, nothing that ends a table's cell, no control characters."""
+    """A value as text without markup: no links, tags, control characters or characters that end the cell of a table."""
     text = cut(" ".join(visible(str(value)).split()), LONGEST)
     text = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;").replace("@", "&#64;")
     return _MARKUP.sub(r"\\\g<0>", text).replace("://", "&#58;//").replace("www.", "www&#46;")
@@ -174,7 +174,7 @@ def _settings(settings: Mapping[str, JSON], facts: Mapping[str, JSON]) -> Iterat
 
 
 def _flat(value: JSON | Mapping[str, JSON], name: str = "") -> Iterator[tuple[str, JSON]]:
-    """Settings with their dotted names, without those that are off or not set, and without secrets."""
+    """Settings with their dotted names, without those that are off or unset, and without secrets."""
     last = name.rpartition(".")[2]
     if _SECRET.search(last) or value in (None, False, 0, {}, [], ""):
         return
@@ -199,7 +199,7 @@ def _metrics(facts: Mapping[str, JSON]) -> Iterator[str]:
     shown = held_out or {name: value for name, value in numbers.items() if _SHOWN.match(name)}
     if shown:
         yield "## Metrics\n"
-        yield "On held-out rows:\n" if held_out else "Of the last training step; nothing was held out:\n"
+        yield "On held-out rows:\n" if held_out else "In the last training step; there were no held-out rows:\n"
         yield from _table(("metric", "value"), [(name, f"{value:.4g}") for name, value in sorted(shown.items())])
 
 
@@ -213,28 +213,28 @@ def _loading(adapter: bool, scores: bool, facts: Mapping[str, JSON]) -> str:
     return (
         f'```python\n{imports}\n\nmodel = {name}.from_pretrained("FOLDER"{more})\n'
         f'tokenizer = AutoTokenizer.from_pretrained("FOLDER")\n```\n\n'
-        f"or, with rlhf-lightning, which asks it as it was trained (`stage.json`):\n\n```bash\n{command}\n```\n"
+        f"or with rlhf-lightning, which prompts it as in its training (`stage.json`):\n\n```bash\n{command}\n```\n"
     )
 
 
 def _limits(kind: str, facts: Mapping[str, JSON], sources: Mapping[str, JSON]) -> Iterator[str]:
-    yield "What the base model gets wrong, this model may get wrong, too; see the card of the base."
+    yield "It may have all weaknesses of its base model; see the card of the base model."
     train = _object(sources.get("train"))
     if train.get("examples") is not None:
-        yield f"It was trained on {_plain(train['examples'])} examples; beyond what these show, nothing is known of it."
+        yield f"It was trained on {_plain(train['examples'])} examples, and may not generalize beyond them."
     if kind == "preference":
-        yield "Its scores order the responses to one prompt; do not compare those of different prompts or models."
+        yield "Its scores rank responses to the same prompt; do not compare scores of different prompts or models."
     if kind == "policy":
-        yield "RL raises what its rewards measure, which may be less than what was meant: read its answers."
+        yield "RL optimizes its rewards, which may not measure the intended quality; read its answers."
     if not any(name.startswith(("val/", "test/")) for name in _object(facts.get("metrics"))):
-        yield "It was not measured on held-out rows."
+        yield "It was not evaluated on held-out rows."
     for key, said in (
-        ("skipped_steps", "steps were skipped because of a loss or gradient that was not finite"),
+        ("skipped_steps", "steps were skipped because a loss or gradient was not finite"),
         ("empty_steps", "steps had no token to train on"),
-        ("inexact_resumes", "times it was resumed, and not exactly"),
+        ("inexact_resumes", "resumes were not bit-exact"),
     ):
         if facts.get(key):
             yield f"{_plain(facts[key])} {said}."
     if facts.get("stopped"):
         yield f"Training was stopped: {_plain(facts['stopped'])}"
-    yield "It was not checked for safety, bias, or what its training data may contain of private persons."
+    yield "It was not checked for safety, bias, or private information in its training data."

@@ -1,4 +1,4 @@
-"""Offloading to CPU memory: activations until backward needs them, and frozen models while they do not run."""
+"""Offloads to CPU memory: activations until the backward pass needs them, and frozen models while they do not run."""
 
 import logging
 from collections.abc import Callable, Hashable, Iterator
@@ -14,16 +14,16 @@ from rlhf_lightning.errors import ConfigError, first_line
 
 log = logging.getLogger(__name__)
 LEAST = 2**20
-"""Bytes below which a tensor is not worth copying."""
+"""Size in bytes below which a tensor is not copied."""
 Packed = Tensor | tuple[Tensor, torch.device]
 
 
 class ActivationOffload(saved_tensors_hooks):
-    """Context in which tensors that autograd saves are moved to the CPU and returned when backward needs them.
+    """Context manager that moves tensors saved by autograd to the CPU, and returns them when backward needs them.
 
-    Weights stay, and a tensor saved by several operations is copied once. Copies are ordered with the kernels of the
-    current stream and use pinned memory, so the CPU does not wait for them. Within gradient checkpointing only the
-    inputs of layers are saved, so only those are moved.
+    Weights are not moved, and a tensor saved by several operations is copied once. Copies are ordered with the kernels
+    of the current stream and use pinned memory, so the CPU does not wait for them. With gradient checkpointing,
+    autograd saves only the inputs of layers, so only these are moved.
 
     Args:
         device: Type of the device to move tensors from.
@@ -47,12 +47,12 @@ class ActivationOffload(saved_tensors_hooks):
         super().__init__(self._pack, self._unpack)
 
     def _pack(self, tensor: Tensor) -> Packed:
-        """Copy a saved tensor to the CPU, if it is worth it."""
+        """Copy a saved tensor to the CPU if it is large enough."""
         size = tensor.numel() * tensor.element_size()
         weight = isinstance(tensor, nn.Parameter) or isinstance(tensor._base, nn.Parameter)
         if tensor.device.type != self.device or size < self.least or weight or type(tensor) is not Tensor:
             return tensor
-        # While this reference is held, no other storage can have the same cdata.
+        # While this reference exists, no other storage can have the same cdata.
         storage = StorageWeakRef(tensor.untyped_storage())
         key = (storage.cdata, tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype, tensor._version)
         if key not in self._copies:
@@ -63,7 +63,7 @@ class ActivationOffload(saved_tensors_hooks):
         return self._copies[key][1]
 
     def _unpack(self, packed: Packed) -> Tensor:
-        """Return a saved tensor, on its original device."""
+        """Return a saved tensor on its original device."""
         if isinstance(packed, Tensor):
             return packed
         copy, device = packed
@@ -75,15 +75,15 @@ class ActivationOffload(saved_tensors_hooks):
 
 
 class Placement:
-    """Placement of a frozen model: on a device of its own, or on the CPU except while it runs.
+    """Places a frozen model on its own device, or on the CPU except while it runs.
 
-    Submodules of a Lightning module move with it; a model with a `Placement` does not, but it is cast with it.
-    Weights are not copied back after use: the CPU copies are kept and restored.
+    Submodules of a Lightning module move with it; a model with a `Placement` does not move, but it is cast with the
+    module. Weights are not copied back after use: the CPU copies are kept and restored.
 
     Args:
         model: The frozen model.
-        device: Where it stays and runs.
-        offload: Keep it on the CPU, and run it where the Lightning module is.
+        device: Device on which it stays and runs.
+        offload: Keep it on the CPU, and run it on the device of the Lightning module.
 
     Example:
         ```python
@@ -100,11 +100,11 @@ class Placement:
         """The device that it runs on."""
         model.to(self.rest)
         self._applied = model._apply
-        # Replaced on the instance, since a wrapping module would rename its weights.
+        # Replaced on the instance, because a wrapping module would rename the weights.
         model._apply = MethodType(Placement._apply_at_rest, self)  # type: ignore[method-assign]
 
     def _apply_at_rest(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
-        """`_apply` of the model (a move or a cast), without leaving its resting device."""
+        """`_apply` of the model (a move or a cast) that does not change its resting device."""
         if self.offload:
             self.work = fn(torch.empty(0)).device
         self._applied(lambda tensor: fn(tensor).to(self.rest), recurse)
@@ -112,7 +112,7 @@ class Placement:
 
     @contextmanager
     def on_device(self) -> Iterator[torch.device]:
-        """The model on the device where it runs, within the context; yields that device."""
+        """Context manager in which the model is on the device where it runs; yields the device."""
         tensors = [] if self.work == self.rest else [*self.model.parameters(), *self.model.buffers()]
         home = [tensor.data for tensor in tensors]
         for tensor in tensors:
@@ -131,7 +131,16 @@ def placements(module: nn.Module) -> list[Placement]:
 
 
 def check_place(name: str, device: str | None, offload: bool) -> None:
-    """Raise `ConfigError` if a device does not exist, or is given together with `offload`."""
+    """Check the placement of a frozen model.
+
+    Args:
+        name: Name of the section of settings, for the message.
+        device: The device; None for that of the module.
+        offload: True if the model is offloaded.
+
+    Raises:
+        ConfigError: If the device does not exist, or is given together with `offload`.
+    """
     if device is None:
         return
     if offload:

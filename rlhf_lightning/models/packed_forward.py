@@ -1,4 +1,4 @@
-"""The forward pass: hidden states of the requested positions, without computing anything they do not need."""
+"""The forward pass: computes the hidden states of requested positions without padding and repeated prefixes."""
 
 import logging
 from collections.abc import Callable, Iterator
@@ -23,11 +23,11 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 CPU_TOKENS, GPU_TOKENS = 2048, 16384
-"""Default number of tokens computed at once; on a CPU, what fits its caches (benchmarks/sharing.py)."""
+"""Default number of tokens computed at once; on a CPU, the number that fits into its caches (benchmarks/sharing.py)."""
 GRADIENT_TOKENS = 1024
 """Length in tokens up to which gradients of packed rows are compared."""
 FAILURES = (TypeError, ValueError, RuntimeError, AttributeError, IndexError)
-"""Exceptions of models that do not support being run on packed rows."""
+"""Exceptions of models that do not support packed rows."""
 
 
 class Hidden(NamedTuple):
@@ -52,13 +52,13 @@ class Hidden(NamedTuple):
 class PackedForward:
     """Runs a model's decoder on packed rows, computing shared prefixes once.
 
-    Packed rows are compared numerically with plain ones. A model for which they differ (recurrent layers, biases by
-    index, an attention other than transformers' own) runs right-padded rows of similar length instead, and a log line
-    says so.
+    The results of packed rows are compared numerically with those of plain rows. A model for which they differ (with
+    recurrent layers, biases by index, or an attention other than transformers' own) runs right-padded rows of similar
+    length instead, and logs this.
 
     Args:
         model: A Hugging Face model, or a `PeftModel` around one.
-        decoder: The part of it that computes hidden states.
+        decoder: The part of the model that computes hidden states.
         max_tokens: Largest number of tokens computed at once; by default 2,048 on a CPU, 16,384 elsewhere.
 
     Example:
@@ -73,16 +73,16 @@ class PackedForward:
         self.model, self.decoder, self.max_tokens = model, decoder, max_tokens
         self.config = base_of(model).config.get_text_config()
         self.saving: Callable[[], AbstractContextManager[None]] = nullcontext
-        """Context in which the model runs, which decides where activations for backward are kept."""
+        """Context manager in which the model runs; it determines where activations for backward are stored."""
         self._checked = {False: 0, True: 0}
-        """Row length in tokens up to which packed rows were compared, by whether gradients were too."""
-        # Compare right away, on a few tokens: an attention that cannot be replaced must not stay replaced.
+        """Length in tokens up to which packed rows were compared, without and with gradients."""
+        # Compare immediately on a few tokens, because an attention that cannot be replaced must not stay replaced.
         if install(self.config):
             self._compare(16, gradients=False)
 
     @property
     def packs(self) -> bool:
-        """True if rows are packed and prompts shared."""
+        """True if rows are packed and prompts are shared."""
         return installed(self.config)
 
     def __call__(self, input_ids: Tensor, wanted: Tensor, prefixes: Tensor) -> Hidden:
@@ -109,7 +109,7 @@ class PackedForward:
             parts = [run(input_ids, wanted, group) for group in groups]
         states, rows, numbers = (torch.cat(part) for part in zip(*parts, strict=True))
         for _ in range(spare):
-            # Ranks must run a sharded model equally often, backward included, so this adds a term of value 0.
+            # Ranks must run a sharded model equally often, including backward, so this adds a term of value 0.
             states = states + 0.0 * self.decoder(input_ids=input_ids[:1, :1], use_cache=False)[0].sum()
         return Hidden(states, rows, numbers)
 
@@ -123,7 +123,7 @@ class PackedForward:
         states = self.decoder(
             input_ids=input_ids[layout.rows, layout.columns][None],
             position_ids=layout.columns[None],
-            # A mask of four dimensions is passed through unchanged; the layout decides what attends to what.
+            # A mask of four dimensions is passed through unchanged; the layout determines the attention.
             attention_mask=torch.ones(1, 1, 1, 1, dtype=torch.bool, device=input_ids.device),
             use_cache=False,
             layout=layout,
@@ -132,7 +132,7 @@ class PackedForward:
         return Hidden(states[places], rows, columns)
 
     def _padded(self, input_ids: Tensor, wanted: Tensor, trees: list[SharedPrefix]) -> Hidden:
-        """Hidden states of a group of rows, right-padded, nothing shared."""
+        """Hidden states of a group of right-padded rows, without sharing."""
         numbers = torch.tensor([tree.rows[0] for tree in trees])
         width = max(tree.tokens for tree in trees)
         # No mask is needed: a causal model never attends to padding on the right.
@@ -145,18 +145,18 @@ class PackedForward:
     def check(self, length: int) -> None:
         """Compare packed with plain rows of up to `length` tokens, once; stop packing if they differ.
 
-        Values are compared at the next power of two, so that this happens only a few times. Where gradients are on they
-        are compared too, at up to `GRADIENT_TOKENS` tokens, since that takes the memory of a training step.
+        Values are compared at the next power of two, so that this happens only a few times. If gradients are on, they
+        are compared, too, at up to `GRADIENT_TOKENS` tokens, because this takes the memory of a training step.
 
         Args:
             length: Longest row of the batch, in tokens.
         """
-        # Not within a forward of a sharded model: a backward there would reshard the weights that it still needs.
+        # Not within a forward pass of a sharded model: a backward pass would reshard weights that are still needed.
         gradients = torch.is_grad_enabled() and not runs_unsharded(self.model)
         if not self.packs or length <= self._checked[gradients]:
             return
         size = max(16, 1 << (length - 1).bit_length())
-        # A model with learned positions has none beyond its table.
+        # A model with learned positions has no positions beyond its table.
         size = min(size, getattr(self.config, "max_position_embeddings", None) or size)
         if length > self._checked[False]:
             self._compare(size, gradients=False)
@@ -180,7 +180,7 @@ class PackedForward:
             log.info("%s cannot run packed rows (%s); using padded rows without shared prompts", name, reason)
 
     def _difference(self, length: int, gradients: bool) -> float:
-        """Largest relative difference between packed and plain rows, of hidden states and, if asked for, gradients."""
+        """Largest relative difference between packed and plain rows, of hidden states and optionally gradients."""
         weight = next(iter(self.model.parameters()))
         generator = torch.Generator().manual_seed(length)
         vocabulary = base_of(self.model).get_input_embeddings().weight.shape[0]
@@ -230,14 +230,14 @@ def _gradients(model: nn.Module, total: Tensor) -> list[Tensor]:
 
 
 def tolerance(model: nn.Module) -> float:
-    """Relative difference that rounding can explain."""
+    """Largest relative difference that may be due to rounding."""
     coarse = next(iter(model.parameters())).dtype in NARROW or is_quantized(model)
     return 0.1 if coarse else 1e-3
 
 
 @contextmanager
 def _exact_mode(model: nn.Module, device: torch.device, gradients: bool) -> Iterator[None]:
-    """Full precision, no dropout, nothing compiled, gradients on or off, within the context."""
+    """Context manager with full precision, no dropout, no compilation, and gradients on or off."""
     with (
         evaluating(model),
         torch.inference_mode(False),

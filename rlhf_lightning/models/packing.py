@@ -1,4 +1,4 @@
-"""Which tokens a forward computes: rows without padding and shared prefixes once, in groups under a token budget."""
+"""Packs rows without padding, with shared prefixes computed once, into groups within a token budget."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,12 +13,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class SharedPrefix:
-    """A tree of rows that begin with the same tokens: the prefix once, then a branch of further tokens per row.
+    """A tree of rows that begin with the same tokens: a common prefix, and a branch of further tokens for each row.
 
     Attributes:
         rows: Indices of the rows in the batch.
-        prefix: Tokens of the prefix.
-        branches: Tokens that each row adds; may be 0.
+        prefix: Number of tokens of the prefix.
+        branches: Number of tokens that each row adds; may be 0.
 
     Example:
         >>> SharedPrefix(rows=(0, 1), prefix=10, branches=(5, 3)).tokens
@@ -36,7 +36,7 @@ class SharedPrefix:
 
 
 def prefix_lengths(loss_mask: Tensor) -> Tensor:
-    """Tokens before the first one with mask 1: what rows may share.
+    """Number of tokens before the first token with mask 1, which rows may share.
 
     Args:
         loss_mask: `[N, T]`.
@@ -50,8 +50,8 @@ def prefix_lengths(loss_mask: Tensor) -> Tensor:
 def scored_positions(loss_mask: Tensor) -> tuple[Tensor, bool]:
     """Positions whose next token is scored.
 
-    Without one, the first position is kept all the same, and its result must count 0 times: all ranks must run the
-    model, and every weight must get a gradient.
+    If there is none, the first position is kept, but its result must have weight 0: all ranks must run the model, and
+    every weight must get a gradient.
 
     Args:
         loss_mask: `[N, T]`.
@@ -73,9 +73,9 @@ def find_shared_prefixes(
 
     Args:
         input_ids: `[N, T]`.
-        prefixes: Number of leading tokens of each row that may be shared with rows that have the same ones.
-        ends: Number of tokens of each row that are computed; a row that ends at 0 is left out.
-        share: If False, every row is a tree of its own.
+        prefixes: Number of leading tokens of each row that may be shared with rows that have the same tokens.
+        ends: Number of tokens of each row that are computed; rows with 0 are left out.
+        share: If False, each row is a separate tree.
 
     Example:
         >>> ids = torch.tensor([[1, 2, 3], [1, 2, 4]])
@@ -101,7 +101,7 @@ def find_shared_prefixes(
 def group_by_token_budget(trees: Sequence[SharedPrefix], budget: int) -> list[list[SharedPrefix]]:
     """Group trees of similar size so that a group has at most `budget` tokens; a single row may exceed it.
 
-    Trees above the budget are split, each part with the prefix again.
+    Trees above the budget are split, and each part repeats the prefix.
     """
     parts = [part for tree in trees for part in _parted(tree, budget)]
     groups: list[list[SharedPrefix]] = []
@@ -116,7 +116,7 @@ def group_by_token_budget(trees: Sequence[SharedPrefix], budget: int) -> list[li
 
 
 def _parted(tree: SharedPrefix, budget: int) -> list[SharedPrefix]:
-    """Split a tree that exceeds the budget into several, each with the prefix again."""
+    """Split a tree that exceeds the budget into several trees, which repeat the prefix."""
     if tree.tokens <= budget or len(tree.rows) == 1:
         return [tree]
     parts: list[list[int]] = []
@@ -134,11 +134,11 @@ def _parted(tree: SharedPrefix, budget: int) -> list[SharedPrefix]:
 
 
 class PackedLayout:
-    """A group of trees as one packed row of n tokens: where each token comes from, and what it may attend to.
+    """A group of trees as one packed row of n tokens: the origin of each token, and the tokens that it may attend to.
 
     Args:
         trees: The trees, in their order in the packed row.
-        device: Where the layout's tensors are.
+        device: Device of the layout's tensors.
 
     Attributes:
         rows: Row of each token in the batch, `[n]`.
@@ -174,8 +174,8 @@ class PackedLayout:
             wanted: Bool `[N, T]`.
 
         Returns:
-            Index in the packed row, row and column of each wanted token, `[m]` each. A token of a shared prefix appears
-            once for each row that wants it.
+            Index in the packed row, and row and column in the batch, of each wanted token, `[m]` each. A token of a
+            shared prefix appears once for each row in which it is wanted.
         """
         start, places, rows, columns = 0, [], [], []
         for tree in self.trees:
@@ -191,7 +191,7 @@ class PackedLayout:
         return found[0], found[1], found[2]
 
     def allowed(self, query: Tensor, key: Tensor, window: int | None) -> Tensor:
-        """True where query may attend to key: an earlier token of its own branch or its prefix.
+        """True where a query may attend to a key: an earlier token of the same branch or of the prefix.
 
         Args:
             query: Indices in the packed row.

@@ -1,4 +1,4 @@
-"""What stays in float32 when a model is cast to a narrower type."""
+"""Keeps some tensors in float32 when a model is cast to a narrower type."""
 
 import functools
 from collections.abc import Callable, Iterable
@@ -16,10 +16,10 @@ def sparing(fn: Callable[[Tensor], Tensor], spared: Callable[[Tensor], bool]) ->
 
     Args:
         fn: A move or a cast.
-        spared: Says of a tensor whether it is exempt from narrowing.
+        spared: Returns True for tensors that keep their dtype.
     """
 
-    @functools.wraps(fn)  # torchmetrics looks at its name
+    @functools.wraps(fn)  # torchmetrics reads its name
     def apply(tensor: Tensor) -> Tensor:
         moved = fn(tensor)
         narrowed = moved.dtype in NARROW and tensor.dtype not in NARROW and tensor.is_floating_point()
@@ -31,12 +31,12 @@ def sparing(fn: Callable[[Tensor], Tensor], spared: Callable[[Tensor], bool]) ->
 def cast_weights_only(
     fn: Callable[[Tensor], Tensor], module: nn.Module, heads: Iterable[nn.Module]
 ) -> Callable[[Tensor], Tensor]:
-    """Wrap `fn` so that a narrowing cast reaches a module's weights but neither heads nor rotary frequencies.
+    """Wrap `fn` so that a narrowing cast applies to a module's weights, but not to heads and rotary frequencies.
 
-    Rotary frequencies rounded to 8 bits are off by whole turns after a few thousand tokens (transformers always keeps
-    them in float32). Other buffers take part in the arithmetic of the weights and are cast. Metric sums are not
-    buffers and are not cast either. Heads are linear layers with one output, whose small updates a narrow type would
-    round away.
+    Rotary frequencies that are rounded to 8 bits are wrong by whole turns after a few thousand tokens (transformers
+    always keeps them in float32). Other buffers are used together with the weights, and are cast. Metric sums are not
+    buffers, and are not cast. Heads are linear layers with one output; a narrow type would round their small updates
+    to 0.
 
     Args:
         fn: A move or a cast.
@@ -52,8 +52,8 @@ def cast_weights_only(
 def weights_alone(plugin: Any) -> None:
     """Make Lightning's `bf16-true` and `16-true` cast only weights, not batches or the default dtype.
 
-    By default Lightning rounds every number of a batch (log-probabilities, advantages, margins) to 8 bits before a
-    step, and every tensor that a step or a reward creates.
+    Otherwise, Lightning rounds all numbers of a batch (log-probabilities, advantages, margins), and all tensors that a
+    step or a reward creates, to 8 bits.
 
     Args:
         plugin: The trainer's precision plugin.

@@ -1,4 +1,4 @@
-"""The frozen policy that the KL is measured against, usually the one that the stage started from."""
+"""The frozen policy that the KL is measured against, usually the start of the stage."""
 
 import copy
 import logging
@@ -26,22 +26,22 @@ class Reference:
     """Log-probabilities of the policy that the stage started from, or of another model.
 
     With a new adapter, the reference is the model with its adapter disabled; with an adapter that is trained further, a
-    frozen second copy of the adapter; with full training, a frozen copy of the model. It is no `nn.Module`, since the
-    policy belongs to the module that trains it; that module registers `copy`, so that it moves along.
+    frozen second copy of the adapter; with full training, a frozen copy of the model. It is not an `nn.Module`, because
+    the policy belongs to the module that trains it; that module registers `copy`, so that the copy moves with it.
 
     Args:
-        model: The policy as the stage starts it, or with `separate` the other model.
-        fresh_adapter: True if the policy's adapter was created by this stage.
-        max_tokens: Tokens computed at once, see `PackedForward`.
+        model: The policy at the start of the stage, or with `separate` another model.
+        fresh_adapter: True if this stage created the policy's adapter.
+        max_tokens: Number of tokens computed at once, see `PackedForward`.
         moves: True if `refresh` will be called.
         device: Device of a copy of the whole model, see `Placement`.
         offload: Keep such a copy on the CPU while it does not run, see `Placement`.
-        separate: True if the model is another one than the policy. It is used as it is: its dropout is disabled and its
-            gradients are turned off.
+        separate: True if the model is not the policy. It is not copied; its dropout is disabled, and its gradients are
+            turned off.
 
     Attributes:
-        mode: `copy`, `disabled` or `adapter`: how the model becomes the reference.
-        copy: The model whose weights the policy does not share; None if the reference is the policy with another
+        mode: How the model becomes the reference: `copy`, `disabled` or `adapter`.
+        copy: The model if it does not share weights with the policy; None if the reference is the policy with another
             adapter.
 
     Example:
@@ -61,9 +61,9 @@ class Reference:
         offload: bool = False,
         separate: bool = False,
     ) -> None:
-        # Disabling the adapter gives the start policy, and cannot give a later one.
+        # Disabling the adapter gives the start policy, but cannot give a later policy.
         disabled = fresh_adapter and not moves
-        # peft cannot add a second copy of an adapter that holds more than LoRA's two matrices (embeddings, biases).
+        # peft cannot add a second copy of an adapter with more than LoRA's two matrices (embeddings, biases).
         adapted = is_adapted(model) and (disabled or simple(model.peft_config["default"])) and not separate
         self.mode = "copy" if not adapted else "disabled" if disabled else "adapter"
         self.copy: nn.Module | None = None
@@ -82,15 +82,15 @@ class Reference:
             return None
         if self.copy is None:
             log.info(
-                "kl.device and kl.offload have no effect here: the reference is the policy with another adapter; leave "
-                "them out"
+                "kl.device and kl.offload have no effect, because the reference is the policy with another adapter; "
+                "leave them out"
             )
             return None
         return Placement(self.copy, device, offload)
 
     @torch.no_grad()
     def logprobs(self, input_ids: Tensor, loss_mask: Tensor, temperature: float = 1.0) -> Tensor:
-        """Log-probabilities of the tokens whose mask is 1.
+        """Log-probabilities of the tokens with mask 1.
 
         Args:
             input_ids: Right-padded, `[B, T]`.
@@ -106,11 +106,11 @@ class Reference:
 
     @property
     def parts_to_split(self) -> list[nn.Module]:
-        """The modules to shard: a copy that stays on the device. An offloaded copy is kept unsharded on every rank."""
+        """The modules to shard: a copy that stays on the device. An offloaded copy is not sharded."""
         return [] if self.copy is None or self.placement else [self.copy]
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Names and tensors that the reference computes with, excluding the adapter that is trained."""
+        """Names and tensors of the reference, excluding the trained adapter."""
         for name, value in (self.copy or self._policy).named_parameters():
             adapter = any(part in name for part in (".lora_", ".modules_to_save."))
             if self.mode == "copy" or not adapter or (self.mode == "adapter" and ".reference" in name):
@@ -122,11 +122,11 @@ class Reference:
         self.load_weights(dict(policy.state_dict() if self.copy is not None else _adapter(policy, "default")))
 
     def weights(self) -> dict[str, Tensor]:
-        """Weights that `refresh` changes, for a checkpoint, gathered; all ranks must call it."""
+        """Gather the weights that `refresh` changes, for a checkpoint; all ranks must call this."""
         return {name: full_tensor(value.detach()).clone() for name, value in self._refreshed().items()}
 
     def load_weights(self, weights: dict[str, Tensor]) -> None:
-        """Restore what `weights` returned; all ranks must call it."""
+        """Restore the result of `weights`; all ranks must call this."""
         for name, value in self._refreshed().items():
             copy_weight(value, weights[name])
 
@@ -136,7 +136,7 @@ class Reference:
 
     @contextmanager
     def _active(self) -> Iterator[None]:
-        """Switch the model to the reference within the context."""
+        """Context manager in which the model is the reference."""
         model = self._policy
         if self.mode == "disabled":
             with model.disable_adapter():
@@ -160,18 +160,18 @@ def load_reference(
     device: str | None = None,
     offload: bool = False,
 ) -> Reference:
-    """Load another model than the policy as the reference.
+    """Load a model other than the policy as the reference.
 
     Args:
         source: Model folder or Hub id.
         tokenizer: The policy's tokenizer.
-        dtype: Type of its weights, for example `float32`.
+        dtype: Data type of its weights, for example `float32`.
         max_tokens: See `Reference`.
         device: See `Reference`.
         offload: See `Reference`.
 
     Raises:
-        ConfigError: If it cannot be loaded, or has another vocabulary.
+        ConfigError: If the model cannot be loaded, or has another vocabulary.
     """
     model = load_for_scoring(source, "CAUSAL_LM", dtype)
     check_vocabulary(model, tokenizer, "the reference")
@@ -185,19 +185,19 @@ def _copy_adapter(model: "PeftModel") -> None:
     weights = _adapter(model, "default")
     for name, value in _adapter(model, "reference").items():
         copy_weight(value, weights[name])
-    # peft creates the second adapter with its config's dropout, even if the first one's was disabled.
+    # peft creates the second adapter with the dropout of the config, even if that of the first adapter is disabled.
     disable_dropout(model)
     _train_default(model, trained)
 
 
 def _adapter(model: "PeftModel", adapter: str) -> dict[str, Tensor]:
-    """Weights of an adapter, by their names without the adapter's own name."""
+    """Weights of an adapter, by their names without the adapter's name."""
     named = {tuple(name.split(".")): p.detach() for name, p in model.named_parameters()}
     return {".".join(part for part in name if part != adapter): p for name, p in named.items() if adapter in name}
 
 
 def _train_default(model: "PeftModel", trained: list[nn.Parameter]) -> None:
-    """Switch back to the trained adapter, restoring `requires_grad`, which peft changes when switching."""
+    """Switch back to the trained adapter, and restore `requires_grad`, which peft changes when switching."""
     model.set_adapter("default")
     model.requires_grad_(False)
     for parameter in trained:

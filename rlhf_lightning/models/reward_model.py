@@ -1,4 +1,4 @@
-"""Scoring texts or tokens with a scorer: in the preference module, by hand, and as a reward."""
+"""Scores texts or tokens with a scorer: in the preference module, in user code, and as a reward."""
 
 from collections.abc import Callable, Mapping, Sequence
 
@@ -21,7 +21,7 @@ from rlhf_lightning.types import JSON, Message, ToolSchema
 
 Text = str | list[Message]
 TokenRow = tuple[list[int], list[int]]
-"""Token ids, and a mask that is 1 on the response."""
+"""Token ids and mask of a row; the mask is 1 on the response."""
 _EXAMPLE_CHAT: list[Message] = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Good day."}]
 
 
@@ -39,8 +39,8 @@ def score_rows(
         scorer: A scorer with a model.
         ids: Token ids of each row.
         masks: 1 on the response, 0 elsewhere, for each row.
-        device: Where the model is.
-        batch_size: Rows scored at once.
+        device: Device of the model.
+        batch_size: Number of rows scored at once.
 
     Returns:
         Scores, `[N]`.
@@ -68,12 +68,12 @@ def score_texts(
     Args:
         scorer: A scorer with a model.
         renderer: Turns messages into tokens.
-        prompts: One per row.
-        responses: One per row.
+        prompts: Prompt of each row.
+        responses: Response of each row.
         tools: Tool definitions of each row, if any.
-        device: Where the model is.
-        batch_size: Rows scored at once.
-        allow_blank: Score an empty response by its end token instead of raising.
+        device: Device of the model.
+        batch_size: Number of rows scored at once.
+        allow_blank: Score an empty response by its end token instead of raising an error.
         close: Maps each rendered row to the row that is scored.
 
     Returns:
@@ -81,13 +81,13 @@ def score_texts(
 
     Raises:
         ConfigError: If the numbers of prompts and responses differ.
-        DataError: If an exchange is empty or cannot be rendered.
+        DataError: If a row is empty or cannot be rendered.
     """
     for name, given in (("prompts", prompts), ("responses", responses)):
         if isinstance(given, str):
             raise ConfigError(f"{name} is a single text; it must be a list of texts: [{given[:40]!r}]")
     if len(prompts) != len(responses):
-        raise ConfigError(f"{len(prompts)} prompts and {len(responses)} responses: give one response per prompt")
+        raise ConfigError(f"there are {len(prompts)} prompts, but {len(responses)} responses; give one for each prompt")
     rendered = [
         renderer.exchange(
             to_messages(prompt), to_messages(response, "assistant"), tools[i] if tools else None, allow_blank
@@ -105,13 +105,13 @@ class RewardModel(nn.Module):
 
     Args:
         folder: Model folder of a preference stage, or any reward model that `AutoModelForSequenceClassification` loads.
-        dtype: Type of its weights.
-        shifted: Add the `reward_shift` of `stage.json`, which makes the mean score of its demonstrations 0.
-        asked: Rendering settings that replace those it was trained with, see
+        dtype: Data type of its weights.
+        shifted: Add the `reward_shift` in `stage.json`, which makes the mean score of its demonstrations 0.
+        asked: Rendering settings that replace those of its training, see
             `data.rendering_settings.RenderingSettings`.
 
     Raises:
-        ConfigError: If the folder is no preference model, or lacks what the settings need.
+        ConfigError: If the folder is not a preference model, or the settings do not fit it.
 
     Example:
         ```python
@@ -137,12 +137,14 @@ class RewardModel(nn.Module):
         self.scorer = scorer_of(folder)
         source = recorded_reference(folder) if "reference" in self.scorer.requires else None
         if "reference" in self.scorer.requires and source is None:
-            raise ConfigError(f"{folder} scores against a reference model, which stage.json does not name")
+            raise ConfigError(
+                f"{folder}: the scorer needs a reference model, but stage.json does not name one; restore the file"
+            )
         check_source(folder)
         if "head" in self.scorer.requires and not has_head(folder):
             raise ConfigError(
-                f"{folder} is not a preference model: it has neither a score head nor a stage.json that names another "
-                "scorer. A new head would give random scores."
+                f"{folder} is not a preference model: it has neither a score head nor a stage.json with another "
+                "scorer; a new head would give random scores"
             )
         self.model = load_for_scoring(folder, self.scorer.task, dtype)
         self.tokenizer = load_tokenizer(folder)
@@ -150,7 +152,7 @@ class RewardModel(nn.Module):
         self.renderer = self.asking.renderer(self.tokenizer)
         disable_dropout(self.model)
         self.renderer.also_stop_at(end_token_ids(folder, self.tokenizer))
-        # Before the vocabulary check: `RewardHead` adds the padding token that its tokenizer was saved with.
+        # Before the vocabulary check, because `RewardHead` adds the padding token that its tokenizer was saved with.
         reference = None if source is None else load_reference(source, self.tokenizer, dtype)
         self.reference_copy = None if reference is None else reference.copy
         self.model_scorer = self.scorer.build(
@@ -158,7 +160,7 @@ class RewardModel(nn.Module):
         )
         check_vocabulary(self.model, self.tokenizer, f"the reward model {folder}")
         self.model.requires_grad_(False).eval()
-        # A reward model from elsewhere is read at the end of its template, as in its training and by other tools.
+        # Other reward models are read at the end of their template, as in their training and in other tools.
         foreign = "head" in self.scorer.requires and "scorer" not in stage and not self.tokenizer.was_ended
         self._after, self._unended = self._closing() if foreign else ([], False)
 
@@ -168,13 +170,13 @@ class RewardModel(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Device that it scores on."""
+        """Device of the model."""
         return next(self.model.parameters()).device
 
     def same_tokens(self, renderer: Renderer) -> bool:
-        """True if the policy's token ids mean the same here, so that responses can be scored as they were sampled.
+        """True if the policy has the same token ids and rendering, so that sampled tokens can be scored unchanged.
 
-        The system message and the tools are not compared; the caller must do so for each conversation.
+        The system message and the tools are not compared; the caller must compare them for each conversation.
 
         Args:
             renderer: The policy's renderer.
@@ -189,7 +191,7 @@ class RewardModel(nn.Module):
         )
 
     def _closing(self) -> tuple[list[int], bool]:
-        """Ids that its template writes after a turn's end token, and whether it omits that end token."""
+        """Ids that its template writes after the end token of a turn, and True if it omits that end token."""
         if self.renderer.format == "raw" or not self.tokenizer.chat_template:
             return [], False
         ours = self.renderer.exchange(_EXAMPLE_CHAT[:1], _EXAMPLE_CHAT[1:]).ids
@@ -198,7 +200,7 @@ class RewardModel(nn.Module):
         return theirs[len(ours) :] if theirs[: len(ours)] == ours else [], ours[:-1] == theirs
 
     def _closed(self, row: TokenRow) -> TokenRow:
-        """A row up to where its score is read; a truncated response is left as it is."""
+        """A row up to the token at which its score is read; a truncated response stays unchanged."""
         ids, loss_mask = row
         if not ids or ids[-1] not in self.renderer.stop_token_ids:
             return row

@@ -1,4 +1,4 @@
-"""Model folders that a stage leaves behind, in a form that stock transformers and peft load."""
+"""Writes model folders that stock transformers and peft can load."""
 
 import copy
 import logging
@@ -41,7 +41,7 @@ def save_model(
 ) -> None:
     """Write weights (safetensors), config, tokenizer with chat template, generation config and model card.
 
-    The folder is written next to its final place and renamed, so it is never incomplete.
+    The folder is written under a temporary name and renamed, so that it is never incomplete.
 
     Args:
         model: A Hugging Face model or a `PeftModel`.
@@ -49,11 +49,11 @@ def save_model(
         folder: The folder to write.
         stop_token_ids: Ids that end a response.
         weights: The gathered state dict, if the model is sharded.
-        base_kept: True if the weights below an adapter are those of the base that it names; otherwise they are saved
-            too.
+        base_kept: True if the weights below an adapter equal those of the base that it names; otherwise they are also
+            saved.
         facts: Contents of `stage.json`; None for no such file.
         stop: Texts that end a response.
-        template: Of a reward model: the chat template that ends a response's text.
+        template: For a reward model, the chat template, which is saved such that it ends with the response.
     """
     scratch = scratch_of(folder)
     shutil.rmtree(scratch, ignore_errors=True)
@@ -62,7 +62,7 @@ def save_model(
     adapted = is_adapted(model)
     with _own_generation_config_aside(base_of(model)):
         if adapted:
-            # Only the adapter that was trained. Embeddings that are not the base's are saved with the base.
+            # Only the trained adapter. Embeddings that differ from those of the base are saved with the base.
             model.save_pretrained(scratch, selected_adapters=["default"], save_embedding_layers=False, **given)
             _save_base(model, scratch, folder, base_kept, weights)
         else:
@@ -74,7 +74,7 @@ def save_model(
         _tell_stock_peft(model, scratch)
     with ended(tokenizer, template):
         tokenizer.save_pretrained(scratch)
-    (scratch / CARD).unlink(missing_ok=True)  # peft's, which is empty
+    (scratch / CARD).unlink(missing_ok=True)  # peft's empty card
     if (edited := edited_card(folder)) is not None:
         (scratch / CARD).write_text(edited, encoding="utf-8", errors="surrogateescape")
     if facts is not None:
@@ -85,11 +85,11 @@ def save_model(
 
 
 def _save_base(model: "PeftModel", scratch: Path, folder: Path, kept: bool, weights: dict[str, Tensor] | None) -> None:
-    """Write `base/` into an adapter's folder, if the base that it names is not what stock libraries need.
+    """Write `base/` into an adapter's folder, if stock libraries cannot use the base that it names.
 
-    Weights that are in no folder (a model passed as an object, an in-memory merge, new vocabulary rows) are written.
-    For a reward adapter the base's files are linked and given the reward model's config. Stock libraries read the
-    number of labels and the padding token from the base's config, and those of an SFT model differ: with a padding
+    Weights that no folder contains (a model passed as an object, an in-memory merge, new vocabulary rows) are written.
+    For a reward adapter, the files of the base are linked, with the config of the reward model. Stock libraries read
+    the number of labels and the padding token from the base's config, and those of an SFT model differ: with a padding
     token that also ends responses, stock pooling would read the token before the last one.
     """
     if not kept:
@@ -98,7 +98,7 @@ def _save_base(model: "PeftModel", scratch: Path, folder: Path, kept: bool, weig
         base = Path(model.peft_config["default"].base_model_name_or_path or "")
         config = copy.deepcopy(model.get_base_model().config)
         if hasattr(config, "quantization_config"):
-            del config.quantization_config  # the linked weights are the unquantized ones
+            del config.quantization_config  # the linked weights are not quantized
         if (base / "config.json").is_file():  # for a Hub id, see docs/preference.md
             link_base(config, base, scratch, folder)
 
@@ -106,19 +106,19 @@ def _save_base(model: "PeftModel", scratch: Path, folder: Path, kept: bool, weig
 def _save_generation(
     model: nn.Module, tokenizer: Tokenizer, stop_token_ids: Sequence[int], stop: Sequence[str], to: Path
 ) -> None:
-    """Save the base's generation config with the end-of-response ids and texts of training, also next to an adapter.
+    """Save the base's generation config, also next to an adapter, with the ids and texts that end a response.
 
-    This bypasses transformers' validation, which refuses a changed config that has a temperature while sampling is off,
-    as many published ones do.
+    This bypasses transformers' validation, which refuses a changed config with a temperature if sampling is off; many
+    published configs have that.
     """
     base = base_of(model)
     generation = copy.deepcopy(getattr(base, "generation_config", None))
     if generation is None or not base.can_generate():
         return
-    # Keep the model's own ids: responses may end with a token that no training row shows.
+    # Keep the model's own ids, because responses may end with a token that no training row contains.
     generation.eos_token_id = sorted({*stop_token_ids, *end_token_ids(model, tokenizer)})
     generation.pad_token_id = tokenizer.pad_token_id
-    generation._from_model_config = False  # it now holds more than the model's config
+    generation._from_model_config = False  # it now contains more than the model's config
     if texts := [*(generation.stop_strings or []), *stop]:
         generation.stop_strings = list(dict.fromkeys(texts))
     generation.to_json_file(to / "generation_config.json", keys_to_pop=["compile_config"])
@@ -126,7 +126,7 @@ def _save_generation(
 
 @contextmanager
 def _own_generation_config_aside(model: "PreTrainedModel") -> Iterator[None]:
-    """Detach the model's generation config while the model is saved; `_save_generation` writes it."""
+    """Context manager that detaches the generation config while a model is saved; `_save_generation` writes it."""
     own = getattr(model, "generation_config", None)
     try:
         if own is not None:
@@ -138,7 +138,7 @@ def _own_generation_config_aside(model: "PreTrainedModel") -> Iterator[None]:
 
 
 def _tell_stock_peft(model: "PeftModel", scratch: Path) -> None:
-    """Log where stock peft would not stop as trained: it reads the base's generation config, not the adapter's."""
+    """Warn if stock peft would stop at other tokens: it reads the base's generation config, not the adapter's."""
     own = scratch / "generation_config.json"
     if not own.is_file():
         return
@@ -147,7 +147,7 @@ def _tell_stock_peft(model: "PeftModel", scratch: Path) -> None:
     if not set(ends) <= set(before):
         log.info(
             "stock peft stops at the tokens of the base's generation config (%s), not at those of training (%s), which "
-            "are in generation_config.json next to the adapter: see docs/stages.md",
+            "are in generation_config.json next to the adapter; see docs/stages.md",
             before,
             ends,
         )
@@ -160,7 +160,7 @@ def _eos_token_ids(path: Path) -> list[JSON]:
 
 
 def relative_base(folder: Path) -> str | None:
-    """The base of an adapter folder, relative to it, if the base is a folder on this machine."""
+    """The path of an adapter's base relative to the adapter's folder, if the base is a folder on this machine."""
     if not is_adapter(str(folder)):
         return None
     base = Path(str(adapted_base(folder)))
@@ -168,7 +168,7 @@ def relative_base(folder: Path) -> str | None:
 
 
 def relative_to_run(path: str | Path, folder: Path) -> str | None:
-    """`path` relative to the model folder `RUN/STAGE/model`, so that it survives moving RUN; None outside RUN."""
+    """`path` relative to the model folder `RUN/STAGE/model`, so that RUN can be moved; None if it is outside RUN."""
     run = real_path(folder).parent.parent
     inside = Path(str(path)).is_dir() and real_path(str(path)).is_relative_to(run)
     return os.path.relpath(real_path(str(path)), real_path(folder)) if inside else None

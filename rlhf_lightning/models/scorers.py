@@ -1,4 +1,4 @@
-"""Scorers assign a number to a response. The same object scores in training, by hand, and as an RL reward."""
+"""Scorers give responses a score. The same object scores in training, in user code, and as a reward in RL."""
 
 import inspect
 from abc import ABC, abstractmethod
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 
 class Scored(NamedTuple):
-    """Scores of N rows, and the log-probabilities behind them if the scorer computes any.
+    """Scores of N rows, and the log-probabilities that they were computed from, if any.
 
     Attributes:
         scores: `[N]`.
@@ -46,7 +46,7 @@ class Scored(NamedTuple):
     logprobs: Tensor | None = None
     """Log-probability of each response token, in nats, `[N, T]`."""
     reference_logprobs: Tensor | None = None
-    """The same under the reference, in nats, `[N, T]`."""
+    """Log-probability of each response token under the reference, in nats, `[N, T]`."""
     reference_scores: Tensor | None = None
     """The reference's part of each score, `[N]`."""
 
@@ -62,13 +62,13 @@ class ScorerRecord(TypedDict):
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A loaded model, and what else a scorer may be built from.
+    """A loaded model, and other inputs for building a scorer.
 
     Args:
         model: A Hugging Face model of the scorer's `task`, or a `PeftModel` around one.
         tokenizer: Its tokenizer.
         stop_token_ids: Ids that end a response.
-        max_tokens: Tokens that the model computes at once, see `PackedForward`.
+        max_tokens: Number of tokens that the model computes at once, see `PackedForward`.
         reference: The reference, for a scorer that requires one.
 
     Example:
@@ -86,12 +86,12 @@ class LoadedModel:
 
 
 class ModelScorer(ABC):
-    """A scorer with its model, as `Scorer.build` makes it.
+    """A scorer with its model; the result of `Scorer.build`.
 
-    A batch has `input_ids` and `loss_mask`, `[N, T]` with mask 1 on the response, and `lengths`, `[N]`.
+    A batch has `input_ids` and `loss_mask`, `[N, T]`, with mask 1 on the response, and `lengths`, `[N]`.
 
     Args:
-        packed_forward: What runs the model.
+        packed_forward: The packed forward that runs the model.
         reference: The reference, if the scorer requires one.
 
     Example:
@@ -108,7 +108,7 @@ class ModelScorer(ABC):
     """
 
     head: nn.Module | None = None
-    """The score head, which stays in float32, if there is one."""
+    """The score head, if there is one; it stays in float32."""
 
     def __init__(self, packed_forward: PackedForward, reference: Reference | None = None) -> None:
         self.packed_forward, self.reference = packed_forward, reference
@@ -118,31 +118,31 @@ class ModelScorer(ABC):
         """Scores of a batch, `[N]`, float32 or wider."""
 
     def detailed(self, batch: PreferenceTokens) -> Scored:
-        """Scores with the log-probabilities behind them."""
+        """Scores, and the log-probabilities that they were computed from."""
         return Scored(self(batch))
 
     def reference_logprobs(self, batch: PreferenceTokens) -> Tensor:
         """The reference's log-probabilities of the response tokens, in nats, `[N, T]`.
 
         Raises:
-            ConfigError: If there is no reference, or no longer.
+            ConfigError: If there is no reference, or it was released.
         """
         if self.reference is None:
             raise ConfigError(
-                "the reference was released after its log-probabilities were stored (scorer.store), and these rows "
-                "were not stored: score them with the saved model folder"
+                "the reference was released after its log-probabilities were stored (scorer.store), but these rows "
+                "were not stored; score them with the saved model folder"
             )
         return self.reference.logprobs(batch["input_ids"], batch["loss_mask"])
 
     def release_reference(self) -> None:
-        """Let go of the reference, once its log-probabilities are stored; its memory is then free."""
+        """Release the reference and its memory, once its log-probabilities are stored."""
         self.reference = None
 
 
 class Scorer(Settings, ABC):
-    """Base class of scorers: the settings, from which `build` makes what scores.
+    """Base class of the settings of scorers; `build` makes the `ModelScorer`.
 
-    The arguments of its constructor must be plain values; `stage.json` stores them.
+    The arguments of the constructor must be plain values, because `stage.json` stores them.
 
     Example:
         ```python
@@ -155,13 +155,13 @@ class Scorer(Settings, ABC):
     """
 
     task: str
-    """Which Hugging Face class the model is: `CAUSAL_LM` or `SEQ_CLS`."""
+    """Kind of the Hugging Face model: `CAUSAL_LM` or `SEQ_CLS`."""
     requires: tuple[str, ...] = ()
-    """What a model must have to be scored: `head`, a score head; `reference`, a reference model."""
+    """Requirements: `head` for a score head, `reference` for a reference model."""
     provides: tuple[str, ...] = ("lengths",)
-    """Tensors that a loss may ask for by name and that `ModelScorer.detailed` provides."""
+    """Names of the tensors that `ModelScorer.detailed` provides to losses."""
     beta: float | None = None
-    """Factor of the log-probabilities, if the score is made of them."""
+    """Factor of the log-probabilities, if the score is computed from them."""
     length_normalized = False
     """True if the score is a mean over tokens instead of a sum."""
     tail_weight = 1.0
@@ -173,14 +173,14 @@ class Scorer(Settings, ABC):
 
     @abstractmethod
     def build(self, loaded: LoadedModel) -> ModelScorer:
-        """Make what scores responses with a model; called once, after the model is loaded.
+        """Make the scorer with a model; called once, after the model is loaded.
 
         Args:
-            loaded: The model, and what `requires` asks for.
+            loaded: The model, and the inputs that `requires` lists.
         """
 
     def settings(self) -> ScorerRecord:
-        """What `stage.json` stores to build the scorer again."""
+        """The record in `stage.json` from which the scorer can be built again."""
         return {"name": _name(type(self)), "init_args": arguments(self)}
 
 
@@ -229,8 +229,8 @@ class SequenceLogprob(_LogprobScorer):
 class ImplicitReward(_LogprobScorer):
     """beta · Σ_t (log π − log π_reference) over the response; with the Bradley-Terry loss this is DPO.
 
-    The reward that a policy implies, without the term that both responses of a pair share. Source: DPO, arXiv
-    2305.18290 eq. 5.
+    This is the reward that a policy implies, without the term that is equal for both responses of a pair. Source: DPO,
+    arXiv 2305.18290, eq. 5.
 
     Args:
         beta: Factor of the log-ratio, above 0. A larger beta keeps the policy closer to the reference.
@@ -238,7 +238,7 @@ class ImplicitReward(_LogprobScorer):
         length_normalized: Use the mean over tokens instead of the sum; beta is then larger, 1 to 10.
         tail_weight: Weight, in [0, 1], of the tokens of a pair's longer response past the length of the shorter one;
             below 1 this is length-desensitized DPO (arXiv 2409.06411).
-        store: Compute the reference's log-probabilities once, before training, and store them in a file next to the
+        store: Compute the log-probabilities of the reference once before training, and store them in a file next to the
             data for this and later runs. The reference then takes no memory in training.
 
     Raises:
@@ -266,10 +266,10 @@ class ImplicitReward(_LogprobScorer):
 
 
 class LogprobScores(ModelScorer):
-    """Sums of token log-probabilities, or with a reference of their differences from the reference's.
+    """Sums of token log-probabilities or, with a reference, of their differences from those of the reference.
 
     Args:
-        scorer: The settings; if they require a reference, so do the scores.
+        scorer: The settings; they determine whether a reference is needed.
         loaded: The model, and the reference.
     """
 
@@ -281,7 +281,7 @@ class LogprobScores(ModelScorer):
         return self.detailed(batch).scores
 
     def detailed(self, batch: PreferenceTokens) -> Scored:
-        """Scores, the log-probabilities behind them, and the reference's part of each."""
+        """Scores, the log-probabilities that they were computed from, and the reference's part of each score."""
         if "reference" not in self.scorer.requires:
             logprobs = self.token_logprobs(batch["input_ids"], batch["loss_mask"]).logprobs
             return Scored(self._score(logprobs, batch), logprobs)
@@ -296,7 +296,8 @@ class LogprobScores(ModelScorer):
 
         Args:
             logprobs: In nats, `[N, T]`, 0 outside the response.
-            batch: Its `shared_lengths` `[N]`, if present, say after how many response tokens `tail_weight` applies.
+            batch: A batch. If it has `shared_lengths` `[N]`, `tail_weight` applies after that number of response
+                tokens.
         """
         loss_mask, scorer = batch["loss_mask"], self.scorer
         if scorer.tail_weight != 1 and "shared_lengths" in batch:
@@ -313,8 +314,8 @@ class RewardHead(Scorer):
     The saved folder loads with `AutoModelForSequenceClassification` and gives the same score.
 
     Args:
-        last_k: Average the score over this many last tokens of the response. Stock libraries read only the last one, so
-            above 1 the folder gives its score through `rlhf score` and as a reward, but not through them.
+        last_k: Number of last tokens of the response over which the score is averaged. Stock libraries read only the
+            last token, so above 1 only `rlhf score` and rewards give the right score.
 
     Raises:
         ValueError: If `last_k` is below 1.
@@ -337,7 +338,7 @@ class RewardHead(Scorer):
 
 
 class HeadScores(ModelScorer):
-    """What a score head gives at the last tokens of the response.
+    """Scores of a score head at the last tokens of the response.
 
     Args:
         loaded: The model.
@@ -383,12 +384,12 @@ class HeadScores(ModelScorer):
 
 
 def padded(ids: Sequence[Sequence[int]], masks: Sequence[Sequence[int]], device: torch.device) -> PreferenceTokens:
-    """A batch that scorers take.
+    """Make a batch for a scorer.
 
     Args:
         ids: Token ids of each row.
         masks: 1 on the response, 0 elsewhere, for each row.
-        device: Where the model is.
+        device: Device of the model.
     """
     tokens = pad_tokens(ids, masks, pad_id=0)
     return {
@@ -411,16 +412,16 @@ def padded_batches(
     order: Sequence[int] | None = None,
     even: bool = False,
 ) -> Iterator[tuple[Sequence[int], PreferenceTokens]]:
-    """Batches of rows to score, each with the indices of its rows.
+    """Make batches of rows to score, each with the indices of its rows.
 
     Args:
         ids: Token ids of each row.
         masks: 1 on the tokens to score, 0 elsewhere, for each row.
         size: Number of rows per batch.
-        device: Where the model is.
-        order: Indices of the rows to take; by default all, those of similar length together.
-        even: Give every rank the same number of batches, since the forward passes may be collective. A batch without
-            rows is a row whose mask is 0.
+        device: Device of the model.
+        order: Indices of the rows; by default all rows, ordered by length.
+        even: Give every rank the same number of batches, because the forward passes may be collective. An empty batch
+            is a row with mask 0.
     """
     order = by_length(ids) if order is None else order
     chunks = even_chunks(order, size) if even else (order[k : k + size] for k in range(0, len(order), size))
@@ -432,8 +433,8 @@ def padded_batches(
 def scorer_of(folder: str | Path) -> Scorer:
     """The scorer that a saved preference model was trained with; `RewardHead` for any other reward model.
 
-    A folder may come from anyone, so the scorer's name never triggers an import: it must be a class of this module, or
-    one that the user's command or code has already imported.
+    A folder may come from an untrusted source, so the scorer's name never causes an import: it must be a class of this
+    module, or a class that the user's command or code has already imported.
 
     Args:
         folder: Model folder.
@@ -448,13 +449,13 @@ def scorer_of(folder: str | Path) -> Scorer:
     known = {_name(found): found for found in _subclasses(Scorer)}  # type: ignore[type-abstract]
     if name not in known:
         raise ConfigError(
-            f"stage.json of {folder} names the scorer {name!r}, which is not part of rlhf-lightning. A folder "
-            "may not cause an import. If it is your own class, name it with the command's --scorer, "
-            "scorer of the reward (init_args), or import it before this call in Python"
+            f"stage.json of {folder} names the scorer {name!r}, which is not part of rlhf-lightning. A folder may not "
+            "cause an import. If it is your own class, give it with --scorer, in the reward's init_args (scorer), or "
+            "import it before this call in Python"
         )
     given = dict(settings["init_args"])
     if "reference" in given:
-        # A scorer without this argument is measured from the model that the stage started from.
+        # A scorer without this argument uses the start of the stage as the reference.
         accepted = inspect.signature(known[name]).parameters
         given = {**given, "reference": recorded_reference(folder)}
         given = {key: value for key, value in given.items() if key != "reference" or key in accepted}
@@ -465,13 +466,13 @@ def scorer_of(folder: str | Path) -> Scorer:
 
 
 def recorded_reference(folder: str | Path) -> str | None:
-    """Folder of the reference that a saved preference model was trained against; None if it names none.
+    """Folder of the reference of a saved preference model; None if it names none.
 
     Args:
         folder: Model folder.
 
     Raises:
-        ConfigError: If it names itself, or a reference that is not on this machine.
+        ConfigError: If the folder names itself, or a reference that is not on this machine.
     """
     settings = recorded_scorer(folder)
     named = settings["init_args"].get("reference") if settings is not None else None
@@ -482,21 +483,31 @@ def recorded_reference(folder: str | Path) -> str | None:
 
 
 def recorded_scorer(folder: str | Path) -> ScorerRecord | None:
-    """The scorer that the folder's `stage.json` names; None if it names none."""
+    """The record of the scorer in a folder's `stage.json`; None if there is none.
+
+    Args:
+        folder: Model folder.
+
+    Raises:
+        ConfigError: If the record is damaged.
+    """
     settings = read_stage(folder).get("scorer")
     if settings is None:
         return None
     name = settings.get("name") if isinstance(settings, dict) else None
     if not isinstance(settings, dict) or not isinstance(name, str):
-        raise ConfigError(f"stage.json of {folder}: its scorer is {settings!r}, which does not name a class")
+        raise ConfigError(f"stage.json of {folder}: scorer is {settings!r}; it must have a name. Restore the file")
     init_args = settings.get("init_args") or {}
     if not isinstance(init_args, dict):
-        raise ConfigError(f"stage.json of {folder}: the scorer {name} has init_args {init_args!r}, not a mapping")
+        raise ConfigError(
+            f"stage.json of {folder}: init_args of the scorer {name} is {init_args!r}; it must be a mapping. Restore "
+            "the file"
+        )
     return {"name": name, "init_args": init_args}
 
 
 def _name(scorer: type[Scorer]) -> str:
-    """A scorer's name in `stage.json`; the bare class name for those of this module."""
+    """Name of a scorer in `stage.json`; the class name alone for scorers of this module."""
     own = scorer.__module__ == __name__
     return scorer.__qualname__ if own else f"{scorer.__module__}.{scorer.__qualname__}"
 
@@ -510,21 +521,21 @@ def _subclasses(of: type[Scorer]) -> Iterator[type[Scorer]]:
 
 
 def _reference_of(folder: Path, named: str, relative: str | None) -> str:
-    """Folder of a model's reference: relative to the model folder if the run was moved or copied, else as named."""
+    """Folder of a model's reference: the recorded path or, if the run was moved or copied, the relative path."""
     neighbor = real_path(folder / relative) if relative else None
     found = str(neighbor) if neighbor is not None and neighbor.is_dir() else named
     if Path(found).is_dir():
         if real_path(found) == real_path(folder):
             raise ConfigError(
-                f"{folder} names itself as its reference, so every score would be 0. Name the model that it was "
-                "trained from."
+                f"{folder} names itself as its reference, so every score would be 0; set the model that it was trained "
+                "from"
             )
         return found
     return _downloaded(folder, found)
 
 
 def _downloaded(folder: Path, name: str) -> str:
-    """Local folder of a Hub model. A name that only a folder gives is never downloaded."""
+    """Local folder of a Hub model. A model that only a folder names is never downloaded."""
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
 
@@ -535,7 +546,7 @@ def _downloaded(folder: Path, name: str) -> str:
             break
         if isinstance(found, str):
             return str(Path(found).parent)
-    remedy = f"If you trust it: hf download {name}" if name.count("/") == 1 else "Restore that folder, or its run."
+    remedy = f"If you trust it: hf download {name}" if name.count("/") == 1 else "Restore that folder or its run"
     raise ConfigError(
         f"stage.json of {folder} names the reference {name!r}, which is not on this machine. A folder may "
         f"not cause a download. {remedy}"

@@ -1,7 +1,7 @@
 """Models whose weights are sharded over ranks (FSDP2).
 
-A sharded model gathers each layer's weights from all ranks when it runs, so all ranks must run it equally often. They
-agree on a number of calls in advance (`max_over_ranks`), gather the whole model for a while (`unsharded`), or
+A sharded model gathers the weights of each layer from all ranks when it runs, so all ranks must run it equally often.
+They agree on the number of calls in advance (`max_over_ranks`), gather the whole model temporarily (`unsharded`), or
 synchronize every call (`SynchronizedCalls`).
 """
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
     class ShardedModel(nn.Module):
-        """What `shard` adds to a model."""
+        """The attributes that `shard` adds to a model."""
 
         inside: bool
         """True while the weights outside the layers are gathered."""
@@ -37,7 +37,7 @@ def layers_of(model: nn.Module) -> list[nn.Module]:
     if not hasattr(base, "config"):
         return []
     count = base.config.get_text_config().num_hidden_layers
-    # The decoder first: a vision tower may have as many layers.
+    # The decoder first, because a vision tower may have the same number of layers.
     places = [base.get_decoder()] if hasattr(base, "get_decoder") else []
     for place in [*places, base.base_model]:
         for stack in place.modules():
@@ -47,7 +47,7 @@ def layers_of(model: nn.Module) -> list[nn.Module]:
 
 
 def shard(model: nn.Module, mesh: "DeviceMesh") -> None:
-    """Shard the weights over the ranks of a mesh: layer by layer, then what is outside the layers.
+    """Shard the weights over the ranks of a mesh: layer by layer, then the weights outside the layers.
 
     Args:
         model: The model to shard.
@@ -60,7 +60,7 @@ def shard(model: nn.Module, mesh: "DeviceMesh") -> None:
     mesh = mesh["data_parallel"]
     for layer in layers_of(model):
         fully_shard(layer, mesh=mesh)
-    # Reshard after every forward: weights that stayed gathered through an evaluation would be those of an older step.
+    # Reshard after every forward; weights that stay gathered during an evaluation would be those of an older step.
     fully_shard(model, mesh=mesh, reshard_after_forward=True)
     model.run_inside = MethodType(_call, model)  # type: ignore[assignment]
     register_fsdp_forward_method(model, "run_inside")
@@ -68,7 +68,7 @@ def shard(model: nn.Module, mesh: "DeviceMesh") -> None:
 
 
 def _call(model: nn.Module, function: Callable[[], R]) -> R:
-    """Call `function`; a method of the model, so that FSDP gathers the outer weights around it."""
+    """Call a function. This is a method of the model, so that FSDP gathers the outer weights around the call."""
     return function()
 
 
@@ -78,10 +78,9 @@ def is_sharded(model: nn.Module) -> "TypeGuard[ShardedModel]":
 
 
 def run_unsharded(model: nn.Module, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
-    """Call `function(*args, **kwargs)`, which uses submodules of `model` directly, such as its decoder or its head.
+    """Call a function that uses submodules of `model` directly, such as its decoder or its head.
 
-    FSDP gathers the weights outside the layers only when the model is called through a registered method. This call
-    goes through one.
+    FSDP gathers the weights outside the layers only if the model is called through a registered method, as done here.
     """
     if not is_sharded(model) or model.inside:
         return function(*args, **kwargs)
@@ -93,7 +92,7 @@ def run_unsharded(model: nn.Module, function: Callable[P, R], *args: P.args, **k
 
 
 def runs_unsharded(model: nn.Module) -> bool:
-    """True within `run_unsharded`, while the weights outside the layers of a sharded model are gathered."""
+    """True within `run_unsharded`, in which the weights outside the layers of a sharded model are gathered."""
     return is_sharded(model) and model.inside
 
 
@@ -101,7 +100,7 @@ def runs_unsharded(model: nn.Module) -> bool:
 
 
 def max_over_ranks(number: int, model: nn.Module) -> int:
-    """The maximum of `number` over ranks if `model` is sharded, so that they run it equally often; else `number`."""
+    """The maximum of `number` over ranks if `model` is sharded, so that all run it equally often; else `number`."""
     if not is_sharded(model) or torch.distributed.get_world_size() == 1:
         return number
     value = torch.tensor(number, device=next(model.parameters()).device)
@@ -110,14 +109,14 @@ def max_over_ranks(number: int, model: nn.Module) -> int:
 
 
 def fits_unsharded(model: nn.Module, wanted: bool | None) -> bool:
-    """Whether to gather a sharded model on every rank.
+    """True if a sharded model should be gathered on every rank.
 
     Args:
         model: The sharded model.
         wanted: The user's choice; None to decide by memory.
 
     Returns:
-        `wanted`, or True if no rank would need more than half of its free memory.
+        `wanted` or, if it is None, True if no rank would need more than half of its free memory.
     """
     if wanted is not None:
         return wanted
@@ -133,9 +132,9 @@ def fits_unsharded(model: nn.Module, wanted: bool | None) -> bool:
 
 @contextmanager
 def unsharded(model: nn.Module) -> Iterator[None]:
-    """Gather all weights on every rank, so that each may run the model as often as it likes.
+    """Context manager that gathers all weights on every rank, so that ranks may run the model independently.
 
-    All ranks must enter together. Within the context, gradients must be off and weights must not change.
+    All ranks must enter it together. Within the context, gradients must be off, and weights must not change.
     """
     from torch.distributed.fsdp import FSDPModule
 
@@ -152,11 +151,11 @@ def unsharded(model: nn.Module) -> Iterator[None]:
 
 
 class SynchronizedCalls:
-    """Makes all ranks run a sharded model as often as the rank that needs it most, one call at a time.
+    """Makes all ranks run a sharded model as often as the rank with the most calls, one call at a time.
 
     Args:
         model: The sharded model.
-        idle: Runs the model once, for ranks that have nothing left to compute.
+        idle: Runs the model once, for ranks that have no call left.
 
     Example:
         ```python
@@ -185,7 +184,7 @@ class SynchronizedCalls:
 def unsharded_or_synchronized(
     model: nn.Module, gather: bool | None, idle: Callable[[], None]
 ) -> Iterator[SynchronizedCalls | None]:
-    """Context in which each rank runs `model` as often as it likes.
+    """Context manager in which ranks may run `model` independently.
 
     Args:
         model: The model, sharded or not.
@@ -193,7 +192,7 @@ def unsharded_or_synchronized(
         idle: See `SynchronizedCalls`.
 
     Yields:
-        None if the model is not sharded or was gathered; otherwise the `SynchronizedCalls` to announce calls to.
+        None if the model is not sharded or was gathered; otherwise the `SynchronizedCalls` that must announce calls.
     """
     if not is_sharded(model):
         yield None
@@ -210,12 +209,12 @@ def unsharded_or_synchronized(
 
 
 def full_tensor(value: Tensor) -> Tensor:
-    """A tensor gathered from all ranks if it is sharded; all ranks must call it."""
+    """Gather a tensor from all ranks if it is sharded; all ranks must call this."""
     return value.full_tensor() if hasattr(value, "full_tensor") else value
 
 
 def copy_weight(weight: Tensor, value: Tensor) -> None:
-    """Copy a tensor into a weight; either may be sharded. All ranks must call it."""
+    """Copy a tensor into a weight; either may be sharded. All ranks must call this."""
     if hasattr(weight, "placements") and hasattr(weight, "device_mesh") and not hasattr(value, "device_mesh"):
         from torch.distributed.tensor import distribute_tensor
 
@@ -226,7 +225,7 @@ def copy_weight(weight: Tensor, value: Tensor) -> None:
 
 
 def full_state_dict(model: nn.Module) -> dict[str, Tensor] | None:
-    """The gathered state dict of a sharded model, on the CPU of rank 0; empty on other ranks, None if not sharded."""
+    """Gather the state dict of a sharded model on the CPU of rank 0; empty on other ranks, None if not sharded."""
     if not is_sharded(model):
         return None
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict

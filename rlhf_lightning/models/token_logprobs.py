@@ -1,7 +1,7 @@
-"""Log-probabilities of given tokens: the one place where training computes them.
+"""Computes log-probabilities of given tokens, for all of training.
 
-The head runs only at the positions whose next token is trained or scored. Beyond a byte budget, logits are computed in
-chunks and recomputed in backward, so memory does not grow with vocabulary × length.
+The head runs only at positions whose next token is trained or scored. Beyond a byte budget, logits are computed in
+chunks and recomputed in backward, so that memory does not grow with vocabulary × length.
 """
 
 from typing import NamedTuple
@@ -27,7 +27,7 @@ class TokenLogprobsOutput(NamedTuple):
 
     Attributes:
         logprobs: Log-probability of the token, in nats.
-        entropy: Entropy of the distribution that the token was scored under, in nats; None without `details`.
+        entropy: Entropy of the distribution at the token, in nats; None without `details`.
         correct: 1 where no token is more likely; None without `details`.
         values: The value head's estimate before the token, in reward units; None without `details` or a value head.
 
@@ -46,14 +46,14 @@ class TokenLogprobs:
     """Scores given tokens with a causal model.
 
     Args:
-        model: A `…ForCausalLM`, or a `PeftModel` around one. One whose head cannot be run separately (`Backbone`) is
-            run as a whole.
-        max_tokens: Tokens that the decoder computes at once, see `PackedForward`.
-        logit_bytes: Bytes of logits that are held; more are recomputed in backward.
+        model: A `…ForCausalLM`, or a `PeftModel` around one. A model is run as a whole if its head cannot be run
+            separately (see `Backbone`).
+        max_tokens: Number of tokens that the decoder computes at once, see `PackedForward`.
+        logit_bytes: Largest size of logits kept in memory, in bytes; larger logits are recomputed in backward.
         value_head: Value head of a critic that shares the model.
 
     Raises:
-        ConfigError: If a value head is given, and the model's head cannot be run separately.
+        ConfigError: If a value head is given, but the model's head cannot be run separately.
 
     Example:
         ```python
@@ -74,19 +74,19 @@ class TokenLogprobs:
         if value_head is not None and not self.backbone.separable:
             raise ConfigError(
                 f"critic.shared: the hidden states of {type(base_of(model)).__name__} cannot be computed without its "
-                "head"
+                "head; leave it out"
             )
 
     def __call__(
         self, input_ids: Tensor, loss_mask: Tensor, temperature: float = 1.0, details: bool = False
     ) -> TokenLogprobsOutput:
-        """Score the tokens whose mask is 1. A prompt that several rows share is computed once.
+        """Score the tokens with mask 1. A prompt that several rows share is computed once.
 
         Args:
             input_ids: Right-padded, `[B, T]`.
             loss_mask: 1 at the tokens to score, `[B, T]`; position 0 cannot be scored.
             temperature: Temperature of the softmax.
-            details: Also compute entropies, whether each token is the most likely one, and values.
+            details: Also compute entropies, a flag if the token is the most likely one, and values.
 
         Returns:
             Log-probabilities in nats, and the details, `[B, T]` each.
@@ -114,7 +114,11 @@ class TokenLogprobs:
     def _apart(
         self, input_ids: Tensor, loss_mask: Tensor, kept: Tensor, temperature: float, details: bool
     ) -> tuple[Tensor, Tensor, tuple[Tensor | None, ...]]:
-        """Decoder on packed rows, head on kept positions: rows, columns and results of the scored tokens."""
+        """Run the decoder on packed rows, and the head on kept positions.
+
+        Returns:
+            Rows, columns and results of the scored tokens.
+        """
         hidden = self.packed_forward(input_ids, nn.functional.pad(kept, (0, 1)), prefix_lengths(loss_mask))
         rows, columns = hidden.rows, hidden.columns + 1
         parts = self._from_hidden(hidden.states, input_ids[rows, columns], temperature, details)

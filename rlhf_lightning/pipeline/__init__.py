@@ -1,1 +1,1 @@
-"""Pipelines of several stages: the plan, its execution, and verification of a finished run."""
+"""Pipelines of several stages: plan, execution, and verification of a finished run."""

@@ -1,4 +1,4 @@
-"""Timing of a pipeline: elapsed time, remaining stages, and an estimate from the last run's durations."""
+"""Timing of a pipeline: elapsed time, remaining stages, and estimates from the durations of the last run."""
 
 import time
 from collections.abc import Mapping
@@ -13,7 +13,7 @@ class Eta:
 
     Args:
         plan: The plan.
-        entries: Entries of the existing manifest, with the seconds of stages that ran before.
+        entries: Entries of the existing manifest, with the seconds that each finished stage took.
 
     Example:
         >>> from pathlib import Path
@@ -28,7 +28,7 @@ class Eta:
         self.known = {name: float(entry["seconds"]) for name, entry in entries.items() if entry.get("seconds")}
 
     def before(self, stage: Stage) -> str:
-        """Text for the start of a stage: elapsed time, the remaining stages, and estimates from the last durations."""
+        """Message for the start of a stage: elapsed time, remaining stages, and estimates from the last run."""
         rest = self.names[self.names.index(stage.name) + 1 :]
         said = [f"{duration(time.monotonic() - self.started)} so far"]
         if stage.name in self.known:

@@ -12,7 +12,7 @@ from rlhf_lightning.yaml_files import read_mapping
 
 KINDS = ("sft", "preference", "policy")
 LONGEST = 200
-"""Largest length in bytes of a name that becomes a folder; file systems allow 255."""
+"""Largest length in bytes of a name that is used as a folder name; file systems allow 255."""
 HANDED: tuple[Handed, ...] = ("start", "reward", "critic")
 """Keys of a stage that name an earlier stage or a model folder."""
 PLAN_KEYS = {"name", "seed", "root", "stages"}
@@ -33,8 +33,8 @@ class Stage:
         name: Its name, which is also that of its folder.
         kind: `sft`, `preference` or `policy`.
         settings: Its settings, as nested dicts.
-        start: Earlier stage or model folder that it starts from.
-        reward: Earlier stage or model folder that rewards it.
+        start: Earlier stage or model folder that the stage starts from.
+        reward: Earlier stage or model folder that scores its responses.
         critic: Earlier stage or model folder that its critic starts from.
 
     Example:
@@ -51,11 +51,11 @@ class Stage:
     configs: list[ConfigFile] = field(default_factory=list)
     """Files that the settings were read from."""
     rule_reward: dict[str, JSON] | None = None
-    """Reward that replaces this stage's model if the stage fails; None stops the pipeline."""
+    """Reward that replaces this stage's model in later stages if it fails; None stops the pipeline."""
 
     @property
     def handed(self) -> dict[Handed, str]:
-        """The earlier stages or model folders that it is given."""
+        """The earlier stages or model folders that the stage uses, by key."""
         return {key: value for key in HANDED if (value := getattr(self, key))}
 
 
@@ -87,7 +87,7 @@ class Plan:
         return self.root / stage
 
     def model(self, reference: str) -> str:
-        """The model folder of a `start`, `reward` or `critic`, which names an earlier stage or a folder."""
+        """The model folder of a `start`, `reward` or `critic`, which is the name of an earlier stage or a folder."""
         names = {stage.name for stage in self.stages}
         return str(self.folder(reference) / "model") if reference in names else reference
 
@@ -111,20 +111,22 @@ def read_plan(
         overlays: Config files that are merged over the settings of every stage.
 
     Raises:
-        ConfigError: If the file does not exist, a key or kind is unknown, or a stage refers to one that is not before
-            it.
+        ConfigError: If the file does not exist, a key or kind is unknown, or a stage refers to a stage that does not
+            come before it.
     """
     base, name = Path(), "pipeline"
     if isinstance(plan, str | Path):
         base, name = Path(plan).parent, Path(plan).stem
         plan = read_mapping(Path(plan))
     if {"model", "data", "trainer"} & set(plan) and "stages" not in plan:
-        raise ConfigError("pipeline: no stages: this is the config of a single stage; run it with rlhf sft fit -c FILE")
+        raise ConfigError(
+            "pipeline: stages is missing; this is the config of a single stage, so run it with rlhf sft fit -c FILE"
+        )
     if unknown := set(plan) - PLAN_KEYS:
         raise ConfigError(f"pipeline: unknown key {sorted(unknown)[0]!r}; known keys are name, seed, root, stages")
     entries = plan.get("stages")
     if not isinstance(entries, list) or not entries:
-        raise ConfigError("pipeline: 'stages' must be a list of at least one stage")
+        raise ConfigError("pipeline: stages must be a list of at least one stage")
     seed = check_seed("pipeline: seed", plan.get("seed", 0))
     _check_texts(plan, ("name", "root"), "pipeline")
     name = str(plan.get("name") or name)
@@ -146,7 +148,7 @@ def read_plan(
 def _stage(entry: JSON, index: int, earlier: list[str], base: Path) -> Stage:
     where = f"pipeline: stage {index + 1}"
     if not isinstance(entry, Mapping):
-        raise ConfigError(f"{where} is not a mapping with kind and config")
+        raise ConfigError(f"{where}: must be a mapping with kind and config")
     kind = entry.get("kind")
     if kind not in KINDS:
         raise ConfigError(f"{where}: kind is {kind!r}; it must be one of {', '.join(KINDS)}")
@@ -168,13 +170,15 @@ def _stage(entry: JSON, index: int, earlier: list[str], base: Path) -> Stage:
     name = str(entry.get("name") or kind)
     if name in (*earlier, ".", "..") or "/" in name or len(name.encode(errors="replace")) > LONGEST:
         raise ConfigError(
-            f"{where}: the name {name!r} is used twice or not a valid folder name; every stage needs its own"
+            f"{where}: the name {name!r} is used twice or is not a valid folder name; give each stage its own name"
         )
     for key in HANDED:
         _check_reference(entry.get(key), earlier, f"{where} ({name}): {key}")
     for key in HANDED[1:]:
         if entry.get(key) and kind != "policy":
-            raise ConfigError(f"{where} ({name}): {key} is for policy stages; this is {kind}")
+            raise ConfigError(
+                f"{where} ({name}): {key} is only for policy stages, and this is a {kind} stage; remove it"
+            )
     settings: dict[str, JSON] = {}
     for file in files:
         settings = merged(settings, read_mapping(base / file, f"{where}: config: "))
@@ -183,7 +187,7 @@ def _stage(entry: JSON, index: int, earlier: list[str], base: Path) -> Stage:
         outer, _, inner = setting.rpartition(".")
         part = overrides.get(outer) if outer else overrides
         if isinstance(part, Mapping) and inner in part:
-            raise ConfigError(f"{where} ({name}): overrides: {setting} is set by the pipeline: {remedy}")
+            raise ConfigError(f"{where} ({name}): overrides: the pipeline sets {setting}; {remedy}")
     settings = merged(settings, overrides)
     start, reward, critic = (value if isinstance(value := entry.get(key), str) else None for key in HANDED)
     configs = [_read_record(base / file) for file in files]
@@ -211,7 +215,7 @@ def _check_reference(reference: JSON, earlier: list[str], where: str) -> None:
 
 
 def _check_reward(stages: Sequence[Stage]) -> None:
-    """Raise `ConfigError` if a stage is rewarded by an earlier stage that gives no score."""
+    """Raise `ConfigError` if the reward of the last stage is an earlier stage that gives no scores."""
     last, kinds = stages[-1], {stage.name: stage.kind for stage in stages[:-1]}
     if last.reward is None or kinds.get(last.reward) in (None, "preference"):
         return
@@ -251,7 +255,7 @@ def section(settings: Mapping[str, JSON], name: str) -> dict[str, JSON]:
 
 
 def merged(base: Mapping[str, JSON], over: Mapping[str, JSON]) -> dict[str, JSON]:
-    """Merge settings recursively. A different `class_path` replaces the whole entry.
+    """Merge settings recursively. An entry with another `class_path` is replaced as a whole.
 
     Args:
         base: The settings.

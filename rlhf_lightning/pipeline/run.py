@@ -1,4 +1,4 @@
-"""Runs a plan: each stage in its own process, with its model folder passed to the next."""
+"""Runs the stages of a plan, each in its own process; later stages use the model folders of earlier ones."""
 
 import logging
 import sys
@@ -30,7 +30,7 @@ SOURCES = ("train", "validation", "test", "episodes")
 def run_pipeline(
     plan: Plan | Mapping[str, JSON] | str | Path, root: str | Path | None = None, rerun: Sequence[str] = ()
 ) -> Manifest:
-    """Run a pipeline. Finished stages are skipped, and an interrupted stage resumes.
+    """Run a pipeline. Finished stages are skipped, and an interrupted stage is resumed.
 
     Args:
         plan: A plan, or what `read_plan` takes.
@@ -41,7 +41,7 @@ def run_pipeline(
         The manifest: for each stage its status, inputs, seconds, metrics and model folder.
 
     Raises:
-        ConfigError: If the plan is invalid, or a stage that has run would now have other inputs.
+        ConfigError: If the plan is invalid, or the inputs of a stage have changed since it ran.
         UserError: If a stage failed.
     """
     checked = plan if isinstance(plan, Plan) else read_plan(plan, root)
@@ -59,10 +59,10 @@ def stage_settings(plan: Plan, stage: Stage, failed: Mapping[str, Stage] | None 
     Args:
         plan: The plan.
         stage: The stage.
-        failed: Stages that failed, by name.
+        failed: The failed stages by name.
 
     Raises:
-        UserError: If the stage starts from one that failed.
+        UserError: If the stage starts from a stage that failed.
     """
     failed = failed or {}
     model: dict[str, JSON] = {}
@@ -105,7 +105,7 @@ def _with_model(plan: Plan, stage: Stage, source: str, reward: dict[str, JSON]) 
 
 
 def _own_scorer(plan: Plan, stage: Stage) -> dict[str, str]:
-    """The user's own scorer class in the settings of the stage that rewards this one, if any."""
+    """The user's own scorer class in the settings of the stage that is the reward of this one, if any."""
     trained = next((one for one in plan.stages if one.name == stage.reward), None)
     scorer = section(trained.settings, "model").get("scorer") if trained else None
     path = str((scorer.get("class_path") if isinstance(scorer, dict) else scorer) or "")
@@ -113,7 +113,7 @@ def _own_scorer(plan: Plan, stage: Stage) -> dict[str, str]:
 
 
 def check_data(plan: Plan, stage: Stage) -> None:
-    """Raise `DataError` if a data file of the stage is missing; files that the run itself creates are not checked."""
+    """Raise `DataError` if a data file of the stage is missing. Files that the run creates itself are not checked."""
     data, root = section(stage.settings, "data"), real_path(plan.root)
     for name in SOURCES:
         for file in given if isinstance(given := data.get(name), list) else [given]:
@@ -127,7 +127,7 @@ class _Runner:
         names = {stage.name for stage in plan.stages}
         if unknown := set(rerun) - names:
             raise ConfigError(
-                f"--rerun {sorted(unknown)[0]}: there is no such stage; stages are {', '.join(sorted(names))}"
+                f"--rerun {sorted(unknown)[0]}: the pipeline has no such stage; stages are {', '.join(sorted(names))}"
             )
         self.rerun: set[str] = set().union(*(plan.descendants(name) for name in rerun))
         self.failed: dict[str, Stage] = {}
@@ -160,10 +160,10 @@ class _Runner:
         else:
             self._fail(stage, inputs, code)
 
-    # -- what goes in ---------------------------------------------------------------------------------------------
+    # -- inputs ---------------------------------------------------------------------------------------------------
 
     def _inputs(self, stage: Stage, settings: dict[str, JSON]) -> StageInputs:
-        """Hashes of everything that the result of a stage depends on."""
+        """Hashes of all inputs that the result of a stage depends on."""
         sources = {name: section(settings, "data").get(name) for name in SOURCES}
         inputs: StageInputs = {
             "settings": settings_hash(settings),
@@ -187,8 +187,8 @@ class _Runner:
         changed = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
         if changed:
             raise ConfigError(
-                f"stage {stage.name} has run with other inputs (changed: {', '.join(changed)}). Run it and the stages "
-                f"that depend on it again with --rerun {stage.name}, or give the pipeline another name."
+                f"the inputs of stage {stage.name} have changed since it ran: {', '.join(changed)}. Run it and the "
+                f"stages that depend on it again with --rerun {stage.name}, or give the pipeline another name."
             )
 
     # -- the process ----------------------------------------------------------------------------------------------
@@ -203,7 +203,7 @@ class _Runner:
         command += ["--log_file", str(self.plan.root / "logs" / "run.log")]
         return self.signals.run(command + (["--fresh"] if fresh else []))
 
-    # -- what comes out -------------------------------------------------------------------------------------------
+    # -- results --------------------------------------------------------------------------------------------------
 
     def _record(self, stage: Stage, entry: StageEntry) -> None:
         entry = {"kind": stage.kind, "configs": stage.configs, "handed": stage.handed, **entry}
@@ -227,16 +227,16 @@ class _Runner:
             raise KeyboardInterrupt
 
     def _fail(self, stage: Stage, inputs: StageInputs, code: int) -> None:
-        # A stage that was asked to stop has not failed, whatever its exit code, so no rule replaces it.
+        # A stage that was asked to stop has not failed, whatever its exit code; on_failure does not apply.
         if code == 130 or self.signals.asked:
             raise KeyboardInterrupt
         self._record(stage, {"status": "failed", "inputs": inputs, "exit_code": code})
         if stage.rule_reward is None:
             where = self.plan.root / "logs" / "run.log"
-            raise UserError(f"stage {stage.name} failed (exit code {code}); its error is printed above and in {where}")
+            raise UserError(f"stage {stage.name} failed (exit code {code}); its error is above and in {where}")
         self.failed[stage.name] = stage
         rule = stage.rule_reward["class_path"]
         said = (
-            f"stage {stage.name} failed (exit code {code}). As set by on_failure, the pipeline continues with the rule"
+            f"stage {stage.name} failed (exit code {code}). The pipeline continues as set by on_failure, with the rule"
         )
         print(visible(f"WARNING: {said} reward {rule}; reward_source_prm is 0."), flush=True)

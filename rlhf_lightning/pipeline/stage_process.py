@@ -1,4 +1,4 @@
-"""The process of a stage, to which the pipeline forwards its signals, so that the stage stops in an orderly way."""
+"""Runs a stage in its own process, and forwards signals to it, so that the stage can write a checkpoint."""
 
 import os
 import signal
@@ -14,16 +14,16 @@ if TYPE_CHECKING:
     from signal import _HANDLER
 
 PATIENCE = 10.0
-"""Seconds that a stage has to end after a second Ctrl-C."""
+"""Seconds after a second Ctrl-C until the stage is killed."""
 
 
 PARENT = "RLHF_PIPELINE"
-"""Environment variable of a stage: descriptor of a pipe that closes when the pipeline's process ends."""
+"""Environment variable with the descriptor of a pipe, which closes when the pipeline's process ends."""
 _watched: list[int] = []
 
 
 def watch_parent() -> None:
-    """Stop as by SIGTERM when the pipeline that started this process is gone, even if it was killed by SIGKILL."""
+    """Send this process SIGTERM when the pipeline that started it ends, even by SIGKILL."""
     file = os.environ.pop(PARENT, None)  # child processes do not inherit the pipe
     if file is None:
         return
@@ -42,11 +42,11 @@ def parent_is_watched() -> bool:
 
 
 class StageProcess:
-    """Context that forwards Ctrl-C, SIGTERM and SIGHUP to the process of the running stage.
+    """Context manager that forwards Ctrl-C, SIGTERM and SIGHUP to the process of the running stage.
 
-    The stage has its own process group, so that Ctrl-C in a terminal reaches it only once, through this process. The
-    first signal asks it to stop after its step, with a checkpoint. A second Ctrl-C stops it at once, and kills it after
-    10 seconds. Ctrl-Z suspends both processes; `fg` or `bg` resumes both.
+    The stage has its own process group, so that Ctrl-C in a terminal reaches it only once, through this process. After
+    the first signal, the stage writes a checkpoint of its last step and stops. A second Ctrl-C stops it at once; after
+    10 more seconds it is killed. Ctrl-Z suspends both processes; `fg` or `bg` resumes both.
 
     Example:
         >>> import sys
@@ -73,7 +73,7 @@ class StageProcess:
         restore_handlers(self._before)
 
     def run(self, command: list[str]) -> int:
-        """Run a command and return its exit code. If this process is killed, the command is asked to stop."""
+        """Run a command and return its exit code. If this process is killed, the command gets SIGTERM."""
         read, write = os.pipe()
         try:
             with subprocess.Popen(
@@ -97,7 +97,7 @@ class StageProcess:
         if process is None or process.poll() is not None:
             raise KeyboardInterrupt
         with suppress(ProcessLookupError):
-            if number == signal.SIGINT:  # to the whole group, including the stage's ranks, as a terminal does
+            if number == signal.SIGINT:  # to the whole process group with the stage's ranks, as a terminal does
                 os.killpg(process.pid, number)
             else:
                 process.send_signal(signal.SIGTERM)

@@ -1,4 +1,4 @@
-"""Verifies a run: hashes its inputs and outputs again and compares them with the recorded hashes."""
+"""Verifies a run: hashes its inputs and outputs again, and compares them with the recorded hashes."""
 
 import hashlib
 import json
@@ -15,16 +15,16 @@ from rlhf_lightning.types import JSON
 from rlhf_lightning.yaml_files import read_mapping
 
 SAME, DIFFERS, MISSING, UNFINISHED, HUB = "same", "differs", "missing", "unfinished", "not checked"
-"""Results of a check. Data and models on the Hub are not downloaded for comparison; they do not count as failures."""
+"""Results of a check. Data and models on the Hub are not checked, and do not count as failures."""
 
 
 @dataclass
 class StageCheck:
-    """An input or output of a stage, and the result of its check.
+    """The check of an input or output of a stage.
 
     Attributes:
         stage: Name of the stage.
-        what: What is checked, for example `data.train`.
+        what: The checked input or output, for example `data.train`.
         path: Its path.
         status: `same`, `differs`, `missing`, `unfinished` or `not checked`.
 
@@ -44,7 +44,8 @@ def verify_run(root: str | Path) -> list[StageCheck]:
 
     Args:
         root: Folder of a pipeline's run, or of a single stage. Data files are looked up at their recorded paths,
-            relative to the current folder; models of the run's own stages in `root`, even if it was moved.
+            relative to the current folder; models of the run's own stages are looked up in `root`, even if it was
+            moved.
 
     Raises:
         ConfigError: If the folder contains no run, or its records cannot be read.
@@ -55,7 +56,9 @@ def verify_run(root: str | Path) -> list[StageCheck]:
         return [check for name in stages for check in _stage(root, name, stages)]
     if (root / "stage.json").exists():
         return _alone(root)
-    raise ConfigError(f"--verify {root}: the folder has neither a pipeline's manifest.json nor a stage's stage.json")
+    raise ConfigError(
+        f"--verify {root}: not the folder of a run; it has neither a pipeline's manifest.json nor a stage's stage.json"
+    )
 
 
 def _stage(root: Path, name: str, stages: dict[str, StageEntry]) -> list[StageCheck]:
@@ -117,9 +120,9 @@ def _source(source: JSON, recorded: str, split: str) -> str:
 
 
 def _handed(folder: Path, recorded: str) -> str:
-    """Status of a model that the stage was given. `folder` is where it is now."""
+    """Status of a model that the stage used. `folder` is where the model is now."""
     if recorded in (str(folder), "failed"):
-        return HUB  # no hash, because it is a Hub id, or a failed stage that a rule replaced
+        return HUB  # no hash: it is a Hub id, or a failed stage that a rule reward replaced
     return _compare(hash_model(folder), recorded)
 
 

@@ -1,4 +1,4 @@
-"""Faults outside the code: signals, damaged files, full disks, NaN, rewards that raise, processes that die."""
+"""External faults: signals, damaged files, full disks, NaN, rewards that raise, processes that die."""
 
 import json
 import logging
@@ -36,7 +36,7 @@ from tests.helpers.training import sgd, trainer
 # -- checkpoint files -------------------------------------------------------------------------------------------------
 
 
-def test_damage_is_found(tmp_path: Path) -> None:
+def test_damage_is_detected(tmp_path: Path) -> None:
     path = tmp_path / "step=1.ckpt"
     io = AtomicCheckpointIO()
     state = {"state_dict": {"weights": torch.arange(3000.0)}, "pytorch-lightning_version": "2.6.6"}
@@ -63,7 +63,7 @@ def test_damage_is_found(tmp_path: Path) -> None:
             io.load_checkpoint(path)
 
 
-def test_the_newest_whole_one_is_taken(tmp_path: Path) -> None:
+def test_newest_intact_checkpoint_is_found(tmp_path: Path) -> None:
     for step in (2, 10, 9):
         torch.save({"step": step}, tmp_path / f"step={step}.ckpt")
     assert newest_whole(tmp_path) == (tmp_path / "step=10.ckpt", [])
@@ -75,7 +75,7 @@ def test_the_newest_whole_one_is_taken(tmp_path: Path) -> None:
     assert newest_whole(tmp_path / "nowhere") == (None, [])
 
 
-def test_checkpoints_are_kept_two_deep_and_by_time(base: str, tmp_path: Path) -> None:
+def test_number_of_kept_checkpoints_and_interval(base: str, tmp_path: Path) -> None:
     def run(**options: Any) -> list[str]:
         shutil.rmtree(tmp_path / "run", ignore_errors=True)
         data = SFTDataModule(chats(12), batch_size=2, show_example=False)
@@ -87,12 +87,12 @@ def test_checkpoints_are_kept_two_deep_and_by_time(base: str, tmp_path: Path) ->
     assert run(every=4, keep=5) == ["step=4.ckpt", "step=6.ckpt"]  # the last step is always saved
     assert run(every=0) == ["step=6.ckpt"]
     assert len(run(every=0, minutes=1e-9, keep=9)) == 6
-    with pytest.raises(ConfigError, match="keep 0"):
+    with pytest.raises(ConfigError, match="keep is 0"):
         RunCheckpoints(keep=0)
 
 
 @pytest.mark.parametrize("left", [1, 0])
-def test_a_damaged_checkpoint_gives_way_to_the_one_before(left: int, whole: Any, tmp_path: Path) -> None:
+def test_damaged_checkpoint_falls_back_to_the_previous_one(left: int, whole: Any, tmp_path: Path) -> None:
     args, expected, _ = whole("sft", 1)
     command = [*args, "--trainer.default_root_dir", str(tmp_path / "run")]
     run = Run(command, tmp_path / "out.txt", at("sft", "training", 16, False, killed))
@@ -108,7 +108,7 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(left: int, whole: Any,
     assert result(tmp_path / "run") == expected
 
 
-def test_a_resume_elsewhere_says_that_it_is_not_exact(base: str, tmp_path: Path, caplog: Any) -> None:
+def test_resume_in_another_environment_warns(base: str, tmp_path: Path, caplog: Any) -> None:
     def run(epochs: int, resume: Path | None = None) -> None:
         data = SFTDataModule(chats(4), batch_size=2, show_example=False)
         engine = trainer(
@@ -131,7 +131,7 @@ def test_a_resume_elsewhere_says_that_it_is_not_exact(base: str, tmp_path: Path,
     assert f"torch 1.13.0 → {version('torch')}, threads 64 → 1, ranks 2 → 1, machine abacus → " in caplog.text
 
 
-def test_another_number_of_ranks_within_an_epoch_is_refused(tmp_path: Path) -> None:
+def test_resume_within_an_epoch_with_another_number_of_ranks_is_refused(tmp_path: Path) -> None:
     def loader(world: int) -> RowLoader:
         return RowLoader([], lambda rows, weights: {}, 2, shard_spec=lambda: ShardSpec(world=world))
 
@@ -161,10 +161,10 @@ def interrupt(number: int, times: int = 1) -> Callable[[], None]:
         ("policy", "sampling", 6, signal.SIGTERM),
     ],
 )
-def test_a_signal_stops_the_run_where_it_can_go_on(
+def test_signal_stops_the_run_at_a_resumable_point(
     kind: str, place: str, call: int, number: int, whole: Any, tmp_path: Path
 ) -> None:
-    """At the end of the current optimizer step, although checkpoints are far apart."""
+    """It writes a checkpoint of the last optimizer step, although no checkpoint is due."""
     args, expected, _ = whole(kind, 1)
     command = [*args, "--trainer.default_root_dir", str(tmp_path / "run")]
     far = [] if place == "writing a checkpoint" else ["--checkpoint_every", "1000"]
@@ -180,7 +180,7 @@ def test_a_signal_stops_the_run_where_it_can_go_on(
     assert result(tmp_path / "run") == expected
 
 
-def test_a_second_ctrl_c_stops_at_once(whole: Any, tmp_path: Path) -> None:
+def test_second_ctrl_c_stops_at_once(whole: Any, tmp_path: Path) -> None:
     args, expected, _ = whole("sft", 1)
     command = [*args, "--trainer.default_root_dir", str(tmp_path / "run")]
     run = Run(command, tmp_path / "out.txt", at("sft", "training", 6, False, interrupt(signal.SIGINT, 2)))
@@ -190,7 +190,7 @@ def test_a_second_ctrl_c_stops_at_once(whole: Any, tmp_path: Path) -> None:
     assert result(tmp_path / "run") == expected
 
 
-# -- numbers that are none --------------------------------------------------------------------------------------------
+# -- values that are not finite ---------------------------------------------------------------------------------------
 
 
 class Spoilt(SFTModule):
@@ -222,27 +222,27 @@ def spoilt(base: str, folder: Path, guard: NonFiniteGuard, batches: tuple[int, .
 
 
 @pytest.mark.parametrize(("by", "precision"), [("loss", "32-true"), ("gradient", "32-true"), ("loss", "bf16-mixed")])
-def test_a_loss_or_gradient_that_is_no_number_stops_the_run(by: str, precision: Any, base: str, tmp_path: Path) -> None:
+def test_nonfinite_loss_or_gradient_stops_the_run(by: str, precision: Any, base: str, tmp_path: Path) -> None:
     guard = NonFiniteGuard()
     options = {"accumulate_grad_batches": 2, "precision": precision, "gradient_clip_val": 1.0}
     with pytest.raises(NonFiniteError) as caught:
         spoilt(base, tmp_path, guard, (5,), by=by, **options)
     text = str(caught.value)
     assert text.startswith("step 3: the loss is nan." if by == "loss" else "step 3: the gradient is not finite")
-    # A loss leads to the rows of its micro-batch, a gradient to all of its step.
+    # For a loss, the rows of its micro-batch are named; for a gradient, all rows of the step.
     assert text.count("rows.jsonl:") == (1 if by == "loss" else 2)
     assert "trainer.gradient_clip_val" in text or "overflow" in text
     assert not (tmp_path / "model").exists()
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
-def test_such_steps_are_left_out_where_asked(accumulate: int, base: str, tmp_path: Path) -> None:
+def test_nonfinite_steps_are_skipped_on_request(accumulate: int, base: str, tmp_path: Path) -> None:
     guard = NonFiniteGuard("skip")
     module = spoilt(base, tmp_path, guard, (2, 3), accumulate_grad_batches=accumulate)
     assert guard.skipped == 2 // accumulate
     assert json.loads((tmp_path / "stage.json").read_text())["skipped_steps"] == 2 // accumulate
     assert all(bool(torch.isfinite(p).all()) for p in module.parameters())
-    # A step that is left out moves nothing, and the others are taken.
+    # A skipped step changes no weights, and the other steps are taken.
     none = spoilt(base, tmp_path / "none", NonFiniteGuard("skip"), tuple(range(8)), accumulate_grad_batches=accumulate)
     start = SFTModule(base)
     start.configure_model()
@@ -251,7 +251,7 @@ def test_such_steps_are_left_out_where_asked(accumulate: int, base: str, tmp_pat
     assert not all(torch.equal(a, c) for a, _, c in pairs)
 
 
-def test_too_many_in_a_row_stop_it_all_the_same(base: str, tmp_path: Path) -> None:
+def test_too_many_consecutive_skipped_steps_stop_the_run(base: str, tmp_path: Path) -> None:
     with pytest.raises(NonFiniteError, match=r"step 4: .*3 steps before it were skipped"):
         spoilt(base, tmp_path, NonFiniteGuard("skip", limit=3), tuple(range(8)))
     with pytest.raises(ConfigError, match="'ignore'"):
@@ -259,7 +259,7 @@ def test_too_many_in_a_row_stop_it_all_the_same(base: str, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("action", ["stop", "skip"])
-def test_all_ranks_decide_together(action: str, base: str, tmp_path: Path) -> None:
+def test_all_ranks_make_the_same_decision(action: str, base: str, tmp_path: Path) -> None:
     guard = NonFiniteGuard(action)
     two = {"devices": 2, "strategy": "ddp_fork", "rank": 1}
     if action == "skip":
@@ -270,7 +270,7 @@ def test_all_ranks_decide_together(action: str, base: str, tmp_path: Path) -> No
         spoilt(base, tmp_path, guard, (2,), **two)
 
 
-def test_weights_that_are_no_numbers_are_neither_saved_nor_exported(base: str, tmp_path: Path) -> None:
+def test_nonfinite_weights_are_neither_saved_nor_exported(base: str, tmp_path: Path) -> None:
     class Overflow(SFTModule):
         def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
             if batch_idx == 2:
@@ -295,10 +295,10 @@ def test_weights_that_are_no_numbers_are_neither_saved_nor_exported(base: str, t
 # -- files and disks --------------------------------------------------------------------------------------------------
 
 
-def test_a_full_disk_is_said_and_costs_nothing(whole: Any, tmp_path: Path) -> None:
+def test_full_disk_is_reported_and_the_run_can_be_repeated(whole: Any, tmp_path: Path) -> None:
     args, expected, _ = whole("sft", 1)
     command = [*args, "--trainer.default_root_dir", str(tmp_path / "run")]
-    full = 20_000  # bytes that a file may have: what follows fails as on a full disk
+    full = 20_000  # largest size of a file in bytes: later writes fail as on a full disk
 
     def limit() -> None:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -314,7 +314,7 @@ def test_a_full_disk_is_said_and_costs_nothing(whole: Any, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("what", ["folder", "data"])
-def test_what_cannot_be_opened_is_said(what: str, whole: Any, tmp_path: Path) -> None:
+def test_files_that_cannot_be_opened_are_reported(what: str, whole: Any, tmp_path: Path) -> None:
     args, _, _ = whole("sft", 1)
     command = [*args, "--trainer.default_root_dir", str(tmp_path / "run")]
     data = tmp_path / "secret.jsonl"
@@ -325,7 +325,7 @@ def test_what_cannot_be_opened_is_said(what: str, whole: Any, tmp_path: Path) ->
         data.chmod(0)
         command += ["--data.train", str(data)]
         if os.access(data, os.R_OK):
-            data.unlink()  # root may read all: a link that leads in a circle may be read by none
+            data.unlink()  # root can read any file, but nobody can read a circular link
             data.symlink_to(data)
     text = complete(command, tmp_path / "out.txt", code=2)
     assert "Traceback" not in text
@@ -339,7 +339,7 @@ def fussy(completions: list[str], wanted: list[int]) -> list[float]:
     return [10 / (number - 3) for number in wanted]
 
 
-def test_a_reward_that_raises_is_named_with_its_row(whole: Any, tmp_path: Path) -> None:
+def test_failing_reward_is_reported_with_its_row(whole: Any, tmp_path: Path) -> None:
     args, _, _ = whole("policy", 1)
     rewards = [{"class_path": "rlhf_lightning.rewards.FunctionReward", "init_args": {"function": f"{__name__}.fussy"}}]
     command = [*args, "--trainer.default_root_dir", str(tmp_path / "run"), "--model.rewards", json.dumps(rewards)]
@@ -347,13 +347,13 @@ def test_a_reward_that_raises_is_named_with_its_row(whole: Any, tmp_path: Path) 
     assert "the reward fussy failed with ZeroDivisionError: division by zero" in text
     assert "test_faults.py:" in text
     assert "in fussy" in text or "in <listcomp>" in text
-    said = text.partition("the reward fussy failed")[2]  # before it stands which rows are held out and trained on
+    said = text.partition("the reward fussy failed")[2]  # the text before lists the files of held-out and trained rows
     found = [int(line) for line in re.findall(r"policy-(?:train|held)\.jsonl:(\d+)", said)]
     assert found
     assert all((line - 1) % 5 == 3 for line in found)
 
 
-def test_the_others_end_when_a_process_dies(whole: Any, tmp_path: Path) -> None:
+def test_other_ranks_end_when_a_forked_rank_dies(whole: Any, tmp_path: Path) -> None:
     args, _, _ = whole("sft", 2)
     command = [*args, "--trainer.default_root_dir", str(tmp_path / "run")]
 
@@ -369,7 +369,7 @@ def test_the_others_end_when_a_process_dies(whole: Any, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("rank", [1, pytest.param(0, marks=pytest.mark.slow)])
-def test_the_others_end_when_a_real_process_dies(rank: int, base: str, tmp_path: Path) -> None:
+def test_other_ranks_end_when_a_launched_rank_dies(rank: int, base: str, tmp_path: Path) -> None:
     """With the command line's launcher (`strategy: ddp`), the others end within a bounded time, with the reason."""
     command = [sys.executable, "-m", "rlhf_lightning", *config("sft", base, tmp_path), "--trainer.devices", "2"]
     command += ["--trainer.strategy", "ddp", "--trainer.max_epochs", "1000", "--checkpoint_every", "100000"]
@@ -404,7 +404,9 @@ def test_the_others_end_when_a_real_process_dies(rank: int, base: str, tmp_path:
     [pytest.param("ddp", marks=pytest.mark.slow), "ddp_fork", pytest.param("ddp_spawn", marks=pytest.mark.slow)],
 )
 @pytest.mark.parametrize(("number", "all_of_them"), [(signal.SIGINT, True), (signal.SIGTERM, False)])
-def test_real_processes_stop_together(number: int, all_of_them: bool, strategy: str, base: str, tmp_path: Path) -> None:
+def test_all_launched_ranks_stop_on_a_signal(
+    number: int, all_of_them: bool, strategy: str, base: str, tmp_path: Path
+) -> None:
     """With the command line's launcher: Ctrl-C to all processes as from a terminal, and SIGTERM to the first."""
     command = [sys.executable, "-m", "rlhf_lightning", *config("sft", base, tmp_path), "--trainer.devices", "2"]
     command += ["--trainer.strategy", strategy, "--trainer.max_epochs", "1000", "--checkpoint_every", "100000"]

@@ -1,4 +1,4 @@
-"""An interrupted run that the same command resumes ends with the weights, metrics and samples of a whole one."""
+"""A run that is interrupted and resumed has the same weights, metrics and samples as an uninterrupted run."""
 
 import json
 import os
@@ -164,7 +164,7 @@ KILL, TERM = signal.SIGKILL, signal.SIGTERM
     ],
     ids=str,
 )
-def test_an_interrupted_run_ends_as_a_whole_one(
+def test_interrupted_run_equals_uninterrupted_run(
     setting: Setting, number: int, seed: int, whole: Any, tmp_path: Path
 ) -> None:
     interrupted_as_whole(setting, number, seed, whole, tmp_path)
@@ -178,8 +178,10 @@ def test_an_interrupted_run_ends_as_a_whole_one(
     ],
     ids=str,
 )
-def test_killed_after_its_last_checkpoint_it_ends_as_a_whole_one(setting: Setting, whole: Any, tmp_path: Path) -> None:
-    """No step is left, so the checkpoint must contain what the end of the epoch logs."""
+def test_run_killed_after_its_last_checkpoint_equals_uninterrupted_run(
+    setting: Setting, whole: Any, tmp_path: Path
+) -> None:
+    """No step is left, so the checkpoint must contain the values that are logged at the end of the epoch."""
     args, expected, seen = whole(*setting)
     command = [*args, setting.flag, str(tmp_path / "run")]
     last = seen["calls"][setting.kind, 0]["a checkpoint's end"]
@@ -202,7 +204,7 @@ STOPS = {
 
 
 @pytest.mark.parametrize("kind", ["sft", pytest.param("policy", marks=pytest.mark.slow)])
-def test_killed_after_a_callback_has_stopped_it_it_does_not_go_on(kind: str, base: str, tmp_path: Path) -> None:
+def test_run_killed_after_early_stopping_does_not_continue(kind: str, base: str, tmp_path: Path) -> None:
     further = write_yaml(tmp_path / "further.yaml", {"trainer": {"callbacks": [STOPS[kind]]}})
     args = [*config(kind, base, tmp_path, accumulate=1), "-c", further, "--checkpoint_every", "1"]
     args += ["--trainer.default_root_dir"]
@@ -225,6 +227,8 @@ def test_killed_after_a_callback_has_stopped_it_it_does_not_go_on(kind: str, bas
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("number", [KILL, TERM], ids=["kill -9", "SIGTERM"])
 @pytest.mark.parametrize("setting", [*ALONE, *PIPELINES], ids=str)
-def test_interrupted_anywhere_it_ends_as_a_whole_one(setting: Setting, number: int, whole: Any, tmp_path: Path) -> None:
+def test_run_interrupted_at_random_equals_uninterrupted_run(
+    setting: Setting, number: int, whole: Any, tmp_path: Path
+) -> None:
     for seed in range(1, 4 if number == KILL else 2):
         interrupted_as_whole(setting, number, seed, whole, tmp_path)

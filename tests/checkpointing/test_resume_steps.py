@@ -1,4 +1,4 @@
-"""A run resumed from any step of three epochs ends with the weights of the whole one, also with `max_steps`."""
+"""A run resumed at any step of three epochs ends with the weights of an uninterrupted run, also with `max_steps`."""
 
 from pathlib import Path
 from typing import Any
@@ -88,13 +88,13 @@ def check(kind: str, base: str, tmp_path: Path, options: dict[str, Any], saver: 
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_resumed_at_any_step_it_ends_as_the_whole_run(kind: str, base: str, tmp_path: Path) -> None:
+def test_resume_at_any_step_equals_uninterrupted_run(kind: str, base: str, tmp_path: Path) -> None:
     check(kind, base, tmp_path, {**LENGTHS["steps"], "max_steps": 5, "accumulate_grad_batches": 2})
 
 
 @pytest.mark.parametrize("kind", ["policy", *(pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS[:2])])
-def test_a_run_that_max_steps_ended_goes_on_with_more(kind: str, base: str, tmp_path: Path) -> None:
-    """It continues within the second epoch, as if it had not ended there."""
+def test_run_ended_by_max_steps_continues_with_more_steps(kind: str, base: str, tmp_path: Path) -> None:
+    """It continues within the second epoch as if it had not stopped there."""
     more, fewer = ({**LENGTHS["steps"], "max_steps": steps} for steps in (7, 5))
     weights, _, batches = run(kind, base, tmp_path / "whole", ours(tmp_path / "all"), **more)
     run(kind, base, tmp_path / "fewer", ours(tmp_path / "some"), **fewer)
@@ -110,12 +110,16 @@ def test_a_run_that_max_steps_ended_goes_on_with_more(kind: str, base: str, tmp_
 @pytest.mark.parametrize("accumulate", [1, 2])
 @pytest.mark.parametrize("length", list(LENGTHS))
 @pytest.mark.parametrize("kind", KINDS)
-def test_whatever_ends_the_run(kind: str, length: str, accumulate: int, saver: Any, base: str, tmp_path: Path) -> None:
+def test_resume_with_each_way_of_ending_the_run(
+    kind: str, length: str, accumulate: int, saver: Any, base: str, tmp_path: Path
+) -> None:
     check(kind, base, tmp_path, {**LENGTHS[length], "accumulate_grad_batches": accumulate}, saver)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("within", [{"limit_train_batches": 2}, {"val_check_interval": 1}])
 @pytest.mark.parametrize("kind", KINDS)
-def test_with_epochs_cut_short_or_validated_within(kind: str, within: Any, base: str, tmp_path: Path) -> None:
+def test_resume_with_limited_epochs_or_validation_within_them(
+    kind: str, within: Any, base: str, tmp_path: Path
+) -> None:
     check(kind, base, tmp_path, {**LENGTHS["steps"], "max_steps": 6, **within})

@@ -1,4 +1,4 @@
-"""The commands as a user runs them: every config, the pipeline, resume, and errors."""
+"""Commands of stages and pipelines: every config, resume, and errors."""
 
 import json
 from pathlib import Path
@@ -40,8 +40,8 @@ def test_every_config_is_parsed_and_built(path: Path, capsys: pytest.CaptureFixt
 # -- a stage ----------------------------------------------------------------------------------------------------------
 
 
-def test_a_stage_in_its_folder(base: str, tmp_path: Path) -> None:
-    """Run, skipped when run again, refused with other settings, started over, and used for predictions."""
+def test_stage_is_skipped_refused_restarted_and_predicts(base: str, tmp_path: Path) -> None:
+    """A stage runs, is skipped when it runs again, is refused with other settings, starts over, and predicts."""
     config = write_yaml(tmp_path / "sft.yaml", stage_config("sft", base, tmp_path))
     args = ["sft", "fit", "-c", config, "--trainer.default_root_dir", str(tmp_path / "run")]
     out = rlhf_process(*args)
@@ -82,7 +82,7 @@ def test_a_stage_in_its_folder(base: str, tmp_path: Path) -> None:
     assert (run / "metrics.csv").exists()
 
 
-def test_a_finished_stage_goes_on_when_asked_for_more(base: str, tmp_path: Path) -> None:
+def test_finished_stage_continues_with_more_steps(base: str, tmp_path: Path) -> None:
     config = write_yaml(tmp_path / "sft.yaml", stage_config("sft", base, tmp_path))
     args = ["sft", "fit", "-c", config, "--trainer.default_root_dir", str(tmp_path / "run"), "--checkpoint_every", "1"]
     rlhf(*args)
@@ -107,7 +107,7 @@ class Twice:
 """
 
 
-def test_an_environment_named_in_yaml(base: str, tmp_path: Path) -> None:
+def test_environment_named_in_a_config(base: str, tmp_path: Path) -> None:
     settings = stage_config("policy", base, tmp_path)
     settings["model"] |= {"environment": "my_environment.Twice", "environment_args": {"reward": 0.5}}
     settings["trainer"]["max_steps"] = 1
@@ -118,7 +118,7 @@ def test_an_environment_named_in_yaml(base: str, tmp_path: Path) -> None:
     assert {row["reward"] for row in rows} <= {0.5, 1.0}
 
 
-def test_an_interrupted_stage_resumes_by_the_same_command(base: str, tmp_path: Path) -> None:
+def test_same_command_resumes_an_interrupted_stage(base: str, tmp_path: Path) -> None:
     config = write_yaml(tmp_path / "c.yaml", stage_config("policy", base, tmp_path))
     rule = {"class_path": "rlhf_lightning.rewards.KeywordReward"}
     reward = json.dumps([{**rule, "init_args": {"keywords": ["a", "e"], "min_words": 1}}])
@@ -173,7 +173,9 @@ def pipeline_of(base: str, tmp_path: Path, **preference: Any) -> dict[str, Any]:
 
 @pytest.mark.usefixtures("forked_stages")
 @pytest.mark.parametrize("lora", [None, pytest.param({"rank": 2, "target": ["all"]}, marks=pytest.mark.slow)])
-def test_a_pipeline_hands_models_over(base: str, tmp_path: Path, lora: Any, capfd: pytest.CaptureFixture[str]) -> None:
+def test_pipeline_passes_models_to_later_stages(
+    base: str, tmp_path: Path, lora: Any, capfd: pytest.CaptureFixture[str]
+) -> None:
     plan = pipeline_of(base, tmp_path)
     for stage in plan["stages"] if lora else []:
         stage["overrides"] = {**stage.get("overrides", {}), "model.lora": lora}
@@ -205,14 +207,16 @@ def test_a_pipeline_hands_models_over(base: str, tmp_path: Path, lora: Any, capf
         return
     plan["root"] = str(moved)
     plan["stages"][1]["overrides"] = {"trainer.max_epochs": 2}
-    with pytest.raises(ConfigError, match=r"stage preference has run with other inputs \(changed: settings\)"):
+    with pytest.raises(ConfigError, match=r"the inputs of stage preference have changed since it ran: settings"):
         run_pipeline(plan)
     run_pipeline(plan, rerun=["preference"])
     assert "already finished" in capfd.readouterr().out
 
 
 @pytest.mark.usefixtures("forked_stages")
-def test_a_failed_preference_stage(base: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_rule_reward_replaces_a_failed_preference_stage(
+    base: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     plan = pipeline_of(base, tmp_path, overrides={"data.train": str(tmp_path / "missing.jsonl")})
     with pytest.raises(UserError, match="stage preference failed"):
         run_pipeline(plan)
@@ -223,14 +227,14 @@ def test_a_failed_preference_stage(base: str, tmp_path: Path, capfd: pytest.Capt
     run_pipeline(plan)
     out = capfd.readouterr().out
     assert "sft: already finished" in out
-    assert "continues with the rule reward" in out
+    assert "continues as set by on_failure, with the rule reward" in out
     metrics = (tmp_path / "run" / "policy" / "metrics.csv").read_text().splitlines()
     row = dict(zip(metrics[0].split(","), metrics[1].split(","), strict=True))
     assert float(row["reward_source_prm"]) == 0.0
     assert "reward_KeywordReward" in metrics[0]
 
 
-def test_stages_can_be_left_out_and_repeated(base: str, tmp_path: Path) -> None:
+def test_pipelines_may_omit_or_repeat_kinds_of_stages(base: str, tmp_path: Path) -> None:
     write_yaml(tmp_path / "sft.yaml", stage_config("sft", base, tmp_path))
     stages = [
         {"kind": "sft", "name": "one", "config": "sft.yaml"},
@@ -253,23 +257,23 @@ def test_stages_can_be_left_out_and_repeated(base: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("plan", "message"),
     [
-        ({}, "'stages' must be a list"),
+        ({}, "stages must be a list"),
         ({"stages": [], "x": 1}, "unknown key 'x'"),
         ({"stages": [{"kind": "dpo"}]}, "kind is 'dpo'"),
         ({"stages": [{"kind": "sft", "start": "x"}]}, "neither an earlier stage"),
         ({"stages": [{"kind": "sft"}, {"kind": "sft"}]}, "is used twice"),
         ({"stages": [{"kind": "sft", "config": "no.yaml"}]}, "no.yaml: no such file"),
-        ({"stages": [{"kind": "sft"}, {"kind": "sft", "name": "b", "reward": "sft"}]}, "reward is for policy"),
+        ({"stages": [{"kind": "sft"}, {"kind": "sft", "name": "b", "reward": "sft"}]}, "reward is only for policy"),
         ({"stages": [{"kind": "sft", "on_failure": "go"}]}, "on_failure must be"),
         ({"stages": [{"kind": "sft", "color": 1}]}, "unknown key 'color'"),
     ],
 )
-def test_plans_that_make_no_sense(plan: dict[str, Any], message: str) -> None:
+def test_invalid_plans_are_refused(plan: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         read_plan(plan)
 
 
-def test_settings_are_laid_over() -> None:
+def test_settings_are_merged() -> None:
     assert nested({"a.b": 1, "a.c": {"d": 2}}) == {"a": {"b": 1, "c": {"d": 2}}}
     base = {"optimizer": {"class_path": "A", "init_args": {"lr": 1, "eps": 2}}, "x": [1]}
     assert merged(base, nested({"optimizer.init_args.lr": 3}))["optimizer"]["init_args"] == {"lr": 3, "eps": 2}

@@ -1,4 +1,4 @@
-"""The recipes in `configs/`: each is built and run at a small size, with a tiny model instead of its own."""
+"""Each recipe in `configs/` is built and run at a small size, with a tiny model."""
 
 import json
 from collections.abc import Iterator
@@ -24,14 +24,14 @@ ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "configs"
 RECIPES = sorted(path for path in CONFIGS.glob("*.yaml") if "stages" not in read_mapping(path))
 PIPELINES = sorted(path for path in CONFIGS.glob("*.yaml") if "stages" in read_mapping(path))
-# One of each stage, objective and kind of rows; the others run in `make test-slow`, and in their pipelines there.
+# One config for each stage, objective and kind of rows; the others run in `make test-slow`.
 SAMPLE = {"sft", "reward_model", "dpo", "kto", "grpo", "ppo", "gsm8k", "mint_rl"}
 FULL = sorted((CONFIGS / "full").glob("*.yaml"))
-# Smaller than a user would have it, and nothing else: what a recipe says of losses, rewards, KL stays.
+# Only sizes are reduced; losses, rewards and KL of a recipe are unchanged.
 SMALL = {"max_tokens": 6, "prompts_per_round": 4, "group_size": 2, "max_steps": 2, "max_epochs": 1, "batch_size": 4}
 
 
-def test_the_pipelines_of_the_field_are_there() -> None:
+def test_standard_pipelines_are_included() -> None:
     names = {path.name for path in [*RECIPES, *PIPELINES]}
     assert {"mint.yaml", "mint_simple.yaml", "local.yaml", "pipeline.yaml", "qwen3_full.yaml"} <= names
     assert {"sft.yaml", "reward_model.yaml", "dpo.yaml", "kto.yaml", "policy.yaml"} <= names
@@ -64,7 +64,7 @@ def data(tmp_path: Path) -> dict[str, str]:
 
 
 def small(value: Any, base: str, judge: str, data: dict[str, str], key: str = "") -> Any:
-    """A config with local names instead of Hub ids and earlier runs, and small numbers."""
+    """A config with local files instead of Hub ids and earlier runs, and with small sizes."""
     if isinstance(value, dict):
         return {name: small(inner, base, judge, data, name) for name, inner in value.items()}
     if isinstance(value, list):
@@ -85,7 +85,7 @@ def run_small(kind: str, files: list[Path], base: str, judge: str, data: dict[st
         path.write_text(yaml.safe_dump(small(read_mapping(file), base, judge, data)))
         args += ["-c", str(path)]
     if kind == "policy" and "rewards" not in read_mapping(files[0])["model"]:
-        # What a pipeline hands to a stage whose `reward` it names.
+        # A pipeline passes this to a stage with `reward`.
         reward = {"class_path": "rlhf_lightning.rewards.ModelReward", "init_args": {"model": judge}}
         args += ["--model.rewards", json.dumps([reward])]
     complete([*args, "--trainer.default_root_dir", str(root)], tmp_path / "out.txt")
@@ -108,7 +108,7 @@ def test_every_recipe_runs(path: Path, base: str, judge: str, data: dict[str, st
 
 
 @pytest.mark.parametrize("over", FULL, ids=lambda path: path.stem)
-def test_every_recipe_trains_all_weights_too(
+def test_every_recipe_trains_all_weights(
     over: Path, base: str, judge: str, data: dict[str, str], tmp_path: Path
 ) -> None:
     recipe = CONFIGS / over.name
@@ -124,7 +124,7 @@ def test_every_recipe_trains_all_weights_too(
 
 @pytest.mark.parametrize("overlay", sorted((CONFIGS / "overlays").glob("*.yaml")), ids=lambda path: path.stem)
 @pytest.mark.parametrize("recipe", ["sft", "reward_model", "policy"])
-def test_overlays_are_laid_over_recipes(overlay: Path, recipe: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_overlays_are_merged_over_recipes(overlay: Path, recipe: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         StageCLI(
             KINDS[recipe.rpartition("_")[2]],
@@ -136,7 +136,7 @@ def test_overlays_are_laid_over_recipes(overlay: Path, recipe: str, capsys: pyte
     assert {key: printed[key] for key in {**under, **over}} == {**under, **over}
 
 
-def test_a_pipeline_takes_lists_and_overlays() -> None:
+def test_pipeline_takes_lists_and_overlays_of_configs() -> None:
     plan = read_plan(CONFIGS / "qwen3_full.yaml", overlays=[CONFIGS / "overlays" / "cpu.yaml"])
     assert [stage.settings["model"]["lora"] for stage in plan.stages] == [None] * 3
     assert [stage.settings["model"]["optimizer"]["init_args"]["lr"] for stage in plan.stages] == [1e-5, 1e-5, 1e-6]
@@ -154,7 +154,7 @@ def test_every_pipeline_runs(path: Path, base: str, judge: str, data: dict[str, 
         settings = read_mapping(file)
         copy = tmp_path / file.relative_to(CONFIGS)
         copy.parent.mkdir(exist_ok=True)
-        # A pipeline names stages, files and no model.
+        # A pipeline names stages and files, but no model.
         copy.write_text(yaml.safe_dump(settings if "stages" in settings else small(settings, base, judge, data)))
     plan = read_plan(tmp_path / path.name, tmp_path / "run", [CONFIGS / "overlays" / "cpu.yaml"])
     manifest = run_pipeline(plan)
@@ -174,8 +174,8 @@ def keys(node: yaml.Node) -> Iterator[tuple[str, int]]:
             yield from keys(item)
 
 
-def test_every_key_is_commented_once() -> None:
-    """On its line, or on the line before it, in at least one of the files."""
+def test_every_key_has_a_comment() -> None:
+    """The comment is on the line of the key or on the line before, in at least one of the files."""
     found: dict[str, bool] = {}
     for path in [*RECIPES, *PIPELINES, *FULL, *(CONFIGS / "overlays").glob("*.yaml")]:
         lines = path.read_text().splitlines()
@@ -198,7 +198,7 @@ def test_every_key_is_commented_once() -> None:
         ("owner/name", ("owner/name", None, "train")),
     ],
 )
-def test_a_configuration_of_a_hub_data_set(source: str, asked: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_configuration_of_a_hub_dataset(source: str, asked: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     def load(name: str, configuration: str | None, split: str) -> list[dict[str, Any]]:
         assert (name, configuration, split) == asked
         return [{"question": "q"}]
@@ -207,7 +207,7 @@ def test_a_configuration_of_a_hub_data_set(source: str, asked: Any, monkeypatch:
     assert [row.data for row in read_rows(source)] == [{"question": "q"}]
 
 
-def test_a_configuration_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_configuration_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     def load(*_: Any, **__: Any) -> Any:
         raise ValueError("Config name is missing.\nPlease pick one among the available configs: ['main', 'socratic']")
 
@@ -216,8 +216,8 @@ def test_a_configuration_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatc
         read_rows("openai/gsm8k")
 
 
-def test_the_verifier_of_gsm8k_on_real_rows(shared: Path) -> None:
-    """It accepts every solution of the data set, and none with another row's answer."""
+def test_gsm8k_verifier_on_real_rows(shared: Path) -> None:
+    """It accepts every solution of the dataset, and no solution for another row's answer."""
     from rlhf_lightning.rewards import ExactAnswer
     from rlhf_lightning.types import Episode
 
@@ -243,7 +243,7 @@ def test_the_verifier_of_gsm8k_on_real_rows(shared: Path) -> None:
 # -- the configs in the package ---------------------------------------------------------------------------------------
 
 
-def test_configs_are_listed_with_a_sentence_each() -> None:
+def test_configs_are_listed_with_a_description() -> None:
     said = rlhf("configs")
     for path in (ROOT / "configs").rglob("*.yaml"):
         name = path.relative_to(ROOT / "configs").with_suffix("").as_posix()
@@ -251,17 +251,17 @@ def test_configs_are_listed_with_a_sentence_each() -> None:
         assert len(line.split()) > 2
 
 
-def test_a_config_is_taken_by_name_from_anywhere(tmp_path: Path) -> None:
+def test_config_is_found_by_name_from_any_folder(tmp_path: Path) -> None:
     for given in (["-c", "rlhf:gsm8k"], ["--config=rlhf:gsm8k.yaml", "-c", "rlhf:overlays/cpu"]):
         shown = yaml.safe_load(rlhf("policy", "fit", *given, "--print_config", cwd=tmp_path))
         assert shown["model"]["rewards"][0]["class_path"] == "rlhf_lightning.rewards.ExactAnswer"
         assert (shown["trainer"]["accelerator"] == "cpu") == (len(given) == 3)
     assert "did you mean gsm8k" in rlhf("policy", "fit", "-c", "rlhf:gms8k", cwd=tmp_path, code=2)
-    # The plan of a pipeline is read, and it is its data that is not there.
+    # The plan of the pipeline is read; the error is that its data is missing.
     assert "no such file" in rlhf("pipeline", "rlhf:mint", cwd=tmp_path, code=2)
 
 
-def test_a_config_is_copied_with_its_stages_and_replaces_nothing(tmp_path: Path) -> None:
+def test_config_is_copied_with_its_stages_without_replacing_files(tmp_path: Path) -> None:
     rlhf("configs", "copy", "mint", str(tmp_path / "here"))
     names = {"mint.yaml", "mint_sft.yaml", "mint_reward_model.yaml", "mint_rl.yaml"}
     assert {path.name for path in (tmp_path / "here").iterdir()} == names

@@ -1,4 +1,4 @@
-"""A console that is closed or that nobody reads; signals that end a process, alone and in bursts."""
+"""Standard streams that are closed or whose reader exits, and signals that stop a process, alone and in bursts."""
 
 import json
 import os
@@ -30,7 +30,7 @@ def finished(folder: Path) -> bool:
     return json.loads((folder / "run" / "stage.json").read_text())["steps"] == 6
 
 
-def test_a_run_goes_on_when_its_reader_ends(base: str, tmp_path: Path) -> None:
+def test_run_continues_when_the_reader_of_its_output_exits(base: str, tmp_path: Path) -> None:
     """As with `rlhf sft fit … 2>&1 | head -1`."""
     read, write = os.pipe()
 
@@ -47,11 +47,11 @@ def test_a_run_goes_on_when_its_reader_ends(base: str, tmp_path: Path) -> None:
     assert run.wait() == 0
     assert finished(tmp_path)
     log = (tmp_path / "run" / "logs" / "run.log").read_text()
-    assert "any more; the run continues" in log
+    assert "has exited; the run continues" in log
     assert "model folder" in log
 
 
-def test_a_run_without_standard_streams(base: str, tmp_path: Path) -> None:
+def test_run_without_standard_streams(base: str, tmp_path: Path) -> None:
     line = " ".join([*RLHF, *command(base, tmp_path), ">&-", "2>&-", "<&-"])
     out = subprocess.run(["bash", "-c", line], timeout=100, check=False)
     assert out.returncode == 0
@@ -60,23 +60,23 @@ def test_a_run_without_standard_streams(base: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("args", [["--help"], ["generate", "--help"], ["nothing"]])
-def test_a_command_whose_reader_is_gone_says_nothing_of_it(args: list[str]) -> None:
+def test_broken_pipe_is_not_reported(args: list[str]) -> None:
     read, write = os.pipe()
     os.close(read)
     out = subprocess.run([*RLHF, *args], stdout=write, stderr=subprocess.PIPE, text=True, timeout=60, check=False)
     os.close(write)
-    # argparse swallows what its own print gives.
+    # argparse hides errors of its own printing.
     assert out.returncode == {"--help": 141, "generate": 0, "nothing": 2}[args[0]]
     assert "Traceback" not in out.stderr
     assert "BrokenPipe" not in out.stderr
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="only Linux has a file that is always full")
-def test_an_output_without_room_is_told_in_a_line() -> None:
+def test_full_disk_of_the_output_is_a_one_line_error() -> None:
     with open("/dev/full", "w") as full:
         out = subprocess.run([*RLHF, "--help"], stdout=full, stderr=subprocess.PIPE, text=True, timeout=60, check=False)
     assert out.returncode == 2
-    assert out.stderr == "error: the output: No space left on device; free disk space, or write elsewhere\n"
+    assert out.stderr == "error: the output: No space left on device; free disk space, or write to another disk\n"
 
 
 def steps(folder: Path) -> int:
@@ -85,7 +85,7 @@ def steps(folder: Path) -> int:
 
 
 @pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGTERM])
-def test_a_burst_ends_a_run_as_one_signal_does(number: int, base: str, tmp_path: Path) -> None:
+def test_burst_of_signals_stops_a_run_like_one_signal(number: int, base: str, tmp_path: Path) -> None:
     args = command(base, tmp_path, steps=100_000)
     run = Run(args, tmp_path / "out.txt")
     wait_for(lambda: steps(tmp_path) > 3, run)
@@ -102,7 +102,7 @@ def test_a_burst_ends_a_run_as_one_signal_does(number: int, base: str, tmp_path:
     assert f"stopped after step {max(int(name[5:-5]) for name in saved)};" in run.text
 
 
-def test_nohup_keeps_a_run_going(base: str, tmp_path: Path) -> None:
+def test_nohup_keeps_a_run_alive(base: str, tmp_path: Path) -> None:
     run = Run(command(base, tmp_path), tmp_path / "out.txt", lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN))
     wait_for((tmp_path / "run" / MARK).exists, run)
     while (code := run.poll()) is None:
@@ -125,7 +125,7 @@ def test_a_forwarded_signal_does_not_count_as_the_first_ctrl_c() -> None:
         stops.off()
 
 
-def test_handlers_are_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_signal_handlers_are_restored(monkeypatch: pytest.MonkeyPatch) -> None:
     def own(*_: Any) -> None:
         raise AssertionError("the user's own handler")
 

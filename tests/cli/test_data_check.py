@@ -1,4 +1,4 @@
-"""`rlhf data check`: what it finds in a file, and its output for scripts."""
+"""`rlhf data check`: its findings, and its output for scripts."""
 
 import json
 import subprocess
@@ -31,7 +31,7 @@ def checked(args: list[str], capsys: pytest.CaptureFixture[str], code: int = 0) 
     return found
 
 
-def test_every_bad_row_is_listed_with_line_and_reason(
+def test_bad_rows_are_listed_with_line_and_reason(
     base: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = Path(write_rows(tmp_path / "chats.jsonl", chats(4)))
@@ -51,7 +51,9 @@ def test_every_bad_row_is_listed_with_line_and_reason(
     assert "bad rows: 4" in out
 
 
-def test_figures_are_those_of_the_rows(base: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_figures_equal_those_computed_from_the_rows(
+    base: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     train = [*chats(6), chats(6)[2]]
     other_answer = {"messages": [chats(1)[0]["messages"][0], {"role": "assistant", "content": "ten"}]}
     held_out = [chats(9)[1], other_answer, chats(9)[8]]
@@ -94,18 +96,18 @@ def test_prompts_may_be_plain_lines(base: str, tmp_path: Path, capsys: pytest.Ca
     assert "⟦" not in found["samples"][0]["text"]
 
 
-def test_settings_are_those_of_a_stage(base: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_settings_equal_those_of_a_stage(base: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = [{"question": row["prompt"], "wanted": row["wanted"]} for row in prompts(3)]
     file = write_rows(tmp_path / "prompts.jsonl", rows)
     args = [file, "--kind", "prompts", "--model", base]
     assert len(checked(args, capsys, code=1)["bad"]) == 3
     args += ["--columns", "prompt=question"]
     assert checked(args, capsys)["examples"] == 3
-    assert "above data.max_prompt_tokens 4" in checked([*args, "--max_length", "4"], capsys, 1)["bad"][0]["reason"]
+    assert "exceed data.max_prompt_tokens 4" in checked([*args, "--max_length", "4"], capsys, 1)["bad"][0]["reason"]
     assert len(checked([*args, "--max_length", "4", "--overlong", "skip"], capsys)["skipped"]) == 3
 
 
-def test_what_a_terminal_would_obey_is_shown_instead(
+def test_control_characters_are_escaped(
     base: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     row = {"prompt": "Count\x1b[2J", "completion": "one\x07"}
@@ -146,7 +148,7 @@ def test_mistakes_of_data_check(
 def test_a_row_is_rendered_and_tokenized_once(
     kind: str, rows: list[Any], renderings: int, tokenized: int, base: str, tmp_path: Path, monkeypatch: Any
 ) -> None:
-    """Renderings and tokenizations in a check of many rows."""
+    """Count the renderings and tokenizations in a check of many rows."""
     calls: Counter[str] = Counter()
     module = check.data_module(kind, base)
     template, tokenizer = module.renderer.template, type(module.renderer.tokenizer)
@@ -164,7 +166,7 @@ def test_help_of_a_stage_has_an_example(kind: str, further: list[str], capsys: p
     with pytest.raises(SystemExit) as stop:
         entry.main([kind, *further, "--help"])
     assert stop.value.code == 0
-    assert f"example: rlhf {kind} fit -c configs/" in capsys.readouterr().out
+    assert f"example: rlhf {kind} fit -c rlhf:" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("command", [name for name in COMMANDS if name not in ("sft", "preference", "policy")])
@@ -179,7 +181,7 @@ def test_help_has_an_example_and_is_fast(command: str) -> None:
     assert heavy == set()
 
 
-def test_the_page_of_commands_knows_them_all() -> None:
+def test_docs_describe_every_command() -> None:
     page = (Path(__file__).parents[2] / "docs" / "commands.md").read_text()
     for command in COMMANDS:
         assert f"`{command}`" in page or f"`rlhf {command}" in page, command

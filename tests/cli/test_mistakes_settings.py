@@ -1,4 +1,4 @@
-"""Mistakes in flags and config files: reported with a suggestion before any model is loaded."""
+"""Mistakes in flags and config files are reported with a suggestion, before any model is loaded."""
 
 import json
 import os
@@ -18,7 +18,7 @@ from tests.helpers.rows import chats, write_rows
 
 START = ["--model.model", "./base", "--data.train", "sft.jsonl"]
 FLAGS: list[tuple[str, list[str], list[str]]] = [
-    # a flag that is none: the one that was meant
+    # unknown flags, with suggestions
     ("sft", ["--data.batchsize", "3"], ["--data.batchsize is not a flag", "did you mean --data.batch_size?"]),
     ("sft", ["--trainer.max_step", "3"], ["--trainer.max_step is not a flag", "did you mean --trainer.max_steps?"]),
     ("sft", ["--max_steps=3"], ["--max_steps is not a flag", "did you mean --trainer.max_steps?"]),
@@ -29,16 +29,20 @@ FLAGS: list[tuple[str, list[str], list[str]]] = [
     ("preference", ["--model.beta", "0.1"], ["did you mean --model.scorer.init_args.beta?"]),
     ("sft", ["--nonsense", "1"], ["--nonsense is not a flag; --help lists all flags"]),
     ("sft", ["sft.yaml"], ["pass a config file with -c sft.yaml"]),
-    ("sft", ["--fresh", "true"], ["'true' follows no flag that takes it"]),
+    ("sft", ["--fresh", "true"], ["'true' does not belong to a flag"]),
     ("sft", ["--data", "sft.jsonl"], ["--data sft.jsonl", "did you mean --data.train?"]),
-    # a class that is none, an argument that a class does not take
-    ("sft", ["--model.optimizer", "adamw"], ['"model.optimizer"', "torch.optim.AdamW?"]),
+    # unknown classes and arguments of classes
+    ("sft", ["--model.optimizer", "adamw"], ["model.optimizer: there is no class", "torch.optim.AdamW?"]),
     ("sft", ["--model.lr_scheduler", "cosine"], ["rlhf_lightning.modules.schedules.Warmup with shape cosine"]),
     ("sft", ["--model.lr_scheduler", "CosineAnnealingLR"], ["T_max", "Set model.lr_scheduler.init_args.T_max"]),
     ("sft", ["--trainer.logger", "wandb"], ["Did you mean lightning.pytorch.loggers.WandbLogger?"]),
-    ("sft", ["--trainer.callbacks", "EarlyStopping"], ["required: monitor", "Set trainer.callbacks.init_args.monitor"]),
-    ("sft", ["--model.optimizer", "torch.optim.AdamW", "--model.optimizer.betas", "0.9"], ['"betas"', "Write a list"]),
-    ("sft", ["--model.lora.r", "8"], ["Option 'r' is not accepted", "Did you mean rank?"]),
+    (
+        "sft",
+        ["--trainer.callbacks", "EarlyStopping"],
+        ["EarlyStopping needs the argument monitor", "Set trainer.callbacks.init_args.monitor"],
+    ),
+    ("sft", ["--model.optimizer", "torch.optim.AdamW", "--model.optimizer.betas", "0.9"], ["betas: ", "Write a list"]),
+    ("sft", ["--model.lora.r", "8"], ["model.lora: rlhf_lightning.LoRA has no argument 'r'", "Did you mean rank?"]),
     (
         "preference",
         ["--model.loss", "DPO"],
@@ -46,19 +50,19 @@ FLAGS: list[tuple[str, list[str], list[str]]] = [
     ),
     ("preference", ["--model.scorer", "Reward"], ["Did you mean ImplicitReward or RewardHead?"]),
     ("policy", ["--model.kl", "0.1"], ["model.kl is a section of settings", "--model.kl.coefficient"]),
-    ("policy", ["--model.kl.coef", "0.1"], ["Option 'coef' is not accepted", "Did you mean coefficient?"]),
+    ("policy", ["--model.kl.coef", "0.1"], ["has no argument 'coef'", "Did you mean coefficient?"]),
     ("policy", ["--model.sampler.max_new_tokens", "9"], ["Did you mean max_tokens?"]),
-    ("policy", ["--model.rewards", "KeywordReward"], ['"model.rewards"', "Write a list"]),
-    # what another stage has
+    ("policy", ["--model.rewards", "KeywordReward"], ["model.rewards: ", "Write a list"]),
+    # settings of other kinds of stages
     ("policy", ["--data.max_length", "9"], ["did you mean --data.max_prompt_tokens?"]),
     ("policy", ["--data.batch_size", "9"], ["did you mean --data.prompts_per_round?"]),
     ("policy", ["--data.max_seq_length", "9"], ["did you mean --data.max_prompt_tokens?"]),
-    # values that the Trainer would take, or answer with a traceback
+    # values that the Trainer would accept, or reject with a traceback
     ("sft", ["--trainer.max_steps", "0"], ["trainer.max_steps is 0: nothing would be trained"]),
     ("sft", ["--trainer.limit_train_batches", "0.0"], ["trainer.limit_train_batches is 0"]),
     ("sft", ["--seed_everything", "-1"], ["--seed_everything is -1", "from 0 to 4294967295"]),
     ("sft", ["--trainer.num_nodes", "2"], ["trainer.num_nodes is 2", "MASTER_ADDR"]),
-    ("sft", ["--monitor_mode", "max"], ["name the metric with --monitor"]),
+    ("sft", ["--monitor_mode", "max"], ["give the metric with --monitor"]),
     (
         "sft",
         ["--monitor", "train/nll", "--trainer.enable_checkpointing", "false"],
@@ -71,7 +75,7 @@ FLAGS: list[tuple[str, list[str], list[str]]] = [
 
 @pytest.fixture
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with rows and without a model, since no case gets as far as loading one."""
+    """A folder with rows. It needs no model, because no case gets as far as loading one."""
     for name in [name for name in os.environ if name.startswith(("MASTER_", "SLURM_", "NODE_", "GROUP_"))]:
         monkeypatch.delenv(name)
     monkeypatch.chdir(tmp_path)
@@ -80,7 +84,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.mark.parametrize(("kind", "args", "parts"), FLAGS, ids=[" ".join([k, *a])[:60] for k, a, _ in FLAGS])
-def test_flags(kind: str, args: list[str], parts: list[str], place: Path) -> None:
+def test_mistakes_in_flags(kind: str, args: list[str], parts: list[str], place: Path) -> None:
     message = refused(rlhf(kind, "fit", *START, *args))
     assert all(part in message for part in parts), message
     assert len(message.splitlines()) <= 4, message
@@ -120,13 +124,13 @@ CONFIGS: list[tuple[str, str, list[str]]] = [
 
 @pytest.mark.parametrize(("kind", "text", "parts"), CONFIGS, ids=[text[-40:] for _, text, _ in CONFIGS])
 @pytest.mark.parametrize("flag", [["-c", "c.yaml"], ["--config=c.yaml"]], ids=["-c", "="])
-def test_config_files(kind: str, text: str, parts: list[str], flag: list[str], place: Path) -> None:
+def test_mistakes_in_config_files(kind: str, text: str, parts: list[str], flag: list[str], place: Path) -> None:
     (place / "c.yaml").write_text(text)
     message = refused(rlhf(kind, "fit", *flag))
     assert all(part in message for part in parts), message
 
 
-def test_the_folder_of_a_stage_of_another_kind(place: Path) -> None:
+def test_folder_of_another_kind_of_stage_is_refused(place: Path) -> None:
     (place / "run").mkdir()
     for name in (MARK, "stage.json"):
         (place / "run" / name).write_text("{}")
@@ -138,18 +142,18 @@ def test_the_folder_of_a_stage_of_another_kind(place: Path) -> None:
     assert "run contains a run of rlhf sft. Choose another" in refused(rlhf("policy", "fit", *START, *root))
 
 
-def test_a_config_belongs_after_its_command(place: Path) -> None:
+def test_config_before_its_command_is_refused(place: Path) -> None:
     (place / "c.yaml").write_text(MODEL)
     message = refused(rlhf("sft", "-c", "c.yaml", "fit"))
     assert "rlhf KIND fit -c FILE" in message
 
 
-def test_a_json_config_is_read_as_strictly(place: Path) -> None:
+def test_repeated_key_in_a_json_config_is_refused(place: Path) -> None:
     (place / "c.json").write_text('{"model": {"model": "base", "model": "other"}}')
     assert "c.json: the key 'model' appears twice" in refused(rlhf("sft", "fit", "-c", "c.json"))
 
 
-def test_fresh_does_not_discard_what_it_starts_from(place: Path) -> None:
+def test_fresh_does_not_discard_its_own_checkpoint(place: Path) -> None:
     file = place / "runs" / "sft" / "checkpoints" / "step=1.ckpt"
     file.parent.mkdir(parents=True)
     import torch
@@ -164,16 +168,16 @@ def test_fresh_does_not_discard_what_it_starts_from(place: Path) -> None:
     ("stage", "part"),
     [
         ({"kind": "sft", "overrides": {"trainer.default_root_dir": "x"}}, "set the folder of the run with root"),
-        ({"kind": "sft", "overrides": {"seed_everything": 3}}, "seed_everything is set by the pipeline: set seed"),
+        ({"kind": "sft", "overrides": {"seed_everything": 3}}, "the pipeline sets seed_everything; set seed"),
         ({"kind": "sft", "overrides": {"fresh": True}}, "--rerun"),
     ],
 )
-def test_what_a_pipeline_sets_is_not_to_be_overridden(stage: dict, part: str) -> None:
+def test_settings_of_the_pipeline_cannot_be_overridden(stage: dict, part: str) -> None:
     with pytest.raises(ConfigError, match=re.escape(part)):
         read_plan({"stages": [stage]})
 
 
-def test_a_reward_of_a_pipeline_is_a_preference_stage() -> None:
+def test_reward_of_a_pipeline_must_be_a_preference_stage() -> None:
     stages = [{"kind": "sft"}, {"kind": "preference"}, {"kind": "policy", "reward": "sft"}]
     with pytest.raises(
         ConfigError,
@@ -185,7 +189,7 @@ def test_a_reward_of_a_pipeline_is_a_preference_stage() -> None:
     assert read_plan({"stages": stages}).stages[-1].reward == "preference"
 
 
-def test_a_repeated_key_of_a_pipeline(tmp_path: Path) -> None:
+def test_repeated_key_in_a_pipeline_is_refused(tmp_path: Path) -> None:
     (tmp_path / "p.yaml").write_text("stages:\n  - kind: sft\n    kind: preference\n")
     with pytest.raises(ConfigError, match=r"p.yaml:3: the key kind appears twice, first in line 2"):
         read_plan(tmp_path / "p.yaml")
@@ -193,8 +197,8 @@ def test_a_repeated_key_of_a_pipeline(tmp_path: Path) -> None:
         read_plan({"seed": -1, "stages": [{"kind": "sft"}]})
 
 
-def test_anchors_and_merges_are_no_repetition(tmp_path: Path) -> None:
-    """`<<` takes another mapping's keys, which the mapping's own keys override, as intended."""
+def test_yaml_merge_keys_are_not_repeated_keys(tmp_path: Path) -> None:
+    """`<<` adds the keys of another mapping; the mapping's own keys override them, as intended."""
     text = "base: &base {lr: 1, eps: 2}\none: &one\n  <<: *base\n  lr: 3\n"
     text += "two:\n  <<: [*one, *base]\n  eps: 5\nthree: *one\n"
     (tmp_path / "m.yaml").write_text(text)
@@ -203,7 +207,7 @@ def test_anchors_and_merges_are_no_repetition(tmp_path: Path) -> None:
     assert found["three"] == {"lr": 3, "eps": 2}
 
 
-def test_every_name_of_other_trainers_leads_to_a_setting() -> None:
+def test_suggestions_for_names_of_other_trainers_exist() -> None:
     """The suggested names exist in one of the stages."""
     from rlhf_lightning.cli.stage import CLASSES
 
@@ -227,14 +231,16 @@ def test_every_name_of_other_trainers_leads_to_a_setting() -> None:
 @pytest.mark.parametrize(
     ("name", "command"), [("compare", "evaluate"), ("Chat", "chat"), ("genrate", "generate"), ("train", "sft")]
 )
-def test_a_command_that_is_none(name: str, command: str) -> None:
+def test_unknown_command_gets_a_suggestion(name: str, command: str) -> None:
     result = rlhf(name)
     assert result.code == 2
     assert f"did you mean rlhf {command}?" in result.err
 
 
-def test_the_word_for_a_file_of_settings(place: Path) -> None:
+def test_messages_name_the_format_of_a_settings_file(place: Path) -> None:
     write_yaml(place / "stage.yaml", {"model": {"model": "base"}})
     (place / "rows.json").write_text(json.dumps(chats(1)))
-    assert "config of a single stage; run it with rlhf sft fit -c FILE" in refused(rlhf("pipeline", "stage.yaml"))
-    assert "rows.json: must contain a mapping, contains list" in refused(rlhf("sft", "fit", "-c", "rows.json"))
+    assert "config of a single stage, so run it with rlhf sft fit -c FILE" in refused(rlhf("pipeline", "stage.yaml"))
+    assert "rows.json: contains a list; it must contain a mapping of settings" in refused(
+        rlhf("sft", "fit", "-c", "rows.json")
+    )

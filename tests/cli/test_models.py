@@ -54,7 +54,7 @@ def test_generate(base: str, tmp_path: Path, capsys: pytest.CaptureFixture[str])
         (["prompts.jsonl", "--prompt", "x"], "either a file"),
         (["nothing.jsonl"], "no such file"),
         (["--prompt", "x", "--max_tokens", "0"], "--max_tokens"),
-        (["--prompt", "x", "--max_tokens", "5000"], "positions"),
+        (["--prompt", "x", "--max_tokens", "5000"], "the model's context of"),
     ],
 )
 def test_mistakes_of_generate(args: list[str], message: str, base: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -68,7 +68,7 @@ def piped(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
     monkeypatch.setattr("sys.stdin", io.StringIO(text))
 
 
-def test_chat_remembers_what_was_said(base: str, capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
+def test_chat_continues_the_conversation(base: str, capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
     piped(monkeypatch, "Count 1\n\nCount 2\n/new\nCount 2\n/quit\nnever\n")
     rlhf_in_process("chat", base, "--max_tokens", "8", "--temperature", "0")
     answers = capsys.readouterr().out.removesuffix("\n").split("\n")
@@ -82,7 +82,7 @@ def test_chat_remembers_what_was_said(base: str, capsys: pytest.CaptureFixture[s
     assert wanted[1] != wanted[2], "the first of them was answered with what was said before it"
 
 
-def test_two_models_answer_one_after_the_other(
+def test_chat_with_two_models(
     base: str, tmp_path: Path, tokenizer: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folders = []
@@ -99,7 +99,7 @@ def test_two_models_answer_one_after_the_other(
     assert out == visible(f"sft: {texts[0]}\npolicy: {texts[1]}\n")
 
 
-def test_an_answer_appears_piece_by_piece(base: str) -> None:
+def test_answer_is_shown_in_pieces(base: str) -> None:
     pieces: list[str] = []
     policy = Policy(base)
     answer = Conversation(policy, max_tokens=20, seed=3).reply("Count 1", pieces.append)
@@ -107,7 +107,7 @@ def test_an_answer_appears_piece_by_piece(base: str) -> None:
     assert len(pieces) > 3
 
 
-def test_a_conversation_that_is_too_long_is_refused_and_kept(base: str, monkeypatch: Any, capsys: Any) -> None:
+def test_conversation_that_is_too_long_is_refused_and_kept(base: str, monkeypatch: Any, capsys: Any) -> None:
     talk = Conversation(Policy(base), max_tokens=200)
     with pytest.raises(Exception, match="start a new conversation with /new"):
         talk.reply("Count " * 100, lambda piece: None)
@@ -124,7 +124,7 @@ class Letters:
         return bytes(ids).decode("utf-8", "replace").partition("END")[0].strip()
 
 
-def test_a_stream_holds_back_what_is_not_certain() -> None:
+def test_stream_holds_back_text_that_may_change() -> None:
     pieces: list[str] = []
     stream = Stream(Letters(), ["END"], pieces.append)
     text = "Grüße, EN route END"
@@ -179,7 +179,7 @@ def test_export_merges_an_adapter(adapter: str, base: str, tmp_path: Path, capsy
 
 
 @pytest.mark.parametrize("scorer", [RewardHead(), ImplicitReward(beta=0.5)], ids=["head", "implicit"])
-def test_an_exported_reward_model_scores_the_same(scorer: Any, base: str, tmp_path: Path) -> None:
+def test_exported_reward_model_gives_the_same_scores(scorer: Any, base: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
     module = PreferenceModule(base, scorer, lora=LoRA(rank=4), optimizer=sgd(0.5))
     data = PreferenceDataModule(pairs(8), batch_size=4, show_example=False)
@@ -197,7 +197,7 @@ def test_an_exported_reward_model_scores_the_same(scorer: Any, base: str, tmp_pa
             Policy(str(out))
 
 
-def test_push_happens_only_when_asked(
+def test_upload_only_with_push(
     base: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls: list[Any] = []
@@ -225,14 +225,14 @@ def test_push_happens_only_when_asked(
 
     monkeypatch.setattr(Hub, "create_repo", refuse)
     message = mistake(["export", base, str(tmp_path / "c"), "--push", "me/model"], capsys)
-    assert "could not be pushed to me/model: no network" in message
+    assert "cannot be uploaded to me/model: no network" in message
     assert "--push" in mistake(["export", base, str(tmp_path / "d"), "--public"], capsys)
 
 
 # -- init -------------------------------------------------------------------------------------------------------------
 
 
-def test_a_new_project_passes_its_own_checks(
+def test_new_project_passes_the_data_checks(
     base: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = tmp_path / "my project"
@@ -263,7 +263,7 @@ def test_a_new_project_passes_its_own_checks(
 
 
 @pytest.mark.slow
-def test_a_new_project_runs_as_it_is(
+def test_new_project_runs_unchanged(
     base: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = tmp_path / "project"

@@ -1,4 +1,4 @@
-"""Output files of commands: an existing file is only replaced on request."""
+"""Commands replace an existing output file only on request."""
 
 import os
 from pathlib import Path
@@ -10,18 +10,18 @@ from rlhf_lightning.errors import ConfigError
 from rlhf_lightning.files import write_text
 
 
-def test_what_is_there_is_not_replaced(tmp_path: Path) -> None:
+def test_existing_file_is_not_replaced(tmp_path: Path) -> None:
     mine = tmp_path / "mine.jsonl"
     mine.write_text("rows of the user\n")
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "link").symlink_to(mine)
     for path, words in (
-        (mine, "the file exists; name another file, or replace it with --overwrite"),
+        (mine, "the file exists; give another file, or replace it with --overwrite"),
         (tmp_path / "link", "the file exists"),
         (tmp_path, "a folder"),
         (tmp_path / "pipe", "a device or pipe"),
         (Path("/dev/null"), "a device or pipe"),
-        (mine / "under", "cannot be written"),
+        (mine / "under", "is not a writable folder"),
     ):
         with pytest.raises(ConfigError, match=words):
             check_writable("--output", path)
@@ -31,7 +31,7 @@ def test_what_is_there_is_not_replaced(tmp_path: Path) -> None:
     check_writable("--output", tmp_path / "a" / "b" / "new.jsonl")
 
 
-def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_file_is_written_atomically(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "a" / "rows.jsonl"
     write_text(path, "one\n")
     assert path.read_text() == "one\n"

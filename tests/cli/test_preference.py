@@ -37,7 +37,7 @@ def judge(base: str, tmp_path: Path) -> str:
     return reward_model(base, tmp_path / "rm", 8)
 
 
-def test_score_takes_every_kind_of_row(judge: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_score_accepts_every_kind_of_row(judge: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "deep" / "scored.jsonl"
 
     def scored(rows: list[Any]) -> list[dict[str, Any]]:
@@ -63,7 +63,7 @@ def test_score_takes_every_kind_of_row(judge: str, tmp_path: Path, capsys: pytes
     assert len(scored(labeled(3))) == 3
 
 
-def test_score_says_which_row_is_wrong(judge: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_score_names_the_bad_row(judge: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = write_rows(tmp_path / "rows.jsonl", [pairs(1)[0], {"prompt": "a", "response": ""}, {"prompt": "a"}])
     assert "rows.jsonl:2: no token is trained" in mistake(["score", judge, file], capsys)
     rlhf("score", judge, file, "--on_bad_row", "skip")
@@ -75,7 +75,7 @@ def test_score_says_which_row_is_wrong(judge: str, tmp_path: Path, capsys: pytes
 def test_evaluate_compares_two_policies(
     base: str, judge: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A policy against itself: win rate one half, KL 0; another one by a gold function, with rows and metrics."""
+    """A policy against itself has win rate 1/2 and KL 0; another one is compared by a gold function."""
     file = write_rows(tmp_path / "prompts.jsonl", prompts(6))
     common = ["--max_tokens", "6", "--device", "cpu", "--summary", str(tmp_path / "s.json")]
     rlhf("evaluate", base, base, file, "--reward", judge, *common)
@@ -122,7 +122,7 @@ def test_evaluate_compares_two_policies(
 
 
 @pytest.mark.parametrize("by", ["model", "implicit", "gold"])
-def test_best_of_takes_the_best(by: str, base: str, judge: str, tmp_path: Path) -> None:
+def test_best_of_keeps_the_best_response(by: str, base: str, judge: str, tmp_path: Path) -> None:
     file = write_rows(tmp_path / "prompts.txt", ["Count", "Add"])
     scorer = judge
     if by == "implicit":
@@ -158,23 +158,23 @@ def test_best_of_takes_the_best(by: str, base: str, judge: str, tmp_path: Path) 
         (["evaluate", "BASE", "BASE", "FILE", "--gold", GOLD, "--samples", "0"], "--samples is 0"),
         (
             ["evaluate", "BASE", "BASE", "FILE", "--gold", GOLD, "--max_tokens", "999"],
-            "exceed the model's 256 positions",
+            "exceed the model's context of 256 tokens",
         ),
         (["evaluate", "BASE", "./nowhere", "FILE", "--gold", GOLD], "no such folder"),
         (["evaluate", "BASE", "BASE", "missing.jsonl", "--gold", GOLD], "no such file"),
         (["best-of", "BASE", "FILE", "--gold", GOLD, "-n", "0"], "-n is 0"),
         (["best-of", "BASE", "FILE", "--gold", GOLD, "--temperature", "0"], "--temperature is 0"),
-        (["best-of", "BASE", "FILE"], "no reward is given"),
+        (["best-of", "BASE", "FILE"], "no reward: give a reward model"),
     ],
 )
-def test_commands_that_cannot_be_run(
+def test_unsuitable_arguments_are_refused(
     args: list[str], message: str, base: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = write_rows(tmp_path / "prompts.jsonl", prompts(2))
     assert message in mistake([{"BASE": base, "FILE": file}.get(arg, arg) for arg in args], capsys)
 
 
-def test_intervals_worked_by_hand() -> None:
+def test_intervals_of_a_worked_example() -> None:
     low, high = wilson(0.6, 50)
     assert low == pytest.approx(0.4618, abs=1e-4)
     assert high == pytest.approx(0.7239, abs=1e-4)
@@ -191,8 +191,8 @@ def test_intervals_worked_by_hand() -> None:
 # -- the watch --------------------------------------------------------------------------------------------------------
 
 
-def test_it_warns_where_chosen_responses_grow_less_likely(base: str, tmp_path: Path, caplog: Any) -> None:
-    """Both sides become less likely, the rejected one more so; the loss falls. One warning, with the numbers."""
+def test_watch_warns_when_chosen_responses_become_less_likely(base: str, tmp_path: Path, caplog: Any) -> None:
+    """Both responses become less likely, the rejected one faster, so the loss falls. There is one warning."""
 
     class Down(BradleyTerry):
         def __call__(self, chosen: torch.Tensor, rejected: torch.Tensor, **_: Any) -> torch.Tensor:
@@ -216,8 +216,8 @@ class SFTOnly(BradleyTerry):
         return -chosen
 
 
-def test_it_warns_where_train_and_validation_part(base: str, tmp_path: Path, caplog: Any) -> None:
-    """Random labels, which the model can only memorize."""
+def test_watch_warns_when_train_and_validation_diverge(base: str, tmp_path: Path, caplog: Any) -> None:
+    """The labels are random, so the model can only memorize them."""
     caplog.set_level(logging.WARNING, "rlhf_lightning")
 
     def noise(seed: int, count: int) -> list[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""Records of another version, and invalid records, are refused with a clear message wherever they are read."""
+"""Records of another format, and invalid records, are refused with a clear message wherever they are read."""
 
 import json
 from collections.abc import Callable
@@ -16,7 +16,7 @@ from tests.helpers.cli import mistake, rlhf, stage_config, write_yaml
 from tests.helpers.rows import write_rows
 
 
-def test_the_one_number() -> None:
+def test_check_format_accepts_only_this_version() -> None:
     check_format(None, "it")  # before there was one
     check_format(FORMAT, "it")
     for found in (FORMAT + 1, FORMAT - 1, -1, 1.5, True, "1", [FORMAT], {}):
@@ -29,8 +29,10 @@ def changed(path: Path, **values: Any) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
 
 
-def test_a_stage_is_not_gone_on_with(base: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Its data record, its result and its checkpoint: each is refused by name and left unchanged."""
+def test_stage_with_records_of_another_format_is_refused(
+    base: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Data record, result and checkpoint are each refused by name, and left unchanged."""
     config, run = write_yaml(tmp_path / "sft.yaml", stage_config("sft", base, tmp_path)), tmp_path / "run"
     args = ["sft", "fit", "-c", config, "--trainer.default_root_dir", str(run), "--checkpoint_every", "1"]
     rlhf(*args)
@@ -70,7 +72,7 @@ def test_a_stage_is_not_gone_on_with(base: str, tmp_path: Path, capsys: pytest.C
         ([], "contains a list, not an object"),
     ],
 )
-def test_the_record_of_a_pipeline(
+def test_pipeline_with_a_record_of_another_format_is_refused(
     manifest: Any, words: str, base: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = tmp_path / "run"
@@ -89,7 +91,7 @@ def test_the_record_of_a_pipeline(
 
 @pytest.mark.parametrize("name", ["quickstart.json", "summary.json"])
 @pytest.mark.parametrize(("text", "words"), [('{"format": 2}', "has format 2, but"), ("[", "cannot be read as JSON")])
-def test_the_records_of_a_quickstart(
+def test_quickstart_with_records_of_another_format_is_refused(
     name: str, text: str, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from rlhf_lightning.quickstart import run
@@ -103,7 +105,7 @@ def test_the_records_of_a_quickstart(
         read[name]()
 
 
-def test_a_record_on_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hub_model_with_a_record_of_another_format_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "stage.json").write_text(json.dumps({"format": 9, "rendering": {}}))
     monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda *_: str(tmp_path / "stage.json"))
     with pytest.raises(ConfigError, match=r"stage\.json has format 9, but this version reads format"):
@@ -111,6 +113,6 @@ def test_a_record_on_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.mark.parametrize("text", ["[", "[1]", "7"])
-def test_checksums_that_are_none(text: str, tmp_path: Path) -> None:
+def test_invalid_checksums_are_reported_as_damage(text: str, tmp_path: Path) -> None:
     (tmp_path / "checksums.json").write_text(text)
     assert damage(tmp_path) == "checksums.json cannot be read"

@@ -1,4 +1,4 @@
-"""Pipes, sockets, devices and folders where a file is expected: refused immediately, without waiting for them."""
+"""Pipes, sockets, devices and folders are refused immediately where a file is expected."""
 
 import os
 import shutil
@@ -49,7 +49,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_what_is_a_file(kind: str, here: Path) -> None:
+def test_is_file_refuses_special_files(kind: str, here: Path) -> None:
     place = here / "thing"
     assert not is_file(place)
     KINDS[kind](place)
@@ -75,7 +75,7 @@ def stage(base: str, here: Path) -> Any:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_data(kind: str, base: str, here: Path) -> None:
+def test_special_file_as_data_is_refused(kind: str, base: str, here: Path) -> None:
     for name in ("rows.jsonl", "rows", "rows.csv.gz"):
         KINDS[kind](here / name)
         refused(rlhf("data", "check", name, "--kind", "sft", "--model", base), f"{name}: this is a {kind}")
@@ -84,7 +84,7 @@ def test_data(kind: str, base: str, here: Path) -> None:
 
 
 @pytest.mark.parametrize("source", ["part-*.jsonl", "parts"])
-def test_data_in_parts(source: str, base: str, here: Path) -> None:
+def test_special_file_among_data_files_is_refused(source: str, base: str, here: Path) -> None:
     place = here / "parts" if source == "parts" else here
     place.mkdir(exist_ok=True)
     write_rows(place / "part-1.jsonl", chats(3))
@@ -93,13 +93,13 @@ def test_data_in_parts(source: str, base: str, here: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["train", "validation"])
-def test_data_of_a_stage(name: str, stage: Any, here: Path) -> None:
+def test_special_file_as_data_of_a_stage_is_refused(name: str, stage: Any, here: Path) -> None:
     pipe(here / "waits.jsonl")
     refused(stage(**{name: "waits.jsonl"}), "waits.jsonl: this is a named pipe")
 
 
 @pytest.mark.parametrize("kind", ["named pipe", pytest.param("folder", marks=pytest.mark.slow)])
-def test_files_of_settings(kind: str, stage: Any, base: str, here: Path) -> None:
+def test_special_file_as_settings_is_refused(kind: str, stage: Any, base: str, here: Path) -> None:
     KINDS[kind](here / "thing")
     said = f"thing: this is a {kind}"
     refused(rlhf("sft", "fit", "-c", "thing"), said)
@@ -114,7 +114,7 @@ def test_files_of_settings(kind: str, stage: Any, base: str, here: Path) -> None
 
 
 @pytest.mark.parametrize("name", ["config.json", "stage.json", "model.safetensors", "tokenizer.json", "more.txt"])
-def test_a_model_folder(name: str, base: str, here: Path) -> None:
+def test_special_file_in_a_model_folder_is_refused(name: str, base: str, here: Path) -> None:
     for kind in ("named pipe", "socket", "device"):
         (Path(base) / name).unlink(missing_ok=True)
         KINDS[kind](Path(base) / name)
@@ -122,13 +122,13 @@ def test_a_model_folder(name: str, base: str, here: Path) -> None:
         refused(rlhf("export", base, "out"), f"{name}: this is a {kind}")
 
 
-def test_a_model_that_is_a_pipe(base: str, here: Path) -> None:
+def test_pipe_as_model_is_refused(base: str, here: Path) -> None:
     pipe(here / "model")
     for args in (("generate", "model", "--prompt", "a"), ("init", "project", "--model", "./model")):
         refused(rlhf(*args), "model")
 
 
-def test_the_folder_of_a_run(stage: Any, here: Path) -> None:
+def test_special_file_in_the_folder_of_a_run_is_refused(stage: Any, here: Path) -> None:
     assert stage().code == 0
     for name in ("stage.json", "metrics.csv", "samples.jsonl", "config.yaml", "run.lock"):
         place, aside = here / "run" / name, here / "aside"
@@ -146,7 +146,7 @@ def test_the_folder_of_a_run(stage: Any, here: Path) -> None:
     assert stage().code == 0
 
 
-def test_a_checkpoint_that_is_a_pipe(stage: Any, here: Path) -> None:
+def test_pipe_as_checkpoint_is_refused(stage: Any, here: Path) -> None:
     assert stage("--checkpoint_every", "1").code == 0
     (here / "run" / "stage.json").unlink()
     shutil.rmtree(here / "run" / "model")
@@ -157,8 +157,8 @@ def test_a_checkpoint_that_is_a_pipe(stage: Any, here: Path) -> None:
     assert "is damaged" in result.err or result.code == 2, result.err
 
 
-def test_what_a_shell_hands_over_is_read_once(base: str, here: Path) -> None:
-    """`<(…)` is the name of an open pipe, whose rows are read like those of a file."""
+def test_process_substitution_is_read_once(base: str, here: Path) -> None:
+    """`<(…)` is the name of an open pipe; its rows are read like those of a file."""
     text = Path(write_rows(here / "rows.jsonl", prompts(2))).read_bytes()
     asked = ("--max_tokens", "2", "--temperature", "0", "--json")
     found = {}

@@ -1,4 +1,4 @@
-"""Case template-kwargs-forgotten: `rlhf evaluate` and `generate` prompt as `rlhf sft fit` did."""
+"""Case template-kwargs-forgotten: `rlhf evaluate` and `generate` use the template_kwargs of `rlhf sft fit`."""
 
 import csv
 import json
@@ -14,7 +14,7 @@ from tests.helpers.templates import QUIET
 ANSWERS = {"Hi": "Hello.", "Bye": "See you.", "Thanks": "Welcome.", "Why": "Because."}
 
 
-def test_the_commands_ask_as_the_stage_was_told(thinker: str, tmp_path: Path) -> None:
+def test_commands_prompt_with_the_template_kwargs_of_the_stage(thinker: str, tmp_path: Path) -> None:
     rows = [
         {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
         for question, answer in ANSWERS.items()

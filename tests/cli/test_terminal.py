@@ -1,4 +1,4 @@
-"""Control characters in rows, models and answers are shown, and never interpreted, by terminals."""
+"""Control characters in rows, models and answers are escaped, so that terminals do not interpret them."""
 
 import csv
 import json
@@ -25,7 +25,7 @@ HOSTILE = "\x1b[2J\x1b]0;title\x07 \x9b31m \x08\x7f \u202egnp.exe\u2066 \r"
 FORBIDDEN = set("\x1b\x07\x9b\x08\x7f\u202e\u2066\r")
 
 
-def test_texts_are_made_visible() -> None:
+def test_control_characters_in_texts_are_escaped() -> None:
     shown = visible(HOSTILE)
     assert not set(shown) & FORBIDDEN
     assert "\\x1b[2J" in shown
@@ -39,7 +39,7 @@ def test_texts_are_made_visible() -> None:
     assert "東京" in as_json(plain)
 
 
-def test_logs_hold_no_sequences(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_logs_contain_no_escape_sequences(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     setup_logging("info", tmp_path / "run.log")
     logging.getLogger("rlhf_lightning.anything").warning("a row: %s", HOSTILE)
     found = capsys.readouterr().err + (tmp_path / "run.log").read_text()
@@ -54,7 +54,7 @@ def rows(tmp_path: Path) -> str:
     return write_rows(tmp_path / "rows.jsonl", [{"messages": said, HOSTILE: 1}, {HOSTILE: 1}, {"messages": HOSTILE}])
 
 
-def test_a_stage_and_the_check_of_its_data(
+def test_stage_and_data_check_print_no_control_characters(
     rows: str, base: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     settings: dict[str, Any] = stage_config("sft", base, tmp_path)
@@ -72,7 +72,7 @@ def test_a_stage_and_the_check_of_its_data(
         assert not set(out.out + out.err) & FORBIDDEN
 
 
-def test_an_error_names_what_it_found(capsys: pytest.CaptureFixture[str]) -> None:
+def test_parser_error_escapes_the_value(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         entry.main(["score", f"./no such {HOSTILE}", "rows.jsonl"])
     err = capsys.readouterr().err
@@ -81,7 +81,7 @@ def test_an_error_names_what_it_found(capsys: pytest.CaptureFixture[str]) -> Non
 
 
 NAMED = "x\x1b[2J\u202egnp\x9b"
-"""Of folders and files: what a file system takes."""
+"""Names of folders and files that file systems allow."""
 
 
 @pytest.mark.parametrize(
@@ -103,7 +103,7 @@ NAMED = "x\x1b[2J\u202egnp\x9b"
     ],
     ids=lambda args: args[0][:8],
 )
-def test_names_of_files_and_folders(
+def test_control_characters_in_file_names_are_escaped(
     args: list[str], base: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     place = tmp_path / NAMED
@@ -123,7 +123,7 @@ def test_names_of_files_and_folders(
     assert not set(found.out + found.err) & FORBIDDEN
 
 
-def test_tables_of_samples() -> None:
+def test_control_characters_in_sample_tables_are_escaped() -> None:
     row = {
         "prompt": [{"content": HOSTILE}],
         "response": HOSTILE,
@@ -136,7 +136,9 @@ def test_tables_of_samples() -> None:
     assert "\x1b[2J" not in rich("title", rows, 100)
 
 
-def test_the_answers_of_the_quickstart(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_control_characters_in_quickstart_answers_are_escaped(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
     keys = dict.fromkeys(quickstart.COLUMNS, 1.0)
     sample = {"prompt": f"[blink]{HOSTILE}", "sft": HOSTILE, "policy": HOSTILE}
     models = {"base": keys, "sft": {**keys, "val_nll_start": 1.0, "val_nll": 1.0}, "policy": keys}
@@ -147,7 +149,7 @@ def test_the_answers_of_the_quickstart(capsys: pytest.CaptureFixture[str], tmp_p
     assert not set(out) & FORBIDDEN
 
 
-def test_messages_and_faults_of_libraries(capsys: pytest.CaptureFixture[str]) -> None:
+def test_control_characters_in_library_messages_are_escaped(capsys: pytest.CaptureFixture[str]) -> None:
     setup_logging("info", None)
     stream = logging.StreamHandler(sys.stderr)
     library = logging.getLogger("transformers.other")
@@ -170,7 +172,7 @@ FORMULAS = ["=1+1", "@SUM(A1)", "+cmd", "-cmd|' /C calc'!A0", "\t=1", "\r=1", "'
 PLAIN = ["", "a=b", "-0.5", "+3", "1e-5", "-inf", "nan", "'tis", "it's", "train/reward", -0.5, 3]
 
 
-def test_no_cell_of_a_table_is_a_formula() -> None:
+def test_csv_cells_are_not_formulas() -> None:
     for value in FORMULAS:
         assert table_cell(value) == f"'{value}"
         assert table_value(table_cell(value)) == value
@@ -179,7 +181,7 @@ def test_no_cell_of_a_table_is_a_formula() -> None:
         assert isinstance(value, float | int) or table_value(value) == value
 
 
-def test_metrics_by_the_names_of_formulas(tmp_path: Path) -> None:
+def test_metric_names_are_not_formulas(tmp_path: Path) -> None:
     logger = MetricsCSV(tmp_path)
     logger.log_metrics({"train/a": -0.5, **dict.fromkeys(FORMULAS, -1.5)}, 0)
     resumed = MetricsCSV(tmp_path, resume=True)

@@ -1,4 +1,4 @@
-"""Code in the current folder: only what the user named can be imported, and what that imports."""
+"""From the current folder, only modules that the user named can be imported, and modules that these import."""
 
 import importlib
 import json
@@ -34,7 +34,7 @@ def found(name: str) -> bool:
     return True
 
 
-def test_what_is_named_is_found_and_what_it_imports(folder: Path) -> None:
+def test_named_modules_and_their_imports_are_found(folder: Path) -> None:
     (folder / "mine_named.py").write_text("def late():\n    import mine_beside\n    return mine_beside\n")
     (folder / "mine_beside.py").write_text("import mine_package.inner\n")
     (folder / "mine_other.py").write_text("")
@@ -49,7 +49,7 @@ def test_what_is_named_is_found_and_what_it_imports(folder: Path) -> None:
     assert not found("mine_other")
 
 
-def test_names_stand_in_configs_and_the_files_these_name(folder: Path) -> None:
+def test_names_are_read_from_configs_and_files_named_there(folder: Path) -> None:
     for name in MODULES[:4]:
         (folder / f"{name}.py").write_text("")
     (folder / "configs").mkdir()
@@ -60,8 +60,8 @@ def test_names_stand_in_configs_and_the_files_these_name(folder: Path) -> None:
     assert [found(name) for name in ("mine_named", "mine_package", "mine_other")] == [True, True, False]
 
 
-def test_a_folder_is_no_package_that_a_library_looks_for(folder: Path) -> None:
-    """As with a downloaded adapter, whose config makes a library import `megatron`."""
+def test_model_folder_is_not_imported_as_a_package(folder: Path) -> None:
+    """For example with a downloaded adapter whose config makes peft import `megatron`."""
     (folder / "megatron").mkdir()
     (folder / "megatron" / "__init__.py").write_text("raise SystemExit('code of the model has run')")
     allow_user_code(["sft", "fit", "--model.model", "megatron"])
@@ -69,7 +69,7 @@ def test_a_folder_is_no_package_that_a_library_looks_for(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("start", [["-m", "rlhf_lightning"], ["-P", "-c", f"{ENTRY}; main()"]])
-def test_the_command_does_not_import_from_where_it_is_run(start: list[str], tmp_path: Path) -> None:
+def test_command_does_not_import_from_the_current_folder(start: list[str], tmp_path: Path) -> None:
     """Modules in the folder have the names of libraries that may or may not be installed."""
     code = "import pathlib\npathlib.Path('ran').write_text(__name__)\n"
     for name in ("bitsandbytes", "flash_attn", "kernels", "megatron", "tensorflow", "jax", "apex", "deepspeed"):

@@ -1,4 +1,4 @@
-"""Columns with a common meaning, in every row format: used, or refused with file, line and a remedy."""
+"""Columns with a common meaning are used in every row format, or refused with file, line and a remedy."""
 
 import json
 import logging
@@ -75,7 +75,7 @@ def reader(request: pytest.FixtureRequest, tokenizer: Any) -> tuple[dict[str, An
     row, read = READERS[request.param]
 
     def convert(data: dict[str, Any]) -> list[str]:
-        """The rows as text, as read; bad rows with their location."""
+        """The text of the rows that were read, and the locations of bad rows."""
         found = convert_rows([LocatedRow(data, "rows.jsonl:1")], lambda d: read(d, tokenizer), Reading())
         return [tokenizer.decode(ids) for ids in found]
 
@@ -83,7 +83,7 @@ def reader(request: pytest.FixtureRequest, tokenizer: Any) -> tuple[dict[str, An
 
 
 @pytest.mark.parametrize("column", ["system", "system_prompt"])
-def test_a_system_column_stands_in_front(reader: Any, column: str) -> None:
+def test_system_column_becomes_the_first_message(reader: Any, column: str) -> None:
     row, convert = reader
     begin = "<|im_start|>system\nBe kind.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
     for text in convert({**row, column: "Be kind."}):
@@ -93,11 +93,11 @@ def test_a_system_column_stands_in_front(reader: Any, column: str) -> None:
         assert all(text.startswith("<|im_start|>user") for text in convert({**row, column: " "}))
 
 
-def test_a_system_column_that_cannot_be_used(reader: Any) -> None:
+def test_unusable_system_column_is_refused(reader: Any) -> None:
     row, convert = reader
     with pytest.raises(DataError, match=rf"{WHERE}'system' is int 3; it must be text"):
         convert({**row, "system": 3})
-    with pytest.raises(DataError, match=rf"{WHERE}.*'system' and 'system_prompt', which differ"):
+    with pytest.raises(DataError, match=rf"{WHERE}.*'system' and 'system_prompt', but they differ"):
         convert({**row, "system": "a", "system_prompt": "b"})
 
 
@@ -105,44 +105,44 @@ def test_a_system_column_that_cannot_be_used(reader: Any) -> None:
 def test_media_are_refused(reader: Any, column: str) -> None:
     row, convert = reader
     assert convert({**row, column: []}) == convert(row)
-    with pytest.raises(DataError, match=rf"{WHERE}.*'{column}', but models here read text only"):
+    with pytest.raises(DataError, match=rf"{WHERE}.*'{column}', but only text is supported"):
         convert({**row, column: ["a.png"]})
 
 
-def test_parts_of_other_kinds_are_refused(tokenizer: Any) -> None:
+def test_content_parts_other_than_text_are_refused(tokenizer: Any) -> None:
     for kind in ("image", "image_url", "input_audio", "video"):
         said = [{"role": "user", "content": [{"type": "text", "text": "Hi"}, {"type": kind, kind: "x"}]}, ASSISTANT]
         with pytest.raises(DataError, match=rf"message 0 \(user\): content has a part of type '{kind}'"):
             ready(SFTDataModule([{"messages": said}], tokenizer=tokenizer))
 
 
-def test_a_system_message_in_the_conversation(tokenizer: Any) -> None:
+def test_system_column_must_agree_with_the_conversation(tokenizer: Any) -> None:
     row = {"messages": [SYSTEM, USER, ASSISTANT]}
     same, alone = (rows_of(SFTDataModule, {**row, **more}, tokenizer)[0].ids for more in ({"system": "Be kind. "}, {}))
     assert same == alone
     with pytest.raises(
-        DataError, match="column 'system' differs from the system message that the conversation begins with"
+        DataError, match="column 'system' differs from the system message at the beginning of the conversation"
     ):
         rows_of(SFTDataModule, {**row, "system": "Be terse."}, tokenizer)
 
 
-def test_tools_are_refused_where_no_template_shows_them(reader: Any) -> None:
+def test_tools_that_the_template_does_not_render_are_refused(reader: Any) -> None:
     row, convert = reader
     for name in ("tools", "functions"):
-        with pytest.raises(DataError, match="the row has tools, but the chat template does not render them"):
+        with pytest.raises(DataError, match="the row has tools, but the chat template does not render tools"):
             convert({**row, name: [{"name": "f", "parameters": {}}]})
     assert convert({**row, "tools": "[]"}) == convert(row)
 
 
-def test_plain_text_with_what_only_a_conversation_shows(tokenizer: Any) -> None:
-    with pytest.raises(DataError, match="plain text and has 'system'"):
+def test_plain_text_with_columns_of_conversations_is_refused(tokenizer: Any) -> None:
+    with pytest.raises(DataError, match="plain text, but has 'system'"):
         ready(SFTDataModule([{"text": "one", "system": "a"}], tokenizer=tokenizer))
     (row,) = rows_of(SFTDataModule, {"text": "one", "system": "a"}, tokenizer, columns={"system": None})
     assert tokenizer.decode(row.ids) == "one<|im_end|>"
 
 
 @pytest.mark.parametrize("mark", [{"weight": 0}, {"train": False}, {"trainable": False}, {"weight": 0.0, "train": 0}])
-def test_a_turn_that_is_marked_is_not_trained(tokenizer: Any, mark: dict[str, Any]) -> None:
+def test_turn_marked_as_not_trained_is_masked(tokenizer: Any, mark: dict[str, Any]) -> None:
     said = [USER, {**BAD, **mark}, USER, {**ASSISTANT, "weight": 1, "train": True}]
     (row,) = rows_of(SFTDataModule, {"messages": said}, tokenizer)
     assert trained(tokenizer, row) == ["Hello<|im_end|>"]
@@ -152,54 +152,54 @@ def test_a_turn_that_is_marked_is_not_trained(tokenizer: Any, mark: dict[str, An
     assert trained(tokenizer, row) == ["Hello<|im_end|>"]
     for settings, message in (
         ({"train_on": "everything"}, "data.train_on is everything"),
-        ({"train_on": "last_assistant"}, "every turn to learn from is marked as not trained"),
+        ({"train_on": "last_assistant"}, "all turns are marked as not trained"),
         ({"format": "raw"}, "with format raw the last message"),
     ):
         with pytest.raises(DataError, match=message):
             rows_of(SFTDataModule, {"messages": [USER, {**BAD, **mark}]}, tokenizer, **settings)
-    # Nothing of a prompt is trained; a response is scored whole.
+    # No part of a prompt is trained; a response is scored as a whole.
     asked = [USER, {**BAD, **mark}, USER]
     pair = {"prompt": asked, "chosen": "Hello", "rejected": "No"}
     assert rows_of(PreferenceDataModule, pair, tokenizer)
-    with pytest.raises(DataError, match="a response can only be trained and scored as a whole"):
+    with pytest.raises(DataError, match="a response is always trained and scored as a whole"):
         rows_of(PreferenceDataModule, {**pair, "chosen": [{**ASSISTANT, **mark}]}, tokenizer)
 
 
 @pytest.mark.parametrize(
     ("mark", "message"),
     [
-        ({"weight": 0.5}, "'weight' must be 0"),
-        ({"train": "no"}, "'train' must be true or false"),
+        ({"weight": 0.5}, "'weight' is float 0.5; it must be 0"),
+        ({"train": "no"}, "'train' is str 'no'; it must be true or false"),
         ({"weight": 1, "trainable": False}, "is marked both as trained and as not trained"),
     ],
 )
-def test_marks_that_cannot_be_used(tokenizer: Any, mark: dict[str, Any], message: str) -> None:
+def test_invalid_marks_are_refused(tokenizer: Any, mark: dict[str, Any], message: str) -> None:
     with pytest.raises(DataError, match=rf"list\[0\]: message 1 \(assistant\).* ?{message}"):
         rows_of(SFTDataModule, {"messages": [USER, {**ASSISTANT, **mark}]}, tokenizer)
 
 
-def test_a_mark_that_train_on_does_not_ask_for(tokenizer: Any, caplog: pytest.LogCaptureFixture) -> None:
+def test_mark_that_train_on_ignores_gives_a_warning(tokenizer: Any, caplog: pytest.LogCaptureFixture) -> None:
     (row,) = rows_of(SFTDataModule, {"messages": [{**USER, "train": True}, ASSISTANT]}, tokenizer)
     assert trained(tokenizer, row) == ["Hello<|im_end|>"]
-    assert caplog.text.count("messages marked as trained are not trained, because data.train_on is all_assistant") == 1
+    assert caplog.text.count("the marks of trained messages are ignored, because data.train_on is all_assistant") == 1
 
 
 @pytest.mark.parametrize("shape", SFT)
 @pytest.mark.parametrize("label", [0, False, "undesirable"])
-def test_an_undesirable_answer_is_not_imitated(tokenizer: Any, shape: str, label: Any) -> None:
+def test_row_with_a_negative_label_is_refused_for_sft(tokenizer: Any, shape: str, label: Any) -> None:
     row = {**SFT[shape], "label": label}
-    with pytest.raises(DataError, match=r"list\[0\]: 'label' is .*must not be imitated"):
+    with pytest.raises(DataError, match=r"list\[0\]: 'label' is .*marks a bad answer"):
         rows_of(SFTDataModule, row, tokenizer)
-    with pytest.raises(DataError, match="must not be imitated"):
+    with pytest.raises(DataError, match="marks a bad answer"):
         _demonstration(Renderer(tokenizer), row)
     assert rows_of(SFTDataModule, {**row, "label": 1}, tokenizer)
     assert rows_of(SFTDataModule, {**row, "label": "sports"}, tokenizer)
     assert rows_of(SFTDataModule, row, tokenizer, columns={"label": None})
 
 
-def test_pairs_in_a_file_for_sft(tokenizer: Any) -> None:
+def test_pairs_are_refused_for_sft(tokenizer: Any) -> None:
     pair = PAIRS["repeated"]
-    with pytest.raises(DataError, match=r"list\[0\]: no conversation .* This is a pair: rlhf preference"):
+    with pytest.raises(DataError, match=r"list\[0\]: the row has no conversation.* This is a pair: rlhf preference"):
         rows_of(SFTDataModule, pair, tokenizer)
     with pytest.raises(DataError, match=r"list\[0\]: the row has 'chosen' and 'rejected': rlhf preference learns"):
         rows_of(SFTDataModule, {**pair, "messages": [USER, BAD]}, tokenizer)
@@ -209,17 +209,17 @@ def test_pairs_in_a_file_for_sft(tokenizer: Any) -> None:
         assert found == rows_of(SFTDataModule, SFT["messages"], tokenizer)[0]
 
 
-def test_rows_have_no_weights(tokenizer: Any) -> None:
+def test_row_weights_are_refused(tokenizer: Any) -> None:
     for module, row in ((SFTDataModule, SFT["messages"]), (PreferenceDataModule, PAIRS["pair"])):
         assert rows_of(module, {**row, "weight": 1.0}, tokenizer)
-        with pytest.raises(DataError, match=r"the row has 'weight' 0\.5, and row weights are not supported"):
+        with pytest.raises(DataError, match=r"'weight' is 0\.5, but row weights are not supported"):
             rows_of(module, {**row, "weight": 0.5}, tokenizer)
 
 
-def test_scores_that_contradict_their_pair(tokenizer: Any, caplog: pytest.LogCaptureFixture) -> None:
+def test_scores_that_contradict_a_pair_give_a_warning(tokenizer: Any, caplog: pytest.LogCaptureFixture) -> None:
     given = [{**PAIRS["pair"], "score_chosen": a, "score_rejected": b} for a, b in ((8, 5.5), (2, 3), (4, 4))]
     ready(PreferenceDataModule(given, tokenizer=tokenizer))
-    assert "in 1 pairs the rejected response has the higher score_rejected" in caplog.text
+    assert "score_rejected is higher than score_chosen in 1 pairs" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -230,37 +230,35 @@ def test_scores_that_contradict_their_pair(tokenizer: Any, caplog: pytest.LogCap
             SFTDataModule,
             {**SFT["messages"], "kind": "a"},
             {"category": "kind"},
-            "read from the columns functions, messages",
+            "columns that are used: functions, messages",
         ),
         (PreferenceDataModule, {**PAIRS["pair"], "gap": 1}, {"margins": "gap"}, "did you mean margin?"),
     ],
 )
-def test_a_column_mapped_to_a_name_that_nothing_uses(
+def test_mapping_to_an_unused_name_is_refused(
     module: Any, row: dict[str, Any], columns: dict[str, str], hint: str, tokenizer: Any
 ) -> None:
-    with pytest.raises(ConfigError, match=f"these rows are not read from .*{re.escape(hint)}"):
+    with pytest.raises(ConfigError, match=f"these rows do not use a column .*{re.escape(hint)}"):
         rows_of(module, row, tokenizer, columns=columns)
-    with pytest.raises(ConfigError, match="these rows are not read from"):
+    with pytest.raises(ConfigError, match="these rows do not use a column"):
         check(module([], tokenizer=tokenizer, columns=columns), [row])
     (prompt,) = rows_of(PromptDataModule, {"prompt": "Hi", "solution": "4"}, tokenizer, columns={"answer": "solution"})
     assert prompt.row["answer"] == "4", "rewards are given it"
 
 
-def test_what_is_trained_of_raw_text_is_not_chosen(tokenizer: Any) -> None:
-    with pytest.raises(ConfigError, match="train_on is everything, but format raw trains the last message"):
+def test_train_on_is_refused_for_raw_text(tokenizer: Any) -> None:
+    with pytest.raises(ConfigError, match="train_on is everything, but format raw always trains the last message"):
         rows_of(SFTDataModule, SFT["messages"], tokenizer, format="raw", train_on="everything")
     assert rows_of(SFTDataModule, {"text": "one"}, tokenizer, format="raw", train_on="everything")
     assert rows_of(SFTDataModule, SFT["messages"], tokenizer, format="raw", train_on="last_assistant")
 
 
-def test_a_tie_has_no_labels(tokenizer: Any) -> None:
+def test_tie_is_refused_for_labels(tokenizer: Any) -> None:
     with pytest.raises(DataError, match="the pair is a tie: neither response can be labeled"):
         rows_of(PreferenceDataModule, {**PAIRS["pair"], "tie": True}, tokenizer, kind="labels")
 
 
-def test_columns_that_are_not_used_are_named_once(
-    tokenizer: Any, tmp_path: Any, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_unused_columns_are_logged_once(tokenizer: Any, tmp_path: Any, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     rows = [{**SFT["messages"], "prompt": "Hi", "id": i, "source": "", "hint": "x"} for i in range(3)]
     path = write_rows(tmp_path / "rows.jsonl", rows)
@@ -275,7 +273,7 @@ def test_columns_that_are_not_used_are_named_once(
     assert prompt.row["id"] == 7, "rewards are given the row"
 
 
-def test_references_with_a_system_column(tokenizer: Any) -> None:
+def test_reference_answers_with_a_system_column(tokenizer: Any) -> None:
     for row in (*SFT.values(), LABEL, *PAIRS.values()):
         if "prompt" in row or "messages" in row:
             prompt = prompt_example(Renderer(tokenizer), {**row, "system": "Be kind."})
@@ -285,7 +283,7 @@ def test_references_with_a_system_column(tokenizer: Any) -> None:
 @pytest.mark.parametrize(
     "mark", [{"loss": False}, {"training": False}, {"loss_weight": 0}, {"train": False}, {"weight": 0.0}]
 )
-def test_marks_of_other_tools(tokenizer: Any, mark: dict[str, Any]) -> None:
+def test_marks_in_formats_of_other_tools(tokenizer: Any, mark: dict[str, Any]) -> None:
     said = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]
     data = SFTDataModule([{"messages": [said[0], {**said[1], **mark}, *said]}], tokenizer=tokenizer, show_example=False)
     data.setup("fit")
@@ -296,14 +294,14 @@ def test_marks_of_other_tools(tokenizer: Any, mark: dict[str, Any]) -> None:
     ("key", "value"),
     [("train_detail", [{"begin_offset": 0}]), ("tools", [{"name": "f"}]), ("functions", "[{}]"), ("images", ["a.png"])],
 )
-def test_what_a_message_cannot_hold(tokenizer: Any, key: str, value: Any) -> None:
+def test_unsupported_keys_of_a_message_are_refused(tokenizer: Any, key: str, value: Any) -> None:
     said = [{"role": "user", "content": "Q", key: value}, {"role": "assistant", "content": "A"}]
-    with pytest.raises(DataError, match=rf"message 0 \(user\) has '{key}', which is not used there"):
+    with pytest.raises(DataError, match=rf"message 0 \(user\) has '{key}', which is not supported in a message"):
         SFTDataModule([{"messages": said}], tokenizer=tokenizer, show_example=False).setup("fit")
 
 
 @pytest.mark.parametrize("column", [{"weight": "0"}, {"weight": "0.5"}, {"train": "False"}, {"loss_weight": 0}])
-def test_weights_of_rows_of_every_kind(tokenizer: Any, column: dict[str, Any]) -> None:
+def test_row_weights_are_refused_for_every_kind(tokenizer: Any, column: dict[str, Any]) -> None:
     options: dict[str, Any] = {"tokenizer": tokenizer, "show_example": False}
     said = {"prompt": "Q", "completion": "A", "chosen": "A", "rejected": "B", **column}
     sft = {key: value for key, value in said.items() if key not in ("chosen", "rejected")}
@@ -318,7 +316,7 @@ def test_weights_of_rows_of_every_kind(tokenizer: Any, column: dict[str, Any]) -
         SFTDataModule([sft | {next(iter(column)): fine}], **options).setup("fit")
 
 
-def test_settings_of_a_template_in_a_row(tokenizer: Any) -> None:
+def test_template_settings_in_a_row_are_refused(tokenizer: Any) -> None:
     row = {"prompt": "Q", "completion": "A", "chat_template_kwargs": {"enable_thinking": False}}
     for module, stage in (
         (SFTDataModule([row], tokenizer=tokenizer, show_example=False), "fit"),
@@ -328,19 +326,19 @@ def test_settings_of_a_template_in_a_row(tokenizer: Any) -> None:
             module.setup(stage)
 
 
-def test_conversations_that_a_table_holds_as_text() -> None:
+def test_conversations_stored_as_text() -> None:
     said = [{"role": "system", "content": "S"}, {"role": "user", "content": "It's"}]
     for text in (json.dumps(said), str(said), json.dumps([{"from": "human", "value": "It's"}])):
         assert to_messages(text)[-1] == said[-1]
-    # What an array of numpy prints has no commas.
+    # A printed array of numpy has no commas.
     with pytest.raises(RowError, match="a printed Python list"):
         to_messages("[{'role': 'user', 'content': 'Q'}\n {'role': 'assistant', 'content': 'A'}]")
-    # Other lists are what a user says, and an answer is never read so.
+    # Other lists are messages of a user; an answer is never parsed.
     for text in ('[{"role": "admin", "content": "x"}]', '[{"role": "user", "content": "x"}] what is this?', "[1]"):
         assert to_messages(text) == [{"role": "user", "content": text}]
     assert to_messages(json.dumps(said), "assistant")[0]["role"] == "assistant"
 
 
-def test_an_empty_object_is_no_tool() -> None:
+def test_empty_object_is_not_a_tool() -> None:
     assert read_tools({}) is None
     assert read_tools("{}") is None

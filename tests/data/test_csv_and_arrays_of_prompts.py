@@ -1,4 +1,4 @@
-"""Files of prompts that are not JSON lines are read according to their content, or refused by name."""
+"""Files of prompts other than JSON lines are read by their content, or refused by name."""
 
 from pathlib import Path
 from typing import Any

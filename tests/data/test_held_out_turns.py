@@ -1,10 +1,10 @@
-"""`validation_split` holds out whole rows: no conversation and no prompt of a pair is on both sides."""
+"""`validation_split` holds out whole rows: no conversation and no prompt of a pair is in both sets."""
 
 from typing import Any
 
 from rlhf_lightning import PreferenceDataModule, SFTDataModule
 
-# Renders earlier turns without their thought once another follows, as Qwen3's template: a row for each trained turn.
+# Like Qwen3's template, this renders earlier turns without reasoning, so there is a row for each trained turn.
 REWRITING = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n"
     "{% if m.role == 'assistant' and loop.last %}<think></think>{% endif %}{{ m.content }}<|im_end|>\n{% endfor %}"

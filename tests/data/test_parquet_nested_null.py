@@ -1,4 +1,4 @@
-"""Keys that Arrow fills in with null are dropped: Parquet trains the same tokens as JSON lines."""
+"""Null keys that Arrow adds are dropped: Parquet trains the same tokens as JSON lines."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Raw text begins and ends as the tokenizer adds it; the oracle is the tokenizer, called in the usual way."""
+"""Raw text begins and ends with the tokens that the tokenizer adds by itself."""
 
 import copy
 from pathlib import Path
@@ -35,7 +35,7 @@ def framed(tokenizer: Any, frame: str) -> Any:
 
 
 def oracle(tokenizer: Any, text: str) -> list[int]:
-    """The tokenizer's ids of a text, and its eos_token; tokens that the text itself contains are not added twice."""
+    """The tokenizer's ids of a text with its eos_token; tokens that the text itself contains are not added again."""
     ids = list(tokenizer(text)["input_ids"])
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     if ids[:2] == [bos, bos]:
@@ -48,7 +48,7 @@ def oracle(tokenizer: Any, text: str) -> list[int]:
 
 
 @pytest.mark.parametrize("frame", FRAMES)
-def test_text_is_what_the_tokenizer_makes_of_it(tokenizer: Any, frame: str) -> None:
+def test_raw_text_has_the_ids_of_the_tokenizer(tokenizer: Any, frame: str) -> None:
     tokenizer = framed(tokenizer, frame)
     data = ready(SFTDataModule([{"text": text} for text in TEXTS], tokenizer=tokenizer))
     for text, row in zip(TEXTS, data.prepared["train"].rows, strict=True):
@@ -57,7 +57,7 @@ def test_text_is_what_the_tokenizer_makes_of_it(tokenizer: Any, frame: str) -> N
 
 
 @pytest.mark.parametrize("frame", FRAMES)
-def test_raw_rows_of_every_kind_begin_alike(tokenizer: Any, frame: str) -> None:
+def test_raw_rows_of_every_kind_have_the_same_prefix(tokenizer: Any, frame: str) -> None:
     tokenizer = framed(tokenizer, frame)
     begin = [tokenizer.bos_token_id] * (frame != "none")
     plain = tokenizer("one two", add_special_tokens=False)["input_ids"]
@@ -74,7 +74,7 @@ def test_raw_rows_of_every_kind_begin_alike(tokenizer: Any, frame: str) -> None:
 
 
 @pytest.mark.parametrize("frame", ["none", "bos"])
-def test_a_shortened_prompt_begins_with_it_too(tokenizer: Any, frame: str) -> None:
+def test_truncated_prompt_keeps_the_prefix(tokenizer: Any, frame: str) -> None:
     tokenizer = framed(tokenizer, frame)
     pair = {"prompt": "one two " * 20, "chosen": " three", "rejected": " four"}
     settings: dict[str, Any] = {"tokenizer": tokenizer, "format": "raw"}
@@ -88,8 +88,8 @@ def test_a_shortened_prompt_begins_with_it_too(tokenizer: Any, frame: str) -> No
 
 
 @pytest.mark.parametrize("frame", FRAMES)
-def test_a_template_writes_its_own_beginning(tokenizer: Any, frame: str) -> None:
-    """If it writes none there is none, as in `apply_chat_template` of transformers."""
+def test_prefix_is_not_added_to_chat_templates(tokenizer: Any, frame: str) -> None:
+    """As in `apply_chat_template` of transformers, a template without a prefix has none."""
     tokenizer = framed(tokenizer, frame)
     said = [{"role": "user", "content": "one two"}]
     for template in ("[bos]" + TEMPLATES["text end"], TEMPLATES["text end"]):
@@ -98,7 +98,7 @@ def test_a_template_writes_its_own_beginning(tokenizer: Any, frame: str) -> None
         assert Renderer(tokenizer).prompt(said) == ids
 
 
-def test_an_end_in_the_answer_is_not_doubled(tokenizer: Any) -> None:
+def test_eos_in_the_answer_is_not_repeated(tokenizer: Any) -> None:
     tokenizer.chat_template = TEMPLATES["endless"]
     said = [{"role": "user", "content": "one"}, {"role": "assistant", "content": "two<|im_end|>"}]
     (row,) = Renderer(tokenizer).conversation(said)
@@ -106,7 +106,7 @@ def test_an_end_in_the_answer_is_not_doubled(tokenizer: Any) -> None:
     assert row.loss_mask[-1]
 
 
-def test_an_environment_begins_with_the_same_token(tokenizer: Any) -> None:
+def test_environment_prompt_has_the_same_prefix(tokenizer: Any) -> None:
     renderer = Renderer(framed(tokenizer, "bos"), format="raw")
     running = EpisodeState(Prompt([], [], {}), sample=0)
     running.env = cast(Any, object())

@@ -1,4 +1,4 @@
-"""Rows from any source are read according to their content, with the same tokens, or refused with advice."""
+"""Rows from any source are read by their content with the same tokens, or refused with advice."""
 
 import bz2
 import csv
@@ -34,12 +34,12 @@ def rows_of(source: Any, **options: Any) -> list[dict[str, Any]]:
     return [rename_columns(row, None).data for row in read_rows(source, **options)]
 
 
-# -- the same rows, whatever they come in -----------------------------------------------------------------------------
+# -- the same rows from every source ----------------------------------------------------------------------------------
 
-# Text as people have it, without what no file of text can hold (half characters, null characters).
+# Arbitrary text without characters that text files cannot contain (surrogates, null characters).
 TEXT = st.text(st.characters(codec="utf-8", exclude_characters="\x00"), max_size=12)
 KEYS = st.sampled_from(["city", "item", "count", "deep"])
-# Arrow gives a key one type over all rows.
+# In Arrow, a key has the same type in all rows.
 SHAPES: dict[str, Any] = {
     "city": TEXT,
     "item": TEXT,
@@ -152,7 +152,7 @@ SOME = settings(
 @pytest.mark.parametrize("name", [*TEXT_FILES, *ARROW_FILES])
 @SOME
 @given(rows=tool_rows())
-def test_files_hold_the_rows_that_were_written(name: str, rows: list[dict[str, Any]], tmp_path: Path) -> None:
+def test_files_give_the_rows_that_were_written(name: str, rows: list[dict[str, Any]], tmp_path: Path) -> None:
     path = tmp_path / name
     path.write_bytes((TEXT_FILES | ARROW_FILES)[name](rows))
     assert rows_of(path, split="train") == rows
@@ -162,7 +162,7 @@ def test_files_hold_the_rows_that_were_written(name: str, rows: list[dict[str, A
 @pytest.mark.parametrize("name", IN_MEMORY)
 @SOME
 @given(rows=tool_rows())
-def test_containers_hold_the_rows_that_were_put_in(name: str, rows: list[dict[str, Any]]) -> None:
+def test_containers_give_the_rows_that_were_put_in(name: str, rows: list[dict[str, Any]]) -> None:
     assert rows_of(IN_MEMORY[name](rows), split="train") == rows
 
 
@@ -176,14 +176,14 @@ ONE, TWO = asked({"city": "x"}), asked({"item": "y"})
 
 
 @pytest.mark.parametrize("form", [list, lambda d: d.to_pandas().to_dict("records"), lambda d: d.data.table.to_pylist()])
-def test_a_list_made_of_a_data_set_is_as_the_data_set(form: Callable[[Any], Any]) -> None:
+def test_list_of_a_dataset_gives_the_rows_of_the_dataset(form: Callable[[Any], Any]) -> None:
     found = form(datasets.Dataset.from_list([ONE, TWO, ONE]))
     assert rows_of(found) == [ONE, TWO, ONE]
     assert rows_of(found[:1]) == [ONE], "a part of it too: users have no tool_calls, which shows where it is from"
 
 
-def test_nulls_that_a_user_wrote_stay(tmp_path: Path) -> None:
-    """In JSON always; in a list unless it looks like Arrow's; through Arrow as maps or JSON."""
+def test_nulls_of_the_user_are_kept(tmp_path: Path) -> None:
+    """In JSON always; in a list unless it looks like one from Arrow; in Arrow as maps or JSON."""
     call = {"name": "f", "arguments": {"city": None, "item": "x"}}
     other = {"name": "f", "arguments": {"city": "y", "item": None, "count": None}}
     rows = [{"tools": [{"a": None}], **asked(one)} for one in (call, other)]
@@ -202,7 +202,7 @@ def test_nulls_that_a_user_wrote_stay(tmp_path: Path) -> None:
     assert rows_of(tmp_path / "maps.parquet") == [{"arguments": {"city": None, "item": "x"}}]
 
 
-def test_a_column_that_is_null_stays_one(tmp_path: Path) -> None:
+def test_null_column_is_kept(tmp_path: Path) -> None:
     rows = [{"prompt": "a", "answer": None, "scores": [1.0, None]}, {"prompt": "b", "answer": "c", "scores": []}]
     parquet.write_table(table(rows), tmp_path / "a.parquet")
     assert rows_of(tmp_path / "a.parquet") == rows
@@ -213,7 +213,7 @@ def test_a_column_that_is_null_stays_one(tmp_path: Path) -> None:
     ]
 
 
-def test_the_same_tokens_are_trained(tokenizer: Any, tmp_path: Path) -> None:
+def test_every_source_trains_the_same_tokens(tokenizer: Any, tmp_path: Path) -> None:
     tokenizer.chat_template = (
         "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}{{ (m.tool_calls or []) | tojson }}"
         "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -240,7 +240,7 @@ def test_the_same_tokens_are_trained(tokenizer: Any, tmp_path: Path) -> None:
             assert trained(make([{**row, "number": 1} for row in rows])) == wanted, name
 
 
-# -- tables of text ---------------------------------------------------------------------------------------------------
+# -- CSV files --------------------------------------------------------------------------------------------------------
 
 CELLS = st.text(st.characters(codec="utf-8", exclude_characters="\x00\ufeff"), min_size=1, max_size=10)
 
@@ -250,7 +250,7 @@ CELLS = st.text(st.characters(codec="utf-8", exclude_characters="\x00\ufeff"), m
     rows=st.lists(st.fixed_dictionaries({"prompt": CELLS, "answer": CELLS | st.none()}), min_size=1, max_size=5),
     by=st.sampled_from(["csv", "tsv", "pandas", "pandas with its index", "datasets", "semicolons", "utf-16", "gz"]),
 )
-def test_tables_of_text(rows: list[dict[str, Any]], by: str, tmp_path: Path) -> None:
+def test_csv_files_give_the_rows_that_were_written(rows: list[dict[str, Any]], by: str, tmp_path: Path) -> None:
     name = {"tsv": "a.tsv", "gz": "a.csv.gz"}.get(by, "a.CSV")
     path = tmp_path / name
     if by.startswith("pandas"):
@@ -272,7 +272,7 @@ def test_tables_of_text(rows: list[dict[str, Any]], by: str, tmp_path: Path) -> 
     assert rows_of(path) == rows
 
 
-def test_cells_are_what_their_columns_mean(tmp_path: Path) -> None:
+def test_cells_are_converted_by_column(tmp_path: Path) -> None:
     messages = [{"role": "user", "content": "What's “this”?"}, {"role": "assistant", "content": None}]
     frame = pd.DataFrame(
         {
@@ -300,13 +300,13 @@ def test_cells_are_what_their_columns_mean(tmp_path: Path) -> None:
     [
         ("prompt,answer\na,b,c\n", r"a\.csv:2: 3 cells, but the header \(line 1\) has 2 cells"),
         ('prompt,answer\n"a\nb",c\nd\n', r"a\.csv:4: 1 cell, but the header"),
-        ("prompt,answer\na,b\nprompt,answer\nc,d\n", r"a\.csv:3: this is the header again"),
+        ("prompt,answer\na,b\nprompt,answer\nc,d\n", r"a\.csv:3: this line repeats the header"),
         ("prompt,prompt\na,b\n", r"a\.csv:1: the header has 'prompt' twice"),
         ("prompt,,answer\na,b,c\n", r"a\.csv:1: a column of the header has no name \(after 'prompt'\)"),
         (",answer\na,b\n", r"a\.csv:1: the first column has no name"),
-        ('prompt,answer\n"a,b\n', r"a\.csv:2: cannot be parsed \(unexpected end of data\)"),
-        ('{"prompt": "a"}\n', r"a\.csv:1: the file begins like JSON, but its name is that of a table"),
-        ("prompt,answer\n", r"a\.csv: no rows"),
+        ('prompt,answer\n"a,b\n', r"a\.csv:2: .* cannot be parsed \(unexpected end of data\)"),
+        ('{"prompt": "a"}\n', r"a\.csv:1: the file has the name of a table, but begins like JSON"),
+        ("prompt,answer\n", r"a\.csv: there are no rows"),
         (
             "messages\n\"[{'role': 'user'} {'role': 'user'}]\"\n",
             r"a\.csv:2: 'messages' contains .* not JSON; .* json.dumps",
@@ -314,14 +314,14 @@ def test_cells_are_what_their_columns_mean(tmp_path: Path) -> None:
         ("prompt\n\"[{'role': 'user' 'content': 'a'}]\"\n", r"a\.csv:2: 'prompt' contains .* not JSON"),
     ],
 )
-def test_tables_that_are_refused(text: str, message: str, tmp_path: Path, tokenizer: Any) -> None:
+def test_malformed_tables_are_refused(text: str, message: str, tmp_path: Path, tokenizer: Any) -> None:
     (tmp_path / "a.csv").write_text(text)
     data = PromptDataModule(validation=tmp_path / "a.csv", tokenizer=tokenizer)
     with pytest.raises(DataError, match=message):
         data.setup("validate")
 
 
-def test_labels_of_a_table_are_usable(tmp_path: Path, tokenizer: Any) -> None:
+def test_labels_in_a_table_are_converted(tmp_path: Path, tokenizer: Any) -> None:
     from rlhf_lightning.data.preference import PreferenceDataModule
 
     (tmp_path / "a.csv").write_text("prompt,response,label\na,one,1\nb,two,False\nc,three,1.0\n")
@@ -348,7 +348,7 @@ def test_labels_of_a_table_are_usable(tmp_path: Path, tokenizer: Any) -> None:
         ("a.jsonl", '{"prompt": "Hi"}\n"Ho"\n', ["Hi", "Ho"]),
     ],
 )
-def test_prompts_are_lines_where_they_plainly_are(name: str, text: str, wanted: list[str], tmp_path: Path) -> None:
+def test_text_files_of_prompts_are_read_by_line(name: str, text: str, wanted: list[str], tmp_path: Path) -> None:
     data = text.encode()
     (tmp_path / name).write_bytes(gzip.compress(data) if name.endswith(".gz") else data)
     assert rows_of(tmp_path / name, text_key="prompt") == [{"prompt": prompt} for prompt in wanted]
@@ -362,19 +362,23 @@ def test_prompts_are_lines_where_they_plainly_are(name: str, text: str, wanted: 
         ("a.txt", "{broken\n{broken\n", r"a\.txt:1: not valid JSON"),
         ("a.jsonl", "Hi\nHo\n", r"a\.jsonl:1: not valid JSON"),
         ("a.jsonl", '"Hi"\n["Ho"]\n', r"a\.jsonl:2: this is a JSON list; each line must be one JSON object"),
-        ("a.jsonl", '"{\\"prompt\\": \\"Hi\\"}"\n', r"a\.jsonl:1: this is JSON inside a JSON string"),
-        ("a.md", "# Hi\n", r"a\.md: not JSON, and its extension \.md does not tell what it is; .*\.txt for a prompt"),
-        ("prompts", "Hi\n", r"prompts: not JSON, and it has no extension to tell what it is"),
+        ("a.jsonl", '"{\\"prompt\\": \\"Hi\\"}"\n', r"a\.jsonl:1: the row is encoded twice"),
+        (
+            "a.md",
+            "# Hi\n",
+            r"a\.md: the format is unknown: not JSON, and its extension \.md is unknown; .*\.txt for a prompt",
+        ),
+        ("prompts", "Hi\n", r"prompts: the format is unknown: not JSON, and it has no extension"),
         ("a.txt", "H\x00i\x00", r"a\.txt:1: contains a null character"),
     ],
 )
-def test_text_that_is_not_plainly_prompts_is_refused(name: str, text: str, message: str, tmp_path: Path) -> None:
+def test_ambiguous_text_files_are_refused(name: str, text: str, message: str, tmp_path: Path) -> None:
     (tmp_path / name).write_text(text)
     with pytest.raises(DataError, match=message):
         read_rows(tmp_path / name, "prompt")
 
 
-def test_lines_can_be_told(tmp_path: Path, tokenizer: Any) -> None:
+def test_data_lines_reads_any_file_by_line(tmp_path: Path, tokenizer: Any) -> None:
     (tmp_path / "prompts").write_text('Hi\n{"not": "parsed"}\n\n"Ho"\n')
     data = PromptDataModule(validation=tmp_path / "prompts", lines=True, tokenizer=tokenizer)
     data.setup("validate")
@@ -383,7 +387,7 @@ def test_lines_can_be_told(tmp_path: Path, tokenizer: Any) -> None:
     assert data.prepared["validation"].reading.blank == 1
 
 
-# -- refused, with what to do -----------------------------------------------------------------------------------------
+# -- refused sources --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -394,13 +398,13 @@ def test_lines_can_be_told(tmp_path: Path, tokenizer: Any) -> None:
         ("a.xlsx", b"PK\x03\x04", r"a spreadsheet; save it as \.csv"),
         ("a.pkl", b"\x80\x04", r"Python objects; save the rows as \.jsonl"),
         ("a.tar.gz", gzip.compress(b"x", mtime=0), "an archive"),
-        ("a.jsonl.gz", gzip.compress(b'{"a": 1}\n' * 9, mtime=0)[:-5], "cannot be unpacked .*is the file complete"),
-        ("a.jsonl.zst", zstd(b'{"a": 1}\n' * 9)[:-5], "cannot be unpacked"),
-        ("a.jsonl.xz", lzma.compress(b'{"a": 1}\n' * 9)[:-5], "cannot be unpacked"),
-        ("a.jsonl.bz2", bz2.compress(b'{"a": 1}\n' * 9)[:-5], "cannot be unpacked"),
+        ("a.jsonl.gz", gzip.compress(b'{"a": 1}\n' * 9, mtime=0)[:-5], "cannot be decompressed .*is the file complete"),
+        ("a.jsonl.zst", zstd(b'{"a": 1}\n' * 9)[:-5], "cannot be decompressed"),
+        ("a.jsonl.xz", lzma.compress(b'{"a": 1}\n' * 9)[:-5], "cannot be decompressed"),
+        ("a.jsonl.bz2", bz2.compress(b'{"a": 1}\n' * 9)[:-5], "cannot be decompressed"),
         ("a.json", b'{"a": [{"x": 1}], "b": [{"y": 1}]}', r"several lists of objects \(a, b\)"),
         ("a.json", b'{"system": "s", "rows": [{"x": 1}]}', "'system' is outside the rows"),
-        ("a.json", b'{"train": [{"x": 1}], "test": [{"y": 1}]}', "several splits; it has 'train', 'test'"),
+        ("a.json", b'{"train": [{"x": 1}], "test": [{"y": 1}]}', "several splits; splits are 'train', 'test'"),
         ("a.jsonl", b'{"a": 1, "a": 2}', ":1: not valid JSON .the key 'a' appears twice"),
         ("a.json", b'[{"a": 1},\n\n{"a": }]', ":3: not valid JSON"),
         ("a.arrow", b"nonsense", "not a readable Arrow file"),
@@ -409,7 +413,7 @@ def test_lines_can_be_told(tmp_path: Path, tokenizer: Any) -> None:
         ("a.parquet", ARROW_FILES["a.parquet"]([{"a": 1}])[:-6], "not a readable Parquet file"),
     ],
 )
-def test_files_that_are_refused(name: str, data: bytes, message: str, tmp_path: Path) -> None:
+def test_unsupported_files_are_refused(name: str, data: bytes, message: str, tmp_path: Path) -> None:
     (tmp_path / name).write_bytes(data)
     with pytest.raises(DataError, match=message) as error:
         read_rows(tmp_path / name)
@@ -419,17 +423,17 @@ def test_files_that_are_refused(name: str, data: bytes, message: str, tmp_path: 
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ({"prompt": "a"}, "neither columns .* nor splits"),
+        ({"prompt": "a"}, "must contain columns .* or splits"),
         ({"prompt": ["a"], "answer": ["b", "c"]}, r"the columns have different lengths \(prompt 1, answer 2\)"),
-        ({"messages": [{"role": "user", "content": "a"}]}, "neither columns .* nor splits"),
-        ({"train": [{"a": 1}], "test": [{"a": 1}]}, "no split 'validation'; it has 'train', 'test'"),
-        (datasets.DatasetDict(train_sft=datasets.Dataset.from_list([{"a": 1}])), "it has 'train_sft'"),
+        ({"messages": [{"role": "user", "content": "a"}]}, "must contain columns .* or splits"),
+        ({"train": [{"a": 1}], "test": [{"a": 1}]}, "no split 'validation'; splits are 'train', 'test'"),
+        (datasets.DatasetDict(train_sft=datasets.Dataset.from_list([{"a": 1}])), "splits are 'train_sft'"),
         ({"a", "b"}, "it has no order"),
         (b"rows", "give the path of a file"),
         (io.StringIO("{}"), "give the path of a file"),
         (3, "no rows can be read from 3"),
-        ([["a"]], r"list\[0\]: a row must be a dict, but this is a list"),
-        ([], "the list: no rows"),
+        ([["a"]], r"list\[0\]: the row is a list; it must be a dict"),
+        ([], "the list: there are no rows"),
         (iter([]), "no rows"),
         (pd.DataFrame([[1]]), "the name of column 0 is not text"),
         (pd.DataFrame([[1, 2]], columns=["a", "a"]), "two columns have the name 'a'"),
@@ -438,7 +442,7 @@ def test_files_that_are_refused(name: str, data: bytes, message: str, tmp_path: 
         ("", "the file name is empty"),
     ],
 )
-def test_containers_that_are_refused(source: Any, message: str) -> None:
+def test_unsupported_containers_are_refused(source: Any, message: str) -> None:
     with pytest.raises(DataError, match=message):
         read_rows(source, split="validation")
 
@@ -446,7 +450,7 @@ def test_containers_that_are_refused(source: Any, message: str) -> None:
 # -- names ------------------------------------------------------------------------------------------------------------
 
 
-def test_patterns_folders_and_homes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_patterns_folders_and_home_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)
     for part in (1, 2, 10):
@@ -469,7 +473,7 @@ def test_patterns_folders_and_homes(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert rows_of(["parts/rows-2.jsonl", "~/parts/rows-1?.jsonl"]) == wanted[1:]
     (tmp_path / "parts" / "test.jsonl").write_text("{}")
     with pytest.raises(
-        DataError, match=r"parts: the files in this folder do not form one data set \(rows-1\.jsonl, .*pattern"
+        DataError, match=r"parts: the files in this folder are not parts of one dataset \(rows-1\.jsonl, .*pattern"
     ):
         read_rows("parts")
     for name, message in (("parts/in", "this is a folder; give a file"), ("parts/*.csv", "no file matches")):
@@ -477,19 +481,19 @@ def test_patterns_folders_and_homes(tmp_path: Path, monkeypatch: pytest.MonkeyPa
             check_there(name)
 
 
-def test_data_sets_on_disk(tmp_path: Path) -> None:
+def test_datasets_saved_to_disk(tmp_path: Path) -> None:
     train, test = datasets.Dataset.from_list(pairs(3)), datasets.Dataset.from_list(pairs(5)[3:])
     train.save_to_disk(tmp_path / "one")
     datasets.DatasetDict(train=train, test=test).save_to_disk(tmp_path / "two")
     assert rows_of(tmp_path / "one") == pairs(3)
     assert rows_of(str(tmp_path / "two"), split="test") == rows_of(f"{tmp_path / 'two'}:test") == pairs(5)[3:]
-    with pytest.raises(DataError, match="two: several splits; it has 'train', 'test'"):
+    with pytest.raises(DataError, match="two: there are several splits; splits are 'train', 'test'"):
         read_rows(tmp_path / "two")
     check_there(f"{tmp_path / 'two'}:test")
     assert fingerprint(tmp_path / "two") == fingerprint(f"{tmp_path / 'two'}:test")
 
 
-def test_fingerprints_of_what_python_holds() -> None:
+def test_fingerprints_of_python_objects() -> None:
     rows = chats(3)
     wanted = fingerprint(rows)
     for name, make in IN_MEMORY.items():
@@ -498,7 +502,7 @@ def test_fingerprints_of_what_python_holds() -> None:
             assert fingerprint(make(chats(2)), "train") != wanted, name
 
 
-def test_a_generator_is_read_once_and_kept(tokenizer: Any) -> None:
+def test_generator_is_read_once_and_kept(tokenizer: Any) -> None:
     taken = []
 
     def rows() -> Iterator[dict[str, Any]]:
@@ -514,7 +518,7 @@ def test_a_generator_is_read_once_and_kept(tokenizer: Any) -> None:
     assert len(data.prepared["train"].rows) == len(taken) == 3
 
 
-def test_every_unreadable_line_is_told_to_a_check(tmp_path: Path) -> None:
+def test_all_invalid_lines_are_collected_for_a_check(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("prompt,answer\na,b\nc\nd,e,f\ng,h\n")
     reading = Reading(unreadable=[])
     assert rows_of(tmp_path / "a.csv", reading=reading) == [
@@ -524,9 +528,9 @@ def test_every_unreadable_line_is_told_to_a_check(tmp_path: Path) -> None:
     assert [where.rpartition(":")[2] for where, _ in reading.unreadable or []] == ["3", "4"]
 
 
-def test_frames_of_polars_are_read_by_arrow() -> None:
+def test_polars_frames_are_read_through_arrow() -> None:
     class DataFrame:
-        """The part of polars that is used, since the tests run without polars."""
+        """The part of polars that is used, because the tests run without polars."""
 
         __module__ = "polars.dataframe.frame"
         columns = ("messages",)
@@ -546,7 +550,7 @@ def test_frames_of_polars_are_read_by_arrow() -> None:
         read_rows(LazyFrame())
 
 
-def test_batches_of_a_loader_are_no_rows() -> None:
+def test_dataloader_is_refused() -> None:
     from torch.utils.data import DataLoader, Dataset
 
     class Rows(Dataset[Any]):
@@ -557,11 +561,11 @@ def test_batches_of_a_loader_are_no_rows() -> None:
             return [ONE, TWO][index]
 
     assert rows_of(Rows()) == [ONE, TWO]
-    with pytest.raises(DataError, match="a DataLoader, which yields batches; pass the rows"):
+    with pytest.raises(DataError, match="a DataLoader, which yields batches; pass the dataset"):
         read_rows(DataLoader(Rows()))
 
 
-def test_lines_of_text_are_prompts_to_predict_for(tmp_path: Path, tokenizer: Any) -> None:
+def test_lines_of_text_are_prompts_for_predict(tmp_path: Path, tokenizer: Any) -> None:
     (tmp_path / "a.txt").write_text("Hi\nHo\n")
     data = SFTDataModule(predict=tmp_path / "a.txt", tokenizer=tokenizer, show_example=False)
     data.setup("predict")
@@ -570,8 +574,8 @@ def test_lines_of_text_are_prompts_to_predict_for(tmp_path: Path, tokenizer: Any
         SFTDataModule(tmp_path / "a.txt", tokenizer=tokenizer).setup("fit")
 
 
-def test_json_and_tables_written_of_arrow_train_as_the_rows_themselves(tmp_path: Path, caplog: Any) -> None:
-    """`to_json` of datasets and pandas, and cells printed by pandas, have Arrow's nulls; other columns keep theirs."""
+def test_files_written_from_arrow_train_like_the_rows(tmp_path: Path, caplog: Any) -> None:
+    """Nulls from Arrow in files of `to_json` and in cells printed by pandas are dropped; other columns keep theirs."""
     rows = [{**ONE, "answer": {"unit": None}}, {**TWO, "answer": {"unit": "C"}}]
     dataset = datasets.Dataset.from_list(rows)
     dataset.to_json(tmp_path / "a.jsonl")
@@ -585,8 +589,8 @@ def test_json_and_tables_written_of_arrow_train_as_the_rows_themselves(tmp_path:
     assert rows_of(tmp_path / "d.csv") == [{"messages": row["messages"]} for row in rows]
 
 
-def test_columns_that_are_misspelt_are_refused(tokenizer: Any, tmp_path: Path) -> None:
-    """White space around a table's column names is ignored; other spellings are refused, or mapped."""
+def test_misspelled_columns_are_refused(tokenizer: Any, tmp_path: Path) -> None:
+    """White space around the column names of a table is ignored; other spellings are refused, or can be mapped."""
     (tmp_path / "a.csv").write_text("prompt, system\nhi,Be kind\n")
     assert rows_of(tmp_path / "a.csv") == [{"prompt": "hi", "system": "Be kind"}]
     for column in ("System", "TOOLS", " images", "Functions"):
@@ -600,7 +604,7 @@ def test_columns_that_are_misspelt_are_refused(tokenizer: Any, tmp_path: Path) -
         assert ("x" in data.prepared["train"].rows[0].show(tokenizer).split("user")[0]) == ("system" in columns)
 
 
-def test_numbers_beyond_floats(tokenizer: Any) -> None:
+def test_integers_beyond_float_precision(tokenizer: Any) -> None:
     row = {**pairs(1)[0], "margin": 10**400}
     with pytest.raises(DataError, match="it must be a number"):
         PreferenceDataModule([row], tokenizer=tokenizer).setup("fit")
@@ -611,7 +615,7 @@ def test_numbers_beyond_floats(tokenizer: Any) -> None:
 
 
 @pytest.mark.parametrize("orient", ["columns", "index", "split", "records", "table"])
-def test_frames_written_as_json_are_their_rows(orient: Any, tmp_path: Path) -> None:
+def test_pandas_frames_written_as_json(orient: Any, tmp_path: Path) -> None:
     """`to_json` writes columns of objects by default; `to_dict` returns the same in Python."""
     rows = [{"prompt": f"Question {i}?", "answer": str(i)} for i in range(12)]
     pd.DataFrame(rows).to_json(tmp_path / "a.json", orient=orient)

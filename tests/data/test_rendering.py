@@ -1,4 +1,4 @@
-"""Tokens and masks: exactly what the model has to write is trained, for any template and tokenizer."""
+"""Tokens and masks: exactly the text that the model has to write is trained, for any template and tokenizer."""
 
 import json
 from pathlib import Path
@@ -25,7 +25,7 @@ def messages(name: str) -> list[dict[str, Any]]:
 
 
 def check_masks(tokenizer: Any, name: str) -> None:
-    """Check that every assistant turn is trained once with its stop token, and no other turn's text."""
+    """Check that every assistant turn is trained once with its stop token, and no other text."""
     renderer = Renderer(tokenizer)
     wanted = [content for role, content in CONVERSATIONS[name] if role == "assistant"]
     rows = renderer.conversation(messages(name))
@@ -43,7 +43,7 @@ def check_masks(tokenizer: Any, name: str) -> None:
 
 @pytest.mark.parametrize("name", CONVERSATIONS)
 @pytest.mark.parametrize("template", TEMPLATES)
-def test_masks_of_unlike_templates(tokenizer: Any, template: str, name: str) -> None:
+def test_masks_of_different_templates(tokenizer: Any, template: str, name: str) -> None:
     tokenizer.chat_template = TEMPLATES[template]
     check_masks(tokenizer, name)
 
@@ -74,7 +74,7 @@ def test_masks_of_real_templates_and_tokenizers(shared: Path, name: str, templat
             check_masks(tokenizer, case)
 
 
-def test_tool_turns(shared: Path) -> None:
+def test_masks_of_tool_turns(shared: Path) -> None:
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(shared / "tokenizers" / "qwen3")
@@ -93,7 +93,7 @@ def test_tool_turns(shared: Path) -> None:
         )
 
 
-def test_the_prompt_has_the_ids_it_has_at_inference(tokenizer: Any) -> None:
+def test_prompt_has_the_ids_of_inference(tokenizer: Any) -> None:
     for template in TEMPLATES.values():
         tokenizer.chat_template = template
         renderer = Renderer(tokenizer)
@@ -112,30 +112,30 @@ def test_the_prompt_has_the_ids_it_has_at_inference(tokenizer: Any) -> None:
         ("trainable", ["c d<|im_end|>"]),
     ],
 )
-def test_what_is_trained(tokenizer: Any, train_on: str, texts: list[str]) -> None:
+def test_train_on_selects_the_trained_text(tokenizer: Any, train_on: str, texts: list[str]) -> None:
     said = messages("multi")
     said[2]["trainable"] = True
     (row,) = Renderer(tokenizer).conversation(said, train_on=train_on)
     assert trained(tokenizer, row) == texts
 
 
-def test_everything_is_trained_but_the_first_token(tokenizer: Any) -> None:
+def test_train_on_everything_masks_only_the_first_token(tokenizer: Any) -> None:
     (row,) = Renderer(tokenizer).conversation(messages("multi"), train_on="everything")
     assert row.loss_mask == [0] + [1] * (len(row.ids) - 1)
     assert tokenizer.decode(row.ids) == Renderer(tokenizer).template.render(messages("multi"))
 
 
-def test_a_date_is_fixed(tokenizer: Any) -> None:
+def test_date_in_a_template_is_fixed(tokenizer: Any) -> None:
     tokenizer.chat_template = "{{ strftime_now('%d %b %Y') }}|" + TEMPLATES["chatml"]
     assert Renderer(tokenizer).prompt_text(messages("single")[:1]).startswith("01 Jan 2025|")
 
 
-def test_text_bytes_leave_markers_out(tokenizer: Any) -> None:
+def test_text_bytes_exclude_special_tokens(tokenizer: Any) -> None:
     (row,) = Renderer(tokenizer).conversation(messages("single"))
     assert row.text_bytes == len(CONVERSATIONS["single"][1][1].encode())
 
 
-def test_decode_stops_at_the_stop(tokenizer: Any) -> None:
+def test_decode_ends_at_the_stop_token(tokenizer: Any) -> None:
     renderer = Renderer(tokenizer)
     assert renderer.decode(tokenizer("Hello there<|im_end|>")["input_ids"]) == "Hello there"
     tokenizer.chat_template = TEMPLATES["text end"]
@@ -148,27 +148,29 @@ def test_decode_stops_at_the_stop(tokenizer: Any) -> None:
     ("said", "message"),
     [
         ([("user", "Hi")], "no assistant turn"),
-        ([("user", "Hi"), ("assistant", "  ")], "every turn to learn from is empty"),
-        ([("user", "Hi"), ("assistant", "")], "every turn to learn from is empty"),
+        ([("user", "Hi"), ("assistant", "  ")], "all turns to train on are empty"),
+        ([("user", "Hi"), ("assistant", "")], "all turns to train on are empty"),
     ],
 )
-def test_conversations_without_anything_to_learn(tokenizer: Any, said: list[tuple[str, str]], message: str) -> None:
+def test_conversations_without_trained_tokens_are_refused(
+    tokenizer: Any, said: list[tuple[str, str]], message: str
+) -> None:
     with pytest.raises(RowError, match=message):
         Renderer(tokenizer).conversation([{"role": role, "content": content} for role, content in said])
 
 
-def test_tokenizers_that_cannot_be_used(tokenizer: Any) -> None:
+def test_unsuitable_tokenizers_are_refused(tokenizer: Any) -> None:
     tokenizer.chat_template = None
     with pytest.raises(ConfigError, match="no chat template"):
         Renderer(tokenizer)
     assert Renderer(tokenizer, format="raw").stop_token_ids == [tokenizer.eos_token_id]
     tokenizer.chat_template = TEMPLATES["text end"]
     tokenizer.eos_token = None
-    with pytest.raises(ConfigError, match="no stop token"):
+    with pytest.raises(ConfigError, match="has no eos_token"):
         Renderer(tokenizer)
 
 
-def test_raw_text(tokenizer: Any) -> None:
+def test_raw_format(tokenizer: Any) -> None:
     renderer = Renderer(tokenizer, format="raw")
     row = renderer.exchange([{"role": "user", "content": "one two"}], [{"role": "assistant", "content": " three"}])
     assert trained(tokenizer, row) == [" three<|im_end|>"]
@@ -180,8 +182,8 @@ def shown(tokenizer: Any, said: list[tuple[str, str]]) -> list[str]:
     return [row.show(tokenizer).replace(tokenizer.eos_token, "EOS") for row in rows]
 
 
-def test_a_system_message_that_is_shown_only_before_the_answer_is_learnt_from(tokenizer: Any) -> None:
-    # Mistral 7B v0.3: the system message stands in the last message, where that is the user's.
+def test_system_message_that_moves_after_the_answer_is_rendered_per_turn(tokenizer: Any) -> None:
+    # Mistral 7B v0.3 renders the system message in the last message, if that is the user's.
     tokenizer.chat_template = (
         "{% if messages[0].role == 'system' %}{% set s = messages[0].content %}{% set rest = messages[1:] %}{% else %}"
         "{% set rest = messages %}{% endif %}{% for m in rest %}{% if m.role == 'user' %}"
@@ -194,7 +196,7 @@ def test_a_system_message_that_is_shown_only_before_the_answer_is_learnt_from(to
     assert shown(tokenizer, [("system", "Be"), *turns]) == wanted
 
 
-def test_what_opens_a_turn_is_not_learnt_where_the_break_before_it_differs(tokenizer: Any) -> None:
+def test_opening_of_a_turn_is_not_trained_despite_different_line_breaks(tokenizer: Any) -> None:
     tokenizer.chat_template = (
         "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% if m.role == 'assistant' %}{{ eos_token }}{% endif %}"
         "{% if not loop.last %}{{ '\n' }}{% endif %}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
@@ -204,7 +206,7 @@ def test_what_opens_a_turn_is_not_learnt_where_the_break_before_it_differs(token
 
 
 @pytest.mark.parametrize("after", ["", "\n\n"])
-def test_white_space_before_an_end_that_is_put_there_is_learnt(tokenizer: Any, after: str) -> None:
+def test_white_space_before_an_appended_end_token_is_trained(tokenizer: Any, after: str) -> None:
     tokenizer.chat_template = (
         f"{{% for m in messages %}}<{{{{ m.role }}}}>{{{{ m.content + {after!r} }}}}{{% endfor %}}"
         "{% if add_generation_prompt %}<assistant>{% endif %}"
@@ -212,7 +214,7 @@ def test_white_space_before_an_end_that_is_put_there_is_learnt(tokenizer: Any, a
     assert shown(tokenizer, [("user", "Hi"), ("assistant", "a\n")]) == [f"<user>Hi{after}<assistant>⟦a\n{after}EOS⟧"]
 
 
-def test_a_template_that_strips_what_is_learnt_is_spoken_of(tokenizer: Any, caplog: pytest.LogCaptureFixture) -> None:
+def test_template_that_strips_trained_text_gives_a_warning(tokenizer: Any, caplog: pytest.LogCaptureFixture) -> None:
     body = "{% for m in messages %}<{{ m.role }}>{{ CONTENT }}<|im_end|>{% endfor %}<assistant>"
     said = [("user", "Hi"), ("assistant", "<think>\nhm\n</think>\n\nYes.  No.")]
     for content, told in (("m.content | trim", 0), ("m.content.split('</think>')[-1]", 1)):

@@ -1,4 +1,4 @@
-"""A model's folder records how it was prompted in training; every command and the next stage prompt the same way."""
+"""A model's folder records how it was prompted in training; commands and the next stage prompt in the same way."""
 
 import json
 from pathlib import Path
@@ -39,7 +39,7 @@ TOOLS = [{"type": "function", "function": {"name": "clock", "description": "", "
 
 
 def sft(start: str, root: Path, lora: LoRA | None = None, rows: Any = None, **data: Any) -> tuple[str, float]:
-    """Run a stage like the command does; its model folder, and its perplexity on its training rows."""
+    """Run a stage as the command does; return its model folder, and its perplexity on its training rows."""
     torch.manual_seed(0)
     rows = rows or chats(6)
     module = SFTModule(start, lora=lora, optimizer=sgd(0.3))
@@ -57,8 +57,8 @@ def evaluated(capsys: Any, *args: str) -> tuple[float, str]:
 
 
 @pytest.mark.parametrize("lora", [None, LoRA(rank=2, target=["attention"])])
-def test_evaluate_finds_the_perplexity_of_validation(lora: Any, thinker: str, tmp_path: Path, capsys: Any) -> None:
-    """For the stage's folder and an export of it; with a flag that overrides the record, another one."""
+def test_evaluate_gives_the_perplexity_of_validation(lora: Any, thinker: str, tmp_path: Path, capsys: Any) -> None:
+    """For the stage's folder and its export. With a flag that overrides the record, the perplexity differs."""
     file = write_rows(tmp_path / "chats.jsonl", chats(6))
     folder, wanted = sft(thinker, tmp_path / "sft", lora, file, template_kwargs=QUIET)
     found, said = evaluated(capsys, folder, file)
@@ -71,8 +71,8 @@ def test_evaluate_finds_the_perplexity_of_validation(lora: Any, thinker: str, tm
     assert f"template_kwargs none (trained with {QUIET})" in said.replace("{}", "none")
 
 
-def test_a_template_of_ones_own_goes_with_the_model(base: str, tmp_path: Path) -> None:
-    """Through an adapter's folder, the merged base of the next adapter, and an export."""
+def test_custom_template_is_saved_with_the_model(base: str, tmp_path: Path) -> None:
+    """In an adapter's folder, in the merged base of the next adapter, and in an export."""
     file = tmp_path / "own.jinja"
     file.write_text(THINKING)
     small, other = LoRA(rank=2, target=["attention"]), LoRA(rank=3, target=["mlp"])
@@ -88,8 +88,8 @@ def test_a_template_of_ones_own_goes_with_the_model(base: str, tmp_path: Path) -
         assert Policy(str(folder)).renderer.prompt_text([{"role": "user", "content": "Hi"}]) == wanted, folder
 
 
-def test_python_saves_the_record_too(thinker: str, tmp_path: Path) -> None:
-    """For every module and scorer, by `save_pretrained` alone; readers of the folder give the scores of training."""
+def test_save_pretrained_writes_the_record(thinker: str, tmp_path: Path) -> None:
+    """For every module and scorer; models loaded from the folder give the scores of training."""
     for name, scorer in (("head", RewardHead()), ("logprob", SequenceLogprob()), ("dpo", ImplicitReward(beta=0.5))):
         module = PreferenceModule(thinker, scorer, optimizer=sgd(0.1))
         data = PreferenceDataModule(pairs(4), batch_size=4, show_example=False, template_kwargs=QUIET)
@@ -108,8 +108,8 @@ def test_python_saves_the_record_too(thinker: str, tmp_path: Path) -> None:
     assert Policy(str(tmp_path / "sft")).renderer.prompt_text([{"role": "user", "content": "Hi"}]) == "Hi"
 
 
-def test_what_comes_before_and_after_training_does_not_count(thinker: str, tmp_path: Path) -> None:
-    """Scored before it has data, and evaluated with other settings afterwards."""
+def test_record_depends_only_on_training(thinker: str, tmp_path: Path) -> None:
+    """The model is scored before it has data, and evaluated with other settings after training."""
     module = PreferenceModule(thinker, SequenceLogprob(), optimizer=sgd(0.1))
     module.score(["Hi"], ["Hello."])
     said: dict[str, Any] = {"batch_size": 4, "show_example": False}
@@ -121,8 +121,8 @@ def test_what_comes_before_and_after_training_does_not_count(thinker: str, tmp_p
     assert (record["template_kwargs"], record["system"]) == (QUIET, "Be brief.")
 
 
-def test_the_next_stage_asks_as_its_start_was_trained(thinker: str, tmp_path: Path, caplog: Any) -> None:
-    """SFT, then DPO, then policy RL with the DPO folder as reward; another setting is used, with a warning."""
+def test_next_stage_uses_the_settings_of_its_start(thinker: str, tmp_path: Path, caplog: Any) -> None:
+    """SFT, DPO, and policy RL with the DPO folder as reward. Another setting is used, with a warning."""
     first, _ = sft(thinker, tmp_path / "sft", template_kwargs=QUIET, system="Be brief.")
     record = read_stage(first)["rendering"]
     assert (record["template_kwargs"], record["system"], record["format"]) == (QUIET, "Be brief.", "chat")
@@ -151,7 +151,7 @@ def test_the_next_stage_asks_as_its_start_was_trained(thinker: str, tmp_path: Pa
     assert not reward._sees_same_tokens(episode)
 
 
-def test_what_all_rows_have_is_what_the_model_was_asked_with(thinker: str, tmp_path: Path, capsys: Any) -> None:
+def test_system_and_tools_shared_by_all_rows_are_recorded(thinker: str, tmp_path: Path, capsys: Any) -> None:
     def rows(*systems: str | None) -> list[Any]:
         made = chats(len(systems))
         for row, system in zip(made, systems, strict=True):
@@ -171,7 +171,7 @@ def test_what_all_rows_have_is_what_the_model_was_asked_with(thinker: str, tmp_p
         assert read_stage(mixed)["rendering"]["tools"] == TOOLS
 
 
-def test_a_row_comes_before_a_flag_and_a_flag_before_the_record(thinker: str, tmp_path: Path) -> None:
+def test_row_overrides_flag_and_flag_overrides_record(thinker: str, tmp_path: Path) -> None:
     folder, _ = sft(thinker, tmp_path / "sft", system="Record.", tools=TOOLS)
     asked = [{"role": "user", "content": "Hi"}]
     own = [{"role": "system", "content": "Row."}, *asked]
@@ -185,8 +185,8 @@ def test_a_row_comes_before_a_flag_and_a_flag_before_the_record(thinker: str, tm
         assert renderer.prompt_text(own).count("system\n") == 1
 
 
-def test_stops_of_training_are_kept(base: str, tmp_path: Path, capsys: Any) -> None:
-    """A stop text of the sampler is in the folder, in stock `generate`, in the commands and in the next stage."""
+def test_stop_texts_of_training_are_recorded(base: str, tmp_path: Path, capsys: Any) -> None:
+    """A stop text of the sampler is used by stock `generate`, by the commands and by the next stage."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     reward = FunctionReward(lambda completions, **_: [float(len(text)) for text in completions])
@@ -230,7 +230,9 @@ def test_stops_of_training_are_kept(base: str, tmp_path: Path, capsys: Any) -> N
         ({}, None),
     ],
 )
-def test_sampling_stays_the_bases(said: dict[str, Any], lora: Any, base: str, tmp_path: Path, capsys: Any) -> None:
+def test_generation_config_of_the_base_is_kept(
+    said: dict[str, Any], lora: Any, base: str, tmp_path: Path, capsys: Any
+) -> None:
     (Path(base) / "generation_config.json").write_text(json.dumps({"eos_token_id": 2, "top_h": None, **said}))
     folder, _ = sft(base, tmp_path / "sft", lora)
     for place in (Path(folder), tmp_path / "exported"):
@@ -250,7 +252,7 @@ def test_sampling_stays_the_bases(said: dict[str, Any], lora: Any, base: str, tm
         assert "draws as" not in capsys.readouterr().err
 
 
-def test_folders_without_a_record_are_asked_by_default(base: str, tmp_path: Path, capsys: Any) -> None:
+def test_folders_without_a_record_use_the_defaults(base: str, tmp_path: Path, capsys: Any) -> None:
     rlhf_in_process("generate", base, "--prompt", "Hi", "--max_tokens", "2")
     assert "asks" not in capsys.readouterr().err
     assert RenderingSettings.of(base).describe() == ""
@@ -263,7 +265,7 @@ def test_folders_without_a_record_are_asked_by_default(base: str, tmp_path: Path
     assert Policy(base).renderer.format == "raw"
 
 
-def test_data_check_renders_as_the_model_was_trained(thinker: str, tmp_path: Path, capsys: Any) -> None:
+def test_data_check_renders_with_the_record(thinker: str, tmp_path: Path, capsys: Any) -> None:
     folder, _ = sft(thinker, tmp_path / "sft", template_kwargs=QUIET, system="Be brief.")
     file = write_rows(tmp_path / "prompts.jsonl", prompts(2))
     capsys.readouterr()
@@ -278,8 +280,8 @@ def test_data_check_renders_as_the_model_was_trained(thinker: str, tmp_path: Pat
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--template_kwargs", "{"], "is not JSON"),
-        (["--template_kwargs", "[1]"], "not a mapping"),
+        (["--template_kwargs", "{"], "is not valid JSON"),
+        (["--template_kwargs", "[1]"], "must be a JSON object"),
         (["--tools", "missing.json"], "neither a file nor"),
         (["--tools", "[1]"], "tools"),
         (["--format", "raw", "--tools", json.dumps(TOOLS)], "tools need a chat template"),
@@ -290,9 +292,9 @@ def test_mistakes_in_flags(flags: list[str], message: str, base: str, capsys: An
     assert message in mistake(["evaluate", base, base, *flags], capsys)
 
 
-def test_options_of_a_template_where_there_is_none(tokenizer: Any) -> None:
+def test_template_kwargs_without_a_template_are_refused(tokenizer: Any) -> None:
     kwargs = {"enable_thinking": False}
-    with pytest.raises(ConfigError, match=r"format is raw \(as set\), so no template reads them"):
+    with pytest.raises(ConfigError, match=r"have no effect, because format is raw \(as set\)"):
         ready(SFTDataModule([{"text": "a"}], tokenizer=tokenizer, format="raw", template_kwargs=kwargs))
     asking = RenderingSettings("m", {"format": "raw"}, {"template_kwargs": kwargs})
     with pytest.raises(ConfigError, match=r"format is raw .as m was trained"):
@@ -302,16 +304,16 @@ def test_options_of_a_template_where_there_is_none(tokenizer: Any) -> None:
     )
 
 
-def test_a_folder_without_tokenizer_files(tmp_path: Path) -> None:
+def test_folder_without_tokenizer_files_is_refused(tmp_path: Path) -> None:
     for kind in ("qwen2", "llama"):  # one of which transformers makes an empty tokenizer, and one of none
         folder = tmp_path / kind
         folder.mkdir()
         (folder / "config.json").write_text(json.dumps({"model_type": kind}))
-        with pytest.raises(ConfigError, match=f"from {folder}: its files are missing"):
+        with pytest.raises(ConfigError, match=f"from {folder}: files are missing"):
             load_tokenizer(folder)
 
 
-def test_an_empty_prompt_of_raw_text(tokenizer: Any) -> None:
+def test_empty_raw_prompt_is_refused(tokenizer: Any) -> None:
     with pytest.raises(RowError, match="the prompt is empty"):
         Renderer(tokenizer, format="raw").prompt([{"role": "user", "content": ""}])
 
@@ -319,9 +321,9 @@ def test_an_empty_prompt_of_raw_text(tokenizer: Any) -> None:
 @pytest.mark.parametrize(
     "rendering", [[1], {"tools": "tools.json"}, {"system": 1}, {"stop": "e"}, {"stop_token_ids": ["a"]}]
 )
-def test_a_record_that_is_none(rendering: Any, base: str) -> None:
+def test_invalid_record_is_refused(rendering: Any, base: str) -> None:
     (Path(base) / "stage.json").write_text(json.dumps({"rendering": rendering}))
-    with pytest.raises(ConfigError, match=r"rendering.* is .*restore the file"):
+    with pytest.raises(ConfigError, match=r"rendering.* is .*[Rr]estore the file"):
         Policy(base)
 
 
@@ -331,8 +333,8 @@ def test_tools_in_every_form(tmp_path: Path) -> None:
         assert load_tools(given) == TOOLS
 
 
-def test_the_record_of_a_hub_repository(tmp_path: Path, monkeypatch: Any) -> None:
-    """What `rlhf export --push` uploads has the record; here it is in the cache, and another one is not."""
+def test_record_of_a_hub_repository(tmp_path: Path, monkeypatch: Any) -> None:
+    """Uploads of `rlhf export --push` have the record. One repository is in the cache, another one is not."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr("huggingface_hub.file_download.HF_HUB_CACHE", str(tmp_path), raising=False)
     snapshot = tmp_path / "models--someone--quiet" / "snapshots" / ("a" * 40)
@@ -345,7 +347,7 @@ def test_the_record_of_a_hub_repository(tmp_path: Path, monkeypatch: Any) -> Non
     assert RenderingSettings.of("odd/..").record == {}
 
 
-def test_another_template_than_that_of_training_is_warned_of(thinker: str, tmp_path: Path, caplog: Any) -> None:
+def test_another_template_than_in_training_gives_a_warning(thinker: str, tmp_path: Path, caplog: Any) -> None:
     folder, _ = sft(thinker, tmp_path / "sft")
     file = tmp_path / "own.jinja"
     for template in (THINKING, THINKING.replace("thinking", "thought")):
@@ -356,7 +358,7 @@ def test_another_template_than_that_of_training_is_warned_of(thinker: str, tmp_p
 
 
 @pytest.mark.usefixtures("forked_stages")
-def test_a_pipeline_hands_it_over(thinker: str, tmp_path: Path) -> None:
+def test_pipeline_passes_the_record_on(thinker: str, tmp_path: Path) -> None:
     file = write_rows(tmp_path / "chats.jsonl", chats(4))
     trained = {"trainer": {"max_steps": 1, "accelerator": "cpu", "enable_progress_bar": False}}
     told = {"data": {"train": file, "template_kwargs": QUIET, "batch_size": 4}, "model": {"model": thinker}}
@@ -369,7 +371,7 @@ def test_a_pipeline_hands_it_over(thinker: str, tmp_path: Path) -> None:
         assert read_stage(tmp_path / "run" / name / "model")["rendering"]["template_kwargs"] == QUIET
 
 
-def test_perplexity_is_that_of_the_reference_by_hand(thinker: str, tmp_path: Path) -> None:
+def test_perplexity_equals_that_of_transformers(thinker: str, tmp_path: Path) -> None:
     """`RenderingSettings` renders like transformers with the settings of the record."""
     folder, _ = sft(thinker, tmp_path / "sft", template_kwargs=QUIET, system="Be brief.", tools=TOOLS)
     policy = Policy(folder)
@@ -380,8 +382,8 @@ def test_perplexity_is_that_of_the_reference_by_hand(thinker: str, tmp_path: Pat
     assert policy.renderer.prompt_text(said[1:]) == wanted
 
 
-def test_a_base_within_the_folder_of_a_run_has_no_record(thinker: str, tmp_path: Path) -> None:
-    """A run in the folder of the base: its stage.json belongs to `model` and to nothing else."""
+def test_base_model_in_a_run_folder_has_no_record(thinker: str, tmp_path: Path) -> None:
+    """If a run is in the folder of its base model, the stage.json belongs only to `model`."""
     sft(thinker, tmp_path, template_kwargs=QUIET)
     assert RenderingSettings.of(str(tmp_path / "model")).record["template_kwargs"] == QUIET
     assert RenderingSettings.of(thinker).record == {}

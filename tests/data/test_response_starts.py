@@ -1,4 +1,4 @@
-"""If trained rows begin differently from the end of the generation prompt, both are shown; otherwise nothing is."""
+"""If trained answers do not begin where the generation prompt ends, a warning shows both texts."""
 
 import json
 from pathlib import Path
@@ -17,7 +17,7 @@ TEMPLATES = Path(__file__).parents[1] / "data" / "chat_templates"
 OPENED = THINKING.replace("<think>\n\n</think>\n\n{% endif %}{{ message", "{% endif %}{{ message").replace(
     "<think>\n\n</think>\n\n", "<think>\n"
 )
-"""Opens a thought where thinking is off, which no row has."""
+"""Opens a thinking block if thinking is off; no row has one."""
 ANSWER = {"role": "assistant", "content": "Fine."}
 THOUGHT = {**ANSWER, "reasoning_content": "Hm."}
 
@@ -32,7 +32,7 @@ def said_of(data: Any, tokenizer: Any, caplog: Any) -> str:
 
 
 @pytest.mark.parametrize("kind", ["sft", "preference"])
-def test_both_texts_stand_side_by_side(kind: str, tokenizer: Any, caplog: Any) -> None:
+def test_prompt_and_row_are_shown_where_they_differ(kind: str, tokenizer: Any, caplog: Any) -> None:
     def said(template: str, options: Any) -> str:
         module: Any = SFTDataModule if kind == "sft" else PreferenceDataModule
         rows = chats(3) if kind == "sft" else pairs(3)
@@ -53,7 +53,7 @@ def test_both_texts_stand_side_by_side(kind: str, tokenizer: Any, caplog: Any) -
     assert said(OPENED, None) == ""
 
 
-def test_prompts_have_nothing_to_compare(tokenizer: Any, caplog: Any) -> None:
+def test_prompts_are_not_compared(tokenizer: Any, caplog: Any) -> None:
     tokenizer.chat_template = OPENED
     data = PromptDataModule([{"prompt": "Hi"}], show_example=False, template_kwargs=QUIET)
     data.tokenizer = tokenizer
@@ -63,8 +63,8 @@ def test_prompts_have_nothing_to_compare(tokenizer: Any, caplog: Any) -> None:
 
 
 @pytest.mark.parametrize("template", [f.stem for f in sorted(TEMPLATES.glob("*.jinja"))])
-def test_of_the_real_templates_those_that_think_are_told(template: str, tokenizer: Any) -> None:
-    """The oracle is transformers: whether the text before the answer is the prompt, apart from white space."""
+def test_real_templates_with_thinking_give_a_warning(template: str, tokenizer: Any) -> None:
+    """The oracle is transformers: the text before the answer equals the prompt, apart from white space."""
     tokenizer.chat_template = (TEMPLATES / f"{template}.jinja").read_text()
     asked = [{"role": "user", "content": "Hi"}]
     thinks = "reasoning_content" in tokenizer.chat_template
@@ -83,7 +83,7 @@ def test_of_the_real_templates_those_that_think_are_told(template: str, tokenize
                 assert bool(renderer.openings.differing) == (before.strip() != prompt.strip())
 
 
-def test_data_check_says_it(base: str, tmp_path: Path, capsys: Any) -> None:
+def test_data_check_reports_response_starts(base: str, tmp_path: Path, capsys: Any) -> None:
     file, template = write_rows(tmp_path / "chats.jsonl", chats(3)), tmp_path / "own.jinja"
     template.write_text(THINKING)
     args = ["data", "check", file, "--kind", "sft", "--model", base, "--chat_template", str(template)]

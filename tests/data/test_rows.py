@@ -34,11 +34,11 @@ USER, ASSISTANT = {"role": "user", "content": "Hi"}, {"role": "assistant", "cont
         {"instruction": "Hi", "input": "", "output": "Hello"},
     ],
 )
-def test_every_shape_is_the_same_conversation(data: dict[str, Any]) -> None:
+def test_every_row_format_gives_the_same_conversation(data: dict[str, Any]) -> None:
     assert conversation(data) == [USER, ASSISTANT]
 
 
-def test_roles_are_completed_after_a_system_message() -> None:
+def test_missing_roles_are_filled_in_after_a_system_message() -> None:
     said = conversation({"messages": [{"role": "system", "content": "s"}, "a", "b", "c"]})
     assert [message["role"] for message in said] == ["system", "user", "assistant", "user"]
     assert (
@@ -50,7 +50,7 @@ def test_roles_are_completed_after_a_system_message() -> None:
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        ({"question": "Hi"}, "no conversation in the row: it has 'question'"),
+        ({"question": "Hi"}, "the row has no conversation: its columns are 'question'"),
         ({"messages": []}, "non-empty list"),
         ({"messages": "Hi"}, None),
         ({"messages": [1]}, "message 0 is int 1"),
@@ -97,7 +97,7 @@ def test_plain_prompt_lines_and_blank_ones(tmp_path: Path) -> None:
         read_rows(["missing.jsonl"], "prompt")
 
 
-def test_line_separators_within_json_are_no_line_ends(tmp_path: Path) -> None:
+def test_unicode_line_separators_do_not_end_json_lines(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": "a\u2028b\x85c"}\n', encoding="utf-8")
     assert read_rows(path)[0].data == {"text": "a\u2028b\x85c"}
@@ -106,13 +106,13 @@ def test_line_separators_within_json_are_no_line_ends(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.jsonl", b"", "no rows. The data set is empty"),
+        ("a.jsonl", b"", "there are no rows"),
         ("a.jsonl", b'{"a": 1}\n{"a": \n', ":2: not valid JSON"),
         ("a.jsonl", b"[1]\n", ":1: this is a JSON list"),
         ("a.jsonl", b'{"a": 1}\n\xff\xfe\n', ":2: not UTF-8"),
         ("a.json", b'[{"a": 1},\n{"a": 2}', ":2: not valid JSON"),
         ("a.json", b"3", "contains a int"),
-        ("a.json", b"[1]", r"\[0\]: this row is a int"),
+        ("a.json", b"[1]", r"\[0\]: the row is a int"),
         ("a.parquet", b"nonsense", "not a readable Parquet file"),
     ],
 )
@@ -129,11 +129,11 @@ def test_missing_files_and_folders(tmp_path: Path) -> None:
         read_rows(str(tmp_path / "missing.jsonl"))
     with pytest.raises(DataError, match="this is a folder; give a file"):
         read_rows(tmp_path)
-    with pytest.raises(DataError, match="neither a local file nor a Hub data set"):
+    with pytest.raises(DataError, match="neither a local file nor a dataset on the Hub"):
         read_rows("owner/surely-not-there")
 
 
-def test_fingerprints_follow_the_bytes(tmp_path: Path) -> None:
+def test_fingerprints_depend_on_the_bytes(tmp_path: Path) -> None:
     path = write_rows(tmp_path / "a.jsonl", chats(2))
     before = fingerprint(path)
     assert before == fingerprint(write_rows(tmp_path / "b.jsonl", chats(2)))
@@ -148,7 +148,7 @@ def test_columns_and_bad_rows(tokenizer: Any, tmp_path: Path, caplog: pytest.Log
     rows = [{"q": "Hi", "a": "Hello"}, {"q": "Hi"}, {"q": "Hi", "a": ""}, {"q": "Ho", "a": "Hey"}]
     path = write_rows(tmp_path / "a.jsonl", rows)
     columns = {"prompt": "q", "completion": "a"}
-    with pytest.raises(DataError, match=r"a\.jsonl:2: no column 'a'") as error:
+    with pytest.raises(DataError, match=r"a\.jsonl:2: the row has no column 'a'") as error:
         ready(SFTDataModule(path, tokenizer=tokenizer, columns=columns))
     assert "on_bad_row: skip" in str(error.value)
     with caplog.at_level(logging.INFO):
@@ -157,7 +157,7 @@ def test_columns_and_bad_rows(tokenizer: Any, tmp_path: Path, caplog: pytest.Log
     assert "4 rows read, 2 examples" in caplog.text
     assert "skipped 2" in caplog.text
     assert "⟦Hello<|im_end|>⟧" in caplog.text
-    with pytest.raises(DataError, match="none of 1 rows could be used"):
+    with pytest.raises(DataError, match="none of the 1 rows can be used"):
         ready(SFTDataModule([{"x": 1}], tokenizer=tokenizer, on_bad_row="skip"))
 
 
@@ -168,13 +168,13 @@ def test_long_rows_are_counted(tokenizer: Any) -> None:
     assert len(data.prepared["train"].rows[0].ids) == 20
     data = ready(SFTDataModule(rows, tokenizer=tokenizer, max_length=20, overlong="skip"))
     assert len(data.prepared["train"].rows) == 1
-    with pytest.raises(DataError, match=r"above data\.max_length 20"):
+    with pytest.raises(DataError, match=r"exceed data\.max_length 20"):
         ready(SFTDataModule(rows, tokenizer=tokenizer, max_length=20, overlong="error"))
-    with pytest.raises(DataError, match="no trained token within"):
+    with pytest.raises(DataError, match="no token is trained: the prompt alone exceeds"):
         ready(SFTDataModule([{"prompt": "word " * 50, "completion": "x"}], tokenizer=tokenizer, max_length=20))
 
 
-def test_a_text_column_beside_a_conversation_is_a_copy(tokenizer: Any) -> None:
+def test_text_column_next_to_a_conversation_is_ignored(tokenizer: Any) -> None:
     rows = [{"instruction": "Hi", "output": "Hello", "text": "### Hi ### Hello"}]
     (row,) = ready(SFTDataModule(rows, tokenizer=tokenizer)).prepared["train"].rows
     assert tokenizer.decode(row.ids).endswith("assistant\nHello<|im_end|>")
@@ -226,7 +226,7 @@ def test_pairs(tokenizer: Any) -> None:
         ({"prompt": "Hi", "chosen": "a", "rejected": "a"}, "chosen equals rejected"),
         ({"prompt": "Hi", "chosen": "a", "rejected": " "}, "rejected: no token is trained"),
         ({"prompt": "Hi", "chosen": "a", "rejected": "b", "margin": "x"}, "'margin' is 'x'"),
-        ({"prompt": "Hi", "chosen": "word " * 90, "rejected": "b"}, "above data.max_length 40"),
+        ({"prompt": "Hi", "chosen": "word " * 90, "rejected": "b"}, "exceed data.max_length 40"),
     ],
 )
 def test_malformed_pairs(tokenizer: Any, row: dict[str, Any], message: str) -> None:
@@ -235,7 +235,7 @@ def test_malformed_pairs(tokenizer: Any, row: dict[str, Any], message: str) -> N
     assert "list[0]" in str(error.value)
 
 
-def test_long_pairs_lose_the_same_part_of_their_prompt(tokenizer: Any) -> None:
+def test_long_pairs_lose_the_same_part_of_the_prompt(tokenizer: Any) -> None:
     row = {"prompt": "word " * 60, "chosen": "one", "rejected": "one two three"}
     data = ready(PreferenceDataModule([row], tokenizer=tokenizer, max_length=40, overlong="truncate"))
     (pair,) = data.prepared["train"].rows
@@ -258,7 +258,7 @@ def test_prompts(tokenizer: Any) -> None:
     [
         ({"question": "x"}, "no 'prompt'"),
         ({"prompt": [USER, ASSISTANT]}, "ends with an assistant message"),
-        ({"prompt": "word " * 90}, "above data.max_prompt_tokens 30"),
+        ({"prompt": "word " * 90}, "exceed data.max_prompt_tokens 30"),
     ],
 )
 def test_malformed_prompts(tokenizer: Any, row: dict[str, Any], message: str) -> None:
@@ -267,7 +267,7 @@ def test_malformed_prompts(tokenizer: Any, row: dict[str, Any], message: str) ->
         data.setup("validate")
 
 
-def test_settings_that_make_no_sense(tokenizer: Any) -> None:
+def test_invalid_settings_are_refused(tokenizer: Any) -> None:
     for options, message in (
         ({"train_on": "some"}, "train_on is 'some'"),
         ({"overlong": "cut"}, "overlong is 'cut'"),
@@ -304,7 +304,7 @@ def loader(size: int, batch: int, **layout: Any) -> RowLoader:
 @pytest.mark.parametrize(
     ("size", "batch", "world", "accumulate"), [(10, 2, 1, 1), (11, 2, 2, 2), (3, 2, 2, 4), (7, 1, 3, 2)]
 )
-def test_every_row_once_over_ranks_with_the_counts_of_its_step(
+def test_each_row_is_loaded_once_with_the_counts_of_its_step(
     size: int, batch: int, world: int, accumulate: int
 ) -> None:
     ranks = [list(loader(size, batch, rank=r, world=world, accumulate=accumulate)) for r in range(world)]
@@ -318,13 +318,13 @@ def test_every_row_once_over_ranks_with_the_counts_of_its_step(
         assert {b["denominators"]["tokens"] for b in step} == {total}
 
 
-def test_the_order_is_seeded_and_new_every_epoch() -> None:
+def test_order_is_seeded_and_differs_between_epochs() -> None:
     orders = [[b["numbers"] for b in loader(12, 3, epoch=epoch)] for epoch in (0, 0, 1)]
     assert orders[0] == orders[1] != orders[2]
 
 
 @pytest.mark.parametrize("accumulate", [1, 2, 3])
-def test_a_loader_goes_on_where_it_stopped(accumulate: int) -> None:
+def test_loader_resumes_at_its_position(accumulate: int) -> None:
     whole = [b["numbers"] for b in loader(17, 2, accumulate=accumulate)]
     for stop in range(1, len(whole)):
         first, second = loader(17, 2, accumulate=accumulate), loader(17, 2, accumulate=accumulate)
@@ -334,13 +334,13 @@ def test_a_loader_goes_on_where_it_stopped(accumulate: int) -> None:
         assert taken + [b["numbers"] for b in second] == whole
 
 
-def test_at_the_end_of_an_epoch_the_position_is_its_start() -> None:
+def test_position_at_the_end_of_an_epoch_is_zero() -> None:
     one = loader(6, 2)
     list(one)
     assert one.state_dict() == {"position": 0}
 
 
-def test_the_counts_of_a_limited_epoch_are_those_of_what_is_taken() -> None:
+def test_counts_of_a_limited_epoch_include_only_loaded_rows() -> None:
     batches = list(loader(12, 2, accumulate=2, limit=3))
     assert len(batches) == 3
     assert batches[2]["denominators"]["tokens"] == sum(batches[2]["numbers"])

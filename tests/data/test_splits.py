@@ -1,4 +1,4 @@
-"""Held-out rows, and rows that occur on both sides."""
+"""Held-out rows, and rows that are in both training and evaluation data."""
 
 import logging
 from pathlib import Path
@@ -41,19 +41,19 @@ def test_whole_prompts_are_held_out(prompts: list[int], wanted: int, seed: int) 
     assert kept
     sizes = [keys.count(key) for key in set(keys)]
     assert len(held) <= wanted or len(held) == min(sizes)
-    # No further prompt would have fitted.
+    # No other prompt would have fit.
     assert all(len(held) + keys.count(keys[row]) > wanted for row in kept)
 
 
 @settings(max_examples=50, derandomize=True, database=None, deadline=None)
 @given(st.integers(2, 200), st.integers(0, 10**9), st.data())
-def test_distinct_prompts_are_drawn_as_one_permutation(size: int, seed: int, data: Any) -> None:
+def test_split_of_distinct_prompts_is_a_permutation(size: int, seed: int, data: Any) -> None:
     wanted = data.draw(st.integers(1, size - 1))
     order = torch.randperm(size, generator=torch.Generator().manual_seed(seed)).tolist()
     assert held_out([str(i).encode() for i in range(size)], wanted, seed) == order[:wanted]
 
 
-def test_the_split_of_distinct_rows_is_as_it_was(tokenizer: Any) -> None:
+def test_split_of_distinct_rows_is_unchanged(tokenizer: Any) -> None:
     whole = ready(SFTDataModule(chats(20), tokenizer=tokenizer, seed=3)).prepared["train"].rows
     data = ready(SFTDataModule(chats(20), tokenizer=tokenizer, validation_split=5, seed=3))
     order = torch.randperm(20, generator=torch.Generator().manual_seed(3)).tolist()
@@ -87,10 +87,10 @@ def test_rows_of_a_prompt_stay_together(
     numbers = [{int(row.where[5:-1]) % 6 for row in data.prepared[name].rows} for name in ("train", "validation")]
     assert [len(found) for found in numbers] == [4, 2]
     assert not numbers[0] & numbers[1]
-    assert "are trained on" not in caplog.text, "nothing leaks from what was held out"
+    assert "are also training rows" not in caplog.text, "nothing leaks from what was held out"
 
 
-def test_what_the_prompt_of_a_conversation_is() -> None:
+def test_prompt_of_a_conversation() -> None:
     def rows(*roles: str) -> list[dict[str, str]]:
         return [{"role": role, "content": "x"} for role in roles]
 
@@ -103,7 +103,7 @@ def test_what_the_prompt_of_a_conversation_is() -> None:
     assert row_key("", "a", blank=True).prompt != row_key("", "b", blank=True).prompt
 
 
-def test_other_system_messages_are_other_prompts(tokenizer: Any) -> None:
+def test_different_system_messages_are_different_prompts(tokenizer: Any) -> None:
     rows = [conversation("q", f"a{i}", system=f"s{i % 2}") for i in range(6)]
     data = ready(SFTDataModule(rows, tokenizer=tokenizer, validation_split=3))
     assert len({int(row.where[5:-1]) % 2 for row in data.prepared["validation"].rows}) == 1
@@ -115,8 +115,8 @@ def test_one_prompt_cannot_be_split(tokenizer: Any) -> None:
         ready(SFTDataModule(rows, tokenizer=tokenizer, validation_split=2))
 
 
-def test_mismatched_sides_stay_on_their_side(tokenizer: Any) -> None:
-    """KTO's KL estimate uses responses to other prompts; no held-out response may enter training that way."""
+def test_mismatched_responses_stay_in_their_split(tokenizer: Any) -> None:
+    """KTO's KL estimate uses responses to other prompts; it must not bring held-out responses into training."""
     from rlhf_lightning.objectives.preference import KTO
 
     class Labels(PreferenceDataModule):
@@ -134,17 +134,17 @@ def test_mismatched_sides_stay_on_their_side(tokenizer: Any) -> None:
                 assert response in (own if name == "train" or split == 1 else held)
 
 
-# -- rows on both sides -----------------------------------------------------------------------------------------------
+# -- leakage ----------------------------------------------------------------------------------------------------------
 
 
-def test_leaks_are_counted_with_the_first_of_each(tokenizer: Any, tmp_path: Any, caplog: Any) -> None:
+def test_leaks_are_reported_with_their_first_rows(tokenizer: Any, tmp_path: Any, caplog: Any) -> None:
     train, held = chats(8), [conversation("Other", "one"), chats(3)[2], conversation("Count 5", "no"), chats(2)[1]]
     files = [write_rows(tmp_path / f"{name}.jsonl", rows) for name, rows in (("train", train), ("held", held))]
     ready(SFTDataModule(*files, tokenizer=tokenizer, show_example=False))
     (warning,) = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
     assert warning.startswith(
-        f"leakage between data.train and data.validation: 2 of 4 rows are trained on (the first: {files[1]}:2 and "
-        f"{files[0]}:3), 3 of 4 rows share a prompt with a training row (the first: {files[1]}:2 and {files[0]}:3)"
+        f"leakage between data.train and data.validation: 2 of 4 rows are also training rows (the first: {files[1]}:2 "
+        f"and {files[0]}:3), 3 of 4 rows have the prompt of a training row (the first: {files[1]}:2 and {files[0]}:3)"
     )
     caplog.clear()
     ready(SFTDataModule(files[0], [held[0]], tokenizer=tokenizer, show_example=False))
@@ -152,16 +152,18 @@ def test_leaks_are_counted_with_the_first_of_each(tokenizer: Any, tmp_path: Any,
 
 
 @pytest.mark.parametrize("before", [True, False])
-def test_test_rows_are_compared_too(tokenizer: Any, before: bool, caplog: Any) -> None:
+def test_rows_of_test_are_compared(tokenizer: Any, before: bool, caplog: Any) -> None:
     data = PreferenceDataModule(pairs(4), test=[*pairs(2), *pairs(6)[4:]], tokenizer=tokenizer, show_example=False)
     if before:
         data.setup("fit")
     data.setup("test")
-    assert "data.train and data.test: 2 of 4 rows are trained on (the first: list[0] and list[0])" in caplog.text
+    assert (
+        "data.train and data.test: 2 of 4 rows are also training rows (the first: list[0] and list[0])" in caplog.text
+    )
     caplog.clear()
     data = PreferenceDataModule("missing.jsonl", test=pairs(2), tokenizer=tokenizer, show_example=False)
     data.setup("test")
-    assert "are trained on" not in caplog.text, "training data that is not here is not needed to test"
+    assert "are also training rows" not in caplog.text, "training data that is not here is not needed to test"
 
 
 def test_prompts_of_recorded_episodes_are_compared(tokenizer: Any) -> None:
@@ -178,7 +180,7 @@ def test_prompts_of_recorded_episodes_are_compared(tokenizer: Any) -> None:
 
 
 @pytest.mark.parametrize("name", ["sft", "prompts"])
-def test_the_quickstart_holds_whole_prompts_out_of_a_users_file(name: str, tmp_path: Path) -> None:
+def test_quickstart_holds_out_whole_prompts(name: str, tmp_path: Path) -> None:
     rows = [{"prompt": f"q{i % 12}", "completion": f"a{i}"} for i in range(60)]
     pd.DataFrame(rows).to_csv(tmp_path / "rows.csv", index=False)
     (tmp_path / "data").mkdir()
@@ -190,8 +192,8 @@ def test_the_quickstart_holds_whole_prompts_out_of_a_users_file(name: str, tmp_p
 
 
 @pytest.mark.parametrize("kind", ["preference", "policy"])
-def test_turns_of_a_conversation_that_are_rows_stay_together(kind: str, tokenizer: Any, caplog: Any) -> None:
-    """Each turn of a conversation is a row; conversations that only share their first turns (examples) are separate."""
+def test_rows_with_turns_of_one_conversation_stay_together(kind: str, tokenizer: Any, caplog: Any) -> None:
+    """Each turn of a conversation is a row. Conversations that share only their first turns (examples) are separate."""
 
     def row(*turns: str) -> dict[str, Any]:
         messages = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(turns)]
@@ -211,6 +213,6 @@ def test_turns_of_a_conversation_that_are_rows_stay_together(kind: str, tokenize
     assert "2 of 3 rows belong to a conversation of the training data" in caplog.text
 
 
-def test_prompts_given_as_text_are_compared(tokenizer: Any, caplog: Any) -> None:
+def test_prompts_as_text_are_compared(tokenizer: Any, caplog: Any) -> None:
     ready(PromptDataModule(["hi\r\nyou"], [{"prompt": "hi\nyou"}], tokenizer=tokenizer), "validate")
-    assert "1 of 1 rows are trained on" in caplog.text
+    assert "1 of 1 rows are also training rows" in caplog.text

@@ -1,4 +1,4 @@
-"""Chat templates come with models, so their work is limited; real ones stay far below the limits."""
+"""The work of chat templates is limited, because they come with models; real templates stay far below the limits."""
 
 import time
 from typing import Any
@@ -42,7 +42,7 @@ ENDLESS = {
 
 
 @pytest.mark.parametrize("name", ENDLESS)
-def test_a_template_without_end_is_refused(name: str, tokenizer: Any) -> None:
+def test_template_that_never_ends_is_refused(name: str, tokenizer: Any) -> None:
     tokenizer.chat_template = ENDLESS[name] + "{{ messages[0].content }}"
     started = time.process_time()
     with pytest.raises(ConfigError, match=r"the chat template .*model\.chat_template"):
@@ -50,7 +50,7 @@ def test_a_template_without_end_is_refused(name: str, tokenizer: Any) -> None:
     assert time.process_time() - started < 30
 
 
-def test_real_templates_use_little_of_it(tokenizer: Any) -> None:
+def test_real_templates_need_little_of_the_budget(tokenizer: Any) -> None:
     turns = [{"role": role, "content": f"Turn {i}"} for i in range(200) for role in ("user", "assistant")]
     for path in sorted(CHAT_TEMPLATES.glob("*.jinja")):
         tokenizer.chat_template = path.read_text()
@@ -60,7 +60,7 @@ def test_real_templates_use_little_of_it(tokenizer: Any) -> None:
         assert 400 <= spent < STEPS / 50, path.name
 
 
-def test_numbers_in_what_is_said_are_no_widths(tokenizer: Any) -> None:
+def test_numbers_in_messages_are_not_widths(tokenizer: Any) -> None:
     tokenizer.chat_template = (
         "{% macro show(text, number) %}{{ text.split('|')[0] }} {{ text|replace('{', '(') }} {{ number }}"
         "{% endmacro %}{% for m in messages %}{{ show(m.content, m.at) }} {{ m.at * 1000 }}{% endfor %}"

@@ -1,4 +1,4 @@
-"""Real chat templates: rendered like transformers does, with the assistant's turns trained up to their end."""
+"""Real chat templates render as in transformers, and the assistant's turns are trained up to their end."""
 
 import copy
 import json
@@ -29,7 +29,7 @@ MARKERS = re.compile(r"<[|｜][^<>'\" ]*?[|｜]>|<(?:start|end)_of_turn>|\[gMASK
 SCHEMA = {"type": "object", "properties": {"city": {"type": "string", "description": "é <b>"}}, "required": ["city"]}
 TOOLS = [{"type": "function", "function": {"name": "weather", "description": "It's < 5", "parameters": SCHEMA}}]
 CALL = {"type": "function", "id": "abc123456", "function": {"name": "weather", "arguments": {"city": "Örebro"}}}
-# What each template ends a turn that calls a tool by, read by hand; the others write an end of sentence or nothing.
+# The end of a turn with a tool call in each template, found by hand; other templates write an eos_token or nothing.
 ENDS = {"gptoss": ["<|call|>", "<|return|>"], "phi3": ["<|end|>"], "phi3_5": ["<|end|>"], "glm4moe": []}
 ENDS |= {name: ["<|eot_id|>"] for name in ("llama3", "llama3_1", "llama3_2")}
 ENDS |= {name: ["<end_of_turn>"] for name in ("gemma", "gemma3")}
@@ -98,7 +98,7 @@ def talks(draw: Any) -> list[dict[str, Any]]:
 
 
 def each_template(count: int) -> Any:
-    """A number of examples for each template, the same ones in every run."""
+    """A number of examples for each template, the same in every run."""
 
     def decorate(function: Any) -> Any:
         checks = list(HealthCheck)
@@ -110,7 +110,7 @@ def each_template(count: int) -> Any:
 
 @each_template(25)
 @given(said=talks(), prompts=st.booleans(), data=st.data())
-def test_a_rendering_is_that_of_transformers(name: str, said: list[dict[str, Any]], prompts: bool, data: Any) -> None:
+def test_rendering_equals_that_of_transformers(name: str, said: list[dict[str, Any]], prompts: bool, data: Any) -> None:
     renderer = renderer_of(name)
     said = said[: data.draw(st.integers(1, len(said)))]
     tools = data.draw(st.sampled_from([None, TOOLS]))
@@ -126,8 +126,8 @@ def test_a_rendering_is_that_of_transformers(name: str, said: list[dict[str, Any
 
 @each_template(15)
 @given(texts=st.lists(TEXT, min_size=1, max_size=3), role=st.sampled_from(["system", "user", "assistant"]))
-def test_contents_in_parts(name: str, texts: list[str], role: str) -> None:
-    """Like transformers shows the parts; as text if the template prints the list, fails, or drops one of them."""
+def test_contents_in_parts_render_as_in_transformers(name: str, texts: list[str], role: str) -> None:
+    """As parts if transformers renders the parts; as text if the template prints the list, fails, or drops a part."""
     renderer = renderer_of(name)
     parts = [{"type": "text", "text": text} for text in texts]
     said = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
@@ -151,14 +151,14 @@ def test_contents_in_parts(name: str, texts: list[str], role: str) -> None:
             assert renderer.template.render(given_) == wanted
 
 
-def test_parts_stay_parts_where_rows_are_copied_and_stored() -> None:
+def test_copies_and_pickles_keep_content_parts() -> None:
     import pickle
 
     content = ContentParts([{"type": "text", "text": "a "}, {"type": "text", "text": "b"}])
     for twin in (copy.deepcopy(content), pickle.loads(pickle.dumps(content))):
         assert (twin, twin.parts) == ("a b", content.parts)
     assert json.dumps({"content": content}) == '{"content": "a b"}'
-    # gemma3 trims each part: the same text in other parts is another rendering.
+    # gemma3 trims each part, so the same text in other parts renders differently.
     render = renderer_of("gemma3").template.render
     assert "\nab<end" in render([{"role": "user", "content": content}])
     assert "\na b<end" in render([{"role": "user", "content": "a b"}])
@@ -166,7 +166,7 @@ def test_parts_stay_parts_where_rows_are_copied_and_stored() -> None:
 
 @pytest.mark.parametrize("tools", [None, TOOLS], ids=["", "tools"])
 @pytest.mark.parametrize("name", NAMES)
-def test_tool_turns_are_rendered_as_by_transformers(name: str, tools: Any) -> None:
+def test_tool_turns_render_as_in_transformers(name: str, tools: Any) -> None:
     """Arguments as an object, or as JSON text if the template fails on an object."""
     renderer = renderer_of(name)
     function = {**CALL["function"], "arguments": json.dumps(CALL["function"]["arguments"], ensure_ascii=False)}
@@ -190,7 +190,7 @@ def test_tool_turns_are_rendered_as_by_transformers(name: str, tools: Any) -> No
             assert text == wanted or (text is None and "tool_calls" not in renderer.tokenizer.chat_template)
 
 
-def test_empty_keys_of_parts_are_no_keys() -> None:
+def test_null_keys_of_content_parts_are_dropped() -> None:
     part = {"type": "text", "text": "a", "image_url": None}
     [message] = conversation({"messages": [{"role": "user", "content": [part]}]})
     assert message["content"].parts == [{"type": "text", "text": "a"}]
@@ -198,7 +198,7 @@ def test_empty_keys_of_parts_are_no_keys() -> None:
 
 @each_template(10)
 @given(said=talks())
-def test_what_is_trained_is_what_the_assistant_says_and_its_end(name: str, said: list[dict[str, Any]]) -> None:
+def test_trained_text_is_the_assistant_turns_with_their_ends(name: str, said: list[dict[str, Any]]) -> None:
     renderer = renderer_of(name)
     tokenizer = renderer.tokenizer
     if by_transformers(tokenizer, said) is None:
@@ -220,7 +220,7 @@ def test_what_is_trained_is_what_the_assistant_says_and_its_end(name: str, said:
         full = by_transformers(tokenizer, said[: i + 1])
         prompt = by_transformers(tokenizer, said[:i], prompts=True)
         end = next((end for end in renderer.template.end_markers if text.endswith(end)), tokenizer.eos_token)
-        # What a model has to write: all that follows the prompt, up to the end of the turn.
+        # The text that a model has to write: everything after the prompt, up to the end of the turn.
         wanted = full[len(prompt) :] if full.startswith(prompt) else full[full.rindex(said[i]["content"].strip()) :]
         wanted = wanted.rstrip().removesuffix("<|im_end|>" if name.startswith("phi") else "").rstrip()
         wanted = wanted if wanted.endswith(end) else wanted + end
@@ -228,7 +228,7 @@ def test_what_is_trained_is_what_the_assistant_says_and_its_end(name: str, said:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_every_kind_of_turn_ends_in_a_stop_token(name: str) -> None:
+def test_every_kind_of_turn_ends_with_a_stop_token(name: str) -> None:
     renderer = renderer_of(name)
     tokenizer = renderer.tokenizer
     assert renderer.template.end_markers == ENDS.get(name, ["<|im_end|>"])
@@ -249,7 +249,7 @@ def test_every_kind_of_turn_ends_in_a_stop_token(name: str) -> None:
             assert ends == [False] * (len(ends) - 1) + [True], "at its end, and nowhere before"
 
 
-def test_ends_of_turns_that_differ(tokenizer: Any) -> None:
+def test_different_ends_of_turns(tokenizer: Any) -> None:
     tokens = ["<|done|>", "<|call_end|>", "<|section|>", "<|eom|>"]
     tokenizer.add_special_tokens({"additional_special_tokens": tokens})
     body = (
@@ -267,16 +267,16 @@ def test_ends_of_turns_that_differ(tokenizer: Any) -> None:
         return sorted(tokenizer.convert_ids_to_tokens(renderer.turn_end_ids)), renderer
 
     eos = tokenizer.eos_token
-    # The last token of a turn is its end, not the sections before it, and not what ends all text.
+    # The last token of a turn is its end, not the sections before it, and not the token that ends the text.
     found, _ = ends(PLAIN="<|section|><|done|>\n", TOOLS="<|section|><|eom|>", CALL="<|call_end|>", END=eos)
     assert found == sorted([eos, "<|done|>", "<|eom|>"])
-    # The end of one of several calls ends nothing; a turn that nothing else ends is ended by the eos_token.
+    # The end of one of several calls does not end the turn; the eos_token ends turns without another end.
     found, renderer = ends(PLAIN="<|done|>", CALL="<|call_end|>")
     assert found == sorted([eos, "<|done|>"])
     said = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "", "tool_calls": [CALL]}]
     (row,) = renderer.conversation(said)
     assert tokenizer.decode(row.ids).endswith(f"<|call_end|>{eos}")
-    # A template that prompts after every turn, asked or not.
+    # A template that always adds the generation prompt.
     found, _ = ends(PLAIN="<|done|>", END="<|section|>assistant")
     assert found == sorted([eos, "<|done|>"])
     tokenizer.chat_template = (
@@ -285,7 +285,7 @@ def test_ends_of_turns_that_differ(tokenizer: Any) -> None:
     assert Renderer(tokenizer).template.end_markers == ["<|done|>"]
 
 
-# -- what templates may use ---------------------------------------------------------------------------------------
+# -- features of templates ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -306,7 +306,7 @@ def test_ends_of_turns_that_differ(tokenizer: Any) -> None:
         "{% macro f(x) %}[{{ x }}]{% endmacro %}{{ f(undefined_name) }}{{ bos_token }}{{ eos_token }}",
     ],
 )
-def test_everything_that_templates_use(tokenizer: Any, source: str) -> None:
+def test_features_used_by_templates(tokenizer: Any, source: str) -> None:
     said = [{"role": "user", "content": "é <b>"}, {"role": "assistant", "content": "Hi"}]
     tokenizer.chat_template = source + "{% for m in messages %}{{ m.role }}{{ m.content }}{% endfor %}\n"
     wanted = by_transformers(tokenizer, said)
@@ -317,7 +317,7 @@ def test_everything_that_templates_use(tokenizer: Any, source: str) -> None:
         assert ChatTemplate(tokenizer).render(said) == wanted
 
 
-def test_a_date_is_fixed_for_us_alone(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fixed_date_does_not_affect_transformers(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     tokenizer.chat_template = "{{ strftime_now('%B %-d, %Y') }}|{% for m in messages %}{{ m.content }}{% endfor %}"
     monkeypatch.setattr("transformers.utils.chat_template_utils.datetime", datetime)
     said = [{"role": "user", "content": "Hi"}]
@@ -326,7 +326,7 @@ def test_a_date_is_fixed_for_us_alone(tokenizer: Any, monkeypatch: pytest.Monkey
         assert by_transformers(tokenizer, said) == f"{datetime.now():%B %-d, %Y}|Hi"
 
 
-def test_a_template_raises(tokenizer: Any) -> None:
+def test_exception_of_a_template_is_reported(tokenizer: Any) -> None:
     tokenizer.chat_template = "{{ raise_exception('Only two turns') }}"
     with pytest.raises(RowError, match="Only two turns"):
         Renderer(tokenizer).prompt([{"role": "user", "content": "Hi"}])
@@ -335,7 +335,7 @@ def test_a_template_raises(tokenizer: Any) -> None:
         Renderer(tokenizer).prompt([{"role": "user", "content": "Hi"}])
 
 
-def test_a_byte_order_mark_is_no_text(base: str, tokenizer: Any, tmp_path: Path) -> None:
+def test_byte_order_mark_of_a_template_is_ignored(base: str, tokenizer: Any, tmp_path: Path) -> None:
     source, mark = tokenizer.chat_template, "\ufeff"
     said = [{"role": "user", "content": "Hi"}]
     wanted = Renderer(tokenizer).prompt_text(said)
@@ -354,7 +354,7 @@ def test_a_byte_order_mark_is_no_text(base: str, tokenizer: Any, tmp_path: Path)
             load_tokenizer(base, chat_template=str(tmp_path / f"{name}.jinja"))
 
 
-def test_template_kwargs_are_used_or_spoken_of(tokenizer: Any, caplog: pytest.LogCaptureFixture) -> None:
+def test_unused_template_kwargs_give_a_warning(tokenizer: Any, caplog: pytest.LogCaptureFixture) -> None:
     said = [{"role": "user", "content": "Hi"}]
     tokenizer.chat_template = tokenizer.chat_template + "{% if calm is defined and calm %}CALM{% endif %}"
     assert Renderer(tokenizer, template_kwargs={"calm": True}).prompt_text(said).endswith("CALM")

@@ -1,4 +1,4 @@
-"""Case tool-arguments-as-json-text: `arguments` as text, as in OpenAI's API, are trained as an object."""
+"""Case tool-arguments-as-json-text: `arguments` in JSON text, as in OpenAI's API, are trained as an object."""
 
 import json
 import re

@@ -1,6 +1,6 @@
-"""Tool calls in the forms that people store: every template shows each call's object once, and never encodes it twice.
+"""Every template shows each tool call once, in whichever form it is stored, and never encodes it twice.
 
-The oracle is transformers' own rendering of the form that a template is written for."""
+The oracle is the rendering by transformers of the form that a template is written for."""
 
 import copy
 import json
@@ -40,13 +40,13 @@ TEMPLATES = {
         ),
     ),
     "whole": TURN.replace("CALL", "{{ c.function | tojson }}"),
-    # Mistral: refuses ids of another length, and calls without.
+    # Mistral refuses ids of another length, and calls without ids.
     "nine": TURN.replace(
         "CALL",
         "{% if c.id is not defined or c.id | length != 9 %}{{ raise_exception('ids must have 9 characters') }}"
         '{% endif %}{{ c.function | tojson }}, "id": "{{ c.id }}"',
     ).replace("{{ m.content }}", "{{ m.content }}{% if m.tool_call_id is defined %}[{{ m.tool_call_id }}]{% endif %}"),
-    # Kimi: the id is all that names the function.
+    # Kimi: only the id names the function.
     "named": TURN.replace("CALL", "{{ c.id }}{{ c.function.arguments | tojson }}"),
 }
 SCHEMA = {"name": "book", "description": "Book a table.", "parameters": {"type": "object", "properties": {"x": {}}}}
@@ -75,7 +75,7 @@ def canonical(calls: list[tuple[str, dict[str, Any]]], ids: bool = True) -> list
 
 
 def stored(calls: list[tuple[str, dict[str, Any]]], form: str) -> list[dict[str, Any]]:
-    """The same conversation in one of the forms that people store."""
+    """The same conversation in one of the stored forms."""
     said = canonical(calls, ids=form in ("object", "text", "all text", "anthropic"))
     turn, flat = said[1], [{"name": name, "arguments": arguments} for name, arguments in calls]
     if form in ("text", "all text"):
@@ -158,7 +158,7 @@ def real_templates() -> list[str]:
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("template", real_templates())
-def test_real_templates_show_the_object_once_or_say_that_they_do_not(tokenizer: Any, template: str, form: str) -> None:
+def test_real_templates_show_the_object_once_or_give_a_warning(tokenizer: Any, template: str, form: str) -> None:
     calls = [("book", {"city": "Lyon d'Or", "guests": 2, "plan": {"a": ["é", True]}})]
     source = (CHAT_TEMPLATES / f"{template}.jinja").read_text()
     silent = ("tool_calls" not in source) and form not in ("sharegpt", "marked")
@@ -176,7 +176,7 @@ def test_real_templates_show_the_object_once_or_say_that_they_do_not(tokenizer: 
     assert '\\"' not in text
 
 
-def test_ids_are_those_that_a_template_takes(tokenizer: Any) -> None:
+def test_call_ids_fit_the_template(tokenizer: Any) -> None:
     calls = [("book", {"a": 1}), ("book", {"a": 2})]
     texts = {form: rendered(tokenizer, TEMPLATES["nine"], stored(calls, form)) for form in ("object", "flat")}
     for text in texts.values():
@@ -203,19 +203,19 @@ def test_results_that_are_objects(tokenizer: Any) -> None:
     assert "<|im_start|>tool\n7<|im_end|>" in rendered(tokenizer, TEMPLATES["object"], said)
 
 
-def test_what_a_template_leaves_out_is_said(tokenizer: Any, caplog: pytest.LogCaptureFixture) -> None:
+def test_content_that_a_template_leaves_out_is_reported(tokenizer: Any, caplog: pytest.LogCaptureFixture) -> None:
     said = canonical([("book", {"a": 1}), ("book", {"a": 2})])
     with pytest.raises(DataError, match="does not render tool calls"):
         ready(SFTDataModule([{"messages": said}], tokenizer=tokenizer))
     first = TEMPLATES["object"].replace("m.tool_calls or []", "(m.tool_calls or [])[:1]")
-    with pytest.raises(DataError, match="only the first tool call of a message, and this one has 2"):
+    with pytest.raises(DataError, match="only the first tool call of a message, but this message has 2"):
         learnt(tokenizer, first, said)
     with pytest.raises(DataError, match="does not render 'thinking' of a message"):
         learnt(tokenizer, TEMPLATES["object"], [said[0], {"role": "assistant", "content": "a", "thinking": "b"}])
     only = "{% for m in messages if m.role in ['user', 'assistant'] %}{{ m.content }}<|im_end|>{% endfor %}"
     with pytest.raises(DataError, match="leaves out a message of role 'system' at the beginning"):
         learnt(tokenizer, only, [{"role": "system", "content": "a"}, said[0], said[-1]])
-    with pytest.raises(DataError, match="the row has tools, but the chat template does not render them"):
+    with pytest.raises(DataError, match="the row has tools, but the chat template does not render tools"):
         ready(PromptDataModule([{"prompt": "Hi", "tools": [SCHEMA]}], tokenizer=tokenizer))
     with pytest.raises(DataError, match="format raw cannot render tool calls"):
         Renderer(tokenizer, "raw").conversation(said)
@@ -225,7 +225,7 @@ def test_what_a_template_leaves_out_is_said(tokenizer: Any, caplog: pytest.LogCa
     assert "leaves out the text of messages that have tool calls" in caplog.text
 
 
-def test_a_developer_is_the_system_where_the_template_knows_no_developer(tokenizer: Any) -> None:
+def test_developer_message_becomes_a_system_message(tokenizer: Any) -> None:
     knows = "{% for m in messages %}{% if m.role != 'developer' %}{{ m.role }}: {{ m.content }}<|im_end|>{% endif %}"
     said = [{"role": "developer", "content": "Be kind."}, {"role": "user", "content": "Hi"}]
     text = rendered(tokenizer, knows + "{% endfor %}", said)
@@ -234,7 +234,7 @@ def test_a_developer_is_the_system_where_the_template_knows_no_developer(tokeniz
 
 
 @pytest.mark.parametrize(("given", "wanted"), [("thinking", "thinking"), ("reasoning", "reasoning_content")])
-def test_reasoning_goes_where_the_template_looks(tokenizer: Any, given: str, wanted: str) -> None:
+def test_reasoning_is_passed_under_the_key_of_the_template(tokenizer: Any, given: str, wanted: str) -> None:
     template = TEMPLATES["object"].replace("{% if m.content %}", f"{{{{ m.{wanted} }}}}{{% if m.content %}}")
     said = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello", given: "Polite now."}]
     assert "Polite now.Hello" in rendered(tokenizer, template, said)
@@ -263,10 +263,13 @@ def test_tools_in_every_form(tools: Any) -> None:
     [
         ({"tool_calls": [{"name": "f", "arguments": "{'a': 1}"}]}, "call of 'f' are text that is not a JSON object"),
         ({"tool_calls": [{"name": "f", "arguments": '{"a": NaN}'}]}, "NaN is not JSON"),
-        ({"tool_calls": [{"name": "f", "arguments": "[1]"}]}, r"must be a JSON object, but they are list \[1\]"),
+        ({"tool_calls": [{"name": "f", "arguments": "[1]"}]}, r"are list \[1\]; they must be a JSON object"),
         ({"tool_calls": [{"arguments": {}}]}, "must be an object with 'name' and 'arguments'"),
         ({"tool_calls": "["}, "the tool call is text that is not JSON"),
-        ({"tool_calls": [{"name": "f"}], "function_call": {"name": "g"}}, "tool calls twice, also in 'function_call'"),
+        (
+            {"tool_calls": [{"name": "f"}], "function_call": {"name": "g"}},
+            "tool calls in two places, one of them 'function_call'",
+        ),
         ({"tool_call": True, "content": "I call f"}, "the tool call is text that is not JSON"),
         ({"role": "user", "tool_calls": [{"name": "f"}]}, "only the assistant can call tools"),
     ],
@@ -277,13 +280,13 @@ def test_malformed_calls(tokenizer: Any, turn: dict[str, Any], message: str) -> 
         ready(SFTDataModule(rows, tokenizer=tokenizer))
 
 
-def test_text_that_stands_for_an_object_is_text() -> None:
+def test_written_is_a_str() -> None:
     one = Written('{"a": 1}', {"a": 1})
     assert (copy.deepcopy(one), json.dumps(one)) == ('{"a": 1}', '"{\\"a\\": 1}"')
     assert copy.deepcopy(one).value == {"a": 1}
 
 
-def test_messages_of_an_environment_are_read_as_rows_are() -> None:
+def test_environment_messages_are_read_like_rows() -> None:
     said = canonical([("book", {"a": 1})])[:3]
     assert checked_messages(stored([("book", {"a": 1})], "text")[:3]) == said
     result = checked_result(StepResult(next_messages=[{"role": "tool", "content": {"a": 1}}]))

@@ -1,4 +1,4 @@
-"""Benchmarks: prompts and scores as in the field, standard errors, and a stopped evaluation that goes on."""
+"""Benchmarks: prompts and scores as in lm-evaluation-harness, standard errors, and resuming an evaluation."""
 
 import json
 import math
@@ -38,7 +38,7 @@ def test_gsm8k(response: str, answer: str, strict: int, flexible: int) -> None:
     assert found == {"strict": [strict], "flexible": [flexible]}
 
 
-def test_the_prompt_of_gsm8k_is_the_fields() -> None:
+def test_gsm8k_prompt_equals_that_of_lm_evaluation_harness() -> None:
     task = gsm8k([QUESTION])
     row = {"messages": [{"role": "user", "content": "4 + 4?"}, {"role": "assistant", "content": "#### 8"}], "answer": 8}
     assert task.prompt(row, chat=False) == {
@@ -61,7 +61,7 @@ def test_standard_errors() -> None:
     assert pooled([[1.0, 1.0], [0.0, 1.0]]).value == 0.75
 
 
-def test_the_sections_of_rewardbench() -> None:
+def test_rewardbench_section_scores() -> None:
     subsets = [name for section in SECTIONS.values() for name in section for _ in range(4)]
     right = [float(name not in ("math-prm", "hep-go") or i % 2) for i, name in enumerate(subsets)]
     found = rewardbench(subsets, right)
@@ -74,7 +74,7 @@ def test_the_sections_of_rewardbench() -> None:
     assert "overall" not in rewardbench(["math-prm", ""], [1.0, 0.0])
 
 
-def test_loose_variants_are_those_of_ifeval() -> None:
+def test_loose_variants_equal_those_of_ifeval() -> None:
     response = "Sure:\n*a*\nBye"
     parts = [response, "*a*\nBye", "Sure:\n*a*", "*a*"]
     assert loose_variants(response) == [text for part in parts for text in (part, part.replace("*", ""))]
@@ -82,7 +82,7 @@ def test_loose_variants_are_those_of_ifeval() -> None:
 
 def ifeval_row(prompt: str = "Say it.", **instructions: dict[str, Any]) -> dict[str, Any]:
     names = {name.replace("__", ":"): arguments for name, arguments in instructions.items()}
-    # As the Parquet files have them: all keys in each, null where they are not of the instruction.
+    # As in the Parquet files: each row has all keys, null where an instruction does not use them.
     nulls = {"num_words": None, "relation": None, "keywords": None}
     return {
         "key": 1,
@@ -117,13 +117,13 @@ def test_ifeval() -> None:
     assert found["inst_level_strict"].count == 8
     repeat = ifeval_row("Repeat me", combination__repeat_prompt={"prompt_to_repeat": "Repeat me"})
     assert task.score("Repeat me\nyes", repeat)["inst_level_strict"] == [1]
-    with pytest.raises(DataError, match="IFEval has no instruction 'x:y'"):
+    with pytest.raises(DataError, match="instruction 'x:y', which IFEval does not have"):
         task.ask(ifeval_row(x__y={}))
     with pytest.raises(DataError, match="no instruction_id_list"):
         task.ask({"prompt": "Say it."})
 
 
-def test_ifeval_says_what_data_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ifeval_names_its_missing_data(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("if_verifiable", reason="the extra ifeval is not installed")
     import nltk
 
@@ -136,7 +136,7 @@ def test_ifeval_says_what_data_it_needs(monkeypatch: pytest.MonkeyPatch) -> None
         tasks.ifeval().ask(row)
 
 
-def test_a_task_of_ones_own(tmp_path: Path) -> None:
+def test_task_from_a_yaml_file(tmp_path: Path) -> None:
     path = tmp_path / "capitals.yaml"
     path.write_text(
         "prompt: 'Capital of {country}?'\nanswer: capital\nscore: contains\nmax_tokens: 8\nsystem: Be brief.\n"
@@ -153,8 +153,8 @@ def test_a_task_of_ones_own(tmp_path: Path) -> None:
         ("promt: x", "unknown key 'promt'"),
         ("prompt: 7", "prompt is 7; it must be text"),
         ("answer: a", "prompt is missing"),
-        ("prompt: x", "name it with answer"),
-        ("prompt: x\nanswer: a\nscore: near", "score is 'near'; one of exact, number, contains"),
+        ("prompt: x", "set answer to its name"),
+        ("prompt: x\nanswer: a\nscore: near", "score is 'near'; it must be one of exact, number, contains"),
         ("prompt: x\nscore: math.nothing", "math.nothing"),
         ("prompt: x\nanswer: a\nmax_tokens: 0", "max_tokens is 0"),
     ):
@@ -169,9 +169,7 @@ def length_of(response: str, row: dict[str, Any]) -> float:
     return float(len(response))
 
 
-def test_the_command_goes_on_where_it_was_stopped(
-    base: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_interrupted_evaluation_continues(base: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "gsm.jsonl"
     write_rows(file, [{"question": f"{i} + 1?", "answer": f"#### {i + 1}"} for i in range(40)])
     command = ["evaluate", base, str(file), "--task", "gsm8k", "--max_tokens", "4", "--device", "cpu", "--json"]
@@ -184,16 +182,18 @@ def test_the_command_goes_on_where_it_was_stopped(
     part = tmp_path / "part.jsonl"
     part.write_text("".join(lines[:5]) + lines[5][:20])  # killed while it wrote
     out = rlhf(*command, "--output", str(part))
-    assert "5 rows are there already" in out
+    assert "5 rows are done already" in out
     assert sorted(part.read_text().splitlines(keepends=True)) == sorted(lines)
 
     other = [*command, "--max_tokens", "5", "--output", str(part)]
-    assert "has results of another model, file or settings" in mistake(other, capsys)
+    assert "the file has results of another model, file or settings" in mistake(other, capsys)
     (tmp_path / "foreign.jsonl").write_text('{"a": 1}\n')
-    assert "of no task; name another" in mistake([*command, "--output", str(tmp_path / "foreign.jsonl")], capsys)
+    assert "has no results of a task; give another file" in mistake(
+        [*command, "--output", str(tmp_path / "foreign.jsonl")], capsys
+    )
 
 
-def test_rewardbench_as_a_command(base: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_rewardbench_command(base: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from rlhf_lightning import PreferenceModule
 
     PreferenceModule(base).save_pretrained(tmp_path / "judge")
@@ -213,10 +213,10 @@ def test_rewardbench_as_a_command(base: str, tmp_path: Path, capsys: pytest.Capt
 
 
 MISTAKES = [
-    (["--task", "mmlu"], "--task mmlu: one of gsm8k, ifeval, rewardbench, or a YAML file of a task"),
-    (["--task", "gsm8k", "--shots", "2"], "--shots N and --shots_from FILE go together"),
-    (["--task", "gsm8k"], "a row has no question; GSM8K has question and answer"),
-    (["--task", "rewardbench"], "a row has no chosen; RewardBench has prompt, chosen, rejected and subset"),
+    (["--task", "mmlu"], "--task mmlu: no such task or file; give one of gsm8k, ifeval, rewardbench, or a YAML file"),
+    (["--task", "gsm8k", "--shots", "2"], "--shots N and --shots_from FILE must be given together"),
+    (["--task", "gsm8k"], "the row has no question; rows of GSM8K have question and answer"),
+    (["--task", "rewardbench"], "the row has no chosen; rows of RewardBench have prompt, chosen, rejected and subset"),
     (["--task", "gsm8k", "--max_tokens", "0"], "--max_tokens is 0"),
     (["--task", ""], "the value is empty"),
 ]

@@ -1,4 +1,4 @@
-"""`rlhf evaluate` with references: perplexity, BLEU, ROUGE, and its input."""
+"""`rlhf evaluate` with references: perplexity, BLEU and ROUGE, and the accepted references."""
 
 import json
 import math
@@ -34,8 +34,8 @@ def said(*texts: str) -> list[list[dict[str, str]]]:
     return [[{"role": "assistant", "content": text}] for text in texts]
 
 
-def test_bleu_and_rouge_worked_by_hand() -> None:
-    """6 of 7 words in place: precisions 6/7, 5/6, 4/5, 3/4 and no penalty, since both have 7 words."""
+def test_bleu_and_rouge_of_a_worked_example() -> None:
+    """6 of 7 words match: precisions 6/7, 5/6, 4/5, 3/4 and no brevity penalty, because both texts have 7 words."""
     found = nearness(["the cat sat on the mat today"], [said("the cat sat on the mat yesterday")])
     assert found["bleu"] == pytest.approx((6 / 7 * 5 / 6 * 4 / 5 * 3 / 4) ** 0.25, abs=1e-6)
     assert found["rouge1"] == pytest.approx(6 / 7, abs=1e-6)
@@ -47,15 +47,17 @@ def test_bleu_and_rouge_worked_by_hand() -> None:
     assert turned["rougeL"] == pytest.approx(2 * (2 / 3) * (2 / 6) / (2 / 3 + 2 / 6), abs=1e-6)
 
 
-def test_the_best_reference_counts_and_any_script() -> None:
+def test_best_reference_counts_in_any_script() -> None:
     texts = ["кошка сидит на ковре", "one two three four"]
     found = nearness(texts, [said("нет", "Кошка сидит на ковре!"), said("one two three four")])
     assert found["rouge1"] == found["rougeL"] == 1.0
     assert nearness([""], [said("кошка")]) == dict.fromkeys(("bleu", "rouge1", "rouge2", "rougeL"), 0.0)
 
 
-def test_perplexity_is_that_of_sft_validation(base: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The same file, validated by the stage and evaluated by the command."""
+def test_perplexity_equals_that_of_sft_validation(
+    base: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The stage validates the same file that the command evaluates."""
     file = write_rows(tmp_path / "chats.jsonl", chats(9))
     module = SFTModule(base)
     [logged] = trainer(tmp_path).validate(module, SFTDataModule(validation=file, batch_size=4), verbose=False)
@@ -81,10 +83,10 @@ def test_perplexity_of_several_references_is_over_their_tokens(base: str) -> Non
     )
 
 
-def test_a_model_that_answers_with_the_reference(
+def test_model_that_answers_with_the_reference_has_perfect_metrics(
     base: str, tmp_path: Path, tokenizer: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """References are the policy's own greedy answers: all metrics are 1 for the policy, less for another model."""
+    """The references are the policy's own greedy answers: its metrics are 1, those of another model are lower."""
     other = tmp_path / "other"
     build_model(tokenizer, seed=5).save_pretrained(other)
     tokenizer.save_pretrained(other)
@@ -107,7 +109,7 @@ def test_a_model_that_answers_with_the_reference(
     assert {"reward", "win_rate", "kl"} <= own.keys()
 
 
-def test_references_are_found_where_rows_have_them(base: str, tmp_path: Path) -> None:
+def test_references_are_found_in_each_row_format(base: str, tmp_path: Path) -> None:
     policy = Policy(base)
     rows: list[dict[str, Any]] = [
         {"prompt": "a", "completion": "one"},
@@ -140,24 +142,24 @@ def test_only_rows_with_references_are_compared(base: str, tmp_path: Path, capsy
     [
         (
             ["--references", "gold"],
-            "rows.jsonl:1: no column 'gold' for the reference answer; the row has 'prompt', 'blank'",
+            "rows.jsonl:1: the row has no column 'gold' with the reference answer; its columns are 'prompt', 'blank'",
         ),
         (["--references", "blank"], "rows.jsonl:1: 'blank' is not a reference answer"),
-        (["--best_of", "4"], "no reward is given"),
+        (["--best_of", "4"], "no reward: give a reward model"),
         (["--best_of", "4", "--gold", VOWELS], "--best_of samples from the baseline"),
     ],
 )
-def test_what_cannot_be_evaluated(
+def test_unsuitable_references_are_refused(
     args: list[str], message: str, base: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = write_rows(tmp_path / "rows.jsonl", [{"prompt": "a", "blank": " "}])
     assert message in mistake(["evaluate", base, file, "--max_tokens", "4", *args], capsys)
 
 
-def test_references_that_are_too_long_are_left_out(
+def test_references_longer_than_the_context_are_left_out(
     base: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Also left out: empty answers, and answers that were not preferred."""
+    """So are empty answers, and answers that were not preferred."""
     rows = [{"prompt": "a", "completion": "word " * 300}, {"prompt": "b", "completion": "a b"}]
     both = figures(capsys, base, write_rows(tmp_path / "both.jsonl", rows))
     short = figures(capsys, base, write_rows(tmp_path / "short.jsonl", rows[1:]))
@@ -169,7 +171,7 @@ def test_references_that_are_too_long_are_left_out(
     assert figures(capsys, base, write_rows(tmp_path / "others.jsonl", others))["references"] == 1
 
 
-def test_rouge_takes_the_best_reference_for_each_figure_and_any_script() -> None:
+def test_rouge_takes_the_best_reference_for_each_metric_in_any_script() -> None:
     said = lambda *texts: [[{"role": "assistant", "content": text}] for text in texts]  # noqa: E731
     found = nearness(["a b c d e f"], [said("f e d c b a", "a b c x y z")])
     assert (found["rouge1"], found["rougeL"]) == (1.0, 0.5)

@@ -1,4 +1,4 @@
-"""Adapters of every kind, ours and others': stock peft is the oracle, and saved adapters load with equal logits."""
+"""Adapters of every kind of peft: stock peft is the oracle, and saved adapters load with equal logits."""
 
 import copy
 import json
@@ -50,11 +50,11 @@ KINDS: dict[str, dict[str, Any]] = {
     "parameters": {"target_modules": [], "target_parameters": ["q_proj.weight"]},
 }
 SHARED = ("embedding", "head", "save_both", "save_embedding", "tokens", "tokens_both")
-"""Kinds for which it matters whether the head is tied."""
+"""Kinds that behave differently if the head is tied."""
 
 
 def matrix(*fast: str) -> list[Any]:
-    """Every kind, tied and untied; those that are not named run with the slow tests."""
+    """Every kind, tied and untied; kinds that are not named run with the slow tests."""
     cases = [(kind, tied) for kind in KINDS for tied in (True, False)]
     return [
         pytest.param(kind, tied, marks=[] if kind in fast and (tied or kind in SHARED) else [pytest.mark.slow])
@@ -101,8 +101,8 @@ def loaded(folder: Path) -> Any:
 @pytest.mark.parametrize(
     ("kind", "tied"), matrix("plain", "embedding", "head", "save_both", "tokens", "dora", "pissa", "patterns", "bias")
 )
-def test_adapters_of_other_tools(kind: str, tied: bool, tokenizer: Any, tmp_path: Path) -> None:
-    """Unmerged, merged, merged below a new adapter, exported, and as sent to an engine: the logits of stock peft."""
+def test_adapters_of_peft_have_its_logits(kind: str, tied: bool, tokenizer: Any, tmp_path: Path) -> None:
+    """Unmerged, merged, merged below a new adapter, exported, and in weights sent to an engine."""
     base = loaded(folder_of(tokenizer, tmp_path / "base", tie_word_embeddings=tied))
     plain = logits(base)
     model = adapted(base, kind)
@@ -136,7 +136,7 @@ RESIZED: dict[str, dict[str, Any]] = {
 
 
 def resized(tokenizer: Any, folder: Path) -> Any:
-    """A model in memory with two new rows that are nowhere on disk, and the tokenizer that has them."""
+    """A model in memory with two new embeddings that are in no file, and its tokenizer."""
     model = loaded(folder)
     tokenizer.add_tokens(["<unit>", "</unit>"])
     model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
@@ -147,8 +147,8 @@ def resized(tokenizer: Any, folder: Path) -> Any:
 
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("kind", RESIZED)
-def test_adapters_of_other_tools_on_a_resized_base(kind: str, tied: bool, tokenizer: Any, tmp_path: Path) -> None:
-    """Its new rows are in the adapter's file, as peft saves them; or nowhere, which is refused."""
+def test_adapters_of_peft_on_a_resized_base(kind: str, tied: bool, tokenizer: Any, tmp_path: Path) -> None:
+    """The new embeddings are in the adapter's file, as peft saves them; if they are in no file, it is refused."""
     base = resized(tokenizer, folder_of(tokenizer, tmp_path / "base", tie_word_embeddings=tied))
     rows = len(tokenizer)
     settings = {"r": 4, "lora_alpha": 8, "target_modules": A, "task_type": "CAUSAL_LM", **RESIZED[kind]}
@@ -198,10 +198,10 @@ CHANGES: dict[str, Callable[[Any, Any], None]] = {
 
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("change", CHANGES)
-def test_an_object_that_is_in_no_folder_is_saved_with_its_adapter(
+def test_changed_model_object_is_saved_with_its_adapter(
     change: str, tied: bool, tokenizer: Any, tmp_path: Path
 ) -> None:
-    """Resized, changed in memory, or without a name: the base is saved beside the adapter, also for stock peft."""
+    """If it was resized, changed in memory, or has no name, the base is saved next to the adapter, for stock peft."""
     folder = folder_of(tokenizer, tmp_path / "base", tie_word_embeddings=tied)
     model = resized(tokenizer, folder) if change == "resized" else loaded(folder)
     CHANGES[change](model, tokenizer)
@@ -219,7 +219,7 @@ def test_an_object_that_is_in_no_folder_is_saved_with_its_adapter(
     assert len(AutoTokenizer.from_pretrained(tmp_path / "moved")) == len(tokenizer)
 
 
-def test_an_object_as_its_folder_has_it_is_not_saved_again(tokenizer: Any, tmp_path: Path) -> None:
+def test_unchanged_model_object_is_not_saved_with_its_adapter(tokenizer: Any, tmp_path: Path) -> None:
     folder = folder_of(tokenizer, tmp_path / "base")
     for model in (loaded(folder), AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)):
         module = SFTModule(model, lora=OURS, tokenizer=tokenizer)
@@ -239,10 +239,10 @@ def test_an_object_as_its_folder_has_it_is_not_saved_again(tokenizer: Any, tmp_p
 
 
 @pytest.mark.parametrize(("kind", "tied"), matrix("save_both", "tokens", "bias", "pissa"))
-def test_a_model_that_has_an_adapter_is_trained_and_saved_as_it_is(
+def test_model_object_with_an_adapter_is_trained_and_saved(
     kind: str, tied: bool, tokenizer: Any, tmp_path: Path
 ) -> None:
-    """Any kind of peft's, passed as an object: its reference stays, and the saved folder has the logits of training."""
+    """With any kind of adapter, the reference does not change, and the saved folder has the logits of training."""
     folder = folder_of(tokenizer, tmp_path / "base", tie_word_embeddings=tied)
     start = adapted(loaded(folder), kind)
     before = logits(start)
@@ -262,7 +262,7 @@ def test_a_model_that_has_an_adapter_is_trained_and_saved_as_it_is(
     close(Start(str(tmp_path / "adapter")).load(), wanted)
 
 
-def test_adapters_that_cannot_be_trained_are_refused(tokenizer: Any, tmp_path: Path) -> None:
+def test_unsupported_adapters_are_refused(tokenizer: Any, tmp_path: Path) -> None:
     from peft import PromptTuningConfig
 
     base = loaded(folder_of(tokenizer, tmp_path / "base"))
@@ -281,13 +281,13 @@ def test_adapters_that_cannot_be_trained_are_refused(tokenizer: Any, tmp_path: P
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_only_an_adapter_like_ours_is_continued(kind: str) -> None:
+def test_only_plain_lora_is_continued(kind: str) -> None:
     config = LoraConfig(**{"r": 4, "lora_alpha": 8, "target_modules": A, **KINDS[kind]})
     assert simple(config) == (kind in ("plain", "embedding", "head", "all_linear", "regex"))
 
 
-def test_the_stops_of_training_lie_beside_an_adapter(tokenizer: Any, tmp_path: Path, caplog: Any) -> None:
-    """Stock peft uses the base's generation config, which may have fewer; a log line says how to use ours."""
+def test_stop_tokens_of_training_are_saved_next_to_an_adapter(tokenizer: Any, tmp_path: Path, caplog: Any) -> None:
+    """Stock peft uses the base's generation config, which may have fewer stop tokens; a warning says so."""
     from transformers import GenerationConfig
 
     folder = folder_of(tokenizer, tmp_path / "base")
@@ -301,7 +301,7 @@ def test_the_stops_of_training_lie_beside_an_adapter(tokenizer: Any, tmp_path: P
     assert "stock peft stops at the tokens of the base's generation config ([5])" in caplog.text
 
 
-def test_a_reward_model_whose_padding_token_is_new_opens_in_stock_peft(tokenizer: Any, tmp_path: Path) -> None:
+def test_reward_adapter_with_a_new_padding_token_loads_in_stock_peft(tokenizer: Any, tmp_path: Path) -> None:
     from peft import AutoPeftModelForSequenceClassification
 
     tokenizer.pad_token = tokenizer.unk_token = None
@@ -327,7 +327,7 @@ def _says(text: str) -> dict[str, str]:
     return {"role": "assistant", "content": text}
 
 
-def test_an_adapter_that_would_not_be_trained_is_refused(tokenizer: Any, tmp_path: Path) -> None:
+def test_frozen_or_merged_adapter_is_refused(tokenizer: Any, tmp_path: Path) -> None:
     folder = folder_of(tokenizer, tmp_path / "base")
     adapted(loaded(folder), "plain").save_pretrained(tmp_path / "adapter")
     merged = adapted(loaded(folder), "plain")
@@ -345,8 +345,8 @@ def test_an_adapter_that_would_not_be_trained_is_refused(tokenizer: Any, tmp_pat
             )
 
 
-def test_a_tokenizer_of_more_tokens_than_the_base_of_an_adapter(tokenizer: Any, tmp_path: Path) -> None:
-    """As other tools leave it if new tokens were added without saving their embeddings."""
+def test_tokenizer_with_more_tokens_than_embeddings_is_refused(tokenizer: Any, tmp_path: Path) -> None:
+    """As if new tokens were added without saving their embeddings."""
     folder = folder_of(tokenizer, tmp_path / "base")
     larger = copy.deepcopy(tokenizer)
     larger.add_tokens(["<unit>"])
@@ -360,8 +360,8 @@ def test_a_tokenizer_of_more_tokens_than_the_base_of_an_adapter(tokenizer: Any, 
             load()
 
 
-def test_a_token_for_images_needs_no_row(tokenizer: Any) -> None:
-    """Gemma 3 1B: its tokenizer has <image_soft_token>, which has no embedding and occurs in no row of text."""
+def test_image_token_needs_no_embedding(tokenizer: Any) -> None:
+    """The tokenizer of Gemma 3 1B has <image_soft_token>, which has no embedding and occurs in no row."""
     model = build_model(tokenizer)
     tokenizer.add_special_tokens({"additional_special_tokens": ["<image_soft_token>"]})
     SFTModule(model, tokenizer=tokenizer).configure_model()

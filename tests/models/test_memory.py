@@ -1,4 +1,4 @@
-"""Memory of training: offloading without changed results, 4-bit bases, and the estimate against measurements."""
+"""Memory of training: offloading does not change results, 4-bit bases, and estimates equal measurements."""
 
 import json
 import logging
@@ -31,7 +31,7 @@ from tests.helpers.rows import prompts
 from tests.helpers.training import trainer
 
 FACTOR = 1.3
-"""By which an estimate of activations and logits may be off, see docs/memory.md."""
+"""Largest factor between the estimate and the measurement of activations and logits, see docs/memory.md."""
 
 
 # -- activations on the CPU -------------------------------------------------------------------------------------------
@@ -45,9 +45,7 @@ def gradients(scorer: TokenLogprobs, ids: torch.Tensor, loss_mask: torch.Tensor)
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("architecture", ["qwen3", "gpt2", "mamba"])
-def test_activations_that_were_away_give_the_same_gradients(
-    architecture: str, checkpointing: bool, tokenizer: Any
-) -> None:
+def test_offloaded_activations_give_the_same_gradients(architecture: str, checkpointing: bool, tokenizer: Any) -> None:
     model = build_model(tokenizer, architecture=architecture)
     scorer = TokenLogprobs(model, max_tokens=40)  # in several groups
     ids = torch.randint(0, len(tokenizer), (6, 20), generator=torch.Generator().manual_seed(0))
@@ -73,7 +71,7 @@ def test_activations_that_were_away_give_the_same_gradients(
     assert sum(one.moved for one in made) > 0
 
 
-def test_what_is_moved_and_what_is_not() -> None:
+def test_offload_moves_only_large_activations() -> None:
     weight, x = nn.Parameter(torch.randn(30, 30)), torch.randn(40, 30, requires_grad=True)
     offload = ActivationOffload("cpu", least=2000)
     with offload:
@@ -90,7 +88,7 @@ def test_what_is_moved_and_what_is_not() -> None:
 
 
 @pytest.mark.parametrize("kind", ["sft", "preference", "policy"])
-def test_the_setting_reaches_every_trained_model(kind: str, base: str, tmp_path: Path) -> None:
+def test_activation_offload_applies_to_every_trained_model(kind: str, base: str, tmp_path: Path) -> None:
     module, data = module_and_data(kind, base, activation_offload=True, gradient_checkpointing=True)
     trainer(tmp_path, max_steps=1).fit(module, data)
     assert len(module.forward_passes()) == (2 if kind == "policy" else 1)  # with the critic's
@@ -102,7 +100,7 @@ def test_the_setting_reaches_every_trained_model(kind: str, base: str, tmp_path:
 # -- models that rest on the CPU --------------------------------------------------------------------------------------
 
 
-def test_a_model_rests_is_cast_and_comes_back() -> None:
+def test_placed_model_is_cast_but_not_moved() -> None:
     class Whole(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -132,7 +130,7 @@ def judge(base: str, tmp_path: Path) -> str:
 
 @pytest.mark.parametrize("where", [{"offload": True}, {"device": "cpu"}])
 @pytest.mark.parametrize("precision", ["32-true", "bf16-true"])
-def test_reference_and_rewards_elsewhere_give_the_same_run(
+def test_reference_and_rewards_on_another_device_give_the_same_run(
     where: dict[str, Any], precision: Any, base: str, judge: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def run(**options: Any) -> dict[str, torch.Tensor]:
@@ -173,7 +171,7 @@ def test_reference_and_rewards_elsewhere_give_the_same_run(
     assert calls == [*rewards, "Qwen3ForCausalLM", "step"] * 3
 
 
-def test_places_that_make_no_sense(base: str) -> None:
+def test_invalid_placements_are_refused(base: str) -> None:
     for make in (KLPenalty, lambda **options: ModelReward(base, **options)):
         with pytest.raises(ConfigError, match="set only one of them"):
             make(device="cpu", offload=True)
@@ -185,21 +183,21 @@ def test_places_that_make_no_sense(base: str) -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="of machines without CUDA")
-def test_4_bits_without_cuda_says_what_to_do(base: str) -> None:
+def test_quantize_without_cuda_is_refused(base: str) -> None:
     with pytest.raises(ConfigError, match=r"no CUDA device; leave it out"):
         SFTModule(base, lora=LoRA(quantize="nf4")).configure_model()
     with pytest.raises(ConfigError, match=r"lora.quantize is 'int3'"):
         LoRA(quantize="int3")
 
 
-def test_4_bits_without_bitsandbytes_says_what_to_do(base: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_quantize_without_bitsandbytes_is_refused(base: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("rlhf_lightning.models.lora.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"pip install 'rlhf-lightning\[cuda\]'"):
         LoRA(quantize="nf4").quantization()
 
 
-def test_what_is_asked_of_bitsandbytes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_quantization_config_of_bitsandbytes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("rlhf_lightning.models.lora.find_spec", lambda name: True)
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     asked = LoRA(quantize="fp4").quantization()["quantization_config"]
@@ -221,8 +219,8 @@ def wide(tokenizer: Any, tmp_path: Path) -> str:
 
 @pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="needs bitsandbytes, which has kernels for a CPU as well")
 @pytest.mark.parametrize("kind", ["sft", "preference", "policy"])
-def test_4_bits_on_a_cpu(kind: str, wide: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A QLoRA run from start to export; only the refusal of CPUs is disabled."""
+def test_quantized_run_on_a_cpu(kind: str, wide: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A QLoRA run from start to export; only the check for CUDA is disabled."""
     asked = LoRA.quantization
 
     def anywhere(self: LoRA) -> dict[str, Any]:
@@ -279,7 +277,7 @@ OPTIMIZERS = {
 @pytest.mark.parametrize(
     ("kind", "precision"), [("sft", "32-true"), ("preference", "bf16-true"), ("policy", "32-true")]
 )
-def test_weights_gradients_and_optimizer_are_exact(
+def test_estimates_of_weights_gradients_and_optimizer_are_exact(
     kind: str, precision: Any, lora: Any, name: str, base: str, tmp_path: Path
 ) -> None:
     module, data = module_and_data(kind, base, lora=lora, optimizer=OPTIMIZERS[name])
@@ -331,7 +329,7 @@ SHAPES = [
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize(("architecture", "sizes"), SHAPES, ids=lambda value: str(value)[:40])
-def test_activations_are_near_the_measured_peak(
+def test_estimated_activations_are_near_the_measured_peak(
     architecture: str, sizes: dict[str, int], checkpointing: bool, tokenizer: Any
 ) -> None:
     model = build_model(tokenizer, architecture=architecture, **sizes)
@@ -356,7 +354,7 @@ def test_activations_are_near_the_measured_peak(
     assert 1 / FACTOR < expected / peak(step) < FACTOR
 
 
-def test_measuring_leaves_everything_as_it_was(tokenizer: Any) -> None:
+def test_measurement_changes_no_state(tokenizer: Any) -> None:
     model = build_model(tokenizer, architecture="gpt2").train()
     model.transformer.h[0].eval()
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -373,7 +371,9 @@ def test_measuring_leaves_everything_as_it_was(tokenizer: Any) -> None:
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
-def test_the_cache_is_that_of_the_sampler(precision: Any, base: str, tmp_path: Path, monkeypatch: Any) -> None:
+def test_estimated_cache_equals_that_of_the_sampler(
+    precision: Any, base: str, tmp_path: Path, monkeypatch: Any
+) -> None:
     sizes = []
     fill = SlotKVCache.fill
 
@@ -393,7 +393,7 @@ def test_the_cache_is_that_of_the_sampler(precision: Any, base: str, tmp_path: P
     assert found.estimate.cache == per_token * (longest + 5)
 
 
-def test_it_is_one_line_where_it_fits_and_advice_where_not(base: str, tmp_path: Path, caplog: Any) -> None:
+def test_estimate_is_one_line_or_a_warning_with_advice(base: str, tmp_path: Path, caplog: Any) -> None:
     caplog.set_level(logging.INFO, "rlhf_lightning")
     module, data = module_and_data("policy", base, activation_offload=True)
     trainer(tmp_path, callbacks=[MemoryEstimate()], max_steps=1).fit(module, data)
@@ -422,7 +422,7 @@ def test_it_is_one_line_where_it_fits_and_advice_where_not(base: str, tmp_path: 
     assert "activation_offload" not in text  # is on, and would do nothing here
 
 
-def test_the_total_takes_the_larger_phase() -> None:
+def test_total_is_that_of_the_larger_phase() -> None:
     step = MemoryUse(10, 10, 20, 5, activations=100, logits=50, cache=120, visiting=30)
     assert step.total == 45 + 150
     step.cache = 400

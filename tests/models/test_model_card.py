@@ -1,4 +1,4 @@
-"""The model card: what it says, that people's edits stay, and that no name in it becomes markup."""
+"""The model card: its contents, edits by people are kept, and names do not become markup."""
 
 import json
 import re
@@ -50,7 +50,7 @@ def test_names_do_not_become_markup(folder: Path) -> None:
     assert r"\\x1b\[31m&lt;script&gt;" in body
 
 
-def test_what_it_says(folder: Path) -> None:
+def test_card_contents(folder: Path) -> None:
     write_card(folder, {**FACTS, "start": "Qwen/Qwen3-0.6B"}, {"model": {"model_options": {"token": "hf_secret"}}})
     text = (folder / CARD).read_text()
     found = ModelCard(text)
@@ -65,11 +65,11 @@ def test_what_it_says(folder: Path) -> None:
     for part in ("hf_secret", "More Information Needed", "nan"):
         assert part not in text
     assert "2 steps were skipped" in text
-    assert "It was not measured on held-out rows." in text
+    assert "It was not evaluated on held-out rows." in text
 
 
-def test_the_code_in_it_loads_the_model(base: str, tmp_path: Path) -> None:
-    """As written, of a full model and of an adapter."""
+def test_code_in_the_card_loads_the_model(base: str, tmp_path: Path) -> None:
+    """For a full model and for an adapter."""
     for lora in (None, LoRA(rank=2)):
         place = tmp_path / str(lora is None)
         module = SFTModule(base, lora=lora)
@@ -82,7 +82,7 @@ def test_the_code_in_it_loads_the_model(base: str, tmp_path: Path) -> None:
         assert len(names["tokenizer"]) > 3
 
 
-def test_an_edited_card_stays(base: str, tmp_path: Path) -> None:
+def test_edited_card_is_kept(base: str, tmp_path: Path) -> None:
     place = tmp_path / "model"
     SFTModule(base).save_pretrained(place)
     assert edited_card(place) is None
@@ -101,14 +101,14 @@ def test_an_edited_card_stays(base: str, tmp_path: Path) -> None:
     assert "base_model: a/b" in (place / CARD).read_text()
 
 
-def test_the_empty_card_of_peft_is_replaced(folder: Path) -> None:
+def test_empty_card_of_peft_is_replaced(folder: Path) -> None:
     (folder / CARD).write_text("---\nlibrary_name: peft\n---\n[More Information Needed]\n")
     write_card(folder, FACTS)
     assert "More Information Needed" not in (folder / CARD).read_text()
 
 
-def test_of_a_run(base: str, tmp_path: Path) -> None:
-    """Data with counts, settings and held-out metrics; a preference model says how it scores."""
+def test_card_of_a_run(base: str, tmp_path: Path) -> None:
+    """It has data with counts, settings and held-out metrics; that of a preference model explains its scores."""
     write_rows(tmp_path / "chats.jsonl", chats(10))
     write_rows(tmp_path / "pairs.jsonl", pairs(8))
     flags = ["--trainer.max_steps", "2", "--trainer.accelerator", "cpu", "--model.model", base]

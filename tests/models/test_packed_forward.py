@@ -1,4 +1,4 @@
-"""The packed forward against the plain one, which computes each row alone and completely."""
+"""The packed forward equals the plain one, which computes each row separately and completely."""
 
 import logging
 import multiprocessing
@@ -33,7 +33,7 @@ def model_of(architecture: str, tokenizer: Any, **options: Any) -> Any:
 
 
 def rows_of(*trees: tuple[int, tuple[int, ...]], seed: int = 3) -> dict[str, torch.Tensor]:
-    """Shuffled rows by (prompt length, response lengths); mask 1 on responses."""
+    """Shuffled rows from (prompt length, response lengths); the mask is 1 on responses."""
     generator = torch.Generator().manual_seed(seed)
 
     def draw(count: int) -> list[int]:
@@ -109,8 +109,8 @@ def test_shared_rows_equal_plain_ones(
 
 
 @pytest.mark.parametrize("architecture", ["qwen3", "mistral", "gemma2"])
-def test_shared_rows_in_float32(architecture: str, device: torch.device, tokenizer: Any) -> None:
-    """With flex attention on CUDA, which has no float64 and no heads below 16."""
+def test_shared_rows_equal_plain_ones_in_float32(architecture: str, device: torch.device, tokenizer: Any) -> None:
+    """With FlexAttention on CUDA, which does not support float64 and heads below 16."""
     model = model_of(architecture, tokenizer, hidden_size=64, head_dim=16).to(device)
     scorer = TokenLogprobs(model)
     batch = on(device, rows_of(*CASES["mixed"], *CASES["long prompts"]))
@@ -121,8 +121,8 @@ def test_shared_rows_in_float32(architecture: str, device: torch.device, tokeniz
 
 
 @pytest.mark.slow
-def test_the_kernel_of_cuda_is_one_graph(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Traced as for CUDA and run operation by operation: windows, a cap, gradients, inference, autocast."""
+def test_flex_attention_compiles_to_one_graph(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Traced as for CUDA and run eagerly: windows, a soft cap, gradients, inference, autocast."""
     from torch._dynamo.testing import CompileCounter
     from torch.nn.attention import flex_attention as flex
 
@@ -155,7 +155,7 @@ def test_the_kernel_of_cuda_is_one_graph(tokenizer: Any, monkeypatch: pytest.Mon
 
 
 @pytest.mark.parametrize("architecture", ["bloom", "mamba", "falcon"])
-def test_a_model_that_cannot_pack_runs_padded_rows(
+def test_model_that_cannot_pack_runs_padded_rows(
     architecture: str, tokenizer: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     model = model_of(architecture, tokenizer)
@@ -169,7 +169,7 @@ def test_a_model_that_cannot_pack_runs_padded_rows(
     torch.testing.assert_close(scores.logprobs.double(), plain(model, batch), rtol=1e-4, atol=1e-4)
 
 
-def test_an_attention_that_lies_is_found_out(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wrong_packed_attention_is_detected(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     from rlhf_lightning.models import attention
 
     honest = attention.packed_attention
@@ -179,8 +179,8 @@ def test_an_attention_that_lies_is_found_out(tokenizer: Any, monkeypatch: pytest
     assert not forward.packs
 
 
-def test_neighbours_do_not_leak(tokenizer: Any) -> None:
-    """A row next to rows with extreme values has, to the last bit, the numbers that it has next to normal ones."""
+def test_rows_do_not_affect_each_other(tokenizer: Any) -> None:
+    """The results of a row are bit-identical next to rows with extreme values and next to normal rows."""
     model = model_of("qwen3", tokenizer)
     scorer = TokenLogprobs(model)
     batch = rows_of((6, (4, 7)), (9, (3, 3)))
@@ -203,7 +203,7 @@ def test_neighbours_do_not_leak(tokenizer: Any) -> None:
     assert before.isfinite().all()
 
 
-def test_each_prompt_is_computed_once(tokenizer: Any) -> None:
+def test_shared_prompt_is_computed_once(tokenizer: Any) -> None:
     model = model_of("qwen3", tokenizer)
     scorer = TokenLogprobs(model, max_tokens=50)
     scorer.packed_forward.check(64)
@@ -217,7 +217,7 @@ def test_each_prompt_is_computed_once(tokenizer: Any) -> None:
     assert max(sizes) <= 50
 
 
-def test_groups_keep_to_the_budget() -> None:
+def test_groups_are_within_the_budget() -> None:
     trees = [SharedPrefix((i,), n, (0,)) for i, n in enumerate((70, 3, 9, 40, 12))] + [
         SharedPrefix((5, 6, 7), 10, (20, 5, 15))
     ]
@@ -227,7 +227,7 @@ def test_groups_keep_to_the_budget() -> None:
         assert sum(tree.tokens for tree in group) <= 32 or [tree.rows for tree in group] in ([(0,)], [(3,)])
 
 
-def test_trees_are_rows_that_begin_alike() -> None:
+def test_rows_with_equal_prefixes_form_trees() -> None:
     ids = torch.tensor([[1, 2, 3, 4], [1, 2, 5, 0], [1, 9, 3, 4], [1, 2, 3, 4]])
     trees = find_shared_prefixes(ids, [2, 2, 2, 0], [4, 3, 4, 4])
     assert trees == [SharedPrefix((0, 1), 2, (2, 1)), SharedPrefix((2,), 4, (0,)), SharedPrefix((3,), 4, (0,))]
@@ -236,7 +236,7 @@ def test_trees_are_rows_that_begin_alike() -> None:
 
 
 @pytest.mark.parametrize("window", [None, 3])
-def test_what_may_attend_to_what(window: int | None) -> None:
+def test_packed_attention_mask(window: int | None) -> None:
     trees = [SharedPrefix((0, 1), 3, (2, 1)), SharedPrefix((2,), 4, (0,))]
     layout = PackedLayout(trees, torch.device("cpu"))
     tokens = [(t, b, p) for t, b, p in zip(layout._tree, layout._branch, layout.columns, strict=True)]
@@ -255,7 +255,9 @@ def test_what_may_attend_to_what(window: int | None) -> None:
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_logprobs_and_entropy_equal_autograds(temperature: float, dtype: torch.dtype, device: torch.device) -> None:
+def test_logprobs_and_entropy_equal_those_of_autograd(
+    temperature: float, dtype: torch.dtype, device: torch.device
+) -> None:
     generator = torch.Generator().manual_seed(0)
     logits = (8 * torch.randn(7, 50, generator=generator, dtype=torch.float64)).to(device, dtype)
     targets = torch.randint(50, (7,), generator=generator).to(device)
@@ -286,7 +288,7 @@ def test_extreme_logits_stay_finite() -> None:
     assert logits.grad.isfinite().all()
 
 
-def test_what_is_kept_for_backward_does_not_grow_with_the_vocabulary(tokenizer: Any) -> None:
+def test_memory_for_backward_does_not_grow_with_the_vocabulary(tokenizer: Any) -> None:
     def kept(vocabulary: int) -> int:
         model = build_model(tokenizer, vocab_size=vocabulary)
         scorer = TokenLogprobs(model, logit_bytes=4 * vocabulary)
@@ -342,7 +344,7 @@ def trained(kind: str, base: str, root: Any, **options: Any) -> dict[str, torch.
         {"gradient_checkpointing": True, "lora": LoRA(rank=2)},
     ],
 )
-def test_how_it_is_computed_does_not_change_what_is_learned(
+def test_computation_settings_do_not_change_the_trained_weights(
     kind: str, options: dict[str, Any], base: str, tmp_path: Any
 ) -> None:
     same = {"lora": options["lora"]} if "lora" in options else {}
@@ -361,7 +363,7 @@ def test_how_it_is_computed_does_not_change_what_is_learned(
         pytest.param("policy", "inductor", marks=pytest.mark.slow),
     ],
 )
-def test_compiled_layers_learn_the_same(
+def test_compiled_layers_give_the_same_weights(
     kind: str, backend: str, base: str, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Writing and building C++ takes most of a minute: the quick cases stop before it.
@@ -374,7 +376,7 @@ def test_compiled_layers_learn_the_same(
 
 
 @pytest.mark.parametrize("kind", ["sft", "reward", "dpo"])
-def test_bf16_is_near_fp32(kind: str, base: str, tmp_path: Any) -> None:
+def test_bf16_loss_is_near_that_of_fp32(kind: str, base: str, tmp_path: Any) -> None:
     wanted, found = trained(kind, base, tmp_path), trained(kind, base, tmp_path, precision="bf16-mixed")
     start = module_of(kind, base)[0]
     torch.manual_seed(0)
@@ -385,7 +387,7 @@ def test_bf16_is_near_fp32(kind: str, base: str, tmp_path: Any) -> None:
     assert 0 < apart < 0.1 * moved
 
 
-def test_dpo_starts_at_the_reference_and_learns(base: str, tmp_path: Any) -> None:
+def test_dpo_starts_at_the_reference_and_improves(base: str, tmp_path: Any) -> None:
     from rlhf_lightning import PreferenceDataModule
     from rlhf_lightning.callbacks.export import ExportModel
     from rlhf_lightning.models.reward_model import RewardModel
@@ -403,7 +405,7 @@ def test_dpo_starts_at_the_reference_and_learns(base: str, tmp_path: Any) -> Non
     torch.testing.assert_close(saved.score(*texts), module.score(*texts).detach(), rtol=1e-4, atol=1e-4)
 
 
-def test_the_reference_from_a_folder_has_no_dropout(base: str, tokenizer: Any, tmp_path: Any) -> None:
+def test_reference_from_a_folder_has_no_dropout(base: str, tokenizer: Any, tmp_path: Any) -> None:
     build_model(tokenizer, attention_dropout=0.5).save_pretrained(tmp_path / "start")
     module = PreferenceModule(base, scorer=ImplicitReward(reference=str(tmp_path / "start")))
     module.configure_model()
@@ -414,13 +416,13 @@ def test_the_reference_from_a_folder_has_no_dropout(base: str, tokenizer: Any, t
         assert torch.equal(module.model_scorer(batch), module.model_scorer(batch))
 
 
-def test_a_row_of_one_token_has_nothing_to_score(tokenizer: Any) -> None:
+def test_row_with_one_token_has_no_scored_token(tokenizer: Any) -> None:
     scorer = TokenLogprobs(model_of("qwen3", tokenizer))
     scores = scorer(torch.tensor([[5], [6]]), torch.ones(2, 1), details=True)
     assert scores.logprobs.tolist() == [[0.0], [0.0]]
 
 
-def test_weights_for_another_engine_are_the_merged_ones(tokenizer: Any) -> None:
+def test_weights_for_an_external_engine_are_merged(tokenizer: Any) -> None:
     """A tied head with its own adapter follows the embeddings, with its update."""
     from rlhf_lightning.models.loading import Start
     from rlhf_lightning.models.lora import named_weights
@@ -442,7 +444,7 @@ def test_weights_for_another_engine_are_the_merged_ones(tokenizer: Any) -> None:
 
 
 def _serve(connection: Any) -> None:
-    """An engine in another process, which only knows the weights that were sent to it."""
+    """An engine in another process, which has only the weights that were sent to it."""
     torch.set_num_threads(1)
     from transformers import AutoModelForCausalLM
 
@@ -484,7 +486,7 @@ class Elsewhere:
 
 
 @pytest.mark.parametrize("lora", [None, LoRA(rank=2, target=["attention", "mlp"])])
-def test_another_engine_can_take_its_place(lora: Any, base: str, tmp_path: Any) -> None:
+def test_external_engine_replaces_the_local_one(lora: Any, base: str, tmp_path: Any) -> None:
     from rlhf_lightning import PromptDataModule
 
     results = []

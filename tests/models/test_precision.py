@@ -1,4 +1,4 @@
-"""Lower precision: what is rounded and what stays in float32."""
+"""Lower precision: weights and activations are rounded, all other numbers stay in float32."""
 
 import json
 from pathlib import Path
@@ -45,7 +45,7 @@ class Seen:
 @pytest.mark.parametrize("lora", [None, LoRA(rank=2)], ids=["full", "lora"])
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("kind", KINDS)
-def test_only_weights_and_activations_are_narrow(
+def test_only_weights_and_activations_have_the_narrow_dtype(
     kind: str, precision: Any, lora: Any, device: torch.device, base: str, tmp_path: Any
 ) -> None:
     module, data = module_and_data(kind, base, lora=lora)
@@ -74,7 +74,7 @@ def test_only_weights_and_activations_are_narrow(
 
 
 @pytest.mark.parametrize("precision", ["bf16-true", "32-true"])
-def test_what_was_drawn_reaches_the_loss_unrounded(precision: Any, base: str, tmp_path: Path) -> None:
+def test_rollout_numbers_reach_the_loss_unrounded(precision: Any, base: str, tmp_path: Path) -> None:
     module, data = module_and_data("policy", base)
     seen, run = Seen(module), trainer(tmp_path, precision=precision)
     run.fit(module, data)
@@ -88,7 +88,7 @@ def test_what_was_drawn_reaches_the_loss_unrounded(precision: Any, base: str, tm
 
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("lora", [None, LoRA(rank=2)], ids=["full", "lora"])
-def test_the_policy_starts_as_its_reference(
+def test_policy_starts_equal_to_its_reference(
     precision: Any, lora: Any, device: torch.device, base: str, tmp_path: Path
 ) -> None:
     module, data = module_and_data("policy", base, lora=lora)
@@ -101,7 +101,7 @@ def test_the_policy_starts_as_its_reference(
     assert float(distance.sum() / batch["loss_mask"].sum()) < 0.02
 
 
-def test_a_saved_model_computes_what_was_trained_at_any_position(base: str, tmp_path: Path) -> None:
+def test_saved_model_equals_the_trained_model_at_any_position(base: str, tmp_path: Path) -> None:
     """Rotary frequencies rounded to bfloat16 would rotate distant positions by whole radians."""
     module, data = module_and_data("sft", base)
     trainer(tmp_path, precision="bf16-true", callbacks=[ExportModel()]).fit(module, data)
@@ -113,7 +113,7 @@ def test_a_saved_model_computes_what_was_trained_at_any_position(base: str, tmp_
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_run_in_bf16_resumes_exactly(kind: str, base: str, tmp_path: Path) -> None:
+def test_bf16_run_resumes_exactly(kind: str, base: str, tmp_path: Path) -> None:
     def fit(name: str, epochs: int, resume: Any = None) -> tuple[dict[str, Tensor], Any]:
         torch.manual_seed(0)
         module, data = module_and_data(kind, base)
@@ -131,7 +131,7 @@ def test_a_run_in_bf16_resumes_exactly(kind: str, base: str, tmp_path: Path) -> 
         assert all(torch.equal(whole[key], resumed[key]) for key in whole)
 
 
-def test_a_reward_model_keeps_its_own_type(base: str, tmp_path: Path) -> None:
+def test_reward_model_keeps_its_dtype(base: str, tmp_path: Path) -> None:
     judge, data = module_and_data("preference", base)
     trainer(tmp_path / "judge", callbacks=[ExportModel()]).fit(judge, data)
     for dtype in (torch.float32, torch.bfloat16):

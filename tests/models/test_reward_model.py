@@ -79,7 +79,7 @@ def stock_scores(folder: Path, lora: bool, side: str) -> torch.Tensor:
 
 
 def cases() -> list[Any]:
-    """Every template, with all weights and with LoRA; some of them run with the fast tests."""
+    """Every template, with all weights and with LoRA; some run with the fast tests."""
     names = [*TEMPLATES, "chatml", "endless"]
     fast = ("chatml", "llama3_2", "phi3")
     return [pytest.param(name, None) for name in names] + [
@@ -110,7 +110,7 @@ def test_stock_libraries_give_our_score(name: str, lora: LoRA | None, tokenizer:
     assert judge.same_tokens(module.renderer)
 
 
-def test_exported_and_saved_again_it_ends_there_too(tokenizer: Any, tmp_path: Path) -> None:
+def test_exported_model_has_the_wrapped_template(tokenizer: Any, tmp_path: Path) -> None:
     module = saved(tokenizer_for(tokenizer, CHATML), tmp_path, LoRA(rank=2))
     wanted = module.score(TALKS, ANSWERS)
     export_model(str(tmp_path / "model"), tmp_path / "exported")
@@ -122,7 +122,7 @@ def test_exported_and_saved_again_it_ends_there_too(tokenizer: Any, tmp_path: Pa
     assert load_tokenizer(str(tmp_path / "again")).chat_template == CHATML
 
 
-def test_settings_of_the_template_are_those_of_training(tokenizer: Any, tmp_path: Path) -> None:
+def test_saved_template_contains_the_template_kwargs(tokenizer: Any, tmp_path: Path) -> None:
     """Stock libraries do not know `template_kwargs`, so the saved template contains them."""
     source = "{% if mood is defined %}{{ mood.name ~ (mood.calm | string) }}{% endif %}" + CHATML
     tokenizer = tokenizer_for(tokenizer, source)
@@ -137,8 +137,8 @@ def test_settings_of_the_template_are_those_of_training(tokenizer: Any, tmp_path
 
 @pytest.mark.parametrize("end", ["", "\n", "\n\n", "  ", "\n  ", "{% if true %}\n{% endif %}\n"])
 @pytest.mark.parametrize("start", ["", "\n", "  ", "\n\n  {% if true %}\n {% endif %}"])
-def test_a_wrapped_template_renders_as_before(start: str, end: str, tokenizer: Any) -> None:
-    """Including white space at its edges; and unwrapping restores the original."""
+def test_wrapped_template_renders_as_before(start: str, end: str, tokenizer: Any) -> None:
+    """Including white space at its ends; unwrapping restores the original."""
     source = start + CHATML.removesuffix("\n") + end
     tokenizer = tokenizer_for(tokenizer, source)
     template = ChatTemplate(tokenizer)
@@ -154,7 +154,7 @@ def test_a_wrapped_template_renders_as_before(start: str, end: str, tokenizer: A
             assert tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True) == asked
 
 
-def test_a_template_that_cannot_be_wrapped_is_kept(tokenizer: Any, caplog: Any) -> None:
+def test_template_that_cannot_be_wrapped_is_kept(tokenizer: Any, caplog: Any) -> None:
     source = CHATML + "{% if rlhf_text is defined %}{{ raise_exception('no') }}{% endif %}"
     source = source.replace("{% for m", "{% if template_is_wrapped is defined %}x{% endif %}{% for m", 1)
     tokenizer = tokenizer_for(tokenizer, source)
@@ -163,14 +163,12 @@ def test_a_template_that_cannot_be_wrapped_is_kept(tokenizer: Any, caplog: Any) 
     caplog.set_level("WARNING", "rlhf_lightning")
     with ended(tokenizer, template):
         assert tokenizer.chat_template == source
-    assert "could not be made to end with the turn" in caplog.text
+    assert "cannot be changed to end with the turn" in caplog.text
 
 
 @pytest.mark.parametrize("name", ["chatml", "llama3", "qwen3", "gemma", "endless"])
-def test_a_reward_model_of_another_tool_is_read_where_its_template_ends(
-    name: str, tokenizer: Any, tmp_path: Path
-) -> None:
-    """Trained with stock pooling on whole texts, including ChatML's line break; we give the same score."""
+def test_other_reward_models_are_scored_at_the_end_of_the_template(name: str, tokenizer: Any, tmp_path: Path) -> None:
+    """It was trained with stock pooling on whole texts, including ChatML's line break; the score is the same."""
     endless = "{% for m in messages %}{{ '[' + m.role + ']' + m.content + '\n' }}{% endfor %}"
     endless += "{% if add_generation_prompt %}[assistant]{% endif %}"
     own = {"chatml": CHATML, "endless": endless}

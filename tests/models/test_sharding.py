@@ -1,4 +1,4 @@
-"""Weights sharded over ranks (FSDP2): trained, resumed and saved as with one process."""
+"""Weights sharded over ranks (FSDP2): training, resume and saved models equal those of one process."""
 
 import json
 import os
@@ -38,7 +38,7 @@ FAST = ("sft", "preference-lora", "in step")
 @pytest.mark.parametrize(
     "name", [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in PLAIN]
 )
-def test_split_weights_train_as_one_process(name: str, base: str, tmp_path: Path) -> None:
+def test_sharded_training_equals_one_process(name: str, base: str, tmp_path: Path) -> None:
     train(name, base, tmp_path / "one")
     in_ranks(2, lambda: train(name, base, tmp_path / "two", 2, 2), tmp_path / "two")
     one, two = (torch.load(tmp_path / folder / "weights.pt") for folder in ("one", "two"))
@@ -49,7 +49,7 @@ def test_split_weights_train_as_one_process(name: str, base: str, tmp_path: Path
 
 
 class Questions(PromptEnv):
-    """An environment with as many turns as the row says, so that ranks sample unequally often."""
+    """An environment with the number of turns that the row has, so that ranks sample unequally often."""
 
     def step(self, message: dict[str, Any]) -> StepResult:
         self.turn += 1
@@ -58,7 +58,7 @@ class Questions(PromptEnv):
 
 
 @pytest.mark.parametrize("gather", [True, False])
-def test_ranks_that_draw_unequally_do_not_wait_for_ever(gather: bool, base: str, tmp_path: Path) -> None:
+def test_ranks_that_sample_unequally_do_not_deadlock(gather: bool, base: str, tmp_path: Path) -> None:
     rows = [{"prompt": row["prompt"], "turns": 1 + 2 * (i % 2) + i // 4} for i, row in enumerate(prompts(5))]
 
     def run() -> None:
@@ -75,7 +75,7 @@ def test_ranks_that_draw_unequally_do_not_wait_for_ever(gather: bool, base: str,
 @pytest.mark.parametrize(
     "kind", [pytest.param("sft", marks=pytest.mark.slow), pytest.param("preference", marks=pytest.mark.slow), "policy"]
 )
-def test_every_command_in_lower_precision(kind: str, base: str, tmp_path: Path) -> None:
+def test_sharded_commands_in_lower_precision(kind: str, base: str, tmp_path: Path) -> None:
     def run() -> None:
         one = trainer(tmp_path, devices=2, strategy=FSDP2(), precision="bf16-mixed", callbacks=[FirstStepInvariants()])
         run_every_command(kind, base, one)
@@ -84,7 +84,7 @@ def test_every_command_in_lower_precision(kind: str, base: str, tmp_path: Path) 
     in_ranks(2, run, tmp_path / "out")
 
 
-def test_a_head_keeps_its_type_among_narrow_weights(base: str, tmp_path: Path) -> None:
+def test_sharded_head_keeps_its_dtype(base: str, tmp_path: Path) -> None:
     def run() -> None:
         module = make("preference", base, dtype="bfloat16")
         one = trainer(tmp_path, devices=2, strategy=FSDP2(), precision="bf16-true", callbacks=[ExportModel()])
@@ -106,7 +106,7 @@ def command(kind: str, base: str, folder: Path, root: str, **trainer_options: An
 
 
 @pytest.mark.slow
-def test_shares_and_files_resume_and_export_alike(base: str, tmp_path: Path) -> None:
+def test_checkpoints_as_shards_and_as_files_give_the_same_result(base: str, tmp_path: Path) -> None:
     args = command("policy", base, tmp_path, "whole")
     run_command(args, tmp_path / "out")
     shares = tmp_path / "shares.yaml"
@@ -143,7 +143,7 @@ def killed_once(kind: str, place: str, number: int, after: bool) -> Callable[[],
         pytest.param("policy", "a checkpoint's end", 2, True, marks=pytest.mark.slow),
     ],
 )
-def test_a_killed_run_ends_as_a_whole_one(
+def test_sharded_run_that_was_killed_equals_uninterrupted_run(
     kind: str, place: str, number: int, after: bool, base: str, tmp_path: Path
 ) -> None:
     run_command(command(kind, base, tmp_path, "whole"), tmp_path / "out")
@@ -155,8 +155,8 @@ def test_a_killed_run_ends_as_a_whole_one(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
-def test_two_nodes_of_torchrun(strategy: str, base: str, tmp_path: Path) -> None:
-    """As in docs/many-gpus.md: the same command on each node; here, two process groups on one machine."""
+def test_torchrun_on_two_nodes(strategy: str, base: str, tmp_path: Path) -> None:
+    """As in docs/many-gpus.md, the same command runs on each node; here as two process groups on one machine."""
     port = free_port()
     one = [*config("sft", base, tmp_path), "--trainer.default_root_dir", str(tmp_path / "one")]
     complete(one, tmp_path / "one.txt")
@@ -175,7 +175,7 @@ def test_two_nodes_of_torchrun(strategy: str, base: str, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("path", sorted((Path(__file__).parents[2] / "configs" / "strategy").glob("*.yaml")), ids=str)
-def test_strategy_files_are_layered_on_a_recipe(path: Path, base: str, tmp_path: Path, capsys: Any) -> None:
+def test_strategy_overlays_are_merged_over_a_recipe(path: Path, base: str, tmp_path: Path, capsys: Any) -> None:
     from rlhf_lightning.cli.main import main
 
     recipe = config("sft", base, tmp_path)
@@ -188,7 +188,7 @@ def test_strategy_files_are_layered_on_a_recipe(path: Path, base: str, tmp_path:
     assert found == wanted or found["class_path"] == wanted["class_path"]
 
 
-def test_resumes_on_another_number_of_devices(base: str, tmp_path: Path) -> None:
+def test_resume_on_another_number_of_devices(base: str, tmp_path: Path) -> None:
     """From FSDP2 to one process, at the end of a round."""
     args = [*config("policy", base, tmp_path), "--trainer.default_root_dir", str(tmp_path / "run")]
     two = ["--trainer.devices", "2", "--trainer.strategy", "fsdp2"]

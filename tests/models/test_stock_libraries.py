@@ -1,4 +1,4 @@
-"""Scoring, LoRA, sampling and model folders against what stock transformers and peft compute."""
+"""Scoring, LoRA, sampling and model folders give the results of stock transformers and peft."""
 
 from pathlib import Path
 from typing import Any
@@ -40,7 +40,7 @@ def plain_logprobs(model: Any, batch: dict[str, torch.Tensor], temperature: floa
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_token_scores_equal_the_plain_path(tokenizer: Any, architecture: str, temperature: float) -> None:
+def test_token_logprobs_equal_those_of_the_plain_forward(tokenizer: Any, architecture: str, temperature: float) -> None:
     options = {"gemma2": {"final_logit_softcapping": 3.0}, "cohere": {"logit_scale": 0.25}}.get(architecture, {})
     model = build_model(tokenizer, architecture=architecture, **options).double()
     batch = random_rows(tokenizer, [9, 5, 3])
@@ -64,7 +64,7 @@ def test_token_scores_equal_the_plain_path(tokenizer: Any, architecture: str, te
             assert (parameter.grad - wanted[name]).norm() <= 1e-6 * wanted[name].norm(), name
 
 
-def test_a_model_with_logits_of_its_own_is_run_whole(tokenizer: Any) -> None:
+def test_model_with_custom_logits_is_run_as_a_whole(tokenizer: Any) -> None:
     model = build_model(tokenizer)
     plain = model.forward
     model.forward = lambda *args, **kwargs: _shifted(plain(*args, **kwargs))
@@ -113,7 +113,7 @@ def logits(model: Any) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("target", [["attention"], ["all"]])
-def test_adapters_are_continued_or_merged(base: str, tokenizer: Any, tmp_path: Path, target: list[str]) -> None:
+def test_adapter_is_continued_or_merged(base: str, tokenizer: Any, tmp_path: Path, target: list[str]) -> None:
     from peft import AutoPeftModelForCausalLM
 
     model = Start(base, lora=LoRA(rank=2, target=target)).load()
@@ -133,7 +133,7 @@ def test_adapters_are_continued_or_merged(base: str, tokenizer: Any, tmp_path: P
     assert (merged.get_output_embeddings().weight is merged.get_input_embeddings().weight) == (target != ["all"])
 
 
-def test_a_merged_model_of_another_adapter_is_not_taken(base: str, tokenizer: Any, tmp_path: Path) -> None:
+def test_merged_model_of_another_adapter_is_not_reused(base: str, tokenizer: Any, tmp_path: Path) -> None:
     found = []
     for name, scale in (("a", 0.3), ("b", 0.6), ("a", 0.3)):
         torch.manual_seed(0)  # of the adapter's first weights
@@ -147,7 +147,7 @@ def test_a_merged_model_of_another_adapter_is_not_taken(base: str, tokenizer: An
     torch.testing.assert_close(found[0], found[2], rtol=1e-4, atol=1e-4)
 
 
-def test_the_reference_is_the_start_whatever_is_trained(base: str, tokenizer: Any, tmp_path: Path) -> None:
+def test_reference_is_the_start_model(base: str, tokenizer: Any, tmp_path: Path) -> None:
     batch = random_rows(tokenizer, [8, 6])
     adapter = Start(base, lora=LoRA(rank=2)).load()
     perturb(adapter)
@@ -191,7 +191,7 @@ def test_reward_head_equals_stock_pooling(tokenizer: Any, architecture: str) -> 
         )
 
 
-def test_head_starts_as_in_the_literature(tokenizer: Any) -> None:
+def test_head_initialization(tokenizer: Any) -> None:
     model = build_model(tokenizer, task="SEQ_CLS", hidden_size=256)
     init_head(model)
     assert 0.8 < float(model.score.weight.std() * 257**0.5) < 1.2
@@ -207,7 +207,7 @@ def test_sequence_logprob(tokenizer: Any) -> None:
         torch.testing.assert_close(scorer(batch).double(), wanted, rtol=1e-5, atol=1e-5)
 
 
-def test_padding_is_never_a_stop_token(tokenizer: Any) -> None:
+def test_padding_token_is_never_a_stop_token(tokenizer: Any) -> None:
     assert pad_token(tokenizer, [tokenizer.eos_token_id]) == "<|pad|>"
     size = len(tokenizer)
     tokenizer.pad_token = tokenizer.eos_token
@@ -230,23 +230,23 @@ def test_padding_is_never_a_stop_token(tokenizer: Any) -> None:
         ),
     ],
 )
-def test_models_that_are_not_there(tmp_path: Path, source: str, message: str) -> None:
+def test_missing_models_are_reported(tmp_path: Path, source: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         Start(str(tmp_path) if source == "EMPTY" else source).load()
 
 
-def test_tokenizers_that_do_not_belong(tokenizer: Any, tmp_path: Path) -> None:
+def test_mismatched_tokenizers_are_refused(tokenizer: Any, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="do not match"):
         check_vocabulary(build_model(tokenizer, vocab_size=len(tokenizer) - 1), tokenizer)
     with pytest.raises(ConfigError, match="no tokenizer can be loaded"):
         load_tokenizer(str(tmp_path))
-    with pytest.raises(ConfigError, match="needs its tokenizer"):
+    with pytest.raises(ConfigError, match="has no tokenizer"):
         load_tokenizer(build_model(tokenizer))
     with pytest.raises(ConfigError, match="neither a file nor a template"):
         load_tokenizer(None, tokenizer, chat_template="missing.jinja")
 
 
-def test_reward_model_folders_open_in_stock_transformers(tokenizer: Any, tmp_path: Path) -> None:
+def test_reward_model_folder_loads_in_stock_transformers(tokenizer: Any, tmp_path: Path) -> None:
     model = build_model(tokenizer, task="SEQ_CLS")
     save_model(model, tokenizer, tmp_path / "rm", [2])
     loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path / "rm")

@@ -1,4 +1,4 @@
-"""Layers computed by several ranks together (tensor parallel): trained, resumed and saved as with one process."""
+"""Tensor parallelism: training, resume and saved models equal those of one process."""
 
 import json
 import os
@@ -38,7 +38,7 @@ FAST = ("preference-lora",)
 @pytest.mark.parametrize(
     "name", [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in PLAIN]
 )
-def test_two_ranks_compute_layers_as_one_process(name: str, base: str, tmp_path: Path) -> None:
+def test_tensor_parallel_training_equals_one_process(name: str, base: str, tmp_path: Path) -> None:
     train(name, base, tmp_path / "one")
     in_ranks(2, lambda: train(name, base, tmp_path / "two", 2, 2, tensor=2), tmp_path / "two")
     assert_same_runs(tmp_path)
@@ -46,7 +46,7 @@ def test_two_ranks_compute_layers_as_one_process(name: str, base: str, tmp_path:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["sft", "preference-lora", "dpo-stored", "policy", "stale", "in step", "shared"])
-def test_four_ranks_in_two_groups_train_as_one_process(name: str, base: str, tmp_path: Path) -> None:
+def test_training_on_a_two_dimensional_mesh_equals_one_process(name: str, base: str, tmp_path: Path) -> None:
     train(name, base, tmp_path / "one")
     in_ranks(4, lambda: train(name, base, tmp_path / "two", 4, 2, tensor=2), tmp_path / "two", limit=200)
     assert_same_runs(tmp_path)
@@ -54,7 +54,7 @@ def test_four_ranks_in_two_groups_train_as_one_process(name: str, base: str, tmp
 
 @pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", ["sft", *(pytest.param(n, marks=pytest.mark.slow) for n in ("preference", "policy"))])
-def test_gradients_are_not_scaled(name: str, world: int, base: str, tmp_path: Path) -> None:
+def test_gradients_have_the_scale_of_one_process(name: str, world: int, base: str, tmp_path: Path) -> None:
     """Clipping would hide a common factor of all gradients."""
     train(name, base, tmp_path / "one", clip=0)
     in_ranks(world, lambda: train(name, base, tmp_path / "two", world, 2, 2, clip=0), tmp_path / "two", limit=200)
@@ -94,13 +94,13 @@ def test_plans_of_architectures(architecture: str, options: dict[str, Any], toke
 @pytest.mark.parametrize(
     ("architecture", "options", "lora", "message"),
     [
-        ("bloom", {}, None, "has no plan for BloomForCausalLM"),
+        ("bloom", {}, None, "has no tensor-parallel plan for BloomForCausalLM"),
         ("qwen3", {"num_key_value_heads": 1}, None, "1 num_key_value_heads"),
         ("qwen3", {"attention_dropout": 0.1}, None, "dropout"),
         ("qwen3", {}, LoRA(dropout=0.1), "dropout"),
     ],
 )
-def test_what_cannot_be_split_is_refused(
+def test_unsupported_models_are_refused(
     architecture: str, options: dict[str, Any], lora: LoRA | None, message: str, tokenizer: Any
 ) -> None:
     model = build_model(tokenizer, architecture=architecture, **options)
@@ -122,7 +122,7 @@ def test_experts_are_refused(tokenizer: Any) -> None:
 
 
 @pytest.mark.parametrize("size", [0, 3])
-def test_groups_that_do_not_fill_the_devices_are_refused(size: int, base: str, tmp_path: Path) -> None:
+def test_sizes_that_do_not_match_the_devices_are_refused(size: int, base: str, tmp_path: Path) -> None:
     def run() -> None:
         with pytest.raises(ConfigError, match="tensor_parallel_size"):
             trainer(tmp_path, devices=2, strategy=FSDP2(tensor_parallel_size=size)).fit(make("sft", base), data("sft"))
@@ -156,7 +156,7 @@ def noise(completions: list[str]) -> list[float]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("world", [2, 4])
-def test_outside_answers_are_those_of_one_rank(world: int, base: str, tmp_path: Path) -> None:
+def test_external_answers_come_from_one_rank(world: int, base: str, tmp_path: Path) -> None:
     """Ranks of a group have the same weights at the end, although rewards and environments differ."""
 
     def run() -> None:
@@ -200,7 +200,7 @@ class Recorded:
 
 
 @pytest.mark.slow
-def test_engine_elsewhere_gets_whole_weights(base: str, tmp_path: Path) -> None:
+def test_external_engine_gets_full_weights(base: str, tmp_path: Path) -> None:
     def run(world: int, folder: Path) -> None:
         torch.manual_seed(0)
         engine = Recorded()
@@ -225,7 +225,7 @@ def test_engine_elsewhere_gets_whole_weights(base: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "kind", ["sft", pytest.param("preference", marks=pytest.mark.slow), pytest.param("policy", marks=pytest.mark.slow)]
 )
-def test_rows_are_counted_once(kind: str, base: str, tmp_path: Path) -> None:
+def test_metrics_and_predictions_count_each_row_once(kind: str, base: str, tmp_path: Path) -> None:
     """Metrics of an evaluation, and the rows of `predict`, equal those of one process."""
     rows = {"sft": chats, "preference": pairs, "policy": prompts}[kind](7)
 
@@ -257,7 +257,7 @@ def test_rows_are_counted_once(kind: str, base: str, tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("shares", [False, True], ids=["file", "shares"])
 @pytest.mark.parametrize(("kind", "place", "number"), [("preference", "validation", 4), ("policy", "training", 9)])
-def test_a_killed_run_ends_as_a_whole_one(
+def test_tensor_parallel_run_that_was_killed_equals_uninterrupted_run(
     kind: str, place: str, number: int, shares: bool, base: str, tmp_path: Path
 ) -> None:
     strategy = tmp_path / "strategy.yaml"
@@ -277,7 +277,7 @@ def test_a_killed_run_ends_as_a_whole_one(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["sft", "preference", "policy"])
-def test_every_command_in_lower_precision(kind: str, base: str, tmp_path: Path) -> None:
+def test_tensor_parallel_commands_in_lower_precision(kind: str, base: str, tmp_path: Path) -> None:
     def run() -> None:
         strategy = FSDP2(tensor_parallel_size=2)
         checks = [FirstStepInvariants(strict=True)]

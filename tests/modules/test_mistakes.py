@@ -52,7 +52,11 @@ ARGUMENTS: list[tuple[str, Callable[[], Any], list[str]]] = [
         lambda: SFTModule("m", model_options={"num_labels": 2}),
         ["num_labels is fixed, because a preference model has one"],
     ),
-    ("a length of rows", lambda: PromptDataModule([], max_length=9), ["data.max_length is not for", "max_prompt_toke"]),
+    (
+        "a length of rows",
+        lambda: PromptDataModule([], max_length=9),
+        ["data.max_length has no meaning", "max_prompt_toke"],
+    ),
     ("a batch of prompts", lambda: PromptDataModule([], batch_size=9), ["data.batch_size", "data.prompts_per_round"]),
     ("a budget in quotes", lambda: SFTModule("m", max_tokens_per_batch="9"), ["'9'; it must be a whole number"]),
     ("a sampler's dict", lambda: SFTModule("m", sampler={"max_tokens": 9}), ["model.sampler is", "Sampler(max_tokens"]),
@@ -224,7 +228,7 @@ def test_a_warm_up_longer_than_the_run_is_told(caplog: pytest.LogCaptureFixture)
 
 
 def test_models_that_do_not_write(tokenizer: Any, tmp_path: Path) -> None:
-    """An encoder, whose tokens attend to later ones; a model of another kind; a classifier object."""
+    """An encoder, a model of another kind, and a classifier object are refused."""
     import transformers
 
     sizes = {"vocab_size": len(tokenizer), "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -235,7 +239,7 @@ def test_models_that_do_not_write(tokenizer: Any, tmp_path: Path) -> None:
     for name, model in (("bert", bert), ("t5", t5)):
         model.save_pretrained(tmp_path / name)
         tokenizer.save_pretrained(tmp_path / name)
-    with pytest.raises(ConfigError, match=r"is an encoder \(bert\), whose tokens attend to later ones"):
+    with pytest.raises(ConfigError, match=r"is an encoder \(bert\), whose tokens attend to later tokens"):
         SFTModule(str(tmp_path / "bert")).configure_model()
     SFTModule(str(tmp_path / "bert"), model_options={"is_decoder": True}).configure_model()
     with pytest.raises(ConfigError, match=r"transformers has no causal language model for the architecture T5"):

@@ -252,9 +252,9 @@ def answer(text: str) -> list[dict[str, str]]:
         (
             "pairs",
             {"prompt": "a", "response": "b", "label": 1},
-            "the row has the form of labels, but pairs are expected",
+            "the row has the columns of labels, but pairs are needed",
         ),
-        ("pairs", {"prompt": "a", "chosen": "b", "rejected": "one " * 400}, "tokens, above data.max_length 128"),
+        ("pairs", {"prompt": "a", "chosen": "b", "rejected": "one " * 400}, "tokens exceed data.max_length 128"),
         ("labels", {"prompt": "a", "response": "b", "label": 2}, "'label' is 2; it must be 1"),
         ("labels", {"prompt": "a", "response": "b", "label": "good"}, "'label' is 'good'"),
         ("labels", {"prompt": "a", "response": "b", "label": 0.5}, "'label' is 0.5"),
@@ -301,14 +301,14 @@ def test_rows_over_the_budget_are_counted(tokenizer: Any) -> None:
     skipped = PreferenceDataModule([*pairs(2), long], overlong="skip", **options)
     skipped.setup("fit")
     assert len(skipped.prepared["train"].reading.skipped) == 1
-    with pytest.raises(DataError, match="a response without its prompt is longer than"):
+    with pytest.raises(DataError, match="a response alone is longer than"):
         PreferenceDataModule([{**long, "chosen": long["prompt"]}], overlong="truncate", **options).setup("fit")
 
 
 def test_a_tie_needs_a_loss_that_knows_ties(base: str, tmp_path: Path) -> None:
     rows = [{**row, "tie": i == 1} for i, row in enumerate(pairs(4))]
     module = PreferenceModule(base, loss=preference.Hinge())
-    with pytest.raises(DataError, match=r"list\[1\]: the pair is a tie, which Hinge cannot learn from"):
+    with pytest.raises(DataError, match=r"list\[1\]: the pair is a tie, but Hinge cannot learn from ties"):
         trainer(tmp_path).fit(module, PreferenceDataModule(rows, show_example=False))
 
 
@@ -347,7 +347,7 @@ def test_labels_out_of_balance_are_noticed(weight: float, warns: bool, base: str
     rows = labeled(9)  # 6 desirable, 3 undesirable
     module = PreferenceModule(base, implicit(), preference.KTO(desirable_weight=weight), optimizer=sgd(0.0))
     trainer(tmp_path).fit(module, PreferenceDataModule(rows, batch_size=9, show_example=False))
-    assert ("6 desirable and 3 undesirable rows are weighted 2.00 to 1" in caplog.text) == warns
+    assert ("6 desirable and 3 undesirable rows have weights of 2.00 to 1" in caplog.text) == warns
     assert ("desirable_weight to 0.50, or undesirable_weight to 2.00" in caplog.text) == warns
 
 

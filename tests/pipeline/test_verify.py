@@ -1,4 +1,4 @@
-"""Verification of a pipeline's run by its hashes; signals, which are passed to its stage."""
+"""Verification of a pipeline's run by hashes, and forwarding of signals to its stage."""
 
 import json
 import os
@@ -36,10 +36,10 @@ def wrong(folder: Path) -> dict[str, str]:
     return {f"{c.stage} {c.what}": c.status for c in verify_run(folder) if c.status != "same"}
 
 
-def test_a_run_that_is_as_it_was(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_unchanged_run_is_verified(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert command(["pipeline", "--verify", str(finished / "run")]) == 0
     out = capsys.readouterr().out
-    assert "all as recorded" in out
+    assert "all unchanged" in out
     assert command(["pipeline", "--verify", str(finished / "run"), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["ok"]
@@ -61,10 +61,10 @@ def test_a_run_that_is_as_it_was(finished: Path, capsys: pytest.CaptureFixture[s
         ),
     ],
 )
-def test_a_byte_that_changed_is_found(path: str, expected: dict[str, str], finished: Path, capsys: Any) -> None:
+def test_changed_byte_is_detected(path: str, expected: dict[str, str], finished: Path, capsys: Any) -> None:
     file = finished / path
     before = file.read_bytes()
-    # In place of a letter, so that files still are what they were: another number of weights, another value of YAML.
+    # Replaces a letter, so that the files stay valid: another value of a weight, or of a key in YAML.
     place = before.rindex(b"e") if path.endswith(("json", "yaml", "jsonl")) else len(before) - 1
     try:
         file.write_bytes(before[:place] + b"f" + before[place + 1 :])
@@ -80,7 +80,7 @@ def test_a_byte_that_changed_is_found(path: str, expected: dict[str, str], finis
     assert wrong(finished / "run") == {}
 
 
-def test_a_run_that_was_moved_and_one_stage_alone(finished: Path, tmp_path: Path) -> None:
+def test_moved_run_and_single_stage_are_verified(finished: Path, tmp_path: Path) -> None:
     moved = tmp_path / "elsewhere"
     (finished / "run").rename(moved)
     try:
@@ -93,7 +93,7 @@ def test_a_run_that_was_moved_and_one_stage_alone(finished: Path, tmp_path: Path
         moved.rename(finished / "run")
 
 
-def test_what_is_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_folder_without_a_run_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(ConfigError, match="neither a pipeline's manifest"):
         verify_run(tmp_path)
     (tmp_path / "manifest.json").write_text("{half")
@@ -105,7 +105,7 @@ def test_what_is_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
         assert stop.value.code == 2
 
 
-def test_what_is_needed_to_repeat_a_stage_is_recorded(finished: Path) -> None:
+def test_command_versions_and_environment_are_recorded(finished: Path) -> None:
     facts = json.loads((finished / "run" / "policy" / "stage.json").read_text())
     assert facts["command"][1:3] == ["policy", "fit"]
     assert facts["seed"] == 0
@@ -198,11 +198,13 @@ def started() -> Any:
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_reaches_the_stage_which_saves(number: int, base: str, tmp_path: Path, started: Any) -> None:
+def test_signal_is_forwarded_and_the_stage_writes_a_checkpoint(
+    number: int, base: str, tmp_path: Path, started: Any
+) -> None:
     run = started(Started(base, tmp_path, forked=number == signal.SIGTERM))
     run.wait_for("round 0")
     if number == signal.SIGINT:
-        os.killpg(run.process.pid, number)  # as a terminal sends it, to all in the foreground
+        os.killpg(run.process.pid, number)  # a terminal sends it to all processes in the foreground
     else:
         run.process.send_signal(number)
     assert run.process.wait(60) == 130, run.out.read_text()
@@ -219,7 +221,7 @@ def test_a_signal_reaches_the_stage_which_saves(number: int, base: str, tmp_path
     run.process.wait(60)
 
 
-def test_a_second_ctrl_c_stops_at_once(base: str, tmp_path: Path, started: Any) -> None:
+def test_second_ctrl_c_kills_the_stage(base: str, tmp_path: Path, started: Any) -> None:
     run = started(Started(base, tmp_path, "stuck", forked=True))
     run.wait_for("policy: policy in")
     log = tmp_path / "run" / "logs" / "run.log"
@@ -232,7 +234,7 @@ def test_a_second_ctrl_c_stops_at_once(base: str, tmp_path: Path, started: Any) 
     time.sleep(0.5)
     run.process.send_signal(signal.SIGINT)
     assert run.process.wait(60) == 130, run.out.read_text()
-    assert time.monotonic() - begun < 20  # the reward heeds nothing: it is killed
+    assert time.monotonic() - begun < 20  # the reward ignores KeyboardInterrupt, so its process is killed
     assert run.gone()
 
 
@@ -245,7 +247,7 @@ with StageProcess() as signals:
 """
 
 
-def test_ctrl_z_halts_the_stage_too(tmp_path: Path) -> None:
+def test_ctrl_z_suspends_the_stage(tmp_path: Path) -> None:
     def states() -> set[str]:
         ids = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
         assert len(ids) == 1
@@ -270,7 +272,7 @@ def test_ctrl_z_halts_the_stage_too(tmp_path: Path) -> None:
         assert process.stdout.read() == "0\n"
 
 
-def test_same_seed_same_weights(base: str, tmp_path: Path) -> None:
+def test_same_seed_gives_same_weights(base: str, tmp_path: Path) -> None:
     for kind in ("sft", "preference", "policy"):
         settings = stage_config(kind, base, tmp_path)
         if kind == "policy":

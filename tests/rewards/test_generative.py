@@ -177,7 +177,7 @@ def test_a_reward_model_is_no_judge(tokenizer: Any, tmp_path: Path) -> None:
 
     build_model(tokenizer, task="SEQ_CLS").save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
-    with pytest.raises(ConfigError, match="is a reward model, which cannot generate text"):
+    with pytest.raises(ConfigError, match="is a reward model and cannot generate text"):
         RewardTerm(GenerativeReward(str(tmp_path)), Renderer(tokenizer))
 
 

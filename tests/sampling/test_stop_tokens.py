@@ -168,7 +168,7 @@ def test_without_a_generation_config_the_models_config_speaks(base: str, tokeniz
 def test_an_end_without_any_other(tokenizer: Any) -> None:
     tokenizer.chat_template = "{% for m in messages %}[{{ m.role }}]{{ m.content }}[end]{% endfor %}"
     tokenizer.eos_token = None
-    with pytest.raises(ConfigError, match="no stop token"):
+    with pytest.raises(ConfigError, match="has no eos_token"):
         Renderer(tokenizer)
     assert Renderer(tokenizer, stop_token_ids=[3]).stop_token_ids == [3]
 
