@@ -82,7 +82,11 @@ class Graph:
 
 def make_tokenizer() -> Any:
     """A tokenizer with a token per node."""
-    words = ["<pad>", "<end>", *(f"n{i}" for i in range(NODES))]
+    return word_tokenizer(["<pad>", "<end>", *(f"n{i}" for i in range(NODES))])
+
+
+def word_tokenizer(words: list[str]) -> Any:
+    """A tokenizer with these tokens, `<pad>` and `<end>` among them; every turn of the assistant ends with `<end>`."""
     tokens = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<pad>"))
     tokens.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokens, pad_token="<pad>", eos_token="<end>")

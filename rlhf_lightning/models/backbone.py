@@ -59,7 +59,7 @@ class Backbone:
     def _agree(self) -> bool:
         """Compare the logits of decoder and head with the model's own logits on a few tokens."""
         ids = torch.arange(6, device=self.lm_head.weight.device)[None] * 7919 % self.vocabulary
-        with evaluating(self.model):
+        with in_mode(self.model, training=False):
             ours = run_unsharded(self.model, lambda: self.logits(self.decoder(input_ids=ids, use_cache=False)[0]))
             theirs = self.model(input_ids=ids, use_cache=False).logits
         return ours.shape == theirs.shape and torch.allclose(ours.float(), theirs.float(), rtol=1e-3, atol=1e-3)
@@ -80,15 +80,20 @@ def _logit_adjustment(config: "PretrainedConfig") -> Callable[[Tensor], Tensor]:
 
 
 @contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Context manager that puts a model in eval mode, and afterwards restores the mode of every submodule."""
+def in_mode(model: nn.Module, training: bool) -> Iterator[None]:
+    """Context manager that puts a model in training or eval mode, and afterwards restores the mode of every submodule.
+
+    Args:
+        model: The model.
+        training: True for training mode, False for eval mode.
+    """
     modes = [(module, module.training) for module in model.modules()]
-    model.eval()
+    model.train(training)
     try:
         yield
     finally:
-        for module, training in modes:
-            module.training = training
+        for module, mode in modes:
+            module.training = mode
 
 
 @contextmanager

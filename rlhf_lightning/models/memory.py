@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.optim.optimizer import ParamsT
 
-from rlhf_lightning.models.backbone import Backbone
+from rlhf_lightning.models.backbone import Backbone, in_mode
 from rlhf_lightning.models.logits import CPU_CHUNK, GPU_CHUNK
 from rlhf_lightning.models.lora import base_of
 from rlhf_lightning.models.packed_forward import PackedForward
@@ -134,17 +134,14 @@ def _saved(forward: PackedForward, tokens: int, context: Precision) -> int:
 def _training_without_checkpointing(model: nn.Module) -> Iterator[None]:
     """Context manager with training mode on and gradient checkpointing off."""
     flags = [(part, part.gradient_checkpointing) for part in model.modules() if hasattr(part, "gradient_checkpointing")]
-    modes = [(part, part.training) for part in model.modules()]
-    model.train()
     for part, _ in flags:
         part.gradient_checkpointing = False  # type: ignore[assignment]
     try:
-        yield
+        with in_mode(model, training=True):
+            yield
     finally:
         for part, flag in flags:
             part.gradient_checkpointing = flag
-        for part, mode in modes:
-            part.training = mode
 
 
 def checkpointed_bytes(model: nn.Module, activations: int, tokens: int, size: int) -> int:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from rlhf_lightning.errors import first_line
 from rlhf_lightning.models.attention import install, installed, uninstall
-from rlhf_lightning.models.backbone import evaluating
+from rlhf_lightning.models.backbone import in_mode
 from rlhf_lightning.models.lora import base_of, is_quantized
 from rlhf_lightning.models.packing import PackedLayout, SharedPrefix, find_shared_prefixes, group_by_token_budget
 from rlhf_lightning.models.precision import NARROW
@@ -239,7 +239,7 @@ def tolerance(model: nn.Module) -> float:
 def _exact_mode(model: nn.Module, device: torch.device, gradients: bool) -> Iterator[None]:
     """Context manager with full precision, no dropout, no compilation, and gradients on or off."""
     with (
-        evaluating(model),
+        in_mode(model, training=False),
         torch.inference_mode(False),
         torch.set_grad_enabled(gradients),
         torch.autocast(device.type, enabled=False),

@@ -88,15 +88,13 @@ def gae(rewards: Tensor, values: Tensor, loss_mask: Tensor, gamma: float, lam: f
     Returns:
         `(advantages, returns)`, float `[B, T]` each, 0 where the mask is 0; returns = advantages + values.
     """
-    advantages = torch.zeros_like(values)
-    next_value = torch.zeros_like(values[:, 0])
-    running = torch.zeros_like(next_value)
+    next_values = torch.zeros_like(values)
+    following = torch.zeros_like(values[:, 0])
     action = loss_mask.bool()
     for t in reversed(range(values.shape[1])):
-        delta = rewards[:, t] + gamma * next_value - values[:, t]
-        running = torch.where(action[:, t], delta + gamma * lam * running, running)
-        next_value = torch.where(action[:, t], values[:, t], next_value)
-        advantages[:, t] = torch.where(action[:, t], running, 0.0)
+        next_values[:, t] = following
+        following = torch.where(action[:, t], values[:, t], following)
+    advantages = discounted_future_sum(rewards + gamma * next_values - values, loss_mask, gamma * lam)
     return advantages, torch.where(action, advantages + values, 0.0)
 
 

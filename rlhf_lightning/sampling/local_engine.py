@@ -15,7 +15,7 @@ from transformers.cache_utils import Cache
 from rlhf_lightning.distributed import broadcast, safe_point
 from rlhf_lightning.errors import ConfigError, first_line
 from rlhf_lightning.models.attention import Decoding
-from rlhf_lightning.models.backbone import Backbone, evaluating, few_rows
+from rlhf_lightning.models.backbone import Backbone, few_rows, in_mode
 from rlhf_lightning.models.lora import base_of
 from rlhf_lightning.models.packed_forward import FAILURES, PackedForward, tolerance
 from rlhf_lightning.models.packing import PackedLayout, SharedPrefix, group_by_token_budget
@@ -148,7 +148,7 @@ class LocalEngine:
         # Weights gathered in inference mode could not be trained afterwards.
         """Eval mode, no gradients, nothing compiled, within the context."""
         gradients = torch.no_grad() if is_sharded(self.model) else torch.inference_mode()
-        with evaluating(self.model), gradients, torch.compiler.set_stance("force_eager"):
+        with in_mode(self.model, training=False), gradients, torch.compiler.set_stance("force_eager"):
             yield
 
     @contextmanager

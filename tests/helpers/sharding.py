@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback
+from safetensors.torch import load_file
 
 from rlhf_lightning.callbacks.export import ExportModel
 from rlhf_lightning.checkpointing.strategies import FSDP2
@@ -16,7 +17,7 @@ from rlhf_lightning.models.sharding import full_tensor
 from rlhf_lightning.rewards import FunctionReward
 from rlhf_lightning.rollout.kl import KLPenalty
 from rlhf_lightning.sampling.sampler import Sampler
-from tests.helpers.modules import data, few_vowels, make, policy_settings, vowels
+from tests.helpers.modules import data, few_vowels, make, policy_settings, same, vowels
 from tests.helpers.rows import chats, pairs, prompts
 from tests.helpers.runs import in_ranks
 from tests.helpers.training import trainer
@@ -51,6 +52,15 @@ def run_every_command(kind: str, base: str, one: Trainer, **options: Any) -> Non
     assert before != after
     assert one.test(module, source, verbose=False)
     assert one.predict(module, source)
+
+
+def assert_same_runs(root: Path) -> None:
+    """The runs in the folders `one` and `two` ended with the same weights, and saved the same files."""
+    one, two = (torch.load(root / folder / "weights.pt") for folder in ("one", "two"))
+    same(one, two, rtol=1e-6, atol=1e-8)
+    files = [next((root / folder / "model").glob("*model.safetensors")) for folder in ("one", "two")]
+    same(load_file(files[0]), load_file(files[1]), rtol=1e-6, atol=1e-8)
+    assert {path.name for path in files[0].parent.iterdir()} == {path.name for path in files[1].parent.iterdir()}
 
 
 class Keep(Callback):

@@ -26,7 +26,7 @@ from tests.helpers.modules import data, make, same
 from tests.helpers.resume import at, config, result
 from tests.helpers.rows import prompts
 from tests.helpers.runs import complete, free_port, in_ranks
-from tests.helpers.sharding import PLAIN, run_command, run_every_command, train
+from tests.helpers.sharding import PLAIN, assert_same_runs, run_command, run_every_command, train
 from tests.helpers.training import trainer
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -41,11 +41,7 @@ FAST = ("sft", "preference-lora", "in step")
 def test_sharded_training_equals_one_process(name: str, base: str, tmp_path: Path) -> None:
     train(name, base, tmp_path / "one")
     in_ranks(2, lambda: train(name, base, tmp_path / "two", 2, 2), tmp_path / "two")
-    one, two = (torch.load(tmp_path / folder / "weights.pt") for folder in ("one", "two"))
-    same(one, two, rtol=1e-6, atol=1e-8)
-    files = [next((tmp_path / folder / "model").glob("*model.safetensors")) for folder in ("one", "two")]
-    same(load_file(files[0]), load_file(files[1]), rtol=1e-6, atol=1e-8)
-    assert {path.name for path in files[0].parent.iterdir()} == {path.name for path in files[1].parent.iterdir()}
+    assert_same_runs(tmp_path)
 
 
 class Questions(PromptEnv):

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from rlhf_lightning.callbacks.predictions import PredictionsFile
 from rlhf_lightning.checkpointing.strategies import FSDP2
@@ -28,7 +27,7 @@ from tests.helpers.modules import data, make, same, vowels
 from tests.helpers.resume import at, config, result
 from tests.helpers.rows import chats, pairs, prompts
 from tests.helpers.runs import in_ranks
-from tests.helpers.sharding import PLAIN, Keep, run_command, run_every_command, train
+from tests.helpers.sharding import PLAIN, Keep, assert_same_runs, run_command, run_every_command, train
 from tests.helpers.training import trainer
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -59,14 +58,6 @@ def test_gradients_have_the_scale_of_one_process(name: str, world: int, base: st
     train(name, base, tmp_path / "one", clip=0)
     in_ranks(world, lambda: train(name, base, tmp_path / "two", world, 2, 2, clip=0), tmp_path / "two", limit=200)
     assert_same_runs(tmp_path)
-
-
-def assert_same_runs(tmp_path: Path) -> None:
-    one, two = (torch.load(tmp_path / folder / "weights.pt") for folder in ("one", "two"))
-    same(one, two, rtol=1e-6, atol=1e-8)
-    files = [next((tmp_path / folder / "model").glob("*model.safetensors")) for folder in ("one", "two")]
-    same(load_file(files[0]), load_file(files[1]), rtol=1e-6, atol=1e-8)
-    assert {path.name for path in files[0].parent.iterdir()} == {path.name for path in files[1].parent.iterdir()}
 
 
 ARCHITECTURES: list[tuple[str, dict[str, Any]]] = [

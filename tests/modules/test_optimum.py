@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from transformers import Qwen3Config, Qwen3ForCausalLM
 
+from benchmarks.learning.graph_walk import word_tokenizer
 from rlhf_lightning import PolicyRLModule, PromptDataModule
 from rlhf_lightning.models.critic import Critic
 from rlhf_lightning.modules.schedules import Warmup
@@ -25,18 +25,6 @@ from tests.helpers.training import trainer
 WORDS = ["<pad>", "<end>", *"abcdefgh"]
 REWARDS = torch.tensor([0.0, 0.2, 1.0, 0.9, 0.0, 0.5, -0.5, 0.3, 0.8, -1.0], dtype=torch.float64)
 BETA, ROUNDS, DRAWS = 0.5, 120, 256
-
-
-def bandit_tokenizer() -> Any:
-    """Ten tokens; a prompt is a word, and every turn ends with <end>."""
-    words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<pad>"))
-    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="<end>")
-    tokenizer.chat_template = (
-        "{% for m in messages %}{{ m['content'] + ' ' }}{% if m['role'] == 'assistant' %}{{ '<end>' }}{% endif %}"
-        "{% endfor %}"
-    )
-    return tokenizer
 
 
 def bandit_model() -> Any:
@@ -87,7 +75,7 @@ def learned(root: Path, updates: int = 4, **options: Any) -> tuple[torch.Tensor,
     options.setdefault("kl", KLPenalty(BETA))
     module = PolicyRLModule(
         model,
-        tokenizer=bandit_tokenizer(),
+        tokenizer=word_tokenizer(WORDS),
         rewards=[FunctionReward(earned)],
         sampler=Sampler(max_tokens=1),
         optimizer=lambda parameters: torch.optim.Adam(parameters, lr=1e-2),
