@@ -111,7 +111,7 @@ def check_path(what: str, source: str) -> Path:
     return path
 
 
-def check_model_path(what: str, source: str) -> None:
+def check_model(what: str, source: str) -> None:
     """Check that the source of a model is a Hub id, a model folder or a file.
 
     Args:

@@ -47,10 +47,10 @@ def run(args: list[str]) -> int:
 def check_start(model: str) -> None:
     """Raise `ConfigError` for a path that is not a model folder. A Hub id is not checked."""
     from rlhf_lightning.errors import ConfigError
-    from rlhf_lightning.files import check_model_path
+    from rlhf_lightning.files import check_model
     from rlhf_lightning.gguf.folder import names_gguf
 
-    check_model_path(f"--model {model}", model)
+    check_model(f"--model {model}", model)
     place = Path(model).expanduser()
     if names_gguf(model):
         return

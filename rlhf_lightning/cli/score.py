@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from rlhf_lightning.cli.options import Parser, add_overwrite, add_weight_flags, check_options, device_of
 from rlhf_lightning.cli.rendering_flags import add_rendering_flags, rendering_options, say
 from rlhf_lightning.cli.user_code import SCORER_HELP, allow_user_code, import_scorer
-from rlhf_lightning.files import as_json, write_text
+from rlhf_lightning.files import as_json, read_stage, write_json, write_text
 from rlhf_lightning.types import Row
 
 if TYPE_CHECKING:
@@ -149,8 +149,6 @@ def _pairs(pairs: "list[tuple[dict[str, float], dict[str, Rendered], str]]") -> 
 
 def _set_shift(folder: str, scores: list[float], applied: float) -> None:
     from rlhf_lightning.errors import ConfigError
-    from rlhf_lightning.files import write_json
-    from rlhf_lightning.models.loading import read_stage
 
     if not scores or not Path(folder).is_dir():
         raise ConfigError("--set_shift needs a local model folder, and rows with a chosen or response column")

@@ -16,15 +16,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from rlhf_lightning.errors import ConfigError, UserError
-from rlhf_lightning.files import (
-    adapted_base,
-    check_model_path,
-    hash_folder,
-    read_object,
-    read_stage,
-    real_path,
-    write_json,
-)
+from rlhf_lightning.files import adapted_base, check_model, hash_folder, read_object, read_stage, real_path, write_json
 from rlhf_lightning.gguf.folder import cache_root, model_folder
 from rlhf_lightning.models.base_weights import (
     check_adapted,
@@ -336,7 +328,7 @@ def check_source(source: str | Path, options: Mapping[str, JSON] | None = None) 
             f"model {text!r}: the folder of a converted GGUF file is no longer in the cache. Any command with the file "
             "writes it again, for example rlhf chat FILE.gguf"
         )
-    check_model_path(f"model {text!r}", text)
+    check_model(f"model {text!r}", text)
     check_files(text, options)
     return text
 

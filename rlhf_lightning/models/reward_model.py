@@ -10,10 +10,11 @@ from rlhf_lightning.data.rendering import Renderer
 from rlhf_lightning.data.rendering_settings import RenderingSettings
 from rlhf_lightning.data.tokenizers import load_tokenizer
 from rlhf_lightning.errors import ConfigError, check_whole
+from rlhf_lightning.files import read_stage
 from rlhf_lightning.gguf.folder import model_folder
 from rlhf_lightning.models.generation import end_token_ids
 from rlhf_lightning.models.heads import has_head
-from rlhf_lightning.models.loading import check_source, check_vocabulary, disable_dropout, load_for_scoring, read_stage
+from rlhf_lightning.models.loading import check_source, check_vocabulary, disable_dropout, load_for_scoring
 from rlhf_lightning.models.precision import sparing
 from rlhf_lightning.models.reference import load_reference
 from rlhf_lightning.models.scorers import LoadedModel, ModelScorer, padded_batches, recorded_reference, scorer_of

@@ -13,9 +13,8 @@ from torch import Tensor, nn
 from rlhf_lightning.data.batching import pad_tokens
 from rlhf_lightning.distributed import even_chunks, safe_point
 from rlhf_lightning.errors import ConfigError
-from rlhf_lightning.files import MODEL_CONFIGS, real_path
+from rlhf_lightning.files import MODEL_CONFIGS, read_stage, real_path
 from rlhf_lightning.models.heads import find_head, pad_token
-from rlhf_lightning.models.loading import read_stage
 from rlhf_lightning.models.lora import base_of
 from rlhf_lightning.models.packed_forward import PackedForward
 from rlhf_lightning.models.packing import prefix_lengths

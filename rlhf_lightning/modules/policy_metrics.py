@@ -66,13 +66,13 @@ def why_empty(statistics: Mapping[str, float]) -> str:
     )
 
 
-class HeldOutRewards(nn.Module):
+class HeldOut(nn.Module):
     """Means over held-out prompts, exact over ranks.
 
     Covers the reward of a greedy and of a sampled response, and the length, truncation and KL of the sampled one.
 
     Example:
-        >>> [name for name, metric in HeldOutRewards().logged(kl=False)]
+        >>> [name for name, metric in HeldOut().logged(kl=False)]
         ['reward_greedy', 'reward_sampled', 'response_tokens', 'truncated']
     """
 

@@ -32,15 +32,7 @@ from rlhf_lightning.modules.policy_checks import (
     check_rounds,
     check_sampling,
 )
-from rlhf_lightning.modules.policy_metrics import (
-    LARGEST,
-    NUMBERS,
-    OUTPUTS,
-    ROUND_ON_BAR,
-    HeldOutRewards,
-    step_sums,
-    why_empty,
-)
+from rlhf_lightning.modules.policy_metrics import LARGEST, NUMBERS, OUTPUTS, ROUND_ON_BAR, HeldOut, step_sums, why_empty
 from rlhf_lightning.modules.recipes import build_recipe
 from rlhf_lightning.modules.step import StepNumbers
 from rlhf_lightning.modules.trainer_state import overfits, row_data_of
@@ -173,7 +165,7 @@ class PolicyRLModule(RLHFModule[PromptBatch]):
         self.reference: Reference | None = None
         self.samples_rollouts = False
         """True if the policy samples the episodes that it is trained on; False if they are recorded."""
-        self.heldout = nn.ModuleDict({f"{name}_": HeldOutRewards() for name in ("val", "test")})
+        self.heldout = nn.ModuleDict({f"{name}_": HeldOut() for name in ("val", "test")})
 
     # -- recipes --------------------------------------------------------------------------------------------------
 
@@ -640,7 +632,7 @@ class PolicyRLModule(RLHFModule[PromptBatch]):
         if self.trainer.sanity_checking:
             prompts = prompts[:SANITY_PROMPTS]
         metrics = self.heldout[f"{name}_"]
-        assert isinstance(metrics, HeldOutRewards)
+        assert isinstance(metrics, HeldOut)
         with self.sampling_context():
             greedy = self.collector.rollout(prompts, 1, (VALIDATION,), temperature=0.0)
             sampled = self.collector.rollout(prompts, 1, (VALIDATION,))
