@@ -92,7 +92,7 @@ def moment(setting: Setting, seen: dict[str, Any], draw: random.Random, number: 
             timer.daemon = True
             timer.start()
 
-        # Before its first line and after its last, a command has no handler for SIGTERM.
+        # At its very beginning and end, a command has no handler for SIGTERM.
         return Moment(f"{name} to {target}: {seconds:.2f} s", start, (*codes, -number))
     kind = draw.choice(setting.stages)
     rank = int(target[-1]) if target.startswith("rank") else 0

@@ -112,7 +112,7 @@ def test_nohup_keeps_a_run_alive(base: str, tmp_path: Path) -> None:
     assert finished(tmp_path)
 
 
-def test_a_forwarded_signal_does_not_count_as_the_first_ctrl_c() -> None:
+def test_forwarded_signal_is_not_the_first_ctrl_c() -> None:
     stops = StopSignals()
     stops.on()
     try:

@@ -145,7 +145,7 @@ def test_mistakes_of_data_check(
 @pytest.mark.parametrize(
     ("kind", "rows", "renderings", "tokenized"), [("sft", chats(40), 3, 1), ("preference", pairs(40), 4, 2)]
 )
-def test_a_row_is_rendered_and_tokenized_once(
+def test_row_is_rendered_and_tokenized_once(
     kind: str, rows: list[Any], renderings: int, tokenized: int, base: str, tmp_path: Path, monkeypatch: Any
 ) -> None:
     """Count the renderings and tokenizations in a check of many rows."""

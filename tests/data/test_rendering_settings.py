@@ -138,7 +138,7 @@ def test_next_stage_uses_the_settings_of_its_start(thinker: str, tmp_path: Path,
     trainer(tmp_path / "rl").fit(policy, sampled)
     assert "data.system is 'Be kind.', but" in caplog.text
     assert "was trained with 'Be brief.'" in caplog.text
-    # The reward asks with its own system message: what was sampled is not what it would be shown, and is shown anew.
+    # The reward has its own system message, so it renders the sampled conversations again.
     text = policy.tokenizer.decode(sampled.prepared["train"].rows[0].ids)
     assert "Be kind." in text
     assert text.endswith("</think>\n\n")
@@ -162,7 +162,7 @@ def test_system_and_tools_shared_by_all_rows_are_recorded(thinker: str, tmp_path
     folder, wanted = sft(thinker, tmp_path / "same", rows=rows(*["Be brief."] * 4))
     policy = Policy(folder)
     assert (policy.renderer.system, policy.renderer.tools) == ("Be brief.", TOOLS)
-    # Rows that do not say it again are asked as the training rows were.
+    # Rows without system message and tools are prompted like the training rows.
     file = write_rows(tmp_path / "plain.jsonl", chats(4))
     assert evaluated(capsys, folder, file)[0] == pytest.approx(wanted, rel=1e-4)
     for system in ("Be brief.", None):
@@ -201,7 +201,7 @@ def test_stop_texts_of_training_are_recorded(base: str, tmp_path: Path, capsys: 
     assert all("e" not in e.response for e in stopped)
     rlhf_in_process("generate", folder, "--prompt", "Hi", "--stop", "", "--max_tokens", "2")
     assert "stop none (trained with ['e'])" in capsys.readouterr().err
-    # Stock `generate` stops there as well, and says what it needs to.
+    # Stock `generate` stops there, too, but needs the tokenizer.
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     assert model.generation_config.stop_strings == ["e"]
     ids = torch.tensor([made[0].ids])
@@ -223,7 +223,7 @@ def test_stop_texts_of_training_are_recorded(base: str, tmp_path: Path, capsys: 
     ("said", "lora"),
     [
         ({"do_sample": True, "temperature": 0.6, "top_p": 0.9, "top_k": 20}, None),
-        # As many published ones: transformers would not save it once changed.
+        # Like many published configs, which transformers refuses to save after a change.
         ({"temperature": 0.6, "top_p": 0.9}, LoRA(rank=2, target=["attention"])),
         ({"temperature": 0.6, "top_p": 0.9}, None),
         ({"do_sample": False}, None),
@@ -260,7 +260,7 @@ def test_folders_without_a_record_use_the_defaults(base: str, tmp_path: Path, ca
     assert f"prompts {base} with system 'Be kind.'" in capsys.readouterr().err
     (Path(base) / "stage.json").write_text(json.dumps({"kind": "sft"}))
     assert "does not record how the model was prompted in training" in RenderingSettings.of(base).describe()
-    # Of earlier preference stages the record had two keys.
+    # Records of earlier preference stages had two keys.
     (Path(base) / "stage.json").write_text(json.dumps({"rendering": {"format": "raw", "template_kwargs": {}}}))
     assert Policy(base).renderer.format == "raw"
 

@@ -59,7 +59,7 @@ def test_evaluate(place: Path) -> None:
     assert ours["policy"]["win_rate"] == 0.5
 
 
-def test_the_file_as_the_baseline(place: Path) -> None:
+def test_file_as_baseline(place: Path) -> None:
     args = ["original", "tiny.gguf", "prompts.jsonl", "--max_tokens", "6", *GOLD, "--json"]
     out = rlhf("evaluate", *args, cwd=place)
     said = json.loads(out[out.index("{") :])
@@ -86,7 +86,7 @@ def test_data_check(place: Path) -> None:
     assert found[0]["ok"]
 
 
-def test_a_file_as_a_judge(place: Path, tokenizer: Any) -> None:
+def test_file_as_reward_model(place: Path, tokenizer: Any) -> None:
     episodes = [
         Episode([{"role": "user", "content": "Hi"}], {}, i, responses=[{"role": "assistant", "content": text}])
         for i, text in enumerate(["one", "two", "three four"])
@@ -128,7 +128,7 @@ def test_policy_stages(recipe: str, place: Path) -> None:
     assert any(not torch.equal(after[name], before[name]) for name in before)
 
 
-def test_an_interrupted_policy_stage_resumes(place: Path) -> None:
+def test_interrupted_policy_stage_resumes(place: Path) -> None:
     lora = ["--model.lora.rank", "2"]
     whole = load_file(fit(place, "whole", *lora) / "adapter_model.safetensors")
     fit(place, "stopped", *lora, steps=1)
@@ -138,7 +138,7 @@ def test_an_interrupted_policy_stage_resumes(place: Path) -> None:
 
 
 @pytest.mark.usefixtures("forked_stages")
-def test_a_pipeline(place: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pipeline_from_a_file(place: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """The file as start, critic and reference; it is recorded, verified, and another file is refused."""
     from rlhf_lightning.errors import ConfigError
     from rlhf_lightning.pipeline.run import run_pipeline

@@ -94,7 +94,7 @@ def test_model_that_answers_with_the_reference_has_perfect_metrics(
     rows = prompts(12)
     for row, episode in zip(rows, policy.answer(policy.prompts(rows), 12, 0, temperature=0.0), strict=True):
         row["best"] = [episode.response, "none of it"]
-    # Of a random model some answers have no word, of which there is no ROUGE.
+    # Some answers of a random model have no words, so they have no ROUGE.
     rows = [row for row in rows if len(re.findall(r"\w+", row["best"][0])) > 1][:4]
     file = write_rows(tmp_path / "rows.jsonl", rows)
     args = ["--references", "best", "--temperature", "0", "--gold", VOWELS, "--summary", str(tmp_path / "s.json")]

@@ -177,7 +177,7 @@ def test_adapters_of_peft_on_a_resized_base(kind: str, tied: bool, tokenizer: An
     export_model(folder, tmp_path / "exported")
     exported = loaded(tmp_path / "exported")
     assert exported.config.vocab_size == rows
-    # Continued by a stage of ours it is saved whole.
+    # A stage that trains it further saves the whole model.
     module = SFTModule(folder, lora=OURS)
     module.save_pretrained(tmp_path / "again")
     with torch.no_grad():
@@ -230,7 +230,7 @@ def test_unchanged_model_object_is_not_saved_with_its_adapter(tokenizer: Any, tm
     module = SFTModule(str(folder), lora=OURS)
     module.save_pretrained(tmp_path / "adapter")
     assert not (tmp_path / "adapter" / "base").exists()
-    # A merge in memory is in no folder either: without a Trainer there is none to write it to.
+    # A model merged in memory is in no folder either; without a Trainer, there is no folder for it.
     adapted(loaded(folder), "rslora").save_pretrained(tmp_path / "foreign")
     tokenizer.save_pretrained(tmp_path / "foreign")
     module = SFTModule(str(tmp_path / "foreign"), lora=OURS)

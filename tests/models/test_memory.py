@@ -243,7 +243,7 @@ def test_quantized_run_on_a_cpu(kind: str, wide: str, tmp_path: Path, monkeypatc
     folder = str(tmp_path / "run" / "model")
     base = json.loads((tmp_path / "run/model/adapter_config.json").read_text())["base_model_name_or_path"]
     assert "quantization_config" not in json.loads((Path(base) / "config.json").read_text())
-    # What another engine would be given: full weights, near those before quantizing.
+    # The weights for an external engine are dequantized, and near the original weights.
     full = dict(load_for_scoring(wide, "CAUSAL_LM").named_parameters())
     with torch.no_grad():
         for name, value in named_weights(module.model):
@@ -333,7 +333,7 @@ def test_estimated_activations_are_near_the_measured_peak(
     architecture: str, sizes: dict[str, int], checkpointing: bool, tokenizer: Any
 ) -> None:
     model = build_model(tokenizer, architecture=architecture, **sizes)
-    # The last one's logits are more than may be held at once.
+    # The logits of the last case exceed the budget.
     scorer = TokenLogprobs(model, logit_bytes=2**23 if (architecture, sizes) == SHAPES[-1] else 2**28)
     scorer.packed_forward.check(64)
     if checkpointing:

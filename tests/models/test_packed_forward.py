@@ -72,7 +72,7 @@ def close(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor], relat
     assert found.keys() == wanted.keys()
     scale = torch.stack([value.norm() for value in wanted.values()]).norm()
     for name, value in wanted.items():
-        # Some gradients are 0 but for rounding (a bias on keys): those are measured against all.
+        # Some gradients are 0 up to rounding (a bias on keys); they are compared with the norm of all gradients.
         assert (found[name] - value).norm() <= relative * (value.norm() + 1e-3 * scale), name
 
 
@@ -150,7 +150,7 @@ def test_flex_attention_compiles_to_one_graph(tokenizer: Any, monkeypatch: pytes
         engine.generate([[5, 6, 7], [8] * 150], SamplingParams(max_tokens=2), [0, 1])
     assert engine.packed_forward.packs
     assert float((half - found).detach().abs().mean()) < 0.05
-    # It is 9.
+    # The measured number is 9.
     assert 8 < counter.frame_count < attention.GRAPHS / 2, "PyTorch's own limit is 8; past a limit it is an error"
 
 
@@ -194,7 +194,7 @@ def test_rows_do_not_affect_each_other(tokenizer: Any) -> None:
         for row in range(len(ids)):
             if row not in kept and not any(torch.equal(ids[row, :4], ids[other, :4]) for other in kept):
                 ids[row] = poison
-        # The unembedding is tied: poisoned rows are looked at by their hidden states, not by their logits.
+        # The unembedding is tied, so poisoned rows are compared by their hidden states, not by their logits.
         wanted = batch["loss_mask"] != 0
         hidden = scorer.packed_forward(ids, wanted, batch["loss_mask"].int().argmax(1))
         again = scorer.packed_forward(batch["input_ids"], wanted, batch["loss_mask"].int().argmax(1))
@@ -212,7 +212,7 @@ def test_shared_prompt_is_computed_once(tokenizer: Any) -> None:
     model.model.forward = lambda *a, **kw: sizes.append(kw["input_ids"].numel()) or plain_forward(*a, **kw)
     batch = rows_of((20, (5, 5, 5, 5)), (10, (4, 6)), (7, (9,)))
     scorer(batch["input_ids"], batch["loss_mask"])
-    # A response's last token is predicted, not fed.
+    # The last token of a response is predicted, but is not an input.
     assert sum(sizes) == (20 + 4 * 4) + (10 + 3 + 5) + (7 + 8)
     assert max(sizes) <= 50
 
@@ -304,7 +304,7 @@ def test_memory_for_backward_does_not_grow_with_the_vocabulary(tokenizer: Any) -
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             scores = scorer(batch["input_ids"], batch["loss_mask"])
         scores.logprobs.sum().backward()
-        # The tied weight's own storage is the model's, not an activation.
+        # The storage of the tied weight belongs to the model; it is not an activation.
         weight = model.get_input_embeddings().weight
         return sum(size for pointer, size in sizes.items() if pointer != weight.untyped_storage().data_ptr())
 
@@ -366,7 +366,7 @@ def test_computation_settings_do_not_change_the_trained_weights(
 def test_compiled_layers_give_the_same_weights(
     kind: str, backend: str, base: str, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # Writing and building C++ takes most of a minute: the quick cases stop before it.
+    # Generating and building C++ takes most of a minute; the fast cases skip it.
     monkeypatch.setattr("rlhf_lightning.modules.base.compile_layers", partial(compile_layers, backend=backend))
     torch.compiler.reset()
     wanted, found = trained(kind, base, tmp_path), trained(kind, base, tmp_path, compile=True)
@@ -400,7 +400,7 @@ def test_dpo_starts_at_the_reference_and_improves(base: str, tmp_path: Any) -> N
     run.fit(module, PreferenceDataModule(pairs(24), pairs(6), batch_size=4, seed=1))
     found = run.validate(module, PreferenceDataModule(pairs(24), pairs(6), batch_size=4), verbose=False)[0]
     assert found["val/accuracy"] == 1.0
-    # What was saved is an ordinary causal model; with the start beside it, it is the same reward.
+    # The saved folder is an ordinary causal model; with the start model as reference, it gives the same reward.
     saved = RewardModel(str(tmp_path / "model"))
     torch.testing.assert_close(saved.score(*texts), module.score(*texts).detach(), rtol=1e-4, atol=1e-4)
 

@@ -103,7 +103,7 @@ def test_stock_libraries_give_our_score(name: str, lora: LoRA | None, tokenizer:
         torch.testing.assert_close(
             stock_scores(tmp_path / "model", lora is not None, side), wanted, rtol=1e-5, atol=1e-5
         )
-    # Ours reads the folder as it was trained: the same rows, and tokens of the policy as they are.
+    # This package reads the folder as in training: the same rows, and the policy's tokens unchanged.
     judge = RewardModel(str(tmp_path / "model"))
     torch.testing.assert_close(judge.score(TALKS, ANSWERS), wanted, rtol=1e-6, atol=1e-6)
     assert judge.tokenizer.chat_template == source
@@ -118,7 +118,7 @@ def test_exported_model_has_the_wrapped_template(tokenizer: Any, tmp_path: Path)
     again.save_pretrained(tmp_path / "again")
     for folder in ("exported", "again"):
         torch.testing.assert_close(stock_scores(tmp_path / folder, False, "right"), wanted, rtol=1e-5, atol=1e-5)
-    # A policy's folder has the template as it is: turns follow each other.
+    # The folder of a policy keeps the original template, because turns may follow.
     assert load_tokenizer(str(tmp_path / "again")).chat_template == CHATML
 
 

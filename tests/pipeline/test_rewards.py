@@ -25,7 +25,7 @@ def rewards(own: Any, failed: bool = False, scorer: Any = None) -> list[Any]:
 
 
 @pytest.mark.parametrize("own", [None, [], [RULE], [{"class_path": MODEL, "init_args": {"model": "other"}}]])
-def test_a_model_reward_is_added(own: Any) -> None:
+def test_model_reward_is_added(own: Any) -> None:
     assert rewards(own) == [*(own or []), {"class_path": MODEL, "init_args": {"model": FOLDER}}]
     assert rewards(own, failed=True) == [*(own or []), RULE]
 
@@ -50,7 +50,7 @@ def test_only_a_model_reward_takes_the_scorer() -> None:
     assert [part["init_args"].get("scorer") for part in found] == [None, "mine.Scorer"]
 
 
-def test_the_shipped_pipelines(tmp_path: Path) -> None:
+def test_shipped_pipelines(tmp_path: Path) -> None:
     configs = Path(__file__).parents[2] / "configs"
     for name, classes in (("mint_verified", [MODEL, RULE["class_path"]]), ("mint_generative", [JUDGE])):
         plan = read_plan(configs / f"{name}.yaml")
