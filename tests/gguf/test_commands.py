@@ -176,5 +176,5 @@ def test_pipeline_from_a_file(place: Path, tokenizer: Any, monkeypatch: pytest.M
     write_gguf(place / "tiny.gguf", build_model(tokenizer, seed=5, architecture="llama"), tokenizer, "llama")
     differ = {(check.stage, check.what) for check in verify_run("runs/mine") if check.status == "differs"}
     assert differ == {("sft", "start"), ("policy", "critic")}
-    with pytest.raises(ConfigError, match=r"stage sft has run with other inputs \(changed: start\)"):
+    with pytest.raises(ConfigError, match=r"the inputs of stage sft have changed since it ran: start"):
         run_pipeline("plan.yaml")
