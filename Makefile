@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 DOCS := $(VENV)/.docs-installed
 
-.PHONY: quickstart test test-slow test-processors lint format docs clean
+.PHONY: quickstart test test-slow test-processors test-lowest test-vllm lint format docs clean
 
 quickstart: $(STAMP)
 	$(BIN)/rlhf quickstart $(ARGS)
@@ -30,6 +30,10 @@ test-lowest: $(STAMP)
 	# The oldest libraries that pyproject.toml allows, and newer Pythons, each in its own environment (7 GB).
 	$(BIN)/pip install --quiet "uv>=0.9"
 	$(BIN)/python -m tests.lowest --lowest $(PYTHON311) --newest $(PYTHON312) $(PYTHON313) $(ARGS)
+
+test-vllm: $(STAMP)
+	# The tests of sampling engines with vLLM on a CPU, in its own environment (3 GB).
+	$(BIN)/python -m tests.vllm --report benchmarks/results/vllm.txt $(ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -29,7 +29,7 @@ from rlhf_lightning.models.sharding import (
 from rlhf_lightning.sampling.cuda_graphs import GraphedStep
 from rlhf_lightning.sampling.hf_generate import generate
 from rlhf_lightning.sampling.kv_cache import PrefillCache, SlotKVCache
-from rlhf_lightning.sampling.token_sampling import SamplingParams, record_token, sample_token, uniforms
+from rlhf_lightning.sampling.token_sampling import SamplingParams, check_prompts, record_token, sample_token, uniforms
 from rlhf_lightning.types import Completion
 
 if TYPE_CHECKING:
@@ -100,7 +100,9 @@ class LocalEngine:
         self.model, self.decode, self.rows = model, decode, rows
         self.backbone = Backbone(model)
         self.packed_forward = PackedForward(model, self.backbone.decoder, max_tokens)
-        self.layers = base_of(model).config.get_text_config().num_hidden_layers
+        config = base_of(model).config.get_text_config()
+        self.layers = config.num_hidden_layers
+        self.context: int | None = getattr(config, "max_position_embeddings", None)
         self._plain: bool | None = None
         self.watch = Watch()
 
@@ -119,9 +121,13 @@ class LocalEngine:
 
         Returns:
             The responses, in the order of the prompts.
+
+        Raises:
+            ConfigError: If a prompt is empty, too long, or has ids outside the vocabulary.
         """
         if not prompts:
             return []
+        check_prompts(prompts, params.max_tokens, self.backbone.vocabulary, self.context)
         self.watch.begin(len(prompts))
         try:
             return self._generate(prompts, params, seeds)

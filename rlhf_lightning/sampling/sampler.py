@@ -29,6 +29,9 @@ log = logging.getLogger(__name__)
 class Engine(Protocol):
     """What samples responses: the built-in `LocalEngine`, or an engine elsewhere with its own copy of the weights.
 
+    An engine that cannot follow every setting also has a method `check(params)`, which raises `ConfigError` for those
+    that it cannot follow; it is called when the run is set up. `docs/engines.md` lists what is expected of an engine.
+
     Example:
         ```python
         class ServerEngine:
@@ -82,7 +85,8 @@ class Sampler(Settings):
             log-probabilities are not renormalized, so importance ratios are biased if this is set.
         top_k: Sample from this many of the most likely tokens, 0 for all; biases ratios likewise.
         min_p: Sample from tokens that have at least this fraction of the highest probability; biases ratios likewise.
-        min_tokens: No response ends before this many tokens; biases ratios likewise.
+        min_tokens: No response ends before this many tokens; biases ratios likewise. Rewards and environments see the
+            text before the first stop text, even if it came too early to end the response.
         batch_rows: Number of rows decoded side by side.
         engine: An `Engine` that replaces the built-in one.
         cuda_graphs: On a GPU, replay decoding steps as CUDA graphs.
@@ -202,6 +206,7 @@ class ModelSampler:
         self.engine: LocalEngine | LeaderEngine
         if sampler.engine is not None:
             self.engine = LeaderEngine(sampler.engine)
+            self.engine.check(self.params)
         else:
             decode = renderer.tokenizer.decode
             self.engine = LocalEngine(
@@ -241,7 +246,17 @@ class LeaderEngine:
         self, prompts: Sequence[Sequence[int]], params: SamplingParams, seeds: Sequence[int]
     ) -> list[Completion]:
         """See `Engine.generate`."""
+        self.check(params)
         return run_on_leader(partial(self.engine.generate, prompts, params, seeds))
+
+    def check(self, params: SamplingParams) -> None:
+        """Raise `ConfigError` for settings that the engine says it cannot follow.
+
+        Args:
+            params: How to sample.
+        """
+        if hasattr(self.engine, "check"):
+            self.engine.check(params)
 
     def sync(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
         """See `Engine.sync`."""

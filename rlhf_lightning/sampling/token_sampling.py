@@ -22,7 +22,7 @@ class SamplingParams:
 
     Args:
         max_tokens: Token budget of a response, including its stop token.
-        min_tokens: No stop token is sampled before this many tokens.
+        min_tokens: No stop token is sampled, and no stop text ends the response, before this many tokens.
         temperature: Temperature of the softmax; 0 takes the most likely token.
         top_p: Sample from the most likely tokens that together have this probability.
         top_k: Sample from this many of the most likely tokens; 0 for all.
@@ -71,14 +71,48 @@ class SamplingParams:
 
 
 def is_complete(ids: list[int], params: SamplingParams, decode: Callable[[list[int]], str]) -> bool:
-    """True if the last token of `ids` ends the response."""
+    """True if the last token of `ids` ends the response.
+
+    A stop text that is complete within the first `min_tokens` tokens does not end it, as in vLLM.
+    """
     if ids[-1] in params.stop_token_ids:
         return True
-    if not params.stop_strings:
+    if not params.stop_strings or len(ids) <= params.min_tokens:
         return False
     # Decoding the tail suffices to see a stop text end, since a token is at least one byte.
-    tail = decode(ids[-max(32, *(len(stop.encode()) + 1 for stop in params.stop_strings)) :])
-    return any(stop in tail for stop in params.stop_strings)
+    tail = ids[-max(32, *(len(stop.encode()) + 1 for stop in params.stop_strings)) :]
+    early = len(tail) - (len(ids) - params.min_tokens)
+    passed = len(decode(tail[:early])) if early > 0 else 0
+    text = decode(tail)
+    return any(text.find(stop, max(0, passed - len(stop) + 1)) >= 0 for stop in params.stop_strings)
+
+
+def check_prompts(prompts: Sequence[Sequence[int]], max_tokens: int, vocabulary: int, context: int | None) -> None:
+    """Check prompts before an engine samples after them.
+
+    Args:
+        prompts: Token ids of each prompt.
+        max_tokens: Token budget of a response.
+        vocabulary: Number of tokens that the model embeds.
+        context: Number of positions of the model; None if it has no limit.
+
+    Raises:
+        ConfigError: If a prompt is empty, has an id outside the vocabulary, or leaves no room for its response.
+    """
+    for number, prompt in enumerate(prompts):
+        if not prompt:
+            raise ConfigError(f"prompt {number} has no tokens; a response needs at least one token to follow")
+        for token in (min(prompt), max(prompt)):
+            if not 0 <= token < vocabulary:
+                raise ConfigError(
+                    f"prompt {number} has the token id {token}, but the model has the ids 0 to {vocabulary - 1}: "
+                    "use the tokenizer that belongs to the model"
+                )
+        if context and len(prompt) + max_tokens > context:
+            raise ConfigError(
+                f"prompt {number} has {len(prompt)} tokens and sampler.max_tokens is {max_tokens}, but the model has "
+                f"only {context} positions; lower sampler.max_tokens or shorten the prompt"
+            )
 
 
 def record_token(
@@ -143,17 +177,20 @@ def sample_token(
 
 
 def _cut(probabilities: Tensor, params: SamplingParams) -> Tensor:
-    """Set probabilities excluded by top-k, top-p and min-p to 0; the token that crosses top_p is kept."""
+    """Set probabilities excluded by min-p, top-k and top-p to 0, in this order.
+
+    Top-p counts the probability that the others leave, as in vLLM and transformers; the token that crosses it is kept.
+    """
     if params.min_p:
         least = params.min_p * probabilities.amax(-1, keepdim=True)
         probabilities = probabilities.masked_fill(probabilities < least, 0.0)
     if not params.top_k and params.top_p == 1:
         return probabilities
     ordered, order = probabilities.sort(-1, descending=True)
+    if params.top_k:
+        ordered[:, params.top_k :] = 0.0
     before = ordered.cumsum(-1) - ordered
     dropped = before >= params.top_p * ordered.sum(-1, keepdim=True)
-    if params.top_k:
-        dropped[:, params.top_k :] = True
     return probabilities.scatter(-1, order, ordered.masked_fill(dropped, 0.0))
 
 

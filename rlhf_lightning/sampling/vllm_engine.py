@@ -1,4 +1,4 @@
-"""vLLM as the sampling engine (extra `vllm`, CUDA only). UNTESTED: written from vLLM's documentation, not yet run.
+"""vLLM as the sampling engine, in the training process. Run on a CPU (`make test-vllm`); not run on a GPU.
 
 model:
   sampler:
@@ -6,33 +6,44 @@ model:
     engine: {class_path: rlhf_lightning.sampling.vllm_engine.VLLMEngine, init_args: {model: Qwen/Qwen3-0.6B}}
 """
 
+import logging
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from rlhf_lightning.errors import ConfigError
-from rlhf_lightning.sampling.token_sampling import SamplingParams
+from rlhf_lightning.errors import ConfigError, first_line
+from rlhf_lightning.sampling.token_sampling import SamplingParams, check_prompts, record_token
 from rlhf_lightning.types import Completion
 
 if TYPE_CHECKING:
     from vllm.outputs import CompletionOutput
 
+log = logging.getLogger(__name__)
+TESTED = (0, 32)
+"""Release of vLLM that the conformance tests run with; earlier ones load weights differently."""
+
 
 class VLLMEngine:
-    """Samples with vLLM on this process's GPU, taking the policy's weights before every round.
+    """Samples with vLLM in this process, with its own copy of the policy's weights, loaded before every round.
 
     Its kernels differ from the trainer's: watch `train/logprob_gap`, and correct with truncated importance weights.
+    vLLM computes log-probabilities either after temperature and cuts, renormalized over the tokens that are left, or
+    before both. Only `top_p`, `top_k`, `min_p` and `min_tokens` at temperature 1, or a temperature without them, give
+    the log-probabilities of the full softmax that training needs; `check` refuses the rest.
 
     Args:
-        model: Folder or Hub id of a model with the policy's architecture.
-        memory: Fraction of the GPU's memory that vLLM may use.
+        model: Folder or Hub id of a model with the policy's architecture and vocabulary.
+        memory: Fraction of the device's memory that vLLM may use.
         max_length: Tokens of a prompt with its response; the model's limit by default.
+        raw_logprobs: Record log-probabilities before temperature and cuts. Allows `top_p`, `top_k`, `min_p` and
+            `min_tokens`, and only the temperatures 1 and 0.
         options: Further arguments of `vllm.LLM`.
 
     Raises:
-        ConfigError: If vLLM is not installed.
+        ConfigError: If vLLM is not installed, its version is too old, it cannot load the model, or it would run the
+            model in other processes.
 
     Example:
         ```python
@@ -41,35 +52,118 @@ class VLLMEngine:
     """
 
     def __init__(
-        self, model: str, memory: float = 0.3, max_length: int | None = None, options: dict[str, Any] | None = None
+        self,
+        model: str,
+        memory: float = 0.3,
+        max_length: int | None = None,
+        raw_logprobs: bool = False,
+        options: dict[str, Any] | None = None,
     ) -> None:
-        # Run the engine in this process, where its weights can be set.
-        os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+        # The weights are passed as tensors, so the engine has to run in this process.
+        options = options or {}
+        if os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0") != "0":
+            raise ConfigError(
+                "VLLM_ENABLE_V1_MULTIPROCESSING is set, so vLLM would run in another process, where the policy's "
+                "weights cannot be loaded; unset it or set it to 0"
+            )
+        for name in ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size"):
+            if options.get(name, 1) != 1:
+                raise ConfigError(f"sampler.engine: options.{name} must be 1; vLLM runs in the training process")
         try:
-            from vllm import LLM
+            import vllm
         except ImportError as error:
-            raise ConfigError("sampler.engine: vLLM is not installed; pip install 'rlhf-lightning[vllm]'") from error
-        self.llm = LLM(
-            model=model,
-            gpu_memory_utilization=memory,
-            max_model_len=max_length,
-            logprobs_mode="processed_logprobs",  # at the sampling temperature
-            enable_prefix_caching=True,
-            **(options or {}),
-        )
+            raise ConfigError(
+                f"sampler.engine: vLLM cannot be imported ({first_line(error)}); docs/engines.md says how to install it"
+            ) from error
+        _check_version(vllm.__version__)
+        self.raw_logprobs = raw_logprobs
+        try:
+            self.llm = vllm.LLM(
+                model=model,
+                gpu_memory_utilization=memory,
+                max_model_len=max_length,
+                logprobs_mode="raw_logprobs" if raw_logprobs else "processed_logprobs",
+                enable_prefix_caching=True,
+                **options,
+            )
+        except (OSError, RuntimeError, ValueError) as error:
+            raise ConfigError(f"sampler.engine: vLLM cannot load the model {model}: {first_line(error)}") from error
+        config = self.llm.model_config
+        self.vocabulary, self.context = config.get_vocab_size(), config.max_model_len
+        self.tied = bool(getattr(config.hf_text_config, "tie_word_embeddings", False))
+        self.decode = self.llm.get_tokenizer().decode
+
+    def check(self, params: SamplingParams) -> None:
+        """Refuse settings for which vLLM has no log-probabilities of the full softmax.
+
+        Args:
+            params: How to sample.
+
+        Raises:
+            ConfigError: If vLLM cannot follow them.
+        """
+        if self.raw_logprobs and params.temperature not in (0.0, 1.0):
+            raise ConfigError(
+                f"sampler.temperature is {params.temperature}, but with sampler.engine.raw_logprobs vLLM's "
+                "log-probabilities are those at temperature 1; set raw_logprobs: false or temperature: 1.0"
+            )
+        if params.cuts and not self.raw_logprobs:
+            raise ConfigError(
+                f"sampler.{' and sampler.'.join(params.cuts)}: vLLM's log-probabilities would not be those of the full "
+                "softmax; leave it out, or set sampler.engine.raw_logprobs: true with temperature 1"
+            )
 
     def sync(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
-        """Load the weights, and drop cached prompts, whose keys belong to the old weights."""
-        runner = self.llm.llm_engine.model_executor.driver_worker.model_runner
-        runner.model.load_weights(named_tensors)
-        self.llm.reset_prefix_cache()
+        """Load the weights, and drop cached prompts, whose keys belong to the old weights.
+
+        Args:
+            named_tensors: See `Engine.sync`.
+            version: Number of the round.
+
+        Raises:
+            ConfigError: If the engine cannot hold these weights.
+        """
+        try:
+            # Not `load_weights` of the model: on some devices vLLM holds repacked copies of the weights, which only
+            # `reload_weights` renews.
+            self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": self._checked(named_tensors)})
+        except (AssertionError, KeyError, RuntimeError, ValueError) as error:
+            raise ConfigError(
+                f"sampler.engine: vLLM cannot load the policy's weights of round {version} ({first_line(error)}); "
+                "engine.model must have the policy's architecture and vocabulary"
+            ) from error
+        if not self.llm.reset_prefix_cache():
+            raise RuntimeError("vLLM did not drop its cached prompts, whose keys belong to the old weights")
+
+    def _checked(self, named_tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+        for name, tensor in named_tensors:
+            if self.tied and name == "lm_head.weight":
+                raise ConfigError(
+                    "sampler.engine: the policy's head differs from its embeddings, but engine.model ties the two, so "
+                    "vLLM would ignore the head; use a model with tie_word_embeddings: false in its config.json"
+                )
+            yield name, tensor.detach()
 
     def generate(
         self, prompts: Sequence[Sequence[int]], params: SamplingParams, seeds: Sequence[int]
     ) -> list[Completion]:
-        """Sample a response to each prompt, see `Engine.generate`."""
+        """Sample a response to each prompt, see `Engine.generate`.
+
+        Args:
+            prompts: Token ids of each prompt.
+            params: How to sample.
+            seeds: One seed per prompt.
+
+        Returns:
+            The responses, in the order of the prompts.
+
+        Raises:
+            ConfigError: If a prompt is empty, too long, or has ids outside the vocabulary.
+        """
         import vllm
 
+        self.check(params)
+        check_prompts(prompts, params.max_tokens, self.vocabulary, self.context)
         settings = [
             vllm.SamplingParams(
                 max_tokens=params.max_tokens,
@@ -82,16 +176,37 @@ class VLLMEngine:
                 ignore_eos=True,  # only these end a response, whatever the config that vLLM loaded says
                 stop=list(params.stop_strings) or None,
                 include_stop_str_in_output=True,
-                seed=seed % 2**31,
+                skip_special_tokens=False,  # a stop text may have the text of a special token
+                seed=seed % 2**63,
                 logprobs=0,  # only the sampled token's
             )
             for seed in seeds
         ]
         rows = [{"prompt_token_ids": list(prompt)} for prompt in prompts]
-        return [_sample(result.outputs[0]) for result in self.llm.generate(rows, settings, use_tqdm=False)]
+        results = self.llm.generate(rows, settings, use_tqdm=False)
+        return [self._completion(result.outputs[0], params) for result in results]
+
+    def _completion(self, output: "CompletionOutput", params: SamplingParams) -> Completion:
+        """The response up to the token that ends it.
+
+        vLLM holds back text that ends within a character, so it may see a stop text a few tokens late.
+        """
+        if output.finish_reason not in ("stop", "length"):
+            raise RuntimeError(f"vLLM ended a response with {output.finish_reason!r}")
+        completion = Completion()
+        for token, step in zip(output.token_ids, output.logprobs, strict=True):
+            if record_token(completion, token, step[token].logprob, params, self.decode):
+                return completion
+        # A text that vLLM sees only together with the prompt: some tokenizers drop a space at the start of a text.
+        completion.stop_reason = output.finish_reason
+        return completion
 
 
-def _sample(output: "CompletionOutput") -> Completion:
-    ids = list(output.token_ids)
-    logprobs = [step[token].logprob for token, step in zip(ids, output.logprobs, strict=True)]
-    return Completion(ids, logprobs, "length" if output.finish_reason == "length" else "stop")
+def _check_version(version: str) -> None:
+    """Refuse a vLLM before `TESTED`, and warn of a later one."""
+    found = tuple(int(part) for part in version.split(".")[:2] if part.isdigit())
+    tested = ".".join(map(str, TESTED))
+    if found < TESTED:
+        raise ConfigError(f"sampler.engine: vLLM {version} is installed, but at least {tested} is needed; upgrade it")
+    if found > TESTED:
+        log.warning("vLLM %s is installed, but this engine was tested with %s; run `make test-vllm`", version, tested)

