@@ -38,7 +38,7 @@ class PlainEngine:
         for prompt, numbers, made in zip(prompts, uniforms(seeds, params.max_tokens), completions, strict=True):
             for number in numbers:
                 logits = self.model(torch.tensor([[*prompt, *made.ids]])).logits[:, -1]
-                token, logprob = sample_token(logits, number[None], params)
+                token, logprob = sample_token(logits, number[None], params, torch.tensor([len(made.ids)]))
                 if record_token(made, int(token), float(logprob), params, self.decode):
                     break
         return completions
