@@ -1,4 +1,4 @@
-"""vLLM as the sampling engine, in the training process. Run on a CPU (`make test-vllm`); not run on a GPU.
+"""vLLM as the sampling engine, in the training process. UNTESTED: not yet run.
 
 model:
   sampler:
