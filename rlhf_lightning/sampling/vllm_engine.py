@@ -11,6 +11,7 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 
 from rlhf_lightning.errors import ConfigError, first_line
@@ -35,15 +36,15 @@ class VLLMEngine:
 
     Args:
         model: Folder or Hub id of a model with the policy's architecture and vocabulary.
-        memory: Fraction of the device's memory that vLLM may use.
+        memory: Fraction of the device's memory that vLLM may use; on a CPU, that this process may use.
         max_length: Tokens of a prompt with its response; the model's limit by default.
         raw_logprobs: Record log-probabilities before temperature and cuts. Allows `top_p`, `top_k`, `min_p` and
             `min_tokens`, and only the temperatures 1 and 0.
         options: Further arguments of `vllm.LLM`.
 
     Raises:
-        ConfigError: If vLLM is not installed, its version is too old, it cannot load the model, or it would run the
-            model in other processes.
+        ConfigError: If vLLM is not installed, its version is too old, it cannot load the model, or there would be
+            other processes.
 
     Example:
         ```python
@@ -59,8 +60,11 @@ class VLLMEngine:
         raw_logprobs: bool = False,
         options: dict[str, Any] | None = None,
     ) -> None:
-        # The weights are passed as tensors, so the engine has to run in this process.
         options = options or {}
+        # vLLM makes this process a process group of its own, which Lightning would take for that of all ranks.
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise ConfigError("sampler.engine: vLLM in the training process works only with one process (devices: 1)")
+        # The weights are passed as tensors, so the engine has to run in this process.
         if os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0") != "0":
             raise ConfigError(
                 "VLLM_ENABLE_V1_MULTIPROCESSING is set, so vLLM would run in another process, where the policy's "
@@ -78,14 +82,15 @@ class VLLMEngine:
         _check_version(vllm.__version__)
         self.raw_logprobs = raw_logprobs
         try:
-            self.llm = vllm.LLM(
-                model=model,
-                gpu_memory_utilization=memory,
-                max_model_len=max_length,
-                logprobs_mode="raw_logprobs" if raw_logprobs else "processed_logprobs",
-                enable_prefix_caching=True,
-                **options,
-            )
+            with isolate_rng():  # vLLM seeds the generators of its process
+                self.llm = vllm.LLM(
+                    model=model,
+                    gpu_memory_utilization=memory,
+                    max_model_len=max_length,
+                    logprobs_mode="raw_logprobs" if raw_logprobs else "processed_logprobs",
+                    enable_prefix_caching=True,
+                    **options,
+                )
         except (OSError, RuntimeError, ValueError) as error:
             raise ConfigError(f"sampler.engine: vLLM cannot load the model {model}: {first_line(error)}") from error
         config = self.llm.model_config

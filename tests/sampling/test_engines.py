@@ -56,8 +56,13 @@ class Subject:
     def _vllm(folder: Path, raw: bool) -> Any:
         from rlhf_lightning.sampling.vllm_engine import VLLMEngine
 
-        options = {"dtype": "float32", "enforce_eager": True, "block_size": 32}
-        return VLLMEngine(str(folder), memory=0.05, max_length=CONTEXT, raw_logprobs=raw, options=options)
+        options = {"dtype": "float32", "enforce_eager": True, "block_size": 32, "kv_cache_memory_bytes": 2**26}
+        torch.manual_seed(5)
+        engine = VLLMEngine(str(folder), memory=0.05, max_length=CONTEXT, raw_logprobs=raw, options=options)
+        number = torch.rand(1)
+        torch.manual_seed(5)
+        assert torch.equal(number, torch.rand(1)), "the trainer's random numbers do not depend on the engine"
+        return engine
 
     def sample(self, params: SamplingParams, seeds: Sequence[int] = (1, 2, 3), prompts: Any = PROMPTS) -> Any:
         """Responses to the prompts."""
@@ -423,6 +428,9 @@ def test_vllm_that_is_missing_or_old_or_elsewhere(monkeypatch: pytest.MonkeyPatc
     vllm_engine._check_version("0.32.0+cpu")
     monkeypatch.setitem(sys.modules, "vllm", None)
     with pytest.raises(ConfigError, match=r"vLLM cannot be imported .*docs/engines.md"):
+        vllm_engine.VLLMEngine("any")
+    with monkeypatch.context() as patch, pytest.raises(ConfigError, match="works only with one process"):
+        patch.setenv("WORLD_SIZE", "2")
         vllm_engine.VLLMEngine("any")
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
     with pytest.raises(ConfigError, match="VLLM_ENABLE_V1_MULTIPROCESSING is set"):
