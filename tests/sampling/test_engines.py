@@ -429,9 +429,10 @@ def test_vllm_that_is_missing_or_old_or_elsewhere(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setitem(sys.modules, "vllm", None)
     with pytest.raises(ConfigError, match=r"vLLM cannot be imported .*docs/engines.md"):
         vllm_engine.VLLMEngine("any")
-    with monkeypatch.context() as patch, pytest.raises(ConfigError, match="works only with one process"):
-        patch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match="works only with one process"):
         vllm_engine.VLLMEngine("any")
+    monkeypatch.setenv("WORLD_SIZE", "1")
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
     with pytest.raises(ConfigError, match="VLLM_ENABLE_V1_MULTIPROCESSING is set"):
         vllm_engine.VLLMEngine("any")
