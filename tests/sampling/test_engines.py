@@ -14,16 +14,21 @@ import pytest
 import torch
 from torch import Tensor
 
+from rlhf_lightning import PolicyRLModule, PromptDataModule
 from rlhf_lightning.data.rendering import Renderer
 from rlhf_lightning.errors import ConfigError
 from rlhf_lightning.models.loading import Start
 from rlhf_lightning.models.lora import LoRA, named_weights
 from rlhf_lightning.quickstart.model import make_tokenizer
+from rlhf_lightning.rewards import FunctionReward
 from rlhf_lightning.sampling.local_engine import LocalEngine
 from rlhf_lightning.sampling.sampler import Sampler
 from rlhf_lightning.sampling.token_sampling import SamplingParams
 from rlhf_lightning.types import Completion
 from tests.helpers.models import TEXTS, build_model
+from tests.helpers.modules import vowels
+from tests.helpers.rows import prompts
+from tests.helpers.training import sgd, trainer
 
 pytestmark = pytest.mark.vllm
 CONTEXT = 64
@@ -45,7 +50,7 @@ class Subject:
     def __init__(self, name: str, folder: Path, raw: bool) -> None:
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
-        self.name = name
+        self.name, self.folder = name, folder
         self.model = AutoModelForCausalLM.from_pretrained(folder).eval()
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
         self.engine = self._vllm(folder, raw) if name == "vllm" else LocalEngine(self.model, self.tokenizer.decode)
@@ -372,6 +377,30 @@ def test_weights_of_another_model_are_refused(restored: Subject) -> None:
     wide.resize_token_embeddings(len(restored.tokenizer) + 64)
     with pytest.raises(ConfigError, match="vLLM cannot load the policy's weights of round 7"):
         restored.engine.sync(named_weights(wide), 7)
+
+
+def test_policy_rl(restored: Subject, tmp_path: Path) -> None:
+    """Three rounds of training: the engine samples each with the weights that the trainer has by then."""
+    if restored.name == "generate":
+        pytest.skip("the model of this test is sampled by the built-in engine")
+    engine = restored.engine if restored.name == "vllm" else None
+    module = PolicyRLModule(
+        str(restored.folder),
+        rewards=[FunctionReward(vowels)],
+        sampler=Sampler(max_tokens=6, engine=engine),
+        optimizer=sgd(1.0),
+    )
+    gaps: list[float] = []
+    module.on_train_batch_end = lambda *_: gaps.append(float(fit.callback_metrics["train/logprob_gap"]))
+    fit = trainer(tmp_path)
+    fit.fit(module, PromptDataModule(prompts(6), prompts_per_round=2, group_size=3, seed=1))
+    assert len(gaps) == 3
+    assert max(gaps) < EXACT
+    moved = [
+        float((ours - theirs).detach().abs().max())
+        for ours, theirs in zip(module.model.parameters(), restored.model.parameters(), strict=True)
+    ]
+    assert max(moved) > 100 * EXACT, "weights that stayed behind would be seen"
 
 
 # -- settings ---------------------------------------------------------------------------------------------------------
