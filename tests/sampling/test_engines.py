@@ -4,6 +4,8 @@
 """
 
 import copy
+import inspect
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from importlib.util import find_spec
@@ -25,6 +27,7 @@ from rlhf_lightning.sampling.local_engine import LocalEngine
 from rlhf_lightning.sampling.sampler import Sampler
 from rlhf_lightning.sampling.token_sampling import SamplingParams
 from rlhf_lightning.types import Completion
+from tests.helpers.docs import ROOT
 from tests.helpers.models import TEXTS, build_model
 from tests.helpers.modules import vowels
 from tests.helpers.rows import prompts
@@ -465,3 +468,16 @@ def test_vllm_that_is_missing_or_old_or_elsewhere(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
     with pytest.raises(ConfigError, match="VLLM_ENABLE_V1_MULTIPROCESSING is set"):
         vllm_engine.VLLMEngine("any")
+
+
+def test_the_page_lists_every_case() -> None:
+    rows = re.findall(
+        r"^\| ([\w ]+) \|", (ROOT / "docs" / "engines.md").read_text().partition("table of tests/vllm")[2], re.M
+    )
+    engines = {"subject", "at_temperature", "restored"}
+    cases = [
+        name.removeprefix("test_").replace("_", " ")
+        for name, case in globals().items()
+        if name.startswith("test_") and engines & set(inspect.signature(case).parameters)
+    ]
+    assert sorted(rows) == sorted(cases), "make test-vllm writes the table"
