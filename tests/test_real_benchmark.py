@@ -120,7 +120,7 @@ def test_finished_runs_are_kept(model: str, data: str, tmp_path: Path) -> None:
     assert {seed for do, _, seed, _ in asked if do == "train"} == {2}
     page = table.render(table.read(tmp_path))
     assert "| GRPO, arithmetic | score, greedy | 0.500 | 0.600 ± 0.100 | 0.600 ± 0.100 | 3 |" in page
-    assert "| 2.5 |" in page
+    assert "| 2.5 / 2.5 |" in page
     table.draw(table.read(tmp_path), tmp_path / "real.svg")
     assert "GRPO, arithmetic: reward" in (tmp_path / "real.svg").read_text()
     other = replace(first, settings=replace(first.settings, steps=3))

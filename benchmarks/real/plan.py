@@ -48,13 +48,13 @@ class Part:
         return self.steps * self.batch
 
 
-_INSTRUCTIONS = {"task": "instructions", "group": 6, "max_tokens": 24, "held_out": 48, "beta": 0.02}
+_INSTRUCTIONS = {"task": "instructions", "group": 4, "max_tokens": 24, "held_out": 48, "beta": 0.02}
 _ARITHMETIC = {"task": "arithmetic", "group": 8, "max_tokens": 16, "held_out": 64, "beta": 0.02}
 
 PARTS = {
     "sft": Part("sft", steps=10, batch=8, rate=4e-4, held_out=32, max_tokens=48),
-    "reward": Part("reward", steps=10, batch=8, rate=4e-4, held_out=64),
-    "dpo": Part("dpo", steps=8, batch=8, rate=2e-4, held_out=64, beta=0.1),
+    "reward": Part("reward", steps=8, batch=8, rate=4e-4, held_out=64),
+    "dpo": Part("dpo", steps=8, batch=8, rate=2e-4, held_out=48, beta=0.1),
     "grpo-instructions": Part("grpo", steps=12, batch=4, rate=4e-4, **_INSTRUCTIONS),
     "grpo-arithmetic": Part("grpo", steps=12, batch=4, rate=4e-4, **_ARITHMETIC),
     "ppo-instructions": Part("ppo", steps=12, batch=4, rate=4e-4, **_INSTRUCTIONS),

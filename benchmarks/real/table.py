@@ -50,9 +50,13 @@ def cell(run: dict[str, Any]) -> str:
     return f"{numbers}; {step_seconds(run):.1f} s per step, {run['peak_gib']:.2f} GiB"
 
 
-def step_seconds(run: dict[str, Any]) -> float:
-    """Median processor seconds of a step, without the first."""
-    return statistics.median(run["processor_seconds"][1:] or run["processor_seconds"])
+CLOCKS = ("processor_seconds", "seconds")
+"""Processor time, and the time that has passed."""
+
+
+def step_seconds(run: dict[str, Any], clock: str = CLOCKS[0]) -> float:
+    """Median seconds of a step by one of `CLOCKS`, without the first step."""
+    return statistics.median(run[clock][1:] or run[clock])
 
 
 def spread(values: Sequence[float], digits: int) -> str:
@@ -80,7 +84,8 @@ def quality_table(found: dict[str, Any]) -> str:
                 continue
             before = f"{start[key]:.{digits}f}" if key in start else "–"
             after = [spread(values[side], digits) if side in PARTS[name].sides else "has none" for side in SIDES]
-            rows.append([TITLES[name], title, before, *after, len(values["ours"])])
+            counts = [len(values[side]) for side in PARTS[name].sides]
+            rows.append([TITLES[name], title, before, *after, ", ".join(map(str, dict.fromkeys(counts)))])
     return table(["part", "held-out", "start", *LABELS.values(), "seeds"], rows)
 
 
@@ -88,23 +93,29 @@ def speed_table(found: dict[str, Any]) -> str:
     """Time and memory of each part."""
     rows = []
     for name, report in found.items():
-        cells, medians = [], {}
+        cells: list[str] = []
+        medians: dict[str, list[float]] = {}
         for side in SIDES:
             runs = runs_of(report, side)
             if not runs:
                 cells += ["has none" if side not in PARTS[name].sides else NOT, "–", "–"]
                 continue
-            medians[side] = statistics.median(step_seconds(run) for run in runs)
+            medians[side] = [statistics.median(step_seconds(run, clock) for run in runs) for clock in CLOCKS]
             taken = report["choice"].get(side, [{"precision": "32-true", "micro": None}])[0]
             micro = f", micro-batches of {taken['micro']}" if taken["micro"] else ""
             settings = f"{taken['precision'].removesuffix('-true').removesuffix('-mixed').replace('32', 'fp32')}{micro}"
-            cells += [f"{medians[side]:.1f} s", settings, f"{max(run['peak_gib'] for run in runs):.2f} GiB"]
-        ratio = f"{medians['trl'] / medians['ours']:.1f}" if len(medians) == len(SIDES) else "–"
+            cells += [
+                " / ".join(f"{median:.1f} s" for median in medians[side]),
+                settings,
+                f"{max(run['peak_gib'] for run in runs):.2f} GiB",
+            ]
+        both = zip(medians["trl"], medians["ours"], strict=True) if len(medians) == len(SIDES) else ()
+        ratio = " / ".join(f"{theirs / ours:.1f}" for theirs, ours in both) or "–"
         rows.append([TITLES[name], report["settings"]["steps"], *cells, ratio])
     head = ["part", "steps"]
     for label in LABELS.values():
         head += [f"{label}, per step", "its fastest", "peak memory"]
-    return table([*head, "ratio of time"], rows)
+    return table([*head, "ratio"], rows)
 
 
 def linear_line(found: dict[str, Any]) -> str:
