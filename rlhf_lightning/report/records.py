@@ -2,6 +2,7 @@
 
 import json
 import types
+from collections.abc import Sequence
 from pathlib import Path
 from typing import (
     Any,
@@ -204,8 +205,12 @@ class AnswerPair(TypedDict):
     policy: str
 
 
+Figures = dict[str, float | None]
+"""Figures of a model of the quickstart, see docs/quickstart.md; null where one does not apply."""
+
+
 class Summary(TypedDict, total=False):
-    """`summary.json` of the quickstart; for the figures of a model see `quickstart.evaluate.figures`.
+    """`summary.json` of the quickstart.
 
     Attributes:
         base: Figures of the base model.
@@ -215,15 +220,50 @@ class Summary(TypedDict, total=False):
         seconds: Duration of the first complete run.
         peak_memory_gb: Peak memory of its processes.
         samples: Some answers.
+        model: The model that it started from.
+        dtype: Data type of the weights.
+        temperature: Temperature of the answers; 0 for greedy decoding.
+        kinds: Fraction of instructions followed, by model and kind.
     """
 
-    base: dict[str, float | None]
-    sft: dict[str, float | None]
-    policy: dict[str, float | None]
-    preference: dict[str, float | None]
+    base: Figures
+    sft: Figures
+    policy: Figures
+    preference: Figures
     seconds: float
     peak_memory_gb: float
     samples: list[AnswerPair]
+    model: str
+    dtype: str
+    temperature: float
+    kinds: dict[str, dict[str, float]]
+
+
+QUICKSTART = {
+    "gold_reward": "gold reward",
+    "followed": "instructions followed",
+    "followed_other_kinds": "of kinds never trained",
+    "reward_model_score": "reward model",
+    "kl": "KL to SFT (nats)",
+    "response_tokens": "tokens",
+    "truncated_fraction": "truncated",
+    "perplexity": "perplexity of held-out chats",
+}
+
+
+def quickstart_columns(models: Sequence[Figures]) -> dict[str, str]:
+    """Keys and titles of the figures that some model has.
+
+    Args:
+        models: Figures of the models.
+    """
+    return {key: title for key, title in QUICKSTART.items() if any(one.get(key) is not None for one in models)}
+
+
+def quickstart_title(summary: Summary) -> str:
+    """Title of the table of figures."""
+    temperature = summary.get("temperature", 1.0)
+    return f"held-out prompts, {f'sampled at temperature {temperature:g}' if temperature else 'greedy decoding'}"
 
 
 def read_record(path: Path, kind: type[T]) -> T:

@@ -8,7 +8,7 @@ from rlhf_lightning.files import duration
 from rlhf_lightning.report import charts
 from rlhf_lightning.report.html import Html, details, el, join, number, table
 from rlhf_lightning.report.read import Points, Run, StageRun
-from rlhf_lightning.report.records import SampleRow
+from rlhf_lightning.report.records import SampleRow, quickstart_columns, quickstart_title
 from rlhf_lightning.types import Message
 
 # Title of a chart and its metrics; metrics that a stage did not log are left out.
@@ -50,13 +50,6 @@ TILES = {
         "train/response_tokens": "response tokens",
     },
 }
-QUICKSTART = {
-    "gold_reward": "gold reward",
-    "reward_model_score": "reward model",
-    "kl": "KL to SFT (nats)",
-    "response_tokens": "tokens",
-    "truncated_fraction": "truncated",
-}
 
 
 def overview(run: Run) -> Html:
@@ -73,8 +66,10 @@ def overview(run: Run) -> Html:
     parts = [table(["stage", "kind", "status", "steps", "time", "result"], rows, "stack")]
     models = {name: run.summary[name] for name in ("base", "sft", "policy") if name in run.summary}
     if models:
-        body = [[name, *(number(figures.get(key)) for key in QUICKSTART)] for name, figures in models.items()]
-        parts += [el("h3", "Held-out prompts, sampled at temperature 1"), table(["", *QUICKSTART.values()], body)]
+        columns = quickstart_columns(list(models.values()))
+        body = [[name, *(number(figures.get(key)) for key in columns)] for name, figures in models.items()]
+        title = quickstart_title(run.summary)
+        parts += [el("h3", title[:1].upper() + title[1:]), table(["", *columns.values()], body)]
     return el("section", el("h2", "Overview"), tiles(run), *parts)
 
 
@@ -86,9 +81,10 @@ def tiles(run: Run) -> Html | None:
             if points := charts.finite(stage.metrics.get(name, [])):
                 found.append(_tile(charts.change([value for _, value in points], 3), title, stage.name))
     trained = run.summary.get("sft", {}), run.summary.get("policy", {})
-    gold = [value for figures in trained if (value := figures.get("gold_reward")) is not None]
-    if len(gold) == len(trained):
-        found.append(_tile(charts.change(gold, 2), "held-out gold reward", "sft, policy"))
+    for key, title in (("gold_reward", "held-out gold reward"), ("followed", "held-out instructions followed")):
+        values = [value for figures in trained if (value := figures.get(key)) is not None]
+        if len(values) == len(trained):
+            found.append(_tile(charts.change(values, 2), title, "sft, policy"))
     return el("div", *found, class_="tiles") if found else None
 
 

@@ -3,6 +3,7 @@
 from rlhf_lightning.rewards.base import Reward, check_finite
 from rlhf_lightning.rewards.function import FunctionReward
 from rlhf_lightning.rewards.generative import GenerativeReward
+from rlhf_lightning.rewards.instructions import InstructionReward
 from rlhf_lightning.rewards.keywords import BlockedTerms, KeywordReward
 from rlhf_lightning.rewards.length import LengthReward, OverlongPenalty
 from rlhf_lightning.rewards.model import EnsembleReward, ModelReward
@@ -17,6 +18,7 @@ __all__ = [
     "ExactAnswer",
     "FunctionReward",
     "GenerativeReward",
+    "InstructionReward",
     "KeywordReward",
     "LengthReward",
     "ModelReward",

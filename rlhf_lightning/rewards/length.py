@@ -6,20 +6,21 @@ from rlhf_lightning.types import Episode
 
 
 class LengthReward(Reward):
-    """Linear penalty on length n: −slope · |n − target|, or −slope · max(0, n − maximum); never below −limit.
+    """Linear penalty on length n: −slope · |n − target|, or −slope · its excess over a maximum or lack of a minimum.
 
-    Set exactly one of `target` and `maximum`.
+    It is never below −limit. Set exactly one of `target`, `maximum` and `minimum`.
 
     Args:
         target: Desired length in tokens.
         maximum: Length in tokens above which the penalty starts.
+        minimum: Length in tokens below which the penalty starts, so that a reward for form cannot empty the responses.
         slope: Penalty per token.
         limit: Largest penalty.
         weight: Weight of this term; at 0 it is only logged.
         name: Name that it is logged under.
 
     Raises:
-        ConfigError: If both or neither of `target` and `maximum` are set, or a number is out of range.
+        ConfigError: If not exactly one of `target`, `maximum` and `minimum` is set, or a number is out of range.
 
     Example:
         >>> reward = LengthReward(target=100)
@@ -35,23 +36,32 @@ class LengthReward(Reward):
         limit: float = 1.0,
         weight: float = 1.0,
         name: str | None = None,
+        minimum: int | None = None,
     ) -> None:
         super().__init__(weight, name)
-        if (target is None) == (maximum is None):
-            raise ConfigError(f"the reward {self.name} needs a target or a maximum, not both")
-        for setting, value in (("target", target), ("maximum", maximum)):
+        bounds = {"target": target, "maximum": maximum, "minimum": minimum}
+        if sum(value is not None for value in bounds.values()) != 1:
+            raise ConfigError(f"the reward {self.name} needs a target, a maximum or a minimum, exactly one of them")
+        for setting, value in bounds.items():
             if value is not None and value < 1:
                 raise ConfigError(f"the {setting} of the reward {self.name} is {value}; it must be at least 1")
         for setting, number in (("slope", slope), ("limit", limit)):
             check_finite(f"the {setting} of the reward {self.name}", number)
             if number <= 0:
                 raise ConfigError(f"the {setting} of the reward {self.name} is {number}; it must be above 0")
-        self.target, self.maximum, self.slope, self.limit = target, maximum, slope, limit
+        self.target, self.maximum, self.minimum = target, maximum, minimum
+        self.slope, self.limit = slope, limit
 
     def score_one(self, episode: Episode) -> float:
-        length = episode.response_tokens
-        over = abs(length - self.target) if self.target is not None else max(0, length - (self.maximum or 0))
-        return -min(self.limit, self.slope * over)
+        return -min(self.limit, self.slope * self._outside(episode.response_tokens))
+
+    def _outside(self, length: int) -> int:
+        """Number of tokens that are penalized."""
+        if self.target is not None:
+            return abs(length - self.target)
+        if self.minimum is not None:
+            return max(0, self.minimum - length)
+        return max(0, length - (self.maximum or 0))
 
 
 class OverlongPenalty(Reward):

@@ -17,6 +17,7 @@ from rlhf_lightning.cli import quickstart
 from rlhf_lightning.cli.logs import setup_logging
 from rlhf_lightning.files import as_json, read_table, table_cell, table_value, visible
 from rlhf_lightning.report.read import read_metrics
+from rlhf_lightning.report.records import QUICKSTART
 from tests.helpers.cli import stage_config, write_yaml
 from tests.helpers.rows import write_rows
 from tests.helpers.runs import complete
@@ -139,7 +140,7 @@ def test_control_characters_in_sample_tables_are_escaped() -> None:
 def test_control_characters_in_quickstart_answers_are_escaped(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    keys = dict.fromkeys(quickstart.COLUMNS, 1.0)
+    keys = dict.fromkeys(QUICKSTART, 1.0)
     sample = {"prompt": f"[blink]{HOSTILE}", "sft": HOSTILE, "policy": HOSTILE}
     models = {"base": keys, "sft": {**keys, "val_nll_start": 1.0, "val_nll": 1.0}, "policy": keys}
     facts = {"preference": {"pair_accuracy": None}, "samples": [sample], "seconds": 1.0, "peak_memory_gb": 1.0}

@@ -127,6 +127,7 @@ def test_every_scorer_drives_rl_in_the_quickstart(scorer: str, tmp_path: Path) -
     assert line in (CONFIGS / "preference.yaml").read_text()
     settings = QuickstartSettings(
         tmp_path / "run",
+        toy=True,
         overrides={
             "sft": {"trainer.max_epochs": 3},
             "preference": {"model.scorer.class_path": line.split()[1].replace("RewardHead", scorer)},

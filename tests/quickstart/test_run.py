@@ -60,6 +60,7 @@ def test_a_small_run_still_learns(tmp_path: Path, capfd: pytest.CaptureFixture[s
     settings = QuickstartSettings(
         tmp_path / "run",
         seed=1,
+        toy=True,
         sizes=Sizes(1200, 600, 400, 100),
         overrides={
             "sft": {"trainer.max_epochs": 3},

@@ -149,8 +149,8 @@ def test_what_is_no_score_is_refused_with_its_row(scores: Any, message: str) -> 
         (lambda: BlockedTerms("bomb"), "must be a list"),  # type: ignore[arg-type]
         (lambda: BlockedTerms(["a"], penalty=1.0), "must be below 0"),
         (lambda: BlockedTerms(file="nowhere.txt"), "nowhere.txt cannot be read"),
-        (lambda: LengthReward(), "needs a target or a maximum"),
-        (lambda: LengthReward(target=3, maximum=4), "needs a target or a maximum"),
+        (lambda: LengthReward(), "needs a target, a maximum or a minimum"),
+        (lambda: LengthReward(target=3, maximum=4), "exactly one of them"),
         (lambda: LengthReward(maximum=0), "must be at least 1"),
         (lambda: LengthReward(maximum=5, slope=-1.0), "slope of the reward LengthReward is -1.0"),
         (lambda: OverlongPenalty(10, 11), "buffer of the reward OverlongPenalty is 11"),
@@ -250,6 +250,7 @@ def test_length() -> None:
     lengths = [said("", tokens=n) for n in (1, 8, 10, 12, 500)]
     assert LengthReward(target=10, slope=0.1, limit=2.0).score(lengths) == pytest.approx([-0.9, -0.2, 0, -0.2, -2.0])
     assert LengthReward(maximum=10, slope=0.1).score(lengths) == pytest.approx([0, 0, 0, -0.2, -1.0])
+    assert LengthReward(minimum=10, slope=0.1).score(lengths) == pytest.approx([-0.9, -0.2, 0, 0, 0])
 
 
 def test_overlong_punishment_of_dapo() -> None:
