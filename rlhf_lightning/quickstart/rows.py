@@ -31,8 +31,8 @@ TRAINED: dict[str, tuple[str, ...]] = {
         "Your entire response should be in all lowercase letters. No capital letters are allowed.",
     ),
     "detectable_format:number_bullet_lists": (
-        "Answer with exactly {0} bullet points. Start each with an asterisk, such as: * This is a point.",
-        "Your answer must contain exactly {0} bullet points in markdown, such as: * This is point 1.",
+        "Answer with exactly {0} bullet points. Start each with an asterisk.",
+        "Your answer must contain exactly {0} bullet points in markdown, each on a line that starts with *.",
     ),
     "first_word:first_word_answer": (
         'Begin your answer with the word "{0}".',
@@ -174,5 +174,7 @@ def _off_topic(chats: list[Row]) -> list[Row]:
     for one, other in zip(chats, chats[1:] + chats[:1], strict=True):
         messages = one["messages"]
         assert isinstance(messages, list)
+        if _content(messages) == _content(other["messages"]):
+            continue
         found.append({"prompt": messages[:-1], "chosen": _content(messages), "rejected": _content(other["messages"])})
     return found

@@ -146,7 +146,7 @@ def test_the_stages_in_a_few_steps(tmp_path: Path) -> None:
     settings = QuickstartSettings(
         tmp_path / "run",
         overrides={"sft": few, "preference": few, "policy": {**policy, "model.sampler.max_tokens": 8}},
-        sizes=Sizes(conversations=2, pairs=2, prompts=2, held_out=1),
+        sizes=Sizes(conversations=2, pairs=2, prompts=2, held_out=2),
     )
     summary = quickstart(settings)
     assert summary["base"]["perplexity"] < 12  # a model that speaks English; one with random weights has 49,152
