@@ -2,11 +2,13 @@
 
 python -m benchmarks.real_quickstart            # runs it in runs/quickstart, or measures a finished run there again
 python -m benchmarks.real_quickstart FOLDER     # stores a finished run of another folder
-python benchmarks/summary.py --readme           # writes the tables into README.md and docs/quickstart.md
+
+It writes the tables into README.md and docs/quickstart.md. The variable NOTE is added to the line below the table.
 """
 
 import json
 import os
+import subprocess
 import sys
 from datetime import date
 from pathlib import Path
@@ -90,6 +92,7 @@ def main() -> None:
         "summary": summary,
     }
     FILE.write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    subprocess.run([sys.executable, str(Path(__file__).with_name("summary.py")), "--readme"], check=True)
     print(figures(report), kinds(report), answers(report), sep="\n\n")
 
 
