@@ -5,6 +5,8 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+from rlhf_lightning.data.prompts import Prompt
+from rlhf_lightning.inference.policy import Policy
 from rlhf_lightning.models.reward_model import RewardModel
 from rlhf_lightning.report.records import AnswerPair, Figures
 from rlhf_lightning.rewards.instructions import followed
@@ -73,20 +75,13 @@ def measure(folders: Mapping[str, str], judge: RewardModel, evaluation: Evaluati
         judge: The trained preference model.
         evaluation: What they are measured on.
     """
-    from rlhf_lightning.inference.policy import Policy
-
     result, answers = Measured({}, {}, []), {}
     start: Policy | None = None
     for name, folder in folders.items():
         policy = Policy(folder, evaluation.dtype)
         prompts = policy.prompts(evaluation.prompts, evaluation.limit)
         others = policy.prompts(evaluation.other_kinds, evaluation.limit) if evaluation.other_kinds else []
-        for index, prompt in enumerate(others, len(prompts)):
-            prompt.index = index
-        everything = policy.answer(
-            [*prompts, *others], evaluation.max_tokens, evaluation.seed, temperature=evaluation.temperature
-        )
-        episodes, of_others = everything[: len(prompts)], everything[len(prompts) :]
+        episodes, of_others = (_answered(policy, rows, evaluation) for rows in (prompts, others))
         found = figures(episodes, judge, evaluation.gold)
         if evaluation.temperature and name != "base":
             start = start or policy
@@ -94,13 +89,19 @@ def measure(folders: Mapping[str, str], judge: RewardModel, evaluation: Evaluati
         found["followed"], found["followed_other_kinds"] = _fraction(episodes), _fraction(of_others)
         nll = policy.nll(policy.conversations(evaluation.chats, evaluation.limit))
         found["val_nll"], found["perplexity"] = nll, math.exp(nll)
-        result.figures[name], result.kinds[name] = found, _by_kind(everything)
+        result.figures[name], result.kinds[name] = found, _by_kind([*episodes, *of_others])
         answers[name] = [episode.response for episode in episodes]
     result.samples = [
         {"prompt": prompts[i].messages[-1]["content"] or "", "sft": answers["sft"][i], "policy": answers["policy"][i]}
         for i in range(min(evaluation.shown, len(prompts)))
     ]
     return result
+
+
+def _answered(policy: Policy, prompts: Sequence[Prompt], evaluation: Evaluation) -> list[Episode]:
+    if not prompts:
+        return []
+    return policy.answer(prompts, evaluation.max_tokens, evaluation.seed, temperature=evaluation.temperature)
 
 
 def figures(episodes: Sequence[Episode], judge: RewardModel, gold: Gold | None) -> Figures:

@@ -241,13 +241,13 @@ class Summary(TypedDict, total=False):
 
 QUICKSTART = {
     "gold_reward": "gold reward",
-    "followed": "instructions followed",
-    "followed_other_kinds": "of kinds never trained",
+    "followed": "followed",
+    "followed_other_kinds": "untrained kinds",
     "reward_model_score": "reward model",
     "kl": "KL to SFT (nats)",
     "response_tokens": "tokens",
     "truncated_fraction": "truncated",
-    "perplexity": "perplexity of held-out chats",
+    "perplexity": "perplexity",
 }
 
 
