@@ -11,23 +11,24 @@ from torch import Tensor
 
 from rlhf_lightning.distributed import gather
 from rlhf_lightning.errors import UserError
-from rlhf_lightning.models.lora import is_quantized
+from rlhf_lightning.models.lora import base_of, is_quantized
+from rlhf_lightning.models.precision import NARROW, logprob_rounding
 from rlhf_lightning.modules.policy_rl import PolicyRLModule
 
 if TYPE_CHECKING:
     from rlhf_lightning.types import RolloutBatch
 
 log = logging.getLogger(__name__)
-MAX_DISTANCE, MEAN_DISTANCE = 1e-4, 0.02
+MAX_DISTANCE = 1e-4
 
 
 class FirstStepInvariants(pl.Callback):
     """Checks that trainer and sampler agree before the first update of a round, when the importance ratio is 1.
 
     In float32 the largest |log ratio| must be at most 1e-4, and no token may be clipped. In lower precision the mean
-    must be at most 0.02, and rounding may clip at most 1% of the tokens. Before the first update of the run, the policy
-    equals the reference if that is the start of the stage, and their log-probabilities must agree within the same
-    bounds.
+    must be at most `models.precision.logprob_rounding`, and rounding may clip at most 1% of the tokens. Before the
+    first update of the run, the policy equals the reference if that is the start of the stage, and their
+    log-probabilities, both computed by the trainer, must agree within the same bounds.
 
     Args:
         strict: Raise `UserError` instead of a warning, which is given once per kind.
@@ -53,17 +54,16 @@ class FirstStepInvariants(pl.Callback):
             return
         if not isinstance(outputs, dict) or "log_ratio_max" not in outputs:
             return
-        dtype = next(pl_module.parameters()).dtype
-        full = dtype in (torch.float32, torch.float64) and "16" not in str(trainer.precision)
-        full = full and not is_quantized(pl_module.model)
-        self._ratio(trainer, full, *_worst(outputs["log_ratio_max"], outputs["log_ratio_mean"]))
+        rounding = _rounding(trainer, pl_module)
+        self._ratio(trainer, rounding, *_worst(outputs["log_ratio_max"], outputs["log_ratio_mean"]))
         if "clip_fraction" in outputs:
-            self._clipped(trainer, full, *_worst(outputs["clip_fraction"]))
-        if _is_start(trainer, batch_idx) and _starts_as_reference(pl_module):
-            self._kl(trainer, full, batch)
+            self._clipped(trainer, rounding, *_worst(outputs["clip_fraction"]))
+        names = ("reference_distance_max", "reference_distance_mean")
+        if _is_start(trainer, batch_idx) and _starts_as_reference(pl_module) and outputs.keys() >= {*names}:
+            self._kl(trainer, rounding, *_worst(*(outputs[name] for name in names)))
 
-    def _ratio(self, trainer: pl.Trainer, full: bool, largest: float, mean: float) -> None:
-        if _outside(full, largest, mean):
+    def _ratio(self, trainer: pl.Trainer, rounding: float | None, largest: float, mean: float) -> None:
+        if _outside(rounding, largest, mean):
             self._tell(
                 "ratio",
                 f"step {trainer.global_step}: sampler and trainer disagree on fresh episodes: |log ratio| is at most "
@@ -71,8 +71,8 @@ class FirstStepInvariants(pl.Callback):
                 "should be equal within rounding; check for dropout, padding, or a model whose cache is not exact.",
             )
 
-    def _clipped(self, trainer: pl.Trainer, full: bool, fraction: float) -> None:
-        if fraction > (0.0 if full else 0.01):
+    def _clipped(self, trainer: pl.Trainer, rounding: float | None, fraction: float) -> None:
+        if fraction > (0.0 if rounding is None else 0.01):
             self._tell(
                 "clip",
                 f"step {trainer.global_step}: {fraction:.2%} of the tokens of fresh episodes are clipped (precision "
@@ -80,11 +80,8 @@ class FirstStepInvariants(pl.Callback):
                 "clipped; check whether sampler and trainer agree, and whether the clip range contains 1.",
             )
 
-    def _kl(self, trainer: pl.Trainer, full: bool, batch: "RolloutBatch") -> None:
-        loss_mask: Tensor = batch["loss_mask"]
-        distance = ((batch["old_logprobs"] - batch["reference_logprobs"]) * loss_mask).abs()
-        largest, mean = _worst(distance.max(), distance.sum() / loss_mask.sum().clamp(min=1))
-        if _outside(full, largest, mean):
+    def _kl(self, trainer: pl.Trainer, rounding: float | None, largest: float, mean: float) -> None:
+        if _outside(rounding, largest, mean):
             self._tell(
                 "kl",
                 f"step {trainer.global_step}: before any update the policy differs from its reference: their "
@@ -108,9 +105,19 @@ def _worst(*numbers: Tensor | float) -> list[float]:
     return [max(values, key=lambda value: (math.isnan(value), value)) for values in ranks]
 
 
-def _outside(full: bool, largest: float, mean: float) -> bool:
+def _rounding(trainer: pl.Trainer, module: PolicyRLModule) -> float | None:
+    """Bound on the mean distance of log-probabilities in low precision; None in float32 or wider."""
+    weights, precision = next(module.parameters()).dtype, str(trainer.precision)
+    if weights not in NARROW and "16" not in precision and not is_quantized(module.model):
+        return None
+    dtype = torch.float16 if weights == torch.float16 or precision.startswith("16") else torch.bfloat16
+    config = base_of(module.model).config.get_text_config()
+    return logprob_rounding(dtype, config.num_hidden_layers, module.token_logprobs.backbone.wide_head)
+
+
+def _outside(rounding: float | None, largest: float, mean: float) -> bool:
     # Not written with `>`, so that NaN counts as outside.
-    return not (largest <= MAX_DISTANCE if full else mean <= MEAN_DISTANCE)
+    return not (largest <= MAX_DISTANCE if rounding is None else mean <= rounding)
 
 
 def _is_start(trainer: pl.Trainer, batch_idx: int) -> bool:

@@ -52,14 +52,25 @@ class Backbone:
             )
 
     def logits(self, states: Tensor) -> Tensor:
-        """Logits `[..., V]` of hidden states `[..., H]`."""
-        return self._adjust(self.lm_head(states))
+        """Logits `[..., V]` of hidden states `[..., H]`; in the head's own precision under autocast if that is wide.
+
+        In bfloat16, logits between 16 and 32 are multiples of 0.125.
+        """
+        if not self.wide_head:
+            return self._adjust(self.lm_head(states))
+        with torch.autocast(states.device.type, enabled=False):
+            return self._adjust(self.lm_head(states.to(self.lm_head.weight.dtype)))
+
+    @property
+    def wide_head(self) -> bool:
+        """True if the head's weights are float32 or float64."""
+        return self.lm_head is not None and self.lm_head.weight.dtype in (torch.float32, torch.float64)
 
     @torch.no_grad()
     def _agree(self) -> bool:
         """Compare the logits of decoder and head with the model's own logits on a few tokens."""
         ids = torch.arange(6, device=self.lm_head.weight.device)[None] * 7919 % self.vocabulary
-        with in_mode(self.model, training=False):
+        with in_mode(self.model, training=False), torch.autocast(ids.device.type, enabled=False):
             ours = run_unsharded(self.model, lambda: self.logits(self.decoder(input_ids=ids, use_cache=False)[0]))
             theirs = self.model(input_ids=ids, use_cache=False).logits
         return ours.shape == theirs.shape and torch.allclose(ours.float(), theirs.float(), rtol=1e-3, atol=1e-3)

@@ -166,9 +166,10 @@ def logit_bytes(backbone: Backbone, rows: int, size: int, limit: int) -> int:
     Args:
         backbone: Decoder and head.
         rows: Number of positions.
-        size: Bytes of a number.
+        size: Bytes of a number in the layers' computations.
         limit: Largest size of the buffer.
     """
+    size = backbone.lm_head.weight.element_size() if backbone.wide_head else size
     vocabulary = backbone.vocabulary
     capped = getattr(base_of(backbone.model).config.get_text_config(), "final_logit_softcapping", None)
     chunk = CPU_CHUNK if next(backbone.model.parameters()).device.type == "cpu" else GPU_CHUNK

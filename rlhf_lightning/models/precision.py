@@ -11,6 +11,26 @@ from torch import Tensor, nn
 NARROW = (torch.bfloat16, torch.float16)
 
 
+def logprob_rounding(dtype: torch.dtype, layers: int, wide_head: bool) -> float:
+    """Bound on the mean |difference|, in nats, of a token's log-probability between two forward passes that only round.
+
+    ε·√layers for the hidden states, whose rounding errors add up like a random walk over the layers (Higham, "Accuracy
+    and Stability of Numerical Algorithms", 2002, section 2.8), plus 16·ε/3 for narrow logits: those of magnitude 16 to
+    32 are multiples of 16·ε, and two numbers that are uniform within such a step differ by a third of it.
+
+    Args:
+        dtype: Type of the layers' computations; ε is its machine epsilon, 2⁻⁷ for bfloat16 and 2⁻¹⁰ for float16.
+        layers: Number of layers.
+        wide_head: True if logits are computed in float32 or wider.
+
+    Example:
+        >>> round(logprob_rounding(torch.bfloat16, layers=30, wide_head=True), 3)
+        0.043
+    """
+    eps = torch.finfo(dtype).eps
+    return float(eps * (layers**0.5 + (0 if wide_head else 16 / 3)))
+
+
 def sparing(fn: Callable[[Tensor], Tensor], spared: Callable[[Tensor], bool]) -> Callable[[Tensor], Tensor]:
     """Wrap the `fn` of `Module._apply` so that the tensors for which `spared` is True keep their dtype.
 

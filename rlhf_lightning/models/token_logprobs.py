@@ -134,7 +134,8 @@ class TokenLogprobs:
         def score(states: Tensor, ids: Tensor) -> tuple[Tensor | None, ...]:
             return TokenLogprobsFunction.apply(self.backbone.logits(states), ids, temperature, details)
 
-        chunk = max(1, self.logit_bytes // (hidden.element_size() * self.backbone.vocabulary))
+        size = self.backbone.lm_head.weight.element_size() if self.backbone.wide_head else hidden.element_size()
+        chunk = max(1, self.logit_bytes // (size * self.backbone.vocabulary))
         if len(hidden) <= chunk:
             return score(hidden, targets)
         pieces = [

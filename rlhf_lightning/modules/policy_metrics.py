@@ -56,6 +56,14 @@ def step_sums(
     return {name: (values.sum(), count) for name, values in sums.items()}, {"log_ratio_max": log_ratio.max()}
 
 
+def reference_distance(scores: TokenLogprobsOutput, batch: "RolloutBatch") -> dict[str, Tensor]:
+    """Largest and mean |log p - log p_ref| over a mini-batch's sampled tokens, both as the trainer computes them."""
+    loss_mask = batch["loss_mask"]
+    distance = ((scores.logprobs.detach() - batch["reference_logprobs"]) * loss_mask).abs()
+    mean = distance.sum() / loss_mask.sum().clamp(min=1)
+    return {"reference_distance_max": distance.max(), "reference_distance_mean": mean}
+
+
 def why_empty(statistics: Mapping[str, float]) -> str:
     """Explain from a round's statistics why no token was trained, and what to change."""
     found = ", ".join(f"{WHY[name]} {statistics[name]:.0%}" for name in WHY if name in statistics)

@@ -32,7 +32,16 @@ from rlhf_lightning.modules.policy_checks import (
     check_rounds,
     check_sampling,
 )
-from rlhf_lightning.modules.policy_metrics import LARGEST, NUMBERS, OUTPUTS, ROUND_ON_BAR, HeldOut, step_sums, why_empty
+from rlhf_lightning.modules.policy_metrics import (
+    LARGEST,
+    NUMBERS,
+    OUTPUTS,
+    ROUND_ON_BAR,
+    HeldOut,
+    reference_distance,
+    step_sums,
+    why_empty,
+)
 from rlhf_lightning.modules.recipes import build_recipe
 from rlhf_lightning.modules.step import StepNumbers
 from rlhf_lightning.modules.trainer_state import overfits, row_data_of
@@ -509,6 +518,8 @@ class PolicyRLModule(RLHFModule[PromptBatch]):
         scores = self.token_logprobs(ids, loss_mask, self.sampler.temperature, details=True)
         sums, largest = step_sums(scores, batch, self.objective, self._clamped(scores.logprobs.detach(), batch))
         outputs = {name: sums[name][0] / sums[name][1].clamp(min=1) for name in OUTPUTS}
+        if self.reference is not None and batch.get("first"):
+            outputs |= reference_distance(scores, batch)
         loss, learned = self._policy_loss(scores, batch)
         if self.critic is not None:
             values = self._value_losses(self.critic_values(ids, loss_mask, scores), batch).sum()

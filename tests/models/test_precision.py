@@ -1,6 +1,7 @@
 """Lower precision: weights and activations are rounded, all other numbers stay in float32."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,15 @@ from torch import Tensor
 from rlhf_lightning.callbacks.export import ExportModel
 from rlhf_lightning.checkpointing.callbacks import RunCheckpoints
 from rlhf_lightning.diagnostics.invariants import FirstStepInvariants
+from rlhf_lightning.errors import UserError
+from rlhf_lightning.models.backbone import Backbone
 from rlhf_lightning.models.loading import load_for_scoring
 from rlhf_lightning.models.lora import LoRA
+from rlhf_lightning.models.precision import logprob_rounding
+from rlhf_lightning.models.token_logprobs import TokenLogprobs
 from rlhf_lightning.rewards import ModelReward
+from rlhf_lightning.types import Completion
+from tests.helpers.models import build_model
 from tests.helpers.modules import module_and_data
 from tests.helpers.training import trainer
 
@@ -40,6 +47,77 @@ class Seen:
             return out
 
         module.training_step = watched
+
+
+def test_logits_are_wide_under_autocast(model: Any) -> None:
+    """Equal to the wide head on the hidden states of autocast; bfloat16 would round them to multiples of 1/8."""
+    with torch.no_grad():
+        model.lm_head.weight.mul_(10.0)
+    backbone, scorer = Backbone(model), TokenLogprobs(model)
+    ids = torch.arange(3, 15)[None]
+    loss_mask = (torch.arange(12) > 0).float()[None]
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        states = backbone.decoder(input_ids=ids, use_cache=False)[0]
+        logits = backbone.logits(states)
+        logprobs = scorer(ids, loss_mask).logprobs
+        assert model.lm_head(states).dtype == torch.bfloat16
+    assert logits.dtype == torch.float32
+    assert logits.abs().max() > 16
+    assert torch.equal(logits, model.lm_head(states.float()))
+    wanted = logits.log_softmax(-1)[0, :-1].gather(1, ids[0, 1:, None])[:, 0]
+    # Packed rows round a few hidden states otherwise.
+    torch.testing.assert_close(logprobs[0, 1:], wanted, rtol=0.0, atol=0.25)
+    assert not Backbone(model.bfloat16()).wide_head
+
+
+@pytest.mark.parametrize("layers", [2, 16])
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_rounding_is_no_failure_and_a_failure_no_rounding(
+    precision: Any, layers: int, tokenizer: Any, tmp_path: Path
+) -> None:
+    """Sampler, trainer and reference agree within the bound of the precision; with other weights they do not."""
+    build_model(tokenizer, num_hidden_layers=layers, initializer_range=0.1).save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    bound = logprob_rounding(torch.bfloat16, layers, wide_head=precision == "bf16-mixed")
+
+    def fit(change: Callable[[Any], None]) -> list[float]:
+        module, data = module_and_data("policy", str(tmp_path / "base"), critic=None, advantage=None)
+        module.configure_model()
+        change(module)
+        found: list[float] = []
+        step = module.training_step
+
+        def watched(batch: Any, batch_idx: int) -> Any:
+            out = step(batch, batch_idx)
+            found.extend(float(out[name]) for name in ("log_ratio_mean", "reference_distance_mean"))
+            return out
+
+        module.training_step = watched
+        run = trainer(tmp_path, precision=precision, max_steps=1, callbacks=[FirstStepInvariants(strict=True)])
+        run.fit(module, data)
+        return found
+
+    ratio, reference = fit(lambda module: None)
+    assert 0 < ratio <= bound
+    assert reference <= bound
+
+    def other_reference(module: Any) -> None:
+        with torch.no_grad():
+            module.reference.copy.lm_head.weight.mul_(1.5)
+
+    with pytest.raises(UserError, match="before any update the policy differs from its reference"):
+        fit(other_reference)
+
+    def other_sampler(module: Any) -> None:
+        generate = module.model_sampler.engine.generate
+
+        def wrong(*args: Any) -> list[Completion]:
+            return [Completion(c.ids, [p - 2 * bound for p in c.logprobs], c.stop_reason) for c in generate(*args)]
+
+        module.model_sampler.engine.generate = wrong
+
+    with pytest.raises(UserError, match="sampler and trainer disagree on fresh episodes"):
+        fit(other_sampler)
 
 
 @pytest.mark.parametrize("lora", [None, LoRA(rank=2)], ids=["full", "lora"])
