@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 JSON: TypeAlias = bool | int | float | str | list["JSON"] | dict[str, "JSON"] | None
-"""What a JSON file can hold."""
+"""Any value that JSON can represent."""
 Row: TypeAlias = dict[str, JSON]
 """A row of data, by column."""
 ToolCall: TypeAlias = dict[str, JSON]

@@ -26,7 +26,7 @@ def changed(tmp_path: Path, task: str, factor: float | None) -> list[str]:
 
 
 @pytest.mark.parametrize(("factor", "code"), [(1.0, 0), (0.86, 0), (0.84, 1), (2.0, 0), (None, 1)])
-def test_only_a_ratio_that_fell_is_flagged(
+def test_only_lower_ratios_are_flagged(
     factor: float | None, code: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(changed(tmp_path, "dpo", factor)) == code
@@ -37,14 +37,14 @@ def test_only_a_ratio_that_fell_is_flagged(
     assert "not measured on the same machine" not in out
 
 
-def test_seconds_are_no_ratios() -> None:
+def test_seconds_are_not_compared_as_ratios() -> None:
     report: dict[str, Any] = {"tasks": {"sft": {"ours": 1.0, "ratio": 2.0, "seconds": {"ours": [1.0, 2.0]}}}}
     assert dict(ratios(report)) == {"tasks.sft.ratio": 2.0}
     slower = {"tasks": {"sft": {"ours": 10.0, "ratio": 2.0}, "new": {"ratio": 0.1}}}
     assert not any(row.fell for row in compare(report, slower))
 
 
-def test_exit_codes_of_the_command(tmp_path: Path) -> None:
+def test_exit_codes(tmp_path: Path) -> None:
     def run(*args: str) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, str(ROOT / "benchmarks" / "compare.py"), *args]
         return subprocess.run(command, capture_output=True, text=True, timeout=60)

@@ -79,7 +79,7 @@ def counted(root: Path, module: Any, data: Any, *callbacks: Counts) -> Any:
     return data.prepared["train"].rows
 
 
-def test_sft_computes_no_padding_and_heads_of_trained_tokens_only(base: str, tmp_path: Path) -> None:
+def test_sft_computes_no_padding_and_only_logits_of_trained_tokens(base: str, tmp_path: Path) -> None:
     counts = Counts()
     rows = counted(tmp_path, SFTModule(base), SFTDataModule(chats(7), batch_size=7, show_example=False), counts)
     assert len({row.tokens for row in rows}) > 3
@@ -104,7 +104,7 @@ def test_dpo_computes_prompts_once_and_the_reference_once(base: str, tmp_path: P
         assert reference.forwards == {True: 1, False: 0}
 
 
-def test_a_reward_model_computes_prompts_once_and_a_score_for_each_response(base: str, tmp_path: Path) -> None:
+def test_reward_model_computes_prompts_once_and_one_score_per_response(base: str, tmp_path: Path) -> None:
     counts = Counts()
     module = PreferenceModule(base, RewardHead())
     rows = counted(tmp_path, module, PreferenceDataModule(pairs(5), batch_size=5, show_example=False), counts)
@@ -117,9 +117,7 @@ def vowels(completions: list[str]) -> list[float]:
     return [float(sum(letter in "aeiou" for letter in text)) for text in completions]
 
 
-def test_a_policy_step_computes_the_prompt_of_a_group_once_and_the_reference_once_a_round(
-    base: str, tmp_path: Path
-) -> None:
+def test_policy_step_computes_group_prompts_once_and_the_reference_once_per_round(base: str, tmp_path: Path) -> None:
     policy, reference = Counts(), Counts(reference=True)
     module = PolicyRLModule(base, rewards=[FunctionReward(vowels)], kl=KLPenalty(0.1), sampler=Sampler(max_tokens=6))
     data = PromptDataModule(prompts(3), prompts_per_round=3, group_size=4, update_epochs=2, show_example=False)
@@ -152,7 +150,7 @@ def makespan(lengths: list[int], slots: int) -> int:
 
 
 @pytest.mark.parametrize("slots", [1, 2, 3, 8])
-def test_generation_steps_are_those_of_refilled_slots(model: Any, tokenizer: Any, slots: int) -> None:
+def test_number_of_generation_steps_with_refilled_slots(model: Any, tokenizer: Any, slots: int) -> None:
     engine = LocalEngine(model, tokenizer.decode, rows=slots)
     prompt, params = [5, 6, 7, 8], SamplingParams(max_tokens=24, stop_token_ids=list(range(0, len(tokenizer), 8)))
     engine.generate([prompt], params, [0])  # the checks of a first call
@@ -163,7 +161,7 @@ def test_generation_steps_are_those_of_refilled_slots(model: Any, tokenizer: Any
     assert len(steps) == makespan(lengths, slots)
 
 
-def test_prompts_that_are_equal_are_computed_once(model: Any, tokenizer: Any) -> None:
+def test_equal_prompts_are_computed_once(model: Any, tokenizer: Any) -> None:
     engine = LocalEngine(model, tokenizer.decode)
     rows, params = [[5, 6, 7, 8]] * 4 + [[9, 10, 11]] * 3, SamplingParams(max_tokens=1)
     engine.generate(rows, params, list(range(7)))
@@ -198,7 +196,7 @@ class Copies(TorchDispatchMode):
         return out
 
 
-def test_a_step_of_the_sampler_copies_nothing_of_the_cache(model: Any, tokenizer: Any) -> None:
+def test_sampling_step_does_not_copy_the_cache(model: Any, tokenizer: Any) -> None:
     engine = LocalEngine(model, tokenizer.decode)
     rows, length = 4, 200
     made = [[(7 * i + j) % 50 for j in range(length)] for i in range(rows)]
@@ -259,7 +257,9 @@ BUILD = {
 
 
 @pytest.mark.parametrize(("kind", "most"), [("sft", (3, 1)), ("preference", (4, 2)), ("prompts", (1, 1))])
-def test_renders_a_row(kind: str, most: tuple[int, int], tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_number_of_renderings_per_row(
+    kind: str, most: tuple[int, int], tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """For each further row: with and without the turn, and its end; one text is tokenized per trained row."""
     few, many = (renders(lambda n: BUILD[kind](tokenizer, n), count, monkeypatch) for count in (4, 10))
     assert tuple(b - a for a, b in zip(few, many, strict=True)) == tuple(6 * number for number in most)
@@ -288,7 +288,7 @@ def opened(*paths: str) -> Iterator[dict[str, int]]:
         WATCHED.clear()
 
 
-def test_a_file_is_read_once_over_epochs(base: str, tmp_path: Path) -> None:
+def test_file_is_read_once_over_epochs(base: str, tmp_path: Path) -> None:
     train, held = (write_rows(tmp_path / f"{name}.jsonl", chats(4)) for name in ("train", "held"))
     data = SFTDataModule(train, held, batch_size=2, show_example=False)
     with opened(train, held) as found:

@@ -120,7 +120,7 @@ def test_python_runs(block: Block, place: Path, tiny: str, monkeypatch: pytest.M
     exec(compile(code, str(block), "exec"), {"__name__": "block"})
 
 
-def test_blocks_from_files_stand_in_them() -> None:
+def test_blocks_from_files_equal_the_files() -> None:
     found = [block for page in PAGES for block in blocks(page) if block.mark.startswith("file: ")]
     assert found
     for block in found:
@@ -209,7 +209,7 @@ def test_every_setting_exists(page: Path) -> None:
         assert setting_exists(name), f"{page.name}: {word}"
 
 
-def test_settings_are_told_apart() -> None:
+def test_unknown_settings_are_detected() -> None:
     for name in ("model.kl.coefficient", "model.optimizer.init_args.lr", "model.scorer.init_args.beta", "data.columns"):
         assert setting_exists(name), name
     for name in ("model.kl.coeficient", "model.optimizer.init_args.rate", "data.chats", "trainer.epochs"):
@@ -217,7 +217,7 @@ def test_settings_are_told_apart() -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_every_path_of_a_name_can_be_imported(page: Path) -> None:
+def test_every_dotted_name_can_be_imported(page: Path) -> None:
     for path in re.findall(r"\brlhf_lightning(?:\.\w+)+", page.read_text()):
         found: Any = import_module("rlhf_lightning")
         for i, name in enumerate(path.split(".")[1:], 2):
@@ -227,7 +227,7 @@ def test_every_path_of_a_name_can_be_imported(page: Path) -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_every_file_of_the_sources_exists(page: Path) -> None:
+def test_every_source_file_exists(page: Path) -> None:
     for path, name in re.findall(r"`([\w/]+\.py)(?:: ([\w.]+))?`", page.read_text()):
         if path == "mytools.py":
             continue
@@ -257,7 +257,7 @@ LIBRARIES = [
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_every_class_and_word_exists(page: Path) -> None:
+def test_every_class_and_name_exists(page: Path) -> None:
     """A word in backticks is a class or function of ours or of the libraries, or occurs in the sources."""
     classes, known = defined_names(), words()
     for word in own_words(page):
@@ -272,7 +272,7 @@ def test_every_class_and_word_exists(page: Path) -> None:
 @pytest.mark.parametrize(
     "page", [*PAGES, ROOT / "CHANGELOG.md", ROOT / "benchmarks" / "README.md"], ids=lambda p: p.name
 )
-def test_every_link_leads_somewhere(page: Path) -> None:
+def test_every_link_has_a_target(page: Path) -> None:
     for link in re.findall(r"\]\(([^)\s]+)\)", prose(page)):
         path, _, anchor = link.partition("#")
         if path.startswith(("http://", "https://", "mailto:")):
@@ -285,7 +285,7 @@ def test_every_link_leads_somewhere(page: Path) -> None:
             assert anchor in slugs, f"{page.name}: {link}"
 
 
-def test_the_index_lists_every_page() -> None:
+def test_index_lists_every_page() -> None:
     index = (DOCS / "README.md").read_text()
     assert [page.name for page in DOCS.glob("*.md") if page.name != "README.md" and f"({page.name})" not in index] == []
 
@@ -296,7 +296,7 @@ TRL_CONFIGS = ("SFTConfig", "RewardConfig", "DPOConfig", "KTOConfig", "GRPOConfi
 
 
 @pytest.mark.parametrize("config", TRL_CONFIGS)
-def test_every_option_of_trl_stands_on_its_page_and_no_other(config: str) -> None:
+def test_page_lists_exactly_the_options_of_trl(config: str) -> None:
     trl = pytest.importorskip("trl", reason="TRL is not installed (extra: benchmark)")
     from transformers import TrainingArguments
 
@@ -322,7 +322,7 @@ def test_shared_options_are_options_of_trl() -> None:
             assert {name for name in quoted(row[0]) if name not in fields} == set(), heading
 
 
-def test_losses_of_trl_have_their_class_here() -> None:
+def test_losses_of_trl_are_mapped_to_existing_classes() -> None:
     """The page's entry for `loss_type` names every value that TRL's help names."""
     trl = pytest.importorskip("trl", reason="TRL is not installed (extra: benchmark)")
     under = tables(DOCS / "from-trl.md")
@@ -342,7 +342,7 @@ def test_losses_of_trl_have_their_class_here() -> None:
         assert set(re.findall(values, text)) - set(quoted(row[1])) == set(), config
 
 
-def test_fields_of_a_pipeline_file_are_those_of_its_page() -> None:
+def test_page_lists_the_fields_of_pipeline_files() -> None:
     """`from-config.md` names the file of each field, and each setting is in its file."""
     place = None
     for row in tables(DOCS / "from-config.md")["Coming from an RLHFConfig-style pipeline"]:

@@ -33,7 +33,7 @@ from tests.helpers.training import trainer
 ROOT = Path(__file__).parents[1]
 
 
-def test_each_example_is_run_here_and_listed() -> None:
+def test_each_example_is_tested_and_listed() -> None:
     names = {path.stem for path in (ROOT / "examples").glob("*.py")} - {"__init__"}
     listed = (ROOT / "examples" / "README.md").read_text()
     assert {name for name in names if f"{name}.py" not in listed} == set()
@@ -130,14 +130,14 @@ def test_scorer(base: str, tmp_path: Path, tokenizer: object) -> None:
         scorer.YesNo("Yes", "Yes").build(LoadedModel(model, words, []))
 
 
-def test_sft_with_data_of_ones_own(base: str, tmp_path: Path) -> None:
+def test_sft_with_a_custom_dataset(base: str, tmp_path: Path) -> None:
     trainer = sft_own_data.main(base, str(tmp_path))
     assert trainer.global_step == 3
     assert trainer.callback_metrics["val/tokens"] > 6
     assert (tmp_path / "model" / "model.safetensors").exists()
 
 
-def test_reward_model_in_a_script_and_elsewhere(base: str, tmp_path: Path) -> None:
+def test_reward_model_in_a_script_and_outside_the_package(base: str, tmp_path: Path) -> None:
     trainer, module = reward_model.main(base, str(tmp_path))
     assert trainer.callback_metrics["val/accuracy"] == 1  # four pairs, learned by heart
     assert len(list(tmp_path.rglob("metrics.csv"))) == 1
@@ -153,7 +153,7 @@ def test_stop_on_kl(base: str, tmp_path: Path) -> None:
     assert trainer.callback_metrics["train/longest_response"] <= 24
 
 
-def test_own_module(base: str, tmp_path: Path) -> None:
+def test_custom_module(base: str, tmp_path: Path) -> None:
     trainer = own_module.main(base, str(tmp_path))
     assert trainer.global_step == 3
     assert {"reward", "policy_loss", "nll"} <= trainer.callback_metrics.keys()
@@ -166,22 +166,22 @@ def test_own_module(base: str, tmp_path: Path) -> None:
     torch.testing.assert_close(advantages, rewards - rewards.view(2, 4).mean(1).repeat_interleave(4))
 
 
-def test_plain_loop_comes_to_the_best_policy() -> None:
+def test_plain_loop_reaches_the_best_policy() -> None:
     assert 0.5 * (plain_loop.train() - plain_loop.optimum()).abs().sum() < 0.02
 
 
 @pytest.mark.parametrize("make", [SFTModule, PreferenceModule, PolicyRLModule])
-def test_batches_of_another_kind_are_refused_by_name(make: Any, base: str, tmp_path: Path) -> None:
+def test_wrong_batches_are_rejected(make: Any, base: str, tmp_path: Path) -> None:
     loader = DataLoader([{"input_ids": torch.ones(2, 4, dtype=torch.long), "labels": torch.ones(2)}], batch_size=None)
     with pytest.raises(
-        ConfigError, match=r"takes batches that are dicts with input_ids, loss_mask.*loss_mask is missing in this"
+        ConfigError, match=r"needs batches that are dicts with input_ids, loss_mask.*loss_mask is missing in this"
     ):
         trainer(tmp_path).fit(make(base), loader)
-    with pytest.raises(ConfigError, match="input_ids is missing in this one, which is a list of no names"):
+    with pytest.raises(ConfigError, match="input_ids is missing in this batch, a list with no keys"):
         trainer(tmp_path).fit(make(base), DataLoader(["How are you?"], batch_size=1))
 
 
-def test_a_row_ends_with_its_response_where_the_batch_does_not_say(base: str, tmp_path: Path) -> None:
+def test_row_without_lengths_ends_with_its_response(base: str, tmp_path: Path) -> None:
     module = reward_model.main(base, str(tmp_path))[1]
     batch = reward_model.Pairs(module)(reward_model.ROWS)
     told = module.predict_step(batch, 0)

@@ -82,7 +82,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(measure, "trl_missing", lambda: NO_TRL)
 
 
-def test_small_cells_are_measured_and_kept(quick: None, tmp_path: Path) -> None:
+def test_small_cells_are_measured_and_stored(quick: None, tmp_path: Path) -> None:
     Here.started = []
     names = ("sft-2k", "rollouts-64", "check-sampler-graphs", "tests")
     cells = [c for c in plan.cells(plan.PIECES, small=True) if c.name in names]
@@ -111,7 +111,7 @@ def test_small_cells_are_measured_and_kept(quick: None, tmp_path: Path) -> None:
     assert "40% MFU" in table.render(report)
 
 
-def test_dpo_has_a_reference_beside_its_folder(quick: None, tmp_path: Path) -> None:
+def test_dpo_cell_has_a_reference(quick: None, tmp_path: Path) -> None:
     (dpo,) = plan.cells(("dpo",), small=True)
     found = measure.measure(
         dpo, SETTINGS, measure.Sides(tmp_path / "model", plan.workload(dpo, SETTINGS), Clock(500), Here)
@@ -119,7 +119,7 @@ def test_dpo_has_a_reference_beside_its_folder(quick: None, tmp_path: Path) -> N
     assert found["ours"]["seconds"] > 0
 
 
-def test_an_rl_step_is_split(quick: None, tmp_path: Path) -> None:
+def test_rl_step_is_timed_by_phase(quick: None, tmp_path: Path) -> None:
     (rl,) = (c for c in plan.cells(("rl",), small=True))
     sides = measure.Sides(tmp_path / "model", plan.workload(rl, SETTINGS), Clock(500), Here)
     found = measure.measure(rl, SETTINGS, sides)
@@ -148,7 +148,7 @@ def test_figures_and_targets(scripted: Any, monkeypatch: pytest.MonkeyPatch, tmp
     assert turns == ["ours", "trl"] * 4, "sides take turns"
 
 
-def test_what_fails_is_a_result_and_the_rest_goes_on(
+def test_failure_is_recorded_and_the_benchmark_continues(
     scripted: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(measure, "trl_missing", lambda: None)
@@ -165,7 +165,7 @@ def test_what_fails_is_a_result_and_the_rest_goes_on(
     assert "micro-batches of 4: all at once is out of memory" in page
 
 
-def test_a_worker_tells_why_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_worker_reports_a_failure_and_continues(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     worker = Worker("ours", tmp_path, {"device": "cpu"})
 
     def full(work: Any) -> float:
@@ -177,7 +177,7 @@ def test_a_worker_tells_why_and_goes_on(tmp_path: Path, monkeypatch: pytest.Monk
     assert worker.answer({"do": "device"})["value"]["name"] == "CPU"
 
 
-def test_time_that_is_up_ends_a_process(tmp_path: Path) -> None:
+def test_timeout_ends_a_process(tmp_path: Path) -> None:
     clock = Clock(100)
     side = Side("ours", tmp_path / "model", {"device": "cpu"}, clock)
     clock.begin(0.0)
@@ -191,7 +191,7 @@ def test_time_that_is_up_ends_a_process(tmp_path: Path) -> None:
     side.close()
 
 
-def test_a_process_that_dies_says_what_it_printed_last(tmp_path: Path) -> None:
+def test_dead_process_is_reported_with_its_last_output(tmp_path: Path) -> None:
     side = Side("ours", tmp_path / "model", {}, Clock(100))
     side.process.kill()
     with pytest.raises(Failed, match="the process ended with -9"):
@@ -208,14 +208,14 @@ def test_results_of_other_settings_are_not_mixed(tmp_path: Path) -> None:
     assert main.opened(out, SETTINGS, True)["cells"].keys() == {"reward"}
 
 
-def test_little_time_begins_nothing(tmp_path: Path, scripted: Any) -> None:
+def test_nothing_is_started_with_too_little_time(tmp_path: Path, scripted: Any) -> None:
     report: dict[str, Any] = {"settings": SETTINGS, "cells": {}}
     main.run(report, [cell("rl")], Clock(50), tmp_path, lambda r: None, scripted)
     assert report["cells"] == {}
     assert report["left"] == ["rl"]
 
 
-def test_kernels_are_named_by_kind_and_gaps_are_idle() -> None:
+def test_kernels_are_grouped_by_kind_and_gaps_count_as_idle() -> None:
     kinds = {
         "nvjet_tst_128x256_64x4_2x1_v_bz_TNT": "products",
         "triton_tem_fused_flex_attention_0": "attention",
@@ -233,14 +233,14 @@ def test_kernels_are_named_by_kind_and_gaps_are_idle() -> None:
     assert found["top"][0] == {"name": "gemm", "calls": 3, "share": 0.5, "microseconds": pytest.approx(2e6 / 3)}
 
 
-def test_peaks_are_of_known_devices() -> None:
+def test_peak_flops_of_known_devices() -> None:
     assert plan.data_sheet("NVIDIA H200") == 989e12
     assert plan.data_sheet("NVIDIA H100 PCIe") == 756e12
     assert plan.data_sheet("NVIDIA A100-SXM4-80GB") == 312e12
     assert plan.data_sheet("NVIDIA Unheard Of") is None
 
 
-def test_the_model_is_of_the_size_that_is_said() -> None:
+def test_model_has_the_stated_size() -> None:
     from transformers import AutoModelForCausalLM, Qwen3Config
 
     from benchmarks.steps.workload import Workload
@@ -253,7 +253,7 @@ def test_the_model_is_of_the_size_that_is_said() -> None:
     assert sum(p.numel() for p in model.parameters()) / 1e9 == pytest.approx(0.6, abs=0.01)
 
 
-def test_the_outcome_of_the_suite() -> None:
+def test_outcome_of_the_test_suite() -> None:
     output = "FAILED tests/test_a.py::test_b[cuda] - AssertionError\n1 failed, 12 passed, 3 skipped in 9.1s\n"
     found = suite.outcome(output, 1)
     assert (found["passed"], found["failed"], found["cases"]) == (False, 1, 12)
@@ -267,7 +267,7 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checks, "SIZES", checks.SIZES | {"hidden_size": 64, "num_hidden_layers": 1, "head_dim": 16})
 
 
-def test_a_check_sees_an_attention_that_is_off(tiny: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_check_detects_wrong_attention(tiny: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert checks.run("forward-Qwen3", "cpu", tmp_path)["passed"]
     assert checks.run("forward-bf16", "cpu", tmp_path)["passed"]
     dense = checks.dense
@@ -287,13 +287,13 @@ def test_a_step_is_compared_with_a_step(tmp_path: Path, monkeypatch: pytest.Monk
     assert found["relative_difference"] == pytest.approx(1 / 11, rel=1e-3)
 
 
-def test_the_table_of_the_readme_is_that_of_the_results() -> None:
+def test_table_in_the_readme_equals_the_results() -> None:
     report = json.loads(main.RESULTS.read_text()) if main.RESULTS.exists() else {}
     page = main.README.read_text()
     assert table.placed(page, report) == page
 
 
-def test_without_results_every_cell_says_so() -> None:
+def test_table_without_results() -> None:
     rows = [line for line in table.render({}).splitlines() if line.startswith("|")]
     assert len(rows) == len(plan.CELLS) + 4
     for row in (row for row in rows if row.count("---") == 0 and "MFU | peak" not in row and "numbers" not in row):

@@ -52,7 +52,7 @@ def room(module: str) -> str:
 
 
 @pytest.mark.parametrize("module", sorted(module for module in MODULES if room(module) not in ("", "__main__")))
-def test_a_room_imports_only_those_below_it(module: str) -> None:
+def test_subpackage_imports_only_lower_layers(module: str) -> None:
     level = {name: number for number, line in enumerate(ROOMS) for name in line}
     for other in imports(MODULES[module]) - {"rlhf_lightning"}:
         here, there = room(module), room(other)
@@ -60,12 +60,12 @@ def test_a_room_imports_only_those_below_it(module: str) -> None:
         assert allowed, f"{module} imports {other}"
 
 
-def test_no_module_imports_itself_through_others() -> None:
+def test_no_circular_imports() -> None:
     graph = {module: imports(path) - {module, "rlhf_lightning"} for module, path in MODULES.items()}
     TopologicalSorter(graph).prepare()  # raises CycleError, which names the circle
 
 
-def test_every_file_is_used() -> None:
+def test_every_module_is_imported() -> None:
     """Imported, or named as a class path in the table of commands, a config, a page or an example."""
     named = [*PACKAGE.rglob("*.py"), *PACKAGE.rglob("*.yaml")]
     named += [path for folder in ("docs", "configs", "examples") for path in (ROOT / folder).rglob("*")]
@@ -89,7 +89,7 @@ def test_help_is_fast_and_imports_nothing_heavy() -> None:
     assert time.perf_counter() - started < 3  # 0.05 s on an idle machine; this only catches a heavy import
 
 
-def test_a_stage_imports_only_what_it_uses() -> None:
+def test_stage_imports_only_what_it_uses() -> None:
     code = (
         "import sys, rlhf_lightning as r; r.SFTModule; r.SFTDataModule; "
         "heavy = ['peft', 'datasets', 'pyarrow']; "
@@ -125,6 +125,6 @@ def test_test_files_import_only_helpers() -> None:
                 assert not alien, f"{path.relative_to(ROOT)} imports {name}"
 
 
-def test_folders_of_tests_are_rooms() -> None:
+def test_test_folders_mirror_the_package() -> None:
     folders = {path.relative_to(TESTS).parts[0] for path in TESTS.rglob("*.py") if path.parent != TESTS}
     assert folders - set().union(*ROOMS) == {"helpers"}

@@ -30,7 +30,7 @@ SMALL = length_preference.Sizes(
 )  # fmt: skip
 
 
-def test_intervals_are_those_of_student() -> None:
+def test_intervals_are_students_t_intervals() -> None:
     """Quantiles from printed tables of the t distribution; the half width by hand."""
     for freedom, quantile in ((1, 12.7062), (2, 4.3027), (4, 2.7764), (9, 2.2622), (30, 2.0423)):
         assert evidence.t_quantile(freedom) == pytest.approx(quantile, abs=1e-4)
@@ -40,14 +40,14 @@ def test_intervals_are_those_of_student() -> None:
     assert evidence.shown([0.5]) == "0.500"
 
 
-def test_spread_is_that_between_seeds() -> None:
+def test_spread_is_over_seeds() -> None:
     found = evidence.over_seeds([[1.0, 5.0], [3.0, 5.0]])
     assert found == {"mean": [2.0, 5.0], "deviation": [pytest.approx(math.sqrt(2)), 0.0]}
     with pytest.raises(ValueError):
         evidence.over_seeds([[1.0, 2.0], [1.0]])
 
 
-def test_cells_of_other_settings_are_not_kept(tmp_path: Path) -> None:
+def test_cells_with_other_settings_are_discarded(tmp_path: Path) -> None:
     path = tmp_path / "r.json"
     assert evidence.kept(path, {"rounds": 2}) == {}
     write_json(path, {"settings": {"rounds": 2, "rates": (1, 2)}, "runs": {"0": "cell"}})
@@ -70,7 +70,7 @@ REPORTS = {
 
 
 @pytest.mark.parametrize("name", REPORTS)
-def test_the_page_has_the_tables_of_the_committed_results(name: str) -> None:
+def test_page_has_the_tables_of_the_committed_results(name: str) -> None:
     page = (Path(evidence.__file__).parent / "README.md").read_text()
     for part in REPORTS[name](committed(name)).split("\n\n"):
         assert part in page, f"{name}: the README has another table; copy what the script prints"
@@ -104,7 +104,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_a_finished_seed_is_skipped(
+def test_finished_seed_is_skipped(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     script, function, stand_in = CASES[name]
@@ -130,7 +130,7 @@ def test_a_finished_seed_is_skipped(
     assert ElementTree.parse(tmp_path / f"{name}.svg").getroot().tag == f"{SVG}svg"
 
 
-def test_a_finished_cell_is_skipped(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_finished_cell_is_skipped(monkeypatch: pytest.MonkeyPatch) -> None:
     def refused(*_: Any) -> None:
         raise AssertionError("a cell was run again")
 
@@ -144,7 +144,7 @@ def test_a_finished_cell_is_skipped(monkeypatch: pytest.MonkeyPatch) -> None:
 # -- quickstart -------------------------------------------------------------------------------------------------------
 
 
-def test_curves_are_what_the_stages_logged(tmp_path: Path) -> None:
+def test_curves_equal_the_logged_metrics(tmp_path: Path) -> None:
     """Files written by the package's own logger, with a validation that is logged twice."""
     for stage, rows in {
         "sft": [*((step, {"train/nll": 1.0 + step % 2}) for step in range(32)), (31, {"val/nll": 0.5})],
@@ -179,7 +179,7 @@ def test_curves_are_what_the_stages_logged(tmp_path: Path) -> None:
     assert found["gold"] == [(1, pytest.approx((0.1 + 0.4) / 2)), (2, pytest.approx(0.6))]
 
 
-def test_seeds_that_logged_at_other_steps_are_not_averaged() -> None:
+def test_seeds_with_different_steps_are_not_averaged() -> None:
     runs = {str(seed): quickstart_run(seed) for seed in range(2)}
     assert quickstart_curves.combined(runs)["kl"]["mean"] == [0.5, pytest.approx(1.1)]
     runs["1"]["curves"]["kl"] = [(1, 0.5), (3, 0.6)]
@@ -187,7 +187,7 @@ def test_seeds_that_logged_at_other_steps_are_not_averaged() -> None:
         quickstart_curves.combined(runs)
 
 
-def test_a_broken_promise_is_seen() -> None:
+def test_failed_expectation_is_detected() -> None:
     run = quickstart_run(0)
     assert all(run["checks"].values())
     run["policy"]["gold_reward"] = 0.6
@@ -207,7 +207,7 @@ def walked(tmp_path_factory: pytest.TempPathFactory) -> tuple[graph_walk.Graph, 
     return graph, model, graph_walk.measured(start, graph)
 
 
-def test_the_graph_is_scored_by_its_optimum() -> None:
+def test_graph_task_is_scored_relative_to_its_optimum() -> None:
     graph = graph_walk.Graph(0)
     graph.edges = {0: [1], 1: [2, 0], 2: [1, 0]}
     graph.distance = {0: 0, 1: 1, 2: 1}
@@ -220,7 +220,7 @@ def test_the_graph_is_scored_by_its_optimum() -> None:
 
 
 @pytest.mark.parametrize("name", objectives.METHODS)
-def test_every_objective_raises_the_score(
+def test_every_objective_improves_the_score(
     name: str, walked: tuple[graph_walk.Graph, str, dict[str, float]], tmp_path: Path
 ) -> None:
     graph, model, start = walked
@@ -231,7 +231,7 @@ def test_every_objective_raises_the_score(
     assert graph_walk.measured(module, graph)["drawn"] > start["drawn"] + 0.05
 
 
-def test_the_rate_is_that_of_the_best_mean_over_the_choosing_seeds() -> None:
+def test_learning_rate_with_the_best_mean_over_tuning_seeds() -> None:
     scores = dict(zip(objectives.rates("PPO"), ([0.5, 0.9], [0.8, 0.8], [0.9, 0.3], [0.1, 0.1]), strict=True))
     cells = {
         objectives.key("PPO", rate, seed): {"curve": [score, score]}
@@ -245,14 +245,14 @@ def test_the_rate_is_that_of_the_best_mean_over_the_choosing_seeds() -> None:
     assert len({len(objectives.rates(name)) for name in objectives.METHODS}) == 1
 
 
-def test_the_committed_choice_follows_from_the_committed_cells() -> None:
+def test_committed_choice_follows_from_the_committed_cells() -> None:
     results = committed("objectives")
     for name, recorded in results["choice"].items():
         rate, tried = objectives.chosen(results["runs"], name)
         assert (recorded["rate"], recorded["tried"]) == (rate, tried)
 
 
-def test_rollouts_are_counted_to_the_first_round_that_reaches_the_goal() -> None:
+def test_rollouts_are_counted_until_the_goal_is_reached() -> None:
     assert objectives.rollouts_to([0.5, 0.89, 0.9, 0.7]) == 2 * objectives.ROLLOUTS
     assert objectives.rollouts_to([0.95]) == 0
     assert objectives.rollouts_to([0.5]) is None
@@ -265,7 +265,7 @@ def test_rollouts_are_counted_to_the_first_round_that_reaches_the_goal() -> None
 # -- length -----------------------------------------------------------------------------------------------------------
 
 
-def test_the_reward_orders_short_before_long(tmp_path: Path) -> None:
+def test_reward_prefers_short_answers(tmp_path: Path) -> None:
     task = length_preference.Task(0, SMALL)
     assert all(task.tokens(pair["chosen"]) < task.tokens(pair["rejected"]) for pair in task.pairs)
     assert not {pair["prompt"] for pair in task.pairs} & {row["prompt"] for row in task.held_out_prompts}
@@ -278,7 +278,7 @@ def test_the_reward_orders_short_before_long(tmp_path: Path) -> None:
     assert [len(curve.of(column)) for column in length_preference.COLUMNS.values()] == [2, 2, 2]
 
 
-def test_length_falls_only_if_it_does_on_every_seed() -> None:
+def test_length_falls_only_if_it_falls_on_every_seed() -> None:
     found = length_preference.falls([length_run(tokens) for tokens in (20.0, 21.0, 19.0)])
     assert found == {
         "mean": -10.0,
@@ -293,7 +293,7 @@ def test_length_falls_only_if_it_does_on_every_seed() -> None:
 # -- over-optimization, plots -----------------------------------------------------------------------------------------
 
 
-def test_over_optimization_shows_ten_rounds(tmp_path: Path) -> None:
+def test_over_optimization_table_has_ten_rounds(tmp_path: Path) -> None:
     rounds = [float(number) for number in range(20)]
     runs = {
         str(seed): {"curves": {name: dict.fromkeys(("score", "gold", "kl"), rounds) for name in over_optimization.KL}}
@@ -305,7 +305,7 @@ def test_over_optimization_shows_ten_rounds(tmp_path: Path) -> None:
     assert texts.count("adaptive to 4 nats") == 3
 
 
-def test_a_plot_names_every_curve_and_stays_in_its_frame(tmp_path: Path) -> None:
+def test_plot_labels_every_curve_and_stays_in_its_frame(tmp_path: Path) -> None:
     series = {
         "a & b": plots.Series([(0, 1.0), (10, 2.0)], [0.5, 5.0]),
         **{f"method {i}": plots.Series([(x, float(i)) for x in range(20)]) for i in range(6)},

@@ -138,7 +138,7 @@ RUNS = {"sft": sft, "preference": preference, "policy": policy}
 
 
 @pytest.mark.parametrize("kind", RUNS)
-def test_the_page_lists_what_is_logged_and_nothing_else(kind: str, base: str, tmp_path: Path) -> None:
+def test_page_lists_exactly_the_logged_metrics(kind: str, base: str, tmp_path: Path) -> None:
     found, names = RUNS[kind](base, tmp_path), listed(kind)
     patterns = {name: re.compile(re.escape(name).replace("NAME", r"\w+") + "$") for name in names}
     # A pattern stands for what no other line names.
@@ -173,7 +173,7 @@ def test_tensorboard(base: str, tmp_path: Path) -> None:
     assert len(read.Scalars("train/nll")) == 3
 
 
-def test_wandb_without_network(base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wandb_offline(base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("wandb", reason="no wandb")
     asked = lightning_logger("WandbLogger", save_dir=str(tmp_path / "wb"), offline="true")
     (tmp_path / "wb").mkdir()
@@ -185,7 +185,7 @@ def test_wandb_without_network(base: str, tmp_path: Path, monkeypatch: pytest.Mo
 
 
 @pytest.mark.parametrize(("name", "extra"), [("TensorBoardLogger", "tensorboard"), ("WandbLogger", "wandb")])
-def test_a_logger_that_is_not_installed(
+def test_logger_that_is_not_installed(
     name: str,
     extra: str,
     base: str,
@@ -200,7 +200,7 @@ def test_a_logger_that_is_not_installed(
     assert f'pip install "rlhf-lightning[{extra}]"' in message
 
 
-def test_the_file_is_kept_beside_another_logger(base: str, tmp_path: Path) -> None:
+def test_metrics_csv_is_written_beside_another_logger(base: str, tmp_path: Path) -> None:
     given = [
         {
             "class_path": "rlhf_lightning.checkpointing.metrics_csv.MetricsCSV",

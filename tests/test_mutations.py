@@ -240,7 +240,7 @@ def commands(place: Place, session_tokenizer: Any) -> dict[tuple[str, ...], dict
     }
 
 
-def test_all_commands_are_tried(commands: dict[tuple[str, ...], Any]) -> None:
+def test_all_commands_are_mutated(commands: dict[tuple[str, ...], Any]) -> None:
     assert {name for name, *_ in commands} | set(WITHIN) == set(COMMANDS)
 
 

@@ -18,14 +18,14 @@ ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 
-def test_the_version_stands_in_one_place() -> None:
+def test_version_is_defined_once() -> None:
     assert PROJECT["dynamic"] == ["version"]
     assert re.fullmatch(r"\d+\.\d+\.\d+((a|b|rc|\.dev)\d+)?", __version__)
     files = [path for path in (ROOT / "rlhf_lightning").rglob("*.py") if f'"{__version__}"' in path.read_text()]
     assert files == [ROOT / "rlhf_lightning" / "__init__.py"]
 
 
-def test_the_extras_that_are_promised_are_there() -> None:
+def test_documented_extras_exist() -> None:
     extras = PROJECT["optional-dependencies"]
     assert {"dev", "benchmark", "cuda", "vllm", "tensorboard", "wandb", "docs"} <= extras.keys()
     pages = "".join(path.read_text() for path in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
@@ -51,7 +51,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return found
 
 
-def test_the_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
+def test_wheel_contains_only_the_package(wheel: Path) -> None:
     names = set(zipfile.ZipFile(wheel).namelist())
     package = ROOT / "rlhf_lightning"
     wanted = {str(p.relative_to(ROOT)) for p in package.rglob("*") if p.is_file() and "__pycache__" not in p.parts}
@@ -61,7 +61,7 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
     assert {"rlhf_lightning/py.typed", "rlhf_lightning/report/style.css", "rlhf_lightning/configs/gsm8k.yaml"} <= names
 
 
-def test_what_the_wheel_says_of_itself(wheel: Path) -> None:
+def test_wheel_metadata(wheel: Path) -> None:
     archive = zipfile.ZipFile(wheel)
     [name] = [name for name in archive.namelist() if name.endswith(".dist-info/METADATA")]
     facts = email.message_from_string(archive.read(name).decode())
@@ -73,7 +73,7 @@ def test_what_the_wheel_says_of_itself(wheel: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_wheel_works_where_the_repository_is_not(wheel: Path, tmp_path: Path) -> None:
+def test_installed_wheel_works_without_the_repository(wheel: Path, tmp_path: Path) -> None:
     """In a virtual environment with this one's libraries and without the repository."""
     venv = tmp_path / "venv"
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(venv)], check=True, timeout=100)

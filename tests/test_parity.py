@@ -24,7 +24,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> setup.Folders:
 
 
 @pytest.mark.parametrize("name", FAST)
-def test_a_step_equals_trl(name: str, folders: setup.Folders, tmp_path: Path) -> None:
+def test_step_equals_trl(name: str, folders: setup.Folders, tmp_path: Path) -> None:
     ours, theirs = cases.run(name, folders, tmp_path)
     assert len(ours) == len(theirs) == 1 + name.startswith("rl")
     for one, other in zip(ours, theirs, strict=True):
@@ -35,7 +35,7 @@ def test_a_step_equals_trl(name: str, folders: setup.Folders, tmp_path: Path) ->
         assert one.distance(other) < TOLERANCE
 
 
-def test_a_wrong_rate_or_mask_would_show(folders: setup.Folders, tmp_path: Path) -> None:
+def test_wrong_rate_or_mask_is_detected(folders: setup.Folders, tmp_path: Path) -> None:
     """The comparison detects other settings on one side in loss, gradient and rows."""
     from benchmarks.parity import our_side
 
@@ -49,7 +49,7 @@ def test_a_wrong_rate_or_mask_would_show(folders: setup.Folders, tmp_path: Path)
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_every_case_and_every_difference() -> None:
+def test_every_case_and_difference_is_documented() -> None:
     from benchmarks.parity.__main__ import measure
 
     report = measure()
@@ -84,7 +84,7 @@ def _check_differences(found: dict[str, Any]) -> None:
     assert found["DPO, bco_pair"]["gradient's relative difference"][1] > 10 * TOLERANCE
 
 
-def test_the_committed_table_is_of_the_committed_numbers() -> None:
+def test_committed_table_equals_the_committed_results() -> None:
     report = json.loads((RESULTS / "parity.json").read_text())
     assert (RESULTS / "parity.md").read_text() == table(report)
     assert set(report["cases"]) == set(cases.names())

@@ -217,7 +217,7 @@ def check(kind: str, base: str, expected: Any, root: Path, place: str, number: i
         pytest.param("policy", "reward", 5, signal.SIGTERM, marks=pytest.mark.slow),
     ],
 )
-def test_what_is_under_way_is_left_and_done_again(
+def test_interrupted_work_is_repeated_on_resume(
     kind: str, place: str, number: int, by: int, whole: Any, tmp_path: Path
 ) -> None:
     base, expected, _ = whole(kind)
@@ -232,7 +232,9 @@ def test_what_is_under_way_is_left_and_done_again(
         ("sft", "validation", 3),  # at the end of an epoch
     ],
 )
-def test_a_validation_is_left_and_done_again(kind: str, place: str, number: int, whole: Any, tmp_path: Path) -> None:
+def test_interrupted_validation_is_repeated_on_resume(
+    kind: str, place: str, number: int, whole: Any, tmp_path: Path
+) -> None:
     base, expected, _ = whole(kind, **VALIDATED)
     work = interrupted(kind, base, tmp_path, place, number, signal.SIGTERM, **VALIDATED)
     assert work[work.index("signal") :] == ["signal", "checkpoint"]
@@ -250,7 +252,7 @@ def test_a_validation_is_left_and_done_again(kind: str, place: str, number: int,
         pytest.param("policy", 1, "sampling", marks=pytest.mark.slow),
     ],
 )
-def test_one_of_two_ranks_is_signalled(kind: str, signalled: int, after: str, base: str, tmp_path: Path) -> None:
+def test_signal_to_one_of_two_ranks(kind: str, signalled: int, after: str, base: str, tmp_path: Path) -> None:
     """The other one stops too, and all ranks stop at one step."""
     two = {"devices": 2, "strategy": "ddp", "accumulate_grad_batches": 4, "limit_val_batches": 0}
     slow = 0.1
@@ -314,7 +316,7 @@ VALIDATED = {"val_check_interval": 4, "every": 3, "limit_val_batches": 2}
 @pytest.mark.timeout(3000)
 @pytest.mark.parametrize("options", [{}, VALIDATED, {"max_epochs": None, "max_steps": 6}])
 @pytest.mark.parametrize("kind", list(MODULES))
-def test_wherever_the_signal_falls(kind: str, options: dict[str, Any], whole: Any, tmp_path: Path) -> None:
+def test_signal_at_any_point(kind: str, options: dict[str, Any], whole: Any, tmp_path: Path) -> None:
     base, expected, work = whole(kind, **options)
     for place in sorted({*PLACES} & set(work)):
         # The engine's first two steps are its check of the model.

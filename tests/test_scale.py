@@ -16,7 +16,7 @@ SHAPE = Shape(48, 80, 2, 6, 3, 8, 96)
 
 
 @pytest.mark.parametrize("family", ["Qwen3", "Llama"])
-def test_flops_are_those_of_a_counted_forward(family: str) -> None:
+def test_flops_equal_a_counted_forward_pass(family: str) -> None:
     """The counter treats attention as a full square; causal attention has half of the pairs."""
     model, tokens = activations.small_model(SHAPE, family).eval(), 40
     model.set_attn_implementation("eager")
@@ -26,7 +26,7 @@ def test_flops_are_those_of_a_counted_forward(family: str) -> None:
     assert counter.get_total_flops() - forward(SHAPE, tokens, tokens**2, tokens) in (0, rotary)
 
 
-def test_backward_is_twice_the_forward() -> None:
+def test_backward_flops_are_twice_the_forward() -> None:
     model, tokens = activations.small_model(SHAPE, "Llama"), 40
     model.set_attn_implementation("eager")
     ids = torch.zeros(1, tokens, dtype=torch.long)
@@ -36,7 +36,7 @@ def test_backward_is_twice_the_forward() -> None:
     assert counter.get_total_flops() == pytest.approx(3 * once, rel=1e-3)
 
 
-def test_state_of_training_is_exact() -> None:
+def test_training_state_is_exact() -> None:
     """Weights, gradients and optimizer state after a step, against the estimate without memory."""
     real = activations.small_model(SHAPE, "Qwen3")
     optimizer = AdamW(real.parameters(), fused=False)
@@ -54,7 +54,7 @@ def test_state_of_training_is_exact() -> None:
 
 @pytest.mark.parametrize("family", ["Qwen3", "Llama"])
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "bf16-true"])
-def test_the_law_of_activations_holds_for_shapes_it_was_not_fitted_to(family: str, precision: str) -> None:
+def test_activation_formula_holds_for_other_shapes(family: str, precision: str) -> None:
     assert not set(activations.HELD_OUT) & set(activations.FITTED)
     assert max(abs(error) for error in activations.errors(family, precision)) < 0.01
 
@@ -71,7 +71,7 @@ def test_autocast_keeps_a_copy_of_the_layers_weights() -> None:
     assert once == pytest.approx(paper.COMPUTE * SHAPE.layers * SHAPE.layer_weights, rel=0.05)
 
 
-def test_the_models_have_their_published_sizes() -> None:
+def test_models_have_their_published_sizes() -> None:
     """Parameters as in the model cards, in billions."""
     for name, published in (("0.6B", 0.6), ("8B", 8.2), ("70B", 70.6)):
         model = paper.build(name, "bf16-mixed")
@@ -97,7 +97,7 @@ def test_tables_add_up() -> None:
     assert len(tables.table(found).splitlines()) == 2 * (len(found) + 2) + 1
 
 
-def test_a_point_of_growth_is_measured(tmp_path: Any) -> None:
+def test_growth_is_measured_at_a_point(tmp_path: Any) -> None:
     """At the smallest size, in this process."""
     from benchmarks.scale import growth, worker
 

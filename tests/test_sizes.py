@@ -33,7 +33,7 @@ class FakeSide:
         pass
 
 
-def test_ratios_are_of_the_whole_batch_and_of_the_fastest_part() -> None:
+def test_ratios_use_the_whole_batch_and_the_fastest_micro_batch() -> None:
     found = compare("sft", FakeSide("ours"), FakeSide("trl"), repeats=2, steps=3, batch=8)  # type: ignore[arg-type]
     assert found["ratio"] == 3.0
     assert found["ratio_fastest"] == 2.0
@@ -50,7 +50,7 @@ def test_ratios_are_of_the_whole_batch_and_of_the_fastest_part() -> None:
         ({None: None, 2: None, 1: None}, None, None, 8),
     ],
 )
-def test_what_runs_out_of_memory_is_a_result(trl: Any, whole: Any, fastest: Any, micro: int) -> None:
+def test_out_of_memory_is_recorded_as_a_result(trl: Any, whole: Any, fastest: Any, micro: int) -> None:
     FakeSide.asked = []
     theirs = FakeSide("trl", seconds=trl)
     found = compare("dpo", FakeSide("ours"), theirs, repeats=2, steps=1, batch=8)  # type: ignore[arg-type]
@@ -63,7 +63,7 @@ def test_what_runs_out_of_memory_is_a_result(trl: Any, whole: Any, fastest: Any,
     assert ours["ours"] is ours["ratio"] is ours["of_matmul_rate"] is None
 
 
-def test_a_process_that_asks_for_too_much_says_so_and_goes_on(tmp_path: Path) -> None:
+def test_out_of_memory_process_reports_it_and_continues(tmp_path: Path) -> None:
     """A real worker with a memory limit."""
     work = Workload(vocab=64, hidden=8, heads=1, kv_heads=1, layers=1, intermediate=8)
     (tmp_path / "model").mkdir()
@@ -75,7 +75,7 @@ def test_a_process_that_asks_for_too_much_says_so_and_goes_on(tmp_path: Path) ->
     assert side.process.returncode == 0
 
 
-def test_axes_share_their_base_and_cells_are_told_apart() -> None:
+def test_axes_share_their_base_and_cells_are_distinct() -> None:
     cells = {
         (axis, name): {sizes.key(task, sizes.workload(changes)) for task in tasks}
         for axis, (tasks, along) in sizes.AXES.items()
@@ -89,7 +89,7 @@ def test_axes_share_their_base_and_cells_are_told_apart() -> None:
 
 
 @pytest.mark.parametrize(("name", "millions"), [("3M", 3), ("11M", 11), ("40M", 40)])
-def test_models_have_the_size_that_is_said(name: str, millions: int) -> None:
+def test_models_have_the_stated_size(name: str, millions: int) -> None:
     shape = Workload(**{**sizes.BASE, **sizes.AXES["parameters"][1][name]})
     width = shape.heads * shape.hidden // shape.heads + shape.kv_heads * shape.hidden // shape.heads
     weights = shape.layers * (2 * shape.hidden * width + 3 * shape.hidden * shape.intermediate)
@@ -97,7 +97,7 @@ def test_models_have_the_size_that_is_said(name: str, millions: int) -> None:
     assert shape.hidden == 64 * shape.heads == 128 * shape.kv_heads
 
 
-def test_finished_cells_are_kept_and_skipped(tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
+def test_finished_cells_are_skipped(tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
     monkeypatch.setattr(sizes, "Side", FakeSide)
     monkeypatch.setattr(Workload, "build", lambda self, folder: None)
     out = tmp_path / "sizes.json"

@@ -8,11 +8,11 @@ from benchmarks import pages, summary
 
 
 @pytest.mark.parametrize("path", summary.PAGES, ids=lambda path: path.parent.name)
-def test_a_page_says_what_the_results_say(path: Path) -> None:
+def test_pages_equal_the_results(path: Path) -> None:
     assert summary.page(path) == path.read_text(encoding="utf-8")
 
 
-def test_the_page_opens_with_the_table_against_trl() -> None:
+def test_page_starts_with_the_table_against_trl() -> None:
     text = (summary.ROOT / "benchmarks" / "README.md").read_text(encoding="utf-8")
     lines = [line for line in text.splitlines() if line]
     head = next(line for line in lines if line.startswith("|"))
@@ -23,7 +23,7 @@ def test_the_page_opens_with_the_table_against_trl() -> None:
     assert sum("not measured" in row for row in rows) == 5  # the GPU's
 
 
-def test_a_text_is_placed_between_its_marks() -> None:
+def test_text_is_inserted_between_its_marks() -> None:
     assert pages.placed("a <b> old <e> c", "<b>", "<e>", "new") == "a <b>\n\nnew\n\n<e> c"
     for page in ("a <b> c", "a <e> c", "<e> <b>"):
         with pytest.raises(ValueError, match="has no <b>"):

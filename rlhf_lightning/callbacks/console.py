@@ -15,7 +15,7 @@ from rlhf_lightning.sampling.local_engine import LocalEngine, Watch
 if TYPE_CHECKING:
     from rlhf_lightning.types import StepBatch
 
-# The metrics that matter most, shown before all others that are logged for the progress bar.
+# The most important metrics, which are shown before the other metrics of the progress bar.
 FIRST = ("nll", "reward", "accuracy", "margin", "kl", "entropy", "truncated", "loss")
 
 
@@ -23,13 +23,13 @@ T = TypeVar("T")
 
 
 def headline(metrics: Mapping[str, T]) -> dict[str, T]:
-    """Metrics of the progress bar, ordered: the most important ones first, training before validation."""
+    """Metrics of the progress bar in order: training before validation, the most important metrics first."""
 
-    def place(name: str) -> tuple[bool, int]:
+    def order(name: str) -> tuple[bool, int]:
         split, _, key = name.rpartition("/")
         return split not in ("", "train"), FIRST.index(key) if key in FIRST else len(FIRST)
 
-    names = sorted((name for name in metrics if name != "v_num"), key=place)
+    names = sorted((name for name in metrics if name != "v_num"), key=order)
     return {name.removeprefix("train/"): metrics[name] for name in names}
 
 
@@ -63,8 +63,8 @@ class SamplingLines(Watch):
 class ConsoleLines(pl.Callback):
     """Prints a line with the metrics of the progress bar every few seconds, and at the end.
 
-    A line follows an optimizer step, never a micro-batch within one: by then the bar's metrics may already be those of
-    the next step. Sampling that takes longer has its own lines.
+    A line is printed only after an optimizer step, not after a micro-batch within a step, where the metrics of the
+    progress bar may already belong to the next step. Sampling that takes longer has its own lines.
 
     Args:
         seconds: Shortest time between two lines.
@@ -111,7 +111,7 @@ class ConsoleLines(pl.Callback):
             f"{name} {float(value):.4g}" for name, value in headline(trainer.progress_bar_metrics).items()
         )
         if (step, shown) == self._last:
-            return  # the last step's line, at the end of the run, without a validation in between
+            return  # at the end of the run, if the line of the last step was printed already and nothing has changed
         self._printed, self._last = time.time(), (step, shown)
         spent = self._printed - self._started
         left = remaining(spent, step - self._first, float(total) - step)
@@ -125,12 +125,12 @@ def watch_sampling(module: pl.LightningModule, watch: Watch) -> None:
 
 
 def remaining(spent: float, done: int, to_do: float) -> str:
-    """Text about the remaining time at the current pace; empty if it is unknown or zero.
+    """The remaining time at the current pace as text; empty if it is unknown or zero.
 
     Args:
         spent: Seconds spent so far.
-        done: Number of steps done in that time.
-        to_do: Number of steps left.
+        done: Number of steps completed in that time.
+        to_do: Number of remaining steps.
     """
     if done < 1 or not 0 < to_do < float("inf"):
         return ""

@@ -61,14 +61,16 @@ class ExportModel(pl.Callback):
         monitored = any(isinstance(one, ModelCheckpoint) and one.monitor for one in trainer.checkpoint_callbacks)
         if stage == "fit" and self.which == "best" and not monitored:
             raise ConfigError(
-                "--export best needs a metric to compare checkpoints by: set --monitor, for example --monitor val/nll, "
-                "or add a ModelCheckpoint with a monitor to trainer.callbacks"
+                "--export best needs a metric to compare checkpoints. Set --monitor, for example --monitor val/nll, or "
+                "add a ModelCheckpoint with a monitor to trainer.callbacks"
             )
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Write the folder, unless the run was interrupted or is a `fast_dev_run`."""
         if not isinstance(pl_module, RLHFModule):
-            raise ConfigError(f"ExportModel writes the package's modules, not a {type(pl_module).__name__}")
+            raise ConfigError(
+                f"ExportModel supports only modules of rlhf_lightning, but the module is a {type(pl_module).__name__}"
+            )
         if trainer.interrupted or is_trial(trainer):
             return
         if self.which == "best":
@@ -87,7 +89,7 @@ class ExportModel(pl.Callback):
         if not path:
             limit = f" with {saver.kl} at most {saver.kl_limit:g}" if isinstance(saver, BestUnderKL) else ""
             raise UserError(
-                f"--export best: no checkpoint was saved by {saver.monitor}{limit}; validate at least once{limit}. "
+                f"--export best: no checkpoint was saved for {saver.monitor}{limit}; validate at least once{limit}. "
                 "The run itself is intact: the same command with --export last exports its last weights."
             )
         if is_sharded(pl_module.model):
@@ -133,13 +135,13 @@ def _save(pl_module: RLHFModule, folder: Path) -> None:
     except (OSError, SafetensorError) as error:
         shutil.rmtree(scratch_of(folder), ignore_errors=True)
         raise UserError(
-            f"{folder}: the model cannot be written ({error}). Free disk space or fix the folder's permissions; the "
-            "same command then writes it, without training again."
+            f"{folder}: the model cannot be written ({error}). Free disk space, or fix the permissions of the folder, "
+            "and run the same command again; it writes the model without training again."
         ) from error
 
 
 def _settings(trainer: pl.Trainer, pl_module: RLHFModule) -> "dict[str, JSON]":
-    """Settings of the run: of the command from `config.yaml`, of a script the module's hyperparameters."""
+    """Settings of the run: from `config.yaml` for a command, or the module's hyperparameters for a script."""
     config = Path(trainer.default_root_dir) / "config.yaml"
     if not config.is_file():
         return {"model": {**pl_module.hparams}}

@@ -30,14 +30,15 @@ class HeldOutRow(EpisodeRecord, total=False):
 class HeldOutAnswers(pl.Callback):
     """Answers the first validation prompts greedily at the start and at the end of training, and rewards the answers.
 
-    Both go to `heldout.jsonl` in the stage's folder, ordered by prompt, whatever the number of ranks; the report shows
-    them side by side. A resumed run keeps the answers of the start. Without validation prompts nothing is written.
+    Both are written to `heldout.jsonl` in the stage's folder, ordered by prompt for any number of ranks, and the report
+    shows them side by side. A resumed run keeps the answers from the start. Without validation prompts, nothing is
+    written.
 
     Args:
         prompts: Number of prompts; 0 for none.
 
     Raises:
-        ConfigError: If the number is out of range.
+        ConfigError: If `prompts` is out of range.
 
     Example:
         >>> HeldOutAnswers(prompts=16).prompts

@@ -32,7 +32,7 @@ from rlhf_lightning.modules.trainer_state import row_data_of
 
 log = logging.getLogger(__name__)
 FITS = 0.8
-"""Fraction of the available memory up to which an estimate is shown in one line; above it, with advice."""
+"""Fraction of the available memory above which an estimate is shown with advice."""
 
 
 @dataclass
@@ -66,28 +66,29 @@ class MemoryUse:
     """The largest model that is only temporarily on the device; see `Placement`."""
     available: int | None = None
     advice: list[str] = field(default_factory=list)
-    """Settings to change if it does not fit; those that do not change results come first."""
+    """Settings to change if the run does not fit; first those that do not change results."""
 
     @property
     def total(self) -> int:
-        """Peak memory in bytes. A training step and a round of rollouts alternate, so the larger of the two counts."""
-        step, round_of_rollouts = self.activations + self.logits, max(self.cache, self.visiting)
-        return self.weights + self.gradients + self.optimizer + self.frozen + max(step, round_of_rollouts)
+        """Peak memory in bytes. Training steps and rollouts alternate, so only the larger of the two counts."""
+        step, rollout = self.activations + self.logits, max(self.cache, self.visiting)
+        return self.weights + self.gradients + self.optimizer + self.frozen + max(step, rollout)
 
     @property
     def fits(self) -> bool:
-        """True if there is enough memory, with a margin for what is not counted."""
+        """True if there is enough memory, with a margin for memory that is not estimated."""
         return self.available is None or self.total <= FITS * self.available
 
     def text(self) -> str:
         """The estimate as text: one line, followed by advice if it does not fit."""
         names = ("weights", "gradients", "optimizer", "frozen", "activations", "logits", "cache", "visiting")
         parts = ", ".join(f"{name} {_size(getattr(self, name))}" for name in names if getattr(self, name))
-        there = f" of {_size(self.available)}" if self.available else ""
-        line = f"estimated memory: {_size(self.total)}{there} ({parts})"
+        available = f" of {_size(self.available)}" if self.available else ""
+        line = f"estimated memory: {_size(self.total)}{available} ({parts})"
         if self.fits:
             return line
-        return "\n".join([f"{line}; it may not fit. Try, in this order:", *(f"  - {one}" for one in self.advice)])
+        advice = [f"  - {setting}" for setting in self.advice]
+        return "\n".join([f"{line}; it may not fit. Try, in this order:", *advice])
 
 
 def estimate_memory(
@@ -98,9 +99,9 @@ def estimate_memory(
     Args:
         module: The module.
         tokens: Number of tokens in a micro-batch.
-        scored: Number of those whose logits are needed; 0 with a reward head.
-        rows: Number of rows that the sampler decodes at once.
-        row_tokens: Largest number of tokens of such a row.
+        scored: Number of these tokens whose logits are needed; 0 with a reward head.
+        rows: Number of rows that the sampler decodes in parallel.
+        row_tokens: Maximum number of tokens of such a row.
         shards: Number of devices that will share weights, gradients and optimizer state; 1 if they are sharded already.
     """
     context = module._trainer.precision_plugin.forward_context if module._trainer else nullcontext
@@ -145,12 +146,12 @@ def _activations(
 
 
 def _advice(module: RLHFModule, estimate: MemoryUse) -> list[str]:
-    """Settings that would save memory and are not set; those that do not change results come first."""
+    """Settings that would save memory and are not set; first those that do not change results."""
     policy, found = isinstance(module, PolicyRLModule), []
     on_gpu = next(module.model.parameters()).device.type == "cuda"
     if not module.gradient_checkpointing:
         found.append(
-            "model.gradient_checkpointing: true (keeps a fraction of the activations; takes about a third more time)"
+            "model.gradient_checkpointing: true (keeps a fraction of the activations; takes about a third longer)"
         )
     smaller = "raise data.minibatches and" if policy else "halve data.batch_size, double"
     found.append(f"{smaller} trainer.accumulate_grad_batches (fewer activations and logits, same gradient)")
@@ -206,6 +207,10 @@ def step_sizes(trainer: pl.Trainer, module: RLHFModule) -> tuple[int, int, int, 
     """The arguments of `estimate_memory` for the largest micro-batch of the data; None if the data is unknown.
 
     The shared prompt of a pair or a group counts once.
+
+    Args:
+        trainer: The Trainer.
+        module: The module, with its model loaded.
     """
     data = row_data_of(trainer)
     prepared = data.prepared.get("train") if data else None

@@ -17,7 +17,7 @@ log = logging.getLogger(__name__)
 
 
 class PredictionsFile(pl.Callback):
-    """Writes `predictions.jsonl` into the Trainer's `default_root_dir`, with a row for each data row.
+    """Writes `predictions.jsonl` into the Trainer's `default_root_dir`, with one line per data row.
 
     With several data ranks, each writes its own file, `predictions.RANK.jsonl`.
 

@@ -1,4 +1,4 @@
-"""Progress bars in a terminal: Lightning's bar with the most important metrics first, and one for rollouts."""
+"""Progress bars in a terminal: Lightning's bar with the most important metrics first, and a bar for rollouts."""
 
 import sys
 import time
@@ -29,7 +29,7 @@ class StageProgress(RichProgressBar):
     def get_metrics(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule
     ) -> dict[str, int | str | float | dict[str, float]]:
-        """Metrics to show, with short names, the most important ones first."""
+        """Metrics to show, with short names, in order of importance."""
         return headline(super().get_metrics(trainer, pl_module))
 
     def _init_progress(self, trainer: pl.Trainer) -> None:
@@ -44,11 +44,11 @@ class StageProgress(RichProgressBar):
 
 
 class RolloutProgress(Watch):
-    """The progress bar of rollouts. It covers one engine call at a time: a turn of all episodes of a rank.
+    """The progress bar of rollouts. It covers one engine call at a time, which is one turn of all episodes of a rank.
 
     Args:
-        bar: Progress bar to which it is added.
-        seconds: Shortest time between two updates.
+        bar: The progress bar that this one is added to.
+        seconds: Minimum time between two updates.
 
     Example:
         >>> engine.watch = RolloutProgress(bar)  # doctest: +SKIP
@@ -90,7 +90,7 @@ class RolloutProgress(Watch):
 
 
 def progress_callbacks(bar: bool, own: Sequence[type]) -> list[pl.Callback]:
-    """Callbacks that show progress: plain lines without a bar, none if the user's callbacks include a progress bar.
+    """Callbacks that show progress: plain lines if bars are disabled; none if the user has added a progress bar.
 
     Args:
         bar: True if progress bars are enabled.
@@ -98,6 +98,6 @@ def progress_callbacks(bar: bool, own: Sequence[type]) -> list[pl.Callback]:
     """
     if not bar:
         return [ConsoleLines()]
-    has_bar = any(issubclass(one, ProgressBar) for one in own)
-    # Rich draws nothing into a file. Lightning adds its plain bar if there is no other.
+    has_bar = any(issubclass(callback, ProgressBar) for callback in own)
+    # Rich draws nothing if the output is a file. Lightning adds its plain bar if there is no other.
     return [] if has_bar or not sys.stdout.isatty() else [StageProgress()]

@@ -21,12 +21,12 @@ if TYPE_CHECKING:
 class SamplesLog(pl.Callback):
     """Appends the episodes of all ranks to `samples.jsonl` in the stage's folder, and prints some of them.
 
-    Rows are ordered by prompt and sample within a round, whatever the number of ranks. A resumed run continues where
-    its checkpoint was written, so that no round is missing or duplicated.
+    Within a round, rows are ordered by prompt and sample for any number of ranks. A resumed run continues the file from
+    its checkpoint, so that no round is missing or duplicated.
 
     Args:
-        every: Number of rounds between two that are written.
-        table_every: Number of rounds between two whose best, median and worst episodes are printed; 0 for no tables.
+        every: Write the episodes of every `every`-th round.
+        table_every: Print the best, median and worst episode of every `table_every`-th round; 0 for no tables.
 
     Raises:
         ConfigError: If a number is out of range.
@@ -39,8 +39,8 @@ class SamplesLog(pl.Callback):
     def __init__(self, every: int = 1, table_every: int = 10) -> None:
         if every < 1 or table_every < 0:
             raise ConfigError(
-                f"SamplesLog.every is {every} (must be at least 1), table_every is {table_every} (at least 0; 0 for "
-                "no table)"
+                f"SamplesLog.every is {every} and table_every is {table_every}; every must be at least 1, and "
+                "table_every at least 0 (0 for no tables)"
             )
         self.every, self.table_every = every, table_every
         self._file = JsonLines("samples.jsonl")
@@ -77,7 +77,7 @@ class SamplesLog(pl.Callback):
 
 
 def _row(episode: Episode, step: int, number: int) -> SampleRow:
-    """The row of an episode of a round. Its advantage is the mean over the sampled tokens of the trained advantages."""
+    """The row of an episode. Its advantage is the mean of the advantages of its sampled tokens."""
     rows = [row for row in episode.training_samples if row.actions]
     advantages = [a for row in rows for a, flag in zip(row.advantages, row.loss_mask, strict=True) if flag]
     return {

@@ -22,7 +22,7 @@ class SampleRow(EpisodeRecord, total=False):
 
 
 def choose(rows: Sequence[SampleRow]) -> dict[str, SampleRow]:
-    """The best, median and worst row by reward, as far as there are enough rows."""
+    """The best, median and worst row by reward; fewer if there are not enough rows."""
     ordered = sorted(rows, key=lambda row: -row["reward"])
     chosen = {"best": ordered[0]}
     if len(ordered) > 2:
@@ -84,7 +84,12 @@ def asked(row: SampleRow) -> str:
 
 
 def shorten(text: str, width: int) -> str:
-    """Text on one line, without control characters, and no longer than `width`."""
+    """Text on one line, without control characters, and no longer than `width`.
+
+    Args:
+        text: The text.
+        width: Maximum number of characters.
+    """
     text = " ".join("".join(letter if letter.isprintable() else " " for letter in text).split())
     return text if len(text) <= width else text[: width - 1] + "…"
 

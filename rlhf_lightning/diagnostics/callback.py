@@ -52,13 +52,14 @@ RECOVERED = 0.8
 
 
 class Diagnostics(RoundCallback):
-    """Checks the curves after each round. Warns once of each failure, and again if it comes back after it was over.
+    """Checks the curves after each round, and warns once about each failure, and again if it recurs after it was over.
 
-    A warning goes to the log and, with its step and numbers, to `warnings.jsonl` in the stage's folder. A check warns
-    at severity 1, and its failure is over below 0.8. `docs/diagnostics.md` lists the checks.
+    A warning is logged, and written with its step and numbers to `warnings.jsonl` in the stage's folder. A check warns
+    at severity 1, and its failure is over when the severity falls below 0.8. `docs/diagnostics.md` lists the checks.
 
     Args:
-        checks: Further checks. One with the name of a default check replaces it, so that its thresholds can be set.
+        checks: Additional checks. A check with the name of a default check replaces it, for example to change its
+            thresholds.
         disabled: Names of checks to leave out.
 
     Raises:
@@ -74,7 +75,7 @@ class Diagnostics(RoundCallback):
         found = {check.name: check for check in [*(make() for make in DEFAULT), *(checks or [])]}
         if unknown := sorted(set(disabled or []) - set(found)):
             raise ConfigError(
-                f"Diagnostics.disabled contains {unknown[0]!r}, which is not a check; checks are {', '.join(found)}"
+                f"Diagnostics.disabled contains {unknown[0]!r}, which is not a check; the checks are {', '.join(found)}"
             )
         self.checks = [check for name, check in found.items() if name not in (disabled or [])]
         self._warned: list[str] = []

@@ -16,7 +16,7 @@ class Check(ABC):
     """Detects a failure in the curves of a run.
 
     Args:
-        rounds: Number of rounds to look at. Checks use medians, so that a single outlier changes nothing.
+        rounds: Number of rounds to consider. Checks use medians, so that a single outlier has no effect.
 
     Raises:
         ConfigError: If `rounds` is out of range.
@@ -35,9 +35,11 @@ class Check(ABC):
 
     name = ""
     watched: tuple[str, ...] = ()
-    """Names of the curves that it reads."""
+    """Names of the curves that the check reads."""
     meaning = ""
+    """Sentence of the warning about what the numbers mean."""
     remedy = ""
+    """Sentence of the warning about what usually helps."""
 
     def __init__(self, rounds: int = 5) -> None:
         if not 1 <= rounds <= RECENT:
@@ -45,7 +47,7 @@ class Check(ABC):
         self.rounds = rounds
 
     def applies(self, module: "PolicyRLModule") -> bool:
-        """True if the check is meaningful for a module's episodes."""
+        """True if the check is meaningful for the episodes of a module."""
         return True
 
     @abstractmethod
@@ -89,7 +91,7 @@ class MedianAbove(Check):
 
 
 class SinceStart(Check):
-    """Compares the median of the last rounds of its last curve with the mean of equally many first rounds.
+    """Compares the median of the last rounds of the last curve in `watched` with the mean of as many first rounds.
 
     Example:
         >>> class Shrinking(SinceStart):

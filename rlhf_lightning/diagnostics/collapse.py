@@ -26,16 +26,17 @@ class StopOnCollapse(RoundCallback):
 
     The stage then counts as finished. The model that `--export` names is exported (with `best`, the best checkpoint),
     and `stage.json` has `stopped` with the step and the reason, and `stopped_on_collapse: 1` among its metrics.
-    `trainer.min_steps` and `min_epochs` take precedence, as with every early stop of Lightning. A reward, loss, KL or
-    entropy that is not finite raises an error at once, and nothing is exported, because the weights may be unusable.
+    `trainer.min_steps` and `min_epochs` take precedence, as for every early stop of Lightning. A reward, loss, KL or
+    entropy that is not finite raises an error immediately, and nothing is exported, because the weights may be
+    unusable.
 
     Args:
-        reward_lost: Fraction of the reward's gain over its first 10 rounds whose loss counts as a collapse; None to
-            ignore the reward.
-        entropy_fraction: Fraction of the entropy of the first 5 rounds at or below which it has collapsed; None to
+        reward_lost: Fraction of the reward's gain since the first 10 rounds that must be lost; None to ignore the
+            reward.
+        entropy_fraction: Fraction of the mean entropy of the first 5 rounds that the entropy must fall to; None to
             ignore the entropy.
-        kl_limit: KL in nats per response at or above which the policy has collapsed; None to ignore the KL.
-        patience: Number of consecutive rounds.
+        kl_limit: KL that must be reached, in nats per response; None to ignore the KL.
+        patience: Number of consecutive rounds in which a check must fail.
 
     Raises:
         ConfigError: If a number is out of range.
@@ -82,11 +83,11 @@ class StopOnCollapse(RoundCallback):
         self.stopped = None
 
     def round_ended(self, trainer: pl.Trainer, pl_module: "PolicyRLModule") -> None:
-        if lost := self._finite(self.curves):
-            raise UserError(f"step {trainer.global_step}: stopped, {lost}")
+        if not_finite := self._finite(self.curves):
+            raise UserError(f"step {trainer.global_step}: stopped, {not_finite}")
         for check in self.checks:
-            happens = (check.severity(self.curves) or 0.0) >= 1
-            self._streaks[check.name] = self._streaks.get(check.name, 0) + 1 if happens else 0
+            fails = (check.severity(self.curves) or 0.0) >= 1
+            self._streaks[check.name] = self._streaks.get(check.name, 0) + 1 if fails else 0
             if self._streaks[check.name] >= self.patience and self.stopped is None:
                 self._stop(trainer, pl_module, check)
 
@@ -95,7 +96,7 @@ class StopOnCollapse(RoundCallback):
         trainer.should_stop = True
         pl_module.log("stopped_on_collapse", 1.0, on_step=True, on_epoch=False)
         if trainer.is_global_zero:
-            log.warning("step %d: stopping the training, %s", trainer.global_step, self.stopped["reason"])
+            log.warning("step %d: stopping training, %s", trainer.global_step, self.stopped["reason"])
 
     def state_dict(self) -> "StateDict":
         return {**super().state_dict(), "streaks": dict(self._streaks), "stopped": self.stopped}

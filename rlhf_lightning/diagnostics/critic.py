@@ -21,8 +21,8 @@ class UselessCritic(Check):
         "The critic's values explain none of the variance of the returns; advantages are noisier than without a critic."
     )
     remedy = (
-        "Usual remedy: critic.warmup_rounds, a higher learning rate for the critic, a critic that starts from the "
-        "reward model; or group advantages instead of a critic."
+        "Usual remedy: critic.warmup_rounds, a higher learning rate for the critic, a critic initialized from the "
+        "reward model, or group advantages instead of a critic."
     )
 
     def __init__(self, rounds: int = 10) -> None:

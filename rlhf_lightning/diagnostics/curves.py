@@ -1,4 +1,4 @@
-"""Recorded curves, with one value per round, and their statistics."""
+"""Curves of metrics with one value per round, and their statistics."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -11,7 +11,7 @@ FIRST, RECENT, SMOOTH = 10, 40, 5
 
 
 class CurveState(TypedDict):
-    """The fields of a `Curve`, for the checkpoint."""
+    """State of a `Curve` in a checkpoint."""
 
     first: list[float]
     recent: list[float | None]
@@ -20,7 +20,7 @@ class CurveState(TypedDict):
 
 @dataclass
 class Curve:
-    """A metric with one value per round, as far as the checks need it: its start, its last rounds, and its peak.
+    """A metric with one value per round, reduced to what the checks need: its start, its last rounds, and its peak.
 
     Example:
         >>> Curve.of([1.0, 2.0, 9.0]).level(3)
@@ -36,14 +36,14 @@ class Curve:
 
     @classmethod
     def of(cls, values: Iterable[float | None]) -> "Curve":
-        """Make a curve from the values of rounds."""
+        """Create a curve from the values of rounds."""
         curve = cls()
         for value in values:
             curve.add(value)
         return curve
 
     def add(self, value: float | None) -> None:
-        """Add a round; None if it has no value."""
+        """Add the value of a round; None if the round has no value."""
         self.recent = [*self.recent[1 - RECENT :], value]
         if value is not None and math.isfinite(value) and len(self.first) < FIRST:
             self.first.append(value)
@@ -85,7 +85,7 @@ class Curves(dict[str, Curve]):
 
     @classmethod
     def of(cls, **values: Iterable[float | None]) -> "Curves":
-        """Make curves from lists with one value per round."""
+        """Create curves from lists with one value per round."""
         return cls({name: Curve.of(numbers) for name, numbers in values.items()})
 
     def level(self, name: str, rounds: int) -> float | None:
@@ -120,7 +120,7 @@ def together(one: Curve, other: Curve, rounds: int) -> tuple[list[float], list[f
     Args:
         one: A curve.
         other: Another curve.
-        rounds: Number of rounds to look at.
+        rounds: Number of rounds to consider.
 
     Returns:
         The values of both curves in these rounds.
@@ -137,7 +137,8 @@ def noise(values: Sequence[float]) -> float:
     """Standard deviation of the values around their trend, from differences of consecutive ones; 0 for a single value.
 
     √(Σ (x_{i+1} - x_i)² / (2 (n - 1))), after von Neumann 1941 ("Distribution of the ratio of the mean square
-    successive difference to the variance"). Unlike the standard deviation it hardly grows when the values rise.
+    successive difference to the variance"). Unlike the standard deviation, it hardly changes if the values have a
+    trend.
     """
     return math.sqrt(sum((b - a) ** 2 for a, b in pairwise(values)) / (2 * max(1, len(values) - 1)))
 
@@ -159,7 +160,12 @@ def trend(values: Sequence[float]) -> float:
 
 
 def correlation(one: Sequence[float], other: Sequence[float]) -> float | None:
-    """Pearson's r; None if one of the sequences is constant."""
+    """Pearson's r; None if one of the sequences is constant.
+
+    Args:
+        one: Values.
+        other: As many values.
+    """
     from statistics import StatisticsError
     from statistics import correlation as pearson
 

@@ -31,7 +31,7 @@ class FirstStepInvariants(pl.Callback):
     log-probabilities, both computed by the trainer, must agree within the same bounds.
 
     Args:
-        strict: Raise `UserError` instead of a warning, which is given once per kind.
+        strict: True to raise `UserError` instead of logging a warning (once per kind).
 
     Example:
         >>> FirstStepInvariants(strict=True).strict
@@ -66,28 +66,28 @@ class FirstStepInvariants(pl.Callback):
         if _outside(rounding, largest, mean):
             self._tell(
                 "ratio",
-                f"step {trainer.global_step}: sampler and trainer disagree on fresh episodes: |log ratio| is at most "
-                f"{largest:.2e}, and {mean:.2e} on average (precision {trainer.precision}). Their log-probabilities "
-                "should be equal within rounding; check for dropout, padding, or a model whose cache is not exact.",
+                f"step {trainer.global_step}: sampler and trainer disagree on newly sampled episodes: |log ratio| is "
+                f"up to {largest:.2e}, {mean:.2e} on average (precision {trainer.precision}). Their log-probabilities "
+                "should be equal within rounding; check for dropout, padding, or a model with an inexact KV cache.",
             )
 
     def _clipped(self, trainer: pl.Trainer, rounding: float | None, fraction: float) -> None:
         if fraction > (0.0 if rounding is None else 0.01):
             self._tell(
                 "clip",
-                f"step {trainer.global_step}: {fraction:.2%} of the tokens of fresh episodes are clipped (precision "
-                f"{trainer.precision}). Before the first update the importance ratio is 1, so no token should be "
-                "clipped; check whether sampler and trainer agree, and whether the clip range contains 1.",
+                f"step {trainer.global_step}: {fraction:.2%} of the tokens of newly sampled episodes are clipped "
+                f"(precision {trainer.precision}). Before the first update the importance ratio is 1, so no token "
+                "should be clipped; check whether sampler and trainer agree, and whether the clip range contains 1.",
             )
 
     def _kl(self, trainer: pl.Trainer, rounding: float | None, largest: float, mean: float) -> None:
         if _outside(rounding, largest, mean):
             self._tell(
                 "kl",
-                f"step {trainer.global_step}: before any update the policy differs from its reference: their "
-                f"log-probabilities differ by at most {largest:.2e}, and by {mean:.2e} on average (precision "
-                f"{trainer.precision}). KL should be 0 here; check for a reference with other weights or another "
-                "precision, and for dropout.",
+                f"step {trainer.global_step}: the policy differs from its reference before any update: their "
+                f"log-probabilities differ by up to {largest:.2e}, and by {mean:.2e} on average (precision "
+                f"{trainer.precision}). The KL should be 0 here; check for dropout, and for a reference with different "
+                "weights or precision.",
             )
 
     def _tell(self, kind: str, message: str) -> None:
@@ -100,7 +100,7 @@ class FirstStepInvariants(pl.Callback):
 
 
 def _worst(*numbers: Tensor | float) -> list[float]:
-    """The largest value of each number over ranks, or NaN, so that all ranks warn or stop together."""
+    """The largest value of each number over all ranks (NaN if any is NaN), so that all ranks warn or stop together."""
     ranks = zip(*gather([float(number) for number in numbers]), strict=True)
     return [max(values, key=lambda value: (math.isnan(value), value)) for values in ranks]
 
@@ -126,5 +126,5 @@ def _is_start(trainer: pl.Trainer, batch_idx: int) -> bool:
 
 
 def _starts_as_reference(module: PolicyRLModule) -> bool:
-    """True if there is a reference and it is the start of the stage, not a model of its own."""
+    """True if there is a reference, and it is the policy at the start of the stage."""
     return module.reference is not None and module.kl is not None and module.kl.reference is None

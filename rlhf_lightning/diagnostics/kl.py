@@ -1,4 +1,4 @@
-"""Checks of the KL: the policy moves too far from the reference or too fast, or the measured KL is impossible."""
+"""Checks of the KL: the policy moves too far or too fast from the reference, or the measured KL is impossible."""
 
 from statistics import median
 from typing import TYPE_CHECKING
@@ -13,8 +13,8 @@ if TYPE_CHECKING:
 class HighKL(MedianAbove):
     """The policy is far from the reference.
 
-    Learned rewards were over-optimized at some tens of nats per response (Stiennon et al. 2020, section 4.3, arXiv
-    2009.01325; Gao et al. 2023, arXiv 2210.10760). A verifier tolerates more.
+    Learned rewards are over-optimized at some tens of nats per response (Stiennon et al. 2020, section 4.3, arXiv
+    2009.01325; Gao et al. 2023, arXiv 2210.10760). Verifiers tolerate more.
 
     Args:
         limit: KL in nats per response.
@@ -36,13 +36,13 @@ class HighKL(MedianAbove):
 
 
 class GrowingKL(Check):
-    """The KL has doubled within a few rounds without a gain in reward, which is how PPO diverges.
+    """The KL has doubled within a few rounds without a gain in reward, a sign of divergence.
 
     Args:
         growth: Ratio of the median KL in the second half of the rounds to that in the first half.
         floor: KL in nats per response below which growth is ignored.
-        trend: t-statistic of the reward's slope from which on the reward counts as rising.
-        rounds: Number of rounds to look at.
+        trend: t-statistic of the slope of the reward at or above which the reward counts as rising.
+        rounds: Number of rounds to consider.
 
     Example:
         >>> from rlhf_lightning.diagnostics.curves import Curves
@@ -51,9 +51,9 @@ class GrowingKL(Check):
     """
 
     name, watched = "growing_kl", ("kl", "reward")
-    meaning = "KL grows fast while the reward does not rise: the policy diverges."
+    meaning = "The KL grows fast while the reward does not rise, so the policy is diverging."
     remedy = (
-        "Usual remedy: a lower learning rate for the policy, larger mini-batches, fewer update_epochs or rounds; a "
+        "Usual remedy: a lower learning rate for the policy, larger mini-batches, fewer update_epochs or rounds, or a "
         "higher kl coefficient."
     )
 
@@ -87,7 +87,7 @@ class NegativeKL(Check):
     """The mean of k1 stays below 0, which is impossible for the expectation over the policy's own samples.
 
     Args:
-        limit: Distance below 0 in nats per response that every round must exceed.
+        limit: Distance below 0, in nats per response, that the KL must exceed in every round.
         rounds: Number of consecutive rounds.
 
     Example:
@@ -98,10 +98,13 @@ class NegativeKL(Check):
 
     name, watched = "negative_kl", ("kl",)
     meaning = (
-        "The measured KL stays negative, which is impossible for the KL of a policy over its own samples: sampler and "
-        "trainer disagree, or the policy is sampled at another temperature or with top_p or top_k."
+        "The measured KL stays negative, which is impossible for a policy on its own samples: sampler and trainer "
+        "disagree, or the policy is sampled at another temperature or with top_p or top_k."
     )
-    remedy = "Usual remedy: sampler at top_p 1, top_k 0, the same precision in both, no dropout; see logprob_gap."
+    remedy = (
+        "Usual remedy: sampler.top_p 1 and top_k 0, the same precision in sampler and trainer, and no dropout; see "
+        "logprob_gap."
+    )
 
     def __init__(self, limit: float = 0.05, rounds: int = 5) -> None:
         super().__init__(rounds)

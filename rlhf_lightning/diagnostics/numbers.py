@@ -18,8 +18,8 @@ class NotFinite(Check):
     name, watched = "not_finite", ("loss", "reward", "kl", "entropy")
     meaning = "A logged metric is not finite; the weights may already be damaged."
     remedy = (
-        "Usual remedy: resume from an earlier checkpoint with a lower learning rate, gradient_clip_val, and bf16 or "
-        "float32 instead of 16-mixed; --trainer.detect_anomaly true finds the operation where it began."
+        "Usual remedy: resume from an earlier checkpoint with a lower learning rate, gradient_clip_val, or bf16 or "
+        "float32 instead of 16-mixed; --trainer.detect_anomaly true finds the operation that caused it."
     )
 
     def __init__(self) -> None:

@@ -1,4 +1,4 @@
-"""Watches preference learning for two common failures, and writes the reliability curve of validation to a file."""
+"""Detects two common failures of preference learning, and writes the reliability curve of validation to a file."""
 
 import logging
 import math
@@ -21,11 +21,11 @@ log = logging.getLogger(__name__)
 
 
 class PreferenceWatch(pl.Callback):
-    """Warns if chosen responses become less likely, and if training and validation metrics diverge; once each.
+    """Warns once if chosen responses become less likely, and once if training and validation metrics diverge.
 
     Args:
-        window: Number of optimizer steps that are averaged to one point.
-        falls: Number of consecutive falls of these points before it warns that chosen responses become less likely.
+        window: Number of optimizer steps that are averaged into one point.
+        falls: Number of consecutive decreases of these points before the warning about chosen responses.
 
     Example:
         >>> PreferenceWatch(window=20).falls
@@ -69,9 +69,9 @@ class PreferenceWatch(pl.Callback):
             return
         self._warned.add("chosen")
         log.warning(
-            "step %d: chosen responses have grown less likely over %d steps (%.4g to %.4g): the loss falls only "
-            "because rejected responses fall further. Remedies: a lower learning rate, a larger beta, an SFT term "
-            "(WeightedSum with SFT), or NCA or APOZero as the loss.",
+            "step %d: chosen responses have become less likely over %d steps (%.4g to %.4g); the loss falls only "
+            "because rejected responses become less likely even faster. Usual remedy: a lower learning rate, a larger "
+            "beta, an SFT term (WeightedSum with SFT), or NCA or APOZero as the loss.",
             trainer.global_step,
             self.window * self.falls,
             points[0],
@@ -93,27 +93,28 @@ class PreferenceWatch(pl.Callback):
         if not train or report is None or "val/accuracy" not in metrics:
             return
         accuracy, loss = (sum(values) / len(train) for values in zip(*train, strict=True))
-        held, held_loss = float(metrics["val/accuracy"]), float(metrics["val/loss"])
-        best, self._best = self._best, min(self._best, held_loss)
+        val_accuracy, val_loss = float(metrics["val/accuracy"]), float(metrics["val/loss"])
+        best, self._best = self._best, min(self._best, val_loss)
         self._train = []
         pairs = sum(part["pairs"] for part in report.get("reliability", [])) or 1.0
-        error = math.sqrt(held * (1 - held) / pairs)
-        # The gap must exceed chance for so many pairs, and the loss must be past its best; else it is still learning.
-        if accuracy - held <= 2 * error or held_loss <= best or "gap" in self._warned:
+        error = math.sqrt(val_accuracy * (1 - val_accuracy) / pairs)
+        # The gap must be significant for this number of pairs, and the loss must have passed its minimum; otherwise the
+        # model is still learning.
+        if accuracy - val_accuracy <= 2 * error or val_loss <= best or "gap" in self._warned:
             return
         self._warned.add("gap")
         log.warning(
             "step %d: the model overfits. Accuracy is %.3f in training and %.3f in validation (%d pairs, standard "
-            "error %.3f), loss %.3f and %.3f, and validation loss is above its best of %.3f. Remedies: "
-            "model.freeze_backbone: true (RewardHead without lora), a lower learning rate, "
+            "error %.3f), loss is %.3f in training and %.3f in validation, and the validation loss is above its best "
+            "of %.3f. Usual remedy: model.freeze_backbone: true (RewardHead without lora), a lower learning rate, "
             "fewer epochs, or --export best with a ModelCheckpoint.",
             trainer.global_step,
             accuracy,
-            held,
+            val_accuracy,
             int(pairs),
             error,
             loss,
-            held_loss,
+            val_loss,
             best,
         )
 

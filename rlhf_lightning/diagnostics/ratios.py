@@ -25,10 +25,12 @@ class LogprobGap(MedianAbove):
     """
 
     name, watched = "logprob_gap", ("logprob_gap",)
-    meaning = "Before the first update of a round, trainer and sampler already assign different probabilities."
+    meaning = (
+        "Before the first update of a round, sampler and trainer already assign different probabilities to tokens."
+    )
     remedy = (
-        "Usual remedy: the same precision and weights in both, no dropout; if you sample with another engine on "
-        "purpose, truncated or masked importance weights."
+        "Usual remedy: the same precision and weights in sampler and trainer, and no dropout; for an external engine, "
+        "truncated or masked importance weights."
     )
 
     def __init__(self, limit: float = 0.02, rounds: int = 5) -> None:
@@ -54,8 +56,8 @@ class WildRatios(MedianAbove):
     """
 
     name, watched = "wild_ratios", ("log_ratio_max",)
-    meaning = "Within a round the policy moves so far that single tokens dominate the gradient, or do not count."
-    remedy = "Usual remedy: fewer update_epochs, a lower learning rate, an objective that clips or truncates ratios."
+    meaning = "The policy changes so much within a round that single tokens dominate the gradient or have none."
+    remedy = "Usual remedy: fewer update_epochs, a lower learning rate, or an objective that clips or truncates ratios."
 
     def __init__(self, limit: float = 5.0, rounds: int = 5) -> None:
         super().__init__(rounds)
@@ -73,12 +75,12 @@ class ClampedRatios(Check):
 
     name, watched = "clamped_ratios", ("log_ratio_clamped",)
     meaning = (
-        "Log ratios of some tokens are beyond ±20 nats: the log-probabilities that they are measured from come from "
-        "stale or wrong weights, or the weights are damaged. Ratios are clamped there and give no gradient."
+        "The log-ratios of some tokens are beyond ±20 nats: the old or the reference log-probabilities come from stale "
+        "or wrong weights, or the weights are damaged. These ratios are clamped and give no gradient."
     )
     remedy = (
-        "Usual remedy: check that sampler, recorded episodes and reference have the same model, precision and "
-        "temperature; otherwise a lower learning rate, or an earlier checkpoint."
+        "Usual remedy: the same model, precision and temperature for sampler, recorded episodes and reference; or a "
+        "lower learning rate, or an earlier checkpoint."
     )
 
     def __init__(self) -> None:
@@ -107,7 +109,7 @@ class Clipping(MedianAbove):
 
     name, watched = "clipping", ("clip_fraction",)
     meaning = "Many tokens are clipped and give no gradient: the policy has moved too far from the one that sampled."
-    remedy = "Usual remedy: a lower learning rate, fewer update_epochs, larger mini-batches."
+    remedy = "Usual remedy: a lower learning rate, fewer update_epochs, or larger mini-batches."
 
     def __init__(self, limit: float = 0.3, rounds: int = 5) -> None:
         super().__init__(rounds)

@@ -18,10 +18,10 @@ class Truncation(MedianAbove):
     """
 
     name, watched = "truncation", ("truncated",)
-    meaning = "Many responses reach max_tokens and are truncated, so their rewards judge unfinished text."
+    meaning = "Many responses reach max_tokens and are truncated, so the rewards are for unfinished text."
     remedy = (
-        "Usual remedy: a larger sampler.max_tokens, truncated_reward or OverlongPenalty; if it was high from the "
-        "start, SFT on conversations with a trained end token."
+        "Usual remedy: a larger sampler.max_tokens, truncated_reward or OverlongPenalty; if responses are truncated "
+        "from the start, SFT on conversations with a trained end token."
     )
 
     def __init__(self, limit: float = 0.3, rounds: int = 5) -> None:
@@ -45,10 +45,10 @@ class LengthHacking(SinceStart):
     """
 
     name, watched = "length_hacking", ("length_reward_correlation", "response_tokens")
-    meaning = "Longer responses are rewarded more, and responses have grown: the policy may only be learning length."
+    meaning = "Longer responses get higher rewards, and responses have become longer: the policy may learn only length."
     remedy = (
-        "Usual remedy: read samples.jsonl; a length term in the reward, pairs of equal length for the reward model, or "
-        "an aggregation without length bias (constant)."
+        "Usual remedy: read samples.jsonl; add a length term to the reward, train the reward model on pairs of equal "
+        "length, or use an aggregation without length bias (constant)."
     )
 
     def __init__(self, correlation: float = 0.5, growth: float = 1.5, rounds: int = 5) -> None:
@@ -71,8 +71,8 @@ class LengthCollapse(SinceStart):
 
     Args:
         fraction: Ratio of the mean length to that of the first rounds.
-        deviations: Smallest rise of the reward over its first rounds that counts, in standard deviations of the reward
-            around its trend (`curves.noise` of the last 40 rounds; at least 10 are needed).
+        deviations: Smallest rise of the reward since the first rounds that counts, in standard deviations of the reward
+            around its trend (`curves.noise` of the last 40 rounds; at least 10 rounds are needed).
         rounds: Number of rounds for the median, and number of first rounds.
 
     Example:
@@ -83,10 +83,10 @@ class LengthCollapse(SinceStart):
     """
 
     name, watched = "length_collapse", ("reward", "response_tokens")
-    meaning = "The reward has risen while responses lost most of their length, and perhaps content with it."
+    meaning = "The reward has risen while responses have become much shorter, and may have lost content."
     remedy = (
-        "Usual remedy: compare samples of the first and last rounds; an additional reward from a preference model, a "
-        "target length (LengthReward), a higher kl coefficient."
+        "Usual remedy: compare samples of the first and last rounds; add a reward from a preference model or a target "
+        "length (LengthReward), or use a higher kl coefficient."
     )
 
     def __init__(self, fraction: float = 0.5, deviations: float = 3.0, rounds: int = 5) -> None:
@@ -98,7 +98,7 @@ class LengthCollapse(SinceStart):
         levels, rewards, recent = self.levels(curves), self._rewards(curves), curves.last("reward", RECENT)
         if levels is None or rewards is None or len(recent) < FIRST:
             return None
-        # Not the deviation of the first rounds: a reward that rises within them would hide its own rise.
+        # The deviation of the first rounds would not do: it is large if the reward rises within them.
         rise = (rewards[1] - rewards[0]) / max(self.deviations * noise(recent), 1e-12)
         return min(self.fraction * levels[0] / max(levels[1], 1e-12), rise)
 
@@ -117,7 +117,7 @@ class RepeatedText(SinceStart):
 
     Args:
         limit: Fraction of repeated 4-grams in a response (seq-rep-4 of Welleck et al. 2019, arXiv 1908.04319).
-        rise: Increase since the first rounds, so that a repetitive start model is not attributed to RL.
+        rise: Increase since the first rounds, so that repetition of the start model does not count.
         rounds: Number of rounds for the median, and number of first rounds.
 
     Example:
@@ -127,8 +127,8 @@ class RepeatedText(SinceStart):
     """
 
     name, watched = "repeated_text", ("repeated_ngrams",)
-    meaning = "Responses repeat themselves: the policy has found a rewarded loop, or does not end its turn."
-    remedy = "Usual remedy: read samples.jsonl; a repetition term in the reward, a higher kl coefficient."
+    meaning = "Responses repeat themselves: repetition is rewarded, or the policy does not end its turns."
+    remedy = "Usual remedy: read samples.jsonl; add a repetition term to the reward, or use a higher kl coefficient."
 
     def __init__(self, limit: float = 0.2, rise: float = 0.1, rounds: int = 5) -> None:
         super().__init__(rounds)
@@ -143,7 +143,7 @@ class RepeatedText(SinceStart):
 
 
 class EntropyCollapse(SinceStart):
-    """Entropy has fallen to a fraction of its level in the first rounds.
+    """The entropy has fallen to a fraction of its level in the first rounds.
 
     Args:
         fraction: Fraction of the mean entropy of the first rounds.
@@ -156,7 +156,7 @@ class EntropyCollapse(SinceStart):
     """
 
     name, watched = "entropy_collapse", ("entropy",)
-    meaning = "The policy hardly varies its responses any more: it stops exploring, and groups lose their signal."
+    meaning = "The policy hardly varies its responses, so it stops exploring, and the rewards of a group become equal."
     remedy = (
         "Usual remedy: a lower learning rate, an entropy bonus, a higher clip_high (DAPO: 0.28), a higher kl "
         "coefficient, or an earlier stop."

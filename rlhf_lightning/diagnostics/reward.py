@@ -7,7 +7,7 @@ from rlhf_lightning.diagnostics.curves import FIRST, SMOOTH, Curves, together, t
 
 
 class NoSignal(MedianAbove):
-    """In most groups all responses have the same reward.
+    """In most groups, all responses have the same reward.
 
     Args:
         limit: Fraction of the groups.
@@ -20,7 +20,7 @@ class NoSignal(MedianAbove):
     """
 
     name, watched = "no_signal", ("zero_variance_groups",)
-    meaning = "In most groups all rewards are equal, so their advantages are 0 and most of a round is wasted."
+    meaning = "In most groups all rewards are equal, so that their advantages are 0 and most of a round is wasted."
     remedy = (
         "Usual remedy: prompts that are neither too easy nor too hard, a larger group_size, a higher sampler "
         "temperature, a reward with more than two values, or model.resample_groups."
@@ -36,8 +36,8 @@ class OverOptimized(Check):
 
     Args:
         gold: Name of the reward term that is only measured (`weight: 0`).
-        trend: t-statistic of the slopes, upward and downward, from which on they count.
-        rounds: Number of rounds to look at.
+        trend: t-statistic that the slopes must reach, upward for the reward and downward for the gold reward.
+        rounds: Number of rounds to consider.
 
     Example:
         >>> OverOptimized(gold="judge").watched
@@ -45,8 +45,8 @@ class OverOptimized(Check):
     """
 
     name = "over_optimized"
-    meaning = "The reward rises while the gold reward falls: the policy exploits faults of the reward model."
-    remedy = "Usual remedy: a higher kl coefficient, an earlier stop, a larger reward model or an ensemble of them."
+    meaning = "The reward rises while the gold reward falls: the policy exploits errors of the reward model."
+    remedy = "Usual remedy: a higher kl coefficient, an earlier stop, a larger reward model, or an ensemble of them."
 
     def __init__(self, gold: str = "gold", trend: float = 3.0, rounds: int = 20) -> None:
         super().__init__(rounds)
@@ -76,9 +76,9 @@ class RewardCollapse(Check):
     """The reward has lost most of its gain, or fallen below its start.
 
     Args:
-        lost: Fraction of the gain from the first 10 rounds to the peak.
-        deviations: Smallest loss that counts, in standard deviations of the first 10 rounds, because the curve of pure
-            noise has a peak too.
+        lost: Fraction of the gain from the first 10 rounds to the peak that must be lost.
+        deviations: Smallest loss that counts, in standard deviations of the first 10 rounds, because pure noise has a
+            peak as well.
 
     Example:
         >>> RewardCollapse(lost=0.5).name
@@ -86,9 +86,10 @@ class RewardCollapse(Check):
     """
 
     name, watched = "reward_collapse", ("reward",)
-    meaning = "The reward has fallen back to where it started, or below."
+    meaning = "The reward has lost most of its gain, or has fallen below its start."
     remedy = (
-        "Usual remedy: export the best checkpoint instead of the last, a lower learning rate, a higher kl coefficient."
+        "Usual remedy: export the best checkpoint instead of the last; use a lower learning rate or a higher kl "
+        "coefficient."
     )
 
     def __init__(self, lost: float = 0.8, deviations: float = 6.0) -> None:

@@ -1,4 +1,4 @@
-"""Base class of callbacks that look at whole rounds of policy RL."""
+"""Base class of callbacks that run after each round of policy RL."""
 
 from abc import abstractmethod
 from collections.abc import Iterable
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class RoundSums(TypedDict):
-    """Metrics of a round that is not over."""
+    """Metrics of an unfinished round."""
 
     statistics: dict[str, float]
     sums: dict[str, tuple[float, float]]
@@ -25,11 +25,11 @@ class RoundSums(TypedDict):
 
 
 class RoundCallback(pl.Callback):
-    """Collects the metrics of each round and calls `round_ended` after the round's last mini-batch.
+    """Collects the metrics of each round, and calls `round_ended` after the last mini-batch of the round.
 
-    They are the statistics of the round, and the metrics that the module logs for each optimizer step, averaged over
-    the round's sampled tokens or as their maximum. They cover all ranks and are the same on every rank. The state
-    contains what a checkpoint within a round needs.
+    The metrics are the statistics of the round, and the metrics that the module logs for each optimizer step, as an
+    average over the round's sampled tokens or as a maximum. They cover all ranks and are equal on every rank. The state
+    includes an unfinished round, so that a checkpoint can be written within a round.
 
     Example:
         >>> class PrintReward(RoundCallback):
@@ -51,7 +51,12 @@ class RoundCallback(pl.Callback):
 
     @abstractmethod
     def round_ended(self, trainer: pl.Trainer, pl_module: PolicyRLModule) -> None:
-        """Called on all ranks after a round, which is then in `curves`."""
+        """Called on all ranks after a round; `curves` includes the round.
+
+        Args:
+            trainer: The Trainer.
+            pl_module: The module.
+        """
 
     def state_dict(self) -> "StateDict":
         return {"round": self._round, "curves": self.curves.state}
@@ -67,7 +72,7 @@ class RoundCallback(pl.Callback):
         self._resumed = False
 
     def reset(self) -> None:
-        """Forget the rounds of an earlier fit."""
+        """Discard the rounds of an earlier `fit`."""
         self._round = None
         self.curves.clear()
 

@@ -1,1 +1,1 @@
-"""Environments that answer the policy, the tool environment, and calls of users' code."""
+"""Environments that answer the policy, the tool environment, and calls of user code."""

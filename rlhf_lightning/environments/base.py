@@ -18,12 +18,12 @@ ON_ERROR = ("fail", "retry", "drop")
 
 
 class EpisodeError(UserError):
-    """An episode could not be played; the message names its prompt, sample and turn."""
+    """An episode failed; the message has its prompt, sample and turn."""
 
 
 @dataclass
 class StepResult:
-    """What an environment returns for a message of the policy.
+    """Result of a step: an environment's reaction to a message of the policy.
 
     Example:
         >>> StepResult(reward=0.5, done=False, next_messages=[{"role": "user", "content": "Try again."}]).done
@@ -70,24 +70,23 @@ class MessageEnv(Protocol):
 
 
 EnvironmentFactory = Callable[[Row], MessageEnv]
-"""Makes the environment of one episode from its data row."""
+"""Creates the environment of one episode from its data row."""
 
 
 @plain
 @dataclass(frozen=True)
 class Limits:
-    """Limits of an episode, and what happens if its environment fails.
+    """Limits of an episode, and the handling of environments that fail.
 
     Args:
-        max_turns: Largest number of the policy's turns.
-        max_tokens: Largest number of tokens that the policy may sample over all turns; a response is cut off there.
+        max_turns: Maximum number of the policy's turns.
+        max_tokens: Maximum number of tokens that the policy may sample over all turns; a response is truncated there.
             None for no limit.
-        step_timeout: Seconds that one `reset` or `step` may take. If set, plain functions run in threads, several at
-            once.
-        on_error: What follows an exception or a timeout. `fail` ends the run and names the episode. `retry` plays the
-            episode again from `reset`, with new seeds, up to `retries` times, and then fails. `drop` excludes the
-            episode from everything except `train/failed_episodes`.
-        retries: Number of retries of `on_error: retry`.
+        step_timeout: Seconds that one `reset` or `step` may take. If set, plain functions run concurrently in threads.
+        on_error: What to do after an exception or a timeout. `fail` ends the run with an error that names the episode.
+            `retry` runs the episode again from `reset`, with new seeds, up to `retries` times, and then fails. `drop`
+            excludes the episode from everything except `train/failed_episodes`.
+        retries: Number of retries with `on_error: retry`.
 
     Raises:
         ConfigError: If a setting is out of range.
@@ -116,13 +115,13 @@ class Limits:
 def environment_factory(
     environment: str | Callable[..., MessageEnv] | None, arguments: dict[str, Any] | None = None
 ) -> EnvironmentFactory | None:
-    """Make a factory from an environment class or function.
+    """Create a factory from an environment class or function.
 
     A class may have a class method `check(**arguments)`, which is called here to reject arguments before training.
 
     Args:
-        environment: The class or function, or its dotted path; None for none.
-        arguments: Passed to it after the row, by name.
+        environment: The class or function, or its dotted path; None for no environment.
+        arguments: Keyword arguments that are passed to it after the row.
 
     Returns:
         The factory; None without an environment.
@@ -147,7 +146,7 @@ def imported(path: str, setting: str) -> Any:
 
     Args:
         path: For example `package.module.name`.
-        setting: The setting that holds it, for the message.
+        setting: The setting with the path, for the error message.
 
     Raises:
         ConfigError: If it cannot be imported.
@@ -166,14 +165,14 @@ def checked_messages(value: list[Message]) -> list[Message]:
         or not value
         or not all(isinstance(message, dict) and message.get("role") for message in value)
     ):
-        raise TypeError(f"reset() returned {short(value)}; it must be a list of messages, each {{role, content}}")
+        raise TypeError(f"reset() returned {short(value)}; it must return a list of messages, each {{role, content}}")
     return _messages(list(value), "reset() returned")
 
 
 def checked_result(value: StepResult) -> StepResult:
     """The result of `step`, after checking that it is a `StepResult` of finite numbers and messages."""
     if not isinstance(value, StepResult):
-        raise TypeError(f"step() returned {short(value)}; it must be a StepResult")
+        raise TypeError(f"step() returned {short(value)}; it must return a StepResult")
     for name, number in (("reward", value.reward), *((f"metrics[{key!r}]", n) for key, n in value.metrics.items())):
         if not hasattr(number, "__float__") or not math.isfinite(number):
             raise ValueError(f"step() returned {name} {number!r}; it must be a finite number")
@@ -185,7 +184,7 @@ def checked_result(value: StepResult) -> StepResult:
 
 
 def _messages(value: list[Message], what: str) -> list[Message]:
-    """Messages in the same form as those read from rows, including tool calls and results that are objects."""
+    """Convert messages to the form of those read from rows, including tool calls and results that are objects."""
     try:
         return to_messages(value)
     except RowError as error:

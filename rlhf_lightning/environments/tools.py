@@ -1,4 +1,4 @@
-"""An environment of tools: Python functions that the policy calls in its messages."""
+"""A tool environment: Python functions that the policy calls in its messages."""
 
 import json
 import re
@@ -16,7 +16,7 @@ from rlhf_lightning.types import JSON, Message, Row, ToolSchema
 TOOL_CALL = r"<tool_call>\s*(.*?)\s*(?:</tool_call>|$)"
 """Tool calls of Qwen and Hermes models. The closing tag may be missing if it is the sampler's stop text."""
 ToolFunction: TypeAlias = Callable[..., object]
-"""A tool: what it returns is given to the policy as it is (text), as JSON, or as `str` of it."""
+"""A tool function. The policy receives its result unchanged (text), as JSON, or as its `str`."""
 
 
 @dataclass(frozen=True)
@@ -35,11 +35,12 @@ class Tool:
 
 
 class ToolEnv:
-    """Answers a message by running the tool calls in it; a message without a call ends the episode.
+    """Runs the tool calls in a message and answers with their results; a message without a call ends the episode.
 
-    The row's prompt starts the conversation, and the tools' schemas are passed to the chat template. Each result is a
-    message of role `tool`. A call that fails (unknown tool, invalid arguments, an exception, a timeout) is answered by
-    `Error: …`, so that the policy can correct it. The environment gives no reward; `model.rewards` score the episode.
+    The row's prompt starts the conversation, and the schemas of the tools are passed to the chat template. Each result
+    is a message with role `tool`. The result of a call that fails (unknown tool, invalid arguments, an exception, a
+    timeout) is `Error: …`, so that the policy can correct it. The environment gives no reward; `model.rewards` score
+    the episode.
 
     Logs `env_tool_calls` and `env_tool_errors`.
 
@@ -49,7 +50,7 @@ class ToolEnv:
         pattern: Regular expression that finds calls in a message. Its first group is the JSON of a call,
             `{"name": …, "arguments": {…}}`. The default finds `<tool_call>…</tool_call>`.
         timeout: Seconds that one call may take; None for no limit.
-        max_calls: Number of calls that one message may make; further ones are answered with an error.
+        max_calls: Maximum number of calls in a message; further calls are answered with an error.
 
     Example:
         >>> def add(a: int, b: int) -> int:
@@ -87,7 +88,7 @@ class ToolEnv:
         timeout: float | None = 30.0,
         max_calls: int = 16,
     ) -> None:
-        """Reject arguments that cannot work, when the configuration is read.
+        """Check the arguments when the configuration is read.
 
         Raises:
             ConfigError: If there are no tools, two have the same name, or another argument is invalid.
@@ -131,10 +132,10 @@ class ToolEnv:
                 raise ValueError(f"a message may make at most {self.max_calls} calls")
             name, arguments = read_call(text)
             if name not in self.available:
-                raise ValueError(f"there is no tool {name!r}; tools are {', '.join(self.available)}")
+                raise ValueError(f"there is no tool {name!r}; available tools are {', '.join(self.available)}")
             result = await within(partial(self.available[name].function, **arguments), self.timeout)
             content = result if isinstance(result, str) else json.dumps(result, ensure_ascii=False, default=str)
-        except Exception as error:  # noqa: BLE001 - the policy made the call, so it gets the error
+        except Exception as error:  # noqa: BLE001 - the error is the answer to the policy's call
             self.errors += 1
             kind = "" if isinstance(error, ValueError | TimeLimitError) else f"{type(error).__name__}: "
             content = f"Error: {kind}{error}"
@@ -151,7 +152,7 @@ def read_call(text: str) -> tuple[str, dict[str, JSON]]:
         Name and arguments.
 
     Raises:
-        ValueError: If it is malformed; the message says how.
+        ValueError: If the call is malformed.
 
     Example:
         >>> read_call('{"name": "add", "arguments": {"a": 2, "b": 3}}')
@@ -162,7 +163,7 @@ def read_call(text: str) -> tuple[str, dict[str, JSON]]:
     except (json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"the call is not valid JSON ({error})") from None
     if not isinstance(call, dict) or not isinstance(call.get("name"), str):
-        raise ValueError('a call is {"name": …, "arguments": {…}}')
+        raise ValueError('a call must have the form {"name": …, "arguments": {…}}')
     arguments = call.get("arguments", call.get("parameters", {}))
     if isinstance(arguments, str):
         try:

@@ -1,7 +1,7 @@
-"""Calls of users' code (environments, tools, rewards): sync or async, concurrently, within a time limit.
+"""Calls of user code (environments, tools, rewards): sync or async, concurrently, with a time limit.
 
-All coroutines of a process run on one event loop in a separate thread. A client opened in one turn therefore remains
-usable in the next, and episodes can be played in a notebook, whose main thread already has a running loop.
+All coroutines of a process run on one event loop in a separate thread. A client that is opened in one turn therefore
+remains usable in the next, and episodes can run in a notebook, whose main thread already has a running loop.
 """
 
 import asyncio
@@ -23,7 +23,7 @@ from rlhf_lightning.sys_exit import no_exit
 T = TypeVar("T")
 Call = Callable[[], T | Awaitable[T]]
 WORKERS = 256
-"""Largest number of plain functions that run in threads at once."""
+"""Maximum number of plain functions that run in threads at the same time."""
 
 
 class TimeLimitError(UserError):
@@ -51,12 +51,17 @@ class Outcome(Generic[T]):
         return value
 
     def __getstate__(self) -> dict[str, T | UserError | None]:
-        # Sent to other ranks as text, since many exceptions cannot be unpickled.
+        # The error is sent to other ranks as text, because many exceptions cannot be unpickled.
         return {"value": self.value, "error": self.error and UserError(f"{type(self.error).__name__}: {self.error}")}
 
 
 def check_limit(name: str, limit: float | None) -> None:
-    """Raise `ConfigError` unless a time limit is None or above 0 seconds."""
+    """Raise `ConfigError` unless a time limit is None or above 0 seconds.
+
+    Args:
+        name: Name of the setting, for the error message.
+        limit: The limit in seconds.
+    """
     if limit is not None and not limit > 0:
         raise ConfigError(f"{name} is {limit}; it must be above 0 (seconds), or null for no limit")
 
@@ -85,13 +90,15 @@ def run_calls(calls: Sequence[Call[T]], limit: float | None = None) -> list[Outc
     for call in calls:
         safe_point()
         outcomes.append(_here(call))
-    waiting = {i: one.value for i, one in enumerate(outcomes) if isinstance(one.value, Awaitable)}
-    settled = iter(_together([partial(_settle, value) for value in waiting.values()], None) if waiting else ())
-    return [next(settled) if i in waiting else Outcome(one.value, one.error) for i, one in enumerate(outcomes)]
+    pending = {i: outcome.value for i, outcome in enumerate(outcomes) if isinstance(outcome.value, Awaitable)}
+    awaited = iter(_together([partial(_await, value) for value in pending.values()], None) if pending else ())
+    return [
+        next(awaited) if i in pending else Outcome(outcome.value, outcome.error) for i, outcome in enumerate(outcomes)
+    ]
 
 
 async def within(call: Call[T], limit: float | None) -> T:
-    """Run a call that must end within `limit` seconds; a plain function runs in a thread.
+    """Run a call with a time limit; a plain function runs in a thread.
 
     Args:
         call: A function without arguments, sync or async.
@@ -101,7 +108,7 @@ async def within(call: Call[T], limit: float | None) -> T:
         The call's value.
 
     Raises:
-        TimeLimitError: If it takes longer.
+        TimeLimitError: If the call takes longer.
     """
     if _is_async(call):
         with no_exit():
@@ -121,7 +128,7 @@ def _here(call: Callable[[], T]) -> Outcome[T]:
         return Outcome(error=error)
 
 
-async def _settle(value: Awaitable[T]) -> T:
+async def _await(value: Awaitable[T]) -> T:
     """Await a value."""
     return await value
 
@@ -133,7 +140,7 @@ async def _limited(value: Awaitable[T], limit: float | None) -> T:
             return await value
     except TimeoutError:
         if scope.expired():
-            raise TimeLimitError(f"it exceeded its limit of {limit:g} s") from None
+            raise TimeLimitError(f"the call exceeded its time limit of {limit:g} s") from None
         raise
 
 
@@ -146,7 +153,7 @@ def _is_async(call: Call[T]) -> bool:
 
 
 async def _in_thread(call: Callable[[], T]) -> T:
-    """Run a call in a new daemon thread: one that hangs blocks neither a pool nor the exit of the process."""
+    """Run a call in a new daemon thread, so that a hanging call blocks neither a pool nor the exit of the process."""
     loop = asyncio.get_running_loop()
     future: asyncio.Future[Outcome[T]] = loop.create_future()
 
@@ -179,48 +186,48 @@ class _EventLoop:
     def _run(self) -> None:
         torch.set_grad_enabled(False)
         while True:
-            # A task of the user's that ends the program ends the loop; whoever awaits the task is told.
+            # User code that exits the program ends the loop; the exception is raised where the task is awaited.
             with suppress(SystemExit, KeyboardInterrupt):
                 self.loop.run_forever()
                 break
 
     def answers(self, seconds: float) -> bool:
-        """True if the loop runs something within `seconds`."""
-        alive = threading.Event()
-        self.loop.call_soon_threadsafe(alive.set)
-        return alive.wait(seconds)
+        """True if the loop runs a callback within `seconds`."""
+        called = threading.Event()
+        self.loop.call_soon_threadsafe(called.set)
+        return called.wait(seconds)
 
 
 _CURRENT: list[_EventLoop] = []
 
 
 def _loop() -> _EventLoop:
-    # A forked process inherits its parent's objects but not its threads.
     """The event loop of this process."""
+    # A forked process inherits the objects of its parent, but not the threads.
     if not _CURRENT or _CURRENT[0].process != os.getpid():
         _CURRENT[:] = [_EventLoop()]
     return _CURRENT[0]
 
 
 def _together(coroutines: Sequence[Callable[[], Awaitable[T]]], limit: float | None) -> list[Outcome[T]]:
-    """Await all of them concurrently on the event loop.
+    """Await all coroutines concurrently on the event loop.
 
-    If one blocks the loop for longer than the limit, all that are unfinished fail.
+    If one of them blocks the loop for longer than the limit, all unfinished ones fail.
     """
-    found: list[Outcome[T] | None] = [None] * len(coroutines)
+    outcomes: list[Outcome[T] | None] = [None] * len(coroutines)
 
-    async def keep(i: int) -> None:
+    async def run(i: int) -> None:
         try:
             with no_exit():
-                found[i] = Outcome(await coroutines[i]())
+                outcomes[i] = Outcome(await coroutines[i]())
         except Exception as error:  # noqa: BLE001 - returned, for the caller to handle
-            found[i] = Outcome(error=error)
+            outcomes[i] = Outcome(error=error)
 
-    async def everything() -> None:
-        await asyncio.gather(*(keep(i) for i in range(len(coroutines))))
+    async def run_all() -> None:
+        await asyncio.gather(*(run(i) for i in range(len(coroutines))))
 
     loop = _loop()
-    future = asyncio.run_coroutine_threadsafe(everything(), loop.loop)
+    future = asyncio.run_coroutine_threadsafe(run_all(), loop.loop)
     try:
         while True:
             try:
@@ -235,4 +242,4 @@ def _together(coroutines: Sequence[Callable[[], Awaitable[T]]], limit: float | N
         future.cancel()
         raise
     blocked = TimeLimitError(f"an async call blocked the event loop for longer than {limit} s (it does not await)")
-    return [outcome or Outcome(error=blocked) for outcome in list(found)]
+    return [outcome or Outcome(error=blocked) for outcome in list(outcomes)]

@@ -41,7 +41,7 @@ from rlhf_lightning.modules.epochs import end_restored_epoch
 from rlhf_lightning.modules.hf_batches import Columns, fitted, refuse_other_names
 from rlhf_lightning.modules.module_checks import check_batch, check_content
 from rlhf_lightning.modules.schedules import Warmup
-from rlhf_lightning.modules.step import StepEnd, StepNumbers, forget
+from rlhf_lightning.modules.step import StepEnd, StepNumbers, remove_step_end
 from rlhf_lightning.modules.trainer_state import row_data_of
 from rlhf_lightning.modules.usage_checks import CheckedModule, OptimizerFactory, SchedulerFactory, check_arguments
 
@@ -137,7 +137,7 @@ class RLHFModule(CheckedModule, Generic[BatchT]):
         self._tokenizer: Tokenizer | None = None
         self._renderer: Renderer | None = None
         self._renderer_is_open = True
-        """True if the renderer of a data module still replaces the current one, which was made without it."""
+        """True while the renderer of a data module may still replace the current one."""
         self._trained_with: dict[str, Any] | None = None
         self.model: PreTrainedModel = None
         """The model; None until `configure_model` has loaded it."""
@@ -145,11 +145,11 @@ class RLHFModule(CheckedModule, Generic[BatchT]):
         self.strict_loading = False
         self.register_load_state_dict_post_hook(_frozen_may_be_missing)
 
-    # -- parts ----------------------------------------------------------------------------------------------------
+    # -- model and renderer ---------------------------------------------------------------------------------------
 
     @property
     def start_source(self) -> "str | Path | PreTrainedModel":
-        """Folder, Hub id or model that the stage starts from; for a GGUF file the folder that it is converted to."""
+        """Folder, Hub id or model that the stage starts from; for a GGUF file, the folder with the converted model."""
         source = self._start.source
         return model_folder(str(source), self.model_options) if names_gguf(source) else source
 
@@ -171,15 +171,15 @@ class RLHFModule(CheckedModule, Generic[BatchT]):
 
     @property
     def renderer(self) -> Renderer:
-        """Turns messages into tokens: the data module's renderer, else one made from the record of the start model."""
+        """Turns messages into tokens: the data module's renderer, or else one with the settings of the start model."""
         if self._renderer is not None and not self._renderer_is_open:
             return self._renderer
         if data := row_data_of(self._trainer):
             self._renderer, self._renderer_is_open = data.renderer, False
         elif self._renderer is None:
-            asking = RenderingSettings.of(self.start_source)
-            rank_zero_only(asking.log)()
-            self._renderer = asking.renderer(self.tokenizer, own_tokenizer=self.own_tokenizer)
+            settings = RenderingSettings.of(self.start_source)
+            rank_zero_only(settings.log)()
+            self._renderer = settings.renderer(self.tokenizer, own_tokenizer=self.own_tokenizer)
         else:
             return self._renderer
         self._renderer.also_stop_at(self.end_token_ids)
@@ -196,7 +196,7 @@ class RLHFModule(CheckedModule, Generic[BatchT]):
         return self._tokenizer_source is None or isinstance(self.start_source, nn.Module)
 
     def rendering(self) -> dict[str, Any]:
-        """Rendering settings of training. `stage.json` records them, so that later uses prompt the model alike."""
+        """Rendering settings of training. `stage.json` records them, so that later commands render prompts equally."""
         if self._trained_with is not None:
             return self._trained_with
         data = row_data_of(self._trainer)
@@ -238,10 +238,10 @@ class RLHFModule(CheckedModule, Generic[BatchT]):
                 part.saving = ActivationOffload
         if self.compiles_layers:
             if self._device_mesh is not None and self._device_mesh["tensor_parallel"].size() > 1:
-                raise ConfigError("model.compile is untested with tensor parallel: turn one of them off")
+                raise ConfigError("model.compile is untested with tensor parallelism. Turn one of them off")
             compile_layers(self.model)
         if self._device_mesh is not None:
-            # Heads first. Each is an FSDP group of its own, since all weights of a group share one data type.
+            # Heads first. Each is a separate FSDP group, because all weights of a group share one data type.
             for model in (*self.heads(), *self.parts_to_split()):
                 shard(model, self._device_mesh)
             for metric in self.modules():
@@ -250,7 +250,7 @@ class RLHFModule(CheckedModule, Generic[BatchT]):
         self.train(self.training)
 
     def parts_to_split(self) -> list[nn.Module]:
-        """Modules besides `heads` that `ModelParallelStrategy` shards: trained ones and equally large frozen ones."""
+        """Modules that `ModelParallelStrategy` shards in addition to `heads`: trained ones, and large frozen ones."""
         return [self.model]
 
     def start(self) -> Start:
@@ -259,7 +259,7 @@ class RLHFModule(CheckedModule, Generic[BatchT]):
 
     @abstractmethod
     def build(self) -> None:
-        """Build what uses the model; called once after the model is loaded."""
+        """Build the objects that use the model. Called once, after the model is loaded."""
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Compute logits as transformers does. Loads the model if it is not loaded yet.
@@ -308,7 +308,7 @@ class RLHFModule(CheckedModule, Generic[BatchT]):
         for name, devices in (("differentiable", ()), ("capturable", ("cuda",))):
             if any(group.get(name) for group in optimizer.param_groups) and self.device.type not in devices:
                 raise ConfigError(
-                    f"model.optimizer: {name} is for {' '.join(devices) or 'meta-learning'}; leave it out"
+                    f"model.optimizer: {name} is only for {' '.join(devices) or 'meta-learning'}; leave it out"
                 )
         if scheduler is None:
             return optimizer
@@ -318,7 +318,7 @@ class RLHFModule(CheckedModule, Generic[BatchT]):
                     "model.lr_scheduler ReduceLROnPlateau needs the name of its metric: use "
                     "lightning.pytorch.cli.ReduceLROnPlateau with init_args: {monitor: val/nll}"
                 )
-            # Its metric is known after the validation at the end of an epoch, so it steps once per epoch.
+            # Its metric is known only after the validation at the end of an epoch, so it is stepped once per epoch.
             return {
                 "optimizer": optimizer,
                 "lr_scheduler": {"scheduler": scheduler, "interval": "epoch", "monitor": monitor},
@@ -332,27 +332,25 @@ class RLHFModule(CheckedModule, Generic[BatchT]):
                 metric.reset()
         if (clip := self.trainer.gradient_clip_val) is not None and clip < 0:
             raise ConfigError(
-                f"trainer.gradient_clip_val is {clip}: gradients would change sign; it must be at least 0"
+                f"trainer.gradient_clip_val is {clip}; it must be at least 0, because gradients would change sign"
             )
         if (windows := self.trainer.accumulate_grad_batches) < 1:
-            raise ConfigError(
-                f"trainer.accumulate_grad_batches is {windows}: nothing would be trained; it must be at least 1"
-            )
+            raise ConfigError(f"trainer.accumulate_grad_batches is {windows}; it must be at least 1")
         if longest := self.longest_row():
             self.packed_forward.check(longest)
-        # Recorded now, because the module may later be evaluated on rows with another rendering.
+        # Recorded now, because the module may later be evaluated on rows that are rendered differently.
         self._renderer_is_open, self._trained_with = True, None
         self._trained_with = self.rendering()
 
     def configure_callbacks(self) -> list[pl.Callback]:
         """Callbacks of every run of the module; a subclass adds its own."""
         if self._trainer is not None:
-            forget(self._trainer)
+            remove_step_end(self._trainer)
             check_callbacks(self, self._trainer)
         return [StepEnd(self.step_numbers, self.why_empty, self.on_bar, self.max_empty_steps)]
 
     def longest_row(self) -> int:
-        """Number of tokens of the longest training row; 0 if it is not known yet."""
+        """Number of tokens of the longest training row; 0 if unknown."""
         data = row_data_of(self.trainer)
         prepared = data.prepared.get("train") if data else None
         return max((row.tokens for row in prepared.rows), default=0) if prepared else 0
@@ -407,8 +405,8 @@ class RLHFModule(CheckedModule, Generic[BatchT]):
     def normalized(self, total: Tensor, batch: "StepBatch", count: str | None, local: Tensor | float) -> Tensor:
         """Divide a sum by the count of the whole optimizer step, over all ranks and accumulated micro-batches.
 
-        Lightning divides the loss by the number of micro-batches, and DDP averages gradients over ranks. Both factors
-        are multiplied back, so that the gradient equals that of one large batch.
+        Lightning divides the loss by the number of micro-batches, and DDP averages gradients over ranks. This method
+        multiplies by both factors, so that the gradient equals that of one large batch.
 
         Args:
             total: Sum over this micro-batch, a scalar.
@@ -426,11 +424,11 @@ class RLHFModule(CheckedModule, Generic[BatchT]):
 
     @property
     def _pieces(self) -> int:
-        """Number of losses that make up that of an optimizer step: ranks times micro-batches."""
+        """Number of losses that are averaged in an optimizer step: ranks times micro-batches."""
         return data_ranks(self.trainer)[1] * self.trainer.accumulate_grad_batches
 
     def share(self, loss: Tensor, batch: "StepBatch") -> tuple[Tensor, Tensor | None]:
-        """Contribution of a micro-batch's loss to the loss of its step; see `StepNumbers.add`.
+        """Contribution of a micro-batch's loss to the logged loss of its step; see `StepNumbers.add`.
 
         Args:
             loss: The loss that `training_step` returns, a scalar.
@@ -445,7 +443,7 @@ class RLHFModule(CheckedModule, Generic[BatchT]):
 
     def why_empty(self) -> str:
         """Why a step may have had no trained token, and what to change."""
-        return "Check the masks of the batches."
+        return "Check the loss_mask of the batches."
 
     # -- checkpoints ----------------------------------------------------------------------------------------------
 
@@ -484,11 +482,11 @@ class RLHFModule(CheckedModule, Generic[BatchT]):
         """
         wanted = set(self.state_dict())
         if wanted != found:
-            odd = sorted(wanted ^ found)[0]
+            example = sorted(wanted ^ found)[0]
             raise ConfigError(
                 f"the checkpoint does not match this stage and its settings: {len(wanted - found)} weights are "
-                f"missing, {len(found - wanted)} are unexpected (for example {odd}). Start a new stage from a model "
-                "folder instead."
+                f"missing, {len(found - wanted)} are unexpected (for example {example}). Start a new stage from a "
+                "model folder instead."
             )
 
     # -- saving ---------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Refuses Lightning callbacks that would have no effect on a module, or another effect than their names promise."""
+"""Rejects Lightning callbacks that would have no effect on a module, or an effect other than the documented one."""
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import (
@@ -50,18 +50,19 @@ def check_accumulation(scheduler: LRScheduler, trainer: pl.Trainer) -> None:
     )
     if changing and isinstance(scheduler, Warmup) and scheduler.total_steps is None:
         raise ConfigError(
-            "GradientAccumulationScheduler: Warmup needs the number of optimizer steps, which is not known in advance: "
-            "set total_steps of model.lr_scheduler, or trainer.accumulate_grad_batches instead of the callback"
+            "Warmup needs the number of optimizer steps, which is unknown in advance with "
+            "GradientAccumulationScheduler. Set total_steps of model.lr_scheduler, or set "
+            "trainer.accumulate_grad_batches instead of using the callback"
         )
 
 
 def _check_swa(trainer: pl.Trainer) -> None:
-    # It copies the module in setup, before the model is loaded: its average would have no parameters.
+    # It copies the module in setup, before the model is loaded, so the average would have no parameters.
     if trainer.state.fn == "fit":
         raise ConfigError(
-            "StochasticWeightAveraging would average nothing, since it copies the module before the model is loaded, "
-            "and it would replace model.lr_scheduler: use lightning.pytorch.callbacks.WeightAveraging (equal weights) "
-            "or EMAWeightAveraging"
+            "StochasticWeightAveraging would average nothing, because it copies the module before the model is loaded, "
+            "and it would replace model.lr_scheduler. Use lightning.pytorch.callbacks.WeightAveraging (equal weights) "
+            "or EMAWeightAveraging instead"
         )
 
 
@@ -71,22 +72,22 @@ def _check_averaging(callback: WeightAveraging, module: CheckedModule, trainer: 
         return
     if isinstance(trainer.strategy, ModelParallelStrategy | FSDPStrategy | DeepSpeedStrategy):
         raise ConfigError(
-            f"{name} averages whole weights, and trainer.strategy {type(trainer.strategy).__name__} shards them: use "
-            "ddp, or leave the callback out"
+            f"{name} averages unsharded weights, but trainer.strategy {type(trainer.strategy).__name__} shards them. "
+            "Use ddp, or leave the callback out"
         )
-    # The statistics of normalized rewards are integer buffers, made when the model is loaded.
+    # The statistics of normalized rewards are integer buffers that are created when the model is loaded.
     normalized = any(reward.normalize is not None for reward in getattr(module, "rewards", ()))
     integers = normalized or any(not buffer.is_floating_point() for buffer in module.buffers())
     if callback._use_buffers and integers:
         raise ConfigError(
-            f"{name} would average buffers that hold integers, such as the statistics of a normalized reward: set its "
-            "use_buffers to False"
+            f"{name} would average integer buffers, such as the statistics of a normalized reward. Set its use_buffers "
+            "to False"
         )
-    # The copy that is averaged is paired with the module parameter by parameter.
+    # The averaged copy is paired with the module parameter by parameter.
     if getattr(getattr(module, "scorer", None), "store", False):
         raise ConfigError(
-            f"{name} copies the module with the reference model, which scorer.store removes before training: set "
-            "scorer.store to false"
+            f"{name} copies the module together with the reference model, which scorer.store removes before training. "
+            "Set scorer.store to false"
         )
 
 
@@ -95,14 +96,14 @@ def _check_rate_finder(callback: LearningRateFinder, module: CheckedModule, trai
         return
     if module.stage_kind == "policy":
         raise ConfigError(
-            "LearningRateFinder picks the rate at which the loss falls fastest, but the loss of policy RL does not "
-            "measure progress: compare train/reward of short runs with several rates"
+            "LearningRateFinder chooses the learning rate at which the loss falls fastest, but the loss of policy RL "
+            "does not measure progress. Compare train/reward in short runs with several learning rates instead"
         )
     names = [callback._attr_name] if callback._attr_name else ["lr", "learning_rate"]
     if callback._update_attr and not any(lightning_hasattr(module, name) for name in names):
         raise ConfigError(
-            f"LearningRateFinder sets {names[0]} of the module, but {type(module).__name__} makes its optimizer with "
-            "model.optimizer: set update_attr to False, and pass an optimizer with the rate of "
+            f"LearningRateFinder sets {names[0]} of the module, but {type(module).__name__} creates its optimizer with "
+            "model.optimizer. Set update_attr to False, and pass an optimizer with the learning rate "
             "optimal_lr.suggestion()"
         )
 
@@ -110,15 +111,15 @@ def _check_rate_finder(callback: LearningRateFinder, module: CheckedModule, trai
 def _check_batch_finder(callback: BatchSizeFinder, module: CheckedModule, trainer: pl.Trainer) -> None:
     if module.stage_kind == "policy":
         raise ConfigError(
-            "BatchSizeFinder changes data.batch_size, which a policy stage does not have: "
-            "model.max_tokens_per_batch bounds the memory of a step, and data.prompts_per_round and data.group_size "
-            "set its rows"
+            "BatchSizeFinder changes data.batch_size, which a policy stage does not have. Set "
+            "model.max_tokens_per_batch to bound the memory of a step, and data.prompts_per_round and data.group_size "
+            "to set its number of rows"
         )
     command = trainer.state.fn
     name = "batch_size" if command == "fit" else "eval_batch_size"
     if row_data_of(trainer) is not None and callback._batch_arg_name != name:
         raise ConfigError(
-            f"BatchSizeFinder changes data.{callback._batch_arg_name}, but {command} uses data.{name}: set "
+            f"BatchSizeFinder changes data.{callback._batch_arg_name}, but {command} uses data.{name}. Set its "
             f"batch_arg_name to {name}"
         )
 
@@ -126,6 +127,6 @@ def _check_batch_finder(callback: BatchSizeFinder, module: CheckedModule, traine
 def _check_backbone(module: CheckedModule) -> None:
     if not hasattr(module, "backbone"):
         raise ConfigError(
-            f"BackboneFinetuning freezes module.backbone, which {type(module).__name__} does not have: "
-            "PreferenceModule(freeze_backbone=True) trains the reward head alone, and model.lora trains adapters"
+            f"BackboneFinetuning freezes module.backbone, which {type(module).__name__} does not have. Use "
+            "PreferenceModule(freeze_backbone=True) to train only the reward head, or model.lora to train adapters"
         )

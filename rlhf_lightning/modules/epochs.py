@@ -5,11 +5,11 @@ from lightning.pytorch.loops.loop import _Loop
 
 
 def end_restored_epoch(trainer: pl.Trainer) -> None:
-    """Complete the epoch at whose end the checkpoint was written, so that the next one begins.
+    """Complete the epoch that ended when the checkpoint was written, so that the next epoch begins.
 
     With `max_steps`, Lightning 2.6 treats such a checkpoint as one within the epoch (`_FitLoop.restarting` has `or`
-    where `and` is meant). It then ends the epoch twice, and every later epoch has the number, and so the order of rows,
-    of the epoch after it. Without `max_steps`, Lightning does what this function does.
+    instead of `and`). It then ends the epoch twice, so that every later epoch has the number, and therefore the row
+    order, of the epoch after it. Without `max_steps`, Lightning does the same as this function.
 
     Args:
         trainer: The Trainer.

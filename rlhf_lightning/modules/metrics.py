@@ -8,7 +8,7 @@ from torchmetrics import MeanMetric, Metric
 
 
 class Count(Metric):
-    """A sum of integers, exact beyond what a float32 can count.
+    """A sum of integers, exact beyond the range of float32.
 
     Example:
         >>> count = Count()

@@ -26,9 +26,8 @@ def check_batch(batch: Columns, requires: Sequence[str], module: str) -> None:
     has = list(batch) if isinstance(batch, Mapping) else []
     if missing := [name for name in requires if name not in has]:
         raise ConfigError(
-            f"{module} takes batches that are dicts with {', '.join(requires)}; {missing[0]} is "
-            f"missing in this one, which is a {type(batch).__name__} of {', '.join(map(str, has)) or 'no names'}. "
-            "See docs/reuse.md"
+            f"{module} needs batches that are dicts with {', '.join(requires)}; {missing[0]} is missing in this batch, "
+            f"a {type(batch).__name__} with {', '.join(map(str, has)) or 'no keys'}; see docs/reuse.md"
         )
 
 
@@ -38,17 +37,17 @@ def check_content(module: nn.Module, checkpoint: "StateDict", resumes: bool) -> 
     Args:
         module: The module, with its model.
         checkpoint: The checkpoint.
-        resumes: True if training goes on from it.
+        resumes: True if training resumes from it.
 
     Raises:
-        ConfigError: If its weights have other shapes, or if training cannot resume from it.
+        ConfigError: If the weights have different shapes, or training cannot resume from the checkpoint.
     """
     weights = checkpoint["state_dict"]
     for name, parameter in module.named_parameters(remove_duplicate=False):
         if name in weights and weights[name].shape != parameter.shape:
             raise ConfigError(
-                f"the checkpoint does not match this stage and its settings: {name} is "
-                f"{list(weights[name].shape)} there and {list(parameter.shape)} here"
+                f"the checkpoint does not match this stage and its settings: {name} has shape "
+                f"{list(weights[name].shape)} in the checkpoint, but {list(parameter.shape)} in the model"
             )
     lacking = [key for key in ("loops", "optimizer_states", "lr_schedulers") if key not in checkpoint]
     if lacking and resumes:

@@ -1,4 +1,4 @@
-"""Checks of contradictory policy RL settings, before anything is loaded or before the first round."""
+"""Checks for incompatible settings of policy RL, before the model is loaded or before the first round."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ from rlhf_lightning.rollout.recorded import Recorded
 from rlhf_lightning.sampling.sampler import Sampler
 
 MOST_TIMES = 1000
-"""Largest `resample_groups`. A reward that is equal for all responses would be resampled that many times."""
+"""Maximum of `resample_groups`, because a reward that is equal for all responses is resampled that many times."""
 
 
 def check_rewards(rewards: Sequence[Reward] | None) -> None:
@@ -30,7 +30,9 @@ def check_rewards(rewards: Sequence[Reward] | None) -> None:
             raise ConfigError(f"model.rewards contains {_named(part)}; each must be a Reward: {_wrapped(part)}")
     names = [part.name for part in rewards]
     if len(set(names)) < len(names):
-        raise ConfigError(f"model.rewards: two rewards have the same name ({', '.join(names)}); set name of one")
+        raise ConfigError(
+            f"model.rewards: two rewards have the same name ({', '.join(names)}); set the name of one of them"
+        )
 
 
 def _named(value: Reward | Sequence[Reward]) -> str:
@@ -48,31 +50,35 @@ def _wrapped(value: Reward | Sequence[Reward]) -> str:
 def check_algorithm(
     objective: PolicyObjective, advantage: Advantage, kl: KLPenalty | None, critic: Critic | None
 ) -> None:
-    """Raise `ConfigError` if the parts of an algorithm contradict each other.
+    """Raise `ConfigError` if the settings of an algorithm are incompatible.
 
     Args:
         objective: The policy loss.
-        advantage: Turns rewards into advantages.
-        kl: The KL penalty, if there is one.
-        critic: The critic, if there is one.
+        advantage: Computes advantages from rewards.
+        kl: The KL penalty, if any.
+        critic: The critic, if any.
     """
     name = type(advantage).__name__
     if advantage.needs_values and critic is None:
-        raise ConfigError(f"model.advantage {name} needs the values of a critic: set model.critic")
+        raise ConfigError(f"model.advantage {name} needs the values of a critic. Set model.critic")
     if critic is not None and not advantage.needs_values:
-        raise ConfigError(f"model.critic is set, but {name} does not use values: set model.advantage to GAE")
+        raise ConfigError(f"model.critic is set, but {name} does not use values. Set model.advantage to GAE")
     if critic is not None and critic.shared and critic.warmup_rounds:
         raise ConfigError(
-            "critic.warmup_rounds must be 0 with critic.shared: training the critic would change the policy"
+            f"critic.warmup_rounds is {critic.warmup_rounds}; with critic.shared it must be 0, because training the "
+            "critic changes the policy"
         )
     loss = type(objective).__name__
     if objective.sequence_level and advantage.needs_values:
         raise ConfigError(
-            f"{loss} treats a response as one action, but GAE gives each token its own advantage: use ClippedSurrogate"
+            f"{loss} treats a response as one action, but GAE gives each token its own advantage. Use ClippedSurrogate"
         )
-    of_response = objective.sequence_level and not getattr(objective, "normalized", True)
-    if of_response and kl is not None and kl.place == "loss" and kl.coefficient:
-        raise ConfigError(f"{loss}(normalized=False) treats a response as one action: set kl.place to reward")
+    unnormalized = objective.sequence_level and not getattr(objective, "normalized", True)
+    if unnormalized and kl is not None and kl.place == "loss" and kl.coefficient:
+        raise ConfigError(
+            f"{loss}(normalized=False) treats a response as one action, but kl.place is loss, which penalizes tokens. "
+            "Set kl.place to reward"
+        )
 
 
 def check_rounds(data: PromptDataModule, objective: PolicyObjective, accumulate: int) -> None:
@@ -87,9 +93,9 @@ def check_rounds(data: PromptDataModule, objective: PolicyObjective, accumulate:
     if steps > 1 and not objective.corrects:
         raise ConfigError(
             f"a round has {steps} optimizer steps (data.update_epochs, data.minibatches), but "
-            f"{type(objective).__name__} has neither clip "
-            "nor importance ratio: after the first step the policy is no longer the one that sampled. Use "
-            "ClippedSurrogate or ImportanceSampling, or one step per round (trainer.accumulate_grad_batches)."
+            f"{type(objective).__name__} has neither a clip nor an importance ratio, so it is only valid for the first "
+            "step, before the policy changes. Use ClippedSurrogate or ImportanceSampling, or one step per round "
+            "(trainer.accumulate_grad_batches)."
         )
 
 
@@ -121,29 +127,31 @@ def check_recorded(
     """
     if not objective.corrects and not recomputes:
         raise ConfigError(
-            f"data.episodes were sampled by another sampler, which {type(objective).__name__} cannot correct for"
+            f"data.episodes were sampled by another policy, which {type(objective).__name__} cannot correct for. Use "
+            "ClippedSurrogate or ImportanceSampling, or set model.importance_weights"
         )
     if samples_again:
-        raise ConfigError("data.episodes are already sampled: leave out model.resample_groups and model.staleness")
+        raise ConfigError("data.episodes are already sampled; leave out model.resample_groups and model.staleness")
     if objective.aggregation == "constant" and objective.length is None:
         raise ConfigError(
             "the aggregation 'constant' needs objective.length, because the token budget of data.episodes is unknown"
         )
     if any(row.advantage is not None for row in rows) and (critic is not None or advantage.whiten):
         raise ConfigError(
-            "data.episodes has rows with their own advantage: a critic would learn nothing from them, and whitening "
-            "would change them"
+            "data.episodes has rows with a recorded advantage, but a critic would learn nothing from them, and "
+            "whitening would change them. Record reward and group instead, or use an advantage without a critic and "
+            "whitening"
         )
     groups = Counter(row.group for row in rows if row.advantage is None)
     if advantage.needs_group and groups and max(groups.values()) == 1:
         raise ConfigError(
-            f"no two rows of data.episodes share a group, but {type(advantage).__name__} compares the responses "
-            "of a group: every advantage would be 0. Give rows of one prompt the same group, or use GlobalWhitened."
+            f"no two rows of data.episodes share a group, but {type(advantage).__name__} compares the responses of a "
+            "group, so every advantage would be 0. Give rows of one prompt the same group, or use GlobalWhitened."
         )
     if kl is not None and not recomputes and (kl.place == "reward" or kl.target is not None):
         raise ConfigError(
-            "data.episodes hold the log-probabilities of another policy: a KL penalty in the reward, or an adaptive "
-            "one, would measure the KL of that policy. Set kl.place to loss without kl.target, or "
+            "data.episodes contain the log-probabilities of another policy, so a KL penalty in the reward, or an "
+            "adaptive one, would measure the KL of that policy. Set kl.place to loss without kl.target, or set "
             "model.importance_weights."
         )
 
@@ -152,29 +160,30 @@ def check_groups(group_size: int, advantage: Advantage, resample_groups: int) ->
     """Raise `ConfigError` if groups of one response are to be compared or sampled again."""
     if group_size == 1 and advantage.needs_group:
         raise ConfigError(
-            f"data.group_size is 1, but {type(advantage).__name__} compares the responses of a group: "
+            f"data.group_size is 1, but {type(advantage).__name__} compares the responses of a group, so "
             "every advantage would be 0. Set data.group_size to 2 or more."
         )
     if group_size == 1 and resample_groups:
         raise ConfigError(
-            "model.resample_groups: a group of one response cannot have different rewards; set data.group_size above 1"
+            "model.resample_groups is set, but data.group_size is 1, and a group of one response cannot have different "
+            "rewards. Set data.group_size to 2 or more."
         )
 
 
 def check_sampling(sampler: Sampler, prompts: Sequence[Prompt], context: int | None) -> None:
-    """Raise `ConfigError` if the sampler cannot give different responses, or has no room for them.
+    """Raise `ConfigError` if all sampled responses would be equal, or exceed the model's context.
 
     Args:
-        sampler: The settings of sampling.
+        sampler: The sampler's settings.
         prompts: The prompts.
-        context: Number of positions of the model; None if it has no limit.
+        context: Number of positions of the model; None for no limit.
     """
     sampler.warn_of_bias()
     if sampler.temperature == 0:
-        raise ConfigError("sampler.temperature is 0, so all responses of a group would be the same")
+        raise ConfigError("sampler.temperature is 0, so all responses of a group would be equal; set it above 0")
     longest = max(prompt.tokens for prompt in prompts)
     if context and longest + sampler.max_tokens > context:
         raise ConfigError(
-            f"the longest prompt ({longest} tokens) and sampler.max_tokens ({sampler.max_tokens}) exceed "
-            f"the model's {context} positions; lower max_tokens or data.max_prompt_tokens"
+            f"the longest prompt ({longest} tokens) plus sampler.max_tokens ({sampler.max_tokens}) exceeds "
+            f"the model's {context} positions; lower sampler.max_tokens or data.max_prompt_tokens"
         )

@@ -15,15 +15,15 @@ if TYPE_CHECKING:
     from rlhf_lightning.types import RolloutBatch
 
 OUTPUTS = ("log_ratio_mean", "clip_fraction", "log_ratio_clamped")
-"""Numbers of the mini-batch that a training step returns besides the loss."""
+"""Metrics of the mini-batch that a training step returns in addition to the loss."""
 NUMBERS = ("loss", "value_loss", "entropy", "logprob_gap", *OUTPUTS)
-"""Numbers that are summed over an optimizer step."""
+"""Metrics that are summed over an optimizer step."""
 LARGEST = ("log_ratio_max",)
 ROUND_ON_BAR = ("reward", "kl", "truncated")
 WHY = {
-    "truncated": "cut off",
-    "failed_episodes": "failed in their environment",
-    "zero_variance_groups": "groups of equal rewards",
+    "truncated": "truncated responses",
+    "failed_episodes": "failed episodes",
+    "zero_variance_groups": "groups with equal rewards",
 }
 
 
@@ -39,7 +39,7 @@ def step_sums(
         clamped: 1 at tokens whose log-ratio is clamped, `[B, T]`.
 
     Returns:
-        For each metric the sum over sampled tokens and their number; and the maxima.
+        The sum over sampled tokens and the number of tokens for each metric, and the maxima by name.
     """
     assert scores.entropy is not None
     loss_mask, old, logprobs = batch["loss_mask"], batch["old_logprobs"], scores.logprobs.detach()
@@ -66,10 +66,10 @@ def reference_distance(scores: TokenLogprobsOutput, batch: "RolloutBatch") -> di
 
 def why_empty(statistics: Mapping[str, float]) -> str:
     """Explain from a round's statistics why no token was trained, and what to change."""
-    found = ", ".join(f"{WHY[name]} {statistics[name]:.0%}" for name in WHY if name in statistics)
+    found = ", ".join(f"{statistics[name]:.0%} {WHY[name]}" for name in WHY if name in statistics)
     return (
-        f"In the last round: {found or 'nothing is known'}. If responses are truncated, raise sampler.max_tokens or "
-        "leave out model.mask_truncated; if all rewards of a group are equal, use other prompts or rewards, a "
+        f"The last round had {found or 'no statistics'}. If responses are truncated, raise sampler.max_tokens or "
+        "leave out model.mask_truncated. If all rewards of a group are equal, use other prompts or rewards, a "
         "larger data.group_size, or model.resample_groups. See samples.jsonl."
     )
 

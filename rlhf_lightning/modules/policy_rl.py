@@ -65,7 +65,7 @@ if TYPE_CHECKING:
     from rlhf_lightning.types import RolloutBatch, Row, StateDict
 
 T = TypeVar("T")
-VALIDATION = 1_000_003  # seeds validation rollouts differently from those of the training rounds
+VALIDATION = 1_000_003  # part of the seed of validation rollouts, so that it differs from any training round's
 SANITY_PROMPTS = 8
 """Prompts that are answered in each batch of Lightning's check before training, which looks only for errors."""
 
@@ -83,29 +83,29 @@ class PolicyRLModule(RLHFModule[PromptBatch]):
     Args:
         model: The policy to start from, which is also the reference of the KL; see `RLHFModule` for further arguments.
         objective: Policy loss; importance sampling by default.
-        rewards: Terms of the reward, weighted and added.
-        advantage: Turns rewards into advantages; group-centered by default.
+        rewards: Terms of the reward, which are weighted and added.
+        advantage: Computes advantages from rewards; group-centered by default.
         kl: Penalty on the KL from the reference; none by default. With coefficient 0 the KL is only measured.
         critic: Value model, which GAE needs; none by default.
         sampler: Token budget and temperature of responses.
-        environment: Class, function or dotted path that makes a `MessageEnv` from a data row; by default a response
+        environment: Class, function or dotted path that creates a `MessageEnv` from a data row; by default a response
             ends its episode.
         environment_args: Keyword arguments of the environment, in addition to the row.
         limits: Turns, tokens and time of an episode, and what to do if its environment fails.
         truncated_reward: Replaces the reward of a response that ran out of tokens.
         mask_truncated: Do not train on a response that ran out of tokens. Its reward still counts in its group's mean.
         entropy_coefficient: Weight of the mean entropy (nats per token), which is added to the maximized objective.
-        importance_weights: Corrects for samples of another distribution than the trainer's. The trainer recomputes the
-            log-probabilities at the start of a round, and the loss is weighted by their ratio to the sampler's.
-        staleness: With 1, each round is sampled with the weights from the start of the previous round. Then
-            `importance_weights` are used; by default per token and truncated at 2.
+        importance_weights: Correct for a sampler whose distribution differs from the trainer's. The trainer recomputes
+            the log-probabilities at the start of a round, and the loss is weighted by their ratio to the sampler's.
+        staleness: With 1, each round is sampled with the weights from the start of the previous round, and
+            `importance_weights` are used (by default per token, truncated at 2).
         resample_groups: Number of times that a group with equal rewards is sampled again; 0 by default.
         recipe: Name of an algorithm that sets objective, advantage, kl, critic and resample_groups unless they are
             given: `dapo`, `dr_grpo`, `grpo`, `gspo`, `mint`, `ppo`, `reinforce_pp` or `rloo`. The constructor of the
             same name documents what it sets, and why.
 
     Raises:
-        ConfigError: If settings contradict each other.
+        ConfigError: If settings are invalid or incompatible.
 
     Example:
         >>> module = PolicyRLModule.grpo("Qwen/Qwen3-0.6B", rewards=[reward])  # doctest: +SKIP
@@ -140,10 +140,10 @@ class PolicyRLModule(RLHFModule[PromptBatch]):
     ) -> None:
         super().__init__(model, **kwargs)
         if recipe is not None:
-            made = build_recipe(recipe)
-            objective, advantage = objective or made["objective"], advantage or made["advantage"]
-            kl, critic = kl or made.get("kl"), critic or made.get("critic")
-            resample_groups = made.get("resample_groups") if resample_groups is None else resample_groups
+            preset = build_recipe(recipe)
+            objective, advantage = objective or preset["objective"], advantage or preset["advantage"]
+            kl, critic = kl or preset.get("kl"), critic or preset.get("critic")
+            resample_groups = preset.get("resample_groups") if resample_groups is None else resample_groups
         check_object("model.objective", objective, "ClippedSurrogate()")
         check_object("model.advantage", advantage, "GroupCentered()")
         check_object("model.kl", kl, "KLPenalty(0.1)")
@@ -351,7 +351,7 @@ class PolicyRLModule(RLHFModule[PromptBatch]):
         disable_dropout(self.model)
         budget, shared_head = self.max_tokens_per_batch, None
         if self.critic is not None:
-            # Before the reference is made, because that adds an adapter to the model.
+            # Before the reference is created, because that adds an adapter to the model.
             self.value_model = self.critic.build(self.model, self.tokenizer, budget, self.dtype_name)
             shared_head = self.value_model.head if self.critic.shared else None
         self.token_logprobs = TokenLogprobs(self.model, budget, value_head=shared_head)
@@ -426,7 +426,7 @@ class PolicyRLModule(RLHFModule[PromptBatch]):
     # -- rollouts -------------------------------------------------------------------------------------------------
 
     def rollout_loader(self, data: PromptDataModule) -> RolloutDataLoader[Prompt] | RolloutDataLoader[list[Recorded]]:
-        """Check the settings, and make the loader that collects a round whenever its mini-batches are used up.
+        """Check the settings, and create the dataloader that collects rounds and yields their mini-batches.
 
         Args:
             data: The data module.
@@ -467,7 +467,7 @@ class PolicyRLModule(RLHFModule[PromptBatch]):
         )
 
     def _check_data(self, data: PromptDataModule, recorded: Sequence[Recorded], prompts: Sequence[Prompt]) -> None:
-        """Raise `ConfigError` if the module and its data do not fit together."""
+        """Raise `ConfigError` if the module and the data module are incompatible."""
         check_rounds(data, self.objective, self.trainer.accumulate_grad_batches)
         if data.recorded:
             recomputes = self.importance_weights is not None
@@ -489,7 +489,7 @@ class PolicyRLModule(RLHFModule[PromptBatch]):
 
     def _check_rewarded(self) -> None:
         if not self.rewarded:
-            raise ConfigError("there is no reward: set model.rewards, or model.environment")
+            raise ConfigError("there is no reward. Set model.rewards or model.environment")
 
     def on_train_batch_start(self, batch: Columns, batch_idx: int) -> None:
         """Pass the statistics of a new round, over all ranks, to the collector."""
@@ -504,7 +504,7 @@ class PolicyRLModule(RLHFModule[PromptBatch]):
         return self.collector.episodes
 
     def sampling_context(self) -> AbstractContextManager[None]:
-        """Context with the precision of training, so that sampler and trainer agree on log-probabilities."""
+        """Context manager for the precision of training, so that sampler and trainer agree on log-probabilities."""
         return nullcontext() if self._trainer is None else self.trainer.precision_plugin.forward_context()
 
     def recorded_episode(self, data: "Row") -> list[Recorded]:
@@ -571,7 +571,7 @@ class PolicyRLModule(RLHFModule[PromptBatch]):
         Args:
             ids: Token ids, `[B, T]`.
             loss_mask: 1 at sampled tokens, 0 elsewhere, `[B, T]`.
-            scores: Result of the policy's forward pass on these tokens, if it has run already.
+            scores: Result of the policy's forward pass on these tokens, if already computed.
 
         Returns:
             Values in reward units, `[B, T]`.
@@ -587,12 +587,12 @@ class PolicyRLModule(RLHFModule[PromptBatch]):
     def _clamped(self, logprobs: Tensor, batch: "RolloutBatch") -> Tensor:
         """1 at tokens with a log-ratio beyond ±20 (in the loss, its KL or the importance weights), `[B, T]`."""
         old, loss_mask = batch["old_logprobs"], batch["loss_mask"]
-        cut = self.objective.clamped(logprobs, old, loss_mask)
+        clamped = self.objective.clamped(logprobs, old, loss_mask)
         if self.kl is not None and self.kl.place == "loss":
-            cut = cut | beyond(token_log_ratio(logprobs, batch["reference_logprobs"], loss_mask))
+            clamped = clamped | beyond(token_log_ratio(logprobs, batch["reference_logprobs"], loss_mask))
         if self.importance_weights is not None:
-            cut = cut | beyond(token_log_ratio(old, batch["sampling_logprobs"], loss_mask))
-        return cut.to(loss_mask.dtype)
+            clamped = clamped | beyond(token_log_ratio(old, batch["sampling_logprobs"], loss_mask))
+        return clamped.to(loss_mask.dtype)
 
     def _value_losses(self, values: Tensor, batch: "RolloutBatch") -> Tensor:
         assert self.critic is not None
@@ -606,7 +606,7 @@ class PolicyRLModule(RLHFModule[PromptBatch]):
         return self.normalized(total, batch, DENOMINATORS[mode], local)
 
     def _log_round(self, batch: "RolloutBatch") -> None:
-        """Log the statistics of a round, over all ranks, with its first mini-batch.
+        """Log the statistics of a round, over all ranks, at its first mini-batch.
 
         The metrics of an optimizer step are logged at its end, by `StepEnd`.
         """
@@ -631,7 +631,7 @@ class PolicyRLModule(RLHFModule[PromptBatch]):
             return self.collector.rollout(prompts, 1, (VALIDATION,), temperature=0.0)
 
     def _sync_engine(self) -> None:
-        # An engine with its own copy of the weights would still have those from the start of the last round.
+        # An engine with its own copy of the weights still has those from the start of the last round.
         self.model_sampler.sync(self.global_step)
 
     # At the start of the epoch, when WeightAveraging has put the averaged weights in place.
@@ -648,8 +648,7 @@ class PolicyRLModule(RLHFModule[PromptBatch]):
             greedy = self.collector.rollout(prompts, 1, (VALIDATION,), temperature=0.0)
             sampled = self.collector.rollout(prompts, 1, (VALIDATION,))
             if self.reference is not None:
-                only = SampleScorers(self.collector.scorers.reference_logprobs)
-                self.collector.score(sampled, only)
+                self.collector.score(sampled, SampleScorers(self.collector.scorers.reference_logprobs))
         metrics.add(greedy, sampled)
         for key, metric in metrics.logged(kl=self.reference is not None):
             self.log(f"{name}/{key}", metric, prog_bar=key == "reward_sampled", batch_size=max(1, len(prompts)))

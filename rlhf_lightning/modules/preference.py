@@ -39,7 +39,7 @@ class PreferenceModule(RLHFModule[PreferenceBatch]):
     """Learns to score preferred responses above others.
 
     A batch is a dict with `input_ids` and `loss_mask` `[N, T]` (1 on the response), and optionally `lengths` `[N]` and
-    `weights` `[B]` (0 for a row that only fills up a rank's share). For pairs, N is 2B with the chosen rows first, and
+    `weights` `[B]` (0 for a filler that keeps the ranks in step). For pairs, N is 2B with the chosen rows first, and
     `margin` and `ties` `[B]` are optional. For labels, N is B, with `labels` `[B]`. For rankings, `ranking` and `ranks`
     are `[N]`.
 
@@ -48,12 +48,12 @@ class PreferenceModule(RLHFModule[PreferenceBatch]):
 
     Args:
         model: Folder, Hub id or object of the model to start from; see `RLHFModule` for further arguments.
-        scorer: Gives a response its score: `RewardHead` (default), `SequenceLogprob`, or `ImplicitReward` (DPO).
+        scorer: Scores a response: `RewardHead` (default), `SequenceLogprob`, or `ImplicitReward` (DPO).
         loss: A loss on pairs (Bradley-Terry by default), labels or rankings.
-        freeze_backbone: Train the reward head only, if training all weights overfits.
+        freeze_backbone: Train only the reward head, for example if training all weights overfits.
 
     Raises:
-        ConfigError: If scorer and loss do not fit together.
+        ConfigError: If scorer and loss are incompatible.
 
     Example:
         >>> from rlhf_lightning.models.scorers import ImplicitReward
@@ -63,7 +63,7 @@ class PreferenceModule(RLHFModule[PreferenceBatch]):
     stage_kind = "preference"
     on_bar = ("accuracy", "margin", "loss")
     model_scorer: ModelScorer
-    """The scorer with its model, once that is loaded."""
+    """The scorer with its model; set once the model is loaded."""
 
     def __init__(
         self,
@@ -81,7 +81,7 @@ class PreferenceModule(RLHFModule[PreferenceBatch]):
         self.freeze_backbone = freeze_backbone
         if freeze_backbone and (self.lora or "head" not in self.scorer.requires):
             raise ConfigError(
-                "model.freeze_backbone trains only the reward head: it needs the scorer RewardHead, and no model.lora"
+                "model.freeze_backbone trains only the reward head. Use the scorer RewardHead, and leave out model.lora"
             )
         self.task = self.scorer.task
         check_fit(self.scorer, self.loss)
@@ -92,13 +92,13 @@ class PreferenceModule(RLHFModule[PreferenceBatch]):
         self.tables = nn.ModuleDict({f"{name}_": Tables() for name in ("val", "test")})
 
     def setup(self, stage: str) -> None:
-        """Check, before anything is loaded, that the Trainer's settings suit the loss."""
+        """Check, before the model is loaded, that the Trainer's settings suit the loss."""
         super().setup(stage)
         schedules = any(isinstance(c, GradientAccumulationScheduler) for c in callbacks_of(self.trainer))
         if stage == "fit" and self.loss.batch_coupled and (self.trainer.accumulate_grad_batches != 1 or schedules):
             raise ConfigError(
                 f"{type(self.loss).__name__} compares the rows of a whole optimizer step with each other, so they must "
-                "be in one batch: set trainer.accumulate_grad_batches to 1 and raise data.batch_size "
+                "be in one batch. Set trainer.accumulate_grad_batches to 1 and raise data.batch_size "
                 "(model.gradient_checkpointing saves memory)"
             )
 
@@ -157,14 +157,14 @@ class PreferenceModule(RLHFModule[PreferenceBatch]):
             before = trained_with and trained_with["init_args"].get("reference")
             if before and self.scorer.reference is None:
                 log.warning(
-                    "%s is its own reference, so every score is 0; it was trained against %s: set "
+                    "%s is compared with itself, so every score is 0. It was trained against the reference %s: set "
                     "model.scorer.init_args.reference to that model",
                     reference,
                     before,
                 )
         elif real_path(reference) == real_path(Path(self._trainer.default_root_dir) / "model"):
             raise ConfigError(
-                f"{reference} is the reference, but this run would write its model to the same folder: choose another "
+                f"{reference} is the reference, but this run would write its model to the same folder. Choose another "
                 "trainer.default_root_dir"
             )
 
@@ -179,7 +179,7 @@ class PreferenceModule(RLHFModule[PreferenceBatch]):
         super().on_fit_start()
         if self.scorer.store and self.reference is not None:
             store_reference(self.model_scorer, self.reference, self.trainer, self.device)
-            # One that is the policy with another adapter takes no memory.
+            # A reference that is the policy with another adapter takes no memory.
             if self.reference.copy is not None and not isinstance(self.start_source, nn.Module):
                 self.model_scorer.release_reference()
                 self.reference = self.reference_copy = None
@@ -189,8 +189,7 @@ class PreferenceModule(RLHFModule[PreferenceBatch]):
         weights = self._weights(batch, named)
         if self.loss.batch_coupled:
             kept = weights > 0
-            there = {name: value[kept] for name, value in named.items()}
-            rows = whole_step(there)
+            rows = whole_step({name: value[kept] for name, value in named.items()})
             total = self._losses(rows).sum()
             losses = (total.detach() / len(next(iter(rows.values())))).expand(len(weights))
             # A rank with only filler rows must still have a gradient for every weight.
@@ -203,10 +202,10 @@ class PreferenceModule(RLHFModule[PreferenceBatch]):
         return self.normalized(total, batch, self.loss.kind, float(weights.sum()))
 
     def why_empty(self) -> str:
-        return "Every row of these steps has weight 0, or no response token: check the batches' weights and masks."
+        return "Every row of these steps has weight 0 or no response token. Check weights and loss_mask of the batches."
 
     def _named(self, batch: PreferenceBatch) -> Named:
-        """Everything that the loss may need, by name, for each row."""
+        """Values of each row that the loss may need, by name."""
         if self.loss.kind == "pairs" and self.scorer.tail_weight != 1:
             shared = torch.stack(batch["loss_mask"].sum(-1).chunk(2)).amin(0)
             batch = {**batch, "shared_lengths": torch.cat([shared, shared])}
@@ -222,12 +221,12 @@ class PreferenceModule(RLHFModule[PreferenceBatch]):
     def _scored(self, batch: PreferenceBatch) -> Named:
         """Score each row. Without `lengths` in the batch, a row ends with its last response token."""
         if "lengths" not in batch:
-            places = torch.arange(1, batch["loss_mask"].shape[1] + 1, device=batch["loss_mask"].device)
-            batch = {**batch, "lengths": (places * (batch["loss_mask"] != 0)).amax(-1)}
+            ends = torch.arange(1, batch["loss_mask"].shape[1] + 1, device=batch["loss_mask"].device)
+            batch = {**batch, "lengths": (ends * (batch["loss_mask"] != 0)).amax(-1)}
         return name_rows(self.loss.kind, self.model_scorer.detailed(batch), batch)
 
     def _weights(self, batch: PreferenceBatch, rows: Named) -> Tensor:
-        """Weight of each row, `[B]`; 1 for all rows of a dataloader that gives no weights."""
+        """Weight of each row, `[B]`; all 1 if the batch has no weights."""
         first = rows[self.loss.inputs[0]]
         return batch["weights"] if "weights" in batch else first.new_ones(len(first))
 
@@ -235,7 +234,7 @@ class PreferenceModule(RLHFModule[PreferenceBatch]):
         """Loss of each row, `[B]`."""
         known = {**rows, "beta": self.scorer.beta}
         if missing := [name for name, required in self._wanted.items() if required and name not in known]:
-            raise ConfigError(f"{type(self.loss).__name__} needs {missing[0]!r}, which the batch does not have")
+            raise ConfigError(f"{type(self.loss).__name__} needs {missing[0]!r}, which is missing in the batch")
         named = {name: known[name] for name in self._wanted if name in known}
         return self.loss(*(rows[name] for name in self.loss.inputs), **named)
 
@@ -280,8 +279,8 @@ class PreferenceModule(RLHFModule[PreferenceBatch]):
         if self.loss.kind == "labels":
             numbers = zip(named["scores"][kept].tolist(), named["labels"][kept].tolist(), strict=True)
             return [{"score": score, "label": int(label)} for score, label in numbers]
-        there = named["loss_mask"].bool()
-        return [{"scores": named["scores"][i][there[i]].tolist()} for i in kept.nonzero()[:, 0].tolist()]
+        is_response = named["loss_mask"].bool()
+        return [{"scores": named["scores"][i][is_response[i]].tolist()} for i in kept.nonzero()[:, 0].tolist()]
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Score rows of tokens. Loads the model if it is not loaded yet.
@@ -297,8 +296,8 @@ class PreferenceModule(RLHFModule[PreferenceBatch]):
             Scores, `[B]`.
         """
         self.configure_model()
-        there = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        rows = [ids[mask != 0].tolist() for ids, mask in zip(input_ids, there, strict=True)]
+        attention = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        rows = [ids[mask != 0].tolist() for ids, mask in zip(input_ids, attention, strict=True)]
         masks = [[0, *[1] * (len(row) - 1)] for row in rows]
         return self.model_scorer(padded(rows, masks, input_ids.device))
 
@@ -351,14 +350,14 @@ class PreferenceModule(RLHFModule[PreferenceBatch]):
 
 
 def check_fit(scorer: Scorer, loss: PreferenceLoss) -> None:
-    """Check that a loss and a scorer fit together.
+    """Check that a loss and a scorer are compatible.
 
     Args:
         scorer: The scorer.
         loss: The loss.
 
     Raises:
-        ConfigError: If the loss is not defined on the scorer's scores, or needs values that the scorer does not
+        ConfigError: If the loss is not defined for the scorer's scores, or needs values that the scorer does not
             compute.
     """
     names = f"model.loss {type(loss).__name__} and model.scorer {type(scorer).__name__}"
@@ -366,14 +365,14 @@ def check_fit(scorer: Scorer, loss: PreferenceLoss) -> None:
     lacking |= {f"{side}_{name}" for side in SIDES for name in lacking}
     if missing := [name for name, required in loss.keywords().items() if required and name in lacking]:
         raise ConfigError(
-            f"{names} do not go together: the loss needs {missing[0]!r}, which this scorer does not provide"
+            f"{names} are incompatible: the loss needs {missing[0]!r}, which this scorer does not provide"
         )
     if loss.scores == "log_ratio" and "reference_scores" not in scorer.provides:
-        raise ConfigError(f"{names} do not go together: the loss needs log-ratios to a reference: use ImplicitReward")
+        raise ConfigError(f"{names} are incompatible: the loss needs log-ratios to a reference. Use ImplicitReward")
     mean = scorer.length_normalized and scorer.beta == 1
     if loss.scores == "mean_logprob" and not (mean and "reference_scores" not in scorer.provides):
         raise ConfigError(
-            f"{names} do not go together: the loss needs mean log-probabilities: use SequenceLogprob with "
+            f"{names} are incompatible: the loss needs mean log-probabilities. Use SequenceLogprob with "
             "length_normalized: true and beta: 1"
         )
     if scorer.tail_weight != 1 and loss.kind != "pairs":

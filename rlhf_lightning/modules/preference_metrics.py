@@ -99,7 +99,7 @@ class Report(TypedDict, total=False):
 
 
 class Tables(Metric):
-    """All rows of an evaluation, over all ranks.
+    """Collects the rows of an evaluation over all batches and ranks.
 
     Example:
         >>> tables = Tables()
@@ -139,13 +139,13 @@ class Tables(Metric):
         self.rows.append(torch.stack([value.detach().to(dtype) for value in rows.values()], -1))
 
     def compute(self) -> Rows:
-        """All rows with a weight above 0, `[n]` by name."""
+        """Values of all rows with a weight above 0, `[n]`, by name."""
         table = dim_zero_cat(self.rows)
         rows = dict(zip(self.names, table[table[:, self.names.index("weight")] > 0].unbind(-1), strict=True))
         return {name: value for name, value in rows.items() if name != "weight"}
 
     def report(self, kind: str, rows: Rows) -> Report:
-        """Report on all rows.
+        """Compute the metrics of all rows.
 
         Args:
             kind: `pairs`, `labels` or `rankings`.
@@ -204,7 +204,7 @@ def pair_report(rows: Rows, categories: list[str]) -> tuple[dict[str, float], li
 
 
 def _quarters(margin: Tensor) -> dict[str, Tensor]:
-    """The pairs in quarters by the distance of their scores; q1 has the smallest."""
+    """Masks of the pairs in four quarters by the distance of their scores, smallest (q1) to largest (q4)."""
     if len(margin) < 4:
         return {}
     quarter = margin.argsort().argsort() * 4 // len(margin)

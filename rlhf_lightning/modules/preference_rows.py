@@ -17,7 +17,7 @@ SIDES = ("chosen", "rejected")
 
 
 def name_rows(kind: str, scored: Scored, batch: "PreferenceBatch") -> Named:
-    """Everything that is known of the rows, by name.
+    """Values of the examples, by the names that losses use.
 
     Args:
         kind: `pairs`, `labels` or `rankings`.

@@ -19,7 +19,7 @@ _KL, _CRITIC = "rlhf_lightning.rollout.kl.KLPenalty", "rlhf_lightning.models.cri
 
 
 class ClassSettings(TypedDict):
-    """An object in YAML form."""
+    """Settings of an object in YAML form."""
 
     class_path: str
     init_args: "dict[str, JSON]"
@@ -29,20 +29,20 @@ RecipeSettings = dict[str, ClassSettings | int]
 """Arguments of `PolicyRLModule`, in YAML form."""
 
 
-def _made(class_path: str, **init_args: "JSON") -> ClassSettings:
+def _object(class_path: str, **init_args: "JSON") -> ClassSettings:
     return {"class_path": class_path, "init_args": init_args}
 
 
 def _clipped(**init_args: "JSON") -> ClassSettings:
-    return _made(f"{_OBJECTIVES}.ClippedSurrogate", **init_args)
+    return _object(f"{_OBJECTIVES}.ClippedSurrogate", **init_args)
 
 
-def _of_responses(**init_args: "JSON") -> ClassSettings:
-    return _made(f"{_OBJECTIVES}.SequenceClippedSurrogate", **init_args)
+def _sequence_clipped(**init_args: "JSON") -> ClassSettings:
+    return _object(f"{_OBJECTIVES}.SequenceClippedSurrogate", **init_args)
 
 
 def _advantage(name: str, **init_args: "JSON") -> ClassSettings:
-    return _made(f"{_ADVANTAGES}.{name}", **init_args)
+    return _object(f"{_ADVANTAGES}.{name}", **init_args)
 
 
 RECIPES: dict[str, RecipeSettings] = {
@@ -58,32 +58,32 @@ RECIPES: dict[str, RecipeSettings] = {
     "grpo": {
         "objective": _clipped(clip_low=0.2, clip_high=0.2, aggregation="sequence_mean"),
         "advantage": _advantage("GroupCentered", scale="std"),
-        "kl": _made(_KL, coefficient=0.04, place="loss", estimator="k3"),
+        "kl": _object(_KL, coefficient=0.04, place="loss", estimator="k3"),
     },
     "gspo": {
-        "objective": _of_responses(normalized=True, clip_low=3e-4, clip_high=4e-4, aggregation="sequence_mean"),
+        "objective": _sequence_clipped(normalized=True, clip_low=3e-4, clip_high=4e-4, aggregation="sequence_mean"),
         "advantage": _advantage("GroupCentered", scale="std"),
     },
     "mint": {
-        "objective": _made(f"{_OBJECTIVES}.ImportanceSampling", aggregation="token_sum"),
+        "objective": _object(f"{_OBJECTIVES}.ImportanceSampling", aggregation="token_sum"),
         "advantage": _advantage("GroupCentered", scale="none"),
-        "kl": _made(_KL, coefficient=0.05, place="reward", discount=0.0),
+        "kl": _object(_KL, coefficient=0.05, place="reward", discount=0.0),
     },
     "ppo": {
         "objective": _clipped(clip_low=0.2, clip_high=0.2, aggregation="token_mean"),
         "advantage": _advantage("GAE", gamma=1.0, lam=0.95, whiten=True),
-        "kl": _made(_KL, coefficient=0.05, place="reward"),
-        "critic": _made(_CRITIC, clip=0.2, coefficient=0.1),
+        "kl": _object(_KL, coefficient=0.05, place="reward"),
+        "critic": _object(_CRITIC, clip=0.2, coefficient=0.1),
     },
     "reinforce_pp": {
         "objective": _clipped(clip_low=0.2, clip_high=0.2, aggregation="token_mean"),
         "advantage": _advantage("GlobalWhitened", baseline="none"),
-        "kl": _made(_KL, coefficient=0.01, place="reward"),
+        "kl": _object(_KL, coefficient=0.01, place="reward"),
     },
     "rloo": {
-        "objective": _of_responses(normalized=False, clip_low=0.2, clip_high=0.2, aggregation="sequence_mean"),
+        "objective": _sequence_clipped(normalized=False, clip_low=0.2, clip_high=0.2, aggregation="sequence_mean"),
         "advantage": _advantage("LeaveOneOut"),
-        "kl": _made(_KL, coefficient=0.05, place="reward"),
+        "kl": _object(_KL, coefficient=0.05, place="reward"),
     },
 }
 """Settings by recipe, in YAML form. Settings that a recipe omits keep their defaults."""

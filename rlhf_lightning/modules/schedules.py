@@ -45,8 +45,8 @@ class Warmup(LRScheduler):
             raise ValueError(f"unknown shape {shape!r}; it must be one of {', '.join(SHAPES)}")
         if not 0 <= warmup_steps < math.inf or not 0 <= floor <= 1:
             raise ValueError(
-                f"warmup_steps is {warmup_steps} (must be at least 0), floor is {floor} (a fraction of "
-                "the learning rate, 0 to 1)"
+                f"warmup_steps is {warmup_steps} and floor is {floor}; warmup_steps must be at least 0, and floor a "
+                "fraction of the learning rate in [0, 1]"
             )
         if total_steps is not None and total_steps < 1:
             raise ValueError(f"total_steps is {total_steps}; it must be at least 1")
@@ -58,7 +58,7 @@ class Warmup(LRScheduler):
         self.total_steps = total_steps
         if self.warmup_steps >= max(total_steps, 1):
             log.warning(
-                "lr_scheduler: warmup_steps is %g, but the run has %d steps, so the full learning rate is never "
+                "lr_scheduler: warmup_steps is %g, but the run has only %d steps, so the full learning rate is never "
                 "reached",
                 self.warmup_steps,
                 total_steps,

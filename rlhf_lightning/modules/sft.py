@@ -69,8 +69,8 @@ class SFTModule(RLHFModule[SFTBatch]):
     def on_before_batch_transfer(self, batch: Columns, dataloader_idx: int) -> Columns:
         if isinstance(batch, dict) and "denominators" not in batch and batch.get("weights") is not None:
             raise ConfigError(
-                "a batch has weights, which SFT does not support: mask rows that must not be trained with 0, and "
-                "repeat a row that must count twice"
+                "the batch has weights, which SFT does not support. Set loss_mask to 0 for rows that must not be "
+                "trained on, and repeat rows that must count more than once"
             )
         return super().on_before_batch_transfer(batch, dataloader_idx)
 
@@ -82,14 +82,14 @@ class SFTModule(RLHFModule[SFTBatch]):
         return self.normalized(total, batch, "tokens", count)
 
     def _nll(self, batch: SFTBatch) -> tuple[Tensor, Tensor]:
-        """Negative log-likelihood of the trained tokens, summed, in nats; and their number."""
+        """Sum of the negative log-likelihoods of the trained tokens, in nats, and the number of these tokens."""
         loss_mask = batch["loss_mask"]
         total = nll(self.token_logprobs(batch["input_ids"], loss_mask).logprobs, loss_mask).sum()
         return total, loss_mask.sum()
 
     def why_empty(self) -> str:
         return (
-            "No row of these steps has a trained token. `rlhf data check` shows the masks, which depend on "
+            "No row of these steps has a trained token. Run `rlhf data check` to see the masks, which depend on "
             "data.train_on and data.max_length."
         )
 

@@ -1,4 +1,4 @@
-"""Metrics of a whole optimizer step, over its micro-batches and ranks, and handling of steps without trained tokens."""
+"""Metrics of a whole optimizer step over micro-batches and ranks, and handling of steps without trained tokens."""
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
@@ -26,7 +26,7 @@ TRAINED = "trained"
 
 
 class StepNumbers:
-    """Sums the metrics of an optimizer step on the device, without synchronizing it or other ranks per micro-batch.
+    """Sums the metrics of an optimizer step on the device, without synchronization per micro-batch.
 
     Args:
         names: Metrics to sum; the same on all ranks, so that one collective reduces all of them.
@@ -44,7 +44,7 @@ class StepNumbers:
         self.clear()
 
     def clear(self) -> None:
-        """Begin a step."""
+        """Start a new step."""
         self._sums: Tensor | None = None
         self._most: Tensor | None = None
         self._given: dict[str, bool] = {}
@@ -53,7 +53,7 @@ class StepNumbers:
         """Add a micro-batch.
 
         Args:
-            trained: Number of its tokens or rows that contribute a gradient.
+            trained: Number of tokens or rows that contribute a gradient.
             sums: Sums and counts by name; a metric without a value for this micro-batch may be missing.
             largest: Values of all metrics in `largest`.
         """
@@ -68,13 +68,13 @@ class StepNumbers:
             self._most = most if self._most is None else torch.maximum(self._most, most)
 
     def take(self, reduce: Reduce) -> dict[str, float | None]:
-        """Return the metrics of the step, over all ranks, and begin another. All ranks must call this together.
+        """Return the metrics of the step, over all ranks, and start a new one. All ranks must call this together.
 
         Args:
             reduce: Reduces a tensor over ranks.
 
         Returns:
-            The metrics by name; None for a mean over nothing.
+            The metrics by name; None for a mean over no elements.
         """
         if self._sums is None:
             return {}
@@ -98,10 +98,10 @@ def _stacked(values: Sequence[Tensor]) -> Tensor:
 
 
 class StepEnd(pl.Callback):
-    """Logs the metrics of each optimizer step, and prevents updates by steps in which no token was trained.
+    """Logs the metrics of each optimizer step, and prevents updates in steps without trained tokens.
 
-    The modules add it in `configure_callbacks`. In a step without a trained token all gradients are removed, so that
-    the optimizer neither moves nor decays a weight. The step still counts for `global_step`, `max_steps` and the
+    The modules add it in `configure_callbacks`. In a step without trained tokens, all gradients are removed, so that
+    the optimizer neither updates nor decays a weight. The step still counts for `global_step`, `max_steps` and the
     schedule.
 
     Args:
@@ -132,13 +132,13 @@ class StepEnd(pl.Callback):
         self.empty, self._in_a_row = state_dict["empty"], state_dict["in_a_row"]
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        # A user's dataloader may have another length on each rank; the longer ones would wait forever.
+        # A user's dataloader may have a different length on each rank; ranks with more batches would wait forever.
         counts = gather((trainer.num_training_batches, trainer.num_val_batches), every=True)
         for rank, found in enumerate(counts):
             if found != counts[0]:
                 raise ConfigError(
                     f"rank {rank} of {len(counts)} has {found[0]} training batches and {found[1]} validation batches, "
-                    f"but rank 0 has {counts[0][0]} and {counts[0][1]}: every rank needs the same number of rows"
+                    f"but rank 0 has {counts[0][0]} and {counts[0][1]}. Every rank needs the same number of batches"
                 )
 
     def on_train_batch_start(
@@ -158,21 +158,21 @@ class StepEnd(pl.Callback):
         self.empty += empty
         if empty:
             drop_gradients(trainer, optimizer)
-            self._tell(trainer)
+            self._report_empty_step(trainer)
         if self.empty:
             numbers["empty_steps"] = float(self.empty)
         self._log(trainer, pl_module, numbers)
 
-    def _tell(self, trainer: pl.Trainer) -> None:
+    def _report_empty_step(self, trainer: pl.Trainer) -> None:
         step = trainer.global_step + 1
         if self.limit is not None and self._in_a_row >= self.limit:
             raise UserError(
-                f"step {step}: no token was trained in {self._in_a_row} optimizer steps in a row "
+                f"step {step}: no token was trained in {self._in_a_row} consecutive optimizer steps "
                 f"(model.max_empty_steps). {self.why_empty()}"
             )
         if self.empty == 1 and trainer.is_global_zero:
             log.warning(
-                "step %d: no token is trained, so the weights do not change; train/empty_steps counts such steps. %s",
+                "step %d: no token was trained, so the weights do not change. train/empty_steps counts such steps. %s",
                 step,
                 self.why_empty(),
             )
@@ -193,8 +193,8 @@ class StepEnd(pl.Callback):
                 old.reset()  # otherwise Lightning would log the last value again
 
 
-def forget(trainer: pl.Trainer) -> None:
-    """Remove the `StepEnd` of an earlier run from a trainer; Lightning would warn that it replaces it."""
+def remove_step_end(trainer: pl.Trainer) -> None:
+    """Remove the `StepEnd` of an earlier run from a trainer, because Lightning warns when it replaces a callback."""
     callbacks = callbacks_of(trainer)
     callbacks[:] = [callback for callback in callbacks if not isinstance(callback, StepEnd)]
 
@@ -207,17 +207,17 @@ def _reduce(trainer: pl.Trainer, pl_module: pl.LightningModule) -> Reduce:
 
 
 def _has_gradient(trainer: pl.Trainer, pl_module: pl.LightningModule) -> bool:
-    """True if any rank has a nonzero gradient, from a loss that the user added.
+    """True if any rank has a nonzero gradient, which comes from a loss that the user added.
 
     Only called if the module's own loss trained no token.
     """
-    found = local_gradients(pl_module)
-    mine = bool(torch.stack([gradient.count_nonzero() for gradient in found]).any()) if found else False
-    return trainer.strategy.reduce_boolean_decision(mine, all=False)
+    gradients = local_gradients(pl_module)
+    nonzero = bool(torch.stack([gradient.count_nonzero() for gradient in gradients]).any()) if gradients else False
+    return trainer.strategy.reduce_boolean_decision(nonzero, all=False)
 
 
 def local_gradients(module: nn.Module) -> list[Tensor]:
-    """The gradients of a module's weights; of sharded ones this rank's shards, which may be empty."""
+    """The gradients of a module's weights; for sharded weights, this rank's shards, which may be empty."""
     return [getattr(p.grad, "_local_tensor", p.grad) for p in module.parameters() if p.grad is not None]
 
 
@@ -230,7 +230,7 @@ def drop_gradients(trainer: pl.Trainer, optimizer: Optimizer) -> None:
     """
     scaler = getattr(trainer.precision_plugin, "scaler", None)
     if scaler is not None and getattr(optimizer, "_step_supports_amp_scaling", False):
-        scaler.unscale_(optimizer)  # such an optimizer unscales in its step, and the scaler checks that afterwards
+        scaler.unscale_(optimizer)  # this optimizer unscales in its step, and the scaler checks afterwards that it did
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             parameter.grad = None

@@ -26,14 +26,14 @@ log = logging.getLogger(__name__)
 def store_reference(
     scorer: ModelScorer, reference: Reference, trainer: pl.Trainer, device: torch.device, batch_size: int = 64
 ) -> None:
-    """Give every prepared row its reference log-probabilities: from the stored file if there is one, else computed.
+    """Set the reference log-probabilities of every prepared row, from a stored file if there is one.
 
-    The name of the file is a hash of the reference's weights, the rows' tokens and the precision, so that another
-    model, other rows or another template never use it. All ranks must call this together.
+    The file name is a hash of the reference's weights, the rows' tokens and the precision, so that the file is not used
+    for another model, other rows or another template. All ranks must call this together.
 
     Args:
         scorer: Computes the log-probabilities.
-        reference: The reference that it computes them with.
+        reference: The reference model of the scorer.
         trainer: The Trainer.
         device: Device to compute on.
         batch_size: Number of rows per forward pass.
@@ -48,7 +48,7 @@ def store_reference(
         source = data.sources["train"] if data.sources.get(name) is None else data.sources[name]
         path = _folder(source, trainer) / f"{key[:24]}.safetensors"
         values = _read(path, sides)
-        # All ranks compute or none does, since each needs the shares of the others.
+        # Either all ranks compute or none does, because each needs the shares of the others.
         if not all(gather(values is not None)):
             values = _computed(scorer, sides, trainer, device, batch_size)
             if trainer.is_global_zero:
@@ -74,7 +74,12 @@ def weights_hash(reference: Reference) -> str:
 
 
 def rows_hash(sides: list[Rendered], prefix: str) -> str:
-    """SHA-256 of a prefix and of the tokens and masks of rows."""
+    """SHA-256 of a prefix and of the tokens and masks of rows.
+
+    Args:
+        sides: The rows.
+        prefix: Text that the hash depends on as well.
+    """
     digest = hashlib.sha256(prefix.encode())
     for side in sides:
         digest.update(torch.tensor([len(side.ids), *side.ids, *side.loss_mask], dtype=torch.int64).numpy().tobytes())
@@ -82,7 +87,7 @@ def rows_hash(sides: list[Rendered], prefix: str) -> str:
 
 
 def _folder(source: Source | None, trainer: pl.Trainer) -> Path:
-    """Folder next to the file of the rows, if that can be written to; else a folder in the run's folder."""
+    """A folder next to the data file if that is writable, else in the folder of the run."""
     if isinstance(source, str | Path) and Path(source).is_file() and os.access(Path(source).parent, os.W_OK):
         return Path(f"{source}.reference")
     return Path(trainer.default_root_dir) / "reference"
@@ -101,8 +106,8 @@ def _computed(
             found = scorer.reference_logprobs(tokens)
         for i, values in zip(rows, found.float().tolist(), strict=bool(rows)):
             own[i] = values[: len(ids[i])]
-    everyone = {i: values for share in gather(own) for i, values in share.items()}
-    return [everyone[i] for i in range(len(sides))]
+    merged = {i: values for share in gather(own) for i, values in share.items()}
+    return [merged[i] for i in range(len(sides))]
 
 
 def _write(path: Path, values: list[list[float]]) -> None:

@@ -1,4 +1,4 @@
-"""Attributes of the Trainer that Lightning sets outside of its class, where type checkers do not see them."""
+"""Typed access to attributes of the Trainer that Lightning sets outside the class, where type checkers miss them."""
 
 import lightning.pytorch as pl
 
@@ -12,7 +12,7 @@ def callbacks_of(trainer: pl.Trainer) -> list[pl.Callback]:
 
 
 def is_trial(trainer: pl.Trainer) -> bool:
-    """True in a `fast_dev_run`, which must leave no files."""
+    """True in a `fast_dev_run`, which must write no files."""
     return bool(trainer.fast_dev_run)  # type: ignore[attr-defined]
 
 
@@ -22,6 +22,6 @@ def overfits(trainer: pl.Trainer) -> bool:
 
 
 def row_data_of(trainer: pl.Trainer | None) -> RowDataModule | None:
-    """The trainer's data module if it is one of the package; None without a trainer."""
+    """The trainer's data module if it belongs to this package, else None."""
     data = getattr(trainer, "datamodule", None)
     return data if isinstance(data, RowDataModule) else None

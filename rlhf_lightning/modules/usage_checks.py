@@ -1,4 +1,4 @@
-"""Errors that say what to do, for misuse of a module that Lightning or torch would report less clearly."""
+"""Clear errors for misuse of a module that Lightning or torch would report less clearly."""
 
 import logging
 import pickle
@@ -44,7 +44,7 @@ UNUSED_BY_INFERENCE = ("optimizer", "lr_scheduler", "rewards", "environment", "e
 
 
 class CheckedModule(Settings, pl.LightningModule):
-    """A LightningModule whose errors say what to do.
+    """Base class of `RLHFModule` that reports misuse, and saves its settings as plain values.
 
     Example:
         >>> class MyModule(CheckedModule):
@@ -82,8 +82,8 @@ class CheckedModule(Settings, pl.LightningModule):
             return {name: rebuild(value) if name != "model_options" else value for name, value in given.items()}
         except UnknownClass as error:
             raise ConfigError(
-                f"the checkpoint's settings: {error}; import its module first, or pass the argument to "
-                f"{type(self).__name__}.load_from_checkpoint"
+                f"the checkpoint's settings cannot be restored: {error}. Import the module that defines it first, or "
+                f"pass the argument to {type(self).__name__}.load_from_checkpoint"
             ) from None
 
     def _constructed(self, given: Mapping[str, Any]) -> None:
@@ -115,7 +115,7 @@ class CheckedModule(Settings, pl.LightningModule):
         """Load a module with its trained weights and the settings in the checkpoint, as Lightning does.
 
         Frozen weights are not in a checkpoint; they are loaded from the base model. Arguments that are not plain values
-        (a function, a model in memory) are not in it either; an error names those that are needed.
+        (a function, a model in memory) are not in it either; if such an argument is needed, an error names it.
 
         Args:
             checkpoint_path: A `.ckpt` file of this class.
@@ -162,12 +162,12 @@ class CheckedModule(Settings, pl.LightningModule):
         """Raise `ConfigError` for data of another stage, or for Trainer settings that would fail later."""
         data, wanted = row_data_of(self.trainer), DATA.get(self.stage_kind)
         if stage == "fit" and wanted and data and data.stage_kind not in ("", self.stage_kind):
-            raise ConfigError(f"{type(data).__name__} is for another stage: {type(self).__name__} needs {wanted}")
+            raise ConfigError(f"{type(data).__name__} is for another stage; {type(self).__name__} needs {wanted}")
         every = self.trainer.val_check_interval
         if stage == "fit" and isinstance(every, int | float) and every <= 0:
             raise ConfigError(
-                f"trainer.val_check_interval is {every}; it must be a fraction of the epoch, or a number of batches. "
-                "To turn validation off, set trainer.limit_val_batches: 0"
+                f"trainer.val_check_interval is {every}; it must be a fraction of the epoch or a number of batches, "
+                "above 0. To turn validation off, set trainer.limit_val_batches: 0"
             )
 
     def warn_unseen_validation(self) -> None:
@@ -177,26 +177,26 @@ class CheckedModule(Settings, pl.LightningModule):
         missed = missed and not trainer.fit_loop.epoch_loop.val_loop.batch_progress.total.completed
         if missed and trainer.is_global_zero and not is_trial(trainer):
             log.warning(
-                "data.validation was never used, because the run ended before the first validation. It follows each "
-                "epoch; set trainer.val_check_interval to a number of batches, or lower trainer.check_val_every_n_epoch"
+                "data.validation was never used, because the run ended before the first validation, which follows an "
+                "epoch. Set trainer.val_check_interval to a number of batches, or lower trainer.check_val_every_n_epoch"
             )
 
 
 def _check_unsaved(path: Path, name: str, given: Container[str]) -> None:
-    """Raise `ConfigError` if a checkpoint lacks arguments that the module cannot be made without."""
+    """Raise `ConfigError` if a checkpoint lacks arguments that the module cannot be created without."""
     try:
         facts = torch.load(path, map_location="meta", mmap=True, weights_only=True)
     except (RuntimeError, OSError, ValueError, EOFError, pickle.UnpicklingError):
-        return  # loading the file reports what is wrong with it
+        return  # loading the file reports the error
     unsaved = facts.get("unsaved_arguments", []) if isinstance(facts, dict) else []
     missing = [argument for argument in unsaved if argument not in given]
     if wanted := [argument for argument in missing if argument not in UNUSED_BY_INFERENCE]:
         raise ConfigError(
-            f"{name} needs {', '.join(f'{argument}=…' for argument in wanted)}: a checkpoint cannot store an "
-            "object that is not made of plain values"
+            f"{name} needs {', '.join(f'{argument}=…' for argument in wanted)}, because a checkpoint stores only plain "
+            "values"
         )
     if missing:
-        log.warning("%s: loaded without its %s, which a checkpoint cannot store", name, ", ".join(missing))
+        log.warning("%s: loaded without %s, because a checkpoint stores only plain values", name, ", ".join(missing))
 
 
 def check_arguments(
@@ -232,7 +232,8 @@ def check_arguments(
     for name in ("num_labels", "id2label", "label2id"):
         if name in options and options[name] != 1:
             raise ConfigError(
-                f"model.model_options: {name} is fixed, because a preference model has one score; leave it out"
+                f"model.model_options: {name} is fixed, because a preference model has one score per response; leave "
+                "it out"
             )
     if isinstance(options.get("device_map"), str):
         raise ConfigError(

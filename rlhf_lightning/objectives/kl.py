@@ -27,12 +27,27 @@ def k1(logprobs: Tensor, reference_logprobs: Tensor) -> Tensor:
     """The estimator d: unbiased, may be negative.
 
     Its expected on-policy gradient is zero, so it does nothing as a loss term; subtract it from the reward instead.
+
+    Args:
+        logprobs: Log-probability of each token under the policy, in nats, of any shape.
+        reference_logprobs: The same under the reference, same shape.
+
+    Returns:
+        The estimate of each token in nats, same shape.
     """
     return logprobs - reference_logprobs
 
 
 def k2(logprobs: Tensor, reference_logprobs: Tensor) -> Tensor:
-    """The estimator d² / 2: biased in value, but its on-policy gradient is that of KL(policy || reference)."""
+    """The estimator d² / 2: biased in value, but its on-policy gradient is that of KL(policy || reference).
+
+    Args:
+        logprobs: Log-probability of each token under the policy, in nats, of any shape.
+        reference_logprobs: The same under the reference, same shape.
+
+    Returns:
+        The estimate of each token in nats, same shape.
+    """
     return 0.5 * (logprobs - reference_logprobs).square()
 
 
@@ -42,6 +57,13 @@ def k3(logprobs: Tensor, reference_logprobs: Tensor) -> Tensor:
     As a plain loss, its gradient is that of KL(reference || policy). Multiply it by the importance ratio
     exp(logprobs - old_logprobs), with gradient, to get the gradient of KL(policy || reference). d is clamped to ±20
     (`bounded`) so that exp cannot overflow.
+
+    Args:
+        logprobs: Log-probability of each token under the policy, in nats, of any shape.
+        reference_logprobs: The same under the reference, same shape.
+
+    Returns:
+        The estimate of each token in nats, same shape.
     """
     difference = bounded(logprobs - reference_logprobs)
     return (-difference).exp() + difference - 1

@@ -10,16 +10,16 @@ from rlhf_lightning.report.read import Run, read_run
 
 log = logging.getLogger(__name__)
 STYLE = (Path(__file__).parent / "style.css").read_text(encoding="utf-8")
-# The page loads nothing and runs no script, whatever a model's answer contains.
+# The page loads nothing and runs no script, regardless of what a model's answers contain.
 POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 
 
 def write_report(root: str | Path, output: str | Path | None = None) -> Path:
-    """Write the report of a pipeline's or a stage's folder.
+    """Write the report of a pipeline or a stage.
 
     Args:
-        root: The folder.
-        output: Where to write it; by default `report.html` in the folder.
+        root: The folder of the pipeline or stage.
+        output: Path of the report; by default `report.html` in the folder.
 
     Returns:
         The path that was written.
@@ -38,8 +38,8 @@ def report_after_stage(root: Path) -> None:
     try:
         log.info("report: %s", write_report(root))
     except Exception:
-        # The stage is finished and its model saved: neither its exit code nor the pipeline may depend on this page.
-        log.exception("%s: the report could not be written; `rlhf report` tries again", root)
+        # The stage is finished and its model is saved, so a failure here must not affect the exit code or the pipeline.
+        log.exception("%s: the report could not be written; run `rlhf report` to try again", root)
 
 
 def render(run: Run) -> str:

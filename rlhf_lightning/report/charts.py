@@ -1,4 +1,4 @@
-"""Charts as inline SVG, so that a page needs no library, no script and no network."""
+"""Charts as inline SVG, so that a page needs no library, script or network."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -39,7 +39,7 @@ class Frame:
 
 
 def curves(title: str, series: Mapping[str, Points], x: str = "step", note: str = "") -> Html | None:
-    """Line chart over steps. A curve of more than 40 points is drawn thin, with its running mean over it.
+    """Line chart over steps. A curve with more than 40 points is drawn thin, with its running mean on top.
 
     Args:
         title: Title of the chart.
@@ -70,11 +70,11 @@ def curves(title: str, series: Mapping[str, Points], x: str = "step", note: str 
 
 
 def path_chart(title: str, points: Points, x: str, y: str, note: str = "") -> Html | None:
-    """Chart of one quantity against another during a run; later points are darker.
+    """Scatter chart of one quantity against another over a run; later points are darker.
 
     Args:
         title: Title of the chart.
-        points: `(x, y)` in the order of the run.
+        points: Points `(x, y)` in the order of the run.
         x: Label of the horizontal axis.
         y: Name of the vertical quantity.
         note: Text below the chart.
@@ -96,7 +96,17 @@ def path_chart(title: str, points: Points, x: str, y: str, note: str = "") -> Ht
 
 
 def distribution(title: str, values: Mapping[str, Sequence[float]], x: str, bins: int = 20) -> Html | None:
-    """Histograms over each other, each as parts of its own total."""
+    """Overlaid histograms, each normalized to its own total.
+
+    Args:
+        title: Title of the chart.
+        values: Values by name.
+        x: Label of the horizontal axis.
+        bins: Number of bins.
+
+    Returns:
+        The figure; None without values.
+    """
     drawn = {name: [v for v in given if abs(v) <= LARGEST] for name, given in values.items()}
     drawn = {name: given for name, given in drawn.items() if given}
     if not drawn:
@@ -122,7 +132,16 @@ def distribution(title: str, values: Mapping[str, Sequence[float]], x: str, bins
 
 
 def calibration(title: str, curve: Sequence[ReliabilityBin], note: str = "") -> Html | None:
-    """A reliability curve: accuracy in each bin of confidence; a dot's area is its number of pairs."""
+    """Reliability curve: accuracy by confidence; the area of a dot shows its number of pairs.
+
+    Args:
+        title: Title of the chart.
+        curve: Bins of the reliability curve.
+        note: Text below the chart.
+
+    Returns:
+        The figure; None without pairs.
+    """
     bins = [b for b in curve if b["pairs"] > 0]
     if not bins:
         return None
@@ -142,7 +161,14 @@ def calibration(title: str, curve: Sequence[ReliabilityBin], note: str = "") -> 
 
 
 def figure(title: str, marks: Sequence[Html], legend: Mapping[str, str], note: str = "") -> Html:
-    """A chart with its title, and below it a legend."""
+    """A chart with a title above and a legend below.
+
+    Args:
+        title: Title of the chart.
+        marks: Elements of the SVG.
+        legend: Text of each entry by name.
+        note: Text below the chart.
+    """
     label = f"{title}: " + "; ".join(f"{name} {value}" for name, value in legend.items())
     svg = el("svg", *marks, viewBox=f"0 0 {WIDTH} {HEIGHT}", role="img", aria_label=label)
     keys = [
@@ -153,7 +179,7 @@ def figure(title: str, marks: Sequence[Html], legend: Mapping[str, str], note: s
 
 
 def axes(frame: Frame, x: str) -> list[Html]:
-    """Grid lines and their numbers."""
+    """Grid lines and tick labels."""
     marks = []
     for value in ticks(*frame.y):
         left, height = frame.at(frame.x[0], value)
@@ -167,19 +193,30 @@ def axes(frame: Frame, x: str) -> list[Html]:
 
 
 def change(values: Sequence[float], digits: int = 4) -> str:
-    """The first and the last value as text. Values that are only rounding next to the larger of them are shown as 0."""
+    """The first and the last value as text. Values that are negligible relative to the largest are shown as 0.
+
+    Args:
+        values: At least one value.
+        digits: Number of significant digits.
+    """
     least = 1e-6 * max(map(abs, values))
     first, last = (number(value if abs(value) > least else 0, digits) for value in (values[0], values[-1]))
     return f"{first} → {last}" if len(values) > 1 else first
 
 
 def constant(points: Points) -> bool:
-    """True if a curve has several points that all equal its first."""
+    """True if a curve has several points and all values are equal."""
     return len(points) > 1 and all(value == points[0][1] for _, value in points)
 
 
 def ticks(low: float, high: float, most: int = 4) -> list[float]:
-    """Round numbers within a range, about `most` of them."""
+    """Round numbers within a range, about `most` of them.
+
+    Args:
+        low: Smallest value.
+        high: Largest value.
+        most: Approximate number of ticks.
+    """
     rough = (high - low) / most
     size = 10 ** math.floor(math.log10(rough))
     step = next(size * factor for factor in (1, 2, 5, 10) if size * factor >= rough * (1 - 1e-9))
@@ -210,7 +247,7 @@ def _widened(values: Sequence[float], margin: float = 0.05) -> tuple[float, floa
 
 
 def finite(points: Points) -> list[tuple[float, float]]:
-    """Points without NaN, infinity, and what would be infinite in a sum."""
+    """The finite points, without values so large that their sum would be infinite."""
     return [(x, y) for x, y in points if abs(x) <= LARGEST and abs(y) <= LARGEST]
 
 

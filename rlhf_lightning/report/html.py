@@ -8,7 +8,7 @@ from rlhf_lightning.types import JSON
 
 
 class Html(str):
-    """A string that is already markup, and is not escaped again.
+    """A string that is already markup and is not escaped again.
 
     Example:
         >>> el("p", "1 < 2", Html("<br>"))
@@ -23,7 +23,7 @@ Content = str | float | None
 
 
 def text(value: Content) -> Html:
-    """A value as text of the page: escaped, with characters that no page can hold made visible."""
+    """A value as text of the page: escaped, with invalid characters made visible."""
     if isinstance(value, Html):
         return value
     return Html(html.escape(visible(str(value))))
@@ -50,7 +50,7 @@ def join(parts: list[Html]) -> Html:
 
 
 def table(head: Sequence[Content], rows: Sequence[Sequence[Content]], class_: str | None = None) -> Html:
-    """A table that scrolls on its own where the screen is narrow.
+    """A table that scrolls horizontally on a narrow screen.
 
     Args:
         head: Titles of the columns.
@@ -69,7 +69,12 @@ def details(title: str, *children: Content) -> Html:
 
 
 def number(value: JSON, digits: int = 4) -> str:
-    """A number with `digits` significant digits; a dash for None."""
+    """A number with `digits` significant digits; a dash for None.
+
+    Args:
+        value: The number, or a text.
+        digits: Number of significant digits.
+    """
     if isinstance(value, bool) or not isinstance(value, int | float):
         return "–" if value is None else str(value)
     whole = isinstance(value, int) or (abs(value) < 1e15 and value.is_integer())

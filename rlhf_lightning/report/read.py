@@ -46,12 +46,12 @@ class Samples:
     first: list[SampleRow] = field(default_factory=list)
     last: list[SampleRow] = field(default_factory=list)
     repeated: list[tuple[SampleRow, SampleRow]] = field(default_factory=list)
-    """Earliest and latest answer to prompts of several rounds, those furthest apart first."""
+    """Earliest and latest answer to each prompt that appears in several rounds, furthest apart first."""
 
 
 @dataclass
 class StageRun:
-    """The contents of a stage's folder. What the folder does not hold (yet) is empty.
+    """The contents of a stage's folder. Fields whose files do not exist (yet) are empty.
 
     Example:
         ```python
@@ -63,7 +63,7 @@ class StageRun:
     name: str
     folder: Path
     entry: StageEntry = field(default_factory=lambda: StageEntry(status="", inputs={}))
-    """Entry of the manifest; without status if no pipeline ran the stage."""
+    """Entry in the manifest; its status is empty if the stage was not run by a pipeline."""
     facts: StageFacts = field(default_factory=StageFacts)
     config: str = ""
     metrics: dict[str, Points] = field(default_factory=dict)
@@ -106,7 +106,7 @@ class Run:
     stages: list[StageRun]
     plan: str = ""
     summary: Summary = field(default_factory=Summary)
-    """Of a quickstart: numbers and answers of the base, SFT and RL models."""
+    """For a quickstart: metrics and answers of the base, SFT and RL models."""
 
 
 def read_run(root: Path) -> Run:
@@ -154,35 +154,36 @@ def read_metrics(path: Path) -> dict[str, Points]:
             for row in read_table(stream):
                 step = row.get("step") or ""
                 if not step.isdecimal():
-                    continue  # a line that was being written when the run was stopped
+                    continue  # an incomplete line, written when the run was stopped
                 for name, value in row.items():
                     if value and name not in ("step", "epoch"):
                         found.setdefault(name, []).append((float(step), float(value)))
     except (OSError, ValueError, csv.Error) as error:
-        raise ConfigError(f"{path}: cannot be read as a table of numbers ({error}); restore the file") from None
+        raise ConfigError(f"{path}: not a valid table of metrics ({error}); restore the file") from None
     return found
 
 
 def read_samples(path: Path) -> Samples:
-    """Read samples in one pass, keeping only the first and last round and the position of each prompt's answers."""
-    found = Samples()
-    places: dict[int, list[tuple[int, int]]] = {}
+    """Read samples in one pass, keeping only the first and last round and the file offsets of each prompt's answers."""
+    samples = Samples()
+    offsets: dict[int, list[tuple[int, int]]] = {}
     for offset, row in _located(path, SampleRow):
-        number = row["step"]  # a round's own
-        if not found.first or found.first[0]["step"] == number:
-            found.first.append(row)
-        if found.last and found.last[0]["step"] != number:
-            found.last = []
-        found.last.append(row)
-        place = places.setdefault(hash(json.dumps(row["prompt"], sort_keys=True)), [])
-        if not place or place[-1][0] != number:
-            # Keep the prompt's first answer in its first round and in its latest one.
-            place[1:] = [(number, offset)]
-    if found.first and found.first[0]["step"] == found.last[0]["step"]:
-        found.last = []
-    distant = sorted((p for p in places.values() if len(p) > 1), key=lambda p: (p[0][0] - p[1][0], p[0][1]))[:COMPARED]
-    found.repeated = [(_at(path, before[1]), _at(path, after[1])) for before, after in distant]
-    return found
+        step = row["step"]  # identifies the round
+        if not samples.first or samples.first[0]["step"] == step:
+            samples.first.append(row)
+        if samples.last and samples.last[0]["step"] != step:
+            samples.last = []
+        samples.last.append(row)
+        answers = offsets.setdefault(hash(json.dumps(row["prompt"], sort_keys=True)), [])
+        if not answers or answers[-1][0] != step:
+            # Keep the prompt's first answer in its first round and in its latest round.
+            answers[1:] = [(step, offset)]
+    if samples.first and samples.first[0]["step"] == samples.last[0]["step"]:
+        samples.last = []
+    repeated = [answers for answers in offsets.values() if len(answers) > 1]
+    furthest = sorted(repeated, key=lambda a: (a[0][0] - a[1][0], a[0][1]))[:COMPARED]
+    samples.repeated = [(_at(path, before[1]), _at(path, after[1])) for before, after in furthest]
+    return samples
 
 
 def read_held_out(path: Path) -> list[tuple[SampleRow, SampleRow]]:
@@ -195,7 +196,7 @@ def read_held_out(path: Path) -> list[tuple[SampleRow, SampleRow]]:
 
 
 def _located(path: Path, kind: type[T]) -> Iterator[tuple[int, T]]:
-    """Complete lines with their offsets; a line that was cut off when the run stopped is left out."""
+    """Complete lines with their offsets; an incomplete last line, written when the run was stopped, is left out."""
     if not is_there(path):
         return
     offset = 0
@@ -205,7 +206,7 @@ def _located(path: Path, kind: type[T]) -> Iterator[tuple[int, T]]:
                 try:
                     row = json.loads(line)
                 except (ValueError, RecursionError) as error:
-                    raise ConfigError(f"{path}:{number}: cannot be read as JSON ({error}); restore the file") from None
+                    raise ConfigError(f"{path}:{number}: not valid JSON ({error}); restore the file") from None
                 check_shape(row, kind, f"{path}:{number}")
                 yield offset, row
             offset += len(line)
@@ -229,11 +230,11 @@ def _config(path: Path) -> str:
     text = _text(path)
     settings = read_mapping(path) if text.strip() else {}
     if not isinstance(settings.get("data") or {}, dict):
-        raise ConfigError(f"{path}: contains no settings of a stage; restore the file")
+        raise ConfigError(f"{path}: does not contain the settings of a stage; restore the file")
     return text
 
 
 def _kind(metrics: dict[str, Points]) -> str:
-    """Kind of a stage by the metrics that it logged."""
+    """Kind of a stage, inferred from the metrics that it logged."""
     marks = {"train/nll": "sft", "train/accuracy": "preference", "train/margin": "preference", "train/reward": "policy"}
     return next((kind for name, kind in marks.items() if name in metrics), "stage")

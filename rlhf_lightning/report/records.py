@@ -1,4 +1,4 @@
-"""The files of a run's folder as types, and their check against these types before they are used."""
+"""Types of the files in a run's folder, and validation of the files against them."""
 
 import json
 import types
@@ -23,7 +23,7 @@ from rlhf_lightning.types import JSON, Message
 
 T = TypeVar("T")
 Handed = Literal["start", "reward", "critic"]
-"""What a stage may be given: a model to start from, one that rewards it, and one that its critic starts from."""
+"""Models that a stage may receive: to start from, as the reward model, and to start the critic from."""
 Kind = type | types.GenericAlias | types.UnionType
 LARGEST = 1e300
 """Largest integer that is accepted; larger ones may not fit into a float."""
@@ -42,7 +42,7 @@ class ConfigFile(TypedDict):
 
 
 class StageInputs(TypedDict, total=False):
-    """What the result of a stage depends on, as SHA-256 hashes; a Hub id stands for itself.
+    """Inputs that the result of a stage depends on, as SHA-256 hashes, or as Hub ids.
 
     Attributes:
         settings: Hash of its settings.
@@ -67,9 +67,9 @@ class StageEntry(TypedDict, total=False):
     Attributes:
         status: `running`, `finished` or `failed`.
         kind: `sft`, `preference` or `policy`.
-        inputs: What it was run with.
+        inputs: The inputs that it was run with.
         configs: Files that its settings were read from.
-        handed: Stages or folders that it was given, by `start`, `reward` and `critic`.
+        handed: Stages or folders of the models that it received, by `start`, `reward` and `critic`.
         metrics: Last value of each metric.
         seconds: Duration.
         model: Its model folder.
@@ -96,7 +96,7 @@ class Manifest(TypedDict, total=False):
         format: Version of the format.
         name: Name of the pipeline.
         seed: Seed of all stages.
-        stages: The stages that were begun, by name.
+        stages: The stages that were started, by name.
     """
 
     format: int
@@ -118,7 +118,7 @@ class Parent(TypedDict, total=False):
 
 
 class StageFacts(TypedDict, total=False):
-    """`stage.json` of a stage, as far as it is read here.
+    """`stage.json` of a stage: the fields that the report reads.
 
     Attributes:
         kind: `sft`, `preference` or `policy`.
@@ -131,7 +131,7 @@ class StageFacts(TypedDict, total=False):
         model_hash: SHA-256 of the model folder.
         config_hash: SHA-256 of `config.yaml`.
         start: Model that it started from.
-        stopped: Why and when it was stopped early.
+        stopped: The reason and the step of an early stop.
     """
 
     kind: str
@@ -148,7 +148,7 @@ class StageFacts(TypedDict, total=False):
 
 
 class SampleRow(TypedDict, total=False):
-    """A row of `samples.jsonl` or `heldout.jsonl`, as far as it is read here.
+    """A row of `samples.jsonl` or `heldout.jsonl`: the fields that the report reads.
 
     Attributes:
         step: Optimizer steps before the row's round.
@@ -176,8 +176,8 @@ class ReliabilityBin(TypedDict):
 
     Attributes:
         pairs: Number of pairs.
-        confidence: Their mean predicted probability.
-        accuracy: Fraction of them that the model orders as labeled.
+        confidence: Mean predicted probability of these pairs.
+        accuracy: Fraction of these pairs that the model orders as labeled.
     """
 
     pairs: float
@@ -274,10 +274,10 @@ def read_record(path: Path, kind: type[T]) -> T:
         kind: The type of its content, a TypedDict.
 
     Returns:
-        Its content, empty if there is no file.
+        The content; empty if there is no file.
 
     Raises:
-        ConfigError: If it contains something else.
+        ConfigError: If the content does not have this type.
     """
     if not is_there(path):
         return kind()
@@ -288,14 +288,14 @@ def read_record(path: Path, kind: type[T]) -> T:
 
 
 def is_there(path: Path) -> bool:
-    """True if a file exists. Raises `ConfigError` for a broken link, a device, a folder, or a pipe, which blocks."""
+    """True if a file exists. Raises `ConfigError` for a broken link, a device, a folder, or a pipe."""
     if path.is_symlink() and not path.exists():
         raise ConfigError(f"{path}: this is a broken link; restore the file")
     return is_file(path)
 
 
 def read_manifest(path: Path) -> Manifest:
-    """Read a pipeline's `manifest.json`. Raises `ConfigError` if a stage name could lead out of the run's folder."""
+    """Read a pipeline's `manifest.json`. Raises `ConfigError` if a stage name is not a plain folder name."""
     found = read_record(path, Manifest)
     for name in found.get("stages") or {}:
         if name in ("", ".", "..") or Path(name).name != name:
@@ -304,15 +304,15 @@ def read_manifest(path: Path) -> Manifest:
 
 
 def check_shape(value: JSON, kind: Kind, where: str) -> None:
-    """Check that a value of a record is what a run writes there.
+    """Check that a value of a record has the expected type.
 
     Args:
-        value: The value, as read. A field that is null but need not be there is removed from it.
-        kind: Its type. Of a union only the outermost types are checked.
-        where: Where it is, for the message.
+        value: The value as read. Optional fields that are null are removed from it.
+        kind: The expected type. For a union, only the outermost types are checked.
+        where: Location of the value, for the error message.
 
     Raises:
-        ConfigError: If it is something else.
+        ConfigError: If the value has another type.
     """
     origin, arguments = get_origin(kind) or kind, get_args(kind)
     if is_typeddict(kind):
@@ -354,4 +354,4 @@ def _check_fields(value: JSON, kind: Kind, where: str) -> None:
 
 
 def _refuse(value: JSON, where: str) -> NoReturn:
-    raise ConfigError(f"{where} is {json.dumps(value)[:80]}, which no run writes; restore the file")
+    raise ConfigError(f"{where} is {json.dumps(value)[:80]}, which is not a valid value here; restore the file")

@@ -111,7 +111,7 @@ def _warnings(run: Run, stage: StageRun) -> list[list[str]]:
 
 
 def _broken(run: Run, stage: StageRun) -> str:
-    """Message if a stage started from another model than the one now in its parent's folder; empty otherwise."""
+    """Message if the model that a stage started from has been replaced since; empty otherwise."""
     parent = stage.facts.get("parent") or {}
     now = {other.name: other.facts.get("model_hash") for other in run.stages}.get(str(parent.get("stage")))
     if now and now != parent.get("hash"):
@@ -133,8 +133,8 @@ def stage_section(stage: StageRun) -> Html:
     if not stage.metrics:
         body = [el("p", "No metrics.csv: the stage has logged nothing yet, or logs elsewhere (trainer.logger).")]
     if constant:
-        told = [f"{title} {number(next(iter(given.values()))[0][1])}" for title, given in constant.items()]
-        body.append(el("p", f"Constant: {', '.join(told)}."))
+        values = [f"{title} {number(next(iter(given.values()))[0][1])}" for title, given in constant.items()]
+        body.append(el("p", f"Constant: {', '.join(values)}."))
     if others := [chart for chart in rest if chart is not None]:
         body.append(details(f"{len(others)} more curves", grid(others)))
     title = stage.name if stage.name == stage.kind else f"{stage.name} ({stage.kind})"
@@ -151,7 +151,7 @@ def _policy(stage: StageRun) -> list[Html | None]:
     found = []
     for name, title in (("train/reward", "reward"), ("train/reward_gold", "gold reward")):
         points = [(kl[step], value) for step, value in stage.metrics.get(name, []) if step in kl]
-        note = "Each dot is a round, later ones darker; the line is the running mean."
+        note = "Each dot is a round; later rounds are darker. The line is the running mean."
         found.append(charts.path_chart(f"{title} against KL", points, "KL, nats per response", title, note))
     first, last = stage.samples.first, stage.samples.last
     rounds = {f"step {part[0]['step']}": [row["reward"] for row in part] for part in (first, last) if part}
@@ -180,9 +180,9 @@ def _preference(stage: StageRun) -> list[Html | None]:
 
 
 def samples(stage: StageRun) -> list[Html]:
-    """Answers before and after training: to held-out prompts, and to repeated prompts of training.
+    """Answers before and after training, to held-out prompts and to training prompts of several rounds.
 
-    Without either, those of the first and the last round, which answer different prompts.
+    If there are none, the answers of the first and the last round, which are to different prompts.
     """
     found = stage.samples
     parts = held_out_answers(stage)
@@ -200,7 +200,7 @@ def samples(stage: StageRun) -> list[Html]:
 
 
 def held_out_answers(stage: StageRun) -> list[Html]:
-    """Greedy answers to the same held-out prompts before and after training, and the means over them."""
+    """Greedy answers to the same held-out prompts before and after training, and their mean metrics."""
     pairs = stage.held_out
     if not pairs:
         return []
@@ -239,7 +239,7 @@ def prompt_block(prompt: str | list[Message]) -> Html:
 
 
 def answer_block(row: SampleRow) -> Html:
-    """A response with its step, its reward and the terms of it, its length and stop reason."""
+    """A response with its step, reward, reward terms, length and stop reason."""
     terms = [f"{name} {number(value)}" for name, value in row.get("terms", {}).items() if value is not None]
     reward = f"reward {number(row['reward'])}" + (f" ({', '.join(terms)})" if terms else "")
     small = [f"step {row['step']}", reward, f"{row['response_tokens']} tokens", str(row["stop_reason"])]
@@ -308,7 +308,7 @@ def what_was_run(run: Run) -> Html:
 
 
 def grid(items: Sequence[Html | None]) -> Html:
-    """Charts, side by side if there is room."""
+    """Charts, side by side if the page is wide enough."""
     return el("div", join([item for item in items if item is not None]), class_="grid")
 
 

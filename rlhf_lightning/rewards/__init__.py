@@ -1,4 +1,4 @@
-"""Rewards: each maps finished episodes to one number per episode. YAML names them `rlhf_lightning.rewards.NAME`."""
+"""Rewards: each maps finished episodes to one score per episode. In YAML, they are `rlhf_lightning.rewards.NAME`."""
 
 from rlhf_lightning.rewards.base import Reward, check_finite
 from rlhf_lightning.rewards.function import FunctionReward

@@ -1,4 +1,4 @@
-"""The base class of rewards: what a user writes to score episodes."""
+"""The base class of rewards, which users subclass to score episodes."""
 
 import math
 from collections.abc import Sequence
@@ -16,27 +16,27 @@ from rlhf_lightning.types import Episode, Row
 
 
 class EpisodeScorer(Protocol):
-    """What gives episodes their scores: a reward itself, or what its `build` makes."""
+    """Scores episodes: a reward itself, or the object that its `build` returns."""
 
     @property
     def models(self) -> Sequence[nn.Module]:
-        """Models that move with the module that is trained."""
+        """Models that move to other devices together with the trained module."""
 
     def score(self, episodes: Sequence[Episode]) -> Sequence[float | None]:
         """See `Reward.score`."""
 
 
 class Reward(Settings):
-    """Base class of rewards. A subclass scores episodes; the terms are weighted and added.
+    """Base class of rewards. A subclass scores episodes; the rewards of a run are weighted and added.
 
-    A reward is settings. `RewardTerm` adds what belongs to a run: models, statistics, the policy's renderer. A subclass
-    that scores each episode by itself implements `score_one`, one that compares or batches episodes `score`, and one
-    that loads something `build`.
+    A reward contains only settings. `RewardTerm` adds the state of a run: models, statistics, the policy's renderer. A
+    subclass that scores each episode by itself implements `score_one`; a subclass that compares or batches episodes
+    implements `score`; and a subclass that loads a model implements `build`.
 
     Args:
         weight: Weight of this term; at 0 it is only logged.
-        name: Name that it is logged under; by default the class's.
-        normalize: Brings scores to a common scale before they are clipped and weighted.
+        name: Name for logging; by default the class name.
+        normalize: Normalizes scores before they are clipped and weighted.
         clip: Largest absolute value after normalization; None for no clipping.
 
     Raises:
@@ -52,9 +52,9 @@ class Reward(Settings):
     """
 
     skip_special_tokens = True
-    """True if responses are read without special tokens and the text that ended them, as environments see them."""
+    """True if responses are read without special tokens and the text that ended them, as environments read them."""
     scored_by_model = False
-    """True if a preference model scores."""
+    """True if a preference model computes the scores."""
     models: Sequence[nn.Module] = ()
 
     def __init__(
@@ -67,7 +67,7 @@ class Reward(Settings):
         self.weight = weight
         self.name = type(self).__name__ if name is None else name
         if not self.name:
-            raise ConfigError(f"a {type(self).__name__} has an empty name; its scores are logged under the name")
+            raise ConfigError(f"a {type(self).__name__} has an empty name, but its scores are logged under the name")
         check_finite(f"the weight of the reward {self.name}", weight)
         check_finite(f"the clip of the reward {self.name}", clip)
         if clip is not None and clip <= 0:
@@ -75,7 +75,7 @@ class Reward(Settings):
         self.normalize, self.clip = normalize, clip
 
     def build(self, renderer: Renderer) -> EpisodeScorer:
-        """Load what the reward needs, and return what scores: by default the reward itself.
+        """Load what the reward needs, and return the object that scores; by default the reward itself.
 
         Called once, before the first episode.
 
@@ -114,7 +114,10 @@ class Reward(Settings):
         Raises:
             RowError: If its row cannot be scored.
         """
-        raise NotImplementedError(f"{type(self).__name__} scores only with what it loads: RewardTerm(reward, renderer)")
+        raise NotImplementedError(
+            f"{type(self).__name__} does not implement score_one; a reward with its own build is scored through "
+            "RewardTerm(reward, renderer)"
+        )
 
     def check(self, prompts: Sequence[Prompt]) -> None:
         """Raise `DataError` or `ConfigError` if prompts of the training data cannot be scored."""
@@ -126,23 +129,23 @@ class Reward(Settings):
         """Raise `RowError` if a row of the training data cannot be scored."""
 
     def check_hidden(self, texts: Sequence[str], rows: Sequence[tuple[Row, str]] = ()) -> None:
-        """Check that no score depends on a text that responses are read without.
+        """Check that no score depends on a text that is removed from responses before they are scored.
 
         Args:
             texts: The texts, for example special tokens of the template.
-            rows: Data rows whose columns the score may depend on, each with its place for messages.
+            rows: Data rows that the score may depend on, each with its location for error messages.
 
         Raises:
-            ConfigError: If a setting depends on one of them.
-            DataError: If a column of a row does.
+            ConfigError: If a setting depends on such a text.
+            DataError: If a column of a row depends on such a text.
         """
 
     def refuse_hidden(self, setting: str, text: str | None) -> None:
-        """Raise `ConfigError` if a setting depends on a text that responses are read without.
+        """Raise `ConfigError` if a setting depends on a text that is removed from responses.
 
         Args:
-            setting: The setting, as the message names it.
-            text: The text that it depends on, if any.
+            setting: The setting, for the error message.
+            text: The text that the setting depends on, if any.
         """
         if text is not None and self.skip_special_tokens:
             raise ConfigError(
@@ -157,7 +160,7 @@ class Reward(Settings):
             return [message["content"] or "" for message in episode.responses if message["role"] == "assistant"]
         if episode.sampled_texts is None:
             raise ConfigError(
-                f"the reward {self.name}: reading special tokens needs a tokenizer: score with RewardTerm(reward, "
+                f"the reward {self.name} needs a tokenizer to read special tokens; score with RewardTerm(reward, "
                 "renderer)"
             )
         return episode.sampled_texts
@@ -168,7 +171,12 @@ class Reward(Settings):
 
 
 def check_finite(name: str, value: float | None) -> None:
-    """Raise `ConfigError` unless a setting is None or a finite number."""
+    """Raise `ConfigError` unless a setting is None or a finite number.
+
+    Args:
+        name: Name of the setting, for the error message.
+        value: Its value.
+    """
     if value is not None and (
         isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value)
     ):

@@ -24,12 +24,12 @@ class FunctionReward(Reward):
     Args:
         function: The function, or its dotted path in YAML.
         weight: Weight of this term; at 0 it is only logged.
-        name: Name that it is logged under; by default the function's.
+        name: Name for logging; by default the function's name.
         timeout: Seconds that a call may take. If set, the function runs in a thread.
-        normalize: Brings scores to a common scale before they are clipped and weighted.
+        normalize: Normalizes scores before they are clipped and weighted.
         clip: Largest absolute value after normalization.
         skip_special_tokens: If False, responses are read exactly as sampled: with special tokens (`<|im_end|>`), the
-            text that ended them, and leading and trailing white space.
+            text that ended them, and leading and trailing whitespace.
 
     Example:
         >>> def exact(completions, answer):
@@ -66,8 +66,8 @@ class FunctionReward(Reward):
         offered = columns | set(OFFERED)
         if missing := self._required - offered:
             raise ConfigError(
-                f"the reward function {self.name} has an argument {sorted(missing)[0]!r}, which is not available; "
-                f"it can take {', '.join(sorted(offered))}"
+                f"the reward function {self.name} requires the argument {sorted(missing)[0]!r}, which is not a column "
+                f"of the data; available are {', '.join(sorted(offered))}"
             )
 
     def score(self, episodes: Sequence[Episode]) -> Sequence[float | None]:

@@ -29,43 +29,43 @@ Response:
 
 Write one line, "Score: NUMBER", with a number from {minimum} (worst) to {maximum} (best)."""
 SCORE = r"[Ss]core[^:\n]*:\s*([-+]?(?:\d+\.?\d*|\.\d+))"
-"""What finds the number in `Score: 0.7` or `Score of the response: 0.7`."""
+"""Finds the number in `Score: 0.7` or `Score of the response: 0.7`."""
 _NAME = re.compile(r"\{(\w+)\}")
 _KNOWN = ("prompt", "response", "minimum", "maximum")
 
 
 class GenerativeReward(ModelBased):
-    """A causal language model that grades responses in text: it answers a grading prompt, and its number is the score.
+    """A causal language model that grades responses in text: the number in its answer to a grading prompt is the score.
 
-    The model may be any causal language model, also a preference model that is one (`SequenceLogprob`,
-    `ImplicitReward`). Equal responses get equal scores, since an answer is seeded by its grading prompt.
+    The model may be any causal language model, including a preference model of this kind (`SequenceLogprob`,
+    `ImplicitReward`). Equal responses get equal scores, because an answer is seeded by its grading prompt.
 
-    A response cannot close the judge's turn: special tokens of the judge's tokenizer that it spells out are removed. It
-    can still address the judge in words, so compare the score with another reward.
+    A response cannot end the judge's prompt, because special tokens of the judge's tokenizer are removed from it. It
+    can still address the judge in words, so compare the scores with another reward.
 
     Args:
         model: Model folder, Hub id or GGUF file.
-        prompt: The grading prompt. `{prompt}` stands for the conversation before the response, `{response}` for the
-            response, `{minimum}` and `{maximum}` for the bounds, any other name for a column of the data.
-        answer_start: Text that the judge's answer begins with and that it continues. Empty for none.
-        pattern: Regular expression that finds the number in the judge's answer, of which `answer_start` is a part: its
-            last match, or that match's first group.
+        prompt: The grading prompt. `{prompt}` is replaced by the conversation before the response, `{response}` by the
+            response, `{minimum}` and `{maximum}` by the bounds, and any other name by a column of the data.
+        answer_start: Start of the judge's answer, which the judge continues. Empty for none.
+        pattern: Regular expression that finds the number in the judge's answer, including `answer_start`: its last
+            match, or that match's first group.
         minimum: Lowest score.
         maximum: Highest score.
-        on_failure: What follows an answer without a number in these bounds, or a grading prompt that leaves no room in
-            the judge's context: `skip` (the term does not apply to the episode), `lowest` (the score is `minimum`) or
-            `fail` (the run ends). The fraction of failures is logged as `reward_NAME_failed`.
-        system: System message of the judge; by default the one it was trained with.
-        sampler: How the judge's answers are sampled; by default greedily, with 16 tokens.
+        on_failure: What to do with an answer without a number within the bounds, or a grading prompt that is too long
+            for the judge's context: `skip` (the term does not apply to the episode), `lowest` (the score is `minimum`)
+            or `fail` (the run ends). The fraction of failures is logged as `reward_NAME_failed`.
+        system: System message of the judge; by default the one that it was trained with.
+        sampler: Sampling settings of the judge; by default greedy, with 16 tokens.
         weight: Weight of this term; at 0 it is only logged.
-        name: Name that it is logged under.
-        dtype: Type of the judge's weights.
-        device: Where it stays and runs (`cpu`, `cuda:1`); by default the policy's device.
-        normalize: Brings scores to a common scale before they are clipped and weighted.
+        name: Name for logging.
+        dtype: Data type of the judge's weights.
+        device: Device of the judge (`cpu`, `cuda:1`); by default the policy's device.
+        normalize: Normalizes scores before they are clipped and weighted.
         clip: Largest absolute value after normalization.
         offload: Keep the weights in CPU memory except while a round is scored.
         skip_special_tokens: If False, responses are read exactly as sampled: with special tokens (`<|im_end|>`), the
-            text that ended them, and leading and trailing white space.
+            text that ended them, and leading and trailing whitespace.
 
     Raises:
         ConfigError: If the prompt lacks `{response}`, the pattern is invalid, `minimum` is not below `maximum`, or
@@ -100,11 +100,15 @@ class GenerativeReward(ModelBased):
         super().__init__(weight, name, dtype, device, normalize, clip, offload)
         self.skip_special_tokens = skip_special_tokens
         if "{response}" not in prompt:
-            raise ConfigError(f"the reward {name}: the prompt has no {{response}}, so the judge would not see it")
+            raise ConfigError(
+                f"the reward {name}: the prompt has no {{response}}, so the judge would not see the response"
+            )
         check_finite(f"the minimum of the reward {name}", minimum)
         check_finite(f"the maximum of the reward {name}", maximum)
         if minimum >= maximum:
-            raise ConfigError(f"the reward {name}: minimum is {minimum} and maximum {maximum}; it must be above it")
+            raise ConfigError(
+                f"the reward {name}: minimum is {minimum} and maximum is {maximum}; minimum must be below maximum"
+            )
         if on_failure not in FAILURES:
             raise ConfigError(
                 f"the reward {name}: on_failure is {on_failure!r}; it must be one of {', '.join(FAILURES)}"
@@ -121,8 +125,8 @@ class GenerativeReward(ModelBased):
         for column in self.columns:
             if prompts and all(absent(prompt.row.get(column)) for prompt in prompts):
                 raise ConfigError(
-                    f"the reward {self.name}: the prompt names {{{column}}}, but no row has such a column; it can name "
-                    f"{', '.join((*_KNOWN, *known))}"
+                    f"the reward {self.name}: the prompt contains {{{column}}}, but no row has this column; available "
+                    f"are {', '.join((*_KNOWN, *known))}"
                 )
 
     def build(self, renderer: Renderer) -> EpisodeScorer:
@@ -132,14 +136,14 @@ class GenerativeReward(ModelBased):
 
 @dataclass(frozen=True)
 class _Graded:
-    """The judge's answer about an episode: a score, or why there is none."""
+    """The judge's result for an episode: a score, or the reason why there is none."""
 
     score: float | None
     failure: str = ""
 
 
 class GenerativeScores(PlacedModel):
-    """The scores that a judge writes.
+    """The scores of a judge.
 
     Args:
         reward: The settings.
@@ -153,15 +157,15 @@ class GenerativeScores(PlacedModel):
         self._start = judge.tokenizer(reward.answer_start, add_special_tokens=False)["input_ids"]
 
     def score(self, episodes: Sequence[Episode]) -> Sequence[float | None]:
-        """See `Reward.score`; None for an episode without a response or without a column that the prompt names."""
-        asked = [i for i, episode in enumerate(episodes) if self._applies(episode)]
-        found: list[float | None] = [None] * len(episodes)
-        graded = self._graded([episodes[i] for i in asked])
-        for i, grade in zip(asked, graded, strict=True):
+        """See `Reward.score`; None for an episode without a response or without a column that the prompt contains."""
+        indices = [i for i, episode in enumerate(episodes) if self._applies(episode)]
+        scores: list[float | None] = [None] * len(episodes)
+        graded = self._graded([episodes[i] for i in indices])
+        for i, grade in zip(indices, graded, strict=True):
             episodes[i].details[f"{self.reward.name}_failed"] = float(bool(grade.failure))
-            found[i] = self.reward.minimum if grade.failure and self.reward.on_failure == "lowest" else grade.score
-        self._report([episodes[i] for i in asked], graded)
-        return found
+            scores[i] = self.reward.minimum if grade.failure and self.reward.on_failure == "lowest" else grade.score
+        self._report([episodes[i] for i in indices], graded)
+        return scores
 
     def _applies(self, episode: Episode) -> bool:
         answered = any(message["role"] == "assistant" for message in episode.responses)
@@ -177,7 +181,7 @@ class GenerativeScores(PlacedModel):
         return [
             self._read(self.renderer.decode([*self._start, *next(answers).ids]))
             if fit
-            else _Graded(None, f"its grading prompt has {len(ids)} tokens, and the judge has room for {longest}")
+            else _Graded(None, f"its grading prompt has {len(ids)} tokens, but the judge has room for only {longest}")
             for ids, fit in zip(prompts, fits, strict=True)
         ]
 
@@ -191,40 +195,40 @@ class GenerativeScores(PlacedModel):
             "minimum": f"{self.reward.minimum:g}",
             "maximum": f"{self.reward.maximum:g}",
         }
-        # In one pass, so that what is inserted is not read as a name.
+        # In one pass, so that names in inserted texts are not replaced.
         text = _NAME.sub(lambda match: self._spelled(values[match[1]]), self.reward.prompt)
         return self.renderer.prompt_text([{"role": "user", "content": text}]) + self.reward.answer_start
 
     def _spelled(self, text: str) -> str:
-        """A text without the special tokens of the judge's tokenizer, by which it could end the judge's prompt."""
+        """A text without the special tokens of the judge's tokenizer, which could end the judge's prompt."""
         for marker in self.renderer.template.markers:
             text = text.replace(marker, " ")
         return text
 
     def _read(self, text: str) -> _Graded:
-        """The number in an answer, including what it was begun with."""
+        """The number in an answer, which includes `answer_start`."""
         found = find_answer(self.reward.pattern, text)
         number = None if found is None else as_number(found)
         if number is None or not self.reward.minimum <= number <= self.reward.maximum:
             bounds = f"from {self.reward.minimum:g} to {self.reward.maximum:g}"
-            return _Graded(None, f"the judge wrote {short(text)}, in which the pattern finds no number {bounds}")
+            return _Graded(None, f"the pattern finds no number {bounds} in the judge's answer {short(text)}")
         return _Graded(float(number))
 
     def _report(self, episodes: Sequence[Episode], graded: Sequence[_Graded]) -> None:
-        """Raise, or warn if most answers have no number."""
+        """Raise an error about a failure, or warn if most answers have no number."""
         failed = [(e, g.failure) for e, g in zip(episodes, graded, strict=True) if g.failure]
         if not failed:
             return
         episode, why = failed[0]
-        said = f"the reward {self.reward.name}, {episode.label}: {why}"
+        first = f"the reward {self.reward.name}, {episode.label}: {why}"
         if self.reward.on_failure == "fail":
-            raise UserError(f"{said}. Change prompt, answer_start, pattern or sampler, or set on_failure: skip")
+            raise UserError(f"{first}. Change prompt, answer_start, pattern or sampler, or set on_failure: skip")
         if 2 * len(failed) > len(graded):
-            log.warning("%d of %d responses got no score; the first: %s", len(failed), len(graded), said)
+            log.warning("%d of %d responses got no score. The first: %s", len(failed), len(graded), first)
 
 
 def _transcript(messages: Sequence[Message]) -> str:
-    """Messages as text: the content of a single one, otherwise a paragraph for each, after its role."""
+    """Messages as text: the content of a single message, or a paragraph with the role for each of several."""
     if len(messages) == 1:
         return messages[0]["content"] or ""
     return "\n\n".join(f"{message['role']}: {message['content'] or ''}" for message in messages)

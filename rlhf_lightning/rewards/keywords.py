@@ -16,14 +16,14 @@ class KeywordReward(Reward):
     The defaults are the rule of the MinT recipe.
 
     Args:
-        keywords: Searched for in the response, ignoring case, also within words.
+        keywords: Keywords to search for in the response, ignoring case, also within words.
         min_words: Minimum number of words.
         hit: Score of a response that satisfies the rule.
         miss: Score of any other response.
         weight: Weight of this term; at 0 it is only logged.
-        name: Name that it is logged under.
+        name: Name for logging.
         skip_special_tokens: If False, responses are read exactly as sampled: with special tokens (`<|im_end|>`), the
-            text that ended them, and leading and trailing white space.
+            text that ended them, and leading and trailing whitespace.
 
     Example:
         >>> reward = KeywordReward(keywords=["risk"], min_words=3)
@@ -67,7 +67,7 @@ class KeywordReward(Reward):
 class BlockedTerms(Reward):
     """Safety term: `penalty` for an episode in which the policy uses a blocked term, else 0.
 
-    Terms match whole words, ignoring case; white space in a term matches any white space. All of the policy's messages
+    Terms match whole words, ignoring case; whitespace in a term matches any whitespace. All of the policy's messages
     are searched.
 
     Args:
@@ -75,9 +75,9 @@ class BlockedTerms(Reward):
         file: A text file with one term per line, added to `terms`.
         penalty: Score of an episode with a blocked term, below 0.
         weight: Weight of this term; at 0 it is only logged.
-        name: Name that it is logged under.
+        name: Name for logging.
         skip_special_tokens: If False, responses are read exactly as sampled: with special tokens (`<|im_end|>`), the
-            text that ended them, and leading and trailing white space.
+            text that ended them, and leading and trailing whitespace.
 
     Raises:
         ConfigError: If there are no terms, one is empty, the file cannot be read, or `penalty` is not negative.
@@ -107,7 +107,7 @@ class BlockedTerms(Reward):
             raise ConfigError(f"the reward {self.name}: terms is {terms!r}; it must be a list")
         listed = [*(terms or []), *(_lines(file) if file else [])]
         if not listed or not all(isinstance(term, str) and term.strip() for term in listed):
-            raise ConfigError(f"the reward {self.name} needs terms, none of them empty: set terms or file")
+            raise ConfigError(f"the reward {self.name} needs terms, none of them empty. Set terms or file")
         self.penalty = penalty
         self.terms = listed
         longest_first = sorted(set(listed), key=lambda term: (-len(term), term))
@@ -122,7 +122,7 @@ class BlockedTerms(Reward):
 
 
 def _refuse_hidden(reward: Reward, setting: str, words: Sequence[str], texts: Sequence[str]) -> None:
-    """Refuse words that contain a text that responses are read without."""
+    """Reject words that contain a text that is removed from responses."""
     for word in words:
         found = next((text for text in texts if text.lower() in word.lower()), None)
         reward.refuse_hidden(f"{word!r} of its {setting}", found)

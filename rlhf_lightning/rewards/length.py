@@ -17,7 +17,7 @@ class LengthReward(Reward):
         slope: Penalty per token.
         limit: Largest penalty.
         weight: Weight of this term; at 0 it is only logged.
-        name: Name that it is logged under.
+        name: Name for logging.
 
     Raises:
         ConfigError: If not exactly one of `target`, `maximum` and `minimum` is set, or a number is out of range.
@@ -70,10 +70,10 @@ class OverlongPenalty(Reward):
     0 for n ≤ maximum − buffer, then ((maximum − buffer) − n) / buffer up to `maximum`, and −1 above it.
 
     Args:
-        maximum: Tokens of a response, usually the sampler's `max_tokens`.
-        buffer: Number of tokens before `maximum` over which the penalty grows.
+        maximum: Length in tokens at which the penalty reaches −1, usually the sampler's `max_tokens`.
+        buffer: Number of tokens below `maximum` over which the penalty grows.
         weight: Weight of this term; at 0 it is only logged.
-        name: Name that it is logged under.
+        name: Name for logging.
 
     Raises:
         ConfigError: If `buffer` is not between 1 and `maximum`.

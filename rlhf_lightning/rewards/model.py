@@ -1,4 +1,4 @@
-"""Rewards from trained preference models: one model, or an ensemble; and what all models that score share."""
+"""Rewards from trained preference models (one model, or an ensemble), and base classes of all rewards with a model."""
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -17,7 +17,7 @@ from rlhf_lightning.types import Episode
 
 
 class ModelBased(Reward):
-    """Common settings of the rewards whose scores come from models."""
+    """Base class of rewards whose scores come from models."""
 
     scored_by_model = True
 
@@ -51,15 +51,15 @@ class ModelBased(Reward):
 class ModelReward(ModelBased):
     """A trained preference model with any scorer.
 
-    If its tokenizer and template are the policy's, it scores the sampled tokens themselves. Otherwise it renders the
-    messages with its own template; it does so too for responses that were ended by one of the sampler's stop texts.
+    If it has the policy's tokenizer and template, it scores the sampled tokens. Otherwise, and for responses that a
+    stop text of the sampler ended, it renders the messages with its own template and scores these tokens.
 
     Args:
         model: The model folder.
         weight: Weight of this term; at 0 it is only logged.
         name: Name that it is logged under.
-        dtype: Type of its weights.
-        device: Where it stays and runs (`cpu`, `cuda:1`); by default the policy's device.
+        dtype: Data type of the weights.
+        device: Device of the model (`cpu`, `cuda:1`); by default the policy's device.
         normalize: Brings scores to a common scale before they are clipped and weighted.
         clip: Largest absolute value after normalization.
         offload: Keep the weights in CPU memory except while a round is scored.
@@ -96,16 +96,17 @@ class ModelReward(ModelBased):
 class EnsembleReward(ModelBased):
     """Mean of several preference models minus their disagreement: mean − coefficient · standard deviation (over n).
 
-    A policy that exploits an error of one model seldom finds one that all share (Coste et al., arXiv 2310.02743). The
-    deviation is logged as `reward_NAME_std`. The models must score on the same scale, as those of one recipe do.
+    A policy that exploits an error of one model rarely finds an error that all models share (Coste et al., arXiv
+    2310.02743). The deviation is logged as `reward_NAME_std`. The scores of the models must have the same scale, for
+    example because they were trained with the same recipe.
 
     Args:
         models: The model folders, two or more.
         coefficient: Weight of the standard deviation, not negative.
         weight: Weight of this term; at 0 it is only logged.
         name: Name that it is logged under.
-        dtype: Type of their weights.
-        device: Where they stay and run (`cpu`, `cuda:1`); by default the policy's device.
+        dtype: Data type of the weights.
+        device: Device of the models (`cpu`, `cuda:1`); by default the policy's device.
         normalize: Brings scores to a common scale before they are clipped and weighted.
         clip: Largest absolute value after normalization.
         offload: Keep the weights in CPU memory except while a round is scored.
@@ -139,7 +140,8 @@ class EnsembleReward(ModelBased):
         check_finite(f"the coefficient of the reward {name}", coefficient)
         if coefficient < 0:
             raise ConfigError(
-                f"the coefficient of the reward {name} is {coefficient}; a negative one would reward disagreement"
+                f"the coefficient of the reward {name} is {coefficient}; it must not be negative, because that would "
+                "reward disagreement"
             )
         self.folders, self.coefficient = models, coefficient
 
@@ -149,15 +151,15 @@ class EnsembleReward(ModelBased):
 
 
 class PlacedModel:
-    """A model that scores, where it stays and runs.
+    """A model that scores, on its device.
 
     Args:
         model: The model.
-        device: Where it stays and runs; by default the policy's device.
+        device: Device of the model; by default the policy's device.
         offload: Keep the weights in CPU memory except while a round is scored.
 
     Attributes:
-        models: The model, unless it has a device of its own: it then does not move with the module.
+        models: The model; empty if `device` is set, because the model then must not move with the trained module.
     """
 
     def __init__(self, model: nn.Module, device: str | None, offload: bool) -> None:
@@ -167,7 +169,7 @@ class PlacedModel:
         self.placement = Placement(model, offload=True) if offload else None
 
     def on_device(self) -> AbstractContextManager[torch.device | None]:
-        """The model on the device where it runs, within the context."""
+        """Context manager in which the model is on the device where it runs."""
         return self.placement.on_device() if self.placement else nullcontext()
 
 
@@ -181,7 +183,7 @@ class RewardModelScores(PlacedModel):
         offload: See `PlacedModel`.
 
     Attributes:
-        by_tokens: True if the policy's tokens mean the same to the model.
+        by_tokens: True if the model has the policy's tokenizer and template, so that it can score the sampled tokens.
     """
 
     def __init__(
@@ -193,24 +195,24 @@ class RewardModelScores(PlacedModel):
 
     def score(self, episodes: Sequence[Episode]) -> Sequence[float | None]:
         """See `Reward.score`; None for an episode without a response."""
-        # An episode without room for a response has nothing to score.
+        # An episode whose prompt left no room for a response has nothing to score.
         answered = [i for i, episode in enumerate(episodes) if episode.response_tokens]
-        sampled = [i for i in answered if self._sees_same_tokens(episodes[i])]
-        shown = sorted(set(answered) - set(sampled))
-        found: list[float | None] = [None] * len(episodes)
+        by_tokens = [i for i in answered if self._renders_equally(episodes[i])]
+        by_messages = sorted(set(answered) - set(by_tokens))
+        scores: list[float | None] = [None] * len(episodes)
         with self.on_device():
-            for places, scorer in ((sampled, self._score_tokens), (shown, self._score_messages)):
-                if places:
-                    for i, score in zip(places, scorer([episodes[i] for i in places]), strict=True):
-                        found[i] = score
-        return found
+            for indices, scorer in ((by_tokens, self._score_tokens), (by_messages, self._score_messages)):
+                if indices:
+                    for i, score in zip(indices, scorer([episodes[i] for i in indices]), strict=True):
+                        scores[i] = score
+        return scores
 
-    def _sees_same_tokens(self, episode: Episode) -> bool:
-        """True if the tokens that the policy saw and sampled are exactly those that the model would be shown."""
+    def _renders_equally(self, episode: Episode) -> bool:
+        """True if the model's rendering of the episode would be exactly the policy's tokens."""
         if not self.by_tokens or episode.stopped_by_text:
             return False
-        seen = (episode.prompt, episode.tools)
-        return self.policy.completed(*seen) == self.judge.renderer.completed(*seen)
+        prompt = (episode.prompt, episode.tools)
+        return self.policy.completed(*prompt) == self.judge.renderer.completed(*prompt)
 
     def _score_tokens(self, episodes: Sequence[Episode]) -> list[float]:
         """Score the sampled tokens."""
@@ -257,7 +259,7 @@ class EnsembleScores:
 
 
 def last_turn(episode: Episode) -> tuple[list[int], list[int]]:
-    """The row with the last response, cut after it, and a mask that is 1 on that response alone."""
+    """The row with the last response, cut after it, and a mask that is 1 only on that response."""
     training_sample = next(
         training_sample for training_sample in reversed(episode.training_samples) if training_sample.actions
     )

@@ -1,4 +1,4 @@
-"""Normalization of scores by running statistics, or by those of reference demonstrations."""
+"""Normalization of scores by running statistics, or by the statistics of reference demonstrations."""
 
 import math
 from abc import ABC, abstractmethod
@@ -23,7 +23,7 @@ ScoreFunction = Callable[[Sequence[Episode]], Sequence[float | None]]
 
 
 class Normalizer(Settings, ABC):
-    """Base class of normalizers: the settings, from which `build` makes the statistics.
+    """Base class of normalizers: settings, from which `build` creates the statistics.
 
     Example:
         >>> class HalfScale(Normalizer):
@@ -33,7 +33,7 @@ class Normalizer(Settings, ABC):
 
     @abstractmethod
     def build(self, renderer: Renderer, score: ScoreFunction) -> "ScoreStatistics":
-        """Make the statistics; called once, before the first episode.
+        """Create the statistics. Called once, before the first episode.
 
         Args:
             renderer: The policy's renderer.
@@ -44,7 +44,8 @@ class Normalizer(Settings, ABC):
 class RunningNorm(Normalizer):
     """(score − mean) / deviation over all scores of all rounds so far, on all ranks.
 
-    Held-out scores (`val/`, `test/`) are not normalized, since a scale that moves with training would hide progress.
+    Held-out scores (`val/`, `test/`) are not normalized, because a scale that changes with training would hide
+    progress.
 
     Args:
         center: Subtract the mean.
@@ -62,13 +63,13 @@ class RunningNorm(Normalizer):
 
 
 class ReferenceNorm(Normalizer):
-    """score − mean score of reference demonstrations, so that these average 0 (and, with `scale`, have deviation 1).
+    """score − mean score of reference demonstrations, so that they have mean 0 (and, with `scale`, deviation 1).
 
-    The demonstrations are scored once, before the first episodes, on the device where the reward then is.
+    The demonstrations are scored once, before the first episodes, on the device of the reward at that time.
 
     Args:
         data: The demonstrations: rows of supervised data (a file, a Hub id, or a list of dicts).
-        scale: Also divide by their standard deviation.
+        scale: Also divide by the standard deviation of their scores.
         limit: Use only the first `limit` rows.
 
     Raises:
@@ -93,9 +94,9 @@ class ReferenceNorm(Normalizer):
 
 
 class ScoreStatistics(nn.Module):
-    """Count, mean and standard deviation (over n) of scores, kept in checkpoints, and how they normalize scores.
+    """Count, mean and standard deviation (over n) of scores, which normalize scores and are saved in checkpoints.
 
-    The statistics are float64, stored as their bits in an integer buffer: a float buffer would be rounded under
+    The statistics are float64, stored bit by bit in an integer buffer, because a float buffer would be rounded under
     `bf16-true`, and MPS has no float64.
 
     Example:
@@ -124,16 +125,16 @@ class ScoreStatistics(nn.Module):
             return
         count, mean, squares = self.moments
         added = len(values)
-        theirs = math.fsum(values) / added
-        difference = theirs - mean
+        added_mean = math.fsum(values) / added
+        difference = added_mean - mean
         total = count + added
-        squares += math.fsum((value - theirs) ** 2 for value in values) + difference**2 * count * added / total
+        squares += math.fsum((value - added_mean) ** 2 for value in values) + difference**2 * count * added / total
         state = torch.tensor([total, mean + difference * added / total, squares], dtype=torch.float64)
         self.bits.copy_(state.view(torch.int64))
 
     @property
     def deviation(self) -> float:
-        """Standard deviation (over n); 1 if all values are equal, so that dividing by it is safe."""
+        """Standard deviation (over n); 1 if all values are equal, so that division is safe."""
         count, mean, squares = self.moments
         deviation = math.sqrt(squares / count) if count else 0.0
         return deviation if deviation > 1e-8 * max(1.0, abs(mean)) else 1.0
@@ -178,8 +179,8 @@ class ReferenceStatistics(ScoreStatistics):
 
     Args:
         episodes: The demonstrations.
-        score: Scores them.
-        scale: Also divide by their standard deviation.
+        score: Scores episodes.
+        scale: Also divide by the standard deviation of the scores.
     """
 
     def __init__(self, episodes: Sequence[Episode], score: ScoreFunction, scale: bool) -> None:
@@ -192,7 +193,7 @@ class ReferenceStatistics(ScoreStatistics):
             scores = [float(score) for score in found if score is not None]
             if len(scores) < 2:
                 raise ConfigError(
-                    f"ReferenceNorm: the reward applies to {len(scores)} demonstrations; it needs at least 2"
+                    f"ReferenceNorm: the reward applies to only {len(scores)} demonstrations; at least 2 are needed"
                 )
             self.merge(scores)
         mean, deviation = self.moments[1], self.deviation if self.scale else 1.0
@@ -205,7 +206,10 @@ def _demonstration(renderer: Renderer, data: Row) -> Episode:
     refuse_unwanted(data)
     messages, tools = conversation(data), tool_schemas(data)
     if messages[-1]["role"] != "assistant" or len(messages) == 1:
-        raise RowError(f"a demonstration must end with an answer; its roles are {[m['role'] for m in messages]}")
+        raise RowError(
+            "a demonstration must end with an assistant message after a prompt; its roles are "
+            f"{[m['role'] for m in messages]}"
+        )
     renderer.refuse_lost(messages, tools)
     row = renderer.exchange(messages[:-1], messages[-1:], tools)
     training_sample = TrainingSample(row.ids, row.loss_mask, [0.0] * len(row.ids))

@@ -1,4 +1,4 @@
-"""Pairwise comparison within a group: each response against the others to its prompt."""
+"""Pairwise comparison within a group: each response against the other responses to its prompt."""
 
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -22,15 +22,15 @@ class PairwiseReward(Reward):
     Args:
         judge: Called as `judge(prompt, a, b)` with the prompt's messages and two responses as text, sync or async; the
             function, or its dotted path in YAML.
-        outcome: What it returns: the `probability` that a is better (0 to 1), or a `sign`: 1, 0 (tie) or -1.
+        outcome: The judge's return value: the `probability` that a is better (0 to 1), or a `sign`: 1, 0 (tie) or -1.
         timeout: Seconds that a call may take.
         weight: Weight of this term; at 0 it is only logged.
-        name: Name that it is logged under; by default the judge's.
+        name: Name for logging; by default the judge's name.
         skip_special_tokens: If False, responses are read exactly as sampled: with special tokens (`<|im_end|>`), the
-            text that ended them, and leading and trailing white space.
+            text that ended them, and leading and trailing whitespace.
 
     Raises:
-        ConfigError: If `outcome` is unknown, or `judge` cannot be called.
+        ConfigError: If `outcome` is unknown, or `judge` is not callable.
 
     Example:
         >>> def longer(prompt, a, b):
@@ -81,32 +81,32 @@ class PairwiseReward(Reward):
 
     def _verdicts(self, pairs: Sequence[tuple[Episode, Episode]]) -> list[tuple[float, float]]:
         """For each pair, two numbers from −1 to 1: how much better a is judged in the order (a, b), and b in (b, a)."""
-        said = {id(episode): self.text(episode) for pair in pairs for episode in pair}
-        differ = [(a, b) for a, b in pairs if said[id(a)] != said[id(b)]]
-        orders = [order for a, b in differ for order in ((a, b), (b, a))]
-        calls = [partial(self.judge_of, a.prompt, said[id(a)], said[id(b)]) for a, b in orders]
-        found = []
+        texts = {id(episode): self.text(episode) for pair in pairs for episode in pair}
+        different = [(a, b) for a, b in pairs if texts[id(a)] != texts[id(b)]]
+        orders = [order for a, b in different for order in ((a, b), (b, a))]
+        calls = [partial(self.judge_of, a.prompt, texts[id(a)], texts[id(b)]) for a, b in orders]
+        values = []
         for (a, b), outcome in zip(orders, run_calls(calls, self.timeout), strict=True):
-            about = f"the reward {self.name}, {a.label} against {b.label}"
+            where = f"the reward {self.name}, {a.label} against {b.label}"
             if isinstance(outcome.error, TimeLimitError):
-                raise TimeLimitError(f"{about}: {outcome.error}") from outcome.error
+                raise TimeLimitError(f"{where}: {outcome.error}") from outcome.error
             if outcome.error is not None:
                 raise outcome.error
-            found.append(self._checked(outcome.value, about))
-        verdicts = iter(zip(found[::2], found[1::2], strict=True))
-        # Equal texts are a tie without asking the judge.
-        return [next(verdicts) if said[id(a)] != said[id(b)] else (0.0, 0.0) for a, b in pairs]
+            values.append(self._checked(outcome.value, where))
+        verdicts = iter(zip(values[::2], values[1::2], strict=True))
+        # Equal texts are a tie; the judge is not called.
+        return [next(verdicts) if texts[id(a)] != texts[id(b)] else (0.0, 0.0) for a, b in pairs]
 
-    def _checked(self, value: float, about: str) -> float:
+    def _checked(self, value: float, where: str) -> float:
         """A verdict as a number from −1 to 1."""
         value = value.item() if hasattr(value, "item") else value
-        check_finite(f"{about}: the judge's verdict", 0.5 if value is None else value)
+        check_finite(f"{where}: the judge's verdict", 0.5 if value is None else value)
         if self.outcome == "sign" and value in (-1, 0, 1):
             return float(value)
         if self.outcome == "probability" and value is not None and 0 <= value <= 1:
             return 2 * float(value) - 1
         wanted = "1, 0 or -1" if self.outcome == "sign" else "a probability from 0 to 1"
-        raise ConfigError(f"{about}: the judge returned {value!r}; it must return {wanted}")
+        raise ConfigError(f"{where}: the judge returned {value!r}; it must return {wanted}")
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -1,4 +1,4 @@
-"""Literal texts that a regular expression needs: one that needs a text which rewards never see can never match."""
+"""Finds literal texts that a regular expression requires, to reject expressions that can never match a response."""
 
 import re
 from collections.abc import Iterable, Sequence
@@ -7,17 +7,17 @@ from re import _constants, _parser  # type: ignore[attr-defined]
 from typing import Any
 
 MOST = 200
-"""Largest number of alternatives to examine; nothing is concluded about patterns with more."""
-# A way to match is the list of texts that it needs, in order; adjacent literals are joined into one text.
+"""Maximum number of alternatives to examine; a pattern with more is assumed to require no text."""
+# A way to match is the list of texts that it requires, in order; adjacent literals are joined into one text.
 _ANYTHING, _NOTHING = ["", ""], [""]
 
 
 def required_literal(pattern: re.Pattern[str], texts: Iterable[str]) -> str | None:
-    """One of `texts` that a text must contain for the pattern to match, whichever of its alternatives does; else None.
+    """Return one of `texts` if no alternative of the pattern can match without one of them, else None.
 
     Args:
         pattern: The compiled expression.
-        texts: Candidates.
+        texts: The candidates.
 
     Example:
         >>> required_literal(re.compile(r"<end>(a|b)"), ["<end>"])

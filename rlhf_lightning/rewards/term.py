@@ -1,4 +1,4 @@
-"""A reward in a run, with what it loads and the statistics of its normalization; and the sum of the terms."""
+"""Rewards in a run, with their models and normalization statistics, and the weighted sum of all terms."""
 
 import math
 import traceback
@@ -18,7 +18,7 @@ from rlhf_lightning.sys_exit import no_exit, raised_at
 from rlhf_lightning.types import Episode
 
 UncheckedScore = float | Tensor | Sequence[float | None] | None
-"""What a user's reward may return for an episode; `_number` refuses what is not one number or None."""
+"""Return value of a user's reward for an episode; `_number` rejects anything but a number or None."""
 
 
 class RewardError(UserError):
@@ -26,15 +26,15 @@ class RewardError(UserError):
 
 
 class RewardTerm(nn.Module):
-    """A reward with what a run adds to its settings.
+    """A reward with its models and the statistics of its normalization.
 
     Args:
         reward: The settings.
         renderer: The policy's renderer.
-        stop: Texts that end a response besides the template's end of turn.
+        stop: Texts that end a response, in addition to the template's end of turn.
 
     Raises:
-        ConfigError: If the reward cannot be built, or depends on a text that responses are read without.
+        ConfigError: If the reward cannot be built, or depends on a text that is removed from responses.
 
     Example:
         >>> term = RewardTerm(KeywordReward(["risk"]), Renderer(tokenizer))  # doctest: +SKIP
@@ -46,7 +46,7 @@ class RewardTerm(nn.Module):
         self.reward, self.name, self._tokenizer = reward, reward.name, renderer.tokenizer
         markers = (*renderer.template.markers, *renderer.stop_strings)
         self._hidden = [*(text for text in markers if text.strip()), *stop]
-        """Texts that responses are read without."""
+        """Texts that are removed from responses before they are scored."""
         reward.check_hidden(self._hidden)
         self.scorer = reward.build(renderer)
         self.models = nn.ModuleList(self.scorer.models)
@@ -98,14 +98,14 @@ class RewardTerm(nn.Module):
         return [_number(score, self.name, episode) for score, episode in zip(scores, episodes, strict=True)]
 
     def scores_and_details(self, episodes: Sequence[Episode]) -> tuple[list[float | None], list[dict[str, float]]]:
-        """See `score`; and the details that it recorded on the episodes."""
+        """The result of `score`, and the details that the reward recorded on each episode."""
         return self.score(episodes), [episode.details for episode in episodes]
 
     def amounts(self, scores: Sequence[float | None], running: str) -> list[float | None]:
-        """What scores contribute to the reward: normalized, clipped, weighted.
+        """Contributions to the reward: the scores, normalized, clipped and weighted.
 
         Args:
-            scores: As `score` returns them.
+            scores: The scores, as `score` returns them.
             running: See `total_rewards`.
         """
         values, clip = [score for score in scores if score is not None], self.reward.clip
@@ -113,24 +113,25 @@ class RewardTerm(nn.Module):
             values = self.statistics.normalized(values, running)
         if clip is not None:
             values = [min(clip, max(-clip, value)) for value in values]
-        found = iter(values)
-        return [None if score is None else self.reward.weight * next(found) for score in scores]
+        remaining = iter(values)
+        return [None if score is None else self.reward.weight * next(remaining) for score in scores]
 
     def _failure(self, episodes: Sequence[Episode], error: Exception) -> str:
-        """Message about an exception in the reward: where it was raised, and for which episode (found one by one)."""
-        label = f"{len(episodes)} episodes together (each can be scored alone), the first being {episodes[0].label}"
+        """Error message for an exception in the reward, with the line and the episode (found by scoring one by one)."""
+        label = f"{len(episodes)} episodes together (each can be scored alone); the first is {episodes[0].label}"
         for episode in episodes:
             try:
                 with no_exit():
                     self.scorer.score([episode])
-            except Exception as alone:  # noqa: BLE001 - it is reported
-                error, label = alone, episode.label
+            except Exception as error_of_one:  # noqa: BLE001 - it is reported
+                error, label = error_of_one, episode.label
                 break
         frame = raised_at(error) or traceback.extract_tb(error.__traceback__)[-1]
         text = f"{type(error).__name__}: {error}".rstrip(": ")
         return (
             f"the reward {self.name} failed with {text} ({frame.filename}:{frame.lineno} in {frame.name}) for {label}. "
-            "Fix it, or return None for episodes that it does not apply to; the same command then resumes the run."
+            "Fix the reward, or return None for episodes that it does not apply to; the same command then resumes the "
+            "run."
         )
 
 
@@ -148,24 +149,24 @@ def total_rewards(
         episodes: Finished episodes.
         terms: The terms.
         truncated_reward: Replaces the reward of an episode that ran out of tokens.
-        running: What rewards with running normalization do: `update` the statistics with these scores (all ranks
-            together), `use` them as they are, or `off` for raw scores, so that held-out scores stay comparable over
-            time.
+        running: How rewards with running normalization treat these scores: `update` adds them to the statistics (all
+            ranks together) and normalizes them, `use` only normalizes them, and `off` returns raw scores, so that
+            held-out scores stay comparable over time.
 
     Raises:
         ConfigError: If a term returns the wrong number of scores, or something other than finite numbers.
     """
     if running not in RUNNING:
         raise ValueError(f"running is {running!r}; it must be one of {', '.join(RUNNING)}")
-    played = [episode for episode in episodes if not episode.failed]
-    totals = [episode.environment_reward for episode in played]
+    completed = [episode for episode in episodes if not episode.failed]
+    totals = [episode.environment_reward for episode in completed]
     for term in terms:
         safe_point()
-        scores, details = run_on_leader(partial(term.scores_and_details, played))
+        scores, details = run_on_leader(partial(term.scores_and_details, completed))
         for i, amount in enumerate(term.amounts(scores, running)):
-            played[i].terms[term.name], played[i].details = scores[i], details[i]
+            completed[i].terms[term.name], completed[i].details = scores[i], details[i]
             totals[i] += 0.0 if amount is None else amount
-    for episode, total in zip(played, totals, strict=True):
+    for episode, total in zip(completed, totals, strict=True):
         episode.reward = truncated_reward if episode.truncated and truncated_reward is not None else total
 
 

@@ -1,4 +1,4 @@
-"""Verifiers: rewards that compare a response with the right answer in the row."""
+"""Verifiers: rewards that compare a response with the correct answer in the row."""
 
 import re
 from abc import abstractmethod
@@ -16,7 +16,7 @@ from rlhf_lightning.types import JSON, Episode, Row
 
 
 class _Verifier(Reward):
-    """Common part of the rewards that are `hit` or `miss`."""
+    """Base class of rewards whose score is either `hit` or `miss`."""
 
     def __init__(
         self,
@@ -60,23 +60,23 @@ class _Verifier(Reward):
 
 
 class ExactAnswer(_Verifier):
-    """`hit` if the response's answer equals the row's, else `miss`.
+    """`hit` if the answer in the response equals the answer in the row, else `miss`.
 
     Args:
-        column: Column with the right answer: a text, a number, or a list of acceptable ones. The reward does not apply
-            to rows where it is missing, null or empty.
+        column: Column with the correct answer: a text, a number, or a list of acceptable answers. The reward does not
+            apply to rows where it is missing, null or empty.
         pattern: Regular expression that finds the answer in the response: its last match, or that match's first group.
-            No match is a miss. By default the whole response.
-        answer_pattern: The same for the column, if it holds more than the answer.
+            No match is a miss. By default the whole response is the answer.
+        answer_pattern: The same for the column, if it contains more than the answer.
         ignore_case: Compare ignoring case.
-        ignore_space: Collapse white space, and strip it at the ends, before comparing.
+        ignore_space: Collapse whitespace, and strip it at both ends, before comparing.
         numbers: Compare numbers by value (1,000 = 1000.0, 1/2 = 0.5, $5 = 5, 50% = 50); anything else as text.
-        hit: Score of a right answer.
-        miss: Score of any other.
+        hit: Score of a correct answer.
+        miss: Score of any other response.
         weight: Weight of this term; at 0 it is only logged.
-        name: Name that it is logged under.
+        name: Name for logging.
         skip_special_tokens: If False, responses are read exactly as sampled: with special tokens (`<|im_end|>`), the
-            text that ended them, and leading and trailing white space.
+            text that ended them, and leading and trailing whitespace.
 
     Raises:
         ConfigError: If a pattern is invalid, or `hit` equals `miss`.
@@ -123,7 +123,7 @@ class ExactAnswer(_Verifier):
         return given is not None and self._normal(given) in right
 
     def _answers(self, row: Row) -> set[str | Fraction] | None:
-        """The row's right answers, normalized; None if it has none."""
+        """The correct answers of a row, normalized; None if it has none."""
         value = row.get(self.column)
         if absent(value):
             return None
@@ -151,19 +151,19 @@ MATCH_SECONDS = 5.0
 class RegexReward(_Verifier):
     """`hit` if a regular expression matches the response, else `miss`: a format check, or a verifier per row.
 
-    Set exactly one of `pattern` and `column`. A dot also matches line ends.
+    Set exactly one of `pattern` and `column`. A dot also matches line breaks.
 
     Args:
         pattern: The expression, the same for every row.
-        column: Column that holds each row's expression. The reward does not apply to rows without one.
+        column: Column with the expression of each row. The reward does not apply to rows without one.
         whole: The expression must match the whole response rather than a part of it.
         ignore_case: Match ignoring case.
-        hit: Score of a match.
-        miss: Score of no match.
+        hit: Score if the expression matches.
+        miss: Score if it does not match.
         weight: Weight of this term; at 0 it is only logged.
-        name: Name that it is logged under.
+        name: Name for logging.
         skip_special_tokens: If False, responses are read exactly as sampled: with special tokens (`<|im_end|>`), the
-            text that ended them, and leading and trailing white space.
+            text that ended them, and leading and trailing whitespace.
 
     Raises:
         ConfigError: If both or neither of `pattern` and `column` are set, the pattern is invalid, or `hit` equals
@@ -188,12 +188,12 @@ class RegexReward(_Verifier):
         name: str | None = None,
         skip_special_tokens: bool = True,
     ) -> None:
-        # A dot matches line ends, since responses often have several lines.
+        # A dot matches line breaks, because responses often have several lines.
         flags = re.DOTALL | (re.IGNORECASE if ignore_case else 0)
         super().__init__(column, pattern, flags, hit, miss, weight, name, skip_special_tokens)
         if bool(pattern) == bool(column):
             raise ConfigError(
-                f"the reward {self.name} needs a pattern (not empty) or a column that holds one, not both"
+                f"the reward {self.name} needs a pattern (not empty) or a column with patterns; set one of them"
             )
         self.flags, self.whole = flags, whole
 
@@ -218,8 +218,8 @@ class RegexReward(_Verifier):
         return None if pattern is None else self._matches(pattern, self.text(episode))
 
     def _matches(self, pattern: re.Pattern[str], text: str) -> bool:
-        # `regex` has a timeout and `re` has none: an expression from the data may backtrack forever.
-        """True if the pattern matches within `MATCH_SECONDS`."""
+        """True if the pattern matches; raises `DataError` after `MATCH_SECONDS`."""
+        # An expression from the data may backtrack forever; unlike `re`, `regex` has a timeout.
         limited = regex.compile(pattern.pattern, pattern.flags & (re.DOTALL | re.IGNORECASE))
         match = limited.fullmatch if self.whole else limited.search
         try:
@@ -245,7 +245,7 @@ class RegexReward(_Verifier):
             raise RowError(str(error)) from None
 
 
-# Exponents are limited to three digits: evaluating a huge one that the policy writes must not take forever.
+# Exponents have at most three digits, because evaluating a huge exponent written by the policy would take forever.
 _WHOLE = r"(\d{1,3}(,\d{3})+|\d+)"
 _NUMBER = re.compile(rf"([+-]?\$?|\$[+-])({_WHOLE}(\.\d*)?|\.\d+)([eE][+-]?\d{{1,3}})?|[+-]?\d+/\d+", re.ASCII)
 

@@ -1,1 +1,1 @@
-"""Engines that sample token ids, and the choice of a token from logits."""
+"""Sampling engines, and sampling of a token from logits."""

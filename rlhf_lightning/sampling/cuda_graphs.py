@@ -44,8 +44,8 @@ class GraphedStep:
     def _record(self, slots: SlotKVCache, tokens: Tensor) -> None:
         """Record the step on the current buffers."""
         self._tokens = tokens.clone()
-        # Warm up: libraries initialize themselves in the first calls, which a graph must not contain. Each call writes
-        # the same keys to the same places, so extra calls change nothing.
+        # Warm up, because libraries initialize themselves in the first calls, which a graph must not contain. Each call
+        # writes the same keys to the same positions, so extra calls change nothing.
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):

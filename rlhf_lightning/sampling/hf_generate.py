@@ -27,8 +27,8 @@ def generate(
 ) -> list[Completion]:
     """Sample a response to each prompt.
 
-    `generate` decodes greedily; a logits processor samples with `sample_token` and makes its choice the only possible
-    token. Prompts of equal length are batched, since recurrent layers cannot skip padding.
+    `generate` decodes greedily; a logits processor samples with `sample_token` and masks all other tokens. Prompts of
+    equal length are batched, because recurrent layers cannot skip padding.
 
     Args:
         model: The model.
@@ -63,7 +63,7 @@ def generate(
 
 @contextmanager
 def _plain_settings(model: "PreTrainedModel | PeftModel") -> Iterator[None]:
-    """Set the model's generation config aside: its penalties and minimum lengths would change what is sampled."""
+    """Replace the model's generation config, because its penalties and minimum lengths would affect sampling."""
     own, model.generation_config = model.generation_config, GenerationConfig()
     try:
         yield
@@ -72,7 +72,7 @@ def _plain_settings(model: "PreTrainedModel | PeftModel") -> Iterator[None]:
 
 
 class _SamplingProcessor:
-    """A logits processor that samples a token per row, records it, and leaves only that token possible."""
+    """A logits processor that samples a token per row, records it, and masks all other tokens."""
 
     def __init__(
         self, samples: list[Completion], params: SamplingParams, seeds: list[int], decode: Callable[[list[int]], str]

@@ -1,4 +1,4 @@
-"""KV cache of rows that are being decoded: preallocated buffers with a slot per row, written in place."""
+"""KV cache for decoding: preallocated buffers with one slot per row, written in place."""
 
 from typing import Any
 
@@ -100,9 +100,9 @@ class SlotKVCache:
         device: Where the buffers are.
 
     Attributes:
-        positions: Where each slot's next token goes, `[count]`.
+        positions: Position of the next token of each slot, `[count]`.
         width: 1 more than the largest position in use.
-        capacity: Tokens per slot that the buffers hold.
+        capacity: Number of tokens per slot that fit in the buffers.
 
     Example:
         >>> slots = SlotKVCache(layers=2, count=4, device=torch.device("cpu"))
@@ -119,9 +119,9 @@ class SlotKVCache:
         self.cache = Cache(layers=self.layers)
 
     def reserve(self, tokens: int, limit: int) -> None:
-        """Make room for rows of `tokens` tokens.
+        """Grow the buffers to rows of at least `tokens` tokens.
 
-        Growing copies everything, so the capacity grows by at least half, up to `limit`.
+        Growing copies all keys and values, so the capacity grows by at least half, up to `limit`.
         """
         if tokens <= self.capacity:
             return
@@ -133,20 +133,20 @@ class SlotKVCache:
                 for new, filled in zip((layer.keys, layer.values), old, strict=True):
                     new[:, :, : filled.shape[2]] = filled
 
-    def fill(self, prefilled: list[PrefillCache], slots: Tensor, columns: Tensor, places: Tensor) -> None:
+    def fill(self, prefilled: list[PrefillCache], slots: Tensor, columns: Tensor, indices: Tensor) -> None:
         """Write prompts into slots.
 
         Args:
             prefilled: Keys and values of a prefill, per layer.
             slots: Slot of each token, `[n]`.
             columns: Position of each token in its slot, `[n]`.
-            places: Index of each token in the prefill, `[n]`.
+            indices: Index of each token in the prefill, `[n]`.
         """
-        for layer, found in zip(self.layers, prefilled, strict=True):
+        for layer, prefill in zip(self.layers, prefilled, strict=True):
             if not layer.is_initialized:
-                layer.lazy_initialization(found.keys, found.values)
-            for buffer, states in ((layer.keys, found.keys), (layer.values, found.values)):
-                buffer[slots, :, columns] = states[0].transpose(0, 1)[places].to(buffer.dtype)
+                layer.lazy_initialization(prefill.keys, prefill.values)
+            for buffer, states in ((layer.keys, prefill.keys), (layer.values, prefill.values)):
+                buffer[slots, :, columns] = states[0].transpose(0, 1)[indices].to(buffer.dtype)
 
     def select(self, kept: Tensor) -> None:
         """Keep only the slots in `kept`, `[n]`, in that order."""

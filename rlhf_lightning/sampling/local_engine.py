@@ -1,6 +1,6 @@
 """The built-in sampling engine, with a KV cache and continuous batching.
 
-Shared prompts are computed once, keys are written in place, and waiting rows take slots as these become free.
+Shared prompts are computed once, keys are written in place, and waiting rows move into slots as they become free.
 """
 
 import logging
@@ -44,7 +44,7 @@ log = logging.getLogger(__name__)
 class Watch:
     """Observer of an engine's progress; this base class does nothing.
 
-    With a model that is sampled by its own `generate`, only `begin` and `end` are called.
+    If the model is sampled with its own `generate`, only `begin` and `end` are called.
 
     Example:
         >>> class Count(Watch):
@@ -58,7 +58,7 @@ class Watch:
         """Sampling of `rows` responses starts."""
 
     def on_token(self, row: int, token: int, ended: bool) -> None:
-        """A token of a row was sampled; `ended` is True if it is the row's last."""
+        """A token of a row was sampled; `ended` is True if it is the row's last token."""
 
     def end(self) -> None:
         """Sampling is finished or has failed."""
@@ -67,16 +67,16 @@ class Watch:
 class LocalEngine:
     """Samples from a model in this process.
 
-    A model whose cache is not that of plain attention (recurrent layers, shared keys) is detected by a numerical check
-    and sampled by its own `generate`.
+    A numerical check detects models without a plain KV cache (recurrent layers, shared keys); they are sampled with
+    their own `generate`.
 
     Args:
         model: A causal model, or a `PeftModel` around one.
         decode: Maps token ids to text, for stop texts.
-        rows: Number of rows decoded side by side.
-        cuda_graphs: Replay decoding steps as CUDA graphs, see `cuda_graphs`.
-        max_tokens: Tokens of prompts computed at once, see `PackedForward`.
-        gather: Gather the weights of a sharded model for a round, see `Sampler`.
+        rows: Number of rows decoded in parallel.
+        cuda_graphs: Replay decoding steps as CUDA graphs; see `cuda_graphs`.
+        max_tokens: Number of prompt tokens per forward pass; see `PackedForward`.
+        gather: Gather the weights of a sharded model for a round; see `Sampler`.
 
     Example:
         ```python
@@ -107,7 +107,7 @@ class LocalEngine:
         self.watch = Watch()
 
     def sync(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
-        """Do nothing: the engine samples with the weights that are trained."""
+        """Do nothing, because the engine samples with the trained weights themselves."""
 
     def generate(
         self, prompts: Sequence[Sequence[int]], params: SamplingParams, seeds: Sequence[int]
@@ -139,8 +139,8 @@ class LocalEngine:
     ) -> list[Completion]:
         with self._sampling():
             if not is_sharded(self.model):
-                # Sliding windows and length-dependent positions show only at full length. A sharded model needs all
-                # ranks, so it is checked in training, by the trainer's own forward.
+                # Sliding windows and length-dependent positions take effect only at full length. The check of a sharded
+                # model needs all ranks, so it is done in training, in the forward pass of the trainer.
                 self.packed_forward.check(max(len(prompt) for prompt in prompts) + params.max_tokens)
             if self._plain is None:
                 self._plain = self._check()
@@ -151,21 +151,21 @@ class LocalEngine:
 
     @contextmanager
     def _sampling(self) -> Iterator[None]:
+        """Context manager with eval mode, no gradients, and no compiled code."""
         # Weights gathered in inference mode could not be trained afterwards.
-        """Eval mode, no gradients, nothing compiled, within the context."""
         gradients = torch.no_grad() if is_sharded(self.model) else torch.inference_mode()
         with in_mode(self.model, training=False), gradients, torch.compiler.set_stance("force_eager"):
             yield
 
     @contextmanager
     def session(self) -> Iterator[None]:
-        """Context around the sampling of a round, which all ranks enter and leave together.
+        """Context manager for the sampling of a round, which all ranks enter and leave together.
 
-        Within it, each rank may sample as often as it likes: a sharded model is gathered on every rank if memory
-        allows; else ranks decode in step.
+        Inside, each rank may sample any number of times: a sharded model is gathered on every rank if memory allows;
+        otherwise the ranks decode in lockstep.
 
         Raises:
-            ConfigError: If it cannot be gathered and is sampled by its own `generate`.
+            ConfigError: If the model cannot be gathered and is sampled with its own `generate`.
         """
         with unsharded_or_synchronized(self.model, self.gather, self._idle) as self._synchronized:
             if self._synchronized:
@@ -176,19 +176,19 @@ class LocalEngine:
                 self._synchronized = None
 
     def _check_in_step(self) -> None:
-        """Check the model on all ranks together, and refuse one that needs its own `generate`."""
+        """Check the model on all ranks together, and reject it if it needs its own `generate`."""
         with self._sampling():
-            # All ranks or none: one that has not sampled yet has not checked the model either.
+            # Either all ranks check or none; a rank that has not sampled yet has not checked the model.
             if max_over_ranks(int(self._plain is None), self.model):
                 self._plain = self._check()
         if not self._plain:
             raise ConfigError(
-                "this model is sampled by its own generate(), which cannot be synchronized over ranks, and there is "
-                "not enough memory to gather its weights: set sampler.gather: true, or shard it over fewer ranks"
+                "this model is sampled with its own generate(), which cannot be synchronized over ranks, and there is "
+                "not enough memory to gather its weights. Set sampler.gather: true, or shard the model over fewer ranks"
             )
 
     def _idle(self) -> None:
-        """Run the decoder once, for ranks that wait for others."""
+        """Run the decoder once, on a rank that has finished, for the ranks that are still decoding."""
         ids = torch.zeros(1, 1, dtype=torch.long, device=next(self.model.parameters()).device)
         with self._sampling():
             run_unsharded(self.model, lambda: self.backbone.decoder(input_ids=ids, use_cache=False))
@@ -198,15 +198,15 @@ class LocalEngine:
     def prefill(
         self, prompts: Sequence[Sequence[int]], device: torch.device
     ) -> tuple[list[PrefillCache], Tensor, Tensor]:
-        """Compute distinct prompts side by side.
+        """Compute distinct prompts in one forward pass.
 
         Args:
             prompts: Token ids of each prompt.
             device: Where the model is.
 
         Returns:
-            Keys and values per layer, the index where each prompt begins in them `[prompts]`, and the logits after each
-            prompt `[prompts, V]`.
+            Keys and values per layer, the index of each prompt's first token in them `[prompts]`, and the logits after
+            each prompt `[prompts, V]`.
         """
         return self._run(self._prefill, prompts, device)
 
@@ -260,8 +260,8 @@ class LocalEngine:
     # -- numerical check ------------------------------------------------------------------------------------------
 
     def _check(self) -> bool:
-        """True if slots reproduce the model's own logits; otherwise log why it is sampled by its own `generate`."""
-        reason = "its forward cannot be packed"
+        """True if decoding in slots reproduces the model's logits; otherwise log the reason for using `generate`."""
+        reason = "its forward pass cannot be packed"
         if self.backbone.separable and self.packed_forward.packs:
             try:
                 difference = self._difference()
@@ -272,11 +272,11 @@ class LocalEngine:
                     return True
                 reason = f"its logits differ by {difference:.1e}"
         name = type(base_of(self.model)).__name__
-        log.warning("%s is sampled by its own generate(), because its cache is not a plain KV cache (%s)", name, reason)
+        log.warning("%s is sampled with its own generate(), because it has no plain KV cache (%s)", name, reason)
         return False
 
     def _difference(self) -> float:
-        """Relative difference of logits after two steps in slots from those of a plain forward, for unequal prompts."""
+        """Relative difference between the logits after two steps in slots and those of a plain forward pass."""
         device = next(self.model.parameters()).device
         rows = [[(7919 * (i + j)) % self.backbone.vocabulary for j in range(4 + 3 * i)] for i in range(3)]
         with torch.autocast(device.type, enabled=False):
@@ -284,8 +284,8 @@ class LocalEngine:
             slots.reserve(16, 16)
             cache, starts, _ = self.prefill([row[:-2] for row in rows], device)
             for i, row in enumerate(rows):
-                place = torch.arange(len(row) - 2, device=device)
-                slots.fill(cache, torch.full_like(place, i), place, starts[i] + place)
+                columns = torch.arange(len(row) - 2, device=device)
+                slots.fill(cache, torch.full_like(columns, i), columns, starts[i] + columns)
             slots.positions = torch.tensor([len(row) - 2 for row in rows], device=device)
             for k in (-2, -1):
                 slots.width = int(slots.positions.max()) + 1
@@ -297,7 +297,7 @@ class LocalEngine:
 
 
 class _Batch:
-    """The state of one `generate` call: prompts moving through the slots."""
+    """The state of one `generate` call, in which prompts move through the slots."""
 
     def __init__(
         self, engine: LocalEngine, prompts: Sequence[Sequence[int]], params: SamplingParams, seeds: Sequence[int]
@@ -307,19 +307,19 @@ class _Batch:
         self.samples = [Completion() for _ in prompts]
         self.device = next(engine.model.parameters()).device
         self.uniforms = uniforms(seeds, params.max_tokens).to(self.device)
-        # Popped from the end: longest prompts first, so that buffers seldom grow, and equal prompts together.
+        # Popped from the end: longest prompts first, so that buffers rarely grow, and equal prompts together.
         self.waiting = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), self.prompts[i], -i))
         self.limit = max(len(prompt) for prompt in prompts) + params.max_tokens
         self.rows: list[int | None] = [None] * min(engine.rows, len(prompts))
         """Row in each slot; None if the slot is free."""
         self.slots = SlotKVCache(engine.layers, len(self.rows), self.device)
         self.tokens = torch.zeros(len(self.rows), dtype=torch.long, device=self.device)
-        # Steps that ranks announce to each other cannot be recorded.
+        # Steps with synchronization between ranks cannot be recorded.
         graphed = engine.cuda_graphs and self.device.type == "cuda" and not engine._synchronized
         self.step = GraphedStep(engine.step) if graphed else engine.step
 
     def run(self) -> list[Completion]:
-        """Decode until every prompt has its response. Prompts are admitted once a quarter of the slots is free."""
+        """Decode until all responses are complete. Prompts are admitted once a quarter of the slots is free."""
         while True:
             safe_point()
             free = [slot for slot, row in enumerate(self.rows) if row is None]
@@ -334,17 +334,17 @@ class _Batch:
 
     def _admit(self, free: list[int]) -> None:
         """Move waiting prompts into free slots; a prompt that several rows share is computed once."""
-        taken = [self.waiting.pop() for _ in range(min(len(free), len(self.waiting)))]
-        distinct = list(dict.fromkeys(self.prompts[row] for row in taken))
-        trees = [SharedPrefix((i,), len(prompt), (0,)) for i, prompt in enumerate(distinct)]
+        admitted = [self.waiting.pop() for _ in range(min(len(free), len(self.waiting)))]
+        distinct = list(dict.fromkeys(self.prompts[row] for row in admitted))
+        prefixes = [SharedPrefix((i,), len(prompt), (0,)) for i, prompt in enumerate(distinct)]
         self.slots.reserve(max(len(prompt) for prompt in distinct) + 1, self.limit)
-        for group in group_by_token_budget(trees, self.engine.packed_forward.budget(self.device)):
-            prompts = {distinct[tree.rows[0]]: i for i, tree in enumerate(group)}
-            rows = [row for row in taken if self.prompts[row] in prompts]
+        for group in group_by_token_budget(prefixes, self.engine.packed_forward.budget(self.device)):
+            prompts = {distinct[prefix.rows[0]]: i for i, prefix in enumerate(group)}
+            rows = [row for row in admitted if self.prompts[row] in prompts]
             self._prefill(prompts, rows, [free.pop() for _ in rows])
 
     def _prefill(self, prompts: dict[tuple[int, ...], int], rows: list[int], slots: list[int]) -> None:
-        """Compute a group of prompts and write their keys into the slots of the rows that have them."""
+        """Compute a group of prompts, and write their keys and values into the slots of the rows that have them."""
         cache, starts, logits = self.engine.prefill(list(prompts), self.device)
         which = [prompts[self.prompts[row]] for row in rows]
         lengths = [len(self.prompts[row]) for row in rows]
@@ -355,22 +355,22 @@ class _Batch:
             cache, slot.repeat_interleave(repeats), columns, starts[source].repeat_interleave(repeats) + columns
         )
         self.slots.positions[slot] = repeats
-        for row, place in zip(rows, slots, strict=True):
-            self.rows[place] = row
-        self._take(slots, logits[source])
+        for row, number in zip(rows, slots, strict=True):
+            self.rows[number] = row
+        self._sample(slots, logits[source])
 
     def _advance(self) -> None:
         """Decode one token of every slot."""
         width = max(len(self.prompts[row]) + len(self.samples[row].ids) for row in self.rows if row is not None)
         self.slots.width = width
         self.slots.reserve(width, self.limit)
-        # Free slots are fed as well and their results dropped; their positions only have to be valid.
+        # Free slots are computed as well and their results ignored; their positions only have to be valid.
         self.slots.positions.clamp_(max=width - 1)
         logits = self.step(self.slots, self.tokens)
         self.slots.positions += 1
-        self._take(list(range(len(self.rows))), logits)
+        self._sample(list(range(len(self.rows))), logits)
 
-    def _take(self, slots: list[int], logits: Tensor) -> None:
+    def _sample(self, slots: list[int], logits: Tensor) -> None:
         """Sample a token for the row in each of these slots.
 
         Args:

@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 
 
 class Engine(Protocol):
-    """What samples responses: the built-in `LocalEngine`, or an engine elsewhere with its own copy of the weights.
+    """Samples responses: the built-in `LocalEngine`, or an external engine with its own copy of the weights.
 
     An engine that cannot follow every setting also has a method `check(params)`, which raises `ConfigError` for those
     that it cannot follow; it is called when the run is set up. `docs/engines.md` lists what is expected of an engine.
@@ -55,28 +55,27 @@ class Engine(Protocol):
             seeds: One seed per prompt; a row's random numbers must depend on nothing else.
 
         Returns:
-            The responses. Log-probabilities are those of the full softmax at `params.temperature`, in nats, one per
-            sampled token.
+            The responses, with one log-probability per sampled token, of the full softmax at `params.temperature`, in
+            nats.
         """
 
     def sync(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
-        """Take the policy's weights; called before every round.
+        """Load the policy's weights. Called on every rank before every round.
 
-        Called on every rank. Under FSDP2 each tensor is gathered when it is requested, so all ranks must consume all of
-        them.
+        Under FSDP2, each tensor is gathered when it is requested, so all ranks must consume all tensors.
 
         Args:
-            named_tensors: Weights by their Hugging Face names, adapters merged in. They must not be kept, since
-                training changes them.
-            version: Number of the round.
+            named_tensors: Weights by their Hugging Face names, with adapters merged. Copy them, because training
+                changes them.
+            version: Index of the round.
         """
 
 
 class Sampler(Settings):
-    r"""Settings of sampling; `build` makes what samples from a model.
+    r"""Sampling settings; `build` creates the `ModelSampler` of a model.
 
     Recorded log-probabilities are those of the full softmax at the sampling temperature. A row's tokens do not depend
-    on the other rows of the batch, the batch size, or the rank, since each row has its own seed.
+    on the other rows of the batch, the batch size, or the rank, because each row has its own seed.
 
     Args:
         max_tokens: Token budget of a response.
@@ -91,11 +90,11 @@ class Sampler(Settings):
         engine: An `Engine` that replaces the built-in one.
         cuda_graphs: On a GPU, replay decoding steps as CUDA graphs.
         stop: Texts that end a response as soon as they are complete. Their tokens are trained on; rewards and
-            environments see the text before them. By default those the model was trained with, from its `stage.json`,
-            and those of its generation config.
-        gather: With sharded weights (FSDP2), gather all of them on every rank while a round is sampled; if False, ranks
-            decode in step and gather each layer for every token. By default gathered if that takes at most half of the
-            free memory.
+            environments see the text before them. By default the stop texts that the model was trained with, from its
+            `stage.json`, and those of its generation config.
+        gather: With sharded weights (FSDP2), True gathers all of them on every rank while a round is sampled; with
+            False, ranks decode in lockstep and gather each layer for every token. By default they are gathered if that
+            takes at most half of the free memory.
 
     Raises:
         ConfigError: If a setting is out of range.
@@ -143,7 +142,7 @@ class Sampler(Settings):
         return self.params.temperature
 
     def warn_of_bias(self) -> None:
-        """Warn if settings exclude tokens, so that importance ratios are not those of the sampling distribution."""
+        """Warn if settings exclude tokens from sampling, so that importance ratios are biased."""
         if cuts := self.params.cuts:
             log.warning(
                 "sampler.%s: some tokens cannot be sampled, but log-probabilities are those of the full softmax, so "
@@ -154,13 +153,13 @@ class Sampler(Settings):
     def build(
         self, model: "PreTrainedModel | PeftModel", renderer: Renderer, max_tokens: int | None = None
     ) -> "ModelSampler":
-        """Make what samples from a model.
+        """Create the sampler of a model.
 
         Args:
             model: The policy.
-            renderer: The policy's renderer, which knows what ends a turn. Ends of responses that the model's generation
-                config names are added to it.
-            max_tokens: Tokens of prompts computed at once, see `PackedForward`.
+            renderer: The policy's renderer. The end tokens of the model's generation config are added to its stop
+                tokens.
+            max_tokens: Number of prompt tokens per forward pass; see `PackedForward`.
 
         Raises:
             ConfigError: If the tokenizer can never produce a stop text.
@@ -169,7 +168,7 @@ class Sampler(Settings):
 
 
 class ModelSampler:
-    """A sampler with its model, as `Sampler.build` makes it.
+    """A sampler with its model, created by `Sampler.build`.
 
     Args:
         sampler: The settings.
@@ -178,10 +177,10 @@ class ModelSampler:
         max_tokens: See `Sampler.build`.
 
     Attributes:
-        engine: Samples the tokens.
-        params: How it samples, with all that ends a response.
-        stop: Texts that end a response besides the template's end of turn: those of the settings, or the model's.
-        context: Number of positions of the model; None if it has no limit.
+        engine: The engine that samples.
+        params: The sampling parameters, with all stop tokens and stop texts.
+        stop: Texts that end a response, in addition to the template's end of turn: from the settings, or the model's.
+        context: Number of positions of the model; None for no limit.
 
     Example:
         >>> sampler = Sampler(max_tokens=64).build(model, Renderer(tokenizer))  # doctest: +SKIP
@@ -216,7 +215,7 @@ class ModelSampler:
         self.context: int | None = getattr(config, "max_position_embeddings", None)
 
     def sync(self, version: int) -> None:
-        """Pass the policy's weights to an engine that has its own copy; `version` is the round's number."""
+        """Pass the policy's weights to an engine with its own copy; `version` is the index of the round."""
         self.engine.sync(named_weights(self.model), version)
 
     def generate(
@@ -233,7 +232,7 @@ class ModelSampler:
 
 
 class LeaderEngine:
-    """An engine with its own copy of the weights: the leader of the ranks with the same rows asks it.
+    """Calls an external engine on the leader of the ranks that compute the same rows; the others get its result.
 
     Args:
         engine: The engine.
@@ -263,14 +262,14 @@ class LeaderEngine:
         self.engine.sync(named_tensors, version)
 
     def session(self) -> AbstractContextManager[None]:
-        """See `LocalEngine.session`; nothing to prepare."""
+        """See `LocalEngine.session`. An external engine needs no preparation."""
         return nullcontext()
 
 
 def _stop_texts(
     own: tuple[str, ...] | None, model: "PreTrainedModel | PeftModel", renderer: Renderer
 ) -> tuple[str, ...]:
-    """Texts that end a response: those of the settings, else those the model was trained with and its config's."""
+    """Texts that end a response: from the settings, or else from the model's training and its generation config."""
     if own is None:
         found = [text for text in stop_texts(model) if text not in (*renderer.stop, *renderer.stop_strings)]
         own = (*renderer.stop, *found)
@@ -290,6 +289,6 @@ def _check_stop(stop: str, tokenizer: Tokenizer) -> None:
     written = [tokenizer.decode(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in (stop, f"a{stop}a")]
     if not any(stop in text for text in written):
         raise ConfigError(
-            f"sampler.stop: the tokenizer never produces {stop!r} (it turns that text into {written[0]!r}), "
-            "so no response would end there"
+            f"sampler.stop: the tokenizer never produces {stop!r} (it decodes the text's tokens to {written[0]!r}), so "
+            "no response would end there"
         )

@@ -13,12 +13,12 @@ from rlhf_lightning.types import Completion
 
 BLOCK = 64
 COLDEST = 1e-6
-"""Temperature that float32 can divide logits by; 0 is what lower ones mean."""
+"""Lowest temperature above 0 that float32 logits can be divided by."""
 
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How responses are sampled.
+    """Parameters of sampling.
 
     Args:
         max_tokens: Token budget of a response, including its stop token.
@@ -60,14 +60,19 @@ class SamplingParams:
                 raise ConfigError(f"sampler.{name} is {getattr(self, name)}; it must be {wanted}")
 
     def at(self, temperature: float | None) -> "SamplingParams":
-        """The same at another temperature; at this one for None."""
+        """The parameters with another temperature; unchanged for None."""
         return self if temperature is None else replace(self, temperature=temperature)
 
     @property
     def cuts(self) -> list[str]:
         """Names of the settings that exclude tokens from sampling."""
-        given = (self.top_p < 1, self.top_k > 0, self.min_p > 0, self.min_tokens > 0)
-        return [name for name, set_ in zip(("top_p", "top_k", "min_p", "min_tokens"), given, strict=True) if set_]
+        active = {
+            "top_p": self.top_p < 1,
+            "top_k": self.top_k > 0,
+            "min_p": self.min_p > 0,
+            "min_tokens": self.min_tokens > 0,
+        }
+        return [name for name, is_active in active.items() if is_active]
 
 
 def is_complete(ids: list[int], params: SamplingParams, decode: Callable[[list[int]], str]) -> bool:
@@ -79,7 +84,7 @@ def is_complete(ids: list[int], params: SamplingParams, decode: Callable[[list[i
         return True
     if not params.stop_strings or len(ids) <= params.min_tokens:
         return False
-    # Decoding the tail suffices to see a stop text end, since a token is at least one byte.
+    # Decoding the tail suffices to find a stop text at the end, because a token has at least one byte.
     tail = ids[-max(32, *(len(stop.encode()) + 1 for stop in params.stop_strings)) :]
     early = len(tail) - (len(ids) - params.min_tokens)
     passed = len(decode(tail[:early])) if early > 0 else 0
@@ -138,7 +143,12 @@ def record_token(
 
 
 def uniforms(seeds: Sequence[int], tokens: int) -> Tensor:
-    """Uniform numbers in [0, 1), `[rows, tokens]`; each row's come from its own seed."""
+    """Uniform random numbers in [0, 1), `[rows, tokens]`, with a seed per row.
+
+    Args:
+        seeds: A seed per row.
+        tokens: Number of tokens per row.
+    """
     return torch.stack([torch.rand(tokens, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
 
 
@@ -150,8 +160,8 @@ def sample_token(
     Args:
         logits: `[B, V]`.
         uniforms: Random numbers in [0, 1), `[B]`.
-        params: How to sample.
-        lengths: Tokens sampled so far, `[B]`; needed by `min_tokens`.
+        params: The sampling parameters.
+        lengths: Number of tokens sampled so far, `[B]`; required by `min_tokens`.
 
     Returns:
         `(tokens, logprobs)`, `[B]` each. Log-probabilities are in nats, under the full softmax at the temperature (at
@@ -210,7 +220,7 @@ def _inverse_cdf(weights: Tensor, uniforms: Tensor) -> Tensor:
 
 
 def _first_above(running: Tensor, share: Tensor) -> Tensor:
-    # Rounding may put `share` at the total. Then take the last entry of positive weight, not one of weight 0 after it.
     """Index of the first running sum above `share`, `[B, 1]`."""
+    # Rounding may make `share` equal the total. Then take the last entry with a positive weight.
     last = (running < running[:, -1:]).sum(-1, keepdim=True)
     return torch.minimum(torch.searchsorted(running, share, right=True), last)

@@ -37,7 +37,7 @@ class VLLMEngine:
     Args:
         model: Folder or Hub id of a model with the policy's architecture and vocabulary.
         memory: Fraction of the device's memory that vLLM may use; on a CPU, that this process may use.
-        max_length: Tokens of a prompt with its response; the model's limit by default.
+        max_length: Maximum number of tokens of a prompt with its response; by default the model's limit.
         raw_logprobs: Record log-probabilities before temperature and cuts. Allows `top_p`, `top_k`, `min_p` and
             `min_tokens`, and only the temperatures 1 and 0.
         options: Further arguments of `vllm.LLM`.
@@ -178,7 +178,7 @@ class VLLMEngine:
                 top_k=params.top_k,
                 min_p=params.min_p,
                 stop_token_ids=list(params.stop_token_ids),
-                ignore_eos=True,  # only these end a response, whatever the config that vLLM loaded says
+                ignore_eos=True,  # only the stop tokens end a response, not those of the config that vLLM loads
                 stop=list(params.stop_strings) or None,
                 include_stop_str_in_output=True,
                 skip_special_tokens=False,  # a stop text may have the text of a special token

@@ -31,7 +31,7 @@ from tests.helpers.rows import prompts
 from tests.helpers.training import sgd, trainer
 
 
-def test_numbers_that_matter_come_first() -> None:
+def test_important_metrics_come_first() -> None:
     policy = ["v_num", "val/reward_sampled", "train/truncated", "train/kl", "train/entropy", "train/reward"]
     assert list(headline(dict.fromkeys(policy, 0))) == ["reward", "kl", "entropy", "truncated", "val/reward_sampled"]
     preference = ["val/loss", "train/loss", "val/accuracy", "train/margin", "train/accuracy"]
@@ -45,7 +45,7 @@ def test_times() -> None:
     assert remaining(30.0, 0, 20.0) == remaining(30.0, 10, 0.0) == remaining(30.0, 10, float("inf")) == ""
 
 
-def test_lines_without_a_terminal_and_a_bar_with_one(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_prints_lines_without_a_terminal_and_a_bar_with_one(monkeypatch: pytest.MonkeyPatch) -> None:
     assert isinstance(progress_callbacks(False, [])[0], ConsoleLines)
     monkeypatch.setattr("sys.stdout", io.StringIO())
     assert progress_callbacks(True, []) == []
@@ -96,7 +96,7 @@ def letters(completions: list[str]) -> list[float]:
     return [len(set(text)) / 10 for text in completions]
 
 
-def test_rollouts_have_a_bar_of_their_own(base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rollouts_have_their_own_bar(base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In a terminal, as the stage command sets it up; the bar counts each rollout to its end."""
     out = io.StringIO()
     bar = StageProgress()
@@ -158,7 +158,7 @@ def test_a_stage_on_a_terminal(base: str, tmp_path: Path) -> None:
     assert "step 3/3" not in text
 
 
-def test_a_pipeline_says_what_is_left() -> None:
+def test_pipeline_reports_the_remaining_time() -> None:
     stages = [Stage(name, "sft", {}) for name in ("a", "b", "c")]
     plan = Plan("p", stages, Path("runs/p"))
     assert Eta(plan, {}).before(stages[0]) == "0 s so far; then b, c"
@@ -168,7 +168,7 @@ def test_a_pipeline_says_what_is_left() -> None:
     assert clock.before(stages[2]) == "1 min 30 s so far; took 3 min 0 s last time"
 
 
-def test_an_engine_is_watched_and_draws_the_same(model: Any, tokenizer: Any) -> None:
+def test_watched_engine_samples_the_same_tokens(model: Any, tokenizer: Any) -> None:
     from rlhf_lightning.data.rendering import Renderer
     from rlhf_lightning.sampling.local_engine import LocalEngine, Watch
 

@@ -207,7 +207,7 @@ def test_watch_warns_when_chosen_responses_become_less_likely(base: str, tmp_pat
 
     caplog.set_level(logging.WARNING, "rlhf_lightning")
     text = run(Down(), "down")
-    assert text.count("chosen responses have grown less likely over 6 steps") == 1
+    assert text.count("chosen responses have become less likely over 6 steps") == 1
     assert "chosen responses" not in run(SFTOnly(), "up")
 
 

@@ -73,7 +73,7 @@ def episode(tokens: list[int], reward: float = 0.0, group: int = 0) -> Episode:
     return one
 
 
-def test_length_and_reward_are_correlated_exactly_over_uneven_ranks() -> None:
+def test_correlation_of_length_and_reward_is_exact_over_uneven_ranks() -> None:
     draw = random.Random(0)
     lengths = [draw.randint(1, 40) for _ in range(23)]
     rewards = [1000.0 + length / 20 + draw.gauss(0, 1) for length in lengths]
@@ -88,15 +88,15 @@ def test_length_and_reward_are_correlated_exactly_over_uneven_ranks() -> None:
 
 
 @pytest.mark.parametrize("episodes", [[episode([1] * n, 0.1) for n in (1, 2, 3)], [episode([1], r) for r in (1.1, 2)]])
-def test_a_constant_has_no_correlation(episodes: list[Episode]) -> None:
+def test_constant_values_have_no_correlation(episodes: list[Episode]) -> None:
     assert "length_reward_correlation" not in means([statistics(episodes)])
 
 
-def test_repeated_ngrams_by_hand() -> None:
+def test_repeated_ngrams_worked_by_hand() -> None:
     assert repeated_ngrams(episode([1, 2, 3, 4, 5])) == (0, 2)
     assert repeated_ngrams(episode([7] * 6)) == (2, 3)
     assert repeated_ngrams(episode([1, 2, 3])) == (0, 0)
-    # 1 2 3 4 is said in two turns; no n-gram spans the environment's 9.
+    # 1 2 3 4 is sampled in two turns; no n-gram spans the environment's 9.
     turns = Episode(
         [], {}, 0, training_samples=[TrainingSample([0, 1, 2, 3, 4, 9, 1, 2, 3, 4], [0, 1, 1, 1, 1, 0, 1, 1, 1, 1], [])]
     )
@@ -108,7 +108,7 @@ def test_repeated_ngrams_by_hand() -> None:
     assert "repeated_ngrams" not in means([statistics([episode([1])])])
 
 
-def test_statistics_reach_the_log_with_the_gold_part(base: str, tmp_path: Path) -> None:
+def test_statistics_and_gold_reward_are_logged(base: str, tmp_path: Path) -> None:
     gold = FunctionReward(lambda completions: [-1.0] * len(completions), weight=0.0, name="gold")
     module = make("policy", base, rewards=[FunctionReward(vowels), gold])
     run = trainer(tmp_path)
@@ -121,7 +121,7 @@ def test_statistics_reach_the_log_with_the_gold_part(base: str, tmp_path: Path) 
 # -- curves -----------------------------------------------------------------------------------------------------------
 
 
-def test_a_curve_keeps_its_start_its_last_rounds_and_its_peak() -> None:
+def test_curve_keeps_start_last_rounds_and_peak() -> None:
     curve = Curve.of([*range(100), None, math.nan])
     assert curve.first == list(range(10))
     assert curve.last(4) == [98, 99]
@@ -132,7 +132,7 @@ def test_a_curve_keeps_its_start_its_last_rounds_and_its_peak() -> None:
     assert Curve.of([1.0]).level(2) is None
 
 
-def test_trend_is_the_t_of_the_slope() -> None:
+def test_trend_is_the_t_statistic_of_the_slope() -> None:
     values = [1.0, 3.0, 2.0, 5.0, 4.0, 6.0]
     # Slope 15.5 / 17.5, residual sum of squares 17.5 - 15.5² / 17.5 over 4, divided by 17.5.
     assert trend(values) == pytest.approx(15.5 / 17.5 / math.sqrt((17.5 - 15.5**2 / 17.5) / 4 / 17.5))
@@ -141,7 +141,7 @@ def test_trend_is_the_t_of_the_slope() -> None:
     assert trend([0.1 + 0.2] * 3 + [0.3] * 3) == 0.0
 
 
-def test_two_curves_are_compared_round_by_round() -> None:
+def test_together_keeps_rounds_with_both_values() -> None:
     one, other = Curve.of([1, None, 3, 4]), Curve.of([9, 5, 6, math.nan, 7])
     assert together(one, other, 4) == ([1, 4], [5, 7])
 
@@ -226,7 +226,7 @@ HEALTHY: list[tuple[Check, dict[str, Any]]] = [
 
 
 @pytest.mark.parametrize(("check", "values"), FAILURES)
-def test_a_failure_is_seen(check: Check, values: dict[str, list[float]]) -> None:
+def test_check_detects_its_failure(check: Check, values: dict[str, list[float]]) -> None:
     message = check(Curves.of(**values))
     assert message is not None
     assert message.startswith(check.name)
@@ -235,7 +235,7 @@ def test_a_failure_is_seen(check: Check, values: dict[str, list[float]]) -> None
 
 
 @pytest.mark.parametrize(("check", "values"), HEALTHY)
-def test_a_healthy_curve_is_left_alone(check: Check, values: dict[str, list[float]]) -> None:
+def test_check_does_not_warn_about_a_healthy_curve(check: Check, values: dict[str, list[float]]) -> None:
     curves = {name: list(numbers) for name, numbers in values.items()}
     for rounds in range(1, 1 + max(len(numbers) for numbers in curves.values())):
         if check.name == "not_finite" and rounds == 1:
@@ -243,11 +243,11 @@ def test_a_healthy_curve_is_left_alone(check: Check, values: dict[str, list[floa
         assert check(Curves.of(**{name: numbers[:rounds] for name, numbers in curves.items()})) is None
 
 
-def test_every_check_is_silent_where_nothing_is_known() -> None:
+def test_checks_do_not_warn_without_values() -> None:
     for make_check in DEFAULT:
         check = make_check()
         assert check(Curves()) is None
-        # One clamped token is known enough.
+        # A single clamped token is enough.
         value = 0.0 if check.name == "clamped_ratios" else 0.5
         assert check(Curves.of(**{key: [value] for key in check.watched})) is None
 
@@ -302,11 +302,11 @@ class Rounds:
 
 
 @pytest.mark.parametrize("seed", range(10))
-def test_a_noisy_run_that_learns_is_not_warned_of(seed: int, tmp_path: Path) -> None:
+def test_no_warning_for_a_noisy_run_that_learns(seed: int, tmp_path: Path) -> None:
     assert Rounds(tmp_path).play(Diagnostics(), healthy_run(seed)) == []
 
 
-def test_a_run_that_over_optimizes_is_warned_of_in_time(tmp_path: Path) -> None:
+def test_warns_in_time_about_over_optimization(tmp_path: Path) -> None:
     values = healthy_run(0)
     values["reward_gold"] = noisy(lambda i: 0.1 + i / 150 if i < 100 else 0.77 - (i - 100) / 150, 300, 0.03)
     values["reward"] = noisy(lambda i: 0.2 + i / 300, 300, 0.03)
@@ -363,7 +363,7 @@ def test_the_report_shows_that_length_collapses(tmp_path: Path) -> None:
 TRUNCATED = [0.0] * 6 + [0.5] * 10 + [0.28] * 10 + [0.5] * 10 + [0.1] * 10 + [0.5] * 10
 
 
-def test_a_warning_comes_once_until_it_is_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_warns_once_until_the_failure_is_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
     monkeypatch.setattr(
         logging.getLogger(Diagnostics.__module__), "warning", lambda text, *args: said.append(text % args)
@@ -378,7 +378,7 @@ def test_a_warning_comes_once_until_it_is_over(tmp_path: Path, monkeypatch: pyte
 
 
 @pytest.mark.parametrize("stop", [3, 9, 20, 47, 50])
-def test_a_resumed_run_warns_as_a_whole_one(stop: int, tmp_path: Path) -> None:
+def test_resumed_run_warns_like_an_uninterrupted_run(stop: int, tmp_path: Path) -> None:
     values = {"truncated": TRUNCATED, "kl": [i * 2.0 for i in range(len(TRUNCATED))], "reward": [0.5] * len(TRUNCATED)}
     whole = Rounds(tmp_path / "whole").play(Diagnostics(), values)
     assert len(whole) == 4
@@ -395,7 +395,7 @@ def test_a_resumed_run_warns_as_a_whole_one(stop: int, tmp_path: Path) -> None:
     assert files[0] == files[1]
 
 
-def test_checks_can_be_replaced_left_out_and_added(tmp_path: Path) -> None:
+def test_checks_can_be_replaced_disabled_and_added(tmp_path: Path) -> None:
     values = {"truncated": [0.2] * 8, "kl": [60.0] * 8}
     assert {name for _, name in Rounds(tmp_path / "a").play(Diagnostics(), values)} == {"high_kl"}
     stricter = Diagnostics(checks=[Truncation(limit=0.1)], disabled=["high_kl"])
@@ -408,7 +408,7 @@ def test_checks_can_be_replaced_left_out_and_added(tmp_path: Path) -> None:
             wrong()
 
 
-def test_recorded_episodes_are_not_expected_to_be_the_policys_own(tmp_path: Path) -> None:
+def test_checks_of_on_policy_samples_skip_recorded_episodes(tmp_path: Path) -> None:
     callback, run = Diagnostics(), Rounds(tmp_path)
     module: Any = type("Module", (), {"samples_rollouts": False, "staleness": 0})()
     callback.on_train_start(run, module)  # type: ignore[arg-type]
@@ -418,7 +418,7 @@ def test_recorded_episodes_are_not_expected_to_be_the_policys_own(tmp_path: Path
     assert not (tmp_path / "warnings.jsonl").exists()
 
 
-def test_nan_is_written_as_json(tmp_path: Path) -> None:
+def test_nan_is_written_as_valid_json(tmp_path: Path) -> None:
     Rounds(tmp_path).play(Diagnostics(), {"loss": [0.1, math.nan], "reward": [0.0, 0.0]})
 
     def refuse(name: str) -> None:
@@ -476,7 +476,7 @@ def fit(
 
 
 @pytest.mark.parametrize("accumulate", [pytest.param(1, marks=pytest.mark.slow), 2])
-def test_a_run_resumed_anywhere_leaves_the_same_files(accumulate: int, base: str, tmp_path: Path) -> None:
+def test_run_resumed_anywhere_writes_the_same_files(accumulate: int, base: str, tmp_path: Path) -> None:
     def callbacks() -> list[pl.Callback]:
         samples = [SamplesLog(every=2, table_every=0), HeldOutAnswers(2)]
         return [*samples, Diagnostics(strict_checks()), checkpoints(tmp_path / "ckpt")]
@@ -515,7 +515,7 @@ class SaveAt(pl.Callback):
 
 
 @pytest.mark.parametrize("batch", [0, 2, 4])
-def test_samples_of_a_round_whose_first_step_was_not_done(batch: int, base: str, tmp_path: Path) -> None:
+def test_samples_of_a_round_interrupted_before_its_first_step(batch: int, base: str, tmp_path: Path) -> None:
     flags: dict[str, Any] = {"accumulate_grad_batches": 2, "rate": 0.0}  # a lost part of a gradient changes nothing
     names = ("samples.jsonl", "heldout.jsonl")
     fit(base, tmp_path, [SamplesLog(), HeldOutAnswers(), SaveAt(batch, tmp_path / "x.ckpt")], **flags)
@@ -524,7 +524,7 @@ def test_samples_of_a_round_whose_first_step_was_not_done(batch: int, base: str,
     assert [(tmp_path / name).read_bytes() for name in names] == wanted
 
 
-def test_a_new_run_begins_the_files_anew(base: str, tmp_path: Path) -> None:
+def test_new_run_starts_new_files(base: str, tmp_path: Path) -> None:
     callbacks = [SamplesLog(), HeldOutAnswers()]
 
     def lines() -> list[int]:
@@ -533,11 +533,11 @@ def test_a_new_run_begins_the_files_anew(base: str, tmp_path: Path) -> None:
     for _ in range(2):
         fit(base, tmp_path, callbacks, max_epochs=1)
         assert lines() == [24, 6]
-    fit(base, tmp_path, callbacks, fast_dev_run=True)  # a trial leaves what is there
+    fit(base, tmp_path, callbacks, fast_dev_run=True)  # a fast_dev_run changes no files
     assert lines() == [24, 6]
 
 
-def test_two_ranks_say_what_one_says(base: str, tmp_path: Path) -> None:
+def test_two_ranks_warn_like_one(base: str, tmp_path: Path) -> None:
     files: dict[int, Any] = {}
     for devices in (1, 2):
         strategy = "ddp_fork" if devices == 2 else "auto"
@@ -588,7 +588,7 @@ class Numbers(Watch):
             (Path(run.default_root_dir) / "rounds.jsonl").write_text(text)
 
 
-def test_a_round_is_the_mean_of_its_tokens(base: str, tmp_path: Path) -> None:
+def test_round_metrics_are_means_over_tokens(base: str, tmp_path: Path) -> None:
     logged: list[tuple[float, float, float]] = []
 
     class Log(pl.Callback):
@@ -611,7 +611,7 @@ def test_a_round_is_the_mean_of_its_tokens(base: str, tmp_path: Path) -> None:
         assert seen["log_ratio_max"] == max(r for _, _, r in rows) > 0
 
 
-def test_a_critics_advantages_and_explained_variance_are_there(base: str, tmp_path: Path) -> None:
+def test_critic_advantages_and_explained_variance_are_logged(base: str, tmp_path: Path) -> None:
     watch = Watch()
     module = make("policy", base, critic=Critic(), advantage=GAE(), kl=KLPenalty(0.1, place="reward"))
     trainer(tmp_path, callbacks=[watch, SamplesLog()]).fit(module, data("policy", 8, minibatches=2))
@@ -625,7 +625,7 @@ def test_a_critics_advantages_and_explained_variance_are_there(base: str, tmp_pa
     assert any(row["advantage"] for row in rows)
 
 
-def test_stale_rollouts_are_meant_to_differ(base: str, tmp_path: Path) -> None:
+def test_logprob_gap_check_skips_stale_rollouts(base: str, tmp_path: Path) -> None:
     for staleness, names in ((0, ["logprob_gap"]), (1, [])):
         watch = Watch([LogprobGap(limit=1e-12, rounds=2)], disabled=["truncation"])
         folder = tmp_path / str(staleness)
@@ -675,7 +675,7 @@ def test_stop_on_collapse_by_kl_and_by_entropy(base: str, tmp_path: Path) -> Non
     assert "entropy_collapse" in stop.stopped["reason"]
 
 
-def test_a_healthy_run_is_not_stopped(base: str, tmp_path: Path) -> None:
+def test_healthy_run_is_not_stopped(base: str, tmp_path: Path) -> None:
     stop = StopOnCollapse()
     _, run = fit(base, tmp_path, [stop, ExportModel()], max_epochs=8, data={"minibatches": 1, "update_epochs": 1})
     assert run.global_step == 24
@@ -685,7 +685,7 @@ def test_a_healthy_run_is_not_stopped(base: str, tmp_path: Path) -> None:
     assert "stopped_on_collapse" not in facts["metrics"]
 
 
-def test_what_is_not_finite_is_an_error_and_exports_nothing(base: str, tmp_path: Path) -> None:
+def test_non_finite_metrics_raise_and_export_nothing(base: str, tmp_path: Path) -> None:
     class Broken(PolicyRLModule):
         def training_step(self, batch: dict[str, Any], batch_idx: int) -> Any:
             out = super().training_step(batch, batch_idx)
@@ -700,7 +700,7 @@ def test_what_is_not_finite_is_an_error_and_exports_nothing(base: str, tmp_path:
     assert not (tmp_path / "stage.json").exists()
 
 
-def test_a_resumed_run_stops_where_a_whole_one_does(base: str, tmp_path: Path) -> None:
+def test_resumed_run_stops_like_an_uninterrupted_run(base: str, tmp_path: Path) -> None:
     def go(folder: str, resume: Path | None = None) -> StopOnCollapse:
         stop = StopOnCollapse(reward_lost=None, entropy_fraction=None, kl_limit=1e-3, patience=3)
         options = {"minibatches": 1, "update_epochs": 1}
@@ -740,7 +740,7 @@ SCRIPT = ((0.1, 1.0), (0.5, 8.0), (0.4, 9.0), (0.9, 30.0), (0.6, 11.0), (0.55, 2
 
 
 @pytest.mark.parametrize(("limit", "best"), [(10.0, 6), (100.0, 4), (20.0, 5), (8.0, 2), (1.5, 1)])
-def test_the_best_checkpoint_under_a_kl_limit(limit: float, best: int, base: str, tmp_path: Path) -> None:
+def test_best_checkpoint_under_a_kl_limit(limit: float, best: int, base: str, tmp_path: Path) -> None:
     script = SCRIPT if limit != 8.0 else SCRIPT[:5]
     saver = BestUnderKL(kl_limit=limit)
     flags: dict[str, Any] = {"enable_checkpointing": True, "val_check_interval": 1, "num_sanity_val_steps": 0}
@@ -761,7 +761,7 @@ def test_the_best_checkpoint_under_a_kl_limit(limit: float, best: int, base: str
     assert all(torch.equal(value, wanted[f"model.{name}"]) for name, value in exported.items())
 
 
-def test_the_best_checkpoint_over_two_ranks(base: str, tmp_path: Path) -> None:
+def test_best_checkpoint_over_two_ranks(base: str, tmp_path: Path) -> None:
     module = make("policy", base, kl=KLPenalty(0.1), optimizer=lambda p: torch.optim.AdamW(p, lr=1e-5))
     flags: dict[str, Any] = {
         "devices": 2,
@@ -776,7 +776,7 @@ def test_the_best_checkpoint_over_two_ranks(base: str, tmp_path: Path) -> None:
     assert abs(metrics["val/kl"]) < 0.1
 
 
-def test_no_checkpoint_under_the_limit(base: str, tmp_path: Path) -> None:
+def test_no_checkpoint_under_the_kl_limit(base: str, tmp_path: Path) -> None:
     flags: dict[str, Any] = {"enable_checkpointing": True, "val_check_interval": 1}
     run = trainer(tmp_path, callbacks=[BestUnderKL(kl_limit=0.5), ExportModel("best")], **flags)
     with pytest.raises(UserError, match=r"no checkpoint was saved by val/reward_sampled with val/kl at most 0.5"):
@@ -791,7 +791,7 @@ def test_no_checkpoint_under_the_limit(base: str, tmp_path: Path) -> None:
 # -- the first step ---------------------------------------------------------------------------------------------------
 
 
-def test_invariants_see_a_reference_that_is_not_the_start(base: str, tmp_path: Path) -> None:
+def test_invariants_detect_a_reference_that_differs_from_the_start(base: str, tmp_path: Path) -> None:
     module = make("policy", base, kl=KLPenalty(0.1))
     module.configure_model()
     with torch.no_grad():
@@ -800,7 +800,7 @@ def test_invariants_see_a_reference_that_is_not_the_start(base: str, tmp_path: P
         trainer(tmp_path, callbacks=[FirstStepInvariants(strict=True)]).fit(module, data("policy"))
 
 
-def test_a_reference_of_its_own_need_not_be_the_start(base: str, tokenizer: Any, tmp_path: Path) -> None:
+def test_separate_reference_may_differ_from_the_start(base: str, tokenizer: Any, tmp_path: Path) -> None:
     other = tmp_path / "other"
     build_model(tokenizer, seed=5).save_pretrained(other)
     tokenizer.save_pretrained(other)
@@ -810,7 +810,7 @@ def test_a_reference_of_its_own_need_not_be_the_start(base: str, tokenizer: Any,
     assert watch.seen[0]["kl"] > 0.1
 
 
-def test_invariants_see_what_is_clipped_at_once(base: str, tmp_path: Path) -> None:
+def test_invariants_detect_clipping_before_the_first_update(base: str, tmp_path: Path) -> None:
     class Clipped(PolicyRLModule):
         fraction = 0.0
 
@@ -826,7 +826,7 @@ def test_invariants_see_what_is_clipped_at_once(base: str, tmp_path: Path) -> No
         run.fit(module, data("policy", 8, update_epochs=2))
 
     go(0.0)
-    with pytest.raises(UserError, match=r"1\.00% of the tokens of fresh episodes are clipped"):
+    with pytest.raises(UserError, match=r"1\.00% of the tokens of newly sampled episodes are clipped"):
         go(0.01)
     go(0.005, precision="bf16-mixed")
 
@@ -849,7 +849,7 @@ ROWS = [
 ]
 
 
-def test_the_table_as_plain_lines() -> None:
+def test_table_as_plain_lines() -> None:
     lines = table.plain("round 2", table.choose(ROWS)).splitlines()
     assert lines[:3] == [
         "round 2",
@@ -865,7 +865,7 @@ def test_the_table_as_plain_lines() -> None:
     assert "\x1b" not in "".join(lines)
 
 
-def test_the_table_in_a_terminal() -> None:
+def test_table_in_a_terminal() -> None:
     text = table.rich("round 2", table.choose(ROWS), width=90)
     assert "\x1b[2J" not in text
     shown = re.sub(r"\x1b\[[0-9;]*m", "", text)
@@ -875,13 +875,13 @@ def test_the_table_in_a_terminal() -> None:
 
 
 @pytest.mark.parametrize(("count", "names"), [(1, ["best"]), (2, ["best", "worst"]), (3, ["best", "median", "worst"])])
-def test_the_table_has_as_many_rows_as_there_are(count: int, names: list[str]) -> None:
+def test_table_has_no_more_rows_than_episodes(count: int, names: list[str]) -> None:
     chosen = table.choose(ROWS[:count])
     assert list(chosen) == names
     assert len({id(row) for row in chosen.values()}) == count
 
 
-def test_a_table_every_so_many_rounds(base: str, tmp_path: Path, capsys: Any) -> None:
+def test_table_is_printed_every_n_rounds(base: str, tmp_path: Path, capsys: Any) -> None:
     fit(base, tmp_path, [SamplesLog(every=100, table_every=2)])
     out = capsys.readouterr().out
     assert re.findall(r"^round (\d+) \(step (\d+)\): 8 episodes$", out, flags=re.MULTILINE) == [
@@ -912,7 +912,7 @@ def policy_config(base: str, tmp_path: Path, **options: Any) -> list[str]:
     return ["policy", "fit", "-c", config, "--trainer.default_root_dir", str(tmp_path / "run")]
 
 
-def test_callbacks_named_in_yaml_take_the_place_of_the_defaults(base: str, tmp_path: Path) -> None:
+def test_callbacks_in_yaml_replace_the_defaults(base: str, tmp_path: Path) -> None:
     checks = [named("diagnostics", "Truncation", limit=0.01, rounds=1)]
     callbacks = [
         named("callbacks.samples", "SamplesLog", every=2, table_every=0),
@@ -936,7 +936,7 @@ def test_callbacks_named_in_yaml_take_the_place_of_the_defaults(base: str, tmp_p
 
 
 @pytest.mark.slow
-def test_without_a_best_checkpoint_the_last_weights_can_be_had(base: str, tmp_path: Path) -> None:
+def test_last_weights_can_be_exported_without_a_best_checkpoint(base: str, tmp_path: Path) -> None:
     args = policy_config(base, tmp_path, callbacks=[named("checkpointing.best", "BestUnderKL")])
     out = rlhf(*args, "--export", "best", code=2)
     assert "no checkpoint was saved by val/reward_sampled with val/kl at most 20" in out

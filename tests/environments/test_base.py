@@ -19,12 +19,12 @@ from rlhf_lightning.errors import ConfigError
         ({"on_error": "retry", "retries": 0}, "limits.retries is 0"),
     ],
 )
-def test_limits_that_make_no_sense(options: dict[str, Any], message: str) -> None:
+def test_invalid_limits_are_rejected(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         Limits(**options)
 
 
-def test_environments_that_cannot_be_had() -> None:
+def test_invalid_environments_are_rejected() -> None:
     with pytest.raises(ConfigError, match=r"model.environment 'nowhere.Env' cannot be imported"):
         environment_factory("nowhere.Env")
     with pytest.raises(ConfigError, match="environment_args is set"):

@@ -88,13 +88,13 @@ def call(text: str) -> str:
         ),
         (call("add(2, 3)"), ["Error: the call is not valid JSON (Expecting value: line 1 column 1 (char 0))"]),
         (call('{"name": "add"}'), ["Error: TypeError: add() missing 2 required positional arguments: 'a' and 'b'"]),
-        (call("[1]"), ['Error: a call is {"name": …, "arguments": {…}}']),
+        (call("[1]"), ['Error: a call must have the form {"name": …, "arguments": {…}}']),
         (call('{"name": "add", "arguments": [1]}'), ["Error: the arguments must be an object"]),
-        (call('{"name": "stuck", "arguments": {"text": "a"}}'), ["Error: it exceeded its limit of 0.2 s"]),
-        (call('{"name": "wait", "arguments": {"seconds": 9}}'), ["Error: it exceeded its limit of 0.2 s"]),
+        (call('{"name": "stuck", "arguments": {"text": "a"}}'), ["Error: the call exceeded its time limit of 0.2 s"]),
+        (call('{"name": "wait", "arguments": {"seconds": 9}}'), ["Error: the call exceeded its time limit of 0.2 s"]),
     ],
 )
-def test_calls_and_their_answers(content: str, wanted: list[str]) -> None:
+def test_tool_calls_and_results(content: str, wanted: list[str]) -> None:
     result, found = answers(content, timeout=0.2)
     assert found == wanted
     assert result.done == (not wanted)
@@ -105,7 +105,7 @@ def test_calls_and_their_answers(content: str, wanted: list[str]) -> None:
     }
 
 
-def test_calls_of_another_form() -> None:
+def test_tool_calls_in_other_formats() -> None:
     _, found = answers('CALL {"name": "add", "arguments": {"a": 1, "b": 1}};', pattern=r"CALL (.*?);")
     assert found == ["2"]
     _, found = answers(call('{"name": "add", "arguments": {"a": 1, "b": 1}}') * 3, max_calls=2)
@@ -129,7 +129,7 @@ def test_calls_of_another_form() -> None:
         ({"tools": [add], "max_calls": 0}, "max_calls is 0"),
     ],
 )
-def test_tools_that_cannot_work_are_refused_when_the_module_is_made(arguments: dict[str, Any], message: str) -> None:
+def test_invalid_tools_are_rejected_when_the_module_is_created(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         PolicyRLModule("x", environment="rlhf_lightning.environments.tools.ToolEnv", environment_args=arguments)
 

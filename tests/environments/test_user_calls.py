@@ -8,7 +8,7 @@ import torch
 from rlhf_lightning.environments.user_calls import TimeLimitError, run_calls
 
 
-def test_calls_with_a_limit_run_in_threads_and_keep_their_order() -> None:
+def test_calls_with_a_limit_run_in_threads_in_order() -> None:
     names = set()
 
     def work(i: int) -> int:

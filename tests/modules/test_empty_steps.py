@@ -106,7 +106,9 @@ def schedule(optimizer: Any) -> Any:
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("devices", [1, 2])
 @pytest.mark.parametrize("kind", ["sft", "preference"])
-def test_nothing_moves_in_an_empty_step(kind: str, devices: int, optimizer: str, base: str, tmp_path: Path) -> None:
+def test_empty_step_changes_no_weights_or_optimizer_state(
+    kind: str, devices: int, optimizer: str, base: str, tmp_path: Path
+) -> None:
     """Steps of two micro-batches. The second step is empty; in the third, only one rank or micro-batch is."""
 
     def empty(rank: int, k: int) -> bool:
@@ -151,7 +153,7 @@ TRAINED: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("name", [*EMPTY, *TRAINED])
 @pytest.mark.parametrize("devices", [1, 2])
-def test_a_round_of_equal_rewards(name: str, devices: int, base: str, tmp_path: Path) -> None:
+def test_round_with_equal_rewards_is_empty(name: str, devices: int, base: str, tmp_path: Path) -> None:
     options = {**EMPTY, **TRAINED}[name]
     module = make("policy", base, rewards=[FunctionReward(Rounds())], optimizer=OPTIMIZERS["adamw"], **options)
     run = run_of(tmp_path, devices, num_sanity_val_steps=0, limit_val_batches=0)
@@ -161,7 +163,7 @@ def test_a_round_of_equal_rewards(name: str, devices: int, base: str, tmp_path: 
     assert found["step"] == 3
 
 
-def test_a_round_of_which_every_response_is_masked(base: str, tmp_path: Path) -> None:
+def test_round_with_only_masked_responses_is_empty(base: str, tmp_path: Path) -> None:
     module = make("policy", base, sampler=Sampler(max_tokens=1), mask_truncated=True, optimizer=OPTIMIZERS["momentum"])
     run = run_of(tmp_path, 2, callbacks=[State(), ExportModel()], limit_val_batches=0)
     run.fit(module, data("policy", 8, minibatches=2))
@@ -170,7 +172,7 @@ def test_a_round_of_which_every_response_is_masked(base: str, tmp_path: Path) ->
     assert json.loads((tmp_path / "stage.json").read_text())["empty_steps"] == 4
 
 
-def test_weights_that_drop_every_token(base: str, tmp_path: Path) -> None:
+def test_importance_weights_that_mask_all_tokens(base: str, tmp_path: Path) -> None:
     """Episodes whose tokens another policy found far more or far less likely."""
     rows = [
         {"prompt_tokens": [5, 6], "response_tokens": [7, 8, 9], "logprobs": [-90.0] * 3, "advantage": float(k)}
@@ -183,7 +185,7 @@ def test_weights_that_drop_every_token(base: str, tmp_path: Path) -> None:
     assert states(tmp_path, 1)["moved"] == [False]
 
 
-def test_a_loss_of_ones_own_still_trains(base: str, tmp_path: Path) -> None:
+def test_custom_loss_trains_in_an_otherwise_empty_step(base: str, tmp_path: Path) -> None:
     class Own(SFTModule):
         def training_step(self, batch: dict[str, Any], batch_idx: int) -> torch.Tensor:
             return super().training_step(batch, batch_idx) + 0.1 * next(self.model.parameters()).square().sum()
@@ -195,7 +197,7 @@ def test_a_loss_of_ones_own_still_trains(base: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_under_a_loss_scale(optimizer: str, base: str, tmp_path: Path) -> None:
+def test_empty_step_with_a_gradient_scaler(optimizer: str, base: str, tmp_path: Path) -> None:
     plugin = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=2.0))
     module = SFTModule(base, optimizer=OPTIMIZERS[optimizer])
     run = run_of(tmp_path, 1, plugins=[plugin], callbacks=[NonFiniteGuard(), State()])
@@ -210,7 +212,7 @@ def names() -> list[str]:
 
 
 @pytest.mark.parametrize("name", names())
-def test_no_optimizer_of_torch_moves_without_gradients(name: str) -> None:
+def test_no_torch_optimizer_updates_without_gradients(name: str) -> None:
     weight = torch.nn.Parameter(torch.arange(6.0).reshape(2, 3))
     optimizer = getattr(torch.optim, name)([weight], lr=0.1, weight_decay=0.1) if name != "Rprop" else None
     optimizer = optimizer or torch.optim.Rprop([weight], lr=0.1)
@@ -225,7 +227,7 @@ def test_no_optimizer_of_torch_moves_without_gradients(name: str) -> None:
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
 
 
-def test_equal_rewards_have_no_advantage_at_all() -> None:
+def test_equal_rewards_have_exactly_zero_advantage() -> None:
     """Not even the rounding error of their mean, which Adam would scale up."""
     rewards, groups = (
         torch.tensor([0.1, 0.1, 0.1, 0.7, 0.1, 0.4], dtype=torch.float64),
@@ -241,20 +243,22 @@ def test_equal_rewards_have_no_advantage_at_all() -> None:
 # -- many in a row ----------------------------------------------------------------------------------------------------
 
 
-def test_too_many_in_a_row_stop_the_run_with_words(base: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_too_many_consecutive_empty_steps_stop_the_run(
+    base: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     module = make("policy", base, rewards=[FunctionReward(lambda completions: [1.0] * len(completions), name="one")])
     module.max_empty_steps = 3
     with pytest.raises(
-        UserError, match=r"step 3: no token was trained in 3 optimizer steps in a row .*groups of equal"
+        UserError, match=r"step 3: no token was trained in 3 consecutive optimizer steps .*groups with equal"
     ):
         trainer(tmp_path).fit(module, data("policy", 16, minibatches=1))
-    assert caplog.text.count("no token is trained") == 1
+    assert caplog.text.count("no token was trained") == 1
     with pytest.raises(ConfigError, match="max_empty_steps is 0"):
         SFTModule(base, max_empty_steps=0)
 
 
 @pytest.mark.parametrize(("limit", "ends"), [(2, False), (1, True), (None, False)])
-def test_only_those_in_a_row_count(limit: int | None, ends: bool, base: str, tmp_path: Path) -> None:
+def test_only_consecutive_empty_steps_count(limit: int | None, ends: bool, base: str, tmp_path: Path) -> None:
     module = SFTModule(base, optimizer=OPTIMIZERS["adamw"], max_empty_steps=limit)
     run = trainer(tmp_path)
     if ends:
@@ -265,7 +269,7 @@ def test_only_those_in_a_row_count(limit: int | None, ends: bool, base: str, tmp
         assert run.global_step == 6
 
 
-def test_the_row_goes_on_after_a_resume(base: str, tmp_path: Path) -> None:
+def test_count_of_empty_steps_continues_after_resume(base: str, tmp_path: Path) -> None:
     def fit(limit: int, epochs: int, path: Path | None = None) -> None:
         run = trainer(tmp_path, max_epochs=epochs, enable_checkpointing=True)
         run.fit(SFTModule(base, max_empty_steps=limit), Batches("sft", lambda rank, k: True, 2), ckpt_path=path)

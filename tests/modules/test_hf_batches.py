@@ -113,45 +113,55 @@ def wrong(change: str) -> dict[str, Any]:
     batch = batch_of("right", "loss_mask", torch.int64)
     ids, loss_mask, there = batch["input_ids"], batch["loss_mask"], batch["attention_mask"]
     changes: dict[str, dict[str, Any]] = {
-        "mask is 1 where its attention_mask is 0": {"loss_mask": torch.ones_like(loss_mask)},
-        "its input_ids have": {"loss_mask": torch.nn.functional.pad(loss_mask, (0, 1))},
-        "attention_mask has gaps": {"attention_mask": there * (torch.arange(there.shape[1]) != 1)},
-        "attention_mask is": {"attention_mask": there[:, None, None]},
-        "numbers other than 0 and 1": {"attention_mask": there * 2},
-        "values other than 0 and 1": {"loss_mask": loss_mask * 0.5},
-        "position_ids do not count": {"position_ids": torch.tensor([[0, 1, 0, 1, 2, 3, 4, 5]] * 4)},
+        "loss_mask of the batch is 1 where attention_mask is 0": {"loss_mask": torch.ones_like(loss_mask)},
+        "but input_ids has": {"loss_mask": torch.nn.functional.pad(loss_mask, (0, 1))},
+        "attention_mask of the batch has gaps": {"attention_mask": there * (torch.arange(there.shape[1]) != 1)},
+        "attention_mask of the batch is": {"attention_mask": there[:, None, None]},
+        "or values other than 0 and 1": {"attention_mask": there * 2},
+        "loss_mask of the batch has values other than 0 and 1": {"loss_mask": loss_mask * 0.5},
+        "position_ids of the batch do not count": {"position_ids": torch.tensor([[0, 1, 0, 1, 2, 3, 4, 5]] * 4)},
         "not shifted by one": {"labels": torch.where(loss_mask == 1, ids, -100).roll(-1, 1)},
         "contradict each other": {"labels": torch.where(loss_mask.roll(1, 1) * there == 1, ids, -100)},
-        "input_ids go from -100": {"input_ids": torch.where(there == 1, ids, -100)},
+        "values from -100": {"input_ids": torch.where(there == 1, ids, -100)},
         "the model has 100 embeddings": {"input_ids": torch.where(there == 1, ids + 100, ids)},
-        "token ids": {"input_ids": ids.float()},
-        "lengths end before": {"lengths": torch.tensor([2, 2, 2, 2])},
+        "integer tensor": {"input_ids": ids.float()},
+        "must include all trained tokens": {"lengths": torch.tensor([2, 2, 2, 2])},
         "inputs_embeds": {"inputs_embeds": ids},
-        "old_logprobs go up to 1": {"old_logprobs": torch.ones(4, 8)},
+        "values up to 1": {"old_logprobs": torch.ones(4, 8)},
         "begin with padding": {**batch_of("left", "loss_mask", torch.int64), "attention_mask": None},
-        "on the padding after its rows": {"loss_mask": torch.ones_like(loss_mask), "attention_mask": None},
-        "old_logprobs has": {"old_logprobs": torch.zeros(4, 2)},
+        "on the padding after a row": {"loss_mask": torch.ones_like(loss_mask), "attention_mask": None},
+        "old_logprobs of the batch has shape": {"old_logprobs": torch.zeros(4, 2)},
     }
     return {name: value for name, value in {**batch, **changes[change]}.items() if value is not None}
 
 
 REFUSED = [
-    *("mask is 1 where its attention_mask is 0", "its input_ids have", "attention_mask has gaps", "attention_mask is"),
-    *("numbers other than 0 and 1", "values other than 0 and 1", "position_ids do not count", "not shifted by one"),
-    *("contradict each other", "input_ids go from -100", "the model has 100 embeddings", "token ids"),
     *(
-        "lengths end before",
+        "loss_mask of the batch is 1 where attention_mask is 0",
+        "but input_ids has",
+        "attention_mask of the batch has gaps",
+        "attention_mask of the batch is",
+    ),
+    *(
+        "or values other than 0 and 1",
+        "loss_mask of the batch has values other than 0 and 1",
+        "position_ids of the batch do not count",
+        "not shifted by one",
+    ),
+    *("contradict each other", "values from -100", "the model has 100 embeddings", "integer tensor"),
+    *(
+        "must include all trained tokens",
         "inputs_embeds",
         "begin with padding",
-        "on the padding after its rows",
-        "old_logprobs has",
-        "old_logprobs go up to 1",
+        "on the padding after a row",
+        "old_logprobs of the batch has shape",
+        "values up to 1",
     ),
 ]
 
 
 @pytest.mark.parametrize("message", REFUSED)
-def test_what_would_be_silently_wrong_is_refused(message: str, tokenizer: Any) -> None:
+def test_malformed_batches_are_rejected(message: str, tokenizer: Any) -> None:
     tokenizer.pad_token = tokenizer.convert_ids_to_tokens(PAD)
     assert PAD not in (tokenizer.eos_token_id, tokenizer.bos_token_id)
     with pytest.raises(ConfigError, match=message):
@@ -168,20 +178,20 @@ def preference_batch(**more: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("loss", "batch", "message"),
     [
-        ("pairs", {n: v[:3] for n, v in preference_batch().items()}, "3 rows; pairs must be"),
+        ("pairs", {n: v[:3] for n, v in preference_batch().items()}, "3 rows; for pairs"),
         ("pairs", {n: v[:0] for n, v in preference_batch().items()}, "no rows"),
-        ("pairs", preference_batch(margin=torch.ones(2, 1)), r"margin is \[2, 1\]"),
-        ("pairs", preference_batch(margin=torch.ones(1)), r"margin is \[1\]"),
-        ("pairs", preference_batch(weights=torch.ones(4)), r"weights is \[4\]"),
+        ("pairs", preference_batch(margin=torch.ones(2, 1)), r"margin of the batch is \[2, 1\]"),
+        ("pairs", preference_batch(margin=torch.ones(1)), r"margin of the batch is \[1\]"),
+        ("pairs", preference_batch(weights=torch.ones(4)), r"weights of the batch is \[4\]"),
         ("pairs", preference_batch(ref_chosen_logps=torch.ones(2)), "rename it to reference_logprobs"),
         ("labels", preference_batch(), "has no labels"),
-        ("labels", preference_batch(labels=[1, 0, 1, 0]), "labels is a list"),
-        ("labels", preference_batch(labels=torch.tensor([1, -1, 1, -1])), "other than 0"),
+        ("labels", preference_batch(labels=[1, 0, 1, 0]), "labels of the batch is a list"),
+        ("labels", preference_batch(labels=torch.tensor([1, -1, 1, -1])), "must be 0"),
         ("rankings", preference_batch(ranks=torch.ones(4)), "has no ranking"),
         ("rankings", preference_batch(ranking=torch.tensor([0, 1, 0, 1]), ranks=torch.ones(4)), "from 0"),
     ],
 )
-def test_numbers_of_examples_are_one_for_each(
+def test_preference_batches_need_one_value_per_example(
     loss: str, batch: dict[str, Any], message: str, model: Any, tokenizer: Any
 ) -> None:
     losses = {"pairs": None, "labels": APOUnpaired(), "rankings": PlackettLuce()}
@@ -197,9 +207,9 @@ def test_numbers_of_examples_are_one_for_each(
 
 
 @pytest.mark.parametrize("name", ["completion_mask", "loss_scale", "weights"])
-def test_what_sft_does_not_read_is_refused(name: str, model: Any, tokenizer: Any) -> None:
+def test_sft_rejects_keys_that_it_does_not_read(name: str, model: Any, tokenizer: Any) -> None:
     batch = {**batch_of("right", "labels", torch.int64), name: torch.ones(4)}
-    with pytest.raises(ConfigError, match=f"a batch has {name}"):
+    with pytest.raises(ConfigError, match=f"the batch has {name}"):
         SFTModule(model, tokenizer=tokenizer).on_before_batch_transfer(batch, 0)
 
     class Own(SFTModule):
@@ -210,7 +220,7 @@ def test_what_sft_does_not_read_is_refused(name: str, model: Any, tokenizer: Any
 
 
 @pytest.mark.parametrize("bos", [None, "pad", "other"])
-def test_padding_on_the_left_is_seen_where_it_is_the_end_of_a_text_too(bos: str | None, tokenizer: Any) -> None:
+def test_left_padding_is_detected_if_the_pad_token_is_the_eos_token(bos: str | None, tokenizer: Any) -> None:
     tokenizer.pad_token = tokenizer.eos_token
     pad = tokenizer.eos_token_id
     names = {None: None, "pad": tokenizer.eos_token, "other": tokenizer.convert_ids_to_tokens(5)}
@@ -223,7 +233,7 @@ def test_padding_on_the_left_is_seen_where_it_is_the_end_of_a_text_too(bos: str 
         fitted({"input_ids": once, "loss_mask": torch.ones_like(once)}, tokenizer)
 
 
-def test_validation_says_what_a_batch_lacks(model: Any, tokenizer: Any, tmp_path: Any) -> None:
+def test_validation_reports_missing_keys_of_a_batch(model: Any, tokenizer: Any, tmp_path: Any) -> None:
     good = batch_of("right", "loss_mask", torch.int64)
     bad = {name: value for name, value in good.items() if name != "loss_mask"}
     train, val = (torch.utils.data.DataLoader([batch], batch_size=None) for batch in (good, bad))  # type: ignore
@@ -231,5 +241,5 @@ def test_validation_says_what_a_batch_lacks(model: Any, tokenizer: Any, tmp_path
         SFTModule(model, tokenizer=tokenizer),
         PreferenceModule(model, ImplicitReward(), tokenizer=tokenizer),
     ):
-        with pytest.raises(ConfigError, match="mask is missing in this one"):
+        with pytest.raises(ConfigError, match="mask is missing in this batch"):
             trainer(tmp_path).fit(module, train, val)

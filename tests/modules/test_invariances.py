@@ -64,7 +64,7 @@ def test_fit_validate_test_predict(kind: str, base: str, tmp_path: Path) -> None
 
 @pytest.mark.parametrize("kind", ["sft", "preference"])
 @pytest.mark.parametrize("size", [16, 13])
-def test_accumulated_small_batches_are_one_large_batch(kind: str, size: int, base: str, tmp_path: Path) -> None:
+def test_accumulated_batches_equal_one_large_batch(kind: str, size: int, base: str, tmp_path: Path) -> None:
     results = []
     for batch, accumulate in ((8, 1), (2, 4), (1, 8)):
         module = make(kind, base, dtype="float64")
@@ -76,7 +76,7 @@ def test_accumulated_small_batches_are_one_large_batch(kind: str, size: int, bas
     same(results[0], results[2], rtol=1e-6, atol=1e-9)
 
 
-def test_accumulated_mini_batches_are_one_large_batch_in_policy_rl(base: str, tmp_path: Path) -> None:
+def test_accumulated_mini_batches_equal_one_large_batch_in_policy_rl(base: str, tmp_path: Path) -> None:
     results = []
     for minibatches, accumulate in ((1, 1), (4, 4), (4, 2)):
         module = make("policy", base, dtype="float64", kl=KLPenalty(0.1))
@@ -105,7 +105,7 @@ class Losses(Callback):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_ranks_and_micro_batches_are_one_large_batch(kind: str, base: str, tmp_path: Path) -> None:
+def test_ranks_and_micro_batches_equal_one_large_batch(kind: str, base: str, tmp_path: Path) -> None:
     """1 rank × 8, 2 × 4, 2 × 2 × 2 micro-batches: equal losses and weights, with rows of different lengths."""
     from safetensors.torch import load_file
 
@@ -140,7 +140,7 @@ def sometimes(completions: list[str], wanted: list[int]) -> list[float | None]:
     return [None if value % 2 else 1.0 for value in wanted]
 
 
-def test_a_rank_without_episodes_or_without_a_part_does_not_hang(base: str, tmp_path: Path) -> None:
+def test_rank_without_episodes_or_scores_does_not_hang(base: str, tmp_path: Path) -> None:
     module = make("policy", base, rewards=[FunctionReward(vowels), FunctionReward(sometimes)])
     run = trainer(tmp_path, devices=2, strategy="ddp_fork", callbacks=[ExportModel()])
     run.fit(module, data("policy", 5, prompts_per_round=4))
@@ -148,7 +148,7 @@ def test_a_rank_without_episodes_or_without_a_part_does_not_hang(base: str, tmp_
 
 
 @pytest.mark.parametrize("scorer", [RewardHead(), SequenceLogprob()])
-def test_a_reward_model_with_another_tokenizer_scores_the_text(scorer: Any, tmp_path: Path, base: str) -> None:
+def test_reward_model_with_another_tokenizer_scores_the_text(scorer: Any, tmp_path: Path, base: str) -> None:
     from rlhf_lightning.quickstart.model import make_tokenizer
 
     other = make_tokenizer(["quite another text for quite another tokenizer"] * 3)
@@ -167,7 +167,7 @@ def test_a_reward_model_with_another_tokenizer_scores_the_text(scorer: Any, tmp_
             assert episode.terms["reward_model"] is not None
 
 
-def test_what_is_scored_is_the_last_response() -> None:
+def test_reward_model_scores_the_last_response() -> None:
     from rlhf_lightning.rewards.model import last_turn
     from rlhf_lightning.types import Episode, TrainingSample
 
@@ -181,7 +181,7 @@ def test_what_is_scored_is_the_last_response() -> None:
     ("accumulate", "kind"),
     [(1, "sft"), (1, "preference"), pytest.param(1, "policy", marks=pytest.mark.slow), *((2, kind) for kind in KINDS)],
 )
-def test_an_interrupted_run_equals_a_whole_one_bit_for_bit(
+def test_interrupted_run_equals_an_uninterrupted_run_exactly(
     kind: str, accumulate: int, base: str, tmp_path: Path
 ) -> None:
     def fit(folder: str, resume: Path | None = None) -> tuple[Any, Any]:
@@ -233,7 +233,7 @@ def test_trainer_flags(kind: str, flags: dict[str, Any], base: str, tmp_path: Pa
 # -- SFT --------------------------------------------------------------------------------------------------------------
 
 
-def test_sft_learns_and_its_numbers_are_right(base: str, tmp_path: Path) -> None:
+def test_sft_learns_and_logs_correct_metrics(base: str, tmp_path: Path) -> None:
     module = make("sft", base, optimizer=lambda p: torch.optim.AdamW(p, lr=1e-2))
     source = data("sft")
     run = trainer(tmp_path, max_epochs=15)
@@ -254,7 +254,7 @@ def test_sft_learns_and_its_numbers_are_right(base: str, tmp_path: Path) -> None
     assert last["val/bits_per_byte"] == pytest.approx(wanted, rel=1e-5)
 
 
-def test_a_module_works_with_any_loader_of_batches(model: Any, tokenizer: Any, tmp_path: Path) -> None:
+def test_modules_work_with_any_dataloader(model: Any, tokenizer: Any, tmp_path: Path) -> None:
     ids = torch.randint(3, len(tokenizer), (6, 8))
     batches = [{"input_ids": ids[i : i + 2], "loss_mask": torch.ones(2, 8)} for i in (0, 2, 4)]
     module = SFTModule(model, tokenizer=tokenizer, optimizer=sgd(0.1))
@@ -296,7 +296,7 @@ def test_preference_learns(scorer: Any, base: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("scorer", [RewardHead(), SequenceLogprob(), SequenceLogprob(length_normalized=True, beta=2.0)])
 @pytest.mark.parametrize("lora", [None, LoRA(rank=2, target=["all"])])
-def test_scores_are_the_same_everywhere(scorer: Any, lora: Any, base: str, tmp_path: Path) -> None:
+def test_scores_are_equal_in_training_after_saving_and_in_rl(scorer: Any, lora: Any, base: str, tmp_path: Path) -> None:
     """In a training batch, alone, through `score`, after saving, and as the reward of RL."""
     torch.manual_seed(0)
     module = make("preference", base, scorer=type(scorer)(**arguments(scorer)), lora=lora, optimizer=sgd(0.5))
@@ -369,7 +369,7 @@ def test_first_step_invariants(place: str, base: str, tmp_path: Path) -> None:
     assert any(ratio > 1e-4 for first, ratio, _ in seen if not first)
 
 
-def test_invariants_see_a_sampler_that_disagrees(base: str, tmp_path: Path) -> None:
+def test_invariants_detect_a_sampler_that_disagrees(base: str, tmp_path: Path) -> None:
     module = make("policy", base)
     module.configure_model()
     plain = module.collector.training_samples
@@ -405,7 +405,7 @@ def test_policy_learns_a_reward(options: dict[str, Any], base: str, tmp_path: Pa
     assert run.validate(module, source, verbose=False)[0]["val/reward_sampled"] == 1.0 > before
 
 
-def test_rewards_are_weighted_and_kept_apart(base: str, tmp_path: Path) -> None:
+def test_rewards_are_weighted_and_logged_separately(base: str, tmp_path: Path) -> None:
     def wanted(prompts: list[Any], completions: list[str], wanted: list[int]) -> list[float | None]:
         return [None if w == 0 else float(w) for w in wanted]
 
@@ -427,7 +427,7 @@ class Guess(PromptEnv):
         return StepResult(0.5, self.turn == 3, [{"role": "user", "content": f"again {self.turn}"}], {"turn": self.turn})
 
 
-def test_several_turns_train_on_what_was_drawn(base: str, tokenizer: Any, tmp_path: Path) -> None:
+def test_multi_turn_rl_trains_on_the_sampled_tokens(base: str, tokenizer: Any, tmp_path: Path) -> None:
     module = make("policy", base, environment=Guess, rewards=[], sampler=Sampler(max_tokens=5))
     trainer(tmp_path).fit(module, data("policy", 4))
     episodes = module.last_episodes
@@ -451,7 +451,7 @@ def test_several_turns_train_on_what_was_drawn(base: str, tokenizer: Any, tmp_pa
         assert [m["role"] for m in episode.responses] == ["assistant", "user", "assistant", "user", "assistant"]
 
 
-def test_a_turn_goes_on_from_the_very_tokens_that_were_drawn(base: str, tokenizer: Any) -> None:
+def test_turn_continues_from_exactly_the_sampled_tokens(base: str, tokenizer: Any) -> None:
     from rlhf_lightning.data.prompts import Prompt
     from rlhf_lightning.data.rendering import Renderer
     from rlhf_lightning.rollout.runner import EpisodeRunner
@@ -512,7 +512,7 @@ def test_recorded_episodes(base: str, tokenizer: Any, tmp_path: Path) -> None:
     [
         ({"logprobs": None}, "no 'logprobs'"),
         ({"logprobs": [0.5] * 3}, "none above 0"),
-        ({"logprobs": [-1.0]}, "1 logprobs, but 3 of the 5 tokens are sampled"),
+        ({"logprobs": [-1.0]}, "'logprobs' has 1 entries; it must have one per sampled token"),
         ({"response_tokens": [10**6] * 3}, "token 1000000 is not in the vocabulary"),
         ({"reward": None}, "no 'reward'"),
         ({"reward": "high"}, "'reward' is 'high'"),
@@ -534,7 +534,7 @@ def test_malformed_episodes(change: dict[str, Any], message: str, base: str, tmp
         ({"rewards": [FunctionReward(vowels), FunctionReward(vowels)]}, {}, "same name"),
     ],
 )
-def test_policy_settings_that_make_no_sense(
+def test_incompatible_policy_settings_are_rejected(
     options: dict[str, Any], source: dict[str, Any], message: str, base: str, tmp_path: Path
 ) -> None:
     with pytest.raises(ConfigError, match=message):
@@ -566,7 +566,7 @@ def unknown_column(completions: list[str], answer: list[str]) -> list[float]:
         (unknown_column, "argument 'answer'"),
     ],
 )
-def test_rewards_that_are_none(function: Any, message: str, base: str, tmp_path: Path) -> None:
+def test_invalid_rewards_are_rejected(function: Any, message: str, base: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=message):
         trainer(tmp_path).fit(make("policy", base, rewards=[FunctionReward(function)]), data("policy", 4))
 
@@ -581,12 +581,12 @@ def test_kl_settings_are_checked() -> None:
             KLPenalty(**options)
 
 
-def test_a_minibatch_must_not_span_rounds(base: str, tmp_path: Path) -> None:
+def test_optimizer_step_must_not_span_rounds(base: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="must not span two rounds"):
         trainer(tmp_path, accumulate_grad_batches=2).fit(make("policy", base), data("policy", 4, minibatches=3))
 
 
-def test_a_checkpoint_of_another_stage_is_refused(base: str, tmp_path: Path) -> None:
+def test_checkpoint_of_another_stage_is_rejected(base: str, tmp_path: Path) -> None:
     run = trainer(tmp_path)
     run.fit(make("sft", base), data("sft"))
     run.save_checkpoint(tmp_path / "sft.ckpt")
@@ -594,7 +594,7 @@ def test_a_checkpoint_of_another_stage_is_refused(base: str, tmp_path: Path) -> 
         trainer(tmp_path).fit(make("preference", base), data("preference"), ckpt_path=str(tmp_path / "sft.ckpt"))
 
 
-def test_a_module_from_an_object_saves_what_it_trained(tokenizer: Any, tmp_path: Path) -> None:
+def test_module_with_a_model_object_saves_its_trained_weights(tokenizer: Any, tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 
     module = make("sft", build_model(tokenizer), tokenizer)

@@ -59,7 +59,7 @@ CLASSES: dict[str, Any] = {"sft": SFTModule, "preference": PreferenceModule, "po
 HELD_OUT = {"sft": "val/nll", "preference": "val/loss", "policy": "val/reward_sampled"}
 STEP = {"sft": "train/nll", "preference": "train/loss", "policy": "train/entropy"}
 LORA = {"sft": {}, "preference": {}, "policy": {"kl": KLPenalty(0.1)}}
-"""Beside adapters: for the policy a reference, which is a frozen adapter."""
+"""Additional settings with LoRA: for the policy a reference, which is a frozen adapter."""
 
 
 @pytest.fixture(scope="module")
@@ -110,12 +110,12 @@ def fit(kind: str, base: str, root: Path, *callbacks: Callback, source: Any = No
 
 
 def distance(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
-    """Euclidean distance of all weights together."""
+    """Euclidean distance over all weights."""
     return float(sum(((one[name] - other[name]).double() ** 2).sum() for name in one) ** 0.5)
 
 
 def columns(folder: Path) -> dict[str, list[str]]:
-    """The values of `metrics.csv`, blanks left out."""
+    """The values of `metrics.csv`, without blanks."""
     rows = list(csv.DictReader((folder / "metrics.csv").open()))
     return {name: [row[name] for row in rows if row[name]] for name in rows[0]}
 
@@ -123,7 +123,7 @@ def columns(folder: Path) -> dict[str, list[str]]:
 # -- checkpoints, stopping, schedules ---------------------------------------------------------------------------------
 
 
-def test_model_checkpoint_keeps_the_best_and_it_loads(kind: str, base: str, tmp_path: Path) -> None:
+def test_model_checkpoint_saves_the_best_and_it_loads(kind: str, base: str, tmp_path: Path) -> None:
     counts = Counts()
     keep = ModelCheckpoint(tmp_path / "c", monitor=HELD_OUT[kind], save_top_k=1, every_n_epochs=1)
     _, run = fit(kind, base, tmp_path, keep, counts, max_epochs=2, enable_checkpointing=True)
@@ -157,8 +157,8 @@ def test_lambda_callback_is_called(kind: str, base: str, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize(("ema", "lora"), [(False, True), (True, False)])
-def test_averaged_weights_are_the_average(kind: str, ema: bool, lora: bool, base: str, tmp_path: Path) -> None:
-    """At the end, in checkpoints, and where a run resumes; frozen weights, as under adapters, are in no checkpoint."""
+def test_weight_averaging_averages_the_weights(kind: str, ema: bool, lora: bool, base: str, tmp_path: Path) -> None:
+    """At the end, in checkpoints, and after resuming; frozen weights are not in checkpoints."""
     counts = Counts()
     settings: dict[str, Any] = {"optimizer": sgd(1.0)} | ({"lora": LoRA(2), **LORA[kind]} if lora else {})
 
@@ -183,7 +183,7 @@ def test_averaged_weights_are_the_average(kind: str, ema: bool, lora: bool, base
 
 
 class OwnWeights(Engine):
-    """An engine that keeps the weights it was last given, and answers with one token that depends on the seed."""
+    """An engine that stores the last weights it received, and samples one token that depends on the seed."""
 
     def __init__(self) -> None:
         self.held: dict[str, torch.Tensor] = {}
@@ -197,8 +197,8 @@ class OwnWeights(Engine):
         return [Completion([5 + seed % 20], [-1.0], "length") for seed in seeds]
 
 
-def test_validation_measures_the_averaged_weights(kind: str, base: str, tmp_path: Path) -> None:
-    """Also with an engine that has weights of its own; training goes on from the weights that are trained."""
+def test_validation_uses_the_averaged_weights(kind: str, base: str, tmp_path: Path) -> None:
+    """Also with an external engine; training continues from the trained weights."""
     measured: list[dict[str, torch.Tensor]] = []
     look = LambdaCallback(on_validation_batch_start=lambda run, module, *args: measured.append(weights(module)))
     engine, counts = OwnWeights(), Counts()
@@ -220,9 +220,9 @@ def test_validation_measures_the_averaged_weights(kind: str, base: str, tmp_path
         assert torch.equal(third[1], second[f"model.{third[0]}"])
 
 
-def test_weight_averaging_refusals(kind: str, base: str, tmp_path: Path) -> None:
+def test_unsupported_weight_averaging_is_rejected(kind: str, base: str, tmp_path: Path) -> None:
     run = trainer(tmp_path, strategy=ModelParallelStrategy(1, 1), callbacks=[WeightAveraging()])
-    with pytest.raises(ConfigError, match=r"averages whole weights.*use ddp"):
+    with pytest.raises(ConfigError, match=r"averages unsharded weights.*Use ddp"):
         run.fit(make(kind, base), data(kind))
     if kind == "preference":
         with pytest.raises(ConfigError, match=r"set scorer\.store to false"):
@@ -235,7 +235,7 @@ def test_weight_averaging_refusals(kind: str, base: str, tmp_path: Path) -> None
         assert module.reward_terms[0].statistics.moments[0] == 24
 
 
-def test_stochastic_weight_averaging_is_refused(kind: str, base: str, tmp_path: Path) -> None:
+def test_stochastic_weight_averaging_is_rejected(kind: str, base: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"lightning\.pytorch\.callbacks\.WeightAveraging"):
         fit(kind, base, tmp_path, StochasticWeightAveraging(swa_lrs=0.1))
 
@@ -244,7 +244,7 @@ def test_stochastic_weight_averaging_is_refused(kind: str, base: str, tmp_path: 
 
 
 def test_learning_rate_finder(kind: str, base: str, tmp_path: Path) -> None:
-    """It tries rates, and leaves weights, optimizer, schedule and data as they were."""
+    """It tries learning rates, and restores weights, optimizer, schedule and data."""
     if kind == "policy":
         with pytest.raises(ConfigError, match="does not measure progress"):
             fit(kind, base, tmp_path, LearningRateFinder(update_attr=False))
@@ -279,9 +279,9 @@ def test_learning_rate_finder_of_the_tuner(kind: str, base: str, tmp_path: Path)
 
 
 def test_batch_size_finder(kind: str, base: str, tmp_path: Path) -> None:
-    """It stops at the number of rows, sets `data.batch_size`, and the run that follows is one with that size."""
+    """It stops at the number of rows and sets `data.batch_size`; the following run equals one with that size."""
     if kind == "policy":
-        with pytest.raises(ConfigError, match=r"model\.max_tokens_per_batch bounds the memory"):
+        with pytest.raises(ConfigError, match=r"model\.max_tokens_per_batch to bound the memory"):
             fit(kind, base, tmp_path, BatchSizeFinder())
         with pytest.raises(ConfigError, match="which a policy stage does not have"):
             trainer(tmp_path, callbacks=[BatchSizeFinder()]).validate(make(kind, base), data(kind), verbose=False)
@@ -291,7 +291,7 @@ def test_batch_size_finder(kind: str, base: str, tmp_path: Path) -> None:
     assert (find.optimal_batch_size, source.batch_size, run.global_step) == (16, 16, 1)
     plain, _ = fit(kind, base, tmp_path, source=data(kind, 12, 16))
     same(weights(tuned), weights(plain))
-    with pytest.raises(ConfigError, match="set batch_arg_name to eval_batch_size"):
+    with pytest.raises(ConfigError, match="Set its batch_arg_name to eval_batch_size"):
         trainer(tmp_path, callbacks=[BatchSizeFinder()]).validate(make(kind, base), data(kind), verbose=False)
     find, source = BatchSizeFinder(batch_arg_name="eval_batch_size", steps_per_trial=1, max_trials=4), data(kind)
     trainer(tmp_path, callbacks=[find]).validate(make(kind, base), source, verbose=False)
@@ -308,7 +308,7 @@ def test_batch_size_finder_of_the_tuner(kind: str, base: str, tmp_path: Path) ->
         assert tuner.scale_batch_size(module, **options) == source.batch_size == 16
 
 
-def test_backbone_finetuning_is_refused(kind: str, base: str, tmp_path: Path) -> None:
+def test_backbone_finetuning_is_rejected(kind: str, base: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"freezes module\.backbone, which"):
         fit(kind, base, tmp_path, BackboneFinetuning(1))
 
@@ -327,7 +327,7 @@ def test_gradient_accumulation_scheduler(kind: str, base: str, tmp_path: Path) -
     assert run.global_step == {"policy": 6 + 3}.get(kind, 4 + 2)
 
 
-def test_a_schedule_of_accumulation_and_one_of_the_rate(kind: str, base: str, tmp_path: Path) -> None:
+def test_accumulation_scheduler_with_a_learning_rate_schedule(kind: str, base: str, tmp_path: Path) -> None:
     changing = GradientAccumulationScheduler({0: 1, 1: 2})
     source = data(kind, 12, minibatches=2) if kind == "policy" else data(kind)
     options: dict[str, Any] = {"source": source, "max_epochs": 2}
@@ -394,7 +394,7 @@ def test_progress_bars(kind: str, bar: Any, base: str, tmp_path: Path, capsys: p
 @pytest.mark.parametrize("name", ["ModelSummary", "RichModelSummary"])
 def test_model_summary_counts_the_loaded_model(kind: str, name: str, base: str, tmp_path: Path) -> None:
     class Kept(getattr(lightning_callbacks, name)):  # type: ignore[misc]
-        """Keeps what it would print."""
+        """Stores the summary instead of printing it."""
 
         def summarize(self, rows: Any, total: int, trainable: int, *args: Any, **kwargs: Any) -> None:
             self.found = total, trainable
@@ -433,7 +433,7 @@ def test_limits_count_batches(kind: str, base: str, tmp_path: Path) -> None:
     assert (counts.test, counts.predict) == (4, 3)
 
 
-def test_a_part_of_the_batches(kind: str, base: str, tmp_path: Path) -> None:
+def test_fractional_limits_on_batches(kind: str, base: str, tmp_path: Path) -> None:
     counts = Counts()
     fit(kind, base, tmp_path, counts, limit_train_batches=0.67, limit_val_batches=0, max_epochs=2)
     assert (counts.train, counts.val) == (4, 0)
@@ -457,7 +457,7 @@ def test_overfit_batches_are_the_same_in_every_epoch(kind: str, base: str, tmp_p
         ({"num_sanity_val_steps": -1}, 2 + 1),
     ],
 )
-def test_when_it_is_validated(kind: str, flags: dict[str, Any], validations: int, base: str, tmp_path: Path) -> None:
+def test_validation_intervals(kind: str, flags: dict[str, Any], validations: int, base: str, tmp_path: Path) -> None:
     counts = Counts()
     _, run = fit(kind, base, tmp_path, counts, **{"num_sanity_val_steps": 0, "max_epochs": 2, **flags})
     assert (counts.validations, run.global_step) == (validations, 6)
@@ -467,7 +467,7 @@ def test_when_it_is_validated(kind: str, flags: dict[str, Any], validations: int
 
 
 @pytest.mark.parametrize("algorithm", ["norm", "value"])
-def test_gradients_are_clipped(kind: str, algorithm: str, base: str, tmp_path: Path) -> None:
+def test_gradient_clipping(kind: str, algorithm: str, base: str, tmp_path: Path) -> None:
     settings = {"optimizer": sgd(1.0)}
     torch.manual_seed(0)
     start = make(kind, base, **settings)
@@ -519,7 +519,7 @@ def test_barebones(kind: str, base: str, tmp_path: Path) -> None:
 
 
 def test_without_inference_mode(kind: str, base: str, tmp_path: Path) -> None:
-    """The same numbers, without gradients either; a `fit` may follow both."""
+    """Equal metrics without gradients; `fit` works afterwards in both cases."""
     modes: set[tuple[bool, ...]] = set()
 
     def look(run: Any, *args: Any) -> None:

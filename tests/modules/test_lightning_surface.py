@@ -61,7 +61,7 @@ def same_weights(one: Any, other: Any) -> bool:
 
 
 @pytest.mark.parametrize("kind", CLASSES)
-def test_a_checkpoint_loads_with_nothing_beside_its_path(kind: str, base: str, tmp_path: Path) -> None:
+def test_load_from_checkpoint_needs_only_the_path(kind: str, base: str, tmp_path: Path) -> None:
     module, path = fitted(kind, base, tmp_path)
     facts = torch.load(path, weights_only=True)
     assert yaml.safe_load(yaml.safe_dump(facts["hyper_parameters"])) == facts["hyper_parameters"], "plain values"
@@ -78,7 +78,7 @@ def test_a_checkpoint_loads_with_nothing_beside_its_path(kind: str, base: str, t
     assert CLASSES[kind].load_from_checkpoint(path, max_empty_steps=3).max_empty_steps == 3
 
 
-def test_what_is_no_plain_value_is_asked_for_where_it_matters(base: str, tmp_path: Path, caplog: Any) -> None:
+def test_load_from_checkpoint_asks_for_arguments_that_are_not_plain(base: str, tmp_path: Path, caplog: Any) -> None:
     class Mine:
         """A class that is not one of our settings."""
 
@@ -101,14 +101,14 @@ class Doubled(ImplicitReward):
         self.factor = factor
 
 
-def test_a_class_of_ones_own_is_rebuilt_where_it_is_imported(base: str, tmp_path: Path) -> None:
+def test_custom_class_is_rebuilt_if_imported(base: str, tmp_path: Path) -> None:
     module, path = fitted("preference", base, tmp_path, scorer=Doubled(3.0), lora=None)
     assert module.hparams["scorer"] == {"class_path": f"{__name__}.Doubled", "init_args": {"factor": 3.0}}
     assert PreferenceModule.load_from_checkpoint(path).scorer.factor == 3.0
 
 
 @pytest.mark.parametrize("name", ["os.system", "antigravity.S", "subprocess.Popen", "Sampler.bind", 3, ["a"]])
-def test_a_class_that_a_file_names_is_not_imported(name: Any, base: str, tmp_path: Path) -> None:
+def test_class_named_in_a_file_is_not_imported(name: Any, base: str, tmp_path: Path) -> None:
     _, path = fitted("sft", base, tmp_path)
     facts = torch.load(path, weights_only=True)
     facts["hyper_parameters"]["lora"] = {"class_path": name, "init_args": {"command": "touch evil"}}
@@ -155,7 +155,7 @@ class Slow(SFTModule):
         return 2 * super().training_step(batch, batch_idx)
 
 
-def test_a_subclass_overrides_hooks(base: str, tmp_path: Path) -> None:
+def test_subclass_overrides_hooks(base: str, tmp_path: Path) -> None:
     module = Slow(base)
     run = trainer(tmp_path, max_steps=2)
     run.fit(module, data("sft"))
@@ -166,7 +166,7 @@ def test_a_subclass_overrides_hooks(base: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", CLASSES)
-def test_the_stages_run_in_a_lightning_cli_of_ones_own(kind: str, base: str, tmp_path: Path) -> None:
+def test_modules_run_in_a_custom_lightning_cli(kind: str, base: str, tmp_path: Path) -> None:
     """`LightningCLI(SFTModule, SFTDataModule)` and the other two: fit, validate, test, predict."""
     settings = stage_config(kind, base, tmp_path)
     settings["data"] |= dict.fromkeys(("validation", "test", "predict"), settings["data"]["train"])
@@ -183,7 +183,7 @@ def test_the_stages_run_in_a_lightning_cli_of_ones_own(kind: str, base: str, tmp
         assert (cli.trainer.global_step == 1) == (command == "fit")
 
 
-def test_hyperparameters_reach_a_logger(base: str, tmp_path: Path) -> None:
+def test_hyperparameters_are_logged(base: str, tmp_path: Path) -> None:
     from lightning.pytorch.loggers import CSVLogger
 
     run = trainer(tmp_path, max_steps=1, logger=CSVLogger(tmp_path, name="", version=""))

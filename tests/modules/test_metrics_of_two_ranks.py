@@ -29,7 +29,7 @@ def sft(root: Path, devices: int) -> list[str]:
 
 
 @pytest.mark.parametrize("stage", [policy, sft])
-def test_two_ranks_log_the_numbers_of_one(stage: Any, base: str, tmp_path: Path) -> None:
+def test_two_ranks_log_the_metrics_of_one(stage: Any, base: str, tmp_path: Path) -> None:
     logged = []
     for devices in (1, 2):
         root = tmp_path / str(devices)

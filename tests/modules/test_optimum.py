@@ -129,14 +129,14 @@ CASES: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize(
     "name", [name if name == QUICK else pytest.param(name, marks=pytest.mark.slow) for name in CASES]
 )
-def test_the_policy_approaches_the_optimum(name: str, tmp_path: Path) -> None:
+def test_policy_approaches_the_optimum(name: str, tmp_path: Path) -> None:
     start, end = learned(tmp_path, **CASES[name])
     assert variation(start, best(start, forward=False)) > 0.2
     assert variation(end, best(start, forward=False)) < 0.05
 
 
 @pytest.mark.slow
-def test_plain_k3_approaches_its_own(tmp_path: Path) -> None:
+def test_plain_k3_approaches_its_own_optimum(tmp_path: Path) -> None:
     start, end = learned(tmp_path, updates=1, kl=KLPenalty(BETA, estimator="k3"))
     assert variation(best(start, forward=True), best(start, forward=False)) > 0.1
     assert variation(end, best(start, forward=True)) < 0.05

@@ -27,7 +27,7 @@ NAMES = ["critic", "shared", "lora", "adaptive", "whitened", "centered", "refres
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_an_interrupted_run_equals_a_whole_one_bit_for_bit(name: str, base: str, tmp_path: Path) -> None:
+def test_interrupted_run_equals_an_uninterrupted_run_exactly(name: str, base: str, tmp_path: Path) -> None:
     def fit(folder: str, resume: Path | None = None) -> tuple[Any, Any]:
         module = make(
             "policy",
@@ -58,7 +58,7 @@ def test_an_interrupted_run_equals_a_whole_one_bit_for_bit(name: str, base: str,
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_accumulated_mini_batches_are_one_large_batch(name: str, base: str, tmp_path: Path) -> None:
+def test_accumulated_mini_batches_equal_one_large_batch(name: str, base: str, tmp_path: Path) -> None:
     results = []
     for minibatches, accumulate in ((1, 1), (4, 4)):
         torch.manual_seed(0)  # the adapters' first weights
@@ -79,7 +79,7 @@ class Keep(Callback):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_two_ranks_are_one(name: str, base: str, tmp_path: Path) -> None:
+def test_two_ranks_equal_one(name: str, base: str, tmp_path: Path) -> None:
     results = []
     for devices in (1, 2):
         torch.manual_seed(0)  # the adapters' first weights
@@ -124,14 +124,14 @@ def watched(module: Any, source: Any, root: Path, **options: Any) -> Watch:
 @pytest.mark.parametrize("name", NAMES)
 def test_first_step_invariants(name: str, base: str, tmp_path: Path) -> None:
     watch = watched(make("policy", base, **policy_settings(name)), data("policy", 8), tmp_path)
-    for output in watch.outputs:  # one step a round: every one is the first
+    for output in watch.outputs:  # one step per round, so that every step is the first
         assert output["log_ratio_max"] <= 1e-4
         assert output["clip_fraction"] == 0
     if "train/kl" in watch.logged[0]:
         assert abs(watch.logged[0]["train/kl"]) < 1e-4
 
 
-def test_a_critic_learns_what_is_earned(base: str, tmp_path: Path) -> None:
+def test_critic_learns_the_return(base: str, tmp_path: Path) -> None:
     """The prompt alone decides the reward: the critic learns to explain it, and warm-up does not change the policy."""
     rewards = [FunctionReward(lambda completions, wanted: [2.0 * (value % 2) - 0.5 for value in wanted], name="parity")]
     critic = Critic(learning_rate=1e-2, warmup_rounds=16, clip=None, coefficient=1.0)
@@ -148,7 +148,7 @@ def test_a_critic_learns_what_is_earned(base: str, tmp_path: Path) -> None:
     source = PromptDataModule(rows, prompts_per_round=8, group_size=2, update_epochs=2, seed=1)
     watch = watched(module, source, tmp_path, max_epochs=20)
     quality = [numbers["train/explained_variance"] for numbers in watch.logged]
-    assert quality[0] == pytest.approx(0.0, abs=1e-6)  # the zero head expects nothing
+    assert quality[0] == pytest.approx(0.0, abs=1e-6)  # a head of zeros predicts 0
     assert quality[-1] > 0.7
     assert watch.logged[-1]["train/value_loss"] < 0.2 * watch.logged[0]["train/value_loss"]
     assert torch.equal(watch.policy[0], watch.policy[31])
@@ -156,7 +156,7 @@ def test_a_critic_learns_what_is_earned(base: str, tmp_path: Path) -> None:
     assert not torch.equal(watch.policy[31], watch.policy[-1])
 
 
-def test_the_critic_has_its_own_rate(base: str) -> None:
+def test_critic_has_its_own_learning_rate(base: str) -> None:
     module = make("policy", base, critic=Critic(learning_rate=0.7), advantage=GAE())
     module.configure_model()
     groups = module.configure_optimizers().param_groups
@@ -167,7 +167,7 @@ def test_the_critic_has_its_own_rate(base: str) -> None:
 
 
 @pytest.mark.parametrize("lora", [None, LoRA(rank=2)])
-def test_a_critic_starts_from_the_reward_model(lora: LoRA | None, base: str, tmp_path: Path) -> None:
+def test_critic_starts_from_the_reward_model(lora: LoRA | None, base: str, tmp_path: Path) -> None:
     judge = make("preference", base, scorer=RewardHead(), lora=lora)
     trainer(tmp_path / "judge", callbacks=[ExportModel()], max_epochs=2).fit(judge, data("preference"))
     module = make("policy", base, critic=Critic(str(tmp_path / "judge" / "model")), advantage=GAE())
@@ -185,7 +185,7 @@ def test_a_critic_starts_from_the_reward_model(lora: LoRA | None, base: str, tmp
     assert torch.isfinite(watch.critic[-1]).all()
 
 
-def test_values_are_those_of_the_state_before_a_token(base: str) -> None:
+def test_values_are_estimated_before_each_token(base: str) -> None:
     """Equal to a plain forward, alone, in a batch and with a shared prompt; for separate and shared backbones."""
     for critic in (Critic(), Critic(shared=True)):
         module = make("policy", base, critic=critic, advantage=GAE())
@@ -203,7 +203,7 @@ def test_values_are_those_of_the_state_before_a_token(base: str) -> None:
             torch.testing.assert_close(values[row], plain * loss_mask[row], rtol=1e-4, atol=1e-5)
 
 
-def test_a_critic_with_another_vocabulary_is_refused(base: str, tokenizer: Any, tmp_path: Path) -> None:
+def test_critic_with_another_vocabulary_is_rejected(base: str, tokenizer: Any, tmp_path: Path) -> None:
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
     other = Qwen3ForCausalLM(
@@ -218,8 +218,8 @@ def test_a_critic_with_another_vocabulary_is_refused(base: str, tokenizer: Any, 
         module.configure_model()
 
 
-def test_a_stale_round_is_drawn_with_the_weights_of_the_round_before(base: str, tmp_path: Path) -> None:
-    """Rounds 0 and 1 use the start, round 2 the result of round 0; the trained weights are never disturbed."""
+def test_stale_round_is_sampled_with_the_previous_weights(base: str, tmp_path: Path) -> None:
+    """Rounds 0 and 1 use the start weights, round 2 those after round 0; the trained weights are not affected."""
 
     def fit(folder: str, **options: Any) -> tuple[Any, Watch]:
         module = make("policy", base, optimizer=sgd(2.0), **options)
@@ -236,7 +236,7 @@ def test_a_stale_round_is_drawn_with_the_weights_of_the_round_before(base: str, 
     assert watch.logged[0]["train/logprob_gap"] < 1e-5
     assert watch.logged[1]["train/logprob_gap"] > 1e-3  # sampled by the start, which round 0 has moved away from
     _, plain = fit("fresh")
-    # Two runs that do other things beside the first step: with two threads they are not equal to the bit.
+    # Two runs that differ after the first step: with two threads they are not bit-identical.
     torch.testing.assert_close(plain.policy[0], watch.policy[0], rtol=1e-5, atol=1e-5)
     assert (plain.policy[1] - watch.policy[1]).abs().max() > 1e-3
 
@@ -265,7 +265,7 @@ class Toss:
 
 
 @pytest.mark.parametrize(("limit", "signal", "resampled"), [(0, 0.5, None), (1, 0.5, 0.5), (3, 0.0, 1.0)])
-def test_groups_without_signal_are_drawn_again(
+def test_groups_with_equal_rewards_are_sampled_again(
     limit: int, signal: float, resampled: float | None, base: str, tmp_path: Path
 ) -> None:
     toss = Toss(2)
@@ -279,7 +279,7 @@ def test_groups_without_signal_are_drawn_again(
     assert sorted(played) == [(group, sample) for group in range(4) for sample in range(2)]
 
 
-def test_the_reference_moves(base: str, tmp_path: Path) -> None:
+def test_moving_reference(base: str, tmp_path: Path) -> None:
     """After a refresh the policy's own weights are the reference, and the KL starts at 0 again."""
     for lora in (None, LoRA(rank=2)):
         module = make("policy", base, kl=KLPenalty(0.01, refresh_every=2), optimizer=sgd(3.0), lora=lora)
@@ -291,7 +291,7 @@ def test_the_reference_moves(base: str, tmp_path: Path) -> None:
         assert distance[3] > 1e-3
 
 
-def test_a_named_reference(base: str, tokenizer: Any, tmp_path: Path) -> None:
+def test_separate_reference(base: str, tokenizer: Any, tmp_path: Path) -> None:
     other = build_model(tokenizer, seed=5)
     other.save_pretrained(tmp_path / "other")
     tokenizer.save_pretrained(tmp_path / "other")
@@ -303,7 +303,7 @@ def test_a_named_reference(base: str, tokenizer: Any, tmp_path: Path) -> None:
     torch.testing.assert_close(module.reference.logprobs(ids, loss_mask)[0, 1:], plain, rtol=1e-4, atol=1e-4)
 
 
-def test_an_adaptive_coefficient_follows_the_distance(base: str, tmp_path: Path) -> None:
+def test_adaptive_coefficient_follows_the_kl(base: str, tmp_path: Path) -> None:
     module = make("policy", base, kl=KLPenalty(0.1, target=1e-4, horizon=8), optimizer=sgd(2.0))
     logged = watched(module, data("policy", 12), tmp_path).logged
     used = [numbers["train/kl_coefficient"] for numbers in logged]
@@ -325,14 +325,14 @@ def test_entropy_bonus_keeps_the_policy_random(base: str, tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("module", "source", "message"),
     [
-        ({"critic": Critic()}, {}, "does not use values: set model.advantage to GAE"),
+        ({"critic": Critic()}, {}, "does not use values. Set model.advantage to GAE"),
         ({"advantage": GAE()}, {}, "needs the values of a critic"),
-        ({"critic": Critic(shared=True, warmup_rounds=1), "advantage": GAE()}, {}, "would change the policy"),
+        ({"critic": Critic(shared=True, warmup_rounds=1), "advantage": GAE()}, {}, "changes the policy"),
         ({"staleness": 2}, {}, "it must be 0 or 1"),
         ({"resample_groups": -1}, {}, "at least 0"),
-        ({"objective": Reinforce()}, {"update_epochs": 2}, "neither clip nor importance ratio"),
+        ({"objective": Reinforce()}, {"update_epochs": 2}, "neither a clip nor an importance ratio"),
         ({"objective": Reinforce()}, {"minibatches": 2}, "2 optimizer steps"),
-        ({"objective": SequenceClippedSurrogate(normalized=False), "kl": KLPenalty(0.1)}, {}, "set kl.place to reward"),
+        ({"objective": SequenceClippedSurrogate(normalized=False), "kl": KLPenalty(0.1)}, {}, "Set kl.place to reward"),
         ({"objective": SequenceClippedSurrogate(), "critic": Critic(), "advantage": GAE()}, {}, "one action"),
         ({}, {"minibatches": 9}, "but a round has only 8 episodes"),
         ({"advantage": GlobalWhitened(), "resample_groups": 1}, {"group_size": 1}, "cannot have different rewards"),
@@ -340,12 +340,14 @@ def test_entropy_bonus_keeps_the_policy_random(base: str, tmp_path: Path) -> Non
         ({}, {"group_size": 1}, "every advantage would be 0"),
     ],
 )
-def test_settings_that_make_no_sense(module: Options, source: Options, message: str, base: str, tmp_path: Path) -> None:
+def test_incompatible_settings_are_rejected(
+    module: Options, source: Options, message: str, base: str, tmp_path: Path
+) -> None:
     with pytest.raises(ConfigError, match=message):
         trainer(tmp_path).fit(make("policy", base, **module), data("policy", 4, **source))
 
 
-def test_a_critic_needs_settings_that_fit_together() -> None:
+def test_invalid_critic_settings_are_rejected() -> None:
     with pytest.raises(ConfigError, match="leave out critic"):
         Critic("somewhere", shared=True)
     with pytest.raises(ConfigError, match="must be above 0"):
@@ -365,7 +367,7 @@ def recorded(advantage: float | None = None) -> PromptDataModule:
     return PromptDataModule(episodes=rows, prompts_per_round=4, seed=1)
 
 
-def test_a_critic_learns_from_recorded_episodes(base: str, tmp_path: Path) -> None:
+def test_critic_learns_from_recorded_episodes(base: str, tmp_path: Path) -> None:
     module = make(
         "policy", base, rewards=[], critic=Critic(learning_rate=0.1), advantage=GAE(), objective=ClippedSurrogate()
     )
@@ -385,14 +387,14 @@ def test_a_critic_learns_from_recorded_episodes(base: str, tmp_path: Path) -> No
         ({"kl": KLPenalty(0.1, "reward")}, None, "of another policy"),
     ],
 )
-def test_recorded_episodes_are_as_they_are(
+def test_settings_that_do_not_fit_recorded_episodes_are_rejected(
     options: Options, advantage: float | None, message: str, base: str, tmp_path: Path
 ) -> None:
     with pytest.raises(ConfigError, match=message):
         trainer(tmp_path).fit(make("policy", base, rewards=[], **options), recorded(advantage))
 
 
-def test_recorded_rows_without_a_group_to_compare_with(base: str, tmp_path: Path) -> None:
+def test_recorded_episodes_without_shared_groups_are_rejected(base: str, tmp_path: Path) -> None:
     row = {"prompt_tokens": [5, 6], "response_tokens": [7, 8, 9], "logprobs": [-1.0] * 3}
     rows = [{**row, "reward": float(i), "group": i} for i in range(4)]
     with pytest.raises(ConfigError, match="no two rows of"):
@@ -400,7 +402,7 @@ def test_recorded_rows_without_a_group_to_compare_with(base: str, tmp_path: Path
 
 
 @pytest.mark.parametrize("refresh", [None, 1])
-def test_a_reference_has_no_dropout(refresh: int | None, base: str, tmp_path: Path) -> None:
+def test_reference_has_no_dropout(refresh: int | None, base: str, tmp_path: Path) -> None:
     """peft creates a second adapter with its config's dropout, which would add noise to the KL."""
     kl = KLPenalty(0.1, refresh_every=refresh)
     module = make("policy", base, kl=kl, lora=LoRA(rank=2, dropout=0.5), optimizer=sgd(0.0))
@@ -408,7 +410,7 @@ def test_a_reference_has_no_dropout(refresh: int | None, base: str, tmp_path: Pa
     assert all(abs(numbers["train/kl"]) < 1e-4 for numbers in watch.logged)
 
 
-def test_held_out_answers_are_those_of_the_newest_weights(base: str, tmp_path: Path) -> None:
+def test_validation_samples_with_the_newest_weights(base: str, tmp_path: Path) -> None:
     module = make("policy", base)
     module.configure_model()
     called: list[str] = []
@@ -450,7 +452,7 @@ def test_rounds_are_counted_where_epochs_are_cut_short(base: str, tmp_path: Path
     assert [value < 1e-4 for value in distance] == [True, False] * 3
 
 
-def test_a_batch_of_the_users_own(base: str, tmp_path: Path) -> None:
+def test_batch_of_a_custom_dataloader(base: str, tmp_path: Path) -> None:
     """The keys that the objective needs are enough, without our loader or rounds."""
     batch = {
         "input_ids": torch.tensor([[5, 6, 7, 8]]),
@@ -464,12 +466,12 @@ def test_a_batch_of_the_users_own(base: str, tmp_path: Path) -> None:
     assert run.global_step == 2
 
 
-def test_an_epoch_that_is_cut_short_is_over(base: str, tmp_path: Path) -> None:
+def test_epoch_that_is_cut_short_is_not_continued(base: str, tmp_path: Path) -> None:
     watch = watched(make("policy", base), data("policy", 12), tmp_path, limit_train_batches=2, max_epochs=2)
     assert watch.rounds == [0, 1, 3, 4]
 
 
-def test_heldout_distance_is_logged(base: str, tmp_path: Path) -> None:
+def test_validation_kl_is_logged(base: str, tmp_path: Path) -> None:
     module = make("policy", base, kl=KLPenalty(0.0), optimizer=sgd(2.0))
     run = trainer(tmp_path, max_epochs=2)
     run.fit(module, data("policy", 8))
@@ -477,6 +479,6 @@ def test_heldout_distance_is_logged(base: str, tmp_path: Path) -> None:
     assert "val/kl" not in trainer(tmp_path).validate(make("policy", base), data("policy", 4))[0]
 
 
-def test_modules_by_hand() -> None:
+def test_incompatible_settings_are_rejected_before_loading() -> None:
     with pytest.raises(ConfigError, match="needs the values of a critic"):
         PolicyRLModule("nowhere", advantage=GAE(), sampler=Sampler(max_tokens=2))

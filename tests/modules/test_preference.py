@@ -67,7 +67,7 @@ EVERY_LOSS: dict[str, tuple[Any, Any]] = {
     "plackett_luce": (SequenceLogprob, preference.PlackettLuce),
 }
 COUPLED = {"aot", "aot_unpaired", "bco", "coupled_sum", "kto", "bco_unpaired"}
-# One of each way that rows are scored, gathered and weighed; the others differ from these in the formula only.
+# One loss for each way of scoring, gathering and weighting rows; the others differ only in the formula.
 SAMPLE = COUPLED | {"bradley_terry", "dpo", "davidson", "sum_with_sft", "plackett_luce", "length_normalized", "orpo"}
 
 
@@ -109,7 +109,7 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
 
 
 @pytest.mark.parametrize("name", sampled(EVERY_LOSS.keys() - COUPLED))
-def test_accumulated_small_batches_are_one_large_batch(name: str, base: str, tmp_path: Path) -> None:
+def test_accumulated_batches_equal_one_large_batch(name: str, base: str, tmp_path: Path) -> None:
     """Over several steps, the last one with fewer rows."""
     results = []
     for batch, accumulate in ((8, 1), (1, 8), (4, 2)):
@@ -122,8 +122,8 @@ def test_accumulated_small_batches_are_one_large_batch(name: str, base: str, tmp
 
 
 @pytest.mark.parametrize("name", sampled(EVERY_LOSS.keys()))
-def test_two_ranks_are_one(name: str, base: str, tmp_path: Path) -> None:
-    """In the last step, with one row, a rank has none."""
+def test_two_ranks_equal_one(name: str, base: str, tmp_path: Path) -> None:
+    """The last step has one row, so that one rank has none."""
     results = []
     for devices in (1, 2):
         root = tmp_path / str(devices)
@@ -144,7 +144,7 @@ def test_two_ranks_are_one(name: str, base: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", sorted(COUPLED))
-def test_losses_that_couple_rows_refuse_accumulation(name: str, base: str, tmp_path: Path) -> None:
+def test_batch_coupled_losses_reject_accumulation(name: str, base: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"compares the rows of a whole optimizer step.*accumulate_grad_batches to 1"):
         fit(name, base, tmp_path, 2, accumulate_grad_batches=2)
     with pytest.raises(ConfigError, match="compares the rows of a whole optimizer step"):
@@ -152,7 +152,7 @@ def test_losses_that_couple_rows_refuse_accumulation(name: str, base: str, tmp_p
 
 
 @pytest.mark.parametrize("name", ["bco", "kto", "plackett_luce"])
-def test_an_interrupted_run_equals_a_whole_one_bit_for_bit(name: str, base: str, tmp_path: Path) -> None:
+def test_interrupted_run_equals_an_uninterrupted_run_exactly(name: str, base: str, tmp_path: Path) -> None:
     def once(folder: str, resume: Path | None = None) -> Any:
         scorer, loss = (make() for make in EVERY_LOSS[name])
         module = PreferenceModule(base, scorer, loss, optimizer=lambda p: torch.optim.AdamW(p, lr=1e-2))
@@ -187,18 +187,18 @@ def test_an_interrupted_run_equals_a_whole_one_bit_for_bit(name: str, base: str,
         (RewardHead(), preference.WeightedSum([preference.BradleyTerry(), preference.SFT()]), "'chosen_logps'"),
     ],
 )
-def test_scorers_and_losses_that_do_not_go_together(scorer: Scorer, loss: Any, message: str, base: str) -> None:
+def test_incompatible_scorers_and_losses_are_rejected(scorer: Scorer, loss: Any, message: str, base: str) -> None:
     with pytest.raises(ConfigError, match=message):
         PreferenceModule(base, scorer, loss)
 
 
 @pytest.mark.parametrize("make", [lambda: RewardHead(0), lambda: ImplicitReward(0), lambda: SequenceLogprob(beta=-1)])
-def test_scorer_options_that_make_no_sense(make: Any) -> None:
+def test_invalid_scorer_options_are_rejected(make: Any) -> None:
     with pytest.raises(ValueError, match="must be"):
         make()
 
 
-def test_a_run_may_not_overwrite_its_reference(base: str, tmp_path: Path) -> None:
+def test_run_must_not_overwrite_its_reference(base: str, tmp_path: Path) -> None:
     import shutil
 
     shutil.copytree(base, tmp_path / "run" / "model")
@@ -268,7 +268,9 @@ def answer(text: str) -> list[dict[str, str]]:
         ("rankings", {"prompt": "a", "responses": ["b", ""]}, "response 1: no token is trained"),
     ],
 )
-def test_rows_that_do_not_fit(kind: str, row: dict[str, Any], message: str, tokenizer: Any, tmp_path: Path) -> None:
+def test_invalid_preference_rows_are_rejected(
+    kind: str, row: dict[str, Any], message: str, tokenizer: Any, tmp_path: Path
+) -> None:
     """An error with file and line, or counted skips, depending on the setting."""
     good = {"pairs": pairs, "labels": labeled, "rankings": rankings}[kind](2)
     file = write_rows(tmp_path / "rows.jsonl", [*good, row])
@@ -296,7 +298,7 @@ def test_rows_over_the_budget_are_counted(tokenizer: Any) -> None:
         [{"role": "user", "content": long["prompt"]}], [{"role": "assistant", "content": "one two"}]
     )
     removed = len(whole.ids) - len(pair.chosen.ids)
-    assert pair.chosen.ids == whole.ids[removed:]  # from the prompt's left: the response is whole
+    assert pair.chosen.ids == whole.ids[removed:]  # the prompt is truncated on the left, and the response is complete
     assert pair.chosen.trained == whole.trained
     skipped = PreferenceDataModule([*pairs(2), long], overlong="skip", **options)
     skipped.setup("fit")
@@ -305,21 +307,21 @@ def test_rows_over_the_budget_are_counted(tokenizer: Any) -> None:
         PreferenceDataModule([{**long, "chosen": long["prompt"]}], overlong="truncate", **options).setup("fit")
 
 
-def test_a_tie_needs_a_loss_that_knows_ties(base: str, tmp_path: Path) -> None:
+def test_ties_need_a_loss_that_supports_them(base: str, tmp_path: Path) -> None:
     rows = [{**row, "tie": i == 1} for i, row in enumerate(pairs(4))]
     module = PreferenceModule(base, loss=preference.Hinge())
     with pytest.raises(DataError, match=r"list\[1\]: the pair is a tie, but Hinge cannot learn from ties"):
         trainer(tmp_path).fit(module, PreferenceDataModule(rows, show_example=False))
 
 
-def test_all_rows_with_one_prompt_have_no_mismatched_responses(base: str, tmp_path: Path) -> None:
+def test_mismatched_responses_need_several_prompts(base: str, tmp_path: Path) -> None:
     rows = [{**row, "prompt": "the same"} for row in labeled(4)]
     module = PreferenceModule(base, implicit(), preference.KTO())
     with pytest.raises(DataError, match="all rows have the same prompt"):
         trainer(tmp_path).fit(module, PreferenceDataModule(rows, show_example=False))
 
 
-def test_the_kind_of_rows_must_be_the_loss_own(base: str, tmp_path: Path) -> None:
+def test_kind_of_rows_must_match_the_loss(base: str, tmp_path: Path) -> None:
     module = PreferenceModule(base, implicit(), preference.KTO())
     with pytest.raises(ConfigError, match=r"data\.kind is rankings, but the loss KTO needs labels"):
         trainer(tmp_path).fit(module, PreferenceDataModule(pairs(4), kind="rankings", show_example=False))
@@ -327,7 +329,7 @@ def test_the_kind_of_rows_must_be_the_loss_own(base: str, tmp_path: Path) -> Non
         PreferenceDataModule(pairs(4), kind="lists")
 
 
-def test_a_mismatched_response_is_that_of_another_prompt(base: str, tmp_path: Path) -> None:
+def test_mismatched_response_belongs_to_another_prompt(base: str, tmp_path: Path) -> None:
     rows = [{"prompt": f"Count {i // 2}", "response": WORDS[i], "label": i % 2} for i in range(6)]
     module = PreferenceModule(base, implicit(), preference.KTO(), optimizer=sgd(0.0))
     data = PreferenceDataModule(rows, batch_size=2, show_example=False)
@@ -342,7 +344,7 @@ def test_a_mismatched_response_is_that_of_another_prompt(base: str, tmp_path: Pa
 
 
 @pytest.mark.parametrize(("weight", "warns"), [(1.0, True), (0.5, False)])
-def test_labels_out_of_balance_are_noticed(weight: float, warns: bool, base: str, tmp_path: Path, caplog: Any) -> None:
+def test_warns_about_unbalanced_labels(weight: float, warns: bool, base: str, tmp_path: Path, caplog: Any) -> None:
     caplog.set_level("WARNING", "rlhf_lightning")
     rows = labeled(9)  # 6 desirable, 3 undesirable
     module = PreferenceModule(base, implicit(), preference.KTO(desirable_weight=weight), optimizer=sgd(0.0))
@@ -351,7 +353,7 @@ def test_labels_out_of_balance_are_noticed(weight: float, warns: bool, base: str
     assert ("desirable_weight to 0.50, or undesirable_weight to 2.00" in caplog.text) == warns
 
 
-def test_a_pair_becomes_two_labels_or_a_ranking(tokenizer: Any) -> None:
+def test_pair_is_converted_to_labels_or_a_ranking(tokenizer: Any) -> None:
     for kind, count in (("labels", 6), ("rankings", 3)):
         data = PreferenceDataModule(pairs(3), kind=kind, tokenizer=tokenizer, show_example=False)
         data.setup("fit")
@@ -395,7 +397,9 @@ def test_every_kind_of_loss_learns(name: str, base: str, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("lora", [None, LoRA(rank=2)])
-def test_stored_references_are_the_references(lora: LoRA | None, base: str, tmp_path: Path, caplog: Any) -> None:
+def test_stored_reference_logprobs_equal_computed_ones(
+    lora: LoRA | None, base: str, tmp_path: Path, caplog: Any
+) -> None:
     file = write_rows(tmp_path / "pairs.jsonl", pairs(9))
 
     def once(root: str, store: bool, epochs: int = 2, file: str = file, model: str = base) -> Any:
@@ -426,7 +430,7 @@ def test_stored_references_are_the_references(lora: LoRA | None, base: str, tmp_
         assert float(run.callback_metrics[key]) == pytest.approx(float(again.callback_metrics[key]), rel=1e-6)
     assert (stored.reference is None) == (
         lora is None
-    )  # a copy of the weights is let go, a disabled adapter costs none
+    )  # a copied reference is released; a disabled adapter needs no memory
 
     caplog.clear()
     reused, _ = once("reused", store=True)
@@ -450,7 +454,7 @@ def test_stored_references_are_the_references(lora: LoRA | None, base: str, tmp_
     assert len(list(folder.iterdir())) == 3
 
 
-def test_stored_references_over_two_ranks(base: str, tmp_path: Path) -> None:
+def test_stored_reference_logprobs_over_two_ranks(base: str, tmp_path: Path) -> None:
     results = []
     for devices in (1, 2):
         root = tmp_path / str(devices)
@@ -472,7 +476,7 @@ def test_stored_references_over_two_ranks(base: str, tmp_path: Path) -> None:
 # -- metrics ----------------------------------------------------------------------------------------------------------
 
 
-def test_metrics_of_uneven_batches_are_those_of_all_rows(base: str, tmp_path: Path) -> None:
+def test_metrics_are_exact_over_uneven_batches(base: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
     module = PreferenceModule(base)
     rows = [{**row, "category": ["easy", "hard"][i % 2]} for i, row in enumerate(pairs(11))]
@@ -497,7 +501,7 @@ def test_metrics_of_uneven_batches_are_those_of_all_rows(base: str, tmp_path: Pa
     assert sum(bin["pairs"] for bin in curve) == 11
 
 
-def test_ties_of_scores_are_wrong_and_labeled_ties_are_left_out() -> None:
+def test_equal_scores_are_wrong_and_labeled_ties_are_left_out() -> None:
     from rlhf_lightning.modules.preference_metrics import pair_report
 
     rows = {
@@ -512,7 +516,7 @@ def test_ties_of_scores_are_wrong_and_labeled_ties_are_left_out() -> None:
     assert numbers["accuracy_longer_wins"] == pytest.approx(1 / 3)
 
 
-def test_dpo_starts_at_log_two_and_logs_what_it_is_made_of(base: str, tmp_path: Path) -> None:
+def test_dpo_starts_at_log_two_and_logs_its_terms(base: str, tmp_path: Path) -> None:
     module = PreferenceModule(base, implicit(), optimizer=sgd(0.0))
     data = PreferenceDataModule(pairs(4), pairs(4), batch_size=4, show_example=False)
     run = trainer(tmp_path)
@@ -525,7 +529,7 @@ def test_dpo_starts_at_log_two_and_logs_what_it_is_made_of(base: str, tmp_path: 
     assert logged["train/rejected_logps"] < 0
 
 
-def test_a_loss_of_the_users_own_is_handed_what_it_names(base: str, tmp_path: Path) -> None:
+def test_custom_loss_receives_the_tensors_that_it_names(base: str, tmp_path: Path) -> None:
     """From the batches of any loader: its own column, and what the scorer provides."""
 
     class Weighted(preference.PairLoss):
@@ -543,7 +547,7 @@ def test_a_loss_of_the_users_own_is_handed_what_it_names(base: str, tmp_path: Pa
 
 
 @pytest.mark.parametrize("name", ["kto", "plackett_luce_implicit"])
-def test_stored_references_of_other_kinds(name: str, base: str, tmp_path: Path) -> None:
+def test_stored_reference_logprobs_of_labels_and_rankings(name: str, base: str, tmp_path: Path) -> None:
     """Mismatched responses and all answers of a ranking have stored log-probabilities too."""
     results = []
     for store in (False, True):
@@ -552,7 +556,7 @@ def test_stored_references_of_other_kinds(name: str, base: str, tmp_path: Path) 
         module = PreferenceModule(base, scorer, loss, optimizer=sgd(0.01), dtype="float64")
         data = PreferenceDataModule(rows_of(loss, 9), batch_size=4, seed=1, show_example=False)
         trainer(tmp_path / str(store), max_epochs=2, precision="64-true").fit(module, data)
-        assert (module.reference is None) == store  # the reference is gone, and was not asked
+        assert (module.reference is None) == store  # the reference was released, and is not used
         results.append(weights(module))
     for key, value in results[0].items():
         torch.testing.assert_close(results[1][key], value, rtol=1e-6, atol=1e-7)

@@ -24,7 +24,7 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.slow
-def test_real_pairs_are_over_fitted_and_scored_alike(shared: Path, tmp_path: Path) -> None:
+def test_overfits_real_pairs_and_scores_consistently(shared: Path, tmp_path: Path) -> None:
     """64 pairs to accuracy 1.0 in under 2 minutes; all ways of scoring a text agree."""
     from peft import AutoPeftModelForSequenceClassification
     from transformers import AutoTokenizer
@@ -121,7 +121,7 @@ def test_the_simpler_mint_recipe(base: str, tmp_path: Path) -> None:
 @pytest.mark.timeout(900)
 @pytest.mark.usefixtures("forked_stages")
 @pytest.mark.parametrize("scorer", ["SequenceLogprob", "ImplicitReward"])
-def test_every_scorer_drives_rl_in_the_quickstart(scorer: str, tmp_path: Path) -> None:
+def test_every_scorer_is_a_reward_in_the_quickstart(scorer: str, tmp_path: Path) -> None:
     """One line of YAML differs from the shipped quickstart, whose scorer is `RewardHead`."""
     line = "class_path: rlhf_lightning.models.scorers.RewardHead"
     assert line in (CONFIGS / "preference.yaml").read_text()

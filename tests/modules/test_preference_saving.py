@@ -49,7 +49,7 @@ def close(found: torch.Tensor, wanted: torch.Tensor) -> None:
 @pytest.mark.parametrize("architecture", ["qwen3", "llama", "gpt2"])
 @pytest.mark.parametrize("stop_as_pad", [False, True])
 @pytest.mark.parametrize("lora", [None, LoRA(rank=2, target=["attention"])])
-def test_stock_libraries_give_the_score(
+def test_stock_libraries_compute_the_same_score(
     architecture: str, lora: Any, stop_as_pad: bool, tokenizer: Any, tmp_path: Path
 ) -> None:
     """Alone, batched with padding on the right and on the left, and with LoRA merged."""
@@ -57,7 +57,7 @@ def test_stock_libraries_give_the_score(
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
     base = folder_of(architecture, tokenizer, tmp_path)
-    if stop_as_pad:  # as many tokenizers come: stock pooling would skip the token that the score is read at
+    if stop_as_pad:  # like many tokenizers; stock pooling would skip the token that the score is read at
         config = json.loads((Path(base) / "config.json").read_text())
         (Path(base) / "config.json").write_text(json.dumps({**config, "pad_token_id": tokenizer.eos_token_id}))
         tokenizer.pad_token = tokenizer.eos_token
@@ -104,7 +104,7 @@ SCORERS = {
 
 @pytest.mark.parametrize("lora", [None, LoRA(rank=2, target=["all"])])
 @pytest.mark.parametrize("name", SCORERS)
-def test_every_reader_of_a_folder_gives_the_score(
+def test_all_readers_of_a_folder_compute_the_same_score(
     name: str, lora: Any, base: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The module, a row with a shared prompt, a fresh load, `rlhf score`, the reward of RL, merged, moved."""
@@ -119,7 +119,7 @@ def test_every_reader_of_a_folder_gives_the_score(
     close(shared[::2], wanted)
     judge = RewardModel(str(folder))
     close(judge.score(*TEXTS), wanted)
-    # A second stage could start from it and score alike.
+    # A second stage that starts from it computes the same scores.
     reference = {"reference": base} if isinstance(module.scorer, ImplicitReward) else {}
     again = PreferenceModule(str(folder), type(module.scorer)(**{**arguments(module.scorer), **reference}))
     if not lora:
@@ -142,7 +142,7 @@ def responses_file(root: Path) -> str:
     return write_rows(root / "rows.jsonl", [{"prompt": p, "response": r} for p, r in zip(*TEXTS, strict=True)])
 
 
-def test_a_moved_run_finds_its_reference(base: str, tmp_path: Path) -> None:
+def test_moved_run_finds_its_reference(base: str, tmp_path: Path) -> None:
     """A reference inside the run is found beside the model, even if the old path now has another model."""
     shutil.copytree(base, tmp_path / "run" / "sft" / "model")
     start = str(tmp_path / "run" / "sft" / "model")
@@ -158,7 +158,7 @@ def test_a_moved_run_finds_its_reference(base: str, tmp_path: Path) -> None:
     close(RewardModel(str(tmp_path / "copy" / "dpo" / "model")).score(*TEXTS), wanted)
 
 
-def test_a_reference_outside_the_run_is_kept_as_it_is(base: str, tmp_path: Path) -> None:
+def test_reference_outside_the_run_keeps_its_path(base: str, tmp_path: Path) -> None:
     module = train(tmp_path / "runs" / "one" / "dpo", base, ImplicitReward(0.5))
     folder = tmp_path / "runs" / "one" / "dpo" / "model"
     assert json.loads((folder / "stage.json").read_text())["reference"] is None
@@ -166,7 +166,7 @@ def test_a_reference_outside_the_run_is_kept_as_it_is(base: str, tmp_path: Path)
     close(RewardModel(str(tmp_path / "elsewhere" / "dpo" / "model")).score(*TEXTS), module.score(*TEXTS))
 
 
-def test_a_reference_that_is_the_model_itself_is_refused(base: str, tmp_path: Path) -> None:
+def test_model_as_its_own_reference_is_rejected(base: str, tmp_path: Path) -> None:
     train(tmp_path / "dpo", base, ImplicitReward(0.5))
     folder = tmp_path / "dpo" / "model"
     facts = json.loads((folder / "stage.json").read_text())
@@ -176,7 +176,7 @@ def test_a_reference_that_is_the_model_itself_is_refused(base: str, tmp_path: Pa
         RewardModel(str(folder))
 
 
-def test_evaluating_a_policy_against_itself_says_so(base: str, tmp_path: Path, caplog: Any) -> None:
+def test_warns_if_a_policy_is_compared_with_itself(base: str, tmp_path: Path, caplog: Any) -> None:
     train(tmp_path / "dpo", base, ImplicitReward(0.5))
     folder = str(tmp_path / "dpo" / "model")
     caplog.set_level("WARNING", "rlhf_lightning")
@@ -184,11 +184,11 @@ def test_evaluating_a_policy_against_itself_says_so(base: str, tmp_path: Path, c
         module = PreferenceModule(folder, ImplicitReward(0.5, reference))
         data = PreferenceDataModule(validation=ROWS, batch_size=4, show_example=False)
         found = trainer(tmp_path / "dpo").validate(module, data, verbose=False)[0]
-        assert ("is its own reference" in caplog.text) == warns
+        assert ("is compared with itself" in caplog.text) == warns
         assert (abs(found["val/margin"]) < 1e-6) == warns
 
 
-def test_a_model_without_a_head_is_no_reward_model(base: str, tmp_path: Path) -> None:
+def test_model_without_a_head_is_not_a_reward_model(base: str, tmp_path: Path) -> None:
     """Scoring it would give random numbers."""
     for folder in (base, _sft_adapter(base, tmp_path)):
         with pytest.raises(ConfigError, match="is not a preference model"):
@@ -202,7 +202,7 @@ def _sft_adapter(base: str, root: Path) -> str:
     return str(root / "adapter")
 
 
-def test_the_shift_is_applied_on_request_only(base: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_score_shift_is_applied_only_on_request(base: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     module = train(tmp_path / "rm", base, RewardHead())
     folder = str(tmp_path / "rm" / "model")
     with pytest.raises(ConfigError, match="has no reward_shift"):
@@ -218,7 +218,7 @@ def test_the_shift_is_applied_on_request_only(base: str, tmp_path: Path, capsys:
     capsys.readouterr()
 
 
-def test_a_policy_from_dpo_is_an_ordinary_causal_model(base: str, tmp_path: Path) -> None:
+def test_dpo_policy_is_an_ordinary_causal_model(base: str, tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     module = train(tmp_path / "dpo", base, ImplicitReward(0.5))
@@ -231,7 +231,7 @@ def test_a_policy_from_dpo_is_an_ordinary_causal_model(base: str, tmp_path: Path
 
 
 @pytest.mark.parametrize("options", [{"format": "raw"}, {"template_kwargs": {"calm": True}}])
-def test_the_way_rows_were_rendered_is_saved(options: dict[str, Any], base: str, tmp_path: Path) -> None:
+def test_rendering_settings_are_saved(options: dict[str, Any], base: str, tmp_path: Path) -> None:
     """A model trained on plain text, or with template settings, is scored on the same rendering."""
     from transformers import AutoTokenizer
 
@@ -262,7 +262,7 @@ class Twice(ModelReward):
     """A user's reward."""
 
 
-def test_a_subclass_of_ones_own_is_saved_read_and_frozen_as_its_base_is(base: str, tmp_path: Path) -> None:
+def test_custom_scorer_subclass_is_saved_loaded_and_frozen(base: str, tmp_path: Path) -> None:
     module = train(tmp_path / "run", base, Scaled(3.0))
     folder = str(tmp_path / "run" / "model")
     judge = RewardModel(folder)

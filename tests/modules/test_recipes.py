@@ -177,7 +177,7 @@ def policy_loss(module: Any) -> float:
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_a_recipe_is_its_papers_loss(name: str) -> None:
+def test_recipes_equal_the_losses_of_their_papers(name: str) -> None:
     module = getattr(PolicyRLModule, name)("m", sampler=Sampler(BUDGET))
     assert policy_loss(module) == pytest.approx(PAPERS[name](), rel=1e-6)
     named = PolicyRLModule("m", recipe=name, sampler=Sampler(BUDGET))
@@ -186,7 +186,7 @@ def test_a_recipe_is_its_papers_loss(name: str) -> None:
     assert (named.critic is None) == (name != "ppo")
 
 
-def test_settings_beside_a_recipe_override_it() -> None:
+def test_explicit_settings_override_a_recipe() -> None:
     own = ClippedSurrogate(0.1, 0.1)
     module = PolicyRLModule.grpo("m", objective=own, kl=None, resample_groups=2)
     assert (module.objective, module.kl, module.resample_groups) == (own, None, 2)
@@ -198,7 +198,7 @@ def test_settings_beside_a_recipe_override_it() -> None:
 
 
 @pytest.mark.parametrize(("name", "hint"), [("grop", "grpo"), ("reinforce++", "reinforce_pp"), ("DAPO", "dapo")])
-def test_a_misspelt_recipe_is_answered_with_the_right_one(name: str, hint: str, tmp_path: Path) -> None:
+def test_misspelled_recipe_gets_a_suggestion(name: str, hint: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=f"Did you mean {hint}"):
         PolicyRLModule("m", recipe=name)
     said = rlhf("policy", "fit", "--model.recipe", name, "--model.model", "m", cwd=tmp_path, code=2)
@@ -215,7 +215,7 @@ def shown(tmp_path: Path, settings: dict[str, Any], *args: str) -> dict[str, Any
     return found
 
 
-def test_print_config_shows_what_a_recipe_became(tmp_path: Path) -> None:
+def test_print_config_shows_the_settings_of_a_recipe(tmp_path: Path) -> None:
     plain = shown(tmp_path, {"recipe": "grpo"})
     assert plain["objective"]["class_path"].endswith(".ClippedSurrogate")
     assert plain["objective"]["init_args"]["aggregation"] == "sequence_mean"

@@ -98,7 +98,7 @@ def steps(name: str, layout: tuple[int, int, int], base: str, root: Path, **modu
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_ranks_and_micro_batches_log_the_numbers_of_one_large_batch(name: str, base: str, tmp_path: Path) -> None:
+def test_ranks_and_micro_batches_log_the_metrics_of_one_large_batch(name: str, base: str, tmp_path: Path) -> None:
     layouts = [layout for layout in LAYOUTS if name != "labels" or layout[2] == 1]  # KTO's rows must be in one batch
     curves = [steps(name, layout, base, tmp_path / str(i), dtype="float64") for i, layout in enumerate(layouts)]
     assert len(curves[0]) == {"policy": 5, "critic": 5}.get(name, 4)
@@ -112,7 +112,7 @@ def test_ranks_and_micro_batches_log_the_numbers_of_one_large_batch(name: str, b
     assert len(own) >= {"sft": 1, "rankings": 3}.get(name, 5)
 
 
-def test_in_float32_as_well(base: str, tmp_path: Path) -> None:
+def test_step_metrics_in_float32(base: str, tmp_path: Path) -> None:
     one, two = (steps("dpo", layout, base, tmp_path / str(layout[0])) for layout in ((1, 8, 1), (2, 1, 4)))
     for a, b in zip(one, two, strict=True):
         assert a == pytest.approx(b, rel=1e-4, abs=1e-5)  # weights after steps of 0.1 differ by rounding themselves
@@ -122,7 +122,7 @@ def test_in_float32_as_well(base: str, tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("tensor", [1, 2])
 @pytest.mark.parametrize("name", ["sft", "dpo", "policy"])
-def test_where_weights_are_split(name: str, tensor: int, base: str, tmp_path: Path) -> None:
+def test_step_metrics_with_sharded_weights(name: str, tensor: int, base: str, tmp_path: Path) -> None:
     """Two ranks with different rows, or two that compute the same rows, which count once."""
     build, source = RUNS[name]
     one = steps(name, (1, 4, 2), base, tmp_path / "one")
@@ -145,7 +145,7 @@ def number(value: float) -> torch.Tensor:
     return torch.tensor(value)
 
 
-def test_sums_means_and_maxima_by_hand() -> None:
+def test_sums_means_and_maxima_worked_by_hand() -> None:
     numbers = StepNumbers(("mean", "sum", "nothing", "missing"), ("largest",))
     for total, count, most in ((6.0, 3.0, -2.0), (1.0, 1.0, -5.0)):
         sums = {
@@ -165,7 +165,7 @@ def test_sums_means_and_maxima_by_hand() -> None:
     assert numbers.take(reduce) == {}
 
 
-def test_tokens_are_counted_beyond_what_a_float_counts() -> None:
+def test_tokens_are_counted_beyond_the_range_of_float32() -> None:
     count = Count()
     for _ in range(3):
         count.update(torch.tensor(2.0**24))
@@ -173,7 +173,7 @@ def test_tokens_are_counted_beyond_what_a_float_counts() -> None:
     assert int(count.number) == 3 * 2**24 + 3
 
 
-def test_sft_by_hand(base: str, tmp_path: Path) -> None:
+def test_sft_metrics_worked_by_hand(base: str, tmp_path: Path) -> None:
     taken = []
 
     class Watch(Steps):
@@ -194,7 +194,7 @@ def test_sft_by_hand(base: str, tmp_path: Path) -> None:
         assert seen["train/nll"] == pytest.approx(nats / tokens, rel=1e-5)
 
 
-def test_preference_by_hand(base: str, tmp_path: Path) -> None:
+def test_preference_metrics_worked_by_hand(base: str, tmp_path: Path) -> None:
     module, source = make("preference", base, optimizer=sgd(0.0)), data("preference", 5, 1)
     watch = Steps()
     trainer(tmp_path, accumulate_grad_batches=5, callbacks=[watch]).fit(module, source)
@@ -217,7 +217,7 @@ def test_preference_by_hand(base: str, tmp_path: Path) -> None:
     )
 
 
-def test_policy_by_hand(base: str, tmp_path: Path) -> None:
+def test_policy_metrics_worked_by_hand(base: str, tmp_path: Path) -> None:
     """Recorded tokens whose log-probabilities differ by known amounts."""
     model: Any = make("policy", base)
     model.configure_model()
@@ -268,7 +268,7 @@ class Rows(Logger):
         self.rows.append(dict(metrics))
 
 
-def test_a_mean_over_nothing_is_left_out(base: str, tmp_path: Path) -> None:
+def test_mean_over_no_elements_is_not_logged(base: str, tmp_path: Path) -> None:
     rows = [{**row, "label": int(i != 1)} for i, row in enumerate(labeled(3))]
     module = PreferenceModule(base, ImplicitReward(0.1), KTO(), optimizer=sgd(0.1))
     source, log = PreferenceDataModule(rows, batch_size=1, seed=1), Rows()
@@ -277,7 +277,7 @@ def test_a_mean_over_nothing_is_left_out(base: str, tmp_path: Path) -> None:
     assert sorted(found) == [(False, True), (True, False), (True, False)]
 
 
-def test_a_subclass_may_log_a_number_of_its_own_by_the_same_name(base: str, tmp_path: Path) -> None:
+def test_subclass_may_log_its_own_metric_under_the_same_name(base: str, tmp_path: Path) -> None:
     class Own(SFTModule):
         def training_step(self, batch: dict[str, Any], batch_idx: int) -> torch.Tensor:
             loss = super().training_step(batch, batch_idx)
@@ -292,7 +292,7 @@ def test_a_subclass_may_log_a_number_of_its_own_by_the_same_name(base: str, tmp_
     assert all(seen["train/nll"] == -1.0 and seen["gradient"] > 0 for seen in watch.seen)
 
 
-def test_a_loader_without_denominators(base: str, tmp_path: Path) -> None:
+def test_dataloader_without_denominators(base: str, tmp_path: Path) -> None:
     ids = torch.arange(3, 27).reshape(4, 6)
     masks = torch.tensor([[0, 0, 1, 1, 1, 1], [0, 0, 0, 0, 0, 1], [0, 1, 1, 1, 0, 0], [0, 0, 0, 0, 1, 1]]).float()
     batches = [

@@ -17,7 +17,7 @@ BEST = (
 )
 
 
-def test_the_rubric() -> None:
+def test_rubric() -> None:
     assert sum(WEIGHTS.values()) == pytest.approx(1)
     assert rubric(BEST, "rusty gate", "metal") == pytest.approx(1)
     assert rubric("", "rusty gate", "metal") == 0
@@ -30,7 +30,7 @@ def test_the_rubric() -> None:
         assert rubric_parts(worse, "rusty gate", "metal")["concise"] == 0
 
 
-def test_the_data(tmp_path: Path) -> None:
+def test_quickstart_data(tmp_path: Path) -> None:
     files = write_data(tmp_path / "a", 5, Sizes(300, 1000, 200, 40))
     again = write_data(tmp_path / "b", 5, Sizes(300, 1000, 200, 40))
     rows = {name: [json.loads(line) for line in Path(path).read_text().splitlines()] for name, path in files.items()}
@@ -55,7 +55,7 @@ def test_the_data(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("forked_stages")
-def test_a_small_run_still_learns(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_small_quickstart_learns(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """A third of the data, fewer rounds and a weaker requirement: every stage improves on the previous one."""
     settings = QuickstartSettings(
         tmp_path / "run",

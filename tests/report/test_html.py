@@ -109,7 +109,7 @@ def run(tmp_path: Path) -> Path:
     return root
 
 
-def test_a_run_from_end_to_end(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_report_of_a_complete_run(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         entry.main(["report", str(run)])
     assert stop.value.code == 0
@@ -131,7 +131,7 @@ def test_a_run_from_end_to_end(run: Path, capsys: pytest.CaptureFixture[str]) ->
     assert "answer 5 " not in page.text
 
 
-def test_the_main_figures_come_first(run: Path) -> None:
+def test_main_figures_come_first(run: Path) -> None:
     """In large type; a constant curve is a sentence, not a chart."""
     write_report(run)
     page = (run / "report.html").read_text()
@@ -149,11 +149,11 @@ def test_the_main_figures_come_first(run: Path) -> None:
         ([0, 0], 4, "0 → 0"),
     ],
 )
-def test_a_change_in_a_few_digits(values: list[float], digits: int, wanted: str) -> None:
+def test_change_is_shown_with_few_digits(values: list[float], digits: int, wanted: str) -> None:
     assert charts.change(values, digits) == wanted
 
 
-def test_a_curve_that_never_moves(tmp_path: Path) -> None:
+def test_constant_curve(tmp_path: Path) -> None:
     (tmp_path / "metrics.csv").write_text(
         "step,train/reward,train/clip_fraction\n" + "".join(f"{i},{i},0.0\n" for i in range(4))
     )
@@ -162,7 +162,7 @@ def test_a_curve_that_never_moves(tmp_path: Path) -> None:
     assert [label for label in page.charts() if "reward" in label or "clip" in label] == ["reward: train/reward 0 → 3"]
 
 
-def test_nothing_that_a_model_writes_is_more_than_text(run: Path) -> None:
+def test_model_output_is_escaped(run: Path) -> None:
     raw = write_report(run).read_text(encoding="utf-8")
     page = Page(raw)
     assert page.text.count("<script>alert('x')</script>") >= 5
@@ -177,7 +177,7 @@ def test_nothing_that_a_model_writes_is_more_than_text(run: Path) -> None:
     assert any(a.get("http-equiv") == "Content-Security-Policy" for t, a in page.tags if t == "meta")
 
 
-def test_a_stage_alone_and_under_way(tmp_path: Path) -> None:
+def test_report_of_a_single_unfinished_stage(tmp_path: Path) -> None:
     write_metrics(tmp_path / "metrics.csv", {"train/nll": [2.0, "nan", 1.0]})
     with open(tmp_path / "metrics.csv", "a") as stream:
         stream.write("0,")
@@ -187,7 +187,7 @@ def test_a_stage_alone_and_under_way(tmp_path: Path) -> None:
     assert page.charts() == ["negative log-likelihood, nats per token: train/nll 2 → 1"]
 
 
-def test_a_stage_command_writes_its_report(base: str, tmp_path: Path) -> None:
+def test_stage_command_writes_its_report(base: str, tmp_path: Path) -> None:
     config = write_yaml(tmp_path / "sft.yaml", stage_config("sft", base, tmp_path))
     folder = tmp_path / "runs" / "first"
     out = rlhf("sft", "fit", "-c", config, "--trainer.default_root_dir", str(folder))
@@ -198,12 +198,12 @@ def test_a_stage_command_writes_its_report(base: str, tmp_path: Path) -> None:
         assert text in page.text
 
 
-def test_a_folder_without_a_run_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_folder_without_a_run_is_rejected(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "contains no run" in mistake(["report", str(tmp_path)], capsys)
     assert "no such folder" in mistake(["report", str(tmp_path / "none")], capsys)
 
 
-def test_a_report_that_cannot_be_written_does_not_end_a_run(run: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_failing_report_does_not_end_a_run(run: Path, caplog: pytest.LogCaptureFixture) -> None:
     (run / "manifest.json").write_text("{")
     with pytest.raises(UserError, match="Expecting"):
         write_report(run)
@@ -247,7 +247,7 @@ def test_held_out_prompts_are_shown_before_and_after(tmp_path: Path) -> None:
     assert "at 4" not in page
     assert "trained" not in page
     (tmp_path / "policy" / "heldout.jsonl").write_text(json.dumps({**rows[0], "terms": [1.0]}) + "\n")
-    with pytest.raises(UserError, match=r"heldout\.jsonl:1: terms is \[1\.0\], which no run writes"):
+    with pytest.raises(UserError, match=r"heldout\.jsonl:1: terms is \[1\.0\], which is not a valid value here"):
         write_report(tmp_path / "policy")
 
 
@@ -259,7 +259,7 @@ def test_metrics_are_read_by_column(tmp_path: Path) -> None:
         read_run(tmp_path / "nowhere")
 
 
-def test_points_stand_where_they_belong() -> None:
+def test_points_are_drawn_at_their_positions() -> None:
     frame = charts.Frame((0.0, 10.0), (-1.0, 1.0))
     left, floor = frame.at(0.0, -1.0)
     assert (left, floor) == (charts.LEFT, charts.HEIGHT - charts.BOTTOM)
@@ -284,7 +284,7 @@ def test_ticks_are_round(low: float, high: float, wanted: list[float] | None) ->
     assert wanted is None or found == pytest.approx(wanted)
 
 
-def test_curves_of_odd_values() -> None:
+def test_curves_of_unusual_values() -> None:
     assert charts.curves("empty", {"a": [(0.0, float("nan"))]}) is None
     for values in ([0.0], [5.0, 5.0], [1e-300, 1e300], [-1e-12, 1e-12], list(range(5000))):
         drawn = charts.curves("odd", {"a": [(float(i), float(v)) for i, v in enumerate(values)]})
@@ -297,7 +297,7 @@ def test_curves_of_odd_values() -> None:
     assert all(abs(y - 0.5) < 0.1 for _, y in mean[5:-5])
 
 
-def test_an_element_escapes_what_is_no_element() -> None:
+def test_elements_escape_plain_values() -> None:
     assert (
         el("p", "a < b", el("b", "&"), class_="x", title='"') == '<p class="x" title="&quot;">a &lt; b<b>&amp;</b></p>'
     )
@@ -310,7 +310,7 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shuti
 @pytest.mark.parametrize("width", [390, 1280])
 def test_a_browser_shows_it_without_scrolling_sideways(run: Path, tmp_path: Path, width: int) -> None:
     page = write_report(run).read_text()
-    # The page itself allows no script: the copy that is measured is let to run one.
+    # The page allows no scripts, so the measured copy is changed to allow one.
     page = re.sub(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", page)
     measure = (
         "<script>const d = document.documentElement, widths = [...document.querySelectorAll('svg')].map(e => "

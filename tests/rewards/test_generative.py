@@ -88,14 +88,17 @@ def test_an_answer_that_was_not_begun(base: str, tokenizer: Any) -> None:
 
 
 @pytest.mark.parametrize(("policy", "expected"), [("skip", [None, 0.7]), ("lowest", [0.25, 0.7])])
-def test_what_follows_without_a_number(policy: str, expected: Any, base: str, tokenizer: Any) -> None:
+def test_answers_without_a_number(policy: str, expected: Any, base: str, tokenizer: Any) -> None:
     term, _ = written(base, tokenizer, " no", " 0.7", on_failure=policy, minimum=0.25)
     assert term.score([said("a"), said("b")]) == expected
 
 
-def test_a_failure_may_end_the_run(base: str, tokenizer: Any) -> None:
+def test_failure_ends_the_run_if_requested(base: str, tokenizer: Any) -> None:
     term, _ = written(base, tokenizer, " 0.7", " no", on_failure="fail")
-    with pytest.raises(UserError, match=r"prompt 4, sample 0: the judge wrote 'Score: no', .* from 0 to 1\. Change"):
+    with pytest.raises(
+        UserError,
+        match=r"prompt 4, sample 0: the pattern finds no number from 0 to 1 in the judge's answer 'Score: no'\. Change",
+    ):
         term.score([said("a"), said("b", group=4)])
 
 
@@ -105,7 +108,7 @@ def test_a_warning_if_most_answers_have_none(base: str, tokenizer: Any, caplog: 
         term.score([said("a"), said("b")])
         assert not caplog.records
         term.score([said("a"), said("b"), said("c")])
-    assert "2 of 3 responses got no score; the first: the reward generative, prompt 0" in caplog.text
+    assert "2 of 3 responses got no score. The first: the reward generative, prompt 0" in caplog.text
 
 
 # -- what the judge is asked ------------------------------------------------------------------------------------------
@@ -141,7 +144,9 @@ def test_where_it_does_not_apply(base: str, tokenizer: Any) -> None:
     silent = Episode([{"role": "user", "content": "Hi"}], {"answer": "a"}, 0)
     assert term.score([silent, said("a"), said("a", {"answer": ""}), said("a", {"answer": 0})]) == [None] * 3 + [1.0]
     assert len(engine.asked) == 1
-    with pytest.raises(ConfigError, match=r"names \{answer\}, but no row has .* \{?prompt, .*maximum, wanted"):
+    with pytest.raises(
+        ConfigError, match=r"contains \{answer\}, but no row has .*available are prompt, .*maximum, wanted"
+    ):
         term.check([Prompt([], [], {"wanted": 1})])
     term.check([Prompt([], [], {"wanted": 1}), Prompt([], [], {"answer": "a"})])
 
@@ -152,7 +157,7 @@ def test_a_grading_prompt_that_is_too_long(base: str, tokenizer: Any) -> None:
     assert term.score([said("one two three " * 200), said("short")]) == [None, 1.0]
     assert len(engine.asked) == 1
     term, _ = written(base, tokenizer, " 1", prompt=GRADE, on_failure="fail")
-    with pytest.raises(UserError, match=r"its grading prompt has \d+ tokens, and the judge has room for 248"):
+    with pytest.raises(UserError, match=r"its grading prompt has \d+ tokens, but the judge has room for only 248"):
         term.score([said("one two three " * 200)])
 
 
@@ -161,13 +166,13 @@ def test_a_grading_prompt_that_is_too_long(base: str, tokenizer: Any) -> None:
     [
         ({"prompt": "Rate it."}, r"the prompt has no \{response\}"),
         ({"pattern": "(a"}, "not a valid regular expression"),
-        ({"minimum": 1.0}, "minimum is 1.0 and maximum 1.0"),
+        ({"minimum": 1.0}, "minimum is 1.0 and maximum is 1.0"),
         ({"maximum": float("nan")}, "maximum of the reward generative is nan"),
         ({"on_failure": "ignore"}, "on_failure is 'ignore'; it must be one of skip, lowest, fail"),
         ({"device": "cpu", "offload": True}, "set only one of them"),
     ],
 )
-def test_what_is_refused(options: Any, message: str) -> None:
+def test_invalid_generative_settings_are_rejected(options: Any, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         GenerativeReward("judge", **options)
 

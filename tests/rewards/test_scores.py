@@ -80,7 +80,7 @@ def total(scores: Any, *episodes: Episode, **options: Any) -> list[float]:
 # -- sums and what is refused -----------------------------------------------------------------------------------------
 
 
-def test_parts_are_weighted_added_and_kept_apart() -> None:
+def test_terms_are_weighted_added_and_stored_separately() -> None:
     episodes = [said("a"), said("b"), said("c")]
     episodes[0].environment_reward = 10.0
     episodes[2].stop_reason = "length"
@@ -95,7 +95,7 @@ def test_parts_are_weighted_added_and_kept_apart() -> None:
 
 
 @pytest.mark.parametrize("scores", [torch.tensor([1.0, 2.0]), numpy.array([1, 2]), (numpy.float32(1), 2), iter([1, 2])])
-def test_numbers_of_any_library(scores: Any) -> None:
+def test_scores_of_other_libraries(scores: Any) -> None:
     assert total(scores, said("a"), said("b")) == [1.0, 2.0]
 
 
@@ -121,7 +121,7 @@ def test_numbers_of_any_library(scores: Any) -> None:
         ({"a": 1, "b": 2}, "returned 'a' for prompt 4, sample 0"),
     ],
 )
-def test_what_is_no_score_is_refused_with_its_row(scores: Any, message: str) -> None:
+def test_invalid_scores_are_rejected_with_their_row(scores: Any, message: str) -> None:
     second = said("b", sample=3)
     second.where = "data.jsonl:7"
     with pytest.raises(ConfigError, match=message):
@@ -165,12 +165,12 @@ def test_what_is_no_score_is_refused_with_its_row(scores: Any, message: str) -> 
         (lambda: PolicyRLModule("x", truncated_reward=math.nan), "truncated_reward is nan"),
     ],
 )
-def test_settings_that_make_no_sense_are_refused(make: Any, message: str) -> None:
+def test_invalid_settings_are_rejected(make: Any, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         make()
 
 
-def test_every_class_is_named_by_one_path() -> None:
+def test_every_public_reward_can_be_imported() -> None:
     for name in package.__all__:
         assert getattr(package, name)
 
@@ -196,7 +196,12 @@ def test_every_class_is_named_by_one_path() -> None:
         ({"numbers": True}, "$1,000", "1000", 1.0),
         ({"numbers": True}, "50%", "50", 1.0),
         ({"numbers": True, "pattern": r"\d[\d.,]*"}, "42", "It is 42, then.", 1.0),
-        ({"numbers": True}, "1e999999999", "1e999999999", 1.0),  # as text: its value would never be worked out
+        (
+            {"numbers": True},
+            "1e999999999",
+            "1e999999999",
+            1.0,
+        ),  # compared as text, because computing its value would take forever
         ({"numbers": True}, "1,00", "100", 0.0),
         ({"numbers": True}, "-3", "3", 0.0),
         ({"numbers": True}, "one", "one", 1.0),
@@ -207,11 +212,11 @@ def test_every_class_is_named_by_one_path() -> None:
         ({}, [], "b", None),
     ],
 )
-def test_exact_answers(options: dict[str, Any], answer: Any, response: str, wanted: float | None) -> None:
+def test_exact_answer(options: dict[str, Any], answer: Any, response: str, wanted: float | None) -> None:
     assert ExactAnswer(**options).score([said(response, {"answer": answer})]) == [wanted]
 
 
-def test_rows_that_a_verifier_cannot_use_are_named_before_training() -> None:
+def test_rows_that_a_verifier_cannot_use_are_reported_before_training() -> None:
     rows = [Prompt([], [], {"answer": "#### 3"}, where="d.jsonl:1"), Prompt([], [], {"answer": "3"}, where="d.jsonl:2")]
     with pytest.raises(
         DataError, match=r"d.jsonl:2: the reward ExactAnswer: answer_pattern does not match 'answer' '3'"
@@ -234,7 +239,7 @@ def test_regular_expressions() -> None:
     assert RegexReward(column="wanted", ignore_case=True).score(episodes) == [0.0, None, 1.0]
 
 
-def test_blocked_terms_are_whole_words_in_any_case_in_all_turns(tmp_path: Path) -> None:
+def test_blocked_terms_match_whole_words_in_all_turns(tmp_path: Path) -> None:
     (tmp_path / "terms.txt").write_text("pipe bomb\n\nc++\n")
     reward = BlockedTerms(["ass"], str(tmp_path / "terms.txt"), penalty=-2.0)
     texts = ["an ASS.", "class assess", "Pipe\n bomb", "pipebomb", "I like C++", "fine", "ass_"]
@@ -279,12 +284,13 @@ def test_functions_may_be_async_and_have_a_time_limit() -> None:
     assert FunctionReward(slow, timeout=5).score([said("ab"), said("c")]) == [2.0, 1.0]
     started = time.perf_counter()
     for function in (hangs, hangs_too):
-        with pytest.raises(TimeLimitError, match=f"the reward {function.__name__}: it exceeded its limit of 0.1 s"):
+        message = f"the reward {function.__name__}: the call exceeded its time limit of 0.1 s"
+        with pytest.raises(TimeLimitError, match=message):
             FunctionReward(function, timeout=0.1).score([said("ab")])
     assert time.perf_counter() - started < 5
 
 
-def test_an_error_in_a_function_is_its_own() -> None:
+def test_error_in_a_reward_function_is_raised_unchanged() -> None:
     def broken(completions: list[str]) -> list[float]:
         raise KeyError("mine")
 
@@ -301,7 +307,7 @@ def longer(prompt: Any, a: str, b: str) -> float:
     return min(1.0, max(0.0, 0.5 + (len(a) - len(b)) / 10 + 0.1))
 
 
-def test_pairs_are_judged_in_both_orders() -> None:
+def test_pairs_are_compared_in_both_orders() -> None:
     episodes = [said("aaa", group=1), said("a", group=1), said("aa", group=1), said("alone", group=2)]
     # Margins 2p - 1, both orders averaged, so that the place cancels: 2·(difference of length)/10.
     scores = PairwiseReward(longer).score(episodes)
@@ -311,7 +317,7 @@ def test_pairs_are_judged_in_both_orders() -> None:
     assert episodes[3].details == {}
 
 
-def test_judges_of_signs_ties_and_mistakes() -> None:
+def test_judges_with_signs_ties_and_invalid_results() -> None:
     calls = []
 
     async def judge(prompt: Any, a: str, b: str) -> int:
@@ -359,7 +365,7 @@ def answered(renderer: Renderer, texts: list[str]) -> list[Episode]:
     return found
 
 
-def test_an_ensemble_pays_for_its_disagreement(judges: list[str], tokenizer: Any) -> None:
+def test_ensemble_subtracts_its_disagreement(judges: list[str], tokenizer: Any) -> None:
     renderer = Renderer(tokenizer)
     episodes = answered(renderer, ["one", "two three", "four"])
     alone = [RewardTerm(ModelReward(folder), renderer) for folder in judges]
@@ -372,7 +378,7 @@ def test_an_ensemble_pays_for_its_disagreement(judges: list[str], tokenizer: Any
         assert abs(x - y) > 1e-3
 
 
-def test_a_model_on_a_device_of_its_own_is_no_part_of_the_module(judges: list[str], tokenizer: Any) -> None:
+def test_reward_model_with_its_own_device_is_not_a_submodule(judges: list[str], tokenizer: Any) -> None:
     renderer = Renderer(tokenizer)
     here, apart = (RewardTerm(ModelReward(judges[0], device=device), renderer) for device in (None, "cpu"))
     assert list(here.parameters())
@@ -383,7 +389,7 @@ def test_a_model_on_a_device_of_its_own_is_no_part_of_the_module(judges: list[st
     assert here.score(episodes) == apart.score(episodes)
 
 
-def test_a_response_ended_by_a_stop_text_is_scored_as_a_message(judges: list[str], tokenizer: Any) -> None:
+def test_response_ended_by_a_stop_text_is_scored_as_a_message(judges: list[str], tokenizer: Any) -> None:
     renderer = Renderer(tokenizer)
     reward = RewardTerm(ModelReward(judges[0]), renderer)
     whole, cut, last = answered(renderer, ["one", "one", "two"])
@@ -417,7 +423,7 @@ def test_demonstrations_set_the_scale(judges: list[str], tokenizer: Any) -> None
 # -- running statistics -----------------------------------------------------------------------------------------------
 
 
-def test_running_statistics_by_hand() -> None:
+def test_running_statistics_worked_by_hand() -> None:
     norm = RunningStatistics()
     options = {"normalize": RunningNorm(), "clip": 1.1, "weight": 2.0}
     episodes = [said("") for _ in range(4)]
@@ -442,13 +448,13 @@ def test_running_statistics_by_hand() -> None:
     assert norm.deviation == pytest.approx(float(every.std(correction=0)))
 
 
-def test_equal_scores_leave_nothing_to_divide() -> None:
+def test_equal_scores_are_not_divided_by_zero() -> None:
     norm = RunningStatistics()
     assert norm.normalized([0.1] * 7, "update") == pytest.approx([0.0] * 7, abs=1e-12)
     assert RunningStatistics(center=False).normalized([0.0, 0.0], "update") == [0.0, 0.0]
 
 
-def test_statistics_survive_other_precisions() -> None:
+def test_statistics_keep_float64_precision() -> None:
     holder = nn.ModuleList([RunningStatistics()])
     norm: Any = holder[0]
     norm.merge([0.1, 0.7, 12345.678])
@@ -460,7 +466,7 @@ def test_statistics_survive_other_precisions() -> None:
     assert fresh[0].moments == before  # type: ignore[union-attr, operator]
 
 
-def test_the_split_over_ranks_does_not_matter() -> None:
+def test_statistics_do_not_depend_on_the_split_over_ranks() -> None:
     values = [math.sin(i) * 10 ** (i % 7) for i in range(50)]
     orders = (values, values[::-1], values[::2] + values[1::2])
     merged = []
@@ -540,7 +546,7 @@ def short_is_good(episodes: list[Episode]) -> list[float]:
     return [-float(episode.truncated) for episode in episodes]
 
 
-def test_masked_truncated_rows_count_in_their_group_and_are_not_trained(base: str, tmp_path: Path) -> None:
+def test_masked_responses_count_in_their_group_but_are_not_trained(base: str, tmp_path: Path) -> None:
     rows = {}
     for masked in (False, True):
         sampler = Sampler(max_tokens=12, temperature=1.5)
@@ -559,7 +565,7 @@ def test_masked_truncated_rows_count_in_their_group_and_are_not_trained(base: st
     assert len(rows[True]) == len(rows[False]) - len(truncated)
 
 
-def test_what_is_logged(base: str, tmp_path: Path) -> None:
+def test_logged_metrics(base: str, tmp_path: Path) -> None:
     parts = [
         FunctionReward(vowels),
         ExactAnswer("wanted", name="exact"),
@@ -578,7 +584,7 @@ def test_what_is_logged(base: str, tmp_path: Path) -> None:
     assert float(logged["train/failed_episodes"]) == 0.0
 
 
-def test_groups_drawn_again_do_not_count_twice_in_running_statistics(base: str, tmp_path: Path) -> None:
+def test_resampled_groups_count_once_in_running_statistics(base: str, tmp_path: Path) -> None:
     reward = FunctionReward(lambda completions: [2.5] * len(completions), name="flat", normalize=RunningNorm())
     module = PolicyRLModule(base, rewards=[reward], sampler=Sampler(max_tokens=3), resample_groups=2)
     trainer(tmp_path).fit(module, source(4))
@@ -595,7 +601,7 @@ def blocks(language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)
 
 
-def test_documented_settings_build_the_parts_they_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_documented_settings_build_their_classes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from jsonargparse import ArgumentParser
 
     (tmp_path / "blocked.txt").write_text("bomb\n")
@@ -622,7 +628,7 @@ def test_documented_settings_build_the_parts_they_name(tmp_path: Path, monkeypat
 @pytest.mark.parametrize(
     "pattern", [r"(.*)*" * 6 + "x", r"(a+)+!", r"(a|a)*!", r"((a{0,20}){0,20}){0,20}!", r"((a|aa)+)+!"]
 )
-def test_an_expression_of_a_row_has_a_limit(pattern: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_regular_expression_of_a_row_has_a_time_limit(pattern: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("rlhf_lightning.rewards.verifiers.MATCH_SECONDS", 0.2)
     reward = RegexReward(column="answer")
     one = said("a" * 400, {"answer": pattern})
@@ -639,7 +645,7 @@ def test_an_expression_of_a_row_has_a_limit(pattern: str, monkeypatch: pytest.Mo
 
 
 @pytest.mark.parametrize("flags", [{}, {"ignore_case": True}, {"whole": True}])
-def test_expressions_match_as_those_of_python(flags: dict[str, bool]) -> None:
+def test_expressions_match_like_python(flags: dict[str, bool]) -> None:
     texts = ["", "A b", "a\nB c", "<think>x</think>\n<answer>4</answer>", "12, 3.5", "ſK", "a" * 50, "é ß"]
     patterns = [r"a.*b", r"^\w+$", r"(?P<x>a)(?P=x)?", r"<think>.*?</think>\s*<answer>\d+</answer>", r"\d+(?=\.)", "ß"]
     options = re.DOTALL | (re.IGNORECASE if flags.get("ignore_case") else 0)

@@ -52,7 +52,7 @@ def scored(reward: Reward, renderer: Renderer, *episodes: Episode) -> list[float
     return RewardTerm(reward, renderer).score(episodes)
 
 
-def test_text_rewards_read_special_tokens_when_asked(renderer: Renderer) -> None:
+def test_text_rewards_read_special_tokens_on_request(renderer: Renderer) -> None:
     read: list[Any] = []
 
     def seen(completions: list[str]) -> list[float]:
@@ -85,7 +85,7 @@ def test_text_rewards_read_special_tokens_when_asked(renderer: Renderer) -> None
     assert scored(PairwiseReward(judge), renderer, one, other) == [0.0, 0.0], "equal without special tokens"
 
 
-def test_turns_are_read_from_the_tokens_that_were_drawn(renderer: Renderer) -> None:
+def test_turns_are_decoded_from_the_sampled_tokens(renderer: Renderer) -> None:
     texts = ["one<|im_end|>", "two <|call|>", "three"]
     decode = renderer.tokenizer.decode
     assert [decode(ids) for ids in sampled(renderer, *texts).sampled_turns()] == texts
@@ -110,15 +110,15 @@ def test_turns_are_read_from_the_tokens_that_were_drawn(renderer: Renderer) -> N
         (r"(?!<\|im_end\|>)a", None),
         (r"<\|im_.nd\|>", None),
         ("(?:a|b)(?:c|d)" * 9 + "<s>", "<s>"),
-        ("(?:aa|bb)(?:cc|dd)" * 9 + "<s>", None),  # too many ways to look at: nothing is said
+        ("(?:aa|bb)(?:cc|dd)" * 9 + "<s>", None),  # too many alternatives to examine
         (r"<\|im_end\|>{0}x", None),
     ],
 )
-def test_what_a_pattern_needs(pattern: str, token: str | None) -> None:
+def test_required_literal(pattern: str, token: str | None) -> None:
     assert required_literal(re.compile(pattern), TOKENS) == token
 
 
-def test_case_counts_where_the_pattern_says_so() -> None:
+def test_required_literal_respects_case() -> None:
     assert required_literal(re.compile("<S>"), TOKENS) is None
     assert required_literal(re.compile("<S>", re.IGNORECASE), TOKENS) == "<s>"
 
@@ -138,7 +138,7 @@ PATTERNS = st.recursive(
 
 @settings(max_examples=400, deadline=None, derandomize=True)
 @given(pattern=PATTERNS, text=st.text(alphabet="ab <s>", max_size=8))
-def test_a_pattern_that_matches_without_a_token_does_not_need_it(pattern: str, text: str) -> None:
+def test_pattern_that_matches_without_a_token_does_not_require_it(pattern: str, text: str) -> None:
     if "<s>" not in text and re.search(pattern, text):
         assert required_literal(re.compile(pattern), ["<s>"]) is None
 
@@ -152,13 +152,13 @@ def test_a_pattern_that_matches_without_a_token_does_not_need_it(pattern: str, t
         (lambda **kw: BlockedTerms(["a <|call|>"], **kw), "of its terms"),
     ],
 )
-def test_what_can_never_match_is_refused(renderer: Renderer, reward: Any, setting: str) -> None:
+def test_patterns_that_can_never_match_are_rejected(renderer: Renderer, reward: Any, setting: str) -> None:
     with pytest.raises(ConfigError, match=rf"{setting}.*Set skip_special_tokens: false"):
         RewardTerm(reward(), renderer)
     RewardTerm(reward(skip_special_tokens=False), renderer)
 
 
-def test_patterns_of_a_column_are_refused_with_their_row(renderer: Renderer) -> None:
+def test_patterns_of_a_column_are_rejected_with_their_row(renderer: Renderer) -> None:
     reward = RewardTerm(RegexReward(column="want"), renderer)
     rows = [Prompt([], [1], {"want": want}, where=f"rows.jsonl:{i}") for i, want in enumerate(["a", r"b<\|im_end\|>"])]
     reward.check(rows[:1])
@@ -166,7 +166,7 @@ def test_patterns_of_a_column_are_refused_with_their_row(renderer: Renderer) -> 
         reward.check(rows)
 
 
-def test_a_text_that_ends_responses_is_not_seen_either(base: str, tmp_path: Any) -> None:
+def test_stop_text_is_removed_from_responses(base: str, tmp_path: Any) -> None:
     def fit(**options: Any) -> None:
         reward = RegexReward("<a>.*</a>", **options)
         rewards = [reward, LengthReward(target=3, weight=0.1)]

@@ -213,7 +213,7 @@ def test_dropped_episode_does_not_change_the_others(
     tokenizer: Any, model: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     renderer = Renderer(tokenizer)
-    # The tiny model seldom ends a turn by itself.
+    # The tiny model rarely ends a turn by itself.
     sampler = Sampler(max_tokens=20, stop=list("aeiou nt")).build(model.double(), renderer)
     clean = played(tokenizer, {}, Limits(), sampler)
     with caplog.at_level(logging.WARNING):
@@ -349,8 +349,8 @@ def hangs(kind: str) -> type:
 @pytest.mark.parametrize(
     ("kind", "reason"),
     [
-        ("sync", "it exceeded its limit of 0.3 s"),
-        ("async", "it exceeded its limit of 0.3 s"),
+        ("sync", "the call exceeded its time limit of 0.3 s"),
+        ("async", "the call exceeded its time limit of 0.3 s"),
         ("blocking", "it does not await"),
     ],
 )
@@ -361,7 +361,7 @@ def test_hanging_environment_times_out(tokenizer: Any, kind: str, reason: str) -
         run_episodes(*run, Limits(step_timeout=0.3))
     episodes = run_episodes(*run, Limits(step_timeout=0.3, on_error="drop"))
     assert episodes[1].failed
-    if kind != "blocking":  # which takes along whatever else is under way
+    if kind != "blocking":  # which also ends all other calls in progress
         assert [episode.failed for episode in episodes] == [False, True, False]
     assert time.perf_counter() - started < 10
 
@@ -589,7 +589,7 @@ def test_stop_text_that_the_tokenizer_cannot_produce(tokenizer: Any, model: Any)
         Sampler(stop=[stop]).build(model, Renderer(tokenizer))
     tokenizer.backend_tokenizer.normalizer = normalizers.Lowercase()
     with pytest.raises(
-        ConfigError, match=r"sampler.stop: the tokenizer never produces 'END' \(it turns that text into 'end'\)"
+        ConfigError, match=r"sampler.stop: the tokenizer never produces 'END' \(it decodes the text's tokens to 'end'\)"
     ):
         Sampler(stop=["END"]).build(model, Renderer(tokenizer))
 

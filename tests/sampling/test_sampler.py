@@ -35,7 +35,7 @@ def test_greedy_equals_generate(
     prompts = [[5, 6, 7], [9, 10, 11, 12, 13, 14, 15, 16], [5, 6, 7], [40], [9, 9]]
     with caplog.at_level(logging.WARNING, "rlhf_lightning"):
         samples = sampler.generate(prompts, [0] * 5)
-    assert any("by its own generate" in message for message in caplog.messages) == (architecture in FALLBACK)
+    assert any("with its own generate" in message for message in caplog.messages) == (architecture in FALLBACK)
     for prompt, sample in zip(prompts, samples, strict=True):
         ids = torch.tensor([prompt], device=device)
         out = untouched.generate(
@@ -46,7 +46,7 @@ def test_greedy_equals_generate(
 
 
 @pytest.mark.parametrize("architecture", PLAIN + FALLBACK)
-def test_draws_depend_on_their_seed_alone_and_their_logprobs_are_the_trainers(
+def test_samples_depend_only_on_their_seed_and_logprobs_equal_the_trainers(
     tokenizer: Any, architecture: str, device: torch.device
 ) -> None:
     model = build_model(tokenizer, architecture=architecture).double().to(device)
@@ -56,7 +56,7 @@ def test_draws_depend_on_their_seed_alone_and_their_logprobs_are_the_trainers(
     seeds = list(range(1, 8))
     together, few, alone = (
         built(model, tokenizer, max_tokens=10, temperature=0.8, batch_rows=rows).generate(prompts, seeds)
-        for rows in (256, 3, 1)  # rows wait for a slot, and take those of others
+        for rows in (256, 3, 1)  # rows wait for the slots of finished rows
     )
     assert [sample.ids for sample in together] == [sample.ids for sample in alone] == [sample.ids for sample in few]
     assert together[0].ids != together[2].ids
@@ -71,7 +71,7 @@ def test_draws_depend_on_their_seed_alone_and_their_logprobs_are_the_trainers(
         torch.testing.assert_close(sampled, torch.tensor(sample.logprobs, dtype=torch.float64), rtol=0, atol=exact)
 
 
-def test_finished_rows_leave_and_waiting_ones_enter(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_waiting_rows_take_the_slots_of_finished_rows(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     model = build_model(tokenizer)
     engine = LocalEngine(model, tokenizer.decode, rows=4)
     engine.generate([[5]], SamplingParams(max_tokens=1), [0])
@@ -88,11 +88,11 @@ def test_finished_rows_leave_and_waiting_ones_enter(tokenizer: Any, monkeypatch:
     assert lengths[0] < lengths[-1]
     assert max(fed) == 4
     assert fed[-1] < 4, "slots that are empty for good are given up"
-    # Without slots that are taken over, each four would wait for their slowest.
+    # Without reuse of slots, each batch of four would wait for its slowest row.
     assert len(fed) < sum(sorted(lengths)[3::4])
 
 
-def test_a_short_buffer_grows(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kv_cache_grows(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     from rlhf_lightning.sampling import kv_cache as slots
 
     model = build_model(tokenizer).double()
@@ -102,17 +102,17 @@ def test_a_short_buffer_grows(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -
     assert [s.ids for s in found] == [s.ids for s in wanted]
 
 
-def test_the_model_is_left_as_it_was(tokenizer: Any) -> None:
+def test_sampling_does_not_change_the_model(tokenizer: Any) -> None:
     model = build_model(tokenizer).train()
     model.model.layers[0].eval()
     built(model, tokenizer, max_tokens=3).generate([[5]], [0])
     assert model.training
     assert not model.model.layers[0].training
     ids = torch.tensor([[5, 6, 7]])
-    model(ids).logits.sum().backward()  # nothing of inference mode is left behind
+    model(ids).logits.sum().backward()  # no tensor is left in inference mode
 
 
-def test_bf16_draws_are_those_of_the_trainers_precision(tokenizer: Any, device: torch.device) -> None:
+def test_bf16_samples_match_the_trainers_precision(tokenizer: Any, device: torch.device) -> None:
     model = build_model(tokenizer, head_dim=16).to(device)
     with torch.autocast(device.type, dtype=torch.bfloat16):
         (sample,) = built(model, tokenizer, max_tokens=12).generate([[5, 6, 7]], [3])
@@ -124,7 +124,7 @@ def test_bf16_draws_are_those_of_the_trainers_precision(tokenizer: Any, device: 
     assert gap.mean() <= 0.02
 
 
-def test_draws_follow_the_distribution(tokenizer: Any) -> None:
+def test_samples_follow_the_distribution(tokenizer: Any) -> None:
     model = build_model(tokenizer)
     sampler = built(model, tokenizer, max_tokens=1, temperature=1.5, batch_rows=4096)
     sampled = torch.tensor([s.ids[0] for s in sampler.generate([[5, 6]] * 4000, list(range(4000)))])
@@ -135,7 +135,7 @@ def test_draws_follow_the_distribution(tokenizer: Any) -> None:
     assert float((found - wanted).abs().sum() / 2) < bound
 
 
-def test_what_is_cut_is_never_drawn(tokenizer: Any) -> None:
+def test_excluded_tokens_are_never_sampled(tokenizer: Any) -> None:
     model = build_model(tokenizer)
     top = model(torch.tensor([[5, 6]])).logits[0, -1].detach().softmax(-1).sort(descending=True)
     third = float(top.values[2] / top.values[0]) - 1e-4
@@ -154,7 +154,7 @@ def test_what_is_cut_is_never_drawn(tokenizer: Any) -> None:
             assert sample.logprobs[0] == pytest.approx(float(top.values[place].log()), abs=1e-4)
 
 
-def test_no_response_ends_before_its_least_length(tokenizer: Any) -> None:
+def test_no_response_ends_before_min_tokens(tokenizer: Any) -> None:
     engine = LocalEngine(build_model(tokenizer), tokenizer.decode)
     stops = tuple(range(0, len(tokenizer), 2))
     params = SamplingParams(max_tokens=9, min_tokens=4, stop_token_ids=stops)
@@ -163,7 +163,7 @@ def test_no_response_ends_before_its_least_length(tokenizer: Any) -> None:
     assert any(sample.stop_reason == "stop" for sample in samples)
 
 
-def test_a_draw_at_the_edge_takes_a_token_that_is_possible(device: torch.device) -> None:
+def test_sample_at_the_upper_edge_is_a_possible_token(device: torch.device) -> None:
     logits = torch.full((3, 130), -torch.inf, device=device)
     logits[:, [3, 70, 100]] = 0.0
     tokens, logprobs = sample_token(logits, torch.tensor([0.0, 0.5, 1.0 - 2**-24], device=device), SamplingParams())
@@ -187,7 +187,7 @@ def test_settings_that_make_no_sense(options: dict[str, Any]) -> None:
         Sampler(**options)
 
 
-def test_a_biased_draw_is_warned_of(tokenizer: Any, caplog: pytest.LogCaptureFixture) -> None:
+def test_warns_about_biased_sampling(tokenizer: Any, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING, "rlhf_lightning"):
         Sampler().warn_of_bias()
         assert not caplog.messages

@@ -33,7 +33,7 @@ SAID = [
 ]
 
 
-def test_the_sampler_and_the_saved_folder_keep_every_end(tokenizer: Any, tmp_path: Path) -> None:
+def test_sampler_and_saved_folder_keep_all_stop_tokens(tokenizer: Any, tmp_path: Path) -> None:
     model = build_model(tokenizer)
     with torch.no_grad():  # so that the second end token, id 0, is sampled now and then
         model.get_input_embeddings().weight[0] *= 5
@@ -70,7 +70,7 @@ def test_the_sampler_and_the_saved_folder_keep_every_end(tokenizer: Any, tmp_pat
         ("qwen3_6", [], {}),
     ],
 )
-def test_a_turn_that_calls_a_tool_ends_in_a_stop_token(
+def test_turn_with_a_tool_call_ends_with_a_stop_token(
     tokenizer: Any, name: str, special: list[str], options: dict[str, Any]
 ) -> None:
     """Rows made in Python, so that templates without tools only warn; from a file such a row is refused."""

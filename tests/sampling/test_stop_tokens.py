@@ -44,9 +44,7 @@ def saved_ends(folder: Path) -> Any:
     return json.loads((folder / "generation_config.json").read_text())["eos_token_id"]
 
 
-def test_everything_that_holds_a_model_stops_at_all_its_ends(
-    several: tuple[str, Any, list[int]], tmp_path: Path
-) -> None:
+def test_all_users_of_a_model_stop_at_all_its_stop_tokens(several: tuple[str, Any, list[int]], tmp_path: Path) -> None:
     folder, tokenizer, ends = several
     assert Renderer(tokenizer).stop_token_ids == [tokenizer.eos_token_id]
     policy = Policy(folder)
@@ -64,7 +62,7 @@ def test_everything_that_holds_a_model_stops_at_all_its_ends(
 
 
 @pytest.mark.parametrize("by_hand", [False, True])
-def test_training_keeps_the_ends_of_its_start(
+def test_training_keeps_the_stop_tokens_of_the_start_model(
     several: tuple[str, Any, list[int]], tmp_path: Path, by_hand: bool
 ) -> None:
     folder, tokenizer, ends = several
@@ -78,7 +76,7 @@ def test_training_keeps_the_ends_of_its_start(
     assert GenerationConfig.from_pretrained(tmp_path / "trained").eos_token_id == ends
 
 
-def test_an_adapter_stops_where_its_base_does(several: tuple[str, Any, list[int]], tmp_path: Path) -> None:
+def test_adapter_has_the_stop_tokens_of_its_base(several: tuple[str, Any, list[int]], tmp_path: Path) -> None:
     folder, tokenizer, ends = several
     module = SFTModule(folder, lora=LoRA(rank=2))
     module.configure_model()
@@ -89,10 +87,8 @@ def test_an_adapter_stops_where_its_base_does(several: tuple[str, Any, list[int]
     assert end_token_ids(str(tmp_path / "adapter"), tokenizer) == sorted([*ends, 3])
 
 
-def test_a_reward_model_pads_with_what_ends_no_turn_that_it_sees(
-    several: tuple[str, Any, list[int]], tmp_path: Path
-) -> None:
-    # Qwen's padding token is one of the ends of its generation config, and is no reason for another padding token.
+def test_reward_model_pads_with_a_token_that_ends_no_turn(several: tuple[str, Any, list[int]], tmp_path: Path) -> None:
+    # Qwen's padding token is a stop token of its generation config, which needs no other padding token.
     _, tokenizer, ends = several
     tokenizer.pad_token = NAMES[0]
     model = build_model(tokenizer, task="SEQ_CLS")
@@ -104,7 +100,7 @@ def test_a_reward_model_pads_with_what_ends_no_turn_that_it_sees(
     assert judge.tokenizer.pad_token == NAMES[0]
 
 
-def test_a_response_stops_at_each_of_them(several: tuple[str, Any, list[int]]) -> None:
+def test_response_stops_at_each_stop_token(several: tuple[str, Any, list[int]]) -> None:
     folder, tokenizer, ends = several
     policy = Policy(folder)
     sampler = Sampler(max_tokens=40).build(policy.model, policy.renderer)
@@ -114,7 +110,7 @@ def test_a_response_stops_at_each_of_them(several: tuple[str, Any, list[int]]) -
     for sample in samples:
         assert (sample.stop_reason == "stop") == (sample.ids[-1] in ends)
         assert not set(sample.ids[:-1]) & set(ends)
-    # What the rest of a rollout asks: which token ended it is no part of the text, whether it is special or not.
+    # As in a rollout: the token that ended the response is not part of its text, special or not.
     word = tokenizer("one", add_special_tokens=False)["input_ids"]
     policy.renderer.also_stop_at([5])
     assert policy.renderer.decode([*word, 5]) == "one"
@@ -138,7 +134,7 @@ def test_a_response_stops_at_each_of_them(several: tuple[str, Any, list[int]]) -
         (2.0, None, "2.0 is not a token id"),
     ],
 )
-def test_what_a_generation_config_may_say(
+def test_generation_config_variants(
     base: str, written: Any, ends: Any, said: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     path = Path(base) / "generation_config.json"
@@ -149,12 +145,12 @@ def test_what_a_generation_config_may_say(
         return
     with caplog.at_level(logging.WARNING):
         assert end_token_ids(base) == ends
-        # In hand it says the same; transformers takes nothing in a generation config for the model's config.
+        # A loaded model gives the same; without a generation config, transformers uses the model's config.
         assert set(ends) <= set(end_token_ids(AutoModelForCausalLM.from_pretrained(base)))
     assert said in caplog.text
 
 
-def test_without_a_generation_config_the_models_config_speaks(base: str, tokenizer: Any) -> None:
+def test_model_config_is_used_without_a_generation_config(base: str, tokenizer: Any) -> None:
     (Path(base) / "generation_config.json").unlink()
     config = json.loads((Path(base) / "config.json").read_text())
     for said, ends in (([7, 8], [7, 8]), (None, [])):
@@ -165,7 +161,7 @@ def test_without_a_generation_config_the_models_config_speaks(base: str, tokeniz
     assert end_token_ids(base) == [4]
 
 
-def test_an_end_without_any_other(tokenizer: Any) -> None:
+def test_template_without_a_stop_token_is_rejected(tokenizer: Any) -> None:
     tokenizer.chat_template = "{% for m in messages %}[{{ m.role }}]{{ m.content }}[end]{% endfor %}"
     tokenizer.eos_token = None
     with pytest.raises(ConfigError, match="has no eos_token"):
@@ -173,7 +169,7 @@ def test_an_end_without_any_other(tokenizer: Any) -> None:
     assert Renderer(tokenizer, stop_token_ids=[3]).stop_token_ids == [3]
 
 
-def test_texts_that_end_a_response_by_the_generation_config(tokenizer: Any) -> None:
+def test_stop_texts_of_the_generation_config(tokenizer: Any) -> None:
     model = build_model(tokenizer)
     for named, own, wanted in (
         ("one", None, ["one"]),

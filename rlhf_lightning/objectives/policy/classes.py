@@ -72,15 +72,34 @@ class PolicyObjective(Settings, ABC):
         """
 
     def ratio(self, logprobs: Tensor, old_logprobs: Tensor, loss_mask: Tensor) -> Tensor:
-        """The importance ratio that the loss uses, `[B, T]`."""
+        """The importance ratio that the loss uses, `[B, T]`.
+
+        Args:
+            logprobs: Log-probability of each token under the current policy, in nats, `[B, T]`.
+            old_logprobs: The same under the policy that sampled, `[B, T]`.
+            loss_mask: 1 at the policy's tokens, 0 elsewhere, `[B, T]`.
+        """
         return token_ratio(logprobs, old_logprobs, loss_mask)
 
     def clamped(self, logprobs: Tensor, old_logprobs: Tensor, loss_mask: Tensor) -> Tensor:
-        """True where the logarithm of that ratio is clamped to ±20, bool `[B, T]`."""
+        """True where the logarithm of that ratio is clamped to ±20, bool `[B, T]`.
+
+        Args:
+            logprobs: Log-probability of each token under the current policy, in nats, `[B, T]`.
+            old_logprobs: The same under the policy that sampled, `[B, T]`.
+            loss_mask: 1 at the policy's tokens, 0 elsewhere, `[B, T]`.
+        """
         return beyond(token_log_ratio(logprobs, old_logprobs, loss_mask))
 
     def clipped(self, logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, loss_mask: Tensor) -> Tensor:
-        """1 at tokens whose update the bounds clip, 0 elsewhere, `[B, T]`."""
+        """1 at tokens whose update the bounds clip, 0 elsewhere, `[B, T]`.
+
+        Args:
+            logprobs: Log-probability of each token under the current policy, in nats, `[B, T]`.
+            old_logprobs: The same under the policy that sampled, `[B, T]`.
+            advantages: `[B, T]` or `[B, 1]`.
+            loss_mask: 1 at the policy's tokens, 0 elsewhere, `[B, T]`.
+        """
         ratio, (low, high) = self.ratio(logprobs, old_logprobs, loss_mask), self.bounds
         cut = ((ratio > high) & (advantages > 0)) | ((ratio < low) & (advantages < 0))
         return cut * loss_mask

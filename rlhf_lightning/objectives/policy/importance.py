@@ -11,7 +11,16 @@ from rlhf_lightning.objectives.kl import bounded
 
 
 def token_log_ratio(logprobs: Tensor, old_logprobs: Tensor, loss_mask: Tensor) -> Tensor:
-    """log p - log q of each token, `[B, T]`, 0 where the mask is 0."""
+    """log p - log q of each token, `[B, T]`, 0 where the mask is 0.
+
+    Args:
+        logprobs: Under the current policy, `[B, T]`.
+        old_logprobs: Under the policy that sampled, `[B, T]`.
+        loss_mask: 1 at the policy's tokens, 0 elsewhere, `[B, T]`.
+
+    Returns:
+        Log-ratios in nats, `[B, T]`.
+    """
     # Masked positions hold arbitrary numbers: their exp may overflow, and 0 * inf is NaN.
     return torch.where(loss_mask.bool(), logprobs - old_logprobs, 0.0)
 
@@ -30,7 +39,16 @@ def sequence_log_ratio(logprobs: Tensor, old_logprobs: Tensor, loss_mask: Tensor
 
 
 def token_ratio(logprobs: Tensor, old_logprobs: Tensor, loss_mask: Tensor) -> Tensor:
-    """r = exp(log p - log q) of each token, `[B, T]`, 1 where the mask is 0. The exponent is clamped to ±20."""
+    """r = exp(log p - log q) of each token, `[B, T]`, 1 where the mask is 0. The exponent is clamped to ±20.
+
+    Args:
+        logprobs: Under the current policy, `[B, T]`.
+        old_logprobs: Under the policy that sampled, `[B, T]`.
+        loss_mask: 1 at the policy's tokens, 0 elsewhere, `[B, T]`.
+
+    Returns:
+        Ratios, `[B, T]`.
+    """
     return bounded(token_log_ratio(logprobs, old_logprobs, loss_mask)).exp()
 
 
@@ -38,13 +56,30 @@ def sequence_ratio(logprobs: Tensor, old_logprobs: Tensor, loss_mask: Tensor, no
     """exp(Σ_t (log p - log q)) of each row, repeated at all its positions, `[B, T]`; exp of the mean if `normalized`.
 
     The exponent is clamped to ±20 (`bounded`).
+
+    Args:
+        logprobs: Under the current policy, `[B, T]`.
+        old_logprobs: Under the policy that sampled, `[B, T]`.
+        loss_mask: 1 at the policy's tokens, 0 elsewhere, `[B, T]`.
+        normalized: If True, the mean over the row's tokens instead of the sum.
+
+    Returns:
+        Ratios, `[B, T]`.
     """
     ratio = bounded(sequence_log_ratio(logprobs, old_logprobs, loss_mask, normalized)).exp()
     return ratio.expand_as(logprobs)
 
 
 def masked(loss: Tensor, loss_mask: Tensor) -> Tensor:
-    """`loss` where the mask is 1, 0 elsewhere, even over inf or NaN."""
+    """`loss` where the mask is 1, 0 elsewhere, even over inf or NaN.
+
+    Args:
+        loss: Loss of each token, `[B, T]`.
+        loss_mask: 1 where a token counts, 0 elsewhere, `[B, T]`.
+
+    Returns:
+        The masked loss, `[B, T]`.
+    """
     return torch.where(loss_mask.bool(), loss, 0.0)
 
 

@@ -24,12 +24,32 @@ def _clipped(ratio: Tensor, advantages: Tensor, loss_mask: Tensor, clip_low: flo
 
 
 def reinforce(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, loss_mask: Tensor) -> Tensor:
-    """REINFORCE, -A·log p. Valid only while the policy is still the one that sampled. Source: Williams 1992, eq. 7."""
+    """REINFORCE, -A·log p. Valid only while the policy is still the one that sampled. Source: Williams 1992, eq. 7.
+
+    Args:
+        logprobs: Under the current policy, `[B, T]`.
+        old_logprobs: Not used.
+        advantages: `[B, T]` or `[B, 1]`.
+        loss_mask: 1 at the policy's tokens, 0 elsewhere, `[B, T]`.
+
+    Returns:
+        Loss of each token, `[B, T]`.
+    """
     return masked(-advantages * logprobs, loss_mask)
 
 
 def importance_sampling(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, loss_mask: Tensor) -> Tensor:
-    """-r·A. On-policy, its gradient is that of REINFORCE. Source: Tinker's `importance_sampling` loss."""
+    """-r·A. On-policy, its gradient is that of REINFORCE. Source: Tinker's `importance_sampling` loss.
+
+    Args:
+        logprobs: Under the current policy, `[B, T]`.
+        old_logprobs: Under the policy that sampled, `[B, T]`.
+        advantages: `[B, T]` or `[B, 1]`.
+        loss_mask: 1 at the policy's tokens, 0 elsewhere, `[B, T]`.
+
+    Returns:
+        Loss of each token, `[B, T]`.
+    """
     return masked(-token_ratio(logprobs, old_logprobs, loss_mask) * advantages, loss_mask)
 
 
@@ -82,13 +102,35 @@ def cispo(
     """CISPO, -sg(clamp(r, ratio_min, ratio_max))·A·log p, where sg stops the gradient.
 
     Source: MiniMax-M1, arXiv 2506.13585 eq. 4.
+
+    Args:
+        logprobs: Under the current policy, `[B, T]`.
+        old_logprobs: Under the policy that sampled, `[B, T]`.
+        advantages: `[B, T]` or `[B, 1]`.
+        loss_mask: 1 at the policy's tokens, 0 elsewhere, `[B, T]`.
+        ratio_min: Lower bound of the weight.
+        ratio_max: Upper bound of the weight.
+
+    Returns:
+        Loss of each token, `[B, T]`.
     """
     weight = token_ratio(logprobs, old_logprobs, loss_mask).clamp(ratio_min, ratio_max).detach()
     return masked(-weight * advantages * logprobs, loss_mask)
 
 
 def dro(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, loss_mask: Tensor, beta: float) -> Tensor:
-    """DRO, -(log p·A - ½·beta·(log p - log q)²). Source: Tinker's `dro` loss, after arXiv 2405.19107."""
+    """DRO, -(log p·A - ½·beta·(log p - log q)²). Source: Tinker's `dro` loss, after arXiv 2405.19107.
+
+    Args:
+        logprobs: Under the current policy, `[B, T]`.
+        old_logprobs: Under the policy that sampled, `[B, T]`.
+        advantages: `[B, T]` or `[B, 1]`.
+        loss_mask: 1 at the policy's tokens, 0 elsewhere, `[B, T]`.
+        beta: Weight of the squared log-ratio, in reward units.
+
+    Returns:
+        Loss of each token, `[B, T]`.
+    """
     gap = torch.where(loss_mask.bool(), logprobs - old_logprobs, 0.0)
     return masked(-(logprobs * advantages - 0.5 * beta * gap.square()), loss_mask)
 
@@ -134,6 +176,17 @@ def sapo(
     """SAPO's soft clip, -(4/τ)·σ(τ·(r - 1))·A, where τ depends on the sign of A.
 
     Source: SAPO, arXiv 2511.20347 eq. 5-6.
+
+    Args:
+        logprobs: Under the current policy, `[B, T]`.
+        old_logprobs: Under the policy that sampled, `[B, T]`.
+        advantages: `[B, T]` or `[B, 1]`.
+        loss_mask: 1 at the policy's tokens, 0 elsewhere, `[B, T]`.
+        temperature_positive: τ where A > 0.
+        temperature_negative: τ elsewhere.
+
+    Returns:
+        Loss of each token, `[B, T]`.
     """
     ratio = token_ratio(logprobs, old_logprobs, loss_mask)
     positive = torch.full_like(ratio, temperature_positive)

@@ -31,6 +31,13 @@ def apo_zero_unpaired(scores: Tensor, labels: Tensor) -> Tensor:
     """1 - σ(s) where the label is 1, σ(s) where it is 0: KTO with 0 as its reference point.
 
     Source: APO-zero, arXiv 2408.06266 eq. 7, one term per response.
+
+    Args:
+        scores: s of each response, `[B]`.
+        labels: 1 for desirable, 0 for undesirable, `[B]`.
+
+    Returns:
+        Loss of each response, `[B]`.
     """
     return kto(scores, labels)
 
