@@ -22,7 +22,7 @@ _MESH: "list[DeviceMesh]" = []
 _OPEN: list[tuple[Callable[[], None], int]] = []
 """The callback and the thread of each open `safe_points` context, innermost last."""
 _ALONE: list[bool] = []
-"""Not empty while the leader computes what the other ranks of its group wait for."""
+"""Not empty while the leader runs a function of `run_on_leader`, for which the other ranks of its group wait."""
 _LEAVING = "leaves this round"
 """The value that a rank passes to `gather` to leave a round; see `leave_if`."""
 

@@ -34,7 +34,7 @@ def headline(metrics: Mapping[str, T]) -> dict[str, T]:
 
 
 class SamplingLines(Watch):
-    """Prints how far the sampling of responses has come, if it takes longer than a few seconds.
+    """Prints the progress of sampling if it takes longer than a few seconds.
 
     Args:
         seconds: Shortest time between two lines.

@@ -393,7 +393,7 @@ class RLHFModule(CheckedModule, Generic[BatchT]):
 
     @abstractmethod
     def evaluate(self, batch: BatchT, name: str) -> None:
-        """Add a batch of validation or test to the metrics, and log these.
+        """Add a validation or test batch to the metrics, and log them.
 
         Args:
             batch: The batch.

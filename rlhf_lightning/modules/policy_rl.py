@@ -67,7 +67,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 VALIDATION = 1_000_003  # part of the seed of validation rollouts, so that it differs from any training round's
 SANITY_PROMPTS = 8
-"""Prompts that are answered in each batch of Lightning's check before training, which looks only for errors."""
+"""Number of prompts per batch in the sanity check of Lightning, which only looks for errors."""
 
 
 class PolicyRLModule(RLHFModule[PromptBatch]):

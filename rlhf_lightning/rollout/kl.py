@@ -37,7 +37,7 @@ class KLPenalty(Settings):
         horizon: Number of responses over which an adaptive coefficient may change by a factor of about e^±0.2.
         reference: Model folder or Hub id of the reference; None for the policy at the start of the stage.
         refresh_every: Number of rounds after which the policy becomes the reference; None for never.
-        device: Device of a reference that is a separate model (`cpu`, `cuda:1`); None for the policy's device.
+        device: Device of a reference with its own weights (`cpu`, `cuda:1`); None for the policy's device.
         offload: True to keep such a reference in CPU memory, except while it scores a round.
 
     Raises:
