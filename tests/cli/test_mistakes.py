@@ -126,7 +126,7 @@ MISTAKES: list[tuple[str, list[str], list[str]]] = [
         ["--model.loss", "BradleyTerry", "--model.loss.label_smoothing", "0.7"],
         ["label_smoothing is 0.7"],
     ),
-    ("preference", ["--model.loss", "KTO"], ["KTO", "RewardHead", "use ImplicitReward"]),
+    ("preference", ["--model.loss", "KTO"], ["KTO", "RewardHead", "Use ImplicitReward"]),
     (
         "preference",
         ["--model.scorer", "ImplicitReward", "--model.scorer.beta", "-1"],
@@ -163,7 +163,7 @@ MISTAKES: list[tuple[str, list[str], list[str]]] = [
     ("sft", ["--ckpt_path", "half.ckpt"], ["--ckpt_path half.ckpt: damaged, or not a checkpoint"]),
     ("sft", ["--ckpt_path", "weights.ckpt"], ["weights.ckpt: not a checkpoint", "runs/NAME/checkpoints"]),
     ("sft", ["--ckpt_path", "base"], ["--ckpt_path base: this folder", "set model.model"]),
-    ("sft", ["--export", "best"], ["needs a metric to compare checkpoints by"]),
+    ("sft", ["--export", "best"], ["needs a metric to compare checkpoints"]),
     ("sft", ["--monitor", "val/nll"], ["--monitor val/nll", "set data.validation"]),
     # policy RL
     ("policy", ["--model.rewards", "null"], ["there is no reward"]),

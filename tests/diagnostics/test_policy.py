@@ -796,7 +796,7 @@ def test_invariants_detect_a_reference_that_differs_from_the_start(base: str, tm
     module.configure_model()
     with torch.no_grad():
         next(module.reference.copy.parameters()).mul_(1.5)
-    with pytest.raises(UserError, match="before any update the policy differs from its reference"):
+    with pytest.raises(UserError, match="the policy differs from its reference before any update"):
         trainer(tmp_path, callbacks=[FirstStepInvariants(strict=True)]).fit(module, data("policy"))
 
 

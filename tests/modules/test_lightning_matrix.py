@@ -225,7 +225,7 @@ def test_unsupported_weight_averaging_is_rejected(kind: str, base: str, tmp_path
     with pytest.raises(ConfigError, match=r"averages unsharded weights.*Use ddp"):
         run.fit(make(kind, base), data(kind))
     if kind == "preference":
-        with pytest.raises(ConfigError, match=r"set scorer\.store to false"):
+        with pytest.raises(ConfigError, match=r"Set scorer\.store to false"):
             fit(kind, base, tmp_path, WeightAveraging(), settings={"scorer": ImplicitReward(store=True)})
     if kind == "policy":
         normed = {"rewards": [FunctionReward(vowels, normalize=RunningNorm())]}
@@ -249,7 +249,7 @@ def test_learning_rate_finder(kind: str, base: str, tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match="does not measure progress"):
             fit(kind, base, tmp_path, LearningRateFinder(update_attr=False))
         return
-    with pytest.raises(ConfigError, match="set update_attr to False"):
+    with pytest.raises(ConfigError, match="Set update_attr to False"):
         fit(kind, base, tmp_path, LearningRateFinder())
     find = LearningRateFinder(1e-4, 1.0, num_training_steps=15, update_attr=False, early_stop_threshold=None)
     settings = {
@@ -331,7 +331,7 @@ def test_accumulation_scheduler_with_a_learning_rate_schedule(kind: str, base: s
     changing = GradientAccumulationScheduler({0: 1, 1: 2})
     source = data(kind, 12, minibatches=2) if kind == "policy" else data(kind)
     options: dict[str, Any] = {"source": source, "max_epochs": 2}
-    with pytest.raises(ConfigError, match=r"set total_steps of model\.lr_scheduler"):
+    with pytest.raises(ConfigError, match=r"Set total_steps of model\.lr_scheduler"):
         fit(kind, base, tmp_path, changing, settings={"lr_scheduler": Warmup}, **options)
     known = {"lr_scheduler": lambda optimizer: Warmup(optimizer, total_steps=9)}
     _, run = fit(kind, base, tmp_path, changing, settings=known, **options)

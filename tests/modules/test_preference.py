@@ -179,8 +179,8 @@ def test_interrupted_run_equals_an_uninterrupted_run_exactly(name: str, base: st
     [
         (RewardHead(), preference.SFT(), "needs 'chosen_logps', which this scorer does not provide"),
         (RewardHead(), preference.IPO(), "needs 'beta'"),
-        (SequenceLogprob(), preference.NCA(), "use ImplicitReward"),
-        (RewardHead(), preference.KTO(), "use ImplicitReward"),
+        (SequenceLogprob(), preference.NCA(), "Use ImplicitReward"),
+        (RewardHead(), preference.KTO(), "Use ImplicitReward"),
         (SequenceLogprob(), preference.ORPO(), "length_normalized: true and beta: 1"),
         (SequenceLogprob(True, 2.0), preference.ORPO(), "length_normalized: true and beta: 1"),
         (ImplicitReward(tail_weight=0.5), preference.PlackettLuce(), "scorer.tail_weight"),

@@ -142,7 +142,7 @@ def test_invalid_scores_are_rejected_with_their_row(scores: Any, message: str) -
         (lambda: ExactAnswer(hit=1.0, miss=1.0), "hit and miss are both 1.0"),
         (lambda: ExactAnswer(hit=math.nan), "hit of the reward ExactAnswer is nan"),
         (lambda: RegexReward(), "needs a pattern"),
-        (lambda: RegexReward("a", "b"), "not both"),
+        (lambda: RegexReward("a", "b"), "set one of them"),
         (lambda: RegexReward("[a"), "is not a valid regular expression"),
         (lambda: BlockedTerms(), "needs terms"),
         (lambda: BlockedTerms([" "]), "needs terms"),
