@@ -401,7 +401,7 @@ def test_checks_can_be_replaced_disabled_and_added(tmp_path: Path) -> None:
     stricter = Diagnostics(checks=[Truncation(limit=0.1)], disabled=["high_kl"])
     assert {name for _, name in Rounds(tmp_path / "b").play(stricter, values)} == {"truncation"}
     assert len(stricter.checks) == len(DEFAULT) - 1
-    with pytest.raises(ConfigError, match="'kl_high', which is not a check; checks are not_finite, high_kl"):
+    with pytest.raises(ConfigError, match="'kl_high', which is not a check; the checks are not_finite, high_kl"):
         Diagnostics(disabled=["kl_high"])
     for wrong in (lambda: HighKL(limit=0), lambda: GrowingKL(rounds=100), lambda: NoSignal(rounds=0)):
         with pytest.raises(ConfigError):
@@ -925,7 +925,7 @@ def test_callbacks_in_yaml_replace_the_defaults(base: str, tmp_path: Path) -> No
     for out in (rlhf(*args), rlhf(*args, "--fresh")):
         assert "truncation (truncated 1, limit 0.01)" in out
         assert "episodes" not in out  # no table
-        assert "step 5: stopping the training, entropy_collapse" in out
+        assert "step 5: stopping training, entropy_collapse" in out
     run = tmp_path / "run"
     rows = [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()]
     assert [row["round"] for row in rows] == [0] * 8 + [2] * 8 + [4] * 8

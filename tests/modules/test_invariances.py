@@ -530,7 +530,7 @@ def test_malformed_episodes(change: dict[str, Any], message: str, base: str, tmp
         ({}, {"group_size": 1}, "group_size is 1"),
         ({"rewards": []}, {}, "there is no reward"),
         ({"sampler": Sampler(temperature=0.0)}, {}, "temperature is 0"),
-        ({"sampler": Sampler(max_tokens=250)}, {}, "exceed the model's 256 positions"),
+        ({"sampler": Sampler(max_tokens=250)}, {}, "exceeds the model's 256 positions"),
         ({"rewards": [FunctionReward(vowels), FunctionReward(vowels)]}, {}, "same name"),
     ],
 )
