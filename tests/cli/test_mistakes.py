@@ -195,7 +195,7 @@ MISTAKES: list[tuple[str, list[str], list[str]]] = [
         ["a multiple of trainer.accumulate_grad_batches (3)"],
     ),
     ("policy", ["--model.sampler.temperature", "-1"], ["temperature is -1"]),
-    ("policy", ["--model.sampler.max_tokens", "999"], ["exceed the model's 256 positions"]),
+    ("policy", ["--model.sampler.max_tokens", "999"], ["exceeds the model's 256 positions"]),
     (
         "policy",
         ["--model.sampler.max_length", "99"],
