@@ -84,7 +84,7 @@ def call(text: str) -> str:
         ),
         (
             call('{"name": "multiply", "arguments": {}}'),
-            ["Error: there is no tool 'multiply'; tools are add, wait, stuck"],
+            ["Error: there is no tool 'multiply'; available tools are add, wait, stuck"],
         ),
         (call("add(2, 3)"), ["Error: the call is not valid JSON (Expecting value: line 1 column 1 (char 0))"]),
         (call('{"name": "add"}'), ["Error: TypeError: add() missing 2 required positional arguments: 'a' and 'b'"]),

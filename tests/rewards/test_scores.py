@@ -416,7 +416,7 @@ def test_demonstrations_set_the_scale(judges: list[str], tokenizer: Any) -> None
         wanted = (scores - scores.mean()) / (scores.std(correction=0) if scale else 1.0)
         torch.testing.assert_close(found[:3], wanted, rtol=1e-5, atol=1e-5)  # scored in other batches
         assert episodes[3].terms["reward_model"] == pytest.approx(raw.score(episodes[3:])[0], abs=1e-5)
-    with pytest.raises(DataError, match=r"list\[1\]: a demonstration must end with an answer"):
+    with pytest.raises(DataError, match=r"list\[1\]: a demonstration must end with an assistant message"):
         ReferenceNorm([rows[0], {"messages": [{"role": "user", "content": "a"}]}]).build(renderer, raw.score)
 
 
