@@ -226,7 +226,9 @@ def test_rows_that_a_verifier_cannot_use_are_reported_before_training() -> None:
         ExactAnswer("solution").check(rows)
     with pytest.raises(DataError, match=r"d.jsonl:2: 'answer' '\(' is not a valid regular expression"):
         RegexReward(column="answer").check([rows[0], Prompt([], [], {"answer": "("}, where="d.jsonl:2")])
-    with pytest.raises(ConfigError, match="argument 'wanted', which is not a column of the data; available are answer, completions"):
+    with pytest.raises(
+        ConfigError, match="argument 'wanted', which is not a column of the data; available are answer, completions"
+    ):
         FunctionReward(lambda wanted: wanted, name="f").check(rows)
     ExactAnswer().check(rows)
 
