@@ -21,8 +21,8 @@ class Guess:
     """Guess a number; after each wrong guess the environment answers "Higher." or "Lower.".
 
     Args:
-        row: data row with the `secret` number.
-        highest: upper end of the range.
+        row: Data row with the `secret` number.
+        highest: Upper end of the range.
     """
 
     def __init__(self, row: dict[str, Any], highest: int = 20) -> None:
@@ -49,8 +49,8 @@ def multiply(a: float, b: float) -> float:
     """Multiply two numbers.
 
     Args:
-        a: first factor.
-        b: second factor.
+        a: First factor.
+        b: Second factor.
     """
     return a * b
 

@@ -26,7 +26,7 @@ class TOPR(PolicyObjective):
     learned even if they have become unlikely; bad ones are unlearned only as far as the policy still samples them.
 
     Args:
-        ratio_max: largest weight of a token with a negative advantage.
+        ratio_max: Largest weight of a token with a negative advantage.
     """
 
     def __init__(self, ratio_max: float = 1.0, aggregation: str = "token_mean", length: int | None = None) -> None:
@@ -46,7 +46,7 @@ class RDPO(PairLoss):
     The optimal policy for reward - α·length implies the reward β·log(π / π_ref) + α·length.
 
     Args:
-        alpha: cost of a token, in reward units.
+        alpha: Cost of a token, in reward units.
     """
 
     def __init__(self, alpha: float = 0.01) -> None:
@@ -58,7 +58,7 @@ class RDPO(PairLoss):
 
 
 def main(model: str, folder: str = "runs/examples") -> tuple[pl.Trainer, pl.Trainer]:
-    """Train with each."""
+    """Train with each loss."""
     flags: dict[str, Any] = {"default_root_dir": folder, "logger": False, "enable_checkpointing": False}
     policy = pl.Trainer(max_epochs=1, **flags)
     policy.fit(

@@ -42,9 +42,9 @@ class PolicyWithDemonstrations(pl.LightningModule):
     """Answers each prompt several times, rewards the answers, and learns from them and from the demonstration.
 
     Args:
-        model: folder or Hub id.
-        group_size: answers to each prompt.
-        sft_weight: weight of the demonstrations' negative log-likelihood (arXiv 2203.02155, eq. 2).
+        model: Folder or Hub id.
+        group_size: Answers to each prompt.
+        sft_weight: Weight of the demonstrations' negative log-likelihood (arXiv 2203.02155, eq. 2).
     """
 
     def __init__(self, model: str, group_size: int = 4, sft_weight: float = 0.1) -> None:
@@ -96,7 +96,7 @@ class PolicyWithDemonstrations(pl.LightningModule):
         return pad_tokens([row.ids for row in rendered], [row.loss_mask for row in rendered], 0, self.device)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """Any optimizer of torch."""
+        """Any torch optimizer."""
         return torch.optim.AdamW(self.parameters(), lr=1e-4)
 
 

@@ -28,8 +28,8 @@ class Covers(Reward):
     """The fraction of the row's key points that the answer mentions.
 
     Args:
-        column: data column with a list of texts.
-        weight: weight of this term.
+        column: Data column with a list of texts.
+        weight: Weight of this term.
     """
 
     def __init__(self, column: str = "points", weight: float = 1.0) -> None:
@@ -37,7 +37,7 @@ class Covers(Reward):
         self.column = column
 
     def check_row(self, row: Row) -> None:
-        """Refuse a row without key points; called before training, which names file and line."""
+        """Reject a row without key points. Called before training; the error message has the file and line."""
         if not require_list(row, self.column):
             raise RowError(f"{self.column!r} is empty, so there is nothing to look for")
 

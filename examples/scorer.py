@@ -23,8 +23,8 @@ class YesNo(Scorer):
     """A generative reward model without a new head: log P(yes) - log P(no) as the next token after the response.
 
     Args:
-        yes: word of approval; only its first token is used.
-        no: word of rejection; only its first token is used.
+        yes: Word of approval; only its first token is used.
+        no: Word of rejection; only its first token is used.
     """
 
     task = "CAUSAL_LM"
@@ -33,7 +33,7 @@ class YesNo(Scorer):
         self.yes, self.no = yes, no
 
     def build(self, loaded: LoadedModel) -> ModelScorer:
-        """Make what scores, with the loaded model."""
+        """Create the object that scores with the loaded model."""
         words = [loaded.tokenizer(word, add_special_tokens=False)["input_ids"][0] for word in (self.yes, self.no)]
         if words[0] == words[1]:
             raise ConfigError(f"YesNo: {self.yes!r} and {self.no!r} begin with the same token; name others")
@@ -59,7 +59,7 @@ class YesNoScores(ModelScorer):
 
 
 def main(model: str, folder: str = "runs/examples/yes_no") -> Tensor:
-    """Train it on a pair, and score with the saved model."""
+    """Train on a pair, and score with the saved model."""
     pairs = [{"prompt": "Is it raining?", "chosen": "Yes, take a coat.", "rejected": "Weather is a wide field."}]
     trainer = pl.Trainer(
         max_epochs=1, default_root_dir=folder, logger=False, enable_checkpointing=False, callbacks=[ExportModel()]

@@ -19,8 +19,8 @@ class QuestionFile(pl.LightningDataModule):
 
     Args:
         path: CSV with the columns `question` and `answer`.
-        renderer: turns messages into tokens and the mask.
-        batch_size: rows of a batch.
+        renderer: Turns messages into tokens and the mask.
+        batch_size: Rows of a batch.
     """
 
     def __init__(self, path: Path, renderer: Renderer, batch_size: int = 4) -> None:
@@ -41,7 +41,7 @@ class QuestionFile(pl.LightningDataModule):
         return DataLoader(self.rows, self.batch_size, shuffle=True, collate_fn=self.collate)
 
     def val_dataloader(self) -> DataLoader:
-        """The same rows, to watch the NLL fall."""
+        """The same rows, to see the NLL decrease."""
         return DataLoader(self.rows, self.batch_size, collate_fn=self.collate)
 
     def collate(self, rows: list[Rendered]) -> TokenBatch:

@@ -29,7 +29,7 @@ class StopOnKL(pl.Callback):
     """Ends training when the policy is too far from its start.
 
     Args:
-        limit: largest KL, nats per response.
+        limit: Largest KL, nats per response.
     """
 
     def __init__(self, limit: float) -> None:
