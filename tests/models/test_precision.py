@@ -105,7 +105,7 @@ def test_rounding_is_no_failure_and_a_failure_no_rounding(
         with torch.no_grad():
             module.reference.copy.lm_head.weight.mul_(1.5)
 
-    with pytest.raises(UserError, match="before any update the policy differs from its reference"):
+    with pytest.raises(UserError, match="the policy differs from its reference before any update"):
         fit(other_reference)
 
     def other_sampler(module: Any) -> None:
@@ -116,7 +116,7 @@ def test_rounding_is_no_failure_and_a_failure_no_rounding(
 
         module.model_sampler.engine.generate = wrong
 
-    with pytest.raises(UserError, match="sampler and trainer disagree on fresh episodes"):
+    with pytest.raises(UserError, match="sampler and trainer disagree on newly sampled episodes"):
         fit(other_sampler)
 
 

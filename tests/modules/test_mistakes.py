@@ -229,7 +229,7 @@ def test_warns_if_warmup_is_longer_than_the_run(caplog: pytest.LogCaptureFixture
     )
 
 
-def test_models_that_do_not_write(tokenizer: Any, tmp_path: Path) -> None:
+def test_models_that_cannot_generate_are_rejected(tokenizer: Any, tmp_path: Path) -> None:
     """An encoder, a model of another kind, and a classifier object are refused."""
     import transformers
 

@@ -444,7 +444,7 @@ def test_held_out_prompts_are_answered_many_at_a_time(
     assert counts == [min(8, batches[0])] * 2
 
 
-def test_rounds_are_counted_where_epochs_are_cut_short(base: str, tmp_path: Path) -> None:
+def test_rounds_are_counted_if_epochs_are_cut_short(base: str, tmp_path: Path) -> None:
     """Round numbers, which seeds depend on, may have gaps; a reference still moves every second round."""
     module = make("policy", base, kl=KLPenalty(0.01, refresh_every=2), optimizer=sgd(3.0))
     watch = watched(module, data("policy", 40), tmp_path, limit_train_batches=2, max_epochs=3)
