@@ -79,6 +79,9 @@ def device(request: pytest.FixtureRequest) -> torch.device:
 @pytest.fixture(scope="session")
 def loggers_at_first() -> list[tuple[logging.Logger, list[logging.Handler], int, bool]]:
     """Loggers that a command sets up, as they are before any fixture of a module has run one."""
+    # Its handlers keep the stderr that they find: not that of `capsys`, which is closed after its test.
+    import lightning.pytorch  # noqa: F401
+
     loggers = [logging.getLogger(name) for name in ("rlhf_lightning", "lightning.pytorch", "py.warnings")]
     return [(one, list(one.handlers), one.level, one.propagate) for one in loggers]
 
