@@ -187,7 +187,7 @@ def test_temperature(at_temperature: Subject, temperature: float) -> None:
 
 
 @pytest.mark.parametrize("options", CUTS.values(), ids=CUTS)
-def test_cuts(subject: Subject, options: dict[str, Any]) -> None:
+def test_min_p_top_k_and_top_p(subject: Subject, options: dict[str, Any]) -> None:
     prompt = PROMPTS[1]
     many = subject.sample(SamplingParams(1, **options), range(DRAWS), [prompt] * DRAWS)
     wanted = cut(subject.logits(prompt)[-1].softmax(-1), **options)
@@ -240,7 +240,7 @@ def test_stop_tokens(subject: Subject) -> None:
     _check_stops(subject, SamplingParams(20, stop_token_ids=stops), lambda ids: ids[-1] in stops)
 
 
-def test_models_end_token_does_not_stop_unless_it_is_given(subject: Subject) -> None:
+def test_end_token_of_the_model_stops_only_if_given(subject: Subject) -> None:
     """A prompt after which the end token is likely, and is sampled in the middle of a response."""
     end = subject.tokenizer.eos_token_id
     found = subject.sample(SamplingParams(40), range(200), [PROMPTS[0]] * 200)
@@ -307,7 +307,7 @@ def test_least_number_of_tokens_with_stop_texts(subject: Subject) -> None:
     ],
     ids=["empty", "too long", "id above the vocabulary", "negative id"],
 )
-def test_prompts_that_cannot_be_sampled_after(subject: Subject, prompt: list[int], message: str) -> None:
+def test_invalid_prompts_are_refused(subject: Subject, prompt: list[int], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         subject.sample(SamplingParams(4), [0, 1], [PROMPTS[0], prompt])
     (longest,) = subject.sample(SamplingParams(4), [0], [[5] * (CONTEXT - 4)])
@@ -409,7 +409,7 @@ def test_policy_rl(restored: Subject, tmp_path: Path) -> None:
 # -- settings ---------------------------------------------------------------------------------------------------------
 
 
-def test_what_an_engine_cannot_is_refused_when_it_is_set_up(at_temperature: Subject) -> None:
+def test_unsupported_settings_are_refused_at_setup(at_temperature: Subject) -> None:
     subject, renderer = at_temperature, Renderer(at_temperature.tokenizer)
     for options in ({"top_p": 0.9}, {"top_k": 5}, {"min_p": 0.1}, {"min_tokens": 2}):
         sampler = Sampler(max_tokens=4, engine=None if subject.name != "vllm" else subject.engine, **options)
