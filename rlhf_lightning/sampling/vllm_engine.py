@@ -1,4 +1,4 @@
-"""vLLM as the sampling engine, in the training process. UNTESTED: not yet run.
+"""vLLM as the sampling engine, in the training process. Its sync of weights fails its tests, see docs/engines.md.
 
 model:
   sampler:
