@@ -224,9 +224,9 @@ class RolloutBatch(TokenBatch, StepBatch, total=False):
     returns: Tensor
     """The critic's targets, in reward units, float32 `[N, T]`; 0 without a critic."""
     round: int
-    """Index of the round."""
+    """Index of the round over all epochs."""
     first: bool
-    """True if the policy has not been updated since it sampled these rows."""
+    """True in the first optimizer step of a round."""
     statistics: dict[str, float] | None
     """Means over the round's episodes, on the first batch of a round; None on the others."""
 

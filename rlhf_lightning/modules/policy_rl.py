@@ -74,11 +74,14 @@ class PolicyRLModule(RLHFModule[PromptBatch]):
     """Reinforcement learning of a policy inside `Trainer.fit`, with automatic optimization.
 
     Logs under `train/`, for each round: `reward` and its terms, `kl` (nats per response), `response_tokens`,
-    `truncated`, `zero_variance_groups`, `kl_coefficient`, and with a critic `explained_variance`. Also
-    `reward_source_prm`, 1 if a preference model is a reward (the name is kept from the first version; it does not mean
-    a process reward model). For each optimizer step: `loss`, `entropy`, `log_ratio_max`, `log_ratio_mean`,
+    `truncated`, `zero_variance_groups`, `kl_coefficient`, and with a critic `explained_variance`. Without the prefix,
+    `reward_source_prm`: 1 if a model scores, else 0 (the MinT recipe's name; "PRM" is preference reward model there).
+    For each optimizer step, again under `train/`: `loss`, `entropy`, `log_ratio_max`, `log_ratio_mean`,
     `log_ratio_clamped`, `clip_fraction`, `logprob_gap` (mean difference between sampler and trainer before the first
     update of a round), and with a critic `value_loss`.
+
+    In the formulas of the recipes, log p are the current log-probabilities, log q the `old_logprobs`, and
+    r = exp(log p - log q) is the ratio of a token; R is a reward and A an advantage.
 
     Args:
         model: The policy to start from, which is also the reference of the KL; see `RLHFModule` for further arguments.
@@ -95,8 +98,10 @@ class PolicyRLModule(RLHFModule[PromptBatch]):
         truncated_reward: Replaces the reward of a response that ran out of tokens.
         mask_truncated: Do not train on a response that ran out of tokens. Its reward still counts in its group's mean.
         entropy_coefficient: Weight of the mean entropy (nats per token), which is added to the maximized objective.
-        importance_weights: Correct for a sampler whose distribution differs from the trainer's. The trainer recomputes
-            the log-probabilities at the start of a round, and the loss is weighted by their ratio to the sampler's.
+        importance_weights: Correct for a sampler whose distribution differs from the trainer's (older weights, another
+            engine or precision); none by default. The trainer then recomputes the log-probabilities at the start of
+            each round, and each token's loss is multiplied by exp(recomputed - sampling log-probability), within
+            bounds.
         staleness: With 1, each round is sampled with the weights from the start of the previous round, and
             `importance_weights` are used (by default per token, truncated at 2).
         resample_groups: Number of times that a group with equal rewards is sampled again; 0 by default.
@@ -267,8 +272,9 @@ class PolicyRLModule(RLHFModule[PromptBatch]):
     def rloo(cls, model: Any, rewards: list[Reward] | None = None, **settings: Any) -> Self:
         """RLOO (arXiv 2402.14740 sec. 3): REINFORCE on whole responses with a leave-one-out baseline.
 
-        A_i = R_i - mean of the other rewards of the prompt, where R includes -0.05·(log p - log p_ref) of the response;
-        s = exp(Σ log p - log q), clipped to [0.8, 1.2] as in TRL, whose KL coefficient this is.
+        A_i = R_i - mean of the other rewards of the prompt, plus the response's penalty -0.05·Σ (log q - log p_ref),
+        less its mean over the round; s = exp(Σ (log p - log q)) over the response; the loss is
+        -min(s·A, clamp(s, 0.8, 1.2)·A), averaged over responses. The clip and the KL coefficient are TRL's defaults.
 
         The recipe sets `objective` SequenceClippedSurrogate(normalized=False, clip_low=0.2, clip_high=0.2,
         aggregation="sequence_mean"), `advantage` LeaveOneOut(), `kl` KLPenalty(0.05, place="reward").
@@ -287,7 +293,7 @@ class PolicyRLModule(RLHFModule[PromptBatch]):
     def reinforce_pp(cls, model: Any, rewards: list[Reward] | None = None, **settings: Any) -> Self:
         """REINFORCE++ (arXiv 2501.03262): PPO without a critic; advantages whitened over all tokens of the round.
 
-        A_t = R - 0.01·Σ over later tokens of (log p - log p_ref), then whitened over the round; the loss is
+        A_t = R - 0.01·Σ over this and later tokens of (log q - log p_ref), then whitened over the round; the loss is
         -min(r·A, clamp(r, 0.8, 1.2)·A) over all tokens. The coefficient is OpenRLHF's default.
 
         The recipe sets `objective` ClippedSurrogate(clip_low=0.2, clip_high=0.2, aggregation="token_mean"), `advantage`
@@ -307,7 +313,7 @@ class PolicyRLModule(RLHFModule[PromptBatch]):
     def ppo(cls, model: Any, rewards: list[Reward] | None = None, **settings: Any) -> Self:
         """PPO with a critic (arXiv 1707.06347 eq. 7; for language models arXiv 1909.08593).
 
-        Token rewards are -0.05·(log p - log p_ref), plus R at the last token; advantages by GAE(γ=1, λ=0.95, arXiv
+        Token rewards are -0.05·(log q - log p_ref), plus R at the last token; advantages by GAE(γ=1, λ=0.95, arXiv
         1506.02438), whitened over the round; the loss is -min(r·A, clamp(r, 0.8, 1.2)·A) over all tokens, plus 0.1
         times the value loss, clipped at 0.2. These are TRL's defaults.
 
@@ -329,7 +335,7 @@ class PolicyRLModule(RLHFModule[PromptBatch]):
     def mint(cls, model: Any, rewards: list[Reward] | None = None, **settings: Any) -> Self:
         """The RL stage of the MinT and Tinker recipe: importance sampling with a KL penalty in the reward.
 
-        A_t = R_i - mean(R) - 0.05·(log p - log p_ref of the token, less its mean over the round); the loss is -r·A,
+        A_t = R_i - mean(R) - 0.05·(log q - log p_ref of the token, less its mean over the round); the loss is -r·A,
         summed over tokens, as Tinker's `importance_sampling` is.
 
         The recipe sets `objective` ImportanceSampling(aggregation="token_sum"), `advantage`
@@ -348,45 +354,58 @@ class PolicyRLModule(RLHFModule[PromptBatch]):
     # -- building -------------------------------------------------------------------------------------------------
 
     def build(self) -> None:
+        """Build what uses the model; `configure_model` calls it once the model is loaded."""
         disable_dropout(self.model)
-        budget, shared_head = self.max_tokens_per_batch, None
+        tokens_per_batch, shared_head = self.max_tokens_per_batch, None
         if self.critic is not None:
             # Before the reference is created, because that adds an adapter to the model.
-            self.value_model = self.critic.build(self.model, self.tokenizer, budget, self.dtype_name)
+            self.value_model = self.critic.build(self.model, self.tokenizer, tokens_per_batch, self.dtype_name)
             shared_head = self.value_model.head if self.critic.shared else None
-        self.token_logprobs = TokenLogprobs(self.model, budget, value_head=shared_head)
+        self.token_logprobs = TokenLogprobs(self.model, tokens_per_batch, value_head=shared_head)
         if self.kl is not None:
             self.reference = self._make_reference(self.kl)
             self.reference_copy = self.reference.copy
-        self.model_sampler = self.sampler.build(self.model, self.renderer, budget)
+        self.model_sampler = self.sampler.build(self.model, self.renderer, tokens_per_batch)
         terms = [RewardTerm(reward, self.renderer, self.model_sampler.stop) for reward in self.rewards]
         self.reward_terms = nn.ModuleList(terms)
         self.collector = RolloutCollector(
-            self.model_sampler,
-            self.renderer,
-            terms,
-            self.advantage,
-            self.seed,
-            self.kl_controller,
-            self.reference,
-            self._sample_scorers(),
-            self.environment,
-            self.limits,
-            self.truncated_reward,
-            self.mask_truncated,
-            self.resample_groups,
-            self.objective.sequence_level,
-            PolicySnapshot(self.model) if self.staleness else None,
-            self.sampling_context,
+            sampler=self.model_sampler,
+            renderer=self.renderer,
+            terms=terms,
+            advantage=self.advantage,
+            seed=self.seed,
+            kl=self.kl_controller,
+            reference=self.reference,
+            scorers=self._sample_scorers(),
+            environment=self.environment,
+            limits=self.limits,
+            truncated_reward=self.truncated_reward,
+            mask_truncated=self.mask_truncated,
+            resample_groups=self.resample_groups,
+            sequence_level=self.objective.sequence_level,
+            snapshot=PolicySnapshot(self.model) if self.staleness else None,
+            context=self.sampling_context,
         )
 
     def _make_reference(self, kl: KLPenalty) -> Reference:
         """The policy at the start of the stage, or the model that `kl.reference` names; raises `ConfigError`."""
-        budget = self.max_tokens_per_batch
         if kl.reference is None:
-            moves = bool(kl.refresh_every)
-            return Reference(self.model, self.fresh_adapter, budget, moves, kl.device, kl.offload)
-        return load_reference(kl.reference, self.tokenizer, self.dtype_name, budget, kl.device, kl.offload)
+            return Reference(
+                self.model,
+                fresh_adapter=self.fresh_adapter,
+                max_tokens=self.max_tokens_per_batch,
+                moves=bool(kl.refresh_every),
+                device=kl.device,
+                offload=kl.offload,
+            )
+        return load_reference(
+            kl.reference,
+            self.tokenizer,
+            self.dtype_name,
+            max_tokens=self.max_tokens_per_batch,
+            device=kl.device,
+            offload=kl.offload,
+        )
 
     def _sample_scorers(self) -> SampleScorers:
         temperature = self.sampler.temperature
@@ -396,9 +415,11 @@ class PolicyRLModule(RLHFModule[PromptBatch]):
             return self.token_logprobs(ids, loss_mask, temperature).logprobs
 
         return SampleScorers(
-            None if reference is None else lambda ids, loss_mask: reference.logprobs(ids, loss_mask, temperature),
-            recomputed if recompute else None,
-            None if self.value_model is None else self.critic_values,
+            reference_logprobs=None
+            if reference is None
+            else lambda ids, loss_mask: reference.logprobs(ids, loss_mask, temperature),
+            recomputed_logprobs=recomputed if recompute else None,
+            values=None if self.value_model is None else self.critic_values,
         )
 
     def parts_to_split(self) -> list[nn.Module]:
@@ -422,6 +443,16 @@ class PolicyRLModule(RLHFModule[PromptBatch]):
         data = row_data_of(self.trainer)
         recorded = isinstance(data, PromptDataModule) and data.recorded
         return longest + self.sampler.max_tokens if longest and not recorded else longest
+
+    def parameter_groups(self) -> ParamsT:
+        if self.critic is None or self.value_model is None or self.critic.learning_rate is None:
+            return super().parameter_groups()
+        own = {id(p) for p in self.value_model.parameters()}
+        groups: list[dict[str, list[nn.Parameter] | float]] = [
+            {"params": [p for p in trained(self) if id(p) not in own]},
+            {"params": [p for p in trained(self) if id(p) in own], "lr": self.critic.learning_rate},
+        ]
+        return groups
 
     # -- rollouts -------------------------------------------------------------------------------------------------
 
@@ -456,12 +487,12 @@ class PolicyRLModule(RLHFModule[PromptBatch]):
         return RolloutDataLoader(
             items,
             collect,
-            data.prompts_per_round,
-            data.update_epochs,
-            data.minibatches,
-            data.pad_id,
-            data.seed,
-            shard_spec_of(self.trainer, training=True),
+            items_per_round=data.prompts_per_round,
+            update_epochs=data.update_epochs,
+            minibatches=data.minibatches,
+            pad_id=data.pad_id,
+            seed=data.seed,
+            shard_spec=shard_spec_of(self.trainer, training=True),
             shuffle=not overfits(self.trainer),
             where=where,
         )
@@ -514,6 +545,17 @@ class PolicyRLModule(RLHFModule[PromptBatch]):
     # -- steps ----------------------------------------------------------------------------------------------------
 
     def training_step(self, batch: "RolloutBatch", batch_idx: int) -> dict[str, Tensor]:
+        """Compute the loss of a mini-batch.
+
+        Adds its metrics to those of the optimizer step (`step_numbers`, logged by `StepEnd`).
+
+        Args:
+            batch: The mini-batch.
+            batch_idx: Index of the mini-batch in its epoch.
+
+        Returns:
+            `loss`, a scalar with gradient, and metrics of this mini-batch.
+        """
         ids, loss_mask = batch["input_ids"], batch["loss_mask"]
         scores = self.token_logprobs(ids, loss_mask, self.sampler.temperature, details=True)
         sums, largest = step_sums(scores, batch, self.objective, self._clamped(scores.logprobs.detach(), batch))
@@ -522,10 +564,10 @@ class PolicyRLModule(RLHFModule[PromptBatch]):
             outputs |= reference_distance(scores, batch)
         loss, learned = self._policy_loss(scores, batch)
         if self.critic is not None:
-            values = self._value_losses(self.critic_values(ids, loss_mask, scores), batch).sum()
-            sums["value_loss"] = values, loss_mask.sum()
-            value = self.normalized(values, batch, "tokens", loss_mask.sum())
-            loss = loss * (not self._warming_up) + self.critic.coefficient * value
+            value_total = self._value_losses(self.critic_values(ids, loss_mask, scores), batch).sum()
+            sums["value_loss"] = value_total, loss_mask.sum()
+            critic_loss = self.normalized(value_total, batch, "tokens", loss_mask.sum())
+            loss = loss * (not self._warming_up) + self.critic.coefficient * critic_loss
         self.step_numbers.add(learned, {**sums, "loss": self.share(loss, batch)}, largest)
         self._log_round(batch)
         return {"loss": loss, **largest, **outputs}
@@ -599,9 +641,11 @@ class PolicyRLModule(RLHFModule[PromptBatch]):
         return value_loss(values, batch["values"], batch["returns"], batch["loss_mask"], self.critic.clip)
 
     def _aggregated(self, per_token: Tensor, batch: "RolloutBatch") -> Tensor:
+        """The loss of the mini-batch, a scalar, from per-token losses `[B, T]`, aggregated as the objective says."""
         mode, length = self.objective.aggregation, self.objective.length or self.sampler.max_tokens
         total, local = aggregate(per_token, batch["loss_mask"], mode, length)
         if mode == "constant":
+            # `aggregate` counts `length` tokens per sequence, the step's denominator counts sequences: convert both.
             total, local = total / length, local / length
         return self.normalized(total, batch, DENOMINATORS[mode], local)
 
@@ -653,17 +697,12 @@ class PolicyRLModule(RLHFModule[PromptBatch]):
         for key, metric in metrics.logged(kl=self.reference is not None):
             self.log(f"{name}/{key}", metric, prog_bar=key == "reward_sampled", batch_size=max(1, len(prompts)))
 
-    # -- checkpoints ----------------------------------------------------------------------------------------------
+    def predict_step(self, batch: PromptBatch, batch_idx: int) -> list[Answer]:
+        """Sample one response to each prompt."""
+        with self.sampling_context():
+            return answers(self.model_sampler, self.renderer, kept_prompts(batch), self.seed)
 
-    def parameter_groups(self) -> ParamsT:
-        if self.critic is None or self.value_model is None or self.critic.learning_rate is None:
-            return super().parameter_groups()
-        own = {id(p) for p in self.value_model.parameters()}
-        groups: list[dict[str, list[nn.Parameter] | float]] = [
-            {"params": [p for p in trained(self) if id(p) not in own]},
-            {"params": [p for p in trained(self) if id(p) in own], "lr": self.critic.learning_rate},
-        ]
-        return groups
+    # -- checkpoints ----------------------------------------------------------------------------------------------
 
     def on_save_checkpoint(self, checkpoint: "StateDict") -> None:
         """Save the collector's state in addition to the trained weights."""
@@ -673,8 +712,3 @@ class PolicyRLModule(RLHFModule[PromptBatch]):
     def on_load_checkpoint(self, checkpoint: "StateDict") -> None:
         super().on_load_checkpoint(checkpoint)
         self.collector.load_state_dict(checkpoint["collector"])
-
-    def predict_step(self, batch: PromptBatch, batch_idx: int) -> list[Answer]:
-        """Sample one response to each prompt."""
-        with self.sampling_context():
-            return answers(self.model_sampler, self.renderer, kept_prompts(batch), self.seed)

@@ -39,7 +39,8 @@ class Advantage(Settings):
     needs_values = False
     """True if a critic is required."""
     centers_penalty = True
-    """True if the mean KL penalty may be subtracted; False if a critic or whitening already acts as its baseline."""
+    """True if the mean over the round may be subtracted from the advantages' KL part as a baseline; False if a critic
+    or whitening is the baseline already."""
     whiten = False
     """True to scale the advantages of a round's tokens to mean 0 and variance 1, over all ranks."""
 
@@ -56,22 +57,24 @@ class Advantage(Settings):
         return rewards
 
     def token_advantages(
-        self, scores: Tensor, penalties: Tensor, values: Tensor, loss_mask: Tensor, discount: float
+        self, episode_advantages: Tensor, token_rewards: Tensor, values: Tensor, loss_mask: Tensor, discount: float
     ) -> tuple[Tensor, Tensor]:
         """Compute the advantage, and with a critic the return, of each token.
 
         Args:
-            scores: Advantage of each episode, as `__call__` returns it, `[N]`.
-            penalties: Rewards of individual tokens, `[N, T]`.
+            episode_advantages: What `__call__` returned (plus, for a sequence-level objective, the penalties of the
+                whole episode), in reward units, `[N]`.
+            token_rewards: KL penalty of each token as a reward, -coefficient · k1, negative on average; in reward
+                units, `[N, T]`.
             values: The critic's values, `[N, T]`; zeros without a critic.
             loss_mask: 1 at sampled tokens, 0 elsewhere, `[N, T]`.
-            discount: Discount factor for the penalties of later tokens.
+            discount: Discount factor for the rewards of later tokens.
 
         Returns:
             Advantages and returns, `[N, T]` each, 0 where the mask is 0. Returns are all 0 without a critic.
         """
-        advantages = scores[:, None] * loss_mask + discounted_future_sum(penalties, loss_mask, discount)
-        return advantages, torch.zeros_like(loss_mask)
+        later = discounted_future_sum(token_rewards, loss_mask, discount)
+        return episode_advantages[:, None] * loss_mask + later, torch.zeros_like(loss_mask)
 
 
 class GroupCentered(Advantage):
@@ -116,7 +119,7 @@ class LeaveOneOut(Advantage):
 
 
 class GlobalWhitened(Advantage):
-    """Reward plus later KL penalties, whitened over all tokens of a round (REINFORCE++, arXiv 2501.03262).
+    """Reward plus the KL penalties of this and later tokens, whitened over a round (REINFORCE++, arXiv 2501.03262).
 
     Args:
         baseline: `none`, or `group` to subtract the group's mean first (REINFORCE++-baseline), which needs groups.
@@ -170,12 +173,12 @@ class GAE(Advantage):
         self.gamma, self.lam, self.whiten = gamma, lam, whiten
 
     def token_advantages(
-        self, scores: Tensor, penalties: Tensor, values: Tensor, loss_mask: Tensor, discount: float
+        self, episode_advantages: Tensor, token_rewards: Tensor, values: Tensor, loss_mask: Tensor, discount: float
     ) -> tuple[Tensor, Tensor]:
         """See `Advantage.token_advantages`. Uses `gamma` instead of `discount`."""
         positions = torch.arange(1, loss_mask.shape[1] + 1)
         last = (loss_mask * positions).argmax(-1, keepdim=True)
-        rewards = penalties.scatter_add(1, last, scores[:, None])
+        rewards = token_rewards.scatter_add(1, last, episode_advantages[:, None])
         return gae(rewards, values, loss_mask, self.gamma, self.lam)
 
 
@@ -184,8 +187,9 @@ def compute_token_advantages(
 ) -> None:
     """Write `advantages`, and with a critic `returns`, into the training samples. All ranks must call this together.
 
-    All training samples of an episode form one sequence of actions, so a penalty in a later sample also counts for the
-    tokens of earlier ones. A KL penalty in the reward is added after the group's baseline and before whitening.
+    An episode has several training samples if the chat template re-renders earlier turns. Together they are one
+    sequence of actions, so a penalty in a later sample also counts for the tokens of earlier ones. A KL penalty in the
+    reward is added after the group's baseline and before whitening.
 
     Args:
         episodes: Episodes of a round, on this rank. Episodes that already have an `advantage` keep it.
@@ -215,8 +219,8 @@ def compute_token_advantages(
         scores + episode_penalties, token_penalties, values, loss_mask, discount
     )
     if penalty is not None and penalty.centered and advantage.centers_penalty:
-        # The mean over the round's tokens is a valid baseline, because it depends on no single action. Centering before
-        # the return would reward longer responses; center after it.
+        # The mean over the round's tokens is a valid baseline, because it depends on no single action. Center after
+        # summing over later tokens: centering each penalty before would reward longer responses.
         from_penalties, _ = advantage.token_advantages(episode_penalties, token_penalties, values, loss_mask, discount)
         advantages = advantages - _mean_and_variance(from_penalties, loss_mask)[0] * loss_mask
     if advantage.whiten:

@@ -38,7 +38,9 @@ class SampleScorers:
 
     Attributes:
         reference_logprobs: Log-probabilities under the reference, in nats.
-        recomputed_logprobs: Log-probabilities under the policy as the trainer computes them, in nats.
+        recomputed_logprobs: Log-probabilities under the policy as the trainer computes them, in nats. If present, they
+            are the sample's `old_logprobs` (the ratio's denominator); otherwise `old_logprobs` are those that the
+            sampler recorded.
         values: The critic's values, in reward units.
 
     Example:
@@ -76,7 +78,7 @@ class RolloutCollector:
 
     Example:
         >>> collector = RolloutCollector(sampler, renderer, terms, GroupCentered(), seed=0)  # doctest: +SKIP
-        >>> samples, sums = collector.collect(prompts, number=0, group_size=8)  # doctest: +SKIP
+        >>> samples, sums = collector.collect(prompts, round_index=0, group_size=8)  # doctest: +SKIP
     """
 
     def __init__(
@@ -113,12 +115,14 @@ class RolloutCollector:
 
     # -- a round --------------------------------------------------------------------------------------------------
 
-    def collect(self, prompts: Sequence[Prompt], number: int, group_size: int) -> tuple[list[TrainingSample], Sums]:
+    def collect(
+        self, prompts: Sequence[Prompt], round_index: int, group_size: int
+    ) -> tuple[list[TrainingSample], Sums]:
         """Collect a round. All ranks must call this together.
 
         Args:
             prompts: Prompts of this rank.
-            number: Index of the round, part of the seed.
+            round_index: Index of the round over all epochs; part of the seed.
             group_size: Episodes per prompt.
 
         Returns:
@@ -126,16 +130,18 @@ class RolloutCollector:
         """
         self._begin_round()
         with torch.no_grad(), self.context():
-            self.episodes = self._sample(prompts, number, group_size)
+            self.episodes = self._sample(prompts, round_index, group_size)
             samples = self.training_samples(self.episodes)
         return samples, self._statistics(samples)
 
-    def collect_recorded(self, groups: Sequence[Sequence[Recorded]], number: int) -> tuple[list[TrainingSample], Sums]:
+    def collect_recorded(
+        self, groups: Sequence[Sequence[Recorded]], round_index: int
+    ) -> tuple[list[TrainingSample], Sums]:
         """Collect a round of recorded episodes. All ranks must call this together.
 
         Args:
             groups: Recorded episodes of this rank, by group.
-            number: Index of the round.
+            round_index: Index of the round over all epochs; unused, because nothing is sampled.
 
         Returns:
             See `collect`.
@@ -157,9 +163,10 @@ class RolloutCollector:
         self.started += 1
 
     def _statistics(self, samples: list[TrainingSample]) -> Sums:
-        """Sums of the round's statistics on this rank."""
+        """Sum and count of each statistic on this rank; the loader divides them after adding those of all ranks."""
         sums = statistics(self.episodes, kl=self.scorers.reference_logprobs is not None)
         if self.resample_groups:
+            # Per group; [1] is the number of groups with more than one episode.
             sums["resampled_groups"] = (float(self.resampled), sums["zero_variance_groups"][1])
         if self.kl is not None:
             sums["kl_coefficient"] = (self.kl.penalty.coefficient, 1)
@@ -167,15 +174,15 @@ class RolloutCollector:
             sums["explained_variance"] = (critic_explained_variance(samples), 1)
         return sums
 
-    def _sample(self, prompts: Sequence[Prompt], number: int, group_size: int) -> list[Episode]:
+    def _sample(self, prompts: Sequence[Prompt], round_index: int, group_size: int) -> list[Episode]:
         """Sample and reward the episodes of a round, in the order of the prompts.
 
         A group with equal rewards contributes no gradient. It is sampled again, at most `resample_groups` times (as in
         the dynamic sampling of DAPO, arXiv 2503.14476 sec. 3.2, but with the same prompts).
         """
         with self.snapshot.stale() if self.snapshot else nullcontext():
-            self.sampler.sync(number)
-            episodes = self.rollout(prompts, group_size, (number,), running="update")
+            self.sampler.sync(round_index)
+            episodes = self.rollout(prompts, group_size, (round_index,), running="update")
             self.resampled = 0
             for attempt in range(1, self.resample_groups + 1):
                 zero_variance = zero_variance_groups(episodes)
@@ -185,7 +192,7 @@ class RolloutCollector:
                 self.resampled += len(zero_variance)
                 again = [prompt for prompt in prompts if prompt.index in zero_variance]
                 # Running statistics count each group once; otherwise groups sampled again would bias them.
-                replacements = iter(self.rollout(again, group_size, (number, attempt), running="use"))
+                replacements = iter(self.rollout(again, group_size, (round_index, attempt), running="use"))
                 episodes = [next(replacements) if episode.group in zero_variance else episode for episode in episodes]
             return episodes
 
@@ -204,8 +211,8 @@ class RolloutCollector:
             group_size: Episodes per prompt.
             seed: Integers that distinguish these rollouts from others of the run.
             temperature: Replaces the sampler's temperature.
-            running: What rewards do with their running statistics; see `total_rewards`. With `update`, all ranks must
-                call this together, even without prompts.
+            running: What rewards with running normalization do: `update` their statistics with these scores (all ranks
+                must then call this together, even without prompts), `use` them unchanged, or `off` for raw scores.
 
         Returns:
             `len(prompts) * group_size` episodes.
@@ -254,6 +261,8 @@ class RolloutCollector:
         """Each sample, in order, with the scorer's value of each token."""
         device = next(self.sampler.model.parameters()).device
         ids, masks = [sample.ids for sample in samples], [sample.loss_mask for sample in samples]
+        # Every rank gets equally many batches, since a scorer may be collective. An empty one has no indices but a
+        # dummy row, hence not strict.
         for indices, tokens in padded_batches(ids, masks, CHUNK, device, range(len(samples)), even=True):
             values = scorer(tokens["input_ids"], tokens["loss_mask"]).float().tolist()
             for i, row in zip(indices, values, strict=bool(indices)):
@@ -268,10 +277,10 @@ class RolloutCollector:
 
     @property
     def counters(self) -> "RoundCounters":
-        """State that a round changes before its first update: the number of rounds started and the KL controller.
+        """The part of the state that `collect` changes: the number of rounds started and the KL controller.
 
-        It is small enough to save when a round is left early. The reference is not included, because it is refreshed
-        again on resume.
+        If a signal interrupts `collect`, `checkpointing.last_step.LastStep` sets it back to its values before the
+        round. A refreshed reference is not set back: the resumed run refreshes it again, from the same weights.
         """
         return {"started": self.started, "kl": self.kl.state_dict() if self.kl else None}
 
@@ -300,7 +309,7 @@ class RolloutCollector:
 
 
 class RoundCounters(TypedDict):
-    """State that a round changes before its first update."""
+    """The part of a collector's state that `collect` changes; see `RolloutCollector.counters`."""
 
     started: int
     """Number of rounds started."""

@@ -27,15 +27,20 @@ class LoaderState(TypedDict):
 
 
 class RolloutDataLoader(Generic[T]):
-    """Yields mini-batches of rounds of episodes. It has a length, so that Lightning prefetches nothing, and a state.
+    """Yields mini-batches of rounds of episodes.
 
-    An epoch is one pass over the prompts. In each round, the loader calls `collect(prompts, round)` to get training
-    samples, and yields `update_epochs × minibatches` mini-batches of them, shuffled again in each update epoch. The
-    number of mini-batches does not depend on the number of samples: one without samples contains a row of weight 0.
+    It has a length, because Lightning prefetches from loaders without one and would sample with outdated weights, and a
+    state for checkpoints.
 
-    A batch is a dict with `[B, T]` tensors (`input_ids`, `loss_mask`, `old_logprobs`, `advantages`, and with a
-    reference `reference_logprobs`), the `denominators` of its optimizer step, `first` (True if the policy has not been
-    updated since it sampled these rows) and, on the first batch of a round, its `statistics`.
+    An epoch is one pass over the prompts. In each round, the loader calls `collect(prompts, round_index)` to get
+    training samples, and yields `update_epochs × minibatches` mini-batches of them, shuffled again in each update
+    epoch. The number of mini-batches does not depend on the number of samples: one without samples contains a row of
+    weight 0.
+
+    A batch is a `RolloutBatch`. Its tensors are `[B, T]` (`lengths` `[B]`), log-probabilities in nats. Column t of each
+    belongs to the token `input_ids[:, t]`, without a shift; `reference_logprobs`, `values` and `returns` are 0 if not
+    computed. It also has the `denominators` of its optimizer step, the `round`, `where` (file and line of each row),
+    `first` (True in the first optimizer step of a round) and, on the first batch of a round, its `statistics`.
 
     Args:
         items: Prompts or recorded groups of all ranks.
@@ -54,7 +59,7 @@ class RolloutDataLoader(Generic[T]):
 
     Example:
         >>> from rlhf_lightning.types import TrainingSample
-        >>> def collect(prompts, number):
+        >>> def collect(prompts, round_index):
         ...     return [TrainingSample([1, 2], [0, 1], [0.0, -0.5], advantages=[0.0, 1.0]) for _ in prompts], {}
         >>> loader = RolloutDataLoader(["a", "b"], collect, items_per_round=1, update_epochs=1, minibatches=1, pad_id=0)
         >>> [batch["input_ids"].tolist() for batch in loader]
@@ -81,7 +86,8 @@ class RolloutDataLoader(Generic[T]):
         self.position = self._start = 0
         """Number of batches already yielded in this epoch; 0 at its end."""
         self.leaving: tuple[Callable[[], bool], Callable[[], None]] | None = None
-        """Set if a round may be left early: a function that returns True to leave, and one to call when leaving."""
+        """Set by the checkpoint callback, to stop on a signal while a round is collected: whether to stop, and what to
+        call on stopping. None if a round is always finished, as with a sharded model."""
         self._rows: list[TrainingSample] = []
         self._restored: list[TrainingSample] | None = None
 
@@ -116,38 +122,38 @@ class RolloutDataLoader(Generic[T]):
         generator = torch.Generator().manual_seed(mix_seeds(self.seed, shard_spec.epoch))
         shuffled = torch.randperm(len(self.items), generator=generator).tolist()
         order = shuffled if self.shuffle else list(range(len(self.items)))
-        for number in range(start // self.per_round, self.rounds):
-            indices = order[number * self.items_per_round : (number + 1) * self.items_per_round]
-            done = max(0, start - number * self.per_round)
-            yield from self._round([self.items[i] for i in indices], number, done, shard_spec)
+        for round_in_epoch in range(start // self.per_round, self.rounds):
+            indices = order[round_in_epoch * self.items_per_round : (round_in_epoch + 1) * self.items_per_round]
+            done = max(0, start - round_in_epoch * self.per_round)
+            yield from self._round([self.items[i] for i in indices], round_in_epoch, done, shard_spec)
 
-    def _round(self, items: list[T], number: int, done: int, shard_spec: ShardSpec) -> Iterator[RolloutBatch]:
+    def _round(self, items: list[T], round_in_epoch: int, done: int, shard_spec: ShardSpec) -> Iterator[RolloutBatch]:
         """The mini-batches of a round.
 
         Args:
             items: Prompts or recorded groups of all ranks.
-            number: Index of the round in its epoch.
+            round_in_epoch: Index of the round in its epoch.
             done: Number of its mini-batches that were yielded before the checkpoint.
             shard_spec: See `__init__`.
         """
-        round_seed = shard_spec.epoch * self.rounds + number
+        round_index = shard_spec.epoch * self.rounds + round_in_epoch
         statistics: dict[str, float] | None = None
         if done and self._restored is not None:
             self._rows = self._restored
         else:
             with self._leavable():
-                self._rows, sums = self.collect(items[shard_spec.rank :: shard_spec.world], round_seed)
+                self._rows, sums = self.collect(items[shard_spec.rank :: shard_spec.world], round_index)
                 # Merged here, on all ranks, because a rank may have no episodes or different metrics.
                 statistics = means(gather(sums))
         self._restored = None
-        minibatches = self._minibatches(round_seed)
+        minibatches = self._minibatches(round_index)
         denominators = self._denominators(minibatches, shard_spec)
         batches_per_epoch = min(len(self), shard_spec.limit or len(self))
         for k in range(done, self.per_round):
-            self.position = (number * self.per_round + k + 1) % batches_per_epoch
+            self.position = (round_in_epoch * self.per_round + k + 1) % batches_per_epoch
             batch = self._collate(minibatches[k])
             batch["denominators"] = denominators[k // shard_spec.accumulate]
-            batch["round"] = round_seed
+            batch["round"] = round_index
             batch["where"] = [self.where.get(row.group, f"prompt {row.group}") for row in minibatches[k]]
             batch["first"] = k < shard_spec.accumulate
             batch["statistics"] = statistics if k == 0 else None
@@ -156,7 +162,11 @@ class RolloutDataLoader(Generic[T]):
 
     @contextmanager
     def _leavable(self) -> Iterator[None]:
-        """Context manager for collecting a round, which may be left early at its safe points."""
+        """Context manager for collecting a round.
+
+        Within it, `safe_point()`, called by the sampler and rewards, raises `RoundLeft` (a `KeyboardInterrupt`) on all
+        ranks once asked to stop.
+        """
         if self.leaving is None:
             yield
             return
@@ -168,11 +178,15 @@ class RolloutDataLoader(Generic[T]):
             on_leave()
             raise
 
-    def _minibatches(self, round_seed: int) -> list[list[TrainingSample]]:
-        """The rows of each mini-batch; each update epoch shuffles the groups, and the rows within each group."""
+    def _minibatches(self, round_index: int) -> list[list[TrainingSample]]:
+        """The rows of each mini-batch.
+
+        Each update epoch shuffles the rows, and then sorts them by group, with the groups in the order of their first
+        rows.
+        """
         minibatches = []
         for epoch in range(self.update_epochs):
-            generator = torch.Generator().manual_seed(mix_seeds(self.seed, round_seed, epoch, 1))
+            generator = torch.Generator().manual_seed(mix_seeds(self.seed, round_index, epoch, 1))
             rows = [self._rows[i] for i in torch.randperm(len(self._rows), generator=generator).tolist()]
             group_order: dict[int, int] = {}
             for row in rows:
@@ -211,7 +225,7 @@ class RolloutDataLoader(Generic[T]):
         }
 
     def state_dict(self) -> LoaderState:
-        """The position and, within a round, the remaining rows of every rank. All ranks must call this together."""
+        """The position and, within a round, all its rows on every rank. All ranks must call this together."""
         inside = not self.at_round
         rows = [asdict(row) for row in self._rows] if inside else []
         return {"position": self.position, "rows": gather(rows)}

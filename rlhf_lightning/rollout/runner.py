@@ -36,7 +36,11 @@ class NoRoomError(UserError):
 
 @dataclass
 class _RemoteEnvironment:
-    """Placeholder for an environment that lives on another rank; see `distributed.run_on_leader`."""
+    """Stands in for an environment on the ranks of a tensor-parallel group other than its leader.
+
+    Those need its `tools` to render the same prompts, but never call `reset` or `step`; see
+    `distributed.run_on_leader`.
+    """
 
     tools: list[ToolSchema] | None
 
@@ -49,7 +53,11 @@ class _RemoteEnvironment:
 
 @dataclass
 class _NewEnvironment:
-    """An environment and its first messages. When sent to other ranks, the environment becomes a placeholder."""
+    """An environment and its first messages.
+
+    `run_on_leader` pickles it for the other ranks, and `__getstate__` then replaces the environment; the leader keeps
+    it.
+    """
 
     env: MessageEnv
     messages: list[Message]
@@ -90,11 +98,11 @@ class EpisodeRunner:
         self.environment, self.limits, self.params = environment, limits or Limits(), sampler.params.at(temperature)
         self.retried: list[str] = []
 
-    def run(self, prompts: Sequence[tuple[Prompt, int]]) -> list[Episode]:
+    def run(self, tasks: Sequence[tuple[Prompt, int]]) -> list[Episode]:
         """Run one episode for each pair of a prompt and a sample index.
 
         Args:
-            prompts: Pairs of a prompt and the index of the episode in its group.
+            tasks: Pairs of a prompt and the index of the episode in its group.
 
         Returns:
             The episodes, in the order of the pairs.
@@ -102,7 +110,7 @@ class EpisodeRunner:
         Raises:
             EpisodeError: If an environment failed, and `limits.on_error` is `fail` or the retries are used up.
         """
-        states = [EpisodeState(prompt, sample) for prompt, sample in prompts]
+        states = [EpisodeState(prompt, sample) for prompt, sample in tasks]
         active = self._reset(states) if self.environment else states
         with self.sampler.engine.session():
             while active:
@@ -158,7 +166,7 @@ class EpisodeRunner:
         prompts, ready, restarted = [], [], []
         for state in active:
             try:
-                ids = self._prompt(state)
+                ids = self._add_prompt(state)
             except (RowError, NoRoomError) as error:
                 restarted += self._handle_failure(state, error)
                 continue
@@ -171,9 +179,14 @@ class EpisodeRunner:
             state.add_response(self._truncate(state, completion), self.renderer, self.sampler.stop)
             for state, completion in zip(ready, completions, strict=True)
         ]
+        # Without an environment nothing fails, so nothing is restarted.
         if self.environment is None:
             return []
-        steps = [partial(state.env.step, message) for state, message in zip(ready, messages, strict=True) if state.env]
+        steps = [
+            partial(state.env.step, message)
+            for state, message in zip(ready, messages, strict=True)
+            if state.env is not None
+        ]
         continuing = []
         for state, outcome in zip(ready, self._run_calls(steps), strict=True):
             try:
@@ -183,12 +196,17 @@ class EpisodeRunner:
                 restarted += self._handle_failure(state, error)
         return continuing + self._reset(restarted)
 
-    def _prompt(self, state: EpisodeState) -> list[int] | None:
-        """Token ids to sample after; None if the episode ends because its token budget or the context is used up."""
+    def _add_prompt(self, state: EpisodeState) -> list[int] | None:
+        """Add the tokens before the next response to the episode, and return all that precede it.
+
+        Returns None, with `stop_reason` set, if the token budget or the context is used up.
+        """
         episode, budget = state.episode, self.limits.max_tokens
         if budget is not None and episode.response_tokens >= budget:
             episode.stop_reason = "tokens"
             return None
+        # `ids` are only the new tokens. They extend the last training sample if `continues`; otherwise they begin
+        # another one.
         ids, continues = state.next_prompt(self.renderer)
         length = len(ids) + (len(episode.training_samples[-1].ids) if continues else 0)
         if self.sampler.context is not None and length + self.params.max_tokens > self.sampler.context:

@@ -104,6 +104,7 @@ class LocalEngine:
         self.layers = config.num_hidden_layers
         self.context: int | None = getattr(config, "max_position_embeddings", None)
         self._plain: bool | None = None
+        """True if slots reproduce the model's logits, False if it needs its own `generate`; None until checked."""
         self.watch = Watch()
 
     def sync(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
@@ -139,8 +140,9 @@ class LocalEngine:
     ) -> list[Completion]:
         with self._sampling():
             if not is_sharded(self.model):
-                # Sliding windows and length-dependent positions take effect only at full length. The check of a sharded
-                # model needs all ranks, so it is done in training, in the forward pass of the trainer.
+                # A sliding window or a position scaling that depends on length makes a difference only in long rows, so
+                # check at full length. The check needs all ranks if the model is sharded; then the trainer's forward
+                # pass makes it.
                 self.packed_forward.check(max(len(prompt) for prompt in prompts) + params.max_tokens)
             if self._plain is None:
                 self._plain = self._check()
@@ -152,17 +154,18 @@ class LocalEngine:
     @contextmanager
     def _sampling(self) -> Iterator[None]:
         """Context manager with eval mode, no gradients, and no compiled code."""
-        # Weights gathered in inference mode could not be trained afterwards.
+        # Not inference mode: weights gathered in it could not be trained afterwards.
         gradients = torch.no_grad() if is_sharded(self.model) else torch.inference_mode()
         with in_mode(self.model, training=False), gradients, torch.compiler.set_stance("force_eager"):
             yield
 
     @contextmanager
     def session(self) -> Iterator[None]:
-        """Context manager for the sampling of a round, which all ranks enter and leave together.
+        """Context manager around the sampling of some episodes, which all ranks enter and leave together.
 
-        Inside, each rank may sample any number of times: a sharded model is gathered on every rank if memory allows;
-        otherwise the ranks decode in lockstep.
+        Within it, ranks may call `generate` different numbers of times. A sharded model is gathered on every rank if
+        memory allows. Otherwise `_synchronized` is set: each forward pass is announced to the other ranks, and a rank
+        that is done runs `_idle` until all are.
 
         Raises:
             ConfigError: If the model cannot be gathered and is sampled with its own `generate`.
@@ -214,7 +217,7 @@ class LocalEngine:
         self, prompts: Sequence[Sequence[int]], device: torch.device
     ) -> tuple[list[PrefillCache], Tensor, Tensor]:
         cache = [PrefillCache() for _ in range(self.layers)]
-        layout = PackedLayout([SharedPrefix((i,), len(prompt), (0,)) for i, prompt in enumerate(prompts)], device)
+        layout = PackedLayout(_trees(prompts), device)
         ids = torch.tensor([token for prompt in prompts for token in prompt], device=device)
         states = self._decoder(ids[None], layout.columns[None], Cache(layers=cache), layout)[0]
         ends = torch.tensor([len(prompt) for prompt in prompts], device=device).cumsum(0)
@@ -246,7 +249,11 @@ class LocalEngine:
         return result
 
     def _decoder(self, ids: Tensor, positions: Tensor, cache: Cache, layout: PackedLayout | Decoding) -> Tensor:
-        """Hidden states of the decoder with a cache and a layout."""
+        """Hidden states of the decoder, `[B, T, H]`, for `ids` and `positions`, both `[B, T]`.
+
+        The installed attention (`models.attention`) reads `layout`; transformers passes a mask of four dimensions
+        through unchanged, so this one is a dummy.
+        """
         mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=ids.device)
         return self.backbone.decoder(
             input_ids=ids,
@@ -296,6 +303,11 @@ class LocalEngine:
         return float((ours - wanted).float().norm() / wanted.float().norm().clamp(min=1e-6))
 
 
+def _trees(prompts: Sequence[Sequence[int]]) -> list[SharedPrefix]:
+    """For each prompt a tree of one row: the prompt is its prefix, its branch is empty."""
+    return [SharedPrefix(rows=(i,), prefix=len(prompt), branches=(0,)) for i, prompt in enumerate(prompts)]
+
+
 class _Batch:
     """The state of one `generate` call, in which prompts move through the slots."""
 
@@ -319,7 +331,11 @@ class _Batch:
         self.step = GraphedStep(engine.step) if graphed else engine.step
 
     def run(self) -> list[Completion]:
-        """Decode until all responses are complete. Prompts are admitted once a quarter of the slots is free."""
+        """Decode until every prompt has its response.
+
+        Each iteration admits waiting prompts, if at least a quarter of the slots is free, or decodes one token of every
+        slot. When no prompts wait, free slots are dropped instead, also a quarter at a time.
+        """
         while True:
             safe_point()
             free = [slot for slot, row in enumerate(self.rows) if row is None]
@@ -336,10 +352,10 @@ class _Batch:
         """Move waiting prompts into free slots; a prompt that several rows share is computed once."""
         admitted = [self.waiting.pop() for _ in range(min(len(free), len(self.waiting)))]
         distinct = list(dict.fromkeys(self.prompts[row] for row in admitted))
-        prefixes = [SharedPrefix((i,), len(prompt), (0,)) for i, prompt in enumerate(distinct)]
         self.slots.reserve(max(len(prompt) for prompt in distinct) + 1, self.limit)
-        for group in group_by_token_budget(prefixes, self.engine.packed_forward.budget(self.device)):
-            prompts = {distinct[prefix.rows[0]]: i for i, prefix in enumerate(group)}
+        for group in group_by_token_budget(_trees(distinct), self.engine.packed_forward.budget(self.device)):
+            # Each prompt of the group, with its index in the group.
+            prompts = {distinct[tree.rows[0]]: i for i, tree in enumerate(group)}
             rows = [row for row in admitted if self.prompts[row] in prompts]
             self._prefill(prompts, rows, [free.pop() for _ in rows])
 
@@ -350,17 +366,18 @@ class _Batch:
         lengths = [len(self.prompts[row]) for row in rows]
         columns = torch.cat([torch.arange(length) for length in lengths]).to(self.device)
         repeats = torch.tensor(lengths, device=self.device)
-        slot, source = torch.tensor(slots, device=self.device), torch.tensor(which, device=self.device)
+        slot_ids, source = torch.tensor(slots, device=self.device), torch.tensor(which, device=self.device)
         self.slots.fill(
-            cache, slot.repeat_interleave(repeats), columns, starts[source].repeat_interleave(repeats) + columns
+            cache, slot_ids.repeat_interleave(repeats), columns, starts[source].repeat_interleave(repeats) + columns
         )
-        self.slots.positions[slot] = repeats
-        for row, number in zip(rows, slots, strict=True):
-            self.rows[number] = row
+        self.slots.positions[slot_ids] = repeats
+        for row, slot in zip(rows, slots, strict=True):
+            self.rows[slot] = row
         self._sample(slots, logits[source])
 
     def _advance(self) -> None:
         """Decode one token of every slot."""
+        # Positions in use, including that of the token which is fed now.
         width = max(len(self.prompts[row]) + len(self.samples[row].ids) for row in self.rows if row is not None)
         self.slots.width = width
         self.slots.reserve(width, self.limit)
@@ -381,6 +398,7 @@ class _Batch:
         rows = torch.tensor([self.rows[slot] or 0 for slot in slots], device=self.device)
         lengths = torch.tensor(sampled, device=self.device)
         tokens, logprobs = sample_token(logits, self.uniforms[rows, lengths], self.params, lengths)
+        # Within a tensor-parallel group only: rounding must not make its ranks sample different tokens.
         tokens, logprobs = broadcast(tokens), broadcast(logprobs)
         self.tokens[torch.tensor(slots, device=self.device)] = tokens
         for slot, token, logprob in zip(slots, tokens.tolist(), logprobs.tolist(), strict=True):

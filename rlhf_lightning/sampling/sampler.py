@@ -60,14 +60,14 @@ class Engine(Protocol):
         """
 
     def sync(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
-        """Load the policy's weights. Called on every rank before every round.
+        """Load the policy's weights. Called on every rank before every round, validation, test and prediction.
 
         Under FSDP2, each tensor is gathered when it is requested, so all ranks must consume all tensors.
 
         Args:
             named_tensors: Weights by their Hugging Face names, with adapters merged. Copy them, because training
                 changes them.
-            version: Index of the round.
+            version: Index of the round; before validation, test and prediction, the optimizer step. Not unique.
         """
 
 
@@ -215,7 +215,7 @@ class ModelSampler:
         self.context: int | None = getattr(config, "max_position_embeddings", None)
 
     def sync(self, version: int) -> None:
-        """Pass the policy's weights to an engine with its own copy; `version` is the index of the round."""
+        """Pass the policy's weights to an engine with its own copy; for `version`, see `Engine.sync`."""
         self.engine.sync(named_weights(self.model), version)
 
     def generate(

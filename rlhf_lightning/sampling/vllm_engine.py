@@ -123,7 +123,7 @@ class VLLMEngine:
 
         Args:
             named_tensors: See `Engine.sync`.
-            version: Number of the round.
+            version: See `Engine.sync`.
 
         Raises:
             ConfigError: If the engine cannot hold these weights.

@@ -228,6 +228,19 @@ def test_dropped_episode_does_not_change_the_others(
     assert dropped[1].reward == 0.0
 
 
+def test_environment_with_length_zero_is_stepped(tokenizer: Any) -> None:
+    class Empty(Several):
+        def __len__(self) -> int:
+            return 0
+
+    empty, plain = (
+        run_episodes(tasks(2), Fake(tokenizer.eos_token_id, 0.0), Renderer(tokenizer), (0,), kind)
+        for kind in (Empty, Several)
+    )
+    assert [tokens(episode) for episode in empty] == [tokens(episode) for episode in plain]
+    assert [episode.environment_reward for episode in empty] == [3.0, 3.0]
+
+
 @pytest.mark.parametrize(
     ("returned", "message"),
     [
