@@ -244,10 +244,10 @@ def test_environment_with_length_zero_is_stepped(tokenizer: Any) -> None:
 @pytest.mark.parametrize(
     ("returned", "message"),
     [
-        ({"reset": None}, r"reset\(\) returned None; it must be a list of messages"),
+        ({"reset": None}, r"reset\(\) returned None; it must return a list of messages"),
         ({"reset": "Hi"}, r"reset\(\) returned 'Hi'"),
         ({"reset": []}, r"reset\(\) returned \[\]"),
-        ({"step": None}, r"step\(\) returned None; it must be a StepResult"),
+        ({"step": None}, r"step\(\) returned None; it must return a StepResult"),
         ({"step": StepResult(float("nan"))}, r"step\(\) returned reward nan"),
         ({"step": StepResult("1")}, r"step\(\) returned reward '1'"),  # type: ignore[arg-type]
         ({"step": StepResult(metrics={"a": float("inf")})}, r"returned metrics\['a'\] inf"),
