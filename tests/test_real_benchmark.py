@@ -83,8 +83,9 @@ def test_trl_trains_the_same_rows(name: str, model: str, data: str, tmp_path: Pa
         assert here("measure", cell, tmp_path / "model")["numbers"]["tokens"] > 0
 
 
-def test_the_fastest_settings_are_found(model: str, data: str, tmp_path: Path) -> None:
-    found = here("trial", cell_of("sft", "ours", model, data), tmp_path)
+@pytest.mark.parametrize("name", ["sft", "dpo"])
+def test_the_fastest_settings_are_found(name: str, model: str, data: str, tmp_path: Path) -> None:
+    found = here("trial", cell_of(name, "ours", model, data), tmp_path)
     assert {one["precision"] for one in found} == {"bf16-mixed", "32-true"}
     assert found[0]["seconds"] <= found[1]["seconds"]
 

@@ -105,7 +105,7 @@ def parts(cell: Cell, rows: Rows) -> tuple[Any, Any]:
     if part.kind == "sft":
         return SFTModule(cell.model, **common), SFTDataModule(rows.train, **options)
     scorer = RewardHead() if part.kind == "reward" else ImplicitReward(beta=part.beta)
-    data = PreferenceDataModule(rows.train, validation=rows.held_out, **options)
+    data = PreferenceDataModule(rows.train, validation=rows.held_out or None, **options)
     return PreferenceModule(cell.model, scorer=scorer, **common), data
 
 
@@ -137,7 +137,7 @@ def train(cell: Cell, rows: Rows, folder: Path) -> Trained:
         if cell.settings.policy_rl
         else {"loss": watch.losses},
     }
-    if cell.settings.kind in ("reward", "dpo"):
+    if rows.held_out and cell.settings.kind in ("reward", "dpo"):
         trainer.limit_val_batches = 1.0
         (numbers,) = trainer.validate(module, data, verbose=False)
         found["held_out"] = {name: numbers[f"val/{name}"] for name in ("accuracy", "margin")}

@@ -105,9 +105,9 @@ class Cell:
         """Rows of a step: conversations, pairs or responses."""
         return self.settings.batch * self.settings.group
 
-    def shortened(self, steps: int) -> "Cell":
-        """The same with fewer steps."""
-        return replace(self, settings=replace(self.settings, steps=steps))
+    def tried(self, steps: int) -> "Cell":
+        """The same with fewer steps and without held-out rows, for a trial of its speed."""
+        return replace(self, settings=replace(self.settings, steps=steps, held_out=0))
 
     def to_json(self) -> dict[str, object]:
         """As plain values."""

@@ -106,7 +106,7 @@ def trainer_of(cell: Cell, rows: Rows, folder: Path, watch: Watch) -> Any:
         return trl.GRPOTrainer(cell.model, reward, args=config, **more)
     if part.kind == "sft":
         return trl.SFTTrainer(cell.model, trl.SFTConfig(max_length=None, **common, **loading), **more)
-    more["eval_dataset"] = Dataset.from_list(rows.held_out)
+    more["eval_dataset"] = Dataset.from_list(rows.held_out) if rows.held_out else None
     if classifies:
         model = AutoModelForSequenceClassification.from_pretrained(cell.model, num_labels=1, dtype="float32")
         return trl.RewardTrainer(model, trl.RewardConfig(max_length=None, **common), **more)
@@ -127,7 +127,7 @@ def train(cell: Cell, rows: Rows, folder: Path) -> Trained:
         "peak_gib": peak_gib(),
         "curves": {ours: [entry[name] for entry in steps] for name, ours in NAMES.items() if name in steps[0]},
     }
-    if cell.settings.kind in HELD_OUT:
+    if rows.held_out and cell.settings.kind in HELD_OUT:
         numbers = trainer.evaluate()
         found["held_out"] = {ours: numbers[name] for name, ours in HELD_OUT[cell.settings.kind].items()}
     trainer.save_model(str(folder))

@@ -35,7 +35,7 @@ def trial(command: dict[str, Any]) -> Any:
     """
     from benchmarks.real.plan import Cell, precisions
 
-    cell, folder = Cell.of(command["cell"]).shortened(2), Path(command["folder"])
+    cell, folder = Cell.of(command["cell"]).tried(2), Path(command["folder"])
 
     def tried(settings: Any) -> dict[str, Any]:
         answer = train({"cell": replace(cell, **settings).to_json(), "folder": str(folder)})
