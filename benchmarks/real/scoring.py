@@ -2,12 +2,11 @@
 
 import math
 from collections.abc import Sequence
-from functools import cache
 from typing import Any
 
 import torch
 
-from rlhf_lightning.inference.tasks import Task, ifeval
+from rlhf_lightning.rewards.instructions import followed
 from rlhf_lightning.rewards.verifiers import ExactAnswer
 from rlhf_lightning.types import Episode
 
@@ -16,15 +15,10 @@ FLOOR = 5
 LAST_NUMBER = ExactAnswer(pattern=r"-?\d+", numbers=True)
 
 
-@cache
-def _ifeval() -> Task:
-    return ifeval()
-
-
 def scores(task: str, texts: Sequence[str], rows: Sequence[dict[str, Any]]) -> list[float]:
     """1 for a right response, 0 for another.
 
-    An instruction must be followed by an answer of at least `FLOOR` words; in arithmetic, the last number must be
+    Instructions must be followed by an answer of at least `FLOOR` words; in arithmetic, the last number must be
     right.
 
     Args:
@@ -37,8 +31,7 @@ def scores(task: str, texts: Sequence[str], rows: Sequence[dict[str, Any]]) -> l
         episodes = [Episode([], row, 0, responses=told) for told, row in zip(said, rows, strict=True)]
         return [float(score or 0.0) for score in LAST_NUMBER.score(episodes)]
     return [
-        _ifeval().score(text, row)["inst_level_strict"][0] * (len(text.split()) >= FLOOR)
-        for text, row in zip(texts, rows, strict=True)
+        float(all(followed(text, row)) and len(text.split()) >= FLOOR) for text, row in zip(texts, rows, strict=True)
     ]
 
 
