@@ -71,7 +71,7 @@ def table(found: dict[str, str]) -> str:
             rows[match[1].replace("_", " ")][match[2]].append(outcome)
     lines = [f"| | {' | '.join(ENGINES.values())} |", f"|---|{'---|' * len(ENGINES)}"]
     for row, cells in rows.items():
-        shown = [", ".join(sorted(set(cells[engine]))).replace("skipped", "–") for engine in ENGINES]
+        shown = [", ".join(sorted(set(cells[engine]))).replace("skipped", "–") or "–" for engine in ENGINES]
         lines.append(f"| {row} | {' | '.join(shown)} |")
     return "\n".join(lines) + "\n"
 

@@ -1,4 +1,4 @@
-"""vLLM as the sampling engine, in the training process. Its sync of weights fails its tests, see docs/engines.md.
+"""vLLM as the sampling engine, in the training process. Run on a CPU only, see docs/engines.md.
 
 model:
   sampler:
@@ -19,6 +19,7 @@ from rlhf_lightning.sampling.token_sampling import SamplingParams, check_prompts
 from rlhf_lightning.types import Completion
 
 if TYPE_CHECKING:
+    from torch.nn import Module
     from vllm.outputs import CompletionOutput
 
 log = logging.getLogger(__name__)
@@ -96,7 +97,9 @@ class VLLMEngine:
         config = self.llm.model_config
         self.vocabulary, self.context = config.get_vocab_size(), config.max_model_len
         self.tied = bool(getattr(config.hf_text_config, "tie_word_embeddings", False))
-        self.decode = self.llm.get_tokenizer().decode
+        tokenizer = self.llm.get_tokenizer()
+        self.decode, self.eos = tokenizer.decode, tokenizer.eos_token_id
+        self._failed = False
 
     def check(self, params: SamplingParams) -> None:
         """Refuse settings for which vLLM has no log-probabilities of the full softmax.
@@ -112,6 +115,12 @@ class VLLMEngine:
                 f"sampler.temperature is {params.temperature}, but with sampler.engine.raw_logprobs vLLM's "
                 "log-probabilities are those at temperature 1; set raw_logprobs: false or temperature: 1.0"
             )
+        if params.min_tokens and self.eos is not None and self.eos not in params.stop_token_ids:
+            raise ConfigError(
+                f"sampler.min_tokens is {params.min_tokens}, and vLLM also keeps the model's end token {self.eos} out "
+                "of the first tokens, although the response would not end there; leave min_tokens out, or add the "
+                "token to sampler.stop"
+            )
         if params.cuts and not self.raw_logprobs:
             raise ConfigError(
                 f"sampler.{' and sampler.'.join(params.cuts)}: vLLM's log-probabilities would not be those of the full "
@@ -126,8 +135,9 @@ class VLLMEngine:
             version: See `Engine.sync`.
 
         Raises:
-            ConfigError: If the engine cannot hold these weights.
+            ConfigError: If the engine cannot hold these weights. It cannot be used afterwards.
         """
+        self._failed = True  # until all weights are there; vLLM frees the old ones before it loads new ones
         try:
             # Not `load_weights` of the model: on some devices vLLM holds repacked copies of the weights, which only
             # `reload_weights` renews.
@@ -137,8 +147,11 @@ class VLLMEngine:
                 f"sampler.engine: vLLM cannot load the policy's weights of round {version} ({first_line(error)}); "
                 "engine.model must have the policy's architecture and vocabulary"
             ) from error
+        if self.tied:
+            self.llm.apply_model(_renew_heads)
         if not self.llm.reset_prefix_cache():
             raise RuntimeError("vLLM did not drop its cached prompts, whose keys belong to the old weights")
+        self._failed = False
 
     def _checked(self, named_tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
         for name, tensor in named_tensors:
@@ -167,6 +180,8 @@ class VLLMEngine:
         """
         import vllm
 
+        if self._failed:
+            raise ConfigError("sampler.engine: the last sync of weights failed, so vLLM cannot sample; start again")
         self.check(params)
         check_prompts(prompts, params.max_tokens, self.vocabulary, self.context)
         settings = [
@@ -205,6 +220,15 @@ class VLLMEngine:
         # A text that vLLM sees only together with the prompt: some tokenizers drop a space at the start of a text.
         completion.stop_reason = output.finish_reason
         return completion
+
+
+def _renew_heads(model: "Module") -> None:
+    """Renew what vLLM prepared from a head that is tied to the embeddings; `reload_weights` skips it."""
+    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+
+    for module in model.modules():
+        if isinstance(module, ParallelLMHead):
+            module.quant_method.process_weights_after_loading(module)
 
 
 def _check_version(version: str) -> None:

@@ -6,7 +6,9 @@
 import copy
 import inspect
 import re
+import subprocess
 import sys
+import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -292,6 +294,10 @@ def test_least_number_of_tokens_with_stop_texts(subject: Subject) -> None:
         return len(ids) > least and any(stop in text[max(0, len(early) - len(stop) + 1) :] for stop in stops)
 
     params = SamplingParams(30, min_tokens=least, stop_strings=stops)
+    if subject.name == "vllm":
+        with pytest.raises(ConfigError, match="also keeps the model's end token"):
+            subject.sample(params)
+        return
     _check_stops(subject, params, ends, 100)
     free = subject.sample(SamplingParams(30), range(100), [PROMPTS[0]] * 100)
     assert any("e" in decode(completion.ids[:least]) for completion in free), "some would have ended early"
@@ -365,21 +371,53 @@ def test_merged_adapter(restored: Subject) -> None:
         _check_weights(restored, adapted)
 
 
-def test_head_that_a_tied_engine_would_ignore_is_refused(restored: Subject) -> None:
-    if restored.name != "vllm":
-        pytest.skip("this engine samples from the trained model itself")
-    adapted = Start(copy.deepcopy(restored.model), lora=LoRA(rank=4, target=["unembedding"])).load()
-    with pytest.raises(ConfigError, match="the policy's head differs from its embeddings"):
-        restored.engine.sync(named_weights(adapted), 1)
+REFUSED = {
+    "head": ("the policy's head differs from its embeddings", """
+        policy = Start(model, lora=LoRA(rank=4, target=["unembedding"])).load()
+    """),
+    "vocabulary": ("vLLM cannot load the policy's weights of round 7", """
+        policy = model
+        policy.resize_token_embeddings(policy.config.vocab_size + 64)
+    """),
+}  # fmt: skip
 
 
-def test_weights_of_another_model_are_refused(restored: Subject) -> None:
-    if restored.name != "vllm":
-        pytest.skip("this engine samples from the trained model itself")
-    wide = copy.deepcopy(restored.model)
-    wide.resize_token_embeddings(len(restored.tokenizer) + 64)
-    with pytest.raises(ConfigError, match="vLLM cannot load the policy's weights of round 7"):
-        restored.engine.sync(named_weights(wide), 7)
+@pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed: make test-vllm")
+@pytest.mark.parametrize("case", REFUSED, ids=[f"vllm-{case}" for case in REFUSED])
+def test_weights_that_the_engine_cannot_hold_are_refused(case: str, folder: Path) -> None:
+    """In a process of its own, because vLLM cannot be used afterwards."""
+    message, policy = REFUSED[case]
+    start = f"""
+        from transformers import AutoModelForCausalLM
+        from rlhf_lightning import LoRA
+        from rlhf_lightning.errors import ConfigError
+        from rlhf_lightning.models.loading import Start
+        from rlhf_lightning.models.lora import named_weights
+        from rlhf_lightning.sampling.token_sampling import SamplingParams
+        from rlhf_lightning.sampling.vllm_engine import VLLMEngine
+
+        options = {{"dtype": "float32", "enforce_eager": True, "kv_cache_memory_bytes": 2**26}}
+        engine = VLLMEngine({str(folder)!r}, memory=0.05, max_length={CONTEXT}, options=options)
+        model = AutoModelForCausalLM.from_pretrained({str(folder)!r})
+    """
+    end = """
+        def sync():
+            engine.sync(named_weights(policy), 7)
+
+        def sample():
+            engine.generate([[5]], SamplingParams(2), [1])
+
+        for call in (sync, sample):
+            try:
+                call()
+            except ConfigError as error:
+                print("refused:", error)
+    """
+    code = "\n".join(textwrap.dedent(part) for part in (start, policy, end))
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    first, second = [line for line in out.splitlines() if line.startswith("refused:")]
+    assert message in first
+    assert "the last sync of weights failed" in second
 
 
 def test_policy_rl(restored: Subject, tmp_path: Path) -> None:
@@ -474,7 +512,7 @@ def test_the_page_lists_every_case() -> None:
     page = (ROOT / "docs" / "engines.md").read_text()
     written = page.partition("<!-- table of tests/vllm.py -->")[2].partition("<!-- end of the table -->")[0]
     rows = re.findall(r"^\| ([\w ]+) \|", written, re.M)
-    engines = {"subject", "at_temperature", "restored"}
+    engines = {"subject", "at_temperature", "restored", "folder"}
     cases = [
         name.removeprefix("test_").replace("_", " ")
         for name, case in globals().items()
