@@ -12,9 +12,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rlhf_lightning import PolicyRLModule, PromptDataModule
+from rlhf_lightning.generation.sampler import Sampler
+from rlhf_lightning.generation.token_sampling import SamplingParams, record_token, sample_token, uniforms
 from rlhf_lightning.rewards import LengthReward
-from rlhf_lightning.sampling.sampler import Sampler
-from rlhf_lightning.sampling.token_sampling import SamplingParams, record_token, sample_token, uniforms
 from rlhf_lightning.types import Completion
 
 

@@ -12,8 +12,8 @@ import lightning.pytorch as pl
 from rlhf_lightning import PolicyRLModule, PromptDataModule
 from rlhf_lightning.environments.base import Limits, StepResult
 from rlhf_lightning.environments.tools import ToolEnv
+from rlhf_lightning.generation.sampler import Sampler
 from rlhf_lightning.rewards import ExactAnswer
-from rlhf_lightning.sampling.sampler import Sampler
 from rlhf_lightning.types import Message
 
 

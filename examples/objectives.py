@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from rlhf_lightning import PolicyRLModule, PreferenceDataModule, PreferenceModule, PromptDataModule
+from rlhf_lightning.generation.sampler import Sampler
 from rlhf_lightning.models.scorers import ImplicitReward
 from rlhf_lightning.objectives.policy import PolicyObjective
 from rlhf_lightning.objectives.policy.importance import masked, token_ratio
 from rlhf_lightning.objectives.preference import PairLoss, bradley_terry
 from rlhf_lightning.rewards import LengthReward
-from rlhf_lightning.sampling.sampler import Sampler
 
 
 class TOPR(PolicyObjective):

@@ -17,13 +17,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from rlhf_lightning.data.batching import mix_seeds, pad_right, pad_tokens
 from rlhf_lightning.data.conversations import to_messages
 from rlhf_lightning.data.rendering import Rendered, Renderer
+from rlhf_lightning.generation.sampler import Sampler
 from rlhf_lightning.models.loading import disable_dropout
 from rlhf_lightning.models.token_logprobs import TokenLogprobs
 from rlhf_lightning.objectives.advantage import group_centered
 from rlhf_lightning.objectives.aggregate import aggregate
 from rlhf_lightning.objectives.policy import clipped_surrogate
 from rlhf_lightning.objectives.supervised import nll
-from rlhf_lightning.sampling.sampler import Sampler
 from rlhf_lightning.types import TokenBatch
 
 ROWS: Any = [

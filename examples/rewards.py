@@ -10,8 +10,8 @@ import lightning.pytorch as pl
 
 from rlhf_lightning import PolicyRLModule, PromptDataModule
 from rlhf_lightning.data.records import RowError, require_list
+from rlhf_lightning.generation.sampler import Sampler
 from rlhf_lightning.rewards import FunctionReward, Reward
-from rlhf_lightning.sampling.sampler import Sampler
 from rlhf_lightning.types import Episode, Row
 
 

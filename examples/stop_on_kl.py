@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from rlhf_lightning import PolicyRLModule, PromptDataModule
+from rlhf_lightning.generation.sampler import Sampler
 from rlhf_lightning.rewards import FunctionReward
 from rlhf_lightning.rollout.kl import KLPenalty
-from rlhf_lightning.sampling.sampler import Sampler
 from rlhf_lightning.types import RolloutBatch
 
 

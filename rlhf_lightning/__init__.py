@@ -23,7 +23,7 @@ _PUBLIC = {
     "GlobalWhitened": "rlhf_lightning.rollout.advantages",
     "GroupCentered": "rlhf_lightning.rollout.advantages",
     "LeaveOneOut": "rlhf_lightning.rollout.advantages",
-    "Sampler": "rlhf_lightning.sampling.sampler",
+    "Sampler": "rlhf_lightning.generation.sampler",
     "run_pipeline": "rlhf_lightning.pipeline.run",
 }
 
@@ -49,6 +49,7 @@ if TYPE_CHECKING:
     from rlhf_lightning.data.preference import PreferenceDataModule
     from rlhf_lightning.data.prompts import PromptDataModule
     from rlhf_lightning.data.sft import SFTDataModule
+    from rlhf_lightning.generation.sampler import Sampler
     from rlhf_lightning.models.critic import Critic
     from rlhf_lightning.models.lora import LoRA
     from rlhf_lightning.modules.policy_rl import PolicyRLModule
@@ -57,7 +58,6 @@ if TYPE_CHECKING:
     from rlhf_lightning.pipeline.run import run_pipeline
     from rlhf_lightning.rollout.advantages import GAE, GlobalWhitened, GroupCentered, LeaveOneOut
     from rlhf_lightning.rollout.kl import KLPenalty
-    from rlhf_lightning.sampling.sampler import Sampler
 
 
 def __getattr__(name: str) -> Any:

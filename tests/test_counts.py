@@ -22,12 +22,12 @@ from rlhf_lightning import (
     SFTDataModule,
     SFTModule,
 )
+from rlhf_lightning.generation.local_engine import LocalEngine
+from rlhf_lightning.generation.sampler import Sampler
+from rlhf_lightning.generation.token_sampling import SamplingParams
 from rlhf_lightning.models.scorers import ImplicitReward, RewardHead
 from rlhf_lightning.rewards import FunctionReward
 from rlhf_lightning.rollout.kl import KLPenalty
-from rlhf_lightning.sampling.local_engine import LocalEngine
-from rlhf_lightning.sampling.sampler import Sampler
-from rlhf_lightning.sampling.token_sampling import SamplingParams
 from tests.helpers.rows import chats, pairs, prompts, write_rows
 from tests.helpers.training import trainer
 

@@ -24,9 +24,9 @@ from examples import (
 from rlhf_lightning import PolicyRLModule, PreferenceModule, SFTModule
 from rlhf_lightning.data.prompts import Prompt
 from rlhf_lightning.errors import ConfigError, DataError
+from rlhf_lightning.generation.local_engine import LocalEngine
 from rlhf_lightning.models.scorers import LoadedModel
 from rlhf_lightning.objectives.policy import importance_sampling
-from rlhf_lightning.sampling.local_engine import LocalEngine
 from rlhf_lightning.types import Row
 from tests.helpers.training import trainer
 

@@ -22,7 +22,7 @@ from benchmarks.learning import (
 from rlhf_lightning import PolicyRLModule
 from rlhf_lightning.checkpointing.metrics_csv import MetricsCSV
 from rlhf_lightning.files import write_json
-from rlhf_lightning.sampling.sampler import Sampler
+from rlhf_lightning.generation.sampler import Sampler
 
 SVG = "{http://www.w3.org/2000/svg}"
 SMALL = length_preference.Sizes(

@@ -20,6 +20,7 @@ from rlhf_lightning import (
 from rlhf_lightning.diagnostics.callback import Diagnostics
 from rlhf_lightning.diagnostics.collapse import StopOnCollapse
 from rlhf_lightning.environments.base import StepResult
+from rlhf_lightning.generation.sampler import Sampler
 from rlhf_lightning.models.critic import Critic
 from rlhf_lightning.models.scorers import ImplicitReward
 from rlhf_lightning.objectives.policy import ClippedSurrogate
@@ -28,7 +29,6 @@ from rlhf_lightning.rewards import FunctionReward
 from rlhf_lightning.rollout.advantages import GAE
 from rlhf_lightning.rollout.kl import KLPenalty
 from rlhf_lightning.rollout.runner import Limits
-from rlhf_lightning.sampling.sampler import Sampler
 from tests.helpers.cli import mistake, rlhf_process, stage_config, write_yaml
 from tests.helpers.environments import PromptEnv
 from tests.helpers.modules import length

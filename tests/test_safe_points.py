@@ -26,11 +26,11 @@ from rlhf_lightning.checkpointing import relay
 from rlhf_lightning.checkpointing.callbacks import RunCheckpoints
 from rlhf_lightning.checkpointing.io import newest_whole
 from rlhf_lightning.checkpointing.metrics_csv import MetricsCSV
+from rlhf_lightning.generation.local_engine import LocalEngine
+from rlhf_lightning.generation.sampler import Sampler
 from rlhf_lightning.rewards import Reward
 from rlhf_lightning.rewards.normalization import RunningNorm
 from rlhf_lightning.rollout.kl import KLPenalty
-from rlhf_lightning.sampling.local_engine import LocalEngine
-from rlhf_lightning.sampling.sampler import Sampler
 from tests.helpers.rows import chats, pairs, prompts
 from tests.helpers.runs import in_ranks
 from tests.helpers.training import adamw, trainer

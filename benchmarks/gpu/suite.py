@@ -11,7 +11,7 @@ from benchmarks.gpu.sides import ROOT, Clock, environment
 
 FILES = [
     "tests/models/test_packed_forward.py",
-    "tests/sampling/test_sampler.py",
+    "tests/generation/test_sampler.py",
     "tests/objectives/test_worked_examples.py",
     "tests/objectives/test_policy.py",
     "tests/models/test_precision.py",

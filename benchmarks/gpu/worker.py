@@ -127,7 +127,7 @@ class Worker:
         """Seconds of the last of several RL steps, and of its sampling; call it after as many `do_steps`."""
         owner: Any
         if self.side == "ours":
-            from rlhf_lightning.sampling.local_engine import LocalEngine
+            from rlhf_lightning.generation.local_engine import LocalEngine
 
             owner, name = LocalEngine, "generate"
         else:

@@ -32,13 +32,13 @@ from benchmarks.learning.evidence import RESULTS as FOLDER
 from benchmarks.quickstart import machine
 from rlhf_lightning import PolicyRLModule, PromptDataModule, SFTDataModule, SFTModule
 from rlhf_lightning.files import write_json
+from rlhf_lightning.generation.sampler import Sampler
 from rlhf_lightning.models.critic import Critic
 from rlhf_lightning.modules.schedules import Warmup
 from rlhf_lightning.objectives.policy import ClippedSurrogate
 from rlhf_lightning.rewards import FunctionReward
 from rlhf_lightning.rollout.advantages import GAE, GroupCentered
 from rlhf_lightning.rollout.kl import KLPenalty
-from rlhf_lightning.sampling.sampler import Sampler
 
 RESULTS = FOLDER / "graph_walk.json"
 NODES, EDGE, STEPS, WALKS, ROUNDS, ROLLOUTS = 21, 0.1, 10, 1000, 20, 128

@@ -34,6 +34,7 @@ from rlhf_lightning import (
 )
 from rlhf_lightning.data.prompts import prompt_example
 from rlhf_lightning.files import write_json
+from rlhf_lightning.generation.sampler import Sampler
 from rlhf_lightning.models.reward_model import RewardModel
 from rlhf_lightning.modules.schedules import Warmup
 from rlhf_lightning.quickstart.data import answer, question, subjects
@@ -41,7 +42,6 @@ from rlhf_lightning.quickstart.model import make_model, make_tokenizer
 from rlhf_lightning.rewards import ModelReward
 from rlhf_lightning.rollout.kl import KLPenalty
 from rlhf_lightning.rollout.runner import EpisodeRunner
-from rlhf_lightning.sampling.sampler import Sampler
 
 COLUMNS = {"tokens": "response_tokens", "score": "reward", "kl": "kl"}
 

@@ -28,6 +28,7 @@ from benchmarks.learning.graph_walk import Graph, Method, measured, reinforced, 
 from benchmarks.quickstart import machine
 from rlhf_lightning import PolicyRLModule
 from rlhf_lightning.files import write_json
+from rlhf_lightning.generation.sampler import Sampler
 from rlhf_lightning.objectives.policy import (
     CISPO,
     ClippedSurrogate,
@@ -36,7 +37,6 @@ from rlhf_lightning.objectives.policy import (
     SequenceClippedSurrogate,
 )
 from rlhf_lightning.rollout.advantages import GroupCentered
-from rlhf_lightning.sampling.sampler import Sampler
 
 ROUNDS, ROLLOUTS, GOAL = 16, 128, 0.9
 RATES, CHOOSING = (2e-4, 4e-4, 8e-4, 1.6e-3), (10, 11, 12, 13, 14)

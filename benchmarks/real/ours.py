@@ -22,9 +22,9 @@ from rlhf_lightning import (
     SFTDataModule,
     SFTModule,
 )
+from rlhf_lightning.generation.sampler import Sampler
 from rlhf_lightning.models.scorers import ImplicitReward, RewardHead
 from rlhf_lightning.rewards import FunctionReward
-from rlhf_lightning.sampling.sampler import Sampler
 
 
 class Trained(TypedDict, total=False):

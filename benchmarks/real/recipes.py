@@ -24,8 +24,8 @@ from typing import Any
 
 from benchmarks.pages import placed
 from rlhf_lightning.checkpointing.provenance import processor, versions
-from rlhf_lightning.inference.compare import SamplingOptions, figures
-from rlhf_lightning.inference.policy import Policy
+from rlhf_lightning.evaluation.compare import SamplingOptions, figures
+from rlhf_lightning.evaluation.policy import Policy
 from rlhf_lightning.models.language_model import LanguageModel
 from rlhf_lightning.pipeline.run import run_pipeline
 from rlhf_lightning.rewards import GenerativeReward, KeywordReward, ModelReward

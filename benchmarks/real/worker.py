@@ -52,8 +52,8 @@ def measure(command: dict[str, Any]) -> Any:
     from benchmarks.real.plan import Cell
     from benchmarks.real.rows import rows_of
     from benchmarks.real.scoring import scores
-    from rlhf_lightning.inference.policy import Policy
-    from rlhf_lightning.inference.text_metrics import nearness, perplexity, references_of
+    from rlhf_lightning.evaluation.policy import Policy
+    from rlhf_lightning.evaluation.text_metrics import nearness, perplexity, references_of
 
     cell = Cell.of(command["cell"])
     part, rows = cell.settings, rows_of(cell.settings, cell.data, cell.seed)

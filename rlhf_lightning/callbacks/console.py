@@ -9,8 +9,8 @@ from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 
 from rlhf_lightning.files import duration
+from rlhf_lightning.generation.local_engine import LocalEngine, Watch
 from rlhf_lightning.modules.policy_rl import PolicyRLModule
-from rlhf_lightning.sampling.local_engine import LocalEngine, Watch
 
 if TYPE_CHECKING:
     from rlhf_lightning.types import StepBatch

@@ -10,7 +10,7 @@ from lightning.pytorch.callbacks import ProgressBar, RichProgressBar
 from lightning.pytorch.callbacks.progress.rich_progress import RichProgressBarTheme
 
 from rlhf_lightning.callbacks.console import ConsoleLines, headline, watch_sampling
-from rlhf_lightning.sampling.local_engine import Watch
+from rlhf_lightning.generation.local_engine import Watch
 
 if TYPE_CHECKING:
     from rich.progress import TaskID

@@ -21,9 +21,9 @@ def run(args: list[str]) -> int:
 
     from rlhf_lightning.cli.logs import setup_logging
     from rlhf_lightning.errors import UserError
+    from rlhf_lightning.evaluation.chat import Conversation
+    from rlhf_lightning.evaluation.policy import Policy
     from rlhf_lightning.files import visible
-    from rlhf_lightning.inference.chat import Conversation
-    from rlhf_lightning.inference.policy import Policy
 
     setup_logging("warning", None)
     check_options(options)

@@ -15,8 +15,8 @@ from rlhf_lightning.files import as_json, write_text
 
 if TYPE_CHECKING:
     from rlhf_lightning.data.prompts import Prompt
-    from rlhf_lightning.inference.compare import Figures, SamplingOptions
-    from rlhf_lightning.inference.policy import Policy
+    from rlhf_lightning.evaluation.compare import Figures, SamplingOptions
+    from rlhf_lightning.evaluation.policy import Policy
 
 COLUMNS = {
     "reward": "reward",
@@ -40,8 +40,8 @@ def run(args: list[str]) -> int:
     from rlhf_lightning.cli.logs import setup_logging
     from rlhf_lightning.cli.rendering_flags import rendering_options, say
     from rlhf_lightning.errors import ConfigError
-    from rlhf_lightning.inference.compare import SamplingOptions, best_of_n, make_rewards
-    from rlhf_lightning.inference.policy import Policy
+    from rlhf_lightning.evaluation.compare import SamplingOptions, best_of_n, make_rewards
+    from rlhf_lightning.evaluation.policy import Policy
 
     setup_logging("warning", None)
     allow_user_code(args)
@@ -86,9 +86,9 @@ def _evaluate(
     """Metrics, rows as JSON, and the number of prompts with references."""
     from rlhf_lightning.cli.rendering_flags import say
     from rlhf_lightning.errors import ConfigError
-    from rlhf_lightning.inference.compare import compare
-    from rlhf_lightning.inference.policy import Policy
-    from rlhf_lightning.inference.text_metrics import references_of
+    from rlhf_lightning.evaluation.compare import compare
+    from rlhf_lightning.evaluation.policy import Policy
+    from rlhf_lightning.evaluation.text_metrics import references_of
 
     if options.best_of > 1 and not options.baseline:
         raise ConfigError(

@@ -31,7 +31,7 @@ def run(args: list[str]) -> int:
 
     from rlhf_lightning.cli.logs import setup_logging
     from rlhf_lightning.errors import ConfigError
-    from rlhf_lightning.inference.export import export_model, push
+    from rlhf_lightning.models.export import export_model, push
 
     setup_logging("warning", None)
     if options.public and not options.push:

@@ -22,8 +22,8 @@ def run(args: list[str]) -> int:
 
     from rlhf_lightning.cli.logs import setup_logging
     from rlhf_lightning.errors import ConfigError
+    from rlhf_lightning.evaluation.policy import Policy
     from rlhf_lightning.files import as_json, visible
-    from rlhf_lightning.inference.policy import Policy
 
     setup_logging("warning", None)
     if bool(options.file) == bool(options.prompt):

@@ -8,7 +8,7 @@ from rlhf_lightning.files import visible
 from rlhf_lightning.types import JSON
 
 if TYPE_CHECKING:
-    from rlhf_lightning.inference.policy import SamplingSettings
+    from rlhf_lightning.evaluation.policy import SamplingSettings
 
 USUAL = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0}
 RECORD = "The defaults are the settings that the model was trained with, as recorded in its stage.json."

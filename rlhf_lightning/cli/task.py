@@ -17,7 +17,7 @@ from rlhf_lightning.files import as_json, visible, write_text
 from rlhf_lightning.pipeline.verify import settings_hash
 
 if TYPE_CHECKING:
-    from rlhf_lightning.inference.tasks import Estimate, Scores, Task
+    from rlhf_lightning.evaluation.tasks import Estimate, Scores, Task
     from rlhf_lightning.types import JSON, Row
 
 CHUNK = 32
@@ -166,7 +166,7 @@ class Results:
 
 def _task(options: argparse.Namespace) -> "Task":
     from rlhf_lightning.data.records import read_rows
-    from rlhf_lightning.inference import tasks
+    from rlhf_lightning.evaluation import tasks
 
     if bool(options.shots) != bool(options.shots_from):
         raise ConfigError(
@@ -191,7 +191,7 @@ def _task(options: argparse.Namespace) -> "Task":
 def _answers(options: argparse.Namespace, given: Sequence, results: Results) -> "dict[str, Estimate]":
     """Sample the policy's answers and score them."""
     from rlhf_lightning.errors import DataError
-    from rlhf_lightning.inference.policy import Policy
+    from rlhf_lightning.evaluation.policy import Policy
 
     task = _task(options)
     rows = [one.data for one in given]
@@ -231,7 +231,7 @@ def _row(task: "Task", number: int, row: "Row", record: Mapping) -> "Row":
 def _pairs(options: argparse.Namespace, given: Sequence, results: Results) -> "dict[str, Estimate]":
     """Score the two responses of each pair with a preference model."""
     from rlhf_lightning.errors import DataError
-    from rlhf_lightning.inference.tasks import rewardbench
+    from rlhf_lightning.evaluation.tasks import rewardbench
     from rlhf_lightning.models.reward_model import RewardModel
 
     if options.shots or options.max_tokens:

@@ -7,13 +7,13 @@ from torch import nn
 
 from rlhf_lightning.data.prompts import Prompt, PromptDataModule
 from rlhf_lightning.errors import ConfigError
+from rlhf_lightning.generation.sampler import Sampler
 from rlhf_lightning.models.critic import Critic
 from rlhf_lightning.objectives.policy import PolicyObjective
 from rlhf_lightning.rewards import Reward
 from rlhf_lightning.rollout.advantages import Advantage
 from rlhf_lightning.rollout.kl import KLPenalty
 from rlhf_lightning.rollout.recorded import Recorded
-from rlhf_lightning.sampling.sampler import Sampler
 
 MOST_TIMES = 1000
 """Maximum of `resample_groups`, because a reward that is equal for all responses is resampled that many times."""

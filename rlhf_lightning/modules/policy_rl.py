@@ -14,6 +14,7 @@ from rlhf_lightning.data.batching import run_seed
 from rlhf_lightning.data.prompts import Prompt, PromptBatch, PromptDataModule, kept_prompts
 from rlhf_lightning.environments.base import Limits, environment_factory
 from rlhf_lightning.errors import ConfigError, check_object, check_whole
+from rlhf_lightning.generation.sampler import Sampler
 from rlhf_lightning.models.critic import Critic, ValueModel
 from rlhf_lightning.models.loading import disable_dropout
 from rlhf_lightning.models.memory import trained
@@ -58,7 +59,6 @@ from rlhf_lightning.rollout.kl import KLController, KLPenalty
 from rlhf_lightning.rollout.policy_snapshot import PolicySnapshot
 from rlhf_lightning.rollout.recorded import Recorded, by_group, read_recorded
 from rlhf_lightning.rollout.statistics import Sums
-from rlhf_lightning.sampling.sampler import Sampler
 from rlhf_lightning.types import Answer, Episode, TrainingSample
 
 if TYPE_CHECKING:

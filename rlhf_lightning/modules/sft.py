@@ -7,6 +7,7 @@ from torchmetrics import MeanMetric
 
 from rlhf_lightning.data.prompts import PromptBatch, kept_prompts
 from rlhf_lightning.errors import ConfigError, check_object
+from rlhf_lightning.generation.sampler import Sampler
 from rlhf_lightning.models.packed_forward import PackedForward
 from rlhf_lightning.models.token_logprobs import TokenLogprobs
 from rlhf_lightning.modules.base import RLHFModule
@@ -15,7 +16,6 @@ from rlhf_lightning.modules.metrics import BitsPerByte, Count, Perplexity
 from rlhf_lightning.modules.step import StepNumbers
 from rlhf_lightning.objectives.supervised import nll
 from rlhf_lightning.rollout.collector import answers
-from rlhf_lightning.sampling.sampler import Sampler
 from rlhf_lightning.types import Answer, SFTBatch
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from rlhf_lightning.data.prompts import Prompt
-from rlhf_lightning.inference.policy import Policy
+from rlhf_lightning.evaluation.policy import Policy
 from rlhf_lightning.models.reward_model import RewardModel
 from rlhf_lightning.report.records import AnswerPair, Figures
 from rlhf_lightning.rewards.instructions import followed

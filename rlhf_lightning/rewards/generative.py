@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from rlhf_lightning.data.prompts import Prompt
 from rlhf_lightning.data.rendering import Renderer
 from rlhf_lightning.errors import ConfigError, UserError, short
+from rlhf_lightning.generation.sampler import Sampler
 from rlhf_lightning.models.language_model import LanguageModel
 from rlhf_lightning.rewards.base import EpisodeScorer, check_finite
 from rlhf_lightning.rewards.model import ModelBased, PlacedModel
 from rlhf_lightning.rewards.normalization import Normalizer
 from rlhf_lightning.rewards.verifiers import absent, as_number, compiled, find_answer
-from rlhf_lightning.sampling.sampler import Sampler
 from rlhf_lightning.types import Episode, Message
 
 log = logging.getLogger(__name__)

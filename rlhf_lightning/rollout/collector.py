@@ -12,6 +12,7 @@ from rlhf_lightning.data.prompts import Prompt
 from rlhf_lightning.data.rendering import Renderer
 from rlhf_lightning.distributed import gather
 from rlhf_lightning.environments.base import EnvironmentFactory, Limits
+from rlhf_lightning.generation.sampler import ModelSampler
 from rlhf_lightning.models.reference import Reference
 from rlhf_lightning.models.scorers import padded_batches
 from rlhf_lightning.rewards import RewardTerm, total_rewards
@@ -21,7 +22,6 @@ from rlhf_lightning.rollout.policy_snapshot import PolicySnapshot
 from rlhf_lightning.rollout.recorded import Recorded
 from rlhf_lightning.rollout.runner import EpisodeRunner
 from rlhf_lightning.rollout.statistics import Sums, statistics, zero_variance_groups
-from rlhf_lightning.sampling.sampler import ModelSampler
 from rlhf_lightning.types import Answer, Episode, TrainingSample
 
 SampleScorer = Callable[[Tensor, Tensor], Tensor]

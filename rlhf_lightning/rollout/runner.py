@@ -21,8 +21,8 @@ from rlhf_lightning.environments.base import (
 )
 from rlhf_lightning.environments.user_calls import Call, Outcome, run_calls
 from rlhf_lightning.errors import UserError
+from rlhf_lightning.generation.sampler import ModelSampler
 from rlhf_lightning.rollout.episode_state import EpisodeState, reason
-from rlhf_lightning.sampling.sampler import ModelSampler
 from rlhf_lightning.sys_exit import user_line
 from rlhf_lightning.types import Completion, Episode, Message, ToolSchema
 

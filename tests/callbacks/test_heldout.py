@@ -8,8 +8,8 @@ import pytest
 from rlhf_lightning import PolicyRLModule, PromptDataModule
 from rlhf_lightning.callbacks.heldout import HeldOutAnswers
 from rlhf_lightning.errors import ConfigError
+from rlhf_lightning.generation.sampler import Sampler
 from rlhf_lightning.rewards import FunctionReward
-from rlhf_lightning.sampling.sampler import Sampler
 from tests.helpers.modules import length, vowels
 from tests.helpers.rows import prompts
 from tests.helpers.training import sgd, trainer

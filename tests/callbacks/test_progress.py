@@ -20,12 +20,12 @@ from rlhf_lightning.callbacks.console import ConsoleLines, headline, remaining
 from rlhf_lightning.callbacks.progress import StageProgress, progress_callbacks
 from rlhf_lightning.callbacks.samples import SamplesLog
 from rlhf_lightning.files import duration
+from rlhf_lightning.generation.sampler import Sampler
 from rlhf_lightning.objectives.policy import ImportanceSampling
 from rlhf_lightning.pipeline.eta import Eta
 from rlhf_lightning.pipeline.plan import Plan, Stage
 from rlhf_lightning.rewards import FunctionReward
 from rlhf_lightning.rollout.advantages import GroupCentered
-from rlhf_lightning.sampling.sampler import Sampler
 from tests.helpers.cli import stage_config, write_yaml
 from tests.helpers.rows import prompts
 from tests.helpers.training import sgd, trainer
@@ -170,7 +170,7 @@ def test_pipeline_reports_the_remaining_time() -> None:
 
 def test_watched_engine_samples_the_same_tokens(model: Any, tokenizer: Any) -> None:
     from rlhf_lightning.data.rendering import Renderer
-    from rlhf_lightning.sampling.local_engine import LocalEngine, Watch
+    from rlhf_lightning.generation.local_engine import LocalEngine, Watch
 
     class Record(Watch):
         def __init__(self) -> None:

@@ -17,8 +17,8 @@ from rlhf_lightning import (
     SFTModule,
 )
 from rlhf_lightning.checkpointing.callbacks import RunCheckpoints
+from rlhf_lightning.generation.sampler import Sampler
 from rlhf_lightning.rewards import KeywordReward
-from rlhf_lightning.sampling.sampler import Sampler
 from tests.helpers.rows import chats, pairs, prompts
 from tests.helpers.training import adamw, trainer
 

@@ -221,7 +221,7 @@ def test_suggestions_for_names_of_other_trainers_exist() -> None:
         "keep",
         "seed_everything",
     }
-    known |= set(meant.arguments("rlhf_lightning.sampling.sampler.Sampler")) | {"lr", "eps", "weight_decay", "beta"}
+    known |= set(meant.arguments("rlhf_lightning.generation.sampler.Sampler")) | {"lr", "eps", "weight_decay", "beta"}
     known |= {"rank", "alpha", "dropout", "target", "coefficient"}
     for target in meant.NAMES.values():
         parts = [part for part in target.split(".")[1:] or [target] if part not in inside]

@@ -18,7 +18,7 @@ from rlhf_lightning.data.rendering import Renderer
 from rlhf_lightning.data.sft import SFTDataModule
 from rlhf_lightning.data.tool_calls import read_tools
 from rlhf_lightning.errors import ConfigError, DataError
-from rlhf_lightning.inference.text_metrics import references_of
+from rlhf_lightning.evaluation.text_metrics import references_of
 from rlhf_lightning.rewards.normalization import _demonstration
 from tests.helpers.rows import ready, write_rows
 from tests.helpers.templates import trained

@@ -21,15 +21,15 @@ from rlhf_lightning.data.rendering import Renderer
 from rlhf_lightning.data.rendering_settings import RenderingSettings, load_tools
 from rlhf_lightning.data.tokenizers import load_tokenizer
 from rlhf_lightning.errors import ConfigError
+from rlhf_lightning.evaluation.policy import Policy
 from rlhf_lightning.files import read_stage
-from rlhf_lightning.inference.export import export_model
-from rlhf_lightning.inference.policy import Policy
+from rlhf_lightning.generation.sampler import Sampler
+from rlhf_lightning.models.export import export_model
 from rlhf_lightning.models.lora import LoRA
 from rlhf_lightning.models.reward_model import RewardModel
 from rlhf_lightning.models.scorers import ImplicitReward, RewardHead, SequenceLogprob
 from rlhf_lightning.pipeline.run import run_pipeline
 from rlhf_lightning.rewards import FunctionReward, ModelReward
-from rlhf_lightning.sampling.sampler import Sampler
 from tests.helpers.cli import mistake, rlhf_in_process
 from tests.helpers.rows import chats, pairs, prompts, ready, write_rows
 from tests.helpers.templates import QUIET, THINKING

@@ -46,13 +46,13 @@ from rlhf_lightning.diagnostics.collapse import StopOnCollapse
 from rlhf_lightning.diagnostics.curves import Curve, Curves, together, trend
 from rlhf_lightning.diagnostics.invariants import FirstStepInvariants
 from rlhf_lightning.errors import ConfigError, UserError
+from rlhf_lightning.generation.sampler import Sampler
 from rlhf_lightning.models.critic import Critic
 from rlhf_lightning.report import write_report
 from rlhf_lightning.rewards import FunctionReward
 from rlhf_lightning.rollout.advantages import GAE
 from rlhf_lightning.rollout.kl import KLPenalty
 from rlhf_lightning.rollout.statistics import means, repeated_ngrams, statistics
-from rlhf_lightning.sampling.sampler import Sampler
 from rlhf_lightning.types import Episode, TrainingSample
 from tests.helpers.cli import rlhf, stage_config, write_yaml
 from tests.helpers.models import build_model

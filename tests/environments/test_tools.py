@@ -11,10 +11,10 @@ from rlhf_lightning import PolicyRLModule, PromptDataModule
 from rlhf_lightning.environments.base import StepResult
 from rlhf_lightning.environments.tools import ToolEnv, read_call
 from rlhf_lightning.errors import ConfigError
+from rlhf_lightning.generation.local_engine import LocalEngine
+from rlhf_lightning.generation.sampler import Sampler
+from rlhf_lightning.generation.token_sampling import SamplingParams
 from rlhf_lightning.rewards import FunctionReward
-from rlhf_lightning.sampling.local_engine import LocalEngine
-from rlhf_lightning.sampling.sampler import Sampler
-from rlhf_lightning.sampling.token_sampling import SamplingParams
 from rlhf_lightning.types import Completion
 from tests.helpers.models import build_model
 from tests.helpers.rows import prompts

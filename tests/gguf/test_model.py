@@ -13,9 +13,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rlhf_lightning.errors import ConfigError
+from rlhf_lightning.evaluation.policy import Policy
 from rlhf_lightning.gguf import folder as folders
 from rlhf_lightning.gguf.folder import model_folder
-from rlhf_lightning.inference.policy import Policy
 from rlhf_lightning.models.generation import end_token_ids
 from rlhf_lightning.models.reward_model import RewardModel
 from tests.helpers.cli import rlhf

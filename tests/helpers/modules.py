@@ -14,13 +14,13 @@ from rlhf_lightning import (
     SFTModule,
 )
 from rlhf_lightning.callbacks.export import ExportModel
+from rlhf_lightning.generation.sampler import Sampler
 from rlhf_lightning.models.critic import Critic
 from rlhf_lightning.models.lora import LoRA
 from rlhf_lightning.objectives.policy import ClippedSurrogate, ImportanceWeights
 from rlhf_lightning.rewards import FunctionReward
 from rlhf_lightning.rollout.advantages import GAE, GlobalWhitened
 from rlhf_lightning.rollout.kl import KLPenalty
-from rlhf_lightning.sampling.sampler import Sampler
 from tests.helpers.rows import chats, pairs, prompts
 from tests.helpers.training import sgd, trainer
 

@@ -118,7 +118,7 @@ def places(kind: str) -> dict[str, tuple[Any, str]]:
     from rlhf_lightning.checkpointing import callbacks as checkpoints
     from rlhf_lightning.checkpointing import io as checkpoint_io
     from rlhf_lightning.checkpointing import metrics_csv
-    from rlhf_lightning.sampling.local_engine import LocalEngine
+    from rlhf_lightning.generation.local_engine import LocalEngine
 
     assert Callback
     return {

@@ -11,12 +11,12 @@ from safetensors.torch import load_file
 
 from rlhf_lightning.callbacks.export import ExportModel
 from rlhf_lightning.checkpointing.strategies import FSDP2
+from rlhf_lightning.generation.sampler import Sampler
 from rlhf_lightning.models.lora import LoRA
 from rlhf_lightning.models.scorers import ImplicitReward
 from rlhf_lightning.models.sharding import full_tensor
 from rlhf_lightning.rewards import FunctionReward
 from rlhf_lightning.rollout.kl import KLPenalty
-from rlhf_lightning.sampling.sampler import Sampler
 from tests.helpers.modules import data, few_vowels, make, policy_settings, same, vowels
 from tests.helpers.rows import chats, pairs, prompts
 from tests.helpers.runs import in_ranks

@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rlhf_lightning import PreferenceDataModule, PreferenceModule, SFTDataModule, SFTModule
 from rlhf_lightning.errors import ConfigError
-from rlhf_lightning.inference.export import export_model
-from rlhf_lightning.inference.policy import Policy
+from rlhf_lightning.evaluation.policy import Policy
+from rlhf_lightning.models.export import export_model
 from rlhf_lightning.models.loading import Start, load_for_scoring
 from rlhf_lightning.models.lora import LoRA, named_weights, simple
 from rlhf_lightning.models.reference import Reference

@@ -16,6 +16,8 @@ from rlhf_lightning.callbacks.export import ExportModel
 from rlhf_lightning.callbacks.memory import MemoryEstimate, MemoryUse, estimate_memory
 from rlhf_lightning.diagnostics.invariants import FirstStepInvariants
 from rlhf_lightning.errors import ConfigError
+from rlhf_lightning.generation.kv_cache import SlotKVCache
+from rlhf_lightning.generation.sampler import Sampler
 from rlhf_lightning.models.loading import load_for_scoring
 from rlhf_lightning.models.lora import LoRA, named_weights
 from rlhf_lightning.models.memory import activation_bytes, checkpointed_bytes, logit_bytes
@@ -23,8 +25,6 @@ from rlhf_lightning.models.offload import ActivationOffload, Placement
 from rlhf_lightning.models.token_logprobs import TokenLogprobs
 from rlhf_lightning.rewards import EnsembleReward, FunctionReward, ModelReward
 from rlhf_lightning.rollout.kl import KLPenalty
-from rlhf_lightning.sampling.kv_cache import SlotKVCache
-from rlhf_lightning.sampling.sampler import Sampler
 from tests.helpers.models import build_model
 from tests.helpers.modules import module_and_data, thirds
 from tests.helpers.rows import prompts

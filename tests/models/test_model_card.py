@@ -10,7 +10,7 @@ from huggingface_hub import ModelCard
 
 from rlhf_lightning import LoRA, SFTModule
 from rlhf_lightning.files import hash_folder
-from rlhf_lightning.inference.export import export_model
+from rlhf_lightning.models.export import export_model
 from rlhf_lightning.models.model_card import CARD, card, edited_card, write_card
 from tests.helpers.cli import rlhf
 from tests.helpers.rows import chats, pairs, write_rows

@@ -10,6 +10,7 @@ import torch
 
 from rlhf_lightning import PolicyRLModule, PreferenceModule, SFTModule
 from rlhf_lightning.data.batching import pad_tokens
+from rlhf_lightning.generation.sampler import Sampler
 from rlhf_lightning.models.loading import compile_layers
 from rlhf_lightning.models.logits import TokenLogprobsFunction
 from rlhf_lightning.models.lora import LoRA
@@ -18,7 +19,6 @@ from rlhf_lightning.models.packing import PackedLayout, SharedPrefix, find_share
 from rlhf_lightning.models.scorers import ImplicitReward, RewardHead
 from rlhf_lightning.models.token_logprobs import TokenLogprobs
 from rlhf_lightning.rewards import FunctionReward
-from rlhf_lightning.sampling.sampler import Sampler
 from tests.helpers.models import build_model
 from tests.helpers.modules import vowels
 from tests.helpers.rows import chats, pairs, prompts
@@ -126,9 +126,9 @@ def test_flex_attention_compiles_to_one_graph(tokenizer: Any, monkeypatch: pytes
     from torch._dynamo.testing import CompileCounter
     from torch.nn.attention import flex_attention as flex
 
+    from rlhf_lightning.generation.local_engine import LocalEngine
+    from rlhf_lightning.generation.token_sampling import SamplingParams
     from rlhf_lightning.models import attention
-    from rlhf_lightning.sampling.local_engine import LocalEngine
-    from rlhf_lightning.sampling.token_sampling import SamplingParams
 
     monkeypatch.setattr(attention, "_use_flex", lambda query: True)
     monkeypatch.setattr(attention, "_FLEX", [])
@@ -448,7 +448,7 @@ def _serve(connection: Any) -> None:
     torch.set_num_threads(1)
     from transformers import AutoModelForCausalLM
 
-    from rlhf_lightning.sampling.local_engine import LocalEngine
+    from rlhf_lightning.generation.local_engine import LocalEngine
 
     model = AutoModelForCausalLM.from_pretrained(connection.recv())
     decode = {}.get

@@ -15,7 +15,7 @@ from rlhf_lightning.data.ended_templates import ended, unwrapped
 from rlhf_lightning.data.rendering import Renderer
 from rlhf_lightning.data.templates import ChatTemplate
 from rlhf_lightning.data.tokenizers import load_tokenizer
-from rlhf_lightning.inference.export import export_model
+from rlhf_lightning.models.export import export_model
 from rlhf_lightning.models.lora import LoRA
 from rlhf_lightning.models.reward_model import RewardModel
 from rlhf_lightning.models.scorers import RewardHead

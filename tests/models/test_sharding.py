@@ -20,7 +20,7 @@ from rlhf_lightning.data.prompts import PromptDataModule
 from rlhf_lightning.diagnostics.invariants import FirstStepInvariants
 from rlhf_lightning.environments.base import StepResult
 from rlhf_lightning.files import FORMAT
-from rlhf_lightning.sampling.sampler import Sampler
+from rlhf_lightning.generation.sampler import Sampler
 from tests.helpers.environments import PromptEnv
 from tests.helpers.modules import data, make, same
 from tests.helpers.resume import at, config, result

@@ -16,11 +16,11 @@ from rlhf_lightning.data.prompts import PromptDataModule
 from rlhf_lightning.diagnostics.invariants import FirstStepInvariants
 from rlhf_lightning.environments.base import Limits, StepResult
 from rlhf_lightning.errors import ConfigError
+from rlhf_lightning.generation.sampler import Sampler
 from rlhf_lightning.models.loading import load_for_scoring
 from rlhf_lightning.models.lora import LoRA, named_weights
 from rlhf_lightning.models.tensor_parallel import layer_styles
 from rlhf_lightning.rewards import FunctionReward
-from rlhf_lightning.sampling.sampler import Sampler
 from rlhf_lightning.types import Completion
 from tests.helpers.models import build_model
 from tests.helpers.modules import data, make, same, vowels

@@ -14,13 +14,13 @@ from rlhf_lightning import PreferenceModule, PromptDataModule, SFTModule
 from rlhf_lightning.callbacks.export import ExportModel
 from rlhf_lightning.checkpointing.nonfinite import NonFiniteGuard
 from rlhf_lightning.errors import ConfigError, UserError
+from rlhf_lightning.generation.sampler import Sampler
 from rlhf_lightning.modules.step import drop_gradients
 from rlhf_lightning.objectives.advantage import group_centered, leave_one_out
 from rlhf_lightning.objectives.policy import ImportanceWeights
 from rlhf_lightning.rewards import FunctionReward
 from rlhf_lightning.rollout.advantages import GlobalWhitened, LeaveOneOut
 from rlhf_lightning.rollout.kl import KLPenalty
-from rlhf_lightning.sampling.sampler import Sampler
 from tests.helpers.modules import data, make, vowels
 from tests.helpers.training import trainer
 

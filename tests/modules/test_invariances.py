@@ -18,13 +18,13 @@ from rlhf_lightning.callbacks.export import ExportModel
 from rlhf_lightning.diagnostics.invariants import FirstStepInvariants
 from rlhf_lightning.environments.base import StepResult
 from rlhf_lightning.errors import ConfigError, UserError
+from rlhf_lightning.generation.sampler import Sampler
 from rlhf_lightning.models.lora import LoRA
 from rlhf_lightning.models.scorers import RewardHead, SequenceLogprob
 from rlhf_lightning.modules.schedules import Warmup
 from rlhf_lightning.rewards import FunctionReward, ModelReward
 from rlhf_lightning.rollout.advantages import LeaveOneOut
 from rlhf_lightning.rollout.kl import KLPenalty
-from rlhf_lightning.sampling.sampler import Sampler
 from rlhf_lightning.settings import arguments
 from tests.helpers.environments import PromptEnv
 from tests.helpers.models import build_model
@@ -454,8 +454,8 @@ def test_multi_turn_rl_trains_on_the_sampled_tokens(base: str, tokenizer: Any, t
 def test_turn_continues_from_exactly_the_sampled_tokens(base: str, tokenizer: Any) -> None:
     from rlhf_lightning.data.prompts import Prompt
     from rlhf_lightning.data.rendering import Renderer
+    from rlhf_lightning.generation.token_sampling import SamplingParams
     from rlhf_lightning.rollout.runner import EpisodeRunner
-    from rlhf_lightning.sampling.token_sampling import SamplingParams
     from rlhf_lightning.types import Completion
 
     renderer = Renderer(tokenizer)

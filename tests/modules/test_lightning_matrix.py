@@ -39,13 +39,13 @@ from lightning.pytorch.tuner import Tuner
 
 from rlhf_lightning import PolicyRLModule, PreferenceModule, SFTModule
 from rlhf_lightning.errors import ConfigError
+from rlhf_lightning.generation.sampler import Engine, Sampler
 from rlhf_lightning.models.lora import LoRA
 from rlhf_lightning.models.scorers import ImplicitReward
 from rlhf_lightning.modules.schedules import Warmup
 from rlhf_lightning.rewards import FunctionReward
 from rlhf_lightning.rewards.normalization import RunningNorm
 from rlhf_lightning.rollout.kl import KLPenalty
-from rlhf_lightning.sampling.sampler import Engine, Sampler
 from rlhf_lightning.types import Completion
 from tests.helpers.models import build_model
 from tests.helpers.modules import data, make, same, vowels, weights

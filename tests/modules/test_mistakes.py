@@ -21,12 +21,12 @@ from rlhf_lightning import (
     SFTModule,
 )
 from rlhf_lightning.errors import ConfigError
+from rlhf_lightning.generation.sampler import Sampler
 from rlhf_lightning.models.lora import LoRA
 from rlhf_lightning.modules.schedules import Warmup
 from rlhf_lightning.objectives.policy import ClippedSurrogate
 from rlhf_lightning.objectives.preference import BradleyTerry
 from rlhf_lightning.rewards import KeywordReward
-from rlhf_lightning.sampling.sampler import Sampler
 from tests.helpers.models import build_model
 from tests.helpers.rows import chats, pairs, prompts
 from tests.helpers.training import sgd, trainer
@@ -80,7 +80,7 @@ ARGUMENTS: list[tuple[str, Callable[[], Any], list[str]]] = [
     (
         "an engine's name",
         lambda: Sampler(engine="vllm"),
-        ["sampler.engine is 'vllm'", "sampling.vllm_engine.VLLMEngine"],
+        ["sampler.engine is 'vllm'", "generation.vllm_engine.VLLMEngine"],
     ),
     ("no rows at once", lambda: Sampler(batch_rows=0), ["sampler.batch_rows is 0; it must be at least 1"]),
     (

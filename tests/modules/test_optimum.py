@@ -13,13 +13,13 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from benchmarks.learning.graph_walk import word_tokenizer
 from rlhf_lightning import PolicyRLModule, PromptDataModule
+from rlhf_lightning.generation.sampler import Sampler
 from rlhf_lightning.models.critic import Critic
 from rlhf_lightning.modules.schedules import Warmup
 from rlhf_lightning.objectives import policy
 from rlhf_lightning.rewards import FunctionReward
 from rlhf_lightning.rollout.advantages import GAE, GroupCentered, LeaveOneOut
 from rlhf_lightning.rollout.kl import KLPenalty
-from rlhf_lightning.sampling.sampler import Sampler
 from tests.helpers.training import trainer
 
 WORDS = ["<pad>", "<end>", *"abcdefgh"]

@@ -10,6 +10,7 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from rlhf_lightning import PolicyRLModule, PromptDataModule
 from rlhf_lightning.callbacks.export import ExportModel
 from rlhf_lightning.errors import ConfigError
+from rlhf_lightning.generation.sampler import Sampler
 from rlhf_lightning.models.critic import Critic
 from rlhf_lightning.models.lora import LoRA
 from rlhf_lightning.models.scorers import RewardHead
@@ -17,7 +18,6 @@ from rlhf_lightning.objectives.policy import ClippedSurrogate, Reinforce, Sequen
 from rlhf_lightning.rewards import FunctionReward
 from rlhf_lightning.rollout.advantages import GAE, GlobalWhitened
 from rlhf_lightning.rollout.kl import KLPenalty
-from rlhf_lightning.sampling.sampler import Sampler
 from tests.helpers.models import build_model
 from tests.helpers.modules import Options, data, few_vowels, make, policy_settings, same, weights
 from tests.helpers.rows import prompts

@@ -11,12 +11,12 @@ import yaml
 
 from rlhf_lightning import PolicyRLModule
 from rlhf_lightning.errors import ConfigError
+from rlhf_lightning.generation.sampler import Sampler
 from rlhf_lightning.models.token_logprobs import TokenLogprobsOutput
 from rlhf_lightning.modules.recipes import RECIPES
 from rlhf_lightning.objectives.policy import ClippedSurrogate
 from rlhf_lightning.rollout.advantages import compute_token_advantages
 from rlhf_lightning.rollout.kl import KLPenalty
-from rlhf_lightning.sampling.sampler import Sampler
 from rlhf_lightning.types import Episode, TrainingSample
 from tests.helpers.cli import rlhf
 

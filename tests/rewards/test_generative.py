@@ -14,9 +14,9 @@ from rlhf_lightning.checkpointing.strategies import FSDP2
 from rlhf_lightning.data.prompts import Prompt
 from rlhf_lightning.data.rendering import Renderer
 from rlhf_lightning.errors import ConfigError, UserError
+from rlhf_lightning.generation.sampler import Sampler
 from rlhf_lightning.models.offload import Placement
 from rlhf_lightning.rewards import GenerativeReward, KeywordReward, RewardTerm
-from rlhf_lightning.sampling.sampler import Sampler
 from rlhf_lightning.types import Completion, Episode
 from tests.helpers.rows import prompts
 from tests.helpers.runs import in_ranks

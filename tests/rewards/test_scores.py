@@ -22,6 +22,7 @@ from rlhf_lightning.data.prompts import Prompt
 from rlhf_lightning.data.rendering import Renderer
 from rlhf_lightning.environments.user_calls import TimeLimitError
 from rlhf_lightning.errors import ConfigError, DataError
+from rlhf_lightning.generation.sampler import Sampler
 from rlhf_lightning.models.scorers import RewardHead
 from rlhf_lightning.rewards import (
     BlockedTerms,
@@ -43,7 +44,6 @@ from rlhf_lightning.rewards import (
 )
 from rlhf_lightning.rewards.model import RewardModelScores
 from rlhf_lightning.rewards.normalization import RunningStatistics
-from rlhf_lightning.sampling.sampler import Sampler
 from rlhf_lightning.types import Episode, TrainingSample
 from tests.helpers.models import build_model
 from tests.helpers.rewards import terms

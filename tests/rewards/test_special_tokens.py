@@ -11,6 +11,7 @@ from rlhf_lightning import PolicyRLModule, PromptDataModule
 from rlhf_lightning.data.prompts import Prompt
 from rlhf_lightning.data.rendering import Renderer
 from rlhf_lightning.errors import ConfigError, DataError
+from rlhf_lightning.generation.sampler import Sampler
 from rlhf_lightning.rewards import (
     BlockedTerms,
     ExactAnswer,
@@ -24,7 +25,6 @@ from rlhf_lightning.rewards import (
 )
 from rlhf_lightning.rewards.required_literals import required_literal
 from rlhf_lightning.rollout.episode_state import EpisodeState
-from rlhf_lightning.sampling.sampler import Sampler
 from rlhf_lightning.types import Completion, Episode
 from tests.helpers.rows import prompts
 from tests.helpers.training import trainer

@@ -16,13 +16,13 @@ from rlhf_lightning.data.prompts import Prompt
 from rlhf_lightning.data.rendering import Renderer
 from rlhf_lightning.environments.base import EpisodeError, Limits, StepResult
 from rlhf_lightning.errors import ConfigError
+from rlhf_lightning.generation.sampler import Sampler
+from rlhf_lightning.generation.token_sampling import SamplingParams
 from rlhf_lightning.rewards import FunctionReward
 from rlhf_lightning.rollout.advantages import GroupCentered
 from rlhf_lightning.rollout.collector import RolloutCollector
 from rlhf_lightning.rollout.runner import EpisodeRunner
 from rlhf_lightning.rollout.statistics import statistics
-from rlhf_lightning.sampling.sampler import Sampler
-from rlhf_lightning.sampling.token_sampling import SamplingParams
 from rlhf_lightning.types import STOP_REASONS, Completion, Episode
 from tests.helpers.environments import PromptEnv
 from tests.helpers.paths import CHAT_TEMPLATES
@@ -608,7 +608,7 @@ def test_stop_text_that_the_tokenizer_cannot_produce(tokenizer: Any, model: Any)
 
 
 def test_long_stop_text_is_matched_completely(tokenizer: Any) -> None:
-    from rlhf_lightning.sampling.token_sampling import is_complete
+    from rlhf_lightning.generation.token_sampling import is_complete
 
     stop = "z" * 50
     ids = [tokenizer("z")["input_ids"][0]] * 50

@@ -92,12 +92,12 @@ def play(folder: Path, rounds: int) -> None:
     from rlhf_lightning.diagnostics.callback import Diagnostics
     from rlhf_lightning.diagnostics.invariants import FirstStepInvariants
     from rlhf_lightning.environments.base import Limits
+    from rlhf_lightning.generation.sampler import Sampler
     from rlhf_lightning.models.critic import Critic
     from rlhf_lightning.quickstart.model import make_model, make_tokenizer
     from rlhf_lightning.rewards import FunctionReward
     from rlhf_lightning.rollout.advantages import GAE
     from rlhf_lightning.rollout.kl import KLPenalty
-    from rlhf_lightning.sampling.sampler import Sampler
 
     torch.set_num_threads(1)
     pl.seed_everything(0, verbose=False)

@@ -9,7 +9,7 @@ from rlhf_lightning.data.conversations import conversation, to_messages, without
 from rlhf_lightning.data.prompts import Prompt
 from rlhf_lightning.data.records import RowError
 from rlhf_lightning.errors import DataError, quoted
-from rlhf_lightning.inference.policy import Policy
+from rlhf_lightning.evaluation.policy import Policy
 from rlhf_lightning.types import JSON, Message, Row
 
 log = logging.getLogger(__name__)

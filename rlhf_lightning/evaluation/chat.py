@@ -5,9 +5,9 @@ from typing import Unpack
 
 from rlhf_lightning.data.rendering import Renderer
 from rlhf_lightning.errors import UserError
-from rlhf_lightning.inference.policy import Policy, SamplingFilters
-from rlhf_lightning.sampling.local_engine import LocalEngine, Watch
-from rlhf_lightning.sampling.sampler import Sampler
+from rlhf_lightning.evaluation.policy import Policy, SamplingFilters
+from rlhf_lightning.generation.local_engine import LocalEngine, Watch
+from rlhf_lightning.generation.sampler import Sampler
 from rlhf_lightning.types import Message
 
 

@@ -9,10 +9,10 @@ import torch
 from rlhf_lightning.data.batching import pad_tokens
 from rlhf_lightning.data.rendering import Renderer
 from rlhf_lightning.errors import ConfigError
+from rlhf_lightning.generation.local_engine import LocalEngine
+from rlhf_lightning.generation.sampler import ModelSampler, Sampler
+from rlhf_lightning.generation.token_sampling import SamplingParams, is_complete, sample_token
 from rlhf_lightning.models.token_logprobs import TokenLogprobs
-from rlhf_lightning.sampling.local_engine import LocalEngine
-from rlhf_lightning.sampling.sampler import ModelSampler, Sampler
-from rlhf_lightning.sampling.token_sampling import SamplingParams, is_complete, sample_token
 from tests.helpers.models import build_model
 
 PLAIN = ["qwen3", "qwen2", "llama", "mistral", "gemma2", "gemma3", "phi", "phi3", "gpt2", "cohere", "neox"]
@@ -93,7 +93,7 @@ def test_waiting_rows_take_the_slots_of_finished_rows(tokenizer: Any, monkeypatc
 
 
 def test_kv_cache_grows(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    from rlhf_lightning.sampling import kv_cache as slots
+    from rlhf_lightning.generation import kv_cache as slots
 
     model = build_model(tokenizer).double()
     wanted = built(model, tokenizer, max_tokens=20).generate([[5, 6], [7]], [1, 2])

@@ -11,12 +11,12 @@ from rlhf_lightning.data.prompts import Prompt, prompt_example
 from rlhf_lightning.data.records import Reading, Source, convert_rows, read_rows
 from rlhf_lightning.data.rendering import Rendered
 from rlhf_lightning.errors import ConfigError
+from rlhf_lightning.generation.sampler import Sampler
 from rlhf_lightning.models.language_model import LanguageModel
 from rlhf_lightning.models.lora import base_of
 from rlhf_lightning.models.scorers import padded_batches
 from rlhf_lightning.models.token_logprobs import TokenLogprobs
 from rlhf_lightning.rollout.runner import EpisodeRunner
-from rlhf_lightning.sampling.sampler import Sampler
 from rlhf_lightning.types import JSON, Episode, TrainingSample
 
 if TYPE_CHECKING:

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from rlhf_lightning.errors import ConfigError, DataError
-from rlhf_lightning.inference import tasks
-from rlhf_lightning.inference.tasks import SECTIONS, gsm8k, loose_variants, mean, pooled, read_task, rewardbench
+from rlhf_lightning.evaluation import tasks
+from rlhf_lightning.evaluation.tasks import SECTIONS, gsm8k, loose_variants, mean, pooled, read_task, rewardbench
 from tests.helpers.cli import mistake, rlhf
 from tests.helpers.rows import write_rows
 
@@ -161,7 +161,7 @@ def test_task_from_a_yaml_file(tmp_path: Path) -> None:
         path.write_text(text)
         with pytest.raises(ConfigError, match=expected):
             read_task(path)
-    path.write_text("prompt: x\nscore: tests.inference.test_tasks.length_of")
+    path.write_text("prompt: x\nscore: tests.evaluation.test_tasks.length_of")
     assert read_task(path).score("four", {}) == {"length_of": [4.0]}
 
 

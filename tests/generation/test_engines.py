@@ -21,13 +21,13 @@ from torch import Tensor
 from rlhf_lightning import PolicyRLModule, PromptDataModule
 from rlhf_lightning.data.rendering import Renderer
 from rlhf_lightning.errors import ConfigError
+from rlhf_lightning.generation.local_engine import LocalEngine
+from rlhf_lightning.generation.sampler import Sampler
+from rlhf_lightning.generation.token_sampling import SamplingParams
 from rlhf_lightning.models.loading import Start
 from rlhf_lightning.models.lora import LoRA, named_weights
 from rlhf_lightning.quickstart.model import make_tokenizer
 from rlhf_lightning.rewards import FunctionReward
-from rlhf_lightning.sampling.local_engine import LocalEngine
-from rlhf_lightning.sampling.sampler import Sampler
-from rlhf_lightning.sampling.token_sampling import SamplingParams
 from rlhf_lightning.types import Completion
 from tests.helpers.docs import ROOT
 from tests.helpers.models import TEXTS, build_model
@@ -64,7 +64,7 @@ class Subject:
 
     @staticmethod
     def _vllm(folder: Path, raw: bool) -> Any:
-        from rlhf_lightning.sampling.vllm_engine import VLLMEngine
+        from rlhf_lightning.generation.vllm_engine import VLLMEngine
 
         options = {"dtype": "float32", "enforce_eager": True, "block_size": 32, "kv_cache_memory_bytes": 2**26}
         torch.manual_seed(5)
@@ -393,8 +393,8 @@ def test_weights_that_the_engine_cannot_hold_are_refused(case: str, folder: Path
         from rlhf_lightning.errors import ConfigError
         from rlhf_lightning.models.loading import Start
         from rlhf_lightning.models.lora import named_weights
-        from rlhf_lightning.sampling.token_sampling import SamplingParams
-        from rlhf_lightning.sampling.vllm_engine import VLLMEngine
+        from rlhf_lightning.generation.token_sampling import SamplingParams
+        from rlhf_lightning.generation.vllm_engine import VLLMEngine
 
         options = {{"dtype": "float32", "enforce_eager": True, "kv_cache_memory_bytes": 2**26}}
         engine = VLLMEngine({str(folder)!r}, memory=0.05, max_length={CONTEXT}, options=options)
@@ -489,7 +489,7 @@ def test_an_engine_of_ones_own_is_asked_too(tokenizer: Any, model: Any) -> None:
 
 
 def test_vllm_that_is_missing_or_old_or_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
-    from rlhf_lightning.sampling import vllm_engine
+    from rlhf_lightning.generation import vllm_engine
 
     with pytest.raises(ConfigError, match=r"options.tensor_parallel_size must be 1"):
         vllm_engine.VLLMEngine("any", options={"tensor_parallel_size": 2})

@@ -3,7 +3,7 @@
 model:
   sampler:
     max_tokens: 1024
-    engine: {class_path: rlhf_lightning.sampling.vllm_engine.VLLMEngine, init_args: {model: Qwen/Qwen3-0.6B}}
+    engine: {class_path: rlhf_lightning.generation.vllm_engine.VLLMEngine, init_args: {model: Qwen/Qwen3-0.6B}}
 """
 
 import logging
@@ -15,7 +15,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 
 from rlhf_lightning.errors import ConfigError, first_line
-from rlhf_lightning.sampling.token_sampling import SamplingParams, check_prompts, record_token
+from rlhf_lightning.generation.token_sampling import SamplingParams, check_prompts, record_token
 from rlhf_lightning.types import Completion
 
 if TYPE_CHECKING:

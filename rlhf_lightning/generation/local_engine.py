@@ -14,6 +14,10 @@ from transformers.cache_utils import Cache
 
 from rlhf_lightning.distributed import broadcast, safe_point
 from rlhf_lightning.errors import ConfigError, first_line
+from rlhf_lightning.generation.cuda_graphs import GraphedStep
+from rlhf_lightning.generation.hf_generate import generate
+from rlhf_lightning.generation.kv_cache import PrefillCache, SlotKVCache
+from rlhf_lightning.generation.token_sampling import SamplingParams, check_prompts, record_token, sample_token, uniforms
 from rlhf_lightning.models.attention import Decoding
 from rlhf_lightning.models.backbone import Backbone, few_rows, in_mode
 from rlhf_lightning.models.lora import base_of
@@ -26,10 +30,6 @@ from rlhf_lightning.models.sharding import (
     run_unsharded,
     unsharded_or_synchronized,
 )
-from rlhf_lightning.sampling.cuda_graphs import GraphedStep
-from rlhf_lightning.sampling.hf_generate import generate
-from rlhf_lightning.sampling.kv_cache import PrefillCache, SlotKVCache
-from rlhf_lightning.sampling.token_sampling import SamplingParams, check_prompts, record_token, sample_token, uniforms
 from rlhf_lightning.types import Completion
 
 if TYPE_CHECKING:

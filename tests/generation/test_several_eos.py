@@ -9,8 +9,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from rlhf_lightning.data.rendering import Renderer
 from rlhf_lightning.data.sft import SFTDataModule
+from rlhf_lightning.generation.sampler import Sampler
 from rlhf_lightning.modules.sft import SFTModule
-from rlhf_lightning.sampling.sampler import Sampler
 from tests.helpers.models import build_model
 from tests.helpers.paths import CHAT_TEMPLATES
 from tests.helpers.rows import chats

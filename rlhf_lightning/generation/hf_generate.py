@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from rlhf_lightning.distributed import broadcast, safe_point
-from rlhf_lightning.sampling.token_sampling import SamplingParams, record_token, sample_token, uniforms
+from rlhf_lightning.generation.token_sampling import SamplingParams, record_token, sample_token, uniforms
 from rlhf_lightning.types import Completion
 
 if TYPE_CHECKING:

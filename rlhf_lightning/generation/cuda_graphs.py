@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from rlhf_lightning.sampling.kv_cache import SlotKVCache
+from rlhf_lightning.generation.kv_cache import SlotKVCache
 
 Step = Callable[[SlotKVCache, Tensor], Tensor]
 

@@ -12,10 +12,10 @@ from torch import Tensor
 from rlhf_lightning.data.rendering import Renderer
 from rlhf_lightning.distributed import run_on_leader
 from rlhf_lightning.errors import ConfigError, check_whole
+from rlhf_lightning.generation.local_engine import LocalEngine
+from rlhf_lightning.generation.token_sampling import SamplingParams
 from rlhf_lightning.models.generation import end_token_ids, stop_texts
 from rlhf_lightning.models.lora import base_of, named_weights
-from rlhf_lightning.sampling.local_engine import LocalEngine
-from rlhf_lightning.sampling.token_sampling import SamplingParams
 from rlhf_lightning.settings import Settings
 from rlhf_lightning.types import Completion, Tokenizer
 
@@ -124,7 +124,7 @@ class Sampler(Settings):
         if engine is not None and not (hasattr(engine, "generate") and hasattr(engine, "sync")):
             raise ConfigError(
                 f"sampler.engine is {engine!r}; it must be an object with generate and sync, for example "
-                "class_path: rlhf_lightning.sampling.vllm_engine.VLLMEngine"
+                "class_path: rlhf_lightning.generation.vllm_engine.VLLMEngine"
             )
         self.batch_rows, self.engine, self.cuda_graphs, self.gather = batch_rows, engine, cuda_graphs, gather
         if isinstance(stop, str) or not all(isinstance(text, str) and text for text in stop or ()):

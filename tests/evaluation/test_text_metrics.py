@@ -9,14 +9,14 @@ from typing import Any
 import pytest
 
 from rlhf_lightning import SFTDataModule, SFTModule
-from rlhf_lightning.inference.policy import Policy
-from rlhf_lightning.inference.text_metrics import nearness, perplexity, references_of
+from rlhf_lightning.evaluation.policy import Policy
+from rlhf_lightning.evaluation.text_metrics import nearness, perplexity, references_of
 from tests.helpers.cli import mistake, rlhf_in_process
 from tests.helpers.models import build_model
 from tests.helpers.rows import chats, prompts, write_rows
 from tests.helpers.training import trainer
 
-VOWELS = "tests.inference.test_text_metrics.vowels"
+VOWELS = "tests.evaluation.test_text_metrics.vowels"
 REFERENCE_KEYS = {"perplexity", "bleu", "rouge1", "rouge2", "rougeL"}
 
 

@@ -1,0 +1,1 @@
+"""Using trained models: chat, comparison, benchmarks and text metrics."""

@@ -1,1 +1,0 @@
-"""Using trained models: chat, generation, evaluation, comparison, text metrics and export."""
