@@ -141,8 +141,8 @@ class LocalEngine:
         with self._sampling():
             if not is_sharded(self.model):
                 # A sliding window or a position scaling that depends on length makes a difference only in long rows, so
-                # check at full length. The check needs all ranks if the model is sharded; then the trainer's forward
-                # pass makes it.
+                # check at full length. A sharded model is not checked here, because that needs all ranks at once; the
+                # trainer's forward pass checks it.
                 self.packed_forward.check(max(len(prompt) for prompt in prompts) + params.max_tokens)
             if self._plain is None:
                 self._plain = self._check()
@@ -208,8 +208,9 @@ class LocalEngine:
             device: Where the model is.
 
         Returns:
-            Keys and values per layer, the index of each prompt's first token in them `[prompts]`, and the logits after
-            each prompt `[prompts, V]`.
+            Keys and values per layer, `[1, heads, n, head size]` each, with the n tokens of all prompts behind each
+            other; the index of each prompt's first token among them, `[prompts]`; and the logits after each prompt,
+            `[prompts, V]`.
         """
         return self._run(self._prefill, prompts, device)
 

@@ -567,7 +567,8 @@ class PolicyRLModule(RLHFModule[PromptBatch]):
             value_total = self._value_losses(self.critic_values(ids, loss_mask, scores), batch).sum()
             sums["value_loss"] = value_total, loss_mask.sum()
             critic_loss = self.normalized(value_total, batch, "tokens", loss_mask.sum())
-            loss = loss * (not self._warming_up) + self.critic.coefficient * critic_loss
+            policy_weight = 0.0 if self._warming_up else 1.0
+            loss = policy_weight * loss + self.critic.coefficient * critic_loss
         self.step_numbers.add(learned, {**sums, "loss": self.share(loss, batch)}, largest)
         self._log_round(batch)
         return {"loss": loss, **largest, **outputs}
@@ -587,7 +588,7 @@ class PolicyRLModule(RLHFModule[PromptBatch]):
                 parameter.grad = None
 
     def _policy_loss(self, scores: TokenLogprobsOutput, batch: "RolloutBatch") -> tuple[Tensor, Tensor]:
-        """The loss, and the number of tokens that contribute a gradient."""
+        """The loss, a scalar, and the number of tokens with a gradient: with entropy or a critic, all of them."""
         loss_mask, old = batch["loss_mask"], batch["old_logprobs"]
         kl = None if self.kl_controller is None else self.kl_controller.penalty
         per_token = self.objective(scores.logprobs, old, batch["advantages"], loss_mask)

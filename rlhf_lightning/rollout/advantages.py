@@ -39,8 +39,8 @@ class Advantage(Settings):
     needs_values = False
     """True if a critic is required."""
     centers_penalty = True
-    """True if the mean over the round may be subtracted from the advantages' KL part as a baseline; False if a critic
-    or whitening is the baseline already."""
+    """True if `KLPenalty(centered=True)` takes effect: the mean over the round of the advantages' KL part is subtracted,
+    which needs a linear `token_advantages`. False if a critic or whitening is the baseline already."""
     whiten = False
     """True to scale the advantages of a round's tokens to mean 0 and variance 1, over all ranks."""
 
@@ -219,7 +219,8 @@ def compute_token_advantages(
         scores + episode_penalties, token_penalties, values, loss_mask, discount
     )
     if penalty is not None and penalty.centered and advantage.centers_penalty:
-        # The mean over the round's tokens is a valid baseline, because it depends on no single action. Center after
+        # The part of the advantages that comes from penalties: `token_advantages` of these alone, since it is linear.
+        # Its mean over the round's tokens is a baseline that hardly depends on a single action. Center after
         # summing over later tokens: centering each penalty before would reward longer responses.
         from_penalties, _ = advantage.token_advantages(episode_penalties, token_penalties, values, loss_mask, discount)
         advantages = advantages - _mean_and_variance(from_penalties, loss_mask)[0] * loss_mask

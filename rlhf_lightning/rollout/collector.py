@@ -166,7 +166,7 @@ class RolloutCollector:
         """Sum and count of each statistic on this rank; the loader divides them after adding those of all ranks."""
         sums = statistics(self.episodes, kl=self.scorers.reference_logprobs is not None)
         if self.resample_groups:
-            # Per group; [1] is the number of groups with more than one episode.
+            # A mean per group. The count, of groups with more than one episode, is that of zero_variance_groups.
             sums["resampled_groups"] = (float(self.resampled), sums["zero_variance_groups"][1])
         if self.kl is not None:
             sums["kl_coefficient"] = (self.kl.penalty.coefficient, 1)

@@ -44,13 +44,15 @@ class RolloutDataLoader(Generic[T]):
 
     Args:
         items: Prompts or recorded groups of all ranks.
-        collect: Returns the training samples of this rank's items in a round, and the statistics of the round.
+        collect: Returns the training samples of this rank's items in a round, and each statistic of it as sum and
+            count.
         items_per_round: See `PromptDataModule`.
         update_epochs: See `PromptDataModule`.
         minibatches: See `PromptDataModule`.
         pad_id: Token id of padding.
         seed: Seed for shuffling prompts and rows.
-        shard_spec: Returns the current rank, epoch, and number of accumulated batches.
+        shard_spec: Called at the start of each epoch; returns rank, world size, epoch, micro-batches per optimizer
+            step, and limit.
         shuffle: True to shuffle the prompts in each epoch.
         where: File and line of each prompt by its index, for error messages.
 
@@ -134,7 +136,7 @@ class RolloutDataLoader(Generic[T]):
             items: Prompts or recorded groups of all ranks.
             round_in_epoch: Index of the round in its epoch.
             done: Number of its mini-batches that were yielded before the checkpoint.
-            shard_spec: See `__init__`.
+            shard_spec: The part of the epoch that this rank takes.
         """
         round_index = shard_spec.epoch * self.rounds + round_in_epoch
         statistics: dict[str, float] | None = None

@@ -179,7 +179,7 @@ class EpisodeRunner:
             state.add_response(self._truncate(state, completion), self.renderer, self.sampler.stop)
             for state, completion in zip(ready, completions, strict=True)
         ]
-        # Without an environment nothing fails, so nothing is restarted.
+        # Without an environment the first response ends the episode; nothing can have failed, so `restarted` is empty.
         if self.environment is None:
             return []
         steps = [
