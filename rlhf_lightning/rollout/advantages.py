@@ -39,7 +39,7 @@ class Advantage(Settings):
     needs_values = False
     """True if a critic is required."""
     centers_penalty = True
-    """True if `KLPenalty(centered=True)` takes effect: the mean over the round of the advantages' KL part is subtracted,
+    """True if `KLPenalty(centered=True)` takes effect: the mean over the round of the KL part is subtracted from it,
     which needs a linear `token_advantages`. False if a critic or whitening is the baseline already."""
     whiten = False
     """True to scale the advantages of a round's tokens to mean 0 and variance 1, over all ranks."""
