@@ -109,7 +109,9 @@ def training_memory(
     kept = predicted(shape, family, precision, load.tokens)
     if checkpointing:
         kept = checkpointed_bytes(model, round(kept), load.tokens, COMPUTE)
-    head = SimpleNamespace(vocabulary=shape.vocab, model=model, lm_head=None)
+    # The head computes in the precision of its weights. Its own gradient is among `gradients`.
+    head = SimpleNamespace(vocabulary=shape.vocab, model=model, lm_head=None, wide_head=False)
+    width = parameters[0].element_size()
     gradients = tensor_bytes(parameters)
     layers = SIZE[precision] * shape.layers * shape.layer_weights
     unsharded = 2 * layers / shape.layers + gradients - layers
@@ -120,7 +122,7 @@ def training_memory(
         gathered=unsharded if shards > 1 else gradients * (gpus > 1),
         activations=kept,
         casts=COMPUTE * shape.layers * shape.layer_weights if precision == "bf16-mixed" else 0.0,
-        logits=logit_bytes(head, round(load.trained * load.tokens), COMPUTE, LOGIT_BYTES),
+        logits=logit_bytes(head, round(load.trained * load.tokens), width, LOGIT_BYTES),
     )
 
 

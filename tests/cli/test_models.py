@@ -13,10 +13,10 @@ from rlhf_lightning import PreferenceDataModule, PreferenceModule, SFTDataModule
 from rlhf_lightning.callbacks.export import ExportModel
 from rlhf_lightning.cli.stage import StageCLI
 from rlhf_lightning.errors import ConfigError
-from rlhf_lightning.evaluation import export as exporting
 from rlhf_lightning.evaluation.chat import Conversation, Stream
 from rlhf_lightning.evaluation.policy import Policy
 from rlhf_lightning.files import visible
+from rlhf_lightning.models import export as exporting
 from rlhf_lightning.models.lora import LoRA
 from rlhf_lightning.models.reward_model import RewardModel
 from rlhf_lightning.models.scorers import ImplicitReward, RewardHead

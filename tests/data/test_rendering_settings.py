@@ -148,7 +148,7 @@ def test_next_stage_uses_the_settings_of_its_start(thinker: str, tmp_path: Path,
     [episode] = policy.collector.rollout(sampled.prepared["train"].rows[:1], 1, (0,))
     wanted = reward.judge.score([episode.prompt], [episode.responses], allow_blank=True).tolist()
     assert episode.reward == pytest.approx(wanted[0], abs=1e-5)
-    assert not reward._sees_same_tokens(episode)
+    assert not reward._renders_equally(episode)
 
 
 def test_system_and_tools_shared_by_all_rows_are_recorded(thinker: str, tmp_path: Path, capsys: Any) -> None:
