@@ -6,7 +6,6 @@ model:
     engine: {class_path: rlhf_lightning.generation.vllm_engine.VLLMEngine, init_args: {model: Qwen/Qwen3-0.6B}}
 """
 
-import logging
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
@@ -15,16 +14,13 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 
 from rlhf_lightning.errors import ConfigError, first_line
-from rlhf_lightning.generation.token_sampling import SamplingParams, check_prompts, record_token
+from rlhf_lightning.generation.token_sampling import SamplingParams, check_prompts
+from rlhf_lightning.generation.vllm_requests import check_settings, check_version, completion, request_settings
 from rlhf_lightning.types import Completion
 
 if TYPE_CHECKING:
     from torch.nn import Module
     from vllm.outputs import CompletionOutput
-
-log = logging.getLogger(__name__)
-TESTED = (0, 32)
-"""Release of vLLM that the conformance tests run with; earlier ones load weights differently."""
 
 
 class VLLMEngine:
@@ -80,7 +76,7 @@ class VLLMEngine:
             raise ConfigError(
                 f"sampler.engine: vLLM cannot be imported ({first_line(error)}); docs/engines.md says how to install it"
             ) from error
-        _check_version(vllm.__version__)
+        check_version(vllm.__version__)
         self.raw_logprobs = raw_logprobs
         try:
             with isolate_rng():  # vLLM seeds the generators of its process
@@ -110,22 +106,7 @@ class VLLMEngine:
         Raises:
             ConfigError: If vLLM cannot follow them.
         """
-        if self.raw_logprobs and params.temperature not in (0.0, 1.0):
-            raise ConfigError(
-                f"sampler.temperature is {params.temperature}, but with sampler.engine.raw_logprobs vLLM's "
-                "log-probabilities are those at temperature 1; set raw_logprobs: false or temperature: 1.0"
-            )
-        if params.min_tokens and self.eos is not None and self.eos not in params.stop_token_ids:
-            raise ConfigError(
-                f"sampler.min_tokens is {params.min_tokens}, and vLLM also keeps the model's end token {self.eos} out "
-                "of the first tokens, although the response would not end there; leave min_tokens out, or add the "
-                "token to sampler.stop"
-            )
-        if params.cuts and not self.raw_logprobs:
-            raise ConfigError(
-                f"sampler.{' and sampler.'.join(params.cuts)}: vLLM's log-probabilities would not be those of the full "
-                "softmax; leave it out, or set sampler.engine.raw_logprobs: true with temperature 1"
-            )
+        check_settings(params, self.raw_logprobs, self.eos, "sampler.engine.raw_logprobs: true", "raw_logprobs: false")
 
     def sync(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
         """Load the weights, and drop cached prompts, whose keys belong to the old weights.
@@ -184,42 +165,14 @@ class VLLMEngine:
             raise ConfigError("sampler.engine: the last sync of weights failed, so vLLM cannot sample; start again")
         self.check(params)
         check_prompts(prompts, params.max_tokens, self.vocabulary, self.context)
-        settings = [
-            vllm.SamplingParams(
-                max_tokens=params.max_tokens,
-                min_tokens=params.min_tokens,
-                temperature=params.temperature,
-                top_p=params.top_p,
-                top_k=params.top_k,
-                min_p=params.min_p,
-                stop_token_ids=list(params.stop_token_ids),
-                ignore_eos=True,  # only the stop tokens end a response, not those of the config that vLLM loads
-                stop=list(params.stop_strings) or None,
-                include_stop_str_in_output=True,
-                skip_special_tokens=False,  # a stop text may have the text of a special token
-                seed=seed % 2**63,
-                logprobs=0,  # only the sampled token's
-            )
-            for seed in seeds
-        ]
+        settings = [vllm.SamplingParams(**request_settings(params, seed)) for seed in seeds]
         rows = [{"prompt_token_ids": list(prompt)} for prompt in prompts]
         results = self.llm.generate(rows, settings, use_tqdm=False)
         return [self._completion(result.outputs[0], params) for result in results]
 
     def _completion(self, output: "CompletionOutput", params: SamplingParams) -> Completion:
-        """The response up to the token that ends it.
-
-        vLLM holds back text that ends within a character, so it may see a stop text a few tokens late.
-        """
-        if output.finish_reason not in ("stop", "length"):
-            raise RuntimeError(f"vLLM ended a response with {output.finish_reason!r}")
-        completion = Completion()
-        for token, step in zip(output.token_ids, output.logprobs, strict=True):
-            if record_token(completion, token, step[token].logprob, params, self.decode):
-                return completion
-        # A text that vLLM sees only together with the prompt: some tokenizers drop a space at the start of a text.
-        completion.stop_reason = output.finish_reason
-        return completion
+        logprobs = [step[token].logprob for token, step in zip(output.token_ids, output.logprobs, strict=True)]
+        return completion(output.token_ids, logprobs, output.finish_reason, params, self.decode)
 
 
 def _renew_heads(model: "Module") -> None:
@@ -229,13 +182,3 @@ def _renew_heads(model: "Module") -> None:
     for module in model.modules():
         if isinstance(module, ParallelLMHead):
             module.quant_method.process_weights_after_loading(module)
-
-
-def _check_version(version: str) -> None:
-    """Refuse a vLLM before `TESTED`, and warn of a later one."""
-    found = tuple(int(part) for part in version.split(".")[:2] if part.isdigit())
-    tested = ".".join(map(str, TESTED))
-    if found < TESTED:
-        raise ConfigError(f"sampler.engine: vLLM {version} is installed, but at least {tested} is needed; upgrade it")
-    if found > TESTED:
-        log.warning("vLLM %s is installed, but this engine was tested with %s; run `make test-vllm`", version, tested)

@@ -489,13 +489,13 @@ def test_an_engine_of_ones_own_is_asked_too(tokenizer: Any, model: Any) -> None:
 
 
 def test_vllm_that_is_missing_or_old_or_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
-    from rlhf_lightning.generation import vllm_engine
+    from rlhf_lightning.generation import vllm_engine, vllm_requests
 
     with pytest.raises(ConfigError, match=r"options.tensor_parallel_size must be 1"):
         vllm_engine.VLLMEngine("any", options={"tensor_parallel_size": 2})
     with pytest.raises(ConfigError, match=r"vLLM 0\.11\.2 is installed, but at least 0\.32 is needed"):
-        vllm_engine._check_version("0.11.2")
-    vllm_engine._check_version("0.32.0+cpu")
+        vllm_requests.check_version("0.11.2")
+    vllm_requests.check_version("0.32.0+cpu")
     monkeypatch.setitem(sys.modules, "vllm", None)
     with pytest.raises(ConfigError, match=r"vLLM cannot be imported .*docs/engines.md"):
         vllm_engine.VLLMEngine("any")
