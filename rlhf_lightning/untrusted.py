@@ -229,20 +229,23 @@ def _settings(config: JSON) -> Iterator[tuple[str, JSON]]:
 
 
 def _extent(folder: Path) -> tuple[int, int]:
-    """Number of tensors in the weights of a folder, and an upper bound of their elements; (0, 0) without weights."""
+    """Number of tensors in the weights of a folder, and an upper bound of their elements.
+
+    Files with a damaged header are not counted; (0, 0) if there are no others.
+    """
     parts = size = 0
     for path in sorted((*folder.glob("*.safetensors"), *folder.glob("*.bin"))):
         facts = path.stat()
         found = _parts(path.absolute(), facts.st_mtime_ns, facts.st_size)
         if found is None:
-            return 0, 0  # the library that opens it reports what is wrong
+            continue  # if a library opens this file, it reports what is wrong; the other files still set a bound
         parts, size = parts + found, size + facts.st_size
     return parts, 2 * size  # an element has at least 4 bits
 
 
 @lru_cache(maxsize=256)
 def _parts(path: Path, modified: int, size: int) -> int | None:
-    """Number of tensors in a weight file; None if its header cannot be read."""
+    """Number of tensors in a weight file; None if its header is damaged."""
     if path.suffix == ".bin":
         if not zipfile.is_zipfile(path):
             return 0

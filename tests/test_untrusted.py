@@ -386,6 +386,14 @@ def test_adapter_on_the_hub_and_its_base_are_checked(adapter: Path, base: str, h
         Start("owner/third").load()
 
 
+@pytest.mark.parametrize("name", ["model-2.safetensors", "extra.bin"])
+def test_damaged_weight_file_does_not_lift_the_bound_of_the_others(name: str, base: str) -> None:
+    (Path(base) / name).write_bytes(b"PK\x05\x06" + bytes([255]) * 18)
+    changed(base, "config.json", lambda c: c.update(vocab_size=2**31))
+    with pytest.raises(ConfigError, match="vocab_size is 2147483648, and the weight files next to it have only"):
+        check_folder(Path(base))
+
+
 class Server(ThreadingHTTPServer):
     """A hub with one repository. Records its requests."""
 

@@ -1,5 +1,6 @@
 """Writes checkpoint files atomically, and verifies them before reading."""
 
+import errno
 import io
 import logging
 import os
@@ -134,18 +135,35 @@ def damage(path: Path) -> str | None:
 
     Returns:
         A description of the damage; None for an intact checkpoint and for a folder without checksums.
+
+    Raises:
+        UserError: If the checkpoint cannot be read, so that it is unknown whether it is damaged.
     """
-    if path.is_dir():
-        return _folder_damage(path)
+    try:
+        return _folder_damage(path) if path.is_dir() else _file_damage(path)
+    except OSError as error:
+        # Not damage: the run would resume from an earlier checkpoint, and remove this one.
+        raise UserError(
+            f"{path}: the checkpoint cannot be read ({error.strerror}). Make it readable and run the same command "
+            "again, or remove it to use an earlier one."
+        ) from error
+
+
+def _file_damage(path: Path) -> str | None:
     if not path.is_file():
         return "no file"  # for example a pipe, where reading could wait forever
-    try:
-        with zipfile.ZipFile(path) as archive:
-            broken = archive.testzip()
-        torch._C.PyTorchFileReader(str(path))  # checks headers that Python's reader does not
-    except (zipfile.BadZipFile, RuntimeError, OSError, EOFError, zlib.error, NotImplementedError, ValueError) as error:
-        # Any error of the reader means that the archive is damaged.
-        return f"{error}".partition(". ")[0].rstrip(".").lower() or type(error).__name__
+    with open(path, "rb") as stream:
+        try:
+            with zipfile.ZipFile(stream) as archive:
+                broken = archive.testzip()
+            torch._C.PyTorchFileReader(str(path))  # checks headers that Python's reader does not
+        except (zipfile.BadZipFile, RuntimeError, OSError, EOFError, zlib.error, NotImplementedError, ValueError) as e:
+            # zipfile raises BadZipFile if it cannot read the end of a file.
+            failed = e.__context__ if isinstance(e, zipfile.BadZipFile) else e
+            if isinstance(failed, OSError) and failed.errno not in (None, errno.EINVAL):
+                raise failed
+            # Everything else means damage; EINVAL is a seek before the start of the file, to a damaged offset.
+            return f"{e}".partition(". ")[0].rstrip(".").lower() or type(e).__name__
     return f"the checksum of {broken} differs" if broken else None
 
 
@@ -154,7 +172,9 @@ def _folder_damage(folder: Path) -> str | None:
         return None
     try:
         checksums = read_object(folder / CHECKSUMS)
-    except ConfigError:
+    except ConfigError as error:
+        if isinstance(error.__context__, OSError):
+            raise
         return f"{CHECKSUMS} cannot be read"
     for name, wanted in checksums.items():
         if not (folder / name).is_file():

@@ -34,12 +34,12 @@ def write_report(root: str | Path, output: str | Path | None = None) -> Path:
 
 
 def report_after_stage(root: Path) -> None:
-    """Write the report after a stage of a run. Errors are only logged."""
+    """Write the report after a stage of a run. An error is logged with its traceback, and not raised."""
     try:
         log.info("report: %s", write_report(root))
     except Exception:
         # The stage is finished and its model is saved, so a failure here must not affect the exit code or the pipeline.
-        log.exception("%s: the report could not be written; run `rlhf report` to try again", root)
+        log.exception("%s: the report could not be written; `rlhf report %s` tries again", root, root)
 
 
 def render(run: Run) -> str:

@@ -26,7 +26,7 @@ from rlhf_lightning.checkpointing.nonfinite import NonFiniteError, NonFiniteGuar
 from rlhf_lightning.checkpointing.provenance import environment
 from rlhf_lightning.data.batching import RowLoader, ShardSpec
 from rlhf_lightning.data.sft import SFTDataModule
-from rlhf_lightning.errors import ConfigError
+from rlhf_lightning.errors import ConfigError, UserError
 from rlhf_lightning.modules.sft import SFTModule
 from tests.helpers.resume import at, config, killed, result
 from tests.helpers.rows import chats, write_rows
@@ -61,6 +61,29 @@ def test_damage_is_detected(tmp_path: Path) -> None:
         assert damage(path), len(bad)
         with pytest.raises(DamagedCheckpoint, match=r"step=1\.ckpt: the checkpoint is damaged"):
             io.load_checkpoint(path)
+
+
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_checkpoint_that_cannot_be_read_is_not_taken_for_damaged(kind: str, tmp_path: Path) -> None:
+    """Resuming from an earlier one would remove it."""
+    path = tmp_path / "step=1.ckpt"
+    if kind == "file":
+        torch.save({"step": 1}, path)
+    else:
+        path.mkdir()
+        (path / "shard.distcp").write_bytes(b"weights")
+        (path / "checksums.json").write_text("{}")
+    assert damage(path) is None
+    limit, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with open(os.devnull) as free:
+        lowest = free.fileno()
+    resource.setrlimit(resource.RLIMIT_NOFILE, (lowest, hard))  # no further file can be opened
+    try:
+        with pytest.raises(UserError, match=r"step=1\.ckpt.* cannot be read .*\(Too many open files\)"):
+            damage(path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
+    assert damage(path) is None
 
 
 def test_newest_intact_checkpoint_is_found(tmp_path: Path) -> None:
