@@ -161,7 +161,7 @@ def _file_damage(path: Path) -> str | None:
             # zipfile raises BadZipFile if it cannot read the end of a file.
             failed = e.__context__ if isinstance(e, zipfile.BadZipFile) else e
             if isinstance(failed, OSError) and failed.errno not in (None, errno.EINVAL):
-                raise failed
+                raise failed from None
             # Everything else means damage; EINVAL is a seek before the start of the file, to a damaged offset.
             return f"{e}".partition(". ")[0].rstrip(".").lower() or type(e).__name__
     return f"the checksum of {broken} differs" if broken else None
