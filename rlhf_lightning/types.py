@@ -351,7 +351,7 @@ class Episode:
     row: Row
     group: int
     """Index of the prompt in the data; the episodes of a group answer the same prompt."""
-    sample: int = 0
+    sample_index: int = 0
     """Index of the response within its group."""
     tools: list[ToolSchema] | None = None
     responses: list[Message] = field(default_factory=list)
@@ -393,7 +393,7 @@ class Episode:
     @property
     def label(self) -> str:
         """The episode's name in error messages."""
-        return f"{self.where or f'prompt {self.group}'}, sample {self.sample}"
+        return f"{self.where or f'prompt {self.group}'}, sample {self.sample_index}"
 
     @property
     def response(self) -> str:

@@ -84,7 +84,7 @@ def _row(episode: Episode, step: int, number: int) -> SampleRow:
         "step": step,
         "round": number,
         "group": episode.group,
-        "sample": episode.sample,
+        "sample": episode.sample_index,
         **episode.record(),
         "advantage": fmean(advantages) if advantages else None,
         "kl": episode_kl(episode) if any(row.reference_logprobs for row in rows) else None,

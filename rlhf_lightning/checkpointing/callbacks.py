@@ -27,6 +27,7 @@ from rlhf_lightning.checkpointing.provenance import differences, environment
 from rlhf_lightning.checkpointing.signals import StopSignals
 from rlhf_lightning.errors import ConfigError
 from rlhf_lightning.modules.trainer_state import is_trial
+from rlhf_lightning.rollout.dataloader import Interruption
 
 if TYPE_CHECKING:
     from lightning.pytorch.loops.fit_loop import _FitLoop
@@ -155,7 +156,7 @@ class RunCheckpoints(Checkpoint):
             self._leaves_steps = can_leave_steps(trainer, pl_module)
             self._leaves_rounds = can_leave_rounds(trainer, pl_module)
             for loader in rollout_loaders(trainer) if self._leaves_rounds else []:
-                loader.leaving = heard, lambda: self._leave(trainer, pl_module)
+                loader.interruption = Interruption(heard, lambda: self._leave(trainer, pl_module))
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: "StepBatch", batch_idx: int
@@ -243,14 +244,14 @@ class RunCheckpoints(Checkpoint):
             self.signals.off()
             if self._leaves_rounds:
                 for loader in rollout_loaders(trainer):
-                    loader.leaving = None
+                    loader.interruption = None
 
     # -- interrupting the current work ----------------------------------------------------------------------------
 
     def _keep(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Record the state at the end of this step, if the work that follows may be interrupted."""
         steps = self._leaves_steps and trainer.accumulate_grad_batches > 1
-        if steps or (self._leaves_rounds and any(loader.at_round for loader in rollout_loaders(trainer))):
+        if steps or (self._leaves_rounds and any(loader.at_round_start for loader in rollout_loaders(trainer))):
             self._last = LastStep(trainer, pl_module, self._first)
 
     def _leave_if_asked(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

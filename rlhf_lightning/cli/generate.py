@@ -37,7 +37,7 @@ def run(args: list[str]) -> int:
     episodes = policy.answer(prompts, options.max_tokens, options.seed, options.samples, **sample)
     for episode in episodes:
         if options.json:
-            print(as_json({"index": episode.group, "sample": episode.sample, **episode.answer()}))
+            print(as_json({"index": episode.group, "sample": episode.sample_index, **episode.answer()}))
             continue
         if len(episodes) > 1:
             print(f"--- {_last(episode.prompt)}")

@@ -73,7 +73,7 @@ class LocalEngine:
     Args:
         model: A causal model, or a `PeftModel` around one.
         decode: Maps token ids to text, for stop texts.
-        rows: Number of rows decoded in parallel.
+        rows: Number of slots, that is of responses decoded in parallel.
         cuda_graphs: Replay decoding steps as CUDA graphs; see `cuda_graphs`.
         max_tokens: Number of prompt tokens per forward pass; see `PackedForward`.
         gather: Gather the weights of a sharded model for a round; see `Sampler`.
@@ -218,7 +218,7 @@ class LocalEngine:
         self, prompts: Sequence[Sequence[int]], device: torch.device
     ) -> tuple[list[PrefillCache], Tensor, Tensor]:
         cache = [PrefillCache() for _ in range(self.layers)]
-        layout = PackedLayout(_trees(prompts), device)
+        layout = PackedLayout(_prefixes(prompts), device)
         ids = torch.tensor([token for prompt in prompts for token in prompt], device=device)
         states = self._decoder(ids[None], layout.columns[None], Cache(layers=cache), layout)[0]
         ends = torch.tensor([len(prompt) for prompt in prompts], device=device).cumsum(0)
@@ -286,10 +286,12 @@ class LocalEngine:
     def _difference(self) -> float:
         """Relative difference between the logits after two steps in slots and those of a plain forward pass."""
         device = next(self.model.parameters()).device
-        rows = [[(7919 * (i + j)) % self.backbone.vocabulary for j in range(4 + 3 * i)] for i in range(3)]
+        # Rows of different lengths, below the capacity; the multiples of a prime spread ids over the vocabulary.
+        lengths, capacity, prime = (4, 7, 10), 16, 7919
+        rows = [[(prime * (i + j)) % self.backbone.vocabulary for j in range(n)] for i, n in enumerate(lengths)]
         with torch.autocast(device.type, enabled=False):
-            slots = SlotKVCache(self.layers, 3, device)
-            slots.reserve(16, 16)
+            slots = SlotKVCache(self.layers, len(rows), device)
+            slots.reserve(capacity, capacity)
             cache, starts, _ = self.prefill([row[:-2] for row in rows], device)
             for i, row in enumerate(rows):
                 columns = torch.arange(len(row) - 2, device=device)
@@ -304,29 +306,32 @@ class LocalEngine:
         return float((ours - wanted).float().norm() / wanted.float().norm().clamp(min=1e-6))
 
 
-def _trees(prompts: Sequence[Sequence[int]]) -> list[SharedPrefix]:
-    """For each prompt a tree of one row: the prompt is its prefix, its branch is empty."""
+def _prefixes(prompts: Sequence[Sequence[int]]) -> list[SharedPrefix]:
+    """A shared prefix for each prompt, which only one row has: the prompt is the prefix, the row's branch is empty."""
     return [SharedPrefix(rows=(i,), prefix=len(prompt), branches=(0,)) for i, prompt in enumerate(prompts)]
 
 
 class _Batch:
-    """The state of one `generate` call, in which prompts move through the slots."""
+    """The state of one `generate` call, in which rows (a prompt with its response so far) move through the slots."""
 
     def __init__(
         self, engine: LocalEngine, prompts: Sequence[Sequence[int]], params: SamplingParams, seeds: Sequence[int]
     ) -> None:
         self.engine, self.params = engine, params
         self.prompts = [tuple(prompt) for prompt in prompts]
-        self.samples = [Completion() for _ in prompts]
+        self.completions = [Completion() for _ in prompts]
+        """The response of each row so far."""
         self.device = next(engine.model.parameters()).device
         self.uniforms = uniforms(seeds, params.max_tokens).to(self.device)
+        """Random numbers in [0, 1), one per token of each row, `[rows, max_tokens]`."""
         # Popped from the end: longest prompts first, so that buffers rarely grow, and equal prompts together.
         self.waiting = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), self.prompts[i], -i))
-        self.limit = max(len(prompt) for prompt in prompts) + params.max_tokens
-        self.rows: list[int | None] = [None] * min(engine.rows, len(prompts))
-        """Row in each slot; None if the slot is free."""
-        self.slots = SlotKVCache(engine.layers, len(self.rows), self.device)
-        self.tokens = torch.zeros(len(self.rows), dtype=torch.long, device=self.device)
+        self.limit = max(len(prompt) for prompt in prompts) + params.max_tokens  # tokens of the longest possible row
+        self.row_of_slot: list[int | None] = [None] * min(engine.rows, len(prompts))
+        """Index of the row in each slot; None if the slot is free."""
+        self.slots = SlotKVCache(engine.layers, len(self.row_of_slot), self.device)
+        self.tokens = torch.zeros(len(self.row_of_slot), dtype=torch.long, device=self.device)
+        """Last token of each slot, `[slots]`."""
         # Steps with synchronization between ranks cannot be recorded.
         graphed = engine.cuda_graphs and self.device.type == "cuda" and not engine._synchronized
         self.step = GraphedStep(engine.step) if graphed else engine.step
@@ -339,13 +344,13 @@ class _Batch:
         """
         while True:
             safe_point()
-            free = [slot for slot, row in enumerate(self.rows) if row is None]
-            if self.waiting and len(free) * 4 >= len(self.rows):
+            free = [slot for slot, row in enumerate(self.row_of_slot) if row is None]
+            if self.waiting and len(free) * 4 >= len(self.row_of_slot):
                 self._admit(free)
-            elif len(free) == len(self.rows):
-                return self.samples
+            elif len(free) == len(self.row_of_slot):
+                return self.completions
             else:
-                if len(free) * 4 >= len(self.rows):
+                if len(free) * 4 >= len(self.row_of_slot):
                     self._shrink()
                 self._advance()
 
@@ -354,9 +359,9 @@ class _Batch:
         admitted = [self.waiting.pop() for _ in range(min(len(free), len(self.waiting)))]
         distinct = list(dict.fromkeys(self.prompts[row] for row in admitted))
         self.slots.reserve(max(len(prompt) for prompt in distinct) + 1, self.limit)
-        for group in group_by_token_budget(_trees(distinct), self.engine.packed_forward.budget(self.device)):
+        for group in group_by_token_budget(_prefixes(distinct), self.engine.packed_forward.budget(self.device)):
             # Each prompt of the group, with its index in the group.
-            prompts = {distinct[tree.rows[0]]: i for i, tree in enumerate(group)}
+            prompts = {distinct[prefix.rows[0]]: i for i, prefix in enumerate(group)}
             rows = [row for row in admitted if self.prompts[row] in prompts]
             self._prefill(prompts, rows, [free.pop() for _ in rows])
 
@@ -373,20 +378,22 @@ class _Batch:
         )
         self.slots.positions[slot_ids] = repeats
         for row, slot in zip(rows, slots, strict=True):
-            self.rows[slot] = row
+            self.row_of_slot[slot] = row
         self._sample(slots, logits[source])
 
     def _advance(self) -> None:
         """Decode one token of every slot."""
         # Positions in use, including that of the token which is fed now.
-        width = max(len(self.prompts[row]) + len(self.samples[row].ids) for row in self.rows if row is not None)
+        width = max(
+            len(self.prompts[row]) + len(self.completions[row].ids) for row in self.row_of_slot if row is not None
+        )
         self.slots.width = width
         self.slots.reserve(width, self.limit)
         # Free slots are computed as well and their results ignored; their positions only have to be valid.
         self.slots.positions.clamp_(max=width - 1)
         logits = self.step(self.slots, self.tokens)
         self.slots.positions += 1
-        self._sample(list(range(len(self.rows))), logits)
+        self._sample(list(range(len(self.row_of_slot))), logits)
 
     def _sample(self, slots: list[int], logits: Tensor) -> None:
         """Sample a token for the row in each of these slots.
@@ -395,25 +402,26 @@ class _Batch:
             slots: Slots, `[n]`.
             logits: Logits of their next token, `[n, V]`.
         """
-        sampled = [len(self.samples[row].ids) if row is not None else 0 for row in (self.rows[slot] for slot in slots)]
-        rows = torch.tensor([self.rows[slot] or 0 for slot in slots], device=self.device)
+        rows = [self.row_of_slot[slot] for slot in slots]
+        sampled = [0 if row is None else len(self.completions[row].ids) for row in rows]
         lengths = torch.tensor(sampled, device=self.device)
-        tokens, logprobs = sample_token(logits, self.uniforms[rows, lengths], self.params, lengths)
+        # A free slot takes the first random number of row 0; its token is ignored below.
+        numbers = self.uniforms[torch.tensor([row or 0 for row in rows], device=self.device), lengths]
+        tokens, logprobs = sample_token(logits, numbers, self.params, lengths)
         # Within a tensor-parallel group only: rounding must not make its ranks sample different tokens.
         tokens, logprobs = broadcast(tokens), broadcast(logprobs)
         self.tokens[torch.tensor(slots, device=self.device)] = tokens
-        for slot, token, logprob in zip(slots, tokens.tolist(), logprobs.tolist(), strict=True):
-            row = self.rows[slot]
+        for slot, row, token, logprob in zip(slots, rows, tokens.tolist(), logprobs.tolist(), strict=True):
             if row is None:
                 continue
-            ended = record_token(self.samples[row], token, logprob, self.params, self.engine.decode)
+            ended = record_token(self.completions[row], token, logprob, self.params, self.engine.decode)
             if ended:
-                self.rows[slot] = None
+                self.row_of_slot[slot] = None
             self.engine.watch.on_token(row, token, ended)
 
     def _shrink(self) -> None:
         """Drop free slots once no prompts are waiting."""
-        kept = torch.tensor([slot for slot, row in enumerate(self.rows) if row is not None], device=self.device)
-        self.rows = [row for row in self.rows if row is not None]
+        kept = torch.tensor([slot for slot, row in enumerate(self.row_of_slot) if row is not None], device=self.device)
+        self.row_of_slot = [row for row in self.row_of_slot if row is not None]
         self.tokens = self.tokens[kept]
         self.slots.select(kept)

@@ -105,7 +105,7 @@ class Reference:
             return self._token_logprobs(input_ids.to(device), loss_mask.to(device), temperature).logprobs.to(here)
 
     @property
-    def parts_to_split(self) -> list[nn.Module]:
+    def modules_to_shard(self) -> list[nn.Module]:
         """The modules to shard: a copy that stays on the device. An offloaded copy is not sharded."""
         return [] if self.copy is None or self.placement else [self.copy]
 

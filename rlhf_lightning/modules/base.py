@@ -242,14 +242,14 @@ class RLHFModule(CheckedModule, Generic[BatchT]):
             compile_layers(self.model)
         if self._device_mesh is not None:
             # Heads first. Each is a separate FSDP group, because all weights of a group share one data type.
-            for model in (*self.heads(), *self.parts_to_split()):
+            for model in (*self.heads(), *self.modules_to_shard()):
                 shard(model, self._device_mesh)
             for metric in self.modules():
                 if isinstance(metric, Metric):  # so that each row is counted once
                     metric.process_group = self._device_mesh["data_parallel"].get_group()
         self.train(self.training)
 
-    def parts_to_split(self) -> list[nn.Module]:
+    def modules_to_shard(self) -> list[nn.Module]:
         """Modules that `ModelParallelStrategy` shards in addition to `heads`: trained ones, and large frozen ones."""
         return [self.model]
 

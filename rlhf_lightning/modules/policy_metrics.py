@@ -14,9 +14,9 @@ from rlhf_lightning.types import Episode
 if TYPE_CHECKING:
     from rlhf_lightning.types import RolloutBatch
 
-OUTPUTS = ("log_ratio_mean", "clip_fraction", "log_ratio_clamped")
+RETURNED = ("log_ratio_mean", "clip_fraction", "log_ratio_clamped")
 """Metrics of the mini-batch that a training step returns in addition to the loss."""
-NUMBERS = ("loss", "value_loss", "entropy", "logprob_gap", *OUTPUTS)
+NUMBERS = ("loss", "value_loss", "entropy", "logprob_gap", *RETURNED)
 """Metrics that are summed over an optimizer step."""
 LARGEST = ("log_ratio_max",)
 ROUND_ON_BAR = ("reward", "kl", "truncated")
@@ -28,12 +28,12 @@ WHY = {
 
 
 def step_sums(
-    scores: TokenLogprobsOutput, batch: "RolloutBatch", objective: PolicyObjective, clamped: Tensor
+    output: TokenLogprobsOutput, batch: "RolloutBatch", objective: PolicyObjective, clamped: Tensor
 ) -> tuple[dict[str, tuple[Tensor, Tensor]], dict[str, Tensor]]:
     """Compute the metrics of a mini-batch.
 
     Args:
-        scores: Log-probabilities and entropies under the current policy, in nats, `[B, T]`.
+        output: Log-probabilities and entropies under the current policy, in nats, `[B, T]`.
         batch: The mini-batch.
         objective: The policy loss.
         clamped: 1 at tokens whose log-ratio is clamped, `[B, T]`.
@@ -41,11 +41,11 @@ def step_sums(
     Returns:
         The sum over sampled tokens and the number of tokens for each metric, and the maxima by name.
     """
-    assert scores.entropy is not None
-    loss_mask, old, logprobs = batch["loss_mask"], batch["old_logprobs"], scores.logprobs.detach()
+    assert output.entropy is not None
+    loss_mask, old, logprobs = batch["loss_mask"], batch["old_logprobs"], output.logprobs.detach()
     log_ratio = ((logprobs - old) * loss_mask).abs()
     sums = {
-        "entropy": scores.entropy.detach(),
+        "entropy": output.entropy.detach(),
         "log_ratio_mean": log_ratio,
         "clip_fraction": objective.clipped(logprobs, old, batch["advantages"], loss_mask),
         "log_ratio_clamped": clamped,
@@ -56,10 +56,10 @@ def step_sums(
     return {name: (values.sum(), count) for name, values in sums.items()}, {"log_ratio_max": log_ratio.max()}
 
 
-def reference_distance(scores: TokenLogprobsOutput, batch: "RolloutBatch") -> dict[str, Tensor]:
+def reference_distance(output: TokenLogprobsOutput, batch: "RolloutBatch") -> dict[str, Tensor]:
     """Largest and mean |log p - log p_ref| over a mini-batch's sampled tokens, both as the trainer computes them."""
     loss_mask = batch["loss_mask"]
-    distance = ((scores.logprobs.detach() - batch["reference_logprobs"]) * loss_mask).abs()
+    distance = ((output.logprobs.detach() - batch["reference_logprobs"]) * loss_mask).abs()
     mean = distance.sum() / loss_mask.sum().clamp(min=1)
     return {"reference_distance_max": distance.max(), "reference_distance_mean": mean}
 

@@ -36,7 +36,7 @@ from rlhf_lightning.modules.policy_checks import (
 from rlhf_lightning.modules.policy_metrics import (
     LARGEST,
     NUMBERS,
-    OUTPUTS,
+    RETURNED,
     ROUND_ON_BAR,
     HeldOut,
     reference_distance,
@@ -185,6 +185,7 @@ class PolicyRLModule(RLHFModule[PromptBatch]):
 
     @classmethod
     def _of_recipe(cls, recipe: str, model: Any, rewards: list[Reward] | None, settings: dict[str, Any]) -> Self:
+        """A module with the settings of a recipe, except those in `settings`."""
         return cls(model, rewards=rewards, **{**build_recipe(recipe), **settings})
 
     @classmethod
@@ -408,6 +409,7 @@ class PolicyRLModule(RLHFModule[PromptBatch]):
         )
 
     def _sample_scorers(self) -> SampleScorers:
+        """Functions that compute what the settings need of each training sample; None for the rest."""
         temperature = self.sampler.temperature
         reference, recompute = self.reference, self.importance_weights is not None
 
@@ -422,29 +424,35 @@ class PolicyRLModule(RLHFModule[PromptBatch]):
             values=None if self.value_model is None else self.critic_values,
         )
 
-    def parts_to_split(self) -> list[nn.Module]:
+    def modules_to_shard(self) -> list[nn.Module]:
+        """The policy, and the backbones of critic and reference if these have their own weights."""
         critic = None if self.value_model is None else self.value_model.backbone
-        reference = [] if self.reference is None else self.reference.parts_to_split
+        reference = [] if self.reference is None else self.reference.modules_to_shard
         return [self.model, *([] if critic is None else [critic]), *reference]
 
     @property
     def packed_forward(self) -> PackedForward:
+        """The packed forward pass of the policy."""
         return self.token_logprobs.packed_forward
 
     def forward_passes(self) -> list[PackedForward]:
+        """The packed forward passes of the policy, and of a critic with its own backbone."""
         own = None if self.value_model is None else self.value_model.packed_forward
         return [self.packed_forward, *([] if own is None else [own])]
 
     def heads(self) -> list[nn.Module]:
+        """The critic's value head, which stays in float32 at any precision."""
         return [] if self.value_model is None else [self.value_model.head]
 
     def longest_row(self) -> int:
+        """Number of tokens of the longest row that training can meet: prompt and response; 0 if unknown."""
         longest = super().longest_row()
         data = row_data_of(self.trainer)
         recorded = isinstance(data, PromptDataModule) and data.recorded
         return longest + self.sampler.max_tokens if longest and not recorded else longest
 
     def parameter_groups(self) -> ParamsT:
+        """The trained parameters; those of a critic with its own learning rate are a group."""
         if self.critic is None or self.value_model is None or self.critic.learning_rate is None:
             return super().parameter_groups()
         own = {id(p) for p in self.value_model.parameters()}
@@ -557,21 +565,21 @@ class PolicyRLModule(RLHFModule[PromptBatch]):
             `loss`, a scalar with gradient, and metrics of this mini-batch.
         """
         ids, loss_mask = batch["input_ids"], batch["loss_mask"]
-        scores = self.token_logprobs(ids, loss_mask, self.sampler.temperature, details=True)
-        sums, largest = step_sums(scores, batch, self.objective, self._clamped(scores.logprobs.detach(), batch))
-        outputs = {name: sums[name][0] / sums[name][1].clamp(min=1) for name in OUTPUTS}
+        output = self.token_logprobs(ids, loss_mask, self.sampler.temperature, details=True)
+        sums, largest = step_sums(output, batch, self.objective, self._clamped(output.logprobs.detach(), batch))
+        metrics = {name: sums[name][0] / sums[name][1].clamp(min=1) for name in RETURNED}
         if self.reference is not None and batch.get("first"):
-            outputs |= reference_distance(scores, batch)
-        loss, learned = self._policy_loss(scores, batch)
+            metrics |= reference_distance(output, batch)
+        loss, trained_count = self._policy_loss(output, batch)
         if self.critic is not None:
-            value_total = self._value_losses(self.critic_values(ids, loss_mask, scores), batch).sum()
+            value_total = self._value_losses(self.critic_values(ids, loss_mask, output), batch).sum()
             sums["value_loss"] = value_total, loss_mask.sum()
             critic_loss = self.normalized(value_total, batch, "tokens", loss_mask.sum())
             policy_weight = 0.0 if self._warming_up else 1.0
             loss = policy_weight * loss + self.critic.coefficient * critic_loss
-        self.step_numbers.add(learned, {**sums, "loss": self.share(loss, batch)}, largest)
+        self.step_numbers.add(trained_count, {**sums, "loss": self.share(loss, batch)}, largest)
         self._log_round(batch)
-        return {"loss": loss, **largest, **outputs}
+        return {"loss": loss, **largest, **metrics}
 
     @property
     def _warming_up(self) -> bool:
@@ -587,34 +595,34 @@ class PolicyRLModule(RLHFModule[PromptBatch]):
             for parameter in self.model.parameters():
                 parameter.grad = None
 
-    def _policy_loss(self, scores: TokenLogprobsOutput, batch: "RolloutBatch") -> tuple[Tensor, Tensor]:
+    def _policy_loss(self, output: TokenLogprobsOutput, batch: "RolloutBatch") -> tuple[Tensor, Tensor]:
         """The loss, a scalar, and the number of tokens with a gradient: with entropy or a critic, all of them."""
         loss_mask, old = batch["loss_mask"], batch["old_logprobs"]
         kl = None if self.kl_controller is None else self.kl_controller.penalty
-        per_token = self.objective(scores.logprobs, old, batch["advantages"], loss_mask)
-        learned = (loss_mask != 0) & (batch["advantages"] != 0)
+        per_token = self.objective(output.logprobs, old, batch["advantages"], loss_mask)
+        with_gradient = (loss_mask != 0) & (batch["advantages"] != 0)
         if kl is not None and kl.place == "loss":
-            per_token = per_token + kl.loss(scores.logprobs, old, batch["reference_logprobs"], loss_mask)
-            learned = loss_mask != 0 if kl.coefficient else learned
+            per_token = per_token + kl.loss(output.logprobs, old, batch["reference_logprobs"], loss_mask)
+            with_gradient = loss_mask != 0 if kl.coefficient else with_gradient
         if self.importance_weights is not None:
             weights = self.importance_weights(old, batch["sampling_logprobs"], loss_mask)
-            per_token, learned = per_token * weights, learned & (weights != 0)
+            per_token, with_gradient = per_token * weights, with_gradient & (weights != 0)
         loss = self._aggregated(per_token, batch)
         if self.entropy_coefficient:
-            assert scores.entropy is not None
-            bonus = self.normalized(scores.entropy.sum(), batch, "tokens", loss_mask.sum())
+            assert output.entropy is not None
+            bonus = self.normalized(output.entropy.sum(), batch, "tokens", loss_mask.sum())
             loss = loss - self.entropy_coefficient * bonus
         if self.entropy_coefficient or self.critic is not None:
-            learned = loss_mask != 0
-        return loss, learned.sum()
+            with_gradient = loss_mask != 0
+        return loss, with_gradient.sum()
 
-    def critic_values(self, ids: Tensor, loss_mask: Tensor, scores: TokenLogprobsOutput | None = None) -> Tensor:
+    def critic_values(self, ids: Tensor, loss_mask: Tensor, output: TokenLogprobsOutput | None = None) -> Tensor:
         """Compute the critic's values. With a shared backbone they come from the policy's forward pass.
 
         Args:
             ids: Token ids, `[B, T]`.
             loss_mask: 1 at sampled tokens, 0 elsewhere, `[B, T]`.
-            scores: Result of the policy's forward pass on these tokens, if already computed.
+            output: Result of the policy's forward pass on these tokens, if already computed.
 
         Returns:
             Values in reward units, `[B, T]`.
@@ -623,7 +631,7 @@ class PolicyRLModule(RLHFModule[PromptBatch]):
         if self.value_model.backbone is not None:
             values: Tensor = self.value_model(ids, loss_mask)
             return values
-        found = scores or self.token_logprobs(ids, loss_mask, self.sampler.temperature, details=True)
+        found = output or self.token_logprobs(ids, loss_mask, self.sampler.temperature, details=True)
         assert found.values is not None, "TokenLogprobs has the value head"
         return found.values
 
@@ -638,6 +646,7 @@ class PolicyRLModule(RLHFModule[PromptBatch]):
         return clamped.to(loss_mask.dtype)
 
     def _value_losses(self, values: Tensor, batch: "RolloutBatch") -> Tensor:
+        """The critic's loss of each token, `[B, T]`."""
         assert self.critic is not None
         return value_loss(values, batch["values"], batch["returns"], batch["loss_mask"], self.critic.clip)
 
@@ -661,6 +670,7 @@ class PolicyRLModule(RLHFModule[PromptBatch]):
         self.log("reward_source_prm", source, on_step=True, on_epoch=False)
 
     def why_empty(self) -> str:
+        """Why a step may have had no trained token, according to the last round, and what to change."""
         return why_empty(self.last_statistics)
 
     def answer_greedily(self, prompts: Sequence[Prompt]) -> list[Episode]:
@@ -679,10 +689,16 @@ class PolicyRLModule(RLHFModule[PromptBatch]):
         # An engine with its own copy of the weights still has those from the start of the last round.
         self.model_sampler.sync(self.global_step)
 
-    # At the start of the epoch, when WeightAveraging has put the averaged weights in place.
+    # Lightning calls these after WeightAveraging has put the averaged weights in place, which are then sampled from.
     on_validation_epoch_start = on_test_epoch_start = on_predict_epoch_start = _sync_engine
 
     def evaluate(self, batch: PromptBatch, name: str) -> None:
+        """Answer each prompt greedily and at the sampler's temperature, and log what `HeldOut` measures.
+
+        Args:
+            batch: The prompts.
+            name: `val` or `test`.
+        """
         self._check_rewarded()
         prompts = kept_prompts(batch)
         if self.trainer.sanity_checking:
@@ -711,5 +727,6 @@ class PolicyRLModule(RLHFModule[PromptBatch]):
         checkpoint["collector"] = self.collector.state_dict()
 
     def on_load_checkpoint(self, checkpoint: "StateDict") -> None:
+        """Restore the collector's state in addition to the trained weights."""
         super().on_load_checkpoint(checkpoint)
         self.collector.load_state_dict(checkpoint["collector"])

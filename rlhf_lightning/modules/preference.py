@@ -128,8 +128,9 @@ class PreferenceModule(RLHFModule[PreferenceBatch]):
         dtype = str(next(self.model.parameters()).dtype).removeprefix("torch.")
         return load_reference(self.scorer.reference, self.tokenizer, dtype, self.max_tokens_per_batch)
 
-    def parts_to_split(self) -> list[nn.Module]:
-        return [self.model, *(self.reference.parts_to_split if self.reference else [])]
+    def modules_to_shard(self) -> list[nn.Module]:
+        """The trained model, and a reference with its own weights."""
+        return [self.model, *(self.reference.modules_to_shard if self.reference else [])]
 
     @property
     def packed_forward(self) -> PackedForward:

@@ -49,17 +49,17 @@ class StepNumbers:
         self._most: Tensor | None = None
         self._given: dict[str, bool] = {}
 
-    def add(self, trained: Tensor, sums: MetricSums, largest: Mapping[str, Tensor] | None = None) -> None:
+    def add(self, trained_count: Tensor, sums: MetricSums, largest: Mapping[str, Tensor] | None = None) -> None:
         """Add a micro-batch.
 
         Args:
-            trained: Number of tokens or rows that contribute a gradient.
+            trained_count: Number of tokens or rows that contribute a gradient.
             sums: Sums and counts by name; a metric without a value for this micro-batch may be missing.
             largest: Values of all metrics in `largest`.
         """
-        sums = {**sums, TRAINED: (trained, None)}
+        sums = {**sums, TRAINED: (trained_count, None)}
         self._given |= {name: count is not None for name, (_, count) in sums.items()}
-        nothing = trained.new_zeros(())
+        nothing = trained_count.new_zeros(())
         parts = [sums.get(name, (nothing, None)) for name in self.names]
         row = _stacked([*(total for total, _ in parts), *(nothing if count is None else count for _, count in parts)])
         self._sums = row if self._sums is None else self._sums + row

@@ -101,9 +101,9 @@ class ScoreStatistics(nn.Module):
 
     Example:
         >>> class HalfScores(ScoreStatistics):
-        ...     def normalized(self, values, running):
+        ...     def normalized(self, values, running_normalization):
         ...         return [value / 2 for value in values]
-        >>> HalfScores().normalized([1.0, 3.0], running="off")
+        >>> HalfScores().normalized([1.0, 3.0], running_normalization="off")
         [0.5, 1.5]
     """
 
@@ -140,12 +140,12 @@ class ScoreStatistics(nn.Module):
         return deviation if deviation > 1e-8 * max(1.0, abs(mean)) else 1.0
 
     @abstractmethod
-    def normalized(self, values: Sequence[float], running: str) -> list[float]:
+    def normalized(self, values: Sequence[float], running_normalization: str) -> list[float]:
         """Normalize values.
 
         Args:
             values: Scores.
-            running: See `total_rewards`.
+            running_normalization: See `total_rewards`.
         """
 
 
@@ -156,7 +156,7 @@ class RunningStatistics(ScoreStatistics):
         center: Subtract the mean.
 
     Example:
-        >>> RunningStatistics().normalized([0.0, 2.0], running="update")
+        >>> RunningStatistics().normalized([0.0, 2.0], running_normalization="update")
         [-1.0, 1.0]
     """
 
@@ -164,10 +164,10 @@ class RunningStatistics(ScoreStatistics):
         super().__init__()
         self.center = center
 
-    def normalized(self, values: Sequence[float], running: str) -> list[float]:
-        if running == "off":
+    def normalized(self, values: Sequence[float], running_normalization: str) -> list[float]:
+        if running_normalization == "off":
             return list(values)
-        if running == "update":
+        if running_normalization == "update":
             self.merge([value for part in gather(list(values)) for value in part])
         mean = self.moments[1] if self.center else 0.0
         deviation = self.deviation
@@ -187,7 +187,7 @@ class ReferenceStatistics(ScoreStatistics):
         super().__init__()
         self._episodes, self._score, self.scale = episodes, score, scale
 
-    def normalized(self, values: Sequence[float], running: str) -> list[float]:
+    def normalized(self, values: Sequence[float], running_normalization: str) -> list[float]:
         if not self.moments[0]:
             found = run_on_leader(partial(self._score, self._episodes))
             scores = [float(score) for score in found if score is not None]

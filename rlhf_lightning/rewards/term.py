@@ -101,16 +101,16 @@ class RewardTerm(nn.Module):
         """The result of `score`, and the details that the reward recorded on each episode."""
         return self.score(episodes), [episode.details for episode in episodes]
 
-    def amounts(self, scores: Sequence[float | None], running: str) -> list[float | None]:
+    def amounts(self, scores: Sequence[float | None], running_normalization: str) -> list[float | None]:
         """Contributions to the reward: the scores, normalized, clipped and weighted.
 
         Args:
             scores: The scores, as `score` returns them.
-            running: See `total_rewards`.
+            running_normalization: See `total_rewards`.
         """
         values, clip = [score for score in scores if score is not None], self.reward.clip
         if self.statistics is not None:
-            values = self.statistics.normalized(values, running)
+            values = self.statistics.normalized(values, running_normalization)
         if clip is not None:
             values = [min(clip, max(-clip, value)) for value in values]
         remaining = iter(values)
@@ -139,7 +139,7 @@ def total_rewards(
     episodes: Sequence[Episode],
     terms: Sequence[RewardTerm],
     truncated_reward: float | None = None,
-    running: str = "off",
+    running_normalization: str = "off",
 ) -> None:
     """Score every term, store the scores in `episode.terms`, and set `episode.reward` to their weighted sum.
 
@@ -149,21 +149,21 @@ def total_rewards(
         episodes: Finished episodes.
         terms: The terms.
         truncated_reward: Replaces the reward of an episode that ran out of tokens.
-        running: How rewards with running normalization treat these scores: `update` adds them to the statistics (all
-            ranks together) and normalizes them, `use` only normalizes them, and `off` returns raw scores, so that
-            held-out scores stay comparable over time.
+        running_normalization: How rewards with running normalization treat these scores: `update` adds them to the
+            statistics (all ranks together) and normalizes them, `use` only normalizes them, and `off` returns raw
+            scores, so that held-out scores stay comparable over time.
 
     Raises:
         ConfigError: If a term returns the wrong number of scores, or something other than finite numbers.
     """
-    if running not in RUNNING:
-        raise ValueError(f"running is {running!r}; it must be one of {', '.join(RUNNING)}")
+    if running_normalization not in RUNNING:
+        raise ValueError(f"running_normalization is {running_normalization!r}; it must be one of {', '.join(RUNNING)}")
     completed = [episode for episode in episodes if not episode.failed]
     totals = [episode.environment_reward for episode in completed]
     for term in terms:
         safe_point()
         scores, details = run_on_leader(partial(term.scores_and_details, completed))
-        for i, amount in enumerate(term.amounts(scores, running)):
+        for i, amount in enumerate(term.amounts(scores, running_normalization)):
             completed[i].terms[term.name], completed[i].details = scores[i], details[i]
             totals[i] += 0.0 if amount is None else amount
     for episode, total in zip(completed, totals, strict=True):

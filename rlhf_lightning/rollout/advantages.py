@@ -199,30 +199,31 @@ def compute_token_advantages(
             that of the episode plus the penalties of all its tokens.
     """
     _compute_episode_advantages(episodes, advantage)
-    scores = torch.tensor([episode.advantage for episode in episodes], dtype=torch.float64)
+    episode_advantages = torch.tensor([episode.advantage for episode in episodes], dtype=torch.float64)  # [N]
     loss_mask = _concatenate(episodes, lambda sample: sample.loss_mask)
     values = torch.zeros_like(loss_mask)
     if advantage.needs_values:
         values = _concatenate(episodes, lambda sample: sample.values)
 
     penalty = kl if kl is not None and kl.place == "reward" else None
-    token_penalties, discount = torch.zeros_like(loss_mask), 1.0
+    # KL penalties as rewards, [N, T]: negative on average, and added.
+    token_rewards, discount = torch.zeros_like(loss_mask), 1.0
     if penalty is not None:
         old = _concatenate(episodes, lambda sample: sample.old_logprobs)
         reference = _concatenate(episodes, lambda sample: sample.reference_logprobs)
-        token_penalties, discount = penalty.penalties(old, reference, loss_mask), penalty.discount
-    episode_penalties = torch.zeros_like(scores)
+        token_rewards, discount = penalty.token_rewards(old, reference, loss_mask), penalty.discount
+    penalty_sums = torch.zeros_like(episode_advantages)  # over a response that is one action, [N]
     if sequence_level:
-        episode_penalties, token_penalties = token_penalties.sum(-1), torch.zeros_like(loss_mask)
+        penalty_sums, token_rewards = token_rewards.sum(-1), torch.zeros_like(loss_mask)
 
     advantages, returns = advantage.token_advantages(
-        scores + episode_penalties, token_penalties, values, loss_mask, discount
+        episode_advantages + penalty_sums, token_rewards, values, loss_mask, discount
     )
     if penalty is not None and penalty.centered and advantage.centers_penalty:
         # The part of the advantages that comes from penalties: `token_advantages` of these alone, since it is linear.
         # Its mean over the round's tokens is a baseline that hardly depends on a single action. Center after
         # summing over later tokens: centering each penalty before would reward longer responses.
-        from_penalties, _ = advantage.token_advantages(episode_penalties, token_penalties, values, loss_mask, discount)
+        from_penalties, _ = advantage.token_advantages(penalty_sums, token_rewards, values, loss_mask, discount)
         advantages = advantages - _mean_and_variance(from_penalties, loss_mask)[0] * loss_mask
     if advantage.whiten:
         mean, variance = _mean_and_variance(advantages, loss_mask)

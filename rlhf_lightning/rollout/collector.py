@@ -126,7 +126,7 @@ class RolloutCollector:
             group_size: Episodes per prompt.
 
         Returns:
-            The training samples of this rank, and the sums of the round's statistics.
+            The training samples of this rank, and each statistic of the round as sum and count.
         """
         self._begin_round()
         with torch.no_grad(), self.context():
@@ -154,7 +154,7 @@ class RolloutCollector:
 
     @torch.no_grad()
     def _begin_round(self) -> None:
-        """Adapt the KL coefficient to the last round, and refresh a moving reference when due."""
+        """Adapt the KL coefficient to the last round's KL (see `observe`), and refresh a moving reference when due."""
         if self.kl is not None and self.reference is not None:
             self.kl.adapt()
             every = self.kl.penalty.refresh_every
@@ -168,6 +168,7 @@ class RolloutCollector:
         if self.resample_groups:
             # A mean per group. The count, of groups with more than one episode, is that of zero_variance_groups.
             sums["resampled_groups"] = (float(self.resampled), sums["zero_variance_groups"][1])
+        # These are numbers of all ranks, equal on each rank, so that their mean over ranks is the number itself.
         if self.kl is not None:
             sums["kl_coefficient"] = (self.kl.penalty.coefficient, 1)
         if self.advantage.needs_values:
@@ -182,7 +183,7 @@ class RolloutCollector:
         """
         with self.snapshot.stale() if self.snapshot else nullcontext():
             self.sampler.sync(round_index)
-            episodes = self.rollout(prompts, group_size, (round_index,), running="update")
+            episodes = self.rollout(prompts, group_size, (round_index,), running_normalization="update")
             self.resampled = 0
             for attempt in range(1, self.resample_groups + 1):
                 zero_variance = zero_variance_groups(episodes)
@@ -192,7 +193,9 @@ class RolloutCollector:
                 self.resampled += len(zero_variance)
                 again = [prompt for prompt in prompts if prompt.index in zero_variance]
                 # Running statistics count each group once; otherwise groups sampled again would bias them.
-                replacements = iter(self.rollout(again, group_size, (round_index, attempt), running="use"))
+                replacements = iter(
+                    self.rollout(again, group_size, (round_index, attempt), running_normalization="use")
+                )
                 episodes = [next(replacements) if episode.group in zero_variance else episode for episode in episodes]
             return episodes
 
@@ -202,7 +205,7 @@ class RolloutCollector:
         group_size: int,
         seed: Sequence[int],
         temperature: float | None = None,
-        running: str = "off",
+        running_normalization: str = "off",
     ) -> list[Episode]:
         """Sample and reward `group_size` episodes for each prompt, in order.
 
@@ -211,17 +214,18 @@ class RolloutCollector:
             group_size: Episodes per prompt.
             seed: Integers that distinguish these rollouts from others of the run.
             temperature: Replaces the sampler's temperature.
-            running: What rewards with running normalization do: `update` their statistics with these scores (all ranks
-                must then call this together, even without prompts), `use` them unchanged, or `off` for raw scores.
+            running_normalization: What rewards with running normalization do: `update` their statistics with these
+                scores (all ranks must then call this together, even without prompts), `use` them unchanged, or `off`
+                for raw scores.
 
         Returns:
             `len(prompts) * group_size` episodes.
         """
-        tasks = [(prompt, sample) for prompt in prompts for sample in range(group_size)]
+        tasks = [(prompt, sample_index) for prompt in prompts for sample_index in range(group_size)]
         episodes = EpisodeRunner(
             self.sampler, self.renderer, (self.seed, *seed), self.environment, self.limits, temperature
         ).run(tasks)
-        total_rewards(episodes, self.terms, self.truncated_reward, running)
+        total_rewards(episodes, self.terms, self.truncated_reward, running_normalization)
         for episode in episodes:
             episode.masked = episode.failed or (self.mask_truncated and episode.truncated)
         return episodes
@@ -270,10 +274,16 @@ class RolloutCollector:
 
     # -- between rounds -------------------------------------------------------------------------------------------
 
-    def observe(self, statistics: Mapping[str, float]) -> None:
-        """Pass the statistics of a round, over all ranks, to the controller of the KL coefficient."""
-        if self.kl is not None and "kl" in statistics:
-            self.kl.observe(statistics["kl"], round(statistics["episodes"]))
+    def observe(self, round_means: Mapping[str, float]) -> None:
+        """Note the KL of a round, to which `_begin_round` of the next round adapts the coefficient.
+
+        `PolicyRLModule.on_train_batch_start` calls this with the first mini-batch of a round.
+
+        Args:
+            round_means: Means of the round's statistics, over all ranks.
+        """
+        if self.kl is not None and "kl" in round_means:
+            self.kl.observe(round_means["kl"], round(round_means["episodes"]))
 
     @property
     def counters(self) -> "RoundCounters":

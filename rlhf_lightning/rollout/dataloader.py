@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
-from typing import Any, Generic, TypedDict, TypeVar
+from typing import Any, Generic, NamedTuple, TypedDict, TypeVar
 
 import torch
 from torch import Tensor
@@ -21,9 +21,21 @@ class LoaderState(TypedDict):
     """State of the loader in a checkpoint."""
 
     position: int
-    """Number of batches already yielded in this epoch; 0 at its end."""
+    """Number of batches yielded in this epoch, including the one that is being trained on; 0 from the last one on."""
     rows: list[list[dict[str, Any]]]
     """Within a round, the training samples of every rank, as plain values."""
+
+
+class Interruption(NamedTuple):
+    """What stops the collection of a round early, without an error.
+
+    Attributes:
+        asked: True once this rank is asked to stop.
+        on_leave: Called on each rank after the round was left.
+    """
+
+    asked: Callable[[], bool]
+    on_leave: Callable[[], None]
 
 
 class RolloutDataLoader(Generic[T]):
@@ -86,10 +98,10 @@ class RolloutDataLoader(Generic[T]):
         self.update_epochs, self.minibatches = update_epochs, minibatches
         self.shard_spec, self.shuffle, self.where = shard_spec, shuffle, where or {}
         self.position = self._start = 0
-        """Number of batches already yielded in this epoch; 0 at its end."""
-        self.leaving: tuple[Callable[[], bool], Callable[[], None]] | None = None
-        """Set by the checkpoint callback, to stop on a signal while a round is collected: whether to stop, and what to
-        call on stopping. None if a round is always finished, as with a sharded model."""
+        """See `LoaderState.position`."""
+        self.interruption: Interruption | None = None
+        """Set by the checkpoint callback, to stop on a signal while a round is collected. None if a round is always
+        finished, as with a sharded model."""
         self._rows: list[TrainingSample] = []
         self._restored: list[TrainingSample] | None = None
 
@@ -99,8 +111,8 @@ class RolloutDataLoader(Generic[T]):
         return -(-len(self.items) // self.items_per_round)
 
     @property
-    def at_round(self) -> bool:
-        """True if the next batch begins a round, so that no part of it has been trained on."""
+    def at_round_start(self) -> bool:
+        """True if the next batch is the first of a round."""
         return self.position % self.per_round == 0
 
     @property
@@ -143,7 +155,7 @@ class RolloutDataLoader(Generic[T]):
         if done and self._restored is not None:
             self._rows = self._restored
         else:
-            with self._leavable():
+            with self._interruptible():
                 self._rows, sums = self.collect(items[shard_spec.rank :: shard_spec.world], round_index)
                 # Merged here, on all ranks, because a rank may have no episodes or different metrics.
                 statistics = means(gather(sums))
@@ -163,28 +175,28 @@ class RolloutDataLoader(Generic[T]):
         self._rows = []
 
     @contextmanager
-    def _leavable(self) -> Iterator[None]:
+    def _interruptible(self) -> Iterator[None]:
         """Context manager for collecting a round.
 
-        Within it, `safe_point()`, called by the sampler and rewards, raises `RoundLeft` (a `KeyboardInterrupt`) on all
-        ranks once asked to stop.
+        Once a rank is asked to stop, `safe_point()`, which the sampler and rewards call, raises `RoundLeft` (a
+        `KeyboardInterrupt`) on all ranks.
         """
-        if self.leaving is None:
+        interruption = self.interruption
+        if interruption is None:
             yield
             return
-        should_leave, on_leave = self.leaving
         try:
-            with safe_points(lambda: leave_if(should_leave())):
+            with safe_points(lambda: leave_if(interruption.asked())):
                 yield
         except RoundLeft:
-            on_leave()
+            interruption.on_leave()
             raise
 
     def _minibatches(self, round_index: int) -> list[list[TrainingSample]]:
         """The rows of each mini-batch.
 
-        Each update epoch shuffles the rows, and then sorts them by group, with the groups in the order of their first
-        rows.
+        Each update epoch shuffles the groups, and the rows within each group. The rows of a group stay adjacent, so
+        that a forward pass can compute their shared prompt once.
         """
         minibatches = []
         for epoch in range(self.update_epochs):
@@ -206,6 +218,7 @@ class RolloutDataLoader(Generic[T]):
         return [dict(zip(names, row, strict=True)) for row in total.tolist()]
 
     def _collate(self, rows: list[TrainingSample]) -> RolloutBatch:
+        """Pad rows on the right, and make a tensor `[B, T]` of each of their fields."""
         # A rank without rows computes one row of weight 0, so that it takes part in collective operations.
         rows = rows or [TrainingSample([self.pad_id, self.pad_id], [0, 0], [0.0, 0.0])]
         tokens = pad_tokens([row.ids for row in rows], [row.loss_mask for row in rows], self.pad_id)
@@ -228,7 +241,7 @@ class RolloutDataLoader(Generic[T]):
 
     def state_dict(self) -> LoaderState:
         """The position and, within a round, all its rows on every rank. All ranks must call this together."""
-        inside = not self.at_round
+        inside = not self.at_round_start
         rows = [asdict(row) for row in self._rows] if inside else []
         return {"position": self.position, "rows": gather(rows)}
 
@@ -240,7 +253,7 @@ class RolloutDataLoader(Generic[T]):
         """
         self.position = self._start = state["position"]
         shard_spec = self.shard_spec()
-        inside = not self.at_round
+        inside = not self.at_round_start
         if inside and len(state["rows"]) != shard_spec.world:
             raise ConfigError(
                 f"the checkpoint was written within a round and contains the episodes of {len(state['rows'])} ranks, "

@@ -15,23 +15,25 @@ class EpisodeState:
 
     Args:
         prompt: The prompt.
-        sample: Index of the episode in its group.
+        sample_index: Index of the episode in its group.
 
     Example:
         >>> prompt = Prompt([{"role": "user", "content": "2 + 2?"}], {}, index=0, ids=[5, 6])  # doctest: +SKIP
-        >>> EpisodeState(prompt, sample=0).turn  # doctest: +SKIP
+        >>> EpisodeState(prompt, sample_index=0).turn  # doctest: +SKIP
         0
     """
 
-    def __init__(self, prompt: Prompt, sample: int) -> None:
-        self.prompt, self.sample, self.attempt = prompt, sample, 0
+    def __init__(self, prompt: Prompt, sample_index: int) -> None:
+        self.prompt, self.sample_index, self.attempt = prompt, sample_index, 0
         self.begin()
 
     def begin(self) -> None:
         """Start or restart the episode."""
         prompt = self.prompt
         self.env: MessageEnv | None = None
-        self.episode = Episode(prompt.messages, prompt.row, prompt.index, self.sample, prompt.tools, where=prompt.where)
+        self.episode = Episode(
+            prompt.messages, prompt.row, prompt.index, self.sample_index, prompt.tools, where=prompt.where
+        )
         self.turn = 0
         self.text = ""
         """Rendered prompt of the last turn, including its generation prompt."""
@@ -46,7 +48,7 @@ class EpisodeState:
         Args:
             parts: Seeds of the run and of the round.
         """
-        position = (self.prompt.index, self.sample, self.turn)
+        position = (self.prompt.index, self.sample_index, self.turn)
         return mix_seeds(*parts, *position, self.attempt) if self.attempt else mix_seeds(*parts, *position)
 
     def next_prompt(self, renderer: Renderer) -> tuple[list[int], bool]:

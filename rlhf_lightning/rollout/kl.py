@@ -30,8 +30,8 @@ class KLPenalty(Settings):
         estimator: Estimator in the loss: `weighted_k3`, `k2` or `k3`.
         discount: Discount factor for the penalties of later tokens, in the reward: 1 gives the gradient of the
             sequence's KL, 0 is Tinker's choice. With GAE, its gamma is used instead.
-        centered: True to subtract the mean penalty of a round's tokens, as Tinker does. Ignored with a critic or
-            whitening, which already act as a baseline.
+        centered: True to subtract, from the penalties' part of the advantages, its mean over the round's tokens. With
+            discount 0 Tinker does the same. Ignored with a critic or whitening, which already act as a baseline.
         target: KL in nats per response that the coefficient adapts to (Ziegler et al., arXiv 1909.08593); None for a
             fixed coefficient.
         horizon: Number of responses over which an adaptive coefficient may change by a factor of about e^±0.2.
@@ -45,7 +45,7 @@ class KLPenalty(Settings):
 
     Example:
         >>> penalty = KLPenalty(coefficient=0.1, place="reward")
-        >>> penalty.penalties(torch.tensor([[-1.0]]), torch.tensor([[-2.0]]), torch.tensor([[1.0]]))
+        >>> penalty.token_rewards(torch.tensor([[-1.0]]), torch.tensor([[-2.0]]), torch.tensor([[1.0]]))
         tensor([[-0.1000]])
     """
 
@@ -105,7 +105,7 @@ class KLPenalty(Settings):
 
         Args:
             logprobs: Log-probability of each token under the current policy, in nats, `[B, T]`.
-            old_logprobs: The same under the policy that sampled, `[B, T]`.
+            old_logprobs: The same under the policy at the start of the round, `[B, T]`.
             reference_logprobs: The same under the reference, `[B, T]`.
             loss_mask: 1 at sampled tokens, 0 elsewhere, `[B, T]`.
 
@@ -120,11 +120,11 @@ class KLPenalty(Settings):
                 estimate = estimate * token_ratio(logprobs, old_logprobs, loss_mask)
         return torch.where(loss_mask.bool(), self.coefficient * estimate, 0.0)
 
-    def penalties(self, old_logprobs: Tensor, reference_logprobs: Tensor, loss_mask: Tensor) -> Tensor:
-        """Compute the penalty of each token in the reward.
+    def token_rewards(self, old_logprobs: Tensor, reference_logprobs: Tensor, loss_mask: Tensor) -> Tensor:
+        """Compute the penalty of each token as a reward, to be added: it is negative where the KL estimate is positive.
 
         Args:
-            old_logprobs: Log-probability of each token under the policy that sampled, in nats, `[B, T]`.
+            old_logprobs: Log-probability of each token under the policy at the start of the round, in nats, `[B, T]`.
             reference_logprobs: The same under the reference, `[B, T]`.
             loss_mask: 1 at sampled tokens, 0 elsewhere, `[B, T]`.
 

@@ -110,7 +110,7 @@ class EpisodeRunner:
         Raises:
             EpisodeError: If an environment failed, and `limits.on_error` is `fail` or the retries are used up.
         """
-        states = [EpisodeState(prompt, sample) for prompt, sample in tasks]
+        states = [EpisodeState(prompt, sample_index) for prompt, sample_index in tasks]
         active = self._reset(states) if self.environment else states
         with self.sampler.engine.session():
             while active:
@@ -197,7 +197,7 @@ class EpisodeRunner:
         return continuing + self._reset(restarted)
 
     def _add_prompt(self, state: EpisodeState) -> list[int] | None:
-        """Add the tokens before the next response to the episode, and return all that precede it.
+        """Add the new tokens of the next prompt to the episode, and return the ids of the whole prompt.
 
         Returns None, with `stop_reason` set, if the token budget or the context is used up.
         """

@@ -108,7 +108,7 @@ def test_eos_in_the_answer_is_not_repeated(tokenizer: Any) -> None:
 
 def test_environment_prompt_has_the_same_prefix(tokenizer: Any) -> None:
     renderer = Renderer(framed(tokenizer, "bos"), format="raw")
-    running = EpisodeState(Prompt([], [], {}), sample=0)
+    running = EpisodeState(Prompt([], [], {}), sample_index=0)
     running.env = cast(Any, object())
     running.episode.prompt = [{"role": "user", "content": "one two"}]
     assert running.next_prompt(renderer) == (renderer.tokenizer("one two")["input_ids"], False)

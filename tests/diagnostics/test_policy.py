@@ -617,7 +617,7 @@ def test_critic_advantages_and_explained_variance_are_logged(base: str, tmp_path
     trainer(tmp_path, callbacks=[watch, SamplesLog()]).fit(module, data("policy", 8, minibatches=2))
     assert all(round["explained_variance"] <= 1 for round in watch.seen)
     rows = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
-    last = {(one.group, one.sample): one for one in module.last_episodes}
+    last = {(one.group, one.sample_index): one for one in module.last_episodes}
     for row in rows[-8:]:
         (training_sample,) = last[row["group"], row["sample"]].training_samples
         sampled = [a for a, flag in zip(training_sample.advantages, training_sample.loss_mask, strict=True) if flag]

@@ -259,7 +259,7 @@ class Toss:
         for group in groups:
             self.calls[group] = self.calls.get(group, 0) + 1
         return [
-            float(episode.sample) if self.calls[episode.group] > episode.group % 2 * self.good else 1.0
+            float(episode.sample_index) if self.calls[episode.group] > episode.group % 2 * self.good else 1.0
             for episode in episodes
         ]
 
@@ -275,7 +275,7 @@ def test_groups_with_equal_rewards_are_sampled_again(
     assert watch.logged[0]["train/zero_variance_groups"] == signal
     assert watch.logged[0].get("train/resampled_groups") == resampled
     assert [sorted(groups) for groups in toss.seen] == [[0, 1, 2, 3], [1, 3], [1, 3]][: 1 + min(limit, 2)]
-    played = [(episode.group, episode.sample) for episode in watch.episodes[0]]
+    played = [(episode.group, episode.sample_index) for episode in watch.episodes[0]]
     assert sorted(played) == [(group, sample) for group in range(4) for sample in range(2)]
 
 

@@ -293,7 +293,7 @@ def _kl_in_the_loss(estimator: str) -> Comparison:
 
 
 def _kl_in_the_reward(b: Batch) -> Both:
-    ours = KLPenalty(0.3, place="reward").penalties(b.old, b.reference, b.loss_mask)
+    ours = KLPenalty(0.3, place="reward").token_rewards(b.old, b.reference, b.loss_mask)
     nothing = torch.zeros_like(ours)
     return ours, polgrad.kl_in_reward(nothing, b.old, b.reference, KLEstimator.K1, 0.3, response_mask=b.there)
 

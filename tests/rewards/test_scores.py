@@ -51,12 +51,14 @@ from tests.helpers.rows import prompts
 from tests.helpers.training import sgd, trainer
 
 
-def said(text: str, row: dict[str, Any] | None = None, tokens: int = 3, group: int = 0, sample: int = 0) -> Episode:
+def said(
+    text: str, row: dict[str, Any] | None = None, tokens: int = 3, group: int = 0, sample_index: int = 0
+) -> Episode:
     """A finished episode with one response."""
     training_sample = TrainingSample([1] + [2] * tokens, [0] + [1] * tokens, [0.0] * (tokens + 1))
     answer = [{"role": "assistant", "content": text}]
     return Episode(
-        [], row or {}, group, sample, responses=answer, training_samples=[training_sample], stop_reason="stop"
+        [], row or {}, group, sample_index, responses=answer, training_samples=[training_sample], stop_reason="stop"
     )
 
 
@@ -122,7 +124,7 @@ def test_scores_of_other_libraries(scores: Any) -> None:
     ],
 )
 def test_invalid_scores_are_rejected_with_their_row(scores: Any, message: str) -> None:
-    second = said("b", sample=3)
+    second = said("b", sample_index=3)
     second.where = "data.jsonl:7"
     with pytest.raises(ConfigError, match=message):
         total(scores, said("a", group=4), second)
@@ -336,7 +338,9 @@ def test_judges_with_signs_ties_and_invalid_results() -> None:
         (None, "sign"),
     ):
         with pytest.raises(ConfigError, match=r"the reward odd, prompt 0, sample 0 against prompt 0, sample 1"):
-            PairwiseReward(lambda p, a, b, v=value: v, outcome, name="odd").score([said("b"), said("a", sample=1)])
+            PairwiseReward(lambda p, a, b, v=value: v, outcome, name="odd").score(
+                [said("b"), said("a", sample_index=1)]
+            )
     with pytest.raises(TimeLimitError, match="the reward slow, prompt 0, sample 0 against"):
         PairwiseReward(lambda p, a, b: time.sleep(20), timeout=0.1, name="slow").score([said("b"), said("a")])
 
@@ -433,7 +437,7 @@ def test_running_statistics_worked_by_hand() -> None:
     def total(scores: Any, running: str = "off", **more: Any) -> None:
         (term,) = terms(Fixed(scores, **{**options, **more}))
         term.statistics = norm  # those of the scores before
-        total_rewards(episodes, [term], running=running)
+        total_rewards(episodes, [term], running_normalization=running)
 
     total([1.0, 3.0, None, 5.0], "update")
     # mean 3, variance (4 + 0 + 4)/3

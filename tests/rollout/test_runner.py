@@ -115,7 +115,9 @@ def test_ten_thousand_episodes_are_each_returned_once(tokenizer: Any, policy: st
         limits=limits,
     )
     episodes = collector.rollout(rows, 8, (3,))
-    assert [(episode.group, episode.sample) for episode in episodes] == [(i, k) for i in range(1250) for k in range(8)]
+    assert [(episode.group, episode.sample_index) for episode in episodes] == [
+        (i, k) for i in range(1250) for k in range(8)
+    ]
     failed = [episode for episode in episodes if episode.failed]
     reasons = Counter(episode.stop_reason for episode in episodes)
     if policy == "drop":
